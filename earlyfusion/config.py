@@ -1,0 +1,225 @@
+"""Shapes of the two networks: values read from and written to a transformers `config.json`.
+
+Field names equal those of transformers' `ChameleonConfig` and `ChameleonVQVAEConfig`, so that a
+file needs no translation. Paper: arXiv 2405.09818, sections 2.1 (image tokenizer), 2.3 (stability).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from earlyfusion.errors import CheckpointError, SettingError
+
+
+@dataclass(frozen=True)
+class VQConfig:
+    """Shape of the VQ-GAN. A picture of side `resolution` becomes (resolution / stride)^2 codes."""
+
+    embed_dim: int = 256
+    num_embeddings: int = 8192
+    double_latent: bool = False
+    latent_channels: int = 256
+    resolution: int = 512
+    in_channels: int = 3
+    base_channels: int = 128
+    channel_multiplier: tuple[int, ...] = (1, 1, 2, 2, 4)
+    num_res_blocks: int = 2
+    attn_resolutions: tuple[int, ...] = ()
+    dropout: float = 0.0
+    attn_type: str = "vanilla"
+
+    def __post_init__(self) -> None:
+        for name in ("channel_multiplier", "attn_resolutions"):
+            object.__setattr__(self, name, tuple(getattr(self, name) or ()))
+        sizes = ("embed_dim", "num_embeddings", "latent_channels", "resolution", "base_channels")
+        for name in sizes:
+            _require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
+        _require(bool(self.channel_multiplier), "channel_multiplier", (), "needs one entry a level")
+        _require(
+            self.resolution % self.stride == 0,
+            "resolution",
+            self.resolution,
+            f"must be a multiple of the stride {self.stride}",
+        )
+        _require(
+            self.base_channels % 32 == 0,
+            "base_channels",
+            self.base_channels,
+            "must be a multiple of the 32 groups of the group norm",
+        )
+
+    @property
+    def stride(self) -> int:
+        """Pixels a code, along one side."""
+        return 2 ** (len(self.channel_multiplier) - 1)
+
+    @property
+    def grid(self) -> int:
+        """Codes along one side of a picture of the configured resolution."""
+        return self.resolution // self.stride
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> VQConfig:
+        """Read transformers' `vq_config`; names it does not know are ignored."""
+        return cls(**_known(cls, data))
+
+    def to_dict(self) -> dict[str, Any]:
+        data = asdict(self) | {"model_type": "chameleon_vqgan"}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in data.items()}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of the transformer. `swin_norm` puts the norms on the branch outputs, as in the 34B."""
+
+    vocab_size: int = 65536
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    max_position_embeddings: int = 4096
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+    swin_norm: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    model_parallel_size: int = 1
+    bos_token_id: int = 0
+    eos_token_id: int = 2
+    pad_token_id: int | None = 1
+    vq_config: VQConfig = field(default_factory=VQConfig)
+
+    def __post_init__(self) -> None:
+        if self.num_key_value_heads is None:
+            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        heads, kv = self.num_attention_heads, self.kv_heads
+        _require(self.vocab_size > 0, "vocab_size", self.vocab_size, "must be positive")
+        _require(
+            self.hidden_size % heads == 0,
+            "hidden_size",
+            self.hidden_size,
+            f"must be a multiple of the {heads} attention heads",
+        )
+        _require(
+            self.head_dim % 2 == 0,
+            "hidden_size",
+            self.hidden_size,
+            f"gives heads of odd width {self.head_dim}, which rotary positions cannot pair",
+        )
+        _require(
+            heads % kv == 0,
+            "num_key_value_heads",
+            kv,
+            f"must divide the {heads} attention heads",
+        )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ModelConfig:
+        """Read a transformers `config.json`; names it does not know are ignored."""
+        known = _known(cls, data)
+        known["vq_config"] = VQConfig.from_dict(data.get("vq_config") or {})
+        rope = data.get("rope_parameters") or {}
+        if "rope_theta" in rope:
+            known["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            known["rope_scaling"] = rope
+        return cls(**known)
+
+    @classmethod
+    def from_file(cls, path: Path) -> ModelConfig:
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise CheckpointError(
+                f"{path} is missing or not JSON: a model folder needs a config.json"
+            ) from None
+        return cls.from_dict(data)
+
+    def to_dict(self) -> dict[str, Any]:
+        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        theta, scaling = data.pop("rope_theta"), data.pop("rope_scaling")
+        rope = {"rope_type": "default"} | (scaling or {}) | {"rope_theta": theta}
+        return data | {
+            "architectures": ["ChameleonForConditionalGeneration"],
+            "model_type": "chameleon",
+            "hidden_act": "silu",
+            "rope_parameters": rope,
+            "vq_config": self.vq_config.to_dict(),
+        }
+
+
+def _require(good: bool, name: str, value: object, why: str) -> None:
+    if not good:
+        raise SettingError(f"{name}={value} {why}")
+
+
+def _known(cls: type, data: dict[str, Any]) -> dict[str, Any]:
+    names = {f.name for f in fields(cls)}
+    return {k: v for k, v in data.items() if k in names and k != "vq_config"}
+
+
+_TINY_VQ = VQConfig(
+    embed_dim=8,
+    num_embeddings=64,
+    latent_channels=16,
+    resolution=16,
+    base_channels=32,
+    channel_multiplier=(1, 1),
+    num_res_blocks=1,
+)
+_7B = ModelConfig()
+
+PRESETS: dict[str, ModelConfig] = {
+    "chameleon-7b": _7B,
+    "chameleon-34b": replace(
+        _7B,
+        hidden_size=8192,
+        intermediate_size=22016,
+        num_hidden_layers=48,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        swin_norm=True,
+    ),
+    "mini": ModelConfig(
+        vocab_size=4096,
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        max_position_embeddings=1024,
+        vq_config=VQConfig(
+            embed_dim=16,
+            num_embeddings=1024,
+            latent_channels=64,
+            resolution=64,
+            base_channels=32,
+            channel_multiplier=(1, 2, 4, 4),
+            num_res_blocks=1,
+        ),
+    ),
+    "tiny": ModelConfig(
+        vocab_size=512,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        vq_config=_TINY_VQ,
+    ),
+}

@@ -1,0 +1,35 @@
+"""What can go wrong, each with its remedy.
+
+Every mistake that a caller can make is an `EarlyFusionError`: one sentence that names the value,
+the limit and the remedy. The command line turns it into exit code 2, a server into a 4xx reply.
+"""
+
+from __future__ import annotations
+
+
+class EarlyFusionError(ValueError):
+    """A caller's mistake; `str(error)` is one sentence for a person."""
+
+
+class PromptError(EarlyFusionError):
+    """The prompt is empty, malformed, or its images and placeholders do not match."""
+
+
+class ContextError(PromptError):
+    """The prompt, or what was asked of the model, does not fit its context."""
+
+
+class ImageError(EarlyFusionError):
+    """A picture cannot be read, is too large, or has codes the model does not know."""
+
+
+class SettingError(EarlyFusionError):
+    """An option has an unknown name or an impossible value."""
+
+
+class CheckpointError(EarlyFusionError):
+    """A checkpoint, tokenizer or config file is missing, incomplete or inconsistent."""
+
+
+class DataError(EarlyFusionError):
+    """Training data is missing or malformed."""

@@ -1,0 +1,259 @@
+"""What each id means: ids by kind, code <-> token, and how a picture is spelled in tokens.
+
+A *code* is an index into the codebook of the VQ-GAN, a *token* an id of the vocabulary. No id is
+hardcoded: all are read by name from the tokenizer file, since checkpoints differ. The names are
+those of Meta's release (github.com/facebookresearch/chameleon).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from earlyfusion.errors import CheckpointError, ImageError
+
+Ids = npt.NDArray[np.int64]
+
+BOS, PAD, EOS, UNK = "<s>", "<pad>", "</s>", "<unk>"
+BEGIN_IMAGE, END_IMAGE = "<racm3:break>", "<eoss>"
+END_OF_TURN = "<reserved08706>"
+# Meta's file has the first name; transformers' converter renames it to the second.
+IMAGE_PLACEHOLDERS = ("<reserved08707>", "<image>")
+IMAGE_PREFIX = "IMGIMG"
+CONTROL_NAMES = (BOS, PAD, EOS, UNK, END_IMAGE, BEGIN_IMAGE, END_OF_TURN)
+CODE = -1
+_DIGITS = dict(zip("ABCDEFGHIJ", "0123456789", strict=True))
+
+
+def code_name(code: int) -> str:
+    """The token name of a code: its decimal digits as letters, 0 = A, so that 53 is IMGIMGFDZ."""
+    return IMAGE_PREFIX + "".join("ABCDEFGHIJ"[int(digit)] for digit in str(code)) + "Z"
+
+
+def family_names(num_codes: int) -> list[str]:
+    """Control and image tokens of a new vocabulary, in the family's order of ids, from id 0."""
+    codes = [code_name(code) for code in range(num_codes)]
+    end, begin, turn = END_IMAGE, BEGIN_IMAGE, END_OF_TURN
+    return [BOS, PAD, EOS, UNK, *codes, end, begin, turn, IMAGE_PLACEHOLDERS[0]]
+
+
+class Vocabulary:
+    """The ids of one tokenizer file by kind: text, image and control.
+
+    Raises `CheckpointError` when a control token is missing, two names share an id, or the image
+    codes are not 0..n-1.
+    """
+
+    def __init__(self, names: Mapping[str, int]) -> None:
+        self.names = dict(names)
+        _check_unique(self.names)
+        self.bos, self.pad, self.eos, self.unk = (self.id_of(n) for n in (BOS, PAD, EOS, UNK))
+        self.begin_image, self.end_image = self.id_of(BEGIN_IMAGE), self.id_of(END_IMAGE)
+        self.end_of_turn = self.id_of(END_OF_TURN)
+        placeholders = [self.names[n] for n in IMAGE_PLACEHOLDERS if n in self.names]
+        self.image_placeholder: int | None = placeholders[0] if placeholders else None
+        self.size = max(self.names.values()) + 1
+        self.code_to_token = _code_to_token(self.names)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Vocabulary:
+        """Read a tokenizer file (`tokenizers` JSON)."""
+        return cls.from_dict(read_tokenizer_json(Path(path)))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Vocabulary:
+        """Read the content of a tokenizer file: `model.vocab` joined with `added_tokens`."""
+        try:
+            names = dict(data["model"]["vocab"])
+            names |= {entry["content"]: entry["id"] for entry in data.get("added_tokens") or ()}
+        except (KeyError, TypeError, ValueError):
+            raise CheckpointError(
+                "the tokenizer file has no model.vocab: give the JSON file of a BPE tokenizer"
+            ) from None
+        return cls(names)
+
+    @property
+    def num_codes(self) -> int:
+        return len(self.code_to_token)
+
+    @cached_property
+    def image_tokens(self) -> Ids:
+        """Sorted ids of the image codes."""
+        return np.sort(self.code_to_token)
+
+    @cached_property
+    def control_tokens(self) -> Ids:
+        """Sorted ids of the names in angle brackets, reserved ones too; "<" itself is text."""
+        return _sorted_ids(i for n, i in self.names.items() if n.startswith("<") and n != "<")
+
+    @cached_property
+    def text_tokens(self) -> Ids:
+        """Sorted ids of everything else."""
+        other = {*self.image_tokens.tolist(), *self.control_tokens.tolist()}
+        return _sorted_ids(i for i in self.names.values() if i not in other)
+
+    def id_of(self, name: str) -> int:
+        if name not in self.names:
+            raise CheckpointError(
+                f"the tokenizer has no token {name}: every Chameleon tokenizer needs it"
+            )
+        return self.names[name]
+
+    def token_to_code(self, tokens: npt.ArrayLike) -> Ids:
+        """Codes of image tokens, same shape; `ImageError` where a token is not an image token."""
+        ids = np.asarray(tokens, dtype=np.int64)
+        inside = (ids >= 0) & (ids < self.size)
+        codes = np.where(inside, self._codes_by_token[np.where(inside, ids, 0)], CODE)
+        if (codes == CODE).any():
+            raise ImageError(
+                f"token {int(ids[codes == CODE][0])} is not an image token: "
+                f"only the {self.num_codes} image tokens have codes"
+            )
+        return codes
+
+    def codes_to_tokens(self, codes: npt.ArrayLike) -> Ids:
+        """Tokens of codes, same shape; `ImageError` where a code is outside the codebook."""
+        values = np.asarray(codes, dtype=np.int64)
+        bad = values[(values < 0) | (values >= self.num_codes)]
+        if bad.size:
+            raise ImageError(
+                f"image code {int(bad.flat[0])} is outside this model's codebook of "
+                f"{self.num_codes} codes: encode the picture with the model's own image tokenizer"
+            )
+        return self.code_to_token[values]
+
+    @cached_property
+    def _codes_by_token(self) -> Ids:
+        table = np.full(self.size, CODE, dtype=np.int64)
+        table[self.code_to_token] = np.arange(self.num_codes)
+        return table
+
+
+@dataclass(frozen=True)
+class ImageLayout:
+    """How a picture of `height` x `width` codes is spelled: `head`, rows in raster order, `tail`.
+
+    The markers are token names. Chameleon's layout is the default; `line_end` is for relatives that
+    close each row of codes, and `head` may hold size tokens.
+    """
+
+    height: int
+    width: int
+    head: tuple[str, ...] = (BEGIN_IMAGE,)
+    line_end: tuple[str, ...] = ()
+    tail: tuple[str, ...] = (END_IMAGE,)
+
+    def __post_init__(self) -> None:
+        if self.height < 1 or self.width < 1:
+            raise ImageError(
+                f"an image of {self.height} x {self.width} codes is empty: "
+                "both sides need at least 1 code"
+            )
+
+    @property
+    def num_codes(self) -> int:
+        return self.height * self.width
+
+    @property
+    def num_tokens(self) -> int:
+        markers = len(self.head) + self.height * len(self.line_end) + len(self.tail)
+        return self.num_codes + markers
+
+    def template(self, vocabulary: Vocabulary) -> Ids:
+        """One slot a token [num_tokens]: the id that stands there, `CODE` for any image code."""
+        head, line_end, tail = (
+            [vocabulary.id_of(name) for name in names]
+            for names in (self.head, self.line_end, self.tail)
+        )
+        rows = ([CODE] * self.width + line_end) * self.height
+        return np.array(head + rows + tail, dtype=np.int64)
+
+    def spell(self, codes_hw: npt.ArrayLike, vocabulary: Vocabulary) -> list[int]:
+        """Tokens of a picture, markers included; `ImageError` on a wrong shape or code."""
+        codes = np.asarray(codes_hw, dtype=np.int64)
+        if codes.shape != (self.height, self.width):
+            raise ImageError(
+                f"image codes have shape {'x'.join(map(str, codes.shape))}, "
+                f"this model's pictures have {self.height}x{self.width}: encode the picture again"
+            )
+        tokens = self.template(vocabulary)
+        tokens[tokens == CODE] = vocabulary.codes_to_tokens(codes).ravel()
+        return [int(token) for token in tokens]
+
+    def parse(self, tokens: Sequence[int], vocabulary: Vocabulary) -> Ids:
+        """Codes [height, width] of one spelled picture; `ImageError` when it is not spelled so."""
+        ids = np.asarray(tokens, dtype=np.int64)
+        template = self.template(vocabulary)
+        if ids.shape != template.shape:
+            raise ImageError(
+                f"a picture of {ids.size} tokens is not whole: "
+                f"{self.height}x{self.width} codes take {self.num_tokens} tokens"
+            )
+        wrong = np.flatnonzero((template != CODE) & (template != ids))
+        if wrong.size:
+            at = int(wrong[0])
+            raise ImageError(
+                f"token {int(ids[at])} at place {at} of a picture is not the marker "
+                f"{int(template[at])}: the layout of the picture is another"
+            )
+        return vocabulary.token_to_code(ids[template == CODE]).reshape(self.height, self.width)
+
+
+def read_tokenizer_json(path: Path) -> dict[str, Any]:
+    """The content of a tokenizer file; `CheckpointError` when missing or no JSON object."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise CheckpointError(
+            f"{path} is missing or not JSON: a model needs its tokenizer file"
+        ) from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} is no tokenizer file: its JSON is not an object")
+    return data
+
+
+def _sorted_ids(ids: Any) -> Ids:
+    return np.array(sorted(ids), dtype=np.int64)
+
+
+def _check_unique(names: Mapping[str, int]) -> None:
+    by_id: dict[int, str] = {}
+    for name, token in names.items():
+        if not isinstance(token, int) or token < 0:
+            raise CheckpointError(f"token {name!r} has the id {token!r}: ids are integers from 0")
+        if token in by_id:
+            raise CheckpointError(
+                f"tokens {by_id[token]!r} and {name!r} share the id {token}: each needs its own"
+            )
+        by_id[token] = name
+
+
+def _code_to_token(names: Mapping[str, int]) -> Ids:
+    codes: dict[int, int] = {}
+    for name, token in names.items():
+        if name.startswith(IMAGE_PREFIX):
+            codes[_code_of(name)] = token
+    if sorted(codes) != list(range(len(codes))) or not codes:
+        missing = next(code for code in range(len(codes) + 1) if code not in codes)
+        raise CheckpointError(
+            f"the tokenizer has {len(codes)} image tokens but none for code {missing}: "
+            "codes must be 0, 1, 2, … without a gap"
+        )
+    return np.array([codes[code] for code in range(len(codes))], dtype=np.int64)
+
+
+def _code_of(name: str) -> int:
+    digits = "".join(_DIGITS.get(letter, "?") for letter in name[len(IMAGE_PREFIX) : -1])
+    if not digits.isdecimal() or code_name(int(digits)) != name:
+        raise CheckpointError(
+            f"{name!r} is no image token name: it is {IMAGE_PREFIX}, "
+            "the digits of the code as letters A to J, then Z"
+        )
+    return int(digits)

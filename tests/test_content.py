@@ -1,0 +1,277 @@
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from earlyfusion import content
+from earlyfusion.content import Image, Message, Text, as_messages, fill_placeholders
+from earlyfusion.errors import ImageError, PromptError
+
+RGB = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)
+
+
+def pixels(image: Image) -> np.ndarray[Any, Any]:
+    assert image.pil is not None and image.pil.mode == "RGB"
+    return np.asarray(image.pil)
+
+
+def saved(picture: PIL.Image.Image, format: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A small PNG file that claims a size: a decompression bomb where the size is large."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = zlib.compress(bytes(100_000), 9)
+    parts = (chunk(b"IHDR", header), chunk(b"IDAT", data), chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def test_import_does_not_load_torch() -> None:
+    code = (
+        "import sys, earlyfusion.content, earlyfusion.vocabulary; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_pixels_equal_metas(golden: Path) -> None:
+    expected = json.loads((golden / "expected/preprocess.json").read_text())
+    assert len(expected) == 17
+    for name, case in expected.items():
+        array = pixels(Image.open(golden / "images" / name))
+        assert hashlib.sha256(array.tobytes()).hexdigest() == case["whitened_sha256"], name
+
+
+def test_sources_agree(tmp_path: Path) -> None:
+    picture = PIL.Image.fromarray(RGB)
+    data = saved(picture, "PNG")
+    path = tmp_path / "그림.png"
+    path.write_bytes(data)
+    chw = RGB.transpose(2, 0, 1)
+    floats = torch.from_numpy(chw.copy()).float() / 255
+    sources = [picture, path, str(path), data, bytearray(data), RGB, chw, RGB.astype(np.int64)]
+    sources += [RGB / 255, torch.from_numpy(RGB), floats, floats.double().requires_grad_()]
+    for source in sources:
+        np.testing.assert_array_equal(pixels(Image.of(source)), RGB)
+    image = Image.of(picture)
+    assert Image.of(image) is image
+    assert abs(pixels(Image.of(floats.bfloat16())).astype(int) - RGB).max() <= 1
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG"])
+def test_formats(format: str) -> None:
+    grey = PIL.Image.new("L", (9, 5), 100)
+    assert pixels(Image.from_bytes(saved(grey, format))).shape == (5, 9, 3)
+
+
+def test_modes_and_transparency() -> None:
+    assert pixels(Image.from_array(np.array([[True, False]]))).tolist() == [[[255] * 3, [0] * 3]]
+    grey = PIL.Image.new("LA", (1, 1), (10, 51))
+    assert pixels(Image.of(grey)).tolist() == [[[int(0.8 * 255 + 0.2 * 10)] * 3]]
+    assert pixels(Image.of(PIL.Image.new("RGBA", (1, 1), (1, 2, 3, 0)))).tolist() == [[[255] * 3]]
+    palette = PIL.Image.new("P", (2, 1))
+    palette.putpalette([1, 2, 3, 4, 5, 6])
+    palette.info["transparency"] = bytes([255, 255])
+    assert pixels(Image.of(palette)).tolist() == [[[1, 2, 3], [1, 2, 3]]]
+    for mode in ("CMYK", "YCbCr", "HSV", "LAB", "F", "I", "PA", "1", "L"):
+        assert pixels(Image.of(PIL.Image.new(mode, (3, 2)))).shape == (2, 3, 3)
+
+
+def test_exif_rotation(tmp_path: Path) -> None:
+    picture = PIL.Image.fromarray(RGB)
+    exif = picture.getexif()
+    exif[0x0112] = 6  # shown a quarter turn clockwise
+    upright = np.rot90(RGB, -1)
+    data = saved(picture, "PNG", exif=exif)
+    (tmp_path / "a.png").write_bytes(data)
+    np.testing.assert_array_equal(pixels(Image.from_bytes(data)), upright)
+    np.testing.assert_array_equal(pixels(Image.open(tmp_path / "a.png")), upright)
+    np.testing.assert_array_equal(pixels(Image.of(PIL.Image.open(io.BytesIO(data)))), upright)
+
+
+def test_a_later_change_of_the_picture_does_not_reach_the_image() -> None:
+    picture = PIL.Image.fromarray(RGB)
+    image = Image.of(picture)
+    picture.paste((255, 255, 255), (0, 0, 7, 5))
+    np.testing.assert_array_equal(pixels(image), RGB)
+
+
+def test_bad_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = saved(PIL.Image.fromarray(np.tile(RGB, (20, 20, 1))), "PNG")
+    files = {"text.png": b"hello, I am text", "one.png": b"\x89", "empty.png": b"", "zero.png": b""}
+    files |= {"cut.png": data[: len(data) // 2], "head.png": data[:20], "sig.png": data[:8]}
+    files |= {"noise.jpg": b"\xff\xd8\xff" + bytes(range(256)), "riff.webp": b"RIFFxxxxWAVEfmt "}
+    files |= {"a.gif": b"GIF89a", "b.bmp": b"BMxx", "c.tif": b"II*\0", "d.ppm": b"P6 1 1 255 abc"}
+    jpeg = saved(PIL.Image.fromarray(np.tile(RGB, (20, 20, 1))), "JPEG")
+    files |= {"cut.jpg": jpeg[: len(jpeg) // 2]}
+    for name, content_bytes in files.items():
+        (tmp_path / name).write_bytes(content_bytes)
+        for source in (tmp_path / name, content_bytes):
+            with pytest.raises(ImageError) as error:
+                Image.of(source)
+            check_sentence(error.value)
+    for path in (tmp_path, tmp_path / "missing.png", "a\0b.png", "x" * 5000):
+        with pytest.raises(ImageError) as error:
+            Image.open(path)
+        check_sentence(error.value)
+
+
+def check_sentence(error: Exception) -> None:
+    text = str(error)
+    assert "\n" not in text and " 0x" not in text and "<" not in text
+    assert not text.endswith(".") and error.__cause__ is None
+
+
+@pytest.mark.parametrize(
+    ("size", "sentence"),
+    [
+        ((20_000, 20_000), "20000x20000 pixels, the limit is 16,384 a side"),
+        ((12_000, 9_000), "12000x9000 pixels, the limit is 25 megapixels"),
+        ((16_384, 16_384), "the limit is 25 megapixels"),
+        ((2**31 - 1, 1), "the limit is 16,384 a side"),
+        ((0, 5), "it needs at least 1x1|damaged"),
+    ],
+)
+def test_size_is_checked_before_decoding(size: tuple[int, int], sentence: str) -> None:
+    data = png_header(*size)
+    assert len(data) < 1000
+    with pytest.raises(ImageError, match=sentence):
+        Image.from_bytes(data)
+
+
+def test_byte_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "large.png"
+    path.write_bytes(saved(PIL.Image.fromarray(RGB), "PNG"))
+    size = path.stat().st_size
+    monkeypatch.setattr(content, "MAX_FILE_BYTES", size)
+    Image.open(path)
+    monkeypatch.setattr(content, "MAX_FILE_BYTES", size - 1)
+    for source in (path, path.read_bytes()):
+        with pytest.raises(ImageError, match=f"has {size} bytes, the limit is {size - 1}"):
+            Image.of(source)
+
+
+def test_extremes_that_are_allowed() -> None:
+    assert pixels(Image.from_array(np.zeros((1, 1), np.uint8))).shape == (1, 1, 3)
+    assert pixels(Image.of(PIL.Image.new("RGB", (16_384, 2)))).shape == (2, 16_384, 3)
+    with pytest.raises(ImageError, match="the limit is 16,384 a side"):
+        Image.of(PIL.Image.new("L", (16_385, 1)))
+
+
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        (np.zeros((5, 6, 2)), "array of shape 5x6x2 is not one picture"),
+        (np.zeros((1, 3, 8, 8)), "array of shape 1x3x8x8"),
+        (np.zeros(3), "array of shape 3 is not"),
+        (np.array(1.0), "array of shape scalar is not"),
+        (np.zeros((0, 5, 3)), "at least 1x1"),
+        (np.full((2, 2), np.nan), "values from nan to nan"),
+        (np.array([[0.0, np.inf]]), "to inf"),
+        (np.full((2, 2), 1.5), "a picture of float64 has 0 to 1"),
+        (np.full((2, 2), -0.1), "0 to 1: rescale it"),
+        (np.full((2, 2), 300), "a picture of int64 has 0 to 255"),
+        (np.full((2, 2), 1j), "array of complex128"),
+        (np.array([["a"]]), "is not a picture"),
+        (torch.zeros(2, 3, 4, 4), "array of shape 2x3x4x4"),
+        (None, "type NoneType is not a picture"),
+        (7, "type int is not a picture"),
+    ],
+)
+def test_bad_sources(source: Any, sentence: str) -> None:
+    with pytest.raises(ImageError, match=sentence):
+        Image.of(source)
+
+
+def test_channel_rule() -> None:
+    """The last axis wins where both could be channels."""
+    both = np.zeros((3, 20, 3), np.uint8)
+    assert pixels(Image.from_array(both)).shape == (3, 20, 3)
+    assert pixels(Image.from_array(np.zeros((1, 4, 6), np.uint8))).shape == (4, 6, 3)
+    assert pixels(Image.from_array(np.full((4, 5, 7), 255, np.uint8))).shape == (5, 7, 3)
+
+
+def test_codes() -> None:
+    image = Image(codes=torch.tensor([[1, 2], [3, 4]], dtype=torch.int32))
+    assert image.pil is None and image.codes is not None
+    assert image.codes.dtype == np.int64 and image.codes.tolist() == [[1, 2], [3, 4]]
+    for bad in (np.zeros(4, int), np.zeros((2, 2)), -np.ones((1, 1), int), np.zeros((0, 2), int)):
+        with pytest.raises(ImageError, match="image codes of shape"):
+            Image(codes=bad)
+    with pytest.raises(ImageError, match="needs pixels or codes"):
+        Image()
+
+
+def test_prompts(tmp_path: Path) -> None:
+    picture = PIL.Image.fromarray(RGB)
+    picture.save(tmp_path / "a.png")
+    [message] = as_messages("Hi")
+    assert (message.role, message.parts) == ("user", [Text("Hi")])
+    [message] = as_messages(["What? ", Text("This: "), picture, "", Path(tmp_path / "a.png")])
+    kinds = [type(part).__name__ for part in message.parts]
+    assert kinds == ["Text", "Text", "Image", "Image"]
+    assert len(message.images) == 2
+    turns = [Message("user", "a"), Message("assistant", ["b"]), Message("user", picture)]
+    assert as_messages(turns) == turns
+    assert as_messages(turns[0]) == turns[:1]
+    assert len(as_messages(picture)[0].images) == 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sentence"),
+    [
+        ("", "the prompt is empty"),
+        (" \n", "the prompt is empty"),
+        ([], "the prompt is empty"),
+        (["", Text("")], "the prompt is empty"),
+        ([Message("user", [])], "the prompt is empty"),
+        (None, "cannot hold an object of type NoneType"),
+        (["a", 7], "cannot hold an object of type int"),
+        ([["a"]], "cannot hold an object of type list"),
+        ([b"a"], "cannot hold an object of type bytes"),
+        ([Message("user", "a"), "b"], "a list of messages cannot hold an object of type str"),
+        ([Message("user", "a"), Message("assistant", "b")], "the last of 2 messages"),
+        ([Message("user", "a"), Message("user", "b")], "message 2 of 2 is the user's out of turn"),
+        ([Message("assistant", "a"), Message("user", "b")], "message 1 of 2 is the assistant's"),
+    ],
+)
+def test_bad_prompts(prompt: Any, sentence: str) -> None:
+    with pytest.raises(PromptError, match=sentence):
+        as_messages(prompt)
+
+
+def test_unknown_role() -> None:
+    with pytest.raises(PromptError, match="role 'system' is unknown"):
+        Message("system", "a")  # type: ignore[arg-type]
+
+
+def test_placeholders() -> None:
+    one, two = (Image.from_array(RGB + shade) for shade in (0, 1))
+    assert fill_placeholders("a", []) == [Text("a")]
+    assert fill_placeholders("What?", [one, two]) == [one, two, Text("What?")]
+    parts = fill_placeholders("<image>x <image> y", [one, two])
+    assert parts == [one, Text("x "), two, Text(" y")]
+    assert fill_placeholders("", [one]) == [one]
+    for text, images in (("<image><image>", [one]), ("<image>", []), ("<image>", [one, two])):
+        with pytest.raises(PromptError, match="the prompt marks"):
+            fill_placeholders(text, images)
