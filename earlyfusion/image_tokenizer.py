@@ -1,0 +1,148 @@
+"""Pictures <-> codes around the VQ-GAN (arXiv 2405.09818, section 2.1).
+
+The steps are those of Meta's released code, to the bit: Lanczos to a shorter side of `resolution`,
+centre crop, and u8 / 255 * 2 - 1 in float64 before float32. Shapes: n pictures, C channels, Y X
+height and width in pixels, h w in codes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias, get_args
+
+import numpy as np
+import PIL.Image
+import torch
+from torch import Tensor
+
+from earlyfusion.content import MAX_PIXELS, Image
+from earlyfusion.errors import ImageError, SettingError
+from earlyfusion.model.vqgan import VQGAN
+
+Mode: TypeAlias = Literal["crop", "fit"]
+_MAX_SQUARE = math.isqrt(MAX_PIXELS)
+# Pixels through the network at once: 4 pictures of 512 x 512.
+_BATCH_PIXELS = 4 * 512 * 512
+
+
+class ImageTokenizer:
+    """Encodes pictures to codes and draws codes as pictures, on the device of its VQ-GAN.
+
+    `mode` says how a picture becomes a square: "crop" keeps the centre, as Meta's code does; "fit"
+    keeps the whole picture and fills up with white.
+    """
+
+    def __init__(self, vqgan: VQGAN, resolution: int, mode: Mode = "crop") -> None:
+        self.vqgan, self.resolution, self.mode = vqgan, resolution, _checked(mode)
+        stride = vqgan.config.stride
+        if resolution < stride or resolution % stride:
+            raise SettingError(
+                f"resolution={resolution} must be a positive multiple of the stride {stride}"
+            )
+
+    @property
+    def device(self) -> torch.device:
+        return self.vqgan.quantize.embedding.weight.device
+
+    @property
+    def grid(self) -> int:
+        """Codes along one side of a picture."""
+        return self.resolution // self.vqgan.config.stride
+
+    def encode(self, images: Sequence[Any], mode: Mode | None = None) -> Tensor:
+        """Codes int64 [n, h, w] of pictures: anything that `Image.of` takes.
+
+        Raises `ImageError` when one cannot be read or has codes but no pixels.
+        """
+        if len(images) == 0:
+            return torch.empty(0, self.grid, self.grid, dtype=torch.int64, device=self.device)
+        step = self._batch_size
+        batches = (images[at : at + step] for at in range(0, len(images), step))
+        return torch.cat([self._encode_batch(batch, mode) for batch in batches])
+
+    def decode(self, codes_nhw: Tensor) -> list[PIL.Image.Image]:
+        """Pictures of codes int64 [n, h, w]; values are truncated to 8 bits as in Meta's code."""
+        codes, step = _checked_codes(codes_nhw), self._batch_size
+        return [
+            PIL.Image.fromarray(pixels)
+            for at in range(0, len(codes), step)
+            for pixels in self._decode_batch(codes[at : at + step])
+        ]
+
+    def preprocess(self, image: Any, mode: Mode | None = None) -> Tensor:
+        """Pixels float32 [3, resolution, resolution] in -1 to 1, on the CPU."""
+        square = self.square(image, mode)
+        pixels_CYX = np.asarray(square).transpose(2, 0, 1)
+        return torch.from_numpy((pixels_CYX / 255.0 * 2.0 - 1.0).astype(np.float32))
+
+    def square(self, image: Any, mode: Mode | None = None) -> PIL.Image.Image:
+        """The part of a picture that the model sees, `resolution` pixels a side."""
+        picture = Image.of(image).pil
+        if picture is None:
+            raise ImageError("the image has codes but no pixels: decode it, or use its codes")
+        crop = _checked(mode or self.mode) == "crop"
+        return (_cropped if crop else _fitted)(picture, self.resolution)
+
+    @property
+    def _batch_size(self) -> int:
+        return max(1, _BATCH_PIXELS // self.resolution**2)
+
+    @torch.no_grad()
+    def _encode_batch(self, images: Sequence[Any], mode: Mode | None) -> Tensor:
+        pixels_nCYX = torch.stack([self.preprocess(image, mode) for image in images])
+        dtype = self.vqgan.quantize.embedding.weight.dtype
+        return self.vqgan.encode(pixels_nCYX.to(self.device, dtype))
+
+    @torch.no_grad()
+    def _decode_batch(self, codes_nhw: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        pixels = self.vqgan.decode(codes_nhw.to(self.device)).float().clamp(-1, 1)
+        pixels_nYXC = ((pixels + 1) / 2 * 255).to(torch.uint8).permute(0, 2, 3, 1)
+        return np.ascontiguousarray(pixels_nYXC.cpu().numpy())
+
+
+def _checked(mode: Any) -> Mode:
+    if mode not in get_args(Mode):
+        raise SettingError(f"image mode {mode!r} is unknown: choose 'crop' or 'fit'")
+    return mode  # type: ignore[no-any-return]
+
+
+def _checked_codes(codes: Any) -> Tensor:
+    tensor: Tensor = torch.as_tensor(codes)
+    if tensor.ndim != 3 or tensor.is_floating_point() or 0 in tensor.shape[1:]:
+        raise ImageError(
+            f"codes of shape {tuple(tensor.shape)} and type {tensor.dtype} cannot be drawn: "
+            "give whole numbers [n, h, w]"
+        )
+    return tensor.long()
+
+
+def _cropped(picture: PIL.Image.Image, side: int) -> PIL.Image.Image:
+    scale = side / min(picture.size)
+    width, height = (round(scale * length) for length in picture.size)
+    left, top = (width - side) // 2, (height - side) // 2
+    area = (left, top, left + side, top + side)
+    if width * height > MAX_PIXELS:
+        return _narrow_crop(picture, side, area, (width, height))
+    return picture.resize((width, height), PIL.Image.Resampling.LANCZOS).crop(area)
+
+
+def _narrow_crop(
+    picture: PIL.Image.Image, side: int, area: tuple[int, ...], size: tuple[int, int]
+) -> PIL.Image.Image:
+    """The crop of a long strip without resizing all of it; differs in the last bit of a value."""
+    lengths, sizes = picture.size * 2, size * 2
+    box = [min(edge * n / m, n) for edge, n, m in zip(area, lengths, sizes, strict=True)]
+    resample = PIL.Image.Resampling.LANCZOS
+    return picture.resize((side, side), resample, box=(box[0], box[1], box[2], box[3]))
+
+
+def _fitted(picture: PIL.Image.Image, side: int) -> PIL.Image.Image:
+    """The whole picture in the middle of a white square, resized."""
+    if max(picture.size) > _MAX_SQUARE:
+        picture = picture.copy()
+        picture.thumbnail((_MAX_SQUARE, _MAX_SQUARE), PIL.Image.Resampling.LANCZOS)
+    edge = max(picture.size)
+    canvas = PIL.Image.new("RGB", (edge, edge), "white")
+    canvas.paste(picture, ((edge - picture.width) // 2, (edge - picture.height) // 2))
+    return canvas.resize((side, side), PIL.Image.Resampling.LANCZOS)

@@ -1,0 +1,265 @@
+"""The early-fusion transformer: one decoder over one vocabulary of text and image tokens.
+
+Choices, with the section of the paper (arXiv 2405.09818):
+
+- text and image tokens share embedding, layers and head; nothing here knows which is which (2);
+- Llama-2's block: RMSNorm, rotary positions, SwiGLU, no biases; grouped keys in the 34B (2.3);
+- QK-norm: a LayerNorm with weight and bias over each head's queries and keys, before rotation, so
+  that the two modalities cannot race each other's norms out of the range of bf16 (2.3);
+- `swin_norm` norms what a branch gives instead of what it takes, as the 34B does (2.3); one `Block`
+  serves both;
+- dropout after attention and after feed-forward, 0.1 in the 7B, none in the 34B (2.3);
+- norms and rotation are computed in fp32 and rounded once, as Meta's kernels do.
+
+Parameter names are transformers'. The forward gives plain logits: which token may come next is no
+business of the model. Attention is passed in, one `Attend` a layer, so that layers never know their
+number, a cache or a mask.
+
+Shapes: B batch, T tokens, D model width, N query heads, K key and value heads, H head width,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from earlyfusion.config import ModelConfig
+from earlyfusion.errors import SettingError
+from earlyfusion.model.attention import Attend, CausalAttend
+
+
+class Rotary(NamedTuple):
+    """Tables of one forward, in fp32: (B or 1, T, 1, H); the sine's first half is negated."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == self.weight.dtype:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        normed = F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
+        return normed.to(x.dtype)
+
+
+class HeadNorm(nn.Module):
+    """LayerNorm over H with a weight and bias for each head, in fp32; its eps is fixed."""
+
+    def __init__(self, heads: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(heads, width))
+        self.bias = nn.Parameter(torch.zeros(heads, width))
+
+    def forward(self, x_BTNH: Tensor) -> Tensor:
+        normed = F.layer_norm(x_BTNH.float(), x_BTNH.shape[-1:], eps=1e-5)
+        return torch.addcmul(self.bias.float(), normed, self.weight.float())
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        D, H, bias = config.hidden_size, config.head_dim, config.attention_bias
+        N, K = config.num_attention_heads, config.kv_heads
+        self.head_dim = H
+        self.q_proj = nn.Linear(D, N * H, bias=bias)
+        self.k_proj = nn.Linear(D, K * H, bias=bias)
+        self.v_proj = nn.Linear(D, K * H, bias=bias)
+        self.o_proj = nn.Linear(N * H, D, bias=bias)
+        self.q_norm = HeadNorm(N, H)
+        self.k_norm = HeadNorm(K, H)
+
+    def forward(self, x_BTD: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
+        x_BTD = _to_autocast(x_BTD)
+        heads = (*x_BTD.shape[:2], -1, self.head_dim)
+        q_BTNH = self.q_proj(x_BTD).view(heads)
+        k_BTKH = self.k_proj(x_BTD).view(heads)
+        v_BTKH = self.v_proj(x_BTD).view(heads)
+        q_BTNH = rotate(self.q_norm(q_BTNH), rotary).to(v_BTKH.dtype)
+        k_BTKH = rotate(self.k_norm(k_BTKH), rotary).to(v_BTKH.dtype)
+        out: Tensor = self.o_proj(attend(q_BTNH, k_BTKH, v_BTKH).flatten(2))
+        return out
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(width, inner, bias=bias)
+        self.up_proj = nn.Linear(width, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, width, bias=bias)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        x_BTD = _to_autocast(x_BTD)
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+        return out
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, dropout: float) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = FeedForward(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm_after = config.swin_norm
+        self.dropout = dropout
+
+    def forward(self, x_BTD: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
+        def attention(y_BTD: Tensor) -> Tensor:
+            out: Tensor = self.self_attn(y_BTD, rotary, attend)
+            return out
+
+        x_BTD = x_BTD + self._branch(attention, self.input_layernorm, x_BTD)
+        return x_BTD + self._branch(self.mlp, self.post_attention_layernorm, x_BTD)
+
+    def _branch(self, branch: Callable[[Tensor], Tensor], norm: nn.Module, x_BTD: Tensor) -> Tensor:
+        y_BTD = norm(branch(x_BTD)) if self.norm_after else branch(norm(x_BTD))
+        return F.dropout(y_BTD, self.dropout, self.training)
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and final norm; takes embedded tokens, so that a caller may mix its own."""
+
+    def __init__(self, config: ModelConfig, dropout: float) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, dropout) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x_BTD: Tensor, rotary: Rotary, attends: Sequence[Attend]) -> Tensor:
+        for layer, attend in zip(self.layers, attends, strict=True):
+            x_BTD = layer(x_BTD, rotary, attend)
+        out: Tensor = self.norm(x_BTD)
+        return out
+
+
+class Transformer(nn.Module):
+    """Tokens to logits. `dropout` acts in training mode only."""
+
+    def __init__(self, config: ModelConfig, dropout: float = 0.0) -> None:
+        super().__init__()
+        if not 0.0 <= dropout < 1.0:
+            raise SettingError(f"dropout={dropout} must be at least 0 and below 1")
+        _check_rope(config)
+        self.config = config
+        self.model = Decoder(config, dropout)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_weights()
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor | None = None,
+        attends: Sequence[Attend] | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
+        """Logits (B, T, V), or (B, 1, V) with `last_only`, in the computing dtype.
+
+        Positions count from 0 unless given; `attends`, one a layer, default to causal attention.
+        """
+        if positions_BT is None:
+            positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
+        if attends is None:
+            attends = [CausalAttend()] * self.config.num_hidden_layers
+        x_BTD = self.model.embed_tokens(tokens_BT)
+        x_BTD = self.model(x_BTD, rotary_tables(self.config, positions_BT), attends)
+        logits_BTV: Tensor = self.lm_head(x_BTD[:, -1:] if last_only else x_BTD)
+        return logits_BTV
+
+    def tie_weights(self) -> None:
+        """Let the head share the embedding's parameter, if the config says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Draw matrices from N(0, initializer_range); norms begin as the identity."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif "norm" in name:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, self.config.initializer_range, generator=generator)
+
+
+def rotate(x_BTNH: Tensor, rotary: Rotary) -> Tensor:
+    """Turn each pair (h, h + H/2) by its angle: transformers' half-split layout."""
+    swapped_BTNH = x_BTNH.roll(x_BTNH.shape[-1] // 2, -1)
+    return torch.addcmul(x_BTNH * rotary.cos, swapped_BTNH, rotary.sin)
+
+
+def rotary_tables(config: ModelConfig, positions_BT: Tensor) -> Rotary:
+    """Cosines and sines of every position and pair, in fp32."""
+    angles = positions_BT.float()[:, :, None, None] * rotary_frequencies(
+        config, positions_BT.device
+    )
+    cos, sin = angles.cos(), angles.sin()
+    return Rotary(torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))
+
+
+def rotary_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
+    """Radians a position, for each of the H/2 pairs, in fp32."""
+    H = config.head_dim
+    exponents = torch.arange(0, H, 2, dtype=torch.float32, device=device) / H
+    frequencies = torch.reciprocal(torch.pow(config.rope_theta, exponents))
+    scaling = config.rope_scaling or {}
+    if _rope_type(config) == "linear":
+        return frequencies / float(scaling["factor"])
+    if _rope_type(config) == "llama3":
+        return _llama3(frequencies, scaling)
+    return frequencies
+
+
+def _llama3(frequencies: Tensor, scaling: dict[str, float]) -> Tensor:
+    """Slow pairs are slowed by `factor`, fast ones kept, those between are blended."""
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = frequencies * (scaling["original_max_position_embeddings"] / (2 * math.pi))
+    keep = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return frequencies * (keep + (1.0 - keep) / scaling["factor"])
+
+
+_ROPE_SETTINGS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+}
+
+
+def _rope_type(config: ModelConfig) -> str:
+    scaling = config.rope_scaling or {}
+    return str(scaling.get("rope_type") or scaling.get("type") or "default")
+
+
+def _check_rope(config: ModelConfig) -> None:
+    kind = _rope_type(config)
+    if kind not in _ROPE_SETTINGS:
+        raise SettingError(
+            f"rope_scaling type {kind!r} is unknown: use one of {', '.join(_ROPE_SETTINGS)}"
+        )
+    missing = [n for n in _ROPE_SETTINGS[kind] if n not in (config.rope_scaling or {})]
+    if missing:
+        raise SettingError(f"rope_scaling type {kind!r} needs {', '.join(missing)}")
+
+
+def _to_autocast(x: Tensor) -> Tensor:
+    # Autocast would cast the same activation again for every projection that reads it.
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x

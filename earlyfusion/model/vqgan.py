@@ -1,0 +1,271 @@
+"""The VQ-GAN: pictures <-> codes (arXiv 2405.09818, section 2.1; Esser et al. 2021).
+
+Choices, so that released weights load without translation:
+- parameter names are those of the original checkpoints (`encoder.down.0.block.0.conv1.weight`);
+- group norm with 32 groups and eps 1e-6, swish, nearest-neighbour upsampling, and a downsampling
+  convolution that pads one pixel on the right and at the bottom only;
+- one attention block in the middle always, others where a level's side is in `attn_resolutions`;
+- no activation at the end of the decoder: pixels are meant for [-1, 1] and clamped by the caller.
+
+Any height and width that the stride divides will do. Shapes: B batch, C channels, Y X height and
+width in pixels, y x in codes, K codebook size, N vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from earlyfusion.config import VQConfig
+from earlyfusion.errors import CheckpointError, ImageError
+
+_SEARCH_ELEMENTS = 1 << 24  # scores held at once by the codebook search: 64 MB in fp32
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+def _conv3(inputs: int, outputs: int) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, padding=1)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, inputs: int, outputs: int, dropout: float) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = _norm(inputs), _conv3(inputs, outputs)
+        self.norm2, self.conv2 = _norm(outputs), _conv3(outputs, outputs)
+        self.dropout = nn.Dropout(dropout)
+        if inputs != outputs:
+            self.nin_shortcut = nn.Conv2d(inputs, outputs, 1)
+
+    def forward(self, x_BCYX: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x_BCYX)))
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return h + (self.nin_shortcut(x_BCYX) if hasattr(self, "nin_shortcut") else x_BCYX)
+
+
+class SpatialAttention(nn.Module):
+    """Single-head attention over all positions of a feature map."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = _norm(channels)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x_BCYX: Tensor) -> Tensor:
+        h = self.norm(x_BCYX)
+        q, k, v = (f(h).flatten(2).transpose(1, 2).unsqueeze(1) for f in (self.q, self.k, self.v))
+        out = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2)
+        return x_BCYX + self.proj_out(out.reshape(x_BCYX.shape))
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x_BCYX: Tensor) -> Tensor:
+        return self.conv(F.pad(x_BCYX, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = _conv3(channels, channels)
+
+    def forward(self, x_BCYX: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x_BCYX, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The blocks of one resolution, with attention after each where the config asks for it.
+
+    The encoder gives a `downsample` to all levels but the last, the decoder an `upsample`.
+    """
+
+    downsample: Downsample
+    upsample: Upsample
+
+    def __init__(self, channels: Sequence[int], attend: bool, dropout: float) -> None:
+        super().__init__()
+        pairs = list(pairwise(channels))
+        self.block = nn.ModuleList(ResBlock(i, o, dropout) for i, o in pairs)
+        self.attn = nn.ModuleList(SpatialAttention(o) for _, o in pairs if attend)
+
+    def forward(self, x_BCYX: Tensor) -> Tensor:
+        attns: Sequence[nn.Module] = list(self.attn) or [nn.Identity()] * len(self.block)
+        for block, attn in zip(self.block, attns, strict=True):
+            x_BCYX = attn(block(x_BCYX))
+        return x_BCYX
+
+
+class Middle(nn.Module):
+    def __init__(self, channels: int, config: VQConfig) -> None:
+        super().__init__()
+        self.block_1 = ResBlock(channels, channels, config.dropout)
+        vanilla = config.attn_type == "vanilla"
+        self.attn_1 = SpatialAttention(channels) if vanilla else nn.Identity()
+        self.block_2 = ResBlock(channels, channels, config.dropout)
+
+    def forward(self, x_BCYX: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x_BCYX)))
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: VQConfig) -> None:
+        super().__init__()
+        widths = [config.base_channels * m for m in config.channel_multiplier]
+        self.conv_in = _conv3(config.in_channels, config.base_channels)
+        self.down = nn.ModuleList()
+        side, inputs = config.resolution, config.base_channels
+        for depth, width in enumerate(widths):
+            channels = [inputs] + [width] * config.num_res_blocks
+            level = Level(channels, side in config.attn_resolutions, config.dropout)
+            if depth < len(widths) - 1:
+                level.downsample = Downsample(width)
+                side //= 2
+            self.down.append(level)
+            inputs = width
+        self.mid = Middle(inputs, config)
+        self.norm_out = _norm(inputs)
+        out = config.latent_channels * (2 if config.double_latent else 1)
+        self.conv_out = _conv3(inputs, out)
+
+    def forward(self, pixels_BCYX: Tensor) -> Tensor:
+        h = self.conv_in(pixels_BCYX)
+        for level in cast("Iterable[Level]", self.down):
+            h = level(h)
+            if hasattr(level, "downsample"):
+                h = level.downsample(h)
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+
+
+class Decoder(nn.Module):
+    """Levels are stored from high to low resolution and run from the last one down."""
+
+    def __init__(self, config: VQConfig) -> None:
+        super().__init__()
+        widths = [config.base_channels * m for m in config.channel_multiplier]
+        self.conv_in = _conv3(config.latent_channels, widths[-1])
+        self.mid = Middle(widths[-1], config)
+        side, inputs = config.grid, widths[-1]
+        levels: list[Level] = []
+        for depth in reversed(range(len(widths))):
+            channels = [inputs] + [widths[depth]] * (config.num_res_blocks + 1)
+            level = Level(channels, side in config.attn_resolutions, config.dropout)
+            if depth > 0:
+                level.upsample = Upsample(widths[depth])
+                side *= 2
+            levels.insert(0, level)
+            inputs = widths[depth]
+        self.up = nn.ModuleList(levels)
+        self.norm_out = _norm(inputs)
+        self.conv_out = _conv3(inputs, config.in_channels)
+
+    def forward(self, latents_BCyx: Tensor) -> Tensor:
+        h = self.mid(self.conv_in(latents_BCyx))
+        for level in cast("Iterable[Level]", reversed(self.up)):
+            h = level(h)
+            if hasattr(level, "upsample"):
+                h = level.upsample(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class Quantizer(nn.Module):
+    def __init__(self, config: VQConfig) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(config.num_embeddings, config.embed_dim)
+
+    def search(self, vectors_NC: Tensor) -> Tensor:
+        """Nearest codeword of each vector, int64 [N]; the first one on ties."""
+        weight_KC = self.embedding.weight
+        half_norm_K = weight_KC.square().sum(1) / 2
+        rows = max(1, _SEARCH_ELEMENTS // len(weight_KC))
+        pieces = vectors_NC.to(weight_KC.dtype).split(rows)
+        scores = (torch.addmm(half_norm_K, piece, weight_KC.T, alpha=-1) for piece in pieces)
+        return torch.cat([score.argmin(1) for score in scores])
+
+
+class Quantized(NamedTuple):
+    """What training needs of one pass: `latents` before and `nearest` after the codebook."""
+
+    pixels: Tensor
+    latents: Tensor
+    nearest: Tensor
+    codes: Tensor
+
+
+class VQGAN(nn.Module):
+    """Encoder, codebook and decoder. `decoder` is None where a checkpoint comes without one."""
+
+    def __init__(self, config: VQConfig, with_decoder: bool = True) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.quantize = Quantizer(config)
+        latent = config.latent_channels
+        self.quant_conv = nn.Conv2d(latent, config.embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(config.embed_dim, latent, 1)
+        self.decoder = Decoder(config) if with_decoder else None
+
+    def latents(self, pixels_BCYX: Tensor) -> Tensor:
+        """Encoder output after `quant_conv`, [B, embed_dim, y, x]; pixels are in [-1, 1].
+
+        Raises `ImageError` where the stride does not divide height and width.
+        """
+        stride, (height, width) = self.config.stride, pixels_BCYX.shape[-2:]
+        if height % stride or width % stride or not height or not width:
+            raise ImageError(
+                f"a picture of {width} x {height} pixels cannot be cut into codes: "
+                f"both sides must be multiples of {stride}"
+            )
+        return self.quant_conv(self.encoder(pixels_BCYX))
+
+    def encode(self, pixels_BCYX: Tensor) -> Tensor:
+        """Codes of pictures in [-1, 1]: int64 [B, y, x]."""
+        return self._nearest_codes(self.latents(pixels_BCYX))
+
+    def embed(self, codes_Byx: Tensor) -> Tensor:
+        """Codewords of codes: [B, embed_dim, y, x]."""
+        return self.quantize.embedding(codes_Byx).permute(0, 3, 1, 2)
+
+    def decode(self, codes_Byx: Tensor) -> Tensor:
+        """Pictures of codes, about [-1, 1] and not clamped: [B, 3, Y, X].
+
+        Raises `ImageError` for a code outside the codebook, `CheckpointError` without a decoder.
+        """
+        count = self.config.num_embeddings
+        if codes_Byx.numel() and not 0 <= int(codes_Byx.min()) <= int(codes_Byx.max()) < count:
+            raise ImageError(f"image codes must lie in 0..{count - 1}, the codebook of this model")
+        return self._pixels(self.embed(codes_Byx))
+
+    def forward(self, pixels_BCYX: Tensor, blend: Tensor | float = 1.0) -> Quantized:
+        """Reconstruct with a straight-through gradient from the codewords to the encoder.
+
+        The decoder sees latents moved by `blend` of the way to their codewords: 0 leaves the
+        codebook out, 1 is the real thing.
+        """
+        latents = self.latents(pixels_BCYX)
+        codes = self._nearest_codes(latents.detach())
+        nearest = self.embed(codes)
+        through = latents + blend * (nearest - latents).detach()
+        return Quantized(self._pixels(through), latents, nearest, codes)
+
+    def _nearest_codes(self, latents_BCyx: Tensor) -> Tensor:
+        b, c, y, x = latents_BCyx.shape
+        vectors_NC = latents_BCyx.permute(0, 2, 3, 1).reshape(-1, c)
+        return self.quantize.search(vectors_NC).view(b, y, x)
+
+    def _pixels(self, codewords_BCyx: Tensor) -> Tensor:
+        if self.decoder is None:
+            raise CheckpointError(
+                "this checkpoint has no VQ decoder, so codes cannot become pictures: "
+                "load one that has it"
+            )
+        return self.decoder(self.post_quant_conv(codewords_BCyx))

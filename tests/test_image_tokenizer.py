@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import PIL.Image
+import pytest
+import torch
+from torch import Tensor
+
+from earlyfusion import image_tokenizer
+from earlyfusion.checkpoints.meta import load_vqgan
+from earlyfusion.config import VQConfig
+from earlyfusion.content import Image
+from earlyfusion.errors import CheckpointError, ImageError, SettingError
+from earlyfusion.image_tokenizer import ImageTokenizer
+from earlyfusion.model.vqgan import VQGAN
+
+GOLDEN = Path(__file__).parent / "golden"
+VQ_IMAGES = sorted((GOLDEN / "images").glob("vq*.png"))
+PREPROCESS: dict[str, Any] = json.loads((GOLDEN / "expected/preprocess.json").read_text())
+SMALL = VQConfig(
+    embed_dim=4,
+    num_embeddings=32,
+    latent_channels=8,
+    resolution=32,
+    base_channels=32,
+    channel_multiplier=(1, 1, 1),
+    num_res_blocks=1,
+)
+
+
+@pytest.fixture(scope="module")
+def metas() -> ImageTokenizer:
+    vqgan = load_vqgan(GOLDEN / "tokenizer")
+    return ImageTokenizer(vqgan, vqgan.config.resolution)
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, npt.NDArray[Any]]:
+    with np.load(GOLDEN / "expected/vq.npz") as arrays:
+        return dict(arrays)
+
+
+@pytest.fixture(scope="module")
+def small() -> ImageTokenizer:
+    torch.manual_seed(0)
+    return ImageTokenizer(VQGAN(SMALL).eval(), SMALL.resolution)
+
+
+def picture(width: int, height: int) -> PIL.Image.Image:
+    rng = np.random.default_rng(width * 1000 + height)
+    return PIL.Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("name", sorted(PREPROCESS))
+def test_preprocessing_equals_metas_to_the_bit(metas: ImageTokenizer, name: str) -> None:
+    pixels = metas.preprocess(GOLDEN / "images" / name)
+    assert pixels.shape == (3, 512, 512) and pixels.dtype == torch.float32
+    with PIL.Image.open(GOLDEN / "expected/preprocess" / name) as file:
+        np.testing.assert_array_equal(np.asarray(metas.square(GOLDEN / "images" / name)), file)
+    digest = hashlib.sha256(pixels.numpy().tobytes()).hexdigest()
+    assert digest == PREPROCESS[name]["input_f32_sha256"]
+
+
+@pytest.fixture(scope="module")
+def encoded(metas: ImageTokenizer) -> tuple[Tensor, Tensor]:
+    """Codes of the four pictures, and the latents on the way."""
+    latents: list[Tensor] = []
+    hook = metas.vqgan.quant_conv.register_forward_hook(lambda *call: latents.append(call[2]))
+    codes = metas.encode(VQ_IMAGES)
+    hook.remove()
+    return codes, torch.cat(latents)
+
+
+@pytest.fixture(scope="module")
+def drawn(
+    metas: ImageTokenizer, expected: dict[str, npt.NDArray[Any]]
+) -> tuple[list[PIL.Image.Image], Tensor]:
+    """Pictures of Meta's four code grids, and the pixels before they are clamped."""
+    pixels: list[Tensor] = []
+    assert metas.vqgan.decoder is not None
+    hook = metas.vqgan.decoder.register_forward_hook(lambda *call: pixels.append(call[2]))
+    pictures = metas.decode(
+        torch.from_numpy(np.stack([expected[f"tokens_{i}"].reshape(32, 32) for i in range(4)]))
+    )
+    hook.remove()
+    return pictures, torch.cat(pixels)
+
+
+def test_tokens_equal_metas(
+    encoded: tuple[Tensor, Tensor], expected: dict[str, npt.NDArray[Any]]
+) -> None:
+    codes, latents = encoded
+    assert codes.shape == (4, 32, 32) and codes.dtype == torch.int64
+    for i in range(4):
+        np.testing.assert_array_equal(codes[i].numpy().ravel(), expected[f"tokens_{i}"])
+        np.testing.assert_allclose(latents[i].numpy(), expected[f"latent_{i}"], atol=2e-4, rtol=0)
+
+
+def test_decoded_pixels_equal_metas(
+    drawn: tuple[list[PIL.Image.Image], Tensor], expected: dict[str, npt.NDArray[Any]]
+) -> None:
+    for i, pixels in enumerate(drawn[1].numpy()):
+        stride, patch = (expected[f"decoded_f32_{name}_{i}"] for name in ("stride8", "patch"))
+        assert stride.size == 3 * 64 * 64 and patch.size == 3 * 64 * 64
+        for ours, metas in ((pixels[:, ::8, ::8], stride), (pixels[:, 200:264, 300:364], patch)):
+            np.testing.assert_allclose(ours, metas.reshape(3, 64, 64), atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("i", [0, 3])
+def test_drawn_pictures_equal_metas(drawn: tuple[list[PIL.Image.Image], Tensor], i: int) -> None:
+    picture = drawn[0][i]
+    with PIL.Image.open(GOLDEN / f"expected/vq_decoded_{i}.png") as file:
+        away = np.abs(np.asarray(picture, dtype=int) - np.asarray(file, dtype=int))
+    assert picture.mode == "RGB" and picture.size == (512, 512)
+    assert away.max() <= 1 and (away > 0).mean() < 0.01
+
+
+@pytest.mark.parametrize("size", [(32, 32), (1, 1), (3, 2), (77, 41), (40, 300), (512, 512)])
+@pytest.mark.parametrize("mode", ["crop", "fit"])
+def test_other_sizes(small: ImageTokenizer, size: tuple[int, int], mode: Any) -> None:
+    assert small.preprocess(picture(*size), mode).shape == (3, 32, 32)
+    assert small.encode([picture(*size)], mode).shape == (1, 8, 8)
+
+
+def test_a_picture_of_the_right_size_is_untouched(small: ImageTokenizer) -> None:
+    source = picture(32, 32)
+    for mode in ("crop", "fit"):
+        np.testing.assert_array_equal(small.square(source, mode), source)
+    pixels = small.preprocess(source).double().numpy().transpose(1, 2, 0)
+    np.testing.assert_allclose(pixels, np.asarray(source) / 127.5 - 1, atol=1e-7)
+
+
+def test_crop_keeps_the_centre_and_fit_the_whole(small: ImageTokenizer) -> None:
+    wide = PIL.Image.new("RGB", (96, 32), "blue")
+    wide.paste("red", (32, 0, 64, 32))
+    cropped, fitted = (np.asarray(small.square(wide, mode)) for mode in ("crop", "fit"))
+    assert (cropped == (255, 0, 0)).all()
+    assert (fitted[:8] == 255).all() and (fitted[-8:] == 255).all()
+    np.testing.assert_array_equal(fitted[16, [2, 16, 29]], [(0, 0, 255), (255, 0, 0), (0, 0, 255)])
+
+
+def test_fit_pads_before_it_resizes(small: ImageTokenizer) -> None:
+    source = picture(50, 20)
+    canvas = PIL.Image.new("RGB", (50, 50), (255, 255, 255))
+    canvas.paste(source, (0, 15))
+    expected = canvas.resize((32, 32), PIL.Image.Resampling.LANCZOS)
+    np.testing.assert_array_equal(small.square(source, "fit"), expected)
+    tokenizer = ImageTokenizer(small.vqgan, 32, mode="fit")
+    np.testing.assert_array_equal(tokenizer.square(source), expected)
+
+
+def test_long_strips_need_little_memory(
+    small: ImageTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for size in ((16_384, 1), (1, 16_384), (3, 16_001)):
+        for mode in ("crop", "fit"):
+            assert ImageTokenizer(small.vqgan, 512).square(picture(*size), mode).size == (512, 512)
+    for size in ((45, 1001), (1001, 44), (60, 61)):
+        source = picture(*size)
+        whole = np.asarray(small.square(source), dtype=int)
+        with monkeypatch.context() as patch:
+            patch.setattr(image_tokenizer, "MAX_PIXELS", 0)
+            narrow = np.asarray(small.square(source), dtype=int)
+        assert np.abs(whole - narrow).max() <= 1
+
+
+def test_a_batch_equals_its_pictures_one_by_one(
+    small: ImageTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = [picture(40, 30 + i) for i in range(5)]
+    singly = torch.cat([small.encode([source]) for source in sources])
+    monkeypatch.setattr(image_tokenizer, "_BATCH_PIXELS", 2 * 32 * 32)
+    assert torch.equal(small.encode(sources), singly)
+    drawn = small.decode(singly)
+    for codes, one in zip(singly, drawn, strict=True):
+        away = np.asarray(one, int) - np.asarray(small.decode(codes[None])[0], int)
+        assert np.abs(away).max() <= 1
+
+
+def test_all_kinds_of_sources(small: ImageTokenizer, tmp_path: Path) -> None:
+    source = picture(40, 33)
+    source.save(tmp_path / "a.png")
+    path = tmp_path / "a.png"
+    array = np.asarray(source)
+    kinds = [source, path, str(path), path.read_bytes(), array, torch.from_numpy(array.copy())]
+    codes = small.encode([*kinds, Image.of(source)])
+    assert codes.shape == (7, 8, 8) and (codes == codes[0]).all()
+    assert small.encode([]).shape == (0, 8, 8) and small.decode(small.encode([])) == []
+
+
+def test_decode_clamps_and_truncates(
+    small: ImageTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = torch.tensor([-3.0, -1.0, 0.0, 0.999, 1.0, 7.0]).view(1, 1, 1, 6).expand(1, 3, 1, 6)
+    monkeypatch.setattr(small.vqgan, "decode", lambda codes: values)
+    [drawn] = small.decode(torch.zeros(1, 8, 8, dtype=torch.int64))
+    assert np.asarray(drawn)[0, :, 0].tolist() == [0, 0, 127, 254, 255, 255]
+
+
+def test_errors(small: ImageTokenizer) -> None:
+    with pytest.raises(ImageError, match="codes but no pixels"):
+        small.encode([Image(codes=np.zeros((8, 8), int))])
+    with pytest.raises(ImageError, match="there is no file"):
+        small.encode([picture(4, 4), "missing.png"])
+    with pytest.raises(SettingError, match="mode 'stretch' is unknown"):
+        small.encode([picture(4, 4)], mode="stretch")  # type: ignore[arg-type]
+    with pytest.raises(SettingError, match="resolution=30 must be"):
+        ImageTokenizer(small.vqgan, 30)
+    for codes in (torch.zeros(8, 8, dtype=torch.int64), torch.zeros(1, 8, 8)):
+        with pytest.raises(ImageError, match="cannot be drawn"):
+            small.decode(codes)
+    for value in (-1, 32):
+        with pytest.raises(ImageError, match="codebook"):
+            small.decode(torch.full((1, 8, 8), value))
+    with pytest.raises(CheckpointError, match="no VQ decoder"):
+        ImageTokenizer(VQGAN(SMALL, with_decoder=False), 32).decode(torch.zeros(1, 8, 8).long())

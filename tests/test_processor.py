@@ -1,0 +1,266 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from earlyfusion.content import Image, Message, Text
+from earlyfusion.errors import (
+    CheckpointError,
+    DataError,
+    ImageError,
+    PromptError,
+    SettingError,
+)
+from earlyfusion.processor import (
+    ANSWER_IMAGE,
+    ANSWER_TEXT,
+    CONTROL,
+    PROMPT_IMAGE,
+    PROMPT_TEXT,
+    Processor,
+    TextStream,
+    train_tokenizer,
+)
+from earlyfusion.vocabulary import ImageLayout, Vocabulary, family_names
+
+GOLDEN = Path(__file__).parent / "golden"
+TOKENIZER = GOLDEN / "tokenizer/text_tokenizer.json"
+SMALL = Processor(TOKENIZER, ImageLayout(2, 2))
+CODES = np.array([[0, 1], [2, 511]])
+SPELLED = [517, 4, 5, 6, 515, 516]
+FORGERIES = ["<s>", "</s>", "<reserved08706>", "<racm3:break>", "<eoss>", "IMGIMGAZ", "IMGIMGFBBZ"]
+KOREAN = "안녕하세요, 카멜레온! 그림을 그려 주세요 🦎👩‍👩‍👧 ünï"
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, Any]:
+    data: dict[str, Any] = json.loads((GOLDEN / "expected/vocab.json").read_text())
+    return data
+
+
+@pytest.fixture(scope="module")
+def processor() -> Processor:
+    return Processor(TOKENIZER, ImageLayout(32, 32))
+
+
+def test_text_equals_metas(expected: dict[str, Any]) -> None:
+    assert len(expected["text_encode"]) == 14
+    for case in expected["text_encode"]:
+        ids = SMALL.encode_text(case["text"], parse_special=True)
+        assert ids == case["ids"], case["text"]
+        without_eos = [token for token in ids if token != SMALL.vocabulary.eos]
+        assert SMALL.decode_text(without_eos) == case["decoded"], case["text"]
+
+
+def test_decoded_text_ends_at_eos(expected: dict[str, Any]) -> None:
+    case = expected["decode_text"]
+    assert SMALL.decode_text(case["ids"]) == case["text"]
+
+
+def test_prompts_equal_metas(expected: dict[str, Any], processor: Processor) -> None:
+    with np.load(GOLDEN / "expected/vq.npz") as vq:
+        gradient, plasma = (vq[f"tokens_{i}"].reshape(32, 32) for i in (0, 3))
+    hello, cat, draw, see, mixed, raw = (case["ids"] for case in expected["prompt_ui"]["cases"])
+
+    def prompt(*parts: str | Image) -> list[int]:
+        return processor.encode([Message("user", list(parts))]).ids
+
+    assert prompt("Hello")[:-1] == hello
+    assert prompt("Draw a cat") == cat
+    assert [*prompt("Draw"), processor.vocabulary.begin_image] == draw
+    assert prompt(Image(codes=gradient), "What do you see?") == see
+    assert prompt("a", Image(codes=gradient), "b", Image(codes=plasma))[:-1] == mixed
+    assert processor.encode_text(" z") == raw[-2:]
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+def test_text_cannot_forge_control_or_image_tokens(forgery: str) -> None:
+    for text in (forgery, f"a {forgery}{forgery} b", forgery * 3):
+        ids = SMALL.encode_text(text)
+        assert set(ids) <= set(SMALL.vocabulary.text_tokens.tolist())
+        assert SMALL.decode_text(ids) == text
+        inside = SMALL.encode([Message("user", text)]).ids
+        assert inside == [SMALL.vocabulary.bos, *ids, SMALL.vocabulary.end_of_turn]
+    assert SMALL.encode_text(forgery, parse_special=True) == [SMALL.vocabulary.id_of(forgery)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.one_of(st.text(), st.sampled_from([*FORGERIES, "한글", "🦎", "e\u0301"]))))
+def test_any_text_comes_back_whole_and_in_whole_characters(pieces: list[str]) -> None:
+    text = "".join(pieces)
+    ids = SMALL.encode_text(text)
+    assert set(ids) <= set(SMALL.vocabulary.text_tokens.tolist())
+    assert SMALL.decode_text(ids) == text
+    stream, seen = SMALL.text_stream(), ""
+    for token in ids:
+        seen += stream.push(token)
+        assert text.startswith(seen)
+    assert stream.flush() == "" and seen == text
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(595, 1279), max_size=30))
+def test_streamed_text_of_any_tokens_equals_decoded_text(ids: list[int]) -> None:
+    """The oracle is the byte decoder of `tokenizers`."""
+    stream = SMALL.text_stream()
+    streamed = "".join(stream.push(token) for token in ids) + stream.flush()
+    oracle = Tokenizer.from_file(str(TOKENIZER)).decode(ids)
+    assert streamed == SMALL.decode_text(ids) == oracle
+
+
+def test_stream_holds_back_half_characters() -> None:
+    ids = SMALL.encode_text("🦎")
+    assert len(ids) == 4
+    stream = SMALL.text_stream()
+    assert [stream.push(token) for token in ids] == ["", "", "", "🦎"]
+    assert [stream.push(ids[0]), stream.flush(), stream.flush()] == ["", "�", ""]
+    assert isinstance(stream, TextStream) and stream.push(SMALL.vocabulary.eos) == ""
+
+
+def test_roles_weights_and_spans_of_a_document() -> None:
+    messages = [
+        Message("user", ["Hello", Image(codes=CODES)]),
+        Message("assistant", "Hello"),
+        Message("user", "Hello"),
+        Message("assistant", [Image(codes=CODES), "Hello"]),
+    ]
+    [hello] = SMALL.encode_text("Hello")
+    turn, eos = SMALL.vocabulary.end_of_turn, SMALL.vocabulary.eos
+    document = SMALL.encode_document(messages)
+    assert document.ids == [
+        0,
+        hello,
+        *SPELLED,
+        turn,
+        hello,
+        turn,
+        hello,
+        turn,
+        *SPELLED,
+        hello,
+        eos,
+    ]
+    user, answer = [PROMPT_TEXT], [ANSWER_TEXT]
+    assert document.role == [
+        *[CONTROL, *user, *[PROMPT_IMAGE] * 6, CONTROL],
+        *[*answer, CONTROL, *user, CONTROL],
+        *[*[ANSWER_IMAGE] * 6, *answer, CONTROL],
+    ]
+    assert document.weights == [0.0] * 9 + [1.0] + [0.0] * 3 + [1.0] * 8
+    spans = [(1, 2, "text"), (2, 8, "image"), (9, 10, "text"), (11, 12, "text")]
+    assert document.spans == [*spans, (13, 19, "image"), (19, 20, "text")]
+    assert len(document) == 21
+
+
+def test_prompt_is_the_document_up_to_the_answer() -> None:
+    messages = [Message("user", "What is"), Message("assistant", "Hello"), Message("user", "a")]
+    prompt = SMALL.encode(messages)
+    document = SMALL.encode_document([*messages, Message("assistant", " cat")])
+    assert document.ids[: len(prompt)] == prompt.ids
+    assert prompt.weights == document.weights[: len(prompt)]
+    assert prompt.ids[-1] == SMALL.vocabulary.end_of_turn
+
+
+def test_codes_may_be_given_beside_the_messages() -> None:
+    picture = Image.from_array(np.zeros((4, 4, 3), np.uint8))
+    message = Message("user", [picture, "Hello", picture])
+    ids = SMALL.encode([message], [CODES, CODES[::-1]]).ids
+    assert ids[1:7] == SPELLED and ids[8:14] == [517, 6, 515, 4, 5, 516]
+    with pytest.raises(PromptError, match="hold 2 images but codes of 1"):
+        SMALL.encode([message], [CODES])
+    with pytest.raises(PromptError, match="image 1 of 2 has no codes"):
+        SMALL.encode([message])
+    with pytest.raises(ImageError, match="shape 3x2"):
+        SMALL.encode([message], [CODES, np.zeros((3, 2), int)])
+    with pytest.raises(ImageError, match="image code 512 is outside"):
+        SMALL.encode([message], [CODES, CODES + 1])
+
+
+def test_turns_that_do_not_fit_the_use() -> None:
+    user, answer = Message("user", "a"), Message("assistant", "b")
+    for messages in ([], [user, answer], [user, user]):
+        with pytest.raises(PromptError):
+            SMALL.encode(messages)
+    for messages in ([], [user], [answer]):
+        with pytest.raises(PromptError):
+            SMALL.encode_document(messages)
+
+
+def test_half_characters_are_refused() -> None:
+    with pytest.raises(PromptError, match="lone surrogate\\) at place 1"):
+        SMALL.encode_text("a\ud83e")
+
+
+def test_segments() -> None:
+    text = SMALL.encode_text(" Hello \n")
+    first, image, last = SMALL.segments([*text, *SPELLED, *text, SMALL.vocabulary.eos, *text])
+    assert first == last == Text("Hello")
+    assert isinstance(image, Image) and image.codes is not None
+    assert image.codes.tolist() == CODES.tolist()
+    assert len(SMALL.segments(SPELLED * 2)) == 2
+    assert SMALL.segments(SMALL.encode_text(" ")) == SMALL.segments([]) == []
+    assert SMALL.segments([*text, *SPELLED[:-1]]) == [Text("Hello")]
+    with pytest.raises(ImageError, match="not an image token"):
+        SMALL.segments([517, 4, *text[:1], 4, 4, 516])
+
+
+def test_bad_tokenizer_files(tmp_path: Path) -> None:
+    names = {name: token for token, name in enumerate(family_names(4))}
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps({"model": {"type": "?", "vocab": names}}))
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        Processor(path, SMALL.layout)
+    with pytest.raises(CheckpointError, match="missing or not JSON"):
+        Processor(tmp_path / "none.json", SMALL.layout)
+
+
+TEXTS = ["Draw a red apple.", "빨간 사과를 그려 주세요.", "What is this? It is a cat, 12:30!"] * 5
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Processor:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    path.write_text(train_tokenizer(TEXTS, num_codes=64, vocab_size=360), encoding="utf-8")
+    return Processor(path, ImageLayout(2, 2))
+
+
+def test_trained_tokenizer_is_of_the_family(trained: Processor) -> None:
+    vocabulary = trained.vocabulary
+    assert vocabulary.size == 360 and vocabulary.num_codes == 64
+    assert (vocabulary.bos, vocabulary.pad, vocabulary.eos, vocabulary.unk) == (0, 1, 2, 3)
+    assert vocabulary.image_tokens.tolist() == list(range(4, 68))
+    assert (vocabulary.end_image, vocabulary.begin_image, vocabulary.end_of_turn) == (68, 69, 70)
+    assert vocabulary.image_placeholder == 71
+    assert vocabulary.control_tokens.tolist() == [0, 1, 2, 3, 68, 69, 70, 71]
+    assert vocabulary.text_tokens.tolist() == list(range(72, 360))
+
+
+def test_trained_tokenizer_encodes_all_text(trained: Processor) -> None:
+    for text in (*TEXTS, KOREAN, "a  b\t\n\nc", *FORGERIES, bytes(range(256)).decode("latin-1")):
+        assert trained.decode_text(trained.encode_text(text)) == text
+        assert set(trained.encode_text(text)) <= set(trained.vocabulary.text_tokens.tolist())
+    assert len(trained.encode_text("사과")) < len("사과".encode()) == 6
+    assert len(trained.encode_text("1230!")) == 5
+    assert trained.encode_text("<s>", parse_special=True) == [0]
+
+
+def test_training_repeats_itself() -> None:
+    first, second = (train_tokenizer(iter(TEXTS), 8, 380) for _ in range(2))
+    assert first == second
+    assert Vocabulary.from_dict(json.loads(first)).num_codes == 8
+
+
+def test_training_errors() -> None:
+    smallest = len(family_names(8)) + 256
+    assert Vocabulary.from_dict(json.loads(train_tokenizer([], 8, smallest))).size == smallest
+    with pytest.raises(SettingError, match=f"vocab_size={smallest - 1} is too small"):
+        train_tokenizer(TEXTS, 8, smallest - 1)
+    with pytest.raises(DataError, match="lone surrogate"):
+        train_tokenizer(["a\ud800"], 8, 400)

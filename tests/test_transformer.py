@@ -1,0 +1,333 @@
+"""The transformer, its attention and its cache against Meta's recorded numbers and transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from earlyfusion.checkpoints.hf import build_transformer
+from earlyfusion.checkpoints.meta import read_config, read_tensors
+from earlyfusion.config import PRESETS, ModelConfig
+from earlyfusion.errors import ContextError, SettingError
+from earlyfusion.model.attention import CausalAttend, _document_mask, dot_product_attention
+from earlyfusion.model.kv_cache import KVCache
+from earlyfusion.model.transformer import Transformer, rotary_frequencies
+
+MODELS = ("tiny_1", "tiny_mp2_swin_gqa")
+TINY = PRESETS["tiny"]
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def read_golden(
+    golden: Path, name: str, dtype: torch.dtype
+) -> tuple[Transformer, dict[str, np.ndarray[Any, Any]]]:
+    folder = golden / "models" / name
+    config = read_config(folder)
+    model = build_transformer(config, read_tensors(folder, config), folder, dtype=dtype)
+    kind = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+    with np.load(golden / "expected" / f"{name}.{kind}.npz") as file:
+        return model, dict(file)
+
+
+def sequences(expected: dict[str, np.ndarray[Any, Any]]) -> list[Tensor]:
+    ids = torch.from_numpy(expected["prefill_ids"])
+    return list(torch.split(ids, expected["prefill_lens"].tolist()))
+
+
+def pad(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+    tokens_BT = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    lengths_B = torch.tensor([len(row) for row in rows])
+    return tokens_BT, torch.arange(tokens_BT.shape[1]) < lengths_B[:, None]
+
+
+def feed(
+    model: Transformer, cache: KVCache, slots_B: Tensor, lengths_B: Tensor, rows: list[Tensor]
+) -> Tensor:
+    """Logits of every valid token, rows concatenated, as the golden files have them."""
+    tokens_BT, valid_BT = pad(rows)
+    positions_BT = lengths_B[:, None] + torch.arange(tokens_BT.shape[1])
+    attends = cache.attends(slots_B, lengths_B, None if valid_BT.all() else valid_BT)
+    return model(tokens_BT, positions_BT, attends)[valid_BT].float()
+
+
+def assert_near(actual: Tensor, expected: np.ndarray[Any, Any], dtype: torch.dtype) -> None:
+    gap = (actual.float() - torch.from_numpy(expected)).abs()
+    if dtype is torch.float32:
+        assert gap.max() < 1e-5 * max(1.0, float(np.abs(expected).max()))
+    else:
+        assert gap.max() < 0.25
+        assert gap.mean() < 0.04
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", MODELS)
+class TestAgainstMeta:
+    def test_prefill_then_steps(self, golden: Path, name: str, dtype: torch.dtype) -> None:
+        model, expected = read_golden(golden, name, dtype)
+        rows = sequences(expected)
+        cache = KVCache(model.config, len(rows), 32, dtype)
+        slots, lengths = torch.arange(4), torch.zeros(4, dtype=torch.long)
+        assert_near(feed(model, cache, slots, lengths, rows), expected["prefill_logits"], dtype)
+        lengths += torch.tensor([len(row) for row in rows])
+        for ids, logits in zip(expected["forced_ids"], expected["step_logits"], strict=True):
+            step = feed(model, cache, slots, lengths, list(torch.from_numpy(ids)[:, None]))
+            assert_near(step, logits, dtype)
+            lengths += 1
+
+    def test_two_chunks(self, golden: Path, name: str, dtype: torch.dtype) -> None:
+        model, expected = read_golden(golden, name, dtype)
+        rows = [sequences(expected)[i] for i in (0, 1, 3)]
+        first = torch.from_numpy(expected["chunk_first_lens"])
+        cache = KVCache(model.config, 8, 32, dtype)
+        slots = torch.tensor([5, 0, 2])  # not neighbours, not in order
+        heads = [row[:n] for row, n in zip(rows, first, strict=True)]
+        tails = [row[n:] for row, n in zip(rows, first, strict=True)]
+        feed(model, cache, slots, torch.zeros(3, dtype=torch.long), heads)
+        logits = feed(model, cache, slots, first, tails)
+        assert_near(logits, expected["chunk2_logits"], dtype)
+
+    def test_token_by_token(self, golden: Path, name: str, dtype: torch.dtype) -> None:
+        model, expected = read_golden(golden, name, dtype)
+        cache = KVCache(model.config, 1, 13, dtype)
+        logits = [
+            feed(model, cache, torch.tensor([0]), torch.tensor([i]), [token])
+            for i, token in enumerate(sequences(expected)[1].split(1))
+        ]
+        assert_near(torch.cat(logits), expected["seq1_token_by_token_logits"], dtype)
+
+    def test_without_a_cache(self, golden: Path, name: str, dtype: torch.dtype) -> None:
+        model, expected = read_golden(golden, name, dtype)
+        tokens_BT, valid_BT = pad(sequences(expected))
+        assert_near(model(tokens_BT)[valid_BT], expected["prefill_logits"], dtype)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_hidden_states_and_cache_are_meta_s(golden: Path, name: str) -> None:
+    model, expected = read_golden(golden, name, torch.float32)
+    rows = sequences(expected)
+    _, valid_BT = pad(rows)
+    seen: dict[str, Tensor] = {}
+
+    def watch(key: str, module: torch.nn.Module) -> None:
+        module.register_forward_hook(lambda _m, _i, out: seen.update({key: out}))
+
+    watch("hidden_embed", model.model.embed_tokens)
+    watch("hidden_final_norm", model.model.norm)
+    for i, layer in enumerate(model.model.layers):
+        watch(f"hidden_layer{i}", layer)
+    cache = KVCache(model.config, 4, 32)
+    feed(model, cache, torch.arange(4), torch.zeros(4, dtype=torch.long), rows)
+
+    assert len(seen) == 2 + model.config.num_hidden_layers
+    for key, hidden_BTD in seen.items():
+        assert_near(hidden_BTD[valid_BT], expected[key], torch.float32)
+    # Meta's rotary pairs are neighbours, ours are half a head apart.
+    interleaved = cache.k_LSPKH[0, 1, :13].unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+    assert_near(interleaved, expected["cache_k_layer0_seq1"], torch.float32)
+    assert_near(cache.v_LSPKH[0, 1, :13], expected["cache_v_layer0_seq1"], torch.float32)
+
+
+HF_VARIANTS = {
+    "pre-norm": {},
+    "post-norm": {"swin_norm": True},
+    "all heads": {"num_key_value_heads": 4},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "tied": {"tie_word_embeddings": True},
+    "linear": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "llama3": {
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    },
+}
+
+
+def peer(config: ModelConfig) -> Any:
+    """transformers' model of the same shape with random weights, norms included."""
+    from transformers import ChameleonConfig, ChameleonForConditionalGeneration
+
+    images = {"IMGIMG" + "ABCDEFGHIJ"[i] + "Z": 4 + i for i in range(10)}
+    settings = config.to_dict() | {"vocabulary_map": images | {"<image>": 20}}
+    torch.manual_seed(0)
+    model = ChameleonForConditionalGeneration(ChameleonConfig(**settings)).eval()
+    for name, parameter in model.named_parameters():
+        if "vqmodel" not in name:
+            parameter.normal_(float(name.endswith("norm.weight")), 0.2)
+    return model
+
+
+@pytest.mark.parametrize("variant", HF_VARIANTS)
+def test_names_and_logits_are_transformers(variant: str) -> None:
+    config = replace(TINY, **HF_VARIANTS[variant])
+    theirs = peer(config)
+    state = {k: v for k, v in theirs.state_dict().items() if not k.startswith("model.vqmodel.")}
+    ours = Transformer(config).eval()
+    ours.load_state_dict(state, strict=True)
+    tokens_BT = torch.randint(21, 512, (2, 40), generator=torch.Generator().manual_seed(1))
+    expected = theirs(input_ids=tokens_BT).logits
+    masked = torch.zeros(config.vocab_size, dtype=torch.bool)
+    masked[4:14] = True
+    gap = (ours(tokens_BT) - expected)[..., ~masked].abs().max()
+    assert gap < 1e-5
+    assert expected[..., ~masked].std() > 0.1
+
+
+class TestForward:
+    def model(self, **changes: Any) -> Transformer:
+        model = Transformer(replace(TINY, **changes)).eval()
+        model.init_weights(torch.Generator().manual_seed(0))
+        return model
+
+    def tokens(self, rows: int = 2, length: int = 24) -> Tensor:
+        return torch.randint(0, 512, (rows, length), generator=torch.Generator().manual_seed(2))
+
+    def test_last_only_is_the_last_row(self) -> None:
+        model, tokens_BT = self.model(), self.tokens()
+        torch.testing.assert_close(model(tokens_BT, last_only=True), model(tokens_BT)[:, -1:])
+
+    def test_positions_are_relative(self) -> None:
+        model, tokens_BT = self.model(), self.tokens()
+        shifted = model(tokens_BT, torch.arange(24)[None] + 7)
+        torch.testing.assert_close(shifted, model(tokens_BT), atol=1e-5, rtol=0)
+
+    def test_a_later_token_changes_nothing_before_it(self) -> None:
+        model, tokens_BT = self.model(), self.tokens()
+        changed = tokens_BT.clone()
+        changed[:, 10] += 1
+        before, after = model(tokens_BT), model(changed)
+        assert torch.equal(before[:, :10], after[:, :10])
+        assert not torch.allclose(before[:, 10], after[:, 10])
+
+    def test_tied_head_is_one_parameter(self) -> None:
+        model = self.model(tie_word_embeddings=True)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        assert "lm_head.weight" not in dict(model.named_parameters())
+
+    def test_dropout_acts_in_training_only(self) -> None:
+        model = Transformer(TINY, dropout=0.5)
+        tokens_BT = self.tokens()
+        assert not torch.equal(model(tokens_BT), model(tokens_BT))
+        model.eval()
+        assert torch.equal(model(tokens_BT), model(tokens_BT))
+
+    def test_same_generator_same_weights(self) -> None:
+        one, two = self.model().state_dict(), self.model().state_dict()
+        assert all(torch.equal(one[k], two[k]) for k in one)
+        assert one["model.layers.0.self_attn.q_norm.weight"].eq(1).all()
+        assert one["model.layers.0.self_attn.q_proj.weight"].std() == pytest.approx(0.02, rel=0.1)
+
+    def test_bf16_autocast_is_near_fp32(self) -> None:
+        model, tokens_BT = self.model(), self.tokens()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(tokens_BT)
+        assert logits.dtype is torch.bfloat16
+        expected = model(tokens_BT)
+        assert (logits.float() - expected).abs().max() < 0.05 * expected.std() + 2**-7
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn' is unknown: use one of"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "'linear' needs factor"),
+    ],
+)
+def test_rope_scaling_is_checked(changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(SettingError, match=sentence):
+        Transformer(replace(TINY, **changes))
+
+
+def test_dropout_is_checked() -> None:
+    with pytest.raises(SettingError, match=r"dropout=1\.0 must be"):
+        Transformer(TINY, dropout=1.0)
+
+
+def test_linear_scaling_stretches_positions() -> None:
+    scaled = replace(TINY, rope_scaling={"rope_type": "linear", "factor": 4.0})
+    device = torch.device("cpu")
+    plain = rotary_frequencies(TINY, device)
+    torch.testing.assert_close(rotary_frequencies(scaled, device) * 4, plain)
+
+
+class TestDocuments:
+    document_BT = torch.tensor([[0] * 5 + [1] * 9 + [2] * 2, [3] * 16])
+
+    def test_each_document_is_as_if_alone(self) -> None:
+        model = Transformer(replace(TINY, num_key_value_heads=2)).eval()
+        tokens_BT = torch.randint(0, 512, (2, 16), generator=torch.Generator().manual_seed(3))
+        positions_BT = torch.cat(
+            [torch.arange(5), torch.arange(9), torch.arange(2), torch.arange(16)]
+        ).view(2, 16)
+        attends = [CausalAttend(self.document_BT)] * model.config.num_hidden_layers
+        logits = model(tokens_BT, positions_BT, attends)
+        for row, start, end in ((0, 0, 5), (0, 5, 14), (0, 14, 16), (1, 0, 16)):
+            alone = model(tokens_BT[row : row + 1, start:end])
+            torch.testing.assert_close(logits[row : row + 1, start:end], alone, atol=1e-5, rtol=0)
+
+    def test_cpu_pieces_equal_the_mask_and_its_gradient(self) -> None:
+        results = []
+        for masked in (False, True):
+            generator = torch.Generator().manual_seed(4)
+            heads = [
+                torch.randn(2, 16, n, 8, generator=generator).requires_grad_() for n in (4, 2, 2)
+            ]
+            with torch.enable_grad():
+                if masked:
+                    out = dot_product_attention(*heads, mask=_document_mask(self.document_BT))
+                else:
+                    out = CausalAttend(self.document_BT)(*heads)
+                out.square().sum().backward()
+            results.append([out.detach(), *(x.grad for x in heads)])
+        for piece, whole in zip(*results, strict=True):
+            torch.testing.assert_close(piece, whole, atol=1e-5, rtol=1e-5)
+
+
+class TestKVCache:
+    def test_a_full_slot_is_an_error(self) -> None:
+        model = Transformer(TINY).eval()
+        cache = KVCache(TINY, 1, 8)
+        with pytest.raises(ContextError, match="9 tokens do not fit into the context of 8"):
+            feed(model, cache, torch.tensor([0]), torch.tensor([5]), [torch.arange(4)])
+
+    def test_padding_is_not_stored(self) -> None:
+        model = Transformer(TINY).eval()
+        cache = KVCache(TINY, 2, 4)
+        rows = [torch.arange(4), torch.arange(1)]
+        feed(model, cache, torch.arange(2), torch.zeros(2, dtype=torch.long), rows)
+        assert cache.k_LSPKH[:, 1, :1].abs().sum() > 0
+        assert cache.k_LSPKH[:, 1, 1:].abs().sum() == 0
+
+    def test_other_slots_are_left_alone(self) -> None:
+        model = Transformer(TINY).eval()
+        cache = KVCache(TINY, 3, 4)
+        zeros = torch.zeros(2, dtype=torch.long)
+        feed(model, cache, torch.tensor([2, 0]), zeros, [torch.arange(3), torch.arange(3)])
+        assert cache.v_LSPKH[:, 1].abs().sum() == 0
+        assert torch.equal(cache.v_LSPKH[:, 0], cache.v_LSPKH[:, 2])
+
+    def test_a_copied_slot_goes_on_alike(self) -> None:
+        model = Transformer(TINY).eval()
+        cache = KVCache(TINY, 2, 8)
+        feed(model, cache, torch.tensor([0]), torch.tensor([0]), [torch.arange(5)])
+        cache.copy(0, 1, 5)
+        both = feed(model, cache, torch.arange(2), torch.full((2,), 5), [torch.tensor([9])] * 2)
+        torch.testing.assert_close(both[0], both[1], atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            both[0], model(torch.tensor([[0, 1, 2, 3, 4, 9]]))[0, -1], atol=1e-5, rtol=0
+        )

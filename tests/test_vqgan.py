@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from earlyfusion.config import PRESETS, VQConfig
+from earlyfusion.errors import CheckpointError, ImageError, SettingError
+from earlyfusion.model.vqgan import VQGAN, Quantizer
+
+TINY = PRESETS["tiny"].vq_config
+
+
+@pytest.fixture(scope="module")
+def vqgan() -> VQGAN:
+    torch.manual_seed(0)
+    return VQGAN(TINY).eval()
+
+
+@pytest.mark.parametrize("size", [(16, 16), (16, 32), (2, 2), (6, 10)])
+def test_any_size_that_the_stride_divides(vqgan: VQGAN, size: tuple[int, int]) -> None:
+    with torch.inference_mode():
+        codes = vqgan.encode(torch.rand(2, 3, *size) * 2 - 1)
+        pixels = vqgan.decode(codes)
+    assert codes.shape == (2, size[0] // 2, size[1] // 2) and codes.dtype == torch.int64
+    assert pixels.shape == (2, 3, *size)
+
+
+@pytest.mark.parametrize("size", [(15, 16), (16, 3), (0, 2)])
+def test_other_sizes_are_refused_with_the_stride(vqgan: VQGAN, size: tuple[int, int]) -> None:
+    with pytest.raises(ImageError, match="multiples of 2"):
+        vqgan.encode(torch.zeros(1, 3, *size))
+
+
+def test_codes_outside_the_codebook_are_refused(vqgan: VQGAN) -> None:
+    with pytest.raises(ImageError, match=r"0\.\.63"):
+        vqgan.decode(torch.full((1, 2, 2), 64))
+
+
+def test_no_decoder_says_so() -> None:
+    with pytest.raises(CheckpointError, match="decoder"):
+        VQGAN(TINY, with_decoder=False).decode(torch.zeros(1, 2, 2, dtype=torch.long))
+
+
+def test_search_finds_the_nearest_codeword_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("earlyfusion.model.vqgan._SEARCH_ELEMENTS", 640)  # ten rows at a time
+    torch.manual_seed(1)
+    quantizer = Quantizer(TINY)
+    vectors = torch.randn(57, TINY.embed_dim)
+    expected = torch.cdist(vectors.double(), quantizer.embedding.weight.double()).argmin(1)
+    assert torch.equal(quantizer.search(vectors), expected)
+
+
+def test_first_of_equal_codewords_wins() -> None:
+    quantizer = Quantizer(TINY)
+    with torch.no_grad():
+        quantizer.embedding.weight[7:] = quantizer.embedding.weight[7]
+    assert quantizer.search(quantizer.embedding.weight[40:41]).tolist() == [7]
+
+
+def test_straight_through_gradient_reaches_the_encoder_and_blend_leaves_the_codebook_out() -> None:
+    torch.manual_seed(2)
+    vqgan, x = VQGAN(TINY), torch.rand(1, 3, 16, 16)
+    vqgan(x).pixels.sum().backward()
+    gradient = vqgan.encoder.conv_in.weight.grad
+    assert gradient is not None and gradient.abs().sum() > 0
+    with torch.no_grad():
+        out = vqgan(x, blend=0.0)
+        direct = vqgan._pixels(out.latents)
+    torch.testing.assert_close(out.pixels, direct)
+    assert not torch.allclose(vqgan(x).pixels, direct)
+
+
+def test_attention_stands_where_the_config_asks() -> None:
+    names = VQGAN(replace(TINY, attn_resolutions=(8,))).state_dict().keys()
+    assert {n.split(".")[2] for n in names if n.startswith("encoder") and ".attn.0." in n} == {"1"}
+    assert any(n.startswith("decoder.up.1.attn.0.q") for n in names)
+    assert not any(n.startswith("decoder.up.0.attn") for n in names)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"resolution": 33}, "multiple of the stride 16"),
+        ({"base_channels": 48}, "multiple of the 32"),
+        ({"num_embeddings": 0}, "positive"),
+        ({"channel_multiplier": ()}, "one entry a level"),
+    ],
+)
+def test_impossible_shapes_name_the_field(change: dict[str, object], words: str) -> None:
+    with pytest.raises(SettingError, match=words) as error:
+        VQConfig(**change)  # type: ignore[arg-type]
+    assert next(iter(change)) in str(error.value)
