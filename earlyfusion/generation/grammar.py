@@ -1,0 +1,122 @@
+"""Grammar: which tokens may come next, as an automaton over the vocabulary.
+
+Its state is one integer tensor with a row for each sequence, so that a step costs a few device
+operations and no synchronisation. An image is spelled by its layout's template: one slot for each
+token, a code or a fixed id, begin_image first. Only text, or begin_image where a whole image still
+fits, may come outside of it.
+Shapes: B rows, V vocabulary, F fields of the state, K classes of slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from earlyfusion.errors import SettingError
+from earlyfusion.vocabulary import CODE, ImageLayout, Vocabulary
+
+Output = Literal["text", "image", "interleaved"]
+
+# Fields of the state: the place in the template (0 outside of an image, its length when done), how
+# many images may still begin, how many tokens may still come, whether text may come at all.
+SLOT, IMAGES, ROOM, TEXT = range(4)
+
+
+class Grammar:
+    """The rules of one vocabulary and one image layout; a batch may mix outputs.
+
+    `stops` are further ids, besides eos, that may be drawn and that end the reply. `size` is the
+    width of the logits, where the model has more rows than the tokenizer has tokens.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        layout: ImageLayout,
+        stops: Sequence[int] = (),
+        size: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        template = layout.template(vocabulary).tolist()
+        ends = sorted({vocabulary.eos, *stops})
+        classes_KV, class_of = _classes(vocabulary, template, ends, size or vocabulary.size)
+        self.device = torch.device(device)
+        self.image_tokens = len(template)
+        self._begin = vocabulary.begin_image
+        self._done = len(template)
+        self._stops = torch.tensor(ends).to(device)
+        self._classes_KV, self._class_of = classes_KV.to(device), class_of.to(device)
+
+    def start(
+        self, outputs: Sequence[Output], images: Sequence[int], room: Sequence[int]
+    ) -> Tensor:
+        """States of rows that may draw so many `images` and have `room` for so many tokens."""
+        rows = [self._row(*row) for row in zip(outputs, images, room, strict=True)]
+        return torch.tensor(rows, dtype=torch.int64).to(self.device)
+
+    def mask(self, state_BF: Tensor) -> Tensor:
+        """True where a token may come next; a row that is done allows only what ends a reply."""
+        allowed_BV = self._classes_KV[self._class_of[state_BF[:, SLOT]]]
+        outside_B = state_BF[:, SLOT] == 0
+        begins_B = outside_B & (state_BF[:, IMAGES] > 0) & (state_BF[:, ROOM] >= self.image_tokens)
+        only_image_B = outside_B & (state_BF[:, TEXT] == 0)
+        allowed_BV = allowed_BV & ~only_image_B[:, None]
+        allowed_BV[:, self._begin] = torch.where(outside_B, begins_B, allowed_BV[:, self._begin])
+        return allowed_BV
+
+    def advance(self, state_BF: Tensor, token_B: Tensor) -> Tensor:
+        """The states after these tokens, which `mask` allowed; done rows stay as they are."""
+        slot_B, images_B, room_B, text_B = state_BF.unbind(-1)
+        done_B = slot_B == self._done
+        begins_B = (slot_B == 0) & (token_B == self._begin)
+        stops_B = (slot_B == 0) & torch.isin(token_B, self._stops)
+        slot_B = torch.where((slot_B > 0) | begins_B, (slot_B + 1) % self._done, slot_B)
+        images_B = images_B - begins_B.long()
+        room_B = room_B - 1
+        stuck_B = (text_B == 0) & ((images_B == 0) | (room_B < self.image_tokens)) & (slot_B == 0)
+        ends_B = stops_B | stuck_B | (room_B == 0)
+        after_BF = torch.stack(
+            [slot_B.masked_fill(ends_B, self._done), images_B, room_B, text_B], dim=-1
+        )
+        return torch.where(done_B[:, None], state_BF, after_BF)
+
+    def done(self, state_BF: Tensor) -> Tensor:
+        """True for rows whose reply has ended."""
+        return state_BF[:, SLOT] == self._done
+
+    def in_image(self, state_BF: Tensor) -> Tensor:
+        """True for rows whose next token belongs to an image that has begun."""
+        return (state_BF[:, SLOT] > 0) & ~self.done(state_BF)
+
+    def _row(self, output: Output, images: int, room: int) -> list[int]:
+        if output == "text":
+            images = 0
+        elif output == "image" and (images < 1 or room < self.image_tokens):
+            raise SettingError(
+                f"an image of {self.image_tokens} tokens does not fit: max_images is {images} and "
+                f"{room} tokens are left; raise max_tokens or max_images, or shorten the prompt"
+            )
+        slot = 0 if room > 0 else self._done
+        return [slot, images, room, int(output != "image")]
+
+
+def _classes(
+    vocabulary: Vocabulary, template: Sequence[int], stops: Sequence[int], size: int
+) -> tuple[Tensor, Tensor]:
+    """A row of allowed ids for each kind of slot, and each slot's kind; the last slot is "done"."""
+    ids: dict[str | int, list[int]] = {
+        "text": [*vocabulary.text_tokens.tolist(), *stops],
+        "done": list(stops),
+        CODE: vocabulary.image_tokens.tolist(),
+    }
+    for token in template[1:]:
+        ids.setdefault(token, [token])
+    classes_KV = torch.zeros(len(ids), size, dtype=torch.bool)
+    for row, allowed in enumerate(ids.values()):
+        classes_KV[row, allowed] = True
+    number = {kind: row for row, kind in enumerate(ids)}
+    slots: list[str | int] = ["text", *template[1:], "done"]
+    return classes_KV, torch.tensor([number[kind] for kind in slots])

@@ -1,0 +1,151 @@
+"""Sampler: from masked logits to one token a row, on the device of the logits.
+
+The chain is Meta's: allowed tokens, repetition penalty, temperature, top-k, top-p, min-p, draw.
+Each row has its own settings, and each new token takes one uniform number of its request's own
+generator, so a row's result does not depend on what else is in the batch.
+Shapes: B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from earlyfusion.generation.settings import SamplingParams
+
+__all__ = [
+    "Sampler",
+    "SamplingParams",
+    "Warp",
+    "generator",
+    "penalise",
+    "pick",
+    "uniforms",
+    "warp",
+]
+
+NEVER = -torch.inf
+
+
+@dataclass(frozen=True)
+class Warp:
+    """Settings of one modality, one entry a row; 0 turns `top_k` and `min_p` off, 1 the others."""
+
+    temperature_B: Tensor
+    top_k_B: Tensor
+    top_p_B: Tensor
+    min_p_B: Tensor
+    penalty_B: Tensor
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[float, ...]], device: torch.device | str = "cpu") -> Warp:
+        """Rows of (temperature, top_k, top_p, min_p, repetition_penalty)."""
+        temperature, top_k, top_p, min_p, penalty = zip(*rows, strict=True)
+        floats = [
+            torch.tensor(v, dtype=torch.float64).to(device)
+            for v in (temperature, top_p, min_p, penalty)
+        ]
+        k = torch.tensor(top_k, dtype=torch.int64).to(device)
+        return cls(floats[0], k, floats[1], floats[2], floats[3])
+
+    def where(self, chosen_B: Tensor, other: Warp) -> Warp:
+        """These settings in the chosen rows, the other's elsewhere."""
+        pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        return Warp(*(torch.where(chosen_B, mine, others) for mine, others in pairs))
+
+
+class Sampler:
+    """The settings of a batch of requests, one resolved `SamplingParams` a row."""
+
+    def __init__(self, rows: Sequence[SamplingParams], device: torch.device | str = "cpu") -> None:
+        self._text = Warp.of([_text(r) for r in rows], device)
+        self._image = Warp.of([_image(r) for r in rows], device)
+
+    def draw(
+        self,
+        logits_BV: Tensor,
+        allowed_BV: Tensor,
+        seen_BV: Tensor,
+        in_image_B: Tensor,
+        uniform_B: Tensor,
+    ) -> Tensor:
+        """One token a row. `seen` marks each row's history; `uniform` is one number in [0, 1)."""
+        settings = self._image.where(in_image_B, self._text)
+        logits_BV = logits_BV.float().masked_fill(~allowed_BV, NEVER)
+        logits_BV = penalise(logits_BV, seen_BV, settings.penalty_B)
+        greedy_B = settings.temperature_B == 0
+        drawn_B = pick(warp(logits_BV, settings), uniform_B)
+        return torch.where(greedy_B, logits_BV.argmax(-1), drawn_B)
+
+
+def penalise(logits_BV: Tensor, seen_BV: Tensor, penalty_B: Tensor) -> Tensor:
+    """Divide the positive logits of seen tokens by the penalty, multiply the others by it."""
+    penalty_B1 = penalty_B.to(logits_BV.dtype)[:, None]
+    punished_BV = torch.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
+    return torch.where(seen_BV, punished_BV, logits_BV)
+
+
+def warp(logits_BV: Tensor, settings: Warp) -> Tensor:
+    """Temperature, then top-k, top-p and min-p: what falls out is -inf. At least one stays."""
+    t_B1 = settings.temperature_B.to(logits_BV.dtype)[:, None]
+    logits_BV = logits_BV / torch.where(t_B1 == 0, torch.ones_like(t_B1), t_B1)
+    ascending_BV, order_BV = logits_BV.sort(dim=-1, stable=True)
+    ascending_BV = _top_k(ascending_BV, settings.top_k_B)
+    ascending_BV = _top_p(ascending_BV, settings.top_p_B)
+    ascending_BV = _min_p(ascending_BV, settings.min_p_B)
+    return torch.empty_like(logits_BV).scatter_(-1, order_BV, ascending_BV)
+
+
+def pick(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """Inverse of the cumulative probability, in the order of the ids."""
+    cdf_BV = logits_BV.double().softmax(-1).cumsum(-1)
+    total_B1 = cdf_BV[:, -1:]
+    below_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))
+    target_B1 = torch.minimum(uniform_B.double()[:, None] * total_B1, below_B1)
+    return torch.searchsorted(cdf_BV, target_B1, right=True)[:, 0]
+
+
+def generator(seed: int) -> torch.Generator:
+    """A request's own source of randomness, on the CPU whatever the model's device."""
+    return torch.Generator().manual_seed(seed)
+
+
+def uniforms(generators: Sequence[torch.Generator]) -> Tensor:
+    """One number a request: each of its new tokens takes exactly one, forced ones too."""
+    return torch.stack([torch.rand((), dtype=torch.float64, generator=g) for g in generators])
+
+
+def _top_k(ascending_BV: Tensor, k_B: Tensor) -> Tensor:
+    size = ascending_BV.shape[-1]
+    k_B = torch.where(k_B == 0, size, k_B).clamp(max=size)
+    least_B1 = ascending_BV.gather(-1, (size - k_B)[:, None])
+    return ascending_BV.masked_fill(ascending_BV < least_B1, NEVER)
+
+
+def _top_p(ascending_BV: Tensor, p_B: Tensor) -> Tensor:
+    tail_B1 = torch.where(p_B >= 1, -1.0, 1 - p_B).to(ascending_BV.dtype)[:, None]
+    dropped_BV = ascending_BV.softmax(-1).cumsum(-1) <= tail_B1
+    dropped_BV[:, -1] = False
+    return ascending_BV.masked_fill(dropped_BV, NEVER)
+
+
+def _min_p(ascending_BV: Tensor, p_B: Tensor) -> Tensor:
+    floor_B1 = ascending_BV[:, -1:] + p_B.log().to(ascending_BV.dtype)[:, None]
+    return ascending_BV.masked_fill(ascending_BV < floor_B1, NEVER)
+
+
+def _text(p: SamplingParams) -> tuple[float, ...]:
+    return _given(p.temperature, p.top_k, p.top_p, p.min_p, p.repetition_penalty)
+
+
+def _image(p: SamplingParams) -> tuple[float, ...]:
+    return _given(p.image_temperature, p.image_top_k, p.image_top_p, 0.0, 1.0)
+
+
+def _given(*values: float | None) -> tuple[float, ...]:
+    if any(v is None for v in values):
+        raise TypeError("a Sampler takes resolved SamplingParams: call .resolved(defaults) first")
+    return tuple(v for v in values if v is not None)

@@ -1,0 +1,276 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from tiny import CONFIG, tiny_processor, tiny_transformer
+
+from earlyfusion import Chameleon, Image, Message, Reply, SamplingParams, Text
+from earlyfusion.checkpoints import formats
+from earlyfusion.checkpoints.hf import Loaded
+from earlyfusion.errors import (
+    CheckpointError,
+    ContextError,
+    EarlyFusionError,
+    ImageError,
+    PromptError,
+    SettingError,
+)
+from earlyfusion.generation.reference import Finished, ImageDone, ImageStarted, TextDelta
+from earlyfusion.image_tokenizer import ImageTokenizer
+from earlyfusion.model.vqgan import VQGAN
+
+UNGUIDED = SamplingParams(guidance_text=1, guidance_image=1, max_tokens=90)
+SHORT = SamplingParams(max_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Chameleon:
+    processor = tiny_processor(tmp_path_factory.mktemp("tiny"))
+    torch.manual_seed(0)
+    tokenizer = ImageTokenizer(VQGAN(CONFIG.vq_config).eval(), CONFIG.vq_config.resolution)
+    return Chameleon(tiny_transformer(processor, begin_image=1.0), tokenizer, processor)
+
+
+def picture(shade: int = 0) -> PIL.Image.Image:
+    ramp = np.arange(20 * 30 * 3).reshape(20, 30, 3) // 8 + shade
+    return PIL.Image.fromarray(ramp.astype(np.uint8))
+
+
+def content(reply: Reply) -> list[object]:
+    """A reply as plain values, pictures with pixels and codes."""
+    return [
+        s.text if isinstance(s, Text) else (np.asarray(s.pil).tobytes(), s.codes.tobytes())  # type: ignore[union-attr]
+        for s in reply.segments
+    ]
+
+
+def test_text_reply(model: Chameleon) -> None:
+    reply = model.generate(["What is this? ", picture()], output="text", sampling=SHORT, seed=1)
+    assert reply.images == [] and reply.text == reply.segments[0].text  # type: ignore[union-attr]
+    assert reply.usage.completion_tokens <= 12 and reply.usage.image_tokens == 0
+    text = model.processor.encode_text("What is this? ")
+    assert reply.usage.prompt_tokens == 1 + len(text) + model.processor.layout.num_tokens + 1
+
+
+def test_image_reply_is_one_picture_with_its_codes(model: Chameleon) -> None:
+    reply = model.generate("Draw a red apple.", output="image", seed=0)
+    assert reply.finish_reason == "stop" and reply.text == ""
+    assert [image.size for image in reply.images] == [(16, 16)]
+    [segment] = reply.segments
+    assert isinstance(segment, Image) and segment.codes is not None
+    drawn = model.image_tokenizer.decode(torch.from_numpy(segment.codes)[None])[0]
+    assert drawn.tobytes() == reply.images[0].tobytes()
+    assert reply.usage.completion_tokens == reply.usage.image_tokens == 66
+    assert reply.usage.total_tokens == reply.usage.prompt_tokens + 66
+
+
+def test_max_images_of_an_image_reply(model: Chameleon) -> None:
+    two = SamplingParams(max_images=2)
+    reply = model.generate("Draw.", output="image", sampling=two, seed=0)
+    assert len(reply.images) == 2 and reply.finish_reason == "stop"
+
+
+def test_the_models_own_limits_do_not_bound_an_image_reply(model: Chameleon) -> None:
+    limited = Chameleon(
+        model.transformer,
+        model.image_tokenizer,
+        model.processor,
+        {"chameleon": {"max_tokens": 5, "max_images": 0, "text": {"temperature": 0}}},
+    )
+    assert len(limited.generate("Draw.", output="image", seed=0).images) == 1
+    auto = [limited.generate("Draw.", seed=seed) for seed in range(5)]
+    assert {r.usage.completion_tokens <= 5 for r in auto} == {True}
+    assert len({r.text for r in auto}) == 1, "greedy by the model's default"
+
+
+def test_interleaved_replies_hold_text_and_whole_pictures_in_order(model: Chameleon) -> None:
+    replies = [model.generate("Three fruits.", "interleaved", UNGUIDED, seed) for seed in range(12)]
+    assert any(reply.images and reply.text for reply in replies)
+    for reply in replies:
+        texts = [s for s in reply.segments if isinstance(s, Text)]
+        assert all(text.text == text.text.strip() != "" for text in texts)
+        assert reply.text == "\n".join(text.text for text in texts)
+        assert len(reply.images) + len(texts) == len(reply.segments)
+
+
+def test_a_seed_gives_the_same_reply(model: Chameleon) -> None:
+    first, again, other = (model.generate("a pear", sampling=UNGUIDED, seed=s) for s in (7, 7, 8))
+    assert content(first) == content(again) != content(other)
+    in_settings = model.generate("a pear", sampling=replace(UNGUIDED, seed=7))
+    assert content(in_settings) == content(first)
+    before_settings = model.generate("a pear", sampling=replace(UNGUIDED, seed=8), seed=7)
+    assert content(before_settings) == content(first)
+
+
+def test_without_a_seed_replies_differ(model: Chameleon) -> None:
+    assert len({model.generate("a", "text", SHORT).text for _ in range(4)}) > 1
+
+
+def test_greedy_needs_no_seed(model: Chameleon) -> None:
+    greedy = SamplingParams(temperature=0, image_temperature=0, max_tokens=70)
+    replies = [model.generate("a pear", sampling=greedy) for _ in range(2)]
+    assert content(replies[0]) == content(replies[1])
+
+
+def test_a_batch_equals_single_calls(model: Chameleon) -> None:
+    prompts: list[Any] = ["a pear", ["what ", picture()], "Draw.", "a pear"]
+    outputs: list[Any] = ["auto", "text", "image", "interleaved"]
+    settings = [UNGUIDED, SHORT, None, UNGUIDED]
+    batch = model.generate_batch(prompts, outputs, settings, seed=5)
+    for i, reply in enumerate(batch):
+        alone = model.generate(prompts[i], outputs[i], settings[i], seed=5 + i)
+        assert content(reply) == content(alone) and reply.usage == alone.usage
+    one_for_all = model.generate_batch(prompts[:1] * 2, "text", replace(SHORT, seed=3))
+    assert content(one_for_all[0]) == content(one_for_all[1])
+    assert model.generate_batch([]) == []
+
+
+def test_stream_gives_the_reply_in_pieces(model: Chameleon) -> None:
+    events = list(model.stream("Three fruits.", "interleaved", UNGUIDED, seed=0))
+    reply = model.generate("Three fruits.", "interleaved", UNGUIDED, seed=0)
+    assert isinstance(events[-1], Finished) and events[-1].usage == reply.usage
+    assert sum(isinstance(e, ImageDone) for e in events) == len(reply.images)
+    assert sum(isinstance(e, ImageStarted) for e in events) == len(reply.images)
+    text = "".join(e.text for e in events if isinstance(e, TextDelta))
+    assert "".join(text.split()) == "".join(reply.text.split())
+
+
+def test_stop_strings_are_cut(model: Chameleon) -> None:
+    settings = SamplingParams(max_tokens=40)
+    plain = model.generate("a pear", "text", settings, seed=1).text
+    stop = plain[10:12]
+    reply = model.generate("a pear", "text", replace(settings, stop=stop), seed=1)
+    assert reply.text == plain[: plain.find(stop)].strip() and reply.finish_reason == "stop"
+
+
+def test_drawn_pictures_in_a_chat_are_not_encoded_again(
+    model: Chameleon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = model.generate("Draw.", output="image", seed=0)
+    seen: list[int] = []
+    encode = ImageTokenizer.encode
+
+    def counted(self: ImageTokenizer, images: list[Any], mode: Any = None) -> torch.Tensor:
+        seen.append(len(images))
+        return encode(self, images, mode)
+
+    monkeypatch.setattr(ImageTokenizer, "encode", counted)
+    [segment] = drawn.segments
+    chat = [Message("user", "Draw."), drawn.message, Message("user", "What is it?")]
+    request = model.request(chat, "text", SHORT, seed=0)
+    spelled = model.processor.layout.spell(segment.codes, model.processor.vocabulary)  # type: ignore[union-attr,arg-type]
+    assert seen == []
+    ids = list(request.ids)
+    at = ids.index(spelled[0])
+    assert ids[at : at + len(spelled)] == spelled
+    # A fresh picture beside it is encoded, alone, and lands in its own place.
+    chat[-1] = Message("user", ["What is it?", picture()])
+    ids = list(model.request(chat, "text", SHORT, seed=0).ids)
+    fresh = encode(model.image_tokenizer, [Image(picture())])[0].numpy()
+    spelled += model.processor.layout.spell(fresh, model.processor.vocabulary)
+    markers = model.processor.vocabulary
+    images = {markers.begin_image, markers.end_image, *markers.image_tokens.tolist()}
+    assert seen == [1] and [i for i in ids if i in images] == spelled
+
+
+def test_a_prompt_too_long_says_why(model: Chameleon) -> None:
+    with pytest.raises(ContextError) as caught:
+        model.generate(["What do these show?", *[picture(i) for i in range(4)]], output="text")
+    sentence = str(caught.value)
+    assert sentence.startswith("prompt is ") and "limit 256: 4 images take 264" in sentence
+    with pytest.raises(ContextError, match=r"limit 256: shorten it$"):
+        model.generate("a" * 999, output="text")
+    fits = ["a" * 20, picture(), picture(1), picture(2)]
+    with pytest.raises(ContextError, match="the image to draw takes 66; drop an image"):
+        model.generate(fits, output="image")
+    model.generate(fits, output="text", sampling=SHORT)
+
+
+def test_a_prompt_of_just_the_context_still_gets_a_token(model: Chameleon) -> None:
+    base = model.request("b", "text").ids
+    token = model.processor.encode_text(" c")
+    count = (CONFIG.max_position_embeddings - 1 - len(base)) // len(token)
+    prompt = "b" + " c" * count
+    request = model.request(prompt, "text")
+    assert request.room == CONFIG.max_position_embeddings - len(request.ids) == 1
+    assert model.generate(prompt, "text").usage.completion_tokens == 1
+    with pytest.raises(ContextError):
+        model.request(prompt + " c", "text")
+
+
+BAD: list[tuple[dict[str, Any], type[EarlyFusionError]]] = [
+    ({"prompt": ""}, PromptError),
+    ({"prompt": []}, PromptError),
+    ({"prompt": "x", "output": "video"}, SettingError),
+    ({"prompt": "x", "output": None}, SettingError),
+    ({"prompt": "x", "sampling": {"temperature": 0}}, SettingError),
+    ({"prompt": "x", "seed": -1}, SettingError),
+    ({"prompt": "x", "output": "image", "sampling": SamplingParams(max_tokens=65)}, SettingError),
+    ({"prompt": "x", "output": "image", "sampling": SamplingParams(max_images=0)}, SettingError),
+    ({"prompt": [Image(codes=np.zeros((2, 2), dtype=np.int64))]}, ImageError),
+    ({"prompt": [Image(codes=np.full((8, 8), 64))]}, ImageError),
+    ({"prompt": [Message("assistant", "x")]}, PromptError),
+]
+
+
+@pytest.mark.parametrize(("arguments", "error"), BAD)
+def test_mistakes_are_refused_before_anything_is_drawn(
+    model: Chameleon, arguments: dict[str, Any], error: type[EarlyFusionError]
+) -> None:
+    with pytest.raises(error) as caught:
+        model.stream(**arguments)
+    assert "\n" not in str(caught.value) and "0x" not in str(caught.value)
+
+
+def test_mistakes_in_a_batch(model: Chameleon) -> None:
+    with pytest.raises(SettingError, match="output has 1 entries for 2 prompts"):
+        model.generate_batch(["a", "b"], ["text"])
+    with pytest.raises(SettingError, match="sampling has 3 entries for 2 prompts"):
+        model.generate_batch(["a", "b"], sampling=[None] * 3)
+    with pytest.raises(PromptError, match="list of prompts"):
+        model.generate_batch("a")
+    with pytest.raises(SettingError, match="seed"):
+        model.generate_batch(["a"], seed=True)
+
+
+def test_a_model_without_a_decoder_answers_in_text(model: Chameleon) -> None:
+    blind = ImageTokenizer(VQGAN(CONFIG.vq_config, with_decoder=False).eval(), 16)
+    reader = Chameleon(model.transformer, blind, model.processor)
+    assert reader.request("x").images == 0
+    assert reader.generate(["x", picture()], sampling=SHORT, seed=0).images == []
+    with pytest.raises(CheckpointError, match="no VQ decoder"):
+        reader.generate("x", output="image")
+
+
+def test_load(model: Chameleon, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def load(name: str | Path, device: torch.device, dtype: torch.dtype | None) -> Loaded:
+        asked.extend((name, device.type, dtype))
+        transformer = tiny_transformer(model.processor).to(dtype or torch.bfloat16)
+        vqgan = model.image_tokenizer.vqgan
+        return Loaded(CONFIG, transformer, vqgan, model.processor, {"chameleon": {"top_k": 4}})
+
+    monkeypatch.setattr(formats, "load", load)
+    loaded = Chameleon.load("some/folder", device="cpu")
+    assert asked == ["some/folder", "cpu", None]
+    assert loaded.transformer.lm_head.weight.dtype == torch.float32
+    assert loaded.config is CONFIG and not loaded.transformer.training
+    assert loaded.request("x").sampling.top_k == 4
+    half = Chameleon.load("some/folder", device="cpu", dtype="bfloat16")
+    assert half.transformer.lm_head.weight.dtype == torch.bfloat16
+    assert half.generate("x", "text", SHORT, seed=0).usage.completion_tokens > 0
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"device": "gpu"}, {"device": "cuda:99"}, {"dtype": "int3"}, {"dtype": []}]
+)
+def test_load_refuses_unknown_settings(arguments: dict[str, Any]) -> None:
+    with pytest.raises(SettingError, match=r"use (one of )?auto"):
+        Chameleon.load("mini", **arguments)

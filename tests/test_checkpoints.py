@@ -1,0 +1,399 @@
+"""Checkpoints in transformers' and Meta's layout: round trips, transformers as a peer, mistakes."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import tiny_processor
+
+from earlyfusion.checkpoints import formats
+from earlyfusion.checkpoints.hf import Loaded, load_hf, save_hf
+from earlyfusion.checkpoints.meta import load_meta, load_vqgan, read_config, unrotate
+from earlyfusion.config import PRESETS, ModelConfig
+from earlyfusion.errors import CheckpointError
+from earlyfusion.model.transformer import Transformer
+from earlyfusion.model.vqgan import VQGAN
+
+TINY = PRESETS["tiny"]
+GENERATION = {"eos_token_id": 2, "chameleon": {"text": {"temperature": 0.5}}}
+
+
+def random_model(config: ModelConfig) -> tuple[Transformer, VQGAN]:
+    torch.manual_seed(0)
+    transformer, vqgan = Transformer(config).eval(), VQGAN(config.vq_config).eval()
+    transformer.init_weights(torch.Generator().manual_seed(0))
+    return transformer, vqgan
+
+
+def save_tiny(
+    folder: Path, config: ModelConfig = TINY, **options: Any
+) -> tuple[Transformer, VQGAN]:
+    folder.parent.mkdir(exist_ok=True)
+    tiny_processor(folder.parent)
+    text = (folder.parent / "tokenizer.json").read_text()
+    transformer, vqgan = random_model(config)
+    save_hf(folder, transformer, vqgan, text, GENERATION, **options)
+    return transformer, vqgan
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    save_tiny(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def assert_same_weights(one: torch.nn.Module, two: torch.nn.Module) -> None:
+    ours, theirs = one.state_dict(), two.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert value.dtype == theirs[name].dtype
+        assert torch.equal(value, theirs[name]), name
+
+
+class TestRoundTrip:
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {},
+            {"swin_norm": True, "num_key_value_heads": 1},
+            {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+            {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        ],
+    )
+    def test_every_bit_comes_back(self, tmp_path: Path, changes: dict[str, Any]) -> None:
+        config = replace(TINY, **changes)
+        transformer, vqgan = save_tiny(tmp_path / "model", config)
+        loaded = load_hf(tmp_path / "model")
+        assert_same_weights(loaded.transformer, transformer)
+        assert_same_weights(loaded.vqgan, vqgan)
+        assert loaded.generation_defaults == GENERATION
+        assert loaded.can_decode
+        assert loaded.processor.layout.num_codes == TINY.vq_config.grid**2
+        tokens_BT = torch.arange(20)[None]
+        assert torch.equal(loaded.transformer(tokens_BT), transformer(tokens_BT))
+
+    def test_narrow_on_disk_but_vq_in_fp32(self, tmp_path: Path) -> None:
+        folder = tmp_path / "model"
+        transformer, vqgan = save_tiny(folder, dtype=torch.bfloat16, vq_dtype=torch.float16)
+        loaded = load_hf(folder)
+        assert loaded.transformer.lm_head.weight.dtype is torch.bfloat16
+        assert_same_weights(loaded.transformer, transformer.bfloat16())
+        assert_same_weights(loaded.vqgan, vqgan.half().float())
+        assert (
+            load_hf(folder, dtype=torch.float32).transformer.lm_head.weight.dtype is torch.float32
+        )
+
+    def test_nothing_but_the_model_is_left(self, saved: Path) -> None:
+        assert {path.name for path in saved.iterdir()} == {
+            "config.json",
+            "generation_config.json",
+            "model.safetensors",
+            "processor_config.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        }
+        assert {path.name for path in saved.parent.iterdir()} == {"model", "tokenizer.json"}
+
+    def test_a_model_is_replaced_whole(self, saved: Path) -> None:
+        (saved / "stale.txt").write_text("old")
+        save_tiny(saved, extra_files={"README.md": "# tiny"})
+        assert (saved / "README.md").read_text() == "# tiny"
+        assert not (saved / "stale.txt").exists()
+
+    def test_a_failed_save_leaves_the_old_model(self, saved: Path) -> None:
+        before = (saved / "model.safetensors").read_bytes()
+        with pytest.raises(FileNotFoundError):
+            save_tiny(saved, extra_files={"no/such/README.md": "# tiny"})
+        assert (saved / "model.safetensors").read_bytes() == before
+        assert {path.name for path in saved.parent.iterdir()} == {"model", "tokenizer.json"}
+
+    def test_a_stranger_s_folder_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "photos").mkdir()
+        (tmp_path / "photos" / "cat.png").write_bytes(b"cat")
+        with pytest.raises(CheckpointError, match="photos is not empty and no model"):
+            save_tiny(tmp_path / "photos")
+        assert (tmp_path / "photos" / "cat.png").exists()
+
+
+class TestTransformersAsAPeer:
+    def image_tokens(self, loaded: Loaded) -> torch.Tensor:
+        return torch.from_numpy(loaded.processor.vocabulary.image_tokens)
+
+    def test_they_load_what_we_save(self, saved: Path) -> None:
+        from transformers import (
+            AutoTokenizer,
+            ChameleonForConditionalGeneration,
+            ChameleonProcessor,
+        )
+
+        loaded = load_hf(saved)
+        theirs = ChameleonForConditionalGeneration.from_pretrained(saved).eval()
+        tokens_BT = torch.arange(4, 34)[None]
+        with torch.no_grad():
+            expected, actual = theirs(input_ids=tokens_BT).logits, loaded.transformer(tokens_BT)
+        expected[..., self.image_tokens(loaded)] = actual[..., self.image_tokens(loaded)]
+        assert (actual - expected).abs().max() < 1e-5
+        pixels = torch.rand(1, 3, 16, 16) * 2 - 1
+        codes = theirs.model.vqmodel.encode(pixels).image_tokens
+        assert torch.equal(codes, loaded.vqgan.encode(pixels).flatten())
+        tokenizer = AutoTokenizer.from_pretrained(saved)
+        text = "What is this? 사과"
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert ids == loaded.processor.encode_text(text)
+        assert tokenizer.bos_token_id == loaded.processor.vocabulary.bos
+        assert ChameleonProcessor.from_pretrained(saved).image_seq_length == TINY.vq_config.grid**2
+
+    @pytest.mark.parametrize("shard", ["5GB", "200KB"])
+    def test_we_load_what_they_save(self, saved: Path, tmp_path: Path, shard: str) -> None:
+        from transformers import ChameleonForConditionalGeneration
+
+        theirs = ChameleonForConditionalGeneration.from_pretrained(saved).eval()
+        folder = tmp_path / "theirs"
+        theirs.save_pretrained(folder, max_shard_size=shard)
+        shutil.copy(saved / "tokenizer.json", folder)
+        assert (folder / "model.safetensors").exists() == (shard == "5GB")
+        loaded = formats.load(folder)
+        assert_same_weights(loaded.transformer, load_hf(saved).transformer)
+        assert not loaded.can_decode
+        codes = loaded.vqgan.encode(torch.zeros(1, 3, 16, 16))
+        with pytest.raises(CheckpointError, match="no VQ decoder"):
+            loaded.vqgan.decode(codes)
+
+
+class TestMistakes:
+    def rewrite(self, folder: Path, drop: str = "", add: str = "", reshape: str = "") -> None:
+        tensors = load_file(folder / "model.safetensors")
+        tensors = {k: v for k, v in tensors.items() if not (drop and drop in k)}
+        if add:
+            tensors[add] = torch.zeros(1)
+        if reshape:
+            tensors[reshape] = tensors[reshape][:-1].contiguous()
+        save_file(tensors, folder / "model.safetensors")
+
+    @pytest.mark.parametrize(
+        ("change", "sentence"),
+        [
+            ({"drop": "layers.1.mlp.up_proj"}, r"lacks the key model\.layers\.1\.mlp\.up_proj"),
+            ({"drop": "layers"}, r"lacks 26 keys: model\.layers\.0.* and 16 more"),
+            ({"add": "model.layers.9.x"}, r"has unknown the key model\.layers\.9\.x"),
+            ({"reshape": "model.norm.weight"}, r"has wrong shapes for the key model\.norm\.weight"),
+            ({"drop": "vqmodel"}, "holds no image tokenizer"),
+            ({"drop": "decoder.conv_in.bias"}, r"lacks the key decoder\.conv_in\.bias"),
+        ],
+    )
+    def test_keys_that_do_not_fit(self, saved: Path, change: dict[str, str], sentence: str) -> None:
+        self.rewrite(saved, **change)
+        with pytest.raises(CheckpointError, match=sentence):
+            load_hf(saved)
+
+    def test_a_truncated_file(self, saved: Path) -> None:
+        weights = saved / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:1000])
+        with pytest.raises(CheckpointError, match=r"model\.safetensors is missing or damaged"):
+            load_hf(saved)
+
+    def test_a_missing_shard(self, saved: Path) -> None:
+        index = {"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}
+        (saved / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(CheckpointError, match=r"00002\.safetensors is missing"):
+            load_hf(saved)
+
+    @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json"])
+    def test_a_file_that_is_no_json(self, saved: Path, name: str) -> None:
+        (saved / name).write_text("{")
+        with pytest.raises(CheckpointError, match=rf"{name} is missing or not JSON"):
+            load_hf(saved)
+
+
+class TestFormats:
+    def test_layouts_are_told_apart(self, saved: Path, golden: Path) -> None:
+        assert formats.detect(saved) == "hf"
+        assert formats.detect(golden / "models" / "tiny_1") == "meta"
+        assert formats.detect(golden / "models" / "tiny_mp2_swin_gqa") == "meta"
+
+    def test_mini_lies_in_the_package(self) -> None:
+        assert formats.locate("mini").parts[-3:] == ("earlyfusion", "pretrained", "mini")
+
+    def test_no_such_folder(self, tmp_path: Path) -> None:
+        with pytest.raises(
+            CheckpointError, match=r"no model folder .*nowhere: give 'mini', a fold"
+        ):
+            formats.load(tmp_path / "nowhere")
+
+    def test_a_folder_without_a_model(self, tmp_path: Path) -> None:
+        with pytest.raises(CheckpointError, match=r"holds no model: give 'mini'"):
+            formats.load(tmp_path)
+
+    def test_a_hub_that_cannot_be_reached(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import huggingface_hub
+
+        def fail(*_: Any, **__: Any) -> str:
+            raise OSError("secret detail")
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+        with pytest.raises(CheckpointError, match="org/name is no folder here") as caught:
+            formats.load("org/name")
+        assert "secret" not in str(caught.value)
+
+    def test_a_hub_id_is_downloaded(self, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        import huggingface_hub
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(saved))
+        assert formats.load("org/name").config == load_hf(saved).config
+
+
+class TestMeta:
+    @pytest.mark.parametrize("name", ["tiny_1", "tiny_mp2_swin_gqa"])
+    def test_a_download_loads_whole(self, golden: Path, name: str) -> None:
+        loaded = formats.load(golden / "models" / name)
+        assert loaded.config.vocab_size == loaded.processor.vocabulary.size == 1280
+        assert loaded.transformer.lm_head.weight.dtype is torch.bfloat16
+        assert loaded.can_decode
+        assert loaded.vqgan.quant_conv.weight.dtype is torch.float32
+        assert loaded.processor.layout.num_codes == 1024
+
+    def test_sizes_come_from_both_param_files(self, golden: Path) -> None:
+        config = read_config(golden / "models" / "tiny_mp2_swin_gqa")
+        assert (config.hidden_size, config.intermediate_size) == (64, 256)
+        assert (config.num_attention_heads, config.num_key_value_heads) == (8, 2)
+        assert (config.model_parallel_size, config.swin_norm) == (2, True)
+
+    def test_each_shard_s_norm_serves_its_heads(self, golden: Path) -> None:
+        folder = golden / "models" / "tiny_mp2_swin_gqa"
+        norm = load_meta(folder).transformer.model.layers[1].self_attn.q_norm
+        for rank in range(2):
+            shard = torch.load(folder / f"consolidated.0{rank}.pth", weights_only=True)
+            own = unrotate(shard["layers.1.attention.q_normalization.bias"], 8)
+            assert torch.equal(norm.bias[4 * rank : 4 * rank + 4], own.expand(4, 8))
+        assert not torch.equal(norm.bias[0], norm.bias[4])
+
+    def test_halves_from_neighbours(self) -> None:
+        rows = torch.arange(8)
+        assert unrotate(rows, 4).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+        assert unrotate(rows[:, None], 8).flatten().tolist() == [0, 2, 4, 6, 1, 3, 5, 7]
+
+    def test_to_transformers_and_back(self, golden: Path, tmp_path: Path) -> None:
+        loaded = load_meta(golden / "models" / "tiny_1")
+        text = (golden / "tokenizer" / "text_tokenizer.json").read_text()
+        save_hf(tmp_path / "hf", loaded.transformer, loaded.vqgan, text, {})
+        again = load_hf(tmp_path / "hf")
+        assert again.config == loaded.config
+        assert_same_weights(again.transformer, loaded.transformer)
+        assert_same_weights(again.vqgan, loaded.vqgan)
+
+
+class TestMetaMistakes:
+    @pytest.fixture
+    def folder(self, golden: Path, tmp_path: Path) -> Path:
+        folder = tmp_path / "models" / "tiny"
+        shutil.copytree(golden / "models" / "tiny_mp2_swin_gqa", folder)
+        (tmp_path / "tokenizer").symlink_to(golden.absolute() / "tokenizer")
+        return folder
+
+    def edit(self, folder: Path, drop: str = "", add: str = "") -> None:
+        for path in folder.glob("*.pth"):
+            shard = torch.load(path, weights_only=True)
+            shard.pop(drop, None)
+            if add:
+                shard[add] = torch.zeros(2)
+            torch.save(shard, path)
+
+    def test_rotary_frequencies_are_not_needed(self, folder: Path) -> None:
+        self.edit(folder, drop="rope.freqs")
+        assert load_meta(folder).config.num_hidden_layers == 3
+
+    @pytest.mark.parametrize(
+        ("change", "sentence"),
+        [
+            ({"drop": "output.weight"}, r"lacks the key lm_head\.weight"),
+            ({"add": "layers.0.lora.weight"}, r"has unknown the key layers\.0\.lora\.weight"),
+        ],
+    )
+    def test_keys_that_do_not_fit(
+        self, folder: Path, change: dict[str, str], sentence: str
+    ) -> None:
+        self.edit(folder, **change)
+        with pytest.raises(CheckpointError, match=sentence):
+            load_meta(folder)
+
+    def test_a_missing_shard(self, folder: Path) -> None:
+        (folder / "consolidated.00.pth").unlink()
+        with pytest.raises(CheckpointError, match=r"lacks consolidated\.pth, or one of"):
+            load_meta(folder)
+
+    def test_a_truncated_shard(self, folder: Path) -> None:
+        path = folder / "consolidated.01.pth"
+        path.write_bytes(path.read_bytes()[:5000])
+        with pytest.raises(CheckpointError, match=r"consolidated\.01\.pth is missing, damaged"):
+            load_meta(folder)
+
+    def test_params_without_sizes(self, folder: Path) -> None:
+        (folder / "consolidate_params.json").unlink()
+        with pytest.raises(CheckpointError, match="gives no vocab_size"):
+            load_meta(folder)
+
+    def test_no_tokenizer(self, folder: Path) -> None:
+        (folder.parent.parent / "tokenizer").unlink()
+        with pytest.raises(CheckpointError, match=r"no text_tokenizer\.json beside"):
+            load_meta(folder)
+
+
+class TestVQGAN:
+    @pytest.fixture
+    def folder(self, golden: Path, tmp_path: Path) -> Path:
+        shutil.copy(golden / "tokenizer" / "vqgan.yaml", tmp_path)
+        return tmp_path
+
+    def save(self, golden: Path, folder: Path, drop: str = "-", add: str = "") -> None:
+        source = golden / "tokenizer" / "vqgan.ckpt"
+        state = torch.load(source, weights_only=True)["state_dict"]
+        state = {k: v for k, v in state.items() if not k.startswith(drop)}
+        if add:
+            state[add] = torch.zeros(1)
+        torch.save({"state_dict": state}, folder / "vqgan.ckpt")
+
+    def test_the_loss_is_ignored(self, golden: Path) -> None:
+        vqgan = load_vqgan(golden / "tokenizer")
+        assert vqgan.config.grid == 32
+        assert not vqgan.training
+
+    @pytest.mark.parametrize(
+        ("change", "sentence"),
+        [
+            ({"drop": "decoder.conv_out.bias"}, r"lacks the key decoder\.conv_out\.bias"),
+            ({"drop": "quant"}, r"lacks 3 keys: quant_conv\.bias, quant_conv\.weight, quantize"),
+            ({"add": "extra.weight"}, r"has unknown the key extra\.weight"),
+        ],
+    )
+    def test_keys_that_do_not_fit(
+        self, golden: Path, folder: Path, change: dict[str, str], sentence: str
+    ) -> None:
+        self.save(golden, folder, **change)
+        with pytest.raises(CheckpointError, match=sentence):
+            load_vqgan(folder)
+
+    def test_code_in_a_pickle_is_not_run(self, folder: Path) -> None:
+        class Bomb:
+            def __reduce__(self) -> tuple[Any, ...]:
+                return (folder.joinpath("ran").touch, ())
+
+        (folder / "vqgan.ckpt").write_bytes(pickle.dumps({"state_dict": Bomb()}))
+        with pytest.raises(CheckpointError, match="holds more than tensors"):
+            load_vqgan(folder)
+        torch.save({"state_dict": Bomb()}, folder / "vqgan.ckpt")
+        with pytest.raises(CheckpointError, match="holds more than tensors"):
+            load_vqgan(folder)
+        assert not (folder / "ran").exists()
+
+    def test_a_config_that_is_none(self, folder: Path) -> None:
+        (folder / "vqgan.yaml").write_text("model: {}")
+        with pytest.raises(CheckpointError, match=r"vqgan\.yaml is missing or no VQ-GAN config"):
+            load_vqgan(folder)
