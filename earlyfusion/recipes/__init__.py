@@ -1,0 +1,102 @@
+"""Recipes: short Python files that end in `config = ...` and are run by `earlyfusion train RECIPE`.
+
+A recipe module has `config`, a dataclass of dataclasses, and `main(config)`. The command line
+overrides any field: `steps=50` where the name is unique, `run.steps=50` where it is not.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import fields, is_dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType, NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+from earlyfusion.errors import SettingError
+
+NAMES = ("mini_image_tokenizer", "mini_transformer")
+
+
+def run(name: str, overrides: list[str]) -> None:
+    """Run a recipe of this package, or a recipe file, with `field=value` overrides.
+
+    Raises `SettingError` for an unknown recipe or field, or a value of the wrong type.
+    """
+    recipe = _load(name)
+    recipe.main(override(recipe.config, overrides))
+
+
+def override(config: Any, overrides: list[str]) -> Any:
+    """A copy of `config` with each `field=value` or `part.field=value` applied."""
+    for item in overrides:
+        path, found, text = item.partition("=")
+        if not found:
+            raise SettingError(f"{item!r} is not of the form field=value")
+        config = _set(config, _resolve(config, path.strip()), text)
+    return config
+
+
+def _load(name: str) -> ModuleType:
+    if name in NAMES:
+        return import_module(f"earlyfusion.recipes.{name}")
+    path = Path(name)
+    if path.suffix != ".py" or not path.is_file():
+        raise SettingError(
+            f"recipe {name!r} is unknown: choose one of {', '.join(NAMES)} or give a Python file"
+        )
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not (hasattr(module, "config") and hasattr(module, "main")):
+        raise SettingError(f"{name} is no recipe: it needs `config` and `main(config)`")
+    return module
+
+
+def _leaves(config: Any, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    found: list[tuple[str, ...]] = []
+    for item in fields(config):
+        value = getattr(config, item.name)
+        inner = _leaves(value, (*prefix, item.name)) if is_dataclass(value) else []
+        found += inner or [(*prefix, item.name)]
+    return found
+
+
+def _resolve(config: Any, path: str) -> tuple[str, ...]:
+    """The full path of a field given whole or by a unique ending."""
+    wanted, leaves = tuple(path.split(".")), _leaves(config)
+    matches = [p for p in leaves if p[-len(wanted) :] == wanted]
+    exact = [p for p in matches if p == wanted]
+    if len(exact or matches) == 1:
+        return (exact or matches)[0]
+    if matches:
+        raise SettingError(
+            f"field {path!r} could be any of {', '.join('.'.join(p) for p in matches)}: name one"
+        )
+    raise SettingError(
+        f"field {path!r} is unknown: this recipe has {', '.join('.'.join(p) for p in leaves)}"
+    )
+
+
+def _set(config: Any, path: tuple[str, ...], text: str) -> Any:
+    name, rest = path[0], path[1:]
+    if rest:
+        return replace(config, **{name: _set(getattr(config, name), rest, text)})
+    return replace(config, **{name: _parse(get_type_hints(type(config))[name], name, text)})
+
+
+def _parse(kind: Any, name: str, text: str) -> Any:
+    if get_origin(kind) is UnionType:
+        if text.lower() == "none":
+            return None
+        kind = next(k for k in get_args(kind) if k is not NoneType)
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        if get_origin(kind) is tuple:
+            return tuple(get_args(kind)[0](t) for t in text.split(",") if t)
+        return kind(text)
+    except (KeyError, ValueError, TypeError):
+        shown = getattr(kind, "__name__", str(kind))
+        raise SettingError(f"{name}={text!r} cannot be read as {shown}") from None

@@ -1,0 +1,222 @@
+"""The transformer of `mini`, and the model folder that ships.
+
+    earlyfusion train mini_transformer data=DIR/emoji image_tokenizer=runs/mini_image_tokenizer
+
+Cuts the pictures into codes, trains a text tokenizer, trains the transformer on dialogues (packed,
+18 kinds of task, English and Korean) and writes `model/` under the run's folder in the transformers
+layout. The run is resumable: the same command goes on from the newest checkpoint. Machine, run time
+and scores of the shipped weights stand in the model card (earlyfusion/pretrained/mini/README.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from earlyfusion.checkpoints.hf import save_hf
+from earlyfusion.config import PRESETS, ModelConfig
+from earlyfusion.content import Image, Message, Text
+from earlyfusion.model.transformer import Transformer
+from earlyfusion.model.vqgan import VQGAN
+from earlyfusion.processor import Processor, TokenSequence, train_tokenizer
+from earlyfusion.recipes.emoji.dataset import EmojiData
+from earlyfusion.recipes.emoji.dialogues import Sample, caption_pairs, generate
+from earlyfusion.recipes.mini_image_tokenizer import AugmentConfig, augmented, to_pixels
+from earlyfusion.train import checkpoint
+from earlyfusion.train.data import Packer, RoleWeights
+from earlyfusion.train.language import LanguageTask
+from earlyfusion.train.optim import OptimConfig
+from earlyfusion.train.trainer import RunConfig, resolve_device, train
+from earlyfusion.vocabulary import ImageLayout
+
+GENERATION = {
+    "text": {"temperature": 0.0},
+    "image": {"temperature": 0.9, "top_p": 0.95},
+    "guidance": {"text": 3.0, "image": 1.0},
+}
+
+
+# Share of each kind of dialogue: naming and drawing carry all others, so they come most often.
+TASKS = {
+    "caption": 26.0,
+    "draw": 26.0,
+    "caption_style": 4.0,
+    "keyword": 2.0,
+    "yesno_name": 4.0,
+    "yesno_kind": 2.0,
+    "category": 5.0,
+    "common": 6.0,
+    "odd": 2.0,
+    "which": 3.0,
+    "same_thing": 2.0,
+    "colour": 5.0,
+    "style_name": 2.0,
+    "list_draw": 4.0,
+    "list_name": 2.0,
+    "restyle": 3.0,
+    "chat_draw_ask": 2.0,
+    "chat_caption_follow": 2.0,
+}
+
+
+@dataclass
+class DocumentsConfig:
+    """What the documents are made of."""
+
+    dialogues: int = 150_000
+    tasks: dict[str, float] = field(default_factory=lambda: dict(TASKS))
+    korean: float = 0.4
+    seed: int = 100
+    pairs: float = 0.35
+    """Share of plain pairs of picture and name among the documents."""
+    bare: float = 0.1
+    """Share of drawings whose request is dropped, for guidance."""
+    variants: int = 4
+    """Ways each picture is cut into codes: the first as it is, the others shifted and scaled."""
+
+
+@dataclass
+class TransformerConfig:
+    data: Path = Path("data/emoji")
+    image_tokenizer: Path = Path("runs/mini_image_tokenizer")
+    rows: int = 2
+    length: int = 2048
+    dropout: float = 0.0
+    z_weight: float = 1e-5
+    run: RunConfig = field(default_factory=RunConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    documents: DocumentsConfig = field(default_factory=DocumentsConfig)
+    weights: RoleWeights = field(default_factory=RoleWeights)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+
+def load_image_tokenizer(run: Path, config: ModelConfig) -> VQGAN:
+    """The newest weights of an image tokenizer's run, rounded as they are shipped: to fp16."""
+    tensors, _ = checkpoint.load(run)
+    vqgan = VQGAN(config.vq_config)
+    vqgan.load_state_dict({k: v.half().float() for k, v in tensors["model"].items()})
+    return vqgan.eval().requires_grad_(False)
+
+
+@torch.inference_mode()
+def picture_codes(vqgan: VQGAN, data: EmojiData, config: TransformerConfig) -> np.ndarray:
+    """Codes of every training picture in every variant: int16 [pictures, variants, h, w]."""
+    variants, side = config.documents.variants, config.model.vq_config.resolution
+    plain, changed = replace(config.augment, share=0.0), replace(config.augment, share=1.0)
+    ids, found = data.split("train"), []
+    for start in range(0, len(ids), 32):
+        pictures = data.images(ids[start : start + 32])
+        for variant in range(variants):
+            rng = np.random.default_rng([config.documents.seed, start, variant])
+            how = changed if variant else plain
+            pixels = to_pixels([augmented(p, side, how, rng) for p in pictures])
+            found.append(vqgan.encode(pixels).to(torch.int16).numpy())
+    grid = config.model.vq_config.grid
+    batches = np.split(np.arange(len(ids)), range(32, len(ids), 32))
+    table = np.zeros((len(ids), variants, grid, grid), np.int16)
+    for number, codes in enumerate(found):
+        table[batches[number // variants], number % variants] = codes
+    return table
+
+
+class Documents:
+    """Document k of the training stream, a pure function of k."""
+
+    def __init__(
+        self, samples: list[Sample], pairs: list[Sample], data: EmojiData, codes: np.ndarray,
+        processor: Processor, config: TransformerConfig,
+    ) -> None:  # fmt: skip
+        self._samples, self._pairs, self._codes = samples, pairs, codes
+        self._place = {name: i for i, name in enumerate(data.split("train"))}
+        self._processor, self._config = processor, config
+
+    def __call__(self, number: int) -> TokenSequence:
+        cfg, seed = self._config.documents, self._config.run.seed
+        rng = np.random.default_rng([seed, 7, number])
+        source = self._pairs if rng.random() < cfg.pairs else self._samples
+        sample = source[int(rng.integers(len(source)))]
+        messages = [self._message(m, rng) for m in sample["messages"]]
+        answer = messages[-1]
+        if isinstance(answer.parts[0], Image) and rng.random() < cfg.bare:
+            return self._bare(answer.parts[0])
+        return self._processor.encode_document(messages)
+
+    def _message(self, raw: dict[str, Any], rng: np.random.Generator) -> Message:
+        parts = [self._part(p, raw["role"], rng) for p in raw["content"]]
+        return Message(raw["role"], parts)
+
+    def _part(self, raw: dict[str, str], role: str, rng: np.random.Generator) -> Text | Image:
+        if raw["type"] == "text":
+            return Text(raw["text"])
+        variants = self._codes.shape[1] if role == "user" else 1
+        which = self._place[raw["image"]], int(rng.integers(variants))
+        return Image(codes=self._codes[which].astype(np.int64))
+
+    def _bare(self, picture: Image) -> TokenSequence:
+        vocabulary, sequence = self._processor.vocabulary, TokenSequence()
+        assert picture.codes is not None
+        sequence.control(vocabulary.bos)
+        tokens = self._processor.layout.spell(picture.codes, vocabulary)
+        sequence.segment(tokens, "assistant", "image")
+        sequence.control(vocabulary.eos, weight=1.0)
+        return sequence
+
+
+def texts(samples: Iterable[Sample]) -> Iterable[str]:
+    for sample in samples:
+        for message in sample["messages"]:
+            yield from (part["text"] for part in message["content"] if part["type"] == "text")
+
+
+def _prepare(config: TransformerConfig) -> tuple[VQGAN, Processor, Documents]:
+    out, cfg = config.run.out, config.documents
+    out.mkdir(parents=True, exist_ok=True)
+    data = EmojiData(config.data)
+    samples = generate(data, "train", cfg.dialogues, cfg.seed, cfg.korean, cfg.tasks)
+    pairs = list(caption_pairs(data))
+    tokenizer = out / "tokenizer.json"
+    if not tokenizer.exists():
+        codebook = config.model.vq_config.num_embeddings
+        text = train_tokenizer(texts([*samples, *pairs]), codebook, config.model.vocab_size)
+        tokenizer.write_text(text, encoding="utf-8")
+    grid = config.model.vq_config.grid
+    processor = Processor(tokenizer, ImageLayout(grid, grid))
+    vqgan = load_image_tokenizer(config.image_tokenizer, config.model)
+    if not (out / "codes.npy").exists():
+        np.save(out / "codes.npy", picture_codes(vqgan, data, config))
+    codes = np.load(out / "codes.npy")
+    return vqgan, processor, Documents(samples, pairs, data, codes, processor, config)
+
+
+def main(config: TransformerConfig) -> None:
+    vqgan, processor, documents = _prepare(config)
+    torch.manual_seed(config.run.seed)
+    size = processor.vocabulary.size
+    model_config = replace(config.model, vocab_size=size)
+    model = Transformer(model_config, config.dropout).to(resolve_device(config.run.device))
+    model.init_weights()
+    packer = Packer(documents, config.weights, config.rows, config.length, processor.vocabulary.pad)
+    train(LanguageTask(model, packer, config.z_weight), config.run, config.optim)
+    save_hf(
+        config.run.out / "model",
+        model.eval(),
+        vqgan,
+        (config.run.out / "tokenizer.json").read_text(encoding="utf-8"),
+        {"chameleon": GENERATION},
+        dtype=torch.float16,
+    )
+
+
+config = TransformerConfig(
+    model=PRESETS["mini"],
+    run=RunConfig(out=Path("runs/mini_transformer"), steps=4000, precision="bf16"),
+    optim=OptimConfig(lr=2e-3, warmup_steps=100, decay="cosine", final_ratio=0.02, eps=1e-8),
+    weights=RoleWeights(prompt_image=0.1, answer_text=3.0, end=1.0),
+    augment=AugmentConfig(share=1.0, shift=0.06, scale=0.1, mirror=0.0, recolour=0.0),
+)

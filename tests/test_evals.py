@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from earlyfusion import Image, Text
+from earlyfusion.errors import SettingError
+from earlyfusion.evals import emoji
+from earlyfusion.recipes.emoji.dataset import EmojiData
+from earlyfusion.recipes.emoji.dialogues import generate
+
+FOLDER = Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="module")
+def data() -> EmojiData:
+    return EmojiData(FOLDER)
+
+
+@dataclass
+class Reply:
+    segments: list[Any] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        return "".join(s.text for s in self.segments if isinstance(s, Text))
+
+    @property
+    def images(self) -> list[PIL.Image.Image]:
+        return [s.pil for s in self.segments if isinstance(s, Image) and s.pil]
+
+
+class Tokenizer:
+    """Codes are the pictures themselves, `levels` grey levels a channel."""
+
+    def __init__(self, levels: int = 256) -> None:
+        self.step = 256 // levels
+
+    def encode(self, images: list[PIL.Image.Image]) -> list[np.ndarray]:
+        return [np.asarray(i) // self.step for i in images]
+
+    def decode(self, codes: list[np.ndarray]) -> list[PIL.Image.Image]:
+        return [PIL.Image.fromarray((c * self.step).astype(np.uint8)) for c in codes]
+
+
+class Oracle:
+    """Knows every picture by its bytes and every drawing prompt by its words."""
+
+    def __init__(self, data: EmojiData, tokenizer: Tokenizer) -> None:
+        self.image_tokenizer, self.outputs = tokenizer, list[str]()
+        self.by_bytes = {data.image(r["id"]).tobytes(): r for r in data.rows}
+        self.drawn = {
+            emoji._drawing_prompt(data, r["id"], lang): data.image(r["id"])
+            for r in data.rows
+            for lang in ("en", "ko")
+        }
+
+    def generate_batch(
+        self, prompts: Sequence[Any], *, output: str, sampling: Sequence[Any]
+    ) -> list[Reply]:
+        assert len(prompts) == len(sampling) <= emoji.BATCH
+        self.outputs.append(output)
+        return [self.reply(p, output) for p in prompts]
+
+    def reply(self, prompt: Any, output: str) -> Reply:
+        if output == "image":
+            return Reply([Image(self.drawn[prompt])])
+        if output == "text" and isinstance(prompt[0], Image):
+            row = self.by_bytes[prompt[0].pil.tobytes()]
+            return Reply([Text(row["en"] if prompt[1] == "What is this?" else row["ko"])])
+        return Reply([Text("Yes.")])
+
+
+def test_naming_and_drawing_of_one_who_knows(data: EmojiData) -> None:
+    model = Oracle(data, Tokenizer())
+    named = emoji.naming(model, data, limit=100, seed=0)
+    assert set(named) == {"train", "val-pair", "val-concept"}
+    assert all(n[lang]["exact"] == 1 for n in named.values() for lang in ("en", "ko"))
+    assert named["val-pair"]["en"]["n"] == len(data.split("val-pair"))
+    found = emoji.retrieval(model, data, limit=20, seed=0)
+    assert {k: v["top1"] for k, v in found.items()} == {"train": 1, "val-pair": 1, "ceiling": 1}
+
+
+def test_wrong_answers_do_not_count(data: EmojiData) -> None:
+    model = Oracle(data, Tokenizer())
+    model.by_bytes = dict.fromkeys(model.by_bytes, data.row("noto/1f349"))
+    named = emoji.naming(model, data, limit=100, seed=0)
+    shown = [data.row(i)["en"] == "watermelon" for i in data.split("train")]
+    assert named["train"]["en"]["exact"] == round(sum(shown) / len(shown), 4)
+    assert named["val-concept"]["ko"]["exact"] == 0
+    model.drawn = dict.fromkeys(model.drawn, data.image("noto/1f349"))
+    found = emoji.retrieval(model, data, limit=27, seed=0)
+    assert found["train"]["top1"] < 0.2
+    assert found["train"]["top1"] <= found["train"]["top5"] <= found["train"]["top10"] < 1
+
+
+def test_yes_is_right_where_the_dialogue_says_so(
+    data: EmojiData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = {"yesno_name": 30.0}
+    samples = generate(data, "val", 60, korean=0, tasks=tasks)
+    monkeypatch.setattr(emoji, "_dialogues", lambda data: samples)
+    model = Oracle(data, Tokenizer())
+    model.reply = lambda prompt, output: Reply([Text("Yes.")])  # type: ignore[method-assign]
+    found = emoji.questions(model, data, limit=1000)["yesno_name"]
+    truth = [s["answer"] == "Yes" for s in samples if s["task"] == "yesno_name"]
+    assert found == {"n": len(truth), "exact": round(sum(truth) / len(truth), 4)}
+    assert 0 < found["exact"] < 1
+
+
+def test_well_formed_lists(data: EmojiData) -> None:
+    picture = Image(data.image("noto/1f349"))
+    good = [Text("1. melon"), picture, Text("2. pear"), picture]
+    assert emoji.well_formed(good, 2)
+    assert not emoji.well_formed(good, 3)
+    assert not emoji.well_formed(good[1:] + good[:1], 2)
+    assert not emoji.well_formed([Text("1. melon"), picture, Text("3. pear"), picture], 2)
+    assert not emoji.well_formed([Text("melon"), picture, Text("pear"), picture], 2)
+    assert not emoji.well_formed([Text("1. melon"), Text("x"), Text("2. pear"), picture], 2)
+
+
+def test_right_items_of_a_list(data: EmojiData, monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = {"subgroup": "food-fruit", "count": 3, "lang": "en", "check": "images+names"}
+    turns = [{"role": "user", "content": [{"type": "text", "text": "Show me three fruits."}]}, {}]
+    monkeypatch.setattr(emoji, "_dialogues", lambda data: [sample | {"messages": turns}])
+    picture = Image(data.image("noto/1f349"))
+    model = Oracle(data, Tokenizer())
+    answer = [Text("1. pear"), picture, Text("2. horse"), picture, Text("3. pear"), picture]
+    model.reply = lambda prompt, output: Reply(answer)  # type: ignore[method-assign]
+    found = emoji.lists(model, data, limit=5, seed=0)
+    assert found == {"n": 1, "well_formed": 1.0, "right_items": round(1 / 3, 4)}
+    assert model.outputs == ["interleaved"]
+
+
+def test_psnr_of_coarse_codes(data: EmojiData) -> None:
+    exact = emoji.reconstruction(Oracle(data, Tokenizer()), data, limit=9, seed=0)
+    coarse = emoji.reconstruction(Oracle(data, Tokenizer(levels=16)), data, limit=9, seed=0)
+    assert exact == {"n": 9, "psnr_median": 99.0, "psnr_tenth": 99.0}
+    assert 20 < coarse["psnr_tenth"] <= coarse["psnr_median"] < 35
+    black, white = (PIL.Image.new("RGB", (8, 8), c) for c in ("black", "white"))
+    assert emoji.psnr(black, white) == 0
+
+
+def test_ranks_survive_small_damage(data: EmojiData) -> None:
+    gallery = emoji.Gallery(data, "noto")
+    for row in data.rows:
+        if row["style"] == "noto":
+            blurred = data.image(row["id"]).resize((24, 24)).resize((64, 64))
+            assert gallery.rank(blurred, row["codepoints"]) == 0
+    assert gallery.rank(data.image("noto/1f349"), "1f34c") > 0
+
+
+def test_report_and_its_table(data: EmojiData, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = [
+        s for s in generate(data, "val", 40) if s["task"] in ("colour", "category", "common")
+    ]
+    monkeypatch.setattr(emoji, "_dialogues", lambda data: samples)
+    model = Oracle(data, Tokenizer())
+    model.reply = lambda prompt, output: Reply(  # type: ignore[method-assign]
+        [Image(data.image("noto/1f349"))] if output == "image" else [Text("fruits")]
+    )
+    report = emoji.measure(model, data, limit=4)
+    json.dumps(report)
+    table = emoji.markdown(report)
+    assert table[1] == "| --- | --- | --- | --- |"
+    assert all(line.count("|") == 5 for line in table)
+    assert any("median PSNR | val | 4 | 99.0 dB" in line for line in table)
+    assert any("naming, exact match, ko | val-pair" in line for line in table)
+    with pytest.raises(SettingError, match="limit is 0"):
+        emoji.measure(model, data, limit=0)
+
+
+def test_command_wants_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert emoji.main(["--data", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: no concepts.jsonl in")
+    assert error.count("\n") == 1

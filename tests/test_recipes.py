@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from earlyfusion import Chameleon, SamplingParams
+from earlyfusion.content import Image
+from earlyfusion.errors import SettingError
+from earlyfusion.recipes import run
+from earlyfusion.recipes.emoji.dataset import EmojiData
+from earlyfusion.train.monitor import read_metrics
+
+DATA = Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both recipes of mini for a few steps, at 16 x 16 pixels."""
+    out = tmp_path_factory.mktemp("runs")
+    small = [f"data={DATA}", "resolution=16", "steps=4", "save_every=3", "log_every=1"]
+    run("mini_image_tokenizer", [*small, f"out={out / 'vq'}", "batch=2"])
+    run(
+        "mini_transformer",
+        [
+            *small,
+            f"out={out / 'lm'}",
+            f"image_tokenizer={out / 'vq'}",
+            "dialogues=60",
+            "hidden_size=32",
+            "intermediate_size=64",
+            "num_attention_heads=2",
+            "num_hidden_layers=2",
+            "length=400",
+        ],
+    )
+    return out
+
+
+def test_both_recipes_end_in_a_model_that_reads_and_draws(runs: Path) -> None:
+    model = Chameleon.load(str(runs / "lm" / "model"))
+    data = EmojiData(DATA)
+    picture = Image.of(data.image(data.rows[0]["id"]))
+    reply = model.generate(
+        [picture, "What is this?"], output="text", sampling=SamplingParams(max_tokens=8)
+    )
+    assert reply.images == [] and reply.usage.completion_tokens <= 8
+    drawn = model.generate("Draw a cat.", output="image", seed=0)
+    assert [i.size for i in drawn.images] == [(16, 16)]
+
+
+def test_training_moved_and_the_run_is_logged(runs: Path) -> None:
+    for name in ("vq", "lm"):
+        rows = read_metrics(runs / name)
+        assert [r["step"] for r in rows] == [0, 1, 2, 3]
+        assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_an_unknown_recipe_and_a_file_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="mini_transformer"):
+        run("nothing", [])
+    (tmp_path / "empty.py").write_text("x = 1\n")
+    with pytest.raises(SettingError, match="no recipe"):
+        run(str(tmp_path / "empty.py"), [])

@@ -1,0 +1,233 @@
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from earlyfusion.config import PRESETS
+from earlyfusion.errors import CheckpointError, DataError, SettingError
+from earlyfusion.model.attention import CausalAttend
+from earlyfusion.model.transformer import Transformer
+from earlyfusion.model.vqgan import VQGAN
+from earlyfusion.processor import ANSWER_IMAGE, ANSWER_TEXT, CONTROL, PROMPT_TEXT, TokenSequence
+from earlyfusion.recipes import override
+from earlyfusion.train import checkpoint
+from earlyfusion.train.data import Packer, RoleWeights, pack_row
+from earlyfusion.train.image_tokenizer import ImageTokenizerTask, VQLossConfig
+from earlyfusion.train.language import LanguageTask
+from earlyfusion.train.loss import next_token_loss
+from earlyfusion.train.monitor import read_metrics
+from earlyfusion.train.optim import OptimConfig, learning_rate
+from earlyfusion.train.trainer import RunConfig, train
+
+TINY = PRESETS["tiny"]
+OPTIM = OptimConfig(lr=1e-2, warmup_steps=2, eps=1e-8)
+
+
+def document(number: int) -> TokenSequence:
+    generator = torch.Generator().manual_seed(number)
+    size = int(torch.randint(4, 12, (), generator=generator))
+    ids = torch.randint(5, TINY.vocab_size, (size,), generator=generator).tolist()
+    half = size // 2
+    role = [CONTROL] + [PROMPT_TEXT] * (half - 1) + [ANSWER_TEXT] * (size - half - 1) + [CONTROL]
+    return TokenSequence(ids=ids, role=role, weights=[0.0] * half + [1.0] * (size - half))
+
+
+def language_task(dropout: float = 0.1) -> LanguageTask:
+    torch.manual_seed(0)
+    model = Transformer(TINY, dropout)
+    model.init_weights()
+    return LanguageTask(model, Packer(document, RoleWeights(), rows=2, length=32, pad=1))
+
+
+def losses(run: Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(run)]
+
+
+def test_fifty_steps_twice_give_the_same_losses_to_the_bit(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        train(language_task(), RunConfig(tmp_path / name, steps=50, log_every=1), OPTIM)
+    first = losses(tmp_path / "a")
+    assert len(first) == 50 and first == losses(tmp_path / "b")
+    assert len(set(first)) > 40  # the run does move
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not(tmp_path: Path) -> None:
+    whole = RunConfig(tmp_path / "whole", steps=20, log_every=1, save_every=7)
+    train(language_task(), whole, OPTIM)
+    part = replace(whole, out=tmp_path / "part", stop_after=7)
+    train(language_task(), part, OPTIM)
+    train(language_task(), replace(part, stop_after=0), OPTIM)
+    assert losses(whole.out) == losses(part.out)
+    assert checkpoint.steps(part.out) == [14, 20]
+
+
+def _endless(out: str) -> None:
+    train(language_task(), RunConfig(Path(out), steps=5000, log_every=1, save_every=3), OPTIM)
+
+
+def test_a_killed_run_goes_on_to_the_same_losses(tmp_path: Path) -> None:
+    out = tmp_path / "killed"
+    process = multiprocessing.get_context("spawn").Process(target=_endless, args=(str(out),))
+    process.start()
+    assert process.pid is not None
+    deadline = time.monotonic() + 60
+    while len(checkpoint.steps(out)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    reached = checkpoint.steps(out)[-1]
+    run = RunConfig(out, steps=5000, log_every=1, save_every=3, stop_after=reached + 5)
+    train(language_task(), run, OPTIM)
+    unbroken = replace(run, out=tmp_path / "unbroken")
+    train(language_task(), unbroken, OPTIM)
+    assert losses(out) == losses(unbroken.out)
+
+
+def test_a_checkpoint_cut_short_does_not_count(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 1, {"x": torch.ones(2)}, {"note": 1}, keep=2)
+    (tmp_path / ".partial-00000002").mkdir()
+    tensors, state = checkpoint.load(tmp_path)
+    assert state == {"note": 1, "step": 1} and torch.equal(tensors["x"], torch.ones(2))
+    for step in (3, 4):
+        checkpoint.save(tmp_path, step, {}, {}, keep=2)
+    assert checkpoint.steps(tmp_path) == [3, 4]
+    assert not list(tmp_path.glob(".partial*"))
+
+
+def test_another_setting_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    run = RunConfig(tmp_path, steps=4, stop_after=1)
+    train(language_task(), run, OPTIM)
+    with pytest.raises(CheckpointError, match="steps"):
+        train(language_task(), replace(run, steps=9), OPTIM)
+    with pytest.raises(CheckpointError, match="another folder|out folder"):
+        train(language_task(), run, replace(OPTIM, lr=1.0))
+    with pytest.raises(CheckpointError, match="train it first"):
+        checkpoint.load(tmp_path / "nothing")
+
+
+def test_the_logs_have_a_row_a_step_in_json_and_tensorboard(tmp_path: Path) -> None:
+    train(language_task(), RunConfig(tmp_path, steps=3, log_every=1), OPTIM)
+    rows = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == [0, 1, 2]
+    assert {"loss", "text_nats", "image_nats", "log_z_squared", "grad_norm", "lr"} <= set(rows[0])
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_loss_is_weighted_cross_entropy_plus_z_loss() -> None:
+    torch.manual_seed(0)
+    logits, targets = torch.randn(2, 5, 11), torch.randint(0, 11, (2, 5))
+    weight = torch.rand(2, 5)
+    weight[0, :2] = 0
+    nats = -logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    log_z = logits.exp().sum(-1).log()
+    expected = ((nats + 0.1 * log_z**2) * weight).sum() / weight.sum()
+    loss = next_token_loss(logits, targets, weight, z_weight=0.1)
+    torch.testing.assert_close(loss.total, expected)
+    moved = logits.clone()
+    moved[0, :2] += 3  # prompts are masked: no change
+    torch.testing.assert_close(next_token_loss(moved, targets, weight, 0.1).total, expected)
+    assert not torch.allclose(next_token_loss(logits, targets, weight, 0.0).total, expected)
+
+
+def test_packed_documents_give_the_gradient_of_the_documents_alone() -> None:
+    torch.manual_seed(0)
+    model = Transformer(TINY).double()
+    model.init_weights()
+    documents = [document(n) for n in (3, 4, 5)]
+
+    def gradients(rows: list[list[TokenSequence]]) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        for row in rows:
+            columns = pack_row(row, RoleWeights(), 40, pad=1)
+            tokens, targets, number, positions, weight, _ = (c[None] for c in columns)
+            logits = model(tokens, positions, [CausalAttend(number)] * TINY.num_hidden_layers)
+            loss = next_token_loss(logits.double(), targets, weight, 1e-5)
+            (loss.total * weight.sum()).backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    packed, alone = gradients([documents]), gradients([[d] for d in documents])
+    for name in alone:
+        torch.testing.assert_close(packed[name], alone[name], atol=1e-5, rtol=1e-4)
+
+
+def test_weights_follow_roles_and_targets_follow_tokens() -> None:
+    role = [CONTROL, PROMPT_TEXT, CONTROL, ANSWER_TEXT, ANSWER_IMAGE, CONTROL]
+    example = TokenSequence(ids=[0, 7, 8, 9, 10, 2], role=role, weights=[0, 0, 0, 1, 1, 1])
+    weights = RoleWeights(prompt_text=0.1, answer_text=3.0, answer_image=2.0, end=0.5)
+    tokens, targets, number, positions, weight, image = pack_row([example], weights, 7, pad=1)
+    assert tokens.tolist() == [0, 7, 8, 9, 10, 1, 1]
+    assert targets.tolist() == [7, 8, 9, 10, 2, 1, 1]
+    assert positions.tolist() == [0, 1, 2, 3, 4, 0, 1]
+    assert number.tolist() == [0, 0, 0, 0, 0, 1, 1]
+    torch.testing.assert_close(weight, torch.tensor([0.1, 0, 3, 2, 0.5, 0, 0]))
+    assert image.tolist() == [False, False, False, True, False, False, False]
+
+
+def test_a_document_longer_than_a_row_is_refused() -> None:
+    packer = Packer(document, RoleWeights(), rows=1, length=4, pad=1)
+    with pytest.raises(DataError, match="limit 5"):
+        for _ in range(10):
+            packer.next()
+
+
+@pytest.mark.parametrize("codebook", ["ema", "gradient"])
+@pytest.mark.parametrize("adversarial", [0.0, 0.1])
+def test_the_image_tokenizer_learns_and_resumes(
+    tmp_path: Path, codebook: str, adversarial: float
+) -> None:
+    def task() -> ImageTokenizerTask:
+        torch.manual_seed(0)
+        config = VQLossConfig(
+            codebook=codebook, ramp_steps=3, revive_every=4, adversarial=adversarial
+        )
+
+        def batches(step: int) -> torch.Tensor:
+            colours = torch.rand(4, 3, 1, 1, generator=torch.Generator().manual_seed(step))
+            return (colours * 2 - 1).expand(4, 3, 16, 16)
+
+        return ImageTokenizerTask(VQGAN(TINY.vq_config), config, batches, 24, compiled=False)
+
+    run = RunConfig(tmp_path / "whole", steps=24, log_every=1, save_every=100)
+    train(task(), run, OPTIM)
+    rows = read_metrics(run.out)
+    assert rows[-1]["psnr"] > rows[0]["psnr"] + 3
+    part = replace(run, out=tmp_path / "part")
+    train(task(), replace(part, stop_after=11), OPTIM)
+    train(task(), part, OPTIM)
+    assert losses(part.out) == losses(run.out)
+
+
+@pytest.mark.parametrize("decay", ["exponential", "cosine", "constant"])
+def test_learning_rate_warms_up_and_decays(decay: str) -> None:
+    config = OptimConfig(lr=1.0, warmup_steps=10, decay=decay, final_ratio=0.1)
+    rates = [learning_rate(config, step, 110) for step in range(111)]
+    assert rates[0] == pytest.approx(0.1) and rates[10] == pytest.approx(1.0)
+    assert rates[110] == pytest.approx(1.0 if decay == "constant" else 0.1)
+    assert sorted(rates[10:], reverse=True) == rates[10:]
+
+
+def test_overrides_reach_nested_fields_and_name_what_is_wrong() -> None:
+    from earlyfusion.recipes.mini_image_tokenizer import config
+
+    changed = override(config, ["steps=7", "run.out=runs/x", "attn_resolutions=16,8", "l2=0.5"])
+    assert changed.run.steps == 7 and changed.run.out == Path("runs/x")
+    assert changed.model.attn_resolutions == (16, 8) and changed.loss.l2 == 0.5
+    assert config.run.steps != 7
+    for item, words in [
+        ("nothing=1", "unknown"),
+        ("steps", "field=value"),
+        ("steps=many", "cannot be read as int"),
+        ("decay=linear", "choose one of"),
+        ("precision=fp8", "fp32 or bf16"),
+        ("perceptual=1", "perceptual_weights"),
+    ]:
+        with pytest.raises(SettingError, match=words):
+            override(config, [item])
