@@ -1,0 +1,5 @@
+import sys
+
+from earlyfusion.cli import main
+
+sys.exit(main())

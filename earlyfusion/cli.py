@@ -1,0 +1,375 @@
+"""The command line: each command turns its options into calls of the public API.
+
+Only Typer is imported here. torch, Rich and the model are imported inside the commands, once the
+options are known to be good, so that `--help`, completion and a mistake answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from earlyfusion import __version__
+from earlyfusion.errors import EarlyFusionError
+
+if TYPE_CHECKING:
+    from earlyfusion.api import Chameleon, Reply
+    from earlyfusion.content import Prompt
+    from earlyfusion.terminal import Album
+
+Output = Literal["text", "image", "interleaved", "auto"]
+Mode = Literal["crop", "fit"]
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a number") from None
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a whole number") from None
+
+
+def _number_option(help: str) -> Any:
+    # Typer's own numbers leave the wrong value out of the message.
+    return typer.Option(parser=_number, metavar="NUMBER", help=help)
+
+
+def _whole_option(help: str) -> Any:
+    return typer.Option(parser=_whole, metavar="WHOLE", help=help)
+
+
+ModelName = Annotated[
+    str, typer.Option("--model", "-m", help="mini (embedded), a model folder, or a hub id.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
+Seed = Annotated[int | None, _whole_option("The same seed gives the same bytes.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
+Pictures = Annotated[Path, typer.Option("--out", "-o", help="Folder of the drawn PNG files.")]
+Temperature = Annotated[float | None, _number_option("0 takes the likeliest token.")]
+TopP = Annotated[float | None, _number_option("Share of probability that is kept; 1 is off.")]
+TopK = Annotated[int | None, _whole_option("How many tokens are kept; 0 is off.")]
+MinP = Annotated[float | None, _number_option("Least share of the likeliest token; 0 is off.")]
+Penalty = Annotated[float | None, _number_option("Against repetition; 1 is off.")]
+Guidance = Annotated[float | None, _number_option("Pull of the prompt on a drawing; 1 is off.")]
+MaxTokens = Annotated[int | None, _whole_option("Most new tokens, of text and of images.")]
+MaxImages = Annotated[int | None, _whole_option("Most images in the reply.")]
+
+_INTERRUPTED = 130
+_DEMO_PICTURE = Path(__file__).parent / "pretrained" / "mini" / "examples" / "apple.png"
+_DEMO_QUESTION = "What is this?"
+_DEMO_QUESTION_KO = "이게 뭐야?"
+_DEMO_DRAWING = "Draw a red apple."
+_DEMO_LIST = "Show me three different fruits. Write each name before its picture."
+
+
+def _examples(*lines: str) -> str:
+    return "\n\n".join(["Examples:", *lines])
+
+
+app = typer.Typer(
+    name="earlyfusion",
+    help="Text and images in any order in, text and images in any order out.",
+    epilog=_examples("earlyfusion demo", 'earlyfusion generate "Draw a red apple." --output image'),
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; its exit code: 0, 2 for a user's mistake, 130 where the user stopped it."""
+    try:
+        code = app(arguments, prog_name="earlyfusion", standalone_mode=False)
+        sys.stdout.flush()
+    except EarlyFusionError as error:
+        return _mistake(str(error))
+    except typer.TyperException as error:
+        hint = getattr(getattr(error, "ctx", None), "command_path", "earlyfusion")
+        said = error.format_message().rstrip(".?").replace(". ", "; ")
+        return _mistake(f"{said}; see '{hint} --help'")
+    except (KeyboardInterrupt, typer.Abort):
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # The reader has gone; what is still buffered has nowhere to go either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return code if isinstance(code, int) else 0
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(
+    epilog=_examples(
+        'earlyfusion generate "What is this?" --image cat.png',
+        'earlyfusion generate "Draw a red apple." --output image --out out/ --seed 0',
+        'earlyfusion generate "<image> <image> What are these?" --image a.png --image b.png --json',
+    )
+)
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Text; <image> marks the place of each --image.")],
+    image: Annotated[list[Path] | None, typer.Option(help="A picture; may be repeated.")] = None,
+    output: Annotated[Output, typer.Option(help="What the reply may hold.")] = "auto",
+    out: Pictures = Path("out"),
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: Penalty = None,
+    image_temperature: Temperature = None,
+    image_top_p: TopP = None,
+    image_top_k: TopK = None,
+    guidance_text: Guidance = None,
+    guidance_image: Guidance = None,
+    max_tokens: MaxTokens = None,
+    max_images: MaxImages = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Ends the reply; may be repeated.")] = None,
+    seed: Seed = None,
+    model: ModelName = "mini",
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Answer one prompt: text goes to the terminal, pictures to PNG files."""
+    from earlyfusion.content import as_messages, fill_placeholders
+    from earlyfusion.generation.settings import SamplingParams
+    from earlyfusion.terminal import Album, Screen, answer
+
+    asked = as_messages(fill_placeholders(prompt, image or []))
+    sampling = SamplingParams(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        image_temperature=image_temperature,
+        image_top_p=image_top_p,
+        image_top_k=image_top_k,
+        guidance_text=guidance_text,
+        guidance_image=guidance_image,
+        max_tokens=max_tokens,
+        max_images=max_images,
+        stop=stop or None,
+        seed=_seed(seed),
+    )
+    album = Album(out)
+    if output != "text":
+        album.check()
+    chameleon, screen = _load(model, device, as_json), Screen(as_json)
+    reply = answer(chameleon, asked, output, sampling, album, screen)
+    if as_json:
+        _print_json(_reply_json(reply, album) | {"seed": sampling.seed, "model": model})
+
+
+@app.command(epilog=_examples("earlyfusion chat", "echo Hello | earlyfusion chat --output text"))
+def chat(
+    output: Annotated[Output, typer.Option(help="What a reply may hold.")] = "auto",
+    out: Pictures = Path("out"),
+    temperature: Temperature = None,
+    max_tokens: MaxTokens = None,
+    max_images: MaxImages = None,
+    seed: Seed = None,
+    model: ModelName = "mini",
+    device: Device = "auto",
+) -> None:
+    """Talk with the model; it remembers the conversation. Commands: /image /save /reset /quit."""
+    from earlyfusion.chat import Conversation
+    from earlyfusion.generation.settings import SamplingParams
+    from earlyfusion.terminal import Album
+
+    sampling = SamplingParams(
+        temperature=temperature, max_tokens=max_tokens, max_images=max_images, seed=_seed(seed)
+    )
+    album = Album(out)
+    if output != "text":
+        album.check()
+    Conversation(_load(model, device), output, sampling, album).run()
+
+
+@app.command(epilog=_examples("earlyfusion demo", "earlyfusion demo --out pictures --seed 3"))
+def demo(
+    out: Pictures = Path("earlyfusion-demo"),
+    seed: Seed = 0,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """A short tour with the embedded model: a picture is named, one is drawn, both are mixed."""
+    from earlyfusion.content import Image, fill_placeholders
+    from earlyfusion.generation.settings import SamplingParams
+    from earlyfusion.terminal import Album, Screen, answer
+
+    album = Album(out)
+    album.check()
+    picture, sampling = Image.open(_DEMO_PICTURE), SamplingParams(seed=_seed(seed))
+    chameleon, screen = _load("mini", device, as_json), Screen(as_json)
+    tour: list[tuple[str, Prompt, Output]] = [
+        (_DEMO_QUESTION, fill_placeholders(_DEMO_QUESTION, [picture]), "text"),
+        (_DEMO_QUESTION_KO, fill_placeholders(_DEMO_QUESTION_KO, [picture]), "text"),
+        (_DEMO_DRAWING, _DEMO_DRAWING, "image"),
+        (_DEMO_LIST, _DEMO_LIST, "interleaved"),
+    ]
+    steps = []
+    screen.picture(picture)
+    for words, prompt, output in tour:
+        screen.line(f"\n> {words}")
+        reply = answer(chameleon, prompt, output, sampling, album, screen)
+        steps.append({"prompt": words} | _reply_json(reply, album))
+    screen.line(f"\nThe pictures are in {out}. Next: earlyfusion chat")
+    if as_json:
+        _print_json({"steps": steps, "seed": sampling.seed, "out": str(out)})
+
+
+@app.command(
+    epilog=_examples(
+        "earlyfusion encode a.png b.png -o codes.safetensors",
+        "earlyfusion encode wide.png -o wide.safetensors --mode fit --json",
+    )
+)
+def encode(
+    images: Annotated[list[Path], typer.Argument(help="Pictures.", metavar="IMG")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A safetensors file.")],
+    mode: Annotated[Mode, typer.Option(help="Crop the centre, or fit in with a border.")] = "crop",
+    model: ModelName = "mini",
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Turn pictures into image codes: one tensor "codes" of n x h x w whole numbers."""
+    from earlyfusion.checkpoints.codes import save_codes
+    from earlyfusion.content import Image
+    from earlyfusion.terminal import check_writable
+
+    pictures = [Image.open(path) for path in images]
+    check_writable(out.parent)
+    codes = _load(model, device, as_json).image_tokenizer.encode(pictures, mode)
+    save_codes(out, codes.cpu().numpy())
+    if as_json:
+        named = [str(path) for path in images]
+        _print_json({"path": str(out), "shape": list(codes.shape), "images": named})
+    else:
+        print(f"{out}: {' x '.join(map(str, codes.shape))} codes")
+
+
+@app.command(epilog=_examples("earlyfusion decode codes.safetensors -o pictures"))
+def decode(
+    codes: Annotated[Path, typer.Argument(help="A file that `earlyfusion encode` wrote.")],
+    out: Pictures = Path("out"),
+    model: ModelName = "mini",
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Draw the pictures that image codes stand for."""
+    from earlyfusion.checkpoints.codes import load_codes
+    from earlyfusion.terminal import Album, Screen, decoded
+
+    album, codes_nhw = Album(out), load_codes(codes)
+    album.check()
+    chameleon, screen = _load(model, device, as_json), Screen(as_json)
+    images = decoded(chameleon, *codes_nhw)
+    paths = [album.save(image) for image in images]
+    for image, path in zip(images, paths, strict=True):
+        screen.picture(image, path)
+    if as_json:
+        _print_json({"images": [str(path) for path in paths]})
+
+
+@app.command(
+    epilog=_examples(
+        "earlyfusion train mini_transformer steps=200",
+        "earlyfusion train my_recipe.py run.folder=runs/mine",
+    )
+)
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name, or a Python file.")],
+    fields: Annotated[
+        list[str] | None, typer.Argument(metavar="FIELD=VALUE", help="What to change in it.")
+    ] = None,
+) -> None:
+    """Run a training recipe; run it again to go on where it stopped."""
+    from earlyfusion.recipes import run
+
+    run(recipe, fields or [])
+
+
+@app.command(epilog=_examples("earlyfusion info", "earlyfusion info ./my-model --json"))
+def info(
+    model: Annotated[str, typer.Argument(help="mini, a model folder, or a hub id.")] = "mini",
+    as_json: AsJson = False,
+) -> None:
+    """Show what a model is and what running it takes; checks that its files are whole."""
+    from earlyfusion.checkpoints.summary import summarize
+
+    summary = asdict(summarize(model))
+    if as_json:
+        return _print_json({"model": model} | summary)
+    for name, value in summary.items():
+        rows = value.items() if isinstance(value, dict) else [("", value)]
+        for what, amount in rows:
+            label = " ".join([*name.split("_"), what]).strip()
+            print(
+                f"{label:<36}{amount:>16,}" if isinstance(amount, int) else f"{label:<36}{amount}"
+            )
+
+
+def _load(name: str, device: str, quiet: bool = False) -> Chameleon:
+    from earlyfusion.terminal import busy
+
+    with busy(f"loading {name}", quiet):
+        from earlyfusion.api import Chameleon
+
+        return Chameleon.load(name, device=device)
+
+
+def _seed(seed: int | None) -> int:
+    """The seed asked for, or a fresh one that can be told to the user."""
+    return secrets.randbits(31) if seed is None else seed
+
+
+def _mistake(sentence: str) -> int:
+    print(f"Error: {' '.join(sentence.split())}", file=sys.stderr)
+    return 2
+
+
+def _print_json(data: dict[str, Any]) -> None:
+    print(json.dumps(data, ensure_ascii=False))
+
+
+def _reply_json(reply: Reply, album: Album) -> dict[str, Any]:
+    from earlyfusion.content import Text
+
+    segments = [
+        {"type": "text", "text": segment.text}
+        if isinstance(segment, Text)
+        else {"type": "image", "path": str(album.path_of(segment))}
+        for segment in reply.segments
+    ]
+    return {
+        "text": reply.text,
+        "images": [segment["path"] for segment in segments if segment["type"] == "image"],
+        "segments": segments,
+        "finish_reason": reply.finish_reason,
+        "usage": asdict(reply.usage) | {"total_tokens": reply.usage.total_tokens},
+    }

@@ -1,0 +1,232 @@
+"""How a reply reaches a person: text as it comes, pictures as files and half-blocks.
+
+Half-blocks and progress are drawn only where a person looks: on a terminal, and not with `--json`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import PIL.Image
+from rich.color import Color
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.style import Style
+from rich.text import Text as Characters
+
+from earlyfusion.content import Image, Prompt, Segment, Text
+from earlyfusion.errors import SettingError
+
+if TYPE_CHECKING:
+    from earlyfusion.api import Chameleon, Output, Reply
+    from earlyfusion.generation.settings import SamplingParams
+
+_MAX_COLUMNS = 40
+_CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+class Album:
+    """The folder that drawn pictures go to, numbered in the order of drawing."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._paths: dict[int, Path] = {}
+        self._images: list[Image] = []
+
+    def check(self) -> None:
+        """Raise `SettingError` now if no picture could be written later; creates nothing."""
+        check_writable(self.folder)
+
+    def save(self, image: Image) -> Path:
+        path = self.folder / f"image-{len(self._images) + 1}.png"
+        save_png(image, path)
+        self._images.append(image)
+        self._paths[id(image)] = path
+        return path
+
+    def path_of(self, image: Image) -> Path:
+        return self._paths[id(image)]
+
+
+def check_writable(folder: Path) -> None:
+    """Raise `SettingError` unless files can be made in the folder, or the folder itself can."""
+    try:
+        nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+        good = nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+    except OSError:
+        good = False
+    if not good:
+        raise SettingError(
+            f"{folder} is no folder that can be written to: choose another with --out"
+        )
+
+
+def save_png(image: Image, path: Path) -> None:
+    """Write the pixels of a picture; the same pixels give the same bytes."""
+    assert image.pil is not None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.pil.save(path, format="PNG")
+    except OSError:
+        raise SettingError(
+            f"{path} cannot be written: free the disk or choose another folder"
+        ) from None
+
+
+def answer(
+    chameleon: Chameleon,
+    prompt: Prompt,
+    output: Output,
+    sampling: SamplingParams,
+    album: Album,
+    screen: Screen,
+) -> Reply:
+    """Generate a reply, showing it as it comes and filing its pictures."""
+    from earlyfusion.api import Reply
+    from earlyfusion.generation.reference import Finished, ImageDone, ImageProgress, TextDelta
+
+    segments: list[Segment] = []
+    words: list[str] = []
+    for event in chameleon.stream(prompt, output, sampling):
+        if isinstance(event, TextDelta):
+            words.append(event.text)
+            screen.text(event.text)
+        elif isinstance(event, ImageProgress):
+            screen.drawing(event.codes_done, event.codes_total)
+        elif isinstance(event, ImageDone):
+            segments += _text(words)
+            image = decoded(chameleon, event.codes)[0]
+            segments.append(image)
+            screen.picture(image, album.save(image))
+        elif isinstance(event, Finished):
+            screen.end()
+            return Reply([*segments, *_text(words)], event.reason, event.usage)
+    raise RuntimeError("the events of a reply ended without Finished")
+
+
+def decoded(chameleon: Chameleon, *codes: npt.NDArray[np.int64]) -> list[Image]:
+    """The pictures of codes [h, w] each."""
+    import torch
+
+    pictures = chameleon.image_tokenizer.decode(torch.from_numpy(np.stack(codes)))
+    return [Image(picture, own) for picture, own in zip(pictures, codes, strict=True)]
+
+
+def _text(words: list[str]) -> list[Segment]:
+    """The segment that the deltas so far make; takes them out of the list."""
+    text = "".join(words).strip()
+    words.clear()
+    return [Text(text)] if text else []
+
+
+class Screen:
+    """Shows one reply after the other; `quiet` shows nothing at all."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._pictures = not quiet and sys.stdout.isatty()
+        self._line_open = False
+        self._progress: Progress | None = None
+
+    def line(self, text: str = "") -> None:
+        """A line of our own, on a line of its own."""
+        self._close_line()
+        self._write(text + "\n")
+
+    def text(self, delta: str) -> None:
+        """More text of the model, without the characters that could steer the terminal."""
+        shown = delta.translate(_CONTROLS)
+        if not self._line_open:
+            shown = shown.lstrip()
+        self._write(shown)
+
+    def drawing(self, done: int, total: int) -> None:
+        """How much of the picture is drawn, in codes."""
+        if self._progress is None:
+            self._close_line()
+            self._progress = _progress(self._quiet)
+            self._progress.add_task("drawing")
+            self._progress.start()
+        self._progress.update(self._progress.task_ids[0], completed=done, total=total)
+
+    def picture(self, image: Image, path: Path | None = None) -> None:
+        """A whole picture, and the file that it was written to."""
+        self.end_drawing()
+        self._close_line()
+        console = Console()
+        if self._pictures and image.pil is not None and console.color_system:
+            console.print(half_blocks(image.pil, min(_MAX_COLUMNS, console.width)))
+        if path is not None:
+            self.line(str(path))
+
+    def end_drawing(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def end(self) -> None:
+        """The reply is over."""
+        self.end_drawing()
+        self._close_line()
+
+    def _close_line(self) -> None:
+        if self._line_open:
+            self._write("\n")
+
+    def _write(self, text: str) -> None:
+        if self._quiet or not text:
+            return
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        self._line_open = not text.endswith("\n")
+
+
+@contextmanager
+def busy(what: str, quiet: bool = False) -> Iterator[None]:
+    """A spinner on stderr for as long as the block runs."""
+    if quiet or not sys.stderr.isatty():
+        yield
+        return
+    with Console(stderr=True).status(what):
+        yield
+
+
+def half_blocks(picture: PIL.Image.Image, columns: int) -> Characters:
+    """A picture in characters, at most `columns` wide: each shows one pixel above another."""
+    width = min(columns, picture.width)
+    rows = max(1, round(picture.height * width / picture.width / 2))
+    small = picture.convert("RGB").resize((width, 2 * rows), PIL.Image.Resampling.LANCZOS)
+    pixels = memoryview(small.tobytes())
+    blocks = Characters()
+    for row in range(rows):
+        for column in range(width):
+            above = 3 * (2 * row * width + column)
+            below = above + 3 * width
+            style = Style(color=_color(pixels, above), bgcolor=_color(pixels, below))
+            blocks.append("▀", style)
+        blocks.append("\n")
+    blocks.rstrip()
+    return blocks
+
+
+def _color(pixels: memoryview, at: int) -> Color:
+    return Color.from_rgb(*pixels[at : at + 3])
+
+
+def _progress(quiet: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=quiet or not sys.stderr.isatty(),
+    )

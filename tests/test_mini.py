@@ -1,0 +1,149 @@
+"""The embedded model: README's programs, the commands and the examples, run for real."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import PIL.Image
+import pytest
+from test_readme import PACKAGE, READMES, ROOT, blocks
+
+from earlyfusion import Chameleon, Image, SamplingParams, Text
+from earlyfusion.cli import main
+
+MINI = PACKAGE / "pretrained" / "mini"
+LIST = "Show me three different fruits. Write each name before its picture."
+PROGRAMS = [(name, program) for name in READMES for program in blocks(name, "python")]
+
+Run = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def model() -> Chameleon:
+    return Chameleon.load("mini", device="cpu")
+
+
+@pytest.fixture
+def apple(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The bundled picture, in a folder that is empty but for it."""
+    monkeypatch.chdir(tmp_path)
+    return Path(shutil.copy(MINI / "examples" / "apple.png", tmp_path / "apple.png"))
+
+
+@pytest.fixture
+def run(apple: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    def call(*arguments: object) -> str:
+        code = main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        assert (code, err) == (0, "")
+        return out
+
+    return call
+
+
+def test_files_of_the_model() -> None:
+    names = {path.name for path in MINI.iterdir()}
+    assert names >= {
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "processor_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "examples",
+    }
+    assert sum(path.stat().st_size for path in MINI.rglob("*")) <= 40_000_000
+
+
+@pytest.mark.parametrize(("name", "program"), PROGRAMS, ids=[name for name, _ in PROGRAMS])
+def test_readme_programs_run(apple: Path, name: str, program: str) -> None:
+    exec(compile(program, name, "exec"), {"__name__": "readme"})
+
+
+def test_names_the_bundled_picture_in_both_languages(run: Run) -> None:
+    common = ("--image", "apple.png", "--output", "text", "--temperature", 0, "--device", "cpu")
+    assert "apple" in run("generate", "What is this?", *common)
+    assert "사과" in run("generate", "이게 뭐야?", *common)
+
+
+def test_drawing_twice_gives_the_same_bytes(run: Run) -> None:
+    for folder in ("a", "b"):
+        run("generate", "Draw a red apple.", "--output", "image", "--out", folder, "--seed", 0)
+    drawn = Path("a/image-1.png").read_bytes()
+    assert drawn == Path("b/image-1.png").read_bytes()
+    with PIL.Image.open("a/image-1.png") as picture:
+        assert min(picture.size) >= 64
+        assert len(picture.getcolors(maxcolors=1 << 20)) > 50
+
+
+def test_json_is_one_object(run: Run) -> None:
+    reply = json.loads(run("generate", "What is this?", "--image", "apple.png", "--json"))
+    assert reply["text"] and reply["finish_reason"] == "stop"
+
+
+def test_demo(run: Run) -> None:
+    start = time.perf_counter()
+    told = json.loads(run("demo", "--json"))
+    assert time.perf_counter() - start < 60
+    english, korean, drawing, mixed = told["steps"]
+    assert english["text"].isascii() and not korean["text"].isascii()
+    assert len(drawing["images"]) == 1 and len(mixed["images"]) >= 1
+    written = {str(path) for path in Path("earlyfusion-demo").iterdir()}
+    assert written == {*drawing["images"], *mixed["images"]}
+
+
+def test_encode_then_decode_comes_near(run: Run, model: Chameleon) -> None:
+    run("encode", "apple.png", "-o", "c.safetensors", "--device", "cpu")
+    run("decode", "c.safetensors", "-o", "drawn", "--device", "cpu")
+    before = model.image_tokenizer.square(Image.open("apple.png"))
+    with PIL.Image.open("drawn/image-1.png") as after:
+        pairs = zip(before.tobytes(), after.tobytes(), strict=True)
+        error = sum(abs(a - b) for a, b in pairs) / len(before.tobytes())
+    assert error < 20
+
+
+def whole(model: Chameleon, seed: int) -> bool:
+    """Text and at least one image in order, and every image has all of its codes."""
+    sampling = SamplingParams(max_images=3)
+    reply = model.generate(LIST, output="interleaved", sampling=sampling, seed=seed)
+    codes = [s.codes for s in reply.segments if isinstance(s, Image) and s.codes is not None]
+    layout = model.processor.layout
+    return (
+        isinstance(reply.segments[0], Text)
+        and len(codes) == len(reply.images) > 0
+        and all(c.shape == (layout.height, layout.width) for c in codes)
+    )
+
+
+def test_interleaved_reply(model: Chameleon) -> None:
+    assert whole(model, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_interleaved_replies_are_whole_100_times(model: Chameleon) -> None:
+    assert [seed for seed in range(100) if not whole(model, seed)] == []
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("ask.py", ["What is this?", "apple.png"]),
+        ("variations.py", ["Draw a cat.", "cats.png", "2"]),
+        ("codes_of_a_picture.py", ["apple.png", "seen.png"]),
+    ],
+)
+def test_examples_run(
+    apple: Path, script: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    runpy.run_path(str(ROOT / "examples" / script), run_name="__main__")
+    for name in arguments:
+        assert not name.endswith(".png") or Path(name).is_file()
