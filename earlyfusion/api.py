@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -33,6 +33,7 @@ from earlyfusion.model.transformer import Transformer
 from earlyfusion.processor import Processor
 
 Output = Literal["text", "image", "interleaved", "auto"]
+Watch = Callable[[Event, Image | None], None]
 
 # A CPU computes fp32 faster than bf16 as long as the weights stay in its cache.
 _LARGE = 500_000_000
@@ -124,7 +125,7 @@ class Chameleon:
         else; or both in the order of the model's choice ("interleaved", "auto"). `seed` goes before
         `sampling.seed`; the same seed gives the same reply. Raises an `EarlyFusionError`.
         """
-        return self._reply(self.stream(prompt, output, sampling, seed))
+        return self.collect(self.stream(prompt, output, sampling, seed))
 
     def stream(
         self,
@@ -159,7 +160,7 @@ class Chameleon:
         # Every request is checked before the first is answered.
         rows = zip(prompts, outputs, samplings, seeds, strict=True)
         requests = [self.request(*row) for row in rows]
-        return [self._reply(generate(self.transformer, self.processor, r)) for r in requests]
+        return [self.collect(generate(self.transformer, self.processor, r)) for r in requests]
 
     def request(
         self,
@@ -223,10 +224,15 @@ class Chameleon:
         encoded = iter(self.image_tokenizer.encode(new).cpu().numpy() if new else ())
         return [next(encoded) if image.codes is None else image.codes for image in images]
 
-    def _reply(self, events: Iterable[Event]) -> Reply:
+    def collect(self, events: Iterable[Event], watch: Watch | None = None) -> Reply:
+        """The reply that the events of `stream` make, its pictures decoded.
+
+        `watch` is called with each event as it comes, and with the picture of an `ImageDone`.
+        """
         segments: list[Segment] = []
         text = ""
         for event in events:
+            image = None
             if isinstance(event, TextDelta):
                 text += event.text
             if isinstance(event, ImageStarted | Finished):
@@ -234,7 +240,10 @@ class Chameleon:
                 text = ""
             if isinstance(event, ImageDone):
                 codes = torch.from_numpy(event.codes)[None]
-                segments.append(Image(self.image_tokenizer.decode(codes)[0], event.codes))
+                image = Image(self.image_tokenizer.decode(codes)[0], event.codes)
+                segments.append(image)
+            if watch is not None:
+                watch(event, image)
             if isinstance(event, Finished):
                 return Reply(segments, event.reason, event.usage)
         raise RuntimeError("the events of a reply ended without Finished")

@@ -11,6 +11,7 @@ import os
 import secrets
 import sys
 from dataclasses import asdict
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -91,15 +92,16 @@ app = typer.Typer(
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; its exit code: 0, 2 for a user's mistake, 130 where the user stopped it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = app(arguments, prog_name="earlyfusion", standalone_mode=False)
         sys.stdout.flush()
     except EarlyFusionError as error:
         return _mistake(str(error))
     except typer.TyperException as error:
-        hint = getattr(getattr(error, "ctx", None), "command_path", "earlyfusion")
-        said = error.format_message().rstrip(".?").replace(". ", "; ")
-        return _mistake(f"{said}; see '{hint} --help'")
+        return _misuse(error)
     except (KeyboardInterrupt, typer.Abort):
         return _INTERRUPTED
     except BrokenPipeError:
@@ -299,7 +301,7 @@ def decode(
 @app.command(
     epilog=_examples(
         "earlyfusion train mini_transformer steps=200",
-        "earlyfusion train my_recipe.py run.folder=runs/mine",
+        "earlyfusion train my_recipe.py run.out=runs/mine",
     )
 )
 def train(
@@ -353,8 +355,15 @@ def _mistake(sentence: str) -> int:
     return 2
 
 
+def _misuse(error: typer.TyperException) -> int:
+    """Typer's words as one sentence; it has none where it has shown the help instead."""
+    command = getattr(getattr(error, "ctx", None), "command_path", "earlyfusion")
+    said = error.format_message().rstrip(".?").replace(". ", "; ")
+    return _mistake(f"{said}; see '{command} --help'") if said else 2
+
+
 def _print_json(data: dict[str, Any]) -> None:
-    print(json.dumps(data, ensure_ascii=False))
+    print(json.dumps(data, ensure_ascii=sys.stdout.encoding.lower() != "utf-8"))
 
 
 def _reply_json(reply: Reply, album: Album) -> dict[str, Any]:

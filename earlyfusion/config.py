@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from earlyfusion.errors import CheckpointError, SettingError
 
@@ -97,8 +98,6 @@ class ModelConfig:
     vq_config: VQConfig = field(default_factory=VQConfig)
 
     def __post_init__(self) -> None:
-        if self.num_key_value_heads is None:
-            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         heads, kv = self.num_attention_heads, self.kv_heads
         _require(self.vocab_size > 0, "vocab_size", self.vocab_size, "must be positive")
         _require(
@@ -131,6 +130,11 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ModelConfig:
         """Read a transformers `config.json`; names it does not know are ignored."""
+        if data.get("hidden_act", "silu") != "silu":
+            raise CheckpointError(
+                f"hidden_act={data['hidden_act']!r} in config.json is not supported: "
+                f"the family uses silu"
+            )
         known = _known(cls, data)
         known["vq_config"] = VQConfig.from_dict(data.get("vq_config") or {})
         rope = data.get("rope_parameters") or {}
@@ -152,6 +156,7 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         data = {f.name: getattr(self, f.name) for f in fields(self)}
+        data["num_key_value_heads"] = self.kv_heads
         theta, scaling = data.pop("rope_theta"), data.pop("rope_scaling")
         rope = {"rope_type": "default"} | (scaling or {}) | {"rope_theta": theta}
         return data | {
@@ -168,9 +173,28 @@ def _require(good: bool, name: str, value: object, why: str) -> None:
         raise SettingError(f"{name}={value} {why}")
 
 
-def _known(cls: type, data: dict[str, Any]) -> dict[str, Any]:
-    names = {f.name for f in fields(cls)}
-    return {k: v for k, v in data.items() if k in names and k != "vq_config"}
+def _known(cls: type[ModelConfig] | type[VQConfig], data: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `cls` that a file gives; null leaves the default."""
+    kinds = get_type_hints(cls)
+    given = {f.name: data[f.name] for f in fields(cls) if data.get(f.name) is not None}
+    given.pop("vq_config", None)
+    for name, value in given.items():
+        if not _fits(value, kinds[name]):
+            raise CheckpointError(
+                f"{name}={value!r} in config.json is of the wrong kind: it must be "
+                f"{getattr(kinds[name], '__name__', kinds[name])}"
+            )
+    return given
+
+
+def _fits(value: object, kind: Any) -> bool:
+    if get_origin(kind) is UnionType:
+        return any(_fits(value, k) for k in get_args(kind))
+    if get_origin(kind) is tuple:
+        return isinstance(value, list | tuple) and all(_fits(v, int) for v in value)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, get_origin(kind) or kind) and (kind is bool) == isinstance(value, bool)
 
 
 _TINY_VQ = VQConfig(

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.style import Style
 from rich.text import Text as Characters
 
-from earlyfusion.content import Image, Prompt, Segment, Text
+from earlyfusion.content import Image, Prompt
 from earlyfusion.errors import SettingError
 
 if TYPE_CHECKING:
@@ -89,26 +89,19 @@ def answer(
     screen: Screen,
 ) -> Reply:
     """Generate a reply, showing it as it comes and filing its pictures."""
-    from earlyfusion.api import Reply
-    from earlyfusion.generation.reference import Finished, ImageDone, ImageProgress, TextDelta
+    from earlyfusion.generation.reference import Event, ImageProgress, TextDelta
 
-    segments: list[Segment] = []
-    words: list[str] = []
-    for event in chameleon.stream(prompt, output, sampling):
+    def watch(event: Event, image: Image | None) -> None:
         if isinstance(event, TextDelta):
-            words.append(event.text)
             screen.text(event.text)
         elif isinstance(event, ImageProgress):
             screen.drawing(event.codes_done, event.codes_total)
-        elif isinstance(event, ImageDone):
-            segments += _text(words)
-            image = decoded(chameleon, event.codes)[0]
-            segments.append(image)
+        elif image is not None:
             screen.picture(image, album.save(image))
-        elif isinstance(event, Finished):
-            screen.end()
-            return Reply([*segments, *_text(words)], event.reason, event.usage)
-    raise RuntimeError("the events of a reply ended without Finished")
+
+    reply = chameleon.collect(chameleon.stream(prompt, output, sampling), watch)
+    screen.end()
+    return reply
 
 
 def decoded(chameleon: Chameleon, *codes: npt.NDArray[np.int64]) -> list[Image]:
@@ -117,13 +110,6 @@ def decoded(chameleon: Chameleon, *codes: npt.NDArray[np.int64]) -> list[Image]:
 
     pictures = chameleon.image_tokenizer.decode(torch.from_numpy(np.stack(codes)))
     return [Image(picture, own) for picture, own in zip(pictures, codes, strict=True)]
-
-
-def _text(words: list[str]) -> list[Segment]:
-    """The segment that the deltas so far make; takes them out of the list."""
-    text = "".join(words).strip()
-    words.clear()
-    return [Text(text)] if text else []
 
 
 class Screen:

@@ -306,13 +306,27 @@ def in_shell(command: str, **environment: str) -> subprocess.CompletedProcess[st
         cwd=Path(__file__).parent.parent,
         env=os.environ | environment,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
     )
 
 
 def test_reader_that_goes_away() -> None:
     done = in_shell("earlyfusion --help | true; exit ${PIPESTATUS[0]}")
     assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_terminal_without_utf8(model: Path) -> None:
+    asked = f'earlyfusion generate Say. --output text --seed 3 --model "{model}"'
+    plain = in_shell(asked, PYTHONIOENCODING="ascii")
+    assert (plain.returncode, plain.stderr) == (0, "")
+    told = [in_shell(f"{asked} --json", PYTHONIOENCODING=name) for name in ("ascii", "utf-8")]
+    assert told[0].stdout.isascii()
+    assert json.loads(told[0].stdout) == json.loads(told[1].stdout)
+
+
+def test_no_command_shows_the_help(run: Run) -> None:
+    ran = run()
+    assert (ran.code, ran.err) == (2, "") and "generate" in ran.out
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -6,7 +6,6 @@ import json
 import runpy
 import shutil
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -89,9 +88,7 @@ def test_json_is_one_object(run: Run) -> None:
 
 
 def test_demo(run: Run) -> None:
-    start = time.perf_counter()
     told = json.loads(run("demo", "--json"))
-    assert time.perf_counter() - start < 60
     english, korean, drawing, mixed = told["steps"]
     assert english["text"].isascii() and not korean["text"].isascii()
     assert len(drawing["images"]) == 1 and len(mixed["images"]) >= 1

@@ -107,7 +107,7 @@ def test_another_setting_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     train(language_task(), run, OPTIM)
     with pytest.raises(CheckpointError, match="steps"):
         train(language_task(), replace(run, steps=9), OPTIM)
-    with pytest.raises(CheckpointError, match="another folder|out folder"):
+    with pytest.raises(CheckpointError, match="out folder"):
         train(language_task(), run, replace(OPTIM, lr=1.0))
     with pytest.raises(CheckpointError, match="train it first"):
         checkpoint.load(tmp_path / "nothing")

@@ -28,13 +28,14 @@ def run(name: str, overrides: list[str]) -> None:
 
 
 def override(config: Any, overrides: list[str]) -> Any:
-    """A copy of `config` with each `field=value` or `part.field=value` applied."""
+    """A copy of `config` with all of `field=value` or `part.field=value` applied at once."""
+    changes: dict[tuple[str, ...], str] = {}
     for item in overrides:
         path, found, text = item.partition("=")
         if not found:
             raise SettingError(f"{item!r} is not of the form field=value")
-        config = _set(config, _resolve(config, path.strip()), text)
-    return config
+        changes[_resolve(config, path.strip())] = text
+    return _changed(config, changes) if changes else config
 
 
 def _load(name: str) -> ModuleType:
@@ -79,11 +80,17 @@ def _resolve(config: Any, path: str) -> tuple[str, ...]:
     )
 
 
-def _set(config: Any, path: tuple[str, ...], text: str) -> Any:
-    name, rest = path[0], path[1:]
-    if rest:
-        return replace(config, **{name: _set(getattr(config, name), rest, text)})
-    return replace(config, **{name: _parse(get_type_hints(type(config))[name], name, text)})
+def _changed(config: Any, changes: dict[tuple[str, ...], str]) -> Any:
+    kinds, values = get_type_hints(type(config)), {}
+    for name in dict.fromkeys(path[0] for path in changes):
+        inner = {path[1:]: text for path, text in changes.items() if path[0] == name}
+        is_field = () in inner
+        values[name] = (
+            _parse(kinds[name], name, inner[()])
+            if is_field
+            else _changed(getattr(config, name), inner)
+        )
+    return replace(config, **values)
 
 
 def _parse(kind: Any, name: str, text: str) -> Any:

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from earlyfusion.config import PRESETS, ModelConfig, VQConfig
+from earlyfusion.errors import CheckpointError, SettingError
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_config_survives_its_file(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(PRESETS[name].to_dict()))
+    read = ModelConfig.from_file(path)
+    assert read.to_dict() == PRESETS[name].to_dict()
+    assert (read.head_dim, read.kv_heads) == (PRESETS[name].head_dim, PRESETS[name].kv_heads)
+
+
+def test_true_shapes_of_the_released_sizes() -> None:
+    small, large = PRESETS["chameleon-7b"], PRESETS["chameleon-34b"]
+    assert (small.hidden_size, small.kv_heads, small.swin_norm) == (4096, 32, False)
+    assert (large.hidden_size, large.kv_heads, large.swin_norm) == (8192, 8, True)
+    assert small.vq_config.stride == 16 and small.vq_config.grid == 32
+
+
+def test_leftovers_of_older_files_are_ignored_and_null_is_the_default() -> None:
+    data = {"ch": 128, "ch_mult": [1], "attn_resolutions": None, "embed_dim": None}
+    assert VQConfig.from_dict(data) == VQConfig()
+    rope = {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0}
+    read = ModelConfig.from_dict({"rope_parameters": rope, "num_key_value_heads": None})
+    assert (read.rope_theta, read.kv_heads, read.rope_scaling) == (5e5, 32, rope)
+    assert ModelConfig.from_dict({"rope_theta": 123.0}).rope_theta == 123.0
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"hidden_size": "abc"},
+        {"hidden_size": True},
+        {"swin_norm": 1},
+        {"rms_norm_eps": "1e-5"},
+        {"hidden_act": "gelu"},
+        {"rope_scaling": 3},
+        {"vq_config": {"channel_multiplier": [1, "2"]}},
+    ],
+)
+def test_wrong_kinds_name_the_field(data: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError) as error:
+        ModelConfig.from_dict(data)
+    inner = data.get("vq_config", data)
+    assert next(iter(inner)) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"hidden_size": 100}, "hidden_size=100"),
+        ({"num_attention_heads": 4096}, "odd width 1"),
+        ({"num_key_value_heads": 5}, "num_key_value_heads=5"),
+        ({"vocab_size": 0}, "vocab_size=0"),
+    ],
+)
+def test_impossible_shapes_name_the_value(data: dict[str, Any], words: str) -> None:
+    with pytest.raises(SettingError, match=words):
+        ModelConfig.from_dict(data)
+
+
+def test_a_missing_or_broken_file_is_one_sentence(tmp_path: Path) -> None:
+    broken = tmp_path / "config.json"
+    broken.write_text("{")
+    for path in (broken, tmp_path / "none.json"):
+        with pytest.raises(CheckpointError, match="missing or not JSON"):
+            ModelConfig.from_file(path)
