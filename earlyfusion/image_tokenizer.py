@@ -104,7 +104,7 @@ class ImageTokenizer:
 def _checked(mode: Any) -> Mode:
     if mode not in get_args(Mode):
         raise SettingError(f"image mode {mode!r} is unknown: choose 'crop' or 'fit'")
-    return mode  # type: ignore[no-any-return]
+    return mode
 
 
 def _checked_codes(codes: Any) -> Tensor:

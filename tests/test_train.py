@@ -109,6 +109,10 @@ def test_another_setting_in_the_same_folder_is_refused(tmp_path: Path) -> None:
         train(language_task(), replace(run, steps=9), OPTIM)
     with pytest.raises(CheckpointError, match="out folder"):
         train(language_task(), run, replace(OPTIM, lr=1.0))
+    other = language_task()
+    other.model = Transformer(replace(TINY, num_hidden_layers=1))
+    with pytest.raises(CheckpointError, match="another shape"):
+        train(other, run, OPTIM)
     with pytest.raises(CheckpointError, match="train it first"):
         checkpoint.load(tmp_path / "nothing")
 
@@ -119,6 +123,14 @@ def test_the_logs_have_a_row_a_step_in_json_and_tensorboard(tmp_path: Path) -> N
     assert [r["step"] for r in rows] == [0, 1, 2]
     assert {"loss", "text_nats", "image_nats", "log_z_squared", "grad_norm", "lr"} <= set(rows[0])
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_a_sentence(tmp_path: Path) -> None:
+    task = language_task()
+    with torch.no_grad():
+        task.model.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(SettingError, match=r"step 0 is nan: lower lr=0\.01"):
+        train(task, RunConfig(tmp_path), OPTIM)
 
 
 def test_loss_is_weighted_cross_entropy_plus_z_loss() -> None:

@@ -76,7 +76,7 @@ class DocumentsConfig:
     """Share of plain pairs of picture and name among the documents."""
     bare: float = 0.1
     """Share of drawings whose request is dropped, for guidance."""
-    variants: int = 4
+    variants: int = 3
     """Ways each picture is cut into codes: the first as it is, the others shifted and scaled."""
 
 
@@ -210,12 +210,13 @@ def main(config: TransformerConfig) -> None:
         (config.run.out / "tokenizer.json").read_text(encoding="utf-8"),
         {"chameleon": GENERATION},
         dtype=torch.float16,
+        vq_dtype=torch.float16,
     )
 
 
 config = TransformerConfig(
     model=PRESETS["mini"],
-    run=RunConfig(out=Path("runs/mini_transformer"), steps=4000, precision="bf16"),
+    run=RunConfig(out=Path("runs/mini_transformer"), steps=4800, precision="bf16"),
     optim=OptimConfig(lr=2e-3, warmup_steps=100, decay="cosine", final_ratio=0.02, eps=1e-8),
     weights=RoleWeights(prompt_image=0.1, answer_text=3.0, end=1.0),
     augment=AugmentConfig(share=1.0, shift=0.06, scale=0.1, mirror=0.0, recolour=0.0),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -41,7 +42,8 @@ class Monitor:
         now = time.perf_counter()
         rate = self._units / max(now - self._since, 1e-9)
         self._since, self._units = now, 0.0
-        row = {"step": step} | metrics
+        known = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        row = {"step": step} | known
         self._lines.write(json.dumps(row | {"per_second": round(rate, 2)}) + "\n")
         self._lines.flush()
         for name, value in metrics.items():

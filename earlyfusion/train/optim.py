@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +36,7 @@ class OptimConfig:
             )
 
 
-_DECAYS = {
+_DECAYS: dict[str, Callable[[float, float], float]] = {
     "exponential": lambda share, floor: floor**share,
     "cosine": lambda share, floor: floor + (1 - floor) * (1 + math.cos(math.pi * share)) / 2,
     "constant": lambda share, floor: 1.0,

@@ -101,7 +101,10 @@ def _step(
     with autocast(task.model, run.precision):
         loss, figures, units = task.loss(step)
     if not torch.isfinite(loss):
-        raise FloatingPointError(f"the loss of step {step} is {float(loss)}: lower lr={optim.lr}")
+        raise SettingError(
+            f"the loss of step {step} is {float(loss.detach())}: lower lr={optim.lr} and start again from "
+            f"the checkpoints in {run.out}"
+        )
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = nn.utils.clip_grad_norm_(list(task.parameters()), optim.clip or math.inf)
@@ -141,7 +144,12 @@ def _resume(
             f"{run.out} holds a run with another {' and '.join(changed) or 'optimizer setting'}: "
             f"give the same values or another out folder"
         )
-    task.model.load_state_dict(tensors.pop("model"))
+    try:
+        task.model.load_state_dict(tensors.pop("model"))
+    except RuntimeError:
+        raise CheckpointError(
+            f"{run.out} holds a model of another shape: give the same shape or another out folder"
+        ) from None
     optimizer.load_state_dict(tensors.pop("optimizer"))
     task.load_state(tensors, state)
     return int(state["step"])
