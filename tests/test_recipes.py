@@ -6,7 +6,7 @@ import pytest
 
 from earlyfusion import Chameleon, SamplingParams
 from earlyfusion.content import Image
-from earlyfusion.errors import SettingError
+from earlyfusion.errors import DataError, SettingError
 from earlyfusion.recipes import run
 from earlyfusion.recipes.emoji.dataset import EmojiData
 from earlyfusion.train.monitor import read_metrics
@@ -20,20 +20,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs")
     small = [f"data={DATA}", "resolution=16", "steps=4", "save_every=3", "log_every=1"]
     run("mini_image_tokenizer", [*small, f"out={out / 'vq'}", "batch=2"])
-    run(
-        "mini_transformer",
-        [
-            *small,
-            f"out={out / 'lm'}",
-            f"image_tokenizer={out / 'vq'}",
-            "dialogues=60",
-            "hidden_size=32",
-            "intermediate_size=64",
-            "num_attention_heads=2",
-            "num_hidden_layers=2",
-            "length=400",
-        ],
-    )
+    network = [
+        *small,
+        f"image_tokenizer={out / 'vq'}",
+        "dialogues=60",
+        "hidden_size=32",
+        "intermediate_size=64",
+        "num_attention_heads=2",
+        "num_hidden_layers=2",
+        "length=400",
+    ]
+    run("mini_transformer", [*network, f"out={out / 'first'}"])
+    run("mini_answers", [*network, f"out={out / 'lm'}", f"start={out / 'first'}"])
     return out
 
 
@@ -50,10 +48,27 @@ def test_both_recipes_end_in_a_model_that_reads_and_draws(runs: Path) -> None:
 
 
 def test_training_moved_and_the_run_is_logged(runs: Path) -> None:
-    for name in ("vq", "lm"):
+    for name in ("vq", "first", "lm"):
         rows = read_metrics(runs / name)
         assert [r["step"] for r in rows] == [0, 1, 2, 3]
-        assert rows[-1]["loss"] < rows[0]["loss"]
+        assert name == "lm" or rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_the_second_stage_takes_over_tokenizer_and_codes(runs: Path, tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "codes.npy"):
+        assert (runs / "first" / name).read_bytes() == (runs / "lm" / name).read_bytes()
+    with pytest.raises(DataError, match="start="):
+        run(
+            "mini_answers",
+            [
+                f"data={DATA}",
+                f"image_tokenizer={runs / 'vq'}",
+                "resolution=16",
+                "dialogues=10",
+                f"start={tmp_path}",
+                f"out={tmp_path / 'x'}",
+            ],
+        )
 
 
 def test_an_unknown_recipe_and_a_file_that_is_none(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The transformer of `mini`, and the model folder that ships.
+"""The transformer of `mini`, first stage; and what writes a model folder.
 
     earlyfusion train mini_transformer data=DIR/emoji image_tokenizer=runs/mini_image_tokenizer
 
@@ -10,6 +10,7 @@ and scores of the shipped weights stand in the model card (earlyfusion/pretraine
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,11 +22,12 @@ import torch
 from earlyfusion.checkpoints.hf import save_hf
 from earlyfusion.config import PRESETS, ModelConfig
 from earlyfusion.content import Image, Message, Text
+from earlyfusion.errors import DataError
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.model.vqgan import VQGAN
 from earlyfusion.processor import Processor, TokenSequence, train_tokenizer
 from earlyfusion.recipes.emoji.dataset import EmojiData
-from earlyfusion.recipes.emoji.dialogues import Sample, caption_pairs, generate
+from earlyfusion.recipes.emoji.dialogues import Sample, caption_pairs, generate, studies
 from earlyfusion.recipes.mini_image_tokenizer import AugmentConfig, augmented, to_pixels
 from earlyfusion.train import checkpoint
 from earlyfusion.train.data import Packer, RoleWeights
@@ -74,6 +76,10 @@ class DocumentsConfig:
     seed: int = 100
     pairs: float = 0.35
     """Share of plain pairs of picture and name among the documents."""
+    studies: float = 0.0
+    """Share of dialogues with several questions about one picture."""
+    unchanged: float = 0.0
+    """Share of the pictures in prompts that are taken as they are, besides the chance of it."""
     bare: float = 0.1
     """Share of drawings whose request is dropped, for guidance."""
     variants: int = 3
@@ -84,6 +90,8 @@ class DocumentsConfig:
 class TransformerConfig:
     data: Path = Path("data/emoji")
     image_tokenizer: Path = Path("runs/mini_image_tokenizer")
+    start: Path | None = None
+    """The run whose newest weights, tokenizer and codes this one begins with."""
     rows: int = 2
     length: int = 2048
     dropout: float = 0.0
@@ -129,17 +137,22 @@ class Documents:
     """Document k of the training stream, a pure function of k."""
 
     def __init__(
-        self, samples: list[Sample], pairs: list[Sample], data: EmojiData, codes: np.ndarray,
-        processor: Processor, config: TransformerConfig,
-    ) -> None:  # fmt: skip
-        self._samples, self._pairs, self._codes = samples, pairs, codes
+        self,
+        sources: list[tuple[float, list[Sample]]],
+        data: EmojiData,
+        codes: np.ndarray,
+        processor: Processor,
+        config: TransformerConfig,
+    ) -> None:
+        self._shares, self._sources = zip(*sources, strict=True)
+        self._codes = codes
         self._place = {name: i for i, name in enumerate(data.split("train"))}
         self._processor, self._config = processor, config
 
     def __call__(self, number: int) -> TokenSequence:
         cfg, seed = self._config.documents, self._config.run.seed
         rng = np.random.default_rng([seed, 7, number])
-        source = self._pairs if rng.random() < cfg.pairs else self._samples
+        source = self._sources[int(rng.choice(len(self._sources), p=self._shares))]
         sample = source[int(rng.integers(len(source)))]
         messages = [self._message(m, rng) for m in sample["messages"]]
         answer = messages[-1]
@@ -154,7 +167,8 @@ class Documents:
     def _part(self, raw: dict[str, str], role: str, rng: np.random.Generator) -> Text | Image:
         if raw["type"] == "text":
             return Text(raw["text"])
-        variants = self._codes.shape[1] if role == "user" else 1
+        changes = role == "user" and rng.random() >= self._config.documents.unchanged
+        variants = self._codes.shape[1] if changes else 1
         which = self._place[raw["image"]], int(rng.integers(variants))
         return Image(codes=self._codes[which].astype(np.int64))
 
@@ -180,18 +194,34 @@ def _prepare(config: TransformerConfig) -> tuple[VQGAN, Processor, Documents]:
     data = EmojiData(config.data)
     samples = generate(data, "train", cfg.dialogues, cfg.seed, cfg.korean, cfg.tasks)
     pairs = list(caption_pairs(data))
-    tokenizer = out / "tokenizer.json"
+    vqgan = load_image_tokenizer(config.image_tokenizer, config.model)
+    _begin_with(config.start, out)
+    tokenizer, table, grid = out / "tokenizer.json", out / "codes.npy", config.model.vq_config.grid
     if not tokenizer.exists():
         codebook = config.model.vq_config.num_embeddings
         text = train_tokenizer(texts([*samples, *pairs]), codebook, config.model.vocab_size)
         tokenizer.write_text(text, encoding="utf-8")
-    grid = config.model.vq_config.grid
+    if not table.exists():
+        np.save(table, picture_codes(vqgan, data, config))
     processor = Processor(tokenizer, ImageLayout(grid, grid))
-    vqgan = load_image_tokenizer(config.image_tokenizer, config.model)
-    if not (out / "codes.npy").exists():
-        np.save(out / "codes.npy", picture_codes(vqgan, data, config))
-    codes = np.load(out / "codes.npy")
-    return vqgan, processor, Documents(samples, pairs, data, codes, processor, config)
+    several = (
+        list(studies(data, "train", cfg.dialogues, cfg.seed, turns=3)) if cfg.studies else samples
+    )
+    shares = (1 - cfg.pairs - cfg.studies, cfg.pairs, cfg.studies)
+    sources = list(zip(shares, (samples, pairs, several), strict=True))
+    return vqgan, processor, Documents(sources, data, np.load(table), processor, config)
+
+
+def _begin_with(start: Path | None, out: Path) -> None:
+    """Take over the tokenizer and the codes of another run, unless they are there."""
+    for name in ("tokenizer.json", "codes.npy") if start else ():
+        assert start is not None
+        if not (start / name).is_file():
+            raise DataError(
+                f"{start} holds no {name}: start={start} must name a run of this recipe"
+            )
+        if not (out / name).exists():
+            shutil.copy(start / name, out / name)
 
 
 def main(config: TransformerConfig) -> None:
@@ -201,6 +231,8 @@ def main(config: TransformerConfig) -> None:
     model_config = replace(config.model, vocab_size=size)
     model = Transformer(model_config, config.dropout).to(resolve_device(config.run.device))
     model.init_weights()
+    if config.start is not None:
+        model.load_state_dict(checkpoint.load(config.start)[0]["model"])
     packer = Packer(documents, config.weights, config.rows, config.length, processor.vocabulary.pad)
     train(LanguageTask(model, packer, config.z_weight), config.run, config.optim)
     save_hf(
@@ -216,7 +248,8 @@ def main(config: TransformerConfig) -> None:
 
 config = TransformerConfig(
     model=PRESETS["mini"],
-    run=RunConfig(out=Path("runs/mini_transformer"), steps=4800, precision="bf16"),
+    # The second stage, recipes/mini_answers.py, takes over at step 2,000.
+    run=RunConfig(out=Path("runs/mini_transformer"), steps=4800, stop_after=2000, precision="bf16"),
     optim=OptimConfig(lr=2e-3, warmup_steps=100, decay="cosine", final_ratio=0.02, eps=1e-8),
     weights=RoleWeights(prompt_image=0.1, answer_text=3.0, end=1.0),
     augment=AugmentConfig(share=1.0, shift=0.06, scale=0.1, mirror=0.0, recolour=0.0),

@@ -61,6 +61,12 @@ def user(*parts: Part) -> dict[str, Any]:
     return {"role": "user", "content": list(parts)}
 
 
+def styled_name(row: Row, lang: str) -> str:
+    """The name with the style, as an answer says it."""
+    word = "style" if lang == "en" else "스타일"
+    return f"{name_of(row, lang)}, {style_of(row, lang)} {word}"
+
+
 def assistant(*parts: Part) -> dict[str, Any]:
     return {"role": "assistant", "content": list(parts)}
 
@@ -180,9 +186,7 @@ class Writer:
     def caption_style(self, lang: str) -> Sample:
         row = self.row()
         question = self.prompt("caption_style", lang)
-        word = "style" if lang == "en" else "스타일"
-        answer = f"{name_of(row, lang)}, {style_of(row, lang)} {word}"
-        return self.exact([self.ask([row], question)], answer, [row])
+        return self.exact([self.ask([row], question)], styled_name(row, lang), [row])
 
     def yesno_name(self, lang: str) -> Sample | None:
         row = self.row()
@@ -233,6 +237,25 @@ class Writer:
         self.rng.shuffle(options)
         question = self.prompt("style_name", lang, options=", ".join(words[s] for s in options))
         return self.exact([self.ask([row], question)], style_of(row, lang), [row])
+
+    def study(self, row: Row, turns: int) -> Sample:
+        """Several questions about one image; see `studies`."""
+        first, other = self.rng.sample(["en", "ko"], 2)
+        later = [
+            (self.prompt("caption", other), name_of(row, other)),
+            (self.prompt("category", first), kind_of(row, first)),
+            (self.prompt("category", other), kind_of(row, other)),
+            (self.prompt("caption_style", first), styled_name(row, first)),
+            (self.prompt("caption_style", other), styled_name(row, other)),
+        ]
+        if colour := main_colour(row, first):
+            later.append((self.prompt("colour", first), colour))
+        self.rng.shuffle(later)
+        question = self.ask([row], self.prompt("caption", first))
+        messages = [question, assistant(text_part(name_of(row, first)))]
+        for asked, answer in later[: turns - 1]:
+            messages += [user(text_part(asked)), assistant(text_part(answer))]
+        return {"lang": first, "messages": messages}
 
     # ---- tasks with several images
 
@@ -552,6 +575,23 @@ def caption_pairs(data: EmojiData, split: str = "train") -> Iterator[Sample]:
             for words in (name, styled):
                 picture = [user(text_part(words)), assistant(image_part(row))]
                 yield {"task": "picture", **head, "messages": picture}
+
+
+def studies(data: EmojiData, split: str, n: int, seed: int, turns: int = 4) -> Iterator[Sample]:
+    """`n` dialogues that ask several things about one picture, every picture as often as others.
+
+    The first question is for the name, in one of the languages; then the name in the other one,
+    the kind, the colour where it is clear, the name with the style, in any order. A picture costs
+    many tokens and a question few, so this teaches reading at the least cost.
+    """
+    rng = random.Random(f"study-{split}-{seed}")
+    writer = Writer(Pools(data, split), rng, further=0.5)
+    rows = [data.row(i) for i in data.split(split)]
+    for number in range(n):
+        if number % len(rows) == 0:
+            rng.shuffle(rows)
+        writer.free = rng.random() < writer.further
+        yield {"task": "study", "split": split, **writer.study(rows[number % len(rows)], turns)}
 
 
 def write_samples(samples: Sequence[Sample], path: Path) -> None:
