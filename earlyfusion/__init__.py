@@ -9,6 +9,16 @@ if TYPE_CHECKING:
     from earlyfusion.api import Chameleon, Reply
     from earlyfusion.content import Image, Message, Text
     from earlyfusion.generation.settings import SamplingParams
+    from earlyfusion.hf import (
+        ChameleonConfig,
+        ChameleonForConditionalGeneration,
+        ChameleonImageProcessor,
+        ChameleonModel,
+        ChameleonProcessor,
+        ChameleonVQVAE,
+        ChameleonVQVAEConfig,
+        register,
+    )
 
 __version__ = "0.1.0"
 
@@ -19,8 +29,32 @@ _HOME = {
     "Message": "earlyfusion.content",
     "Text": "earlyfusion.content",
     "SamplingParams": "earlyfusion.generation.settings",
+    "ChameleonConfig": "earlyfusion.hf",
+    "ChameleonForConditionalGeneration": "earlyfusion.hf",
+    "ChameleonImageProcessor": "earlyfusion.hf",
+    "ChameleonModel": "earlyfusion.hf",
+    "ChameleonProcessor": "earlyfusion.hf",
+    "ChameleonVQVAE": "earlyfusion.hf",
+    "ChameleonVQVAEConfig": "earlyfusion.hf",
+    "register": "earlyfusion.hf",
 }
-__all__ = ["Chameleon", "Image", "Message", "Reply", "SamplingParams", "Text", "__version__"]
+__all__ = [
+    "Chameleon",
+    "ChameleonConfig",
+    "ChameleonForConditionalGeneration",
+    "ChameleonImageProcessor",
+    "ChameleonModel",
+    "ChameleonProcessor",
+    "ChameleonVQVAE",
+    "ChameleonVQVAEConfig",
+    "Image",
+    "Message",
+    "Reply",
+    "SamplingParams",
+    "Text",
+    "__version__",
+    "register",
+]
 
 
 def __getattr__(name: str) -> Any:

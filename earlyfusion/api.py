@@ -174,7 +174,7 @@ class Chameleon:
         if output in ("image", "interleaved") and not self.can_draw:
             raise CheckpointError(
                 f"this checkpoint has no VQ decoder, so output={output!r} is not possible: "
-                "ask for text or load one that has it"
+                "ask for text, or add one with earlyfusion convert --image-tokenizer"
             )
         asked = _with_seed(sampling, seed)
         messages = as_messages(prompt)

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 Output = Literal["text", "image", "interleaved", "auto"]
 Mode = Literal["crop", "fit"]
+Layout = Literal["hf", "meta"]
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 def _number(text: str) -> float:
@@ -296,6 +298,56 @@ def decode(
         screen.picture(image, path)
     if as_json:
         _print_json({"images": [str(path) for path in paths]})
+
+
+@app.command(
+    epilog=_examples(
+        "earlyfusion convert models/7b chameleon-7b --to hf --tokenizer tokenizer",
+        "earlyfusion convert chameleon-7b models/7b --to meta --shards 2",
+        "earlyfusion convert lumina lumina-whole --to hf --tokenizer t --image-tokenizer t",
+    )
+)
+def convert(
+    source: Annotated[str, typer.Argument(help="mini, a model folder, or a hub id.")],
+    target: Annotated[Path, typer.Argument(help="A new folder.")],
+    to: Annotated[Layout, typer.Option(help="transformers' layout, or Meta's.")],
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Folder of the tokenizer, where it is not with the model.")
+    ] = None,
+    shards: Annotated[
+        int | None, _whole_option("Files of weights; hf: each under 5 GB, meta: as they came.")
+    ] = None,
+    image_tokenizer: Annotated[
+        Path | None, typer.Option(help="VQ-GAN to add: a tokenizer folder, vqgan.ckpt or a model.")
+    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of the transformer; as it is.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a model in another layout, in another number of files, or with a VQ-GAN added."""
+    from earlyfusion.terminal import busy, progress_bar
+
+    with busy(f"opening {source}", as_json):
+        import torch
+
+        from earlyfusion.checkpoints.convert import convert as write
+
+    with progress_bar(as_json) as bar:
+        task = bar.add_task("converting")
+        write(
+            source,
+            target,
+            to,
+            tokenizer=tokenizer,
+            image_tokenizer=image_tokenizer,
+            shards=shards,
+            dtype=getattr(torch, dtype) if dtype else None,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    sizes = {str(p.relative_to(target)): p.stat().st_size for p in sorted(target.rglob("*.*"))}
+    if as_json:
+        return _print_json({"path": str(target), "layout": to, "file_bytes": sizes})
+    for name, size in sizes.items():
+        print(f"{name:<36}{size:>16,}")
 
 
 @app.command(

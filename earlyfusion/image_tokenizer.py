@@ -82,7 +82,7 @@ class ImageTokenizer:
         if picture is None:
             raise ImageError("the image has codes but no pixels: decode it, or use its codes")
         crop = _checked(mode or self.mode) == "crop"
-        return (_cropped if crop else _fitted)(picture, self.resolution)
+        return (cropped if crop else _fitted)(picture, self.resolution)
 
     @property
     def _batch_size(self) -> int:
@@ -117,7 +117,7 @@ def _checked_codes(codes: Any) -> Tensor:
     return tensor.long()
 
 
-def _cropped(picture: PIL.Image.Image, side: int) -> PIL.Image.Image:
+def cropped(picture: PIL.Image.Image, side: int) -> PIL.Image.Image:
     scale = side / min(picture.size)
     width, height = (round(scale * length) for length in picture.size)
     left, top = (width - side) // 2, (height - side) // 2

@@ -137,7 +137,7 @@ class Screen:
         """How much of the picture is drawn, in codes."""
         if self._progress is None:
             self._close_line()
-            self._progress = _progress(self._quiet)
+            self._progress = progress_bar(self._quiet)
             self._progress.add_task("drawing")
             self._progress.start()
         self._progress.update(self._progress.task_ids[0], completed=done, total=total)
@@ -206,7 +206,8 @@ def _color(pixels: memoryview, at: int) -> Color:
     return Color.from_rgb(*pixels[at : at + 3])
 
 
-def _progress(quiet: bool) -> Progress:
+def progress_bar(quiet: bool) -> Progress:
+    """A bar on stderr, for a person who waits."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -239,7 +239,7 @@ def _code_to_token(names: Mapping[str, int]) -> Ids:
     codes: dict[int, int] = {}
     for name, token in names.items():
         if name.startswith(IMAGE_PREFIX):
-            codes[_code_of(name)] = token
+            codes[code_of(name)] = token
     if sorted(codes) != list(range(len(codes))) or not codes:
         missing = next(code for code in range(len(codes) + 1) if code not in codes)
         raise CheckpointError(
@@ -249,7 +249,7 @@ def _code_to_token(names: Mapping[str, int]) -> Ids:
     return np.array([codes[code] for code in range(len(codes))], dtype=np.int64)
 
 
-def _code_of(name: str) -> int:
+def code_of(name: str) -> int:
     digits = "".join(_DIGITS.get(letter, "?") for letter in name[len(IMAGE_PREFIX) : -1])
     if not digits.isdecimal() or code_name(int(digits)) != name:
         raise CheckpointError(

@@ -185,7 +185,6 @@ class TestMistakes:
             ({"drop": "layers"}, r"lacks 26 keys: model\.layers\.0.* and 16 more"),
             ({"add": "model.layers.9.x"}, r"has unknown the key model\.layers\.9\.x"),
             ({"reshape": "model.norm.weight"}, r"has wrong shapes for the key model\.norm\.weight"),
-            ({"drop": "vqmodel"}, "holds no image tokenizer"),
             ({"drop": "decoder.conv_in.bias"}, r"lacks the key decoder\.conv_in\.bias"),
         ],
     )

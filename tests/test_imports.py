@@ -30,7 +30,7 @@ OWNERS = {
     "transformers": {"hf"},
     "tokenizers": {"processor.py"},
     "safetensors": {"checkpoints"},
-    "huggingface_hub": {"checkpoints"},
+    "huggingface_hub": {"checkpoints", "hf"},
     "yaml": {"checkpoints"},
     "typer": {"cli.py"},
     "rich": {"terminal.py", "train"},

@@ -1,4 +1,4 @@
-"""Which layout a folder has, and where a named model lies: the one door to `hf` and `meta`."""
+"""Which layout a folder has, and where a named model lies: the one door to all of them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,20 @@ from pathlib import Path
 
 import torch
 
-from earlyfusion.checkpoints.hf import INDEX, WEIGHTS, Loaded, load_hf
-from earlyfusion.checkpoints.meta import load_meta
+from earlyfusion.checkpoints import anole, lumina
+from earlyfusion.checkpoints.hf import (
+    INDEX,
+    PICKLE,
+    PICKLE_INDEX,
+    WEIGHTS,
+    Loaded,
+    assemble,
+    open_hf,
+    open_tensors,
+    read_json,
+)
+from earlyfusion.checkpoints.meta import open_meta
+from earlyfusion.checkpoints.source import Source
 from earlyfusion.errors import CheckpointError
 
 EMBEDDED = ("mini",)
@@ -17,24 +29,41 @@ _PRETRAINED = Path(__file__).parent.parent / "pretrained"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors"]
 
-Loader = Callable[[Path, torch.device | str, torch.dtype | None], Loaded]
-_LOADERS: dict[str, Loader] = {"hf": load_hf, "meta": load_meta}
+_OPENERS: dict[str, Callable[[Path, Path | None], Source]] = {
+    "hf": open_hf,
+    "anole": open_hf,
+    "lumina": open_hf,
+    "meta": open_meta,
+}
 
 
 def load(
     name: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> Loaded:
     """Load an embedded model by name, a folder in any supported layout, or a hub id."""
-    folder = locate(name)
-    return _LOADERS[detect(folder)](folder, device, dtype)
+    return assemble(open_source(locate(name)), device, dtype)
+
+
+def open_source(folder: Path, tokenizer: Path | None = None) -> Source:
+    """Open a folder in any supported layout without reading its tensors.
+
+    `tokenizer` is the folder of the tokenizer file, and for Meta's layout of the VQ-GAN too, where
+    they are not found beside the model.
+    """
+    return _OPENERS[detect(folder)](folder, tokenizer)
 
 
 def detect(folder: Path) -> str:
-    """The layout of a folder, "hf" or "meta"; `CheckpointError` where it is neither."""
+    """The layout of a folder: "hf", "meta", "anole" (names of an early transformers) or "lumina".
+
+    Raises `CheckpointError` where it is none of them.
+    """
     if not folder.is_dir():
         raise CheckpointError(f"there is no model folder {folder}: {_ACCEPTED}")
-    if (folder / "config.json").is_file() and _has(folder, WEIGHTS, INDEX):
-        return "hf"
+    if (folder / "config.json").is_file() and _has(folder, WEIGHTS, INDEX, PICKLE, PICKLE_INDEX):
+        if lumina.is_lumina(read_json(folder / "config.json")):
+            return "lumina"
+        return "anole" if anole.is_early(open_tensors(folder)) else "hf"
     if (folder / "params.json").is_file() or _has(folder, "consolidated*.pth"):
         return "meta"
     raise CheckpointError(f"the folder {folder} holds no model: {_ACCEPTED}")

@@ -7,23 +7,31 @@ that transformers leaves out. Its weights stay fp32 in memory: in bf16 some code
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Collection, Mapping
+import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from earlyfusion.checkpoints import anole, lumina
+from earlyfusion.checkpoints.source import (
+    MappedFile,
+    Source,
+    Step,
+    Stored,
+    check_names,
+    new_folder,
+    torch_load,
+)
 from earlyfusion.config import ModelConfig, VQConfig
 from earlyfusion.errors import CheckpointError
 from earlyfusion.model.transformer import Transformer
-from earlyfusion.model.vqgan import VQGAN
+from earlyfusion.model.vqgan import VQGAN, Quantizer
 from earlyfusion.processor import Processor
 from earlyfusion.vocabulary import (
     BEGIN_IMAGE,
@@ -37,13 +45,26 @@ from earlyfusion.vocabulary import (
     UNK,
     ImageLayout,
     Vocabulary,
+    read_tokenizer_json,
 )
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PICKLE = "pytorch_model.bin"
+PICKLE_INDEX = "pytorch_model.bin.index.json"
 TOKENIZER = "tokenizer.json"
 VQ_PREFIX = "model.vqmodel."
-_SHOWN_KEYS = 10
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_MAX_FILE = 5_000_000_000
+# dtype names of the safetensors format.
+_CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+}
 
 
 @dataclass
@@ -63,6 +84,27 @@ class Loaded:
         return self.vqgan.decoder is not None
 
 
+class MissingVQGAN(VQGAN):
+    """Stands where a checkpoint has no VQ-GAN: text works, and a picture says what to do."""
+
+    def __init__(self, config: VQConfig) -> None:
+        nn.Module.__init__(self)
+        self.config, self.decoder = config, None
+        self.quantize = Quantizer(VQConfig(embed_dim=1, num_embeddings=1))
+
+    def latents(self, pixels_BCYX: Tensor) -> Tensor:
+        raise CheckpointError(_NO_VQGAN)
+
+    def decode(self, codes_Byx: Tensor) -> Tensor:
+        raise CheckpointError(_NO_VQGAN)
+
+
+_NO_VQGAN = (
+    "this checkpoint has no image tokenizer, so pictures can be neither read nor drawn: "
+    "add one with earlyfusion convert --image-tokenizer"
+)
+
+
 def load_hf(
     folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> Loaded:
@@ -70,21 +112,51 @@ def load_hf(
 
     Raises `CheckpointError` for missing or damaged files and for keys that are not as expected.
     """
-    config = ModelConfig.from_file(folder / "config.json")
-    tensors = read_safetensors(folder)
-    vq = {k.removeprefix(VQ_PREFIX): tensors.pop(k) for k in _under(VQ_PREFIX, tensors)}
-    if not vq:
-        raise CheckpointError(
-            f"{folder} holds no image tokenizer ({VQ_PREFIX}*): convert it together with its VQ-GAN"
-        )
-    grid = config.vq_config.grid
+    return assemble(open_hf(folder), device, dtype)
+
+
+def open_hf(folder: Path, tokenizer: Path | None = None) -> Source:
+    """Open a folder in transformers' layout, as it is today or as early versions wrote it.
+
+    `tokenizer` is a tokenizer file, or a folder with one, to take in place of the folder's own.
+    """
+    data = read_json(folder / "config.json")
+    config = ModelConfig.from_dict(data)
+    tensors = open_tensors(folder)
+    vq = {k.removeprefix(VQ_PREFIX): tensors.pop(k) for k in list(tensors) if _is_vq(k)}
+    # Written by old versions of transformers; computed here.
+    tensors = {k: v for k, v in tensors.items() if not k.endswith("rotary_emb.inv_freq")}
+    if anole.is_early(tensors):
+        tensors = _modern(tensors, config, folder)
+    grid, spelled = config.vq_config.grid, lumina.is_lumina(data)
+    generation = read_json(folder / "generation_config.json", needed=False)
+    return Source(
+        folder=folder,
+        config=config,
+        tensors={name: _per_head(name, s, config) for name, s in tensors.items()},
+        vq=vq,
+        tokenizer=find_tokenizer_file(tokenizer or folder),
+        layout=lumina.layout(grid) if spelled else ImageLayout(grid, grid),
+        generation_defaults=({"chameleon": lumina.SAMPLING} if spelled else {}) | generation,
+        kind=lumina.KIND if spelled else "chameleon",
+    )
+
+
+def assemble(
+    source: Source, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> Loaded:
+    """Read an open checkpoint into modules."""
+    config, where = source.config, source.folder
+    tensors = {name: stored.read() for name, stored in source.tensors.items()}
+    vq = {name: stored.read() for name, stored in source.vq.items()}
+    absent = MissingVQGAN(config.vq_config).to(device).eval()
     return Loaded(
         config=config,
-        transformer=build_transformer(config, tensors, folder, device, dtype),
-        vqgan=build_vqgan(config.vq_config, vq, folder, device),
-        processor=Processor(folder / TOKENIZER, ImageLayout(grid, grid)),
-        generation_defaults=_read_json(folder / "generation_config.json", needed=False),
-        folder=folder,
+        transformer=build_transformer(config, tensors, where, device, dtype),
+        vqgan=build_vqgan(config.vq_config, vq, where, device) if vq else absent,
+        processor=Processor(source.tokenizer, source.layout),
+        generation_defaults=source.generation_defaults,
+        folder=where,
     )
 
 
@@ -105,38 +177,64 @@ def save_hf(
     """
     if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is not empty and no model: choose another folder")
+    config = transformer.config
     named = dtype or transformer.lm_head.weight.dtype
-    texts = _texts(transformer.config, json.loads(tokenizer_json), generation_config, named)
+    texts = _texts(config, json.loads(tokenizer_json), generation_config, named)
     texts = {TOKENIZER: tokenizer_json} | texts | dict(extra_files or {})
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        save_file(
-            _tensors(transformer, vqgan, dtype, vq_dtype), partial / WEIGHTS, {"format": "pt"}
+    vision = {} if isinstance(vqgan, MissingVQGAN) else vqgan.state_dict()
+    tensors = {k: Stored.of(v).to(dtype) for k, v in transformer.state_dict().items()}
+    images = {k: Stored.of(v).to(vq_dtype) for k, v in vision.items()}
+    with new_folder(folder) as place:
+        _write_files(place, _joined(config, tensors, images), texts)
+
+
+def write_hf(source: Source, folder: Path, files: int | None, step: Step) -> None:
+    """Write an open checkpoint into an empty folder, one tensor after the other.
+
+    The weights go to so many `files`, or to as few as keep each under 5 GB; `step` is told the
+    bytes of each tensor written.
+    """
+    tokenizer, kind = read_tokenizer_json(source.tokenizer), source.kind
+    dtype = source.tensors[_EMBEDDING].dtype
+    defaults = source.generation_defaults or _special_ids(Vocabulary.from_dict(tokenizer))
+    texts = _texts(source.config, tokenizer, defaults, dtype, kind)
+    texts[TOKENIZER] = source.tokenizer.read_text(encoding="utf-8")
+    tensors = _joined(source.config, source.tensors, source.vq)
+    _write_files(folder, tensors, texts, files, step)
+
+
+def find_tokenizer_file(place: Path) -> Path:
+    """A tokenizer file itself, or the one in a folder under transformers' or Meta's name."""
+    names = [place, place / TOKENIZER, place / "text_tokenizer.json"]
+    found = next((path for path in names if path.is_file()), None)
+    if found is None:
+        raise CheckpointError(
+            f"{place / TOKENIZER} is missing: give the folder of the tokenizer with --tokenizer"
         )
-        for name, text in texts.items():
-            (partial / name).write_text(text, encoding="utf-8")
-        partial.chmod(0o755)
-        _sync(partial)
-        _put_in_place(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    return found
 
 
-def read_safetensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder, on the CPU, of one file or of the shards its index names."""
-    names = [WEIGHTS]
-    if (folder / INDEX).is_file():
-        names = sorted(set(_read_json(folder / INDEX).get("weight_map", {}).values()))
-    tensors: dict[str, Tensor] = {}
-    for name in names:
-        try:
-            tensors |= load_file(folder / name)
-        except (OSError, SafetensorError):
-            raise CheckpointError(
-                f"{folder / name} is missing or damaged: download or convert the model again"
-            ) from None
-    return tensors
+def open_tensors(folder: Path) -> dict[str, Stored]:
+    """All tensors of a folder: of one file or of those its index names, safetensors or pickles."""
+    opened: dict[str, Stored] = {}
+    for path in _weight_files(folder):
+        if path.suffix == ".bin":
+            opened |= open_pickle(path)
+        else:
+            opened |= _open_safetensors(path)
+    return opened
+
+
+def open_pickle(path: Path) -> dict[str, Stored]:
+    """The tensors of a file that torch wrote, or of the `state_dict` in it."""
+
+    def open_file() -> dict[str, Tensor]:
+        state = torch_load(path)
+        state = state.get("state_dict", state)
+        return {k: v for k, v in state.items() if isinstance(v, Tensor)}
+
+    file = MappedFile(lambda: open_file().__getitem__)
+    return {name: file.stored(name) for name in open_file()}
 
 
 def build_transformer(
@@ -147,11 +245,8 @@ def build_transformer(
     dtype: torch.dtype | None = None,
 ) -> Transformer:
     """A transformer in eval mode that owns `tensors`, named as transformers names them."""
-    # Written by old versions of transformers; computed here.
-    tensors = {k: v for k, v in tensors.items() if not k.endswith("rotary_emb.inv_freq")}
-    embedding = "model.embed_tokens.weight"
-    if config.tie_word_embeddings and embedding in tensors:
-        tensors["lm_head.weight"] = tensors[embedding]
+    if config.tie_word_embeddings and _EMBEDDING in tensors:
+        tensors = tensors | {_HEAD: tensors[_EMBEDDING]}
     with torch.device("meta"):
         transformer = Transformer(config)
     fill(transformer, tensors, source, device, dtype)
@@ -163,10 +258,19 @@ def build_vqgan(
     config: VQConfig, tensors: dict[str, Tensor], source: Path, device: torch.device | str = "cpu"
 ) -> VQGAN:
     """A VQ-GAN in eval mode and fp32, without a decoder where `tensors` have none."""
-    with torch.device("meta"):
-        vqgan = VQGAN(config, with_decoder=bool(_under("decoder.", tensors)))
+    vqgan = empty_vqgan(config, tensors)
     fill(vqgan, tensors, source, device, torch.float32)
     return vqgan.eval()
+
+
+def empty_vqgan(config: VQConfig, names: Mapping[str, object]) -> VQGAN:
+    """A VQ-GAN without values, and without a decoder where `names` has none."""
+    with torch.device("meta"):
+        return VQGAN(config, with_decoder=has_decoder(names))
+
+
+def has_decoder(names: Mapping[str, object]) -> bool:
+    return any(name.startswith("decoder.") for name in names)
 
 
 def fill(
@@ -177,32 +281,152 @@ def fill(
     dtype: torch.dtype | None = None,
 ) -> None:
     """Give a module its tensors; `CheckpointError` lists keys and shapes that do not match."""
-    wanted = module.state_dict()
-    problems = {
-        "lacks": wanted.keys() - tensors.keys(),
-        "has unknown": tensors.keys() - wanted.keys(),
-        "has wrong shapes for": {
-            k for k in wanted.keys() & tensors.keys() if wanted[k].shape != tensors[k].shape
-        },
-    }
-    found = [f"{what} {_listed(keys)}" for what, keys in problems.items() if keys]
-    if found:
-        raise CheckpointError(f"{source} does not fit its config: it {'; it '.join(found)}")
+    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    check_names(wanted, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, source)
     placed = {k: v.to(device=device, dtype=dtype) for k, v in tensors.items()}
     module.load_state_dict(placed, assign=True)
 
 
-def _listed(keys: Collection[str]) -> str:
-    shown = ", ".join(sorted(keys)[:_SHOWN_KEYS])
-    more = f" and {len(keys) - _SHOWN_KEYS} more" if len(keys) > _SHOWN_KEYS else ""
-    return f"{len(keys)} keys: {shown}{more}" if len(keys) > 1 else f"the key {shown}"
+def check(source: Source) -> Source:
+    """An open checkpoint, if its names and shapes fit its config; no tensor is read."""
+    with torch.device("meta"):
+        wanted = Transformer(source.config).state_dict()
+    if source.config.tie_word_embeddings and _EMBEDDING in source.tensors:
+        source.tensors.setdefault(_HEAD, source.tensors[_EMBEDDING])
+    vision = empty_vqgan(source.config.vq_config, source.vq).state_dict() if source.vq else {}
+    return source.checked(wanted, vision)
 
 
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> list[str]:
-    return [name for name in tensors if name.startswith(prefix)]
+def _modern(tensors: Mapping[str, Stored], config: ModelConfig, folder: Path) -> dict[str, Stored]:
+    try:
+        return anole.modern(tensors, config)
+    except RuntimeError:
+        raise CheckpointError(f"{folder} has heads of another width than its config.json") from None
 
 
-def _read_json(path: Path, needed: bool = True) -> dict[str, Any]:
+def _is_vq(name: str) -> bool:
+    return name.startswith(VQ_PREFIX)
+
+
+def _per_head(name: str, stored: Stored, config: ModelConfig) -> Stored:
+    """Version 4.43 of transformers, and Lumina, keep one QK-norm for the heads of each shard."""
+    for part, heads in (("q_norm", config.num_attention_heads), ("k_norm", config.kv_heads)):
+        if f".{part}." in name and len(stored.shape) == 2:
+            rows = stored.shape[0]
+            if rows < heads and heads % rows == 0:
+                repeats = heads // rows
+                return stored.then(partial(torch.repeat_interleave, repeats=repeats, dim=0))
+    return stored
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    for single, index in ((WEIGHTS, INDEX), (PICKLE, PICKLE_INDEX)):
+        if (folder / index).is_file():
+            names = read_json(folder / index).get("weight_map", {}).values()
+            return [folder / name for name in sorted(set(names))]
+        if (folder / single).is_file():
+            return [folder / single]
+    return [folder / WEIGHTS]
+
+
+def _open_safetensors(path: Path) -> dict[str, Stored]:
+    try:
+        file = MappedFile(lambda: safe_open(path, "pt").get_tensor)
+        names: list[str] = list(safe_open(path, "pt").keys())  # type: ignore[no-untyped-call]
+        return {name: file.stored(name) for name in names}
+    except (OSError, SafetensorError):
+        raise CheckpointError(
+            f"{path} is missing or damaged: download or convert the model again"
+        ) from None
+
+
+def _joined(
+    config: ModelConfig, tensors: Mapping[str, Stored], vq: Mapping[str, Stored]
+) -> dict[str, Stored]:
+    tied = {_HEAD} if config.tie_word_embeddings else set()
+    own = {name: stored for name, stored in tensors.items() if name not in tied}
+    return own | {VQ_PREFIX + name: stored for name, stored in vq.items()}
+
+
+def _write_files(
+    folder: Path,
+    tensors: Mapping[str, Stored],
+    texts: Mapping[str, str],
+    files: int | None = None,
+    step: Step = lambda done: None,
+) -> None:
+    """Weights first: a folder without config.json is no model."""
+    parts = _parts(tensors, files)
+    names = [f"model-{i + 1:05}-of-{len(parts):05}.safetensors" for i in range(len(parts))]
+    names = names if len(parts) > 1 else [WEIGHTS]
+    for name, part in zip(names, parts, strict=True):
+        _write_safetensors(folder / name, part, step)
+    if len(parts) > 1:
+        places = {key: name for name, part in zip(names, parts, strict=True) for key in part}
+        total = sum(stored.nbytes for stored in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    for name, text in sorted(texts.items(), key=lambda entry: entry[0] == "config.json"):
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def _parts(tensors: Mapping[str, Stored], files: int | None) -> list[dict[str, Stored]]:
+    """The tensors in their order, in `files` parts of about equal size, or under 5 GB each."""
+    if files is not None and not 1 <= files <= len(tensors):
+        raise CheckpointError(
+            f"{files} files cannot hold {len(tensors)} tensors: choose 1 to {len(tensors)}"
+        )
+    total = sum(stored.nbytes for stored in tensors.values())
+    limit = _MAX_FILE if files is None else total / files
+    parts: list[dict[str, Stored]] = [{}]
+    filled, done = 0, 0
+    for place, (name, stored) in enumerate(tensors.items()):
+        if files is None:
+            full = filled > 0 and filled + stored.nbytes > limit
+        else:
+            few = len(tensors) - place <= files - len(parts)
+            full = bool(parts[-1]) and len(parts) < files and (few or done >= limit * len(parts))
+        if full:
+            parts.append({})
+            filled = 0
+        parts[-1][name] = stored
+        filled += stored.nbytes
+        done += stored.nbytes
+    return parts
+
+
+def _write_safetensors(path: Path, tensors: Mapping[str, Stored], step: Step) -> None:
+    """The safetensors format by hand: the library's writer holds a file's tensors twice."""
+    ordered = sorted(tensors.items(), key=lambda entry: (-entry[1].dtype.itemsize, entry[0]))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, stored in ordered:
+        span = [at, at + stored.nbytes]
+        header[name] = {
+            "dtype": _CODES[stored.dtype],
+            "shape": list(stored.shape),
+            "data_offsets": span,
+        }
+        at += stored.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for _, stored in ordered:
+            values = stored.read().cpu().contiguous().reshape(-1)
+            file.write(values.view(torch.uint8).numpy().data)
+            step(stored.nbytes)
+
+
+def _special_ids(vocabulary: Vocabulary) -> dict[str, Any]:
+    return {
+        "bos_token_id": vocabulary.bos,
+        "eos_token_id": vocabulary.eos,
+        "pad_token_id": vocabulary.pad,
+    }
+
+
+def read_json(path: Path, needed: bool = True) -> dict[str, Any]:
     if not needed and not path.exists():
         return {}
     try:
@@ -214,26 +438,12 @@ def _read_json(path: Path, needed: bool = True) -> dict[str, Any]:
     return data
 
 
-def _tensors(
-    transformer: Transformer,
-    vqgan: VQGAN,
-    dtype: torch.dtype | None,
-    vq_dtype: torch.dtype | None,
-) -> dict[str, Tensor]:
-    language, vision = transformer.state_dict(), vqgan.state_dict()
-    if transformer.config.tie_word_embeddings:
-        del language["lm_head.weight"]
-    tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in language.items()}
-    for name, value in vision.items():
-        tensors[VQ_PREFIX + name] = value.detach().to("cpu", vq_dtype).contiguous()
-    return tensors
-
-
 def _texts(
     config: ModelConfig,
     tokenizer: Mapping[str, Any],
     generation_config: Mapping[str, Any],
     dtype: torch.dtype,
+    kind: str = "chameleon",
 ) -> dict[str, str]:
     vocabulary = Vocabulary.from_dict(tokenizer)
     placeholder = next((n for n in IMAGE_PLACEHOLDERS if n in vocabulary.names), None)
@@ -241,7 +451,9 @@ def _texts(
     images = {n: i for n, i in vocabulary.names.items() if n.startswith(IMAGE_PREFIX)}
     if vocabulary.image_placeholder is not None:
         images["<image>"] = vocabulary.image_placeholder
-    more = {"dtype": str(dtype).removeprefix("torch."), "vocabulary_map": images}
+    more: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "vocabulary_map": images}
+    if kind != "chameleon":
+        more[lumina.MARK] = kind
     files = {
         "config.json": config.to_dict() | more,
         "generation_config.json": dict(generation_config),
@@ -282,23 +494,3 @@ def _processor_config(vq: VQConfig, placeholder: str | None) -> dict[str, Any]:
             "image_std": [1.0, 1.0, 1.0],
         },
     }
-
-
-def _sync(folder: Path) -> None:
-    for path in [*folder.iterdir(), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _put_in_place(partial: Path, folder: Path) -> None:
-    if not folder.exists():
-        partial.rename(folder)
-        return
-    # A folder cannot be renamed onto a full one: the old one steps aside for a moment.
-    old = partial.with_name(f"{partial.name}.old")
-    folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old)

@@ -1,60 +1,85 @@
 """Meta's own layout: consolidated*.pth with params.json, and a tokenizer folder with the VQ-GAN.
 
-The 34B comes in four files, one a GPU. Here they become one model on any device: the tables below
-say how shards are joined. Rotary pairs are neighbours in Meta's files and half a head apart in
-ours, so queries, keys and their norms are reordered; each shard has its own QK-norm, which is
-repeated for each head of that shard. (Facts from github.com/facebookresearch/chameleon.)
+The 34B comes in four files, one a GPU. Here they become one model on any device, and a model
+becomes any number of them: the tables below say how shards are joined and cut. Rotary pairs are
+neighbours in Meta's files and half a head apart in ours, so queries, keys and their norms are
+reordered; each shard has its own QK-norm, which is repeated for each head of that shard. (Facts
+from github.com/facebookresearch/chameleon.)
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import pickle
-from collections.abc import Callable, Mapping
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
 from torch import Tensor
 
-from earlyfusion.checkpoints.hf import Loaded, build_transformer, build_vqgan
+from earlyfusion.checkpoints.anole import rotate, unrotate
+from earlyfusion.checkpoints.hf import (
+    Loaded,
+    assemble,
+    build_vqgan,
+    find_tokenizer_file,
+    open_pickle,
+)
+from earlyfusion.checkpoints.source import (
+    MappedFile,
+    Source,
+    Step,
+    Stored,
+    torch_load,
+)
 from earlyfusion.config import ModelConfig, VQConfig
 from earlyfusion.errors import CheckpointError
 from earlyfusion.model.vqgan import VQGAN
-from earlyfusion.processor import Processor
 from earlyfusion.vocabulary import ImageLayout
 
+
+class Part(NamedTuple):
+    """One of so many shards."""
+
+    rank: int
+    of: int
+
+
 Join = Callable[[list[Tensor], ModelConfig], Tensor]
+Cut = Callable[[Tensor, Part, ModelConfig], Tensor]
 
 TOKENIZER = "text_tokenizer.json"
 VQ_CONFIG, VQ_WEIGHTS = "vqgan.yaml", "vqgan.ckpt"
+CHECKLIST = "checklist.chk"
+_FREQUENCIES = "rope.freqs"
+_IGNORED = {_FREQUENCIES}
 
 
-def unrotate(rows: Tensor, head_dim: int) -> Tensor:
-    """Reorder each head's rows from neighbouring rotary pairs to halves: 0 2 4 … 1 3 5 …"""
-    pairs = rows.view(-1, head_dim // 2, 2, *rows.shape[1:])
-    return pairs.transpose(1, 2).reshape(rows.shape)
-
-
-def _rows(shards: list[Tensor], config: ModelConfig) -> Tensor:
+def _join_rows(shards: list[Tensor], config: ModelConfig) -> Tensor:
     return torch.cat(shards, 0)
 
 
-def _columns(shards: list[Tensor], config: ModelConfig) -> Tensor:
+def _join_columns(shards: list[Tensor], config: ModelConfig) -> Tensor:
     return torch.cat(shards, 1)
 
 
-def _copies(shards: list[Tensor], config: ModelConfig) -> Tensor:
+def _join_copies(shards: list[Tensor], config: ModelConfig) -> Tensor:
     # Every shard holds the same; a mean is the fair reading should training have let them drift.
-    return torch.stack(shards).float().mean(0).to(shards[0].dtype)
+    # In fp64 the mean of equal values is that value, to the bit.
+    return torch.stack(shards).double().mean(0).to(shards[0].dtype)
 
 
-def _rotary_rows(shards: list[Tensor], config: ModelConfig) -> Tensor:
+def _join_rotary(shards: list[Tensor], config: ModelConfig) -> Tensor:
     return unrotate(torch.cat(shards, 0), config.head_dim)
 
 
-def _norm_of(heads: Callable[[ModelConfig], int]) -> Join:
+def _join_norms(heads: Callable[[ModelConfig], int]) -> Join:
     def join(shards: list[Tensor], config: ModelConfig) -> Tensor:
         own_HM = torch.stack([unrotate(shard, config.head_dim) for shard in shards])
         return own_HM.repeat_interleave(heads(config) // len(shards), 0)
@@ -62,30 +87,63 @@ def _norm_of(heads: Callable[[ModelConfig], int]) -> Join:
     return join
 
 
-_Q_NORM = _norm_of(lambda config: config.num_attention_heads)
-_K_NORM = _norm_of(lambda config: config.kv_heads)
+def _cut_rows(whole: Tensor, part: Part, config: ModelConfig) -> Tensor:
+    return whole.chunk(part.of, 0)[part.rank]
 
-_WHOLE: dict[str, tuple[str, Join]] = {
-    "tok_embeddings.weight": ("model.embed_tokens.weight", _columns),
-    "norm.weight": ("model.norm.weight", _copies),
-    "output.weight": ("lm_head.weight", _rows),
+
+def _cut_columns(whole: Tensor, part: Part, config: ModelConfig) -> Tensor:
+    return whole.chunk(part.of, 1)[part.rank]
+
+
+def _cut_copies(whole: Tensor, part: Part, config: ModelConfig) -> Tensor:
+    return whole
+
+
+def _cut_rotary(whole: Tensor, part: Part, config: ModelConfig) -> Tensor:
+    return rotate(whole.chunk(part.of, 0)[part.rank], config.head_dim)
+
+
+def _cut_norms(whole: Tensor, part: Part, config: ModelConfig) -> Tensor:
+    # All heads of the shard have this one: `_check_shards` has seen to it.
+    return rotate(whole.chunk(part.of, 0)[part.rank][0], config.head_dim)
+
+
+class Rule(NamedTuple):
+    """Our name of a tensor, how shards of it are joined, and how one is cut out."""
+
+    ours: str
+    join: Join
+    cut: Cut
+
+
+def _q_norm(name: str) -> Rule:
+    return Rule(name, _join_norms(lambda config: config.num_attention_heads), _cut_norms)
+
+
+def _k_norm(name: str) -> Rule:
+    return Rule(name, _join_norms(lambda config: config.kv_heads), _cut_norms)
+
+
+_WHOLE: dict[str, Rule] = {
+    "tok_embeddings.weight": Rule("model.embed_tokens.weight", _join_columns, _cut_columns),
+    "norm.weight": Rule("model.norm.weight", _join_copies, _cut_copies),
+    "output.weight": Rule("lm_head.weight", _join_rows, _cut_rows),
 }
-_LAYER: dict[str, tuple[str, Join]] = {
-    "attention.wq.weight": ("self_attn.q_proj.weight", _rotary_rows),
-    "attention.wk.weight": ("self_attn.k_proj.weight", _rotary_rows),
-    "attention.wv.weight": ("self_attn.v_proj.weight", _rows),
-    "attention.wo.weight": ("self_attn.o_proj.weight", _columns),
-    "attention.q_normalization.weight": ("self_attn.q_norm.weight", _Q_NORM),
-    "attention.q_normalization.bias": ("self_attn.q_norm.bias", _Q_NORM),
-    "attention.k_normalization.weight": ("self_attn.k_norm.weight", _K_NORM),
-    "attention.k_normalization.bias": ("self_attn.k_norm.bias", _K_NORM),
-    "attention_norm.weight": ("input_layernorm.weight", _copies),
-    "feed_forward.w1.weight": ("mlp.gate_proj.weight", _rows),
-    "feed_forward.w2.weight": ("mlp.down_proj.weight", _columns),
-    "feed_forward.w3.weight": ("mlp.up_proj.weight", _rows),
-    "ffn_norm.weight": ("post_attention_layernorm.weight", _copies),
+_LAYER: dict[str, Rule] = {
+    "attention.wq.weight": Rule("self_attn.q_proj.weight", _join_rotary, _cut_rotary),
+    "attention.wk.weight": Rule("self_attn.k_proj.weight", _join_rotary, _cut_rotary),
+    "attention.wv.weight": Rule("self_attn.v_proj.weight", _join_rows, _cut_rows),
+    "attention.wo.weight": Rule("self_attn.o_proj.weight", _join_columns, _cut_columns),
+    "attention.q_normalization.weight": _q_norm("self_attn.q_norm.weight"),
+    "attention.q_normalization.bias": _q_norm("self_attn.q_norm.bias"),
+    "attention.k_normalization.weight": _k_norm("self_attn.k_norm.weight"),
+    "attention.k_normalization.bias": _k_norm("self_attn.k_norm.bias"),
+    "attention_norm.weight": Rule("input_layernorm.weight", _join_copies, _cut_copies),
+    "feed_forward.w1.weight": Rule("mlp.gate_proj.weight", _join_rows, _cut_rows),
+    "feed_forward.w2.weight": Rule("mlp.down_proj.weight", _join_columns, _cut_columns),
+    "feed_forward.w3.weight": Rule("mlp.up_proj.weight", _join_rows, _cut_rows),
+    "ffn_norm.weight": Rule("post_attention_layernorm.weight", _join_copies, _cut_copies),
 }
-_IGNORED = {"rope.freqs"}
 
 
 def load_meta(
@@ -98,17 +156,59 @@ def load_meta(
 
     The tokenizer folder is `tokenizer`, or the one beside the models: ../../tokenizer.
     """
+    return assemble(open_meta(folder, tokenizer), device, dtype)
+
+
+def open_meta(folder: Path, tokenizer: Path | None = None) -> Source:
+    """Open a model folder of Meta's download, or of Anole's, whole or in shards."""
     tokens = tokenizer or find_tokenizer(folder)
-    vqgan = load_vqgan(tokens, device)
-    config = read_config(folder, vqgan.config)
-    layout = ImageLayout(vqgan.config.grid, vqgan.config.grid)
-    return Loaded(
-        config=config,
-        transformer=build_transformer(config, read_tensors(folder, config), folder, device, dtype),
-        vqgan=vqgan,
-        processor=Processor(tokens / TOKENIZER, layout),
+    vq_config, vq = open_vqgan(tokens)
+    config = read_config(folder, vq_config)
+    return Source(
         folder=folder,
+        config=config,
+        tensors=open_tensors(folder, config),
+        vq=vq,
+        tokenizer=find_tokenizer_file(tokens / TOKENIZER),
+        layout=ImageLayout(vq_config.grid, vq_config.grid),
+        generation_defaults=_own_defaults(folder),
     )
+
+
+def write_meta(source: Source, folder: Path, shards: int | None, step: Step) -> None:
+    """Write an open checkpoint into an empty folder as Meta's, with tokenizer/ inside of it.
+
+    `shards` None takes as many as the model came in. One shard at a time is in memory; `step` is
+    told the bytes of each tensor. Raises `CheckpointError` for what the layout cannot hold.
+    """
+    config, count = source.config, shards or source.config.model_parallel_size
+    _check_shards(source, count)
+    tokens = folder / "tokenizer"
+    tokens.mkdir()
+    for rank in range(count):
+        _write_shard(source, folder, Part(rank, count), step)
+    _write_tokenizer(source, tokens, step)
+    params = {"model_parallel_size": count, "model": _model_params(config)}
+    overruling = {"model_parallel_size": count, "vocab_size": config.vocab_size}
+    files = {"params.json": params, "consolidate_params.json": overruling}
+    if source.generation_defaults:
+        files["generation_config.json"] = source.generation_defaults
+    for name, data in files.items():
+        (folder / name).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    for place in (folder, tokens):
+        _write_checklist(place)
+
+
+def verify_checklist(folder: Path) -> None:
+    """Compare the files of a folder with its checklist.chk; without one there is nothing to do."""
+    path = folder / CHECKLIST
+    if not path.is_file():
+        return
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        found = re.fullmatch(r"([0-9a-f]{32}) [ *](\S+)", line.strip())
+        file = folder / found[2] if found else None
+        if found and file and file.is_file() and _md5(file) != found[1]:
+            raise CheckpointError(f"{file} is not what {path.name} says: download it again")
 
 
 def find_tokenizer(folder: Path) -> Path:
@@ -128,11 +228,17 @@ def find_tokenizer(folder: Path) -> Path:
 
 def load_vqgan(folder: Path, device: torch.device | str = "cpu") -> VQGAN:
     """The VQ-GAN of a tokenizer folder (vqgan.yaml, vqgan.ckpt), in fp32 and eval mode."""
-    config = _vq_config(folder / VQ_CONFIG)
-    state = _torch_load(folder / VQ_WEIGHTS)
-    state = state.get("state_dict", state)
-    tensors = {k: v for k, v in state.items() if not k.startswith("loss.")}
+    config, stored = open_vqgan(folder)
+    tensors = {name: entry.read() for name, entry in stored.items()}
     return build_vqgan(config, tensors, folder / VQ_WEIGHTS, device)
+
+
+def open_vqgan(place: Path) -> tuple[VQConfig, dict[str, Stored]]:
+    """The VQ-GAN of a tokenizer folder, or of a .ckpt file with vqgan.yaml beside it."""
+    folder, weights = (place, place / VQ_WEIGHTS) if place.is_dir() else (place.parent, place)
+    config = _vq_config(folder / VQ_CONFIG)
+    stored = open_pickle(weights)
+    return config, {k: v for k, v in stored.items() if not k.startswith("loss.")}
 
 
 def read_config(folder: Path, vq_config: VQConfig | None = None) -> ModelConfig:
@@ -157,6 +263,7 @@ def read_config(folder: Path, vq_config: VQConfig | None = None) -> ModelConfig:
         rms_norm_eps=merged.get("norm_eps", 1e-5),
         rope_theta=merged.get("rope_theta", 10000.0),
         swin_norm=merged.get("swin_norm", False),
+        max_position_embeddings=merged.get("max_position_embeddings", 4096),
         model_parallel_size=merged.get("model_parallel_size", 1),
         vq_config=vq_config or VQConfig(),
     )
@@ -164,27 +271,50 @@ def read_config(folder: Path, vq_config: VQConfig | None = None) -> ModelConfig:
 
 def read_tensors(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
     """All tensors under our names, shards joined."""
-    shards = [_torch_load(path) for path in _shard_paths(folder)]
-    table = _table(config.num_hidden_layers)
-    names = [set(shard) - _IGNORED for shard in shards]
+    return {name: stored.read() for name, stored in open_tensors(folder, config).items()}
+
+
+def open_tensors(folder: Path, config: ModelConfig) -> dict[str, Stored]:
+    """All tensors under our names, shards joined as they are read."""
+    paths = _shard_paths(folder)
+    opened = [torch_load(path) for path in paths]
+    names = [set(shard) - _IGNORED for shard in opened]
     if any(other != names[0] for other in names):
         raise CheckpointError(f"the shards in {folder} hold different keys: download them again")
-    joined: dict[str, Tensor] = {}
-    for name in sorted(names[0]):
-        ours, join = table.get(name, (name, _copies))
+    files = [MappedFile(partial(_lookup, path)) for path in paths]
+    table = _table(config.num_hidden_layers)
+    in_order = [name for name in table if name in names[0]]
+    joined: dict[str, Stored] = {}
+    for name in [*in_order, *sorted(names[0] - table.keys())]:
+        rule = table.get(name, Rule(name, _join_copies, _cut_copies))
         try:
-            joined[ours] = join([shard[name] for shard in shards], config)
-        except RuntimeError:
+            joined[rule.ours] = _joined([file.stored(name) for file in files], rule.join, config)
+        except (RuntimeError, IndexError):
             raise CheckpointError(f"{name} in {folder} has a shape unlike params.json") from None
+        except AttributeError:
+            raise CheckpointError(f"{name} in {folder} is no tensor: download it again") from None
     return joined
 
 
-def _table(layers: int) -> dict[str, tuple[str, Join]]:
-    table = dict(_WHOLE)
-    for i in range(layers):
-        for name, (ours, join) in _LAYER.items():
-            table[f"layers.{i}.{name}"] = (f"model.layers.{i}.{ours}", join)
-    return table
+def _lookup(path: Path) -> Callable[[str], Tensor]:
+    return torch_load(path).__getitem__
+
+
+def _joined(shards: Sequence[Stored], join: Join, config: ModelConfig) -> Stored:
+    blanks = [torch.empty(s.shape, dtype=s.dtype, device="meta") for s in shards]
+    whole = join(blanks, config)
+    return Stored(whole.dtype, tuple(whole.shape), lambda: join([s.read() for s in shards], config))
+
+
+def _table(layers: int) -> dict[str, Rule]:
+    """Meta's names and what they mean, in the order of the network."""
+    embedding, *last = _WHOLE.items()
+    blocks = [
+        (f"layers.{i}.{name}", rule._replace(ours=f"model.layers.{i}.{rule.ours}"))
+        for i in range(layers)
+        for name, rule in _LAYER.items()
+    ]
+    return dict([embedding, *blocks, *last])
 
 
 def _shard_paths(folder: Path) -> list[Path]:
@@ -231,6 +361,12 @@ def _vq_config(path: Path) -> VQConfig:
         ) from None
 
 
+def _own_defaults(folder: Path) -> dict[str, Any]:
+    """Sampling defaults, which only folders of our own writing have."""
+    path = folder / "generation_config.json"
+    return _read_params(path) if path.is_file() else {}
+
+
 def _read_params(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
@@ -238,11 +374,140 @@ def _read_params(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is missing or no JSON object: download it again") from None
 
 
-def _torch_load(path: Path) -> dict[str, Any]:
-    try:
-        data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return dict(data)
-    except (OSError, RuntimeError, ValueError, TypeError, EOFError, pickle.UnpicklingError):
+def _write_shard(source: Source, folder: Path, part: Part, step: Step) -> None:
+    config, shard = source.config, {}
+    for name, rule in _table(config.num_hidden_layers).items():
+        cut = rule.cut(source.tensors[rule.ours].read(), part, config)
+        # A view would bring the whole tensor into the file.
+        shard[name] = cut.clone(memory_format=torch.contiguous_format)
+        step(cut.nbytes)
+    shard[_FREQUENCIES] = _frequencies(config)
+    name = f"consolidated.{part.rank:02}.pth" if part.of > 1 else "consolidated.pth"
+    torch.save(shard, folder / name)
+
+
+def _write_tokenizer(source: Source, folder: Path, step: Step) -> None:
+    text = source.tokenizer.read_text(encoding="utf-8")
+    (folder / TOKENIZER).write_text(text, encoding="utf-8")
+    shape = yaml.safe_dump({"model": {"params": _vq_params(source.config.vq_config)}})
+    (folder / VQ_CONFIG).write_text(shape, encoding="utf-8")
+    state = {name: stored.read().contiguous() for name, stored in source.vq.items()}
+    torch.save({"state_dict": state}, folder / VQ_WEIGHTS)
+    step(sum(stored.nbytes for stored in source.vq.values()))
+
+
+def _write_checklist(folder: Path) -> None:
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    lines = [f"{_md5(path)}  {path.name}\n" for path in files]
+    (folder / CHECKLIST).write_text("".join(lines), encoding="utf-8")
+
+
+def _md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def _frequencies(config: ModelConfig) -> Tensor:
+    steps = torch.arange(0, config.head_dim, 2).float()
+    return 1.0 / config.rope_theta ** (steps / config.head_dim)
+
+
+def check_meta(source: Source) -> None:
+    """`CheckpointError` for what Meta's layout cannot hold, whatever the number of shards."""
+    config = source.config
+    reasons = {
+        "attention_bias": config.attention_bias,
+        "mlp_bias": config.mlp_bias,
+        "rope_scaling": bool(config.rope_scaling),
+        "the size tokens of Lumina-mGPT": source.kind != "chameleon",
+    }
+    found = next((name for name, there in reasons.items() if there), None)
+    if found:
+        raise CheckpointError(f"Meta's layout has no place for {found}: convert to hf")
+    with torch.device("meta"):
+        wanted = VQGAN(config.vq_config).state_dict()
+    if not set(wanted) <= set(source.vq):
         raise CheckpointError(
-            f"{path} is missing, damaged, or holds more than tensors: download it again"
-        ) from None
+            f"Meta's layout needs a whole image tokenizer, which {source.folder} lacks: "
+            "give one with --image-tokenizer"
+        )
+
+
+def _check_shards(source: Source, count: int) -> None:
+    """`CheckpointError` unless so many shards can hold the model."""
+    config, possible = source.config, _possible_shards(source)
+    if count in possible:
+        return
+    if not possible:
+        raise CheckpointError(
+            f"{source.folder} has QK-norms that differ inside of every cut, and Meta's layout "
+            "has one for each shard: convert to hf"
+        )
+    raise CheckpointError(
+        f"{count} shards are not possible: they must divide the {config.num_attention_heads} "
+        f"heads and {config.kv_heads} key heads, and the heads of a shard share one QK-norm; "
+        f"choose {' or '.join(map(str, possible))}"
+    )
+
+
+def _possible_shards(source: Source) -> list[int]:
+    config = source.config
+    common = math.gcd(
+        config.num_attention_heads,
+        config.kv_heads,
+        config.hidden_size,
+        config.intermediate_size,
+        config.vocab_size,
+    )
+    norms = [s.read() for n, s in source.tensors.items() if ".q_norm." in n or ".k_norm." in n]
+    return [n for n in range(1, common + 1) if common % n == 0 and _shared(norms, n)]
+
+
+def _shared(norms: Sequence[Tensor], shards: int) -> bool:
+    """Whether the heads of each shard have the same norm."""
+    pieces = chain.from_iterable(norm.chunk(shards, 0) for norm in norms)
+    return all(torch.equal(piece, piece[:1].expand_as(piece)) for piece in pieces)
+
+
+def _model_params(config: ModelConfig) -> dict[str, Any]:
+    """The "model" part of params.json; Meta's code skips the last name, this package reads it."""
+    return {
+        "dim": config.hidden_size,
+        "n_layers": config.num_hidden_layers,
+        "n_heads": config.num_attention_heads,
+        "n_kv_heads": config.kv_heads,
+        **_width_params(config.hidden_size, config.intermediate_size),
+        "norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "qk_normalization": True,
+        "swin_norm": config.swin_norm,
+        "max_position_embeddings": config.max_position_embeddings,
+    }
+
+
+def _width_params(dim: int, width: int) -> dict[str, Any]:
+    """What makes `_inner_width` give this width: a multiple, and a factor where none does."""
+    for multiple in (256, 128, 64, 32, 16, 8, 4, 2, 1):
+        if _inner_width({"dim": dim, "multiple_of": multiple}) == width:
+            return {"multiple_of": multiple}
+    factor = (width + 0.5) / int(2 * (4 * dim) / 3)
+    return {"multiple_of": 1, "ffn_dim_multiplier": factor}
+
+
+def _vq_params(config: VQConfig) -> dict[str, Any]:
+    return {
+        "embed_dim": config.embed_dim,
+        "n_embed": config.num_embeddings,
+        "ddconfig": {
+            "double_z": config.double_latent,
+            "z_channels": config.latent_channels,
+            "resolution": config.resolution,
+            "in_channels": config.in_channels,
+            "out_ch": config.in_channels,
+            "ch": config.base_channels,
+            "ch_mult": list(config.channel_multiplier),
+            "num_res_blocks": config.num_res_blocks,
+            "attn_resolutions": list(config.attn_resolutions),
+            "dropout": config.dropout,
+        },
+    }

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
-
-from earlyfusion.checkpoints.formats import detect, load, locate
+from earlyfusion.checkpoints.formats import detect, locate, open_source
+from earlyfusion.checkpoints.hf import check
+from earlyfusion.checkpoints.source import Stored
 from earlyfusion.config import ModelConfig
+from earlyfusion.vocabulary import Vocabulary
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -32,11 +35,12 @@ class Summary:
 def summarize(name: str | Path) -> Summary:
     """Read a model by name, folder or hub id; `CheckpointError` where it is not whole."""
     folder = locate(name)
-    loaded = load(name, device="meta")
-    config, vocabulary = loaded.config, loaded.processor.vocabulary
+    source = check(open_source(folder))
+    config, vocabulary = source.config, Vocabulary.from_file(source.tokenizer)
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     counts = {
-        "transformer": _parameters(loaded.transformer),
-        "image_tokenizer": _parameters(loaded.vqgan),
+        "transformer": _parameters({k: v for k, v in source.tensors.items() if k not in tied}),
+        "image_tokenizer": _parameters(source.vq),
     }
     return Summary(
         folder=str(folder),
@@ -50,7 +54,7 @@ def summarize(name: str | Path) -> Summary:
         kv_bytes_per_token={kind: _kv_values(config) * size for kind, size in _BYTES.items()},
         context=config.max_position_embeddings,
         image_side=config.vq_config.resolution,
-        tokens_per_image=loaded.processor.layout.num_tokens,
+        tokens_per_image=source.layout.num_tokens,
         vocabulary={
             "size": vocabulary.size,
             "text": len(vocabulary.text_tokens),
@@ -60,8 +64,8 @@ def summarize(name: str | Path) -> Summary:
     )
 
 
-def _parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def _parameters(tensors: Mapping[str, Stored]) -> int:
+    return sum(math.prod(stored.shape) for stored in tensors.values())
 
 
 def _kv_values(config: ModelConfig) -> int:

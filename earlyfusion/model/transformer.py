@@ -152,7 +152,7 @@ class Transformer(nn.Module):
         super().__init__()
         if not 0.0 <= dropout < 1.0:
             raise SettingError(f"dropout={dropout} must be at least 0 and below 1")
-        _check_rope(config)
+        check_rope(config)
         self.config = config
         self.model = Decoder(config, dropout)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -248,7 +248,7 @@ def _rope_type(config: ModelConfig) -> str:
     return str(scaling.get("rope_type") or scaling.get("type") or "default")
 
 
-def _check_rope(config: ModelConfig) -> None:
+def check_rope(config: ModelConfig) -> None:
     kind = _rope_type(config)
     if kind not in _ROPE_SETTINGS:
         raise SettingError(

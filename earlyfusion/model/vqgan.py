@@ -229,7 +229,7 @@ class VQGAN(nn.Module):
 
     def encode(self, pixels_BCYX: Tensor) -> Tensor:
         """Codes of pictures in [-1, 1]: int64 [B, y, x]."""
-        return self._nearest_codes(self.latents(pixels_BCYX))
+        return self.nearest_codes(self.latents(pixels_BCYX))
 
     def embed(self, codes_Byx: Tensor) -> Tensor:
         """Codewords of codes: [B, embed_dim, y, x]."""
@@ -252,12 +252,12 @@ class VQGAN(nn.Module):
         codebook out, 1 is the real thing.
         """
         latents = self.latents(pixels_BCYX)
-        codes = self._nearest_codes(latents.detach())
+        codes = self.nearest_codes(latents.detach())
         nearest = self.embed(codes)
         through = latents + blend * (nearest - latents).detach()
         return Quantized(self._pixels(through), latents, nearest, codes)
 
-    def _nearest_codes(self, latents_BCyx: Tensor) -> Tensor:
+    def nearest_codes(self, latents_BCyx: Tensor) -> Tensor:
         b, c, y, x = latents_BCyx.shape
         vectors_NC = latents_BCyx.permute(0, 2, 3, 1).reshape(-1, c)
         return self.quantize.search(vectors_NC).view(b, y, x)
@@ -266,6 +266,6 @@ class VQGAN(nn.Module):
         if self.decoder is None:
             raise CheckpointError(
                 "this checkpoint has no VQ decoder, so codes cannot become pictures: "
-                "load one that has it"
+                "add one with earlyfusion convert --image-tokenizer"
             )
         return self.decoder(self.post_quant_conv(codewords_BCyx))

@@ -102,8 +102,8 @@ def _step(
         loss, figures, units = task.loss(step)
     if not torch.isfinite(loss):
         raise SettingError(
-            f"the loss of step {step} is {float(loss.detach())}: lower lr={optim.lr} and start again from "
-            f"the checkpoints in {run.out}"
+            f"the loss of step {step} is {float(loss.detach())}: lower lr={optim.lr} and start "
+            f"again from the checkpoints in {run.out}"
         )
     optimizer.zero_grad(set_to_none=True)
     loss.backward()

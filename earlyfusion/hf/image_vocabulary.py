@@ -1,0 +1,134 @@
+"""Which ids of a config are images: from `vocabulary_map`, or from the model's tokenizer file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers.utils import cached_file
+
+from earlyfusion.errors import CheckpointError, ImageError
+from earlyfusion.vocabulary import (
+    CODE,
+    IMAGE_PLACEHOLDERS,
+    IMAGE_PREFIX,
+    Vocabulary,
+    code_of,
+    read_tokenizer_json,
+)
+
+_TOKENIZER = "tokenizer.json"
+
+
+class ImageVocabulary:
+    """Codes <-> token ids, from token names. The attributes are those of transformers' mapping.
+
+    A code that the names lack becomes id 0, as transformers has it.
+    """
+
+    def __init__(self, names: Mapping[str, int]) -> None:
+        self.vocab_map = dict(names)
+        found = [names[name] for name in reversed(IMAGE_PLACEHOLDERS) if name in names]
+        self.image_token_id: int | None = found[0] if found else None
+        self._tables: dict[tuple[str, torch.device], Tensor] = {}
+
+    @cached_property
+    def bpe2img(self) -> dict[int, int]:
+        """Token id to code."""
+        images = {n: i for n, i in self.vocab_map.items() if n.startswith(IMAGE_PREFIX)}
+        return {token: code_of(name) for name, token in images.items()}
+
+    @cached_property
+    def img2bpe(self) -> dict[int, int]:
+        """Code to token id."""
+        return {code: token for token, code in self.bpe2img.items()}
+
+    @cached_property
+    def image_tokens(self) -> list[int]:
+        """Sorted ids of the image codes."""
+        return sorted(self.bpe2img)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """All ids by kind, for generation; `CheckpointError` where only the images are known."""
+        try:
+            return self._vocabulary
+        except CheckpointError:
+            raise CheckpointError(
+                "the model does not know which ids are text and control: load it from a folder "
+                "with its tokenizer.json, or call model.use_vocabulary(processor)"
+            ) from None
+
+    def convert_img2bpe(self, codes: Tensor) -> Tensor:
+        """Token ids of codes, any shape, on their device; no synchronisation."""
+        if not self.img2bpe:
+            raise CheckpointError(
+                "the config has no vocabulary_map and the model's folder no tokenizer.json, so "
+                "pictures have no tokens: call model.use_vocabulary(processor)"
+            )
+        return self._table("img2bpe", self.img2bpe, 0, codes.device)[codes]
+
+    def convert_bpe2img(self, tokens: Tensor) -> Tensor:
+        """Codes of token ids, any shape; `ImageError` where an id is not an image token."""
+        table = self._table("bpe2img", self.bpe2img, CODE, tokens.device)
+        inside = (tokens >= 0) & (tokens < len(table))
+        codes = torch.where(inside, table[tokens.clamp(0, len(table) - 1)], CODE)
+        if bool((codes == CODE).any()):
+            raise ImageError(
+                f"token {int(tokens[codes == CODE][0])} is not an image token: "
+                "only image tokens can be drawn"
+            )
+        return codes
+
+    def is_image(self, tokens: Tensor) -> Tensor:
+        """True where an id is an image token."""
+        return torch.isin(tokens, self._ids(tokens.device))
+
+    def image_columns(self, device: torch.device) -> Tensor:
+        """Sorted ids of the image codes as a tensor that is made once a device."""
+        return self._ids(device)
+
+    @cached_property
+    def _vocabulary(self) -> Vocabulary:
+        return Vocabulary(self.vocab_map)
+
+    def _ids(self, device: torch.device) -> Tensor:
+        key = ("ids", device)
+        if key not in self._tables:
+            self._tables[key] = torch.tensor(self.image_tokens, dtype=torch.int64, device=device)
+        return self._tables[key]
+
+    def _table(
+        self, name: str, values: Mapping[int, int], empty: int, device: torch.device
+    ) -> Tensor:
+        if (name, device) not in self._tables:
+            table = torch.full((max(values, default=0) + 1,), empty, dtype=torch.int64)
+            for key, value in values.items():
+                table[key] = value
+            self._tables[name, device] = table.to(device)
+        return self._tables[name, device]
+
+
+def find_names(given: Mapping[str, int] | None, folder: str | None) -> dict[str, int]:
+    """Token names of a config, completed by the tokenizer file of the model's folder or hub id."""
+    names = dict(given or {})
+    path = _tokenizer_file(folder) if folder else None
+    if path is None:
+        return names
+    found = Vocabulary.from_dict(read_tokenizer_json(path)).names
+    known = set(found.values())
+    return found | {name: token for name, token in names.items() if token not in known}
+
+
+def _tokenizer_file(folder: str) -> Path | None:
+    if Path(folder).is_dir():
+        path = Path(folder) / _TOKENIZER
+        return path if path.is_file() else None
+    try:
+        found = cached_file(folder, _TOKENIZER, local_files_only=True)
+    except OSError:
+        return None
+    return Path(found) if found else None

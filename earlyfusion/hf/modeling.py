@@ -1,0 +1,619 @@
+"""The model classes of the transformers face, on the blocks and the VQ-GAN of `earlyfusion.model`.
+
+They take the arguments and give the outputs of transformers' own, and their state dict has the same
+keys, plus those of the VQ decoder. What differs, on purpose:
+
+- image logits are real: a label on an image token has a finite loss. `generate` leaves image tokens
+  out unless a `multimodal_generation_mode` asks for them;
+- labels on placeholders stand for the picture's own tokens;
+- the image tokenizer stays frozen, in eval mode and in fp32, and never builds a graph;
+- codes become pictures: `decode_image_tokens`.
+
+Shapes: B batch, T tokens, D model width, N query heads, K key and value heads, H head width,
+V vocabulary, C channels, Y X height and width in pixels, y x in codes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation.utils import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils.output_capturing import capture_outputs
+
+from earlyfusion.errors import CheckpointError, ImageError, SettingError
+from earlyfusion.hf.configuration import ChameleonConfig, ChameleonVQVAEConfig, shape, vq_shape
+from earlyfusion.hf.generation import MultimodalGeneration
+from earlyfusion.hf.image_vocabulary import ImageVocabulary, find_names
+from earlyfusion.model.transformer import (
+    Attention,
+    Block,
+    HeadNorm,
+    RMSNorm,
+    check_rope,
+    rotary_tables,
+)
+from earlyfusion.model.vqgan import VQGAN, ResBlock, SpatialAttention
+from earlyfusion.vocabulary import Vocabulary
+
+_DECODER_KEY = re.compile(r"(model\.)?(vqmodel\.)?decoder\.")
+_INSTALL = {
+    "flash_attention_2": "flash-attn (pip install flash-attn --no-build-isolation)",
+    "flash_attention_3": "flash-attn-3 (the hopper folder of the flash-attention sources)",
+}
+
+
+@dataclass
+class ChameleonVQVAEModelOutput(BaseModelOutputWithPooling):
+    """`last_hidden_state` is before `quant_conv`; `image_tokens` are codes, flat [B * y * x]."""
+
+    quantized_last_hidden_state: Tensor | None = None
+    image_tokens: Tensor | None = None
+    embedding_loss: Tensor | None = None
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention step by step, for its weights: (out_BTNH, weights_BNTT) of q_BNTH, k_BKTH."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    scores_BNTT = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores_BNTT = scores_BNTT + attention_mask[..., : key.shape[-2]]
+    weights_BNTT = scores_BNTT.softmax(-1, dtype=torch.float32).to(query.dtype)
+    weights_BNTT = nn.functional.dropout(weights_BNTT, dropout, module.training)
+    return (weights_BNTT @ value).transpose(1, 2).contiguous(), weights_BNTT
+
+
+@dataclass
+class _Call:
+    """What one forward tells every layer's attention."""
+
+    config: ChameleonConfig
+    mask: Any
+    cache: Cache | None
+    kwargs: Mapping[str, Any]
+    weights: list[Tensor]
+
+
+class InterfaceAttend:
+    """An `Attend` of one layer that goes through transformers' attention interface and cache."""
+
+    def __init__(self, layer: Attention, call: _Call) -> None:
+        self._layer, self._call = layer, call
+
+    def __call__(self, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
+        layer: Any = self._layer
+        call, config = self._call, self._call.config
+        q, k, v = (x.transpose(1, 2) for x in (q_BTNH, k_BTKH, v_BTKH))
+        if call.cache is not None:
+            k, v = call.cache.update(k, v, layer.layer_idx)
+        attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
+            config._attn_implementation, eager_attention_forward
+        )
+        mask = call.mask.to(q.device) if isinstance(call.mask, Tensor) else call.mask
+        dropout = float(config.attention_dropout or 0.0) if layer.training else 0.0
+        out_BTNH, weights = attend(
+            layer, q, k, v, mask, dropout=dropout, scaling=layer.scaling, **call.kwargs
+        )
+        if weights is not None:
+            call.weights.append(weights)
+        out: Tensor = out_BTNH.reshape(q_BTNH.shape)
+        return out
+
+
+class ChameleonPreTrainedModel(PreTrainedModel):
+    """What the three model classes share: how transformers loads, saves and initialises them."""
+
+    config: ChameleonConfig
+    config_class = ChameleonConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["Block"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["vqmodel"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, HeadNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; a checkpoint without a VQ decoder gives a model without one."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if isinstance(model.base_model, ChameleonModel):
+            model.base_model.freeze_image_tokenizer()
+        return loaded
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+        missing = {key for key in loading_info.missing_keys if _DECODER_KEY.match(key)}
+        if missing:
+            loading_info.missing_keys = set(loading_info.missing_keys) - missing
+            for module in self.modules():
+                if isinstance(module, ChameleonVQVAE):
+                    module.drop_decoder()
+
+    def _check_and_adjust_attn_implementation(
+        self, attn_implementation: str | None, *args: Any, **kwargs: Any
+    ) -> str:
+        try:
+            chosen: str = super()._check_and_adjust_attn_implementation(
+                attn_implementation, *args, **kwargs
+            )
+        except ImportError:
+            name = str(attn_implementation)
+            raise SettingError(
+                f"attn_implementation={name!r} is not installed: install "
+                f"{_INSTALL.get(name, name)} or choose 'sdpa', 'eager' or 'flex_attention'"
+            ) from None
+        return chosen
+
+
+class ChameleonVQVAE(ChameleonPreTrainedModel):
+    """The VQ-GAN: pictures to codes and back. Alone it can be trained; inside a model it is frozen.
+
+    `decoder` is None where the checkpoint had none.
+    """
+
+    config: ChameleonVQVAEConfig
+    config_class = ChameleonVQVAEConfig
+    main_input_name = "pixel_values"
+    _no_split_modules: ClassVar[list[str]] = ["ResBlock", "SpatialAttention"]
+    _can_record_outputs: ClassVar[dict[str, Any]] = {
+        "hidden_states": ResBlock,
+        "attentions": SpatialAttention,
+    }
+
+    def __init__(self, config: ChameleonVQVAEConfig) -> None:
+        super().__init__(config)
+        core = VQGAN(vq_shape(config))
+        for name, child in core.named_children():
+            self.add_module(name, child)
+        # The same modules under the core's own methods; not registered, so that keys come once.
+        self.__dict__["vqgan"] = core
+        self.eval()
+        self.post_init()
+
+    @capture_outputs
+    def encode(self, pixel_values: Tensor, **kwargs: Any) -> ChameleonVQVAEModelOutput:
+        """Codes of pictures [B, C, Y, X] in [-1, 1], of any float type; no graph while frozen."""
+        trained = any(p.requires_grad for p in self.parameters())
+        core = self.core
+        with contextlib.nullcontext() if trained else torch.no_grad():
+            hidden = core.encoder(pixel_values.to(core.quant_conv.weight.dtype))
+            latents = core.quant_conv(hidden)
+            codes_Byx = core.nearest_codes(latents.detach())
+            nearest = core.embed(codes_Byx)
+            commitment = (nearest.detach() - latents).square().mean()
+            codebook = (nearest - latents.detach()).square().mean()
+            return ChameleonVQVAEModelOutput(
+                last_hidden_state=hidden,
+                quantized_last_hidden_state=latents + (nearest - latents).detach(),
+                image_tokens=codes_Byx.flatten(),
+                embedding_loss=commitment + getattr(self.config, "beta", 0.25) * codebook,
+            )
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Pictures of codes [B, y, x]: [B, C, Y, X], about [-1, 1] and not clamped.
+
+        Raises `ImageError` for a code outside the codebook, `CheckpointError` without a decoder.
+        """
+        return self.core.decode(codes)
+
+    def forward(self, pixel_values: Tensor, **kwargs: Any) -> ChameleonVQVAEModelOutput:
+        """As `encode`."""
+        out: ChameleonVQVAEModelOutput = self.encode(pixel_values, **kwargs)
+        return out
+
+    @property
+    def core(self) -> VQGAN:
+        """The core VQ-GAN over the same modules."""
+        core: VQGAN = self.__dict__["vqgan"]
+        return core
+
+    def drop_decoder(self) -> None:
+        """Leave the decoder out: `decode` then says so."""
+        self.decoder = None
+        self.core.decoder = None
+
+    def train(self, mode: bool = True) -> ChameleonVQVAE:
+        """Frozen weights stay in eval mode."""
+        super().train(mode and any(p.requires_grad for p in self.parameters()))
+        return self
+
+
+class ChameleonModel(ChameleonPreTrainedModel):
+    """Embedding, blocks, final norm and image tokenizer: tokens and pictures to hidden states."""
+
+    def __init__(self, config: ChameleonConfig) -> None:
+        super().__init__(config)
+        self.shape = shape(config)
+        check_rope(self.shape)
+        self.padding_idx, self.vocab_size = config.pad_token_id, config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(
+            _block(self, number) for number in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.vqmodel = ChameleonVQVAE._from_config(config.vq_config)
+        self.gradient_checkpointing = False
+        self._mapping: ImageVocabulary | None = None
+        self.post_init()
+        self.freeze_image_tokenizer()
+
+    @property
+    def vocabulary_mapping(self) -> ImageVocabulary:
+        """Which ids are images: from the config, else from the tokenizer file of the folder."""
+        if self._mapping is None:
+            given = self.config.vocabulary_map
+            self._mapping = ImageVocabulary(given or find_names(None, self.config.name_or_path))
+        return self._mapping
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """All ids by kind; `CheckpointError` where neither config nor folder tells them."""
+        try:
+            return self.vocabulary_mapping.vocabulary
+        except CheckpointError:
+            names = find_names(self.config.vocabulary_map, self.config.name_or_path)
+            self._mapping = ImageVocabulary(names)
+            return self._mapping.vocabulary
+
+    def use_vocabulary(self, source: Any) -> None:
+        """Take the ids of a `Vocabulary`, or of a processor or tokenizer of this model."""
+        tokenizer = getattr(source, "tokenizer", source)
+        names = source.names if isinstance(source, Vocabulary) else tokenizer.get_vocab()
+        self._mapping = ImageVocabulary(names)
+
+    def freeze_image_tokenizer(self) -> None:
+        """Take the image tokenizer out of training; its codes let no gradient through anyway."""
+        self.vqmodel.requires_grad_(False)
+        self.vqmodel.eval()
+
+    def get_image_tokens(self, pixel_values: Tensor) -> Tensor:
+        """Token ids [B, y * x] of pictures, without markers."""
+        codes = self.vqmodel.encode(pixel_values, return_dict=True).image_tokens
+        return self.vocabulary_mapping.convert_img2bpe(codes).view(len(pixel_values), -1)
+
+    def get_image_features(
+        self, pixel_values: Tensor, return_dict: bool | None = None, **kwargs: Any
+    ) -> Any:
+        """The VQ-GAN's output; its `pooler_output` is the pictures' embeddings [B, y * x, D]."""
+        outputs = self.vqmodel.encode(pixel_values, return_dict=True, **kwargs)
+        tokens = self._tokens_of(outputs).view(len(pixel_values), -1)
+        outputs.pooler_output = self.get_input_embeddings()(tokens)
+        return outputs.to_tuple() if return_dict is False else outputs
+
+    def decode_image_tokens(
+        self, image_tokens: Tensor, height: int | None = None, width: int | None = None
+    ) -> Tensor:
+        """Pictures [B, C, Y, X], about [-1, 1], of image tokens [B, n].
+
+        Other tokens in a row are passed over, and of several pictures the last is taken. `height`
+        and `width` count codes; without them a picture has the model's own size.
+        """
+        grid = self.shape.vq_config.grid
+        height, width = height or grid, width or grid
+        rows = [self._last_picture(row, height * width) for row in image_tokens]
+        codes = self.vocabulary_mapping.convert_bpe2img(torch.stack(rows))
+        with torch.no_grad():
+            return self.vqmodel.decode(codes.view(-1, height, width))
+
+    def fill_image_tokens(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
+        """`input_ids` with the pictures' own tokens in the place of the placeholders."""
+        return self._scatter_tokens(input_ids, self.get_image_tokens(pixel_values))
+
+    def get_placeholder_mask(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor
+    ) -> Tensor:
+        """Where pictures go, bool [B, T, 1]; `ImageError` unless their sizes match."""
+        if input_ids is None:
+            token = torch.tensor(self._placeholder(), device=inputs_embeds.device)
+            mask_BT = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+        else:
+            mask_BT = input_ids == self._placeholder()
+        _check_count(int(mask_BT.sum()), math.prod(image_features.shape[:-1]))
+        return mask_BT.unsqueeze(-1).to(inputs_embeds.device)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Hidden states [B, T, D] after the final norm, as `BaseModelOutputWithPast`.
+
+        Exactly one of `input_ids` and `inputs_embeds`; pictures take the places of placeholders.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        x_BTD = self._with_pictures(input_ids, x_BTD, pixel_values, mm_encoder_outputs)
+        if self._use_cache(use_cache) and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(x_BTD.shape[1], device=x_BTD.device) + past)[None]
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=x_BTD,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        more = kwargs | {"position_ids": position_ids}
+        call = _Call(self.config, mask, past_key_values, more, [])
+        states = self._run(x_BTD, position_ids, call)
+        wants_states = _asked(output_hidden_states, self.config, "output_hidden_states")
+        outputs = BaseModelOutputWithPast(
+            last_hidden_state=states[-1],
+            past_key_values=past_key_values,
+            hidden_states=tuple(states) if wants_states else None,
+            attentions=_weights(call, output_attentions),
+        )
+        return outputs if _asked(return_dict, self.config, "return_dict") else outputs.to_tuple()
+
+    def _run(self, x_BTD: Tensor, positions_BT: Tensor, call: _Call) -> list[Tensor]:
+        """The embedded tokens, what each block but the last gives, and the normed end."""
+        rotary = rotary_tables(self.shape, positions_BT)
+        states = [x_BTD]
+        for layer in self.layers:
+            attend = InterfaceAttend(cast("Attention", layer.self_attn), call)
+            if self.gradient_checkpointing and self.training:
+                x_BTD = self._gradient_checkpointing_func(layer.__call__, x_BTD, rotary, attend)
+            else:
+                x_BTD = layer(x_BTD, rotary, attend)
+            states.append(x_BTD)
+        states[-1] = self.norm(x_BTD)
+        return states
+
+    def _use_cache(self, given: bool | None) -> bool:
+        wanted = bool(self.config.use_cache if given is None else given)
+        return wanted and not (self.gradient_checkpointing and self.training)
+
+    def _with_pictures(
+        self,
+        input_ids: Tensor | None,
+        x_BTD: Tensor,
+        pixel_values: Tensor | None,
+        encoded: dict[str, Any] | None,
+    ) -> Tensor:
+        if pixel_values is not None and encoded is not None:
+            raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs")
+        if pixel_values is not None:
+            encoded = {"image": self.get_image_features(pixel_values)}
+        if not encoded or encoded.get("image") is None:
+            return x_BTD
+        features = encoded["image"].pooler_output.to(x_BTD.device, x_BTD.dtype)
+        return x_BTD.masked_scatter(self.get_placeholder_mask(input_ids, x_BTD, features), features)
+
+    def _tokens_of(self, outputs: Any) -> Tensor:
+        return self.vocabulary_mapping.convert_img2bpe(outputs.image_tokens)
+
+    def _scatter_tokens(self, input_ids: Tensor, tokens: Tensor) -> Tensor:
+        mask_BT = input_ids == self._placeholder()
+        _check_count(int(mask_BT.sum()), tokens.numel())
+        return input_ids.masked_scatter(mask_BT, tokens.to(input_ids))
+
+    def _placeholder(self) -> int:
+        token = self.vocabulary_mapping.image_token_id
+        token = self.config.image_token_id if token is None else token
+        if token is None:
+            raise ImageError(
+                "the model has no placeholder token for pictures: give it a vocabulary_map with "
+                "'<image>', or call model.use_vocabulary(processor)"
+            )
+        return int(token)
+
+    def _last_picture(self, row_T: Tensor, count: int) -> Tensor:
+        tokens = row_T[self.vocabulary_mapping.is_image(row_T)]
+        if len(tokens) < count:
+            raise ImageError(
+                f"a picture of this model has {count} image tokens but a row holds {len(tokens)}: "
+                "generate with multimodal_generation_mode='image-only'"
+            )
+        return tokens[-count:]
+
+
+class ChameleonForConditionalGeneration(
+    MultimodalGeneration, ChameleonPreTrainedModel, GenerationMixin
+):
+    """The model with its head: tokens and pictures to logits, and `generate`."""
+
+    output_modalities = ("text", "image")
+    image_logits = True
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: ChameleonConfig) -> None:
+        super().__init__(config)
+        self.model = ChameleonModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+        self.model.freeze_image_tokenizer()
+
+    def use_vocabulary(self, source: Any) -> None:
+        """As `ChameleonModel.use_vocabulary`."""
+        self.model.use_vocabulary(source)
+
+    def get_image_tokens(self, pixel_values: Tensor) -> Tensor:
+        """As `ChameleonModel.get_image_tokens`."""
+        return self.model.get_image_tokens(pixel_values)
+
+    def get_image_features(
+        self, pixel_values: Tensor, return_dict: bool | None = None, **kwargs: Any
+    ) -> Any:
+        """As `ChameleonModel.get_image_features`."""
+        return self.model.get_image_features(pixel_values, return_dict=return_dict, **kwargs)
+
+    def decode_image_tokens(self, image_tokens: Tensor, **kwargs: Any) -> Tensor:
+        """As `ChameleonModel.decode_image_tokens`."""
+        return self.model.decode_image_tokens(image_tokens, **kwargs)
+
+    def fill_image_tokens(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
+        """As `ChameleonModel.fill_image_tokens`."""
+        return self.model.fill_image_tokens(input_ids, pixel_values)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        mm_encoder_outputs: dict[str, Any] | None = None,
+        image_logits: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Logits [B, T, V], or of the last `logits_to_keep` places, as `CausalLMOutputWithPast`.
+
+        `labels` may name image tokens; where labels and `input_ids` both hold the placeholder, the
+        label is the picture's own token. `image_logits=False` puts image tokens out of reach, as
+        transformers' own class always does; None takes the attribute of that name, True.
+        """
+        if pixel_values is not None and labels is not None and mm_encoder_outputs is None:
+            mm_encoder_outputs = {"image": self.get_image_features(pixel_values)}
+            pixel_values = None
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            mm_encoder_outputs=mm_encoder_outputs,
+            return_dict=True,
+            **{k: v for k, v in kwargs.items() if k != "num_items_in_batch"},
+        )
+        states_BTD = outputs.last_hidden_state
+        if isinstance(logits_to_keep, Tensor) or logits_to_keep > 0:
+            whole = isinstance(logits_to_keep, Tensor)
+            states_BTD = states_BTD[:, logits_to_keep if whole else slice(-logits_to_keep, None)]
+        logits_BTV = self.lm_head(states_BTD)
+        if not (self.image_logits if image_logits is None else image_logits):
+            columns = self.model.vocabulary_mapping.image_columns(logits_BTV.device)
+            logits_BTV = logits_BTV.index_fill(-1, columns, torch.finfo(logits_BTV.dtype).min)
+        result = CausalLMOutputWithPast(
+            loss=self._loss(logits_BTV, labels, input_ids, mm_encoder_outputs, kwargs),
+            logits=logits_BTV,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return result if _asked(return_dict, self.config, "return_dict") else result.to_tuple()
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        use_cache: bool | None = True,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As transformers'; pictures are read once, with the prompt."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+            input_ids,
+            pixel_values=pixel_values,
+            use_cache=use_cache,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        if not is_first_iteration and use_cache:
+            inputs["pixel_values"] = None
+        return inputs
+
+    def _loss(
+        self,
+        logits_BTV: Tensor,
+        labels: Tensor | None,
+        input_ids: Tensor | None,
+        encoded: dict[str, Any] | None,
+        kwargs: Mapping[str, Any],
+    ) -> Tensor | None:
+        if labels is None:
+            return None
+        if input_ids is not None and encoded and encoded.get("image") is not None:
+            tokens = self.model._tokens_of(encoded["image"])
+            full = self.model._scatter_tokens(input_ids, tokens)
+            is_picture = (labels == input_ids) & (full != input_ids)
+            labels = torch.where(is_picture, full, labels)
+        loss: Tensor = self.loss_function(
+            logits=logits_BTV, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+        )
+        return loss
+
+
+def _block(model: ChameleonModel, number: int) -> Block:
+    """A core block whose attention carries what transformers' attention functions look up."""
+    block = Block(model.shape, dropout=0.0)
+    layer: Any = block.self_attn
+    layer.layer_idx = number
+    layer.config = model.config
+    layer.is_causal = True
+    layer.scaling = model.shape.head_dim**-0.5
+    layer.num_key_value_groups = model.shape.num_attention_heads // model.shape.kv_heads
+    return block
+
+
+def _asked(given: bool | None, config: Any, name: str) -> bool:
+    return bool(getattr(config, name, False) if given is None else given)
+
+
+def _weights(call: _Call, given: bool | None) -> tuple[Tensor, ...] | None:
+    return tuple(call.weights) if _asked(given, call.config, "output_attentions") else None
+
+
+def _check_count(tokens: int, features: int) -> None:
+    if tokens != features:
+        raise ImageError(
+            f"Image features and image tokens do not match, tokens: {tokens}, features: {features}"
+        )

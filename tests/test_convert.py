@@ -1,0 +1,499 @@
+"""Conversion: every layout into every other, to the bit, in any number of files, whole or not."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import CONFIG, tiny_processor
+from torch import Tensor
+
+from earlyfusion.api import Chameleon
+from earlyfusion.checkpoints import formats
+from earlyfusion.checkpoints.anole import rotate, unrotate
+from earlyfusion.checkpoints.convert import convert
+from earlyfusion.checkpoints.hf import Loaded, load_hf, save_hf
+from earlyfusion.checkpoints.lumina import layout
+from earlyfusion.checkpoints.meta import _inner_width, _width_params, load_meta
+from earlyfusion.checkpoints.summary import summarize
+from earlyfusion.cli import main
+from earlyfusion.content import Image
+from earlyfusion.errors import CheckpointError, SettingError
+from earlyfusion.model.transformer import Transformer
+from earlyfusion.model.vqgan import VQGAN
+
+MODELS = ("tiny_1", "tiny_mp2_swin_gqa")
+
+
+def shards_of(folder: Path) -> list[dict[str, Tensor]]:
+    paths = sorted(folder.glob("consolidated*.pth"))
+    return [torch.load(path, weights_only=True) for path in paths]
+
+
+def assert_equal_bits(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert value.dtype == two[name].dtype, name
+        assert value.shape == two[name].shape, name
+        as_bytes = value.contiguous().flatten().view(torch.uint8)
+        assert torch.equal(as_bytes, two[name].contiguous().flatten().view(torch.uint8)), name
+
+
+def assert_same_shards(one: Path, two: Path) -> None:
+    ours, theirs = shards_of(one), shards_of(two)
+    assert len(ours) == len(theirs) > 0
+    for mine, their in zip(ours, theirs, strict=True):
+        assert_equal_bits(mine, their)
+
+
+def assert_same_model(one: Loaded, two: Loaded) -> None:
+    assert_equal_bits(one.transformer.state_dict(), two.transformer.state_dict())
+    assert_equal_bits(one.vqgan.state_dict(), two.vqgan.state_dict())
+    ours, theirs = one.config.to_dict(), two.config.to_dict()
+    assert ours | {"model_parallel_size": 1} == theirs | {"model_parallel_size": 1}
+
+
+def assert_meta_s_logits(golden: Path, name: str, folder: Path) -> None:
+    """The recorded prefill logits in fp32, to the tolerance of the transformer's own test."""
+    transformer = formats.load(folder, dtype=torch.float32).transformer
+    with np.load(golden / "expected" / f"{name}.fp32.npz") as expected:
+        ids, logits = torch.from_numpy(expected["prefill_ids"]), expected["prefill_logits"]
+        rows = torch.split(ids, expected["prefill_lens"].tolist())
+    with torch.no_grad():
+        actual = torch.cat([transformer(row[None])[0] for row in rows])
+    gap = (actual - torch.from_numpy(logits)).abs().max()
+    assert gap < 1e-5 * max(1.0, float(np.abs(logits).max()))
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A random model in transformers' layout; its heads share their QK-norms."""
+    folder = tmp_path / "tiny"
+    save_tiny(folder)
+    return folder
+
+
+def save_tiny(folder: Path, **changes: Any) -> None:
+    config = replace(CONFIG, **changes)
+    torch.manual_seed(0)
+    transformer, vqgan = Transformer(config), VQGAN(config.vq_config)
+    transformer.init_weights(torch.Generator().manual_seed(0))
+    tiny_processor(folder.parent)
+    text = (folder.parent / "tokenizer.json").read_text()
+    save_hf(folder, transformer, vqgan, text, {"chameleon": {"max_tokens": 8}})
+
+
+class TestRoundTrips:
+    @pytest.mark.parametrize("name", MODELS)
+    def test_meta_to_hf_to_meta(self, golden: Path, tmp_path: Path, name: str) -> None:
+        source, hf, back = golden / "models" / name, tmp_path / "hf", tmp_path / "meta"
+        convert(source, hf, "hf", shards=3)
+        assert_same_model(load_hf(hf), load_meta(source))
+        assert_meta_s_logits(golden, name, hf)
+        convert(hf, back, "meta")
+        assert_same_shards(back, source)
+        assert_same_model(load_meta(back), load_meta(source))
+        assert_meta_s_logits(golden, name, back)
+        kept = torch.load(golden / "tokenizer" / "vqgan.ckpt", weights_only=True)["state_dict"]
+        written = torch.load(back / "tokenizer" / "vqgan.ckpt", weights_only=True)["state_dict"]
+        assert_equal_bits(written, {k: v for k, v in kept.items() if not k.startswith("loss.")})
+        text = (golden / "tokenizer" / "text_tokenizer.json").read_bytes()
+        assert (back / "tokenizer" / "text_tokenizer.json").read_bytes() == text
+
+    def test_any_number_of_shards(self, golden: Path, tmp_path: Path) -> None:
+        folder = golden / "models" / "tiny_1"
+        for step, count in enumerate((2, 4, 1)):
+            target = tmp_path / str(step)
+            convert(folder, target, "meta", shards=count)
+            assert len(shards_of(target)) == count
+            assert_same_model(load_meta(target), load_meta(golden / "models" / "tiny_1"))
+            assert_meta_s_logits(golden, "tiny_1", target)
+            folder = target
+        assert_same_shards(folder, golden / "models" / "tiny_1")
+
+    def test_hf_to_meta_to_hf(self, tiny: Path, tmp_path: Path) -> None:
+        convert(tiny, tmp_path / "meta", "meta", shards=2)
+        convert(tmp_path / "meta", tmp_path / "again", "hf")
+        ours, theirs = load_hf(tmp_path / "again"), load_hf(tiny)
+        assert_same_model(ours, theirs)
+        assert ours.generation_defaults == theirs.generation_defaults
+        assert (tmp_path / "again" / "tokenizer.json").read_bytes() == (
+            tiny / "tokenizer.json"
+        ).read_bytes()
+
+    def test_tied_weights_become_two(self, tmp_path: Path) -> None:
+        save_tiny(tmp_path / "tied", tie_word_embeddings=True)
+        convert(tmp_path / "tied", tmp_path / "meta", "meta")
+        tokens_BT = torch.arange(20)[None]
+        one, two = formats.load(tmp_path / "tied"), formats.load(tmp_path / "meta")
+        assert torch.equal(one.transformer(tokens_BT), two.transformer(tokens_BT))
+
+    def test_another_dtype_leaves_the_vqgan(self, tiny: Path, tmp_path: Path) -> None:
+        convert(tiny, tmp_path / "narrow", "hf", dtype=torch.bfloat16)
+        tensors = load_file(tmp_path / "narrow" / "model.safetensors")
+        kinds = {name.startswith("model.vqmodel."): value.dtype for name, value in tensors.items()}
+        assert kinds == {True: torch.float32, False: torch.bfloat16}
+        assert json.loads((tmp_path / "narrow" / "config.json").read_text())["dtype"] == "bfloat16"
+
+    def test_transformers_reads_the_files(self, tiny: Path, tmp_path: Path) -> None:
+        from transformers import ChameleonForConditionalGeneration
+
+        convert(tiny, tmp_path / "cut", "hf", shards=5)
+        theirs = ChameleonForConditionalGeneration.from_pretrained(tmp_path / "cut")
+        own = load_hf(tiny).transformer.state_dict()
+        state = theirs.state_dict()
+        assert_equal_bits({name: state[name] for name in own}, own)
+        assert len(list((tmp_path / "cut").glob("*.safetensors"))) == 5
+
+
+class TestAsMetaReadsIt:
+    """What Meta's loader asserts, and what its formulas give."""
+
+    def test_params_and_names(self, golden: Path, tmp_path: Path) -> None:
+        folder = golden / "models" / "tiny_mp2_swin_gqa"
+        convert(folder, tmp_path / "copy", "meta")
+        params = json.loads((tmp_path / "copy" / "params.json").read_text())["model"]
+        original = json.loads((folder / "params.json").read_text())["model"]
+        width = _inner_width(original)
+        assert _inner_width(params) == width
+        alike = ("dim", "n_layers", "n_heads", "n_kv_heads", "norm_eps", "rope_theta", "swin_norm")
+        assert {name: params[name] for name in alike} == {name: original[name] for name in alike}
+        overruling = json.loads((tmp_path / "copy" / "consolidate_params.json").read_text())
+        assert overruling == {"model_parallel_size": 2, "vocab_size": 1280}
+        assert "rope.freqs" in shards_of(tmp_path / "copy")[0]
+
+    @pytest.mark.parametrize(
+        ("dim", "width"), [(4096, 11008), (8192, 22016), (256, 704), (64, 7), (64, 4099)]
+    )
+    def test_the_formula_gives_every_width(self, dim: int, width: int) -> None:
+        assert _inner_width({"dim": dim} | _width_params(dim, width)) == width
+
+    def test_checklists_are_those_of_md5sum(self, tiny: Path, tmp_path: Path) -> None:
+        convert(tiny, tmp_path / "meta", "meta")
+        for folder in (tmp_path / "meta", tmp_path / "meta" / "tokenizer"):
+            subprocess.run(["md5sum", "--quiet", "-c", "checklist.chk"], cwd=folder, check=True)
+
+    def test_rotation_has_an_inverse(self) -> None:
+        rows = torch.arange(24).view(12, 2)
+        assert torch.equal(rotate(unrotate(rows, 4), 4), rows)
+        assert rotate(torch.tensor([0, 2, 1, 3]), 4).tolist() == [0, 1, 2, 3]
+
+
+class TestWholeOrNot:
+    def test_a_failure_leaves_nothing(self, tiny: Path, tmp_path: Path) -> None:
+        before = sorted(tmp_path.iterdir())
+
+        def stop(done: int, total: int) -> None:
+            if done > total // 2:
+                raise KeyboardInterrupt
+
+        for to in ("hf", "meta"):
+            with pytest.raises(KeyboardInterrupt):
+                convert(tiny, tmp_path / "out", to, progress=stop)
+        assert sorted(tmp_path.iterdir()) == before
+
+    def test_killed_it_leaves_no_model(self, tiny: Path, tmp_path: Path) -> None:
+        script = (
+            "import os, pathlib, sys; from earlyfusion.checkpoints.convert import convert; "
+            "convert(sys.argv[1], pathlib.Path(sys.argv[2]), 'hf', "
+            "progress=lambda done, total: os._exit(9) if done == total else None)"
+        )
+        target = tmp_path / "out"
+        ran = subprocess.run([sys.executable, "-c", script, tiny, target], env=os.environ)
+        assert ran.returncode == 9
+        assert not target.exists()
+        (left,) = tmp_path.glob(".out.*")
+        with pytest.raises(CheckpointError, match="holds no model"):
+            formats.load(left)
+
+    def test_progress_runs_to_the_end(self, tiny: Path, tmp_path: Path) -> None:
+        seen: list[tuple[int, int]] = []
+        convert(tiny, tmp_path / "out", "hf", progress=lambda *step: seen.append(step))
+        done, totals = zip(*seen, strict=True)
+        assert list(done) == sorted(done)
+        assert set(totals) == {done[-1]}
+        assert done[-1] < (tmp_path / "out" / "model.safetensors").stat().st_size
+
+
+class TestMistakes:
+    def test_a_folder_in_use(self, tiny: Path, tmp_path: Path) -> None:
+        with pytest.raises(CheckpointError, match=r"tiny is there already: choose another"):
+            convert(tiny, tiny, "hf")
+
+    @pytest.mark.parametrize(
+        ("to", "options", "sentence"),
+        [
+            ("hf", {"shards": 0}, "shards=0 is not possible"),
+            ("hf", {"shards": 5000}, "5000 files cannot hold"),
+            ("gguf", {}, "to='gguf' is unknown: use one of hf, meta"),
+            ("meta", {"shards": 3}, r"3 shards are not possible.*choose 1 or 2$"),
+            ("meta", {"image_tokenizer": Path("nowhere")}, "no model folder nowhere"),
+        ],
+    )
+    def test_options(
+        self, tiny: Path, tmp_path: Path, to: Any, options: dict[str, Any], sentence: str
+    ) -> None:
+        with pytest.raises((CheckpointError, SettingError), match=sentence):
+            convert(tiny, tmp_path / "out", to, **options)
+        assert not (tmp_path / "out").exists()
+
+    def test_norms_that_a_merged_file_cannot_hold(self, golden: Path, tmp_path: Path) -> None:
+        with pytest.raises(CheckpointError, match=r"1 shards are not possible.*; choose 2$"):
+            convert(golden / "models" / "tiny_mp2_swin_gqa", tmp_path / "out", "meta", shards=1)
+
+    def test_norms_that_no_file_can_hold(self, tiny: Path, tmp_path: Path) -> None:
+        self.rewrite(tiny, lambda tensors: tensors[NORM].copy_(torch.rand(4, 8)))
+        with pytest.raises(CheckpointError, match="QK-norms that differ"):
+            convert(tiny, tmp_path / "out", "meta")
+
+    def test_what_meta_has_no_place_for(self, tmp_path: Path) -> None:
+        save_tiny(tmp_path / "biased", mlp_bias=True)
+        with pytest.raises(CheckpointError, match="no place for mlp_bias: convert to hf"):
+            convert(tmp_path / "biased", tmp_path / "out", "meta")
+
+    def test_keys_are_checked_before_writing(self, tiny: Path, tmp_path: Path) -> None:
+        self.rewrite(tiny, lambda tensors: tensors.pop(NORM))
+        with pytest.raises(CheckpointError, match=rf"lacks the key {NORM}"):
+            convert(tiny, tmp_path / "out", "hf")
+
+    def test_a_file_unlike_its_checklist(self, golden: Path, tmp_path: Path) -> None:
+        folder = tmp_path / "models" / "tiny"
+        shutil.copytree(golden / "models" / "tiny_1", folder)
+        (tmp_path / "tokenizer").symlink_to(golden.absolute() / "tokenizer")
+        state = torch.load(folder / "consolidated.pth", weights_only=True)
+        state["norm.weight"] += 1
+        torch.save(state, folder / "consolidated.pth")
+        with pytest.raises(CheckpointError, match=r"consolidated\.pth is not what checklist\.chk"):
+            convert(folder, tmp_path / "out", "hf")
+
+    def test_a_full_disk(self, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
+        with pytest.raises(CheckpointError, match=r"the disk has 0\.0 GB left"):
+            convert(tiny, tmp_path / "out", "hf")
+
+    def rewrite(self, folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+
+
+NORM = "model.layers.0.self_attn.q_norm.weight"
+
+
+class TestImageTokenizers:
+    @pytest.fixture
+    def bare(self, tiny: Path, tmp_path: Path) -> Path:
+        """The model without any VQ-GAN, as Lumina's files are."""
+        return self.without(tiny, tmp_path / "bare", "model.vqmodel.")
+
+    def without(self, folder: Path, target: Path, prefix: str) -> Path:
+        shutil.copytree(folder, target)
+        tensors = load_file(folder / "model.safetensors")
+        tensors = {k: v for k, v in tensors.items() if not k.startswith(prefix)}
+        save_file(tensors, target / "model.safetensors")
+        return target
+
+    def test_without_one_text_works(self, bare: Path) -> None:
+        model = Chameleon.load(bare)
+        assert model.generate("Hello", output="text", seed=0).usage.completion_tokens > 0
+        assert not model.can_draw
+        with pytest.raises(CheckpointError, match="no VQ decoder"):
+            model.generate("Draw.", output="image")
+        picture = Image.from_array(np.zeros((16, 16, 3), dtype=np.uint8))
+        with pytest.raises(CheckpointError, match=r"no image tokenizer.*--image-tokenizer"):
+            model.generate(["What?", picture], output="text")
+        with pytest.raises(CheckpointError, match="no image tokenizer"):
+            model.image_tokenizer.decode(torch.zeros(1, 8, 8, dtype=torch.int64))
+        assert summarize(bare).parameters["image_tokenizer"] == 0
+
+    def test_saved_again_it_still_has_none(self, bare: Path, tmp_path: Path) -> None:
+        loaded = load_hf(bare)
+        text = (bare / "tokenizer.json").read_text()
+        save_hf(tmp_path / "again", loaded.transformer, loaded.vqgan, text, {})
+        assert not any("vqmodel" in n for n in load_file(tmp_path / "again" / "model.safetensors"))
+
+    def test_one_is_added(self, tiny: Path, bare: Path, tmp_path: Path) -> None:
+        convert(tiny, tmp_path / "meta", "meta")
+        places = [
+            tiny,
+            tmp_path / "meta",
+            tmp_path / "meta" / "tokenizer",
+            tmp_path / "meta" / "tokenizer" / "vqgan.ckpt",
+        ]
+        for number, place in enumerate(places):
+            target = tmp_path / f"whole-{number}"
+            convert(bare, target, "hf", image_tokenizer=place)
+            assert_same_model(load_hf(target), load_hf(tiny))
+
+    def test_a_decoder_is_added(self, tiny: Path, tmp_path: Path) -> None:
+        half = self.without(tiny, tmp_path / "half", "model.vqmodel.decoder.")
+        convert(half, tmp_path / "still", "hf")
+        assert not load_hf(tmp_path / "still").can_decode
+        convert(half, tmp_path / "whole", "hf", image_tokenizer=tiny)
+        assert_same_model(load_hf(tmp_path / "whole"), load_hf(tiny))
+        with pytest.raises(CheckpointError, match=r"whole image tokenizer.*--image-tokenizer"):
+            convert(half, tmp_path / "meta", "meta")
+
+    def test_another_codebook_is_refused(self, tiny: Path, tmp_path: Path, golden: Path) -> None:
+        strange = tmp_path / "strange"
+        shutil.copytree(tiny, strange)
+        tensors = load_file(strange / "model.safetensors")
+        tensors["model.vqmodel.quantize.embedding.weight"] += 1
+        save_file(tensors, strange / "model.safetensors")
+        with pytest.raises(CheckpointError, match="their codebooks differ"):
+            convert(tiny, tmp_path / "out", "hf", image_tokenizer=strange)
+
+    def test_another_size_is_refused(self, bare: Path, tmp_path: Path, golden: Path) -> None:
+        with pytest.raises(CheckpointError, match=r"makes 1 x 1 codes of 512.*expects 8 x 8 of 64"):
+            convert(bare, tmp_path / "out", "hf", image_tokenizer=golden / "tokenizer")
+
+
+class TestAnole:
+    """Its fork of transformers keeps one QK-norm a layer and Meta's order of rotary pairs."""
+
+    def early(self, tiny: Path, folder: Path) -> Path:
+        shutil.copytree(tiny, folder)
+        (folder / "model.safetensors").unlink()
+        early = {}
+        for name, value in load_file(tiny / "model.safetensors").items():
+            if "q_proj" in name or "k_proj" in name:
+                value = rotate(value, CONFIG.head_dim)
+            if "q_norm" in name or "k_norm" in name:
+                value = rotate(value[0], CONFIG.head_dim)
+            early[name] = value
+        torch.save(early, folder / "pytorch_model.bin")
+        return folder
+
+    def test_its_names_and_order(self, tiny: Path, tmp_path: Path) -> None:
+        tensors = load_file(tiny / "model.safetensors")
+        for name, value in tensors.items():
+            if "_norm.weight" in name or "_norm.bias" in name:
+                value.copy_(torch.rand(value.shape[-1], generator=torch.Generator().manual_seed(1)))
+        save_file(tensors, tiny / "model.safetensors")
+        folder = self.early(tiny, tmp_path / "early")
+        assert formats.detect(folder) == "anole"
+        assert_same_model(formats.load(folder), load_hf(tiny))
+        convert(folder, tmp_path / "hf", "hf")
+        assert formats.detect(tmp_path / "hf") == "hf"
+        assert_same_model(load_hf(tmp_path / "hf"), load_hf(tiny))
+
+    def test_heads_of_another_width(self, tiny: Path, tmp_path: Path) -> None:
+        folder = self.early(tiny, tmp_path / "early")
+        data = json.loads((folder / "config.json").read_text()) | {"num_attention_heads": 8}
+        (folder / "config.json").write_text(json.dumps(data))
+        with pytest.raises(CheckpointError, match=r"wrong shapes|another width"):
+            formats.load(folder)
+
+    def test_its_export_names_no_frequencies(self, golden: Path, tmp_path: Path) -> None:
+        folder = tmp_path / "models" / "anole"
+        shutil.copytree(golden / "models" / "tiny_1", folder)
+        (folder / "checklist.chk").unlink()
+        (tmp_path / "tokenizer").symlink_to(golden.absolute() / "tokenizer")
+        state = torch.load(folder / "consolidated.pth", weights_only=True)
+        torch.save(state | {"rope.freqs": None}, folder / "consolidated.pth")
+        assert_same_model(formats.load(folder), load_meta(golden / "models" / "tiny_1"))
+        convert(folder, tmp_path / "again", "meta")
+        assert_same_shards(tmp_path / "again", golden / "models" / "tiny_1")
+
+
+class TestLumina:
+    @pytest.fixture
+    def folder(self, tiny: Path, tmp_path: Path) -> Path:
+        """A folder as Lumina's: no VQ-GAN, no tokenizer, one QK-norm for all heads."""
+        folder = tmp_path / "lumina"
+        folder.mkdir()
+        data = json.loads((tiny / "config.json").read_text())
+        data["architectures"] = ["ChameleonXLLMXForConditionalGeneration"]
+        (folder / "config.json").write_text(json.dumps(data))
+        tensors = load_file(tiny / "model.safetensors")
+        tensors = {k: v for k, v in tensors.items() if "vqmodel" not in k}
+        tensors = {k: v[:1] if "q_norm" in k or "k_norm" in k else v for k, v in tensors.items()}
+        save_file({k: v.clone() for k, v in tensors.items()}, folder / "model.safetensors")
+        return folder
+
+    @pytest.fixture
+    def tokenizer(self, tiny: Path, tmp_path: Path) -> Path:
+        """Meta's tokenizer folder with the reserved tokens that Lumina spells sizes with."""
+        convert(tiny, tmp_path / "meta", "meta")
+        path = tmp_path / "meta" / "tokenizer" / "text_tokenizer.json"
+        data = json.loads(path.read_text())
+        first = max(data["model"]["vocab"].values()) + 1
+        for number, name in enumerate(("<reserved08799>", "<reserved08804>")):
+            token = {"id": first + number, "content": name, "special": True}
+            data["model"]["vocab"][name] = first + number
+            flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            data["added_tokens"].append(token | flags)
+        path.write_text(json.dumps(data))
+        (path.parent / "checklist.chk").unlink()
+        return path.parent
+
+    @pytest.mark.parametrize(("grid", "tokens"), [(32, 1060), (48, 2356), (64, 4164)])
+    def test_its_pictures_are_longer(self, grid: int, tokens: int) -> None:
+        spelled = layout(grid)
+        assert spelled.num_tokens == tokens
+        assert spelled.head[1:] == (f"<reserved0{8800 + grid // 2}>",) * 2
+
+    def test_an_odd_grid_has_no_size_token(self) -> None:
+        with pytest.raises(CheckpointError, match="7 x 7 codes has no size token"):
+            layout(7)
+
+    def test_made_whole_it_draws(self, folder: Path, tokenizer: Path, tmp_path: Path) -> None:
+        assert formats.detect(folder) == "lumina"
+        with pytest.raises(CheckpointError, match=r"tokenizer\.json is missing.*--tokenizer"):
+            formats.load(folder)
+        whole = tmp_path / "whole"
+        convert(folder, whole, "hf", tokenizer=tokenizer, image_tokenizer=tokenizer)
+        assert formats.detect(whole) == "lumina"
+        model = Chameleon.load(whole)
+        assert model.processor.layout == layout(8)
+        assert model.defaults["chameleon"]["image"]["top_k"] == 2000
+        reply = model.generate("Draw.", output="image", seed=0)
+        assert reply.images[0].size == (16, 16)
+        assert reply.usage.completion_tokens == 8 * 9 + 4
+        ids = model.processor.layout.spell(np.zeros((8, 8), int), model.processor.vocabulary)
+        names = {i: name for name, i in model.processor.vocabulary.names.items()}
+        spelled = [names[i] for i in ids]
+        assert spelled[:3] == ["<racm3:break>", "<reserved08804>", "<reserved08804>"]
+        assert spelled[11::9] == ["<reserved08799>"] * 8
+        assert spelled[-1] == "<eoss>"
+
+    def test_meta_has_no_place_for_it(self, folder: Path, tokenizer: Path, tmp_path: Path) -> None:
+        with pytest.raises(CheckpointError, match="no place for the size tokens of Lumina"):
+            convert(folder, tmp_path / "m", "meta", tokenizer=tokenizer, image_tokenizer=tokenizer)
+
+
+class TestCommand:
+    def test_there_and_back(
+        self, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        meta, back = str(tmp_path / "meta"), str(tmp_path / "back")
+        arguments = ["convert", str(tiny), meta, "--to", "meta", "--shards", "2", "--json"]
+        assert main(arguments) == 0
+        said = json.loads(capsys.readouterr().out)
+        assert said["layout"] == "meta"
+        assert {"consolidated.00.pth", "consolidated.01.pth", "tokenizer/vqgan.ckpt"} <= set(
+            said["file_bytes"]
+        )
+        assert main(["convert", meta, back, "--to", "hf", "--dtype", "float32"]) == 0
+        assert "model.safetensors" in capsys.readouterr().out
+        assert_same_model(load_hf(Path(back)), load_hf(tiny))
+
+    def test_a_mistake_is_a_sentence(
+        self, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["convert", str(tiny), str(tmp_path / "m"), "--to", "gguf"]) == 2
+        assert main(["convert", str(tiny), str(tiny), "--to", "hf"]) == 2
+        errors = capsys.readouterr().err.splitlines()
+        assert len(errors) == 2
+        assert "is there already" in errors[1]

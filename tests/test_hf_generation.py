@@ -1,0 +1,402 @@
+"""Drawing through the transformers face: modes, guidance, the processor and the Auto classes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+import transformers
+from tiny import CONFIG, tiny_processor, tiny_transformer
+from torch import Tensor
+
+from earlyfusion.checkpoints.hf import Loaded, load_hf, save_hf
+from earlyfusion.content import Image, Message, Text
+from earlyfusion.errors import ContextError, PromptError, SettingError
+from earlyfusion.generation.reference import Request, draw_tokens
+from earlyfusion.generation.settings import SamplingParams
+from earlyfusion.hf import (
+    ChameleonForConditionalGeneration,
+    ChameleonImageProcessor,
+    ChameleonProcessor,
+)
+from earlyfusion.image_tokenizer import ImageTokenizer
+from earlyfusion.model.vqgan import VQGAN
+from earlyfusion.processor import Processor
+
+GREEDY = SamplingParams(
+    temperature=0, image_temperature=0, repetition_penalty=1, guidance_text=1, guidance_image=1
+)
+IMAGE_TOKENS = CONFIG.vq_config.grid**2 + 2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: Any) -> Path:
+    """A checkpoint of the package itself, with a decoder."""
+    source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("model")
+    processor = tiny_processor(source)
+    torch.manual_seed(0)
+    vqgan = VQGAN(CONFIG.vq_config).eval()
+    text = (source / "tokenizer.json").read_text()
+    ends = {"eos_token_id": 2, "pad_token_id": 1, "bos_token_id": 0}
+    save_hf(folder, tiny_transformer(processor, begin_image=0.5), vqgan, text, ends)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Any:
+    return ChameleonForConditionalGeneration.from_pretrained(folder).eval()
+
+
+@pytest.fixture(scope="module")
+def processor(folder: Path) -> Any:
+    return ChameleonProcessor.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def loaded(folder: Path) -> Loaded:
+    return load_hf(folder)
+
+
+@pytest.fixture(scope="module")
+def own(loaded: Loaded) -> Processor:
+    return loaded.processor
+
+
+def picture(seed: int, size: tuple[int, int] = (40, 30)) -> PIL.Image.Image:
+    values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return PIL.Image.fromarray(values)
+
+
+def reference(
+    loaded: Loaded, ids: list[int], output: Any, room: int, text: float, image: float
+) -> list[int]:
+    """The same request through the package's own loop."""
+    sampling = replace(GREEDY, seed=0, guidance_text=text, guidance_image=image).resolved({})
+    images = 1 if output == "image" else room // IMAGE_TOKENS
+    request = Request(ids, output, sampling, images, room)
+    return list(draw_tokens(loaded.transformer, loaded.processor, request))
+
+
+def new_tokens(out: Tensor, inputs: Any, row: int = 0) -> list[int]:
+    return [int(t) for t in out[row, inputs["input_ids"].shape[1] :]]
+
+
+class TestModes:
+    @pytest.mark.parametrize(
+        ("mode", "text", "image"),
+        [
+            ("text-only", 1.0, 1.0),
+            ("image-only", 1.0, 1.0),
+            ("image-only", 3.0, 1.0),
+            ("image-only", 1.5, 2.0),
+            ("interleaved-text-image", 1.0, 1.0),
+            ("interleaved-text-image", 1.5, 2.0),
+        ],
+    )
+    def test_equal_to_the_reference_loop(
+        self, model: Any, loaded: Loaded, processor: Any, mode: Any, text: float, image: float
+    ) -> None:
+        inputs = processor(images=[picture(1)], text="What is this? <image>")
+        ids = model.fill_image_tokens(inputs["input_ids"], inputs["pixel_values"])[0].tolist()
+        room = 40 if mode == "text-only" else IMAGE_TOKENS + 30
+        out = model.generate(
+            **inputs,
+            do_sample=False,
+            max_new_tokens=room,
+            multimodal_generation_mode=mode,
+            guidance_text=text,
+            guidance_image=image,
+        )
+        output = {"image-only": "image", "text-only": "text"}.get(mode, "interleaved")
+        wanted = reference(loaded, ids, output, room, text, image)
+        drawn = new_tokens(out, inputs)
+        assert drawn[: len(wanted)] == wanted
+        assert set(drawn[len(wanted) :]) <= {loaded.processor.vocabulary.eos}
+        assert out[0, : len(ids)].tolist() == ids
+
+    def test_image_only_is_one_whole_picture(self, model: Any, processor: Any) -> None:
+        inputs = processor(text=["Draw a pear.", "Draw a red apple, please."], padding=True)
+        out = model.generate(**inputs, do_sample=True, generation_mode="image", guidance_text=2.0)
+        assert out.shape[1] == inputs["input_ids"].shape[1] + IMAGE_TOKENS
+        pixels = model.decode_image_tokens(out)
+        pictures = processor.post_process_multimodal_output(pixels, generation_mode="image")
+        assert [p.size for p in pictures] == [(16, 16)] * 2
+        segments = processor.post_process_multimodal_output(
+            out[:, inputs["input_ids"].shape[1] :], generation_mode="interleaved"
+        )
+        assert [[type(s) for s in row] for row in segments] == [[Image], [Image]]
+        tokenizer = ImageTokenizer(model.model.vqmodel.core, 16)
+        codes = torch.from_numpy(np.stack([row[0].codes for row in segments]))
+        assert [p.tobytes() for p in tokenizer.decode(codes)] == [p.tobytes() for p in pictures]
+
+    def test_rows_of_a_batch_equal_single_rows(self, model: Any, processor: Any) -> None:
+        texts = ["Draw a pear.", "What is this? This is a pear. Draw a red apple, please."]
+        settings = {
+            "do_sample": False,
+            "multimodal_generation_mode": "interleaved-text-image",
+            "max_new_tokens": IMAGE_TOKENS + 10,
+            "guidance_text": 2.0,
+            "guidance_image": 1.5,
+        }
+        both = processor(text=texts, padding=True, padding_side="left")
+        out = model.generate(**both, **settings)
+        for row, text in enumerate(texts):
+            single = processor(text=text)
+            alone = new_tokens(model.generate(**single, **settings), single)
+            assert new_tokens(out, both, row)[: len(alone)] == alone
+
+    @pytest.mark.parametrize(
+        "how", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 3}]
+    )
+    def test_searches_obey_the_grammar(
+        self, model: Any, own: Processor, processor: Any, how: dict[str, Any]
+    ) -> None:
+        inputs = processor(text="Draw a pear.")
+        out = model.generate(
+            **inputs,
+            **({"do_sample": False} | how),
+            max_new_tokens=IMAGE_TOKENS + 8,
+            multimodal_generation_mode="interleaved-text-image",
+        )
+        vocabulary = own.vocabulary
+        for row in range(len(out)):
+            drawn = new_tokens(out, inputs, row)
+            begins = [i for i, token in enumerate(drawn) if token == vocabulary.begin_image]
+            for at in begins:
+                own.layout.parse(drawn[at : at + IMAGE_TOKENS], vocabulary)
+            inside = {i for at in begins for i in range(at, at + IMAGE_TOKENS)}
+            outside = {t for i, t in enumerate(drawn) if i not in inside}
+            allowed = {*vocabulary.text_tokens.tolist(), vocabulary.eos, vocabulary.pad}
+            assert outside <= allowed
+
+    def test_default_draws_no_image_tokens(
+        self, model: Any, own: Processor, processor: Any
+    ) -> None:
+        inputs = processor(text="Draw a pear.")
+        drawn = {}
+        for mode in (None, "free"):
+            torch.manual_seed(0)
+            out = model.generate(
+                **inputs,
+                do_sample=True,
+                temperature=5.0,
+                max_new_tokens=60,
+                eos_token_id=None,
+                multimodal_generation_mode=mode,
+            )
+            drawn[mode] = set(new_tokens(out, inputs)) & set(own.vocabulary.image_tokens.tolist())
+        assert not drawn[None]
+        assert drawn["free"]
+
+    def test_mode_of_the_generation_config(self, model: Any, processor: Any) -> None:
+        inputs = processor(text="Draw a pear.")
+        config = transformers.GenerationConfig(do_sample=False, pad_token_id=1, eos_token_id=2)
+        config.multimodal_generation_mode = "image-only"
+        out = model.generate(**inputs, generation_config=config)
+        assert len(new_tokens(out, inputs)) == IMAGE_TOKENS
+
+    @pytest.mark.parametrize(
+        ("settings", "error", "sentence"),
+        [
+            ({"multimodal_generation_mode": "pictures"}, SettingError, "'pictures' is unknown"),
+            ({"generation_mode": "audio"}, SettingError, "'audio' is unknown"),
+            ({"guidance_text": 3.0}, SettingError, "need a mode that draws"),
+            (
+                {"multimodal_generation_mode": "image-only", "max_new_tokens": 9},
+                SettingError,
+                "66 tokens does not fit",
+            ),
+            (
+                {"multimodal_generation_mode": "image-only", "guidance_text": 3.0, "num_beams": 2},
+                SettingError,
+                "set num_beams=1",
+            ),
+            (
+                {"multimodal_generation_mode": "text-only", "max_new_tokens": 999},
+                ContextError,
+                "context of 256",
+            ),
+        ],
+    )
+    def test_wrong_settings_are_sentences(
+        self, model: Any, processor: Any, settings: dict[str, Any], error: Any, sentence: str
+    ) -> None:
+        with pytest.raises(error, match=sentence):
+            model.generate(**processor(text="Draw a pear."), **settings)
+
+
+class TestProcessor:
+    def test_ids_equal_the_packages_own(self, processor: Any, own: Processor, model: Any) -> None:
+        pictures = [picture(1), picture(2)]
+        text = "What is <image> this? <image>"
+        inputs = processor(images=pictures, text=text)
+        ids = model.fill_image_tokens(inputs["input_ids"], inputs["pixel_values"])
+        tokenizer = ImageTokenizer(model.model.vqmodel.core, 16)
+        parts = [Text("What is "), pictures[0], Text(" this? "), pictures[1]]
+        wanted = own.encode([Message("user", parts)], list(tokenizer.encode(pictures).numpy()))
+        assert ids[0].tolist() == wanted.ids
+
+    def test_completion_padding_and_types(self, processor: Any, own: Processor) -> None:
+        sep, pad = own.vocabulary.end_of_turn, own.vocabulary.pad
+        open_ended = processor(text="a pear", return_for_text_completion=True)["input_ids"]
+        nested = processor(text="a pear", text_kwargs={"return_for_text_completion": True})
+        assert sep not in open_ended
+        assert torch.equal(open_ended, nested["input_ids"])
+        batch = processor(
+            images=[[picture(1)], [picture(2), picture(3)]],
+            text=["a <image>", "<image> red <image>"],
+            padding=True,
+            padding_side="left",
+            return_mm_token_type_ids=True,
+        )
+        assert batch["input_ids"][:, -1].tolist() == [sep, sep]
+        assert batch["input_ids"][0, 0] == pad
+        assert batch["attention_mask"][0, 0] == 0
+        assert batch["mm_token_type_ids"].sum(1).tolist() == [IMAGE_TOKENS, 2 * IMAGE_TOKENS]
+        assert batch["pixel_values"].shape == (3, 3, 16, 16)
+        with pytest.raises(ValueError, match="padding"):
+            processor(text=["a", "a red pear"])
+
+    @pytest.mark.parametrize(
+        ("arguments", "sentence"),
+        [
+            ({"text": "<image>"}, "mark 1 places .* but 0 images"),
+            ({"text": "a", "images": [0]}, "mark 0 places .* but 1 images"),
+            ({}, "pass a text, images, or both"),
+            ({"text": [3]}, "list of strings"),
+            (
+                {"text": "<image>", "images": [0], "truncation": True, "max_length": 20},
+                "truncation kept 1",
+            ),
+        ],
+    )
+    def test_wrong_inputs_are_sentences(
+        self, processor: Any, arguments: dict[str, Any], sentence: str
+    ) -> None:
+        if "images" in arguments:
+            arguments = arguments | {"images": [picture(1)]}
+        with pytest.raises(PromptError, match=sentence):
+            processor(**arguments)
+
+    def test_chat_template(self, processor: Any) -> None:
+        turns = [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "image", "image": picture(1)},
+                    {"type": "text", "text": "What is this?"},
+                ],
+            },
+            {"role": "assistant", "content": [{"type": "text", "text": "a pear"}]},
+            {"role": "user", "content": [{"type": "text", "text": "Draw a red apple."}]},
+        ]
+        inputs = processor.apply_chat_template(turns, tokenize=True, return_dict=True)
+        sep = "<reserved08706>"
+        written = f"<s><image>What is this?{sep}a pear{sep}Draw a red apple.{sep}"
+        assert processor.apply_chat_template(turns) == written
+        assert torch.equal(
+            torch.as_tensor(inputs["input_ids"]),
+            processor(images=[picture(1)], text=written)["input_ids"],
+        )
+        assert inputs["pixel_values"].shape == (1, 3, 16, 16)
+
+    def test_save_and_load(self, processor: Any, tmp_path: Path) -> None:
+        processor.save_pretrained(tmp_path)
+        again = ChameleonProcessor.from_pretrained(tmp_path)
+        assert isinstance(again.image_processor, ChameleonImageProcessor)
+        inputs = {"images": [picture(1)], "text": "What is <image>?"}
+        for name, value in processor(**inputs).items():
+            assert torch.equal(value, again(**inputs)[name])
+
+    def test_texts_of_ids(self, processor: Any, model: Any, own: Processor) -> None:
+        codes = np.zeros((8, 8), dtype=np.int64)
+        parts: list[Any] = [Text("a pear"), Image(codes=codes), Text("a red apple")]
+        ids = torch.tensor([own.encode([Message("user", parts)]).ids])
+        assert processor.post_process_image_text_to_text(ids) == ["a peara red apple"]
+        segments = processor.post_process_multimodal_output(ids, generation_mode="interleaved")[0]
+        assert [getattr(s, "text", None) for s in segments] == ["a pear", None, "a red apple"]
+        assert np.array_equal(segments[1].codes, codes)
+
+
+class TestPictures:
+    @pytest.mark.parametrize("size", [(640, 480), (451, 300), (300, 451), (512, 512), (70, 50)])
+    def test_exact_equals_the_image_tokenizer(self, size: tuple[int, int]) -> None:
+        tokenizer = ImageTokenizer(VQGAN(CONFIG.vq_config), 64)
+        sizes = {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}}
+        own = ChameleonImageProcessor(**sizes)
+        stock_file = ChameleonImageProcessor(**sizes, rescale_factor=0.0078)
+        photo = picture(0, size)
+        wanted = tokenizer.preprocess(photo)
+        for processor in (own, stock_file):
+            assert torch.equal(processor(photo, return_tensors="pt")["pixel_values"][0], wanted)
+        array = torch.from_numpy(np.asarray(photo).transpose(2, 0, 1).copy())
+        assert torch.equal(own(array, return_tensors="pt")["pixel_values"][0], wanted)
+
+    def test_golden_pictures(self, golden: Path) -> None:
+        """The recorded steps of Meta's code, every format and mode of the golden pictures."""
+        tokenizer = ImageTokenizer(VQGAN(CONFIG.vq_config), 512)
+        own = ChameleonImageProcessor()
+        for path in sorted((golden / "images").glob("pp_*.png"))[:6]:
+            photo = PIL.Image.open(path)
+            photo.load()
+            pixels = own(photo, return_tensors="pt")["pixel_values"][0]
+            assert torch.equal(pixels, tokenizer.preprocess(photo)), path.name
+
+    def test_steps_of_transformers_on_request(self) -> None:
+        from transformers.models.chameleon.image_processing_pil_chameleon import (
+            ChameleonImageProcessorPil,
+        )
+
+        photo = picture(0, (451, 300))
+        wanted = ChameleonImageProcessorPil()(photo, return_tensors="pt")["pixel_values"]
+        for own, more in (
+            (ChameleonImageProcessor(exact=False), {}),
+            (ChameleonImageProcessor(), {"exact": False}),
+        ):
+            assert torch.equal(own(photo, return_tensors="pt", **more)["pixel_values"], wanted)
+        exact = ChameleonImageProcessor()(photo, return_tensors="pt")["pixel_values"]
+        assert (exact - wanted).abs().max() > 0.1
+
+    def test_steps_can_be_left_out(self) -> None:
+        photo = picture(0, (24, 20))
+        raw = ChameleonImageProcessor(
+            do_resize=False, do_center_crop=False, do_rescale=False, do_normalize=False
+        )(photo, return_tensors="np")["pixel_values"][0]
+        assert np.array_equal(raw, np.asarray(photo).transpose(2, 0, 1))
+        with pytest.raises(SettingError, match="do_resize=False with do_center_crop=True"):
+            ChameleonImageProcessor(do_resize=False)(photo)
+
+
+AUTO = """
+import sys, transformers
+import earlyfusion.hf as own
+from transformers import AutoConfig
+before = type(AutoConfig.from_pretrained(sys.argv[1])).__module__
+own.register()
+after = AutoConfig.from_pretrained(sys.argv[1])
+processor = transformers.AutoProcessor.from_pretrained(sys.argv[1])
+assert before.startswith("transformers."), before
+assert type(after) is own.ChameleonConfig
+assert type(processor) is own.ChameleonProcessor
+assert type(processor.image_processor) is own.ChameleonImageProcessor
+for auto in ("ImageTextToText", "MultimodalLM", "CausalLM"):
+    model = getattr(transformers, "AutoModelFor" + auto).from_pretrained(sys.argv[1])
+    assert type(model) is own.ChameleonForConditionalGeneration, auto
+assert type(transformers.AutoModel.from_pretrained(sys.argv[1])) is own.ChameleonModel
+print("fine")
+"""
+
+
+@pytest.mark.slow
+def test_registering_routes_the_auto_classes(folder: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", AUTO, str(folder)], capture_output=True, text=True, timeout=280
+    )
+    assert done.stdout.splitlines()[-1:] == ["fine"], done.stderr[-3000:]

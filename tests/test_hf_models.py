@@ -1,0 +1,466 @@
+"""The transformers face against transformers' own classes, on random checkpoints."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from earlyfusion.errors import CheckpointError, EarlyFusionError, ImageError, SettingError
+from earlyfusion.hf import (
+    ChameleonConfig,
+    ChameleonForConditionalGeneration,
+    ChameleonModel,
+    ChameleonVQVAE,
+    ChameleonVQVAEConfig,
+)
+from earlyfusion.vocabulary import code_name
+
+VQ = {
+    "embed_dim": 8,
+    "num_embeddings": 24,
+    "latent_channels": 16,
+    "resolution": 16,
+    "base_channels": 32,
+    "channel_multiplier": [1, 2],
+    "num_res_blocks": 1,
+}
+FIRST = 4
+NAMES = {code_name(code): FIRST + code for code in range(VQ["num_embeddings"])}  # type: ignore[call-overload]
+PLACEHOLDER = 90
+BASE: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "pad_token_id": 1,
+    "vocabulary_map": NAMES | {"<image>": PLACEHOLDER},
+    "vq_config": VQ,
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "swin_gqa": {"swin_norm": True, "num_key_value_heads": 2, "model_parallel_size": 2},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "tied_linear_rope": {
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0},
+    },
+}
+TEXT = torch.tensor([k for k in range(BASE["vocab_size"]) if k not in NAMES.values()])
+
+
+def stock_model(**more: Any) -> Any:
+    """transformers' own model with weights large enough that logits are far apart."""
+    torch.manual_seed(0)
+    config = transformers.ChameleonConfig(**(BASE | more))
+    model = transformers.ChameleonForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+            elif parameter.ndim > 1 and "vqmodel" not in name:
+                parameter.mul_(8)
+        for parameter in model.model.vqmodel.parameters():
+            parameter.mul_(3)
+    model.generation_config.pad_token_id = 1
+    return model
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def pair(request: Any, tmp_path_factory: Any) -> tuple[Any, Any, Path]:
+    folder = tmp_path_factory.mktemp(request.param)
+    stock = stock_model(**SHAPES[request.param])
+    stock.save_pretrained(folder)
+    return stock, ChameleonForConditionalGeneration.from_pretrained(folder).eval(), folder
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: Any) -> Any:
+    return stock_model()
+
+
+@pytest.fixture(scope="module")
+def plain(stock: Any, tmp_path_factory: Any) -> Any:
+    folder = tmp_path_factory.mktemp("plain")
+    stock.save_pretrained(folder)
+    return ChameleonForConditionalGeneration.from_pretrained(folder).eval()
+
+
+def fresh(**more: Any) -> Any:
+    torch.manual_seed(1)
+    return ChameleonForConditionalGeneration(ChameleonConfig(**(BASE | more))).eval()
+
+
+def prompts() -> dict[str, Tensor]:
+    """Two left-padded rows with three pictures in all."""
+    picture = [91] + [PLACEHOLDER] * 64 + [92]
+    rows = [[0, 50, *picture, 60, 61, *picture, 62], [0, 70, 71, *picture, 72, 73]]
+    width = max(map(len, rows))
+    ids = torch.tensor([[1] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    pixels = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
+
+
+class TestAgainstStock:
+    def test_keys_are_stock_plus_decoder(self, pair: tuple[Any, Any, Path]) -> None:
+        stock, _, _ = pair
+        own = ChameleonForConditionalGeneration(ChameleonConfig(**stock.config.to_dict()))
+        extra = own.state_dict().keys() - stock.state_dict().keys()
+        assert stock.state_dict().keys() <= own.state_dict().keys()
+        assert extra
+        assert all(key.startswith("model.vqmodel.decoder.") for key in extra)
+
+    @torch.no_grad()
+    def test_logits_and_states(self, pair: tuple[Any, Any, Path]) -> None:
+        stock, own, _ = pair
+        inputs = prompts()
+        more = {"output_hidden_states": True, "use_cache": True}
+        theirs, ours = stock(**inputs, **more), own(**inputs, **more)
+        seen = inputs["attention_mask"].bool()
+        gap = (theirs.logits - ours.logits)[..., TEXT][seen].abs().max()
+        assert gap < 1e-5 * max(1.0, float(ours.logits.abs().max()))
+        assert len(theirs.hidden_states) == len(ours.hidden_states)
+        for a, b in zip(theirs.hidden_states, ours.hidden_states, strict=True):
+            torch.testing.assert_close(a[seen], b[seen], atol=1e-5, rtol=1e-5)
+        assert ours.past_key_values.get_seq_length() == inputs["input_ids"].shape[1]
+        masked = own(**inputs, image_logits=False).logits
+        torch.testing.assert_close(theirs.logits[seen], masked[seen], atol=1e-4, rtol=1e-5)
+        assert torch.equal(
+            own.get_image_tokens(inputs["pixel_values"]),
+            stock.get_image_tokens(inputs["pixel_values"]),
+        )
+
+    @torch.no_grad()
+    @pytest.mark.parametrize(
+        "how",
+        [
+            {"do_sample": False},
+            {"do_sample": True, "top_p": 0.9, "temperature": 0.8},
+            {"num_beams": 3, "do_sample": False},
+            {"do_sample": False, "cache_implementation": "static"},
+            {"do_sample": False, "use_cache": False},
+            {"do_sample": False, "repetition_penalty": 1.3},
+        ],
+        ids=["greedy", "sample", "beam", "static", "no_cache", "penalty"],
+    )
+    def test_generate(self, pair: tuple[Any, Any, Path], how: dict[str, Any]) -> None:
+        stock, own, _ = pair
+        outputs = []
+        for model in (stock, own):
+            torch.manual_seed(5)
+            # The stock class takes a drawn placeholder for one more picture where it has no cache.
+            how = how | {"disable_compile": True, "suppress_tokens": [PLACEHOLDER]}
+            outputs.append(model.generate(**prompts(), max_new_tokens=8, **how))
+        assert torch.equal(*outputs)
+
+    def test_saved_checkpoints_load_in_the_other(
+        self, pair: tuple[Any, Any, Path], tmp_path: Path
+    ) -> None:
+        stock, own, _ = pair
+        own.save_pretrained(tmp_path)
+        again = transformers.ChameleonForConditionalGeneration.from_pretrained(tmp_path)
+        for key, value in stock.state_dict().items():
+            assert torch.equal(value, again.state_dict()[key]), key
+
+    def test_stock_checkpoint_has_no_decoder(self, pair: tuple[Any, Any, Path]) -> None:
+        _, own, _ = pair
+        assert own.model.vqmodel.decoder is None
+        tokens = torch.full((1, 64), FIRST)
+        with pytest.raises(CheckpointError, match="no VQ decoder"):
+            own.decode_image_tokens(tokens)
+
+    @torch.no_grad()
+    def test_vqvae_outputs(self, plain: Any, stock: Any) -> None:
+        pixels = prompts()["pixel_values"]
+        theirs = stock.model.vqmodel.encode(pixels, output_hidden_states=True)
+        ours = plain.model.vqmodel.encode(pixels, output_hidden_states=True, output_attentions=True)
+        for name in ("last_hidden_state", "quantized_last_hidden_state", "embedding_loss"):
+            torch.testing.assert_close(
+                getattr(theirs, name), getattr(ours, name), rtol=1e-4, atol=1e-5
+            )
+        assert torch.equal(theirs.image_tokens, ours.image_tokens)
+        assert len(ours.hidden_states) == len(theirs.hidden_states) == 2 * 1 + 3
+        assert len(ours.attentions) == 1
+        features = plain.get_image_features(pixels)
+        torch.testing.assert_close(
+            features.pooler_output, stock.get_image_features(pixels).pooler_output
+        )
+        assert isinstance(plain.get_image_features(pixels, return_dict=False), tuple)
+
+    @torch.no_grad()
+    def test_other_picture_sizes(self, plain: Any, stock: Any) -> None:
+        pixels = torch.rand(1, 3, 10, 10)
+        assert torch.equal(plain.get_image_tokens(pixels), stock.get_image_tokens(pixels))
+
+
+class TestSearches:
+    """What transformers' own test suites ask of a class that generates."""
+
+    @pytest.mark.filterwarnings("ignore")  # transformers' own, about its configs
+    def test_assisted_and_lookup_equal_greedy(self, plain: Any) -> None:
+        inputs = {"input_ids": torch.tensor([[0, 50, 60, 61, 62]]), "max_new_tokens": 10}
+        wanted = plain.generate(**inputs, do_sample=False)
+        for how in (
+            {"assistant_model": fresh(num_hidden_layers=1)},
+            {"prompt_lookup_num_tokens": 2},
+        ):
+            assert torch.equal(plain.generate(**inputs, do_sample=False, **how), wanted)
+
+    def test_outputs_by_name(self, plain: Any) -> None:
+        out = plain.generate(
+            torch.tensor([[0, 50, 60]]),
+            max_new_tokens=4,
+            min_new_tokens=4,
+            return_dict_in_generate=True,
+            output_logits=True,
+            output_hidden_states=True,
+        )
+        assert len(out.logits) == len(out.hidden_states) == 4
+        assert [len(states) for states in out.hidden_states] == [3] * 4
+
+    @pytest.mark.slow
+    @pytest.mark.filterwarnings("ignore")  # transformers' own, about what is not installed
+    def test_continuous_batching_equals_greedy(self, plain: Any) -> None:
+        config = transformers.GenerationConfig(
+            max_new_tokens=8, do_sample=False, eos_token_id=2, pad_token_id=1
+        )
+        rows = [[0, 50, 60, 61, 62], [0, 70]]
+        results = plain.generate_batch(inputs=rows, generation_config=config)
+        for row, result in zip(rows, results.values(), strict=True):
+            wanted = plain.generate(torch.tensor([row]), generation_config=config)
+            assert result.generated_tokens == wanted[0, len(row) :].tolist()
+
+
+class TestForward:
+    @pytest.fixture(autouse=True)
+    def _no_grad(self) -> Iterator[None]:
+        with torch.no_grad():
+            yield
+
+    def test_pictures_equal_their_tokens(self, plain: Any) -> None:
+        inputs = prompts()
+        ids = plain.fill_image_tokens(inputs["input_ids"], inputs["pixel_values"])
+        by_ids = plain(input_ids=ids, attention_mask=inputs["attention_mask"]).logits
+        assert torch.equal(by_ids, plain(**inputs).logits)
+
+    def test_embeddings_in_place_of_ids(self, plain: Any) -> None:
+        inputs = prompts()
+        embedded = plain.get_input_embeddings()(inputs.pop("input_ids"))
+        logits = plain(inputs_embeds=embedded, **inputs).logits
+        assert torch.equal(logits, plain(**prompts()).logits)
+        with pytest.raises(ValueError, match="exactly one"):
+            plain(attention_mask=inputs["attention_mask"])
+
+    @pytest.mark.parametrize("keep", [1, 3, torch.tensor([0, 5])])
+    def test_logits_to_keep(self, plain: Any, keep: Any) -> None:
+        whole = plain(**prompts()).logits
+        kept = plain(**prompts(), logits_to_keep=keep).logits
+        wanted = whole[:, keep] if isinstance(keep, Tensor) else whole[:, -keep:]
+        torch.testing.assert_close(kept, wanted)
+
+    def test_step_by_step_equals_whole(self, plain: Any) -> None:
+        ids = torch.randint(40, 90, (2, 12), generator=torch.Generator().manual_seed(0))
+        whole, cache, steps = plain(ids).logits, None, []
+        for token in ids.split(1, dim=1):
+            out = plain(token, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            steps.append(out.logits)
+        torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-5, rtol=1e-5)
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # flex attention compiles
+    @pytest.mark.parametrize(
+        "how", ["eager", pytest.param("flex_attention", marks=pytest.mark.slow)]
+    )
+    def test_back_ends_agree(self, plain: Any, how: str) -> None:
+        inputs = prompts()
+        seen = inputs["attention_mask"].bool()
+        wanted = plain(**inputs).logits[seen]
+        plain.set_attn_implementation(how)
+        try:
+            out = plain(**inputs, output_attentions=how == "eager")
+        finally:
+            plain.set_attn_implementation("sdpa")
+        torch.testing.assert_close(out.logits[seen], wanted, atol=1e-5, rtol=1e-5)
+        if how == "eager":
+            assert [tuple(w.shape) for w in out.attentions] == [
+                (2, 4, *inputs["input_ids"].shape[1:] * 2)
+            ] * 2
+
+    def test_missing_flash_attention_is_a_sentence(self, plain: Any) -> None:
+        for name in ("flash_attention_2", "flash_attention_3"):
+            with pytest.raises(SettingError, match=f"{name}.*install flash-attn"):
+                plain.set_attn_implementation(name)
+            with pytest.raises(SettingError, match=f"{name}.*install flash-attn"):
+                ChameleonForConditionalGeneration._from_config(
+                    copy.deepcopy(plain.config), attn_implementation=name
+                )
+
+    def test_tuples(self, plain: Any) -> None:
+        loss, logits, cache = plain(**prompts(), labels=prompts()["input_ids"], return_dict=False)
+        assert loss.ndim == 0
+        assert logits.shape[-1] == BASE["vocab_size"]
+        assert cache.get_seq_length() == prompts()["input_ids"].shape[1]
+
+    def test_wrong_number_of_pictures(self, plain: Any) -> None:
+        inputs = prompts()
+        inputs["pixel_values"] = inputs["pixel_values"][:2]
+        with pytest.raises(ImageError, match="tokens: 192, features: 128"):
+            plain(**inputs)
+
+
+class TestTraining:
+    def test_labels_on_pictures_have_a_finite_loss_and_gradient(self, plain: Any) -> None:
+        inputs = prompts()
+        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+        full = plain.fill_image_tokens(inputs["input_ids"], inputs["pixel_values"])
+        wanted = plain(
+            full,
+            inputs.get("none"),
+            inputs["attention_mask"],
+            labels=full.masked_fill(labels == -100, -100),
+        ).loss
+        loss = plain(**inputs, labels=labels).loss
+        torch.testing.assert_close(loss, wanted)
+        loss.backward()
+        rows = plain.lm_head.weight.grad[full[full < FIRST + VQ["num_embeddings"]].unique()]
+        assert torch.isfinite(loss)
+        assert torch.isfinite(rows).all()
+        assert rows.abs().sum() > 0
+        assert all(p.grad is None and not p.requires_grad for p in plain.model.vqmodel.parameters())
+        plain.zero_grad()
+
+    @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
+    def test_gradient_checkpointing(self) -> None:
+        model, ids = fresh().train(), torch.randint(40, 90, (1, 9))
+        gradients = []
+        for enable in (False, True):
+            if enable:
+                model.gradient_checkpointing_enable()
+            model.zero_grad()
+            model(ids, labels=ids).loss.backward()
+            gradients.append(model.model.layers[0].mlp.up_proj.weight.grad.clone())
+        torch.testing.assert_close(*gradients)
+        assert model(ids).past_key_values is None
+
+    def test_image_tokenizer_stays_frozen(self) -> None:
+        model = fresh().train()
+        assert not model.model.vqmodel.training
+        out = model.model.vqmodel.encode(torch.rand(1, 3, 16, 16))
+        assert not out.quantized_last_hidden_state.requires_grad
+
+    def test_vqvae_alone_can_be_trained(self) -> None:
+        model = ChameleonVQVAE(ChameleonVQVAEConfig(**VQ))
+        assert not model.training
+        out = model.train().encode(torch.rand(1, 3, 16, 16))
+        out.embedding_loss.backward()
+        assert model.encoder.conv_in.weight.grad.abs().sum() > 0
+
+    def test_resize_token_embeddings(self) -> None:
+        model = fresh()
+        model.resize_token_embeddings(100)
+        assert model(torch.tensor([[0, 99]])).logits.shape[-1] == 100
+
+
+class TestCheckpoint:
+    def test_round_trip_keeps_the_decoder(self, tmp_path: Path) -> None:
+        model = fresh()
+        model.save_pretrained(tmp_path)
+        again = ChameleonForConditionalGeneration.from_pretrained(tmp_path)
+        assert model.state_dict().keys() == again.state_dict().keys()
+        assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+        assert not any(p.requires_grad for p in again.model.vqmodel.parameters())
+        tokens = torch.randint(FIRST, FIRST + 24, (2, 64))
+        pixels = again.decode_image_tokens(tokens)
+        assert pixels.shape == (2, 3, 16, 16)
+        codes = (tokens - FIRST).view(2, 8, 8)
+        torch.testing.assert_close(pixels, model.model.vqmodel.decode(codes))
+
+    def test_image_tokenizer_stays_fp32(self, tmp_path: Path) -> None:
+        fresh().save_pretrained(tmp_path)
+        model = ChameleonForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16)
+        assert model.dtype == model.lm_head.weight.dtype == torch.bfloat16
+        assert model.model.vqmodel.quantize.embedding.weight.dtype == torch.float32
+        inputs = prompts()
+        with torch.no_grad():
+            assert model(**inputs).logits.dtype == torch.bfloat16
+
+    def test_base_model_loads(self, tmp_path: Path) -> None:
+        model = fresh()
+        model.save_pretrained(tmp_path)
+        base = ChameleonModel.from_pretrained(tmp_path)
+        ids = torch.tensor([[0, 50, 60]])
+        with torch.no_grad():
+            states = base(ids).last_hidden_state
+            torch.testing.assert_close(model.lm_head(states), model(ids).logits)
+
+    def test_decoding_needs_a_whole_picture(self) -> None:
+        with pytest.raises(ImageError, match="64 image tokens but a row holds 3"):
+            fresh().decode_image_tokens(torch.tensor([[FIRST, FIRST, FIRST, 50]]))
+
+
+class TestConfig:
+    def test_defaults_are_stock(self) -> None:
+        for own, stock in (
+            (ChameleonConfig, transformers.ChameleonConfig),
+            (ChameleonVQVAEConfig, transformers.ChameleonVQVAEConfig),
+        ):
+            theirs, ours = stock().to_dict(), own().to_dict()
+            assert ours.keys() == theirs.keys()
+            assert {k: v for k, v in ours.items() if v != theirs[k]} == {}
+
+    def test_model_of_a_bare_config(self) -> None:
+        small = {k: v for k, v in BASE.items() if k not in ("vocabulary_map", "vq_config")}
+        model = ChameleonModel(ChameleonConfig(**small, vq_config=VQ))
+        assert model(torch.tensor([[0, 5]])).last_hidden_state.shape == (1, 2, 32)
+        with pytest.raises(CheckpointError, match="use_vocabulary"):
+            model.get_image_tokens(torch.rand(1, 3, 16, 16))
+
+    def test_head_count_defaults_to_query_heads(self) -> None:
+        config = ChameleonConfig(**(BASE | {"num_key_value_heads": None}))
+        assert config.num_key_value_heads == BASE["num_attention_heads"]
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("hidden_size", 33),
+            ("hidden_size", "32"),
+            ("num_key_value_heads", 3),
+            ("hidden_act", "gelu"),
+            ("attention_dropout", 2.0),
+            ("vocab_size", 0),
+        ],
+    )
+    def test_wrong_values_raise_with_their_name(self, name: str, value: Any) -> None:
+        with pytest.raises(Exception, match=name):
+            ChameleonConfig(**(BASE | {name: value}))
+
+    @pytest.mark.parametrize(("name", "value"), [("resolution", 17), ("base_channels", 33)])
+    def test_wrong_vq_values_raise_with_their_name(self, name: str, value: Any) -> None:
+        with pytest.raises(EarlyFusionError, match=name):
+            ChameleonVQVAEConfig(**(VQ | {name: value}))
+
+    def test_old_files_load(self) -> None:
+        leftovers = {"ch": 128, "ch_mult": [1, 1], "double_z": False, "attn_resolutions": []}
+        config = ChameleonConfig(
+            **(BASE | {"rope_theta": 20000.0, "vq_config": VQ | leftovers, "boi_token_id": 91})
+        )
+        assert config.rope_parameters["rope_theta"] == 20000.0
+        assert config.boi_token_id == 91
+        assert config.image_token_id == PLACEHOLDER
+        assert config.vq_config.ch == 128
+
+    def test_attention_can_be_left_out_of_the_vq_gan(self) -> None:
+        model = ChameleonVQVAE(ChameleonVQVAEConfig(**(VQ | {"attn_type": None})))
+        assert not [key for key in model.state_dict() if "attn" in key]
