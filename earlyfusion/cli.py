@@ -71,7 +71,7 @@ MaxTokens = Annotated[int | None, _whole_option("Most new tokens, of text and of
 MaxImages = Annotated[int | None, _whole_option("Most images in the reply.")]
 
 _INTERRUPTED = 130
-_DEMO_PICTURE = Path(__file__).parent / "pretrained" / "mini" / "examples" / "apple.png"
+_DEMO_PICTURE = Path(__file__).parent / "pretrained" / "mini" / "examples" / "strawberry.png"
 _DEMO_QUESTION = "What is this?"
 _DEMO_QUESTION_KO = "이게 뭐야?"
 _DEMO_DRAWING = "Draw a red apple."

@@ -29,14 +29,14 @@ def model() -> Chameleon:
 
 
 @pytest.fixture
-def apple(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The bundled picture, in a folder that is empty but for it."""
     monkeypatch.chdir(tmp_path)
-    return Path(shutil.copy(MINI / "examples" / "apple.png", tmp_path / "apple.png"))
+    return Path(shutil.copy(MINI / "examples" / "strawberry.png", tmp_path / "strawberry.png"))
 
 
 @pytest.fixture
-def run(apple: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(picture: Path, capsys: pytest.CaptureFixture[str]) -> Run:
     def call(*arguments: object) -> str:
         code = main([str(argument) for argument in arguments])
         out, err = capsys.readouterr()
@@ -62,14 +62,23 @@ def test_files_of_the_model() -> None:
 
 
 @pytest.mark.parametrize(("name", "program"), PROGRAMS, ids=[name for name, _ in PROGRAMS])
-def test_readme_programs_run(apple: Path, name: str, program: str) -> None:
+def test_readme_programs_run(picture: Path, name: str, program: str) -> None:
     exec(compile(program, name, "exec"), {"__name__": "readme"})
 
 
 def test_names_the_bundled_picture_in_both_languages(run: Run) -> None:
-    common = ("--image", "apple.png", "--output", "text", "--temperature", 0, "--device", "cpu")
-    assert "apple" in run("generate", "What is this?", *common)
-    assert "사과" in run("generate", "이게 뭐야?", *common)
+    common = (
+        "--image",
+        "strawberry.png",
+        "--output",
+        "text",
+        "--temperature",
+        0,
+        "--device",
+        "cpu",
+    )
+    assert "strawberry" in run("generate", "What is this?", *common)
+    assert "딸기" in run("generate", "이게 뭐야?", *common)
 
 
 def test_drawing_twice_gives_the_same_bytes(run: Run) -> None:
@@ -83,7 +92,7 @@ def test_drawing_twice_gives_the_same_bytes(run: Run) -> None:
 
 
 def test_json_is_one_object(run: Run) -> None:
-    reply = json.loads(run("generate", "What is this?", "--image", "apple.png", "--json"))
+    reply = json.loads(run("generate", "What is this?", "--image", "strawberry.png", "--json"))
     assert reply["text"] and reply["finish_reason"] == "stop"
 
 
@@ -97,9 +106,9 @@ def test_demo(run: Run) -> None:
 
 
 def test_encode_then_decode_comes_near(run: Run, model: Chameleon) -> None:
-    run("encode", "apple.png", "-o", "c.safetensors", "--device", "cpu")
+    run("encode", "strawberry.png", "-o", "c.safetensors", "--device", "cpu")
     run("decode", "c.safetensors", "-o", "drawn", "--device", "cpu")
-    before = model.image_tokenizer.square(Image.open("apple.png"))
+    before = model.image_tokenizer.square(Image.open("strawberry.png"))
     with PIL.Image.open("drawn/image-1.png") as after:
         pairs = zip(before.tobytes(), after.tobytes(), strict=True)
         error = sum(abs(a - b) for a, b in pairs) / len(before.tobytes())
@@ -132,13 +141,13 @@ def test_interleaved_replies_are_whole_100_times(model: Chameleon) -> None:
 @pytest.mark.parametrize(
     ("script", "arguments"),
     [
-        ("ask.py", ["What is this?", "apple.png"]),
+        ("ask.py", ["What is this?", "strawberry.png"]),
         ("variations.py", ["Draw a cat.", "cats.png", "2"]),
-        ("codes_of_a_picture.py", ["apple.png", "seen.png"]),
+        ("codes_of_a_picture.py", ["strawberry.png", "seen.png"]),
     ],
 )
 def test_examples_run(
-    apple: Path, script: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+    picture: Path, script: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     runpy.run_path(str(ROOT / "examples" / script), run_name="__main__")
