@@ -27,7 +27,6 @@ END_OF_TURN = "<reserved08706>"
 # Meta's file has the first name; transformers' converter renames it to the second.
 IMAGE_PLACEHOLDERS = ("<reserved08707>", "<image>")
 IMAGE_PREFIX = "IMGIMG"
-CONTROL_NAMES = (BOS, PAD, EOS, UNK, END_IMAGE, BEGIN_IMAGE, END_OF_TURN)
 CODE = -1
 _DIGITS = dict(zip("ABCDEFGHIJ", "0123456789", strict=True))
 

@@ -117,19 +117,15 @@ def picture_codes(vqgan: VQGAN, data: EmojiData, config: TransformerConfig) -> n
     """Codes of every training picture in every variant: int16 [pictures, variants, h, w]."""
     variants, side = config.documents.variants, config.model.vq_config.resolution
     plain, changed = replace(config.augment, share=0.0), replace(config.augment, share=1.0)
-    ids, found = data.split("train"), []
+    ids, grid = data.split("train"), config.model.vq_config.grid
+    table = np.zeros((len(ids), variants, grid, grid), np.int16)
     for start in range(0, len(ids), 32):
         pictures = data.images(ids[start : start + 32])
         for variant in range(variants):
             rng = np.random.default_rng([config.documents.seed, start, variant])
             how = changed if variant else plain
             pixels = to_pixels([augmented(p, side, how, rng) for p in pictures])
-            found.append(vqgan.encode(pixels).to(torch.int16).numpy())
-    grid = config.model.vq_config.grid
-    batches = np.split(np.arange(len(ids)), range(32, len(ids), 32))
-    table = np.zeros((len(ids), variants, grid, grid), np.int16)
-    for number, codes in enumerate(found):
-        table[batches[number // variants], number % variants] = codes
+            table[start : start + 32, variant] = vqgan.encode(pixels).numpy()
     return table
 
 

@@ -73,10 +73,8 @@ class Packer:
         self._rows, self._length, self._pad = rows, length, pad
 
     def next(self) -> PackedBatch:
-        return PackedBatch(*(torch.stack(t) for t in zip(*self._pack(), strict=True)))
-
-    def _pack(self) -> list[list[Tensor]]:
-        return [self._row() for _ in range(self._rows)]
+        rows = [self._row() for _ in range(self._rows)]
+        return PackedBatch(*(torch.stack(t) for t in zip(*rows, strict=True)))
 
     def _row(self) -> list[Tensor]:
         documents: list[TokenSequence] = []

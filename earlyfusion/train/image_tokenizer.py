@@ -10,7 +10,6 @@ Shapes: B batch, C channels, Y X pixels, K codebook, N vectors.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -242,9 +241,3 @@ class _Critic:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._net.load_state_dict(state["net"])
         self._adam.load_state_dict(state["adam"])
-
-
-def psnr(a: Tensor, b: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of two pictures in [-1, 1]."""
-    error = float((a.float() - b.float()).square().mean())
-    return 10 * math.log10(4 / max(error, 1e-12))
