@@ -286,11 +286,20 @@ def test_impossible_settings(data: EmojiData) -> None:
 
 def test_caption_pairs_hold_both_orders(data: EmojiData) -> None:
     pairs = list(caption_pairs(data))
-    assert len(pairs) == 6 * len(data.split("train"))
+    things = {data.row(i)["codepoints"] for i in data.split("train")}
+    assert len(pairs) == 6 * len(data.split("train")) + 4 * len(things)
     own = [p for p in pairs if images(p) == ["noto/1f349"]]
     assert [texts(p, "assistant") for p in own if p["task"] == "name"] == [["watermelon"], ["수박"]]
-    asked = [texts(p, "user")[0] for p in own if p["task"] == "picture"]
-    assert asked == ["watermelon", "watermelon, Noto style", "수박", "수박, 노토 스타일로."]
+    first = next(i for i in data.split("train") if data.row(i)["en"] == "watermelon")
+    for image_id in (first, "noto/1f349"):
+        own = [p for p in pairs if images(p) == [image_id] and p["task"] == "picture"]
+        asked = {texts(p, "user")[0] for p in own}
+        assert ("수박을 그려 줘." in asked) == ("watermelon" in asked) == (image_id == first)
+    assert {
+        "watermelon, Noto style",
+        "수박, 노토 스타일로.",
+        "Draw watermelon in Noto style.",
+    } <= asked
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

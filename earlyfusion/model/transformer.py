@@ -169,14 +169,24 @@ class Transformer(nn.Module):
 
         Positions count from 0 unless given; `attends`, one a layer, default to causal attention.
         """
+        x_BTD = self.states(tokens_BT, positions_BT, attends)
+        logits_BTV: Tensor = self.lm_head(x_BTD[:, -1:] if last_only else x_BTD)
+        return logits_BTV
+
+    def states(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor | None = None,
+        attends: Sequence[Attend] | None = None,
+    ) -> Tensor:
+        """What the head reads: (B, T, D) after the last norm; arguments as in `forward`."""
         if positions_BT is None:
             positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
         if attends is None:
             attends = [CausalAttend()] * self.config.num_hidden_layers
         x_BTD = self.model.embed_tokens(tokens_BT)
-        x_BTD = self.model(x_BTD, rotary_tables(self.config, positions_BT), attends)
-        logits_BTV: Tensor = self.lm_head(x_BTD[:, -1:] if last_only else x_BTD)
-        return logits_BTV
+        states_BTD: Tensor = self.model(x_BTD, rotary_tables(self.config, positions_BT), attends)
+        return states_BTD
 
     def tie_weights(self) -> None:
         """Let the head share the embedding's parameter, if the config says so."""

@@ -15,7 +15,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from earlyfusion.errors import SettingError
 
-NAMES = ("mini_image_tokenizer", "mini_transformer", "mini_answers")
+NAMES = ("mini_image_tokenizer", "mini_transformer", "mini_answers", "mini_drawings")
 
 
 def run(name: str, overrides: list[str]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from earlyfusion.model.attention import CausalAttend
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.train.data import Packer
-from earlyfusion.train.loss import next_token_loss
+from earlyfusion.train.loss import head_loss
 
 
 class LanguageTask:
@@ -27,8 +27,9 @@ class LanguageTask:
     def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor], float]:
         batch = self._packer.next().to(self._device)
         attends = [CausalAttend(batch.document_BT)] * self.model.config.num_hidden_layers
-        logits_BTV = self.model(batch.tokens_BT, batch.positions_BT, attends)
-        loss = next_token_loss(logits_BTV, batch.targets_BT, batch.weight_BT, self._z_weight)
+        x_BTD = self.model.states(batch.tokens_BT, batch.positions_BT, attends)
+        head_VD = self.model.lm_head.weight
+        loss = head_loss(x_BTD, head_VD, batch.targets_BT, batch.weight_BT, self._z_weight)
         counted_BT = batch.weight_BT > 0
         figures = {
             "text_nats": loss.nats_BT[counted_BT & ~batch.image_BT].mean(),

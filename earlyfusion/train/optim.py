@@ -40,6 +40,8 @@ _DECAYS: dict[str, Callable[[float, float], float]] = {
     "exponential": lambda share, floor: floor**share,
     "cosine": lambda share, floor: floor + (1 - floor) * (1 + math.cos(math.pi * share)) / 2,
     "constant": lambda share, floor: 1.0,
+    # Seven tenths at the full rate, then a straight fall: a run may be prolonged before the fall.
+    "hold": lambda share, floor: 1.0 if share < 0.7 else floor + (1 - floor) * (1 - share) / 0.3,
 }
 
 
@@ -59,4 +61,4 @@ def adamw(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.opti
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
     betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)

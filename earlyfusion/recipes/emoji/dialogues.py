@@ -321,10 +321,15 @@ class Writer:
     def draw(self, lang: str) -> Sample:
         row = self.row()
         styled = self.rng.random() < (0.4 if self.free else 0.7)
+        row = row if styled else self.usual(row)
         name = self.coloured(row, lang)
         table = "draw_styled" if styled else "draw"
         question = self.prompt(table, lang, n=name, s=style_of(row, lang))
         return self.drawing([user(text_part(question))], row, styled, [row])
+
+    def usual(self, row: Row) -> Row:
+        """The picture of the same thing that a request without a style means: its first style's."""
+        return self.pools.by_concept[row["codepoints"]][0] if self.free else row
 
     def coloured(self, row: Row, lang: str) -> str:
         """The name, freely with the colour that the picture clearly has: "yellow taxi"."""
@@ -344,6 +349,7 @@ class Writer:
         if len(words) < 2:
             return None
         words = self.rng.sample(words, min(len(words), self.pick([2, 3, 4])))
+        row = self.usual(row)
         question = self.prompt("keyword", lang, words=", ".join(words))
         return self.drawing([user(text_part(question))], row, False, [row], before=name)
 
@@ -560,19 +566,26 @@ def generate(
 def caption_pairs(data: EmojiData, split: str = "train") -> Iterator[Sample]:
     """The plain documents of every image: its name from it, and it from its name.
 
-    Six an image, three a language: the question with the image, its name alone, its name with the
-    style. Same form as a dialogue, task "name" or "picture".
+    Three an image and language: the question with the image, its name with the style, and the
+    request for it in that style. Where it is the first picture of its thing, the name and the
+    request without a style too. Same form as a dialogue, task "name" or "picture".
     """
+    asked: set[str] = set()
     for image_id in data.split(split):
         row = data.row(image_id)
+        first = row["codepoints"] not in asked
+        asked.add(row["codepoints"])
         for lang in ("en", "ko"):
             name, style = name_of(row, lang), style_of(row, lang)
             question = text_part(PROMPTS["caption"][lang].published[0])
-            styled = f"{name}, {style} style" if lang == "en" else f"{name}, {style} 스타일로."
             head = {"lang": lang, "split": split}
             answer = [user(image_part(row), question), assistant(text_part(name))]
             yield {"task": "name", **head, "messages": answer}
-            for words in (name, styled):
+            tables = ("draw_styled", "draw") if first else ("draw_styled",)
+            asked_as = {"n": name, "no": particle(name, "을/를"), "s": style}
+            requests = [PROMPTS[t][lang].published[0].format(**asked_as) for t in tables]
+            styled = f"{name}, {style} style" if lang == "en" else f"{name}, {style} 스타일로."
+            for words in (styled, *requests, *([name] if first else [])):
                 picture = [user(text_part(words)), assistant(image_part(row))]
                 yield {"task": "picture", **head, "messages": picture}
 

@@ -1,0 +1,57 @@
+"""The third stage of `mini`: more of all, drawings above all.
+
+    earlyfusion train mini_drawings data=DIR/emoji \\
+        image_tokenizer=runs/mini_image_tokenizer start=runs/mini_answers
+
+Half of the documents are plain pairs, most of them a request and its picture; a request that names
+no style means the first style that has the thing. The rate stays for seven tenths of the run and
+falls after that. Machine, run time and scores of the shipped weights: the model card,
+earlyfusion/pretrained/mini/README.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from earlyfusion.recipes import mini_answers
+from earlyfusion.recipes.mini_transformer import DocumentsConfig, main
+from earlyfusion.train.data import RoleWeights
+from earlyfusion.train.trainer import RunConfig
+
+__all__ = ["config", "main"]
+
+TASKS = {
+    "caption": 14.0,
+    "draw": 20.0,
+    "caption_style": 3.0,
+    "keyword": 2.0,
+    "yesno_name": 5.0,
+    "yesno_kind": 3.0,
+    "category": 8.0,
+    "common": 10.0,
+    "odd": 4.0,
+    "which": 5.0,
+    "same_thing": 3.0,
+    "colour": 4.0,
+    "style_name": 2.0,
+    "list_draw": 12.0,
+    "list_name": 4.0,
+    "restyle": 4.0,
+    "chat_draw_ask": 3.0,
+    "chat_caption_follow": 3.0,
+}
+
+config = replace(
+    mini_answers.config,
+    start=Path("runs/mini_answers"),
+    rows=2,
+    run=RunConfig(out=Path("runs/mini_drawings"), steps=11000, precision="bf16"),
+    optim=replace(
+        mini_answers.config.optim, lr=1e-3, warmup_steps=50, decay="hold", final_ratio=0.02
+    ),
+    documents=DocumentsConfig(
+        dialogues=150_000, tasks=TASKS, seed=300, pairs=0.55, studies=0.25, unchanged=0.5, bare=0.1
+    ),
+    weights=RoleWeights(prompt_image=0.03, answer_text=4.0, end=1.0),
+)
