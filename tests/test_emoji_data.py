@@ -292,8 +292,9 @@ def test_caption_pairs_hold_both_orders(data: EmojiData) -> None:
     assert [texts(p, "assistant") for p in own if p["task"] == "name"] == [["watermelon"], ["수박"]]
     first = next(i for i in data.split("train") if data.row(i)["en"] == "watermelon")
     for image_id in (first, "noto/1f349"):
-        own = [p for p in pairs if images(p) == [image_id] and p["task"] == "picture"]
+        own = [p for p in pairs if images(p) == [image_id] and p["task"] != "name"]
         asked = {texts(p, "user")[0] for p in own}
+        assert ("usual" in {p["task"] for p in own}) == (image_id == first)
         assert ("수박을 그려 줘." in asked) == ("watermelon" in asked) == (image_id == first)
     assert {
         "watermelon, Noto style",

@@ -3,10 +3,10 @@
     earlyfusion train mini_drawings data=DIR/emoji \\
         image_tokenizer=runs/mini_image_tokenizer start=runs/mini_answers
 
-Half of the documents are plain pairs, most of them a request and its picture; a request that names
-no style means the first style that has the thing. The rate stays for seven tenths of the run and
-falls after that. Machine, run time and scores of the shipped weights: the model card,
-earlyfusion/pretrained/mini/README.md.
+Three in ten documents are a request without a style and the first picture that there is of the
+thing, so that these pictures are seen often enough to be drawn; the rest are pairs in all styles,
+questions and lists. The rate stays for seven tenths of the run and falls after that. Machine, run
+time and scores of the shipped weights: the model card, earlyfusion/pretrained/mini/README.md.
 """
 
 from __future__ import annotations
@@ -45,13 +45,19 @@ TASKS = {
 config = replace(
     mini_answers.config,
     start=Path("runs/mini_answers"),
-    rows=2,
-    run=RunConfig(out=Path("runs/mini_drawings"), steps=11000, precision="bf16"),
+    run=RunConfig(out=Path("runs/mini_drawings"), steps=13000, precision="bf16"),
     optim=replace(
         mini_answers.config.optim, lr=1e-3, warmup_steps=50, decay="hold", final_ratio=0.02
     ),
     documents=DocumentsConfig(
-        dialogues=150_000, tasks=TASKS, seed=300, pairs=0.55, studies=0.25, unchanged=0.5, bare=0.1
+        dialogues=150_000,
+        tasks=TASKS,
+        seed=300,
+        pairs=0.3,
+        usual=0.3,
+        studies=0.22,
+        unchanged=0.5,
+        bare=0.1,
     ),
     weights=RoleWeights(prompt_image=0.03, answer_text=4.0, end=1.0),
 )

@@ -76,6 +76,8 @@ class DocumentsConfig:
     seed: int = 100
     pairs: float = 0.35
     """Share of plain pairs of picture and name among the documents."""
+    usual: float = 0.0
+    """Share of requests without a style and the first picture of the thing, among the documents."""
     studies: float = 0.0
     """Share of dialogues with several questions about one picture."""
     unchanged: float = 0.0
@@ -203,8 +205,10 @@ def _prepare(config: TransformerConfig) -> tuple[VQGAN, Processor, Documents]:
     several = (
         list(studies(data, "train", cfg.dialogues, cfg.seed, turns=3)) if cfg.studies else samples
     )
-    shares = (1 - cfg.pairs - cfg.studies, cfg.pairs, cfg.studies)
-    sources = list(zip(shares, (samples, pairs, several), strict=True))
+    usual = [pair for pair in pairs if pair["task"] == "usual"]
+    plain = [pair for pair in pairs if pair["task"] != "usual"] if cfg.usual else pairs
+    shares = (1 - cfg.pairs - cfg.usual - cfg.studies, cfg.pairs, cfg.usual, cfg.studies)
+    sources = list(zip(shares, (samples, plain, usual, several), strict=True))
     return vqgan, processor, Documents(sources, data, np.load(table), processor, config)
 
 

@@ -568,7 +568,7 @@ def caption_pairs(data: EmojiData, split: str = "train") -> Iterator[Sample]:
 
     Three an image and language: the question with the image, its name with the style, and the
     request for it in that style. Where it is the first picture of its thing, the name and the
-    request without a style too. Same form as a dialogue, task "name" or "picture".
+    request without a style too, as task "usual". Same form as a dialogue.
     """
     asked: set[str] = set()
     for image_id in data.split(split):
@@ -577,17 +577,19 @@ def caption_pairs(data: EmojiData, split: str = "train") -> Iterator[Sample]:
         asked.add(row["codepoints"])
         for lang in ("en", "ko"):
             name, style = name_of(row, lang), style_of(row, lang)
-            question = text_part(PROMPTS["caption"][lang].published[0])
+            words = {"n": name, "no": particle(name, "을/를"), "s": style}
+            plain, styled = (
+                PROMPTS[table][lang].published[0].format(**words)
+                for table in ("draw", "draw_styled")
+            )
+            short = f"{name}, {style} style" if lang == "en" else f"{name}, {style} 스타일로."
+            question = user(image_part(row), text_part(PROMPTS["caption"][lang].published[0]))
             head = {"lang": lang, "split": split}
-            answer = [user(image_part(row), question), assistant(text_part(name))]
-            yield {"task": "name", **head, "messages": answer}
-            tables = ("draw_styled", "draw") if first else ("draw_styled",)
-            asked_as = {"n": name, "no": particle(name, "을/를"), "s": style}
-            requests = [PROMPTS[t][lang].published[0].format(**asked_as) for t in tables]
-            styled = f"{name}, {style} style" if lang == "en" else f"{name}, {style} 스타일로."
-            for words in (styled, *requests, *([name] if first else [])):
-                picture = [user(text_part(words)), assistant(image_part(row))]
-                yield {"task": "picture", **head, "messages": picture}
+            yield {"task": "name", **head, "messages": [question, assistant(text_part(name))]}
+            requests = [("picture", short), ("picture", styled)]
+            for task, request in requests + [("usual", name), ("usual", plain)] * first:
+                messages = [user(text_part(request)), assistant(image_part(row))]
+                yield {"task": task, **head, "messages": messages}
 
 
 def studies(data: EmojiData, split: str, n: int, seed: int, turns: int = 4) -> Iterator[Sample]:
