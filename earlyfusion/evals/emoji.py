@@ -36,7 +36,7 @@ from earlyfusion import Chameleon, Image, Message, SamplingParams, Text
 from earlyfusion.errors import EarlyFusionError, SettingError
 from earlyfusion.recipes.emoji.dataset import EmojiData
 from earlyfusion.recipes.emoji.dialogues import Sample, generate
-from earlyfusion.recipes.emoji.phrases import PROMPTS, normalise
+from earlyfusion.recipes.emoji.phrases import PROMPTS, normalise, particle
 from earlyfusion.recipes.emoji.pools import name_of, style_of
 
 Features: TypeAlias = npt.NDArray[np.float32]
@@ -199,14 +199,17 @@ def psnr(one: PIL.Image.Image, other: PIL.Image.Image) -> float:
 def retrieval(model: Model, data: EmojiData, limit: int, seed: int) -> Numbers:
     """Ranks of drawings among the pictures of their style.
 
-    {"train" | "val-pair" | "ceiling": {n, top1, top5, top10}}. Half of the drawings are asked for
-    in English and half in Korean, by name and style.
+    {"usual" | "train" | "val-pair" | "ceiling": {n, top1, top5, top10}}. Half of the drawings are
+    asked for in English and half in Korean: by name and style, or, in "usual", by the name alone
+    and compared in the first style that has the thing among the training pictures.
     """
     galleries: dict[str, Gallery] = {}
     report: Numbers = {}
-    for split in ("train", "val-pair"):
-        ids = _chosen(data, split, limit, seed)
-        prompts = [_drawing_prompt(data, id_, LANGUAGES[i % 2]) for i, id_ in enumerate(ids)]
+    asked = {"usual": _first_pictures(data, limit, seed)}
+    asked |= {split: _chosen(data, split, limit, seed) for split in ("train", "val-pair")}
+    for split, ids in asked.items():
+        table = "draw" if split == "usual" else "draw_styled"
+        prompts = [_drawing_prompt(data, id_, LANGUAGES[i % 2], table) for i, id_ in enumerate(ids)]
         replies = _replies(model, prompts, "image", _drawn_with(len(ids), seed))
         drawn = [r.images[0] if r.images else None for r in replies]
         report[split] = _ranks(data, ids, drawn, galleries)
@@ -268,10 +271,20 @@ def _ranks(
     return {"n": len(ranks)} | {f"top{top}": _share([r < top for r in ranks]) for top in TOPS}
 
 
-def _drawing_prompt(data: EmojiData, image_id: str, lang: str) -> str:
+def _drawing_prompt(data: EmojiData, image_id: str, lang: str, table: str = "draw_styled") -> str:
     row = data.row(image_id)
-    prompt = PROMPTS["draw_styled"][lang].published[0]
-    return prompt.format(n=name_of(row, lang), s=style_of(row, lang))
+    name = name_of(row, lang)
+    prompt = PROMPTS[table][lang].published[0]
+    return prompt.format(n=name, no=particle(name, "을/를"), s=style_of(row, lang))
+
+
+def _first_pictures(data: EmojiData, limit: int, seed: int) -> list[str]:
+    """At most `limit` training pictures, each the first of its thing."""
+    first: dict[str, str] = {}
+    for image_id in data.split("train"):
+        first.setdefault(data.row(image_id)["codepoints"], image_id)
+    ids = list(first.values())
+    return ids if len(ids) <= limit else random.Random(f"usual-{seed}").sample(ids, limit)
 
 
 def _reconstructed(model: Model, pictures: Sequence[PIL.Image.Image]) -> list[PIL.Image.Image]:
@@ -363,9 +376,9 @@ def markdown(report: Numbers) -> list[str]:
         f"| reconstruction, median PSNR | val | {found['n']} | {found['psnr_median']:.1f} dB |"
     )
     for split, found in report["retrieval"].items():
-        on = "true pictures through the codes" if split == "ceiling" else split
+        on = {"ceiling": "true pictures through the codes", "usual": "train, no style asked"}
         scores = [found[f"top{top}"] for top in TOPS]
-        add("drawing retrieval, top 1 / 5 / 10", on, found["n"], *scores)
+        add("drawing retrieval, top 1 / 5 / 10", on.get(split, split), found["n"], *scores)
     return lines
 
 
