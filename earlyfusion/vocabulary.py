@@ -140,7 +140,8 @@ class ImageLayout:
     """How a picture of `height` x `width` codes is spelled: `head`, rows in raster order, `tail`.
 
     The markers are token names. Chameleon's layout is the default; `line_end` is for relatives that
-    close each row of codes, and `head` may hold size tokens.
+    close each row of codes, and `head` may hold size tokens. `before` stands before a picture that
+    has no prompt, as guidance needs it.
     """
 
     height: int
@@ -148,6 +149,7 @@ class ImageLayout:
     head: tuple[str, ...] = (BEGIN_IMAGE,)
     line_end: tuple[str, ...] = ()
     tail: tuple[str, ...] = (END_IMAGE,)
+    before: tuple[str, ...] = (BOS,)
 
     def __post_init__(self) -> None:
         if self.height < 1 or self.width < 1:

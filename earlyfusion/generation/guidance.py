@@ -11,13 +11,17 @@ from typing import Literal
 
 from torch import Tensor
 
-from earlyfusion.vocabulary import Vocabulary
+from earlyfusion.vocabulary import ImageLayout, Vocabulary
 
 Branch = Literal["full", "image_only", "unconditional"]
 
 
 def combine(
-    full: Tensor, image_only: Tensor, unconditional: Tensor, text: float, image: float
+    full: Tensor,
+    image_only: Tensor,
+    unconditional: Tensor,
+    text: float | Tensor,
+    image: float | Tensor,
 ) -> Tensor:
     """Raw logits of the three branches, any one shape, before any mask or temperature."""
     return unconditional + image * (image_only - unconditional) + text * (full - image_only)
@@ -45,13 +49,25 @@ def mix(logits: Mapping[Branch, Tensor], text: float, image: float) -> Tensor:
     return combine(full, image_only, logits.get("unconditional", image_only), text, image)
 
 
-def prompt(branch: Branch, history: Sequence[int], vocabulary: Vocabulary) -> list[int]:
-    """What a branch has read when an image begins; `history` ends with begin_image."""
+def prompt(
+    branch: Branch,
+    history: Sequence[int],
+    vocabulary: Vocabulary,
+    layout: ImageLayout | None = None,
+) -> list[int]:
+    """What a branch has read when an image begins; `history` ends with begin_image.
+
+    `layout` tells what stands before an image without a prompt, and which marks are in an image;
+    None is Chameleon's.
+    """
     if branch == "full":
         return list(history)
     if branch == "unconditional":
-        return [vocabulary.bos, vocabulary.begin_image]
+        before = [vocabulary.bos] if layout is None else map(vocabulary.id_of, layout.before)
+        return [*before, vocabulary.begin_image]
     marks = {vocabulary.bos, vocabulary.begin_image, vocabulary.end_image}
+    if layout is not None:
+        marks |= {vocabulary.id_of(n) for n in (*layout.head, *layout.line_end, *layout.tail)}
     kept = marks | set(vocabulary.image_tokens.tolist())
     return [token for token in history if token in kept]
 

@@ -24,6 +24,7 @@ from earlyfusion.hf.modeling import (
     ChameleonPreTrainedModel,
     ChameleonVQVAE,
 )
+from earlyfusion.hf.pipeline import ChameleonPipeline, route_pipeline
 from earlyfusion.hf.processing import ChameleonProcessor
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "ChameleonForConditionalGeneration",
     "ChameleonImageProcessor",
     "ChameleonModel",
+    "ChameleonPipeline",
     "ChameleonPreTrainedModel",
     "ChameleonProcessor",
     "ChameleonVQVAE",
@@ -60,3 +62,4 @@ def register() -> None:
     # A processor is looked up by its name, and there transformers' own table comes first.
     processing_auto.PROCESSOR_MAPPING_NAMES.pop(ChameleonConfig.model_type, None)
     transformers.AutoProcessor.register(ChameleonConfig, ChameleonProcessor, exist_ok=True)
+    route_pipeline()

@@ -14,6 +14,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from earlyfusion.config import ModelConfig, VQConfig
 from earlyfusion.errors import SettingError
+from earlyfusion.hf.tensor_parallel import LAYERS
 from earlyfusion.vocabulary import IMAGE_PLACEHOLDERS
 
 
@@ -57,6 +58,7 @@ class ChameleonConfig(PreTrainedConfig):
     sub_configs: ClassVar[dict[str, Any]] = {"vq_config": ChameleonVQVAEConfig}
     sub_configs_defaults: ClassVar[dict[str, Any]] = {"vq_config": ChameleonVQVAEConfig}
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    base_model_tp_plan: ClassVar[dict[str, str]] = LAYERS
 
     vocab_size: int = 65536
     hidden_size: int = 4096

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
+from earlyfusion.checkpoints import lumina
 from earlyfusion.errors import ContextError, PromptError, SettingError
 from earlyfusion.generation import guidance
 from earlyfusion.generation.grammar import SLOT, Grammar, Output
@@ -58,6 +59,11 @@ class MultimodalGeneration:
         """All ids by kind; `CheckpointError` where neither config nor folder tells them."""
         vocabulary: Vocabulary = self.model.vocabulary
         return vocabulary
+
+    @property
+    def picture_tokens(self) -> int:
+        """Tokens of one drawn picture, its marks included."""
+        return self._layout.num_tokens
 
     @torch.no_grad()
     def generate(
@@ -185,6 +191,8 @@ class MultimodalGeneration:
     @property
     def _layout(self) -> ImageLayout:
         grid = self.model.shape.vq_config.grid
+        if getattr(self.config, lumina.MARK, None) == lumina.KIND:
+            return lumina.layout(grid)
         return ImageLayout(grid, grid)
 
 
@@ -268,7 +276,7 @@ class _Guide:
         names = guidance.needed(text, image, has_images)[1:]
         self._branches[row] = {name: _Branch(self._owner) for name in names}
         return {
-            name: branch.read(guidance.prompt(name, history, vocabulary))
+            name: branch.read(guidance.prompt(name, history, vocabulary, self._owner._layout))
             for name, branch in self._branches[row].items()
         }
 

@@ -16,6 +16,7 @@ V vocabulary, C channels, Y X height and width in pixels, y x in codes.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -40,6 +41,8 @@ from earlyfusion.errors import CheckpointError, ImageError, SettingError
 from earlyfusion.hf.configuration import ChameleonConfig, ChameleonVQVAEConfig, shape, vq_shape
 from earlyfusion.hf.generation import MultimodalGeneration
 from earlyfusion.hf.image_vocabulary import ImageVocabulary, find_names
+from earlyfusion.hf.quantisation import choose_layout, footprint, restore_layout
+from earlyfusion.hf.tensor_parallel import HEAD, check_processes
 from earlyfusion.model.transformer import (
     Attention,
     Block,
@@ -133,9 +136,11 @@ class ChameleonPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[list[str]] = ["Block"]
+    _no_split_modules: ClassVar[list[str]] = ["Block", "ChameleonVQVAE"]
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["vqmodel"]
+    # The list that quantisers leave alone, by whole names: of the model, and of its base alone.
+    _keep_in_fp32_modules: ClassVar[list[str]] = ["model.vqmodel", "vqmodel"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -154,9 +159,22 @@ class ChameleonPreTrainedModel(PreTrainedModel):
         """As transformers'; a checkpoint without a VQ decoder gives a model without one."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for module in model.modules():
+            if isinstance(module, ChameleonVQVAE):
+                module.keep_codebook()
         if isinstance(model.base_model, ChameleonModel):
             model.base_model.freeze_image_tokenizer()
+            check_processes(model.base_model.shape, model._tp_size or 1)
         return loaded
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes of the weights as they lie in memory, those of quantised ones and scales too."""
+        return footprint(self, return_buffers)
+
+    def dequantize(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; also after a forward on the CPU."""
+        restore_layout(self)
+        return super().dequantize(*args, **kwargs)
 
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
         super()._adjust_missing_and_unexpected_keys(loading_info)
@@ -250,6 +268,17 @@ class ChameleonVQVAE(ChameleonPreTrainedModel):
         self.decoder = None
         self.core.decoder = None
 
+    def keep_codebook(self) -> None:
+        """Bring an offloaded codebook back: it is searched without a call of its module."""
+        embedding = self.quantize.embedding
+        if embedding.weight.is_meta:
+            from accelerate.hooks import remove_hook_from_module  # type: ignore
+
+            with torch.no_grad():
+                table = embedding(torch.arange(embedding.num_embeddings))
+            remove_hook_from_module(embedding)
+            embedding.weight = nn.Parameter(table, requires_grad=False)
+
     def train(self, mode: bool = True) -> ChameleonVQVAE:
         """Frozen weights stay in eval mode."""
         super().train(mode and any(p.requires_grad for p in self.parameters()))
@@ -272,6 +301,8 @@ class ChameleonModel(ChameleonPreTrainedModel):
         self.vqmodel = ChameleonVQVAE._from_config(config.vq_config)
         self.gradient_checkpointing = False
         self._mapping: ImageVocabulary | None = None
+        self.register_state_dict_pre_hook(restore_layout)
+        self.register_load_state_dict_pre_hook(restore_layout)
         self.post_init()
         self.freeze_image_tokenizer()
 
@@ -398,6 +429,9 @@ class ChameleonModel(ChameleonPreTrainedModel):
 
     def _run(self, x_BTD: Tensor, positions_BT: Tensor, call: _Call) -> list[Tensor]:
         """The embedded tokens, what each block but the last gives, and the normed end."""
+        quantised = getattr(self.config, "quantization_config", None) is not None
+        if quantised and x_BTD.device.type == "cpu" and not torch.compiler.is_compiling():
+            choose_layout(self.layers)
         rotary = rotary_tables(self.shape, positions_BT)
         states = [x_BTD]
         for layer in self.layers:
@@ -466,6 +500,7 @@ class ChameleonForConditionalGeneration(
     output_modalities = ("text", "image")
     image_logits = True
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan: ClassVar[dict[str, str]] = HEAD
 
     def __init__(self, config: ChameleonConfig) -> None:
         super().__init__(config)
@@ -474,6 +509,21 @@ class ChameleonForConditionalGeneration(
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
         self.model.freeze_image_tokenizer()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "forward":
+            given, value = value, functools.partial(self._with_tokens, value)
+            value.__wrapped__ = given  # for those who read its arguments
+        super().__setattr__(name, value)
+
+    def _with_tokens(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """TRL puts a forward on the model that takes the loss itself, so labels are filled here."""
+        if kwargs.get("fused_lm_head") and kwargs.get("pixel_values") is not None:
+            ids, pixels = kwargs["input_ids"], kwargs["pixel_values"]
+            full = self.model.fill_image_tokens(ids, pixels)
+            labels = _own_tokens(kwargs["labels"], ids, full)
+            kwargs |= {"input_ids": full, "labels": labels, "pixel_values": None}
+        return forward(*args, **kwargs)
 
     def use_vocabulary(self, source: Any) -> None:
         """As `ChameleonModel.use_vocabulary`."""
@@ -555,6 +605,7 @@ class ChameleonForConditionalGeneration(
         self,
         input_ids: Tensor,
         pixel_values: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         use_cache: bool | None = True,
         is_first_iteration: bool | None = False,
         **kwargs: Any,
@@ -563,6 +614,7 @@ class ChameleonForConditionalGeneration(
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
             input_ids,
             pixel_values=pixel_values,
+            inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             is_first_iteration=is_first_iteration,
             **kwargs,
@@ -584,8 +636,7 @@ class ChameleonForConditionalGeneration(
         if input_ids is not None and encoded and encoded.get("image") is not None:
             tokens = self.model._tokens_of(encoded["image"])
             full = self.model._scatter_tokens(input_ids, tokens)
-            is_picture = (labels == input_ids) & (full != input_ids)
-            labels = torch.where(is_picture, full, labels)
+            labels = _own_tokens(labels, input_ids, full)
         loss: Tensor = self.loss_function(
             logits=logits_BTV, labels=labels, vocab_size=self.config.vocab_size, **kwargs
         )
@@ -602,6 +653,11 @@ def _block(model: ChameleonModel, number: int) -> Block:
     layer.scaling = model.shape.head_dim**-0.5
     layer.num_key_value_groups = model.shape.num_attention_heads // model.shape.kv_heads
     return block
+
+
+def _own_tokens(labels: Tensor, ids: Tensor, full: Tensor) -> Tensor:
+    """Labels with pictures' own tokens, `full`, where they and `ids` hold the placeholder."""
+    return torch.where((labels == ids) & (full != ids), full, labels)
 
 
 def _asked(given: bool | None, config: Any, name: str) -> bool:

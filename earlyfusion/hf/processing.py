@@ -2,12 +2,14 @@
 
 `<image>` in a text marks where a picture goes: begin mark, one placeholder a code, end mark. The
 end-of-turn token closes every text unless `return_for_text_completion`; a text that begins with the
-bos token, as chat templates make it, is taken as it is. As in transformers, a text may spell
-control tokens here; the package's own `Processor` never lets it.
+bos token or ends with eos, as chat templates make it, is taken as it is. As in transformers, a text
+may spell control tokens here; the package's own `Processor` never lets it.
 """
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -28,6 +30,7 @@ from earlyfusion.vocabulary import (
     BOS,
     END_IMAGE,
     END_OF_TURN,
+    EOS,
     IMAGE_PLACEHOLDERS,
     ImageLayout,
     Vocabulary,
@@ -48,16 +51,22 @@ _IMAGE_ARGUMENTS = frozenset(ChameleonImagesKwargs.__annotations__) | {
     "input_data_format",
 }
 _MARK = IMAGE_PLACEHOLDERS[1]
+# What transformers asks for to follow a template's `generation` past pictures.
+_MOVES = "return_text_replacement_offsets"
 _PARTS = ("text_kwargs", "images_kwargs", "common_kwargs")
 
-# Turns as the model was trained: their parts with nothing between, then the end of the turn.
+# Turns as the model is trained on them: their parts with nothing between, then the end of the turn;
+# an answer at the end is closed by eos. What an answer is trained on stands in `generation`.
 CHAT_TEMPLATE = (
-    BOS + "{% for message in messages %}"
+    "{% macro said(message) %}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] %}"
     "{% if part['type'] == 'text' %}{{ part['text'] }}"
     "{% elif part['type'] in ['image', 'image_url'] %}" + _MARK + "{% endif %}"
-    "{% endfor %}{% endif %}"
+    "{% endfor %}{% endif %}{% endmacro %}" + BOS + "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ said(message) }}{% if loop.last %}" + EOS + "{% endif %}{% endgeneration %}"
+    "{% else %}{{ said(message) }}{% endif %}"
     "{% if not loop.last or message['role'] == 'user' %}" + END_OF_TURN + "{% endif %}"
     "{% endfor %}"
 )
@@ -114,19 +123,22 @@ class ChameleonProcessor(ProcessorMixin):
         for_text, for_images = _shared_out(kwargs)
         completion = for_text.pop("return_for_text_completion", False)
         types = for_text.pop("return_mm_token_type_ids", False)
+        moves = for_text.pop(_MOVES, False)
         completion = (
             completion if return_for_text_completion is None else return_for_text_completion
         )
         types = types if return_mm_token_type_ids is None else return_mm_token_type_ids
         kind = for_text.pop("return_tensors", "pt")
         texts = _texts(text, images)
-        pictures = None if images is None else make_flat_list_of_images(images)
+        pictures = None if images is None else self._pictures(images)
         data: dict[str, Any] = {}
         if texts is not None:
             data |= self._tokens(texts, pictures, bool(completion), bool(types), for_text)
+            data |= {_MOVES.removeprefix("return_"): list(map(self._moves, texts))} if moves else {}
         if pictures is not None:
             data |= self.image_processor(pictures, **({"return_tensors": "pt"} | for_images))
-        return BatchFeature(data, tensor_type=kind)
+        skipped = [_MOVES.removeprefix("return_")]
+        return BatchFeature(data, tensor_type=kind, skip_tensor_conversion=skipped)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -186,6 +198,19 @@ class ChameleonProcessor(ProcessorMixin):
         tokens = [self.image_seq_length + len((BEGIN_IMAGE, END_IMAGE))] * count
         return MultiModalData(num_image_tokens=tokens, num_image_patches=[1] * count)
 
+    def _pictures(self, images: Any) -> list[Any]:
+        """All pictures in order; a string is a file, or an address that transformers fetches."""
+        if isinstance(images, str):
+            is_file = os.path.isfile(images)
+            return [
+                Image.open(images).pil if is_file else self.image_processor.fetch_images(images)
+            ]
+        if isinstance(images, list | tuple) and any(
+            isinstance(i, str | list | tuple) for i in images
+        ):
+            return [picture for item in images for picture in self._pictures(item)]
+        return make_flat_list_of_images(images)
+
     def _tokens(
         self,
         texts: list[str],
@@ -221,10 +246,21 @@ class ChameleonProcessor(ProcessorMixin):
     def _closed(self, text: str, completion: bool, begins: bool) -> str:
         """A text with its pictures spelled, its start where the tokenizer adds none, its end."""
         bos = self.tokenizer.bos_token
-        templated = bos is not None and text.startswith(bos)
+        eos = self.tokenizer.eos_token
+        templated = bool(bos and text.startswith(bos)) or bool(eos and text.endswith(eos))
         start = bos if begins and bos and not templated else ""
         end = "" if completion or templated else self.tokenizer.sep_token or END_OF_TURN
         return start + text.replace(self.image_token, self._spelled()) + end
+
+    def _moves(self, text: str) -> list[dict[str, tuple[int, int]]]:
+        """Where each mark of a text is, in letters, and where its spelled picture then is."""
+        moves: list[dict[str, tuple[int, int]]] = []
+        gain, length = 0, len(self._spelled())
+        for mark in re.finditer("|".join(map(re.escape, (_MARK, self.image_token))), text):
+            start, end = mark.span()
+            moves.append({"span": (start, end), "new_span": (start + gain, start + gain + length)})
+            gain += length - (end - start)
+        return moves
 
     @property
     def _adds_bos(self) -> bool:

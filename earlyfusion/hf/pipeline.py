@@ -1,0 +1,46 @@
+"""transformers' pipeline "any-to-any" for these classes, without torchvision.
+
+transformers asks for torchvision of every model that reads pictures, for the image processors that
+need it; the one here does not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+from transformers.pipelines import PIPELINE_REGISTRY, AnyToAnyPipeline
+from transformers.pipelines.base import Pipeline
+
+from earlyfusion.hf.modeling import ChameleonForConditionalGeneration
+
+TASK = "any-to-any"
+
+
+class ChameleonPipeline(AnyToAnyPipeline):
+    """Turns or texts with pictures in; text out, or a picture with `generation_mode="image"`.
+
+    `transformers.pipeline("any-to-any", …, pipeline_class=ChameleonPipeline)`, or without that
+    argument after `register()`. Other models are served as before.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        model = kwargs.get("model", args[0] if args else None)
+        if not isinstance(model, ChameleonForConditionalGeneration):
+            super().__init__(*args, **kwargs)
+            return
+        Pipeline.__init__(self, *args, **kwargs)
+        self.check_model_type(MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES)
+
+    def _forward(self, model_inputs: Any, generate_kwargs: Any = None) -> Any:
+        settings = dict(generate_kwargs or {})
+        own = isinstance(self.model, ChameleonForConditionalGeneration)
+        if own and settings.get("generation_mode") == "image":
+            # The pipeline's own default is 256 new tokens, whatever a picture takes.
+            settings.setdefault("max_new_tokens", self.model.picture_tokens)
+        return super()._forward(model_inputs, settings)
+
+
+def route_pipeline() -> None:
+    """Let `transformers.pipeline("any-to-any")` make this class."""
+    PIPELINE_REGISTRY.supported_tasks[TASK]["impl"] = ChameleonPipeline

@@ -1,0 +1,51 @@
+"""How transformers' tensor parallelism splits the model: by heads, with the QK-norms of the heads.
+
+Each process holds some heads of every layer and some columns of every feed-forward, and a part of
+the head's vocabulary. The image tokenizer is whole in each.
+"""
+
+from __future__ import annotations
+
+from transformers.integrations import ALL_PARALLEL_STYLES
+
+from earlyfusion.config import ModelConfig
+from earlyfusion.errors import SettingError
+
+HEAD = {"lm_head": "colwise_gather_output"}
+
+
+def _split_norm(norm: str) -> dict[str, str]:
+    """A QK-norm [heads, width] by heads: "colwise" cuts the dimension before the last."""
+    if "local_params" in ALL_PARALLEL_STYLES:
+        return {f"{norm}.weight": "colwise", f"{norm}.bias": "colwise", norm: "local_params"}
+    # 5.7 gathers a bias over its last dimension when it saves, so that this one needs its own name.
+    if "colwise" in ALL_PARALLEL_STYLES:
+        ALL_PARALLEL_STYLES.register("head_norm", ALL_PARALLEL_STYLES["colwise"])
+        ALL_PARALLEL_STYLES.register_plan_to_weight_dim("head_norm", -2)
+        ALL_PARALLEL_STYLES.register_plan_to_bias_dim("head_norm", -2)
+    return {f"{norm}.weight": "head_norm", f"{norm}.bias": "head_norm"}
+
+
+_ATTENTION, _MLP = "layers.*.self_attn", "layers.*.mlp"
+LAYERS = {
+    f"{_ATTENTION}.q_proj": "colwise",
+    f"{_ATTENTION}.k_proj": "colwise",
+    f"{_ATTENTION}.v_proj": "colwise",
+    f"{_ATTENTION}.o_proj": "rowwise",
+    **_split_norm(f"{_ATTENTION}.q_norm"),
+    **_split_norm(f"{_ATTENTION}.k_norm"),
+    f"{_MLP}.gate_proj": "colwise",
+    f"{_MLP}.up_proj": "colwise",
+    f"{_MLP}.down_proj": "rowwise",
+}
+
+
+def check_processes(shape: ModelConfig, processes: int) -> None:
+    """`SettingError` unless all processes get the same number of heads."""
+    heads = shape.kv_heads
+    if heads % processes:
+        fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        raise SettingError(
+            f"{processes} processes cannot share {heads} key and value heads evenly: "
+            f"start one of {fitting}"
+        )

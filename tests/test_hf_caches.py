@@ -1,0 +1,204 @@
+"""Every cache and search of transformers' `generate` on our class, against the stock class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from test_hf_equality import Pair
+from test_hf_models import BASE, PLACEHOLDER, TEXT, fresh, prompts
+
+from earlyfusion.hf import ChameleonConfig, ChameleonForConditionalGeneration, ChameleonModel
+
+IDS = {"input_ids": torch.tensor([[0, 50, 60, 61, 62]])}
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    folder = tmp_path_factory.mktemp("caches")
+    return Pair(folder, swin_norm=True, num_key_value_heads=2, model_parallel_size=2)
+
+
+def check(pair: Pair, **how: Any) -> None:
+    inputs = prompts() | {"disable_compile": True, "suppress_tokens": [PLACEHOLDER]}
+    assert torch.equal(*pair.generated(inputs, do_sample=False, **how))
+
+
+@pytest.mark.parametrize("name", ["dynamic", "static", "offloaded_static"])
+@pytest.mark.filterwarnings("ignore")  # transformers' own, about a cache that cannot be offloaded
+def test_caches_by_name(pair: Pair, name: str) -> None:
+    if name.startswith("offloaded") and not torch.cuda.is_available():
+        pytest.skip("offloading needs a GPU")
+    check(pair, cache_implementation=name)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_caches_as_objects(pair: Pair, kind: str) -> None:
+    inputs, found = prompts(), []
+    for model in (pair.stock, pair.own):
+        cache: Any = transformers.DynamicCache(config=model.config)
+        if kind == "static":
+            cache = transformers.StaticCache(config=model.config, max_cache_len=256)
+        outputs = model.generate(
+            **inputs,
+            past_key_values=cache,
+            max_new_tokens=6,
+            do_sample=False,
+            disable_compile=True,
+            return_dict_in_generate=True,
+        )
+        assert outputs.past_key_values is cache
+        length = inputs["input_ids"].shape[1] + 5
+        assert int(cache.get_seq_length()) == length
+        keys = cache.layers[1].keys[:, :, :length]
+        found.append((outputs.sequences, keys))
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow  # optimum-quanto compiles its kernels when it is first used
+@pytest.mark.parametrize("bits", [2, 4])
+def test_a_quantised_cache(pair: Pair, bits: int) -> None:
+    pytest.importorskip("optimum.quanto")
+    settings = {"backend": "quanto", "nbits": bits, "residual_length": 16, "q_group_size": 8}
+    check(pair, cache_implementation="quantized", cache_config=settings)
+    exact = pair.own.generate(**prompts(), max_new_tokens=8, do_sample=False)
+    rough = pair.own.generate(
+        **prompts(),
+        max_new_tokens=8,
+        do_sample=False,
+        cache_implementation="quantized",
+        cache_config=settings,
+    )
+    assert exact.shape == rough.shape
+
+
+def test_a_cache_may_be_cut_and_continued(pair: Pair) -> None:
+    own, cache = pair.own, transformers.DynamicCache(config=pair.own.config)
+    ids = torch.tensor([[0, 50, 60, 61, 62, 70, 71]])
+    own(ids, past_key_values=cache)
+    cache.crop(-3)
+    again = own(ids[:, 4:], past_key_values=cache).logits
+    torch.testing.assert_close(again, own(ids).logits[:, 4:], atol=1e-5, rtol=1e-5)
+
+
+def test_generating_from_embeddings(pair: Pair) -> None:
+    inputs, found = prompts(), []
+    for model in (pair.stock, pair.own):
+        embedded = model.get_input_embeddings()(inputs["input_ids"])
+        found.append(
+            model.generate(
+                inputs_embeds=embedded,
+                attention_mask=inputs["attention_mask"],
+                pixel_values=inputs["pixel_values"],
+                max_new_tokens=6,
+                do_sample=False,
+            )
+        )
+    assert torch.equal(*found)
+    by_ids = pair.own.generate(**inputs, max_new_tokens=6, do_sample=False)
+    assert torch.equal(found[1], by_ids[:, inputs["input_ids"].shape[1] :])
+
+
+@pytest.mark.parametrize("sample", [False, True])
+@pytest.mark.filterwarnings("ignore")  # transformers' own, about its configs
+def test_assisted_as_in_the_stock_class(pair: Pair, tmp_path: Path, sample: bool) -> None:
+    fresh(num_hidden_layers=1).save_pretrained(tmp_path)
+    stock = transformers.ChameleonForConditionalGeneration.from_pretrained(tmp_path).eval()
+    helpers = (stock, ChameleonForConditionalGeneration.from_pretrained(tmp_path).eval())
+    found = []
+    for model, helper in zip((pair.stock, pair.own), helpers, strict=True):
+        torch.manual_seed(3)
+        how = {"do_sample": sample, "max_new_tokens": 12, "assistant_model": helper}
+        found.append(model.generate(**IDS, **how))
+    assert torch.equal(*found)
+    if not sample:
+        assert torch.equal(found[1], pair.own.generate(**IDS, do_sample=False, max_new_tokens=12))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.5},
+        {"num_beams": 2, "do_sample": True},
+        {"do_sample": True, "min_p": 0.05, "num_return_sequences": 3},
+        {"do_sample": True, "typical_p": 0.7},
+        {"do_sample": True, "epsilon_cutoff": 3e-3},
+        {"do_sample": False, "no_repeat_ngram_size": 2, "min_new_tokens": 6},
+        {"do_sample": False, "bad_words_ids": [[50], [60, 61]]},
+        {"do_sample": False, "guidance_scale": 1.5},
+    ],
+    ids=lambda how: "-".join(how),
+)
+def test_other_searches(pair: Pair, how: dict[str, Any]) -> None:
+    inputs = {key: value for key, value in prompts().items() if key != "pixel_values"}
+    inputs["input_ids"] = inputs["input_ids"].clamp(max=PLACEHOLDER - 1)
+    assert torch.equal(*pair.generated(inputs, **how))
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers' own, about the move
+def test_contrastive_search_is_where_transformers_has_it(pair: Pair) -> None:
+    for model in (pair.stock, pair.own):
+        with pytest.raises(ValueError, match="Contrastive Search requires `trust_remote_code"):
+            model.generate(**IDS, penalty_alpha=0.6, top_k=4, max_new_tokens=3)
+
+
+def test_a_search_of_ones_own(pair: Pair) -> None:
+    def longest(model: Any, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        for _ in range(3):
+            best = model(input_ids, image_logits=False).logits[:, -1:].argmax(-1)
+            input_ids = torch.cat((input_ids, best), 1)
+        return input_ids
+
+    own = pair.own.generate(**IDS, custom_generate=longest, max_new_tokens=3)
+    assert torch.equal(own, pair.own.generate(**IDS, do_sample=False, max_new_tokens=3))
+
+
+def test_resized_embeddings(tmp_path: Path) -> None:
+    for tied in (False, True):
+        model = fresh(tie_word_embeddings=tied)
+        before = model(IDS["input_ids"]).logits
+        model.resize_token_embeddings(100, mean_resizing=False)
+        after = model(IDS["input_ids"]).logits
+        assert torch.equal(after[..., :96], before)
+        assert model.config.vocab_size == model.vocab_size == 100
+        assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+        model.save_pretrained(tmp_path / str(tied))
+        again = ChameleonForConditionalGeneration.from_pretrained(tmp_path / str(tied))
+        assert torch.equal(again(IDS["input_ids"]).logits, after)
+
+
+def test_what_a_base_model_gives(pair: Pair) -> None:
+    stock = transformers.ChameleonModel.from_pretrained(pair.folder).eval()
+    own = ChameleonModel.from_pretrained(pair.folder).eval()
+    inputs, more = prompts(), {"output_hidden_states": True, "use_cache": False}
+    theirs, ours = stock(**inputs, **more), own(**inputs, **more)
+    seen = inputs["attention_mask"].bool()
+    assert ours.past_key_values is None
+    for a, b in zip(theirs.hidden_states, ours.hidden_states, strict=True):
+        torch.testing.assert_close(a[seen], b[seen], atol=1e-5, rtol=1e-5)
+
+
+def test_losses_on_text_are_those_of_the_stock_class(pair: Pair) -> None:
+    """Image columns count in ours, so that ours are compared without them."""
+    ids = TEXT[TEXT >= 40][None, :20]
+    theirs = pair.stock(ids, labels=ids).loss
+    torch.testing.assert_close(pair.own(ids, labels=ids, image_logits=False).loss, theirs)
+    assert pair.own(ids, labels=ids).loss > theirs
+
+
+def test_configs_made_by_hand() -> None:
+    with torch.device("meta"):
+        model = ChameleonModel(ChameleonConfig())
+    assert model.config.hidden_size == model.embed_tokens.weight.shape[1] == 4096
+    assert ChameleonConfig(**BASE).to_dict()["vocab_size"] == 96

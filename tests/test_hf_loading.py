@@ -1,0 +1,116 @@
+"""Where the weights of the transformers face go: devices and disk through accelerate, the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from wide import example, wide_folder
+
+from earlyfusion.hf import ChameleonForConditionalGeneration, ChameleonProcessor, ChameleonVQVAE
+
+pytest.importorskip("accelerate")
+
+PARTS = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "lm_head")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: Any) -> Path:
+    return wide_folder(tmp_path_factory.mktemp("wide"))
+
+
+class TestDeviceMap:
+    @pytest.mark.parametrize(
+        ("given", "offloaded"),
+        [
+            ({"device_map": "auto"}, False),
+            ({"device_map": "cpu"}, False),
+            ({"device_map": "auto", "max_memory": {"cpu": 800_000}}, True),
+            ({"device_map": dict.fromkeys(PARTS, "cpu") | {"model.vqmodel": "disk"}}, True),
+            ({"device_map": dict.fromkeys(PARTS, "disk") | {"model.vqmodel": "cpu"}}, True),
+        ],
+        ids=["auto", "cpu", "little-memory", "pictures-on-disk", "language-on-disk"],
+    )
+    def test_same_logits_pictures_and_loss(
+        self, folder: Path, given: dict[str, Any], offloaded: bool, tmp_path: Path
+    ) -> None:
+        inputs, whole = example(folder), ChameleonForConditionalGeneration.from_pretrained(folder)
+        model = ChameleonForConditionalGeneration.from_pretrained(
+            folder, offload_folder=tmp_path, **given
+        )
+        wanted, labels = whole(**inputs, labels=inputs["input_ids"]), inputs["input_ids"]
+        assert any(p.is_meta for p in model.parameters()) == offloaded
+        outputs = model(**inputs, labels=labels)
+        assert torch.equal(outputs.logits, wanted.logits)
+        assert torch.equal(outputs.loss, wanted.loss)
+        codes = model.get_image_tokens(inputs["pixel_values"])
+        assert torch.equal(model.decode_image_tokens(codes), whole.decode_image_tokens(codes))
+
+    def test_the_image_tokenizer_stays_on_one_device(self, folder: Path, tmp_path: Path) -> None:
+        model = ChameleonForConditionalGeneration.from_pretrained(
+            folder, device_map="auto", max_memory={"cpu": 900_000}, offload_folder=tmp_path
+        )
+        parts = [part for part in model.hf_device_map if "vqmodel" in part]
+        assert parts in ([], ["model.vqmodel"])
+
+
+class TestHub:
+    def test_the_files_that_go_up_load_again(
+        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        commits = _keep_commits(monkeypatch, tmp_path)
+        model = ChameleonForConditionalGeneration.from_pretrained(folder)
+        processor = ChameleonProcessor.from_pretrained(folder)
+        model.push_to_hub("someone/chameleon", commit_message="weights")
+        processor.push_to_hub("someone/chameleon")
+        assert [sorted(names) for names in commits] == [
+            ["README.md", "config.json", "generation_config.json", "model.safetensors"],
+            [
+                "README.md",
+                "chat_template.jinja",
+                "processor_config.json",
+                "tokenizer.json",
+                "tokenizer_config.json",
+            ],
+        ]
+        again = ChameleonForConditionalGeneration.from_pretrained(tmp_path)
+        inputs = example(tmp_path)
+        assert torch.equal(again(**inputs).logits, model(**example(folder)).logits)
+
+    def test_the_image_tokenizer_alone(
+        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        commits = _keep_commits(monkeypatch, tmp_path)
+        model = ChameleonForConditionalGeneration.from_pretrained(folder)
+        model.model.vqmodel.push_to_hub("someone/pictures")
+        assert {"config.json", "model.safetensors"} <= set(commits[0])
+        again = ChameleonVQVAE.from_pretrained(tmp_path)
+        codes = torch.arange(64).view(1, 8, 8)
+        assert torch.equal(again.decode(codes), model.model.vqmodel.decode(codes))
+
+
+def _keep_commits(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[list[str]]:
+    """Stand in for the hub: what would go up is written to `folder`, names are listed a commit."""
+    commits: list[list[str]] = []
+
+    def commit(self: Any, *args: Any, operations: Any, **kwargs: Any) -> str:
+        for operation in operations:
+            content = operation.path_or_fileobj
+            data = Path(content).read_bytes() if isinstance(content, str | Path) else content
+            (folder / operation.path_in_repo).write_bytes(data)
+        commits.append([operation.path_in_repo for operation in operations])
+        return "https://hub.invalid/commit"
+
+    def create(self: Any, repo_id: str, **kwargs: Any) -> Any:
+        return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
+
+    def nothing(*args: Any, **kwargs: Any) -> Any:
+        raise huggingface_hub.errors.EntryNotFoundError("no card yet")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", commit)
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create)
+    monkeypatch.setattr(huggingface_hub.ModelCard, "load", nothing)
+    return commits

@@ -1,0 +1,118 @@
+"""transformers' tensor parallelism over two processes gives what one process gives."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_hf_models import stock_model
+
+from earlyfusion.config import PRESETS
+from earlyfusion.errors import SettingError
+from earlyfusion.hf import ChameleonConfig, ChameleonForConditionalGeneration
+from earlyfusion.hf.tensor_parallel import check_processes
+
+SHAPES = {
+    "post_norm_gqa_biases": {
+        "swin_norm": True,
+        "num_key_value_heads": 2,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
+    "tied": {"tie_word_embeddings": True},
+}
+SCRIPT = """
+import sys, torch
+from torch import distributed
+from earlyfusion.hf import ChameleonForConditionalGeneration
+
+torch.set_num_threads(1)
+folder, target = sys.argv[1:]
+split = ChameleonForConditionalGeneration.from_pretrained(folder, tp_plan="auto").eval()
+whole = ChameleonForConditionalGeneration.from_pretrained(folder).eval()
+
+def local(tensor):
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+def is_near(one, two):
+    torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
+
+half = whole.model.shape.num_attention_heads // 2
+norm = split.model.layers[0].self_attn.q_norm
+assert local(norm.weight).shape[0] == local(norm.bias).shape[0] == half
+mine = slice(half * distributed.get_rank(), half * (distributed.get_rank() + 1))
+assert torch.equal(local(norm.bias), whole.model.layers[0].self_attn.q_norm.bias[mine])
+
+picture = [91, *[90] * 64, 92]
+ids = torch.tensor([[0, 50, *picture, 60, 61], [0, 51, *picture, 62, 63]])
+pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+labels = torch.where(ids == 90, -100, ids)
+losses = [model(ids, pixels, labels=labels) for model in (split, whole)]
+is_near(losses[0].logits, losses[1].logits)
+for loss in losses:
+    loss.loss.backward()
+theirs = whole.model.layers[0].self_attn.q_norm.weight.grad
+is_near(local(split.model.layers[0].self_attn.q_norm.weight.grad), theirs[mine])
+
+for how in ({"do_sample": False}, {"num_beams": 2, "do_sample": False}):
+    drawn = [m.generate(ids, pixel_values=pixels, max_new_tokens=6, **how) for m in (split, whole)]
+    assert torch.equal(*drawn)
+
+split.save_pretrained(target)
+distributed.barrier()
+again = ChameleonForConditionalGeneration.from_pretrained(target).state_dict()
+assert all(torch.equal(value, again[name]) for name, value in whole.state_dict().items())
+distributed.destroy_process_group()
+print("fine")
+"""
+
+
+@pytest.mark.parametrize(
+    "name", ["post_norm_gqa_biases", pytest.param("tied", marks=pytest.mark.slow)]
+)
+def test_two_processes_equal_one(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")  # transformers asks for it
+    stock_model(**SHAPES[name]).save_pretrained(tmp_path / "model")
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--standalone",
+    ]
+    done = subprocess.run(
+        [*command, str(script), str(tmp_path / "model"), str(tmp_path / "saved")],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("fine") == 2
+
+
+def test_the_plan_names_every_split_module() -> None:
+    config = ChameleonConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=4, vocab_size=96, vq_config={"base_channels": 32},
+    )  # fmt: skip
+    model = ChameleonForConditionalGeneration(config)
+    names = {name for name, _ in [*model.named_modules(), *model.named_parameters()]}
+    plan = {rule.replace("*", "0") for rule in model.tp_plan}
+    assert plan <= names
+    linear = {n for n in names if n.endswith("_proj") and "layers" in n} | {"lm_head"}
+    assert linear <= plan
+
+
+def test_heads_are_shared_evenly() -> None:
+    check_processes(PRESETS["chameleon-34b"], 8)
+    with pytest.raises(
+        SettingError, match=r"3 processes cannot share 8 .*: start one of 1, 2, 4, 8"
+    ):
+        check_processes(PRESETS["chameleon-34b"], 3)

@@ -1,0 +1,94 @@
+"""transformers' any-to-any pipeline with our model and processor, where torchvision is absent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+import transformers
+from tiny import CONFIG, tiny_processor, tiny_transformer
+from transformers.pipelines import PIPELINE_REGISTRY
+
+from earlyfusion.checkpoints.hf import save_hf
+from earlyfusion.hf import ChameleonForConditionalGeneration, ChameleonPipeline, ChameleonProcessor
+from earlyfusion.hf.pipeline import TASK, route_pipeline
+from earlyfusion.model.vqgan import VQGAN
+
+TURN = [{"role": "user", "content": [{"type": "text", "text": "Draw a pear."}]}]
+
+
+@pytest.fixture(scope="module")
+def pipe(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("pipeline")
+    processor = tiny_processor(folder)
+    torch.manual_seed(0)
+    vqgan = VQGAN(CONFIG.vq_config).eval()
+    text = (folder / "tokenizer.json").read_text()
+    ends = {"eos_token_id": 2, "pad_token_id": 1, "bos_token_id": 0}
+    save_hf(folder / "model", tiny_transformer(processor), vqgan, text, ends)
+    return transformers.pipeline(
+        TASK,
+        model=ChameleonForConditionalGeneration.from_pretrained(folder / "model"),
+        processor=ChameleonProcessor.from_pretrained(folder / "model"),
+        pipeline_class=ChameleonPipeline,
+    )
+
+
+@pytest.fixture
+def photo() -> PIL.Image.Image:
+    values = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    return PIL.Image.fromarray(values)
+
+
+def test_text_of_a_picture(pipe: Any, photo: PIL.Image.Image, tmp_path: Path) -> None:
+    photo.save(tmp_path / "photo.png")
+    settings = {"max_new_tokens": 6, "return_full_text": False}
+    given = [photo, [photo], str(tmp_path / "photo.png")]
+    said = [pipe(text="What is <image>", images=images, **settings) for images in given]
+    inputs = pipe.processor(images=[photo], text="What is <image>")
+    ids = pipe.model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    new = ids[:, inputs["input_ids"].shape[1] :]
+    wanted = pipe.processor.post_process_image_text_to_text(new)[0]
+    assert [answer[0]["generated_text"] for answer in said] == [wanted] * 3
+
+
+def test_turns(pipe: Any, photo: PIL.Image.Image) -> None:
+    content = [{"type": "image", "image": photo}, {"type": "text", "text": "What is this?"}]
+    said = pipe(text=[{"role": "user", "content": content}], max_new_tokens=6)
+    assert [turn["role"] for turn in said[0]["generated_text"]] == ["user", "assistant"]
+
+
+@pytest.mark.parametrize("more", [{}, {"generate_kwargs": {"guidance_text": 3.0}}])
+def test_a_picture(pipe: Any, more: dict[str, Any]) -> None:
+    for text in ("Draw a pear.", TURN):
+        [drawn] = pipe(text=text, generation_mode="image", **more)
+        assert drawn["generated_image"].size == (16, 16)
+        assert drawn["input_text"] == text
+
+
+@pytest.fixture
+def routed() -> Iterator[None]:
+    before = PIPELINE_REGISTRY.supported_tasks[TASK]["impl"]
+    route_pipeline()
+    yield
+    PIPELINE_REGISTRY.supported_tasks[TASK]["impl"] = before
+
+
+@pytest.mark.usefixtures("routed")
+def test_after_register_the_task_finds_it(pipe: Any) -> None:
+    made = transformers.pipeline(TASK, model=pipe.model, processor=pipe.processor)
+    assert type(made) is ChameleonPipeline
+
+
+@pytest.mark.usefixtures("routed")
+@pytest.mark.skipif(transformers.utils.is_torchvision_available(), reason="torchvision is there")
+def test_other_models_are_asked_for_torchvision_as_before(pipe: Any) -> None:
+    config = transformers.ChameleonConfig(**pipe.model.config.to_dict())
+    stock = transformers.ChameleonForConditionalGeneration(config)
+    with pytest.raises(ImportError, match=r"(?i)torchvision"):
+        transformers.pipeline(TASK, model=stock, processor=pipe.processor)

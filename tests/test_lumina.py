@@ -1,0 +1,177 @@
+"""Lumina-mGPT: pictures of any of its sizes, spelled and drawn; its guidance by one scale."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import CONFIG, tiny_processor, tiny_transformer
+
+from earlyfusion.checkpoints import lumina
+from earlyfusion.checkpoints.hf import save_hf
+from earlyfusion.errors import CheckpointError, ImageError
+from earlyfusion.generation import guidance
+from earlyfusion.generation.reference import ImageDone, ImageProgress, Request, generate
+from earlyfusion.generation.settings import SamplingParams
+from earlyfusion.image_tokenizer import ImageTokenizer
+from earlyfusion.model.transformer import Transformer
+from earlyfusion.model.vqgan import VQGAN
+from earlyfusion.processor import Processor
+
+SIZES = [f"<reserved{8800 + count:05}>" for count in range(1, 9)]
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory: pytest.TempPathFactory) -> Processor:
+    """The tiny tokenizer with the tokens that Lumina spells sizes and line ends with."""
+    path = tiny_processor(tmp_path_factory.mktemp("lumina")).tokenizer_file
+    data = json.loads(path.read_text())
+    first = max(data["model"]["vocab"].values()) + 1
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    for number, name in enumerate(("<reserved08799>", *SIZES)):
+        data["model"]["vocab"][name] = first + number
+        token = {"id": first + number, "content": name, "special": True}
+        data["added_tokens"].append(token | flags)
+    path.write_text(json.dumps(data))
+    return Processor(path, lumina.layout(8))
+
+
+@pytest.fixture(scope="module")
+def transformer(processor: Processor) -> Transformer:
+    return tiny_transformer(processor)
+
+
+def test_height_comes_first(processor: Processor) -> None:
+    layout = lumina.layout(4, 6)
+    assert layout.head[1:] == ("<reserved08802>", "<reserved08803>")
+    assert layout.num_tokens == 4 * (6 + 1) + 4
+    codes = np.arange(24).reshape(4, 6)
+    tokens = layout.spell(codes, processor.vocabulary)
+    assert lumina.read_layout(tokens, processor.vocabulary) == layout
+    assert np.array_equal(layout.parse(tokens, processor.vocabulary), codes)
+    with pytest.raises(ImageError, match="6x4 codes take 34 tokens"):
+        lumina.layout(6, 4).parse(tokens, processor.vocabulary)
+
+
+@pytest.mark.parametrize("size", [(3, 4), (4, 5)])
+def test_odd_sides_have_no_size_token(size: tuple[int, int]) -> None:
+    with pytest.raises(CheckpointError, match="has no size token"):
+        lumina.layout(*size)
+
+
+def test_pictures_without_a_size_are_told(processor: Processor) -> None:
+    vocabulary = processor.vocabulary
+    begin, code = vocabulary.begin_image, int(vocabulary.image_tokens[0])
+    for tokens in ([begin, code, code], [begin], [begin, vocabulary.id_of("<reserved08799>"), 9]):
+        with pytest.raises(ImageError, match="height and width after the begin mark"):
+            lumina.read_layout(tokens, vocabulary)
+
+
+@pytest.mark.parametrize("grid", [32, 48, 64])
+def test_sizes(grid: int) -> None:
+    sizes = lumina.sizes(grid)
+    assert (grid, grid) in sizes
+    assert len(set(sizes)) == len(sizes)
+    assert all(h % 2 == w % 2 == 0 and h * w <= grid**2 for h, w in sizes)
+    assert all(max(size) <= 4 * min(size) for size in sizes)
+    assert (2 * grid, grid // 2) in sizes and (grid // 2, 2 * grid) in sizes
+    # For every width the tallest picture that keeps to the area and the ratio.
+    for width in range(2, 4 * grid, 2):
+        height = grid**2 // width // 2 * 2
+        if height and max(height, width) <= 4 * min(height, width):
+            assert (height, width) in sizes
+
+
+def test_the_nearest_size() -> None:
+    assert lumina.nearest_size(480, 480, 32) == (32, 32)
+    height, width = lumina.nearest_size(480, 640, 32)
+    assert abs(width / height - 4 / 3) < 0.06
+    assert lumina.nearest_size(10, 1000, 32) == (16, 64)
+    assert lumina.nearest_size(1000, 10, 32) == (64, 16)
+    with pytest.raises(ImageError, match="has no shape"):
+        lumina.nearest_size(0, 5, 32)
+
+
+def test_what_it_is_told() -> None:
+    told = lumina.instruction("A pear.", 512, 768)
+    assert told == "Generate an image of 768x512 according to the following prompt:\nA pear."
+
+
+@pytest.mark.parametrize("size", [(4, 8), (8, 4), (2, 8), (6, 6)])
+def test_a_picture_of_another_size_is_drawn(
+    processor: Processor, transformer: Transformer, size: tuple[int, int]
+) -> None:
+    wide = lumina.for_size(processor, *size)
+    sampling = SamplingParams(seed=0, guidance_text=3.0, guidance_image=3.0).resolved({})
+    ids = [wide.vocabulary.bos, *wide.encode_text("a pear"), wide.vocabulary.end_of_turn]
+    request = Request(ids, "image", sampling, images=1, room=wide.layout.num_tokens)
+    events = list(generate(transformer, wide, request))
+    [done] = [event for event in events if isinstance(event, ImageDone)]
+    assert done.codes.shape == size
+    rows = [event.codes_done for event in events if isinstance(event, ImageProgress)]
+    assert rows == [size[1] * row for row in range(1, size[0] + 1)]
+    assert events[-1].usage.completion_tokens == size[0] * (size[1] + 1) + 4  # type: ignore[union-attr]
+    torch.manual_seed(0)
+    tokenizer = ImageTokenizer(VQGAN(CONFIG.vq_config).eval(), 16)
+    [picture] = tokenizer.decode(torch.from_numpy(done.codes)[None])
+    stride = CONFIG.vq_config.stride
+    assert picture.size == (size[1] * stride, size[0] * stride)
+
+
+def test_guidance_begins_at_the_picture(processor: Processor) -> None:
+    vocabulary, layout = processor.vocabulary, lumina.layout(4, 6)
+    picture = layout.spell(np.zeros((4, 6), dtype=np.int64), vocabulary)
+    text = processor.encode_text("a pear")
+    history = [vocabulary.bos, *text, *picture, *text, vocabulary.begin_image]
+
+    def prompt(branch: guidance.Branch) -> list[int]:
+        return guidance.prompt(branch, history, vocabulary, layout)
+
+    assert prompt("full") == history
+    assert prompt("unconditional") == [vocabulary.begin_image]
+    assert prompt("image_only") == [vocabulary.bos, *picture, vocabulary.begin_image]
+    sampling = SamplingParams().resolved({"chameleon": lumina.SAMPLING})
+    text_weight, image_weight = sampling.guidance_text, sampling.guidance_image
+    assert text_weight is not None and image_weight is not None
+    for has_images in (False, True):
+        names = guidance.needed(text_weight, image_weight, has_images)
+        assert names == ("full", "unconditional")
+    conditional, alone = torch.randn(2, 9)
+    mixed = guidance.mix({"full": conditional, "unconditional": alone}, text_weight, image_weight)
+    torch.testing.assert_close(mixed, alone + 3.0 * (conditional - alone))
+
+
+@torch.no_grad()
+def test_a_guided_picture_equals_plain_forwards(
+    processor: Processor, transformer: Transformer, tmp_path: Path
+) -> None:
+    """Greedy, through the transformers face: both contexts read again for every token."""
+    from earlyfusion.hf import ChameleonForConditionalGeneration
+
+    torch.manual_seed(0)
+    text = processor.tokenizer_file.read_text()
+    ends = {"eos_token_id": 2, "pad_token_id": 1, "bos_token_id": 0}
+    save_hf(tmp_path, transformer, VQGAN(CONFIG.vq_config), text, ends)
+    config = json.loads((tmp_path / "config.json").read_text()) | {lumina.MARK: lumina.KIND}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model: Any = ChameleonForConditionalGeneration.from_pretrained(tmp_path).eval()
+    vocabulary, layout = processor.vocabulary, lumina.layout(8)
+    prompt = [vocabulary.bos, *processor.encode_text("a pear"), vocabulary.end_of_turn]
+    settings = {"guidance_text": 3.0, "guidance_image": 3.0, "do_sample": False}
+    out = model.generate(
+        torch.tensor([prompt]), multimodal_generation_mode="image-only", **settings
+    )
+    want: list[int] = []
+    codes = vocabulary.image_tokens
+    for slot in layout.template(vocabulary).tolist():
+        if slot >= 0:
+            want.append(slot)
+            continue
+        full, alone = (transformer(torch.tensor([row + want]))[0, -1] for row in (prompt, []))
+        guided = alone + 3.0 * (full - alone)
+        want.append(int(codes[int(guided[codes].argmax())]))
+    assert out[0, len(prompt) :].tolist() == want
