@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import secrets
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -15,6 +18,8 @@ import torch
 from earlyfusion.checkpoints import formats
 from earlyfusion.config import ModelConfig
 from earlyfusion.content import Image, Message, Prompt, Segment, Text, as_messages
+from earlyfusion.engine.engine import Engine
+from earlyfusion.engine.network import fingerprint
 from earlyfusion.errors import CheckpointError, ContextError, PromptError, SettingError
 from earlyfusion.generation.reference import (
     Event,
@@ -25,7 +30,6 @@ from earlyfusion.generation.reference import (
     Request,
     TextDelta,
     Usage,
-    generate,
 )
 from earlyfusion.generation.settings import SamplingParams
 from earlyfusion.image_tokenizer import ImageTokenizer
@@ -34,6 +38,9 @@ from earlyfusion.processor import Processor
 
 Output = Literal["text", "image", "interleaved", "auto"]
 Watch = Callable[[Event, Image | None], None]
+Codes = np.ndarray[Any, np.dtype[np.int64]]
+
+_PICTURES_KNOWN = 1024  # whose codes are kept
 
 # A CPU computes fp32 faster than bf16 as long as the weights stay in its cache.
 _LARGE = 500_000_000
@@ -71,7 +78,8 @@ class Reply:
 class Chameleon:
     """A model in memory: transformer, image tokenizer and processor.
 
-    `defaults` holds the model's own sampling settings, as in its `generation_config.json`.
+    `defaults` holds the model's own sampling settings, as in its `generation_config.json`. One
+    `engine` answers everything that is asked of this object, from any thread.
     """
 
     def __init__(
@@ -85,6 +93,9 @@ class Chameleon:
         self.image_tokenizer = image_tokenizer
         self.processor = processor
         self.defaults = dict(defaults or {})
+        self._engine: Engine | None = None
+        self._known_codes: OrderedDict[bytes, Codes] = OrderedDict()
+        self._lock = Lock()
 
     @classmethod
     def load(
@@ -106,6 +117,18 @@ class Chameleon:
     @property
     def config(self) -> ModelConfig:
         return self.transformer.config
+
+    @property
+    def engine(self) -> Engine:
+        """Made when first needed; assign one of your own for another size of the cache."""
+        with self._lock:
+            if self._engine is None or self._engine.transformer is not self.transformer:
+                self._engine = Engine(self.transformer, self.processor)
+            return self._engine
+
+    @engine.setter
+    def engine(self, engine: Engine) -> None:
+        self._engine = engine
 
     @property
     def can_draw(self) -> bool:
@@ -134,9 +157,16 @@ class Chameleon:
         sampling: SamplingParams | None = None,
         seed: int | None = None,
     ) -> Iterator[Event]:
-        """The events of `generate` as they come; `Finished` is the last. Mistakes raise at once."""
+        """The events of `generate` as they come; `Finished` is the last. Mistakes raise at once.
+
+        The request begins with the first event taken, and ends when the iterator is closed.
+        """
         request = self.request(prompt, output, sampling, seed)
-        return generate(self.transformer, self.processor, request)
+        self.engine.check(request)
+        return self._events(request)
+
+    def _events(self, request: Request) -> Iterator[Event]:
+        yield from self.engine.add(request)
 
     def generate_batch(
         self,
@@ -145,7 +175,8 @@ class Chameleon:
         sampling: SamplingParams | Sequence[SamplingParams | None] | None = None,
         seed: int | None = None,
     ) -> list[Reply]:
-        """Answer each prompt as `generate` would; `output` and `sampling` may be lists too.
+        """Answer all prompts at once, each as `generate` would; `output` and `sampling` may be
+        lists too.
 
         With `seed`, prompt number i has the seed `seed + i`.
         """
@@ -160,7 +191,14 @@ class Chameleon:
         # Every request is checked before the first is answered.
         rows = zip(prompts, outputs, samplings, seeds, strict=True)
         requests = [self.request(*row) for row in rows]
-        return [self.collect(generate(self.transformer, self.processor, r)) for r in requests]
+        for request in requests:
+            self.engine.check(request)
+        handles = [self.engine.add(request) for request in requests]
+        try:
+            return self._replies([list(handle) for handle in handles])
+        finally:
+            for handle in handles:
+                handle.cancel()
 
     def request(
         self,
@@ -217,36 +255,79 @@ class Chameleon:
             )
         return room, asked.max_images or 1
 
-    def _codes(self, messages: Sequence[Message]) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
-        """Codes of the pictures in order; those that have codes are not encoded again."""
+    def _codes(self, messages: Sequence[Message]) -> list[Codes]:
+        """Codes of the pictures in order; what has codes, or was seen before, is not encoded."""
         images = [image for message in messages for image in message.images]
-        new = [image for image in images if image.codes is None]
-        encoded = iter(self.image_tokenizer.encode(new).cpu().numpy() if new else ())
-        return [next(encoded) if image.codes is None else image.codes for image in images]
+        keys = [b"" if image.codes is not None else self._key(image) for image in images]
+        new = {key: i for key, i in zip(keys, images, strict=True) if key not in self._known_codes}
+        new.pop(b"", None)
+        encoded = self.image_tokenizer.encode(list(new.values())).cpu().numpy() if new else ()
+        fresh = dict(zip(new, encoded, strict=True))
+        codes = [
+            image.codes if image.codes is not None else fresh.get(key, self._known_codes.get(key))
+            for key, image in zip(keys, images, strict=True)
+        ]
+        self._remember(fresh)
+        return [code for code in codes if code is not None]
+
+    def _key(self, image: Image) -> bytes:
+        """What the codes of a picture depend on: its pixels, and the network and how it is cut."""
+        if image.pil is None:
+            return b""
+        tokenizer = self.image_tokenizer
+        how = (image.pil.size, tokenizer.mode, tokenizer.resolution, fingerprint([tokenizer.vqgan]))
+        return blake2b(image.pil.tobytes() + repr(how).encode()).digest()
+
+    def _remember(self, fresh: Mapping[bytes, Codes]) -> None:
+        with self._lock:
+            self._known_codes.update(fresh)
+            while len(self._known_codes) > _PICTURES_KNOWN:
+                self._known_codes.popitem(last=False)
 
     def collect(self, events: Iterable[Event], watch: Watch | None = None) -> Reply:
         """The reply that the events of `stream` make, its pictures decoded.
 
         `watch` is called with each event as it comes, and with the picture of an `ImageDone`.
         """
-        segments: list[Segment] = []
-        text = ""
+        if watch is None:
+            return self._replies([list(events)])[0]
+        told, images = [], []
         for event in events:
-            image = None
-            if isinstance(event, TextDelta):
-                text += event.text
-            if isinstance(event, ImageStarted | Finished):
-                segments += [Text(text.strip())] if text.strip() else []
-                text = ""
             if isinstance(event, ImageDone):
-                codes = torch.from_numpy(event.codes)[None]
-                image = Image(self.image_tokenizer.decode(codes)[0], event.codes)
-                segments.append(image)
-            if watch is not None:
-                watch(event, image)
-            if isinstance(event, Finished):
-                return Reply(segments, event.reason, event.usage)
-        raise RuntimeError("the events of a reply ended without Finished")
+                images += self._drawn([event])
+            watch(event, images[-1] if isinstance(event, ImageDone) else None)
+            told.append(event)
+        return _reply(told, images)
+
+    def _replies(self, told: Sequence[Sequence[Event]]) -> list[Reply]:
+        """The replies of several requests; all their pictures are decoded together."""
+        done = [event for events in told for event in events if isinstance(event, ImageDone)]
+        images = iter(self._drawn(done))
+        return [_reply(events, images) for events in told]
+
+    def _drawn(self, done: Sequence[ImageDone]) -> list[Image]:
+        if not done:
+            return []
+        codes = torch.from_numpy(np.stack([event.codes for event in done]))
+        pictures = self.image_tokenizer.decode(codes)
+        return [Image(pil, event.codes) for pil, event in zip(pictures, done, strict=True)]
+
+
+def _reply(events: Iterable[Event], images: Iterable[Image]) -> Reply:
+    """Text and pictures in their order; `images` gives one for each `ImageDone`."""
+    segments: list[Segment] = []
+    text, drawn = "", iter(images)
+    for event in events:
+        if isinstance(event, TextDelta):
+            text += event.text
+        if isinstance(event, ImageStarted | Finished):
+            segments += [Text(text.strip())] if text.strip() else []
+            text = ""
+        if isinstance(event, ImageDone):
+            segments.append(next(drawn))
+        if isinstance(event, Finished):
+            return Reply(segments, event.reason, event.usage)
+    raise RuntimeError("the events of a reply ended without Finished")
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -13,6 +13,7 @@ from tiny import CONFIG, tiny_processor, tiny_transformer
 from earlyfusion import Chameleon, Image, Message, Reply, SamplingParams, Text
 from earlyfusion.checkpoints import formats
 from earlyfusion.checkpoints.hf import Loaded
+from earlyfusion.engine.engine import Engine
 from earlyfusion.errors import (
     CheckpointError,
     ContextError,
@@ -170,13 +171,57 @@ def test_drawn_pictures_in_a_chat_are_not_encoded_again(
     at = ids.index(spelled[0])
     assert ids[at : at + len(spelled)] == spelled
     # A fresh picture beside it is encoded, alone, and lands in its own place.
-    chat[-1] = Message("user", ["What is it?", picture()])
+    chat[-1] = Message("user", ["What is it?", picture(99)])
     ids = list(model.request(chat, "text", SHORT, seed=0).ids)
-    fresh = encode(model.image_tokenizer, [Image(picture())])[0].numpy()
+    fresh = encode(model.image_tokenizer, [Image(picture(99))])[0].numpy()
     spelled += model.processor.layout.spell(fresh, model.processor.vocabulary)
     markers = model.processor.vocabulary
     images = {markers.begin_image, markers.end_image, *markers.image_tokens.tolist()}
     assert seen == [1] and [i for i in ids if i in images] == spelled
+
+
+def test_a_picture_seen_before_is_not_encoded_again(
+    model: Chameleon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown, seen = picture(50), list[int]()
+    encode = ImageTokenizer.encode
+
+    def counted(self: ImageTokenizer, images: list[Any], mode: Any = None) -> torch.Tensor:
+        seen.append(len(images))
+        return encode(self, images, mode)
+
+    monkeypatch.setattr(ImageTokenizer, "encode", counted)
+    twice = model.request([shown, "and", shown.copy(), "differ?"], seed=0)
+    again = model.request([shown, "and", shown, "differ?"], seed=0)
+    assert seen == [1] and again.ids == twice.ids
+    with torch.no_grad():
+        model.image_tokenizer.vqgan.quant_conv.weight.neg_()
+    model.request([shown], seed=0)
+    with torch.no_grad():
+        model.image_tokenizer.vqgan.quant_conv.weight.neg_()
+    assert seen == [1, 1]
+
+
+def test_a_batch_runs_all_at_once(model: Chameleon, monkeypatch: pytest.MonkeyPatch) -> None:
+    together: list[int] = []
+    deliver = Engine._deliver
+
+    def counted(self: Engine, handle: Any, token: int) -> None:
+        together.append(len(self._handles))
+        deliver(self, handle, token)
+
+    monkeypatch.setattr(Engine, "_deliver", counted)
+    model.generate_batch(["a", "b", "c"], "text", SHORT, seed=0)
+    assert max(together) == 3
+
+
+def test_closing_a_stream_early_gives_its_place_back(model: Chameleon) -> None:
+    events = model.stream("a pear", "image", seed=0)
+    assert not model.engine.busy
+    next(events)
+    assert model.engine.busy
+    events.close()  # type: ignore[attr-defined]
+    assert not model.engine.busy
 
 
 def test_a_prompt_too_long_says_why(model: Chameleon) -> None:

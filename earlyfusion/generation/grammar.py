@@ -44,8 +44,12 @@ class Grammar:
         ends = sorted({vocabulary.eos, *stops})
         classes_KV, class_of = _classes(vocabulary, template, ends, size or vocabulary.size)
         self.device = torch.device(device)
+        self.template = template
         self.image_tokens = len(template)
-        self._begin = vocabulary.begin_image
+        self.ends = frozenset(ends)
+        self.text_ids = frozenset([*vocabulary.text_tokens.tolist(), *ends, vocabulary.begin_image])
+        self.code_ids = vocabulary.image_tokens.tolist()
+        self.begin = vocabulary.begin_image
         self._done = len(template)
         self._stops = torch.tensor(ends).to(device)
         self._classes_KV, self._class_of = classes_KV.to(device), class_of.to(device)
@@ -64,14 +68,14 @@ class Grammar:
         begins_B = outside_B & (state_BF[:, IMAGES] > 0) & (state_BF[:, ROOM] >= self.image_tokens)
         only_image_B = outside_B & (state_BF[:, TEXT] == 0)
         allowed_BV = allowed_BV & ~only_image_B[:, None]
-        allowed_BV[:, self._begin] = torch.where(outside_B, begins_B, allowed_BV[:, self._begin])
+        allowed_BV[:, self.begin] = torch.where(outside_B, begins_B, allowed_BV[:, self.begin])
         return allowed_BV
 
     def advance(self, state_BF: Tensor, token_B: Tensor) -> Tensor:
         """The states after these tokens, which `mask` allowed; done rows stay as they are."""
         slot_B, images_B, room_B, text_B = state_BF.unbind(-1)
         done_B = slot_B == self._done
-        begins_B = (slot_B == 0) & (token_B == self._begin)
+        begins_B = (slot_B == 0) & (token_B == self.begin)
         stops_B = (slot_B == 0) & torch.isin(token_B, self._stops)
         slot_B = torch.where((slot_B > 0) | begins_B, (slot_B + 1) % self._done, slot_B)
         images_B = images_B - begins_B.long()
@@ -101,6 +105,54 @@ class Grammar:
             )
         slot = 0 if room > 0 else self._done
         return [slot, images, room, int(output != "image")]
+
+
+class Walk:
+    """One row of the automaton in plain integers, for a loop that sees every token on the host.
+
+    The rules are those of `Grammar`, whose `mask` takes `state`.
+    """
+
+    def __init__(self, grammar: Grammar, output: Output, images: int, room: int) -> None:
+        self.state = grammar._row(output, images, room)
+        self._grammar = grammar
+
+    @property
+    def done(self) -> bool:
+        return self.state[SLOT] == self._grammar.image_tokens
+
+    @property
+    def in_image(self) -> bool:
+        return 0 < self.state[SLOT] < self._grammar.image_tokens
+
+    @property
+    def may_begin(self) -> bool:
+        """Whether an image may begin here."""
+        slot, images, room, _ = self.state
+        return slot == 0 and images > 0 and room >= self._grammar.image_tokens
+
+    @property
+    def forced(self) -> int | None:
+        """The only token that may come, if it is only one."""
+        if self.done:
+            return None
+        if self.in_image:
+            token: int = self._grammar.template[self.state[SLOT]]
+            return None if token == CODE else token
+        return None if self.state[TEXT] else self._grammar.begin
+
+    def advance(self, token: int) -> None:
+        """As `Grammar.advance`."""
+        slot, images, room, text = self.state
+        begins = slot == 0 and token == self._grammar.begin
+        stops = slot == 0 and token in self._grammar.ends
+        if slot or begins:
+            slot = (slot + 1) % self._grammar.image_tokens
+        images, room = images - begins, room - 1
+        stuck = not text and (images == 0 or room < self._grammar.image_tokens) and slot == 0
+        if stops or stuck or room == 0:
+            slot = self._grammar.image_tokens
+        self.state = [slot, images, room, text]
 
 
 def _classes(

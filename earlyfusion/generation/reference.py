@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -152,6 +153,7 @@ class _Run:
         device, size = transformer.lm_head.weight.device, transformer.config.vocab_size
         vocabulary = processor.vocabulary
         self._transformer, self._vocabulary = transformer, vocabulary
+        self._layout = processor.layout
         self._sampling = request.sampling
         self._grammar = Grammar(vocabulary, processor.layout, request.stops, size, device)
         self._state = self._grammar.start([request.output], [request.images], [request.room])
@@ -199,7 +201,7 @@ class _Run:
         text, image = _weights(self._sampling)
         has_images = guidance.has_images(self._history, self._vocabulary)
         for name in guidance.needed(text, image, has_images)[1:]:
-            prompt = guidance.prompt(name, self._history, self._vocabulary)
+            prompt = guidance.prompt(name, self._history, self._vocabulary, self._layout)
             length = len(prompt) + self._grammar.image_tokens
             self._readers[name] = Reader(self._transformer, length)
             self._logits[name] = self._readers[name].read(prompt)
@@ -213,6 +215,7 @@ class Narrator:
         self.ended = False
         self._processor, self._vocabulary, self._layout = processor, vocabulary, layout
         self._slots = layout.template(vocabulary).tolist()
+        self._codes_before = [0, *accumulate(slot == CODE for slot in self._slots)]
         self._request = request
         self._stops = {vocabulary.eos, *request.stops}
         self._text = _Text(processor, request.sampling.stop_strings)
@@ -255,7 +258,7 @@ class Narrator:
             codes = self._layout.parse(self._spelled, self._vocabulary)
             self._spelled, self._images = [], self._images + 1
             return [ImageDone(self._images - 1, codes)]
-        done = sum(slot == CODE for slot in self._slots[: len(self._spelled)])
+        done = self._codes_before[len(self._spelled)]
         if not is_code or done % self._layout.width:
             return []
         return [ImageProgress(self._images, done, self._layout.num_codes)]

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,6 +52,16 @@ class Warp:
         k = torch.tensor(top_k, dtype=torch.int64).to(device)
         return cls(floats[0], k, floats[1], floats[2], floats[3])
 
+    @classmethod
+    def text(cls, rows: Sequence[SamplingParams], device: torch.device | str = "cpu") -> Warp:
+        """The settings for text of resolved `SamplingParams`."""
+        return cls.of([_text(r) for r in rows], device)
+
+    @classmethod
+    def image(cls, rows: Sequence[SamplingParams], device: torch.device | str = "cpu") -> Warp:
+        """The settings for codes of resolved `SamplingParams`."""
+        return cls.of([_image(r) for r in rows], device)
+
     def where(self, chosen_B: Tensor, other: Warp) -> Warp:
         """These settings in the chosen rows, the other's elsewhere."""
         pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
@@ -61,8 +72,7 @@ class Sampler:
     """The settings of a batch of requests, one resolved `SamplingParams` a row."""
 
     def __init__(self, rows: Sequence[SamplingParams], device: torch.device | str = "cpu") -> None:
-        self._text = Warp.of([_text(r) for r in rows], device)
-        self._image = Warp.of([_image(r) for r in rows], device)
+        self._text, self._image = Warp.text(rows, device), Warp.image(rows, device)
 
     def draw(
         self,
@@ -92,11 +102,10 @@ def warp(logits_BV: Tensor, settings: Warp) -> Tensor:
     """Temperature, then top-k, top-p and min-p: what falls out is -inf. At least one stays."""
     t_B1 = settings.temperature_B.to(logits_BV.dtype)[:, None]
     logits_BV = logits_BV / torch.where(t_B1 == 0, torch.ones_like(t_B1), t_B1)
-    ascending_BV, order_BV = logits_BV.sort(dim=-1, stable=True)
-    ascending_BV = _top_k(ascending_BV, settings.top_k_B)
+    ascending_BV = _top_k(_ascending(logits_BV), settings.top_k_B)
     ascending_BV = _top_p(ascending_BV, settings.top_p_B)
     ascending_BV = _min_p(ascending_BV, settings.min_p_B)
-    return torch.empty_like(logits_BV).scatter_(-1, order_BV, ascending_BV)
+    return _without_least(logits_BV, ascending_BV.isneginf().sum(-1, keepdim=True), ascending_BV)
 
 
 def pick(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
@@ -118,7 +127,31 @@ def uniforms(generators: Sequence[torch.Generator]) -> Tensor:
     return torch.stack([torch.rand((), dtype=torch.float64, generator=g) for g in generators])
 
 
+def _ascending(logits_BV: Tensor) -> Tensor:
+    if logits_BV.device.type == "cpu" and logits_BV.dtype == torch.float32:
+        # Many times as fast as torch's sort, which carries the order along.
+        return torch.from_numpy(np.sort(logits_BV.detach().numpy(), axis=-1))
+    return logits_BV.sort(dim=-1).values
+
+
+def _without_least(logits_BV: Tensor, count_B1: Tensor, ascending_BV: Tensor) -> Tensor:
+    """Without the `count` least of each row; of equal ones the lower ids go first."""
+    least_B1 = ascending_BV.gather(-1, count_B1)
+    kept_BV = logits_BV >= least_B1
+    surplus_B1 = kept_BV.sum(-1, keepdim=True) - (logits_BV.shape[-1] - count_B1)
+    equal_BV = logits_BV == least_B1
+    kept_BV &= ~(equal_BV & (equal_BV.cumsum(-1) <= surplus_B1))
+    return logits_BV.masked_fill(~kept_BV, NEVER)
+
+
+def _unused(values_B: Tensor, off: int) -> bool:
+    """Whether a setting is off in all rows; only a CPU can tell without waiting."""
+    return values_B.device.type == "cpu" and bool((values_B == off).all())
+
+
 def _top_k(ascending_BV: Tensor, k_B: Tensor) -> Tensor:
+    if _unused(k_B, 0):
+        return ascending_BV
     size = ascending_BV.shape[-1]
     k_B = torch.where(k_B == 0, size, k_B).clamp(max=size)
     least_B1 = ascending_BV.gather(-1, (size - k_B)[:, None])
@@ -126,6 +159,8 @@ def _top_k(ascending_BV: Tensor, k_B: Tensor) -> Tensor:
 
 
 def _top_p(ascending_BV: Tensor, p_B: Tensor) -> Tensor:
+    if _unused(p_B, 1):
+        return ascending_BV
     tail_B1 = torch.where(p_B >= 1, -1.0, 1 - p_B).to(ascending_BV.dtype)[:, None]
     dropped_BV = ascending_BV.softmax(-1).cumsum(-1) <= tail_B1
     dropped_BV[:, -1] = False
@@ -133,6 +168,8 @@ def _top_p(ascending_BV: Tensor, p_B: Tensor) -> Tensor:
 
 
 def _min_p(ascending_BV: Tensor, p_B: Tensor) -> Tensor:
+    if _unused(p_B, 0):
+        return ascending_BV
     floor_B1 = ascending_BV[:, -1:] + p_B.log().to(ascending_BV.dtype)[:, None]
     return ascending_BV.masked_fill(ascending_BV < floor_B1, NEVER)
 

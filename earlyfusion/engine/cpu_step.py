@@ -1,0 +1,254 @@
+"""A decode step on a CPU in compiled code: `cpu_step.cpp`, built on first use by a C++ compiler.
+
+Reading the weights is what a step costs. The compiled step reads them once for all rows, in fp32,
+bf16, int8 (one scale a row) or int4 (one bf16 scale for 32 columns), and spends no time between
+operations. `available()` is False without a C++ compiler, or with EARLYFUSION_NATIVE=0.
+
+Shapes: R rows of a step, D model width, O rows and I columns of a matrix, S slots, K key and value
+heads, P places of a slot, H head width.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from earlyfusion.model.packed import BITS, PackedLinear, PackedMatrix, pack, packed_weight
+from earlyfusion.model.transformer import Block, Transformer, rotary_tables
+
+MOST_ROWS = 16
+"""Rows of a step up to which the compiled step beats a matrix product."""
+
+_SOURCE = Path(__file__).with_name("cpu_step.cpp")
+_FLAGS = ("-O3", "-march=native", "-fopenmp", "-std=c++17", "-shared", "-fPIC", "-w")
+_CACHE_KINDS = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def available() -> bool:
+    """Whether the compiled step can be had here."""
+    return _library() is not None
+
+
+class CpuStep:
+    """The transformer's layers as one call; takes one new token a row.
+
+    Reads the model's own weights where they are in `bits` already, else a packed copy. The cache is
+    the caller's: keys and values of a layer as [2, S, K, P, H] in fp32 or bf16. Raises ValueError
+    for what `fits` refuses.
+    """
+
+    def __init__(self, transformer: Transformer, cache: Sequence[Tensor], bits: int) -> None:
+        if not fits(transformer, cache):
+            raise ValueError("the compiled step takes no biases, and caches in fp32 or bf16 only")
+        library = _library()
+        if library is None:
+            raise ValueError("the compiled step needs a C++ compiler: install g++")
+        self._library, self._config = library, transformer.config
+        self._embedding = transformer.model.embed_tokens.weight
+        self._kept: list[Any] = [*cache]
+        self._model = self._describe(transformer, cache, bits)
+        self.bits = bits
+
+    def states(self, tokens_R: Tensor, slots_R: Tensor, lengths_R: Tensor) -> Tensor:
+        """States [R, D] in fp32 that the head reads, after storing each token behind its slot.
+
+        `lengths_R` counts the tokens that the slots hold; all three are int64 on the CPU.
+        """
+        x_RD = self._embedding[tokens_R].float()
+        slots_R, lengths_R = slots_R.contiguous(), lengths_R.contiguous()
+        self._library.earlyfusion_step(
+            ctypes.byref(self._model),
+            len(x_RD),
+            x_RD.data_ptr(),
+            slots_R.data_ptr(),
+            lengths_R.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return x_RD
+
+    def product(self, weight_OI: Tensor) -> Callable[[Tensor], Tensor]:
+        """x [R, I] -> x W^T [R, O], in fp32, with the weight in the bits of the step."""
+        packed = pack(weight_OI, self.bits)
+        matrix, multiply = self._matrix(packed), self._library.earlyfusion_multiply
+
+        def product(x_RI: Tensor) -> Tensor:
+            x_RI = x_RI.float().contiguous()
+            y_RO = torch.empty(len(x_RI), len(packed.data))
+            threads = torch.get_num_threads()
+            size = len(x_RI), x_RI.data_ptr(), x_RI.shape[1]
+            multiply(ctypes.byref(matrix), *size, y_RO.data_ptr(), threads)
+            return y_RO[:, : packed.rows]
+
+        return product
+
+    def _describe(self, transformer: Transformer, cache: Sequence[Tensor], bits: int) -> _Model:
+        config, places = self._config, cache[0].shape[3]
+        layers = (_Layer * config.num_hidden_layers)()
+        for here, block, kv_2SKPH in zip(layers, transformer.model.layers, cache, strict=True):
+            assert isinstance(block, Block) and kv_2SKPH.is_contiguous()
+            here.k, here.v = kv_2SKPH[0].data_ptr(), kv_2SKPH[1].data_ptr()
+            attention, mlp = block.self_attn, block.mlp
+            for name in ("q", "k", "v", "o"):
+                matrix = packed_weight(getattr(attention, f"{name}_proj"), bits)
+                setattr(here, f"{name}_proj", self._matrix(matrix))
+            for name in ("gate", "up", "down"):
+                matrix = packed_weight(getattr(mlp, f"{name}_proj"), bits)
+                setattr(here, f"{name}_proj", self._matrix(matrix))
+            here.norm_1 = self._vector(block.input_layernorm.weight)
+            here.norm_2 = self._vector(block.post_attention_layernorm.weight)
+            for name in ("q", "k"):
+                norm = getattr(attention, f"{name}_norm")
+                setattr(here, f"{name}_weight", self._vector(norm.weight))
+                setattr(here, f"{name}_bias", self._vector(norm.bias))
+        positions = torch.arange(places)[None]
+        half = config.head_dim // 2
+        rotary = rotary_tables(config, positions)
+        cos, sin = rotary.cos[0, :, 0, :half], rotary.sin[0, :, 0, half:]
+        self._kept.append(layers)
+        return _Model(
+            config.num_hidden_layers,
+            config.hidden_size,
+            config.num_attention_heads,
+            config.kv_heads,
+            config.head_dim,
+            config.intermediate_size,
+            int(config.swin_norm),
+            _CACHE_KINDS[cache[0].dtype],
+            places,
+            config.rms_norm_eps,
+            ctypes.cast(layers, ctypes.c_void_p),
+            self._vector(transformer.model.norm.weight),
+            self._vector(cos),
+            self._vector(sin),
+        )
+
+    def _matrix(self, matrix: PackedMatrix) -> _Matrix:
+        self._kept.append(matrix)
+        stride = -(-matrix.columns // 64) * 64
+        scales = None if matrix.scales is None else matrix.scales.data_ptr()
+        kind = BITS.index(matrix.bits)
+        return _Matrix(matrix.data.data_ptr(), scales, len(matrix.data), stride, kind)
+
+    def _vector(self, values: Tensor) -> int:
+        kept = values.detach().float().contiguous().clone()
+        self._kept.append(kept)
+        return kept.data_ptr()
+
+
+def own_bits(transformer: Transformer) -> int | None:
+    """Bits that the model's matrices have already; None where the step has no form for them."""
+    packed = [m.bits for m in _linears(transformer) if isinstance(m, PackedLinear)]
+    plain = {torch.float32: 32, torch.bfloat16: 16}
+    return packed[0] if packed else plain.get(transformer.lm_head.weight.dtype)
+
+
+def fits(transformer: Transformer, cache: Sequence[Tensor]) -> bool:
+    """Whether the compiled step can run this model on this cache: no biases, rows in fours."""
+    config = transformer.config
+    on_cpu = transformer.lm_head.weight.device.type == "cpu"
+    biased = config.attention_bias or config.mlp_bias
+    heads = (config.num_attention_heads, config.kv_heads)
+    in_fours = (
+        all(n * config.head_dim % 4 == 0 for n in heads) and config.intermediate_size % 4 == 0
+    )
+    plain = all(type(m) in (nn.Linear, PackedLinear) for m in _linears(transformer))
+    return on_cpu and plain and not biased and in_fours and cache[0].dtype in _CACHE_KINDS
+
+
+def _linears(transformer: Transformer) -> Iterator[nn.Module]:
+    for block in transformer.model.layers:
+        assert isinstance(block, Block)
+        for part in (block.self_attn, block.mlp):
+            yield from (m for name, m in part.named_children() if name.endswith("_proj"))
+
+
+# ---- the structures of cpu_step.cpp
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("stride", ctypes.c_int64),
+        ("kind", ctypes.c_int64),
+    )
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((f"{name}_proj", _Matrix) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        *((name, ctypes.c_void_p) for name in ("norm_1", "norm_2")),
+        *((name, ctypes.c_void_p) for name in ("q_weight", "q_bias", "k_weight", "k_bias")),
+        *((name, ctypes.c_void_p) for name in ("k", "v")),
+    )
+
+
+class _Model(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("layers", "D", "N", "K", "H", "F")),
+        *((name, ctypes.c_int64) for name in ("norm_after", "cache_kind", "places")),
+        ("eps", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("layer", "final_norm", "cos", "sin")),
+    )
+
+
+# ---- building
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    if os.environ.get("EARLYFUSION_NATIVE") == "0":
+        return None
+    try:
+        library = ctypes.CDLL(str(_built()))
+    except (OSError, subprocess.SubprocessError):
+        return None
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    library.earlyfusion_step.argtypes = [
+        pointer, number, pointer, pointer, pointer, number,
+    ]  # fmt: skip
+    library.earlyfusion_step.restype = None
+    library.earlyfusion_multiply.argtypes = [pointer, number, pointer, number, pointer, number]
+    library.earlyfusion_multiply.restype = None
+    return library
+
+
+def _built() -> Path:
+    """The compiled library: one for each source, compiler and processor."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise OSError("no C++ compiler")
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60)
+    parts = (_SOURCE.read_bytes(), version.stdout, _processor(), " ".join(_FLAGS).encode())
+    name = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "earlyfusion"
+    target = folder / f"cpu_step-{name}.so"
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryDirectory(dir=folder) as work:
+            made = Path(work) / target.name
+            command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(made)]
+            subprocess.run(command, capture_output=True, check=True, timeout=300)
+            made.rename(target)
+    return target
+
+
+def _processor() -> bytes:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next((line for line in lines if line.startswith("flags")), "").encode()
+    except OSError:
+        return platform.processor().encode()

@@ -1,0 +1,159 @@
+"""One request on its way through the engine: its place in the grammar, its branches, its events."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from earlyfusion.engine.runner import Ask
+from earlyfusion.engine.scheduler import Branch, Entry
+from earlyfusion.generation import guidance
+from earlyfusion.generation.grammar import Grammar, Walk
+from earlyfusion.generation.reference import Event, Finished, Narrator, Request
+from earlyfusion.generation.sampler import generator
+from earlyfusion.processor import Processor
+
+_UNIFORMS = 64  # drawn at once; the numbers are those of one call each
+
+
+class Handle:
+    """A request that the engine holds. Iterating gives its events as they come, and drives the
+    engine while there are none; `cancel` gives its place back at any time."""
+
+    def __init__(
+        self,
+        request: Request,
+        processor: Processor,
+        grammar: Grammar,
+        priority: int,
+        wait: Callable[[Handle], None],
+        leave: Callable[[Handle], None],
+    ) -> None:
+        self.request = request
+        self.tokens: list[int] = []
+        self.events: deque[Event] = deque()
+        self.finished = False
+        self.error: BaseException | None = None
+        self.seen_V: Tensor | None = None
+        self.grammar = grammar
+        self._vocabulary, self._layout = processor.vocabulary, processor.layout
+        self._walk = Walk(grammar, request.output, request.images, request.room)
+        self._narrator = Narrator(processor, request)
+        self._uniforms = _uniforms(request)
+        self._weights = weights(request)
+        self._branches: dict[guidance.Branch, Branch] = {"full": Branch(list(request.ids))}
+        self.entry = Entry(list(self._branches.values()), priority)
+        self._wait, self._leave = wait, leave
+        self._forced()
+
+    def __iter__(self) -> Iterator[Event]:
+        try:
+            while True:
+                while self.events:
+                    event = self.events.popleft()
+                    yield event
+                    if isinstance(event, Finished):
+                        return
+                self._wait(self)
+        finally:
+            self.cancel()
+
+    def cancel(self) -> None:
+        """End the request where it is; it gives no further events. Safe to call at any time."""
+        self._leave(self)
+
+    def ask(self) -> Ask:
+        """What the next token is drawn from."""
+        return Ask(
+            self._mixed_branches(),
+            self._weights,
+            self.grammar,
+            self._walk.state,
+            self._walk.in_image,
+            self._walk.may_begin,
+            self.request.sampling,
+            next(self._uniforms),
+            self.seen_V,
+        )
+
+    def take(self, token: int) -> list[Branch]:
+        """Read a drawn token, and those that must follow it; the branches that end with it."""
+        before = self.entry.branches
+        self._accept(token)
+        self._forced()
+        return [branch for branch in before if branch not in self.entry.branches]
+
+    def _forced(self) -> None:
+        """Where only one token may come its logits do not matter; its uniform number is spent."""
+        while not self.finished and (token := self._walk.forced) is not None:
+            next(self._uniforms)
+            self._accept(token)
+        if self._walk.done:
+            self._finish()
+
+    def _accept(self, token: int) -> None:
+        self.tokens.append(token)
+        self.events.extend(self._narrator.push(token))
+        self._walk.advance(token)
+        if self._narrator.ended or self._walk.done:
+            self._finish()
+            return
+        for branch in self._branches.values():
+            branch.tokens.append(token)
+        if token == self._vocabulary.begin_image:
+            self._open_branches()
+        elif len(self._branches) > 1 and not self._walk.in_image:
+            self._keep("full")
+
+    def _finish(self) -> None:
+        if not self.finished:
+            self.finished = True
+            self.events.extend(self._narrator.finish())
+
+    def _open_branches(self) -> None:
+        history = self._branches["full"].tokens
+        has_images = guidance.has_images(history, self._vocabulary)
+        self._keep("full")
+        for name in guidance.needed(*self._weights, has_images)[1:]:
+            prompt = guidance.prompt(name, history, self._vocabulary, self._layout)
+            self._branches[name] = Branch(prompt)
+        self.entry.branches = list(self._branches.values())
+
+    def _keep(self, name: guidance.Branch) -> None:
+        self._branches = {name: self._branches[name]}
+        self.entry.branches = list(self._branches.values())
+
+    def _mixed_branches(self) -> tuple[Branch, Branch, Branch]:
+        full = self._branches["full"]
+        if len(self._branches) == 1:
+            return full, full, full
+        unconditional = self._branches.get("unconditional")
+        image_only = self._branches.get("image_only", unconditional)
+        assert image_only is not None
+        return full, image_only, unconditional or image_only
+
+
+def most_branches(request: Request) -> int:
+    """How many branches this request may need at once."""
+    if request.images == 0 or request.output == "text":
+        return 1
+    return max(len(guidance.needed(*weights(request), has)) for has in (False, True))
+
+
+def weights(request: Request) -> tuple[float, float]:
+    """The two weights of guidance, text and image."""
+    text, image = request.sampling.guidance_text, request.sampling.guidance_image
+    if text is None or image is None:
+        raise TypeError("a request takes resolved SamplingParams: call .resolved(defaults) first")
+    return text, image
+
+
+def _uniforms(request: Request) -> Iterator[float]:
+    if request.sampling.seed is None:
+        raise TypeError("a request needs a seed: the caller draws one where the user gave none")
+    source = generator(request.sampling.seed)
+    while True:
+        yield from torch.rand(_UNIFORMS, dtype=torch.float64, generator=source).tolist()

@@ -1,0 +1,178 @@
+"""The compiled decode step against the transformer itself, on random models of odd shapes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from earlyfusion.config import PRESETS, ModelConfig
+from earlyfusion.engine import cpu_step
+from earlyfusion.engine.cpu_step import CpuStep, fits
+from earlyfusion.model.kv_cache import KVCache
+from earlyfusion.model.packed import BITS, pack, quantise, unpack
+from earlyfusion.model.transformer import Transformer
+
+needs_compiler = pytest.mark.skipif(not cpu_step.available(), reason="no C++ compiler here")
+
+# At 16 and 4 bits a product reads activations rounded to bf16; the sums stay in fp32.
+TOLERANCE = {32: 1e-5, 16: 3e-2, 8: 1e-5, 4: 3e-2}
+
+
+def config(width: int, heads: int, key_heads: int, inner: int, swin: bool = False) -> ModelConfig:
+    return replace(
+        PRESETS["tiny"],
+        hidden_size=width,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        intermediate_size=inner,
+        num_hidden_layers=3,
+        vocab_size=515,
+        swin_norm=swin,
+        tie_word_embeddings=False,
+    )
+
+
+def random_model(shape: ModelConfig, seed: int) -> Transformer:
+    torch.manual_seed(seed)
+    model = Transformer(shape).eval().requires_grad_(False)
+    model.init_weights()
+    for parameter in model.parameters():
+        parameter += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+def empty(shape: ModelConfig, slots: int, places: int) -> list[torch.Tensor]:
+    """A cache as the engine keeps it: [2, S, K, P, H] a layer."""
+    size = (2, slots, shape.kv_heads, places, shape.head_dim)
+    return [torch.zeros(size) for _ in range(shape.num_hidden_layers)]
+
+
+def as_engine_keeps(cache: KVCache) -> list[torch.Tensor]:
+    both = torch.stack((cache.k_LSPKH, cache.v_LSPKH), 1).transpose(3, 4)
+    return [layer.contiguous() for layer in both]
+
+
+def rounded(model: Transformer, bits: int) -> Transformer:
+    """The model with the weights that `bits` leave of it."""
+    copy = Transformer(model.config).eval().requires_grad_(False)
+    copy.load_state_dict(model.state_dict())
+    for name, weight in copy.named_parameters():
+        if weight.dim() == 2 and "norm" not in name and "embed" not in name:
+            weight.copy_(unpack(pack(weight, bits)))
+    return copy
+
+
+@needs_compiler
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(
+    ("shape", "rows"),
+    [
+        (config(64, 4, 4, 176), 1),
+        (config(96, 6, 2, 200), 3),
+        (config(80, 5, 5, 136, swin=True), 6),
+        (config(128, 2, 1, 352, swin=True), 5),
+    ],
+)
+def test_steps_equal_the_transformer(shape: ModelConfig, rows: int, bits: int) -> None:
+    model = random_model(shape, rows + bits)
+    same = rounded(model, bits)
+    cache, expected_cache = empty(shape, rows + 2, 24), KVCache(shape, rows + 2, 24)
+    step = CpuStep(model, cache, bits)
+    head = step.product(model.lm_head.weight)
+    slots, lengths = torch.randperm(rows + 2)[:rows], torch.zeros(rows, dtype=torch.int64)
+    for _ in range(20):
+        tokens = torch.randint(0, shape.vocab_size, (rows,))
+        attends = expected_cache.attends(slots, lengths)
+        expected = same(tokens[:, None], lengths[:, None], attends)[:, 0]
+        logits = head(step.states(tokens, slots, lengths))
+        error = (logits - expected).abs().max() / expected.abs().max()
+        assert error < TOLERANCE[bits]
+        lengths = lengths + 1
+    if bits == 32:
+        torch.testing.assert_close(cache, as_engine_keeps(expected_cache), rtol=1e-5, atol=1e-5)
+
+
+@needs_compiler
+def test_rows_of_different_lengths_and_a_bf16_cache() -> None:
+    shape = config(64, 4, 2, 100)
+    model = random_model(shape, 7)
+    expected_cache = KVCache(shape, 3, 16)
+    expected_cache.k_LSPKH.normal_()
+    expected_cache.v_LSPKH.normal_()
+    cache = [layer.bfloat16() for layer in as_engine_keeps(expected_cache)]
+    slots, lengths = torch.tensor([2, 0, 1]), torch.tensor([0, 15, 4])
+    tokens = torch.tensor([3, 100, 514])
+    step = CpuStep(model, cache, 32)
+    logits = step.product(model.lm_head.weight)(step.states(tokens, slots, lengths))
+    attends = expected_cache.attends(slots, lengths)
+    expected = model(tokens[:, None], lengths[:, None], attends)[:, 0]
+    # The new key and value are rounded to bf16 before they are read.
+    torch.testing.assert_close(logits, expected, rtol=0.02, atol=0.02)
+
+
+@needs_compiler
+@pytest.mark.parametrize("bits", BITS)
+def test_a_part_of_the_head_is_that_part_of_the_logits(bits: int) -> None:
+    shape = config(64, 4, 4, 100)
+    model = random_model(shape, 1)
+    step = CpuStep(model, empty(shape, 1, 4), bits)
+    states, weight = torch.randn(2, 64), model.lm_head.weight
+    whole = step.product(weight)(states)
+    for first, last in ((0, 515), (4, 8), (7, 200), (513, 515)):
+        part = step.product(weight[first:last])
+        assert torch.equal(part(states), whole[:, first:last])
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantised_model_gives_what_its_rounded_weights_give(bits: int) -> None:
+    shape = config(64, 4, 2, 176)
+    model = random_model(shape, bits)
+    expected = rounded(model, bits)
+    dense = sum(p.nbytes for p in model.parameters())
+    small = quantise(model, bits)
+    tokens = torch.randint(0, shape.vocab_size, (2, 9))
+    torch.testing.assert_close(small(tokens), expected(tokens))
+    kept = [*small.parameters(), *small.buffers()]
+    assert sum(t.nbytes for t in kept) < dense * (0.5 + bits / 64)
+    again = {n: unpack(pack(w, bits)) for n, w in expected.named_parameters() if "proj" in n}
+    for name, weight in expected.named_parameters():
+        assert name not in again or torch.equal(again[name], weight)  # rounding twice is once
+    if cpu_step.available():
+        cache = empty(shape, 1, 4)
+        one = CpuStep(small, cache, bits)
+        two = CpuStep(expected, empty(shape, 1, 4), bits)
+        place = torch.zeros(1, dtype=torch.int64)
+        token = torch.tensor([5])
+        assert torch.equal(one.states(token, place, place), two.states(token, place, place))
+
+
+@pytest.mark.parametrize(("bits", "most"), [(32, 0.0), (16, 0.004), (8, 0.004), (4, 0.13)])
+def test_packing_keeps_the_weights_up_to_a_step_of_the_scale(bits: int, most: float) -> None:
+    weight = torch.randn(10, 100)
+    matrix = pack(weight, bits)
+    assert (unpack(matrix) - weight).abs().max() <= most * weight.abs().max() + 1e-12
+    assert matrix.nbytes <= 12 * 128 * (bits + 0.5) / 8 + 12 * 4
+    assert not unpack(pack(torch.zeros(4, 64), bits)).any()
+
+
+def test_without_a_compiler_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model(config(64, 4, 4, 100), 1)
+    monkeypatch.setenv("EARLYFUSION_NATIVE", "0")
+    cpu_step._library.cache_clear()
+    try:
+        assert not cpu_step.available()
+        with pytest.raises(ValueError, match="compiler"):
+            CpuStep(model, empty(model.config, 1, 4), 32)
+    finally:
+        cpu_step._library.cache_clear()
+
+
+def test_what_the_compiled_step_does_not_take() -> None:
+    shape = config(64, 4, 4, 100)
+    biased = replace(shape, attention_bias=True)
+    cache = empty(shape, 1, 4)
+    assert fits(Transformer(shape), cache)
+    assert not fits(Transformer(biased), cache)
+    assert not fits(Transformer(shape), [layer.half() for layer in cache])
