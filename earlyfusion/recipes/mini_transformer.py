@@ -38,8 +38,8 @@ from earlyfusion.vocabulary import ImageLayout
 
 GENERATION = {
     "text": {"temperature": 0.0},
-    "image": {"temperature": 0.7, "top_p": 0.9},
-    "guidance": {"text": 3.0, "image": 1.0},
+    "image": {"temperature": 0.5, "top_p": 0.9},
+    "guidance": {"text": 1.0, "image": 1.0},
 }
 
 
