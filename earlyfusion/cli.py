@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 Output = Literal["text", "image", "interleaved", "auto"]
 Mode = Literal["crop", "fit"]
 Layout = Literal["hf", "meta"]
+Pairs = Literal["turns", "document"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -354,6 +355,7 @@ def convert(
     epilog=_examples(
         "earlyfusion train mini_transformer steps=200",
         "earlyfusion train my_recipe.py run.out=runs/mine",
+        "earlyfusion train pretrain_34b --plan",
     )
 )
 def train(
@@ -361,11 +363,87 @@ def train(
     fields: Annotated[
         list[str] | None, typer.Argument(metavar="FIELD=VALUE", help="What to change in it.")
     ] = None,
+    plan_only: Annotated[
+        bool, typer.Option("--plan", help="Only tell its memory, speed and days on many GPUs.")
+    ] = False,
 ) -> None:
     """Run a training recipe; run it again to go on where it stopped."""
-    from earlyfusion.recipes import run
+    from earlyfusion.recipes import plan, run
 
-    run(recipe, fields or [])
+    if plan_only:
+        print(plan(recipe, fields or []))
+    else:
+        run(recipe, fields or [])
+
+
+@app.command(
+    epilog=_examples(
+        "earlyfusion tokenize captions.jsonl -o shards",
+        "earlyfusion tokenize 'data/*.parquet' org/name -o shards --workers 8 --model ./my-model",
+    )
+)
+def tokenize(
+    sources: Annotated[
+        list[str], typer.Argument(help="Files, folders, globs or hub ids.", metavar="SRC")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the token shards.")],
+    workers: Annotated[int | None, _whole_option("Processes, or actors with --ray; 1.")] = None,
+    ray: Annotated[bool, typer.Option("--ray", help="Over the cluster of RAY_ADDRESS.")] = False,
+    pattern: Annotated[
+        list[str] | None, typer.Option(help="Files to take, as 'train/*.tar'; may be repeated.")
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of the pictures that rows name.")
+    ] = None,
+    prompt_images: Annotated[Mode, typer.Option(help="How a prompt's become square.")] = "fit",
+    answer_images: Annotated[Mode, typer.Option(help="How an answer's become square.")] = "crop",
+    pairs: Annotated[Pairs, typer.Option(help="Prompt and answer, or one document.")] = "turns",
+    image_first: Annotated[float | None, _number_option("Share of pairs; 0.5.")] = None,
+    max_broken: Annotated[float | None, _number_option("Most rows to refuse; 0.1 of all.")] = None,
+    shard_rows: Annotated[int | None, _whole_option("Rows a shard; 2048.")] = None,
+    seed: Seed = 0,
+    model: ModelName = "mini",
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Turn a corpus of text and pictures into tokens for training; again, to go on."""
+    from earlyfusion.terminal import busy, check_writable, progress_bar
+
+    check_writable(out)
+    with busy(f"opening {' '.join(sources)}", as_json):
+        from earlyfusion.checkpoints.formats import locate
+        from earlyfusion.train.corpus.encoding import EncodingSettings
+        from earlyfusion.train.corpus.rows import RowSettings
+        from earlyfusion.train.corpus.tokenizing import Job
+        from earlyfusion.train.corpus.tokenizing import tokenize as write
+        from earlyfusion.train.trainer import resolve_device
+
+        first = 0.5 if image_first is None else image_first
+        broken = 0.1 if max_broken is None else max_broken
+        job = Job(
+            sources=tuple(sources),
+            out=out,
+            model=locate(model),
+            device=str(resolve_device(device)),
+            rows_a_shard=2048 if shard_rows is None else shard_rows,
+            rows=RowSettings(tuple(pattern or ()), images, broken),
+            encoding=EncodingSettings(prompt_images, answer_images, pairs, first, seed or 0),
+        )
+    with progress_bar(as_json) as bar:
+        task = bar.add_task("tokenizing")
+        made = write(
+            job,
+            1 if workers is None else workers,
+            ray,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    if as_json:
+        return _print_json(asdict(made) | {"path": str(out), "model": model})
+    forms = ", ".join(f"{count:,} {form}" for form, count in sorted(made.forms.items()))
+    print(f"{out}: {made.documents:,} documents of {made.rows:,} rows ({forms})")
+    print(f"{made.tokens:,} tokens in {made.shards:,} shards")
+    if made.quarantined:
+        print(f"{made.quarantined:,} broken rows: see {out / 'quarantine.jsonl'}")
 
 
 @app.command(epilog=_examples("earlyfusion info", "earlyfusion info ./my-model --json"))

@@ -41,6 +41,8 @@ OWNERS = {
     "torch.utils.tensorboard": {"train"},
     "torch.distributed": {"parallel.py", "train/checkpoint.py", "engine/runner.py"},
     "resvg_py": {"recipes"},
+    "pyarrow": {"train/corpus/tables.py"},
+    "ray": {"train/corpus/cluster.py"},
 }
 
 

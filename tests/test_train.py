@@ -85,7 +85,7 @@ def test_a_killed_run_goes_on_to_the_same_losses(tmp_path: Path) -> None:
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     reached = checkpoint.steps(out)[-1]
-    run = RunConfig(out, steps=5000, log_every=1, save_every=3, stop_after=reached + 5)
+    run = RunConfig(out, steps=5000, log_every=1, save_every=3, stop_after=reached + 100)
     train(language_task(), run, OPTIM)
     unbroken = replace(run, out=tmp_path / "unbroken")
     train(language_task(), unbroken, OPTIM)

@@ -15,7 +15,15 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from earlyfusion.errors import SettingError
 
-NAMES = ("mini_image_tokenizer", "mini_transformer", "mini_answers", "mini_drawings")
+NAMES = (
+    "mini_image_tokenizer",
+    "mini_transformer",
+    "mini_answers",
+    "mini_drawings",
+    "finetune",
+    "pretrain_7b",
+    "pretrain_34b",
+)
 
 
 def run(name: str, overrides: list[str]) -> None:
@@ -25,6 +33,32 @@ def run(name: str, overrides: list[str]) -> None:
     """
     recipe = _load(name)
     recipe.main(override(recipe.config, overrides))
+
+
+def plan(name: str, overrides: list[str]) -> str:
+    """Memory, speed and days of a recipe on 64 to 3,072 GPUs, as text; nothing is run.
+
+    Raises `SettingError` where `run` would, and for a recipe that does not train a transformer.
+    """
+    from earlyfusion.config import ModelConfig
+    from earlyfusion.train.plan import PEAK_TFLOPS, Job, table
+
+    config = override(_load(name).config, overrides)
+    if not isinstance(getattr(config, "model", None), ModelConfig):
+        raise SettingError(f"recipe {name!r} has no plan: it does not say what model it trains")
+    length = config.length or config.model.max_position_embeddings
+    return table(
+        Job(
+            model=config.model,
+            layout=config.run.parallel,
+            rows=config.rows,
+            length=length,
+            micro_rows=getattr(config, "micro_rows", 0),
+            tokens=float(config.run.steps) * config.rows * length,
+            dropout=config.dropout,
+            peak_tflops=config.run.peak_tflops or PEAK_TFLOPS,
+        )
+    )
 
 
 def override(config: Any, overrides: list[str]) -> Any:

@@ -1,45 +1,111 @@
 """Checkpoints of a run: atomic folders `step-00001000`, of which the newest complete one counts.
 
 A checkpoint is written under a temporary name, flushed to disk and renamed, so that a run that is
-killed at any moment leaves either a whole checkpoint or none. Tensors are read with
-`weights_only=True`: nothing in a checkpoint can run code.
+killed at any moment leaves either a whole checkpoint or none. One process writes `tensors.pt`;
+several write the part of each (torch.distributed.checkpoint) under `shards/`, and any number of
+processes, one included, read either. Tensors are read with `weights_only=True`, and the index of
+the shards with nothing but its own classes: nothing in a checkpoint can run code.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from earlyfusion.errors import CheckpointError
 
 _PREFIX, _PARTIAL = "step-", ".partial-"
-TENSORS, STATE = "tensors.pt", "state.json"
+TENSORS, STATE, SHARDS = "tensors.pt", "state.json", "shards"
 
 
 def save(run: Path, step: int, tensors: dict[str, Any], state: dict[str, Any], keep: int) -> Path:
     """Write one checkpoint and remove all but the newest `keep`."""
-    run.mkdir(parents=True, exist_ok=True)
-    for rest in run.glob(f"{_PARTIAL}*"):
-        shutil.rmtree(rest, ignore_errors=True)
-    partial, final = run / f"{_PARTIAL}{step:08d}", run / f"{_PREFIX}{step:08d}"
-    partial.mkdir()
-    with (partial / TENSORS).open("wb") as file:
-        torch.save(tensors, file)
-        _flush(file.fileno(), file.flush)
-    with (partial / STATE).open("w", encoding="utf-8") as text:
-        json.dump(state | {"step": step}, text)
-        _flush(text.fileno(), text.flush)
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(partial, final)
-    _flush_folder(run)
-    for old in steps(run)[:-keep]:
-        shutil.rmtree(run / f"{_PREFIX}{old:08d}", ignore_errors=True)
-    return final
+    partial = _begin(run, step)
+    _write(partial, tensors)
+    return _commit(run, step, state, keep)
+
+
+class Saver:
+    """Writes the checkpoints of a run, from one process or from all, at once or `beside` the run.
+
+    A checkpoint written beside the run counts when `poll` or `finish` found it whole on disk.
+    """
+
+    def __init__(self, run: Path, keep: int, beside: bool) -> None:
+        self._run, self._keep, self._beside = run, keep, beside
+        self._several = dist.is_initialized()
+        self._first = not self._several or dist.get_rank() == 0
+        self._waiting: tuple[Future[Any], int, dict[str, Any]] | None = None
+        # Writing beside the run talks over a group of its own, so that the two cannot mix.
+        self._group = dist.new_group(backend="gloo") if self._several else None
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+
+    def save(self, step: int, tensors: dict[str, Any], state: dict[str, Any]) -> None:
+        self.finish()
+        if self._first:
+            _begin(self._run, step)
+        self._meet()
+        partial = self._run / f"{_PARTIAL}{step:08d}"
+        written = self._shards(partial, tensors) if self._several else self._file(partial, tensors)
+        self._waiting = (written, step, state)
+        if not self._beside:
+            self.finish()
+
+    def poll(self) -> None:
+        """Let a checkpoint count whose writing has ended."""
+        if self._waiting is not None and self._waiting[0].done():
+            self._close()
+
+    def finish(self) -> None:
+        """Wait until all is written and counts, on all processes."""
+        if self._waiting is not None:
+            self._close()
+        self._meet()
+
+    def _close(self) -> None:
+        assert self._waiting is not None
+        written, step, state = self._waiting
+        self._waiting = None
+        written.result()
+        if self._first:
+            _commit(self._run, step, state, self._keep)
+
+    def _meet(self) -> None:
+        if self._several:
+            dist.barrier(group=self._group)
+
+    def _file(self, partial: Path, tensors: dict[str, Any]) -> Future[Any]:
+        if self._beside:
+            return self._pool.submit(_write, partial, _copied(tensors))
+        _write(partial, tensors)
+        return _done()
+
+    def _shards(self, partial: Path, tensors: dict[str, Any]) -> Future[Any]:
+        from torch.distributed.checkpoint.state_dict_saver import async_save, save
+
+        flat, where = dict(_flat(tensors)), partial / SHARDS
+        if self._beside:
+            written = async_save(flat, checkpoint_id=where, process_group=self._group)
+            return cast(Future[Any], written)
+        save(flat, checkpoint_id=where, process_group=self._group)
+        return _done()
+
+
+def _done() -> Future[Any]:
+    done: Future[Any] = Future()
+    done.set_result(None)
+    return done
 
 
 def steps(run: Path) -> list[int]:
@@ -48,14 +114,202 @@ def steps(run: Path) -> list[int]:
     return sorted(int(n) for n in names if n.isdigit())
 
 
-def load(run: Path, step: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Tensors and state of the given step, by default of the newest checkpoint."""
+def load(
+    run: Path, step: int | None = None, only: str = ""
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Tensors, whole, and state of the given step, by default of the newest checkpoint.
+
+    `only` names a part, as "model": of shards, nothing else is read then.
+    """
+    folder, state = _find(run, step)
+    if (folder / SHARDS).is_dir():
+        return _read_shards(folder / SHARDS, f"{only}/" if only else ""), state
+    return torch.load(folder / TENSORS, map_location="cpu", weights_only=True), state
+
+
+def load_into(tensors: dict[str, Any], run: Path, step: int | None = None) -> dict[str, Any]:
+    """Fill `tensors` in place, where each process may hold a part of each; gives the state.
+
+    Raises `CheckpointError` for a checkpoint that lacks one of them or has another shape.
+    """
+    folder, state = _find(run, step)
+    flat = dict(_flat(tensors))
+    if not (folder / SHARDS).is_dir():
+        whole = dict(_flat(torch.load(folder / TENSORS, map_location="cpu", weights_only=True)))
+        _check(flat, {name: tuple(value.shape) for name, value in whole.items()}, run)
+        for name, value in flat.items():
+            _fill(value, whole[name])
+        return state
+    from torch.distributed.checkpoint.state_dict_loader import load as load_shards
+
+    reader = _reader(folder / SHARDS)
+    kept = reader.read_metadata().state_dict_metadata
+    _check(flat, {name: tuple(entry.size) for name, entry in kept.items()}, run)
+    load_shards(flat, storage_reader=reader)
+    return state
+
+
+def _find(run: Path, step: int | None) -> tuple[Path, dict[str, Any]]:
     found = steps(run)
     if not found or (step is not None and step not in found):
         raise CheckpointError(f"{run} holds no checkpoint of step {step or 'any'}: train it first")
     folder = run / f"{_PREFIX}{step or found[-1]:08d}"
-    tensors = torch.load(folder / TENSORS, map_location="cpu", weights_only=True)
-    return tensors, json.loads((folder / STATE).read_text(encoding="utf-8"))
+    return folder, json.loads((folder / STATE).read_text(encoding="utf-8"))
+
+
+def _begin(run: Path, step: int) -> Path:
+    run.mkdir(parents=True, exist_ok=True)
+    for rest in run.glob(f"{_PARTIAL}*"):
+        shutil.rmtree(rest, ignore_errors=True)
+    partial = run / f"{_PARTIAL}{step:08d}"
+    partial.mkdir()
+    return partial
+
+
+def _write(partial: Path, tensors: dict[str, Any]) -> None:
+    with (partial / TENSORS).open("wb") as file:
+        torch.save(tensors, file)
+        _flush(file.fileno(), file.flush)
+
+
+def _commit(run: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+    partial, final = run / f"{_PARTIAL}{step:08d}", run / f"{_PREFIX}{step:08d}"
+    with (partial / STATE).open("w", encoding="utf-8") as text:
+        json.dump(state | {"step": step}, text)
+        _flush(text.fileno(), text.flush)
+    if final.exists():
+        _remove(run, step)
+    os.replace(partial, final)
+    _flush_folder(run)
+    for old in steps(run)[:-keep]:
+        _remove(run, old)
+    return final
+
+
+def _remove(run: Path, step: int) -> None:
+    """Renamed first: a removal cut short leaves nothing that counts."""
+    gone = run / f"{_PARTIAL}old-{step:08d}"
+    shutil.rmtree(gone, ignore_errors=True)
+    os.replace(run / f"{_PREFIX}{step:08d}", gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def _flat(tensors: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Tensors of nested dictionaries by their path, `model/lm_head.weight`; others are left out."""
+    for name, value in tensors.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{path}{name}/")
+        elif isinstance(value, Tensor):
+            yield f"{path}{name}", value
+
+
+def _nested(flat: Mapping[str, Tensor]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for path, value in flat.items():
+        *folders, name = path.split("/")
+        at: dict[Any, Any] = found
+        for folder in folders:
+            at = at.setdefault(int(folder) if folder.isdigit() else folder, {})
+        at[name] = value
+    return found
+
+
+def _check(wanted: Mapping[str, Tensor], there: Mapping[str, tuple[int, ...]], run: Path) -> None:
+    for name, value in wanted.items():
+        if there.get(name) != tuple(value.shape):
+            raise CheckpointError(
+                f"{run} holds a model of another shape ({name} is {there.get(name, 'missing')}, "
+                f"not {tuple(value.shape)}): give the same shape or another out folder"
+            )
+
+
+@torch.no_grad()
+def _fill(target: Tensor, whole: Tensor) -> None:
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(target, DTensor):
+        target.copy_(whole)
+        return
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(
+        target.shape, target.device_mesh, target.placements
+    )
+    cut = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
+    target.to_local().copy_(whole[cut])
+
+
+def _read_shards(folder: Path, begin: str) -> dict[str, Any]:
+    from torch.distributed.checkpoint.state_dict_loader import load as load_shards
+
+    reader = _reader(folder)
+    kept = reader.read_metadata().state_dict_metadata
+    flat = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in kept.items()
+        if name.startswith(begin)
+    }
+    with warnings.catch_warnings():  # it tells that one process reads, which is what is meant
+        warnings.simplefilter("ignore")
+        load_shards(flat, storage_reader=reader, no_dist=True)
+    return _nested(flat)
+
+
+def _reader(folder: Path) -> Any:
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+
+    class Reader(FileSystemReader):
+        def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+            try:
+                with (folder / ".metadata").open("rb") as file:
+                    found = _Unpickler(file).load()
+            except (OSError, pickle.UnpicklingError, EOFError) as error:
+                raise CheckpointError(
+                    f"{folder} has no index that can be read ({error}): use another checkpoint"
+                ) from None
+            assert isinstance(found, Metadata)
+            if found.storage_meta is None:
+                found.storage_meta = StorageMeta()
+            found.storage_meta.load_id = self.load_id
+            return found
+
+    return Reader(folder)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads the index of shards; refuses whatever such an index has no use for."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = super().find_class(module, name) if module in _INDEX_MODULES else None
+        if module.endswith(".metadata") and isinstance(found, type):
+            return found
+        if isinstance(found, torch.dtype) or name in _INDEX_NAMES.get(module, ()):
+            return found
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong there")
+
+
+_INDEX_NAMES = {
+    "torch": ("Size",),
+    "torch.serialization": ("_get_layout",),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo", "_StoragePrefix"),
+    "pathlib": ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"),
+    "pathlib._local": ("PosixPath", "WindowsPath"),
+    "collections": ("OrderedDict",),
+}
+_INDEX_MODULES = {*_INDEX_NAMES, "torch.distributed.checkpoint.metadata"}
+
+
+def _copied(tensors: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The same on the CPU, so that training may go on while it is written."""
+    return {
+        name: _copied(value)
+        if isinstance(value, Mapping)
+        else value.detach().to("cpu", copy=True)
+        if isinstance(value, Tensor)
+        else value
+        for name, value in tensors.items()
+    }
 
 
 def _flush(fileno: int, flush: Any) -> None:

@@ -63,32 +63,44 @@ Stream = Callable[[int], TokenSequence]
 
 
 class Packer:
-    """Fills batches from a stream, in order; `cursor` is the number of the next document."""
+    """Fills batches from a stream, in order; `cursor` is the number of the next document.
+
+    `share` (which, of how many) says whose rows these are: all processes walk the same documents
+    and each keeps its own block of rows, so that the batch does not depend on their number.
+    """
 
     def __init__(
         self, stream: Stream, weights: RoleWeights, rows: int, length: int, pad: int
     ) -> None:
         self.cursor = 0
-        self._stream, self._weights = stream, weights
-        self._rows, self._length, self._pad = rows, length, pad
+        self.rows, self.length = rows, length
+        self.share = (0, 1)
+        self._stream, self._weights, self._pad = stream, weights, pad
 
     def next(self) -> PackedBatch:
-        rows = [self._row() for _ in range(self._rows)]
+        which, count = self.share
+        own = self.rows // count
+        rows = []
+        for number in range(self.rows):
+            documents = self._documents()
+            if number // own == which:
+                rows.append(pack_row(documents, self._weights, self.length, self._pad))
         return PackedBatch(*(torch.stack(t) for t in zip(*rows, strict=True)))
 
-    def _row(self) -> list[Tensor]:
+    def _documents(self) -> list[TokenSequence]:
+        """The documents of the next row."""
         documents: list[TokenSequence] = []
-        free = self._length
+        free = self.length
         while True:
             document = self._stream(self.cursor)
             needed = len(document) - 1
-            if needed > self._length:
+            if needed > self.length:
                 raise DataError(
-                    f"document {self.cursor} has {needed + 1} tokens, limit {self._length + 1}: "
+                    f"document {self.cursor} has {needed + 1} tokens, limit {self.length + 1}: "
                     f"raise the row length or leave it out"
                 )
             if needed > free:
-                return pack_row(documents, self._weights, self._length, self._pad)
+                return documents
             documents.append(document)
             free -= needed
             self.cursor += 1

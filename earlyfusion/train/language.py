@@ -3,40 +3,91 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
+from earlyfusion import parallel
+from earlyfusion.errors import SettingError
 from earlyfusion.model.attention import CausalAttend
 from earlyfusion.model.transformer import Transformer
-from earlyfusion.train.data import Packer
+from earlyfusion.parallel import ParallelConfig
+from earlyfusion.train.data import PackedBatch, Packer
 from earlyfusion.train.loss import head_loss
+from earlyfusion.train.plan import flops_per_token
+
+if TYPE_CHECKING:
+    from earlyfusion.parallel import DeviceMesh
 
 
 class LanguageTask:
-    """Next-token prediction over text and image tokens alike."""
+    """Next-token prediction over text and image tokens alike.
 
-    def __init__(self, model: Transformer, packer: Packer, z_weight: float = 1e-5) -> None:
+    The rows of the packer are those of a whole step, over all processes. `micro_rows` of them go
+    through the network at a time (0: all that this process has).
+    """
+
+    def __init__(
+        self, model: Transformer, packer: Packer, z_weight: float = 1e-5, micro_rows: int = 0
+    ) -> None:
         self.model, self._packer, self._z_weight = model, packer, z_weight
-        self._device = next(model.parameters()).device
+        self._micro_rows = micro_rows
+        self._mesh: DeviceMesh | None = None
+        self._waiting: list[PackedBatch] = []
+        self._weight = torch.zeros(())
+        self._norm = torch.zeros(())
+        model.model.norm.register_forward_pre_hook(self._measure)
         model.train()
+        self._check_rows(1)
+
+    @property
+    def parts(self) -> int:
+        """How many calls of `loss` make a step."""
+        own = self._packer.rows // self._packer.share[1]
+        return own // (self._micro_rows or own)
+
+    @property
+    def flops_per_unit(self) -> float:
+        """Floating-point operations that training takes for one token."""
+        return flops_per_token(self.model.config, self._packer.length)
+
+    def distribute(
+        self, mesh: DeviceMesh | None, config: ParallelConfig, compiled: bool, dtype: torch.dtype
+    ) -> None:
+        """Put the model on the mesh, if there is one, and take this process's rows only."""
+        share = parallel.data_rank(mesh)
+        self._check_rows(share[1])
+        if self._packer.length % config.tensor:
+            raise SettingError(
+                f"length={self._packer.length} must be a multiple of tensor={config.tensor}: "
+                f"rows are cut over it"
+            )
+        parallel.parallelize(self.model, mesh, config, compiled, dtype)
+        self._packer.share, self._mesh = share, mesh
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return self.model.parameters()
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor], float]:
-        batch = self._packer.next().to(self._device)
+        if not self._waiting:
+            self._fetch()
+        batch = self._waiting.pop(0)
         attends = [CausalAttend(batch.document_BT)] * self.model.config.num_hidden_layers
         x_BTD = self.model.states(batch.tokens_BT, batch.positions_BT, attends)
-        head_VD = self.model.lm_head.weight
-        loss = head_loss(x_BTD, head_VD, batch.targets_BT, batch.weight_BT, self._z_weight)
+        x_BTD, head_VD, part = parallel.head_inputs(x_BTD, self.model.lm_head.weight)
+        targets = (batch.targets_BT, batch.weight_BT)
+        loss = head_loss(x_BTD, head_VD, *targets, self._z_weight, part=part)
+        share = batch.weight_BT.sum().clamp_min(1e-8) / self._weight
         counted_BT = batch.weight_BT > 0
         figures = {
             "text_nats": loss.nats_BT[counted_BT & ~batch.image_BT].mean(),
             "image_nats": loss.nats_BT[counted_BT & batch.image_BT].mean(),
             "log_z_squared": loss.z,
+            "output_norm": self._norm,
+            "top_logit": loss.top,
         }
-        return loss.total, figures, float(batch.tokens_BT.numel())
+        return loss.total * share, figures, float(batch.tokens_BT.numel())
 
     def after(self, step: int) -> dict[str, float]:
         return {}
@@ -46,3 +97,26 @@ class LanguageTask:
 
     def load_state(self, tensors: dict[str, Any], state: dict[str, Any]) -> None:
         self._packer.cursor = int(state["next_document"])
+        self._waiting = []
+
+    def _fetch(self) -> None:
+        """This process's rows of a step in parts, and the weight of all rows of all processes."""
+        whole = self._packer.next().to(next(self.model.parameters()).device)
+        size = self._micro_rows or len(whole.tokens_BT)
+        columns = [column.split(size) for column in whole]
+        self._waiting = [PackedBatch(*part) for part in zip(*columns, strict=True)]
+        self._weight = parallel.data_sum(whole.weight_BT.sum(), self._mesh).clamp_min(1e-8)
+
+    def _measure(self, _: nn.Module, inputs: tuple[Tensor]) -> None:
+        """The length of what the last block gives: its growth is the paper's early sign."""
+        x_BTD = inputs[0].detach()
+        local = x_BTD.to_local() if hasattr(x_BTD, "to_local") else x_BTD
+        self._norm = local.float().norm(dim=-1).mean()
+
+    def _check_rows(self, processes: int) -> None:
+        rows, parts = self._packer.rows, processes * max(1, self._micro_rows)
+        if rows % parts:
+            raise SettingError(
+                f"rows={rows} cannot go to {processes} data ranks in parts of "
+                f"micro_rows={max(1, self._micro_rows)}: choose a multiple of {parts}"
+            )

@@ -7,19 +7,27 @@ together. Shapes: B rows, T tokens of a row, N positions of both, D model width,
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from earlyfusion.parallel import VocabularySlice
+
 
 class TokenLoss(NamedTuple):
-    """`total` is what is minimised; `nats_BT` is the plain cross-entropy of each target."""
+    """`total` is what is minimised; `nats_BT` is the plain cross-entropy of each target.
+
+    `z` is the mean of log^2 Z, `top` the largest logit.
+    """
 
     total: Tensor
     z: Tensor
     nats_BT: Tensor
+    top: Tensor
 
 
 def next_token_loss(
@@ -35,7 +43,8 @@ def next_token_loss(
     log_z_BT = torch.logsumexp(logits_BTV, -1)
     share_BT = weight_BT / weight_BT.sum().clamp_min(1e-8)
     z = (share_BT * log_z_BT.square()).sum()
-    return TokenLoss((share_BT * nats_BT).sum() + z_weight * z, z.detach(), nats_BT.detach())
+    total = (share_BT * nats_BT).sum() + z_weight * z
+    return TokenLoss(total, z.detach(), nats_BT.detach(), logits_BTV.detach().amax())
 
 
 def head_loss(
@@ -45,21 +54,25 @@ def head_loss(
     weight_BT: Tensor,
     z_weight: float = 1e-5,
     block: int = 256,
+    part: VocabularySlice | None = None,
 ) -> TokenLoss:
     """`next_token_loss` of the logits `x_BTD @ head_VD.T`, `block` positions at a time.
 
     Positions of weight 0 cost nothing and count as 0 nats. The product is computed in the dtype of
-    autocast, all else in fp32.
+    autocast, all else in fp32. With `part`, `head_VD` holds some rows of the head and other
+    processes hold the others: the loss is that of all, the gradient of `x_BTD` that of these rows.
     """
     counted_N = weight_BT.flatten().nonzero()[:, 0]
     x_ND = x_BTD.flatten(0, 1)[counted_N]
     weight_N = weight_BT.flatten()[counted_N]
     share_N = weight_N / weight_N.sum().clamp_min(1e-8)
     targets_N = targets_BT.flatten()[counted_N]
-    total, z, nats_N = _HeadLoss.apply(x_ND, head_VD, targets_N, share_N, z_weight, block)
+    total, z, nats_N, top = _HeadLoss.apply(  # type: ignore[no-untyped-call]
+        x_ND, head_VD, targets_N, share_N, z_weight, block, part
+    )
     nats_BT = torch.zeros_like(weight_BT).flatten()
     nats_BT[counted_N] = nats_N
-    return TokenLoss(total, z.detach(), nats_BT.view_as(weight_BT))
+    return TokenLoss(total, z.detach(), nats_BT.view_as(weight_BT), top)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -74,37 +87,53 @@ class _HeadLoss(torch.autograd.Function):
         share_N: Tensor,
         z_weight: float,
         block: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        part: VocabularySlice | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         kind = x_ND.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_ND.dtype
         head = head_VD.detach().to(dtype)
         grad_x_ND = torch.empty_like(x_ND)
         grad_head_VD = torch.zeros_like(head_VD, dtype=torch.float32)
         nats, z = [], x_ND.new_zeros((), dtype=torch.float32)
+        highest = torch.full_like(z, -math.inf)
         columns = (c.split(block) for c in (x_ND, grad_x_ND, targets_N, share_N))
         with torch.autocast(kind, enabled=False):
             for x, grad_x, target, share in zip(*columns, strict=True):
                 logits = (x.to(dtype) @ head.T).float()
-                chosen = target[:, None]
+                chosen, held = _place(target, len(head), part)
                 chosen_logit = logits.gather(1, chosen)[:, 0]
                 top = logits.amax(-1, keepdim=True)
+                highest = torch.cat((highest[None], top[:, 0])).amax()
                 shares = logits.sub_(top).exp_()
                 sums = shares.sum(-1)
                 log_z = sums.log() + top[:, 0]
+                if part is not None:
+                    own_log_z = log_z
+                    log_z, chosen_logit = part.combine(own_log_z, chosen_logit * held)
+                    sums = sums * (log_z - own_log_z).exp()
                 nats.append(log_z - chosen_logit)
                 z += (share * log_z.square()).sum()
                 scale = share * (1 + 2 * z_weight * log_z)
                 grad = shares.mul_((scale / sums)[:, None])
-                grad = grad.scatter_add_(1, chosen, -share[:, None]).to(dtype)
+                grad = grad.scatter_add_(1, chosen, -(share * held)[:, None]).to(dtype)
                 grad_x.copy_(grad @ head)
                 grad_head_VD += grad.T @ x.to(dtype)
         ctx.save_for_backward(grad_x_ND, grad_head_VD.to(head_VD.dtype))
         nats_N = torch.cat(nats) if nats else x_ND.new_zeros(0, dtype=torch.float32)
-        ctx.mark_non_differentiable(nats_N)
-        return (share_N * nats_N).sum() + z_weight * z, z, nats_N
+        ctx.mark_non_differentiable(nats_N, highest)
+        return (share_N * nats_N).sum() + z_weight * z, z, nats_N, highest
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_x_ND, grad_head_VD = ctx.saved_tensors
         grad_total = grads[0]
-        return grad_x_ND * grad_total, grad_head_VD * grad_total, None, None, None, None
+        return grad_x_ND * grad_total, grad_head_VD * grad_total, None, None, None, None, None
+
+
+def _place(target_N: Tensor, rows: int, part: VocabularySlice | None) -> tuple[Tensor, Tensor]:
+    """Row of the head for each target, [N, 1], and 1 where that row is here, else 0."""
+    if part is None:
+        return target_N[:, None], torch.ones_like(target_N)
+    local_N = target_N - part.first
+    held_N = (local_N >= 0) & (local_N < rows)
+    return local_N.clamp(0, rows - 1)[:, None], held_N

@@ -1,4 +1,8 @@
-"""Watching a run: a progress bar, a JSONL file, and TensorBoard where it is installed."""
+"""Watching a run: a progress bar, a JSONL file, and TensorBoard where it is installed.
+
+Speed is told in tokens or pictures a second, as a share of what the devices can do, and as the time
+that is left.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +10,38 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
 class Monitor:
-    """Writes one line of `metrics.jsonl` a call of `log`, and moves the progress bar."""
+    """Writes one line of `metrics.jsonl` a call of `log`, and moves the progress bar.
 
-    def __init__(self, run: Path, first: int, steps: int, tensorboard: bool = True) -> None:
+    `flops` are the operations of one unit, `peak` gives those that the devices can do a second.
+    A `quiet` monitor does nothing: of several processes the first tells.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        first: int,
+        steps: int,
+        tensorboard: bool = True,
+        quiet: bool = False,
+        flops: float = 0.0,
+        peak: Callable[[], float] | None = None,
+    ) -> None:
+        self._run, self._steps, self._quiet = run, steps, quiet
+        self._flops, self._peak = flops, peak
+        self._since, self._units, self._done = time.perf_counter(), 0.0, 0
+        if quiet:
+            return
         run.mkdir(parents=True, exist_ok=True)
         _drop_from(run / "metrics.jsonl", first)
         self._lines = (run / "metrics.jsonl").open("a", encoding="utf-8")
@@ -27,36 +52,86 @@ class Monitor:
             MofNCompleteColumn(),
             TimeRemainingColumn(),
         )
-        console = Console(stderr=True)
-        self._bar = Progress(*columns, console=console, disable=not sys.stderr.isatty())
+        self._console = Console(stderr=True)
+        self._bar = Progress(*columns, console=self._console, disable=not sys.stderr.isatty())
         self._task = self._bar.add_task("training", total=steps, completed=first)
         self._bar.start()
-        self._since, self._units = time.perf_counter(), 0.0
 
     def advance(self, step: int, units: float) -> None:
         """One step done that processed `units` tokens or pictures."""
         self._units += units
-        self._bar.update(self._task, completed=step + 1)
+        self._done += 1
+        if not self._quiet:
+            self._bar.update(self._task, completed=step + 1)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        now = time.perf_counter()
-        rate = self._units / max(now - self._since, 1e-9)
-        self._since, self._units = now, 0.0
+        if self._quiet:
+            return
+        speed = self._speed(step)
         known = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-        row = {"step": step} | known
-        self._lines.write(json.dumps(row | {"per_second": round(rate, 2)}) + "\n")
+        self._lines.write(json.dumps({"step": step} | known | speed) + "\n")
         self._lines.flush()
-        for name, value in metrics.items():
+        for name, value in (metrics | speed).items():
             if self._board is not None:
                 self._board.add_scalar(name, value, step)
         shown = "  ".join(f"{k} {v:.4g}" for k, v in list(metrics.items())[:3])
-        self._bar.update(self._task, description=f"{shown}  {rate:,.0f}/s")
+        share = f"  {speed['mfu']:.0%} of peak" if "mfu" in speed else ""
+        self._bar.update(self._task, description=f"{shown}  {speed['per_second']:,.0f}/s{share}")
+
+    def note(self, step: int, sentence: str) -> None:
+        """Tell a person, and keep it in `notes.jsonl`."""
+        if self._quiet:
+            return
+        with (self._run / "notes.jsonl").open("a", encoding="utf-8") as notes:
+            notes.write(json.dumps({"step": step, "note": sentence}) + "\n")
+        self._console.print(f"step {step}: {sentence}", highlight=False)
+
+    def rewind(self, first: int) -> None:
+        """Forget what was written of the steps from `first` on: they come again."""
+        if self._quiet:
+            return
+        self._lines.close()
+        _drop_from(self._run / "metrics.jsonl", first)
+        self._lines = (self._run / "metrics.jsonl").open("a", encoding="utf-8")
+        self._bar.update(self._task, completed=first)
 
     def close(self) -> None:
+        if self._quiet:
+            return
         self._bar.stop()
         self._lines.close()
         if self._board is not None:
             self._board.close()
+
+    def _speed(self, step: int) -> dict[str, float]:
+        now = time.perf_counter()
+        passed = max(now - self._since, 1e-9)
+        rate, each = self._units / passed, passed / max(1, self._done)
+        self._since, self._units, self._done = now, 0.0, 0
+        speed = {"per_second": round(rate, 2)}
+        if self._peak is not None:
+            speed["mfu"] = round(rate * self._flops / self._peak(), 4)
+        return speed | {"eta_seconds": round(each * (self._steps - step - 1), 1)}
+
+
+@lru_cache
+def matmul_peak(device: torch.device, kind: torch.dtype) -> float:
+    """Operations a second of a product of two square matrices: the best of several."""
+    size = 8192 if device.type == "cuda" else 512
+    a, b = (torch.ones(size, size, device=device, dtype=kind) for _ in range(2))
+    best = math.inf
+    for _ in range(6):
+        _wait(device)
+        since = time.perf_counter()
+        torch.mm(a, b)
+        _wait(device)
+        best = min(best, time.perf_counter() - since)
+    return float(2 * size**3 / best)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

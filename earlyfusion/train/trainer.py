@@ -1,4 +1,4 @@
-"""The training loop of both networks, on one device.
+"""The training loop of both networks, on one device or, for a `ParallelTask`, on many.
 
 A `Task` says what a step learns from; the loop does the rest. Every random number of step k (data
 order, augmentation, dropout) follows from the seed and k alone, so that a resumed run continues
@@ -9,18 +9,28 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from earlyfusion import parallel
 from earlyfusion.errors import CheckpointError, SettingError
+from earlyfusion.model.transformer import Transformer
+from earlyfusion.parallel import ParallelConfig
 from earlyfusion.train import checkpoint
-from earlyfusion.train.monitor import Monitor
+from earlyfusion.train.curves import draw_curves
+from earlyfusion.train.monitor import Monitor, matmul_peak
 from earlyfusion.train.optim import OptimConfig, adamw, learning_rate
+from earlyfusion.train.watch import Watch, WatchConfig
+
+if TYPE_CHECKING:
+    from earlyfusion.parallel import DeviceMesh
 
 
 @dataclass
@@ -34,10 +44,16 @@ class RunConfig:
     precision: str = "fp32"
     compile: bool = False
     save_every: int = 200
+    save_beside: bool = False
+    """Write checkpoints while the training goes on."""
     keep: int = 2
     log_every: int = 10
     stop_after: int = 0
     """Stop at this step although the schedule goes on to `steps` (0: never)."""
+    peak_tflops: float = 0.0
+    """What one device can do, for the share that is used (0: a product of matrices is timed)."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
 
     def __post_init__(self) -> None:
         self.out = Path(self.out)
@@ -60,99 +76,244 @@ class Task(Protocol):
     def load_state(self, tensors: dict[str, Any], state: dict[str, Any]) -> None: ...
 
 
+@runtime_checkable
+class ParallelTask(Protocol):
+    """A `Task` for several processes: `parts` calls of `loss` make a step, and their sum its loss.
+
+    The losses of all parts and all data ranks add up to that of the global batch.
+    """
+
+    @property
+    def parts(self) -> int: ...
+    @property
+    def flops_per_unit(self) -> float: ...
+    def distribute(
+        self, mesh: DeviceMesh | None, config: ParallelConfig, compiled: bool, dtype: torch.dtype
+    ) -> None: ...
+
+
 def resolve_device(name: str) -> torch.device:
+    """The device of this process: under `torchrun`, the GPU of its number on this machine."""
+    own = os.environ.get("LOCAL_RANK")
+    cuda = f"cuda:{own}" if own else "cuda"
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(cuda if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(name)
+        return torch.device(cuda if name == "cuda" else name)
     except RuntimeError:
         raise SettingError(f"device={name!r} is unknown: choose auto, cpu or cuda") from None
 
 
 def train(task: Task, run: RunConfig, optim: OptimConfig) -> None:
     """Train to `run.steps`, from the newest checkpoint under `run.out` where there is one."""
-    optimizer = adamw(task.parameters(), optim)
-    first = _resume(task, optimizer, run, optim)
-    monitor = Monitor(run.out, first, run.steps)
-    last = min(run.steps, run.stop_after or run.steps)
+    training = _Training(task, run, optim)
     try:
-        for step in range(first, last):
-            figures = _step(task, optimizer, run, optim, step, monitor)
-            if step % run.log_every == 0 or step + 1 == last:
-                monitor.log(step, {k: float(v) for k, v in figures.items()})
-            if (step + 1) % run.save_every == 0 or step + 1 == last:
-                _save(task, optimizer, run, optim, step + 1)
+        training.go_on()
     finally:
-        monitor.close()
+        training.close()
+    if parallel.rank() == 0:
+        draw_curves(run.out)
 
 
-def _step(
-    task: Task,
-    optimizer: torch.optim.Optimizer,
-    run: RunConfig,
-    optim: OptimConfig,
-    step: int,
-    monitor: Monitor,
-) -> dict[str, Any]:
-    torch.manual_seed(run.seed * 1_000_003 + step)
-    rate = learning_rate(optim, step, run.steps)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    with autocast(task.model, run.precision):
-        loss, figures, units = task.loss(step)
-    if not torch.isfinite(loss):
-        raise SettingError(
-            f"the loss of step {step} is {float(loss.detach())}: lower lr={optim.lr} and start "
-            f"again from the checkpoints in {run.out}"
+class _Training:
+    """A run in progress."""
+
+    def __init__(self, task: Task, run: RunConfig, optim: OptimConfig) -> None:
+        self.task, self.run, self.optim = task, run, optim
+        self.mesh = _spread(task, run)
+        self.ranks = parallel.data_rank(self.mesh)[1]
+        self.optimizer = adamw(task.parameters(), optim)
+        self.watch = Watch(run.watch)
+        self.saver = checkpoint.Saver(run.out, run.keep, run.save_beside)
+        self.step = self._resume()
+        flops = task.flops_per_unit if isinstance(task, ParallelTask) else 0.0
+        device = next(task.model.parameters()).device
+        peak = partial(_peak, run, device) if flops else None
+        quiet = parallel.rank() > 0
+        self.monitor = Monitor(run.out, self.step, run.steps, quiet=quiet, flops=flops, peak=peak)
+
+    def go_on(self) -> None:
+        run = self.run
+        last = min(run.steps, run.stop_after or run.steps)
+        while self.step < last:
+            figures = self._step(self.step)
+            if self.watch.must_roll_back:
+                self._roll_back()
+                continue
+            if self.step % run.log_every == 0 or self.step + 1 == last:
+                self._log(figures)
+            self.step += 1
+            if self.step % run.save_every == 0 or self.step == last:
+                self._save()
+            self.saver.poll()
+        self.saver.finish()
+
+    def close(self) -> None:
+        self.monitor.close()
+
+    def _step(self, step: int) -> dict[str, Any]:
+        # The first process draws as a single one does; the others draw masks of their own.
+        torch.manual_seed(self.run.seed * 1_000_003 + step + parallel.rank() * 7_919_000_003)
+        rate = learning_rate(self.optim, step, self.run.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, figures, units = self._backward(step)
+        loss = parallel.data_sum(loss, self.mesh)
+        parameters = list(self.task.parameters())
+        norm = parallel.clip_gradients(parameters, self.optim.clip or math.inf)
+        more: dict[str, float] = {}
+        if self.watch.judge(step, float(loss), float(norm)):
+            self.optimizer.step()
+            more = self.task.after(step)
+        self.monitor.advance(step, units * self.ranks)
+        told = {"skipped": self.watch.skipped} if self.watch.skipped else {}
+        return {"loss": loss} | figures | more | {"grad_norm": norm, "lr": rate} | told
+
+    def _backward(self, step: int) -> tuple[Tensor, dict[str, Tensor], float]:
+        """Gradients of all parts of a step; the sum of their losses, the mean of their figures."""
+        losses, figures, units = [], [], 0.0
+        count = self.task.parts if isinstance(self.task, ParallelTask) else 1
+        for _ in range(count):
+            with self._autocast():
+                loss, found, covered = self.task.loss(step)
+            # Gradients are averaged over the data ranks; the losses of these are to be added.
+            (loss * self.ranks if self.ranks > 1 else loss).backward()
+            losses.append(loss.detach())
+            figures.append(found)
+            units += covered
+        if count == 1:
+            return losses[0], figures[0], units
+        means = {k: torch.stack([f[k].float() for f in figures]).nanmean() for k in figures[0]}
+        return torch.stack(losses).sum(), means, units
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.mesh is not None:  # gathered weights are of the right kind already
+            return contextlib.nullcontext()
+        return autocast(self.task.model, self.run.precision)
+
+    def _log(self, figures: dict[str, Any]) -> None:
+        known = {k: float(v) for k, v in figures.items()}
+        self.monitor.log(self.step, known)
+        if self.step >= self.optim.warmup_steps:
+            for sentence in self.watch.signs(known):
+                self.monitor.note(self.step, sentence)
+
+    def _save(self) -> None:
+        tensors, state = self.task.state()
+        state |= {"run": _plain(self.run), "optim": _plain(self.optim)}
+        state |= {"watch": self.watch.state()}
+        self.saver.save(self.step, self._tensors() | tensors, state)
+
+    def _tensors(self) -> dict[str, Any]:
+        return {
+            "model": self.task.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def _resume(self) -> int:
+        step: int = parallel.agree(lambda: (checkpoint.steps(self.run.out) or [0])[-1])
+        if not step:
+            return 0
+        if self.mesh is None:
+            tensors, state = checkpoint.load(self.run.out, step)
+            self._check(state)
+            _fill(self.task.model, self.optimizer, tensors, self.run.out)
+        else:
+            _allocate(self.optimizer)
+            tensors = self._tensors()
+            state = checkpoint.load_into(tensors, self.run.out, step)
+            self._check(state)
+        self.task.load_state(tensors, state)
+        self.watch.load_state(state.get("watch", {}))
+        return int(state["step"])
+
+    def _check(self, state: dict[str, Any]) -> None:
+        changed = [k for k in ("seed", "steps") if state["run"][k] != getattr(self.run, k)]
+        if changed or state["optim"] != _plain(self.optim):
+            raise CheckpointError(
+                f"{self.run.out} holds a run with another "
+                f"{' and '.join(changed) or 'optimizer setting'}: "
+                f"give the same values or another out folder"
+            )
+
+    def _roll_back(self) -> None:
+        """To the newest checkpoint; documents that were seen since then are not seen again."""
+        self.saver.finish()
+        first, value = self.watch.first_bad
+        there = parallel.agree(lambda: checkpoint.steps(self.run.out))
+        if not there or self.watch.roll_backs >= self.run.watch.max_roll_backs:
+            raise SettingError(
+                f"the loss of step {first} is {value:g}: lower lr={self.optim.lr} and start "
+                f"again from the checkpoints in {self.run.out}"
+            )
+        seen = {k: v for k, v in self.task.state()[1].items() if k == "next_document"}
+        watch, at = self.watch, self.step
+        self.watch = Watch(self.run.watch)  # what is read from the checkpoint gives way to `watch`
+        self.step = self._resume()
+        self.watch = watch
+        if seen:
+            self.task.load_state({}, seen)
+        watch.rolled_back()
+        self.monitor.rewind(self.step)
+        self.monitor.note(
+            at, f"the loss of step {first} is {value:g}: rolled back to step {self.step}"
         )
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_(list(task.parameters()), optim.clip or math.inf)
-    optimizer.step()
-    more = task.after(step)
-    monitor.advance(step, units)
-    return {"loss": loss.detach()} | figures | more | {"grad_norm": norm, "lr": rate}
+
+
+def _spread(task: Task, run: RunConfig) -> DeviceMesh | None:
+    """Put the task on all processes, and the model into memory if it has none yet."""
+    device = resolve_device(run.device)
+    if device.index is not None:
+        torch.cuda.set_device(device)
+    mesh = parallel.launch(run.parallel, device)
+    several = isinstance(task, ParallelTask)
+    if mesh is not None and not several:
+        raise SettingError(
+            f"{parallel.processes()} processes cannot train a {type(task).__name__}: start one"
+        )
+    if isinstance(task, ParallelTask):
+        kind = torch.bfloat16 if run.precision == "bf16" else torch.float32
+        task.distribute(mesh, run.parallel, run.compile, kind)
+        torch.manual_seed(run.seed)
+        parallel.materialize(cast(Transformer, task.model), device)
+    return mesh
+
+
+def _fill(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Any], run: Path
+) -> None:
+    try:
+        model.load_state_dict(tensors.pop("model"))
+    except RuntimeError:
+        raise CheckpointError(
+            f"{run} holds a model of another shape: give the same shape or another out folder"
+        ) from None
+    groups = {"param_groups": optimizer.state_dict()["param_groups"]}
+    optimizer.load_state_dict(groups | tensors.pop("optimizer"))
+
+
+def _allocate(optimizer: torch.optim.Optimizer) -> None:
+    """Give AdamW the moments that its first step would make, so that they can be read into."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if not optimizer.state[parameter]:
+                optimizer.state[parameter] = {
+                    "step": torch.zeros((), device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+
+
+def _peak(run: RunConfig, device: torch.device) -> float:
+    """Operations a second that all devices of a run could do."""
+    kind = torch.bfloat16 if run.precision == "bf16" else torch.float32
+    return parallel.processes() * (run.peak_tflops * 1e12 or matmul_peak(device, kind))
 
 
 def autocast(model: nn.Module, precision: str) -> contextlib.AbstractContextManager[Any]:
     device = next(model.parameters()).device.type
     return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
-
-
-def _save(
-    task: Task,
-    optimizer: torch.optim.Optimizer,
-    run: RunConfig,
-    optim: OptimConfig,
-    step: int,
-) -> None:
-    tensors, state = task.state()
-    tensors = {"model": task.model.state_dict(), "optimizer": optimizer.state_dict()} | tensors
-    state |= {"run": _plain(run), "optim": _plain(optim)}
-    checkpoint.save(run.out, step, tensors, state, run.keep)
-
-
-def _resume(
-    task: Task, optimizer: torch.optim.Optimizer, run: RunConfig, optim: OptimConfig
-) -> int:
-    if not checkpoint.steps(run.out):
-        return 0
-    tensors, state = checkpoint.load(run.out)
-    changed = [k for k in ("seed", "steps") if state["run"][k] != getattr(run, k)]
-    if changed or state["optim"] != _plain(optim):
-        raise CheckpointError(
-            f"{run.out} holds a run with another {' and '.join(changed) or 'optimizer setting'}: "
-            f"give the same values or another out folder"
-        )
-    try:
-        task.model.load_state_dict(tensors.pop("model"))
-    except RuntimeError:
-        raise CheckpointError(
-            f"{run.out} holds a model of another shape: give the same shape or another out folder"
-        ) from None
-    optimizer.load_state_dict(tensors.pop("optimizer"))
-    task.load_state(tensors, state)
-    return int(state["step"])
 
 
 def _plain(config: Any) -> dict[str, Any]:

@@ -1,0 +1,147 @@
+"""Pre-training of the 7B as in the paper (arXiv 2405.09818, sections 2.2 and 2.3).
+
+    earlyfusion tokenize CORPUS -o shards/first --pairs document --prompt-images crop --model MODEL
+    torchrun --nnodes 128 --nproc-per-node 8 ... -m earlyfusion train pretrain_7b \\
+        tokenizer=MODEL data=shards/first added=shards/better
+
+`MODEL` is a folder with a tokenizer and an image tokenizer. 2,048 rows of 4,096 tokens a step,
+AdamW at 1e-4 with a warm-up of 4,000 steps and exponential decay, dropout 0.1, 9.2 T tokens; in the
+last fifth the sources of before have half of their weight and better ones the other half. It ends
+with `model/` in transformers' layout. Machine, run time: the paper took 1,024 A100 and 856,481
+hours of one; `earlyfusion train pretrain_7b --plan` tells memory, speed and days of other machines.
+The scores to expect are those of the paper's section 4; the run itself has not been made here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from earlyfusion import parallel
+from earlyfusion.checkpoints import formats
+from earlyfusion.checkpoints.hf import save_hf
+from earlyfusion.checkpoints.source import Source
+from earlyfusion.config import PRESETS, ModelConfig
+from earlyfusion.errors import SettingError
+from earlyfusion.image_tokenizer import ImageTokenizer
+from earlyfusion.model.transformer import Transformer
+from earlyfusion.parallel import ParallelConfig
+from earlyfusion.processor import Processor
+from earlyfusion.train import checkpoint
+from earlyfusion.train.corpus.encoding import EncodingSettings
+from earlyfusion.train.corpus.sources import CorpusConfig, open_corpus
+from earlyfusion.train.corpus.tokenizing import load_image_tokenizer
+from earlyfusion.train.data import Packer, RoleWeights
+from earlyfusion.train.language import LanguageTask
+from earlyfusion.train.optim import OptimConfig
+from earlyfusion.train.trainer import RunConfig, train
+from earlyfusion.train.watch import WatchConfig
+
+
+@dataclass
+class PretrainConfig:
+    tokenizer: str = "mini"
+    """A model folder or hub id: its tokenizer and image tokenizer are those of the new model."""
+    rows: int = 2048
+    """Rows of a step, over all processes."""
+    micro_rows: int = 1
+    """Rows that one process computes at a time."""
+    length: int = 4096
+    dropout: float = 0.1
+    z_weight: float = 1e-5
+    second_stage: float = 0.8
+    """Share of the run after which the sources in `added` join."""
+    documents_a_row: float = 3.0
+    """How many documents of the corpus fill a row: tells where the second stage begins."""
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    weights: RoleWeights = field(default_factory=RoleWeights)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.second_stage <= 1 or self.documents_a_row <= 0:
+            raise SettingError(
+                f"second_stage={self.second_stage} must be a share over 0 and "
+                f"documents_a_row={self.documents_a_row} positive"
+            )
+
+
+def main(config: PretrainConfig) -> None:
+    run = config.run
+    source = formats.open_source(formats.locate(config.tokenizer))
+    processor = Processor(source.tokenizer, source.layout)
+    _check_vocabulary(config, processor.vocabulary.size)
+    image_tokenizer = load_image_tokenizer(source, "cpu")
+    # One index and one quarantine for each process, so that none writes over another's.
+    notes = run.out / f"process-{parallel.rank()}" if parallel.processes() > 1 else run.out
+    corpus = open_corpus(
+        with_second_stage(config), processor, image_tokenizer, config.length, notes, run.seed
+    )
+    with torch.device("meta"):  # memory and weights come once it is known who holds what
+        model = Transformer(shape(config, source), config.dropout)
+    packer = Packer(
+        corpus.stream, config.weights, config.rows, config.length, processor.vocabulary.pad
+    )
+    train(LanguageTask(model, packer, config.z_weight, config.micro_rows), run, config.optim)
+    if parallel.rank() == 0:
+        save_model(config, source, image_tokenizer)
+
+
+def shape(config: PretrainConfig, source: Source) -> ModelConfig:
+    """The model's shape, with the image tokenizer and the control tokens that it is trained on."""
+    names = ("vq_config", "bos_token_id", "eos_token_id", "pad_token_id")
+    return replace(config.model, **{name: getattr(source.config, name) for name in names})
+
+
+def with_second_stage(config: PretrainConfig) -> CorpusConfig:
+    """The corpus whose added sources join at their share of the run."""
+    rows = config.run.steps * config.rows * config.second_stage
+    start = config.corpus.added_from or int(rows * config.documents_a_row)
+    return replace(config.corpus, added_from=start)
+
+
+def save_model(config: PretrainConfig, source: Source, image_tokenizer: ImageTokenizer) -> None:
+    """Write the newest weights of the run as a model folder, in bf16."""
+    with torch.device("meta"):
+        model = Transformer(shape(config, source))
+    tensors, _ = checkpoint.load(config.run.out, only="model")
+    model.load_state_dict(tensors["model"], assign=True)
+    save_hf(
+        config.run.out / "model",
+        model.eval(),
+        image_tokenizer.vqgan,
+        source.tokenizer.read_text(encoding="utf-8"),
+        source.generation_defaults,
+        dtype=torch.bfloat16,
+    )
+
+
+def _check_vocabulary(config: PretrainConfig, size: int) -> None:
+    if size != config.model.vocab_size:
+        raise SettingError(
+            f"tokenizer={config.tokenizer} has {size:,} tokens, the model "
+            f"{config.model.vocab_size:,}: give the tokenizer of that size or vocab_size={size}"
+        )
+
+
+config = PretrainConfig(
+    model=PRESETS["chameleon-7b"],
+    corpus=CorpusConfig(
+        balance=False, encoding=EncodingSettings(prompt_images="crop", pairs="document")
+    ),
+    weights=RoleWeights(prompt_text=1.0, prompt_image=1.0),
+    run=RunConfig(
+        out=Path("runs/pretrain_7b"),
+        steps=1_096_725,
+        precision="bf16",
+        save_every=1000,
+        save_beside=True,
+        peak_tflops=989.0,
+        parallel=ParallelConfig(shard=8, checkpointing="selective"),
+        watch=WatchConfig(spike=1.5),
+    ),
+    optim=OptimConfig(),
+)

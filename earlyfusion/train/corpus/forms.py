@@ -1,0 +1,279 @@
+"""The forms that rows come in, told apart by their keys.
+
+| form | keys |
+| --- | --- |
+| messages | `messages` of role and content (a text or typed parts), `images` or `image`: TRL's |
+| prompt | `prompt` and `completion`, each a text or messages: TRL's too |
+| conversations | `conversations` of `from` and `value`, with `<image>` marks: LLaVA's |
+| interleaved | `texts` and `images` of one length, None where the other has something: OBELICS' |
+| pair | a picture (`image`, `jpg`, `file_name` …) and a caption (`caption`, `text`, `txt` …) |
+| text | `text` |
+
+A row becomes an `Example`; its pictures are only named here, and read later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+from earlyfusion.content import PLACEHOLDER, Role, Text
+from earlyfusion.errors import DataError
+
+
+class Picture(NamedTuple):
+    """A picture that is not read yet: the bytes of its file, or its name."""
+
+    where: bytes | str
+
+
+Part: TypeAlias = Text | Picture
+Turn: TypeAlias = tuple[Role, list[Part]]
+TEXT, PICTURE, BOTH = range(3)
+
+
+@dataclass
+class Example:
+    """Turns that alternate from the user's to the assistant's, or one of the assistant's alone.
+
+    The latter is a plain document: nothing in it is a prompt.
+    """
+
+    form: str
+    turns: list[Turn]
+
+    @property
+    def is_plain(self) -> bool:
+        return len(self.turns) == 1
+
+    @property
+    def answers(self) -> int:
+        """What the assistant gives: TEXT, PICTURE or BOTH."""
+        parts = [part for role, turn in self.turns if role == "assistant" for part in turn]
+        pictures = sum(isinstance(part, Picture) for part in parts)
+        return BOTH if 0 < pictures < len(parts) else PICTURE if pictures else TEXT
+
+
+_ROLES: dict[str, Role | None] = {
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "system": None,
+}
+_PICTURES = ("image", "jpg", "jpeg", "png", "webp", "image_path", "file_name")
+_CAPTIONS = ("caption", "text", "txt", "captions")
+
+
+def example_of(row: Mapping[str, Any], picture_first: bool, plain_pairs: bool = False) -> Example:
+    """Read a row. A pair is a prompt and its answer, or with `plain_pairs` a plain document.
+
+    Raises `DataError` with the reason where the row is of no known form or does not keep to it.
+    """
+    form = form_of(row)
+    if form == "pair":
+        return _pair(row, picture_first, plain_pairs)
+    turns = _READERS[form](row)
+    if not turns or turns[-1][0] != "assistant":
+        raise DataError("the last turn is not the assistant's: add its answer")
+    if len(turns) > 1 and turns[0][0] != "user":
+        raise DataError("the first turn is the assistant's: begin with the user's")
+    return Example(form, turns)
+
+
+def form_of(row: Mapping[str, Any]) -> str:
+    """The name of a row's form, from its keys; `DataError` where there is none."""
+    given = {key for key, value in row.items() if value is not None}
+    for form, keys in _KEYS.items():
+        if given.issuperset(keys):
+            return form
+    if given.intersection(_PICTURES) and given.intersection(_CAPTIONS):
+        return "pair"
+    if "text" in given:
+        return "text"
+    shown = ", ".join(sorted(map(str, row))[:8]) or "none"
+    raise DataError(f"the row's keys ({shown}) are of no known form: see docs/data.md for the six")
+
+
+_KEYS = {
+    "messages": ("messages",),
+    "prompt": ("prompt", "completion"),
+    "conversations": ("conversations",),
+    "interleaved": ("texts", "images"),
+}
+
+
+def _pair(row: Mapping[str, Any], picture_first: bool, plain: bool) -> Example:
+    picture = _picture(next(row[key] for key in _PICTURES if row.get(key) is not None))
+    caption = next(row[key] for key in _CAPTIONS if row.get(key) is not None)
+    if isinstance(caption, list) and caption:
+        caption = caption[0]
+    parts = [picture, *_told([Text(_text(caption, "the caption"))])]
+    first, second = parts if picture_first else parts[::-1]
+    if plain:
+        return Example("pair", [("assistant", [first, second])])
+    return Example("pair", [("user", [first]), ("assistant", [second])])
+
+
+def _messages(row: Mapping[str, Any]) -> list[Turn]:
+    return _filled(_listed(row["messages"], "messages"), _pictures(row))
+
+
+def _prompt(row: Mapping[str, Any]) -> list[Turn]:
+    roles = {"prompt": "user", "completion": "assistant"}
+    messages = [
+        message
+        for key, role in roles.items()
+        for message in (
+            row[key] if isinstance(row[key], list) else [{"role": role, "content": row[key]}]
+        )
+    ]
+    return _filled(messages, _pictures(row))
+
+
+def _conversations(row: Mapping[str, Any]) -> list[Turn]:
+    return _filled(_listed(row["conversations"], "conversations"), _pictures(row))
+
+
+def _interleaved(row: Mapping[str, Any]) -> list[Turn]:
+    texts, images = _listed(row["texts"], "texts"), _listed(row["images"], "images")
+    if len(texts) != len(images):
+        raise DataError(f"there are {len(texts)} texts but {len(images)} images: pad with null")
+    parts: list[Part] = []
+    for place, (text, image) in enumerate(zip(texts, images, strict=True)):
+        if text is not None and image is not None:
+            raise DataError(f"place {place} holds a text and an image: give null for one of them")
+        parts += [] if text is None else [Text(_text(text, f"text {place}"))]
+        parts += [] if image is None else [_picture(image)]
+    return [("assistant", _told(parts))]
+
+
+def _plain_text(row: Mapping[str, Any]) -> list[Turn]:
+    return [("assistant", _told([Text(_text(row["text"], "the text"))]))]
+
+
+_READERS: dict[str, Callable[[Mapping[str, Any]], list[Turn]]] = {
+    "messages": _messages,
+    "prompt": _prompt,
+    "conversations": _conversations,
+    "interleaved": _interleaved,
+    "text": _plain_text,
+}
+
+
+def _filled(messages: Sequence[Any], pictures: Sequence[Picture]) -> list[Turn]:
+    """Turns with their pictures in place: where marked, or at the front of the first turn.
+
+    Neighbours of one role are joined by a line end; a system's text counts as the user's.
+    """
+    rest = iter(pictures)
+    spoken = [(_role(message), _parts(_content(message), rest)) for message in messages]
+    unused = list(rest)
+    marked = len(pictures) - len(unused)
+    if unused and (marked or not spoken):
+        raise DataError(f"{marked} images are marked but {len(pictures)} given: mark each, or none")
+    turns: list[Turn] = []
+    for role, parts in spoken:
+        if turns and turns[-1][0] == role:
+            turns[-1][1].extend([Text("\n"), *parts])
+        else:
+            turns.append((role, parts))
+    if unused and turns[0][0] == "user":
+        turns[0][1][:0] = unused
+    elif unused:
+        raise DataError("the images have no place: mark them, or begin with the user's turn")
+    for _, parts in turns:
+        _told(parts)
+    return turns
+
+
+def _role(message: Any) -> Role:
+    if not isinstance(message, Mapping):
+        raise DataError("a message is no object of role and content: write it as one")
+    name = message.get("role", message.get("from"))
+    if name not in _ROLES:
+        raise DataError(f"the role {str(name)[:40]!r} is unknown: use user, assistant or system")
+    return _ROLES[name] or "user"
+
+
+def _content(message: Mapping[str, Any]) -> Any:
+    return message.get("content", message.get("value"))
+
+
+def _parts(content: Any, pictures: Iterator[Picture]) -> list[Part]:
+    if isinstance(content, str):
+        return list(_split(content, pictures))
+    parts: list[Part] = []
+    for item in _listed(content, "a message's content"):
+        parts += _part(item, pictures)
+    return parts
+
+
+def _split(text: str, pictures: Iterator[Picture]) -> Iterator[Part]:
+    for number, piece in enumerate(text.split(PLACEHOLDER)):
+        if number:
+            yield _next(pictures)
+        # LLaVA sets a mark on a line of its own.
+        piece = piece.strip("\n") if PLACEHOLDER in text else piece
+        if piece:
+            yield Text(piece)
+
+
+def _part(item: Any, pictures: Iterator[Picture]) -> list[Part]:
+    if isinstance(item, str):
+        return list(_split(item, pictures))
+    kind = item.get("type") if isinstance(item, Mapping) else None
+    if kind == "text":
+        # Typed parts have no marks: a text that spells one is a text.
+        text = _text(item.get("text"), "a text part")
+        return [Text(text)] if text else []
+    if kind in ("image", "image_url"):
+        own = next((item[k] for k in ("image", "image_url", "url", "path") if item.get(k)), None)
+        return [_next(pictures) if own is None else _picture(own)]
+    raise DataError(f"a part of type {str(kind)[:40]!r} is unknown: use text or image")
+
+
+def _next(pictures: Iterator[Picture]) -> Picture:
+    picture = next(pictures, None)
+    if picture is None:
+        raise DataError("more images are marked than given: give one for each mark")
+    return picture
+
+
+def _pictures(row: Mapping[str, Any]) -> list[Picture]:
+    given = row.get("images")
+    if given is None:
+        given = row.get("image")
+    if given is None:
+        return []
+    return [_picture(item) for item in (given if isinstance(given, list) else [given])]
+
+
+def _picture(value: Any) -> Picture:
+    """A picture given as bytes, name, or the dicts of `datasets` and of the chat protocols."""
+    if isinstance(value, Mapping):
+        value = next((value[k] for k in ("bytes", "path", "url") if value.get(k)), None)
+    if isinstance(value, bytes | str) and value:
+        return Picture(value)
+    raise DataError("an image is neither a file name nor bytes: give one of them")
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{name} is of type {type(value).__name__}: write it as a string")
+    return value
+
+
+def _listed(value: Any, name: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise DataError(f"{name} is of type {type(value).__name__}: write it as a list")
+    return value
+
+
+def _told(parts: list[Part]) -> list[Part]:
+    """The same parts, if they say anything."""
+    if not any(isinstance(part, Picture) or part.text.strip() for part in parts):
+        raise DataError("a turn is empty: give it a text or an image")
+    return parts

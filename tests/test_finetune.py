@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from corpora import jsonl, pairs, tiny_model
+from tiny import CONFIG
+
+from earlyfusion import Chameleon
+from earlyfusion.checkpoints import formats
+from earlyfusion.errors import DataError, SettingError
+from earlyfusion.model.transformer import Transformer
+from earlyfusion.recipes import override, run
+from earlyfusion.recipes.finetune import FinetuneConfig, prepared
+from earlyfusion.recipes.finetune import config as recipe
+from earlyfusion.train import checkpoint, lora
+from earlyfusion.train.corpus.rows import RowSettings
+from earlyfusion.train.corpus.tokenizing import Job, tokenize
+from earlyfusion.train.monitor import read_metrics
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    path = pairs(folder, 8)
+    messages = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
+    path.write_text(path.read_text() + json.dumps({"messages": messages}) + "\n{broken\n")
+    return path
+
+
+def finetune(model: Path, data: Path | str, out: Path, *more: str) -> dict[str, torch.Tensor]:
+    """Run the recipe for 4 steps; the weights it leaves."""
+    small = ["steps=4", "length=100", "lr=1e-2", "warmup_steps=1", "log_every=1", "save_every=2"]
+    run("finetune", [f"data={data}", f"model={model}", f"out={out}", "max_broken=1", *small, *more])
+    return weights(out / "model")
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return formats.load(folder).transformer.state_dict()
+
+
+def losses(out: Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(out)]
+
+
+def test_finetuning_ends_in_a_model_that_answers_and_draws(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, after = weights(model), finetune(model, data, tmp_path / "out")
+    assert all(not torch.equal(before[name], after[name]) for name in before if "proj" in name)
+    tuned = Chameleon.load(str(tmp_path / "out" / "model"), device="cpu")
+    assert len(tuned.generate("Draw a pear.", output="image", seed=0).images) == 1
+    assert losses(tmp_path / "out")[-1] < losses(tmp_path / "out")[0]
+    filed = (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
+    assert [json.loads(line)["row"] for line in filed] == [10]
+    assert "broken rows: 1, see" in capsys.readouterr().err
+    vq, tuned_vq = (formats.load(f).vqgan.state_dict() for f in (model, tmp_path / "out" / "model"))
+    assert all(torch.equal(vq[name], tuned_vq[name]) for name in vq)
+
+
+def test_shards_and_rows_train_the_same_and_a_stopped_run_goes_on(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    job = Job((str(data),), tmp_path / "shards", model, rows=RowSettings(max_broken=1.0))
+    tokenize(job)
+    whole = finetune(model, data, tmp_path / "rows", "workers=0")
+    sharded = finetune(model, tmp_path / "shards", tmp_path / "sharded", "workers=3")
+    assert losses(tmp_path / "rows") == losses(tmp_path / "sharded")
+    finetune(model, data, tmp_path / "part", "stop_after=2", "workers=0")
+    resumed = finetune(model, data, tmp_path / "part", "workers=2")
+    assert losses(tmp_path / "part") == losses(tmp_path / "rows")
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, sharded[name]) and torch.equal(tensor, resumed[name])
+
+
+def test_other_data_in_the_same_folder_are_refused(model: Path, data: Path, tmp_path: Path) -> None:
+    finetune(model, data, tmp_path / "out", "stop_after=2")
+    other = jsonl(tmp_path / "other.jsonl", [{"text": "Other words."}])
+    with pytest.raises(DataError, match=r"not what .* began with"):
+        finetune(model, other, tmp_path / "out")
+
+
+def test_only_the_image_rows_of_the_head_change(model: Path, data: Path, tmp_path: Path) -> None:
+    loaded = formats.load(model)
+    images = torch.from_numpy(loaded.processor.vocabulary.image_tokens)
+    with torch.no_grad():
+        loaded.transformer.lm_head.weight[images] = 0
+    locked = tmp_path / "locked"
+    from earlyfusion.checkpoints.hf import save_hf
+
+    tokenizer = loaded.processor.tokenizer_file.read_text()
+    save_hf(locked, loaded.transformer, loaded.vqgan, tokenizer, {"chameleon": {}})
+    before = weights(locked)
+    after = finetune(locked, data, tmp_path / "out", "trainable=image_head", "weight_decay=0.5")
+    assert before.keys() == after.keys()
+    head = "lm_head.weight"
+    changed = (before[head] != after[head]).any(1)
+    assert set(changed.nonzero()[:, 0].tolist()) <= set(images.tolist())
+    assert changed[images].float().mean() > 0.5 and not before[head][images].any()
+    for name in before.keys() - {head}:
+        assert torch.equal(before[name], after[name]), name
+    _, state = checkpoint.load(tmp_path / "out")
+    assert state["step"] == 4
+    tensors, _ = checkpoint.load(tmp_path / "out")
+    sizes = [s["exp_avg"].shape for s in tensors["optimizer"]["state"].values()]
+    assert sizes == [(len(images), CONFIG.hidden_size)]
+
+
+def lively(model: Transformer) -> None:
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_b"):
+            torch.nn.init.normal_(parameter, std=0.2)
+
+
+def test_an_adapter_begins_as_nothing_and_merges_into_the_same_model(model: Path) -> None:
+    transformer = formats.load(model).transformer.double()
+    names = set(transformer.state_dict())
+    tokens = torch.randint(0, CONFIG.vocab_size, (2, 17))
+    plain = transformer(tokens)
+    lora.adapt(transformer, rank=3)
+    trained = {n for n, p in transformer.named_parameters() if p.requires_grad}
+    assert len(trained) == CONFIG.num_hidden_layers * 7 * 2
+    assert all(".lora_" in name for name in trained)
+    torch.testing.assert_close(transformer(tokens), plain, rtol=0, atol=0)
+    lively(transformer)
+    adapted = transformer(tokens)
+    assert not torch.allclose(adapted, plain)
+    lora.merge(transformer)
+    assert set(transformer.state_dict()) == names
+    torch.testing.assert_close(transformer(tokens), adapted, rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_computes_w_plus_its_scaled_product() -> None:
+    linear = torch.nn.Linear(6, 5).double()
+    adapted = lora.Adapted(linear, rank=2, alpha=6.0)
+    torch.nn.init.normal_(adapted.lora_b)
+    x = torch.randn(4, 6, dtype=torch.double)
+    weight = linear.weight + 3.0 * adapted.lora_b @ adapted.lora_a
+    torch.testing.assert_close(adapted(x), x @ weight.T + linear.bias)
+
+
+def test_lora_trains_adapters_only_and_leaves_a_plain_model(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    before = weights(model)
+    after = finetune(model, data, tmp_path / "out", "lora=4")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        adapted = ".layers." in name and name.endswith("proj.weight")
+        assert torch.equal(tensor, after[name]) != adapted, name
+    difference = after["model.layers.0.self_attn.q_proj.weight"].double()
+    difference -= before["model.layers.0.self_attn.q_proj.weight"].double()
+    values = torch.linalg.svdvals(difference)
+    assert values[3] > 0 and values[4] < 1e-5 * values[0]
+    tensors, _ = checkpoint.load(tmp_path / "out")
+    assert len(tensors["optimizer"]["state"]) == CONFIG.num_hidden_layers * 7 * 2
+
+
+def test_dropout_is_set_on_every_block(model: Path) -> None:
+    transformer = prepared(formats.load(model), FinetuneConfig(dropout=0.5)).train()
+    tokens = torch.randint(0, CONFIG.vocab_size, (1, 9))
+    assert not torch.equal(transformer(tokens), transformer(tokens))
+    transformer.eval()
+    assert torch.equal(transformer(tokens), transformer(tokens))
+
+
+def test_the_settings_are_the_papers() -> None:
+    assert (recipe.optim.lr, recipe.optim.decay, recipe.optim.weight_decay) == (1e-5, "cosine", 0.1)
+    assert recipe.dropout == 0.05 and recipe.z_weight == 1e-5 and recipe.corpus.balance
+    assert (recipe.weights.prompt_text, recipe.weights.prompt_image) == (0, 0)
+    settings = recipe.corpus.encoding
+    assert (settings.prompt_images, settings.answer_images) == ("fit", "crop")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["trainable=head"], "choose all or image_head"),
+        (["lora=4", "trainable=image_head"], "choose one"),
+        (["lora=-1"], "lora=-1 must be 0"),
+        (["rows=0"], "rows=0 must be 1"),
+        (["prompt_images=stretch"], "choose fit or crop"),
+        (["max_broken=2"], "max_broken=2"),
+    ],
+)
+def test_an_impossible_setting_is_refused_at_once(changes: list[str], words: str) -> None:
+    with pytest.raises((SettingError, DataError), match=words):
+        override(recipe, changes)
+
+
+def test_what_the_recipe_refuses(model: Path, data: Path, tmp_path: Path) -> None:
+    out = f"out={tmp_path / 'out'}"
+    cases: list[tuple[list[str], Any]] = [
+        ([f"model={model}", out], "data=PATH"),
+        ([f"model={model}", out, f"data={data}", "lora=33"], "lora=33 is no rank"),
+        ([f"model={model}", out, "data=nowhere.jsonl"], "there is no nowhere.jsonl"),
+    ]
+    for changes, words in cases:
+        with pytest.raises((SettingError, DataError), match=words):
+            run("finetune", changes)

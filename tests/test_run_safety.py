@@ -1,0 +1,417 @@
+"""A run that goes wrong: bad steps, kills while it saves, and what it tells of itself."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from distributed_case import LENGTH, MODEL, OPTIM, document
+from torch._subclasses.fake_tensor import FakeTensorMode
+from typer.testing import CliRunner
+
+from earlyfusion import Chameleon
+from earlyfusion.cli import app
+from earlyfusion.config import PRESETS, ModelConfig
+from earlyfusion.errors import SettingError
+from earlyfusion.model.attention import Attend, CausalAttend
+from earlyfusion.model.transformer import Block, Transformer, rotary_tables
+from earlyfusion.parallel import ParallelConfig
+from earlyfusion.processor import TokenSequence
+from earlyfusion.recipes import plan as recipe_plan
+from earlyfusion.recipes import run
+from earlyfusion.train import checkpoint, plan
+from earlyfusion.train.curves import draw_curves
+from earlyfusion.train.data import Packer, RoleWeights, pack_row
+from earlyfusion.train.language import LanguageTask
+from earlyfusion.train.loss import next_token_loss
+from earlyfusion.train.monitor import matmul_peak, read_metrics
+from earlyfusion.train.trainer import RunConfig, train
+from earlyfusion.train.watch import Watch, WatchConfig
+
+
+@pytest.mark.parametrize("how", ["none", "full"])
+def test_one_process_computes_again_and_compiles_as_it_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    compiled: list[Any] = []
+    monkeypatch.setattr(torch, "compile", lambda call: compiled.append(call) or call)
+    for name, parallel in (("plain", "none"), ("told", how)):
+        run = RunConfig(
+            tmp_path / name,
+            3,
+            device="cpu",
+            log_every=1,
+            compile=name == "told",
+            parallel=ParallelConfig(checkpointing=parallel),
+        )
+        train(Spoiled(lambda *_: 1.0), run, OPTIM)
+    rows = [[row["loss"] for row in read_metrics(tmp_path / n)] for n in ("plain", "told")]
+    assert rows[0] == rows[1] and len(compiled) == MODEL.num_hidden_layers
+
+
+class Spoiled(LanguageTask):
+    """Its loss is spoiled from document `begin` to `end`, or wherever `when` says."""
+
+    def __init__(self, spoil: Callable[[int, int], float]) -> None:
+        torch.manual_seed(0)
+        model = Transformer(MODEL, dropout=0.1)
+        model.init_weights()
+        super().__init__(model, Packer(document, RoleWeights(), rows=2, length=LENGTH, pad=1))
+        self.cursors: list[int] = []
+        self._spoil = spoil
+
+    def loss(self, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor], float]:
+        self.cursors.append(self._packer.cursor)
+        loss, figures, units = super().loss(step)
+        return loss * self._spoil(step, self.cursors[-1]), figures, units
+
+
+def weights(task: LanguageTask) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in task.parameters()]
+
+
+def notes(run: Path) -> list[str]:
+    return [json.loads(line)["note"] for line in (run / "notes.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("factor", [math.nan, math.inf])
+def test_a_bad_step_is_skipped_and_counted(tmp_path: Path, factor: float) -> None:
+    seen: list[list[torch.Tensor]] = []
+
+    class Watched(Spoiled):
+        def loss(self, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor], float]:
+            seen.append(weights(self))
+            return super().loss(step)
+
+    task = Watched(lambda step, _: factor if step == 3 else 1.0)
+    train(task, RunConfig(tmp_path, 6, device="cpu", log_every=1), OPTIM)
+    rows = read_metrics(tmp_path)
+    assert [row.get("skipped", 0) for row in rows] == [0, 0, 0, 1, 1, 1]
+    assert rows[3]["loss"] is None and all(row["loss"] for row in rows[4:])
+    assert all(torch.equal(a, b) for a, b in zip(seen[3], seen[4], strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(seen[2][:1], seen[3][:1], strict=True))
+    assert checkpoint.load(tmp_path)[1]["watch"]["skipped"] == 1
+
+
+def test_a_spike_is_skipped_once_the_mean_is_known() -> None:
+    watch = Watch(WatchConfig(spike=2.0))
+    assert watch.judge(0, 100.0, 1.0)
+    assert all(watch.judge(step, 5.0, 1.0) for step in range(1, 400))
+    assert not watch.judge(400, 11.0, 1.0) and watch.skipped == 1
+    assert watch.judge(401, 8.0, 1.0) and watch.in_row == 0
+    assert not watch.judge(402, 5.0, math.nan)
+    assert Watch(WatchConfig()).judge(0, 1e9, 1.0)
+
+
+def test_several_bad_steps_send_the_run_back_past_their_documents(tmp_path: Path) -> None:
+    """Documents 30 to 49 give no number: the run goes round them and ends."""
+    task = Spoiled(lambda _, cursor: math.nan if 30 <= cursor < 50 else 1.0)
+    run = RunConfig(tmp_path, 20, device="cpu", log_every=1, save_every=4)
+    train(task, run, OPTIM)
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == list(range(20))
+    state = checkpoint.load(tmp_path)[1]
+    assert state["watch"]["roll_backs"] >= 1 and state["watch"]["skipped"] >= 3
+    assert task.cursors == sorted(task.cursors)  # no document twice
+    assert "rolled back to step" in notes(tmp_path)[0]
+    assert all(torch.isfinite(w).all() for w in weights(task))
+
+
+def test_a_run_that_cannot_be_helped_ends_with_a_sentence(tmp_path: Path) -> None:
+    task = Spoiled(lambda step, _: math.nan if step >= 4 else 1.0)
+    run = RunConfig(tmp_path, 20, device="cpu", save_every=4, watch=WatchConfig(max_roll_backs=2))
+    with pytest.raises(SettingError, match=r"step 4 is nan: lower lr=0\.005"):
+        train(task, run, OPTIM)
+    assert len(notes(tmp_path)) == 2
+    for wrong in ({"roll_back_after": 0}, {"spike": 0.5}, {"growth": 1.0}):
+        with pytest.raises(SettingError):
+            WatchConfig(**wrong)
+
+
+def test_growth_of_the_output_is_told(tmp_path: Path) -> None:
+    watch = Watch(WatchConfig(growth=2.0))
+    said = [watch.signs({"output_norm": 1.0 + step / 10}) for step in range(40)]
+    told = [step for step, sentences in enumerate(said) if sentences]
+    assert 10 < told[0] < 20 and 1 <= len(told) <= 2
+    assert "output_norm grew from 1 to 2" in said[told[0]][0]
+    assert not any(watch.signs({"top_logit": math.nan, "loss": 9.0}) for _ in range(9))
+
+
+def test_the_output_norm_is_that_of_the_last_block(tmp_path: Path) -> None:
+    task = Spoiled(lambda *_: 1.0)
+    task.model.eval()
+    caught: list[torch.Tensor] = []
+    task.model.model.layers[-1].register_forward_hook(lambda *a: caught.append(a[2]))
+    _, figures, _ = task.loss(0)
+    torch.testing.assert_close(figures["output_norm"], caught[0].detach().norm(dim=-1).mean())
+    batch = Packer(document, RoleWeights(), rows=2, length=LENGTH, pad=1).next()
+    assert 0 < figures["top_logit"] < 10 and batch.tokens_BT.shape == (2, LENGTH)
+
+
+def _kill_while_saving(run: Path, kills: int, seed: int) -> None:
+    """Kill a process that does nothing but save, at random moments, and read what is left."""
+    chance, newest = random.Random(seed), 0
+    script = Path(__file__).with_name("saving_case.py")
+    with subprocess.Popen(
+        [sys.executable, str(script), str(run)],
+        env=os.environ | {"PYTHONPATH": str(script.parent.parent)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as nursery:
+        assert nursery.stdin is not None and nursery.stdout is not None
+        pause = 0.0
+        for number in range(kills):
+            nursery.stdin.write("beside\n" if number % 2 else "at once\n")
+            nursery.stdin.flush()
+            pid = int(nursery.stdout.readline())
+            pause = pause or _time_of_a_save(run)
+            time.sleep(chance.random() * 2 * pause)
+            os.kill(pid, signal.SIGKILL)
+            newest = _read_what_is_left(run, newest)
+        nursery.stdin.close()
+    assert newest > 3 + kills // 10  # it did save between the kills
+
+
+def _time_of_a_save(run: Path) -> float:
+    since = time.monotonic()
+    while (checkpoint.steps(run) or [0])[-1] < 3 and time.monotonic() < since + 60:
+        time.sleep(0.001)
+    return (time.monotonic() - since) / 3
+
+
+def _read_what_is_left(run: Path, newest: int) -> int:
+    tensors, state = checkpoint.load(run)
+    step = int(state["step"])
+    assert step >= newest and state["twice"] == 2 * step and int(tensors["y"]) == step
+    assert torch.equal(tensors["model"]["x"], torch.full((64, 1024), float(step)))
+    assert all(checkpoint.load(run, s)[1]["step"] == s for s in checkpoint.steps(run))
+    return step
+
+
+def test_ten_kills_while_saving_leave_a_whole_checkpoint(tmp_path: Path) -> None:
+    _kill_while_saving(tmp_path, 10, seed=1)
+
+
+@pytest.mark.slow
+def test_two_hundred_kills_while_saving_leave_a_whole_checkpoint(tmp_path: Path) -> None:
+    _kill_while_saving(tmp_path, 200, seed=2)
+
+
+def test_a_checkpoint_written_beside_the_run_is_that_of_its_step(tmp_path: Path) -> None:
+    def learn(name: str, beside: bool) -> dict[str, torch.Tensor]:
+        task = Spoiled(lambda *_: 1.0)
+        run = RunConfig(tmp_path / name, 12, device="cpu", save_every=4, save_beside=beside, keep=9)
+        train(task, run, OPTIM)
+        assert checkpoint.steps(run.out) == [4, 8, 12]
+        model: dict[str, torch.Tensor] = checkpoint.load(run.out, 4)[0]["model"]
+        return model
+
+    at_once, beside = learn("at-once", False), learn("beside", True)
+    assert all(torch.equal(at_once[name], beside[name]) for name in at_once)
+
+
+def test_a_run_ends_with_its_curves_and_tells_its_speed(tmp_path: Path) -> None:
+    task = Spoiled(lambda *_: 1.0)
+    run = RunConfig(tmp_path, 6, device="cpu", log_every=1, peak_tflops=1e-3)
+    train(task, run, OPTIM)
+    row = read_metrics(tmp_path)[2]
+    flops = plan.flops_per_token(MODEL, LENGTH)
+    assert row["mfu"] == pytest.approx(row["per_second"] * flops / 1e9, rel=0.01)
+    assert 0 <= row["eta_seconds"] < 60
+    with PIL.Image.open(tmp_path / "curves.png") as picture:
+        assert picture.width == 3 * 420 and picture.height >= 2 * 260
+        blue = (np.asarray(picture) == (31, 98, 189)).all(-1).sum()
+    assert blue > 1000
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss": 1.0}\n')
+    assert draw_curves(tmp_path) is None
+    assert 1e8 < matmul_peak(torch.device("cpu"), torch.float32) < 1e14
+
+
+@pytest.mark.parametrize("name", ["tiny", "mini", "chameleon-7b", "chameleon-34b"])
+def test_the_plan_counts_parameters_and_operations_as_the_model_does(name: str) -> None:
+    config = PRESETS[name]
+    with torch.device("meta"):
+        model = Transformer(config)
+    assert plan.parameters(config) == sum(p.numel() for p in model.parameters())
+    names = ("norm", "embed_tokens")  # no products
+    products = sum(
+        p.numel() for n, p in model.named_parameters() if not any(name in n for name in names)
+    )
+    flops = plan.flops_per_token(config, config.max_position_embeddings)
+    attention = 12 * config.num_hidden_layers * config.hidden_size * config.max_position_embeddings
+    assert flops - attention == 6 * products
+
+
+class _Flash(torch.autograd.Function):
+    """Keeps what a fused attention keeps: its inputs, its output and a number a query."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:3], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        raise AssertionError("the plan runs no backward pass")
+
+
+def kept_by_a_block(config: ModelConfig, tokens: int, dropout: float) -> int:
+    """Bytes that one block in bf16 keeps for its backward pass, counted without memory for it."""
+    attend: Attend = _Flash.apply
+    kept: dict[int, int] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        kept[storage._cdata] = storage.nbytes()
+        return x
+
+    with FakeTensorMode():
+        torch.set_default_dtype(torch.bfloat16)
+        block = Block(config, dropout).train()
+        torch.set_default_dtype(torch.float32)
+        x = torch.empty(1, tokens, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+        rotary = rotary_tables(config, torch.arange(tokens)[None])
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            out = block(x, rotary, attend)
+    shared = {t.untyped_storage()._cdata for t in (*block.parameters(), *rotary)}
+    assert out.shape == x.shape
+    return sum(size for key, size in kept.items() if key not in shared)
+
+
+@pytest.mark.parametrize(("name", "dropout"), [("chameleon-7b", 0.1), ("chameleon-34b", 0.0)])
+def test_the_plan_knows_what_a_block_keeps(name: str, dropout: float) -> None:
+    config, tokens = PRESETS[name], 4096
+    told = plan.activation_bytes(config, tokens, tensor=1, dropout=dropout)
+    counted = kept_by_a_block(config, tokens, dropout) * config.num_hidden_layers
+    assert told["none"] == pytest.approx(counted, rel=0.1)
+    assert told["full"] == 2 * config.hidden_size * tokens * config.num_hidden_layers
+    assert told["full"] < told["selective"] < told["none"]
+
+
+def test_the_plan_of_the_paper() -> None:
+    """At the efficiency that its GPU hours say, its GPUs take its days."""
+    for name, gpus, rows, hours in (
+        ("chameleon-7b", 1024, 2048, 856_481),
+        ("chameleon-34b", 3072, 3072, 4_282_407),
+    ):
+        job = plan.Job(PRESETS[name], ParallelConfig(), rows, 4096, 1, 9.2e12, peak_tflops=312)
+        line = plan.line(job, gpus)
+        assert 0.4 < line.days * 24 * gpus * plan.MFU / hours < 0.5
+        assert line.states == pytest.approx(16 * plan.parameters(job.model) / gpus)
+
+
+def test_the_plan_is_printed_and_says_what_is_impossible() -> None:
+    done = CliRunner().invoke(app, ["train", "pretrain_34b", "--plan"])
+    assert done.exit_code == 0, done.output
+    lines = done.output.splitlines()
+    assert lines[0].startswith("34,294,308,864 parameters; 3,072 rows x 4,096 = 12,582,912 tokens")
+    found = [line.split() for line in lines if line.lstrip()[:1].isdigit()][1:]
+    assert [row[0] for row in found] == ["64", "128", "256", "512", "1,024", "2,048", "3,072"]
+    assert found[-1][1:6] == ["48", "x", "8", "x", "8"] and "Assumed:" in lines
+    done = CliRunner().invoke(app, ["train", "pretrain_7b", "--plan", "rows=192", "micro_rows=2"])
+    assert "64 x 8 x 1" not in done.output and "multiple of 1024" in done.output
+
+
+def test_the_paper_is_in_the_recipes() -> None:
+    from earlyfusion.recipes.pretrain_7b import config as small
+    from earlyfusion.recipes.pretrain_34b import config as large
+
+    for config in (small, large):
+        optim = config.optim
+        assert (optim.lr, optim.beta1, optim.beta2, optim.eps) == (1e-4, 0.9, 0.95, 1e-5)
+        assert (optim.weight_decay, optim.warmup_steps, optim.clip) == (0.1, 4000, 1.0)
+        assert optim.decay == "exponential" and config.z_weight == 1e-5 and config.length == 4096
+        assert config.run.steps * config.rows * config.length == pytest.approx(9.2e12, rel=1e-6)
+    assert (small.rows * small.length, large.rows * large.length) == (2**23, 3 * 2**22)
+    assert (small.dropout, large.dropout) == (0.1, 0.0)
+    assert not small.model.swin_norm and large.model.swin_norm
+
+
+def test_the_recipe_of_the_paper_runs_small(tmp_path: Path) -> None:
+    """Rows to a model folder that loads: what differs from the 7B is size, not path."""
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"What is {n}?"},
+                {"role": "assistant", "content": "A number."},
+            ]
+        }
+        for n in range(40)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    size = Chameleon.load("mini").config.vocab_size
+    fields = [f"data={tmp_path / 'rows.jsonl'}", f"vocab_size={size}", "hidden_size=32"]
+    fields += ["intermediate_size=64", "num_attention_heads=2", "num_hidden_layers=1", "rows=4"]
+    fields += [f"out={tmp_path / 'run'}", "length=128", "steps=2", "log_every=1", "device=cpu"]
+    with pytest.raises(SettingError, match="multiple of 8"):
+        run("pretrain_7b", fields)
+    run("pretrain_7b", [*fields, "shard=0"])
+    assert len(read_metrics(tmp_path / "run")) == 2
+    small = Chameleon.load(str(tmp_path / "run" / "model"))
+    assert small.config.hidden_size == 32 and small.config.vocab_size == size
+    with pytest.raises(SettingError, match="vocab_size="):
+        run("pretrain_7b", ["steps=2", f"out={tmp_path / 'other'}"])
+    with pytest.raises(SettingError, match="no plan"):
+        recipe_plan("mini_image_tokenizer", [])
+
+
+def test_a_stopped_run_of_parts_goes_on_at_its_document(tmp_path: Path) -> None:
+    """Several micro batches a step, a stop in the middle of the documents, dropout on."""
+
+    def task() -> LanguageTask:
+        torch.manual_seed(0)
+        model = Transformer(MODEL, dropout=0.1)
+        model.init_weights()
+        packer = Packer(document, RoleWeights(), rows=4, length=LENGTH, pad=1)
+        return LanguageTask(model, packer, micro_rows=1)
+
+    whole = RunConfig(tmp_path / "whole", 12, device="cpu", log_every=1)
+    train(task(), whole, OPTIM)
+    part = replace(whole, out=tmp_path / "part", stop_after=5)
+    train(task(), part, OPTIM)
+    train(task(), replace(part, stop_after=0), OPTIM)
+    rows = [[row["loss"] for row in read_metrics(run.out)] for run in (whole, part)]
+    assert rows[0] == rows[1] and len(rows[0]) == 12
+
+
+def test_packing_without_its_mask_would_change_the_gradient() -> None:
+    """What tests/test_train.py shows equal is not equal anyway."""
+    torch.manual_seed(0)
+    model = Transformer(MODEL).double()
+    model.init_weights()
+    columns = pack_row([document(n) for n in (1, 2, 3)], RoleWeights(), 60, pad=1)
+    tokens, targets, number, positions, weight, _ = (column[None] for column in columns)
+
+    def gradient(attend: CausalAttend, weight: torch.Tensor, z: float) -> torch.Tensor:
+        model.zero_grad()
+        logits = model(tokens, positions, [attend] * MODEL.num_hidden_layers)
+        next_token_loss(logits, targets, weight, z).total.backward()
+        assert model.lm_head.weight.grad is not None
+        return model.lm_head.weight.grad.clone()
+
+    right = gradient(CausalAttend(number), weight, 1.0)
+    no_mask = gradient(CausalAttend(), weight, 1.0)
+    prompts_too = gradient(CausalAttend(number), torch.ones_like(weight), 1.0)
+    no_z = gradient(CausalAttend(number), weight, 0.0)
+    for wrong in (no_mask, prompts_too, no_z):
+        assert (wrong - right).abs().max() > 1e-3 * right.abs().max()
+
+
+def test_a_document_knows_its_tokens() -> None:
+    assert isinstance(document(3), TokenSequence) and document(3).ids == document(8).ids

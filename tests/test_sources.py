@@ -1,0 +1,676 @@
+from __future__ import annotations
+
+import itertools
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from corpora import jsonl, pairs, png, tar, tiny_encoder, tiny_vqgan
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import CONFIG, tiny_processor
+
+from earlyfusion.content import Text
+from earlyfusion.errors import DataError, SettingError
+from earlyfusion.image_tokenizer import ImageTokenizer
+from earlyfusion.processor import (
+    ANSWER_IMAGE,
+    ANSWER_TEXT,
+    PROMPT_IMAGE,
+    PROMPT_TEXT,
+    Processor,
+    TokenSequence,
+)
+from earlyfusion.train.corpus import rows as rows_module
+from earlyfusion.train.corpus import tables
+from earlyfusion.train.corpus.encoding import Encoder, Fit
+from earlyfusion.train.corpus.forms import BOTH, PICTURE, TEXT, Picture, example_of, form_of
+from earlyfusion.train.corpus.mixture import (
+    Ahead,
+    Order,
+    Schedule,
+    Stage,
+    balanced,
+    sharded,
+    shuffled,
+    two_stages,
+)
+from earlyfusion.train.corpus.rows import Quarantine, RowSettings, find_files, open_rows
+from earlyfusion.train.corpus.sources import CorpusConfig, open_corpus
+from earlyfusion.train.data import Packer, RoleWeights
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory: pytest.TempPathFactory) -> Processor:
+    return tiny_processor(tmp_path_factory.mktemp("tokenizer"))
+
+
+def said(row: dict[str, Any], picture_first: bool = True) -> list[tuple[str, list[Any]]]:
+    """Turns of a row in short: texts as they are, pictures as what names them."""
+    return [
+        (role, [part.text if isinstance(part, Text) else part.where for part in parts])
+        for role, parts in example_of(row, picture_first).turns
+    ]
+
+
+MESSAGES = {
+    "messages": [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
+        {"role": "assistant", "content": "A pear."},
+        {"role": "user", "content": "Draw it."},
+        {"role": "assistant", "content": [{"type": "image"}]},
+    ],
+    "images": ["a.png", {"bytes": b"BYTES", "path": None}],
+}
+LLAVA = {
+    "id": "1",
+    "image": "a.jpg",
+    "conversations": [
+        {"from": "human", "value": "<image>\nWhat is this?"},
+        {"from": "gpt", "value": "A pear."},
+    ],
+}
+FORMS: dict[str, tuple[dict[str, Any], list[tuple[str, list[Any]]]]] = {
+    "messages": (
+        MESSAGES,
+        [
+            ("user", ["a.png", "What?"]),
+            ("assistant", ["A pear."]),
+            ("user", ["Draw it."]),
+            ("assistant", [b"BYTES"]),
+        ],
+    ),
+    "conversations": (LLAVA, [("user", ["a.jpg", "What is this?"]), ("assistant", ["A pear."])]),
+    "prompt": (
+        {"prompt": "What?", "completion": [{"role": "assistant", "content": "Pear."}],
+         "image": "a.png"},
+        [("user", ["a.png", "What?"]), ("assistant", ["Pear."])],
+    ),
+    "interleaved": (
+        {"texts": ["One", None, "two"], "images": [None, "b.png", None]},
+        [("assistant", ["One", "b.png", "two"])],
+    ),
+    "pair": (
+        {"image": {"path": "c.png"}, "caption": "pear"},
+        [("user", ["c.png"]), ("assistant", ["pear"])],
+    ),
+    "text": ({"text": "Only words."}, [("assistant", ["Only words."])]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_each_form_is_told_by_its_keys_and_read(form: str) -> None:
+    row, turns = FORMS[form]
+    assert form_of(row) == form
+    assert said(row) == turns
+
+
+def test_the_picture_of_a_pair_comes_first_or_second() -> None:
+    row = FORMS["pair"][0]
+    assert said(row, picture_first=False) == [("user", ["pear"]), ("assistant", ["c.png"])]
+    plain = example_of(row, False, plain_pairs=True)
+    assert plain.is_plain and plain.turns == [("assistant", [Text("pear"), Picture("c.png")])]
+
+
+def test_neighbours_of_one_role_and_the_system_are_joined() -> None:
+    messages = [("system", "Be kind."), ("user", "Hi"), ("assistant", "Yo"), ("assistant", "!")]
+    row = {"messages": [{"role": role, "content": text} for role, text in messages]}
+    assert said(row) == [("user", ["Be kind.", "\n", "Hi"]), ("assistant", ["Yo", "\n", "!"])]
+
+
+def test_pictures_without_marks_go_before_the_first_prompt() -> None:
+    row = LLAVA | {"image": ["a.jpg", "b.jpg"]}
+    row["conversations"] = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "Pears"}]
+    assert said(row)[0] == ("user", ["a.jpg", "b.jpg", "What?"])
+
+
+def test_what_the_answers_hold() -> None:
+    kinds = {form: example_of(row, True).answers for form, (row, _) in FORMS.items()}
+    assert kinds["conversations"] == kinds["text"] == TEXT
+    assert kinds["messages"] == kinds["interleaved"] == BOTH
+    assert example_of(FORMS["pair"][0], False).answers == PICTURE
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"url": 1}, r"keys \(url\) are of no known form"),
+        (LLAVA | {"image": ["a", "b"]}, "1 images are marked but 2 given"),
+        (LLAVA | {"image": None}, "more images are marked than given"),
+        ({"messages": [{"role": "user", "content": "hi"}]}, "last turn is not the assistant's"),
+        ({"messages": [{"role": "tool", "content": "hi"}]}, "role 'tool' is unknown"),
+        ({"messages": [{"role": "user", "content": None}]}, "content is of type NoneType"),
+        ({"messages": ["hi"]}, "no object of role and content"),
+        ({"messages": []}, "last turn is not"),
+        (
+            {"messages": [{"role": r, "content": "x"} for r in ("assistant", "user", "assistant")]},
+            "begin with the user's",
+        ),
+        ({"messages": [{"role": "user", "content": " "}]}, "a turn is empty"),
+        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "'video' is unknown"),
+        ({"texts": ["a"], "images": []}, "1 texts but 0 images"),
+        ({"texts": ["a"], "images": ["b"]}, "a text and an image"),
+        ({"image": "a.png", "caption": 3}, "the caption is of type int"),
+        ({"image": {"bytes": None}, "caption": "x"}, "neither a file name nor bytes"),
+    ],
+)
+def test_a_row_that_breaks_its_form_says_why(row: dict[str, Any], words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        example_of(row, True)
+
+
+# Files of rows.
+
+
+def open_all(source: str | Path, cache: Path, **options: Any) -> list[dict[str, Any]]:
+    rows = open_rows(str(source), cache, RowSettings(**options))
+    places = [rows.place(number) for number in range(len(rows))]
+    return [table.row(place) for table, place in places]
+
+
+ROWS = [{"text": f"row {n} 배"} for n in range(7)]
+
+
+def test_rows_of_jsonl_and_of_a_json_array(tmp_path: Path) -> None:
+    lines = jsonl(tmp_path / "a.jsonl", ROWS)
+    lines.write_text("\n" + lines.read_text().replace("\n", "\n\n", 2))
+    (tmp_path / "b.json").write_text(" " + json.dumps(ROWS, indent=2, ensure_ascii=False))
+    (tmp_path / "c.json").write_text(json.dumps(ROWS))
+    for name in ("a.jsonl", "b.json", "c.json"):
+        assert open_all(tmp_path / name, tmp_path / "cache") == ROWS, name
+    (tmp_path / "d.json").write_text(json.dumps(ROWS)[:-3])
+    with pytest.raises(DataError, match="no whole JSON array after 6 rows"):
+        open_all(tmp_path / "d.json", tmp_path / "cache")
+
+
+def test_rows_of_parquet_are_those_of_pyarrow(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    rows = [{"image": {"bytes": png(n), "path": f"{n}.png"}, "caption": f"{n}"} for n in range(25)]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=4)
+    assert open_all(tmp_path / "a.parquet", tmp_path) == rows
+    opened = open_rows(str(tmp_path / "a.parquet"), tmp_path, RowSettings())
+    assert opened.groups == [4, 4, 4, 4, 4, 4, 1] and not opened.is_random
+    (tmp_path / "b.parquet").write_bytes(b"no")
+    with pytest.raises(DataError, match="damaged or no Parquet"):
+        open_all(tmp_path / "b.parquet", tmp_path)
+
+
+def test_parquet_without_pyarrow_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"x")
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
+    with pytest.raises(DataError, match=r"pip install 'earlyfusion\[data\]'"):
+        open_all(tmp_path / "a.parquet", tmp_path)
+
+
+def test_samples_of_a_tar(tmp_path: Path) -> None:
+    dialogue = json.dumps({"conversations": LLAVA["conversations"]}).encode()
+    named = json.dumps({"image": "0.png", "caption": "named"}).encode()
+    members = {
+        "./x/1.jpg": b"P1",
+        "./x/1.txt": b"pear\n",
+        "./x/2.png": b"P2",
+        "./x/2.json": dialogue,
+        "y/1.0.png": b"P3",
+        "y/1.json": named,
+        "y/3.cls": b"\xff",
+    }
+    path = tar(tmp_path / "a.tar", members)
+    rows = open_rows(str(path), tmp_path, RowSettings())
+    table, _ = rows.place(0)
+    assert len(rows) == 4
+    assert said(table.row(0)) == [("user", [b"P1"]), ("assistant", ["pear"])]
+    assert said(table.row(1))[0] == ("user", [b"P2", "What is this?"])
+    assert table.read(table.row(2), "0.png") == b"P3"
+    with pytest.raises(DataError, match="not UTF-8"):
+        table.row(3)
+    path.write_bytes(path.read_bytes()[:700])
+    with pytest.raises(DataError, match=r"cut short|damaged"):
+        open_all(path, tmp_path)
+
+
+def test_where_rows_lie_is_found_once_and_again_after_a_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, cache = jsonl(tmp_path / "a.jsonl", ROWS), tmp_path / "cache"
+    assert open_all(path, cache) == ROWS
+    with monkeypatch.context() as patch:
+        patch.setattr(tables, "_index_json", lambda _: pytest.fail("indexed again"))
+        assert open_all(path, cache) == ROWS
+    jsonl(path, ROWS[:3])
+    assert open_all(path, cache) == ROWS[:3]
+    for kept in cache.iterdir():
+        kept.write_bytes(b"cut")
+    assert open_all(path, cache) == ROWS[:3]
+
+
+def test_files_of_a_folder_a_glob_and_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data" / "val").mkdir(parents=True)
+    for name in ("b.jsonl", "a.jsonl", "val/c.jsonl", "README.md", "info.json"):
+        (tmp_path / "data" / name).write_text("{}\n")
+
+    def names(source: str | Path, *patterns: str) -> list[str]:
+        return [path.name for path in find_files(str(source), patterns)[1]]
+
+    folder = tmp_path / "data"
+    assert names(folder) == ["a.jsonl", "b.jsonl", "c.jsonl"]
+    assert names(folder, "val/*") == ["c.jsonl"]
+    assert names(folder, "*.json") == ["info.json"]
+    assert names(folder / "*.jsonl") == ["a.jsonl", "b.jsonl"]
+    assert names(folder / "**" / "*.jsonl", "val/*") == ["c.jsonl"]
+    assert len(open_all(folder / "*.jsonl", tmp_path / "cache")) == 2
+    asked = []
+
+    def download(hub_id: str, **options: Any) -> str:
+        asked.append((hub_id, options["repo_type"], options["allow_patterns"]))
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert names("org/name", "val/*") == ["c.jsonl"]
+    assert asked == [("org/name", "dataset", ["val/*"])]
+    assert names("org/name") == ["a.jsonl", "b.jsonl", "c.jsonl"]
+    assert "*.parquet" in asked[-1][2]
+
+    def fail(*_: Any, **__: Any) -> str:
+        raise OSError
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(DataError, match="could not be had from the hub"):
+        names("org/name")
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [("none.jsonl", "there is no none.jsonl"), ("empty", r"holds no \.jsonl"), ("e.jsonl", "rows")],
+)
+def test_a_source_that_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("e.jsonl").write_text("\n")
+    with pytest.raises(DataError, match=words):
+        open_rows(source, tmp_path, RowSettings())
+
+
+def test_pictures_of_the_net_and_outside_of_a_hub_data_set_are_not_read(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out.png").write_bytes(b"P")
+    open_folder, confined = (tables.PictureFolder(tmp_path / "in", c) for c in (False, True))
+    assert open_folder.read("../out.png") == b"P"
+    for name in ("../out.png", str(tmp_path / "out.png")):
+        with pytest.raises(DataError, match="outside the data set"):
+            confined.read(name)
+    with pytest.raises(DataError, match="on the net"):
+        open_folder.read("https://example.com/a.png")
+    with pytest.raises(DataError, match="is not in"):
+        open_folder.read("none.png")
+    assert open_folder.read("data:image/png;base64,UE5H") == b"PNG"
+
+
+# Tokens of rows.
+
+
+def documents(
+    encoder: Encoder, path: Path, quarantine: Quarantine | None = None
+) -> list[TokenSequence | None]:
+    rows = open_rows(str(path), path.parent / "cache", RowSettings())
+    quarantine = quarantine or Quarantine(None, 1.0)
+    read = [encoder.read(rows, number, quarantine) for number in range(len(rows))]
+    return [encoder.encode([row])[0] if row else None for row in read]
+
+
+def test_pictures_of_prompts_are_fitted_and_those_of_answers_cropped(
+    tmp_path: Path, processor: Processor
+) -> None:
+    (tmp_path / "a.png").write_bytes(png(3, (40, 16)))
+    parts = [{"type": "image"}, {"type": "text", "text": "Draw."}]
+    row = {
+        "messages": [
+            {"role": "user", "content": parts},
+            {"role": "assistant", "content": [{"type": "image"}]},
+        ],
+        "images": ["a.png", "a.png"],
+    }
+    document = documents(tiny_encoder(processor), jsonl(tmp_path / "r.jsonl", [row]))[0]
+    assert document is not None
+    vq, vocabulary = ImageTokenizer(tiny_vqgan(), 16), processor.vocabulary
+    codes = {
+        mode: vq.encode([tmp_path / "a.png"], mode)[0].numpy()  # type: ignore[arg-type]
+        for mode in ("fit", "crop")
+    }
+    assert not np.array_equal(codes["fit"], codes["crop"])
+    expected = [
+        vocabulary.bos,
+        *processor.layout.spell(codes["fit"], vocabulary),
+        *processor.encode_text("Draw."),
+        vocabulary.end_of_turn,
+        *processor.layout.spell(codes["crop"], vocabulary),
+        vocabulary.eos,
+    ]
+    assert document.ids == expected
+    size = processor.layout.num_tokens
+    counted = [role in (ANSWER_TEXT, ANSWER_IMAGE) for role in document.role]
+    assert document.weights == [*map(float, counted[:-1]), 1.0]  # the prompt is masked
+    assert document.role.count(PROMPT_IMAGE) == document.role.count(ANSWER_IMAGE) == size
+
+
+def test_half_of_the_pairs_have_the_picture_first(tmp_path: Path, processor: Processor) -> None:
+    path = pairs(tmp_path, 60)
+    made = documents(tiny_encoder(processor), path)
+    first = [d.spans[0][2] for d in made if d is not None]
+    assert 18 <= first.count("image") <= 42
+    again = documents(tiny_encoder(processor), path)
+    assert [d.ids for d in made if d] == [d.ids for d in again if d]
+    never = documents(tiny_encoder(processor, image_first=0.0, pairs="document"), path)
+    for document in never:
+        assert document is not None and document.spans[0][2] == "text"
+        assert {PROMPT_TEXT, PROMPT_IMAGE}.isdisjoint(document.role)
+        assert document.weights == [0.0] + [1.0] * (len(document) - 1)
+
+
+def test_broken_rows_are_filed_with_their_reason_and_counted(
+    tmp_path: Path, processor: Processor
+) -> None:
+    (tmp_path / "bad.png").write_bytes(png(0)[:60])
+    rows = [
+        {"text": "good"},
+        "{not json",
+        {"image": "bad.png", "caption": "x"},
+        {"image": "https://a.b/c.png", "caption": "x"},
+        {"text": "half \ud800"},
+        {"text": "good too"},
+    ]
+    path, filed = jsonl(tmp_path / "r.jsonl", rows), tmp_path / "q" / "quarantine.jsonl"
+    for _ in range(2):  # the second run files nothing again
+        quarantine = Quarantine(filed, 0.1)
+        made = documents(tiny_encoder(processor), path, quarantine)
+        assert [d is not None for d in made] == [True, False, False, False, False, True]
+        assert (quarantine.good, quarantine.broken) == (2, 4)
+        entries = [json.loads(line) for line in filed.read_text().splitlines()]
+        assert [entry["row"] for entry in entries] == [2, 3, 4, 5]
+        assert {entry["file"] for entry in entries} == {str(path)}
+        for entry, word in zip(entries, ("JSON", "damaged", "net", "character"), strict=True):
+            assert word in entry["reason"]
+
+
+def test_too_many_broken_rows_end_the_run(tmp_path: Path) -> None:
+    quarantine = Quarantine(tmp_path / "q.jsonl", 0.1)
+    quarantine.accept(90)
+    for row in range(10):
+        quarantine.refuse(Path("a"), row, "why")
+    with pytest.raises(DataError, match=r"11 of 101 rows are broken, the limit is 10%.*why"):
+        quarantine.refuse(Path("a"), 10, "why")
+
+
+# Documents that are longer than a row.
+
+
+def plain(processor: Processor, *lengths: int) -> TokenSequence:
+    """A plain document of texts; a length below 0 is a picture."""
+    vocabulary, document = processor.vocabulary, TokenSequence()
+    document.control(vocabulary.bos)
+    text = int(vocabulary.text_tokens[0])
+    for length in lengths:
+        codes = np.full((processor.layout.height, processor.layout.width), -length % 8)
+        spelled = processor.layout.spell(codes, vocabulary)
+        tokens, kind = ([text] * length, "text") if length > 0 else (spelled, "image")
+        document.segment(tokens, "assistant", kind)  # type: ignore[arg-type]
+    document.control(vocabulary.eos, weight=1.0)
+    return document
+
+
+def test_a_plain_document_is_cut_between_its_segments(processor: Processor) -> None:
+    size = processor.layout.num_tokens
+    limit = size + 12
+    whole = plain(processor, 8, -1, 30, -2)
+    fit = Fit(limit, processor.vocabulary)
+    cut = fit.pieces(0, whole)
+    assert all(len(piece) <= limit for piece in cut) and len(cut) > 1 and fit.cut == {0}
+    bos, eos = processor.vocabulary.bos, processor.vocabulary.eos
+    inner = [i for piece in cut for i in piece.ids if i not in (bos, eos)]
+    assert inner == whole.ids[1:-1]
+    assert [piece.ids[0] for piece in cut] == [bos] * len(cut)
+    assert [piece.ids[-1] == eos for piece in cut] == [False] * (len(cut) - 1) + [True]
+    begins = [piece.ids.count(processor.vocabulary.begin_image) for piece in cut]
+    ends = [piece.ids.count(processor.vocabulary.end_image) for piece in cut]
+    assert begins == ends and sum(begins) == 2
+    assert fit.pieces(1, plain(processor, 4)) == [plain(processor, 4)]
+    assert fit.pieces(2, TokenSequence()) == [] and fit.dropped == set()
+    narrow = Fit(size + 1, processor.vocabulary)
+    assert narrow.pieces(3, whole) == [] and narrow.dropped == {3}
+
+
+def test_a_dialogue_keeps_the_exchanges_that_fit(tmp_path: Path, processor: Processor) -> None:
+    turns = [("user", "Hi."), ("assistant", "Hello."), ("user", "Again."), ("assistant", "Yes.")]
+    row = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    short = {"messages": row["messages"][:2]}
+    whole, first = documents(tiny_encoder(processor), jsonl(tmp_path / "r.jsonl", [row, short]))
+    assert whole is not None and first is not None
+    for limit in range(len(first), len(whole)):
+        assert Fit(limit, processor.vocabulary).pieces(0, whole) == [first]
+    assert Fit(len(whole), processor.vocabulary).pieces(0, whole) == [whole]
+    fit = Fit(len(first) - 1, processor.vocabulary)
+    assert fit.pieces(5, whole) == [] and fit.dropped == {5}
+
+
+# Mixing, shuffling, sharding.
+
+
+class Numbers:
+    """A source whose document n is made of the token n."""
+
+    def __init__(
+        self, count: int, groups: list[int] | None = None, empty: tuple[int, ...] = ()
+    ) -> None:
+        self.name = self.fingerprint = "numbers"
+        self.groups, self.is_random = groups or [count], groups is None
+        self.fit, self._count, self._empty = Fit(10, None), count, empty  # type: ignore[arg-type]
+        self.reads: list[int] = []
+
+    def __len__(self) -> int:
+        return self._count
+
+    def pieces(self, number: int) -> list[TokenSequence]:
+        self.reads.append(number)
+        return [] if number in self._empty else [TokenSequence(ids=[number])]
+
+    def answers(self) -> np.ndarray:
+        return np.array([n % 3 == 0 for n in range(self._count)], np.uint8)
+
+
+@given(st.integers(1, 3000), st.integers(0, 2**64))
+@settings(max_examples=30, deadline=None)
+def test_shuffled_is_a_permutation(size: int, key: int) -> None:
+    assert sorted(shuffled(n, size, key) for n in range(size)) == list(range(size))
+
+
+def test_shuffled_mixes_well() -> None:
+    size = 2000
+    places = np.array([shuffled(n, size, 7) for n in range(size)])
+    assert abs(np.corrcoef(np.arange(size), places)[0, 1]) < 0.1
+    assert (np.diff(places) == 1).sum() < 10
+    others = np.array([shuffled(n, size, 8) for n in range(size)])
+    assert (places == others).sum() < 12
+
+
+@pytest.mark.parametrize("groups", [None, [5, 0, 11, 20, 4, 1, 1, 30, 9, 2, 17]])
+def test_an_epoch_has_every_row_once_and_each_its_own_order(groups: list[int] | None) -> None:
+    order = Order(Numbers(100, groups), 1, "a")
+    epochs = [[order.number(epoch, place) for place in range(100)] for epoch in range(3)]
+    assert all(sorted(epoch) == list(range(100)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != list(range(100))
+    assert epochs[0] == [Order(Numbers(100, groups), 1, "a").number(0, n) for n in range(100)]
+    assert epochs[0] != [Order(Numbers(100, groups), 2, "a").number(0, n) for n in range(100)]
+
+
+def test_row_groups_are_read_a_few_at_a_time() -> None:
+    groups = [10] * 40
+    order = Order(Numbers(400, groups), 0, "a")
+    touched = [order.number(0, place) // 10 for place in range(400)]
+    pool = 10 * tables.KEPT_GROUPS
+    for start in range(0, 400, pool):
+        assert len(set(touched[start : start + pool])) == tables.KEPT_GROUPS
+
+
+def test_sources_come_by_weight_and_none_repeats_before_its_epoch_ends() -> None:
+    schedule = Schedule([Stage(0, {"a": 3.0, "b": 1.0})], seed=5)
+    draws = [schedule.draw(number) for number in range(10_000)]
+    for name, share in (("a", 0.75), ("b", 0.25)):
+        mine = [draw.turn for draw in draws if draw.source == name]
+        assert mine == list(range(len(mine)))
+        assert len([d for d in draws[:4096] if d.source == name]) == 4096 * share
+    other = Schedule([Stage(0, {"a": 3.0, "b": 1.0})], seed=6)
+    assert [other.draw(n) for n in range(100)] != draws[:100]
+    with pytest.raises(SettingError, match="under 1 in 4096"):
+        Schedule([Stage(0, {"a": 1e6, "b": 1.0})], 0)
+    with pytest.raises(SettingError, match="weight 0"):
+        Schedule([Stage(0, {"a": 0.0})], 0)
+
+
+def test_the_second_stage_halves_the_first_and_goes_on_where_it_stopped() -> None:
+    stages = two_stages({"a": 2.0, "b": 1.0}, {"good": 4.0}, start=5000)
+    assert dict(stages[1].weights) == pytest.approx({"a": 1 / 3, "b": 1 / 6, "good": 0.5})
+    schedule = Schedule(stages, seed=1)
+    draws = [schedule.draw(number) for number in range(5000 + 4096)]
+    counts = Counter(draw.source for draw in draws[5000:])
+    assert counts["good"] == 2048 and counts["a"] == pytest.approx(4096 / 3, abs=1)
+    assert "good" not in {draw.source for draw in draws[:5000]}
+    for name in ("a", "b", "good"):
+        mine = [draw.turn for draw in draws if draw.source == name]
+        assert mine == list(range(len(mine)))
+    assert two_stages({"a": 1.0}, {}, 10) == (Stage(0, {"a": 1.0}),)
+
+
+def test_every_document_goes_to_exactly_one_rank() -> None:
+    stream: Callable[[int], TokenSequence] = lambda n: TokenSequence(ids=[n])  # noqa: E731
+    ranks = [sharded(stream, rank, 3) for rank in range(3)]
+    seen = [rank(n).ids[0] for n in range(20) for rank in ranks]
+    assert seen == list(range(60))
+    with pytest.raises(SettingError, match="rank=3"):
+        sharded(stream, 3, 3)
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_workers_change_nothing_but_the_time(workers: int) -> None:
+    threads = set()
+
+    def stream(number: int) -> TokenSequence:
+        threads.add(threading.current_thread().name)
+        return TokenSequence(ids=[number])
+
+    ahead = Ahead(stream, workers, depth=8)
+    order = [*range(30), 29, 30, 200, 201, 5, 6]  # a packer asks again for what did not fit
+    assert [ahead(number).ids[0] for number in order] == order
+    ahead.close()
+    assert threading.current_thread().name not in threads
+
+
+def test_kinds_of_answers_are_balanced() -> None:
+    orders = balanced(Numbers(90, [30] * 3), 0, "a")
+    kinds = {name: (share, len(order)) for name, (share, order) in orders.items()}
+    assert kinds == {"a (text)": (0.5, 60), "a (pictures)": (0.5, 30)}
+    numbers = [orders["a (pictures)"][1].number(0, place) for place in range(30)]
+    assert sorted(numbers) == list(range(0, 90, 3))
+    rare = Numbers(100)
+    rare.answers = lambda: np.array([n == 7 for n in range(100)], np.uint8)  # type: ignore[method-assign]
+    shares = [share for share, _ in balanced(rare, 0, "a").values()]
+    assert shares == pytest.approx([0.5 / 0.54, 0.04 / 0.54])
+
+
+# A whole corpus.
+
+
+def corpus_of(processor: Processor, run: Path, length: int = 100, **config: Any) -> Any:
+    tokenizer = ImageTokenizer(tiny_vqgan(), CONFIG.vq_config.resolution)
+    return open_corpus(CorpusConfig(**config), processor, tokenizer, length, run)
+
+
+def test_a_broken_row_gives_way_to_another_and_a_resumed_stream_is_the_same(
+    tmp_path: Path, processor: Processor
+) -> None:
+    path = pairs(tmp_path, 20)
+    with path.open("a") as file:
+        file.write("{broken\n")
+    corpus = corpus_of(processor, tmp_path / "run", data=(str(path),))
+    documents = [corpus.stream(number) for number in range(60)]
+    assert corpus.report() == [f"broken rows: 1, see {tmp_path / 'run' / 'quarantine.jsonl'}"]
+    again = corpus_of(processor, tmp_path / "other", data=(str(path),))
+    assert [again.stream(number) for number in range(59, 30, -1)] == documents[59:30:-1]
+    assert again.fingerprint == corpus.fingerprint
+    path.write_text(path.read_text().replace("pear 3", "plum 3"))
+    changed = corpus_of(processor, tmp_path / "other", data=(str(path),))
+    assert changed.fingerprint != corpus.fingerprint
+
+
+def test_the_packer_takes_the_stream_and_its_cursor_is_all_its_state(
+    tmp_path: Path, processor: Processor
+) -> None:
+    pairs(tmp_path / "a", 12)
+    jsonl(tmp_path / "b.jsonl", [{"text": "word " * n} for n in range(1, 60, 4)])
+    data = (f"{tmp_path / 'a'}@3", str(tmp_path / "b.jsonl"))
+
+    def packer() -> Packer:
+        corpus = corpus_of(processor, tmp_path / "run", data=data)
+        return Packer(corpus.stream, RoleWeights(), 2, 100, processor.vocabulary.pad)
+
+    first = packer()
+    batches = [first.next() for _ in range(6)]
+    second = packer()
+    second.cursor = 0
+    for _ in range(3):
+        second.next()
+    third = packer()
+    third.cursor = second.cursor
+    for batch in batches[3:]:
+        for mine, theirs in zip(third.next(), batch, strict=True):
+            assert mine.equal(theirs)
+
+
+def test_a_long_plain_document_is_gone_through_epoch_by_epoch(
+    tmp_path: Path, processor: Processor
+) -> None:
+    path = jsonl(tmp_path / "a.jsonl", [{"text": "".join(f"<{n}>" for n in range(200))}])
+    corpus = corpus_of(processor, tmp_path / "run", data=(str(path),), balance=False)
+    pieces = [corpus.stream(number) for number in range(40)]
+    count = len({tuple(piece.ids) for piece in pieces})
+    assert 1 < count < 40 and pieces[count:] == pieces[: 40 - count]
+    texts = [processor.decode_text(piece.ids) for piece in pieces[:count]]
+    assert "".join(texts) == "".join(f"<{n}>" for n in range(200))
+    assert corpus.report() == [f"documents of {path} too long for a row: 1 cut"]
+
+
+def test_what_open_corpus_refuses(tmp_path: Path, processor: Processor) -> None:
+    path = str(jsonl(tmp_path / "a.jsonl", [{"messages": MESSAGES["messages"][1:2]}]))
+    with pytest.raises(SettingError, match="data=PATH"):
+        corpus_of(processor, tmp_path)
+    with pytest.raises(SettingError, match="length=20 cannot hold a picture"):
+        corpus_of(processor, tmp_path, length=20, data=(path,))
+    with pytest.raises(SettingError, match=r"weight -1\.0"):
+        corpus_of(processor, tmp_path, data=(f"{path}@-1",))
+    none = jsonl(tmp_path / "b.jsonl", [{"x": n} for n in range(3)])
+    with pytest.raises(DataError, match=r"no usable|are broken"):
+        corpus_of(processor, tmp_path, data=(str(none),)).stream(0)
+
+
+def test_the_hub_id_pattern_is_no_path() -> None:
+    accepted = [name for name in ("a/b", "org/na-me.x") if rows_module._HUB_ID.fullmatch(name)]
+    refused = [n for n in ("a", "a/b/c", "./a", "/a/b") if rows_module._HUB_ID.fullmatch(n)]
+    assert len(accepted) == 2 and not refused
+
+
+def test_numbers_of_a_source_do_not_depend_on_the_way_they_are_asked() -> None:
+    order = Order(Numbers(50, [7] * 7 + [1]), 3, "a")
+    asked = list(itertools.product(range(3), range(0, 50, 7)))
+    forward = [order.number(*place) for place in asked]
+    assert [order.number(*place) for place in asked[::-1]] == forward[::-1]
