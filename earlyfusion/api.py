@@ -33,6 +33,7 @@ from earlyfusion.generation.reference import (
 )
 from earlyfusion.generation.settings import SamplingParams
 from earlyfusion.image_tokenizer import ImageTokenizer
+from earlyfusion.model.packed import quantise
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.processor import Processor
 
@@ -49,7 +50,10 @@ _DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
+    "int8": None,
+    "int4": None,
 }
+_BITS = {"int8": 8, "int4": 4}
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,13 +108,17 @@ class Chameleon:
         """Load the embedded model "mini", a folder in any supported format, or a hub id.
 
         `device` "auto" takes a GPU if there is one; `dtype` "auto" bfloat16 there, and on a CPU for
-        models over 500 million parameters, else float32. Raises `CheckpointError`, `SettingError`.
+        models over 500 million parameters, else float32. "int8" and "int4" round the layers' and
+        the head's matrices (model/packed.py) and compute as "auto" does. Raises `CheckpointError`,
+        `SettingError`.
         """
         place, kind = _device(device), _dtype(dtype)
         loaded = formats.load(name, place, kind)
         transformer = loaded.transformer
         if kind is None:
             transformer = transformer.to(_own_dtype(transformer, place))
+        if dtype in _BITS:
+            transformer = quantise(transformer, _BITS[dtype])
         tokenizer = ImageTokenizer(loaded.vqgan, loaded.config.vq_config.resolution)
         return cls(transformer, tokenizer, loaded.processor, loaded.generation_defaults)
 
