@@ -59,6 +59,9 @@ ModelName = Annotated[
     str, typer.Option("--model", "-m", help="mini (embedded), a model folder, or a hub id.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
+Precision = Annotated[
+    str, typer.Option("--dtype", help="auto, float32, bfloat16, float16, int8, int4")
+]
 Seed = Annotated[int | None, _whole_option("The same seed gives the same bytes.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
 Pictures = Annotated[Path, typer.Option("--out", "-o", help="Folder of the drawn PNG files.")]
@@ -157,6 +160,7 @@ def generate(
     seed: Seed = None,
     model: ModelName = "mini",
     device: Device = "auto",
+    dtype: Precision = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Answer one prompt: text goes to the terminal, pictures to PNG files."""
@@ -184,7 +188,7 @@ def generate(
     album = Album(out)
     if output != "text":
         album.check()
-    chameleon, screen = _load(model, device, as_json), Screen(as_json)
+    chameleon, screen = _load(model, device, as_json, dtype), Screen(as_json)
     reply = answer(chameleon, asked, output, sampling, album, screen)
     if as_json:
         _print_json(_reply_json(reply, album) | {"seed": sampling.seed, "model": model})
@@ -200,6 +204,7 @@ def chat(
     seed: Seed = None,
     model: ModelName = "mini",
     device: Device = "auto",
+    dtype: Precision = "auto",
 ) -> None:
     """Talk with the model; it remembers the conversation. Commands: /image /save /reset /quit."""
     from earlyfusion.chat import Conversation
@@ -212,7 +217,7 @@ def chat(
     album = Album(out)
     if output != "text":
         album.check()
-    Conversation(_load(model, device), output, sampling, album).run()
+    Conversation(_load(model, device, dtype=dtype), output, sampling, album).run()
 
 
 @app.command(epilog=_examples("earlyfusion demo", "earlyfusion demo --out pictures --seed 3"))
@@ -466,13 +471,13 @@ def info(
             )
 
 
-def _load(name: str, device: str, quiet: bool = False) -> Chameleon:
+def _load(name: str, device: str, quiet: bool = False, dtype: str = "auto") -> Chameleon:
     from earlyfusion.terminal import busy
 
     with busy(f"loading {name}", quiet):
         from earlyfusion.api import Chameleon
 
-        return Chameleon.load(name, device=device)
+        return Chameleon.load(name, device=device, dtype=dtype)
 
 
 def _seed(seed: int | None) -> int:
