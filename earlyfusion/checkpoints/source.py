@@ -29,7 +29,7 @@ Step = Callable[[int], None]
 
 _SHOWN_KEYS = 10
 # A mapped file is mapped anew after so many bytes: pages that were read leave the memory.
-_KEPT_PAGES = 2**28
+_KEPT_PAGES = 2**26
 
 
 @dataclass(frozen=True)

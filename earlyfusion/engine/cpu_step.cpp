@@ -13,9 +13,11 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <thread>
 #include <vector>
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -298,6 +300,29 @@ Range multiply(const Matrix& m, const Input& in, int64_t R, float* y, int64_t y_
   return mine;
 }
 
+// Threads meet here. OpenMP's own barrier spins on, which costs whole time slices where a thread has
+// to share its core with another process; this one lets the other go first after a while.
+class Meeting {
+ public:
+  void wait() {
+    const int64_t round = round_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == omp_get_num_threads()) {
+      arrived_.store(0, std::memory_order_relaxed);
+      round_.store(round + 1, std::memory_order_release);
+      return;
+    }
+    for (int64_t spins = 0; round_.load(std::memory_order_acquire) == round; spins++) {
+      if (spins > 10000) std::this_thread::yield();
+#if defined(__x86_64__)
+      else __builtin_ia32_pause();
+#endif
+    }
+  }
+
+ private:
+  std::atomic<int64_t> arrived_{0}, round_{0};
+};
+
 // ---- the parts of a layer
 
 void rms_norm(const float* x, const float* weight, int64_t n, float eps, float* y) {
@@ -479,6 +504,7 @@ void earlyfusion_step(const Model* model, int64_t R, float* x_RD, const int64_t*
   Buffers attended_buffer(R, m.N * m.H), inner_buffer(R, m.F);
   const Input attended = attended_buffer.input(), inner = inner_buffer.input();
   std::vector<float> qkv(R * qkv_width), gates(R * m.F), ups(R * m.F), y(R * D);
+  Meeting meeting;
 #pragma omp parallel num_threads(threads)
   {
     Buffers own(R, D);
@@ -496,27 +522,28 @@ void earlyfusion_step(const Model* model, int64_t R, float* x_RD, const int64_t*
       multiply(l.q, in, R, qkv.data(), qkv_width);
       multiply(l.k_new, in, R, qkv.data() + m.N * m.H, qkv_width);
       multiply(l.v_new, in, R, qkv.data() + (m.N + m.K) * m.H, qkv_width);
-#pragma omp barrier
-#pragma omp for schedule(static)
-      for (int64_t task = 0; task < R * m.K; task++) {
+      meeting.wait();
+      const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
+      for (int64_t task = thread; task < R * m.K; task += team) {
         const int64_t row = task / m.K, head = task % m.K;
         const float* given = qkv.data() + row * qkv_width;
         if (m.cache_kind == FP32)
           step.heads<float>(i, row, head, given, scratch.data(), attended);
         else
           step.heads<uint16_t>(i, row, head, given, scratch.data(), attended);
-      }  // the loop ends in a barrier
+      }
+      meeting.wait();
       multiply(l.o, attended, R, y.data(), D);
-#pragma omp barrier
+      meeting.wait();
       add(x.data(), y.data(), after_1, R, D, m.eps, norm_scratch.data());
       normed(x.data(), before_2, R, D, m.eps, in);
       const Range mine = multiply(l.gate, in, R, gates.data(), m.F);
       multiply(l.up, in, R, ups.data(), m.F);  // the same rows of this thread
       for (int64_t row = 0; row < R; row++)
         activate(gates.data() + row * m.F, ups.data() + row * m.F, mine, inner, row);
-#pragma omp barrier
+      meeting.wait();
       multiply(l.down, inner, R, y.data(), D);
-#pragma omp barrier
+      meeting.wait();
       add(x.data(), y.data(), after_2, R, D, m.eps, norm_scratch.data());
     }
 #pragma omp single nowait

@@ -134,7 +134,10 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig, dropout: float) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        weight_VD = torch.empty(config.vocab_size, config.hidden_size)
+        # Random numbers without memory for them: torch would load its compiler for that.
+        weight_VD = weight_VD if weight_VD.is_meta else weight_VD.normal_()
+        self.embed_tokens = nn.Embedding.from_pretrained(weight_VD, freeze=False)
         self.layers = nn.ModuleList(Block(config, dropout) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

@@ -180,7 +180,10 @@ class Decoder(nn.Module):
 class Quantizer(nn.Module):
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(config.num_embeddings, config.embed_dim)
+        codewords = torch.empty(config.num_embeddings, config.embed_dim)
+        # Random numbers without memory for them: torch would load its compiler for that.
+        codewords = codewords if codewords.is_meta else codewords.normal_()
+        self.embedding = nn.Embedding.from_pretrained(codewords, freeze=False)
 
     def search(self, vectors_NC: Tensor) -> Tensor:
         """Nearest codeword of each vector, int64 [N]; the first one on ties."""
