@@ -5,9 +5,8 @@
 Random weights and random text tokens, rows of one document, every token a target, bf16 over fp32
 weights, AdamW, clipping. Trainer trains transformers' own class; ours is `LanguageTask` in the loop
 of train/trainer.py. They take turns, a few steps each; the table gives medians of all steps but the
-first of a turn, and operations as 6 for each weight of a product and token, over those that a bf16
-product of 512 x 512 matrices reaches in the same run (attention counts 12 for a pair of positions). Needs
-`pip install "earlyfusion[finetune]"`.
+first of a turn, and operations (train/plan.py) over those that a bf16 product of 512 x 512 matrices
+reaches in the same run. Needs `pip install "earlyfusion[finetune]"`.
 """
 
 from __future__ import annotations
