@@ -104,6 +104,21 @@ inline float sum(f16 v) {
 #endif
 }
 
+// Sixteen vectors to the sixteen sums of their entries; pairs of vectors fold into one, four times.
+inline f16 sums16(f16* v) {
+  const i16 half_1 = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
+  const i16 half_2 = {0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27};
+  const i16 half_3 = {0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29};
+  const i16 half_4 = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+  auto fold = [](f16 a, f16 b, i16 half, int32_t step) {
+    return __builtin_shuffle(a, b, half) + __builtin_shuffle(a, b, half + step);
+  };
+  for (int i = 0; i < 8; i++) v[i] = fold(v[2 * i], v[2 * i + 1], half_1, 8);
+  for (int i = 0; i < 4; i++) v[i] = fold(v[2 * i], v[2 * i + 1], half_2, 4);
+  for (int i = 0; i < 2; i++) v[i] = fold(v[2 * i], v[2 * i + 1], half_3, 2);
+  return fold(v[0], v[1], half_4, 1);
+}
+
 inline f16 splat(float x) { return f16{} + x; }
 
 // e^x to about one part in 10^7; x is clamped to the range of normal numbers.
@@ -390,6 +405,17 @@ float dot(const float* q, const T* k, int64_t H) {
   return s;
 }
 
+// One query and the keys of sixteen places that follow each other.
+template <class T>
+f16 dots16(const float* q, const T* k, int64_t H) {
+  f16 products[16] = {};
+  for (int64_t i = 0; i < H; i += 16) {
+    const f16 here = load(q + i);
+    for (int p = 0; p < 16; p++) products[p] += here * load(k + p * H + i);
+  }
+  return sums16(products);
+}
+
 // out = sum over places of weight * v, a few vectors of the head at a time
 template <class T>
 void blend(const float* weights, const T* v, int64_t places, int64_t H, float* out) {
@@ -428,8 +454,10 @@ void attend(const Model& m, const T* k, const T* v, int64_t places, const float*
             float* out, const Input& in, int64_t row, int64_t column) {
   const float scale = 1.0f / std::sqrt(float(m.H));
   for (int64_t g = 0; g < m.N / m.K; g++) {
-    for (int64_t p = 0; p < places; p++)
-      scores[p] = dot(q + g * m.H, k + p * m.H, m.H) * scale;
+    int64_t p = 0;
+    for (; m.H % 16 == 0 && p + 16 <= places; p += 16)
+      store(scores + p, dots16(q + g * m.H, k + p * m.H, m.H) * scale);
+    for (; p < places; p++) scores[p] = dot(q + g * m.H, k + p * m.H, m.H) * scale;
     const float total = soften(scores, places);
     blend(scores, v, places, m.H, out);
     for (int64_t i = 0; i < m.H; i++) in.put(row, column + g * m.H + i, out[i] / total);
