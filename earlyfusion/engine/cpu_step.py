@@ -55,7 +55,7 @@ class CpuStep:
         library = _library()
         if library is None:
             raise ValueError("the compiled step needs a C++ compiler: install g++")
-        self._library, self._config = library, transformer.config
+        self._library = library
         self._embedding = transformer.model.embed_tokens.weight
         self._kept: list[Any] = [*cache]
         self._model = self._describe(transformer, cache, bits)
@@ -81,7 +81,7 @@ class CpuStep:
     def product(self, weight_OI: Tensor) -> Callable[[Tensor], Tensor]:
         """x [R, I] -> x W^T [R, O], in fp32, with the weight in the bits of the step."""
         packed = pack(weight_OI, self.bits)
-        matrix, multiply = self._matrix(packed), self._library.earlyfusion_multiply
+        matrix, multiply = _matrix(packed), self._library.earlyfusion_multiply
 
         def product(x_RI: Tensor) -> Tensor:
             x_RI = x_RI.float().contiguous()
@@ -94,18 +94,17 @@ class CpuStep:
         return product
 
     def _describe(self, transformer: Transformer, cache: Sequence[Tensor], bits: int) -> _Model:
-        config, places = self._config, cache[0].shape[3]
+        config, places = transformer.config, cache[0].shape[3]
         layers = (_Layer * config.num_hidden_layers)()
         for here, block, kv_2SKPH in zip(layers, transformer.model.layers, cache, strict=True):
             assert isinstance(block, Block) and kv_2SKPH.is_contiguous()
             here.k, here.v = kv_2SKPH[0].data_ptr(), kv_2SKPH[1].data_ptr()
             attention, mlp = block.self_attn, block.mlp
-            for name in ("q", "k", "v", "o"):
-                matrix = packed_weight(getattr(attention, f"{name}_proj"), bits)
-                setattr(here, f"{name}_proj", self._matrix(matrix))
-            for name in ("gate", "up", "down"):
-                matrix = packed_weight(getattr(mlp, f"{name}_proj"), bits)
-                setattr(here, f"{name}_proj", self._matrix(matrix))
+            for part, names in ((attention, "qkvo"), (mlp, ("gate", "up", "down"))):
+                for name in names:
+                    packed = packed_weight(getattr(part, f"{name}_proj"), bits)
+                    self._kept.append(packed)
+                    setattr(here, f"{name}_proj", _matrix(packed))
             here.norm_1 = self._vector(block.input_layernorm.weight)
             here.norm_2 = self._vector(block.post_attention_layernorm.weight)
             for name in ("q", "k"):
@@ -133,13 +132,6 @@ class CpuStep:
             self._vector(cos),
             self._vector(sin),
         )
-
-    def _matrix(self, matrix: PackedMatrix) -> _Matrix:
-        self._kept.append(matrix)
-        stride = -(-matrix.columns // 64) * 64
-        scales = None if matrix.scales is None else matrix.scales.data_ptr()
-        kind = BITS.index(matrix.bits)
-        return _Matrix(matrix.data.data_ptr(), scales, len(matrix.data), stride, kind)
 
     def _vector(self, values: Tensor) -> int:
         kept = values.detach().float().contiguous().clone()
@@ -203,6 +195,14 @@ class _Model(ctypes.Structure):
         ("eps", ctypes.c_float),
         *((name, ctypes.c_void_p) for name in ("layer", "final_norm", "cos", "sin")),
     )
+
+
+def _matrix(packed: PackedMatrix) -> _Matrix:
+    """Points into the packed matrix, which the caller keeps."""
+    stride = -(-packed.columns // 64) * 64
+    scales = None if packed.scales is None else packed.scales.data_ptr()
+    kind = BITS.index(packed.bits)
+    return _Matrix(packed.data.data_ptr(), scales, len(packed.data), stride, kind)
 
 
 # ---- building

@@ -310,10 +310,9 @@ class _Step:
         self.row_of = {branch: row for row, branch in enumerate(self.last_of)}
         self.single = not longer
         indices_3T = torch.tensor([tokens, places, slots]).to(device)
-        self.tokens_T, self.positions_T, slots_T = indices_3T
-        self.slots_T = slots_T
+        self.tokens_T, self.positions_T, self.slots_T = indices_3T
         heads_K = torch.arange(cache.heads, device=device)
-        rows_TK = slots_T[:, None] * cache.heads + heads_K
+        rows_TK = self.slots_T[:, None] * cache.heads + heads_K
         self._store_TK = (rows_TK * cache.length + self.positions_T[:, None]).flatten()
         self._groups = list(self._grouped(singles))
         self._segments = list(self._segmented(longer, len(singles)))
