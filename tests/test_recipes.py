@@ -1,15 +1,22 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from earlyfusion import Chameleon, SamplingParams
 from earlyfusion.content import Image
 from earlyfusion.errors import DataError, SettingError
-from earlyfusion.recipes import run
+from earlyfusion.model.vqgan import VQGAN
+from earlyfusion.processor import Processor, train_tokenizer
+from earlyfusion.recipes import mini_styles, run
 from earlyfusion.recipes.emoji.dataset import EmojiData
+from earlyfusion.recipes.mini_transformer import Documents, near_codes
 from earlyfusion.train.monitor import read_metrics
+from earlyfusion.vocabulary import ImageLayout
 
 DATA = Path(__file__).parent / "data"
 
@@ -33,7 +40,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     run("mini_transformer", [*network, f"out={out / 'first'}"])
     run("mini_answers", [*network, f"out={out / 'lm'}", f"start={out / 'first'}"])
-    run("mini_drawings", [*network, f"out={out / 'last'}", f"start={out / 'lm'}"])
+    run("mini_drawings", [*network, f"out={out / 'drawings'}", f"start={out / 'lm'}"])
+    run("mini_styles", [*network, f"out={out / 'last'}", f"start={out / 'drawings'}"])
     return out
 
 
@@ -54,6 +62,35 @@ def test_training_moved_and_the_run_is_logged(runs: Path) -> None:
         rows = read_metrics(runs / name)
         assert [r["step"] for r in rows] == [0, 1, 2, 3]
         assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_the_last_stage_cuts_the_pictures_in_more_ways(runs: Path) -> None:
+    before, after = (np.load(runs / name / "codes.npy") for name in ("drawings", "last"))
+    assert before.shape[1] == 3 and after.shape[1] == 12
+    assert (before[:, 0] == after[:, 0]).all()
+
+
+def test_noise_swaps_codes_of_pictures_in_prompts_for_near_ones_and_of_no_other(runs: Path) -> None:
+    vqgan = VQGAN(mini_styles.config.model.vq_config)
+    near = near_codes(vqgan)
+    distances = torch.cdist(vqgan.quantize.embedding.weight, vqgan.quantize.embedding.weight)
+    assert (near[:, 0] == distances.fill_diagonal_(torch.inf).argmin(1).numpy()).all()
+    data = EmojiData(DATA)
+    codes = np.zeros((len(data.split("train")), 2, 8, 8), np.int16)
+    tokenizer = runs / "noise.json"
+    tokenizer.write_text(train_tokenizer(["a name"], 1024, 1400), encoding="utf-8")
+    picture = {"type": "image", "image": data.split("train")[0]}
+    turns = [{"role": r, "content": [picture]} for r in ("user", "assistant")]
+    config = replace(
+        mini_styles.config,
+        documents=replace(mini_styles.config.documents, noise=0.5, unchanged=0.0, bare=0.0),
+    )
+    processor = Processor(tokenizer, ImageLayout(8, 8))
+    stream = Documents([(1.0, [{"messages": turns}])], data, codes, near, processor, config)
+    rows = [[i for i in stream(k).ids if i in processor.vocabulary.image_tokens] for k in range(20)]
+    asked, drawn = processor.vocabulary.token_to_code(rows).reshape(20, 2, 64).swapaxes(0, 1)
+    assert (drawn == 0).all()
+    assert 0.4 < (asked != 0).mean() < 0.6 and set(asked.ravel()) <= {0, *near[0].tolist()}
 
 
 def test_the_second_stage_takes_over_tokenizer_and_codes(runs: Path, tmp_path: Path) -> None:

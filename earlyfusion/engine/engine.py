@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from threading import Condition
 from types import TracebackType
 
+from earlyfusion.engine.cache import Cache
 from earlyfusion.engine.network import fingerprint
 from earlyfusion.engine.request import Handle, most_branches
-from earlyfusion.engine.runner import Cache, ModelRunner
+from earlyfusion.engine.runner import ModelRunner
 from earlyfusion.engine.scheduler import Entry, Scheduler
 from earlyfusion.errors import ContextError, SettingError
 from earlyfusion.generation.grammar import Grammar

@@ -20,6 +20,7 @@ NAMES = (
     "mini_transformer",
     "mini_answers",
     "mini_drawings",
+    "mini_styles",
     "finetune",
     "pretrain_7b",
     "pretrain_34b",

@@ -86,6 +86,8 @@ class DocumentsConfig:
     """Share of drawings whose request is dropped, for guidance."""
     variants: int = 3
     """Ways each picture is cut into codes: the first as it is, the others shifted and scaled."""
+    noise: float = 0.0
+    """Share of the codes of changed pictures in prompts that become a near codeword."""
 
 
 @dataclass
@@ -131,19 +133,30 @@ def picture_codes(vqgan: VQGAN, data: EmojiData, config: TransformerConfig) -> n
     return table
 
 
+def near_codes(vqgan: VQGAN, count: int = 8) -> np.ndarray:
+    """The `count` codewords nearest to each, itself left out: int16 [codes, count]."""
+    codewords = vqgan.quantize.embedding.weight.detach().float()
+    nearest = torch.cdist(codewords, codewords).argsort(1)[:, 1 : count + 1]
+    return nearest.cpu().numpy().astype(np.int16)
+
+
 class Documents:
-    """Document k of the training stream, a pure function of k."""
+    """Document k of the training stream, a pure function of k.
+
+    `codes` and `near` are what `picture_codes` and `near_codes` give.
+    """
 
     def __init__(
         self,
         sources: list[tuple[float, list[Sample]]],
         data: EmojiData,
         codes: np.ndarray,
+        near: np.ndarray,
         processor: Processor,
         config: TransformerConfig,
     ) -> None:
         self._shares, self._sources = zip(*sources, strict=True)
-        self._codes = codes
+        self._codes, self._near = codes, near
         self._place = {name: i for i, name in enumerate(data.split("train"))}
         self._processor, self._config = processor, config
 
@@ -167,8 +180,17 @@ class Documents:
             return Text(raw["text"])
         changes = role == "user" and rng.random() >= self._config.documents.unchanged
         variants = self._codes.shape[1] if changes else 1
-        which = self._place[raw["image"]], int(rng.integers(variants))
-        return Image(codes=self._codes[which].astype(np.int64))
+        codes = self._codes[self._place[raw["image"]], int(rng.integers(variants))]
+        if changes:
+            codes = self._noisy(codes, rng)
+        return Image(codes=codes.astype(np.int64))
+
+    def _noisy(self, codes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        if not self._config.documents.noise:
+            return codes
+        swapped = rng.random(codes.shape) < self._config.documents.noise
+        other = self._near[codes, rng.integers(self._near.shape[1], size=codes.shape)]
+        return np.where(swapped, other, codes)
 
     def _bare(self, picture: Image) -> TokenSequence:
         vocabulary, sequence = self._processor.vocabulary, TokenSequence()
@@ -193,7 +215,7 @@ def _prepare(config: TransformerConfig) -> tuple[VQGAN, Processor, Documents]:
     samples = generate(data, "train", cfg.dialogues, cfg.seed, cfg.korean, cfg.tasks)
     pairs = list(caption_pairs(data))
     vqgan = load_image_tokenizer(config.image_tokenizer, config.model)
-    _begin_with(config.start, out)
+    _begin_with(config.start, out, cfg.variants)
     tokenizer, table, grid = out / "tokenizer.json", out / "codes.npy", config.model.vq_config.grid
     if not tokenizer.exists():
         codebook = config.model.vq_config.num_embeddings
@@ -209,18 +231,26 @@ def _prepare(config: TransformerConfig) -> tuple[VQGAN, Processor, Documents]:
     plain = [pair for pair in pairs if pair["task"] != "usual"] if cfg.usual else pairs
     shares = (1 - cfg.pairs - cfg.usual - cfg.studies, cfg.pairs, cfg.usual, cfg.studies)
     sources = list(zip(shares, (samples, plain, usual, several), strict=True))
-    return vqgan, processor, Documents(sources, data, np.load(table), processor, config)
+    return (
+        vqgan,
+        processor,
+        Documents(sources, data, np.load(table), near_codes(vqgan), processor, config),
+    )
 
 
-def _begin_with(start: Path | None, out: Path) -> None:
-    """Take over the tokenizer and the codes of another run, unless they are there."""
+def _begin_with(start: Path | None, out: Path, variants: int) -> None:
+    """Take over the tokenizer and the codes of another run, unless they are there.
+
+    Codes in another number of variants are left behind, to be cut again.
+    """
     for name in ("tokenizer.json", "codes.npy") if start else ():
         assert start is not None
         if not (start / name).is_file():
             raise DataError(
                 f"{start} holds no {name}: start={start} must name a run of this recipe"
             )
-        if not (out / name).exists():
+        other = name == "codes.npy" and np.load(start / name, "r").shape[1] != variants
+        if not other and not (out / name).exists():
             shutil.copy(start / name, out / name)
 
 
