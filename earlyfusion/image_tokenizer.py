@@ -21,20 +21,28 @@ from earlyfusion.errors import ImageError, SettingError
 from earlyfusion.model.vqgan import VQGAN
 
 Mode: TypeAlias = Literal["crop", "fit"]
+Precision: TypeAlias = Literal["fp32", "bf16"]
 _MAX_SQUARE = math.isqrt(MAX_PIXELS)
-# Pixels through the network at once: 4 pictures of 512 x 512.
-_BATCH_PIXELS = 4 * 512 * 512
+# Pixels through the network at once: pictures of 512 x 512, or as many smaller ones as they hold.
+_BATCH_PIXELS = 512 * 512
+_BATCH_PIXELS_GPU = 8 * 512 * 512
 
 
 class ImageTokenizer:
     """Encodes pictures to codes and draws codes as pictures, on the device of its VQ-GAN.
 
     `mode` says how a picture becomes a square: "crop" keeps the centre, as Meta's code does; "fit"
-    keeps the whole picture and fills up with white.
+    keeps the whole picture and fills up with white. `precision` is that of the convolutions when
+    codes are drawn; pictures are always encoded in the VQ-GAN's own, in which the codes are exact.
     """
 
-    def __init__(self, vqgan: VQGAN, resolution: int, mode: Mode = "crop") -> None:
+    def __init__(
+        self, vqgan: VQGAN, resolution: int, mode: Mode = "crop", precision: Precision = "fp32"
+    ) -> None:
         self.vqgan, self.resolution, self.mode = vqgan, resolution, _checked(mode)
+        if precision not in get_args(Precision):
+            raise SettingError(f"precision {precision!r} is unknown: choose 'fp32' or 'bf16'")
+        self.precision = precision
         stride = vqgan.config.stride
         if resolution < stride or resolution % stride:
             raise SettingError(
@@ -86,7 +94,8 @@ class ImageTokenizer:
 
     @property
     def _batch_size(self) -> int:
-        return max(1, _BATCH_PIXELS // self.resolution**2)
+        pixels = _BATCH_PIXELS if self.device.type == "cpu" else _BATCH_PIXELS_GPU
+        return max(1, pixels // self.resolution**2)
 
     @torch.no_grad()
     def _encode_batch(self, images: Sequence[Any], mode: Mode | None) -> Tensor:
@@ -96,7 +105,10 @@ class ImageTokenizer:
 
     @torch.no_grad()
     def _decode_batch(self, codes_nhw: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        pixels = self.vqgan.decode(codes_nhw.to(self.device)).float().clamp(-1, 1)
+        bf16 = self.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            pixels = self.vqgan.decode(codes_nhw.to(self.device))
+        pixels = pixels.float().clamp(-1, 1)
         pixels_nYXC = ((pixels + 1) / 2 * 255).to(torch.uint8).permute(0, 2, 3, 1)
         return np.ascontiguousarray(pixels_nYXC.cpu().numpy())
 

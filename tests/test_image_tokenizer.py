@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from earlyfusion import image_tokenizer
+from earlyfusion import Chameleon, image_tokenizer
 from earlyfusion.checkpoints.meta import load_vqgan
 from earlyfusion.config import VQConfig
 from earlyfusion.content import Image
@@ -194,6 +194,34 @@ def test_all_kinds_of_sources(small: ImageTokenizer, tmp_path: Path) -> None:
     assert small.encode([]).shape == (0, 8, 8) and small.decode(small.encode([])) == []
 
 
+@pytest.fixture(scope="module")
+def mini() -> ImageTokenizer:
+    vqgan = Chameleon.load("mini").image_tokenizer.vqgan
+    return ImageTokenizer(vqgan, vqgan.config.resolution)
+
+
+def test_drawing_in_bf16_changes_little(mini: ImageTokenizer) -> None:
+    codes = mini.encode(sorted((GOLDEN / "images").glob("*.png"))[:8])
+    pictures = ImageTokenizer(mini.vqgan, mini.resolution, precision="bf16").decode(codes)
+    for one, exact in zip(pictures, mini.decode(codes), strict=True):
+        away = np.asarray(one, float) - np.asarray(exact, float)
+        assert 10 * np.log10(255**2 / max(1e-9, np.square(away).mean())) >= 45
+
+
+def test_bf16_leaves_the_codes_alone(mini: ImageTokenizer) -> None:
+    sources = [picture(90, 64 + i) for i in range(4)]
+    quick = ImageTokenizer(mini.vqgan, mini.resolution, precision="bf16")
+    assert torch.equal(quick.encode(sources), mini.encode(sources))
+
+
+def test_codes_do_not_depend_on_the_layout_in_memory(mini: ImageTokenizer) -> None:
+    """No compiler, channels first and a graph: the same codes for 48 pictures."""
+    pixels = torch.stack([mini.preprocess(picture(64 + i, 70)) for i in range(48)])
+    plain = mini.vqgan.encode(pixels)  # with a graph, so by torch's own operators
+    with torch.no_grad():
+        assert torch.equal(mini.vqgan.encode(pixels), plain)
+
+
 def test_decode_clamps_and_truncates(
     small: ImageTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,6 +238,8 @@ def test_errors(small: ImageTokenizer) -> None:
         small.encode([picture(4, 4), "missing.png"])
     with pytest.raises(SettingError, match="mode 'stretch' is unknown"):
         small.encode([picture(4, 4)], mode="stretch")  # type: ignore[arg-type]
+    with pytest.raises(SettingError, match="precision 'fp16' is unknown"):
+        ImageTokenizer(small.vqgan, 32, precision="fp16")  # type: ignore[arg-type]
     with pytest.raises(SettingError, match="resolution=30 must be"):
         ImageTokenizer(small.vqgan, 30)
     for codes in (torch.zeros(8, 8, dtype=torch.int64), torch.zeros(1, 8, 8)):

@@ -52,6 +52,18 @@ def test_search_finds_the_nearest_codeword_in_pieces(monkeypatch: pytest.MonkeyP
     assert torch.equal(quantizer.search(vectors), expected)
 
 
+@pytest.mark.parametrize("seed", [3, 4])
+def test_search_follows_a_codebook_that_is_changed_in_place(seed: int) -> None:
+    torch.manual_seed(seed)
+    quantizer, vectors = Quantizer(TINY), torch.randn(200, TINY.embed_dim)
+    weight = quantizer.embedding.weight
+    for change in (lambda: weight.mul_(1.7), lambda: weight[3:9].add_(2), lambda: weight.normal_()):
+        with torch.no_grad():
+            change()
+        expected = torch.cdist(vectors.double(), weight.double()).argmin(1)
+        assert torch.equal(quantizer.search(vectors), expected)
+
+
 def test_first_of_equal_codewords_wins() -> None:
     quantizer = Quantizer(TINY)
     with torch.no_grad():

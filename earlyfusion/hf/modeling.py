@@ -43,6 +43,7 @@ from earlyfusion.hf.generation import MultimodalGeneration
 from earlyfusion.hf.image_vocabulary import ImageVocabulary, find_names
 from earlyfusion.hf.quantisation import choose_layout, footprint, restore_layout
 from earlyfusion.hf.tensor_parallel import HEAD, check_processes
+from earlyfusion.model import winograd
 from earlyfusion.model.transformer import (
     Attention,
     Block,
@@ -231,7 +232,7 @@ class ChameleonVQVAE(ChameleonPreTrainedModel):
         """Codes of pictures [B, C, Y, X] in [-1, 1], of any float type; no graph while frozen."""
         trained = any(p.requires_grad for p in self.parameters())
         core = self.core
-        with contextlib.nullcontext() if trained else torch.no_grad():
+        with contextlib.nullcontext() if trained else torch.no_grad(), winograd.left_out():
             hidden = core.encoder(pixel_values.to(core.quant_conv.weight.dtype))
             latents = core.quant_conv(hidden)
             codes_Byx = core.nearest_codes(latents.detach())

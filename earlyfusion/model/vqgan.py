@@ -7,6 +7,10 @@ Choices, so that released weights load without translation:
 - one attention block in the middle always, others where a level's side is in `attn_resolutions`;
 - no activation at the end of the decoder: pixels are meant for [-1, 1] and clamped by the caller.
 
+For inference in fp32 on a CPU everything is channels-last, and the 3 x 3 convolutions run, with the
+norm, swish, enlargement or sum beside them, in the compiled code of `winograd.py` where it can be
+built. Training, GPUs and other dtypes take torch's own operators.
+
 Any height and width that the stride divides will do. Shapes: B batch, C channels, Y X height and
 width in pixels, y x in codes, K codebook size, N vectors.
 """
@@ -23,8 +27,10 @@ from torch import Tensor, nn
 
 from earlyfusion.config import VQConfig
 from earlyfusion.errors import CheckpointError, ImageError
+from earlyfusion.model import winograd
 
-_SEARCH_ELEMENTS = 1 << 24  # scores held at once by the codebook search: 64 MB in fp32
+_SEARCH_ELEMENTS = 1 << 20  # scores held at once by the codebook search: 4 MB in fp32
+_FEWEST_TILES = 64  # under so many tiles of 4 x 4 pixels a direct convolution is as fast
 
 
 def _norm(channels: int) -> nn.GroupNorm:
@@ -33,6 +39,57 @@ def _norm(channels: int) -> nn.GroupNorm:
 
 def _conv3(inputs: int, outputs: int) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 3, padding=1)
+
+
+def _inferring(x: Tensor) -> bool:
+    """Whether a CPU computes in fp32, without a graph."""
+    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
+    traced = torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
+    return on_cpu and not torch.is_grad_enabled() and not traced and winograd.wanted()
+
+
+def _compiled(x_BCYX: Tensor, conv: nn.Module, scale: int = 1) -> bool:
+    """Whether `winograd.conv3x3` takes this convolution, of `x` enlarged `scale` times."""
+    if type(conv) is not nn.Conv2d or not _inferring(x_BCYX):
+        return False
+    b, c, y, x = x_BCYX.shape
+    whole = not (c % 16 or y * scale % 4 or x * scale % 4)
+    enough = b * y * x * scale**2 >= 16 * _FEWEST_TILES
+    plain = conv.weight.device.type == "cpu" and conv.weight.dtype == torch.float32
+    return whole and enough and plain and winograd.available()
+
+
+def _last(x_BCYX: Tensor) -> Tensor:
+    """Channels last: [B, Y, X, C], contiguous."""
+    return x_BCYX.permute(0, 2, 3, 1).contiguous()
+
+
+def _first(x_BYXC: Tensor) -> Tensor:
+    return x_BYXC.permute(0, 3, 1, 2)
+
+
+def _laid_out(x_BCYX: Tensor) -> Tensor:
+    """Channels last in memory where that is faster; the operators after it keep it so."""
+    layout = torch.channels_last if _inferring(x_BCYX) else torch.preserve_format
+    return x_BCYX.to(memory_format=layout)
+
+
+def _swished(
+    x_BCYX: Tensor,
+    norm: nn.GroupNorm,
+    conv: nn.Conv2d,
+    plus_BCYX: Tensor | None = None,
+    in_place: bool = False,
+) -> Tensor:
+    """`conv(silu(norm(x)))`, plus the shortcut; `in_place` may overwrite `x`."""
+    if _compiled(x_BCYX, conv) and norm.weight.device.type == "cpu":
+        x_BYXC = _last(x_BCYX)
+        plus = None if plus_BCYX is None else _last(plus_BCYX)
+        before = winograd.swish_after(norm, x_BYXC)
+        bias = cast("Tensor", conv.bias)
+        return _first(winograd.conv3x3(x_BYXC, conv.weight, bias, before, plus, in_place=in_place))
+    out = conv(F.silu(norm(x_BCYX)))
+    return out if plus_BCYX is None else out.add_(plus_BCYX) if in_place else out + plus_BCYX
 
 
 class ResBlock(nn.Module):
@@ -45,9 +102,11 @@ class ResBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(inputs, outputs, 1)
 
     def forward(self, x_BCYX: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x_BCYX)))
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        return h + (self.nin_shortcut(x_BCYX) if hasattr(self, "nin_shortcut") else x_BCYX)
+        h = _swished(x_BCYX, self.norm1, self.conv1)
+        short = self.nin_shortcut(x_BCYX) if hasattr(self, "nin_shortcut") else x_BCYX
+        if self.training and self.dropout.p:
+            return self.conv2(self.dropout(F.silu(self.norm2(h)))) + short
+        return _swished(h, self.norm2, self.conv2, short, in_place=_inferring(x_BCYX))
 
 
 class SpatialAttention(nn.Module):
@@ -71,7 +130,12 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x_BCYX: Tensor) -> Tensor:
-        return self.conv(F.pad(x_BCYX, (0, 1, 0, 1)))
+        conv, even = self.conv, not (x_BCYX.shape[2] % 2 or x_BCYX.shape[3] % 2)
+        plain = type(conv) is nn.Conv2d and conv.weight.device == x_BCYX.device
+        if _inferring(x_BCYX) and even and plain:
+            # A pixel more on each side, and the first row and column of results left out: no copy.
+            return F.conv2d(x_BCYX, conv.weight, conv.bias, 2, padding=2)[:, :, 1:, 1:]
+        return conv(F.pad(x_BCYX, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
@@ -80,6 +144,9 @@ class Upsample(nn.Module):
         self.conv = _conv3(channels, channels)
 
     def forward(self, x_BCYX: Tensor) -> Tensor:
+        if _compiled(x_BCYX, self.conv, scale=2):
+            bias = cast("Tensor", self.conv.bias)
+            return _first(winograd.conv3x3(_last(x_BCYX), self.conv.weight, bias, upsample=True))
         return self.conv(F.interpolate(x_BCYX, scale_factor=2.0, mode="nearest"))
 
 
@@ -138,12 +205,12 @@ class Encoder(nn.Module):
         self.conv_out = _conv3(inputs, out)
 
     def forward(self, pixels_BCYX: Tensor) -> Tensor:
-        h = self.conv_in(pixels_BCYX)
+        h = self.conv_in(_laid_out(pixels_BCYX))
         for level in cast("Iterable[Level]", self.down):
             h = level(h)
             if hasattr(level, "downsample"):
                 h = level.downsample(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+        return _swished(self.mid(h), self.norm_out, self.conv_out)
 
 
 class Decoder(nn.Module):
@@ -169,12 +236,12 @@ class Decoder(nn.Module):
         self.conv_out = _conv3(inputs, config.in_channels)
 
     def forward(self, latents_BCyx: Tensor) -> Tensor:
-        h = self.mid(self.conv_in(latents_BCyx))
+        h = self.mid(self.conv_in(_laid_out(latents_BCyx)))
         for level in cast("Iterable[Level]", reversed(self.up)):
             h = level(h)
             if hasattr(level, "upsample"):
                 h = level.upsample(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return _swished(h, self.norm_out, self.conv_out)
 
 
 class Quantizer(nn.Module):

@@ -1,0 +1,205 @@
+"""Pictures to codes and back: the image tokenizer beside transformers' own, time and memory.
+
+    python benchmarks/image_tokenizer.py --threads 2 --rounds 3
+    python benchmarks/image_tokenizer.py --shape mini --batch 16 --threads 2 --rounds 5
+    python benchmarks/image_tokenizer.py --resolution 128 --threads 1 --rounds 1
+
+Both have the same random weights, and a codebook of what the encoder makes of such pictures, moved
+by noise. Pictures are smooth colours with fine detail (1/f noise) under hard-edged shapes. All take
+turns in each round; figures are medians. transformers has no decoder: "torch" is our modules in
+torch's own operators, contiguous, as transformers writes them. "no compiler" is what remains
+without g++. Peak memory is what a process of its own takes for one call, beyond what it held before
+(Linux). Needs `pip install "earlyfusion[transformers]"`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from transformers import ChameleonVQVAE, ChameleonVQVAEConfig
+
+from earlyfusion.config import PRESETS, VQConfig
+from earlyfusion.model import vqgan as module
+from earlyfusion.model.vqgan import VQGAN
+
+SHAPES = {"real": PRESETS["chameleon-7b"].vq_config, "mini": PRESETS["mini"].vq_config}
+Contender = Callable[[], Tensor]
+
+
+def pictures(count: int, side: int, seed: int = 0) -> Tensor:
+    """Pictures [n, 3, side, side] in -1 to 1."""
+    generator = torch.Generator().manual_seed(seed)
+    y, x = torch.meshgrid(torch.fft.fftfreq(side), torch.fft.fftfreq(side), indexing="ij")
+    falling = 1 / (x.square() + y.square()).sqrt().clamp_min(1 / side)
+    noise = torch.randn(count, 3, side, side, generator=generator)
+    smooth = torch.fft.ifft2(torch.fft.fft2(noise) * falling).real
+    smooth = smooth / smooth.std((2, 3), keepdim=True) / 2
+    for picture in smooth:
+        for _ in range(6):
+            top, left, high, wide = (torch.rand(4, generator=generator) * side / 2).int().tolist()
+            colour = torch.rand(3, 1, 1, generator=generator) * 2 - 1
+            picture[:, top : top + high + 1, left : left + wide + 1] = colour
+    return smooth.clamp(-1, 1)
+
+
+@torch.no_grad()
+def random_vqgan(config: VQConfig, side: int) -> VQGAN:
+    torch.manual_seed(0)
+    vqgan = VQGAN(config).eval()
+    vectors = vqgan.latents(pictures(1, side, seed=1)).permute(0, 2, 3, 1).flatten(0, 2)
+    pick = torch.randint(len(vectors), (config.num_embeddings,))
+    codewords = vectors[pick] + torch.randn(len(pick), config.embed_dim) * vectors.std() / 4
+    vqgan.quantize.embedding.weight.copy_(codewords)
+    return vqgan
+
+
+def stock_of(vqgan: VQGAN) -> ChameleonVQVAE:
+    settings = {k: v for k, v in vqgan.config.to_dict().items() if k != "model_type"}
+    stock = ChameleonVQVAE(ChameleonVQVAEConfig(**settings)).eval()
+    weights = {k: v for k, v in vqgan.state_dict().items() if k in stock.state_dict()}
+    stock.load_state_dict(weights)
+    return stock
+
+
+def encoders(vqgan: VQGAN, pixels: Tensor) -> dict[str, Contender]:
+    stock = stock_of(vqgan)
+
+    def lean() -> Tensor:
+        with patch.object(module.winograd, "available", return_value=False):
+            return vqgan.encode(pixels)
+
+    return {
+        "transformers": lambda: stock.encode(pixels).image_tokens.view(len(pixels), -1),
+        "no compiler": lambda: lean().flatten(1),
+        "earlyfusion": lambda: vqgan.encode(pixels).flatten(1),
+    }
+
+
+def decoders(vqgan: VQGAN, codes: Tensor) -> dict[str, Contender]:
+    def torchs() -> Tensor:
+        with patch.object(module, "_inferring", return_value=False):
+            return vqgan.decode(codes)
+
+    def lean() -> Tensor:
+        with patch.object(module.winograd, "available", return_value=False):
+            return vqgan.decode(codes)
+
+    def bf16() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return vqgan.decode(codes).float()
+
+    return {
+        "torch": torchs,
+        "no compiler": lean,
+        "earlyfusion": lambda: vqgan.decode(codes),
+        "earlyfusion, bf16": bf16,
+    }
+
+
+def seconds(call: Contender, clock: Callable[[], float]) -> float:
+    start = clock()
+    call()
+    return clock() - start
+
+
+def timed(
+    contenders: dict[str, Contender], rounds: int, clock: Callable[[], float]
+) -> dict[str, float]:
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, call in contenders.items():
+            times[name].append(seconds(call, clock))
+    return {name: median(values) for name, values in times.items()}
+
+
+def changed(codes: Tensor, base: Tensor) -> str:
+    return f"{100 * (codes != base).float().mean():.3f} % of codes changed"
+
+
+def likeness(pixels: Tensor, base: Tensor) -> str:
+    error = (pixels.clamp(-1, 1) - base.clamp(-1, 1)).square().mean()
+    return f"PSNR {10 * torch.log10(4 / error.clamp_min(1e-20)):.0f} dB"
+
+
+def peak(what: str, name: str, options: argparse.Namespace) -> int:
+    """MB that one call takes in a fresh process."""
+    settings = [f"--{key}={getattr(options, key)}" for key in ("shape", "batch", "threads")]
+    settings += [f"--resolution={options.resolution}"] if options.resolution else []
+    command = [sys.executable, __file__, "--peak", f"{what}/{name}", *settings]
+    told = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+    return int(told.split()[-1])
+
+
+def own_peak(what: str, name: str, options: argparse.Namespace) -> None:
+    config = SHAPES[options.shape]
+    side = options.resolution or config.resolution
+    vqgan = VQGAN(config).eval()
+    if what == "encode":
+        vqgan.decoder = None
+        call = encoders(vqgan, pictures(options.batch, side))[name]
+    else:
+        codes = torch.randint(100, (options.batch, *[side // config.stride] * 2))
+        call = decoders(vqgan, codes)[name]
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    call()
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(max(0, after - before) >> 20)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="real")
+    parser.add_argument("--resolution", type=int, help="pixels a side; left out: the shape's own")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cpu-time", action="store_true", help="count processor time, not time")
+    parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+@torch.no_grad()
+def main() -> None:
+    options = arguments()
+    torch.set_num_threads(options.threads)
+    if options.peak:
+        return own_peak(*options.peak.split("/"), options)
+    config = SHAPES[options.shape]
+    side = options.resolution or config.resolution
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    vqgan = random_vqgan(replace(config, resolution=side), side)
+    pixels = pictures(options.batch, side)
+    codes = vqgan.encode(pixels)
+    used = len(codes.unique())
+    print(
+        f"{options.shape}, {options.batch} x {side} px, {options.threads} threads, {used} codes\n"
+    )
+    print("| what | who | ms | times as fast | peak MB | beside the first |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    tasks = {"encode": encoders(vqgan, pixels), "decode": decoders(vqgan, codes)}
+    for what, contenders in tasks.items():
+        results = {name: call() for name, call in contenders.items()}
+        times = timed(contenders, options.rounds, clock)
+        first = next(iter(contenders))
+        told = changed if what == "encode" else likeness
+        for name, value in times.items():
+            memory = "-" if options.no_memory else f"{peak(what, name, options):,}"
+            cells = f"{1e3 * value:,.1f} | {times[first] / value:.2f} | {memory}"
+            note = told(results[name], results[first])
+            print(f"| {what} | {name} | {cells} | {note} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,334 @@
+// A 3 x 3 convolution by Winograd's F(4 x 4, 3 x 3), with what stands around it; see winograd.py.
+//
+// Threads own ranges of tile rows. A group of tile rows is read once: swished or enlarged into
+// `lines`; then each block of tiles is transformed, multiplied at its 36 points and transformed
+// back while it is in the cache. Rows at the edge of a range are kept before anybody writes, so the
+// result may go where the input was.
+//
+// Layouts: x [B, Y, X, C], out and plus [B, Y, X, K], weight [K, C, 3, 3], the kernel at its points
+// [36, panels, C, panel], C in sixteens.
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace {
+
+typedef float f16 __attribute__((vector_size(64)));
+typedef int32_t i16 __attribute__((vector_size(64)));
+
+constexpr int64_t kLanes = 16, kPoints = 36, kBlock = 48;  // kBlock: tiles in the cache at once
+constexpr float kA = 0.70710678118654752f, kB = 1.41421356237309505f;
+
+inline f16 load(const float* p) {
+  f16 v;
+  std::memcpy(&v, p, 64);
+  return v;
+}
+
+inline void store(float* p, f16 v) { std::memcpy(p, &v, 64); }
+
+// Fresh memory costs a fault a page: large pages make that 512 times fewer.
+void use_large_pages(float* data, int64_t floats) {
+#if defined(MADV_HUGEPAGE)
+  const uintptr_t page = 1 << 21, start = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t first = (start + page - 1) / page * page, end = (start + floats * 4) / page * page;
+  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#else
+  (void)data, (void)floats;
+#endif
+}
+
+struct Buffer {
+  float* data;
+  explicit Buffer(int64_t floats)
+      : data(static_cast<float*>(std::aligned_alloc(64, (floats * 4 + 127) / 64 * 64))) {
+    if (!data) throw std::bad_alloc();
+    use_large_pages(data, floats);
+  }
+  ~Buffer() { std::free(data); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+};
+
+// e^x within 2 units in the last place; x is kept in the range of normal numbers.
+inline f16 exp16(f16 x) {
+  const f16 low = f16{} - 87.0f, high = f16{} + 87.0f;
+  x = x < low ? low : x;
+  x = x > high ? high : x;
+  const float magic = 12582912.0f;
+  f16 n = (x * 1.44269504088896341f + magic) - magic;
+  f16 r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  f16 p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  i16 exponent = (__builtin_convertvector(n, i16) + 127) << 23;
+  f16 power;
+  std::memcpy(&power, &exponent, 64);
+  return p * power;
+}
+
+inline f16 swish(f16 x) { return x / (1.0f + exp16(-x)); }
+
+inline void into_points(const f16* d, int64_t step, f16* r) {
+  f16 d1 = d[step], d2 = d[2 * step], d3 = d[3 * step], d4 = d[4 * step];
+  f16 even = d4 - 2.0f * d2, odd = kA * d3 - kB * d1;
+  f16 even2 = d4 - 0.5f * d2, odd2 = kB * d3 - kA * d1;
+  r[0] = d[0] - 2.5f * d2 + d4;
+  r[1] = even + odd;
+  r[2] = even - odd;
+  r[3] = even2 + odd2;
+  r[4] = even2 - odd2;
+  r[5] = d1 - 2.5f * d3 + d[5 * step];
+}
+
+inline void from_points(const f16* m, int64_t step, f16* y) {
+  f16 s1 = m[step] + m[2 * step], t1 = m[step] - m[2 * step];
+  f16 s2 = m[3 * step] + m[4 * step], t2 = m[3 * step] - m[4 * step];
+  y[0] = m[0] + s1 + s2;
+  y[1] = kA * t1 + kB * t2;
+  y[2] = 0.5f * s1 + 2.0f * s2;
+  y[3] = 0.5f * kA * t1 + 2.0f * kB * t2 + m[5 * step];
+}
+
+inline void kernel_points(const f16* w, int64_t step, f16* r) {
+  f16 w0 = w[0], w1 = w[step], w2 = w[2 * step];
+  f16 even = (-2.0f / 3) * w0 - (1.0f / 3) * w2, odd = (-2.0f / 3 * kA) * w1;
+  f16 even2 = (1.0f / 6) * w0 + (1.0f / 3) * w2, odd2 = (kB / 6) * w1;
+  r[0] = w0;
+  r[1] = even + odd;
+  r[2] = even - odd;
+  r[3] = even2 + odd2;
+  r[4] = even2 - odd2;
+  r[5] = w2;
+}
+
+struct Job {
+  const float *x, *weight, *bias, *plus, *scale, *shift;
+  float* out;
+  int64_t B, Y, X, C, K, enlarge;
+
+  int64_t columns() const { return (K + kLanes - 1) / kLanes * kLanes; }
+  int64_t panel() const {
+    int64_t vectors = columns() / kLanes;
+    for (int64_t n : {4, 3, 2})
+      if (vectors % n == 0) return n * kLanes;
+    return kLanes;
+  }
+  int64_t pitch() const { return (X + 2) * C; }  // of one padded row
+};
+
+// ---- the kernel at its 36 points
+
+void transform_kernel(const Job& job, float* kernel) {
+  const int64_t panel = job.panel(), panels = job.columns() / panel, vectors = panel / kLanes;
+#pragma omp for collapse(2)
+  for (int64_t p = 0; p < panels; ++p)
+    for (int64_t v = 0; v < vectors; ++v)
+      for (int64_t c = 0; c < job.C; ++c) {
+        f16 w[9] = {}, rows[18], points[kPoints];
+        const int64_t k = p * panel + v * kLanes, lanes = std::min(kLanes, job.K - k);
+        const float* from = job.weight + (k * job.C + c) * 9;
+        for (int64_t i = 0; i < lanes; ++i)
+          for (int64_t s = 0; s < 9; ++s) w[s][i] = from[i * job.C * 9 + s];
+        // rows: [column of the kernel][point]
+        for (int64_t s = 0; s < 3; ++s) kernel_points(w + s, 3, rows + 6 * s);
+        for (int64_t y = 0; y < 6; ++y) kernel_points(rows + y, 6, points + 6 * y);
+        for (int64_t q = 0; q < kPoints; ++q)
+          store(kernel + ((q * panels + p) * job.C + c) * panel + v * kLanes, points[q]);
+      }
+}
+
+// ---- one block of tiles
+
+void transform_tiles(const float* lines, const Job& job, int64_t first, int64_t count, float* tiles) {
+  const int64_t across = job.X / 4, pitch = job.pitch();
+  for (int64_t t = 0; t < count; ++t) {
+    const float* corner = lines + (first + t) / across * 4 * pitch + (first + t) % across * 4 * job.C;
+    for (int64_t c = 0; c < job.C; c += kLanes) {
+      f16 column[6], half[36], points[6];
+      for (int64_t x = 0; x < 6; ++x) {
+        for (int64_t y = 0; y < 6; ++y) column[y] = load(corner + y * pitch + x * job.C + c);
+        into_points(column, 1, half + 6 * x);
+      }
+      for (int64_t y = 0; y < 6; ++y) {
+        into_points(half + y, 6, points);
+        for (int64_t x = 0; x < 6; ++x)
+          store(tiles + ((y * 6 + x) * kBlock + t) * job.C + c, points[x]);
+      }
+    }
+  }
+}
+
+template <int kRows, int kVectors>
+inline void multiply_piece(const float* a, const float* b, float* out, int64_t depth, int64_t pitch) {
+  f16 sum[kRows][kVectors] = {};
+  for (int64_t c = 0; c < depth; ++c, b += kVectors * kLanes) {
+    f16 right[kVectors];
+    for (int v = 0; v < kVectors; ++v) right[v] = load(b + v * kLanes);
+    for (int r = 0; r < kRows; ++r) {
+      const float left = a[r * depth + c];
+      for (int v = 0; v < kVectors; ++v) sum[r][v] += left * right[v];
+    }
+  }
+  for (int r = 0; r < kRows; ++r)
+    for (int v = 0; v < kVectors; ++v) store(out + r * pitch + v * kLanes, sum[r][v]);
+}
+
+// out [count, columns] = a [count, depth] x b [panels, depth, panel]
+template <int kVectors>
+void multiply(const float* a, const float* b, float* out, int64_t count, const Job& job) {
+  const int64_t columns = job.columns(), depth = job.C;
+  for (int64_t k = 0; k < columns; k += kVectors * kLanes) {
+    const float* panel = b + k * depth;
+    int64_t t = 0;
+    for (; t + 6 <= count; t += 6)
+      multiply_piece<6, kVectors>(a + t * depth, panel, out + t * columns + k, depth, columns);
+    for (; t + 2 <= count; t += 2)
+      multiply_piece<2, kVectors>(a + t * depth, panel, out + t * columns + k, depth, columns);
+    if (t < count)
+      multiply_piece<1, kVectors>(a + t * depth, panel, out + t * columns + k, depth, columns);
+  }
+}
+
+void multiply(const float* tiles, const float* kernel, float* scores, int64_t count, const Job& job) {
+  const int64_t columns = job.columns();
+  for (int64_t q = 0; q < kPoints; ++q) {
+    const float *a = tiles + q * kBlock * job.C, *b = kernel + q * job.C * columns;
+    float* out = scores + q * kBlock * columns;
+    switch (job.panel() / kLanes) {
+      case 4: multiply<4>(a, b, out, count, job); break;
+      case 3: multiply<3>(a, b, out, count, job); break;
+      case 2: multiply<2>(a, b, out, count, job); break;
+      default: multiply<1>(a, b, out, count, job);
+    }
+  }
+}
+
+// The first tile row of the group is `row`, counted over all pictures.
+void write_tiles(const float* scores, const Job& job, int64_t row, int64_t first, int64_t count) {
+  const int64_t across = job.X / 4, columns = job.columns();
+  for (int64_t t = 0; t < count; ++t) {
+    const int64_t y0 = (row + (first + t) / across) * 4, x0 = (first + t) % across * 4;
+    for (int64_t k = 0; k < job.K; k += kLanes) {
+      const int64_t lanes = std::min(kLanes, job.K - k);
+      f16 half[24], result[4], bias = {};
+      std::memcpy(&bias, job.bias + k, lanes * 4);
+      for (int64_t x = 0; x < 6; ++x) {
+        f16 column[6];
+        for (int64_t y = 0; y < 6; ++y)
+          column[y] = load(scores + ((y * 6 + x) * kBlock + t) * columns + k);
+        from_points(column, 1, half + 4 * x);
+      }
+      for (int64_t y = 0; y < 4; ++y) {
+        from_points(half + y, 4, result);
+        for (int64_t x = 0; x < 4; ++x) {
+          const int64_t at = ((y0 + y) * job.X + x0 + x) * job.K + k;
+          f16 value = result[x] + bias, other = {};
+          if (job.plus) {
+            std::memcpy(&other, job.plus + at, lanes * 4);
+            value += other;
+          }
+          std::memcpy(job.out + at, &value, lanes * 4);
+        }
+      }
+    }
+  }
+}
+
+// ---- rows of pixels
+
+// One row of the result's height, swished or enlarged; `y` counts within the picture `b`.
+void fill_line(const Job& job, const float* source, int64_t b, float* line) {
+  const int64_t C = job.C;
+  if (job.enlarge) {
+    for (int64_t x = 0; x < job.X; ++x)
+      std::memcpy(line + (x + 1) * C, source + x / 2 * C, C * 4);
+  } else if (!job.scale) {
+    std::memcpy(line + C, source, job.X * C * 4);
+  } else {
+    for (int64_t x = 0; x < job.X; ++x)
+      for (int64_t c = 0; c < C; c += kLanes) {
+        f16 v = load(source + x * C + c) * load(job.scale + b * C + c) + load(job.shift + b * C + c);
+        store(line + (x + 1) * C + c, swish(v));
+      }
+  }
+}
+
+const float* source_row(const Job& job, int64_t b, int64_t y) {
+  return job.enlarge ? job.x + (b * job.Y / 2 + y / 2) * (job.X / 2) * job.C
+                     : job.x + (b * job.Y + y) * job.X * job.C;
+}
+
+void run(const Job& job, const float* kernel, int64_t from, int64_t to, float* edges) {
+  const int64_t C = job.C, pitch = job.pitch(), across = job.X / 4, down = job.Y / 4;
+  const int64_t size = job.X * C, most = std::max<int64_t>(1, kBlock / across);
+  Buffer lines((4 * most + 2) * pitch), tiles(kPoints * kBlock * C);
+  Buffer scores(kPoints * kBlock * job.columns());
+  std::memset(lines.data, 0, (4 * most + 2) * pitch * 4);
+  int64_t ready = 0;  // lines that the group before left at the top
+  for (int64_t row = from, rows; row < to; row += rows) {
+    const int64_t b = row / down, top = row % down;
+    rows = std::min({most, to - row, down - top});
+    for (int64_t i = ready; i < 4 * rows + 2; ++i) {
+      const int64_t y = 4 * top - 1 + i;
+      float* line = lines.data + i * pitch;
+      if (y < 0 || y >= job.Y) {
+        std::memset(line, 0, pitch * 4);
+      } else if (row == from && i == 0) {
+        fill_line(job, edges, b, line);
+      } else if (row + rows == to && i == 4 * rows + 1) {
+        fill_line(job, edges + size, b, line);
+      } else {
+        fill_line(job, source_row(job, b, y), b, line);
+      }
+    }
+    for (int64_t t = 0; t < rows * across; t += kBlock) {
+      const int64_t count = std::min(kBlock, rows * across - t);
+      transform_tiles(lines.data, job, t, count, tiles.data);
+      multiply(tiles.data, kernel, scores.data, count, job);
+      write_tiles(scores.data, job, row, t, count);
+    }
+    ready = top + rows < down ? 2 : 0;
+    if (ready) std::memmove(lines.data, lines.data + 4 * rows * pitch, 2 * pitch * 4);
+  }
+}
+
+}  // namespace
+
+// Whatever is not wanted is null: plus, and scale and shift [B, C] of the swish before.
+extern "C" void earlyfusion_conv3x3(const float* x, const float* weight, const float* bias,
+                                    const float* plus, const float* scale, const float* shift,
+                                    float* out, int64_t B, int64_t Y, int64_t X, int64_t C,
+                                    int64_t K, int64_t enlarge, int64_t threads) {
+  const Job job{x, weight, bias, plus, scale, shift, out, B, Y, X, C, K, enlarge};
+  const int64_t rows = B * Y / 4, size = X * C;
+  Buffer kernel(kPoints * C * job.columns()), edges(threads * 2 * size);
+  if (out != x) use_large_pages(out, B * Y * X * K);
+#pragma omp parallel num_threads(threads)
+  {
+    const int64_t id = omp_get_thread_num(), all = omp_get_num_threads();
+    const int64_t from = rows * id / all, to = rows * (id + 1) / all;
+    float* kept = edges.data + 2 * size * id;
+    if (from < to) {
+      const int64_t b = from / (Y / 4), end = (to - 1) / (Y / 4);
+      const int64_t above = from % (Y / 4) * 4 - 1, below = ((to - 1) % (Y / 4) + 1) * 4;
+      const int64_t bytes = (enlarge ? size / 2 : size) * 4;
+      if (above >= 0) std::memcpy(kept, source_row(job, b, above), bytes);
+      if (below < Y) std::memcpy(kept + size, source_row(job, end, below), bytes);
+    }
+    transform_kernel(job, kernel.data);  // ends with a barrier
+    run(job, kernel.data, from, to, kept);
+  }
+}
