@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,15 +17,18 @@ import PIL.Image
 import torch
 
 from earlyfusion.checkpoints import formats
+from earlyfusion.checkpoints.hf import Loaded, assemble
 from earlyfusion.config import ModelConfig
 from earlyfusion.content import Image, Message, Prompt, Segment, Text, as_messages
 from earlyfusion.engine.engine import Engine
 from earlyfusion.engine.network import fingerprint
+from earlyfusion.engine.tensor_parallel import open_part, share
 from earlyfusion.errors import CheckpointError, ContextError, PromptError, SettingError
 from earlyfusion.generation.reference import (
     Event,
     Finished,
     ImageDone,
+    ImagePreview,
     ImageStarted,
     Reason,
     Request,
@@ -42,6 +46,7 @@ Watch = Callable[[Event, Image | None], None]
 Codes = np.ndarray[Any, np.dtype[np.int64]]
 
 _PICTURES_KNOWN = 1024  # whose codes are kept
+_GREY = (128, 128, 128)
 
 # A CPU computes fp32 faster than bf16 as long as the weights stay in its cache.
 _LARGE = 500_000_000
@@ -103,22 +108,36 @@ class Chameleon:
 
     @classmethod
     def load(
-        cls, name: str | Path = "mini", device: str = "auto", dtype: str = "auto"
+        cls,
+        name: str | Path = "mini",
+        device: str = "auto",
+        dtype: str = "auto",
+        tensor_parallel: int = 1,
     ) -> Chameleon:
         """Load the embedded model "mini", a folder in any supported format, or a hub id.
 
         `device` "auto" takes a GPU if there is one; `dtype` "auto" bfloat16 there, and on a CPU for
         models over 500 million parameters, else float32. "int8" and "int4" round the layers' and
-        the head's matrices (model/packed.py) and compute as "auto" does. Raises `CheckpointError`,
+        the head's matrices (model/packed.py) and compute as "auto" does. `tensor_parallel` is the
+        number of processes, those that `torchrun` started, that share each layer: the first goes
+        on, the others serve it and end with it (docs/engine.md). Raises `CheckpointError`,
         `SettingError`.
         """
-        place, kind = _device(device), _dtype(dtype)
-        loaded = formats.load(name, place, kind)
+        place, kind = _device(device, tensor_parallel), _dtype(dtype)
+        alone = tensor_parallel == 1
+        loaded = (
+            formats.load(name, place, kind)
+            if alone
+            else _load_part(name, place, kind, tensor_parallel)
+        )
         transformer = loaded.transformer
-        if kind is None:
-            transformer = transformer.to(_own_dtype(transformer, place))
+        if alone and kind is None:
+            size = sum(parameter.numel() for parameter in transformer.parameters())
+            transformer = transformer.to(_own_dtype(size, place))
         if dtype in _BITS:
             transformer = quantise(transformer, _BITS[dtype])
+        if not alone:
+            share(transformer)
         tokenizer = ImageTokenizer(loaded.vqgan, loaded.config.vq_config.resolution)
         return cls(transformer, tokenizer, loaded.processor, loaded.generation_defaults)
 
@@ -164,17 +183,37 @@ class Chameleon:
         output: Output = "auto",
         sampling: SamplingParams | None = None,
         seed: int | None = None,
+        preview_every: int = 0,
     ) -> Iterator[Event]:
         """The events of `generate` as they come; `Finished` is the last. Mistakes raise at once.
 
-        The request begins with the first event taken, and ends when the iterator is closed.
+        The request begins with the first event taken, and ends when the iterator is closed. With
+        `preview_every` there is an `ImagePreview` after so many codes of a picture, decoded when it
+        is taken; one that was overtaken by then is left out.
         """
-        request = self.request(prompt, output, sampling, seed)
+        every = _checked_every(preview_every)
+        request = replace(self.request(prompt, output, sampling, seed), preview_every=every)
         self.engine.check(request)
         return self._events(request)
 
     def _events(self, request: Request) -> Iterator[Event]:
-        yield from self.engine.add(request)
+        handle = self.engine.add(request)
+        try:
+            for event in handle:
+                if not isinstance(event, ImagePreview):
+                    yield event
+                elif not any(isinstance(e, ImagePreview | ImageDone) for e in [*handle.events]):
+                    yield replace(event, pil=self._sketch(event))
+        finally:
+            handle.cancel()
+
+    def _sketch(self, event: ImagePreview) -> PIL.Image.Image:
+        """What is drawn so far; the places of codes to come are grey."""
+        [pil] = self.image_tokenizer.decode(torch.from_numpy(event.codes)[None])
+        drawn = np.arange(event.codes.size).reshape(event.codes.shape) < event.codes_done
+        mask = PIL.Image.fromarray(drawn.astype(np.uint8) * 255)
+        mask = mask.resize(pil.size, PIL.Image.Resampling.NEAREST)
+        return PIL.Image.composite(pil, PIL.Image.new("RGB", pil.size, _GREY), mask)
 
     def generate_batch(
         self,
@@ -344,9 +383,18 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise SettingError(f"{name}={shown} is unknown: use one of {', '.join(choices)}")
 
 
-def _device(name: str) -> torch.device:
+def _checked_every(codes: object) -> int:
+    if isinstance(codes, int) and not isinstance(codes, bool) and codes >= 0:
+        return codes
+    shown = repr(codes)[:40]
+    raise SettingError(f"preview_every={shown} is not possible: use 0 (off) or a number of codes")
+
+
+def _device(name: str, tensor_parallel: int = 1) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if tensor_parallel != 1 and name.startswith("cuda"):
+        name = _own_gpu(name)
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError):
@@ -357,15 +405,33 @@ def _device(name: str) -> torch.device:
     return device
 
 
+def _own_gpu(name: str) -> str:
+    """The GPU of this process, where several share a model."""
+    if name != "cuda":
+        raise SettingError(
+            f"device={name!r} is one GPU, and each process of a shared model takes its own: "
+            "use auto or cuda"
+        )
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+
+
 def _dtype(name: str) -> torch.dtype | None:
     _check_choice("dtype", name, tuple(_DTYPES))
     return _DTYPES[name]
 
 
-def _own_dtype(transformer: Transformer, device: torch.device) -> torch.dtype:
-    size = sum(parameter.numel() for parameter in transformer.parameters())
+def _own_dtype(size: int, device: torch.device) -> torch.dtype:
     small_on_cpu = device.type == "cpu" and size <= _LARGE
     return torch.float32 if small_on_cpu else torch.bfloat16
+
+
+def _load_part(
+    name: str | Path, device: torch.device, dtype: torch.dtype | None, parts: int
+) -> Loaded:
+    """This process's part of a model that several share, in the dtype of the whole."""
+    source = formats.open_source(formats.locate(name))
+    size = sum(torch.Size(stored.shape).numel() for stored in source.tensors.values())
+    return assemble(open_part(source, parts), device, dtype or _own_dtype(size, device))
 
 
 def _with_seed(sampling: SamplingParams | None, seed: int | None) -> SamplingParams:

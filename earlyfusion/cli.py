@@ -13,6 +13,7 @@ import sys
 from dataclasses import asdict
 from io import TextIOWrapper
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -30,6 +31,7 @@ Mode = Literal["crop", "fit"]
 Layout = Literal["hf", "meta"]
 Pairs = Literal["turns", "document"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+Shape = Literal["tiny", "mini", "110m", "1b", "7b"]
 
 
 def _number(text: str) -> float:
@@ -71,6 +73,7 @@ TopK = Annotated[int | None, _whole_option("How many tokens are kept; 0 is off."
 MinP = Annotated[float | None, _number_option("Least share of the likeliest token; 0 is off.")]
 Penalty = Annotated[float | None, _number_option("Against repetition; 1 is off.")]
 Guidance = Annotated[float | None, _number_option("Pull of the prompt on a drawing; 1 is off.")]
+Jacobi = Annotated[int | None, _whole_option("Codes of a drawing that are read at once; 0 is off.")]
 MaxTokens = Annotated[int | None, _whole_option("Most new tokens, of text and of images.")]
 MaxImages = Annotated[int | None, _whole_option("Most images in the reply.")]
 
@@ -154,6 +157,7 @@ def generate(
     image_top_k: TopK = None,
     guidance_text: Guidance = None,
     guidance_image: Guidance = None,
+    jacobi: Jacobi = None,
     max_tokens: MaxTokens = None,
     max_images: MaxImages = None,
     stop: Annotated[list[str] | None, typer.Option(help="Ends the reply; may be repeated.")] = None,
@@ -180,6 +184,7 @@ def generate(
         image_top_k=image_top_k,
         guidance_text=guidance_text,
         guidance_image=guidance_image,
+        jacobi=jacobi,
         max_tokens=max_tokens,
         max_images=max_images,
         stop=stop or None,
@@ -471,13 +476,49 @@ def info(
             )
 
 
+@app.command(
+    epilog=_examples(
+        "earlyfusion bench",
+        "earlyfusion bench ./my-model --dtype int8 --threads 2",
+        "earlyfusion bench --shape 1b --json > 1b.json",
+    )
+)
+def bench(
+    model: Annotated[
+        str | None, typer.Argument(help="mini, a model folder, or a hub id.", show_default="mini")
+    ] = None,
+    shape: Annotated[Shape | None, typer.Option(help="Random weights of this size.")] = None,
+    threads: Annotated[int | None, _whole_option("Of the processor; as torch has it.")] = None,
+    rounds: Annotated[int | None, _whole_option("Figures are medians of so many; 3.")] = None,
+    device: Device = "auto",
+    dtype: Precision = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Measure on this machine: start, memory, tokens, pictures, and their share of its limits."""
+    from earlyfusion.terminal import busy
+
+    with busy("starting", as_json) as say:
+        since = perf_counter()
+        from earlyfusion.evals.speed import bench as measure
+
+        imports, rounds = perf_counter() - since, 3 if rounds is None else rounds
+        report = measure(model, shape, device, dtype, threads, rounds, imports, say)
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        print(report.table)
+
+
 def _load(name: str, device: str, quiet: bool = False, dtype: str = "auto") -> Chameleon:
     from earlyfusion.terminal import busy
 
-    with busy(f"loading {name}", quiet):
+    # Started by torchrun, all processes share the model; the first speaks.
+    shared = "TORCHELASTIC_RUN_ID" in os.environ
+    processes = int(os.environ["WORLD_SIZE"]) if shared else 1
+    with busy(f"loading {name}", quiet or (shared and os.environ["RANK"] != "0")):
         from earlyfusion.api import Chameleon
 
-        return Chameleon.load(name, device=device, dtype=dtype)
+        return Chameleon.load(name, device=device, dtype=dtype, tensor_parallel=processes)
 
 
 def _seed(seed: int | None) -> int:

@@ -1,4 +1,4 @@
-"""Several processes: one mesh, and four calls that put a finished model on it.
+"""Several processes: one mesh, and four calls that put a finished model on it for training.
 
     torchrun --nproc-per-node 8 -m earlyfusion train pretrain_7b ...
 
@@ -6,7 +6,8 @@ The mesh has three axes, `replicas` x `shard` x `tensor`. Parameters are cut ove
 columns and vocabulary (with the states between the branches cut over the sequence), and over
 `shard` by rows (FSDP2); `replicas` hold the same weights (HSDP). The first two axes are the data
 ranks: each reads its own rows of the global batch. Plain `python` and `torchrun` with one process
-give no mesh, and nothing here acts.
+give no mesh, and nothing here acts. At the end stand the `Peers` of generation, which
+`engine/tensor_parallel.py` uses.
 
 Shapes: B rows, T tokens, D model width, N heads, H head width, V vocabulary, P positions.
 """
@@ -16,8 +17,10 @@ from __future__ import annotations
 import atexit
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from uuid import uuid4
@@ -95,17 +98,23 @@ def launch(config: ParallelConfig, device: torch.device) -> DeviceMesh | None:
         return None
     from torch.distributed.device_mesh import init_device_mesh
 
-    if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        store, own, count = next(rendezvous("env://"))
-        start = _begin(store, count) if own == 0 else _join(store, own)
-        fresh = PrefixStore(start, store)
-        dist.init_process_group(backend, store=fresh, rank=own, world_size=count)
-        atexit.register(_leave)
+    _meet(device)
     mesh = init_device_mesh(device.type, sizes, mesh_dim_names=AXES)
     if config.tensor > 1:  # so that norms over one copy of the weights take one step, not two
         mesh[SHARD, TENSOR]._flatten("copy")
     return mesh
+
+
+def _meet(device: torch.device) -> None:
+    """Join the group that `torchrun` names, once."""
+    if dist.is_initialized():
+        return
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    store, own, count = next(rendezvous("env://"))
+    start = _begin(store, count) if own == 0 else _join(store, own)
+    fresh = PrefixStore(start, store)
+    dist.init_process_group(backend, store=fresh, rank=own, world_size=count)
+    atexit.register(_leave)
 
 
 # `torchrun` keeps one store through its restarts, where a new process can read the address of a
@@ -322,10 +331,24 @@ def shard_rows(model: Transformer, mesh: DeviceMesh | None, dtype: torch.dtype) 
     )
     several = mesh[REPLICAS].size() > 1
     axes = mesh[REPLICAS, SHARD] if several else mesh[SHARD]
+    whole = _kept_whole(model, mesh)
     for block in model.model.layers:
         fully_shard(block, mesh=axes, mp_policy=policy)
-    fully_shard(model, mesh=axes, mp_policy=policy)
+    fully_shard(model, mesh=axes, mp_policy=policy, ignored_params=whole)
     register_fsdp_forward_method(model, "states")
+
+
+def _kept_whole(model: Transformer, mesh: DeviceMesh) -> set[nn.Parameter]:
+    """What is trained of a model whose states need no gradient: each process keeps all of it.
+
+    FSDP adds gradients up when the states' own comes by; where none does, it is done here.
+    """
+    if any(parameter.requires_grad for parameter in model.model.parameters()):
+        return set()
+    trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    for parameter in trained:
+        parameter.register_hook(lambda grad: data_sum(grad, mesh) / data_rank(mesh)[1])
+    return trained
 
 
 class VocabularySlice(NamedTuple):
@@ -415,3 +438,106 @@ def agree(value: Callable[[], Any]) -> Any:
     found = [value() if rank() == 0 else None]
     dist.broadcast_object_list(found)
     return found[0]
+
+
+# ---- one model for generation, shared by all processes
+
+
+class Peers:
+    """The processes that share a model's layers: the first leads, the others do as they are told.
+
+    What is told goes over the CPU and may be waited for as long as the leader likes; a process that
+    has gone is noticed, as its connection ends. `begin` says how many collectives are part of what
+    was told: outside of it they are refused, as nobody would answer.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        _meet(device)
+        self.rank, self.count, self.left = dist.get_rank(), dist.get_world_size(), 0
+        self.engines = 0
+        self._told: Any = dist.new_group(backend="gloo", timeout=_ANY_TIME)
+        self._step: Any = dist.new_group(timeout=_STEP_TIME)
+        self._open, self._on_gpu = True, device.type == "cuda"
+        atexit.register(self.close)
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    def tell(self, numbers: Sequence[int], collectives: int) -> None:
+        """Say what comes next; so many collectives belong to it. An empty message is the end."""
+        if not self._open:
+            raise ConnectionError(_GONE)
+        self.left = collectives + 1
+        self._send([len(numbers), *numbers])
+        self.left -= 1
+
+    def hear(self) -> list[int]:
+        """What the leader tells; empty at the end."""
+        first_M = self._pass_on(torch.empty(_MESSAGE, dtype=torch.int64, device="cpu"), self._told)
+        size = int(first_M[0])
+        if size < _MESSAGE:
+            return first_M[1 : size + 1].tolist()
+        rest = torch.empty(size + 1 - _MESSAGE, dtype=torch.int64, device="cpu")
+        return [*first_M[1:].tolist(), *self._pass_on(rest, self._told).tolist()]
+
+    def begin(self, collectives: int) -> None:
+        self.left = collectives
+
+    def share(self, x: Tensor) -> Tensor:
+        """The leader's values, in place, on all."""
+        self._count()
+        return self._pass_on(x, self._step)
+
+    def add_up(self, x: Tensor) -> Tensor:
+        """The sum of all, in place."""
+        self._count()
+        try:
+            dist.all_reduce(x, group=self._step)
+        except RuntimeError as error:
+            raise ConnectionError(_GONE) from error
+        return x
+
+    def close(self) -> None:
+        """Let the others go: they end at once, or are cut off in the middle of a step."""
+        if not self._open:
+            return
+        if self.leads and self.left == 0:
+            with suppress(ConnectionError):
+                self._send([0])
+        self._open = False
+        atexit.unregister(self.close)
+        dist.destroy_process_group(self._told)
+        if self.left and self._on_gpu:
+            self._step.abort()  # destroying it would wait for what is under way
+        else:
+            dist.destroy_process_group(self._step)
+        del self._told, self._step
+
+    def _send(self, numbers: list[int]) -> None:
+        padded = numbers + [0] * (_MESSAGE - len(numbers))
+        message = torch.tensor(padded, dtype=torch.int64, device="cpu")
+        for part in message.tensor_split([_MESSAGE]):
+            if len(part):
+                self._pass_on(part, self._told)
+
+    def _pass_on(self, x: Tensor, group: Any) -> Tensor:
+        try:
+            dist.broadcast(x, 0, group=group)
+        except RuntimeError as error:
+            raise ConnectionError(_GONE) from error
+        return x
+
+    def _count(self) -> None:
+        if self.left == 0:
+            raise SettingError(
+                f"this model is shared by {self.count} processes and cannot be called by itself: "
+                "ask it through generate, stream or its engine"
+            )
+        self.left -= 1
+
+
+_MESSAGE = 512  # numbers that are sent at once: enough for a step of some 160 rows
+_ANY_TIME = timedelta(days=365)
+_STEP_TIME = timedelta(minutes=10)
+_GONE = "a process that shares the model has gone: start the program again"

@@ -136,6 +136,13 @@ def test_drawing_twice_gives_the_same_bytes(run: Run, model: Path) -> None:
     assert other.code == 0 and Path("c/image-1.png").read_bytes() != drawn
 
 
+def test_codes_read_several_at_once_are_the_same_at_temperature_0(run: Run, model: Path) -> None:
+    drawing = ("generate", "Draw.", "--output", "image", "--image-temperature", 0, "--model", model)
+    for name, more in (("one", ()), ("many", ("--jacobi", 8))):
+        assert run(*drawing, "--out", name, *more).code == 0
+    assert Path("one/image-1.png").read_bytes() == Path("many/image-1.png").read_bytes()
+
+
 def test_interleaved_json_files_are_in_order(run: Run, model: Path) -> None:
     asked = ("--output", "image", "--max-images", 2, "--json", "--model", model)
     reply = run("generate", "Draw two.", *asked).json
@@ -247,6 +254,7 @@ def test_placeholders_do_not_match(run: Run, picture: Path) -> None:
         (["--output", "video"], ["--output", "video", "interleaved"]),
         (["--top-p", "3"], ["3", "above 0 and at most 1"]),
         (["--temperature", "hot"], ["--temperature", "hot"]),
+        (["--jacobi", "1"], ["jacobi=1", "2 to 1,024"]),
         (["--seed", "-1"], ["-1"]),
         (["--device", "tpu"], ["tpu"]),
         (["--colour", "red"], ["--colour", "generate --help"]),

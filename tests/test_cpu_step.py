@@ -9,7 +9,9 @@ import torch
 
 from earlyfusion.config import PRESETS, ModelConfig
 from earlyfusion.engine import cpu_step
+from earlyfusion.engine.cache import Cache
 from earlyfusion.engine.cpu_step import CpuStep, fits
+from earlyfusion.generation.sampler import Warp, pick, warp
 from earlyfusion.model.kv_cache import KVCache
 from earlyfusion.model.packed import BITS, pack, quantise, unpack
 from earlyfusion.model.transformer import Transformer
@@ -113,6 +115,39 @@ def test_rows_of_different_lengths_and_a_bf16_cache() -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("lengths", [[0], [3, 15, 0], [16, 17, 33, 31, 2, 40, 8, 24, 9]])
+@pytest.mark.parametrize("width", [64, 96])
+def test_an_int8_cache_is_read_as_the_torch_path_reads_it(width: int, lengths: list[int]) -> None:
+    shape = config(width, 4, 2, 100)
+    model, rows = random_model(shape, width + len(lengths)), len(lengths)
+    cpu = torch.device("cpu")
+    cache = Cache(shape, rows, 41, torch.int8, cpu)
+    for kept in cache.kept:
+        kept.store(torch.arange(rows * 2 * 41), *torch.randn(2, rows * 41, 2, width // 4))
+    other = Cache(shape, rows, 41, torch.float32, cpu)
+    for kept, same in zip(cache.kept, other.layers, strict=True):
+        same.copy_(torch.stack(kept.read(slice(0, rows), 41, torch.float32)))
+    tokens, slots = torch.randint(0, 515, (rows,)), torch.randperm(rows)
+    places = torch.tensor(lengths)
+    small = CpuStep(model, cache.layers, 32, cache.scales).states(tokens, slots, places)
+    large = CpuStep(model, other.layers, 32).states(tokens, slots, places)
+    # They differ in the new token's key and value only, rounded to 1 / 254 of the largest entry.
+    torch.testing.assert_close(small, large, rtol=0.05, atol=0.05)
+    assert (small - large).abs().mean() < 0.02
+    for layer in cache.layers:
+        new_2RKH = layer[:, slots, :, places]
+        assert (new_2RKH.abs().amax(-1) == 127).all()
+    exact = other.layers[0][:, slots, :, places]  # of the first layer, where all before is equal
+    stored = cache.layers[0][:, slots, :, places] * cache.scales[0][:, slots, :, places, None]
+    assert ((stored - exact).abs().amax(-1) <= exact.abs().amax(-1) / 253).all()
+    again = Cache(shape, 1, 4, torch.int8, cpu)
+    fresh = torch.randn(2, 1, 2, width // 4)
+    again.kept[0].store(torch.tensor([0, 4]), *fresh)
+    read = torch.stack(again.kept[0].read(0, 1, torch.float32))[:, :, 0]
+    assert ((read - fresh[:, 0]).abs().amax(-1) <= fresh[:, 0].abs().amax(-1) / 253).all()
+
+
+@needs_compiler
 @pytest.mark.parametrize("bits", BITS)
 def test_a_part_of_the_head_is_that_part_of_the_logits(bits: int) -> None:
     shape = config(64, 4, 4, 100)
@@ -123,6 +158,43 @@ def test_a_part_of_the_head_is_that_part_of_the_logits(bits: int) -> None:
     for first, last in ((0, 515), (4, 8), (7, 200), (513, 515)):
         part = step.product(weight[first:last])
         assert torch.equal(part(states), whole[:, first:last])
+
+
+@needs_compiler
+@pytest.mark.parametrize("levels", [0, 7])
+def test_draws_equal_the_samplers(levels: int) -> None:
+    """With `levels` the logits take only so many values, so that thresholds meet equal ones."""
+    shape = config(64, 4, 4, 100)
+    step = CpuStep(random_model(shape, 1), empty(shape, 1, 4), 32)
+    equal, total = 0, 0
+    for size in (1, 5, 64, 1000):
+        rows = [
+            (t, k, p, m, 1.0)
+            for t in (0.3, 1.0, 2.5)
+            for k in (0, 1, 3, 40, 2000)
+            for p in (0.001, 0.2, 0.9, 0.999, 1.0)
+            for m in (0.0, 0.02, 0.5, 1.0)
+        ]
+        logits = 3 * torch.randn(len(rows), size)
+        if levels:
+            logits = (logits * levels / 10).round() * 10 / levels
+        if size > 5:
+            logits[:, :3] = -torch.inf
+            logits[torch.rand(logits.shape) < 0.2] = -torch.inf
+        settings, uniform = Warp.of(rows), torch.rand(len(rows), dtype=torch.float64)
+        uniform[::50], uniform[1::50] = 0, 1 - 2**-53
+        drawn = step.draw(logits, settings, uniform)
+        left = warp(logits, settings)
+        assert torch.isfinite(left[torch.arange(len(rows)), drawn]).float().mean() > 0.995
+        equal += int((drawn == pick(left, uniform)).sum())
+        total += len(rows)
+    # The two add up in different orders: where top_p cuts exactly at a sum, one token may differ.
+    assert equal >= 0.99 * total
+    greedy = step.draw(logits, Warp.of([(0.0, *row[1:]) for row in rows]), uniform)
+    assert torch.equal(greedy, logits.argmax(-1))
+    plain = Warp.of([(1.0, 0, 1.0, 0.0, 1.0)] * 500)
+    logits, uniform = torch.randn(500, 700), torch.rand(500, dtype=torch.float64)
+    assert torch.equal(step.draw(logits, plain, uniform), pick(logits, uniform))
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -175,4 +247,6 @@ def test_what_the_compiled_step_does_not_take() -> None:
     cache = empty(shape, 1, 4)
     assert fits(Transformer(shape), cache)
     assert not fits(Transformer(biased), cache)
+    with pytest.raises(ValueError, match="no cache in this dtype"):
+        CpuStep(Transformer(shape), [layer.to(torch.int8) for layer in cache], 32)
     assert not fits(Transformer(shape), [layer.half() for layer in cache])

@@ -449,6 +449,6 @@ def test_branches_give_the_originals_logits(tiny_1: Recorded) -> None:
         got = torch.cat([run._logits[n] for n in ("full", "image_only", "unconditional")])
         original = tiny_1.logits[f"{case}/cfg_in_step{step}"]
         torch.testing.assert_close(got, original, atol=1e-4, rtol=0)
-        token = run.draw()
-        assert token == want[step]
-        run.read(token)
+        tokens = run.draw()
+        assert tokens == [want[step]]
+        run.read(tokens)

@@ -17,7 +17,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <thread>
+#include <type_traits>
 #include <vector>
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -28,7 +30,7 @@ namespace {
 typedef float f16 __attribute__((vector_size(64)));
 typedef int32_t i16 __attribute__((vector_size(64)));
 
-enum Kind : int64_t { FP32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
+enum Kind : int64_t { FP32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };  // of weights and of the cache
 
 struct Matrix {
   const void* data;
@@ -39,7 +41,8 @@ struct Matrix {
 struct Layer {
   Matrix q, k_new, v_new, o, gate, up, down;
   const float *norm_1, *norm_2, *q_weight, *q_bias, *k_weight, *k_bias;
-  void *k, *v;  // cached: [slots, K, places, H]
+  void *k, *v;                // cached: [slots, K, places, H]
+  float *k_scales, *v_scales;  // of an int8 cache: [slots, K, places]
 };
 
 struct Model {
@@ -104,19 +107,28 @@ inline float sum(f16 v) {
 #endif
 }
 
-// Sixteen vectors to the sixteen sums of their entries; pairs of vectors fold into one, four times.
-inline f16 sums16(f16* v) {
+// N vectors, at most sixteen, to the sums of their entries, the first in the first place and so on;
+// pairs of vectors fold into one, four times.
+template <int N>
+inline __attribute__((always_inline)) f16 sums(f16* v) {
   const i16 half_1 = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
   const i16 half_2 = {0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27};
   const i16 half_3 = {0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29};
   const i16 half_4 = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
-  auto fold = [](f16 a, f16 b, i16 half, int32_t step) {
-    return __builtin_shuffle(a, b, half) + __builtin_shuffle(a, b, half + step);
+  const f16 none = {};
+  auto fold = [&](int i, int n, i16 half, int32_t step) __attribute__((always_inline)) {
+    if (2 * i >= n) return;
+    const f16 a = v[2 * i], b = 2 * i + 1 < n ? v[2 * i + 1] : none;
+    v[i] = __builtin_shuffle(a, b, half) + __builtin_shuffle(a, b, half + step);
   };
-  for (int i = 0; i < 8; i++) v[i] = fold(v[2 * i], v[2 * i + 1], half_1, 8);
-  for (int i = 0; i < 4; i++) v[i] = fold(v[2 * i], v[2 * i + 1], half_2, 4);
-  for (int i = 0; i < 2; i++) v[i] = fold(v[2 * i], v[2 * i + 1], half_3, 2);
-  return fold(v[0], v[1], half_4, 1);
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++) fold(i, N, half_1, 8);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) fold(i, (N + 1) / 2, half_2, 4);
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; i++) fold(i, (N + 3) / 4, half_3, 2);
+  fold(0, (N + 7) / 8, half_4, 1);
+  return v[0];
 }
 
 inline f16 splat(float x) { return f16{} + x; }
@@ -146,82 +158,121 @@ inline f16 exp16(f16 x) {
 
 struct Input {
   float* full;
-  uint16_t* half;
+  uint16_t* half;  // only where the products of this model read it
   int64_t stride;
 
-  void put(int64_t row, int64_t column, float x) const {
-    full[row * stride + column] = x;
-    half[row * stride + column] = as_bf16(x);
+  void put(int64_t row, int64_t column, const float* x, int64_t n) const {
+    std::memcpy(full + row * stride + column, x, n * sizeof(float));
+    if (half) round(half + row * stride + column, x, n);
+  }
+
+  static void round(uint16_t* __restrict y, const float* __restrict x, int64_t n) {
+    for (int64_t i = 0; i < n; i++) y[i] = as_bf16(x[i]);
   }
 };
 
-template <int X>
-void dots4(const float* w, int64_t stride, const Input& in, int64_t row, float out[X][4]) {
-  f16 acc[X][4] = {};
-  for (int64_t c = 0; c < stride; c += 16)
-    for (int r = 0; r < 4; r++) {
-      f16 v = load(w + r * stride + c);
-      for (int x = 0; x < X; x++) acc[x][r] += v * load(in.full + (row + x) * in.stride + c);
-    }
-  for (int x = 0; x < X; x++)
-    for (int r = 0; r < 4; r++) out[x][r] = sum(acc[x][r]);
+// Keeps a vector in its register: compilers read it from memory again for each use, and reading is
+// what these loops have too little time for.
+inline void hold(f16& v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#endif
 }
 
-template <int X>
-void dots4(const int8_t* w, const float* scale, int64_t stride, const Input& in, int64_t row,
-           float out[X][4]) {
-  f16 acc[X][4] = {};
-  for (int64_t c = 0; c < stride; c += 16)
-    for (int r = 0; r < 4; r++) {
-      __builtin_prefetch(w + r * stride + c + 1024);
-      f16 v = load(w + r * stride + c);
-      for (int x = 0; x < X; x++) acc[x][r] += v * load(in.full + (row + x) * in.stride + c);
-    }
-  for (int x = 0; x < X; x++)
-    for (int r = 0; r < 4; r++) out[x][r] = sum(acc[x][r]) * scale[r];
+// How far ahead of a row of weights to fetch: the same place of the next four rows where rows are
+// too short for the processor to follow them by itself, else `bytes` further on.
+inline int64_t ahead(int64_t row_bytes, int64_t bytes) {
+  return row_bytes <= 4096 ? 4 * row_bytes : bytes;
 }
 
+inline void fetch(const void* at, int64_t distance) {
+  __builtin_prefetch(static_cast<const char*>(at) + distance);
+}
+
+// Products of X rows and four rows of weights: each vector of weights feeds X sums. The sums of row
+// x stand at 4 * x of what is given back.
 template <int X>
-void dots4(const uint16_t* w, int64_t stride, const Input& in, int64_t row, float out[X][4]) {
-#if defined(__AVX512BF16__)
-  __m512 acc[X][4];
-  for (int x = 0; x < X; x++)
-    for (int r = 0; r < 4; r++) acc[x][r] = _mm512_setzero_ps();
-  for (int64_t c = 0; c < stride; c += 32) {
-    __m512bh given[X];
-    for (int x = 0; x < X; x++)
-      given[x] = (__m512bh)_mm512_loadu_si512(in.half + (row + x) * in.stride + c);
+f16 dots4(const float* w, int64_t stride, const Input& in, int64_t row) {
+  f16 acc[4 * X] = {};
+  const int64_t distance = ahead(4 * stride, 1024);
+  const float* given = in.full + row * in.stride;
+  for (int64_t c = 0; c < stride; c += 16) {
+    f16 x[X];
+    for (int i = 0; i < X; i++) hold(x[i] = load(given + i * in.stride + c));
     for (int r = 0; r < 4; r++) {
-      _mm_prefetch(reinterpret_cast<const char*>(w + r * stride + c) + 1024, _MM_HINT_T0);
-      __m512bh v = (__m512bh)_mm512_loadu_si512(w + r * stride + c);
-      for (int x = 0; x < X; x++) acc[x][r] = _mm512_dpbf16_ps(acc[x][r], v, given[x]);
+      if (X > 1) fetch(w + r * stride + c, distance);
+      f16 v = load(w + r * stride + c);
+      hold(v);
+      for (int i = 0; i < X; i++) acc[4 * i + r] += v * x[i];
     }
   }
-  for (int x = 0; x < X; x++)
-    for (int r = 0; r < 4; r++) out[x][r] = _mm512_reduce_add_ps(acc[x][r]);
+  return sums<4 * X>(acc);
+}
+
+template <int X>
+f16 dots4(const int8_t* w, const float* scale, int64_t stride, const Input& in, int64_t row) {
+  f16 acc[4 * X] = {};
+  const int64_t distance = ahead(stride, 1024);
+  const float* given = in.full + row * in.stride;
+  for (int64_t c = 0; c < stride; c += 16) {
+    f16 x[X];
+    for (int i = 0; i < X; i++) hold(x[i] = load(given + i * in.stride + c));
+    for (int r = 0; r < 4; r++) {
+      fetch(w + r * stride + c, distance);
+      f16 v = load(w + r * stride + c);
+      hold(v);
+      for (int i = 0; i < X; i++) acc[4 * i + r] += v * x[i];
+    }
+  }
+  f16 scales;
+  for (int i = 0; i < 16; i++) scales[i] = scale[i % 4];
+  return sums<4 * X>(acc) * scales;
+}
+
+// Thirty-two bf16, of which sixteen pairs are multiplied at once.
+inline f16 pairs(const uint16_t* p) {
+  f16 v;
+  std::memcpy(&v, p, 64);
+  return v;
+}
+
+template <int X>
+f16 dots4(const uint16_t* w, int64_t stride, const Input& in, int64_t row) {
+  f16 acc[4 * X] = {};
+  const int64_t distance = ahead(2 * stride, 1024);
+  const uint16_t* given = in.half + row * in.stride;
+#if defined(__AVX512BF16__)
+  for (int64_t c = 0; c < stride; c += 32) {
+    f16 x[X];
+    for (int i = 0; i < X; i++) hold(x[i] = pairs(given + i * in.stride + c));
+    for (int r = 0; r < 4; r++) {
+      fetch(w + r * stride + c, distance);
+      f16 v = pairs(w + r * stride + c);
+      hold(v);
+      for (int i = 0; i < X; i++)
+        acc[4 * i + r] = f16(_mm512_dpbf16_ps(__m512(acc[4 * i + r]), __m512bh(v), __m512bh(x[i])));
+    }
+  }
 #else
-  f16 acc[X][4] = {};
   for (int64_t c = 0; c < stride; c += 16)
     for (int r = 0; r < 4; r++) {
-      f16 v = load(w + r * stride + c);
-      for (int x = 0; x < X; x++) acc[x][r] += v * load(in.half + (row + x) * in.stride + c);
+      const f16 v = load(w + r * stride + c);
+      for (int i = 0; i < X; i++) acc[4 * i + r] += v * load(given + i * in.stride + c);
     }
-  for (int x = 0; x < X; x++)
-    for (int r = 0; r < 4; r++) out[x][r] = sum(acc[x][r]);
 #endif
+  return sums<4 * X>(acc);
 }
 
 // int4: 32 bytes hold 64 columns, the first 32 in the low nibbles; two bf16 scales follow suit.
 template <int X>
-void dots4(const uint8_t* w, const uint16_t* scales, int64_t stride, const Input& in, int64_t row,
-           float out[X][4]) {
+f16 dots4(const uint8_t* w, const uint16_t* scales, int64_t stride, const Input& in, int64_t row) {
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
   alignas(64) uint16_t levels[32];
   for (int i = 0; i < 32; i++) levels[i] = as_bf16(float(i % 16 - 8));
   const __m512i table = _mm512_load_si512(levels), nibble = _mm512_set1_epi16(15);
-  __m512 acc[X][4];
-  for (int x = 0; x < X; x++)
-    for (int r = 0; r < 4; r++) acc[x][r] = _mm512_setzero_ps();
+  const __m512 none = _mm512_setzero_ps();
+  f16 acc[4 * X] = {};
+  const int64_t distance = ahead(stride / 2, 512);
   for (int64_t c = 0; c < stride; c += 64) {
     __m512bh low[X], high[X];
     for (int x = 0; x < X; x++) {
@@ -230,7 +281,7 @@ void dots4(const uint8_t* w, const uint16_t* scales, int64_t stride, const Input
     }
     for (int r = 0; r < 4; r++) {
       const uint8_t* at = w + (r * stride + c) / 2;
-      _mm_prefetch(reinterpret_cast<const char*>(at) + 512, _MM_HINT_T0);
+      fetch(at, distance);
       __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)at));
       __m512bh first =
           (__m512bh)_mm512_permutexvar_epi16(_mm512_and_si512(bytes, nibble), table);
@@ -239,16 +290,17 @@ void dots4(const uint8_t* w, const uint16_t* scales, int64_t stride, const Input
       std::memcpy(&pair, scales + (r * stride + c) / 32, 4);
       __m512 scale_1 = _mm512_castsi512_ps(_mm512_set1_epi32(int32_t(pair << 16)));
       __m512 scale_2 = _mm512_castsi512_ps(_mm512_set1_epi32(int32_t(pair & 0xffff0000u)));
-      const __m512 none = _mm512_setzero_ps();
       for (int x = 0; x < X; x++) {
-        acc[x][r] = _mm512_fmadd_ps(_mm512_dpbf16_ps(none, first, low[x]), scale_1, acc[x][r]);
-        acc[x][r] = _mm512_fmadd_ps(_mm512_dpbf16_ps(none, second, high[x]), scale_2, acc[x][r]);
+        __m512 total = __m512(acc[4 * x + r]);
+        total = _mm512_fmadd_ps(_mm512_dpbf16_ps(none, first, low[x]), scale_1, total);
+        total = _mm512_fmadd_ps(_mm512_dpbf16_ps(none, second, high[x]), scale_2, total);
+        acc[4 * x + r] = f16(total);
       }
     }
   }
-  for (int x = 0; x < X; x++)
-    for (int r = 0; r < 4; r++) out[x][r] = _mm512_reduce_add_ps(acc[x][r]);
+  return sums<4 * X>(acc);
 #else
+  f16 out = {};
   for (int x = 0; x < X; x++)
     for (int r = 0; r < 4; r++) {
       float total = 0;
@@ -262,34 +314,35 @@ void dots4(const uint8_t* w, const uint16_t* scales, int64_t stride, const Input
         }
         total += part * as_float(scales[(r * stride + c) / 32]);
       }
-      out[x][r] = total;
+      out[4 * x + r] = total;
     }
+  return out;
 #endif
 }
 
 template <int X>
-void four_rows(const Matrix& m, int64_t first, const Input& in, int64_t row, float out[X][4]) {
+f16 four_rows(const Matrix& m, int64_t first, const Input& in, int64_t row) {
   const int64_t at = first * m.stride;
   switch (m.kind) {
     case FP32:
-      return dots4<X>(static_cast<const float*>(m.data) + at, m.stride, in, row, out);
+      return dots4<X>(static_cast<const float*>(m.data) + at, m.stride, in, row);
     case BF16:
-      return dots4<X>(static_cast<const uint16_t*>(m.data) + at, m.stride, in, row, out);
+      return dots4<X>(static_cast<const uint16_t*>(m.data) + at, m.stride, in, row);
     case INT8:
       return dots4<X>(static_cast<const int8_t*>(m.data) + at,
-                      static_cast<const float*>(m.scales) + first, m.stride, in, row, out);
+                      static_cast<const float*>(m.scales) + first, m.stride, in, row);
     default:
       return dots4<X>(static_cast<const uint8_t*>(m.data) + at / 2,
-                      static_cast<const uint16_t*>(m.scales) + at / 32, m.stride, in, row, out);
+                      static_cast<const uint16_t*>(m.scales) + at / 32, m.stride, in, row);
   }
 }
 
 template <int X>
 void put_four(const Matrix& m, int64_t first, const Input& in, int64_t row, float* y,
               int64_t y_stride) {
-  float out[X][4];
-  four_rows<X>(m, first, in, row, out);
-  for (int x = 0; x < X; x++) std::memcpy(y + (row + x) * y_stride + first, out[x], 16);
+  float out[16];
+  store(out, four_rows<X>(m, first, in, row));
+  for (int x = 0; x < X; x++) std::memcpy(y + (row + x) * y_stride + first, out + 4 * x, 16);
 }
 
 struct Range {
@@ -306,11 +359,12 @@ Range share(int64_t rows) {
 Range multiply(const Matrix& m, const Input& in, int64_t R, float* y, int64_t y_stride) {
   const Range mine = share(m.rows);
   for (int64_t n = mine.first; n < mine.last; n += 4) {
-    int64_t row = 0;
-    for (; row + 4 <= R; row += 4) put_four<4>(m, n, in, row, y, y_stride);
-    if (R - row == 3) put_four<3>(m, n, in, row, y, y_stride);
-    if (R - row == 2) put_four<2>(m, n, in, row, y, y_stride);
-    if (R - row == 1) put_four<1>(m, n, in, row, y, y_stride);
+    for (int64_t row = 0; row < R; row += 4) switch (R - row) {
+        case 1: put_four<1>(m, n, in, row, y, y_stride); break;
+        case 2: put_four<2>(m, n, in, row, y, y_stride); break;
+        case 3: put_four<3>(m, n, in, row, y, y_stride); break;
+        default: put_four<4>(m, n, in, row, y, y_stride);
+      }
   }
   return mine;
 }
@@ -340,10 +394,22 @@ class Meeting {
 
 // ---- the parts of a layer
 
-void rms_norm(const float* x, const float* weight, int64_t n, float eps, float* y) {
-  double squares = 0;
-  for (int64_t i = 0; i < n; i++) squares += double(x[i]) * x[i];
-  const float scale = 1.0f / std::sqrt(float(squares / n) + eps);
+// The sum of (x - mean)^2.
+float squares(const float* x, int64_t n, float mean) {
+  f16 total = {};
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const f16 off = load(x + i) - mean;
+    total += off * off;
+  }
+  float s = sum(total);
+  for (; i < n; i++) s += (x[i] - mean) * (x[i] - mean);
+  return s;
+}
+
+void rms_norm(const float* __restrict x, const float* __restrict weight, int64_t n, float eps,
+              float* __restrict y) {
+  const float scale = 1.0f / std::sqrt(squares(x, n, 0) / n + eps);
   for (int64_t i = 0; i < n; i++) y[i] = x[i] * scale * weight[i];
 }
 
@@ -354,7 +420,7 @@ void normed(const float* x, const float* weight, int64_t R, int64_t D, float eps
       rms_norm(x + row * D, weight, D, eps, y);
     else
       std::memcpy(y, x + row * D, D * sizeof(float));
-    for (int64_t i = 0; i < D; i++) in.half[row * in.stride + i] = as_bf16(y[i]);
+    if (in.half) Input::round(in.half + row * in.stride, y, D);
   }
 }
 
@@ -371,13 +437,18 @@ void add(float* x, const float* y, const float* weight, int64_t R, int64_t D, fl
   }
 }
 
+float total(const float* x, int64_t n) {
+  f16 parts = {};
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) parts += load(x + i);
+  float s = sum(parts);
+  for (; i < n; i++) s += x[i];
+  return s;
+}
+
 void head_norm_and_turn(const float* x, const float* weight, const float* bias, const float* cos,
-                        const float* sin, int64_t H, float* y) {
-  float mean = 0, square = 0;
-  for (int64_t i = 0; i < H; i++) mean += x[i];
-  mean /= H;
-  for (int64_t i = 0; i < H; i++) square += (x[i] - mean) * (x[i] - mean);
-  const float scale = 1.0f / std::sqrt(square / H + 1e-5f);
+                        const float* sin, int64_t H, float* __restrict y) {
+  const float mean = total(x, H) / H, scale = 1.0f / std::sqrt(squares(x, H, mean) / H + 1e-5f);
   const int64_t half = H / 2;
   for (int64_t i = 0; i < half; i++) {
     const float a = (x[i] - mean) * scale * weight[i] + bias[i];
@@ -392,6 +463,16 @@ inline void keep(uint16_t* at, const float* x, int64_t n) {
   for (int64_t i = 0; i < n; i++) at[i] = as_bf16(x[i]);
 }
 
+// Rounds to int8; gives back the scale.
+inline float keep(int8_t* at, const float* x, int64_t n) {
+  float most = 0;
+  for (int64_t i = 0; i < n; i++) most = std::max(most, std::fabs(x[i]));
+  const float scale = most / 127, inverse = scale > 0 ? 1 / scale : 0;
+  for (int64_t i = 0; i < n; i++) at[i] = int8_t(std::nearbyint(x[i] * inverse));
+  return scale;
+}
+
+inline float value(int8_t x) { return x; }
 inline float value(float x) { return x; }
 inline float value(uint16_t x) { return as_float(x); }
 
@@ -409,23 +490,31 @@ float dot(const float* q, const T* k, int64_t H) {
 template <class T>
 f16 dots16(const float* q, const T* k, int64_t H) {
   f16 products[16] = {};
+  for (int64_t i = 0; i < 16 * H; i += 64 / sizeof(T)) fetch(k + i, 16 * H * sizeof(T));
   for (int64_t i = 0; i < H; i += 16) {
     const f16 here = load(q + i);
     for (int p = 0; p < 16; p++) products[p] += here * load(k + p * H + i);
   }
-  return sums16(products);
+  return sums<16>(products);
 }
 
-// out = sum over places of weight * v, a few vectors of the head at a time
+// out = sum over places of weight * v, for W vectors of the head.
+template <int W, class T>
+void blend(const float* weights, const T* v, int64_t places, int64_t H, float* out) {
+  f16 acc[W] = {};
+  for (int64_t p = 0; p < places; p++) {
+    for (size_t i = 0; i < 16 * W; i += 64 / sizeof(T)) fetch(v + p * H + i, 4096);
+    for (int j = 0; j < W; j++) acc[j] += weights[p] * load(v + p * H + 16 * j);
+  }
+  for (int j = 0; j < W; j++) store(out + 16 * j, acc[j]);
+}
+
 template <class T>
 void blend(const float* weights, const T* v, int64_t places, int64_t H, float* out) {
   int64_t i = 0;
-  for (; i + 64 <= H; i += 64) {
-    f16 acc[4] = {};
-    for (int64_t p = 0; p < places; p++)
-      for (int j = 0; j < 4; j++) acc[j] += weights[p] * load(v + p * H + i + 16 * j);
-    for (int j = 0; j < 4; j++) store(out + i + 16 * j, acc[j]);
-  }
+  for (; i + 128 <= H; i += 128) blend<8>(weights, v + i, places, H, out + i);
+  for (; i + 64 <= H; i += 64) blend<4>(weights, v + i, places, H, out + i);
+  for (; i + 16 <= H; i += 16) blend<1>(weights, v + i, places, H, out + i);
   for (; i < H; i++) {
     float total = 0;
     for (int64_t p = 0; p < places; p++) total += weights[p] * value(v[p * H + i]);
@@ -435,9 +524,14 @@ void blend(const float* weights, const T* v, int64_t places, int64_t H, float* o
 
 // scores -> e^(score - max); returns their sum. The buffer is padded to sixteens.
 float soften(float* scores, int64_t n) {
-  float top = scores[0];
-  for (int64_t i = 1; i < n; i++) top = scores[i] > top ? scores[i] : top;
   for (int64_t i = n; i % 16; i++) scores[i] = -INFINITY;
+  f16 most = load(scores);
+  for (int64_t i = 16; i < n; i += 16) {
+    const f16 here = load(scores + i);
+    most = here > most ? here : most;
+  }
+  float top = most[0];
+  for (int i = 1; i < 16; i++) top = std::max(top, most[i]);
   f16 total = {};
   for (int64_t i = 0; i < n; i += 16) {
     f16 e = exp16(load(scores + i) - top);
@@ -448,19 +542,46 @@ float soften(float* scores, int64_t n) {
   return sum(total);
 }
 
+// Keys or values of one head in one slot; `scales` only in int8, one a place.
+template <class T>
+struct Kept {
+  T* data;
+  float* scales;
+
+  Kept(void* data, float* scales, int64_t first, int64_t H)
+      : data(static_cast<T*>(data) + first * H), scales(scales ? scales + first : nullptr) {}
+
+  void put(int64_t place, const float* x, int64_t H) const {
+    if constexpr (std::is_same_v<T, int8_t>)
+      scales[place] = keep(data + place * H, x, H);
+    else
+      keep(data + place * H, x, H);
+  }
+
+  void scale(float* __restrict weights, int64_t places) const {
+    if (scales)
+      for (int64_t p = 0; p < places; p++) weights[p] *= scales[p];
+  }
+};
+
 // One key head of one row: its queries against the places so far, the new token among them.
 template <class T>
-void attend(const Model& m, const T* k, const T* v, int64_t places, const float* q, float* scores,
-            float* out, const Input& in, int64_t row, int64_t column) {
-  const float scale = 1.0f / std::sqrt(float(m.H));
+void attend(const Model& m, const Kept<T>& k, const Kept<T>& v, int64_t places, const float* q,
+            float* scores, float* out, const Input& in, int64_t row, int64_t column) {
+  const int64_t H = m.H;
+  const float scale = 1.0f / std::sqrt(float(H));
   for (int64_t g = 0; g < m.N / m.K; g++) {
     int64_t p = 0;
-    for (; m.H % 16 == 0 && p + 16 <= places; p += 16)
-      store(scores + p, dots16(q + g * m.H, k + p * m.H, m.H) * scale);
-    for (; p < places; p++) scores[p] = dot(q + g * m.H, k + p * m.H, m.H) * scale;
+    // Behind the last place stands what is left of others, and is left out below.
+    for (; H % 16 == 0 && p < places && p + 16 <= m.places; p += 16)
+      store(scores + p, dots16(q + g * H, k.data + p * H, H) * scale);
+    for (; p < places; p++) scores[p] = dot(q + g * H, k.data + p * H, H) * scale;
+    k.scale(scores, places);
     const float total = soften(scores, places);
-    blend(scores, v, places, m.H, out);
-    for (int64_t i = 0; i < m.H; i++) in.put(row, column + g * m.H + i, out[i] / total);
+    v.scale(scores, places);
+    blend(scores, v.data, places, H, out);
+    for (int64_t i = 0; i < H; i++) out[i] /= total;
+    in.put(row, column + g * H, out, H);
   }
 }
 
@@ -472,7 +593,9 @@ void activate(const float* gates, const float* ups, Range mine, const Input& inn
     std::memcpy(&gate, gates + n, count * sizeof(float));
     std::memcpy(&up, ups + n, count * sizeof(float));
     const f16 out = gate / (1.0f + exp16(-gate)) * up;
-    for (int64_t i = 0; i < count; i++) inner.put(row, n + i, out[i]);
+    float here[16];
+    store(here, out);
+    inner.put(row, n, here, count);
   }
 }
 
@@ -486,9 +609,8 @@ struct Step {
     const Model& m = model;
     const Layer& l = m.layer[layer];
     const int64_t H = m.H, group = m.N / m.K, length = lengths[row];
-    const int64_t at = (slots[row] * m.K + head) * m.places * H;
-    T* k = static_cast<T*>(l.k) + at;
-    T* v = static_cast<T*>(l.v) + at;
+    const int64_t first = (slots[row] * m.K + head) * m.places;
+    const Kept<T> k(l.k, l.k_scales, first, H), v(l.v, l.v_scales, first, H);
     const float *cos = m.cos + length * (H / 2), *sin = m.sin + length * (H / 2);
     float *q = scratch, *turned = q + group * H, *out = turned + H, *scores = out + H;
     for (int64_t g = 0; g < group; g++) {
@@ -498,27 +620,187 @@ struct Step {
     const float* new_k = qkv + (m.N + head) * H;
     const float* new_v = qkv + (m.N + m.K + head) * H;
     head_norm_and_turn(new_k, l.k_weight + head * H, l.k_bias + head * H, cos, sin, H, turned);
-    keep(k + length * H, turned, H);
-    keep(v + length * H, new_v, H);
+    k.put(length, turned, H);
+    v.put(length, new_v, H);
     attend(m, k, v, length + 1, q, scores, out, attended, row, head * group * H);
   }
 };
 
 int64_t padded(int64_t n) { return (n + 63) / 64 * 64; }
 
+// Vectors that start at a line of the processor's cache, so that no read of sixteen takes two.
+template <class T>
+struct Lines {
+  typedef T value_type;
+  Lines() = default;
+  template <class U>
+  Lines(const Lines<U>&) {}
+  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(64))); }
+  void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
+  template <class U>
+  bool operator==(const Lines<U>&) const { return true; }
+  template <class U>
+  bool operator!=(const Lines<U>&) const { return false; }
+};
+
+typedef std::vector<float, Lines<float>> Floats;
+
 struct Buffers {
-  std::vector<float> full;
-  std::vector<uint16_t> half;
+  Floats full;
+  std::vector<uint16_t, Lines<uint16_t>> half;
   int64_t stride;
 
-  Buffers(int64_t R, int64_t columns)
-      : full(R * padded(columns)), half(R * padded(columns)), stride(padded(columns)) {}
-  Input input() { return {full.data(), half.data(), stride}; }
+  Buffers(int64_t R, int64_t columns, bool rounded)
+      : full(R * padded(columns)),
+        half(rounded ? R * padded(columns) : 0),
+        stride(padded(columns)) {}
+  Input input() { return {full.data(), half.empty() ? nullptr : half.data(), stride}; }
+};
+
+// Whether a product with such a matrix reads what it is given in bf16.
+bool rounds(const Matrix& m) { return m.kind == BF16 || m.kind == INT4; }
+
+// ---- the draw of a token: temperature, top-k, top-p, min-p, then the inverse of the cumulative
+// probability. Instead of sorting, thresholds are found by halving the range of floats.
+
+typedef double f8 __attribute__((vector_size(64)));
+typedef int64_t l8 __attribute__((vector_size(64)));
+typedef float half_f16 __attribute__((vector_size(32)));
+
+// e^x to the precision of doubles, 0 far below.
+inline f8 exp8(f8 x) {
+  const l8 none = x < -700.0;
+  x = none ? f8{} - 700.0 : x;
+  const f8 scaled = x * 1.4426950408889634;
+  const l8 whole = __builtin_convertvector(scaled + (scaled < 0.0 ? f8{} - 0.5 : f8{} + 0.5), l8);
+  const f8 n = __builtin_convertvector(whole, f8);
+  const f8 r = (x - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10;
+  f8 p = f8{} + 1.0;
+  for (int k = 13; k > 0; k--) p = p * r * (1.0 / k) + 1.0;
+  const l8 bits = (whole + 1023) << 52;
+  f8 power;
+  std::memcpy(&power, &bits, 64);
+  return none ? f8{} : p * power;
+}
+
+// Floats in order are these integers in order.
+inline float of_order(int32_t order) {
+  const int32_t bits = order < 0 ? order ^ 0x7fffffff : order;
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+// The largest float up to `top` for which `holds`, which then holds for all below.
+template <class Holds>
+float largest(float top, Holds holds) {
+  int32_t bits;
+  std::memcpy(&bits, &top, 4);
+  int64_t low = -0x7f7fffffLL - 1, high = bits < 0 ? bits ^ 0x7fffffff : bits;
+  while (low < high) {
+    const int64_t middle = low + (high - low + 1) / 2;
+    if (holds(of_order(int32_t(middle))))
+      low = middle;
+    else
+      high = middle - 1;
+  }
+  return of_order(int32_t(low));
+}
+
+// One row of logits; z and e are scratch, padded to sixteens.
+struct Draw {
+  int64_t count, n;
+  float* z;
+  double* e;
+  float top;
+
+  Draw(const float* logits, int64_t count, float temperature, float* z, double* e)
+      : count(count), n((count + 15) / 16 * 16), z(z), e(e), top(-INFINITY) {
+    for (int64_t i = 0; i < count; i++) z[i] = logits[i] / temperature;
+    for (int64_t i = count; i < n; i++) z[i] = -INFINITY;
+    for (int64_t i = 0; i < count; i++) top = std::max(top, z[i]);
+  }
+
+  void drop_below(float least) {
+    for (int64_t i = 0; i < n; i++) z[i] = z[i] < least ? -INFINITY : z[i];
+  }
+
+  // Those that equal the least of the k largest stay too.
+  void top_k(int64_t k) {
+    drop_below(largest(top, [&](float least) {
+      i16 count = {};
+      for (int64_t i = 0; i < n; i += 16) count -= load(z + i) >= least;
+      int64_t total = 0;
+      for (int i = 0; i < 16; i++) total += count[i];
+      return total >= k;
+    }));
+  }
+
+  // Drops the least while they have at most `tail` of the probability; of equal ones the first.
+  void top_p(float tail) {
+    auto below = [&](float least) {
+      f16 mass = {};
+      for (int64_t i = 0; i < n; i += 16) {
+        const f16 here = load(z + i);
+        mass += here < least ? exp16(here - top) : f16{};
+      }
+      return sum(mass);
+    };
+    const float limit = tail * below(INFINITY);
+    const float least = largest(top, [&](float x) { return below(x) <= limit; });
+    int64_t equal = 0;
+    for (int64_t i = 0; i < n; i++) equal += z[i] == least;
+    const float each = exp16(splat(least - top))[0], rest = std::max(0.0f, limit - below(least));
+    int64_t more = std::min<int64_t>(equal - 1, int64_t(rest / each));
+    drop_below(least);
+    for (int64_t i = 0; more > 0; i++)
+      if (z[i] == least) z[i] = -INFINITY, more--;
+  }
+
+  int64_t pick(double uniform) {
+    double total = 0;
+    for (int64_t i = 0; i < n; i += 8) {
+      half_f16 here;
+      std::memcpy(&here, z + i, 32);
+      const f8 value = exp8(__builtin_convertvector(here, f8) - double(top));
+      std::memcpy(e + i, &value, 64);
+    }
+    for (int64_t i = 0; i < n; i++) total += e[i];
+    const double target = std::min(uniform * total, std::nextafter(total, 0.0));
+    double sum = 0;
+    for (int64_t i = 0; i < n; i++)
+      if ((sum += e[i]) > target) return i;
+    return count - 1;
+  }
 };
 
 }  // namespace
 
 extern "C" {
+
+// B rows of V logits, -inf where nothing may come; a number in [0, 1) a row. Temperature 0 takes
+// the largest; top_k and min_p are off at 0, top_p at 1.
+void earlyfusion_draw(const float* logits, int64_t B, int64_t V, const double* temperature,
+                      const int64_t* top_k, const double* top_p, const double* min_p,
+                      const double* uniform, int64_t* drawn, int64_t threads) {
+#pragma omp parallel num_threads(std::min(threads, B))
+  {
+    Floats z(V + 15);
+    std::vector<double, Lines<double>> e(V + 15);
+#pragma omp for
+    for (int64_t b = 0; b < B; b++) {
+      if (temperature[b] == 0) {
+        drawn[b] = std::max_element(logits + b * V, logits + (b + 1) * V) - (logits + b * V);
+        continue;
+      }
+      Draw row(logits + b * V, V, float(temperature[b]), z.data(), e.data());
+      if (top_k[b] > 0 && top_k[b] < V) row.top_k(top_k[b]);
+      if (top_p[b] < 1) row.top_p(float(1 - top_p[b]));
+      if (min_p[b] > 0) row.drop_below(row.top + float(std::log(min_p[b])));
+      drawn[b] = row.pick(uniform[b]);
+    }
+  }
+}
 
 // x_RD: embedded tokens in, states behind the last norm out. Each row's token goes to place
 // lengths[row] of its slot.
@@ -529,16 +811,17 @@ void earlyfusion_step(const Model* model, int64_t R, float* x_RD, const int64_t*
   const int64_t D = m.D, qkv_width = (m.N + 2 * m.K) * m.H;
   int64_t longest = 0;
   for (int64_t row = 0; row < R; row++) longest = std::max(longest, lengths[row] + 1);
-  Buffers attended_buffer(R, m.N * m.H), inner_buffer(R, m.F);
+  const bool half = rounds(m.layer[0].q);
+  Buffers attended_buffer(R, m.N * m.H, half), inner_buffer(R, m.F, half);
   const Input attended = attended_buffer.input(), inner = inner_buffer.input();
-  std::vector<float> qkv(R * qkv_width), gates(R * m.F), ups(R * m.F), y(R * D);
+  Floats qkv(R * qkv_width), gates(R * m.F), ups(R * m.F), y(R * D);
   Meeting meeting;
 #pragma omp parallel num_threads(threads)
   {
-    Buffers own(R, D);
+    Buffers own(R, D, half);
     const Input in = own.input();
-    std::vector<float> x(x_RD, x_RD + R * D), norm_scratch(D);
-    std::vector<float> scratch((m.N / m.K + 2) * m.H + padded(longest));
+    Floats x(x_RD, x_RD + R * D), norm_scratch(D);
+    Floats scratch((m.N / m.K + 2) * m.H + padded(longest));
     for (int64_t i = 0; i < m.layers; i++) {
       const Layer& l = m.layer[i];
       const float* before_1 = m.norm_after ? nullptr : l.norm_1;
@@ -557,8 +840,10 @@ void earlyfusion_step(const Model* model, int64_t R, float* x_RD, const int64_t*
         const float* given = qkv.data() + row * qkv_width;
         if (m.cache_kind == FP32)
           step.heads<float>(i, row, head, given, scratch.data(), attended);
-        else
+        else if (m.cache_kind == BF16)
           step.heads<uint16_t>(i, row, head, given, scratch.data(), attended);
+        else
+          step.heads<int8_t>(i, row, head, given, scratch.data(), attended);
       }
       meeting.wait();
       multiply(l.o, attended, R, y.data(), D);
@@ -583,7 +868,7 @@ void earlyfusion_step(const Model* model, int64_t R, float* x_RD, const int64_t*
 // y[R, rows] = x[R, columns] . matrix
 void earlyfusion_multiply(const Matrix* matrix, int64_t R, const float* x, int64_t columns,
                           float* y, int64_t threads) {
-  Buffers own(R, columns);
+  Buffers own(R, columns, rounds(*matrix));
   const Input in = own.input();
   normed(x, nullptr, R, columns, 0, in);
 #pragma omp parallel num_threads(threads)

@@ -11,12 +11,6 @@ heads, P places of a slot, H head width.
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -25,15 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from earlyfusion.generation.sampler import Warp
+from earlyfusion.model import native
 from earlyfusion.model.packed import BITS, PackedLinear, PackedMatrix, pack, packed_weight
 from earlyfusion.model.transformer import Block, Transformer, rotary_tables
 
 MOST_ROWS = 16
 """Rows of a step up to which the compiled step beats a matrix product."""
 
-_SOURCE = Path(__file__).with_name("cpu_step.cpp")
-_FLAGS = ("-O3", "-march=native", "-fopenmp", "-std=c++17", "-shared", "-fPIC", "-w")
-_CACHE_KINDS = {torch.float32: 0, torch.bfloat16: 1}
+_CACHE_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 
 def available() -> bool:
@@ -45,20 +39,28 @@ class CpuStep:
     """The transformer's layers as one call; takes one new token a row.
 
     Reads the model's own weights where they are in `bits` already, else a packed copy. The cache is
-    the caller's: keys and values of a layer as [2, S, K, P, H] in fp32 or bf16. Raises ValueError
-    for what `fits` refuses.
+    the caller's: keys and values of a layer as [2, S, K, P, H] in fp32, bf16 or int8, and for int8
+    the `scales` of a layer as [2, S, K, P] in fp32. Raises ValueError for what `fits` refuses.
     """
 
-    def __init__(self, transformer: Transformer, cache: Sequence[Tensor], bits: int) -> None:
-        if not fits(transformer, cache):
-            raise ValueError("the compiled step takes no biases, and caches in fp32 or bf16 only")
+    def __init__(
+        self,
+        transformer: Transformer,
+        cache: Sequence[Tensor],
+        bits: int,
+        scales: Sequence[Tensor] = (),
+    ) -> None:
+        if not fits(transformer, cache) or (cache[0].dtype == torch.int8) != bool(scales):
+            raise ValueError("the compiled step takes no biases, and no cache in this dtype")
         library = _library()
         if library is None:
             raise ValueError("the compiled step needs a C++ compiler: install g++")
         self._library = library
         self._embedding = transformer.model.embed_tokens.weight
-        self._kept: list[Any] = [*cache]
+        self._kept: list[Any] = [*cache, *scales]
         self._model = self._describe(transformer, cache, bits)
+        for here, scales_2SKP in zip(self._layers, scales, strict=bool(scales)):
+            here.k_scales, here.v_scales = (scale.data_ptr() for scale in scales_2SKP)
         self.bits = bits
 
     def states(self, tokens_R: Tensor, slots_R: Tensor, lengths_R: Tensor) -> Tensor:
@@ -93,9 +95,22 @@ class CpuStep:
 
         return product
 
+    def draw(self, logits_BV: Tensor, settings: Warp, uniform_B: Tensor) -> Tensor:
+        """`pick` of what `warp` leaves of the logits, which are fp32: a column for each row.
+
+        Where the temperature is 0, the largest.
+        """
+        logits_BV = logits_BV.contiguous()
+        drawn_B = torch.empty(len(logits_BV), dtype=torch.int64)
+        shape = (settings.temperature_B, settings.top_k_B, settings.top_p_B, settings.min_p_B)
+        pointers = (tensor.data_ptr() for tensor in (*shape, uniform_B, drawn_B))
+        size, threads = logits_BV.shape, torch.get_num_threads()
+        self._library.earlyfusion_draw(logits_BV.data_ptr(), *size, *pointers, threads)
+        return drawn_B
+
     def _describe(self, transformer: Transformer, cache: Sequence[Tensor], bits: int) -> _Model:
         config, places = transformer.config, cache[0].shape[3]
-        layers = (_Layer * config.num_hidden_layers)()
+        layers = self._layers = (_Layer * config.num_hidden_layers)()
         for here, block, kv_2SKPH in zip(layers, transformer.model.layers, cache, strict=True):
             assert isinstance(block, Block) and kv_2SKPH.is_contiguous()
             here.k, here.v = kv_2SKPH[0].data_ptr(), kv_2SKPH[1].data_ptr()
@@ -115,7 +130,6 @@ class CpuStep:
         half = config.head_dim // 2
         rotary = rotary_tables(config, positions)
         cos, sin = rotary.cos[0, :, 0, :half], rotary.sin[0, :, 0, half:]
-        self._kept.append(layers)
         return _Model(
             config.num_hidden_layers,
             config.hidden_size,
@@ -184,7 +198,7 @@ class _Layer(ctypes.Structure):
         *((f"{name}_proj", _Matrix) for name in ("q", "k", "v", "o", "gate", "up", "down")),
         *((name, ctypes.c_void_p) for name in ("norm_1", "norm_2")),
         *((name, ctypes.c_void_p) for name in ("q_weight", "q_bias", "k_weight", "k_bias")),
-        *((name, ctypes.c_void_p) for name in ("k", "v")),
+        *((name, ctypes.c_void_p) for name in ("k", "v", "k_scales", "v_scales")),
     )
 
 
@@ -205,16 +219,10 @@ def _matrix(packed: PackedMatrix) -> _Matrix:
     return _Matrix(packed.data.data_ptr(), scales, len(packed.data), stride, kind)
 
 
-# ---- building
-
-
 @cache
 def _library() -> ctypes.CDLL | None:
-    if os.environ.get("EARLYFUSION_NATIVE") == "0":
-        return None
-    try:
-        library = ctypes.CDLL(str(_built()))
-    except (OSError, subprocess.SubprocessError):
+    library = native.load(Path(__file__).with_name("cpu_step.cpp"))
+    if library is None:
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     library.earlyfusion_step.argtypes = [
@@ -223,32 +231,6 @@ def _library() -> ctypes.CDLL | None:
     library.earlyfusion_step.restype = None
     library.earlyfusion_multiply.argtypes = [pointer, number, pointer, number, pointer, number]
     library.earlyfusion_multiply.restype = None
+    library.earlyfusion_draw.argtypes = [pointer, number, number, *[pointer] * 6, number]
+    library.earlyfusion_draw.restype = None
     return library
-
-
-def _built() -> Path:
-    """The compiled library: one for each source, compiler and processor."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        raise OSError("no C++ compiler")
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60)
-    parts = (_SOURCE.read_bytes(), version.stdout, _processor(), " ".join(_FLAGS).encode())
-    name = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "earlyfusion"
-    target = folder / f"cpu_step-{name}.so"
-    if not target.exists():
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(dir=folder) as work:
-            made = Path(work) / target.name
-            command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(made)]
-            subprocess.run(command, capture_output=True, check=True, timeout=300)
-            made.rename(target)
-    return target
-
-
-def _processor() -> bytes:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next((line for line in lines if line.startswith("flags")), "").encode()
-    except OSError:
-        return platform.processor().encode()

@@ -8,15 +8,17 @@ one engine: whoever waits for an event makes the next step, for all.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from threading import Condition
 from types import TracebackType
 
 from earlyfusion.engine.cache import Cache
+from earlyfusion.engine.cache import cache_dtype as dtype_of
 from earlyfusion.engine.network import fingerprint
 from earlyfusion.engine.request import Handle, most_branches
 from earlyfusion.engine.runner import ModelRunner
 from earlyfusion.engine.scheduler import Entry, Scheduler
+from earlyfusion.engine.tensor_parallel import LeadingRunner, peers_of
 from earlyfusion.errors import ContextError, SettingError
 from earlyfusion.generation.grammar import Grammar
 from earlyfusion.generation.reference import Event, Request
@@ -33,8 +35,9 @@ class Engine:
 
     The cache takes `cache_bytes`, cut into slots of `slot_tokens` tokens (the model's context if
     not set). Without a figure it is 512 MB, but at least the 3 slots of one guided image and at
-    most 64 slots. A step reads at most `chunk` tokens of prompts beside the rows that draw. Raises
-    `SettingError`.
+    most 64 slots. A step reads at most `chunk` tokens of prompts beside the rows that draw.
+    `cache_dtype` keeps keys and values in "fp32", "bf16" or "int8", instead of the model's dtype.
+    Raises `SettingError`.
     """
 
     def __init__(
@@ -44,10 +47,12 @@ class Engine:
         cache_bytes: int | None = None,
         slot_tokens: int | None = None,
         chunk: int = CHUNK,
+        cache_dtype: str | None = None,
     ) -> None:
         self.slot_tokens = slot_tokens or transformer.config.max_position_embeddings
+        self._kept = cache_dtype
         self.slot_bytes = self.slot_tokens * Cache.token_bytes(
-            transformer.config, transformer.lm_head.weight.dtype
+            transformer.config, dtype_of(cache_dtype, transformer.lm_head.weight.dtype)
         )
         self.slots = _slots(cache_bytes, self.slot_bytes, self.slot_tokens)
         self.transformer, self.processor = transformer, processor
@@ -105,7 +110,7 @@ class Engine:
         return self._scheduler.preemptions
 
     def step(self) -> None:
-        """Schedule, run, deliver: one more token for every request that has read its prompt."""
+        """Schedule, run, deliver: a token or more for every request that has read its prompt."""
         with self._turn:
             self._step()
 
@@ -114,19 +119,19 @@ class Engine:
         plan = self._scheduler.schedule()
         handles = [self._handles[entry] for entry in plan.ready]
         try:
-            tokens = self._runner.run(plan, [handle.ask() for handle in handles])
+            drawn = self._runner.run(plan, [handle.ask() for handle in handles])
         except BaseException as error:
             self._fail(error)
             raise
-        for handle, token in zip(handles, tokens, strict=True):
-            self._deliver(handle, token)
+        for handle, tokens in zip(handles, drawn, strict=True):
+            self._deliver(handle, tokens)
 
-    def _deliver(self, handle: Handle, token: int) -> None:
-        self._scheduler.release(handle.take(token))
+    def _deliver(self, handle: Handle, tokens: Sequence[int]) -> None:
+        self._scheduler.release(handle.take(tokens))
         if handle.finished:
             self._end(handle)
-        elif handle.seen_V is not None and token in self._runner.text_head.column_of:
-            handle.seen_V[self._runner.text_head.column_of[token]] = True
+        elif handle.seen_V is not None and tokens[0] in self._runner.text_head.column_of:
+            handle.seen_V[self._runner.text_head.column_of[tokens[0]]] = True
 
     def _mark_seen(self, handle: Handle) -> None:
         if handle.request.sampling.repetition_penalty != 1:
@@ -165,9 +170,9 @@ class Engine:
         """Read the transformer, at first and when somebody has trained, moved or replaced it."""
         self._grammars: dict[tuple[int, ...], Grammar] = {}
         self._scheduler.slots.forget()
-        self._runner = ModelRunner(
-            self.transformer, self._grammar(()), self.slots, self.slot_tokens
-        )
+        runner = ModelRunner if peers_of(self.transformer) is None else LeadingRunner
+        shape = self.slots, self.slot_tokens, self._kept
+        self._runner = runner(self.transformer, self._grammar(()), *shape)
         self._weights = fingerprint([self.transformer])
 
     def _grammar(self, stops: tuple[int, ...]) -> Grammar:

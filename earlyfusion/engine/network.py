@@ -88,7 +88,7 @@ class Network:
         self, tokens_T: Tensor, positions_T: Tensor, attentions: Sequence[Attention]
     ) -> Tensor:
         """Hidden states [T, D] before the final norm."""
-        x_TD = F.embedding(tokens_T, self._embedding.weight)
+        x_TD = self._embedding(tokens_T)
         cos_T1H, sin_T1H = self._cos_P1H[positions_T], self._sin_P1H[positions_T]
         for layer, attend in zip(self._layers, attentions, strict=True):
             y_TD = x_TD if self._norm_after else layer.attention_norm(x_TD)

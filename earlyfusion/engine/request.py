@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from earlyfusion.engine.runner import Ask
 from earlyfusion.engine.scheduler import Branch, Entry
 from earlyfusion.generation import guidance
 from earlyfusion.generation.grammar import Grammar, Walk
+from earlyfusion.generation.jacobi import Window
 from earlyfusion.generation.reference import Event, Finished, Narrator, Request
 from earlyfusion.generation.sampler import generator
 from earlyfusion.processor import Processor
@@ -44,6 +45,7 @@ class Handle:
         self._narrator = Narrator(processor, request)
         self._uniforms = _uniforms(request)
         self._weights = weights(request)
+        self._window: Window | None = None
         self._branches: dict[guidance.Branch, Branch] = {"full": Branch(list(request.ids))}
         self.entry = Entry(list(self._branches.values()), priority)
         self._wait, self._leave = wait, leave
@@ -77,14 +79,38 @@ class Handle:
             self.request.sampling,
             next(self._uniforms),
             self.seen_V,
+            self._window_here(),
         )
 
-    def take(self, token: int) -> list[Branch]:
-        """Read a drawn token, and those that must follow it; the branches that end with it."""
+    def take(self, tokens: Sequence[int]) -> list[Branch]:
+        """Read what was drawn, and the tokens that must follow; the branches that end with it."""
         before = self.entry.branches
-        self._accept(token)
+        if self._window is not None:
+            tokens = self._settled(self._window, tokens)
+        for token in tokens:
+            self._accept(token)
         self._forced()
+        if not self._walk.in_image:
+            self._window = None
         return [branch for branch in before if branch not in self.entry.branches]
+
+    def _window_here(self) -> Window | None:
+        size, seed = self.request.sampling.jacobi, self.request.sampling.seed
+        if not size or not self._walk.codes_left:
+            return None
+        if self._window is None:
+            self._window = Window(size, seed or 0, len(self.tokens))
+        return self._window
+
+    def _settled(self, window: Window, tokens: Sequence[int]) -> list[int]:
+        """The final ones of these. All but the last are in the slots already: they were drafts."""
+        final = window.settle(tokens, self._walk.codes_left)
+        self.entry.drafts = window.drafts
+        for branch in self.entry.branches:
+            branch.read += len(final) - 1
+        for _ in final[1:]:
+            next(self._uniforms)
+        return final
 
     def _forced(self) -> None:
         """Where only one token may come its logits do not matter; its uniform number is spent."""
@@ -116,6 +142,7 @@ class Handle:
     def _open_branches(self) -> None:
         history = self._branches["full"].tokens
         has_images = guidance.has_images(history, self._vocabulary)
+        self._window = None
         self._keep("full")
         for name in guidance.needed(*self._weights, has_images)[1:]:
             prompt = guidance.prompt(name, history, self._vocabulary, self._layout)

@@ -1,9 +1,9 @@
 """One step on the device: the plan's tokens through the network, then a token for each asker.
 
 The cache is slots of one length in one piece, a layer after the other. Rows that read one token
-look back together, neighbours at a time, as far as the longest of them; a piece of a prompt looks
-back alone. On a CPU nothing is gathered out of the cache, and next to nothing is read that is not
-live. The host waits for the device once a step, for the tokens.
+look back together, neighbours at a time, as far as the longest of them; a piece of a prompt or a
+window of drafts looks back alone. On a CPU nothing is gathered out of the cache, and next to
+nothing is read that is not live. The host waits for the device once a step, for the tokens.
 
 Shapes: L layers, S slots, P places of a slot, T tokens of the step, B rows of one token each, N
 query heads, K key and value heads, G = N / K, H head width, D model width, R rows of a head's
@@ -14,22 +14,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import NamedTuple
+from functools import cached_property, partial
+from itertools import chain, islice
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from earlyfusion.engine.cache import Cache
+from earlyfusion.engine.cache import Cache, Kept, cache_dtype
 from earlyfusion.engine.cpu_step import MOST_ROWS, CpuStep, available, fits, own_bits
 from earlyfusion.engine.network import Network, Product
 from earlyfusion.engine.scheduler import Branch, Piece, Plan
-from earlyfusion.generation import guidance
+from earlyfusion.generation import guidance, jacobi
 from earlyfusion.generation.grammar import Grammar
+from earlyfusion.generation.jacobi import Window
 from earlyfusion.generation.sampler import Warp, penalise, pick, warp
 from earlyfusion.generation.settings import SamplingParams
 from earlyfusion.model.transformer import Transformer
+
+Kind: TypeAlias = tuple[bool, bool, bool]
+"""What is drawn together: codes or text, greedy or not, in windows or not."""
 
 # Keys and values read in vain, in bytes a layer, that cost as much as one more call of attention.
 _PADDING = 200_000
@@ -53,11 +58,21 @@ class Ask:
     sampling: SamplingParams
     uniform: float
     seen_V: Tensor | None
+    window: Window | None = None
+
+    @property
+    def places(self) -> int:
+        """How many tokens are drawn: one, or one at each place of a window of codes."""
+        return 1 if self.window is None else self.window.places
 
     @property
     def greedy(self) -> bool:
         s = self.sampling
         return (s.image_temperature if self.in_image else s.temperature) == 0
+
+    @property
+    def kind(self) -> Kind:
+        return self.in_image, self.greedy, self.window is not None
 
     @property
     def shaped(self) -> bool:
@@ -86,13 +101,21 @@ class Head:
 class ModelRunner:
     """Owns weights, cache and heads; `run` is the whole of a step."""
 
-    def __init__(self, transformer: Transformer, grammar: Grammar, slots: int, length: int) -> None:
+    def __init__(
+        self,
+        transformer: Transformer,
+        grammar: Grammar,
+        slots: int,
+        length: int,
+        kept: str | None = None,
+    ) -> None:
         weight = transformer.lm_head.weight
+        dtype = cache_dtype(kept, weight.dtype)
         self.device = weight.device
         self._transformer = transformer
-        self._cache = Cache(transformer.config, slots, length, weight.dtype, weight.device)
+        self._cache = Cache(transformer.config, slots, length, dtype, weight.device)
         self._text_ids = grammar.text_ids
-        self._warps: dict[tuple[bool, bool], tuple[Sequence[SamplingParams], Warp]] = {}
+        self._warps: dict[Kind, tuple[Sequence[SamplingParams], Warp]] = {}
         # No inference mode here: parameters may become parts of tensors that are made now.
         with torch.inference_mode(False), torch.no_grad():
             self._network = Network(transformer, length)
@@ -118,20 +141,27 @@ class ModelRunner:
         return seen_V
 
     @torch.inference_mode()
-    def run(self, plan: Plan, asks: Sequence[Ask]) -> list[int]:
-        """Read what the plan names; the next token of each ask."""
+    def run(self, plan: Plan, asks: Sequence[Ask]) -> list[list[int]]:
+        """Read what the plan names; the tokens of each ask, one for each of its places."""
         for copied in plan.copies:
             self._cache.copy(copied)
         if not plan.pieces:
             return []
         step = _Step(plan.pieces, self._cache)
-        if self._compiled is not None and step.single and len(step.tokens_T) <= MOST_ROWS:
+        if self._compiled is not None and self._compiles(step):
             x_TD = self._compiled.states(step.tokens_T, step.slots_T, step.positions_T)
         else:
             x_TD = self._network.forward(step.tokens_T, step.positions_T, step.attentions())
-            x_TD = x_TD if step.single else x_TD[list(step.last_of.values())]
+            x_TD = x_TD if step.single else x_TD[step.drawing]
             x_TD = self._network.final(x_TD)
         return self._draw(x_TD, step, asks) if asks else []
+
+    def _compiles(self, step: _Step) -> bool:
+        if not step.single or len(step.tokens_T) > MOST_ROWS:
+            return False
+        # A thread stores the keys of its heads row by row, so that a window's later rows find those
+        # of the earlier ones; it has the same heads in all rows only where the heads divide so.
+        return not step.windows or self._cache.heads % torch.get_num_threads() == 0
 
     def _product(self, weight_VD: Tensor) -> Product:
         """A product of few rows by the compiled step, of many by the network."""
@@ -141,49 +171,65 @@ class ModelRunner:
         few = self._compiled.product(weight_VD)
         return lambda x: few(x) if len(x) <= MOST_ROWS else many(x.to(weight_VD.dtype))
 
-    def _draw(self, x_TD: Tensor, step: _Step, asks: Sequence[Ask]) -> list[int]:
-        groups: dict[tuple[bool, bool], list[int]] = {}
+    def _draw(self, x_TD: Tensor, step: _Step, asks: Sequence[Ask]) -> list[list[int]]:
+        groups: dict[Kind, list[int]] = {}
         for number, ask in enumerate(asks):
-            groups.setdefault((ask.in_image, ask.greedy), []).append(number)
+            groups.setdefault(self._together(ask), []).append(number)
         order = [number for numbers in groups.values() for number in numbers]
         drawn = [
             self._draw_alike(x_TD, step, [asks[number] for number in numbers])
             for numbers in groups.values()
         ]
-        tokens = (drawn[0] if len(drawn) == 1 else torch.cat(drawn)).tolist()
-        by_number = dict(zip(order, tokens, strict=True))
+        tokens = iter((drawn[0] if len(drawn) == 1 else torch.cat(drawn)).tolist())
+        by_number = {number: list(islice(tokens, asks[number].places)) for number in order}
         return [by_number[number] for number in range(len(asks))]
 
+    def _together(self, ask: Ask) -> Kind:
+        # The compiled draw takes greedy rows beside others, so that a head is read once.
+        mixes = self._compiled is not None and ask.window is None
+        return (ask.in_image, False, False) if mixes else ask.kind
+
     def _draw_alike(self, x_TD: Tensor, step: _Step, asks: list[Ask]) -> Tensor:
-        """Tokens of asks for one kind of token, all greedy or all drawn."""
+        """Tokens of asks of one kind, those of an ask next to each other."""
         head = self._image_head if asks[0].in_image else self.text_head
         logits_BV = self._mixed(x_TD, step, asks, head)
         if not asks[0].in_image:
             logits_BV = self._masked(logits_BV, asks)
-        if asks[0].greedy:
+        if all(ask.greedy for ask in asks):
             return head.ids_V[logits_BV.argmax(-1)]
+        windows = [ask.window for ask in asks if ask.window is not None]
         settings = self._warp(asks)
+        if windows:
+            settings = settings.of_rows(self._rows(asks))
+        uniform_B = torch.tensor([ask.uniform for ask in asks], dtype=torch.float64)
+        if self._compiled is not None and not windows:
+            return head.ids_V[self._compiled.draw(logits_BV, settings, uniform_B)]
         if any(ask.shaped for ask in asks):
             logits_BV = warp(logits_BV, settings)
         else:
             logits_BV = logits_BV / settings.temperature_B.to(logits_BV.dtype)[:, None]
-        uniform_B = torch.tensor([ask.uniform for ask in asks], dtype=torch.float64)
+        if windows:
+            columns = [[head.column_of[token] for token in window.drafts] for window in windows]
+            return head.ids_V[jacobi.draw(windows, columns, logits_BV)]
         return head.ids_V[pick(logits_BV, uniform_B.to(self.device))]
 
     def _mixed(self, x_TD: Tensor, step: _Step, asks: list[Ask], head: Head) -> Tensor:
-        """Guided logits in fp32."""
-        row_of: dict[Branch, int] = {}
-        for ask in asks:
-            for branch in ask.branches:
-                row_of.setdefault(branch, len(row_of))
-        rows = [step.row_of[branch] for branch in row_of]
+        """Guided logits in fp32, for each ask as many rows as it has places."""
+        mixes = [
+            tuple(step.row_of[branch] + place for branch in ask.branches)
+            for ask in asks
+            for place in range(ask.places)
+        ]
+        rows = list(dict.fromkeys(chain.from_iterable(mixes)))
         x_RD = x_TD if rows == list(range(len(x_TD))) else x_TD[rows]
         logits_RV = head.logits(x_RD).float()
-        if len(row_of) == len(asks):
+        if len(rows) == len(mixes):
             return logits_RV
-        parts = ([row_of[ask.branches[i]] for ask in asks] for i in range(3))
+        row_of = {row: number for number, row in enumerate(rows)}
+        parts = ([row_of[mix[i]] for mix in mixes] for i in range(3))
         full, image_only, unconditional = (logits_RV[part] for part in parts)
-        weights_2B1 = torch.tensor([*zip(*(ask.weights for ask in asks), strict=True)])
+        weights = [ask.weights for ask in asks for _ in range(ask.places)]
+        weights_2B1 = torch.tensor([*zip(*weights, strict=True)])
         text, image = weights_2B1.to(self.device)[..., None]
         return guidance.combine(full, image_only, unconditional, text, image)
 
@@ -211,12 +257,17 @@ class ModelRunner:
 
     def _warp(self, asks: list[Ask]) -> Warp:
         """The settings of these rows, made anew only when the rows are others."""
-        kind, rows = (asks[0].in_image, asks[0].greedy), [ask.sampling for ask in asks]
+        kind, rows = asks[0].kind, [ask.sampling for ask in asks]
         known, settings = self._warps.get(kind, ((), None))
         if settings is None or known != rows:
             settings = (Warp.image if asks[0].in_image else Warp.text)(rows, self.device)
             self._warps[kind] = (rows, settings)
         return settings
+
+    def _rows(self, asks: list[Ask]) -> Tensor:
+        """The number of the ask that each place belongs to."""
+        rows = [number for number, ask in enumerate(asks) for _ in range(ask.places)]
+        return torch.tensor(rows).to(self.device)
 
     def _load_text_head(self) -> None:
         weight_VD = self._transformer.lm_head.weight
@@ -229,7 +280,7 @@ def _compiled(transformer: Transformer, cache: Cache) -> CpuStep | None:
     bits = own_bits(transformer)
     if bits is None or not fits(transformer, cache.layers) or not available():
         return None
-    return CpuStep(transformer, cache.layers, bits)
+    return CpuStep(transformer, cache.layers, bits, cache.scales)
 
 
 class _Group(NamedTuple):
@@ -252,40 +303,59 @@ class _Segment(NamedTuple):
 
 
 class _Step:
-    """Where each token of a step stands, where its keys go, and what it sees."""
+    """Where each token of a step stands, where its keys go, and what it sees.
+
+    `drawing` are the rows that something may be drawn from: the last token of each piece and its
+    drafts. `row_of` tells where among them those of a branch begin.
+    """
 
     def __init__(self, pieces: Sequence[Piece], cache: Cache) -> None:
         self._cache, device = cache, cache.device
-        singles = sorted((p for p in pieces if p.size == 1), key=_slot)
-        longer = [p for p in pieces if p.size > 1]
+        singles = sorted((p for p in pieces if p.size == 1 and not p.drafts), key=_slot)
+        longer = [p for p in pieces if p.size > 1 or p.drafts]
         tokens: list[int] = []
         places: list[int] = []
         slots: list[int] = []
         self.last_of: dict[Branch, int] = {}
+        self.row_of: dict[Branch, int] = {}
+        self.drawing: list[int] = []
         for piece in (*singles, *longer):
+            size = piece.size + len(piece.drafts)
+            last = len(tokens) + piece.size - 1
             tokens += piece.tokens
-            places += range(piece.start, piece.end)
-            slots += [_slot(piece)] * piece.size
-            self.last_of[piece.branch] = len(tokens) - 1
-        self.row_of = {branch: row for row, branch in enumerate(self.last_of)}
-        self.single = not longer
+            places += range(piece.start, piece.start + size)
+            slots += [_slot(piece)] * size
+            self.last_of[piece.branch], self.row_of[piece.branch] = last, len(self.drawing)
+            self.drawing += range(last, len(tokens))
+        self.windows = any(piece.drafts for piece in longer)
+        self.single = len(self.drawing) == len(tokens)
         indices_3T = torch.tensor([tokens, places, slots]).to(device)
         self.tokens_T, self.positions_T, self.slots_T = indices_3T
-        heads_K = torch.arange(cache.heads, device=device)
-        rows_TK = self.slots_T[:, None] * cache.heads + heads_K
-        self._store_TK = (rows_TK * cache.length + self.positions_T[:, None]).flatten()
-        self._groups = list(self._grouped(singles))
-        self._segments = list(self._segmented(longer, len(singles)))
+        self._singles, self._longer = singles, longer
+
+    # The compiled step needs none of these three.
+
+    @cached_property
+    def _store_TK(self) -> Tensor:
+        heads_K = torch.arange(self._cache.heads, device=self._cache.device)
+        rows_TK = self.slots_T[:, None] * self._cache.heads + heads_K
+        return (rows_TK * self._cache.length + self.positions_T[:, None]).flatten()
+
+    @cached_property
+    def _groups(self) -> list[_Group]:
+        return list(self._grouped(self._singles))
+
+    @cached_property
+    def _segments(self) -> list[_Segment]:
+        return list(self._segmented(self._longer, len(self._singles)))
 
     def attentions(self) -> list[partial[Tensor]]:
-        return [partial(self._attend, kv_2SKPH) for kv_2SKPH in self._cache.layers]
+        return [partial(self._attend, kept) for kept in self._cache.kept]
 
-    def _attend(self, kv_2SKPH: Tensor, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
-        width = q_TNH.shape[-1]
-        for kept, new in zip(kv_2SKPH.view(2, -1, width), (k_TKH, v_TKH), strict=True):
-            kept[self._store_TK] = new.reshape(-1, width)
-        out = [_look_back(kv_2SKPH, q_TNH[group.rows], group) for group in self._groups]
-        out += [_read_on(kv_2SKPH, q_TNH[segment.rows], segment) for segment in self._segments]
+    def _attend(self, kept: Kept, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
+        kept.store(self._store_TK, k_TKH, v_TKH)
+        out = [_look_back(kept, q_TNH[group.rows], group) for group in self._groups]
+        out += [_read_on(kept, q_TNH[segment.rows], segment) for segment in self._segments]
         return out[0] if len(out) == 1 else torch.cat(out)
 
     def _grouped(self, singles: Sequence[Piece]) -> Iterator[_Group]:
@@ -318,13 +388,13 @@ class _Step:
 
     def _segmented(self, longer: Sequence[Piece], row: int) -> Iterator[_Segment]:
         for piece in longer:
-            mask = None
+            mask, end = None, piece.end + len(piece.drafts)
             if piece.start:
-                places_T = torch.arange(piece.end, device=self._cache.device)
+                places_T = torch.arange(end, device=self._cache.device)
                 mask = places_T <= places_T[piece.start :, None]
-            rows = slice(row, row + piece.size)
-            yield _Segment(rows, _slot(piece), piece.end, not piece.start, mask)
-            row += piece.size
+            rows = slice(row, row + end - piece.start)
+            yield _Segment(rows, _slot(piece), end, not piece.start, mask)
+            row += end - piece.start
 
     def _padding(self, ends: Sequence[int]) -> Tensor | None:
         """What is added to the scores of rows that are shorter than the longest."""
@@ -332,23 +402,25 @@ class _Step:
         if min(ends) == end:
             return None
         beyond = torch.arange(end, device=self._cache.device) >= self._tensor(ends)[:, None]
-        zeros = torch.zeros(beyond.shape, dtype=self._cache.layers[0].dtype, device=beyond.device)
-        return zeros.masked_fill_(beyond, -torch.inf)[:, None, None]
+        return torch.zeros_like(beyond, dtype=torch.float32).masked_fill_(beyond, -torch.inf)[
+            :, None, None
+        ]
 
     def _tensor(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values).to(self._cache.device)
 
 
-def _look_back(kv_2SKPH: Tensor, q_BNH: Tensor, group: _Group) -> Tensor:
-    k_BKPH, v_BKPH = kv_2SKPH[:, group.slots, :, : group.end]
+def _look_back(kept: Kept, q_BNH: Tensor, group: _Group) -> Tensor:
+    k_BKPH, v_BKPH = kept.read(group.slots, group.end, q_BNH.dtype)
+    mask = None if group.mask is None else group.mask.to(q_BNH.dtype)
     # One token sees all that its mask leaves, so the queries that share a key stand as its rows.
     q_BKGH = q_BNH.unflatten(1, (k_BKPH.shape[1], -1))
-    out_BKGH = F.scaled_dot_product_attention(q_BKGH, k_BKPH, v_BKPH, attn_mask=group.mask)
+    out_BKGH = F.scaled_dot_product_attention(q_BKGH, k_BKPH, v_BKPH, attn_mask=mask)
     return out_BKGH.reshape(q_BNH.shape)
 
 
-def _read_on(kv_2SKPH: Tensor, q_TNH: Tensor, segment: _Segment) -> Tensor:
-    k_KPH, v_KPH = kv_2SKPH[:, segment.slot, :, : segment.end]
+def _read_on(kept: Kept, q_TNH: Tensor, segment: _Segment) -> Tensor:
+    k_KPH, v_KPH = kept.read(segment.slot, segment.end, q_TNH.dtype)
     out_1NTH = F.scaled_dot_product_attention(
         q_TNH.transpose(0, 1)[None],
         k_KPH[None],

@@ -8,7 +8,7 @@ arrival. Nothing here knows a tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import NamedTuple
@@ -31,10 +31,14 @@ class Branch:
 
 @dataclass(eq=False)
 class Entry:
-    """A request as the scheduler sees it; the smaller `priority` goes first."""
+    """A request as the scheduler sees it; the smaller `priority` goes first.
+
+    `drafts` are read behind the last token of each branch, but never count as read.
+    """
 
     branches: list[Branch]
     priority: int = 0
+    drafts: Sequence[int] = ()
     number: int = field(default_factory=count().__next__)
 
     @property
@@ -55,11 +59,12 @@ class Copy(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """`size` tokens of a branch, from `start` on, to be read in this step."""
+    """`size` tokens of a branch from `start` on, and drafts behind them, to be read in a step."""
 
     branch: Branch
     start: int
     size: int
+    drafts: Sequence[int] = ()
 
     @property
     def end(self) -> int:
@@ -67,7 +72,7 @@ class Piece(NamedTuple):
 
     @property
     def tokens(self) -> list[int]:
-        return self.branch.tokens[self.start : self.end]
+        return [*self.branch.tokens[self.start : self.end], *self.drafts]
 
 
 @dataclass
@@ -171,7 +176,7 @@ class Scheduler:
         pending = sum(branch.pending for branch in entry.branches)
         single = pending == len(entry.branches)
         if single or pending <= left:
-            plan.pieces += [_read(branch, branch.pending) for branch in entry.branches]
+            plan.pieces += [_read(b, b.pending, entry.drafts) for b in entry.branches]
             plan.ready.append(entry)
             return 0 if single else pending
         taken = 0
@@ -238,8 +243,8 @@ class Slots:
         return (min if first else max)(empty or oldest)
 
 
-def _read(branch: Branch, number: int) -> Piece:
-    piece = Piece(branch, branch.read, number)
+def _read(branch: Branch, number: int, drafts: Sequence[int] = ()) -> Piece:
+    piece = Piece(branch, branch.read, number, drafts)
     branch.read += number
     return piece
 

@@ -50,6 +50,7 @@ class Grammar:
         self.text_ids = frozenset([*vocabulary.text_tokens.tolist(), *ends, vocabulary.begin_image])
         self.code_ids = vocabulary.image_tokens.tolist()
         self.begin = vocabulary.begin_image
+        self.codes_from = _runs(template)
         self._done = len(template)
         self._stops = torch.tensor(ends).to(device)
         self._classes_KV, self._class_of = classes_KV.to(device), class_of.to(device)
@@ -132,6 +133,11 @@ class Walk:
         return slot == 0 and images > 0 and room >= self._grammar.image_tokens
 
     @property
+    def codes_left(self) -> int:
+        """How many codes of an image come next, before anything else; 0 outside of one."""
+        return self._grammar.codes_from[self.state[SLOT]]
+
+    @property
     def forced(self) -> int | None:
         """The only token that may come, if it is only one."""
         if self.done:
@@ -153,6 +159,14 @@ class Walk:
         if stops or stuck or room == 0:
             slot = self._grammar.image_tokens
         self.state = [slot, images, room, text]
+
+
+def _runs(template: Sequence[int]) -> list[int]:
+    """How many codes stand in a row from each slot on; the last slot is "done"."""
+    runs = [0]
+    for token in reversed(template):
+        runs.append(runs[-1] + 1 if token == CODE else 0)
+    return runs[::-1]
 
 
 def _classes(

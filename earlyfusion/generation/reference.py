@@ -2,8 +2,9 @@
 
 `draw_tokens` gives tokens, `Narrator` turns them into events, `generate` joins the two. The full
 branch keeps its cache through every change of modality; a guided image opens the other branches
-where it begins and drops them where it ends.
-Shapes: B rows (one here), T tokens, V vocabulary.
+where it begins and drops them where it ends. With `jacobi` the codes of an image are drawn several
+at a time (generation/jacobi.py).
+Shapes: B rows (one here), T tokens, W places of a window of codes, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import PIL.Image
 import torch
 from torch import Tensor
 
-from earlyfusion.generation import guidance
-from earlyfusion.generation.grammar import Grammar, Output
-from earlyfusion.generation.sampler import Sampler, generator, uniforms
+from earlyfusion.generation import guidance, jacobi
+from earlyfusion.generation.grammar import SLOT, Grammar, Output
+from earlyfusion.generation.jacobi import Window
+from earlyfusion.generation.sampler import NEVER, Sampler, Warp, generator, uniforms, warp
 from earlyfusion.generation.settings import SamplingParams
 from earlyfusion.model.kv_cache import KVCache
 from earlyfusion.model.transformer import Transformer
@@ -36,7 +39,8 @@ class Request:
     """A prompt's tokens and what to make of them.
 
     `sampling` is resolved and has a seed; at most `images` images and `room` tokens come. `stops`
-    are ids besides eos that end the reply.
+    are ids besides eos that end the reply. `preview_every` adds an `ImagePreview` after so many
+    codes, 0 none.
     """
 
     ids: Sequence[int]
@@ -45,6 +49,7 @@ class Request:
     images: int
     room: int
     stops: tuple[int, ...] = ()
+    preview_every: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,18 @@ class ImageProgress:
 
 
 @dataclass(frozen=True, eq=False)
+class ImagePreview:
+    """An image in the making, where the request asks for it: codes int64 [h, w] in raster order, of
+    which the first `codes_done` are drawn and the others repeat the last one. `pil` is what they
+    look like, the rest in grey, where a `Chameleon` tells the events."""
+
+    index: int
+    codes_done: int
+    codes: npt.NDArray[np.int64]
+    pil: PIL.Image.Image | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class ImageDone:
     """A whole image: codes int64 [h, w]."""
 
@@ -98,7 +115,7 @@ class Finished:
     usage: Usage
 
 
-Event: TypeAlias = TextDelta | ImageStarted | ImageProgress | ImageDone | Finished
+Event: TypeAlias = TextDelta | ImageStarted | ImageProgress | ImagePreview | ImageDone | Finished
 
 
 def generate(transformer: Transformer, processor: Processor, request: Request) -> Iterator[Event]:
@@ -119,9 +136,9 @@ def draw_tokens(
     """The new tokens of one reply, marks and the closing stop token included."""
     run = _Run(transformer, processor, request)
     while not run.done:
-        token = run.draw()
-        yield token
-        run.read(token)
+        tokens = run.draw()
+        yield from tokens
+        run.read(tokens)
 
 
 class Reader:
@@ -134,16 +151,22 @@ class Reader:
         self._cache = KVCache(transformer.config, 1, length, weight.dtype, weight.device)
         self._read = 0
 
-    def read(self, tokens: Sequence[int]) -> Tensor:
-        """Append tokens to the branch; logits [1, V] in fp32 of the one to come."""
-        tokens_BT = torch.tensor([list(tokens)], device=self._device)
+    def read(self, tokens: Sequence[int], drafts: Sequence[int] = ()) -> Tensor:
+        """Append tokens to the branch; logits [1, V] in fp32 of the one to come.
+
+        Drafts are read behind them, and each adds a row of logits, but they are not appended: what
+        is read next takes their places.
+        """
+        tokens_BT = torch.tensor([[*tokens, *drafts]], device=self._device)
         slot_B = torch.zeros(1, dtype=torch.int64, device=self._device)
         length_B = torch.full_like(slot_B, self._read)
-        positions_BT = length_B[:, None] + torch.arange(len(tokens), device=self._device)
+        positions_BT = length_B[:, None] + torch.arange(tokens_BT.shape[1], device=self._device)
         attends = self._cache.attends(slot_B, length_B)
-        logits_BTV: Tensor = self._transformer(tokens_BT, positions_BT, attends, last_only=True)
+        logits_BTV: Tensor = self._transformer(
+            tokens_BT, positions_BT, attends, last_only=not drafts
+        )
         self._read += len(tokens)
-        return logits_BTV[:, -1].float()
+        return logits_BTV[0, -1 - len(drafts) :].float()
 
 
 class _Run:
@@ -159,7 +182,9 @@ class _Run:
         self._state = self._grammar.start([request.output], [request.images], [request.room])
         self._sampler = Sampler([request.sampling], device)
         self._generator = generator(_seed(request.sampling))
+        self._window: Window | None = None
         self._history = list(request.ids)
+        self._drawn_from = len(self._history)
         self._seen_BV = torch.zeros(1, size, dtype=torch.bool, device=device)
         self._seen_BV[:, self._history] = True
         self._readers: dict[guidance.Branch, Reader] = {
@@ -173,27 +198,50 @@ class _Run:
     def done(self) -> bool:
         return bool(self._grammar.done(self._state))
 
-    def draw(self) -> int:
-        text, image = _weights(self._sampling)
-        token_B = self._sampler.draw(
-            guidance.mix(self._logits, text, image),
-            self._grammar.mask(self._state),
-            self._seen_BV,
-            self._grammar.in_image(self._state),
-            uniforms([self._generator]).to(self._seen_BV.device),
-        )
-        self._state = self._grammar.advance(self._state, token_B)
-        return int(token_B)
+    def draw(self) -> list[int]:
+        """The next tokens: one, or those that a window of codes settles."""
+        logits_WV = guidance.mix(self._logits, *_weights(self._sampling))
+        allowed_BV = self._grammar.mask(self._state)
+        # One number a token, however it is drawn: what follows an image finds the same ones.
+        uniform_B = uniforms([self._generator]).to(self._seen_BV.device)
+        if self._sampling.jacobi and self._codes_left:
+            tokens = self._draw_codes(logits_WV.masked_fill(~allowed_BV, NEVER))
+            for _ in tokens[1:]:
+                uniforms([self._generator])
+        else:
+            in_image_B = self._grammar.in_image(self._state)
+            tokens = self._sampler.draw(
+                logits_WV, allowed_BV, self._seen_BV, in_image_B, uniform_B
+            ).tolist()
+        for token in tokens:
+            self._state = self._grammar.advance(self._state, self._state.new_tensor([token]))
+        return tokens
 
-    def read(self, token: int) -> None:
+    @property
+    def _codes_left(self) -> int:
+        return self._grammar.codes_from[int(self._state[0, SLOT])]
+
+    def _draw_codes(self, logits_WV: Tensor) -> list[int]:
+        if self._window is None:
+            place = len(self._history) - self._drawn_from
+            self._window = Window(self._sampling.jacobi or 0, _seed(self._sampling), place)
+        window, left = self._window, self._codes_left
+        if self._sampling.image_temperature == 0:
+            return window.settle(logits_WV.argmax(-1).tolist(), left)
+        settings = Warp.image([self._sampling] * window.places, logits_WV.device)
+        tokens_W = jacobi.draw([window], [window.drafts], warp(logits_WV, settings))
+        return window.settle(tokens_W.tolist(), left)
+
+    def read(self, tokens: Sequence[int]) -> None:
         if self.done:
             return
-        self._history.append(token)
-        self._seen_BV[:, token] = True
-        opens = token == self._vocabulary.begin_image
+        self._history += tokens
+        self._seen_BV[:, tokens] = True
+        opens = tokens[-1] == self._vocabulary.begin_image
         if opens or not self._grammar.in_image(self._state):
-            self._readers = {"full": self._readers["full"]}
-        self._logits = {name: r.read([token]) for name, r in self._readers.items()}
+            self._readers, self._window = {"full": self._readers["full"]}, None
+        drafts = self._window.drafts if self._window else ()
+        self._logits = {name: r.read(tokens, drafts) for name, r in self._readers.items()}
         if opens:
             self._open_branches()
 
@@ -258,10 +306,22 @@ class Narrator:
             codes = self._layout.parse(self._spelled, self._vocabulary)
             self._spelled, self._images = [], self._images + 1
             return [ImageDone(self._images - 1, codes)]
-        done = self._codes_before[len(self._spelled)]
-        if not is_code or done % self._layout.width:
+        done, every = self._codes_before[len(self._spelled)], self._request.preview_every
+        if not is_code:
             return []
-        return [ImageProgress(self._images, done, self._layout.num_codes)]
+        events: list[Event] = []
+        if done % self._layout.width == 0:
+            events.append(ImageProgress(self._images, done, self._layout.num_codes))
+        if every and done % every == 0 and done < self._layout.num_codes:
+            events.append(self._preview(done))
+        return events
+
+    def _preview(self, done: int) -> ImagePreview:
+        pairs = zip(self._spelled, self._slots, strict=False)
+        drawn = [token for token, slot in pairs if slot == CODE]
+        tokens = np.array(drawn + drawn[-1:] * (self._layout.num_codes - done))
+        codes = self._vocabulary.token_to_code(tokens)
+        return ImagePreview(self._images, done, codes.reshape(self._layout.height, -1))
 
 
 class _Text:

@@ -22,6 +22,7 @@ __all__ = [
     "SamplingParams",
     "Warp",
     "generator",
+    "invert",
     "penalise",
     "pick",
     "uniforms",
@@ -61,6 +62,10 @@ class Warp:
     def image(cls, rows: Sequence[SamplingParams], device: torch.device | str = "cpu") -> Warp:
         """The settings for codes of resolved `SamplingParams`."""
         return cls.of([_image(r) for r in rows], device)
+
+    def of_rows(self, rows_R: Tensor) -> Warp:
+        """The settings of these rows, which may come more than once."""
+        return Warp(*(getattr(self, f.name)[rows_R] for f in fields(self)))
 
     def where(self, chosen_B: Tensor, other: Warp) -> Warp:
         """These settings in the chosen rows, the other's elsewhere."""
@@ -110,7 +115,12 @@ def warp(logits_BV: Tensor, settings: Warp) -> Tensor:
 
 def pick(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """Inverse of the cumulative probability, in the order of the ids."""
-    cdf_BV = logits_BV.double().softmax(-1).cumsum(-1)
+    return invert(logits_BV.double().softmax(-1), uniform_B)
+
+
+def invert(weights_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """The column where the cumulative weight, in fp64, passes that share of its total."""
+    cdf_BV = weights_BV.double().cumsum(-1)
     total_B1 = cdf_BV[:, -1:]
     below_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))
     target_B1 = torch.minimum(uniform_B.double()[:, None] * total_B1, below_B1)

@@ -44,6 +44,7 @@ _LIMITS = {
     "guidance_image": _GUIDANCE,
     "max_tokens": _Limit(Integral, 1, 2**31 - 1, "a whole number from 1 up"),
     "max_images": _Limit(Integral, 0, 2**31 - 1, "a whole number from 0 up"),
+    "jacobi": _Limit(Integral, 2, 1024, "0 (off) or a whole number from 2 to 1,024", zero=True),
     "seed": _Limit(Integral, 0, 2**63 - 1, "a whole number from 0 to 2^63 - 1"),
 }
 _MAX_STOPS = 16
@@ -58,8 +59,9 @@ class SamplingParams:
     whole history, prompt included. `top_p`, `top_k`, `min_p` and `repetition_penalty` shape text,
     the `image_` fields codes. `guidance_text` and `guidance_image` are the two weights of Meta's
     three-branch guidance, both 1 for none. `max_tokens` counts every new token, of text and of
-    images. `stop` ends the reply before the first of these strings. Impossible values raise
-    `SettingError`.
+    images. `stop` ends the reply before the first of these strings. `jacobi` is the number of codes
+    of a picture that are read at once (generation/jacobi.py), 0 or None for one by one. Impossible
+    values raise `SettingError`.
     """
 
     temperature: float | None = None
@@ -76,6 +78,7 @@ class SamplingParams:
     max_images: int | None = None
     stop: str | tuple[str, ...] | list[str] | None = None
     seed: int | None = None
+    jacobi: int | None = None
 
     def __post_init__(self) -> None:
         for name, limit in _LIMITS.items():
@@ -105,7 +108,7 @@ class SamplingParams:
         """Fill what is None from a model's `generation_config.json`, and the rest from `meta()`.
 
         `defaults` is that file's dict, or only its "chameleon" part. `max_tokens`, `max_images`,
-        `stop` and `seed` stay None where nobody sets them.
+        `stop`, `seed` and `jacobi` stay None where nobody sets them.
         """
         own = {k: v for k, v in _values(self).items() if v is not None}
         return replace(SamplingParams.meta(), **(_flat(defaults) | own))

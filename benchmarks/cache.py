@@ -1,0 +1,204 @@
+"""Keys and values in fp32, bf16 and int8, and slots beside pages: three tables in Markdown.
+
+    python benchmarks/cache.py --data emoji/data --pictures 40 --rounds 5 --threads 2
+
+The first table takes the embedded model: questions about pictures are answered greedily with each
+cache, and the answer of the fp32 cache is then read through each. KL is that of the next token's
+distribution from the fp32 cache's, in nats, a mean over the answers' tokens; the agreement is the
+share of greedy tokens that stand where they stand with fp32, and of whole answers. Without --data
+pictures are random codes. The second is a step of one row of the compiled step, mini's shape,
+random weights. The third is attention alone, one new token a row in mini's shape: over slots in
+place, and over pages of 16 tokens in random order that are gathered first. All take turns in each
+round; the tables give medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from statistics import mean, median
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from earlyfusion import Chameleon, Image, SamplingParams
+from earlyfusion.config import PRESETS
+from earlyfusion.engine.cache import DTYPES, Cache
+from earlyfusion.engine.cpu_step import CpuStep
+from earlyfusion.engine.engine import Engine
+from earlyfusion.engine.runner import ModelRunner, _Step
+from earlyfusion.engine.scheduler import Branch, Piece, Plan
+from earlyfusion.generation.reference import Request
+from earlyfusion.model.transformer import Transformer
+from earlyfusion.recipes.emoji.dataset import EmojiData
+
+QUESTIONS = ("What is this?", "Describe the picture.", "이것은 무엇인가요?", "What colour is it?")
+CONTEXTS, PAGE = (32, 1057), 16
+Answers = list[list[int]]
+
+
+def requests(model: Chameleon, folder: str | None, number: int) -> list[Request]:
+    rng, data = random.Random(0), EmojiData(folder) if folder else None
+    ids = rng.sample(data.split("val"), number) if data else []
+    asked = []
+    for count in range(number):
+        if data:
+            picture = Image(data.image(ids[count]))
+        else:
+            codes = torch.tensor(rng.choices(range(1024), k=64)).view(1, 8, 8)
+            picture = Image(model.image_tokenizer.decode(codes)[0])
+        question, greedy = QUESTIONS[count % len(QUESTIONS)], SamplingParams(temperature=0)
+        asked.append(model.request([picture, question], "text", greedy, seed=0))
+    return asked
+
+
+def answers(model: Chameleon, asked: Sequence[Request], kept: str) -> Answers:
+    engine = Engine(model.transformer, model.processor, cache_dtype=kept)
+    handles = [engine.add(request) for request in asked]
+    while engine.busy:
+        engine.step()
+    return [handle.tokens for handle in handles]
+
+
+@torch.inference_mode()
+def distributions(runner: ModelRunner, ids: Sequence[int], answer: Sequence[int]) -> Tensor:
+    """Log probabilities of each token of an answer, which is read token by token."""
+    branch = Branch([*ids, *answer], slot=0)
+    runner.run(Plan([], [Piece(branch, 0, len(ids) - 1)], []), [])
+    logits = []
+    for place in range(len(ids) - 1, len(ids) + len(answer) - 1):
+        step = _Step([Piece(branch, place, 1)], runner._cache)
+        if runner._compiled is not None:
+            x_TD = runner._compiled.states(step.tokens_T, step.slots_T, step.positions_T)
+        else:
+            x_TD = runner._network.forward(step.tokens_T, step.positions_T, step.attentions())
+            x_TD = runner._network.final(x_TD)
+        logits.append(runner.text_head.logits(x_TD)[0].float())
+    return torch.stack(logits).log_softmax(-1)
+
+
+def quality(folder: str | None, pictures: int) -> None:
+    model = Chameleon.load("mini", device="cpu")
+    config, own = model.transformer.config, model.transformer.lm_head.weight.dtype
+    asked = requests(model, folder, pictures)
+    wanted = answers(model, asked, "fp32")
+    grammar = model.engine._grammar(())
+    runners = {
+        kept: ModelRunner(model.transformer, grammar, 1, config.max_position_embeddings, kept)
+        for kept in DTYPES
+    }
+    true = [
+        distributions(runners["fp32"], request.ids, answer)
+        for request, answer in zip(asked, wanted, strict=True)
+    ]
+    print(f"mini in {own}, {pictures} pictures, {sum(map(len, wanted))} tokens of answers\n")
+    print("| cache | bytes a token | KL | mean difference of p | tokens equal | answers equal |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for kept, dtype in DTYPES.items():
+        divergences, differences = list[float](), list[float]()
+        for request, answer, p in zip(asked, wanted, true, strict=True):
+            q = distributions(runners[kept], request.ids, answer)
+            divergences += (p.exp() * (p - q)).sum(-1).tolist()
+            differences += (p.exp() - q.exp()).abs().sum(-1).div(2).tolist()
+        given = answers(model, asked, kept)
+        pairs = zip(wanted, given, strict=True)
+        equal = [i < len(y) and y[i] == token for x, y in pairs for i, token in enumerate(x)]
+        whole = mean(x == y for x, y in zip(wanted, given, strict=True))
+        cells = f"{mean(divergences):.2e} | {mean(differences):.2e} | {mean(equal):.4f}"
+        print(f"| {kept} | {Cache.token_bytes(config, dtype):,} | {cells} | {whole:.3f} |")
+
+
+def seconds(call: Callable[[], object], repeats: int) -> float:
+    # Of one thread the processor's time, so that other work on the machine is not counted.
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    times = []
+    for _ in range(repeats):
+        start = clock()
+        call()
+        times.append(clock() - start)
+    return median(times)
+
+
+@torch.inference_mode()
+def speed(rounds: int) -> None:
+    config = replace(PRESETS["mini"], max_position_embeddings=2048)
+    model = Transformer(config).eval().requires_grad_(False)
+    model.init_weights(torch.Generator().manual_seed(0))
+    steps: dict[str, CpuStep] = {}
+    for kept, dtype in DTYPES.items():
+        cache = Cache(config, 3, 1200, dtype, torch.device("cpu"))
+        for layer in cache.kept:
+            every = torch.arange(3 * config.kv_heads * 1200)
+            layer.store(every, *torch.randn(2, 3 * 1200, config.kv_heads, config.head_dim))
+        steps[kept] = CpuStep(model, cache.layers, 32, cache.scales)
+    cases = [(rows, context) for context in CONTEXTS for rows in (1, 3)]
+    times: dict[tuple[str, int, int], list[float]] = {}
+    for _ in range(rounds):
+        for rows, context in cases:
+            tokens, slots = torch.full((rows,), 7), torch.arange(rows)
+            lengths = torch.full((rows,), context)
+            for kept, step in steps.items():
+                call = lambda s=step, t=tokens, w=slots, n=lengths: s.states(t, w, n)  # noqa: E731
+                times.setdefault((kept, rows, context), []).append(seconds(call, 8))
+    print("\n| cache | " + " | ".join(f"{r} rows, context {c:,}, ms" for r, c in cases) + " |")
+    print("| --- " * (len(cases) + 1) + "|")
+    for kept in steps:
+        cells = (f"{1e3 * median(times[kept, rows, context]):.3f}" for rows, context in cases)
+        print(f"| {kept} | {' | '.join(cells)} |")
+
+
+@torch.inference_mode()
+def pages(rounds: int, contexts: Sequence[int], sizes: Sequence[int]) -> None:
+    """Attention of one layer, as the plain path makes it, in fp32."""
+    config = PRESETS["mini"]
+    heads, width = config.kv_heads, config.head_dim
+    print("\n| rows | context | slots in place, us | pages gathered first, us | times as long |")
+    print("| --- | --- | --- | --- | --- |")
+    for rows in sizes:
+        for context in contexts:
+            slots = torch.randn(2, rows, heads, context + PAGE, width)
+            count = -(-context // PAGE)
+            table = torch.randperm(rows * count).view(rows, count)
+            pool = torch.randn(2, rows * count, heads, PAGE, width)
+            q = torch.randn(rows, heads, 1, width)
+            results: dict[str, list[float]] = {"slots": [], "pages": []}
+
+            def over_slots(q: Tensor = q, kv: Tensor = slots, end: int = context) -> Tensor:
+                return F.scaled_dot_product_attention(q, *kv[:, :, :, :end])
+
+            def over_pages(
+                q: Tensor = q, pool: Tensor = pool, table: Tensor = table, end: int = context
+            ) -> Tensor:
+                gathered = pool.index_select(1, table.flatten())
+                split = gathered.unflatten(1, table.shape).transpose(2, 3).flatten(3, 4)
+                return F.scaled_dot_product_attention(q, *split[:, :, :, :end])
+
+            for _ in range(rounds):
+                results["slots"].append(seconds(over_slots, 10))
+                results["pages"].append(seconds(over_pages, 10))
+            here, there = (1e6 * median(results[name]) for name in ("slots", "pages"))
+            print(f"| {rows} | {context:,} | {here:.0f} | {there:.0f} | {there / here:.1f} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", help="the folder of the emoji pictures")
+    parser.add_argument("--pictures", type=int, default=40, help="0: only the times")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--contexts", type=int, nargs="+", default=[128, 512, 2048])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8])
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.pictures:
+        quality(options.data, options.pictures)
+    speed(options.rounds)
+    pages(options.rounds, options.contexts, options.rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Steps and milliseconds of mini's pictures, one code at a time and in windows: tables in Markdown.
+
+    python benchmarks/jacobi.py                           # temperature 1, without guidance and with
+    python benchmarks/jacobi.py --temperature 0.5 --top-p 0.9 --pictures 32 --threads 2
+
+All windows draw each picture (one prompt, one seed) before the next one, so that a busy machine
+slows all alike. Steps are means, milliseconds medians of whole pictures, prompt included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from statistics import mean, median
+from typing import Any
+
+import torch
+
+from earlyfusion import Chameleon, SamplingParams
+from earlyfusion.generation.reference import Request
+
+PROMPTS = (
+    "Draw a red apple.",
+    "Draw a cat.",
+    "Draw a green car.",
+    "Draw a flag.",
+    "Draw a smiling face.",
+    "Draw a house.",
+    "Draw a blue heart.",
+    "Draw a tree.",
+)
+GUIDANCE = {"none": (1.0, 1.0), "text 1.5, image 1.2": (1.5, 1.2), "text 3, image 1.2": (3.0, 1.2)}
+
+
+def drawn(model: Chameleon, request: Request) -> tuple[int, float]:
+    """Steps and milliseconds of one picture."""
+    start, steps = time.perf_counter(), 0
+    handle = model.engine.add(request)
+    while not handle.finished:
+        model.engine.step()
+        steps += 1
+    return steps, 1e3 * (time.perf_counter() - start)
+
+
+def compare(
+    model: Chameleon, windows: list[int], pictures: int, settings: dict[str, Any]
+) -> dict[int, list[tuple[int, float]]]:
+    rows: dict[int, list[tuple[int, float]]] = {window: [] for window in windows}
+    for number in range(-1, pictures):  # the first warms up
+        for window in windows:
+            sampling = SamplingParams(**settings, jacobi=window)
+            prompt = PROMPTS[number % len(PROMPTS)]
+            request = model.request(prompt, "image", sampling, seed=max(number, 0))
+            found = drawn(model, request)
+            rows[window] += [found] if number >= 0 else []
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="mini")
+    parser.add_argument("--pictures", type=int, default=24)
+    parser.add_argument("--windows", type=int, nargs="+", default=[4, 8, 16, 32])
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    model = Chameleon.load(options.model, device="cpu")
+    shape = {"image_temperature": options.temperature, "image_top_p": options.top_p}
+    print(f"{options.model}, {options.pictures} pictures, {shape}, {options.threads} threads\n")
+    print("| guidance | window | steps | times fewer | ms a picture | times as fast |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for name, (text, image) in GUIDANCE.items():
+        settings = shape | {"guidance_text": text, "guidance_image": image}
+        rows = compare(model, [0, *options.windows], options.pictures, settings)
+        steps = {window: mean(n for n, _ in found) for window, found in rows.items()}
+        times = {window: median(ms for _, ms in found) for window, found in rows.items()}
+        for window in rows:
+            fewer, faster = steps[0] / steps[window], times[0] / times[window]
+            label = f"{steps[window]:.1f} | {fewer:.2f} | {times[window]:.1f} | {faster:.2f}"
+            print(f"| {name} | {window or 'off'} | {label} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

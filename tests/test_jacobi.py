@@ -1,0 +1,562 @@
+"""Several codes of a picture in one pass: the same distribution, and greedy the same codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import CONFIG, TEXTS, tiny_processor, tiny_transformer
+
+from earlyfusion import Chameleon, SamplingParams
+from earlyfusion.config import ModelConfig
+from earlyfusion.engine import runner
+from earlyfusion.engine.engine import Engine
+from earlyfusion.engine.runner import Cache
+from earlyfusion.engine.scheduler import Branch, Entry, Scheduler
+from earlyfusion.errors import SettingError
+from earlyfusion.generation import jacobi
+from earlyfusion.generation.jacobi import NO_DRAFT, Window, revise
+from earlyfusion.generation.reference import (
+    Event,
+    Finished,
+    ImageDone,
+    ImagePreview,
+    Request,
+    draw_tokens,
+    generate,
+)
+from earlyfusion.generation.sampler import Warp, warp
+from earlyfusion.model.transformer import Transformer
+from earlyfusion.processor import Processor, train_tokenizer
+from earlyfusion.vocabulary import ImageLayout
+
+SLOT = CONFIG.max_position_embeddings * Cache.token_bytes(CONFIG, torch.float32)
+GREEDY: dict[str, Any] = {"temperature": 0, "image_temperature": 0}
+OFF: dict[str, Any] = {"guidance_text": 1, "guidance_image": 1}
+
+
+# --- the rule: exact, by enumeration ---------------------------------------------------------
+
+
+def enumerated(asked_V: torch.Tensor, wanted_V: torch.Tensor, grid: int) -> torch.Tensor:
+    """What `revise` gives for a draft from `asked_V`, over a grid of both its uniform numbers."""
+    size = len(asked_V)
+    ticks = (torch.arange(grid, dtype=torch.float64) + 0.5) / grid
+    uniform_R2 = torch.cartesian_prod(ticks, ticks).repeat(size, 1)
+    draft_R = torch.arange(size).repeat_interleave(grid**2)
+    rows = len(draft_R)
+    drawn_R = revise(draft_R, asked_V.expand(rows, -1), wanted_V.expand(rows, -1), uniform_R2)
+    counts_VV = torch.zeros(size, size, dtype=torch.float64)
+    counts_VV.index_put_((draft_R, drawn_R), torch.ones(rows).double(), accumulate=True)
+    return counts_VV / grid**2
+
+
+def test_a_draft_becomes_a_draw_from_the_wanted_distribution() -> None:
+    rng = np.random.default_rng(0)
+    for alpha in (0.2, 1.0, 5.0):
+        asked, wanted = torch.from_numpy(rng.dirichlet([alpha] * 5, size=2))
+        joint = enumerated(asked, wanted, 200)
+        torch.testing.assert_close(asked @ joint, wanted, atol=2e-3, rtol=0)
+        # No rule could keep more: as much as both distributions share.
+        kept = (asked * joint.diagonal()).sum()
+        torch.testing.assert_close(kept, torch.minimum(asked, wanted).sum(), atol=2e-3, rtol=0)
+
+
+def test_a_fixed_draft_and_none_are_cases_of_the_rule() -> None:
+    wanted = torch.tensor([0.1, 0.2, 0.3, 0.4]).double()
+    fixed = torch.tensor([0.0, 1.0, 0.0, 0.0]).double()
+    joint = enumerated(fixed, wanted, 100)
+    torch.testing.assert_close(fixed @ joint, wanted, atol=1e-2, rtol=0)
+    ticks = (torch.arange(100).double() + 0.5) / 100
+    uniform_R2 = torch.stack([torch.zeros(100).double(), ticks], 1)
+    none_R = torch.full((100,), NO_DRAFT)
+    zeros = torch.zeros(100, 4).double()
+    drawn_R = revise(none_R, zeros, wanted.expand(100, -1), uniform_R2)
+    assert torch.bincount(drawn_R).tolist() == [10, 20, 30, 40]
+
+
+def test_equal_distributions_keep_every_draft() -> None:
+    wanted_RV = torch.rand(50, 7).double().softmax(-1)
+    draft_R = torch.randint(0, 7, (50,))
+    assert torch.equal(revise(draft_R, wanted_RV, wanted_RV, torch.rand(50, 2).double()), draft_R)
+
+
+def test_a_window_settles_up_to_the_first_change() -> None:
+    window = Window(4, seed=0, place=0)
+    assert window.settle([7], left=9) == [7] and window.drafts == [7, 7, 7]
+    window.wanted_WV = torch.arange(4.0)[:, None]
+    assert window.settle([7, 5, 6, 8], left=8) == [7, 5]
+    assert window.drafts == [6, 8, 8] and window.asked_WV is not None
+    assert window.asked_WV[:, 0].tolist() == [2, 3]
+    # All kept: all final, with the one behind them.
+    assert window.settle([6, 8, 8, 1], left=6) == [6, 8, 8, 1]
+    assert window.drafts == [1], "two codes are left, and the last place needs no draft"
+    assert window.settle([1, 3], left=2) == [1, 3] and window.drafts == []
+
+
+def test_numbers_come_from_the_seed_and_the_place() -> None:
+    first, again, other = Window(4, 1, 5), Window(4, 1, 5), Window(4, 1, 6)
+    assert first.uniforms() == again.uniforms() != other.uniforms()
+
+
+# --- whole pictures: the joint distribution --------------------------------------------------
+
+CODES, PICTURE, MANY = 4, 4, 20_000
+Toy = Callable[[torch.Tensor], torch.Tensor]
+
+
+def toy(seed: int, scale: float = 1.5) -> Toy:
+    """A model of pictures of 4 codes out of 4: logits [.., 4] for each history [.., i]."""
+    rng = torch.Generator().manual_seed(seed)
+    tables = [scale * torch.randn(CODES**i, CODES, generator=rng).double() for i in range(PICTURE)]
+
+    def logits(history: torch.Tensor) -> torch.Tensor:
+        place = history.shape[-1]
+        powers = CODES ** torch.arange(place)
+        return tables[place][(history * powers).sum(-1)]
+
+    return logits
+
+
+def guided(text: float, **changes: float) -> Toy:
+    """Two branches, then temperature and cuts."""
+    full, bare = toy(1), toy(2)
+    settings = {"image_temperature": 1.0, "image_top_p": 1.0} | changes
+
+    def logits(history: torch.Tensor) -> torch.Tensor:
+        mixed = bare(history) + text * (full(history) - bare(history))
+        rows = mixed.reshape(-1, CODES)
+        row = SamplingParams(**settings).resolved({})  # type: ignore[arg-type]
+        return warp(rows, Warp.image([row]).of_rows(torch.zeros(len(rows)).long())).view_as(mixed)
+
+    return logits
+
+
+def joint_of(model: Toy) -> torch.Tensor:
+    """Probability of each of the 256 pictures."""
+    pictures = torch.cartesian_prod(*[torch.arange(CODES)] * PICTURE)
+    places = range(PICTURE)
+    steps = [model(pictures[:, :i]).softmax(-1).gather(1, pictures[:, i : i + 1]) for i in places]
+    return torch.cat(steps, 1).prod(1)
+
+
+def pictures_by_windows(
+    model: Toy, size: int, rule: Callable[..., torch.Tensor] = revise
+) -> tuple[torch.Tensor, float]:
+    """Codes [MANY, 4] of pictures drawn in windows, all at once, and passes a picture."""
+    rng = np.random.default_rng(size)
+    codes = torch.zeros(MANY, PICTURE + 1).long()
+    asked = torch.zeros(MANY, PICTURE + 1, CODES).double()
+    final, known = torch.zeros(MANY).long(), torch.zeros(MANY).long()
+    passes = 0
+    while (open_M := final < PICTURE).any():
+        passes += int(open_M.sum())
+        first = final.clone()
+        going = open_M.clone()
+        before = codes.clone()
+        for place in range(PICTURE):
+            inside = open_M & (place >= first) & (place < first + size)
+            drafted = inside & (place < known)
+            draft = torch.where(drafted, before[:, place], NO_DRAFT)
+            wanted = model(before[:, :place]).softmax(-1)
+            old = torch.where(drafted[:, None], asked[:, place], 0)
+            numbers = torch.from_numpy(rng.random((MANY, 2)))
+            new = rule(draft, old, wanted, numbers)
+            codes[:, place] = torch.where(inside, new, codes[:, place])
+            asked[:, place] = torch.where(inside[:, None], wanted, asked[:, place])
+            final = torch.where(inside & going, place + 1, final)
+            going = going & ~(inside & (new != draft))
+            known = torch.where(inside, place + 1, known)
+        # New drafts repeat the last code.
+        for place in range(PICTURE):
+            new = open_M & (place >= known)
+            codes[:, place] = torch.where(new, codes[:, place - 1], codes[:, place])
+            one = torch.nn.functional.one_hot(codes[:, place], CODES).double()
+            asked[:, place] = torch.where(new[:, None], one, asked[:, place])
+        known = torch.full_like(known, PICTURE)
+    return codes[:, :PICTURE], passes / MANY
+
+
+def distance(codes: torch.Tensor, joint: torch.Tensor) -> float:
+    """Chi-square over its degrees of freedom: about 1 where the codes follow `joint`."""
+    number = (codes * CODES ** torch.arange(PICTURE - 1, -1, -1)).sum(1)
+    counts, wanted = torch.bincount(number, minlength=len(joint)).double(), joint * len(codes)
+    rare = wanted < 5
+    counts = torch.cat([counts[~rare], counts[rare].sum()[None]])
+    wanted = torch.cat([wanted[~rare], wanted[rare].sum()[None]])
+    some = wanted > 0
+    return float(((counts - wanted)[some] ** 2 / wanted[some]).sum() / (some.sum() - 1))
+
+
+def always(draft: torch.Tensor, old: torch.Tensor, new: torch.Tensor, u: Any) -> torch.Tensor:
+    """A wrong rule: keep every draft."""
+    return torch.where(draft != NO_DRAFT, draft, revise(draft, old, new, u))
+
+
+def without_residual(
+    draft: torch.Tensor, old: torch.Tensor, new: torch.Tensor, u: Any
+) -> torch.Tensor:
+    """A wrong rule: draw from the whole of the new distribution after a refusal."""
+    kept = revise(draft, old, new, u) == draft
+    fresh = revise(torch.full_like(draft, NO_DRAFT), torch.zeros_like(old), new, u)
+    return torch.where(kept, draft, fresh)
+
+
+# With 60 to 255 degrees of freedom the mean square is within 1.5 but for once in 1,000 or less.
+LIMIT = 1.5
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(toy(0), id="plain"),
+        pytest.param(guided(3.0), id="guided"),
+        pytest.param(guided(1.0, image_top_p=0.8), id="top-p"),
+        pytest.param(guided(2.0, image_top_k=3, image_temperature=0.7), id="all"),
+    ],
+)
+def test_pictures_follow_the_joint_distribution(model: Toy, size: int) -> None:
+    joint = joint_of(model)
+    codes, passes = pictures_by_windows(model, size)
+    assert distance(codes, joint) < LIMIT
+    assert passes < PICTURE
+
+
+def test_wrong_rules_are_found() -> None:
+    model = toy(0)
+    joint = joint_of(model)
+    for wrong in (always, without_residual):
+        codes, _ = pictures_by_windows(model, 3, wrong)
+        assert distance(codes, joint) > 5 * LIMIT
+
+
+# --- the loop and the engine -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory: pytest.TempPathFactory) -> Processor:
+    return tiny_processor(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def transformer(processor: Processor) -> Transformer:
+    """Codes that are much alike as inputs: what follows them is too, and drafts are kept."""
+    transformer = tiny_transformer(processor, begin_image=1.0)
+    codes = torch.as_tensor(processor.vocabulary.image_tokens)
+    with torch.no_grad():
+        weight_VD = transformer.model.embed_tokens.weight
+        weight_VD[codes] = weight_VD[codes[:1]] + 0.3 * weight_VD[codes]
+    return transformer
+
+
+def request(
+    processor: Processor,
+    seed: int,
+    output: Any = "image",
+    picture: bool = False,
+    room: int = 80,
+    images: int = 1,
+    **settings: Any,
+) -> Request:
+    vocabulary, shown = processor.vocabulary, list[int]()
+    if picture:
+        codes = np.random.default_rng(seed).integers(0, 64, (8, 8))
+        shown = processor.layout.spell(codes, vocabulary)
+    text = processor.encode_text(TEXTS[seed % 3][: 4 + 3 * seed])
+    ids = [vocabulary.bos, *shown, *text, vocabulary.end_of_turn]
+    sampling = SamplingParams(seed=seed, **settings).resolved({})
+    return Request(ids, output, sampling, 0 if output == "text" else images, room)
+
+
+@pytest.fixture(scope="module")
+def mixed(processor: Processor) -> list[Request]:
+    """Windows of several sizes, greedy and not, one to three branches, beside other requests."""
+    return [
+        request(processor, 0, "text", room=30, **GREEDY),
+        request(processor, 1, jacobi=4, image_temperature=2.0, images=2, room=140),
+        request(processor, 2, "interleaved", images=2, room=150, jacobi=8, **OFF),
+        request(processor, 3, picture=True, guidance_image=1, jacobi=3, **GREEDY),
+        request(processor, 4, picture=True, jacobi=64, image_top_p=1, image_temperature=3.0),
+        request(processor, 5, image_top_k=20),
+        request(processor, 6, "interleaved", jacobi=5, top_p=1, image_top_p=1, temperature=1.5),
+        request(processor, 3, jacobi=16, **GREEDY, **OFF),
+    ]
+
+
+@pytest.fixture(scope="module")
+def wanted(transformer: Transformer, processor: Processor, mixed: list[Request]) -> list[list[int]]:
+    return [list(draw_tokens(transformer, processor, asked)) for asked in mixed]
+
+
+def one_by_one(asked: Request) -> Request:
+    return replace(asked, sampling=replace(asked.sampling, jacobi=0))
+
+
+def run(
+    engine: Engine, requests: Sequence[Request], apart: int = 0, rising: bool = False
+) -> list[list[int]]:
+    handles = []
+    for asked in requests:
+        handles.append(engine.add(asked, -len(handles) if rising else 0))
+        for _ in range(apart):
+            engine.step()
+    while engine.busy:
+        engine.step()
+    return [handle.tokens for handle in handles]
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "torch":
+        monkeypatch.setattr(runner, "available", lambda: False)
+    elif not runner.available():
+        pytest.skip("no C++ compiler here")
+
+
+@pytest.mark.parametrize("size", [2, 7, 100])
+@pytest.mark.parametrize("guidance", [OFF, {}])
+def test_greedy_pictures_are_those_of_one_code_at_a_time(
+    transformer: Transformer, processor: Processor, size: int, guidance: dict[str, Any]
+) -> None:
+    """Drawn text, greedy pictures: the text behind a picture finds the same uniform numbers too."""
+    asked = request(
+        processor, 4, "interleaved", room=150, images=2, image_temperature=0, **guidance
+    )
+    want = list(draw_tokens(transformer, processor, asked))
+    assert processor.vocabulary.end_image in want[:-1]
+    windowed = replace(asked, sampling=replace(asked.sampling, jacobi=size))
+    assert list(draw_tokens(transformer, processor, windowed)) == want
+
+
+@pytest.mark.usefixtures("step")
+@pytest.mark.parametrize(
+    ("options", "apart"),
+    [
+        pytest.param({}, 0, id="together"),
+        pytest.param({}, 3, id="joining"),
+        pytest.param({"chunk": 5}, 0, id="chunked"),
+        pytest.param({"cache_bytes": 4 * SLOT}, 4, id="preempted"),
+    ],
+)
+def test_the_engine_equals_the_loop(
+    transformer: Transformer,
+    processor: Processor,
+    mixed: list[Request],
+    wanted: list[list[int]],
+    options: dict[str, Any],
+    apart: int,
+) -> None:
+    engine = Engine(transformer, processor, **options)
+    assert run(engine, mixed, apart, rising="cache_bytes" in options) == wanted
+    assert (engine.preemptions > 2) == ("cache_bytes" in options)
+    for number in (3, 7):
+        plain = draw_tokens(transformer, processor, one_by_one(mixed[number]))
+        assert list(plain) == wanted[number]
+
+
+@pytest.mark.usefixtures("step")
+def test_alone_again_and_from_a_prefix(
+    transformer: Transformer, processor: Processor, mixed: list[Request], wanted: list[list[int]]
+) -> None:
+    """What a window wrote behind the accepted codes is never taken for read."""
+    engine = Engine(transformer, processor, cache_bytes=3 * SLOT)
+    for number in (4, 4, 2, 1):
+        handle = engine.add(mixed[number])
+        for _ in range(9):
+            engine.step()
+        handle.cancel()
+        assert run(engine, [mixed[number]]) == [wanted[number]]
+
+
+def test_two_threads_read_windows_alike(transformer: Transformer, processor: Processor) -> None:
+    """Rows of one window see each other's keys in the compiled step."""
+    if not runner.available():
+        pytest.skip("no C++ compiler here")
+    try:
+        torch.set_num_threads(2)
+        asked = request(processor, 3, jacobi=5, image_temperature=3.0, image_top_p=1.0)
+        want = list(draw_tokens(transformer, processor, asked))
+        assert run(Engine(transformer, processor), [asked]) == [want]
+    finally:
+        torch.set_num_threads(1)
+
+
+def steps_of(transformer: Transformer, processor: Processor, asked: Request) -> int:
+    engine, count = Engine(transformer, processor), 0
+    handle = engine.add(asked)
+    while not handle.finished:
+        engine.step()
+        count += 1
+    return count
+
+
+def test_fewer_steps(transformer: Transformer, processor: Processor) -> None:
+    for shape in (GREEDY, {"image_temperature": 3.0, "image_top_p": 1.0}):
+        asked = request(processor, 3, jacobi=16, **shape)
+        assert steps_of(transformer, processor, asked) < 40
+        assert steps_of(transformer, processor, one_by_one(asked)) == 64
+
+
+def test_rows_that_end_with_a_mark(tmp_path: Path) -> None:
+    """A window stops where the layout has a fixed token."""
+    plain = tiny_processor(tmp_path)
+    layout = ImageLayout(4, 5, line_end=("<reserved08707>",))
+    processor = Processor(tmp_path / "tokenizer.json", layout)
+    transformer = tiny_transformer(plain)
+    asked = request(processor, 2, room=60, images=2, jacobi=8, image_temperature=0)
+    want = list(draw_tokens(transformer, processor, one_by_one(asked)))
+    assert list(draw_tokens(transformer, processor, asked)) == want
+    drawn = replace(asked, sampling=replace(asked.sampling, image_temperature=1.0))
+    loop = list(draw_tokens(transformer, processor, drawn))
+    assert run(Engine(transformer, processor), [asked, drawn]) == [want, loop]
+
+
+def small_model(tmp_path: Path) -> tuple[Transformer, Processor]:
+    """Pictures of 3 codes out of 5."""
+    tokenizer = tmp_path / "tokenizer.json"
+    tokenizer.write_text(train_tokenizer(TEXTS, 5, 300))
+    processor = Processor(tokenizer, ImageLayout(1, 3))
+    config = ModelConfig(
+        vocab_size=300,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        vq_config=CONFIG.vq_config,
+    )
+    transformer = Transformer(config).eval()
+    transformer.init_weights(torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        transformer.lm_head.weight.mul_(25)
+    return transformer, processor
+
+
+@torch.no_grad()
+def exact_joint(transformer: Transformer, processor: Processor, asked: Request) -> torch.Tensor:
+    """Probabilities of the 125 pictures, from whole forwards of both branches."""
+    vocabulary = processor.vocabulary
+    tokens = vocabulary.image_tokens
+    pictures = torch.cartesian_prod(*[torch.as_tensor(np.sort(tokens))] * 3)
+
+    def logits(before: list[int]) -> torch.Tensor:
+        start = torch.tensor([*before, vocabulary.begin_image]).expand(len(pictures), -1)
+        rows = transformer(torch.cat([start, pictures], 1))[:, -4:-1]
+        return rows[..., torch.as_tensor(np.sort(tokens))]
+
+    text = asked.sampling.guidance_text
+    bare = logits([vocabulary.bos])
+    mixed = bare + text * (logits(list(asked.ids)) - bare)
+    settings = Warp.image([asked.sampling]).of_rows(torch.zeros(3 * len(pictures)).long())
+    steps = warp(mixed.view(-1, 5), settings).double().softmax(-1).view(-1, 3, 5)
+    index = torch.cartesian_prod(*[torch.arange(5)] * 3)
+    return steps.gather(-1, index[..., None])[..., 0].prod(1)
+
+
+@pytest.mark.parametrize("settings", [OFF, {"guidance_text": 2.5, "image_top_p": 0.9}])
+def test_the_engine_draws_from_the_joint_distribution(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    """2,000 pictures of the engine beside all pictures enumerated."""
+    transformer, processor = small_model(tmp_path)
+    tokens = np.sort(processor.vocabulary.image_tokens).tolist()
+    shaped = {"image_temperature": 1.0, "image_top_p": 1.0, "jacobi": 3} | settings
+
+    def asked(seed: int) -> Request:
+        sampling = SamplingParams(seed=seed, **shaped).resolved({})
+        ids = [processor.vocabulary.bos, *processor.encode_text("a pear")]
+        return Request(ids, "image", sampling, 1, 5)
+
+    engine = Engine(transformer, processor, slot_tokens=32)
+    handles = [engine.add(asked(seed)) for seed in range(2000)]
+    while engine.busy:
+        engine.step()
+    drawn = torch.tensor([[tokens.index(t) for t in handle.tokens[1:4]] for handle in handles])
+    joint = exact_joint(transformer, processor, asked(0))
+    counts = torch.bincount((drawn * torch.tensor([25, 5, 1])).sum(1), minlength=125).double()
+    wanted = joint * len(drawn)
+    rare = wanted < 5
+    counts = torch.cat([counts[~rare], counts[rare].sum()[None]])
+    wanted = torch.cat([wanted[~rare], wanted[rare].sum()[None]])
+    some = wanted > 0
+    assert 8 < some.sum()
+    assert ((counts - wanted)[some] ** 2 / wanted[some]).sum() / (some.sum() - 1) < 2
+
+
+# --- settings, scheduler, previews -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, -2, 1025, 2.5, True])
+def test_impossible_windows_are_refused(size: Any) -> None:
+    with pytest.raises(SettingError, match=r"use 0 \(off\) or a whole number from 2 to 1,024"):
+        SamplingParams(jacobi=size)
+
+
+def test_off_unless_asked_for() -> None:
+    assert not SamplingParams().resolved({}).jacobi
+    assert SamplingParams().resolved({"jacobi": 8}).jacobi == 8
+    assert SamplingParams(jacobi=0).resolved({"jacobi": 8}).jacobi == 0
+
+
+def test_drafts_are_read_behind_the_last_token_only() -> None:
+    scheduler = Scheduler(2, chunk=4)
+    entry = Entry([Branch([1, 2, 3, 4, 5, 6])], drafts=[8, 9])
+    scheduler.add(entry)
+    pieces = [scheduler.schedule().pieces for _ in range(2)]
+    assert [[piece.tokens for piece in step] for step in pieces] == [
+        [[1, 2, 3, 4]],
+        [[5, 6, 8, 9]],
+    ]
+    assert scheduler.slots.held(0) == [1, 2, 3, 4, 5, 6]
+
+
+def shown(events: Sequence[Event]) -> list[object]:
+    return [e.codes.tolist() if isinstance(e, ImageDone) else e for e in events]
+
+
+def test_previews_are_further_events(transformer: Transformer, processor: Processor) -> None:
+    asked = request(processor, 1, **GREEDY)
+    plain = list(generate(transformer, processor, asked))
+    for size in (0, 8):
+        sampling = replace(asked.sampling, jacobi=size)
+        every = replace(asked, sampling=sampling, preview_every=24)
+        events = list(Engine(transformer, processor).generate(every))
+        previews = [e for e in events if isinstance(e, ImagePreview)]
+        others = [e for e in events if not isinstance(e, ImagePreview)]
+        assert shown(others) == shown(plain)
+        [done] = [e for e in events if isinstance(e, ImageDone)]
+        assert [p.codes_done for p in previews] == [24, 48]
+        for preview in previews:
+            codes, number = preview.codes.ravel(), preview.codes_done
+            assert (codes[:number] == done.codes.ravel()[:number]).all()
+            assert (codes[number:] == codes[number - 1]).all()
+
+
+def test_the_preview_of_a_stream_is_a_picture() -> None:
+    model = Chameleon.load("mini", device="cpu", dtype="float32")
+    stream = model.stream("Draw a red apple.", "image", seed=0, preview_every=20)
+    events = list(stream)
+    previews = [e for e in events if isinstance(e, ImagePreview)]
+    assert [p.codes_done for p in previews] == [20, 40, 60]
+    assert isinstance(events[-1], Finished)
+    for preview in previews:
+        assert preview.pil is not None
+        pixels = np.asarray(preview.pil).reshape(8, 8, 8, 8, 3).swapaxes(1, 2)
+        grey = (pixels == 128).all((2, 3, 4)).ravel()
+        assert not grey[: preview.codes_done].any() and grey[preview.codes_done :].all()
+    with pytest.raises(SettingError, match="preview_every=-1 is not possible"):
+        model.stream("Draw a red apple.", "image", preview_every=-1)
+
+
+def test_asked_joins_drawn_and_fixed_drafts() -> None:
+    first, second = Window(4, 0, 0), Window(4, 0, 0)
+    first.drafts, first.asked_WV = [1, 2, 2], torch.tensor([[0.25, 0.5, 0.25]]).double()
+    got = jacobi.asked([first, second], [[1, 2, 2], []], torch.empty(5, 3).double())
+    assert got.tolist() == [[0.25, 0.5, 0.25], [0, 0, 1], [0, 0, 1], [0, 0, 0], [0, 0, 0]]

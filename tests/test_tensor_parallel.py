@@ -1,0 +1,328 @@
+"""Several processes answer as one does: a model of which each holds a part of every layer."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from threading import Barrier
+from typing import Any
+
+import pytest
+import torch
+from tensor_parallel_case import CASES, GOLDEN, ODD, SWIN, Case, answers, random_model, requests
+from tiny import CONFIG, tiny_processor
+
+from earlyfusion import Chameleon, SamplingParams
+from earlyfusion.config import PRESETS, ModelConfig
+from earlyfusion.engine.engine import Engine
+from earlyfusion.engine.tensor_parallel import cut, part_config, split
+from earlyfusion.errors import SettingError
+from earlyfusion.model.packed import pack, unpack
+from earlyfusion.model.transformer import Transformer
+from earlyfusion.parallel import Peers
+from earlyfusion.processor import Processor
+
+TESTS = Path(__file__).parent
+WHOLE = ("embed_tokens", "lm_head", "layernorm", "norm.weight")
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory: pytest.TempPathFactory) -> Processor:
+    return tiny_processor(tmp_path_factory.mktemp("tiny"))
+
+
+def run(out: Path, processes: int, *cases: str) -> None:
+    script = TESTS / "tensor_parallel_case.py"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(script), str(out), str(processes), *cases],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+# ---- a part, by itself
+
+
+class Threads:
+    """Stands for `Peers`: parts in threads of one process."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.barrier, self.values = count, Barrier(count), dict[int, torch.Tensor]()
+
+    def of(self, rank: int) -> Any:
+        threads = self
+
+        class One:
+            leads = rank == 0
+            count = threads.count
+
+            def __init__(self) -> None:
+                self.rank = rank
+
+            def share(self, x: torch.Tensor) -> torch.Tensor:
+                return threads.all(rank, x)[0].clone()
+
+            def add_up(self, x: torch.Tensor) -> torch.Tensor:
+                return torch.stack(threads.all(rank, x)).sum(0)
+
+        return One()
+
+    def all(self, rank: int, x: torch.Tensor) -> list[torch.Tensor]:
+        self.values[rank] = x
+        self.barrier.wait()
+        found = [self.values[n] for n in range(self.count)]
+        self.barrier.wait()
+        return found
+
+
+def wide(heads: int, keys: int, config: ModelConfig = CONFIG) -> ModelConfig:
+    return replace(
+        config, hidden_size=8 * heads, num_attention_heads=heads, num_key_value_heads=keys
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "parts"),
+    [
+        pytest.param(CONFIG, 2, id="grouped keys"),
+        pytest.param(wide(4, 4), 4, id="each its own keys"),
+        pytest.param(wide(8, 2), 8, id="four share a key"),
+        pytest.param(wide(6, 2, SWIN), 3, id="keys of two groups"),
+        pytest.param(ODD, 2, id="biases, tied, odd width"),
+        pytest.param(replace(ODD, swin_norm=True), 4, id="all of it"),
+    ],
+)
+def test_parts_add_up_to_the_whole(processor: Processor, config: ModelConfig, parts: int) -> None:
+    whole = random_model(config, processor)
+    threads = Threads(parts)
+    shares = [split(whole, threads.of(rank)) for rank in range(parts)]
+    tokens = torch.randint(0, config.vocab_size, (2, 9))
+
+    def logits(part: Transformer) -> torch.Tensor:
+        with torch.no_grad():
+            return part(tokens)
+
+    with ThreadPoolExecutor(parts) as pool:
+        found, *_ = pool.map(logits, shares)
+    torch.testing.assert_close(found, logits(whole), atol=2e-5, rtol=1e-5)
+
+
+def test_a_part_keeps_its_share_and_nothing_else(processor: Processor) -> None:
+    whole = random_model(SWIN, processor)
+    for name, tensor in whole.named_parameters():
+        for rank in range(2):
+            own = cut(name, tensor, SWIN, rank, 2)
+            assert own.untyped_storage().nbytes() == own.nbytes
+            if not any(part in name for part in WHOLE):
+                assert own.numel() * 2 == tensor.numel(), name
+
+
+@pytest.mark.parametrize("parts", [2, 4, 8, 16])
+def test_the_34b_can_be_cut(parts: int) -> None:
+    config = part_config(PRESETS["chameleon-34b"], 1, parts)
+    assert config.num_attention_heads == 64 // parts
+    assert config.kv_heads == max(1, 8 // parts)
+    assert config.intermediate_size == 22016 // parts and config.head_dim == 128
+
+
+def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SettingError, match=r"3 cannot share 4 attention heads.*1, 2, 4$"):
+        part_config(CONFIG, 0, 3)
+    with pytest.raises(SettingError, match="tensor_parallel=2 is not the number of processes, 1"):
+        Chameleon.load("mini", "cpu", tensor_parallel=2)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(SettingError, match="3 cannot share 4 attention heads"):
+        Chameleon.load("mini", "cpu", tensor_parallel=3)
+    with pytest.raises(SettingError, match="each process of a shared model takes its own"):
+        Chameleon.load("mini", "cuda:1", tensor_parallel=3)
+
+
+def test_messages_of_any_length_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: deque[torch.Tensor] = deque()
+    leader, other = object.__new__(Peers), object.__new__(Peers)
+    for peers in (leader, other):
+        peers._open, peers._told = True, None
+    monkeypatch.setattr(leader, "_pass_on", lambda x, _: sent.append(x.clone()))
+    monkeypatch.setattr(other, "_pass_on", lambda x, _: x.copy_(sent.popleft()))
+    for size in (1, 510, 511, 512, 513, 3000):
+        numbers = torch.randint(0, 2**40, (size,)).tolist()
+        leader.tell(numbers, 3)
+        assert other.hear() == numbers and not sent and leader.left == 3
+
+
+# ---- processes
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("two")
+    run(out, 2, "tiny", "swin", "draw", "caught", "between", "script")
+    return out
+
+
+def one(case: str, processor: Processor) -> list[list[int]]:
+    """The tokens of a single process."""
+    asked = CASES[case]
+    assert isinstance(asked, Case)
+    whole = random_model(asked.config, processor).to(asked.dtype)
+    return answers(Engine(whole, processor), requests(processor))
+
+
+def check_tokens(out: Path, case: str, processor: Processor) -> None:
+    *want, cut_off = one(case, processor)
+    *found, cancelled = read(out / case / "tokens.json")
+    assert found == want
+    assert [len(tokens) for tokens in found][1] == 66
+    assert len(cancelled) >= 20 and cancelled[:20] == cut_off[:20]
+
+
+@pytest.mark.parametrize("case", ["tiny", "swin"])
+def test_two_processes_give_the_tokens_of_one(two: Path, processor: Processor, case: str) -> None:
+    """Mixed requests, one cancelled; `tiny` reads prompts in pieces, and requests step back."""
+    check_tokens(two, case, processor)
+    assert (read(two / case / "preemptions.json") > 0) == (case == "tiny")
+    assert read(two / case / "ended.json") == [0, 0]
+
+
+@pytest.mark.parametrize("case", ["tiny", "swin"])
+def test_each_process_holds_its_share(two: Path, processor: Processor, case: str) -> None:
+    asked = CASES[case]
+    assert isinstance(asked, Case)
+    whole = {
+        name: tensor.nbytes
+        for name, tensor in random_model(asked.config, processor).named_parameters()
+    }
+    first, second = (read(two / case / str(rank) / "held.json") for rank in range(2))
+    for name, size in whole.items():
+        own = name.replace("o_proj", "o_proj.linear").replace("down_proj", "down_proj.linear")
+        if not any(part in name for part in WHOLE):
+            assert first[own] == second[own] == size / 2, name
+    assert first["lm_head.weight"] == whole["lm_head.weight"]
+    assert (
+        second["lm_head.weight"]
+        == second["model.embed_tokens.weight"]
+        == 4 * asked.config.hidden_size
+    )
+
+
+def test_an_error_behind_the_sums_leaves_all_at_work(two: Path, processor: Processor) -> None:
+    assert read(two / "draw" / "tokens.json") == one("tiny", processor)[:1]
+    assert read(two / "draw" / "ended.json") == [0, 0]
+
+
+def said(out: Path, case: str, rank: int) -> str:
+    return (out / case / f"said-{rank}.txt").read_text()
+
+
+def test_an_error_inside_a_step_ends_the_others(two: Path) -> None:
+    assert read(two / "caught" / "ended.json") == [1, 1]
+    for rank in range(2):
+        assert said(two, "caught", rank).endswith("has gone: start the program again\n")
+
+
+def test_a_program_that_fails_lets_the_others_go(two: Path) -> None:
+    assert read(two / "between" / "ended.json") == [1, 0]
+    assert "ZeroDivisionError: between two steps" in said(two, "between", 0)
+    assert said(two, "between", 1) == ""
+
+
+def script_reply(model: Chameleon) -> list[str]:
+    greedy = SamplingParams(temperature=0, max_tokens=8)
+    return [r.text for r in model.generate_batch(["a pear", "an apple"], "text", greedy)]
+
+
+def test_a_script_goes_on_in_the_first_process(two: Path) -> None:
+    out = two / "script"
+    assert read(out / "ended.json") == [0, 0] and said(two, "script", 1) == ""
+    whole = Chameleon.load(GOLDEN, "cpu", "float32")
+    assert read(out / "replies.json") == script_reply(whole)
+    held = read(out / "held.json")
+    for name, tensor in whole.transformer.named_parameters():
+        if "q_proj" in name or "up_proj" in name:
+            assert held[name] * 2 == tensor.nbytes
+    older, shared, again = read(out / "refused.json")
+    assert older.startswith("another engine has been made")
+    assert shared.startswith("this model is shared by 2 processes")
+    assert again.startswith("this program shares a model already")
+
+
+@pytest.fixture(scope="module")
+def more(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("more")
+    run(out, 2, "odd", "half", "int8", "inside", "interrupted", "killed", "peer killed")
+    return out
+
+
+@pytest.mark.slow
+def test_shapes_and_dtypes(more: Path, processor: Processor) -> None:
+    check_tokens(more, "odd", processor)
+    found = read(more / "half" / "tokens.json")
+    assert [len(tokens) for tokens in found[:2]] == [20, 66]
+
+
+@pytest.mark.slow
+def test_rounded_weights_are_those_of_the_parts(more: Path) -> None:
+    """int8 has a scale for each row that a process holds."""
+    whole = Chameleon.load(GOLDEN, "cpu", "float32")
+    with torch.no_grad():
+        for name, tensor in whole.transformer.named_parameters():
+            parts = 2 if "o_proj" in name or "down_proj" in name else 1
+            if "proj" in name or "lm_head" in name:
+                rounded = [unpack(pack(part, 8)) for part in tensor.chunk(parts, 1)]
+                tensor.copy_(torch.cat(rounded, 1))
+    assert read(more / "int8" / "replies.json") == script_reply(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "codes"),
+    [
+        ("inside", [1, 1]),
+        ("interrupted", [-signal.SIGINT, 1]),
+        ("killed", [-signal.SIGKILL, 1]),
+        ("peer killed", [1, -signal.SIGKILL]),
+    ],
+)
+def test_nobody_waits_for_one_that_has_gone(more: Path, case: str, codes: list[int]) -> None:
+    assert read(more / case / "ended.json") == codes
+
+
+@pytest.mark.slow
+def test_four_processes_give_the_tokens_of_one(processor: Processor, tmp_path: Path) -> None:
+    """Of the tiny model two processes each hold the same keys; the odd one has a single head."""
+    run(tmp_path, 4, "tiny", "odd", "caught")
+    check_tokens(tmp_path, "tiny", processor)
+    check_tokens(tmp_path, "odd", processor)
+    assert read(tmp_path / "caught" / "ended.json") == [1, 1, 1, 1]
+
+
+@pytest.mark.slow
+def test_torchrun_and_the_command_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    asked = "-m earlyfusion generate Hello --output text --max-tokens 5 --seed 1 --json"
+    done = subprocess.run(
+        [*command, *asked.split(), "--device", "cpu"],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    settings = SamplingParams(max_tokens=5)
+    want = Chameleon.load("mini", "cpu").generate("Hello", "text", settings, seed=1)
+    assert json.loads(done.stdout)["text"] == want.text
