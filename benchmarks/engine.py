@@ -1,202 +1,250 @@
-"""The engine beside transformers' own Chameleon, and beside itself: a table in Markdown.
+"""The engine beside transformers' own Chameleon: a table in Markdown, and JSON for plots.py.
 
-    python benchmarks/engine.py                      # mini's shape, random weights, one thread
-    python benchmarks/engine.py --shape 110m --threads 2 --rounds 5
+    python benchmarks/engine.py --threads 2 --rounds 5
+    python benchmarks/engine.py --shape 1b --threads 2 --batch 8 --json 1b.json
+    python benchmarks/engine.py --shape 1b --dtype int4 --threads 2 --only decode
+    python benchmarks/engine.py --shape 7b --device cuda --batch 64 --json 7b.json
 
-Contenders take turns in every round, and the table gives medians, so that a busy machine slows all
-alike. `--clock process` counts processor time instead of time on the wall: for one thread on a
-machine that has other work to do. Both models have the same weights; transformers runs `generate`,
-greedy, with its dynamic cache. transformers is needed (pip install "earlyfusion[transformers]").
+Both have the same random weights, and take turns in every round; figures are medians. transformers
+runs `generate`, greedy, with its dynamic and its static cache, and with `--compile` its forward
+under torch.compile too; for int8 and int4 it stays in bf16. `--only` takes some of the parts:
+
+- decode: a token at two contexts. read: the first token of a long prompt, and its share of what
+  products of square matrices reach. picture: the first token of a question about a new picture,
+  pixels to codes included, and about the same picture again.
+- batch: many texts at once beside transformers' continuous batching (`generate_batch`), which
+  is told the size of its cache and keeps it between the rounds.
+- alone: the lines of `earlyfusion bench`, guidance and eight mixed requests among them.
+
+The line for CUDA has not been run. Needs `pip install "earlyfusion[transformers]"`.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import tempfile
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+import PIL.Image
 import torch
-from transformers import ChameleonForConditionalGeneration
+from contenders import OURS, THEIRS, Row, save, stock_from, table
+from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers.utils import logging
 
 from earlyfusion import Chameleon, Image, SamplingParams
-from earlyfusion.checkpoints import formats
-from earlyfusion.config import PRESETS
-from earlyfusion.engine.engine import Engine
+from earlyfusion.evals.shapes import SHAPES, write_random
+from earlyfusion.evals.speed import Meter
 from earlyfusion.generation.reference import Request
-from earlyfusion.hf import ChameleonConfig
-from earlyfusion.model.transformer import Transformer
-from earlyfusion.processor import Processor
 
 CONTEXTS = (32, 1057)
-SHAPES = {
-    "mini": (replace(PRESETS["mini"], max_position_embeddings=2048), torch.float32),
-    "110m": (
-        replace(
-            PRESETS["mini"],
-            vocab_size=16384,
-            hidden_size=768,
-            intermediate_size=2048,
-            num_hidden_layers=12,
-            num_attention_heads=12,
-            max_position_embeddings=2048,
-        ),
-        torch.bfloat16,
-    ),
-}
-GREEDY = {"temperature": 0, "image_temperature": 0}
-PLAIN = {"guidance_text": 1, "guidance_image": 1}
-Clock = Callable[[], float]
+PARTS = ("decode", "read", "picture", "batch", "alone")
+QUESTIONS = ("What is this?", "What colour is it?")
 
 
 class Bench:
-    """Both models of one shape, and requests to them."""
+    """Both models with the same weights."""
 
-    def __init__(self, shape: str, clock: Clock, tokens: int) -> None:
-        config, self.dtype = SHAPES[shape]
-        self.processor: Processor = formats.load("mini", torch.device("cpu"), None).processor
-        self.transformer = Transformer(config).eval()
-        self.transformer.init_weights(torch.Generator().manual_seed(0))
-        self.transformer.to(self.dtype)
-        self.engine = Engine(self.transformer, self.processor)
-        self.clock, self.tokens = clock, tokens
-        names = self.processor.vocabulary.names
-        self.stock_config = ChameleonConfig(**config.to_dict(), vocabulary_map=names)
-        self._stock: Any = None
+    def __init__(self, shape: str, folder: Path, device: str, dtype: str, tokens: int) -> None:
+        plain = {"int8": "bfloat16", "int4": "bfloat16"}.get(dtype, dtype)
+        self.model = Chameleon.load(folder, device=device, dtype=dtype)
+        self.stock = stock_from(folder, getattr(torch, plain), device)
+        self.engine, self.processor = self.model.engine, self.model.processor
+        self.config, self.device, self.tokens = SHAPES[shape], device, tokens
+        self._forwards = {"plain": self.stock.forward}
+        self._random = random.Random(0)
 
-    @property
-    def stock(self) -> Any:
-        if self._stock is None:
-            self._stock = ChameleonForConditionalGeneration(self.stock_config).to(self.dtype).eval()
-            self._stock.load_state_dict(self.transformer.state_dict(), strict=False)
-            self._stock.generation_config.eos_token_id = None
-            self._stock.generation_config.pad_token_id = 1
-        return self._stock
+    def prompt(self, context: int) -> list[int]:
+        """New random text of so many tokens, or of what the model holds."""
+        context = min(context, self.config.max_position_embeddings - self.tokens - 2)
+        words = self.processor.vocabulary.text_tokens.tolist()
+        return [self.processor.vocabulary.bos, *self._random.choices(words, k=context - 1)]
 
-    def request(self, context: int, seed: int, output: Any = "text", **settings: Any) -> Request:
-        """A prompt of `context` tokens of text, with a picture in it where there is room."""
-        vocabulary, rng = self.processor.vocabulary, random.Random(seed)
-        ids = [vocabulary.bos, *rng.choices(vocabulary.text_tokens.tolist(), k=context - 1)]
-        if context > 2 * self.processor.layout.num_tokens:
-            shown = rng.choices(range(vocabulary.num_codes), k=self.processor.layout.num_codes)
-            side = self.processor.layout.width
-            grid = [shown[at : at + side] for at in range(0, len(shown), side)]
-            spelled = self.processor.layout.spell(grid, vocabulary)
-            ids[1 : 1 + len(spelled)] = spelled
-        sampling = SamplingParams(**({"seed": seed} | settings)).resolved({})
-        room = self.processor.layout.num_tokens if output == "image" else self.tokens
-        return Request(ids, output, sampling, int(output == "image"), room)
+    def picture(self) -> PIL.Image.Image:
+        side = self.model.image_tokenizer.resolution
+        pixels = np.frombuffer(self._random.randbytes(3 * side * side), dtype=np.uint8)
+        return PIL.Image.fromarray(pixels.reshape(side, side, 3))
 
-    def steps(self, requests: Iterable[Request]) -> list[float]:
-        """Seconds of each step until all are done."""
-        self.engine._scheduler.slots.forget()
-        for request in requests:
-            self.engine.add(request)
-        times = []
-        while self.engine.busy:
-            start = self.clock()
+    def ours(self, ids: Sequence[int]) -> tuple[float, float]:
+        """Seconds to the first token, and of each after it."""
+        sampling = SamplingParams(temperature=0, seed=0).resolved({})
+        handle = self.engine.add(Request(ids, "text", sampling, 0, self.tokens + 1))
+        start = time.perf_counter()
+        while not handle.tokens:
             self.engine.step()
-            times.append(self.clock() - start)
-        return times
+        first = time.perf_counter()
+        while not handle.finished:
+            self.engine.step()
+        rest = time.perf_counter() - first
+        return first - start, rest / max(len(handle.tokens) - 1, 1)
 
-    def stock_seconds(self, ids: list[int], tokens: int) -> float:
-        start = self.clock()
+    def theirs(self, ids: Sequence[int], tokens: int, cache: str, **pixels: Any) -> float:
+        """Seconds of `generate` for so many tokens."""
         given = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)).long()}
-        self.stock.generate(**given, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens)
-        return self.clock() - start
+        given = {name: value.to(self.device) for name, value in (given | pixels).items()}
+        kind = {} if cache == "dynamic" else {"cache_implementation": "static"}
+        self.stock.forward = self._forward("compiled" if cache == "compiled" else "plain")
+        limits = {"do_sample": False, "max_new_tokens": tokens, "min_new_tokens": tokens}
+        start = time.perf_counter()
+        self.stock.generate(**given, **limits, **kind).tolist()
+        return time.perf_counter() - start
+
+    def theirs_at_once(self, prompts: list[list[int]]) -> int:
+        """Tokens that `generate_batch` gives."""
+        self.stock.forward = self._forward("plain")
+        endless = GenerationConfig(
+            max_new_tokens=self.tokens, do_sample=False, eos_token_id=-1, pad_token_id=1
+        )
+        # A cache of its own choice takes most of the memory, and seconds to be cleared.
+        limits = ContinuousBatchingConfig(num_blocks=2 * len(prompts) + 8, max_batch_tokens=1024)
+        made = self.stock.generate_batch(
+            prompts,
+            generation_config=endless,
+            continuous_batching_config=limits,
+            progress_bar=False,
+            persistent_manager=True,
+        )
+        return sum(len(reply.generated_tokens) for reply in made.values())
+
+    def _forward(self, kind: str) -> Callable[..., Any]:
+        if kind not in self._forwards:
+            self._forwards[kind] = torch.compile(self._forwards["plain"])
+        return self._forwards[kind]
 
 
-def against_stock(bench: Bench, context: int, rounds: int) -> list[tuple[str, float, float]]:
-    """Decoding a token and reading the prompt: (what, transformers, engine), milliseconds."""
-    asked = bench.request(context, 0, **GREEDY)
-    ids = list(asked.ids)
-    rows: list[tuple[float, float, float, float]] = []
-    bench.stock_seconds(ids, 3)
-    bench.steps([asked])
-    for _ in range(rounds):
-        first = bench.stock_seconds(ids, 1)
-        rest = bench.stock_seconds(ids, bench.tokens) - first
-        times = bench.steps([asked])
-        singles = times[-(bench.tokens - 1) :]
-        prompt = sum(times) - sum(singles)
-        rows.append((rest / (bench.tokens - 1), median(singles), first, prompt))
-    decode, own, first, prompt = (1e3 * median(column) for column in zip(*rows, strict=True))
-    where = f"context {context:,}"
-    return [(f"a token, {where}", decode, own), (f"first token, {where}", first, prompt)]
+def decode(bench: Bench, rounds: int, caches: Sequence[str]) -> list[Row]:
+    """A token at each context; transformers' is that of many tokens less that of one."""
+    rows = []
+    for context in CONTEXTS:
+        own: list[float] = []
+        stock: dict[str, list[float]] = {f"{THEIRS}, {cache}": [] for cache in caches}
+        for _ in range(rounds + 1):
+            ids = bench.prompt(context)
+            own.append(bench.ours(ids)[1])
+            for cache, times in zip(caches, stock.values(), strict=True):
+                one, many = (bench.theirs(ids, n, cache) for n in (1, bench.tokens + 1))
+                times.append((many - one) / bench.tokens)
+        values = {name: 1e3 * median(times[1:]) for name, times in {OURS: own, **stock}.items()}
+        rows.append(Row(f"a token, context {len(ids):,}", "ms", values))
+    return rows
 
 
-def guided(bench: Bench, context: int, rounds: int) -> tuple[float, float, int]:
-    """A step of a picture without guidance and with it, and the branches of the latter."""
-    one = bench.request(context, 1, "image", **PLAIN)
-    more = bench.request(context, 1, "image", guidance_text=3, guidance_image=1.2)
-    pairs = [(median(bench.steps([one])), median(bench.steps([more]))) for _ in range(rounds)]
-    branches = 3 if context > 2 * bench.processor.layout.num_tokens else 2
-    return *(1e3 * median(column) for column in zip(*pairs, strict=True)), branches
+def read(bench: Bench, meter: Meter, rounds: int) -> list[Row]:
+    """The first token of a long prompt."""
+    times = []
+    for _ in range(rounds + 1):
+        ids = bench.prompt(CONTEXTS[1])
+        times.append((bench.ours(ids)[0], bench.theirs(ids, 1, "dynamic")))
+    own, stock = (median(column) for column in zip(*times[1:], strict=True))
+    share = meter.operations(len(ids)) / meter.peak
+    note = f"{share / own:.0%} and {share / stock:.0%} of the matmul peak"
+    return [Row(f"first token, context {len(ids):,}", "ms", _milli(own, stock), note)]
 
 
-def eight(bench: Bench, rounds: int) -> tuple[float, float]:
-    """Eight requests of about one length one by one, and together: seconds."""
-    tokens, bench.tokens = bench.tokens, bench.processor.layout.num_tokens
-    asked = [bench.request(32 + 24 * i, i, "image", **(PLAIN if i % 2 else {})) for i in range(4)]
-    asked += [bench.request(32 + 40 * i, i, "text", **(GREEDY if i % 2 else {})) for i in range(4)]
-    bench.tokens = tokens
-    pairs = []
-    for _ in range(rounds):
-        alone = sum(sum(bench.steps([request])) for request in asked)
-        pairs.append((alone, sum(bench.steps(asked))))
-    return median(alone for alone, _ in pairs), median(both for _, both in pairs)
-
-
-def repeated_picture(clock: Clock, rounds: int) -> tuple[float, float]:
-    """Seconds to the first token of the embedded model for a new picture, and for a known one."""
-    model, rng = Chameleon.load("mini", device="cpu"), random.Random(0)
-    for kv_2SKPH in model.engine._runner._cache.layers:
-        kv_2SKPH.zero_()  # memory is taken when it is first written to: not what is measured here
-    cold: list[float] = []
-    warm: list[float] = []
+def picture(bench: Bench, rounds: int) -> list[Row]:
+    """The first token about a picture that is new, and about the same again."""
+    vocabulary, layout = bench.processor.vocabulary, bench.processor.layout
+    assert vocabulary.image_placeholder is not None
+    shown = [vocabulary.image_placeholder] * layout.num_codes
+    marks = [vocabulary.begin_image, *shown, vocabulary.end_image]
+    own: list[list[float]] = [[], []]
+    stock: list[float] = []
     for number in range(rounds + 1):
-        codes = torch.tensor(rng.choices(range(1024), k=64)).view(1, 8, 8)
-        picture = Image(model.image_tokenizer.decode(codes)[0])
-        for times, question in ((cold, "What is this?"), (warm, "What colour is it?")):
-            start = clock()
-            handle = model.engine.add(model.request([picture, question], "text", seed=number))
+        pixels = bench.picture()
+        for times, question in zip(own, QUESTIONS, strict=True):
+            start = time.perf_counter()
+            asked = bench.model.request([Image(pixels), question], "text", seed=number)
+            handle = bench.engine.add(asked)
             while not handle.tokens:
-                model.engine.step()
-            times.append(clock() - start)
+                bench.engine.step()
+            times.append(time.perf_counter() - start)
             handle.cancel()
-    return median(cold[1:]), median(warm[1:])
+        words = bench.processor.encode_text(QUESTIONS[0])
+        ids = [vocabulary.bos, *marks, *words, vocabulary.end_of_turn]
+        image = bench.model.image_tokenizer.preprocess(pixels)[None].to(bench.stock.dtype)
+        stock.append(bench.theirs(ids, 1, "dynamic", pixel_values=image))
+    theirs, rows = median(stock[1:]), []
+    for name, times in zip(("new picture", "known picture"), own, strict=True):
+        values = _milli(median(times[1:]), theirs)
+        rows.append(Row(f"first token, {name} of {layout.num_codes:,} codes", "ms", values))
+    return rows
+
+
+def batch(bench: Bench, rounds: int, number: int) -> list[Row]:
+    """Many texts at once."""
+    own, stock = [], []
+    sampling = SamplingParams(temperature=0, seed=0).resolved({})
+    for _ in range(rounds + 1):
+        prompts = [bench.prompt(CONTEXTS[0] + i % 8) for i in range(number)]
+        start = time.perf_counter()
+        asked = [Request(ids, "text", sampling, 0, bench.tokens) for ids in prompts]
+        handles = [bench.engine.add(request) for request in asked]
+        while bench.engine.busy:
+            bench.engine.step()
+        seconds = time.perf_counter() - start
+        own.append(sum(len(handle.tokens) for handle in handles) / seconds)
+        start = time.perf_counter()
+        drawn = bench.theirs_at_once(prompts)
+        stock.append(drawn / (time.perf_counter() - start))
+    bench.stock.destroy_cached_continuous_batching_manager()
+    values = {OURS: median(own[1:]), f"{THEIRS}, generate_batch": median(stock[1:])}
+    return [Row(f"{number} texts at once", "tokens/s", values)]
+
+
+def alone(meter: Meter) -> list[Row]:
+    figures = meter.texts() + meter.pictures() + meter.tokenizer() + meter.mixed() + meter.limits()
+    return [
+        Row(f.what, f.unit, {OURS: f.value}, "" if f.of_limit is None else f"{f.of_limit:.0%}")
+        for f in figures
+    ]
+
+
+def _milli(own: float, stock: float) -> dict[str, float]:
+    return {OURS: 1e3 * own, f"{THEIRS}, dynamic": 1e3 * stock}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=sorted(SHAPES), default="mini")
+    parser.add_argument("--dtype", help="mini: float32, others: bfloat16; int8, int4")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=32, help="tokens to decode in a round")
+    parser.add_argument("--tokens", type=int, default=24, help="tokens to decode in a round")
+    parser.add_argument("--batch", type=int, default=8, help="texts at once")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--clock", choices=("wall", "process"), default="wall")
+    parser.add_argument("--compile", action="store_true", help="transformers compiled, too")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    clock = time.perf_counter if options.clock == "wall" else time.process_time
-    bench = Bench(options.shape, clock, options.tokens)
-    print(f"{options.shape}, {bench.dtype}, {options.threads} threads, {options.clock} time\n")
-    print("| what | transformers, ms | engine, ms | times as fast |\n| --- | --- | --- | --- |")
-    for context in CONTEXTS:
-        for what, theirs, ours in against_stock(bench, context, options.rounds):
-            print(f"| {what} | {theirs:.2f} | {ours:.2f} | {theirs / ours:.2f} |", flush=True)
-    print("\n| engine alone | before | after | ratio |\n| --- | --- | --- | --- |")
-    for context in (32, 512):
-        one, more, branches = guided(bench, context, options.rounds)
-        what = f"step of a picture, 1 and {branches} branches, context {context}"
-        print(f"| {what} | {one:.2f} ms | {more:.2f} ms | {more / one:.2f} |", flush=True)
-    alone, together = eight(bench, options.rounds)
-    what, ratio = "8 mixed requests, one by one and together", f"{alone / together:.2f}"
-    print(f"| {what} | {alone:.2f} s | {together:.2f} s | {ratio} |", flush=True)
-    cold, warm = repeated_picture(clock, options.rounds)
-    what, ratio = "first token, new picture and known one (mini)", f"{cold / warm:.1f}"
-    print(f"| {what} | {1e3 * cold:.1f} ms | {1e3 * warm:.1f} ms | {ratio} |")
+    logging.set_verbosity_error()
+    small = options.shape in ("tiny", "mini")
+    dtype = options.dtype or ("float32" if small else "bfloat16")
+    caches = ["dynamic", "static", *(["compiled"] if options.compile else [])]
+    with tempfile.TemporaryDirectory() as folder:
+        write_random(options.shape, Path(folder) / "model")
+        bench = Bench(options.shape, Path(folder) / "model", options.device, dtype, options.tokens)
+    meter, rows = Meter(bench.model, options.rounds), []
+    parts: dict[str, Callable[[], list[Row]]] = {
+        "decode": lambda: decode(bench, options.rounds, caches),
+        "read": lambda: read(bench, meter, options.rounds),
+        "picture": lambda: picture(bench, options.rounds),
+        "batch": lambda: batch(bench, options.rounds, options.batch),
+        "alone": lambda: alone(meter),
+    }
+    print(f"{options.shape}, {dtype}, {options.device}, {options.threads} threads\n")
+    for part in PARTS:
+        if part in options.only:
+            rows += parts[part]()
+            print(f"{part} done", flush=True)
+    print(f"\n{table(rows)}")
+    settings = {k: v for k, v in vars(options).items() if k != "json"} | {"dtype": dtype}
+    save(rows, options.json, **settings)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,10 @@ from statistics import median
 from typing import Any
 
 import torch
-from cpu_step import SIZES, config_of, stock_of
+from contenders import stock_of
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from earlyfusion.evals.shapes import SHAPES
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.processor import ANSWER_TEXT, TokenSequence
 from earlyfusion.train.data import Packer, RoleWeights
@@ -84,7 +85,7 @@ def own_steps(model: Transformer, rows: int, length: int, steps: int, out: str) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=sorted(SIZES), default="mini")
+    parser.add_argument("--shape", choices=("mini", "110m", "1b"), default="mini")
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=5)
@@ -92,7 +93,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    config = config_of(options.shape)
+    config = SHAPES[options.shape]
     ours = Transformer(config)
     ours.init_weights(torch.Generator().manual_seed(0))
     theirs = stock_of(config, ours).float()

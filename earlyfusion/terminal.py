@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -175,13 +175,13 @@ class Screen:
 
 
 @contextmanager
-def busy(what: str, quiet: bool = False) -> Iterator[None]:
-    """A spinner on stderr for as long as the block runs."""
+def busy(what: str, quiet: bool = False) -> Iterator[Callable[[str], None]]:
+    """A spinner on stderr for as long as the block runs; what is given says something else."""
     if quiet or not sys.stderr.isatty():
-        yield
+        yield lambda _: None
         return
-    with Console(stderr=True).status(what):
-        yield
+    with Console(stderr=True).status(what) as status:
+        yield lambda words: status.update(words)
 
 
 def half_blocks(picture: PIL.Image.Image, columns: int) -> Characters:
