@@ -12,12 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from earlyfusion.config import PRESETS, ModelConfig
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.parallel import ParallelConfig
 from earlyfusion.processor import CONTROL, PROMPT_TEXT, TokenSequence
+from earlyfusion.train import lora
 from earlyfusion.train.data import Packer, RoleWeights
 from earlyfusion.train.language import LanguageTask
 from earlyfusion.train.optim import OptimConfig
@@ -28,6 +30,8 @@ SWIN = replace(MODEL, swin_norm=True)
 # The paper's eps: with a smaller one the first steps turn rounding of tiny gradients into signs.
 OPTIM = OptimConfig(lr=5e-3, warmup_steps=4, eps=1e-5)
 ROWS, LENGTH, STEPS = 4, 32, 20
+IMAGES = np.arange(5, 200)
+"""Tokens whose rows of the head are trained where only these are."""
 
 
 def document(number: int) -> TokenSequence:
@@ -53,6 +57,8 @@ class Case:
     beside: bool = False
     on_meta: bool = False
     compiled: bool = False
+    part: str = "all"
+    """What of the model is trained: a key of `plan.PARTS`."""
     killed_at: int = -1
     """The last process kills itself in this step, if it was not started again already."""
 
@@ -62,6 +68,10 @@ class Case:
             model = Transformer(self.model)
         if not self.on_meta:
             model.init_weights()
+        if self.part == "adapters":
+            lora.adapt(model, rank=4)
+        elif self.part == "image_head":
+            lora.train_image_head(model, IMAGES)
         packer = Packer(stream, RoleWeights(), ROWS, LENGTH, pad=1)
         run = RunConfig(
             out / self.folder,
@@ -113,6 +123,11 @@ CASES = {
     "tensor fsdp meta": Case("tensor-fsdp-meta", TENSOR, on_meta=True),
     "go on": Case("half"),
     "from one": Case("from-one"),
+    "one adapters": Case("one-adapters", part="adapters"),
+    "one head": Case("one-head", part="image_head"),
+    "fsdp adapters": Case("fsdp-adapters", ParallelConfig(checkpointing="full"), part="adapters"),
+    "fsdp head in parts": Case("fsdp-head-parts", part="image_head", micro_rows=1),
+    "hybrid head": Case("hybrid-head", ParallelConfig(shard=2), part="image_head"),
     "compiled": Case("compiled", compiled=True),
 }
 

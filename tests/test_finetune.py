@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +15,24 @@ from tiny import CONFIG
 
 from earlyfusion import Chameleon
 from earlyfusion.checkpoints import formats
+from earlyfusion.config import PRESETS
 from earlyfusion.errors import DataError, SettingError
 from earlyfusion.model.transformer import Transformer
-from earlyfusion.recipes import override, run
+from earlyfusion.parallel import ParallelConfig
+from earlyfusion.recipes import override, plan, run
 from earlyfusion.recipes.finetune import FinetuneConfig, prepared
 from earlyfusion.recipes.finetune import config as recipe
+from earlyfusion.recipes.finetune_7b import config as full
+from earlyfusion.recipes.image_head_7b import config as head
+from earlyfusion.recipes.lora_7b import config as low_rank
 from earlyfusion.train import checkpoint, lora
 from earlyfusion.train.corpus.rows import RowSettings
 from earlyfusion.train.corpus.tokenizing import Job, tokenize
 from earlyfusion.train.monitor import read_metrics
+from earlyfusion.train.optim import learning_rate
+from earlyfusion.train.plan import Job as PlanJob
+from earlyfusion.train.plan import trained
+from earlyfusion.train.trainer import RunConfig
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +177,45 @@ def test_lora_trains_adapters_only_and_leaves_a_plain_model(
     assert len(tensors["optimizer"]["state"]) == CONFIG.num_hidden_layers * 7 * 2
 
 
+@pytest.mark.parametrize(
+    "how", ["lora=4", pytest.param("trainable=image_head", marks=pytest.mark.slow)]
+)
+def test_two_processes_leave_the_model_of_one(
+    model: Path, data: Path, tmp_path: Path, how: str
+) -> None:
+    """And a run of two that stopped half-way is gone on with by one."""
+    same = ["rows=2", "micro_rows=1", "device=cpu", "dropout=0", how]
+    one = finetune(model, data, tmp_path / "one", *same)
+    script = f"import test_finetune as t; t.finetune_two({str(model)!r}, {str(data)!r}, {how!r})"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node=2", "--no-python", sys.executable, "-c", script]
+    paths = os.pathsep.join(str(p) for p in (Path(__file__).parent, Path(__file__).parents[1]))
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = weights(tmp_path / "two" / "model")
+    resumed = finetune(model, data, tmp_path / "half", *same)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(resumed[name], tensor, atol=1e-5, rtol=1e-5)
+
+
+def finetune_two(model: str, data: str, how: str) -> None:
+    """What each of two processes runs."""
+    same = ["rows=2", "micro_rows=1", "device=cpu", "dropout=0", how]
+    small = ["steps=4", "length=100", "lr=1e-2", "warmup_steps=1", "log_every=1", "save_every=2"]
+    for out, more in (("two", []), ("half", ["stop_after=2"])):
+        fields = [f"data={data}", f"model={model}", f"out={out}", "max_broken=1", *small]
+        run("finetune", [*fields, *same, *more])
+
+
 def test_dropout_is_set_on_every_block(model: Path) -> None:
     transformer = prepared(formats.load(model), FinetuneConfig(dropout=0.5)).train()
     tokens = torch.randint(0, CONFIG.vocab_size, (1, 9))
@@ -172,17 +224,71 @@ def test_dropout_is_set_on_every_block(model: Path) -> None:
     assert torch.equal(transformer(tokens), transformer(tokens))
 
 
+def test_products_that_are_not_trained_stay_small_and_give_the_same(tmp_path: Path) -> None:
+    """Of a model stored in bf16 and computed in it, frozen weights of blocks are not widened."""
+    loaded = formats.load(tiny_model(tmp_path / "tiny"), dtype=torch.bfloat16)
+    tokens = torch.randint(0, CONFIG.vocab_size, (2, 9))
+    for changes in ({"lora": 2}, {"trainable": "image_head"}):
+        widths, logits = [], []
+        for precision in ("bf16", "fp32"):
+            config = FinetuneConfig(run=RunConfig(precision=precision), **changes)
+            model = prepared(deepcopy(loaded), config).eval()
+            kinds = {n: p.dtype for n, p in model.named_parameters()}
+            widths.append({kinds[n] for n in kinds if n.endswith("proj.weight")})
+            assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+            with torch.autocast("cpu", torch.bfloat16):
+                logits.append(model(tokens))
+        assert widths == [{torch.bfloat16}, {torch.float32}]
+        assert torch.equal(*logits)
+
+
 def test_the_settings_are_the_papers() -> None:
     assert (recipe.optim.lr, recipe.optim.decay, recipe.optim.weight_decay) == (1e-5, "cosine", 0.1)
     assert recipe.dropout == 0.05 and recipe.z_weight == 1e-5 and recipe.corpus.balance
     assert (recipe.weights.prompt_text, recipe.weights.prompt_image) == (0, 0)
     settings = recipe.corpus.encoding
     assert (settings.prompt_images, settings.answer_images) == ("fit", "crop")
+    assert full.rows * full.length == 128 * 4096 and full.optim == recipe.optim
+
+
+def test_the_recipes_of_the_7b_are_what_their_names_say() -> None:
+    assert (low_rank.part, low_rank.lora, low_rank.alpha) == ("adapters", 16, 32)
+    assert low_rank.optim.lr == 2e-4
+    assert head.part == "image_head" and head.optim.lr == 1e-3 and head.optim.decay == "linear"
+    assert (head.optim.weight_decay, head.z_weight, head.dropout) == (0, 0, 0)
+    assert head.run.steps == 5859 * 3 // head.rows  # Anole's pictures, three times over
+    assert learning_rate(head.optim, 1000, 2000) == pytest.approx(0.5e-3, rel=0.02)
+
+
+def test_a_plan_counts_what_is_trained(capsys: pytest.CaptureFixture[str]) -> None:
+    said = {name: plan(name, []).splitlines() for name in ("finetune_7b", "lora_7b")}
+    states = {name: float(lines[4].split()[7]) for name, lines in said.items()}
+    assert states["finetune_7b"] == pytest.approx(16 * 7.0137e9 / 2**30, rel=0.01)
+    assert states["lora_7b"] < 15 and "39,976,960 trained" in said["lora_7b"][0]
+    size = PRESETS["mini"].vq_config.num_embeddings * PRESETS["mini"].hidden_size
+    assert f", {size:,} trained" in plan("image_head_7b", ["model=mini"])
+    with pytest.raises(SettingError, match="download it first"):
+        plan("lora_7b", ["model=org/other"])
+    with pytest.raises(SettingError, match="no plan"):
+        plan("pretrain_mini", [])
+
+
+def test_weights_of_adapters_are_counted_as_they_are(model: Path) -> None:
+    transformer = formats.load(model).transformer
+    lora.adapt(transformer, rank=3)
+    made = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
+    job = PlanJob(transformer.config, ParallelConfig(), 1, 64, 0, 1.0, part="adapters", lora=3)
+    assert trained(job) == made and lora.part(transformer) == "adapters"
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        (["alpha=8"], "alpha=8 scales adapters"),
+        (["lora=4", "tensor=2"], "tensor=2 cannot cut"),
+        (["trainable=image_head", "tensor=2"], "tensor=2 cannot cut"),
+        (["rows=8", "micro_rows=3"], "choose a multiple of 3"),
+        (["dropout=1"], "dropout=1.0 must be"),
         (["trainable=head"], "choose all or image_head"),
         (["lora=4", "trainable=image_head"], "choose one"),
         (["lora=-1"], "lora=-1 must be 0"),
@@ -198,10 +304,12 @@ def test_an_impossible_setting_is_refused_at_once(changes: list[str], words: str
 
 def test_what_the_recipe_refuses(model: Path, data: Path, tmp_path: Path) -> None:
     out = f"out={tmp_path / 'out'}"
+    words = jsonl(tmp_path / "words.jsonl", [{"text": "Only words."}])
     cases: list[tuple[list[str], Any]] = [
         ([f"model={model}", out], "data=PATH"),
         ([f"model={model}", out, f"data={data}", "lora=33"], "lora=33 is no rank"),
         ([f"model={model}", out, "data=nowhere.jsonl"], "there is no nowhere.jsonl"),
+        ([f"model={model}", out, f"data={words}", "trainable=image_head"], "no answer of the data"),
     ]
     for changes, words in cases:
         with pytest.raises((SettingError, DataError), match=words):

@@ -39,6 +39,7 @@ OWNERS = {
     "starlette": {"serve"},
     "tensorboard": {"train"},
     "torch.utils.tensorboard": {"train"},
+    "wandb": {"train"},
     "torch.distributed": {"parallel.py", "train/checkpoint.py", "engine/runner.py"},
     "resvg_py": {"recipes"},
     "pyarrow": {"train/corpus/tables.py"},

@@ -57,7 +57,8 @@ def worst(a: Path, b: Path) -> float:
 def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of a single process."""
     out = tmp_path_factory.mktemp("one")
-    for name in ("one", "one in parts", "one swin", "one bf16", "one meta"):
+    plain = ("one", "one in parts", "one swin", "one bf16", "one meta")
+    for name in (*plain, "one adapters", "one head"):
         distributed_case.run(name, out)
     return out
 
@@ -70,6 +71,8 @@ TWO = (
     "fsdp half",
     "tensor",
     "tensor meta",
+    "fsdp adapters",
+    "fsdp head in parts",
 )
 
 
@@ -85,7 +88,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_runs_learn_so_that_equal_losses_mean_something(one: Path) -> None:
     found = losses(one / "one")
     assert len(found) == 20 and found[-1] < found[0] - 0.5
-    assert worst(one / "one", one / "one-swin") > 1e-3
+    for other in ("one-swin", "one-adapters", "one-head"):
+        assert worst(one / "one", one / other) > 1e-3
 
 
 def test_parts_of_a_step_add_up_to_the_step(one: Path) -> None:
@@ -100,12 +104,17 @@ def test_parts_of_a_step_add_up_to_the_step(one: Path) -> None:
         ("fsdp-meta", "one-meta"),
         ("tensor", "one"),
         ("tensor-meta", "one-meta"),
+        ("fsdp-adapters", "one-adapters"),
+        ("fsdp-head-parts", "one-head"),
     ],
 )
 def test_two_processes_give_the_losses_of_one(
     one: Path, two: Path, several: str, single: str
 ) -> None:
-    """`meta`: weights drawn in their place; `killed`: a process died at step 12 of 20."""
+    """`meta`: weights drawn in their place; `killed`: a process died at step 12 of 20.
+
+    `adapters`, `head`: a part of the model is trained, and what is frozen is cut over both too.
+    """
     assert len(losses(two / several)) == 20
     assert worst(two / several, one / single) <= 1e-5
 
@@ -144,11 +153,12 @@ def test_four_processes_give_the_losses_of_one(one: Path, two: Path, tmp_path: P
     checkpoint_of_two(two, half)
     single = replace(CASES["one"], folder="from-one", stop_after=10)
     single.run(tmp_path)
-    cases = ("hybrid", "tensor fsdp", "tensor fsdp meta", "go on", "from one")
+    cases = ("hybrid", "hybrid head", "tensor fsdp", "tensor fsdp meta", "go on", "from one")
     torchrun(tmp_path, 4, *cases)
     for folder in ("hybrid", "tensor-fsdp"):
         assert worst(tmp_path / folder, one / "one") <= 1e-5
     assert worst(tmp_path / "tensor-fsdp-meta", one / "one-meta") <= 1e-5
+    assert worst(tmp_path / "hybrid-head", one / "one-head") <= 1e-5
     for folder in ("half", "from-one"):
         assert len(losses(tmp_path / folder)) >= 10
         assert abs(losses(tmp_path / folder)[-1] - losses(one / "one")[-1]) <= 1e-6

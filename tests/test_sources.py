@@ -4,7 +4,6 @@ import itertools
 import json
 import threading
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,6 @@ from earlyfusion.train.corpus.mixture import (
     Schedule,
     Stage,
     balanced,
-    sharded,
     shuffled,
     two_stages,
 )
@@ -550,15 +548,6 @@ def test_the_second_stage_halves_the_first_and_goes_on_where_it_stopped() -> Non
         mine = [draw.turn for draw in draws if draw.source == name]
         assert mine == list(range(len(mine)))
     assert two_stages({"a": 1.0}, {}, 10) == (Stage(0, {"a": 1.0}),)
-
-
-def test_every_document_goes_to_exactly_one_rank() -> None:
-    stream: Callable[[int], TokenSequence] = lambda n: TokenSequence(ids=[n])  # noqa: E731
-    ranks = [sharded(stream, rank, 3) for rank in range(3)]
-    seen = [rank(n).ids[0] for n in range(20) for rank in ranks]
-    assert seen == list(range(60))
-    with pytest.raises(SettingError, match="rank=3"):
-        sharded(stream, 3, 3)
 
 
 @pytest.mark.parametrize("workers", [1, 4])

@@ -225,13 +225,19 @@ def test_the_image_tokenizer_learns_and_resumes(
     def task() -> ImageTokenizerTask:
         torch.manual_seed(0)
         config = VQLossConfig(
-            codebook=codebook, ramp_steps=3, revive_every=4, adversarial=adversarial
+            codebook=codebook,
+            ramp_steps=3,
+            revive_every=4,
+            adversarial=adversarial,
+            adversarial_from=6,
+            critic_layers=1,
+            critic_width=8,
         )
 
         colours = torch.tensor([[1.0, -1, -1], [-1, 1, -1], [-1, -1, 1], [1, 1, -1]])
         pictures = colours.view(4, 3, 1, 1).expand(4, 3, 16, 16)
         model = VQGAN(TINY.vq_config)
-        return ImageTokenizerTask(model, config, lambda _: pictures, 40, compiled=False)
+        return ImageTokenizerTask(model, config, lambda _: pictures, 40)
 
     run = RunConfig(tmp_path / "whole", steps=40, log_every=1, save_every=100)
     gentle = replace(OPTIM, lr=2e-3, decay="constant")
@@ -264,7 +270,7 @@ def test_overrides_reach_nested_fields_and_name_what_is_wrong() -> None:
         ("nothing=1", "unknown"),
         ("steps", "field=value"),
         ("steps=many", "cannot be read as int"),
-        ("decay=linear", "choose one of"),
+        ("decay=steps", "choose one of"),
         ("precision=fp8", "fp32 or bf16"),
         ("perceptual=1", "perceptual_weights"),
     ]:

@@ -36,6 +36,7 @@ from earlyfusion.checkpoints.source import (
     Source,
     Step,
     Stored,
+    new_folder,
     torch_load,
 )
 from earlyfusion.config import ModelConfig, VQConfig
@@ -389,11 +390,21 @@ def _write_shard(source: Source, folder: Path, part: Part, step: Step) -> None:
 def _write_tokenizer(source: Source, folder: Path, step: Step) -> None:
     text = source.tokenizer.read_text(encoding="utf-8")
     (folder / TOKENIZER).write_text(text, encoding="utf-8")
-    shape = yaml.safe_dump({"model": {"params": _vq_params(source.config.vq_config)}})
-    (folder / VQ_CONFIG).write_text(shape, encoding="utf-8")
-    state = {name: stored.read().contiguous() for name, stored in source.vq.items()}
-    torch.save({"state_dict": state}, folder / VQ_WEIGHTS)
+    _write_vqgan(folder, source.config.vq_config, {k: s.read() for k, s in source.vq.items()})
     step(sum(stored.nbytes for stored in source.vq.values()))
+
+
+def save_vqgan(folder: Path, vqgan: VQGAN) -> None:
+    """Write a VQ-GAN as a tokenizer folder (vqgan.yaml, vqgan.ckpt) that `load_vqgan` reads."""
+    with new_folder(folder) as partial:
+        _write_vqgan(partial, vqgan.config, vqgan.state_dict())
+
+
+def _write_vqgan(folder: Path, config: VQConfig, state: Mapping[str, Tensor]) -> None:
+    shape = yaml.safe_dump({"model": {"params": _vq_params(config)}})
+    (folder / VQ_CONFIG).write_text(shape, encoding="utf-8")
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    torch.save({"state_dict": whole}, folder / VQ_WEIGHTS)
 
 
 def _write_checklist(folder: Path) -> None:

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_LONG = 256  # tokens of a document
+from earlyfusion.model.fused import Tile, attend_documents, document_tiles, is_cpu_training
+
+_LONG = 112  # tokens of a document, on average: from here on tiles of queries are faster
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q_BTNH, k_BTKH, v_BTKH) -> out_BTNH; query head n reads key head n // (N / K)."""
@@ -48,6 +50,7 @@ class CausalAttend:
         self.document_BT = document_BT
         self._lengths: list[int] | None = None
         self._mask: Tensor | None = None
+        self._tiles: list[Tile] = []
         if document_BT is not None and document_BT.device.type == "cpu":
             self._lengths = _run_lengths(document_BT)
         elif document_BT is not None:
@@ -55,16 +58,32 @@ class CausalAttend:
 
     def __call__(self, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
         if self._lengths is not None:
-            return _attend_each(q_BTNH, k_BTKH, v_BTKH, self._lengths)
+            if v_BTKH.dtype is torch.bfloat16 and is_cpu_training(q_BTNH, k_BTKH, v_BTKH):
+                return self._train(q_BTNH, k_BTKH, v_BTKH, self._lengths)
+            return _attend_each(q_BTNH, k_BTKH, v_BTKH, self._lengths, v_BTKH.dtype)
         return dot_product_attention(
             q_BTNH, k_BTKH, v_BTKH, mask=self._mask, causal=self._mask is None
         )
 
+    def _train(self, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, lengths: list[int]) -> Tensor:
+        if sum(lengths) < _LONG * len(lengths):
+            # torch's attention, whose backward pass is faster in fp32.
+            return _attend_each(q_BTNH, k_BTKH, v_BTKH, lengths, torch.float32)
+        self._tiles = self._tiles or document_tiles(lengths)
+        group = q_BTNH.shape[2] // k_BTKH.shape[2]
+        if group > 1:
+            k_BTKH, v_BTKH = (x.repeat_interleave(group, 2) for x in (k_BTKH, v_BTKH))
+        heads = (q_BTNH, k_BTKH, v_BTKH)
+        with torch.autocast("cpu", enabled=False):
+            q_NSH, k_NSH, v_NSH = (x.flatten(0, 1).transpose(0, 1) for x in heads)
+            out_NSH = attend_documents(q_NSH, k_NSH, v_NSH, self._tiles)
+        return out_NSH.transpose(0, 1).view(q_BTNH.shape)
 
-def _attend_each(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, lengths: list[int]) -> Tensor:
+
+def _attend_each(
+    q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, lengths: list[int], kind: torch.dtype
+) -> Tensor:
     # On a CPU one call a document beats a mask, which pays for every pair of tokens in the row.
-    # fp32 is the faster kind for short documents, its backward pass above all.
-    kind = torch.float32 if max(lengths) < _LONG else v_BTKH.dtype
     rows = (x.to(kind).flatten(0, 1)[None] for x in (q_BTNH, k_BTKH, v_BTKH))
     pieces = zip(*(torch.split(row, lengths, 1) for row in rows), strict=True)
     with torch.autocast("cpu", enabled=False):

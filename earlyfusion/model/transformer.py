@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from earlyfusion.config import ModelConfig
 from earlyfusion.errors import SettingError
 from earlyfusion.model.attention import Attend, CausalAttend
+from earlyfusion.model.fused import fused_rms_norm, is_cpu_training
 
 
 class Rotary(NamedTuple):
@@ -48,6 +49,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dtype is self.weight.dtype is torch.float32 and is_cpu_training(x, self.weight):
+            return fused_rms_norm(x, self.weight, self.eps, _autocast_dtype(x))
         if x.dtype == self.weight.dtype:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         normed = F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
@@ -274,5 +277,9 @@ def check_rope(config: ModelConfig) -> None:
 
 def _to_autocast(x: Tensor) -> Tensor:
     # Autocast would cast the same activation again for every projection that reads it.
+    return x.to(_autocast_dtype(x))
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype:
     kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

@@ -11,19 +11,28 @@ from dataclasses import fields, is_dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType, NoneType, UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from earlyfusion.errors import SettingError
 
+if TYPE_CHECKING:
+    from earlyfusion.config import ModelConfig
+
 NAMES = (
     "mini_image_tokenizer",
+    "image_tokenizer_512",
     "mini_transformer",
     "mini_answers",
     "mini_drawings",
     "mini_styles",
+    "pretrain_mini",
     "finetune",
+    "finetune_7b",
+    "lora_7b",
+    "image_head_7b",
     "pretrain_7b",
     "pretrain_34b",
+    "ablations",
 )
 
 
@@ -42,24 +51,44 @@ def plan(name: str, overrides: list[str]) -> str:
     Raises `SettingError` where `run` would, and for a recipe that does not train a transformer.
     """
     from earlyfusion.config import ModelConfig
-    from earlyfusion.train.plan import PEAK_TFLOPS, Job, table
+    from earlyfusion.train.plan import FEW_GPUS, GPUS, PEAK_TFLOPS, Job, table
 
     config = override(_load(name).config, overrides)
-    if not isinstance(getattr(config, "model", None), ModelConfig):
-        raise SettingError(f"recipe {name!r} has no plan: it does not say what model it trains")
-    length = config.length or config.model.max_position_embeddings
-    return table(
-        Job(
-            model=config.model,
-            layout=config.run.parallel,
-            rows=config.rows,
-            length=length,
-            micro_rows=getattr(config, "micro_rows", 0),
-            tokens=float(config.run.steps) * config.rows * length,
-            dropout=config.dropout,
-            peak_tflops=config.run.peak_tflops or PEAK_TFLOPS,
-        )
+    model, run = _shape(name, config), config.run
+    length = config.length or model.max_position_embeddings
+    job = Job(
+        model=model,
+        layout=run.parallel,
+        rows=config.rows,
+        length=length,
+        micro_rows=getattr(config, "micro_rows", 0),
+        tokens=float(run.steps) * config.rows * length,
+        dropout=config.dropout,
+        peak_tflops=run.peak_tflops or PEAK_TFLOPS,
+        part=getattr(config, "part", "all"),
+        lora=getattr(config, "lora", 0),
     )
+    return table(job, GPUS if isinstance(config.model, ModelConfig) else FEW_GPUS)
+
+
+def _shape(name: str, config: Any) -> ModelConfig:
+    """The shape of what a recipe trains: its own, of a model here, or of one known by its name."""
+    from earlyfusion.checkpoints import formats
+    from earlyfusion.config import PRESETS, ModelConfig
+
+    model = getattr(config, "model", None)
+    if isinstance(model, ModelConfig) and hasattr(config, "rows"):
+        return model
+    if not isinstance(model, str) or not hasattr(config, "rows"):
+        raise SettingError(f"recipe {name!r} has no plan: it does not say what model it trains")
+    if model in formats.EMBEDDED or Path(model).expanduser().is_dir():
+        return formats.open_source(formats.locate(model)).config
+    if Path(model).name not in PRESETS:
+        raise SettingError(
+            f"model={model} is not on this disk: download it first, or give one of "
+            f"{', '.join(PRESETS)}"
+        )
+    return PRESETS[Path(model).name]
 
 
 def override(config: Any, overrides: list[str]) -> Any:

@@ -8,15 +8,16 @@ The paper's settings (arXiv 2405.09818, section 3.1): cosine decay from 1e-5, we
 dropout 0.05, z-loss, prompts masked from the loss, packed rows, border-padded pictures in prompts
 and cropped ones in answers, modalities in balance. The rows are told apart by their keys
 (docs/data.md). Ends with `model/` under the run's folder, which Chameleon.load takes. Machine: the
-embedded model trains on a CPU; weights and optimizer take 16 bytes a weight, with `lora` 4. Score:
-the loss of answers by modality in `metrics.jsonl`.
+embedded model trains on a CPU; weights and optimizer take 16 bytes a weight, frozen weights 4, or 2
+in products of blocks where they are bf16. Score: the loss of answers by modality in
+`metrics.jsonl`.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,91 +31,117 @@ from earlyfusion.image_tokenizer import ImageTokenizer
 from earlyfusion.model.transformer import Block, Transformer
 from earlyfusion.train import checkpoint, lora
 from earlyfusion.train.corpus.mixture import Ahead
-from earlyfusion.train.corpus.sources import CorpusConfig, open_corpus
-from earlyfusion.train.data import Packer, RoleWeights
-from earlyfusion.train.language import LanguageTask
+from earlyfusion.train.corpus.sources import Corpus, open_corpus
+from earlyfusion.train.language import LanguageConfig
 from earlyfusion.train.optim import OptimConfig
+from earlyfusion.train.samples import PromptedPictures, asked, asked_in
 from earlyfusion.train.trainer import RunConfig, resolve_device, train
 
 
 @dataclass
-class FinetuneConfig:
+class FinetuneConfig(LanguageConfig):
     model: str = "mini"
     """The embedded model, a model folder, or a hub id."""
-    rows: int = 1
-    length: int = 0
-    """Tokens of a row; 0: the model's context."""
-    dropout: float = 0.05
-    z_weight: float = 1e-5
     trainable: str = "all"
     """"all", or "image_head": only the rows of the head that score image tokens."""
     lora: int = 0
     """Rank of low-rank adapters, which are merged at the end; 0: none."""
+    alpha: float = 0.0
+    """What the adapters are scaled by, divided by the rank; 0: twice the rank."""
     workers: int = 2
     """Threads that make the next documents while the network learns; 0: none."""
-    corpus: CorpusConfig = field(default_factory=CorpusConfig)
-    weights: RoleWeights = field(default_factory=RoleWeights)
-    run: RunConfig = field(default_factory=RunConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
+    prompts: tuple[str, ...] = ()
+    """Requests whose pictures are drawn at `run.sample_every`; none: some of the data's own."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.trainable not in ("all", "image_head"):
             raise SettingError(f"trainable={self.trainable!r} is unknown: choose all or image_head")
         if self.lora and self.trainable != "all":
             raise SettingError(f"lora={self.lora} and trainable={self.trainable}: choose one")
-        for name in ("rows", "length", "lora", "workers"):
-            if getattr(self, name) < (name == "rows"):
-                raise SettingError(f"{name}={getattr(self, name)} must be {int(name == 'rows')} up")
+        for name in ("lora", "alpha", "workers"):
+            if getattr(self, name) < 0:
+                raise SettingError(f"{name}={getattr(self, name)} must be 0 up")
+        if self.alpha and not self.lora:
+            raise SettingError(f"alpha={self.alpha:g} scales adapters: give their rank, as lora=16")
+        if self.part != "all" and self.run.parallel.tensor > 1:
+            raise SettingError(
+                f"tensor={self.run.parallel.tensor} cannot cut a model of which a part is trained: "
+                "use tensor=1, and shard"
+            )
+
+    @property
+    def part(self) -> str:
+        """What is trained: a key of `plan.PARTS`."""
+        return "adapters" if self.lora else self.trainable
 
 
 def main(config: FinetuneConfig) -> None:
-    apart = config.lora or config.trainable != "all"
-    if apart and parallel.processes() > 1:
-        raise SettingError(
-            f"lora={config.lora} and trainable={config.trainable} train in one process: start "
-            "without torchrun"
-        )
+    run = config.run
     source = formats.open_source(formats.locate(config.model))
-    if source.kind != "chameleon":
-        raise SettingError(
-            f"{config.model} is of the {source.kind} family, whose pictures are spelled otherwise: "
-            "fine-tune a Chameleon model"
-        )
-    device = resolve_device(config.run.device)
-    loaded = assemble(source, device)
+    _check_model(config, source)
+    loaded = assemble(source, resolve_device(run.device))
     model = prepared(loaded, config)
     image_tokenizer = ImageTokenizer(loaded.vqgan, loaded.config.vq_config.resolution)
     length = config.length or loaded.config.max_position_embeddings
-    run = config.run
     corpus = open_corpus(
-        config.corpus, loaded.processor, image_tokenizer, length, run.out, run.seed
+        config.corpus, loaded.processor, image_tokenizer, length, config.notes, run.seed
     )
-    _check_data(run.out, corpus.fingerprint)
+    _check_data(config, corpus)
     stream = Ahead(corpus.stream, config.workers) if config.workers else corpus.stream
-    packer = Packer(stream, config.weights, config.rows, length, loaded.processor.vocabulary.pad)
     try:
-        train(LanguageTask(model, packer, config.z_weight), run, config.optim)
+        task = config.task(model, stream, length, loaded.processor.vocabulary.pad)
+        train(task, run, config.optim, _samples(config, model, loaded, image_tokenizer, corpus))
     finally:
         if isinstance(stream, Ahead):
             stream.close()
-    for sentence in corpus.report() if parallel.rank() == 0 else ():
+    if parallel.rank():
+        return
+    for sentence in corpus.report():
         print(sentence, file=sys.stderr)
     if parallel.processes() > 1:  # each holds a part of the model
-        model = assemble(source).transformer.float()
+        model = prepared(assemble(source), config)
         model.load_state_dict(checkpoint.load(run.out, only="model")[0]["model"])
-    if parallel.rank() == 0:
-        save(run.out / "model", model, loaded, source)
+    save(run.out / "model", model, loaded, source)
+
+
+def _samples(
+    config: FinetuneConfig,
+    model: Transformer,
+    loaded: Loaded,
+    image_tokenizer: ImageTokenizer,
+    corpus: Corpus,
+) -> PromptedPictures | None:
+    """What is drawn during the run; None of a model or of data without pictures to draw."""
+    processor = loaded.processor
+    if not loaded.can_decode:
+        return None
+    own = asked_in(processor, corpus.stream, count=4) if not config.prompts else []
+    prompts = own or asked(processor, config.prompts)
+    defaults, seed = loaded.generation_defaults, config.run.seed
+    shows = PromptedPictures(model, processor, image_tokenizer, prompts, defaults, seed)
+    return shows if prompts else None
 
 
 def prepared(loaded: Loaded, config: FinetuneConfig) -> Transformer:
-    """The model in fp32 with dropout, and with its trainable part set."""
+    """The model with dropout and with its trainable part set, all that is trained in fp32.
+
+    Frozen products of the blocks that are stored in bf16 stay so where bf16 is computed in: they
+    give the same in half of the memory.
+    """
     torch.manual_seed(config.run.seed)
-    model = loaded.transformer.float()
+    model = loaded.transformer
+    small = config.part != "all" and config.run.precision == "bf16"
+    kept = lora.products(model) if small else []
+    of_bf16 = {id(x.weight) for x in kept if x.weight.dtype == torch.bfloat16}
+    for parameter in model.parameters():
+        if id(parameter) not in of_bf16:
+            parameter.data = parameter.data.float()
     for block in model.modules():
         if isinstance(block, Block):
             block.dropout = config.dropout
     if config.lora:
-        lora.adapt(model, config.lora)
+        lora.adapt(model, config.lora, config.alpha or None)
     elif config.trainable == "image_head":
         lora.train_image_head(model, loaded.processor.vocabulary.image_tokens)
     return model
@@ -134,21 +161,37 @@ def save(folder: Path, model: Transformer, loaded: Loaded, source: Source) -> No
     )
 
 
-def _check_data(out: Path, fingerprint: str) -> None:
-    """Refuse to go on with a run on other data than it began with."""
+def _check_model(config: FinetuneConfig, source: Source) -> None:
+    if source.kind != "chameleon":
+        raise SettingError(
+            f"{config.model} is of the {source.kind} family, whose pictures are spelled otherwise: "
+            "fine-tune a Chameleon model"
+        )
+
+
+def _check_data(config: FinetuneConfig, corpus: Corpus) -> None:
+    """Refuse data that cannot teach what is to be learned, and other data than a run began with."""
+    if config.trainable == "image_head" and not any(d.answers().any() for d in corpus.documents):
+        raise DataError(
+            "trainable=image_head learns to draw, and no answer of the data holds a picture: give "
+            "data with pictures in answers"
+        )
+    out = config.run.out
     path = out / "data.json"
     if checkpoint.steps(out) and path.exists():
-        if json.loads(path.read_text(encoding="utf-8"))["fingerprint"] != fingerprint:
+        if json.loads(path.read_text(encoding="utf-8"))["fingerprint"] != corpus.fingerprint:
             raise DataError(
                 f"the data or its mixture is not what {out} began with: give the same, or another "
                 "out folder"
             )
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"fingerprint": fingerprint}) + "\n", encoding="utf-8")
+    elif parallel.rank() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"fingerprint": corpus.fingerprint}) + "\n"
+        path.write_text(text, encoding="utf-8")
 
 
 config = FinetuneConfig(
+    dropout=0.05,
     run=RunConfig(out=Path("runs/finetune"), steps=1000),
     optim=OptimConfig(lr=1e-5, warmup_steps=50, decay="cosine"),
 )

@@ -1,6 +1,8 @@
 """The image tokenizer of `mini`: 64 x 64 pixels as 8 x 8 codes of 1,024.
 
     earlyfusion train mini_image_tokenizer data=DIR/emoji
+    earlyfusion train mini_image_tokenizer data=DIR/emoji start=runs/mini_image_tokenizer \\
+        trainable=decoder out=runs/mini_decoder
 
 Trains a 4 M-parameter VQ-GAN on the emoji pictures (docs/data.md) with random shifts, scales and
 mirrors. The run is resumable: the same command goes on from the newest checkpoint. Machine, run
@@ -16,12 +18,21 @@ import numpy as np
 import torch
 from PIL import Image
 
+from earlyfusion import parallel
 from earlyfusion.config import PRESETS, VQConfig
-from earlyfusion.model.vqgan import VQGAN
 from earlyfusion.recipes.emoji.dataset import EmojiData
-from earlyfusion.train.image_tokenizer import ImageTokenizerTask, VQLossConfig
+from earlyfusion.train.corpus.pictures import to_pixels as to_pixels
+from earlyfusion.train.image_tokenizer import (
+    HeldOut,
+    ImageTokenizerTask,
+    VQLossConfig,
+    build,
+    check_terms,
+    check_trainable,
+    parts_of,
+)
 from earlyfusion.train.optim import OptimConfig
-from earlyfusion.train.trainer import RunConfig, resolve_device, train
+from earlyfusion.train.trainer import RunConfig, train
 
 
 @dataclass
@@ -39,11 +50,24 @@ class AugmentConfig:
 class ImageTokenizerConfig:
     data: Path = Path("data/emoji")
     batch: int = 12
+    """Pictures of a step, over all processes."""
+    micro_batch: int = 0
+    """Pictures that one process computes at a time; 0: all that it has."""
+    checked: int = 64
+    """Pictures of the validation split that are drawn and measured at `sample_every`."""
+    start: str = ""
+    """A run, a model folder or a hub id whose image tokenizer this run begins with."""
+    trainable: str = "all"
+    """"all", or "decoder": encoder and codebook stay as they are, to the bit."""
     run: RunConfig = field(default_factory=RunConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     model: VQConfig = field(default_factory=VQConfig)
     loss: VQLossConfig = field(default_factory=VQLossConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+    def __post_init__(self) -> None:
+        check_trainable(self.trainable, self.start)
+        parts_of(self.batch, self.micro_batch)
 
 
 def augmented(
@@ -68,17 +92,13 @@ def augmented(
     return out
 
 
-def to_pixels(pictures: list[Image.Image]) -> torch.Tensor:
-    """Pictures of equal size as float32 [B, 3, Y, X] in [-1, 1]."""
-    arrays = np.stack([np.asarray(p, np.uint8) for p in pictures])
-    return torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 255 * 2 - 1
-
-
 class Pictures:
-    """Batches of augmented training pictures: batch k follows from the seed and k."""
+    """Batches of augmented training pictures: batch k follows from the seed and k.
 
-    def __init__(self, config: ImageTokenizerConfig) -> None:
-        data = EmojiData(config.data)
+    Of several processes each takes its own block of a batch.
+    """
+
+    def __init__(self, data: EmojiData, config: ImageTokenizerConfig) -> None:
         self._pictures = data.images(data.split("train"))
         self._config = config
 
@@ -88,25 +108,44 @@ class Pictures:
         places = np.arange(step * cfg.batch, (step + 1) * cfg.batch)
         chosen = [_shuffled(count, cfg.run.seed, int(p // count))[p % count] for p in places]
         side = cfg.model.resolution
-        return to_pixels([augmented(self._pictures[i], side, cfg.augment, rng) for i in chosen])
+        made = [augmented(self._pictures[i], side, cfg.augment, rng) for i in chosen]
+        own = cfg.batch // parallel.processes()
+        return to_pixels(made[parallel.rank() * own : (parallel.rank() + 1) * own])
 
 
 def _shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, 1_000_000 + epoch]).permutation(count)
 
 
+def held_out(data: EmojiData, config: ImageTokenizerConfig) -> torch.Tensor:
+    """Pictures of the validation split, from all over it: float32 [B, 3, Y, X]."""
+    ids, side = data.split("val"), config.model.resolution
+    chosen = ids[:: max(1, len(ids) // config.checked)][: config.checked]
+    rng, plain = np.random.default_rng(0), AugmentConfig(share=0.0)
+    made = [augmented(picture, side, plain, rng) for picture in data.images(chosen)]
+    return to_pixels(made) if made else torch.empty(0, 3, side, side)
+
+
 def main(config: ImageTokenizerConfig) -> None:
-    run = config.run
-    torch.manual_seed(run.seed)
-    model = VQGAN(config.model).to(resolve_device(run.device))
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    task = ImageTokenizerTask(model, config.loss, Pictures(config), run.steps, run.compile)
-    train(task, run, config.optim)
+    check_terms(config.loss)
+    run, data = config.run, EmojiData(config.data)
+    model = build(config.model, config.start, run)
+    task = ImageTokenizerTask(
+        model,
+        config.loss,
+        Pictures(data, config),
+        run.steps,
+        config.trainable,
+        parts_of(config.batch, config.micro_batch),
+    )
+    train(task, run, config.optim, HeldOut(model, held_out(data, config), batch=16))
 
 
 config = ImageTokenizerConfig(
     model=PRESETS["mini"].vq_config,
-    run=RunConfig(out=Path("runs/mini_image_tokenizer"), steps=4000, precision="bf16"),
+    run=RunConfig(
+        out=Path("runs/mini_image_tokenizer"), steps=4000, precision="bf16", sample_every=500
+    ),
     optim=OptimConfig(
         lr=1e-3,
         beta2=0.99,

@@ -23,7 +23,7 @@ __all__ = ["config", "main"]
 config = replace(
     mini_drawings.config,
     start=Path("runs/mini_drawings"),
-    run=RunConfig(out=Path("runs/mini_styles"), steps=8000, precision="bf16"),
+    run=RunConfig(out=Path("runs/mini_styles"), steps=6000, precision="bf16"),
     documents=DocumentsConfig(
         dialogues=150_000,
         tasks=mini_drawings.TASKS,

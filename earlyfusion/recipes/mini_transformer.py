@@ -23,6 +23,7 @@ from earlyfusion.checkpoints.hf import save_hf
 from earlyfusion.config import PRESETS, ModelConfig
 from earlyfusion.content import Image, Message, Text
 from earlyfusion.errors import DataError
+from earlyfusion.image_tokenizer import ImageTokenizer
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.model.vqgan import VQGAN
 from earlyfusion.processor import Processor, TokenSequence, train_tokenizer
@@ -33,6 +34,7 @@ from earlyfusion.train import checkpoint
 from earlyfusion.train.data import Packer, RoleWeights
 from earlyfusion.train.language import LanguageTask
 from earlyfusion.train.optim import OptimConfig
+from earlyfusion.train.samples import PromptedPictures, asked
 from earlyfusion.train.trainer import RunConfig, resolve_device, train
 from earlyfusion.vocabulary import ImageLayout
 
@@ -100,6 +102,15 @@ class TransformerConfig:
     length: int = 2048
     dropout: float = 0.0
     z_weight: float = 1e-5
+    prompts: tuple[str, ...] = (
+        "Draw a red apple.",
+        "Draw a cat face.",
+        "Draw a rainbow.",
+        "Draw the flag of France.",
+        "무지개를 그려 줘.",
+        "Draw a cat face in Noto style.",
+    )
+    """Requests whose pictures are drawn at `run.sample_every`."""
     run: RunConfig = field(default_factory=RunConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -208,7 +219,8 @@ def texts(samples: Iterable[Sample]) -> Iterable[str]:
             yield from (part["text"] for part in message["content"] if part["type"] == "text")
 
 
-def _prepare(config: TransformerConfig) -> tuple[VQGAN, Processor, Documents]:
+def prepare(config: TransformerConfig) -> tuple[VQGAN, Processor, Documents]:
+    """Pictures in codes and the tokenizer under `config.run.out`, made or taken from `start`."""
     out, cfg = config.run.out, config.documents
     out.mkdir(parents=True, exist_ok=True)
     data = EmojiData(config.data)
@@ -255,7 +267,7 @@ def _begin_with(start: Path | None, out: Path, variants: int) -> None:
 
 
 def main(config: TransformerConfig) -> None:
-    vqgan, processor, documents = _prepare(config)
+    vqgan, processor, documents = prepare(config)
     torch.manual_seed(config.run.seed)
     size = processor.vocabulary.size
     model_config = replace(config.model, vocab_size=size)
@@ -264,7 +276,12 @@ def main(config: TransformerConfig) -> None:
     if config.start is not None:
         model.load_state_dict(checkpoint.load(config.start)[0]["model"])
     packer = Packer(documents, config.weights, config.rows, config.length, processor.vocabulary.pad)
-    train(LanguageTask(model, packer, config.z_weight), config.run, config.optim)
+    image_tokenizer = ImageTokenizer(vqgan, config.model.vq_config.resolution)
+    prompts = asked(processor, config.prompts)
+    shows = PromptedPictures(
+        model, processor, image_tokenizer, prompts, {"chameleon": GENERATION}, config.run.seed
+    )
+    train(LanguageTask(model, packer, config.z_weight), config.run, config.optim, shows)
     save_hf(
         config.run.out / "model",
         model.eval(),
@@ -279,7 +296,13 @@ def main(config: TransformerConfig) -> None:
 config = TransformerConfig(
     model=PRESETS["mini"],
     # The second stage, recipes/mini_answers.py, takes over at step 2,000.
-    run=RunConfig(out=Path("runs/mini_transformer"), steps=4800, stop_after=2000, precision="bf16"),
+    run=RunConfig(
+        out=Path("runs/mini_transformer"),
+        steps=4800,
+        stop_after=2000,
+        precision="bf16",
+        sample_every=500,
+    ),
     optim=OptimConfig(lr=2e-3, warmup_steps=100, decay="cosine", final_ratio=0.02, eps=1e-8),
     weights=RoleWeights(prompt_image=0.1, answer_text=3.0, end=1.0),
     augment=AugmentConfig(share=1.0, shift=0.06, scale=0.1, mirror=0.0, recolour=0.0),

@@ -33,35 +33,25 @@ from earlyfusion.train import checkpoint
 from earlyfusion.train.corpus.encoding import EncodingSettings
 from earlyfusion.train.corpus.sources import CorpusConfig, open_corpus
 from earlyfusion.train.corpus.tokenizing import load_image_tokenizer
-from earlyfusion.train.data import Packer, RoleWeights
-from earlyfusion.train.language import LanguageTask
+from earlyfusion.train.data import RoleWeights
+from earlyfusion.train.language import LanguageConfig
 from earlyfusion.train.optim import OptimConfig
 from earlyfusion.train.trainer import RunConfig, train
 from earlyfusion.train.watch import WatchConfig
 
 
 @dataclass
-class PretrainConfig:
+class PretrainConfig(LanguageConfig):
     tokenizer: str = "mini"
     """A model folder or hub id: its tokenizer and image tokenizer are those of the new model."""
-    rows: int = 2048
-    """Rows of a step, over all processes."""
-    micro_rows: int = 1
-    """Rows that one process computes at a time."""
-    length: int = 4096
-    dropout: float = 0.1
-    z_weight: float = 1e-5
     second_stage: float = 0.8
     """Share of the run after which the sources in `added` join."""
     documents_a_row: float = 3.0
     """How many documents of the corpus fill a row: tells where the second stage begins."""
-    corpus: CorpusConfig = field(default_factory=CorpusConfig)
-    weights: RoleWeights = field(default_factory=RoleWeights)
     model: ModelConfig = field(default_factory=ModelConfig)
-    run: RunConfig = field(default_factory=RunConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.second_stage <= 1 or self.documents_a_row <= 0:
             raise SettingError(
                 f"second_stage={self.second_stage} must be a share over 0 and "
@@ -75,17 +65,14 @@ def main(config: PretrainConfig) -> None:
     processor = Processor(source.tokenizer, source.layout)
     _check_vocabulary(config, processor.vocabulary.size)
     image_tokenizer = load_image_tokenizer(source, "cpu")
-    # One index and one quarantine for each process, so that none writes over another's.
-    notes = run.out / f"process-{parallel.rank()}" if parallel.processes() > 1 else run.out
+    length = config.length or config.model.max_position_embeddings
     corpus = open_corpus(
-        with_second_stage(config), processor, image_tokenizer, config.length, notes, run.seed
+        with_second_stage(config), processor, image_tokenizer, length, config.notes, run.seed
     )
     with torch.device("meta"):  # memory and weights come once it is known who holds what
         model = Transformer(shape(config, source), config.dropout)
-    packer = Packer(
-        corpus.stream, config.weights, config.rows, config.length, processor.vocabulary.pad
-    )
-    train(LanguageTask(model, packer, config.z_weight, config.micro_rows), run, config.optim)
+    task = config.task(model, corpus.stream, length, processor.vocabulary.pad)
+    train(task, run, config.optim)
     if parallel.rank() == 0:
         save_model(config, source, image_tokenizer)
 
@@ -129,6 +116,10 @@ def _check_vocabulary(config: PretrainConfig, size: int) -> None:
 
 config = PretrainConfig(
     model=PRESETS["chameleon-7b"],
+    rows=2048,
+    micro_rows=1,
+    length=4096,
+    dropout=0.1,
     corpus=CorpusConfig(
         balance=False, encoding=EncodingSettings(prompt_images="crop", pairs="document")
     ),

@@ -5,6 +5,10 @@ loss = l1 |x - y| + l2 (x - y)^2 + commitment |latents - codewords|^2 [+ percept
 The codebook follows the latents by an exponential moving average, or by gradient
 (`codebook="gradient"`, van den Oord et al. 2017). Codewords that fell out of use are moved onto
 latents of the current batch. The patch GAN and its adaptive weight follow Esser et al. 2021.
+`trainable="decoder"` leaves encoder and codebook as they are, so that a transformer that was
+trained on their codes stays valid: the decoder learns to draw the codewords better.
+
+Several processes hold copies: gradients are averaged, codebook statistics added up over them.
 Shapes: B batch, C channels, Y X pixels, K codebook, N vectors.
 """
 
@@ -12,18 +16,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from earlyfusion.errors import DataError, SettingError
-from earlyfusion.model.vqgan import VQGAN, Quantized
+from earlyfusion import parallel
+from earlyfusion.checkpoints import formats
+from earlyfusion.checkpoints.meta import VQ_CONFIG, open_vqgan
+from earlyfusion.config import VQConfig
+from earlyfusion.errors import CheckpointError, DataError, SettingError
+from earlyfusion.model.vqgan import VQGAN, Level, Quantized
+from earlyfusion.parallel import ParallelConfig
+from earlyfusion.train import checkpoint
+from earlyfusion.train.critic import Critic, check_side, weight_of
+from earlyfusion.train.likeness import Perceptual, psnr, ssim
+from earlyfusion.train.samples import save_grid, to_picture
+from earlyfusion.train.trainer import RunConfig, resolve_device
+
+if TYPE_CHECKING:
+    from earlyfusion.parallel import DeviceMesh
+
+TRAINABLE = ("all", "decoder")
+_DRAWING = ("decoder.", "post_quant_conv.")
 
 Batches = Callable[[int], Tensor]
-"""Pictures of a step: float32 [B, 3, Y, X] in [-1, 1]."""
+"""This process's pictures of a step: float32 [B, 3, Y, X] in [-1, 1]."""
 
 
 @dataclass
@@ -40,9 +62,15 @@ class VQLossConfig:
     """Share of the run after which dead codewords stay where they are."""
     perceptual: float = 0.0
     perceptual_weights: Path | None = None
-    """VGG-16 convolution weights as a torch state dict (`features.0.weight`, ...)."""
+    """VGG-16 as a torch state dict, named as torchvision or LPIPS name it."""
+    perceptual_linear: Path | None = None
+    """LPIPS's weights of the channels, where the file above has none."""
     adversarial: float = 0.0
     adversarial_from: int = 0
+    critic_layers: int = 3
+    """Convolutions of stride 2."""
+    critic_width: int = 64
+    critic_lr: float = 2e-4
 
     def __post_init__(self) -> None:
         if self.codebook not in ("ema", "gradient"):
@@ -51,66 +79,201 @@ class VQLossConfig:
             raise SettingError(
                 f"perceptual={self.perceptual} needs perceptual_weights, a file of VGG-16 weights"
             )
+        for name in ("revive_every", "critic_width"):
+            if getattr(self, name) < 1:
+                raise SettingError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+def check_terms(config: VQLossConfig) -> None:
+    """Refuse a perceptual term whose files are not there, before anything else is opened."""
+    for name in ("perceptual_weights", "perceptual_linear") if config.perceptual else ():
+        path = getattr(config, name)
+        if path is not None and not path.is_file():
+            raise DataError(
+                f"there is no file {path}: give {name}=, a torch file of VGG-16 as torchvision or "
+                "LPIPS has it, or do without by perceptual=0 l2=1"
+            )
+
+
+def check_trainable(trainable: str, start: str) -> None:
+    """Refuse a part that there is not, and a decoder alone that begins with nothing."""
+    if trainable not in TRAINABLE:
+        raise SettingError(f"trainable={trainable!r} is unknown: choose {' or '.join(TRAINABLE)}")
+    if trainable == "decoder" and not start:
+        raise SettingError(
+            "trainable=decoder needs an image tokenizer to begin with: give start=, a run or a "
+            "model folder"
+        )
+
+
+def parts_of(batch: int, micro_batch: int) -> int:
+    """How many parts of `micro_batch` pictures (0: all) this process computes in a step."""
+    processes = parallel.processes()
+    unit = processes * max(1, micro_batch)
+    if batch < 1 or micro_batch < 0 or batch % unit:
+        raise SettingError(
+            f"batch={batch} cannot go to {processes} processes in parts of "
+            f"micro_batch={max(1, micro_batch)}: choose a multiple of {unit}"
+        )
+    return batch // unit if micro_batch else 1
+
+
+def build(config: VQConfig, start: str, run: RunConfig) -> VQGAN:
+    """The network on its device, with weights drawn from the run's seed or those of `start`."""
+    torch.manual_seed(run.seed)
+    model = VQGAN(config)
+    if start:
+        begin_with(model, start)
+    model.to(resolve_device(run.device))
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
+
+
+def begin_with(model: VQGAN, start: str) -> VQGAN:
+    """The model with the weights of a run of an image tokenizer, a model folder or a hub id.
+
+    Raises `CheckpointError` where there are none, or for another shape.
+    """
+    tensors = {name: tensor.float() for name, tensor in _weights_of(start).items()}
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError:
+        raise CheckpointError(
+            f"start={start} is no image tokenizer of this shape, with a decoder: give a run of "
+            "this recipe, or a model folder that has one"
+        ) from None
+    return model
+
+
+def _weights_of(start: str) -> dict[str, Tensor]:
+    folder = Path(start).expanduser()
+    if checkpoint.steps(folder):
+        tensors: dict[str, Tensor] = checkpoint.load(folder, only="model")[0]["model"]
+        return tensors
+    if (folder / VQ_CONFIG).is_file():
+        stored = open_vqgan(folder)[1]
+    else:
+        stored = formats.open_source(formats.locate(start)).vq
+    return {name: entry.read() for name, entry in stored.items()}
+
+
+class _Seen(NamedTuple):
+    """What is left of a part of a step once its gradients are there."""
+
+    reals_BCYX: Tensor
+    fakes_BCYX: Tensor
+    vectors_NC: Tensor
+    codes_N: Tensor
 
 
 class ImageTokenizerTask:
-    """Trains a `VQGAN` on pictures; see `train.trainer.Task`."""
+    """Trains a `VQGAN` on pictures, those of a step in `parts`; see `train.trainer.Task`.
+
+    `trainable` is "all", or "decoder" for a codebook and an encoder that stay as they are.
+    """
 
     def __init__(
-        self, model: VQGAN, config: VQLossConfig, batches: Batches, steps: int, compiled: bool
+        self,
+        model: VQGAN,
+        config: VQLossConfig,
+        batches: Batches,
+        steps: int,
+        trainable: str = "all",
+        parts: int = 1,
     ) -> None:
-        self.model, self.config, self.steps = model, config, steps
-        self._batches = batches
-        self._forward = torch.compile(model) if compiled else model
-        device = model.quantize.embedding.weight.device
-        self._device = device
-        self._ema = _MovingCodebook(model, config.ema_decay) if config.codebook == "ema" else None
+        assert model.decoder is not None
+        self.model, self.config, self.steps, self.parts = model, config, steps, parts
+        self._batches, self._trainable = batches, trainable
+        self._fixed = trainable == "decoder"
+        self._last = model.decoder.conv_out.weight
+        self._device = device = self._last.device
+        moves = config.codebook == "ema" and not self._fixed
+        self._ema = _MovingCodebook(model, config.ema_decay) if moves else None
+        for name, parameter in model.named_parameters():
+            if self._fixed and not name.startswith(_DRAWING):
+                parameter.requires_grad_(False)
         self._uses_K = torch.zeros(model.config.num_embeddings, device=device)
-        self._vgg = _Perceptual(config.perceptual_weights, device) if config.perceptual else None
-        self._critic = _Critic(device) if config.adversarial else None
-        self._last: tuple[Tensor, Quantized] | None = None
+        self._vgg, self._critic = _perceptual(config, device), _critic(config, model, device)
+        self._mesh: DeviceMesh | None = None
+        self._ranks = 1
+        self._waiting: list[Tensor] = []
+        self._seen: list[_Seen] = []
+
+    @cached_property
+    def flops_per_unit(self) -> float:
+        """Floating-point operations of the network that training takes for one picture."""
+        config = self.model.config
+        with torch.device("meta"):
+            model = VQGAN(config)
+            pixels = torch.empty(1, config.in_channels, config.resolution, config.resolution)
+        with FlopCounterMode(display=False) as counter:
+            codes = model.encode(pixels)
+            encoder = counter.get_total_flops()
+            model.decoder(model.post_quant_conv(model.embed(codes)))  # type: ignore[misc]
+        whole = counter.get_total_flops()
+        return float(3 * whole - 2 * encoder if self._fixed else 3 * whole)
+
+    def distribute(
+        self, mesh: DeviceMesh | None, config: ParallelConfig, compiled: bool, dtype: torch.dtype
+    ) -> None:
+        """Compile the network, if told; of several processes each holds a copy."""
+        if config.tensor > 1:
+            raise SettingError(
+                f"tensor={config.tensor} cannot cut an image tokenizer: leave it at 1"
+            )
+        self._mesh, self._ranks = mesh, parallel.data_rank(mesh)[1]
+        for module in self.model.modules() if compiled else ():
+            if isinstance(module, Level):  # the last layer stays outside: its gradient is asked for
+                module.compile()
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        for name, parameter in self.model.named_parameters():
-            if self._ema is None or not name.startswith("quantize."):
-                yield parameter
+        return (p for p in self.model.parameters() if p.requires_grad)
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor], float]:
-        x = self._batches(step).to(self._device).contiguous(memory_format=torch.channels_last)
-        blend = torch.tensor(min(1.0, step / max(1, self.config.ramp_steps)), device=self._device)
-        out = self._forward(x, blend)
-        self._last = (x, out)
-        pixels, latents = out.pixels.float(), out.latents.float()
-        cfg = self.config
+        if not self._waiting:
+            x = self._batches(step).to(self._device, non_blocking=True)
+            whole = x.contiguous(memory_format=torch.channels_last)
+            self._waiting, self._seen = list(whole.chunk(self.parts)), []
+        x, cfg = self._waiting.pop(0), self.config
+        blend = torch.tensor(min(1.0, step / max(1, cfg.ramp_steps)), device=self._device)
+        out = self._drawn(x) if self._fixed else self.model(x, blend)
+        pixels = out.pixels.float()
+        self._seen.append(_Seen(x, pixels.detach(), *_vectors(out)))
         l2 = F.mse_loss(pixels, x)
-        commit = F.mse_loss(latents, out.nearest.detach().float())
-        total = cfg.l1 * F.l1_loss(pixels, x) + cfg.l2 * l2 + cfg.commitment * blend * commit
-        if self._ema is None:
-            total = total + F.mse_loss(out.nearest.float(), latents.detach())
+        figures = {"psnr": 10 * torch.log10(4 / l2.detach())}
+        with torch.no_grad():
+            figures["ssim"] = ssim(pixels.clamp(-1, 1), x).mean()
+        total = cfg.l1 * F.l1_loss(pixels, x) + cfg.l2 * l2
         if self._vgg is not None:
-            total = total + cfg.perceptual * self._vgg(pixels, x)
+            figures["perceptual"] = self._vgg(pixels, x)
+            total = total + cfg.perceptual * figures["perceptual"]
         if self._critic is not None and step >= cfg.adversarial_from:
-            total = total + cfg.adversarial * self._critic.weigh(total, pixels, self.model)
-        psnr = 10 * torch.log10(4 / l2.detach())
-        figures = {"psnr": psnr, "commit": commit.detach()} | self._usage(out.codes)
-        return total, figures, float(len(x))
+            figures["fooled"] = self._critic.fooled(pixels)
+            weight = cfg.adversarial * weight_of(total, figures["fooled"], self._last)
+            total = total + weight * figures["fooled"]
+        if not self._fixed:
+            total = total + self._codebook_loss(out, blend, figures)
+        figures = {name: value.detach() for name, value in figures.items()}
+        figures |= self._usage(out.codes)
+        return total / (self.parts * self._ranks), figures, float(len(x))
 
     @torch.no_grad()
     def after(self, step: int) -> dict[str, float]:
-        assert self._last is not None
-        x, out = self._last
-        self._last = None
-        vectors_NC = out.latents.detach().float().permute(0, 2, 3, 1).flatten(0, 2)
-        codes_N = out.codes.flatten()
+        seen, self._seen = self._seen, []
+        vectors_NC = torch.cat([part.vectors_NC for part in seen])
+        codes_N = torch.cat([part.codes_N for part in seen])
         if self._ema is not None:
-            self._ema.update(vectors_NC, codes_N)
-        if step % self.config.revive_every == 0 and step < self.config.revive_until * self.steps:
+            self._ema.update(vectors_NC, codes_N, self._mesh)
+        revives = step % self.config.revive_every == 0 and not self._fixed
+        if revives and step < self.config.revive_until * self.steps:
             self._revive(vectors_NC)
         self._uses_K *= 1 - 1 / self.config.revive_every
-        self._uses_K += torch.bincount(codes_N, minlength=len(self._uses_K))
-        if self._critic is not None and step >= self.config.adversarial_from:
-            return {"critic": self._critic.learn(x, out.pixels.detach().float())}
-        return {}
+        uses_K = torch.bincount(codes_N, minlength=len(self._uses_K))
+        self._uses_K += parallel.data_sum(uses_K, self._mesh)
+        if self._critic is None or step < self.config.adversarial_from:
+            return {}
+        pairs = ((part.reals_BCYX, part.fakes_BCYX) for part in seen)
+        return {"critic": self._critic.learn(pairs, 1 / self.parts, self._mesh)}
 
     def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
         tensors: dict[str, Any] = {"uses": self._uses_K}
@@ -118,9 +281,23 @@ class ImageTokenizerTask:
             tensors |= {"ema_count": self._ema.count_K, "ema_sum": self._ema.sum_KC}
         if self._critic is not None:
             tensors |= {"critic": self._critic.state_dict()}
-        return tensors, {"loss": {k: str(v) for k, v in vars(self.config).items()}}
+        settings = {k: str(v) for k, v in vars(self.config).items()}
+        return tensors, {"loss": settings, "trainable": self._trainable}
 
     def load_state(self, tensors: dict[str, Any], state: dict[str, Any]) -> None:
+        before = state.get("trainable", "all")
+        if before != self._trainable:
+            raise CheckpointError(
+                f"the run began with trainable={before}, not {self._trainable}: give the same or "
+                "another out folder"
+            )
+        missing = self.state()[0].keys() - tensors.keys()
+        if missing:
+            raise CheckpointError(
+                f"the run began without {' and '.join(sorted(missing))}: give the same loss terms "
+                "or another out folder"
+            )
+        self._waiting, self._seen = [], []
         self._uses_K.copy_(tensors["uses"])
         if self._ema is not None:
             self._ema.count_K.copy_(tensors["ema_count"])
@@ -128,21 +305,61 @@ class ImageTokenizerTask:
         if self._critic is not None:
             self._critic.load_state_dict(tensors["critic"])
 
+    def _drawn(self, x_BCYX: Tensor) -> Quantized:
+        """The decoder's pictures of exact codewords: the encoder runs in fp32, and once."""
+        with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
+            latents = self.model.latents(x_BCYX)
+            codes = self.model.nearest_codes(latents)
+        return Quantized(self.model.decode(codes), latents, self.model.embed(codes), codes)
+
+    def _codebook_loss(self, out: Quantized, blend: Tensor, figures: dict[str, Tensor]) -> Tensor:
+        """What brings latents to codewords, and codewords that have gradients to latents."""
+        latents, nearest = out.latents.float(), out.nearest.float()
+        figures["commit"] = F.mse_loss(latents, nearest.detach())
+        total = self.config.commitment * blend * figures["commit"]
+        return total if self._ema is not None else total + F.mse_loss(nearest, latents.detach())
+
     def _usage(self, codes: Tensor) -> dict[str, Tensor]:
-        share_K = self._uses_K / self._uses_K.sum().clamp_min(1)
-        entropy = -(share_K * share_K.clamp_min(1e-10).log()).sum()
+        """Of the last steps: perplexity, and the share of codes that came at least once."""
         in_batch = torch.tensor(float(codes.unique().numel()))
-        return {"perplexity": entropy.exp(), "codes_in_batch": in_batch}
+        used = (self._uses_K >= 1).float().mean()
+        return {"perplexity": perplexity(self._uses_K), "usage": used, "codes_in_batch": in_batch}
 
     def _revive(self, vectors_NC: Tensor) -> None:
         """Move codewords that almost nobody used lately onto latents of this batch."""
         dead_K = (self._uses_K < 1.0).nonzero().flatten()
         pick = torch.randint(len(vectors_NC), (len(dead_K),), device=vectors_NC.device)
         fresh = vectors_NC[pick]
+        if self._mesh is not None:  # the first process chooses
+            fresh = parallel.data_sum(fresh * float(parallel.rank() == 0), self._mesh)
         weight = self.model.quantize.embedding.weight
         weight[dead_K] = fresh.to(weight.dtype)
         if self._ema is not None:
             self._ema.restart(dead_K, fresh)
+
+
+def _perceptual(config: VQLossConfig, device: torch.device) -> Perceptual | None:
+    if not config.perceptual or config.perceptual_weights is None:
+        return None
+    return Perceptual(config.perceptual_weights, config.perceptual_linear, device)
+
+
+def _critic(config: VQLossConfig, model: VQGAN, device: torch.device) -> Critic | None:
+    if not config.adversarial:
+        return None
+    check_side(config.critic_layers, model.config.resolution)
+    return Critic(config.critic_layers, config.critic_width, config.critic_lr, device)
+
+
+def _vectors(out: Quantized) -> tuple[Tensor, Tensor]:
+    vectors_NC = out.latents.detach().float().permute(0, 2, 3, 1).flatten(0, 2)
+    return vectors_NC, out.codes.flatten()
+
+
+def perplexity(uses_K: Tensor) -> Tensor:
+    """How many codes an even use of so many would be: e to the entropy."""
+    share_K = uses_K / uses_K.sum().clamp_min(1)
+    return (-(share_K * share_K.clamp_min(1e-10).log()).sum()).exp()
 
 
 class _MovingCodebook:
@@ -155,11 +372,11 @@ class _MovingCodebook:
         self.count_K = torch.ones(len(self._weight_KC), device=self._weight_KC.device)
         self.sum_KC = self._weight_KC.detach().clone().float()
 
-    def update(self, vectors_NC: Tensor, codes_N: Tensor) -> None:
+    def update(self, vectors_NC: Tensor, codes_N: Tensor, mesh: DeviceMesh | None) -> None:
         count = torch.bincount(codes_N, minlength=len(self.count_K)).float()
         total = torch.zeros_like(self.sum_KC).index_add_(0, codes_N, vectors_NC)
-        self.count_K.lerp_(count, 1 - self._decay)
-        self.sum_KC.lerp_(total, 1 - self._decay)
+        self.count_K.lerp_(parallel.data_sum(count, mesh), 1 - self._decay)
+        self.sum_KC.lerp_(parallel.data_sum(total, mesh), 1 - self._decay)
         mean = self.sum_KC / self.count_K.clamp_min(1e-5).unsqueeze(1)
         self._weight_KC.copy_(torch.where(self.count_K.unsqueeze(1) > 1e-3, mean, self._weight_KC))
 
@@ -168,76 +385,42 @@ class _MovingCodebook:
         self.sum_KC[which] = vectors_NC
 
 
-_VGG_CONVS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
+class HeldOut:
+    """Draws pictures that the network does not train on; see `train.trainer.Shows`.
 
+    `pictures_BCYX` are on the CPU, in [-1, 1]. The grid has originals above what is drawn of their
+    codes; the figures are means over all pictures, in fp32.
+    """
 
-class _Perceptual:
-    """Distance of unit-length VGG-16 features at five depths (after Zhang et al. 2018)."""
+    def __init__(self, model: VQGAN, pictures_BCYX: Tensor, shown: int = 8, batch: int = 4) -> None:
+        self._model, self._pictures_BCYX = model, pictures_BCYX
+        self._shown, self._batch = shown, batch
 
-    def __init__(self, weights: Path | None, device: torch.device) -> None:
-        assert weights is not None
-        if not Path(weights).is_file():
-            raise DataError(
-                f"{weights} is missing: perceptual_weights names a file of VGG-16 weights"
-            )
-        state = torch.load(weights, map_location=device, weights_only=True)
-        self._convs = [
-            [(state[f"features.{i}.weight"], state[f"features.{i}.bias"]) for i in stage]
-            for stage in _VGG_CONVS
-        ]
-        mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-        self._mean = torch.tensor(mean, device=device).view(1, 3, 1, 1)
-        self._std = torch.tensor(std, device=device).view(1, 3, 1, 1)
+    def __call__(self, step: int, folder: Path) -> dict[str, float]:
+        if not len(self._pictures_BCYX):
+            return {}
+        device = self._model.quantize.embedding.weight.device
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            return self._checked(folder / f"step-{step:08d}.png", device)
 
-    def __call__(self, a_BCYX: Tensor, b_BCYX: Tensor) -> Tensor:
-        pairs = zip(self._features(a_BCYX), self._features(b_BCYX), strict=True)
-        return torch.stack([(a - b).square().sum(1).mean() for a, b in pairs]).sum()
-
-    def _features(self, x: Tensor) -> Iterator[Tensor]:
-        h = ((x + 1) / 2 - self._mean) / self._std
-        for depth, stage in enumerate(self._convs):
-            h = F.max_pool2d(h, 2) if depth else h
-            for weight, bias in stage:
-                h = F.relu(F.conv2d(h, weight, bias, padding=1))
-            yield F.normalize(h, dim=1)
-
-
-class _Critic:
-    """Patch discriminator with hinge loss; its weight balances the gradients at the last layer."""
-
-    def __init__(self, device: torch.device, width: int = 64) -> None:
-        self._net = nn.Sequential(
-            nn.Conv2d(3, width, 4, 2, 1),
-            nn.LeakyReLU(0.2),
-            nn.Conv2d(width, width * 2, 4, 2, 1),
-            nn.GroupNorm(8, width * 2),
-            nn.LeakyReLU(0.2),
-            nn.Conv2d(width * 2, width * 4, 3, 1, 1),
-            nn.GroupNorm(8, width * 4),
-            nn.LeakyReLU(0.2),
-            nn.Conv2d(width * 4, 1, 3, 1, 1),
-        ).to(device)
-        self._adam = torch.optim.Adam(self._net.parameters(), lr=2e-4, betas=(0.5, 0.9))
-
-    def weigh(self, others: Tensor, fakes: Tensor, model: VQGAN) -> Tensor:
-        fooled = -self._net(fakes).mean()
-        assert model.decoder is not None
-        last = model.decoder.conv_out.weight
-        (wanted,) = torch.autograd.grad(others, last, retain_graph=True)
-        (pushed,) = torch.autograd.grad(fooled, last, retain_graph=True)
-        return fooled * (wanted.norm() / (pushed.norm() + 1e-4)).clamp(0, 1e4).detach()
-
-    @torch.enable_grad()
-    def learn(self, reals: Tensor, fakes: Tensor) -> float:
-        loss = F.relu(1 - self._net(reals)).mean() + F.relu(1 + self._net(fakes)).mean()
-        self._adam.zero_grad(set_to_none=True)
-        loss.backward()
-        self._adam.step()
-        return float(loss.detach())
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"net": self._net.state_dict(), "adam": self._adam.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._net.load_state_dict(state["net"])
-        self._adam.load_state_dict(state["adam"])
+    def _checked(self, grid: Path, device: torch.device) -> dict[str, float]:
+        uses_K = torch.zeros(self._model.config.num_embeddings, device=device)
+        quality, rows = [], []
+        for x in self._pictures_BCYX.split(self._batch):
+            pixels = x.to(device)
+            codes = self._model.encode(pixels)
+            drawn = self._model.decode(codes).float().clamp(-1, 1)
+            uses_K += torch.bincount(codes.flatten(), minlength=len(uses_K))
+            quality.append(torch.stack((psnr(drawn, pixels), ssim(drawn, pixels)), 1).cpu())
+            rows.append(drawn.cpu())
+        drawn = torch.cat(rows[: -(-self._shown // self._batch)])
+        pairs = zip(self._pictures_BCYX[: self._shown], drawn, strict=False)
+        columns = [[to_picture(x), to_picture(y)] for x, y in pairs]
+        save_grid(grid, columns)
+        mean_psnr, mean_ssim = torch.cat(quality).mean(0).tolist()
+        return {
+            "held_out_psnr": mean_psnr,
+            "held_out_ssim": mean_ssim,
+            "held_out_perplexity": float(perplexity(uses_K)),
+            "held_out_usage": float((uses_K > 0).float().mean()),
+        }

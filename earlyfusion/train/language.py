@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,12 +15,57 @@ from earlyfusion.errors import SettingError
 from earlyfusion.model.attention import CausalAttend
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.parallel import ParallelConfig
-from earlyfusion.train.data import PackedBatch, Packer
+from earlyfusion.train import lora
+from earlyfusion.train.corpus.sources import CorpusConfig
+from earlyfusion.train.data import PackedBatch, Packer, RoleWeights, Stream
 from earlyfusion.train.loss import head_loss
+from earlyfusion.train.optim import OptimConfig
 from earlyfusion.train.plan import flops_per_token
+from earlyfusion.train.trainer import RunConfig
 
 if TYPE_CHECKING:
     from earlyfusion.parallel import DeviceMesh
+
+
+@dataclass
+class LanguageConfig:
+    """What every training on packed rows of a corpus has."""
+
+    rows: int = 1
+    """Rows of a step, over all processes."""
+    micro_rows: int = 0
+    """Rows that one process computes at a time; 0: all that it has."""
+    length: int = 0
+    """Tokens of a row; 0: the model's context."""
+    dropout: float = 0.0
+    z_weight: float = 1e-5
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    weights: RoleWeights = field(default_factory=RoleWeights)
+    run: RunConfig = field(default_factory=RunConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+    def __post_init__(self) -> None:
+        for name, least in (("rows", 1), ("micro_rows", 0), ("length", 0), ("z_weight", 0)):
+            if getattr(self, name) < least:
+                raise SettingError(f"{name}={getattr(self, name)} must be {least} up")
+        if not 0 <= self.dropout < 1:
+            raise SettingError(f"dropout={self.dropout} must be 0 up and below 1")
+        if self.micro_rows and self.rows % self.micro_rows:
+            raise SettingError(
+                f"rows={self.rows} cannot be computed micro_rows={self.micro_rows} at a time: "
+                f"choose a multiple of {self.micro_rows}"
+            )
+
+    @property
+    def notes(self) -> Path:
+        """Where a process writes of its corpus: in a folder of its own where there are several."""
+        several = parallel.processes() > 1
+        return self.run.out / f"process-{parallel.rank()}" if several else self.run.out
+
+    def task(self, model: Transformer, stream: Stream, length: int, pad: int) -> LanguageTask:
+        """The training of `model` on rows of `length` tokens of `stream`."""
+        packer = Packer(stream, self.weights, self.rows, length, pad)
+        return LanguageTask(model, packer, self.z_weight, self.micro_rows)
 
 
 class LanguageTask:
@@ -35,6 +82,7 @@ class LanguageTask:
         self._micro_rows = micro_rows
         self._mesh: DeviceMesh | None = None
         self._waiting: list[PackedBatch] = []
+        self._part = lora.part(model)
         self._weight = torch.zeros(())
         self._norm = torch.zeros(())
         model.model.norm.register_forward_pre_hook(self._measure)
@@ -50,7 +98,7 @@ class LanguageTask:
     @property
     def flops_per_unit(self) -> float:
         """Floating-point operations that training takes for one token."""
-        return flops_per_token(self.model.config, self._packer.length)
+        return flops_per_token(self.model.config, self._packer.length, self._part)
 
     def distribute(
         self, mesh: DeviceMesh | None, config: ParallelConfig, compiled: bool, dtype: torch.dtype

@@ -11,6 +11,7 @@ image tokens are trained; they are a parameter of their own, so that no optimize
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -29,9 +30,10 @@ class Adapted(nn.Linear):
         with torch.device("meta"):
             super().__init__(linear.in_features, linear.out_features, linear.bias is not None)
         self.weight, self.bias = linear.weight, linear.bias
-        make = linear.weight.new_empty
-        self.lora_a = nn.Parameter(make(rank, linear.in_features))
-        self.lora_b = nn.Parameter(make(linear.out_features, rank).zero_())
+        kind = torch.promote_types(torch.float32, linear.weight.dtype)
+        make = partial(linear.weight.new_zeros, dtype=kind)
+        self.lora_a = nn.Parameter(make((rank, linear.in_features)))
+        self.lora_b = nn.Parameter(make((linear.out_features, rank)))
         self.scale = alpha / rank
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
 
@@ -100,6 +102,17 @@ def train_image_head(model: Transformer, image_tokens: Ids) -> None:
     model.requires_grad_(False)
     rows = Rows(model.lm_head.weight, image_tokens)
     parametrize.register_parametrization(model.lm_head, "weight", rows)
+
+
+def part(model: Transformer) -> str:
+    """What of a model is trained: a key of `plan.PARTS`."""
+    frozen = [not parameter.requires_grad for parameter in model.model.parameters()]
+    return "image_head" if all(frozen) else "adapters" if any(frozen) else "all"
+
+
+def products(model: Transformer) -> list[nn.Linear]:
+    """The linear layers of the blocks: what adapters go beside."""
+    return [linear for _, _, linear in _linears(model)]
 
 
 def _linears(model: Transformer) -> list[tuple[nn.Module, str, nn.Linear]]:

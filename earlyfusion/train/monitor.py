@@ -1,4 +1,4 @@
-"""Watching a run: a progress bar, a JSONL file, and TensorBoard where it is installed.
+"""Watching a run: a progress bar, a JSONL file, TensorBoard where it is installed, W&B if told.
 
 Speed is told in tokens or pictures a second, as a share of what the devices can do, and as the time
 that is left.
@@ -10,10 +10,12 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from rich.console import Console
@@ -33,6 +35,7 @@ class Monitor:
         first: int,
         steps: int,
         tensorboard: bool = True,
+        wandb: bool = False,
         quiet: bool = False,
         flops: float = 0.0,
         peak: Callable[[], float] | None = None,
@@ -46,6 +49,7 @@ class Monitor:
         _drop_from(run / "metrics.jsonl", first)
         self._lines = (run / "metrics.jsonl").open("a", encoding="utf-8")
         self._board = _summary_writer(run, first) if tensorboard else None
+        self._wandb = _wandb_run(run) if wandb else None
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -74,6 +78,8 @@ class Monitor:
         for name, value in (metrics | speed).items():
             if self._board is not None:
                 self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(metrics | speed, step=step)
         shown = "  ".join(f"{k} {v:.4g}" for k, v in list(metrics.items())[:3])
         share = f"  {speed['mfu']:.0%} of peak" if "mfu" in speed else ""
         self._bar.update(self._task, description=f"{shown}  {speed['per_second']:,.0f}/s{share}")
@@ -102,6 +108,15 @@ class Monitor:
         self._lines.close()
         if self._board is not None:
             self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that does not count for the speed."""
+        begin = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - begin
 
     def _speed(self, step: int) -> dict[str, float]:
         now = time.perf_counter()
@@ -153,3 +168,14 @@ def _summary_writer(run: Path, first: int) -> Any:
     except ImportError:
         return None
     return SummaryWriter(str(run / "tensorboard"), purge_step=first or None)
+
+
+def _wandb_run(run: Path) -> Any:
+    """A run of Weights & Biases that a resumed training goes on with."""
+    import wandb
+
+    name = run / "wandb-id"
+    if not name.exists():
+        name.write_text(uuid4().hex[:16], encoding="utf-8")
+    known = name.read_text(encoding="utf-8").strip()
+    return wandb.init(project="earlyfusion", name=run.name, dir=str(run), id=known, resume="allow")

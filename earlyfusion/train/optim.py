@@ -39,6 +39,7 @@ class OptimConfig:
 _DECAYS: dict[str, Callable[[float, float], float]] = {
     "exponential": lambda share, floor: floor**share,
     "cosine": lambda share, floor: floor + (1 - floor) * (1 + math.cos(math.pi * share)) / 2,
+    "linear": lambda share, floor: 1 + (floor - 1) * share,
     "constant": lambda share, floor: 1.0,
     # Seven tenths at the full rate, then a straight fall: a run may be prolonged before the fall.
     "hold": lambda share, floor: 1.0 if share < 0.7 else floor + (1 - floor) * (1 - share) / 0.3,
@@ -54,7 +55,11 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
 
 
 def adamw(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW whose weight decay leaves out vectors: norms and biases."""
+    """AdamW whose weight decay leaves out vectors: the norms of the model's width, and biases.
+
+    The norms of queries and keys have a row a head and decay as matrices do. The paper gives the
+    decay and does not say what it leaves out.
+    """
     trained = [p for p in parameters if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},

@@ -14,6 +14,12 @@ from earlyfusion.config import ModelConfig
 from earlyfusion.errors import SettingError
 
 GPUS = (64, 128, 256, 512, 1024, 2048, 3072)
+FEW_GPUS = (1, 2, 4, 8, 16, 32, 64, 128)
+PARTS = {"all": (6, 12), "adapters": (4, 12), "image_head": (2, 4)}
+"""What is trained: operations a token for each weight of the blocks, and L D T times for attention.
+
+The head always takes 6 a weight: `loss.head_loss` finds both of its gradients.
+"""
 MFU = 0.5
 PEAK_TFLOPS = 989.0
 GIB = 2**30
@@ -21,12 +27,12 @@ _HEAD_BLOCK = 256
 """Positions whose logits lie in memory together: `loss.head_loss`."""
 
 ASSUMED = (
-    "weights, gradients and both moments of AdamW in fp32, cut over shard x tensor; "
-    "computing in bf16",
+    "what is trained: weights, gradients and both moments of AdamW in fp32, cut over shard x "
+    "tensor; what is not: 4 bytes a weight, 2 in products of blocks; computing in bf16",
     "two blocks gathered at a time, and the embedding and head",
     "activations of one micro batch, without compile; attention keeps no scores",
-    "operations a token: 6 a weight in a product and 12 L D T for attention, "
-    "nothing for what is computed again",
+    "operations a token: 6 a weight in a product and 12 L D T for attention, less where blocks "
+    "are not trained, and nothing for what is computed again",
 )
 
 
@@ -50,6 +56,10 @@ class Job:
     tokens: float
     dropout: float = 0.0
     peak_tflops: float = PEAK_TFLOPS
+    part: str = "all"
+    """What is trained: a key of `PARTS`."""
+    lora: int = 0
+    """Rank of the adapters."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +82,17 @@ class Line:
         return self.states + self.gathered + self.activations[checkpointing] + self.loss
 
 
+def products_of_block(config: ModelConfig) -> int:
+    """Weights that multiply every token."""
+    D, F, H, K = _widths(config)
+    return 2 * D * D + 2 * D * K * H + 3 * D * F
+
+
 def parameters_of_block(config: ModelConfig) -> int:
     D, F, H, K = _widths(config)
     norms = 2 * D + 2 * (config.num_attention_heads + K) * H
     biases = (2 * D + 2 * K * H) * config.attention_bias + (2 * F + D) * config.mlp_bias
-    return 2 * D * D + 2 * D * K * H + 3 * D * F + norms + biases
+    return products_of_block(config) + norms + biases
 
 
 def parameters(config: ModelConfig) -> int:
@@ -86,12 +102,35 @@ def parameters(config: ModelConfig) -> int:
     return blocks + tables + config.hidden_size
 
 
-def flops_per_token(config: ModelConfig, length: int) -> float:
+def trained_of_block(job: Job) -> int:
+    D, F, H, K = _widths(job.model)
+    edges = 4 * D + 2 * (D + K * H) + 3 * (D + F)
+    return {"all": parameters_of_block(job.model), "adapters": job.lora * edges}.get(job.part, 0)
+
+
+def trained(job: Job) -> int:
+    """Weights that have gradients and moments."""
+    if job.part == "all":
+        return parameters(job.model)
+    head = job.model.vq_config.num_embeddings * job.model.hidden_size
+    return head if job.part == "image_head" else job.model.num_hidden_layers * trained_of_block(job)
+
+
+def frozen_bytes(job: Job) -> int:
+    """Of weights that are only read: 2 bytes for those of products in blocks, 4 for others."""
+    if job.part == "all":
+        return 0
+    products = job.model.num_hidden_layers * products_of_block(job.model)
+    return 4 * parameters(job.model) - 2 * products
+
+
+def flops_per_token(config: ModelConfig, length: int, part: str = "all") -> float:
     """Of a training step: forward and backward, rows of `length` taken as one document."""
-    D, F, H, K = _widths(config)
-    products = config.num_hidden_layers * (2 * D * D + 2 * D * K * H + 3 * D * F)
-    head = config.vocab_size * D
-    return 6.0 * (products + head) + 12.0 * config.num_hidden_layers * D * length
+    weight, attention = PARTS[part]
+    blocks = config.num_hidden_layers
+    mixed = float(attention) * blocks * config.hidden_size * length
+    head = 6.0 * config.vocab_size * config.hidden_size
+    return weight * blocks * products_of_block(config) + mixed + head
 
 
 def activation_bytes(
@@ -135,20 +174,22 @@ def line(job: Job, gpus: int) -> Line:
             f"rows={job.rows} cannot go to {ranks} data ranks in parts of micro_rows={micro}: "
             f"choose a multiple of {ranks * micro}"
         )
-    count, block = parameters(job.model), parameters_of_block(job.model)
     tables = job.model.vocab_size * job.model.hidden_size
-    speed = MFU * gpus * job.peak_tflops * 1e12 / flops_per_token(job.model, job.length)
+    operations = flops_per_token(job.model, job.length, job.part)
+    speed = MFU * gpus * job.peak_tflops * 1e12 / operations
     seen = micro * job.length
+    cut = shard * tensor
     return Line(
         gpus=gpus,
         replicas=replicas,
         shard=shard,
         tensor=tensor,
         micro_batches=job.rows // (ranks * micro),
-        states=16 * count / (shard * tensor),
-        # Two blocks in bf16, the gradient of one in bf16 and fp32; both tables and their gradients.
-        gathered=((2 * 2 + 2 + 4) * block + 2 * (2 + 2) * tables) / tensor,
-        activations=activation_bytes(job.model, seen, tensor, job.dropout),
+        # Every process has the whole image head: it is small.
+        states=16 * trained(job) / (1 if job.part == "image_head" else cut)
+        + frozen_bytes(job) / cut,
+        gathered=_gathered(job) / tensor if cut > 1 else _cast(job),
+        activations=_kept(job, seen, tensor),
         loss=4 * tables / tensor
         + 6 * _HEAD_BLOCK * job.model.vocab_size / tensor
         + 2 * 2 * seen * job.model.hidden_size,
@@ -157,11 +198,38 @@ def line(job: Job, gpus: int) -> Line:
     )
 
 
+def _gathered(job: Job) -> int:
+    """Two blocks in bf16, the gradient of one in bf16 and fp32; both tables and their gradients."""
+    tables = 2 * job.model.vocab_size * job.model.hidden_size
+    gradients = 2 * tables if job.part == "all" else 0
+    block = 2 * 2 * parameters_of_block(job.model)
+    return block + (2 + 4) * trained_of_block(job) + 2 * tables + gradients
+
+
+def _cast(job: Job) -> int:
+    """One GPU gathers nothing, but keeps copies in bf16 of the weights in products."""
+    blocks = trained_of_block(job) * job.model.num_hidden_layers
+    return 2 * (blocks + job.model.vocab_size * job.model.hidden_size)
+
+
+def _kept(job: Job, tokens: int, tensor: int) -> dict[str, float]:
+    """Activations by `checkpointing`; where no block is trained, those of one at a time."""
+    kept = activation_bytes(job.model, tokens, tensor, job.dropout)
+    if job.part == "image_head":
+        return dict.fromkeys(kept, kept["none"] / job.model.num_hidden_layers)
+    return kept
+
+
 def table(job: Job, counts: tuple[int, ...] = GPUS) -> str:
-    """The plan as text: sizes, a line for each number of GPUs, and what is assumed."""
-    rows = [_HEADINGS, *(_cells(x) if isinstance(x, Line) else (x,) for x in lines(job, counts))]
+    """The plan as text: sizes, a line for each number of GPUs, and what is assumed.
+
+    Time is in days, with `FEW_GPUS` in hours.
+    """
+    time, hours = ("hours", 1.0) if counts == FEW_GPUS else ("days", 24.0)
+    found = (_cells(x, hours) if isinstance(x, Line) else (x,) for x in lines(job, counts))
+    rows = [(*_HEADINGS, time), *found]
     full = [row for row in rows if len(row) > 1]
-    widths = [max(len(row[i]) for row in full) for i in range(len(_HEADINGS))]
+    widths = [max(len(row[i]) for row in full) for i in range(len(full[0]))]
     shown = [
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
         if len(row) > 1
@@ -169,11 +237,12 @@ def table(job: Job, counts: tuple[int, ...] = GPUS) -> str:
         for row in rows
     ]
     step = job.rows * job.length
+    of_them = f", {trained(job):,} trained" if job.part != "all" else ""
     head = (
-        f"{parameters(job.model):,} parameters; {job.rows:,} rows x {job.length:,} = {step:,} "
-        f"tokens a step, {max(1, job.micro_rows)} rows at a time; {job.tokens:.3g} tokens = "
-        f"{job.tokens / step:,.0f} steps; {flops_per_token(job.model, job.length):.3g} operations "
-        f"a token"
+        f"{parameters(job.model):,} parameters{of_them}; {job.rows:,} rows x {job.length:,} = "
+        f"{step:,} tokens a step, {max(1, job.micro_rows)} rows at a time; "
+        f"{job.tokens:.3g} tokens = {job.tokens / step:,.0f} steps; "
+        f"{flops_per_token(job.model, job.length, job.part):.3g} operations a token"
     )
     speed = f"{MFU:.0%} of {job.peak_tflops:g} TFLOP/s a GPU (peak_tflops)"
     notes = [f"- {note}" for note in (*ASSUMED, f"speed: {speed}")]
@@ -194,11 +263,10 @@ _HEADINGS = (
     "selective",
     "full",
     "tokens/s",
-    "days",
 )
 
 
-def _cells(line: Line) -> tuple[str, ...]:
+def _cells(line: Line, hours: float) -> tuple[str, ...]:
     ways = ("none", "selective", "full")
     sizes = [line.states, line.gathered, line.loss, *(line.activations[w] for w in ways)]
     sizes += [line.total(way) for way in ways]
@@ -208,7 +276,7 @@ def _cells(line: Line) -> tuple[str, ...]:
         f"{line.micro_batches:,}",
         *(f"{size / GIB:.1f}" for size in sizes),
         f"{line.tokens_per_second:,.0f}",
-        f"{line.days:,.1f}",
+        f"{24 * line.days / hours:,.1f}",
     )
 
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
@@ -50,6 +51,10 @@ class RunConfig:
     log_every: int = 10
     stop_after: int = 0
     """Stop at this step although the schedule goes on to `steps` (0: never)."""
+    sample_every: int = 0
+    """Steps between sample pictures and checks on held-out data (0: only at the end)."""
+    wandb: bool = False
+    """Log to Weights & Biases too, which must be installed."""
     peak_tflops: float = 0.0
     """What one device can do, for the share that is used (0: a product of matrices is timed)."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -62,6 +67,17 @@ class RunConfig:
         for name in ("steps", "save_every", "keep", "log_every"):
             if getattr(self, name) < 1:
                 raise SettingError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.sample_every < 0:
+            raise SettingError(f"sample_every={self.sample_every} must be 0 (at the end only) up")
+        if self.wandb and find_spec("wandb") is None:
+            raise SettingError("wandb=true needs wandb, which is not installed: pip install wandb")
+
+
+Shows = Callable[[int, Path], dict[str, float]]
+"""Shows what the weights can do after so many steps: pictures into a folder, figures to log.
+
+It may draw random numbers and finds the model in eval mode; the training does not notice.
+"""
 
 
 class Task(Protocol):
@@ -80,7 +96,8 @@ class Task(Protocol):
 class ParallelTask(Protocol):
     """A `Task` for several processes: `parts` calls of `loss` make a step, and their sum its loss.
 
-    The losses of all parts and all data ranks add up to that of the global batch.
+    The losses of all parts and all data ranks add up to that of the global batch. `distribute` cuts
+    the model over the mesh, or leaves a copy to each process, whose gradients are averaged.
     """
 
     @property
@@ -104,9 +121,12 @@ def resolve_device(name: str) -> torch.device:
         raise SettingError(f"device={name!r} is unknown: choose auto, cpu or cuda") from None
 
 
-def train(task: Task, run: RunConfig, optim: OptimConfig) -> None:
-    """Train to `run.steps`, from the newest checkpoint under `run.out` where there is one."""
-    training = _Training(task, run, optim)
+def train(task: Task, run: RunConfig, optim: OptimConfig, shows: Shows | None = None) -> None:
+    """Train to `run.steps`, from the newest checkpoint under `run.out` where there is one.
+
+    `shows` is called every `run.sample_every` steps and at the end, with the folder `samples/`.
+    """
+    training = _Training(task, run, optim, shows)
     try:
         training.go_on()
     finally:
@@ -118,10 +138,13 @@ def train(task: Task, run: RunConfig, optim: OptimConfig) -> None:
 class _Training:
     """A run in progress."""
 
-    def __init__(self, task: Task, run: RunConfig, optim: OptimConfig) -> None:
+    def __init__(self, task: Task, run: RunConfig, optim: OptimConfig, shows: Shows | None) -> None:
         self.task, self.run, self.optim = task, run, optim
         self.mesh = _spread(task, run)
         self.ranks = parallel.data_rank(self.mesh)[1]
+        # Where several processes hold copies of the model, not parts of it.
+        self.copies = self.mesh is not None and not _is_cut(task.model)
+        self.shows = shows if parallel.rank() == 0 else None
         self.optimizer = adamw(task.parameters(), optim)
         self.watch = Watch(run.watch)
         self.saver = checkpoint.Saver(run.out, run.keep, run.save_beside)
@@ -130,7 +153,12 @@ class _Training:
         device = next(task.model.parameters()).device
         peak = partial(_peak, run, device) if flops else None
         quiet = parallel.rank() > 0
-        self.monitor = Monitor(run.out, self.step, run.steps, quiet=quiet, flops=flops, peak=peak)
+        self.monitor = Monitor(
+            run.out, self.step, run.steps, wandb=run.wandb, quiet=quiet, flops=flops, peak=peak
+        )
+        if self.shows is not None and self.mesh is not None and not self.copies:
+            self.monitor.note(self.step, "no samples: the model is cut over several processes")
+            self.shows = None
 
     def go_on(self) -> None:
         run = self.run
@@ -140,8 +168,9 @@ class _Training:
             if self.watch.must_roll_back:
                 self._roll_back()
                 continue
-            if self.step % run.log_every == 0 or self.step + 1 == last:
-                self._log(figures)
+            shown = self._show(last)
+            if self.step % run.log_every == 0 or self.step + 1 == last or shown:
+                self._log(figures | shown)
             self.step += 1
             if self.step % run.save_every == 0 or self.step == last:
                 self._save()
@@ -150,6 +179,16 @@ class _Training:
 
     def close(self) -> None:
         self.monitor.close()
+
+    def _show(self, last: int) -> dict[str, float]:
+        """Samples of the weights after this step, if it is time for them."""
+        done, every = self.step + 1, self.run.sample_every
+        if self.shows is None or not (done == last or (every and done % every == 0)):
+            return {}
+        folder = self.run.out / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        with self.monitor.paused(), _aside(self.task.model), self._autocast():
+            return self.shows(done, folder)
 
     def _step(self, step: int) -> dict[str, Any]:
         # The first process draws as a single one does; the others draw masks of their own.
@@ -161,6 +200,8 @@ class _Training:
         loss, figures, units = self._backward(step)
         loss = parallel.data_sum(loss, self.mesh)
         parameters = list(self.task.parameters())
+        if self.copies:
+            average_gradients(parameters, self.mesh)
         norm = parallel.clip_gradients(parameters, self.optim.clip or math.inf)
         more: dict[str, float] = {}
         if self.watch.judge(step, float(loss), float(norm)):
@@ -188,7 +229,8 @@ class _Training:
         return torch.stack(losses).sum(), means, units
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.mesh is not None:  # gathered weights are of the right kind already
+        if self.mesh is not None and not self.copies:
+            # Gathered weights are of the right kind already.
             return contextlib.nullcontext()
         return autocast(self.task.model, self.run.precision)
 
@@ -217,14 +259,14 @@ class _Training:
             return 0
         if self.mesh is None:
             tensors, state = checkpoint.load(self.run.out, step)
-            self._check(state)
-            _fill(self.task.model, self.optimizer, tensors, self.run.out)
         else:
-            _allocate(self.optimizer)
-            tensors = self._tensors()
+            allocate(self.optimizer)
+            tensors = self._tensors() | self.task.state()[0]
             state = checkpoint.load_into(tensors, self.run.out, step)
-            self._check(state)
+        self._check(state)
         self.task.load_state(tensors, state)
+        if self.mesh is None:
+            _fill(self.task.model, self.optimizer, tensors, self.run.out)
         self.watch.load_state(state.get("watch", {}))
         return int(state["step"])
 
@@ -291,10 +333,15 @@ def _fill(
         ) from None
     groups = {"param_groups": optimizer.state_dict()["param_groups"]}
     optimizer.load_state_dict(groups | tensors.pop("optimizer"))
+    for parameter, moments in optimizer.state.items():
+        for name, value in moments.items():
+            # The fused kernel walks memory: moments must lie as their parameter does.
+            if value.shape == parameter.shape and value.stride() != parameter.stride():
+                moments[name] = torch.empty_like(parameter).copy_(value)
 
 
-def _allocate(optimizer: torch.optim.Optimizer) -> None:
-    """Give AdamW the moments that its first step would make, so that they can be read into."""
+def allocate(optimizer: torch.optim.Optimizer) -> None:
+    """Give Adam the moments that its first step would make, so that they can be read into."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if not optimizer.state[parameter]:
@@ -303,6 +350,36 @@ def _allocate(optimizer: torch.optim.Optimizer) -> None:
                     "exp_avg": torch.zeros_like(parameter),
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
+
+
+def average_gradients(parameters: list[nn.Parameter], mesh: DeviceMesh | None) -> None:
+    """The mean over the data ranks, which hold copies of the parameters; in one message."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if mesh is None or not gradients:
+        return
+    flat = torch.cat([g.flatten() for g in gradients])
+    mean = parallel.data_sum(flat, mesh) / parallel.data_rank(mesh)[1]
+    for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def _is_cut(model: nn.Module) -> bool:
+    return any(hasattr(p, "to_local") for p in model.parameters())
+
+
+@contextlib.contextmanager
+def _aside(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode and not compiled; modes and random numbers as before afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with torch.compiler.set_stance("force_eager"):
+            try:
+                model.eval()
+                yield
+            finally:
+                for module, training in modes.items():
+                    module.training = training
 
 
 def _peak(run: RunConfig, device: torch.device) -> float:

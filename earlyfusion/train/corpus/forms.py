@@ -83,6 +83,23 @@ def example_of(row: Mapping[str, Any], picture_first: bool, plain_pairs: bool = 
     return Example(form, turns)
 
 
+def pictures_of(row: Mapping[str, Any]) -> list[Picture]:
+    """The pictures of a row of any form, or of one that has pictures and nothing else.
+
+    Raises `DataError` where there are none.
+    """
+    own = next((key for key in ("images", *_PICTURES) if row.get(key) is not None), None)
+    if own is not None:
+        value = row[own]
+        found = [_picture(v) for v in (value if isinstance(value, list) else [value]) if v]
+    else:
+        turns = example_of(row, picture_first=True).turns
+        found = [part for _, parts in turns for part in parts if isinstance(part, Picture)]
+    if not found:
+        raise DataError("the row has no picture: leave it out")
+    return found
+
+
 def form_of(row: Mapping[str, Any]) -> str:
     """The name of a row's form, from its keys; `DataError` where there is none."""
     given = {key for key, value in row.items() if value is not None}

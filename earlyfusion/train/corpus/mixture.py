@@ -9,11 +9,11 @@ share of the numbers. Each source is gone through without repetition, then again
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -21,15 +21,23 @@ from earlyfusion.errors import DataError, SettingError
 from earlyfusion.processor import TokenSequence
 from earlyfusion.train.corpus.encoding import Fit
 from earlyfusion.train.corpus.tables import KEPT_GROUPS
-from earlyfusion.train.data import Stream
 
 _CYCLE = 4096
 _TRIES = 1000
 _MASK = (1 << 64) - 1
 
 
-class Documents(Protocol):
-    """A source by number. `groups` and `is_random` say how it likes to be read.
+class Numbered(Protocol):
+    """A source by number. `groups` and `is_random` say how it likes to be read."""
+
+    groups: list[int]
+    is_random: bool
+
+    def __len__(self) -> int: ...
+
+
+class Documents(Numbered, Protocol):
+    """A source of documents.
 
     `pieces` are what number `number` gives, empty for a row that is broken or does not fit;
     `fit` knows which were cut or dropped; `answers` tells each number's kind (TEXT, PICTURE, BOTH)
@@ -38,11 +46,8 @@ class Documents(Protocol):
 
     name: str
     fingerprint: str
-    groups: list[int]
-    is_random: bool
     fit: Fit
 
-    def __len__(self) -> int: ...
     def pieces(self, number: int) -> list[TokenSequence]: ...
     def answers(self) -> np.ndarray: ...
 
@@ -151,28 +156,24 @@ class Mixture:
         )
 
 
-class Order:
-    """The documents of a source, epoch after epoch, each epoch in an order of its own.
+class Epochs:
+    """The numbers of a source, epoch after epoch, each epoch in an order of its own.
 
     Groups of rows are shuffled, and the rows within pools of groups, so that a Parquet file is read
-    group by group; where rows can be had one by one, the pool is everything.
+    group by group; where rows can be had one by one, the pool is everything. `chosen` are the
+    numbers that count, in order; all of them if None.
     """
 
     def __init__(
-        self, documents: Documents, seed: int, key: str, chosen: np.ndarray | None = None
+        self, source: Numbered, seed: int, key: str, chosen: np.ndarray | None = None
     ) -> None:
-        self._documents, self._chosen = documents, chosen
-        self._groups = [len(self)] if documents.is_random else _sizes(documents.groups, chosen)
+        self._size, self._chosen = len(source) if chosen is None else len(chosen), chosen
+        self._groups = [self._size] if source.is_random else _sizes(source.groups, chosen)
         self._key = _hash(seed, key)
         self._pools = lru_cache(2)(self._new_pools)
 
     def __len__(self) -> int:
-        return len(self._documents) if self._chosen is None else len(self._chosen)
-
-    def pieces(self, turn: int) -> tuple[int, list[TokenSequence]]:
-        """Epoch and document of draw number `turn`."""
-        epoch, place = divmod(turn, len(self))
-        return epoch, self._documents.pieces(self.number(epoch, place))
+        return self._size
 
     def number(self, epoch: int, place: int) -> int:
         """The source's own number of the document at `place` of an epoch."""
@@ -196,6 +197,21 @@ class Order:
         order = np.random.default_rng([self._key, epoch]).permutation(len(sizes))
         pools = np.add.reduceat(sizes[order], np.arange(0, len(sizes), KEPT_GROUPS))
         return np.cumsum(pools), order, np.cumsum([0, *sizes[:-1]])
+
+
+class Order(Epochs):
+    """The documents of a source in the order of its epochs."""
+
+    def __init__(
+        self, documents: Documents, seed: int, key: str, chosen: np.ndarray | None = None
+    ) -> None:
+        super().__init__(documents, seed, key, chosen)
+        self._documents = documents
+
+    def pieces(self, turn: int) -> tuple[int, list[TokenSequence]]:
+        """Epoch and document of draw number `turn`."""
+        epoch, place = divmod(turn, len(self))
+        return epoch, self._documents.pieces(self.number(epoch, place))
 
 
 def balanced(documents: Documents, seed: int, key: str) -> dict[str, tuple[float, Order]]:
@@ -229,26 +245,22 @@ def _sizes(groups: Sequence[int], chosen: np.ndarray | None) -> list[int]:
     return [int(size) for size in np.diff(np.searchsorted(chosen, edges))]
 
 
-def sharded(stream: Stream, rank: int, ranks: int) -> Stream:
-    """The numbers of `stream` that belong to one of `ranks`: each document goes to exactly one."""
-    if not 0 <= rank < ranks:
-        raise SettingError(f"rank={rank} is outside 0..{ranks - 1}")
-    return lambda number: stream(number * ranks + rank)
+Made = TypeVar("Made")
 
 
-class Ahead:
-    """A stream whose next documents are made by threads while the network learns.
+class Ahead(Generic[Made]):
+    """A stream whose next items (documents, batches) are made by threads while the network learns.
 
-    The documents and their order are those of the stream, whatever the number of workers.
+    The items and their order are those of the stream, whatever the number of workers.
     """
 
-    def __init__(self, stream: Stream, workers: int, depth: int = 64) -> None:
+    def __init__(self, stream: Callable[[int], Made], workers: int, depth: int = 64) -> None:
         self._stream, self._depth = stream, depth
-        self._pool = ThreadPoolExecutor(workers, "documents")
-        self._waiting: dict[int, Future[TokenSequence]] = {}
+        self._pool = ThreadPoolExecutor(workers, "ahead")
+        self._waiting: dict[int, Future[Made]] = {}
         self._lock = threading.Lock()
 
-    def __call__(self, number: int) -> TokenSequence:
+    def __call__(self, number: int) -> Made:
         with self._lock:
             for past in [n for n in self._waiting if not number <= n < number + self._depth]:
                 self._waiting.pop(past).cancel()

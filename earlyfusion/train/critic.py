@@ -1,0 +1,96 @@
+"""The adversary of an image tokenizer: a patch discriminator with hinge loss (Esser et al. 2021).
+
+It is that of Isola et al. 2017 (`layers` convolutions of stride 2, then two of stride 1), but with
+group norm, so that pictures of a batch do not see each other and processes agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from earlyfusion.errors import SettingError
+from earlyfusion.train.trainer import allocate, average_gradients
+
+if TYPE_CHECKING:
+    from earlyfusion.parallel import DeviceMesh
+
+
+class Critic:
+    """Tells pictures from reconstructions, patch by patch; learns by itself in `learn`."""
+
+    def __init__(self, layers: int, width: int, rate: float, device: torch.device) -> None:
+        self.net = _discriminator(layers, width).to(device)
+        self._adam = torch.optim.Adam(self.net.parameters(), rate, betas=(0.5, 0.9), fused=True)
+        allocate(self._adam)
+
+    def fooled(self, fakes_BCYX: Tensor) -> Tensor:
+        """The loss of what makes the pictures."""
+        return -self.net(fakes_BCYX).mean()
+
+    def learn(
+        self,
+        pairs: Iterable[tuple[Tensor, Tensor]],
+        share: float,
+        mesh: DeviceMesh | None,
+    ) -> float:
+        """One step on pairs of real and made pictures, each with `share` in the mean; the loss."""
+        self._adam.zero_grad(set_to_none=True)
+        total = 0.0
+        with torch.enable_grad():
+            for reals, fakes in pairs:
+                real, fake = self.net(reals), self.net(fakes)
+                loss = share * (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+                loss.backward()
+                total += float(loss.detach())
+        average_gradients(list(self.net.parameters()), mesh)
+        self._adam.step()
+        return total
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"net": self.net.state_dict(), "adam": self._adam.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Read what `state_dict` gave; of a file of several processes only the tensors are left."""
+        self.net.load_state_dict(state["net"])
+        groups = self._adam.state_dict()["param_groups"]
+        moments = {int(number): value for number, value in state["adam"]["state"].items()}
+        self._adam.load_state_dict({"state": moments, "param_groups": groups})
+
+
+def weight_of(others: Tensor, fooled: Tensor, last: Tensor) -> Tensor:
+    """What makes the adversarial gradient as long as that of the other terms, at the last layer."""
+    (wanted,) = torch.autograd.grad(others, last, retain_graph=True)
+    (pushed,) = torch.autograd.grad(fooled, last, retain_graph=True)
+    return (wanted.norm() / (pushed.norm() + 1e-4)).clamp(0, 1e4).detach()
+
+
+def check_side(layers: int, side: int) -> None:
+    """Refuse pictures of which the convolutions would leave nothing."""
+    if layers < 1 or side // 2**layers < 3:
+        raise SettingError(
+            f"critic_layers={layers} is not possible for pictures of {side} pixels: give 1 to "
+            f"{max(1, (side // 3).bit_length() - 1)}"
+        )
+
+
+def _discriminator(layers: int, width: int) -> nn.Sequential:
+    parts: list[nn.Module] = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2)]
+    inputs = width
+    for depth in range(1, layers + 1):
+        outputs, stride = width * min(2**depth, 8), 2 if depth < layers else 1
+        parts += [
+            nn.Conv2d(inputs, outputs, 4, stride, 1, bias=False),
+            nn.GroupNorm(min(8, outputs), outputs),
+            nn.LeakyReLU(0.2),
+        ]
+        inputs = outputs
+    net = nn.Sequential(*parts, nn.Conv2d(inputs, 1, 4, 1, 1))
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.normal_(module.weight, 0.0, 0.02)
+    return net

@@ -1,0 +1,131 @@
+"""Sample pictures of a run: the same prompts, drawn again and again as the model learns.
+
+`PromptedPictures` is a `train.trainer.Shows`: give it to `train` as the last argument. It draws
+with the modules that are being trained, token by token as `generation/reference.py` defines it, so
+adapters and whatever else changed a module take part.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from torch import Tensor
+
+from earlyfusion.content import as_messages
+from earlyfusion.errors import SettingError
+from earlyfusion.generation.reference import ImageDone, Request, generate
+from earlyfusion.generation.settings import SamplingParams
+from earlyfusion.image_tokenizer import ImageTokenizer
+from earlyfusion.model.transformer import Transformer
+from earlyfusion.processor import ANSWER_IMAGE, Processor, TokenSequence
+
+_GAP = 4
+_LEAST_SIDE = 128  # smaller pictures are shown enlarged by a whole number
+
+
+class PromptedPictures:
+    """Draws one picture for each prompt and saves them as a grid, with the prompts beside it.
+
+    `prompts` are (what a person reads, tokens). `defaults` are the model's own sampling settings.
+    Prompt number i has the seed `seed + i`, so that what changes is the model. Raises
+    `SettingError` for a prompt that leaves no room for a picture.
+    """
+
+    def __init__(
+        self,
+        transformer: Transformer,
+        processor: Processor,
+        image_tokenizer: ImageTokenizer,
+        prompts: Sequence[tuple[str, Sequence[int]]],
+        defaults: Mapping[str, Any],
+        seed: int = 0,
+    ) -> None:
+        self._transformer, self._processor = transformer, processor
+        self._image_tokenizer = image_tokenizer
+        self._names = [name for name, _ in prompts]
+        room, limit = processor.layout.num_tokens, transformer.config.max_position_embeddings
+        for name, ids in prompts:
+            if len(ids) + room > limit:
+                raise SettingError(
+                    f"the sample prompt {name[:40]!r} has {len(ids)} tokens, which leave no room "
+                    f"for a picture of {room} in {limit}: shorten it"
+                )
+        settings = [SamplingParams(seed=seed + i).resolved(defaults) for i in range(len(prompts))]
+        self._requests = [
+            Request(ids, "image", own, images=1, room=room)
+            for (_, ids), own in zip(prompts, settings, strict=True)
+        ]
+
+    def __call__(self, step: int, folder: Path) -> dict[str, float]:
+        if not self._requests:
+            return {}
+        codes = np.stack([self._draw(request) for request in self._requests])
+        with torch.autocast(self._image_tokenizer.device.type, enabled=False):
+            pictures = self._image_tokenizer.decode(torch.from_numpy(codes))
+        save_grid(folder / f"step-{step:08d}.png", [[picture] for picture in pictures])
+        told = {"step": step, "prompts": self._names, "layout": "from left to right"}
+        text = json.dumps(told, ensure_ascii=False, indent=1) + "\n"
+        _replace(
+            folder / f"step-{step:08d}.json", lambda path: path.write_text(text, encoding="utf-8")
+        )
+        return {}
+
+    def _draw(self, request: Request) -> np.ndarray[Any, np.dtype[np.int64]]:
+        events = generate(self._transformer, self._processor, request)
+        return next(event.codes for event in events if isinstance(event, ImageDone))
+
+
+def asked(processor: Processor, prompts: Sequence[str]) -> list[tuple[str, Sequence[int]]]:
+    """Prompts of texts, as a user types them."""
+    return [(prompt, processor.encode(as_messages(prompt)).ids) for prompt in prompts]
+
+
+def asked_in(
+    processor: Processor, stream: Callable[[int], TokenSequence], count: int, among: int = 200
+) -> list[tuple[str, Sequence[int]]]:
+    """The first `count` prompts that documents of a training stream answer with a picture."""
+    found: dict[str, Sequence[int]] = {}
+    for number in range(among):
+        if len(found) == count:
+            break
+        document = stream(number)
+        if ANSWER_IMAGE in document.role:
+            prompt = document.ids[: document.role.index(ANSWER_IMAGE)]
+            name = processor.decode_text(prompt).strip()
+            found |= {name: prompt} if name else {}
+    return list(found.items())
+
+
+def to_picture(pixels_CYX: Tensor) -> PIL.Image.Image:
+    """Pixels in [-1, 1] as 8 bits, rounded."""
+    scaled = ((pixels_CYX.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return PIL.Image.fromarray(np.ascontiguousarray(scaled.permute(1, 2, 0).cpu().numpy()))
+
+
+def save_grid(path: Path, columns: Sequence[Sequence[PIL.Image.Image]]) -> None:
+    """Write pictures of equal size as one PNG: a column each, from the top down."""
+    side = columns[0][0].width
+    scale = max(1, -(-_LEAST_SIDE // side))
+    wide, high = (side * scale for side in columns[0][0].size)
+    rows = max(len(column) for column in columns)
+    size = (len(columns) * (wide + _GAP) + _GAP, rows * (high + _GAP) + _GAP)
+    sheet = PIL.Image.new("RGB", size, "white")
+    for along, column in enumerate(columns):
+        for down, picture in enumerate(column):
+            shown = picture.resize((wide, high), PIL.Image.Resampling.NEAREST)
+            sheet.paste(shown, (_GAP + along * (wide + _GAP), _GAP + down * (high + _GAP)))
+    _replace(path, lambda partial: sheet.save(partial, "PNG"))
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """A whole file or none, also where the run is killed."""
+    partial = path.with_name(f".{path.name}.part")
+    write(partial)
+    os.replace(partial, path)

@@ -1,0 +1,63 @@
+"""A style that mini has not seen: things cut out of white paper, on blue, taught with LoRA.
+
+python examples/new_style.py data/emoji runs/cutout
+earlyfusion train finetune data=runs/cutout/learn.jsonl out=runs/cutout/run lora=16 lr=3e-3 \
+    steps=120 length=512 warmup_steps=10
+python examples/before_and_after.py mini runs/cutout/run/model runs/cutout/asked.jsonl cutout.png
+
+The first command writes 40 pictures to learn from (`learn.jsonl`), and 24 of other things to ask
+for (`asked.jsonl`). They are made of Noto Emoji's, Copyright Google Inc., Apache-2.0.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import PIL.Image
+from PIL import ImageOps
+
+from earlyfusion.recipes.emoji.dataset import EmojiData, Row
+
+KINDS = ("animals and nature", "food and drink", "travel and places", "activities", "objects")
+LEARNT, ASKED = 40, 24
+
+
+def cut_out(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """White where there was anything, blue where there was nothing."""
+    shape = picture.convert("L").point(lambda grey: 255 * (grey < 240))
+    return ImageOps.colorize(shape, black="#1446a0", white="#ffffff")
+
+
+def things(data: EmojiData) -> list[Row]:
+    """Things that come in Noto's style, in an order that is always the same."""
+    rows = [data.row(id_) for id_ in data.split("train")]
+    chosen = [r for r in rows if r["style"] == "noto" and r["group_en"] in KINDS]
+    random.Random(0).shuffle(chosen)
+    return chosen
+
+
+def write(path: Path, data: EmojiData, rows: Sequence[Row]) -> None:
+    """A request a line, with its picture beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            name = f"{row['codepoints']}.png"
+            cut_out(data.image(row["id"])).save(path.parent / name)
+            prompt = {"role": "user", "content": f"Draw {row['en']} in cutout style."}
+            answer = {"role": "assistant", "content": [{"type": "image"}]}
+            print(json.dumps({"messages": [prompt, answer], "images": [name]}), file=file)
+
+
+def main(folder: str, out: str) -> None:
+    data = EmojiData(folder)
+    chosen = things(data)
+    write(Path(out) / "learn.jsonl", data, chosen[:LEARNT])
+    write(Path(out) / "asked.jsonl", data, chosen[LEARNT : LEARNT + ASKED])
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
