@@ -15,7 +15,6 @@ without g++. Peak memory is what a process of its own takes for one call, beyond
 from __future__ import annotations
 
 import argparse
-import resource
 import subprocess
 import sys
 import time
@@ -151,10 +150,15 @@ def own_peak(what: str, name: str, options: argparse.Namespace) -> None:
     else:
         codes = torch.randint(100, (options.batch, *[side // config.stride] * 2))
         call = decoders(vqgan, codes)[name]
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    before = _resident("VmRSS")
     call()
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(max(0, after - before) >> 20)
+    print(max(0, _resident("VmHWM") - before) >> 10)
+
+
+def _resident(name: str) -> int:
+    """kB of this process. What `getrusage` tells begins with the peak of the parent."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def arguments() -> argparse.Namespace:

@@ -10,10 +10,12 @@ import torch
 from earlyfusion.config import PRESETS, ModelConfig
 from earlyfusion.engine import cpu_step
 from earlyfusion.engine.cache import Cache
-from earlyfusion.engine.cpu_step import CpuStep, fits
-from earlyfusion.generation.sampler import Warp, pick, warp
+from earlyfusion.engine.cpu_step import Choice, CpuStep, fits
+from earlyfusion.generation import guidance
+from earlyfusion.generation.sampler import Warp, penalise, pick, warp
+from earlyfusion.model import packed
 from earlyfusion.model.kv_cache import KVCache
-from earlyfusion.model.packed import BITS, pack, quantise, unpack
+from earlyfusion.model.packed import BITS, dense, pack, quantise, unpack
 from earlyfusion.model.transformer import Transformer
 
 needs_compiler = pytest.mark.skipif(not cpu_step.available(), reason="no C++ compiler here")
@@ -160,6 +162,61 @@ def test_a_part_of_the_head_is_that_part_of_the_logits(bits: int) -> None:
         assert torch.equal(part(states), whole[:, first:last])
 
 
+def draw(
+    step: CpuStep, logits: torch.Tensor, settings: Warp, uniform: torch.Tensor
+) -> torch.Tensor:
+    """One draw a row, without guidance or a mask."""
+    row_bytes, columns = 4 * logits.stride(0), logits.shape[1]
+    warps = torch.stack([settings.temperature_B, settings.top_p_B, settings.min_p_B]).T.tolist()
+    choices = [
+        Choice(*[logits.data_ptr() + n * row_bytes] * 3, None, None, columns, k, 1, 1, *rest, 1, u)
+        for n, (k, rest, u) in enumerate(
+            zip(settings.top_k_B.tolist(), warps, uniform.tolist(), strict=True)
+        )
+    ]
+    return torch.tensor(step.draw(choices))
+
+
+@needs_compiler
+def test_a_draw_mixes_branches_then_masks_then_penalises() -> None:
+    """In rows of a wider matrix, as many as leave a rest behind vectors."""
+    shape = config(64, 4, 4, 100)
+    step = CpuStep(random_model(shape, 1), empty(shape, 1, 4), 32)
+    for columns in (1, 15, 16, 77, 640):
+        wide = torch.randn(3, 24, columns + 4)
+        full, image_only, unconditional = (rows[:, :columns] for rows in wide)
+        blocked, seen = (torch.rand(2, 24, columns) < 0.4).unbind()
+        blocked[:, -1] = False
+        settings = Warp.of([(0.0 if n % 3 else 0.7, 0, 0.9, 0.0, 1.0 + n / 20) for n in range(24)])
+        uniform = torch.rand(24, dtype=torch.float64)
+        mixed = guidance.combine(full, image_only, unconditional, 1.5, 2.5)
+        mixed = penalise(mixed.masked_fill(blocked, -torch.inf), seen, settings.penalty_B)
+        drawn = step.draw(
+            [
+                Choice(
+                    full[n].data_ptr(),
+                    image_only[n].data_ptr(),
+                    unconditional[n].data_ptr(),
+                    blocked[n].data_ptr(),
+                    seen[n].data_ptr(),
+                    columns,
+                    0,
+                    1.5,
+                    2.5,
+                    settings.temperature_B[n].item(),
+                    0.9,
+                    0.0,
+                    settings.penalty_B[n].item(),
+                    uniform[n].item(),
+                )
+                for n in range(24)
+            ]
+        )
+        picked = pick(warp(mixed, settings), uniform)
+        want = torch.where(settings.temperature_B == 0, mixed.argmax(-1), picked)
+        assert (torch.tensor(drawn) == want).sum() >= 23  # sums in another order
+
+
 @needs_compiler
 @pytest.mark.parametrize("levels", [0, 7])
 def test_draws_equal_the_samplers(levels: int) -> None:
@@ -183,18 +240,18 @@ def test_draws_equal_the_samplers(levels: int) -> None:
             logits[torch.rand(logits.shape) < 0.2] = -torch.inf
         settings, uniform = Warp.of(rows), torch.rand(len(rows), dtype=torch.float64)
         uniform[::50], uniform[1::50] = 0, 1 - 2**-53
-        drawn = step.draw(logits, settings, uniform)
+        drawn = draw(step, logits, settings, uniform)
         left = warp(logits, settings)
         assert torch.isfinite(left[torch.arange(len(rows)), drawn]).float().mean() > 0.995
         equal += int((drawn == pick(left, uniform)).sum())
         total += len(rows)
     # The two add up in different orders: where top_p cuts exactly at a sum, one token may differ.
     assert equal >= 0.99 * total
-    greedy = step.draw(logits, Warp.of([(0.0, *row[1:]) for row in rows]), uniform)
+    greedy = draw(step, logits, Warp.of([(0.0, *row[1:]) for row in rows]), uniform)
     assert torch.equal(greedy, logits.argmax(-1))
     plain = Warp.of([(1.0, 0, 1.0, 0.0, 1.0)] * 500)
     logits, uniform = torch.randn(500, 700), torch.rand(500, dtype=torch.float64)
-    assert torch.equal(step.draw(logits, plain, uniform), pick(logits, uniform))
+    assert torch.equal(draw(step, logits, plain, uniform), pick(logits, uniform))
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -250,3 +307,20 @@ def test_what_the_compiled_step_does_not_take() -> None:
     with pytest.raises(ValueError, match="no cache in this dtype"):
         CpuStep(Transformer(shape), [layer.to(torch.int8) for layer in cache], 32)
     assert not fits(Transformer(shape), [layer.half() for layer in cache])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("shape", [(12, 64), (7, 100), (33, 352)])
+def test_the_compiled_unpacking_gives_the_same_bits(
+    shape: tuple[int, int], bits: int, dtype: torch.dtype
+) -> None:
+    matrix = pack(torch.randn(shape) * 10 ** torch.randn(shape[0], 1), bits)
+    assert packed._library() is not None
+    assert torch.equal(dense(matrix, dtype), unpack(matrix).to(dtype))
+
+
+def test_without_a_compiler_weights_are_unpacked_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "_library", lambda: None)
+    matrix = pack(torch.randn(8, 64), 4)
+    assert torch.equal(dense(matrix, torch.bfloat16), unpack(matrix).bfloat16())

@@ -15,8 +15,9 @@ from tiny import CONFIG
 
 from earlyfusion import Chameleon
 from earlyfusion.checkpoints import formats
+from earlyfusion.checkpoints.hf import save_hf
 from earlyfusion.config import PRESETS
-from earlyfusion.errors import DataError, SettingError
+from earlyfusion.errors import CheckpointError, DataError, SettingError
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.parallel import ParallelConfig
 from earlyfusion.recipes import override, plan, run
@@ -107,8 +108,6 @@ def test_only_the_image_rows_of_the_head_change(model: Path, data: Path, tmp_pat
     with torch.no_grad():
         loaded.transformer.lm_head.weight[images] = 0
     locked = tmp_path / "locked"
-    from earlyfusion.checkpoints.hf import save_hf
-
     tokenizer = loaded.processor.tokenizer_file.read_text()
     save_hf(locked, loaded.transformer, loaded.vqgan, tokenizer, {"chameleon": {}})
     before = weights(locked)
@@ -178,14 +177,78 @@ def test_lora_trains_adapters_only_and_leaves_a_plain_model(
 
 
 @pytest.mark.parametrize(
+    ("how", "count"), [("lora=4", CONFIG.num_hidden_layers * 7 * 2), ("trainable=image_head", 1)]
+)
+def test_a_run_of_a_part_keeps_that_part_and_goes_on_to_the_bit(
+    model: Path, data: Path, tmp_path: Path, how: str, count: int
+) -> None:
+    whole = finetune(model, data, tmp_path / "whole", how)
+    finetune(model, data, tmp_path / "part", how, "stop_after=2")
+    tensors, state = checkpoint.load(tmp_path / "part", only="model")
+    assert len(tensors["model"]) == count and state["began_with"]
+    resumed = finetune(model, data, tmp_path / "part", how)
+    assert losses(tmp_path / "part") == losses(tmp_path / "whole")
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+
+
+def test_a_run_of_a_part_that_kept_all_goes_on_and_keeps_all(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    """As runs did whose state names nothing that they began with."""
+    whole = finetune(model, data, tmp_path / "whole", "lora=4")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(checkpoint, "fingerprint", lambda model: "")
+        finetune(model, data, tmp_path / "part", "lora=4", "stop_after=2")
+    resumed = finetune(model, data, tmp_path / "part", "lora=4")
+    assert losses(tmp_path / "part") == losses(tmp_path / "whole")
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+    for step in (2, 4):
+        tensors, state = checkpoint.load(tmp_path / "part", step)
+        assert "lm_head.weight" in tensors["model"] and "began_with" not in state
+
+
+def test_a_run_of_a_part_refuses_what_it_did_not_begin_with(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    finetune(model, data, tmp_path / "out", "lora=4", "stop_after=2")
+    other = formats.load(model)
+    other.transformer.model.norm.weight.data[3] += 1e-3
+    save_hf(
+        tmp_path / "other",
+        other.transformer,
+        other.vqgan,
+        other.processor.tokenizer_file.read_text(),
+        {"chameleon": {}},
+    )
+    for wrong, more in ((tmp_path / "other", "lora=4"), (model, "trainable=image_head")):
+        with pytest.raises(CheckpointError, match=r"part of a model whose other weights"):
+            finetune(wrong, data, tmp_path / "out", more)
+    with pytest.raises(CheckpointError, match="part of a model"):
+        finetune(model, data, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="another shape"):
+        finetune(model, data, tmp_path / "out", "lora=3")
+
+
+def test_frozen_weights_are_told_apart_by_value_and_not_by_dtype(model: Path) -> None:
+    transformer = formats.load(model).transformer.bfloat16()
+    assert checkpoint.fingerprint(transformer) == ""
+    transformer.requires_grad_(False)
+    before = checkpoint.fingerprint(transformer)
+    assert checkpoint.fingerprint(transformer.float()) == before
+    transformer.lm_head.weight.data = transformer.lm_head.weight.data.roll(1, 1)
+    assert checkpoint.fingerprint(transformer) != before
+
+
+@pytest.mark.parametrize(
     "how", ["lora=4", pytest.param("trainable=image_head", marks=pytest.mark.slow)]
 )
 def test_two_processes_leave_the_model_of_one(
     model: Path, data: Path, tmp_path: Path, how: str
 ) -> None:
-    """And a run of two that stopped half-way is gone on with by one."""
+    """And a run of either that stopped half-way is gone on with by the other."""
     same = ["rows=2", "micro_rows=1", "device=cpu", "dropout=0", how]
     one = finetune(model, data, tmp_path / "one", *same)
+    finetune(model, data, tmp_path / "begun", *same, "stop_after=2")
     script = f"import test_finetune as t; t.finetune_two({str(model)!r}, {str(data)!r}, {how!r})"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node=2", "--no-python", sys.executable, "-c", script]
@@ -199,11 +262,14 @@ def test_two_processes_leave_the_model_of_one(
         timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    two = weights(tmp_path / "two" / "model")
+    two, gone_on = (weights(tmp_path / name / "model") for name in ("two", "begun"))
+    kept = [checkpoint.load(tmp_path / name)[0]["model"].keys() for name in ("two", "one")]
+    assert kept[0] == kept[1] and "model.norm.weight" not in kept[0]
     resumed = finetune(model, data, tmp_path / "half", *same)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(gone_on[name], tensor, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(resumed[name], tensor, atol=1e-5, rtol=1e-5)
 
 
@@ -211,7 +277,7 @@ def finetune_two(model: str, data: str, how: str) -> None:
     """What each of two processes runs."""
     same = ["rows=2", "micro_rows=1", "device=cpu", "dropout=0", how]
     small = ["steps=4", "length=100", "lr=1e-2", "warmup_steps=1", "log_every=1", "save_every=2"]
-    for out, more in (("two", []), ("half", ["stop_after=2"])):
+    for out, more in (("two", []), ("half", ["stop_after=2"]), ("begun", [])):
         fields = [f"data={data}", f"model={model}", f"out={out}", "max_broken=1", *small]
         run("finetune", [*fields, *same, *more])
 

@@ -9,7 +9,7 @@ import pytest
 
 from earlyfusion import Chameleon
 from earlyfusion.errors import DataError, SettingError
-from earlyfusion.recipes import mini_drawings, mini_styles, override, run
+from earlyfusion.recipes import mini_drawings, override, run
 from earlyfusion.recipes.pretrain_mini import STAGES, config, stage_config
 from earlyfusion.train import checkpoint
 from earlyfusion.train.monitor import read_metrics
@@ -30,7 +30,7 @@ SMALL = [
 def test_the_stages_are_the_recipes_in_their_order() -> None:
     made = {name: stage_config(config, name) for name in STAGES}
     assert made["drawings"].documents == mini_drawings.config.documents
-    assert made["styles"].optim == mini_styles.config.optim
+    assert made["drawings"].optim == mini_drawings.config.optim
     pairs, usual = made["pairs"], made["usual"]
     assert (pairs.run.stop_after, pairs.optim.decay, pairs.rows) == (2750, "hold", 2)
     assert (usual.run.stop_after, usual.optim.decay, usual.rows) == (1500, "hold", 1)
@@ -55,19 +55,19 @@ def test_a_killed_run_goes_on_where_it_was(
         with pytest.raises(KeyboardInterrupt):
             run("pretrain_mini", fields)
     said = capsys.readouterr().out
-    assert "stage 3 of 7, answers: earlyfusion train mini_answers" in said and "pairs" not in said
+    assert "stage 3 of 6, answers: earlyfusion train mini_answers" in said and "pairs" not in said
     assert checkpoint.steps(tmp_path / "answers") == [1]
     times = {p: p.stat().st_mtime_ns for p in (tmp_path / "transformer").rglob("*") if p.is_file()}
     run("pretrain_mini", fields)
     said = capsys.readouterr().out
-    assert said.count(": done, in") == 2 and "stage 7 of 7, styles:" in said
+    assert said.count(": done, in") == 2 and "stage 6 of 6, drawings:" in said
     assert "rows=2 pairs=0.55 usual=0 studies=0.25 decay=hold" in said
     assert {p: p.stat().st_mtime_ns for p in times} == times
     assert [row["step"] for row in read_metrics(tmp_path / "answers")] == [0, 1]
-    model = Chameleon.load(str(tmp_path / "styles" / "model"))
+    model = Chameleon.load(str(tmp_path / "drawings" / "model"))
     assert len(model.generate("Draw a cat.", output="image", seed=0).images) == 1
     run("pretrain_mini", fields)
-    assert capsys.readouterr().out.count(": done, in") == 7
+    assert capsys.readouterr().out.count(": done, in") == 6
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from typing import cast
 
 import pytest
@@ -137,6 +139,44 @@ def test_blocks_leave_their_input_alone() -> None:
     kept = x.clone()
     block(x)
     assert torch.equal(x, kept)
+
+
+def test_results_take_the_memory_of_those_gone() -> None:
+    with winograd.reusing():
+        first, second = winograd.empty(8, 100), winograd.empty(900)
+        places = first.data_ptr(), second.data_ptr()
+        view = first[1:, :50]
+        del first
+        other = winograd.empty(800)  # a view still holds the first one
+        assert other.data_ptr() not in places
+        del view, second
+        with winograd.reusing():
+            assert winograd.empty(4, 200).data_ptr() == places[0]  # the smallest that will do
+            larger = winograd.empty(2000)  # what is too small goes
+        other.fill_(1)
+        larger.fill_(2)
+    assert other.eq(1).all() and winograd._thread.pool is None
+
+
+def test_threads_may_end_each_others_results() -> None:
+    def work() -> None:
+        with winograd.reusing(), torch.no_grad():
+            for value in range(200):
+                inbox.append((winograd.empty(64).fill_(value), value))
+                tensor, expected = inbox.popleft()
+                assert tensor.eq(expected).all()
+
+    inbox: deque[tuple[Tensor, int]] = deque()
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(work) for _ in range(4)]:
+            done.result()
+
+
+@needs_compiler
+@torch.no_grad()
+def test_a_picture_does_not_hold_the_memory_of_its_making() -> None:
+    drawn = VQGAN(MINI).eval().decode(torch.arange(64).view(1, 8, 8))
+    assert drawn.untyped_storage().nbytes() == 4 * drawn.numel()
 
 
 @pytest.mark.parametrize("name", ["EARLYFUSION_NATIVE", "CXX"])

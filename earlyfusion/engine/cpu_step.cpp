@@ -172,10 +172,12 @@ struct Input {
 };
 
 // Keeps a vector in its register: compilers read it from memory again for each use, and reading is
-// what these loops have too little time for.
+// what these loops have too little time for. With one row, X = 1, there is one use, and reading it
+// is part of the product.
+template <int X>
 inline void hold(f16& v) {
 #if defined(__AVX512F__)
-  asm("" : "+v"(v));
+  if (X > 1) asm("" : "+v"(v));
 #endif
 }
 
@@ -198,11 +200,11 @@ f16 dots4(const float* w, int64_t stride, const Input& in, int64_t row) {
   const float* given = in.full + row * in.stride;
   for (int64_t c = 0; c < stride; c += 16) {
     f16 x[X];
-    for (int i = 0; i < X; i++) hold(x[i] = load(given + i * in.stride + c));
+    for (int i = 0; i < X; i++) hold<X>(x[i] = load(given + i * in.stride + c));
     for (int r = 0; r < 4; r++) {
       if (X > 1) fetch(w + r * stride + c, distance);
       f16 v = load(w + r * stride + c);
-      hold(v);
+      hold<X>(v);
       for (int i = 0; i < X; i++) acc[4 * i + r] += v * x[i];
     }
   }
@@ -216,11 +218,11 @@ f16 dots4(const int8_t* w, const float* scale, int64_t stride, const Input& in, 
   const float* given = in.full + row * in.stride;
   for (int64_t c = 0; c < stride; c += 16) {
     f16 x[X];
-    for (int i = 0; i < X; i++) hold(x[i] = load(given + i * in.stride + c));
+    for (int i = 0; i < X; i++) hold<X>(x[i] = load(given + i * in.stride + c));
     for (int r = 0; r < 4; r++) {
       fetch(w + r * stride + c, distance);
       f16 v = load(w + r * stride + c);
-      hold(v);
+      hold<X>(v);
       for (int i = 0; i < X; i++) acc[4 * i + r] += v * x[i];
     }
   }
@@ -244,11 +246,11 @@ f16 dots4(const uint16_t* w, int64_t stride, const Input& in, int64_t row) {
 #if defined(__AVX512BF16__)
   for (int64_t c = 0; c < stride; c += 32) {
     f16 x[X];
-    for (int i = 0; i < X; i++) hold(x[i] = pairs(given + i * in.stride + c));
+    for (int i = 0; i < X; i++) hold<X>(x[i] = pairs(given + i * in.stride + c));
     for (int r = 0; r < 4; r++) {
       fetch(w + r * stride + c, distance);
       f16 v = pairs(w + r * stride + c);
-      hold(v);
+      hold<X>(v);
       for (int i = 0; i < X; i++)
         acc[4 * i + r] = f16(_mm512_dpbf16_ps(__m512(acc[4 * i + r]), __m512bh(v), __m512bh(x[i])));
     }
@@ -707,19 +709,53 @@ float largest(float top, Holds holds) {
   return of_order(int32_t(low));
 }
 
-// One row of logits; z and e are scratch, padded to sixteens.
+// What one token is drawn from. The three rows of logits are guidance's; without guidance they are
+// one. `blocked` and `seen` mark columns, where there are any. Temperature 0 takes the largest;
+// top_k and min_p are off at 0, top_p and penalty at 1.
+struct Choice {
+  const float *full, *image_only, *unconditional;
+  const uint8_t *blocked, *seen;
+  int64_t columns, top_k;
+  double text, image, temperature, top_p, min_p, penalty, uniform;
+
+  void mix(float* __restrict z) const {
+    const float t = float(text), i = float(image), p = float(penalty);
+    if (full == image_only && full == unconditional)
+      std::memcpy(z, full, columns * sizeof(float));
+    else
+      for (int64_t c = 0; c < columns; c++)
+        z[c] = unconditional[c] + i * (image_only[c] - unconditional[c]) +
+               t * (full[c] - image_only[c]);
+    if (blocked)
+      for (int64_t c = 0; c < columns; c++) z[c] = blocked[c] ? -INFINITY : z[c];
+    if (seen)
+      for (int64_t c = 0; c < columns; c++)
+        z[c] = seen[c] ? (z[c] > 0 ? z[c] / p : z[c] * p) : z[c];
+  }
+};
+
+// One row of logits in z, which like the scratch e is padded to sixteens.
 struct Draw {
   int64_t count, n;
   float* z;
   double* e;
   float top;
 
-  Draw(const float* logits, int64_t count, float temperature, float* z, double* e)
-      : count(count), n((count + 15) / 16 * 16), z(z), e(e), top(-INFINITY) {
-    for (int64_t i = 0; i < count; i++) z[i] = logits[i] / temperature;
+  Draw(int64_t count, float temperature, float* z, double* e)
+      : count(count), n((count + 15) / 16 * 16), z(z), e(e) {
     for (int64_t i = count; i < n; i++) z[i] = -INFINITY;
-    for (int64_t i = 0; i < count; i++) top = std::max(top, z[i]);
+    if (temperature != 0)
+      for (int64_t i = 0; i < count; i++) z[i] /= temperature;
+    f16 most = load(z);
+    for (int64_t i = 16; i < n; i += 16) {
+      const f16 here = load(z + i);
+      most = here > most ? here : most;
+    }
+    top = most[0];
+    for (int i = 1; i < 16; i++) top = std::max(top, most[i]);
   }
+
+  int64_t greedy() const { return std::find(z, z + count - 1, top) - z; }
 
   void drop_below(float least) {
     for (int64_t i = 0; i < n; i++) z[i] = z[i] < least ? -INFINITY : z[i];
@@ -757,20 +793,47 @@ struct Draw {
       if (z[i] == least) z[i] = -INFINITY, more--;
   }
 
+  // Sums of blocks tell the block, then its entries are added one by one.
   int64_t pick(double uniform) {
+    const int64_t block = 64;
     double total = 0;
-    for (int64_t i = 0; i < n; i += 8) {
+    for (int64_t first = 0; first < n; first += block) total += soften(first, first + block);
+    const double target = std::min(uniform * total, std::nextafter(total, 0.0));
+    double sum = 0;
+    int64_t first = 0;
+    for (; first + block < n; first += block) {
+      const double after = sum + mass(first, first + block);
+      if (after > target) break;
+      sum = after;
+    }
+    int64_t last = 0;
+    for (int64_t i = first; i < n; i++) {
+      if ((sum += e[i]) > target) return i;
+      if (e[i] > 0) last = i;
+    }
+    return last;
+  }
+
+  double soften(int64_t first, int64_t last) {
+    for (int64_t i = first; i < std::min(last, n); i += 8) {
       half_f16 here;
       std::memcpy(&here, z + i, 32);
       const f8 value = exp8(__builtin_convertvector(here, f8) - double(top));
       std::memcpy(e + i, &value, 64);
     }
-    for (int64_t i = 0; i < n; i++) total += e[i];
-    const double target = std::min(uniform * total, std::nextafter(total, 0.0));
+    return mass(first, last);
+  }
+
+  double mass(int64_t first, int64_t last) const {
+    f8 total = {};
+    for (int64_t i = first; i < std::min(last, n); i += 8) {
+      f8 here;
+      std::memcpy(&here, e + i, 64);
+      total += here;
+    }
     double sum = 0;
-    for (int64_t i = 0; i < n; i++)
-      if ((sum += e[i]) > target) return i;
-    return count - 1;
+    for (int i = 0; i < 8; i++) sum += total[i];
+    return sum;
   }
 };
 
@@ -778,26 +841,27 @@ struct Draw {
 
 extern "C" {
 
-// B rows of V logits, -inf where nothing may come; a number in [0, 1) a row. Temperature 0 takes
-// the largest; top_k and min_p are off at 0, top_p at 1.
-void earlyfusion_draw(const float* logits, int64_t B, int64_t V, const double* temperature,
-                      const int64_t* top_k, const double* top_p, const double* min_p,
-                      const double* uniform, int64_t* drawn, int64_t threads) {
+// The column that each of B choices comes to.
+void earlyfusion_draw(const Choice* choices, int64_t B, int64_t* drawn, int64_t threads) {
+  int64_t widest = 0;
+  for (int64_t b = 0; b < B; b++) widest = std::max(widest, choices[b].columns);
 #pragma omp parallel num_threads(std::min(threads, B))
   {
-    Floats z(V + 15);
-    std::vector<double, Lines<double>> e(V + 15);
+    Floats z(widest + 15);
+    std::vector<double, Lines<double>> e(widest + 15);
 #pragma omp for
     for (int64_t b = 0; b < B; b++) {
-      if (temperature[b] == 0) {
-        drawn[b] = std::max_element(logits + b * V, logits + (b + 1) * V) - (logits + b * V);
+      const Choice& c = choices[b];
+      c.mix(z.data());
+      Draw row(c.columns, float(c.temperature), z.data(), e.data());
+      if (c.temperature == 0) {
+        drawn[b] = row.greedy();
         continue;
       }
-      Draw row(logits + b * V, V, float(temperature[b]), z.data(), e.data());
-      if (top_k[b] > 0 && top_k[b] < V) row.top_k(top_k[b]);
-      if (top_p[b] < 1) row.top_p(float(1 - top_p[b]));
-      if (min_p[b] > 0) row.drop_below(row.top + float(std::log(min_p[b])));
-      drawn[b] = row.pick(uniform[b]);
+      if (c.top_k > 0 && c.top_k < c.columns) row.top_k(c.top_k);
+      if (c.top_p < 1) row.top_p(float(1 - c.top_p));
+      if (c.min_p > 0) row.drop_below(row.top + float(std::log(c.min_p)));
+      drawn[b] = row.pick(c.uniform);
     }
   }
 }

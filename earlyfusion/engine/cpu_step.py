@@ -14,12 +14,11 @@ import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from earlyfusion.generation.sampler import Warp
 from earlyfusion.model import native
 from earlyfusion.model.packed import BITS, PackedLinear, PackedMatrix, pack, packed_weight
 from earlyfusion.model.transformer import Block, Transformer, rotary_tables
@@ -28,6 +27,29 @@ MOST_ROWS = 16
 """Rows of a step up to which the compiled step beats a matrix product."""
 
 _CACHE_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+
+
+class Choice(NamedTuple):
+    """What one token is drawn from; pointers are addresses of rows of `columns` entries.
+
+    The first three are guidance's logits in fp32, all the same without it; `blocked` and `seen` are
+    bools, or None.
+    """
+
+    full: int
+    image_only: int
+    unconditional: int
+    blocked: int | None
+    seen: int | None
+    columns: int
+    top_k: int
+    text: float
+    image: float
+    temperature: float
+    top_p: float
+    min_p: float
+    penalty: float
+    uniform: float
 
 
 def available() -> bool:
@@ -95,18 +117,15 @@ class CpuStep:
 
         return product
 
-    def draw(self, logits_BV: Tensor, settings: Warp, uniform_B: Tensor) -> Tensor:
-        """`pick` of what `warp` leaves of the logits, which are fp32: a column for each row.
+    def draw(self, choices: Sequence[Choice]) -> list[int]:
+        """The column drawn for each: mix, mask, penalty, then `warp` and `pick`.
 
         Where the temperature is 0, the largest.
         """
-        logits_BV = logits_BV.contiguous()
-        drawn_B = torch.empty(len(logits_BV), dtype=torch.int64)
-        shape = (settings.temperature_B, settings.top_k_B, settings.top_p_B, settings.min_p_B)
-        pointers = (tensor.data_ptr() for tensor in (*shape, uniform_B, drawn_B))
-        size, threads = logits_BV.shape, torch.get_num_threads()
-        self._library.earlyfusion_draw(logits_BV.data_ptr(), *size, *pointers, threads)
-        return drawn_B
+        drawn = (ctypes.c_int64 * len(choices))()
+        rows = (_Choice * len(choices))(*(_Choice(*choice) for choice in choices))
+        self._library.earlyfusion_draw(rows, len(choices), drawn, torch.get_num_threads())
+        return list(drawn)
 
     def _describe(self, transformer: Transformer, cache: Sequence[Tensor], bits: int) -> _Model:
         config, places = transformer.config, cache[0].shape[3]
@@ -202,6 +221,14 @@ class _Layer(ctypes.Structure):
     )
 
 
+class _Choice(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in Choice._fields[:5]),
+        *((name, ctypes.c_int64) for name in Choice._fields[5:7]),
+        *((name, ctypes.c_double) for name in Choice._fields[7:]),
+    )
+
+
 class _Model(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("layers", "D", "N", "K", "H", "F")),
@@ -231,6 +258,6 @@ def _library() -> ctypes.CDLL | None:
     library.earlyfusion_step.restype = None
     library.earlyfusion_multiply.argtypes = [pointer, number, pointer, number, pointer, number]
     library.earlyfusion_multiply.restype = None
-    library.earlyfusion_draw.argtypes = [pointer, number, number, *[pointer] * 6, number]
+    library.earlyfusion_draw.argtypes = [pointer, number, pointer, number]
     library.earlyfusion_draw.restype = None
     return library

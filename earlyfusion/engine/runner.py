@@ -23,13 +23,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from earlyfusion.engine.cache import Cache, Kept, cache_dtype
-from earlyfusion.engine.cpu_step import MOST_ROWS, CpuStep, available, fits, own_bits
+from earlyfusion.engine.cpu_step import MOST_ROWS, Choice, CpuStep, available, fits, own_bits
 from earlyfusion.engine.network import Network, Product
 from earlyfusion.engine.scheduler import Branch, Piece, Plan
 from earlyfusion.generation import guidance, jacobi
 from earlyfusion.generation.grammar import Grammar
 from earlyfusion.generation.jacobi import Window
-from earlyfusion.generation.sampler import Warp, penalise, pick, warp
+from earlyfusion.generation.sampler import (
+    Warp,
+    image_settings,
+    penalise,
+    pick,
+    text_settings,
+    warp,
+)
 from earlyfusion.generation.settings import SamplingParams
 from earlyfusion.model.transformer import Transformer
 
@@ -64,6 +71,11 @@ class Ask:
     def places(self) -> int:
         """How many tokens are drawn: one, or one at each place of a window of codes."""
         return 1 if self.window is None else self.window.places
+
+    @property
+    def settings(self) -> tuple[float, ...]:
+        """Temperature, top-k, top-p, min-p and repetition penalty of what is drawn."""
+        return (image_settings if self.in_image else text_settings)(self.sampling)
 
     @property
     def greedy(self) -> bool:
@@ -172,9 +184,51 @@ class ModelRunner:
         return lambda x: few(x) if len(x) <= MOST_ROWS else many(x.to(weight_VD.dtype))
 
     def _draw(self, x_TD: Tensor, step: _Step, asks: Sequence[Ask]) -> list[list[int]]:
+        if self._compiled is None:
+            return self._draw_grouped(x_TD, step, asks)
+        alone = [ask for ask in asks if ask.window is None]
+        windows = [ask for ask in asks if ask.window is not None]
+        one_each = iter(self._draw_compiled(self._compiled, x_TD, step, alone) if alone else ())
+        several = iter(self._draw_grouped(x_TD, step, windows) if windows else ())
+        return [next(one_each if ask.window is None else several) for ask in asks]
+
+    def _draw_compiled(
+        self, compiled: CpuStep, x_TD: Tensor, step: _Step, asks: Sequence[Ask]
+    ) -> list[list[int]]:
+        """One token of each ask, codes and text in one call; without windows."""
+        logits = {
+            in_image: _Logits(self._head(in_image), x_TD, step, alike)
+            for in_image in (False, True)
+            if (alike := [ask for ask in asks if ask.in_image is in_image])
+        }
+        columns = compiled.draw([self._choice(ask, logits[ask.in_image]) for ask in asks])
+        heads = [self._head(ask.in_image) for ask in asks]
+        return [[head.ids[column]] for head, column in zip(heads, columns, strict=True)]
+
+    def _choice(self, ask: Ask, logits: _Logits) -> Choice:
+        temperature, top_k, top_p, min_p, penalty = ask.settings
+        return Choice(
+            *logits.addresses(ask),
+            blocked=None if ask.in_image else self._blocked(ask).data_ptr(),
+            seen=None if ask.in_image or ask.seen_V is None else ask.seen_V.data_ptr(),
+            columns=logits.columns,
+            top_k=int(top_k),
+            text=ask.weights[0],
+            image=ask.weights[1],
+            temperature=temperature,
+            top_p=top_p,
+            min_p=min_p,
+            penalty=penalty,
+            uniform=ask.uniform,
+        )
+
+    def _head(self, in_image: bool) -> Head:
+        return self._image_head if in_image else self.text_head
+
+    def _draw_grouped(self, x_TD: Tensor, step: _Step, asks: Sequence[Ask]) -> list[list[int]]:
         groups: dict[Kind, list[int]] = {}
         for number, ask in enumerate(asks):
-            groups.setdefault(self._together(ask), []).append(number)
+            groups.setdefault(ask.kind, []).append(number)
         order = [number for numbers in groups.values() for number in numbers]
         drawn = [
             self._draw_alike(x_TD, step, [asks[number] for number in numbers])
@@ -184,14 +238,9 @@ class ModelRunner:
         by_number = {number: list(islice(tokens, asks[number].places)) for number in order}
         return [by_number[number] for number in range(len(asks))]
 
-    def _together(self, ask: Ask) -> Kind:
-        # The compiled draw takes greedy rows beside others, so that a head is read once.
-        mixes = self._compiled is not None and ask.window is None
-        return (ask.in_image, False, False) if mixes else ask.kind
-
     def _draw_alike(self, x_TD: Tensor, step: _Step, asks: list[Ask]) -> Tensor:
         """Tokens of asks of one kind, those of an ask next to each other."""
-        head = self._image_head if asks[0].in_image else self.text_head
+        head = self._head(asks[0].in_image)
         logits_BV = self._mixed(x_TD, step, asks, head)
         if not asks[0].in_image:
             logits_BV = self._masked(logits_BV, asks)
@@ -202,8 +251,6 @@ class ModelRunner:
         if windows:
             settings = settings.of_rows(self._rows(asks))
         uniform_B = torch.tensor([ask.uniform for ask in asks], dtype=torch.float64)
-        if self._compiled is not None and not windows:
-            return head.ids_V[self._compiled.draw(logits_BV, settings, uniform_B)]
         if any(ask.shaped for ask in asks):
             logits_BV = warp(logits_BV, settings)
         else:
@@ -281,6 +328,28 @@ def _compiled(transformer: Transformer, cache: Cache) -> CpuStep | None:
     if bits is None or not fits(transformer, cache.layers) or not available():
         return None
     return CpuStep(transformer, cache.layers, bits, cache.scales)
+
+
+class _Logits:
+    """Logits in fp32 of one head, of the rows that some asks without windows draw from."""
+
+    def __init__(self, head: Head, x_TD: Tensor, step: _Step, asks: Sequence[Ask]) -> None:
+        branches = dict.fromkeys(chain.from_iterable(ask.branches for ask in asks))
+        self._branches = {branch: row for row, branch in enumerate(branches)}
+        rows = [step.row_of[branch] for branch in branches]
+        x_RD = x_TD if rows == list(range(len(x_TD))) else x_TD.index_select(0, torch.tensor(rows))
+        self._logits_RV = head.logits(x_RD).float()
+        self.columns = self._logits_RV.shape[1]
+
+    def addresses(self, ask: Ask) -> tuple[int, int, int]:
+        """Where the rows of an ask's branches begin in memory."""
+        first, row_bytes = self._logits_RV.data_ptr(), 4 * self._logits_RV.stride(0)
+        full, image_only, unconditional = (self._branches[branch] for branch in ask.branches)
+        return (
+            first + row_bytes * full,
+            first + row_bytes * image_only,
+            first + row_bytes * unconditional,
+        )
 
 
 class _Group(NamedTuple):

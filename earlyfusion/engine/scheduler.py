@@ -124,6 +124,8 @@ class Scheduler:
 
     def _serve(self, entry: Entry, plan: Plan) -> None:
         """Slots for the branches of one that runs; those behind it in order make room."""
+        if not entry.without_slot:
+            return
         while entry in self.running and len(entry.without_slot) > self.slots.free:
             last = self.running[-1]
             if last is entry:

@@ -22,9 +22,11 @@ __all__ = [
     "SamplingParams",
     "Warp",
     "generator",
+    "image_settings",
     "invert",
     "penalise",
     "pick",
+    "text_settings",
     "uniforms",
     "warp",
 ]
@@ -56,12 +58,12 @@ class Warp:
     @classmethod
     def text(cls, rows: Sequence[SamplingParams], device: torch.device | str = "cpu") -> Warp:
         """The settings for text of resolved `SamplingParams`."""
-        return cls.of([_text(r) for r in rows], device)
+        return cls.of([text_settings(r) for r in rows], device)
 
     @classmethod
     def image(cls, rows: Sequence[SamplingParams], device: torch.device | str = "cpu") -> Warp:
         """The settings for codes of resolved `SamplingParams`."""
-        return cls.of([_image(r) for r in rows], device)
+        return cls.of([image_settings(r) for r in rows], device)
 
     def of_rows(self, rows_R: Tensor) -> Warp:
         """The settings of these rows, which may come more than once."""
@@ -184,11 +186,13 @@ def _min_p(ascending_BV: Tensor, p_B: Tensor) -> Tensor:
     return ascending_BV.masked_fill(ascending_BV < floor_B1, NEVER)
 
 
-def _text(p: SamplingParams) -> tuple[float, ...]:
+def text_settings(p: SamplingParams) -> tuple[float, ...]:
+    """Temperature, top-k, top-p, min-p and repetition penalty for text."""
     return _given(p.temperature, p.top_k, p.top_p, p.min_p, p.repetition_penalty)
 
 
-def _image(p: SamplingParams) -> tuple[float, ...]:
+def image_settings(p: SamplingParams) -> tuple[float, ...]:
+    """Temperature, top-k, top-p, min-p and repetition penalty for codes."""
     return _given(p.image_temperature, p.image_top_k, p.image_top_p, 0.0, 1.0)
 
 

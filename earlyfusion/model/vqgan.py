@@ -17,7 +17,8 @@ width in pixels, y x in codes, K codebook size, N vectors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import NamedTuple, cast
 
@@ -48,12 +49,15 @@ def _inferring(x: Tensor) -> bool:
     return on_cpu and not torch.is_grad_enabled() and not traced and winograd.wanted()
 
 
-def _compiled(x_BCYX: Tensor, conv: nn.Module, scale: int = 1) -> bool:
-    """Whether `winograd.conv3x3` takes this convolution, of `x` enlarged `scale` times."""
+def _compiled(x_BCYX: Tensor, conv: nn.Module, scale: int = 1, missing: int = 0) -> bool:
+    """Whether `winograd.conv3x3` takes this convolution, of `x` enlarged `scale` times.
+
+    `missing` channels are to be added to `x`.
+    """
     if type(conv) is not nn.Conv2d or not _inferring(x_BCYX):
         return False
     b, c, y, x = x_BCYX.shape
-    whole = not (c % 16 or y * scale % 4 or x * scale % 4)
+    whole = not ((c + missing) % 16 or y * scale % 4 or x * scale % 4)
     enough = b * y * x * scale**2 >= 16 * _FEWEST_TILES
     plain = conv.weight.device.type == "cpu" and conv.weight.dtype == torch.float32
     return whole and enough and plain and winograd.available()
@@ -92,6 +96,31 @@ def _swished(
     return out if plus_BCYX is None else out.add_(plus_BCYX) if in_place else out + plus_BCYX
 
 
+def _mixed(x_BCYX: Tensor, conv: nn.Conv2d) -> Tensor:
+    """A 1 x 1 convolution: one matrix product where channels come last."""
+    if not _compiled(x_BCYX, conv):
+        return conv(x_BCYX)
+    x_BYXC = _last(x_BCYX)
+    out_BYXK = winograd.empty(*x_BYXC.shape[:3], conv.out_channels)
+    x_NC, out_NK = x_BYXC.flatten(0, 2), out_BYXK.flatten(0, 2)
+    torch.addmm(cast("Tensor", conv.bias), x_NC, conv.weight.flatten(1).T, out=out_NK)
+    return _first(out_BYXK)
+
+
+def _from_pixels(pixels_BCYX: Tensor, conv: nn.Conv2d) -> Tensor:
+    """The first convolution, whose few channels are filled up with zeros where it is compiled."""
+    missing = -pixels_BCYX.shape[1] % 16
+    if not _compiled(pixels_BCYX, conv, missing=missing):
+        return conv(_laid_out(pixels_BCYX))
+    x_BYXC = F.pad(pixels_BCYX.permute(0, 2, 3, 1), (0, missing))
+    weight_KC33 = F.pad(conv.weight, (0, 0, 0, 0, 0, missing))
+    return _first(winograd.conv3x3(x_BYXC, weight_KC33, cast("Tensor", conv.bias)))
+
+
+def _memory(x: Tensor) -> AbstractContextManager[None]:
+    return winograd.reusing() if _inferring(x) else nullcontext()
+
+
 class ResBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, dropout: float) -> None:
         super().__init__()
@@ -103,7 +132,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x_BCYX: Tensor) -> Tensor:
         h = _swished(x_BCYX, self.norm1, self.conv1)
-        short = self.nin_shortcut(x_BCYX) if hasattr(self, "nin_shortcut") else x_BCYX
+        short = _mixed(x_BCYX, self.nin_shortcut) if hasattr(self, "nin_shortcut") else x_BCYX
         if self.training and self.dropout.p:
             return self.conv2(self.dropout(F.silu(self.norm2(h)))) + short
         return _swished(h, self.norm2, self.conv2, short, in_place=_inferring(x_BCYX))
@@ -165,11 +194,25 @@ class Level(nn.Module):
         self.block = nn.ModuleList(ResBlock(i, o, dropout) for i, o in pairs)
         self.attn = nn.ModuleList(SpatialAttention(o) for _, o in pairs if attend)
 
+    def parts(self) -> Iterator[nn.Module]:
+        for at, block in enumerate(self.block):
+            yield block
+            yield from self.attn[at : at + 1]
+
     def forward(self, x_BCYX: Tensor) -> Tensor:
-        attns: Sequence[nn.Module] = list(self.attn) or [nn.Identity()] * len(self.block)
-        for block, attn in zip(self.block, attns, strict=True):
-            x_BCYX = attn(block(x_BCYX))
+        for part in self.parts():
+            x_BCYX = part(x_BCYX)
         return x_BCYX
+
+
+def _steps(levels: Iterable[nn.Module], apart: bool) -> Iterator[nn.Module]:
+    """Levels, and what changes the size after each.
+
+    `apart` gives the parts of a level, so that the input of one is free before the next runs.
+    """
+    for level in cast("Iterable[Level]", levels):
+        yield from level.parts() if apart else (level,)
+        yield from (part for name, part in level.named_children() if name.endswith("sample"))
 
 
 class Middle(nn.Module):
@@ -205,11 +248,9 @@ class Encoder(nn.Module):
         self.conv_out = _conv3(inputs, out)
 
     def forward(self, pixels_BCYX: Tensor) -> Tensor:
-        h = self.conv_in(_laid_out(pixels_BCYX))
-        for level in cast("Iterable[Level]", self.down):
-            h = level(h)
-            if hasattr(level, "downsample"):
-                h = level.downsample(h)
+        h = _from_pixels(pixels_BCYX, self.conv_in)
+        for step in _steps(self.down, apart=_inferring(h)):
+            h = step(h)
         return _swished(self.mid(h), self.norm_out, self.conv_out)
 
 
@@ -237,10 +278,8 @@ class Decoder(nn.Module):
 
     def forward(self, latents_BCyx: Tensor) -> Tensor:
         h = self.mid(self.conv_in(_laid_out(latents_BCyx)))
-        for level in cast("Iterable[Level]", reversed(self.up)):
-            h = level(h)
-            if hasattr(level, "upsample"):
-                h = level.upsample(h)
+        for step in _steps(reversed(self.up), apart=_inferring(h)):
+            h = step(h)
         return _swished(h, self.norm_out, self.conv_out)
 
 
@@ -295,7 +334,8 @@ class VQGAN(nn.Module):
                 f"a picture of {width} x {height} pixels cannot be cut into codes: "
                 f"both sides must be multiples of {stride}"
             )
-        return self.quant_conv(self.encoder(pixels_BCYX))
+        with _memory(pixels_BCYX):
+            return self.quant_conv(self.encoder(pixels_BCYX))
 
     def encode(self, pixels_BCYX: Tensor) -> Tensor:
         """Codes of pictures in [-1, 1]: int64 [B, y, x]."""
@@ -338,4 +378,6 @@ class VQGAN(nn.Module):
                 "this checkpoint has no VQ decoder, so codes cannot become pictures: "
                 "add one with earlyfusion convert --image-tokenizer"
             )
-        return self.decoder(self.post_quant_conv(codewords_BCyx))
+        with _memory(codewords_BCyx):
+            drawn = self.decoder(self.post_quant_conv(codewords_BCyx))
+        return drawn.clone() if _inferring(drawn) else drawn

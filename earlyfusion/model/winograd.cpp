@@ -216,13 +216,14 @@ void multiply(const float* tiles, const float* kernel, float* scores, int64_t co
   }
 }
 
-// The first tile row of the group is `row`, counted over all pictures.
+// The first tile row of the group is `row`, counted over all pictures; kWhole: K is in sixteens.
+template <bool kWhole>
 void write_tiles(const float* scores, const Job& job, int64_t row, int64_t first, int64_t count) {
   const int64_t across = job.X / 4, columns = job.columns();
   for (int64_t t = 0; t < count; ++t) {
     const int64_t y0 = (row + (first + t) / across) * 4, x0 = (first + t) % across * 4;
     for (int64_t k = 0; k < job.K; k += kLanes) {
-      const int64_t lanes = std::min(kLanes, job.K - k);
+      const int64_t lanes = kWhole ? kLanes : std::min(kLanes, job.K - k);
       f16 half[24], result[4], bias = {};
       std::memcpy(&bias, job.bias + k, lanes * 4);
       for (int64_t x = 0; x < 6; ++x) {
@@ -298,7 +299,10 @@ void run(const Job& job, const float* kernel, int64_t from, int64_t to, float* e
       const int64_t count = std::min(kBlock, rows * across - t);
       transform_tiles(lines.data, job, t, count, tiles.data);
       multiply(tiles.data, kernel, scores.data, count, job);
-      write_tiles(scores.data, job, row, t, count);
+      if (job.K % kLanes == 0)
+        write_tiles<true>(scores.data, job, row, t, count);
+      else
+        write_tiles<false>(scores.data, job, row, t, count);
     }
     ready = top + rows < down ? 2 : 0;
     if (ready) std::memmove(lines.data, lines.data + 4 * rows * pitch, 2 * pitch * 4);
@@ -307,14 +311,15 @@ void run(const Job& job, const float* kernel, int64_t from, int64_t to, float* e
 
 }  // namespace
 
-// Whatever is not wanted is null: plus, and scale and shift [B, C] of the swish before.
+// `kernel` is room for 36 * C * K floats, K in sixteens. Whatever is not wanted is null: plus, and scale and shift [B, C] of the swish before.
 extern "C" void earlyfusion_conv3x3(const float* x, const float* weight, const float* bias,
                                     const float* plus, const float* scale, const float* shift,
-                                    float* out, int64_t B, int64_t Y, int64_t X, int64_t C,
+                                    float* out, float* kernel, int64_t B, int64_t Y, int64_t X, int64_t C,
                                     int64_t K, int64_t enlarge, int64_t threads) {
   const Job job{x, weight, bias, plus, scale, shift, out, B, Y, X, C, K, enlarge};
   const int64_t rows = B * Y / 4, size = X * C;
-  Buffer kernel(kPoints * C * job.columns()), edges(threads * 2 * size);
+  Buffer edges(threads * 2 * size);
+  use_large_pages(kernel, kPoints * C * job.columns());
   if (out != x) use_large_pages(out, B * Y * X * K);
 #pragma omp parallel num_threads(threads)
   {
@@ -328,7 +333,7 @@ extern "C" void earlyfusion_conv3x3(const float* x, const float* weight, const f
       if (above >= 0) std::memcpy(kept, source_row(job, b, above), bytes);
       if (below < Y) std::memcpy(kept + size, source_row(job, end, below), bytes);
     }
-    transform_kernel(job, kernel.data);  // ends with a barrier
-    run(job, kernel.data, from, to, kept);
+    transform_kernel(job, kernel);  // ends with a barrier
+    run(job, kernel, from, to, kept);
   }
 }

@@ -7,7 +7,9 @@ inference on a CPU in fp32; `winograd.cpp` is built on first use by a C++ compil
 - a block of tiles goes through all steps while it is in the processor's cache, so norm, swish,
   upsampling and the sum with the shortcut cost no pass over memory of their own, and the result may
   take the place of the input;
-- the kernel is transformed in each call: weights may be trained or loaded in place.
+- the kernel is transformed in each call: weights may be trained or loaded in place;
+- within `reusing`, new results take the memory of those that are gone: in fresh memory each page
+  costs a fault.
 
 `native.py` says where it is built and how it is left out.
 
@@ -17,7 +19,9 @@ Shapes: B batch, Y X height and width, C K channels in and out, G groups of chan
 from __future__ import annotations
 
 import ctypes
+import math
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -29,6 +33,7 @@ from torch import Tensor, nn
 
 from earlyfusion.model import native
 
+_POINTS, _LANES = 36, 16  # of a tile, of a vector
 _PIECE = 1 << 18  # elements summed at once: 1 MB
 
 
@@ -39,8 +44,33 @@ class Swish(NamedTuple):
     shift_BC: Tensor
 
 
+class _Pool:
+    """Memory for one thread's results; a tensor that dies, in any thread, gives its own back."""
+
+    def __init__(self) -> None:
+        self.free: list[Tensor] = []
+
+    def take(self, shape: tuple[int, ...]) -> Tensor:
+        """Fp32 of any content. Where nothing free is large enough, what is free goes first."""
+        size = math.prod(shape)
+        fitting = [block for block in self.free.copy() if len(block) >= size]
+        if fitting:
+            block = min(fitting, key=len)
+            self.free = [other for other in self.free if other is not block]
+        else:
+            self.free = []
+            block = torch.empty(size)
+        lent = block.numpy()[:size].reshape(shape)
+        weakref.finalize(lent, self.give, block).atexit = False
+        return torch.from_numpy(lent)
+
+    def give(self, block: Tensor) -> None:
+        self.free.append(block)
+
+
 class _Thread(threading.local):
     left_out = False
+    pool: _Pool | None = None
 
 
 _thread = _Thread()
@@ -66,6 +96,25 @@ def left_out() -> Iterator[None]:
         _thread.left_out = before
 
 
+@contextmanager
+def reusing() -> Iterator[None]:
+    """Within it, this thread's results take the memory of those before them that are gone.
+
+    Copy what is to outlive it: a small result may hold the memory of a large one.
+    """
+    before, _thread.pool = _thread.pool, _thread.pool or _Pool()
+    try:
+        yield
+    finally:
+        _thread.pool = before
+
+
+def empty(*shape: int) -> Tensor:
+    """Fp32 on the CPU, of any content."""
+    pool = _thread.pool
+    return torch.empty(shape) if pool is None else pool.take(shape)
+
+
 def conv3x3(
     x_BYXC: Tensor,
     weight_KC33: Tensor,
@@ -86,12 +135,13 @@ def conv3x3(
     b, y, x, c = x_BYXC.shape
     y, x = (2 * y, 2 * x) if upsample else (y, x)
     k = len(weight_KC33)
-    out_BYXK = x_BYXC if in_place else x_BYXC.new_empty(b, y, x, k)
+    out_BYXK = x_BYXC if in_place else empty(b, y, x, k)
     inputs = (x_BYXC, weight_KC33, bias_K, plus_BYXK, *(before or (None, None)))
+    kernel = empty(_POINTS * c * -(-k // _LANES) * _LANES)
     kept = [None if t is None else t.contiguous() for t in inputs]
     pointers = [None if t is None else t.data_ptr() for t in kept]
     sizes = (b, y, x, c, k, int(upsample), torch.get_num_threads())
-    library.earlyfusion_conv3x3(*pointers, out_BYXK.data_ptr(), *sizes)
+    library.earlyfusion_conv3x3(*pointers, out_BYXK.data_ptr(), kernel.data_ptr(), *sizes)
     return out_BYXK
 
 
@@ -114,6 +164,6 @@ def _library() -> ctypes.CDLL | None:
     library = native.load(Path(__file__).with_name("winograd.cpp"))
     if library is not None:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
-        library.earlyfusion_conv3x3.argtypes = [pointer] * 7 + [number] * 7
+        library.earlyfusion_conv3x3.argtypes = [pointer] * 8 + [number] * 7
         library.earlyfusion_conv3x3.restype = None
     return library

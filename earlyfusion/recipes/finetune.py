@@ -101,7 +101,7 @@ def main(config: FinetuneConfig) -> None:
         print(sentence, file=sys.stderr)
     if parallel.processes() > 1:  # each holds a part of the model
         model = prepared(assemble(source), config)
-        model.load_state_dict(checkpoint.load(run.out, only="model")[0]["model"])
+        checkpoint.load_model(model, checkpoint.load(run.out, only="model")[0]["model"], run.out)
     save(run.out / "model", model, loaded, source)
 
 

@@ -7,7 +7,7 @@ Runs the recipes of mini one after another, each in a folder of its own under `o
 each which it is and the command that would run it alone. Killed and started again, it goes on in
 the stage where it was; stages that are done are passed over. `stages=answers,drawings` runs some
 only; `scale=0.01` takes a hundredth of the steps and of the documents. Ends with
-`out/styles/model/`. Machine, run time and scores of the shipped weights: the model card,
+`out/drawings/model/`. Machine, run time and scores of the shipped weights: the model card,
 earlyfusion/pretrained/mini/README.md.
 """
 
@@ -50,7 +50,6 @@ STAGES = {
         ("rows=1", "pairs=0.3", "usual=0.3", "studies=0.22", "decay=hold", "stop_after=1500"),
     ),
     "drawings": Stage("mini_drawings", "usual"),
-    "styles": Stage("mini_styles", "drawings"),
 }
 
 

@@ -3,12 +3,15 @@
 A checkpoint is written under a temporary name, flushed to disk and renamed, so that a run that is
 killed at any moment leaves either a whole checkpoint or none. One process writes `tensors.pt`;
 several write the part of each (torch.distributed.checkpoint) under `shards/`, and any number of
-processes, one included, read either. Tensors are read with `weights_only=True`, and the index of
-the shards with nothing but its own classes: nothing in a checkpoint can run code.
+processes, one included, read either. A run that trains a part of a finished model writes no frozen
+weights where its task can tell them again: they come from what it began with. Tensors are read
+with `weights_only=True`, and the index of the shards with nothing but its own classes: nothing in a
+checkpoint can run code.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -21,7 +24,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from earlyfusion.errors import CheckpointError
 
@@ -119,12 +122,56 @@ def load(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Tensors, whole, and state of the given step, by default of the newest checkpoint.
 
-    `only` names a part, as "model": of shards, nothing else is read then.
+    `only` names a part, as "model": of shards, nothing else is read then. "model" is what was
+    trained, without frozen weights, where the state has `began_with` (their `fingerprint`).
     """
     folder, state = _find(run, step)
     if (folder / SHARDS).is_dir():
         return _read_shards(folder / SHARDS, f"{only}/" if only else ""), state
     return torch.load(folder / TENSORS, map_location="cpu", weights_only=True), state
+
+
+def load_state(run: Path, step: int | None = None) -> dict[str, Any]:
+    """The state alone."""
+    return _find(run, step)[1]
+
+
+def frozen(model: nn.Module) -> set[str]:
+    """Names of the parameters that are not trained."""
+    named = model.named_parameters(remove_duplicate=False)
+    return {name for name, parameter in named if not parameter.requires_grad}
+
+
+def fingerprint(model: nn.Module) -> str:
+    """What tells the frozen weights of a whole model from others; "" where none is frozen.
+
+    A hash of names, shapes and sums of bits down the columns, in fp32: the same on every device.
+    """
+    names, found = frozen(model), hashlib.sha256()
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name in names}
+    if not tensors or any(tensor.is_meta for tensor in tensors.values()):
+        return ""
+    for name, tensor in tensors.items():
+        found.update(f"{name} {tuple(tensor.shape)} ".encode())
+        for rows in torch.atleast_1d(tensor).split(64):  # small enough for a cache
+            bits = rows.detach().float().view(torch.int32)
+            found.update(bits.sum(0, dtype=torch.int64).cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
+def load_model(model: nn.Module, tensors: Mapping[str, Tensor], run: Path) -> None:
+    """Fill a model with what `load` gives of it; frozen weights that are not there stay.
+
+    Raises `CheckpointError` for a model of another shape.
+    """
+    try:
+        missing, others = model.load_state_dict(tensors, strict=False)
+    except RuntimeError:
+        others = ["shape"]
+    if others or not frozen(model).issuperset(missing):
+        raise CheckpointError(
+            f"{run} holds a model of another shape: give the same shape or another out folder"
+        )
 
 
 def load_into(tensors: dict[str, Any], run: Path, step: int | None = None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from earlyfusion.errors import SettingError
 from earlyfusion.model.attention import CausalAttend
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.parallel import ParallelConfig
-from earlyfusion.train import lora
+from earlyfusion.train import checkpoint, lora
 from earlyfusion.train.corpus.sources import CorpusConfig
 from earlyfusion.train.data import PackedBatch, Packer, RoleWeights, Stream
 from earlyfusion.train.loss import head_loss
@@ -83,6 +83,7 @@ class LanguageTask:
         self._mesh: DeviceMesh | None = None
         self._waiting: list[PackedBatch] = []
         self._part = lora.part(model)
+        self.began_with = checkpoint.fingerprint(model)
         self._weight = torch.zeros(())
         self._norm = torch.zeros(())
         model.model.norm.register_forward_pre_hook(self._measure)

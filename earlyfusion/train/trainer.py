@@ -109,6 +109,18 @@ class ParallelTask(Protocol):
     ) -> None: ...
 
 
+@runtime_checkable
+class PartTask(Protocol):
+    """A `Task` that may train a part of a finished model, which will be there again on a resume.
+
+    Its checkpoints leave out frozen weights. `began_with` tells these from others
+    (`checkpoint.fingerprint`); "" keeps all in the checkpoints.
+    """
+
+    @property
+    def began_with(self) -> str: ...
+
+
 def resolve_device(name: str) -> torch.device:
     """The device of this process: under `torchrun`, the GPU of its number on this machine."""
     own = os.environ.get("LOCAL_RANK")
@@ -140,6 +152,7 @@ class _Training:
 
     def __init__(self, task: Task, run: RunConfig, optim: OptimConfig, shows: Shows | None) -> None:
         self.task, self.run, self.optim = task, run, optim
+        self.began_with = task.began_with if isinstance(task, PartTask) else ""
         self.mesh = _spread(task, run)
         self.ranks = parallel.data_rank(self.mesh)[1]
         # Where several processes hold copies of the model, not parts of it.
@@ -245,25 +258,28 @@ class _Training:
         tensors, state = self.task.state()
         state |= {"run": _plain(self.run), "optim": _plain(self.optim)}
         state |= {"watch": self.watch.state()}
+        if self.began_with:
+            state["began_with"] = self.began_with
         self.saver.save(self.step, self._tensors() | tensors, state)
 
     def _tensors(self) -> dict[str, Any]:
-        return {
-            "model": self.task.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
+        model = self.task.model.state_dict()
+        for name in checkpoint.frozen(self.task.model) if self.began_with else ():
+            del model[name]
+        return {"model": model, "optimizer": self.optimizer.state_dict()}
 
     def _resume(self) -> int:
         step: int = parallel.agree(lambda: (checkpoint.steps(self.run.out) or [0])[-1])
         if not step:
             return 0
+        state = checkpoint.load_state(self.run.out, step)
+        self._check(state)
         if self.mesh is None:
-            tensors, state = checkpoint.load(self.run.out, step)
+            tensors, _ = checkpoint.load(self.run.out, step)
         else:
             allocate(self.optimizer)
             tensors = self._tensors() | self.task.state()[0]
-            state = checkpoint.load_into(tensors, self.run.out, step)
-        self._check(state)
+            checkpoint.load_into(tensors, self.run.out, step)
         self.task.load_state(tensors, state)
         if self.mesh is None:
             _fill(self.task.model, self.optimizer, tensors, self.run.out)
@@ -278,6 +294,13 @@ class _Training:
                 f"{' and '.join(changed) or 'optimizer setting'}: "
                 f"give the same values or another out folder"
             )
+        before = state.get("began_with", "")
+        if before and before != self.began_with:
+            raise CheckpointError(
+                f"{self.run.out} trains a part of a model whose other weights are not those given "
+                "now: give the model and the part that it began with, or another out folder"
+            )
+        self.began_with = before  # a run whose checkpoints are whole goes on with whole ones
 
     def _roll_back(self) -> None:
         """To the newest checkpoint; documents that were seen since then are not seen again."""
@@ -325,12 +348,7 @@ def _spread(task: Task, run: RunConfig) -> DeviceMesh | None:
 def _fill(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Any], run: Path
 ) -> None:
-    try:
-        model.load_state_dict(tensors.pop("model"))
-    except RuntimeError:
-        raise CheckpointError(
-            f"{run} holds a model of another shape: give the same shape or another out folder"
-        ) from None
+    checkpoint.load_model(model, tensors.pop("model"), run)
     groups = {"param_groups": optimizer.state_dict()["param_groups"]}
     optimizer.load_state_dict(groups | tensors.pop("optimizer"))
     for parameter, moments in optimizer.state.items():
