@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import subprocess
@@ -281,6 +282,27 @@ def test_an_index_of_shards_cannot_run_code(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not belong there"):
         checkpoint.load(tmp_path)
     assert not (tmp_path / "harmed").exists()
+
+
+def test_an_index_names_members_of_enumerations_by_getattr_and_nothing_else() -> None:
+    """As Python 3.11.0 to 3.11.3 write them."""
+    from torch.distributed.checkpoint import metadata
+
+    class Got:
+        def __init__(self, *names: Any) -> None:
+            self.names = names
+
+        def __reduce__(self) -> Any:
+            return getattr, self.names
+
+    def read(*names: Any) -> Any:
+        return checkpoint._Unpickler(io.BytesIO(pickle.dumps(Got(*names)))).load()
+
+    kind = metadata._MEM_FORMAT_ENCODING
+    assert read(kind, "TORCH_PRESERVE_FORMAT") is kind.TORCH_PRESERVE_FORMAT
+    for names in ((kind, "__init__"), (metadata.Metadata, "__init__"), (kind, "mro")):
+        with pytest.raises(pickle.UnpicklingError, match="does not belong there"):
+            read(*names)
 
 
 def test_settings_of_a_run_meet_its_checkpoint(two: Path) -> None:

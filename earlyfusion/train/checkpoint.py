@@ -19,6 +19,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from enum import Enum
 from pathlib import Path
 from typing import Any, cast
 
@@ -333,7 +334,16 @@ class _Unpickler(pickle.Unpickler):
             return found
         if isinstance(found, torch.dtype) or name in _INDEX_NAMES.get(module, ()):
             return found
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         raise pickle.UnpicklingError(f"{module}.{name} does not belong there")
+
+
+def _member(kind: Any, name: str) -> Any:
+    """A member of an enumeration, which Python 3.11.0 to 3.11.3 writes as a call of getattr."""
+    if isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__:
+        return kind[name]
+    raise pickle.UnpicklingError(f"getattr of {kind!r} does not belong there")
 
 
 _INDEX_NAMES = {
