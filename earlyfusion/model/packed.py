@@ -92,8 +92,8 @@ def _library() -> ctypes.CDLL | None:
     library = native.load(Path(__file__).with_name("packed.cpp"))
     if library is not None:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
-        after = [pointer, number, number]
-        library.earlyfusion_unpack.argtypes = [pointer] * 2 + [number] * 4 + after
+        sizes = [number] * 4
+        library.earlyfusion_unpack.argtypes = [pointer, pointer, *sizes, pointer, number, number]
         library.earlyfusion_unpack.restype = None
     return library
 
