@@ -18,9 +18,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import tiny
 import torch
-from tiny import CONFIG, TEXTS, tiny_processor
+from tiny import CONFIG, tiny_processor
 
 from earlyfusion import Chameleon
 from earlyfusion.config import ModelConfig
@@ -64,18 +64,8 @@ def random_model(config: ModelConfig, processor: Processor) -> Transformer:
     return transformer
 
 
-def request(
-    processor: Processor, seed: int, output: Any, picture: bool = False, **settings: Any
-) -> Request:
-    vocabulary, shown = processor.vocabulary, list[int]()
-    if picture:
-        codes = np.random.default_rng(seed).integers(0, 64, (8, 8))
-        shown = processor.layout.spell(codes, vocabulary)
-    text = processor.encode_text(TEXTS[seed % 3][: 4 + 3 * seed])
-    ids = [vocabulary.bos, *shown, *text, vocabulary.end_of_turn]
-    sampling = SamplingParams(seed=seed, **settings).resolved({})
-    room = 20 if output == "text" else 80
-    return Request(ids, output, sampling, 0 if output == "text" else 1, room)
+def request(processor: Processor, seed: int, output: Any, **more: Any) -> Request:
+    return tiny.request(processor, seed, output, room=20 if output == "text" else 80, **more)
 
 
 def requests(processor: Processor) -> list[Request]:

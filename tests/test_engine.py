@@ -9,11 +9,10 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load, save
-from tiny import CONFIG, TEXTS, tiny_processor, tiny_transformer
+from tiny import CONFIG, request, tiny_processor, tiny_transformer
 
 from earlyfusion import Chameleon
 from earlyfusion.checkpoints.meta import load_meta
@@ -60,25 +59,6 @@ def processor(tmp_path_factory: pytest.TempPathFactory) -> Processor:
 @pytest.fixture(scope="module")
 def transformer(processor: Processor) -> Transformer:
     return tiny_transformer(processor, begin_image=1.0)
-
-
-def request(
-    processor: Processor,
-    seed: int,
-    output: Any = "interleaved",
-    picture: bool = False,
-    room: int = 80,
-    images: int = 1,
-    **settings: Any,
-) -> Request:
-    vocabulary, shown = processor.vocabulary, list[int]()
-    if picture:
-        codes = np.random.default_rng(seed).integers(0, 64, (8, 8))
-        shown = processor.layout.spell(codes, vocabulary)
-    text = processor.encode_text(TEXTS[seed % 3][: 4 + 3 * seed])
-    ids = [vocabulary.bos, *shown, *text, vocabulary.end_of_turn]
-    sampling = SamplingParams(seed=seed, **settings).resolved({})
-    return Request(ids, output, sampling, 0 if output == "text" else images, room)
 
 
 @pytest.fixture(scope="module")

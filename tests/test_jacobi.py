@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from tiny import CONFIG, TEXTS, tiny_processor, tiny_transformer
 
@@ -255,23 +256,8 @@ def transformer(processor: Processor) -> Transformer:
     return transformer
 
 
-def request(
-    processor: Processor,
-    seed: int,
-    output: Any = "image",
-    picture: bool = False,
-    room: int = 80,
-    images: int = 1,
-    **settings: Any,
-) -> Request:
-    vocabulary, shown = processor.vocabulary, list[int]()
-    if picture:
-        codes = np.random.default_rng(seed).integers(0, 64, (8, 8))
-        shown = processor.layout.spell(codes, vocabulary)
-    text = processor.encode_text(TEXTS[seed % 3][: 4 + 3 * seed])
-    ids = [vocabulary.bos, *shown, *text, vocabulary.end_of_turn]
-    sampling = SamplingParams(seed=seed, **settings).resolved({})
-    return Request(ids, output, sampling, 0 if output == "text" else images, room)
+def request(processor: Processor, seed: int, output: Any = "image", **more: Any) -> Request:
+    return tiny.request(processor, seed, output, **more)
 
 
 @pytest.fixture(scope="module")

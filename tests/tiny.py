@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from earlyfusion.config import PRESETS
+from earlyfusion.generation.reference import Request
+from earlyfusion.generation.settings import SamplingParams
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.processor import Processor, train_tokenizer
 from earlyfusion.vocabulary import ImageLayout
@@ -34,3 +38,23 @@ def tiny_transformer(processor: Processor, begin_image: float = 0.0) -> Transfor
         transformer.lm_head.weight.mul_(20)
         transformer.lm_head.weight[processor.vocabulary.begin_image].mul_(1 + begin_image)
     return transformer
+
+
+def request(
+    processor: Processor,
+    seed: int,
+    output: Any = "interleaved",
+    picture: bool = False,
+    room: int = 80,
+    images: int = 1,
+    **settings: Any,
+) -> Request:
+    """A request that follows from its seed: text, behind a picture where there is to be one."""
+    vocabulary, shown = processor.vocabulary, list[int]()
+    if picture:
+        codes = np.random.default_rng(seed).integers(0, 64, (8, 8))
+        shown = processor.layout.spell(codes, vocabulary)
+    text = processor.encode_text(TEXTS[seed % 3][: 4 + 3 * seed])
+    ids = [vocabulary.bos, *shown, *text, vocabulary.end_of_turn]
+    sampling = SamplingParams(seed=seed, **settings).resolved({})
+    return Request(ids, output, sampling, 0 if output == "text" else images, room)

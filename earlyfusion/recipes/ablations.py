@@ -34,8 +34,9 @@ from earlyfusion.model.vqgan import VQGAN
 from earlyfusion.processor import Processor
 from earlyfusion.recipes.emoji.dataset import EmojiData
 from earlyfusion.recipes.emoji.dialogues import Sample, caption_pairs
-from earlyfusion.recipes.mini_image_tokenizer import AugmentConfig, augmented, to_pixels
+from earlyfusion.recipes.mini_image_tokenizer import AugmentConfig, augmented
 from earlyfusion.recipes.mini_transformer import DocumentsConfig, TransformerConfig, prepare
+from earlyfusion.train.corpus.pictures import to_pixels
 from earlyfusion.train.curves import curves_of, draw_sheet
 from earlyfusion.train.data import PackedBatch, Packer, RoleWeights
 from earlyfusion.train.language import LanguageTask

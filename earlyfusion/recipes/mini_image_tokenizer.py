@@ -21,7 +21,7 @@ from PIL import Image
 from earlyfusion import parallel
 from earlyfusion.config import PRESETS, VQConfig
 from earlyfusion.recipes.emoji.dataset import EmojiData
-from earlyfusion.train.corpus.pictures import to_pixels as to_pixels
+from earlyfusion.train.corpus.pictures import to_pixels
 from earlyfusion.train.image_tokenizer import (
     HeldOut,
     ImageTokenizerTask,

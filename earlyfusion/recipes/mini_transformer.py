@@ -29,8 +29,9 @@ from earlyfusion.model.vqgan import VQGAN
 from earlyfusion.processor import Processor, TokenSequence, train_tokenizer
 from earlyfusion.recipes.emoji.dataset import EmojiData
 from earlyfusion.recipes.emoji.dialogues import Sample, caption_pairs, generate, studies
-from earlyfusion.recipes.mini_image_tokenizer import AugmentConfig, augmented, to_pixels
+from earlyfusion.recipes.mini_image_tokenizer import AugmentConfig, augmented
 from earlyfusion.train import checkpoint
+from earlyfusion.train.corpus.pictures import to_pixels
 from earlyfusion.train.data import Packer, RoleWeights
 from earlyfusion.train.language import LanguageTask
 from earlyfusion.train.optim import OptimConfig
