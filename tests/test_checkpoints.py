@@ -9,20 +9,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import tiny_processor
 
 from earlyfusion.checkpoints import formats
+from earlyfusion.checkpoints.convert import convert
 from earlyfusion.checkpoints.hf import Loaded, load_hf, save_hf
 from earlyfusion.checkpoints.meta import load_meta, load_vqgan, read_config, unrotate
 from earlyfusion.config import PRESETS, ModelConfig
 from earlyfusion.errors import CheckpointError
+from earlyfusion.generation.settings import SamplingParams
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.model.vqgan import VQGAN
 
 TINY = PRESETS["tiny"]
+ENDS = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
 GENERATION = {"eos_token_id": 2, "chameleon": {"text": {"temperature": 0.5}}}
 
 
@@ -74,7 +78,7 @@ class TestRoundTrip:
         loaded = load_hf(tmp_path / "model")
         assert_same_weights(loaded.transformer, transformer)
         assert_same_weights(loaded.vqgan, vqgan)
-        assert loaded.generation_defaults == GENERATION
+        assert loaded.generation_defaults == GENERATION | ENDS
         assert loaded.can_decode
         assert loaded.processor.layout.num_codes == TINY.vq_config.grid**2
         tokens_BT = torch.arange(20)[None]
@@ -166,6 +170,80 @@ class TestTransformersAsAPeer:
         codes = loaded.vqgan.encode(torch.zeros(1, 3, 16, 16))
         with pytest.raises(CheckpointError, match="no VQ decoder"):
             loaded.vqgan.decode(codes)
+
+
+PICTURE = formats.locate("mini") / "examples" / "strawberry.png"
+
+
+def answered(folder: Path) -> list[str]:
+    """The answers of transformers' `generate` to a script for several pictures, as it is."""
+    from earlyfusion.hf import ChameleonForConditionalGeneration, ChameleonProcessor
+
+    processor = ChameleonProcessor.from_pretrained(folder)
+    model = ChameleonForConditionalGeneration.from_pretrained(folder)
+    picture = PIL.Image.open(PICTURE)
+    prompts = ["<image>What is this?", "<image>Draw. <image><image>What is this, in one word?"]
+    together = processor(images=[picture] * 4, text=prompts, padding=True, return_tensors="pt")
+    alone = [processor(images=[picture] * n, text=t) for n, t in zip((1, 3), prompts, strict=True)]
+    texts = []
+    for inputs in [together, *alone]:
+        ids = model.generate(**inputs, max_new_tokens=40, do_sample=False)
+        new = ids[:, inputs["input_ids"].shape[1] :]
+        assert new.shape[1] < 40
+        assert all(model.config.eos_token_id in row for row in new.tolist())
+        texts += processor.batch_decode(new, skip_special_tokens=True)
+    return texts
+
+
+class TestEnds:
+    """Answers of transformers' `generate` end, and batches are padded on the left."""
+
+    def test_mini(self) -> None:
+        texts = answered(formats.locate("mini"))
+        assert texts[:2] == texts[2:]
+        assert texts[0] == "strawberry"
+
+    def test_a_copy_of_a_folder_that_says_neither(self, tmp_path: Path) -> None:
+        bare = tmp_path / "bare"
+        shutil.copytree(formats.locate("mini"), bare)
+        (bare / "generation_config.json").write_text('{"chameleon": {"max_tokens": 7}}')
+        says = json.loads((bare / "tokenizer_config.json").read_text())
+        says.pop("padding_side")
+        (bare / "tokenizer_config.json").write_text(json.dumps(says))
+        convert(bare, tmp_path / "copy", "hf")
+        texts = answered(tmp_path / "copy")
+        assert texts[:2] == texts[2:]
+        kept = json.loads((tmp_path / "copy" / "generation_config.json").read_text())
+        assert kept["chameleon"] == {"max_tokens": 7}
+
+    def test_a_saved_model(self, saved: Path) -> None:
+        assert json.loads((saved / "generation_config.json").read_text()) == GENERATION | ENDS
+        assert json.loads((saved / "tokenizer_config.json").read_text())["padding_side"] == "left"
+
+    def test_an_end_of_its_own_stays(self, tmp_path: Path) -> None:
+        tiny_processor(tmp_path)
+        text = (tmp_path / "tokenizer.json").read_text()
+        save_hf(tmp_path / "own", *random_model(TINY), text, {"eos_token_id": [2, 9]})
+        assert load_hf(tmp_path / "own").generation_defaults["eos_token_id"] == [2, 9]
+
+    def test_settings_without_a_name_stay_settings(self, tmp_path: Path) -> None:
+        tiny_processor(tmp_path)
+        text = (tmp_path / "tokenizer.json").read_text()
+        save_hf(tmp_path / "own", *random_model(TINY), text, {"temperature": 0.25})
+        defaults = load_hf(tmp_path / "own").generation_defaults
+        assert SamplingParams().resolved(defaults).temperature == 0.25
+
+    def test_a_folder_without_ids_takes_those_of_the_config(self, saved: Path) -> None:
+        from earlyfusion.hf import ChameleonForConditionalGeneration
+
+        (saved / "generation_config.json").write_text("{}")
+        config = json.loads((saved / "config.json").read_text())
+        (saved / "config.json").write_text(json.dumps(config | {"eos_token_id": 5}))
+        ends = ChameleonForConditionalGeneration.from_pretrained(saved).generation_config
+        assert (ends.bos_token_id, ends.eos_token_id, ends.pad_token_id) == (0, 5, 1)
+        (saved / "generation_config.json").write_text('{"eos_token_id": 7}')
+        ends = ChameleonForConditionalGeneration.from_pretrained(saved).generation_config
+        assert (ends.bos_token_id, ends.eos_token_id, ends.pad_token_id) == (0, 7, 1)
 
 
 class TestMistakes:

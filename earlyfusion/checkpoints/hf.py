@@ -196,8 +196,7 @@ def write_hf(source: Source, folder: Path, files: int | None, step: Step) -> Non
     """
     tokenizer, kind = read_tokenizer_json(source.tokenizer), source.kind
     dtype = source.tensors[_EMBEDDING].dtype
-    defaults = source.generation_defaults or _special_ids(Vocabulary.from_dict(tokenizer))
-    texts = _texts(source.config, tokenizer, defaults, dtype, kind)
+    texts = _texts(source.config, tokenizer, source.generation_defaults, dtype, kind)
     texts[TOKENIZER] = source.tokenizer.read_text(encoding="utf-8")
     tensors = _joined(source.config, source.tensors, source.vq)
     _write_files(folder, tensors, texts, files, step)
@@ -418,12 +417,17 @@ def _write_safetensors(path: Path, tensors: Mapping[str, Stored], step: Step) ->
             step(stored.nbytes)
 
 
-def _special_ids(vocabulary: Vocabulary) -> dict[str, Any]:
-    return {
+def _generation_config(given: Mapping[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
+    """What is given, and the ids without which transformers' `generate` does not stop."""
+    ids = {
         "bos_token_id": vocabulary.bos,
         "eos_token_id": vocabulary.eos,
         "pad_token_id": vocabulary.pad,
     }
+    # Beside an eos_token_id, sampling settings are read from "chameleon" alone.
+    bare = bool(given) and not given.keys() & {"chameleon", "eos_token_id"}
+    own = {"chameleon": dict(given)} if bare else {}
+    return ids | {k: v for k, v in given.items() if v is not None} | own
 
 
 def read_json(path: Path, needed: bool = True) -> dict[str, Any]:
@@ -456,7 +460,7 @@ def _texts(
         more[lumina.MARK] = kind
     files = {
         "config.json": config.to_dict() | more,
-        "generation_config.json": dict(generation_config),
+        "generation_config.json": _generation_config(generation_config, vocabulary),
         "tokenizer_config.json": _tokenizer_config(config, placeholder),
         "processor_config.json": _processor_config(config.vq_config, placeholder),
     }
@@ -476,6 +480,8 @@ def _tokenizer_config(config: ModelConfig, placeholder: str | None) -> dict[str,
         "boi_token": BEGIN_IMAGE,
         "eoi_token": END_IMAGE,
         "clean_up_tokenization_spaces": False,
+        # `generate` goes on at the end of a row: a batch must be padded before its beginning.
+        "padding_side": "left",
     }
 
 

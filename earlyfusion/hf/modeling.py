@@ -129,6 +129,13 @@ class InterfaceAttend:
         return out
 
 
+def _complete_ends(generation: Any, config: ChameleonConfig) -> None:
+    """Give a generation config without special ids those of the model's: else nothing ends."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if getattr(generation, name) is None:
+            setattr(generation, name, getattr(config, name))
+
+
 class ChameleonPreTrainedModel(PreTrainedModel):
     """What the three model classes share: how transformers loads, saves and initialises them."""
 
@@ -166,6 +173,8 @@ class ChameleonPreTrainedModel(PreTrainedModel):
         if isinstance(model.base_model, ChameleonModel):
             model.base_model.freeze_image_tokenizer()
             check_processes(model.base_model.shape, model._tp_size or 1)
+        if model.can_generate():
+            _complete_ends(model.generation_config, model.config)
         return loaded
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
