@@ -138,7 +138,8 @@ class Chameleon:
             transformer = quantise(transformer, _BITS[dtype])
         if not alone:
             share(transformer)
-        tokenizer = ImageTokenizer(loaded.vqgan, loaded.config.vq_config.resolution)
+        side, mode = loaded.config.vq_config.resolution, loaded.resize_mode
+        tokenizer = ImageTokenizer(loaded.vqgan, side, mode)
         return cls(transformer, tokenizer, loaded.processor, loaded.generation_defaults)
 
     @property

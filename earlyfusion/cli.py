@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from earlyfusion import __version__
-from earlyfusion.errors import EarlyFusionError
+from earlyfusion.errors import EarlyFusionError, SettingError
 
 if TYPE_CHECKING:
     from earlyfusion.api import Chameleon, Reply
@@ -63,6 +63,14 @@ ModelName = Annotated[
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
 Precision = Annotated[
     str, typer.Option("--dtype", help="auto, float32, bfloat16, float16, int8, int4")
+]
+Fit = Annotated[
+    bool | None,
+    typer.Option(
+        "--fit/--crop",
+        help="Fit pictures in with a border, or crop the centre; as the model says.",
+        show_default=False,
+    ),
 ]
 Seed = Annotated[int | None, _whole_option("The same seed gives the same bytes.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
@@ -161,6 +169,7 @@ def generate(
     max_tokens: MaxTokens = None,
     max_images: MaxImages = None,
     stop: Annotated[list[str] | None, typer.Option(help="Ends the reply; may be repeated.")] = None,
+    fit: Fit = None,
     seed: Seed = None,
     model: ModelName = "mini",
     device: Device = "auto",
@@ -193,7 +202,7 @@ def generate(
     album = Album(out)
     if output != "text":
         album.check()
-    chameleon, screen = _load(model, device, as_json, dtype), Screen(as_json)
+    chameleon, screen = _load(model, device, as_json, dtype, fit), Screen(as_json)
     reply = answer(chameleon, asked, output, sampling, album, screen)
     if as_json:
         _print_json(_reply_json(reply, album) | {"seed": sampling.seed, "model": model})
@@ -206,6 +215,7 @@ def chat(
     temperature: Temperature = None,
     max_tokens: MaxTokens = None,
     max_images: MaxImages = None,
+    fit: Fit = None,
     seed: Seed = None,
     model: ModelName = "mini",
     device: Device = "auto",
@@ -222,7 +232,7 @@ def chat(
     album = Album(out)
     if output != "text":
         album.check()
-    Conversation(_load(model, device, dtype=dtype), output, sampling, album).run()
+    Conversation(_load(model, device, dtype=dtype, fit=fit), output, sampling, album).run()
 
 
 @app.command(epilog=_examples("earlyfusion demo", "earlyfusion demo --out pictures --seed 3"))
@@ -261,13 +271,14 @@ def demo(
 @app.command(
     epilog=_examples(
         "earlyfusion encode a.png b.png -o codes.safetensors",
-        "earlyfusion encode wide.png -o wide.safetensors --mode fit --json",
+        "earlyfusion encode wide.png -o wide.safetensors --fit --json",
     )
 )
 def encode(
     images: Annotated[list[Path], typer.Argument(help="Pictures.", metavar="IMG")],
     out: Annotated[Path, typer.Option("--out", "-o", help="A safetensors file.")],
-    mode: Annotated[Mode, typer.Option(help="Crop the centre, or fit in with a border.")] = "crop",
+    fit: Fit = None,
+    mode: Annotated[Mode | None, typer.Option(help="The same by name.", hidden=True)] = None,
     model: ModelName = "mini",
     device: Device = "auto",
     as_json: AsJson = False,
@@ -277,9 +288,11 @@ def encode(
     from earlyfusion.content import Image
     from earlyfusion.terminal import check_writable
 
+    if mode is not None and fit not in (None, mode == "fit"):
+        raise SettingError(f"--mode {mode} and --{'fit' if fit else 'crop'} differ: give one")
     pictures = [Image.open(path) for path in images]
     check_writable(out.parent)
-    codes = _load(model, device, as_json).image_tokenizer.encode(pictures, mode)
+    codes = _load(model, device, as_json, fit=fit).image_tokenizer.encode(pictures, mode)
     save_codes(out, codes.cpu().numpy())
     if as_json:
         named = [str(path) for path in images]
@@ -509,7 +522,9 @@ def bench(
         print(report.table)
 
 
-def _load(name: str, device: str, quiet: bool = False, dtype: str = "auto") -> Chameleon:
+def _load(
+    name: str, device: str, quiet: bool = False, dtype: str = "auto", fit: bool | None = None
+) -> Chameleon:
     from earlyfusion.terminal import busy
 
     # Started by torchrun, all processes share the model; the first speaks.
@@ -518,7 +533,10 @@ def _load(name: str, device: str, quiet: bool = False, dtype: str = "auto") -> C
     with busy(f"loading {name}", quiet or (shared and os.environ["RANK"] != "0")):
         from earlyfusion.api import Chameleon
 
-        return Chameleon.load(name, device=device, dtype=dtype, tensor_parallel=processes)
+        model = Chameleon.load(name, device=device, dtype=dtype, tensor_parallel=processes)
+        if fit is not None:
+            model.image_tokenizer.mode = "fit" if fit else "crop"
+        return model
 
 
 def _seed(seed: int | None) -> int:

@@ -32,8 +32,10 @@ class ImageTokenizer:
     """Encodes pictures to codes and draws codes as pictures, on the device of its VQ-GAN.
 
     `mode` says how a picture becomes a square: "crop" keeps the centre, as Meta's code does; "fit"
-    keeps the whole picture and fills up with white. `precision` is that of the convolutions when
-    codes are drawn; pictures are always encoded in the VQ-GAN's own, in which the codes are exact.
+    keeps the whole picture and fills up with white. A model that was trained on fitted pictures
+    says so in its `processor_config.json`; set `mode` to overrule it. `precision` is that of the
+    convolutions when codes are drawn; pictures are always encoded in the VQ-GAN's own, in which the
+    codes are exact.
     """
 
     def __init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import shutil
@@ -15,13 +16,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import tiny_processor
 
+from earlyfusion.api import Chameleon
 from earlyfusion.checkpoints import formats
 from earlyfusion.checkpoints.convert import convert
-from earlyfusion.checkpoints.hf import Loaded, load_hf, save_hf
+from earlyfusion.checkpoints.hf import PROCESSOR, Loaded, load_hf, save_hf
 from earlyfusion.checkpoints.meta import load_meta, load_vqgan, read_config, unrotate
+from earlyfusion.cli import main
 from earlyfusion.config import PRESETS, ModelConfig
 from earlyfusion.errors import CheckpointError
 from earlyfusion.generation.settings import SamplingParams
+from earlyfusion.image_tokenizer import ImageTokenizer
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.model.vqgan import VQGAN
 
@@ -244,6 +248,88 @@ class TestEnds:
         (saved / "generation_config.json").write_text('{"eos_token_id": 7}')
         ends = ChameleonForConditionalGeneration.from_pretrained(saved).generation_config
         assert (ends.bos_token_id, ends.eos_token_id, ends.pad_token_id) == (0, 7, 1)
+
+
+class TestPictureMode:
+    """How pictures become squares is the model's: kept in its folder, obeyed, overruled."""
+
+    def stored(self, folder: Path, mode: str, name: str = PROCESSOR) -> Path:
+        settings = {"resize_mode": mode}
+        said = {"image_processor": settings} if name == PROCESSOR else settings
+        (folder / PROCESSOR).unlink(missing_ok=True)
+        (folder / name).write_text(json.dumps(said))
+        return folder
+
+    @pytest.mark.parametrize("name", [PROCESSOR, "preprocessor_config.json"])
+    def test_a_prompt_s_picture_is_fitted(self, saved: Path, name: str) -> None:
+        wide = PIL.Image.new("RGB", (64, 16), "red")
+        cut = Chameleon.load(saved).request([wide, "What?"]).ids
+        model = Chameleon.load(self.stored(saved, "fit", name))
+        assert model.image_tokenizer.mode == "fit"
+        whole = model.request([wide, "What?"]).ids
+        assert whole != cut
+        model.image_tokenizer.mode = "crop"
+        assert model.request([wide, "What?"]).ids == cut
+
+    def test_silence_means_crop(self, saved: Path) -> None:
+        (saved / PROCESSOR).unlink()
+        assert load_hf(saved).resize_mode == "crop"
+        (saved / PROCESSOR).write_text('{"image_processor": {}}')
+        assert load_hf(saved).resize_mode == "crop"
+
+    @pytest.mark.parametrize("mode", ["crop", "fit"])
+    def test_it_is_saved_and_converted(self, tmp_path: Path, mode: str) -> None:
+        save_tiny(tmp_path / "hf", resize_mode=mode)
+        convert(tmp_path / "hf", tmp_path / "meta", "meta")
+        convert(tmp_path / "meta", tmp_path / "again", "hf")
+        for folder in ("hf", "meta", "again"):
+            assert formats.load(tmp_path / folder).resize_mode == mode
+        said = json.loads((tmp_path / "again" / PROCESSOR).read_text())
+        assert said["image_processor"]["resize_mode"] == mode
+
+    def test_an_unknown_mode_is_refused(self, saved: Path) -> None:
+        with pytest.raises(CheckpointError, match=r"resize_mode='stretch' in .* is unknown"):
+            load_hf(self.stored(saved, "stretch"))
+
+    @pytest.mark.parametrize(
+        ("option", "mode"), [(None, "fit"), ("--fit", "fit"), ("--crop", "crop")]
+    )
+    @pytest.mark.parametrize("command", ["generate", "chat", "encode"])
+    def test_the_command_line_overrules_it(
+        self,
+        saved: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        command: str,
+        option: str | None,
+        mode: str,
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        self.stored(saved, "fit")
+        PIL.Image.new("RGB", (64, 16), "red").save("wide.png")
+        seen, square = list[str](), ImageTokenizer.square
+
+        def watched(self: ImageTokenizer, image: Any, mode: Any = None) -> PIL.Image.Image:
+            seen.append(mode or self.mode)
+            return square(self, image, mode)
+
+        monkeypatch.setattr(ImageTokenizer, "square", watched)
+        monkeypatch.setattr("sys.stdin", io.StringIO("/image wide.png\nWhat?\n"))
+        short = ["--output", "text", "--max-tokens", "1"]
+        arguments = {
+            "generate": ["What?", "--image", "wide.png", *short],
+            "chat": short,
+            "encode": ["wide.png", "-o", "wide.safetensors"],
+        }[command]
+        more = [] if option is None else [option]
+        assert main([command, *arguments, *more, "--model", str(saved)]) == 0
+        assert seen == [mode]
+
+    def test_two_modes_at_once(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        arguments = ["encode", str(PICTURE), "-o", str(tmp_path / "c"), "--mode", "fit"]
+        assert main([*arguments, "--crop"]) == 2
+        assert "--mode fit and --crop differ" in capsys.readouterr().err
+        assert main([*arguments, "--fit"]) == 0
 
 
 class TestMistakes:

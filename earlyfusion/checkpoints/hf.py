@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,6 +30,7 @@ from earlyfusion.checkpoints.source import (
 )
 from earlyfusion.config import ModelConfig, VQConfig
 from earlyfusion.errors import CheckpointError
+from earlyfusion.image_tokenizer import Mode
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.model.vqgan import VQGAN, Quantizer
 from earlyfusion.processor import Processor
@@ -53,6 +54,7 @@ INDEX = "model.safetensors.index.json"
 PICKLE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 TOKENIZER = "tokenizer.json"
+PROCESSOR = "processor_config.json"
 VQ_PREFIX = "model.vqmodel."
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _MAX_FILE = 5_000_000_000
@@ -77,6 +79,7 @@ class Loaded:
     processor: Processor
     generation_defaults: dict[str, Any] = field(default_factory=dict)
     folder: Path = Path()
+    resize_mode: Mode = "crop"
 
     @property
     def can_decode(self) -> bool:
@@ -139,6 +142,7 @@ def open_hf(folder: Path, tokenizer: Path | None = None) -> Source:
         layout=lumina.layout(grid) if spelled else ImageLayout(grid, grid),
         generation_defaults=({"chameleon": lumina.SAMPLING} if spelled else {}) | generation,
         kind=lumina.KIND if spelled else "chameleon",
+        resize_mode=read_resize_mode(folder),
     )
 
 
@@ -157,6 +161,7 @@ def assemble(
         processor=Processor(source.tokenizer, source.layout),
         generation_defaults=source.generation_defaults,
         folder=where,
+        resize_mode=source.resize_mode,
     )
 
 
@@ -170,16 +175,20 @@ def save_hf(
     dtype: torch.dtype | None = None,
     vq_dtype: torch.dtype | None = None,
     extra_files: Mapping[str, str] | None = None,
+    resize_mode: Mode = "crop",
 ) -> None:
     """Write a folder that `load_hf` and transformers read; all of it appears at once, or nothing.
 
+    `resize_mode` is how the model's pictures become squares: that of its `ImageTokenizer`.
     A folder that is a model already is replaced; any other that is not empty is refused.
     """
     if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is not empty and no model: choose another folder")
     config = transformer.config
     named = dtype or transformer.lm_head.weight.dtype
-    texts = _texts(config, json.loads(tokenizer_json), generation_config, named)
+    texts = _texts(
+        config, json.loads(tokenizer_json), generation_config, named, resize_mode=resize_mode
+    )
     texts = {TOKENIZER: tokenizer_json} | texts | dict(extra_files or {})
     vision = {} if isinstance(vqgan, MissingVQGAN) else vqgan.state_dict()
     tensors = {k: Stored.of(v).to(dtype) for k, v in transformer.state_dict().items()}
@@ -196,7 +205,8 @@ def write_hf(source: Source, folder: Path, files: int | None, step: Step) -> Non
     """
     tokenizer, kind = read_tokenizer_json(source.tokenizer), source.kind
     dtype = source.tensors[_EMBEDDING].dtype
-    texts = _texts(source.config, tokenizer, source.generation_defaults, dtype, kind)
+    defaults, mode = source.generation_defaults, source.resize_mode
+    texts = _texts(source.config, tokenizer, defaults, dtype, kind, mode)
     texts[TOKENIZER] = source.tokenizer.read_text(encoding="utf-8")
     tensors = _joined(source.config, source.tensors, source.vq)
     _write_files(folder, tensors, texts, files, step)
@@ -430,6 +440,21 @@ def _generation_config(given: Mapping[str, Any], vocabulary: Vocabulary) -> dict
     return ids | {k: v for k, v in given.items() if v is not None} | own
 
 
+def read_resize_mode(folder: Path) -> Mode:
+    """How a folder's pictures become squares: "crop" where no file of it says "fit".
+
+    transformers writes the image processor's settings into either of two files.
+    """
+    settings = read_json(folder / PROCESSOR, needed=False).get("image_processor")
+    alone = read_json(folder / "preprocessor_config.json", needed=False)
+    mode = (settings if isinstance(settings, dict) else alone).get("resize_mode", "crop")
+    if mode not in get_args(Mode):
+        raise CheckpointError(
+            f"resize_mode={mode!r} in {folder / PROCESSOR} is unknown: write 'crop' or 'fit'"
+        )
+    return mode
+
+
 def read_json(path: Path, needed: bool = True) -> dict[str, Any]:
     if not needed and not path.exists():
         return {}
@@ -448,6 +473,7 @@ def _texts(
     generation_config: Mapping[str, Any],
     dtype: torch.dtype,
     kind: str = "chameleon",
+    resize_mode: Mode = "crop",
 ) -> dict[str, str]:
     vocabulary = Vocabulary.from_dict(tokenizer)
     placeholder = next((n for n in IMAGE_PLACEHOLDERS if n in vocabulary.names), None)
@@ -462,7 +488,7 @@ def _texts(
         "config.json": config.to_dict() | more,
         "generation_config.json": _generation_config(generation_config, vocabulary),
         "tokenizer_config.json": _tokenizer_config(config, placeholder),
-        "processor_config.json": _processor_config(config.vq_config, placeholder),
+        PROCESSOR: _processor_config(config.vq_config, placeholder, resize_mode),
     }
     return {name: json.dumps(data, indent=2) + "\n" for name, data in files.items()}
 
@@ -485,7 +511,7 @@ def _tokenizer_config(config: ModelConfig, placeholder: str | None) -> dict[str,
     }
 
 
-def _processor_config(vq: VQConfig, placeholder: str | None) -> dict[str, Any]:
+def _processor_config(vq: VQConfig, placeholder: str | None, mode: Mode) -> dict[str, Any]:
     side = vq.resolution
     return {
         "processor_class": "ChameleonProcessor",
@@ -498,5 +524,6 @@ def _processor_config(vq: VQConfig, placeholder: str | None) -> dict[str, Any]:
             "rescale_factor": 2 / 255,
             "image_mean": [1.0, 1.0, 1.0],
             "image_std": [1.0, 1.0, 1.0],
+            "resize_mode": mode,
         },
     }

@@ -25,11 +25,13 @@ from torch import Tensor
 
 from earlyfusion.checkpoints.anole import rotate, unrotate
 from earlyfusion.checkpoints.hf import (
+    PROCESSOR,
     Loaded,
     assemble,
     build_vqgan,
     find_tokenizer_file,
     open_pickle,
+    read_resize_mode,
 )
 from earlyfusion.checkpoints.source import (
     MappedFile,
@@ -173,6 +175,7 @@ def open_meta(folder: Path, tokenizer: Path | None = None) -> Source:
         tokenizer=find_tokenizer_file(tokens / TOKENIZER),
         layout=ImageLayout(vq_config.grid, vq_config.grid),
         generation_defaults=_own_defaults(folder),
+        resize_mode=read_resize_mode(folder),
     )
 
 
@@ -194,6 +197,9 @@ def write_meta(source: Source, folder: Path, shards: int | None, step: Step) -> 
     files = {"params.json": params, "consolidate_params.json": overruling}
     if source.generation_defaults:
         files["generation_config.json"] = source.generation_defaults
+    if source.resize_mode != "crop":
+        # Meta's own code crops and has no file for it: only this package reads this one.
+        files[PROCESSOR] = {"image_processor": {"resize_mode": source.resize_mode}}
     for name, data in files.items():
         (folder / name).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     for place in (folder, tokens):

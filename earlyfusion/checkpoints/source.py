@@ -23,6 +23,7 @@ from torch import Tensor
 
 from earlyfusion.config import ModelConfig
 from earlyfusion.errors import CheckpointError
+from earlyfusion.image_tokenizer import Mode
 from earlyfusion.vocabulary import ImageLayout
 
 Step = Callable[[int], None]
@@ -72,6 +73,7 @@ class Source:
     layout: ImageLayout
     generation_defaults: dict[str, Any] = field(default_factory=dict)
     kind: str = "chameleon"
+    resize_mode: Mode = "crop"
 
     def checked(self, wanted: Mapping[str, Tensor], vq_wanted: Mapping[str, Tensor]) -> Source:
         """Itself, if its names and shapes are those of the modules."""
