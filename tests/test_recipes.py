@@ -1,6 +1,10 @@
 from __future__ import annotations
 
-from dataclasses import replace
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +16,8 @@ from earlyfusion.content import Image
 from earlyfusion.errors import DataError, SettingError
 from earlyfusion.model.vqgan import VQGAN
 from earlyfusion.processor import Processor, train_tokenizer
-from earlyfusion.recipes import mini_styles, run
+from earlyfusion.recipes import NAMES, mini_styles, override, run
+from earlyfusion.recipes import _load as load
 from earlyfusion.recipes.emoji.dataset import EmojiData
 from earlyfusion.recipes.mini_transformer import Documents, near_codes
 from earlyfusion.train.monitor import read_metrics
@@ -108,6 +113,66 @@ def test_the_second_stage_takes_over_tokenizer_and_codes(runs: Path, tmp_path: P
                 f"out={tmp_path / 'x'}",
             ],
         )
+
+
+@pytest.fixture
+def own_modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a recipe file adds to the modules and their path is gone after the test."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield
+    for name in [name for name in sys.modules if name.startswith(("recipe_", "beside_mine"))]:
+        del sys.modules[name]
+
+
+@pytest.mark.usefixtures("own_modules")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_copied_is_the_recipe(name: str, tmp_path: Path) -> None:
+    shipped = import_module(f"earlyfusion.recipes.{name}")
+    assert shipped.__file__ is not None
+    copy = Path(shutil.copy(shipped.__file__, tmp_path / "mine.py"))
+    module = load(str(copy))
+    assert asdict(module.config) == asdict(shipped.config)
+    changed = override(module.config, ["device=cpu"])
+    assert isinstance(changed, type(module.config)) and changed != module.config
+    assert module.main.__name__ == "main"
+
+
+@pytest.mark.usefixtures("own_modules")
+def test_a_recipe_file_may_import_what_lies_beside_it_and_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = """
+from __future__ import annotations
+from dataclasses import dataclass
+from beside_mine import WORD
+
+@dataclass
+class Config:
+    steps: int = 1
+    word: str | None = None
+
+def main(config: Config) -> None:
+    print(WORD, config.steps, config.word)
+
+config = Config()
+"""
+    for folder, word in (("one", "first"), ("two", "second")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.py").write_text(source.replace("int = 1", f"int = {len(word)}"))
+    (tmp_path / "one" / "beside_mine.py").write_text("WORD = 'beside'\n")
+    monkeypatch.chdir(tmp_path / "one")
+    run("mine.py", ["word=here"])
+    run(str(tmp_path / "two" / "mine.py"), [])
+    assert capsys.readouterr().out.split() == ["beside", "5", "here", "beside", "6", "None"]
+
+
+@pytest.mark.usefixtures("own_modules")
+def test_a_recipe_file_that_fails_leaves_no_module(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("config = 1 / 0\n")
+    before = set(sys.modules)
+    with pytest.raises(ZeroDivisionError):
+        load(str(tmp_path / "mine.py"))
+    assert set(sys.modules) == before
 
 
 def test_an_unknown_recipe_and_a_file_that_is_none(tmp_path: Path) -> None:

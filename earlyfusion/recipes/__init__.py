@@ -6,7 +6,9 @@ overrides any field: `steps=50` where the name is unique, `run.steps=50` where i
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import sys
 from dataclasses import fields, is_dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -110,13 +112,34 @@ def _load(name: str) -> ModuleType:
         raise SettingError(
             f"recipe {name!r} is unknown: choose one of {', '.join(NAMES)} or give a Python file"
         )
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = _executed(path)
     if not (hasattr(module, "config") and hasattr(module, "main")):
         raise SettingError(f"{name} is no recipe: it needs `config` and `main(config)`")
     return module
+
+
+def _executed(path: Path) -> ModuleType:
+    """The module of a file, known to `sys.modules` as dataclasses need it.
+
+    It may import what lies beside it, as a file that Python runs may.
+    """
+    folder, name = str(path.parent.resolve()), f"recipe_{_told_apart(path)}"
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _told_apart(path: Path) -> str:
+    """A name that no file of the same name in another folder has, nor any library."""
+    return f"{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
 
 
 def _leaves(config: Any, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
