@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from earlyfusion.config import PRESETS
 from earlyfusion.model.attention import CausalAttend, dot_product_attention
 from earlyfusion.model.fused import attend_documents, document_tiles, fused_rms_norm
-from earlyfusion.model.transformer import Transformer
+from earlyfusion.model.transformer import RMSNorm, Transformer
 
 LENGTHS = [130, 1, 200, 90, 300]
 
@@ -96,3 +100,112 @@ def test_a_step_of_packed_long_documents_in_bf16_is_near_fp32(heads: int) -> Non
     for name, exact in found[False].items():
         gap = (found[True][name] - exact).norm()
         assert gap < 0.05 * exact.norm() + 1e-6, name
+
+
+def plain_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight
+
+
+Derivative = Callable[[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor], list[Tensor]]
+
+
+def twice(graph: bool, call: Callable[[Tensor, Tensor], Tensor], *given: Tensor) -> list[Tensor]:
+    """Gradients of a squared gradient; with `graph` the first pass has a gradient of its own."""
+    x, weight = (one.detach().clone().requires_grad_() for one in given)
+    out = call(x, weight)
+    loss = out.square().sum() if graph else out.sum()
+    first = torch.autograd.grad(loss, (x, weight), create_graph=True)
+    return [*torch.autograd.grad(sum(g.square().sum() for g in first), (x, weight))]
+
+
+def by_functions(call: Callable[[Tensor, Tensor], Tensor], *given: Tensor) -> list[Tensor]:
+    return [*torch.func.grad(lambda *a: call(*a).square().sum(), (0, 1))(*given)]
+
+
+def each_row(call: Callable[[Tensor, Tensor], Tensor], *given: Tensor) -> list[Tensor]:
+    return [torch.func.vmap(torch.func.grad(lambda *a: call(*a).sum()), (0, None))(*given)]
+
+
+def forward_mode(
+    call: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor
+) -> list[Tensor]:
+    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+    with forward_ad.dual_level():
+        out = call(forward_ad.make_dual(x, x.detach().cos()), weight)
+        tangent = forward_ad.unpack_dual(out).tangent
+        assert tangent is not None
+        return [tangent.detach().clone()]
+
+
+def hessian_times(call: Callable[[Tensor, Tensor], Tensor], *given: Tensor) -> list[Tensor]:
+    gradient = torch.func.grad(lambda *a: call(*a).pow(3).sum())
+    return [torch.func.jvp(lambda x: gradient(x, given[1]), given[:1], (given[0].sin(),))[1]]
+
+
+WAYS: list[Derivative] = [
+    partial(twice, True),
+    partial(twice, False),
+    by_functions,
+    each_row,
+    forward_mode,
+    hessian_times,
+]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch's own
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_rms_norm_has_every_derivative_of_the_formula(way: Derivative, kind: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 7, 12, generator=generator, dtype=torch.float64)
+    weight = torch.randn(12, generator=generator, dtype=torch.float64)
+    norm = RMSNorm(12, 1e-5)
+
+    def ours(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.func.functional_call(norm, {"weight": weight}, (x,))
+
+    expected = way(plain_norm, x, weight)
+    found = way(ours, x.to(kind), weight.to(kind))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, atol=2e-4, rtol=2e-4)
+
+
+def test_a_second_derivative_of_tiled_attention_is_torch_s() -> None:
+    generator = torch.Generator().manual_seed(0)
+    size, tiles = (2, sum(LENGTHS), 16), document_tiles(LENGTHS)
+    heads = [torch.randn(size, generator=generator).bfloat16() for _ in range(3)]
+    mask = document_mask(LENGTHS)
+
+    def squared(attend: Callable[..., Tensor], kind: torch.dtype) -> list[Tensor]:
+        inputs = [x.to(kind).detach().requires_grad_() for x in heads]
+        first = torch.autograd.grad(attend(*inputs).float().sum(), inputs[:2], create_graph=True)
+        found = torch.autograd.grad(sum(g.float().square().sum() for g in first), inputs)
+        return [x.double() for x in found]
+
+    def plain(*given: Tensor) -> Tensor:
+        turned = (x.transpose(0, 1)[None] for x in given)
+        with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
+            return dot_product_attention(*turned, mask=mask)[0].transpose(0, 1)
+
+    ours = squared(lambda *given: attend_documents(*given, tiles), torch.bfloat16)
+    for one, exact in zip(ours, squared(plain, torch.float64), strict=True):
+        assert (one - exact).norm() < 0.1 * exact.norm()
+
+
+@pytest.mark.parametrize("length", [40, 200])
+def test_a_model_in_bf16_is_differentiated_twice_as_in_fp32(length: int) -> None:
+    """Along the whole step: tiles and norms by hand in the first pass, formulas in the second."""
+    model = Transformer(PRESETS["tiny"])
+    model.init_weights(torch.Generator().manual_seed(0))
+    tokens_BT = torch.randint(0, 512, (1, length), generator=torch.Generator().manual_seed(1))
+    document_BT = torch.zeros_like(tokens_BT)
+    weights = [model.model.layers[0].self_attn.v_proj.weight, model.model.norm.weight]
+    found = []
+    for bf16 in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16), sdpa_kernel(SDPBackend.MATH):
+            attends = [CausalAttend(document_BT)] * PRESETS["tiny"].num_hidden_layers
+            loss = model.states(tokens_BT, None, attends).float().pow(2).mean()
+            first = torch.autograd.grad(loss, weights, create_graph=True)
+            found.append(torch.autograd.grad(sum(g.square().sum() for g in first), weights))
+    for exact, ours in zip(*found, strict=True):
+        assert exact.norm() > 0 and (ours - exact).norm() < 0.1 * exact.norm()

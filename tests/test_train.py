@@ -5,11 +5,13 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from earlyfusion.config import PRESETS
 from earlyfusion.errors import CheckpointError, DataError, SettingError
@@ -167,6 +169,44 @@ def test_head_loss_is_the_loss_of_the_logits(block: int) -> None:
     assert not fused.nats_BT[~counted].any()
     expected = torch.autograd.grad(3 * plain.total, (x, head))
     torch.testing.assert_close(torch.autograd.grad(3 * fused.total, (x, head)), expected)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch's own
+@pytest.mark.parametrize("way", ["graph", "constant", "functions", "hessian", "forward"])
+def test_head_loss_has_every_derivative_of_the_loss_of_the_logits(way: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x, head = (torch.randn(size, generator=generator) for size in ((2, 9, 8), (20, 8)))
+    targets = torch.randint(0, 20, (2, 9), generator=generator)
+    weight = torch.rand(2, 9, generator=generator)
+    weight[0, :4] = 0
+
+    def fused(x: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+        return head_loss(x, head, targets, weight, z_weight=0.1, block=5).total
+
+    def plain(x: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+        return next_token_loss(x @ head.T, targets, weight, z_weight=0.1).total
+
+    def twice(call: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        given = [one.clone().requires_grad_() for one in (x, head)]
+        loss = call(*given).square() if way == "graph" else call(*given)
+        first = torch.autograd.grad(loss, given, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), given)
+
+    def derived(call: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        if way in ("graph", "constant"):
+            return twice(call)
+        if way == "functions":
+            return torch.func.grad(call, (0, 1))(x, head)
+        if way == "hessian":
+            gradient = torch.func.grad(call, 1)
+            return torch.func.jvp(lambda h: gradient(x, h), (head,), (head.sin(),))
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x.clone().requires_grad_(), x.cos())
+            tangent = forward_ad.unpack_dual(call(dual, head)).tangent
+            assert tangent is not None
+            return (tangent.detach(),)
+
+    torch.testing.assert_close(derived(fused), derived(plain), atol=1e-5, rtol=1e-4)
 
 
 def test_head_loss_of_nothing_is_zero() -> None:

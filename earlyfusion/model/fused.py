@@ -2,7 +2,9 @@
 
 They give what `RMSNorm` and `CausalAttend` give, with fewer passes over memory: `fused_rms_norm` in
 fp32, `attend_documents` in bf16 with scores rounded to bf16, as transformers' eager attention does.
-Elsewhere (GPUs, split layers, no gradients) plain torch serves.
+Elsewhere (GPUs, split layers, no gradients) plain torch serves, and so it does inside torch.func's
+transforms and forward-mode AD; a backward pass that is to be differentiated again goes through the
+plain formula.
 
 Shapes: N query heads, S tokens of all rows, H head width; Q queries and J keys of a tile.
 """
@@ -10,11 +12,13 @@ Shapes: N query heads, S tokens of all rows, H head width; Q queries and J keys 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 _QUERIES = 128
@@ -36,7 +40,27 @@ def is_cpu_training(*inputs: Tensor) -> bool:
         and any(x.requires_grad for x in inputs)
         and all(type(x) in (Tensor, Parameter) and x.device.type == "cpu" for x in inputs)
         and not torch.compiler.is_compiling()
+        and not is_transformed(*inputs)
     )
+
+
+def is_transformed(*inputs: Tensor) -> bool:
+    """Whether torch.func or forward-mode AD goes through `inputs`: gradients by hand are no use."""
+    return bool(torch._C._are_functorch_transforms_active()) or any(
+        forward_ad.unpack_dual(x).tangent is not None for x in inputs
+    )
+
+
+def through_the_formula(
+    formula: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gradients of `formula(*inputs)` along `grad` that can be differentiated again.
+
+    For a backward pass that autograd runs with gradients on, as it does for `create_graph`.
+    """
+    wanted = [x for x in inputs if x.requires_grad]
+    found = iter(torch.autograd.grad(formula(*inputs), wanted, grad, create_graph=True))
+    return tuple(next(found) if x.requires_grad else None for x in inputs)
 
 
 def document_tiles(lengths: list[int]) -> list[Tile]:
@@ -75,9 +99,11 @@ class _DocumentAttention(torch.autograd.Function):
         return out_NSH
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q_NSH, k_NSH, v_NSH = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            heads = (q_NSH, k_NSH, v_NSH)
+            return *through_the_formula(partial(_attended, ctx.tiles), heads, grads[0]), None
         grad_NSH, scale = grads[0], 1 / math.sqrt(q_NSH.shape[-1])
         grad_q = torch.empty_like(q_NSH)
         grad_k, grad_v = (torch.zeros_like(x, dtype=torch.float32) for x in (k_NSH, v_NSH))
@@ -101,6 +127,11 @@ def _shares(q_NSH: Tensor, k_NSH: Tensor, tile: Tile) -> Tensor:
     return scores_NQJ.softmax(-1)
 
 
+def _attended(tiles: list[Tile], q_NSH: Tensor, k_NSH: Tensor, v_NSH: Tensor) -> Tensor:
+    shares = ((_shares(q_NSH, k_NSH, tile), v_NSH[:, tile.start : tile.last]) for tile in tiles)
+    return torch.cat([torch.bmm(shares_NQJ, v_NJH) for shares_NQJ, v_NJH in shares], 1)
+
+
 def fused_rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """RMSNorm over the last dimension in fp32, rounded once to `dtype`."""
     out: Tensor = _RMSNorm.apply(x, weight, eps, dtype)  # type: ignore[no-untyped-call]
@@ -113,14 +144,22 @@ class _RMSNorm(torch.autograd.Function):
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         inverse = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
+        ctx.eps = eps
         return (x * inverse).mul_(weight).to(dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            formula = partial(_normed, eps=ctx.eps, dtype=grads[0].dtype)
+            return *through_the_formula(formula, (x, weight), grads[0]), None, None
         normed, grad = x * inverse, grads[0].float()
         grad_weight = (grad * normed).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
         grad = grad * weight
         along = torch.linalg.vecdot(grad, normed).div_(x.shape[-1])[..., None]
         return grad.sub_(normed.mul_(along)).mul_(inverse), grad_weight, None, None
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    inverse = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return (x * inverse * weight).to(dtype)

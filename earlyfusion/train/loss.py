@@ -8,11 +8,15 @@ together. Shapes: B rows, T tokens of a row, N positions of both, D model width,
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from earlyfusion.errors import SettingError
+from earlyfusion.model.fused import is_transformed, through_the_formula
 
 if TYPE_CHECKING:
     from earlyfusion.parallel import VocabularySlice
@@ -61,7 +65,12 @@ def head_loss(
     Positions of weight 0 cost nothing and count as 0 nats. The product is computed in the dtype of
     autocast, all else in fp32. With `part`, `head_VD` holds some rows of the head and other
     processes hold the others: the loss is that of all, the gradient of `x_BTD` that of these rows.
+    Second derivatives, torch.func and forward-mode AD go through the logits of all positions; they
+    raise `SettingError` with `part`.
     """
+    if is_transformed(x_BTD, head_VD):
+        _refuse_part(part)
+        return _loss_of_logits(x_BTD, head_VD, targets_BT, weight_BT, z_weight)
     counted_N = weight_BT.flatten().nonzero()[:, 0]
     x_ND = x_BTD.flatten(0, 1)[counted_N]
     weight_N = weight_BT.flatten()[counted_N]
@@ -118,16 +127,54 @@ class _HeadLoss(torch.autograd.Function):
                 grad = grad.scatter_add_(1, chosen, -(share * held)[:, None]).to(dtype)
                 grad_x.copy_(grad @ head)
                 grad_head_VD += grad.T @ x.to(dtype)
-        ctx.save_for_backward(grad_x_ND, grad_head_VD.to(head_VD.dtype))
+        found = (grad_x_ND, grad_head_VD.to(head_VD.dtype))
+        ctx.save_for_backward(*found, x_ND, head_VD, targets_N, share_N)
+        ctx.z_weight, ctx.part, ctx.dtype = z_weight, part, dtype
         nats_N = torch.cat(nats) if nats else x_ND.new_zeros(0, dtype=torch.float32)
         ctx.mark_non_differentiable(nats_N, highest)
         return (share_N * nats_N).sum() + z_weight * z, z, nats_N, highest
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x_ND, grad_head_VD = ctx.saved_tensors
+        grad_x_ND, grad_head_VD, *inputs, targets_N, share_N = ctx.saved_tensors
         grad_total = grads[0]
+        if torch.is_grad_enabled():
+            _refuse_part(ctx.part)
+            formula = partial(_total, targets_N, share_N, ctx.z_weight, ctx.dtype)
+            given = through_the_formula(formula, tuple(inputs), grad_total)
+            return *given, None, None, None, None, None
         return grad_x_ND * grad_total, grad_head_VD * grad_total, None, None, None, None, None
+
+
+def _total(
+    targets_N: Tensor,
+    share_N: Tensor,
+    z_weight: float,
+    dtype: torch.dtype,
+    x_ND: Tensor,
+    head_VD: Tensor,
+) -> Tensor:
+    """What `_HeadLoss` minimises, by torch's own operations."""
+    with torch.autocast(x_ND.device.type, enabled=False):
+        logits_NV = (x_ND.to(dtype) @ head_VD.to(dtype).T).float()
+        log_z_N = logits_NV.logsumexp(-1)
+        nats_N = log_z_N - logits_NV.gather(1, targets_N[:, None])[:, 0]
+        return (share_N * (nats_N + z_weight * log_z_N.square())).sum()
+
+
+def _loss_of_logits(
+    x_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor, weight_BT: Tensor, z_weight: float
+) -> TokenLoss:
+    loss = next_token_loss(F.linear(x_BTD, head_VD), targets_BT, weight_BT, z_weight)
+    return loss._replace(nats_BT=loss.nats_BT * (weight_BT > 0))
+
+
+def _refuse_part(part: VocabularySlice | None) -> None:
+    if part is not None:
+        raise SettingError(
+            "the head is cut over several processes, where its loss has neither second derivatives "
+            "nor transforms: use tensor=1"
+        )
 
 
 def _place(target_N: Tensor, rows: int, part: VocabularySlice | None) -> tuple[Tensor, Tensor]:
