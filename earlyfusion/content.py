@@ -2,7 +2,10 @@
 
 A picture is read here once, safely: its format and size are checked from the header before a pixel
 is decoded, and what comes out is RGB, upright, blended on white as Meta's code does it
-(github.com/facebookresearch/chameleon, chameleon/inference/image_tokenizer.py).
+(github.com/facebookresearch/chameleon, chameleon/inference/image_tokenizer.py). Two things differ
+from Meta's code, where that would lose the picture: values of more than 8 bits are scaled, not cut
+off at 255 (`deep="clip"` cuts them off), and pictures over 25 megapixels are scaled down while they
+are read. Reading the largest picture takes about 1 GB for a moment, WEBP 2.5 GB.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ import numpy as np
 import numpy.typing as npt
 import PIL.Image
 from PIL import ImageOps
+from PIL.AvifImagePlugin import SUPPORTED as AVIF_IS_BUILT_IN
+from PIL.AvifImagePlugin import AvifImageFile
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
 from PIL.ImageFile import ImageFile
@@ -27,9 +32,10 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from earlyfusion.errors import ImageError, PromptError
 
-MAX_FILE_BYTES = 20_000_000
+MAX_FILE_BYTES = 200_000_000
 MAX_SIDE = 16_384
-MAX_PIXELS = 25_000_000
+MAX_FILE_PIXELS = 200_000_000
+MAX_PIXELS = 25_000_000  # of a picture in memory; a larger one is scaled down while it is read
 PLACEHOLDER = "<image>"
 
 # Readers by first bytes. PIL.Image.open would try every format it knows and warn about large ones.
@@ -42,13 +48,22 @@ _READERS: dict[bytes, type[ImageFile]] = {
     b"II*\x00": TiffImageFile,
     b"MM\x00*": TiffImageFile,
 }
-_FORMATS = "PNG, JPEG, WEBP, GIF, BMP or TIFF"
+_AVIF_BRANDS = {b"avif", b"avis"}
+_HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
+_FORMATS = "PNG, JPEG, WEBP, GIF, BMP, TIFF or AVIF"
+_BAND_ROWS = 128
+
+# Modes whose values do not end at 255.
+_16_BITS = {"I;16", "I;16L", "I;16B", "I;16N"}
+_DEEP_MODES = _16_BITS | {"I", "F"}
+_ORIENTATION = 0x0112
 
 # _OVER_WHITE[alpha, value]: truncated, not rounded, as in Meta's code.
 _ALPHA = np.arange(256)[:, None] / 255.0
 _OVER_WHITE = ((1 - _ALPHA) * 255 + _ALPHA * np.arange(256)).astype(np.uint8)
 
 Role: TypeAlias = Literal["user", "assistant"]
+Deep: TypeAlias = Literal["scale", "clip"]
 
 
 @dataclass(frozen=True)
@@ -62,8 +77,9 @@ class Text:
 class Image:
     """A picture: its pixels, its codes, or both.
 
-    `pil` is upright RGB of any size, None for a drawn picture that is not decoded yet; `codes` is
-    int64 [h, w], None for a picture that is not encoded yet. Raises `ImageError`.
+    `pil` is upright RGB of at most 25 megapixels, None for a drawn picture that is not decoded yet;
+    `codes` is int64 [h, w], None for a picture that is not encoded yet. Grey pictures of 16 bits,
+    of 32 bits up to 65,535 and of floats from 0 to 1 are scaled to 8 bits. Raises `ImageError`.
     """
 
     pil: PIL.Image.Image | None = None
@@ -78,14 +94,19 @@ class Image:
             self.codes = _checked_codes(self.codes)
 
     @classmethod
-    def open(cls, path: str | Path) -> Image:
-        """Read a picture file: PNG, JPEG, WEBP, GIF, BMP or TIFF (of several frames the first)."""
-        return cls(_decode(_read_file(Path(path)), str(path)))
+    def open(cls, path: str | Path, *, deep: Deep = "scale") -> Image:
+        """Read a picture file: PNG, JPEG, WEBP, GIF, BMP, TIFF or AVIF, with the extra "heic" HEIC.
+
+        Of several frames the first is taken. `deep="clip"` cuts values over 255 off, as Meta's
+        code does, instead of scaling them.
+        """
+        name = str(path)
+        return cls(_decode(_read_file(path, name), name, deep))
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Image:
-        """Read a picture from the bytes of a file."""
-        return cls(_decode(data, "the picture"))
+    def from_bytes(cls, data: bytes, name: str = "the picture", *, deep: Deep = "scale") -> Image:
+        """Read a picture from the bytes of a file; `name` is what an error calls it."""
+        return cls(_decode(data, name, deep))
 
     @classmethod
     def from_array(cls, array: npt.NDArray[Any]) -> Image:
@@ -98,16 +119,16 @@ class Image:
         return cls(PIL.Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels))
 
     @classmethod
-    def of(cls, source: Any) -> Image:
+    def of(cls, source: Any, *, deep: Deep = "scale") -> Image:
         """A picture from an Image, PIL image, path, bytes, numpy array or torch tensor."""
         if isinstance(source, Image):
             return source
         if isinstance(source, PIL.Image.Image):
-            return cls(source)
+            return cls(_upright_rgb(source, "the picture", deep))
         if isinstance(source, str | Path):
-            return cls.open(source)
+            return cls.open(source, deep=deep)
         if isinstance(source, bytes | bytearray | memoryview):
-            return cls.from_bytes(bytes(source))
+            return cls.from_bytes(bytes(source), deep=deep)
         if isinstance(source, np.ndarray):
             return cls.from_array(source)
         if _is_tensor(source):
@@ -169,15 +190,22 @@ def fill_placeholders(text: str, images: Sequence[Any]) -> list[Segment]:
     if len(pieces) == 1:
         pieces = [""] * len(pictures) + [text]
     if len(pieces) != len(pictures) + 1:
+        marks, given = len(pieces) - 1, len(pictures)
         raise PromptError(
-            f"the prompt marks {len(pieces) - 1} places with {PLACEHOLDER} but {len(pictures)} "
-            "images are given: give one image a mark, or no mark at all"
+            f"the prompt marks {counted(marks, 'place')} with {PLACEHOLDER} but "
+            f"{counted(given, 'image')} {'is' if given == 1 else 'are'} given: "
+            "give each image a mark, or no mark at all"
         )
     parts: list[Segment] = []
     for number, piece in enumerate(pieces):
         parts += [Text(piece)] if piece else []
         parts += pictures[number : number + 1]
     return parts
+
+
+def counted(number: int, noun: str) -> str:
+    """A number and its noun: "1 image", "2,000 images"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _segments(parts: Any) -> list[Segment]:
@@ -230,18 +258,23 @@ def check_alternation(messages: Sequence[Message]) -> None:
             )
 
 
-def _read_file(path: Path) -> bytes:
+def _read_file(source: str | Path, name: str) -> bytes:
+    if "://" in name:
+        raise ImageError(f"{name} is an address: download the picture and give its file")
+    path = Path(source)
     try:
         if path.is_dir():
-            raise ImageError(f"{path} is a folder: give a picture file")
-        if not path.is_file():
-            raise ImageError(f"there is no file {path}: check the path of the picture")
-        _check_bytes(path.stat().st_size, str(path))
-        return path.read_bytes()
+            raise ImageError(f"{name} is a folder: give a picture file")
+        if not path.exists():
+            raise ImageError(f"there is no file {name}: check the path of the picture")
+        _check_bytes(path.stat().st_size, name)
+        # Of a pipe, which has no size, no more is read than the limit allows.
+        with path.open("rb") as file:
+            return file.read(MAX_FILE_BYTES + 1)
     except ImageError:
         raise
     except (OSError, ValueError):
-        raise ImageError(f"{path} cannot be read: check the path and its permissions") from None
+        raise ImageError(f"{name} cannot be read: check the path and its permissions") from None
 
 
 def _check_bytes(size: int, name: str) -> None:
@@ -252,30 +285,122 @@ def _check_bytes(size: int, name: str) -> None:
         )
 
 
-def _decode(data: bytes, name: str) -> PIL.Image.Image:
+def _decode(data: bytes, name: str, deep: Deep) -> PIL.Image.Image:
     _check_bytes(len(data), name)
-    reader = next((cls for magic, cls in _READERS.items() if data.startswith(magic)), None)
-    if reader is None:
-        raise ImageError(f"{name} is not a picture in a known format: save it as {_FORMATS}")
+    reader = _reader(data, name)
     try:
         picture = reader(BytesIO(data))
     # A parser of foreign bytes may raise anything; the reason would not help a person.
     except Exception:
         raise _broken(name) from None
-    return _upright_rgb(picture, name)
+    if isinstance(picture, JpegImageFile):
+        _check_size(*picture.size, name)
+        _decode_smaller(picture)
+    return _upright_rgb(picture, name, deep)
+
+
+def _reader(data: bytes, name: str) -> type[ImageFile]:
+    brands = _brands(data)
+    if brands & _AVIF_BRANDS and AVIF_IS_BUILT_IN:
+        return AvifImageFile
+    if brands & _HEIC_BRANDS and not brands & _AVIF_BRANDS:
+        return _heic_reader(name)
+    reader = next((cls for magic, cls in _READERS.items() if data.startswith(magic)), None)
+    if reader is None:
+        raise ImageError(f"{name} is not a picture in a known format: save it as {_FORMATS}")
+    return reader
+
+
+def _brands(data: bytes) -> set[bytes]:
+    """The brands of an ISO media file: the one at 8, and from 16 on those it is compatible with."""
+    if data[4:8] != b"ftyp":
+        return set()
+    end = min(int.from_bytes(data[:4], "big"), 256)
+    return {data[8:12], *(data[at : at + 4] for at in range(16, end, 4))}
+
+
+def _heic_reader(name: str) -> type[ImageFile]:
+    try:
+        from pillow_heif import HeifImageFile
+    except ImportError:
+        raise ImageError(
+            f"{name} is a HEIC picture, for which a library is missing: "
+            f"pip install 'earlyfusion[heic]', or save it as {_FORMATS}"
+        ) from None
+    return cast("type[ImageFile]", HeifImageFile)
+
+
+def _decode_smaller(picture: JpegImageFile) -> None:
+    """Let a large JPEG come out 2, 4 or 8 times smaller, which its decoder does on the way."""
+    width, height = picture.size
+    step = next(s for s in (1, 2, 4, 8) if width * height <= MAX_PIXELS * s**2)
+    if step > 1:
+        picture.draft(None, (width // step, height // step))
 
 
 def _broken(name: str) -> ImageError:
     return ImageError(f"{name} is damaged or cut short: save or download it again as {_FORMATS}")
 
 
-def _upright_rgb(picture: PIL.Image.Image, name: str) -> PIL.Image.Image:
+def _upright_rgb(picture: PIL.Image.Image, name: str, deep: Deep = "scale") -> PIL.Image.Image:
+    if deep not in get_args(Deep):
+        raise ImageError(f"deep={deep!r} is unknown: choose 'scale' or 'clip'")
     _check_size(*picture.size, name)
     try:
         picture.load()
-        return _on_white(_upright(picture))
+        white = _white(picture, name) if deep == "scale" and picture.mode in _DEEP_MODES else None
+        if picture.width * picture.height > MAX_PIXELS:
+            return _upright(_reduced(picture, white))
+        return _rgb(_upright(picture), white)
+    except ImageError:
+        raise
     except Exception:
         raise _broken(name) from None
+
+
+def _reduced(picture: PIL.Image.Image, white: int | None) -> PIL.Image.Image:
+    """RGB of at most MAX_PIXELS, made a band of rows at a time; the mean of step x step pixels."""
+    width, height = picture.size
+    step = next(s for s in range(2, MAX_SIDE) if -(-width // s) * -(-height // s) <= MAX_PIXELS)
+    small = PIL.Image.new("RGB", (-(-width // step), -(-height // step)))
+    for top in range(0, small.height, _BAND_ROWS):
+        area = (0, top * step, width, min((top + _BAND_ROWS) * step, height))
+        small.paste(_rgb(picture.crop(area), white).reduce(step), (0, top))
+    small.getexif()[_ORIENTATION] = _orientation(picture)
+    return small
+
+
+def _orientation(picture: PIL.Image.Image) -> int:
+    try:
+        return int(picture.getexif().get(_ORIENTATION, 1))
+    except Exception:  # damaged metadata says nothing about the pixels
+        return 1
+
+
+def _white(picture: PIL.Image.Image, name: str) -> int:
+    """The value that means white in a picture of more than 8 bits."""
+    if picture.mode in _16_BITS:
+        return 65_535
+    low, high = cast("tuple[float, float]", picture.getextrema())
+    if picture.mode == "F":
+        white, kind = 1, "floats"
+    else:
+        white, kind = 255 if high <= 255 else 65_535, "32-bit numbers"
+    if not (low >= 0 and high <= white):
+        raise ImageError(
+            f"{name} is of {kind} from {low:g} to {high:g}, which may be any scale: "
+            f"bring them to 0 to {white:,}"
+        )
+    return white
+
+
+def _rgb(picture: PIL.Image.Image, white: int | None) -> PIL.Image.Image:
+    if white is None:
+        return _on_white(picture)
+    values = np.asarray(picture, dtype=np.float64)
+    if np.isnan(values).any():
+        raise ImageError("the picture holds values that are no numbers: bring them to 0 to 1")
+    return PIL.Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8)).convert("RGB")
 
 
 def _check_size(width: int, height: int, name: str) -> None:
@@ -285,10 +410,10 @@ def _check_size(width: int, height: int, name: str) -> None:
         raise ImageError(
             f"{name} is {width}x{height} pixels, the limit is {MAX_SIDE:,} a side: scale it down"
         )
-    if width * height > MAX_PIXELS:
+    if width * height > MAX_FILE_PIXELS:
         raise ImageError(
-            f"{name} is {width}x{height} pixels, the limit is {MAX_PIXELS // 10**6} megapixels: "
-            "scale it down"
+            f"{name} is {width}x{height} pixels, "
+            f"the limit is {MAX_FILE_PIXELS // 10**6} megapixels: scale it down"
         )
 
 

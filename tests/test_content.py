@@ -3,9 +3,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import struct
 import subprocess
 import sys
+import threading
 import zlib
 from pathlib import Path
 from typing import Any
@@ -58,7 +60,7 @@ def test_pixels_equal_metas(golden: Path) -> None:
     expected = json.loads((golden / "expected/preprocess.json").read_text())
     assert len(expected) == 17
     for name, case in expected.items():
-        array = pixels(Image.open(golden / "images" / name))
+        array = pixels(Image.open(golden / "images" / name, deep="clip"))
         assert hashlib.sha256(array.tobytes()).hexdigest() == case["whitened_sha256"], name
 
 
@@ -78,7 +80,7 @@ def test_sources_agree(tmp_path: Path) -> None:
     assert abs(pixels(Image.of(floats.bfloat16())).astype(int) - RGB).max() <= 1
 
 
-@pytest.mark.parametrize("format", ["PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG"])
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG", "AVIF"])
 def test_formats(format: str) -> None:
     grey = PIL.Image.new("L", (9, 5), 100)
     assert pixels(Image.from_bytes(saved(grey, format))).shape == (5, 9, 3)
@@ -95,6 +97,172 @@ def test_modes_and_transparency() -> None:
     assert pixels(Image.of(palette)).tolist() == [[[1, 2, 3], [1, 2, 3]]]
     for mode in ("CMYK", "YCbCr", "HSV", "LAB", "F", "I", "PA", "1", "L"):
         assert pixels(Image.of(PIL.Image.new(mode, (3, 2)))).shape == (2, 3, 3)
+
+
+GREYS = np.array([[0, 1, 128, 255], [64, 100, 200, 77]], dtype=np.uint8)
+
+
+def grey_of(source: Any, **how: Any) -> list[list[int]]:
+    array = pixels(Image.of(source, **how))
+    assert (array == array[..., :1]).all()
+    return array[..., 0].tolist()
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_grey_of_16_bits_in_a_file_is_scaled(format: str) -> None:
+    deep = GREYS.astype(np.uint16) * 257
+    data = saved(PIL.Image.fromarray(deep), format)
+    assert grey_of(data) == GREYS.tolist()
+    assert grey_of(data, deep="clip") == np.minimum(deep, 255).tolist()
+    between = PIL.Image.fromarray(np.array([[128, 129, 257 * 9 + 129]], dtype=np.uint16))
+    assert grey_of(saved(between, format)) == [[0, 1, 10]]  # to the nearest of 257
+
+
+def test_deep_pictures_are_scaled() -> None:
+    deep = GREYS.astype(np.uint16) * 257
+    for dtype, mode in (("<u2", "I;16"), (">u2", "I;16B")):
+        picture = PIL.Image.frombytes(mode, (4, 2), deep.astype(dtype).tobytes())
+        assert grey_of(picture) == grey_of(Image(picture).pil) == GREYS.tolist()
+    assert grey_of(PIL.Image.fromarray(deep.astype(np.int32))) == GREYS.tolist()
+    # 32-bit numbers that 8 bits hold are those of 8 bits, as convert("I") makes them.
+    assert grey_of(PIL.Image.fromarray(GREYS.astype(np.int32))) == GREYS.tolist()
+    assert grey_of(PIL.Image.fromarray(GREYS.astype(np.float32) / 255)) == GREYS.tolist()
+    dark = PIL.Image.fromarray(np.full((1, 2), 200, np.uint16))
+    assert grey_of(dark) == [[1, 1]]  # 200 of 65,535, whatever else is in the picture
+
+
+@pytest.mark.parametrize(
+    ("array", "sentence"),
+    [
+        (np.array([[0, 65_536]], np.int32), "32-bit numbers from 0 to 65536"),
+        (np.array([[-1, 9]], np.int32), "32-bit numbers from -1 to 9"),
+        (np.array([[0.0, 1.5]], np.float32), "floats from 0 to 1.5"),
+        (np.array([[-0.5, 0.5]], np.float32), "floats from -0.5 to 0.5"),
+        (np.array([[np.nan, 0.5]], np.float32), "nan"),
+        (np.array([[0.5, np.nan]], np.float32), "no numbers"),
+    ],
+)
+def test_deep_pictures_of_an_unknown_scale(array: np.ndarray[Any, Any], sentence: str) -> None:
+    picture = PIL.Image.fromarray(array)
+    for source in (picture, saved(picture, "TIFF")):
+        with pytest.raises(ImageError, match=sentence) as error:
+            Image.of(source)
+        check_sentence(error.value)
+
+
+def halves(width: int, height: int) -> PIL.Image.Image:
+    """Red on the left, blue on the right."""
+    picture = PIL.Image.new("RGB", (width, height), "red")
+    picture.paste("blue", (width // 2, 0, width, height))
+    return picture
+
+
+def corners(image: Image) -> list[tuple[int, ...]]:
+    array = pixels(image)
+    return [tuple((array[0, at].astype(int) + 40) // 255) for at in (0, -1)]
+
+
+@pytest.mark.parametrize(
+    ("size", "small"), [((60, 41), (30, 21)), ((100, 49), (50, 25)), ((71, 71), (24, 24))]
+)
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "TIFF", "AVIF", None])
+def test_large_pictures_are_scaled_down(
+    size: tuple[int, int], small: tuple[int, int], format: str | None, monkeypatch: Any
+) -> None:
+    """By the smallest whole number that brings them below the limit, in bands of rows."""
+    monkeypatch.setattr(content, "MAX_PIXELS", 1_250)
+    monkeypatch.setattr(content, "_BAND_ROWS", 7)
+    picture = halves(*size)
+    image = Image.of(saved(picture, format) if format else picture)
+    assert image.pil is not None and image.pil.size == small
+    assert corners(image) == [(1, 0, 0), (0, 0, 1)]
+
+
+def test_large_pictures_of_every_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bands give what the whole picture would: modes, transparency, 16 bits, orientation."""
+    rng = np.random.default_rng(0)
+    rgba = rng.integers(0, 256, (40, 30, 4), dtype=np.uint8)
+    deep = PIL.Image.fromarray(rng.integers(0, 65_536, (40, 30), dtype=np.uint16))
+    colours = PIL.Image.fromarray(rgba)
+    palette = colours.convert("RGB").quantize(50)
+    palette.info["transparency"] = 3
+    kinds = [colours, deep, palette, colours.convert("L"), colours.convert("CMYK")]
+    whole = [Image.of(picture).pil for picture in kinds]
+    monkeypatch.setattr(content, "MAX_PIXELS", 300)
+    monkeypatch.setattr(content, "_BAND_ROWS", 3)
+    for picture, full in zip(kinds, whole, strict=True):
+        assert full is not None
+        np.testing.assert_array_equal(pixels(Image.of(picture)), np.asarray(full.reduce(2)))
+    exif = colours.getexif()
+    exif[0x0112] = 6
+    for turned in (saved(colours, "PNG", exif=exif), saved(halves(40, 30), "JPEG", exif=exif)):
+        assert pixels(Image.of(turned)).shape[:2] == (15, 20)[:: -1 if turned[0] == 255 else 1]
+
+
+def test_large_jpeg_is_scaled_down_by_its_decoder() -> None:
+    """50 megapixels are never decoded whole: what the decoder hands out is a quarter of them."""
+    data = saved(halves(8_000, 6_250), "JPEG")
+    shapes = []
+    load = content.JpegImageFile.load
+
+    def spy(picture: Any) -> Any:
+        shapes.append(picture.size)
+        return load(picture)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(content.JpegImageFile, "load", spy)
+        image = Image.from_bytes(data)
+    assert set(shapes) == {(4_000, 3_125)}
+    assert image.pil is not None and image.pil.size == (4_000, 3_125)
+    assert corners(image) == [(1, 0, 0), (0, 0, 1)]
+
+
+def test_a_large_picture_of_the_caller_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(content, "MAX_PIXELS", 300)
+    for format in ("JPEG", "PNG"):
+        picture = PIL.Image.open(io.BytesIO(saved(halves(40, 30), format)))
+        small = Image.of(picture).pil
+        assert small is not None and small.size == (20, 15)
+        assert picture.size == (40, 30) and np.asarray(picture).shape == (30, 40, 3)
+
+
+HEIC_HEAD = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+
+
+def test_heic_without_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    for brands in (b"heicmif1", b"mif1heic"):
+        head = HEIC_HEAD[:8] + brands[:4] + bytes(4) + brands[4:] * 2
+        with pytest.raises(ImageError, match=r"pip install 'earlyfusion\[heic\]'") as error:
+            Image.from_bytes(head)
+        check_sentence(error.value)
+
+
+def test_heic() -> None:
+    heif = pytest.importorskip("pillow_heif")
+    file = io.BytesIO()
+    exif = halves(64, 48).getexif()
+    exif[0x0112] = 6
+    heif.from_pillow(halves(64, 48)).save(file, exif=exif.tobytes(), quality=-1)
+    upright = pixels(Image.from_bytes(file.getvalue())).astype(int)
+    assert upright.shape == (64, 48, 3)
+    assert abs(upright - np.rot90(np.asarray(halves(64, 48)), -1)).mean() < 2
+    with pytest.raises(ImageError, match="damaged"):
+        Image.from_bytes(HEIC_HEAD + bytes(50))
+
+
+def test_names_in_errors_are_as_typed(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match=r"^https://example\.org/a\.png is an address: download"):
+        Image.open("https://example.org/a.png")
+
+
+def test_a_pipe_can_be_read(tmp_path: Path) -> None:
+    pipe, data = tmp_path / "pipe", saved(PIL.Image.fromarray(RGB), "PNG")
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_bytes, args=(data,), daemon=True)
+    writer.start()
+    np.testing.assert_array_equal(pixels(Image.open(pipe)), RGB)
+    writer.join()
 
 
 def test_exif_rotation(tmp_path: Path) -> None:
@@ -146,8 +314,8 @@ def check_sentence(error: Exception) -> None:
     ("size", "sentence"),
     [
         ((20_000, 20_000), "20000x20000 pixels, the limit is 16,384 a side"),
-        ((12_000, 9_000), "12000x9000 pixels, the limit is 25 megapixels"),
-        ((16_384, 16_384), "the limit is 25 megapixels"),
+        ((14_000, 14_500), "14000x14500 pixels, the limit is 200 megapixels"),
+        ((16_384, 16_384), "the limit is 200 megapixels"),
         ((2**31 - 1, 1), "the limit is 16,384 a side"),
         ((0, 5), "it needs at least 1x1|damaged"),
     ],
@@ -275,3 +443,7 @@ def test_placeholders() -> None:
     for text, images in (("<image><image>", [one]), ("<image>", []), ("<image>", [one, two])):
         with pytest.raises(PromptError, match="the prompt marks"):
             fill_placeholders(text, images)
+    with pytest.raises(PromptError, match="marks 2 places with <image> but 1 image is given"):
+        fill_placeholders("<image><image>", [one])
+    with pytest.raises(PromptError, match="marks 1 place with <image> but 2 images are given"):
+        fill_placeholders("<image>", [one, two])

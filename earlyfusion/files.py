@@ -1,0 +1,130 @@
+"""Files that a person may care about: written whole or not at all, and never over what is there.
+
+Every file is written under a hidden name beside its own and then linked or renamed to it, so that a
+full disk, a crash or a kill leaves nothing under the name. Errors of the disk are `SettingError`s:
+one sentence with the path, the reason and the remedy.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from earlyfusion.errors import SettingError
+
+Write = Callable[[BinaryIO], object]
+
+
+def write_whole(path: Path, write: Write, overwrite: bool = False) -> None:
+    """Write a file with `write(file)`; the folders above it are made.
+
+    Raises `SettingError` where it cannot be written, or is there already without `overwrite`.
+    """
+    with _beside(path, write) as part:
+        if overwrite:
+            os.replace(part, path)
+        elif not _placed(part, path):
+            raise taken(path)
+
+
+def write_next(folder: Path, stem: str, suffix: str, write: Write, first: int = 1) -> Path:
+    """Write `folder/stem-N.suffix` with the next free number N, from `first` up; its path.
+
+    Safe beside other processes that write there: each gets a number of its own.
+    """
+    number = first
+    with _beside(folder / f"{stem}{suffix}", write) as part:
+        while not _placed(part, path := folder / f"{stem}-{number}{suffix}"):
+            number += 1
+    return path
+
+
+def next_number(folder: Path, stem: str, suffix: str) -> int:
+    """One more than the largest number N of the files `stem-N.suffix` in a folder."""
+    name = re.compile(rf"{re.escape(stem)}-(\d+){re.escape(suffix)}", re.IGNORECASE)
+    try:
+        found = [name.fullmatch(entry) for entry in os.listdir(folder)]
+    except OSError:
+        return 1
+    return max((int(match[1]) for match in found if match), default=0) + 1
+
+
+def taken(path: Path) -> SettingError:
+    """What to say of a path that is there and was not to be replaced."""
+    return SettingError(
+        f"{path} is there already: choose another name, or replace it with --overwrite"
+    )
+
+
+def check_writable(folder: Path) -> None:
+    """Raise `SettingError` unless files can be made in the folder, or the folder itself can."""
+    try:
+        nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+        good = nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+    except OSError:
+        good = False
+    if not good:
+        raise SettingError(
+            f"{folder} is no folder that can be written to: choose another with --out"
+        )
+
+
+@contextmanager
+def unwritten_on_failure() -> Iterator[list[Path]]:
+    """A list of files to be made: those that it holds are deleted if the block fails."""
+    made: list[Path] = []
+    try:
+        yield made
+    except BaseException:
+        for path in made:
+            path.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def _beside(path: Path, write: Write) -> Iterator[Path]:
+    """The finished contents under a hidden name beside `path`; it is gone after the block.
+
+    What fails with an `OSError`, in the block too, is told of `path`.
+    """
+    part = path.with_name(f".{secrets.token_hex(8)}.part")
+    try:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("xb") as file:
+                write(file)
+            yield part
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        reason = error.strerror or "the disk refuses it"
+        raise SettingError(
+            f"{path} cannot be written ({reason[:1].lower()}{reason[1:]}): "
+            "free the disk or choose another place"
+        ) from None
+
+
+def _placed(part: Path, path: Path) -> bool:
+    """Give a finished file its name, unless that is taken."""
+    try:
+        os.link(part, path)
+        return True
+    except FileExistsError:
+        return False
+    except OSError:
+        return _claimed(part, path)
+
+
+def _claimed(part: Path, path: Path) -> bool:
+    """`_placed` on a disk without hard links: the name is taken first, then filled."""
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    except FileExistsError:
+        return False
+    os.replace(part, path)
+    return True
