@@ -6,29 +6,69 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from earlyfusion.api import Chameleon, Reply
+    from earlyfusion.api import Chameleon, Reply, Score
     from earlyfusion.content import Image, Message, Text
-    from earlyfusion.generation.settings import SamplingParams
-    from earlyfusion.hf import (
-        ChameleonConfig,
-        ChameleonForConditionalGeneration,
-        ChameleonImageProcessor,
-        ChameleonModel,
-        ChameleonProcessor,
-        ChameleonVQVAE,
-        ChameleonVQVAEConfig,
-        register,
+    from earlyfusion.errors import (
+        CheckpointError,
+        ContextError,
+        DataError,
+        EarlyFusionError,
+        ImageError,
+        PromptError,
+        SettingError,
     )
+    from earlyfusion.generation.reference import (
+        Event,
+        Finished,
+        ImageDone,
+        ImagePreview,
+        ImageProgress,
+        ImageStarted,
+        TextDelta,
+        TokenDrawn,
+        Usage,
+    )
+    from earlyfusion.generation.settings import SamplingParams
+    from earlyfusion.generation.steering import TokenLogprob
+    from earlyfusion.hf import ChameleonConfig as ChameleonConfig
+    from earlyfusion.hf import (
+        ChameleonForConditionalGeneration as ChameleonForConditionalGeneration,
+    )
+    from earlyfusion.hf import ChameleonImageProcessor as ChameleonImageProcessor
+    from earlyfusion.hf import ChameleonModel as ChameleonModel
+    from earlyfusion.hf import ChameleonProcessor as ChameleonProcessor
+    from earlyfusion.hf import ChameleonVQVAE as ChameleonVQVAE
+    from earlyfusion.hf import ChameleonVQVAEConfig as ChameleonVQVAEConfig
+    from earlyfusion.hf import register as register
 
 __version__ = "0.1.0"
 
+_ERRORS, _EVENTS = "earlyfusion.errors", "earlyfusion.generation.reference"
 _HOME = {
     "Chameleon": "earlyfusion.api",
     "Reply": "earlyfusion.api",
+    "Score": "earlyfusion.api",
     "Image": "earlyfusion.content",
     "Message": "earlyfusion.content",
     "Text": "earlyfusion.content",
     "SamplingParams": "earlyfusion.generation.settings",
+    "TokenLogprob": "earlyfusion.generation.steering",
+    "Event": _EVENTS,
+    "Finished": _EVENTS,
+    "ImageDone": _EVENTS,
+    "ImagePreview": _EVENTS,
+    "ImageProgress": _EVENTS,
+    "ImageStarted": _EVENTS,
+    "TextDelta": _EVENTS,
+    "TokenDrawn": _EVENTS,
+    "Usage": _EVENTS,
+    "CheckpointError": _ERRORS,
+    "ContextError": _ERRORS,
+    "DataError": _ERRORS,
+    "EarlyFusionError": _ERRORS,
+    "ImageError": _ERRORS,
+    "PromptError": _ERRORS,
+    "SettingError": _ERRORS,
     "ChameleonConfig": "earlyfusion.hf",
     "ChameleonForConditionalGeneration": "earlyfusion.hf",
     "ChameleonImageProcessor": "earlyfusion.hf",
@@ -38,22 +78,33 @@ _HOME = {
     "ChameleonVQVAEConfig": "earlyfusion.hf",
     "register": "earlyfusion.hf",
 }
+# What needs transformers is had by its name, but `from earlyfusion import *` leaves it out.
 __all__ = [
     "Chameleon",
-    "ChameleonConfig",
-    "ChameleonForConditionalGeneration",
-    "ChameleonImageProcessor",
-    "ChameleonModel",
-    "ChameleonProcessor",
-    "ChameleonVQVAE",
-    "ChameleonVQVAEConfig",
+    "CheckpointError",
+    "ContextError",
+    "DataError",
+    "EarlyFusionError",
+    "Event",
+    "Finished",
     "Image",
+    "ImageDone",
+    "ImageError",
+    "ImagePreview",
+    "ImageProgress",
+    "ImageStarted",
     "Message",
+    "PromptError",
     "Reply",
     "SamplingParams",
+    "Score",
+    "SettingError",
     "Text",
+    "TextDelta",
+    "TokenDrawn",
+    "TokenLogprob",
+    "Usage",
     "__version__",
-    "register",
 ]
 
 
@@ -64,4 +115,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted({*__all__, *_HOME})

@@ -8,15 +8,16 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
+from numbers import Integral
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, Unpack, get_args
 
 import numpy as np
 import PIL.Image
 import torch
 
-from earlyfusion.checkpoints import formats
+from earlyfusion.checkpoints import formats, lumina
 from earlyfusion.checkpoints.hf import Loaded, assemble
 from earlyfusion.config import ModelConfig
 from earlyfusion.content import Image, Message, Prompt, Segment, Text, as_messages
@@ -33,15 +34,20 @@ from earlyfusion.generation.reference import (
     Reason,
     Request,
     TextDelta,
+    TokenDrawn,
     Usage,
 )
-from earlyfusion.generation.settings import SamplingParams
+from earlyfusion.generation.settings import SamplingFields, SamplingParams, with_fields
+from earlyfusion.generation.steering import TokenLogprob
 from earlyfusion.image_tokenizer import ImageTokenizer
 from earlyfusion.model.packed import quantise
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.processor import Processor
+from earlyfusion.vocabulary import ImageLayout
 
 Output = Literal["text", "image", "interleaved", "auto"]
+Size: TypeAlias = tuple[int, int]
+"""Width and height of a picture in pixels."""
 Watch = Callable[[Event, Image | None], None]
 Codes = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -63,11 +69,18 @@ _BITS = {"int8": 8, "int4": 4}
 
 @dataclass(frozen=True, eq=False)
 class Reply:
-    """What the model answered: `segments` in order, pictures decoded and with their codes."""
+    """What the model answered: `segments` in order, pictures decoded and with their codes.
+
+    The same request with `seed` gives the same reply. `logprobs` has an entry for each drawn token,
+    where they were asked for. Where the prompt ends with the assistant's turn, this is only what
+    follows it.
+    """
 
     segments: list[Segment]
     finish_reason: Reason
     usage: Usage
+    seed: int | None = None
+    logprobs: list[TokenLogprob] | None = None
 
     @property
     def text(self) -> str:
@@ -84,11 +97,33 @@ class Reply:
         return Message("assistant", self.segments)
 
 
+@dataclass(frozen=True)
+class Score:
+    """How likely an answer is: natural logarithms of the model's own probabilities.
+
+    `tokens` and `token_logprobs` have one entry a token, the end of the reply too where it counts.
+    """
+
+    tokens: list[int]
+    token_logprobs: list[float]
+
+    @property
+    def logprob(self) -> float:
+        """Of the whole answer."""
+        return sum(self.token_logprobs)
+
+    @property
+    def per_token(self) -> float:
+        """Their mean, to compare answers of different lengths."""
+        return self.logprob / len(self.tokens)
+
+
 class Chameleon:
     """A model in memory: transformer, image tokenizer and processor.
 
-    `defaults` holds the model's own sampling settings, as in its `generation_config.json`. One
-    `engine` answers everything that is asked of this object, from any thread.
+    `defaults` holds the model's own sampling settings, as in its `generation_config.json`; `folder`
+    is where it was read. One `engine` answers everything that is asked of this object, from any
+    thread. Copies and pickles of it hold the model without the engine.
     """
 
     def __init__(
@@ -97,11 +132,14 @@ class Chameleon:
         image_tokenizer: ImageTokenizer,
         processor: Processor,
         defaults: Mapping[str, Any] | None = None,
+        name: str = "",
+        folder: Path | None = None,
     ) -> None:
         self.transformer = transformer.eval()
         self.image_tokenizer = image_tokenizer
         self.processor = processor
         self.defaults = dict(defaults or {})
+        self.name, self.folder = name, folder
         self._engine: Engine | None = None
         self._known_codes: OrderedDict[bytes, Codes] = OrderedDict()
         self._lock = Lock()
@@ -140,7 +178,8 @@ class Chameleon:
             share(transformer)
         side, mode = loaded.config.vq_config.resolution, loaded.resize_mode
         tokenizer = ImageTokenizer(loaded.vqgan, side, mode)
-        return cls(transformer, tokenizer, loaded.processor, loaded.generation_defaults)
+        defaults, folder = loaded.generation_defaults, loaded.folder
+        return cls(transformer, tokenizer, loaded.processor, defaults, str(name), folder)
 
     @property
     def config(self) -> ModelConfig:
@@ -169,14 +208,21 @@ class Chameleon:
         output: Output = "auto",
         sampling: SamplingParams | None = None,
         seed: int | None = None,
+        size: Size | None = None,
+        **fields: Unpack[SamplingFields],
     ) -> Reply:
-        """Answer a prompt: a text, a list of parts, or messages that end with the user's turn.
+        """Answer a prompt: a text, a list of parts, or messages.
 
+        Messages end with the user's turn, or with the assistant's, which the reply then continues.
         `output` says what may come: text only; `max_images` pictures (1 if not set) and nothing
-        else; or both in the order of the model's choice ("interleaved", "auto"). `seed` goes before
-        `sampling.seed`; the same seed gives the same reply. Raises an `EarlyFusionError`.
+        else; or both in the order of the model's choice ("interleaved", "auto"). `size` is the
+        width and height of pictures in pixels, for models that draw several sizes. Fields of
+        `SamplingParams` may be given by name (`temperature=0`) and go before those of `sampling`,
+        as `seed` does; the same seed gives the same reply. Raises an `EarlyFusionError`.
         """
-        return self.collect(self.stream(prompt, output, sampling, seed))
+        request = self.request(prompt, output, sampling, seed, size, **fields)
+        self.engine.check(request)
+        return self.collect(self._events(request, decode=False))
 
     def stream(
         self,
@@ -185,23 +231,31 @@ class Chameleon:
         sampling: SamplingParams | None = None,
         seed: int | None = None,
         preview_every: int = 0,
+        size: Size | None = None,
+        **fields: Unpack[SamplingFields],
     ) -> Iterator[Event]:
         """The events of `generate` as they come; `Finished` is the last. Mistakes raise at once.
 
-        The request begins with the first event taken, and ends when the iterator is closed. With
-        `preview_every` there is an `ImagePreview` after so many codes of a picture, decoded when it
-        is taken; one that was overtaken by then is left out.
+        The request begins with the first event taken, and ends when the iterator is closed. An
+        `ImageDone` is decoded when it is taken. With `preview_every` there is an `ImagePreview`
+        after so many codes of a picture, decoded when it is taken; one that was overtaken by then
+        is left out.
         """
         every = _checked_every(preview_every)
-        request = replace(self.request(prompt, output, sampling, seed), preview_every=every)
+        _check_names(fields, "preview_every")
+        request = self.request(prompt, output, sampling, seed, size, **fields)
+        request = replace(request, preview_every=every)
         self.engine.check(request)
         return self._events(request)
 
-    def _events(self, request: Request) -> Iterator[Event]:
+    def _events(self, request: Request, decode: bool = True) -> Iterator[Event]:
         handle = self.engine.add(request)
         try:
             for event in handle:
-                if not isinstance(event, ImagePreview):
+                if isinstance(event, ImageDone) and decode:
+                    [image] = self._drawn([event])
+                    yield replace(event, pil=image.pil)
+                elif not isinstance(event, ImagePreview):
                     yield event
                 elif not any(isinstance(e, ImagePreview | ImageDone) for e in [*handle.events]):
                     yield replace(event, pil=self._sketch(event))
@@ -221,24 +275,26 @@ class Chameleon:
         prompts: Sequence[Prompt],
         output: Output | Sequence[Output] = "auto",
         sampling: SamplingParams | Sequence[SamplingParams | None] | None = None,
-        seed: int | None = None,
+        seed: int | Sequence[int | None] | None = None,
+        size: Size | None = None,
+        **fields: Unpack[SamplingFields],
     ) -> list[Reply]:
-        """Answer all prompts at once, each as `generate` would; `output` and `sampling` may be
-        lists too.
+        """Answer all prompts at once, each as `generate` would; `output`, `sampling` and `seed` may
+        be lists too.
 
-        With `seed`, prompt number i has the seed `seed + i`.
+        With one `seed`, prompt number i has the seed `seed + i`.
         """
+        _check_names(fields, "prompts")
         if isinstance(prompts, str) or not isinstance(prompts, Sequence):
             raise PromptError(
                 f"prompts is a {type(prompts).__name__}: give a list of prompts, or use generate"
             )
-        count, seed = len(prompts), SamplingParams(seed=seed).seed
+        count = len(prompts)
         outputs: list[Output] = _each("output", output, count)
         samplings: list[SamplingParams | None] = _each("sampling", sampling, count)
-        seeds = [None if seed is None else seed + i for i in range(count)]
         # Every request is checked before the first is answered.
-        rows = zip(prompts, outputs, samplings, seeds, strict=True)
-        requests = [self.request(*row) for row in rows]
+        rows = zip(prompts, outputs, samplings, _seeds(seed, count), strict=True)
+        requests = [self.request(*row, size, **fields) for row in rows]
         for request in requests:
             self.engine.check(request)
         handles = [self.engine.add(request) for request in requests]
@@ -254,39 +310,65 @@ class Chameleon:
         output: Output = "auto",
         sampling: SamplingParams | None = None,
         seed: int | None = None,
+        size: Size | None = None,
+        **fields: Unpack[SamplingFields],
     ) -> Request:
         """The checked request that `generate` answers, its pictures encoded, its seed chosen."""
+        _check_names(fields)
         _check_choice("output", output, get_args(Output))
         if output in ("image", "interleaved") and not self.can_draw:
             raise CheckpointError(
                 f"this checkpoint has no VQ decoder, so output={output!r} is not possible: "
                 "ask for text, or add one with earlyfusion convert --image-tokenizer"
             )
-        asked = _with_seed(sampling, seed)
+        asked = _with_seed(with_fields(sampling, fields), seed)
+        layout = self.processor.layout if size is None else self._layout_of(size, output)
         messages = as_messages(prompt)
-        length = self._checked_length(messages, draws=output == "image")
+        length = self._checked_length(messages, layout, draws=output == "image")
         settings = asked.resolved(self.defaults)
-        room, images = self._bounds(output, asked, settings, length)
+        room, images = self._bounds(output, asked, settings, length, layout)
         ids = self.processor.encode(messages, self._codes(messages)).ids
         kind = "interleaved" if output == "auto" else output
-        return Request(ids, kind, settings, images, room)
+        return Request(ids, kind, settings, images, room, layout=layout)
 
-    def _checked_length(self, messages: Sequence[Message], draws: bool) -> int:
+    def _layout_of(self, size: Size, output: Output) -> ImageLayout:
+        """How a picture of this width and height in pixels is spelled."""
+        if output == "text":
+            raise SettingError("size is that of pictures, and output='text' has none: leave it out")
+        own, stride = self.processor.layout, self.config.vq_config.stride
+        layouts = lumina.layouts(own.height) if lumina.is_layout(own) else [own]
+        possible = {(o.width * stride, o.height * stride): o for o in layouts}
+        wanted = tuple(size) if isinstance(size, list | tuple) else size
+        if wanted not in possible:
+            shown = "x".join(map(str, wanted)) if isinstance(wanted, tuple) else repr(wanted)
+            sizes = ", ".join(f"{width}x{height}" for width, height in possible)
+            raise SettingError(
+                f"size={shown[:40]} is not drawn by this model: use (width, height) of {sizes}"
+            )
+        return possible[wanted]
+
+    def _checked_length(self, messages: Sequence[Message], drawn: ImageLayout, draws: bool) -> int:
         """Tokens of the prompt, counted before any picture is encoded."""
         layout, limit = self.processor.layout, self.config.max_position_embeddings
         images = [image for message in messages for image in message.images]
         blank = np.zeros((layout.height, layout.width), dtype=np.int64)
         length = len(self.processor.encode(messages, [blank] * len(images)).ids)
-        wanted = layout.num_tokens if draws else 1
+        wanted = drawn.num_tokens if draws else 1
         if length + wanted > limit:
-            raise ContextError(_too_long(length, limit, len(images), layout.num_tokens, draws))
+            taken = len(images), len(images) * layout.num_tokens
+            raise ContextError(_too_long(length, limit, *taken, drawn.num_tokens if draws else 0))
         return length
 
     def _bounds(
-        self, output: Output, asked: SamplingParams, settings: SamplingParams, length: int
+        self,
+        output: Output,
+        asked: SamplingParams,
+        settings: SamplingParams,
+        length: int,
+        layout: ImageLayout,
     ) -> tuple[int, int]:
         """How many tokens and how many images may come."""
-        image_tokens = self.processor.layout.num_tokens
+        image_tokens = layout.num_tokens
         free = self.config.max_position_embeddings - length
         if output != "image":
             room = min(free, settings.max_tokens or free)
@@ -339,7 +421,7 @@ class Chameleon:
         """
         if watch is None:
             return self._replies([list(events)])[0]
-        told, images = [], []
+        told, images = list[Event](), list[Image]()
         for event in events:
             if isinstance(event, ImageDone):
                 images += self._drawn([event])
@@ -354,27 +436,37 @@ class Chameleon:
         return [_reply(events, images) for events in told]
 
     def _drawn(self, done: Sequence[ImageDone]) -> list[Image]:
-        if not done:
-            return []
-        codes = torch.from_numpy(np.stack([event.codes for event in done]))
-        pictures = self.image_tokenizer.decode(codes)
-        return [Image(pil, event.codes) for pil, event in zip(pictures, done, strict=True)]
+        """Their pictures; those of one size that are not decoded yet are decoded together."""
+        pictures = {number: event.pil for number, event in enumerate(done)}
+        shapes = {event.codes.shape for event in done if event.pil is None}
+        for shape in shapes:
+            alike = [n for n, e in enumerate(done) if e.pil is None and e.codes.shape == shape]
+            codes = torch.from_numpy(np.stack([done[number].codes for number in alike]))
+            pictures |= zip(alike, self.image_tokenizer.decode(codes), strict=True)
+        return [Image(pictures[number], event.codes) for number, event in enumerate(done)]
 
 
 def _reply(events: Iterable[Event], images: Iterable[Image]) -> Reply:
     """Text and pictures in their order; `images` gives one for each `ImageDone`."""
-    segments: list[Segment] = []
+    events = list(events)
+    keep_lead = any(isinstance(event, Finished) and event.continues for event in events)
+    segments, logprobs = list[Segment](), list[TokenLogprob]()
     text, drawn = "", iter(images)
     for event in events:
         if isinstance(event, TextDelta):
             text += event.text
         if isinstance(event, ImageStarted | Finished):
-            segments += [Text(text.strip())] if text.strip() else []
+            if text.strip():
+                # What continues a turn keeps the blank that parts the two.
+                lead = keep_lead and not segments
+                segments.append(Text(text.rstrip() if lead else text.strip()))
             text = ""
         if isinstance(event, ImageDone):
             segments.append(next(drawn))
+        if isinstance(event, TokenDrawn):
+            logprobs.append(event.logprob)
         if isinstance(event, Finished):
-            return Reply(segments, event.reason, event.usage)
+            return Reply(segments, event.reason, event.usage, event.seed, logprobs or None)
     raise RuntimeError("the events of a reply ended without Finished")
 
 
@@ -385,8 +477,8 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def _checked_every(codes: object) -> int:
-    if isinstance(codes, int) and not isinstance(codes, bool) and codes >= 0:
-        return codes
+    if not isinstance(codes, bool) and isinstance(codes, Integral) and int(codes) >= 0:
+        return int(codes)
     shown = repr(codes)[:40]
     raise SettingError(f"preview_every={shown} is not possible: use 0 (off) or a number of codes")
 
@@ -435,15 +527,24 @@ def _load_part(
     return assemble(open_part(source, parts), device, dtype or _own_dtype(size, device))
 
 
-def _with_seed(sampling: SamplingParams | None, seed: int | None) -> SamplingParams:
-    if not isinstance(sampling, SamplingParams | None):
-        raise SettingError(
-            f"sampling is a {type(sampling).__name__}: give SamplingParams or leave it out"
-        )
-    asked = sampling or SamplingParams()
+def _with_seed(asked: SamplingParams, seed: int | None) -> SamplingParams:
     if seed is not None:
         return replace(asked, seed=seed)
     return asked if asked.seed is not None else replace(asked, seed=secrets.randbits(63))
+
+
+def _seeds(seed: Any, count: int) -> list[int | None]:
+    """The seed of each prompt, None where it is to be drawn."""
+    listed: Any = seed.tolist() if isinstance(seed, np.ndarray) else seed
+    if isinstance(listed, list | tuple):
+        return _each("seed", listed, count)
+    first = SamplingParams(seed=listed).seed
+    return [None if first is None else first + i for i in range(count)]
+
+
+def _check_names(fields: Mapping[str, Any], *more: str) -> None:
+    """`SettingError` where a keyword is none of `generate` or `more`."""
+    with_fields(None, dict.fromkeys(fields), ["output", "sampling", "seed", "size", *more])
 
 
 def _each(name: str, value: Any, count: int) -> list[Any]:
@@ -456,13 +557,13 @@ def _each(name: str, value: Any, count: int) -> list[Any]:
     return list(value)
 
 
-def _too_long(length: int, limit: int, images: int, image_tokens: int, draws: bool) -> str:
+def _too_long(length: int, limit: int, images: int, image_tokens: int, drawn: int) -> str:
     sentence = f"prompt is {length:,} tokens, limit {limit:,}"
     causes = []
     if images:
         count = "1 image takes" if images == 1 else f"{images} images take"
-        causes.append(f"{count} {images * image_tokens:,}")
-    if draws:
-        causes.append(f"the image to draw takes {image_tokens:,}")
+        causes.append(f"{count} {image_tokens:,}")
+    if drawn:
+        causes.append(f"the image to draw takes {drawn:,}")
     remedy = "drop an image or shorten the text" if images else "shorten it"
     return f"{sentence}: {'; '.join([*causes, remedy])}"

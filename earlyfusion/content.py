@@ -10,7 +10,9 @@ are read. Reading the largest picture takes about 1 GB for a moment, WEBP 2.5 GB
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import base64
+import binascii
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -62,7 +64,7 @@ _ORIENTATION = 0x0112
 _ALPHA = np.arange(256)[:, None] / 255.0
 _OVER_WHITE = ((1 - _ALPHA) * 255 + _ALPHA * np.arange(256)).astype(np.uint8)
 
-Role: TypeAlias = Literal["user", "assistant"]
+Role: TypeAlias = Literal["user", "assistant", "system"]
 Deep: TypeAlias = Literal["scale", "clip"]
 
 
@@ -140,19 +142,22 @@ class Image:
 
 
 Segment: TypeAlias = Text | Image
-Part: TypeAlias = str | Text | Image | PIL.Image.Image | Path
+Part: TypeAlias = str | Text | Image | PIL.Image.Image | Path | npt.NDArray[Any]
 
 
 @dataclass(init=False)
 class Message:
-    """One turn: who speaks and what, in order. Parts may be given as str, PIL image or path too."""
+    """One turn: who speaks and what, in order. Parts may be given as str, PIL image, path, array or
+    tensor too."""
 
     role: Role
     parts: list[Segment]
 
     def __init__(self, role: Role, parts: Part | Sequence[Part]) -> None:
         if role not in get_args(Role):
-            raise PromptError(f"role {role!r} is unknown: a message is by 'user' or 'assistant'")
+            raise PromptError(
+                f"role {role!r} is unknown: a message is by 'user', 'assistant' or 'system'"
+            )
         self.role = role
         self.parts = _segments(parts)
 
@@ -161,18 +166,22 @@ class Message:
         return [part for part in self.parts if isinstance(part, Image)]
 
 
-Prompt: TypeAlias = Part | Message | Sequence[Part] | Sequence[Message]
+Spoken: TypeAlias = Message | Mapping[str, Any]
+Prompt: TypeAlias = Part | Spoken | Sequence[Part] | Sequence[Spoken]
 
 
 def as_messages(prompt: Prompt) -> list[Message]:
-    """The turns of a prompt: a text, a list of parts, or messages that end with the user's turn.
+    """The turns of a prompt: a text, a list of parts, or messages.
 
-    Raises `PromptError` when it is empty, holds something else, or its turns do not alternate.
+    A message may be a dict of "role" and "content", as chat templates and servers take it. The last
+    is the user's, or the assistant's, which is then the beginning of the answer. A system's text is
+    joined with the user's turn beside it by a line end, as in training data. Raises `PromptError`
+    when it is empty, holds something else, or its turns do not alternate.
     """
-    if isinstance(prompt, Message):
+    if isinstance(prompt, Message | Mapping):
         prompt = [prompt]
-    if isinstance(prompt, list | tuple) and any(isinstance(item, Message) for item in prompt):
-        messages = _only_messages(prompt)
+    if isinstance(prompt, list | tuple) and any(isinstance(i, Message | Mapping) for i in prompt):
+        messages = _by_two_speakers(_only_messages(prompt))
     else:
         messages = [Message("user", cast("Sequence[Part]", prompt))]
     _check_turns(messages)
@@ -220,31 +229,95 @@ def _segment(part: Any) -> Segment:
         return part
     if isinstance(part, str):
         return Text(part)
-    if isinstance(part, PIL.Image.Image | Path):
+    if isinstance(part, PIL.Image.Image | Path | np.ndarray) or _is_tensor(part):
         return Image.of(part)
     raise PromptError(
         f"a prompt cannot hold an object of type {type(part).__name__}: "
-        "its parts are str, Text, Image, PIL images and pathlib.Path"
+        "its parts are str, Text, Image, PIL images, pathlib.Path, arrays and tensors"
     )
 
 
 def _only_messages(items: Sequence[Any]) -> list[Message]:
-    for item in items:
-        if not isinstance(item, Message):
-            raise PromptError(
-                f"a list of messages cannot hold an object of type {type(item).__name__}: "
-                "wrap it in a Message"
-            )
-    return list(items)
+    return [_message(item) for item in items]
+
+
+def _message(item: Any) -> Message:
+    if isinstance(item, Message):
+        return item
+    if not isinstance(item, Mapping):
+        raise PromptError(
+            f"a list of messages cannot hold an object of type {type(item).__name__}: "
+            "wrap it in a Message"
+        )
+    if not {"role", "content"} <= item.keys():
+        raise PromptError(
+            f"a message has the keys {', '.join(map(str, item))}: it needs role and content"
+        )
+    content = item["content"]
+    listed = content if isinstance(content, list | tuple) else [content]
+    return Message(item["role"], [_typed(p) if isinstance(p, Mapping) else p for p in listed])
+
+
+def _typed(part: Mapping[str, Any]) -> Part:
+    """A part {"type": "text", "text": …} or {"type": "image", "image": …}."""
+    kind = part.get("type")
+    if kind == "text" and isinstance(part.get("text"), str):
+        return Text(part["text"])
+    if kind in ("image", "image_url"):
+        return _typed_image(part)
+    raise PromptError(
+        f"a part of type {str(kind)[:40]!r} is not known: "
+        'write {"type": "text", "text": …} or {"type": "image", "image": …}'
+    )
+
+
+def _typed_image(part: Mapping[str, Any]) -> Image:
+    source = next((part[k] for k in _PICTURE_KEYS if part.get(k) is not None), None)
+    if isinstance(source, Mapping):
+        source = source.get("url")
+    if source is None:
+        raise PromptError(f"a part of type image has no picture: give it as {_PICTURE_KEYS[0]!r}")
+    if not isinstance(source, str):
+        return Image.of(source)
+    if source.startswith(("http://", "https://")):
+        raise PromptError(f"{source[:60]} is not fetched: download the picture and give its path")
+    if "base64" in part or source.startswith("data:"):
+        return Image.from_bytes(_unpacked(source))
+    return Image.open(source.removeprefix("file://"))
+
+
+_PICTURE_KEYS = ("image", "image_url", "url", "path", "base64")
+
+
+def _unpacked(text: str) -> bytes:
+    """The bytes of a data URL, or of plain base64."""
+    head, comma, body = text.partition(",")
+    if comma and not head.endswith(";base64"):
+        raise ImageError("a data URL of a picture must be in base64: data:image/png;base64,…")
+    try:
+        return base64.b64decode(body if comma else text, validate=True)
+    except (binascii.Error, ValueError):
+        raise ImageError("the base64 of a picture is damaged: encode its bytes again") from None
+
+
+def _by_two_speakers(messages: Sequence[Message]) -> list[Message]:
+    """The system's turns as part of the user's, joined by a line end."""
+    turns: list[Message] = []
+    last = ""
+    for message in messages:
+        role: Role = "user" if message.role == "system" else message.role
+        if turns and turns[-1].role == role and "system" in (last, message.role):
+            turns[-1] = Message(role, [*turns[-1].parts, Text("\n"), *message.parts])
+        else:
+            turns.append(message if message.role == role else Message(role, message.parts))
+        last = message.role
+    return turns
 
 
 def _check_turns(messages: list[Message]) -> None:
-    if messages[-1].role != "user":
-        raise PromptError(
-            f"the last of {len(messages)} messages is the assistant's: end with the user's turn"
-        )
     check_alternation(messages)
-    if not any(isinstance(p, Image) or p.text.strip() for p in messages[-1].parts):
+    asked = [message for message in messages if message.role == "user"][-1]
+    if not any(isinstance(p, Image) or p.text.strip() for p in asked.parts):
         raise PromptError("the prompt is empty: give a text or an image")
 
 

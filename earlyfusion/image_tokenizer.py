@@ -60,11 +60,12 @@ class ImageTokenizer:
         """Codes along one side of a picture."""
         return self.resolution // self.vqgan.config.stride
 
-    def encode(self, images: Sequence[Any], mode: Mode | None = None) -> Tensor:
-        """Codes int64 [n, h, w] of pictures: anything that `Image.of` takes.
+    def encode(self, images: Any, mode: Mode | None = None) -> Tensor:
+        """Codes int64 [n, h, w] of pictures, or [1, h, w] of one: anything that `Image.of` takes.
 
         Raises `ImageError` when one cannot be read or has codes but no pixels.
         """
+        images = [images] if _is_one(images) else images
         if len(images) == 0:
             return torch.empty(0, self.grid, self.grid, dtype=torch.int64, device=self.device)
         step = self._batch_size
@@ -119,6 +120,13 @@ def _checked(mode: Any) -> Mode:
     if mode not in get_args(Mode):
         raise SettingError(f"image mode {mode!r} is unknown: choose 'crop' or 'fit'")
     return mode
+
+
+def _is_one(images: Any) -> bool:
+    """Whether this is a picture and no list of them: an array or tensor of four axes is several."""
+    if isinstance(images, np.ndarray | Tensor):
+        return images.ndim < 4
+    return not isinstance(images, Sequence) or isinstance(images, str | bytes | bytearray)
 
 
 def _checked_codes(codes: Any) -> Tensor:

@@ -14,6 +14,7 @@ import codecs
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -95,15 +96,17 @@ class Processor:
     def encode(
         self, messages: Sequence[Message], codes: Sequence[npt.ArrayLike] | None = None
     ) -> TokenSequence:
-        """The prompt for an answer: every turn, each closed by `end_of_turn`.
+        """The prompt for an answer: every turn, each closed by `end_of_turn`. A last turn of the
+        assistant is left open: it is the beginning of the answer.
 
         `codes` holds [h, w] for each picture of the messages in order; None takes those that the
         pictures carry. Raises `PromptError`, and `ImageError` for codes of another model.
         """
-        if not messages or messages[-1].role != "user":
-            raise PromptError("a prompt must end with the user's turn: add the user's message")
+        if not messages:
+            raise PromptError("a prompt needs the user's turn: add the user's message")
         sequence = self._turns(messages, codes)
-        sequence.control(self.vocabulary.end_of_turn)
+        if messages[-1].role == "user":
+            sequence.control(self.vocabulary.end_of_turn)
         return sequence
 
     def encode_document(
@@ -119,9 +122,21 @@ class Processor:
         return sequence
 
     def decode_text(self, ids: Iterable[int]) -> str:
-        """The text of `ids` up to the first eos; control and image tokens have none."""
+        """The text of `ids` up to the first eos; control and image tokens have none.
+
+        Bytes that are no UTF-8 become U+FFFD; a last character that is cut short is left out.
+        """
         pieces = [self._bytes.get(token, b"") for token in self._until_eos(ids)]
-        return b"".join(pieces).decode("utf-8", errors="replace")
+        return _utf8_decoder().decode(b"".join(pieces))
+
+    def token_bytes(self, token: int) -> bytes:
+        """The UTF-8 bytes of a text token, which may be a part of a character; b"" of others."""
+        return self._bytes.get(token, b"")
+
+    def token_text(self, token: int) -> str:
+        """A token for a person to read: its text, or the name of a control or image token."""
+        data = self._bytes.get(token)
+        return self._names.get(token, "") if data is None else data.decode("utf-8", "replace")
 
     def text_stream(self) -> TextStream:
         """A decoder that takes one token at a time."""
@@ -140,6 +155,10 @@ class Processor:
             segments += self._segment(tokens[start:end], is_image)
             start = end
         return segments
+
+    @cached_property
+    def _names(self) -> dict[int, str]:
+        return {token: name for name, token in self.vocabulary.names.items()}
 
     def _turns(
         self, messages: Sequence[Message], codes: Sequence[npt.ArrayLike] | None
@@ -184,17 +203,20 @@ class TextStream:
 
     def __init__(self, token_bytes: dict[int, bytes]) -> None:
         self._bytes = token_bytes
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._decoder = _utf8_decoder()
 
     def push(self, token: int) -> str:
         """The text that this token completes; "" for control and image tokens."""
         return self._decoder.decode(self._bytes.get(int(token), b""))
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD for a character that was cut short."""
-        text = self._decoder.decode(b"", final=True)
+        """The end of the text: a character that was cut short is left out."""
         self._decoder.reset()
-        return text
+        return ""
+
+
+def _utf8_decoder() -> codecs.IncrementalDecoder:
+    return codecs.getincrementaldecoder("utf-8")(errors="replace")
 
 
 def train_tokenizer(texts: Iterable[str], num_codes: int, vocab_size: int) -> str:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,13 @@ from earlyfusion.errors import (
 from earlyfusion.generation.reference import (
     Finished,
     ImageDone,
+    ImagePreview,
+    ImageProgress,
     ImageStarted,
     TextDelta,
     generate,
 )
+from earlyfusion.generation.settings import SamplingFields
 from earlyfusion.image_tokenizer import ImageTokenizer
 from earlyfusion.model.vqgan import VQGAN
 
@@ -206,6 +209,134 @@ def test_a_picture_seen_before_is_not_encoded_again(
     with torch.no_grad():
         model.image_tokenizer.vqgan.quant_conv.weight.neg_()
     assert seen == [1, 1]
+
+
+def test_a_reply_tells_its_seed(model: Chameleon) -> None:
+    unseeded = model.generate("a pear", sampling=UNGUIDED)
+    again = model.generate("a pear", sampling=UNGUIDED, seed=unseeded.seed)
+    assert content(again) == content(unseeded)
+    assert unseeded.seed != model.generate("a pear", sampling=SHORT).seed
+    assert model.generate("a", sampling=replace(SHORT, seed=4), seed=7).seed == 7
+    assert model.collect(model.stream("a", sampling=SHORT, seed=5)).seed == 5
+    batch = model.generate_batch(["a pear"] * 3, sampling=UNGUIDED)
+    assert len({reply.seed for reply in batch}) == 3
+    told = model.generate("a pear", sampling=UNGUIDED, seed=batch[2].seed)
+    assert content(told) == content(batch[2])
+
+
+def test_a_batch_with_a_seed_for_each(model: Chameleon) -> None:
+    drawn = [model.generate("a pear", "text", SHORT, seed=seed).text for seed in (9, 4)]
+    for seeds in ([9, 4], (9, 4), np.array([9, 4])):
+        replies = model.generate_batch(["a pear"] * 2, "text", SHORT, seed=seeds)
+        assert [reply.text for reply in replies] == drawn
+        assert [reply.seed for reply in replies] == [9, 4]
+    free = model.generate_batch(["a", "a"], "text", SHORT, seed=[3, None])
+    assert free[0].seed == 3 and free[1].seed is not None
+    with pytest.raises(SettingError, match="seed has 1 entries for 2 prompts"):
+        model.generate_batch(["a", "b"], seed=[1])
+    with pytest.raises(SettingError, match="seed=-1 is not possible"):
+        model.generate_batch(["a", "b"], seed=[1, -1])
+
+
+def test_numbers_of_numpy(model: Chameleon) -> None:
+    plain = model.generate("a pear", "text", SamplingParams(temperature=0.5, max_tokens=8), seed=4)
+    settings = SamplingParams(temperature=np.float64(0.5), max_tokens=np.int32(8))  # type: ignore[arg-type]
+    for seed in (np.int64(4), np.uint8(4)):
+        reply = model.generate("a pear", "text", settings, seed=seed)  # type: ignore[arg-type]
+        assert reply.text == plain.text and type(reply.seed) is int
+    assert type(settings.max_tokens) is int and type(settings.temperature) is float
+    events = list(model.stream("a", "image", seed=0, preview_every=np.int64(32)))  # type: ignore[arg-type]
+    assert sum(isinstance(event, ImagePreview) for event in events) == 1
+    with pytest.raises(SettingError, match="seed="):
+        model.generate("a", seed=np.float64(4))  # type: ignore[arg-type]
+
+
+def test_settings_by_name(model: Chameleon) -> None:
+    greedy = SamplingParams(temperature=0, image_temperature=0.5, max_tokens=12)
+    wanted = model.generate("a pear", "text", greedy, seed=1)
+    by_name = model.generate("a pear", "text", seed=1, temperature=0, max_tokens=12)
+    assert by_name.text == wanted.text
+    # Before those of `sampling`, which keeps the others; None leaves it as it was.
+    mixed = replace(greedy, temperature=2.0)
+    request = model.request("a", "text", mixed, seed=1, temperature=0, max_tokens=None)
+    assert request.sampling == greedy.resolved(model.defaults | {"seed": 1})
+    events = model.stream("a pear", "text", seed=1, temperature=0, max_tokens=12)
+    assert model.collect(events).text == wanted.text
+    batch = model.generate_batch(["a pear"] * 2, "text", seed=1, temperature=0, max_tokens=12)
+    assert [reply.text for reply in batch] == [wanted.text] * 2
+    with pytest.raises(SettingError, match="temperature=-1 is not possible"):
+        model.generate("a", temperature=-1)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("temprature", "did you mean temperature?"),
+        ("max_new_tokens", "did you mean max_tokens?"),
+        ("ouput", "did you mean output?"),
+        ("sede", "did you mean seed?"),
+        ("quark", "use one of output, sampling, seed"),
+    ],
+)
+def test_an_unknown_keyword_names_the_nearest(model: Chameleon, name: str, near: str) -> None:
+    calls: list[Any] = [model.generate, model.stream, model.request]
+    for call in [*calls, lambda prompt, **kw: model.generate_batch([prompt], **kw)]:
+        with pytest.raises(SettingError) as caught:
+            call("a", **{name: 1})
+        assert str(caught.value).startswith(f"there is no setting '{name}': {near}")
+
+
+def test_every_setting_has_a_name() -> None:
+    names = {field.name for field in fields(SamplingParams)} - {"seed"}
+    assert set(SamplingFields.__annotations__) == names
+
+
+def test_events_carry_their_picture(model: Chameleon) -> None:
+    events = list(model.stream("Draw.", "image", max_images=2, seed=0))
+    reply = model.generate("Draw.", "image", max_images=2, seed=0)
+    done = [event for event in events if isinstance(event, ImageDone)]
+    assert len(done) == 2
+    for event, picture in zip(done, reply.images, strict=True):
+        assert event.pil is not None and event.pil.tobytes() == picture.tobytes()
+        assert event.image.pil is not None and event.image.pil.tobytes() == picture.tobytes()
+        assert event.image.codes is not None and np.array_equal(event.image.codes, event.codes)
+    assert content(model.collect(events)) == content(reply)
+    chat = [Message("user", "Draw."), Message("assistant", [done[0].image]), Message("user", "?")]
+    assert model.generate(chat, "text", SHORT, seed=0).usage.prompt_tokens > 66
+
+
+def test_previews_come_only_where_they_are_asked_for(model: Chameleon) -> None:
+    assert model.request("Draw.", "image", seed=0).preview_every == 0
+    kinds = {type(event) for event in model.stream("Draw.", "image", seed=0)}
+    assert kinds == {ImageStarted, ImageProgress, ImageDone, Finished}
+
+
+def test_an_answer_that_is_begun_is_continued(model: Chameleon) -> None:
+    chat = [Message("user", "a pear"), Message("assistant", "This is")]
+    asked = model.request("a pear", "text", SHORT, seed=1)
+    request = model.request(chat, "text", SHORT, seed=1)
+    begun = model.processor.encode_text("This is")
+    assert list(request.ids) == [*asked.ids, *begun], "no mark between the beginning and the rest"
+    by_hand = replace(asked, ids=[*asked.ids, *begun])
+    events = list(generate(model.transformer, model.processor, by_hand))
+    rest = model.generate(chat, "text", SHORT, seed=1)
+    told = "".join(event.text for event in events if isinstance(event, TextDelta))
+    assert rest.text.strip() == told.strip() != ""
+    assert rest.usage.prompt_tokens == len(asked.ids) + len(begun)
+    # A blank that parts the two is kept; a reply that continues nothing begins without.
+    said = [TextDelta(" pear "), Finished("stop", rest.usage, 0, continues=True)]
+    assert model.collect(said).text == " pear"
+    assert model.collect([said[0], Finished("stop", rest.usage, 0)]).text == "pear"
+
+
+def test_one_picture_needs_no_list(model: Chameleon) -> None:
+    tokenizer, shown = model.image_tokenizer, picture(3)
+    codes = tokenizer.encode([shown])
+    pixels = np.asarray(shown)
+    for one in (shown, Image(shown), pixels, torch.from_numpy(pixels.transpose(2, 0, 1).copy())):
+        assert torch.equal(tokenizer.encode(one), codes)
+    assert torch.equal(tokenizer.encode(np.stack([pixels, pixels])), torch.cat([codes, codes]))
+    assert torch.equal(tokenizer.encode((shown, shown)), torch.cat([codes, codes]))
 
 
 def test_a_batch_runs_all_at_once(model: Chameleon, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 import json
@@ -418,7 +419,12 @@ def test_prompts(tmp_path: Path) -> None:
         ([["a"]], "cannot hold an object of type list"),
         ([b"a"], "cannot hold an object of type bytes"),
         ([Message("user", "a"), "b"], "a list of messages cannot hold an object of type str"),
-        ([Message("user", "a"), Message("assistant", "b")], "the last of 2 messages"),
+        ([{"role": "user"}], "it needs role and content"),
+        ([{"role": "user", "content": [{"type": "audio"}]}], "a part of type 'audio' is not known"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "has no picture"),
+        ({"role": "user", "content": [{"type": "image", "url": "https://a/b"}]}, "not fetched"),
+        ([{"role": "tool", "content": "a"}], "role 'tool' is unknown"),
+        ([Message("user", ""), Message("assistant", "b")], "the prompt is empty"),
         ([Message("user", "a"), Message("user", "b")], "message 2 of 2 is the user's out of turn"),
         ([Message("assistant", "a"), Message("user", "b")], "message 1 of 2 is the assistant's"),
     ],
@@ -429,8 +435,59 @@ def test_bad_prompts(prompt: Any, sentence: str) -> None:
 
 
 def test_unknown_role() -> None:
-    with pytest.raises(PromptError, match="role 'system' is unknown"):
-        Message("system", "a")  # type: ignore[arg-type]
+    with pytest.raises(PromptError, match="role 'tool' is unknown"):
+        Message("tool", "a")  # type: ignore[arg-type]
+
+
+def test_a_system_text_is_part_of_the_turn_beside_it() -> None:
+    """As `train/corpus/forms.py` has it: the user's, joined by a line end."""
+    system, user, answer = (
+        Message("system", "Be kind."),
+        Message("user", "Hi"),
+        Message("assistant", "Hey"),
+    )
+    joined = Message("user", ["Be kind.", "\n", "Hi"])
+    assert as_messages([system, user]) == [joined]
+    assert as_messages([user, answer, system, user]) == [user, answer, joined]
+    assert as_messages([user, system]) == [Message("user", ["Hi", "\n", "Be kind."])]
+    assert as_messages([system, answer, user])[0] == Message("user", "Be kind.")
+    assert system.role == "system" and len(system.parts) == 1
+    with pytest.raises(PromptError, match="message 2 of 2 is the user's out of turn"):
+        as_messages([user, user])
+
+
+def test_dicts_are_messages(tmp_path: Path) -> None:
+    picture = PIL.Image.fromarray(RGB)
+    picture.save(tmp_path / "a.png")
+    data = base64.b64encode((tmp_path / "a.png").read_bytes()).decode()
+    url = f"data:image/png;base64,{data}"
+    sources: list[dict[str, Any]] = [
+        {"type": "image", "image": picture},
+        {"type": "image", "image": RGB},
+        {"type": "image", "path": str(tmp_path / "a.png")},
+        {"type": "image", "url": f"file://{tmp_path / 'a.png'}"},
+        {"type": "image", "base64": data},
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "image_url", "image_url": url},
+    ]
+    content = [{"type": "text", "text": "What? <image>"}, *sources]
+    for prompt in ({"role": "user", "content": content}, [{"role": "user", "content": content}]):
+        [message] = as_messages(prompt)  # type: ignore[arg-type]
+        assert message.role == "user" and message.parts[0] == Text("What? <image>")
+        assert [np.asarray(i.pil).tolist() for i in message.images] == [RGB.tolist()] * 7
+    turns = [{"role": "user", "content": "Hi"}, Message("assistant", "Hey")]
+    assert as_messages(turns) == [Message("user", "Hi"), turns[1]]
+    for damaged in ("data:image/png,abc", "data:image/png;base64,@@"):
+        with pytest.raises(ImageError, match="base64"):
+            as_messages({"role": "user", "content": [{"type": "image", "url": damaged}]})
+
+
+def test_arrays_and_tensors_are_parts() -> None:
+    [message] = as_messages(["What? ", RGB, RGB / 255.0, torch.from_numpy(RGB)])
+    assert [np.asarray(i.pil).tolist() for i in message.images] == [RGB.tolist()] * 3
+    assert len(as_messages(RGB)[0].images) == 1
+    with pytest.raises(ImageError, match="has 0 to 1"):
+        as_messages([RGB.astype(np.float32)])
 
 
 def test_placeholders() -> None:

@@ -136,8 +136,20 @@ def test_first_import_is_quick_and_without_torch(module: str) -> None:
     assert min(float(seconds) for seconds, _ in runs) < 0.3
 
 
+def test_everything_at_once_is_quiet_and_without_transformers() -> None:
+    script = (
+        "import sys; from earlyfusion import *; "
+        "print(Chameleon.__name__, EarlyFusionError.__name__, ImageDone.__name__, Usage.__name__, "
+        "sorted({'transformers', 'torchao'} & {*sys.modules}))"
+    )
+    command = [sys.executable, "-W", "error", "-c", script]
+    run = subprocess.run(command, cwd=ROOT.parent, check=True, capture_output=True, text=True)
+    assert (run.stdout, run.stderr) == ("Chameleon EarlyFusionError ImageDone Usage []\n", "")
+
+
 def test_public_names_can_be_had() -> None:
-    for name in earlyfusion.__all__:
+    for name in {*earlyfusion.__all__, *earlyfusion._HOME}:
         assert getattr(earlyfusion, name) is not None
+    assert {*earlyfusion._HOME} <= {*dir(earlyfusion)}
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = earlyfusion.no_such_name

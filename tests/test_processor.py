@@ -108,11 +108,14 @@ def test_any_text_comes_back_whole_and_in_whole_characters(pieces: list[str]) ->
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(595, 1279), max_size=30))
 def test_streamed_text_of_any_tokens_equals_decoded_text(ids: list[int]) -> None:
-    """The oracle is the byte decoder of `tokenizers`."""
+    """The oracle is the byte decoder of `tokenizers`; a letter behind ends a cut character."""
     stream = SMALL.text_stream()
-    streamed = "".join(stream.push(token) for token in ids) + stream.flush()
-    oracle = Tokenizer.from_file(str(TOKENIZER)).decode(ids)
-    assert streamed == SMALL.decode_text(ids) == oracle
+    streamed = "".join(stream.push(token) for token in ids)
+    assert streamed + stream.flush() == SMALL.decode_text(ids)
+    [letter] = SMALL.encode_text("a")
+    oracle = Tokenizer.from_file(str(TOKENIZER)).decode([*ids, letter])
+    assert SMALL.decode_text([*ids, letter]) == oracle
+    assert oracle.startswith(streamed) and oracle[len(streamed) :] in ("a", "�a")
 
 
 def test_stream_holds_back_half_characters() -> None:
@@ -120,7 +123,12 @@ def test_stream_holds_back_half_characters() -> None:
     assert len(ids) == 4
     stream = SMALL.text_stream()
     assert [stream.push(token) for token in ids] == ["", "", "", "🦎"]
-    assert [stream.push(ids[0]), stream.flush(), stream.flush()] == ["", "�", ""]
+    assert [stream.push(ids[0]), stream.flush(), stream.flush()] == ["", "", ""]
+    # What was cut leaves nothing behind, neither at the end nor in what comes next.
+    assert stream.push(SMALL.encode_text("a")[0]) == "a"
+    assert [SMALL.decode_text(ids[:n]) for n in range(5)] == ["", "", "", "", "🦎"]
+    assert SMALL.decode_text([ids[0], *SMALL.encode_text("a")]) == "�a"
+    assert SMALL.segments(ids[:2]) == []
     assert isinstance(stream, TextStream) and stream.push(SMALL.vocabulary.eos) == ""
 
 
@@ -168,6 +176,20 @@ def test_prompt_is_the_document_up_to_the_answer() -> None:
     assert prompt.ids[-1] == SMALL.vocabulary.end_of_turn
 
 
+def test_a_last_turn_of_the_assistant_is_left_open() -> None:
+    user, begun = Message("user", "What is"), Message("assistant", [Image(codes=CODES), "Hello"])
+    prompt, document = SMALL.encode([user, begun]), SMALL.encode_document([user, begun])
+    assert [*prompt.ids, SMALL.vocabulary.eos] == document.ids
+    assert SMALL.encode([user, Message("assistant", "")]).ids == SMALL.encode([user]).ids
+
+
+def test_a_token_for_a_person() -> None:
+    [hello], lizard = SMALL.encode_text("Hello"), SMALL.encode_text("🦎")
+    assert SMALL.token_text(hello) == "Hello" and SMALL.token_text(lizard[0]) == "�"
+    assert SMALL.token_text(SMALL.vocabulary.eos) == "</s>" and SMALL.token_text(10**6) == ""
+    assert b"".join(map(SMALL.token_bytes, [SMALL.vocabulary.eos, *lizard])) == "🦎".encode()
+
+
 def test_codes_may_be_given_beside_the_messages() -> None:
     picture = Image.from_array(np.zeros((4, 4, 3), np.uint8))
     message = Message("user", [picture, "Hello", picture])
@@ -185,7 +207,7 @@ def test_codes_may_be_given_beside_the_messages() -> None:
 
 def test_turns_that_do_not_fit_the_use() -> None:
     user, answer = Message("user", "a"), Message("assistant", "b")
-    for messages in ([], [user, answer], [user, user]):
+    for messages in ([], [answer], [user, user]):
         with pytest.raises(PromptError):
             SMALL.encode(messages)
     for messages in ([], [user], [answer]):

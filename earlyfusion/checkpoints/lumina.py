@@ -54,6 +54,16 @@ def layout(height: int, width: int | None = None) -> ImageLayout:
     return ImageLayout(height, width, head, (_LINE_END,), (END_IMAGE,), before=())
 
 
+def is_layout(spelled: ImageLayout) -> bool:
+    """Whether a layout is of this family, which draws several sizes."""
+    return spelled.line_end == (_LINE_END,)
+
+
+def layouts(grid: int) -> list[ImageLayout]:
+    """Those of `sizes`."""
+    return [layout(*size) for size in sizes(grid)]
+
+
 def for_size(processor: Processor, height: int, width: int) -> Processor:
     """The same processor for pictures of `height` x `width` codes."""
     return Processor(processor.tokenizer_file, layout(height, width))

@@ -19,11 +19,12 @@ from earlyfusion.engine.request import Handle, most_branches
 from earlyfusion.engine.runner import ModelRunner
 from earlyfusion.engine.scheduler import Entry, Scheduler
 from earlyfusion.engine.tensor_parallel import LeadingRunner, peers_of
-from earlyfusion.errors import ContextError, SettingError
+from earlyfusion.errors import ContextError, EarlyFusionError, SettingError
 from earlyfusion.generation.grammar import Grammar
 from earlyfusion.generation.reference import Event, Request
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.processor import Processor
+from earlyfusion.vocabulary import ImageLayout
 
 CACHE_BYTES = 512_000_000
 SLOTS = 64
@@ -69,7 +70,8 @@ class Engine:
             self._let_go()
             if not self._handles and fingerprint([self.transformer]) != self._weights:
                 self._load()
-            grammar, leave = self._grammar(request.stops), self._leaving.append
+            grammar = self._grammar(request.stops, request.layout)
+            leave = self._leaving.append
             handle = Handle(request, self.processor, grammar, priority, self._wait, leave)
             for held in self._handles.values() if self._runner.allow(grammar) else ():
                 self._mark_seen(held)
@@ -96,6 +98,11 @@ class Engine:
     def generate(self, request: Request) -> Iterator[Event]:
         """The events of one reply; closing the iterator early cancels the request."""
         return iter(self.add(request))
+
+    def close(self) -> None:
+        """End the requests that are under way; whoever waits for one is told."""
+        with self._turn:
+            self._fail(SettingError("the model was closed while this request ran: ask it again"))
 
     @property
     def busy(self) -> bool:
@@ -143,6 +150,8 @@ class Engine:
             with self._turn:
                 if handle.events:
                     return
+                if isinstance(handle.error, EarlyFusionError):
+                    raise handle.error
                 if handle.error is not None:
                     raise RuntimeError("the engine failed while this request ran") from handle.error
                 if handle.entry not in self._handles:
@@ -168,20 +177,20 @@ class Engine:
 
     def _load(self) -> None:
         """Read the transformer, at first and when somebody has trained, moved or replaced it."""
-        self._grammars: dict[tuple[int, ...], Grammar] = {}
+        self._grammars: dict[tuple[tuple[int, ...], ImageLayout], Grammar] = {}
         self._scheduler.slots.forget()
         runner = ModelRunner if peers_of(self.transformer) is None else LeadingRunner
         shape = self.slots, self.slot_tokens, self._kept
         self._runner = runner(self.transformer, self._grammar(()), *shape)
         self._weights = fingerprint([self.transformer])
 
-    def _grammar(self, stops: tuple[int, ...]) -> Grammar:
-        if stops not in self._grammars:
-            vocabulary, layout = self.processor.vocabulary, self.processor.layout
-            weight = self.transformer.lm_head.weight
+    def _grammar(self, stops: tuple[int, ...], layout: ImageLayout | None = None) -> Grammar:
+        layout = layout or self.processor.layout
+        if (stops, layout) not in self._grammars:
+            vocabulary, weight = self.processor.vocabulary, self.transformer.lm_head.weight
             size, device = weight.shape[0], weight.device
-            self._grammars[stops] = Grammar(vocabulary, layout, stops, size, device)
-        return self._grammars[stops]
+            self._grammars[stops, layout] = Grammar(vocabulary, layout, stops, size, device)
+        return self._grammars[stops, layout]
 
 
 class _Turns:

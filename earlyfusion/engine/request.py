@@ -15,6 +15,7 @@ from earlyfusion.generation.grammar import Grammar, Walk
 from earlyfusion.generation.jacobi import Window
 from earlyfusion.generation.reference import Event, Finished, Narrator, Request
 from earlyfusion.generation.sampler import generator
+from earlyfusion.generation.steering import TokenLogprob, steering
 from earlyfusion.processor import Processor
 
 _UNIFORMS = 64  # drawn at once; the numbers are those of one call each
@@ -40,7 +41,9 @@ class Handle:
         self.error: BaseException | None = None
         self.seen_V: Tensor | None = None
         self.grammar = grammar
-        self._vocabulary, self._layout = processor.vocabulary, processor.layout
+        self._vocabulary, self._layout = processor.vocabulary, request.layout or processor.layout
+        self._steering = steering(processor, request)
+        self._asked: Ask | None = None
         self._walk = Walk(grammar, request.output, request.images, request.room)
         self._narrator = Narrator(processor, request)
         self._uniforms = _uniforms(request)
@@ -69,7 +72,7 @@ class Handle:
 
     def ask(self) -> Ask:
         """What the next token is drawn from."""
-        return Ask(
+        self._asked = Ask(
             self._mixed_branches(),
             self._weights,
             self.grammar,
@@ -80,15 +83,20 @@ class Handle:
             next(self._uniforms),
             self.seen_V,
             self._window_here(),
+            self._steering,
         )
+        return self._asked
 
     def take(self, tokens: Sequence[int]) -> list[Branch]:
         """Read what was drawn, and the tokens that must follow; the branches that end with it."""
         before = self.entry.branches
+        if self._asked is not None and self._asked.error is not None:
+            self.error, self.finished = self._asked.error, True
+            return []
         if self._window is not None:
             tokens = self._settled(self._window, tokens)
         for token in tokens:
-            self._accept(token)
+            self._accept(token, None if self._asked is None else self._asked.logprob)
         self._forced()
         if not self._walk.in_image:
             self._window = None
@@ -120,9 +128,9 @@ class Handle:
         if self._walk.done:
             self._finish()
 
-    def _accept(self, token: int) -> None:
+    def _accept(self, token: int, logprob: TokenLogprob | None = None) -> None:
         self.tokens.append(token)
-        self.events.extend(self._narrator.push(token))
+        self.events.extend(self._narrator.push(token, logprob))
         self._walk.advance(token)
         if self._narrator.ended or self._walk.done:
             self._finish()

@@ -26,10 +26,12 @@ from earlyfusion.engine.cache import Cache, Kept, cache_dtype
 from earlyfusion.engine.cpu_step import MOST_ROWS, Choice, CpuStep, available, fits, own_bits
 from earlyfusion.engine.network import Network, Product
 from earlyfusion.engine.scheduler import Branch, Piece, Plan
+from earlyfusion.errors import EarlyFusionError
 from earlyfusion.generation import guidance, jacobi
 from earlyfusion.generation.grammar import Grammar
 from earlyfusion.generation.jacobi import Window
 from earlyfusion.generation.sampler import (
+    Sampler,
     Warp,
     image_settings,
     penalise,
@@ -38,6 +40,7 @@ from earlyfusion.generation.sampler import (
     warp,
 )
 from earlyfusion.generation.settings import SamplingParams
+from earlyfusion.generation.steering import Steering, TokenLogprob
 from earlyfusion.model.transformer import Transformer
 
 Kind: TypeAlias = tuple[bool, bool, bool]
@@ -53,7 +56,8 @@ class Ask:
 
     `branches` are full, image-only and unconditional; one that cancels out is named by the one that
     takes its place. `state` is the grammar's; `seen_V` marks the history in the text head's
-    columns where there is a penalty.
+    columns where there is a penalty. Where there is `steering`, `_draw_steered` leaves `logprob`
+    here, or the `error` that ends the request.
     """
 
     branches: tuple[Branch, Branch, Branch]
@@ -66,6 +70,9 @@ class Ask:
     uniform: float
     seen_V: Tensor | None
     window: Window | None = None
+    steering: Steering | None = None
+    logprob: TokenLogprob | None = None
+    error: EarlyFusionError | None = None
 
     @property
     def places(self) -> int:
@@ -184,6 +191,38 @@ class ModelRunner:
         return lambda x: few(x) if len(x) <= MOST_ROWS else many(x.to(weight_VD.dtype))
 
     def _draw(self, x_TD: Tensor, step: _Step, asks: Sequence[Ask]) -> list[list[int]]:
+        alike = [ask for ask in asks if ask.steering is None]
+        drawn = iter(self._draw_together(x_TD, step, alike) if alike else ())
+        return [
+            next(drawn) if ask.steering is None else self._draw_steered(x_TD, step, ask)
+            for ask in asks
+        ]
+
+    def _draw_steered(self, x_TD: Tensor, step: _Step, ask: Ask) -> list[int]:
+        """One token as in the plain loop, from the whole vocabulary; none where that fails."""
+        assert ask.steering is not None
+        head, ids = self._transformer.lm_head, ask.branches[0].tokens
+        x_3D = x_TD[[step.row_of[branch] for branch in ask.branches]]
+        full_V, image_only_V, unconditional_V = head(x_3D.to(head.weight.dtype)).float()
+        logits_V = guidance.combine(full_V, image_only_V, unconditional_V, *ask.weights)
+        logits_V = full_V if len(set(ask.branches)) == 1 else logits_V
+        state_1F = torch.tensor([ask.state], device=self.device)
+        allowed_1V = ask.grammar.mask(state_1F)
+        try:
+            changed_V = ask.steering.change(ids, logits_V, allowed_1V[0])
+        except EarlyFusionError as error:
+            ask.error = error
+            return []
+        seen_1V = torch.zeros_like(allowed_1V)
+        seen_1V[0, ids] = True
+        uniform_1 = torch.tensor([ask.uniform], dtype=torch.float64).to(self.device)
+        in_image_1 = ask.grammar.in_image(state_1F)
+        sampler = Sampler([ask.sampling], self.device)
+        [token] = sampler.draw(changed_V[None], allowed_1V, seen_1V, in_image_1, uniform_1).tolist()
+        ask.logprob = ask.steering.told(full_V, token)
+        return [token]
+
+    def _draw_together(self, x_TD: Tensor, step: _Step, asks: Sequence[Ask]) -> list[list[int]]:
         if self._compiled is None:
             return self._draw_grouped(x_TD, step, asks)
         alone = [ask for ask in asks if ask.window is None]

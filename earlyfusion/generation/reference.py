@@ -21,15 +21,17 @@ import PIL.Image
 import torch
 from torch import Tensor
 
+from earlyfusion.content import Image
 from earlyfusion.generation import guidance, jacobi
 from earlyfusion.generation.grammar import SLOT, Grammar, Output
 from earlyfusion.generation.jacobi import Window
 from earlyfusion.generation.sampler import NEVER, Sampler, Warp, generator, uniforms, warp
 from earlyfusion.generation.settings import SamplingParams
+from earlyfusion.generation.steering import TokenLogprob, steering
 from earlyfusion.model.kv_cache import KVCache
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.processor import Processor
-from earlyfusion.vocabulary import CODE
+from earlyfusion.vocabulary import CODE, ImageLayout
 
 Reason = Literal["stop", "length"]
 
@@ -40,7 +42,7 @@ class Request:
 
     `sampling` is resolved and has a seed; at most `images` images and `room` tokens come. `stops`
     are ids besides eos that end the reply. `preview_every` adds an `ImagePreview` after so many
-    codes, 0 none.
+    codes, 0 none. `layout` spells the pictures that are drawn, where it is not the model's own.
     """
 
     ids: Sequence[int]
@@ -50,6 +52,7 @@ class Request:
     room: int
     stops: tuple[int, ...] = ()
     preview_every: int = 0
+    layout: ImageLayout | None = None
 
 
 @dataclass(frozen=True)
@@ -100,44 +103,73 @@ class ImagePreview:
 
 @dataclass(frozen=True, eq=False)
 class ImageDone:
-    """A whole image: codes int64 [h, w]."""
+    """A whole image: codes int64 [h, w]. `pil` is its pixels, where a `Chameleon` tells the
+    events."""
 
     index: int
     codes: npt.NDArray[np.int64]
+    pil: PIL.Image.Image | None = None
+
+    @property
+    def image(self) -> Image:
+        """Pixels and codes, as a part of a further prompt."""
+        return Image(self.pil, self.codes)
+
+
+@dataclass(frozen=True)
+class TokenDrawn:
+    """A token that was drawn, where the request asks for `logprobs`; before what it makes visible.
+    Tokens that the grammar forces are not drawn."""
+
+    logprob: TokenLogprob
 
 
 @dataclass(frozen=True)
 class Finished:
     """The last event. "stop": the model, a stop string or the number of images ended the reply;
-    "length": no more tokens fit."""
+    "length": no more tokens fit. The same request with `seed` gives the same reply. `continues`
+    says that the reply goes on with the assistant's turn at the end of the prompt."""
 
     reason: Reason
     usage: Usage
+    seed: int | None = None
+    continues: bool = False
 
 
-Event: TypeAlias = TextDelta | ImageStarted | ImageProgress | ImagePreview | ImageDone | Finished
+Event: TypeAlias = (
+    TextDelta | ImageStarted | ImageProgress | ImagePreview | ImageDone | TokenDrawn | Finished
+)
 
 
 def generate(transformer: Transformer, processor: Processor, request: Request) -> Iterator[Event]:
     """The events of one reply. Closing the iterator early frees its caches."""
     narrator = Narrator(processor, request)
-    with closing(draw_tokens(transformer, processor, request)) as tokens:
-        for token in tokens:
-            yield from narrator.push(token)
+    with closing(_drawn(transformer, processor, request)) as drawn:
+        for token, logprob in drawn:
+            yield from narrator.push(token, logprob)
             if narrator.ended:
                 break
     yield from narrator.finish()
 
 
-@torch.inference_mode()
 def draw_tokens(
     transformer: Transformer, processor: Processor, request: Request
 ) -> Generator[int, None, None]:
     """The new tokens of one reply, marks and the closing stop token included."""
+    with closing(_drawn(transformer, processor, request)) as drawn:
+        for token, _ in drawn:
+            yield token
+
+
+@torch.inference_mode()
+def _drawn(
+    transformer: Transformer, processor: Processor, request: Request
+) -> Generator[tuple[int, TokenLogprob | None], None, None]:
     run = _Run(transformer, processor, request)
     while not run.done:
         tokens = run.draw()
-        yield from tokens
+        for token in tokens:
+            yield token, run.logprob
         run.read(tokens)
 
 
@@ -176,9 +208,11 @@ class _Run:
         device, size = transformer.lm_head.weight.device, transformer.config.vocab_size
         vocabulary = processor.vocabulary
         self._transformer, self._vocabulary = transformer, vocabulary
-        self._layout = processor.layout
+        self._layout = request.layout or processor.layout
         self._sampling = request.sampling
-        self._grammar = Grammar(vocabulary, processor.layout, request.stops, size, device)
+        self._steering = steering(processor, request)
+        self.logprob: TokenLogprob | None = None
+        self._grammar = Grammar(vocabulary, self._layout, request.stops, size, device)
         self._state = self._grammar.start([request.output], [request.images], [request.room])
         self._sampler = Sampler([request.sampling], device)
         self._generator = generator(_seed(request.sampling))
@@ -210,9 +244,16 @@ class _Run:
                 uniforms([self._generator])
         else:
             in_image_B = self._grammar.in_image(self._state)
+            free = self._steering is not None and int(allowed_BV.sum()) > 1
+            if self._steering is not None and free:
+                changed_V = self._steering.change(self._history, logits_WV[0], allowed_BV[0])
+                logits_WV = changed_V[None]
             tokens = self._sampler.draw(
                 logits_WV, allowed_BV, self._seen_BV, in_image_B, uniform_B
             ).tolist()
+            if self._steering is not None:
+                full_V = self._logits["full"][0]
+                self.logprob = self._steering.told(full_V, tokens[0]) if free else None
         for token in tokens:
             self._state = self._grammar.advance(self._state, self._state.new_tensor([token]))
         return tokens
@@ -259,7 +300,7 @@ class Narrator:
     """Tokens of one reply in, events out; an engine may hold one for each request."""
 
     def __init__(self, processor: Processor, request: Request) -> None:
-        vocabulary, layout = processor.vocabulary, processor.layout
+        vocabulary, layout = processor.vocabulary, request.layout or processor.layout
         self.ended = False
         self._processor, self._vocabulary, self._layout = processor, vocabulary, layout
         self._slots = layout.template(vocabulary).tolist()
@@ -270,8 +311,12 @@ class Narrator:
         self._spelled: list[int] = []
         self._drawn = self._images = 0
 
-    def push(self, token: int) -> list[Event]:
+    def push(self, token: int, logprob: TokenLogprob | None = None) -> list[Event]:
         """What this token makes visible. `ended` turns true when no further token is wanted."""
+        drawn: list[Event] = [] if logprob is None else [TokenDrawn(logprob)]
+        return drawn + self._push(token)
+
+    def _push(self, token: int) -> list[Event]:
         self._drawn += 1
         if self._spelled:
             return self._continue_image(token)
@@ -290,7 +335,9 @@ class Narrator:
         rest = self._flush()
         reason: Reason = "stop" if self.ended or complete else "length"
         spelled = self._images * len(self._slots) + len(self._spelled)
-        return [*rest, Finished(reason, Usage(len(self._request.ids), self._drawn, spelled))]
+        usage = Usage(len(self._request.ids), self._drawn, spelled)
+        seed, last = self._request.sampling.seed, self._request.ids[-1]
+        return [*rest, Finished(reason, usage, seed, last != self._vocabulary.end_of_turn)]
 
     def _flush(self) -> list[Event]:
         return self._deltas(self._text.flush())

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeAlias, TypedDict
 
 from earlyfusion.errors import SettingError
+
+LogitsProcessor: TypeAlias = Callable[[list[int], Any], Any]
+"""(ids, logits) -> logits. `ids` are all tokens so far, those of the prompt too; the logits are one
+tensor fp32 [V], on the model's device, of the token to come."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +51,9 @@ _LIMITS = {
     "max_images": _Limit(Integral, 0, 2**31 - 1, "a whole number from 0 up"),
     "jacobi": _Limit(Integral, 2, 1024, "0 (off) or a whole number from 2 to 1,024", zero=True),
     "seed": _Limit(Integral, 0, 2**63 - 1, "a whole number from 0 to 2^63 - 1"),
+    "logprobs": _Limit(Integral, 0, 100, "a whole number from 0 (only the drawn token's) to 100"),
 }
-_MAX_STOPS = 16
+_MOST = {"stop": 16, "bad_words": 256, "allowed_words": 256}
 _GROUPS = {"text": "", "image": "image_", "guidance": "guidance_"}
 
 
@@ -60,8 +66,15 @@ class SamplingParams:
     the `image_` fields codes. `guidance_text` and `guidance_image` are the two weights of Meta's
     three-branch guidance, both 1 for none. `max_tokens` counts every new token, of text and of
     images. `stop` ends the reply before the first of these strings. `jacobi` is the number of codes
-    of a picture that are read at once (generation/jacobi.py), 0 or None for one by one. Impossible
-    values raise `SettingError`.
+    of a picture that are read at once (generation/jacobi.py), 0 or None for one by one.
+
+    `bad_words` are strings that the reply's text never holds, however they are spelled in tokens.
+    With `allowed_words` a stretch of text is made of these words alone, with a blank or a line end
+    between two. `logits_processors` change the logits (guided, before the grammar's mask, the
+    penalty and the temperature) of every token that is drawn. `logprobs` asks for the
+    log-probability of each drawn token, and of so many of the likeliest (generation/steering.py).
+    A request with any of these four is drawn by itself, from the whole vocabulary, and without
+    `jacobi`. Impossible values raise `SettingError`.
     """
 
     temperature: float | None = None
@@ -79,14 +92,39 @@ class SamplingParams:
     stop: str | tuple[str, ...] | list[str] | None = None
     seed: int | None = None
     jacobi: int | None = None
+    bad_words: str | tuple[str, ...] | list[str] | None = None
+    allowed_words: str | tuple[str, ...] | list[str] | None = None
+    logits_processors: (
+        LogitsProcessor | tuple[LogitsProcessor, ...] | list[LogitsProcessor] | None
+    ) = None
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         for name, limit in _LIMITS.items():
             value = getattr(self, name)
             if value is not None and not limit.allows(value):
                 raise SettingError(f"{name}={_shown(value)} is not possible: use {limit.remedy}")
-        if self.stop is not None:
-            object.__setattr__(self, "stop", _stops(self.stop))
+            if value is not None and type(value) not in (int, float):  # numpy's numbers
+                plain = int(value) if limit.kind is Integral else float(value)
+                object.__setattr__(self, name, plain)
+        for name in _MOST:
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _strings(name, getattr(self, name)))
+        if self.logits_processors is not None:
+            processors = _processors(self.logits_processors)
+            object.__setattr__(self, "logits_processors", processors)
+        if self.jacobi and self.steered:
+            raise SettingError(
+                f"jacobi={self.jacobi} draws several codes at once, which {self.steered} cannot "
+                "follow: set jacobi to 0 or leave the other out"
+            )
+
+    @property
+    def steered(self) -> str:
+        """The field because of which a request is drawn by itself, "" where there is none."""
+        names = ("bad_words", "allowed_words", "logits_processors")
+        found = [name for name in names if getattr(self, name)]
+        return found[0] if found else "" if self.logprobs is None else "logprobs"
 
     @classmethod
     def meta(cls) -> SamplingParams:
@@ -132,15 +170,75 @@ def _flat(defaults: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in found.items() if k in known and v is not None}
 
 
-def _stops(stop: object) -> tuple[str, ...]:
-    strings = (stop,) if isinstance(stop, str) else stop
+class SamplingFields(TypedDict, total=False):
+    """The fields of `SamplingParams` as keywords of `generate`; its seed is one of its own."""
+
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    repetition_penalty: float | None
+    image_temperature: float | None
+    image_top_p: float | None
+    image_top_k: int | None
+    guidance_text: float | None
+    guidance_image: float | None
+    max_tokens: int | None
+    max_images: int | None
+    stop: str | tuple[str, ...] | list[str] | None
+    jacobi: int | None
+    bad_words: str | tuple[str, ...] | list[str] | None
+    allowed_words: str | tuple[str, ...] | list[str] | None
+    logits_processors: LogitsProcessor | tuple[LogitsProcessor, ...] | list[LogitsProcessor] | None
+    logprobs: int | None
+
+
+def with_fields(
+    sampling: SamplingParams | None, given: Mapping[str, Any], others: Iterable[str] = ()
+) -> SamplingParams:
+    """`sampling` with the fields that are given by name; one that is None leaves it as it was.
+
+    An unknown name raises `SettingError`, which names the nearest of the fields and `others`.
+    """
+    if not isinstance(sampling, SamplingParams | None):
+        raise SettingError(
+            f"sampling is a {type(sampling).__name__}: give SamplingParams or leave it out"
+        )
+    known = [*others, *SamplingFields.__annotations__]
+    for name in given:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            remedy = f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}"
+            raise SettingError(f"there is no setting {_shown(name)}: {remedy}")
+    own = {name: value for name, value in given.items() if value is not None}
+    return replace(sampling or SamplingParams(), **own)
+
+
+def _strings(name: str, value: object) -> tuple[str, ...]:
+    strings = (value,) if isinstance(value, str) else value
     if not isinstance(strings, tuple | list) or not all(isinstance(s, str) for s in strings):
-        raise SettingError(f"stop={_shown(stop)} is not possible: use a string or a list of them")
+        raise SettingError(
+            f"{name}={_shown(value)} is not possible: use a string or a list of them"
+        )
     if "" in strings:
-        raise SettingError("stop='' would end every reply at once: leave it out")
-    if len(strings) > _MAX_STOPS:
-        raise SettingError(f"stop has {len(strings)} strings, limit {_MAX_STOPS}: leave some out")
+        ends = "would end every reply at once" if name == "stop" else "is no word"
+        raise SettingError(f"{name}='' {ends}: leave it out")
+    if len(strings) > _MOST[name]:
+        raise SettingError(
+            f"{name} has {len(strings)} strings, limit {_MOST[name]}: leave some out"
+        )
     return tuple(strings)
+
+
+def _processors(value: Any) -> tuple[LogitsProcessor, ...]:
+    processors = value if isinstance(value, tuple | list) else (value,)
+    for processor in processors:
+        if not callable(processor):
+            raise SettingError(
+                f"logits_processors holds a {type(processor).__name__}: "
+                "give functions of (ids, logits) that return logits"
+            )
+    return tuple(processors)
 
 
 def _shown(value: Any) -> str:

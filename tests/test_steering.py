@@ -1,0 +1,260 @@
+"""Words, logits processors, log-probabilities, scores: one thing in plain loop and engine."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import CONFIG, tiny_processor, tiny_transformer
+from torch import Tensor
+
+from earlyfusion import (
+    Chameleon,
+    Image,
+    ImageDone,
+    Message,
+    PromptError,
+    SamplingParams,
+    SettingError,
+    TokenDrawn,
+)
+from earlyfusion.generation.reference import Event, Request, draw_tokens, generate
+from earlyfusion.image_tokenizer import ImageTokenizer
+from earlyfusion.model.vqgan import VQGAN
+
+PLAIN = SamplingParams(max_tokens=30, repetition_penalty=1.3)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Chameleon:
+    processor = tiny_processor(tmp_path_factory.mktemp("tiny"))
+    torch.manual_seed(0)
+    tokenizer = ImageTokenizer(VQGAN(CONFIG.vq_config).eval(), CONFIG.vq_config.resolution)
+    return Chameleon(tiny_transformer(processor, begin_image=1.0), tokenizer, processor)
+
+
+def same(ids: list[int], logits: Tensor) -> Tensor:
+    return logits
+
+
+def told(events: list[Event]) -> list[Any]:
+    """Events as plain values."""
+    return [e.codes.tolist() if isinstance(e, ImageDone) else e for e in events]
+
+
+def both(model: Chameleon, request: Request) -> list[Any]:
+    """The events of the engine, which are those of the plain loop."""
+    events = told(list(model.engine.generate(request)))
+    plain = told(list(generate(model.transformer, model.processor, request)))
+    for mine, others in zip(events, plain, strict=True):
+        if isinstance(mine, TokenDrawn):
+            assert mine.logprob.id == others.logprob.id
+            assert mine.logprob.logprob == pytest.approx(others.logprob.logprob, abs=1e-4)
+        else:
+            assert mine == others
+    return events
+
+
+@pytest.mark.parametrize("output", ["text", "image", "interleaved"])
+def test_a_processor_that_changes_nothing_changes_nothing(model: Chameleon, output: Any) -> None:
+    for seed in range(3):
+        settings = SamplingParams(repetition_penalty=1.3, max_tokens=80, top_k=40)
+        plain = model.request("a pear", output, settings, seed)
+        steered = model.request("a pear", output, settings, seed, logits_processors=same)
+        assert both(model, steered) == told(list(model.engine.generate(plain)))
+
+
+def test_a_processor_sees_all_tokens_and_has_the_last_word_but_for_the_grammar(
+    model: Chameleon,
+) -> None:
+    seen: list[list[int]] = []
+    [wanted] = model.processor.encode_text("a")
+    code = int(model.processor.vocabulary.image_tokens[5])
+
+    def force(ids: list[int], logits: Tensor) -> Tensor:
+        seen.append(list(ids))
+        ids.clear()  # a copy: what it does to it changes nothing
+        assert logits.shape == (CONFIG.vocab_size,) and logits.dtype == torch.float32
+        return torch.full_like(logits, -1.0).index_fill(0, torch.tensor([wanted, code]), 99.0)
+
+    text = model.generate("x", "text", max_tokens=4, temperature=0, logits_processors=[force])
+    ids = list(model.request("x", "text").ids)
+    assert text.text == "aaaa" and seen == [ids + [wanted] * n for n in range(4)]
+    seen.clear()
+    drawn = model.generate("x", "image", image_temperature=0, logits_processors=[same, force])
+    [picture] = drawn.segments
+    assert isinstance(picture, Image) and picture.codes is not None
+    assert (picture.codes == 5).all(), "a text token cannot come in a picture"
+    assert len(seen) == 64, "forced tokens are not drawn"
+
+
+def test_processors_are_called_in_order_on_guided_logits(model: Chameleon) -> None:
+    calls: list[str] = []
+
+    def first(ids: list[int], logits: Tensor) -> Tensor:
+        calls.append("first")
+        return logits * 2
+
+    def second(ids: list[int], logits: Tensor) -> Tensor:
+        calls.append("second")
+        return logits / 2
+
+    request = model.request(
+        ["red ", np.zeros((16, 16, 3), np.uint8)],
+        "image",
+        seed=3,
+        logits_processors=[first, second],
+    )
+    plain = replace(request, sampling=replace(request.sampling, logits_processors=None))
+    assert request.sampling.guidance_text == 3.0
+    assert both(model, request) == told(list(model.engine.generate(plain)))
+    assert calls[:4] == ["first", "second"] * 2
+
+
+def test_a_processor_that_fails_ends_its_own_request_only(model: Chameleon) -> None:
+    def broken(ids: list[int], logits: Tensor) -> Tensor:
+        raise KeyError("nothing\nhere")
+
+    def narrow(ids: list[int], logits: Tensor) -> Tensor:
+        return logits[:5]
+
+    def empty(ids: list[int], logits: Tensor) -> Tensor:
+        return logits.fill_(-torch.inf)
+
+    neighbour = model.engine.add(model.request("a pear", "text", PLAIN, seed=1))
+    cases = [(broken, "broken failed with KeyError"), (narrow, r"narrow returned \(5,\)")]
+    for processor, sentence in [*cases, (empty, "logits_processors left no token")]:
+        with pytest.raises(SettingError, match=sentence) as caught:
+            model.generate("a", "text", max_tokens=3, logits_processors=processor)
+        assert "\n" not in str(caught.value)
+    text = "".join(getattr(event, "text", "") for event in neighbour)
+    assert text.strip() == model.generate("a pear", "text", PLAIN, seed=1).text
+    assert not model.engine.busy
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"logits_processors": 3}, "logits_processors holds a int"),
+    ({"logits_processors": [same, "x"]}, "logits_processors holds a str"),
+    ({"bad_words": ["a", ""]}, "bad_words='' is no word"),
+    ({"allowed_words": 7}, "allowed_words=7 is not possible"),
+    ({"bad_words": ["x"] * 257}, "bad_words has 257 strings, limit 256"),
+    ({"logprobs": -1}, "logprobs=-1 is not possible"),
+    ({"logprobs": 101}, "logprobs=101 is not possible"),
+    ({"jacobi": 4, "logprobs": 1}, "jacobi=4 draws several codes at once, which logprobs cannot"),
+    ({"jacobi": 4, "bad_words": "x"}, "which bad_words cannot follow"),
+]
+
+
+@pytest.mark.parametrize(("settings", "sentence"), BAD)
+def test_impossible_settings(model: Chameleon, settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(SettingError, match=re.escape(sentence)):
+        model.generate("a", **settings)
+
+
+def test_bad_words_never_come_however_they_are_spelled(model: Chameleon) -> None:
+    free = [model.generate("a", "text", PLAIN, seed=seed) for seed in range(4)]
+    letters = sorted({reply.text[at : at + 2] for reply in free for at in range(4, 24, 3)})
+    bad = [pair for pair in letters if pair.strip() == pair and "�" not in pair]
+    assert len(bad) > 8
+    changed = 0
+    for seed, before in enumerate(free):
+        settings = replace(PLAIN, bad_words=bad)
+        both(model, model.request("a", "text", settings, seed))
+        reply = model.generate("a", "text", settings, seed)
+        assert not [word for word in bad if word in reply.text]
+        changed += reply.text != before.text
+    assert changed == 4
+    # A word that is only completed over several tokens, and one byte at a time.
+    [a], [b] = model.processor.encode_text("q"), model.processor.encode_text("z")
+
+    def qz(ids: list[int], logits: Tensor) -> Tensor:
+        return torch.full_like(logits, -50.0).index_fill(0, torch.tensor([a, b]), 0.0)
+
+    text = model.generate(
+        "x", "text", seed=0, max_tokens=60, logits_processors=qz, bad_words=["zzqq", "qzqzq"]
+    ).text
+    assert {*text} == {"q", "z"} and "zzq" in text and "qzqz" in text
+    assert "zzqq" not in text and "qzqzq" not in text
+
+
+def test_allowed_words_are_all_that_text_holds(model: Chameleon) -> None:
+    words = ["red", "red apple", "사과", "pear"]
+    shape = re.compile(f"({'|'.join(words)})([ \n]({'|'.join(words)}))*")
+    texts = []
+    for seed in range(8):
+        settings = SamplingParams(max_tokens=60, allowed_words=words, temperature=2.0)
+        request = model.request("x", "text", settings, seed)
+        tokens = list(draw_tokens(model.transformer, model.processor, request))
+        reply = model.generate("x", "text", settings, seed)
+        if reply.finish_reason == "stop":
+            assert shape.fullmatch(reply.text), reply.text
+            assert tokens[-1] == model.processor.vocabulary.eos
+        texts.append(reply.text)
+        both(model, request)
+    whole = [text for text in texts if shape.fullmatch(text)]
+    assert len(whole) >= 4 and len({*texts}) > 2
+    assert {word for text in whole for word in re.split("[ \n]", text)} >= {"red", "pear"}
+
+
+def test_a_word_is_whole_before_a_picture(model: Chameleon) -> None:
+    for seed in range(12):
+        settings = SamplingParams(
+            max_tokens=90, allowed_words=["red"], guidance_text=1, guidance_image=1, temperature=1
+        )
+        reply = model.generate("x", "interleaved", settings, seed)
+        texts = [segment.text for segment in reply.segments if not isinstance(segment, Image)]
+        assert all(re.fullmatch("red([ \n]red)*", text) for text in texts[:-1])
+
+
+def logprobs_by_hand(model: Chameleon, ids: list[int], tokens: list[int]) -> list[float]:
+    with torch.no_grad():
+        logits = model.transformer(torch.tensor([[*ids, *tokens]]))[0].float()
+    table = logits.log_softmax(-1)
+    return [float(table[len(ids) - 1 + at, token]) for at, token in enumerate(tokens)]
+
+
+def test_logprobs_are_those_of_the_model_before_all_settings(model: Chameleon) -> None:
+    settings = SamplingParams(
+        temperature=0.3, top_k=3, repetition_penalty=2.0, max_tokens=12, bad_words="e", logprobs=3
+    )
+    request = model.request("a pear", "text", settings, seed=1)
+    both(model, request)
+    reply = model.generate("a pear", "text", settings, seed=1)
+    assert reply.logprobs is not None and len(reply.logprobs) == reply.usage.completion_tokens
+    tokens = [entry.id for entry in reply.logprobs]
+    wanted = logprobs_by_hand(model, list(request.ids), tokens)
+    assert [entry.logprob for entry in reply.logprobs] == pytest.approx(wanted, abs=1e-4)
+    assert model.processor.decode_text(tokens).strip() == reply.text
+    for entry in reply.logprobs:
+        likely = [other.logprob for other in entry.top]
+        assert len(likely) == 3 and likely == sorted(likely, reverse=True)
+        assert entry.logprob <= likely[0]
+        for other in (entry, *entry.top):
+            assert other.text == model.processor.token_text(other.id)
+    events = list(model.stream("a pear", "text", settings, seed=1))
+    assert [e.logprob for e in events if isinstance(e, TokenDrawn)] == reply.logprobs
+    bare = replace(settings, bad_words=None)
+    alone = model.generate("a pear", "text", replace(bare, logprobs=0), seed=1)
+    assert alone.logprobs is not None and not any(entry.top for entry in alone.logprobs)
+    none = model.generate("a pear", "text", replace(bare, logprobs=None), seed=1)
+    assert none.logprobs is None and none.text == alone.text
+    batch = model.generate_batch(["a pear", "b"], "text", bare, seed=[1, 2])
+    assert batch[0].text == none.text and batch[1].logprobs is not None
+
+
+def test_logprobs_of_a_guided_picture_are_the_unguided_models(model: Chameleon) -> None:
+    request = model.request("a pear", "image", seed=1, logprobs=0)
+    assert request.sampling.guidance_text == 3.0
+    both(model, request)
+    reply = model.generate("a pear", "image", seed=1, logprobs=0)
+    [picture] = reply.segments
+    assert isinstance(picture, Image) and picture.codes is not None and reply.logprobs is not None
+    spelled = model.processor.layout.spell(picture.codes, model.processor.vocabulary)
+    wanted = logprobs_by_hand(model, list(request.ids), spelled)
+    assert [entry.id for entry in reply.logprobs] == spelled[1:-1], "marks are not drawn"
+    assert [e.logprob for e in reply.logprobs] == pytest.approx(wanted[1:-1], abs=1e-4)
