@@ -20,10 +20,10 @@ import torch
 from earlyfusion.checkpoints import formats, lumina
 from earlyfusion.checkpoints.hf import Loaded, assemble
 from earlyfusion.config import ModelConfig
-from earlyfusion.content import Image, Message, Prompt, Segment, Text, as_messages
+from earlyfusion.content import Image, Message, Part, Prompt, Segment, Text, as_messages
 from earlyfusion.engine.engine import Engine
 from earlyfusion.engine.network import fingerprint
-from earlyfusion.engine.tensor_parallel import open_part, share
+from earlyfusion.engine.tensor_parallel import open_part, peers_of, share
 from earlyfusion.errors import CheckpointError, ContextError, PromptError, SettingError
 from earlyfusion.generation.reference import (
     Event,
@@ -31,6 +31,7 @@ from earlyfusion.generation.reference import (
     ImageDone,
     ImagePreview,
     ImageStarted,
+    Reader,
     Reason,
     Request,
     TextDelta,
@@ -48,6 +49,7 @@ from earlyfusion.vocabulary import ImageLayout
 Output = Literal["text", "image", "interleaved", "auto"]
 Size: TypeAlias = tuple[int, int]
 """Width and height of a picture in pixels."""
+Answer: TypeAlias = Part | Sequence[Part]
 Watch = Callable[[Event, Image | None], None]
 Codes = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -330,6 +332,61 @@ class Chameleon:
         ids = self.processor.encode(messages, self._codes(messages)).ids
         kind = "interleaved" if output == "auto" else output
         return Request(ids, kind, settings, images, room, layout=layout)
+
+    def score(self, prompt: Prompt, answers: Sequence[Answer], end: bool = True) -> list[Score]:
+        """How likely each answer to a prompt is; the prompt is read once for all of them.
+
+        An answer is a text, a picture or a list of both. The log-probabilities are the model's own,
+        of its whole vocabulary: without guidance, temperature or what the grammar forbids. With
+        `end` the end of the reply counts as a token too, so an answer is not likelier for being the
+        beginning of another. A prompt that ends with the assistant's turn is continued. Raises an
+        `EarlyFusionError`.
+        """
+        if isinstance(answers, str) or not isinstance(answers, Sequence):
+            raise PromptError(f"answers is a {type(answers).__name__}: give a list of answers")
+        if peers_of(self.transformer) is not None:
+            raise SettingError(
+                "score is not offered for a model on several processes: "
+                "load it with tensor_parallel=1"
+            )
+        messages = as_messages(prompt)
+        ids = self.processor.encode(messages, self._codes(messages)).ids
+        rows = [self._answered(messages, len(ids), answer, end) for answer in answers]
+        longest, limit = max(map(len, rows), default=0), self.config.max_position_embeddings
+        if len(ids) + longest > limit:
+            raise ContextError(
+                f"prompt and longest answer are {len(ids) + longest:,} tokens, limit {limit:,}: "
+                "shorten one of them"
+            )
+        return [Score(row, logprobs) for row, logprobs in self._scored(ids, rows)]
+
+    def _answered(
+        self, messages: Sequence[Message], start: int, answer: Answer, end: bool
+    ) -> list[int]:
+        """The tokens of an answer; `start` are those of the prompt."""
+        said = Message("assistant", answer)
+        if not said.parts:
+            raise PromptError("an answer to be scored is empty: give a text or an image")
+        before = messages
+        if messages[-1].role == "assistant":
+            before, said = messages[:-1], Message("assistant", [*messages[-1].parts, *said.parts])
+        whole = [*before, said]
+        tokens = self.processor.encode(whole, self._codes(whole)).ids[start:]
+        return [*tokens, self.processor.vocabulary.eos] if end else tokens
+
+    @torch.inference_mode()
+    def _scored(
+        self, ids: list[int], rows: Sequence[list[int]]
+    ) -> Iterator[tuple[list[int], list[float]]]:
+        if not rows:
+            return
+        reader = Reader(self.transformer, len(ids) + max(map(len, rows)))
+        first_1V = reader.read(ids)
+        for row in rows:
+            rest = [reader.read((), row[:-1])] if len(row) > 1 else []
+            logprobs_TV = torch.cat([first_1V, *rest]).log_softmax(-1)
+            token_T1 = torch.tensor(row, device=logprobs_TV.device)[:, None]
+            yield row, logprobs_TV.gather(1, token_T1)[:, 0].tolist()
 
     def _layout_of(self, size: Size, output: Output) -> ImageLayout:
         """How a picture of this width and height in pixels is spelled."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from earlyfusion import (
     Chameleon,
+    ContextError,
     Image,
     ImageDone,
     Message,
@@ -258,3 +259,75 @@ def test_logprobs_of_a_guided_picture_are_the_unguided_models(model: Chameleon) 
     wanted = logprobs_by_hand(model, list(request.ids), spelled)
     assert [entry.id for entry in reply.logprobs] == spelled[1:-1], "marks are not drawn"
     assert [e.logprob for e in reply.logprobs] == pytest.approx(wanted[1:-1], abs=1e-4)
+
+
+def test_scores_are_log_probabilities_of_the_answers(model: Chameleon) -> None:
+    codes = np.arange(64).reshape(8, 8)
+    answers: list[Any] = ["a", "a pear, please", ["This: ", Image(codes=codes)], Image(codes=codes)]
+    prompt = ["What is this? ", Image(codes=codes[::-1].copy())]
+    ids, eos = list(model.request(prompt, "text").ids), model.processor.vocabulary.eos
+    for end in (True, False):
+        scores = model.score(prompt, answers, end=end)
+        for answer, score in zip(answers, scores, strict=True):
+            chat = [Message("user", prompt), Message("assistant", answer)]
+            tokens = model.processor.encode(chat).ids[len(ids) :] + [eos] * end
+            assert score.tokens == tokens
+            wanted = logprobs_by_hand(model, ids, tokens)
+            assert score.token_logprobs == pytest.approx(wanted, abs=1e-4)
+            assert score.logprob == pytest.approx(sum(wanted), abs=1e-3)
+            assert score.per_token == pytest.approx(sum(wanted) / len(wanted), abs=1e-4)
+    assert model.score(prompt, answers[::-1])[3].logprob == pytest.approx(
+        model.score(prompt, answers)[0].logprob, abs=1e-4
+    )
+
+
+def test_probabilities_of_all_one_token_answers_sum_to_one(model: Chameleon) -> None:
+    """Each text token by itself and the rest of the vocabulary."""
+    vocabulary, processor = model.processor.vocabulary, model.processor
+    texts = [processor.token_text(int(token)) for token in vocabulary.text_tokens]
+    single = [text for text in texts if len(processor.encode_text(text)) == 1 and "�" not in text]
+    assert len(single) > 100
+    scores = model.score("x", single, end=False)
+    ids = list(model.request("x", "text").ids)
+    with torch.no_grad():
+        probabilities = model.transformer(torch.tensor([ids]))[0, -1].float().softmax(-1)
+    tokens = [score.tokens[0] for score in scores]
+    assert sum(math.exp(score.logprob) for score in scores) == pytest.approx(
+        float(probabilities[tokens].sum()), abs=1e-4
+    )
+
+
+def test_a_reply_has_the_score_of_its_logprobs(model: Chameleon) -> None:
+    ids = list(model.request("a pear", "text").ids)
+    tokens = [*model.processor.encode_text("This is a pear."), model.processor.vocabulary.eos]
+
+    def dictate(history: list[int], logits: Tensor) -> Tensor:
+        return torch.full_like(logits, -9.0).index_fill(
+            0, torch.tensor(tokens[len(history) - len(ids)]), 9.0
+        )
+
+    reply = model.generate("a pear", "text", temperature=0, logprobs=0, logits_processors=dictate)
+    [score] = model.score("a pear", ["This is a pear."])
+    assert reply.text == "This is a pear." and reply.logprobs is not None
+    assert score.tokens == tokens == [entry.id for entry in reply.logprobs]
+    told = [entry.logprob for entry in reply.logprobs]
+    assert score.token_logprobs == pytest.approx(told, abs=1e-4)
+
+
+def test_scores_go_on_with_a_begun_answer(model: Chameleon) -> None:
+    [whole] = model.score("x", [["a ", "pear"]])
+    chat = [Message("user", "x"), Message("assistant", "a ")]
+    [rest] = model.score(chat, ["pear"])
+    begun = len(model.processor.encode_text("a "))
+    assert rest.tokens == whole.tokens[begun:]
+    assert rest.token_logprobs == pytest.approx(whole.token_logprobs[begun:], abs=1e-4)
+
+
+def test_mistakes_in_scores(model: Chameleon) -> None:
+    assert model.score("x", []) == []
+    with pytest.raises(PromptError, match="answers is a str: give a list"):
+        model.score("x", "yes")
+    with pytest.raises(PromptError, match="an answer to be scored is empty"):
+        model.score("x", ["yes", ""])
+    with pytest.raises(ContextError, match="tokens, limit 256: shorten one of them"):
+        model.score("x", ["yes", "q" * 300])
