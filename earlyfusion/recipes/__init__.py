@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import shlex
 import sys
 from dataclasses import fields, is_dataclass, replace
 from importlib import import_module
@@ -43,8 +44,48 @@ def run(name: str, overrides: list[str]) -> None:
 
     Raises `SettingError` for an unknown recipe or field, or a value of the wrong type.
     """
+    from earlyfusion.train import folder
+
     recipe = _load(name)
-    recipe.main(override(recipe.config, overrides))
+    config = override(recipe.config, overrides)
+    out = getattr(getattr(config, "run", config), "out", None)
+    if not isinstance(out, Path):
+        recipe.main(config)
+        return
+    command = shlex.join(["earlyfusion", "train", name, *overrides])
+    with folder.full_disk_told(out), folder.locked(out), folder.termination_raises():
+        folder.begin(out, type(config).__name__, _named(config))
+        try:
+            recipe.main(config)
+        except (KeyboardInterrupt, folder.Terminated):
+            folder.say(folder.farewell(out, command, stopped=True))
+            raise
+        _end(config, out, command)
+
+
+def _end(config: Any, out: Path, command: str) -> None:
+    from earlyfusion.train import checkpoint, folder
+
+    run, there = getattr(config, "run", None), checkpoint.steps(out)
+    if run is not None and there and there[-1] < run.steps and not checkpoint.has_ended(out):
+        folder.say(
+            f"step {there[-1]:,} of {run.steps:,}, as stop_after says: without it, {command}"
+        )
+    elif there:
+        folder.finish(out)
+    if said := folder.farewell(out, command, stopped=False):
+        folder.say(said)
+
+
+def _named(config: Any) -> dict[str, str]:
+    """Every field by its whole name, as text."""
+    return {".".join(path): str(_value(config, path)) for path in _leaves(config)}
+
+
+def _value(config: Any, path: tuple[str, ...]) -> Any:
+    for name in path:
+        config = getattr(config, name)
+    return config
 
 
 def plan(name: str, overrides: list[str]) -> str:

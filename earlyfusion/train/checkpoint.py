@@ -17,8 +17,10 @@ import os
 import pickle
 import shutil
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Any, cast
@@ -81,7 +83,8 @@ class Saver:
         assert self._waiting is not None
         written, step, state = self._waiting
         self._waiting = None
-        written.result()
+        with _disk_errors_bare():
+            written.result()
         if self._first:
             _commit(self._run, step, state, self._keep)
 
@@ -102,7 +105,8 @@ class Saver:
         if self._beside:
             written = async_save(flat, checkpoint_id=where, process_group=self._group)
             return cast(Future[Any], written)
-        save(flat, checkpoint_id=where, process_group=self._group)
+        with _disk_errors_bare():
+            save(flat, checkpoint_id=where, process_group=self._group)
         return _done()
 
 
@@ -118,6 +122,61 @@ def steps(run: Path) -> list[int]:
     return sorted(int(n) for n in names if n.isdigit())
 
 
+def newest_whole(run: Path) -> tuple[int, list[str]]:
+    """The step of the newest checkpoint that is whole, 0 where there is none, and what to tell.
+
+    Damaged ones that are newer are set aside as `damaged-step-...`. Raises `CheckpointError` where
+    all are damaged.
+    """
+    told: list[str] = []
+    there = steps(run)
+    for step in reversed(there):
+        folder = run / f"{_PREFIX}{step:08d}"
+        if _is_whole(folder):
+            for path in (run / f"{_PREFIX}{later:08d}" for later in there if later > step):
+                aside = path.with_name(f"damaged-{path.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(path, aside)
+                told.append(f"{path} is damaged and now {aside.name}: step {step:,} is taken")
+            return step, told
+    if there:
+        raise CheckpointError(
+            f"every checkpoint in {run} is damaged: restore one, or give another out folder"
+        )
+    return 0, told
+
+
+def has_ended(run: Path) -> bool:
+    """Whether the run of the newest checkpoint ended before its last step."""
+    return bool(steps(run)) and bool(load_state(run).get("ended"))
+
+
+def drop_after(run: Path, step: int) -> None:
+    """Forget the checkpoints of later steps: they come again."""
+    for later in steps(run):
+        if later > step:
+            _remove(run, later)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether state and tensors can be read: all bytes of one file, the lengths of shards."""
+    try:
+        if not isinstance(_read_state(folder), dict):
+            return False
+        if (folder / SHARDS).is_dir():
+            return _has_all_shards(folder / SHARDS)
+        with zipfile.ZipFile(folder / TENSORS) as file:
+            return file.testzip() is None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, CheckpointError):
+        return False
+
+
+def _has_all_shards(folder: Path) -> bool:
+    parts = _reader(folder).read_metadata().storage_data or {}
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    return all(sizes.get(p.relative_path, -1) >= p.offset + p.length for p in parts.values())
+
+
 def load(
     run: Path, step: int | None = None, only: str = ""
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -129,7 +188,7 @@ def load(
     folder, state = _find(run, step)
     if (folder / SHARDS).is_dir():
         return _read_shards(folder / SHARDS, f"{only}/" if only else ""), state
-    return torch.load(folder / TENSORS, map_location="cpu", weights_only=True), state
+    return _read_tensors(folder / TENSORS), state
 
 
 def load_state(run: Path, step: int | None = None) -> dict[str, Any]:
@@ -183,7 +242,7 @@ def load_into(tensors: dict[str, Any], run: Path, step: int | None = None) -> di
     folder, state = _find(run, step)
     flat = dict(_flat(tensors))
     if not (folder / SHARDS).is_dir():
-        whole = dict(_flat(torch.load(folder / TENSORS, map_location="cpu", weights_only=True)))
+        whole = dict(_flat(_read_tensors(folder / TENSORS)))
         _check(flat, {name: tuple(value.shape) for name, value in whole.items()}, run)
         for name, value in flat.items():
             _fill(value, whole[name])
@@ -202,7 +261,29 @@ def _find(run: Path, step: int | None) -> tuple[Path, dict[str, Any]]:
     if not found or (step is not None and step not in found):
         raise CheckpointError(f"{run} holds no checkpoint of step {step or 'any'}: train it first")
     folder = run / f"{_PREFIX}{step or found[-1]:08d}"
-    return folder, json.loads((folder / STATE).read_text(encoding="utf-8"))
+    try:
+        return folder, _read_state(folder)
+    except (OSError, ValueError):
+        raise _damaged(folder) from None
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    return state
+
+
+def _read_tensors(path: Path) -> dict[str, Any]:
+    try:
+        tensors: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+        raise _damaged(path.parent) from None
+    return tensors
+
+
+def _damaged(folder: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{folder} is damaged: remove it, so that the checkpoint before it counts"
+    )
 
 
 def _begin(run: Path, step: int) -> Path:
@@ -215,9 +296,30 @@ def _begin(run: Path, step: int) -> Path:
 
 
 def _write(partial: Path, tensors: dict[str, Any]) -> None:
-    with (partial / TENSORS).open("wb") as file:
+    with _disk_errors_bare(), (partial / TENSORS).open("wb") as file:
         torch.save(tensors, file)
         _flush(file.fileno(), file.flush)
+
+
+@contextmanager
+def _disk_errors_bare() -> Iterator[None]:
+    """What torch makes of an error of the disk is raised as the `OSError` that it was."""
+    try:
+        yield
+    except BaseException as error:
+        found = _disk_error(error)
+        if found is None or found is error:
+            raise
+        raise found from None
+
+
+def _disk_error(error: BaseException | None) -> OSError | None:
+    """The error of the disk behind another, or behind those that processes told each other."""
+    if error is None or isinstance(error, OSError):
+        return error
+    others = [error.__cause__, error.__context__]
+    others += [told[0] for told in getattr(error, "failures", {}).values()]
+    return next((found for other in others if (found := _disk_error(other))), None)
 
 
 def _commit(run: Path, step: int, state: dict[str, Any], keep: int) -> Path:

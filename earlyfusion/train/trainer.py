@@ -26,6 +26,7 @@ from earlyfusion.model.transformer import Transformer
 from earlyfusion.parallel import ParallelConfig
 from earlyfusion.train import checkpoint
 from earlyfusion.train.curves import draw_curves
+from earlyfusion.train.folder import locked, say
 from earlyfusion.train.monitor import Monitor, matmul_peak
 from earlyfusion.train.optim import OptimConfig, adamw, learning_rate
 from earlyfusion.train.watch import Watch, WatchConfig
@@ -128,9 +129,14 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device(cuda if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(cuda if name == "cuda" else name)
+        device = torch.device(cuda if name == "cuda" else name)
     except RuntimeError:
         raise SettingError(f"device={name!r} is unknown: choose auto, cpu or cuda") from None
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, NotImplementedError, RuntimeError):
+        raise SettingError(f"device={name!r} is not on this machine: choose auto or cpu") from None
+    return device
 
 
 def train(task: Task, run: RunConfig, optim: OptimConfig, shows: Shows | None = None) -> None:
@@ -138,13 +144,14 @@ def train(task: Task, run: RunConfig, optim: OptimConfig, shows: Shows | None = 
 
     `shows` is called every `run.sample_every` steps and at the end, with the folder `samples/`.
     """
-    training = _Training(task, run, optim, shows)
-    try:
-        training.go_on()
-    finally:
-        training.close()
-    if parallel.rank() == 0:
-        draw_curves(run.out)
+    with locked(run.out):
+        training = _Training(task, run, optim, shows)
+        try:
+            training.go_on()
+        finally:
+            training.close()
+        if parallel.rank() == 0:
+            draw_curves(run.out)
 
 
 class _Training:
@@ -269,7 +276,9 @@ class _Training:
         return {"model": model, "optimizer": self.optimizer.state_dict()}
 
     def _resume(self) -> int:
-        step: int = parallel.agree(lambda: (checkpoint.steps(self.run.out) or [0])[-1])
+        step, told = parallel.agree(lambda: checkpoint.newest_whole(self.run.out))
+        for sentence in told:
+            say(sentence)
         if not step:
             return 0
         state = checkpoint.load_state(self.run.out, step)

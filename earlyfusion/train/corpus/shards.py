@@ -206,8 +206,11 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file under another name and give it its own when it is on the disk."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with part.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with part.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -36,6 +36,7 @@ from earlyfusion.train.corpus.shards import (
     write_json,
     write_shard,
 )
+from earlyfusion.train.folder import full_disk_told
 
 Progress = Callable[[int, int], None]
 # Rows whose pictures go through the network together.
@@ -125,10 +126,22 @@ def tokenize(
 ) -> Summary:
     """Make the shards of `job` that are missing; `progress` is told the rows done and all rows.
 
-    Raises `DataError` where the folder holds another corpus, or too many rows are broken.
+    Raises `DataError` where the folder holds another corpus, too many rows are broken, or none can
+    be used, and `SettingError` where the disk is full.
     """
     if workers < 1:
         raise SettingError(f"workers={workers} must be at least 1")
+    with full_disk_told(job.out):
+        made = _tokenize(job, workers, on_ray, progress)
+    if not made.documents:
+        raise DataError(
+            f"none of the {made.rows:,} rows can be used: see {job.out / QUARANTINE}, and give "
+            "others in another --out"
+        )
+    return made
+
+
+def _tokenize(job: Job, workers: int, on_ray: bool, progress: Progress) -> Summary:
     job.out.mkdir(parents=True, exist_ok=True)
     sources = open_sources(job)
     total = sum(map(len, sources))

@@ -1,0 +1,260 @@
+"""The folder of a run: what is refused there, who holds it, and what is said at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.synchronize import Event
+from pathlib import Path
+
+import pytest
+import torch
+from corpora import pairs, tiny_model
+from torch.distributed.checkpoint.state_dict_saver import save as save_shards
+
+from earlyfusion.cli import main
+from earlyfusion.errors import CheckpointError, SettingError
+from earlyfusion.recipes import run
+from earlyfusion.train import checkpoint, folder
+from earlyfusion.train.monitor import read_metrics
+
+SMALL = ["length=100", "warmup_steps=1", "log_every=1", "save_every=2", "device=cpu", "workers=0"]
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The fields that every run here has: a tiny model and eight pictures with captions."""
+    place = tmp_path_factory.mktemp("given")
+    model = tiny_model(place / "tiny")
+    return [f"data={pairs(place / 'data', 8)}", f"model={model}", *SMALL]
+
+
+def learn(given: list[str], out: Path, *more: str) -> None:
+    run("finetune", [*given, "steps=4", f"out={out}", *more])
+
+
+def losses(out: Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(out)]
+
+
+def contents(place: Path) -> dict[str, bytes]:
+    files = (path for path in place.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(place)): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("there", ["model/model.safetensors", "samples/step-1.png", "thesis.txt"])
+def test_a_folder_of_anything_else_is_refused_and_left_as_it_is(
+    given: list[str], tmp_path: Path, there: str
+) -> None:
+    (tmp_path / there).parent.mkdir(exist_ok=True)
+    (tmp_path / there).write_text("mine")
+    with pytest.raises(SettingError, match=rf"not empty and holds no run .*{there.split('/')[0]}"):
+        learn(given, tmp_path)
+    assert contents(tmp_path) == {there: b"mine"}
+
+
+def test_a_file_is_no_folder_and_a_hidden_file_is_no_hindrance(
+    given: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SettingError, match="no folder that can be written to"):
+        learn(given, tmp_path / "file")
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / ".gitkeep").touch()
+    learn(given, tmp_path / "kept")
+    assert checkpoint.steps(tmp_path / "kept")[-1] == 4
+
+
+def test_a_run_goes_on_and_says_what_changed(
+    given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    learn(given, tmp_path, "stop_after=2", "log_every=2")
+    assert "step 2 of 4, as stop_after says" in capsys.readouterr().err
+    learn(given, tmp_path, "dropout=0.2")
+    said = capsys.readouterr().err
+    assert "goes on from its checkpoint, now with dropout=0.2 (it was 0.05)" in said
+    assert "log_every" not in said
+    assert f"the model lies in {tmp_path / 'model'}" in said
+    learn(given, tmp_path, "dropout=0.2", "log_every=3", "stop_after=0")  # nothing to do, and fine
+    with pytest.raises(SettingError, match=r"finished run.* with rows=2 \(it was 1\)"):
+        learn(given, tmp_path, "dropout=0.2", "rows=2")
+    with pytest.raises(SettingError, match="run of another kind"):
+        run("pretrain_7b", [f"out={tmp_path}"])
+
+
+def test_a_run_of_before_there_were_notes_goes_on(given: list[str], tmp_path: Path) -> None:
+    learn(given, tmp_path, "stop_after=2")
+    (tmp_path / folder.NOTE).unlink()
+    learn(given, tmp_path)
+    assert checkpoint.steps(tmp_path)[-1] == 4
+    assert json.loads((tmp_path / folder.NOTE).read_text())["finished"] is True
+
+
+def hold(place: str, held: Event, leave: Event) -> None:
+    with folder.locked(Path(place)):
+        held.set()
+        leave.wait(300)
+
+
+def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(
+    given: list[str], tmp_path: Path
+) -> None:
+    context = get_context("spawn")
+    held, leave = context.Event(), context.Event()
+    first = context.Process(target=hold, args=(str(tmp_path), held, leave))
+    first.start()
+    assert held.wait(200) and first.pid is not None
+    with pytest.raises(SettingError, match=f"being trained in by process {first.pid} on"):
+        learn(given, tmp_path)
+    assert not checkpoint.steps(tmp_path)
+    os.kill(first.pid, signal.SIGKILL)
+    first.join()
+    learn(given, tmp_path)
+    with folder.locked(tmp_path), folder.locked(tmp_path):  # within one process it is one lock
+        pass
+    with folder.locked(tmp_path):
+        assert f"process {os.getpid()} on" in (tmp_path / ".lock").read_text()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("device", ["cuda", "cuda:7", "mps"])
+def test_a_device_that_is_not_there_is_refused(
+    given: list[str], tmp_path: Path, device: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SettingError, match=f"device='{device}' is not on this machine"):
+        learn(given, tmp_path / "out", f"device={device}")
+    source = given[0].removeprefix("data=")
+    assert main(["tokenize", source, "-o", str(tmp_path / "t"), "--device", device]) == 2
+    assert "is not on this machine" in capsys.readouterr().err
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        (checkpoint.TENSORS, cut),
+        (checkpoint.TENSORS, flip),
+        (checkpoint.TENSORS, Path.unlink),
+        (checkpoint.STATE, cut),
+    ],
+)
+def test_the_older_checkpoint_is_taken_where_the_newest_is_damaged(
+    given: list[str],
+    tmp_path: Path,
+    name: str,
+    damage: Callable[[Path], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    learn(given, tmp_path / "whole", "steps=6", "seed=3")
+    learn(given, tmp_path / "part", "steps=6", "seed=3", "stop_after=4")
+    assert checkpoint.steps(tmp_path / "part") == [2, 4]
+    damage(tmp_path / "part" / "step-00000004" / name)
+    capsys.readouterr()
+    if damage is not flip:  # found by the sums that a resume looks at
+        with pytest.raises(CheckpointError, match="is damaged"):
+            checkpoint.load(tmp_path / "part")
+    learn(given, tmp_path / "part", "steps=6", "seed=3")
+    said = capsys.readouterr().err
+    assert "step-00000004 is damaged and now damaged-step-00000004: step 2 is taken" in said
+    assert losses(tmp_path / "part") == losses(tmp_path / "whole")
+    assert checkpoint.steps(tmp_path / "part") == [4, 6]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused(
+    given: list[str], tmp_path: Path
+) -> None:
+    learn(given, tmp_path, "stop_after=2")
+    cut(tmp_path / "step-00000002" / checkpoint.TENSORS)
+    with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged"):
+        learn(given, tmp_path)
+    assert checkpoint.steps(tmp_path) == [2]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed:UserWarning")
+@pytest.mark.parametrize("damage", [cut, Path.unlink])
+def test_shards_that_are_cut_short_do_not_count(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    for step in (1, 2):
+        place = tmp_path / f"step-{step:08d}"
+        tensors = {"model/x": torch.full((999,), float(step))}
+        save_shards(tensors, checkpoint_id=place / checkpoint.SHARDS, no_dist=True)
+        (place / checkpoint.STATE).write_text(json.dumps({"step": step}))
+    assert checkpoint.newest_whole(tmp_path) == (2, [])
+    damage(next((tmp_path / "step-00000002" / checkpoint.SHARDS).glob("*.distcp")))
+    step, told = checkpoint.newest_whole(tmp_path)
+    assert step == 1 and "step 1 is taken" in told[0]
+
+
+def limited(kilobytes: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of which no file may grow over so many kilobytes."""
+    script = (
+        "import resource, sys\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({kilobytes << 10}, -1))\n"
+        "from earlyfusion.cli import main\n"
+        f"sys.exit(main({arguments!r}))"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+@pytest.mark.parametrize("kilobytes", [4, 100])
+def test_a_full_disk_ends_a_run_with_a_sentence_and_it_goes_on(
+    given: list[str], tmp_path: Path, kilobytes: int
+) -> None:
+    command = ["train", "finetune", *given, "steps=4", f"out={tmp_path}"]
+    done = limited(kilobytes, command)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert f"{tmp_path} cannot be written to (file too large): make room and" in done.stderr
+    assert main(command) == 0 and checkpoint.steps(tmp_path)[-1] == 4
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_full_disk_ends_tokenize_with_a_sentence_and_it_goes_on(
+    given: list[str], tmp_path: Path, workers: str
+) -> None:
+    values = dict(field.split("=", 1) for field in given)
+    command = ["tokenize", values["data"], "-o", str(tmp_path / "out"), "--model", values["model"]]
+    command += ["--shard-rows", "4", "--workers", workers, "--device", "cpu"]
+    done = limited(1, command)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert f"{tmp_path / 'out'} cannot be written to" in done.stderr.replace("\n", " ")
+    assert not list((tmp_path / "out").glob(".*.part"))
+    assert main(command) == 0
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_is_stopped_says_how_to_go_on(
+    given: list[str], tmp_path: Path, sent: signal.Signals, code: int
+) -> None:
+    out = tmp_path / "a run"
+    command = ["train", "finetune", *given, "steps=100000", f"out={out}"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "earlyfusion", *command], stderr=subprocess.PIPE, text=True
+    ) as process:
+        deadline = time.monotonic() + 200
+        while not checkpoint.steps(out) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(sent)
+        _, said = process.communicate(timeout=100)
+    assert process.returncode == code and "Traceback" not in said, said
+    last = said.splitlines()[-1]
+    assert last.startswith(f"stopped: {out} holds step ")
+    assert f"the same command goes on from there: earlyfusion train finetune {given[0]}" in last
+    assert last.endswith(f"'out={out}'")
