@@ -249,19 +249,9 @@ def test_two_processes_leave_the_model_of_one(
     same = ["rows=2", "micro_rows=1", "device=cpu", "dropout=0", how]
     one = finetune(model, data, tmp_path / "one", *same)
     finetune(model, data, tmp_path / "begun", *same, "stop_after=2")
-    script = f"import test_finetune as t; t.finetune_two({str(model)!r}, {str(data)!r}, {how!r})"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node=2", "--no-python", sys.executable, "-c", script]
-    paths = os.pathsep.join(str(p) for p in (Path(__file__).parent, Path(__file__).parents[1]))
-    done = subprocess.run(
-        command,
-        cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    started = [("two", []), ("half", ["stop_after=2"]), ("begun", [])]
+    runs = [[str(model), str(data), out, *same, *more] for out, more in started]
+    two_processes(tmp_path, runs)
     two, gone_on = (weights(tmp_path / name / "model") for name in ("two", "begun"))
     kept = [checkpoint.load(tmp_path / name)[0]["model"].keys() for name in ("two", "one")]
     assert kept[0] == kept[1] and "model.norm.weight" not in kept[0]
@@ -273,13 +263,28 @@ def test_two_processes_leave_the_model_of_one(
         torch.testing.assert_close(resumed[name], tensor, atol=1e-5, rtol=1e-5)
 
 
-def finetune_two(model: str, data: str, how: str) -> None:
-    """What each of two processes runs."""
-    same = ["rows=2", "micro_rows=1", "device=cpu", "dropout=0", how]
+def two_processes(folder: Path, runs: list[list[str]]) -> None:
+    """`finetune_here` of each of these in two processes that work in a folder."""
+    script = f"import test_finetune as t; [t.finetune_here(*given) for given in {runs!r}]"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node=2", "--no-python", sys.executable, "-c", script]
+    paths = os.pathsep.join(str(p) for p in (Path(__file__).parent, Path(__file__).parents[1]))
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def finetune_here(model: str, data: str, out: str, *more: str) -> None:
+    """What each process runs: `finetune` into a folder of this one."""
     small = ["steps=4", "length=100", "lr=1e-2", "warmup_steps=1", "log_every=1", "save_every=2"]
-    for out, more in (("two", []), ("half", ["stop_after=2"]), ("begun", [])):
-        fields = [f"data={data}", f"model={model}", f"out={out}", "max_broken=1", *small]
-        run("finetune", [*fields, *same, *more])
+    fields = [f"data={data}", f"model={model}", f"out={out}", "max_broken=1", *small]
+    run("finetune", [*fields, *more])
 
 
 def test_dropout_is_set_on_every_block(model: Path) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -32,10 +32,18 @@ from earlyfusion.model.transformer import Block, Transformer
 from earlyfusion.train import checkpoint, lora
 from earlyfusion.train.corpus.mixture import Ahead
 from earlyfusion.train.corpus.sources import Corpus, open_corpus
-from earlyfusion.train.language import LanguageConfig
+from earlyfusion.train.folder import say
+from earlyfusion.train.language import LanguageConfig, LanguageTask
 from earlyfusion.train.optim import OptimConfig
 from earlyfusion.train.samples import PromptedPictures, asked, asked_in
 from earlyfusion.train.trainer import RunConfig, resolve_device, train
+from earlyfusion.train.validation import (
+    LOSS,
+    Validation,
+    ValidationConfig,
+    best_of,
+    held_out_documents,
+)
 
 
 @dataclass
@@ -52,6 +60,7 @@ class FinetuneConfig(LanguageConfig):
     """Threads that make the next documents while the network learns; 0: none."""
     prompts: tuple[str, ...] = ()
     """Requests whose pictures are drawn at `run.sample_every`; none: some of the data's own."""
+    held_out: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,13 +94,20 @@ def main(config: FinetuneConfig) -> None:
     image_tokenizer = ImageTokenizer(loaded.vqgan, loaded.config.vq_config.resolution)
     length = config.length or loaded.config.max_position_embeddings
     corpus = open_corpus(
-        config.corpus, loaded.processor, image_tokenizer, length, config.notes, run.seed
+        config.corpus,
+        loaded.processor,
+        image_tokenizer,
+        length,
+        config.notes,
+        run.seed,
+        config.held_out,
     )
     _check_data(config, corpus)
     stream = Ahead(corpus.stream, config.workers) if config.workers else corpus.stream
     try:
         task = config.task(model, stream, length, loaded.processor.vocabulary.pad)
-        train(task, run, config.optim, _samples(config, model, loaded, image_tokenizer, corpus))
+        samples = _samples(config, model, loaded, image_tokenizer, corpus)
+        train(task, run, config.optim, samples, _validation(config, task, corpus))
     finally:
         if isinstance(stream, Ahead):
             stream.close()
@@ -99,10 +115,22 @@ def main(config: FinetuneConfig) -> None:
         return
     for sentence in corpus.report():
         print(sentence, file=sys.stderr)
+    kept = best_of(run.out) if config.held_out.is_on else run.out
     if parallel.processes() > 1:  # each holds a part of the model
         model = prepared(assemble(source), config)
-        checkpoint.load_model(model, checkpoint.load(run.out, only="model")[0]["model"], run.out)
+    if kept != run.out or parallel.processes() > 1:
+        tensors, state = checkpoint.load(kept, only="model")
+        checkpoint.load_model(model, tensors["model"], kept)
+        if LOSS in state:
+            say(f"kept: the weights of step {state['step']:,}, of {LOSS} {state[LOSS]:.4g}")
     save(run.out / "model", model, loaded, source)
+
+
+def _validation(config: FinetuneConfig, task: LanguageTask, corpus: Corpus) -> Validation | None:
+    if not config.held_out.is_on:
+        return None
+    documents = held_out_documents(corpus.held_out)
+    return Validation(lambda: task.measure(documents), config.held_out, config.run.save_every)
 
 
 def _samples(

@@ -9,7 +9,7 @@ Shapes: B rows of a batch, T tokens of a row.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -86,6 +86,28 @@ class Packer:
             if number // own == which:
                 rows.append(pack_row(documents, self._weights, self.length, self._pad))
         return PackedBatch(*(torch.stack(t) for t in zip(*rows, strict=True)))
+
+    def batches(self, documents: Sequence[TokenSequence], rows: int) -> Iterator[PackedBatch]:
+        """These documents, each once, `rows` rows at a time: this process's share of them.
+
+        Every process gets as many batches as the others: rows of padding fill up.
+        """
+        which, count = self.share
+        packed, free = list[list[TokenSequence]](), 0
+        for document in documents:
+            needed = len(document) - 1
+            if needed > free:
+                packed.append([])
+                free = self.length
+            packed[-1].append(document)
+            free -= needed
+        packed += [[] for _ in range(-len(packed) % (count * rows))]
+        for at in range(which * rows, len(packed), count * rows):
+            made = [
+                pack_row(row, self._weights, self.length, self._pad)
+                for row in packed[at : at + rows]
+            ]
+            yield PackedBatch(*(torch.stack(t) for t in zip(*made, strict=True)))
 
     def _documents(self) -> list[TokenSequence]:
         """The documents of the next row."""

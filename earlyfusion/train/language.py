@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +15,11 @@ from earlyfusion.errors import SettingError
 from earlyfusion.model.attention import CausalAttend
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.parallel import ParallelConfig
+from earlyfusion.processor import TokenSequence
 from earlyfusion.train import checkpoint, lora
 from earlyfusion.train.corpus.sources import CorpusConfig
 from earlyfusion.train.data import PackedBatch, Packer, RoleWeights, Stream
-from earlyfusion.train.loss import head_loss
+from earlyfusion.train.loss import TokenLoss, head_loss
 from earlyfusion.train.optim import OptimConfig
 from earlyfusion.train.plan import flops_per_token
 from earlyfusion.train.trainer import RunConfig
@@ -122,11 +123,7 @@ class LanguageTask:
         if not self._waiting:
             self._fetch()
         batch = self._waiting.pop(0)
-        attends = [CausalAttend(batch.document_BT)] * self.model.config.num_hidden_layers
-        x_BTD = self.model.states(batch.tokens_BT, batch.positions_BT, attends)
-        x_BTD, head_VD, part = parallel.head_inputs(x_BTD, self.model.lm_head.weight)
-        targets = (batch.targets_BT, batch.weight_BT)
-        loss = head_loss(x_BTD, head_VD, *targets, self._z_weight, part=part)
+        loss = self._scored(batch)
         share = batch.weight_BT.sum().clamp_min(1e-8) / self._weight
         counted_BT = batch.weight_BT > 0
         figures = {
@@ -137,6 +134,32 @@ class LanguageTask:
             "top_logit": loss.top,
         }
         return loss.total * share, figures, float(batch.tokens_BT.numel())
+
+    def _scored(self, batch: PackedBatch) -> TokenLoss:
+        attends = [CausalAttend(batch.document_BT)] * self.model.config.num_hidden_layers
+        x_BTD = self.model.states(batch.tokens_BT, batch.positions_BT, attends)
+        x_BTD, head_VD, part = parallel.head_inputs(x_BTD, self.model.lm_head.weight)
+        targets = (batch.targets_BT, batch.weight_BT)
+        return head_loss(x_BTD, head_VD, *targets, self._z_weight, part=part)
+
+    @torch.no_grad()
+    def measure(self, documents: Sequence[TokenSequence]) -> dict[str, float]:
+        """Mean nats of the answers' tokens, by the weights of the training, and by modality.
+
+        All processes call it with the same documents, and each computes its share.
+        """
+        device = next(self.model.parameters()).device
+        sums = torch.zeros(2, 2, device=device)  # text, image x nats, weight
+        for batch in self._packer.batches(documents, self._micro_rows or 1):
+            own = batch.to(device)
+            weighted_BT = self._scored(own).nats_BT * own.weight_BT
+            for place, kind_BT in enumerate((~own.image_BT, own.image_BT)):
+                sums[place, 0] += (weighted_BT * kind_BT).sum()
+                sums[place, 1] += (own.weight_BT * kind_BT).sum()
+        sums = parallel.data_sum(sums, self._mesh)
+        names = ("validation_text_nats", "validation_image_nats")
+        means = {n: float(nats / w) for n, (nats, w) in zip(names, sums, strict=True) if w > 0}
+        return {"validation_loss": float(sums[:, 0].sum() / sums[:, 1].sum())} | means
 
     def after(self, step: int) -> dict[str, float]:
         return {}

@@ -29,6 +29,7 @@ from earlyfusion.train.curves import draw_curves
 from earlyfusion.train.folder import locked, say
 from earlyfusion.train.monitor import Monitor, matmul_peak
 from earlyfusion.train.optim import OptimConfig, adamw, learning_rate
+from earlyfusion.train.validation import LOSS, Validation, best_of
 from earlyfusion.train.watch import Watch, WatchConfig
 
 if TYPE_CHECKING:
@@ -139,13 +140,20 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def train(task: Task, run: RunConfig, optim: OptimConfig, shows: Shows | None = None) -> None:
+def train(
+    task: Task,
+    run: RunConfig,
+    optim: OptimConfig,
+    shows: Shows | None = None,
+    validation: Validation | None = None,
+) -> None:
     """Train to `run.steps`, from the newest checkpoint under `run.out` where there is one.
 
     `shows` is called every `run.sample_every` steps and at the end, with the folder `samples/`.
+    The weights of the best `validation` are kept in `best/`; it may end the run early.
     """
     with locked(run.out):
-        training = _Training(task, run, optim, shows)
+        training = _Training(task, run, optim, shows, validation)
         try:
             training.go_on()
         finally:
@@ -157,7 +165,14 @@ def train(task: Task, run: RunConfig, optim: OptimConfig, shows: Shows | None = 
 class _Training:
     """A run in progress."""
 
-    def __init__(self, task: Task, run: RunConfig, optim: OptimConfig, shows: Shows | None) -> None:
+    def __init__(
+        self,
+        task: Task,
+        run: RunConfig,
+        optim: OptimConfig,
+        shows: Shows | None,
+        validation: Validation | None,
+    ) -> None:
         self.task, self.run, self.optim = task, run, optim
         self.began_with = task.began_with if isinstance(task, PartTask) else ""
         self.mesh = _spread(task, run)
@@ -168,6 +183,8 @@ class _Training:
         self.optimizer = adamw(task.parameters(), optim)
         self.watch = Watch(run.watch)
         self.saver = checkpoint.Saver(run.out, run.keep, run.save_beside)
+        self.validation = validation
+        self.best = checkpoint.Saver(best_of(run.out), 1, beside=False) if validation else None
         self.step = self._resume()
         flops = task.flops_per_unit if isinstance(task, ParallelTask) else 0.0
         device = next(task.model.parameters()).device
@@ -183,12 +200,14 @@ class _Training:
     def go_on(self) -> None:
         run = self.run
         last = min(run.steps, run.stop_after or run.steps)
-        while self.step < last:
+        while self.step < last and not self._has_ended:
             figures = self._step(self.step)
             if self.watch.must_roll_back:
                 self._roll_back()
                 continue
-            shown = self._show(last)
+            checked = self._validate(last)
+            last = self.step + 1 if self._has_ended else last
+            shown = checked | self._show(last)
             if self.step % run.log_every == 0 or self.step + 1 == last or shown:
                 self._log(figures | shown)
             self.step += 1
@@ -199,6 +218,28 @@ class _Training:
 
     def close(self) -> None:
         self.monitor.close()
+
+    @property
+    def _has_ended(self) -> bool:
+        return self.validation is not None and self.validation.ends
+
+    def _validate(self, last: int) -> dict[str, float]:
+        """The loss of held-out documents after this step, if it is time; the best is kept."""
+        validation, done = self.validation, self.step + 1
+        if validation is None or self.best is None or not validation.is_due(done, last):
+            return {}
+        with self.monitor.paused(), _aside(self.task.model), self._autocast():
+            figures = validation.measure()
+        if validation.is_best(done, figures[LOSS]):
+            state = {LOSS: figures[LOSS]} | self._began()
+            self.best.save(done, {"model": self._tensors()["model"]}, state)
+        if validation.ends:
+            self.monitor.note(
+                self.step,
+                f"the run ends, as {LOSS} has not fallen since step {validation.best_step}, where "
+                f"it was {validation.best_loss:.4g}",
+            )
+        return figures
 
     def _show(self, last: int) -> dict[str, float]:
         """Samples of the weights after this step, if it is time for them."""
@@ -264,10 +305,13 @@ class _Training:
     def _save(self) -> None:
         tensors, state = self.task.state()
         state |= {"run": _plain(self.run), "optim": _plain(self.optim)}
-        state |= {"watch": self.watch.state()}
-        if self.began_with:
-            state["began_with"] = self.began_with
+        state |= {"watch": self.watch.state()} | self._began()
+        if self.validation is not None:
+            state |= {"validation": self.validation.state(), "ended": self._has_ended}
         self.saver.save(self.step, self._tensors() | tensors, state)
+
+    def _began(self) -> dict[str, Any]:
+        return {"began_with": self.began_with} if self.began_with else {}
 
     def _tensors(self) -> dict[str, Any]:
         model = self.task.model.state_dict()
@@ -279,6 +323,8 @@ class _Training:
         step, told = parallel.agree(lambda: checkpoint.newest_whole(self.run.out))
         for sentence in told:
             say(sentence)
+        if self.validation is not None and not parallel.rank():
+            checkpoint.drop_after(best_of(self.run.out), step)
         if not step:
             return 0
         state = checkpoint.load_state(self.run.out, step)
@@ -293,6 +339,8 @@ class _Training:
         if self.mesh is None:
             _fill(self.task.model, self.optimizer, tensors, self.run.out)
         self.watch.load_state(state.get("watch", {}))
+        if self.validation is not None:
+            self.validation.load_state(state.get("validation", {}))
         return int(state["step"])
 
     def _check(self, state: dict[str, Any]) -> None:

@@ -214,20 +214,25 @@ class Order(Epochs):
         return epoch, self._documents.pieces(self.number(epoch, place))
 
 
-def balanced(documents: Documents, seed: int, key: str) -> dict[str, tuple[float, Order]]:
+def balanced(
+    documents: Documents, seed: int, key: str, chosen: np.ndarray | None = None
+) -> dict[str, tuple[float, Order]]:
     """A source as one for each kind of answer that it has (text, pictures, both), with weights.
 
     Training on far more answers of one modality than of another teaches a habit of giving or
     withholding it, whatever is asked (arXiv 2405.09818, section 3.1). So all kinds have the same
     weight, but none comes over 4 times as often as its rows would: a few rows are not worn out.
+    `chosen` are the numbers that count, in order; all of them if None.
     """
-    answers = documents.answers()
+    every = documents.answers()
+    numbers = np.arange(len(every)) if chosen is None else chosen
+    answers = every[numbers]
     kinds, counts = np.unique(answers, return_counts=True)
     weights = np.minimum(1 / len(kinds), _MOST_REPEATS * counts / counts.sum())
     return {
         f"{key} ({_KIND_NAMES[kind]})": (
             float(weight / weights.sum()),
-            Order(documents, seed, f"{key} {kind}", np.flatnonzero(answers == kind)),
+            Order(documents, seed, f"{key} {kind}", numbers[answers == kind]),
         )
         for kind, weight in zip(kinds.tolist(), weights, strict=True)
     }

@@ -17,6 +17,7 @@ from earlyfusion.train.corpus.encoding import Encoder, EncodingSettings, Fit, fi
 from earlyfusion.train.corpus.mixture import Documents, Mixture, Order, balanced, two_stages
 from earlyfusion.train.corpus.rows import Quarantine, Rows, RowSettings, open_rows
 from earlyfusion.train.corpus.shards import TokenShards, is_shards, packed, unpacked
+from earlyfusion.train.validation import ValidationConfig, held_out_numbers
 
 # Documents of raw rows that stay encoded: a small corpus is cut into codes once, not every epoch.
 _KEPT_DOCUMENTS = 20_000
@@ -82,6 +83,8 @@ class Corpus:
     fingerprint: str
     quarantine: Quarantine
     documents: list[Documents]
+    held_out: list[tuple[Documents, np.ndarray]] = field(default_factory=list)
+    """Sources with the numbers of their rows that are not in the stream."""
 
     def report(self) -> list[str]:
         """Sentences on rows that were left out or cut."""
@@ -105,11 +108,12 @@ def open_corpus(
     length: int,
     run: Path,
     seed: int = 0,
+    validation: ValidationConfig | None = None,
 ) -> Corpus:
     """Open the sources of `config` for rows of `length` tokens.
 
-    `run` takes the quarantine and what is learned about the files. Raises `DataError` and
-    `SettingError`.
+    What `validation` holds out is not in the stream. `run` takes the quarantine and what is learned
+    about the files. Raises `DataError` and `SettingError`.
     """
     _check(config, processor, length)
     quarantine = Quarantine(run / "quarantine.jsonl", config.max_broken)
@@ -125,16 +129,23 @@ def open_corpus(
 
     orders: dict[str, Order] = {}
     shares: dict[str, dict[str, float]] = {}
-    documents = []
+    documents, held_out = [], []
+    watched = validation or ValidationConfig()
     for place, source in enumerate(dict.fromkeys((*config.data, *config.added))):
         path, weight = _weighted(source)
         documents.append(opened(path))
-        mine = _orders(documents[-1], config.balance, seed, f"source {place}")
+        held = held_out_numbers(len(documents[-1]), watched.validation, seed, place)
+        held_out.append((documents[-1], held))
+        mine = _orders(documents[-1], config.balance, seed, f"source {place}", held)
         orders |= {name: order for name, (_, order) in mine.items()}
         shares[source] = {name: weight * share for name, (share, _) in mine.items()}
     first, added = (_joined(shares, names) for names in (config.data, config.added))
     stream = Mixture(orders, two_stages(first, added, config.added_from), seed)
-    return Corpus(stream, _digest(config, documents, seed), quarantine, documents)
+    for path in watched.validation_data:
+        other = opened(path)
+        held_out.append((other, np.arange(len(other))))
+    digest = _digest(config, documents, seed, watched.validation)
+    return Corpus(stream, digest, quarantine, documents, held_out)
 
 
 def _check(config: CorpusConfig, processor: Processor, length: int) -> None:
@@ -145,20 +156,24 @@ def _check(config: CorpusConfig, processor: Processor, length: int) -> None:
         raise SettingError(f"length={length} cannot hold a picture: raise it to {needed} or more")
 
 
-def _digest(config: CorpusConfig, documents: Sequence[Documents], seed: int) -> str:
+def _digest(
+    config: CorpusConfig, documents: Sequence[Documents], seed: int, held_out: float
+) -> str:
     """Of everything that the stream depends on."""
     ways = [config.encoding, seed, config.balance, config.added_from]
+    ways += [held_out] if held_out else []
     weights = [_weighted(source)[1] for source in (*config.data, *config.added)]
     told = repr([ways, weights, [d.fingerprint for d in documents]])
     return hashlib.sha256(told.encode()).hexdigest()
 
 
 def _orders(
-    documents: Documents, balance: bool, seed: int, key: str
+    documents: Documents, balance: bool, seed: int, key: str, held_out: np.ndarray
 ) -> dict[str, tuple[float, Order]]:
-    """The source, or its parts by kind of answer, with their shares."""
-    whole = {key: (1.0, Order(documents, seed, key))}
-    return balanced(documents, seed, key) if balance else whole
+    """The source without what is held out, or its parts by kind of answer, with their shares."""
+    rest = np.setdiff1d(np.arange(len(documents)), held_out) if len(held_out) else None
+    whole = {key: (1.0, Order(documents, seed, key, rest))}
+    return balanced(documents, seed, key, rest) if balance else whole
 
 
 def _joined(shares: Mapping[str, dict[str, float]], names: Sequence[str]) -> dict[str, float]:
