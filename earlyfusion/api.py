@@ -153,6 +153,7 @@ class Chameleon:
         device: str = "auto",
         dtype: str = "auto",
         tensor_parallel: int = 1,
+        verify: bool = True,
     ) -> Chameleon:
         """Load the embedded model "mini", a folder in any supported format, or a hub id.
 
@@ -160,15 +161,16 @@ class Chameleon:
         models over 500 million parameters, else float32. "int8" and "int4" round the layers' and
         the head's matrices (model/packed.py) and compute as "auto" does. `tensor_parallel` is the
         number of processes, those that `torchrun` started, that share each layer: the first goes
-        on, the others serve it and end with it (docs/engine.md). Raises `CheckpointError`,
-        `SettingError`.
+        on, the others serve it and end with it (docs/engine.md). `verify` compares the files with
+        the checklist beside them, if there is one; of large files only once. Raises
+        `CheckpointError`, `SettingError`.
         """
         place, kind = _device(device, tensor_parallel), _dtype(dtype)
         alone = tensor_parallel == 1
         loaded = (
-            formats.load(name, place, kind)
+            formats.load(name, place, kind, verify)
             if alone
-            else _load_part(name, place, kind, tensor_parallel)
+            else _load_part(name, place, kind, tensor_parallel, verify)
         )
         transformer = loaded.transformer
         if alone and kind is None:
@@ -576,10 +578,10 @@ def _own_dtype(size: int, device: torch.device) -> torch.dtype:
 
 
 def _load_part(
-    name: str | Path, device: torch.device, dtype: torch.dtype | None, parts: int
+    name: str | Path, device: torch.device, dtype: torch.dtype | None, parts: int, verify: bool
 ) -> Loaded:
     """This process's part of a model that several share, in the dtype of the whole."""
-    source = formats.open_source(formats.locate(name))
+    source = formats.open_source(formats.locate(name), verify=verify)
     size = sum(torch.Size(stored.shape).numel() for stored in source.tensors.values())
     return assemble(open_part(source, parts), device, dtype or _own_dtype(size, device))
 

@@ -72,6 +72,13 @@ Fit = Annotated[
         show_default=False,
     ),
 ]
+Verify = Annotated[
+    bool,
+    typer.Option(
+        "--verify/--no-verify",
+        help="Compare its files with their checklist; info and convert look for NaN too.",
+    ),
+]
 Seed = Annotated[int | None, _whole_option("The same seed gives the same bytes.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
 Pictures = Annotated[Path, typer.Option("--out", "-o", help="Folder of the drawn PNG files.")]
@@ -174,6 +181,7 @@ def generate(
     model: ModelName = "mini",
     device: Device = "auto",
     dtype: Precision = "auto",
+    verify: Verify = True,
     as_json: AsJson = False,
 ) -> None:
     """Answer one prompt: text goes to the terminal, pictures to PNG files."""
@@ -202,7 +210,7 @@ def generate(
     album = Album(out)
     if output != "text":
         album.check()
-    chameleon, screen = _load(model, device, as_json, dtype, fit), Screen(as_json)
+    chameleon, screen = _load(model, device, as_json, dtype, fit, verify), Screen(as_json)
     reply = answer(chameleon, asked, output, sampling, album, screen)
     if as_json:
         _print_json(_reply_json(reply, album) | {"seed": sampling.seed, "model": model})
@@ -220,6 +228,7 @@ def chat(
     model: ModelName = "mini",
     device: Device = "auto",
     dtype: Precision = "auto",
+    verify: Verify = True,
 ) -> None:
     """Talk with the model; it remembers the conversation. Commands: /image /save /reset /quit."""
     from earlyfusion.chat import Conversation
@@ -232,7 +241,9 @@ def chat(
     album = Album(out)
     if output != "text":
         album.check()
-    Conversation(_load(model, device, dtype=dtype, fit=fit), output, sampling, album).run()
+    Conversation(
+        _load(model, device, dtype=dtype, fit=fit, verify=verify), output, sampling, album
+    ).run()
 
 
 @app.command(epilog=_examples("earlyfusion demo", "earlyfusion demo --out pictures --seed 3"))
@@ -345,6 +356,7 @@ def convert(
         Path | None, typer.Option(help="VQ-GAN to add: a tokenizer folder, vqgan.ckpt or a model.")
     ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Of the transformer; as it is.")] = None,
+    verify: Verify = True,
     as_json: AsJson = False,
 ) -> None:
     """Write a model in another layout, in another number of files, or with a VQ-GAN added."""
@@ -365,6 +377,7 @@ def convert(
             image_tokenizer=image_tokenizer,
             shards=shards,
             dtype=getattr(torch, dtype) if dtype else None,
+            verify=verify,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     sizes = {str(p.relative_to(target)): p.stat().st_size for p in sorted(target.rglob("*.*"))}
@@ -472,17 +485,22 @@ def tokenize(
 @app.command(epilog=_examples("earlyfusion info", "earlyfusion info ./my-model --json"))
 def info(
     model: Annotated[str, typer.Argument(help="mini, a model folder, or a hub id.")] = "mini",
+    verify: Verify = True,
     as_json: AsJson = False,
 ) -> None:
     """Show what a model is and what running it takes; checks that its files are whole."""
     from earlyfusion.checkpoints.summary import summarize
+    from earlyfusion.terminal import busy
 
-    summary = asdict(summarize(model))
+    with busy(f"reading {model}", as_json):
+        summary = asdict(summarize(model, verify))
     if as_json:
         return _print_json({"model": model} | summary)
     for name, value in summary.items():
         rows = value.items() if isinstance(value, dict) else [("", value)]
         for what, amount in rows:
+            if amount is None:
+                continue
             label = " ".join([*name.split("_"), what]).strip()
             print(
                 f"{label:<36}{amount:>16,}" if isinstance(amount, int) else f"{label:<36}{amount}"
@@ -523,7 +541,12 @@ def bench(
 
 
 def _load(
-    name: str, device: str, quiet: bool = False, dtype: str = "auto", fit: bool | None = None
+    name: str,
+    device: str,
+    quiet: bool = False,
+    dtype: str = "auto",
+    fit: bool | None = None,
+    verify: bool = True,
 ) -> Chameleon:
     from earlyfusion.terminal import busy
 
@@ -533,7 +556,9 @@ def _load(
     with busy(f"loading {name}", quiet or (shared and os.environ["RANK"] != "0")):
         from earlyfusion.api import Chameleon
 
-        model = Chameleon.load(name, device=device, dtype=dtype, tensor_parallel=processes)
+        model = Chameleon.load(
+            name, device=device, dtype=dtype, tensor_parallel=processes, verify=verify
+        )
         if fit is not None:
             model.image_tokenizer.mode = "fit" if fit else "crop"
         return model

@@ -23,11 +23,13 @@ from earlyfusion.checkpoints.hf import PROCESSOR, Loaded, load_hf, save_hf
 from earlyfusion.checkpoints.meta import load_meta, load_vqgan, read_config, unrotate
 from earlyfusion.cli import main
 from earlyfusion.config import PRESETS, ModelConfig
-from earlyfusion.errors import CheckpointError
+from earlyfusion.content import Image
+from earlyfusion.errors import CheckpointError, PromptError, SettingError
 from earlyfusion.generation.settings import SamplingParams
 from earlyfusion.image_tokenizer import ImageTokenizer
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.model.vqgan import VQGAN
+from earlyfusion.train import checkpoint
 
 TINY = PRESETS["tiny"]
 ENDS = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
@@ -185,7 +187,7 @@ def answered(folder: Path) -> list[str]:
 
     processor = ChameleonProcessor.from_pretrained(folder)
     model = ChameleonForConditionalGeneration.from_pretrained(folder)
-    picture = PIL.Image.open(PICTURE)
+    picture = Image.open(PICTURE).pil
     prompts = ["<image>What is this?", "<image>Draw. <image><image>What is this, in one word?"]
     together = processor(images=[picture] * 4, text=prompts, padding=True, return_tensors="pt")
     alone = [processor(images=[picture] * n, text=t) for n, t in zip((1, 3), prompts, strict=True)]
@@ -347,7 +349,7 @@ class TestMistakes:
         [
             ({"drop": "layers.1.mlp.up_proj"}, r"lacks the key model\.layers\.1\.mlp\.up_proj"),
             ({"drop": "layers"}, r"lacks 26 keys: model\.layers\.0.* and 16 more"),
-            ({"add": "model.layers.9.x"}, r"has unknown the key model\.layers\.9\.x"),
+            ({"add": "model.layers.9.x"}, r"has the unknown key model\.layers\.9\.x"),
             ({"reshape": "model.norm.weight"}, r"has wrong shapes for the key model\.norm\.weight"),
             ({"drop": "decoder.conv_in.bias"}, r"lacks the key decoder\.conv_in\.bias"),
         ],
@@ -411,6 +413,87 @@ class TestFormats:
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(saved))
         assert formats.load("org/name").config == load_hf(saved).config
+
+
+class TestOtherFolders:
+    """Folders that are no model of this package say what they are and what to give instead."""
+
+    def refused(self, folder: Path) -> str:
+        with pytest.raises(CheckpointError) as caught:
+            Chameleon.load(folder)
+        return str(caught.value)
+
+    def test_an_adapter(self, tmp_path: Path) -> None:
+        (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "base-7b"}')
+        (tmp_path / "adapter_model.safetensors").touch()
+        said = self.refused(tmp_path)
+        assert "holds an adapter and no whole model" in said
+        assert "base model base-7b with adapter=" in said
+        (tmp_path / "adapter_config.json").write_text("{}")
+        assert "its base model with adapter=" in self.refused(tmp_path)
+
+    @pytest.mark.parametrize("method", ["bitsandbytes", "torchao"])
+    def test_weights_that_were_quantised(self, saved: Path, method: str) -> None:
+        config = json.loads((saved / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": method, "load_in_4bit": True}
+        (saved / "config.json").write_text(json.dumps(config))
+        said = self.refused(saved)
+        assert f"weights that {method} has quantised" in said
+        assert "from_pretrained" in said and "dtype='int4'" in said
+
+    def test_a_trainer_s_run(self, saved: Path, tmp_path: Path) -> None:
+        run = tmp_path / "run"
+        for step in (90, 100):
+            shutil.copytree(saved, run / f"checkpoint-{step}")
+        said = self.refused(run)
+        assert said.endswith(f"give a checkpoint of it, as {run / 'checkpoint-100'}")
+        assert Chameleon.load(run / "checkpoint-100").config == load_hf(saved).config
+
+    def test_a_run_of_this_package(self, saved: Path, tmp_path: Path) -> None:
+        run = tmp_path / "run"
+        checkpoint.save(run, 3, {"model": {"x": torch.zeros(1)}}, {}, keep=1)
+        assert "a training run that has not ended" in self.refused(run)
+        assert self.refused(run).endswith(str(run / "model"))
+        shutil.copytree(saved, run / "model")
+        assert self.refused(run) == (
+            f"{run} is the folder of a training run: give its model, {run / 'model'}"
+        )
+
+    def test_a_model_saved_without_its_processor(self, saved: Path) -> None:
+        (saved / "tokenizer.json").unlink()
+        said = self.refused(saved)
+        assert "tokenizer.json is missing: copy it there from the model" in said
+
+    def test_a_missing_second_shard(self, golden: Path, tmp_path: Path) -> None:
+        folder = tmp_path / "models" / "tiny"
+        shutil.copytree(golden / "models" / "tiny_mp2_swin_gqa", folder)
+        (tmp_path / "tokenizer").symlink_to(golden.absolute() / "tokenizer")
+        (folder / "consolidated.01.pth").unlink()
+        said = self.refused(folder)
+        assert "lacks consolidated.01.pth: its params.json says 2 shards" in said
+
+    def test_several_unknown_keys(self, saved: Path) -> None:
+        tensors = load_file(saved / "model.safetensors")
+        save_file(tensors | {"a": torch.zeros(1), "b": torch.zeros(1)}, saved / "model.safetensors")
+        assert "it has 2 unknown keys: a, b" in self.refused(saved)
+
+
+class TestWordsOfTransformers:
+    """What the transformers face says names what its user wrote."""
+
+    def test_marks_and_lengths(self) -> None:
+        from earlyfusion.hf import ChameleonForConditionalGeneration, ChameleonProcessor
+
+        mini = formats.locate("mini")
+        processor = ChameleonProcessor.from_pretrained(mini)
+        with pytest.raises(PromptError, match="mark 2 places with <image> but 1 images"):
+            processor(images=[PIL.Image.new("RGB", (9, 9))], text="<image><image>What are these?")
+        model = ChameleonForConditionalGeneration.from_pretrained(mini)
+        inputs = processor(text="Draw.") | {"multimodal_generation_mode": "image-only"}
+        with pytest.raises(SettingError, match="max_new_tokens=5 and max_images=1 leave no room"):
+            model.generate(**inputs, max_new_tokens=5)
+        with pytest.raises(SettingError, match="max_new_tokens=66 and max_images=0 leave no room"):
+            model.generate(**inputs, max_images=0)
 
 
 class TestMeta:
@@ -477,7 +560,7 @@ class TestMetaMistakes:
         ("change", "sentence"),
         [
             ({"drop": "output.weight"}, r"lacks the key lm_head\.weight"),
-            ({"add": "layers.0.lora.weight"}, r"has unknown the key layers\.0\.lora\.weight"),
+            ({"add": "layers.0.lora.weight"}, r"has the unknown key layers\.0\.lora\.weight"),
         ],
     )
     def test_keys_that_do_not_fit(
@@ -533,7 +616,7 @@ class TestVQGAN:
         [
             ({"drop": "decoder.conv_out.bias"}, r"lacks the key decoder\.conv_out\.bias"),
             ({"drop": "quant"}, r"lacks 3 keys: quant_conv\.bias, quant_conv\.weight, quantize"),
-            ({"add": "extra.weight"}, r"has unknown the key extra\.weight"),
+            ({"add": "extra.weight"}, r"has the unknown key extra\.weight"),
         ],
     )
     def test_keys_that_do_not_fit(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,18 +21,20 @@ from tiny import CONFIG, tiny_processor
 from torch import Tensor
 
 from earlyfusion.api import Chameleon
-from earlyfusion.checkpoints import formats
+from earlyfusion.checkpoints import checklist, formats
 from earlyfusion.checkpoints.anole import rotate, unrotate
-from earlyfusion.checkpoints.convert import convert
+from earlyfusion.checkpoints.convert import _size, convert
 from earlyfusion.checkpoints.hf import Loaded, load_hf, save_hf
 from earlyfusion.checkpoints.lumina import layout
 from earlyfusion.checkpoints.meta import _inner_width, _width_params, load_meta
+from earlyfusion.checkpoints.source import new_folder
 from earlyfusion.checkpoints.summary import summarize
 from earlyfusion.cli import main
 from earlyfusion.content import Image
 from earlyfusion.errors import CheckpointError, SettingError
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.model.vqgan import VQGAN
+from earlyfusion.processor import train_tokenizer
 
 MODELS = ("tiny_1", "tiny_mp2_swin_gqa")
 
@@ -203,6 +206,79 @@ class TestWholeOrNot:
                 convert(tiny, tmp_path / "out", to, progress=stop)
         assert sorted(tmp_path.iterdir()) == before
 
+    def converting(self, tiny: Path, target: Path, then: str) -> subprocess.Popen[str]:
+        """A process that runs a statement when all tensors are written."""
+        script = (
+            "import os, pathlib, signal, sys, time; "
+            "from earlyfusion.checkpoints.convert import convert; "
+            "convert(sys.argv[1], pathlib.Path(sys.argv[2]), 'hf', "
+            f"progress=lambda done, total: ({then}) if done == total else None)"
+        )
+        command = [sys.executable, "-c", script, str(tiny), str(target)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    def test_sigterm_leaves_nothing(self, tiny: Path, tmp_path: Path) -> None:
+        before = sorted(tmp_path.iterdir())
+        ends = "os.kill(os.getpid(), signal.SIGTERM)"
+        with self.converting(tiny, tmp_path / "out", ends) as process:
+            assert process.wait() == 128 + signal.SIGTERM
+        assert sorted(tmp_path.iterdir()) == before
+
+    def test_a_handler_of_the_program_stays(self, tiny: Path, tmp_path: Path) -> None:
+        seen: list[int] = []
+        before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+        try:
+            convert(
+                tiny,
+                tmp_path / "out",
+                "hf",
+                progress=lambda *_: seen or os.kill(os.getpid(), signal.SIGTERM),
+            )
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        assert seen == [signal.SIGTERM]
+        assert before is signal.SIG_DFL
+        assert (tmp_path / "out" / "config.json").is_file()
+        convert(tiny, tmp_path / "two", "hf")
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+    def test_leftovers_go_unless_they_are_in_use(
+        self, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        target = tmp_path / "out"
+        stranger, other_machine = tmp_path / ".out.a1b2c3d4", tmp_path / ".out.earlyfusion-0.x"
+        for folder in (stranger, other_machine):
+            folder.mkdir()
+        with self.converting(tiny, target, "os._exit(9)") as process:
+            assert process.wait() == 9
+        [dead] = set(tmp_path.glob(".out.*")) - {stranger, other_machine}
+        with self.converting(tiny, target, "print(flush=True), time.sleep(600)") as process:
+            assert process.stdout is not None and process.stdout.readline() == "\n"
+            assert not dead.exists()  # the second run took it away
+            [alive] = set(tmp_path.glob(".out.*")) - {stranger, other_machine}
+            convert(tiny, target, "hf")
+            assert alive.exists()
+            assert capsys.readouterr().err == ""
+            process.kill()
+        shutil.rmtree(target)
+        convert(tiny, target, "hf")
+        assert f"removed {alive}, left by a run that was killed" in capsys.readouterr().err
+        assert set(tmp_path.glob(".out.*")) == {stranger, other_machine}
+
+    def test_the_only_copy_of_a_model_is_no_leftover(self, tiny: Path, tmp_path: Path) -> None:
+        """Killed between two renames, a save leaves the old model under a hidden name."""
+        with new_folder(tmp_path / "out") as partial:
+            old = partial.with_name(f"{partial.name}.old")
+        shutil.rmtree(tmp_path / "out")
+        old.mkdir()
+        convert(tiny, tmp_path / "out", "hf")
+        assert old.is_dir()
+        shutil.rmtree(tmp_path / "out")
+        convert(tiny, tmp_path / "out", "hf")
+        with new_folder(tmp_path / "out"):
+            pass
+        assert not old.exists()
+
     def test_killed_it_leaves_no_model(self, tiny: Path, tmp_path: Path) -> None:
         script = (
             "import os, pathlib, sys; from earlyfusion.checkpoints.convert import convert; "
@@ -213,7 +289,7 @@ class TestWholeOrNot:
         ran = subprocess.run([sys.executable, "-c", script, tiny, target], env=os.environ)
         assert ran.returncode == 9
         assert not target.exists()
-        (left,) = tmp_path.glob(".out.*")
+        [left] = tmp_path.glob(".out.*")
         with pytest.raises(CheckpointError, match="holds no model"):
             formats.load(left)
 
@@ -224,6 +300,132 @@ class TestWholeOrNot:
         assert list(done) == sorted(done)
         assert set(totals) == {done[-1]}
         assert done[-1] < (tmp_path / "out" / "model.safetensors").stat().st_size
+
+
+class TestValues:
+    """Weights that are NaN or infinite: told by `info`, refused by `convert`."""
+
+    @pytest.fixture
+    def broken(self, tiny: Path) -> Path:
+        tensors = load_file(tiny / "model.safetensors")
+        for name in ("mlp.down_proj", "mlp.up_proj", "self_attn.v_proj"):
+            tensors[f"model.layers.0.{name}.weight"][0, 0] = torch.nan
+        tensors["model.vqmodel.quant_conv.bias"][:2] = -torch.inf
+        save_file(tensors, tiny / "model.safetensors")
+        return tiny
+
+    @pytest.mark.parametrize("to", ["hf", "meta"])
+    def test_convert_refuses(self, broken: Path, tmp_path: Path, to: str) -> None:
+        before = sorted(tmp_path.iterdir())
+        words = r"5 values are NaN or infinite \(1 in model\.layers\.0\.\S+, 1 in .*1 more tensor\)"
+        with pytest.raises(CheckpointError, match=words):
+            convert(broken, tmp_path / "out", to)
+        assert sorted(tmp_path.iterdir()) == before
+        convert(broken, tmp_path / "out", to, verify=False)
+        kept = formats.load(tmp_path / "out").transformer.state_dict()
+        assert kept["model.layers.0.mlp.up_proj.weight"].isnan().sum() == 1
+
+    def test_a_dtype_that_is_too_narrow(self, tiny: Path, tmp_path: Path) -> None:
+        tensors = load_file(tiny / "model.safetensors")
+        tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = 70_000
+        save_file(tensors, tiny / "model.safetensors")
+        with pytest.raises(CheckpointError, match=r"float16 is too narrow for .*1 value is NaN or"):
+            convert(tiny, tmp_path / "out", "hf", dtype=torch.float16)
+        convert(tiny, tmp_path / "out", "hf", dtype=torch.bfloat16)
+
+    def test_info_tells(
+        self, broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["info", str(broken)]) == 0
+        [line] = [x for x in capsys.readouterr().out.splitlines() if x.startswith("finite")]
+        assert "no: 5 values are NaN or infinite" in line
+        assert main(["info", str(broken), "--no-verify"]) == 0
+        assert "finite" not in capsys.readouterr().out
+        assert main(["convert", str(broken), str(tmp_path / "out"), "--to", "hf"]) == 2
+        assert "--no-verify" in capsys.readouterr().err
+        assert main(["info", "mini", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["finite"] == "yes"
+
+    def test_only_the_image_tokenizer(self, tiny: Path) -> None:
+        tensors = load_file(tiny / "model.safetensors")
+        tensors["model.vqmodel.quant_conv.bias"][0] = torch.nan
+        save_file(tensors, tiny / "model.safetensors")
+        said = "no: 1 value is NaN or infinite (1 in model.vqmodel.quant_conv.bias)"
+        assert summarize(tiny).finite == said
+
+
+class TestChecklists:
+    @pytest.fixture
+    def meta(self, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        convert(tiny, tmp_path / "meta", "meta")
+        return tmp_path / "meta"
+
+    def flip(self, path: Path) -> None:
+        """Another last bit of a weight: whatever does not sum the file takes it."""
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+
+    @pytest.mark.parametrize("name", ["consolidated.pth", "tokenizer/vqgan.ckpt"])
+    def test_a_flipped_bit(
+        self, meta: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        self.flip(meta / name)
+        said = rf"{Path(name).name} is not what checklist\.chk says.*--no-verify"
+        with pytest.raises(CheckpointError, match=said):
+            Chameleon.load(meta)
+        with pytest.raises(CheckpointError, match=said):
+            convert(meta, tmp_path / "out", "hf")
+        assert Chameleon.load(meta, verify=False).config.hidden_size == CONFIG.hidden_size
+        convert(meta, tmp_path / "out", "hf", verify=False)
+        asked = ["generate", "Hello", "--output", "text", "--max-tokens", "1", "--model", str(meta)]
+        chatted = ["chat", "--output", "text", "--max-tokens", "1", "--model", str(meta)]
+        for command in (["info", str(meta)], asked, chatted):
+            assert main(command) == 2
+            assert "checklist.chk" in capsys.readouterr().err
+        assert main(["info", str(meta), "--no-verify"]) == 0
+        assert main([*asked, "--no-verify"]) == 0
+
+    def test_an_added_image_tokenizer_too(self, tiny: Path, meta: Path, tmp_path: Path) -> None:
+        self.flip(meta / "tokenizer" / "vqgan.ckpt")
+        for place in (meta / "tokenizer", meta / "tokenizer" / "vqgan.ckpt"):
+            with pytest.raises(CheckpointError, match=r"vqgan\.ckpt is not what"):
+                convert(tiny, tmp_path / "out", "hf", image_tokenizer=place)
+
+    def test_large_files_are_summed_once(
+        self, meta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        summed: list[str] = []
+        md5 = checklist._md5
+
+        def counted(path: Path) -> str:
+            summed.append(path.name)
+            return md5(path)
+
+        monkeypatch.setattr(checklist, "_md5", counted)
+        monkeypatch.setattr(checklist, "_KEPT_FROM", 100_000)
+        formats.load(meta)
+        assert "consolidated.pth" in summed and "params.json" in summed
+        summed.clear()
+        formats.load(meta)
+        assert "params.json" in summed and "consolidated.pth" not in summed
+        weights = meta / "consolidated.pth"
+        self.flip(weights)
+        with pytest.raises(CheckpointError, match="is not what"):
+            formats.load(meta)
+        assert "consolidated.pth" in summed
+        (tmp_path / "cache" / "earlyfusion" / "checklists.json").write_text("[")
+        self.flip(weights)
+        assert formats.load(meta).config.hidden_size == CONFIG.hidden_size
+
+    def test_a_cache_that_cannot_be_written(
+        self, meta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+        monkeypatch.setattr(checklist, "_KEPT_FROM", 0)
+        assert formats.load(meta).config.hidden_size == CONFIG.hidden_size
 
 
 class TestMistakes:
@@ -279,8 +481,66 @@ class TestMistakes:
 
     def test_a_full_disk(self, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
-        with pytest.raises(CheckpointError, match=r"the disk has 0\.0 GB left"):
+        with pytest.raises(CheckpointError, match=r"needs 1\.1 MB and the disk has 0 bytes left"):
             convert(tiny, tmp_path / "out", "hf")
+
+    def test_a_parent_that_cannot_be_written_to(self, tiny: Path, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        for place in (Path("/proc/models/out"), tmp_path / "file" / "out"):
+            with pytest.raises(CheckpointError, match=rf"{place} cannot be written \("):
+                convert(tiny, place, "hf")
+
+    @pytest.mark.parametrize("count", [9, 12_300, 1_100_000, 14_200_000_000])
+    def test_sizes_in_words(self, count: int) -> None:
+        said = {9: "9 bytes", 12_300: "12.3 kB", 1_100_000: "1.1 MB", 14_200_000_000: "14.2 GB"}
+        assert _size(count) == said[count]
+
+    @pytest.mark.parametrize("to", ["hf", "meta"])
+    @pytest.mark.parametrize(
+        ("text", "sentence"),
+        [
+            ("{}", "no model.vocab"),
+            ("[]", "JSON is not an object"),
+            ('{"model": {"type": "BPE", "vocab": {}, "merges": []}}', "has no token <s>"),
+            ("mini", "4,096 tokens and the model knows"),
+        ],
+    )
+    def test_an_unusable_tokenizer(
+        self, tiny: Path, tmp_path: Path, to: Any, text: str, sentence: str
+    ) -> None:
+        other = (formats.locate("mini") / "tokenizer.json").read_text()
+        (tiny / "tokenizer.json").write_text(other if text == "mini" else text)
+        before = sorted(tmp_path.iterdir())
+        with pytest.raises(CheckpointError, match=sentence):
+            convert(tiny, tmp_path / "out", to, progress=lambda *_: pytest.fail("written"))
+        assert sorted(tmp_path.iterdir()) == before
+        with pytest.raises(CheckpointError, match=sentence):
+            summarize(tiny)
+        with pytest.raises(CheckpointError, match=sentence):
+            formats.load(tiny)
+
+    def test_codes_of_another_tokenizer(self, tiny: Path, tmp_path: Path) -> None:
+        text = train_tokenizer(["a"], 32, CONFIG.vocab_size)
+        (tiny / "tokenizer.json").write_text(text)
+        with pytest.raises(CheckpointError, match="names 32 image codes and the model has 64"):
+            convert(tiny, tmp_path / "out", "hf")
+
+    def test_papers_go_along(self, tiny: Path, tmp_path: Path) -> None:
+        papers = {"README.md": "# Tiny", "NOTICE.md": "Made of", "LICENSE": "Apache"}
+        for name, text in papers.items():
+            (tiny / name).write_text(text)
+        (tiny / "notes.md").write_text("mine")
+        convert(tiny, tmp_path / "meta", "meta")
+        convert(tmp_path / "meta", tmp_path / "hf", "hf")
+        for copy in ("meta", "hf"):
+            assert {n: (tmp_path / copy / n).read_text() for n in papers} == papers
+            assert not (tmp_path / copy / "notes.md").exists()
+        (tmp_path / "meta" / "README.md").write_text("# Mine")
+        assert formats.load(tmp_path / "meta").config.hidden_size == CONFIG.hidden_size
+
+    def test_shards_that_are_possible(self, tmp_path: Path) -> None:
+        convert("mini", tmp_path / "meta", "meta")
+        assert len(shards_of(tmp_path / "meta")) == 4
 
     def rewrite(self, folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
         tensors = load_file(folder / "model.safetensors")

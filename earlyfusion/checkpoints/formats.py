@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from earlyfusion.checkpoints import anole, lumina
+from earlyfusion.checkpoints.checklist import verify_checklist
 from earlyfusion.checkpoints.hf import (
     INDEX,
     PICKLE,
@@ -27,7 +29,9 @@ from earlyfusion.errors import CheckpointError
 EMBEDDED = ("mini",)
 _PRETRAINED = Path(__file__).parent.parent / "pretrained"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-_HUB_FILES = ["*.json", "*.safetensors"]
+# Of weights that this package itself packs; it reads those.
+_OWN_METHOD = "earlyfusion"
+_HUB_FILES = ["*.json", "*.safetensors", "README.md", "NOTICE*", "LICENSE*"]
 
 _OPENERS: dict[str, Callable[[Path, Path | None], Source]] = {
     "hf": open_hf,
@@ -38,19 +42,25 @@ _OPENERS: dict[str, Callable[[Path, Path | None], Source]] = {
 
 
 def load(
-    name: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    name: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    verify: bool = True,
 ) -> Loaded:
     """Load an embedded model by name, a folder in any supported layout, or a hub id."""
-    return assemble(open_source(locate(name)), device, dtype)
+    return assemble(open_source(locate(name), verify=verify), device, dtype)
 
 
-def open_source(folder: Path, tokenizer: Path | None = None) -> Source:
+def open_source(folder: Path, tokenizer: Path | None = None, verify: bool = True) -> Source:
     """Open a folder in any supported layout without reading its tensors.
 
     `tokenizer` is the folder of the tokenizer file, and for Meta's layout of the VQ-GAN too, where
-    they are not found beside the model.
+    they are not found beside the model. `verify` compares the files with the checklist beside them.
     """
-    return _OPENERS[detect(folder)](folder, tokenizer)
+    source = _OPENERS[detect(folder)](folder, tokenizer)
+    for place in {folder, source.tokenizer.parent} if verify else ():
+        verify_checklist(place)
+    return source
 
 
 def detect(folder: Path) -> str:
@@ -61,12 +71,50 @@ def detect(folder: Path) -> str:
     if not folder.is_dir():
         raise CheckpointError(f"there is no model folder {folder}: {_ACCEPTED}")
     if (folder / "config.json").is_file() and _has(folder, WEIGHTS, INDEX, PICKLE, PICKLE_INDEX):
-        if lumina.is_lumina(read_json(folder / "config.json")):
+        config = read_json(folder / "config.json")
+        _check_dense(folder, config)
+        if lumina.is_lumina(config):
             return "lumina"
         return "anole" if anole.is_early(open_tensors(folder)) else "hf"
     if (folder / "params.json").is_file() or _has(folder, "consolidated*.pth"):
         return "meta"
-    raise CheckpointError(f"the folder {folder} holds no model: {_ACCEPTED}")
+    raise CheckpointError(_other_kind(folder) or f"the folder {folder} holds no model: {_ACCEPTED}")
+
+
+def _check_dense(folder: Path, config: Mapping[str, Any]) -> None:
+    """`CheckpointError` for weights that another library packed."""
+    packed = config.get("quantization_config")
+    method = packed.get("quant_method") if isinstance(packed, dict) else None
+    if method is not None and method != _OWN_METHOD:
+        raise CheckpointError(
+            f"{folder} holds weights that {method} has quantised: load it with "
+            "earlyfusion.hf.ChameleonForConditionalGeneration.from_pretrained, or give the model "
+            "it was made from with dtype='int4' or 'int8'"
+        )
+
+
+def _other_kind(folder: Path) -> str:
+    """What a folder is that is no model, and what to give instead; "" where nobody knows."""
+    if (folder / "adapter_config.json").is_file():
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        of = f"its base model {base}" if base else "its base model"
+        return (
+            f"{folder} holds an adapter and no whole model: load {of} with adapter={str(folder)!r},"
+            " or merge the two with PEFT's merge_and_unload and save them"
+        )
+    if (folder / "model" / "config.json").is_file():
+        return f"{folder} is the folder of a training run: give its model, {folder / 'model'}"
+    if _has(folder, "step-*/state.json"):
+        return (
+            f"{folder} is the folder of a training run that has not ended: run it again to go on, "
+            f"its model will be {folder / 'model'}"
+        )
+    numbers = [p.name.rpartition("-")[2] for p in folder.glob("checkpoint-*") if p.is_dir()]
+    steps = sorted(int(number) for number in numbers if number.isdigit())
+    if steps:
+        newest = folder / f"checkpoint-{steps[-1]}"
+        return f"{folder} is the folder of a Trainer's run: give a checkpoint of it, as {newest}"
+    return ""
 
 
 def locate(name: str | Path) -> Path:

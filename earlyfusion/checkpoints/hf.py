@@ -158,7 +158,7 @@ def assemble(
         config=config,
         transformer=build_transformer(config, tensors, where, device, dtype),
         vqgan=build_vqgan(config.vq_config, vq, where, device) if vq else absent,
-        processor=Processor(source.tokenizer, source.layout),
+        processor=open_processor(source),
         generation_defaults=source.generation_defaults,
         folder=where,
         resize_mode=source.resize_mode,
@@ -212,13 +212,32 @@ def write_hf(source: Source, folder: Path, files: int | None, step: Step) -> Non
     _write_files(folder, tensors, texts, files, step)
 
 
+def open_processor(source: Source) -> Processor:
+    """The processor of an open checkpoint; `CheckpointError` for a tokenizer of another model."""
+    processor = Processor(source.tokenizer, source.layout)
+    vocabulary, config = processor.vocabulary, source.config
+    source.layout.template(vocabulary)
+    if vocabulary.size > config.vocab_size:
+        raise CheckpointError(
+            f"{source.tokenizer} has {vocabulary.size:,} tokens and the model knows "
+            f"{config.vocab_size:,}: give the tokenizer that the model was trained with"
+        )
+    if vocabulary.num_codes != config.vq_config.num_embeddings:
+        raise CheckpointError(
+            f"{source.tokenizer} names {vocabulary.num_codes:,} image codes and the model has "
+            f"{config.vq_config.num_embeddings:,}: give the tokenizer that it was trained with"
+        )
+    return processor
+
+
 def find_tokenizer_file(place: Path) -> Path:
     """A tokenizer file itself, or the one in a folder under transformers' or Meta's name."""
     names = [place, place / TOKENIZER, place / "text_tokenizer.json"]
     found = next((path for path in names if path.is_file()), None)
     if found is None:
         raise CheckpointError(
-            f"{place / TOKENIZER} is missing: give the folder of the tokenizer with --tokenizer"
+            f"{place / TOKENIZER} is missing: copy it there from the model that this one was made "
+            "from, or write a whole copy with earlyfusion convert and --tokenizer"
         )
     return found
 
@@ -297,13 +316,15 @@ def fill(
 
 
 def check(source: Source) -> Source:
-    """An open checkpoint, if its names and shapes fit its config; no tensor is read."""
+    """An open checkpoint, if names, shapes and tokenizer fit its config; no tensor is read."""
     with torch.device("meta"):
         wanted = Transformer(source.config).state_dict()
     if source.config.tie_word_embeddings and _EMBEDDING in source.tensors:
         source.tensors.setdefault(_HEAD, source.tensors[_EMBEDDING])
     vision = empty_vqgan(source.config.vq_config, source.vq).state_dict() if source.vq else {}
-    return source.checked(wanted, vision)
+    source.checked(wanted, vision)
+    open_processor(source)
+    return source
 
 
 def _modern(tensors: Mapping[str, Stored], config: ModelConfig, folder: Path) -> dict[str, Stored]:

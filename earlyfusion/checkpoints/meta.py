@@ -9,10 +9,8 @@ from github.com/facebookresearch/chameleon.)
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import chain
@@ -24,6 +22,7 @@ import yaml
 from torch import Tensor
 
 from earlyfusion.checkpoints.anole import rotate, unrotate
+from earlyfusion.checkpoints.checklist import write_checklist
 from earlyfusion.checkpoints.hf import (
     PROCESSOR,
     Loaded,
@@ -59,7 +58,6 @@ Cut = Callable[[Tensor, Part, ModelConfig], Tensor]
 
 TOKENIZER = "text_tokenizer.json"
 VQ_CONFIG, VQ_WEIGHTS = "vqgan.yaml", "vqgan.ckpt"
-CHECKLIST = "checklist.chk"
 _FREQUENCIES = "rope.freqs"
 _IGNORED = {_FREQUENCIES}
 
@@ -107,7 +105,7 @@ def _cut_rotary(whole: Tensor, part: Part, config: ModelConfig) -> Tensor:
 
 
 def _cut_norms(whole: Tensor, part: Part, config: ModelConfig) -> Tensor:
-    # All heads of the shard have this one: `_check_shards` has seen to it.
+    # All heads of the shard have this one: `_shard_count` has seen to it.
     return rotate(whole.chunk(part.of, 0)[part.rank][0], config.head_dim)
 
 
@@ -182,11 +180,11 @@ def open_meta(folder: Path, tokenizer: Path | None = None) -> Source:
 def write_meta(source: Source, folder: Path, shards: int | None, step: Step) -> None:
     """Write an open checkpoint into an empty folder as Meta's, with tokenizer/ inside of it.
 
-    `shards` None takes as many as the model came in. One shard at a time is in memory; `step` is
-    told the bytes of each tensor. Raises `CheckpointError` for what the layout cannot hold.
+    `shards` None takes as many as the model came in, or as few as can hold it. One shard at a time
+    is in memory; `step` is told the bytes of each tensor. Raises `CheckpointError` for what the
+    layout cannot hold.
     """
-    config, count = source.config, shards or source.config.model_parallel_size
-    _check_shards(source, count)
+    config, count = source.config, _shard_count(source, shards)
     tokens = folder / "tokenizer"
     tokens.mkdir()
     for rank in range(count):
@@ -203,19 +201,7 @@ def write_meta(source: Source, folder: Path, shards: int | None, step: Step) -> 
     for name, data in files.items():
         (folder / name).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     for place in (folder, tokens):
-        _write_checklist(place)
-
-
-def verify_checklist(folder: Path) -> None:
-    """Compare the files of a folder with its checklist.chk; without one there is nothing to do."""
-    path = folder / CHECKLIST
-    if not path.is_file():
-        return
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        found = re.fullmatch(r"([0-9a-f]{32}) [ *](\S+)", line.strip())
-        file = folder / found[2] if found else None
-        if found and file and file.is_file() and _md5(file) != found[1]:
-            raise CheckpointError(f"{file} is not what {path.name} says: download it again")
+        write_checklist(place)
 
 
 def find_tokenizer(folder: Path) -> Path:
@@ -283,7 +269,7 @@ def read_tensors(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
 
 def open_tensors(folder: Path, config: ModelConfig) -> dict[str, Stored]:
     """All tensors under our names, shards joined as they are read."""
-    paths = _shard_paths(folder)
+    paths = _shard_paths(folder, config.model_parallel_size)
     opened = [torch_load(path) for path in paths]
     names = [set(shard) - _IGNORED for shard in opened]
     if any(other != names[0] for other in names):
@@ -324,7 +310,7 @@ def _table(layers: int) -> dict[str, Rule]:
     return dict([embedding, *blocks, *last])
 
 
-def _shard_paths(folder: Path) -> list[Path]:
+def _shard_paths(folder: Path, count: int) -> list[Path]:
     whole = folder / "consolidated.pth"
     paths = [whole] if whole.is_file() else sorted(folder.glob("consolidated.*.pth"))
     expected = [f"consolidated.{rank:02}.pth" for rank in range(len(paths))]
@@ -332,6 +318,11 @@ def _shard_paths(folder: Path) -> list[Path]:
         raise CheckpointError(
             f"{folder} lacks consolidated.pth, or one of consolidated.00.pth, .01.pth, …: "
             "download it again"
+        )
+    if paths != [whole] and len(paths) < count:
+        absent = ", ".join(f"consolidated.{rank:02}.pth" for rank in range(len(paths), count))
+        raise CheckpointError(
+            f"{folder} lacks {absent}: its params.json says {count} shards; download it again"
         )
     return paths
 
@@ -413,17 +404,6 @@ def _write_vqgan(folder: Path, config: VQConfig, state: Mapping[str, Tensor]) ->
     torch.save({"state_dict": whole}, folder / VQ_WEIGHTS)
 
 
-def _write_checklist(folder: Path) -> None:
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    lines = [f"{_md5(path)}  {path.name}\n" for path in files]
-    (folder / CHECKLIST).write_text("".join(lines), encoding="utf-8")
-
-
-def _md5(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-
-
 def _frequencies(config: ModelConfig) -> Tensor:
     steps = torch.arange(0, config.head_dim, 2).float()
     return 1.0 / config.rope_theta ** (steps / config.head_dim)
@@ -450,11 +430,14 @@ def check_meta(source: Source) -> None:
         )
 
 
-def _check_shards(source: Source, count: int) -> None:
-    """`CheckpointError` unless so many shards can hold the model."""
+def _shard_count(source: Source, asked: int | None) -> int:
+    """How many shards to write; `CheckpointError` where so many, or any, cannot hold the model."""
     config, possible = source.config, _possible_shards(source)
+    count = asked or config.model_parallel_size
     if count in possible:
-        return
+        return count
+    if possible and asked is None:
+        return min(possible)
     if not possible:
         raise CheckpointError(
             f"{source.folder} has QK-norms that differ inside of every cut, and Meta's layout "

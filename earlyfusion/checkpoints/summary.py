@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from earlyfusion.checkpoints.formats import detect, locate, open_source
-from earlyfusion.checkpoints.hf import check
-from earlyfusion.checkpoints.source import Stored
+from earlyfusion.checkpoints.hf import VQ_PREFIX, check
+from earlyfusion.checkpoints.source import FiniteCheck, Source, Stored
 from earlyfusion.config import ModelConfig
 from earlyfusion.vocabulary import Vocabulary
 
@@ -18,7 +18,10 @@ _BYTES = {"float32": 4, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class Summary:
-    """Sizes of a model. Dicts by dtype count bytes; the image tokenizer always runs in float32."""
+    """Sizes of a model. Dicts by dtype count bytes; the image tokenizer always runs in float32.
+
+    `finite` is "yes", or what is NaN or infinite in the weights; None where nobody looked.
+    """
 
     folder: str
     layout: str
@@ -30,12 +33,16 @@ class Summary:
     image_side: int
     tokens_per_image: int
     vocabulary: dict[str, int]
+    finite: str | None
 
 
-def summarize(name: str | Path) -> Summary:
-    """Read a model by name, folder or hub id; `CheckpointError` where it is not whole."""
+def summarize(name: str | Path, verify: bool = True) -> Summary:
+    """Read a model by name, folder or hub id; `CheckpointError` where it is not whole.
+
+    `verify` compares files with their checklist, and looks through all weights once.
+    """
     folder = locate(name)
-    source = check(open_source(folder))
+    source = check(open_source(folder, verify=verify))
     config, vocabulary = source.config, Vocabulary.from_file(source.tokenizer)
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     counts = {
@@ -61,7 +68,18 @@ def summarize(name: str | Path) -> Summary:
             "image": len(vocabulary.image_tokens),
             "control": len(vocabulary.control_tokens),
         },
+        finite=_finite(source, tied) if verify else None,
     )
+
+
+def _finite(source: Source, tied: set[str]) -> str:
+    """One pass over the weights, a tensor at a time."""
+    check = FiniteCheck()
+    own = {name: stored for name, stored in source.tensors.items() if name not in tied}
+    watched = check.watch(own) | check.watch(source.vq, VQ_PREFIX)
+    for stored in watched.values():
+        stored.read()
+    return f"no: {check.found}" if check.found else "yes"
 
 
 def _parameters(tensors: Mapping[str, Stored]) -> int:

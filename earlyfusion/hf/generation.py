@@ -157,7 +157,13 @@ class MultimodalGeneration:
                 "max_new_tokens"
             )
         most = 1 if output == "image" else room // tokens
-        return _Plan(output, most if max_images is None else max_images, room, text, image)
+        images = most if max_images is None else max_images
+        if output == "image" and (images < 1 or room < tokens):
+            raise SettingError(
+                f"max_new_tokens={room} and max_images={images} leave no room for a picture of "
+                f"{tokens} tokens: raise them, or shorten the prompt"
+            )
+        return _Plan(output, images, room, text, image)
 
     def _processors(
         self, plan: _Plan, ids_BT: Tensor, kwargs: Mapping[str, Any], own: Any

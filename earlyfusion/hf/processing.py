@@ -223,7 +223,7 @@ class ChameleonProcessor(ProcessorMixin):
         marks, count = sum(t.count(self.image_token) for t in texts), len(pictures or ())
         if marks != count:
             raise PromptError(
-                f"the texts mark {marks} places with {self.image_token} but {count} images are "
+                f"the texts mark {marks} places with {_MARK} but {count} images are "
                 "given: give one image a mark"
             )
         begins = settings.get("add_special_tokens", True) and not self._adds_bos
