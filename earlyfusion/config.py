@@ -35,16 +35,13 @@ class VQConfig:
     def __post_init__(self) -> None:
         for name in ("channel_multiplier", "attn_resolutions"):
             object.__setattr__(self, name, tuple(getattr(self, name) or ()))
+
+    def check(self) -> None:
+        """`SettingError` naming the field for which no network can be built."""
         sizes = ("embed_dim", "num_embeddings", "latent_channels", "resolution", "base_channels")
         for name in sizes:
             _require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
         _require(bool(self.channel_multiplier), "channel_multiplier", (), "needs one entry a level")
-        _require(
-            self.resolution % self.stride == 0,
-            "resolution",
-            self.resolution,
-            f"must be a multiple of the stride {self.stride}",
-        )
         _require(
             self.base_channels % 32 == 0,
             "base_channels",
@@ -59,7 +56,16 @@ class VQConfig:
 
     @property
     def grid(self) -> int:
-        """Codes along one side of a picture of the configured resolution."""
+        """Codes along one side of a picture of the configured resolution.
+
+        `SettingError` where the stride does not divide it; pictures of other sizes may still do.
+        """
+        _require(
+            self.resolution % self.stride == 0,
+            "resolution",
+            self.resolution,
+            f"must be a multiple of the stride {self.stride}",
+        )
         return self.resolution // self.stride
 
     @classmethod
@@ -74,7 +80,12 @@ class VQConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of the transformer. `swin_norm` puts the norms on the branch outputs, as in the 34B."""
+    """Shape of the transformer. `swin_norm` puts the norms on the branch outputs, as in the 34B.
+
+    `hidden_act` is a name that transformers knows; `rope_scaling` holds `rope_type` and what
+    transformers' `rope_parameters` have beside `rope_theta`. A config may say what cannot be built:
+    `check` tells, and so does building the model.
+    """
 
     vocab_size: int = 65536
     hidden_size: int = 4096
@@ -91,14 +102,17 @@ class ModelConfig:
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
+    hidden_act: str = "silu"
     model_parallel_size: int = 1
     bos_token_id: int = 0
     eos_token_id: int = 2
     pad_token_id: int | None = 1
     vq_config: VQConfig = field(default_factory=VQConfig)
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """`SettingError` naming the field for which no model can be built."""
         heads, kv = self.num_attention_heads, self.kv_heads
+        _require(heads > 0, "num_attention_heads", heads, "must be positive")
         _require(self.vocab_size > 0, "vocab_size", self.vocab_size, "must be positive")
         _require(
             self.hidden_size % heads == 0,
@@ -118,10 +132,16 @@ class ModelConfig:
             kv,
             f"must divide the {heads} attention heads",
         )
+        self.vq_config.check()
 
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def rope_type(self) -> str:
+        scaling = self.rope_scaling or {}
+        return str(scaling.get("rope_type") or scaling.get("type") or "default")
 
     @property
     def kv_heads(self) -> int:
@@ -130,18 +150,12 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ModelConfig:
         """Read a transformers `config.json`; names it does not know are ignored."""
-        if data.get("hidden_act", "silu") != "silu":
-            raise CheckpointError(
-                f"hidden_act={data['hidden_act']!r} in config.json is not supported: "
-                f"the family uses silu"
-            )
         known = _known(cls, data)
         known["vq_config"] = VQConfig.from_dict(data.get("vq_config") or {})
-        rope = data.get("rope_parameters") or {}
-        if "rope_theta" in rope:
-            known["rope_theta"] = rope["rope_theta"]
-        if rope.get("rope_type", "default") != "default":
-            known["rope_scaling"] = rope
+        # Older files have `rope_scaling`, which comes first in transformers too.
+        rope = known.get("rope_scaling") or data.get("rope_parameters") or {}
+        known["rope_theta"] = rope.get("rope_theta") or known.get("rope_theta", cls.rope_theta)
+        known["rope_scaling"] = _scaling(rope, data)
         return cls(**known)
 
     @classmethod
@@ -152,20 +166,38 @@ class ModelConfig:
             raise CheckpointError(
                 f"{path} is missing or not JSON: a model folder needs a config.json"
             ) from None
-        return cls.from_dict(data)
+        config = cls.from_dict(data)
+        config.check()
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         data = {f.name: getattr(self, f.name) for f in fields(self)}
         data["num_key_value_heads"] = self.kv_heads
         theta, scaling = data.pop("rope_theta"), data.pop("rope_scaling")
-        rope = {"rope_type": "default"} | (scaling or {}) | {"rope_theta": theta}
+        rope = {"rope_type": self.rope_type} | (scaling or {}) | {"rope_theta": theta}
         return data | {
             "architectures": ["ChameleonForConditionalGeneration"],
             "model_type": "chameleon",
-            "hidden_act": "silu",
             "rope_parameters": rope,
             "vq_config": self.vq_config.to_dict(),
         }
+
+
+def _scaling(rope: dict[str, Any], data: dict[str, Any]) -> dict[str, Any] | None:
+    """What a file's RoPE has beside `rope_theta`, None for plain RoPE.
+
+    `data` may hold some of it at its top, as transformers reads it.
+    """
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "default":
+        return None
+    scaling = dict(rope) | {"rope_type": kind}
+    trained = data.get("original_max_position_embeddings")
+    if trained is not None and kind in ("llama3", "yarn", "longrope"):
+        scaling["original_max_position_embeddings"] = trained
+    if data.get("partial_rotary_factor") is not None:
+        scaling.setdefault("partial_rotary_factor", data["partial_rotary_factor"])
+    return scaling
 
 
 def _require(good: bool, name: str, value: object, why: str) -> None:

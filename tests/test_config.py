@@ -42,7 +42,7 @@ def test_leftovers_of_older_files_are_ignored_and_null_is_the_default() -> None:
         {"hidden_size": True},
         {"swin_norm": 1},
         {"rms_norm_eps": "1e-5"},
-        {"hidden_act": "gelu"},
+        {"hidden_act": 3},
         {"rope_scaling": 3},
         {"vq_config": {"channel_multiplier": [1, "2"]}},
     ],
@@ -61,11 +61,60 @@ def test_wrong_kinds_name_the_field(data: dict[str, Any]) -> None:
         ({"num_attention_heads": 4096}, "odd width 1"),
         ({"num_key_value_heads": 5}, "num_key_value_heads=5"),
         ({"vocab_size": 0}, "vocab_size=0"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0"),
+        ({"vq_config": {"base_channels": 33}}, "base_channels=33"),
+        ({"vq_config": {"channel_multiplier": []}}, "channel_multiplier="),
     ],
 )
-def test_impossible_shapes_name_the_value(data: dict[str, Any], words: str) -> None:
+def test_impossible_shapes_name_the_value_when_checked(
+    tmp_path: Path, data: dict[str, Any], words: str
+) -> None:
+    config = ModelConfig.from_dict(data)  # a config is not a model: this alone is no mistake
     with pytest.raises(SettingError, match=words):
-        ModelConfig.from_dict(data)
+        config.check()
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(SettingError, match=words):  # the config of a model's folder
+        ModelConfig.from_file(path)
+
+
+def test_a_resolution_that_the_stride_cuts_has_no_grid() -> None:
+    config = VQConfig(resolution=520)
+    config.check()
+    with pytest.raises(SettingError, match="resolution=520 must be a multiple of the stride 16"):
+        _ = config.grid
+
+
+@pytest.mark.parametrize(
+    ("data", "kind", "scaling"),
+    [
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear", {"factor": 2.0}),
+        (
+            {"rope_parameters": {"rope_type": "yarn"}, "original_max_position_embeddings": 77},
+            "yarn",
+            {"original_max_position_embeddings": 77},
+        ),
+        (
+            {"rope_parameters": {"rope_type": "proportional"}, "partial_rotary_factor": 0.5},
+            "proportional",
+            {"partial_rotary_factor": 0.5},
+        ),
+    ],
+)
+def test_rope_of_older_files_survives(
+    data: dict[str, Any], kind: str, scaling: dict[str, Any]
+) -> None:
+    config = ModelConfig.from_dict(data)
+    again = ModelConfig.from_dict(config.to_dict())
+    for read in (config, again):
+        assert read.rope_type == kind
+        assert read.rope_scaling is not None
+        assert scaling.items() <= read.rope_scaling.items()
+
+
+def test_the_activation_survives_its_file() -> None:
+    data = ModelConfig.from_dict({"hidden_act": "gelu_new"}).to_dict()
+    assert data["hidden_act"] == ModelConfig.from_dict(data).hidden_act == "gelu_new"
 
 
 def test_a_missing_or_broken_file_is_one_sentence(tmp_path: Path) -> None:

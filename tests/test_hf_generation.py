@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -30,6 +32,8 @@ from earlyfusion.image_tokenizer import ImageTokenizer
 from earlyfusion.model.vqgan import VQGAN
 from earlyfusion.processor import Processor
 
+RECORDED = Path(__file__).parent / "golden/expected/preprocess.json"
+PREPROCESS: dict[str, Any] = json.loads(RECORDED.read_text())
 GREEDY = SamplingParams(
     temperature=0, image_temperature=0, repetition_penalty=1, guidance_text=1, guidance_image=1
 )
@@ -339,15 +343,14 @@ class TestPictures:
         array = torch.from_numpy(np.asarray(photo).transpose(2, 0, 1).copy())
         assert torch.equal(own(array, return_tensors="pt")["pixel_values"][0], wanted)
 
-    def test_golden_pictures(self, golden: Path) -> None:
-        """The recorded steps of Meta's code, every format and mode of the golden pictures."""
-        tokenizer = ImageTokenizer(VQGAN(CONFIG.vq_config), 512)
-        own = ChameleonImageProcessor()
-        for path in sorted((golden / "images").glob("pp_*.png"))[:6]:
-            photo = PIL.Image.open(path)
-            photo.load()
+    @pytest.mark.parametrize("name", sorted(PREPROCESS))
+    def test_golden_pictures(self, golden: Path, name: str) -> None:
+        """Pixels as Meta's own code gave them, to the bit, of every format and mode."""
+        with PIL.Image.open(golden / "images" / name) as photo:
+            own = ChameleonImageProcessor(exact=True)
             pixels = own(photo, return_tensors="pt")["pixel_values"][0]
-            assert torch.equal(pixels, tokenizer.preprocess(photo)), path.name
+        digest = hashlib.sha256(pixels.numpy().tobytes()).hexdigest()
+        assert digest == PREPROCESS[name]["input_f32_sha256"]
 
     def test_steps_of_transformers_on_request(self) -> None:
         from transformers.models.chameleon.image_processing_pil_chameleon import (

@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from earlyfusion.errors import CheckpointError, EarlyFusionError, ImageError, SettingError
+from earlyfusion.errors import CheckpointError, ImageError, SettingError
 from earlyfusion.hf import (
     ChameleonConfig,
     ChameleonForConditionalGeneration,
@@ -349,17 +349,61 @@ class TestTraining:
         assert all(p.grad is None and not p.requires_grad for p in plain.model.vqmodel.parameters())
         plain.zero_grad()
 
+    def test_losses_of_text_are_stocks_whatever_stands_beside(self, plain: Any, stock: Any) -> None:
+        """Prompts with pictures, text to learn: the row's loss and gradient, alone and mixed."""
+        inputs, text = prompts(), torch.tensor([[0, 50, 60, 61, 62, 70, 2]])
+        labels = inputs["input_ids"].clone()
+        labels[(labels == PLACEHOLDER) | (labels == 1)] = -100
+        for given, learned in ((inputs, labels), ({"input_ids": text}, text)):
+            losses = []
+            for model in (plain, stock):
+                model.zero_grad()
+                loss = model(**given, labels=learned).loss
+                loss.backward()
+                losses.append((loss.detach(), model.lm_head.weight.grad.clone()))
+                model.zero_grad()
+            torch.testing.assert_close(*losses, atol=1e-5, rtol=1e-5)
+        everything = plain(text, labels=text, image_logits=True).loss
+        assert everything > plain(text, labels=text).loss
+        drawn = torch.tensor([[0, 50, FIRST, FIRST + 1, 62, 70, 2]])
+        mixed = torch.cat((text, drawn))
+        loss = plain(mixed, labels=mixed).loss
+        alone = [plain(row, labels=row).loss for row in (text, drawn)]
+        torch.testing.assert_close(loss, sum(alone) / 2)
+        torch.testing.assert_close(alone[1], plain(drawn, labels=drawn, image_logits=True).loss)
+
+    def test_labels_with_the_placeholder_have_a_finite_loss_in_both_modes(
+        self, plain: Any, stock: Any
+    ) -> None:
+        inputs = prompts()
+        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+        assert torch.isfinite(plain(**inputs, labels=labels).loss)
+        as_stock = plain(**inputs, labels=labels, image_logits=False).loss
+        torch.testing.assert_close(as_stock, stock(**inputs, labels=labels).loss)
+
     @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
     def test_gradient_checkpointing(self) -> None:
         model, ids = fresh().train(), torch.randint(40, 90, (1, 9))
-        gradients = []
+        gradients, runs, kept = [], list[int](), list[int]()
+        mlp = model.model.layers[0].mlp
         for enable in (False, True):
             if enable:
                 model.gradient_checkpointing_enable()
             model.zero_grad()
-            model(ids, labels=ids).loss.backward()
-            gradients.append(model.model.layers[0].mlp.up_proj.weight.grad.clone())
+            calls: list[Any] = []
+            saved: list[int] = []
+            hook = mlp.gate_proj.register_forward_hook(lambda *call, calls=calls: calls.append(1))
+            count = lambda x, saved=saved: saved.append(x.numel()) or x  # noqa: E731
+            with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+                loss = model(ids, labels=ids).loss
+            loss.backward()
+            hook.remove()
+            gradients.append(mlp.up_proj.weight.grad.clone())
+            runs.append(len(calls))
+            kept.append(sum(saved))
         torch.testing.assert_close(*gradients)
+        assert runs == [1, 2]  # computed again in the backward pass
+        assert kept[1] < kept[0] / 2  # and not kept until then
         assert model(ids).past_key_values is None
 
     def test_image_tokenizer_stays_frozen(self) -> None:
@@ -443,21 +487,44 @@ class TestConfig:
         ("name", "value"),
         [
             ("hidden_size", 33),
-            ("hidden_size", "32"),
+            ("num_attention_heads", 32),
             ("num_key_value_heads", 3),
-            ("hidden_act", "gelu"),
+            ("hidden_act", "gelu_old"),
             ("attention_dropout", 2.0),
             ("vocab_size", 0),
+            ("rope_parameters", {"rope_type": "dynamic", "factor": None}),
         ],
     )
-    def test_wrong_values_raise_with_their_name(self, name: str, value: Any) -> None:
-        with pytest.raises(Exception, match=name):
-            ChameleonConfig(**(BASE | {name: value}))
+    def test_a_config_may_say_what_no_model_can_be(self, name: str, value: Any) -> None:
+        config = ChameleonConfig(**(BASE | {name: value}))
+        told = {"num_attention_heads": "hidden_size=32 gives heads of odd width 1"}
+        told["rope_parameters"] = "'dynamic' needs factor"
+        for made in (ChameleonModel, ChameleonForConditionalGeneration):
+            with pytest.raises(SettingError, match=told.get(name, f"{name}=")):
+                made(config)
 
-    @pytest.mark.parametrize(("name", "value"), [("resolution", 17), ("base_channels", 33)])
-    def test_wrong_vq_values_raise_with_their_name(self, name: str, value: Any) -> None:
-        with pytest.raises(EarlyFusionError, match=name):
-            ChameleonVQVAEConfig(**(VQ | {name: value}))
+    @pytest.mark.parametrize(
+        ("name", "value"), [("hidden_size", "32"), ("hidden_act", torch.nn.functional.gelu)]
+    )
+    def test_wrong_kinds_are_told_as_in_stock(self, name: str, value: Any) -> None:
+        """Each message names the field and shows the value: "'32'" and not the default "32"."""
+        for made in (transformers.ChameleonConfig, ChameleonConfig):
+            with pytest.raises(Exception, match=name) as error:
+                made(**(BASE | {name: value}))
+            assert repr(value) in str(error.value)
+
+    def test_a_vq_config_may_say_what_no_model_can_be(self) -> None:
+        config = ChameleonVQVAEConfig(**(VQ | {"base_channels": 33}))
+        with pytest.raises(SettingError, match="base_channels=33"):
+            ChameleonVQVAE(config)
+
+    def test_a_resolution_that_the_stride_cuts_reads_other_sizes(self) -> None:
+        model = fresh(vq_config=VQ | {"resolution": 17})
+        assert model.get_image_tokens(torch.rand(1, 3, 16, 16)).shape == (1, 64)
+        tokens = torch.full((1, 64), FIRST)
+        assert model.decode_image_tokens(tokens, height=8, width=8).shape == (1, 3, 16, 16)
+        with pytest.raises(SettingError, match="resolution=17 must be a multiple of the stride 2"):
+            model.decode_image_tokens(tokens)
 
     def test_old_files_load(self) -> None:
         leftovers = {"ch": 128, "ch_mult": [1, 1], "double_z": False, "attn_resolutions": []}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +239,52 @@ def filled(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
     full = model.fill_image_tokens(ids, batch["pixel_values"])
     labels[labels == ids] = full[labels == ids]
     return full, labels
+
+
+class TestMixedPrecision:
+    """accelerate takes the model's forward apart and puts another in its place."""
+
+    @pytest.fixture(autouse=True)
+    def _forgotten(self) -> Iterator[None]:
+        """accelerate keeps the first precision that a process asked for."""
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        yield
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+    @pytest.mark.parametrize("kind", ["bf16", "fp16"])
+    def test_accelerate_prepares_and_unwraps(self, folder: Path, inputs: Any, kind: str) -> None:
+        from accelerate import Accelerator
+
+        model = load(folder)
+        wanted = logits(model, inputs)
+        accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+        # fp16 needs a GPU; the class that a CPU cannot have is told its name only.
+        accelerator.state._mixed_precision = kind
+        optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+        prepared, optimizer = accelerator.prepare(model, optimizer)
+        out = prepared.train()(**inputs, labels=inputs["input_ids"])
+        assert out.logits.dtype == torch.float32
+        assert 0 < gap(out.logits.detach(), wanted) < 0.05  # not in fp32, and near it
+        accelerator.backward(out.loss)
+        optimizer.step()
+        back = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+        with torch.no_grad():
+            plain = ChameleonForConditionalGeneration.forward(back.eval(), **inputs).logits
+        assert torch.equal(logits(back, inputs), plain)
+
+    def test_trainer(self, folder: Path, inputs: Any, tmp_path: Path) -> None:
+        model = load(folder)
+        row = {name: value[0] for name, value in inputs.items()}
+        row["labels"] = row["input_ids"]
+        before = model.lm_head.weight.detach().clone()
+        settings = arguments(tmp_path, bf16=True)
+        out = Trainer(model, settings, train_dataset=[row, row]).train()  # type: ignore[arg-type]
+        with torch.no_grad():
+            wanted = float(load(folder)(**inputs, labels=inputs["input_ids"]).loss)
+        assert out.training_loss == pytest.approx(wanted, rel=0.02)
+        assert not torch.equal(before, model.lm_head.weight)
 
 
 class TestTrainer:

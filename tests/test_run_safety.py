@@ -28,7 +28,8 @@ from earlyfusion.cli import app
 from earlyfusion.config import PRESETS, ModelConfig
 from earlyfusion.errors import SettingError
 from earlyfusion.model.attention import Attend, CausalAttend
-from earlyfusion.model.transformer import Block, Transformer, rotary_tables
+from earlyfusion.model.rotary import rotary_tables
+from earlyfusion.model.transformer import Block, Transformer
 from earlyfusion.parallel import ParallelConfig
 from earlyfusion.processor import TokenSequence
 from earlyfusion.recipes import plan as recipe_plan

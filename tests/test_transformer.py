@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers.activations import ACT2CLS
 
 from earlyfusion.checkpoints.hf import build_transformer
 from earlyfusion.checkpoints.meta import read_config, read_tensors
@@ -18,7 +19,8 @@ from earlyfusion.config import PRESETS, ModelConfig
 from earlyfusion.errors import ContextError, SettingError
 from earlyfusion.model.attention import CausalAttend, _document_mask, dot_product_attention
 from earlyfusion.model.kv_cache import KVCache
-from earlyfusion.model.transformer import Transformer, rotary_frequencies
+from earlyfusion.model.rotary import rotary_frequencies, rotary_tables
+from earlyfusion.model.transformer import Transformer
 
 MODELS = ("tiny_1", "tiny_mp2_swin_gqa")
 TINY = PRESETS["tiny"]
@@ -139,7 +141,8 @@ def test_hidden_states_and_cache_are_meta_s(golden: Path, name: str) -> None:
     assert_near(cache.v_LSPKH[0, 1, :13], expected["cache_v_layer0_seq1"], torch.float32)
 
 
-HF_VARIANTS = {
+LONG = {"short_factor": [1.0, 1.1, 1.3, 1.7], "long_factor": [2.0, 3.0, 4.0, 5.0]}
+HF_VARIANTS: dict[str, dict[str, Any]] = {
     "pre-norm": {},
     "post-norm": {"swin_norm": True},
     "all heads": {"num_key_value_heads": 4},
@@ -154,6 +157,25 @@ HF_VARIANTS = {
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 64,
         }
+    },
+    **{name: {"hidden_act": name} for name in ACT2CLS},
+    **{
+        f"{kind} {number}": {
+            "max_position_embeddings": 16,
+            "rope_scaling": {"rope_type": kind} | settings,
+        }
+        for kind, number, settings in (
+            ("dynamic", 1, {"factor": 4.0}),
+            ("yarn", 1, {"factor": 4.0}),
+            ("yarn", 2, {"factor": 8.0, "original_max_position_embeddings": 8, "beta_fast": 4}),
+            ("yarn", 3, {"factor": 4.0, "mscale": 0.7, "mscale_all_dim": 0.5, "truncate": False}),
+            ("yarn", 4, {"factor": 2.0, "attention_factor": 1.3, "beta_slow": 0.5}),
+            ("longrope", 1, LONG | {"original_max_position_embeddings": 8}),
+            ("longrope", 2, LONG | {"factor": 3.0}),
+            ("longrope", 3, LONG | {"attention_factor": 1.1}),
+            ("proportional", 1, {"partial_rotary_factor": 0.5, "factor": 2.0}),
+            ("proportional", 2, {}),
+        )
     },
 }
 
@@ -183,9 +205,39 @@ def test_names_and_logits_are_transformers(variant: str) -> None:
     expected = theirs(input_ids=tokens_BT).logits
     masked = torch.zeros(config.vocab_size, dtype=torch.bool)
     masked[4:14] = True
+    scale = max(1.0, float(expected[..., ~masked].abs().max()))
     gap = (ours(tokens_BT) - expected)[..., ~masked].abs().max()
-    assert gap < 1e-5
+    assert gap < 1e-5 * scale
     assert expected[..., ~masked].std() > 0.1
+
+
+@pytest.mark.parametrize("variant", [name for name in HF_VARIANTS if name[-2:-1] == " "])
+def test_rope_follows_transformers_past_the_trained_length_with_a_cache(variant: str) -> None:
+    config = replace(TINY, **HF_VARIANTS[variant])
+    theirs, ours = peer(config), Transformer(config).eval()
+    state = {k: v for k, v in theirs.state_dict().items() if not k.startswith("model.vqmodel.")}
+    ours.load_state_dict(state)
+    tokens = torch.randint(21, 512, (24,), generator=torch.Generator().manual_seed(1))
+    cache, kept = KVCache(config, 1, 24), None
+    for start, end in ((0, 6), (6, 7), (7, 20), *((n, n + 1) for n in range(20, 24))):
+        out = theirs(tokens[None, start:end], past_key_values=kept, use_cache=True)
+        kept = out.past_key_values
+        positions = torch.arange(start, end)[None]
+        attends = cache.attends(torch.tensor([0]), torch.tensor([start]))
+        logits = ours(tokens[None, start:end], positions, attends)
+        torch.testing.assert_close(logits[0, -1, 21:], out.logits[0, -1, 21:], atol=2e-5, rtol=1e-5)
+
+
+def test_angles_of_a_row_do_not_depend_on_its_neighbours() -> None:
+    config = replace(TINY, **HF_VARIANTS["dynamic 1"])
+    positions_BT = torch.stack((torch.arange(12), torch.arange(20, 32)))
+    both = rotary_tables(config, positions_BT)
+    for row in (0, 1):
+        alone = rotary_tables(config, positions_BT[row : row + 1])
+        assert torch.equal(both.cos[row], alone.cos[0])
+    assert not torch.allclose(
+        both.cos[1], rotary_tables(replace(config, rope_scaling=None), positions_BT).cos[1]
+    )
 
 
 class TestForward:
@@ -244,11 +296,26 @@ class TestForward:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn' is unknown: use one of"),
+        ({"rope_scaling": {"rope_type": "axial"}}, "'axial' is unknown: use one of"),
+        ({"rope_scaling": {"rope_type": "dynamic"}}, "'dynamic' needs factor"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "needs short_factor, long_factor"),
+        (
+            {"rope_scaling": LONG | {"rope_type": "longrope", "short_factor": [1.0]}},
+            "short_factor has 1 entries: longrope needs one for each of the 4 pairs",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor=0.5 with rope_scaling type 'yarn'",
+        ),
+        ({"hidden_act": "gelu_old"}, "hidden_act='gelu_old' is unknown: use one of gelu, gelu_10"),
+        ({"num_attention_heads": 32}, "odd width 1"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads=3 must divide"),
         ({"rope_scaling": {"rope_type": "linear"}}, "'linear' needs factor"),
     ],
 )
-def test_rope_scaling_is_checked(changes: dict[str, Any], sentence: str) -> None:
+def test_what_cannot_be_built_is_refused_when_a_model_is_built(
+    changes: dict[str, Any], sentence: str
+) -> None:
     with pytest.raises(SettingError, match=sentence):
         Transformer(replace(TINY, **changes))
 

@@ -125,6 +125,7 @@ def open_hf(folder: Path, tokenizer: Path | None = None) -> Source:
     """
     data = read_json(folder / "config.json")
     config = ModelConfig.from_dict(data)
+    config.check()
     tensors = open_tensors(folder)
     vq = {k.removeprefix(VQ_PREFIX): tensors.pop(k) for k in list(tensors) if _is_vq(k)}
     # Written by old versions of transformers; computed here.

@@ -416,6 +416,7 @@ def check_meta(source: Source) -> None:
         "attention_bias": config.attention_bias,
         "mlp_bias": config.mlp_bias,
         "rope_scaling": bool(config.rope_scaling),
+        f"hidden_act={config.hidden_act}": config.hidden_act not in ("silu", "swish"),
         "the size tokens of Lumina-mGPT": source.kind != "chameleon",
     }
     found = next((name for name, there in reasons.items() if there), None)

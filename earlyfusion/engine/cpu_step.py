@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from earlyfusion.model import native
 from earlyfusion.model.packed import BITS, PackedLinear, PackedMatrix, pack, packed_weight
-from earlyfusion.model.transformer import Block, Transformer, rotary_tables
+from earlyfusion.model.rotary import rotary_tables
+from earlyfusion.model.transformer import Block, Transformer
 
 MOST_ROWS = 16
 """Rows of a step up to which the compiled step beats a matrix product."""

@@ -21,7 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from earlyfusion.model.transformer import Block, RMSNorm, Transformer, rotary_tables
+from earlyfusion.errors import SettingError
+from earlyfusion.model.rotary import changes_at, rotary_tables
+from earlyfusion.model.transformer import Block, RMSNorm, Transformer
 
 Product = Callable[[Tensor], Tensor]
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -35,6 +37,7 @@ class Layer(NamedTuple):
     out: Product
     gate_up: Product
     down: Product
+    activation: nn.Module
     attention_norm: RMSNorm
     feed_forward_norm: RMSNorm
 
@@ -51,6 +54,13 @@ class Network:
         self._shape = (-1, config.num_attention_heads + 2 * config.kv_heads, config.head_dim)
         self._keys_from = config.num_attention_heads
         self._values_from = config.num_attention_heads + config.kv_heads
+        limit = changes_at(config)
+        if limit is not None and positions > limit:
+            raise SettingError(
+                f"a context of {positions} tokens is too long for the engine: the angles of "
+                f"rope_scaling type {config.rope_type!r} change beyond {limit}; give "
+                f"Engine(slot_tokens={limit}), or generate with the transformers classes"
+            )
         rotary = rotary_tables(config, torch.arange(positions, device=weight.device)[None])
         self._cos_P1H, self._sin_P1H = rotary.cos[0], rotary.sin[0]
         blocks = cast("Iterable[Block]", transformer.model.layers)
@@ -101,7 +111,7 @@ class Network:
             x_TD = x_TD + (layer.attention_norm(y_TD) if self._norm_after else y_TD)
             y_TD = x_TD if self._norm_after else layer.feed_forward_norm(x_TD)
             gate_TI, up_TI = layer.gate_up(y_TD).chunk(2, -1)
-            y_TD = layer.down(F.silu(gate_TI).mul_(up_TI))
+            y_TD = layer.down(layer.activation(gate_TI).mul_(up_TI))
             x_TD = x_TD + (layer.feed_forward_norm(y_TD) if self._norm_after else y_TD)
         return x_TD
 
@@ -119,6 +129,7 @@ class Network:
             self.product(attention.o_proj),
             self.product(mlp.gate_proj, mlp.up_proj),
             self.product(mlp.down_proj),
+            mlp.act_fn,
             block.input_layernorm,
             block.post_attention_layernorm,
         )

@@ -1,12 +1,11 @@
 """The two configs of the transformers face: the names, defaults and files of transformers' own.
 
-What a config says is checked when it is made: a value of the wrong kind by transformers, one that
-no network can have by `earlyfusion.config`, each with the name of the field.
+A config is not a model: making one checks only that values are of the right kind, as transformers
+does. What no network can have is told when a model is built, with the name of the field.
 """
 
 # No `from __future__ import annotations`: transformers checks fields by their annotations.
 
-from contextlib import suppress
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -38,11 +37,6 @@ class ChameleonVQVAEConfig(PreTrainedConfig):
     dropout: float | int = 0.0
     attn_type: str | None = "vanilla"
     initializer_range = 0.02
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        with suppress(TypeError):  # a value of the wrong kind: transformers names it next
-            vq_shape(self)
 
 
 @strict
@@ -90,21 +84,15 @@ class ChameleonConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         self.image_token_id = (self.vocabulary_map or {}).get(IMAGE_PLACEHOLDERS[1])
         super().__post_init__(**kwargs)
-        with suppress(TypeError):
-            shape(self)
 
 
 def shape(config: ChameleonConfig) -> ModelConfig:
     """The same shape for the core modules; `SettingError` names a field that cannot be."""
-    if config.hidden_act != "silu":
-        raise SettingError(
-            f"hidden_act={config.hidden_act!r} is not supported: the family uses silu"
-        )
     dropout = config.attention_dropout or 0.0
     if not 0.0 <= dropout < 1.0:
         raise SettingError(f"attention_dropout={dropout} must be at least 0 and below 1")
     rope = dict(config.rope_parameters or {})
-    scaled = rope.get("rope_type", "default") != "default"
+    scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
     return ModelConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
@@ -120,6 +108,7 @@ def shape(config: ChameleonConfig) -> ModelConfig:
         attention_bias=bool(config.attention_bias),
         mlp_bias=config.mlp_bias,
         tie_word_embeddings=config.tie_word_embeddings,
+        hidden_act=config.hidden_act,
         initializer_range=config.initializer_range,
         vq_config=vq_shape(_own_vq(config.vq_config)),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -33,7 +33,7 @@ class ImageVocabulary:
         self.vocab_map = dict(names)
         found = [names[name] for name in reversed(IMAGE_PLACEHOLDERS) if name in names]
         self.image_token_id: int | None = found[0] if found else None
-        self._tables: dict[tuple[str, torch.device], Tensor] = {}
+        self._moved: dict[tuple[str, torch.device], Tensor] = {}
 
     @cached_property
     def bpe2img(self) -> dict[int, int]:
@@ -62,18 +62,38 @@ class ImageVocabulary:
                 "with its tokenizer.json, or call model.use_vocabulary(processor)"
             ) from None
 
-    def convert_img2bpe(self, codes: Tensor) -> Tensor:
-        """Token ids of codes, any shape, on their device; no synchronisation."""
+    @cached_property
+    def val2name(self) -> dict[int, str]:
+        """Token id to name."""
+        return {token: name for name, token in self.vocab_map.items()}
+
+    @cached_property
+    def bpe2img_search_tensors(self) -> tuple[Tensor, Tensor]:
+        """Sorted ids of the image codes, and sorted codes."""
+        return _int64(self.image_tokens), _int64(sorted(self.img2bpe))
+
+    @cached_property
+    def img2bpe_mapping_tensor(self) -> Tensor:
+        """Token ids by code, int32."""
+        return _table(self.img2bpe, 0).int()
+
+    @cached_property
+    def bpe2img_mapping_tensor(self) -> Tensor:
+        """Codes by token id, int64; `CODE` where an id is no image."""
+        return _table(self.bpe2img, CODE)
+
+    def convert_img2bpe(self, img_batch: Tensor) -> Tensor:
+        """Token ids of codes, int32 in any shape, on their device; no synchronisation."""
         if not self.img2bpe:
             raise CheckpointError(
                 "the config has no vocabulary_map and the model's folder no tokenizer.json, so "
                 "pictures have no tokens: call model.use_vocabulary(processor)"
             )
-        return self._table("img2bpe", self.img2bpe, 0, codes.device)[codes]
+        return self._on("img2bpe", self.img2bpe_mapping_tensor, img_batch.device)[img_batch]
 
     def convert_bpe2img(self, tokens: Tensor) -> Tensor:
         """Codes of token ids, any shape; `ImageError` where an id is not an image token."""
-        table = self._table("bpe2img", self.bpe2img, CODE, tokens.device)
+        table = self._on("bpe2img", self.bpe2img_mapping_tensor, tokens.device)
         inside = (tokens >= 0) & (tokens < len(table))
         codes = torch.where(inside, table[tokens.clamp(0, len(table) - 1)], CODE)
         if bool((codes == CODE).any()):
@@ -96,20 +116,30 @@ class ImageVocabulary:
         return Vocabulary(self.vocab_map)
 
     def _ids(self, device: torch.device) -> Tensor:
-        key = ("ids", device)
-        if key not in self._tables:
-            self._tables[key] = torch.tensor(self.image_tokens, dtype=torch.int64, device=device)
-        return self._tables[key]
+        return self._on("ids", self.bpe2img_search_tensors[0], device)
 
-    def _table(
-        self, name: str, values: Mapping[int, int], empty: int, device: torch.device
-    ) -> Tensor:
-        if (name, device) not in self._tables:
-            table = torch.full((max(values, default=0) + 1,), empty, dtype=torch.int64)
-            for key, value in values.items():
-                table[key] = value
-            self._tables[name, device] = table.to(device)
-        return self._tables[name, device]
+    def _on(self, name: str, values: Tensor, device: torch.device) -> Tensor:
+        if device.type == "cpu":
+            return values
+        if torch.compiler.is_compiling():  # what is made while tracing must not be kept
+            return values.to(device)
+        if (name, device) not in self._moved:
+            self._moved[name, device] = values.to(device)
+        return self._moved[name, device]
+
+    def prepare(self) -> None:
+        """Make the tables now: what is made while a model is traced cannot be kept."""
+        _ = self.bpe2img_search_tensors, self.img2bpe_mapping_tensor
+
+
+def _int64(values: Sequence[int]) -> Tensor:
+    # On the CPU also where models are being made without memory.
+    return torch.tensor(values, dtype=torch.int64, device="cpu")
+
+
+def _table(values: Mapping[int, int], empty: int) -> Tensor:
+    last = max(values, default=0)
+    return _int64([values.get(key, empty) for key in range(last + 1)])
 
 
 def find_names(given: Mapping[str, int] | None, folder: str | None) -> dict[str, int]:

@@ -4,7 +4,7 @@ They take the arguments and give the outputs of transformers' own, and their sta
 keys, plus those of the VQ decoder. What differs, on purpose:
 
 - image logits are real: a label on an image token has a finite loss. `generate` leaves image tokens
-  out unless a `multimodal_generation_mode` asks for them;
+  out unless a `multimodal_generation_mode` asks for them, and so does the loss of a row of text;
 - labels on placeholders stand for the picture's own tokens;
 - the image tokenizer stays frozen, in eval mode and in fp32, and never builds a graph;
 - codes become pictures: `decode_image_tokens`.
@@ -21,6 +21,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any, ClassVar, cast
 
 import torch
@@ -29,14 +30,17 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation.utils import GenerationMixin
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     BaseModelOutputWithPooling,
     CausalLMOutputWithPast,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from earlyfusion.config import ModelConfig
 from earlyfusion.errors import CheckpointError, ImageError, SettingError
 from earlyfusion.hf.configuration import ChameleonConfig, ChameleonVQVAEConfig, shape, vq_shape
 from earlyfusion.hf.generation import MultimodalGeneration
@@ -44,14 +48,14 @@ from earlyfusion.hf.image_vocabulary import ImageVocabulary, find_names
 from earlyfusion.hf.quantisation import choose_layout, footprint, restore_layout
 from earlyfusion.hf.tensor_parallel import HEAD, check_processes
 from earlyfusion.model import winograd
-from earlyfusion.model.transformer import (
-    Attention,
-    Block,
-    HeadNorm,
-    RMSNorm,
+from earlyfusion.model.rotary import (
+    Rotary,
+    attention_factor,
     check_rope,
-    rotary_tables,
+    is_dynamic,
+    rotary_frequencies,
 )
+from earlyfusion.model.transformer import Attention, Block, HeadNorm, RMSNorm
 from earlyfusion.model.vqgan import VQGAN, ResBlock, SpatialAttention
 from earlyfusion.vocabulary import Vocabulary
 
@@ -92,39 +96,29 @@ def eager_attention_forward(
     return (weights_BNTT @ value).transpose(1, 2).contiguous(), weights_BNTT
 
 
-@dataclass
-class _Call:
-    """What one forward tells every layer's attention."""
-
-    config: ChameleonConfig
-    mask: Any
-    cache: Cache | None
-    kwargs: Mapping[str, Any]
-    weights: list[Tensor]
-
-
 class InterfaceAttend:
-    """An `Attend` of one layer that goes through transformers' attention interface and cache."""
+    """An `Attend` of one layer that goes through transformers' attention interface and cache.
 
-    def __init__(self, layer: Attention, call: _Call) -> None:
-        self._layer, self._call = layer, call
+    `weights` holds those of the last call, where the interface gives them.
+    """
+
+    def __init__(self, layer: Any, mask: Any, cache: Cache | None, kwargs: Mapping[str, Any]):
+        self._layer, self._mask, self._cache, self._kwargs = layer, mask, cache, kwargs
+        self.weights: Tensor | None = None
 
     def __call__(self, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
-        layer: Any = self._layer
-        call, config = self._call, self._call.config
+        layer = self._layer
         q, k, v = (x.transpose(1, 2) for x in (q_BTNH, k_BTKH, v_BTKH))
-        if call.cache is not None:
-            k, v = call.cache.update(k, v, layer.layer_idx)
+        if self._cache is not None:
+            k, v = self._cache.update(k, v, layer.layer_idx)
         attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
-            config._attn_implementation, eager_attention_forward
+            layer.config._attn_implementation, eager_attention_forward
         )
-        mask = call.mask.to(q.device) if isinstance(call.mask, Tensor) else call.mask
-        dropout = float(config.attention_dropout or 0.0) if layer.training else 0.0
-        out_BTNH, weights = attend(
-            layer, q, k, v, mask, dropout=dropout, scaling=layer.scaling, **call.kwargs
+        mask = self._mask.to(q.device) if isinstance(self._mask, Tensor) else self._mask
+        dropout = layer.attention_dropout if layer.training else 0.0
+        out_BTNH, self.weights = attend(
+            layer, q, k, v, mask, dropout=dropout, scaling=layer.scaling, **self._kwargs
         )
-        if weights is not None:
-            call.weights.append(weights)
         out: Tensor = out_BTNH.reshape(q_BTNH.shape)
         return out
 
@@ -136,6 +130,117 @@ def _complete_ends(generation: Any, config: ChameleonConfig) -> None:
             setattr(generation, name, getattr(config, name))
 
 
+class ChameleonRotaryEmbedding(nn.Module):
+    """Cosines and sines of positions in fp32, each [B, T, H].
+
+    Where they depend on the length, that is the largest position of the call plus one, for all
+    rows; beyond the trained length it never shrinks until a call fits into it again.
+    """
+
+    inv_freq: Tensor
+    original_inv_freq: Tensor
+
+    def __init__(self, config: ChameleonConfig) -> None:
+        super().__init__()
+        self.config = config
+        self._shape = shape(config)
+        self.rope_type = self._shape.rope_type
+        self.attention_scaling = attention_factor(self._shape)
+        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
+        frequencies = rotary_frequencies(self._shape, torch.get_default_device())
+        self.register_buffer("inv_freq", frequencies, persistent=False)
+        self.register_buffer("original_inv_freq", frequencies.clone(), persistent=False)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Fill the buffers of a model that was made without memory."""
+        for buffer in (self.inv_freq, self.original_inv_freq):
+            init.copy_(buffer, rotary_frequencies(self._shape, torch.device("cpu")))
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        inv_freq = self._frequencies(position_ids).to(x.device, torch.float32)
+        angles = position_ids[..., None].float() * inv_freq
+        both = torch.cat((angles, angles), -1)
+        return both.cos() * self.attention_scaling, both.sin() * self.attention_scaling
+
+    def _frequencies(self, position_ids: Tensor) -> Tensor:
+        if not is_dynamic(self._shape):
+            return self.inv_freq
+        length = position_ids.max() + 1
+        traced = torch.compiler.is_compiling()
+        if self.rope_type == "dynamic" and not traced:
+            length = torch.tensor(self._remembered(int(length)), device=length.device)
+        inv_freq = rotary_frequencies(self._shape, length.device, length[None])
+        if not traced:
+            self.inv_freq = inv_freq
+        return inv_freq
+
+    def _remembered(self, length: int) -> int:
+        if length > self.max_seq_len_cached:
+            self.max_seq_len_cached = length
+        elif length < self.original_max_seq_len:
+            self.max_seq_len_cached = self.original_max_seq_len
+        return self.max_seq_len_cached
+
+
+class ChameleonAttention(Attention):
+    """The core's attention under transformers' arguments."""
+
+    def __init__(self, config: ChameleonConfig, core: ModelConfig, layer_idx: int) -> None:
+        super().__init__(core)
+        self.config, self.layer_idx = config, layer_idx
+        self.is_causal = True
+        self.scaling = core.head_dim**-0.5
+        self.num_key_value_groups = core.num_attention_heads // core.kv_heads
+        self.attention_dropout = float(config.attention_dropout or 0.0)
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        output_attentions: bool = False,
+        use_cache: bool = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What attention gives [B, T, D], and its weights where the implementation has them."""
+        assert position_embeddings is not None
+        cos, sin = position_embeddings
+        half = sin.shape[-1] // 2
+        signed = torch.cat((-sin[..., :half], sin[..., half:]), -1)
+        rotary = Rotary(cos[:, :, None], signed[:, :, None])
+        more = kwargs | {"position_ids": position_ids}
+        attend = InterfaceAttend(self, attention_mask, past_key_values, more)
+        return super().forward(hidden_states, rotary, attend), attend.weights
+
+
+class ChameleonDecoderLayer(GradientCheckpointingLayer, Block):  # type: ignore[misc]
+    """The core's block under transformers' arguments."""
+
+    def __init__(self, config: ChameleonConfig, core: ModelConfig, layer_idx: int) -> None:
+        super().__init__(core, 0.0, ChameleonAttention(config, core, layer_idx))
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, output_attentions: bool = False, **kwargs: Any
+    ) -> tuple[Tensor, ...]:
+        """The states [B, T, D], and with `output_attentions` what attention looked at."""
+        seen: list[Any] = []
+
+        def attention(states_BTD: Tensor) -> Tensor:
+            out, weights = self.self_attn(
+                hidden_states=states_BTD, output_attentions=output_attentions, **kwargs
+            )
+            seen.append(weights)
+            return cast("Tensor", out)
+
+        x_BTD = hidden_states + self._branch(attention, self.input_layernorm, hidden_states)
+        x_BTD = x_BTD + self._branch(self.mlp, self.post_attention_layernorm, x_BTD)
+        return (x_BTD, *seen) if output_attentions else (x_BTD,)
+
+
 class ChameleonPreTrainedModel(PreTrainedModel):
     """What the three model classes share: how transformers loads, saves and initialises them."""
 
@@ -144,7 +249,7 @@ class ChameleonPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[list[str]] = ["Block", "ChameleonVQVAE"]
+    _no_split_modules: ClassVar[list[str]] = ["ChameleonDecoderLayer", "ChameleonVQVAE"]
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["vqmodel"]
     # The list that quantisers leave alone, by whole names: of the model, and of its base alone.
@@ -154,9 +259,16 @@ class ChameleonPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _can_record_outputs: ClassVar[dict[str, Any]] = {
+        "hidden_states": ChameleonDecoderLayer,
+        "attentions": ChameleonAttention,
+    }
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, ChameleonRotaryEmbedding):
+            module.reset()
+            return
         super()._init_weights(module)
         if isinstance(module, HeadNorm):
             init.ones_(module.weight)
@@ -233,26 +345,24 @@ class ChameleonVQVAE(ChameleonPreTrainedModel):
             self.add_module(name, child)
         # The same modules under the core's own methods; not registered, so that keys come once.
         self.__dict__["vqgan"] = core
+        self.quantize.beta = getattr(config, "beta", 0.25)
+        self.register_load_state_dict_pre_hook(_drop_absent_decoder)
         self.eval()
         self.post_init()
 
+    @merge_with_config_defaults
     @capture_outputs
     def encode(self, pixel_values: Tensor, **kwargs: Any) -> ChameleonVQVAEModelOutput:
         """Codes of pictures [B, C, Y, X] in [-1, 1], of any float type; no graph while frozen."""
         trained = any(p.requires_grad for p in self.parameters())
-        core = self.core
         with contextlib.nullcontext() if trained else torch.no_grad(), winograd.left_out():
-            hidden = core.encoder(pixel_values.to(core.quant_conv.weight.dtype))
-            latents = core.quant_conv(hidden)
-            codes_Byx = core.nearest_codes(latents.detach())
-            nearest = core.embed(codes_Byx)
-            commitment = (nearest.detach() - latents).square().mean()
-            codebook = (nearest - latents.detach()).square().mean()
+            hidden = self.encoder(pixel_values.to(self.quant_conv.weight.dtype))
+            quantized, loss, codes = self.quantize(self.quant_conv(hidden))
             return ChameleonVQVAEModelOutput(
                 last_hidden_state=hidden,
-                quantized_last_hidden_state=latents + (nearest - latents).detach(),
-                image_tokens=codes_Byx.flatten(),
-                embedding_loss=commitment + getattr(self.config, "beta", 0.25) * codebook,
+                quantized_last_hidden_state=quantized,
+                image_tokens=codes,
+                embedding_loss=loss,
             )
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -301,16 +411,23 @@ class ChameleonModel(ChameleonPreTrainedModel):
     def __init__(self, config: ChameleonConfig) -> None:
         super().__init__(config)
         self.shape = shape(config)
+        self.shape.check()
         check_rope(self.shape)
         self.padding_idx, self.vocab_size = config.pad_token_id, config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList(
-            _block(self, number) for number in range(config.num_hidden_layers)
+            ChameleonDecoderLayer(config, self.shape, number)
+            for number in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.vqmodel = ChameleonVQVAE._from_config(config.vq_config)
+        self.rotary_emb = ChameleonRotaryEmbedding(config)
         self.gradient_checkpointing = False
-        self._mapping: ImageVocabulary | None = None
+        names = config.vocabulary_map
+        self._mapping = ImageVocabulary(names) if names else None
+        if self._mapping:
+            with contextlib.suppress(CheckpointError):  # told when a picture comes
+                self._mapping.prepare()
         self.register_state_dict_pre_hook(restore_layout)
         self.register_load_state_dict_pre_hook(restore_layout)
         self.post_init()
@@ -320,8 +437,7 @@ class ChameleonModel(ChameleonPreTrainedModel):
     def vocabulary_mapping(self) -> ImageVocabulary:
         """Which ids are images: from the config, else from the tokenizer file of the folder."""
         if self._mapping is None:
-            given = self.config.vocabulary_map
-            self._mapping = ImageVocabulary(given or find_names(None, self.config.name_or_path))
+            self._mapping = ImageVocabulary(find_names(None, self.config.name_or_path))
         return self._mapping
 
     @property
@@ -350,14 +466,13 @@ class ChameleonModel(ChameleonPreTrainedModel):
         codes = self.vqmodel.encode(pixel_values, return_dict=True).image_tokens
         return self.vocabulary_mapping.convert_img2bpe(codes).view(len(pixel_values), -1)
 
-    def get_image_features(
-        self, pixel_values: Tensor, return_dict: bool | None = None, **kwargs: Any
-    ) -> Any:
+    @can_return_tuple
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> Any:
         """The VQ-GAN's output; its `pooler_output` is the pictures' embeddings [B, y * x, D]."""
         outputs = self.vqmodel.encode(pixel_values, return_dict=True, **kwargs)
         tokens = self._tokens_of(outputs).view(len(pixel_values), -1)
         outputs.pooler_output = self.get_input_embeddings()(tokens)
-        return outputs.to_tuple() if return_dict is False else outputs
+        return outputs
 
     def decode_image_tokens(
         self, image_tokens: Tensor, height: int | None = None, width: int | None = None
@@ -367,8 +482,9 @@ class ChameleonModel(ChameleonPreTrainedModel):
         Other tokens in a row are passed over, and of several pictures the last is taken. `height`
         and `width` count codes; without them a picture has the model's own size.
         """
-        grid = self.shape.vq_config.grid
-        height, width = height or grid, width or grid
+        if height is None or width is None:
+            grid = self.shape.vq_config.grid
+            height, width = height or grid, width or grid
         rows = [self._last_picture(row, height * width) for row in image_tokens]
         codes = self.vocabulary_mapping.convert_bpe2img(torch.stack(rows))
         with torch.no_grad():
@@ -387,9 +503,11 @@ class ChameleonModel(ChameleonPreTrainedModel):
             mask_BT = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
         else:
             mask_BT = input_ids == self._placeholder()
-        _check_count(int(mask_BT.sum()), math.prod(image_features.shape[:-1]))
+        _check_count(mask_BT, math.prod(image_features.shape[:-1]))
         return mask_BT.unsqueeze(-1).to(inputs_embeds.device)
 
+    @merge_with_config_defaults
+    @capture_outputs
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -400,9 +518,6 @@ class ChameleonModel(ChameleonPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """Hidden states [B, T, D] after the final norm, as `BaseModelOutputWithPast`.
@@ -413,7 +528,8 @@ class ChameleonModel(ChameleonPreTrainedModel):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         x_BTD = self._with_pictures(input_ids, x_BTD, pixel_values, mm_encoder_outputs)
-        if self._use_cache(use_cache) and past_key_values is None:
+        traced = cast("Any", torch.jit).is_tracing()  # whose outputs cannot hold a cache
+        if use_cache and past_key_values is None and not traced:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -425,38 +541,23 @@ class ChameleonModel(ChameleonPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        more = kwargs | {"position_ids": position_ids}
-        call = _Call(self.config, mask, past_key_values, more, [])
-        states = self._run(x_BTD, position_ids, call)
-        wants_states = _asked(output_hidden_states, self.config, "output_hidden_states")
-        outputs = BaseModelOutputWithPast(
-            last_hidden_state=states[-1],
-            past_key_values=past_key_values,
-            hidden_states=tuple(states) if wants_states else None,
-            attentions=_weights(call, output_attentions),
-        )
-        return outputs if _asked(return_dict, self.config, "return_dict") else outputs.to_tuple()
-
-    def _run(self, x_BTD: Tensor, positions_BT: Tensor, call: _Call) -> list[Tensor]:
-        """The embedded tokens, what each block but the last gives, and the normed end."""
         quantised = getattr(self.config, "quantization_config", None) is not None
         if quantised and x_BTD.device.type == "cpu" and not torch.compiler.is_compiling():
             choose_layout(self.layers)
-        rotary = rotary_tables(self.shape, positions_BT)
-        states = [x_BTD]
+        position_embeddings = self.rotary_emb(x_BTD, position_ids=position_ids)
         for layer in self.layers:
-            attend = InterfaceAttend(cast("Attention", layer.self_attn), call)
-            if self.gradient_checkpointing and self.training:
-                x_BTD = self._gradient_checkpointing_func(layer.__call__, x_BTD, rotary, attend)
-            else:
-                x_BTD = layer(x_BTD, rotary, attend)
-            states.append(x_BTD)
-        states[-1] = self.norm(x_BTD)
-        return states
-
-    def _use_cache(self, given: bool | None) -> bool:
-        wanted = bool(self.config.use_cache if given is None else given)
-        return wanted and not (self.gradient_checkpointing and self.training)
+            x_BTD = layer(
+                x_BTD,
+                attention_mask=mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )[0]
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(x_BTD), past_key_values=past_key_values
+        )
 
     def _with_pictures(
         self,
@@ -468,7 +569,7 @@ class ChameleonModel(ChameleonPreTrainedModel):
         if pixel_values is not None and encoded is not None:
             raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs")
         if pixel_values is not None:
-            encoded = {"image": self.get_image_features(pixel_values)}
+            encoded = {"image": self.get_image_features(pixel_values, return_dict=True)}
         if not encoded or encoded.get("image") is None:
             return x_BTD
         features = encoded["image"].pooler_output.to(x_BTD.device, x_BTD.dtype)
@@ -479,7 +580,7 @@ class ChameleonModel(ChameleonPreTrainedModel):
 
     def _scatter_tokens(self, input_ids: Tensor, tokens: Tensor) -> Tensor:
         mask_BT = input_ids == self._placeholder()
-        _check_count(int(mask_BT.sum()), tokens.numel())
+        _check_count(mask_BT, tokens.numel())
         return input_ids.masked_scatter(mask_BT, tokens.to(input_ids))
 
     def _placeholder(self) -> int:
@@ -521,19 +622,25 @@ class ChameleonForConditionalGeneration(
         self.model.freeze_image_tokenizer()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "forward":
-            given, value = value, functools.partial(self._with_tokens, value)
-            value.__wrapped__ = given  # for those who read its arguments
-        super().__setattr__(name, value)
+        super().__setattr__(name, self._with_tokens(value) if name == "forward" else value)
 
-    def _with_tokens(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """TRL puts a forward on the model that takes the loss itself, so labels are filled here."""
+    def _with_tokens(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """TRL puts a forward on the model that takes the loss itself, so labels are filled here.
+
+        A method of this model stays one, for those who take it apart as accelerate does.
+        """
+        if getattr(forward, "__self__", None) is self:
+            function = cast("Any", forward).__func__
+            return MethodType(_filling(function), self)
+        return _filling(forward, self)
+
+    def _filled(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         if kwargs.get("fused_lm_head") and kwargs.get("pixel_values") is not None:
             ids, pixels = kwargs["input_ids"], kwargs["pixel_values"]
             full = self.model.fill_image_tokens(ids, pixels)
             labels = _own_tokens(kwargs["labels"], ids, full)
-            kwargs |= {"input_ids": full, "labels": labels, "pixel_values": None}
-        return forward(*args, **kwargs)
+            return kwargs | {"input_ids": full, "labels": labels, "pixel_values": None}
+        return kwargs
 
     def use_vocabulary(self, source: Any) -> None:
         """As `ChameleonModel.use_vocabulary`."""
@@ -543,11 +650,9 @@ class ChameleonForConditionalGeneration(
         """As `ChameleonModel.get_image_tokens`."""
         return self.model.get_image_tokens(pixel_values)
 
-    def get_image_features(
-        self, pixel_values: Tensor, return_dict: bool | None = None, **kwargs: Any
-    ) -> Any:
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> Any:
         """As `ChameleonModel.get_image_features`."""
-        return self.model.get_image_features(pixel_values, return_dict=return_dict, **kwargs)
+        return self.model.get_image_features(pixel_values, **kwargs)
 
     def decode_image_tokens(self, image_tokens: Tensor, **kwargs: Any) -> Tensor:
         """As `ChameleonModel.decode_image_tokens`."""
@@ -557,6 +662,7 @@ class ChameleonForConditionalGeneration(
         """As `ChameleonModel.fill_image_tokens`."""
         return self.model.fill_image_tokens(input_ids, pixel_values)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -570,17 +676,19 @@ class ChameleonForConditionalGeneration(
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: dict[str, Any] | None = None,
         image_logits: bool | None = None,
-        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """Logits [B, T, V], or of the last `logits_to_keep` places, as `CausalLMOutputWithPast`.
 
         `labels` may name image tokens; where labels and `input_ids` both hold the placeholder, the
-        label is the picture's own token. `image_logits=False` puts image tokens out of reach, as
-        transformers' own class always does; None takes the attribute of that name, True.
+        label is the picture's own token. The loss of a row whose labels hold no image token is that
+        of transformers' own class: image tokens are out of its reach. `image_logits=True` scores
+        every row over the whole vocabulary; False is that class in all, logits and loss; None takes
+        the attribute of that name.
         """
+        masked = not (self.image_logits if image_logits is None else image_logits)
         if pixel_values is not None and labels is not None and mm_encoder_outputs is None:
-            mm_encoder_outputs = {"image": self.get_image_features(pixel_values)}
+            mm_encoder_outputs = {"image": self.get_image_features(pixel_values, return_dict=True)}
             pixel_values = None
         outputs = self.model(
             input_ids=input_ids,
@@ -599,17 +707,21 @@ class ChameleonForConditionalGeneration(
             whole = isinstance(logits_to_keep, Tensor)
             states_BTD = states_BTD[:, logits_to_keep if whole else slice(-logits_to_keep, None)]
         logits_BTV = self.lm_head(states_BTD)
-        if not (self.image_logits if image_logits is None else image_logits):
+        if masked:
             columns = self.model.vocabulary_mapping.image_columns(logits_BTV.device)
             logits_BTV = logits_BTV.index_fill(-1, columns, torch.finfo(logits_BTV.dtype).min)
-        result = CausalLMOutputWithPast(
-            loss=self._loss(logits_BTV, labels, input_ids, mm_encoder_outputs, kwargs),
+        scored_BTV = logits_BTV
+        if labels is not None and not masked:
+            labels = self._own_labels(labels, input_ids, mm_encoder_outputs)
+            if image_logits is None:
+                scored_BTV = self._text_in_reach(logits_BTV, kwargs.get("shift_labels"), labels)
+        return CausalLMOutputWithPast(
+            loss=None if labels is None else self._loss(scored_BTV, labels, kwargs),
             logits=logits_BTV,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-        return result if _asked(return_dict, self.config, "return_dict") else result.to_tuple()
 
     def prepare_inputs_for_generation(
         self,
@@ -633,36 +745,42 @@ class ChameleonForConditionalGeneration(
             inputs["pixel_values"] = None
         return inputs
 
-    def _loss(
-        self,
-        logits_BTV: Tensor,
-        labels: Tensor | None,
-        input_ids: Tensor | None,
-        encoded: dict[str, Any] | None,
-        kwargs: Mapping[str, Any],
-    ) -> Tensor | None:
-        if labels is None:
-            return None
-        if input_ids is not None and encoded and encoded.get("image") is not None:
-            tokens = self.model._tokens_of(encoded["image"])
-            full = self.model._scatter_tokens(input_ids, tokens)
-            labels = _own_tokens(labels, input_ids, full)
+    def _own_labels(
+        self, labels: Tensor, input_ids: Tensor | None, encoded: dict[str, Any] | None
+    ) -> Tensor:
+        if input_ids is None or not encoded or encoded.get("image") is None:
+            return labels
+        full = self.model._scatter_tokens(input_ids, self.model._tokens_of(encoded["image"]))
+        return _own_tokens(labels, input_ids, full)
+
+    def _text_in_reach(self, logits_BTV: Tensor, shifted: Tensor | None, labels: Tensor) -> Tensor:
+        """Logits for the loss: without image tokens in rows that have none to learn."""
+        mapping, device = self.model.vocabulary_mapping, logits_BTV.device
+        if not mapping.image_tokens:
+            return logits_BTV
+        learned = labels[:, 1:] if shifted is None else shifted.view(len(labels), -1)
+        draws_B = mapping.is_image(learned.to(device)).any(1)
+        image_V = torch.zeros(logits_BTV.shape[-1], dtype=torch.bool, device=device)
+        image_V = image_V.index_fill(0, mapping.image_columns(device), True)
+        blocked_B1V = ~draws_B[:, None, None] & image_V
+        return logits_BTV.masked_fill(blocked_B1V, torch.finfo(logits_BTV.dtype).min)
+
+    def _loss(self, logits_BTV: Tensor, labels: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
         loss: Tensor = self.loss_function(
             logits=logits_BTV, labels=labels, vocab_size=self.config.vocab_size, **kwargs
         )
         return loss
 
 
-def _block(model: ChameleonModel, number: int) -> Block:
-    """A core block whose attention carries what transformers' attention functions look up."""
-    block = Block(model.shape, dropout=0.0)
-    layer: Any = block.self_attn
-    layer.layer_idx = number
-    layer.config = model.config
-    layer.is_causal = True
-    layer.scaling = model.shape.head_dim**-0.5
-    layer.num_key_value_groups = model.shape.num_attention_heads // model.shape.kv_heads
-    return block
+def _filling(forward: Callable[..., Any], owner: Any = None) -> Callable[..., Any]:
+    """`forward` with filled labels; of `owner`, or of its first argument."""
+
+    @functools.wraps(forward)
+    def filled(*args: Any, **kwargs: Any) -> Any:
+        model = args[0] if owner is None else owner
+        return forward(*args, **model._filled(kwargs))
+
+    return filled
 
 
 def _own_tokens(labels: Tensor, ids: Tensor, full: Tensor) -> Tensor:
@@ -670,16 +788,22 @@ def _own_tokens(labels: Tensor, ids: Tensor, full: Tensor) -> Tensor:
     return torch.where((labels == ids) & (full != ids), full, labels)
 
 
-def _asked(given: bool | None, config: Any, name: str) -> bool:
-    return bool(getattr(config, name, False) if given is None else given)
-
-
-def _weights(call: _Call, given: bool | None) -> tuple[Tensor, ...] | None:
-    return tuple(call.weights) if _asked(given, call.config, "output_attentions") else None
-
-
-def _check_count(tokens: int, features: int) -> None:
+def _check_count(mask_BT: Tensor, features: int) -> None:
+    if torch.compiler.is_compiling():
+        # A count that is not known while tracing: the graph itself checks it.
+        torch._check_tensor_all(mask_BT.sum() == features)
+        return
+    tokens = int(mask_BT.sum())
     if tokens != features:
         raise ImageError(
             f"Image features and image tokens do not match, tokens: {tokens}, features: {features}"
         )
+
+
+def _drop_absent_decoder(
+    module: Any, state: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, *found: Any
+) -> None:
+    """A whole VQ-GAN without a decoder, as in transformers' own checkpoints, leaves it out."""
+    whole = f"{prefix}encoder.conv_in.weight" in state
+    if strict and whole and not any(key.startswith(f"{prefix}decoder.") for key in state):
+        module.drop_decoder()

@@ -8,6 +8,7 @@ Choices, with the section of the paper (arXiv 2405.09818):
   that the two modalities cannot race each other's norms out of the range of bf16 (2.3);
 - `swin_norm` norms what a branch gives instead of what it takes, as the 34B does (2.3); one `Block`
   serves both;
+- the feed-forward's gate is SiLU; a config may name another of transformers' activations;
 - dropout after attention and after feed-forward, 0.1 in the 7B, none in the 34B (2.3);
 - norms and rotation are computed in fp32 and rounded once, as Meta's kernels do.
 
@@ -21,9 +22,7 @@ V vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,15 +30,10 @@ from torch import Tensor, nn
 
 from earlyfusion.config import ModelConfig
 from earlyfusion.errors import SettingError
+from earlyfusion.model.activations import activation
 from earlyfusion.model.attention import Attend, CausalAttend
 from earlyfusion.model.fused import fused_rms_norm, is_cpu_training
-
-
-class Rotary(NamedTuple):
-    """Tables of one forward, in fp32: (B or 1, T, 1, H); the sine's first half is negated."""
-
-    cos: Tensor
-    sin: Tensor
+from earlyfusion.model.rotary import Rotary, check_rope, rotary_tables, rotate
 
 
 class RMSNorm(nn.Module):
@@ -102,17 +96,20 @@ class FeedForward(nn.Module):
         self.gate_proj = nn.Linear(width, inner, bias=bias)
         self.up_proj = nn.Linear(width, inner, bias=bias)
         self.down_proj = nn.Linear(inner, width, bias=bias)
+        self.act_fn = activation(config.hidden_act)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_BTD = _to_autocast(x_BTD)
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+        out: Tensor = self.down_proj(self.act_fn(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
         return out
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig, dropout: float) -> None:
+    def __init__(
+        self, config: ModelConfig, dropout: float, attention: Attention | None = None
+    ) -> None:
         super().__init__()
-        self.self_attn = Attention(config)
+        self.self_attn = attention or Attention(config)
         self.mlp = FeedForward(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -158,6 +155,7 @@ class Transformer(nn.Module):
         super().__init__()
         if not 0.0 <= dropout < 1.0:
             raise SettingError(f"dropout={dropout} must be at least 0 and below 1")
+        config.check()
         check_rope(config)
         self.config = config
         self.model = Decoder(config, dropout)
@@ -207,72 +205,10 @@ class Transformer(nn.Module):
                 parameter.zero_()
             elif "norm" in name:
                 parameter.fill_(1.0)
+            elif "act_fn" in name:
+                continue
             else:
                 parameter.normal_(0.0, self.config.initializer_range, generator=generator)
-
-
-def rotate(x_BTNH: Tensor, rotary: Rotary) -> Tensor:
-    """Turn each pair (h, h + H/2) by its angle: transformers' half-split layout."""
-    swapped_BTNH = x_BTNH.roll(x_BTNH.shape[-1] // 2, -1)
-    return torch.addcmul(x_BTNH * rotary.cos, swapped_BTNH, rotary.sin)
-
-
-def rotary_tables(config: ModelConfig, positions_BT: Tensor) -> Rotary:
-    """Cosines and sines of every position and pair, in fp32."""
-    angles = positions_BT.float()[:, :, None, None] * rotary_frequencies(
-        config, positions_BT.device
-    )
-    cos, sin = angles.cos(), angles.sin()
-    return Rotary(torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))
-
-
-def rotary_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
-    """Radians a position, for each of the H/2 pairs, in fp32."""
-    H = config.head_dim
-    exponents = torch.arange(0, H, 2, dtype=torch.float32, device=device) / H
-    frequencies = torch.reciprocal(torch.pow(config.rope_theta, exponents))
-    scaling = config.rope_scaling or {}
-    if _rope_type(config) == "linear":
-        return frequencies / float(scaling["factor"])
-    if _rope_type(config) == "llama3":
-        return _llama3(frequencies, scaling)
-    return frequencies
-
-
-def _llama3(frequencies: Tensor, scaling: dict[str, float]) -> Tensor:
-    """Slow pairs are slowed by `factor`, fast ones kept, those between are blended."""
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = frequencies * (scaling["original_max_position_embeddings"] / (2 * math.pi))
-    keep = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-    return frequencies * (keep + (1.0 - keep) / scaling["factor"])
-
-
-_ROPE_SETTINGS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": (
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    ),
-}
-
-
-def _rope_type(config: ModelConfig) -> str:
-    scaling = config.rope_scaling or {}
-    return str(scaling.get("rope_type") or scaling.get("type") or "default")
-
-
-def check_rope(config: ModelConfig) -> None:
-    kind = _rope_type(config)
-    if kind not in _ROPE_SETTINGS:
-        raise SettingError(
-            f"rope_scaling type {kind!r} is unknown: use one of {', '.join(_ROPE_SETTINGS)}"
-        )
-    missing = [n for n in _ROPE_SETTINGS[kind] if n not in (config.rope_scaling or {})]
-    if missing:
-        raise SettingError(f"rope_scaling type {kind!r} needs {', '.join(missing)}")
 
 
 def _to_autocast(x: Tensor) -> Tensor:

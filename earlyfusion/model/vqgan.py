@@ -262,7 +262,7 @@ class Decoder(nn.Module):
         widths = [config.base_channels * m for m in config.channel_multiplier]
         self.conv_in = _conv3(config.latent_channels, widths[-1])
         self.mid = Middle(widths[-1], config)
-        side, inputs = config.grid, widths[-1]
+        side, inputs = config.resolution // config.stride, widths[-1]
         levels: list[Level] = []
         for depth in reversed(range(len(widths))):
             channels = [inputs] + [widths[depth]] * (config.num_res_blocks + 1)
@@ -284,8 +284,11 @@ class Decoder(nn.Module):
 
 
 class Quantizer(nn.Module):
+    """The codebook. Called with latents, it gives what training the tokenizer needs of them."""
+
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
+        self.beta = 0.25  # the codebook's share of the loss
         codewords = torch.empty(config.num_embeddings, config.embed_dim)
         # Random numbers without memory for them: torch would load its compiler for that.
         codewords = codewords if codewords.is_meta else codewords.normal_()
@@ -299,6 +302,27 @@ class Quantizer(nn.Module):
         pieces = vectors_NC.to(weight_KC.dtype).split(rows)
         scores = (torch.addmm(half_norm_K, piece, weight_KC.T, alpha=-1) for piece in pieces)
         return torch.cat([score.argmin(1) for score in scores])
+
+    def codes(self, latents_BCyx: Tensor) -> Tensor:
+        """Nearest codeword of each latent, int64 [B, y, x]."""
+        b, c, y, x = latents_BCyx.shape
+        return self.search(latents_BCyx.permute(0, 2, 3, 1).reshape(-1, c)).view(b, y, x)
+
+    def embed(self, codes_Byx: Tensor) -> Tensor:
+        """Codewords of codes: [B, embed_dim, y, x]."""
+        return self.embedding(codes_Byx).permute(0, 3, 1, 2)
+
+    def forward(self, latents_BCyx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Codewords, through which gradients pass as if not there; loss; codes, flat [B * y * x].
+
+        The loss is van den Oord et al.'s (2017), with `beta` on the codebook.
+        """
+        codes_Byx = self.codes(latents_BCyx.detach())
+        nearest = self.embed(codes_Byx)
+        commitment = (nearest.detach() - latents_BCyx).square().mean()
+        codebook = (nearest - latents_BCyx.detach()).square().mean()
+        through = latents_BCyx + (nearest - latents_BCyx).detach()
+        return through, commitment + self.beta * codebook, codes_Byx.flatten()
 
 
 class Quantized(NamedTuple):
@@ -315,6 +339,7 @@ class VQGAN(nn.Module):
 
     def __init__(self, config: VQConfig, with_decoder: bool = True) -> None:
         super().__init__()
+        config.check()
         self.config = config
         self.encoder = Encoder(config)
         self.quantize = Quantizer(config)
@@ -343,7 +368,7 @@ class VQGAN(nn.Module):
 
     def embed(self, codes_Byx: Tensor) -> Tensor:
         """Codewords of codes: [B, embed_dim, y, x]."""
-        return self.quantize.embedding(codes_Byx).permute(0, 3, 1, 2)
+        return self.quantize.embed(codes_Byx)
 
     def decode(self, codes_Byx: Tensor) -> Tensor:
         """Pictures of codes, about [-1, 1] and not clamped: [B, 3, Y, X].
@@ -368,9 +393,7 @@ class VQGAN(nn.Module):
         return Quantized(self._pixels(through), latents, nearest, codes)
 
     def nearest_codes(self, latents_BCyx: Tensor) -> Tensor:
-        b, c, y, x = latents_BCyx.shape
-        vectors_NC = latents_BCyx.permute(0, 2, 3, 1).reshape(-1, c)
-        return self.quantize.search(vectors_NC).view(b, y, x)
+        return self.quantize.codes(latents_BCyx)
 
     def _pixels(self, codewords_BCyx: Tensor) -> Tensor:
         if self.decoder is None:

@@ -1,0 +1,230 @@
+"""Rotary positions: how far each pair of a head's entries turns at a position.
+
+The kinds are transformers', with the names of its `rope_parameters`: default; linear (positions
+divided by `factor`); proportional (only some pairs turn); llama3, yarn (arXiv 2309.00071) and
+longrope (arXiv 2402.13753), which slow the slow pairs; dynamic, which slows all beyond the trained
+length. Two depend on how long the sequence is at the time of the call: dynamic, and longrope, which
+has a second list of factors for longer ones. A cached key keeps the rotation that it was given.
+
+Shapes: B batch, T tokens, H head width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from earlyfusion.config import ModelConfig
+from earlyfusion.errors import SettingError
+
+
+class Rotary(NamedTuple):
+    """Tables of one forward, in fp32: (B or 1, T, 1, H); the sine's first half is negated."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def rotate(x_BTNH: Tensor, rotary: Rotary) -> Tensor:
+    """Turn each pair (h, h + H/2) by its angle: transformers' half-split layout."""
+    swapped_BTNH = x_BTNH.roll(x_BTNH.shape[-1] // 2, -1)
+    return torch.addcmul(x_BTNH * rotary.cos, swapped_BTNH, rotary.sin)
+
+
+def rotary_tables(config: ModelConfig, positions_BT: Tensor) -> Rotary:
+    """Cosines and sines of every position and pair, in fp32.
+
+    Where the kind depends on the length, that is the row's largest position plus one.
+    """
+    lengths_B11 = positions_BT.amax(1)[:, None, None] + 1 if is_dynamic(config) else None
+    frequencies = rotary_frequencies(config, positions_BT.device, lengths_B11)
+    angles = (positions_BT.float()[:, :, None] * frequencies)[:, :, None]
+    scale = attention_factor(config)
+    cos, sin = angles.cos() * scale, angles.sin() * scale
+    return Rotary(torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))
+
+
+def rotary_frequencies(
+    config: ModelConfig, device: torch.device, length: Tensor | None = None
+) -> Tensor:
+    """Radians a position, for each of the H/2 pairs, in fp32.
+
+    `length` counts the tokens of the sequence, any shape ending in 1; None is the trained length.
+    """
+    return _FREQUENCIES[config.rope_type](config, config.rope_scaling or {}, device, length)
+
+
+def attention_factor(config: ModelConfig) -> float:
+    """What cosines and sines are multiplied with, so that longer contexts keep their sharpness."""
+    scaling = config.rope_scaling or {}
+    if config.rope_type not in ("yarn", "longrope"):
+        return 1.0
+    if scaling.get("attention_factor") is not None:
+        return float(scaling["attention_factor"])
+    factor = _factor(config, scaling)
+    if config.rope_type == "longrope":
+        return math.sqrt(1 + math.log(factor) / math.log(_trained(config))) if factor > 1 else 1.0
+    over, under = scaling.get("mscale"), scaling.get("mscale_all_dim")
+    if over and under:
+        return _sharpened(factor, over) / _sharpened(factor, under)
+    return _sharpened(factor, 1.0)
+
+
+def is_dynamic(config: ModelConfig) -> bool:
+    """Whether angles depend on the length of the sequence."""
+    return config.rope_type in ("dynamic", "longrope")
+
+
+def changes_at(config: ModelConfig) -> int | None:
+    """The length up to which angles stay as they are; None where they always do."""
+    if not is_dynamic(config):
+        return None
+    return config.max_position_embeddings if config.rope_type == "dynamic" else _trained(config)
+
+
+def check_rope(config: ModelConfig) -> None:
+    """`SettingError` for an unknown kind, a setting that it lacks, or one that no head can have."""
+    kind, scaling = config.rope_type, config.rope_scaling or {}
+    if kind not in _FREQUENCIES:
+        raise SettingError(
+            f"rope_scaling type {kind!r} is unknown: use one of {', '.join(_FREQUENCIES)}"
+        )
+    missing = [name for name in _NEEDED.get(kind, ()) if scaling.get(name) is None]
+    if missing:
+        raise SettingError(f"rope_scaling type {kind!r} needs {', '.join(missing)}")
+    part = scaling.get("partial_rotary_factor", 1.0)
+    if part != 1.0 and kind not in ("default", "proportional"):
+        raise SettingError(
+            f"partial_rotary_factor={part} with rope_scaling type {kind!r} is not supported: the "
+            "family turns whole heads; use rope_type 'proportional'"
+        )
+    if kind == "dynamic" and config.head_dim < 4:
+        raise SettingError("rope_scaling type 'dynamic' needs heads of at least 4 entries")
+    for name in ("short_factor", "long_factor") if kind == "longrope" else ():
+        if len(scaling[name]) != config.head_dim // 2:
+            raise SettingError(
+                f"{name} has {len(scaling[name])} entries: longrope needs one for each of the "
+                f"{config.head_dim // 2} pairs of a head"
+            )
+
+
+Frequencies = Callable[[ModelConfig, dict[str, Any], torch.device, Tensor | None], Tensor]
+
+
+def _plain(
+    config: ModelConfig, scaling: dict[str, Any], device: torch.device, length: Tensor | None
+) -> Tensor:
+    return torch.reciprocal(torch.pow(config.rope_theta, _exponents(config, device)))
+
+
+def _linear(
+    config: ModelConfig, scaling: dict[str, Any], device: torch.device, length: Tensor | None
+) -> Tensor:
+    return _plain(config, scaling, device, length) / float(scaling["factor"])
+
+
+def _proportional(
+    config: ModelConfig, scaling: dict[str, Any], device: torch.device, length: Tensor | None
+) -> Tensor:
+    turning = int(scaling.get("partial_rotary_factor", 1.0) * config.head_dim // 2)
+    frequencies = _plain(config, scaling, device, length) / float(scaling.get("factor") or 1.0)
+    pairs = torch.arange(config.head_dim // 2, device=device)
+    return torch.where(pairs < turning, frequencies, 0.0)
+
+
+def _dynamic(
+    config: ModelConfig, scaling: dict[str, Any], device: torch.device, length: Tensor | None
+) -> Tensor:
+    plain = _plain(config, scaling, device, length)
+    if length is None:
+        return plain
+    trained, factor, width = config.max_position_embeddings, scaling["factor"], config.head_dim
+    stretch = factor * length.clamp(min=trained) / trained - (factor - 1)
+    base = config.rope_theta * stretch ** (width / (width - 2))
+    return torch.where(length > trained, 1.0 / base ** _exponents(config, device), plain)
+
+
+def _llama3(
+    config: ModelConfig, scaling: dict[str, Any], device: torch.device, length: Tensor | None
+) -> Tensor:
+    """Slow pairs are slowed by `factor`, fast ones kept, those between are blended."""
+    frequencies = _plain(config, scaling, device, length)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = frequencies * (_trained(config) / (2 * math.pi))
+    keep = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return frequencies * (keep + (1.0 - keep) / scaling["factor"])
+
+
+def _yarn(
+    config: ModelConfig, scaling: dict[str, Any], device: torch.device, length: Tensor | None
+) -> Tensor:
+    """As llama3, but blended linearly in the number of the pair."""
+    frequencies = _plain(config, scaling, device, length)
+    first = _turning_pair(config, scaling.get("beta_fast") or 32)
+    last = _turning_pair(config, scaling.get("beta_slow") or 1)
+    if scaling.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, config.head_dim - 1)
+    last += 0.001 if first == last else 0.0
+    pairs = torch.arange(config.head_dim // 2, dtype=torch.float32, device=device)
+    slow = ((pairs - first) / (last - first)).clamp(0.0, 1.0)
+    return frequencies / _factor(config, scaling) * slow + frequencies * (1.0 - slow)
+
+
+def _longrope(
+    config: ModelConfig, scaling: dict[str, Any], device: torch.device, length: Tensor | None
+) -> Tensor:
+    plain = torch.pow(config.rope_theta, _exponents(config, device))
+    short, long = (
+        1.0 / (torch.tensor(scaling[name], dtype=torch.float32, device=device) * plain)
+        for name in ("short_factor", "long_factor")
+    )
+    return short if length is None else torch.where(length > _trained(config), long, short)
+
+
+_FREQUENCIES: dict[str, Frequencies] = {
+    "default": _plain,
+    "linear": _linear,
+    "dynamic": _dynamic,
+    "yarn": _yarn,
+    "longrope": _longrope,
+    "llama3": _llama3,
+    "proportional": _proportional,
+}
+_NEEDED = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": (),
+    "longrope": ("short_factor", "long_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+
+
+def _exponents(config: ModelConfig, device: torch.device) -> Tensor:
+    width = config.head_dim
+    return torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
+
+
+def _trained(config: ModelConfig) -> int:
+    scaling = config.rope_scaling or {}
+    return scaling.get("original_max_position_embeddings") or config.max_position_embeddings
+
+
+def _factor(config: ModelConfig, scaling: dict[str, Any]) -> float:
+    """How many times longer the context became."""
+    given = scaling.get("factor")
+    return config.max_position_embeddings / _trained(config) if given is None else float(given)
+
+
+def _turning_pair(config: ModelConfig, turns: float) -> float:
+    """The pair, as a fraction, that turns so many times within the trained length."""
+    wavelengths = math.log(_trained(config) / (turns * 2 * math.pi))
+    return config.head_dim * wavelengths / (2 * math.log(config.rope_theta))
+
+
+def _sharpened(factor: float, scale: float) -> float:
+    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
