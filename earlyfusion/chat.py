@@ -1,24 +1,38 @@
 """A conversation on standard input: lines in, replies out.
 
-At a terminal a mistake costs one line; in a pipe it ends the chat, so that a script notices.
+At a terminal a mistake costs one line. In a pipe it does too, but the chat then ends with exit code
+2, so that a script notices.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import sys
+from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from earlyfusion.content import Image, Message, Segment, Text, fill_placeholders
-from earlyfusion.errors import EarlyFusionError, SettingError
-from earlyfusion.terminal import Album, Screen, answer, check_writable
+from earlyfusion.content import (
+    Image,
+    Message,
+    Segment,
+    Text,
+    counted,
+    fill_placeholders,
+    read_turns,
+)
+from earlyfusion.errors import EarlyFusionError, PromptError, SettingError
+from earlyfusion.files import next_number, unwritten_on_failure, write_next, write_whole
+from earlyfusion.terminal import Album, Screen, answer, png
 
 if TYPE_CHECKING:
     from earlyfusion.api import Chameleon, Output
     from earlyfusion.generation.settings import SamplingParams
 
-HELP = "/image FILE adds a picture, /save FOLDER, /reset, /quit"
+HELP = "/image FILE adds a picture, /undo, /reset, /save FOLDER, /load FOLDER, /quit"
+_STATES = 1000  # that /undo can go back to
 
 
 class Conversation:
@@ -32,34 +46,100 @@ class Conversation:
         self._asks = sys.stdin.isatty()
         self._turns: list[Message] = []
         self._images: list[Image] = []
-        self._commands = {"/image": self._image, "/save": self._save, "/reset": self._reset}
+        self._past: list[tuple[list[Message], list[Image]]] = []
+        self._notebook: Notebook | None = None
+        self._kept: list[Message] = []
+        self._warned = self._failed = False
+        self._commands = {
+            "/image": self._image,
+            "/undo": self._undo,
+            "/reset": self._reset,
+            "/save": self._save,
+            "/load": self._load,
+        }
 
-    def run(self) -> None:
-        """Read lines until /quit or the end of the input."""
+    def resume(self, folder: Path) -> None:
+        """Go on with a conversation that /save wrote. Raises an `EarlyFusionError`."""
+        notebook = Notebook(folder, _codebook(self._chameleon))
+        turns = notebook.read()
+        self._change(turns, [])
+        self._notebook, self._kept = notebook, turns
+        self._screen.line(f"{counted(len(turns) // 2, 'turn')} of {folder}")
+
+    def run(self) -> int:
+        """Read lines until /quit or the end of the input; the exit code."""
         if self._asks:
             self._screen.line(HELP)
-        while (line := self._read()) not in (None, "/quit"):
-            try:
-                self._obey(line or "")
-            except (EarlyFusionError, KeyboardInterrupt) as error:
-                self._screen.end()
-                if not self._asks:
-                    raise
-                print(str(error) or "Stopped.", file=sys.stderr)
+        try:
+            while (line := self._read()) is not None:
+                self._try(line)
+        except KeyboardInterrupt:
+            self._tell_unsaved()
+            raise
+        return 2 if self._failed else 0
+
+    def _try(self, line: str) -> None:
+        try:
+            self._obey(line)
+        except EarlyFusionError as error:
+            self._screen.end()
+            self._failed = not self._asks
+            print(f"{'' if self._asks else 'Error: '}{error}", file=sys.stderr)
+        except KeyboardInterrupt:
+            self._screen.end()
+            if not self._asks:
+                raise
+            print("Stopped.", file=sys.stderr)
 
     def _read(self) -> str | None:
+        """The next line; None where the chat is over, which at a terminal is said before."""
+        while True:
+            line = self._line()
+            if line not in (None, "/quit"):
+                return line
+            if self._warned or not self._tell_unsaved() or not self._asks:
+                return None
+
+    def _line(self) -> str | None:
         if not self._asks:
             line = sys.stdin.readline()
             return line.strip() if line else None
         try:
             return input("> ").strip()
         except EOFError:
+            print()
             return None
+        except KeyboardInterrupt:
+            print()
+            if self._warned or not self._unsaved:
+                raise
+            return None
+
+    @property
+    def _unsaved(self) -> int:
+        """Turns that no folder holds."""
+        kept = {id(turn) for turn in self._kept}
+        return sum(turn.role == "user" and id(turn) not in kept for turn in self._turns)
+
+    def _tell_unsaved(self) -> bool:
+        """Say once how many turns would be lost; whether there are any."""
+        if not self._unsaved:
+            return False
+        if not self._warned:
+            told = (
+                f"{counted(self._unsaved, 'turn')} not saved: /save FOLDER keeps the conversation"
+            )
+            print(told + (", leave again to drop it" if self._asks else ""), file=sys.stderr)
+        self._warned = True
+        return True
 
     def _obey(self, line: str) -> None:
         word, _, rest = line.partition(" ")
+        self._warned = False
         if word in self._commands:
             self._commands[word](rest.strip())
+        elif word == "/help":
+            self._screen.line(HELP)
         elif word.startswith("/"):
             raise SettingError(f"command {word!r} is unknown: {HELP}")
         elif line:
@@ -70,33 +150,179 @@ class Conversation:
         reply = answer(
             self._chameleon, turns, self._output, self._sampling, self._album, self._screen
         )
-        self._turns, self._images = [*turns, reply.message], []
+        self._change([*turns, reply.message], [])
 
-    def _image(self, path: str) -> None:
-        image = Image.open(path)
-        self._images.append(image)
+    def _change(self, turns: list[Message], images: list[Image]) -> None:
+        self._past = [*self._past[1 - _STATES :], (self._turns, self._images)]
+        self._turns, self._images = turns, images
+
+    def _image(self, typed: str) -> None:
+        if not typed:
+            raise SettingError("/image is without a file: give one, as in /image cat.png")
+        image = Image.open(typed_path(typed))
+        self._change(self._turns, [*self._images, image])
         self._screen.picture(image)
 
-    def _reset(self, _: str) -> None:
-        self._turns, self._images = [], []
-        self._screen.line("The conversation starts afresh.")
+    def _undo(self, _: str) -> None:
+        if not self._past:
+            raise SettingError("there is nothing to undo: nothing has been said yet")
+        self._turns, self._images = self._past.pop()
+        waiting = f", {counted(len(self._images), 'picture')} waiting" if self._images else ""
+        self._screen.line(f"back at {counted(len(self._turns) // 2, 'turn')}{waiting}")
 
-    def _save(self, name: str) -> None:
+    def _reset(self, _: str) -> None:
+        lost = self._put_aside()
+        self._change([], [])
+        self._notebook = None
+        self._screen.line(f"The conversation starts afresh{lost}.")
+
+    def _load(self, typed: str) -> None:
+        if not typed:
+            raise SettingError("/load is without a folder: give one that /save wrote")
+        lost = self._put_aside()
+        self.resume(typed_path(typed))
+        if lost:
+            self._screen.line(lost.removeprefix("; "))
+
+    def _put_aside(self) -> str:
+        unsaved = counted(self._unsaved, "turn")
+        return f"; {unsaved} not saved, /undo brings them back" if self._unsaved else ""
+
+    def _save(self, typed: str) -> None:
         """Write conversation.json and its pictures to a folder."""
-        folder = Path(name or "conversation")
-        check_writable(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        book = Album(folder)
-        messages = [
-            {"role": turn.role, "content": [_part(part, book) for part in turn.parts]}
-            for turn in self._turns
-        ]
-        text = json.dumps({"messages": messages}, ensure_ascii=False, indent=1)
-        (folder / "conversation.json").write_text(text + "\n", encoding="utf-8")
+        folder = typed_path(typed) if typed else self._own_folder()
+        notebook = self._notebook
+        if notebook is None or notebook.folder.absolute() != folder.absolute():
+            notebook = Notebook(folder, _codebook(self._chameleon))
+        notebook.write(self._turns)
+        self._notebook, self._kept = notebook, self._turns
         self._screen.line(f"saved in {folder}")
 
+    def _own_folder(self) -> Path:
+        """Where this conversation was saved before, or a new folder."""
+        if self._notebook is not None:
+            return self._notebook.folder
+        if not os.path.lexists("conversation"):
+            return Path("conversation")
+        return Path(f"conversation-{max(2, next_number(Path(), 'conversation', ''))}")
 
-def _part(part: Segment, book: Album) -> dict[str, str]:
-    if isinstance(part, Text):
-        return {"type": "text", "text": part.text}
-    return {"type": "image", "image": book.save(part).name}
+
+class Notebook:
+    """A folder with one conversation: conversation.json, and the pictures that it names.
+
+    A drawn picture is kept with its codes, so that a conversation goes on as if it had not been
+    left; `codebook` tells whether they are codes of the image tokenizer at hand.
+    """
+
+    def __init__(self, folder: Path, codebook: str) -> None:
+        self.folder, self._codebook = folder, codebook
+        self._text: str | None = None
+        self._names: list[tuple[Image, str]] = []
+
+    def read(self) -> list[Message]:
+        """The turns of the folder. Raises an `EarlyFusionError`."""
+        text = _text_of(self._path)
+        try:
+            data = json.loads(text or "")
+            turns, codebook = data["messages"], data.get("codebook")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise PromptError(
+                f"{self.folder} holds no conversation.json that /save wrote: give its folder"
+            ) from None
+        if codebook != self._codebook:
+            _without_codes(turns)
+        messages = [Message(*turn) for turn in read_turns(turns, self.folder)]  # type: ignore[arg-type]
+        if [turn.role for turn in messages] != ["user", "assistant"] * (len(messages) // 2):
+            raise PromptError(
+                f"the turns of {self._path} are out of order: user and assistant alternate, "
+                "the assistant's is the last"
+            )
+        self._text = text
+        for turn, message in zip(turns, messages, strict=True):
+            names = [p["image"] for p in turn["content"] if not isinstance(p, str) and "image" in p]
+            self._names += zip(message.images, names, strict=True)
+        return messages
+
+    def write(self, turns: list[Message]) -> None:
+        """Write the turns, whole or not at all; only over what this object has read or written.
+
+        Raises `SettingError`.
+        """
+        own = self._text is not None and _text_of(self._path) == self._text
+        if not own:
+            self._check_free()
+        names = list(self._names)
+        with unwritten_on_failure() as made:
+            messages = [
+                {"role": t.role, "content": [self._part(p, names, made) for p in t.parts]}
+                for t in turns
+            ]
+            data = {"codebook": self._codebook, "messages": messages}
+            text = json.dumps(data, ensure_ascii=False, indent=1) + "\n"
+            write_whole(self._path, lambda file: file.write(text.encode()), overwrite=own)
+        self._text, self._names = text, names
+
+    @property
+    def _path(self) -> Path:
+        return self.folder / "conversation.json"
+
+    def _check_free(self) -> None:
+        try:
+            free = not os.path.lexists(self.folder) or not any(self.folder.iterdir())
+        except OSError:
+            free = False
+        if not free:
+            raise SettingError(
+                f"{self.folder} is there and holds other things, or was changed since: "
+                "give /save the name of a new folder"
+            )
+
+    def _part(
+        self, part: Segment, names: list[tuple[Image, str]], made: list[Path]
+    ) -> dict[str, Any]:
+        if isinstance(part, Text):
+            return {"type": "text", "text": part.text}
+        name = next((name for image, name in names if image is part), None)
+        if name is None:
+            first = next_number(self.folder, "image", ".png")
+            made.append(write_next(self.folder, "image", ".png", png(part), first))
+            name = made[-1].name
+            names.append((part, name))
+        codes = {} if part.codes is None else {"codes": part.codes.tolist()}
+        return {"type": "image", "image": name} | codes
+
+
+def typed_path(typed: str) -> Path:
+    """A path as it is typed, or as a terminal pastes it: quoted, with backslashes, with ~."""
+    plain = os.path.expanduser(typed)
+    if os.path.lexists(plain):
+        return Path(plain)
+    try:
+        words = shlex.split(typed)
+    except ValueError:  # a quote that is part of the name
+        return Path(plain)
+    return Path(os.path.expanduser(words[0]) if len(words) == 1 else plain)
+
+
+def _text_of(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
+
+
+def _without_codes(turns: Any) -> None:
+    for turn in turns if isinstance(turns, list) else ():
+        content = turn.get("content") if isinstance(turn, dict) else None
+        for part in content if isinstance(content, list) else ():
+            if isinstance(part, dict):
+                part.pop("codes", None)
+
+
+def _codebook(chameleon: Chameleon) -> str:
+    """A name for the image tokenizer's codewords, the same in every dtype that rounds to bf16."""
+    import torch
+
+    words = chameleon.image_tokenizer.vqgan.quantize.embedding.weight.detach()
+    data = words.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes()
+    return blake2b(data, digest_size=8).hexdigest()

@@ -6,10 +6,14 @@ options are known to be good, so that `--help`, completion and a mistake answer 
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import os
 import secrets
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from io import TextIOWrapper
 from pathlib import Path
@@ -23,7 +27,7 @@ from earlyfusion.errors import EarlyFusionError, SettingError
 
 if TYPE_CHECKING:
     from earlyfusion.api import Chameleon, Reply
-    from earlyfusion.content import Prompt
+    from earlyfusion.content import Image, Prompt
     from earlyfusion.terminal import Album
 
 Output = Literal["text", "image", "interleaved", "auto"]
@@ -82,17 +86,63 @@ Verify = Annotated[
 Seed = Annotated[int | None, _whole_option("The same seed gives the same bytes.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
 Pictures = Annotated[Path, typer.Option("--out", "-o", help="Folder of the drawn PNG files.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")]
 Temperature = Annotated[float | None, _number_option("0 takes the likeliest token.")]
 TopP = Annotated[float | None, _number_option("Share of probability that is kept; 1 is off.")]
 TopK = Annotated[int | None, _whole_option("How many tokens are kept; 0 is off.")]
-MinP = Annotated[float | None, _number_option("Least share of the likeliest token; 0 is off.")]
-Penalty = Annotated[float | None, _number_option("Against repetition; 1 is off.")]
 Guidance = Annotated[float | None, _number_option("Pull of the prompt on a drawing; 1 is off.")]
-Jacobi = Annotated[int | None, _whole_option("Codes of a drawing that are read at once; 0 is off.")]
-MaxTokens = Annotated[int | None, _whole_option("Most new tokens, of text and of images.")]
-MaxImages = Annotated[int | None, _whole_option("Most images in the reply.")]
+
+# Options of every command that generates, by the names of SamplingParams' fields.
+_SAMPLING: dict[str, Any] = {
+    "temperature": Temperature,
+    "top_p": TopP,
+    "top_k": TopK,
+    "min_p": Annotated[
+        float | None, _number_option("Least share of the likeliest token; 0 is off.")
+    ],
+    "repetition_penalty": Annotated[float | None, _number_option("Against repetition; 1 is off.")],
+    "image_temperature": Temperature,
+    "image_top_p": TopP,
+    "image_top_k": TopK,
+    "guidance_text": Guidance,
+    "guidance_image": Guidance,
+    "jacobi": Annotated[
+        int | None, _whole_option("Codes of a drawing that are read at once; 0 is off.")
+    ],
+    "max_tokens": Annotated[int | None, _whole_option("Most new tokens, of text and of images.")],
+    "max_images": Annotated[int | None, _whole_option("Most images in the reply.")],
+    "stop": Annotated[list[str] | None, typer.Option(help="Ends the reply; may be repeated.")],
+    "seed": Seed,
+}
+
+
+def _with_sampling(command: Callable[..., object]) -> Callable[..., object]:
+    """A command with the options of _SAMPLING, which it gets as one dict `sampling`."""
+    own = inspect.signature(command, eval_str=True)
+    options = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+        for name, kind in _SAMPLING.items()
+    ]
+    rest = [
+        option.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for option in own.parameters.values()
+        if option.name != "sampling"
+    ]
+
+    @functools.wraps(command)
+    def call(**given: Any) -> object:
+        sampling = {name: given.pop(name) for name in _SAMPLING}
+        return command(sampling=sampling | {"stop": sampling["stop"] or None}, **given)
+
+    parameters = [*rest, *options]
+    call.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {option.name: option.annotation for option in parameters}
+    return call
+
 
 _INTERRUPTED = 130
+_READER_GONE = 141  # what a shell shows for SIGPIPE
+_MOST_PROMPT_BYTES = 10_000_000
 _DEMO_PICTURE = Path(__file__).parent / "pretrained" / "mini" / "examples" / "strawberry.png"
 _DEMO_QUESTION = "What is this?"
 _DEMO_QUESTION_KO = "이게 뭐야?"
@@ -115,7 +165,8 @@ app = typer.Typer(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; its exit code: 0, 2 for a user's mistake, 130 where the user stopped it."""
+    """Run one command; its exit code: 0, 2 for a user's mistake, 130 where the user stopped it, 141
+    where who reads the output has gone."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -128,10 +179,10 @@ def main(arguments: list[str] | None = None) -> int:
         return _misuse(error)
     except (KeyboardInterrupt, typer.Abort):
         return _INTERRUPTED
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit):  # Typer makes the second of the first
         # The reader has gone; what is still buffered has nowhere to go either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return _READER_GONE
     return code if isinstance(code, int) else 0
 
 
@@ -155,95 +206,91 @@ def _options(
         'earlyfusion generate "What is this?" --image cat.png',
         'earlyfusion generate "Draw a red apple." --output image --out out/ --seed 0',
         'earlyfusion generate "<image> <image> What are these?" --image a.png --image b.png --json',
+        'curl -s https://example.org/a.png | earlyfusion generate "What is this?" --image -',
+        "earlyfusion generate - < question.txt",
     )
 )
+@_with_sampling
 def generate(
-    prompt: Annotated[str, typer.Argument(help="Text; <image> marks the place of each --image.")],
-    image: Annotated[list[Path] | None, typer.Option(help="A picture; may be repeated.")] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Argument(help="Text; <image> marks the place of each --image; - reads a pipe."),
+    ] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="A text file with the prompt.", show_default=False)
+    ] = None,
+    image: Annotated[
+        list[str] | None, typer.Option(help="A picture, or - for a pipe; may be repeated.")
+    ] = None,
     output: Annotated[Output, typer.Option(help="What the reply may hold.")] = "auto",
     out: Pictures = Path("out"),
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    min_p: MinP = None,
-    repetition_penalty: Penalty = None,
-    image_temperature: Temperature = None,
-    image_top_p: TopP = None,
-    image_top_k: TopK = None,
-    guidance_text: Guidance = None,
-    guidance_image: Guidance = None,
-    jacobi: Jacobi = None,
-    max_tokens: MaxTokens = None,
-    max_images: MaxImages = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Ends the reply; may be repeated.")] = None,
+    sampling: Any = None,
     fit: Fit = None,
-    seed: Seed = None,
     model: ModelName = "mini",
     device: Device = "auto",
     dtype: Precision = "auto",
     verify: Verify = True,
     as_json: AsJson = False,
 ) -> None:
-    """Answer one prompt: text goes to the terminal, pictures to PNG files."""
+    """Answer one prompt: text goes to the terminal, pictures to new PNG files.
+
+    Of a picture that is not square the model sees the square in its middle.
+    """
     from earlyfusion.content import as_messages, fill_placeholders
     from earlyfusion.generation.settings import SamplingParams
     from earlyfusion.terminal import Album, Screen, answer
 
-    asked = as_messages(fill_placeholders(prompt, image or []))
-    sampling = SamplingParams(
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        image_temperature=image_temperature,
-        image_top_p=image_top_p,
-        image_top_k=image_top_k,
-        guidance_text=guidance_text,
-        guidance_image=guidance_image,
-        jacobi=jacobi,
-        max_tokens=max_tokens,
-        max_images=max_images,
-        stop=stop or None,
-        seed=_seed(seed),
-    )
+    images = image or []
+    _check_pipe([prompt or "", *images])
+    words = _prompt(prompt, prompt_file)
+    asked = as_messages(fill_placeholders(words, [_picture(name) for name in images]))
+    settings = SamplingParams(**sampling | {"seed": _seed(sampling["seed"])})
     album = Album(out)
     if output != "text":
         album.check()
     chameleon, screen = _load(model, device, as_json, dtype, fit, verify), Screen(as_json)
-    reply = answer(chameleon, asked, output, sampling, album, screen)
+    reply = answer(chameleon, asked, output, settings, album, screen)
     if as_json:
-        _print_json(_reply_json(reply, album) | {"seed": sampling.seed, "model": model})
+        used = asdict(settings.resolved(chameleon.defaults))
+        told = {"seed": used.pop("seed"), "model": model, "output": output, "settings": used}
+        _print_json(_reply_json(reply, album) | told)
 
 
-@app.command(epilog=_examples("earlyfusion chat", "echo Hello | earlyfusion chat --output text"))
+@app.command(
+    epilog=_examples(
+        "earlyfusion chat",
+        "earlyfusion chat --resume conversation",
+        "echo Hello | earlyfusion chat --output text",
+    )
+)
+@_with_sampling
 def chat(
+    resume: Annotated[
+        Path | None, typer.Option(help="A folder that /save wrote.", show_default=False)
+    ] = None,
     output: Annotated[Output, typer.Option(help="What a reply may hold.")] = "auto",
     out: Pictures = Path("out"),
-    temperature: Temperature = None,
-    max_tokens: MaxTokens = None,
-    max_images: MaxImages = None,
+    sampling: Any = None,
     fit: Fit = None,
-    seed: Seed = None,
     model: ModelName = "mini",
     device: Device = "auto",
     dtype: Precision = "auto",
     verify: Verify = True,
-) -> None:
-    """Talk with the model; it remembers the conversation. Commands: /image /save /reset /quit."""
+) -> int:
+    """Talk with the model; it remembers. Commands: /image /undo /reset /save /load /quit."""
     from earlyfusion.chat import Conversation
     from earlyfusion.generation.settings import SamplingParams
     from earlyfusion.terminal import Album
 
-    sampling = SamplingParams(
-        temperature=temperature, max_tokens=max_tokens, max_images=max_images, seed=_seed(seed)
-    )
+    settings = SamplingParams(**sampling | {"seed": _seed(sampling["seed"])})
     album = Album(out)
     if output != "text":
         album.check()
-    Conversation(
-        _load(model, device, dtype=dtype, fit=fit, verify=verify), output, sampling, album
-    ).run()
+    chameleon = _load(model, device, dtype=dtype, fit=fit, verify=verify)
+    conversation = Conversation(chameleon, output, settings, album)
+    if resume is not None:
+        conversation.resume(resume)
+    return conversation.run()
 
 
 @app.command(epilog=_examples("earlyfusion demo", "earlyfusion demo --out pictures --seed 3"))
@@ -286,28 +333,31 @@ def demo(
     )
 )
 def encode(
-    images: Annotated[list[Path], typer.Argument(help="Pictures.", metavar="IMG")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="A safetensors file.")],
+    images: Annotated[list[str], typer.Argument(help="Pictures.", metavar="IMG")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A .safetensors or .npy file.")],
     fit: Fit = None,
     mode: Annotated[Mode | None, typer.Option(help="The same by name.", hidden=True)] = None,
     model: ModelName = "mini",
     device: Device = "auto",
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Turn pictures into image codes: one tensor "codes" of n x h x w whole numbers."""
-    from earlyfusion.checkpoints.codes import save_codes
-    from earlyfusion.content import Image
-    from earlyfusion.terminal import check_writable
+    from earlyfusion.checkpoints.codes import check_name, save_codes
+    from earlyfusion.files import check_writable, taken
 
     if mode is not None and fit not in (None, mode == "fit"):
         raise SettingError(f"--mode {mode} and --{'fit' if fit else 'crop'} differ: give one")
-    pictures = [Image.open(path) for path in images]
+    check_name(out)
+    if os.path.lexists(out) and not overwrite:
+        raise taken(out)
+    _check_pipe(images)
+    pictures = [_picture(name) for name in images]
     check_writable(out.parent)
     codes = _load(model, device, as_json, fit=fit).image_tokenizer.encode(pictures, mode)
-    save_codes(out, codes.cpu().numpy())
+    save_codes(out, codes.cpu().numpy(), overwrite)
     if as_json:
-        named = [str(path) for path in images]
-        _print_json({"path": str(out), "shape": list(codes.shape), "images": named})
+        _print_json({"path": str(out), "shape": list(codes.shape), "images": images})
     else:
         print(f"{out}: {' x '.join(map(str, codes.shape))} codes")
 
@@ -443,7 +493,8 @@ def tokenize(
     as_json: AsJson = False,
 ) -> None:
     """Turn a corpus of text and pictures into tokens for training; again, to go on."""
-    from earlyfusion.terminal import busy, check_writable, progress_bar
+    from earlyfusion.files import check_writable
+    from earlyfusion.terminal import busy, progress_bar
 
     check_writable(out)
     with busy(f"opening {' '.join(sources)}", as_json):
@@ -562,6 +613,49 @@ def _load(
         if fit is not None:
             model.image_tokenizer.mode = "fit" if fit else "crop"
         return model
+
+
+def _check_pipe(names: list[str]) -> None:
+    from earlyfusion.errors import SettingError
+
+    if names.count("-") > 1:
+        raise SettingError("only one of the prompt and the pictures can be -: there is one pipe")
+
+
+def _prompt(words: str | None, file: Path | None) -> str:
+    """The prompt as it was given: as an argument, in a file or in a pipe."""
+    from earlyfusion.errors import PromptError
+
+    if words is not None and file is not None:
+        raise PromptError(f"a prompt and --prompt-file {file} are given: leave one out")
+    if words is not None and words != "-":
+        return words
+    if words is None and file is None:
+        raise PromptError(
+            "the prompt is missing: give a text, - for a pipe, or --prompt-file; "
+            "see 'earlyfusion generate --help'"
+        )
+    name = str(file) if file else "standard input"
+    try:
+        with file.open("rb") if file else nullcontext(sys.stdin.buffer) as stream:
+            data = stream.read(_MOST_PROMPT_BYTES + 1)
+        if len(data) > _MOST_PROMPT_BYTES:
+            raise PromptError(
+                f"{name} has over {_MOST_PROMPT_BYTES:,} bytes: give a shorter prompt"
+            )
+        return data.decode("utf-8-sig").rstrip("\r\n")
+    except OSError:
+        raise PromptError(f"{name} cannot be read: give a text file with the prompt") from None
+    except UnicodeDecodeError:
+        raise PromptError(f"{name} is no text in UTF-8: give one with the prompt") from None
+
+
+def _picture(name: str) -> Image:
+    from earlyfusion.content import MAX_FILE_BYTES, Image
+
+    if name == "-":
+        return Image.from_bytes(sys.stdin.buffer.read(MAX_FILE_BYTES + 1), "standard input")
+    return Image.open(name)
 
 
 def _seed(seed: int | None) -> int:

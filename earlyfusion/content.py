@@ -5,7 +5,7 @@ is decoded, and what comes out is RGB, upright, blended on white as Meta's code 
 (github.com/facebookresearch/chameleon, chameleon/inference/image_tokenizer.py). Two things differ
 from Meta's code, where that would lose the picture: values of more than 8 bits are scaled, not cut
 off at 255 (`deep="clip"` cuts them off), and pictures over 25 megapixels are scaled down while they
-are read. Reading the largest picture takes about 1 GB for a moment, WEBP 2.5 GB.
+are read. Reading the largest picture takes about 1 GB for a moment, as AVIF 2 GB.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast, get_args
+from typing import Any, Literal, TypeAlias, TypeVar, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -142,6 +142,7 @@ class Image:
 
 
 Segment: TypeAlias = Text | Image
+Picture = TypeVar("Picture")
 Part: TypeAlias = str | Text | Image | PIL.Image.Image | Path | npt.NDArray[Any]
 
 
@@ -194,7 +195,11 @@ def fill_placeholders(text: str, images: Sequence[Any]) -> list[Segment]:
     Without any mark the pictures go first. Raises `PromptError` when marks and pictures differ
     in number.
     """
-    pictures = [Image.of(image) for image in images]
+    return _segments(fill_places(text, [Image.of(image) for image in images]))
+
+
+def fill_places(text: str, pictures: Sequence[Picture]) -> list[str | Picture]:
+    """`fill_placeholders` for pictures of any form, which are not looked at."""
     pieces = text.split(PLACEHOLDER)
     if len(pieces) == 1:
         pieces = [""] * len(pictures) + [text]
@@ -205,11 +210,54 @@ def fill_placeholders(text: str, images: Sequence[Any]) -> list[Segment]:
             f"{counted(given, 'image')} {'is' if given == 1 else 'are'} given: "
             "give each image a mark, or no mark at all"
         )
-    parts: list[Segment] = []
+    parts: list[str | Picture] = []
     for number, piece in enumerate(pieces):
-        parts += [Text(piece)] if piece else []
+        parts += [piece] if piece else []
         parts += pictures[number : number + 1]
     return parts
+
+
+def read_turns(data: Any, folder: Path) -> list[tuple[str, list[Part]]]:
+    """Roles and parts of turns as JSON has them: [{"role": …, "content": …}, …].
+
+    Raises `PromptError` for another form. Pictures are not opened.
+    """
+    if not isinstance(data, list) or not data:
+        raise PromptError("messages are a list of objects with role and content")
+    return [_read_turn(turn, number, folder) for number, turn in enumerate(data, 1)]
+
+
+def read_parts(content: Any, folder: Path) -> list[Part]:
+    """Parts of a prompt as JSON has it: a text, or a list of texts and objects with a type.
+
+    {"type": "text", "text": …} and {"type": "image", "image": file}, the file seen from `folder`;
+    beside "image" may stand its "codes". Raises `PromptError` for another form.
+    """
+    items = content if isinstance(content, list) else [content]
+    return [_read_part(item, folder) for item in items]
+
+
+def _read_turn(turn: Any, number: int, folder: Path) -> tuple[str, list[Part]]:
+    if not isinstance(turn, dict) or set(turn) != {"role", "content"}:
+        raise PromptError(f"message {number} is no object of role and content")
+    if turn["role"] not in get_args(Role):
+        raise PromptError(f"message {number} is by {turn['role']!r}: use 'user' or 'assistant'")
+    return turn["role"], read_parts(turn["content"], folder)
+
+
+def _read_part(item: Any, folder: Path) -> Part:
+    if isinstance(item, str):
+        return item
+    kind = item.get("type") if isinstance(item, dict) else None
+    if kind == "text" and isinstance(item.get("text"), str):
+        return cast(str, item["text"])
+    if kind == "image" and isinstance(item.get("image"), str):
+        path = folder / Path(item["image"])
+        return Image(Image.open(path).pil, item["codes"]) if "codes" in item else path
+    raise PromptError(
+        "a part of a prompt is a text, an object of type text with its text, or one of type "
+        "image with the path of its file in image"
+    )
 
 
 def counted(number: int, noun: str) -> str:

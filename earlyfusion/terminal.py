@@ -1,11 +1,11 @@
 """How a reply reaches a person: text as it comes, pictures as files and half-blocks.
 
 Half-blocks and progress are drawn only where a person looks: on a terminal, and not with `--json`.
+Half-blocks need colours too (not with NO_COLOR or TERM=dumb) and an encoding that has them.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ from rich.style import Style
 from rich.text import Text as Characters
 
 from earlyfusion.content import Image, Prompt
-from earlyfusion.errors import SettingError
+from earlyfusion.files import Write, check_writable, next_number, write_next
 
 if TYPE_CHECKING:
     from earlyfusion.api import Chameleon, Output, Reply
@@ -33,7 +33,7 @@ _CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) 
 
 
 class Album:
-    """The folder that drawn pictures go to, numbered in the order of drawing."""
+    """The folder that drawn pictures go to: image-N.png, each with the next free number."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -45,8 +45,9 @@ class Album:
         check_writable(self.folder)
 
     def save(self, image: Image) -> Path:
-        path = self.folder / f"image-{len(self._images) + 1}.png"
-        save_png(image, path)
+        """Write a picture beside those that are there; the same pixels give the same bytes."""
+        first = next_number(self.folder, "image", ".png")
+        path = write_next(self.folder, "image", ".png", png(image), first)
         self._images.append(image)
         self._paths[id(image)] = path
         return path
@@ -55,29 +56,11 @@ class Album:
         return self._paths[id(image)]
 
 
-def check_writable(folder: Path) -> None:
-    """Raise `SettingError` unless files can be made in the folder, or the folder itself can."""
-    try:
-        nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-        good = nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
-    except OSError:
-        good = False
-    if not good:
-        raise SettingError(
-            f"{folder} is no folder that can be written to: choose another with --out"
-        )
-
-
-def save_png(image: Image, path: Path) -> None:
-    """Write the pixels of a picture; the same pixels give the same bytes."""
-    assert image.pil is not None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.pil.save(path, format="PNG")
-    except OSError:
-        raise SettingError(
-            f"{path} cannot be written: free the disk or choose another folder"
-        ) from None
+def png(image: Image) -> Write:
+    """What writes the pixels of a picture to a file."""
+    pil = image.pil
+    assert pil is not None
+    return lambda file: pil.save(file, format="PNG")
 
 
 def answer(
@@ -117,7 +100,7 @@ class Screen:
 
     def __init__(self, quiet: bool = False) -> None:
         self._quiet = quiet
-        self._pictures = not quiet and sys.stdout.isatty()
+        self._pictures = not quiet and shows_pictures()
         self._line_open = False
         self._progress: Progress | None = None
 
@@ -146,8 +129,8 @@ class Screen:
         """A whole picture, and the file that it was written to."""
         self.end_drawing()
         self._close_line()
-        console = Console()
-        if self._pictures and image.pil is not None and console.color_system:
+        if self._pictures and image.pil is not None:
+            console = Console()
             console.print(half_blocks(image.pil, min(_MAX_COLUMNS, console.width)))
         if path is not None:
             self.line(str(path))
@@ -174,10 +157,26 @@ class Screen:
         self._line_open = not text.endswith("\n")
 
 
+def shows_pictures() -> bool:
+    """Whether standard output is a terminal that can show half-blocks."""
+    console = Console()
+    colours = console.is_terminal and console.color_system and not console.no_color
+    try:
+        "▀".encode(sys.stdout.encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return bool(sys.stdout.isatty() and colours)
+
+
+def _moves() -> bool:
+    """Whether standard error is a terminal on which a line can be drawn again."""
+    return sys.stderr.isatty() and not Console(stderr=True).is_dumb_terminal
+
+
 @contextmanager
 def busy(what: str, quiet: bool = False) -> Iterator[Callable[[str], None]]:
     """A spinner on stderr for as long as the block runs; what is given says something else."""
-    if quiet or not sys.stderr.isatty():
+    if quiet or not _moves():
         yield lambda _: None
         return
     with Console(stderr=True).status(what) as status:
@@ -215,5 +214,5 @@ def progress_bar(quiet: bool) -> Progress:
         TimeElapsedColumn(),
         console=Console(stderr=True),
         transient=True,
-        disable=quiet or not sys.stderr.isatty(),
+        disable=quiet or not _moves(),
     )

@@ -1,17 +1,27 @@
 from __future__ import annotations
 
+import fcntl
+import inspect
 import json
 import os
+import pty
+import resource
+import shlex
+import shutil
 import struct
 import subprocess
 import sys
+import termios
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields as dataclass_fields
 from dataclasses import replace
-from io import StringIO
+from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import PIL.Image
 import pytest
 import torch
@@ -20,6 +30,7 @@ from earlyfusion.checkpoints.codes import load_codes, save_codes
 from earlyfusion.checkpoints.hf import save_hf
 from earlyfusion.cli import app, main
 from earlyfusion.config import PRESETS
+from earlyfusion.generation.settings import SamplingParams
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.model.vqgan import VQGAN
 from earlyfusion.processor import train_tokenizer
@@ -119,8 +130,11 @@ def test_json_is_one_object(run: Run, model: Path, picture: Path) -> None:
         "usage",
         "seed",
         "model",
+        "output",
+        "settings",
     }
-    assert (reply["seed"], reply["model"]) == (5, str(model))
+    assert (reply["seed"], reply["model"], reply["output"]) == (5, str(model), "auto")
+    assert reply["settings"]["max_tokens"] == 24 and reply["settings"]["image_top_k"] == 0
     assert reply["usage"]["completion_tokens"] <= 24
     assert reply["text"] == "\n".join(s["text"] for s in reply["segments"] if s["type"] == "text")
 
@@ -211,9 +225,345 @@ def test_chat_in_a_pipe(
     assert size(Path("kept") / saved[2]["content"][1]["image"]) == (20, 30)
 
 
-def test_chat_mistake_in_a_pipe(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdin", StringIO("/draw\n"))
-    assert_refused(run("chat", "--model", model), "/draw", "/image")
+Chat = Callable[..., Ran]
+
+
+@pytest.fixture
+def chat(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> Chat:
+    """`chat(line, ..., options=[...])`: a chat in a pipe."""
+
+    def call(*lines: str, options: tuple[object, ...] = ()) -> Ran:
+        monkeypatch.setattr(sys, "stdin", StringIO("\n".join(lines)))
+        common = ("--model", model, "--output", "text", "--max-tokens", 4, "--seed", 0)
+        return run("chat", *common, *options)
+
+    return call
+
+
+def kept(folder: str) -> list[dict]:
+    """The turns of a saved conversation."""
+    return json.loads((Path(folder) / "conversation.json").read_text(encoding="utf-8"))["messages"]
+
+
+def asked(folder: str) -> list[str]:
+    return [turn["content"][-1]["text"] for turn in kept(folder) if turn["role"] == "user"]
+
+
+def test_chat_mistake_in_a_pipe(chat: Chat) -> None:
+    assert_refused(chat("/draw"), "/draw", "/image")
+
+
+def test_chat_in_a_pipe_goes_on_after_a_mistake(chat: Chat) -> None:
+    ran = chat("One.", "/draw", "/image nowhere.png", "Two.", "/save conv")
+    assert ran.code == 2 and ran.err.count("Error: ") == ran.err.count("\n") == 2
+    assert asked("conv") == ["One.", "Two."]
+
+
+def test_chat_tells_of_unsaved_turns(chat: Chat) -> None:
+    ran = chat("One.", "/save conv", "Two.", "Three.")
+    assert ran.code == 0 and ran.err.startswith("2 turns not saved: /save FOLDER")
+    assert ran.err.count("\n") == 1
+    assert "1 turn not saved" in chat("One.", "/quit").err
+    assert "1 turn not saved, /undo brings" in chat("One.", "/reset", "/undo", "/save b").out
+    assert asked("b") == ["One."]
+
+
+def test_chat_save_goes_over_nothing(chat: Chat, picture: Path) -> None:
+    chat("A.", "/save conv", "/reset", "B.", "/save conv")
+    assert asked("conv") == ["A."]
+    Path("own").mkdir()
+    for name in ("conversation.json", "image-1.png"):
+        (Path("own") / name).write_text("mine")
+    ran = chat(f"/image {picture}", "B.", "/save own", "/save new")
+    assert ran.code == 2 and "own is there and holds other things" in ran.err
+    assert {path.read_text() for path in Path("own").iterdir()} == {"mine"}
+    assert asked("new") == ["B."]
+    # Without a name, each conversation gets a folder of its own.
+    for words in ("C.", "D.", "E."):
+        assert chat(words, "/save", f"{words}{words}", "/save").code == 0
+    saved = [asked(name) for name in ("conversation", "conversation-2", "conversation-3")]
+    assert saved == [["C.", "C.C."], ["D.", "D.D."], ["E.", "E.E."]]
+    (Path("new") / "conversation.json").write_text("{}")
+    assert not chat("F.", "/save F", "/save f").code
+
+
+def test_chat_save_again_keeps_pictures_once(chat: Chat, picture: Path) -> None:
+    lines = [f"/image {picture}", "One.", "/save conv", f"/image {picture}", "Two.", "/save conv"]
+    assert chat(*lines).code == 0
+    assert sorted(path.name for path in Path("conv").iterdir()) == [
+        "conversation.json",
+        "image-1.png",
+        "image-2.png",
+    ]
+    again = chat("/load conv", "Three.", "/save")
+    assert again.code == 0 and asked("conv") == ["One.", "Two.", "Three."]
+    assert len(list(Path("conv").iterdir())) == 3
+
+
+def test_chat_save_on_a_full_disk_leaves_nothing(chat: Chat, picture: Path) -> None:
+    PIL.Image.effect_noise((64, 64), 90).save(picture)
+    with files_of_at_most(2000):
+        ran = chat(f"/image {picture}", "One.", f"/image {picture}", "Two.", "/save conv")
+    assert ran.code == 2 and "cannot be written" in ran.err
+    assert list(Path("conv").iterdir()) == []
+
+
+def test_chat_goes_on_where_it_was_left(chat: Chat, picture: Path) -> None:
+    """A saved chat answers as if it had not been left, drawn pictures and all."""
+    drawing = ("--output", "image", "--max-tokens", 80)
+    first = [f"/image {picture}", "Draw one.", "/save conv"]
+    whole = chat(*first, "And now?", "/save whole", options=drawing)
+    assert whole.code == 0 and kept("whole")[:2] == kept("conv")
+    [reply] = strip(kept("whole")[-1])
+    assert reply["codes"]
+    for name, lines, options in (
+        ("a", ["And now?"], (*drawing, "--resume", "conv")),
+        ("b", ["Other.", "/load conv", "And now?"], drawing),
+    ):
+        again = chat(*lines, f"/save {name}", options=options)
+        assert again.code == 0, again.err
+        assert strip(kept(name)[-1]) == [reply]
+    # Without the codes the drawn picture is read anew, and the answer is another.
+    data = json.loads(Path("conv/conversation.json").read_text())
+    Path("conv/conversation.json").write_text(json.dumps(data | {"codebook": ""}))
+    chat("And now?", "/save c", options=(*drawing, "--resume", "conv"))
+    assert strip(kept("c")[-1]) != [reply]
+
+
+def strip(turn: dict) -> list[dict]:
+    return [{k: v for k, v in part.items() if k != "image"} for part in turn["content"]]
+
+
+def test_chat_leaves_codes_of_another_image_tokenizer(chat: Chat, picture: Path) -> None:
+    chat("Draw.", "/save conv", options=("--output", "image", "--max-tokens", 80))
+    path = Path("conv/conversation.json")
+    text = path.read_text()
+    for change in (lambda data: data | {"codebook": "0"}, lambda data: data):
+        data = change(json.loads(text))
+        data["messages"][1]["content"][0]["codes"] = [[63] * 8] * 8
+        path.write_text(json.dumps(data))
+        assert chat("/load conv", "/save copy", "/load copy").code == 0
+        codes = kept("copy")[1]["content"][0].get("codes")
+        assert (codes is None) == (data["codebook"] == "0")
+        shutil.rmtree("copy")
+
+
+def test_chat_undo(chat: Chat, picture: Path) -> None:
+    ran = chat("One.", f"/image {picture}", "Two.", "/undo", "/save a", "Three.", "/save b")
+    assert ran.code == 0
+    assert asked("a") == ["One."]
+    assert [part["type"] for part in kept("b")[2]["content"]] == ["image", "text"]
+    assert_refused(chat("/undo"), "nothing to undo")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        "",
+        "[]",
+        '{"messages": 5}',
+        '{"messages": [{"role": "user", "content": "a"}]}',
+        '{"messages": [{"role": "user", "content": [{"type": "image", "image": "no.png"}]}]}',
+        '{"messages": [{"role": "robot", "content": "a"}]}',
+        '{"messages": [{"role": "user", "content": 7}, {"role": "assistant", "content": "b"}]}',
+        None,
+    ],
+)
+def test_chat_resumes_no_other_folder(chat: Chat, data: str | None) -> None:
+    Path("conv").mkdir()
+    if data is not None:
+        Path("conv/conversation.json").write_text(data)
+    assert_refused(chat(options=("--resume", "conv")))
+    assert_refused(chat("/load conv"))
+
+
+@pytest.mark.parametrize("name", ["my berry.png", "it's.png", 'a "b".png', "back\\slash.png"])
+def test_chat_takes_paths_as_terminals_paste_them(
+    chat: Chat, picture: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = picture.parent / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    picture.rename(home / name)
+    escaped = "".join(c if c.isalnum() or c in "/.-_~" else f"\\{c}" for c in f"~/{name}")
+    for typed in (shlex.quote(str(home / name)), f"{home}/{name}", f"~/{name}", escaped):
+        ran = chat(f"/image {typed}", "What?", "/save ~/kept")
+        assert (ran.code, ran.err) == (0, ""), typed
+        assert asked(str(home / "kept")) == ["What?"]
+        shutil.rmtree(home / "kept")
+    assert not Path("~").exists()
+
+
+def test_chat_has_the_sampling_options_of_generate(run: Run) -> None:
+    known = [
+        {p.name for p in inspect.signature(command.callback).parameters.values()}
+        for command in app.registered_commands
+        if command.callback and command.callback.__name__ in ("generate", "chat", "batch")
+    ]
+    fields = {field.name for field in dataclass_fields(SamplingParams)}
+    assert all(fields <= names for names in known) and len(known) >= 2
+    for name, value in (("--top-p", 3), ("--image-top-k", -1), ("--jacobi", 1)):
+        assert_refused(run("chat", name, value), "is not possible")
+
+
+class Terminal(NamedTuple):
+    code: int
+    out: str
+
+
+def at_a_terminal(command: list[object], *keys: str, **environment: str) -> Terminal:
+    """Run a command at a terminal of its own; each of `keys` is typed at a prompt of the chat."""
+    main_end, other_end = pty.openpty()
+    started = subprocess.Popen(
+        [sys.executable, "-m", "earlyfusion", *map(str, command)],
+        stdin=other_end,
+        stdout=other_end,
+        stderr=other_end,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), **environment},
+    )
+    os.close(other_end)
+    shown, typed = b"", 0
+    while True:
+        try:
+            shown += os.read(main_end, 65_536)
+        except OSError:  # the other end is closed
+            break
+        if typed < len(keys) and shown.count(b"> ") > typed:
+            os.write(main_end, keys[typed].encode())
+            typed += 1
+    os.close(main_end)
+    return Terminal(started.wait(), shown.decode().replace("\r\n", "\n"))
+
+
+def test_ctrl_c_at_the_prompt_asks_once(model: Path) -> None:
+    command = ["chat", "--model", model, "--output", "text", "--max-tokens", 2]
+    ran = at_a_terminal(command, "Hello.\n", "\x03", "\x03", TERM="dumb")
+    assert ran.code == 130 and ran.out.count("1 turn not saved") == 1
+    ran = at_a_terminal(command, "Hello.\n", "/quit\n", "/save kept\n", "\x04", TERM="dumb")
+    assert ran.code == 0 and ran.out.count("1 turn not saved") == 1
+    assert Path("kept/conversation.json").is_file()
+    assert at_a_terminal(command, "\x03", TERM="dumb").code == 130
+
+
+@pytest.mark.parametrize(
+    ("environment", "blocks"),
+    [
+        ({"TERM": "xterm-256color"}, True),
+        ({"TERM": "xterm-256color", "NO_COLOR": "1"}, False),
+        ({"TERM": "dumb"}, False),
+        ({"TERM": "xterm-256color", "PYTHONIOENCODING": "ascii"}, False),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else None,
+)
+def test_pictures_at_a_terminal(model: Path, environment: dict[str, str], blocks: bool) -> None:
+    command = ["generate", "Draw.", "--output", "image", "--model", model]
+    clean = {"NO_COLOR": "", "COLORTERM": "", "PYTHONIOENCODING": "utf-8"}
+    ran = at_a_terminal(command, **clean | environment)
+    assert ran.code == 0 and ("▀" in ran.out) == blocks and "u2580" not in ran.out
+    if environment["TERM"] == "dumb":
+        assert ran.out == f"{Path('out/image-1.png')}\n"
+
+
+def test_a_pipe_gives_the_prompt_or_the_picture(
+    run: Run, model: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pipe(data: bytes) -> None:
+        monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(data)))
+
+    def ask(*arguments: object) -> str:
+        common = ("--model", model, "--output", "text", "--seed", 3, "--temperature", 50)
+        ran = run("generate", *common, *arguments)
+        assert (ran.code, ran.err) == (0, "")
+        return ran.out
+
+    told = ask("What is this, 이게 뭐야?")
+    assert ask("What?") != told
+    pipe("What is this, 이게 뭐야?\r\n".encode())
+    assert ask("-") == told
+    Path("question.txt").write_bytes("\ufeffWhat is this, 이게 뭐야?\n".encode())
+    assert ask("--prompt-file", "question.txt") == told
+    pipe(picture.read_bytes())
+    assert ask("What?", "--image", "-") == ask("What?", "--image", picture) != ask("What?")
+    pipe(b"\xff\xfe")
+    assert_refused(run("generate", "-"), "standard input", "UTF-8")
+    pipe(b"no picture")
+    assert_refused(run("generate", "What?", "--image", "-"), "standard input", "PNG")
+    assert_refused(run("generate", "-", "--image", "-"), "only one")
+    assert_refused(run("generate", "a", "--prompt-file", "question.txt"), "question.txt")
+    assert_refused(run("generate", "--prompt-file", "nowhere.txt"), "nowhere.txt")
+    assert_refused(run("generate", "--prompt-file", picture), "red.png", "UTF-8")
+
+
+def test_an_address_is_named_as_typed(run: Run) -> None:
+    address = "https://example.org/a.png"
+    assert_refused(run("generate", "What?", "--image", address), address, "download")
+    assert_refused(run("encode", address, "-o", "c.safetensors"), address, "download")
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Longer files fail as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_pictures_go_over_nothing(run: Run, model: Path, picture: Path) -> None:
+    drawing = ("generate", "Draw.", "--output", "image", "--model", model, "--seed")
+    for seed in (0, 1):
+        run(*drawing, seed)
+    first, second = (Path(f"out/image-{n}.png").read_bytes() for n in (1, 2))
+    assert first != second
+    run(*drawing, 0, "--out", "other")
+    assert Path("other/image-1.png").read_bytes() == first
+    # The user's own picture, in the folder of the drawn ones.
+    mine = Path("mine/image-7.png")
+    mine.parent.mkdir()
+    picture.rename(mine)
+    before = mine.read_bytes()
+    told = run(*drawing, 0, "--image", mine, "--out", "mine", "--json").json
+    assert told["images"] == [str(Path("mine/image-8.png"))]
+    assert mine.read_bytes() == before
+    run("encode", mine, "-o", "c.safetensors", "--model", model)
+    for number in (9, 10):
+        ran = run("decode", "c.safetensors", "-o", "mine", "--model", model)
+        assert ran.out.split() == [str(Path(f"mine/image-{number}.png"))]
+
+
+def test_codes_go_over_nothing_unasked(run: Run, model: Path, picture: Path) -> None:
+    target = Path("c.safetensors")
+    target.write_text("mine")
+    ran = run("encode", picture, "-o", target, "--model", "nowhere")
+    assert_refused(ran, "c.safetensors is there already", "--overwrite")
+    assert target.read_text() == "mine"
+    assert run("encode", picture, "-o", target, "--model", model, "--overwrite").code == 0
+    assert load_codes(target).shape == (1, 8, 8)
+
+
+def test_full_disk_leaves_nothing(run: Run, model: Path, picture: Path) -> None:
+    with files_of_at_most(100):
+        ran = run("generate", "Draw.", "--output", "image", "--model", model)
+        assert_refused(ran, "image", "cannot be written", "file too large")
+        assert_refused(run("encode", picture, "-o", "out/c.npy", "--model", model), "c.npy")
+    assert list(Path("out").iterdir()) == []
+
+
+def test_codes_as_npy(run: Run, model: Path, picture: Path) -> None:
+    for name in ("c.npy", "c.safetensors"):
+        assert run("encode", picture, "-o", name, "--model", model).code == 0
+    codes = np.load("c.npy")
+    assert codes.dtype == np.int64 and (codes == load_codes(Path("c.safetensors"))).all()
+    assert run("decode", "c.npy", "-o", "drawn", "--model", model).code == 0
+    for name in ("c.npz", "c.pt", "c.json"):
+        assert_refused(run("encode", picture, "-o", name, "--model", "nowhere"), name, ".npy")
+        assert not Path(name).exists()
+    Path("bad.npy").write_bytes(b"\x93NUMPY")
+    assert_refused(run("decode", "bad.npy"), "bad.npy")
 
 
 @pytest.mark.parametrize(
@@ -245,7 +595,7 @@ def test_prompt_longer_than_the_context(run: Run, model: Path) -> None:
 
 def test_placeholders_do_not_match(run: Run, picture: Path) -> None:
     ran = run("generate", "<image> and <image>?", "--image", picture)
-    assert_refused(ran, "2 places", "1 images")
+    assert_refused(ran, "2 places", "1 image is")
 
 
 @pytest.mark.parametrize(
@@ -320,7 +670,9 @@ def in_shell(command: str, **environment: str) -> subprocess.CompletedProcess[st
 
 def test_reader_that_goes_away() -> None:
     done = in_shell("earlyfusion --help | true; exit ${PIPESTATUS[0]}")
-    assert (done.returncode, done.stderr) == (1, "")
+    assert (done.returncode, done.stderr) == (141, "")
+    done = in_shell("earlyfusion info | head -1; exit ${PIPESTATUS[0]}")
+    assert done.returncode in (0, 141) and done.stderr == "" and done.stdout.count("\n") == 1
 
 
 def test_terminal_without_utf8(model: Path) -> None:

@@ -1,39 +1,53 @@
-"""A file of image codes: one safetensors tensor `codes`, int64 [n, h, w] from the top row."""
+"""A file of image codes: one safetensors tensor `codes`, int64 [n, h, w] from the top row, or the
+same array as .npy."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from earlyfusion.errors import CheckpointError
+from earlyfusion.files import write_whole
 
 _KEY = "codes"
+_FOREIGN = {".npz", ".pt", ".pth", ".pkl", ".json", ".csv", ".png", ".jpg", ".jpeg"}
 
 
-def save_codes(path: Path, codes: npt.NDArray[np.int64]) -> None:
-    """Write codes [n, h, w]; the file is whole or, after a failure, as it was."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({_KEY: np.ascontiguousarray(codes, dtype=np.int64)}, part)
-        os.replace(part, path)
-    except (OSError, SafetensorError):
-        part.unlink(missing_ok=True)
-        raise CheckpointError(f"{path} cannot be written: choose another file") from None
+def check_name(path: Path) -> None:
+    """Raise `CheckpointError` for the name of a format that codes are not written in."""
+    if path.suffix.lower() in _FOREIGN:
+        raise CheckpointError(
+            f"{path} is not a name for image codes: they are written as .safetensors or .npy"
+        )
+
+
+def save_codes(path: Path, codes: npt.NDArray[np.int64], overwrite: bool = False) -> None:
+    """Write codes [n, h, w], as .npy where the name ends so; whole or not at all.
+
+    Raises `SettingError` where the file cannot be written, or is there without `overwrite`.
+    """
+    check_name(path)
+    array = np.ascontiguousarray(codes, dtype=np.int64)
+    if path.suffix.lower() == ".npy":
+        write_whole(path, lambda file: np.save(file, array, allow_pickle=False), overwrite)
+    else:
+        write_whole(path, lambda file: file.write(save({_KEY: array})), overwrite)
 
 
 def load_codes(path: Path) -> npt.NDArray[np.int64]:
     """Read codes [n, h, w] of any whole-number type; what they mean is the model's to check."""
     try:
-        codes = load_file(path).get(_KEY)
-    except (OSError, SafetensorError, TypeError, AttributeError, KeyError):
+        if path.suffix.lower() == ".npy":
+            codes = np.load(path, allow_pickle=False)
+        else:
+            codes = load_file(path).get(_KEY)
+    except (OSError, EOFError, ValueError, SafetensorError, TypeError, AttributeError, KeyError):
         raise CheckpointError(
-            f"{path} is missing or no safetensors file: give what `earlyfusion encode` wrote"
+            f"{path} is missing or no file of image codes: give what `earlyfusion encode` wrote"
         ) from None
     if codes is None or codes.ndim != 3 or codes.dtype.kind not in "ui" or codes.size == 0:
         raise CheckpointError(
