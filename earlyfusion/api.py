@@ -411,10 +411,12 @@ class Chameleon:
         layout, limit = self.processor.layout, self.config.max_position_embeddings
         images = [image for message in messages for image in message.images]
         blank = np.zeros((layout.height, layout.width), dtype=np.int64)
-        length = len(self.processor.encode(messages, [blank] * len(images)).ids)
+        codes = [blank if image.codes is None else image.codes for image in images]
+        length = len(self.processor.encode(messages, codes).ids)
         wanted = drawn.num_tokens if draws else 1
         if length + wanted > limit:
-            taken = len(images), len(images) * layout.num_tokens
+            spelled = (len(layout.spell(c, self.processor.vocabulary)) for c in codes)
+            taken = len(images), sum(spelled)
             raise ContextError(_too_long(length, limit, *taken, drawn.num_tokens if draws else 0))
         return length
 

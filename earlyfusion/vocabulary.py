@@ -8,8 +8,8 @@ those of Meta's release (github.com/facebookresearch/chameleon).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -140,8 +140,9 @@ class ImageLayout:
     """How a picture of `height` x `width` codes is spelled: `head`, rows in raster order, `tail`.
 
     The markers are token names. Chameleon's layout is the default; `line_end` is for relatives that
-    close each row of codes, and `head` may hold size tokens. `before` stands before a picture that
-    has no prompt, as guidance needs it.
+    close each row of codes, and `head` may hold size tokens; `other` then gives the layout of
+    another height and width. `before` stands before a picture that has no prompt, as guidance needs
+    it.
     """
 
     height: int
@@ -150,6 +151,7 @@ class ImageLayout:
     line_end: tuple[str, ...] = ()
     tail: tuple[str, ...] = (END_IMAGE,)
     before: tuple[str, ...] = (BOS,)
+    other: Callable[[int, int], ImageLayout] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.height < 1 or self.width < 1:
@@ -179,6 +181,8 @@ class ImageLayout:
     def spell(self, codes_hw: npt.ArrayLike, vocabulary: Vocabulary) -> list[int]:
         """Tokens of a picture, markers included; `ImageError` on a wrong shape or code."""
         codes = np.asarray(codes_hw, dtype=np.int64)
+        if self.other is not None and codes.ndim == 2 and codes.shape != (self.height, self.width):
+            return replace(self.other(*codes.shape), other=None).spell(codes, vocabulary)
         if codes.shape != (self.height, self.width):
             raise ImageError(
                 f"image codes have shape {'x'.join(map(str, codes.shape))}, "

@@ -329,6 +329,24 @@ def test_an_answer_that_is_begun_is_continued(model: Chameleon) -> None:
     assert model.collect([said[0], Finished("stop", rest.usage, 0)]).text == "pear"
 
 
+def test_a_reply_ends_with_a_whole_character(model: Chameleon) -> None:
+    """Cut at max_tokens in the middle of a Korean syllable, the syllable is left out."""
+    tokens = model.processor.encode_text("\u314b\u314b")  # in no merge of the tokenizer
+    assert len(tokens) == 6
+    start = len(model.request("x", "text").ids)
+
+    def dictate(ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+        logits.fill_(-9.0)[tokens[len(ids) - start]] = 9.0
+        return logits
+
+    for count, text in ((1, ""), (2, ""), (3, "\u314b"), (5, "\u314b"), (6, "\u314b\u314b")):
+        settings = SamplingParams(temperature=0, max_tokens=count, logits_processors=dictate)
+        events = list(model.stream("x", "text", settings))
+        assert model.collect(events).text == text
+        assert "".join(e.text for e in events if isinstance(e, TextDelta)) == text
+        assert events[-1].usage.completion_tokens == count  # type: ignore[union-attr]
+
+
 def test_one_picture_needs_no_list(model: Chameleon) -> None:
     tokenizer, shown = model.image_tokenizer, picture(3)
     codes = tokenizer.encode([shown])

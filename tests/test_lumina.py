@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny import CONFIG, tiny_processor, tiny_transformer
 
+from earlyfusion import Chameleon, ContextError, Image, Message, SettingError
 from earlyfusion.checkpoints import lumina
 from earlyfusion.checkpoints.hf import save_hf
 from earlyfusion.errors import CheckpointError, ImageError
@@ -120,6 +121,89 @@ def test_a_picture_of_another_size_is_drawn(
     [picture] = tokenizer.decode(torch.from_numpy(done.codes)[None])
     stride = CONFIG.vq_config.stride
     assert picture.size == (size[1] * stride, size[0] * stride)
+
+
+@pytest.fixture(scope="module")
+def model(processor: Processor, transformer: Transformer) -> Chameleon:
+    torch.manual_seed(0)
+    tokenizer = ImageTokenizer(VQGAN(CONFIG.vq_config).eval(), 16)
+    return Chameleon(transformer, tokenizer, processor, {"chameleon": lumina.SAMPLING})
+
+
+@pytest.mark.parametrize("size", [(16, 16), (32, 8), (8, 32), (12, 20)])
+def test_a_picture_of_a_size_in_pixels(model: Chameleon, size: tuple[int, int]) -> None:
+    """Through the engine, beside a request of the model's own size."""
+    neighbour = model.request("a plum", "image", seed=2)
+    handle = model.engine.add(neighbour)
+    reply = model.generate("a pear", "image", seed=1, size=size)
+    [picture], [segment] = reply.images, reply.segments
+    assert picture.size == size and isinstance(segment, Image) and segment.codes is not None
+    assert segment.codes.shape == (size[1] // 2, size[0] // 2), "2 pixels a code here"
+    request = model.request("a pear", "image", seed=1, size=size)
+    plain = [e for e in generate(model.transformer, model.processor, request)]
+    [done] = [e for e in plain if isinstance(e, ImageDone)]
+    assert np.array_equal(done.codes, segment.codes)
+    assert plain[-1].usage == reply.usage  # type: ignore[union-attr]
+    assert [e.codes.shape for e in handle if isinstance(e, ImageDone)] == [(8, 8)]
+
+
+def test_pictures_of_several_sizes_in_one_chat(model: Chameleon) -> None:
+    sizes = [(32, 8), (8, 32)]
+    wide, tall = (model.generate("a pear", "image", seed=1, size=size) for size in sizes)
+    assert [wide.images[0].size, tall.images[0].size] == sizes
+    own = [Message("user", "Draw."), wide.message, Message("user", "?")]
+    request = model.request(own, "text", seed=0)
+    spelled = lumina.layout(4, 16).num_tokens
+    assert (
+        len(request.ids)
+        == len(
+            model.request(
+                [Message("user", "Draw."), Message("assistant", ""), Message("user", "?")],
+                "text",
+                seed=0,
+            ).ids
+        )
+        + spelled
+    )
+    reply = model.generate(own, "image", seed=0, size=(8, 32), max_tokens=90)
+    assert reply.images[0].size == (8, 32)
+    with pytest.raises(ContextError, match="3 images take"):
+        model.request([*wide.segments, *wide.segments, *tall.segments, "x" * 60], "text", seed=0)
+    batch = model.generate_batch(["a pear", "a plum"], "image", seed=1, size=(32, 8))
+    assert [image.size for r in batch for image in r.images] == [(32, 8)] * 2
+    assert model.collect(model.stream("a pear", "image", seed=1, size=(32, 8))).images[0].size == (
+        32,
+        8,
+    )
+
+
+@pytest.mark.parametrize("size", [(14, 16), (16, 17), (64, 64), (16,), 16, "16x16"])
+def test_a_size_that_cannot_be_drawn_names_the_possible_ones(model: Chameleon, size: Any) -> None:
+    with pytest.raises(SettingError) as caught:
+        model.generate("a pear", "image", size=size)
+    sentence = str(caught.value)
+    assert "is not drawn by this model: use (width, height) of" in sentence
+    assert "16x16" in sentence and "32x8" in sentence and "\n" not in sentence
+
+
+def test_sizes_of_a_model_that_has_one(model: Chameleon, tmp_path: Path) -> None:
+    plain = tiny_processor(tmp_path)
+    square = Chameleon(tiny_transformer(plain), model.image_tokenizer, plain)
+    drawn = square.generate("a pear", "image", seed=1)
+    assert square.generate("a pear", "image", seed=1, size=(16, 16)).images == drawn.images
+    with pytest.raises(SettingError, match=r"use \(width, height\) of 16x16$"):
+        square.generate("a pear", "image", size=(32, 8))
+    with pytest.raises(SettingError, match="output='text' has none"):
+        square.generate("a pear", "text", size=(16, 16))
+
+
+def test_the_image_only_branch_keeps_pictures_of_another_size(processor: Processor) -> None:
+    vocabulary = processor.vocabulary
+    shown = lumina.layout(4, 6).spell(np.zeros((4, 6), dtype=np.int64), vocabulary)
+    text = processor.encode_text("a pear")
+    history = [vocabulary.bos, *text, *shown, *text, vocabulary.begin_image]
+    branch = guidance.prompt("image_only", history, vocabulary, lumina.layout(8, 8))
+    assert branch == [vocabulary.bos, *shown, vocabulary.begin_image]
 
 
 def test_guidance_begins_at_the_picture(processor: Processor) -> None:

@@ -98,12 +98,19 @@ def test_json_is_one_object(run: Run) -> None:
 
 
 def test_demo(run: Run) -> None:
-    told = json.loads(run("demo", "--json"))
+    """Named in both languages, drawn, and mixed."""
+    told = json.loads(run("demo", "--json", "--seed", 5))
     english, korean, drawing, mixed = told["steps"]
-    assert english["text"].isascii() and not korean["text"].isascii()
-    assert len(drawing["images"]) == 1 and len(mixed["images"]) >= 1
-    written = {str(path) for path in Path("earlyfusion-demo").iterdir()}
-    assert written == {*drawing["images"], *mixed["images"]}
+    assert ("strawberry" in english["text"], "딸기" in korean["text"]) == (True, True)
+    assert english["images"] == korean["images"] == [] and drawing["text"] == ""
+    assert len(drawing["images"]) == 1 and len(mixed["images"]) >= 2
+    kinds = [segment["type"] for segment in mixed["segments"]]
+    assert kinds == ["text", "image"] * len(mixed["images"]), "each name before its picture"
+    drawn = [*drawing["images"], *mixed["images"]]
+    assert sorted(drawn) == sorted(str(path) for path in Path("earlyfusion-demo").iterdir())
+    pictures = [Path(path).read_bytes() for path in drawn]
+    assert len({*pictures}) == len(pictures)
+    assert (told["seed"], told["out"]) == (5, "earlyfusion-demo")
 
 
 def test_encode_then_decode_comes_near(run: Run, model: Chameleon) -> None:

@@ -104,16 +104,24 @@ def test_bad_vocabularies(names: dict[str, int], sentence: str) -> None:
 
 
 def test_bad_files(tmp_path: Path) -> None:
-    for name, text in {
-        "no.json": None,
-        "cut.json": "{",
-        "list.json": "[]",
-        "empty.json": "{}",
-    }.items():
+    names = {n: i for i, n in enumerate(family_names(12))}
+    added = {"model": {"vocab": {}}, "added_tokens": [{"content": "<s>"}]}
+    for name, text, sentence in (
+        ("no.json", None, "no.json is missing or not JSON"),
+        ("cut.json", "{", "cut.json is missing or not JSON"),
+        ("half.json", b"\xff{}", "half.json is missing or not JSON"),
+        ("list.json", "[]", "list.json is no tokenizer file: its JSON is not an object"),
+        ("empty.json", "{}", "the tokenizer file has no model.vocab"),
+        ("none.json", '{"model": null}', "the tokenizer file has no model.vocab"),
+        ("added.json", json.dumps(added), "the tokenizer file has no model.vocab"),
+    ):
         if text is not None:
-            (tmp_path / name).write_text(text)
-        with pytest.raises(CheckpointError):
+            (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        with pytest.raises(CheckpointError, match=sentence):
             Vocabulary.from_file(tmp_path / name)
+    whole = {"model": {"vocab": names}, "added_tokens": [{"content": "new", "id": 99}]}
+    (tmp_path / "whole.json").write_text(json.dumps(whole))
+    assert Vocabulary.from_file(tmp_path / "whole.json").names == names | {"new": 99}
 
 
 def test_tokens_and_codes_outside(vocabulary: Vocabulary) -> None:

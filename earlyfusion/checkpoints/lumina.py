@@ -51,7 +51,7 @@ def layout(height: int, width: int | None = None) -> ImageLayout:
             "choose vq_config.resolution so that the number is even"
         )
     head = (BEGIN_IMAGE, *(f"<reserved{_SIZES + n // _BLOCK:05}>" for n in (height, width)))
-    return ImageLayout(height, width, head, (_LINE_END,), (END_IMAGE,), before=())
+    return ImageLayout(height, width, head, (_LINE_END,), (END_IMAGE,), before=(), other=layout)
 
 
 def is_layout(spelled: ImageLayout) -> bool:

@@ -69,7 +69,13 @@ def prompt(
     if layout is not None:
         marks |= {vocabulary.id_of(n) for n in (*layout.head, *layout.line_end, *layout.tail)}
     kept = marks | set(vocabulary.image_tokens.tolist())
-    return [token for token in history if token in kept]
+    # Size tokens, which follow the begin mark, may be those of pictures of another size.
+    sizes, begin = 0 if layout is None else len(layout.head) - 1, vocabulary.begin_image
+    return [
+        token
+        for at, token in enumerate(history)
+        if token in kept or begin in history[max(at - sizes, 0) : at]
+    ]
 
 
 def has_images(history: Sequence[int], vocabulary: Vocabulary) -> bool:
