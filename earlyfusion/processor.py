@@ -292,7 +292,8 @@ def _load(data: dict[str, Any]) -> Tokenizer:
 def _text_only(data: dict[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
     """The tokenizer without the names of control and image tokens: it cannot make their ids."""
     text = set(vocabulary.text_tokens.tolist())
-    vocab = {name: token for name, token in data["model"]["vocab"].items() if token in text}
+    # Added words too: the library numbers anew those that the model does not know.
+    vocab = {name: token for name, token in vocabulary.names.items() if token in text}
     model = data["model"] | {"vocab": vocab, "unk_token": None}
     added = [entry for entry in data.get("added_tokens") or () if entry["id"] in text]
     return data | {"model": model, "added_tokens": added, "post_processor": None}

@@ -525,6 +525,28 @@ class TestMistakes:
         with pytest.raises(CheckpointError, match="names 32 image codes and the model has 64"):
             convert(tiny, tmp_path / "out", "hf")
 
+    def test_added_words_stay_words(self, tiny: Path, tmp_path: Path) -> None:
+        """A word of `added_tokens` is one token here, in copies, and in transformers' tokenizer."""
+        data = json.loads(train_tokenizer(["a"], CONFIG.vq_config.num_embeddings, 400))
+        token = 1 + max(data["model"]["vocab"].values())
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        data["added_tokens"].append(
+            {"id": token, "content": "사과나무"} | flags | {"special": False}
+        )
+        (tiny / "tokenizer.json").write_text(json.dumps(data))
+        convert(tiny, tmp_path / "meta", "meta")
+        convert(tmp_path / "meta", tmp_path / "hf", "hf")
+        from transformers import AutoTokenizer
+
+        for folder in (tiny, tmp_path / "meta", tmp_path / "hf"):
+            processor = formats.load(folder).processor
+            ids = processor.encode_text("a 사과나무.")
+            assert ids.count(token) == 1
+            assert processor.decode_text(ids) == "a 사과나무."
+            assert token in processor.vocabulary.text_tokens
+        theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
+        assert theirs("a 사과나무.", add_special_tokens=False)["input_ids"] == ids
+
     def test_papers_go_along(self, tiny: Path, tmp_path: Path) -> None:
         papers = {"README.md": "# Tiny", "NOTICE.md": "Made of", "LICENSE": "Apache"}
         for name, text in papers.items():
