@@ -61,6 +61,10 @@ def _whole_option(help: str) -> Any:
     return typer.Option(parser=_whole, metavar="WHOLE", help=help)
 
 
+def _words_option(help: str) -> Any:
+    return Annotated[list[str] | None, typer.Option(help=help)]
+
+
 ModelName = Annotated[
     str, typer.Option("--model", "-m", help="mini (embedded), a model folder, or a hub id.")
 ]
@@ -111,7 +115,9 @@ _SAMPLING: dict[str, Any] = {
     ],
     "max_tokens": Annotated[int | None, _whole_option("Most new tokens, of text and of images.")],
     "max_images": Annotated[int | None, _whole_option("Most images in the reply.")],
-    "stop": Annotated[list[str] | None, typer.Option(help="Ends the reply; may be repeated.")],
+    "stop": _words_option("Ends the reply; may be repeated."),
+    "bad_words": _words_option("A word that does not come; may be repeated."),
+    "allowed_words": _words_option("Text is made of such words alone; may be repeated."),
     "seed": Seed,
 }
 
@@ -131,8 +137,9 @@ def _with_sampling(command: Callable[..., object]) -> Callable[..., object]:
 
     @functools.wraps(command)
     def call(**given: Any) -> object:
-        sampling = {name: given.pop(name) for name in _SAMPLING}
-        return command(sampling=sampling | {"stop": sampling["stop"] or None}, **given)
+        # An option that may be repeated is an empty list where it is not given.
+        sampling = {name: None if (x := given.pop(name)) == [] else x for name in _SAMPLING}
+        return command(sampling=sampling, **given)
 
     parameters = [*rest, *options]
     call.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]

@@ -22,7 +22,7 @@ from earlyfusion.model.vqgan import VQGAN
 
 Mode: TypeAlias = Literal["crop", "fit"]
 Precision: TypeAlias = Literal["fp32", "bf16"]
-_MAX_SQUARE = math.isqrt(MAX_PIXELS)
+MAX_SQUARE = math.isqrt(MAX_PIXELS)
 # Pixels through the network at once: pictures of 512 x 512, or as many smaller ones as they hold.
 _BATCH_PIXELS = 512 * 512
 _BATCH_PIXELS_GPU = 8 * 512 * 512
@@ -93,7 +93,7 @@ class ImageTokenizer:
         if picture is None:
             raise ImageError("the image has codes but no pixels: decode it, or use its codes")
         crop = _checked(mode or self.mode) == "crop"
-        return (cropped if crop else _fitted)(picture, self.resolution)
+        return (cropped if crop else fitted)(picture, self.resolution)
 
     @property
     def _batch_size(self) -> int:
@@ -159,11 +159,11 @@ def _narrow_crop(
     return picture.resize((side, side), resample, box=(box[0], box[1], box[2], box[3]))
 
 
-def _fitted(picture: PIL.Image.Image, side: int) -> PIL.Image.Image:
+def fitted(picture: PIL.Image.Image, side: int) -> PIL.Image.Image:
     """The whole picture in the middle of a white square, resized."""
-    if max(picture.size) > _MAX_SQUARE:
+    if max(picture.size) > MAX_SQUARE:
         picture = picture.copy()
-        picture.thumbnail((_MAX_SQUARE, _MAX_SQUARE), PIL.Image.Resampling.LANCZOS)
+        picture.thumbnail((MAX_SQUARE, MAX_SQUARE), PIL.Image.Resampling.LANCZOS)
     edge = max(picture.size)
     canvas = PIL.Image.new("RGB", (edge, edge), "white")
     canvas.paste(picture, ((edge - picture.width) // 2, (edge - picture.height) // 2))

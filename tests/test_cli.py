@@ -400,7 +400,8 @@ def test_chat_has_the_sampling_options_of_generate(run: Run) -> None:
         for command in app.registered_commands
         if command.callback and command.callback.__name__ in ("generate", "chat", "batch")
     ]
-    fields = {field.name for field in dataclass_fields(SamplingParams)}
+    in_python_only = {"logits_processors", "logprobs"}
+    fields = {field.name for field in dataclass_fields(SamplingParams)} - in_python_only
     assert all(fields <= names for names in known) and len(known) >= 2
     for name, value in (("--top-p", 3), ("--image-top-k", -1), ("--jacobi", 1)):
         assert_refused(run("chat", name, value), "is not possible")

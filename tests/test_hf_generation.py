@@ -26,6 +26,7 @@ from earlyfusion.generation.settings import SamplingParams
 from earlyfusion.hf import (
     ChameleonForConditionalGeneration,
     ChameleonImageProcessor,
+    ChameleonImageProcessorPil,
     ChameleonProcessor,
 )
 from earlyfusion.image_tokenizer import ImageTokenizer
@@ -314,7 +315,9 @@ class TestProcessor:
     def test_save_and_load(self, processor: Any, tmp_path: Path) -> None:
         processor.save_pretrained(tmp_path)
         again = ChameleonProcessor.from_pretrained(tmp_path)
-        assert isinstance(again.image_processor, ChameleonImageProcessor)
+        assert isinstance(
+            again.image_processor, ChameleonImageProcessor | ChameleonImageProcessorPil
+        )
         inputs = {"images": [picture(1)], "text": "What is <image>?"}
         for name, value in processor(**inputs).items():
             assert torch.equal(value, again(**inputs)[name])
@@ -354,11 +357,11 @@ class TestPictures:
 
     def test_steps_of_transformers_on_request(self) -> None:
         from transformers.models.chameleon.image_processing_pil_chameleon import (
-            ChameleonImageProcessorPil,
+            ChameleonImageProcessorPil as Stock,
         )
 
         photo = picture(0, (451, 300))
-        wanted = ChameleonImageProcessorPil()(photo, return_tensors="pt")["pixel_values"]
+        wanted = Stock()(photo, return_tensors="pt")["pixel_values"]
         for own, more in (
             (ChameleonImageProcessor(exact=False), {}),
             (ChameleonImageProcessor(), {"exact": False}),
@@ -373,8 +376,10 @@ class TestPictures:
             do_resize=False, do_center_crop=False, do_rescale=False, do_normalize=False
         )(photo, return_tensors="np")["pixel_values"][0]
         assert np.array_equal(raw, np.asarray(photo).transpose(2, 0, 1))
-        with pytest.raises(SettingError, match="do_resize=False with do_center_crop=True"):
-            ChameleonImageProcessor(do_resize=False)(photo)
+        cropped = ChameleonImageProcessor(do_resize=False, crop_size={"height": 8, "width": 6})
+        wanted = np.asarray(photo)[6:14, 9:15].transpose(2, 0, 1)
+        levels = cropped(photo, return_tensors="np")["pixel_values"][0]
+        assert np.array_equal(np.rint((levels + 1) / 2 * 255), wanted)
 
 
 AUTO = """
@@ -388,7 +393,7 @@ processor = transformers.AutoProcessor.from_pretrained(sys.argv[1])
 assert before.startswith("transformers."), before
 assert type(after) is own.ChameleonConfig
 assert type(processor) is own.ChameleonProcessor
-assert type(processor.image_processor) is own.ChameleonImageProcessor
+assert type(processor.image_processor) in (own.ChameleonImageProcessor, own.ChameleonImageProcessorPil)
 for auto in ("ImageTextToText", "MultimodalLM", "CausalLM"):
     model = getattr(transformers, "AutoModelFor" + auto).from_pretrained(sys.argv[1])
     assert type(model) is own.ChameleonForConditionalGeneration, auto

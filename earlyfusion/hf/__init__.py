@@ -17,7 +17,13 @@ import transformers
 from transformers.models.auto import processing_auto
 
 from earlyfusion.hf.configuration import ChameleonConfig, ChameleonVQVAEConfig
-from earlyfusion.hf.image_processing import ChameleonImageProcessor
+from earlyfusion.hf.image_processing import (
+    IMAGE_PROCESSORS,
+    ChameleonImageProcessor,
+    ChameleonImageProcessorFast,
+    ChameleonImageProcessorKwargs,
+    ChameleonImageProcessorPil,
+)
 from earlyfusion.hf.modeling import (
     ChameleonForConditionalGeneration,
     ChameleonModel,
@@ -31,6 +37,9 @@ __all__ = [
     "ChameleonConfig",
     "ChameleonForConditionalGeneration",
     "ChameleonImageProcessor",
+    "ChameleonImageProcessorFast",
+    "ChameleonImageProcessorKwargs",
+    "ChameleonImageProcessorPil",
     "ChameleonModel",
     "ChameleonPipeline",
     "ChameleonPreTrainedModel",
@@ -56,7 +65,7 @@ def register() -> None:
         auto.register(ChameleonConfig, ChameleonForConditionalGeneration, exist_ok=True)
     transformers.AutoImageProcessor.register(
         ChameleonConfig,
-        image_processor_classes={"pil": ChameleonImageProcessor},
+        image_processor_classes=dict(IMAGE_PROCESSORS),
         exist_ok=True,
     )
     # A processor is looked up by its name, and there transformers' own table comes first.

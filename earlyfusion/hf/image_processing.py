@@ -2,39 +2,58 @@
 
 transformers rounds the longer side down where Meta rounds it to the nearest pixel, and rescales by
 0.0078 where Meta has 2 / 255: on about half of all pictures a quarter or more of the codes differ.
+
+Two back ends, as in transformers: `ChameleonImageProcessorPil` gives arrays and
+`ChameleonImageProcessor` tensors on any device. In Meta's steps they are equal to
+the bit: a pixel stays one of 256 levels until a table gives its value.
+Shapes: n pictures, C channels, Y X height and width in pixels.
 """
 
-from __future__ import annotations
-
-from typing import Any
+import os
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
-import numpy.typing as npt
+import PIL.Image
+import torch
+from PIL import ImageOps
+from torch import Tensor
+from torch.nn import functional as F
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_backends import PilBackend
-from transformers.image_utils import PILImageResampling
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_utils import ChannelDimension, PILImageResampling
 from transformers.processing_utils import ImagesKwargs
 
-from earlyfusion.content import Image
-from earlyfusion.errors import SettingError
-from earlyfusion.image_tokenizer import cropped
+from earlyfusion.content import MAX_PIXELS, Image
+from earlyfusion.errors import ImageError, SettingError
+from earlyfusion.hf.resampling import resized
+from earlyfusion.image_tokenizer import MAX_SQUARE, Mode, fitted
 
 TRANSFORMERS_RESCALE = 0.0078
+Deep: TypeAlias = Literal["scale", "clip"]
+_CHANNELS = (1, 3, 4)
 
 
-class ChameleonImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
-    """transformers' image arguments, and `exact`: Meta's steps (the default) or transformers'."""
+class ChameleonImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
+    """transformers' image arguments, and three of this package.
+
+    `exact`: Meta's steps (the default) or transformers'. `resize_mode`: "crop" keeps the centre of
+    a picture, "fit" all of it on white. `deep`: pictures of Pillow with more than 8 bits are
+    scaled to 8 ("scale"), or cut at 255 as in Meta's code ("clip").
+    """
 
     exact: bool
+    resize_mode: Mode
+    deep: Deep
 
 
-class ChameleonImageProcessor(PilBackend):
-    """Pictures to `pixel_values` [n, 3, Y, X] in -1 to 1, on the CPU and without torchvision.
+class _Steps(BaseImageProcessor):
+    """What both back ends share: the settings, and Meta's steps around their own way to resize.
 
     `exact=True` runs Meta's steps to the bit: Lanczos to the nearest whole size, centre crop,
     u8 / 255 * 2 - 1 in float64; a file's `rescale_factor` of 0.0078 is then read as 2 / 255.
-    `exact=False` gives the pixels of transformers' own class, with 0.0078 unless set. Arrays of
-    whole numbers are 0 to 255; floats are 0 to 1 in the exact steps.
+    `exact=False` gives the pixels of transformers' own PIL class, with 0.0078 unless set. In the
+    exact steps whole numbers are 0 to 255, 16-bit ones 0 to 65535, floats 0 to 1.
     """
 
     resample = PILImageResampling.LANCZOS
@@ -50,62 +69,339 @@ class ChameleonImageProcessor(PilBackend):
     do_normalize = True
     do_convert_rgb = True
     exact = True
-    valid_kwargs = ChameleonImagesKwargs
+    resize_mode: Mode = "crop"
+    deep: Deep = "scale"
+    valid_kwargs = ChameleonImageProcessorKwargs
 
     def __init__(self, **kwargs: Any) -> None:
         if kwargs.get("exact") is False:
             kwargs.setdefault("rescale_factor", TRANSFORMERS_RESCALE)
+        _check(
+            kwargs.get("resize_mode", "crop"),
+            kwargs.get("deep", "scale"),
+            kwargs.get("exact", True),
+        )
         super().__init__(**kwargs)
 
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """Pictures of files and addresses; other pictures, and lists of them, as they are."""
+        if isinstance(image_url_or_urls, str) and os.path.isfile(image_url_or_urls):
+            return Image.open(image_url_or_urls).pil
+        return super().fetch_images(image_url_or_urls)
+
     def _preprocess_image_like_inputs(
-        self, images: Any, *args: Any, exact: bool = True, **kwargs: Any
+        self,
+        images: Any,
+        *args: Any,
+        exact: bool = True,
+        resize_mode: Mode = "crop",
+        deep: Deep = "scale",
+        **settings: Any,
     ) -> BatchFeature:
+        _check(resize_mode, deep, exact)
         if not exact:
-            if self.exact and kwargs["rescale_factor"] == 2 / 255:
-                kwargs["rescale_factor"] = TRANSFORMERS_RESCALE
-            return super()._preprocess_image_like_inputs(images, *args, **kwargs)
+            if self.exact and settings["rescale_factor"] == 2 / 255:
+                settings["rescale_factor"] = TRANSFORMERS_RESCALE
+            return self._as_transformers(images, **settings)
+        planes = [
+            _planes(picture, settings, deep).to(self._place(picture, settings["device"]))
+            for picture in self._prepare_images_structure(images)
+        ]
+        pixels = self._in_groups(planes, settings, resize_mode)
+        if settings["do_pad"]:
+            pixels = _padded(pixels, settings["pad_size"])
+        return self._delivered(pixels, settings["return_tensors"])
+
+    def _in_groups(
+        self, planes: list[Tensor], settings: dict[str, Any], mode: Mode
+    ) -> list[Tensor]:
+        """Pixels [C, Y, X] of each picture; those of one shape are made together."""
+        groups: dict[Any, list[int]] = {}
+        for number, plane in enumerate(planes):
+            alone = number if settings["disable_grouping"] else None
+            groups.setdefault((plane.shape, plane.device, alone), []).append(number)
+        pixels: dict[int, Tensor] = {}
+        for numbers in groups.values():
+            batch_nCYX = torch.stack([planes[number] for number in numbers])
+            made_nCYX = _valued(self._framed(batch_nCYX, settings, mode), settings)
+            pixels |= dict(zip(numbers, made_nCYX, strict=True))
+        return [pixels[number] for number in range(len(planes))]
+
+    def _framed(self, batch_nCYX: Tensor, settings: dict[str, Any], mode: Mode) -> Tensor:
+        """uint8 pictures resized and cropped as the settings say."""
+        resample = settings["resample"]
+        resample = PILImageResampling.BILINEAR if resample is None else resample
+        if settings["do_resize"] and mode == "fit":
+            return self._fitted(batch_nCYX, _fit_side(settings), resample)
+        height, width = batch_nCYX.shape[-2:]
+        size = (height, width)
+        if settings["do_resize"]:
+            size = _new_size(height, width, dict(settings["size"]))
+        if not settings["do_center_crop"]:
+            return _resized(batch_nCYX, size, resample, (range(size[0]), range(size[1])))
+        rows, above, below = _centre(size[0], _crop(settings, "height"))
+        columns, left, right = _centre(size[1], _crop(settings, "width"))
+        made_nCYX = _resized(batch_nCYX, size, resample, (rows, columns))
+        return F.pad(made_nCYX, (left, right, above, below))
+
+    def _fitted(self, batch_nCYX: Tensor, side: int, resample: int) -> Tensor:
+        """The whole pictures in the middle of white squares, resized."""
+        height, width = batch_nCYX.shape[-2:]
+        edge = max(height, width)
+        if edge > MAX_SQUARE and batch_nCYX.shape[1] == len("RGB"):
+            squares = [_tensor(fitted(_picture(planes), side)) for planes in batch_nCYX]
+            return torch.stack(squares).to(batch_nCYX.device)
+        above, left = (edge - height) // 2, (edge - width) // 2
+        border = (left, edge - width - left, above, edge - height - above)
+        canvas_nCYX = F.pad(batch_nCYX, border, value=255)
+        return _resized(canvas_nCYX, (side, side), resample, (range(side), range(side)))
+
+    def _place(self, picture: Any, device: Any) -> Any:
+        return "cpu"
+
+    def _as_transformers(self, images: Any, **settings: Any) -> BatchFeature:
+        raise NotImplementedError
+
+    def _delivered(self, pixels: list[Tensor], kind: Any) -> BatchFeature:
+        raise NotImplementedError
+
+
+class ChameleonImageProcessorPil(_Steps, PilBackend):
+    """Pictures to `pixel_values` [n, 3, Y, X] in -1 to 1, as arrays and on the CPU."""
+
+    def _as_transformers(self, images: Any, **settings: Any) -> BatchFeature:
+        return PilBackend._preprocess_image_like_inputs(self, images, **settings)
+
+    def _delivered(self, pixels: list[Tensor], kind: Any) -> BatchFeature:
+        arrays = [picture.numpy(force=True) for picture in pixels]
+        return BatchFeature({"pixel_values": arrays}, tensor_type=kind)
+
+
+class ChameleonImageProcessor(_Steps):
+    """Pictures to `pixel_values` [n, 3, Y, X] in -1 to 1, as tensors on any device.
+
+    A tensor stays on its device unless `device` says another, and pictures of one size go through
+    together. On a CPU Pillow resizes them, elsewhere torch, with the same bits; torchvision is not
+    needed. `exact=False` is computed on the CPU.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._set_attributes(**kwargs)
+
+    @property
+    def backend(self) -> str:
+        """The name of the back end that works on tensors, whatever library it uses."""
+        return "torchvision"
+
+    def _place(self, picture: Any, device: Any) -> Any:
+        return device or (picture.device if isinstance(picture, Tensor) else "cpu")
+
+    def _as_transformers(self, images: Any, **settings: Any) -> BatchFeature:
         pictures = self._prepare_images_structure(images)
-        pixels = [_exact(picture, kwargs) for picture in pictures]
-        return BatchFeature({"pixel_values": pixels}, tensor_type=kwargs.get("return_tensors"))
+        places = [self._place(picture, settings["device"]) for picture in pictures]
+        kind = settings.pop("return_tensors")
+        on_cpu = [p.cpu() if isinstance(p, Tensor) else p for p in pictures]
+        done = ChameleonImageProcessorPil()._as_transformers(
+            on_cpu, return_tensors=None, **settings
+        )
+        arrays = zip(done["pixel_values"], places, strict=True)
+        pixels = [torch.as_tensor(array).to(place) for array, place in arrays]
+        return self._delivered(pixels, kind)
+
+    def _delivered(self, pixels: list[Tensor], kind: Any) -> BatchFeature:
+        if kind is not None and str(getattr(kind, "value", kind)) != "pt":
+            arrays = [picture.numpy(force=True) for picture in pixels]
+            return BatchFeature({"pixel_values": arrays}, tensor_type=kind)
+        return BatchFeature({"pixel_values": pixels}, tensor_type=kind)
 
 
-def _exact(picture: Any, settings: dict[str, Any]) -> npt.NDArray[np.float32]:
-    """Meta's steps, each as the settings have it on or off: float32 [3, Y, X]."""
-    image = Image.of(picture).pil
-    if image is None:
+def _resized(
+    batch_nCYX: Tensor, size: tuple[int, int], resample: int, window: tuple[range, range]
+) -> Tensor:
+    """A window of the resized pictures: by Pillow where that can be, for it is faster on a CPU."""
+    of_a_long_strip = size[0] * size[1] > MAX_PIXELS
+    if batch_nCYX.device.type != "cpu" or of_a_long_strip:
+        return resized(batch_nCYX, size, resample, window)
+    rows, columns = (slice(part.start, part.stop) for part in window)
+    made = [
+        np.asarray(PIL.Image.fromarray(plane).resize(size[::-1], resample))[rows, columns]
+        for plane in batch_nCYX.flatten(0, 1).numpy()
+    ]
+    return torch.from_numpy(np.stack(made)).unflatten(0, batch_nCYX.shape[:2])
+
+
+def _check(mode: Any, deep: Any, exact: Any) -> None:
+    if mode not in get_args(Mode):
+        raise SettingError(f"resize_mode={mode!r} is unknown: choose 'crop' or 'fit'")
+    if deep not in get_args(Deep):
+        raise SettingError(f"deep={deep!r} is unknown: choose 'scale' or 'clip'")
+    if mode == "fit" and not exact:
+        raise SettingError(
+            "resize_mode='fit' is none of transformers' steps: leave exact=False out, or crop"
+        )
+
+
+def _planes(picture: Any, settings: dict[str, Any], deep: Deep) -> Tensor:
+    """uint8 [C, Y, X] of a picture in any form: RGB on white where `do_convert_rgb` says so."""
+    if isinstance(picture, PIL.Image.Image) and picture.mode.startswith(("I", "F")):
+        picture = _scaled(picture) if deep == "scale" else picture.convert("RGB")
+    rgb = settings["do_convert_rgb"]
+    if isinstance(picture, np.ndarray | Tensor):
+        planes = _as_bytes(_channels_first(_as_tensor(picture), settings["input_data_format"]))
+        if not rgb or len(planes) == len("RGB"):
+            return planes
+        if len(planes) == 1:
+            return planes.expand(len("RGB"), -1, -1)
+        picture = _picture(planes)
+    elif not rgb and isinstance(picture, PIL.Image.Image):
+        return _tensor(picture)
+    pil = Image.of(picture).pil
+    if pil is None:
         raise SettingError("the image has codes but no pixels: give its picture")
-    if settings["do_resize"] and settings["do_center_crop"]:
-        image = cropped(image, _side(settings))
-    elif settings["do_resize"] or settings["do_center_crop"]:
-        raise SettingError(
-            f"do_resize={settings['do_resize']} with do_center_crop={settings['do_center_crop']} "
-            "is not among Meta's steps: set both alike, or exact=False"
+    return _tensor(pil)
+
+
+def _scaled(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """A grey picture of 16 or 32 bits or floats, scaled to 8 bits."""
+    values = np.asarray(ImageOps.exif_transpose(picture), dtype=np.float64)
+    low, high = values.min(), values.max()
+    white = 1 if picture.mode == "F" else 65_535
+    white = 255 if picture.mode == "I" and high <= 255 else white
+    if not (low >= 0 and high <= white):  # also false for NaN
+        raise ImageError(
+            f"a picture of mode {picture.mode} has values from {low:g} to {high:g}, which may be "
+            f"any scale: bring them to 0 to {white:,}"
         )
-    pixels_CYX = np.asarray(image).transpose(2, 0, 1)
-    if not settings["do_rescale"]:
-        return pixels_CYX.astype(np.float32)
-    factor = settings["rescale_factor"]
-    if factor in (2 / 255, TRANSFORMERS_RESCALE):
-        scaled = pixels_CYX / 255.0 * 2.0
-    else:
-        scaled = pixels_CYX * np.float64(factor)
+    return PIL.Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
+
+
+def _as_tensor(array: Any) -> Tensor:
+    if isinstance(array, Tensor):
+        return array.detach()
+    # torch takes no foreign byte order, no stride below 0, and warns of what cannot be written.
+    native = array.astype(array.dtype.newbyteorder("="), copy=not array.flags.writeable)
+    return torch.from_numpy(np.ascontiguousarray(native))
+
+
+def _tensor(picture: PIL.Image.Image) -> Tensor:
+    array = np.array(picture)
+    array = array[..., None] if array.ndim == 2 else array
+    return _as_bytes(torch.from_numpy(array).permute(2, 0, 1))
+
+
+def _picture(planes_CYX: Tensor) -> PIL.Image.Image:
+    return PIL.Image.fromarray(planes_CYX.permute(1, 2, 0).contiguous().numpy(force=True))
+
+
+def _channels_first(array: Tensor, order: Any) -> Tensor:
+    """[C, Y, X] of [C, Y, X] or [Y, X, C]; where both fit, the channel is first."""
+    if array.ndim == 3 and order is None:
+        found = [axis for axis in (0, 2) if array.shape[axis] in _CHANNELS]
+        order = "channels_last" if found == [2] else "channels_first" if found else None
+    if array.ndim != 3 or 0 in array.shape or order is None:
+        raise ImageError(
+            f"an array of shape {'x'.join(map(str, array.shape))} is not one picture: give "
+            "[C, Y, X] or [Y, X, C] with 1, 3 or 4 channels"
+        )
+    return array.permute(2, 0, 1) if ChannelDimension(order) is ChannelDimension.LAST else array
+
+
+def _as_bytes(planes: Tensor) -> Tensor:
+    """uint8 of pixels of any type: 16 bits and floats are scaled, an unknown range raises."""
+    kind = planes.dtype
+    if kind == torch.uint8:
+        return planes
+    if kind == torch.bool:
+        return planes.to(torch.uint8) * 255
+    wide = planes.double() if planes.is_floating_point() else planes.to(torch.int64)
+    low, high = wide.min().item(), wide.max().item()
+    limit = 1 if planes.is_floating_point() else 65535 if kind == torch.uint16 else 255
+    if not (low >= 0 and high <= limit):  # also false for NaN
+        raise ImageError(
+            f"the picture has values from {low} to {high}, one of {str(kind)[6:]} has 0 to "
+            f"{limit}: rescale it, or give it as uint8 or uint16"
+        )
+    if planes.is_floating_point():
+        return (wide * 255).round().to(torch.uint8)
+    # Values that fit 8 bits are taken for 8 bits, whatever type holds them.
+    return (wide if high <= 255 else (wide + 128) // 257).to(torch.uint8)
+
+
+def _new_size(height: int, width: int, size: dict[str, int]) -> tuple[int, int]:
+    if set(size) == {"shortest_edge"}:
+        scale = size["shortest_edge"] / min(height, width)
+        return round(scale * height), round(scale * width)
+    if set(size) == {"height", "width"}:
+        return size["height"], size["width"]
+    raise SettingError(
+        f"size={size} is not among Meta's steps: give 'shortest_edge' or 'height' and 'width', "
+        "or exact=False"
+    )
+
+
+def _fit_side(settings: dict[str, Any]) -> int:
+    given = settings["crop_size"] if settings["do_center_crop"] else settings["size"]
+    sides = set(dict(given).values())
+    if len(sides) != 1:
+        raise SettingError(f"resize_mode='fit' makes squares, not {dict(given)}: give one side")
+    return int(sides.pop())
+
+
+def _crop(settings: dict[str, Any], name: str) -> int:
+    crop = dict(settings["crop_size"])
+    if name not in crop:
+        raise SettingError(f"crop_size={crop} has no {name}: give height and width")
+    return int(crop[name])
+
+
+def _centre(length: int, wanted: int) -> tuple[range, int, int]:
+    """The part of `length` in the middle that is wanted, and what is missing before and after."""
+    start, missing = max((length - wanted) // 2, 0), max(wanted - length, 0)
+    before = (missing + 1) // 2
+    return range(start, min(start + wanted, length)), before, missing - before
+
+
+def _valued(batch_nCYX: Tensor, settings: dict[str, Any]) -> Tensor:
+    """float32 [n, C, Y, X]: each of the 256 levels of a channel has its value, made in float64."""
+    levels = np.arange(256, dtype=np.float64)
+    if settings["do_rescale"]:
+        factor = settings["rescale_factor"]
+        exact = factor in (2 / 255, TRANSFORMERS_RESCALE)
+        levels = levels / 255.0 * 2.0 if exact else levels * np.float64(factor)
+    channels = batch_nCYX.shape[1]
+    table = np.broadcast_to(levels, (channels, 256))
     if settings["do_normalize"]:
-        mean, std = (_channels(settings[name]) for name in ("image_mean", "image_std"))
-        scaled = (scaled - mean) / std
-    return scaled.astype(np.float32)
+        mean, std = (_for_channels(settings, n, channels) for n in ("image_mean", "image_std"))
+        table = (table - mean) / std
+    values = torch.from_numpy(table.astype(np.float32)).to(batch_nCYX.device)
+    return torch.stack([values[c][batch_nCYX[:, c].int()] for c in range(channels)], dim=1)
 
 
-def _side(settings: dict[str, Any]) -> int:
-    size, crop = dict(settings["size"]), dict(settings["crop_size"])
-    side = size.get("shortest_edge") or size.get("height")
-    if {side, crop.get("height"), crop.get("width")} != {side}:
+def _for_channels(settings: dict[str, Any], name: str, channels: int) -> Any:
+    values = np.atleast_1d(np.asarray(settings[name], dtype=np.float64))
+    if len(values) not in (1, channels):
         raise SettingError(
-            f"size={size} with crop_size={crop} is not among Meta's steps: give both one side, "
-            "or exact=False"
+            f"{name} has {len(values)} values but the picture {channels} channels: give one each"
         )
-    return int(side or 0)
+    return values[:, None]
 
 
-def _channels(values: Any) -> npt.NDArray[np.float64]:
-    array = np.atleast_1d(np.asarray(values, dtype=np.float64))
-    return array[:, None, None]
+def _padded(pixels: list[Tensor], size: Any) -> list[Tensor]:
+    """Pictures with zeros below and to the right, up to `size` or the largest of them."""
+    given = dict(size) if size else {}
+    height = given.get("height") or max(picture.shape[1] for picture in pixels)
+    width = given.get("width") or max(picture.shape[2] for picture in pixels)
+    if any(picture.shape[1] > height or picture.shape[2] > width for picture in pixels):
+        raise SettingError(f"pad_size={given} is smaller than a picture: raise it")
+    return [F.pad(p, (0, width - p.shape[2], 0, height - p.shape[1])) for p in pixels]
+
+
+# By the names that transformers has for back ends: "torchvision" is the one that works on tensors.
+IMAGE_PROCESSORS: dict[str, type[_Steps]] = {
+    "torchvision": ChameleonImageProcessor,
+    "pil": ChameleonImageProcessorPil,
+}
+# The names that transformers and earlier releases of this package have for them.
+ChameleonImageProcessorFast = ChameleonImageProcessor
+ChameleonImagesKwargs = ChameleonImageProcessorKwargs

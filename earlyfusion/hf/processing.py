@@ -21,10 +21,11 @@ from transformers import AutoTokenizer
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessorMixin
+from transformers.utils import is_torchvision_available
 
 from earlyfusion.content import Image, Segment, Text
 from earlyfusion.errors import PromptError, SettingError
-from earlyfusion.hf.image_processing import ChameleonImageProcessor, ChameleonImagesKwargs
+from earlyfusion.hf.image_processing import IMAGE_PROCESSORS, ChameleonImagesKwargs
 from earlyfusion.vocabulary import (
     BEGIN_IMAGE,
     BOS,
@@ -186,8 +187,12 @@ class ChameleonProcessor(ProcessorMixin):
         cls, pretrained_model_name_or_path: Any, processor_dict: Any = None, **kwargs: Any
     ) -> list[Any]:
         # transformers would look its own image processor up, as long as ours is not registered.
+        backend = kwargs.pop("backend", None)
+        backend = backend or ("torchvision" if is_torchvision_available() else "pil")
+        if backend not in IMAGE_PROCESSORS:
+            raise SettingError(f"backend={backend!r} is unknown: choose 'torchvision' or 'pil'")
         return [
-            ChameleonImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs),
+            IMAGE_PROCESSORS[backend].from_pretrained(pretrained_model_name_or_path, **kwargs),
             AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs),
         ]
 

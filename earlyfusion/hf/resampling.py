@@ -1,0 +1,158 @@
+"""Pillow's resampling of 8-bit pictures in torch, on any device and equal to the bit.
+
+Pillow resizes along one axis, rounds to 8 bits, then along the other. A pixel is a weighted sum of
+its neighbours; the weights are a filter stretched to the scale, normalised to 1 and rounded to
+whole multiples of 2 ** -22, so that all arithmetic is on 32-bit integers, the same on any device.
+Shapes: n pictures, C channels, Y X height and width in pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+
+import numpy as np
+import PIL.Image
+import torch
+from PIL.Image import Resampling
+from torch import Tensor
+
+from earlyfusion.errors import SettingError
+
+_BITS = 22
+
+
+def resized(
+    pixels_nCYX: Tensor,
+    size: tuple[int, int],
+    resample: int = Resampling.LANCZOS,
+    window: tuple[range, range] | None = None,
+) -> Tensor:
+    """uint8 [n, C, Y, X] resized to `size` (height, width), as `PIL.Image.resize` does it.
+
+    `window` is the part of the result that is wanted, its rows and columns; all of it by default.
+    Raises `SettingError` for a filter that is not known here.
+    """
+    rows, columns = window or (range(size[0]), range(size[1]))
+    if resample != Resampling.NEAREST and resample not in _FILTERS:
+        raise SettingError(
+            f"resample={resample} is no known filter: choose NEAREST, BOX, BILINEAR, HAMMING, "
+            "BICUBIC or LANCZOS of PIL.Image.Resampling"
+        )
+    height, width = pixels_nCYX.shape[-2:]
+    steps = [(-1, size[1], columns), (-2, size[0], rows)]
+    if _turns_round() and height > size[0] and height - size[0] > 2 * (width - size[1]):
+        steps.reverse()
+    for axis, length, wanted in steps:
+        pixels_nCYX = _along(pixels_nCYX, axis, length, wanted, int(resample))
+    return pixels_nCYX
+
+
+@lru_cache(maxsize=1)
+def _turns_round() -> bool:
+    """Whether the installed Pillow goes along y first where that leaves less to do along x.
+
+    Older ones never do. The order shows in the last bits, so a probe tells.
+    """
+    probe = np.random.default_rng(0).integers(0, 256, (32, 16), dtype=np.uint8)
+    found = np.asarray(PIL.Image.fromarray(probe).resize((15, 8), Resampling.LANCZOS))
+    pixels = torch.from_numpy(probe)
+    for axis, length in ((-2, 8), (-1, 15)):
+        pixels = _along(pixels, axis, length, range(length), Resampling.LANCZOS)
+    return bool((pixels.numpy() == found).all())
+
+
+def _along(pixels: Tensor, axis: int, size: int, wanted: range, resample: int) -> Tensor:
+    """uint8 pixels with `axis` resized to `size`, of which the `wanted` places are made."""
+    # The axis first: whole rows are then copied, which is the fast way through memory.
+    lines = pixels.movedim(axis, 0)
+    length = len(lines)
+    if size == length:
+        return lines[wanted.start : wanted.stop].movedim(0, axis)
+    lines, shape = lines.reshape(length, -1), lines.shape[1:]
+    if resample == Resampling.NEAREST:
+        places = torch.tensor(_nearest(length, size), device=pixels.device)
+        made = lines[places[wanted.start : wanted.stop]]
+    else:
+        made = _summed(lines.int(), *_weights(length, size, wanted, resample))
+    return made.unflatten(-1, shape).movedim(0, axis)
+
+
+def _summed(lines: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
+    starts, weights = starts.to(lines.device), weights.to(lines.device)
+    shape = (len(starts), lines.shape[1])
+    sums = torch.full(shape, 1 << (_BITS - 1), dtype=torch.int32, device=lines.device)
+    for tap in range(weights.shape[1]):
+        # A tap past the edge has weight 0, so which pixel it reads does not matter.
+        places = (starts + tap).clamp(max=len(lines) - 1)
+        sums.addcmul_(lines.index_select(0, places), weights[:, tap, None])
+    return (sums >> _BITS).clamp_(0, 255).to(torch.uint8)
+
+
+def _nearest(length: int, size: int) -> list[int]:
+    """The pixel read at each place, with Pillow's running sum: a product would round otherwise."""
+    step, at, places = length / size, 0.5 * length / size, []
+    for _ in range(size):
+        places.append(min(int(at), length - 1))
+        at += step
+    return places
+
+
+@lru_cache(maxsize=32)
+def _weights(length: int, size: int, wanted: range, resample: int) -> tuple[Tensor, Tensor]:
+    """First pixel read [x] and whole weights [x, tap] of each wanted place."""
+    shape, support = _FILTERS[resample]
+    scale = length / size
+    stretch = max(scale, 1.0)
+    rows = [_row(shape, (x + 0.5) * scale, support * stretch, stretch, length) for x in wanted]
+    taps = max(len(row) for _, row in rows)
+    starts = torch.tensor([start for start, _ in rows])
+    padded = [row + [0] * (taps - len(row)) for _, row in rows]
+    return starts, torch.tensor(padded, dtype=torch.int32)
+
+
+def _row(
+    shape: Callable[[float], float], centre: float, support: float, stretch: float, length: int
+) -> tuple[int, list[int]]:
+    start = max(int(centre - support + 0.5), 0)
+    stop = min(int(centre + support + 0.5), length)
+    # Term by term as in Pillow: another order would round another way.
+    reciprocal = 1.0 / stretch
+    values = [shape((x - centre + 0.5) * reciprocal) for x in range(start, stop)]
+    total = 0.0
+    for value in values:
+        total += value
+    shares = [value / total if total else value for value in values]
+    return start, [int(share * (1 << _BITS) + math.copysign(0.5, share)) for share in shares]
+
+
+def _sinc(x: float) -> float:
+    return math.sin(x * math.pi) / (x * math.pi) if x else 1.0
+
+
+def _lanczos(x: float) -> float:
+    return _sinc(x) * _sinc(x / 3) if -3 <= x < 3 else 0.0
+
+
+def _bicubic(x: float) -> float:
+    a, x = -0.5, abs(x)
+    if x < 1:
+        return ((a + 2.0) * x - (a + 3.0)) * x * x + 1
+    return (((x - 5) * x + 8) * x - 4) * a if x < 2 else 0.0
+
+
+def _hamming(x: float) -> float:
+    x = abs(x)
+    if x >= 1:
+        return 0.0
+    return _sinc(x) * (0.54 + 0.46 * math.cos(x * math.pi))
+
+
+_FILTERS: dict[int, tuple[Callable[[float], float], float]] = {
+    Resampling.BOX: (lambda x: 1.0 if -0.5 < x <= 0.5 else 0.0, 0.5),
+    Resampling.BILINEAR: (lambda x: max(1.0 - abs(x), 0.0), 1.0),
+    Resampling.HAMMING: (_hamming, 1.0),
+    Resampling.BICUBIC: (_bicubic, 2.0),
+    Resampling.LANCZOS: (_lanczos, 3.0),
+}
