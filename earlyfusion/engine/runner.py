@@ -201,11 +201,12 @@ class ModelRunner:
     def _draw_steered(self, x_TD: Tensor, step: _Step, ask: Ask) -> list[int]:
         """One token as in the plain loop, from the whole vocabulary; none where that fails."""
         assert ask.steering is not None
-        head, ids = self._transformer.lm_head, ask.branches[0].tokens
-        x_3D = x_TD[[step.row_of[branch] for branch in ask.branches]]
-        full_V, image_only_V, unconditional_V = head(x_3D.to(head.weight.dtype)).float()
-        logits_V = guidance.combine(full_V, image_only_V, unconditional_V, *ask.weights)
-        logits_V = full_V if len(set(ask.branches)) == 1 else logits_V
+        ids, branches = ask.branches[0].tokens, list(dict.fromkeys(ask.branches))
+        rows_RV = self._whole_logits(x_TD[[step.row_of[branch] for branch in branches]])
+        full_V, *others = (rows_RV[branches.index(branch)] for branch in ask.branches)
+        logits_V = full_V
+        if len(branches) > 1:
+            logits_V = guidance.combine(full_V, *others, *ask.weights)
         state_1F = torch.tensor([ask.state], device=self.device)
         allowed_1V = ask.grammar.mask(state_1F)
         try:
@@ -221,6 +222,11 @@ class ModelRunner:
         [token] = sampler.draw(changed_V[None], allowed_1V, seen_1V, in_image_1, uniform_1).tolist()
         ask.logprob = ask.steering.told(full_V, token)
         return [token]
+
+    def _whole_logits(self, x_RD: Tensor) -> Tensor:
+        """Logits [R, V] in fp32 of the whole vocabulary."""
+        head = self._transformer.lm_head
+        return head(x_RD.to(head.weight.dtype)).float()
 
     def _draw_together(self, x_TD: Tensor, step: _Step, asks: Sequence[Ask]) -> list[list[int]]:
         if self._compiled is None:
