@@ -203,10 +203,10 @@ class ModelRunner:
         assert ask.steering is not None
         ids, branches = ask.branches[0].tokens, list(dict.fromkeys(ask.branches))
         rows_RV = self._whole_logits(x_TD[[step.row_of[branch] for branch in branches]])
-        full_V, *others = (rows_RV[branches.index(branch)] for branch in ask.branches)
+        full_V, image_only_V, alone_V = (rows_RV[branches.index(b)] for b in ask.branches)
         logits_V = full_V
         if len(branches) > 1:
-            logits_V = guidance.combine(full_V, *others, *ask.weights)
+            logits_V = guidance.combine(full_V, image_only_V, alone_V, *ask.weights)
         state_1F = torch.tensor([ask.state], device=self.device)
         allowed_1V = ask.grammar.mask(state_1F)
         try:
