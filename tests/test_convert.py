@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -433,6 +434,28 @@ class TestMistakes:
         with pytest.raises(CheckpointError, match=r"tiny is there already: choose another"):
             convert(tiny, tiny, "hf")
 
+    def test_a_target_that_is_a_file_or_empty(self, tiny: Path, tmp_path: Path) -> None:
+        file, empty = tmp_path / "file", tmp_path / "empty"
+        file.write_text("mine")
+        empty.mkdir()
+        with pytest.raises(CheckpointError, match="file is there already"):
+            convert(tiny, file, "hf")
+        assert file.read_text() == "mine"
+        convert(tiny, empty, "hf")
+        assert_same_model(load_hf(empty), load_hf(tiny))
+
+    def test_a_disk_that_fills_up(
+        self, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        before = sorted(tmp_path.iterdir())
+
+        def fill(done: int, total: int) -> None:
+            raise OSError(errno.ENOSPC, "no room")
+
+        with pytest.raises(CheckpointError, match=r"out cannot be written \(No space left"):
+            convert(tiny, tmp_path / "out", "hf", progress=fill)
+        assert sorted(tmp_path.iterdir()) == before
+
     @pytest.mark.parametrize(
         ("to", "options", "sentence"),
         [
@@ -459,10 +482,19 @@ class TestMistakes:
         with pytest.raises(CheckpointError, match="QK-norms that differ"):
             convert(tiny, tmp_path / "out", "meta")
 
-    def test_what_meta_has_no_place_for(self, tmp_path: Path) -> None:
-        save_tiny(tmp_path / "biased", mlp_bias=True)
-        with pytest.raises(CheckpointError, match="no place for mlp_bias: convert to hf"):
-            convert(tmp_path / "biased", tmp_path / "out", "meta")
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"mlp_bias": True},
+            {"attention_bias": True},
+            {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        ],
+    )
+    def test_what_meta_has_no_place_for(self, tmp_path: Path, change: dict[str, Any]) -> None:
+        save_tiny(tmp_path / "other", **change)
+        [name] = change
+        with pytest.raises(CheckpointError, match=f"no place for {name}: convert to hf"):
+            convert(tmp_path / "other", tmp_path / "out", "meta")
 
     def test_keys_are_checked_before_writing(self, tiny: Path, tmp_path: Path) -> None:
         self.rewrite(tiny, lambda tensors: tensors.pop(NORM))
@@ -636,6 +668,32 @@ class TestImageTokenizers:
         with pytest.raises(CheckpointError, match="their codebooks differ"):
             convert(tiny, tmp_path / "out", "hf", image_tokenizer=strange)
 
+    def test_a_codebook_of_another_shape_is_refused(self, tiny: Path, tmp_path: Path) -> None:
+        narrow = replace(CONFIG.vq_config, embed_dim=CONFIG.vq_config.embed_dim // 2)
+        save_tiny(tmp_path / "narrow", vq_config=narrow)
+        with pytest.raises(CheckpointError, match="their codebooks differ"):
+            convert(tiny, tmp_path / "out", "hf", image_tokenizer=tmp_path / "narrow")
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            ({"num_embeddings": 32}, "makes 8 x 8 codes of 32,"),
+            ({"channel_multiplier": (1, 2, 2)}, "makes 4 x 4 codes of 64,"),
+        ],
+    )
+    def test_other_codes_are_refused(
+        self, bare: Path, tmp_path: Path, change: dict[str, Any], words: str
+    ) -> None:
+        save_tiny(tmp_path / "other", vq_config=replace(CONFIG.vq_config, **change))
+        with pytest.raises(CheckpointError, match=words):
+            convert(bare, tmp_path / "out", "hf", image_tokenizer=tmp_path / "other")
+
+    def test_a_model_without_one_has_none_to_give(
+        self, tiny: Path, bare: Path, tmp_path: Path
+    ) -> None:
+        with pytest.raises(CheckpointError, match="bare holds no image tokenizer"):
+            convert(tiny, tmp_path / "out", "hf", image_tokenizer=bare)
+
     def test_another_size_is_refused(self, bare: Path, tmp_path: Path, golden: Path) -> None:
         with pytest.raises(CheckpointError, match=r"makes 1 x 1 codes of 512.*expects 8 x 8 of 64"):
             convert(bare, tmp_path / "out", "hf", image_tokenizer=golden / "tokenizer")
@@ -753,6 +811,101 @@ class TestLumina:
     def test_meta_has_no_place_for_it(self, folder: Path, tokenizer: Path, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="no place for the size tokens of Lumina"):
             convert(folder, tmp_path / "m", "meta", tokenizer=tokenizer, image_tokenizer=tokenizer)
+
+
+def tensors_of(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def config_of(folder: Path, **changes: Any) -> None:
+    data = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(data | changes))
+
+
+def cut(path: Path, size: int) -> None:
+    path.write_bytes(path.read_bytes()[:size])
+
+
+EXTRA = {"extra.weight": torch.zeros(1)}
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "weights cut": lambda f: cut(f / "model.safetensors", 900_000),
+    "weights empty": lambda f: cut(f / "model.safetensors", 0),
+    "weights of noise": lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 4096),
+    "no weights": lambda f: (f / "model.safetensors").unlink(),
+    "no such shard": lambda f: (f / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"lm_head.weight": "model-2.safetensors"}}'
+    ),
+    "a key is missing": lambda f: tensors_of(f, lambda t: t.pop(NORM)),
+    "a key too many": lambda f: tensors_of(f, lambda t: t.update(EXTRA)),
+    "a key of another shape": lambda f: tensors_of(
+        f, lambda t: t.update({NORM: t[NORM].flatten()})
+    ),
+    "no VQ weights but one": lambda f: tensors_of(
+        f, lambda t: [t.pop(n) for n in [*t] if "vqmodel.encoder" in n]
+    ),
+    "config is no JSON": lambda f: cut(f / "config.json", 100),
+    "config is a list": lambda f: (f / "config.json").write_text("[]"),
+    "no config": lambda f: (f / "config.json").unlink(),
+    "more layers": lambda f: config_of(f, num_hidden_layers=9),
+    "fewer layers": lambda f: config_of(f, num_hidden_layers=1),
+    "other heads": lambda f: config_of(f, num_attention_heads=3),
+    "another width": lambda f: config_of(f, hidden_size=64),
+    "another vocabulary": lambda f: config_of(f, vocab_size=77),
+    "no tokenizer": lambda f: (f / "tokenizer.json").unlink(),
+    "tokenizer is no JSON": lambda f: cut(f / "tokenizer.json", 1000),
+    "tokenizer is empty": lambda f: (f / "tokenizer.json").write_text("{}"),
+    "settings are no JSON": lambda f: cut(f / "generation_config.json", 3),
+    "processor is no JSON": lambda f: cut(f / "processor_config.json", 3),
+}
+META_DAMAGE: dict[str, Callable[[Path], object]] = {
+    "shard cut": lambda f: cut(f / "consolidated.00.pth", 5000),
+    "first shard missing": lambda f: (f / "consolidated.00.pth").unlink(),
+    "second shard missing": lambda f: (f / "consolidated.01.pth").unlink(),
+    "params are no JSON": lambda f: cut(f / "params.json", 9),
+    "params are empty": lambda f: (f / "params.json").write_text("{}"),
+    "no VQ weights": lambda f: (f / "tokenizer" / "vqgan.ckpt").unlink(),
+    "VQ config is no YAML": lambda f: (f / "tokenizer" / "vqgan.yaml").write_text("{"),
+    "no tokenizer": lambda f: shutil.rmtree(f / "tokenizer"),
+    "a file unlike its checklist": lambda f: (f / "consolidate_params.json").write_text(
+        (f / "consolidate_params.json").read_text() + "\n"
+    ),
+}
+
+
+class TestDamage:
+    """A damaged model gives one sentence and exit code 2, and no copy of it appears."""
+
+    def said(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        target = folder.parent / "copy"
+        load = ["generate", "Hello", "--output", "text", "--max-tokens", "1", "--model"]
+        for command in (
+            ["info", str(folder)],
+            ["convert", str(folder), str(target), "--to", "hf"],
+            [*load, str(folder)],
+        ):
+            assert main(command) == 2, command
+            out, err = capsys.readouterr()
+            assert out == ""
+            assert err.startswith("Error: ")
+            assert err.count("\n") == 1
+        assert [*folder.parent.glob("*copy*")] == []
+
+    @pytest.mark.parametrize("kind", DAMAGE)
+    def test_transformers_layout(
+        self, tiny: Path, kind: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        DAMAGE[kind](tiny)
+        self.said(tiny, capsys)
+
+    @pytest.mark.parametrize("kind", META_DAMAGE)
+    def test_meta_s_layout(
+        self, tiny: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        convert(tiny, tmp_path / "meta", "meta", shards=2)
+        META_DAMAGE[kind](tmp_path / "meta")
+        self.said(tmp_path / "meta", capsys)
 
 
 class TestCommand:
