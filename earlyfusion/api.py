@@ -18,6 +18,7 @@ import PIL.Image
 import torch
 
 from earlyfusion.checkpoints import formats, lumina
+from earlyfusion.checkpoints.adapter import merge_adapter
 from earlyfusion.checkpoints.hf import Loaded, assemble
 from earlyfusion.config import ModelConfig
 from earlyfusion.content import Image, Message, Part, Prompt, Segment, Text, as_messages
@@ -154,6 +155,7 @@ class Chameleon:
         dtype: str = "auto",
         tensor_parallel: int = 1,
         verify: bool = True,
+        adapter: str | Path | None = None,
     ) -> Chameleon:
         """Load the embedded model "mini", a folder in any supported format, or a hub id.
 
@@ -162,9 +164,10 @@ class Chameleon:
         the head's matrices (model/packed.py) and compute as "auto" does. `tensor_parallel` is the
         number of processes, those that `torchrun` started, that share each layer: the first goes
         on, the others serve it and end with it (docs/engine.md). `verify` compares the files with
-        the checklist beside them, if there is one; of large files only once. Raises
-        `CheckpointError`, `SettingError`.
+        the checklist beside them, if there is one; of large files only once. `adapter` is a folder
+        in PEFT's format, which is added to the weights. Raises `CheckpointError`, `SettingError`.
         """
+        _check_adapter(adapter, tensor_parallel)
         place, kind = _device(device, tensor_parallel), _dtype(dtype)
         alone = tensor_parallel == 1
         loaded = (
@@ -173,6 +176,8 @@ class Chameleon:
             else _load_part(name, place, kind, tensor_parallel, verify)
         )
         transformer = loaded.transformer
+        if adapter is not None:
+            merge_adapter(transformer, Path(adapter).expanduser())
         if alone and kind is None:
             size = sum(parameter.numel() for parameter in transformer.parameters())
             transformer = transformer.to(_own_dtype(size, place))
@@ -572,6 +577,14 @@ def _own_gpu(name: str) -> str:
 def _dtype(name: str) -> torch.dtype | None:
     _check_choice("dtype", name, tuple(_DTYPES))
     return _DTYPES[name]
+
+
+def _check_adapter(adapter: str | Path | None, parts: int) -> None:
+    if adapter is not None and parts > 1:
+        raise SettingError(
+            f"adapter={str(adapter)!r} cannot go to parts of a model: use tensor_parallel=1, or "
+            "merge it first"
+        )
 
 
 def _own_dtype(size: int, device: torch.device) -> torch.dtype:

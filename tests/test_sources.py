@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import csv
+import io
 import itertools
 import json
 import threading
@@ -8,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 from corpora import jsonl, pairs, png, tar, tiny_encoder, tiny_vqgan
 from hypothesis import given, settings
@@ -46,6 +49,96 @@ from earlyfusion.train.data import Packer, RoleWeights
 @pytest.fixture(scope="module")
 def processor(tmp_path_factory: pytest.TempPathFactory) -> Processor:
     return tiny_processor(tmp_path_factory.mktemp("tokenizer"))
+
+
+def opened_rows(source: Path, cache: Path) -> list[Any]:
+    """Every row of a source, or why it is broken."""
+    rows, found = open_rows(str(source), cache, RowSettings()), []
+    for number in range(len(rows)):
+        table, place = rows.place(number)
+        try:
+            found.append(table.row(place))
+        except DataError as error:
+            found.append(str(error))
+    return found
+
+
+@pytest.mark.parametrize(("suffix", "mark"), [("csv", ","), ("tsv", "\t")])
+def test_rows_of_columns(tmp_path: Path, suffix: str, mark: str) -> None:
+    talk = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello, you."}]
+    rows = [
+        ["image", "text", "messages"],
+        ["1.png", 'a "red" pear,\non two lines', ""],
+        ["2.png", "사과", ""],
+        ["", "", json.dumps(talk)],
+        ["", "[no list]", ""],
+        ["3.png", "x" * 200_000, ""],
+    ]
+    with io.StringIO(newline="") as file:
+        csv.writer(file, delimiter=mark).writerows(rows)
+        text = file.getvalue()
+    path = tmp_path / f"rows.{suffix}"
+    path.write_bytes(("\ufeff" + text + "only one\r\n").encode())
+    found = opened_rows(path, tmp_path / "cache")
+    assert found[0] == {"image": "1.png", "text": 'a "red" pear,\non two lines'}
+    assert found[1] == {"image": "2.png", "text": "사과"}
+    assert found[2] == {"messages": talk} and found[3] == {"text": "[no list]"}
+    assert len(found[4]["text"]) == 200_000
+    assert len(found) == 6 and "1 cells and the first row 3" in found[5]
+    assert opened_rows(path, tmp_path / "cache") == found  # from the index
+
+
+def test_columns_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    for data in (b'text\n"never closed\n', "text\n사과\n".encode("cp949")):
+        path.write_bytes(data)
+        with pytest.raises(DataError, match="cannot be read after 0 rows"):
+            opened_rows(path, tmp_path / "cache")
+    path.write_text("text\n")
+    with pytest.raises(DataError, match="holds no rows"):
+        opened_rows(path, tmp_path / "cache")
+
+
+def test_a_folder_of_pictures_with_texts_beside_them(tmp_path: Path) -> None:
+    folder = tmp_path / "pears"
+    (folder / "deep").mkdir(parents=True)
+    for number, name in enumerate(("b.png", "a.PNG", "deep/c.png", "lonely.png")):
+        (folder / name).write_bytes(png(number))
+        if name != "lonely.png":
+            (folder / name).with_suffix(".txt").write_text(f"Pear {name}\n", encoding="utf-8")
+    rows = opened_rows(folder, tmp_path / "cache")
+    assert rows[:3] == [{"image": n, "text": f"Pear {n}"} for n in ("a.PNG", "b.png", "deep/c.png")]
+    assert rows[3].startswith("there is no lonely.txt beside lonely.png")
+    opened = open_rows(str(folder), tmp_path / "cache", RowSettings())
+    table, _ = opened.place(2)
+    assert table.read(rows[2], "deep/c.png") == png(2)
+    (folder / "b.txt").write_text("Another pear")
+    changed = open_rows(str(folder), tmp_path / "cache", RowSettings())
+    assert changed.fingerprint != opened.fingerprint
+    for text in folder.rglob("*.txt"):
+        text.unlink()
+    with pytest.raises(DataError, match=r"nor pictures with a \.txt beside"):
+        opened_rows(folder, tmp_path / "cache")
+
+
+def test_folders_that_datasets_saved(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    pictures = [PIL.Image.open(io.BytesIO(png(n))) for n in range(3)]
+    columns = {"image": pictures, "text": [f"pear {n}" for n in range(3)]}
+    kept = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    kept = kept.select([2, 0, 1])
+    kept.save_to_disk(str(tmp_path / "one"), num_shards=2)
+    datasets.DatasetDict({"train": kept}).save_to_disk(str(tmp_path / "many"))
+    (tmp_path / "one" / "cache-0123.arrow").write_bytes(b"of a step of datasets")
+    for name in ("one", "many"):
+        rows = opened_rows(tmp_path / name, tmp_path / "cache")
+        assert [row["text"] for row in rows] == ["pear 2", "pear 0", "pear 1"]
+        pixels = np.asarray(PIL.Image.open(io.BytesIO(rows[1]["image"]["bytes"])))
+        assert (pixels == np.asarray(pictures[0])).all()
+        assert example_of(rows[0], picture_first=True).form == "pair"
+    (tmp_path / "bad.arrow").write_bytes(b"no table")
+    with pytest.raises(DataError, match="no Arrow file"):
+        opened_rows(tmp_path / "bad.arrow", tmp_path / "cache")
 
 
 def said(row: dict[str, Any], picture_first: bool = True) -> list[tuple[str, list[Any]]]:

@@ -44,10 +44,16 @@ def run(name: str, overrides: list[str]) -> None:
 
     Raises `SettingError` for an unknown recipe or field, or a value of the wrong type.
     """
+    recipe = _load(name)
+    from earlyfusion.train import folder  # once the name is known to be good: it needs torch
+
+    with folder.told_to_torchrun():
+        _run(recipe, override(recipe.config, overrides), name, overrides)
+
+
+def _run(recipe: ModuleType, config: Any, name: str, overrides: list[str]) -> None:
     from earlyfusion.train import folder
 
-    recipe = _load(name)
-    config = override(recipe.config, overrides)
     out = getattr(getattr(config, "run", config), "out", None)
     if not isinstance(out, Path):
         recipe.main(config)

@@ -24,6 +24,7 @@ import torch
 
 from earlyfusion import parallel
 from earlyfusion.checkpoints import formats
+from earlyfusion.checkpoints.adapter import save_adapter
 from earlyfusion.checkpoints.hf import Loaded, assemble, save_hf
 from earlyfusion.checkpoints.source import Source
 from earlyfusion.errors import DataError, SettingError
@@ -53,7 +54,9 @@ class FinetuneConfig(LanguageConfig):
     trainable: str = "all"
     """"all", or "image_head": only the rows of the head that score image tokens."""
     lora: int = 0
-    """Rank of low-rank adapters, which are merged at the end; 0: none."""
+    """Rank of low-rank adapters; 0: none. They are left in `adapter/`, in PEFT's format."""
+    merge: bool = True
+    """Whether adapters are merged into `model/` too."""
     alpha: float = 0.0
     """What the adapters are scaled by, divided by the rank; 0: twice the rank."""
     workers: int = 2
@@ -73,6 +76,8 @@ class FinetuneConfig(LanguageConfig):
                 raise SettingError(f"{name}={getattr(self, name)} must be 0 up")
         if self.alpha and not self.lora:
             raise SettingError(f"alpha={self.alpha:g} scales adapters: give their rank, as lora=16")
+        if not self.merge and not self.lora:
+            raise SettingError("merge=false leaves adapters alone: give their rank, as lora=16")
         if self.part != "all" and self.run.parallel.tensor > 1:
             raise SettingError(
                 f"tensor={self.run.parallel.tensor} cannot cut a model of which a part is trained: "
@@ -92,7 +97,7 @@ def main(config: FinetuneConfig) -> None:
     loaded = assemble(source, resolve_device(run.device))
     model = prepared(loaded, config)
     image_tokenizer = ImageTokenizer(loaded.vqgan, loaded.config.vq_config.resolution)
-    length = config.length or loaded.config.max_position_embeddings
+    length = config.length or source.config.max_position_embeddings
     corpus = open_corpus(
         config.corpus,
         loaded.processor,
@@ -123,7 +128,11 @@ def main(config: FinetuneConfig) -> None:
         checkpoint.load_model(model, tensors["model"], kept)
         if LOSS in state:
             say(f"kept: the weights of step {state['step']:,}, of {LOSS} {state[LOSS]:.4g}")
-    save(run.out / "model", model, loaded, source)
+    if config.lora:
+        save_adapter(run.out / "adapter", lora.adapters(model), config.model)
+        say(f"the adapter lies in {run.out / 'adapter'}, for Chameleon.load(..., adapter=) or PEFT")
+    if config.merge:
+        save(run.out / "model", model, loaded, source)
 
 
 def _validation(config: FinetuneConfig, task: LanguageTask, corpus: Corpus) -> Validation | None:
@@ -194,6 +203,11 @@ def _check_model(config: FinetuneConfig, source: Source) -> None:
         raise SettingError(
             f"{config.model} is of the {source.kind} family, whose pictures are spelled otherwise: "
             "fine-tune a Chameleon model"
+        )
+    if config.length > source.config.max_position_embeddings:
+        raise SettingError(
+            f"length={config.length} is past the context of {config.model}, "
+            f"{source.config.max_position_embeddings} tokens: give that or less"
         )
 
 

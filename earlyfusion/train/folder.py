@@ -22,7 +22,7 @@ from types import FrameType
 from typing import Any
 
 from earlyfusion import parallel
-from earlyfusion.errors import SettingError
+from earlyfusion.errors import EarlyFusionError, SettingError
 from earlyfusion.train import checkpoint
 
 try:
@@ -201,6 +201,19 @@ def farewell(folder: Path, command: str, stopped: bool) -> str:
         where = folder / "model"
         return f"the model lies in {where}; try it: earlyfusion chat --model {where}"
     return f"the newest checkpoint is step {there[-1]:,} in {folder}" if there else ""
+
+
+@contextmanager
+def told_to_torchrun() -> Iterator[None]:
+    """Put the sentence of a mistake where `torchrun` finds it: its own report ends with that."""
+    try:
+        yield
+    except EarlyFusionError as error:
+        report = os.environ.get("TORCHELASTIC_ERROR_FILE")
+        if report:
+            with suppress(OSError):
+                Path(report).write_text(json.dumps({"message": str(error)}), encoding="utf-8")
+        raise
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from earlyfusion.checkpoints.adapter import LowRank
 from earlyfusion.errors import SettingError
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.vocabulary import Ids
@@ -63,6 +64,15 @@ def adapt(model: Transformer, rank: int, alpha: float | None = None) -> None:
     model.requires_grad_(False)
     for parent, name, linear in _linears(model):
         setattr(parent, name, Adapted(linear, rank, 2.0 * rank if alpha is None else alpha))
+
+
+def adapters(model: Transformer) -> dict[str, LowRank]:
+    """The adapters of a model by the names of their layers."""
+    return {
+        name: LowRank(layer.lora_a, layer.lora_b, layer.scale)
+        for name, layer in model.named_modules()
+        if isinstance(layer, Adapted)
+    }
 
 
 def merge(model: Transformer) -> None:

@@ -21,6 +21,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+_SECONDS_A_LINE = 60.0
+
 
 class Monitor:
     """Writes one line of `metrics.jsonl` a call of `log`, and moves the progress bar.
@@ -43,6 +45,7 @@ class Monitor:
         self._run, self._steps, self._quiet = run, steps, quiet
         self._flops, self._peak = flops, peak
         self._since, self._units, self._done = time.perf_counter(), 0.0, 0
+        self._next_line = 0.0
         if quiet:
             return
         run.mkdir(parents=True, exist_ok=True)
@@ -82,7 +85,19 @@ class Monitor:
             self._wandb.log(metrics | speed, step=step)
         shown = "  ".join(f"{k} {v:.4g}" for k, v in list(metrics.items())[:3])
         share = f"  {speed['mfu']:.0%} of peak" if "mfu" in speed else ""
-        self._bar.update(self._task, description=f"{shown}  {speed['per_second']:,.0f}/s{share}")
+        told = f"{shown}  {speed['per_second']:,.0f}/s{share}"
+        self._bar.update(self._task, description=told)
+        if self._bar.disable:
+            self._tell(step + 1, told, speed["eta_seconds"])
+
+    def _tell(self, done: int, told: str, seconds: float) -> None:
+        """A line where there is no terminal: the first, the last, and one a minute between."""
+        now = time.monotonic()
+        if done >= self._steps or now >= self._next_line:
+            self._next_line = now + _SECONDS_A_LINE
+            left = f"  {seconds:,.0f} s left" if done < self._steps else ""
+            line = f"step {done:,} of {self._steps:,}  {told}{left}"
+            print(line, file=sys.stderr, flush=True)
 
     def note(self, step: int, sentence: str) -> None:
         """Tell a person, and keep it in `notes.jsonl`."""

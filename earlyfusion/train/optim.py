@@ -34,6 +34,23 @@ class OptimConfig:
                 f"lr={self.lr} and final_ratio={self.final_ratio}: lr must be positive and "
                 f"final_ratio within (0, 1]"
             )
+        for name in ("warmup_steps", "weight_decay", "clip", "eps"):
+            if getattr(self, name) < 0:
+                raise SettingError(f"{name}={getattr(self, name)} must be 0 up")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise SettingError(f"{name}={getattr(self, name)} must be 0 up and below 1")
+
+
+def check_warmup(config: OptimConfig, steps: int) -> str:
+    """A sentence where the warm-up takes the whole run, so that the rate never comes to `lr`."""
+    if config.warmup_steps < steps:
+        return ""
+    highest = learning_rate(config, steps - 1, steps)
+    return (
+        f"warmup_steps={config.warmup_steps} takes all of steps={steps}: the rate ends at "
+        f"{highest:.2g} and does not decay, so give warmup_steps={steps // 10} or more steps"
+    )
 
 
 _DECAYS: dict[str, Callable[[float, float], float]] = {

@@ -28,7 +28,7 @@ from earlyfusion.train import checkpoint
 from earlyfusion.train.curves import draw_curves
 from earlyfusion.train.folder import locked, say
 from earlyfusion.train.monitor import Monitor, matmul_peak
-from earlyfusion.train.optim import OptimConfig, adamw, learning_rate
+from earlyfusion.train.optim import OptimConfig, adamw, check_warmup, learning_rate
 from earlyfusion.train.validation import LOSS, Validation, best_of
 from earlyfusion.train.watch import Watch, WatchConfig
 
@@ -193,6 +193,8 @@ class _Training:
         self.monitor = Monitor(
             run.out, self.step, run.steps, wandb=run.wandb, quiet=quiet, flops=flops, peak=peak
         )
+        if not self.step and (sentence := check_warmup(optim, run.steps)):
+            self.monitor.note(0, sentence)
         if self.shows is not None and self.mesh is not None and not self.copies:
             self.monitor.note(self.step, "no samples: the model is cut over several processes")
             self.shows = None

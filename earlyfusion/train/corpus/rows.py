@@ -20,7 +20,14 @@ from typing import Any
 
 from earlyfusion.checkpoints.hub import download_dataset
 from earlyfusion.errors import DataError
-from earlyfusion.train.corpus.tables import SUFFIXES, PictureFolder, Table, open_table
+from earlyfusion.train.corpus.tables import (
+    SUFFIXES,
+    Captioned,
+    PictureFolder,
+    Table,
+    captioned_pictures,
+    open_table,
+)
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _HUB_PATTERNS = [f"*{s}" for s in (*SUFFIXES, ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")]
@@ -67,6 +74,8 @@ def open_rows(source: str, cache: Path, settings: RowSettings) -> Rows:
 
     `cache` is a folder for what is learned about the files. Raises `DataError`.
     """
+    if not settings.patterns and (own := _captioned(source)) is not None:
+        return own
     root, paths, from_hub = find_files(source, settings.patterns)
     tables = [
         open_table(p, cache, PictureFolder(settings.images or p.parent, confined=from_hub))
@@ -76,6 +85,19 @@ def open_rows(source: str, cache: Path, settings: RowSettings) -> Rows:
     if not len(rows):
         raise DataError(f"{source} holds no rows: give another source")
     return rows
+
+
+def _captioned(source: str) -> Rows | None:
+    """A folder of pictures with texts beside them, where it has no file of rows."""
+    folder = Path(source).expanduser()
+    if not folder.is_dir() or any(p.suffix in SUFFIXES for p in folder.rglob("*")):
+        return None
+    names = captioned_pictures(folder)
+    if not names:
+        return None
+    texts = [p for name in names if (p := (folder / name).with_suffix(".txt")).is_file()]
+    mark = _fingerprint(folder, [*(folder / name for name in names), *texts])
+    return Rows(source, [Captioned(folder, names, PictureFolder(folder, confined=False))], mark)
 
 
 def find_files(source: str, patterns: Sequence[str] = ()) -> tuple[Path, list[Path], bool]:
@@ -98,10 +120,15 @@ def find_files(source: str, patterns: Sequence[str] = ()) -> tuple[Path, list[Pa
         )
     wanted = [p for p in found if not patterns or _matches(p, root, patterns)]
     tables = [p for p in wanted if p.suffix in SUFFIXES and p.is_file()]
+    # What `datasets` remembers of its own steps beside the rows.
+    tables = [p for p in tables if not p.name.startswith(("cache-", "indices-"))]
     # A JSON file beside others describes the data set as a rule.
     tables = [p for p in tables if p.suffix != ".json"] or tables
     if not tables:
-        raise DataError(f"{source} holds no {', '.join(SUFFIXES)} file: give another source")
+        raise DataError(
+            f"{source} holds no {', '.join(SUFFIXES)} file, nor pictures with a .txt beside them: "
+            "give another source"
+        )
     return root, sorted(tables, key=lambda p: p.as_posix()), from_hub
 
 

@@ -1,4 +1,7 @@
-"""Files of rows, of which any row can be had by its number: JSONL, JSON, Parquet, WebDataset tar.
+"""Files of rows, of which any row can be had by its number.
+
+JSONL, JSON, CSV, TSV, Parquet, the Arrow files of `datasets`, WebDataset tar, and a folder of
+pictures with a text beside each.
 
 Where each row lies is found once and kept in a cache folder under the file's size and time, so
 that a large file is not read through again. A row is a dict; names of pictures in it are looked
@@ -7,14 +10,16 @@ up by the table, since a tar holds its own.
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import os
 import re
 import tarfile
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -174,7 +179,80 @@ class ParquetRows:
         return self._kept[group]
 
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".tar")
+class Columns:
+    """Rows of CSV or TSV, whose first row names the columns; an empty cell is as good as none.
+
+    Of messages and other lists a cell holds JSON.
+    """
+
+    is_random = True
+
+    def __init__(self, path: Path, index: Index, pictures: PictureFolder) -> None:
+        self.path, self._pictures = path, pictures
+        self._starts, self._ends = index["starts"], index["ends"]
+        self._names = [str(name) for name in index["names"]]
+        self.groups = [len(self._starts)]
+
+    def row(self, number: int) -> dict[str, Any]:
+        start, end = int(self._starts[number]), int(self._ends[number])
+        with self.path.open("rb") as file:
+            file.seek(start)
+            lines = io.StringIO(file.read(end - start).decode("utf-8"), newline="")
+        cells = next(_csv_reader(self.path, lines), [])
+        if len(cells) != len(self._names):
+            raise DataError(
+                f"the row has {len(cells)} cells and the first row {len(self._names)}: quote cells "
+                "that hold a delimiter or a line end"
+            )
+        named = zip(self._names, cells, strict=True)
+        return {name: _cell(name, cell) for name, cell in named if cell}
+
+    def read(self, row: Mapping[str, Any], name: str) -> bytes:
+        return self._pictures.read(name)
+
+
+class ArrowRows:
+    """Rows of an Arrow file, as `datasets` keeps them; the file is mapped, not read."""
+
+    is_random = True
+
+    def __init__(self, path: Path, pictures: PictureFolder) -> None:
+        self.path, self._pictures = path, pictures
+        self._table = _open_arrow(path)
+        self.groups = [self._table.num_rows]
+
+    def row(self, number: int) -> dict[str, Any]:
+        rows: list[dict[str, Any]] = self._table.slice(number, 1).to_pylist()
+        return rows[0]
+
+    def read(self, row: Mapping[str, Any], name: str) -> bytes:
+        return self._pictures.read(name)
+
+
+class Captioned:
+    """Pictures of a folder, each with its text in a file of the same name that ends in .txt."""
+
+    is_random = True
+
+    def __init__(self, folder: Path, names: list[str], pictures: PictureFolder) -> None:
+        self.path, self._names, self._pictures = folder, names, pictures
+        self.groups = [len(names)]
+
+    def row(self, number: int) -> dict[str, Any]:
+        text = (self.path / self._names[number]).with_suffix(".txt")
+        try:
+            said = _decoded(text.read_bytes())
+        except OSError:
+            raise DataError(
+                f"there is no {text.name} beside {self._names[number]}: write its text there"
+            ) from None
+        return {"image": self._names[number], "text": said}
+
+    def read(self, row: Mapping[str, Any], name: str) -> bytes:
+        return self._pictures.read(name)
+
+
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".tar")
 
 
 def open_table(path: Path, cache: Path, pictures: PictureFolder) -> Table:
@@ -184,12 +262,24 @@ def open_table(path: Path, cache: Path, pictures: PictureFolder) -> Table:
     """
     if path.suffix == ".parquet":
         return ParquetRows(path, pictures)
+    if path.suffix == ".arrow":
+        return ArrowRows(path, pictures)
+    if path.suffix in _DELIMITERS:
+        return Columns(path, _indexed(path, cache, _index_csv), pictures)
     if path.suffix == ".tar":
         return TarRows(path, _indexed(path, cache, _index_tar), pictures)
     if path.suffix in SUFFIXES:
         return Lines(path, _indexed(path, cache, _index_json), pictures)
     remedy = "unpack it" if path.suffix in (".gz", ".zst", ".zip") else "convert it"
     raise DataError(f"{path} is none of {', '.join(SUFFIXES)}: {remedy}")
+
+
+def captioned_pictures(folder: Path) -> list[str]:
+    """Names of the pictures under a folder, in order; none unless one has a text beside it."""
+    found = [p for p in folder.rglob("*") if p.suffix.lower().lstrip(".") in _PICTURE_SUFFIXES]
+    if not any(path.with_suffix(".txt").is_file() for path in found):
+        return []
+    return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
 def _indexed(path: Path, cache: Path, make: Callable[[Path], Index]) -> Index:
@@ -230,6 +320,79 @@ def _line_spans(path: Path) -> list[tuple[int, int]]:
                 spans.append((at, at + len(line)))
             at += len(line)
     return spans
+
+
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_LISTS = ("messages", "conversations", "prompt", "completion", "texts", "images")
+
+
+def _csv_reader(path: Path, lines: Iterable[str]) -> Iterator[list[str]]:
+    csv.field_size_limit(MAX_FILE_BYTES)  # a cell may be a picture
+    return csv.reader(lines, delimiter=_DELIMITERS[path.suffix], strict=True)
+
+
+def _index_csv(path: Path) -> Index:
+    """Names of the columns, and the byte span of each row, which may run over several lines."""
+    ends = [0]
+
+    def lines() -> Iterator[str]:
+        with path.open("rb") as file:
+            for line in file:
+                ends.append(ends[-1] + len(line))
+                yield line.decode("utf-8-sig" if len(ends) == 2 else "utf-8")
+
+    spans: list[tuple[int, int]] = []
+    names: list[str] = []
+    before = 0
+    try:
+        for cells in _csv_reader(path, lines()):
+            if not names:
+                names = [name.strip() for name in cells]
+            elif cells:
+                spans.append((before, ends[-1]))
+            before = ends[-1]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(
+            f"{path} cannot be read after {len(spans)} rows ({error}): write it as UTF-8, with "
+            "cells of several lines in quotes"
+        ) from None
+    starts, stops = zip(*spans, strict=True) if spans else ((), ())
+    return {
+        "starts": np.array(starts, np.int64),
+        "ends": np.array(stops, np.int64),
+        "names": np.array(names, np.str_),
+    }
+
+
+def _cell(name: str, cell: str) -> Any:
+    if name not in _LISTS or not cell.lstrip().startswith("["):
+        return cell
+    try:
+        return json.loads(cell)
+    except (ValueError, RecursionError):
+        raise DataError(f"the cell {name} is no whole JSON list: write it again") from None
+
+
+def _open_arrow(path: Path) -> Any:
+    """The table of a file in Arrow's format of streams, which `datasets` writes, or of files."""
+    pyarrow = _pyarrow(path)
+    for opener in (pyarrow.ipc.open_stream, pyarrow.ipc.open_file):
+        try:
+            return opener(pyarrow.memory_map(str(path))).read_all()
+        except (OSError, ValueError):
+            continue
+    raise DataError(f"{path} is damaged or no Arrow file: get it again")
+
+
+def _pyarrow(path: Path) -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise DataError(
+            f"{path} needs pyarrow to be read: pip install 'earlyfusion[data]'"
+        ) from None
+    return pyarrow
 
 
 def _array_spans(path: Path) -> list[tuple[int, int]]:
@@ -283,14 +446,9 @@ def _index_tar(path: Path) -> Index:
 
 
 def _open_parquet(path: Path) -> Any:
+    pyarrow = _pyarrow(path)
     try:
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise DataError(
-            f"{path} needs pyarrow to be read: pip install 'earlyfusion[data]'"
-        ) from None
-    try:
-        return parquet.ParquetFile(path)
+        return pyarrow.parquet.ParquetFile(path)
     except (OSError, ValueError):
         raise DataError(f"{path} is damaged or no Parquet file: get it again") from None
 
