@@ -268,8 +268,8 @@ class TestProcessor:
     @pytest.mark.parametrize(
         ("arguments", "sentence"),
         [
-            ({"text": "<image>"}, "mark 1 places .* but 0 images"),
-            ({"text": "a", "images": [0]}, "mark 0 places .* but 1 images"),
+            ({"text": "<image>"}, "<image> tokens in the prompts .* there are 1 and 0"),
+            ({"text": "a", "images": [0]}, "<image> tokens in the prompts .* are 0 and 1"),
             ({}, "pass a text, images, or both"),
             ({"text": [3]}, "list of strings"),
             (
@@ -285,6 +285,134 @@ class TestProcessor:
             arguments = arguments | {"images": [picture(1)]}
         with pytest.raises(PromptError, match=sentence):
             processor(**arguments)
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"padding": "max_length", "max_length": 80},
+            {"text_kwargs": {"padding": "max_length", "max_length": 80}},
+            {"padding": "max_length", "text_kwargs": {"max_length": 80}},
+            {"common_kwargs": {"padding": "max_length", "max_length": 80}},
+        ],
+        ids=["flat", "by modality", "mixed", "common"],
+    )
+    @pytest.mark.parametrize(
+        "pictures",
+        [{"do_normalize": False}, {"images_kwargs": {"do_normalize": False}}],
+        ids=["flat", "by modality"],
+    )
+    def test_arguments_in_each_form(
+        self, processor: Any, settings: dict[str, Any], pictures: dict[str, Any]
+    ) -> None:
+        if "common_kwargs" in settings:
+            settings = {"text_kwargs": settings["common_kwargs"], "common_kwargs": {}}
+        made = processor(images=picture(1), text="a <image>", **settings, **pictures)
+        assert made["input_ids"].shape == (1, 80)
+        assert made["pixel_values"].min() >= 0 and made["pixel_values"].max() > 1
+
+    def test_common_arguments_reach_both_parts(self, processor: Any) -> None:
+        common = {"common_kwargs": {"return_tensors": "np"}}
+        for more in (common, {"return_tensors": "np"}):
+            made = processor(images=picture(1), text="a <image>", text_kwargs={}, **more)
+            assert all(isinstance(value, np.ndarray) for value in made.values())
+
+    @pytest.mark.parametrize(
+        "twice",
+        [
+            {"padding": True, "text_kwargs": {"padding": False}},
+            {"do_resize": True, "images_kwargs": {"do_resize": True}},
+            {
+                "return_mm_token_type_ids": True,
+                "text_kwargs": {"return_mm_token_type_ids": False},
+            },
+        ],
+    )
+    def test_an_argument_given_twice(self, processor: Any, twice: dict[str, Any]) -> None:
+        with pytest.raises(SettingError, match="is given twice"):
+            processor(images=picture(1), text="a <image>", **twice)
+
+    def test_an_argument_of_a_wrong_type_or_unknown(self, processor: Any) -> None:
+        with pytest.raises(Exception, match="do_resize"):
+            processor(images=picture(1), text="a <image>", do_resize="yes")
+        plain = processor(text="a")["input_ids"]
+        assert torch.equal(processor(text="a", colour=1)["input_ids"], plain)
+
+    def test_the_tokenizer_s_own_settings_hold(self, folder: Path, processor: Any) -> None:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, padding="max_length", max_length=90, padding_side="left"
+        )
+        made = ChameleonProcessor(processor.image_processor, tokenizer, image_seq_length=64)
+        inputs = made(images=picture(1), text="a <image>")
+        assert inputs["input_ids"].shape == (1, 90)
+        assert inputs["attention_mask"][0, 0] == 0 and inputs["attention_mask"][0, -1] == 1
+        assert made(text="a", padding=False)["input_ids"].shape[1] < 90
+
+    @pytest.mark.parametrize("mark", ["<image>", "<reserved08707>"])
+    def test_replacement_offsets(self, processor: Any, mark: str) -> None:
+        texts = [f"a {mark} and {mark}.", "no picture"]
+        made = processor(
+            images=[picture(1), picture(2)],
+            text=texts,
+            padding=True,
+            return_text_replacement_offsets=True,
+            return_offsets_mapping=True,
+            return_tensors=None,
+        )
+        offsets = made["text_replacement_offsets"]
+        assert [[o["type"] for o in row] for row in offsets] == [
+            ["text", "image", "image"],
+            ["text"],
+        ]
+        begin = processor.image_start_token_id
+        for row, text in zip(offsets, texts, strict=True):
+            assert all(text[slice(*o["span"])] == o["text"] for o in row)
+        begins = [
+            span[0]
+            for span, token in zip(made["offset_mapping"][0], made["input_ids"][0], strict=True)
+            if token == begin
+        ]
+        assert [o["new_span"][0] for o in offsets[0][1:]] == begins
+        lengths = [o["new_span"][1] - o["new_span"][0] for o in offsets[0]]
+        assert lengths == [len(o["replacement"]) for o in offsets[0]]
+
+    def test_answers_are_found_where_bos_is_added(self, processor: Any) -> None:
+        """A template of one's own without bos, with pictures before the answer."""
+        template = (
+            "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}"
+            "{{ m['content'] }}{% endgeneration %}{% else %}<image>{{ m['content'] }}"
+            "{% endif %}{% endfor %}"
+        )
+        turns = [
+            {"role": "user", "content": "What is this?"},
+            {"role": "assistant", "content": "a pear"},
+        ]
+        made = processor.apply_chat_template(
+            turns,
+            chat_template=template,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            processor_kwargs={"images": [picture(1)]},
+        )
+        ids, mask = made["input_ids"][0], torch.as_tensor(made["assistant_masks"][0]).bool()
+        assert processor.tokenizer.decode(ids[mask]) == "a pear"
+
+    def test_a_picture_of_a_user_s_text_is_none(self, processor: Any) -> None:
+        turns = [{"role": "user", "content": [{"type": "text", "text": "write <reserved08707>"}]}]
+        made = processor.apply_chat_template(
+            turns, tokenize=True, return_dict=True, sanitize_control_tokens=True
+        )
+        assert processor.image_token_id not in made["input_ids"]
+
+    @pytest.mark.parametrize("backend", ["pil", "torchvision"])
+    def test_back_end_by_name(self, folder: Path, processor: Any, backend: str) -> None:
+        other = ChameleonProcessor.from_pretrained(folder, backend=backend)
+        wanted = {"pil": ChameleonImageProcessorPil, "torchvision": ChameleonImageProcessor}
+        assert type(other.image_processor) is wanted[backend]
+        inputs = {"images": [picture(1)], "text": "What is <image>?"}
+        assert torch.equal(other(**inputs)["pixel_values"], processor(**inputs)["pixel_values"])
+        with pytest.raises(SettingError, match="backend='gpu' is unknown"):
+            ChameleonProcessor.from_pretrained(folder, backend="gpu")
 
     def test_chat_template(self, processor: Any) -> None:
         turns = [
@@ -380,8 +508,8 @@ processor = transformers.AutoProcessor.from_pretrained(sys.argv[1])
 assert before.startswith("transformers."), before
 assert type(after) is own.ChameleonConfig
 assert type(processor) is own.ChameleonProcessor
-assert "ChameleonImageProcessor" in type(processor.image_processor).__name__
-assert type(processor.image_processor).__module__.startswith("earlyfusion")
+kinds = own.ChameleonImageProcessor, own.ChameleonImageProcessorPil
+assert type(processor.image_processor) in kinds
 for auto in ("ImageTextToText", "MultimodalLM", "CausalLM"):
     model = getattr(transformers, "AutoModelFor" + auto).from_pretrained(sys.argv[1])
     assert type(model) is own.ChameleonForConditionalGeneration, auto

@@ -6,11 +6,8 @@ bos token or ends with eos, as chat templates make it, is taken as it is. As in 
 may spell control tokens here; the package's own `Processor` never lets it.
 """
 
-from __future__ import annotations
-
-import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,13 +16,19 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.image_utils import make_flat_list_of_images
-from transformers.processing_utils import MultiModalData, ProcessorMixin
+from transformers.image_utils import ImageInput, make_flat_list_of_images
+from transformers.processing_utils import (
+    MultiModalData,
+    ProcessingKwargs,
+    ProcessorMixin,
+    Unpack,
+)
+from transformers.tokenization_utils_base import TextInput
 from transformers.utils import is_torchvision_available
 
 from earlyfusion.content import Image, Segment, Text
 from earlyfusion.errors import PromptError, SettingError
-from earlyfusion.hf.image_processing import IMAGE_PROCESSORS, ChameleonImagesKwargs
+from earlyfusion.hf.image_processing import IMAGE_PROCESSORS, ChameleonImageProcessorKwargs
 from earlyfusion.vocabulary import (
     BEGIN_IMAGE,
     BOS,
@@ -37,24 +40,17 @@ from earlyfusion.vocabulary import (
     Vocabulary,
 )
 
-_IMAGE_ARGUMENTS = frozenset(ChameleonImagesKwargs.__annotations__) | {
-    "do_resize",
-    "size",
-    "resample",
-    "do_center_crop",
-    "crop_size",
-    "do_rescale",
-    "rescale_factor",
-    "do_normalize",
-    "image_mean",
-    "image_std",
-    "do_convert_rgb",
-    "input_data_format",
-}
 _MARK = IMAGE_PLACEHOLDERS[1]
-# What transformers asks for to follow a template's `generation` past pictures.
-_MOVES = "return_text_replacement_offsets"
-_PARTS = ("text_kwargs", "images_kwargs", "common_kwargs")
+_PARTS = ("text_kwargs", "images_kwargs")
+# What a call may ask of the processor itself, with the default of each.
+_FLAGS = (
+    "return_for_text_completion",
+    "return_mm_token_type_ids",
+    "return_text_replacement_offsets",
+)
+_OFFSETS = "text_replacement_offsets"
+# Not behind the sign that transformers' `sanitize_control_tokens` sets before a user's own tokens.
+_UNMARKED = "(?<!\U000f0000)"
 
 # Turns as the model is trained on them: their parts with nothing between, then the end of the turn;
 # an answer at the end is closed by eos. What an answer is trained on stands in `generation`.
@@ -73,8 +69,29 @@ CHAT_TEMPLATE = (
 )
 
 
+class ChameleonProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
+    """Arguments of a call, of the tokenizer, and of the image processor.
+
+    `return_for_text_completion`: the text is to go on, so no end of turn closes it.
+    `return_mm_token_type_ids`: 1 for each token of a picture, 0 for others.
+    `return_text_replacement_offsets`: where in each text a mark was, and its spelled picture is.
+    """
+
+    images_kwargs: ChameleonImageProcessorKwargs  # type: ignore[misc]
+    return_for_text_completion: bool
+    return_mm_token_type_ids: bool  # type: ignore[misc]
+    return_text_replacement_offsets: bool  # type: ignore[misc]
+
+
 class ChameleonProcessor(ProcessorMixin):
     """One tokenizer and one image processor, with the arguments and files of transformers' own."""
+
+    valid_processor_kwargs = ChameleonProcessorKwargs
+    text_kwargs = {"return_tensors": "pt"}  # noqa: RUF012
+    images_kwargs = {"return_tensors": "pt"}  # noqa: RUF012
+    return_for_text_completion = False
+    return_mm_token_type_ids = False
+    return_text_replacement_offsets = False
 
     def __init__(
         self,
@@ -108,38 +125,27 @@ class ChameleonProcessor(ProcessorMixin):
 
     def __call__(
         self,
-        images: Any = None,
-        text: str | Sequence[str] | None = None,
-        *,
-        return_for_text_completion: bool | None = None,
-        return_mm_token_type_ids: bool | None = None,
-        **kwargs: Any,
+        images: ImageInput | None = None,
+        text: TextInput | list[TextInput] | None = None,
+        **kwargs: Unpack[ChameleonProcessorKwargs],
     ) -> BatchFeature:
         """`input_ids` and `attention_mask` of the texts, `pixel_values` of all their pictures.
 
         Further arguments are the tokenizer's and the image processor's, flat or in `text_kwargs`,
-        `images_kwargs` and `common_kwargs`. Raises `PromptError` where marks and pictures differ in
-        number, or a truncation cuts a picture.
+        `images_kwargs` and `common_kwargs`, and those of `ChameleonProcessorKwargs`. What is not
+        given takes the tokenizer's own setting. Raises `PromptError` where marks and pictures
+        differ in number, or a truncation cuts a picture, `SettingError` for one given twice.
         """
-        for_text, for_images = _shared_out(kwargs)
-        completion = for_text.pop("return_for_text_completion", False)
-        types = for_text.pop("return_mm_token_type_ids", False)
-        moves = for_text.pop(_MOVES, False)
-        completion = (
-            completion if return_for_text_completion is None else return_for_text_completion
-        )
-        types = types if return_mm_token_type_ids is None else return_mm_token_type_ids
-        kind = for_text.pop("return_tensors", "pt")
+        flags, for_text, for_images = self._shared_out(dict(kwargs))
+        kind = for_text.pop("return_tensors")
         texts = _texts(text, images)
         pictures = None if images is None else self._pictures(images)
         data: dict[str, Any] = {}
         if texts is not None:
-            data |= self._tokens(texts, pictures, bool(completion), bool(types), for_text)
-            data |= {_MOVES.removeprefix("return_"): list(map(self._moves, texts))} if moves else {}
+            data |= self._tokens(texts, pictures, flags, for_text)
         if pictures is not None:
-            data |= self.image_processor(pictures, **({"return_tensors": "pt"} | for_images))
-        skipped = [_MOVES.removeprefix("return_")]
-        return BatchFeature(data, tensor_type=kind, skip_tensor_conversion=skipped)
+            data |= self.image_processor(pictures, **for_images)
+        return BatchFeature(data, tensor_type=kind, skip_tensor_conversion=[_OFFSETS])
 
     @property
     def model_input_names(self) -> list[str]:
@@ -203,73 +209,123 @@ class ChameleonProcessor(ProcessorMixin):
         tokens = [self.image_seq_length + len((BEGIN_IMAGE, END_IMAGE))] * count
         return MultiModalData(num_image_tokens=tokens, num_image_patches=[1] * count)
 
+    def _shared_out(
+        self, kwargs: dict[str, Any]
+    ) -> tuple[dict[str, bool], dict[str, Any], dict[str, Any]]:
+        """The processor's own arguments, the tokenizer's, and the image processor's."""
+        parts = {name: dict(kwargs.pop(name, None) or {}) for name in _PARTS}
+        common = dict(kwargs.pop("common_kwargs", None) or {})
+        flags = {name: self._flag(name, kwargs, parts["text_kwargs"], common) for name in _FLAGS}
+        known = {name: self._names(name) for name in _PARTS}
+        for part, given in parts.items():
+            for name in known[part] & kwargs.keys():
+                if name in given:
+                    raise SettingError(
+                        f"the argument {name} is given twice, in {part} and beside it: give it once"
+                    )
+                given[name] = kwargs[name]
+        # The base class warns of what is left.
+        rest = {k: v for k, v in kwargs.items() if not any(k in names for names in known.values())}
+        merged = self._merge_kwargs(
+            self.valid_processor_kwargs,
+            tokenizer_init_kwargs=self.tokenizer.init_kwargs,
+            **parts,
+            common_kwargs=common,
+            **rest,
+        )
+        return flags, *({"return_tensors": "pt"} | merged[part] for part in _PARTS)
+
+    def _flag(self, name: str, *places: dict[str, Any]) -> bool:
+        given = [place.pop(name) for place in places if name in place]
+        if len(set(given)) > 1:
+            raise SettingError(f"the argument {name} is given twice, as {given}: give it once")
+        return bool(given[0] if given else getattr(self, name))
+
+    def _names(self, part: str) -> set[str]:
+        """Names that may stand in `text_kwargs` or `images_kwargs`."""
+        names = set(self.valid_processor_kwargs.__annotations__[part].__annotations__)
+        own = getattr(self.image_processor, "valid_kwargs", None) if "images" in part else None
+        return names | set(own.__annotations__ if own else ())
+
     def _pictures(self, images: Any) -> list[Any]:
         """All pictures in order; a string is a file, or an address that transformers fetches."""
-        if isinstance(images, str):
-            is_file = os.path.isfile(images)
-            return [
-                Image.open(images).pil if is_file else self.image_processor.fetch_images(images)
-            ]
-        if isinstance(images, list | tuple) and any(
-            isinstance(i, str | list | tuple) for i in images
-        ):
-            return [picture for item in images for picture in self._pictures(item)]
-        return make_flat_list_of_images(images)
+        return make_flat_list_of_images(self.image_processor.fetch_images(images))
 
     def _tokens(
         self,
         texts: list[str],
         pictures: list[Any] | None,
-        completion: bool,
-        types: bool,
+        flags: dict[str, bool],
         settings: dict[str, Any],
     ) -> dict[str, Any]:
-        texts = [text.replace(_MARK, self.image_token) for text in texts]
-        marks, count = sum(t.count(self.image_token) for t in texts), len(pictures or ())
+        found = [list(self._marks(text)) for text in texts]
+        marks, count = sum(map(len, found)), len(pictures or ())
         if marks != count:
             raise PromptError(
-                f"the texts mark {marks} places with {_MARK} but {count} images are "
-                "given: give one image a mark"
+                f"the number of {_MARK} tokens in the prompts should be the same as the number of "
+                f"images, but there are {marks} and {count}: give each image one {_MARK}"
             )
-        begins = settings.get("add_special_tokens", True) and not self._adds_bos
-        whole = [self._closed(text, completion, begins) for text in texts]
-        encoded = self.tokenizer(whole, **settings)
-        kept = sum(row.count(self.image_token_id) for row in encoded["input_ids"])
+        begins = bool(settings.get("add_special_tokens", True)) and not self._adds_bos
+        completion = flags["return_for_text_completion"]
+        whole = [
+            self._closed(text, marks, completion, begins)
+            for text, marks in zip(texts, found, strict=True)
+        ]
+        encoded = self.tokenizer([text for text, _ in whole], **settings)
+        kept = sum(list(row).count(self.image_token_id) for row in encoded["input_ids"])
         if kept != marks * self.image_seq_length:
             raise PromptError(
                 f"truncation kept {kept} of {marks * self.image_seq_length} picture tokens: raise "
                 "max_length or leave truncation out"
             )
         data = dict(encoded)
-        if types:
+        if flags["return_mm_token_type_ids"]:
             data["mm_token_type_ids"] = [
                 np.isin(row, self.image_token_ids).astype(int).tolist()
                 for row in encoded["input_ids"]
             ]
+        if flags["return_text_replacement_offsets"]:
+            data[_OFFSETS] = [offsets for _, offsets in whole]
         return data
 
-    def _closed(self, text: str, completion: bool, begins: bool) -> str:
-        """A text with its pictures spelled, its start where the tokenizer adds none, its end."""
+    def _marks(self, text: str) -> Iterator[re.Match[str]]:
+        """The places of pictures in a text; not where a template marked a user's text as plain."""
+        names = "|".join(map(re.escape, dict.fromkeys((_MARK, self.image_token))))
+        return re.finditer(f"{_UNMARKED}(?:{names})", text)
+
+    def _closed(
+        self, text: str, marks: list[re.Match[str]], completion: bool, begins: bool
+    ) -> tuple[str, list[dict[str, Any]]]:
+        """A text with its pictures spelled, its start where the tokenizer adds none, its end.
+
+        With it the places of each picture: `span` in the text, `new_span` in the result.
+        """
         bos = self.tokenizer.bos_token
         eos = self.tokenizer.eos_token
         templated = bool(bos and text.startswith(bos)) or bool(eos and text.endswith(eos))
+        result, last = "", 0
+        offsets: list[dict[str, Any]] = []
+        # A start that is written is told too: what maps places of the text must move past it.
         start = bos if begins and bos and not templated else ""
+        changes = [("text", (0, 0), "", start)] if start else []
+        changes += [("image", mark.span(), mark.group(), self._spelled()) for mark in marks]
+        for kind, span, old, new in changes:
+            result += text[last : span[0]]
+            new_span = (len(result), len(result) + len(new))
+            offsets.append(
+                {"type": kind, "span": span, "new_span": new_span, "text": old, "replacement": new}
+            )
+            result, last = result + new, span[1]
         end = "" if completion or templated else self.tokenizer.sep_token or END_OF_TURN
-        return start + text.replace(self.image_token, self._spelled()) + end
-
-    def _moves(self, text: str) -> list[dict[str, tuple[int, int]]]:
-        """Where each mark of a text is, in letters, and where its spelled picture then is."""
-        moves: list[dict[str, tuple[int, int]]] = []
-        gain, length = 0, len(self._spelled())
-        for mark in re.finditer("|".join(map(re.escape, (_MARK, self.image_token))), text):
-            start, end = mark.span()
-            moves.append({"span": (start, end), "new_span": (start + gain, start + gain + length)})
-            gain += length - (end - start)
-        return moves
+        return result + text[last:] + end, offsets
 
     @property
     def _adds_bos(self) -> bool:
         return self.tokenizer.bos_token_id in self.tokenizer("")["input_ids"]
+
+    def replace_image_token(self, image_inputs: Any = None, image_idx: int = 0, **_: Any) -> str:
+        """What takes the place of a mark: begin, a placeholder for each code, end."""
+        return self._spelled()
 
     def _spelled(self) -> str:
         inner = self.image_token * self.image_seq_length
@@ -313,17 +369,6 @@ def to_pictures(pixels: Any) -> list[PIL.Image.Image]:
         )
     pixels_nYXC = ((pixels_nCYX + 1) / 2 * 255).to(torch.uint8).permute(0, 2, 3, 1)
     return [PIL.Image.fromarray(picture.contiguous().numpy()) for picture in pixels_nYXC]
-
-
-def _shared_out(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The tokenizer's and the image processor's arguments."""
-    parts = {name: dict(kwargs.pop(name, None) or {}) for name in _PARTS}
-    flat_images = {k: v for k, v in kwargs.items() if k in _IMAGE_ARGUMENTS}
-    flat_text = {k: v for k, v in kwargs.items() if k not in _IMAGE_ARGUMENTS}
-    tensors = {k: v for k, v in kwargs.items() if k == "return_tensors"}
-    common = parts["common_kwargs"]
-    for_text = common | flat_text | tensors | parts["text_kwargs"]
-    return for_text, common | flat_images | tensors | parts["images_kwargs"]
 
 
 def _texts(text: Any, images: Any) -> list[str] | None:
