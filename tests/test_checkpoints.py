@@ -486,7 +486,7 @@ class TestWordsOfTransformers:
 
         mini = formats.locate("mini")
         processor = ChameleonProcessor.from_pretrained(mini)
-        with pytest.raises(PromptError, match="mark 2 places with <image> but 1 images"):
+        with pytest.raises(PromptError, match="there are 2 and 1: give each image one <image>"):
             processor(images=[PIL.Image.new("RGB", (9, 9))], text="<image><image>What are these?")
         model = ChameleonForConditionalGeneration.from_pretrained(mini)
         inputs = processor(text="Draw.") | {"multimodal_generation_mode": "image-only"}
