@@ -76,6 +76,8 @@ def read_adapter(folder: Path) -> dict[str, LowRank]:
     _check(folder, config)
     halves: dict[str, dict[str, Tensor]] = {}
     for key, value in _tensors(folder / WEIGHTS).items():
+        if key.endswith(".base_layer.weight"):  # PEFT keeps the adapted head's own weight beside
+            continue
         found = _KEY.fullmatch(key)
         if found is None:
             raise CheckpointError(
