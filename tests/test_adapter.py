@@ -152,4 +152,4 @@ def test_an_adapter_of_another_model_changes_nothing(
         merge_adapter(transformer, tmp_path / "nowhere")
     with pytest.raises(SettingError, match="cannot go to parts"):
         Chameleon.load(model, tensor_parallel=2, adapter=folder)
-    assert math.isfinite(float(transformer(TOKENS).sum()))
+    assert math.isfinite(float(transformer(TOKENS).detach().sum()))
