@@ -252,8 +252,6 @@ class ChameleonPreTrainedModel(PreTrainedModel):
     _no_split_modules: ClassVar[list[str]] = ["ChameleonDecoderLayer", "ChameleonVQVAE"]
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["vqmodel"]
-    # The list that quantisers leave alone, by whole names: of the model, and of its base alone.
-    _keep_in_fp32_modules: ClassVar[list[str]] = ["model.vqmodel", "vqmodel"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -301,7 +299,8 @@ class ChameleonPreTrainedModel(PreTrainedModel):
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
         super()._adjust_missing_and_unexpected_keys(loading_info)
         missing = {key for key in loading_info.missing_keys if _DECODER_KEY.match(key)}
-        if missing:
+        empty = any(key.endswith("encoder.conv_in.weight") for key in loading_info.missing_keys)
+        if missing and not empty:
             loading_info.missing_keys = set(loading_info.missing_keys) - missing
             for module in self.modules():
                 if isinstance(module, ChameleonVQVAE):
@@ -333,6 +332,7 @@ class ChameleonVQVAE(ChameleonPreTrainedModel):
     config_class = ChameleonVQVAEConfig
     main_input_name = "pixel_values"
     _no_split_modules: ClassVar[list[str]] = ["ResBlock", "SpatialAttention"]
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = []
     _can_record_outputs: ClassVar[dict[str, Any]] = {
         "hidden_states": ResBlock,
         "attentions": SpatialAttention,
@@ -355,7 +355,12 @@ class ChameleonVQVAE(ChameleonPreTrainedModel):
     def encode(self, pixel_values: Tensor, **kwargs: Any) -> ChameleonVQVAEModelOutput:
         """Codes of pictures [B, C, Y, X] in [-1, 1], of any float type; no graph while frozen."""
         trained = any(p.requires_grad for p in self.parameters())
-        with contextlib.nullcontext() if trained else torch.no_grad(), winograd.left_out():
+        # Rounded arithmetic gives other codes, so that autocast is for training it only.
+        plain = torch.autocast(pixel_values.device.type, enabled=False)
+        with contextlib.ExitStack() as stack:
+            for context in () if trained else (torch.no_grad(), plain):
+                stack.enter_context(context)
+            stack.enter_context(winograd.left_out())
             hidden = self.encoder(pixel_values.to(self.quant_conv.weight.dtype))
             quantized, loss, codes = self.quantize(self.quant_conv(hidden))
             return ChameleonVQVAEModelOutput(
@@ -610,6 +615,8 @@ class ChameleonForConditionalGeneration(
 
     output_modalities = ("text", "image")
     image_logits = True
+    # The list that quantisers leave alone, by whole names.
+    _keep_in_fp32_modules: ClassVar[list[str]] = ["model.vqmodel"]
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan: ClassVar[dict[str, str]] = HEAD
 

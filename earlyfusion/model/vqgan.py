@@ -237,11 +237,11 @@ class Encoder(nn.Module):
         for depth, width in enumerate(widths):
             channels = [inputs] + [width] * config.num_res_blocks
             level = Level(channels, side in config.attn_resolutions, config.dropout)
+            inputs = channels[-1]  # without blocks a level keeps its width
             if depth < len(widths) - 1:
-                level.downsample = Downsample(width)
+                level.downsample = Downsample(inputs)
                 side //= 2
             self.down.append(level)
-            inputs = width
         self.mid = Middle(inputs, config)
         self.norm_out = _norm(inputs)
         out = config.latent_channels * (2 if config.double_latent else 1)
