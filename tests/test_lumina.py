@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from tiny import CONFIG, tiny_processor, tiny_transformer
@@ -14,7 +15,8 @@ from tiny import CONFIG, tiny_processor, tiny_transformer
 from earlyfusion import Chameleon, ContextError, Image, Message, SettingError
 from earlyfusion.checkpoints import lumina
 from earlyfusion.checkpoints.hf import save_hf
-from earlyfusion.errors import CheckpointError, ImageError
+from earlyfusion.content import Image, Message, Text
+from earlyfusion.errors import CheckpointError, ImageError, PromptError, SettingError
 from earlyfusion.generation import guidance
 from earlyfusion.generation.reference import ImageDone, ImageProgress, Request, generate
 from earlyfusion.generation.settings import SamplingParams
@@ -259,3 +261,124 @@ def test_a_guided_picture_equals_plain_forwards(
         guided = alone + 3.0 * (full - alone)
         want.append(int(codes[int(guided[codes].argmax())]))
     assert out[0, len(prompt) :].tolist() == want
+
+
+@pytest.fixture(scope="module")
+def folder(
+    processor: Processor,
+    transformer: Transformer,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    folder = tmp_path_factory.mktemp("lumina_folder")
+    torch.manual_seed(0)
+    ends = {"eos_token_id": 2, "pad_token_id": 1, "bos_token_id": 0}
+    text = processor.tokenizer_file.read_text()
+    save_hf(folder, transformer, VQGAN(CONFIG.vq_config), text, ends)
+    config = json.loads((folder / "config.json").read_text()) | {lumina.MARK: lumina.KIND}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hf(folder: Path) -> Any:
+    from earlyfusion.hf import ChameleonProcessor
+
+    return ChameleonProcessor.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Any:
+    from earlyfusion.hf import ChameleonForConditionalGeneration
+
+    return ChameleonForConditionalGeneration.from_pretrained(folder).eval()
+
+
+def picture(seed: int, width: int, height: int) -> PIL.Image.Image:
+    values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return PIL.Image.fromarray(values)
+
+
+def test_squares_in_transformers_equal_the_package_s_own(
+    hf: Any, model: Any, processor: Processor
+) -> None:
+    photo = picture(0, 40, 30)
+    inputs = hf(images=[photo], text="What is <image> this?", return_mm_token_type_ids=True)
+    ids = model.fill_image_tokens(inputs["input_ids"], inputs["pixel_values"])[0].tolist()
+    codes = (
+        ImageTokenizer(model.model.vqmodel.core, CONFIG.vq_config.resolution)
+        .encode([photo])
+        .numpy()
+    )
+    parts: list[Any] = [Text("What is "), photo, Text(" this?")]
+    assert ids == processor.encode([Message("user", parts)], list(codes)).ids
+    assert inputs["mm_token_type_ids"].sum() == processor.layout.num_tokens
+    assert hf._get_num_multimodal_tokens([(30, 40)])["num_image_tokens"] == [
+        processor.layout.num_tokens
+    ]
+
+
+@pytest.mark.parametrize("backend", ["pil", "torchvision"])
+@pytest.mark.parametrize("size", [(8, 16), (16, 8), (12, 12), (16, 16)])
+def test_several_sizes_in_transformers(
+    folder: Path,
+    model: Any,
+    processor: Processor,
+    size: tuple[int, int],
+    backend: str,
+) -> None:
+    """Pixels of the size, the centre of the picture, and its own size tokens and line ends."""
+    from earlyfusion.hf import ChameleonProcessor
+
+    hf = ChameleonProcessor.from_pretrained(folder, backend=backend)
+    photos = [picture(0, 40, 30), picture(1, 17, 50)]
+    wanted = {"height": size[0], "width": size[1]}
+    inputs = hf(images=photos, text="<image> and <image>", size=wanted)
+    assert inputs["pixel_values"].shape == (2, 3, *size)
+    ids = model.fill_image_tokens(inputs["input_ids"], inputs["pixel_values"])[0].tolist()
+    height, width = size[0] // CONFIG.vq_config.stride, size[1] // CONFIG.vq_config.stride
+    codes = model.model.vqmodel.core.encode(inputs["pixel_values"]).numpy()
+    parts: list[Any] = [Image(codes=codes[0]), Text(" and "), Image(codes=codes[1])]
+    spelled = lumina.for_size(processor, height, width).encode([Message("user", parts)])
+    assert ids == spelled.ids
+    again = hf.post_process_multimodal_output([ids], generation_mode="interleaved")[0]
+    assert [getattr(part, "text", None) for part in again] == [None, "and", None]
+    assert np.array_equal(again[2].codes, codes[1])
+
+
+def test_the_middle_is_kept_undistorted(hf: Any) -> None:
+    """A picture twice as wide as high, cut to a square and to its own shape."""
+    photo = picture(0, 32, 16)
+    exact = hf(images=photo, text="<image>", size={"height": 16, "width": 32})["pixel_values"]
+    levels = ((exact[0].permute(1, 2, 0).double() + 1) / 2 * 255).round().numpy()
+    assert np.array_equal(levels, np.asarray(photo))
+    square = hf(images=photo, text="<image>", size={"height": 16, "width": 16})["pixel_values"]
+    assert torch.equal(square, exact[..., 8:24])
+
+
+def test_the_transformers_processor_saved_and_loaded(hf: Any, tmp_path: Path) -> None:
+    from earlyfusion.hf import ChameleonProcessor
+
+    hf.save_pretrained(tmp_path)
+    again = ChameleonProcessor.from_pretrained(tmp_path)
+    assert again.image_layout == "lumina"
+    inputs = {"images": picture(0, 40, 30), "text": "a <image>"}
+    assert torch.equal(again(**inputs)["input_ids"], hf(**inputs)["input_ids"])
+
+
+def test_sizes_without_tokens_are_refused(hf: Any) -> None:
+    photo = picture(0, 40, 30)
+    with pytest.raises(
+        SettingError, match=r"size=10x16 .* has no size tokens: give multiples of 4"
+    ):
+        hf(images=photo, text="<image>", size={"height": 10, "width": 16})
+    with pytest.raises(PromptError, match="truncation kept"):
+        hf(images=photo, text="<image>", truncation=True, max_length=20)
+
+
+def test_a_picture_cut_short_is_left_out(hf: Any) -> None:
+    ids = hf(images=picture(0, 40, 30), text="a <image>")["input_ids"][0].tolist()
+    begin = ids.index(hf.image_start_token_id)
+    for end in (begin + 1, begin + 2, begin + 9):
+        parts = hf.post_process_multimodal_output([ids[:end]], generation_mode="interleaved")[0]
+        assert [part.text for part in parts][:1] == ["a"]
+        assert all(isinstance(part, Text) for part in parts)

@@ -42,6 +42,12 @@ def is_lumina(config: Mapping[str, Any]) -> bool:
     return config.get(MARK) == KIND or any("ChameleonXLLMX" in str(name) for name in classes)
 
 
+def is_mark(name: str) -> bool:
+    """Whether a token's name is a line end or a size."""
+    match = _SIZE_NAME.fullmatch(name)
+    return name == _LINE_END or bool(match and int(match[1]) > _SIZES)
+
+
 def layout(height: int, width: int | None = None) -> ImageLayout:
     """The spelling of a picture of `height` x `width` codes; a square without `width`."""
     width = width or height

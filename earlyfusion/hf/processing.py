@@ -6,6 +6,7 @@ bos token or ends with eos, as chat templates make it, is taken as it is. As in 
 may spell control tokens here; the package's own `Processor` never lets it.
 """
 
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,7 @@ import PIL.Image
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.processing_utils import (
@@ -26,8 +28,9 @@ from transformers.processing_utils import (
 from transformers.tokenization_utils_base import TextInput
 from transformers.utils import is_torchvision_available
 
+from earlyfusion.checkpoints import lumina
 from earlyfusion.content import Image, Segment, Text
-from earlyfusion.errors import PromptError, SettingError
+from earlyfusion.errors import ImageError, PromptError, SettingError
 from earlyfusion.hf.image_processing import IMAGE_PROCESSORS, ChameleonImageProcessorKwargs
 from earlyfusion.vocabulary import (
     BEGIN_IMAGE,
@@ -100,10 +103,12 @@ class ChameleonProcessor(ProcessorMixin):
         image_seq_length: int = 1024,
         image_token: str = _MARK,
         chat_template: str | None = None,
+        image_layout: str = "chameleon",
         **kwargs: Any,
     ) -> None:
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
         self.image_seq_length = image_seq_length
+        self.image_layout = image_layout
         self.image_token = getattr(tokenizer, "image_token", None) or image_token
         self.image_start_token = getattr(tokenizer, "boi_token", None) or BEGIN_IMAGE
         self.image_end_token = getattr(tokenizer, "eoi_token", None) or END_IMAGE
@@ -115,8 +120,12 @@ class ChameleonProcessor(ProcessorMixin):
 
     @property
     def image_token_ids(self) -> list[int]:
-        """Ids that belong to a picture in a prompt: placeholder, begin and end."""
-        return [self.image_token_id, self.image_start_token_id, self.image_end_token_id]
+        """Ids that belong to a picture in a prompt: placeholder, begin and end, and its marks."""
+        ids = [self.image_token_id, self.image_start_token_id, self.image_end_token_id]
+        if not self._is_lumina:
+            return ids
+        names = self.tokenizer.get_vocab()
+        return ids + sorted(names[name] for name in names if lumina.is_mark(name))
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -140,11 +149,13 @@ class ChameleonProcessor(ProcessorMixin):
         kind = for_text.pop("return_tensors")
         texts = _texts(text, images)
         pictures = None if images is None else self._pictures(images)
-        data: dict[str, Any] = {}
+        found = [list(self._marks(text)) for text in texts or ()]
         if texts is not None:
-            data |= self._tokens(texts, pictures, flags, for_text)
-        if pictures is not None:
-            data |= self.image_processor(pictures, **for_images)
+            _check_number(sum(map(len, found)), len(pictures or ()))
+        data = {} if pictures is None else self._pixels(pictures, for_images)
+        if texts is not None:
+            spelled = [self.replace_image_token(data, n) for n in range(len(pictures or ()))]
+            data = self._tokens(texts, found, spelled, flags, for_text) | data
         return BatchFeature(data, tensor_type=kind, skip_tensor_conversion=[_OFFSETS])
 
     @property
@@ -189,6 +200,25 @@ class ChameleonProcessor(ProcessorMixin):
         )
 
     @classmethod
+    def get_processor_dict(cls, path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The settings in a folder's files; how pictures are spelled stands in its config.json."""
+        settings, rest = super().get_processor_dict(path, **kwargs)
+        if "image_layout" not in settings:
+            try:
+                config, _ = PreTrainedConfig.get_config_dict(path, **kwargs)
+            except OSError:  # a folder of a processor alone
+                config = {}
+            settings["image_layout"] = lumina.KIND if lumina.is_lumina(config) else "chameleon"
+        return settings, rest
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved; the layout only where it is not the family's own."""
+        settings: dict[str, Any] = super().to_dict()
+        if not self._is_lumina:
+            settings.pop("image_layout", None)
+        return settings
+
+    @classmethod
     def _get_arguments_from_pretrained(
         cls, pretrained_model_name_or_path: Any, processor_dict: Any = None, **kwargs: Any
     ) -> list[Any]:
@@ -206,7 +236,7 @@ class ChameleonProcessor(ProcessorMixin):
         if image_sizes is None:
             return MultiModalData()
         count = len(image_sizes)
-        tokens = [self.image_seq_length + len((BEGIN_IMAGE, END_IMAGE))] * count
+        tokens = [self._layout().num_tokens] * count
         return MultiModalData(num_image_tokens=tokens, num_image_patches=[1] * count)
 
     def _shared_out(
@@ -251,31 +281,41 @@ class ChameleonProcessor(ProcessorMixin):
         """All pictures in order; a string is a file, or an address that transformers fetches."""
         return make_flat_list_of_images(self.image_processor.fetch_images(images))
 
+    def _pixels(self, pictures: list[Any], settings: dict[str, Any]) -> dict[str, Any]:
+        size = settings.get("size")
+        if not self._is_lumina or not isinstance(size, dict) or set(size) != {"height", "width"}:
+            return dict(self.image_processor(pictures, **settings))
+        self._check_size(size["height"], size["width"])
+        made = [
+            self.image_processor(
+                picture, **(settings | {"size": _covering(picture, size), "crop_size": size})
+            )["pixel_values"]
+            for picture in pictures
+        ]
+        joined = torch.cat if isinstance(made[0], Tensor) else np.concatenate
+        return {"pixel_values": joined(made)}
+
     def _tokens(
         self,
         texts: list[str],
-        pictures: list[Any] | None,
+        found: list[list[re.Match[str]]],
+        spelled: list[str],
         flags: dict[str, bool],
         settings: dict[str, Any],
     ) -> dict[str, Any]:
-        found = [list(self._marks(text)) for text in texts]
-        marks, count = sum(map(len, found)), len(pictures or ())
-        if marks != count:
-            raise PromptError(
-                f"the number of {_MARK} tokens in the prompts should be the same as the number of "
-                f"images, but there are {marks} and {count}: give each image one {_MARK}"
-            )
         begins = bool(settings.get("add_special_tokens", True)) and not self._adds_bos
         completion = flags["return_for_text_completion"]
+        in_order = iter(spelled)
         whole = [
-            self._closed(text, marks, completion, begins)
+            self._closed(text, [(mark, next(in_order)) for mark in marks], completion, begins)
             for text, marks in zip(texts, found, strict=True)
         ]
         encoded = self.tokenizer([text for text, _ in whole], **settings)
+        wanted = sum(picture.count(self.image_token) for picture in spelled)
         kept = sum(list(row).count(self.image_token_id) for row in encoded["input_ids"])
-        if kept != marks * self.image_seq_length:
+        if kept != wanted:
             raise PromptError(
-                f"truncation kept {kept} of {marks * self.image_seq_length} picture tokens: raise "
+                f"truncation kept {kept} of {wanted} picture tokens: raise "
                 "max_length or leave truncation out"
             )
         data = dict(encoded)
@@ -294,7 +334,7 @@ class ChameleonProcessor(ProcessorMixin):
         return re.finditer(f"{_UNMARKED}(?:{names})", text)
 
     def _closed(
-        self, text: str, marks: list[re.Match[str]], completion: bool, begins: bool
+        self, text: str, marks: list[tuple[re.Match[str], str]], completion: bool, begins: bool
     ) -> tuple[str, list[dict[str, Any]]]:
         """A text with its pictures spelled, its start where the tokenizer adds none, its end.
 
@@ -308,7 +348,7 @@ class ChameleonProcessor(ProcessorMixin):
         # A start that is written is told too: what maps places of the text must move past it.
         start = bos if begins and bos and not templated else ""
         changes = [("text", (0, 0), "", start)] if start else []
-        changes += [("image", mark.span(), mark.group(), self._spelled()) for mark in marks]
+        changes += [("image", mark.span(), mark.group(), spelled) for mark, spelled in marks]
         for kind, span, old, new in changes:
             result += text[last : span[0]]
             new_span = (len(result), len(result) + len(new))
@@ -324,12 +364,55 @@ class ChameleonProcessor(ProcessorMixin):
         return self.tokenizer.bos_token_id in self.tokenizer("")["input_ids"]
 
     def replace_image_token(self, image_inputs: Any = None, image_idx: int = 0, **_: Any) -> str:
-        """What takes the place of a mark: begin, a placeholder for each code, end."""
-        return self._spelled()
+        """What takes the place of a mark: begin, a placeholder for each code, end.
 
-    def _spelled(self) -> str:
-        inner = self.image_token * self.image_seq_length
-        return f"{self.image_start_token}{inner}{self.image_end_token}"
+        For Lumina-mGPT also the size tokens of the picture and its line ends.
+        """
+        if not self._is_lumina:
+            inner = self.image_token * self.image_seq_length
+            return f"{self.image_start_token}{inner}{self.image_end_token}"
+        pixels = (image_inputs or {}).get("pixel_values")
+        size = None if pixels is None else pixels[image_idx].shape[-2:]
+        layout = self._layout(*(int(length) // self._stride for length in size or ()))
+        row = self.image_token * layout.width + "".join(layout.line_end)
+        return "".join(layout.head) + row * layout.height + "".join(layout.tail)
+
+    @property
+    def _is_lumina(self) -> bool:
+        return self.image_layout == lumina.KIND
+
+    @property
+    def _stride(self) -> int:
+        """Pixels of a picture along one side of a code."""
+        return int(dict(self.image_processor.crop_size)["height"]) // self._side
+
+    @property
+    def _side(self) -> int:
+        return math.isqrt(self.image_seq_length)
+
+    def _layout(self, height: int | None = None, width: int | None = None) -> ImageLayout:
+        """How a picture of so many codes is spelled; by default the model's own square."""
+        if self._is_lumina:
+            return lumina.layout(height or self._side, width)
+        return ImageLayout(self._side, self.image_seq_length // self._side)
+
+    def _check_size(self, height: int, width: int) -> None:
+        step = 2 * self._stride  # size tokens count blocks of two codes
+        if height % step or width % step or min(height, width) < step:
+            sizes = ((w * self._stride, h * self._stride) for h, w in lumina.sizes(self._side))
+            raise SettingError(
+                f"size={height}x{width} (height x width) has no size tokens: give multiples of "
+                f"{step}; it was trained on {', '.join(f'{h}x{w}' for w, h in sizes)}"
+            )
+
+    def _layout_at(self, row: list[int], vocabulary: Vocabulary) -> ImageLayout | None:
+        """The layout of the picture that a row begins with, if it has one."""
+        if not self._is_lumina:
+            return self._layout()
+        try:
+            return lumina.read_layout(row, vocabulary)
+        except ImageError:
+            return None
 
     def _spoken(self, row: list[int]) -> list[int]:
         images = self._image_ids_set()
@@ -341,14 +424,17 @@ class ChameleonProcessor(ProcessorMixin):
         return self._image_set
 
     def _segments(self, row: list[int], vocabulary: Vocabulary) -> Iterator[Segment]:
-        side = round(self.image_seq_length**0.5)
-        layout = ImageLayout(side, self.image_seq_length // side)
         start = 0
         while start < len(row):
             if row[start] == vocabulary.begin_image:
-                end = start + layout.num_tokens
+                layout = self._layout_at(row[start:], vocabulary)
+                end = start + (layout.num_tokens if layout else 1)
                 tokens = row[start:end]
-                if len(tokens) == layout.num_tokens and self.image_token_id not in tokens:
+                if (
+                    layout
+                    and len(tokens) == layout.num_tokens
+                    and self.image_token_id not in tokens
+                ):
                     yield Image(codes=layout.parse(tokens, vocabulary))
             else:
                 later = (i for i in range(start, len(row)) if row[i] == vocabulary.begin_image)
@@ -380,6 +466,21 @@ def _texts(text: Any, images: Any) -> list[str] | None:
     if not all(isinstance(item, str) for item in texts):
         raise PromptError("a text must be a string or a list of strings")
     return texts
+
+
+def _check_number(marks: int, pictures: int) -> None:
+    if marks != pictures:
+        raise PromptError(
+            f"the number of {_MARK} tokens in the prompts should be the same as the number of "
+            f"images, but there are {marks} and {pictures}: give each image one {_MARK}"
+        )
+
+
+def _covering(picture: Any, size: dict[str, int]) -> dict[str, int]:
+    """The shorter side of a picture that just covers `size`."""
+    width, height = Image.of(picture).pil.size  # type: ignore[union-attr]
+    scale = max(size["height"] / height, size["width"] / width)
+    return {"shortest_edge": math.ceil(min(width, height) * scale)}
 
 
 def _rows(ids: Any) -> list[list[int]]:
