@@ -12,7 +12,7 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict
 from io import TextIOWrapper
@@ -21,14 +21,14 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer.core import TyperCommand
 
 from earlyfusion import __version__
 from earlyfusion.errors import EarlyFusionError, SettingError
 
 if TYPE_CHECKING:
-    from earlyfusion.api import Chameleon, Reply
+    from earlyfusion.api import Chameleon
     from earlyfusion.content import Image, Prompt
-    from earlyfusion.terminal import Album
 
 Output = Literal["text", "image", "interleaved", "auto"]
 Mode = Literal["crop", "fit"]
@@ -65,12 +65,78 @@ def _words_option(help: str) -> Any:
     return Annotated[list[str] | None, typer.Option(help=help)]
 
 
+_DEVICES = ("auto", "cpu", "cuda", "cuda:0", "cuda:1")
+_DTYPES = ("auto", "float32", "bfloat16", "float16", "int8", "int4")
+
+
+def _begin(incomplete: str, words: Iterable[str]) -> list[str]:
+    return [word for word in words if word.startswith(incomplete)]
+
+
+def _complete_models(incomplete: str) -> list[str]:
+    """mini, and the folders that a path may go on with."""
+    start = Path(incomplete if incomplete.endswith("/") else os.path.dirname(incomplete))
+    try:
+        folders = [f"{path}/" for path in sorted(start.expanduser().iterdir()) if path.is_dir()]
+    except OSError:
+        folders = []
+    return _begin(incomplete, ["mini", *folders])
+
+
+def _complete_devices(incomplete: str) -> list[str]:
+    return _begin(incomplete, _DEVICES)
+
+
+def _complete_dtypes(incomplete: str) -> list[str]:
+    return _begin(incomplete, _DTYPES)
+
+
+def _complete_recipes(incomplete: str) -> list[str]:
+    from earlyfusion.recipes import NAMES
+
+    files = [str(path) for path in sorted(Path().glob("*.py"))]
+    return _begin(incomplete, [*NAMES, *files])
+
+
+def _complete_fields(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Fields of the recipe that was named; after = the values that one can have."""
+    from earlyfusion.recipes import fields_of
+
+    known, before = fields_of(ctx.params["recipe"]), ctx.params.get("fields") or []
+    # bash takes words apart at =, other shells do not; an = alone comes as nothing.
+    if not incomplete and before[-1:] and before[-1] in known:
+        return list(_values_of(before[-1], known))
+    if before[-1:] == ["="]:
+        return _begin(incomplete, _values_of(before[-2] if before[1:] else "", known))
+    field, found, _ = incomplete.partition("=")
+    if not found:
+        return _begin(incomplete, [f"{name}=" for name in known])
+    return _begin(incomplete, [f"{field}={value}" for value in _values_of(field, known)])
+
+
+def _values_of(field: str, known: dict[str, tuple[str, Any, str]]) -> Iterable[str]:
+    if known.get(field, ("",))[0] == "bool":
+        return "true", "false"
+    last = field.rpartition(".")[2]
+    fixed = {"device": _DEVICES, "precision": ("fp32", "bf16"), "model": ("mini",)}
+    return fixed.get(last, ())
+
+
 ModelName = Annotated[
-    str, typer.Option("--model", "-m", help="mini (embedded), a model folder, or a hub id.")
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        help="mini (embedded), a model folder, or a hub id.",
+        autocompletion=_complete_models,
+    ),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
+Device = Annotated[
+    str, typer.Option(help="auto, cpu, cuda, cuda:1 …", autocompletion=_complete_devices)
+]
 Precision = Annotated[
-    str, typer.Option("--dtype", help="auto, float32, bfloat16, float16, int8, int4")
+    str,
+    typer.Option("--dtype", help=", ".join(_DTYPES), autocompletion=_complete_dtypes),
 ]
 Fit = Annotated[
     bool | None,
@@ -186,7 +252,10 @@ def main(arguments: list[str] | None = None) -> int:
         return _misuse(error)
     except (KeyboardInterrupt, typer.Abort):
         return _INTERRUPTED
-    except (BrokenPipeError, SystemExit):  # Typer makes the second of the first
+    except (BrokenPipeError, SystemExit) as end:
+        # Typer makes the second of the first, and of the end of a completion.
+        if isinstance(end, SystemExit) and end.code != 1:
+            return int(end.code or 0)
         # The reader has gone; what is still buffered has nowhere to go either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _READER_GONE
@@ -245,7 +314,7 @@ def generate(
     """
     from earlyfusion.content import as_messages, fill_placeholders
     from earlyfusion.generation.settings import SamplingParams
-    from earlyfusion.terminal import Album, Screen, answer
+    from earlyfusion.terminal import Album, Screen, answer, reply_json
 
     images = image or []
     _check_pipe([prompt or "", *images])
@@ -260,7 +329,7 @@ def generate(
     if as_json:
         used = asdict(settings.resolved(chameleon.defaults))
         told = {"seed": used.pop("seed"), "model": model, "output": output, "settings": used}
-        _print_json(_reply_json(reply, album) | told)
+        _print_json(reply_json(reply, album.path_of) | told)
 
 
 @app.command(
@@ -300,6 +369,57 @@ def chat(
     return conversation.run()
 
 
+@app.command(
+    epilog=_examples(
+        "earlyfusion batch requests.jsonl -o replies",
+        "earlyfusion batch requests.jsonl -o replies --output text --temperature 0 --json",
+    )
+)
+@_with_sampling
+def batch(
+    requests: Annotated[
+        Path, typer.Argument(help='JSON lines, as {"prompt": "Draw a cat.", "output": "image"}.')
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the replies.")],
+    output: Annotated[Output, typer.Option(help="For lines that do not say.")] = "auto",
+    sampling: Any = None,
+    model: ModelName = "mini",
+    device: Device = "auto",
+    dtype: Precision = "auto",
+    as_json: AsJson = False,
+) -> int:
+    """Answer many prompts at once; again, to go on. The options are for lines that do not say.
+
+    A line has a prompt (a text, a list of parts, or a list of messages), and if wanted id, images,
+    output, seed and other sampling fields. Paths of pictures are seen from the folder of the file.
+    """
+    from earlyfusion.batch import Replies, answer_all, read_jobs
+    from earlyfusion.content import counted
+    from earlyfusion.terminal import progress_bar
+
+    jobs = read_jobs(requests, output, sampling, model)
+    with Replies(out) as replies:
+        left = replies.left(jobs)
+        try:
+            chameleon = _load(model, device, as_json, dtype)
+            with progress_bar(as_json) as bar:
+                task = bar.add_task("answering", total=len(jobs), completed=len(jobs) - len(left))
+                answer_all(chameleon, left, replies, lambda: bar.advance(task))
+        except KeyboardInterrupt:
+            print("Stopped: the same command goes on where it was.", file=sys.stderr)
+            raise
+    failed = replies.errors
+    if as_json:
+        told = {"replies": len(jobs) - failed, "new": len(left) - failed, "errors": failed}
+        _print_json({"path": str(out)} | told)
+    else:
+        print(f"{out / 'replies.jsonl'}: {counted(len(left) - failed, 'new reply', 'new replies')}")
+    if failed:
+        told_of = f"{counted(failed, 'request')} of {len(jobs):,} failed"
+        print(f"Error: {told_of}: see {out / 'errors.jsonl'}", file=sys.stderr)
+    return 2 if failed else 0
+
+
 @app.command(epilog=_examples("earlyfusion demo", "earlyfusion demo --out pictures --seed 3"))
 def demo(
     out: Pictures = Path("earlyfusion-demo"),
@@ -310,7 +430,7 @@ def demo(
     """A short tour with the embedded model: a picture is named, one is drawn, both are mixed."""
     from earlyfusion.content import Image, fill_placeholders
     from earlyfusion.generation.settings import SamplingParams
-    from earlyfusion.terminal import Album, Screen, answer
+    from earlyfusion.terminal import Album, Screen, answer, reply_json
 
     album = Album(out)
     album.check()
@@ -327,7 +447,7 @@ def demo(
     for words, prompt, output in tour:
         screen.line(f"\n> {words}")
         reply = answer(chameleon, prompt, output, sampling, album, screen)
-        steps.append({"prompt": words} | _reply_json(reply, album))
+        steps.append({"prompt": words} | reply_json(reply, album.path_of))
     screen.line(f"\nThe pictures are in {out}. Next: earlyfusion chat")
     if as_json:
         _print_json({"steps": steps, "seed": sampling.seed, "out": str(out)})
@@ -444,17 +564,41 @@ def convert(
         print(f"{name:<36}{size:>16,}")
 
 
+class _Train(TyperCommand):
+    """Its help lists the recipes, or with a recipe that recipe's fields."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if {"-h", "--help"} & set(args) and not ctx.resilient_parsing:
+            from earlyfusion.recipes import NAMES, described, summary
+
+            named = [arg for arg in args if not arg.startswith("-") and "=" not in arg]
+            if named:
+                print(described(named[0]))
+                ctx.exit()
+            listed = [f"{name}: {summary(name)}" for name in NAMES]
+            fields = "earlyfusion train RECIPE --help lists what can be changed in one."
+            self.epilog = "\n\n".join([self.epilog or "", "Recipes:", *listed, fields])
+        return super().parse_args(ctx, args)
+
+
 @app.command(
+    cls=_Train,
     epilog=_examples(
         "earlyfusion train mini_transformer steps=200",
         "earlyfusion train my_recipe.py run.out=runs/mine",
         "earlyfusion train pretrain_34b --plan",
-    )
+    ),
 )
 def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe's name, or a Python file.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(help="A recipe's name, or a Python file.", autocompletion=_complete_recipes),
+    ],
     fields: Annotated[
-        list[str] | None, typer.Argument(metavar="FIELD=VALUE", help="What to change in it.")
+        list[str] | None,
+        typer.Argument(
+            metavar="FIELD=VALUE", help="What to change in it.", autocompletion=_complete_fields
+        ),
     ] = None,
     plan_only: Annotated[
         bool, typer.Option("--plan", help="Only tell its memory, speed and days on many GPUs.")
@@ -684,21 +828,3 @@ def _misuse(error: typer.TyperException) -> int:
 
 def _print_json(data: dict[str, Any]) -> None:
     print(json.dumps(data, ensure_ascii=sys.stdout.encoding.lower() != "utf-8"))
-
-
-def _reply_json(reply: Reply, album: Album) -> dict[str, Any]:
-    from earlyfusion.content import Text
-
-    segments = [
-        {"type": "text", "text": segment.text}
-        if isinstance(segment, Text)
-        else {"type": "image", "path": str(album.path_of(segment))}
-        for segment in reply.segments
-    ]
-    return {
-        "text": reply.text,
-        "images": [segment["path"] for segment in segments if segment["type"] == "image"],
-        "segments": segments,
-        "finish_reason": reply.finish_reason,
-        "usage": asdict(reply.usage) | {"total_tokens": reply.usage.total_tokens},
-    }

@@ -5,7 +5,7 @@ is decoded, and what comes out is RGB, upright, blended on white as Meta's code 
 (github.com/facebookresearch/chameleon, chameleon/inference/image_tokenizer.py). Two things differ
 from Meta's code, where that would lose the picture: values of more than 8 bits are scaled, not cut
 off at 255 (`deep="clip"` cuts them off), and pictures over 25 megapixels are scaled down while they
-are read. Reading the largest picture takes about 1 GB for a moment, as AVIF 2 GB.
+are read. Reading the largest picture takes about 1 GB for a moment, as AVIF or WEBP 2 GB.
 """
 
 from __future__ import annotations
@@ -260,9 +260,9 @@ def _read_part(item: Any, folder: Path) -> Part:
     )
 
 
-def counted(number: int, noun: str) -> str:
+def counted(number: int, noun: str, several: str = "") -> str:
     """A number and its noun: "1 image", "2,000 images"."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    return f"{number:,} {noun if number == 1 else several or noun + 's'}"
 
 
 def _segments(parts: Any) -> list[Segment]:
@@ -411,6 +411,8 @@ def _decode(data: bytes, name: str, deep: Deep) -> PIL.Image.Image:
     reader = _reader(data, name)
     try:
         picture = reader(BytesIO(data))
+    except PIL.Image.DecompressionBombError:
+        raise _oversized(name) from None
     # A parser of foreign bytes may raise anything; the reason would not help a person.
     except Exception:
         raise _broken(name) from None
@@ -463,6 +465,12 @@ def _broken(name: str) -> ImageError:
     return ImageError(f"{name} is damaged or cut short: save or download it again as {_FORMATS}")
 
 
+def _oversized(name: str) -> ImageError:
+    return ImageError(
+        f"{name} is larger than Pillow reads in its format: scale it down or save it as JPEG"
+    )
+
+
 def _upright_rgb(picture: PIL.Image.Image, name: str, deep: Deep = "scale") -> PIL.Image.Image:
     if deep not in get_args(Deep):
         raise ImageError(f"deep={deep!r} is unknown: choose 'scale' or 'clip'")
@@ -475,6 +483,8 @@ def _upright_rgb(picture: PIL.Image.Image, name: str, deep: Deep = "scale") -> P
         return _rgb(_upright(picture), white)
     except ImageError:
         raise
+    except PIL.Image.DecompressionBombError:
+        raise _oversized(name) from None
     except Exception:
         raise _broken(name) from None
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.style import Style
 from rich.text import Text as Characters
 
-from earlyfusion.content import Image, Prompt
+from earlyfusion.content import Image, Prompt, Text
 from earlyfusion.files import Write, check_writable, next_number, write_next
 
 if TYPE_CHECKING:
@@ -85,6 +86,23 @@ def answer(
     reply = chameleon.collect(chameleon.stream(prompt, output, sampling), watch)
     screen.end()
     return reply
+
+
+def reply_json(reply: Reply, path_of: Callable[[Image], Path | str]) -> dict[str, Any]:
+    """A reply as JSON has it, its pictures as the paths that `path_of` tells."""
+    segments = [
+        {"type": "text", "text": segment.text}
+        if isinstance(segment, Text)
+        else {"type": "image", "path": str(path_of(segment))}
+        for segment in reply.segments
+    ]
+    return {
+        "text": reply.text,
+        "images": [segment["path"] for segment in segments if segment["type"] == "image"],
+        "segments": segments,
+        "finish_reason": reply.finish_reason,
+        "usage": asdict(reply.usage) | {"total_tokens": reply.usage.total_tokens},
+    }
 
 
 def decoded(chameleon: Chameleon, *codes: npt.NDArray[np.int64]) -> list[Image]:

@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ from earlyfusion.generation.settings import SamplingParams
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.model.vqgan import VQGAN
 from earlyfusion.processor import train_tokenizer
+from earlyfusion.recipes import NAMES
 from earlyfusion.terminal import Screen, half_blocks
 
 COMMANDS = [command.callback.__name__ for command in app.registered_commands if command.callback]
@@ -705,6 +707,53 @@ def test_version_and_completion(run: Run) -> None:
     assert done.stdout.split() == ["generate"]
 
 
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("train fine", {"finetune", "finetune_7b"}),
+        ("train my", {"my_recipe.py"}),
+        ("train finetune pre", {"precision="}),
+        ("train finetune steps=5 parallel.t", set()),
+        ("train finetune steps=5 ten", {"tensor="}),
+        ("train finetune precision=b", {"precision=bf16"}),
+        ("train finetune precision = b", {"bf16"}),
+        ("train finetune precision =", {"fp32", "bf16"}),
+        ("train finetune wandb=t", {"wandb=true"}),
+        ("train no_such_recipe st", set()),
+        ("generate --dtype b", {"bfloat16"}),
+        ("batch --dtype int", {"int8", "int4"}),
+        ("chat --device cp", {"cpu"}),
+        ("generate --model m", {"mini", "models/"}),
+        ("generate --model models/", {"models/one/"}),
+        ("generate --output i", {"image", "interleaved"}),
+    ],
+)
+def test_completion(
+    run: Run, words: str, offered: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("models/one").mkdir(parents=True)
+    Path("models/file").touch()
+    Path("my_recipe.py").touch()
+    monkeypatch.setenv("_EARLYFUSION_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", f"earlyfusion {words}")
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split())))
+    ran = run()
+    assert (ran.code, set(ran.out.split())) == (0, offered)
+
+
+def test_help_of_train_names_recipes_and_fields(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    told = run("train", "--help").out
+    for name in NAMES:
+        assert f" {name}: " in told
+    told = run("train", "finetune", "steps=5", "--help").out
+    assert "earlyfusion train finetune data=captions.jsonl" in told
+    for line in ("precision                    str = fp32", "steps                        int = "):
+        assert f"  {line}" in told
+    assert "Rank of low-rank adapters" in told
+    assert_refused(run("train", "no_such_recipe", "--help"), "no_such_recipe", "finetune")
+
+
 def test_half_blocks_show_two_pixels_each() -> None:
     image = PIL.Image.new("RGB", (4, 4), (255, 0, 0))
     image.paste((0, 0, 255), (0, 2, 4, 4))
@@ -722,3 +771,193 @@ def test_text_of_the_model_cannot_steer_the_terminal(capsys: pytest.CaptureFixtu
     screen.text("\u009b apple")
     screen.end()
     assert capsys.readouterr().out == "[2Jred apple\n"
+
+
+def write_requests(*lines: object, path: str = "in/requests.jsonl") -> Path:
+    Path(path).parent.mkdir(exist_ok=True)
+    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    Path(path).write_text("\n".join(texts) + "\n")
+    return Path(path)
+
+
+def replies_in(folder: str = "replies") -> dict[object, dict]:
+    lines = (Path(folder) / "replies.jsonl").read_text(encoding="utf-8").splitlines()
+    replies = [json.loads(line) for line in lines]
+    assert len({reply["id"] for reply in replies}) == len(replies)
+    return {reply["id"]: reply for reply in replies}
+
+
+Batch = Callable[..., Ran]
+
+
+@pytest.fixture
+def batch(run: Run, model: Path) -> Batch:
+    def call(*options: object, out: str = "replies") -> Ran:
+        return run("batch", "in/requests.jsonl", "-o", out, "--model", model, *options)
+
+    return call
+
+
+def test_batch_answers_as_generate_does(run: Run, batch: Batch, model: Path, picture: Path) -> None:
+    Path("in").mkdir()
+    picture.rename("in/red.png")
+    image = {"type": "image", "image": "red.png"}
+    turns = [
+        {"role": "user", "content": ["Look: ", image]},
+        {"role": "assistant", "content": "Red."},
+        {"role": "user", "content": [{"type": "text", "text": "What is this?"}]},
+    ]
+    write_requests(
+        {"prompt": "Say.", "output": "text", "seed": 5, "temperature": 50, "stop": ["z"]},
+        "",
+        {"id": "draw", "prompt": "Draw.", "output": "image", "max_images": 2},
+        {"id": "parts", "prompt": ["What is ", image, "?"], "seed": 5},
+        {"id": "marks", "prompt": "What is <image>?", "images": ["red.png"], "seed": 5},
+        {"id": "turns", "prompt": turns},
+    )
+    ran = batch("--output", "text", "--max-tokens", 140, "--seed", 10)
+    assert (ran.code, ran.err) == (0, "") and "5 new replies" in ran.out
+    told = replies_in()
+    assert set(told) == {1, "draw", "parts", "marks", "turns"}
+    assert [told[name]["seed"] for name in (1, "draw", "parts", "turns")] == [5, 11, 5, 14]
+    common = ("--model", model, "--max-tokens", 140, "--json")
+    for name, options in (
+        (1, ("Say.", "--output", "text", "--seed", 5, "--temperature", 50, "--stop", "z")),
+        ("parts", ("What is <image>?", "--image", "in/red.png", "--output", "text", "--seed", 5)),
+        ("draw", ("Draw.", "--output", "image", "--seed", 11, "--max-images", 2)),
+    ):
+        alone = run("generate", *options, *common).json
+        for key in ("text", "usage", "finish_reason", "seed", "output"):
+            assert told[name][key] == alone[key], (name, key)
+        for ours, theirs in zip(told[name]["images"], alone["images"], strict=True):
+            assert (Path("replies") / ours).read_bytes() == Path(theirs).read_bytes()
+    assert told["parts"]["text"] == told["marks"]["text"]
+    assert len(told["draw"]["images"]) == 2
+    names = {path.name for path in Path("replies").iterdir()}
+    assert names == {"replies.jsonl", "pictures"}
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", ["no JSON object"]),
+        ("[1]", ["no JSON object"]),
+        ({"text": "a"}, ["'text'", "use"]),
+        ({"prompt": "a", "temprature": 1}, ["'temprature' is unknown: use temperature"]),
+        ({"id": "a"}, ["no prompt"]),
+        ({"prompt": " "}, ["prompt is empty"]),
+        ({"prompt": 7}, ["a part of a prompt"]),
+        ({"prompt": "a", "output": "video"}, ["video", "interleaved"]),
+        ({"prompt": "a", "top_p": 3}, ["top_p=3", "at most 1"]),
+        ({"prompt": "a", "id": 1.5}, ["id"]),
+        ({"prompt": "a", "id": "first"}, ["'first'", "line 1"]),
+        ({"prompt": [{"type": "image", "image": "no.png"}]}, ["there is no file in/no.png"]),
+        ({"prompt": "a", "images": ["no.png"]}, ["there is no file in/no.png"]),
+        ({"prompt": "<image>"}, ["marks 1 place"]),
+        ({"prompt": [{"role": "assistant", "content": "a"}]}, ["assistant's"]),
+        ({"prompt": [{"role": "robot", "content": "a"}]}, ["robot"]),
+    ],
+    ids=str,
+)
+def test_batch_refuses_a_bad_line_before_the_start(
+    run: Run, line: object, words: list[str]
+) -> None:
+    write_requests({"prompt": "Fine.", "id": "first"}, "", line)
+    ran = run("batch", "in/requests.jsonl", "-o", "replies", "--model", "nowhere")
+    assert_refused(ran, "in/requests.jsonl line 3: ", *words)
+    assert not Path("replies").exists()
+
+
+def test_batch_refuses_other_files_and_folders(run: Run, batch: Batch) -> None:
+    assert_refused(run("batch", "nowhere.jsonl", "-o", "replies"), "nowhere.jsonl")
+    write_requests("")
+    assert_refused(batch(), "no request")
+    write_requests({"prompt": "One."})
+    for name, text in (("notes.txt", "mine"), ("replies.jsonl", "mine\n")):
+        folder = Path(name.partition(".")[0])
+        folder.mkdir()
+        (folder / name).write_text(text)
+        assert_refused(batch(out=str(folder)), str(folder), "--out")
+        assert {path.read_text() for path in folder.iterdir()} == {text}
+    assert_refused(batch(out="in/requests.jsonl"), "in/requests.jsonl", "--out")
+    held = Path("held/replies.jsonl")
+    held.parent.mkdir()
+    with held.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert_refused(batch(out="held"), "held", "another batch")
+
+
+def test_batch_records_what_fails_later_and_tries_it_again(batch: Batch, picture: Path) -> None:
+    bad = Path("in/bad.png")
+    bad.parent.mkdir()
+    bad.write_text("no picture")
+    write_requests(
+        {"prompt": "What?", "images": ["bad.png"]},
+        {"prompt": "Fine.", "id": "fine"},
+        {"prompt": "word " * 5000, "id": "long"},
+    )
+    ran = batch("--output", "text", "--json")
+    assert ran.code == 2 and ran.json == {"path": "replies", "replies": 1, "new": 1, "errors": 2}
+    assert ran.err == f"Error: 2 requests of 3 failed: see {Path('replies/errors.jsonl')}\n"
+    errors = [json.loads(line) for line in Path("replies/errors.jsonl").read_text().splitlines()]
+    assert [(error["id"], error["line"]) for error in errors] == [(1, 1), ("long", 3)]
+    assert "PNG" in errors[0]["error"] and "limit 512" in errors[1]["error"]
+    before = replies_in()
+    picture.replace(bad)
+    assert batch("--output", "text").code == 2
+    assert list(replies_in()) == ["fine", 1] and replies_in()["fine"] == before["fine"]
+    assert len(Path("replies/errors.jsonl").read_text().splitlines()) == 1
+
+
+def test_batch_goes_on_after_a_line_that_was_cut_short(batch: Batch) -> None:
+    lines = [{"prompt": f"Say {number}.", "id": number} for number in range(6)]
+    write_requests(*lines)
+    common = ("--output", "text", "--max-tokens", 8, "--seed", 0)
+    assert batch(*common, out="whole").code == 0
+    assert batch(*common).code == 0
+    path = Path("replies/replies.jsonl")
+    data = path.read_bytes()
+    path.write_bytes(data[: data.index(b"\n", len(data) // 2) + 20])
+    kept = path.read_bytes().count(b"\n")
+    ran = batch(*common)
+    assert ran.code == 0 and f"{6 - kept} new repl" in ran.out and 0 < kept < 5
+    assert replies_in() == replies_in("whole")
+    assert "0 new replies" in batch(*common).out
+    # The same ids with other requests or options are not the same batch.
+    assert_refused(batch(*common[:3], 9, *common[4:]), "another request")
+    write_requests({"prompt": "Other.", "id": 3})
+    assert_refused(batch(*common), "another request of id 3")
+    assert replies_in() == replies_in("whole")
+
+
+def test_batch_killed_goes_on_without_a_reply_twice(batch: Batch, model: Path) -> None:
+    lines = [
+        {"prompt": f"Draw {number}.", "output": ("text", "image")[number % 2]}
+        for number in range(200)
+    ]
+    write_requests(*lines)
+    common = ("--seed", "0", "--max-tokens", "70")
+    command = [sys.executable, "-m", "earlyfusion", "batch", "in/requests.jsonl", "-o", "replies"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    started = subprocess.Popen([*command, "--model", model, *common], env=environment)
+    path = Path("replies/replies.jsonl")
+    while started.poll() is None and not (path.exists() and path.read_bytes().count(b"\n") > 3):
+        time.sleep(0.01)
+    started.kill()
+    assert started.wait() == -9
+    killed_at = path.read_bytes().count(b"\n")
+    assert 3 < killed_at < 200
+    assert batch(*common).code == 0
+    assert batch(*common, out="whole").code == 0
+    assert replies_in() == replies_in("whole") and len(replies_in()) == 200
+    for reply in replies_in().values():
+        for name in reply["images"]:
+            assert (Path("replies") / name).read_bytes() == (Path("whole") / name).read_bytes()
+
+
+def test_batch_on_a_full_disk(batch: Batch) -> None:
+    write_requests({"prompt": "Draw.", "output": "image"})
+    with files_of_at_most(100):
+        assert_refused(batch(), "cannot be written")
+    assert Path("replies/replies.jsonl").read_text() == ""
+    assert batch().code == 0 and len(replies_in()) == 1

@@ -218,6 +218,13 @@ def test_large_jpeg_is_scaled_down_by_its_decoder() -> None:
     assert corners(image) == [(1, 0, 0), (0, 0, 1)]
 
 
+def test_a_picture_that_its_decoder_refuses_for_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = saved(halves(40, 30), "WEBP")
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 500)
+    with pytest.raises(ImageError, match="larger than Pillow reads in its format"):
+        Image.from_bytes(data)
+
+
 def test_a_large_picture_of_the_caller_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(content, "MAX_PIXELS", 300)
     for format in ("JPEG", "PNG"):

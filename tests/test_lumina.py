@@ -12,11 +12,17 @@ import pytest
 import torch
 from tiny import CONFIG, tiny_processor, tiny_transformer
 
-from earlyfusion import Chameleon, ContextError, Image, Message, SettingError
+from earlyfusion.api import Chameleon
 from earlyfusion.checkpoints import lumina
 from earlyfusion.checkpoints.hf import save_hf
 from earlyfusion.content import Image, Message, Text
-from earlyfusion.errors import CheckpointError, ImageError, PromptError, SettingError
+from earlyfusion.errors import (
+    CheckpointError,
+    ContextError,
+    ImageError,
+    PromptError,
+    SettingError,
+)
 from earlyfusion.generation import guidance
 from earlyfusion.generation.reference import ImageDone, ImageProgress, Request, generate
 from earlyfusion.generation.settings import SamplingParams
@@ -287,7 +293,7 @@ def hf(folder: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def model(folder: Path) -> Any:
+def hf_model(folder: Path) -> Any:
     from earlyfusion.hf import ChameleonForConditionalGeneration
 
     return ChameleonForConditionalGeneration.from_pretrained(folder).eval()
@@ -299,13 +305,13 @@ def picture(seed: int, width: int, height: int) -> PIL.Image.Image:
 
 
 def test_squares_in_transformers_equal_the_package_s_own(
-    hf: Any, model: Any, processor: Processor
+    hf: Any, hf_model: Any, processor: Processor
 ) -> None:
     photo = picture(0, 40, 30)
     inputs = hf(images=[photo], text="What is <image> this?", return_mm_token_type_ids=True)
-    ids = model.fill_image_tokens(inputs["input_ids"], inputs["pixel_values"])[0].tolist()
+    ids = hf_model.fill_image_tokens(inputs["input_ids"], inputs["pixel_values"])[0].tolist()
     codes = (
-        ImageTokenizer(model.model.vqmodel.core, CONFIG.vq_config.resolution)
+        ImageTokenizer(hf_model.model.vqmodel.core, CONFIG.vq_config.resolution)
         .encode([photo])
         .numpy()
     )
@@ -321,7 +327,7 @@ def test_squares_in_transformers_equal_the_package_s_own(
 @pytest.mark.parametrize("size", [(8, 16), (16, 8), (12, 12), (16, 16)])
 def test_several_sizes_in_transformers(
     folder: Path,
-    model: Any,
+    hf_model: Any,
     processor: Processor,
     size: tuple[int, int],
     backend: str,
@@ -334,9 +340,9 @@ def test_several_sizes_in_transformers(
     wanted = {"height": size[0], "width": size[1]}
     inputs = hf(images=photos, text="<image> and <image>", size=wanted)
     assert inputs["pixel_values"].shape == (2, 3, *size)
-    ids = model.fill_image_tokens(inputs["input_ids"], inputs["pixel_values"])[0].tolist()
+    ids = hf_model.fill_image_tokens(inputs["input_ids"], inputs["pixel_values"])[0].tolist()
     height, width = size[0] // CONFIG.vq_config.stride, size[1] // CONFIG.vq_config.stride
-    codes = model.model.vqmodel.core.encode(inputs["pixel_values"]).numpy()
+    codes = hf_model.model.vqmodel.core.encode(inputs["pixel_values"]).numpy()
     parts: list[Any] = [Image(codes=codes[0]), Text(" and "), Image(codes=codes[1])]
     spelled = lumina.for_size(processor, height, width).encode([Message("user", parts)])
     assert ids == spelled.ids

@@ -6,12 +6,16 @@ overrides any field: `steps=50` where the name is unique, `run.steps=50` where i
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.util
+import inspect
 import shlex
 import sys
+import textwrap
 from dataclasses import fields, is_dataclass, replace
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType, NoneType, UnionType
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
@@ -241,3 +245,64 @@ def _parse(kind: Any, name: str, text: str) -> Any:
     except (KeyError, ValueError, TypeError):
         shown = getattr(kind, "__name__", str(kind))
         raise SettingError(f"{name}={text!r} cannot be read as {shown}") from None
+
+
+def summary(name: str) -> str:
+    """The first line of what a recipe of this package says of itself; it is not imported."""
+    source = (Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8")
+    return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
+
+
+def described(name: str) -> str:
+    """What a recipe says of itself, and its fields with kinds, defaults and meanings.
+
+    Raises `SettingError` for an unknown recipe.
+    """
+    recipe = _load(name)
+    lines = [
+        f"  {field:<28} {kind} = {value}" + (f"\n      {meaning}" if meaning else "")
+        for field, (kind, value, meaning) in settable(recipe.config).items()
+    ]
+    return "\n".join([inspect.getdoc(recipe) or name, "", "Fields:", *lines])
+
+
+def fields_of(name: str) -> dict[str, tuple[str, Any, str]]:
+    """`settable` of a recipe's config; none where the recipe cannot be had."""
+    try:
+        return settable(_load(name).config)
+    except SettingError:
+        return {}
+
+
+def settable(config: Any) -> dict[str, tuple[str, Any, str]]:
+    """The fields of a config by the shortest name that is unique: kind, default and meaning."""
+    leaves = _leaves(config)
+    found = {}
+    for path in leaves:
+        ends = [path[-count:] for count in range(1, len(path) + 1)]
+        alone = [end for end in ends if sum(p[-len(end) :] == end for p in leaves) == 1]
+        owner = config
+        for part in path[:-1]:
+            owner = getattr(owner, part)
+        kind = get_type_hints(type(owner))[path[-1]]
+        shown = getattr(kind, "__name__", str(kind)) if not get_args(kind) else str(kind)
+        meaning = _meanings(type(owner)).get(path[-1], "")
+        found[".".join((alone or [path])[0])] = (shown, getattr(owner, path[-1]), meaning)
+    return found
+
+
+def _meanings(kind: type) -> dict[str, str]:
+    """The texts that stand below the fields of a dataclass and those it inherits from."""
+    found: dict[str, str] = {}
+    for cls in reversed(kind.__mro__[:-1]):
+        try:
+            [body] = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+        except (OSError, TypeError):  # made without a file
+            continue
+        rows = body.body if isinstance(body, ast.ClassDef) else []
+        for field, text in pairwise(rows):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                value = text.value if isinstance(text, ast.Expr) else None
+                if isinstance(value, ast.Constant):
+                    found[field.target.id] = " ".join(str(value.value).split())
+    return found

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -185,7 +185,7 @@ def _rasterised(svg: str) -> Image.Image:
         ) from None
     box = _VIEW_BOX.search(svg)
     width, height = (float(box[3]), float(box[4])) if box else (1.0, 1.0)
-    side = {"width": SIZE} if width >= height else {"height": SIZE}
+    side: dict[str, Any] = {"width": SIZE} if width >= height else {"height": SIZE}
     png = resvg_py.svg_to_bytes(svg_string=svg, skip_system_fonts=True, **side)
     return Image.open(io.BytesIO(bytes(png)))
 

@@ -1,0 +1,299 @@
+"""Many requests from a file of JSON lines, answered at once; started again, it goes on.
+
+A line is an object: "prompt" (a text, parts, or messages), and if wanted "id", "images" (for the
+marks of a prompt that is a text), "output" and any field of SamplingParams. Everything that can be
+seen without opening a picture or a model is checked before the start; what fails later is written
+to errors.jsonl, and tried again by the next run. Replies are lines of replies.jsonl in the order in
+which they are finished; a reply's pictures are written before its line, so that a run that was
+killed leaves no line without its pictures.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from hashlib import blake2b
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from earlyfusion.content import (
+    Message,
+    Part,
+    Text,
+    as_messages,
+    fill_places,
+    read_parts,
+    read_turns,
+)
+from earlyfusion.errors import EarlyFusionError, PromptError, SettingError
+from earlyfusion.files import write_whole
+from earlyfusion.generation.settings import SamplingParams
+from earlyfusion.terminal import png, reply_json
+
+if TYPE_CHECKING:
+    from earlyfusion.api import Chameleon, Reply
+    from earlyfusion.engine.request import Handle
+
+Output = Literal["text", "image", "interleaved", "auto"]
+_SETTINGS = {field.name for field in fields(SamplingParams)}
+_KEYS = {"id", "prompt", "images", "output"} | _SETTINGS
+
+
+@dataclass(frozen=True)
+class Job:
+    """One line: what is asked, and `digest`, which changes with anything that is asked."""
+
+    line: int
+    id: str | int
+    turns: list[tuple[Any, list[Part]]]
+    output: Output
+    sampling: SamplingParams
+    digest: str
+
+    @property
+    def messages(self) -> list[Message]:
+        """The turns with their pictures opened. Raises `ImageError`."""
+        return [Message(role, parts) for role, parts in self.turns]
+
+
+def read_jobs(path: Path, output: Output, sampling: Mapping[str, Any], model: str) -> list[Job]:
+    """The jobs of a file; `output` and `sampling` are for lines that do not say.
+
+    With a seed in `sampling`, job number i of those without their own has the seed `seed + i`.
+    Raises an `EarlyFusionError` that names the line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError):
+        raise PromptError(
+            f"{path} cannot be read: give a text file in UTF-8 with one JSON object a line"
+        ) from None
+    jobs: dict[str, Job] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            defaults = _seeded(sampling, len(jobs))
+            job = _job(number, line, path.parent, output, defaults, model)
+            if str(job.id) in jobs:
+                first = jobs[str(job.id)].line
+                raise PromptError(f"its id {job.id!r} is that of line {first}: give each its own")
+        except EarlyFusionError as error:
+            raise type(error)(f"{path} line {number}: {error}") from None
+        jobs[str(job.id)] = job
+    if not jobs:
+        raise PromptError(f"{path} holds no request: give one JSON object a line")
+    return list(jobs.values())
+
+
+def _seeded(sampling: Mapping[str, Any], number: int) -> dict[str, Any]:
+    seed = sampling.get("seed")
+    return dict(sampling) | {"seed": None if seed is None else seed + number}
+
+
+def _job(
+    number: int, line: str, folder: Path, output: Output, defaults: dict[str, Any], model: str
+) -> Job:
+    entry = _entry(line)
+    name, wanted = entry.get("id", number), entry.get("output", output)
+    if isinstance(name, bool) or not isinstance(name, str | int):
+        raise PromptError("its id is neither a text nor a whole number")
+    if wanted not in get_args(Output):
+        raise SettingError(
+            f"output={wanted!r} is unknown: use one of {', '.join(get_args(Output))}"
+        )
+    settings = defaults | {key: value for key, value in entry.items() if key in _SETTINGS}
+    asked = json.dumps([entry, name, wanted, settings, model], sort_keys=True)
+    turns = _turns(entry, folder)
+    _check(turns)
+    digest = blake2b(asked.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    return Job(number, name, turns, wanted, SamplingParams(**settings), digest)
+
+
+def _entry(line: str) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        entry = None
+    if not isinstance(entry, dict):
+        raise PromptError('it is no JSON object, as {"prompt": "Draw a cat."} is')
+    for key in entry:
+        if key not in _KEYS:
+            near = get_close_matches(key, _KEYS, 1) or [", ".join(sorted(_KEYS))]
+            raise SettingError(f"its field {key!r} is unknown: use {near[0]}")
+    if "prompt" not in entry:
+        raise PromptError("it has no prompt: give a text, a list of parts or a list of messages")
+    return entry
+
+
+def _turns(entry: dict[str, Any], folder: Path) -> list[tuple[Any, list[Part]]]:
+    prompt, images = entry["prompt"], entry.get("images", [])
+    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+        raise PromptError("its images are no list of paths")
+    if isinstance(prompt, str):
+        return [("user", list(fill_places(prompt, [folder / image for image in images])))]
+    if images:
+        raise PromptError("its images have no place: they go with a prompt that is a text")
+    if isinstance(prompt, list) and any(isinstance(p, dict) and "role" in p for p in prompt):
+        return list(read_turns(prompt, folder))
+    return [("user", read_parts(prompt, folder))]
+
+
+def _check(turns: Sequence[tuple[Any, list[Part]]]) -> None:
+    """Refuse what cannot be a prompt, with a text in the place of each picture."""
+    for path in (part for _, parts in turns for part in parts if isinstance(part, Path)):
+        if not os.path.isfile(path):
+            raise PromptError(
+                f"there is no file {path}: paths are seen from the folder of requests"
+            )
+    as_messages(
+        [
+            Message(role, [p if isinstance(p, str | Text) else Text("picture") for p in parts])
+            for role, parts in turns
+        ]
+    )
+
+
+class Replies:
+    """The folder of a batch: replies.jsonl, errors.jsonl and pictures/. One process has it at once.
+
+    Raises `SettingError` for a folder of something else, or one that another process writes to.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.errors = folder, 0
+        self._path, self._failed = folder / "replies.jsonl", list[dict[str, Any]]()
+
+    def __enter__(self) -> Replies:
+        try:
+            if not self._path.exists() and self.folder.exists() and any(self.folder.iterdir()):
+                raise SettingError(
+                    f"{self.folder} holds other things: choose a new folder with --out"
+                )
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("a+b")
+        except OSError:
+            raise SettingError(
+                f"{self.folder} is no folder that can be written to: choose another with --out"
+            ) from None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.close()
+            raise SettingError(
+                f"{self.folder} is being written to by another batch: wait for it, or choose "
+                "another folder with --out"
+            ) from None
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: object, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def left(self, jobs: Sequence[Job]) -> list[Job]:
+        """The jobs that have no reply yet; a line that was cut short is taken away.
+
+        Raises `SettingError` where the folder holds replies to other requests.
+        """
+        self._file.seek(0)
+        data = self._file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        done = dict(map(self._done, whole.splitlines()))
+        for job in jobs:
+            if done.get(str(job.id), job.digest) != job.digest:
+                raise SettingError(
+                    f"{self.folder} holds the reply to another request of id {job.id!r}, or with "
+                    "other options: choose a new folder with --out"
+                )
+        if len(whole) < len(data):
+            self._file.truncate(len(whole))
+        return [job for job in jobs if str(job.id) not in done]
+
+    def _done(self, line: bytes) -> tuple[str, str]:
+        try:
+            reply = json.loads(line)
+            return str(reply["id"]), str(reply["request"])
+        except (ValueError, KeyError, TypeError):
+            raise SettingError(
+                f"{self._path} is no file of replies: choose a new folder with --out"
+            ) from None
+
+    def add(self, job: Job, reply: Reply, seed: int | None) -> None:
+        """Write a reply. Raises `SettingError` on a full disk."""
+        names: dict[int, str] = {}
+        for number, image in enumerate(reply.message.images, 1):
+            name = f"pictures/{job.line:05}-{job.digest[:8]}-{number}.png"
+            # What has this name was left by a run that was killed before it wrote the line.
+            write_whole(self.folder / name, png(image), overwrite=True)
+            names[id(image)] = name
+        told = {"id": job.id, "request": job.digest, "output": job.output, "seed": seed}
+        told |= reply_json(reply, lambda image: names[id(image)])
+        try:
+            self._file.write(_line(told))
+            self._file.flush()
+        except OSError:
+            raise SettingError(
+                f"{self._path} cannot be written: free the disk and give the same command again"
+            ) from None
+
+    def fail(self, job: Job, error: EarlyFusionError) -> None:
+        """Note what went wrong with a job."""
+        self.errors += 1
+        self._failed.append({"id": job.id, "line": job.line, "error": str(error)})
+
+    def close(self) -> None:
+        """Write errors.jsonl anew, or take that of an earlier run away."""
+        path = self.folder / "errors.jsonl"
+        if self._failed:
+            text = b"".join(map(_line, self._failed))
+            write_whole(path, lambda file: file.write(text), overwrite=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _line(data: dict[str, Any]) -> bytes:
+    return (json.dumps(data, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+
+
+def answer_all(
+    chameleon: Chameleon, jobs: Sequence[Job], replies: Replies, progress: Callable[[], object]
+) -> None:
+    """Answer all jobs, as many at once as the engine has slots; `progress` is called after each."""
+    waiting = deque(jobs)
+    running: list[tuple[Job, Handle]] = []
+    try:
+        while waiting or running:
+            while waiting and len(running) < chameleon.engine.slots:
+                _start(chameleon, waiting.popleft(), running, replies, progress)
+            if running and not any(handle.finished for _, handle in running):
+                chameleon.engine.step()
+            for job, handle in [pair for pair in running if pair[1].finished]:
+                replies.add(job, chameleon.collect(handle), handle.request.sampling.seed)
+                running.remove((job, handle))
+                progress()
+    finally:
+        for _, handle in running:
+            handle.cancel()
+        replies.close()
+
+
+def _start(
+    chameleon: Chameleon,
+    job: Job,
+    running: list[tuple[Job, Handle]],
+    replies: Replies,
+    progress: Callable[[], object],
+) -> None:
+    try:
+        request = chameleon.request(job.messages, job.output, job.sampling)
+        running.append((job, chameleon.engine.add(request)))
+    except EarlyFusionError as error:
+        replies.fail(job, error)
+        progress()
