@@ -6,12 +6,31 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from earlyfusion import Chameleon
+from earlyfusion.config import PRESETS
+from earlyfusion.content import Image
 from earlyfusion.errors import DataError, SettingError
-from earlyfusion.recipes import mini_drawings, override, run
-from earlyfusion.recipes.pretrain_mini import STAGES, config, stage_config
-from earlyfusion.train import checkpoint
+from earlyfusion.model.transformer import Transformer
+from earlyfusion.model.vqgan import VQGAN
+from earlyfusion.recipes import (
+    mini_drawings,
+    mini_packed_transformer,
+    override,
+    pretrain_mini,
+    run,
+)
+from earlyfusion.recipes.emoji.dataset import EmojiData
+from earlyfusion.recipes.pretrain_mini import (
+    STAGES,
+    TIMED_STAGES,
+    Plan,
+    config,
+    stage_config,
+    timed_config,
+)
+from earlyfusion.train import checkpoint, trainer
 from earlyfusion.train.monitor import read_metrics
 
 DATA = Path(__file__).parent / "data"
@@ -70,11 +89,88 @@ def test_a_killed_run_goes_on_where_it_was(
     assert capsys.readouterr().out.count(": done, in") == 6
 
 
+TIMED = [*SMALL[:1], "scale=0.0005", *SMALL[2:], "vocab_size=1500", "device=cpu", "minutes=0.02"]
+
+
+def test_a_chain_with_minutes_is_killed_goes_on_and_ends_in_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fields = [*TIMED, f"out={tmp_path}"]
+    save = checkpoint.Saver.save
+
+    def killed(saver: checkpoint.Saver, *rest: Any) -> None:
+        save(saver, *rest)
+        if (tmp_path / "transformer" / "step-00000001").is_dir():
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.Saver, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run("pretrain_mini", fields)
+    given = (tmp_path / "transformer" / "minutes.json").read_text()
+    said = capsys.readouterr().out
+    assert "stage 2 of 4, decoder: earlyfusion train mini_named_image_tokenizer trainable" in said
+    assert not (tmp_path / "transformer" / "model").exists()
+    run("pretrain_mini", fields)
+    said = capsys.readouterr().out
+    assert said.count(": done, in") == 2 and "stage 4 of 4, chat:" in said
+    assert (tmp_path / "transformer" / "minutes.json").read_text() == given
+    model = Chameleon.load(str(tmp_path / "chat" / "model"))
+    data = EmojiData(DATA)
+    picture = Image.of(data.image(data.rows[0]["id"]))
+    assert model.generate([picture, "What is this?"], output="text").images == []
+    drawn = model.generate("Draw a cat.", output="image", seed=0)
+    assert [i.size for i in drawn.images] == [(16, 16)]
+    whole, alone = (checkpoint.weights(tmp_path / n) for n in ("decoder", "image_tokenizer"))
+    assert whole.keys() == alone.keys()
+    assert torch.equal(whole["quantize.embedding.weight"], alone["quantize.embedding.weight"])
+    run("pretrain_mini", fields)
+    assert capsys.readouterr().out.count(": done, in") == 4
+
+
+def test_minutes_are_shared_out_over_what_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(pretrain_mini.time, "monotonic", lambda: now[0])
+    whole = override(config, ["minutes=10", f"out={tmp_path}", f"data={DATA}", "device=cpu"])
+    assert whole.stages == tuple(TIMED_STAGES)
+    plan = Plan(whole, list(TIMED_STAGES))
+    assert plan.minutes("image_tokenizer") == pytest.approx(9.2 * 0.3)
+    now[0] = 300.0
+    assert plan.minutes("image_tokenizer") == pytest.approx(9.2 * 0.3)  # once and for all
+    assert plan.minutes("decoder") == pytest.approx(4.2 * 0.08 / 0.7)
+    now[0] = 1e6
+    assert plan.minutes("chat") == 0.001
+    made = timed_config(whole, "transformer", plan)
+    assert (made.rows, made.run.precision, made.run.compile) == (2, "fp32", False)
+    assert made.image_tokenizer == tmp_path / "decoder" and made.prompts == ()
+    assert made.model == mini_packed_transformer.config.model
+    monkeypatch.setattr(trainer, "resolve_device", lambda _: torch.device("cuda"))
+    made = timed_config(whole, "transformer", plan)
+    assert (made.rows, made.run.precision, made.run.compile) == (32, "bf16", True)
+    assert (made.ways.plain, made.optim.kind, made.mixture.documents) == (10, "muon", 120_000)
+    small = override(whole, ["max_position_embeddings=2048"])
+    assert timed_config(small, "transformer", plan).model == small.model
+    assert timed_config(small, "image_tokenizer", plan).model == PRESETS["mini"].vq_config
+
+
+def test_the_larger_mini_fits_forty_megabytes_and_the_longest_document() -> None:
+    shape = mini_packed_transformer.config.model
+    with torch.device("meta"):
+        parts = (Transformer(shape), VQGAN(shape.vq_config))
+    weights = sum(p.numel() for part in parts for p in part.parameters())
+    assert 18e6 < weights and 2 * weights < 39e6
+    assert mini_packed_transformer.config.length <= shape.max_position_embeddings
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         (["stages=answers,drawing"], "names 'drawing': choose of image_tokenizer"),
         (["stages="], "choose of image_tokenizer"),
+        (["minutes=-1"], "minutes=-1 must be 0"),
+        (["minutes=5", "stages=answers"], "names 'answers': choose of image_tokenizer, decoder"),
         (["scale=0"], "scale=0 must be over 0"),
         (["scale=2"], "scale=2 must be over 0 and at most 1"),
     ],

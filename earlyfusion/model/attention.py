@@ -7,7 +7,10 @@ Shapes: B batch, T tokens, N query heads, K key and value heads, H head width.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from functools import cache
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -53,14 +56,25 @@ class CausalAttend:
         self._tiles: list[Tile] = []
         if document_BT is not None and document_BT.device.type == "cpu":
             self._lengths = _run_lengths(document_BT)
-        elif document_BT is not None:
-            self._mask = _document_mask(document_BT)
+        # Asked for here: a compiled block that reads the cache would trace what fills it.
+        self._packed: Callable[..., Tensor] | None = None
+        self._ends: Tensor | None = None
+        if document_BT is not None and self._lengths is None:
+            self._packed = packed_attention(document_BT.device.type)
+            if self._packed is not None:
+                self._ends = _sequence_ends(document_BT)
+            else:
+                self._mask = _document_mask(document_BT)
 
     def __call__(self, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
+        if self._packed is not None and v_BTKH.dtype in (torch.bfloat16, torch.float16):
+            return _attend_packed(q_BTNH, k_BTKH, v_BTKH, self._ends, self._packed)
         if self._lengths is not None:
             if v_BTKH.dtype is torch.bfloat16 and is_cpu_training(q_BTNH, k_BTKH, v_BTKH):
                 return self._train(q_BTNH, k_BTKH, v_BTKH, self._lengths)
             return _attend_each(q_BTNH, k_BTKH, v_BTKH, self._lengths, v_BTKH.dtype)
+        if self._mask is None and self.document_BT is not None:
+            self._mask = _document_mask(self.document_BT)
         return dot_product_attention(
             q_BTNH, k_BTKH, v_BTKH, mask=self._mask, causal=self._mask is None
         )
@@ -101,3 +115,79 @@ def _run_lengths(document_BT: Tensor) -> list[int]:
 def _document_mask(document_BT: Tensor) -> Tensor:
     same_BTT = document_BT[:, :, None] == document_BT[:, None, :]
     return same_BTT.tril()[:, None]
+
+
+@cache
+def packed_attention(device: str) -> Callable[..., Tensor] | None:
+    """torch's attention for documents packed one after another; None where it does not compute.
+
+    Its names of arguments changed between versions, and kernels are missing for some devices: it is
+    tried once against a mask, forward and backward, before anything relies on it.
+    """
+    if device != "cuda":
+        return None
+    try:
+        found = _causal_varlen()
+        return found if _agrees_with_mask(found, torch.device(device)) else None
+    except Exception:  # whatever a version or a kernel raises: the mask is right everywhere
+        return None
+
+
+def _causal_varlen() -> Callable[..., Tensor]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    named = inspect.signature(varlen_attn).parameters
+    how: dict[str, Any] = (
+        {"window_size": (-1, 0)} if "window_size" in named else {"is_causal": True}
+    )
+
+    def attend(q_SNH: Tensor, k_SNH: Tensor, v_SNH: Tensor, ends: Tensor, most: int) -> Tensor:
+        return cast("Tensor", varlen_attn(q_SNH, k_SNH, v_SNH, ends, ends, most, most, **how))
+
+    return attend
+
+
+def _agrees_with_mask(attend: Callable[..., Tensor], device: torch.device) -> bool:
+    document_BT = torch.tensor([[0] * 40 + [1] * 24, [0] * 3 + [1] * 61], device=device)
+    shape = (2, 64, 2, 64)
+    heads = [torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(3)]
+    results = []
+    with torch.enable_grad():
+        for packed in (True, False):
+            q, k, v = (h.detach().clone().requires_grad_() for h in heads)
+            if packed:
+                out = _attend_packed(q, k, v, _sequence_ends(document_BT), attend)
+            else:
+                out = dot_product_attention(q, k, v, mask=_document_mask(document_BT))
+            out.float().square().sum().backward()
+            results.append([t.float() for t in (out, q.grad, k.grad, v.grad) if t is not None])
+    return all(
+        bool((a - b).norm() < 0.02 * b.norm()) for a, b in zip(results[0], results[1], strict=True)
+    )
+
+
+def _attend_packed(
+    q_BTNH: Tensor,
+    k_BTKH: Tensor,
+    v_BTKH: Tensor,
+    ends: Tensor | None,
+    attend: Callable[..., Tensor],
+) -> Tensor:
+    group = q_BTNH.shape[2] // k_BTKH.shape[2]
+    if group > 1:
+        k_BTKH, v_BTKH = (x.repeat_interleave(group, 2) for x in (k_BTKH, v_BTKH))
+    q_SNH, k_SNH, v_SNH = (x.flatten(0, 1) for x in (q_BTNH, k_BTKH, v_BTKH))
+    return attend(q_SNH, k_SNH, v_SNH, ends, q_BTNH.shape[1]).view(q_BTNH.shape)
+
+
+def _sequence_ends(document_BT: Tensor, several: int = 128) -> Tensor:
+    """Where the documents of all rows begin, one row after another, and where the last ends: int32.
+
+    Filled up with empty documents to a multiple of `several`, so that few shapes come to a compiled
+    block.
+    """
+    begins_BT = torch.ones_like(document_BT, dtype=torch.bool)
+    begins_BT[:, 1:] = document_BT[:, 1:] != document_BT[:, :-1]
+    starts = begins_BT.flatten().nonzero()[:, 0]
+    filling = several - len(starts) % several
+    return F.pad(starts, (0, filling), value=document_BT.numel()).int()

@@ -387,7 +387,8 @@ class VQGAN(nn.Module):
         codebook out, 1 is the real thing.
         """
         latents = self.latents(pixels_BCYX)
-        codes = self.nearest_codes(latents.detach())
+        with torch.autocast(latents.device.type, enabled=False):  # bf16 would miss the nearest
+            codes = self.nearest_codes(latents.detach().float())
         nearest = self.embed(codes)
         through = latents + blend * (nearest - latents).detach()
         return Quantized(self._pixels(through), latents, nearest, codes)

@@ -122,9 +122,9 @@ class TransformerConfig:
 
 def load_image_tokenizer(run: Path, config: ModelConfig) -> VQGAN:
     """The newest weights of an image tokenizer's run, rounded as they are shipped: to fp16."""
-    tensors, _ = checkpoint.load(run)
+    tensors = checkpoint.weights(run)
     vqgan = VQGAN(config.vq_config)
-    vqgan.load_state_dict({k: v.half().float() for k, v in tensors["model"].items()})
+    vqgan.load_state_dict({k: v.half().float() for k, v in tensors.items()})
     return vqgan.eval().requires_grad_(False)
 
 
@@ -275,7 +275,7 @@ def main(config: TransformerConfig) -> None:
     model = Transformer(model_config, config.dropout).to(resolve_device(config.run.device))
     model.init_weights()
     if config.start is not None:
-        model.load_state_dict(checkpoint.load(config.start)[0]["model"])
+        model.load_state_dict(checkpoint.weights(config.start))
     packer = Packer(documents, config.weights, config.rows, config.length, processor.vocabulary.pad)
     image_tokenizer = ImageTokenizer(vqgan, config.model.vq_config.resolution)
     prompts = asked(processor, config.prompts)

@@ -9,10 +9,22 @@ the stage where it was; stages that are done are passed over. `stages=answers,dr
 only; `scale=0.01` takes a hundredth of the steps and of the documents. Ends with
 `out/drawings/model/`. Machine, run time and scores of the shipped weights: the model card,
 earlyfusion/pretrained/mini/README.md.
+
+    earlyfusion train pretrain_mini data=data/emoji device=cuda minutes=9
+
+With `minutes` another chain runs, that of a larger model which has not been shipped: an image
+tokenizer that learns names, its decoder alone, the transformer on rows made on the device, chats.
+Each stage has a share of the minutes that are left when it begins, so that the whole ends in time
+on any machine. Ends with `out/chat/model/`. The shape is that of `mini_packed_transformer`; where
+any field of `model` is changed (on a CPU: `max_position_embeddings=2048`), it is mini's with that
+change.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import time
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
@@ -32,6 +44,8 @@ class Stage:
     recipe: str
     start: str = ""
     fields: tuple[str, ...] = ()
+    share: float = 0.0
+    """Of the minutes, where a run has so many."""
 
 
 STAGES = {
@@ -52,6 +66,34 @@ STAGES = {
     "drawings": Stage("mini_drawings", "usual"),
 }
 
+TIMED_STAGES = {
+    "image_tokenizer": Stage("mini_named_image_tokenizer", share=0.3),
+    "decoder": Stage(
+        "mini_named_image_tokenizer",
+        "image_tokenizer",
+        ("trainable=decoder", "naming=0", "perturb=0.1", "lr=5e-4"),
+        share=0.08,
+    ),
+    "transformer": Stage("mini_packed_transformer", share=0.5, fields=("prompts=",)),
+    "chat": Stage("mini_packed_chat", "transformer", share=0.12, fields=("prompts=",)),
+}
+_KEPT_FREE = 0.08  # share of the minutes for what is done between the stages and after the last
+_ENDLESS = 1_000_000  # steps of a run that the clock ends
+_MOST_WORKERS = 12
+
+# What a stage takes on each kind of device, where it has such a field.
+_ON_GPU = {"precision": "bf16", "plain": 10, "recoloured": 10}
+_ON_CPU = {
+    "precision": "fp32",
+    "batch": 16,
+    "rows": 2,
+    "plain": 4,
+    "recoloured": 4,
+    "documents": 40_000,
+    "warmup_steps": 50,
+    "save_every": 200,
+}
+
 
 @dataclass
 class PretrainMiniConfig:
@@ -61,26 +103,39 @@ class PretrainMiniConfig:
     """Which to run, in the order that they have; those before must be in `out`."""
     scale: float = 1.0
     """Share of the steps and of the documents of each stage."""
+    minutes: float = 0.0
+    """How long the whole may take (0: the chain of the shipped weights, which counts steps)."""
     length: int = 2048
     device: str = "auto"
     model: ModelConfig = field(default_factory=lambda: PRESETS["mini"])
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.stages if name not in STAGES]
+        if self.minutes < 0:
+            raise SettingError(f"minutes={self.minutes:g} must be 0 (by steps) up")
+        if self.minutes and self.stages == tuple(STAGES):
+            self.stages = tuple(TIMED_STAGES)
+        unknown = [name for name in self.stages if name not in self.chain]
         if unknown or not self.stages:
             raise SettingError(
                 f"stages={','.join(self.stages)} names {unknown[0] if unknown else 'none'!r}: "
-                f"choose of {', '.join(STAGES)}"
+                f"choose of {', '.join(self.chain)}"
             )
         if not 0 < self.scale <= 1:
             raise SettingError(f"scale={self.scale:g} must be over 0 and at most 1")
 
+    @property
+    def chain(self) -> dict[str, Stage]:
+        """All stages in their order."""
+        return TIMED_STAGES if self.minutes else STAGES
+
 
 def main(config: PretrainMiniConfig) -> None:
     EmojiData(config.data)  # refused now, not at a later stage
-    chosen = [name for name in STAGES if name in config.stages]
+    chosen = [name for name in config.chain if name in config.stages]
+    plan = Plan(config, chosen)
     for number, name in enumerate(chosen, 1):
-        stage, made = STAGES[name], stage_config(config, name)
+        stage = config.chain[name]
+        made = timed_config(config, name, plan) if config.minutes else stage_config(config, name)
         head = f"stage {number} of {len(chosen)}, {name}:"
         if is_done(made):
             print(f"{head} done, in {made.run.out}", flush=True)
@@ -121,11 +176,77 @@ def stage_config(config: PretrainMiniConfig, name: str) -> Any:
     )
 
 
+class Plan:
+    """Who gets which part of the minutes; what stages took before a kill counts."""
+
+    def __init__(self, config: PretrainMiniConfig, chosen: list[str]) -> None:
+        self._config, self._chosen, self._since = config, chosen, time.monotonic()
+        self._before = sum(_seconds(config.out / name) for name in chosen)
+
+    def minutes(self, name: str) -> float:
+        """Of one stage: its share of what is left now, once and for all."""
+        path = self._config.out / name / "minutes.json"
+        if path.is_file():
+            return float(json.loads(path.read_text(encoding="utf-8")))
+        chain = self._config.chain
+        later = self._chosen[self._chosen.index(name) :]
+        share = chain[name].share / sum(chain[other].share for other in later)
+        spent = (self._before + time.monotonic() - self._since) / 60
+        left = self._config.minutes * (1 - _KEPT_FREE) - spent
+        found = max(0.001, round(left * share, 4))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{found}\n", encoding="utf-8")
+        return found
+
+
+def _seconds(run: Path) -> float:
+    there = checkpoint.steps(run)
+    return float(checkpoint.load_state(run).get("seconds", 0.0)) if there else 0.0
+
+
+def timed_config(config: PretrainMiniConfig, name: str, plan: Plan) -> Any:
+    """The config of a stage that ends with its minutes, for the device that there is."""
+    from earlyfusion.train.trainer import resolve_device
+
+    stage, on_gpu = config.chain[name], resolve_device(config.device).type == "cuda"
+    base = recipe(stage).config
+    before = config.out / stage.start
+    fixed = _ON_GPU if on_gpu else _ON_CPU
+    fields = [f"{k}={v}" for k, v in fixed.items() if _has(base, k)]
+    fields += [*stage.fields, *([f"start={before}"] if stage.start else [])]
+    fields += [f"minutes={plan.minutes(name)}", f"steps={_ENDLESS}", f"device={config.device}"]
+    made = override(base, [*fields, f"out={config.out / name}", f"data={config.data}"])
+    changed = config.model != PRESETS["mini"]
+    if not hasattr(made, "mixture"):
+        return replace(made, model=config.model.vq_config) if changed else made
+    mixture = replace(
+        made.mixture,
+        documents=_scaled(made.mixture.documents, config.scale),
+        workers=min(_MOST_WORKERS, os.cpu_count() or 1) if on_gpu else 1,
+    )
+    return replace(
+        made,
+        model=config.model if changed else made.model,
+        image_tokenizer=config.out / "decoder",
+        length=config.length,
+        mixture=mixture,
+        run=replace(made.run, compile=on_gpu),
+    )
+
+
+def _has(config: Any, name: str) -> bool:
+    """Whether a config, or a part of it, has a field."""
+    parts = [config, *(v for v in vars(config).values() if hasattr(v, "__dataclass_fields__"))]
+    return any(name in part.__dataclass_fields__ for part in parts)
+
+
 def is_done(made: Any) -> bool:
     """Whether a stage has its last checkpoint and, if it leaves one, its model."""
     last = min(made.run.steps, made.run.stop_after or made.run.steps)
     trained = checkpoint.steps(made.run.out)[-1:] == [last]
-    leaves_model = hasattr(made, "documents")
+    if made.run.minutes:
+        trained = trained or _seconds(made.run.out) >= 60 * made.run.minutes
+    leaves_model = hasattr(made, "documents") or hasattr(made, "mixture")
     return trained and (not leaves_model or (made.run.out / "model" / "config.json").is_file())
 
 

@@ -33,6 +33,8 @@ from earlyfusion.errors import CheckpointError
 
 _PREFIX, _PARTIAL = "step-", ".partial-"
 TENSORS, STATE, SHARDS = "tensors.pt", "state.json", "shards"
+AVERAGE = "average"
+"""The part of a checkpoint with averaged weights, by the names that they have in the model."""
 
 
 def save(run: Path, step: int, tensors: dict[str, Any], state: dict[str, Any], keep: int) -> Path:
@@ -189,6 +191,13 @@ def load(
     if (folder / SHARDS).is_dir():
         return _read_shards(folder / SHARDS, f"{only}/" if only else ""), state
     return _read_tensors(folder / TENSORS), state
+
+
+def weights(run: Path) -> dict[str, Tensor]:
+    """The newest weights of a run, averaged over its steps where it keeps an average."""
+    tensors, _ = load(run, only="model")
+    averaged: dict[str, Tensor] = tensors.get(AVERAGE, {})
+    return {**tensors["model"], **averaged}
 
 
 def load_state(run: Path, step: int | None = None) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -60,6 +60,17 @@ class RoleWeights:
 
 
 Stream = Callable[[int], TokenSequence]
+
+
+class Rows(Protocol):
+    """Where a training takes its batches from: a `Packer`, or rows made on the device."""
+
+    cursor: int
+    rows: int
+    length: int
+    share: tuple[int, int]
+
+    def next(self) -> PackedBatch: ...
 
 
 class Packer:

@@ -6,7 +6,9 @@ The codebook follows the latents by an exponential moving average, or by gradien
 (`codebook="gradient"`, van den Oord et al. 2017). Codewords that fell out of use are moved onto
 latents of the current batch. The patch GAN and its adaptive weight follow Esser et al. 2021.
 `trainable="decoder"` leaves encoder and codebook as they are, so that a transformer that was
-trained on their codes stays valid: the decoder learns to draw the codewords better.
+trained on their codes stays valid: the decoder learns to draw the codewords better, with `perturb`
+also of rows in which some codewords are wrong, as a transformer's sometimes are (RobusTok). With
+`naming` a head that is no part of the network must tell from the codewords what is shown.
 
 Several processes hold copies: gradients are averaged, codebook statistics added up over them.
 Shapes: B batch, C channels, Y X pixels, K codebook, N vectors.
@@ -36,6 +38,7 @@ from earlyfusion.train import checkpoint
 from earlyfusion.train.critic import Critic, check_side, weight_of
 from earlyfusion.train.likeness import Perceptual, psnr, ssim
 from earlyfusion.train.samples import save_grid, to_picture
+from earlyfusion.train.semantic import SemanticHead, naming_loss
 from earlyfusion.train.trainer import RunConfig, resolve_device
 
 if TYPE_CHECKING:
@@ -44,8 +47,9 @@ if TYPE_CHECKING:
 TRAINABLE = ("all", "decoder")
 _DRAWING = ("decoder.", "post_quant_conv.")
 
-Batches = Callable[[int], Tensor]
-"""This process's pictures of a step: float32 [B, 3, Y, X] in [-1, 1]."""
+Batches = Callable[[int], Tensor | tuple[Tensor, Tensor]]
+"""This process's pictures of a step: float32 [B, 3, Y, X] in [-1, 1]. For a head that names them
+also the labels, int64 [B, questions]."""
 
 
 @dataclass
@@ -71,6 +75,10 @@ class VQLossConfig:
     """Convolutions of stride 2."""
     critic_width: int = 64
     critic_lr: float = 2e-4
+    naming: float = 0.0
+    """Weight of the head that names what the codewords show; see `train.semantic`."""
+    perturb: float = 0.0
+    """With `trainable=decoder`, share of the codes that become one of the nearest codewords."""
 
     def __post_init__(self) -> None:
         if self.codebook not in ("ema", "gradient"):
@@ -78,6 +86,10 @@ class VQLossConfig:
         if self.perceptual and self.perceptual_weights is None:
             raise SettingError(
                 f"perceptual={self.perceptual} needs perceptual_weights, a file of VGG-16 weights"
+            )
+        if self.naming < 0 or not 0 <= self.perturb <= 1:
+            raise SettingError(
+                f"naming={self.naming} must be 0 up and perturb={self.perturb} a share from 0 to 1"
             )
         for name in ("revive_every", "critic_width"):
             if getattr(self, name) < 1:
@@ -148,8 +160,7 @@ def begin_with(model: VQGAN, start: str) -> VQGAN:
 def _weights_of(start: str) -> dict[str, Tensor]:
     folder = Path(start).expanduser()
     if checkpoint.steps(folder):
-        tensors: dict[str, Tensor] = checkpoint.load(folder, only="model")[0]["model"]
-        return tensors
+        return checkpoint.weights(folder)
     if (folder / VQ_CONFIG).is_file():
         stored = open_vqgan(folder)[1]
     else:
@@ -169,8 +180,12 @@ class _Seen(NamedTuple):
 class ImageTokenizerTask:
     """Trains a `VQGAN` on pictures, those of a step in `parts`; see `train.trainer.Task`.
 
-    `trainable` is "all", or "decoder" for a codebook and an encoder that stay as they are.
+    `trainable` is "all", or "decoder" for a codebook and an encoder that stay as they are. `head`
+    is trained beside the network where `config.naming` is not 0; the batches have labels then.
     """
+
+    progress: float = 0.0
+    """Share of the run that is done."""
 
     def __init__(
         self,
@@ -180,7 +195,13 @@ class ImageTokenizerTask:
         steps: int,
         trainable: str = "all",
         parts: int = 1,
+        head: SemanticHead | None = None,
     ) -> None:
+        if (head is None) != (config.naming == 0):
+            raise SettingError(
+                f"naming={config.naming:g} needs a head where it is not 0, and no head where it is"
+            )
+        self.head = head
         assert model.decoder is not None
         self.model, self.config, self.steps, self.parts = model, config, steps, parts
         self._batches, self._trainable = batches, trainable
@@ -196,7 +217,8 @@ class ImageTokenizerTask:
         self._vgg, self._critic = _perceptual(config, device), _critic(config, model, device)
         self._mesh: DeviceMesh | None = None
         self._ranks = 1
-        self._waiting: list[Tensor] = []
+        self._waiting: list[tuple[Tensor, Tensor | None]] = []
+        self._near_KN = _near(model, config.perturb) if self._fixed else None
         self._seen: list[_Seen] = []
 
     @cached_property
@@ -227,14 +249,13 @@ class ImageTokenizerTask:
                 module.compile()
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        return (p for p in self.model.parameters() if p.requires_grad)
+        own = [p for p in self.model.parameters() if p.requires_grad]
+        return iter([*own, *(self.head.parameters() if self.head is not None else ())])
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor], float]:
         if not self._waiting:
-            x = self._batches(step).to(self._device, non_blocking=True)
-            whole = x.contiguous(memory_format=torch.channels_last)
-            self._waiting, self._seen = list(whole.chunk(self.parts)), []
-        x, cfg = self._waiting.pop(0), self.config
+            self._fetch(step)
+        (x, labels), cfg = self._waiting.pop(0), self.config
         blend = torch.tensor(min(1.0, step / max(1, cfg.ramp_steps)), device=self._device)
         out = self._drawn(x) if self._fixed else self.model(x, blend)
         pixels = out.pixels.float()
@@ -253,6 +274,10 @@ class ImageTokenizerTask:
             total = total + weight * figures["fooled"]
         if not self._fixed:
             total = total + self._codebook_loss(out, blend, figures)
+        if self.head is not None and labels is not None:
+            through = out.latents + blend * (out.nearest - out.latents).detach()
+            figures["naming"], figures["named"] = naming_loss(self.head(through), labels)
+            total = total + cfg.naming * figures["naming"]
         figures = {name: value.detach() for name, value in figures.items()}
         figures |= self._usage(out.codes)
         return total / (self.parts * self._ranks), figures, float(len(x))
@@ -265,7 +290,7 @@ class ImageTokenizerTask:
         if self._ema is not None:
             self._ema.update(vectors_NC, codes_N, self._mesh)
         revives = step % self.config.revive_every == 0 and not self._fixed
-        if revives and step < self.config.revive_until * self.steps:
+        if revives and max(self.progress, step / self.steps) < self.config.revive_until:
             self._revive(vectors_NC)
         self._uses_K *= 1 - 1 / self.config.revive_every
         uses_K = torch.bincount(codes_N, minlength=len(self._uses_K))
@@ -281,6 +306,8 @@ class ImageTokenizerTask:
             tensors |= {"ema_count": self._ema.count_K, "ema_sum": self._ema.sum_KC}
         if self._critic is not None:
             tensors |= {"critic": self._critic.state_dict()}
+        if self.head is not None:
+            tensors |= {"head": self.head.state_dict()}
         settings = {k: str(v) for k, v in vars(self.config).items()}
         return tensors, {"loss": settings, "trainable": self._trainable}
 
@@ -304,13 +331,34 @@ class ImageTokenizerTask:
             self._ema.sum_KC.copy_(tensors["ema_sum"])
         if self._critic is not None:
             self._critic.load_state_dict(tensors["critic"])
+        if self.head is not None:
+            self.head.load_state_dict(tensors["head"])
+
+    def _fetch(self, step: int) -> None:
+        """The pictures of a step in their parts, with their labels where there are any."""
+        batch = self._batches(step)
+        pixels, labels = batch if isinstance(batch, tuple) else (batch, None)
+        x = pixels.to(self._device, non_blocking=True)
+        whole = x.contiguous(memory_format=torch.channels_last).chunk(self.parts)
+        known = labels.to(self._device).chunk(self.parts) if labels is not None else None
+        self._waiting = list(zip(whole, known or [None] * len(whole), strict=True))
+        self._seen = []
 
     def _drawn(self, x_BCYX: Tensor) -> Quantized:
         """The decoder's pictures of exact codewords: the encoder runs in fp32, and once."""
         with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
             latents = self.model.latents(x_BCYX)
             codes = self.model.nearest_codes(latents)
-        return Quantized(self.model.decode(codes), latents, self.model.embed(codes), codes)
+        drawn = self.model.decode(self._perturbed(codes))
+        return Quantized(drawn, latents, self.model.embed(codes), codes)
+
+    def _perturbed(self, codes: Tensor) -> Tensor:
+        """The codes, a share of them replaced by one of the nearest others."""
+        if self._near_KN is None:
+            return codes
+        pick = torch.randint(self._near_KN.shape[1], codes.shape, device=codes.device)
+        wrong = torch.rand(codes.shape, device=codes.device) < self.config.perturb
+        return torch.where(wrong, self._near_KN[codes, pick], codes)
 
     def _codebook_loss(self, out: Quantized, blend: Tensor, figures: dict[str, Tensor]) -> Tensor:
         """What brings latents to codewords, and codewords that have gradients to latents."""
@@ -349,6 +397,17 @@ def _critic(config: VQLossConfig, model: VQGAN, device: torch.device) -> Critic 
         return None
     check_side(config.critic_layers, model.config.resolution)
     return Critic(config.critic_layers, config.critic_width, config.critic_lr, device)
+
+
+def nearest_codewords(model: VQGAN, count: int = 8) -> Tensor:
+    """The `count` codewords nearest to each, itself left out: int64 [K, count]."""
+    weight_KC = model.quantize.embedding.weight.detach().float()
+    distances = torch.cdist(weight_KC, weight_KC).fill_diagonal_(torch.inf)
+    return distances.argsort(1)[:, :count]
+
+
+def _near(model: VQGAN, perturb: float) -> Tensor | None:
+    return nearest_codewords(model) if perturb else None
 
 
 def _vectors(out: Quantized) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,8 @@ _SECONDS_A_LINE = 60.0
 class Monitor:
     """Writes one line of `metrics.jsonl` a call of `log`, and moves the progress bar.
 
-    `flops` are the operations of one unit, `peak` gives those that the devices can do a second.
+    `flops` are the operations of one unit, `peak` gives those that the devices can do a second,
+    `left` the seconds that are left from those of a step and the number of steps done.
     A `quiet` monitor does nothing: of several processes the first tells.
     """
 
@@ -41,8 +42,10 @@ class Monitor:
         quiet: bool = False,
         flops: float = 0.0,
         peak: Callable[[], float] | None = None,
+        left: Callable[[float, int], float] | None = None,
     ) -> None:
-        self._run, self._steps, self._quiet = run, steps, quiet
+        self._left = left or (lambda each, done: each * (steps - done))
+        self._run, self._quiet, self._steps = run, quiet, steps
         self._flops, self._peak = flops, peak
         self._since, self._units, self._done = time.perf_counter(), 0.0, 0
         self._next_line = 0.0
@@ -141,7 +144,7 @@ class Monitor:
         speed = {"per_second": round(rate, 2)}
         if self._peak is not None:
             speed["mfu"] = round(rate * self._flops / self._peak(), 4)
-        return speed | {"eta_seconds": round(each * (self._steps - step - 1), 1)}
+        return speed | {"eta_seconds": round(self._left(each, step + 1), 1)}
 
 
 @lru_cache

@@ -1,15 +1,25 @@
-"""Optimizer and learning rate (arXiv 2405.09818, section 2.3: AdamW, warm-up, decay, clip)."""
+"""Optimizer and learning rate (arXiv 2405.09818, section 2.3: AdamW, warm-up, decay, clip).
+
+Beside the paper's AdamW stand Muon for the matrices of the blocks (Jordan et al. 2024: the momentum
+of a matrix is replaced by a nearly orthogonal one) and a moving average of the weights. Shapes: N
+matrices of one shape, R rows, C columns.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from earlyfusion.errors import SettingError
+
+OPTIMIZERS = ("adamw", "muon")
 
 
 @dataclass
@@ -25,8 +35,21 @@ class OptimConfig:
     decay: str = "exponential"
     final_ratio: float = 0.01
     clip: float = 1.0
+    kind: str = "adamw"
+    """"adamw", or "muon": the matrices of the blocks by Muon, all else by AdamW."""
+    muon_lr: float = 0.02
+    """Rate of Muon at its height; it rises and falls as `lr` does."""
+    average: float = 0.0
+    """Share of the moving average of the weights that stays at each step; 0: no average."""
 
     def __post_init__(self) -> None:
+        if self.kind not in OPTIMIZERS:
+            raise SettingError(f"kind={self.kind!r} is unknown: choose {' or '.join(OPTIMIZERS)}")
+        if self.muon_lr <= 0 or not 0 <= self.average < 1:
+            raise SettingError(
+                f"muon_lr={self.muon_lr} must be positive and average={self.average} 0 up and "
+                f"below 1"
+            )
         if self.decay not in _DECAYS:
             raise SettingError(f"decay={self.decay!r} is unknown: choose one of {sorted(_DECAYS)}")
         if self.lr <= 0 or not 0 < self.final_ratio <= 1:
@@ -71,6 +94,32 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     return config.lr * _DECAYS[config.decay](min(1.0, share), config.final_ratio)
 
 
+def learning_rate_at(config: OptimConfig, step: int, share: float) -> float:
+    """Rate of step `step` (from 0) at `share` of a run whose number of steps nobody knows.
+
+    The warm-up is counted in steps, the decay in shares of the run; where both are, the lower rate.
+    """
+    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    return config.lr * min(warm, _DECAYS[config.decay](min(1.0, share), config.final_ratio))
+
+
+def optimizer_of(model: nn.Module, parameters: Iterable[nn.Parameter], config: OptimConfig) -> Any:
+    """The optimizer of a run: AdamW, or `MuonAndAdamW`; the names of `model` tell the two apart."""
+    trained = [p for p in parameters if p.requires_grad]
+    if config.kind == "adamw":
+        return adamw(trained, config)
+    blocks = {p for name, p in model.named_parameters() if _is_matrix_of_block(name, p)}
+    matrices = [p for p in trained if p in blocks]
+    if not matrices:
+        raise SettingError("kind=muon finds no matrix of a block in this model: take kind=adamw")
+    return MuonAndAdamW(matrices, [p for p in trained if p not in blocks], config)
+
+
+def _is_matrix_of_block(name: str, parameter: Tensor) -> bool:
+    # The norms of queries and keys have two dimensions too.
+    return parameter.dim() == 2 and ".layers." in name and "norm" not in name
+
+
 def adamw(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
     """AdamW whose weight decay leaves out vectors: the norms of the model's width, and biases.
 
@@ -84,3 +133,158 @@ def adamw(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.opti
     ]
     betas = (config.beta1, config.beta2)
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum made nearly orthogonal, with decoupled weight decay; matrices only.
+
+    The step is that of `torch.optim.Muon` (its tests compare the two), which computes matrix after
+    matrix and in bf16 everywhere. Here matrices of one shape are computed together, in bf16 on a
+    GPU and in fp32 on a CPU, where bf16 may be slower.
+    """
+
+    def __init__(
+        self,
+        matrices: Iterable[nn.Parameter],
+        lr: float,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+    ) -> None:
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
+        super().__init__(list(matrices), defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_shape[parameter.shape].append(parameter)
+            for alike in by_shape.values():
+                self._move(alike, group)
+
+    def _move(self, alike: list[Tensor], group: dict[str, Any]) -> None:
+        gradients = [p.grad for p in alike if p.grad is not None]
+        moments = [self._moment(p) for p in alike]
+        torch._foreach_lerp_(moments, gradients, 1 - group["momentum"])
+        ahead = torch._foreach_lerp(gradients, moments, group["momentum"])
+        turned_NRC = orthogonal(torch.stack(ahead))
+        rows, columns = alike[0].shape
+        rate = group["lr"] * math.sqrt(max(1.0, rows / columns))
+        torch._foreach_mul_(alike, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(alike, list(turned_NRC.to(alike[0].dtype)), alpha=-rate)
+
+    def _moment(self, parameter: Tensor) -> Tensor:
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        moment: Tensor = state["momentum_buffer"]
+        return moment
+
+
+def orthogonal(matrices_NRC: Tensor, rounds: int = 5) -> Tensor:
+    """Matrices with the same singular vectors and singular values near 1 (0.7 to 1.2).
+
+    Newton-Schulz iteration of fifth degree with Jordan's coefficients.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = matrices_NRC.shape[1] > matrices_NRC.shape[2]
+    x = matrices_NRC.bfloat16() if matrices_NRC.device.type == "cuda" else matrices_NRC.float()
+    x = x.transpose(1, 2) if tall else x
+    x = x / x.flatten(1).norm(dim=1).clamp_min(1e-7)[:, None, None]
+    for _ in range(rounds):
+        gram = x @ x.transpose(1, 2)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.transpose(1, 2) if tall else x
+
+
+class MuonAndAdamW:
+    """Muon for `matrices` and AdamW for all else, to be used as one optimizer.
+
+    Each group tells in `peak` the height of its rate, so that one schedule drives both.
+    """
+
+    def __init__(
+        self, matrices: list[nn.Parameter], others: list[nn.Parameter], config: OptimConfig
+    ) -> None:
+        self._muon = Muon(matrices, config.muon_lr, config.weight_decay)
+        self._adamw = adamw(others, config)
+        for group in self._muon.param_groups:
+            group["peak"] = config.muon_lr
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [*self._muon.param_groups, *self._adamw.param_groups]
+
+    @property
+    def state(self) -> dict[Any, Any]:
+        return {**self._muon.state, **self._adamw.state}
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self._muon.zero_grad(set_to_none)
+        self._adamw.zero_grad(set_to_none)
+
+    def step(self) -> None:
+        self._muon.step()
+        self._adamw.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"muon": self._muon.state_dict(), "adamw": self._adamw.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._muon.load_state_dict(state["muon"])
+        self._adamw.load_state_dict(state["adamw"])
+
+
+def set_rate(optimizer: Any, rate: float, config: OptimConfig) -> None:
+    """Give all groups the rate of a step; a group with a `peak` of its own, its share of that."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["peak"] / config.lr if "peak" in group else rate
+
+
+class Average:
+    """A moving average of a model's weights; at first it forgets faster, to lose the beginning."""
+
+    def __init__(self, model: nn.Module, stays: float) -> None:
+        self._weights = [p for p in model.parameters() if p.requires_grad]
+        self._names = [n for n, p in model.named_parameters() if p.requires_grad]
+        self._stays, self.count = stays, 0
+        self._means = [p.detach().clone() for p in self._weights]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the weights of one more step."""
+        self.count += 1
+        stays = min(self._stays, (1 + self.count) / (10 + self.count))
+        torch._foreach_lerp_(self._means, [p.detach() for p in self._weights], 1 - stays)
+
+    @torch.no_grad()
+    def use(self) -> None:
+        """Leave the averaged weights in the model."""
+        for weight, mean in zip(self._weights, self._means, strict=True):
+            weight.copy_(mean)
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """The model with the averaged weights, for as long as the block runs."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for weight, mean in zip(self._weights, self._means, strict=True):
+            kept = weight.detach().clone()
+            weight.copy_(mean)
+            mean.copy_(kept)
+
+    def state(self) -> dict[str, Tensor]:
+        """The averaged weights by their names."""
+        return dict(zip(self._names, self._means, strict=True))
+
+    def load_state(self, tensors: dict[str, Tensor], count: int) -> None:
+        self.count = count
+        for name, mean in zip(self._names, self._means, strict=True):
+            mean.copy_(tensors[name])

@@ -28,7 +28,16 @@ from earlyfusion.train import checkpoint
 from earlyfusion.train.curves import draw_curves
 from earlyfusion.train.folder import locked, say
 from earlyfusion.train.monitor import Monitor, matmul_peak
-from earlyfusion.train.optim import OptimConfig, adamw, check_warmup, learning_rate
+from earlyfusion.train.optim import (
+    Average,
+    OptimConfig,
+    check_warmup,
+    learning_rate,
+    learning_rate_at,
+    optimizer_of,
+    set_rate,
+)
+from earlyfusion.train.pace import Pace
 from earlyfusion.train.validation import LOSS, Validation, best_of
 from earlyfusion.train.watch import Watch, WatchConfig
 
@@ -42,6 +51,9 @@ class RunConfig:
 
     out: Path = Path("runs/run")
     steps: int = 1000
+    minutes: float = 0.0
+    """Ends the run after so many minutes if its steps do not, and the rate follows the clock (0: no
+    limit). Such a run cannot be repeated to the bit."""
     seed: int = 0
     device: str = "auto"
     precision: str = "fp32"
@@ -69,6 +81,8 @@ class RunConfig:
         for name in ("steps", "save_every", "keep", "log_every"):
             if getattr(self, name) < 1:
                 raise SettingError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.minutes < 0:
+            raise SettingError(f"minutes={self.minutes} must be 0 (no limit) up")
         if self.sample_every < 0:
             raise SettingError(f"sample_every={self.sample_every} must be 0 (at the end only) up")
         if self.wandb and find_spec("wandb") is None:
@@ -121,6 +135,13 @@ class PartTask(Protocol):
 
     @property
     def began_with(self) -> str: ...
+
+
+@runtime_checkable
+class PacedTask(Protocol):
+    """A `Task` that changes over a run: before each step it is told the share that is done."""
+
+    progress: float
 
 
 def resolve_device(name: str) -> torch.device:
@@ -180,18 +201,33 @@ class _Training:
         # Where several processes hold copies of the model, not parts of it.
         self.copies = self.mesh is not None and not _is_cut(task.model)
         self.shows = shows if parallel.rank() == 0 else None
-        self.optimizer = adamw(task.parameters(), optim)
+        if self.mesh is not None and (optim.kind != "adamw" or optim.average or run.minutes):
+            raise SettingError(
+                "kind=muon, average= and minutes= are for a single process: leave them out, or "
+                "start one"
+            )
+        self.optimizer = optimizer_of(task.model, task.parameters(), optim)
+        self.average = Average(task.model, optim.average) if optim.average else None
         self.watch = Watch(run.watch)
         self.saver = checkpoint.Saver(run.out, run.keep, run.save_beside)
         self.validation = validation
         self.best = checkpoint.Saver(best_of(run.out), 1, beside=False) if validation else None
+        self._spent = 0.0
         self.step = self._resume()
+        self.pace = Pace(run.steps, run.minutes, self._spent)
         flops = task.flops_per_unit if isinstance(task, ParallelTask) else 0.0
         device = next(task.model.parameters()).device
         peak = partial(_peak, run, device) if flops else None
         quiet = parallel.rank() > 0
         self.monitor = Monitor(
-            run.out, self.step, run.steps, wandb=run.wandb, quiet=quiet, flops=flops, peak=peak
+            run.out,
+            self.step,
+            run.steps,
+            wandb=run.wandb,
+            quiet=quiet,
+            flops=flops,
+            peak=peak,
+            left=self.pace.seconds_left,
         )
         if not self.step and (sentence := check_warmup(optim, run.steps)):
             self.monitor.note(0, sentence)
@@ -202,21 +238,27 @@ class _Training:
     def go_on(self) -> None:
         run = self.run
         last = min(run.steps, run.stop_after or run.steps)
-        while self.step < last and not self._has_ended:
+        # A run without time left takes one step all the same, so that it leaves a checkpoint.
+        over = bool(self.step) and self.pace.is_over(self.step)
+        while self.step < last and not over and not self._has_ended:
             figures = self._step(self.step)
             if self.watch.must_roll_back:
                 self._roll_back()
                 continue
-            checked = self._validate(last)
-            last = self.step + 1 if self._has_ended else last
-            shown = checked | self._show(last)
-            if self.step % run.log_every == 0 or self.step + 1 == last or shown:
+            over = self.pace.is_over(self.step + 1)
+            end = self.step + 1 if over else last
+            checked = self._validate(end)
+            ends = self.step + 1 == end or self._has_ended
+            shown = checked | self._show(ends)
+            if self.step % run.log_every == 0 or ends or shown:
                 self._log(figures | shown)
             self.step += 1
-            if self.step % run.save_every == 0 or self.step == last:
+            if self.step % run.save_every == 0 or ends:
                 self._save()
             self.saver.poll()
         self.saver.finish()
+        if self.average is not None:
+            self.average.use()
 
     def close(self) -> None:
         self.monitor.close()
@@ -243,22 +285,22 @@ class _Training:
             )
         return figures
 
-    def _show(self, last: int) -> dict[str, float]:
+    def _show(self, ends: bool) -> dict[str, float]:
         """Samples of the weights after this step, if it is time for them."""
         done, every = self.step + 1, self.run.sample_every
-        if self.shows is None or not (done == last or (every and done % every == 0)):
+        if self.shows is None or not (ends or (every and done % every == 0)):
             return {}
         folder = self.run.out / "samples"
         folder.mkdir(parents=True, exist_ok=True)
-        with self.monitor.paused(), _aside(self.task.model), self._autocast():
+        averaged = self.average.used() if self.average else contextlib.nullcontext()
+        with self.monitor.paused(), averaged, _aside(self.task.model), self._autocast():
             return self.shows(done, folder)
 
     def _step(self, step: int) -> dict[str, Any]:
         # The first process draws as a single one does; the others draw masks of their own.
         torch.manual_seed(self.run.seed * 1_000_003 + step + parallel.rank() * 7_919_000_003)
-        rate = learning_rate(self.optim, step, self.run.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        rate = self._rate(step)
+        set_rate(self.optimizer, rate, self.optim)
         self.optimizer.zero_grad(set_to_none=True)
         loss, figures, units = self._backward(step)
         loss = parallel.data_sum(loss, self.mesh)
@@ -269,10 +311,21 @@ class _Training:
         more: dict[str, float] = {}
         if self.watch.judge(step, float(loss), float(norm)):
             self.optimizer.step()
+            if self.average is not None:
+                self.average.update()
             more = self.task.after(step)
         self.monitor.advance(step, units * self.ranks)
         told = {"skipped": self.watch.skipped} if self.watch.skipped else {}
         return {"loss": loss} | figures | more | {"grad_norm": norm, "lr": rate} | told
+
+    def _rate(self, step: int) -> float:
+        """The rate of a step; the task hears how far the run is."""
+        share = self.pace.share(step)
+        if isinstance(self.task, PacedTask):
+            self.task.progress = share
+        if self.run.minutes:
+            return learning_rate_at(self.optim, step, share)
+        return learning_rate(self.optim, step, self.run.steps)
 
     def _backward(self, step: int) -> tuple[Tensor, dict[str, Tensor], float]:
         """Gradients of all parts of a step; the sum of their losses, the mean of their figures."""
@@ -307,7 +360,8 @@ class _Training:
     def _save(self) -> None:
         tensors, state = self.task.state()
         state |= {"run": _plain(self.run), "optim": _plain(self.optim)}
-        state |= {"watch": self.watch.state()} | self._began()
+        state |= {"watch": self.watch.state(), "seconds": self.pace.seconds} | self._began()
+        state |= {"averaged": self.average.count} if self.average else {}
         if self.validation is not None:
             state |= {"validation": self.validation.state(), "ended": self._has_ended}
         self.saver.save(self.step, self._tensors() | tensors, state)
@@ -319,7 +373,8 @@ class _Training:
         model = self.task.model.state_dict()
         for name in checkpoint.frozen(self.task.model) if self.began_with else ():
             del model[name]
-        return {"model": model, "optimizer": self.optimizer.state_dict()}
+        averaged = {checkpoint.AVERAGE: self.average.state()} if self.average else {}
+        return {"model": model, "optimizer": self.optimizer.state_dict()} | averaged
 
     def _resume(self) -> int:
         step, told = parallel.agree(lambda: checkpoint.newest_whole(self.run.out))
@@ -340,14 +395,18 @@ class _Training:
         self.task.load_state(tensors, state)
         if self.mesh is None:
             _fill(self.task.model, self.optimizer, tensors, self.run.out)
+        if self.average is not None:
+            self.average.load_state(tensors[checkpoint.AVERAGE], int(state["averaged"]))
         self.watch.load_state(state.get("watch", {}))
         if self.validation is not None:
             self.validation.load_state(state.get("validation", {}))
+        self._spent = float(state.get("seconds", 0.0))
         return int(state["step"])
 
     def _check(self, state: dict[str, Any]) -> None:
-        changed = [k for k in ("seed", "steps") if state["run"][k] != getattr(self.run, k)]
-        if changed or state["optim"] != _plain(self.optim):
+        names, known = ("seed", "steps", "minutes"), _plain(RunConfig()) | state["run"]
+        changed = [k for k in names if known[k] != getattr(self.run, k)]
+        if changed or _plain(OptimConfig()) | state["optim"] != _plain(self.optim):
             raise CheckpointError(
                 f"{self.run.out} holds a run with another "
                 f"{' and '.join(changed) or 'optimizer setting'}: "
@@ -404,11 +463,9 @@ def _spread(task: Task, run: RunConfig) -> DeviceMesh | None:
     return mesh
 
 
-def _fill(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Any], run: Path
-) -> None:
+def _fill(model: nn.Module, optimizer: Any, tensors: dict[str, Any], run: Path) -> None:
     checkpoint.load_model(model, tensors.pop("model"), run)
-    groups = {"param_groups": optimizer.state_dict()["param_groups"]}
+    groups = {k: v for k, v in optimizer.state_dict().items() if k == "param_groups"}
     optimizer.load_state_dict(groups | tensors.pop("optimizer"))
     for parameter, moments in optimizer.state.items():
         for name, value in moments.items():

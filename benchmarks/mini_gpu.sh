@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# Trains the larger mini on a machine with one GPU, then measures it; needs nothing but python3 with
+# torch, tokenizers, safetensors, typer, rich, Pillow and numpy.
+#
+#     DATA=runs/emoji.tar.gz OUT=results bash benchmarks/mini_gpu.sh
+#
+# DATA    the emoji data: a folder, or a .tar.gz that holds its files (make one with
+#         `tar -C DIR/emoji -czf runs/emoji.tar.gz .`)
+# OUT     folder of the results, at most 8 files of at most 15 MB: model.tar.00 …, scores.json,
+#         samples.png, results.tar.gz (metrics, reconstructions, notes), log
+# MINUTES of training (7); LIMIT pictures or questions a measure (40); SECONDS_LEFT for scores (100)
+# FIELDS  more `field=value` for pretrain_mini
+set -uo pipefail
+cd "$(dirname "$0")/.."
+: "${DATA:?give the emoji data}" "${OUT:?give a folder for the results}"
+MINUTES=${MINUTES:-7} LIMIT=${LIMIT:-40} SECONDS_LEFT=${SECONDS_LEFT:-100} FIELDS=${FIELDS:-}
+DEVICE=${DEVICE:-cuda} RUN=${RUN:-runs/mini_gpu}
+export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+mkdir -p "$OUT" "$RUN"
+OUT=$(cd "$OUT" && pwd)
+exec > >(tee "$OUT/log") 2>&1
+if [ -f "$DATA" ]; then
+    mkdir -p "$RUN/emoji" && tar -C "$RUN/emoji" -xzf "$DATA" && DATA=$RUN/emoji
+fi
+python3 -c 'import torch; print("torch", torch.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU")'
+python3 -c 'from earlyfusion.model.attention import packed_attention as p; print("packed attention:", "of torch" if p("'"$DEVICE"'") else "by mask")'
+
+# What there is comes back even where a stage fails: the newest model and all metrics.
+# shellcheck disable=SC2086
+python3 -m earlyfusion train pretrain_mini device="$DEVICE" minutes="$MINUTES" data="$DATA" out="$RUN" $FIELDS
+status=$?
+model=$RUN/chat/model
+[ -d "$model" ] || model=$RUN/transformer/model
+(cd "$RUN" && tar -czf "$OUT/results.tar.gz" --ignore-failed-read \
+    $(ls -d ./*/metrics.jsonl ./*/notes.jsonl ./*/minutes.json ./*/curves.png ./*/samples 2>/dev/null))
+for stage in "$RUN"/*/; do
+    [ -f "$stage/metrics.jsonl" ] && echo "$(basename "$stage"): $(tail -n 1 "$stage/metrics.jsonl")"
+done
+if [ -d "$model" ]; then
+    tar -C "$(dirname "$model")" -cf - model | split -b 15000000 -d - "$OUT/model.tar."
+    timeout 60 python3 - "$model" "$DEVICE" "$OUT/samples.png" <<'PYTHON'
+import sys
+from pathlib import Path
+
+from earlyfusion import Chameleon, SamplingParams
+from earlyfusion.train.samples import save_grid
+
+model = Chameleon.load(sys.argv[1], device=sys.argv[2])
+asked = ["Draw a cat.", "Draw a house.", "Can you draw me an elephant?", "사과를 그려줘"]
+columns = []
+for prompt in asked:  # the first four seeds, unselected
+    several = [SamplingParams(seed=seed) for seed in range(4)]
+    replies = model.generate_batch([prompt] * 4, output="image", sampling=several)
+    columns.append([reply.images[0] for reply in replies])
+save_grid(Path(sys.argv[3]), columns)
+PYTHON
+    timeout "$SECONDS_LEFT" python3 -m earlyfusion.evals.emoji --model "$model" --data "$DATA" \
+        --limit "$LIMIT" --device "$DEVICE" --out "$OUT/scores.json"
+fi
+ls -l "$OUT"
+exit $status

@@ -1,0 +1,247 @@
+"""Packed rows of fixed shape, put together on the device from documents that lie there.
+
+Documents are templates: text as tokens, and for each picture only which one it is. A batch is then
+a few integers a position from the CPU; the codes of the pictures are looked up on the device, each
+time in another of the ways that a picture was cut, and some input codes are replaced by others
+while the targets stay clean. `DeviceRows` has the face of `train.data.Packer`. A batch follows from
+the seed and the number of its first document. Shapes: B rows, T tokens of a row, M positions of all
+templates, P pictures, V ways to cut each, C codes of one, K codebook.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from earlyfusion.errors import DataError, SettingError
+from earlyfusion.processor import ANSWER_IMAGE, PROMPT_IMAGE, TokenSequence
+from earlyfusion.train.data import PackedBatch, RoleWeights
+
+NONE = -1
+
+
+class Columns(NamedTuple):
+    """An entry a position of all documents, one after another; arrays, or tensors on the device.
+
+    `picture_M` is the number of the picture where a code stands, else `NONE`; `place_M` the code's
+    place in it; `slot_M` the how-manieth picture of its document; `plain_M` whether the picture may
+    only be cut in plain ways; `answer_M` whether it is to be drawn.
+    """
+
+    ids_M: Any
+    picture_M: Any
+    place_M: Any
+    slot_M: Any
+    plain_M: Any
+    answer_M: Any
+    image_M: Any
+    weight_M: Any
+
+
+class Templates(NamedTuple):
+    """Document d is at `starts[d]` to `starts[d + 1]` of the columns."""
+
+    columns: Columns
+    starts: np.ndarray
+
+
+def templates(
+    documents: Iterable[tuple[TokenSequence, Sequence[int], bool]],
+    codes: int,
+    is_code: np.ndarray,
+    weights: RoleWeights,
+) -> Templates:
+    """Templates of documents: tokens, the numbers of their pictures in order, and whether plain.
+
+    `codes` are those of a picture; `is_code` tells it of every token. Raises `DataError` for a
+    document whose tokens are not those of so many pictures.
+    """
+    columns: list[tuple[np.ndarray, ...]] = []
+    lengths = [0]
+    for sequence, pictures, plain in documents:
+        ids, role = np.asarray(sequence.ids, np.int32), np.asarray(sequence.role, np.uint8)
+        held = is_code[ids]
+        if held.sum() != codes * len(pictures):
+            raise DataError(
+                f"a document has {held.sum()} codes and {len(pictures)} pictures of {codes}: "
+                "give one number a picture, in order"
+            )
+        picture, place = np.full((2, len(ids)), NONE, np.int32)
+        picture[held] = np.repeat(np.asarray(pictures, np.int32), codes)
+        place[held] = np.tile(np.arange(codes, dtype=np.int32), len(pictures))
+        slot = np.zeros(len(ids), np.int32)
+        slot[held] = np.repeat(np.arange(len(pictures), dtype=np.int32), codes)
+        image = (role == PROMPT_IMAGE) | (role == ANSWER_IMAGE)
+        only_plain = np.full(len(ids), plain)
+        answer = role == ANSWER_IMAGE
+        weight = weights.of(sequence).astype(np.float32)
+        columns.append((ids, picture, place, slot, only_plain, answer, image, weight))
+        lengths.append(len(ids))
+    if not columns:
+        raise DataError("there is no document to train on: give at least one")
+    joined = [np.concatenate(column) for column in zip(*columns, strict=True)]
+    return Templates(Columns(*joined), np.cumsum(lengths))
+
+
+@dataclass
+class CutConfig:
+    """How pictures come into rows."""
+
+    replace: float = 0.0
+    """Share of the input codes that become others; the targets stay."""
+    near: float = 0.5
+    """Share of these that become one of the nearest codewords, the rest any."""
+    changed_answers: float = 0.0
+    """Share of the pictures to be drawn that are cut in a plain way other than the exact one."""
+
+    def __post_init__(self) -> None:
+        for name in ("replace", "near", "changed_answers"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise SettingError(f"{name}={getattr(self, name)} must be a share from 0 to 1")
+
+
+class DeviceRows:
+    """Fills batches from templates, in an order of its own each epoch.
+
+    `codes_PVC` are picture codes on the device, of which the first `plain` ways of cutting keep the
+    colours and way 0 is exact. `tokens_K` are the tokens of the codes, `near_KN` the codes nearest
+    to each.
+    """
+
+    def __init__(
+        self,
+        found: Templates,
+        codes_PVC: Tensor,
+        plain: int,
+        tokens_K: Tensor,
+        near_KN: Tensor,
+        rows: int,
+        length: int,
+        pad: int,
+        config: CutConfig,
+        seed: int = 0,
+    ) -> None:
+        self.cursor, self.share = 0, (0, 1)
+        self.rows, self.length = rows, length
+        self._config, self._seed, self._plain, self._pad = config, seed, plain, pad
+        self._device = device = codes_PVC.device
+        self._codes_PVC = codes_PVC
+        self._tokens_K, self._near_KN = tokens_K.to(device), near_KN.to(device)
+        self._starts = found.starts
+        self._lengths = np.diff(found.starts) - 1  # targets of each document
+        longest = int(self._lengths.max())
+        if longest > length:
+            raise DataError(
+                f"a document has {longest + 1} tokens, limit {length + 1}: raise length or leave "
+                "it out"
+            )
+        self._columns = Columns(*(torch.from_numpy(c).to(device) for c in found.columns))
+        self._order: tuple[int, np.ndarray] = (NONE, np.zeros(0, np.int64))
+
+    def next(self) -> PackedBatch:
+        """The next rows, on the device."""
+        first = self.cursor
+        where, documents = zip(*(self._row() for _ in range(self.rows)), strict=True)
+        where_BT = torch.from_numpy(np.stack(where)).to(self._device, non_blocking=True)
+        document_BT = torch.from_numpy(np.stack(documents)).to(self._device, non_blocking=True)
+        return self._filled(where_BT, document_BT, first)
+
+    def _row(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where each position of a row comes from (`NONE`: padding), and its document's number."""
+        chosen: list[int] = []
+        free = self.length
+        while (needed := self._lengths[number := self._document(self.cursor)]) <= free:
+            chosen.append(number)
+            free -= needed
+            self.cursor += 1
+        where = np.full(self.length, NONE, np.int64)
+        documents = np.full(self.length, len(chosen), np.int64)
+        lengths = self._lengths[chosen]
+        ends = lengths.cumsum()
+        used = int(ends[-1])
+        documents[:used] = np.repeat(np.arange(len(chosen)), lengths)
+        where[:used] = np.arange(used) + np.repeat(self._starts[chosen] - (ends - lengths), lengths)
+        return where, documents
+
+    def _document(self, number: int) -> int:
+        """Which template document `number` of the endless stream is."""
+        epoch, place = divmod(number, len(self._lengths))
+        if self._order[0] != epoch:
+            rng = np.random.default_rng([self._seed, 11, epoch])
+            self._order = epoch, rng.permutation(len(self._lengths))
+        return int(self._order[1][place])
+
+    def _filled(self, where_BT: Tensor, document_BT: Tensor, first: int) -> PackedBatch:
+        generator = torch.Generator(self._device)
+        generator.manual_seed(self._seed * 1_000_003 + first)
+        slots = int(self._columns.slot_M.max()) + 1 if len(self._columns.slot_M) else 1
+        shape = (self.rows, self.length + 1, slots, 2)
+        chance = torch.rand(shape, generator=generator, device=self._device)
+        fills = where_BT >= 0
+        inputs_BT, targets_BT = (
+            self._tokens(where_BT.clamp_min(0) + ahead, document_BT, chance) for ahead in (0, 1)
+        )
+        inputs_BT = self._replaced(inputs_BT, where_BT.clamp_min(0), generator)
+        weight_BT = self._columns.weight_M[where_BT.clamp_min(0) + 1]
+        image_BT = self._columns.image_M[where_BT.clamp_min(0) + 1]
+        return PackedBatch(
+            torch.where(fills, inputs_BT, self._pad),
+            torch.where(fills, targets_BT, self._pad),
+            document_BT,
+            _positions(document_BT),
+            weight_BT * fills,
+            image_BT & fills,
+        )
+
+    def _tokens(self, where_BT: Tensor, document_BT: Tensor, chance_BDS2: Tensor) -> Tensor:
+        """Tokens of positions, the codes of each picture as it is cut this time."""
+        t = self._columns
+        picture_BT, slot_BT = t.picture_M[where_BT], t.slot_M[where_BT].long()
+        row_BT = torch.arange(len(where_BT), device=self._device)[:, None].expand_as(where_BT)
+        chance_BT, second_BT = chance_BDS2[row_BT, document_BT, slot_BT].unbind(-1)
+        ways = torch.where(t.plain_M[where_BT], self._plain, self._codes_PVC.shape[1])
+        any_BT = (chance_BT * ways).long()
+        others = max(1, self._plain - 1)
+        plain_BT = (1 + (chance_BT * others).long()).clamp_max(self._plain - 1)
+        exact_BT = second_BT >= self._config.changed_answers
+        drawn_BT = torch.where(exact_BT, 0, plain_BT)
+        way_BT = torch.where(t.answer_M[where_BT], drawn_BT, any_BT)
+        place_BT = t.place_M[where_BT].clamp_min(0).long()
+        code_BT = self._codes_PVC[picture_BT.clamp_min(0).long(), way_BT, place_BT].long()
+        return torch.where(picture_BT >= 0, self._tokens_K[code_BT], t.ids_M[where_BT].long())
+
+    def _replaced(self, tokens_BT: Tensor, where_BT: Tensor, generator: torch.Generator) -> Tensor:
+        """The tokens, some codes among them replaced by near ones or by any."""
+        if not self._config.replace:
+            return tokens_BT
+        draws = torch.rand(4, *tokens_BT.shape, generator=generator, device=self._device)
+        codes = len(self._tokens_K)
+        own_BT = self._code_of_token[tokens_BT]
+        near_BT = self._near_KN[
+            own_BT.clamp_min(0), (draws[0] * self._near_KN.shape[1]).long()
+        ].long()
+        other_BT = torch.where(draws[1] < self._config.near, near_BT, (draws[2] * codes).long())
+        swapped = (draws[3] < self._config.replace) & (self._columns.picture_M[where_BT] >= 0)
+        return torch.where(swapped, self._tokens_K[other_BT], tokens_BT)
+
+    @property
+    def _code_of_token(self) -> Tensor:
+        if not hasattr(self, "_codes_T"):
+            size = int(max(self._tokens_K.max(), self._columns.ids_M.max())) + 1
+            table = torch.full((size,), NONE, dtype=torch.long, device=self._device)
+            table[self._tokens_K] = torch.arange(len(self._tokens_K), device=self._device)
+            self._codes_T = table
+        return self._codes_T
+
+
+def _positions(document_BT: Tensor) -> Tensor:
+    """Each token's place within its document."""
+    at_BT = torch.arange(document_BT.shape[1], device=document_BT.device).expand_as(document_BT)
+    begins_BT = torch.ones_like(document_BT, dtype=torch.bool)
+    begins_BT[:, 1:] = document_BT[:, 1:] != document_BT[:, :-1]
+    return at_BT - torch.where(begins_BT, at_BT, 0).cummax(1).values

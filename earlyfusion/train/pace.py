@@ -1,0 +1,48 @@
+"""How far a run is: by its steps, or by the clock where it has a budget of minutes.
+
+The share of the run that is done drives the learning rate and whatever else changes over a run.
+With a budget, a run of unknown speed ends in time and its rate has fallen by then; where steps run
+out first, they end it. Time spent before a resume counts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+
+class Pace:
+    """The progress of a run of at most `steps` steps and, if not 0, of `minutes`.
+
+    `spent` are the seconds that a run took before it was resumed. `now` gives seconds.
+    """
+
+    def __init__(
+        self,
+        steps: int,
+        minutes: float = 0.0,
+        spent: float = 0.0,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._steps, self._budget = steps, minutes * 60
+        self._spent, self._now, self._since = spent, now, now()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the run so far, those before a resume included."""
+        return self._spent + self._now() - self._since
+
+    def share(self, step: int) -> float:
+        """Share of the run that is done before step `step` (from 0): 0 to 1."""
+        by_steps = step / max(1, self._steps)
+        by_clock = self.seconds / self._budget if self._budget else 0.0
+        return min(1.0, max(by_steps, by_clock))
+
+    def is_over(self, step: int) -> bool:
+        """Whether no step is left after so many, or no time."""
+        return step >= self._steps or bool(self._budget and self.seconds >= self._budget)
+
+    def seconds_left(self, each: float, step: int) -> float:
+        """Seconds to the end where a step takes `each` seconds and `step` of them are done."""
+        left = each * (self._steps - step)
+        return max(0.0, min(left, self._budget - self.seconds)) if self._budget else left

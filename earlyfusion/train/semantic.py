@@ -1,0 +1,64 @@
+"""A head that names what quantised latents show, while an image tokenizer is trained; then dropped.
+
+Reconstruction alone lets two pictures of one thing have codes with nothing in common. Where the
+codewords must also tell what the picture shows, codes carry it, and whoever reads them learns names
+faster (UniTok, arXiv 2502.20321, and VILA-U, arXiv 2409.04429, contrast with captions; here names
+are few, so that a class each is enough). The head sees codewords only, through the straight-through
+gradient, and is no part of the VQ-GAN: files, codes and run time are those of any VQ-GAN.
+Shapes: B batch, C channels, y x in codes, L labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_SMOOTHING = 0.1
+UNKNOWN = -100
+"""A label that does not count."""
+
+
+class SemanticHead(nn.Module):
+    """From quantised latents to the logits of several questions, each with its number of answers.
+
+    Convolutions of stride 2 down to 4 codes a side, the mean over what is left, a layer a question.
+    """
+
+    def __init__(self, channels: int, grid: int, answers: Sequence[int], width: int = 256) -> None:
+        super().__init__()
+        halvings = max(1, (grid // 4).bit_length() - 1)
+        widths = [channels, *[width] * (halvings + 1)]
+        layers: list[nn.Module] = []
+        for place, (inputs, outputs) in enumerate(pairwise(widths)):
+            stride = 1 if place == 0 else 2
+            layers += [
+                nn.Conv2d(inputs, outputs, 3, stride, 1),
+                nn.GroupNorm(8, outputs),
+                nn.SiLU(),
+            ]
+        self.body = nn.Sequential(*layers, nn.Conv2d(width, 2 * width, 1), nn.SiLU())
+        self.questions = nn.ModuleList(nn.Linear(2 * width, count) for count in answers)
+
+    def forward(self, latents_BCyx: Tensor) -> list[Tensor]:
+        """Logits [B, answers] of each question."""
+        states_BC = self.body(latents_BCyx).mean((2, 3))
+        return [question(states_BC) for question in self.questions]
+
+
+def naming_loss(logits: Sequence[Tensor], labels_BL: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean cross-entropy over the questions, and how often the first is answered rightly.
+
+    Labels that are `UNKNOWN` do not count; where none counts, both are 0.
+    """
+    losses = [
+        F.cross_entropy(x.float(), y, ignore_index=UNKNOWN, label_smoothing=_SMOOTHING)
+        for x, y in zip(logits, labels_BL.unbind(1), strict=True)
+    ]
+    known_B = labels_BL[:, 0] != UNKNOWN
+    right_B = (logits[0].detach().argmax(1) == labels_BL[:, 0]) & known_B
+    share = right_B.sum() / known_B.sum().clamp_min(1)
+    return torch.stack([loss.nan_to_num() for loss in losses]).mean(), share

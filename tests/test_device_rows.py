@@ -1,0 +1,268 @@
+"""Rows that are put together on the device, against the packer that defines them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import CONFIG, tiny_processor
+
+from earlyfusion.content import Image, Message, Text
+from earlyfusion.errors import DataError, SettingError
+from earlyfusion.model import attention
+from earlyfusion.model.attention import CausalAttend
+from earlyfusion.model.transformer import Transformer
+from earlyfusion.processor import Processor, TokenSequence
+from earlyfusion.recipes.emoji.dataset import EmojiData
+from earlyfusion.recipes.emoji.mixture import MixtureConfig, is_plain, samples
+from earlyfusion.recipes.mini_packed_transformer import BlankLayout, documents
+from earlyfusion.train.data import PackedBatch, Packer, RoleWeights
+from earlyfusion.train.device_rows import CutConfig, DeviceRows, templates
+from earlyfusion.train.language import LanguageTask
+
+DATA = Path(__file__).parent / "data"
+WEIGHTS = RoleWeights(prompt_text=0.2, prompt_image=0.1, answer_text=3.0, end=0.5)
+LENGTH, WAYS, PLAIN = 200, 4, 2
+GRID, CODES = CONFIG.vq_config.grid, CONFIG.vq_config.grid**2
+
+
+@pytest.fixture
+def processor(tmp_path: Path) -> Processor:
+    return tiny_processor(tmp_path)
+
+
+def messages(number: int) -> list[tuple[str, list[str | int]]]:
+    """Turns of texts and numbers of pictures."""
+    kinds: list[list[tuple[str, list[str | int]]]] = [
+        [("user", [0, "What?"]), ("assistant", ["a pear"])],
+        [("user", ["Draw it."]), ("assistant", [1])],
+        [("user", [2, 0, "Same?"]), ("assistant", ["No"])],
+        [("user", ["List"]), ("assistant", ["1", 1])],
+    ]
+    return kinds[number % 4]
+
+
+def table() -> torch.Tensor:
+    """Codes of three pictures in four ways, all different."""
+    generator = torch.Generator().manual_seed(3)
+    return torch.randint(64, (3, WAYS, CODES), generator=generator).short()
+
+
+def rows_of(
+    processor: Processor, config: CutConfig, count: int = 4, plain: bool = False, seed: int = 0
+) -> DeviceRows:
+    blank = Processor(processor.tokenizer_file, BlankLayout(GRID, GRID))
+    vocabulary = processor.vocabulary
+
+    def stream() -> list[tuple[TokenSequence, list[int], bool]]:
+        found = []
+        for number in range(count):
+            turns, shown = [], []
+            for role, parts in messages(number):
+                shown += [p for p in parts if isinstance(p, int)]
+                empty = Image(codes=np.zeros((1, 1), np.int64))
+                turns.append(
+                    Message(role, [Text(p) if isinstance(p, str) else empty for p in parts])
+                )
+            found.append((blank.encode_document(turns), shown, plain))
+        return found
+
+    is_code = np.zeros(vocabulary.size, bool)
+    is_code[vocabulary.image_tokens] = True
+    made = templates(stream(), CODES, is_code, WEIGHTS)
+    near = (torch.arange(64)[:, None] + torch.arange(1, 4)) % 64
+    tokens = torch.from_numpy(vocabulary.code_to_token)
+    return DeviceRows(made, table(), PLAIN, tokens, near, 2, LENGTH, vocabulary.pad, config, seed)
+
+
+def by_hand(processor: Processor, rows: DeviceRows, way: int) -> Packer:
+    """The packer of `train.data` on the same documents, all pictures cut in one way."""
+    codes = table()[:, way].view(-1, GRID, GRID).numpy().astype(np.int64)
+
+    def document(number: int) -> TokenSequence:
+        turns = [
+            Message(role, [Text(p) if isinstance(p, str) else Image(codes=codes[p]) for p in parts])
+            for role, parts in messages(rows._document(number))
+        ]
+        return processor.encode_document(turns)
+
+    return Packer(document, WEIGHTS, 2, LENGTH, processor.vocabulary.pad)
+
+
+def test_rows_are_those_of_the_packer(processor: Processor) -> None:
+    rows = rows_of(processor, CutConfig(), plain=True)
+    rows._plain, rows._codes_PVC = 1, rows._codes_PVC[:, :1]
+    packer = by_hand(processor, rows, 0)
+    for _ in range(6):  # over more than two epochs
+        mine, theirs = rows.next(), packer.next()
+        for name in PackedBatch._fields:
+            assert torch.equal(getattr(mine, name), getattr(theirs, name)), name
+            assert getattr(mine, name).dtype == getattr(theirs, name).dtype, name
+        assert rows.cursor == packer.cursor
+    assert rows.cursor > 2 * 4
+
+
+def pictures_in(batch: PackedBatch, processor: Processor) -> list[np.ndarray]:
+    """Codes of every picture of the inputs, one after another."""
+    tokens = batch.tokens_BT.flatten().numpy()
+    codes = np.isin(tokens, processor.vocabulary.image_tokens)
+    return list(processor.vocabulary.token_to_code(tokens[codes]).reshape(-1, CODES))
+
+
+def ways_of(found: list[np.ndarray]) -> list[tuple[int, int]]:
+    """Which picture and way each row of codes is; a mixture of ways is none."""
+    known = {tuple(table()[p, v].tolist()): (p, v) for p in range(3) for v in range(WAYS)}
+    return [known[tuple(codes.tolist())] for codes in found]
+
+
+def test_pictures_come_whole_in_ways_that_they_may_be_cut(processor: Processor) -> None:
+    seen: dict[bool, set[tuple[int, int]]] = {}
+    for plain in (False, True):
+        rows = rows_of(processor, CutConfig(), plain=plain)
+        found = [x for _ in range(60) for x in ways_of(pictures_in(rows.next(), processor))]
+        seen[plain] = set(found)
+    asked = {(p, v) for p in (0, 2) for v in range(WAYS)}
+    assert seen[False] == asked | {(1, 0)}  # a picture to be drawn stays exact
+    assert seen[True] == {(p, v) for p in (0, 2) for v in range(PLAIN)} | {(1, 0)}
+    rows = rows_of(processor, CutConfig(changed_answers=0.5))
+    drawn = [
+        way
+        for _ in range(60)
+        for picture, way in ways_of(pictures_in(rows.next(), processor))
+        if picture == 1
+    ]
+    assert set(drawn) == {0, 1} and 0.3 < np.mean(drawn) < 0.7
+
+
+def test_inputs_are_replaced_and_targets_stay_clean(processor: Processor) -> None:
+    clean, noisy = rows_of(processor, CutConfig()), rows_of(processor, CutConfig(replace=0.2))
+    vocabulary, shares, near = processor.vocabulary, [], []
+    for _ in range(20):
+        a, b = clean.next(), noisy.next()
+        assert torch.equal(a.targets_BT, b.targets_BT) and torch.equal(a.weight_BT, b.weight_BT)
+        is_code = torch.from_numpy(np.isin(a.tokens_BT, vocabulary.image_tokens))
+        assert torch.equal(a.tokens_BT[~is_code], b.tokens_BT[~is_code])
+        before, after = (vocabulary.token_to_code(x.tokens_BT[is_code]) for x in (a, b))
+        shares.append((before != after).mean())
+        step = (after - before)[before != after] % 64
+        near.append(((step >= 1) & (step <= 3)).mean())
+    assert 0.17 < np.mean(shares) < 0.22
+    assert 0.45 < np.mean(near) < 0.62  # half are near, and some of the others by chance
+
+
+def test_a_batch_follows_from_the_seed_and_the_cursor(processor: Processor) -> None:
+    config = CutConfig(replace=0.1, changed_answers=0.5)
+    first, other = rows_of(processor, config), rows_of(processor, config, seed=1)
+    batches = [first.next() for _ in range(5)]
+    second = rows_of(processor, config)
+    for _ in range(3):
+        second.next()
+    third = rows_of(processor, config)
+    third.cursor = second.cursor
+    assert all(torch.equal(x, y) for x, y in zip(third.next(), batches[3], strict=True))
+    assert not torch.equal(other.next().tokens_BT, batches[0].tokens_BT)
+
+
+def test_a_language_task_learns_from_them(processor: Processor) -> None:
+    torch.manual_seed(0)
+    model = Transformer(replace(CONFIG, vocab_size=processor.vocabulary.size))
+    model.init_weights()
+    task = LanguageTask(model, rows_of(processor, CutConfig(replace=0.1)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for step in range(12):
+        loss, _, units = task.loss(step)
+        assert units == 2 * LENGTH
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_what_cannot_be_packed_is_refused(processor: Processor) -> None:
+    with pytest.raises(DataError, match="no document"):
+        templates([], CODES, np.zeros(8, bool), WEIGHTS)
+    sequence = TokenSequence([0, 5, 2], [0, 3, 0], [], [0.0, 1.0, 1.0])
+    with pytest.raises(DataError, match="1 pictures of 64"):
+        templates([(sequence, [0], False)], CODES, np.zeros(8, bool), WEIGHTS)
+    with pytest.raises(SettingError, match="replace"):
+        CutConfig(replace=1.5)
+
+
+def packed_by_torch(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: torch.Tensor, most: int
+) -> torch.Tensor:
+    """What torch's attention of packed documents computes, document by document."""
+    assert ends.dtype == torch.int32 and int(ends[0]) == 0 and int(ends[-1]) == len(q)
+    out = torch.zeros_like(q)
+    for first, last in zip(ends.tolist(), ends[1:].tolist(), strict=False):
+        assert 0 <= last - first <= most
+        heads = (x[first:last].transpose(0, 1)[None] for x in (q, k, v))
+        out[first:last] = F.scaled_dot_product_attention(*heads, is_causal=True)[0].transpose(0, 1)
+    return out
+
+
+def test_packed_attention_is_that_of_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device's own attention, with a slow one in its place: shapes, ends and grouped heads."""
+    assert attention._agrees_with_mask(packed_by_torch, torch.device("cpu"))
+    skewed = lambda q, k, v, ends, most: packed_by_torch(q, k, v, ends, most) * 1.1  # noqa: E731
+    assert not attention._agrees_with_mask(skewed, torch.device("cpu"))
+    assert attention.packed_attention("cpu") is None
+    document_BT = torch.tensor([[0] * 5 + [1] * 3, [0] * 8])
+    q, k = torch.randn(2, 8, 4, 16), torch.randn(2, 8, 2, 16)
+    expected = CausalAttend(document_BT)(q, k, k)
+    ends = attention._sequence_ends(document_BT)
+    assert len(ends) % 128 == 0 and ends[:4].tolist() == [0, 5, 8, 16]
+    assert torch.allclose(
+        attention._attend_packed(q, k, k, ends, packed_by_torch), expected, atol=1e-5
+    )
+    monkeypatch.setattr(attention, "_run_lengths", lambda _: None)
+    monkeypatch.setattr(attention, "packed_attention", lambda _: packed_by_torch)
+    attend = CausalAttend(document_BT)  # as on a GPU: packed in bf16, by a mask in fp32
+    half = attend(q.bfloat16(), k.bfloat16(), k.bfloat16())
+    assert half.dtype is torch.bfloat16 and torch.allclose(half.float(), expected, atol=0.05)
+    assert attend._mask is None
+    assert torch.allclose(attend(q, k, k), expected, atol=1e-5) and attend._mask is not None
+
+
+def test_the_mixture_has_its_shares_and_tells_where_colours_matter() -> None:
+    config = MixtureConfig(documents=200, tasks={"caption": 1.0, "colour": 5.0})
+    found = samples(DATA, config)
+    tasks = [s["task"] for s in found]
+    assert 195 <= len(found) <= 205
+    assert tasks.count("requests") == 40 and tasks.count("bare") == 10
+    assert tasks.count("study") == 30 and tasks.count("name") + tasks.count("picture") == 48
+    assert found == samples(DATA, config)
+    several = samples(DATA, replace(config, workers=2))
+    assert sorted(s["task"] for s in several if s["task"] in ("bare", "study", "requests")) == (
+        ["bare"] * 10 + ["requests"] * 40 + ["study"] * 30
+    )
+    assert all(is_plain(s) for s in found if s["task"] in ("colour", "study"))
+    asked = [s for s in found if s["task"] == "requests"]
+    pictures = [s["messages"][-1]["content"][0]["image"] for s in asked]
+    train = EmojiData(DATA).split("train")
+    assert set(pictures) == set(train[:40]) or len(set(pictures)) >= min(len(train), 30)
+    assert len({s["messages"][0]["content"][0]["text"] for s in asked}) > 20
+    assert not all(is_plain(s) for s in found)
+    with pytest.raises(SettingError, match="not all 0"):
+        MixtureConfig(dialogues=0, pairs=0, requests=0, studies=0, bare=0)
+    text = {"type": "text", "text": "Draw a red apple."}
+    assert is_plain({"task": "requests", "messages": [{"role": "user", "content": [text]}]})
+
+
+def test_documents_hold_their_pictures_in_order(processor: Processor) -> None:
+    found = samples(DATA, MixtureConfig(documents=40))
+    data = EmojiData(DATA)
+    place = {name: number for number, name in enumerate(data.split("train"))}
+    blank = Processor(processor.tokenizer_file, BlankLayout(GRID, GRID))
+    for sample, (sequence, shown, _) in zip(found, documents(found, blank, place), strict=True):
+        parts = [p for m in sample["messages"] for p in m["content"]]
+        assert shown == [place[p["image"]] for p in parts if p["type"] == "image"]
+        assert sum(1 for _, _, kind in sequence.spans if kind == "image") == len(shown)
+        assert sequence.ids[0] == processor.vocabulary.bos
+        assert sequence.ids[-1] == processor.vocabulary.eos and sequence.weights[-1] == 1.0
