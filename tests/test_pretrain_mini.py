@@ -149,7 +149,7 @@ def test_minutes_are_shared_out_over_what_is_left(
     monkeypatch.setattr(trainer, "resolve_device", lambda _: torch.device("cuda"))
     made = timed_config(whole, "transformer", plan)
     assert (made.rows, made.run.precision, made.run.compile) == (32, "bf16", True)
-    assert (made.ways.plain, made.optim.kind, made.mixture.documents) == (10, "muon", 120_000)
+    assert (made.ways.plain, made.optim.kind, made.mixture.documents) == (10, "muon", 80_000)
     small = override(whole, ["max_position_embeddings=2048"])
     assert timed_config(small, "transformer", plan).model == small.model
     assert timed_config(small, "image_tokenizer", plan).model == PRESETS["mini"].vq_config

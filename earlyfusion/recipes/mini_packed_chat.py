@@ -28,7 +28,7 @@ config = replace(
     run=replace(_before.run, out=Path("runs/mini_packed_chat"), steps=1000),
     optim=replace(_before.optim, lr=5e-4, muon_lr=0.005, warmup_steps=20, decay="linear"),
     mixture=MixtureConfig(
-        documents=80_000,
+        documents=40_000,
         dialogues=0.6,
         pairs=0.14,
         requests=0.14,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from earlyfusion.processor import ANSWER_IMAGE, PROMPT_IMAGE, TokenSequence
 from earlyfusion.train.data import PackedBatch, RoleWeights
 
 NONE = -1
+_AT_ONCE = 1000  # documents whose columns are computed together
 
 
 class Columns(NamedTuple):
@@ -61,31 +63,53 @@ def templates(
     `codes` are those of a picture; `is_code` tells it of every token. Raises `DataError` for a
     document whose tokens are not those of so many pictures.
     """
-    columns: list[tuple[np.ndarray, ...]] = []
+    parts: list[Columns] = []
     lengths = [0]
-    for sequence, pictures, plain in documents:
-        ids, role = np.asarray(sequence.ids, np.int32), np.asarray(sequence.role, np.uint8)
-        held = is_code[ids]
-        if held.sum() != codes * len(pictures):
-            raise DataError(
-                f"a document has {held.sum()} codes and {len(pictures)} pictures of {codes}: "
-                "give one number a picture, in order"
-            )
-        picture, place = np.full((2, len(ids)), NONE, np.int32)
-        picture[held] = np.repeat(np.asarray(pictures, np.int32), codes)
-        place[held] = np.tile(np.arange(codes, dtype=np.int32), len(pictures))
-        slot = np.zeros(len(ids), np.int32)
-        slot[held] = np.repeat(np.arange(len(pictures), dtype=np.int32), codes)
-        image = (role == PROMPT_IMAGE) | (role == ANSWER_IMAGE)
-        only_plain = np.full(len(ids), plain)
-        answer = role == ANSWER_IMAGE
-        weight = weights.of(sequence).astype(np.float32)
-        columns.append((ids, picture, place, slot, only_plain, answer, image, weight))
-        lengths.append(len(ids))
-    if not columns:
+    stream = iter(documents)
+    while several := list(islice(stream, _AT_ONCE)):
+        parts.append(_columns(several, codes, is_code, weights))
+        lengths += [len(sequence) for sequence, _, _ in several]
+    if not parts:
         raise DataError("there is no document to train on: give at least one")
-    joined = [np.concatenate(column) for column in zip(*columns, strict=True)]
-    return Templates(Columns(*joined), np.cumsum(lengths))
+    return Templates(Columns(*map(np.concatenate, zip(*parts, strict=True))), np.cumsum(lengths))
+
+
+def _columns(
+    documents: list[tuple[TokenSequence, Sequence[int], bool]],
+    codes: int,
+    is_code: np.ndarray,
+    weights: RoleWeights,
+) -> Columns:
+    """The columns of some documents, computed together: a document at a time takes minutes."""
+    whole = TokenSequence()
+    for sequence, _, _ in documents:
+        whole.ids += sequence.ids
+        whole.role += sequence.role
+        whole.weights += sequence.weights
+    ids, role = np.asarray(whole.ids, np.int32), np.asarray(whole.role, np.uint8)
+    held = is_code[ids]
+    pictures = np.asarray([p for _, shown, _ in documents for p in shown], np.int32)
+    if held.sum() != codes * len(pictures):
+        raise DataError(
+            f"documents have {held.sum()} codes and {len(pictures)} pictures of {codes}: give one "
+            "number a picture, in order"
+        )
+    slots = [slot for _, shown, _ in documents for slot in range(len(shown))]
+    picture, place, slot = np.full((3, len(ids)), NONE, np.int32)
+    picture[held] = np.repeat(pictures, codes)
+    place[held] = np.tile(np.arange(codes, dtype=np.int32), len(pictures))
+    slot[held] = np.repeat(np.asarray(slots, np.int32), codes)
+    lengths = [len(sequence) for sequence, _, _ in documents]
+    return Columns(
+        ids_M=ids,
+        picture_M=picture,
+        place_M=place,
+        slot_M=slot.clip(0),
+        plain_M=np.repeat(np.asarray([plain for _, _, plain in documents], bool), lengths),
+        answer_M=role == ANSWER_IMAGE,
+        image_M=(role == PROMPT_IMAGE) | (role == ANSWER_IMAGE),
+        weight_M=weights.of(whole).astype(np.float32),
+    )
 
 
 @dataclass

@@ -43,7 +43,7 @@ _COLOURED = {"colour", "style_name", "caption_style", "study", "restyle"}
 class MixtureConfig:
     """Documents of an epoch and the shares of their sources, which need not add up to 1."""
 
-    documents: int = 120_000
+    documents: int = 80_000
     dialogues: float = 0.36
     pairs: float = 0.24
     requests: float = 0.2
