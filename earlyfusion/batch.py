@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from earlyfusion.engine.request import Handle
 
 Output = Literal["text", "image", "interleaved", "auto"]
-_SETTINGS = {field.name for field in fields(SamplingParams)}
+# Of SamplingParams' fields, what JSON can say and a line of replies shows.
+_SETTINGS = {field.name for field in fields(SamplingParams)} - {"logprobs", "logits_processors"}
 _KEYS = {"id", "prompt", "images", "output"} | _SETTINGS
 
 

@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import pty
+import re
 import resource
 import shlex
 import shutil
@@ -26,11 +27,14 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+import typer
 
+from earlyfusion.batch import read_jobs
 from earlyfusion.checkpoints.codes import load_codes, save_codes
 from earlyfusion.checkpoints.hf import save_hf
 from earlyfusion.cli import app, main
 from earlyfusion.config import PRESETS
+from earlyfusion.errors import SettingError
 from earlyfusion.generation.settings import SamplingParams
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.model.vqgan import VQGAN
@@ -397,16 +401,15 @@ def test_chat_takes_paths_as_terminals_paste_them(
 
 
 def test_chat_has_the_sampling_options_of_generate(run: Run) -> None:
-    known = [
-        {p.name for p in inspect.signature(command.callback).parameters.values()}
-        for command in app.registered_commands
-        if command.callback and command.callback.__name__ in ("generate", "chat", "batch")
-    ]
-    in_python_only = {"logits_processors", "logprobs"}
-    fields = {field.name for field in dataclass_fields(SamplingParams)} - in_python_only
-    assert all(fields <= names for names in known) and len(known) >= 2
+    names = {c.callback.__name__: c.callback for c in app.registered_commands if c.callback}
+    fields = {field.name for field in dataclass_fields(SamplingParams)}
+    had = [set(inspect.signature(names[name]).parameters) & fields for name in SAMPLERS]
+    assert all(options == had[0] and len(options) >= 15 for options in had)
     for name, value in (("--top-p", 3), ("--image-top-k", -1), ("--jacobi", 1)):
         assert_refused(run("chat", name, value), "is not possible")
+
+
+SAMPLERS = ("generate", "chat", "batch")
 
 
 class Terminal(NamedTuple):
@@ -961,3 +964,44 @@ def test_batch_on_a_full_disk(batch: Batch) -> None:
         assert_refused(batch(), "cannot be written")
     assert Path("replies/replies.jsonl").read_text() == ""
     assert batch().code == 0 and len(replies_in()) == 1
+
+
+DOCS = Path(__file__).parent.parent / "docs" / "command-line.md"
+
+
+def blocks(language: str) -> list[str]:
+    text = DOCS.read_text(encoding="utf-8")
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [block for kind, block in found if kind == language]
+
+
+def test_docs_name_every_command_and_show_no_other(picture: Path) -> None:
+    lines = [line for block in blocks("") for line in block.splitlines()]
+    commands = [shlex.split(line.partition(" < ")[0])[1:] for line in lines]
+    group = typer.main.get_command(app)
+    for words in commands:
+        group.commands[words[0]].make_context(words[0], words[1:])  # type: ignore[attr-defined]
+    assert {words[0] for words in commands} == set(COMMANDS)
+    text = DOCS.read_text(encoding="utf-8")
+    fields = inspect.signature(SamplingParams).parameters
+    for name in SAMPLERS:
+        options = group.commands[name].params  # type: ignore[attr-defined]
+        for option in (option for option in options if option.name in fields):
+            assert f"`{option.opts[0]}`" in text
+
+
+def test_docs_show_requests_that_a_batch_takes(picture: Path, tmp_path: Path) -> None:
+    [requests] = blocks("json")
+    write_requests(*requests.splitlines())
+    picture.rename(tmp_path / "in" / "cat.png")
+    jobs = read_jobs(Path("in/requests.jsonl"), "auto", {"seed": 7}, "mini")
+    assert [job.id for job in jobs] == [1, "cat", "parts", "turns"]
+    assert [job.sampling.seed for job in jobs] == [1, 8, 9, 10]
+    assert [len(job.messages) for job in jobs] == [1, 1, 1, 3]
+
+
+def test_batch_takes_no_field_that_would_be_ignored() -> None:
+    for name in ("logprobs", "logits_processors"):
+        write_requests({"prompt": "a", name: 1})
+        with pytest.raises(SettingError, match=f"line 1: its field '{name}' is unknown"):
+            read_jobs(Path("in/requests.jsonl"), "auto", {}, "mini")
