@@ -276,8 +276,8 @@ def answer_all(
             if running and not any(handle.finished for _, handle in running):
                 chameleon.engine.step()
             for job, handle in [pair for pair in running if pair[1].finished]:
-                replies.add(job, chameleon.collect(handle), handle.request.sampling.seed)
                 running.remove((job, handle))
+                _finish(chameleon, job, handle, replies)
                 progress()
     finally:
         for _, handle in running:
@@ -298,3 +298,12 @@ def _start(
     except EarlyFusionError as error:
         replies.fail(job, error)
         progress()
+
+
+def _finish(chameleon: Chameleon, job: Job, handle: Handle, replies: Replies) -> None:
+    try:
+        reply = chameleon.collect(handle)
+    except EarlyFusionError as error:
+        replies.fail(job, error)
+    else:
+        replies.add(job, reply, handle.request.sampling.seed)

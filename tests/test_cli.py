@@ -29,6 +29,7 @@ import pytest
 import torch
 import typer
 
+from earlyfusion.api import Chameleon, Reply
 from earlyfusion.batch import read_jobs
 from earlyfusion.checkpoints.codes import load_codes, save_codes
 from earlyfusion.checkpoints.hf import save_hf
@@ -910,6 +911,22 @@ def test_batch_records_what_fails_later_and_tries_it_again(batch: Batch, picture
     assert batch("--output", "text").code == 2
     assert list(replies_in()) == ["fine", 1] and replies_in()["fine"] == before["fine"]
     assert len(Path("replies/errors.jsonl").read_text().splitlines()) == 1
+
+
+def test_batch_records_an_answer_that_fails(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    collect, failed = Chameleon.collect, []
+
+    def once(self: Chameleon, events: object) -> Reply:
+        if not failed:
+            failed.append(events)
+            raise SettingError("the answer is no number")
+        return collect(self, events)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Chameleon, "collect", once)
+    write_requests(*({"prompt": f"Say {number}."} for number in range(3)))
+    assert batch("--output", "text").code == 2
+    assert len(replies_in()) == 2
+    assert "the answer is no number" in Path("replies/errors.jsonl").read_text()
 
 
 def test_batch_goes_on_after_a_line_that_was_cut_short(batch: Batch) -> None:
