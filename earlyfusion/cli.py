@@ -632,7 +632,12 @@ def tokenize(
     images: Annotated[
         Path | None, typer.Option(help="Folder of the pictures that rows name.")
     ] = None,
-    prompt_images: Annotated[Mode, typer.Option(help="How a prompt's become square.")] = "fit",
+    resize_mode: Annotated[
+        Mode | None, typer.Option(help="How a prompt's become square; as the model has it.")
+    ] = None,
+    prompt_images: Annotated[
+        Mode | None, typer.Option(help="An older name of --resize-mode.", hidden=True)
+    ] = None,
     answer_images: Annotated[Mode, typer.Option(help="How an answer's become square.")] = "crop",
     pairs: Annotated[Pairs, typer.Option(help="Prompt and answer, or one document.")] = "turns",
     image_first: Annotated[float | None, _number_option("Share of pairs; 0.5.")] = None,
@@ -665,7 +670,9 @@ def tokenize(
             device=str(resolve_device(device)),
             rows_a_shard=2048 if shard_rows is None else shard_rows,
             rows=RowSettings(tuple(pattern or ()), images, broken),
-            encoding=EncodingSettings(prompt_images, answer_images, pairs, first, seed or 0),
+            encoding=EncodingSettings(
+                prompt_images or "", answer_images, pairs, first, seed or 0, resize_mode or ""
+            ),
         )
     with progress_bar(as_json) as bar:
         task = bar.add_task("tokenizing")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from copy import deepcopy
@@ -10,14 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from corpora import jsonl, pairs, tiny_model
+from corpora import jsonl, pairs, png, tiny_model
 from tiny import CONFIG
 
 from earlyfusion import Chameleon
 from earlyfusion.checkpoints import formats
 from earlyfusion.checkpoints.hf import save_hf
+from earlyfusion.cli import main
 from earlyfusion.config import PRESETS
+from earlyfusion.content import Image
 from earlyfusion.errors import CheckpointError, DataError, SettingError
+from earlyfusion.image_tokenizer import ImageTokenizer
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.parallel import ParallelConfig
 from earlyfusion.recipes import override, plan, run
@@ -27,7 +31,10 @@ from earlyfusion.recipes.finetune_7b import config as full
 from earlyfusion.recipes.image_head_7b import config as head
 from earlyfusion.recipes.lora_7b import config as low_rank
 from earlyfusion.train import checkpoint, lora
+from earlyfusion.train.corpus.encoding import EncodingSettings, Fit, fingerprints
 from earlyfusion.train.corpus.rows import RowSettings
+from earlyfusion.train.corpus.shards import TokenShards
+from earlyfusion.train.corpus.sources import CorpusConfig, open_corpus
 from earlyfusion.train.corpus.tokenizing import Job, tokenize
 from earlyfusion.train.monitor import read_metrics
 from earlyfusion.train.optim import learning_rate
@@ -318,7 +325,7 @@ def test_the_settings_are_the_papers() -> None:
     assert recipe.dropout == 0.05 and recipe.z_weight == 1e-5 and recipe.corpus.balance
     assert (recipe.weights.prompt_text, recipe.weights.prompt_image) == (0, 0)
     settings = recipe.corpus.encoding
-    assert (settings.prompt_images, settings.answer_images) == ("fit", "crop")
+    assert (settings.resize_mode, settings.answer_images) == ("", "crop")
     assert full.rows * full.length == 128 * 4096 and full.optim == recipe.optim
 
 
@@ -364,6 +371,11 @@ def test_weights_of_adapters_are_counted_as_they_are(model: Path) -> None:
         (["lora=4", "trainable=image_head"], "choose one"),
         (["lora=-1"], "lora=-1 must be 0"),
         (["rows=0"], "rows=0 must be 1"),
+        (["warmup_steps=-1"], "warmup_steps=-1 must be 0"),
+        (["weight_decay=-1"], "weight_decay=-1.0 must be 0"),
+        (["clip=-1"], "clip=-1.0 must be 0"),
+        (["beta2=1"], "beta2=1.0 must be"),
+        (["resize_mode=stretch"], "choose fit or crop"),
         (["prompt_images=stretch"], "choose fit or crop"),
         (["max_broken=2"], "max_broken=2"),
     ],
@@ -379,9 +391,114 @@ def test_what_the_recipe_refuses(model: Path, data: Path, tmp_path: Path) -> Non
     cases: list[tuple[list[str], Any]] = [
         ([f"model={model}", out], "data=PATH"),
         ([f"model={model}", out, f"data={data}", "lora=33"], "lora=33 is no rank"),
+        ([f"model={model}", out, f"data={data}", "length=513"], "length=513 is past the context"),
         ([f"model={model}", out, "data=nowhere.jsonl"], "there is no nowhere.jsonl"),
         ([f"model={model}", out, f"data={words}", "trainable=image_head"], "no answer of the data"),
     ]
     for changes, words in cases:
         with pytest.raises((SettingError, DataError), match=words):
             run("finetune", changes)
+
+
+def wide(folder: Path) -> tuple[Path, Path]:
+    """A row whose picture, twice as wide as high, comes first; and that picture."""
+    folder.mkdir(exist_ok=True)
+    (folder / "wide.png").write_bytes(png(3, (256, 128)))
+    return jsonl(folder / "wide.jsonl", [{"image": "wide.png", "caption": "pear"}]), (
+        folder / "wide.png"
+    )
+
+
+def asked_and_trained(
+    tuned: Path, row: Path, picture: Path, index: Path
+) -> tuple[list[int], list[int]]:
+    """Tokens of the picture as a prompt of the tuned model, and in a document of the training."""
+    chameleon = Chameleon.load(str(tuned), device="cpu")
+    asked = chameleon.request([Image.open(picture)], output="text").ids
+    encoding = EncodingSettings(image_first=1.0)
+    config = CorpusConfig(data=(str(row),), encoding=encoding)
+    corpus = open_corpus(config, chameleon.processor, chameleon.image_tokenizer, 100, index)
+    return list(asked), corpus.stream(0).ids[: len(asked)]
+
+
+def test_a_tuned_model_sees_pictures_as_it_did_in_training(model: Path, tmp_path: Path) -> None:
+    row, picture = wide(tmp_path / "data")
+    found = {}
+    for way in ("", "resize_mode=crop", "resize_mode=fit", "prompt_images=fit"):
+        out = tmp_path / f"out-{way}"
+        finetune(model, row, out, "steps=1", "image_first=1", *([way] if way else []))
+        trained = json.loads((out / "model" / "processor_config.json").read_text())
+        assert trained["image_processor"]["resize_mode"] == (way.partition("=")[2] or "crop")
+        asked, seen = asked_and_trained(out / "model", row, picture, tmp_path / "index")
+        assert asked == seen
+        found[way] = asked
+    assert found[""] == found["resize_mode=crop"] != found["resize_mode=fit"]
+    assert found["resize_mode=fit"] == found["prompt_images=fit"]
+    # A model that fits pictures in goes on to do so.
+    finetune(tmp_path / "out-resize_mode=fit" / "model", row, tmp_path / "again", "steps=1")
+    assert Chameleon.load(str(tmp_path / "again" / "model")).image_tokenizer.mode == "fit"
+    with pytest.raises(SettingError, match=r"resize_mode=crop and prompt_images=fit differ"):
+        override(recipe, ["resize_mode=crop", "prompt_images=fit"])
+
+
+def test_the_mode_of_token_shards_is_that_of_the_tuned_model(model: Path, tmp_path: Path) -> None:
+    row, picture = wide(tmp_path / "data")
+    shards = tmp_path / "shards"
+    command = ["tokenize", str(row), "-o", str(shards), "--model", str(model), "--image-first", "1"]
+    assert main([*command, "--resize-mode", "fit", "--device", "cpu"]) == 0
+    finetune(model, shards, tmp_path / "out", "steps=1")
+    tuned = tmp_path / "out" / "model"
+    asked, _ = asked_and_trained(tuned, row, picture, tmp_path / "index")
+    loaded = formats.load(model)
+    marks = fingerprints(loaded.processor, ImageTokenizer(loaded.vqgan, 16))
+    document = TokenShards(shards, marks, Fit(200, loaded.processor.vocabulary)).document(0)
+    assert document.ids[: len(asked)] == asked
+    with pytest.raises(SettingError, match=r"made with resize_mode=fit, and crop is asked for"):
+        finetune(model, shards, tmp_path / "other", "resize_mode=crop")
+    assert main([*command[:3], f"{shards}2", *command[4:], "--prompt-images", "crop"]) == 0
+    with pytest.raises(SettingError, match=r"2 was made with resize_mode=crop"):
+        finetune(model, f"{shards},{shards}2", tmp_path / "both")
+
+
+def test_notices_go_along_and_the_card_says_what_it_was_tuned_on(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(model, tmp_path / "base"))
+    (base / "NOTICE.md").write_text("Pictures by others.")
+    (base / "LICENSE").write_text("Apache-2.0")
+    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n\n# Base\n\nIts scores.\n")
+    finetune(base, data, tmp_path / "out", "lora=2", "seed=8")
+    tuned = tmp_path / "out" / "model"
+    for name in ("NOTICE.md", "LICENSE"):
+        assert (tuned / name).read_bytes() == (base / name).read_bytes()
+    card = (tuned / "README.md").read_text()
+    assert card.startswith("---\nlicense: apache-2.0\n---\n\n# A fine-tuned model\n")
+    for said in (f"| began with | {base} |", f"| data | {data} |", "adapters of rank 2", "| 4, 1 "):
+        assert said in card
+    assert card.endswith("# Base\n\nIts scores.\n") and card.count("license:") == 1
+    finetune(tuned, data, tmp_path / "twice")
+    again = (tmp_path / "twice" / "model" / "README.md").read_text()
+    assert again.count("# A fine-tuned model") == 2 and again.count("license:") == 1
+
+
+def test_a_run_without_a_terminal_tells_first_and_last_step_and_a_long_warm_up(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finetune(model, data, tmp_path / "out", "warmup_steps=50")
+    said = capsys.readouterr().err
+    lines = [line for line in said.splitlines() if line.startswith("step ")]
+    assert lines[0].startswith("step 0: warmup_steps=50 takes all of steps=4: the rate ends at 0.0")
+    assert [line[:11] for line in lines[1:]] == ["step 1 of 4", "step 4 of 4"]
+    assert "loss " in lines[1] and "s left" in lines[1] and "s left" not in lines[2]
+    finetune(model, data, tmp_path / "short", "warmup_steps=3")
+    assert "warmup_steps" not in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_mistake_stands_in_the_report_of_torchrun(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(AssertionError) as report:
+        two_processes(tmp_path, [[str(model), str(data), "out", "rows=1", "device=cpu"]])
+    cause = str(report.value).rpartition("Root Cause")[2]
+    assert "rows=1 cannot go to 2 data ranks" in cause and "multiple of 2" in cause

@@ -273,3 +273,13 @@ def test_a_mistake_is_one_sentence(
     assert main([*command, *options]) == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
+
+
+def test_a_corpus_of_which_nothing_can_be_used_is_an_error(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = jsonl(tmp_path / "broken.jsonl", ["{", "{"])
+    command = ["tokenize", str(broken), "-o", str(tmp_path / "out"), "--model", str(model)]
+    for _ in range(2):  # again, from what is there
+        assert main([*command, "--max-broken", "1"]) == 2
+        assert "none of the 2 rows can be used: see" in capsys.readouterr().err.replace("\n", " ")

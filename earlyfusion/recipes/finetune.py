@@ -5,8 +5,9 @@
     earlyfusion train finetune data=pairs.tar trainable=image_head
 
 The paper's settings (arXiv 2405.09818, section 3.1): cosine decay from 1e-5, weight decay 0.1,
-dropout 0.05, z-loss, prompts masked from the loss, packed rows, border-padded pictures in prompts
-and cropped ones in answers, modalities in balance. The rows are told apart by their keys
+dropout 0.05, z-loss, prompts masked from the loss, packed rows, modalities in balance. Pictures of
+prompts become squares as the model has it (`resize_mode=fit` is the paper's), those of answers are
+cropped. The rows are told apart by their keys
 (docs/data.md). Ends with `model/` under the run's folder, which Chameleon.load takes. Machine: the
 embedded model trains on a CPU; weights and optimizer take 16 bytes a weight, frozen weights 4, or 2
 in products of blocks where they are bf16. Score: the loss of answers by modality in
@@ -16,7 +17,9 @@ in products of blocks where they are bf16. Score: the loss of answers by modalit
 from __future__ import annotations
 
 import json
+import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,7 +31,7 @@ from earlyfusion.checkpoints.adapter import save_adapter
 from earlyfusion.checkpoints.hf import Loaded, assemble, save_hf
 from earlyfusion.checkpoints.source import Source
 from earlyfusion.errors import DataError, SettingError
-from earlyfusion.image_tokenizer import ImageTokenizer
+from earlyfusion.image_tokenizer import ImageTokenizer, Mode
 from earlyfusion.model.transformer import Block, Transformer
 from earlyfusion.train import checkpoint, lora
 from earlyfusion.train.corpus.mixture import Ahead
@@ -96,7 +99,8 @@ def main(config: FinetuneConfig) -> None:
     _check_model(config, source)
     loaded = assemble(source, resolve_device(run.device))
     model = prepared(loaded, config)
-    image_tokenizer = ImageTokenizer(loaded.vqgan, loaded.config.vq_config.resolution)
+    side = loaded.config.vq_config.resolution
+    image_tokenizer = ImageTokenizer(loaded.vqgan, side, loaded.resize_mode)
     length = config.length or source.config.max_position_embeddings
     corpus = open_corpus(
         config.corpus,
@@ -132,7 +136,8 @@ def main(config: FinetuneConfig) -> None:
         save_adapter(run.out / "adapter", lora.adapters(model), config.model)
         say(f"the adapter lies in {run.out / 'adapter'}, for Chameleon.load(..., adapter=) or PEFT")
     if config.merge:
-        save(run.out / "model", model, loaded, source)
+        papers = {"README.md": _card(config, corpus, source.folder)} | _kept_papers(source.folder)
+        save(run.out / "model", model, loaded, source, corpus.resize_mode, papers)
 
 
 def _validation(config: FinetuneConfig, task: LanguageTask, corpus: Corpus) -> Validation | None:
@@ -184,7 +189,14 @@ def prepared(loaded: Loaded, config: FinetuneConfig) -> Transformer:
     return model
 
 
-def save(folder: Path, model: Transformer, loaded: Loaded, source: Source) -> None:
+def save(
+    folder: Path,
+    model: Transformer,
+    loaded: Loaded,
+    source: Source,
+    resize_mode: Mode,
+    papers: Mapping[str, str],
+) -> None:
     """Write a model folder in the dtypes of the model that it came from."""
     lora.merge(model)
     save_hf(
@@ -195,7 +207,44 @@ def save(folder: Path, model: Transformer, loaded: Loaded, source: Source) -> No
         loaded.generation_defaults,
         dtype=source.tensors["model.embed_tokens.weight"].dtype,
         vq_dtype=next((stored.dtype for stored in source.vq.values()), None),
+        resize_mode=resize_mode,
+        extra_files=papers,
     )
+
+
+def _kept_papers(folder: Path) -> dict[str, str]:
+    """What has to stay with copies of a model: notices and licences."""
+    names = ("NOTICE*", "LICEN[CS]E*", "COPYING*", "USE_POLICY*")
+    found = [path for name in names for path in sorted(folder.glob(name)) if path.is_file()]
+    return {path.name: path.read_text(encoding="utf-8", errors="replace") for path in found}
+
+
+def _card(config: FinetuneConfig, corpus: Corpus, folder: Path) -> str:
+    """What the model was tuned on, before the card of the model that it began with."""
+    run, part = config.run, {"all": "all weights", "image_head": "the head's image rows"}
+    facts = {
+        "began with": config.model,
+        "trained": part.get(config.part, f"adapters of rank {config.lora}, merged"),
+        "data": ", ".join((*config.corpus.data, *config.corpus.added)),
+        "rows of data": f"{sum(map(len, corpus.documents)):,}",
+        "held out": str(config.held_out.validation or ", ".join(config.held_out.validation_data)),
+        "steps": f"{checkpoint.steps(run.out)[-1]:,}, {config.rows} packed rows each",
+        "rate, seed": f"{config.optim.lr:g}, {run.seed}",
+        "pictures of prompts": f"{corpus.resize_mode} (resize_mode)",
+    }
+    lines = [f"| {name} | {value} |" for name, value in facts.items()]
+    head, old = _split_card(folder)
+    table = "\n".join(["# A fine-tuned model", "", "| | |", "| --- | --- |", *lines])
+    before = f"\n\n---\n\n*The card of the model that it began with:*\n\n{old}" if old else "\n"
+    return f"{head}{table}{before}"
+
+
+def _split_card(folder: Path) -> tuple[str, str]:
+    """The YAML at the top of a folder's README.md, and the rest."""
+    path = folder / "README.md"
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    found = re.match(r"---\n.*?\n---\n+", text, re.DOTALL)
+    return (found[0], text[found.end() :]) if found else ("", text)
 
 
 def _check_model(config: FinetuneConfig, source: Source) -> None:

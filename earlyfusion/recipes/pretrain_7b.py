@@ -25,7 +25,7 @@ from earlyfusion.checkpoints.hf import save_hf
 from earlyfusion.checkpoints.source import Source
 from earlyfusion.config import PRESETS, ModelConfig
 from earlyfusion.errors import SettingError
-from earlyfusion.image_tokenizer import ImageTokenizer
+from earlyfusion.image_tokenizer import ImageTokenizer, Mode
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.parallel import ParallelConfig
 from earlyfusion.processor import Processor
@@ -74,7 +74,7 @@ def main(config: PretrainConfig) -> None:
     task = config.task(model, corpus.stream, length, processor.vocabulary.pad)
     train(task, run, config.optim)
     if parallel.rank() == 0:
-        save_model(config, source, image_tokenizer)
+        save_model(config, source, image_tokenizer, corpus.resize_mode)
 
 
 def shape(config: PretrainConfig, source: Source) -> ModelConfig:
@@ -90,7 +90,9 @@ def with_second_stage(config: PretrainConfig) -> CorpusConfig:
     return replace(config.corpus, added_from=start)
 
 
-def save_model(config: PretrainConfig, source: Source, image_tokenizer: ImageTokenizer) -> None:
+def save_model(
+    config: PretrainConfig, source: Source, image_tokenizer: ImageTokenizer, mode: Mode
+) -> None:
     """Write the newest weights of the run as a model folder, in bf16."""
     with torch.device("meta"):
         model = Transformer(shape(config, source))
@@ -103,6 +105,7 @@ def save_model(config: PretrainConfig, source: Source, image_tokenizer: ImageTok
         source.tokenizer.read_text(encoding="utf-8"),
         source.generation_defaults,
         dtype=torch.bfloat16,
+        resize_mode=mode,
     )
 
 
@@ -121,7 +124,7 @@ config = PretrainConfig(
     length=4096,
     dropout=0.1,
     corpus=CorpusConfig(
-        balance=False, encoding=EncodingSettings(prompt_images="crop", pairs="document")
+        balance=False, encoding=EncodingSettings(resize_mode="crop", pairs="document")
     ),
     weights=RoleWeights(prompt_text=1.0, prompt_image=1.0),
     run=RunConfig(

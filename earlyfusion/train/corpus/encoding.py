@@ -1,8 +1,8 @@
 """Examples -> tokens: pictures are read, cut into codes in batches, and spelled.
 
-Pictures of prompts are fitted in with a border, so that nothing of them is lost; those of answers
-are cropped, so that none is drawn with a border (arXiv 2405.09818, section 3.1). Half of the pairs
-have the picture first (section 2.2).
+Pictures of prompts become squares as the model's do when it is asked, "crop" or "fit"; those of
+answers are cropped, so that none is drawn with a border (arXiv 2405.09818, section 3.1, which fits
+those of prompts in). Half of the pairs have the picture first (section 2.2).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -28,23 +28,41 @@ from earlyfusion.vocabulary import Vocabulary
 class EncodingSettings:
     """How rows become documents."""
 
-    prompt_images: str = "fit"
-    """How a picture becomes a square: "fit" in with a border, or "crop" the centre."""
+    prompt_images: str = ""
+    """An older name of `resize_mode`."""
     answer_images: str = "crop"
     pairs: str = "turns"
     """A pair is a prompt and its answer ("turns"), or a plain document ("document")."""
     image_first: float = 0.5
     """Share of the pairs whose picture comes first."""
     pair_seed: int = 0
+    resize_mode: str = ""
+    """How a prompt's picture becomes a square: "fit" in with a border, or "crop" the centre; "": as
+    the model has it. The model that is trained has it so from then on."""
 
     def __post_init__(self) -> None:
-        for name in ("prompt_images", "answer_images"):
-            if getattr(self, name) not in ("fit", "crop"):
+        for name, more in (("prompt_images", ("",)), ("answer_images", ()), ("resize_mode", ("",))):
+            if getattr(self, name) not in ("fit", "crop", *more):
                 raise SettingError(f"{name}={getattr(self, name)!r} is unknown: choose fit or crop")
+        if self.prompt_images and self.resize_mode not in ("", self.prompt_images):
+            raise SettingError(
+                f"resize_mode={self.resize_mode} and prompt_images={self.prompt_images} differ: "
+                "give one"
+            )
         if self.pairs not in ("turns", "document"):
             raise SettingError(f"pairs={self.pairs!r} is unknown: choose turns or document")
         if not 0 <= self.image_first <= 1:
             raise SettingError(f"image_first={self.image_first} is no share: give 0 to 1")
+
+    def of_model(self, mode: Mode) -> EncodingSettings:
+        """The same with the mode that counts, where a model has `mode`."""
+        known = cast("Mode", self.resize_mode or self.prompt_images or mode)
+        return replace(self, resize_mode=known, prompt_images=known)
+
+    @property
+    def mode(self) -> Mode:
+        """How a prompt's picture becomes a square, once `of_model` has told."""
+        return cast("Mode", self.resize_mode or self.prompt_images)
 
 
 @dataclass
@@ -65,7 +83,7 @@ class Encoder:
     def __init__(
         self, processor: Processor, image_tokenizer: ImageTokenizer, settings: EncodingSettings
     ) -> None:
-        self.processor, self.settings = processor, settings
+        self.processor, self.settings = processor, settings.of_model(image_tokenizer.mode)
         self._image_tokenizer = image_tokenizer
 
     def answer(self, rows: Rows, number: int) -> int:
@@ -102,7 +120,7 @@ class Encoder:
     def _codes(self, batch: Sequence[Read]) -> dict[int, np.ndarray]:
         """Codes of every picture by its identity."""
         codes: dict[int, np.ndarray] = {}
-        modes = {"user": self.settings.prompt_images, "assistant": self.settings.answer_images}
+        modes = {"user": self.settings.mode, "assistant": self.settings.answer_images}
         for role, mode in modes.items():
             images = [
                 part

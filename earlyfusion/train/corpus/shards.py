@@ -132,6 +132,13 @@ def is_shards(folder: Path) -> bool:
     return (_read_json(folder / INDEX) or {}).get("format") == FORMAT
 
 
+def shards_mode(folder: Path) -> str:
+    """How pictures of prompts became squares in a folder of shards; "" of any other folder."""
+    if not is_shards(folder):
+        return ""
+    return str(read_index(folder).get("encoding", {}).get("prompt_images", "fit"))
+
+
 def read_index(folder: Path) -> dict[str, Any]:
     index = _read_json(folder / INDEX)
     if index is None or index.get("format") != FORMAT:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from earlyfusion.errors import SettingError
-from earlyfusion.image_tokenizer import ImageTokenizer
+from earlyfusion.image_tokenizer import ImageTokenizer, Mode
 from earlyfusion.processor import Processor, TokenSequence
 from earlyfusion.train.corpus.encoding import Encoder, EncodingSettings, Fit, fingerprints
 from earlyfusion.train.corpus.mixture import Documents, Mixture, Order, balanced, two_stages
 from earlyfusion.train.corpus.rows import Quarantine, Rows, RowSettings, open_rows
-from earlyfusion.train.corpus.shards import TokenShards, is_shards, packed, unpacked
+from earlyfusion.train.corpus.shards import TokenShards, is_shards, packed, shards_mode, unpacked
 from earlyfusion.train.validation import ValidationConfig, held_out_numbers
 
 # Documents of raw rows that stay encoded: a small corpus is cut into codes once, not every epoch.
@@ -83,6 +83,8 @@ class Corpus:
     fingerprint: str
     quarantine: Quarantine
     documents: list[Documents]
+    resize_mode: Mode = "crop"
+    """How pictures of prompts become squares, in all of its sources."""
     held_out: list[tuple[Documents, np.ndarray]] = field(default_factory=list)
     """Sources with the numbers of their rows that are not in the stream."""
 
@@ -117,7 +119,10 @@ def open_corpus(
     """
     _check(config, processor, length)
     quarantine = Quarantine(run / "quarantine.jsonl", config.max_broken)
-    encoder = Encoder(processor, image_tokenizer, config.encoding)
+    paths = [_weighted(source)[0] for source in (*config.data, *config.added)]
+    paths += validation.validation_data if validation else ()
+    encoding = _one_mode(config.encoding, paths).of_model(image_tokenizer.mode)
+    encoder = Encoder(processor, image_tokenizer, encoding)
     marks = fingerprints(processor, image_tokenizer)
 
     def opened(path: str) -> Documents:
@@ -144,8 +149,25 @@ def open_corpus(
     for path in watched.validation_data:
         other = opened(path)
         held_out.append((other, np.arange(len(other))))
-    digest = _digest(config, documents, seed, watched.validation)
-    return Corpus(stream, digest, quarantine, documents, held_out)
+    digest = _digest(replace(config, encoding=encoding), documents, seed, watched.validation)
+    return Corpus(stream, digest, quarantine, documents, encoding.mode, held_out)
+
+
+def _one_mode(encoding: EncodingSettings, paths: Sequence[str]) -> EncodingSettings:
+    """The settings with the mode of the token shards among the sources, where there are any.
+
+    Raises `SettingError` where two modes would meet: the model can have one only.
+    """
+    modes = {path: mode for path in paths if (mode := shards_mode(Path(path).expanduser()))}
+    told = encoding.resize_mode or encoding.prompt_images
+    for path, mode in modes.items():
+        other = told or next(iter(modes.values()))
+        if mode != other:
+            raise SettingError(
+                f"{path} was made with resize_mode={mode}, and {other} is asked for or found in "
+                "other sources: tokenize it again, or leave resize_mode out"
+            )
+    return replace(encoding, resize_mode=next(iter(modes.values()), told))
 
 
 def _check(config: CorpusConfig, processor: Processor, length: int) -> None:

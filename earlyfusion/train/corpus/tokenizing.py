@@ -91,6 +91,11 @@ class Maker:
         self._image_tokenizer = load_image_tokenizer(source, job.device)
         self._encoder = Encoder(self._processor, self._image_tokenizer, job.encoding)
 
+    @property
+    def encoding(self) -> EncodingSettings:
+        """The job's, with the mode that counts."""
+        return self._encoder.settings
+
     def fingerprints(self) -> dict[str, str]:
         return fingerprints(self._processor, self._image_tokenizer)
 
@@ -145,7 +150,8 @@ def _tokenize(job: Job, workers: int, on_ray: bool, progress: Progress) -> Summa
     job.out.mkdir(parents=True, exist_ok=True)
     sources = open_sources(job)
     total = sum(map(len, sources))
-    plan = _plan(job, sources, Maker(job).fingerprints())
+    maker = Maker(job)
+    plan = _plan(job, sources, maker.encoding, maker.fingerprints())
     if _begin(job.out, plan):
         return _summary(job.out, made_now=0)
     shards = range(-(-total // job.rows_a_shard))
@@ -173,7 +179,7 @@ def load_image_tokenizer(source: Source, device: str) -> ImageTokenizer:
         if tensors
         else MissingVQGAN(config).to(device).eval()
     )
-    return ImageTokenizer(vqgan, config.resolution)
+    return ImageTokenizer(vqgan, config.resolution, source.resize_mode)
 
 
 def _made(job: Job, shards: list[int], workers: int, on_ray: bool) -> Iterator[dict[str, Any]]:
@@ -220,7 +226,9 @@ def _make(shard: int) -> dict[str, Any]:
     return _maker.make(shard)
 
 
-def _plan(job: Job, sources: list[Rows], marks: dict[str, str]) -> dict[str, Any]:
+def _plan(
+    job: Job, sources: list[Rows], encoding: EncodingSettings, marks: dict[str, str]
+) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "fingerprints": marks,
@@ -229,7 +237,7 @@ def _plan(job: Job, sources: list[Rows], marks: dict[str, str]) -> dict[str, Any
             for rows in sources
         ],
         "rows_a_shard": job.rows_a_shard,
-        "encoding": asdict(job.encoding),
+        "encoding": asdict(encoding),
     }
 
 
