@@ -7,15 +7,21 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import distributed_case
 import pytest
 import torch
+import torch.distributed as dist
 from distributed_case import CASES, LENGTH, MODEL, OPTIM, ROWS, document
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
+from earlyfusion import parallel
 from earlyfusion.config import PRESETS
 from earlyfusion.errors import CheckpointError, SettingError
 from earlyfusion.model.transformer import Transformer
@@ -310,3 +316,29 @@ def test_settings_of_a_run_meet_its_checkpoint(two: Path) -> None:
     with pytest.raises(CheckpointError, match="another shape"):
         other.run(two)
     assert OPTIM.eps == 1e-5
+
+
+@contextmanager
+def fake_processes(count: int) -> Iterator[None]:
+    """The first of so many processes that hear and tell nothing: enough to cut a model."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def test_the_tensor_plan_cuts_each_layer_and_only_norms_stay_whole() -> None:
+    """Losses would be the same if it cut nothing."""
+    model = Transformer(replace(MODEL, attention_bias=False))
+    whole = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    with fake_processes(2):
+        mesh = init_device_mesh("cpu", (1, 1, 2), mesh_dim_names=parallel.AXES)
+        parallel.split_tensors(model, mesh)
+        parts = {n: cast(DTensor, p).to_local().numel() for n, p in model.named_parameters()}
+    for name, part in parts.items():
+        is_norm = name.endswith(("layernorm.weight", "model.norm.weight"))
+        assert part == (whole[name] if is_norm else whole[name] // 2), name
+    assert len(parts) == len(whole)

@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -31,7 +32,7 @@ from earlyfusion.model.attention import Attend, CausalAttend
 from earlyfusion.model.rotary import rotary_tables
 from earlyfusion.model.transformer import Block, Transformer
 from earlyfusion.parallel import ParallelConfig
-from earlyfusion.processor import TokenSequence
+from earlyfusion.processor import ANSWER_TEXT, CONTROL, TokenSequence
 from earlyfusion.recipes import plan as recipe_plan
 from earlyfusion.recipes import run
 from earlyfusion.train import checkpoint, plan
@@ -414,5 +415,72 @@ def test_packing_without_its_mask_would_change_the_gradient() -> None:
         assert (wrong - right).abs().max() > 1e-3 * right.abs().max()
 
 
-def test_a_document_knows_its_tokens() -> None:
-    assert isinstance(document(3), TokenSequence) and document(3).ids == document(8).ids
+def test_a_packed_row_gives_its_documents_back() -> None:
+    documents = [document(n) for n in (1, 2, 3)]
+    tokens, targets, number, positions, _, _ = pack_row(documents, RoleWeights(), 60, pad=1)
+    for place, packed in enumerate(documents):
+        mine = number == place
+        assert positions[mine].tolist() == list(range(len(packed) - 1))
+        assert tokens[mine].tolist() == packed.ids[:-1]
+        assert targets[mine].tolist() == packed.ids[1:]
+    assert set(tokens[number == 3].tolist()) == set(targets[number == 3].tolist()) == {1}
+
+
+def test_documents_that_fill_a_row_to_the_last_place_are_packed() -> None:
+    def sized(ids: int) -> TokenSequence:
+        return TokenSequence([9] * ids, [CONTROL] + [ANSWER_TEXT] * (ids - 1), [], [1.0] * ids)
+
+    def packer(sizes: list[int]) -> Packer:
+        stream = [sized(size) for size in sizes]
+        return Packer(lambda number: stream[number % len(stream)], RoleWeights(), 2, 10, pad=1)
+
+    for sizes in ([11], [6, 6], [3, 9]):
+        batch, read = packer(sizes).next(), packer(sizes)
+        assert (batch.tokens_BT == 9).all() and (batch.weight_BT[:, 1:] > 0).all()
+        assert batch.document_BT.amax() == len(sizes) - 1
+        read.next()
+        assert read.cursor == 2 * len(sizes)
+        [row] = read.batches([sized(size) for size in sizes], rows=1)
+        assert torch.equal(row.tokens_BT[0], batch.tokens_BT[0])
+
+
+def calls_of_a_run(out: Path, **settings: Any) -> tuple[int, list[str], list[bool]]:
+    """How often a block's feed-forward ran, which threads wrote, and whether bf16 was drawn in."""
+    task, calls, threads, bf16 = Spoiled(lambda *_: 1.0), [], [], []
+    task.model.model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))
+    write = checkpoint._write
+
+    def noted(*given: Any) -> None:
+        threads.append(threading.current_thread().name)
+        write(*given)
+
+    def shows(step: int, folder: Path) -> dict[str, float]:
+        bf16.append(torch.is_autocast_enabled("cpu"))
+        return {}
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(checkpoint, "_write", noted)
+        train(task, RunConfig(out, 3, device="cpu", **settings), OPTIM, shows)
+    return len(calls), [name.partition("_")[0] for name in threads], bf16
+
+
+def test_settings_of_a_run_are_obeyed(tmp_path: Path) -> None:
+    """None of them changes what is learnt, so that no loss would tell."""
+    plain = calls_of_a_run(tmp_path / "plain")
+    assert plain == (3, ["MainThread"], [False])
+    for how in ("full", "selective"):
+        parallel = ParallelConfig(checkpointing=how)
+        assert calls_of_a_run(tmp_path / how, parallel=parallel)[0] == 6
+    assert calls_of_a_run(tmp_path / "beside", save_beside=True)[1] == ["checkpoint"]
+    assert calls_of_a_run(tmp_path / "bf16", precision="bf16")[2] == [True]
+
+
+def test_what_a_run_draws_at_random_follows_its_seed(tmp_path: Path) -> None:
+    """The weights begin alike; dropout alone tells one seed from another."""
+    for name, seed in (("one", 1), ("again", 1), ("other", 2)):
+        run = RunConfig(tmp_path / name, 3, device="cpu", log_every=1, seed=seed)
+        train(Spoiled(lambda *_: 1.0), run, OPTIM)
+    one, again, other = (
+        [row["loss"] for row in read_metrics(tmp_path / name)] for name in ("one", "again", "other")
+    )
+    assert one == again and one[0] != other[0]

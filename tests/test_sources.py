@@ -421,8 +421,12 @@ def documents(
     return [encoder.encode([row])[0] if row else None for row in read]
 
 
-def test_pictures_of_prompts_are_fitted_and_those_of_answers_cropped(
-    tmp_path: Path, processor: Processor
+@pytest.mark.parametrize(
+    ("settings", "way"),
+    [({}, "crop"), ({"resize_mode": "fit"}, "fit"), ({"prompt_images": "fit"}, "fit")],
+)
+def test_pictures_of_prompts_are_cut_as_told_and_those_of_answers_cropped(
+    tmp_path: Path, processor: Processor, settings: dict[str, str], way: str
 ) -> None:
     (tmp_path / "a.png").write_bytes(png(3, (40, 16)))
     parts = [{"type": "image"}, {"type": "text", "text": "Draw."}]
@@ -433,7 +437,8 @@ def test_pictures_of_prompts_are_fitted_and_those_of_answers_cropped(
         ],
         "images": ["a.png", "a.png"],
     }
-    document = documents(tiny_encoder(processor), jsonl(tmp_path / "r.jsonl", [row]))[0]
+    encoder = tiny_encoder(processor, **settings)
+    document = documents(encoder, jsonl(tmp_path / "r.jsonl", [row]))[0]
     assert document is not None
     vq, vocabulary = ImageTokenizer(tiny_vqgan(), 16), processor.vocabulary
     codes = {
@@ -443,7 +448,7 @@ def test_pictures_of_prompts_are_fitted_and_those_of_answers_cropped(
     assert not np.array_equal(codes["fit"], codes["crop"])
     expected = [
         vocabulary.bos,
-        *processor.layout.spell(codes["fit"], vocabulary),
+        *processor.layout.spell(codes[way], vocabulary),
         *processor.encode_text("Draw."),
         vocabulary.end_of_turn,
         *processor.layout.spell(codes["crop"], vocabulary),

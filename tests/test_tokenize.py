@@ -283,3 +283,17 @@ def test_a_corpus_of_which_nothing_can_be_used_is_an_error(
     for _ in range(2):  # again, from what is there
         assert main([*command, "--max-broken", "1"]) == 2
         assert "none of the 2 rows can be used: see" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_rows_of_a_second_source_keep_their_own_numbers(model: Path, tmp_path: Path) -> None:
+    first = jsonl(tmp_path / "first.jsonl", [{"text": f"First {n}."} for n in range(3)])
+    rows = [{"text": "Second 0."}, "{", {"text": "Second 2."}, {"text": "Second 3."}]
+    second = jsonl(tmp_path / "second.jsonl", rows)
+    settings = RowSettings(max_broken=1.0)
+    own = Job((str(first), str(second)), tmp_path / "out", model, rows_a_shard=2, rows=settings)
+    tokenize(own)
+    shards, processor = shards_of(tmp_path / "out", model), pieces(model)[0]
+    read = [processor.decode_text(shards.document(n).ids).strip() for n in range(len(shards))]
+    assert read == ["First 0.", "First 1.", "First 2.", "Second 0.", "", "Second 2.", "Second 3."]
+    [filed] = (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
+    assert json.loads(filed)["file"] == str(second) and json.loads(filed)["row"] == 2
