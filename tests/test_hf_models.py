@@ -205,6 +205,108 @@ class TestAgainstStock:
         assert torch.equal(plain.get_image_tokens(pixels), stock.get_image_tokens(pixels))
 
 
+class TestAsStockSees:
+    """What hooks, tracers and scripts that look inside find."""
+
+    PLACES = (
+        "layers.0",
+        "layers.1.self_attn",
+        "layers.0.mlp.act_fn",
+        "rotary_emb",
+        "vqmodel.quantize",
+    )
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("place", PLACES)
+    def test_hooks(self, plain: Any, stock: Any, place: str) -> None:
+        seen: list[Any] = []
+        for model in (stock, plain):
+            module = model.model.get_submodule(place)
+            hook = module.register_forward_hook(
+                lambda module, args, kwargs, out: seen.append((args, kwargs, out)), with_kwargs=True
+            )
+            model(**prompts(), use_cache=False)
+            hook.remove()
+        (args, kwargs, out), (own_args, own_kwargs, own_out) = seen
+        assert len(args) == len(own_args) and kwargs.keys() == own_kwargs.keys()
+        real = prompts()["attention_mask"].bool()
+        for a, b in ((args, own_args), (out, own_out)):
+            assert isinstance(b, tuple) == isinstance(a, tuple)
+            for one, other in zip(_tensors(a), _tensors(b), strict=True):
+                assert one.shape == other.shape and one.dtype == other.dtype
+                if one.shape[:2] == real.shape:
+                    one, other = one[real], other[real]
+                torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+    def test_layers_are_gradient_checkpointing_layers(self, plain: Any) -> None:
+        kind = transformers.modeling_layers.GradientCheckpointingLayer
+        assert all(isinstance(layer, kind) for layer in plain.model.layers)
+
+    def test_the_vocabulary_mapping(self, plain: Any, stock: Any) -> None:
+        own, theirs = plain.model.vocabulary_mapping, stock.model.vocabulary_mapping
+        for name in ("val2name", "image_tokens", "bpe2img", "img2bpe", "image_token_id"):
+            assert getattr(own, name) == getattr(theirs, name), name
+        table, wanted = own.img2bpe_mapping_tensor, theirs.img2bpe_mapping_tensor
+        assert torch.equal(table, wanted) and table.dtype == wanted.dtype
+        pairs = zip(own.bpe2img_search_tensors, theirs.bpe2img_search_tensors, strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+    @torch.no_grad()
+    def test_tuples_by_config(self, stock: Any, plain: Any) -> None:
+        config = ChameleonConfig(**(BASE | {"return_dict": False, "vq_config": VQ}))
+        model = ChameleonForConditionalGeneration(config).eval()
+        model.load_state_dict(plain.state_dict())
+        pixels = prompts()["pixel_values"]
+        assert isinstance(model(**prompts()), tuple)
+        assert isinstance(model.model(**prompts()), tuple)
+        assert isinstance(model.get_image_features(pixels), tuple)
+        assert not isinstance(model(**prompts(), return_dict=True), tuple)
+        loss = model(**prompts(), labels=prompts()["input_ids"])[0]
+        torch.testing.assert_close(loss, plain(**prompts(), labels=prompts()["input_ids"]).loss)
+
+    def test_a_state_dict_without_a_decoder(self, stock: Any) -> None:
+        model = fresh()
+        model.load_state_dict(stock.state_dict(), strict=False)
+        assert model.model.vqmodel.decoder is not None
+        whole = model.state_dict()
+        model.load_state_dict(whole)
+        assert model.model.vqmodel.decoder is not None
+        model.load_state_dict(stock.state_dict())
+        assert model.model.vqmodel.decoder is None and model.model.vqmodel.core.decoder is None
+        model.load_state_dict(stock.state_dict())
+        with pytest.raises(RuntimeError, match=r"Unexpected key.*decoder"):
+            model.load_state_dict(whole)
+
+    @torch.no_grad()
+    def test_export_with_pictures(self, plain: Any) -> None:
+        model = copy.deepcopy(plain)
+        program = torch.export.export(model, (), prompts() | {"use_cache": False}, strict=False)
+        out = program.module()(**prompts(), use_cache=False).logits
+        wanted = plain(**prompts()).logits
+        seen = prompts()["attention_mask"].bool()
+        torch.testing.assert_close(out[seen], wanted[seen], atol=1e-4, rtol=1e-4)
+        wrong = prompts() | {"input_ids": prompts()["input_ids"].clone()}
+        wrong["input_ids"][0, -1] = PLACEHOLDER
+        with pytest.raises(RuntimeError):
+            program.module()(**wrong, use_cache=False)
+        assert torch.equal(model(**prompts()).logits, wanted)  # nothing of the tracing is kept
+
+    @pytest.mark.filterwarnings("ignore")  # torch's own, about what it compiles
+    def test_fullgraph_with_a_static_cache_and_pictures(self, plain: Any) -> None:
+        how = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": "static"}
+        wanted = plain.generate(**prompts(), **how)
+        model = copy.deepcopy(plain)
+        model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")
+        assert torch.equal(model.generate(**prompts(), **how), wanted)
+        torch._dynamo.reset()
+
+
+def _tensors(nested: Any) -> list[Tensor]:
+    if isinstance(nested, Tensor):
+        return [nested]
+    return [x for part in nested for x in _tensors(part)] if isinstance(nested, tuple) else []
+
+
 class TestSearches:
     """What transformers' own test suites ask of a class that generates."""
 

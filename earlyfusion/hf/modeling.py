@@ -60,6 +60,7 @@ from earlyfusion.model.vqgan import VQGAN, ResBlock, SpatialAttention
 from earlyfusion.vocabulary import Vocabulary
 
 _DECODER_KEY = re.compile(r"(model\.)?(vqmodel\.)?decoder\.")
+_VQ_KEY = re.compile(r"(model\.)?(vqmodel\.)?(encoder|quantize|quant_conv|decoder)\.")
 _INSTALL = {
     "flash_attention_2": "flash-attn (pip install flash-attn --no-build-isolation)",
     "flash_attention_3": "flash-attn-3 (the hopper folder of the flash-attention sources)",
@@ -287,6 +288,22 @@ class ChameleonPreTrainedModel(PreTrainedModel):
             _complete_ends(model.generation_config, model.config)
         return loaded
 
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As torch's; with `strict`, a whole VQ-GAN without a decoder, as in transformers' own
+        checkpoints, leaves it out of the model too.
+        """
+        keys = [key for key in state_dict if _VQ_KEY.match(key)]
+        if strict and keys and not any(_DECODER_KEY.match(key) for key in keys):
+            self._drop_decoder()
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def _drop_decoder(self) -> None:
+        for module in self.modules():
+            if isinstance(module, ChameleonVQVAE):
+                module.drop_decoder()
+
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
         """Bytes of the weights as they lie in memory, those of quantised ones and scales too."""
         return footprint(self, return_buffers)
@@ -299,12 +316,10 @@ class ChameleonPreTrainedModel(PreTrainedModel):
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
         super()._adjust_missing_and_unexpected_keys(loading_info)
         missing = {key for key in loading_info.missing_keys if _DECODER_KEY.match(key)}
-        empty = any(key.endswith("encoder.conv_in.weight") for key in loading_info.missing_keys)
-        if missing and not empty:
+        no_pictures = any(_VQ_KEY.match(key) for key in loading_info.missing_keys - missing)
+        if missing and not no_pictures:
             loading_info.missing_keys = set(loading_info.missing_keys) - missing
-            for module in self.modules():
-                if isinstance(module, ChameleonVQVAE):
-                    module.drop_decoder()
+            self._drop_decoder()
 
     def _check_and_adjust_attn_implementation(
         self, attn_implementation: str | None, *args: Any, **kwargs: Any
@@ -346,7 +361,6 @@ class ChameleonVQVAE(ChameleonPreTrainedModel):
         # The same modules under the core's own methods; not registered, so that keys come once.
         self.__dict__["vqgan"] = core
         self.quantize.beta = getattr(config, "beta", 0.25)
-        self.register_load_state_dict_pre_hook(_drop_absent_decoder)
         self.eval()
         self.post_init()
 
@@ -390,8 +404,9 @@ class ChameleonVQVAE(ChameleonPreTrainedModel):
 
     def drop_decoder(self) -> None:
         """Leave the decoder out: `decode` then says so."""
-        self.decoder = None
-        self.core.decoder = None
+        for module in (self, self.core):
+            del module.decoder  # a module of None would swallow a decoder's weights unseen
+            module.decoder = None
 
     def keep_codebook(self) -> None:
         """Bring an offloaded codebook back: it is searched without a call of its module."""
@@ -805,12 +820,3 @@ def _check_count(mask_BT: Tensor, features: int) -> None:
         raise ImageError(
             f"Image features and image tokens do not match, tokens: {tokens}, features: {features}"
         )
-
-
-def _drop_absent_decoder(
-    module: Any, state: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, *found: Any
-) -> None:
-    """A whole VQ-GAN without a decoder, as in transformers' own checkpoints, leaves it out."""
-    whole = f"{prefix}encoder.conv_in.weight" in state
-    if strict and whole and not any(key.startswith(f"{prefix}decoder.") for key in state):
-        module.drop_decoder()
