@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from tiny import CONFIG, tiny_processor, tiny_transformer
 
 from earlyfusion.checkpoints.hf import save_hf
+from earlyfusion.model.transformer import Transformer
 from earlyfusion.model.vqgan import VQGAN
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "transformers.md"
@@ -28,13 +30,26 @@ def installed(block: str) -> bool:
     return all(find_spec(name) for name in {*names, *needed})
 
 
+YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}
+
+
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated:FutureWarning")
-def test_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [{}, pytest.param({"hidden_act": "gelu", "rope_scaling": YARN}, marks=pytest.mark.slow)],
+    ids=["plain", "gelu and yarn"],
+)
+def test_snippets_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
     processor = tiny_processor(tmp_path)
+    config = replace(CONFIG, **changes)
+    transformer = Transformer(config)
+    transformer.load_state_dict(tiny_transformer(processor).state_dict())
     text = (tmp_path / "tokenizer.json").read_text()
     ends = {"eos_token_id": 2, "pad_token_id": 1, "bos_token_id": 0}
     torch.manual_seed(0)
-    save_hf(tmp_path / "model", tiny_transformer(processor), VQGAN(CONFIG.vq_config), text, ends)
+    save_hf(tmp_path / "model", transformer, VQGAN(CONFIG.vq_config), text, ends)
     monkeypatch.chdir(tmp_path)
     said: dict[str, Any] = {"folder": str(tmp_path / "model")}
     blocks = [b for b in snippets() if "register()" not in b and installed(b)]
@@ -44,4 +59,9 @@ def test_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (tmp_path / "apple.png").is_file()
     assert said["pictures"][0].size == (16, 16)
     assert torch.isfinite(said["loss"])
+    made = said["model"].config
+    assert made.hidden_act == config.hidden_act
+    assert made.rope_parameters["rope_type"] == config.rope_type
+    wanted = said["model"](**said["inputs"]).logits
+    torch.testing.assert_close(said["logits"], wanted, atol=1e-4, rtol=1e-4)
     assert said["fresh"].get_image_tokens(torch.zeros(1, 3, 16, 16)).shape == (1, 64)
