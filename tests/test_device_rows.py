@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from tiny import CONFIG, tiny_processor
+from torch._dynamo.testing import CompileCounter
 
 from earlyfusion.content import Image, Message, Text
 from earlyfusion.errors import DataError, SettingError
@@ -228,6 +230,42 @@ def test_packed_attention_is_that_of_a_mask(monkeypatch: pytest.MonkeyPatch) -> 
     assert half.dtype is torch.bfloat16 and torch.allclose(half.float(), expected, atol=0.05)
     assert attend._mask is None
     assert torch.allclose(attend(q, k, k), expected, atol=1e-5) and attend._mask is not None
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's compiler reads it
+def test_blocks_that_attend_so_compile_to_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for all blocks and steps, and one more once the number of documents has changed."""
+
+    def attend(q: Any, k: Any, v: Any, ends: torch.Tensor, most: int) -> Any:
+        return q + k + v * ends.sum()
+
+    monkeypatch.setattr(attention, "_run_lengths", lambda _: None)
+    monkeypatch.setattr(attention, "packed_attention", lambda _: attend)
+    model = Transformer(replace(CONFIG, num_key_value_heads=4))
+    counter = CompileCounter()
+    for block in model.model.layers:
+        block.forward = torch.compile(block.forward, backend=counter, fullgraph=True)
+    frames = []
+    for count in (2, 3, 60, 90):
+        document_BT = (torch.arange(200) * count // 200).expand(2, -1)
+        attends = [CausalAttend(document_BT)] * CONFIG.num_hidden_layers
+        with torch.autocast("cpu", torch.bfloat16):
+            model.states(torch.zeros(2, 200, dtype=torch.long), attends=attends)
+        frames.append(counter.frame_count)
+    assert frames == [1, 1, 1, 2]
+
+
+def test_torchs_packed_attention_is_called_as_this_version_names_it() -> None:
+    """Traced without numbers, as a compiled block would: its kernels need a GPU."""
+    attend, counter = attention._causal_varlen(), CompileCounter()
+
+    def summed(q: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        return attention._attend_packed(q, q, q, ends, attend).sum()
+
+    traced = torch.compile(summed, backend=counter, fullgraph=True)
+    q = torch.empty(2, 64, 2, 16, dtype=torch.bfloat16, device="meta")
+    assert traced(q, torch.empty(128, dtype=torch.int32, device="meta")).shape == ()
+    assert counter.frame_count == 1
 
 
 def test_the_mixture_has_its_shares_and_tells_where_colours_matter() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -111,10 +112,14 @@ def test_a_chain_with_minutes_is_killed_goes_on_and_ends_in_a_model(
     said = capsys.readouterr().out
     assert "stage 2 of 4, decoder: earlyfusion train mini_named_image_tokenizer trainable" in said
     assert not (tmp_path / "transformer" / "model").exists()
+    codes = tmp_path / "transformer" / "codes.npy"
+    assert np.load(codes).shape[1] == 3 + 3
+    cut = codes.stat().st_mtime_ns
     run("pretrain_mini", fields)
     said = capsys.readouterr().out
     assert said.count(": done, in") == 2 and "stage 4 of 4, chat:" in said
     assert (tmp_path / "transformer" / "minutes.json").read_text() == given
+    assert codes.stat().st_mtime_ns == cut
     model = Chameleon.load(str(tmp_path / "chat" / "model"))
     data = EmojiData(DATA)
     picture = Image.of(data.image(data.rows[0]["id"]))

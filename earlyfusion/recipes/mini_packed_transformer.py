@@ -109,6 +109,19 @@ def _blank(height: int, width: int, vocabulary: Vocabulary) -> list[int]:
     return ImageLayout(height, width).spell(np.zeros((height, width), np.int64), vocabulary)
 
 
+def cut_once(vqgan: VQGAN, config: PackedTransformerConfig) -> Tensor:
+    """What `cut` gives, kept in `codes.npy` under the run: on a CPU it takes minutes."""
+    path, device = config.run.out / "codes.npy", vqgan.quantize.embedding.weight.device
+    if path.is_file():
+        return torch.from_numpy(np.load(path)).to(device)
+    codes = cut(vqgan, config)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name("partial.npy")
+    np.save(partial, codes.cpu().numpy())
+    partial.replace(path)
+    return codes
+
+
 @torch.inference_mode()
 def cut(vqgan: VQGAN, config: PackedTransformerConfig) -> Tensor:
     """Codes of every training picture in every way, on the device: int16 [P, V, C]."""
@@ -201,7 +214,7 @@ def rows_of(config: PackedTransformerConfig, vqgan: VQGAN) -> tuple[DeviceRows, 
     made = templates(stream, grid**2, is_code, config.weights)
     rows = DeviceRows(
         made,
-        cut(vqgan, config),
+        cut_once(vqgan, config),
         config.ways.plain,
         torch.from_numpy(vocabulary.code_to_token),
         nearest_codewords(vqgan),
