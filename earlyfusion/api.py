@@ -19,7 +19,7 @@ import torch
 
 from earlyfusion.checkpoints import formats, lumina
 from earlyfusion.checkpoints.adapter import merge_adapter
-from earlyfusion.checkpoints.hf import Loaded, assemble
+from earlyfusion.checkpoints.hf import Loaded, assemble, check_dense, papers, save_hf
 from earlyfusion.config import ModelConfig
 from earlyfusion.content import Image, Message, Part, Prompt, Segment, Text, as_messages
 from earlyfusion.engine.engine import Engine
@@ -42,7 +42,7 @@ from earlyfusion.generation.reference import (
 from earlyfusion.generation.settings import SamplingFields, SamplingParams, with_fields
 from earlyfusion.generation.steering import TokenLogprob
 from earlyfusion.image_tokenizer import ImageTokenizer
-from earlyfusion.model.packed import quantise
+from earlyfusion.model.packed import PackedLinear, packed_bits, quantise
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.processor import Processor
 from earlyfusion.vocabulary import ImageLayout
@@ -177,8 +177,9 @@ class Chameleon:
         )
         transformer = loaded.transformer
         if adapter is not None:
+            _refuse_packed(transformer, adapter)
             merge_adapter(transformer, Path(adapter).expanduser())
-        if alone and kind is None:
+        if alone and kind is None and packed_bits(transformer) is None:
             size = sum(parameter.numel() for parameter in transformer.parameters())
             transformer = transformer.to(_own_dtype(size, place))
         if dtype in _BITS:
@@ -205,6 +206,79 @@ class Chameleon:
     @engine.setter
     def engine(self, engine: Engine) -> None:
         self._engine = engine
+
+    def __repr__(self) -> str:
+        size, weight = _weights(self.transformer), self.transformer.lm_head.weight
+        bits = packed_bits(self.transformer)
+        kept = f"int{bits}" if bits else str(weight.dtype).removeprefix("torch.")
+        return (
+            f"<Chameleon {self.name or 'without a name'}: {size / 1e6:,.1f} M parameters, {kept}, "
+            f"{weight.device}, context {self.config.max_position_embeddings:,} tokens>"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_engine": None, "_lock": None, "_known_codes": OrderedDict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._lock = Lock()
+
+    def to(self, device: str | torch.device) -> Chameleon:
+        """Move the model to another device, in place, in the dtype it has; returns itself.
+
+        Raises `SettingError` for a device that is not there, and while requests are under way.
+        """
+        place = _device(str(device))
+        if peers_of(self.transformer) is not None:
+            raise SettingError("a model on several processes stays where it is: load it again")
+        if self._engine is not None and self._engine.busy:
+            raise SettingError("the model is answering: wait for its replies before it moves")
+        self.transformer.to(place)
+        self.image_tokenizer.vqgan.to(place)
+        return self
+
+    def close(self) -> None:
+        """End the requests that are under way, and give back what the engine holds: its cache and
+        its own form of the weights. A later request makes a new engine."""
+        with self._lock:
+            engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
+
+    def save(self, folder: str | Path, overwrite: bool = False) -> Path:
+        """Write the model to a folder that `Chameleon.load` reads, and gives the same replies when
+        it is loaded in the same dtype; the folder appears whole or not at all. Returns its path.
+
+        It holds weights, VQ-GAN, tokenizer, settings, and the model card and notices of the folder
+        that the model came from. transformers reads it too, but for int8 and int4. A folder that is
+        not empty is refused; with `overwrite`, a model there is replaced. Raises `CheckpointError`.
+        """
+        if peers_of(self.transformer) is not None:
+            raise CheckpointError("a model on several processes cannot be saved: each has a part")
+        target, tokenizer = Path(folder).expanduser(), self.processor.tokenizer_file
+        if not tokenizer.is_file():
+            raise CheckpointError(f"{tokenizer} is gone: a saved model needs its tokenizer file")
+        try:
+            if not overwrite and target.exists() and (target.is_file() or any(target.iterdir())):
+                raise CheckpointError(
+                    f"{target} is not empty: choose another folder, or set overwrite=True"
+                )
+            save_hf(
+                target,
+                self.transformer,
+                self.image_tokenizer.vqgan,
+                tokenizer.read_text(encoding="utf-8"),
+                self.defaults,
+                extra_files=papers(self.folder),
+                resize_mode=self.image_tokenizer.mode,
+                kind=lumina.KIND if lumina.is_layout(self.processor.layout) else "chameleon",
+            )
+        except OSError as error:
+            reason = os.strerror(error.errno) if error.errno else "the disk refuses"
+            raise CheckpointError(
+                f"{target} cannot be written ({reason}): free the disk or choose another folder"
+            ) from None
+        return target
 
     @property
     def can_draw(self) -> bool:
@@ -559,9 +633,26 @@ def _device(name: str, tensor_parallel: int = 1) -> torch.device:
     except (RuntimeError, TypeError):
         _check_choice("device", name, ("auto", "cpu", "cuda"))
         raise
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if not _is_there(device):
         raise SettingError(f"device={name!r} is not on this machine: use auto or cpu")
     return device
+
+
+def _is_there(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return (device.index or 0) < torch.cuda.device_count()
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, NotImplementedError, AssertionError):
+        return False
+    return device.type != "meta"  # has no values
+
+
+def _weights(transformer: Transformer) -> int:
+    """How many weights a model has, packed ones too."""
+    packed = [m for m in transformer.modules() if isinstance(m, PackedLinear)]
+    own = sum(parameter.numel() for parameter in transformer.parameters())
+    return own + sum(m.in_features * m.out_features for m in packed)
 
 
 def _own_gpu(name: str) -> str:
@@ -587,6 +678,14 @@ def _check_adapter(adapter: str | Path | None, parts: int) -> None:
         )
 
 
+def _refuse_packed(transformer: Transformer, adapter: str | Path) -> None:
+    if bits := packed_bits(transformer):
+        raise SettingError(
+            f"adapter={str(adapter)!r} cannot be added to weights in {bits} bits: load the model "
+            'that they were made from, and round it after that with dtype="int8" or "int4"'
+        )
+
+
 def _own_dtype(size: int, device: torch.device) -> torch.dtype:
     small_on_cpu = device.type == "cpu" and size <= _LARGE
     return torch.float32 if small_on_cpu else torch.bfloat16
@@ -597,6 +696,7 @@ def _load_part(
 ) -> Loaded:
     """This process's part of a model that several share, in the dtype of the whole."""
     source = formats.open_source(formats.locate(name), verify=verify)
+    check_dense(source)
     size = sum(torch.Size(stored.shape).numel() for stored in source.tensors.values())
     return assemble(open_part(source, parts), device, dtype or _own_dtype(size, device))
 

@@ -451,7 +451,9 @@ def test_a_model_without_a_decoder_answers_in_text(model: Chameleon) -> None:
 def test_load(model: Chameleon, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
 
-    def load(name: str | Path, device: torch.device, dtype: torch.dtype | None) -> Loaded:
+    def load(
+        name: str | Path, device: torch.device, dtype: torch.dtype | None, verify: bool
+    ) -> Loaded:
         asked.extend((name, device.type, dtype))
         transformer = tiny_transformer(model.processor).to(dtype or torch.bfloat16)
         vqgan = model.image_tokenizer.vqgan

@@ -39,7 +39,8 @@ def test_blocks_run(
             assert [len(entry.top) for entry in said["reply"].logprobs][:1] == [2]
         if "event.pil.save" in block:
             pictures = sorted(tmp_path.glob("fruit-*.png"))
-            assert len(pictures) == 2 and PIL.Image.open(pictures[0]).size == (64, 64)
+            with PIL.Image.open(pictures[0]) as picture:
+                assert len(pictures) == 2 and picture.size == (64, 64)
         if "codes =" in block:
             assert said["codes"].shape == (1, 8, 8)
     replies = [

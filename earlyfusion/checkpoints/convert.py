@@ -18,7 +18,7 @@ import torch
 
 from earlyfusion.checkpoints.checklist import verify_checklist
 from earlyfusion.checkpoints.formats import detect, locate, open_source
-from earlyfusion.checkpoints.hf import VQ_PREFIX, check, open_hf, write_hf
+from earlyfusion.checkpoints.hf import PAPERS, VQ_PREFIX, check, check_dense, open_hf, write_hf
 from earlyfusion.checkpoints.meta import (
     VQ_CONFIG,
     check_meta,
@@ -74,7 +74,7 @@ def convert(
         if verify:
             verify_checklist(_folder_of(image_tokenizer))
         source = with_image_tokenizer(source, image_tokenizer)
-    check(source)
+    check_dense(check(source))
     if to == "meta":
         check_meta(source)
     values = _Values(source, dtype)
@@ -180,7 +180,7 @@ def _write(
 
 
 def _copy_papers(folder: Path, target: Path) -> None:
-    for path in (path for pattern in _PAPERS for path in folder.glob(pattern)):
+    for path in (path for pattern in PAPERS for path in folder.glob(pattern)):
         if path.is_file():
             shutil.copyfile(path, target / path.name)
 

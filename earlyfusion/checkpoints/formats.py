@@ -13,6 +13,7 @@ from earlyfusion.checkpoints import anole, lumina
 from earlyfusion.checkpoints.checklist import verify_checklist
 from earlyfusion.checkpoints.hf import (
     INDEX,
+    PACKED,
     PICKLE,
     PICKLE_INDEX,
     WEIGHTS,
@@ -29,8 +30,6 @@ from earlyfusion.errors import CheckpointError
 EMBEDDED = ("mini",)
 _PRETRAINED = Path(__file__).parent.parent / "pretrained"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-# Of weights that this package itself packs; it reads those.
-_OWN_METHOD = "earlyfusion"
 _HUB_FILES = ["*.json", "*.safetensors", "README.md", "NOTICE*", "LICENSE*"]
 
 _OPENERS: dict[str, Callable[[Path, Path | None], Source]] = {
@@ -48,7 +47,7 @@ def load(
     verify: bool = True,
 ) -> Loaded:
     """Load an embedded model by name, a folder in any supported layout, or a hub id."""
-    return assemble(open_source(locate(name), verify=verify), device, dtype)
+    return assemble(open_source(locate(name), verify=verify), device, dtype, packed=True)
 
 
 def open_source(folder: Path, tokenizer: Path | None = None, verify: bool = True) -> Source:
@@ -85,7 +84,7 @@ def _check_dense(folder: Path, config: Mapping[str, Any]) -> None:
     """`CheckpointError` for weights that another library packed."""
     packed = config.get("quantization_config")
     method = packed.get("quant_method") if isinstance(packed, dict) else None
-    if method is not None and method != _OWN_METHOD:
+    if method is not None and method != PACKED:
         raise CheckpointError(
             f"{folder} holds weights that {method} has quantised: load it with "
             "earlyfusion.hf.ChameleonForConditionalGeneration.from_pretrained, or give the model "

@@ -31,6 +31,7 @@ from earlyfusion.checkpoints.source import (
 from earlyfusion.config import ModelConfig, VQConfig
 from earlyfusion.errors import CheckpointError
 from earlyfusion.image_tokenizer import Mode
+from earlyfusion.model.packed import packed_bits, quantise
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.model.vqgan import VQGAN, Quantizer
 from earlyfusion.processor import Processor
@@ -55,9 +56,12 @@ PICKLE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 TOKENIZER = "tokenizer.json"
 PROCESSOR = "processor_config.json"
+PACKED = "earlyfusion"  # quant_method of weights that this package packs
 VQ_PREFIX = "model.vqmodel."
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _MAX_FILE = 5_000_000_000
+# A model's card, and what its licence asks copies to keep.
+PAPERS = ("README.md", "NOTICE*", "LICENSE*")
 # dtype names of the safetensors format.
 _CODES = {
     torch.float64: "F64",
@@ -66,6 +70,8 @@ _CODES = {
     torch.bfloat16: "BF16",
     torch.int64: "I64",
     torch.int32: "I32",
+    torch.int8: "I8",
+    torch.uint8: "U8",
 }
 
 
@@ -144,20 +150,26 @@ def open_hf(folder: Path, tokenizer: Path | None = None) -> Source:
         generation_defaults=({"chameleon": lumina.SAMPLING} if spelled else {}) | generation,
         kind=lumina.KIND if spelled else "chameleon",
         resize_mode=read_resize_mode(folder),
+        bits=_packed_bits(folder, data),
     )
 
 
 def assemble(
-    source: Source, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    source: Source,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    packed: bool = False,
 ) -> Loaded:
-    """Read an open checkpoint into modules."""
+    """Read an open checkpoint into modules; with `packed` its weights may be in 8 or 4 bits."""
     config, where = source.config, source.folder
+    if not packed or dtype is not None:
+        check_dense(source)
     tensors = {name: stored.read() for name, stored in source.tensors.items()}
     vq = {name: stored.read() for name, stored in source.vq.items()}
     absent = MissingVQGAN(config.vq_config).to(device).eval()
     return Loaded(
         config=config,
-        transformer=build_transformer(config, tensors, where, device, dtype),
+        transformer=build_transformer(config, tensors, where, device, dtype, source.bits),
         vqgan=build_vqgan(config.vq_config, vq, where, device) if vq else absent,
         processor=open_processor(source),
         generation_defaults=source.generation_defaults,
@@ -177,22 +189,25 @@ def save_hf(
     vq_dtype: torch.dtype | None = None,
     extra_files: Mapping[str, str] | None = None,
     resize_mode: Mode = "crop",
+    kind: str = "chameleon",
 ) -> None:
     """Write a folder that `load_hf` and transformers read; all of it appears at once, or nothing.
 
-    `resize_mode` is how the model's pictures become squares: that of its `ImageTokenizer`.
+    `resize_mode` is how the model's pictures become squares: that of its `ImageTokenizer`. `kind`
+    is that of its `Source`. Weights in 8 or 4 bits stay as they are, whatever `dtype` says, and
+    only `Chameleon.load` reads them.
     A folder that is a model already is replaced; any other that is not empty is refused.
     """
     if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is not empty and no model: choose another folder")
     config = transformer.config
     named = dtype or transformer.lm_head.weight.dtype
-    texts = _texts(
-        config, json.loads(tokenizer_json), generation_config, named, resize_mode=resize_mode
-    )
+    tokenizer, bits = json.loads(tokenizer_json), packed_bits(transformer)
+    texts = _texts(config, tokenizer, generation_config, named, kind, resize_mode, bits)
     texts = {TOKENIZER: tokenizer_json} | texts | dict(extra_files or {})
     vision = {} if isinstance(vqgan, MissingVQGAN) else vqgan.state_dict()
-    tensors = {k: Stored.of(v).to(dtype) for k, v in transformer.state_dict().items()}
+    own = None if bits else dtype
+    tensors = {k: Stored.of(v).to(own) for k, v in transformer.state_dict().items()}
     images = {k: Stored.of(v).to(vq_dtype) for k, v in vision.items()}
     with new_folder(folder) as place:
         _write_files(place, _joined(config, tensors, images), texts)
@@ -272,15 +287,22 @@ def build_transformer(
     source: Path,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    bits: int | None = None,
 ) -> Transformer:
-    """A transformer in eval mode that owns `tensors`, named as transformers names them."""
+    """A transformer in eval mode that owns `tensors`, named as transformers names them; with `bits`
+    they are those of a model that `quantise` has rounded."""
     if config.tie_word_embeddings and _EMBEDDING in tensors:
         tensors = tensors | {_HEAD: tensors[_EMBEDDING]}
-    with torch.device("meta"):
-        transformer = Transformer(config)
+    transformer = _empty_transformer(config, bits)
     fill(transformer, tensors, source, device, dtype)
     transformer.tie_weights()
     return transformer.eval()
+
+
+def _empty_transformer(config: ModelConfig, bits: int | None) -> Transformer:
+    with torch.device("meta"):
+        transformer = Transformer(config)
+        return quantise(transformer, bits) if bits else transformer
 
 
 def build_vqgan(
@@ -318,8 +340,7 @@ def fill(
 
 def check(source: Source) -> Source:
     """An open checkpoint, if names, shapes and tokenizer fit its config; no tensor is read."""
-    with torch.device("meta"):
-        wanted = Transformer(source.config).state_dict()
+    wanted = _empty_transformer(source.config, source.bits).state_dict()
     if source.config.tie_word_embeddings and _EMBEDDING in source.tensors:
         source.tensors.setdefault(_HEAD, source.tensors[_EMBEDDING])
     vision = empty_vqgan(source.config.vq_config, source.vq).state_dict() if source.vq else {}
@@ -462,6 +483,34 @@ def _generation_config(given: Mapping[str, Any], vocabulary: Vocabulary) -> dict
     return ids | {k: v for k, v in given.items() if v is not None} | own
 
 
+def check_dense(source: Source) -> None:
+    """`CheckpointError` where the weights are in 8 or 4 bits."""
+    if source.bits is not None:
+        raise CheckpointError(
+            f"{source.folder} holds weights in {source.bits} bits, which only Chameleon.load reads,"
+            " on one process and in the dtype they have: give the model that they were made from"
+        )
+
+
+def _packed_bits(folder: Path, config: Mapping[str, Any]) -> int | None:
+    """The bits of weights that `save_hf` wrote packed."""
+    packed = config.get("quantization_config")
+    if not isinstance(packed, dict) or packed.get("quant_method") != PACKED:
+        return None
+    if packed.get("bits") not in (8, 4):
+        raise CheckpointError(
+            f"{folder / 'config.json'} names weights of {packed.get('bits')!r} bits: "
+            "8 and 4 are known"
+        )
+    return int(packed["bits"])
+
+
+def papers(folder: Path | None) -> dict[str, str]:
+    """The model card of a folder, and what its licence asks copies to keep."""
+    found = [] if folder is None else [p for name in PAPERS for p in sorted(folder.glob(name))]
+    return {p.name: p.read_text(encoding="utf-8", errors="replace") for p in found if p.is_file()}
+
+
 def read_resize_mode(folder: Path) -> Mode:
     """How a folder's pictures become squares: "crop" where no file of it says "fit".
 
@@ -496,6 +545,7 @@ def _texts(
     dtype: torch.dtype,
     kind: str = "chameleon",
     resize_mode: Mode = "crop",
+    bits: int | None = None,
 ) -> dict[str, str]:
     vocabulary = Vocabulary.from_dict(tokenizer)
     placeholder = next((n for n in IMAGE_PLACEHOLDERS if n in vocabulary.names), None)
@@ -506,6 +556,8 @@ def _texts(
     more: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "vocabulary_map": images}
     if kind != "chameleon":
         more[lumina.MARK] = kind
+    if bits is not None:
+        more["quantization_config"] = {"quant_method": PACKED, "bits": bits}
     files = {
         "config.json": config.to_dict() | more,
         "generation_config.json": _generation_config(generation_config, vocabulary),

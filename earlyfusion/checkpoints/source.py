@@ -82,6 +82,7 @@ class Source:
     generation_defaults: dict[str, Any] = field(default_factory=dict)
     kind: str = "chameleon"
     resize_mode: Mode = "crop"
+    bits: int | None = None
 
     def checked(self, wanted: Mapping[str, Tensor], vq_wanted: Mapping[str, Tensor]) -> Source:
         """Itself, if its names and shapes are those of the modules."""

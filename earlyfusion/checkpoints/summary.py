@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from earlyfusion.checkpoints.formats import detect, locate, open_source
 from earlyfusion.checkpoints.hf import VQ_PREFIX, check
 from earlyfusion.checkpoints.source import FiniteCheck, Source, Stored
@@ -83,7 +85,14 @@ def _finite(source: Source, tied: set[str]) -> str:
 
 
 def _parameters(tensors: Mapping[str, Stored]) -> int:
-    return sum(math.prod(stored.shape) for stored in tensors.values())
+    return sum(_weights(name, stored) for name, stored in tensors.items())
+
+
+def _weights(name: str, stored: Stored) -> int:
+    """How many weights a tensor holds: a byte of packed ones has two, and scales are none."""
+    if name.endswith(".scales"):
+        return 0
+    return math.prod(stored.shape) * (2 if stored.dtype == torch.uint8 else 1)
 
 
 def _kv_values(config: ModelConfig) -> int:

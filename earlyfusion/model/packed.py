@@ -145,6 +145,12 @@ def packed_weight(linear: nn.Module, bits: int) -> PackedMatrix:
     return pack(linear.weight, bits)
 
 
+def packed_bits(transformer: Transformer) -> int | None:
+    """The bits of a model's packed matrices, None where they are not packed."""
+    packed = (m.bits for m in transformer.modules() if isinstance(m, PackedLinear))
+    return next(packed, None)
+
+
 @torch.no_grad()
 def quantise(transformer: Transformer, bits: int) -> Transformer:
     """Round a model's matrices to 8 or 4 bits, in place.
@@ -154,6 +160,14 @@ def quantise(transformer: Transformer, bits: int) -> Transformer:
     """
     if bits not in (8, 4):
         raise SettingError(f"bits={bits} is not offered: choose 8 or 4")
+    packed = packed_bits(transformer)
+    if packed == bits:
+        return transformer
+    if packed is not None:
+        raise SettingError(
+            f"the weights are in {packed} bits already and cannot go to {bits}: "
+            "take the model that they were made from"
+        )
     for block in transformer.model.layers:
         assert isinstance(block, Block)
         for part in (block.self_attn, block.mlp):
