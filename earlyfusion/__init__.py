@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         ImageError,
         PromptError,
         SettingError,
+        WeightsError,
     )
     from earlyfusion.generation.reference import (
         Event,
@@ -69,6 +70,7 @@ _HOME = {
     "ImageError": _ERRORS,
     "PromptError": _ERRORS,
     "SettingError": _ERRORS,
+    "WeightsError": _ERRORS,
     "ChameleonConfig": "earlyfusion.hf",
     "ChameleonForConditionalGeneration": "earlyfusion.hf",
     "ChameleonImageProcessor": "earlyfusion.hf",
@@ -104,6 +106,7 @@ __all__ = [
     "TokenDrawn",
     "TokenLogprob",
     "Usage",
+    "WeightsError",
     "__version__",
 ]
 

@@ -31,5 +31,9 @@ class CheckpointError(EarlyFusionError):
     """A checkpoint, tokenizer or config file is missing, incomplete or inconsistent."""
 
 
+class WeightsError(EarlyFusionError):
+    """The weights give numbers that are not finite, so that nothing can be drawn from them."""
+
+
 class DataError(EarlyFusionError):
     """Training data is missing or malformed."""

@@ -17,6 +17,7 @@ from earlyfusion.errors import SettingError
 from earlyfusion.generation.grammar import Grammar
 from earlyfusion.generation.reference import Request
 from earlyfusion.generation.settings import SamplingParams
+from earlyfusion.model.kv_cache import KVCache
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.processor import Processor
 
@@ -173,3 +174,30 @@ def test_zeros_stay_zeros() -> None:
 def test_another_dtype_is_refused(transformer: Transformer, processor: Processor) -> None:
     with pytest.raises(SettingError, match="cache_dtype='int4' is not offered: choose one of fp32"):
         Engine(transformer, processor, cache_dtype="int4")
+
+
+def test_rows_of_the_plain_cache_may_be_ragged() -> None:
+    """Prompts padded on the right, then one token a row, then two and one: each row as alone."""
+    shape = CONFIG
+    torch.manual_seed(0)
+    model = Transformer(shape).eval().requires_grad_(False)
+    model.init_weights()
+    rows = [torch.randint(4, shape.vocab_size, (n,)) for n in (9, 4, 7)]
+    for order in ([0, 1, 2], [2, 0, 1]):
+        cache, slots_B = KVCache(shape, 4, 12), torch.tensor([3, 0, 2])
+        mine, read_B = [rows[number] for number in order], torch.zeros(3, dtype=torch.int64)
+        got: list[list[torch.Tensor]] = [[], [], []]
+        for news in ([len(row) - 3 for row in mine], [1, 1, 1], [2, 1, 2], [0, 1, 0]):
+            width = max(news)
+            valid_BT = torch.arange(width) < torch.tensor(news)[:, None]
+            tokens_BT = torch.zeros(3, width, dtype=torch.int64)
+            for row, (tokens, new) in enumerate(zip(mine, news, strict=True)):
+                tokens_BT[row, :new] = tokens[int(read_B[row]) :][:new]
+            positions_BT = read_B[:, None] + torch.arange(width)
+            attends = cache.attends(slots_B, read_B, valid_BT)
+            states_BTD = model.states(tokens_BT, positions_BT, attends)
+            for row, new in enumerate(news):
+                got[row].append(states_BTD[row, :new])
+            read_B = read_B + torch.tensor(news)
+        for tokens, parts in zip(mine, got, strict=True):
+            torch.testing.assert_close(torch.cat(parts), model.states(tokens[None])[0])

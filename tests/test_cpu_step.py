@@ -151,6 +151,79 @@ def test_an_int8_cache_is_read_as_the_torch_path_reads_it(width: int, lengths: l
 
 @needs_compiler
 @pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize(("heads", "key_heads", "width"), [(4, 2, 16), (3, 3, 12), (2, 1, 64)])
+def test_a_token_does_not_depend_on_what_is_read_with_it(
+    bits: int, kept: torch.dtype, heads: int, key_heads: int, width: int
+) -> None:
+    """To the bit: states, logits, keys and values, in pieces, beside others, in slots of another
+    length, with one thread and several."""
+    shape = config(heads * width, heads, key_heads, 200)
+    model = random_model(shape, bits)
+    tokens = torch.randint(0, 515, (61,))
+    known: list[torch.Tensor] = []
+    threads = torch.get_num_threads()
+    pieces = ([61], [1] * 61, [7] * 9, [16, 17, 12, 16], [33, 1, 1, 26])
+    try:
+        for number, sizes in enumerate([*pieces, *pieces]):
+            torch.set_num_threads(1 + 2 * (number >= len(pieces)))
+            cache = Cache(shape, 3, 61 if number % 2 else 67, kept, torch.device("cpu"))
+            step = CpuStep(model, cache.layers, bits, cache.scales)
+            head, states, at = step.product(model.lm_head.weight), list[torch.Tensor](), 0
+            for size in sizes:
+                new = tokens[at : at + size]
+                beside = torch.randint(0, 515, (at % 3 * 2,))  # a neighbour with a prompt
+                both = torch.cat((beside, new))
+                slots = torch.tensor([2] * len(beside) + [1] * len(new))
+                places = torch.cat((torch.arange(len(beside)), at + torch.arange(len(new))))
+                states.append(step.states(both, slots, places)[len(beside) :])
+                at += size
+            states_TD = torch.cat(states)
+            logits_TV = head(states_TD)
+            assert torch.equal(logits_TV[5:7], head(states_TD[5:7]))
+            mine = [part[:, 1, :, :61] for part in (*cache.layers, *cache.scales)]
+            got = [states_TD, logits_TV, *mine]
+            known = known or got
+            assert all(torch.equal(a, b) for a, b in zip(got, known, strict=True))
+            assert states_TD.isfinite().all()
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_compiler
+@pytest.mark.parametrize("bits", BITS)
+def test_a_whole_prompt_equals_the_transformer(bits: int) -> None:
+    shape = config(96, 6, 2, 200)
+    model, tokens = random_model(shape, bits), torch.randint(0, 515, (50,))
+    step = CpuStep(model, empty(shape, 2, 64), bits)
+    slots, places = torch.ones(50, dtype=torch.int64), torch.arange(50)
+    logits = step.product(model.lm_head.weight)(step.states(tokens, slots, places))
+    expected = rounded(model, bits)(tokens[None])[0]
+    assert (logits - expected).abs().max() / expected.abs().max() < TOLERANCE[bits]
+
+
+@needs_compiler
+def test_nothing_is_drawn_from_logits_that_are_not_finite() -> None:
+    shape = config(64, 4, 4, 100)
+    step = CpuStep(random_model(shape, 1), empty(shape, 1, 4), 32)
+    logits = torch.randn(6, 100)
+    good = logits[[0, 5]].clone()
+    logits[1, 99], logits[2, 3], logits[3, 0] = torch.nan, torch.inf, torch.nan
+    logits[4] = -torch.inf
+    uniform = torch.full((6,), 0.5, dtype=torch.float64)
+    for temperature in (0.0, 1.0):
+        drawn = draw(step, logits, Warp.of([(temperature, 0, 0.9, 0.0, 1.0)] * 6), uniform)
+        alone = draw(step, good, Warp.of([(temperature, 0, 0.9, 0.0, 1.0)] * 2), uniform[:2])
+        assert drawn.tolist() == [alone[0], -1, -1, -1, -1, alone[1]]
+    blocked = torch.zeros(100, dtype=torch.bool)
+    blocked[99] = True  # what may not come may be anything
+    row = [logits[1].data_ptr()] * 3
+    choice = Choice(*row, blocked.data_ptr(), None, 100, 0, 1, 1, 0.0, 1.0, 0.0, 1, 0.5)
+    assert step.draw([choice]) == [int(logits[1, :99].argmax())]
+
+
+@needs_compiler
+@pytest.mark.parametrize("bits", BITS)
 def test_a_part_of_the_head_is_that_part_of_the_logits(bits: int) -> None:
     shape = config(64, 4, 4, 100)
     model = random_model(shape, 1)
@@ -304,6 +377,16 @@ def test_what_the_compiled_step_does_not_take() -> None:
     cache = empty(shape, 1, 4)
     assert fits(Transformer(shape), cache)
     assert not fits(Transformer(biased), cache)
+    given = Transformer(shape)
+    given.model.layers[1].mlp.up_proj = torch.nn.Linear(64, 100)
+    assert not fits(given, cache)
+    for kind in ("silu", "swish", "gelu"):
+        other = Transformer(shape)
+        object.__setattr__(other.config, "hidden_act", kind)
+        try:
+            assert fits(other, cache) == (kind != "gelu")
+        finally:
+            object.__delattr__(other.config, "hidden_act")
     with pytest.raises(ValueError, match="no cache in this dtype"):
         CpuStep(Transformer(shape), [layer.to(torch.int8) for layer in cache], 32)
     assert not fits(Transformer(shape), [layer.half() for layer in cache])

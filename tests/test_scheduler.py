@@ -200,6 +200,46 @@ def test_a_prompt_that_begins_like_another_is_read_from_there() -> None:
     assert slots.take(again, first=True) is None and again.read == 39
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_an_empty_slot_is_taken_before_one_that_keeps_something(first: bool) -> None:
+    slots = Slots(4)
+    running = [Branch([number] * 5) for number in range(3)]
+    for branch in running:
+        slots.take(branch, first)
+        branch.read = 5
+    for branch in running:
+        slots.release(branch)
+    kept = [list(tokens) for tokens in slots.kept]
+    assert sorted(kept) == [[], [0] * 5, [1] * 5, [2] * 5]
+    new = Branch([9, 9])
+    slots.take(new, first)
+    assert new.slot == kept.index([]) and slots.kept == kept
+
+
+def test_a_slot_that_dropped_what_it_held_gives_nothing_back() -> None:
+    slots = Slots(1)
+    branch = Branch([1, 2, 3])
+    slots.take(branch, first=True)
+    branch.read = 3
+    slots.release(branch)
+    slots.drop(0)
+    again = Branch([1, 2, 3])
+    slots.take(again, first=True)
+    assert again.read == 0
+
+
+def test_without_sharing_every_prompt_is_read_whole() -> None:
+    slots = Slots(2)
+    slots.shares = False
+    running = Branch([1, 2, 3])
+    slots.take(running, first=True)
+    running.read = 3
+    other = Branch([1, 2, 3, 4])
+    assert slots.take(other, first=True) is None and other.read == 0
+    slots.release(running)
+    assert slots.take(Branch([1, 2, 3]), first=True) is None
+
+
 def test_forgotten_slots_give_nothing_back() -> None:
     slots = Slots(1)
     branch = Branch([1, 2, 3], read=0)

@@ -86,6 +86,12 @@ class Cache:
         for kept in self.kept:
             kept.copy(copied)
 
+    def clear(self, slot: int) -> None:
+        for kept in self.kept:
+            for part in kept:
+                if part is not None:
+                    part[:, slot] = 0
+
     @staticmethod
     def token_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
         """Bytes that one token takes, all layers."""

@@ -1,8 +1,15 @@
-// One decode step of the transformer on a CPU: every layer inside one parallel region.
+// One step of the transformer on a CPU: every layer inside one parallel region.
 //
-// A step has R rows, one new token each, that share each read of the weights. Threads own ranges of
-// weight rows; each keeps its own copy of the residual stream and of what a product reads, so that
-// a layer needs five barriers: after the queries, the attention, its output, the gates and the end.
+// A step has R rows, one new token each, that share each read of the weights; those of a prompt
+// stand in one slot, at places that follow each other. Threads own ranges of weight rows; each keeps
+// its own copy of the residual stream and of what a product reads, so that a layer needs five
+// barriers: after the queries, the attention, its output, the gates and the end (a sixth with rows
+// that share a slot).
+//
+// What a row comes to, to the bit, follows from its token, its place and what its slot holds before
+// it: not from the rows beside it, from how a prompt was cut, or from the number of threads. For
+// this every sum is added up in one order, and every function that rounds has one instance or says
+// how it rounds.
 //
 // Weights are fp32, bf16, int8 (one scale a row) or int4 (one bf16 scale for 32 columns). A table
 // turns nibbles into bf16, so that int4 costs one shuffle more than bf16 and activations are not
@@ -21,8 +28,11 @@
 #include <thread>
 #include <type_traits>
 #include <vector>
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
 #include <immintrin.h>
+#endif
+#if defined(__AVX2__) && defined(__FMA__) && !defined(__AVX512F__)
+#define VECTORS_OF_EIGHT  // sixteen registers of eight floats, so vectors of sixteen are two
 #endif
 
 namespace {
@@ -97,16 +107,6 @@ inline f16 load(const int8_t* p) {
 #endif
 }
 
-inline float sum(f16 v) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_ps(__m512(v));
-#else
-  float s = 0;
-  for (int i = 0; i < 16; i++) s += v[i];
-  return s;
-#endif
-}
-
 // N vectors, at most sixteen, to the sums of their entries, the first in the first place and so on;
 // pairs of vectors fold into one, four times.
 template <int N>
@@ -131,7 +131,96 @@ inline __attribute__((always_inline)) f16 sums(f16* v) {
   return v[0];
 }
 
+// In the order of `sums`, so that one vector comes to the same alone and among others.
+inline float sum(f16 v) { return sums<1>(&v)[0]; }
+
 inline f16 splat(float x) { return f16{} + x; }
+
+// a * b + c, rounded once. Left to the compiler, it may be rounded twice in one instance of a
+// template and once in another, and then rows would differ with how many stand beside them.
+inline f16 fused(f16 a, f16 b, f16 c) {
+#if defined(__AVX512F__)
+  return f16(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c)));
+#else
+  return a * b + c;
+#endif
+}
+
+// How far ahead of a row of weights to fetch: the same place of the next four rows where rows are
+// too short for the processor to follow them by itself, else `bytes` further on.
+inline int64_t ahead(int64_t row_bytes, int64_t bytes) {
+  return row_bytes <= 4096 ? 4 * row_bytes : bytes;
+}
+
+inline void fetch(const void* at, int64_t distance) {
+  __builtin_prefetch(static_cast<const char*>(at) + distance);
+}
+
+#if defined(VECTORS_OF_EIGHT)
+inline __m256 eight(const float* p) { return _mm256_loadu_ps(p); }
+
+inline __m256 eight(const uint16_t* p) {
+  const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
+}
+
+inline __m256 eight(const int8_t* p) {
+  const __m128i raw = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(raw));
+}
+
+// Four vectors of sixteen to the sums of their entries, added up in the order of `sums`.
+inline __m128 four_sums(const __m256* low, const __m256* high) {
+  __m128 t[4];
+  for (int r = 0; r < 4; r++) {
+    const __m256 v = _mm256_add_ps(low[r], high[r]);
+    t[r] = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  }
+  _MM_TRANSPOSE4_PS(t[0], t[1], t[2], t[3]);
+  return _mm_add_ps(_mm_add_ps(t[0], t[2]), _mm_add_ps(t[1], t[3]));
+}
+
+// What `dots4` below gives: X rows of input and four rows of weights. Vectors of sixteen are summed
+// in halves, one after the other in a block of columns, where both do not fit into the registers.
+template <int X, class W, class A>
+inline f16 eights(const W* w, int64_t stride, const A* given, int64_t given_stride,
+                  int64_t distance) {
+  const int64_t block = 512;
+  const int together = X == 1 ? 2 : 1;
+  __m256 acc[X][2][4];
+  for (int i = 0; i < X; i++)
+    for (int r = 0; r < 4; r++) acc[i][0][r] = acc[i][1][r] = _mm256_setzero_ps();
+  for (int64_t first = 0; first < stride; first += block) {
+    const int64_t last = std::min(stride, first + block);
+    for (int half = 0; half < 2; half += together) {
+      __m256 a[X][together][4];
+      for (int i = 0; i < X; i++)
+        for (int h = 0; h < together; h++)
+          for (int r = 0; r < 4; r++) a[i][h][r] = acc[i][half + h][r];
+      for (int64_t c = first + 8 * half; c < last; c += 16)
+#pragma GCC unroll 2
+        for (int h = 0; h < together; h++) {
+          __m256 x[X];
+#pragma GCC unroll 4
+          for (int i = 0; i < X; i++) x[i] = eight(given + i * given_stride + c + 8 * h);
+#pragma GCC unroll 4
+          for (int r = 0; r < 4; r++) {
+            if (distance) fetch(w + r * stride + c, distance);
+            const __m256 v = eight(w + r * stride + c + 8 * h);
+#pragma GCC unroll 4
+            for (int i = 0; i < X; i++) a[i][h][r] = _mm256_fmadd_ps(v, x[i], a[i][h][r]);
+          }
+        }
+      for (int i = 0; i < X; i++)
+        for (int h = 0; h < together; h++)
+          for (int r = 0; r < 4; r++) acc[i][half + h][r] = a[i][h][r];
+    }
+  }
+  float out[16] = {};
+  for (int i = 0; i < X; i++) _mm_storeu_ps(out + 4 * i, four_sums(acc[i][0], acc[i][1]));
+  return load(out);
+}
+#endif
 
 // e^x to about one part in 10^7; x is clamped to the range of normal numbers.
 inline f16 exp16(f16 x) {
@@ -153,6 +242,23 @@ inline f16 exp16(f16 x) {
   std::memcpy(&power, &bits, 64);
   return p * power;
 }
+
+// Vectors that start at a line of the processor's cache, so that no read of sixteen takes two.
+template <class T>
+struct Lines {
+  typedef T value_type;
+  Lines() = default;
+  template <class U>
+  Lines(const Lines<U>&) {}
+  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(64))); }
+  void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
+  template <class U>
+  bool operator==(const Lines<U>&) const { return true; }
+  template <class U>
+  bool operator!=(const Lines<U>&) const { return false; }
+};
+
+typedef std::vector<float, Lines<float>> Floats;
 
 // ---- products: what a product reads, in both precisions, zero behind the last column
 
@@ -181,54 +287,41 @@ inline void hold(f16& v) {
 #endif
 }
 
-// How far ahead of a row of weights to fetch: the same place of the next four rows where rows are
-// too short for the processor to follow them by itself, else `bytes` further on.
-inline int64_t ahead(int64_t row_bytes, int64_t bytes) {
-  return row_bytes <= 4096 ? 4 * row_bytes : bytes;
-}
-
-inline void fetch(const void* at, int64_t distance) {
-  __builtin_prefetch(static_cast<const char*>(at) + distance);
-}
-
-// Products of X rows and four rows of weights: each vector of weights feeds X sums. The sums of row
-// x stand at 4 * x of what is given back.
-template <int X>
-f16 dots4(const float* w, int64_t stride, const Input& in, int64_t row) {
+// Products of X rows of input and four rows of weights: each vector of weights feeds X sums. The
+// sums of row x stand at 4 * x of what is given back. Each is added up over the columns in the same
+// order whatever X is: what a row comes to does not depend on the rows beside it.
+template <int X, class W, class A>
+f16 plain4(const W* w, int64_t stride, const A* given, int64_t given_stride, int64_t distance) {
+#if defined(VECTORS_OF_EIGHT)
+  return eights<X>(w, stride, given, given_stride, distance);
+#else
   f16 acc[4 * X] = {};
-  const int64_t distance = ahead(4 * stride, 1024);
-  const float* given = in.full + row * in.stride;
   for (int64_t c = 0; c < stride; c += 16) {
     f16 x[X];
-    for (int i = 0; i < X; i++) hold<X>(x[i] = load(given + i * in.stride + c));
+    for (int i = 0; i < X; i++) hold<X>(x[i] = load(given + i * given_stride + c));
     for (int r = 0; r < 4; r++) {
-      if (X > 1) fetch(w + r * stride + c, distance);
+      if (distance) fetch(w + r * stride + c, distance);
       f16 v = load(w + r * stride + c);
       hold<X>(v);
-      for (int i = 0; i < X; i++) acc[4 * i + r] += v * x[i];
+      for (int i = 0; i < X; i++) acc[4 * i + r] = fused(v, x[i], acc[4 * i + r]);
     }
   }
   return sums<4 * X>(acc);
+#endif
+}
+
+template <int X>
+f16 dots4(const float* w, int64_t stride, const Input& in, int64_t row) {
+  const int64_t distance = X > 1 ? ahead(4 * stride, 1024) : 0;
+  return plain4<X>(w, stride, in.full + row * in.stride, in.stride, distance);
 }
 
 template <int X>
 f16 dots4(const int8_t* w, const float* scale, int64_t stride, const Input& in, int64_t row) {
-  f16 acc[4 * X] = {};
-  const int64_t distance = ahead(stride, 1024);
   const float* given = in.full + row * in.stride;
-  for (int64_t c = 0; c < stride; c += 16) {
-    f16 x[X];
-    for (int i = 0; i < X; i++) hold<X>(x[i] = load(given + i * in.stride + c));
-    for (int r = 0; r < 4; r++) {
-      fetch(w + r * stride + c, distance);
-      f16 v = load(w + r * stride + c);
-      hold<X>(v);
-      for (int i = 0; i < X; i++) acc[4 * i + r] += v * x[i];
-    }
-  }
   f16 scales;
   for (int i = 0; i < 16; i++) scales[i] = scale[i % 4];
-  return sums<4 * X>(acc) * scales;
+  return plain4<X>(w, stride, given, in.stride, ahead(stride, 1024)) * scales;
 }
 
 // Thirty-two bf16, of which sixteen pairs are multiplied at once.
@@ -240,10 +333,10 @@ inline f16 pairs(const uint16_t* p) {
 
 template <int X>
 f16 dots4(const uint16_t* w, int64_t stride, const Input& in, int64_t row) {
-  f16 acc[4 * X] = {};
   const int64_t distance = ahead(2 * stride, 1024);
   const uint16_t* given = in.half + row * in.stride;
 #if defined(__AVX512BF16__)
+  f16 acc[4 * X] = {};
   for (int64_t c = 0; c < stride; c += 32) {
     f16 x[X];
     for (int i = 0; i < X; i++) hold<X>(x[i] = pairs(given + i * in.stride + c));
@@ -255,20 +348,16 @@ f16 dots4(const uint16_t* w, int64_t stride, const Input& in, int64_t row) {
         acc[4 * i + r] = f16(_mm512_dpbf16_ps(__m512(acc[4 * i + r]), __m512bh(v), __m512bh(x[i])));
     }
   }
-#else
-  for (int64_t c = 0; c < stride; c += 16)
-    for (int r = 0; r < 4; r++) {
-      const f16 v = load(w + r * stride + c);
-      for (int i = 0; i < X; i++) acc[4 * i + r] += v * load(given + i * in.stride + c);
-    }
-#endif
   return sums<4 * X>(acc);
+#else
+  return plain4<X>(w, stride, given, in.stride, distance);
+#endif
 }
 
 // int4: 32 bytes hold 64 columns, the first 32 in the low nibbles; two bf16 scales follow suit.
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
 template <int X>
 f16 dots4(const uint8_t* w, const uint16_t* scales, int64_t stride, const Input& in, int64_t row) {
-#if defined(__AVX512BF16__) && defined(__AVX512BW__)
   alignas(64) uint16_t levels[32];
   for (int i = 0; i < 32; i++) levels[i] = as_bf16(float(i % 16 - 8));
   const __m512i table = _mm512_load_si512(levels), nibble = _mm512_set1_epi16(15);
@@ -301,30 +390,29 @@ f16 dots4(const uint8_t* w, const uint16_t* scales, int64_t stride, const Input&
     }
   }
   return sums<4 * X>(acc);
+}
+const bool UNPACKS_INT4 = false;
 #else
-  f16 out = {};
-  for (int x = 0; x < X; x++)
-    for (int r = 0; r < 4; r++) {
-      float total = 0;
-      for (int64_t c = 0; c < stride; c += 32) {
-        const uint8_t* at = w + (r * stride + c / 64 * 64) / 2;
-        const uint16_t* given = in.half + (row + x) * in.stride + c;
-        float part = 0;
-        for (int j = 0; j < 32; j++) {
-          int level = c % 64 ? at[j] >> 4 : at[j] & 15;
-          part += float(level - 8) * as_float(given[j]);
-        }
-        total += part * as_float(scales[(r * stride + c) / 32]);
-      }
-      out[4 * x + r] = total;
-    }
-  return out;
+// Other processors unpack four rows first; a level times its scale is a float without rounding.
+template <int X>
+f16 dots4(const uint8_t*, const uint16_t*, int64_t, const Input&, int64_t) { return f16{}; }
+const bool UNPACKS_INT4 = true;
 #endif
+
+void unpack_int4(const uint8_t* w, const uint16_t* scales, int64_t n, float* __restrict out) {
+  for (int64_t c = 0; c < n; c += 64) {
+    const float scale_1 = as_float(scales[c / 32]), scale_2 = as_float(scales[c / 32 + 1]);
+    const uint8_t* at = w + c / 2;
+    for (int i = 0; i < 32; i++) out[c + i] = float(int(at[i] & 15) - 8) * scale_1;
+    for (int i = 0; i < 32; i++) out[c + 32 + i] = float(int(at[i] >> 4) - 8) * scale_2;
+  }
 }
 
+// `unpacked` are the four rows of an int4 matrix as floats, where they were unpacked.
 template <int X>
-f16 four_rows(const Matrix& m, int64_t first, const Input& in, int64_t row) {
+f16 four_rows(const Matrix& m, int64_t first, const Input& in, int64_t row, const float* unpacked) {
   const int64_t at = first * m.stride;
+  if (unpacked) return plain4<X>(unpacked, m.stride, in.half + row * in.stride, in.stride, 0);
   switch (m.kind) {
     case FP32:
       return dots4<X>(static_cast<const float*>(m.data) + at, m.stride, in, row);
@@ -340,10 +428,10 @@ f16 four_rows(const Matrix& m, int64_t first, const Input& in, int64_t row) {
 }
 
 template <int X>
-void put_four(const Matrix& m, int64_t first, const Input& in, int64_t row, float* y,
-              int64_t y_stride) {
+void put_four(const Matrix& m, int64_t first, const Input& in, int64_t row, const float* unpacked,
+              float* y, int64_t y_stride) {
   float out[16];
-  store(out, four_rows<X>(m, first, in, row));
+  store(out, four_rows<X>(m, first, in, row, unpacked));
   for (int x = 0; x < X; x++) std::memcpy(y + (row + x) * y_stride + first, out + 4 * x, 16);
 }
 
@@ -357,16 +445,45 @@ Range share(int64_t rows) {
   return {fours * thread / threads * 4, fours * (thread + 1) / threads * 4};
 }
 
+#if defined(VECTORS_OF_EIGHT)
+const int64_t TILE = 3;  // rows of input whose sums fit into the registers
+#else
+const int64_t TILE = 4;
+#endif
+
+// Columns first to first + 4 of y, for the tile of rows from `row` on.
+void put_tile(const Matrix& m, int64_t first, const Input& in, int64_t row, int64_t R,
+              const float* unpacked, float* y, int64_t y_stride) {
+  switch (std::min(TILE, R - row)) {
+    case 1: return put_four<1>(m, first, in, row, unpacked, y, y_stride);
+    case 2: return put_four<2>(m, first, in, row, unpacked, y, y_stride);
+    case 3: return put_four<3>(m, first, in, row, unpacked, y, y_stride);
+    default: return put_four<4>(m, first, in, row, unpacked, y, y_stride);
+  }
+}
+
+// How many rows of weights the rows of input pass at a time: four while their inputs stay in the
+// first cache, else as many as half of the second cache holds, so that inputs are read less often.
+int64_t panel(const Matrix& m, int64_t R) {
+  const int64_t bits[] = {32, 16, 8, 4}, row_bytes = m.stride * bits[m.kind] / 8;
+  const bool unpacks = m.kind == INT4 && UNPACKS_INT4;
+  return R <= 16 || unpacks ? 4 : std::max<int64_t>(4, (int64_t(1) << 17) / row_bytes / 4 * 4);
+}
+
 // y[row, n] = in[row] . m[n] for all rows and the n of this thread.
 Range multiply(const Matrix& m, const Input& in, int64_t R, float* y, int64_t y_stride) {
   const Range mine = share(m.rows);
-  for (int64_t n = mine.first; n < mine.last; n += 4) {
-    for (int64_t row = 0; row < R; row += 4) switch (R - row) {
-        case 1: put_four<1>(m, n, in, row, y, y_stride); break;
-        case 2: put_four<2>(m, n, in, row, y, y_stride); break;
-        case 3: put_four<3>(m, n, in, row, y, y_stride); break;
-        default: put_four<4>(m, n, in, row, y, y_stride);
-      }
+  const int64_t width = panel(m, R);
+  const bool unpacks = m.kind == INT4 && UNPACKS_INT4;
+  Floats unpacked(unpacks ? 4 * m.stride : 0);
+  for (int64_t first = mine.first; first < mine.last; first += width) {
+    const int64_t last = std::min(first + width, mine.last), at = first * m.stride;
+    if (unpacks)
+      unpack_int4(static_cast<const uint8_t*>(m.data) + at / 2,
+                  static_cast<const uint16_t*>(m.scales) + at / 32, 4 * m.stride, unpacked.data());
+    for (int64_t row = 0; row < R; row += TILE)
+      for (int64_t n = first; n < last; n += 4)
+        put_tile(m, n, in, row, R, unpacks ? unpacked.data() : nullptr, y, y_stride);
   }
   return mine;
 }
@@ -396,6 +513,9 @@ class Meeting {
 
 // ---- the parts of a layer
 
+// Inlined in two places, a function may be rounded in two ways (see `fused`).
+#define ONE_COPY __attribute__((noinline))
+
 // The sum of (x - mean)^2.
 float squares(const float* x, int64_t n, float mean) {
   f16 total = {};
@@ -409,7 +529,7 @@ float squares(const float* x, int64_t n, float mean) {
   return s;
 }
 
-void rms_norm(const float* __restrict x, const float* __restrict weight, int64_t n, float eps,
+ONE_COPY void rms_norm(const float* __restrict x, const float* __restrict weight, int64_t n, float eps,
               float* __restrict y) {
   const float scale = 1.0f / std::sqrt(squares(x, n, 0) / n + eps);
   for (int64_t i = 0; i < n; i++) y[i] = x[i] * scale * weight[i];
@@ -448,7 +568,7 @@ float total(const float* x, int64_t n) {
   return s;
 }
 
-void head_norm_and_turn(const float* x, const float* weight, const float* bias, const float* cos,
+ONE_COPY void head_norm_and_turn(const float* x, const float* weight, const float* bias, const float* cos,
                         const float* sin, int64_t H, float* __restrict y) {
   const float mean = total(x, H) / H, scale = 1.0f / std::sqrt(squares(x, H, mean) / H + 1e-5f);
   const int64_t half = H / 2;
@@ -482,7 +602,17 @@ template <class T>
 float dot(const float* q, const T* k, int64_t H) {
   f16 total = {};
   int64_t i = 0;
-  for (; i + 16 <= H; i += 16) total += load(q + i) * load(k + i);
+#if defined(VECTORS_OF_EIGHT)
+  __m256 low = _mm256_setzero_ps(), high = low;
+  for (; i + 16 <= H; i += 16) {
+    low = _mm256_fmadd_ps(eight(q + i), eight(k + i), low);
+    high = _mm256_fmadd_ps(eight(q + i + 8), eight(k + i + 8), high);
+  }
+  std::memcpy(&total, &low, 32);
+  std::memcpy(reinterpret_cast<char*>(&total) + 32, &high, 32);
+#else
+  for (; i + 16 <= H; i += 16) total = fused(load(q + i), load(k + i), total);
+#endif
   float s = sum(total);
   for (; i < H; i++) s += q[i] * value(k[i]);
   return s;
@@ -491,30 +621,62 @@ float dot(const float* q, const T* k, int64_t H) {
 // One query and the keys of sixteen places that follow each other.
 template <class T>
 f16 dots16(const float* q, const T* k, int64_t H) {
-  f16 products[16] = {};
   for (int64_t i = 0; i < 16 * H; i += 64 / sizeof(T)) fetch(k + i, 16 * H * sizeof(T));
+#if defined(VECTORS_OF_EIGHT)
+  float out[16];
+  for (int p = 0; p < 16; p += 4) {
+    __m256 low[4] = {}, high[4] = {};
+    for (int64_t i = 0; i < H; i += 16) {
+      const __m256 q_low = eight(q + i), q_high = eight(q + i + 8);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) {
+        low[j] = _mm256_fmadd_ps(q_low, eight(k + (p + j) * H + i), low[j]);
+        high[j] = _mm256_fmadd_ps(q_high, eight(k + (p + j) * H + i + 8), high[j]);
+      }
+    }
+    _mm_storeu_ps(out + p, four_sums(low, high));
+  }
+  return load(out);
+#else
+  f16 products[16] = {};
   for (int64_t i = 0; i < H; i += 16) {
     const f16 here = load(q + i);
-    for (int p = 0; p < 16; p++) products[p] += here * load(k + p * H + i);
+    for (int p = 0; p < 16; p++) products[p] = fused(here, load(k + p * H + i), products[p]);
   }
   return sums<16>(products);
+#endif
 }
 
 // out = sum over places of weight * v, for W vectors of the head.
 template <int W, class T>
 void blend(const float* weights, const T* v, int64_t places, int64_t H, float* out) {
+#if defined(VECTORS_OF_EIGHT)
+  __m256 acc[2 * W] = {};
+  for (int64_t p = 0; p < places; p++) {
+    const __m256 weight = _mm256_broadcast_ss(weights + p);
+    for (size_t i = 0; i < 16 * W; i += 64 / sizeof(T)) fetch(v + p * H + i, 4096);
+#pragma GCC unroll 16
+    for (int j = 0; j < 2 * W; j++)
+      acc[j] = _mm256_fmadd_ps(weight, eight(v + p * H + 8 * j), acc[j]);
+  }
+#pragma GCC unroll 16
+  for (int j = 0; j < 2 * W; j++) _mm256_storeu_ps(out + 8 * j, acc[j]);
+#else
   f16 acc[W] = {};
   for (int64_t p = 0; p < places; p++) {
     for (size_t i = 0; i < 16 * W; i += 64 / sizeof(T)) fetch(v + p * H + i, 4096);
-    for (int j = 0; j < W; j++) acc[j] += weights[p] * load(v + p * H + 16 * j);
+    for (int j = 0; j < W; j++) acc[j] = fused(splat(weights[p]), load(v + p * H + 16 * j), acc[j]);
   }
   for (int j = 0; j < W; j++) store(out + 16 * j, acc[j]);
+#endif
 }
 
 template <class T>
 void blend(const float* weights, const T* v, int64_t places, int64_t H, float* out) {
   int64_t i = 0;
+#if !defined(VECTORS_OF_EIGHT)
   for (; i + 128 <= H; i += 128) blend<8>(weights, v + i, places, H, out + i);
+#endif
   for (; i + 64 <= H; i += 64) blend<4>(weights, v + i, places, H, out + i);
   for (; i + 16 <= H; i += 16) blend<1>(weights, v + i, places, H, out + i);
   for (; i < H; i++) {
@@ -568,7 +730,7 @@ struct Kept {
 
 // One key head of one row: its queries against the places so far, the new token among them.
 template <class T>
-void attend(const Model& m, const Kept<T>& k, const Kept<T>& v, int64_t places, const float* q,
+ONE_COPY void attend(const Model& m, const Kept<T>& k, const Kept<T>& v, int64_t places, const float* q,
             float* scores, float* out, const Input& in, int64_t row, int64_t column) {
   const int64_t H = m.H;
   const float scale = 1.0f / std::sqrt(float(H));
@@ -588,7 +750,7 @@ void attend(const Model& m, const Kept<T>& k, const Kept<T>& v, int64_t places, 
 }
 
 // silu(gate) * up, for the columns of one thread
-void activate(const float* gates, const float* ups, Range mine, const Input& inner, int64_t row) {
+ONE_COPY void activate(const float* gates, const float* ups, Range mine, const Input& inner, int64_t row) {
   for (int64_t n = mine.first; n < mine.last; n += 16) {
     const int64_t count = std::min<int64_t>(16, mine.last - n);
     f16 gate = {}, up = {};
@@ -601,51 +763,74 @@ void activate(const float* gates, const float* ups, Range mine, const Input& inn
   }
 }
 
-struct Step {
-  const Model& model;
+// One layer's keys, values and attention for the rows of a step.
+template <class T>
+struct Heads {
+  const Model& m;
+  const Layer& l;
   const int64_t *slots, *lengths;
+  float* qkv;
+  int64_t qkv_width;
+  const Input& attended;
 
-  template <class T>
-  void heads(int64_t layer, int64_t row, int64_t head, const float* qkv, float* scratch,
-             const Input& attended) const {
-    const Model& m = model;
-    const Layer& l = m.layer[layer];
-    const int64_t H = m.H, group = m.N / m.K, length = lengths[row];
-    const int64_t first = (slots[row] * m.K + head) * m.places;
-    const Kept<T> k(l.k, l.k_scales, first, H), v(l.v, l.v_scales, first, H);
-    const float *cos = m.cos + length * (H / 2), *sin = m.sin + length * (H / 2);
-    float *q = scratch, *turned = q + group * H, *out = turned + H, *scores = out + H;
-    for (int64_t g = 0; g < group; g++) {
-      const int64_t n = (head * group + g) * H;
-      head_norm_and_turn(qkv + n, l.q_weight + n, l.q_bias + n, cos, sin, H, q + g * H);
+  Kept<T> kept(void* data, float* scales, int64_t row, int64_t head) const {
+    return Kept<T>(data, scales, (slots[row] * m.K + head) * m.places, m.H);
+  }
+
+  // Stores the key and value of one key head of a row, and turns the queries that read it.
+  void prepare(int64_t row, int64_t head, float* turned) const {
+    const int64_t H = m.H, group = m.N / m.K, place = lengths[row];
+    const float *cos = m.cos + place * (H / 2), *sin = m.sin + place * (H / 2);
+    float* given = qkv + row * qkv_width;
+    for (int64_t n = head * group * H; n < (head + 1) * group * H; n += H) {
+      head_norm_and_turn(given + n, l.q_weight + n, l.q_bias + n, cos, sin, H, turned);
+      std::memcpy(given + n, turned, H * sizeof(float));
     }
-    const float* new_k = qkv + (m.N + head) * H;
-    const float* new_v = qkv + (m.N + m.K + head) * H;
+    const float *new_k = given + (m.N + head) * H, *new_v = new_k + m.K * H;
     head_norm_and_turn(new_k, l.k_weight + head * H, l.k_bias + head * H, cos, sin, H, turned);
-    k.put(length, turned, H);
-    v.put(length, new_v, H);
-    attend(m, k, v, length + 1, q, scores, out, attended, row, head * group * H);
+    kept(l.k, l.k_scales, row, head).put(place, turned, H);
+    kept(l.v, l.v_scales, row, head).put(place, new_v, H);
+  }
+
+  void look_back(int64_t row, int64_t head, float* scratch) const {
+    const int64_t n = head * (m.N / m.K) * m.H;
+    const Kept<T> k = kept(l.k, l.k_scales, row, head), v = kept(l.v, l.v_scales, row, head);
+    const float* q = qkv + row * qkv_width + n;
+    attend(m, k, v, lengths[row] + 1, q, scratch + m.H, scratch, attended, row, n);
+  }
+
+  // Threads take turns. Where rows share a slot, later ones look back at keys that other threads
+  // store, so all are stored first; and the heads stand outside, for their keys to stay in cache.
+  void all(int64_t R, bool shared, Meeting& meeting, float* scratch) const {
+    const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads(), tasks = R * m.K;
+    if (!shared) {
+      for (int64_t task = thread; task < tasks; task += team) {
+        prepare(task / m.K, task % m.K, scratch);
+        look_back(task / m.K, task % m.K, scratch);
+      }
+      return;
+    }
+    for (int64_t task = thread; task < tasks; task += team)
+      prepare(task / m.K, task % m.K, scratch);
+    meeting.wait();
+    for (int64_t task = thread; task < tasks; task += team) look_back(task % R, task / R, scratch);
   }
 };
 
-int64_t padded(int64_t n) { return (n + 63) / 64 * 64; }
-
-// Vectors that start at a line of the processor's cache, so that no read of sixteen takes two.
 template <class T>
-struct Lines {
-  typedef T value_type;
-  Lines() = default;
-  template <class U>
-  Lines(const Lines<U>&) {}
-  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(64))); }
-  void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
-  template <class U>
-  bool operator==(const Lines<U>&) const { return true; }
-  template <class U>
-  bool operator!=(const Lines<U>&) const { return false; }
-};
+void attention(const Model& m, const Layer& l, const int64_t* slots, const int64_t* lengths,
+               float* qkv, int64_t qkv_width, const Input& attended, int64_t R, bool shared,
+               Meeting& meeting, float* scratch) {
+  Heads<T>{m, l, slots, lengths, qkv, qkv_width, attended}.all(R, shared, meeting, scratch);
+}
 
-typedef std::vector<float, Lines<float>> Floats;
+bool any_twice(const int64_t* slots, int64_t R) {
+  std::vector<int64_t> sorted(slots, slots + R);
+  std::sort(sorted.begin(), sorted.end());
+  return std::adjacent_find(sorted.begin(), sorted.end()) != sorted.end();
+}
+
+int64_t padded(int64_t n) { return (n + 63) / 64 * 64; }
 
 struct Buffers {
   Floats full;
@@ -733,6 +918,17 @@ struct Choice {
         z[c] = seen[c] ? (z[c] > 0 ? z[c] / p : z[c] * p) : z[c];
   }
 };
+
+// Whether something can be drawn: no NaN, nothing infinite but what may not come.
+bool sound(const float* z, int64_t n) {
+  float top = -INFINITY;
+  bool all = true;
+  for (int64_t i = 0; i < n; i++) {
+    all &= z[i] <= 3.402823466e+38f;
+    top = z[i] > top ? z[i] : top;
+  }
+  return all && top > -INFINITY;
+}
 
 // One row of logits in z, which like the scratch e is padded to sixteens.
 struct Draw {
@@ -841,7 +1037,7 @@ struct Draw {
 
 extern "C" {
 
-// The column that each of B choices comes to.
+// The column that each of B choices comes to; -1 where the logits are not finite.
 void earlyfusion_draw(const Choice* choices, int64_t B, int64_t* drawn, int64_t threads) {
   int64_t widest = 0;
   for (int64_t b = 0; b < B; b++) widest = std::max(widest, choices[b].columns);
@@ -853,6 +1049,10 @@ void earlyfusion_draw(const Choice* choices, int64_t B, int64_t* drawn, int64_t 
     for (int64_t b = 0; b < B; b++) {
       const Choice& c = choices[b];
       c.mix(z.data());
+      if (!sound(z.data(), c.columns)) {
+        drawn[b] = -1;
+        continue;
+      }
       Draw row(c.columns, float(c.temperature), z.data(), e.data());
       if (c.temperature == 0) {
         drawn[b] = row.greedy();
@@ -867,11 +1067,11 @@ void earlyfusion_draw(const Choice* choices, int64_t B, int64_t* drawn, int64_t 
 }
 
 // x_RD: embedded tokens in, states behind the last norm out. Each row's token goes to place
-// lengths[row] of its slot.
+// lengths[row] of its slot, and sees what the slot holds up to there: also what other rows store.
 void earlyfusion_step(const Model* model, int64_t R, float* x_RD, const int64_t* slots,
                       const int64_t* lengths, int64_t threads) {
   const Model& m = *model;
-  const Step step{m, slots, lengths};
+  const bool shared = any_twice(slots, R);
   const int64_t D = m.D, qkv_width = (m.N + 2 * m.K) * m.H;
   int64_t longest = 0;
   for (int64_t row = 0; row < R; row++) longest = std::max(longest, lengths[row] + 1);
@@ -885,7 +1085,7 @@ void earlyfusion_step(const Model* model, int64_t R, float* x_RD, const int64_t*
     Buffers own(R, D, half);
     const Input in = own.input();
     Floats x(x_RD, x_RD + R * D), norm_scratch(D);
-    Floats scratch((m.N / m.K + 2) * m.H + padded(longest));
+    Floats scratch(m.H + padded(longest));
     for (int64_t i = 0; i < m.layers; i++) {
       const Layer& l = m.layer[i];
       const float* before_1 = m.norm_after ? nullptr : l.norm_1;
@@ -898,17 +1098,11 @@ void earlyfusion_step(const Model* model, int64_t R, float* x_RD, const int64_t*
       multiply(l.k_new, in, R, qkv.data() + m.N * m.H, qkv_width);
       multiply(l.v_new, in, R, qkv.data() + (m.N + m.K) * m.H, qkv_width);
       meeting.wait();
-      const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
-      for (int64_t task = thread; task < R * m.K; task += team) {
-        const int64_t row = task / m.K, head = task % m.K;
-        const float* given = qkv.data() + row * qkv_width;
-        if (m.cache_kind == FP32)
-          step.heads<float>(i, row, head, given, scratch.data(), attended);
-        else if (m.cache_kind == BF16)
-          step.heads<uint16_t>(i, row, head, given, scratch.data(), attended);
-        else
-          step.heads<int8_t>(i, row, head, given, scratch.data(), attended);
-      }
+      const auto attention_here = m.cache_kind == FP32   ? attention<float>
+                                  : m.cache_kind == BF16 ? attention<uint16_t>
+                                                         : attention<int8_t>;
+      attention_here(m, l, slots, lengths, qkv.data(), qkv_width, attended, R, shared, meeting,
+                     scratch.data());
       meeting.wait();
       multiply(l.o, attended, R, y.data(), D);
       meeting.wait();

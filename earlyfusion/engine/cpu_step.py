@@ -1,8 +1,10 @@
-"""A decode step on a CPU in compiled code: `cpu_step.cpp`, built on first use by a C++ compiler.
+"""A step on a CPU in compiled code: `cpu_step.cpp`, built on first use by a C++ compiler.
 
-Reading the weights is what a step costs. The compiled step reads them once for all rows, in fp32,
-bf16, int8 (one scale a row) or int4 (one bf16 scale for 32 columns), and spends no time between
-operations. `available()` is False without a C++ compiler, or with EARLYFUSION_NATIVE=0.
+Reading the weights is what a step of few rows costs. The compiled step reads them once for all
+rows, in fp32, bf16, int8 (one scale a row) or int4 (one bf16 scale for 32 columns), and spends no
+time between operations. Prompts are read by it too: what a token comes to is then the same to the
+bit however a prompt is cut and whatever stands beside it. `available()` is False without a C++
+compiler, or with EARLYFUSION_NATIVE=0.
 
 Shapes: R rows of a step, D model width, O rows and I columns of a matrix, S slots, K key and value
 heads, P places of a slot, H head width.
@@ -23,9 +25,6 @@ from earlyfusion.model import native
 from earlyfusion.model.packed import BITS, PackedLinear, PackedMatrix, pack, packed_weight
 from earlyfusion.model.rotary import rotary_tables
 from earlyfusion.model.transformer import Block, Transformer
-
-MOST_ROWS = 16
-"""Rows of a step up to which the compiled step beats a matrix product."""
 
 _CACHE_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
@@ -59,7 +58,7 @@ def available() -> bool:
 
 
 class CpuStep:
-    """The transformer's layers as one call; takes one new token a row.
+    """The transformer's layers as one call; a row is one new token, of any slot and place.
 
     Reads the model's own weights where they are in `bits` already, else a packed copy. The cache is
     the caller's: keys and values of a layer as [2, S, K, P, H] in fp32, bf16 or int8, and for int8
@@ -74,7 +73,7 @@ class CpuStep:
         scales: Sequence[Tensor] = (),
     ) -> None:
         if not fits(transformer, cache) or (cache[0].dtype == torch.int8) != bool(scales):
-            raise ValueError("the compiled step takes no biases, and no cache in this dtype")
+            raise ValueError("the compiled step takes silu, no biases, and no cache in this dtype")
         library = _library()
         if library is None:
             raise ValueError("the compiled step needs a C++ compiler: install g++")
@@ -87,9 +86,10 @@ class CpuStep:
         self.bits = bits
 
     def states(self, tokens_R: Tensor, slots_R: Tensor, lengths_R: Tensor) -> Tensor:
-        """States [R, D] in fp32 that the head reads, after storing each token behind its slot.
+        """States [R, D] in fp32 that the head reads, after storing each token in its slot.
 
-        `lengths_R` counts the tokens that the slots hold; all three are int64 on the CPU.
+        `lengths_R` counts the tokens before each in its slot, those of this call too: rows of one
+        slot stand at places that follow each other. All three are int64 on the CPU.
         """
         x_RD = self._embedding[tokens_R].float()
         slots_R, lengths_R = slots_R.contiguous(), lengths_R.contiguous()
@@ -121,7 +121,7 @@ class CpuStep:
     def draw(self, choices: Sequence[Choice]) -> list[int]:
         """The column drawn for each: mix, mask, penalty, then `warp` and `pick`.
 
-        Where the temperature is 0, the largest.
+        Where the temperature is 0, the largest; -1 where the logits are not finite.
         """
         drawn = (ctypes.c_int64 * len(choices))()
         rows = (_Choice * len(choices))(*(_Choice(*choice) for choice in choices))
@@ -181,16 +181,16 @@ def own_bits(transformer: Transformer) -> int | None:
 
 
 def fits(transformer: Transformer, cache: Sequence[Tensor]) -> bool:
-    """Whether the compiled step can run this model on this cache: no biases, rows in fours."""
-    config = transformer.config
+    """Whether the compiled step can run a model on this cache: silu, no biases, rows in fours."""
+    config, linears = transformer.config, list(_linears(transformer))
     on_cpu = transformer.lm_head.weight.device.type == "cpu"
-    biased = config.attention_bias or config.mlp_bias
+    plain = all(type(m) in (nn.Linear, PackedLinear) and m.bias is None for m in linears)
     heads = (config.num_attention_heads, config.kv_heads)
     in_fours = (
         all(n * config.head_dim % 4 == 0 for n in heads) and config.intermediate_size % 4 == 0
     )
-    plain = all(type(m) in (nn.Linear, PackedLinear) for m in _linears(transformer))
-    return on_cpu and plain and not biased and in_fours and cache[0].dtype in _CACHE_KINDS
+    silu = getattr(config, "hidden_act", "silu") in ("silu", "swish")
+    return on_cpu and plain and silu and in_fours and cache[0].dtype in _CACHE_KINDS
 
 
 def _linears(transformer: Transformer) -> Iterator[nn.Module]:

@@ -2,11 +2,13 @@
 
 Requests join and leave between steps. A reply depends on its prompt, settings and seed, not on what
 runs beside it: token for token it is that of `generation/reference.py`. Several threads may drive
-one engine: whoever waits for an event makes the next step, for all.
+one engine: whoever waits for an event makes the next step, for all. What stands in the module tree
+when a request is added counts: new weights, other modules and hooks are noticed there.
 """
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from threading import Condition
@@ -16,12 +18,14 @@ from earlyfusion.engine.cache import Cache
 from earlyfusion.engine.cache import cache_dtype as dtype_of
 from earlyfusion.engine.network import fingerprint
 from earlyfusion.engine.request import Handle, most_branches
-from earlyfusion.engine.runner import ModelRunner
+from earlyfusion.engine.runner import NOTHING, ModelRunner
 from earlyfusion.engine.scheduler import Entry, Scheduler
 from earlyfusion.engine.tensor_parallel import LeadingRunner, peers_of
-from earlyfusion.errors import ContextError, EarlyFusionError, SettingError
+from earlyfusion.errors import ContextError, EarlyFusionError, SettingError, WeightsError
 from earlyfusion.generation.grammar import Grammar
 from earlyfusion.generation.reference import Event, Request
+from earlyfusion.generation.sampler import NOT_FINITE
+from earlyfusion.model.kv_cache import kept_in
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.processor import Processor
 from earlyfusion.vocabulary import ImageLayout
@@ -53,22 +57,25 @@ class Engine:
         self.slot_tokens = slot_tokens or transformer.config.max_position_embeddings
         self._kept = cache_dtype
         self.slot_bytes = self.slot_tokens * Cache.token_bytes(
-            transformer.config, dtype_of(cache_dtype, transformer.lm_head.weight.dtype)
+            transformer.config, dtype_of(cache_dtype, kept_in(transformer)[0])
         )
         self.slots = _slots(cache_bytes, self.slot_bytes, self.slot_tokens)
         self.transformer, self.processor = transformer, processor
-        self._scheduler = Scheduler(self.slots, chunk)
+        self._chunk, self._scheduler = chunk, Scheduler(self.slots, chunk)
         self._handles: dict[Entry, Handle] = {}
         self._leaving: deque[Handle] = deque()
         self._turn = _Turns()
         self._load()
 
     def add(self, request: Request, priority: int = 0) -> Handle:
-        """Take a request in; the smaller `priority` goes first. Raises as `check` does."""
+        """Take a request in; the smaller `priority` goes first. Raises as `check` does.
+
+        Where the transformer has changed, requests under way read their tokens again.
+        """
         self.check(request)
         with self._turn:
             self._let_go()
-            if not self._handles and fingerprint([self.transformer]) != self._weights:
+            if fingerprint([self.transformer]) != self._weights:
                 self._load()
             grammar = self._grammar(request.stops, request.layout)
             leave = self._leaving.append
@@ -131,7 +138,19 @@ class Engine:
             self._fail(error)
             raise
         for handle, tokens in zip(handles, drawn, strict=True):
-            self._deliver(handle, tokens)
+            if NOTHING in tokens:
+                self._give_up(handle, WeightsError(NOT_FINITE))
+            else:
+                self._deliver(handle, tokens)
+
+    def _give_up(self, handle: Handle, error: BaseException) -> None:
+        """End one request with an error, and nothing stays of what it has read."""
+        handle.error = error
+        slots = [b.slot for b in handle.entry.branches if b.slot is not None]
+        self._end(handle)
+        self._runner.clear(slots)
+        for slot in slots:
+            self._scheduler.slots.drop(slot)
 
     def _deliver(self, handle: Handle, tokens: Sequence[int]) -> None:
         self._scheduler.release(handle.take(tokens))
@@ -176,19 +195,28 @@ class Engine:
         self._scheduler.slots.forget()
 
     def _load(self) -> None:
-        """Read the transformer, at first and when somebody has trained, moved or replaced it."""
+        """Read the transformer, at first and when somebody has trained, moved or changed it."""
         self._grammars: dict[tuple[tuple[int, ...], ImageLayout], Grammar] = {}
-        self._scheduler.slots.forget()
+        self._scheduler.restart()
         runner = ModelRunner if peers_of(self.transformer) is None else LeadingRunner
         shape = self.slots, self.slot_tokens, self._kept
         self._runner = runner(self.transformer, self._grammar(()), *shape)
+        # Hooks and foreign modules see what the plain loop shows them: each prompt, and whole.
+        self._scheduler.slots.shares = self._runner.fused
+        self._scheduler.chunk = self._chunk if self._runner.fused else sys.maxsize
+        for handle in self._handles.values():
+            handle.grammar = self._grammar(handle.request.stops, handle.request.layout)
+            self._runner.allow(handle.grammar)
+        for handle in self._handles.values():
+            self._mark_seen(handle)
         self._weights = fingerprint([self.transformer])
+        self._seen = list(self.transformer.modules())  # their ids stay theirs
 
     def _grammar(self, stops: tuple[int, ...], layout: ImageLayout | None = None) -> Grammar:
         layout = layout or self.processor.layout
         if (stops, layout) not in self._grammars:
-            vocabulary, weight = self.processor.vocabulary, self.transformer.lm_head.weight
-            size, device = weight.shape[0], weight.device
+            vocabulary, size = self.processor.vocabulary, self.transformer.config.vocab_size
+            device = kept_in(self.transformer)[1]
             self._grammars[stops, layout] = Grammar(vocabulary, layout, stops, size, device)
         return self._grammars[stops, layout]
 

@@ -4,14 +4,18 @@ Tokens of all requests stand in one row: what is read by many requests in one st
 a layer. Queries, keys and values come from one product, gate and up from another; the head has only
 the rows that may be drawn. On a CPU the weights are packed once for oneDNN, whose products of few
 rows are up to three times as fast as those of plain `F.linear`; the packed copy is left out where
-memory is short. Modules that are no plain `nn.Linear` are called as they are.
+memory is short. Packed linear modules and PEFT's adapters are called as they are.
 
 Shapes: T tokens of a step, D model width, N query heads, K key and value heads, H head width, I
 inner width of the feed-forward, O I rows and columns of a weight, P positions, V columns of a head.
+
+`is_plain` tells whether a transformer may be run so, `fingerprint` when to ask again. What stands
+in the module tree counts: with hooks or modules of other classes the transformer itself is called.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
@@ -20,13 +24,23 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from earlyfusion.errors import SettingError
-from earlyfusion.model.rotary import changes_at, rotary_tables
-from earlyfusion.model.transformer import Block, RMSNorm, Transformer
+from earlyfusion.model.packed import PackedLinear
+from earlyfusion.model.rotary import rotary_tables
+from earlyfusion.model.transformer import (
+    Attention,
+    Block,
+    Decoder,
+    FeedForward,
+    HeadNorm,
+    RMSNorm,
+    Transformer,
+)
 
 Product = Callable[[Tensor], Tensor]
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+LookBack = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q_TNH, k_TKH, v_TKH) -> out_TNH of one layer; stores what is new, and looks back."""
 
 
@@ -54,13 +68,6 @@ class Network:
         self._shape = (-1, config.num_attention_heads + 2 * config.kv_heads, config.head_dim)
         self._keys_from = config.num_attention_heads
         self._values_from = config.num_attention_heads + config.kv_heads
-        limit = changes_at(config)
-        if limit is not None and positions > limit:
-            raise SettingError(
-                f"a context of {positions} tokens is too long for the engine: the angles of "
-                f"rope_scaling type {config.rope_type!r} change beyond {limit}; give "
-                f"Engine(slot_tokens={limit}), or generate with the transformers classes"
-            )
         rotary = rotary_tables(config, torch.arange(positions, device=weight.device)[None])
         self._cos_P1H, self._sin_P1H = rotary.cos[0], rotary.sin[0]
         blocks = cast("Iterable[Block]", transformer.model.layers)
@@ -72,8 +79,8 @@ class Network:
             return lambda x: torch.cat([linear(x) for linear in linears], -1)
         plain = cast("Sequence[nn.Linear]", linears)
         weight_OI = torch.cat([linear.weight.detach() for linear in plain])
-        biases = [linear.bias.detach() for linear in plain if linear.bias is not None]
-        bias_O = torch.cat(biases) if biases else None
+        biased = any(linear.bias is not None for linear in plain)
+        bias_O = torch.cat([_bias(linear) for linear in plain]) if biased else None
         if not self.packs:
             _share(plain, weight_OI, bias_O)
         return self.weighted(weight_OI, bias_O)
@@ -95,7 +102,7 @@ class Network:
         return product
 
     def forward(
-        self, tokens_T: Tensor, positions_T: Tensor, attentions: Sequence[Attention]
+        self, tokens_T: Tensor, positions_T: Tensor, attentions: Sequence[LookBack]
     ) -> Tensor:
         """Hidden states [T, D] before the final norm."""
         x_TD = self._embedding(tokens_T)
@@ -143,10 +150,108 @@ def _turn(x_TMH: Tensor, layer: Layer, cos_T1H: Tensor, sin_T1H: Tensor) -> Tens
     return torch.addcmul(normed * cos_T1H, normed.roll(width // 2, -1), sin_T1H)
 
 
+_LINEARS = (nn.Linear, PackedLinear)
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+_CLASSES = (
+    Transformer, Decoder, Block, Attention, FeedForward, RMSNorm, HeadNorm, nn.Embedding, *_LINEARS
+)  # fmt: skip
+_FORWARDS = [kind.forward for kind in _CLASSES]
+
+
 def fingerprint(modules: Iterable[nn.Module]) -> int:
-    """Changes whenever a parameter is replaced or written to."""
-    parameters = [p for module in modules for p in module.parameters()]
-    return hash(tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters))
+    """Changes whenever a parameter or buffer is replaced or written to, and when a module of the
+    tree is replaced, wrapped, hooked or given another `forward`.
+
+    Modules are told apart by their ids: the caller keeps those that it has seen alive.
+    """
+    told: list[object] = [bool(_has_any_global_hook()), *(kind.forward for kind in _CLASSES)]
+    left = list(modules)
+    while left:  # half the time of `modules()`, which makes names and looks for what comes twice
+        module = left.pop()
+        told += (id(module), type(module), _is_touched(module))
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                told += (tensor.data_ptr(), _version(tensor))
+        left += [part for part in module._modules.values() if part is not None]
+    return hash(tuple(told))
+
+
+def _version(tensor: Tensor) -> int:
+    try:
+        return tensor._version
+    except RuntimeError:  # an inference tensor counts nothing
+        return 0
+
+
+def is_plain(transformer: Transformer) -> bool:
+    """Whether fused products give what calling the modules would: classes of `model/`, no hooks."""
+    untouched = not _has_any_global_hook() and not any(map(_is_touched, transformer.modules()))
+    own = [kind.forward for kind in _CLASSES] == _FORWARDS
+    return untouched and own and type(transformer) is Transformer and _has_plain_parts(transformer)
+
+
+def check_blocks(transformer: Transformer) -> None:
+    """Raise `SettingError` where the layers cannot be called one after the other."""
+    layers, number = list(transformer.model.layers), transformer.config.num_hidden_layers
+    if len(layers) != number:
+        raise SettingError(
+            f"the model has {len(layers)} layers and its config says {number}: "
+            "set num_hidden_layers in a config of its own"
+        )
+    for place, block in enumerate(layers):
+        try:
+            inspect.signature(block.forward).bind(None, None, None)
+        except TypeError:
+            raise SettingError(
+                f"layers[{place}] is a {type(block).__name__} that cannot stand there: its forward "
+                "must take (x, rotary, attend), as the block of model/transformer.py does"
+            ) from None
+
+
+def _is_touched(module: nn.Module) -> bool:
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return bool(hooked) or "forward" in module.__dict__
+
+
+def _has_plain_parts(transformer: Transformer) -> bool:
+    decoder, head = transformer.model, transformer.lm_head
+    embedding: Any = decoder.embed_tokens
+    return (
+        type(decoder) is Decoder
+        and type(decoder.norm) is RMSNorm
+        and type(decoder.layers) is nn.ModuleList
+        and all(_is_plain_block(block) for block in decoder.layers)
+        and _is_linear(head)
+        and getattr(head, "bias", None) is None
+        and (type(embedding) is nn.Embedding or _is_pointwise(embedding))
+        and embedding.max_norm is None
+    )
+
+
+def _is_plain_block(block: nn.Module) -> bool:
+    if type(block) is not Block:
+        return False
+    attention, mlp = block.self_attn, block.mlp
+    return (
+        type(attention) is Attention
+        and type(mlp) is FeedForward
+        and all(type(getattr(block, name)) is RMSNorm for name in _NORMS)
+        and all(type(norm) is HeadNorm for norm in (attention.q_norm, attention.k_norm))
+        and all(_is_linear(getattr(attention, f"{name}_proj")) for name in "qkvo")
+        and all(_is_linear(getattr(mlp, f"{name}_proj")) for name in ("gate", "up", "down"))
+    )
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a module turns each token alone: then tokens of several requests may stand in it."""
+    if type(module) is nn.Linear:
+        return type(module.weight) in (nn.Parameter, Tensor)
+    adapter = type(module).__module__.startswith("peft.tuners.")
+    return type(module) is PackedLinear or adapter or _is_pointwise(module)
+
+
+def _is_pointwise(module: nn.Module) -> bool:
+    return "pointwise" in vars(type(module))  # not of a class that inherits from it
 
 
 @cache
@@ -179,4 +284,10 @@ def _share(linears: Sequence[nn.Linear], weight_OI: Tensor, bias_O: Tensor | Non
         linear.weight.data = part
     if bias_O is not None:
         for linear, part in zip(linears, bias_O.split(sizes), strict=True):
-            linear.bias.data = part
+            if linear.bias is not None:
+                linear.bias.data = part
+
+
+def _bias(linear: nn.Linear) -> Tensor:
+    weight = linear.weight
+    return weight.new_zeros(len(weight)) if linear.bias is None else linear.bias.detach()

@@ -1,9 +1,12 @@
 """One step on the device: the plan's tokens through the network, then a token for each asker.
 
-The cache is slots of one length in one piece, a layer after the other. Rows that read one token
-look back together, neighbours at a time, as far as the longest of them; a piece of a prompt or a
-window of drafts looks back alone. On a CPU nothing is gathered out of the cache, and next to
-nothing is read that is not live. The host waits for the device once a step, for the tokens.
+The cache is slots of one length in one piece, a layer after the other. Three
+ways to read: compiled code on a CPU (`CpuStep`); fused products in torch (`Network`), where rows
+that read one token look back together, neighbours at a time, as far as the longest of them, and a
+piece of a prompt or a window of drafts alone; and, where somebody has put hooks or other modules
+into the transformer, the transformer itself, one sequence after the other. Nothing is gathered out
+of the cache on a CPU, and next to nothing is read that is not live. The host waits for the device
+once a step, for the tokens.
 
 Shapes: L layers, S slots, P places of a slot, T tokens of the step, B rows of one token each, N
 query heads, K key and value heads, G = N / K, H head width, D model width, R rows of a head's
@@ -23,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from earlyfusion.engine.cache import Cache, Kept, cache_dtype
-from earlyfusion.engine.cpu_step import MOST_ROWS, Choice, CpuStep, available, fits, own_bits
-from earlyfusion.engine.network import Network, Product
+from earlyfusion.engine.cpu_step import Choice, CpuStep, available, fits, own_bits
+from earlyfusion.engine.network import LookBack, Network, Product, check_blocks, is_plain
 from earlyfusion.engine.scheduler import Branch, Piece, Plan
 from earlyfusion.errors import EarlyFusionError
 from earlyfusion.generation import guidance, jacobi
@@ -36,15 +39,20 @@ from earlyfusion.generation.sampler import (
     image_settings,
     penalise,
     pick,
+    sound,
     text_settings,
     warp,
 )
 from earlyfusion.generation.settings import SamplingParams
 from earlyfusion.generation.steering import Steering, TokenLogprob
+from earlyfusion.model.kv_cache import kept_in
+from earlyfusion.model.rotary import changes_at
 from earlyfusion.model.transformer import Transformer
 
 Kind: TypeAlias = tuple[bool, bool, bool]
 """What is drawn together: codes or text, greedy or not, in windows or not."""
+
+NOTHING = -1
 
 # Keys and values read in vain, in bytes a layer, that cost as much as one more call of attention.
 _PADDING = 200_000
@@ -103,22 +111,22 @@ class Ask:
 
 
 class Head:
-    """The rows of the output matrix that one kind of token takes; columns stand in order of ids."""
+    """The part of the head that one kind of token takes; columns stand in order of ids."""
 
     def __init__(
-        self, product: Callable[[Tensor], Product], weight_VD: Tensor, ids: Iterable[int]
+        self, product: Callable[[Tensor], Product], ids: Iterable[int], device: torch.device
     ) -> None:
         self.ids = sorted(ids)
-        self.ids_V = torch.tensor(self.ids, device=weight_VD.device)
-        first, last = self.ids[0], self.ids[-1]
-        adjacent = last - first + 1 == len(self.ids)
-        rows = weight_VD[first : last + 1] if adjacent else weight_VD[self.ids_V]
-        self.logits = product(rows.detach())
+        self.ids_V = torch.tensor(self.ids, device=device)
+        self.logits = product(self.ids_V)
         self.column_of = {token: column for column, token in enumerate(self.ids)}
 
 
 class ModelRunner:
-    """Owns weights, cache and heads; `run` is the whole of a step."""
+    """Owns weights, cache and heads; `run` is the whole of a step.
+
+    `fused` is False where the transformer itself is called: then prompts are read whole.
+    """
 
     def __init__(
         self,
@@ -128,18 +136,24 @@ class ModelRunner:
         length: int,
         kept: str | None = None,
     ) -> None:
-        weight = transformer.lm_head.weight
-        dtype = cache_dtype(kept, weight.dtype)
-        self.device = weight.device
+        own, self.device = kept_in(transformer)
         self._transformer = transformer
-        self._cache = Cache(transformer.config, slots, length, dtype, weight.device)
+        self._cache = Cache(transformer.config, slots, length, cache_dtype(kept, own), self.device)
         self._text_ids = grammar.text_ids
         self._warps: dict[Kind, tuple[Sequence[SamplingParams], Warp]] = {}
+        # Beyond this length each token turns all angles, so the layers cannot share a table.
+        limit = changes_at(transformer.config)
+        self.fused = is_plain(transformer) and (limit is None or length <= limit)
+        self._compiled: CpuStep | None = None
+        self._network: Network | None = None
         # No inference mode here: parameters may become parts of tensors that are made now.
         with torch.inference_mode(False), torch.no_grad():
-            self._network = Network(transformer, length)
-            self._compiled = _compiled(transformer, self._cache)
-            self._image_head = Head(self._product, weight, grammar.code_ids)
+            check_blocks(transformer)
+            if self.fused:
+                self._compiled = _compiled(transformer, self._cache)
+            if self.fused and self._compiled is None:
+                self._network = Network(transformer, length)
+            self._image_head = Head(self._product, grammar.code_ids, self.device)
             self._load_text_head()
 
     @torch.no_grad()
@@ -161,34 +175,58 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, plan: Plan, asks: Sequence[Ask]) -> list[list[int]]:
-        """Read what the plan names; the tokens of each ask, one for each of its places."""
+        """Read what the plan names; the tokens of each ask, one for each of its places.
+
+        `NOTHING` stands for a token whose logits are not finite.
+        """
         for copied in plan.copies:
             self._cache.copy(copied)
         if not plan.pieces:
             return []
         step = _Step(plan.pieces, self._cache)
-        if self._compiled is not None and self._compiles(step):
-            x_TD = self._compiled.states(step.tokens_T, step.slots_T, step.positions_T)
-        else:
-            x_TD = self._network.forward(step.tokens_T, step.positions_T, step.attentions())
-            x_TD = x_TD if step.single else x_TD[step.drawing]
-            x_TD = self._network.final(x_TD)
+        x_TD = self._read(step)
         return self._draw(x_TD, step, asks) if asks else []
 
-    def _compiles(self, step: _Step) -> bool:
-        if not step.single or len(step.tokens_T) > MOST_ROWS:
-            return False
-        # A thread stores the keys of its heads row by row, so that a window's later rows find those
-        # of the earlier ones; it has the same heads in all rows only where the heads divide so.
-        return not step.windows or self._cache.heads % torch.get_num_threads() == 0
+    def clear(self, slots: Iterable[int]) -> None:
+        """Zero what these slots hold: a value that is not finite would spoil sums that skip it."""
+        for slot in slots:
+            self._cache.clear(slot)
 
-    def _product(self, weight_VD: Tensor) -> Product:
-        """A product of few rows by the compiled step, of many by the network."""
-        many = self._network.weighted(weight_VD)
-        if self._compiled is None:
-            return many
-        few = self._compiled.product(weight_VD)
-        return lambda x: few(x) if len(x) <= MOST_ROWS else many(x.to(weight_VD.dtype))
+    def _read(self, step: _Step) -> Tensor:
+        """What the heads read, for the rows of `step.drawing`."""
+        if self._compiled is not None:
+            x_TD = self._compiled.states(step.tokens_T, step.slots_T, step.positions_T)
+            return x_TD if step.single else x_TD[step.drawing]
+        if self._network is None:
+            return torch.cat([self._called(piece) for piece in step.pieces])
+        x_TD = self._network.forward(step.tokens_T, step.positions_T, step.attentions())
+        return self._network.final(x_TD if step.single else x_TD[step.drawing])
+
+    def _called(self, piece: Piece) -> Tensor:
+        """Logits of the whole head, of a piece's last token and its drafts."""
+        step = _Step([piece], self._cache)
+        attends = [partial(_one_row, attend) for attend in step.attentions()]
+        tokens_BT, positions_BT = step.tokens_T[None], step.positions_T[None]
+        logits_BTV: Tensor = self._transformer(
+            tokens_BT, positions_BT, attends, last_only=not piece.drafts
+        )
+        return logits_BTV[0, -1 - len(piece.drafts) :]
+
+    def _product(self, ids_V: Tensor) -> Product:
+        """From what `_read` gives to logits of these ids, in order."""
+        if not self.fused:
+            return lambda logits_RV: logits_RV[:, ids_V]
+        head, first, last = self._transformer.lm_head, int(ids_V[0]), int(ids_V[-1])
+        adjacent = last - first + 1 == len(ids_V)
+        columns = slice(first, last + 1) if adjacent else ids_V
+        if type(head) is not torch.nn.Linear:  # an adapter's
+            dtype = head.weight.dtype
+            return lambda x_RD: head(x_RD.to(dtype))[:, columns]
+        weight_VD = head.weight[columns].detach()
+        if self._compiled is not None:
+            return self._compiled.product(weight_VD)
+        assert self._network is not None
+        return self._network.weighted(weight_VD)
 
     def _draw(self, x_TD: Tensor, step: _Step, asks: Sequence[Ask]) -> list[list[int]]:
         alike = [ask for ask in asks if ask.steering is None]
@@ -209,6 +247,8 @@ class ModelRunner:
             logits_V = guidance.combine(full_V, image_only_V, alone_V, *ask.weights)
         state_1F = torch.tensor([ask.state], device=self.device)
         allowed_1V = ask.grammar.mask(state_1F)
+        if not sound(logits_V.masked_fill(~allowed_1V, -torch.inf)).all():
+            return [NOTHING]
         try:
             changed_V = ask.steering.change(ids, logits_V, allowed_1V[0])
         except EarlyFusionError as error:
@@ -224,7 +264,9 @@ class ModelRunner:
         return [token]
 
     def _whole_logits(self, x_RD: Tensor) -> Tensor:
-        """Logits [R, V] in fp32 of the whole vocabulary."""
+        """Logits [R, V] in fp32 of the whole vocabulary, from what `_read` gives."""
+        if not self.fused:
+            return x_RD.float()
         head = self._transformer.lm_head
         return head(x_RD.to(head.weight.dtype)).float()
 
@@ -248,7 +290,8 @@ class ModelRunner:
         }
         columns = compiled.draw([self._choice(ask, logits[ask.in_image]) for ask in asks])
         heads = [self._head(ask.in_image) for ask in asks]
-        return [[head.ids[column]] for head, column in zip(heads, columns, strict=True)]
+        drawn = zip(heads, columns, strict=True)
+        return [[head.ids[column] if column >= 0 else NOTHING] for head, column in drawn]
 
     def _choice(self, ask: Ask, logits: _Logits) -> Choice:
         temperature, top_k, top_p, min_p, penalty = ask.settings
@@ -289,6 +332,11 @@ class ModelRunner:
         logits_BV = self._mixed(x_TD, step, asks, head)
         if not asks[0].in_image:
             logits_BV = self._masked(logits_BV, asks)
+        sound_B = sound(logits_BV)
+        drawn_B = self._pick(torch.where(sound_B[:, None], logits_BV, 0), asks, head)
+        return torch.where(sound_B, drawn_B, NOTHING)
+
+    def _pick(self, logits_BV: Tensor, asks: list[Ask], head: Head) -> Tensor:
         if all(ask.greedy for ask in asks):
             return head.ids_V[logits_BV.argmax(-1)]
         windows = [ask.window for ask in asks if ask.window is not None]
@@ -362,8 +410,7 @@ class ModelRunner:
         return torch.tensor(rows).to(self.device)
 
     def _load_text_head(self) -> None:
-        weight_VD = self._transformer.lm_head.weight
-        self.text_head = Head(self._product, weight_VD, self._text_ids)
+        self.text_head = Head(self._product, self._text_ids, self.device)
         self._blocks: dict[tuple[Grammar, bool], Tensor] = {}
         self._unseen_V = self.seen(())
 
@@ -441,7 +488,7 @@ class _Step:
             slots += [_slot(piece)] * size
             self.last_of[piece.branch], self.row_of[piece.branch] = last, len(self.drawing)
             self.drawing += range(last, len(tokens))
-        self.windows = any(piece.drafts for piece in longer)
+        self.pieces = [*singles, *longer]
         self.single = len(self.drawing) == len(tokens)
         indices_3T = torch.tensor([tokens, places, slots]).to(device)
         self.tokens_T, self.positions_T, self.slots_T = indices_3T
@@ -522,6 +569,10 @@ class _Step:
 
     def _tensor(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values).to(self._cache.device)
+
+
+def _one_row(attend: LookBack, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
+    return attend(q_BTNH[0], k_BTKH[0], v_BTKH[0])[None]
 
 
 def _look_back(kept: Kept, q_BNH: Tensor, group: _Group) -> Tensor:

@@ -110,6 +110,12 @@ class Scheduler:
         for branch in branches:
             self.slots.release(branch)
 
+    def restart(self) -> None:
+        """The weights have changed: nothing that was read counts, and all is read again."""
+        for entry in list(self.running):
+            self._step_back(entry)
+        self.slots.forget()
+
     def schedule(self) -> Plan:
         """The next step. It counts as done: what its pieces name is read from here on."""
         plan = Plan()
@@ -163,6 +169,9 @@ class Scheduler:
 
     def _preempt(self, entry: Entry) -> None:
         self.preemptions += 1
+        self._step_back(entry)
+
+    def _step_back(self, entry: Entry) -> None:
         self.running.remove(entry)
         self.release(entry.branches)
         self.waiting.append(entry)
@@ -191,9 +200,13 @@ class Scheduler:
 
 
 class Slots:
-    """Places of the cache. A free one keeps what it holds, for a request that begins alike."""
+    """Places of the cache. A free one keeps what it holds, for a request that begins alike.
+
+    With `shares` off every request reads its whole prompt.
+    """
 
     def __init__(self, number: int) -> None:
+        self.shares = True
         self.owners: list[Branch | None] = [None] * number
         self.kept: list[list[int]] = [[] for _ in range(number)]
         self._left: list[int] = [-1] * number
@@ -212,7 +225,7 @@ class Slots:
             ((slot, _shared(self.held(slot), branch.tokens)) for slot in range(len(self))),
             key=lambda found: found[1],
         )
-        shared = min(shared, len(branch.tokens) - 1)
+        shared = min(shared, len(branch.tokens) - 1) if self.shares else 0
         whole = self.owners[source] is None and 0 < len(self.kept[source]) <= shared + 1
         target = source if whole else self._choose(first)
         self.owners[target], self.kept[target] = branch, []
@@ -234,6 +247,10 @@ class Slots:
     def forget(self) -> None:
         """Free slots hold nothing any more: the weights have changed."""
         self.kept = [[] for _ in self.kept]
+
+    def drop(self, slot: int) -> None:
+        """A free slot keeps nothing."""
+        self.kept[slot] = []
 
     def _choose(self, first: bool) -> int:
         # Attention reads neighbouring slots in one piece, and the branches of an image are as long

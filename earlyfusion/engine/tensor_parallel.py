@@ -35,7 +35,7 @@ from earlyfusion.checkpoints.hf import check
 from earlyfusion.checkpoints.source import Source
 from earlyfusion.config import ModelConfig
 from earlyfusion.engine.cache import DTYPES, Cache, cache_dtype
-from earlyfusion.engine.network import Network
+from earlyfusion.engine.network import Network, is_plain
 from earlyfusion.engine.runner import Ask, ModelRunner, _Step
 from earlyfusion.engine.scheduler import Branch, Copy, Piece, Plan
 from earlyfusion.errors import SettingError
@@ -164,6 +164,8 @@ def _cut_named(name: str, config: ModelConfig, part: int, parts: int, whole: Ten
 class SharedEmbedding(nn.Embedding):
     """The first process looks tokens up; all have their states, whatever tokens they were given."""
 
+    pointwise = True
+
     def __init__(self, weight_VD: nn.Parameter, peers: Peers) -> None:
         size, width = weight_VD.shape
         super().__init__(size, width, _weight=weight_VD)
@@ -177,6 +179,8 @@ class SharedEmbedding(nn.Embedding):
 
 class Summed(nn.Module):
     """A linear module of which each process has some columns: the sum of what all give."""
+
+    pointwise = True
 
     def __init__(self, linear: nn.Module, peers: Peers) -> None:
         super().__init__()
@@ -269,6 +273,11 @@ class LeadingRunner(ModelRunner):
     ) -> None:
         peers = peers_of(transformer)
         assert peers is not None
+        if not is_plain(transformer):
+            raise SettingError(
+                "a model that several processes share takes no hooks and no modules of other "
+                "classes: load it with tensor_parallel=1, or take them off"
+            )
         self._peers, self._collectives = peers, _collectives(transformer)
         peers.engines += 1
         self._engine = peers.engines

@@ -22,13 +22,23 @@ import torch
 from torch import Tensor
 
 from earlyfusion.content import Image
+from earlyfusion.errors import WeightsError
 from earlyfusion.generation import guidance, jacobi
 from earlyfusion.generation.grammar import SLOT, Grammar, Output
 from earlyfusion.generation.jacobi import Window
-from earlyfusion.generation.sampler import NEVER, Sampler, Warp, generator, uniforms, warp
+from earlyfusion.generation.sampler import (
+    NEVER,
+    NOT_FINITE,
+    Sampler,
+    Warp,
+    generator,
+    sound,
+    uniforms,
+    warp,
+)
 from earlyfusion.generation.settings import SamplingParams
 from earlyfusion.generation.steering import TokenLogprob, steering
-from earlyfusion.model.kv_cache import KVCache
+from earlyfusion.model.kv_cache import KVCache, kept_in
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.processor import Processor
 from earlyfusion.vocabulary import CODE, ImageLayout
@@ -142,7 +152,10 @@ Event: TypeAlias = (
 
 
 def generate(transformer: Transformer, processor: Processor, request: Request) -> Iterator[Event]:
-    """The events of one reply. Closing the iterator early frees its caches."""
+    """The events of one reply. Closing the iterator early frees its caches.
+
+    Raises `WeightsError` where the weights give numbers that are not finite.
+    """
     narrator = Narrator(processor, request)
     with closing(_drawn(transformer, processor, request)) as drawn:
         for token, logprob in drawn:
@@ -177,10 +190,9 @@ class Reader:
     """One branch: a cache, and the logits that follow the tokens it has read."""
 
     def __init__(self, transformer: Transformer, length: int) -> None:
-        weight = transformer.lm_head.weight
+        dtype, self._device = kept_in(transformer)
         self._transformer = transformer
-        self._device = weight.device
-        self._cache = KVCache(transformer.config, 1, length, weight.dtype, weight.device)
+        self._cache = KVCache(transformer.config, 1, length, dtype, self._device)
         self._read = 0
 
     def read(self, tokens: Sequence[int], drafts: Sequence[int] = ()) -> Tensor:
@@ -205,7 +217,7 @@ class _Run:
     """The state of one request between two tokens."""
 
     def __init__(self, transformer: Transformer, processor: Processor, request: Request) -> None:
-        device, size = transformer.lm_head.weight.device, transformer.config.vocab_size
+        device, size = kept_in(transformer)[1], transformer.config.vocab_size
         vocabulary = processor.vocabulary
         self._transformer, self._vocabulary = transformer, vocabulary
         self._layout = request.layout or processor.layout
@@ -236,6 +248,8 @@ class _Run:
         """The next tokens: one, or those that a window of codes settles."""
         logits_WV = guidance.mix(self._logits, *_weights(self._sampling))
         allowed_BV = self._grammar.mask(self._state)
+        if not sound(logits_WV.masked_fill(~allowed_BV, NEVER)).all():
+            raise WeightsError(NOT_FINITE)
         # One number a token, however it is drawn: what follows an image finds the same ones.
         uniform_B = uniforms([self._generator]).to(self._seen_BV.device)
         if self._sampling.jacobi and self._codes_left:

@@ -26,12 +26,18 @@ __all__ = [
     "invert",
     "penalise",
     "pick",
+    "sound",
     "text_settings",
     "uniforms",
     "warp",
 ]
 
 NEVER = -torch.inf
+
+NOT_FINITE = (
+    "the weights give numbers that are not finite (NaN or infinite): run `earlyfusion info MODEL` "
+    "to see whether its file is damaged, and load what was float16 as bfloat16 or float32"
+)
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,11 @@ class Sampler:
         greedy_B = settings.temperature_B == 0
         drawn_B = pick(warp(logits_BV, settings), uniform_B)
         return torch.where(greedy_B, logits_BV.argmax(-1), drawn_B)
+
+
+def sound(logits_BV: Tensor) -> Tensor:
+    """Whether something can be drawn from each row: no NaN, and only what may not come is -inf."""
+    return logits_BV.amax(-1).isfinite()
 
 
 def penalise(logits_BV: Tensor, seen_BV: Tensor, penalty_B: Tensor) -> Tensor:

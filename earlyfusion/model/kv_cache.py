@@ -13,7 +13,7 @@ from types import EllipsisType
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from earlyfusion.config import ModelConfig
 from earlyfusion.errors import ContextError
@@ -54,6 +54,17 @@ class KVCache:
         """Repeat the first `tokens` tokens of one slot in another."""
         for kept in (self.k_LSPKH, self.v_LSPKH):
             kept[:, target, :tokens] = kept[:, source, :tokens]
+
+
+def kept_in(transformer: nn.Module) -> tuple[torch.dtype, torch.device]:
+    """Dtype and device of a model's keys and values: those of its head.
+
+    A head of another class may have no weight of its own; then the first parameter tells.
+    """
+    weight = getattr(transformer.lm_head, "weight", None)
+    if not isinstance(weight, Tensor):
+        weight = next(p for p in transformer.parameters() if p.is_floating_point())
+    return weight.dtype, weight.device
 
 
 class _Plan(NamedTuple):
