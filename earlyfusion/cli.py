@@ -310,7 +310,7 @@ def generate(
 ) -> None:
     """Answer one prompt: text goes to the terminal, pictures to new PNG files.
 
-    Of a picture that is not square the model sees the square in its middle.
+    Of a picture that is not square the model sees the square in its middle, unless it fits it in.
     """
     from earlyfusion.content import as_messages, fill_placeholders
     from earlyfusion.generation.settings import SamplingParams
