@@ -254,13 +254,15 @@ class TestWholeOrNot:
             assert process.wait() == 9
         [dead] = set(tmp_path.glob(".out.*")) - {stranger, other_machine}
         with self.converting(tiny, target, "print(flush=True), time.sleep(600)") as process:
-            assert process.stdout is not None and process.stdout.readline() == "\n"
-            assert not dead.exists()  # the second run took it away
-            [alive] = set(tmp_path.glob(".out.*")) - {stranger, other_machine}
-            convert(tiny, target, "hf")
-            assert alive.exists()
-            assert capsys.readouterr().err == ""
-            process.kill()
+            try:
+                assert process.stdout is not None and process.stdout.readline() == "\n"
+                assert not dead.exists()  # the second run took it away
+                [alive] = set(tmp_path.glob(".out.*")) - {stranger, other_machine}
+                convert(tiny, target, "hf")
+                assert alive.exists()
+                assert capsys.readouterr().err == ""
+            finally:
+                process.kill()
         shutil.rmtree(target)
         convert(tiny, target, "hf")
         assert f"removed {alive}, left by a run that was killed" in capsys.readouterr().err
