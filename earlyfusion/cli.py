@@ -386,6 +386,8 @@ def batch(
     model: ModelName = "mini",
     device: Device = "auto",
     dtype: Precision = "auto",
+    fit: Fit = None,
+    verify: Verify = True,
     as_json: AsJson = False,
 ) -> int:
     """Answer many prompts at once; again, to go on. The options are for lines that do not say.
@@ -401,7 +403,7 @@ def batch(
     with Replies(out) as replies:
         left = replies.left(jobs)
         try:
-            chameleon = _load(model, device, as_json, dtype)
+            chameleon = _load(model, device, as_json, dtype, fit, verify)
             with progress_bar(as_json) as bar:
                 task = bar.add_task("answering", total=len(jobs), completed=len(jobs) - len(left))
                 answer_all(chameleon, left, replies, lambda: bar.advance(task))

@@ -147,10 +147,21 @@ def test_other_searches(pair: Pair, how: dict[str, Any]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # transformers' own, about the move
-def test_contrastive_search_is_where_transformers_has_it(pair: Pair) -> None:
+@pytest.mark.parametrize(
+    ("how", "name"),
+    [
+        ({"penalty_alpha": 0.6, "top_k": 4}, "Contrastive Search"),
+        ({"dola_layers": "low"}, "Dola Generation"),
+        ({"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5}, "Group Beam Search"),
+        ({"num_beams": 2, "force_words_ids": [[5]]}, "Constrained Beam Search"),
+    ],
+)
+def test_a_moved_search_is_where_transformers_has_it(
+    pair: Pair, how: dict[str, Any], name: str
+) -> None:
     for model in (pair.stock, pair.own):
-        with pytest.raises(ValueError, match="Contrastive Search requires `trust_remote_code"):
-            model.generate(**IDS, penalty_alpha=0.6, top_k=4, max_new_tokens=3)
+        with pytest.raises(ValueError, match=f"{name} requires `trust_remote_code"):
+            model.generate(**IDS, **how, do_sample=False, max_new_tokens=3)
 
 
 def test_a_search_of_ones_own(pair: Pair) -> None:

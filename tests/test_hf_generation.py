@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -403,6 +405,34 @@ class TestProcessor:
             turns, tokenize=True, return_dict=True, sanitize_control_tokens=True
         )
         assert processor.image_token_id not in made["input_ids"]
+
+    def test_no_pictures_in_a_list(self, processor: Any) -> None:
+        made = processor(images=[], text="a pear", return_mm_token_type_ids=None)
+        assert torch.equal(made["input_ids"], processor(text="a pear")["input_ids"])
+        assert made.keys() == {"input_ids", "attention_mask"}
+
+    def test_an_unknown_layout(self, processor: Any) -> None:
+        with pytest.raises(SettingError, match="image_layout='spiral' is unknown"):
+            ChameleonProcessor(
+                processor.image_processor, processor.tokenizer, image_layout="spiral"
+            )
+
+    def test_a_folder_that_pads_on_the_left(self, folder: Path, model: Any, tmp_path: Path) -> None:
+        """transformers' script for several pictures, which names no side."""
+        shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+        path = tmp_path / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"padding_side": "left"}))
+        processor = ChameleonProcessor.from_pretrained(tmp_path)
+        prompts = ["What do these two have in common?<image><image>", "<image>What is this?"]
+        pictures = [picture(1), picture(2), picture(3)]
+        both = processor(images=pictures, text=prompts, padding=True, return_tensors="pt")
+        out = model.generate(**both, max_new_tokens=6, do_sample=False)
+        for row, (text, given) in enumerate(
+            zip(prompts, [pictures[:2], pictures[2:]], strict=True)
+        ):
+            single = processor(images=given, text=text, return_tensors="pt")
+            alone = model.generate(**single, max_new_tokens=6, do_sample=False)
+            assert new_tokens(out, both, row) == new_tokens(alone, single)
 
     @pytest.mark.parametrize("backend", ["pil", "torchvision"])
     def test_back_end_by_name(self, folder: Path, processor: Any, backend: str) -> None:

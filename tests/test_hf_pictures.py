@@ -159,6 +159,8 @@ class TestBackEnds:
             cls(**SMALL), rgba, do_convert_rgb=False, image_mean=[0.0] * 4, image_std=[1.0] * 4
         )
         assert four.shape == (1, 4, 48, 48)
+        named = pixels(cls(**SMALL), np.asarray(rgba), image_mean=[0.0] * 4, image_std=[1.0] * 4)
+        assert torch.equal(named, four)
         assert (
             pixels(cls(**SMALL), grey, do_convert_rgb=False, image_mean=0.0, image_std=1.0).shape[1]
             == 1
@@ -255,6 +257,17 @@ class TestBackEnds:
         for cls in BOTH:
             with pytest.raises(SettingError, match=sentence):
                 cls(**SMALL)(picture(0, 64, 50), **settings)
+
+
+def test_stock_s_names() -> None:
+    """What transformers' Chameleon modules define, by the same names from one place."""
+    import earlyfusion.hf as own
+
+    names = ["ImageProcessor", "ImageProcessorPil", "ImageProcessorFast", "ProcessorKwargs"]
+    names += ["VQVAEModelOutput", "PreTrainedModel"]
+    for name in (f"Chameleon{name}" for name in names):
+        assert name in own.__all__
+        assert getattr(own, name).__name__.startswith("Chameleon")
 
 
 class TestMoreThanEightBits:

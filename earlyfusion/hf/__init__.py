@@ -14,7 +14,7 @@ if find_spec("transformers") is None:
     )
 
 import transformers
-from transformers.models.auto import processing_auto
+from transformers.models.auto import image_processing_auto, processing_auto
 
 from earlyfusion.hf.configuration import ChameleonConfig, ChameleonVQVAEConfig
 from earlyfusion.hf.image_processing import (
@@ -29,9 +29,10 @@ from earlyfusion.hf.modeling import (
     ChameleonModel,
     ChameleonPreTrainedModel,
     ChameleonVQVAE,
+    ChameleonVQVAEModelOutput,
 )
 from earlyfusion.hf.pipeline import ChameleonPipeline, route_pipeline
-from earlyfusion.hf.processing import ChameleonProcessor
+from earlyfusion.hf.processing import ChameleonProcessor, ChameleonProcessorKwargs
 
 __all__ = [
     "ChameleonConfig",
@@ -44,8 +45,10 @@ __all__ = [
     "ChameleonPipeline",
     "ChameleonPreTrainedModel",
     "ChameleonProcessor",
+    "ChameleonProcessorKwargs",
     "ChameleonVQVAE",
     "ChameleonVQVAEConfig",
+    "ChameleonVQVAEModelOutput",
     "register",
 ]
 
@@ -63,7 +66,8 @@ def register() -> None:
     transformers.AutoModel.register(ChameleonVQVAEConfig, ChameleonVQVAE, exist_ok=True)
     for auto in generative:
         auto.register(ChameleonConfig, ChameleonForConditionalGeneration, exist_ok=True)
-    transformers.AutoImageProcessor.register(
+    # Some releases hide the class behind torchvision; it is there all the same.
+    image_processing_auto.AutoImageProcessor.register(
         ChameleonConfig,
         image_processor_classes=dict(IMAGE_PROCESSORS),
         exist_ok=True,

@@ -249,7 +249,8 @@ def _planes(picture: Any, settings: dict[str, Any], deep: Deep) -> Tensor:
     rgb = settings["do_convert_rgb"]
     if isinstance(picture, np.ndarray | Tensor):
         planes = _as_bytes(_channels_first(_as_tensor(picture), settings["input_data_format"]))
-        if not rgb or len(planes) == len("RGB"):
+        # A mean of four values says that the fourth channel is none of opacity.
+        if not rgb or len(planes) in (len("RGB"), np.size(settings["image_mean"])):
             return planes
         if len(planes) == 1:
             return planes.expand(len("RGB"), -1, -1)

@@ -72,7 +72,14 @@ CHAT_TEMPLATE = (
 )
 
 
-class ChameleonProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
+class _PartKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
+    """Arguments of the tokenizer and of the image processor."""
+
+    images_kwargs: ChameleonImageProcessorKwargs  # type: ignore[misc]
+    _defaults = {}  # type: ignore  # noqa: RUF012  # older releases ask for it
+
+
+class ChameleonProcessorKwargs(_PartKwargs, total=False):  # type: ignore[call-arg]
     """Arguments of a call, of the tokenizer, and of the image processor.
 
     `return_for_text_completion`: the text is to go on, so no end of turn closes it.
@@ -80,7 +87,6 @@ class ChameleonProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[c
     `return_text_replacement_offsets`: where in each text a mark was, and its spelled picture is.
     """
 
-    images_kwargs: ChameleonImageProcessorKwargs  # type: ignore[misc]
     return_for_text_completion: bool
     return_mm_token_type_ids: bool  # type: ignore[misc]
     return_text_replacement_offsets: bool  # type: ignore[misc]
@@ -109,6 +115,10 @@ class ChameleonProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
         self.image_seq_length = image_seq_length
         self.image_layout = image_layout
+        if image_layout not in ("chameleon", lumina.KIND):
+            raise SettingError(
+                f"image_layout={image_layout!r} is unknown: write 'chameleon' or {lumina.KIND!r}"
+            )
         self.image_token = getattr(tokenizer, "image_token", None) or image_token
         self.image_start_token = getattr(tokenizer, "boi_token", None) or BEGIN_IMAGE
         self.image_end_token = getattr(tokenizer, "eoi_token", None) or END_IMAGE
@@ -152,7 +162,7 @@ class ChameleonProcessor(ProcessorMixin):
         found = [list(self._marks(text)) for text in texts or ()]
         if texts is not None:
             _check_number(sum(map(len, found)), len(pictures or ()))
-        data = {} if pictures is None else self._pixels(pictures, for_images)
+        data = self._pixels(pictures, for_images) if pictures else {}
         if texts is not None:
             spelled = [self.replace_image_token(data, n) for n in range(len(pictures or ()))]
             data = self._tokens(texts, found, spelled, flags, for_text) | data
@@ -257,7 +267,7 @@ class ChameleonProcessor(ProcessorMixin):
         # The base class warns of what is left.
         rest = {k: v for k, v in kwargs.items() if not any(k in names for names in known.values())}
         merged = self._merge_kwargs(
-            self.valid_processor_kwargs,
+            _PartKwargs,
             tokenizer_init_kwargs=self.tokenizer.init_kwargs,
             **parts,
             common_kwargs=common,
@@ -267,6 +277,7 @@ class ChameleonProcessor(ProcessorMixin):
 
     def _flag(self, name: str, *places: dict[str, Any]) -> bool:
         given = [place.pop(name) for place in places if name in place]
+        given = [value for value in given if value is not None]
         if len(set(given)) > 1:
             raise SettingError(f"the argument {name} is given twice, as {given}: give it once")
         return bool(given[0] if given else getattr(self, name))
