@@ -683,3 +683,25 @@ def test_uniform_numbers_drawn_at_once_are_those_of_single_calls() -> None:
     one, many = generator(5), generator(5)
     at_once = [torch.rand(64, dtype=torch.float64, generator=many) for _ in range(2)]
     assert torch.equal(torch.cat(at_once), torch.cat([uniforms([one]) for _ in range(128)]))
+
+
+# --- angles that depend on the length ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rope_that_depends_on_the_length_equals_the_plain_loop(
+    processor: Processor, mixed: list[Request], kind: str
+) -> None:
+    half, trained = CONFIG.head_dim // 2, 24
+    longrope = {"short_factor": [1.0] * half, "long_factor": [2.5] * half}
+    longrope |= {"original_max_position_embeddings": trained}
+    scaling = {"rope_type": kind, "factor": 3.0} | (longrope if kind == "longrope" else {})
+    length = trained if kind == "dynamic" else CONFIG.max_position_embeddings
+    config = replace(CONFIG, rope_scaling=scaling, max_position_embeddings=length)
+    transformer = Transformer(config).eval()
+    transformer.load_state_dict(tiny_transformer(processor, begin_image=1.0).state_dict())
+    texts = [replace(asked, room=60) for asked in (mixed[0], mixed[4]) if len(asked.ids) < 90]
+    want = [list(draw_tokens(transformer, processor, asked)) for asked in texts]
+    assert max(len(asked.ids) + len(t) for asked, t in zip(texts, want, strict=True)) > trained
+    slots = CONFIG.max_position_embeddings
+    assert run(Engine(transformer, processor, slot_tokens=slots), texts) == want
