@@ -59,6 +59,24 @@ def test_a_folder_of_anything_else_is_refused_and_left_as_it_is(
     assert contents(tmp_path) == {there: b"mine"}
 
 
+def test_a_folder_of_runs_is_no_run(given: list[str], tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "metrics.jsonl").touch()
+    with pytest.raises(SettingError, match="not empty and holds no run"):
+        learn(given, tmp_path)
+
+
+def test_a_change_that_is_refused_is_not_noted(
+    given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    learn(given, tmp_path, "stop_after=2")
+    with pytest.raises(CheckpointError, match="another optimizer setting"):
+        learn(given, tmp_path, "lr=0.5")
+    capsys.readouterr()
+    learn(given, tmp_path)
+    assert "goes on" not in capsys.readouterr().err
+
+
 def test_a_file_is_no_folder_and_a_hidden_file_is_no_hindrance(
     given: list[str], tmp_path: Path
 ) -> None:

@@ -327,7 +327,9 @@ def test_the_plan_is_printed_and_says_what_is_impossible() -> None:
     assert [row[0] for row in found] == ["64", "128", "256", "512", "1,024", "2,048", "3,072"]
     assert found[-1][1:6] == ["48", "x", "8", "x", "8"] and "Assumed:" in lines
     done = CliRunner().invoke(app, ["train", "pretrain_7b", "--plan", "rows=192", "micro_rows=2"])
-    assert "64 x 8 x 1" not in done.output and "multiple of 1024" in done.output
+    assert "64 x 8 x 1" not in done.output and "multiple of 256" in done.output
+    said = [line for line in done.output.splitlines() if "cannot go to" in line]
+    assert [line.partition(":")[0] for line in said] == ["64 GPUs", "128 GPUs and more"]
 
 
 def test_the_paper_is_in_the_recipes() -> None:

@@ -67,7 +67,8 @@ def _run(recipe: ModuleType, config: Any, name: str, overrides: list[str]) -> No
         return
     command = shlex.join(["earlyfusion", "train", name, *overrides])
     with folder.full_disk_told(out), folder.locked(out), folder.termination_raises():
-        folder.begin(out, type(config).__name__, _named(config))
+        of_runs = not hasattr(config, "run")
+        folder.begin(out, type(config).__name__, _named(config), of_runs)
         try:
             recipe.main(config)
         except (KeyboardInterrupt, folder.Terminated):
@@ -79,13 +80,12 @@ def _run(recipe: ModuleType, config: Any, name: str, overrides: list[str]) -> No
 def _end(config: Any, out: Path, command: str) -> None:
     from earlyfusion.train import checkpoint, folder
 
-    run, there = getattr(config, "run", None), checkpoint.steps(out)
-    if run is not None and there and there[-1] < run.steps and not checkpoint.has_ended(out):
-        folder.say(
-            f"step {there[-1]:,} of {run.steps:,}, as stop_after says: without it, {command}"
-        )
-    elif there:
-        folder.finish(out)
+    there = checkpoint.steps(out)
+    steps = config.run.steps if hasattr(config, "run") else 0
+    early = bool(there) and there[-1] < steps and not checkpoint.has_ended(out)
+    folder.end(out, _named(config), finished=bool(there) and not early)
+    if early:
+        folder.say(f"step {there[-1]:,} of {steps:,}, as stop_after says: without it, {command}")
     if said := folder.farewell(out, command, stopped=False):
         folder.say(said)
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 from earlyfusion import parallel
 from earlyfusion.errors import EarlyFusionError, SettingError
@@ -67,22 +67,8 @@ def locked(folder: Path) -> Iterator[None]:
     if fcntl is None or own in _held or parallel.rank():
         yield
         return
-    file = _open_lock(folder)
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            who = file.read().strip() or "another process"
-            raise SettingError(
-                f"out={folder} is being trained in by {who}: wait for it, end it, or give another "
-                "out folder"
-            ) from None
-        except OSError:  # a file system without locks
-            yield
-            return
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+    with _open_lock(folder) as file:
+        _take(file, folder)
         _held.add(own)
         try:
             yield
@@ -90,10 +76,28 @@ def locked(folder: Path) -> Iterator[None]:
             _held.discard(own)
 
 
-def _open_lock(folder: Path) -> Any:
+def _take(file: TextIO, folder: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        who = file.read().strip() or "another process"
+        raise SettingError(
+            f"out={folder} is being trained in by {who}: wait for it, end it, or give another out "
+            "folder"
+        ) from None
+    except OSError:  # a file system without locks
+        return
+    file.seek(0)
+    file.truncate()
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+
+
+def _open_lock(folder: Path) -> TextIO:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return (folder / _LOCK).open("a+" if not (folder / _LOCK).exists() else "r+")
+        (folder / _LOCK).touch()
+        return (folder / _LOCK).open("r+", encoding="utf-8")
     except OSError as error:
         if error.errno in _NO_ROOM:
             raise
@@ -102,8 +106,8 @@ def _open_lock(folder: Path) -> Any:
         ) from None
 
 
-def begin(folder: Path, kind: str, fields: Mapping[str, str]) -> None:
-    """Make the folder that of a run of `kind`, or find that it is.
+def begin(folder: Path, kind: str, fields: Mapping[str, str], of_runs: bool = False) -> None:
+    """Make the folder that of a run of `kind`, or find that it is; `of_runs`: of several, inside.
 
     Raises `SettingError` where it holds anything else, or a finished run of other fields. Of a run
     that goes on with other fields a sentence is said.
@@ -112,28 +116,29 @@ def begin(folder: Path, kind: str, fields: Mapping[str, str]) -> None:
         return
     note = _note(folder)
     if note is None:
-        _check_is_free(folder)
+        _check_is_free(folder, of_runs)
     else:
         _compare(folder, note, kind, fields)
-    _write_note(folder, {"kind": kind, "fields": dict(fields), "finished": _was_finished(note)})
+    if note is None or not checkpoint.steps(folder):
+        _write_note(folder, {"kind": kind, "fields": dict(fields), "finished": False})
 
 
-def finish(folder: Path) -> None:
-    """Note that nothing is left to train."""
+def end(folder: Path, fields: Mapping[str, str], finished: bool) -> None:
+    """Note with which fields it went on, and whether nothing is left to train."""
     note = _note(folder)
     if note is not None and not parallel.rank():
-        _write_note(folder, note | {"finished": True})
+        _write_note(folder, note | {"fields": dict(fields), "finished": finished})
 
 
 def _was_finished(note: Mapping[str, Any] | None) -> bool:
     return bool(note and note.get("finished"))
 
 
-def _check_is_free(folder: Path) -> None:
+def _check_is_free(folder: Path, of_runs: bool) -> None:
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     # Of several processes another may have been quicker.
     others = [name for name in names if not re.fullmatch(r"process-\d+", name)]
-    if others and not any(_is_run(path) for path in (folder, *folder.iterdir())):
+    if others and not any(map(_is_run, (folder, *(folder.iterdir() if of_runs else ())))):
         raise SettingError(
             f"out={folder} is not empty and holds no run that could go on ({others[0]} is there): "
             "give another out folder"
@@ -250,7 +255,9 @@ def termination_raises() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         raise Terminated
 
-    if threading.current_thread() is not threading.main_thread():
+    # Several processes may wait for one another in what no signal wakes them from.
+    several = parallel.processes() > 1
+    if several or threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.signal(signal.SIGTERM, stop)

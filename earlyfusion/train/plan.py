@@ -62,6 +62,10 @@ class Job:
     """Rank of the adapters."""
 
 
+class TooFewRows(SettingError):
+    """A step has fewer rows than the GPUs take at once: so it is with more GPUs."""
+
+
 @dataclass(frozen=True)
 class Line:
     """One number of GPUs; memory in bytes of one GPU, `days` for all tokens."""
@@ -156,11 +160,16 @@ def activation_bytes(
 
 
 def lines(job: Job, counts: tuple[int, ...] = GPUS) -> list[Line | str]:
-    """A line for each number of GPUs, or the sentence that says why it is impossible."""
+    """A line for each number of GPUs, or the sentence that says why it is impossible.
+
+    Where there are fewer rows than GPUs could take, one sentence stands for all larger numbers.
+    """
     found: list[Line | str] = []
     for gpus in counts:
         try:
             found.append(line(job, gpus))
+        except TooFewRows as error:
+            return [*found, f"{gpus:,} GPUs and more: {error}"]
         except SettingError as error:
             found.append(f"{gpus:,} GPUs: {error}")
     return found
@@ -170,7 +179,8 @@ def line(job: Job, gpus: int) -> Line:
     replicas, shard, tensor = job.layout.sizes(gpus)
     ranks, micro = replicas * shard, max(1, job.micro_rows)
     if job.rows % (ranks * micro):
-        raise SettingError(
+        kind = TooFewRows if job.rows < ranks * micro else SettingError
+        raise kind(
             f"rows={job.rows} cannot go to {ranks} data ranks in parts of micro_rows={micro}: "
             f"choose a multiple of {ranks * micro}"
         )
