@@ -155,6 +155,9 @@ def test_minutes_are_shared_out_over_what_is_left(
     made = timed_config(whole, "transformer", plan)
     assert (made.rows, made.run.precision, made.run.compile) == (32, "bf16", True)
     assert (made.ways.plain, made.optim.kind, made.mixture.documents) == (10, "muon", 80_000)
+    changed = override(whole, ["changes=transformer.muon_lr=0.03,chat.rows=8"])
+    assert timed_config(changed, "transformer", plan).optim.muon_lr == 0.03
+    assert [timed_config(changed, n, plan).rows for n in ("transformer", "chat")] == [32, 8]
     small = override(whole, ["max_position_embeddings=2048"])
     assert timed_config(small, "transformer", plan).model == small.model
     assert timed_config(small, "image_tokenizer", plan).model == PRESETS["mini"].vq_config
@@ -176,6 +179,8 @@ def test_the_larger_mini_fits_forty_megabytes_and_the_longest_document() -> None
         (["stages="], "choose of image_tokenizer"),
         (["minutes=-1"], "minutes=-1 must be 0"),
         (["minutes=5", "stages=answers"], "names 'answers': choose of image_tokenizer, decoder"),
+        (["changes=chat.rows=8"], "needs minutes="),
+        (["minutes=5", "changes=chats.rows=8"], "changes=chats.rows=8 must be STAGE.FIELD=VALUE"),
         (["scale=0"], "scale=0 must be over 0"),
         (["scale=2"], "scale=2 must be over 0 and at most 1"),
     ],

@@ -2,7 +2,7 @@
 
     earlyfusion train mini_named_image_tokenizer data=DIR/emoji device=cuda minutes=3
     earlyfusion train mini_named_image_tokenizer data=DIR/emoji device=cuda minutes=1 \\
-        start=runs/mini_named_image_tokenizer trainable=decoder naming=0 perturb=0.1
+        start=runs/mini_named_image_tokenizer trainable=decoder naming=0 perturb=0.1 \\
         out=runs/decoder
 
 Trains a VQ-GAN of 128 x 128 pixels and 16 x 16 codes on the emoji pictures (docs/data.md), changed

@@ -105,6 +105,8 @@ class PretrainMiniConfig:
     """Share of the steps and of the documents of each stage."""
     minutes: float = 0.0
     """How long the whole may take (0: the chain of the shipped weights, which counts steps)."""
+    changes: tuple[str, ...] = ()
+    """With `minutes`, fields of stages: `transformer.muon_lr=0.03,image_tokenizer.naming=0.1`."""
     length: int = 2048
     device: str = "auto"
     model: ModelConfig = field(default_factory=lambda: PRESETS["mini"])
@@ -119,6 +121,13 @@ class PretrainMiniConfig:
             raise SettingError(
                 f"stages={','.join(self.stages)} names {unknown[0] if unknown else 'none'!r}: "
                 f"choose of {', '.join(self.chain)}"
+            )
+        stages = [change.partition(".")[0] for change in self.changes]
+        wrong = [name for name in stages if name not in TIMED_STAGES]
+        if wrong or (stages and not self.minutes):
+            raise SettingError(
+                f"changes={','.join(self.changes)} must be STAGE.FIELD=VALUE of "
+                f"{', '.join(TIMED_STAGES)}, and needs minutes="
             )
         if not 0 < self.scale <= 1:
             raise SettingError(f"scale={self.scale:g} must be over 0 and at most 1")
@@ -215,6 +224,7 @@ def timed_config(config: PretrainMiniConfig, name: str, plan: Plan) -> Any:
     fields = [f"{k}={v}" for k, v in fixed.items() if _has(base, k)]
     fields += [*stage.fields, *([f"start={before}"] if stage.start else [])]
     fields += [f"minutes={plan.minutes(name)}", f"steps={_ENDLESS}", f"device={config.device}"]
+    fields += [c.removeprefix(f"{name}.") for c in config.changes if c.startswith(f"{name}.")]
     made = override(base, [*fields, f"out={config.out / name}", f"data={config.data}"])
     changed = config.model != PRESETS["mini"]
     if not hasattr(made, "mixture"):
