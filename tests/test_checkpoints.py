@@ -76,6 +76,9 @@ class TestRoundTrip:
             {"swin_norm": True, "num_key_value_heads": 1},
             {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
             {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "hidden_act": "quick_gelu"},
+            {"hidden_act": "prelu"},
+            {"hidden_act": "xielu"},
         ],
     )
     def test_every_bit_comes_back(self, tmp_path: Path, changes: dict[str, Any]) -> None:

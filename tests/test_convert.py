@@ -485,18 +485,25 @@ class TestMistakes:
             convert(tiny, tmp_path / "out", "meta")
 
     @pytest.mark.parametrize(
-        "change",
+        ("change", "named"),
         [
-            {"mlp_bias": True},
-            {"attention_bias": True},
-            {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+            ({"mlp_bias": True}, "mlp_bias"),
+            ({"attention_bias": True}, "attention_bias"),
+            ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling"),
+            ({"hidden_act": "gelu"}, "hidden_act=gelu"),
         ],
     )
-    def test_what_meta_has_no_place_for(self, tmp_path: Path, change: dict[str, Any]) -> None:
+    def test_what_meta_has_no_place_for(
+        self, tmp_path: Path, change: dict[str, Any], named: str
+    ) -> None:
         save_tiny(tmp_path / "other", **change)
-        [name] = change
-        with pytest.raises(CheckpointError, match=f"no place for {name}: convert to hf"):
+        with pytest.raises(CheckpointError, match=f"no place for {named}: convert to hf"):
             convert(tmp_path / "other", tmp_path / "out", "meta")
+
+    def test_another_activation_is_kept(self, tmp_path: Path) -> None:
+        save_tiny(tmp_path / "gelu", hidden_act="gelu")
+        convert(tmp_path / "gelu", tmp_path / "copy", "hf")
+        assert json.loads((tmp_path / "copy/config.json").read_text())["hidden_act"] == "gelu"
 
     def test_keys_are_checked_before_writing(self, tiny: Path, tmp_path: Path) -> None:
         self.rewrite(tiny, lambda tensors: tensors.pop(NORM))

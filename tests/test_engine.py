@@ -106,6 +106,34 @@ def run(
 # --- token for token -------------------------------------------------------------------------
 
 
+def changed(processor: Processor, **changes: Any) -> Transformer:
+    model = Transformer(replace(CONFIG, **changes)).eval()
+    given = tiny_transformer(processor, begin_image=1.0).state_dict()
+    model.load_state_dict(given, strict=False)  # what an activation learns is not in it
+    return model
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_act": "gelu_new"},
+        {"hidden_act": "prelu"},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
+    ],
+    ids=str,
+)
+def test_other_activations_and_angles_equal_the_plain_loop(
+    processor: Processor, mixed: list[Request], wanted: list[list[int]], changes: dict[str, Any]
+) -> None:
+    model = changed(processor, **changes)
+    some = mixed[:3]
+    tokens = [list(draw_tokens(model, processor, asked)) for asked in some]
+    assert run(Engine(model, processor), some, 3) == tokens
+    if changes.get("rope_scaling", {}).get("rope_type") != "dynamic":  # changes nothing so early
+        assert tokens != wanted[:3]
+
+
 @pytest.mark.parametrize(
     ("options", "apart"),
     [

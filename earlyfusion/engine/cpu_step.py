@@ -189,7 +189,7 @@ def fits(transformer: Transformer, cache: Sequence[Tensor]) -> bool:
     in_fours = (
         all(n * config.head_dim % 4 == 0 for n in heads) and config.intermediate_size % 4 == 0
     )
-    silu = getattr(config, "hidden_act", "silu") in ("silu", "swish")
+    silu = config.hidden_act in ("silu", "swish")
     return on_cpu and plain and silu and in_fours and cache[0].dtype in _CACHE_KINDS
 
 
