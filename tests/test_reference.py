@@ -238,9 +238,9 @@ def test_no_delta_holds_half_a_character(processor: Processor) -> None:
     assert isinstance(events[-1], Finished) and events[-1].reason == "stop"
 
 
-def test_a_character_that_never_ends_is_shown_as_a_replacement(processor: Processor) -> None:
+def test_a_character_that_never_ends_is_left_out(processor: Processor) -> None:
     events, _ = narrate(processor, byte_tokens(processor, "ab과")[:-1])
-    assert texts(events) == "ab\ufffd"
+    assert texts(events) == "ab"
     assert isinstance(events[-1], Finished) and events[-1].reason == "length"
 
 
