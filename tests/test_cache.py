@@ -177,17 +177,19 @@ def test_another_dtype_is_refused(transformer: Transformer, processor: Processor
 
 
 def test_rows_of_the_plain_cache_may_be_ragged() -> None:
-    """Prompts padded on the right, then one token a row, then two and one: each row as alone."""
+    """Prompts padded on the right, one token a row, two and one; and pieces of prompts beside one
+    that begins, as long as all will be: each row as alone."""
     shape = CONFIG
     torch.manual_seed(0)
     model = Transformer(shape).eval().requires_grad_(False)
     model.init_weights()
     rows = [torch.randint(4, shape.vocab_size, (n,)) for n in (9, 4, 7)]
-    for order in ([0, 1, 2], [2, 0, 1]):
+    prompts = [[6, 1, 4], [1, 1, 1], [2, 1, 2], [0, 1, 0]], [[2, 0, 1], [2, 4, 3], [5, 0, 3]]
+    for order, pieces in ((order, p) for order in ([0, 1, 2], [2, 0, 1]) for p in prompts):
         cache, slots_B = KVCache(shape, 4, 12), torch.tensor([3, 0, 2])
         mine, read_B = [rows[number] for number in order], torch.zeros(3, dtype=torch.int64)
         got: list[list[torch.Tensor]] = [[], [], []]
-        for news in ([len(row) - 3 for row in mine], [1, 1, 1], [2, 1, 2], [0, 1, 0]):
+        for news in ([piece[number] for number in order] for piece in pieces):
             width = max(news)
             valid_BT = torch.arange(width) < torch.tensor(news)[:, None]
             tokens_BT = torch.zeros(3, width, dtype=torch.int64)
