@@ -31,6 +31,7 @@ def small_model(folder: Path) -> Path:
     """Random weights of two narrow blocks, with the tokenizers of `mini`."""
     loaded = formats.load("mini")
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    shape["max_position_embeddings"] = 1280
     transformer = Transformer(replace(loaded.config, **shape))
     transformer.init_weights(torch.Generator().manual_seed(0))
     text = loaded.processor.tokenizer_file.read_text(encoding="utf-8")
