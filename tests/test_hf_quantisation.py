@@ -160,7 +160,8 @@ class TestFiles:
 class TestMemory:
     def test_dense_as_transformers_counts(self, dense: Any) -> None:
         assert dense.get_memory_footprint() == super(type(dense), dense).get_memory_footprint()
-        assert dense.get_memory_footprint() == sum(p.numel() * 4 for p in dense.parameters())
+        held = [*dense.parameters(), *dense.buffers()]
+        assert dense.get_memory_footprint() == sum(x.numel() * 4 for x in held)
 
     def test_before_and_after(self, folder: Path, method: str, dense: Any, inputs: Any) -> None:
         """To the byte: weights, with a scale (and torchao's zero) a row or a 4-bit block of 64."""

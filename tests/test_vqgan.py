@@ -94,13 +94,32 @@ def test_attention_stands_where_the_config_asks() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"resolution": 33}, "multiple of the stride 16"),
         ({"base_channels": 48}, "multiple of the 32"),
         ({"num_embeddings": 0}, "positive"),
         ({"channel_multiplier": ()}, "one entry a level"),
     ],
 )
 def test_impossible_shapes_name_the_field(change: dict[str, object], words: str) -> None:
+    config = VQConfig(**change)  # type: ignore[arg-type]
     with pytest.raises(SettingError, match=words) as error:
-        VQConfig(**change)  # type: ignore[arg-type]
+        VQGAN(config)
     assert next(iter(change)) in str(error.value)
+
+
+def test_levels_without_blocks_keep_their_width() -> None:
+    vqgan = VQGAN(replace(TINY, num_res_blocks=0, channel_multiplier=(1, 2, 2))).eval()
+    codes = vqgan.encode(torch.rand(1, 3, 16, 16) * 2 - 1)
+    assert codes.shape == (1, 4, 4)
+    assert vqgan.decode(codes).shape == (1, 3, 16, 16)
+
+
+def test_the_codebook_can_be_called() -> None:
+    vqgan = VQGAN(TINY)
+    latents = vqgan.latents(torch.rand(1, 3, 16, 16)).detach().requires_grad_()
+    through, loss, codes = vqgan.quantize(latents)
+    assert torch.equal(codes.view(1, *latents.shape[2:]), vqgan.nearest_codes(latents))
+    torch.testing.assert_close(through, vqgan.embed(vqgan.nearest_codes(latents)))
+    through.sum().backward()
+    assert latents.grad is not None and latents.grad.eq(1).all()
+    gap = (vqgan.embed(vqgan.nearest_codes(latents)) - latents).square().mean()
+    torch.testing.assert_close(loss, gap * (1 + vqgan.quantize.beta))
