@@ -142,6 +142,20 @@ class TestBackEnds:
         named = pixels(processor, array.transpose(1, 0, 2), input_data_format="channels_last")
         assert torch.equal(named, pixels(processor, image.transpose(PIL.Image.Transpose.TRANSPOSE)))
 
+    @pytest.mark.parametrize("crop", [(9, 8), (4, 3), (9, 3), (5, 6)])
+    def test_crops_lie_where_transformers_has_them(self, crop: tuple[int, int]) -> None:
+        """An odd number of pixels missing or too many, on either axis."""
+        from transformers.models.chameleon.image_processing_pil_chameleon import (
+            ChameleonImageProcessorPil as Stock,
+        )
+
+        settings = dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), False)
+        settings |= {"crop_size": {"height": crop[0], "width": crop[1]}}
+        image = picture(0, 5, 6)
+        wanted = Stock(**settings)(image)["pixel_values"][0]
+        for cls in BOTH:
+            assert np.array_equal(np.asarray(cls(**settings)(image)["pixel_values"][0]), wanted)
+
     def test_a_narrow_array_has_its_channels_first(self) -> None:
         planes = torch.from_numpy(noise(0, 3, 40, 4))
         image = PIL.Image.fromarray(planes.permute(1, 2, 0).contiguous().numpy())
