@@ -246,6 +246,23 @@ def test_a_random_config_does_as_transformers_own(seed: int) -> None:
         check_tokens(pair, how)
 
 
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")
+def test_dynamic_angles_remember_the_longest_call_until_one_fits() -> None:
+    pair = make(next(seed for seed in FAST if KINDS[seed % len(KINDS)] == "dynamic"))
+    trained = pair.own.config.max_position_embeddings
+    for model in pair.both:
+        model.config.rope_parameters["factor"] = 4.0
+    pair.own.model.rotary_emb = type(pair.own.model.rotary_emb)(pair.own.config)
+    seen = []
+    for length in (trained + 20, trained + 4, trained, trained - 1, trained + 4):
+        ids = torch.arange(40, 40 + length)[None] % 40 + 45
+        theirs, ours = (model(ids).logits for model in pair.both)
+        near(theirs.clamp(min=-1e9), ours.clamp(min=-1e9))
+        seen.append(ours)
+    assert not torch.allclose(seen[1], seen[4])  # the same tokens, after a longer call or not
+
+
 def test_the_fast_seeds_hold_every_row() -> None:
     drawn = [settings(seed) for seed in FAST]
     assert len(drawn) >= 60
