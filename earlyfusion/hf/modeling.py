@@ -368,21 +368,22 @@ class ChameleonVQVAE(ChameleonPreTrainedModel):
     @capture_outputs
     def encode(self, pixel_values: Tensor, **kwargs: Any) -> ChameleonVQVAEModelOutput:
         """Codes of pictures [B, C, Y, X] in [-1, 1], of any float type; no graph while frozen."""
-        trained = any(p.requires_grad for p in self.parameters())
+        if any(p.requires_grad for p in self.parameters()):
+            return self._encode(pixel_values)
         # Rounded arithmetic gives other codes, so that autocast is for training it only.
-        plain = torch.autocast(pixel_values.device.type, enabled=False)
-        with contextlib.ExitStack() as stack:
-            for context in () if trained else (torch.no_grad(), plain):
-                stack.enter_context(context)
-            stack.enter_context(winograd.left_out())
+        with torch.no_grad(), torch.autocast(pixel_values.device.type, enabled=False):
+            return self._encode(pixel_values)
+
+    def _encode(self, pixel_values: Tensor) -> ChameleonVQVAEModelOutput:
+        with winograd.left_out():
             hidden = self.encoder(pixel_values.to(self.quant_conv.weight.dtype))
             quantized, loss, codes = self.quantize(self.quant_conv(hidden))
-            return ChameleonVQVAEModelOutput(
-                last_hidden_state=hidden,
-                quantized_last_hidden_state=quantized,
-                image_tokens=codes,
-                embedding_loss=loss,
-            )
+        return ChameleonVQVAEModelOutput(
+            last_hidden_state=hidden,
+            quantized_last_hidden_state=quantized,
+            image_tokens=codes,
+            embedding_loss=loss,
+        )
 
     def decode(self, codes: Tensor) -> Tensor:
         """Pictures of codes [B, y, x]: [B, C, Y, X], about [-1, 1] and not clamped.
