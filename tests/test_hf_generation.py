@@ -214,7 +214,7 @@ class TestModes:
             (
                 {"multimodal_generation_mode": "image-only", "max_new_tokens": 9},
                 SettingError,
-                "66 tokens does not fit",
+                "leave no room for a picture of 66 tokens",
             ),
             (
                 {"multimodal_generation_mode": "image-only", "guidance_text": 3.0, "num_beams": 2},

@@ -101,7 +101,7 @@ def test_a_chain_with_minutes_is_killed_goes_on_and_ends_in_a_model(
 
     def killed(saver: checkpoint.Saver, *rest: Any) -> None:
         save(saver, *rest)
-        if (tmp_path / "transformer" / "step-00000001").is_dir():
+        if any((tmp_path / "transformer").glob("step-*")):  # how many steps, the clock decides
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

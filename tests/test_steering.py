@@ -23,6 +23,7 @@ from earlyfusion import (
     SamplingParams,
     SettingError,
     TokenDrawn,
+    WeightsError,
 )
 from earlyfusion.generation.reference import Event, Request, draw_tokens, generate
 from earlyfusion.image_tokenizer import ImageTokenizer
@@ -331,3 +332,23 @@ def test_mistakes_in_scores(model: Chameleon) -> None:
         model.score("x", ["yes", ""])
     with pytest.raises(ContextError, match="tokens, limit 256: shorten one of them"):
         model.score("x", ["yes", "q" * 300])
+
+
+def test_hooks_and_damaged_weights_are_seen_while_steering(model: Chameleon) -> None:
+    request = model.request("a pear", "interleaved", PLAIN, seed=2, logits_processors=same)
+    before = both(model, request)
+    layer = model.transformer.model.layers[0]
+    hook = layer.register_forward_hook(lambda module, inputs, out: out * 0.2)
+    try:
+        assert both(model, request) != before
+    finally:
+        hook.remove()
+    weight = model.transformer.model.norm.weight
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        weight.fill_(math.nan)
+    with pytest.raises(WeightsError, match="not finite"):
+        list(model.engine.generate(request))
+    with torch.no_grad():
+        weight.copy_(kept)
+    assert both(model, request) == before

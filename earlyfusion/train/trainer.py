@@ -212,7 +212,7 @@ class _Training:
         self.saver = checkpoint.Saver(run.out, run.keep, run.save_beside)
         self.validation = validation
         self.best = checkpoint.Saver(best_of(run.out), 1, beside=False) if validation else None
-        self._spent = 0.0
+        self._spent, self._out_of_time = 0.0, False
         self.step = self._resume()
         self.pace = Pace(run.steps, run.minutes, self._spent)
         flops = task.flops_per_unit if isinstance(task, ParallelTask) else 0.0
@@ -239,16 +239,15 @@ class _Training:
         run = self.run
         last = min(run.steps, run.stop_after or run.steps)
         # A run without time left takes one step all the same, so that it leaves a checkpoint.
-        over = bool(self.step) and self.pace.is_over(self.step)
-        while self.step < last and not over and not self._has_ended:
+        self._out_of_time = bool(self.step) and self.pace.is_over(self.step)
+        while self.step < last and not self._has_ended:
             figures = self._step(self.step)
             if self.watch.must_roll_back:
                 self._roll_back()
                 continue
-            over = self.pace.is_over(self.step + 1)
-            end = self.step + 1 if over else last
-            checked = self._validate(end)
-            ends = self.step + 1 == end or self._has_ended
+            self._out_of_time = self.pace.is_over(self.step + 1)
+            checked = self._validate(self.step + 1 if self._out_of_time else last)
+            ends = self.step + 1 == last or self._has_ended
             shown = checked | self._show(ends)
             if self.step % run.log_every == 0 or ends or shown:
                 self._log(figures | shown)
@@ -265,7 +264,7 @@ class _Training:
 
     @property
     def _has_ended(self) -> bool:
-        return self.validation is not None and self.validation.ends
+        return self._out_of_time or (self.validation is not None and self.validation.ends)
 
     def _validate(self, last: int) -> dict[str, float]:
         """The loss of held-out documents after this step, if it is time; the best is kept."""
@@ -362,8 +361,9 @@ class _Training:
         state |= {"run": _plain(self.run), "optim": _plain(self.optim)}
         state |= {"watch": self.watch.state(), "seconds": self.pace.seconds} | self._began()
         state |= {"averaged": self.average.count} if self.average else {}
+        state |= {"ended": True} if self._has_ended else {}
         if self.validation is not None:
-            state |= {"validation": self.validation.state(), "ended": self._has_ended}
+            state |= {"validation": self.validation.state()}
         self.saver.save(self.step, self._tensors() | tensors, state)
 
     def _began(self) -> dict[str, Any]:
