@@ -89,6 +89,11 @@ def test_it_learns_resumes_exactly_and_ends_in_a_folder_that_loads(
     with PIL.Image.open(tmp_path / "whole" / "samples" / "step-00000012.png") as grid:
         assert grid.size == (4 * 132 + 4, 2 * 132 + 4)
     train(*fields, f"out={tmp_path / 'part'}", "stop_after=7")
+    alone = ["trainable=decoder", f"start={tmp_path / 'part'}"]
+    with pytest.raises(CheckpointError, match="trainable=all, not decoder"):
+        train(*fields, f"out={tmp_path / 'part'}", *alone)
+    with pytest.raises(DataError, match="another out folder"):
+        train(*fields, f"out={tmp_path / 'part'}", "smallest=0.7")
     train(*fields, f"out={tmp_path / 'part'}")
     assert losses(tmp_path / "part") == losses(tmp_path / "whole")
     (whole, _), (part, _) = (checkpoint.load(tmp_path / name) for name in ("whole", "part"))
@@ -98,11 +103,6 @@ def test_it_learns_resumes_exactly_and_ends_in_a_folder_that_loads(
     assert not differ(whole["model"], model.state_dict())
     begun = begin_with(VQGAN(model.config), str(tmp_path / "whole" / "model"))
     assert not differ(whole["model"], begun.state_dict())
-    alone = ["trainable=decoder", f"start={tmp_path / 'part'}"]
-    with pytest.raises(CheckpointError, match="trainable=all, not decoder"):
-        train(*fields, f"out={tmp_path / 'part'}", *alone)
-    with pytest.raises(DataError, match="another out folder"):
-        train(*fields, f"out={tmp_path / 'part'}", "smallest=0.7")
 
 
 def test_it_learns_and_counts_what_is_broken(
