@@ -233,6 +233,8 @@ def open_processor(source: Source) -> Processor:
     processor = Processor(source.tokenizer, source.layout)
     vocabulary, config = processor.vocabulary, source.config
     source.layout.template(vocabulary)
+    if source.is_part:  # its config counts the tokens of the part; the whole was checked
+        return processor
     if vocabulary.size > config.vocab_size:
         raise CheckpointError(
             f"{source.tokenizer} has {vocabulary.size:,} tokens and the model knows "

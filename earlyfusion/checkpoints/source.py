@@ -83,6 +83,7 @@ class Source:
     kind: str = "chameleon"
     resize_mode: Mode = "crop"
     bits: int | None = None
+    is_part: bool = False
 
     def checked(self, wanted: Mapping[str, Tensor], vq_wanted: Mapping[str, Tensor]) -> Source:
         """Itself, if its names and shapes are those of the modules."""

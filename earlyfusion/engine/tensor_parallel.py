@@ -151,6 +151,7 @@ def open_part(source: Source, parts: int) -> Source:
             for name, stored in source.tensors.items()
         },
         vq=source.vq if part == 0 else {},
+        is_part=True,
     )
 
 
