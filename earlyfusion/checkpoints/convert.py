@@ -34,8 +34,6 @@ Layout = Literal["hf", "meta"]
 Progress = Callable[[int, int], None]
 
 _WRITERS = {"hf": write_hf, "meta": write_meta}
-# What a model's licence asks copies to keep, and its card.
-_PAPERS = ("README.md", "NOTICE*", "LICENSE*")
 _CODEBOOK = "quantize.embedding.weight"
 # bf16 keeps 8 bits of a number: two copies of one codebook differ by no more.
 _ROUNDING = 2**-7

@@ -61,7 +61,8 @@ VQ_PREFIX = "model.vqmodel."
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _MAX_FILE = 5_000_000_000
 # A model's card, and what its licence asks copies to keep.
-PAPERS = ("README.md", "NOTICE*", "LICENSE*")
+# The card of a model, and what its licence asks copies to keep.
+PAPERS = ("README.md", "NOTICE*", "LICEN[CS]E*", "COPYING*", "USE_POLICY*")
 # dtype names of the safetensors format.
 _CODES = {
     torch.float64: "F64",

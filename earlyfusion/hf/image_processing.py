@@ -15,7 +15,6 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 import PIL.Image
 import torch
-from PIL import ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.feature_extraction_utils import BatchFeature
@@ -245,7 +244,9 @@ def _check(mode: Any, deep: Any, exact: Any) -> None:
 def _planes(picture: Any, settings: dict[str, Any], deep: Deep) -> Tensor:
     """uint8 [C, Y, X] of a picture in any form: RGB on white where `do_convert_rgb` says so."""
     if isinstance(picture, PIL.Image.Image) and picture.mode.startswith(("I", "F")):
-        picture = _scaled(picture) if deep == "scale" else picture.convert("RGB")
+        picture = Image.of(picture, deep=deep).pil
+        assert picture is not None
+        picture = picture if settings["do_convert_rgb"] else picture.convert("L")
     rgb = settings["do_convert_rgb"]
     if isinstance(picture, np.ndarray | Tensor):
         planes = _as_bytes(_channels_first(_as_tensor(picture), settings["input_data_format"]))
@@ -261,20 +262,6 @@ def _planes(picture: Any, settings: dict[str, Any], deep: Deep) -> Tensor:
     if pil is None:
         raise SettingError("the image has codes but no pixels: give its picture")
     return _tensor(pil)
-
-
-def _scaled(picture: PIL.Image.Image) -> PIL.Image.Image:
-    """A grey picture of 16 or 32 bits or floats, scaled to 8 bits."""
-    values = np.asarray(ImageOps.exif_transpose(picture), dtype=np.float64)
-    low, high = values.min(), values.max()
-    white = 1 if picture.mode == "F" else 65_535
-    white = 255 if picture.mode == "I" and high <= 255 else white
-    if not (low >= 0 and high <= white):  # also false for NaN
-        raise ImageError(
-            f"a picture of mode {picture.mode} has values from {low:g} to {high:g}, which may be "
-            f"any scale: bring them to 0 to {white:,}"
-        )
-    return PIL.Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
 
 
 def _as_tensor(array: Any) -> Tensor:

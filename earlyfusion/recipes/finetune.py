@@ -28,7 +28,7 @@ import torch
 from earlyfusion import parallel
 from earlyfusion.checkpoints import formats
 from earlyfusion.checkpoints.adapter import save_adapter
-from earlyfusion.checkpoints.hf import Loaded, assemble, save_hf
+from earlyfusion.checkpoints.hf import Loaded, assemble, papers, save_hf
 from earlyfusion.checkpoints.source import Source
 from earlyfusion.errors import DataError, SettingError
 from earlyfusion.image_tokenizer import ImageTokenizer, Mode
@@ -136,8 +136,8 @@ def main(config: FinetuneConfig) -> None:
         save_adapter(run.out / "adapter", lora.adapters(model), config.model)
         say(f"the adapter lies in {run.out / 'adapter'}, for Chameleon.load(..., adapter=) or PEFT")
     if config.merge:
-        papers = {"README.md": _card(config, corpus, source.folder)} | _kept_papers(source.folder)
-        save(run.out / "model", model, loaded, source, corpus.resize_mode, papers)
+        texts = papers(source.folder) | {"README.md": _card(config, corpus, source.folder)}
+        save(run.out / "model", model, loaded, source, corpus.resize_mode, texts)
 
 
 def _validation(config: FinetuneConfig, task: LanguageTask, corpus: Corpus) -> Validation | None:
@@ -210,13 +210,6 @@ def save(
         resize_mode=resize_mode,
         extra_files=papers,
     )
-
-
-def _kept_papers(folder: Path) -> dict[str, str]:
-    """What has to stay with copies of a model: notices and licences."""
-    names = ("NOTICE*", "LICEN[CS]E*", "COPYING*", "USE_POLICY*")
-    found = [path for name in names for path in sorted(folder.glob(name)) if path.is_file()]
-    return {path.name: path.read_text(encoding="utf-8", errors="replace") for path in found}
 
 
 def _card(config: FinetuneConfig, corpus: Corpus, folder: Path) -> str:
