@@ -264,7 +264,11 @@ def test_a_run_that_is_stopped_says_how_to_go_on(
     out = tmp_path / "a run"
     command = ["train", "finetune", *given, "steps=100000", f"out={out}"]
     with subprocess.Popen(
-        [sys.executable, "-m", "earlyfusion", *command], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "earlyfusion", *command],
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's job in the background ignores Ctrl-C, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         deadline = time.monotonic() + 200
         while not checkpoint.steps(out) and time.monotonic() < deadline:
