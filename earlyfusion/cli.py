@@ -24,7 +24,7 @@ import typer
 from typer.core import TyperCommand
 
 from earlyfusion import __version__
-from earlyfusion.errors import EarlyFusionError, SettingError
+from earlyfusion.errors import EarlyFusionError, PromptError, SettingError
 
 if TYPE_CHECKING:
     from earlyfusion.api import Chameleon
@@ -776,16 +776,12 @@ def _load(
 
 
 def _check_pipe(names: list[str]) -> None:
-    from earlyfusion.errors import SettingError
-
     if names.count("-") > 1:
         raise SettingError("only one of the prompt and the pictures can be -: there is one pipe")
 
 
 def _prompt(words: str | None, file: Path | None) -> str:
     """The prompt as it was given: as an argument, in a file or in a pipe."""
-    from earlyfusion.errors import PromptError
-
     if words is not None and file is not None:
         raise PromptError(f"a prompt and --prompt-file {file} are given: leave one out")
     if words is not None and words != "-":
