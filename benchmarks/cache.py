@@ -28,13 +28,13 @@ from torch import Tensor
 from earlyfusion import Chameleon, Image, SamplingParams
 from earlyfusion.config import PRESETS
 from earlyfusion.engine.cache import DTYPES, Cache
-from earlyfusion.engine.cpu_step import CpuStep
 from earlyfusion.engine.engine import Engine
-from earlyfusion.engine.runner import ModelRunner, _Step
+from earlyfusion.engine.runner import ModelRunner, Step
 from earlyfusion.engine.scheduler import Branch, Piece, Plan
-from earlyfusion.generation.reference import Request
+from earlyfusion.generation.request import Request
+from earlyfusion.kernels.cpu_step import CpuStep
+from earlyfusion.mini.emoji.dataset import EmojiData
 from earlyfusion.model.transformer import Transformer
-from earlyfusion.recipes.emoji.dataset import EmojiData
 
 QUESTIONS = ("What is this?", "Describe the picture.", "이것은 무엇인가요?", "What colour is it?")
 CONTEXTS, PAGE = (32, 1057), 16
@@ -71,7 +71,7 @@ def distributions(runner: ModelRunner, ids: Sequence[int], answer: Sequence[int]
     runner.run(Plan([], [Piece(branch, 0, len(ids) - 1)], []), [])
     logits = []
     for place in range(len(ids) - 1, len(ids) + len(answer) - 1):
-        step = _Step([Piece(branch, place, 1)], runner._cache)
+        step = Step([Piece(branch, place, 1)], runner._cache)
         if runner._compiled is not None:
             x_TD = runner._compiled.states(step.tokens_T, step.slots_T, step.positions_T)
         else:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from transformers import ChameleonConfig, ChameleonForConditionalGeneration
 
+from earlyfusion.bench.shapes import SHAPES
 from earlyfusion.config import ModelConfig
-from earlyfusion.evals.shapes import SHAPES
 from earlyfusion.model.transformer import Transformer
 
 OURS, THEIRS = "earlyfusion", "transformers"

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from contenders import OURS, THEIRS, Row, random_transformer, save, stock_of, table
 
-from earlyfusion.engine.cpu_step import CpuStep
-from earlyfusion.evals.shapes import SHAPES
+from earlyfusion.bench.shapes import SHAPES
+from earlyfusion.kernels.cpu_step import CpuStep
 
 CONTEXTS, BITS, PLACES = (32, 1057), (16, 8, 4), 1200
 

@@ -38,9 +38,9 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.utils import logging
 
 from earlyfusion import Chameleon, Image, SamplingParams
-from earlyfusion.evals.shapes import SHAPES, write_random
-from earlyfusion.evals.speed import Meter
-from earlyfusion.generation.reference import Request
+from earlyfusion.bench.shapes import SHAPES, write_random
+from earlyfusion.bench.speed import Meter
+from earlyfusion.generation.request import Request
 
 CONTEXTS = (32, 1057)
 PARTS = ("decode", "read", "picture", "batch", "alone")

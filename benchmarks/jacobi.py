@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from earlyfusion import Chameleon, SamplingParams
-from earlyfusion.generation.reference import Request
+from earlyfusion.generation.request import Request
 
 PROMPTS = (
     "Draw a red apple.",

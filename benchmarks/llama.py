@@ -79,7 +79,7 @@ class Ours:
         import torch
 
         from earlyfusion import Chameleon
-        from earlyfusion.evals.speed import Meter
+        from earlyfusion.bench.speed import Meter
 
         torch.set_num_threads(threads)
         self._meter = Meter(Chameleon.load(folder, device="cpu", dtype=dtype), 1)
@@ -175,7 +175,7 @@ class Contender:
 def compare(options: argparse.Namespace, folder: Path) -> None:
     from contenders import OURS, Row, save, table
 
-    from earlyfusion.evals.shapes import write_random
+    from earlyfusion.bench.shapes import write_random
 
     config = write_random(options.shape, folder / "model")
     shape = {

@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from earlyfusion.config import VQConfig
+from earlyfusion.mini.emoji.tensors import opened, pictures
+from earlyfusion.mini.named_image_tokenizer import config as recipe
 from earlyfusion.model.vqgan import VQGAN
-from earlyfusion.recipes.emoji.tensors import opened, pictures
-from earlyfusion.recipes.mini_named_image_tokenizer import config as recipe
 from earlyfusion.train.augment import changed, resized
 from earlyfusion.train.image_tokenizer import ImageTokenizerTask
 from earlyfusion.train.likeness import psnr

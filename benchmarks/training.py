@@ -22,10 +22,10 @@ import torch
 from contenders import stock_of
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from earlyfusion.evals.shapes import SHAPES
+from earlyfusion.bench.shapes import SHAPES
+from earlyfusion.data.packing import Packer, RoleWeights
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.processor import ANSWER_TEXT, TokenSequence
-from earlyfusion.train.data import Packer, RoleWeights
 from earlyfusion.train.language import LanguageTask
 from earlyfusion.train.monitor import matmul_peak, read_metrics
 from earlyfusion.train.optim import OptimConfig

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         SettingError,
         WeightsError,
     )
-    from earlyfusion.generation.reference import (
+    from earlyfusion.generation.request import (
         Event,
         Finished,
         ImageDone,
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_ERRORS, _EVENTS = "earlyfusion.errors", "earlyfusion.generation.reference"
+_ERRORS, _EVENTS = "earlyfusion.errors", "earlyfusion.generation.request"
 _HOME = {
     "Chameleon": "earlyfusion.api",
     "Reply": "earlyfusion.api",

@@ -17,22 +17,23 @@ import numpy as np
 import PIL.Image
 import torch
 
-from earlyfusion.checkpoints import formats, lumina
+from earlyfusion.checkpoints import detect as formats
+from earlyfusion.checkpoints import lumina
 from earlyfusion.checkpoints.adapter import merge_adapter
 from earlyfusion.checkpoints.hf import Loaded, assemble, check_dense, papers, save_hf
 from earlyfusion.config import ModelConfig
 from earlyfusion.content import Image, Message, Part, Prompt, Segment, Text, as_messages
+from earlyfusion.engine.backends.torch import fingerprint
 from earlyfusion.engine.engine import Engine
-from earlyfusion.engine.network import fingerprint
 from earlyfusion.engine.tensor_parallel import open_part, peers_of, share
 from earlyfusion.errors import CheckpointError, ContextError, PromptError, SettingError
-from earlyfusion.generation.reference import (
+from earlyfusion.generation.reference import Reader
+from earlyfusion.generation.request import (
     Event,
     Finished,
     ImageDone,
     ImagePreview,
     ImageStarted,
-    Reader,
     Reason,
     Request,
     TextDelta,
@@ -42,7 +43,7 @@ from earlyfusion.generation.reference import (
 from earlyfusion.generation.settings import SamplingFields, SamplingParams, with_fields
 from earlyfusion.generation.steering import TokenLogprob
 from earlyfusion.image_tokenizer import ImageTokenizer
-from earlyfusion.model.packed import PackedLinear, packed_bits, quantise
+from earlyfusion.model.quantise import PackedLinear, packed_bits, quantise
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.processor import Processor
 from earlyfusion.vocabulary import ImageLayout
@@ -161,7 +162,7 @@ class Chameleon:
 
         `device` "auto" takes a GPU if there is one; `dtype` "auto" bfloat16 there, and on a CPU for
         models over 500 million parameters, else float32. "int8" and "int4" round the layers' and
-        the head's matrices (model/packed.py) and compute as "auto" does. `tensor_parallel` is the
+        the head's matrices (model/quantise.py) and compute as "auto" does. `tensor_parallel` is the
         number of processes, those that `torchrun` started, that share each layer: the first goes
         on, the others serve it and end with it (docs/engine.md). `verify` compares the files with
         the checklist beside them, if there is one; of large files only once. `adapter` is a folder

@@ -38,7 +38,7 @@ from earlyfusion.terminal import png, reply_json
 
 if TYPE_CHECKING:
     from earlyfusion.api import Chameleon, Reply
-    from earlyfusion.engine.request import Handle
+    from earlyfusion.engine.handle import Handle
 
 Output = Literal["text", "image", "interleaved", "auto"]
 # Of SamplingParams' fields, what JSON can say and a line of replies shows.

@@ -92,15 +92,15 @@ def _complete_dtypes(incomplete: str) -> list[str]:
 
 
 def _complete_recipes(incomplete: str) -> list[str]:
-    from earlyfusion.recipes import NAMES
+    from earlyfusion.recipes.run import RECIPES
 
     files = [str(path) for path in sorted(Path().glob("*.py"))]
-    return _begin(incomplete, [*NAMES, *files])
+    return _begin(incomplete, [*RECIPES, *files])
 
 
 def _complete_fields(ctx: typer.Context, incomplete: str) -> list[str]:
     """Fields of the recipe that was named; after = the values that one can have."""
-    from earlyfusion.recipes import fields_of
+    from earlyfusion.recipes.run import fields_of
 
     known, before = fields_of(ctx.params["recipe"]), ctx.params.get("fields") or []
     # bash takes words apart at =, other shells do not; an = alone comes as nothing.
@@ -571,13 +571,13 @@ class _Train(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if {"-h", "--help"} & set(args) and not ctx.resilient_parsing:
-            from earlyfusion.recipes import NAMES, described, summary
+            from earlyfusion.recipes.run import RECIPES, described, summary
 
             named = [arg for arg in args if not arg.startswith("-") and "=" not in arg]
             if named:
                 print(described(named[0]))
                 ctx.exit()
-            listed = [f"{name}: {summary(name)}" for name in NAMES]
+            listed = [f"{name}: {summary(name)}" for name in RECIPES]
             fields = "earlyfusion train RECIPE --help lists what can be changed in one."
             self.epilog = "\n\n".join([self.epilog or "", "Recipes:", *listed, fields])
         return super().parse_args(ctx, args)
@@ -607,7 +607,7 @@ def train(
     ] = False,
 ) -> None:
     """Run a training recipe; run it again to go on where it stopped."""
-    from earlyfusion.recipes import plan, run
+    from earlyfusion.recipes.run import plan, run
 
     if plan_only:
         print(plan(recipe, fields or []))
@@ -656,11 +656,11 @@ def tokenize(
 
     check_writable(out)
     with busy(f"opening {' '.join(sources)}", as_json):
-        from earlyfusion.checkpoints.formats import locate
-        from earlyfusion.train.corpus.encoding import EncodingSettings
-        from earlyfusion.train.corpus.rows import RowSettings
-        from earlyfusion.train.corpus.tokenizing import Job
-        from earlyfusion.train.corpus.tokenizing import tokenize as write
+        from earlyfusion.checkpoints.detect import locate
+        from earlyfusion.data.encoding import EncodingSettings
+        from earlyfusion.data.rows import RowSettings
+        from earlyfusion.data.tokenize import Job
+        from earlyfusion.data.tokenize import tokenize as write
         from earlyfusion.train.trainer import resolve_device
 
         first = 0.5 if image_first is None else image_first
@@ -741,7 +741,7 @@ def bench(
 
     with busy("starting", as_json) as say:
         since = perf_counter()
-        from earlyfusion.evals.speed import bench as measure
+        from earlyfusion.bench.speed import bench as measure
 
         imports, rounds = perf_counter() - since, 3 if rounds is None else rounds
         report = measure(model, shape, device, dtype, threads, rounds, imports, say)

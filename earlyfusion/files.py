@@ -7,6 +7,7 @@ one sentence with the path, the reason and the remedy.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
@@ -128,3 +129,26 @@ def _claimed(part: Path, path: Path) -> bool:
         return False
     os.replace(part, path)
     return True
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def full_disk_told(folder: Path) -> Iterator[None]:
+    """Turn the errors of a full disk into a `SettingError` that says how to go on."""
+    try:
+        yield
+    except OSError as error:
+        if not is_full_disk(error):
+            raise
+        reason = (error.strerror or "no room left").lower()
+        raise SettingError(
+            f"{folder} cannot be written to ({reason}): make room and run the same command again, "
+            "which goes on from what is there"
+        ) from None
+
+
+def is_full_disk(error: BaseException) -> bool:
+    # numpy tells of it without a number.
+    return isinstance(error, OSError) and (error.errno in _NO_ROOM or "requested and" in str(error))

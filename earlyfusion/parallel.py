@@ -14,28 +14,21 @@ Shapes: B rows, T tokens, D model width, N heads, H head width, V vocabulary, P 
 
 from __future__ import annotations
 
-import atexit
-import os
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
-from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
 )
 
+from earlyfusion import processes
 from earlyfusion.config import ModelConfig
 from earlyfusion.errors import SettingError
 from earlyfusion.model.transformer import Transformer
@@ -82,77 +75,23 @@ class ParallelConfig:
         return processes // copy, copy // self.tensor, self.tensor
 
 
-def processes() -> int:
-    """How many processes `torchrun` started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
 def launch(config: ParallelConfig, device: torch.device) -> DeviceMesh | None:
     """The mesh of this run, or None for a single process; joins the group `torchrun` names."""
-    sizes = config.sizes(processes())
-    if processes() == 1:
+    sizes = config.sizes(processes.count())
+    if processes.count() == 1:
         return None
     from torch.distributed.device_mesh import init_device_mesh
 
-    _meet(device)
+    processes.join(device)
     mesh = init_device_mesh(device.type, sizes, mesh_dim_names=AXES)
     if config.tensor > 1:  # so that norms over one copy of the weights take one step, not two
         mesh[SHARD, TENSOR]._flatten("copy")
     return mesh
 
 
-def _meet(device: torch.device) -> None:
-    """Join the group that `torchrun` names, once."""
-    if dist.is_initialized():
-        return
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    store, own, count = next(rendezvous("env://"))
-    start = _begin(store, count) if own == 0 else _join(store, own)
-    fresh = PrefixStore(start, store)
-    dist.init_process_group(backend, store=fresh, rank=own, world_size=count)
-    atexit.register(_leave)
-
-
 # `torchrun` keeps one store through its restarts, where a new process can read the address of a
 # dead one before its successor has written. So the first process names this start, and each of the
 # others takes that name only from an answer to a name of its own that no earlier process had.
-
-
-def _begin(store: Store, count: int) -> str:
-    """The name of this start, once all others have it."""
-    start = uuid4().hex
-    missing = set(range(1, count))
-    while missing:
-        for other in sorted(missing):
-            name = store.get(f"here-{other}").decode()
-            store.set(f"start-{other}", f"{name} {start}")
-        missing -= {n for n in missing if _value(store, f"heard-{n}") == start}
-        time.sleep(0.02)
-    return start
-
-
-def _join(store: Store, own: int) -> str:
-    name = uuid4().hex
-    store.set(f"here-{own}", name)
-    while True:
-        asked, _, start = store.get(f"start-{own}").decode().partition(" ")
-        if asked == name:
-            store.set(f"heard-{own}", start)
-            return start
-        time.sleep(0.02)
-
-
-def _value(store: Store, key: str) -> str:
-    return store.get(key).decode() if store.check([key]) else ""
-
-
-def _leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def data_rank(mesh: DeviceMesh | None) -> tuple[int, int]:
@@ -368,7 +307,7 @@ class VocabularySlice(NamedTuple):
 
 def head_inputs(x_BTD: Tensor, head_VD: Tensor) -> tuple[Tensor, Tensor, VocabularySlice | None]:
     """States of all positions, the rows of the head that are here, and which rows these are."""
-    if processes() == 1:
+    if processes.count() == 1:
         return x_BTD, head_VD, None
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
@@ -384,7 +323,7 @@ def head_inputs(x_BTD: Tensor, head_VD: Tensor) -> tuple[Tensor, Tensor, Vocabul
 
 def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
     """`clip_grad_norm_` whose norm is that of the whole gradient on every process."""
-    if processes() == 1:
+    if processes.count() == 1:
         return nn.utils.clip_grad_norm_(parameters, limit)
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
@@ -431,113 +370,4 @@ def _own_part(parameter: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
     return parameter.to_local(), whole[cut]
 
 
-def agree(value: Callable[[], Any]) -> Any:
-    """What the first process finds, on all of them: disks may show others a later state."""
-    if processes() == 1:
-        return value()
-    found = [value() if rank() == 0 else None]
-    dist.broadcast_object_list(found)
-    return found[0]
-
-
 # ---- one model for generation, shared by all processes
-
-
-class Peers:
-    """The processes that share a model's layers: the first leads, the others do as they are told.
-
-    What is told goes over the CPU and may be waited for as long as the leader likes; a process that
-    has gone is noticed, as its connection ends. `begin` says how many collectives are part of what
-    was told: outside of it they are refused, as nobody would answer.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        _meet(device)
-        self.rank, self.count, self.left = dist.get_rank(), dist.get_world_size(), 0
-        self.engines = 0
-        self._told: Any = dist.new_group(backend="gloo", timeout=_ANY_TIME)
-        self._step: Any = dist.new_group(timeout=_STEP_TIME)
-        self._open, self._on_gpu = True, device.type == "cuda"
-        atexit.register(self.close)
-
-    @property
-    def leads(self) -> bool:
-        return self.rank == 0
-
-    def tell(self, numbers: Sequence[int], collectives: int) -> None:
-        """Say what comes next; so many collectives belong to it. An empty message is the end."""
-        if not self._open:
-            raise ConnectionError(_GONE)
-        self.left = collectives + 1
-        self._send([len(numbers), *numbers])
-        self.left -= 1
-
-    def hear(self) -> list[int]:
-        """What the leader tells; empty at the end."""
-        first_M = self._pass_on(torch.empty(_MESSAGE, dtype=torch.int64, device="cpu"), self._told)
-        size = int(first_M[0])
-        if size < _MESSAGE:
-            return first_M[1 : size + 1].tolist()
-        rest = torch.empty(size + 1 - _MESSAGE, dtype=torch.int64, device="cpu")
-        return [*first_M[1:].tolist(), *self._pass_on(rest, self._told).tolist()]
-
-    def begin(self, collectives: int) -> None:
-        self.left = collectives
-
-    def share(self, x: Tensor) -> Tensor:
-        """The leader's values, in place, on all."""
-        self._count()
-        return self._pass_on(x, self._step)
-
-    def add_up(self, x: Tensor) -> Tensor:
-        """The sum of all, in place."""
-        self._count()
-        try:
-            dist.all_reduce(x, group=self._step)
-        except RuntimeError as error:
-            raise ConnectionError(_GONE) from error
-        return x
-
-    def close(self) -> None:
-        """Let the others go: they end at once, or are cut off in the middle of a step."""
-        if not self._open:
-            return
-        if self.leads and self.left == 0:
-            with suppress(ConnectionError):
-                self._send([0])
-        self._open = False
-        atexit.unregister(self.close)
-        dist.destroy_process_group(self._told)
-        if self.left and self._on_gpu:
-            self._step.abort()  # destroying it would wait for what is under way
-        else:
-            dist.destroy_process_group(self._step)
-        del self._told, self._step
-
-    def _send(self, numbers: list[int]) -> None:
-        padded = numbers + [0] * (_MESSAGE - len(numbers))
-        message = torch.tensor(padded, dtype=torch.int64, device="cpu")
-        for part in message.tensor_split([_MESSAGE]):
-            if len(part):
-                self._pass_on(part, self._told)
-
-    def _pass_on(self, x: Tensor, group: Any) -> Tensor:
-        try:
-            dist.broadcast(x, 0, group=group)
-        except RuntimeError as error:
-            raise ConnectionError(_GONE) from error
-        return x
-
-    def _count(self) -> None:
-        if self.left == 0:
-            raise SettingError(
-                f"this model is shared by {self.count} processes and cannot be called by itself: "
-                "ask it through generate, stream or its engine"
-            )
-        self.left -= 1
-
-
-_MESSAGE = 512  # numbers that are sent at once: enough for a step of some 160 rows
-_ANY_TIME = timedelta(days=365)
-_STEP_TIME = timedelta(minutes=10)
-_GONE = "a process that shares the model has gone: start the program again"

@@ -73,7 +73,7 @@ def answer(
     screen: Screen,
 ) -> Reply:
     """Generate a reply, showing it as it comes and filing its pictures."""
-    from earlyfusion.generation.reference import Event, ImageProgress, TextDelta
+    from earlyfusion.generation.request import Event, ImageProgress, TextDelta
 
     def watch(event: Event, image: Image | None) -> None:
         if isinstance(event, TextDelta):

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 
-from earlyfusion.checkpoints import formats
+from earlyfusion.checkpoints import detect as formats
 from earlyfusion.checkpoints.hf import save_hf
-from earlyfusion.recipes.emoji.dataset import EmojiData, Row
+from earlyfusion.mini.emoji.dataset import EmojiData, Row
 
 ASKED = 24
 

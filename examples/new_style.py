@@ -20,7 +20,7 @@ from pathlib import Path
 import PIL.Image
 from PIL import ImageOps
 
-from earlyfusion.recipes.emoji.dataset import EmojiData, Row
+from earlyfusion.mini.emoji.dataset import EmojiData, Row
 
 KINDS = ("animals and nature", "food and drink", "travel and places", "activities", "objects")
 LEARNT, ASKED = 40, 24

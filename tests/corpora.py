@@ -15,10 +15,10 @@ import torch
 from tiny import CONFIG, tiny_processor, tiny_transformer
 
 from earlyfusion.checkpoints.hf import save_hf
+from earlyfusion.data.encoding import Encoder, EncodingSettings
 from earlyfusion.image_tokenizer import ImageTokenizer
 from earlyfusion.model.vqgan import VQGAN
 from earlyfusion.processor import Processor
-from earlyfusion.train.corpus.encoding import Encoder, EncodingSettings
 
 
 def png(seed: int, size: tuple[int, int] = (24, 16)) -> bytes:

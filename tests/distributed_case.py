@@ -16,11 +16,11 @@ import numpy as np
 import torch
 
 from earlyfusion.config import PRESETS, ModelConfig
+from earlyfusion.data.packing import Packer, RoleWeights
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.parallel import ParallelConfig
 from earlyfusion.processor import CONTROL, PROMPT_TEXT, TokenSequence
 from earlyfusion.train import lora
-from earlyfusion.train.data import Packer, RoleWeights
 from earlyfusion.train.language import LanguageTask
 from earlyfusion.train.optim import OptimConfig
 from earlyfusion.train.trainer import RunConfig, train

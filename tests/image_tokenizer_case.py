@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from earlyfusion.recipes import run
+from earlyfusion.recipes.run import run
 
 TINY = [
     "embed_dim=8",

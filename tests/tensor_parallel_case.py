@@ -26,13 +26,13 @@ from earlyfusion import Chameleon
 from earlyfusion.config import ModelConfig
 from earlyfusion.engine.cache import Cache
 from earlyfusion.engine.engine import Engine
-from earlyfusion.engine.request import Handle
+from earlyfusion.engine.handle import Handle
+from earlyfusion.engine.peers import Peers
 from earlyfusion.engine.tensor_parallel import follow, split
 from earlyfusion.errors import SettingError
-from earlyfusion.generation.reference import Request
+from earlyfusion.generation.request import Request
 from earlyfusion.generation.settings import SamplingParams
 from earlyfusion.model.transformer import Transformer
-from earlyfusion.parallel import Peers
 from earlyfusion.processor import Processor
 
 SWIN = replace(CONFIG, swin_norm=True, hidden_size=48, num_attention_heads=6)

@@ -8,9 +8,7 @@ import pytest
 import torch
 
 from earlyfusion.errors import SettingError
-from earlyfusion.model.attention import dot_product_attention
-from earlyfusion.recipes import override, run
-from earlyfusion.recipes.ablations import (
+from earlyfusion.mini.ablations import (
     VARIANTS,
     AttentionProbe,
     Trial,
@@ -19,6 +17,8 @@ from earlyfusion.recipes.ablations import (
     power_law,
     trials,
 )
+from earlyfusion.model.attention import dot_product_attention
+from earlyfusion.recipes.run import override, run
 
 DATA = Path(__file__).parent / "data"
 SMALL = ["hidden_size=32", "intermediate_size=64", "num_attention_heads=2", "num_hidden_layers=2"]

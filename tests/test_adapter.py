@@ -16,11 +16,11 @@ from test_finetune import finetune
 from tiny import CONFIG
 
 from earlyfusion import Chameleon, ChameleonForConditionalGeneration
-from earlyfusion.checkpoints import formats
+from earlyfusion.checkpoints import detect as formats
 from earlyfusion.checkpoints.adapter import merge_adapter
 from earlyfusion.errors import CheckpointError, SettingError
-from earlyfusion.recipes import override, run
 from earlyfusion.recipes.finetune import config as recipe
+from earlyfusion.recipes.run import override, run
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*:UserWarning:peft", "ignore:`is_gradient_checkpointing`:FutureWarning"

@@ -11,7 +11,7 @@ import torch
 from tiny import CONFIG, tiny_processor, tiny_transformer
 
 from earlyfusion import Chameleon, Image, Message, Reply, SamplingParams, Text
-from earlyfusion.checkpoints import formats
+from earlyfusion.checkpoints import detect as formats
 from earlyfusion.checkpoints.hf import Loaded
 from earlyfusion.engine.engine import Engine
 from earlyfusion.errors import (
@@ -22,14 +22,14 @@ from earlyfusion.errors import (
     PromptError,
     SettingError,
 )
-from earlyfusion.generation.reference import (
+from earlyfusion.generation.reference import generate
+from earlyfusion.generation.request import (
     Finished,
     ImageDone,
     ImagePreview,
     ImageProgress,
     ImageStarted,
     TextDelta,
-    generate,
 )
 from earlyfusion.generation.settings import SamplingFields
 from earlyfusion.image_tokenizer import ImageTokenizer

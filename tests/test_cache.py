@@ -10,12 +10,12 @@ from tiny import CONFIG, TEXTS, tiny_processor, tiny_transformer
 from earlyfusion.engine import runner
 from earlyfusion.engine.cache import Cache
 from earlyfusion.engine.engine import Engine
-from earlyfusion.engine.request import Handle
+from earlyfusion.engine.handle import Handle
 from earlyfusion.engine.runner import ModelRunner
 from earlyfusion.engine.scheduler import Branch, Copy, Piece, Plan
 from earlyfusion.errors import SettingError
 from earlyfusion.generation.grammar import Grammar
-from earlyfusion.generation.reference import Request
+from earlyfusion.generation.request import Request
 from earlyfusion.generation.settings import SamplingParams
 from earlyfusion.model.kv_cache import KVCache
 from earlyfusion.model.transformer import Transformer
@@ -61,7 +61,7 @@ def states(
     seen = []
     for more in range(8):
         pieces = [Piece(b, n + more, 1) for b, n in zip(branches, lengths, strict=True)]
-        stepped = runner._Step(pieces, model._cache)
+        stepped = runner.Step(pieces, model._cache)
         with torch.inference_mode():
             tokens_B, places_B = stepped.tokens_T, stepped.positions_T
             if model._compiled is not None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_processor
 
 from earlyfusion.api import Chameleon
-from earlyfusion.checkpoints import formats
+from earlyfusion.checkpoints import detect as formats
 from earlyfusion.checkpoints.convert import convert
 from earlyfusion.checkpoints.hf import PROCESSOR, Loaded, load_hf, save_hf
 from earlyfusion.checkpoints.meta import load_meta, load_vqgan, read_config, unrotate

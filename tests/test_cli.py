@@ -40,7 +40,7 @@ from earlyfusion.generation.settings import SamplingParams
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.model.vqgan import VQGAN
 from earlyfusion.processor import train_tokenizer
-from earlyfusion.recipes import NAMES
+from earlyfusion.recipes.run import RECIPES
 from earlyfusion.terminal import Screen, half_blocks
 
 COMMANDS = [command.callback.__name__ for command in app.registered_commands if command.callback]
@@ -748,7 +748,7 @@ def test_completion(
 def test_help_of_train_names_recipes_and_fields(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     told = run("train", "--help").out
-    for name in NAMES:
+    for name in RECIPES:
         assert f" {name}: " in told
     told = run("train", "finetune", "steps=5", "--help").out
     assert "earlyfusion train finetune data=captions.jsonl" in told

@@ -22,7 +22,8 @@ from tiny import CONFIG, tiny_processor
 from torch import Tensor
 
 from earlyfusion.api import Chameleon
-from earlyfusion.checkpoints import checklist, formats
+from earlyfusion.checkpoints import checklist
+from earlyfusion.checkpoints import detect as formats
 from earlyfusion.checkpoints.anole import rotate, unrotate
 from earlyfusion.checkpoints.convert import _size, convert
 from earlyfusion.checkpoints.hf import Loaded, load_hf, save_hf

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from earlyfusion.config import PRESETS, ModelConfig
-from earlyfusion.engine import cpu_step
 from earlyfusion.engine.cache import Cache
-from earlyfusion.engine.cpu_step import Choice, CpuStep, fits
 from earlyfusion.generation import guidance
 from earlyfusion.generation.sampler import Warp, penalise, pick, warp
-from earlyfusion.model import packed
+from earlyfusion.kernels import cpu_step
+from earlyfusion.kernels.cpu_step import Choice, CpuStep, fits
+from earlyfusion.model import quantise as packed
 from earlyfusion.model.kv_cache import KVCache
-from earlyfusion.model.packed import BITS, dense, pack, quantise, unpack
+from earlyfusion.model.quantise import BITS, dense, pack, quantise, unpack
 from earlyfusion.model.transformer import Transformer
 
 needs_compiler = pytest.mark.skipif(not cpu_step.available(), reason="no C++ compiler here")

@@ -10,7 +10,7 @@ import torch
 from earlyfusion.config import PRESETS
 from earlyfusion.errors import CheckpointError, SettingError
 from earlyfusion.model.vqgan import VQGAN
-from earlyfusion.recipes import run
+from earlyfusion.recipes.run import run
 from earlyfusion.train import checkpoint
 from earlyfusion.train.image_tokenizer import ImageTokenizerTask, VQLossConfig, begin_with
 from earlyfusion.train.monitor import read_metrics

@@ -14,15 +14,15 @@ from tiny import CONFIG, tiny_processor
 from torch._dynamo.testing import CompileCounter
 
 from earlyfusion.content import Image, Message, Text
+from earlyfusion.data.packing import PackedBatch, Packer, RoleWeights
 from earlyfusion.errors import DataError, SettingError
+from earlyfusion.mini.emoji.dataset import EmojiData
+from earlyfusion.mini.emoji.mixture import MixtureConfig, is_plain, samples
+from earlyfusion.mini.packed_transformer import BlankLayout, documents
 from earlyfusion.model import attention
 from earlyfusion.model.attention import CausalAttend
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.processor import Processor, TokenSequence
-from earlyfusion.recipes.emoji.dataset import EmojiData
-from earlyfusion.recipes.emoji.mixture import MixtureConfig, is_plain, samples
-from earlyfusion.recipes.mini_packed_transformer import BlankLayout, documents
-from earlyfusion.train.data import PackedBatch, Packer, RoleWeights
 from earlyfusion.train.device_rows import CutConfig, DeviceRows, templates
 from earlyfusion.train.language import LanguageTask
 

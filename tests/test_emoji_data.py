@@ -15,10 +15,10 @@ import PIL.Image
 import pytest
 
 from earlyfusion.errors import DataError, SettingError
-from earlyfusion.recipes.emoji import build, render, sources
-from earlyfusion.recipes.emoji.catalogue import STYLES, concept_id, family
-from earlyfusion.recipes.emoji.dataset import EmojiData, spoken_name
-from earlyfusion.recipes.emoji.dialogues import (
+from earlyfusion.mini.emoji import build, render, sources
+from earlyfusion.mini.emoji.catalogue import STYLES, concept_id, family
+from earlyfusion.mini.emoji.dataset import EmojiData, spoken_name
+from earlyfusion.mini.emoji.dialogues import (
     TASKS,
     Dialogues,
     caption_pairs,
@@ -26,7 +26,7 @@ from earlyfusion.recipes.emoji.dialogues import (
     main,
     read_samples,
 )
-from earlyfusion.recipes.emoji.phrases import PROMPTS, normalise, particle, with_article
+from earlyfusion.mini.emoji.phrases import PROMPTS, normalise, particle, with_article
 
 FOLDER = Path(__file__).parent / "data"
 
@@ -81,7 +81,7 @@ def test_a_missing_file_is_one_sentence(tmp_path: Path, name: str) -> None:
     for file in ("metadata.jsonl", "concepts.jsonl", "styles.json"):
         if file != name:
             (tmp_path / file).write_bytes((FOLDER / file).read_bytes())
-    with pytest.raises(DataError, match=f"no {name} in .*earlyfusion.recipes.emoji.build"):
+    with pytest.raises(DataError, match=f"no {name} in .*earlyfusion.mini.emoji.build"):
         EmojiData(tmp_path)
 
 

@@ -18,25 +18,20 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from earlyfusion import Chameleon
 from earlyfusion.checkpoints.meta import load_meta
-from earlyfusion.engine import network, runner
+from earlyfusion.engine import runner
+from earlyfusion.engine.backends import torch as network
+from earlyfusion.engine.backends.torch import Network
 from earlyfusion.engine.engine import Engine
-from earlyfusion.engine.network import Network
-from earlyfusion.engine.request import Handle, most_branches
+from earlyfusion.engine.handle import Handle, most_branches
 from earlyfusion.engine.runner import Cache
 from earlyfusion.engine.scheduler import Branch, Piece
 from earlyfusion.errors import ContextError, SettingError, WeightsError
 from earlyfusion.generation.grammar import Grammar, Walk
-from earlyfusion.generation.reference import (
-    Event,
-    Finished,
-    ImageDone,
-    Request,
-    draw_tokens,
-    generate,
-)
+from earlyfusion.generation.reference import draw_tokens, generate
+from earlyfusion.generation.request import Event, Finished, ImageDone, Request
 from earlyfusion.generation.sampler import generator, uniforms
 from earlyfusion.generation.settings import SamplingParams
-from earlyfusion.model.packed import quantise
+from earlyfusion.model.quantise import quantise
 from earlyfusion.model.transformer import FeedForward, Transformer
 from earlyfusion.processor import Processor
 
@@ -262,7 +257,7 @@ def test_hidden_states_equal_the_modules(transformer: Transformer) -> None:
     with torch.inference_mode():
         for width in (4, 1, 3, 1, 1, 99):
             pieces = [Piece(b, b.read, min(width, b.pending)) for b in branches if b.pending]
-            step = runner._Step(pieces, cache)
+            step = runner.Step(pieces, cache)
             x_TD = lean.forward(step.tokens_T, step.positions_T, step.attentions())
             for piece in pieces:
                 last = step.last_of[piece.branch]
@@ -319,7 +314,7 @@ def read_tokens(engine: Engine, asked: Request, monkeypatch: pytest.MonkeyPatch)
     counts: list[int] = []
     read = runner.ModelRunner._read
 
-    def counted(self: runner.ModelRunner, step: runner._Step) -> torch.Tensor:
+    def counted(self: runner.ModelRunner, step: runner.Step) -> torch.Tensor:
         counts.append(len(step.tokens_T))
         return read(self, step)
 

@@ -13,8 +13,8 @@ import pytest
 from earlyfusion import Image, Text
 from earlyfusion.errors import SettingError
 from earlyfusion.evals import emoji
-from earlyfusion.recipes.emoji.dataset import EmojiData
-from earlyfusion.recipes.emoji.dialogues import generate
+from earlyfusion.mini.emoji.dataset import EmojiData
+from earlyfusion.mini.emoji.dialogues import generate
 
 FOLDER = Path(__file__).parent / "data"
 

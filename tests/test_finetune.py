@@ -15,27 +15,27 @@ from corpora import jsonl, pairs, png, tiny_model
 from tiny import CONFIG
 
 from earlyfusion import Chameleon
-from earlyfusion.checkpoints import formats
+from earlyfusion.checkpoints import detect as formats
 from earlyfusion.checkpoints.hf import save_hf
 from earlyfusion.cli import main
 from earlyfusion.config import PRESETS
 from earlyfusion.content import Image
+from earlyfusion.data.corpus import CorpusConfig, open_corpus
+from earlyfusion.data.encoding import EncodingSettings, Fit, fingerprints
+from earlyfusion.data.rows import RowSettings
+from earlyfusion.data.shards import TokenShards
+from earlyfusion.data.tokenize import Job, tokenize
 from earlyfusion.errors import CheckpointError, DataError, SettingError
 from earlyfusion.image_tokenizer import ImageTokenizer
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.parallel import ParallelConfig
-from earlyfusion.recipes import override, plan, run
 from earlyfusion.recipes.finetune import FinetuneConfig, prepared
 from earlyfusion.recipes.finetune import config as recipe
 from earlyfusion.recipes.finetune_7b import config as full
 from earlyfusion.recipes.image_head_7b import config as head
 from earlyfusion.recipes.lora_7b import config as low_rank
+from earlyfusion.recipes.run import override, plan, run
 from earlyfusion.train import checkpoint, lora
-from earlyfusion.train.corpus.encoding import EncodingSettings, Fit, fingerprints
-from earlyfusion.train.corpus.rows import RowSettings
-from earlyfusion.train.corpus.shards import TokenShards
-from earlyfusion.train.corpus.sources import CorpusConfig, open_corpus
-from earlyfusion.train.corpus.tokenizing import Job, tokenize
 from earlyfusion.train.monitor import read_metrics
 from earlyfusion.train.optim import learning_rate
 from earlyfusion.train.plan import Job as PlanJob

@@ -13,8 +13,8 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from earlyfusion.config import PRESETS
+from earlyfusion.kernels.fused import attend_documents, document_tiles, fused_rms_norm
 from earlyfusion.model.attention import CausalAttend, dot_product_attention
-from earlyfusion.model.fused import attend_documents, document_tiles, fused_rms_norm
 from earlyfusion.model.transformer import RMSNorm, Transformer
 
 LENGTHS = [130, 1, 200, 90, 300]

@@ -12,7 +12,7 @@ import torch
 from test_reference import TEXT_CASES, Recorded
 from test_transformer import assert_near, feed, sequences
 
-from earlyfusion.checkpoints import formats
+from earlyfusion.checkpoints import detect as formats
 from earlyfusion.checkpoints.convert import convert
 from earlyfusion.model.kv_cache import KVCache
 

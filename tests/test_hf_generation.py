@@ -21,7 +21,8 @@ from torch import Tensor
 from earlyfusion.checkpoints.hf import Loaded, load_hf, save_hf
 from earlyfusion.content import Image, Message, Text
 from earlyfusion.errors import ContextError, PromptError, SettingError
-from earlyfusion.generation.reference import Request, draw_tokens
+from earlyfusion.generation.reference import draw_tokens
+from earlyfusion.generation.request import Request
 from earlyfusion.generation.settings import SamplingParams
 from earlyfusion.hf import (
     ChameleonForConditionalGeneration,

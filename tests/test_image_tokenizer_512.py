@@ -18,7 +18,8 @@ from earlyfusion.config import PRESETS
 from earlyfusion.errors import CheckpointError, DataError, SettingError
 from earlyfusion.model.vqgan import VQGAN
 from earlyfusion.parallel import ParallelConfig
-from earlyfusion.recipes import image_tokenizer_512, override
+from earlyfusion.recipes import image_tokenizer_512
+from earlyfusion.recipes.run import override
 from earlyfusion.train import checkpoint, trainer
 from earlyfusion.train.critic import Critic, check_side
 from earlyfusion.train.image_tokenizer import (

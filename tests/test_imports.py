@@ -19,11 +19,11 @@ FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.p
 # From the top down; a module may import from its own line and the lines below.
 LAYERS = [
     {"cli", "chat", "batch", "terminal", "__main__"},
-    {"serve", "evals", "hf", "recipes"},
+    {"serve", "bench", "evals", "hf", "mini", "recipes"},
     {"api"},
     {"engine", "train"},
-    {"generation", "checkpoints", "parallel"},
-    {"model", "image_tokenizer", "processor"},
+    {"data", "generation", "checkpoints", "parallel"},
+    {"kernels", "model", "image_tokenizer", "processes", "processor"},
     {"content", "vocabulary", "config", "files", "errors"},
 ]
 STRANGERS = {("engine", "train"), ("train", "engine")}
@@ -41,11 +41,11 @@ OWNERS = {
     "tensorboard": {"train"},
     "torch.utils.tensorboard": {"train"},
     "wandb": {"train"},
-    "torch.distributed": {"parallel.py", "train/checkpoint.py", "engine/runner.py"},
-    "resvg_py": {"recipes"},
+    "torch.distributed": {"parallel.py", "processes.py", "engine/peers.py", "train/checkpoint.py"},
+    "resvg_py": {"mini"},
     "pillow_heif": {"content.py"},
-    "pyarrow": {"train/corpus/tables.py"},
-    "ray": {"train/corpus/cluster.py"},
+    "pyarrow": {"data/tables.py"},
+    "ray": {"data/cluster.py"},
 }
 
 
@@ -75,6 +75,35 @@ def layer(name: str) -> int:
     return next(number for number, names in enumerate(LAYERS) if name in names)
 
 
+def circle(arrows: dict[str, set[str]]) -> list[str]:
+    """The names of a way through `arrows` that comes back to where it began; none without one."""
+    done: set[str] = set()
+
+    def walk(name: str, way: list[str]) -> list[str]:
+        if name in way:
+            return way[way.index(name) :]
+        if name in done:
+            return []
+        for target in sorted(arrows.get(name, ())):
+            if found := walk(target, [*way, name]):
+                return found
+        done.add(name)
+        return []
+
+    return next((found for name in arrows if (found := walk(name, []))), [])
+
+
+def modules_used(path: Path) -> set[str]:
+    """Files of the package that a file imports, as `model.transformer`."""
+    names = {name.removeprefix("earlyfusion.") for name in imports(path)}
+    names |= {name.rpartition(".")[0] for name in names}
+    return names & {dotted(other) for other in FILES}
+
+
+def dotted(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
 def shown(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
@@ -90,6 +119,28 @@ def test_imports_point_down(path: Path) -> None:
     up = {name for name in used if layer(name) < layer(room(path))}
     assert not up
     assert not {(room(path), name) for name in used} & STRANGERS
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    assert circle({dotted(path): modules_used(path) for path in FILES}) == []
+
+
+def test_no_room_imports_itself_by_way_of_others() -> None:
+    arrows: dict[str, set[str]] = {}
+    for path in FILES:
+        used = {name for name in rooms_used(path) if name != "__version__"}
+        arrows.setdefault(room(path), set()).update(used - {room(path)})
+    assert circle(arrows) == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=shown)
+def test_no_private_name_is_imported(path: Path) -> None:
+    private = [
+        name
+        for name in imports(path)
+        if name.startswith("earlyfusion.") and name.rpartition(".")[2].startswith("_")
+    ]
+    assert set(private) <= {"earlyfusion.__version__"}
 
 
 @pytest.mark.parametrize("library", OWNERS)

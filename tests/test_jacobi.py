@@ -22,15 +22,8 @@ from earlyfusion.engine.scheduler import Branch, Entry, Scheduler
 from earlyfusion.errors import SettingError
 from earlyfusion.generation import jacobi
 from earlyfusion.generation.jacobi import NO_DRAFT, Window, revise
-from earlyfusion.generation.reference import (
-    Event,
-    Finished,
-    ImageDone,
-    ImagePreview,
-    Request,
-    draw_tokens,
-    generate,
-)
+from earlyfusion.generation.reference import draw_tokens, generate
+from earlyfusion.generation.request import Event, Finished, ImageDone, ImagePreview, Request
 from earlyfusion.generation.sampler import Warp, warp
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.processor import Processor, train_tokenizer

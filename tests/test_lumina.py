@@ -24,7 +24,8 @@ from earlyfusion.errors import (
     SettingError,
 )
 from earlyfusion.generation import guidance
-from earlyfusion.generation.reference import ImageDone, ImageProgress, Request, generate
+from earlyfusion.generation.reference import generate
+from earlyfusion.generation.request import ImageDone, ImageProgress, Request
 from earlyfusion.generation.settings import SamplingParams
 from earlyfusion.image_tokenizer import ImageTokenizer
 from earlyfusion.model.transformer import Transformer

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from earlyfusion.config import PRESETS
+from earlyfusion.data.packing import Packer, RoleWeights
 from earlyfusion.errors import CheckpointError, SettingError
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.processor import ANSWER_TEXT, CONTROL, TokenSequence
 from earlyfusion.train import checkpoint, trainer
-from earlyfusion.train.data import Packer, RoleWeights
 from earlyfusion.train.language import LanguageTask
 from earlyfusion.train.monitor import read_metrics
 from earlyfusion.train.optim import (

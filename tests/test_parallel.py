@@ -23,11 +23,11 @@ from torch.distributed.tensor import DTensor
 
 from earlyfusion import parallel
 from earlyfusion.config import PRESETS
+from earlyfusion.data.packing import Packer, RoleWeights
 from earlyfusion.errors import CheckpointError, SettingError
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.parallel import ParallelConfig, check_split, recompute
 from earlyfusion.train import checkpoint
-from earlyfusion.train.data import Packer, RoleWeights
 from earlyfusion.train.language import LanguageTask
 from earlyfusion.train.loss import head_loss
 from earlyfusion.train.monitor import read_metrics

@@ -12,20 +12,20 @@ import pytest
 import torch
 from corpora import jsonl, png, tar
 
-from earlyfusion.errors import DataError, SettingError
-from earlyfusion.train.corpus.mixture import Ahead
-from earlyfusion.train.corpus.pictures import (
+from earlyfusion.data.mixture import Ahead
+from earlyfusion.data.pictures import (
     CropConfig,
     JoinedPictures,
     PictureBatches,
-    check_same,
     fixed_squares,
     hold_out,
     open_pictures,
     random_crop,
     to_pixels,
 )
-from earlyfusion.train.corpus.rows import Quarantine, RowSettings
+from earlyfusion.data.rows import Quarantine, RowSettings
+from earlyfusion.errors import DataError, SettingError
+from earlyfusion.recipes.image_tokenizer_512 import check_same
 
 
 def opened(tmp_path: Path, *sources: object) -> JoinedPictures:

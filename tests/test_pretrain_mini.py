@@ -13,17 +13,11 @@ from earlyfusion import Chameleon
 from earlyfusion.config import PRESETS
 from earlyfusion.content import Image
 from earlyfusion.errors import DataError, SettingError
-from earlyfusion.model.transformer import Transformer
-from earlyfusion.model.vqgan import VQGAN
-from earlyfusion.recipes import (
-    mini_drawings,
-    mini_packed_transformer,
-    override,
-    pretrain_mini,
-    run,
-)
-from earlyfusion.recipes.emoji.dataset import EmojiData
-from earlyfusion.recipes.pretrain_mini import (
+from earlyfusion.mini import drawings as mini_drawings
+from earlyfusion.mini import packed_transformer as mini_packed_transformer
+from earlyfusion.mini import pretrain as pretrain_mini
+from earlyfusion.mini.emoji.dataset import EmojiData
+from earlyfusion.mini.pretrain import (
     STAGES,
     TIMED_STAGES,
     Plan,
@@ -31,6 +25,9 @@ from earlyfusion.recipes.pretrain_mini import (
     stage_config,
     timed_config,
 )
+from earlyfusion.model.transformer import Transformer
+from earlyfusion.model.vqgan import VQGAN
+from earlyfusion.recipes.run import override, run
 from earlyfusion.train import checkpoint, trainer
 from earlyfusion.train.monitor import read_metrics
 

@@ -14,12 +14,13 @@ import torch
 from earlyfusion import Chameleon, SamplingParams
 from earlyfusion.content import Image
 from earlyfusion.errors import DataError, SettingError
+from earlyfusion.mini import styles as mini_styles
+from earlyfusion.mini.emoji.dataset import EmojiData
+from earlyfusion.mini.transformer import Documents, near_codes
 from earlyfusion.model.vqgan import VQGAN
 from earlyfusion.processor import Processor, train_tokenizer
-from earlyfusion.recipes import NAMES, mini_styles, override, run
-from earlyfusion.recipes import _load as load
-from earlyfusion.recipes.emoji.dataset import EmojiData
-from earlyfusion.recipes.mini_transformer import Documents, near_codes
+from earlyfusion.recipes.run import RECIPES, override, run
+from earlyfusion.recipes.run import _load as load
 from earlyfusion.train.monitor import read_metrics
 from earlyfusion.vocabulary import ImageLayout
 
@@ -125,9 +126,9 @@ def own_modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("own_modules")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_copied_is_the_recipe(name: str, tmp_path: Path) -> None:
-    shipped = import_module(f"earlyfusion.recipes.{name}")
+    shipped = import_module(RECIPES[name])
     assert shipped.__file__ is not None
     copy = Path(shutil.copy(shipped.__file__, tmp_path / "mine.py"))
     module = load(str(copy))

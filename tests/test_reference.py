@@ -14,18 +14,16 @@ from tiny import tiny_processor, tiny_transformer
 
 from earlyfusion.checkpoints.meta import load_meta
 from earlyfusion.generation import reference
-from earlyfusion.generation.reference import (
+from earlyfusion.generation.narrator import Narrator
+from earlyfusion.generation.reference import Reader, draw_tokens, generate
+from earlyfusion.generation.request import (
     Event,
     Finished,
     ImageDone,
     ImageProgress,
     ImageStarted,
-    Narrator,
-    Reader,
     Request,
     TextDelta,
-    draw_tokens,
-    generate,
 )
 from earlyfusion.generation.settings import SamplingParams
 from earlyfusion.model.kv_cache import KVCache

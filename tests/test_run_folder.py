@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 from earlyfusion.cli import main
 from earlyfusion.errors import CheckpointError, SettingError
-from earlyfusion.recipes import run
+from earlyfusion.recipes.run import run
 from earlyfusion.train import checkpoint, folder
 from earlyfusion.train.monitor import read_metrics
 

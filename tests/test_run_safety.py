@@ -27,17 +27,17 @@ from typer.testing import CliRunner
 from earlyfusion import Chameleon
 from earlyfusion.cli import app
 from earlyfusion.config import PRESETS, ModelConfig
+from earlyfusion.data.packing import Packer, RoleWeights, pack_row
 from earlyfusion.errors import SettingError
 from earlyfusion.model.attention import Attend, CausalAttend
 from earlyfusion.model.rotary import rotary_tables
 from earlyfusion.model.transformer import Block, Transformer
 from earlyfusion.parallel import ParallelConfig
 from earlyfusion.processor import ANSWER_TEXT, CONTROL, TokenSequence
-from earlyfusion.recipes import plan as recipe_plan
-from earlyfusion.recipes import run
+from earlyfusion.recipes.run import plan as recipe_plan
+from earlyfusion.recipes.run import run
 from earlyfusion.train import checkpoint, plan
 from earlyfusion.train.curves import draw_curves
-from earlyfusion.train.data import Packer, RoleWeights, pack_row
 from earlyfusion.train.language import LanguageTask
 from earlyfusion.train.loss import next_token_loss
 from earlyfusion.train.monitor import matmul_peak, read_metrics

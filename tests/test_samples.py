@@ -16,14 +16,15 @@ from corpora import tiny_vqgan
 from tiny import CONFIG, tiny_processor, tiny_transformer
 
 from earlyfusion.content import Image, Message, Text
+from earlyfusion.data.packing import Packer, RoleWeights
 from earlyfusion.errors import SettingError
-from earlyfusion.generation.reference import ImageDone, Request, generate
+from earlyfusion.generation.reference import generate
+from earlyfusion.generation.request import ImageDone, Request
 from earlyfusion.generation.settings import SamplingParams
 from earlyfusion.image_tokenizer import ImageTokenizer
 from earlyfusion.model.transformer import Block, Transformer
 from earlyfusion.processor import Processor, TokenSequence
 from earlyfusion.train import lora, trainer
-from earlyfusion.train.data import Packer, RoleWeights
 from earlyfusion.train.language import LanguageTask
 from earlyfusion.train.monitor import read_metrics
 from earlyfusion.train.optim import OptimConfig

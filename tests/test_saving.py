@@ -20,7 +20,7 @@ from earlyfusion.checkpoints.convert import convert
 from earlyfusion.checkpoints.hf import load_hf
 from earlyfusion.checkpoints.summary import summarize
 from earlyfusion.image_tokenizer import ImageTokenizer
-from earlyfusion.model.packed import quantise
+from earlyfusion.model.quantise import quantise
 from earlyfusion.model.vqgan import VQGAN
 from earlyfusion.processor import Processor
 

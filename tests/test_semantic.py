@@ -9,10 +9,10 @@ import torch
 
 from earlyfusion.config import PRESETS
 from earlyfusion.errors import SettingError
+from earlyfusion.mini.emoji.dataset import EmojiData
+from earlyfusion.mini.emoji.tensors import Labels, pictures
 from earlyfusion.model.vqgan import VQGAN
-from earlyfusion.recipes import run
-from earlyfusion.recipes.emoji.dataset import EmojiData
-from earlyfusion.recipes.emoji.tensors import Labels, pictures
+from earlyfusion.recipes.run import run
 from earlyfusion.train import checkpoint
 from earlyfusion.train.image_tokenizer import (
     ImageTokenizerTask,

@@ -18,6 +18,22 @@ from hypothesis import strategies as st
 from tiny import CONFIG, tiny_processor
 
 from earlyfusion.content import Text
+from earlyfusion.data import rows as rows_module
+from earlyfusion.data import tables
+from earlyfusion.data.corpus import CorpusConfig, open_corpus
+from earlyfusion.data.encoding import Encoder, Fit
+from earlyfusion.data.forms import BOTH, PICTURE, TEXT, Picture, example_of, form_of
+from earlyfusion.data.mixture import (
+    Ahead,
+    Order,
+    Schedule,
+    Stage,
+    balanced,
+    shuffled,
+    two_stages,
+)
+from earlyfusion.data.packing import Packer, RoleWeights
+from earlyfusion.data.rows import Quarantine, RowSettings, find_files, open_rows
 from earlyfusion.errors import DataError, SettingError
 from earlyfusion.image_tokenizer import ImageTokenizer
 from earlyfusion.processor import (
@@ -28,22 +44,6 @@ from earlyfusion.processor import (
     Processor,
     TokenSequence,
 )
-from earlyfusion.train.corpus import rows as rows_module
-from earlyfusion.train.corpus import tables
-from earlyfusion.train.corpus.encoding import Encoder, Fit
-from earlyfusion.train.corpus.forms import BOTH, PICTURE, TEXT, Picture, example_of, form_of
-from earlyfusion.train.corpus.mixture import (
-    Ahead,
-    Order,
-    Schedule,
-    Stage,
-    balanced,
-    shuffled,
-    two_stages,
-)
-from earlyfusion.train.corpus.rows import Quarantine, RowSettings, find_files, open_rows
-from earlyfusion.train.corpus.sources import CorpusConfig, open_corpus
-from earlyfusion.train.data import Packer, RoleWeights
 
 
 @pytest.fixture(scope="module")

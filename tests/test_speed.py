@@ -16,12 +16,12 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from earlyfusion import Chameleon
+from earlyfusion.bench.shapes import SHAPES, write_random
+from earlyfusion.bench.speed import SHORT, Compilations, Meter, bench, resident_bytes
 from earlyfusion.cli import main
 from earlyfusion.config import PRESETS
-from earlyfusion.engine import cpu_step
 from earlyfusion.errors import SettingError
-from earlyfusion.evals.shapes import SHAPES, write_random
-from earlyfusion.evals.speed import SHORT, Compilations, Meter, bench, resident_bytes
+from earlyfusion.kernels import cpu_step
 
 TIMES = {
     "imports", "load", "engine_first_token", "cold_start", "first_short", "token_short",
@@ -157,7 +157,7 @@ def test_warm_steps_build_and_load_nothing(folder: Path) -> None:
     script = (
         "import sys, torch; torch.set_num_threads(1)\n"
         "from earlyfusion import Chameleon\n"
-        "from earlyfusion.evals.speed import Compilations, Meter\n"
+        "from earlyfusion.bench.speed import Compilations, Meter\n"
         "with Compilations() as first:\n"
         "    meter = Meter(Chameleon.load(sys.argv[1], device='cpu'), 1)\n"
         "    meter.mixed()\n"

@@ -25,7 +25,8 @@ from earlyfusion import (
     TokenDrawn,
     WeightsError,
 )
-from earlyfusion.generation.reference import Event, Request, draw_tokens, generate
+from earlyfusion.generation.reference import draw_tokens, generate
+from earlyfusion.generation.request import Event, Request
 from earlyfusion.image_tokenizer import ImageTokenizer
 from earlyfusion.model.vqgan import VQGAN
 

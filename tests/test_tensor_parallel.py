@@ -22,11 +22,11 @@ from tiny import CONFIG, tiny_processor
 from earlyfusion import Chameleon, SamplingParams
 from earlyfusion.config import PRESETS, ModelConfig
 from earlyfusion.engine.engine import Engine
+from earlyfusion.engine.peers import Peers
 from earlyfusion.engine.tensor_parallel import cut, part_config, split
 from earlyfusion.errors import SettingError
-from earlyfusion.model.packed import pack, unpack
+from earlyfusion.model.quantise import pack, unpack
 from earlyfusion.model.transformer import Transformer
-from earlyfusion.parallel import Peers
 from earlyfusion.processor import Processor
 
 TESTS = Path(__file__).parent

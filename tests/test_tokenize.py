@@ -13,16 +13,16 @@ import pytest
 from corpora import jsonl, pairs, png, tiny_model, tiny_vqgan
 from tiny import CONFIG
 
-from earlyfusion.checkpoints import formats
+from earlyfusion.checkpoints import detect as formats
 from earlyfusion.cli import main
+from earlyfusion.data.corpus import CorpusConfig, open_corpus
+from earlyfusion.data.encoding import Fit, fingerprints
+from earlyfusion.data.rows import RowSettings
+from earlyfusion.data.shards import TokenShards, is_shards, read_index, write_shard
+from earlyfusion.data.tokenize import Job, Maker, tokenize
 from earlyfusion.errors import DataError, SettingError
 from earlyfusion.image_tokenizer import ImageTokenizer
 from earlyfusion.processor import Processor, TokenSequence
-from earlyfusion.train.corpus.encoding import Fit, fingerprints
-from earlyfusion.train.corpus.rows import RowSettings
-from earlyfusion.train.corpus.shards import TokenShards, is_shards, read_index, write_shard
-from earlyfusion.train.corpus.sources import CorpusConfig, open_corpus
-from earlyfusion.train.corpus.tokenizing import Job, Maker, tokenize
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_shards_hold_the_documents_of_the_rows(corpus: Path, model: Path, tmp_pa
     shards = shards_of(tmp_path / "out", model)
     maker = Maker(job(corpus, tmp_path / "out", model))
     rows = maker._sources[0]
-    from earlyfusion.train.corpus.rows import Quarantine
+    from earlyfusion.data.rows import Quarantine
 
     total = 0
     for number in range(19):

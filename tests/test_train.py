@@ -14,14 +14,14 @@ import torch
 from torch.autograd import forward_ad
 
 from earlyfusion.config import PRESETS
+from earlyfusion.data.packing import Packer, RoleWeights, pack_row
 from earlyfusion.errors import CheckpointError, DataError, SettingError
 from earlyfusion.model.attention import CausalAttend
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.model.vqgan import VQGAN
 from earlyfusion.processor import ANSWER_IMAGE, ANSWER_TEXT, CONTROL, PROMPT_TEXT, TokenSequence
-from earlyfusion.recipes import override
+from earlyfusion.recipes.run import override
 from earlyfusion.train import checkpoint
-from earlyfusion.train.data import Packer, RoleWeights, pack_row
 from earlyfusion.train.image_tokenizer import ImageTokenizerTask, VQLossConfig
 from earlyfusion.train.language import LanguageTask
 from earlyfusion.train.loss import head_loss, next_token_loss
@@ -300,7 +300,7 @@ def test_learning_rate_warms_up_and_decays(decay: str) -> None:
 
 
 def test_overrides_reach_nested_fields_and_name_what_is_wrong() -> None:
-    from earlyfusion.recipes.mini_image_tokenizer import config
+    from earlyfusion.mini.image_tokenizer import config
 
     changed = override(config, ["steps=7", "run.out=runs/x", "attn_resolutions=16,8", "l2=0.5"])
     assert changed.run.steps == 7 and changed.run.out == Path("runs/x")

@@ -15,14 +15,14 @@ import torch
 from corpora import jsonl
 
 from earlyfusion import Chameleon, SamplingParams
-from earlyfusion.checkpoints import formats
+from earlyfusion.checkpoints import detect as formats
 from earlyfusion.checkpoints.hf import save_hf
+from earlyfusion.data.corpus import CorpusConfig, open_corpus
 from earlyfusion.evals.emoji import features
 from earlyfusion.image_tokenizer import ImageTokenizer
+from earlyfusion.mini.emoji.dataset import EmojiData
 from earlyfusion.model.transformer import Transformer
-from earlyfusion.recipes import run
-from earlyfusion.recipes.emoji.dataset import EmojiData
-from earlyfusion.train.corpus.sources import CorpusConfig, open_corpus
+from earlyfusion.recipes.run import run
 
 DATA = Path(__file__).parent / "data"
 

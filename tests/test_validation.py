@@ -12,23 +12,18 @@ import torch
 from corpora import jsonl, pairs, tiny_model
 from test_finetune import finetune, two_processes
 
-from earlyfusion.checkpoints import formats
+from earlyfusion.checkpoints import detect as formats
+from earlyfusion.data.corpus import Corpus, CorpusConfig, open_corpus
+from earlyfusion.data.held_out import ValidationConfig, held_out_documents, held_out_numbers
 from earlyfusion.errors import DataError, SettingError
 from earlyfusion.image_tokenizer import ImageTokenizer
 from earlyfusion.model.attention import CausalAttend
 from earlyfusion.processor import TokenSequence
-from earlyfusion.recipes import override
 from earlyfusion.recipes.finetune import config as recipe
+from earlyfusion.recipes.run import override
 from earlyfusion.train import checkpoint
-from earlyfusion.train.corpus.sources import Corpus, CorpusConfig, open_corpus
 from earlyfusion.train.monitor import read_metrics
-from earlyfusion.train.validation import (
-    Validation,
-    ValidationConfig,
-    best_of,
-    held_out_documents,
-    held_out_numbers,
-)
+from earlyfusion.train.validation import Validation, best_of
 
 
 @pytest.fixture(scope="module")

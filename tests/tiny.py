@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from earlyfusion.config import PRESETS
-from earlyfusion.generation.reference import Request
+from earlyfusion.generation.request import Request
 from earlyfusion.generation.settings import SamplingParams
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.processor import Processor, train_tokenizer

@@ -17,7 +17,7 @@ from typing import Literal, get_args
 import torch
 
 from earlyfusion.checkpoints.checklist import verify_checklist
-from earlyfusion.checkpoints.formats import detect, locate, open_source
+from earlyfusion.checkpoints.detect import detect, locate, open_source
 from earlyfusion.checkpoints.hf import PAPERS, VQ_PREFIX, check, check_dense, open_hf, write_hf
 from earlyfusion.checkpoints.meta import (
     VQ_CONFIG,

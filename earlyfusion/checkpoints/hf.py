@@ -31,7 +31,7 @@ from earlyfusion.checkpoints.source import (
 from earlyfusion.config import ModelConfig, VQConfig
 from earlyfusion.errors import CheckpointError
 from earlyfusion.image_tokenizer import Mode
-from earlyfusion.model.packed import packed_bits, quantise
+from earlyfusion.model.quantise import packed_bits, quantise
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.model.vqgan import VQGAN, Quantizer
 from earlyfusion.processor import Processor

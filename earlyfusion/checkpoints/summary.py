@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from earlyfusion.checkpoints.formats import detect, locate, open_source
+from earlyfusion.checkpoints.detect import detect, locate, open_source
 from earlyfusion.checkpoints.hf import VQ_PREFIX, check
 from earlyfusion.checkpoints.source import FiniteCheck, Source, Stored
 from earlyfusion.config import ModelConfig

@@ -14,16 +14,16 @@ from collections.abc import Iterator, Sequence
 from threading import Condition
 from types import TracebackType
 
+from earlyfusion.engine.backends.torch import fingerprint
 from earlyfusion.engine.cache import Cache
 from earlyfusion.engine.cache import cache_dtype as dtype_of
-from earlyfusion.engine.network import fingerprint
-from earlyfusion.engine.request import Handle, most_branches
+from earlyfusion.engine.handle import Handle, most_branches
 from earlyfusion.engine.runner import NOTHING, ModelRunner
 from earlyfusion.engine.scheduler import Entry, Scheduler
 from earlyfusion.engine.tensor_parallel import LeadingRunner, peers_of
 from earlyfusion.errors import ContextError, EarlyFusionError, SettingError, WeightsError
 from earlyfusion.generation.grammar import Grammar
-from earlyfusion.generation.reference import Event, Request
+from earlyfusion.generation.request import Event, Request
 from earlyfusion.generation.sampler import NOT_FINITE
 from earlyfusion.model.kv_cache import kept_in
 from earlyfusion.model.transformer import Transformer

@@ -25,9 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from earlyfusion.engine.backends.torch import LookBack, Network, Product, check_blocks, is_plain
 from earlyfusion.engine.cache import Cache, Kept, cache_dtype
-from earlyfusion.engine.cpu_step import Choice, CpuStep, available, fits, own_bits
-from earlyfusion.engine.network import LookBack, Network, Product, check_blocks, is_plain
 from earlyfusion.engine.scheduler import Branch, Piece, Plan
 from earlyfusion.errors import EarlyFusionError
 from earlyfusion.generation import guidance, jacobi
@@ -45,6 +44,7 @@ from earlyfusion.generation.sampler import (
 )
 from earlyfusion.generation.settings import SamplingParams
 from earlyfusion.generation.steering import Steering, TokenLogprob
+from earlyfusion.kernels.cpu_step import Choice, CpuStep, available, fits, own_bits
 from earlyfusion.model.kv_cache import kept_in
 from earlyfusion.model.rotary import changes_at
 from earlyfusion.model.transformer import Transformer
@@ -183,7 +183,7 @@ class ModelRunner:
             self._cache.copy(copied)
         if not plan.pieces:
             return []
-        step = _Step(plan.pieces, self._cache)
+        step = Step(plan.pieces, self._cache)
         x_TD = self._read(step)
         return self._draw(x_TD, step, asks) if asks else []
 
@@ -192,7 +192,7 @@ class ModelRunner:
         for slot in slots:
             self._cache.clear(slot)
 
-    def _read(self, step: _Step) -> Tensor:
+    def _read(self, step: Step) -> Tensor:
         """What the heads read, for the rows of `step.drawing`."""
         if self._compiled is not None:
             x_TD = self._compiled.states(step.tokens_T, step.slots_T, step.positions_T)
@@ -204,7 +204,7 @@ class ModelRunner:
 
     def _called(self, piece: Piece) -> Tensor:
         """Logits of the whole head, of a piece's last token and its drafts."""
-        step = _Step([piece], self._cache)
+        step = Step([piece], self._cache)
         attends = [partial(_one_row, attend) for attend in step.attentions()]
         tokens_BT, positions_BT = step.tokens_T[None], step.positions_T[None]
         logits_BTV: Tensor = self._transformer(
@@ -228,7 +228,7 @@ class ModelRunner:
         assert self._network is not None
         return self._network.weighted(weight_VD)
 
-    def _draw(self, x_TD: Tensor, step: _Step, asks: Sequence[Ask]) -> list[list[int]]:
+    def _draw(self, x_TD: Tensor, step: Step, asks: Sequence[Ask]) -> list[list[int]]:
         alike = [ask for ask in asks if ask.steering is None]
         drawn = iter(self._draw_together(x_TD, step, alike) if alike else ())
         return [
@@ -236,7 +236,7 @@ class ModelRunner:
             for ask in asks
         ]
 
-    def _draw_steered(self, x_TD: Tensor, step: _Step, ask: Ask) -> list[int]:
+    def _draw_steered(self, x_TD: Tensor, step: Step, ask: Ask) -> list[int]:
         """One token as in the plain loop, from the whole vocabulary; none where that fails."""
         assert ask.steering is not None
         ids, branches = ask.branches[0].tokens, list(dict.fromkeys(ask.branches))
@@ -270,7 +270,7 @@ class ModelRunner:
         head = self._transformer.lm_head
         return head(x_RD.to(head.weight.dtype)).float()
 
-    def _draw_together(self, x_TD: Tensor, step: _Step, asks: Sequence[Ask]) -> list[list[int]]:
+    def _draw_together(self, x_TD: Tensor, step: Step, asks: Sequence[Ask]) -> list[list[int]]:
         if self._compiled is None:
             return self._draw_grouped(x_TD, step, asks)
         alone = [ask for ask in asks if ask.window is None]
@@ -280,7 +280,7 @@ class ModelRunner:
         return [next(one_each if ask.window is None else several) for ask in asks]
 
     def _draw_compiled(
-        self, compiled: CpuStep, x_TD: Tensor, step: _Step, asks: Sequence[Ask]
+        self, compiled: CpuStep, x_TD: Tensor, step: Step, asks: Sequence[Ask]
     ) -> list[list[int]]:
         """One token of each ask, codes and text in one call; without windows."""
         logits = {
@@ -313,7 +313,7 @@ class ModelRunner:
     def _head(self, in_image: bool) -> Head:
         return self._image_head if in_image else self.text_head
 
-    def _draw_grouped(self, x_TD: Tensor, step: _Step, asks: Sequence[Ask]) -> list[list[int]]:
+    def _draw_grouped(self, x_TD: Tensor, step: Step, asks: Sequence[Ask]) -> list[list[int]]:
         groups: dict[Kind, list[int]] = {}
         for number, ask in enumerate(asks):
             groups.setdefault(ask.kind, []).append(number)
@@ -326,7 +326,7 @@ class ModelRunner:
         by_number = {number: list(islice(tokens, asks[number].places)) for number in order}
         return [by_number[number] for number in range(len(asks))]
 
-    def _draw_alike(self, x_TD: Tensor, step: _Step, asks: list[Ask]) -> Tensor:
+    def _draw_alike(self, x_TD: Tensor, step: Step, asks: list[Ask]) -> Tensor:
         """Tokens of asks of one kind, those of an ask next to each other."""
         head = self._head(asks[0].in_image)
         logits_BV = self._mixed(x_TD, step, asks, head)
@@ -353,7 +353,7 @@ class ModelRunner:
             return head.ids_V[jacobi.draw(windows, columns, logits_BV)]
         return head.ids_V[pick(logits_BV, uniform_B.to(self.device))]
 
-    def _mixed(self, x_TD: Tensor, step: _Step, asks: list[Ask], head: Head) -> Tensor:
+    def _mixed(self, x_TD: Tensor, step: Step, asks: list[Ask], head: Head) -> Tensor:
         """Guided logits in fp32, for each ask as many rows as it has places."""
         mixes = [
             tuple(step.row_of[branch] + place for branch in ask.branches)
@@ -425,7 +425,7 @@ def _compiled(transformer: Transformer, cache: Cache) -> CpuStep | None:
 class _Logits:
     """Logits in fp32 of one head, of the rows that some asks without windows draw from."""
 
-    def __init__(self, head: Head, x_TD: Tensor, step: _Step, asks: Sequence[Ask]) -> None:
+    def __init__(self, head: Head, x_TD: Tensor, step: Step, asks: Sequence[Ask]) -> None:
         branches = dict.fromkeys(chain.from_iterable(ask.branches for ask in asks))
         self._branches = {branch: row for row, branch in enumerate(branches)}
         rows = [step.row_of[branch] for branch in branches]
@@ -463,7 +463,7 @@ class _Segment(NamedTuple):
     mask: Tensor | None
 
 
-class _Step:
+class Step:
     """Where each token of a step stands, where its keys go, and what it sees.
 
     `drawing` are the rows that something may be drawn from: the last token of each piece and its

@@ -31,17 +31,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from earlyfusion import processes
 from earlyfusion.checkpoints.hf import check
 from earlyfusion.checkpoints.source import Source
 from earlyfusion.config import ModelConfig
+from earlyfusion.engine.backends.torch import Network, is_plain
 from earlyfusion.engine.cache import DTYPES, Cache, cache_dtype
-from earlyfusion.engine.network import Network, is_plain
-from earlyfusion.engine.runner import Ask, ModelRunner, _Step
+from earlyfusion.engine.peers import Peers
+from earlyfusion.engine.runner import Ask, ModelRunner, Step
 from earlyfusion.engine.scheduler import Branch, Copy, Piece, Plan
 from earlyfusion.errors import SettingError
 from earlyfusion.generation.grammar import Grammar
 from earlyfusion.model.transformer import Block, Transformer
-from earlyfusion.parallel import Peers, processes, rank
 
 _OPEN, _READ = range(2)  # what the leader tells
 _CACHES = (None, *DTYPES)
@@ -136,12 +137,12 @@ def _bound(size: int, part: int, parts: int) -> int:
 def open_part(source: Source, parts: int) -> Source:
     """An open checkpoint of which this process reads its own part; `SettingError` where the model
     or the number of processes do not fit."""
-    if parts != processes():
+    if parts != processes.count():
         raise SettingError(
-            f"tensor_parallel={parts} is not the number of processes, {processes()}: "
+            f"tensor_parallel={parts} is not the number of processes, {processes.count()}: "
             "start so many with torchrun --nproc-per-node, or set tensor_parallel to theirs"
         )
-    whole, part = source.config, rank()
+    whole, part = source.config, processes.rank()
     config = part_config(whole, part, parts)
     return replace(
         check(source),
@@ -332,7 +333,7 @@ class _Reader:
             self._cache.copy(copied)
         if plan.pieces:
             self._peers.begin(self._collectives)
-            step = _Step(plan.pieces, self._cache)
+            step = Step(plan.pieces, self._cache)
             self._network.forward(step.tokens_T, step.positions_T, step.attentions())
 
 

@@ -34,10 +34,10 @@ from PIL import ImageFilter
 
 from earlyfusion import Chameleon, Image, Message, SamplingParams, Text
 from earlyfusion.errors import EarlyFusionError, SettingError
-from earlyfusion.recipes.emoji.dataset import EmojiData
-from earlyfusion.recipes.emoji.dialogues import Sample, generate
-from earlyfusion.recipes.emoji.phrases import PROMPTS, normalise, particle
-from earlyfusion.recipes.emoji.pools import name_of, style_of
+from earlyfusion.mini.emoji.dataset import EmojiData
+from earlyfusion.mini.emoji.dialogues import Sample, generate
+from earlyfusion.mini.emoji.phrases import PROMPTS, normalise, particle
+from earlyfusion.mini.emoji.pools import name_of, style_of
 
 Features: TypeAlias = npt.NDArray[np.float32]
 Numbers: TypeAlias = dict[str, Any]

@@ -24,7 +24,7 @@ from earlyfusion.generation.settings import LogitsProcessor
 from earlyfusion.processor import Processor
 
 if TYPE_CHECKING:
-    from earlyfusion.generation.reference import Request
+    from earlyfusion.generation.request import Request
 
 _BLANKS = (b" ", b"\n")
 

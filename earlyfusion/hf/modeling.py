@@ -47,7 +47,7 @@ from earlyfusion.hf.generation import MultimodalGeneration
 from earlyfusion.hf.image_vocabulary import ImageVocabulary, find_names
 from earlyfusion.hf.quantisation import choose_layout, footprint, restore_layout
 from earlyfusion.hf.tensor_parallel import HEAD, check_processes
-from earlyfusion.model import winograd
+from earlyfusion.kernels import conv as winograd
 from earlyfusion.model.rotary import (
     Rotary,
     attention_factor,

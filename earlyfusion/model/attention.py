@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from earlyfusion.model.fused import Tile, attend_documents, document_tiles, is_cpu_training
+from earlyfusion.kernels.fused import Tile, attend_documents, document_tiles, is_cpu_training
 
 _LONG = 112  # tokens of a document, on average: from here on tiles of queries are faster
 

@@ -30,9 +30,9 @@ from torch import Tensor, nn
 
 from earlyfusion.config import ModelConfig
 from earlyfusion.errors import SettingError
+from earlyfusion.kernels.fused import fused_rms_norm, is_cpu_training
 from earlyfusion.model.activations import activation
 from earlyfusion.model.attention import Attend, CausalAttend
-from earlyfusion.model.fused import fused_rms_norm, is_cpu_training
 from earlyfusion.model.rotary import Rotary, check_rope, rotary_tables, rotate
 
 

@@ -8,7 +8,7 @@ Choices, so that released weights load without translation:
 - no activation at the end of the decoder: pixels are meant for [-1, 1] and clamped by the caller.
 
 For inference in fp32 on a CPU everything is channels-last, and the 3 x 3 convolutions run, with the
-norm, swish, enlargement or sum beside them, in the compiled code of `winograd.py` where it can be
+norm, swish, enlargement or sum beside them, in the compiled code of `conv.py` where it can be
 built. Training, GPUs and other dtypes take torch's own operators.
 
 Any height and width that the stride divides will do. Shapes: B batch, C channels, Y X height and
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from earlyfusion.config import VQConfig
 from earlyfusion.errors import CheckpointError, ImageError
-from earlyfusion.model import winograd
+from earlyfusion.kernels import conv as winograd
 
 _SEARCH_ELEMENTS = 1 << 20  # scores held at once by the codebook search: 4 MB in fp32
 _FEWEST_TILES = 64  # under so many tiles of 4 x 4 pixels a direct convolution is as fast

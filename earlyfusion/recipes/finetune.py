@@ -25,29 +25,24 @@ from pathlib import Path
 
 import torch
 
-from earlyfusion import parallel
-from earlyfusion.checkpoints import formats
+from earlyfusion import processes
+from earlyfusion.checkpoints import detect as formats
 from earlyfusion.checkpoints.adapter import save_adapter
 from earlyfusion.checkpoints.hf import Loaded, assemble, papers, save_hf
 from earlyfusion.checkpoints.source import Source
+from earlyfusion.data.corpus import Corpus, open_corpus
+from earlyfusion.data.held_out import ValidationConfig, held_out_documents
+from earlyfusion.data.mixture import Ahead
 from earlyfusion.errors import DataError, SettingError
 from earlyfusion.image_tokenizer import ImageTokenizer, Mode
 from earlyfusion.model.transformer import Block, Transformer
 from earlyfusion.train import checkpoint, lora
-from earlyfusion.train.corpus.mixture import Ahead
-from earlyfusion.train.corpus.sources import Corpus, open_corpus
 from earlyfusion.train.folder import say
 from earlyfusion.train.language import LanguageConfig, LanguageTask
 from earlyfusion.train.optim import OptimConfig
 from earlyfusion.train.samples import PromptedPictures, asked, asked_in
 from earlyfusion.train.trainer import RunConfig, resolve_device, train
-from earlyfusion.train.validation import (
-    LOSS,
-    Validation,
-    ValidationConfig,
-    best_of,
-    held_out_documents,
-)
+from earlyfusion.train.validation import LOSS, Validation, best_of
 
 
 @dataclass
@@ -120,14 +115,14 @@ def main(config: FinetuneConfig) -> None:
     finally:
         if isinstance(stream, Ahead):
             stream.close()
-    if parallel.rank():
+    if processes.rank():
         return
     for sentence in corpus.report():
         print(sentence, file=sys.stderr)
     kept = best_of(run.out) if config.held_out.is_on else run.out
-    if parallel.processes() > 1:  # each holds a part of the model
+    if processes.count() > 1:  # each holds a part of the model
         model = prepared(assemble(source), config)
-    if kept != run.out or parallel.processes() > 1:
+    if kept != run.out or processes.count() > 1:
         tensors, state = checkpoint.load(kept, only="model")
         checkpoint.load_model(model, tensors["model"], kept)
         if LOSS in state:
@@ -268,7 +263,7 @@ def _check_data(config: FinetuneConfig, corpus: Corpus) -> None:
                 f"the data or its mixture is not what {out} began with: give the same, or another "
                 "out folder"
             )
-    elif parallel.rank() == 0:
+    elif processes.rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"fingerprint": corpus.fingerprint}) + "\n"
         path.write_text(text, encoding="utf-8")

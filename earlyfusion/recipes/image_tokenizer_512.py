@@ -19,6 +19,8 @@ take. Machine: GPUs of 80 GB were in mind for `micro_batch`; it has not run at f
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,22 +29,22 @@ import numpy as np
 import PIL.Image
 import torch
 
-from earlyfusion import parallel
+from earlyfusion import processes
 from earlyfusion.checkpoints.meta import save_vqgan
 from earlyfusion.config import PRESETS, VQConfig
-from earlyfusion.errors import SettingError
-from earlyfusion.train.corpus.mixture import Ahead
-from earlyfusion.train.corpus.pictures import (
+from earlyfusion.data.mixture import Ahead
+from earlyfusion.data.pictures import (
     CropConfig,
     PictureBatches,
     PicturesConfig,
-    check_same,
     fixed_squares,
     hold_out,
     open_pictures,
     random_crop,
 )
-from earlyfusion.train.corpus.rows import Quarantine
+from earlyfusion.data.rows import Quarantine
+from earlyfusion.errors import DataError, SettingError
+from earlyfusion.train import checkpoint
 from earlyfusion.train.image_tokenizer import (
     HeldOut,
     ImageTokenizerTask,
@@ -84,8 +86,8 @@ class ImageTokenizerConfig:
     @property
     def notes(self) -> Path:
         """Where a process writes of its pictures: a folder of its own where there are several."""
-        several = parallel.processes() > 1
-        return self.run.out / f"process-{parallel.rank()}" if several else self.run.out
+        several = processes.count() > 1
+        return self.run.out / f"process-{processes.rank()}" if several else self.run.out
 
 
 def opened(
@@ -105,8 +107,8 @@ def opened(
         return random_crop(picture, side, config.crop, rng)
 
     batches = PictureBatches(pictures, chosen, config.batch, crop, config.run.seed, quarantine)
-    batches.share = (parallel.rank(), parallel.processes())
-    if parallel.rank() == 0:
+    batches.share = (processes.rank(), processes.count())
+    if processes.rank() == 0:
         told = (pictures.fingerprint, config.batch, config.crop, own.checked, config.run.seed)
         check_same(config.run.out, told)
     return batches, check
@@ -128,7 +130,7 @@ def main(config: ImageTokenizerConfig) -> None:
             source.close()
     if quarantine.broken:
         print(f"broken pictures: {quarantine.broken:,}, see {quarantine.path}", file=sys.stderr)
-    if parallel.rank() == 0:
+    if processes.rank() == 0:
         save_vqgan(run.out / "model", model)
 
 
@@ -164,3 +166,17 @@ config = ImageTokenizerConfig(
         clip=0.0,
     ),
 )
+
+
+def check_same(run: Path, told: object) -> None:
+    """Refuse to go on with a run on other pictures, or other cuts of them, than it began with."""
+    path, mark = run / "data.json", hashlib.sha256(repr(told).encode()).hexdigest()
+    if checkpoint.steps(run) and path.exists():
+        if json.loads(path.read_text(encoding="utf-8"))["fingerprint"] != mark:
+            raise DataError(
+                f"the pictures, or how they are cut and batched, are not what {run} began with: "
+                "give the same, or another out folder"
+            )
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"fingerprint": mark}) + "\n", encoding="utf-8")

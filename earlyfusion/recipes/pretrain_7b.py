@@ -19,21 +19,21 @@ from pathlib import Path
 
 import torch
 
-from earlyfusion import parallel
-from earlyfusion.checkpoints import formats
+from earlyfusion import processes
+from earlyfusion.checkpoints import detect as formats
 from earlyfusion.checkpoints.hf import save_hf
 from earlyfusion.checkpoints.source import Source
 from earlyfusion.config import PRESETS, ModelConfig
+from earlyfusion.data.corpus import CorpusConfig, open_corpus
+from earlyfusion.data.encoding import EncodingSettings
+from earlyfusion.data.packing import RoleWeights
+from earlyfusion.data.tokenize import load_image_tokenizer
 from earlyfusion.errors import SettingError
 from earlyfusion.image_tokenizer import ImageTokenizer, Mode
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.parallel import ParallelConfig
 from earlyfusion.processor import Processor
 from earlyfusion.train import checkpoint
-from earlyfusion.train.corpus.encoding import EncodingSettings
-from earlyfusion.train.corpus.sources import CorpusConfig, open_corpus
-from earlyfusion.train.corpus.tokenizing import load_image_tokenizer
-from earlyfusion.train.data import RoleWeights
 from earlyfusion.train.language import LanguageConfig
 from earlyfusion.train.optim import OptimConfig
 from earlyfusion.train.trainer import RunConfig, train
@@ -73,7 +73,7 @@ def main(config: PretrainConfig) -> None:
         model = Transformer(shape(config, source), config.dropout)
     task = config.task(model, corpus.stream, length, processor.vocabulary.pad)
     train(task, run, config.optim)
-    if parallel.rank() == 0:
+    if processes.rank() == 0:
         save_model(config, source, image_tokenizer, corpus.resize_mode)
 
 

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from earlyfusion.data.packing import PackedBatch, RoleWeights
 from earlyfusion.errors import DataError, SettingError
 from earlyfusion.processor import ANSWER_IMAGE, PROMPT_IMAGE, TokenSequence
-from earlyfusion.train.data import PackedBatch, RoleWeights
 
 NONE = -1
 _AT_ONCE = 1000  # documents whose columns are computed together

@@ -7,7 +7,6 @@ the system releases it with the process, however that ends.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -21,8 +20,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
-from earlyfusion import parallel
+from earlyfusion import processes
 from earlyfusion.errors import EarlyFusionError, SettingError
+from earlyfusion.files import is_full_disk
 from earlyfusion.train import checkpoint
 
 try:
@@ -33,7 +33,6 @@ except ImportError:  # a system without flock has no lock
 NOTE, _LOCK = "run.json", ".lock"
 # What runs leave that were begun before there was a note.
 _SIGNS = ("metrics.jsonl", "data.json", "codes.npy")
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Fields that change nothing of what is learned, and whole groups of them.
 _FREE = {
     "run.out",
@@ -64,7 +63,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises `SettingError` that names the process which has it, or where nothing can be written.
     """
     own = folder.absolute()
-    if fcntl is None or own in _held or parallel.rank():
+    if fcntl is None or own in _held or processes.rank():
         yield
         return
     with _open_lock(folder) as file:
@@ -99,7 +98,7 @@ def _open_lock(folder: Path) -> TextIO:
         (folder / _LOCK).touch()
         return (folder / _LOCK).open("r+", encoding="utf-8")
     except OSError as error:
-        if error.errno in _NO_ROOM:
+        if is_full_disk(error):
             raise
         raise SettingError(
             f"out={folder} is no folder that can be written to: give another"
@@ -112,7 +111,7 @@ def begin(folder: Path, kind: str, fields: Mapping[str, str], of_runs: bool = Fa
     Raises `SettingError` where it holds anything else, or a finished run of other fields. Of a run
     that goes on with other fields a sentence is said.
     """
-    if parallel.rank():
+    if processes.rank():
         return
     note = _note(folder)
     if note is None:
@@ -126,7 +125,7 @@ def begin(folder: Path, kind: str, fields: Mapping[str, str], of_runs: bool = Fa
 def end(folder: Path, fields: Mapping[str, str], finished: bool) -> None:
     """Note with which fields it went on, and whether nothing is left to train."""
     note = _note(folder)
-    if note is not None and not parallel.rank():
+    if note is not None and not processes.rank():
         _write_note(folder, note | {"fields": dict(fields), "finished": finished})
 
 
@@ -192,7 +191,7 @@ def _write_note(folder: Path, note: Mapping[str, Any]) -> None:
 
 def say(sentence: str) -> None:
     """Tell a person, once where there are several processes."""
-    if not parallel.rank():
+    if not processes.rank():
         print(sentence, file=sys.stderr, flush=True)
 
 
@@ -221,26 +220,6 @@ def told_to_torchrun() -> Iterator[None]:
         raise
 
 
-@contextmanager
-def full_disk_told(folder: Path) -> Iterator[None]:
-    """Turn the errors of a full disk into a `SettingError` that says how to go on."""
-    try:
-        yield
-    except OSError as error:
-        if not is_full_disk(error):
-            raise
-        reason = (error.strerror or "no room left").lower()
-        raise SettingError(
-            f"{folder} cannot be written to ({reason}): make room and run the same command again, "
-            "which goes on from what is there"
-        ) from None
-
-
-def is_full_disk(error: BaseException) -> bool:
-    # numpy tells of it without a number.
-    return isinstance(error, OSError) and (error.errno in _NO_ROOM or "requested and" in str(error))
-
-
 class Terminated(SystemExit):
     """SIGTERM, with the exit code that shells give to it."""
 
@@ -256,7 +235,7 @@ def termination_raises() -> Iterator[None]:
         raise Terminated
 
     # Several processes may wait for one another in what no signal wakes them from.
-    several = parallel.processes() > 1
+    several = processes.count() > 1
     if several or threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from earlyfusion import parallel
-from earlyfusion.checkpoints import formats
+from earlyfusion import parallel, processes
+from earlyfusion.checkpoints import detect as formats
 from earlyfusion.checkpoints.meta import VQ_CONFIG, open_vqgan
 from earlyfusion.config import VQConfig
 from earlyfusion.errors import CheckpointError, DataError, SettingError
@@ -120,11 +120,11 @@ def check_trainable(trainable: str, start: str) -> None:
 
 def parts_of(batch: int, micro_batch: int) -> int:
     """How many parts of `micro_batch` pictures (0: all) this process computes in a step."""
-    processes = parallel.processes()
-    unit = processes * max(1, micro_batch)
+    process_count = processes.count()
+    unit = process_count * max(1, micro_batch)
     if batch < 1 or micro_batch < 0 or batch % unit:
         raise SettingError(
-            f"batch={batch} cannot go to {processes} processes in parts of "
+            f"batch={batch} cannot go to {process_count} processes in parts of "
             f"micro_batch={max(1, micro_batch)}: choose a multiple of {unit}"
         )
     return batch // unit if micro_batch else 1
@@ -379,7 +379,7 @@ class ImageTokenizerTask:
         pick = torch.randint(len(vectors_NC), (len(dead_K),), device=vectors_NC.device)
         fresh = vectors_NC[pick]
         if self._mesh is not None:  # the first process chooses
-            fresh = parallel.data_sum(fresh * float(parallel.rank() == 0), self._mesh)
+            fresh = parallel.data_sum(fresh * float(processes.rank() == 0), self._mesh)
         weight = self.model.quantize.embedding.weight
         weight[dead_K] = fresh.to(weight.dtype)
         if self._ema is not None:

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from earlyfusion import parallel
+from earlyfusion import parallel, processes
+from earlyfusion.data.corpus import CorpusConfig
+from earlyfusion.data.packing import PackedBatch, Packer, RoleWeights, Rows, Stream
 from earlyfusion.errors import SettingError
 from earlyfusion.model.attention import CausalAttend
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.parallel import ParallelConfig
 from earlyfusion.processor import TokenSequence
 from earlyfusion.train import checkpoint, lora
-from earlyfusion.train.corpus.sources import CorpusConfig
-from earlyfusion.train.data import PackedBatch, Packer, RoleWeights, Rows, Stream
 from earlyfusion.train.loss import TokenLoss, head_loss
 from earlyfusion.train.optim import OptimConfig
 from earlyfusion.train.plan import flops_per_token
@@ -64,8 +64,8 @@ class LanguageConfig:
     @property
     def notes(self) -> Path:
         """Where a process writes of its corpus: in a folder of its own where there are several."""
-        several = parallel.processes() > 1
-        return self.run.out / f"process-{parallel.rank()}" if several else self.run.out
+        several = processes.count() > 1
+        return self.run.out / f"process-{processes.rank()}" if several else self.run.out
 
     def task(self, model: Transformer, stream: Stream, length: int, pad: int) -> LanguageTask:
         """The training of `model` on rows of `length` tokens of `stream`."""

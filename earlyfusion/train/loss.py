@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from earlyfusion.errors import SettingError
-from earlyfusion.model.fused import is_transformed, through_the_formula
+from earlyfusion.kernels.fused import is_transformed, through_the_formula
 
 if TYPE_CHECKING:
     from earlyfusion.parallel import VocabularySlice

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from earlyfusion.content import as_messages
 from earlyfusion.errors import SettingError
-from earlyfusion.generation.reference import ImageDone, Request, generate
+from earlyfusion.generation.reference import generate
+from earlyfusion.generation.request import ImageDone, Request
 from earlyfusion.generation.settings import SamplingParams
 from earlyfusion.image_tokenizer import ImageTokenizer
 from earlyfusion.model.transformer import Transformer

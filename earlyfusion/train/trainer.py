@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from earlyfusion import parallel
+from earlyfusion import parallel, processes
 from earlyfusion.errors import CheckpointError, SettingError
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.parallel import ParallelConfig
@@ -179,7 +179,7 @@ def train(
             training.go_on()
         finally:
             training.close()
-        if parallel.rank() == 0:
+        if processes.rank() == 0:
             draw_curves(run.out)
 
 
@@ -200,7 +200,7 @@ class _Training:
         self.ranks = parallel.data_rank(self.mesh)[1]
         # Where several processes hold copies of the model, not parts of it.
         self.copies = self.mesh is not None and not _is_cut(task.model)
-        self.shows = shows if parallel.rank() == 0 else None
+        self.shows = shows if processes.rank() == 0 else None
         if self.mesh is not None and (optim.kind != "adamw" or optim.average or run.minutes):
             raise SettingError(
                 "kind=muon, average= and minutes= are for a single process: leave them out, or "
@@ -218,7 +218,7 @@ class _Training:
         flops = task.flops_per_unit if isinstance(task, ParallelTask) else 0.0
         device = next(task.model.parameters()).device
         peak = partial(_peak, run, device) if flops else None
-        quiet = parallel.rank() > 0
+        quiet = processes.rank() > 0
         self.monitor = Monitor(
             run.out,
             self.step,
@@ -297,7 +297,7 @@ class _Training:
 
     def _step(self, step: int) -> dict[str, Any]:
         # The first process draws as a single one does; the others draw masks of their own.
-        torch.manual_seed(self.run.seed * 1_000_003 + step + parallel.rank() * 7_919_000_003)
+        torch.manual_seed(self.run.seed * 1_000_003 + step + processes.rank() * 7_919_000_003)
         rate = self._rate(step)
         set_rate(self.optimizer, rate, self.optim)
         self.optimizer.zero_grad(set_to_none=True)
@@ -377,10 +377,10 @@ class _Training:
         return {"model": model, "optimizer": self.optimizer.state_dict()} | averaged
 
     def _resume(self) -> int:
-        step, told = parallel.agree(lambda: checkpoint.newest_whole(self.run.out))
+        step, told = processes.agree(lambda: checkpoint.newest_whole(self.run.out))
         for sentence in told:
             say(sentence)
-        if self.validation is not None and not parallel.rank():
+        if self.validation is not None and not processes.rank():
             checkpoint.drop_after(best_of(self.run.out), step)
         if not step:
             return 0
@@ -424,7 +424,7 @@ class _Training:
         """To the newest checkpoint; documents that were seen since then are not seen again."""
         self.saver.finish()
         first, value = self.watch.first_bad
-        there = parallel.agree(lambda: checkpoint.steps(self.run.out))
+        there = processes.agree(lambda: checkpoint.steps(self.run.out))
         if not there or self.watch.roll_backs >= self.run.watch.max_roll_backs:
             raise SettingError(
                 f"the loss of step {first} is {value:g}: lower lr={self.optim.lr} and start "
@@ -453,7 +453,7 @@ def _spread(task: Task, run: RunConfig) -> DeviceMesh | None:
     several = isinstance(task, ParallelTask)
     if mesh is not None and not several:
         raise SettingError(
-            f"{parallel.processes()} processes cannot train a {type(task).__name__}: start one"
+            f"{processes.count()} processes cannot train a {type(task).__name__}: start one"
         )
     if isinstance(task, ParallelTask):
         kind = torch.bfloat16 if run.precision == "bf16" else torch.float32
@@ -519,7 +519,7 @@ def _aside(model: nn.Module) -> Iterator[None]:
 def _peak(run: RunConfig, device: torch.device) -> float:
     """Operations a second that all devices of a run could do."""
     kind = torch.bfloat16 if run.precision == "bf16" else torch.float32
-    return parallel.processes() * (run.peak_tflops * 1e12 or matmul_peak(device, kind))
+    return processes.count() * (run.peak_tflops * 1e12 or matmul_peak(device, kind))
 
 
 def autocast(model: nn.Module, precision: str) -> contextlib.AbstractContextManager[Any]:

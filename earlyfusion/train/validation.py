@@ -3,55 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from earlyfusion.errors import DataError, SettingError
-from earlyfusion.processor import TokenSequence
-from earlyfusion.train.corpus.mixture import Documents
+from earlyfusion.data.held_out import ValidationConfig
 
 BEST = "best"
 LOSS = "validation_loss"
-MOST_DOCUMENTS = 500
-"""Of a larger held-out part so many are measured, evenly spread over it."""
-
-
-@dataclass
-class ValidationConfig:
-    """What is held out, and how it is watched. The model of the lowest loss is the one kept."""
-
-    validation: float = 0.0
-    """Share of each source's rows that is held out; 0: none."""
-    validation_data: tuple[str, ...] = ()
-    """Sources that are only measured, as `data` names them."""
-    validate_every: int = 0
-    """Steps between checks, also after the last step; 0: as often as `run.save_every`."""
-    patience: int = 0
-    """End the run after so many checks in a row without a lower loss; 0: never."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.validation < 1:
-            raise SettingError(f"validation={self.validation} is no share: give 0 up to under 1")
-        if self.validation and self.validation_data:
-            raise SettingError(
-                f"validation={self.validation} and validation_data: give a share or files, not both"
-            )
-        for name in ("validate_every", "patience"):
-            if getattr(self, name) < 0:
-                raise SettingError(f"{name}={getattr(self, name)} must be 0 up")
-        if (self.patience or self.validate_every) and not self.is_on:
-            raise SettingError(
-                f"patience={self.patience} and validate_every={self.validate_every} need documents "
-                "to measure: give validation=0.05 or validation_data=PATH"
-            )
-
-    @property
-    def is_on(self) -> bool:
-        return self.validation > 0 or bool(self.validation_data)
 
 
 class Validation:
@@ -87,28 +46,6 @@ class Validation:
     def load_state(self, state: dict[str, Any]) -> None:
         self.best_loss = float(state.get("loss", math.inf))
         self.best_step, self._in_vain = int(state.get("step", 0)), int(state.get("in_vain", 0))
-
-
-def held_out_numbers(size: int, share: float, seed: int, place: int) -> np.ndarray:
-    """Numbers of a source's rows that are held out, ascending: at least one of two or more."""
-    count = min(size - 1, max(1, round(share * size))) if share else 0
-    chosen = np.random.default_rng([seed, 11, place]).permutation(size)[:count]
-    return np.sort(chosen)
-
-
-def held_out_documents(held: Sequence[tuple[Documents, np.ndarray]]) -> list[TokenSequence]:
-    """The documents of these rows of sources; of many, some that are evenly spread.
-
-    Raises `DataError` where none can be used.
-    """
-    rows = [(documents, int(number)) for documents, numbers in held for number in numbers]
-    chosen = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), MOST_DOCUMENTS)).round())
-    found = [piece for at in chosen for piece in rows[int(at)][0].pieces(rows[int(at)][1])]
-    if not found:
-        raise DataError(
-            "no held-out row can be used: raise validation, or give validation_data of its own"
-        )
-    return found
 
 
 def best_of(run: Path) -> Path:

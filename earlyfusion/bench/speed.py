@@ -1,0 +1,450 @@
+"""How fast a model is on this machine: what `earlyfusion bench` measures.
+
+Text is made of random tokens and pictures of random pixels, new ones in each round, so that nothing
+is known from before unless that is what is measured; figures are medians of the rounds. Two limits
+stand beside them. A decoded token has to read the weights of the layers, the part of the head that
+may be drawn, and its live keys and values: those bytes, over the bandwidth of a sum over a large
+tensor. Small weights fit into the processor's own memory, and then the share exceeds 1. Reading a
+prompt takes operations: those, over what a product of square matrices reaches.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from statistics import median
+from typing import Any, ClassVar
+
+import numpy as np
+import PIL.Image
+import torch
+from torch import nn
+
+from earlyfusion.api import Chameleon
+from earlyfusion.bench.shapes import write_random
+from earlyfusion.content import Image
+from earlyfusion.errors import SettingError
+from earlyfusion.generation.grammar import Grammar, Output
+from earlyfusion.generation.request import Request
+from earlyfusion.generation.settings import SamplingParams
+from earlyfusion.kernels.cpu_step import own_bits
+from earlyfusion.model.quantise import PackedLinear
+from earlyfusion.train.monitor import matmul_peak
+
+SHORT, LONG = 32, 1000
+TOKENS = 24
+"""How many tokens are decoded to time one."""
+MOST_CODES = 64
+"""So many tokens of a picture are drawn; the time of a larger one is told from these."""
+
+_GREEDY = {"temperature": 0.0, "image_temperature": 0.0}
+_PLAIN = {"guidance_text": 1.0, "guidance_image": 1.0}
+_GUIDED = {"guidance_text": 3.0, "guidance_image": 1.2}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of the table; `of_limit` is the share of what the machine can do."""
+
+    name: str
+    what: str
+    value: float
+    unit: str
+    of_limit: float | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was measured, and on what."""
+
+    model: str
+    dtype: str
+    device: str
+    threads: int
+    rounds: int
+    torch: str
+    figures: list[Figure]
+
+    def to_dict(self) -> dict[str, Any]:
+        figures = {figure.name: asdict(figure) for figure in self.figures}
+        return asdict(self) | {"figures": figures}
+
+    @property
+    def table(self) -> str:
+        """Aligned lines for a terminal."""
+        head = f"{self.model}, {self.dtype}, {self.device}, {self.threads} threads, "
+        head += f"torch {self.torch}, medians of {self.rounds} rounds"
+        return "\n".join([head, "", *(_line(figure) for figure in self.figures)])
+
+
+def bench(
+    name: str | None = None,
+    shape: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    threads: int | None = None,
+    rounds: int = 3,
+    imports: float = 0.0,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Report:
+    """Measure a model by name or folder ("mini" if not set), or random weights of a `shape`.
+
+    `imports` are the seconds that importing this module took, a part of the cold start. `tell` is
+    called with what is being done. Raises `SettingError` and `CheckpointError`.
+    """
+    if name is not None and shape is not None:
+        raise SettingError(f"model {name!r} and shape {shape!r} are both given: choose one of them")
+    if rounds < 1:
+        raise SettingError(f"rounds={rounds} measures nothing: use 1 or more")
+    _use_threads(threads)
+    with tempfile.TemporaryDirectory() as folder:
+        if shape is not None:
+            tell(f"drawing random weights of shape {shape}")
+            write_random(shape, Path(folder) / "model")
+        place = str(Path(folder) / "model") if shape else name or "mini"
+        tell("loading and starting")
+        model, figures = _started(place, device, dtype, imports)
+    meter = Meter(model, rounds)
+    for part in (meter.texts, meter.pictures, meter.tokenizer, meter.mixed):
+        tell(f"measuring {part.__name__}")
+        figures += part()
+    figures += meter.limits()
+    return Report(
+        model=name or (f"random weights, shape {shape}" if shape else "mini"),
+        dtype=dtype if dtype in ("int8", "int4") else _named(model.transformer.lm_head.weight),
+        device=str(model.transformer.lm_head.weight.device),
+        threads=torch.get_num_threads(),
+        rounds=rounds,
+        torch=torch.__version__,
+        figures=figures,
+    )
+
+
+def _started(place: str, device: str, dtype: str, imports: float) -> tuple[Chameleon, list[Figure]]:
+    """The model, loaded and asked for one token: what that takes."""
+    before, since = resident_bytes(), time.perf_counter()
+    model = Chameleon.load(place, device=device, dtype=dtype)
+    loaded = time.perf_counter() - since
+    since = time.perf_counter()
+    handle = model.engine.add(model.request("Hello", "text", seed=0))
+    while not handle.tokens:
+        model.engine.step()
+    first = time.perf_counter() - since
+    handle.cancel()
+    figures = [
+        Figure("imports", "importing torch and the package", imports, "s"),
+        Figure("load", "loading the model", loaded, "s"),
+        Figure("engine_first_token", "first token of a fresh engine", first, "s"),
+        Figure("cold_start", "cold start to the first token", imports + loaded + first, "s"),
+    ]
+    return model, figures + _memory(before, model.transformer.lm_head.weight.device)
+
+
+def _memory(before: int | None, device: torch.device) -> list[Figure]:
+    gc.collect()
+    now, figures = resident_bytes(), []
+    if before is not None and now is not None:
+        own = (now - before) / 1e6
+        figures.append(Figure("idle_memory", "memory of the idle process", now / 1e6, "MB"))
+        figures.append(Figure("model_memory", "of it, model and engine", own, "MB"))
+    if device.type == "cuda":
+        used = torch.cuda.memory_allocated(device) / 1e6
+        figures.append(Figure("gpu_memory", "memory of the GPU, idle", used, "MB"))
+    return figures
+
+
+class Meter:
+    """Asks one model's engine, and measures; each method gives lines of the table."""
+
+    def __init__(self, model: Chameleon, rounds: int) -> None:
+        self.model, self.rounds = model, rounds
+        self.engine, self.config = model.engine, model.config
+        self.layout = model.processor.layout
+        self.device = model.transformer.lm_head.weight.device
+        self._draw = random.Random(0)
+
+    def texts(self) -> list[Figure]:
+        """First token and tokens after it, at a short and at a long context."""
+        long = max(min(LONG, self.config.max_position_embeddings - TOKENS - 2), 2)
+        figures = []
+        for name, context in (("short", min(SHORT, long)), ("long", long)):
+            self.reply(context)
+            firsts, steps = zip(*(self.reply(context) for _ in range(self.rounds)), strict=True)
+            first, step = median(firsts), median(steps)
+            reading = None
+            if name == "long":  # a short prompt reads all weights for little to do
+                reading = self.operations(context) / first / self.peak
+            decoding = self.token_bytes(context) / self.bandwidth / step
+            where = f"context {context:,}"
+            figures += [
+                Figure(f"first_{name}", f"first token, {where}", 1e3 * first, "ms", reading),
+                Figure(f"token_{name}", f"a token, {where}", 1e3 * step, "ms", decoding),
+            ]
+        return figures
+
+    def pictures(self) -> list[Figure]:
+        """First token of a question about a new and a known picture; drawing one."""
+        cold, warm = [], []
+        for number in range(self.rounds + 1):
+            picture = self._picture()
+            cold.append(self._asked([picture, "What is this?"], number))
+            warm.append(self._asked([picture, "What colour is it?"], number))
+        new, known = 1e3 * median(cold[1:]), 1e3 * median(warm[1:])
+        figures = [
+            Figure("picture_new", "first token, new picture", new, "ms"),
+            Figure("picture_known", "first token, known picture", known, "ms"),
+        ]
+        if not self.model.can_draw:
+            return figures
+        return figures + self._drawings()
+
+    def _drawings(self) -> list[Figure]:
+        """After a text with one and two branches, after a picture with one and three."""
+        again: list[Any] = [self._picture(), "Draw it again."]
+        kinds: list[tuple[str, str, Any, dict[str, float]]] = [
+            ("plain", "unguided", "Draw a red apple.", _PLAIN),
+            ("guided", "guided", "Draw a red apple.", _GUIDED),
+            ("again", "of a picture, unguided", again, _PLAIN),
+            ("again_guided", "of a picture, guided", again, _GUIDED),
+        ]
+        taken: dict[str, list[tuple[float, float]]] = {name: [] for name, *_ in kinds}
+        for number in range(self.rounds + 1):
+            for name, _, prompt, settings in kinds:
+                taken[name].append(self._drawing(prompt, settings, number))
+        whole = {name: 1e3 * median(t for t, _ in times[1:]) for name, times in taken.items()}
+        step = {name: median(t for _, t in times[1:]) for name, times in taken.items()}
+        two, three = step["guided"] / step["plain"], step["again_guided"] / step["again"]
+        return [
+            *(
+                Figure(f"draw_{n}", f"codes of a drawing, {how}", whole[n], "ms")
+                for n, how, *_ in kinds
+            ),
+            Figure("step_2_branches", "step of 2 branches over 1", two, "times"),
+            Figure("step_3_branches", "step of 3 branches over 1", three, "times"),
+        ]
+
+    def tokenizer(self) -> list[Figure]:
+        """Pixels to codes and back."""
+        tokenizer, shape = self.model.image_tokenizer, (1, self.layout.height, self.layout.width)
+        codes = torch.from_numpy(np.zeros(shape, dtype=np.int64))
+        encode = self._median(lambda: tokenizer.encode([self._picture()]))
+        figures = [Figure("encode", "a picture to codes", 1e3 * encode, "ms")]
+        if self.model.can_draw:
+            decode = self._median(lambda: tokenizer.decode(codes))
+            figures.append(Figure("decode", "codes to a picture", 1e3 * decode, "ms"))
+        return figures
+
+    def mixed(self) -> list[Figure]:
+        """Eight requests of both kinds one by one, and together; what warm steps should not do."""
+        alone, together = [], []
+        self._all(self._eight())
+        with Compilations() as counted:
+            for _ in range(self.rounds):
+                times, tokens = zip(*(self._all([asked]) for asked in self._eight()), strict=True)
+                alone.append(sum(tokens) / sum(times))
+                seconds, number = self._all(self._eight())
+                together.append(number / seconds)
+        slow, fast = median(alone), median(together)
+        return [
+            Figure("alone", "8 mixed requests one by one", slow, "tokens/s"),
+            Figure("together", "8 mixed requests together", fast, "tokens/s"),
+            Figure("together_ratio", "together over one by one", fast / slow, "times"),
+            Figure("compilations", "compilations after warm-up", counted.number, ""),
+        ]
+
+    def limits(self) -> list[Figure]:
+        weights, kind = self.token_bytes(0) / 1e6, _named(self.model.transformer.lm_head.weight)
+        return [
+            Figure("bandwidth", "bandwidth of memory (limit)", self.bandwidth / 1e9, "GB/s"),
+            Figure("matmul_peak", f"{kind} products (limit)", self.peak / 1e9, "GFLOP/s"),
+            Figure("token_weights", "weights that a token reads", weights, "MB"),
+        ]
+
+    @cached_property
+    def bandwidth(self) -> float:
+        """Bytes a second of a sum over a tensor that no cache holds: the best of several."""
+        size = 2**31 if self.device.type == "cuda" else 2**28
+        values = torch.ones(size // 4, device=self.device)
+        return size / min(self._timed(values.sum) for _ in range(6))
+
+    @cached_property
+    def peak(self) -> float:
+        return matmul_peak(self.device, self.model.transformer.lm_head.weight.dtype)
+
+    def token_bytes(self, context: int) -> float:
+        """Bytes that decoding one token of text reads, after `context` others."""
+        transformer, config = self.model.transformer, self.config
+        head = transformer.lm_head.weight
+        rows = len(Grammar(self.model.processor.vocabulary, self.layout).text_ids)
+        bits = own_bits(transformer) or 8 * head.itemsize
+        values = 2 * config.num_hidden_layers * config.kv_heads * config.head_dim * head.itemsize
+        return sum(_linear_bytes(transformer)) + rows * head.shape[1] * bits / 8 + values * context
+
+    def operations(self, tokens: int) -> float:
+        """Operations of reading a prompt of so many tokens, without the head."""
+        config = self.config
+        width, inner = config.hidden_size, config.intermediate_size
+        heads = 2 * width + 2 * config.kv_heads * config.head_dim
+        matrices = config.num_hidden_layers * (heads * width + 3 * width * inner)
+        attention = config.num_hidden_layers * width * tokens
+        return 2.0 * tokens * (matrices + attention)
+
+    def reply(self, context: int) -> tuple[float, float]:
+        """Seconds to the first token of a new prompt, and of each token after it."""
+        firsts, rest, number = [], 0.0, 0
+        for _ in range(8):  # a reply may end at any time
+            handle = self.engine.add(self._request(context, TOKENS, _GREEDY))
+            firsts.append(self._timed(partial(self._until, handle, 1)))
+            rest += self._timed(partial(self._until, handle, TOKENS))
+            number += len(handle.tokens) - 1
+            handle.cancel()
+            if number >= TOKENS - 1:
+                break
+        return median(firsts), rest / max(number, 1)
+
+    def _asked(self, prompt: Any, seed: int) -> float:
+        """Seconds to the first token of a question, pixels included."""
+        since = time.perf_counter()
+        handle = self.engine.add(self.model.request(prompt, "text", seed=seed))
+        self._until(handle, 1)
+        handle.cancel()
+        return time.perf_counter() - since
+
+    def _drawing(self, prompt: Any, settings: dict[str, float], seed: int) -> tuple[float, float]:
+        """Seconds from the prompt to all codes of a picture, and of one step of these."""
+        asked = self.model.request(prompt, "image", SamplingParams(**settings), seed)  # type: ignore[arg-type]
+        handle, whole = self.engine.add(asked), self.layout.num_tokens
+        first = self._timed(partial(self._until, handle, 3))
+        before = len(handle.tokens)
+        rest = self._timed(partial(self._until, handle, min(whole, before + MOST_CODES)))
+        step = rest / max(len(handle.tokens) - before, 1)
+        handle.cancel()
+        return first + step * (whole - before), step
+
+    def _eight(self) -> Iterator[Request]:
+        for number in range(8):
+            settings: dict[str, float] = {} if number % 2 else (_PLAIN | _GREEDY)
+            image = number < 4 and self.model.can_draw
+            yield self._request(
+                SHORT + 24 * (number % 4), MOST_CODES, settings, "image" if image else "text"
+            )
+
+    def _request(
+        self, context: int, tokens: int, settings: dict[str, float], output: Output = "text"
+    ) -> Request:
+        vocabulary, most = self.model.processor.vocabulary, self.config.max_position_embeddings
+        room = self.layout.num_tokens if output == "image" else tokens
+        context = max(min(context, most - room), 2)
+        ids = [vocabulary.bos, *self._draw.choices(vocabulary.text_tokens.tolist(), k=context - 1)]
+        sampling = SamplingParams(seed=self._draw.randrange(2**31), **settings)  # type: ignore[arg-type]
+        resolved = sampling.resolved(self.model.defaults | {"repetition_penalty": 1.0})
+        return Request(ids, output, replace(resolved, stop=None), int(output == "image"), room)
+
+    def _all(self, requests: Sequence[Request] | Iterator[Request]) -> tuple[float, int]:
+        """Seconds that requests take together, so many tokens each at most; and all tokens."""
+        since = time.perf_counter()
+        handles = [self.engine.add(request) for request in requests]
+        left = list(handles)
+        while left:
+            self.engine.step()
+            for handle in left:
+                if len(handle.tokens) >= MOST_CODES:
+                    handle.cancel()
+            left = [h for h in left if not h.finished and len(h.tokens) < MOST_CODES]
+        return time.perf_counter() - since, sum(len(handle.tokens) for handle in handles)
+
+    def _until(self, handle: Any, tokens: int) -> None:
+        while len(handle.tokens) < tokens and not handle.finished:
+            self.engine.step()
+
+    def _picture(self) -> Image:
+        side = self.model.image_tokenizer.resolution
+        pixels = np.frombuffer(self._draw.randbytes(3 * side * side), dtype=np.uint8)
+        return Image(PIL.Image.fromarray(pixels.reshape(side, side, 3)))
+
+    def _median(self, call: Callable[[], object]) -> float:
+        return median([self._timed(call) for _ in range(self.rounds + 1)][1:])
+
+    def _timed(self, call: Callable[[], object]) -> float:
+        self._wait()
+        since = time.perf_counter()
+        call()
+        self._wait()
+        return time.perf_counter() - since
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+class Compilations:
+    """Counts, while it is open, what warm steps must not do: graphs that torch compiles, programs
+    that are started (a compiler is one), and libraries that are loaded."""
+
+    _EVENTS = ("subprocess.Popen", "ctypes.dlopen")
+    _seen: ClassVar[Counter[str]] = Counter()
+
+    def __enter__(self) -> Compilations:
+        if not self._seen:
+            self._seen["hooked"] += 1
+            sys.addaudithook(self._notice)  # stays for the life of the process
+        self._before, self.number = self._total(), 0
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.number = self._total() - self._before
+
+    @classmethod
+    def _notice(cls, event: str, _: object) -> None:
+        if event in cls._EVENTS:
+            cls._seen[event] += 1
+
+    def _total(self) -> int:
+        dynamo = sys.modules.get("torch._dynamo.utils")
+        graphs = 0 if dynamo is None else dynamo.counters["stats"]["unique_graphs"]
+        return int(graphs) + sum(self._seen[event] for event in self._EVENTS)
+
+
+def resident_bytes() -> int | None:
+    """Memory of this process that is really there; None where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _linear_bytes(transformer: nn.Module) -> Iterator[int]:
+    for name, module in transformer.named_modules():
+        if isinstance(module, PackedLinear):
+            yield module.matrix.nbytes
+        elif isinstance(module, nn.Linear) and name != "lm_head":
+            yield module.weight.nbytes
+
+
+def _use_threads(threads: int | None) -> None:
+    if threads is None:
+        return
+    cores = os.cpu_count() or 1
+    if not 1 <= threads <= cores:
+        raise SettingError(f"threads={threads} is not possible: this machine has {cores} cores")
+    torch.set_num_threads(threads)
+
+
+def _named(weight: torch.Tensor) -> str:
+    return str(weight.dtype).removeprefix("torch.")
+
+
+def _line(figure: Figure) -> str:
+    number = f"{figure.value:,.0f}" if figure.value >= 1000 else f"{figure.value:.3g}"
+    share = "" if figure.of_limit is None else f"   {figure.of_limit:.0%} of the limit"
+    return f"{figure.what:<40}{number:>12} {figure.unit:<9}{share}".rstrip()

@@ -1,0 +1,69 @@
+"""Shards made by a Ray cluster: the only owner of Ray.
+
+Every machine of the cluster must see the corpus, the model and the output under the same paths.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from earlyfusion.errors import DataError, EarlyFusionError, SettingError
+
+if TYPE_CHECKING:
+    from earlyfusion.data.tokenize import Job
+
+
+def make_on_ray(job: Job, shards: list[int], workers: int) -> Iterator[dict[str, Any]]:
+    """The shards as actors of Ray Data finish them, on the cluster of `RAY_ADDRESS` or here."""
+    try:
+        import ray
+        import ray.data
+        import ray.exceptions
+    except ImportError:
+        raise SettingError(
+            "--ray needs Ray Data, which is not installed: pip install 'earlyfusion[ray]'"
+        ) from None
+    if not shards:
+        return
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, logging_level="ERROR")
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    place = replace(job, out=job.out.absolute(), model=job.model.absolute())
+    made = ray.data.from_items([{"shard": n} for n in shards], override_num_blocks=len(shards)).map(
+        _ShardMaker,
+        fn_constructor_args=(place,),
+        compute=ray.data.ActorPoolStrategy(size=min(workers, len(shards))),
+        num_gpus=1 if job.device.startswith("cuda") else 0,
+    )
+    try:
+        for row in made.iter_rows():
+            yield _note(row)
+    except ray.exceptions.RayError as error:
+        raise DataError(
+            f"the cluster failed ({type(error).__name__}): run the same command again; finished "
+            "shards are kept"
+        ) from None
+
+
+class _ShardMaker:
+    def __init__(self, job: Job) -> None:
+        from earlyfusion.data.tokenize import Maker
+
+        self._maker = Maker(job)
+
+    def __call__(self, row: dict[str, int]) -> dict[str, str]:
+        # As text: Ray would make columns of it, and lose what is empty.
+        try:
+            return {"note": json.dumps(self._maker.make(int(row["shard"]))), "mistake": ""}
+        except EarlyFusionError as error:
+            return {"note": "", "mistake": str(error)}
+
+
+def _note(row: dict[str, str]) -> dict[str, Any]:
+    if row["mistake"]:
+        raise DataError(row["mistake"])
+    note: dict[str, Any] = json.loads(row["note"])
+    return note

@@ -1,0 +1,293 @@
+"""Pictures of any source by number: files of pictures, or the rows of tables.
+
+    number -> which source -> a picture file, or a row and one of its pictures
+
+What cannot be read goes to the quarantine and gives way to the next. A batch of a step follows
+from the seed and the number of the step alone.
+Shapes: B batch, Y X pixels.
+"""
+
+from __future__ import annotations
+
+import bisect
+import glob
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import PIL.Image
+import torch
+from torch import Tensor
+
+from earlyfusion.content import Image
+from earlyfusion.data.forms import pictures_of
+from earlyfusion.data.mixture import Epochs
+from earlyfusion.data.rows import Quarantine, Rows, RowSettings, open_rows
+from earlyfusion.data.tables import SUFFIXES
+from earlyfusion.errors import DataError, ImageError, SettingError
+from earlyfusion.image_tokenizer import cropped
+
+_PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+_TRIES = 1000
+
+
+@dataclass
+class PicturesConfig:
+    """Which pictures are read. A folder or glob with picture files gives these, else its rows."""
+
+    data: tuple[str, ...] = ()
+    """Files, folders, globs or hub ids: pictures, JSONL, Parquet or tar."""
+    held_out: tuple[str, ...] = ()
+    """Sources to check on; without them, some pictures of `data` are held out."""
+    checked: int = 64
+    """Pictures to check on."""
+    patterns: tuple[str, ...] = ()
+    images: Path | None = None
+    """Folder of the pictures that rows name; None: beside the file of the row."""
+    max_broken: float = 1.0
+    """Largest share of pictures that may be broken, once 100 are read; 1: any."""
+
+    def __post_init__(self) -> None:
+        if self.checked < 1:
+            raise SettingError(f"checked={self.checked} must be at least 1")
+        _ = self.rows
+
+    @property
+    def rows(self) -> RowSettings:
+        return RowSettings(self.patterns, self.images, self.max_broken)
+
+
+class Pictures(Protocol):
+    """Pictures by number; `groups` and `is_random` say how they like to be read.
+
+    `read` takes where in 0 to 1 to look among several pictures of one number, and raises
+    `DataError` or `ImageError`; `place` is the file and the number in it.
+    """
+
+    fingerprint: str
+    groups: list[int]
+    is_random: bool
+
+    def __len__(self) -> int: ...
+    def read(self, number: int, which: float) -> PIL.Image.Image: ...
+    def place(self, number: int) -> tuple[Path, int]: ...
+
+
+class PictureFiles:
+    """One picture a file."""
+
+    is_random = True
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+        self.groups = [len(paths)]
+        self.fingerprint = hashlib.sha256(
+            "".join(f"{p.as_posix()} {p.stat().st_size}\n" for p in paths).encode()
+        ).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def read(self, number: int, which: float) -> PIL.Image.Image:
+        return _pixels(Image.open(self._paths[number]))
+
+    def place(self, number: int) -> tuple[Path, int]:
+        return self._paths[number], 0
+
+
+class RowPictures:
+    """The pictures of rows; of several in a row, `which` takes one."""
+
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
+        self.groups, self.is_random = rows.groups, rows.is_random
+        self.fingerprint = rows.fingerprint
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def read(self, number: int, which: float) -> PIL.Image.Image:
+        table, place = self._rows.place(number)
+        row = table.row(place)
+        found = pictures_of(row)
+        where = found[int(which * len(found))].where
+        return _pixels(
+            Image.from_bytes(table.read(row, where) if isinstance(where, str) else where)
+        )
+
+    def place(self, number: int) -> tuple[Path, int]:
+        table, place = self._rows.place(number)
+        return table.path, place
+
+
+class JoinedPictures:
+    """Several sources, one after another."""
+
+    def __init__(self, sources: Sequence[Pictures]) -> None:
+        self._sources = sources
+        self._ends = list(accumulate(len(source) for source in sources))
+        self.groups = [group for source in sources for group in source.groups]
+        self.is_random = all(source.is_random for source in sources)
+        told = "".join(source.fingerprint for source in sources)
+        self.fingerprint = hashlib.sha256(told.encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def read(self, number: int, which: float) -> PIL.Image.Image:
+        source, place = self._at(number)
+        return source.read(place, which)
+
+    def place(self, number: int) -> tuple[Path, int]:
+        source, place = self._at(number)
+        return source.place(place)
+
+    def _at(self, number: int) -> tuple[Pictures, int]:
+        at = bisect.bisect_right(self._ends, number)
+        return self._sources[at], number - (self._ends[at - 1] if at else 0)
+
+
+def open_pictures(sources: Sequence[str], cache: Path, settings: RowSettings) -> JoinedPictures:
+    """Open all sources as one; `cache` is a folder for what is learned about tables.
+
+    Raises `DataError`.
+    """
+    if not sources:
+        raise SettingError("data is empty: give data=PATH, pictures or tables of them")
+    opened: list[Pictures] = []
+    for source in sources:
+        files = _picture_files(source)
+        opened.append(
+            PictureFiles(files) if files else RowPictures(open_rows(source, cache, settings))
+        )
+    return JoinedPictures(opened)
+
+
+def _picture_files(source: str) -> list[Path]:
+    """The picture files of a source in the order of their names; none of tables or a hub id."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        found = [] if path.suffix in SUFFIXES else [path]
+    elif path.is_dir():
+        found = [p for p in path.rglob("*") if p.suffix.lower() in _PICTURE_SUFFIXES]
+    else:
+        names = glob.glob(str(path), recursive=True) if glob.has_magic(source) else []
+        found = [Path(n) for n in names if Path(n).suffix.lower() in _PICTURE_SUFFIXES]
+    return sorted((p for p in found if p.is_file()), key=lambda p: p.as_posix())
+
+
+def _pixels(image: Image) -> PIL.Image.Image:
+    assert image.pil is not None
+    return image.pil
+
+
+Crop = Callable[[PIL.Image.Image, np.random.Generator], PIL.Image.Image]
+
+
+@dataclass
+class CropConfig:
+    """A random square of a picture, resized."""
+
+    smallest: float = 0.5
+    """Shortest side of the square, as a share of the picture's shorter side."""
+    mirror: float = 0.5
+    """Share of pictures that are mirrored."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.smallest <= 1 or not 0 <= self.mirror <= 1:
+            raise SettingError(
+                f"smallest={self.smallest} and mirror={self.mirror} are shares: give smallest "
+                "above 0 to 1, mirror 0 to 1"
+            )
+
+
+def random_crop(
+    picture: PIL.Image.Image, side: int, config: CropConfig, rng: np.random.Generator
+) -> PIL.Image.Image:
+    """A random square at `side` x `side`; none is enlarged that need not be."""
+    width, height = picture.size
+    shorter = min(width, height)
+    extent = max(rng.uniform(config.smallest, 1.0) * shorter, min(side, shorter))
+    left, top = rng.uniform(0, width - extent), rng.uniform(0, height - extent)
+    box = (left, top, left + extent, top + extent)
+    out = picture.resize((side, side), PIL.Image.Resampling.LANCZOS, box=box)
+    if rng.random() < config.mirror:
+        out = out.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT)
+    return out
+
+
+def to_pixels(pictures: Sequence[PIL.Image.Image]) -> Tensor:
+    """Pictures of equal size as float32 [B, 3, Y, X] in [-1, 1]."""
+    arrays = np.stack([np.asarray(p, np.uint8) for p in pictures])
+    return torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 255 * 2 - 1
+
+
+class PictureBatches:
+    """Batches of cropped pictures; batch k follows from the seed and k.
+
+    `share` (which, of how many) says which block of a batch is made: that of this process.
+    """
+
+    def __init__(
+        self,
+        pictures: Pictures,
+        chosen: np.ndarray | None,
+        batch: int,
+        crop: Crop,
+        seed: int,
+        quarantine: Quarantine,
+    ) -> None:
+        self.share = (0, 1)
+        self._pictures, self._batch, self._crop = pictures, batch, crop
+        self._epochs = Epochs(pictures, seed, "pictures", chosen)
+        self._seed, self._quarantine = seed, quarantine
+
+    def __call__(self, step: int) -> Tensor:
+        which, count = self.share
+        size = self._batch // count
+        first = step * self._batch + which * size
+        return to_pixels([self._picture(number) for number in range(first, first + size)])
+
+    def _picture(self, number: int) -> PIL.Image.Image:
+        for turn in range(number, number + _TRIES):
+            rng = np.random.default_rng([self._seed, number, turn - number])
+            at = self._epochs.number(*divmod(turn, len(self._epochs)))
+            picture = read_or_refuse(self._pictures, at, rng.random(), self._quarantine)
+            if picture is not None:
+                return self._crop(picture, rng)
+        raise DataError(f"there is no whole picture in {_TRIES}: see {self._quarantine.path}")
+
+
+def read_or_refuse(
+    pictures: Pictures, number: int, which: float, quarantine: Quarantine
+) -> PIL.Image.Image | None:
+    """A picture, or None where it went to the quarantine."""
+    try:
+        picture = pictures.read(number, which)
+    except (DataError, ImageError) as error:
+        path, place = pictures.place(number)
+        quarantine.refuse(path, place + 1, str(error))
+        return None
+    quarantine.accept()
+    return picture
+
+
+def hold_out(pictures: Pictures, wanted: int, most: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers to check on, at most that share, and all others: whatever the seed of a run."""
+    count = len(pictures)
+    held = min(wanted, int(most * count))
+    order = np.random.default_rng(0).permutation(count)
+    return np.sort(order[:held]), np.sort(order[held:])
+
+
+def fixed_squares(
+    pictures: Pictures, numbers: Iterable[int], side: int, quarantine: Quarantine
+) -> Tensor:
+    """The centre of each picture that is whole: float32 [B, 3, side, side]."""
+    found = (read_or_refuse(pictures, int(number), 0.0, quarantine) for number in numbers)
+    squares = [cropped(picture, side) for picture in found if picture is not None]
+    return to_pixels(squares) if squares else torch.empty(0, 3, side, side)

@@ -1,0 +1,223 @@
+"""Token shards: a corpus as tokens on disk, written once, read without a picture or a text.
+
+A folder of `index.json` and, for each run of rows, two files:
+
+- `00000.npy`: one entry a token, its `id` and its `mark`: role in bits 0 to 2, bit 3 where it
+  counts in the loss, bit 4 where a segment begins;
+- `00000.documents.npy`: int64 [rows, 3]: first token, number of tokens, kind of answer. A row that
+  was broken has no tokens but keeps its number.
+
+The index has checksums of the files, and the fingerprints of the tokenizer and image tokenizer that
+made them. A shard is whole or not there; the index is written when all are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from earlyfusion.data.encoding import Fit
+from earlyfusion.errors import DataError
+from earlyfusion.processor import (
+    ANSWER_IMAGE,
+    CONTROL,
+    PROMPT_IMAGE,
+    Kind,
+    TokenSequence,
+)
+
+INDEX = "index.json"
+FORMAT = "earlyfusion token shards, version 1"
+_ROLE, _COUNTED, _BEGINS = 7, 8, 16
+_OPEN_SHARDS = 64
+
+
+def shard_name(number: int) -> str:
+    return f"{number:05d}"
+
+
+def write_shard(
+    folder: Path,
+    number: int,
+    documents: Sequence[TokenSequence | None],
+    answers: Sequence[int],
+    vocabulary_size: int,
+    extra: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Write one shard and what there is to say of it; a document is None for a broken row."""
+    kept = [document or TokenSequence() for document in documents]
+    tokens = np.concatenate([packed(d, vocabulary_size) for d in [TokenSequence(), *kept]])
+    lengths = np.array([len(d) for d in kept], np.int64)
+    table = np.stack([np.cumsum(lengths) - lengths, lengths, np.asarray(answers, np.int64)], 1)
+    name = shard_name(number)
+    files = {f"{name}.npy": tokens, f"{name}.documents.npy": table}
+    for file, array in files.items():
+        _write(folder / file, partial(np.save, arr=array))
+    said = {
+        "number": number,
+        "rows": len(kept),
+        "documents": int((lengths > 0).sum()),
+        "tokens": len(tokens),
+        "files": {file: checksum(folder / file) for file in files},
+        **extra,
+    }
+    write_json(folder / f"{name}.json", said)
+    return said
+
+
+def read_shard_note(folder: Path, number: int) -> dict[str, Any] | None:
+    """What `write_shard` said, if the shard is there whole."""
+    note = _read_json(folder / f"{shard_name(number)}.json")
+    files = (note or {}).get("files", {"": 0})
+    return note if all((folder / file).is_file() for file in files) else None
+
+
+class TokenShards:
+    """The documents of a folder of shards, for `mixture`.
+
+    Raises `DataError` where the folder is not complete, damaged, or of another model.
+    """
+
+    is_random = True
+
+    def __init__(self, folder: Path, fingerprints: Mapping[str, str], fit: Fit) -> None:
+        index = read_index(folder)
+        self.name, self._folder, self.fit = str(folder), folder, fit
+        _check(folder, index, fingerprints)
+        self._shards: list[dict[str, Any]] = index["shards"]
+        self._ends = np.cumsum([shard["rows"] for shard in self._shards])
+        self.groups = [len(self)]
+        self.fingerprint = hashlib.sha256(
+            json.dumps([shard["files"] for shard in self._shards]).encode()
+        ).hexdigest()
+        self._open = lru_cache(_OPEN_SHARDS)(self._open_shard)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def document(self, number: int) -> TokenSequence:
+        """Document `number` whole; of no tokens where its row was broken."""
+        shard = int(np.searchsorted(self._ends, number, "right"))
+        tokens, table = self._open(shard)
+        place = number - (int(self._ends[shard - 1]) if shard else 0)
+        start, length, _ = table[place].tolist()
+        return unpacked(tokens[start : start + length])
+
+    def pieces(self, number: int) -> list[TokenSequence]:
+        return self.fit.pieces(number, self.document(number))
+
+    def answers(self) -> np.ndarray:
+        tables = [self._open(shard)[1] for shard in range(len(self._shards))]
+        return np.concatenate([table[:, 2].astype(np.uint8) for table in tables])
+
+    def _open_shard(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        for file, wanted in self._shards[shard]["files"].items():
+            if not (self._folder / file).is_file() or checksum(self._folder / file) != wanted:
+                raise DataError(
+                    f"{self._folder / file} is missing or not what was written: remove it and run "
+                    "earlyfusion tokenize again"
+                )
+        name = self._folder / shard_name(self._shards[shard]["number"])
+        return np.load(f"{name}.npy", mmap_mode="r"), np.load(f"{name}.documents.npy")
+
+
+def is_shards(folder: Path) -> bool:
+    return (_read_json(folder / INDEX) or {}).get("format") == FORMAT
+
+
+def shards_mode(folder: Path) -> str:
+    """How pictures of prompts became squares in a folder of shards; "" of any other folder."""
+    if not is_shards(folder):
+        return ""
+    return str(read_index(folder).get("encoding", {}).get("prompt_images", "fit"))
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    index = _read_json(folder / INDEX)
+    if index is None or index.get("format") != FORMAT:
+        raise DataError(f"{folder} holds no token shards: make them with earlyfusion tokenize")
+    return index
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+    _write(path, lambda file: file.write(text.encode()))
+
+
+def checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check(folder: Path, index: Mapping[str, Any], fingerprints: Mapping[str, str]) -> None:
+    if not index.get("complete"):
+        raise DataError(f"{folder} is not complete: run the same earlyfusion tokenize again")
+    for what, own in fingerprints.items():
+        if index["fingerprints"].get(what) != own:
+            raise DataError(
+                f"{folder} was made with another {what.replace('_', ' ')} than this model's: "
+                "tokenize the corpus with this model"
+            )
+
+
+def packed(document: TokenSequence, vocabulary_size: int) -> np.ndarray:
+    """A document as an entry a token: `id` and `mark`, 3 or 5 bytes."""
+    ids = np.uint16 if vocabulary_size <= 2**16 else np.uint32
+    tokens = np.zeros(len(document), [("id", ids), ("mark", np.uint8)])
+    mark = np.array(document.role, np.uint8)
+    mark |= np.where(np.array(document.weights) > 0, _COUNTED, 0).astype(np.uint8)
+    for start, _, _ in document.spans:
+        mark[start] |= _BEGINS
+    tokens["id"], tokens["mark"] = document.ids, mark
+    return tokens
+
+
+def unpacked(tokens: np.ndarray) -> TokenSequence:
+    """The document of `packed`."""
+    mark = np.asarray(tokens["mark"])
+    role = mark & _ROLE
+    counted = (mark & _COUNTED) > 0
+    return TokenSequence(
+        ids=tokens["id"].tolist(),
+        role=role.tolist(),
+        spans=_spans(role, np.flatnonzero(mark & _BEGINS)),
+        weights=counted.astype(np.float64).tolist(),
+    )
+
+
+def _spans(role: np.ndarray, begins: np.ndarray) -> list[tuple[int, int, Kind]]:
+    edges = np.union1d(np.flatnonzero(role == CONTROL), begins).tolist()
+    after = dict(zip(edges, [*edges, len(role)][1:], strict=True))
+    kinds: dict[bool, Kind] = {True: "image", False: "text"}
+    return [
+        (start, after[start], kinds[role[start] in (PROMPT_IMAGE, ANSWER_IMAGE)])
+        for start in begins.tolist()
+    ]
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return data if isinstance(data, dict) else None
+
+
+def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file under another name and give it its own when it is on the disk."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,665 @@
+"""Chat samples with pictures on both sides, from the emoji data; one seed makes one set.
+
+    python -m earlyfusion.mini.emoji.dialogues --data DIR --split train --n 20000 --seed 0 \
+        --out train.jsonl
+
+A sample is one JSON object:
+  id, task, lang ("en" | "ko"), split
+  messages  [{"role", "content": [{"type": "text", "text"} | {"type": "image", "image": id}]}]
+  check     "exact"         the last answer is in `accept`, after `phrases.normalise`
+            "image"         the model draws; `targets` has concept, style or null, a reference
+            "images+names"  a list: every name belongs to `subgroup`, a picture follows it
+  answer, accept, targets, subgroup, count, style where the check needs them; outside train also
+  `kind`, the hardest split among its images.
+Eighteen tasks, three fifths English. With `further=0` the samples are the published ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+from earlyfusion.errors import DataError, SettingError
+from earlyfusion.mini.emoji.dataset import EmojiData, Row
+from earlyfusion.mini.emoji.phrases import (
+    COLOUR_IN_NAME,
+    COLOUR_SYNONYMS,
+    KOREAN_COLOUR_BEFORE_NOUN,
+    NUMBERS,
+    ORDINALS,
+    PROMPTS,
+    STYLE_WORDS,
+    WIDE_KINDS,
+    normalise,
+    particle,
+    with_article,
+)
+from earlyfusion.mini.emoji.pools import Pools, kind_of, main_colour, name_of, near, style_of
+
+Sample = dict[str, Any]
+Part = dict[str, str]
+T = TypeVar("T")
+
+UNCOLOURED_GROUPS = {"flags", "smileys-emotion", "symbols", "people-body"}
+HARDEST_LAST = ["train", "val-pair", "val-concept", "test-pair", "test-concept"]
+
+
+def text_part(text: str) -> Part:
+    return {"type": "text", "text": text}
+
+
+def image_part(row: Row) -> Part:
+    return {"type": "image", "image": row["id"]}
+
+
+def user(*parts: Part) -> dict[str, Any]:
+    return {"role": "user", "content": list(parts)}
+
+
+def styled_name(row: Row, lang: str) -> str:
+    """The name with the style, as an answer says it."""
+    word = "style" if lang == "en" else "스타일"
+    return f"{name_of(row, lang)}, {style_of(row, lang)} {word}"
+
+
+def assistant(*parts: Part) -> dict[str, Any]:
+    return {"role": "assistant", "content": list(parts)}
+
+
+class Writer:
+    """Writes one sample a call; a task returns None where the rows it met do not serve."""
+
+    def __init__(self, pools: Pools, rng: random.Random, further: float) -> None:
+        self.pools, self.rng, self.further = pools, rng, further
+        self.free = False
+
+    def write(self, task: str, lang: str) -> Sample | None:
+        """One sample of the task; `rows` lists the images used."""
+        # No draw at all for further=0: the published samples come from that stream.
+        self.free = self.further > 0 and self.rng.random() < self.further
+        return TASKS[task][1](self, lang)
+
+    # ---- choices
+
+    def pick(self, items: Sequence[T]) -> T:
+        return items[self.rng.randrange(len(items))]
+
+    def find(self, items: Sequence[T], wanted: Callable[[T], bool]) -> T | None:
+        """One of thirty tries, or None."""
+        return next((x for x in (self.pick(items) for _ in range(30)) if wanted(x)), None)
+
+    def row(self) -> Row:
+        """Half of the time concept first, so that concepts with few styles are not rare."""
+        if self.rng.random() < 0.5:
+            return self.pick(self.pools.by_concept[self.pick(self.pools.concepts)])
+        return self.pick(self.pools.rows)
+
+    def distinct(self, rows: Sequence[Row], count: int) -> list[Row] | None:
+        """`count` rows of different concepts, no two of one family."""
+        for _ in range(50):
+            chosen = [self.pick(rows) for _ in range(count)]
+            if all(len({r[key] for r in chosen}) == count for key in ("codepoints", "family")):
+                return chosen
+        return None
+
+    def prompt(self, table: str, lang: str, **words: str) -> str:
+        """A prompt of the table, its marks filled in."""
+        prompts = PROMPTS[table][lang]
+        choices = prompts.further if self.free else prompts.published
+        text = choices[0] if len(choices) == 1 else self.pick(choices)
+        if name := words.get("n"):
+            words |= {
+                "a": with_article(name),
+                "no": particle(name, "을/를"),
+                "ng": particle(name, "은/는"),
+                "nya": particle(name, "이야/야"),
+            }
+        text = text.format(**words)
+        if self.free and self.rng.random() < 0.12:
+            text = text[:1].lower() + text[1:].rstrip(".")
+        return text
+
+    def ask(self, rows: Sequence[Row], question: str) -> dict[str, Any]:
+        """The user's turn about some images: images first, freely also the question first."""
+        images = [image_part(r) for r in rows]
+        if self.free and self.rng.random() < 0.2:
+            return user(text_part(question), *images)
+        return user(*images, text_part(question))
+
+    # ---- forms of samples
+
+    def exact(
+        self, messages: list[Any], answer: str, rows: Sequence[Row], also: Sequence[str] = ()
+    ) -> Sample:
+        messages = [*messages, assistant(text_part(answer))]
+        return {
+            "messages": messages,
+            "check": "exact",
+            "answer": answer,
+            "accept": [answer, *also],
+            "rows": list(rows),
+        }
+
+    def drawing(
+        self, messages: list[Any], row: Row, styled: bool, rows: Sequence[Row], before: str = ""
+    ) -> Sample:
+        said = [text_part(before)] if before else []
+        target = {
+            "concept": row["codepoints"],
+            "style": row["style"] if styled else None,
+            "reference": row["id"],
+        }
+        return {
+            "messages": [*messages, assistant(*said, image_part(row))],
+            "check": "image",
+            "targets": [target],
+            "rows": list(rows),
+        }
+
+    def yes_or_no(self, lang: str, rows: Sequence[Row], question: str, yes: bool) -> Sample:
+        if lang == "en":
+            answer, also = ("Yes", ["yes"]) if yes else ("No", ["no"])
+        else:
+            answer, also = ("응", ["네", "예"]) if yes else ("아니", ["아니요", "아니오"])
+        return self.exact([self.ask(rows, question)], answer, rows, also)
+
+    def ordinal(self, lang: str, rows: Sequence[Row], question: str, index: int) -> Sample:
+        word = ORDINALS[lang][index]
+        answer, also = ("The " + word, word) if lang == "en" else (word, f"{index + 1}번째")
+        return self.exact([self.ask(rows, question)], answer, rows, [also])
+
+    # ---- tasks with one image
+
+    def caption(self, lang: str) -> Sample:
+        row = self.row()
+        question = text_part(self.prompt("caption", lang))
+        image = image_part(row)
+        turn = user(image, question) if self.rng.random() < 0.7 else user(question, image)
+        listed = row["name_en"] if lang == "en" else row["name_ko"]
+        return self.exact([turn], name_of(row, lang), [row], [listed])
+
+    def caption_style(self, lang: str) -> Sample:
+        row = self.row()
+        question = self.prompt("caption_style", lang)
+        return self.exact([self.ask([row], question)], styled_name(row, lang), [row])
+
+    def yesno_name(self, lang: str) -> Sample | None:
+        row = self.row()
+        yes = self.rng.random() < 0.5
+        named: Row | None = row
+        if not yes:
+            hard = self.rng.random() < 0.5
+            pool = self.pools.by_subgroup[row["subgroup"]] if hard else self.pools.rows
+            named = self.find(pool, lambda r: r["family"] != row["family"])
+        if named is None:
+            return None
+        question = self.prompt("yesno_name", lang, n=name_of(named, lang))
+        return self.yes_or_no(lang, [row], question, yes)
+
+    def yesno_kind(self, lang: str) -> Sample | None:
+        if not self.pools.clear:
+            return None
+        subgroup = self.pick(self.pools.clear)
+        row = self.pick(self.pools.by_subgroup[subgroup])
+        yes = self.rng.random() < 0.5
+        named = subgroup if yes else self.find(self.pools.clear, lambda s: not near(subgroup, s))
+        if named is None:
+            return None
+        kind = kind_of(self.pools.by_subgroup[named][0], lang)
+        return self.yes_or_no(lang, [row], self.prompt("yesno_kind", lang, kind=kind), yes)
+
+    def category(self, lang: str) -> Sample | None:
+        if not self.pools.clear:
+            return None
+        row = self.pick(self.pools.by_subgroup[self.pick(self.pools.clear)])
+        question = self.prompt("category", lang)
+        return self.exact([self.ask([row], question)], kind_of(row, lang), [row])
+
+    def colour(self, lang: str) -> Sample | None:
+        for _ in range(40):
+            row = self.row()
+            if answer := main_colour(row, lang):
+                question = self.prompt("colour", lang)
+                return self.exact(
+                    [self.ask([row], question)], answer, [row], COLOUR_SYNONYMS.get(answer, [])
+                )
+        return None
+
+    def style_name(self, lang: str) -> Sample:
+        row = self.row()
+        words = STYLE_WORDS[lang]
+        options = [row["style"], *self.rng.sample([s for s in words if s != row["style"]], 3)]
+        self.rng.shuffle(options)
+        question = self.prompt("style_name", lang, options=", ".join(words[s] for s in options))
+        return self.exact([self.ask([row], question)], style_of(row, lang), [row])
+
+    def study(self, row: Row, turns: int) -> Sample:
+        """Several questions about one image; see `studies`."""
+        first, other = self.rng.sample(["en", "ko"], 2)
+        later = [
+            (self.prompt("caption", other), name_of(row, other)),
+            (self.prompt("category", first), kind_of(row, first)),
+            (self.prompt("category", other), kind_of(row, other)),
+            (self.prompt("caption_style", first), styled_name(row, first)),
+            (self.prompt("caption_style", other), styled_name(row, other)),
+        ]
+        if colour := main_colour(row, first):
+            later.append((self.prompt("colour", first), colour))
+        self.rng.shuffle(later)
+        question = self.ask([row], self.prompt("caption", first))
+        messages = [question, assistant(text_part(name_of(row, first)))]
+        for asked, answer in later[: turns - 1]:
+            messages += [user(text_part(asked)), assistant(text_part(answer))]
+        return {"lang": first, "messages": messages}
+
+    # ---- tasks with several images
+
+    def common(self, lang: str) -> Sample | None:
+        count = self.pick([2, 3])
+        if not self.pools.clear:
+            return None
+        rows = self.distinct(self.pools.by_subgroup[self.pick(self.pools.clear)], count)
+        if not rows:
+            return None
+        question = self.prompt("common", lang)
+        return self.exact([self.ask(rows, question)], kind_of(rows[0], lang), rows)
+
+    def odd(self, lang: str) -> Sample | None:
+        if not self.pools.clear:
+            return None
+        subgroup = self.pick(self.pools.clear)
+        other = self.find(self.pools.clear, lambda s: not near(subgroup, s))
+        rows = self.distinct(self.pools.by_subgroup[subgroup], 2)
+        if not other or not rows:
+            return None
+        stranger, index = self.pick(self.pools.by_subgroup[other]), self.rng.randrange(3)
+        rows.insert(index, stranger)
+        return self.ordinal(lang, rows, self.prompt("odd", lang), index)
+
+    def which(self, lang: str) -> Sample | None:
+        count = self.pick([2, 3, 4])
+        rows = self.distinct(self.pools.rows, count)
+        if not rows:
+            return None
+        index = self.rng.randrange(count)
+        question = self.prompt("which", lang, n=name_of(rows[index], lang))
+        return self.ordinal(lang, rows, question, index)
+
+    def same_thing(self, lang: str) -> Sample | None:
+        if not self.pools.in_two_styles:
+            return None
+        concept = self.pick(self.pools.in_two_styles)
+        row = self.pick(self.pools.by_concept[concept])
+        yes = self.rng.random() < 0.5
+        pool = self.pools.by_concept[concept]
+        if not yes:
+            hard = self.rng.random() < 0.5
+            pool = self.pools.by_subgroup[row["subgroup"]] if hard else self.pools.rows
+        other = self.find(
+            pool,
+            lambda r: r["style"] != row["style"] and (yes or r["family"] != row["family"]),
+        )
+        if other is None:
+            return None
+        return self.yes_or_no(lang, [row, other], self.prompt("same_thing", lang), yes)
+
+    def list_name(self, lang: str) -> Sample | None:
+        rows = self.distinct(self.pools.rows, self.pick([2, 3]))
+        if not rows:
+            return None
+        question = self.prompt("list_name", lang)
+        answer = "\n".join(f"{i}. {name_of(r, lang)}" for i, r in enumerate(rows, 1))
+        return self.exact([self.ask(rows, question)], answer, rows)
+
+    # ---- drawing tasks
+
+    def draw(self, lang: str) -> Sample:
+        row = self.row()
+        styled = self.rng.random() < (0.4 if self.free else 0.7)
+        row = row if styled else self.usual(row)
+        name = self.coloured(row, lang)
+        table = "draw_styled" if styled else "draw"
+        question = self.prompt(table, lang, n=name, s=style_of(row, lang))
+        return self.drawing([user(text_part(question))], row, styled, [row])
+
+    def usual(self, row: Row) -> Row:
+        """The picture of the same thing that a request without a style means: its first style's."""
+        return self.pools.by_concept[row["codepoints"]][0] if self.free else row
+
+    def coloured(self, row: Row, lang: str) -> str:
+        """The name, freely with the colour that the picture clearly has: "yellow taxi"."""
+        name = name_of(row, lang)
+        if not self.free or row["group"] in UNCOLOURED_GROUPS or self.rng.random() > 0.3:
+            return name
+        colour = main_colour(row, lang)
+        if not colour or COLOUR_IN_NAME.search(name) or COLOUR_IN_NAME.search(row["en"]):
+            return name
+        return f"{KOREAN_COLOUR_BEFORE_NOUN.get(colour, colour)} {name}"
+
+    def keyword(self, lang: str) -> Sample | None:
+        row = self.row()
+        name = name_of(row, lang)
+        listed = row["keywords_en"] if lang == "en" else row["keywords_ko"]
+        words = [w for w in listed if len(w) > 1 and w.lower() not in name.lower()]
+        if len(words) < 2:
+            return None
+        words = self.rng.sample(words, min(len(words), self.pick([2, 3, 4])))
+        row = self.usual(row)
+        question = self.prompt("keyword", lang, words=", ".join(words))
+        return self.drawing([user(text_part(question))], row, False, [row], before=name)
+
+    def restyle(self, lang: str) -> Sample | None:
+        if not self.pools.in_two_styles:
+            return None
+        concept = self.pick(self.pools.in_two_styles)
+        row = self.pick(self.pools.by_concept[concept])
+        other = self.find(self.pools.by_concept[concept], lambda r: r["style"] != row["style"])
+        if other is None:
+            return None
+        question = self.prompt("restyle", lang, s=style_of(other, lang))
+        return self.drawing([self.ask([row], question)], other, True, [row, other])
+
+    def list_draw(self, lang: str) -> Sample | None:
+        """ "three fruits": name, picture, name, picture, name, picture."""
+        count = self.pick([2, 3, 3, 4])
+        kind, pool, subgroup = self.listed_kind(lang)
+        rows = self.distinct(pool, count) if pool else None
+        if not rows:
+            return None
+        styled = self.rng.random() < 0.5
+        if styled:
+            style = rows[0]["style"]
+            same_style = [r for r in pool if r["style"] == style]
+            rows = self.distinct(same_style, count)
+            if not rows:
+                return None
+        style_word = style_of(rows[0], lang)
+        with_style = f" in {style_word} style" if lang == "en" else f"{style_word} 스타일로 "
+        number = NUMBERS[lang][count]
+        if self.free and self.rng.random() < 0.2:
+            number = str(count)
+        question = self.prompt(
+            "list_draw", lang, kind=kind, num=number, st=with_style if styled else ""
+        )
+        parts: list[Part] = []
+        for i, row in enumerate(rows, 1):
+            parts += [text_part(f"{i}. {name_of(row, lang)}"), image_part(row)]
+        return {
+            "messages": [user(text_part(question)), assistant(*parts)],
+            "check": "images+names",
+            "subgroup": subgroup,
+            "count": count,
+            "style": rows[0]["style"] if styled else None,
+            "rows": rows,
+        }
+
+    def listed_kind(self, lang: str) -> tuple[str, list[Row], str]:
+        """What the list is of, as one says it, with its rows and its id."""
+        if self.free and self.rng.random() < 0.25:
+            prefix = self.pick(list(WIDE_KINDS))
+            return WIDE_KINDS[prefix][lang], self.pools.wide[prefix], prefix
+        if not self.pools.large:
+            return "", [], ""
+        subgroup = self.pick(self.pools.large)
+        rows = self.pools.by_subgroup[subgroup]
+        return kind_of(rows[0], lang), rows, subgroup
+
+    # ---- tasks with several turns
+
+    def chat_draw_ask(self, lang: str) -> Sample:
+        """A drawing, a question about it, then the same in another style where there is one."""
+        sample = self.draw(lang)
+        row: Row = sample["rows"][0]
+        table, answer = self.follow_up(row, lang)
+        asked = [*sample["messages"], user(text_part(self.prompt(table, lang)))]
+        others = [r for r in self.pools.by_concept[row["codepoints"]] if r["style"] != row["style"]]
+        if not others:
+            return self.exact(asked, answer, [row])
+        other = self.pick(others)
+        question = self.prompt("then_restyle", lang, s=style_of(other, lang))
+        turns = [*asked, assistant(text_part(answer)), user(text_part(question))]
+        return self.drawing(turns, other, True, [row, other])
+
+    def follow_up(self, row: Row, lang: str) -> tuple[str, str]:
+        """A question about what was drawn, and its answer."""
+        choices = [
+            ("then_kind", kind_of(row, lang)),
+            ("then_name", name_of(row, lang)),
+            ("then_translate", name_of(row, "ko" if lang == "en" else "en")),
+        ]
+        return self.pick(choices) if self.free else choices[0]
+
+    def chat_caption_follow(self, lang: str) -> Sample:
+        """A name, then it in the other language, or freely its kind or another style."""
+        sample = self.caption(lang)
+        row: Row = sample["rows"][0]
+        others = [r for r in self.pools.by_concept[row["codepoints"]] if r["style"] != row["style"]]
+        choice = self.rng.random() if self.free else 1.0
+        if choice < 0.25:
+            turn = user(text_part(self.prompt("then_kind", lang)))
+            return self.exact([*sample["messages"], turn], kind_of(row, lang), [row])
+        if choice < 0.5 and others:
+            other = self.pick(others)
+            turn = user(text_part(self.prompt("then_restyle", lang, s=style_of(other, lang))))
+            return self.drawing([*sample["messages"], turn], other, True, [row, other])
+        turn = user(text_part(self.prompt("then_translate", lang)))
+        answer = name_of(row, "ko" if lang == "en" else "en")
+        return self.exact([*sample["messages"], turn], answer, [row])
+
+
+# Task: its weight in the published mix, and its writer.
+TASKS: dict[str, tuple[float, Callable[[Writer, str], Sample | None]]] = {
+    "caption": (16, Writer.caption),
+    "caption_style": (5, Writer.caption_style),
+    "draw": (20, Writer.draw),
+    "keyword": (3, Writer.keyword),
+    "yesno_name": (7, Writer.yesno_name),
+    "yesno_kind": (4, Writer.yesno_kind),
+    "category": (5, Writer.category),
+    "common": (6, Writer.common),
+    "odd": (4, Writer.odd),
+    "which": (5, Writer.which),
+    "same_thing": (4, Writer.same_thing),
+    "colour": (5, Writer.colour),
+    "style_name": (3, Writer.style_name),
+    "list_draw": (5, Writer.list_draw),
+    "list_name": (3, Writer.list_name),
+    "restyle": (4, Writer.restyle),
+    "chat_draw_ask": (3, Writer.chat_draw_ask),
+    "chat_caption_follow": (3, Writer.chat_caption_follow),
+}
+
+
+class Dialogues:
+    """An endless stream of samples; every `iter()` starts it again at the first.
+
+    `korean` is the share of Korean samples, `further` the share written with the wider set of
+    prompts, `tasks` new weights for some tasks (0 leaves a task out). Samples may repeat: see
+    `generate`.
+
+    Raises SettingError for an unknown task or an impossible share, DataError for an empty split.
+    """
+
+    def __init__(
+        self,
+        data: EmojiData,
+        split: str = "train",
+        seed: int = 0,
+        korean: float = 0.4,
+        tasks: Mapping[str, float] | None = None,
+        further: float = 0.5,
+    ) -> None:
+        for name, share in (("korean", korean), ("further", further)):
+            if not 0 <= share <= 1:
+                raise SettingError(f"{name} is {share}: give a share from 0 to 1")
+        self.split, self.seed, self.korean, self.further = split, seed, korean, further
+        self.weights = _weights(tasks or {})
+        self.pools = Pools(data, split)
+
+    def __iter__(self) -> Iterator[Sample]:
+        rng = random.Random(f"{self.split}-{self.seed}")
+        writer = Writer(self.pools, rng, self.further)
+        names, weights = list(self.weights), list(self.weights.values())
+        misses = 0
+        while misses < 1000:
+            task = rng.choices(names, weights)[0]
+            lang = "ko" if rng.random() < self.korean else "en"
+            sample = writer.write(task, lang)
+            misses = 0 if sample else misses + 1
+            if sample:
+                yield self._finish(task, lang, sample)
+        raise DataError(
+            f"split {self.split!r} is too small for the tasks "
+            f"{', '.join(n for n in names if self.weights[n])}: allow more tasks or use more data"
+        )
+
+    def _finish(self, task: str, lang: str, sample: Sample) -> Sample:
+        rows: list[Row] = sample.pop("rows")
+        head: Sample = {"task": task, "lang": lang, "split": self.split}
+        if self.split != "train":
+            head["kind"] = max((r["split"] for r in rows), key=HARDEST_LAST.index)
+            siblings = [r["sibling_in_train"] for r in rows if "sibling_in_train" in r]
+            if siblings:
+                head["sibling_in_train"] = any(siblings)
+        if "accept" in sample:
+            sample["accept"] = list(dict.fromkeys(normalise(a) for a in sample["accept"]))
+        return head | sample
+
+
+def generate(
+    data: EmojiData,
+    split: str = "train",
+    n: int = 20_000,
+    seed: int = 0,
+    korean: float = 0.4,
+    tasks: Mapping[str, float] | None = None,
+    further: float = 0.5,
+) -> list[Sample]:
+    """`n` different samples with their ids; the arguments are those of `Dialogues`.
+
+    Raises DataError where the split does not have that many different ones.
+    """
+    seen: set[str] = set()
+    samples: list[Sample] = []
+    repeats = 0
+    for sample in Dialogues(data, split, seed, korean, tasks, further):
+        if len(samples) >= n or repeats > 1000:
+            break
+        key = json.dumps(sample["messages"], ensure_ascii=False)
+        repeats = repeats + 1 if key in seen else 0
+        if key not in seen:
+            seen.add(key)
+            samples.append({"id": f"{split}-{seed}-{len(samples):06d}", **sample})
+    if len(samples) < n:
+        raise DataError(
+            f"{n} samples were asked for and split {split!r} gives {len(samples)} different ones: "
+            "ask for fewer or use more data"
+        )
+    return samples
+
+
+def caption_pairs(data: EmojiData, split: str = "train") -> Iterator[Sample]:
+    """The plain documents of every image: its name from it, and it from its name.
+
+    Three an image and language: the question with the image, its name with the style, and the
+    request for it in that style. Where it is the first picture of its thing, the name and the
+    request without a style too, as task "usual". Same form as a dialogue.
+    """
+    asked: set[str] = set()
+    for image_id in data.split(split):
+        row = data.row(image_id)
+        first = row["codepoints"] not in asked
+        asked.add(row["codepoints"])
+        for lang in ("en", "ko"):
+            name, style = name_of(row, lang), style_of(row, lang)
+            words = {"n": name, "no": particle(name, "을/를"), "s": style}
+            plain, styled = (
+                PROMPTS[table][lang].published[0].format(**words)
+                for table in ("draw", "draw_styled")
+            )
+            short = f"{name}, {style} style" if lang == "en" else f"{name}, {style} 스타일로."
+            question = user(image_part(row), text_part(PROMPTS["caption"][lang].published[0]))
+            head = {"lang": lang, "split": split}
+            yield {"task": "name", **head, "messages": [question, assistant(text_part(name))]}
+            requests = [("picture", short), ("picture", styled)]
+            for task, request in requests + [("usual", name), ("usual", plain)] * first:
+                messages = [user(text_part(request)), assistant(image_part(row))]
+                yield {"task": task, **head, "messages": messages}
+
+
+def studies(data: EmojiData, split: str, n: int, seed: int, turns: int = 4) -> Iterator[Sample]:
+    """`n` dialogues that ask several things about one picture, every picture as often as others.
+
+    The first question is for the name, in one of the languages; then the name in the other one,
+    the kind, the colour where it is clear, the name with the style, in any order. A picture costs
+    many tokens and a question few, so this teaches reading at the least cost.
+    """
+    rng = random.Random(f"study-{split}-{seed}")
+    writer = Writer(Pools(data, split), rng, further=0.5)
+    rows = [data.row(i) for i in data.split(split)]
+    for number in range(n):
+        if number % len(rows) == 0:
+            rng.shuffle(rows)
+        writer.free = rng.random() < writer.further
+        yield {"task": "study", "split": split, **writer.study(rows[number % len(rows)], turns)}
+
+
+def write_samples(samples: Sequence[Sample], path: Path) -> None:
+    """One JSON object a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for sample in samples:
+            file.write(json.dumps(sample, ensure_ascii=False, separators=(",", ":")) + "\n")
+
+
+def read_samples(path: str | Path, limit: int | None = None) -> list[Sample]:
+    """The first `limit` samples of a file; DataError where it is missing or malformed."""
+    try:
+        with Path(path).open(encoding="utf-8") as file:
+            return [json.loads(line) for line in islice(file, limit)]
+    except FileNotFoundError:
+        raise DataError(
+            f"no samples at {path}: make them with `python -m earlyfusion.mini.emoji.dialogues`"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} holds a line that is not JSON: {error.msg}") from None
+
+
+def _weights(changed: Mapping[str, float]) -> dict[str, float]:
+    unknown = sorted(set(changed) - set(TASKS))
+    if unknown:
+        raise SettingError(f"task {unknown[0]!r} is unknown: choose among {', '.join(TASKS)}")
+    weights = {name: float(changed.get(name, weight)) for name, (weight, _) in TASKS.items()}
+    if min(weights.values()) < 0 or not any(weights.values()):
+        raise SettingError(
+            "task weights must not be negative or all zero: raise at least one above 0"
+        )
+    return weights
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Make chat samples from the emoji data.")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the emoji data")
+    parser.add_argument("--split", default="train", choices=["train", "val", "test"])
+    parser.add_argument("--n", type=int, default=20_000, help="how many samples")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--korean", type=float, default=0.4, help="share of Korean samples")
+    parser.add_argument("--further", type=float, default=0.5, help="share with the wider prompts")
+    parser.add_argument("--out", type=Path, required=True, help="the JSONL file to write")
+    args = parser.parse_args(arguments)
+    try:
+        data = EmojiData(args.data)
+        samples = generate(data, args.split, args.n, args.seed, args.korean, None, args.further)
+        write_samples(samples, args.out)
+    except (DataError, SettingError) as error:
+        parser.error(str(error))
+    print(f"{len(samples)} samples in {args.out}")
+
+
+if __name__ == "__main__":
+    main()

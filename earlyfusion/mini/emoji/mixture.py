@@ -1,0 +1,151 @@
+"""The documents of a training on the emoji data: messages, and what may be done to their pictures.
+
+A mixture has shares of five sources:
+  dialogues  the eighteen tasks of `dialogues.generate`
+  pairs      a picture and its name, a name with a style and the picture (`dialogues.caption_pairs`)
+  requests   a request in many wordings, without a style; any picture of the thing answers it
+  studies    several questions about one picture (`dialogues.studies`)
+  bare       a picture without a request, for guidance
+Sources are written in as many processes as are given, each a part with a seed of its own.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from multiprocessing import get_context
+from pathlib import Path
+
+from earlyfusion.errors import SettingError
+from earlyfusion.mini.emoji.dataset import EmojiData
+from earlyfusion.mini.emoji.dialogues import (
+    Sample,
+    Writer,
+    assistant,
+    caption_pairs,
+    generate,
+    image_part,
+    studies,
+    text_part,
+    user,
+)
+from earlyfusion.mini.emoji.phrases import COLOUR_IN_NAME
+from earlyfusion.mini.emoji.pools import Pools, name_of
+
+SOURCES = ("dialogues", "pairs", "requests", "studies", "bare")
+_COLOURED = {"colour", "style_name", "caption_style", "study", "restyle"}
+
+
+@dataclass
+class MixtureConfig:
+    """Documents of an epoch and the shares of their sources, which need not add up to 1."""
+
+    documents: int = 80_000
+    dialogues: float = 0.36
+    pairs: float = 0.24
+    requests: float = 0.2
+    studies: float = 0.15
+    bare: float = 0.05
+    tasks: dict[str, float] = field(default_factory=dict)
+    """Weights of tasks among the dialogues, where not the published ones."""
+    korean: float = 0.4
+    seed: int = 0
+    workers: int = 1
+    """Processes that write the documents."""
+
+    def __post_init__(self) -> None:
+        if self.documents < 1 or self.workers < 1:
+            raise SettingError(
+                f"documents={self.documents} and workers={self.workers} must be at least 1"
+            )
+        shares = [getattr(self, name) for name in SOURCES]
+        if min(shares) < 0 or not sum(shares):
+            raise SettingError(
+                f"the shares of {', '.join(SOURCES)} are {shares}: give 0 up, and not all 0"
+            )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one process writes at a time."""
+
+    folder: Path
+    source: str
+    count: int
+    seed: int
+    korean: float
+    tasks: dict[str, float]
+
+
+def samples(folder: Path, config: MixtureConfig) -> list[Sample]:
+    """All documents of an epoch; the same config, `workers` included, gives the same."""
+    whole = sum(getattr(config, name) for name in SOURCES)
+    parts = []
+    for source in SOURCES:
+        count = round(config.documents * getattr(config, source) / whole)
+        each = -(-count // config.workers)
+        for worker in range(config.workers if count else 0):
+            seed = 1000 * config.seed + worker
+            own = min(each, count - worker * each)
+            if own > 0:
+                parts.append(_Part(folder, source, own, seed, config.korean, config.tasks))
+    if config.workers == 1:
+        data = EmojiData(folder)
+        return list(chain.from_iterable(_written(part, data) for part in parts))
+    with ProcessPoolExecutor(config.workers, get_context("spawn")) as pool:
+        return list(chain.from_iterable(pool.map(_written, parts)))
+
+
+def is_plain(sample: Sample) -> bool:
+    """Whether the colours of its pictures matter: they are asked about, or are in a name."""
+    words = (
+        part["text"]
+        for message in sample["messages"]
+        for part in message["content"]
+        if part["type"] == "text"
+    )
+    return sample["task"] in _COLOURED or any(COLOUR_IN_NAME.search(text) for text in words)
+
+
+def _written(part: _Part, data: EmojiData | None = None) -> list[Sample]:
+    data = data or EmojiData(part.folder)
+    if part.source == "dialogues":
+        return generate(data, "train", part.count, part.seed, part.korean, part.tasks or None)
+    if part.source == "studies":
+        return list(studies(data, "train", part.count, part.seed, turns=3))
+    rng = random.Random(f"{part.source}-{part.seed}")
+    if part.source == "pairs":
+        found = [s for s in caption_pairs(data) if s["task"] != "usual"]
+        return _repeated(found, part.count, rng)
+    return list(islice(_drawings(part, data, rng), part.count))
+
+
+def _drawings(part: _Part, data: EmojiData, rng: random.Random) -> Iterator[Sample]:
+    """Every training picture in turn, as the answer to a request or to nothing."""
+    writer = Writer(Pools(data, "train"), rng, further=0.7)
+    rows = [data.row(i) for i in data.split("train")]
+    while True:
+        rng.shuffle(rows)
+        for row in rows:
+            lang = "ko" if rng.random() < part.korean else "en"
+            writer.free = rng.random() < writer.further
+            said = [text_part(writer.prompt("draw", lang, n=name_of(row, lang)))]
+            asked = [user(*said)] if part.source == "requests" else []
+            yield {
+                "task": part.source,
+                "lang": lang,
+                "split": "train",
+                "messages": [*asked, assistant(image_part(row))],
+            }
+
+
+def _repeated(found: list[Sample], count: int, rng: random.Random) -> list[Sample]:
+    """So many of the samples, each as often as the others but for one."""
+    chosen: list[Sample] = []
+    while len(chosen) < count:
+        rng.shuffle(found)
+        chosen += found[: count - len(chosen)]
+    return chosen

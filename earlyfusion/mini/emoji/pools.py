@@ -1,0 +1,104 @@
+"""What may be asked about: the rows of a split by concept and kind, and their names."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from earlyfusion.errors import DataError
+from earlyfusion.mini.emoji.dataset import EmojiData, Row
+from earlyfusion.mini.emoji.phrases import STYLE_WORDS, WIDE_KINDS
+
+NEAREST_IN_TRAIN = 0.015  # a held-out picture nearer to one of train than this is not asked about
+LINE_STYLES = {"openmoji-line", "noto-mono", "fluent-mono"}
+COLOURS_ASKED = set("black white gray red orange yellow green blue purple pink brown".split())
+
+# Subgroups whose members do not visibly share a kind.
+VAGUE = set(
+    "emotion other-object other-symbol place-other household hotel sound person-symbol alphanum "
+    "punctuation person hand-prop event light-video music gender place-geographic".split()
+)
+# Subgroups too close to be contrasted in one question.
+NEAR = [
+    set(line.split())
+    for line in (
+        "country-flag flag subdivision-flag",
+        "family person-role person-activity person-sport person-gesture person-fantasy "
+        "person-resting person person-symbol",
+        "face-smiling face-affection face-tongue face-hand face-neutral-skeptical face-sleepy "
+        "face-unwell face-hat face-glasses face-concerned face-negative face-costume cat-face "
+        "monkey-face animal-mammal",
+        "hand-fingers-open hand-fingers-partial hand-single-finger hand-fingers-closed hands "
+        "hand-prop body-parts",
+        "food-prepared food-asian food-marine food-sweet food-vegetable food-fruit animal-marine",
+        "place-building place-religious place-other",
+        "tool writing office science household",
+        "arrow av-symbol geometric alphanum keycap math punctuation currency",
+        "music musical-instrument sound",
+        "plant-other plant-flower food-vegetable",
+        "phone computer light-video",
+        "animal-bug animal-reptile animal-amphibian",
+    )
+]
+
+
+def near(one: str, other: str) -> bool:
+    """Whether two subgroups are too close to be told apart by a look."""
+    return one == other or any(one in group and other in group for group in NEAR)
+
+
+def name_of(row: Row, lang: str) -> str:
+    return row["en"] if lang == "en" else row["ko"]
+
+
+def kind_of(row: Row, lang: str) -> str:
+    return row["subgroup_en"] if lang == "en" else row["subgroup_ko"]
+
+
+def style_of(row: Row, lang: str) -> str:
+    return STYLE_WORDS[lang][row["style"]]
+
+
+def main_colour(row: Row, lang: str) -> str | None:
+    """The colour that a picture clearly has, or None."""
+    shares = row["colour_shares"]
+    if row["style"] in LINE_STYLES or not shares or row["colours"][0] not in COLOURS_ASKED:
+        return None
+    if shares[0] < 0.6 or (len(shares) > 1 and shares[1] > 0.25):
+        return None
+    return row["colours"][0] if lang == "en" else row["colours_ko"][0]
+
+
+class Pools:
+    """The rows of one split that may be asked about, by concept, subgroup and so on."""
+
+    def __init__(self, data: EmojiData, split: str) -> None:
+        ids = data.split(split)
+        rows = [data.row(i) for i in ids]
+        self.rows = [r for r in rows if r.get("nn_train", 9) >= NEAREST_IN_TRAIN]
+        if not self.rows:
+            raise DataError(f"split {split!r} of {data.folder} has no images: build the data again")
+        self.by_concept: dict[str, list[Row]] = defaultdict(list)
+        self.by_subgroup: dict[str, list[Row]] = defaultdict(list)
+        for row in self.rows:
+            self.by_concept[row["codepoints"]].append(row)
+            self.by_subgroup[row["subgroup"]].append(row)
+        self.concepts = sorted(self.by_concept)
+        self.in_two_styles = [
+            c for c in self.concepts if len({r["style"] for r in self.by_concept[c]}) > 1
+        ]
+        self.clear = self._subgroups(at_least=4)
+        self.large = self._subgroups(at_least=6)
+        self.wide = {
+            prefix: [r for r in self.rows if r["subgroup"].startswith(prefix + "-")]
+            for prefix in WIDE_KINDS
+        }
+
+    def _subgroups(self, at_least: int) -> list[str]:
+        def concepts(rows: list[Row]) -> int:
+            return len({r["codepoints"] for r in rows})
+
+        return sorted(
+            s
+            for s, rows in self.by_subgroup.items()
+            if concepts(rows) >= at_least and s not in VAGUE
+        )

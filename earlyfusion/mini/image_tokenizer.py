@@ -1,0 +1,158 @@
+"""The image tokenizer of `mini`: 64 x 64 pixels as 8 x 8 codes of 1,024.
+
+    earlyfusion train mini_image_tokenizer data=DIR/emoji
+    earlyfusion train mini_image_tokenizer data=DIR/emoji start=runs/mini_image_tokenizer \\
+        trainable=decoder out=runs/mini_decoder
+
+Trains a 4 M-parameter VQ-GAN on the emoji pictures (docs/data.md) with random shifts, scales and
+mirrors. The run is resumable: the same command goes on from the newest checkpoint. Machine, run
+time and scores of the shipped weights: the model card, earlyfusion/pretrained/mini/README.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from earlyfusion import processes
+from earlyfusion.config import PRESETS, VQConfig
+from earlyfusion.data.pictures import to_pixels
+from earlyfusion.mini.emoji.dataset import EmojiData
+from earlyfusion.train.image_tokenizer import (
+    HeldOut,
+    ImageTokenizerTask,
+    VQLossConfig,
+    build,
+    check_terms,
+    check_trainable,
+    parts_of,
+)
+from earlyfusion.train.optim import OptimConfig
+from earlyfusion.train.trainer import RunConfig, train
+
+
+@dataclass
+class AugmentConfig:
+    """Share of pictures that are changed, and how far."""
+
+    share: float = 0.6
+    shift: float = 0.12
+    scale: float = 0.15
+    mirror: float = 0.3
+    recolour: float = 0.1
+
+
+@dataclass
+class ImageTokenizerConfig:
+    data: Path = Path("data/emoji")
+    batch: int = 12
+    """Pictures of a step, over all processes."""
+    micro_batch: int = 0
+    """Pictures that one process computes at a time; 0: all that it has."""
+    checked: int = 64
+    """Pictures of the validation split that are drawn and measured at `sample_every`."""
+    start: str = ""
+    """A run, a model folder or a hub id whose image tokenizer this run begins with."""
+    trainable: str = "all"
+    """"all", or "decoder": encoder and codebook stay as they are, to the bit."""
+    run: RunConfig = field(default_factory=RunConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    model: VQConfig = field(default_factory=VQConfig)
+    loss: VQLossConfig = field(default_factory=VQLossConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+    def __post_init__(self) -> None:
+        check_trainable(self.trainable, self.start)
+        parts_of(self.batch, self.micro_batch)
+
+
+def augmented(
+    picture: Image.Image, side: int, config: AugmentConfig, rng: np.random.Generator
+) -> Image.Image:
+    """The picture at `side` x `side`, often moved, scaled, mirrored or with channels swapped."""
+    if rng.random() >= config.share:
+        return picture.resize((side, side), Image.Resampling.LANCZOS)
+    width = picture.width
+    extent = width * (1 + rng.uniform(-config.scale, config.scale))
+    left, top = ((width - extent) / 2 + rng.uniform(-1, 1, 2) * config.shift * width).tolist()
+    margin = int(width * (config.shift + config.scale)) + 1
+    canvas = Image.new("RGB", (width + 2 * margin,) * 2, "white")
+    canvas.paste(picture, (margin, margin))
+    box = (left + margin, top + margin, left + margin + extent, top + margin + extent)
+    out = canvas.resize((side, side), Image.Resampling.LANCZOS, box=box)
+    if rng.random() < config.mirror:
+        out = out.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if rng.random() < config.recolour:
+        bands = out.split()
+        out = Image.merge("RGB", [bands[i] for i in rng.permutation(3)])
+    return out
+
+
+class Pictures:
+    """Batches of augmented training pictures: batch k follows from the seed and k.
+
+    Of several processes each takes its own block of a batch.
+    """
+
+    def __init__(self, data: EmojiData, config: ImageTokenizerConfig) -> None:
+        self._pictures = data.images(data.split("train"))
+        self._config = config
+
+    def __call__(self, step: int) -> torch.Tensor:
+        cfg, count = self._config, len(self._pictures)
+        rng = np.random.default_rng([cfg.run.seed, step])
+        places = np.arange(step * cfg.batch, (step + 1) * cfg.batch)
+        chosen = [_shuffled(count, cfg.run.seed, int(p // count))[p % count] for p in places]
+        side = cfg.model.resolution
+        made = [augmented(self._pictures[i], side, cfg.augment, rng) for i in chosen]
+        own = cfg.batch // processes.count()
+        return to_pixels(made[processes.rank() * own : (processes.rank() + 1) * own])
+
+
+def _shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, 1_000_000 + epoch]).permutation(count)
+
+
+def held_out(data: EmojiData, config: ImageTokenizerConfig) -> torch.Tensor:
+    """Pictures of the validation split, from all over it: float32 [B, 3, Y, X]."""
+    ids, side = data.split("val"), config.model.resolution
+    chosen = ids[:: max(1, len(ids) // config.checked)][: config.checked]
+    rng, plain = np.random.default_rng(0), AugmentConfig(share=0.0)
+    made = [augmented(picture, side, plain, rng) for picture in data.images(chosen)]
+    return to_pixels(made) if made else torch.empty(0, 3, side, side)
+
+
+def main(config: ImageTokenizerConfig) -> None:
+    check_terms(config.loss)
+    run, data = config.run, EmojiData(config.data)
+    model = build(config.model, config.start, run)
+    task = ImageTokenizerTask(
+        model,
+        config.loss,
+        Pictures(data, config),
+        run.steps,
+        config.trainable,
+        parts_of(config.batch, config.micro_batch),
+    )
+    train(task, run, config.optim, HeldOut(model, held_out(data, config), batch=16))
+
+
+config = ImageTokenizerConfig(
+    model=PRESETS["mini"].vq_config,
+    run=RunConfig(
+        out=Path("runs/mini_image_tokenizer"), steps=4000, precision="bf16", sample_every=500
+    ),
+    optim=OptimConfig(
+        lr=1e-3,
+        beta2=0.99,
+        warmup_steps=100,
+        decay="cosine",
+        final_ratio=0.02,
+        weight_decay=1e-4,
+        eps=1e-8,
+    ),
+)

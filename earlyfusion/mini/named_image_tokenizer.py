@@ -1,0 +1,181 @@
+"""An image tokenizer whose codes tell what they show; pictures and their changes are on the device.
+
+    earlyfusion train mini_named_image_tokenizer data=DIR/emoji device=cuda minutes=3
+    earlyfusion train mini_named_image_tokenizer data=DIR/emoji device=cuda minutes=1 \\
+        start=runs/mini_named_image_tokenizer trainable=decoder naming=0 perturb=0.1 \\
+        out=runs/decoder
+
+Trains a VQ-GAN of 128 x 128 pixels and 16 x 16 codes on the emoji pictures (docs/data.md), changed
+anew each time: shifted, scaled, turned a little, in other colours, grey. Beside it a head learns to
+name thing, kind and style from the codewords; it is dropped at the end. The second command then
+trains the decoder alone, on codes of which a tenth are wrong. `resolution=64` halves the picture:
+on a CPU take that. Stage of `pretrain_mini`; what is measured of it stands in docs/training.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from earlyfusion import processes
+from earlyfusion.config import VQConfig
+from earlyfusion.errors import SettingError
+from earlyfusion.mini.emoji.dataset import EmojiData
+from earlyfusion.mini.emoji.tensors import Labels, opened, pictures
+from earlyfusion.model.vqgan import VQGAN
+from earlyfusion.train.augment import ChangeConfig, changed, resized
+from earlyfusion.train.image_tokenizer import (
+    HeldOut,
+    ImageTokenizerTask,
+    VQLossConfig,
+    build,
+    check_terms,
+    check_trainable,
+    parts_of,
+)
+from earlyfusion.train.optim import OptimConfig
+from earlyfusion.train.semantic import SemanticHead
+from earlyfusion.train.trainer import RunConfig, resolve_device, train
+
+NAMED = 256  # pictures of val-pair at a time
+
+
+@dataclass
+class NamedImageTokenizerConfig:
+    data: Path = Path("data/emoji")
+    batch: int = 128
+    """Pictures of a step."""
+    micro_batch: int = 0
+    """Pictures that are computed at a time; 0: all of a step."""
+    checked: int = 64
+    """Pictures of the validation split that are drawn and measured at `sample_every`."""
+    start: str = ""
+    """A run, a model folder or a hub id whose image tokenizer this run begins with."""
+    trainable: str = "all"
+    """"all", or "decoder": encoder and codebook stay as they are, to the bit."""
+    run: RunConfig = field(default_factory=RunConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    model: VQConfig = field(default_factory=VQConfig)
+    loss: VQLossConfig = field(default_factory=VQLossConfig)
+    change: ChangeConfig = field(default_factory=ChangeConfig)
+
+    def __post_init__(self) -> None:
+        check_trainable(self.trainable, self.start)
+        if processes.count() > 1:
+            raise SettingError(
+                "mini_named_image_tokenizer trains in one process: start it without torchrun, or "
+                "take mini_image_tokenizer"
+            )
+        parts_of(self.batch, self.micro_batch)
+
+
+class DevicePictures:
+    """Batches of training pictures, changed on the device; batch k follows from the seed and k."""
+
+    def __init__(self, data: EmojiData, config: NamedImageTokenizerConfig) -> None:
+        device = resolve_device(config.run.device)
+        self._pictures = pictures(config.data, "train", config.model.resolution, str(device))
+        self._labels = Labels(data).of(data.split("train")).to(device)
+        self._config = config
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+        cfg, count = self._config, len(self._pictures)
+        places = np.arange(step * cfg.batch, (step + 1) * cfg.batch)
+        orders = {e: _shuffled(count, cfg.run.seed, e) for e in set((places // count).tolist())}
+        chosen = [int(orders[int(p // count)][p % count]) for p in places]
+        where = torch.tensor(chosen, device=self._pictures.device)
+        generator = torch.Generator(self._pictures.device)
+        generator.manual_seed(cfg.run.seed * 1_000_003 + step)
+        pixels = resized(self._pictures[where], cfg.model.resolution)
+        return changed(pixels, cfg.change, generator), self._labels[where]
+
+
+def _shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, 1_000_000 + epoch]).permutation(count)
+
+
+class Checks:
+    """What `HeldOut` tells, and how often the head names pictures of val-pair rightly."""
+
+    def __init__(
+        self,
+        data: EmojiData,
+        model: VQGAN,
+        head: SemanticHead | None,
+        cfg: NamedImageTokenizerConfig,
+    ) -> None:
+        side, device = cfg.model.resolution, str(resolve_device(cfg.run.device))
+        whole = resized(pictures(cfg.data, "val", side, "cpu"), side)
+        held_out = whole[:: max(1, len(whole) // cfg.checked)][: cfg.checked]
+        self._shows = HeldOut(model, held_out, batch=16)
+        self._model, self._head = model, head
+        self._pairs = pictures(cfg.data, "val-pair", side, device)
+        self._labels = Labels(data).of(data.split("val-pair")).to(device)
+
+    def __call__(self, step: int, folder: Path) -> dict[str, float]:
+        figures = self._shows(step, folder)
+        return figures | ({} if self._head is None else {"held_out_named": self._named(self._head)})
+
+    @torch.no_grad()
+    def _named(self, head: SemanticHead) -> float:
+        right, device = 0.0, self._pairs.device
+        with torch.autocast(device.type, enabled=False):
+            batches = zip(self._pairs.split(NAMED), self._labels.split(NAMED), strict=True)
+            for rows, labels in batches:
+                codes = self._model.encode(resized(rows, rows.shape[1]))
+                guesses = head(self._model.embed(codes))[0].argmax(1)
+                right += float((guesses == labels[:, 0]).sum())
+        return right / max(1, len(self._labels))
+
+
+def main(config: NamedImageTokenizerConfig) -> None:
+    check_terms(config.loss)
+    run, data = config.run, opened(config.data)
+    model = build(config.model, config.start, run)
+    head = None
+    if config.loss.naming:
+        answers = Labels(data).answers
+        head = SemanticHead(config.model.embed_dim, config.model.grid, answers)
+        head.to(resolve_device(run.device))
+    parts = parts_of(config.batch, config.micro_batch)
+    batches = DevicePictures(data, config)
+    task = ImageTokenizerTask(model, config.loss, batches, run.steps, config.trainable, parts, head)
+    train(task, run, config.optim, Checks(data, model, head, config))
+
+
+config = NamedImageTokenizerConfig(
+    model=VQConfig(
+        embed_dim=16,
+        num_embeddings=1024,
+        latent_channels=64,
+        resolution=128,
+        base_channels=32,
+        channel_multiplier=(1, 2, 2, 4),
+        num_res_blocks=1,
+    ),
+    run=RunConfig(
+        out=Path("runs/mini_named_image_tokenizer"),
+        steps=8000,
+        precision="bf16",
+        save_every=1000,
+        keep=1,
+    ),
+    optim=OptimConfig(
+        lr=1e-3,
+        beta2=0.99,
+        warmup_steps=100,
+        decay="cosine",
+        final_ratio=0.02,
+        weight_decay=1e-4,
+        eps=1e-8,
+    ),
+    loss=VQLossConfig(naming=0.05),
+    change=ChangeConfig(
+        shift=0.1, scale=0.15, turn=12, contrast=0.3, tint=0.2, grey=0.1, unchanged=0.2
+    ),
+)
+DECODER = replace(config.loss, naming=0.0, perturb=0.1)

@@ -1,0 +1,41 @@
+"""The last stage of the larger `mini`: chats, lists and questions about several pictures.
+
+    earlyfusion train mini_packed_chat data=DIR/emoji device=cuda minutes=1 \\
+        image_tokenizer=runs/mini_named_image_tokenizer start=runs/mini_packed_transformer
+
+Goes on from `mini_packed_transformer` at a lower rate, with pictures cut anew and no input code
+replaced, and with more of the tasks of which it has seen little. Stage of `pretrain_mini`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from earlyfusion.mini import packed_transformer as mini_packed_transformer
+from earlyfusion.mini.drawings import TASKS
+from earlyfusion.mini.emoji.mixture import MixtureConfig
+from earlyfusion.mini.packed_transformer import main
+from earlyfusion.train.device_rows import CutConfig
+
+__all__ = ["config", "main"]
+
+_before = mini_packed_transformer.config
+
+config = replace(
+    _before,
+    start=Path("runs/mini_packed_transformer"),
+    run=replace(_before.run, out=Path("runs/mini_packed_chat"), steps=1000),
+    optim=replace(_before.optim, lr=5e-4, muon_lr=0.005, warmup_steps=20, decay="linear"),
+    mixture=MixtureConfig(
+        documents=40_000,
+        dialogues=0.6,
+        pairs=0.14,
+        requests=0.14,
+        studies=0.1,
+        bare=0.02,
+        tasks=dict(TASKS),
+        seed=1,
+    ),
+    cut=CutConfig(replace=0.03, changed_answers=0.1),
+)

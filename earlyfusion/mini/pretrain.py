@@ -1,0 +1,267 @@
+"""The whole of `mini` again, by one command after that of the data.
+
+    python -m earlyfusion.mini.emoji.build --out data/emoji
+    earlyfusion train pretrain_mini data=data/emoji
+
+Runs the recipes of mini one after another, each in a folder of its own under `out`, and says at
+each which it is and the command that would run it alone. Killed and started again, it goes on in
+the stage where it was; stages that are done are passed over. `stages=answers,drawings` runs some
+only; `scale=0.01` takes a hundredth of the steps and of the documents. Ends with
+`out/drawings/model/`. Machine, run time and scores of the shipped weights: the model card,
+earlyfusion/pretrained/mini/README.md.
+
+    earlyfusion train pretrain_mini data=data/emoji device=cuda minutes=9
+
+With `minutes` another chain runs, that of a larger model which has not been shipped: an image
+tokenizer that learns names, its decoder alone, the transformer on rows made on the device, chats.
+Each stage has a share of the minutes that are left when it begins, so that the whole ends in time
+on any machine. Ends with `out/chat/model/`. The shape is that of `mini_packed_transformer`; where
+any field of `model` is changed (on a CPU: `max_position_embeddings=2048`), it is mini's with that
+change.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from earlyfusion.config import PRESETS, ModelConfig
+from earlyfusion.errors import SettingError
+from earlyfusion.mini.emoji.dataset import EmojiData
+from earlyfusion.recipes.run import override
+from earlyfusion.train import checkpoint
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A recipe with what is changed in it; `start` names the stage whose weights it begins with."""
+
+    recipe: str
+    start: str = ""
+    fields: tuple[str, ...] = ()
+    share: float = 0.0
+    """Of the minutes, where a run has so many."""
+
+
+STAGES = {
+    "image_tokenizer": Stage("mini_image_tokenizer"),
+    "transformer": Stage("mini_transformer"),
+    "answers": Stage("mini_answers", "transformer"),
+    # Two runs of the recipe whose rate did not fall came before its own.
+    "pairs": Stage(
+        "mini_drawings",
+        "answers",
+        ("rows=2", "pairs=0.55", "usual=0", "studies=0.25", "decay=hold", "stop_after=2750"),
+    ),
+    "usual": Stage(
+        "mini_drawings",
+        "pairs",
+        ("rows=1", "pairs=0.3", "usual=0.3", "studies=0.22", "decay=hold", "stop_after=1500"),
+    ),
+    "drawings": Stage("mini_drawings", "usual"),
+}
+
+TIMED_STAGES = {
+    "image_tokenizer": Stage("mini_named_image_tokenizer", share=0.3),
+    "decoder": Stage(
+        "mini_named_image_tokenizer",
+        "image_tokenizer",
+        ("trainable=decoder", "naming=0", "perturb=0.1", "lr=5e-4"),
+        share=0.08,
+    ),
+    "transformer": Stage("mini_packed_transformer", share=0.5, fields=("prompts=",)),
+    "chat": Stage("mini_packed_chat", "transformer", share=0.12, fields=("prompts=",)),
+}
+_KEPT_FREE = 0.08  # share of the minutes for what is done between the stages and after the last
+_ENDLESS = 1_000_000  # steps of a run that the clock ends
+_MOST_WORKERS = 12
+
+# What a stage takes on each kind of device, where it has such a field.
+_ON_GPU = {"precision": "bf16", "plain": 10, "recoloured": 10}
+_ON_CPU = {
+    "precision": "fp32",
+    "batch": 16,
+    "rows": 2,
+    "plain": 3,
+    "recoloured": 3,
+    "documents": 40_000,
+    "warmup_steps": 50,
+    "save_every": 200,
+}
+
+
+@dataclass
+class PretrainMiniConfig:
+    data: Path = Path("data/emoji")
+    out: Path = Path("runs/pretrain_mini")
+    stages: tuple[str, ...] = tuple(STAGES)
+    """Which to run, in the order that they have; those before must be in `out`."""
+    scale: float = 1.0
+    """Share of the steps and of the documents of each stage."""
+    minutes: float = 0.0
+    """How long the whole may take (0: the chain of the shipped weights, which counts steps)."""
+    changes: tuple[str, ...] = ()
+    """With `minutes`, fields of stages: `transformer.muon_lr=0.03,image_tokenizer.naming=0.1`."""
+    length: int = 2048
+    device: str = "auto"
+    model: ModelConfig = field(default_factory=lambda: PRESETS["mini"])
+
+    def __post_init__(self) -> None:
+        if self.minutes < 0:
+            raise SettingError(f"minutes={self.minutes:g} must be 0 (by steps) up")
+        if self.minutes and self.stages == tuple(STAGES):
+            self.stages = tuple(TIMED_STAGES)
+        unknown = [name for name in self.stages if name not in self.chain]
+        if unknown or not self.stages:
+            raise SettingError(
+                f"stages={','.join(self.stages)} names {unknown[0] if unknown else 'none'!r}: "
+                f"choose of {', '.join(self.chain)}"
+            )
+        stages = [change.partition(".")[0] for change in self.changes]
+        wrong = [name for name in stages if name not in TIMED_STAGES]
+        if wrong or (stages and not self.minutes):
+            raise SettingError(
+                f"changes={','.join(self.changes)} must be STAGE.FIELD=VALUE of "
+                f"{', '.join(TIMED_STAGES)}, and needs minutes="
+            )
+        if not 0 < self.scale <= 1:
+            raise SettingError(f"scale={self.scale:g} must be over 0 and at most 1")
+
+    @property
+    def chain(self) -> dict[str, Stage]:
+        """All stages in their order."""
+        return TIMED_STAGES if self.minutes else STAGES
+
+
+def main(config: PretrainMiniConfig) -> None:
+    EmojiData(config.data)  # refused now, not at a later stage
+    chosen = [name for name in config.chain if name in config.stages]
+    plan = Plan(config, chosen)
+    for number, name in enumerate(chosen, 1):
+        stage = config.chain[name]
+        made = timed_config(config, name, plan) if config.minutes else stage_config(config, name)
+        head = f"stage {number} of {len(chosen)}, {name}:"
+        if is_done(made):
+            print(f"{head} done, in {made.run.out}", flush=True)
+            continue
+        print(f"{head} {' '.join(['earlyfusion train', stage.recipe, *stage.fields])}", flush=True)
+        recipe(stage).main(made)
+    print(f"the last stage's folder: {config.out / chosen[-1]}")
+
+
+def recipe(stage: Stage) -> Any:
+    return import_module(f"earlyfusion.recipes.{stage.recipe}")
+
+
+def stage_config(config: PretrainMiniConfig, name: str) -> Any:
+    """The config of a stage: its recipe's, with its changes, in its folder, at the scale asked."""
+    stage = STAGES[name]
+    base = override(recipe(stage).config, list(stage.fields))
+    run = replace(
+        base.run,
+        out=config.out / name,
+        device=config.device,
+        steps=_scaled(base.run.steps, config.scale),
+        stop_after=_scaled(base.run.stop_after, config.scale),
+        save_every=_scaled(base.run.save_every, config.scale),
+    )
+    warmup = int(base.optim.warmup_steps * config.scale)
+    made = replace(base, data=config.data, run=run, optim=replace(base.optim, warmup_steps=warmup))
+    if name == "image_tokenizer":
+        return replace(made, model=config.model.vq_config)
+    dialogues = _scaled(base.documents.dialogues, config.scale)
+    return replace(
+        made,
+        model=config.model,
+        length=config.length,
+        image_tokenizer=config.out / "image_tokenizer",
+        start=config.out / stage.start if stage.start else None,
+        documents=replace(base.documents, dialogues=dialogues),
+    )
+
+
+class Plan:
+    """Who gets which part of the minutes; what stages took before a kill counts."""
+
+    def __init__(self, config: PretrainMiniConfig, chosen: list[str]) -> None:
+        self._config, self._chosen, self._since = config, chosen, time.monotonic()
+        self._before = sum(_seconds(config.out / name) for name in chosen)
+
+    def minutes(self, name: str) -> float:
+        """Of one stage: its share of what is left now, once and for all."""
+        path = self._config.out / name / "minutes.json"
+        if path.is_file():
+            return float(json.loads(path.read_text(encoding="utf-8")))
+        chain = self._config.chain
+        later = self._chosen[self._chosen.index(name) :]
+        share = chain[name].share / sum(chain[other].share for other in later)
+        spent = (self._before + time.monotonic() - self._since) / 60
+        left = self._config.minutes * (1 - _KEPT_FREE) - spent
+        found = max(0.001, round(left * share, 4))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{found}\n", encoding="utf-8")
+        return found
+
+
+def _seconds(run: Path) -> float:
+    there = checkpoint.steps(run)
+    return float(checkpoint.load_state(run).get("seconds", 0.0)) if there else 0.0
+
+
+def timed_config(config: PretrainMiniConfig, name: str, plan: Plan) -> Any:
+    """The config of a stage that ends with its minutes, for the device that there is."""
+    from earlyfusion.train.trainer import resolve_device
+
+    stage, on_gpu = config.chain[name], resolve_device(config.device).type == "cuda"
+    base = recipe(stage).config
+    before = config.out / stage.start
+    fixed = _ON_GPU if on_gpu else _ON_CPU
+    fields = [f"{k}={v}" for k, v in fixed.items() if _has(base, k)]
+    fields += [*stage.fields, *([f"start={before}"] if stage.start else [])]
+    fields += [f"minutes={plan.minutes(name)}", f"steps={_ENDLESS}", f"device={config.device}"]
+    fields += [c.removeprefix(f"{name}.") for c in config.changes if c.startswith(f"{name}.")]
+    made = override(base, [*fields, f"out={config.out / name}", f"data={config.data}"])
+    changed = config.model != PRESETS["mini"]
+    if not hasattr(made, "mixture"):
+        return replace(made, model=config.model.vq_config) if changed else made
+    mixture = replace(
+        made.mixture,
+        documents=_scaled(made.mixture.documents, config.scale),
+        workers=min(_MOST_WORKERS, os.cpu_count() or 1) if on_gpu else 1,
+    )
+    return replace(
+        made,
+        model=config.model if changed else made.model,
+        image_tokenizer=config.out / "decoder",
+        length=config.length,
+        mixture=mixture,
+        run=replace(made.run, compile=on_gpu),
+    )
+
+
+def _has(config: Any, name: str) -> bool:
+    """Whether a config, or a part of it, has a field."""
+    parts = [config, *(v for v in vars(config).values() if hasattr(v, "__dataclass_fields__"))]
+    return any(name in part.__dataclass_fields__ for part in parts)
+
+
+def is_done(made: Any) -> bool:
+    """Whether a stage has its last checkpoint and, if it leaves one, its model."""
+    last = min(made.run.steps, made.run.stop_after or made.run.steps)
+    trained = checkpoint.steps(made.run.out)[-1:] == [last]
+    if made.run.minutes:
+        trained = trained or _seconds(made.run.out) >= 60 * made.run.minutes
+    leaves_model = hasattr(made, "documents") or hasattr(made, "mixture")
+    return trained and (not leaves_model or (made.run.out / "model" / "config.json").is_file())
+
+
+def _scaled(count: int, scale: float) -> int:
+    return max(1, round(count * scale)) if count else 0
+
+
+config = PretrainMiniConfig()

@@ -1,0 +1,40 @@
+"""A fourth stage of `mini`, not shipped: naming in a style not shown, drawing in all styles.
+
+    earlyfusion train mini_styles data=DIR/emoji \\
+        image_tokenizer=runs/mini_image_tokenizer start=runs/mini_drawings
+
+The stages before learn pictures by heart, code for code. Here a picture in a prompt is cut in
+twelve ways, and a quarter of its codes become one of the nearest codewords, so that no exact row of
+codes gives the name away; and requests for a picture name its style. It names better and draws
+worse than the stage before: figures, machine and run time in docs/training.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from earlyfusion.mini import drawings as mini_drawings
+from earlyfusion.mini.transformer import DocumentsConfig, main
+from earlyfusion.train.trainer import RunConfig
+
+__all__ = ["config", "main"]
+
+config = replace(
+    mini_drawings.config,
+    start=Path("runs/mini_drawings"),
+    run=RunConfig(out=Path("runs/mini_styles"), steps=6000, precision="bf16"),
+    documents=DocumentsConfig(
+        dialogues=150_000,
+        tasks=mini_drawings.TASKS,
+        seed=500,
+        pairs=0.5,
+        usual=0.07,
+        studies=0.33,
+        unchanged=0.3,
+        bare=0.03,
+        variants=12,
+        noise=0.25,
+    ),
+    augment=replace(mini_drawings.config.augment, shift=0.08, scale=0.15),
+)

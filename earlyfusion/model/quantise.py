@@ -1,0 +1,180 @@
+"""Weights in fewer bits: 16 (bf16), 8 (one fp32 scale a row) or 4 (one bf16 scale for 32 columns).
+
+Symmetric, rounded to nearest, decided matrix by matrix without data. Rows are padded to a multiple
+of 4 and columns to a multiple of 64, as the compiled step of the engine reads them.
+
+Shapes: O rows and I columns of a matrix, both padded in `data`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from earlyfusion.errors import SettingError
+from earlyfusion.kernels import native
+from earlyfusion.model.transformer import Block, Transformer
+
+BITS = (32, 16, 8, 4)
+_DENSE = {32: torch.float32, 16: torch.bfloat16}
+
+
+class PackedMatrix(NamedTuple):
+    """A weight matrix as the compiled step reads it; `rows` and `columns` without padding."""
+
+    data: Tensor
+    scales: Tensor | None
+    bits: int
+    rows: int
+    columns: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+
+def pack(weight_OI: Tensor, bits: int) -> PackedMatrix:
+    """Round a matrix to `bits` a weight: 32 fp32, 16 bf16, 8 and 4 integers with scales.
+
+    A matrix that is in this form already is not copied.
+    """
+    rows, columns = weight_OI.shape
+    if weight_OI.dtype == _DENSE.get(bits) and rows % 4 == columns % 64 == 0:
+        return PackedMatrix(weight_OI.detach().contiguous(), None, bits, rows, columns)
+    full = torch.zeros(-(-rows // 4) * 4, -(-columns // 64) * 64)
+    full[:rows, :columns] = weight_OI.detach().float()
+    if bits == 32:
+        return PackedMatrix(full, None, bits, rows, columns)
+    if bits == 16:
+        return PackedMatrix(full.bfloat16(), None, bits, rows, columns)
+    data, scales = _int8(full) if bits == 8 else _int4(full)
+    return PackedMatrix(data, scales, bits, rows, columns)
+
+
+def unpack(matrix: PackedMatrix) -> Tensor:
+    """The weights that a packed matrix stands for, fp32 [O, I]."""
+    full = matrix.data.float()
+    if matrix.bits == 8:
+        assert matrix.scales is not None
+        full = full * matrix.scales[:, None]
+    if matrix.bits == 4:
+        assert matrix.scales is not None
+        bytes_OCB = matrix.data.unflatten(1, (-1, 32))
+        levels = torch.stack((bytes_OCB & 15, bytes_OCB >> 4), 2).flatten(1, 2).float() - 8
+        full = (levels * matrix.scales.float()[..., None]).flatten(1)
+    return full[: matrix.rows, : matrix.columns]
+
+
+def dense(matrix: PackedMatrix, dtype: torch.dtype) -> Tensor:
+    """`unpack` in a dtype, [O, I]; on a CPU by compiled code if it can be had, to the same bits."""
+    data, scales = matrix.data, matrix.scales
+    quick = scales is not None and data.device.type == "cpu" and dtype in _DENSE.values()
+    library = _library() if quick and not torch.compiler.is_compiling() else None
+    if library is None or scales is None:
+        return unpack(matrix).to(dtype)
+    out_OI = torch.empty(matrix.rows, matrix.columns, dtype=dtype)
+    padded = data.shape[1] * 8 // matrix.bits
+    sizes = (matrix.bits, matrix.rows, matrix.columns, padded)
+    half, threads = int(dtype == torch.bfloat16), torch.get_num_threads()
+    pointers = (data.data_ptr(), scales.data_ptr())
+    library.earlyfusion_unpack(*pointers, *sizes, out_OI.data_ptr(), half, threads)
+    return out_OI
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    library = native.load(Path(__file__).with_name("unpack.cpp"))
+    if library is not None:
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        sizes = [number] * 4
+        library.earlyfusion_unpack.argtypes = [pointer, pointer, *sizes, pointer, number, number]
+        library.earlyfusion_unpack.restype = None
+    return library
+
+
+def _int8(full: Tensor) -> tuple[Tensor, Tensor]:
+    scales = full.abs().amax(1) / 127
+    levels = (full / scales.clamp_min(1e-30)[:, None]).round()
+    return levels.to(torch.int8), scales
+
+
+def _int4(full: Tensor) -> tuple[Tensor, Tensor]:
+    """Sixteen levels from -8 to 7: the entry of largest size gets the level -8 exactly."""
+    groups = full.unflatten(1, (-1, 32))
+    largest = groups.gather(2, groups.abs().argmax(2, keepdim=True))
+    scales = (largest / -8).bfloat16()
+    levels = (groups / torch.where(scales == 0, 1.0, scales.float())).round().clamp(-8, 7) + 8
+    low, high = levels.to(torch.uint8).unflatten(1, (-1, 2)).unbind(2)
+    return (low | high << 4).flatten(1).contiguous(), scales[..., 0].contiguous()
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose weights lie packed; a product unpacks them first."""
+
+    data: Tensor
+    scales: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, linear: nn.Linear, bits: int) -> None:
+        super().__init__()
+        matrix = pack(linear.weight, bits)
+        self.bits, self.in_features, self.out_features = bits, matrix.columns, matrix.rows
+        self.register_buffer("data", matrix.data)
+        self.register_buffer("scales", matrix.scales)
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
+
+    @property
+    def matrix(self) -> PackedMatrix:
+        return PackedMatrix(self.data, self.scales, self.bits, self.out_features, self.in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, dense(self.matrix, x.dtype), self.bias)
+
+
+def packed_weight(linear: nn.Module, bits: int) -> PackedMatrix:
+    """The weight of a linear layer, packed now or long since."""
+    if isinstance(linear, PackedLinear):
+        return linear.matrix
+    assert isinstance(linear, nn.Linear)
+    return pack(linear.weight, bits)
+
+
+def packed_bits(transformer: Transformer) -> int | None:
+    """The bits of a model's packed matrices, None where they are not packed."""
+    packed = (m.bits for m in transformer.modules() if isinstance(m, PackedLinear))
+    return next(packed, None)
+
+
+@torch.no_grad()
+def quantise(transformer: Transformer, bits: int) -> Transformer:
+    """Round a model's matrices to 8 or 4 bits, in place.
+
+    The layers' matrices are kept packed. Norms and embedding stay as they are; the head takes the
+    rounded values in its own dtype. Raises `SettingError` for other bits.
+    """
+    if bits not in (8, 4):
+        raise SettingError(f"bits={bits} is not offered: choose 8 or 4")
+    packed = packed_bits(transformer)
+    if packed == bits:
+        return transformer
+    if packed is not None:
+        raise SettingError(
+            f"the weights are in {packed} bits already and cannot go to {bits}: "
+            "take the model that they were made from"
+        )
+    for block in transformer.model.layers:
+        assert isinstance(block, Block)
+        for part in (block.self_attn, block.mlp):
+            for name, linear in list(part.named_children()):
+                if isinstance(linear, nn.Linear):
+                    setattr(part, name, PackedLinear(linear, bits))
+    if not transformer.config.tie_word_embeddings:
+        head = transformer.lm_head.weight
+        head.copy_(unpack(pack(head, bits)))
+    return transformer

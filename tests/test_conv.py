@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from typing import cast
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from earlyfusion.config import PRESETS, VQConfig
+from earlyfusion.kernels import conv as winograd
+from earlyfusion.kernels.conv import available, conv3x3, swish_after
+from earlyfusion.model import vqgan as module
+from earlyfusion.model.vqgan import VQGAN, Downsample, ResBlock
+
+needs_compiler = pytest.mark.skipif(not available(), reason="no C++ compiler")
+MINI = PRESETS["mini"].vq_config
+
+
+@pytest.fixture
+def threads(request: pytest.FixtureRequest) -> None:
+    before = torch.get_num_threads()
+    request.addfinalizer(lambda: torch.set_num_threads(before))
+
+
+def close(ours_BYXK: Tensor, direct_BKYX: Tensor) -> bool:
+    """To 1e-5 of the largest value: fp32 in another order."""
+    away = (ours_BYXK.permute(0, 3, 1, 2).double() - direct_BKYX).abs().max()
+    return bool(away < 1e-5 * direct_BKYX.abs().max())
+
+
+def alike(one: Tensor, two: Tensor) -> bool:
+    """Two ways through a whole network in fp32: 5e-5 of the norm."""
+    return bool((one - two).norm() < 5e-5 * two.norm())
+
+
+@needs_compiler
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(
+    "size",
+    [(1, 64, 64, 32, 64), (3, 8, 12, 64, 32), (2, 16, 128, 32, 32), (1, 4, 4, 32, 3),
+     (1, 4, 300, 16, 20), (2, 32, 32, 96, 96)],
+)  # fmt: skip
+@torch.no_grad()
+def test_equals_a_direct_convolution(size: tuple[int, ...], count: int, threads: None) -> None:
+    torch.set_num_threads(count)
+    b, y, x, c, k = size
+    conv, norm = nn.Conv2d(c, k, 3, padding=1), nn.GroupNorm(8 if c < 32 else 32, c, eps=1e-6)
+    norm.weight.normal_()
+    norm.bias.normal_()
+    x_BYXC, plus = torch.randn(b, y, x, c) * 3 + 1, torch.randn(b, y, x, k)
+    first, weights = x_BYXC.permute(0, 3, 1, 2).double(), (conv.weight, conv.bias)
+    double = nn.Conv2d(c, k, 3, padding=1).double()
+    double.load_state_dict(conv.state_dict())
+    assert close(conv3x3(x_BYXC, *weights), double(first))
+    enlarged = F.interpolate(first, scale_factor=2.0, mode="nearest")
+    assert close(conv3x3(x_BYXC, *weights, upsample=True), double(enlarged))
+    swished = F.silu(
+        F.group_norm(first, norm.num_groups, norm.weight.double(), norm.bias.double(), 1e-6)
+    )
+    expected = double(swished) + plus.permute(0, 3, 1, 2)
+    before = swish_after(norm, x_BYXC)
+    assert close(conv3x3(x_BYXC, *weights, before, plus), expected)
+    if c == k:
+        result = conv3x3(x_BYXC, *weights, before, plus, in_place=True)
+        assert result is x_BYXC and close(result, expected)
+
+
+@needs_compiler
+def test_swish_holds_at_both_ends() -> None:
+    x = torch.tensor([-1e4, -100.0, -88, -20, -1, -1e-8, 0, 1e-8, 1, 20, 88, 100, 1e4])
+    norm = nn.GroupNorm(1, 16)
+    image = x.view(1, 1, -1, 1).repeat(1, 4, 1, 16)[:, :, :12].contiguous()
+    weight = torch.zeros(16, 16, 3, 3)
+    weight[torch.arange(16), torch.arange(16), 1, 1] = 1
+    before = swish_after(norm, image)._replace(
+        scale_BC=torch.ones(1, 16), shift_BC=torch.zeros(1, 16)
+    )
+    result = conv3x3(image, weight, torch.zeros(16), before)
+    # A tile's largest value sets the rounding of its others.
+    torch.testing.assert_close(result[..., 4:8, :], F.silu(image)[..., 4:8, :], rtol=0, atol=2e-4)
+    assert result.isfinite().all()
+
+
+@needs_compiler
+@pytest.mark.parametrize("side", [64, 32, 48])
+def test_pictures_come_out_alike_with_and_without_it(
+    side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(side)
+    vqgan, pixels = VQGAN(MINI).eval(), torch.rand(3, 3, side, side) * 2 - 1
+    calls: list[int] = []
+    compiled = module.winograd.conv3x3
+
+    def counted(*args: object, **more: object) -> Tensor:
+        calls.append(1)
+        return compiled(*args, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module.winograd, "conv3x3", counted)
+    with torch.no_grad():
+        latents, drawn = vqgan.latents(pixels), vqgan.decode(torch.arange(48).view(3, 4, 4))
+        assert calls
+        calls.clear()
+        monkeypatch.setattr(module.winograd, "available", lambda: False)
+        assert alike(vqgan.latents(pixels), latents)
+        assert alike(vqgan.decode(torch.arange(48).view(3, 4, 4)), drawn)
+    plain = vqgan.latents(pixels)
+    assert not calls and plain.requires_grad
+    assert alike(plain.detach(), latents)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(8, 8), (2, 6), (7, 5)])
+def test_the_shorter_way_to_downsample(size: tuple[int, int]) -> None:
+    down, x = Downsample(32), torch.randn(2, 32, *size)
+    torch.testing.assert_close(down(x), down.conv(F.pad(x, (0, 1, 0, 1))), rtol=0, atol=1e-6)
+
+
+@needs_compiler
+@torch.no_grad()
+def test_weights_changed_in_place_count_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    vqgan, pixels = VQGAN(MINI).eval(), torch.rand(4, 3, 64, 64)
+    before = vqgan.latents(pixels)
+    vqgan.encoder.conv_in.weight.mul_(2)
+    cast("ResBlock", vqgan.encoder.get_submodule("down.0.block.0")).conv1.weight.neg_()
+    after = vqgan.latents(pixels)
+    assert not alike(before, after)
+    monkeypatch.setattr(module.winograd, "available", lambda: False)
+    assert alike(vqgan.latents(pixels), after)
+
+
+@needs_compiler
+@torch.no_grad()
+def test_blocks_leave_their_input_alone() -> None:
+    block = VQGAN(MINI).eval().encoder.mid.block_1
+    x = torch.randn(2, 128, 32, 32).to(memory_format=torch.channels_last)
+    kept = x.clone()
+    block(x)
+    assert torch.equal(x, kept)
+
+
+def test_results_take_the_memory_of_those_gone() -> None:
+    with winograd.reusing():
+        first, second = winograd.empty(8, 100), winograd.empty(900)
+        places = first.data_ptr(), second.data_ptr()
+        view = first[1:, :50]
+        del first
+        other = winograd.empty(800)  # a view still holds the first one
+        assert other.data_ptr() not in places
+        del view, second
+        with winograd.reusing():
+            assert winograd.empty(4, 200).data_ptr() == places[0]  # the smallest that will do
+            larger = winograd.empty(2000)  # what is too small goes
+        other.fill_(1)
+        larger.fill_(2)
+    assert other.eq(1).all() and winograd._thread.pool is None
+
+
+def test_threads_may_end_each_others_results() -> None:
+    def work() -> None:
+        with winograd.reusing(), torch.no_grad():
+            for value in range(200):
+                inbox.append((winograd.empty(64).fill_(value), value))
+                tensor, expected = inbox.popleft()
+                assert tensor.eq(expected).all()
+
+    inbox: deque[tuple[Tensor, int]] = deque()
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(work) for _ in range(4)]:
+            done.result()
+
+
+@needs_compiler
+@torch.no_grad()
+def test_a_picture_does_not_hold_the_memory_of_its_making() -> None:
+    drawn = VQGAN(MINI).eval().decode(torch.arange(64).view(1, 8, 8))
+    assert drawn.untyped_storage().nbytes() == 4 * drawn.numel()
+
+
+@pytest.mark.parametrize("name", ["EARLYFUSION_NATIVE", "CXX"])
+def test_off_by_environment_or_without_a_compiler(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, {"EARLYFUSION_NATIVE": "0", "CXX": "no-such-compiler"}[name])
+    assert winograd._library.__wrapped__() is None
+
+
+def test_odd_shapes_take_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.winograd, "conv3x3", lambda *a, **k: pytest.fail("compiled"))
+    vqgan = VQGAN(VQConfig(**vars(PRESETS["tiny"].vq_config))).eval()
+    with torch.no_grad():
+        assert vqgan.encode(torch.zeros(1, 3, 6, 10)).shape == (1, 3, 5)
