@@ -1,4 +1,4 @@
-"""The snippets of docs/transformers.md run, one after the other, on a small checkpoint."""
+"""The snippets of docs/hf.md run, one after the other, on a small checkpoint."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def form_of(row: Mapping[str, Any]) -> str:
     if "text" in given:
         return "text"
     shown = ", ".join(sorted(map(str, row))[:8]) or "none"
-    raise DataError(f"the row's keys ({shown}) are of no known form: see docs/data.md for the six")
+    raise DataError(f"the row's keys ({shown}) are of no known form: see docs/mini.md for the six")
 
 
 _KEYS = {

@@ -4,7 +4,7 @@
     earlyfusion train mini_image_tokenizer data=DIR/emoji start=runs/mini_image_tokenizer \\
         trainable=decoder out=runs/mini_decoder
 
-Trains a 4 M-parameter VQ-GAN on the emoji pictures (docs/data.md) with random shifts, scales and
+Trains a 4 M-parameter VQ-GAN on the emoji pictures (docs/mini.md) with random shifts, scales and
 mirrors. The run is resumable: the same command goes on from the newest checkpoint. Machine, run
 time and scores of the shipped weights: the model card, earlyfusion/pretrained/mini/README.md.
 """

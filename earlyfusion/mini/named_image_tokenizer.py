@@ -5,11 +5,11 @@
         start=runs/mini_named_image_tokenizer trainable=decoder naming=0 perturb=0.1 \\
         out=runs/decoder
 
-Trains a VQ-GAN of 128 x 128 pixels and 16 x 16 codes on the emoji pictures (docs/data.md), changed
+Trains a VQ-GAN of 128 x 128 pixels and 16 x 16 codes on the emoji pictures (docs/mini.md), changed
 anew each time: shifted, scaled, turned a little, in other colours, grey. Beside it a head learns to
 name thing, kind and style from the codewords; it is dropped at the end. The second command then
 trains the decoder alone, on codes of which a tenth are wrong. `resolution=64` halves the picture:
-on a CPU take that. Stage of `pretrain_mini`; what is measured of it stands in docs/training.md.
+on a CPU take that. Stage of `pretrain_mini`; what is measured of it stands in docs/train.md.
 """
 
 from __future__ import annotations

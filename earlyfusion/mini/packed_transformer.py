@@ -9,7 +9,7 @@ filled anew (`train.device_rows`), with a tenth of the input codes replaced. Mat
 the weights that count are a moving average. It ends with `model/`. 10 layers of width 320 and an
 image tokenizer of 3.2 M weights: 18.8 M in all, 38 MB in fp16. `hidden_size=256
 num_hidden_layers=6` and `resolution=64` are for CPUs. Stage of `pretrain_mini`; what is measured
-stands in docs/training.md.
+stands in docs/train.md.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
 The stages before learn pictures by heart, code for code. Here a picture in a prompt is cut in
 twelve ways, and a quarter of its codes become one of the nearest codewords, so that no exact row of
 codes gives the name away; and requests for a picture name its style. It names better and draws
-worse than the stage before: figures, machine and run time in docs/training.md.
+worse than the stage before: figures, machine and run time in docs/train.md.
 """
 
 from __future__ import annotations

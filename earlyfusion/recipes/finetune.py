@@ -8,7 +8,7 @@ The paper's settings (arXiv 2405.09818, section 3.1): cosine decay from 1e-5, we
 dropout 0.05, z-loss, prompts masked from the loss, packed rows, modalities in balance. Pictures of
 prompts become squares as the model has it (`resize_mode=fit` is the paper's), those of answers are
 cropped. The rows are told apart by their keys
-(docs/data.md). Ends with `model/` under the run's folder, which Chameleon.load takes. Machine: the
+(docs/mini.md). Ends with `model/` under the run's folder, which Chameleon.load takes. Machine: the
 embedded model trains on a CPU; weights and optimizer take 16 bytes a weight, frozen weights 4, or 2
 in products of blocks where they are bf16. Score: the loss of answers by modality in
 `metrics.jsonl`.

@@ -10,7 +10,7 @@ weight decay, dropout or z-loss. Three things differ: what is asked for comes be
 (Anole trains on bare image tokens), every token is scored against the text too, and the rows go on
 from what they are. Machine, run time: Anole took 8 A100 and half an hour; memory of others by
 `--plan`. The score to look at is `image_nats`; the run itself has not been made here, but the same
-on `mini` has (docs/training.md).
+on `mini` has (docs/train.md).
 """
 
 from __future__ import annotations

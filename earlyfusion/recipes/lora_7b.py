@@ -9,7 +9,7 @@ this size; 16 rows of 4,096 tokens a step. The adapters are merged at the end. M
 18 GiB of one GPU by `--plan`, as the frozen products stay in bf16 and each block's input only
 is kept (`checkpointing=selective` is faster and takes 29). The score to look at is the
 loss of answers in `metrics.jsonl`; the run itself has not been made here, but `lora=16` on `mini`
-has (docs/training.md).
+has (docs/train.md).
 """
 
 from __future__ import annotations

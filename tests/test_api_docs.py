@@ -1,4 +1,4 @@
-"""The blocks of docs/python.md run, one after the other, and say what the page says."""
+"""The blocks of docs/api.md run, one after the other, and say what the page says."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_blocks_run(
     monkeypatch.chdir(tmp_path)
     said: dict[str, Any] = {"__name__": "page"}
     for number, block in enumerate(blocks):
-        exec(compile(block, f"docs/python.md, block {number + 1}", "exec"), said)
+        exec(compile(block, f"docs/api.md, block {number + 1}", "exec"), said)
         if "print(model)" in block:
             shown = block.rpartition("# ")[2].split(",")[0]
             assert capsys.readouterr().out.startswith(shown)
