@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "python.md"
+DOCUMENT = Path(__file__).parent.parent / "docs" / "api.md"
 
 
 def test_blocks_run(

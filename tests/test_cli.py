@@ -983,7 +983,7 @@ def test_batch_on_a_full_disk(batch: Batch) -> None:
     assert batch().code == 0 and len(replies_in()) == 1
 
 
-DOCS = Path(__file__).parent.parent / "docs" / "command-line.md"
+DOCS = Path(__file__).parent.parent / "docs" / "cli.md"
 
 
 def blocks(language: str) -> list[str]:

@@ -16,7 +16,7 @@ from earlyfusion.checkpoints.hf import save_hf
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.model.vqgan import VQGAN
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "transformers.md"
+DOCUMENT = Path(__file__).parent.parent / "docs" / "hf.md"
 
 
 def snippets() -> list[str]:
