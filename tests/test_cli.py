@@ -660,7 +660,7 @@ def test_interrupt_is_130(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("earlyfusion.recipes.run", interrupted)
+    monkeypatch.setattr("earlyfusion.recipes.run.run", interrupted)
     ran = run("train", "mini_transformer")
     assert (ran.code, ran.out, ran.err) == (130, "", "")
 
