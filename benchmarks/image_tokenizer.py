@@ -29,7 +29,9 @@ from torch import Tensor
 from transformers import ChameleonVQVAE, ChameleonVQVAEConfig
 
 from earlyfusion.config import PRESETS, VQConfig
-from earlyfusion.model import vqgan as module
+from earlyfusion.kernels import vqgan as fast
+from earlyfusion.kernels.conv import left_out
+from earlyfusion.kernels.twins import accelerate
 from earlyfusion.model.vqgan import VQGAN
 
 SHAPES = {"real": PRESETS["chameleon-7b"].vq_config, "mini": PRESETS["mini"].vq_config}
@@ -55,7 +57,7 @@ def pictures(count: int, side: int, seed: int = 0) -> Tensor:
 @torch.no_grad()
 def random_vqgan(config: VQConfig, side: int) -> VQGAN:
     torch.manual_seed(0)
-    vqgan = VQGAN(config).eval()
+    vqgan = accelerate(VQGAN(config).eval())
     vectors = vqgan.latents(pictures(1, side, seed=1)).permute(0, 2, 3, 1).flatten(0, 2)
     pick = torch.randint(len(vectors), (config.num_embeddings,))
     codewords = vectors[pick] + torch.randn(len(pick), config.embed_dim) * vectors.std() / 4
@@ -75,7 +77,7 @@ def encoders(vqgan: VQGAN, pixels: Tensor) -> dict[str, Contender]:
     stock = stock_of(vqgan)
 
     def lean() -> Tensor:
-        with patch.object(module.winograd, "available", return_value=False):
+        with patch.object(fast, "available", return_value=False):
             return vqgan.encode(pixels)
 
     return {
@@ -87,11 +89,11 @@ def encoders(vqgan: VQGAN, pixels: Tensor) -> dict[str, Contender]:
 
 def decoders(vqgan: VQGAN, codes: Tensor) -> dict[str, Contender]:
     def torchs() -> Tensor:
-        with patch.object(module, "_inferring", return_value=False):
+        with left_out():
             return vqgan.decode(codes)
 
     def lean() -> Tensor:
-        with patch.object(module.winograd, "available", return_value=False):
+        with patch.object(fast, "available", return_value=False):
             return vqgan.decode(codes)
 
     def bf16() -> Tensor:
@@ -143,7 +145,7 @@ def peak(what: str, name: str, options: argparse.Namespace) -> int:
 def own_peak(what: str, name: str, options: argparse.Namespace) -> None:
     config = SHAPES[options.shape]
     side = options.resolution or config.resolution
-    vqgan = VQGAN(config).eval()
+    vqgan = accelerate(VQGAN(config).eval())
     if what == "encode":
         vqgan.decoder = None
         call = encoders(vqgan, pictures(options.batch, side))[name]

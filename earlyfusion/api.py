@@ -43,6 +43,7 @@ from earlyfusion.generation.request import (
 from earlyfusion.generation.settings import SamplingFields, SamplingParams, with_fields
 from earlyfusion.generation.steering import TokenLogprob
 from earlyfusion.image_tokenizer import ImageTokenizer
+from earlyfusion.kernels.twins import accelerate
 from earlyfusion.model.quantise import PackedLinear, packed_bits, quantise
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.processor import Processor
@@ -184,7 +185,7 @@ class Chameleon:
             size = sum(parameter.numel() for parameter in transformer.parameters())
             transformer = transformer.to(_own_dtype(size, place))
         if dtype in _BITS:
-            transformer = quantise(transformer, _BITS[dtype])
+            transformer = accelerate(quantise(transformer, _BITS[dtype]))
         if not alone:
             share(transformer)
         side, mode = loaded.config.vq_config.resolution, loaded.resize_mode

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from earlyfusion.config import PRESETS, VQConfig
-from earlyfusion.kernels import conv as winograd
+from earlyfusion.kernels import conv
+from earlyfusion.kernels import vqgan as fast
 from earlyfusion.kernels.conv import available, conv3x3, swish_after
-from earlyfusion.model import vqgan as module
+from earlyfusion.kernels.twins import accelerate
 from earlyfusion.model.vqgan import VQGAN, Downsample, ResBlock
 
 needs_compiler = pytest.mark.skipif(not available(), reason="no C++ compiler")
@@ -90,20 +91,20 @@ def test_pictures_come_out_alike_with_and_without_it(
     side: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(side)
-    vqgan, pixels = VQGAN(MINI).eval(), torch.rand(3, 3, side, side) * 2 - 1
+    vqgan, pixels = accelerate(VQGAN(MINI).eval()), torch.rand(3, 3, side, side) * 2 - 1
     calls: list[int] = []
-    compiled = module.winograd.conv3x3
+    compiled = fast.conv3x3
 
     def counted(*args: object, **more: object) -> Tensor:
         calls.append(1)
         return compiled(*args, **more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(module.winograd, "conv3x3", counted)
+    monkeypatch.setattr(fast, "conv3x3", counted)
     with torch.no_grad():
         latents, drawn = vqgan.latents(pixels), vqgan.decode(torch.arange(48).view(3, 4, 4))
         assert calls
         calls.clear()
-        monkeypatch.setattr(module.winograd, "available", lambda: False)
+        monkeypatch.setattr(fast, "available", lambda: False)
         assert alike(vqgan.latents(pixels), latents)
         assert alike(vqgan.decode(torch.arange(48).view(3, 4, 4)), drawn)
     plain = vqgan.latents(pixels)
@@ -114,27 +115,27 @@ def test_pictures_come_out_alike_with_and_without_it(
 @torch.no_grad()
 @pytest.mark.parametrize("size", [(8, 8), (2, 6), (7, 5)])
 def test_the_shorter_way_to_downsample(size: tuple[int, int]) -> None:
-    down, x = Downsample(32), torch.randn(2, 32, *size)
+    down, x = accelerate(Downsample(32)), torch.randn(2, 32, *size)
     torch.testing.assert_close(down(x), down.conv(F.pad(x, (0, 1, 0, 1))), rtol=0, atol=1e-6)
 
 
 @needs_compiler
 @torch.no_grad()
 def test_weights_changed_in_place_count_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    vqgan, pixels = VQGAN(MINI).eval(), torch.rand(4, 3, 64, 64)
+    vqgan, pixels = accelerate(VQGAN(MINI).eval()), torch.rand(4, 3, 64, 64)
     before = vqgan.latents(pixels)
     vqgan.encoder.conv_in.weight.mul_(2)
     cast("ResBlock", vqgan.encoder.get_submodule("down.0.block.0")).conv1.weight.neg_()
     after = vqgan.latents(pixels)
     assert not alike(before, after)
-    monkeypatch.setattr(module.winograd, "available", lambda: False)
+    monkeypatch.setattr(fast, "available", lambda: False)
     assert alike(vqgan.latents(pixels), after)
 
 
 @needs_compiler
 @torch.no_grad()
 def test_blocks_leave_their_input_alone() -> None:
-    block = VQGAN(MINI).eval().encoder.mid.block_1
+    block = accelerate(VQGAN(MINI).eval()).encoder.mid.block_1
     x = torch.randn(2, 128, 32, 32).to(memory_format=torch.channels_last)
     kept = x.clone()
     block(x)
@@ -142,27 +143,27 @@ def test_blocks_leave_their_input_alone() -> None:
 
 
 def test_results_take_the_memory_of_those_gone() -> None:
-    with winograd.reusing():
-        first, second = winograd.empty(8, 100), winograd.empty(900)
+    with conv.reusing():
+        first, second = conv.empty(8, 100), conv.empty(900)
         places = first.data_ptr(), second.data_ptr()
         view = first[1:, :50]
         del first
-        other = winograd.empty(800)  # a view still holds the first one
+        other = conv.empty(800)  # a view still holds the first one
         assert other.data_ptr() not in places
         del view, second
-        with winograd.reusing():
-            assert winograd.empty(4, 200).data_ptr() == places[0]  # the smallest that will do
-            larger = winograd.empty(2000)  # what is too small goes
+        with conv.reusing():
+            assert conv.empty(4, 200).data_ptr() == places[0]  # the smallest that will do
+            larger = conv.empty(2000)  # what is too small goes
         other.fill_(1)
         larger.fill_(2)
-    assert other.eq(1).all() and winograd._thread.pool is None
+    assert other.eq(1).all() and conv._thread.pool is None
 
 
 def test_threads_may_end_each_others_results() -> None:
     def work() -> None:
-        with winograd.reusing(), torch.no_grad():
+        with conv.reusing(), torch.no_grad():
             for value in range(200):
-                inbox.append((winograd.empty(64).fill_(value), value))
+                inbox.append((conv.empty(64).fill_(value), value))
                 tensor, expected = inbox.popleft()
                 assert tensor.eq(expected).all()
 
@@ -175,7 +176,7 @@ def test_threads_may_end_each_others_results() -> None:
 @needs_compiler
 @torch.no_grad()
 def test_a_picture_does_not_hold_the_memory_of_its_making() -> None:
-    drawn = VQGAN(MINI).eval().decode(torch.arange(64).view(1, 8, 8))
+    drawn = accelerate(VQGAN(MINI).eval()).decode(torch.arange(64).view(1, 8, 8))
     assert drawn.untyped_storage().nbytes() == 4 * drawn.numel()
 
 
@@ -184,11 +185,11 @@ def test_off_by_environment_or_without_a_compiler(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, {"EARLYFUSION_NATIVE": "0", "CXX": "no-such-compiler"}[name])
-    assert winograd._library.__wrapped__() is None
+    assert conv._library.__wrapped__() is None
 
 
 def test_odd_shapes_take_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.winograd, "conv3x3", lambda *a, **k: pytest.fail("compiled"))
-    vqgan = VQGAN(VQConfig(**vars(PRESETS["tiny"].vq_config))).eval()
+    monkeypatch.setattr(fast, "conv3x3", lambda *a, **k: pytest.fail("compiled"))
+    vqgan = accelerate(VQGAN(VQConfig(**vars(PRESETS["tiny"].vq_config))).eval())
     with torch.no_grad():
         assert vqgan.encode(torch.zeros(1, 3, 6, 10)).shape == (1, 3, 5)

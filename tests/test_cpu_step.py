@@ -12,10 +12,12 @@ from earlyfusion.engine.cache import Cache
 from earlyfusion.generation import guidance
 from earlyfusion.generation.sampler import Warp, penalise, pick, warp
 from earlyfusion.kernels import cpu_step
+from earlyfusion.kernels import unpack as compiled
 from earlyfusion.kernels.cpu_step import Choice, CpuStep, fits
-from earlyfusion.model import quantise as packed
+from earlyfusion.kernels.twins import accelerate
+from earlyfusion.kernels.unpack import dense
 from earlyfusion.model.kv_cache import KVCache
-from earlyfusion.model.quantise import BITS, dense, pack, quantise, unpack
+from earlyfusion.model.quantise import BITS, pack, quantise, unpack
 from earlyfusion.model.transformer import Transformer
 
 needs_compiler = pytest.mark.skipif(not cpu_step.available(), reason="no C++ compiler here")
@@ -333,7 +335,7 @@ def test_a_quantised_model_gives_what_its_rounded_weights_give(bits: int) -> Non
     model = random_model(shape, bits)
     expected = rounded(model, bits)
     dense = sum(p.nbytes for p in model.parameters())
-    small = quantise(model, bits)
+    small = accelerate(quantise(model, bits))
     tokens = torch.randint(0, shape.vocab_size, (2, 9))
     torch.testing.assert_close(small(tokens), expected(tokens))
     kept = [*small.parameters(), *small.buffers()]
@@ -399,11 +401,11 @@ def test_the_compiled_unpacking_gives_the_same_bits(
     shape: tuple[int, int], bits: int, dtype: torch.dtype
 ) -> None:
     matrix = pack(torch.randn(shape) * 10 ** torch.randn(shape[0], 1), bits)
-    assert packed._library() is not None
+    assert compiled._library() is not None
     assert torch.equal(dense(matrix, dtype), unpack(matrix).to(dtype))
 
 
 def test_without_a_compiler_weights_are_unpacked_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "_library", lambda: None)
+    monkeypatch.setattr(compiled, "_library", lambda: None)
     matrix = pack(torch.randn(8, 64), 4)
     assert torch.equal(dense(matrix, torch.bfloat16), unpack(matrix).bfloat16())

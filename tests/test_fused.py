@@ -13,9 +13,18 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from earlyfusion.config import PRESETS
-from earlyfusion.kernels.fused import attend_documents, document_tiles, fused_rms_norm
-from earlyfusion.model.attention import CausalAttend, dot_product_attention
-from earlyfusion.model.transformer import RMSNorm, Transformer
+from earlyfusion.kernels import fused
+from earlyfusion.kernels.fused import (
+    CausalAttend,
+    RMSNorm,
+    attend_documents,
+    document_tiles,
+    fused_rms_norm,
+)
+from earlyfusion.kernels.twins import accelerate
+from earlyfusion.model import attention, transformer
+from earlyfusion.model.attention import dot_product_attention
+from earlyfusion.model.transformer import Transformer
 
 LENGTHS = [130, 1, 200, 90, 300]
 
@@ -84,7 +93,7 @@ def test_rms_norm_has_the_value_and_gradient_of_torch_s(kind: torch.dtype) -> No
 def test_a_step_of_packed_long_documents_in_bf16_is_near_fp32(heads: int) -> None:
     """Documents of 130 tokens and more take the tiles; grouped keys too."""
     config = replace(PRESETS["tiny"], num_key_value_heads=heads)
-    model = Transformer(config)
+    model = accelerate(Transformer(config))
     model.init_weights(torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(1)
     tokens_BT = torch.randint(0, 512, (2, 300), generator=generator)
@@ -195,7 +204,7 @@ def test_a_second_derivative_of_tiled_attention_is_torch_s() -> None:
 @pytest.mark.parametrize("length", [40, 200])
 def test_a_model_in_bf16_is_differentiated_twice_as_in_fp32(length: int) -> None:
     """Along the whole step: tiles and norms by hand in the first pass, formulas in the second."""
-    model = Transformer(PRESETS["tiny"])
+    model = accelerate(Transformer(PRESETS["tiny"]))
     model.init_weights(torch.Generator().manual_seed(0))
     tokens_BT = torch.randint(0, 512, (1, length), generator=torch.Generator().manual_seed(1))
     document_BT = torch.zeros_like(tokens_BT)
@@ -209,3 +218,35 @@ def test_a_model_in_bf16_is_differentiated_twice_as_in_fp32(length: int) -> None
             found.append(torch.autograd.grad(sum(g.square().sum() for g in first), weights))
     for exact, ours in zip(*found, strict=True):
         assert exact.norm() > 0 and (ours - exact).norm() < 0.1 * exact.norm()
+
+
+def test_twins_serve_in_training_on_a_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[str] = []
+
+    def noted(name: str) -> Callable[..., Tensor]:
+        call = getattr(fused, name)
+
+        def noting(*args: object) -> Tensor:
+            served.append(name)
+            return call(*args)
+
+        return noting
+
+    for name in ("fused_rms_norm", "attend_documents"):
+        monkeypatch.setattr(fused, name, noted(name))
+    document_BT = torch.zeros(1, 200, dtype=torch.long)
+    q_BTNH = torch.randn(1, 200, 2, 16).bfloat16()
+    norm, plain = RMSNorm(16, 1e-5), transformer.RMSNorm(16, 1e-5)
+    with torch.no_grad():
+        assert torch.equal(norm(q_BTNH.float()), plain(q_BTNH.float()))
+        out = CausalAttend(document_BT)(q_BTNH, q_BTNH, q_BTNH)
+        assert torch.equal(out, attention.CausalAttend(document_BT)(q_BTNH, q_BTNH, q_BTNH))
+    plain(q_BTNH.float())
+    norm.bfloat16()(q_BTNH)
+    q_BTNH.requires_grad_()
+    CausalAttend(document_BT)(*[q_BTNH.float()] * 3)
+    attention.CausalAttend(document_BT)(q_BTNH, q_BTNH, q_BTNH)
+    assert served == []
+    norm.float()(q_BTNH.float())
+    CausalAttend(document_BT)(q_BTNH, q_BTNH, q_BTNH)
+    assert served == ["fused_rms_norm", "attend_documents"]

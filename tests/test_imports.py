@@ -23,7 +23,8 @@ LAYERS = [
     {"api"},
     {"engine", "train"},
     {"data", "generation", "checkpoints", "parallel"},
-    {"kernels", "model", "image_tokenizer", "processes", "processor"},
+    {"kernels"},
+    {"model", "image_tokenizer", "processes", "processor"},
     {"content", "vocabulary", "config", "files", "errors"},
 ]
 STRANGERS = {("engine", "train"), ("train", "engine")}

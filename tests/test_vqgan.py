@@ -79,7 +79,7 @@ def test_straight_through_gradient_reaches_the_encoder_and_blend_leaves_the_code
     assert gradient is not None and gradient.abs().sum() > 0
     with torch.no_grad():
         out = vqgan(x, blend=0.0)
-        direct = vqgan._pixels(out.latents)
+        direct = vqgan.pixels(out.latents)
     torch.testing.assert_close(out.pixels, direct)
     assert not torch.allclose(vqgan(x).pixels, direct)
 

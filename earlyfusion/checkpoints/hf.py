@@ -31,6 +31,7 @@ from earlyfusion.checkpoints.source import (
 from earlyfusion.config import ModelConfig, VQConfig
 from earlyfusion.errors import CheckpointError
 from earlyfusion.image_tokenizer import Mode
+from earlyfusion.kernels.twins import accelerate
 from earlyfusion.model.quantise import packed_bits, quantise
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.model.vqgan import VQGAN, Quantizer
@@ -299,7 +300,7 @@ def build_transformer(
     transformer = _empty_transformer(config, bits)
     fill(transformer, tensors, source, device, dtype)
     transformer.tie_weights()
-    return transformer.eval()
+    return accelerate(transformer.eval())
 
 
 def _empty_transformer(config: ModelConfig, bits: int | None) -> Transformer:
@@ -314,7 +315,7 @@ def build_vqgan(
     """A VQ-GAN in eval mode and fp32, without a decoder where `tensors` have none."""
     vqgan = empty_vqgan(config, tensors)
     fill(vqgan, tensors, source, device, torch.float32)
-    return vqgan.eval()
+    return accelerate(vqgan.eval())
 
 
 def empty_vqgan(config: VQConfig, names: Mapping[str, object]) -> VQGAN:

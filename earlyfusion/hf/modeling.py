@@ -47,7 +47,8 @@ from earlyfusion.hf.generation import MultimodalGeneration
 from earlyfusion.hf.image_vocabulary import ImageVocabulary, find_names
 from earlyfusion.hf.quantisation import choose_layout, footprint, restore_layout
 from earlyfusion.hf.tensor_parallel import HEAD, check_processes
-from earlyfusion.kernels import conv as winograd
+from earlyfusion.kernels.conv import left_out
+from earlyfusion.kernels.twins import accelerate
 from earlyfusion.model.rotary import (
     Rotary,
     attention_factor,
@@ -355,7 +356,7 @@ class ChameleonVQVAE(ChameleonPreTrainedModel):
 
     def __init__(self, config: ChameleonVQVAEConfig) -> None:
         super().__init__(config)
-        core = VQGAN(vq_shape(config))
+        core = accelerate(VQGAN(vq_shape(config)))
         for name, child in core.named_children():
             self.add_module(name, child)
         # The same modules under the core's own methods; not registered, so that keys come once.
@@ -375,7 +376,7 @@ class ChameleonVQVAE(ChameleonPreTrainedModel):
             return self._encode(pixel_values)
 
     def _encode(self, pixel_values: Tensor) -> ChameleonVQVAEModelOutput:
-        with winograd.left_out():
+        with left_out():
             hidden = self.encoder(pixel_values.to(self.quant_conv.weight.dtype))
             quantized, loss, codes = self.quantize(self.quant_conv(hidden))
         return ChameleonVQVAEModelOutput(
@@ -443,6 +444,7 @@ class ChameleonModel(ChameleonPreTrainedModel):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.vqmodel = ChameleonVQVAE._from_config(config.vq_config)
         self.rotary_emb = ChameleonRotaryEmbedding(config)
+        accelerate(self)
         self.gradient_checkpointing = False
         names = config.vocabulary_map
         self._mapping = ImageVocabulary(names) if names else None

@@ -81,9 +81,9 @@ def available() -> bool:
     return _library() is not None
 
 
-def wanted() -> bool:
-    """Whether this thread is outside of `left_out`."""
-    return not _thread.left_out
+def is_left_out() -> bool:
+    """Whether this thread is within `left_out`."""
+    return _thread.left_out
 
 
 @contextmanager

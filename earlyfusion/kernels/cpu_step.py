@@ -22,10 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from earlyfusion.kernels import native
+from earlyfusion.kernels.twins import original_class
 from earlyfusion.model.quantise import BITS, PackedLinear, PackedMatrix, pack, packed_weight
 from earlyfusion.model.rotary import rotary_tables
 from earlyfusion.model.transformer import Block, Transformer
 
+_LINEARS = (nn.Linear, PackedLinear)
 _CACHE_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 
@@ -184,7 +186,7 @@ def fits(transformer: Transformer, cache: Sequence[Tensor]) -> bool:
     """Whether the compiled step can run a model on this cache: silu, no biases, rows in fours."""
     config, linears = transformer.config, list(_linears(transformer))
     on_cpu = transformer.lm_head.weight.device.type == "cpu"
-    plain = all(type(m) in (nn.Linear, PackedLinear) and m.bias is None for m in linears)
+    plain = all(original_class(m) in _LINEARS and m.bias is None for m in linears)
     heads = (config.num_attention_heads, config.kv_heads)
     in_fours = (
         all(n * config.head_dim % 4 == 0 for n in heads) and config.intermediate_size % 4 == 0

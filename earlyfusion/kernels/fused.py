@@ -1,12 +1,14 @@
-"""Two operations of a training step on a CPU with gradients written by hand.
+"""Training on a CPU: RMSNorm and packed attention with gradients written by hand.
 
-They give what `RMSNorm` and `CausalAttend` give, with fewer passes over memory: `fused_rms_norm` in
-fp32, `attend_documents` in bf16 with scores rounded to bf16, as transformers' eager attention does.
-Elsewhere (GPUs, split layers, no gradients) plain torch serves, and so it does inside torch.func's
-transforms and forward-mode AD; a backward pass that is to be differentiated again goes through the
-plain formula.
+They give what `RMSNorm` and `CausalAttend` of `model/` give, with fewer passes over memory:
+`fused_rms_norm` in fp32, `attend_documents` in bf16 with scores rounded to bf16, as transformers'
+eager attention does. The twins at the end use them while gradients are wanted of plain tensors on a
+CPU. Elsewhere (GPUs, split layers, no gradients, traced code, torch.func's transforms, forward-mode
+AD) they call the original; a backward pass that is to be differentiated again takes the gradient of
+the plain formula.
 
-Shapes: N query heads, S tokens of all rows, H head width; Q queries and J keys of a tile.
+Shapes: B batch, T tokens, N query heads, K key and value heads, S tokens of all rows, H head width;
+Q queries and J keys of a tile.
 """
 
 from __future__ import annotations
@@ -21,11 +23,19 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-_QUERIES = 128
+from earlyfusion.model import attention, transformer
+from earlyfusion.model.attention import attend_each
+from earlyfusion.model.transformer import autocast_dtype
+
+_QUERIES = 128  # of a tile
+_LONG_DOCUMENT = 112  # mean tokens per document from which on tiles of queries are faster
 
 
 class Tile(NamedTuple):
-    """Queries `first` to `last` look at keys `start` to `last`; `bias_QJ` hides some of these."""
+    """Queries `first` to `last` look at keys `start` to `last`.
+
+    `bias_QJ` is -inf for the keys of other documents and of later tokens, else 0.
+    """
 
     first: int
     last: int
@@ -34,7 +44,7 @@ class Tile(NamedTuple):
 
 
 def is_cpu_training(*inputs: Tensor) -> bool:
-    """Whether these operations may serve: gradients are wanted of plain tensors on a CPU."""
+    """Whether gradients written by hand may serve: they are wanted of plain tensors on a CPU."""
     return (
         torch.is_grad_enabled()
         and any(x.requires_grad for x in inputs)
@@ -45,7 +55,7 @@ def is_cpu_training(*inputs: Tensor) -> bool:
 
 
 def is_transformed(*inputs: Tensor) -> bool:
-    """Whether torch.func or forward-mode AD goes through `inputs`: gradients by hand are no use."""
+    """Whether torch.func or forward-mode AD is active: it needs more than a written gradient."""
     return bool(torch._C._are_functorch_transforms_active()) or any(
         forward_ad.unpack_dual(x).tangent is not None for x in inputs
     )
@@ -64,7 +74,7 @@ def through_the_formula(
 
 
 def document_tiles(lengths: list[int]) -> list[Tile]:
-    """Tiles over documents of so many tokens, one after another: causal within each of them."""
+    """Tiles over documents of these lengths, one after another: causal within each of them."""
     counts = torch.tensor(lengths)
     start_S = (counts.cumsum(0) - counts).repeat_interleave(counts)
     tiles = []
@@ -163,3 +173,41 @@ class _RMSNorm(torch.autograd.Function):
 def _normed(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     inverse = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
     return (x * inverse * weight).to(dtype)
+
+
+# ---- the twins of `RMSNorm` and `CausalAttend`
+
+
+class RMSNorm(transformer.RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        fp32 = x.dtype is self.weight.dtype is torch.float32
+        if fp32 and is_cpu_training(x, self.weight):
+            return fused_rms_norm(x, self.weight, self.eps, autocast_dtype(x))
+        return super().forward(x)
+
+
+class CausalAttend(attention.CausalAttend):
+    def __init__(self, document_BT: Tensor | None = None) -> None:
+        super().__init__(document_BT)
+        self._tiles: list[Tile] = []
+
+    def __call__(self, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
+        heads, lengths = (q_BTNH, k_BTKH, v_BTKH), self.lengths
+        if lengths is None or v_BTKH.dtype is not torch.bfloat16 or not is_cpu_training(*heads):
+            return super().__call__(*heads)
+        if sum(lengths) < _LONG_DOCUMENT * len(lengths):
+            # torch's attention, whose backward pass is faster in fp32 than in bf16.
+            q_BTNH, k_BTKH, v_BTKH = (x.float() for x in heads)
+            return attend_each(q_BTNH, k_BTKH, v_BTKH, lengths).bfloat16()
+        self._tiles = self._tiles or document_tiles(lengths)
+        return self._attend_tiles(q_BTNH, k_BTKH, v_BTKH)
+
+    def _attend_tiles(self, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
+        group = q_BTNH.shape[2] // k_BTKH.shape[2]
+        if group > 1:
+            k_BTKH, v_BTKH = (x.repeat_interleave(group, 2) for x in (k_BTKH, v_BTKH))
+        heads = (q_BTNH, k_BTKH, v_BTKH)
+        with torch.autocast("cpu", enabled=False):
+            q_NSH, k_NSH, v_NSH = (x.flatten(0, 1).transpose(0, 1) for x in heads)
+            out_NSH = attend_documents(q_NSH, k_NSH, v_NSH, self._tiles)
+        return out_NSH.transpose(0, 1).view(q_BTNH.shape)

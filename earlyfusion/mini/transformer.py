@@ -26,6 +26,7 @@ from earlyfusion.data.packing import Packer, RoleWeights
 from earlyfusion.data.pictures import to_pixels
 from earlyfusion.errors import DataError
 from earlyfusion.image_tokenizer import ImageTokenizer
+from earlyfusion.kernels.twins import accelerate
 from earlyfusion.mini.emoji.dataset import EmojiData
 from earlyfusion.mini.emoji.dialogues import Sample, caption_pairs, generate, studies
 from earlyfusion.mini.image_tokenizer import AugmentConfig, augmented
@@ -125,7 +126,7 @@ def load_image_tokenizer(run: Path, config: ModelConfig) -> VQGAN:
     tensors = checkpoint.weights(run)
     vqgan = VQGAN(config.vq_config)
     vqgan.load_state_dict({k: v.half().float() for k, v in tensors.items()})
-    return vqgan.eval().requires_grad_(False)
+    return accelerate(vqgan.eval().requires_grad_(False))
 
 
 @torch.inference_mode()

@@ -16,10 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from earlyfusion.kernels.fused import Tile, attend_documents, document_tiles, is_cpu_training
-
-_LONG = 112  # tokens of a document, on average: from here on tiles of queries are faster
-
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q_BTNH, k_BTKH, v_BTKH) -> out_BTNH; query head n reads key head n // (N / K)."""
 
@@ -44,22 +40,22 @@ def dot_product_attention(
 
 
 class CausalAttend:
-    """Every token attends to itself and to what came before, within its document if given.
+    """Every token attends to itself and to those before it, within its document if given.
 
     `document_BT` numbers the documents packed into each row; each document is one run of tokens.
+    `kernels/fused.py` has a twin for training in bf16 on a CPU.
     """
 
     def __init__(self, document_BT: Tensor | None = None) -> None:
         self.document_BT = document_BT
-        self._lengths: list[int] | None = None
+        self.lengths: list[int] | None = None  # of the documents, on a CPU
         self._mask: Tensor | None = None
-        self._tiles: list[Tile] = []
         if document_BT is not None and document_BT.device.type == "cpu":
-            self._lengths = _run_lengths(document_BT)
+            self.lengths = _run_lengths(document_BT)
         # Asked for here: a compiled block that reads the cache would trace what fills it.
         self._packed: Callable[..., Tensor] | None = None
         self._ends: Tensor | None = None
-        if document_BT is not None and self._lengths is None:
+        if document_BT is not None and self.lengths is None:
             self._packed = packed_attention(document_BT.device.type)
             if self._packed is not None:
                 self._ends = _sequence_ends(document_BT)
@@ -69,40 +65,23 @@ class CausalAttend:
     def __call__(self, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
         if self._packed is not None and v_BTKH.dtype in (torch.bfloat16, torch.float16):
             return _attend_packed(q_BTNH, k_BTKH, v_BTKH, self._ends, self._packed)
-        if self._lengths is not None:
-            if v_BTKH.dtype is torch.bfloat16 and is_cpu_training(q_BTNH, k_BTKH, v_BTKH):
-                return self._train(q_BTNH, k_BTKH, v_BTKH, self._lengths)
-            return _attend_each(q_BTNH, k_BTKH, v_BTKH, self._lengths, v_BTKH.dtype)
+        if self.lengths is not None:
+            return attend_each(q_BTNH, k_BTKH, v_BTKH, self.lengths)
         if self._mask is None and self.document_BT is not None:
             self._mask = _document_mask(self.document_BT)
         return dot_product_attention(
             q_BTNH, k_BTKH, v_BTKH, mask=self._mask, causal=self._mask is None
         )
 
-    def _train(self, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, lengths: list[int]) -> Tensor:
-        if sum(lengths) < _LONG * len(lengths):
-            # torch's attention, whose backward pass is faster in fp32.
-            return _attend_each(q_BTNH, k_BTKH, v_BTKH, lengths, torch.float32)
-        self._tiles = self._tiles or document_tiles(lengths)
-        group = q_BTNH.shape[2] // k_BTKH.shape[2]
-        if group > 1:
-            k_BTKH, v_BTKH = (x.repeat_interleave(group, 2) for x in (k_BTKH, v_BTKH))
-        heads = (q_BTNH, k_BTKH, v_BTKH)
-        with torch.autocast("cpu", enabled=False):
-            q_NSH, k_NSH, v_NSH = (x.flatten(0, 1).transpose(0, 1) for x in heads)
-            out_NSH = attend_documents(q_NSH, k_NSH, v_NSH, self._tiles)
-        return out_NSH.transpose(0, 1).view(q_BTNH.shape)
 
-
-def _attend_each(
-    q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, lengths: list[int], kind: torch.dtype
-) -> Tensor:
-    # On a CPU one call a document beats a mask, which pays for every pair of tokens in the row.
-    rows = (x.to(kind).flatten(0, 1)[None] for x in (q_BTNH, k_BTKH, v_BTKH))
-    pieces = zip(*(torch.split(row, lengths, 1) for row in rows), strict=True)
+def attend_each(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, lengths: list[int]) -> Tensor:
+    """Causal attention within each document; `lengths` are those of all rows, one after another."""
+    # On a CPU a call per document beats a mask, which pays for every pair of tokens in the row.
+    rows = (x.to(v_BTKH.dtype).flatten(0, 1)[None] for x in (q_BTNH, k_BTKH, v_BTKH))
+    documents = zip(*(torch.split(row, lengths, 1) for row in rows), strict=True)
     with torch.autocast("cpu", enabled=False):
-        out = torch.cat([dot_product_attention(q, k, v, causal=True) for q, k, v in pieces], 1)
-    return out.view(q_BTNH.shape).to(v_BTKH.dtype)
+        out = torch.cat([dot_product_attention(q, k, v, causal=True) for q, k, v in documents], 1)
+    return out.view(q_BTNH.shape)
 
 
 def _run_lengths(document_BT: Tensor) -> list[int]:

@@ -8,9 +8,6 @@ Shapes: O rows and I columns of a matrix, both padded in `data`.
 
 from __future__ import annotations
 
-import ctypes
-from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -18,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from earlyfusion.errors import SettingError
-from earlyfusion.kernels import native
 from earlyfusion.model.transformer import Block, Transformer
 
 BITS = (32, 16, 8, 4)
@@ -71,33 +67,6 @@ def unpack(matrix: PackedMatrix) -> Tensor:
     return full[: matrix.rows, : matrix.columns]
 
 
-def dense(matrix: PackedMatrix, dtype: torch.dtype) -> Tensor:
-    """`unpack` in a dtype, [O, I]; on a CPU by compiled code if it can be had, to the same bits."""
-    data, scales = matrix.data, matrix.scales
-    quick = scales is not None and data.device.type == "cpu" and dtype in _DENSE.values()
-    library = _library() if quick and not torch.compiler.is_compiling() else None
-    if library is None or scales is None:
-        return unpack(matrix).to(dtype)
-    out_OI = torch.empty(matrix.rows, matrix.columns, dtype=dtype)
-    padded = data.shape[1] * 8 // matrix.bits
-    sizes = (matrix.bits, matrix.rows, matrix.columns, padded)
-    half, threads = int(dtype == torch.bfloat16), torch.get_num_threads()
-    pointers = (data.data_ptr(), scales.data_ptr())
-    library.earlyfusion_unpack(*pointers, *sizes, out_OI.data_ptr(), half, threads)
-    return out_OI
-
-
-@cache
-def _library() -> ctypes.CDLL | None:
-    library = native.load(Path(__file__).with_name("unpack.cpp"))
-    if library is not None:
-        pointer, number = ctypes.c_void_p, ctypes.c_int64
-        sizes = [number] * 4
-        library.earlyfusion_unpack.argtypes = [pointer, pointer, *sizes, pointer, number, number]
-        library.earlyfusion_unpack.restype = None
-    return library
-
-
 def _int8(full: Tensor) -> tuple[Tensor, Tensor]:
     scales = full.abs().amax(1) / 127
     levels = (full / scales.clamp_min(1e-30)[:, None]).round()
@@ -115,7 +84,10 @@ def _int4(full: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class PackedLinear(nn.Module):
-    """A linear layer whose weights lie packed; a product unpacks them first."""
+    """A linear layer whose weights lie packed; a product unpacks them first.
+
+    `kernels/unpack.py` has a twin that unpacks in compiled code.
+    """
 
     data: Tensor
     scales: Tensor | None
@@ -134,7 +106,11 @@ class PackedLinear(nn.Module):
         return PackedMatrix(self.data, self.scales, self.bits, self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, dense(self.matrix, x.dtype), self.bias)
+        return F.linear(x, self.dense(x.dtype), self.bias)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The rounded weights in a dtype, [O, I]."""
+        return unpack(self.matrix).to(dtype)
 
 
 def packed_weight(linear: nn.Module, bits: int) -> PackedMatrix:

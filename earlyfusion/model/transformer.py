@@ -30,21 +30,20 @@ from torch import Tensor, nn
 
 from earlyfusion.config import ModelConfig
 from earlyfusion.errors import SettingError
-from earlyfusion.kernels.fused import fused_rms_norm, is_cpu_training
 from earlyfusion.model.activations import activation
 from earlyfusion.model.attention import Attend, CausalAttend
 from earlyfusion.model.rotary import Rotary, check_rope, rotary_tables, rotate
 
 
 class RMSNorm(nn.Module):
+    """`kernels/fused.py` has a twin for training on a CPU."""
+
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype is self.weight.dtype is torch.float32 and is_cpu_training(x, self.weight):
-            return fused_rms_norm(x, self.weight, self.eps, _autocast_dtype(x))
         if x.dtype == self.weight.dtype:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         normed = F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
@@ -213,9 +212,11 @@ class Transformer(nn.Module):
 
 def _to_autocast(x: Tensor) -> Tensor:
     # Autocast would cast the same activation again for every projection that reads it.
-    return x.to(_autocast_dtype(x))
+    return x.to(autocast_dtype(x))
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype:
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """What autocast makes of `x` where it is on, else the dtype of `x`."""
+    device_type = x.device.type
+    on = torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if on else x.dtype

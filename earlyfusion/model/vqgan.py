@@ -4,21 +4,18 @@ Choices, so that released weights load without translation:
 - parameter names are those of the original checkpoints (`encoder.down.0.block.0.conv1.weight`);
 - group norm with 32 groups and eps 1e-6, swish, nearest-neighbour upsampling, and a downsampling
   convolution that pads one pixel on the right and at the bottom only;
-- one attention block in the middle always, others where a level's side is in `attn_resolutions`;
+- the middle always has an attention block, a level has them if `attn_resolutions` lists its side;
 - no activation at the end of the decoder: pixels are meant for [-1, 1] and clamped by the caller.
 
-For inference in fp32 on a CPU everything is channels-last, and the 3 x 3 convolutions run, with the
-norm, swish, enlargement or sum beside them, in the compiled code of `conv.py` where it can be
-built. Training, GPUs and other dtypes take torch's own operators.
+`kernels/vqgan.py` has faster twins of these modules for inference on a CPU.
 
-Any height and width that the stride divides will do. Shapes: B batch, C channels, Y X height and
+Height and width may be any multiples of the stride. Shapes: B batch, C channels, Y X height and
 width in pixels, y x in codes, K codebook size, N vectors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import NamedTuple, cast
 
@@ -28,10 +25,8 @@ from torch import Tensor, nn
 
 from earlyfusion.config import VQConfig
 from earlyfusion.errors import CheckpointError, ImageError
-from earlyfusion.kernels import conv as winograd
 
 _SEARCH_ELEMENTS = 1 << 20  # scores held at once by the codebook search: 4 MB in fp32
-_FEWEST_TILES = 64  # under so many tiles of 4 x 4 pixels a direct convolution is as fast
 
 
 def _norm(channels: int) -> nn.GroupNorm:
@@ -40,85 +35,6 @@ def _norm(channels: int) -> nn.GroupNorm:
 
 def _conv3(inputs: int, outputs: int) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 3, padding=1)
-
-
-def _inferring(x: Tensor) -> bool:
-    """Whether a CPU computes in fp32, without a graph."""
-    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
-    traced = torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
-    return on_cpu and not torch.is_grad_enabled() and not traced and winograd.wanted()
-
-
-def _compiled(x_BCYX: Tensor, conv: nn.Module, scale: int = 1, missing: int = 0) -> bool:
-    """Whether `winograd.conv3x3` takes this convolution, of `x` enlarged `scale` times.
-
-    `missing` channels are to be added to `x`.
-    """
-    if type(conv) is not nn.Conv2d or not _inferring(x_BCYX):
-        return False
-    b, c, y, x = x_BCYX.shape
-    whole = not ((c + missing) % 16 or y * scale % 4 or x * scale % 4)
-    enough = b * y * x * scale**2 >= 16 * _FEWEST_TILES
-    plain = conv.weight.device.type == "cpu" and conv.weight.dtype == torch.float32
-    return whole and enough and plain and winograd.available()
-
-
-def _last(x_BCYX: Tensor) -> Tensor:
-    """Channels last: [B, Y, X, C], contiguous."""
-    return x_BCYX.permute(0, 2, 3, 1).contiguous()
-
-
-def _first(x_BYXC: Tensor) -> Tensor:
-    return x_BYXC.permute(0, 3, 1, 2)
-
-
-def _laid_out(x_BCYX: Tensor) -> Tensor:
-    """Channels last in memory where that is faster; the operators after it keep it so."""
-    layout = torch.channels_last if _inferring(x_BCYX) else torch.preserve_format
-    return x_BCYX.to(memory_format=layout)
-
-
-def _swished(
-    x_BCYX: Tensor,
-    norm: nn.GroupNorm,
-    conv: nn.Conv2d,
-    plus_BCYX: Tensor | None = None,
-    in_place: bool = False,
-) -> Tensor:
-    """`conv(silu(norm(x)))`, plus the shortcut; `in_place` may overwrite `x`."""
-    if _compiled(x_BCYX, conv) and norm.weight.device.type == "cpu":
-        x_BYXC = _last(x_BCYX)
-        plus = None if plus_BCYX is None else _last(plus_BCYX)
-        before = winograd.swish_after(norm, x_BYXC)
-        bias = cast("Tensor", conv.bias)
-        return _first(winograd.conv3x3(x_BYXC, conv.weight, bias, before, plus, in_place=in_place))
-    out = conv(F.silu(norm(x_BCYX)))
-    return out if plus_BCYX is None else out.add_(plus_BCYX) if in_place else out + plus_BCYX
-
-
-def _mixed(x_BCYX: Tensor, conv: nn.Conv2d) -> Tensor:
-    """A 1 x 1 convolution: one matrix product where channels come last."""
-    if not _compiled(x_BCYX, conv):
-        return conv(x_BCYX)
-    x_BYXC = _last(x_BCYX)
-    out_BYXK = winograd.empty(*x_BYXC.shape[:3], conv.out_channels)
-    x_NC, out_NK = x_BYXC.flatten(0, 2), out_BYXK.flatten(0, 2)
-    torch.addmm(cast("Tensor", conv.bias), x_NC, conv.weight.flatten(1).T, out=out_NK)
-    return _first(out_BYXK)
-
-
-def _from_pixels(pixels_BCYX: Tensor, conv: nn.Conv2d) -> Tensor:
-    """The first convolution, whose few channels are filled up with zeros where it is compiled."""
-    missing = -pixels_BCYX.shape[1] % 16
-    if not _compiled(pixels_BCYX, conv, missing=missing):
-        return conv(_laid_out(pixels_BCYX))
-    x_BYXC = F.pad(pixels_BCYX.permute(0, 2, 3, 1), (0, missing))
-    weight_KC33 = F.pad(conv.weight, (0, 0, 0, 0, 0, missing))
-    return _first(winograd.conv3x3(x_BYXC, weight_KC33, cast("Tensor", conv.bias)))
-
-
-def _memory(x: Tensor) -> AbstractContextManager[None]:
-    return winograd.reusing() if _inferring(x) else nullcontext()
 
 
 class ResBlock(nn.Module):
@@ -131,15 +47,14 @@ class ResBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(inputs, outputs, 1)
 
     def forward(self, x_BCYX: Tensor) -> Tensor:
-        h = _swished(x_BCYX, self.norm1, self.conv1)
-        short = _mixed(x_BCYX, self.nin_shortcut) if hasattr(self, "nin_shortcut") else x_BCYX
-        if self.training and self.dropout.p:
-            return self.conv2(self.dropout(F.silu(self.norm2(h)))) + short
-        return _swished(h, self.norm2, self.conv2, short, in_place=_inferring(x_BCYX))
+        h = self.conv1(F.silu(self.norm1(x_BCYX)))
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        short = self.nin_shortcut(x_BCYX) if hasattr(self, "nin_shortcut") else x_BCYX
+        return h + short
 
 
 class SpatialAttention(nn.Module):
-    """Single-head attention over all positions of a feature map."""
+    """Single-head attention in which every position of a feature map looks at all others."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -159,12 +74,8 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x_BCYX: Tensor) -> Tensor:
-        conv, even = self.conv, not (x_BCYX.shape[2] % 2 or x_BCYX.shape[3] % 2)
-        plain = type(conv) is nn.Conv2d and conv.weight.device == x_BCYX.device
-        if _inferring(x_BCYX) and even and plain:
-            # A pixel more on each side, and the first row and column of results left out: no copy.
-            return F.conv2d(x_BCYX, conv.weight, conv.bias, 2, padding=2)[:, :, 1:, 1:]
-        return conv(F.pad(x_BCYX, (0, 1, 0, 1)))
+        # (0, 1, 0, 1): one pixel on the right and one at the bottom, as the original does.
+        return self.conv(F.pad(x_BCYX, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
@@ -173,9 +84,6 @@ class Upsample(nn.Module):
         self.conv = _conv3(channels, channels)
 
     def forward(self, x_BCYX: Tensor) -> Tensor:
-        if _compiled(x_BCYX, self.conv, scale=2):
-            bias = cast("Tensor", self.conv.bias)
-            return _first(winograd.conv3x3(_last(x_BCYX), self.conv.weight, bias, upsample=True))
         return self.conv(F.interpolate(x_BCYX, scale_factor=2.0, mode="nearest"))
 
 
@@ -195,24 +103,15 @@ class Level(nn.Module):
         self.attn = nn.ModuleList(SpatialAttention(o) for _, o in pairs if attend)
 
     def parts(self) -> Iterator[nn.Module]:
-        for at, block in enumerate(self.block):
+        """The blocks in the order they run, each followed by its attention if it has one."""
+        for i, block in enumerate(self.block):
             yield block
-            yield from self.attn[at : at + 1]
+            yield from self.attn[i : i + 1]
 
     def forward(self, x_BCYX: Tensor) -> Tensor:
         for part in self.parts():
             x_BCYX = part(x_BCYX)
         return x_BCYX
-
-
-def _steps(levels: Iterable[nn.Module], apart: bool) -> Iterator[nn.Module]:
-    """Levels, and what changes the size after each.
-
-    `apart` gives the parts of a level, so that the input of one is free before the next runs.
-    """
-    for level in cast("Iterable[Level]", levels):
-        yield from level.parts() if apart else (level,)
-        yield from (part for name, part in level.named_children() if name.endswith("sample"))
 
 
 class Middle(nn.Module):
@@ -248,10 +147,12 @@ class Encoder(nn.Module):
         self.conv_out = _conv3(inputs, out)
 
     def forward(self, pixels_BCYX: Tensor) -> Tensor:
-        h = _from_pixels(pixels_BCYX, self.conv_in)
-        for step in _steps(self.down, apart=_inferring(h)):
-            h = step(h)
-        return _swished(self.mid(h), self.norm_out, self.conv_out)
+        h = self.conv_in(pixels_BCYX)
+        for level in cast("Iterable[Level]", self.down):
+            h = level(h)
+            if hasattr(level, "downsample"):
+                h = level.downsample(h)
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
 
 
 class Decoder(nn.Module):
@@ -277,10 +178,12 @@ class Decoder(nn.Module):
         self.conv_out = _conv3(inputs, config.in_channels)
 
     def forward(self, latents_BCyx: Tensor) -> Tensor:
-        h = self.mid(self.conv_in(_laid_out(latents_BCyx)))
-        for step in _steps(reversed(self.up), apart=_inferring(h)):
-            h = step(h)
-        return _swished(h, self.norm_out, self.conv_out)
+        h = self.mid(self.conv_in(latents_BCyx))
+        for level in cast("Iterable[Level]", reversed(self.up)):
+            h = level(h)
+            if hasattr(level, "upsample"):
+                h = level.upsample(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
 
 
 class Quantizer(nn.Module):
@@ -359,8 +262,7 @@ class VQGAN(nn.Module):
                 f"a picture of {width} x {height} pixels cannot be cut into codes: "
                 f"both sides must be multiples of {stride}"
             )
-        with _memory(pixels_BCYX):
-            return self.quant_conv(self.encoder(pixels_BCYX))
+        return self.quant_conv(self.encoder(pixels_BCYX))
 
     def encode(self, pixels_BCYX: Tensor) -> Tensor:
         """Codes of pictures in [-1, 1]: int64 [B, y, x]."""
@@ -378,7 +280,7 @@ class VQGAN(nn.Module):
         count = self.config.num_embeddings
         if codes_Byx.numel() and not 0 <= int(codes_Byx.min()) <= int(codes_Byx.max()) < count:
             raise ImageError(f"image codes must lie in 0..{count - 1}, the codebook of this model")
-        return self._pixels(self.embed(codes_Byx))
+        return self.pixels(self.embed(codes_Byx))
 
     def forward(self, pixels_BCYX: Tensor, blend: Tensor | float = 1.0) -> Quantized:
         """Reconstruct with a straight-through gradient from the codewords to the encoder.
@@ -391,17 +293,16 @@ class VQGAN(nn.Module):
             codes = self.nearest_codes(latents.detach().float())
         nearest = self.embed(codes)
         through = latents + blend * (nearest - latents).detach()
-        return Quantized(self._pixels(through), latents, nearest, codes)
+        return Quantized(self.pixels(through), latents, nearest, codes)
 
     def nearest_codes(self, latents_BCyx: Tensor) -> Tensor:
         return self.quantize.codes(latents_BCyx)
 
-    def _pixels(self, codewords_BCyx: Tensor) -> Tensor:
+    def pixels(self, codewords_BCyx: Tensor) -> Tensor:
+        """Pictures of codewords, [B, 3, Y, X]. Raises `CheckpointError` without a decoder."""
         if self.decoder is None:
             raise CheckpointError(
                 "this checkpoint has no VQ decoder, so codes cannot become pictures: "
                 "add one with earlyfusion convert --image-tokenizer"
             )
-        with _memory(codewords_BCyx):
-            drawn = self.decoder(self.post_quant_conv(codewords_BCyx))
-        return drawn.clone() if _inferring(drawn) else drawn
+        return self.decoder(self.post_quant_conv(codewords_BCyx))

@@ -32,6 +32,7 @@ from earlyfusion.checkpoints import detect as formats
 from earlyfusion.checkpoints.meta import VQ_CONFIG, open_vqgan
 from earlyfusion.config import VQConfig
 from earlyfusion.errors import CheckpointError, DataError, SettingError
+from earlyfusion.kernels.twins import accelerate
 from earlyfusion.model.vqgan import VQGAN, Level, Quantized
 from earlyfusion.parallel import ParallelConfig
 from earlyfusion.train import checkpoint
@@ -133,7 +134,7 @@ def parts_of(batch: int, micro_batch: int) -> int:
 def build(config: VQConfig, start: str, run: RunConfig) -> VQGAN:
     """The network on its device, with weights drawn from the run's seed or those of `start`."""
     torch.manual_seed(run.seed)
-    model = VQGAN(config)
+    model = accelerate(VQGAN(config))
     if start:
         begin_with(model, start)
     model.to(resolve_device(run.device))

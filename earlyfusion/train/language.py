@@ -14,7 +14,8 @@ from earlyfusion import parallel, processes
 from earlyfusion.data.corpus import CorpusConfig
 from earlyfusion.data.packing import PackedBatch, Packer, RoleWeights, Rows, Stream
 from earlyfusion.errors import SettingError
-from earlyfusion.model.attention import CausalAttend
+from earlyfusion.kernels.fused import CausalAttend
+from earlyfusion.kernels.twins import accelerate
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.parallel import ParallelConfig
 from earlyfusion.processor import TokenSequence
@@ -83,7 +84,7 @@ class LanguageTask:
     def __init__(
         self, model: Transformer, packer: Rows, z_weight: float = 1e-5, micro_rows: int = 0
     ) -> None:
-        self.model, self._packer, self._z_weight = model, packer, z_weight
+        self.model, self._packer, self._z_weight = accelerate(model), packer, z_weight
         self._micro_rows = micro_rows
         self._mesh: DeviceMesh | None = None
         self._waiting: list[PackedBatch] = []

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from earlyfusion.errors import SettingError
+from earlyfusion.kernels.twins import TWINS, original_class
 from earlyfusion.model.quantise import PackedLinear
 from earlyfusion.model.rotary import rotary_tables
 from earlyfusion.model.transformer import (
@@ -152,8 +153,9 @@ def _turn(x_TMH: Tensor, layer: Layer, cos_T1H: Tensor, sin_T1H: Tensor) -> Tens
 
 _LINEARS = (nn.Linear, PackedLinear)
 _NORMS = ("input_layernorm", "post_attention_layernorm")
-_CLASSES = (
-    Transformer, Decoder, Block, Attention, FeedForward, RMSNorm, HeadNorm, nn.Embedding, *_LINEARS
+_CLASSES: tuple[Any, ...] = (
+    Transformer, Decoder, Block, Attention, FeedForward, RMSNorm, HeadNorm, nn.Embedding,
+    *_LINEARS, *TWINS.values(),
 )  # fmt: skip
 _FORWARDS = [kind.forward for kind in _CLASSES]
 
@@ -218,7 +220,7 @@ def _has_plain_parts(transformer: Transformer) -> bool:
     embedding: Any = decoder.embed_tokens
     return (
         type(decoder) is Decoder
-        and type(decoder.norm) is RMSNorm
+        and original_class(decoder.norm) is RMSNorm
         and type(decoder.layers) is nn.ModuleList
         and all(_is_plain_block(block) for block in decoder.layers)
         and _is_linear(head)
@@ -235,7 +237,7 @@ def _is_plain_block(block: nn.Module) -> bool:
     return (
         type(attention) is Attention
         and type(mlp) is FeedForward
-        and all(type(getattr(block, name)) is RMSNorm for name in _NORMS)
+        and all(original_class(getattr(block, name)) is RMSNorm for name in _NORMS)
         and all(type(norm) is HeadNorm for norm in (attention.q_norm, attention.k_norm))
         and all(_is_linear(getattr(attention, f"{name}_proj")) for name in "qkvo")
         and all(_is_linear(getattr(mlp, f"{name}_proj")) for name in ("gate", "up", "down"))
@@ -247,7 +249,7 @@ def _is_linear(module: nn.Module) -> bool:
     if type(module) is nn.Linear:
         return type(module.weight) in (nn.Parameter, Tensor)
     adapter = type(module).__module__.startswith("peft.tuners.")
-    return type(module) is PackedLinear or adapter or _is_pointwise(module)
+    return original_class(module) is PackedLinear or adapter or _is_pointwise(module)
 
 
 def _is_pointwise(module: nn.Module) -> bool:

@@ -1,0 +1,49 @@
+"""Where the fast twins of `model/`'s modules are put in: `accelerate`, by their classes.
+
+A twin derives from the class that it stands in for, has its name, its parameters and its results,
+and decides in each call whether it serves. So a model keeps its state dict, can be copied, pickled,
+moved, trained, hooked, compiled and exported as before, and `isinstance` still holds.
+
+`CausalAttend` is no module: training takes its twin from `fused.py`.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import nn
+
+from earlyfusion.kernels import fused, unpack
+from earlyfusion.kernels import vqgan as fast_vqgan
+from earlyfusion.model import quantise, transformer, vqgan
+
+Model = TypeVar("Model", bound=nn.Module)
+
+TWINS: dict[type[nn.Module], type[nn.Module]] = {
+    vqgan.VQGAN: fast_vqgan.VQGAN,
+    vqgan.Encoder: fast_vqgan.Encoder,
+    vqgan.Decoder: fast_vqgan.Decoder,
+    vqgan.ResBlock: fast_vqgan.ResBlock,
+    vqgan.Downsample: fast_vqgan.Downsample,
+    vqgan.Upsample: fast_vqgan.Upsample,
+    transformer.RMSNorm: fused.RMSNorm,
+    quantise.PackedLinear: unpack.PackedLinear,
+}
+_ORIGINALS = {twin: original for original, twin in TWINS.items()}
+
+
+def accelerate(model: Model) -> Model:
+    """The same model with twins in place of the modules that have one.
+
+    Modules of other classes, also derived ones, stay as they are. Call it again for modules that
+    were put in afterwards.
+    """
+    for module in model.modules():
+        # Not a new module: hooks, buffers and references to this one stay valid.
+        module.__class__ = TWINS.get(type(module), type(module))
+    return model
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class of `model/` for which a module's class is the twin; else the module's class."""
+    return _ORIGINALS.get(type(module), type(module))
