@@ -17,12 +17,20 @@ import numpy as np
 import PIL.Image
 import torch
 
-from earlyfusion.checkpoints import detect as formats
-from earlyfusion.checkpoints import lumina
+from earlyfusion.checkpoints import detect, lumina
 from earlyfusion.checkpoints.adapter import merge_adapter
 from earlyfusion.checkpoints.hf import Loaded, assemble, check_dense, papers, save_hf
 from earlyfusion.config import ModelConfig
 from earlyfusion.content import Image, Message, Part, Prompt, Segment, Text, as_messages
+from earlyfusion.devices import (
+    FLOAT_DTYPES,
+    PACKED_BITS,
+    WEIGHT_DTYPES,
+    auto_dtype,
+    dtype_name,
+    resolve_device,
+    torch_dtype,
+)
 from earlyfusion.engine.backends.torch import fingerprint
 from earlyfusion.engine.engine import Engine
 from earlyfusion.engine.tensor_parallel import open_part, peers_of, share
@@ -58,18 +66,6 @@ Codes = np.ndarray[Any, np.dtype[np.int64]]
 
 _PICTURES_KNOWN = 1024  # whose codes are kept
 _GREY = (128, 128, 128)
-
-# A CPU computes fp32 faster than bf16 as long as the weights stay in its cache.
-_LARGE = 500_000_000
-_DTYPES = {
-    "auto": None,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "int8": None,
-    "int4": None,
-}
-_BITS = {"int8": 8, "int4": 4}
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,22 +166,25 @@ class Chameleon:
         in PEFT's format, which is added to the weights. Raises `CheckpointError`, `SettingError`.
         """
         _check_adapter(adapter, tensor_parallel)
-        place, kind = _device(device, tensor_parallel), _dtype(dtype)
         alone = tensor_parallel == 1
+        if not alone:
+            _check_own_gpu(device)
+        where, dtype = resolve_device(device), dtype_name("dtype", dtype, WEIGHT_DTYPES)
+        wanted = torch_dtype(dtype) if dtype in FLOAT_DTYPES else None
         loaded = (
-            formats.load(name, place, kind, verify)
+            detect.load(name, where, wanted, verify)
             if alone
-            else _load_part(name, place, kind, tensor_parallel, verify)
+            else _load_part(name, where, wanted, tensor_parallel, verify)
         )
         transformer = loaded.transformer
         if adapter is not None:
             _refuse_packed(transformer, adapter)
             merge_adapter(transformer, Path(adapter).expanduser())
-        if alone and kind is None and packed_bits(transformer) is None:
+        if alone and wanted is None and packed_bits(transformer) is None:
             size = sum(parameter.numel() for parameter in transformer.parameters())
-            transformer = transformer.to(_own_dtype(size, place))
-        if dtype in _BITS:
-            transformer = accelerate(quantise(transformer, _BITS[dtype]))
+            transformer = transformer.to(auto_dtype(size, where))
+        if dtype in PACKED_BITS:
+            transformer = accelerate(quantise(transformer, PACKED_BITS[dtype]))
         if not alone:
             share(transformer)
         side, mode = loaded.config.vq_config.resolution, loaded.resize_mode
@@ -230,13 +229,13 @@ class Chameleon:
 
         Raises `SettingError` for a device that is not there, and while requests are under way.
         """
-        place = _device(str(device))
+        where = resolve_device(str(device))
         if peers_of(self.transformer) is not None:
             raise SettingError("a model on several processes stays where it is: load it again")
         if self._engine is not None and self._engine.busy:
             raise SettingError("the model is answering: wait for its replies before it moves")
-        self.transformer.to(place)
-        self.image_tokenizer.vqgan.to(place)
+        self.transformer.to(where)
+        self.image_tokenizer.vqgan.to(where)
         return self
 
     def close(self) -> None:
@@ -400,7 +399,8 @@ class Chameleon:
     ) -> Request:
         """The checked request that `generate` answers, its pictures encoded, its seed chosen."""
         _check_names(fields)
-        _check_choice("output", output, get_args(Output))
+        if output not in get_args(Output):
+            raise SettingError.unknown("output", output, get_args(Output))
         if output in ("image", "interleaved") and not self.can_draw:
             raise CheckpointError(
                 f"this checkpoint has no VQ decoder, so output={output!r} is not possible: "
@@ -612,42 +612,11 @@ def _reply(events: Iterable[Event], images: Iterable[Image]) -> Reply:
     raise RuntimeError("the events of a reply ended without Finished")
 
 
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        shown = repr(value[:40]) if isinstance(value, str) else f"<{type(value).__name__}>"
-        raise SettingError(f"{name}={shown} is unknown: use one of {', '.join(choices)}")
-
-
 def _checked_every(codes: object) -> int:
     if not isinstance(codes, bool) and isinstance(codes, Integral) and int(codes) >= 0:
         return int(codes)
     shown = repr(codes)[:40]
     raise SettingError(f"preview_every={shown} is not possible: use 0 (off) or a number of codes")
-
-
-def _device(name: str, tensor_parallel: int = 1) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if tensor_parallel != 1 and name.startswith("cuda"):
-        name = _own_gpu(name)
-    try:
-        device = torch.device(name)
-    except (RuntimeError, TypeError):
-        _check_choice("device", name, ("auto", "cpu", "cuda"))
-        raise
-    if not _is_there(device):
-        raise SettingError(f"device={name!r} is not on this machine: use auto or cpu")
-    return device
-
-
-def _is_there(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return (device.index or 0) < torch.cuda.device_count()
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, NotImplementedError, AssertionError):
-        return False
-    return device.type != "meta"  # has no values
 
 
 def _weights(transformer: Transformer) -> int:
@@ -657,19 +626,13 @@ def _weights(transformer: Transformer) -> int:
     return own + sum(m.in_features * m.out_features for m in packed)
 
 
-def _own_gpu(name: str) -> str:
-    """The GPU of this process, where several share a model."""
-    if name != "cuda":
+def _check_own_gpu(device: str) -> None:
+    """Refuse one GPU by its number, where several processes share a model."""
+    if device.startswith("cuda:"):
         raise SettingError(
-            f"device={name!r} is one GPU, and each process of a shared model takes its own: "
+            f"device={device!r} is one GPU, and each process of a shared model takes its own: "
             "use auto or cuda"
         )
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-
-
-def _dtype(name: str) -> torch.dtype | None:
-    _check_choice("dtype", name, tuple(_DTYPES))
-    return _DTYPES[name]
 
 
 def _check_adapter(adapter: str | Path | None, parts: int) -> None:
@@ -688,19 +651,14 @@ def _refuse_packed(transformer: Transformer, adapter: str | Path) -> None:
         )
 
 
-def _own_dtype(size: int, device: torch.device) -> torch.dtype:
-    small_on_cpu = device.type == "cpu" and size <= _LARGE
-    return torch.float32 if small_on_cpu else torch.bfloat16
-
-
 def _load_part(
     name: str | Path, device: torch.device, dtype: torch.dtype | None, parts: int, verify: bool
 ) -> Loaded:
     """This process's part of a model that several share, in the dtype of the whole."""
-    source = formats.open_source(formats.locate(name), verify=verify)
+    source = detect.open_source(detect.locate(name), verify=verify)
     check_dense(source)
     size = sum(torch.Size(stored.shape).numel() for stored in source.tensors.values())
-    return assemble(open_part(source, parts), device, dtype or _own_dtype(size, device))
+    return assemble(open_part(source, parts), device, dtype or auto_dtype(size, device))
 
 
 def _with_seed(asked: SamplingParams, seed: int | None) -> SamplingParams:

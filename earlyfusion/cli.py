@@ -24,6 +24,7 @@ import typer
 from typer.core import TyperCommand
 
 from earlyfusion import __version__
+from earlyfusion.devices import resolve_device
 from earlyfusion.errors import EarlyFusionError, PromptError, SettingError
 
 if TYPE_CHECKING:
@@ -661,7 +662,6 @@ def tokenize(
         from earlyfusion.data.rows import RowSettings
         from earlyfusion.data.tokenize import Job
         from earlyfusion.data.tokenize import tokenize as write
-        from earlyfusion.train.trainer import resolve_device
 
         first = 0.5 if image_first is None else image_first
         broken = 0.1 if max_broken is None else max_broken

@@ -6,6 +6,8 @@ the limit and the remedy. The command line turns it into exit code 2, a server i
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class EarlyFusionError(ValueError):
     """A caller's mistake; `str(error)` is one sentence for a person."""
@@ -25,6 +27,12 @@ class ImageError(EarlyFusionError):
 
 class SettingError(EarlyFusionError):
     """An option has an unknown name or an impossible value."""
+
+    @classmethod
+    def unknown(cls, name: str, value: object, choices: Iterable[str]) -> SettingError:
+        """The mistake of a value that is not one of `choices`."""
+        shown = repr(value[:40]) if isinstance(value, str) else f"<{type(value).__name__}>"
+        return cls(f"{name}={shown} is unknown: use one of {', '.join(choices)}")
 
 
 class CheckpointError(EarlyFusionError):

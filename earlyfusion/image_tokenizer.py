@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from earlyfusion.content import MAX_PIXELS, Image
+from earlyfusion.devices import dtype_name
 from earlyfusion.errors import ImageError, SettingError
 from earlyfusion.model.vqgan import VQGAN
 
@@ -42,9 +43,7 @@ class ImageTokenizer:
         self, vqgan: VQGAN, resolution: int, mode: Mode = "crop", precision: Precision = "fp32"
     ) -> None:
         self.vqgan, self.resolution, self.mode = vqgan, resolution, _checked(mode)
-        if precision not in get_args(Precision):
-            raise SettingError(f"precision {precision!r} is unknown: choose 'fp32' or 'bf16'")
-        self.precision = precision
+        self.precision = dtype_name("precision", precision, get_args(Precision))
         stride = vqgan.config.stride
         if resolution < stride or resolution % stride:
             raise SettingError(

@@ -172,7 +172,7 @@ def test_zeros_stay_zeros() -> None:
 
 
 def test_another_dtype_is_refused(transformer: Transformer, processor: Processor) -> None:
-    with pytest.raises(SettingError, match="cache_dtype='int4' is not offered: choose one of fp32"):
+    with pytest.raises(SettingError, match="cache_dtype='int4' is unknown: use one of fp32"):
         Engine(transformer, processor, cache_dtype="int4")
 
 

@@ -239,7 +239,7 @@ def test_errors(small: ImageTokenizer) -> None:
         small.encode([picture(4, 4), "missing.png"])
     with pytest.raises(SettingError, match="mode 'stretch' is unknown"):
         small.encode([picture(4, 4)], mode="stretch")  # type: ignore[arg-type]
-    with pytest.raises(SettingError, match="precision 'fp16' is unknown"):
+    with pytest.raises(SettingError, match="precision='fp16' is unknown: use one of fp32, bf16"):
         ImageTokenizer(small.vqgan, 32, precision="fp16")  # type: ignore[arg-type]
     with pytest.raises(SettingError, match="resolution=30 must be"):
         ImageTokenizer(small.vqgan, 30)

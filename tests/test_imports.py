@@ -24,7 +24,7 @@ LAYERS = [
     {"engine", "train"},
     {"data", "generation", "checkpoints", "parallel"},
     {"kernels"},
-    {"model", "image_tokenizer", "processes", "processor"},
+    {"devices", "model", "image_tokenizer", "processes", "processor"},
     {"content", "vocabulary", "config", "files", "errors"},
 ]
 STRANGERS = {("engine", "train"), ("train", "engine")}

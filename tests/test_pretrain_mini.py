@@ -28,7 +28,7 @@ from earlyfusion.mini.pretrain import (
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.model.vqgan import VQGAN
 from earlyfusion.recipes.run import override, run
-from earlyfusion.train import checkpoint, trainer
+from earlyfusion.train import checkpoint
 from earlyfusion.train.monitor import read_metrics
 
 DATA = Path(__file__).parent / "data"
@@ -148,7 +148,7 @@ def test_minutes_are_shared_out_over_what_is_left(
     assert (made.rows, made.run.precision, made.run.compile) == (2, "fp32", False)
     assert made.image_tokenizer == tmp_path / "decoder" and made.prompts == ()
     assert made.model == mini_packed_transformer.config.model
-    monkeypatch.setattr(trainer, "resolve_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(pretrain_mini, "resolve_device", lambda _: torch.device("cuda"))
     made = timed_config(whole, "transformer", plan)
     assert (made.rows, made.run.precision, made.run.compile) == (32, "bf16", True)
     assert (made.ways.plain, made.optim.kind, made.mixture.documents) == (10, "muon", 80_000)

@@ -311,7 +311,7 @@ def test_overrides_reach_nested_fields_and_name_what_is_wrong() -> None:
         ("steps", "field=value"),
         ("steps=many", "cannot be read as int"),
         ("decay=steps", "choose one of"),
-        ("precision=fp8", "fp32 or bf16"),
+        ("precision=fp8", "use one of fp32, bf16"),
         ("perceptual=1", "perceptual_weights"),
     ]:
         with pytest.raises(SettingError, match=words):

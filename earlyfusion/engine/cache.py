@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from earlyfusion.config import ModelConfig
+from earlyfusion.devices import dtype_name
 from earlyfusion.engine.scheduler import Copy
-from earlyfusion.errors import SettingError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 """What keys and values can be kept in, besides the model's own dtype."""
@@ -104,12 +104,7 @@ def cache_dtype(name: str | None, own: torch.dtype) -> torch.dtype:
     """The dtype of this name, `own` for None; `SettingError` for another name."""
     if name is None:
         return own
-    if name not in DTYPES:
-        raise SettingError(
-            f"cache_dtype={name!r} is not offered: choose one of {', '.join(DTYPES)}, "
-            "or leave it out for the model's own"
-        )
-    return DTYPES[name]
+    return DTYPES[dtype_name("cache_dtype", name, tuple(DTYPES))]
 
 
 def _int8(x_2RH: Tensor) -> tuple[Tensor, Tensor]:

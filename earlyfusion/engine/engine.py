@@ -14,8 +14,9 @@ from collections.abc import Iterator, Sequence
 from threading import Condition
 from types import TracebackType
 
+from earlyfusion.devices import dtype_name
 from earlyfusion.engine.backends.torch import fingerprint
-from earlyfusion.engine.cache import Cache
+from earlyfusion.engine.cache import DTYPES, Cache
 from earlyfusion.engine.cache import cache_dtype as dtype_of
 from earlyfusion.engine.handle import Handle, most_branches
 from earlyfusion.engine.runner import NOTHING, ModelRunner
@@ -55,7 +56,8 @@ class Engine:
         cache_dtype: str | None = None,
     ) -> None:
         self.slot_tokens = slot_tokens or transformer.config.max_position_embeddings
-        self._kept = cache_dtype
+        known = tuple(DTYPES)
+        self._kept = cache_dtype and dtype_name("cache_dtype", cache_dtype, known)
         self.slot_bytes = self.slot_tokens * Cache.token_bytes(
             transformer.config, dtype_of(cache_dtype, kept_in(transformer)[0])
         )

@@ -29,6 +29,7 @@ from earlyfusion.config import PRESETS
 from earlyfusion.content import Image, Message, Text
 from earlyfusion.data.packing import PackedBatch, Packer, RoleWeights
 from earlyfusion.data.pictures import to_pixels
+from earlyfusion.devices import resolve_device
 from earlyfusion.errors import SettingError
 from earlyfusion.mini.emoji.dataset import EmojiData
 from earlyfusion.mini.emoji.dialogues import Sample, caption_pairs
@@ -43,7 +44,7 @@ from earlyfusion.train.language import LanguageTask
 from earlyfusion.train.loss import next_token_loss
 from earlyfusion.train.monitor import read_metrics
 from earlyfusion.train.optim import OptimConfig
-from earlyfusion.train.trainer import RunConfig, autocast, resolve_device, train
+from earlyfusion.train.trainer import RunConfig, autocast, train
 
 
 @dataclass(frozen=True)

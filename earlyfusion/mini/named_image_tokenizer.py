@@ -23,6 +23,7 @@ from torch import Tensor
 
 from earlyfusion import processes
 from earlyfusion.config import VQConfig
+from earlyfusion.devices import resolve_device
 from earlyfusion.errors import SettingError
 from earlyfusion.mini.emoji.dataset import EmojiData
 from earlyfusion.mini.emoji.tensors import Labels, opened, pictures
@@ -39,7 +40,7 @@ from earlyfusion.train.image_tokenizer import (
 )
 from earlyfusion.train.optim import OptimConfig
 from earlyfusion.train.semantic import SemanticHead
-from earlyfusion.train.trainer import RunConfig, resolve_device, train
+from earlyfusion.train.trainer import RunConfig, train
 
 NAMED = 256  # pictures of val-pair at a time
 

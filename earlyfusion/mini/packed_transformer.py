@@ -29,6 +29,7 @@ from earlyfusion.checkpoints.hf import save_hf
 from earlyfusion.config import ModelConfig
 from earlyfusion.content import Image, Message, Text
 from earlyfusion.data.packing import RoleWeights
+from earlyfusion.devices import resolve_device
 from earlyfusion.errors import DataError
 from earlyfusion.image_tokenizer import ImageTokenizer
 from earlyfusion.mini import named_image_tokenizer as mini_named_image_tokenizer
@@ -46,7 +47,7 @@ from earlyfusion.train.image_tokenizer import nearest_codewords
 from earlyfusion.train.language import LanguageTask
 from earlyfusion.train.optim import OptimConfig
 from earlyfusion.train.samples import PromptedPictures, asked
-from earlyfusion.train.trainer import RunConfig, resolve_device, train
+from earlyfusion.train.trainer import RunConfig, train
 from earlyfusion.vocabulary import ImageLayout, Vocabulary
 
 BATCH = 256  # pictures that are cut at a time

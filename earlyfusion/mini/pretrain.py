@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from earlyfusion.config import PRESETS, ModelConfig
+from earlyfusion.devices import resolve_device
 from earlyfusion.errors import SettingError
 from earlyfusion.mini.emoji.dataset import EmojiData
 from earlyfusion.recipes.run import override
@@ -215,8 +216,6 @@ def _seconds(run: Path) -> float:
 
 def timed_config(config: PretrainMiniConfig, name: str, plan: Plan) -> Any:
     """The config of a stage that ends with its minutes, for the device that there is."""
-    from earlyfusion.train.trainer import resolve_device
-
     stage, on_gpu = config.chain[name], resolve_device(config.device).type == "cuda"
     base = recipe(stage).config
     before = config.out / stage.start

@@ -24,6 +24,7 @@ from earlyfusion.config import PRESETS, ModelConfig
 from earlyfusion.content import Image, Message, Text
 from earlyfusion.data.packing import Packer, RoleWeights
 from earlyfusion.data.pictures import to_pixels
+from earlyfusion.devices import resolve_device
 from earlyfusion.errors import DataError
 from earlyfusion.image_tokenizer import ImageTokenizer
 from earlyfusion.kernels.twins import accelerate
@@ -37,7 +38,7 @@ from earlyfusion.train import checkpoint
 from earlyfusion.train.language import LanguageTask
 from earlyfusion.train.optim import OptimConfig
 from earlyfusion.train.samples import PromptedPictures, asked
-from earlyfusion.train.trainer import RunConfig, resolve_device, train
+from earlyfusion.train.trainer import RunConfig, train
 from earlyfusion.vocabulary import ImageLayout
 
 GENERATION = {

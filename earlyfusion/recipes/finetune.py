@@ -33,6 +33,7 @@ from earlyfusion.checkpoints.source import Source
 from earlyfusion.data.corpus import Corpus, open_corpus
 from earlyfusion.data.held_out import ValidationConfig, held_out_documents
 from earlyfusion.data.mixture import Ahead
+from earlyfusion.devices import resolve_device
 from earlyfusion.errors import DataError, SettingError
 from earlyfusion.image_tokenizer import ImageTokenizer, Mode
 from earlyfusion.model.transformer import Block, Transformer
@@ -41,7 +42,7 @@ from earlyfusion.train.folder import say
 from earlyfusion.train.language import LanguageConfig, LanguageTask
 from earlyfusion.train.optim import OptimConfig
 from earlyfusion.train.samples import PromptedPictures, asked, asked_in
-from earlyfusion.train.trainer import RunConfig, resolve_device, train
+from earlyfusion.train.trainer import RunConfig, train
 from earlyfusion.train.validation import LOSS, Validation, best_of
 
 

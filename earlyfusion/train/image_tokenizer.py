@@ -31,6 +31,7 @@ from earlyfusion import parallel, processes
 from earlyfusion.checkpoints import detect as formats
 from earlyfusion.checkpoints.meta import VQ_CONFIG, open_vqgan
 from earlyfusion.config import VQConfig
+from earlyfusion.devices import resolve_device
 from earlyfusion.errors import CheckpointError, DataError, SettingError
 from earlyfusion.kernels.twins import accelerate
 from earlyfusion.model.vqgan import VQGAN, Level, Quantized
@@ -40,7 +41,7 @@ from earlyfusion.train.critic import Critic, check_side, weight_of
 from earlyfusion.train.likeness import Perceptual, psnr, ssim
 from earlyfusion.train.samples import save_grid, to_picture
 from earlyfusion.train.semantic import SemanticHead, naming_loss
-from earlyfusion.train.trainer import RunConfig, resolve_device
+from earlyfusion.train.trainer import RunConfig
 
 if TYPE_CHECKING:
     from earlyfusion.parallel import DeviceMesh

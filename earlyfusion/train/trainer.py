@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import partial
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from earlyfusion import parallel, processes
+from earlyfusion.devices import dtype_name, resolve_device, torch_dtype
 from earlyfusion.errors import CheckpointError, SettingError
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.parallel import ParallelConfig
@@ -76,8 +76,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         self.out = Path(self.out)
-        if self.precision not in ("fp32", "bf16"):
-            raise SettingError(f"precision={self.precision!r} is unknown: choose fp32 or bf16")
+        self.precision = dtype_name("precision", self.precision, ("fp32", "bf16"))
         for name in ("steps", "save_every", "keep", "log_every"):
             if getattr(self, name) < 1:
                 raise SettingError(f"{name}={getattr(self, name)} must be at least 1")
@@ -142,23 +141,6 @@ class PacedTask(Protocol):
     """A `Task` that changes over a run: before each step it is told the share that is done."""
 
     progress: float
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device of this process: under `torchrun`, the GPU of its number on this machine."""
-    own = os.environ.get("LOCAL_RANK")
-    cuda = f"cuda:{own}" if own else "cuda"
-    if name == "auto":
-        return torch.device(cuda if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(cuda if name == "cuda" else name)
-    except RuntimeError:
-        raise SettingError(f"device={name!r} is unknown: choose auto, cpu or cuda") from None
-    try:
-        torch.empty(0, device=device)
-    except (AssertionError, NotImplementedError, RuntimeError):
-        raise SettingError(f"device={name!r} is not on this machine: choose auto or cpu") from None
-    return device
 
 
 def train(
@@ -456,8 +438,7 @@ def _spread(task: Task, run: RunConfig) -> DeviceMesh | None:
             f"{processes.count()} processes cannot train a {type(task).__name__}: start one"
         )
     if isinstance(task, ParallelTask):
-        kind = torch.bfloat16 if run.precision == "bf16" else torch.float32
-        task.distribute(mesh, run.parallel, run.compile, kind)
+        task.distribute(mesh, run.parallel, run.compile, torch_dtype(run.precision))
         torch.manual_seed(run.seed)
         parallel.materialize(cast(Transformer, task.model), device)
     return mesh
@@ -518,8 +499,8 @@ def _aside(model: nn.Module) -> Iterator[None]:
 
 def _peak(run: RunConfig, device: torch.device) -> float:
     """Operations a second that all devices of a run could do."""
-    kind = torch.bfloat16 if run.precision == "bf16" else torch.float32
-    return processes.count() * (run.peak_tflops * 1e12 or matmul_peak(device, kind))
+    dtype = torch_dtype(run.precision)
+    return processes.count() * (run.peak_tflops * 1e12 or matmul_peak(device, dtype))
 
 
 def autocast(model: nn.Module, precision: str) -> contextlib.AbstractContextManager[Any]:

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from earlyfusion import Chameleon
+from earlyfusion.devices import (
+    FLOAT_DTYPES,
+    WEIGHT_DTYPES,
+    auto_dtype,
+    dtype_name,
+    resolve_device,
+    torch_dtype,
+)
+from earlyfusion.engine.cache import cache_dtype
+from earlyfusion.engine.engine import Engine
+from earlyfusion.errors import SettingError
+from earlyfusion.image_tokenizer import ImageTokenizer
+from earlyfusion.train.trainer import RunConfig
+
+SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+def test_short_and_long_names_are_one() -> None:
+    for long, short in SHORT.items():
+        assert dtype_name("dtype", short, WEIGHT_DTYPES) == long
+        assert dtype_name("precision", long, tuple(SHORT.values())) == short
+        assert torch_dtype(short) == torch_dtype(long) == getattr(torch, long)
+    assert dtype_name("dtype", "int4", WEIGHT_DTYPES) == "int4"
+    assert set(FLOAT_DTYPES) == set(SHORT)
+
+
+@pytest.mark.parametrize("name", ["fp8", "", "Float32", None, 3, []])
+def test_an_unknown_dtype_is_refused_with_the_known_ones(name: Any) -> None:
+    with pytest.raises(SettingError, match=r"precision=.* is unknown: use one of fp32, bf16"):
+        dtype_name("precision", name, ("fp32", "bf16"))
+
+
+def test_every_option_understands_both_names() -> None:
+    mini = Chameleon.load("mini", device="cpu", dtype="bf16")
+    assert mini.transformer.lm_head.weight.dtype == torch.bfloat16
+    assert RunConfig(precision="bfloat16").precision == "bf16"
+    tokenizer = mini.image_tokenizer
+    named: Any = "bfloat16"
+    assert ImageTokenizer(tokenizer.vqgan, tokenizer.resolution, precision=named).precision == (
+        "bf16"
+    )
+    for name in ("bf16", "bfloat16"):
+        assert cache_dtype(name, torch.float32) == torch.bfloat16
+    sizes = [
+        Engine(mini.transformer, mini.processor, cache_dtype=name).slot_bytes
+        for name in ("fp32", "float32", "bf16", "bfloat16")
+    ]
+    assert sizes[0] == sizes[1] == 2 * sizes[2] == 2 * sizes[3]
+
+
+def test_auto_is_float32_only_for_small_models_on_a_cpu() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert auto_dtype(7_000_000, cpu) == torch.float32
+    assert auto_dtype(7_000_000_000, cpu) == auto_dtype(7, gpu) == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["gpu", "", "cuda:x", None, []])
+def test_an_unknown_device_is_refused(name: Any) -> None:
+    with pytest.raises(SettingError, match=r"device=.* is unknown: use one of auto, cpu, cuda"):
+        resolve_device(name)
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "meta"])
+def test_a_device_that_this_machine_lacks_is_refused(name: str) -> None:
+    with pytest.raises(SettingError, match=f"device='{name}' is not on this machine: use auto"):
+        resolve_device(name)
+
+
+def test_each_process_of_torchrun_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert resolve_device("auto") == torch.device("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert resolve_device("auto") == resolve_device("cuda") == torch.device("cuda:3")
+    assert resolve_device("cuda:1") == torch.device("cuda:1")
+    assert resolve_device("cpu") == torch.device("cpu")
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(SettingError, match="device='cuda:4' is not on this machine"):
+        resolve_device("cuda")
