@@ -20,7 +20,7 @@ from difflib import get_close_matches
 from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from earlyfusion.content import (
     Message,
@@ -33,14 +33,13 @@ from earlyfusion.content import (
 )
 from earlyfusion.errors import EarlyFusionError, PromptError, SettingError
 from earlyfusion.files import write_whole
-from earlyfusion.generation.settings import SamplingParams
+from earlyfusion.generation.settings import Output, SamplingParams
 from earlyfusion.terminal import png, reply_json
 
 if TYPE_CHECKING:
     from earlyfusion.api import Chameleon, Reply
     from earlyfusion.engine.handle import Handle
 
-Output = Literal["text", "image", "interleaved", "auto"]
 # Of SamplingParams' fields, what JSON can say and a line of replies shows.
 _SETTINGS = {field.name for field in fields(SamplingParams)} - {"logprobs", "logits_processors"}
 _KEYS = {"id", "prompt", "images", "output"} | _SETTINGS
@@ -106,9 +105,7 @@ def _job(
     if isinstance(name, bool) or not isinstance(name, str | int):
         raise PromptError("its id is neither a text nor a whole number")
     if wanted not in get_args(Output):
-        raise SettingError(
-            f"output={wanted!r} is unknown: use one of {', '.join(get_args(Output))}"
-        )
+        raise SettingError.unknown("output", wanted, get_args(Output))
     settings = defaults | {key: value for key, value in entry.items() if key in _SETTINGS}
     asked = json.dumps([entry, name, wanted, settings, model], sort_keys=True)
     turns = _turns(entry, folder)

@@ -28,8 +28,8 @@ from earlyfusion.files import next_number, unwritten_on_failure, write_next, wri
 from earlyfusion.terminal import Album, Screen, answer, png
 
 if TYPE_CHECKING:
-    from earlyfusion.api import Chameleon, Output
-    from earlyfusion.generation.settings import SamplingParams
+    from earlyfusion.api import Chameleon
+    from earlyfusion.generation.settings import Output, SamplingParams
 
 HELP = "/image FILE adds a picture, /undo, /reset, /save FOLDER, /load FOLDER, /quit"
 _STATES = 1000  # that /undo can go back to

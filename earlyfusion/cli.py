@@ -26,12 +26,12 @@ from typer.core import TyperCommand
 from earlyfusion import __version__
 from earlyfusion.devices import resolve_device
 from earlyfusion.errors import EarlyFusionError, PromptError, SettingError
+from earlyfusion.generation.settings import Output
 
 if TYPE_CHECKING:
     from earlyfusion.api import Chameleon
     from earlyfusion.content import Image, Prompt
 
-Output = Literal["text", "image", "interleaved", "auto"]
 Mode = Literal["crop", "fit"]
 Layout = Literal["hf", "meta"]
 Pairs = Literal["turns", "document"]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,13 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from earlyfusion.content import Image, Message, Segment, Text, check_alternation
 from earlyfusion.errors import CheckpointError, DataError, PromptError, SettingError
-from earlyfusion.vocabulary import ImageLayout, Vocabulary, family_names, read_tokenizer_json
+from earlyfusion.vocabulary import (
+    CODE,
+    ImageLayout,
+    Vocabulary,
+    family_names,
+    read_tokenizer_json,
+)
 
 CONTROL, PROMPT_TEXT, PROMPT_IMAGE, ANSWER_TEXT, ANSWER_IMAGE = range(5)
 Kind: TypeAlias = Literal["text", "image"]
@@ -104,10 +110,27 @@ class Processor:
         """
         if not messages:
             raise PromptError("a prompt needs the user's turn: add the user's message")
-        sequence = self._turns(messages, codes)
-        if messages[-1].role == "user":
-            sequence.control(self.vocabulary.end_of_turn)
+        check_alternation(messages)
+        return self._prompt(messages, _codes_in_order(messages, codes))
+
+    def draft(self, messages: Sequence[Message]) -> TokenSequence:
+        """`encode` for turns that `as_messages` has checked, of any length: a picture without codes
+        takes its place, to be spelled by `fill`."""
+        return self._prompt(messages, [i.codes for message in messages for i in message.images])
+
+    def draft_turn(self, message: Message) -> TokenSequence:
+        """Only the tokens of the parts of one turn, as `draft` has them behind a prompt."""
+        sequence = TokenSequence()
+        self._add_turn(sequence, message, (image.codes for image in message.images))
         return sequence
+
+    def fill(self, draft: TokenSequence, codes: Sequence[npt.ArrayLike]) -> list[int]:
+        """The ids of a draft, its places for pictures filled with these codes, in order."""
+        ids, codes_of = list(draft.ids), iter(codes)
+        for start, end, _ in draft.spans:
+            if ids[start] == CODE:
+                ids[start:end] = self.layout.spell(next(codes_of), self.vocabulary)
+        return ids
 
     def encode_document(
         self, messages: Sequence[Message], codes: Sequence[npt.ArrayLike] | None = None
@@ -117,7 +140,8 @@ class Processor:
             raise PromptError(
                 "a training document must end with the assistant's turn: add its answer"
             )
-        sequence = self._turns(messages, codes)
+        check_alternation(messages)
+        sequence = self._turns(messages, _codes_in_order(messages, codes))
         sequence.control(self.vocabulary.eos, weight=1.0)
         return sequence
 
@@ -160,24 +184,39 @@ class Processor:
     def _names(self) -> dict[int, str]:
         return {token: name for name, token in self.vocabulary.names.items()}
 
+    def _prompt(
+        self, messages: Sequence[Message], codes: Iterable[npt.ArrayLike | None]
+    ) -> TokenSequence:
+        sequence = self._turns(messages, codes)
+        if messages[-1].role == "user":
+            sequence.control(self.vocabulary.end_of_turn)
+        return sequence
+
     def _turns(
-        self, messages: Sequence[Message], codes: Sequence[npt.ArrayLike] | None
+        self, messages: Sequence[Message], codes: Iterable[npt.ArrayLike | None]
     ) -> TokenSequence:
         """Bos and all turns with `end_of_turn` between them; the last is left open."""
-        check_alternation(messages)
-        codes_of = iter(_codes_in_order(messages, codes))
-        sequence = TokenSequence()
+        sequence, codes_of = TokenSequence(), iter(codes)
         sequence.control(self.vocabulary.bos)
         for number, message in enumerate(messages):
             if number:
                 sequence.control(self.vocabulary.end_of_turn)
-            for part in message.parts:
-                if isinstance(part, Text):
-                    sequence.segment(self.encode_text(part.text), message.role, "text")
-                else:
-                    tokens = self.layout.spell(next(codes_of), self.vocabulary)
-                    sequence.segment(tokens, message.role, "image")
+            self._add_turn(sequence, message, codes_of)
         return sequence
+
+    def _add_turn(
+        self, sequence: TokenSequence, message: Message, codes_of: Iterator[npt.ArrayLike | None]
+    ) -> None:
+        for part in message.parts:
+            if isinstance(part, Text):
+                sequence.segment(self.encode_text(part.text), message.role, "text")
+            else:
+                sequence.segment(self._spelled(next(codes_of)), message.role, "image")
+
+    def _spelled(self, codes: npt.ArrayLike | None) -> list[int]:
+        if codes is None:
+            return [CODE] * self.layout.num_tokens  # the image tokenizer gives the model's own size
+        return self.layout.spell(codes, self.vocabulary)
 
     def _segment(self, tokens: list[int], is_image: bool) -> list[Segment]:
         if not is_image:

@@ -26,8 +26,8 @@ from earlyfusion.content import Image, Prompt, Text
 from earlyfusion.files import Write, check_writable, next_number, write_next
 
 if TYPE_CHECKING:
-    from earlyfusion.api import Chameleon, Output, Reply
-    from earlyfusion.generation.settings import SamplingParams
+    from earlyfusion.api import Chameleon, Reply
+    from earlyfusion.generation.settings import Output, SamplingParams
 
 _MAX_COLUMNS = 40
 _CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}

@@ -11,7 +11,7 @@ import torch
 from tiny import CONFIG, tiny_processor, tiny_transformer
 
 from earlyfusion import Chameleon, Image, Message, Reply, SamplingParams, Text
-from earlyfusion.checkpoints import detect as formats
+from earlyfusion.checkpoints import detect
 from earlyfusion.checkpoints.hf import Loaded
 from earlyfusion.engine.engine import Engine
 from earlyfusion.errors import (
@@ -459,7 +459,7 @@ def test_load(model: Chameleon, monkeypatch: pytest.MonkeyPatch) -> None:
         vqgan = model.image_tokenizer.vqgan
         return Loaded(CONFIG, transformer, vqgan, model.processor, {"chameleon": {"top_k": 4}})
 
-    monkeypatch.setattr(formats, "load", load)
+    monkeypatch.setattr(detect, "load", load)
     loaded = Chameleon.load("some/folder", device="cpu")
     assert asked == ["some/folder", "cpu", None]
     assert loaded.transformer.lm_head.weight.dtype == torch.float32

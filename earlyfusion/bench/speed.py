@@ -33,9 +33,9 @@ from earlyfusion.api import Chameleon
 from earlyfusion.bench.shapes import write_random
 from earlyfusion.content import Image
 from earlyfusion.errors import SettingError
-from earlyfusion.generation.grammar import Grammar, Output
+from earlyfusion.generation.grammar import Grammar
 from earlyfusion.generation.request import Request
-from earlyfusion.generation.settings import SamplingParams
+from earlyfusion.generation.settings import Output, SamplingParams
 from earlyfusion.kernels.cpu_step import own_bits
 from earlyfusion.model.quantise import PackedLinear
 from earlyfusion.train.monitor import matmul_peak

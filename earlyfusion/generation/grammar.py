@@ -10,15 +10,13 @@ Shapes: B rows, V vocabulary, F fields of the state, K classes of slots.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from earlyfusion.errors import SettingError
+from earlyfusion.generation.settings import Output
 from earlyfusion.vocabulary import CODE, ImageLayout, Vocabulary
-
-Output = Literal["text", "image", "interleaved"]
 
 # Fields of the state: the place in the template (0 outside of an image, its length when done), how
 # many images may still begin, how many tokens may still come, whether text may come at all.

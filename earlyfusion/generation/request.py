@@ -11,8 +11,7 @@ import numpy.typing as npt
 import PIL.Image
 
 from earlyfusion.content import Image
-from earlyfusion.generation.grammar import Output
-from earlyfusion.generation.settings import SamplingParams
+from earlyfusion.generation.settings import Output, SamplingParams
 from earlyfusion.generation.steering import TokenLogprob
 from earlyfusion.vocabulary import ImageLayout
 

@@ -6,11 +6,15 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
+from functools import cache
 from numbers import Integral, Real
-from typing import Any, TypeAlias, TypedDict
+from typing import Any, Literal, TypeAlias, TypedDict
 
 from earlyfusion.errors import SettingError
 
+Output: TypeAlias = Literal["text", "image", "interleaved", "auto"]
+"""What a reply may hold: text, images, or both in the order of the model's choice. "auto" is
+"interleaved", or "text" for a model that cannot draw."""
 LogitsProcessor: TypeAlias = Callable[[list[int], Any], Any]
 """(ids, logits) -> logits. `ids` are all tokens so far, those of the prompt too; the logits are one
 tensor fp32 [V], on the model's device, of the token to come."""
@@ -127,6 +131,7 @@ class SamplingParams:
         return found[0] if found else "" if self.logprobs is None else "logprobs"
 
     @classmethod
+    @cache
     def meta(cls) -> SamplingParams:
         """The settings of Meta's own inference code."""
         return cls(
@@ -193,25 +198,32 @@ class SamplingFields(TypedDict, total=False):
     logprobs: int | None
 
 
-def with_fields(
-    sampling: SamplingParams | None, given: Mapping[str, Any], others: Iterable[str] = ()
-) -> SamplingParams:
-    """`sampling` with the fields that are given by name; one that is None leaves it as it was.
+def check_names(names: Iterable[str], others: Iterable[str]) -> None:
+    """`SettingError` for a name that is neither a field nor one of `others`, with the nearest."""
+    known = [*others, *SamplingFields.__annotations__]
+    for name in names:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            remedy = f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}"
+            raise SettingError(f"there is no setting {_shown(name)}: {remedy}")
 
-    An unknown name raises `SettingError`, which names the nearest of the fields and `others`.
+
+def given(sampling: SamplingParams | None, by_name: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that a caller has set: those of `sampling`, or before them those `by_name`.
+
+    None sets nothing. Values by name are not checked here, but by `resolve`.
     """
     if not isinstance(sampling, SamplingParams | None):
         raise SettingError(
             f"sampling is a {type(sampling).__name__}: give SamplingParams or leave it out"
         )
-    known = [*others, *SamplingFields.__annotations__]
-    for name in given:
-        if name not in known:
-            near = get_close_matches(name, known, n=1)
-            remedy = f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}"
-            raise SettingError(f"there is no setting {_shown(name)}: {remedy}")
-    own = {name: value for name, value in given.items() if value is not None}
-    return replace(sampling or SamplingParams(), **own)
+    values = {} if sampling is None else _values(sampling)
+    return {name: value for name, value in [*values.items(), *by_name.items()] if value is not None}
+
+
+def resolve(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> SamplingParams:
+    """`SamplingParams.resolved`, for values by name: all of them are checked, once."""
+    return replace(SamplingParams.meta(), **(_flat(defaults) | dict(values)))
 
 
 def _strings(name: str, value: object) -> tuple[str, ...]:

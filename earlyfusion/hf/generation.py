@@ -18,7 +18,8 @@ from transformers.generation.logits_process import LogitsProcessor, LogitsProces
 from earlyfusion.checkpoints import lumina
 from earlyfusion.errors import ContextError, PromptError, SettingError
 from earlyfusion.generation import guidance
-from earlyfusion.generation.grammar import SLOT, Grammar, Output
+from earlyfusion.generation.grammar import SLOT, Grammar
+from earlyfusion.generation.settings import Output
 from earlyfusion.vocabulary import ImageLayout, Vocabulary
 
 Mode = Literal["text-only", "image-only", "interleaved-text-image", "free"]
