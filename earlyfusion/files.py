@@ -1,8 +1,10 @@
-"""Files that a person may care about: written whole or not at all, and never over what is there.
+"""Files and folders that are written whole or not at all.
 
-Every file is written under a hidden name beside its own and then linked or renamed to it, so that a
-full disk, a crash or a kill leaves nothing under the name. Errors of the disk are `SettingError`s:
-one sentence with the path, the reason and the remedy.
+Each is written under a hidden name beside its own and then renamed or linked to it, so that a full
+disk, a crash or a kill leaves nothing half written under the name. `replacing` and `replace_folder`
+replace what is there. `write_whole` and `write_next` are for files that a person asked for: they
+never overwrite unasked, and report errors of the disk as `SettingError`, one sentence with path,
+reason and remedy.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import errno
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +22,46 @@ from typing import BinaryIO
 from earlyfusion.errors import SettingError
 
 Write = Callable[[BinaryIO], object]
+
+
+@contextmanager
+def replacing(path: Path, flush: bool = False) -> Iterator[Path]:
+    """A hidden path to write to, which takes the place of `path` if the block ends well.
+
+    `flush` waits until the file is on the disk, so that it also survives a power cut. The folder
+    must exist. Errors of the disk are raised as they are.
+    """
+    # Readers that look for `*.json` must not find it: the suffix comes last.
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        yield partial
+        if flush:
+            flush_to_disk(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def replace_folder(partial: Path, folder: Path) -> None:
+    """Give a finished folder its name; one that is there steps aside and is then removed."""
+    if not folder.exists():
+        os.replace(partial, folder)
+        return
+    # A folder cannot be renamed onto one that is not empty.
+    old = partial.with_name(f"{partial.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    os.replace(folder, old)
+    os.replace(partial, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file, or the list of names of a folder, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_whole(path: Path, write: Write, overwrite: bool = False) -> None:
@@ -56,7 +99,7 @@ def next_number(folder: Path, stem: str, suffix: str) -> int:
 
 
 def taken(path: Path) -> SettingError:
-    """What to say of a path that is there and was not to be replaced."""
+    """The error for a path that exists and must not be replaced."""
     return SettingError(
         f"{path} is there already: choose another name, or replace it with --overwrite"
     )
@@ -71,13 +114,13 @@ def check_writable(folder: Path) -> None:
         good = False
     if not good:
         raise SettingError(
-            f"{folder} is no folder that can be written to: choose another with --out"
+            f"{folder} cannot be made or written to: choose another folder with --out"
         )
 
 
 @contextmanager
 def unwritten_on_failure() -> Iterator[list[Path]]:
-    """A list of files to be made: those that it holds are deleted if the block fails."""
+    """A list to add new files to; they are deleted if the block fails."""
     made: list[Path] = []
     try:
         yield made
@@ -89,9 +132,9 @@ def unwritten_on_failure() -> Iterator[list[Path]]:
 
 @contextmanager
 def _beside(path: Path, write: Write) -> Iterator[Path]:
-    """The finished contents under a hidden name beside `path`; it is gone after the block.
+    """The finished contents under a hidden name beside `path`, which is gone after the block.
 
-    What fails with an `OSError`, in the block too, is told of `path`.
+    An `OSError`, also one of the block, becomes a `SettingError` about `path`.
     """
     part = path.with_name(f".{secrets.token_hex(8)}.part")
     try:
@@ -135,8 +178,8 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
-def full_disk_told(folder: Path) -> Iterator[None]:
-    """Turn the errors of a full disk into a `SettingError` that says how to go on."""
+def full_disk_reported(folder: Path) -> Iterator[None]:
+    """Turn the errors of a full disk into a `SettingError` that says how to continue."""
     try:
         yield
     except OSError as error:
@@ -145,10 +188,10 @@ def full_disk_told(folder: Path) -> Iterator[None]:
         reason = (error.strerror or "no room left").lower()
         raise SettingError(
             f"{folder} cannot be written to ({reason}): make room and run the same command again, "
-            "which goes on from what is there"
+            "which continues from what is there"
         ) from None
 
 
 def is_full_disk(error: BaseException) -> bool:
-    # numpy tells of it without a number.
+    # numpy reports a short write without an error number.
     return isinstance(error, OSError) and (error.errno in _NO_ROOM or "requested and" in str(error))

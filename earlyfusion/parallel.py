@@ -113,6 +113,17 @@ def data_sum(value: Tensor, mesh: DeviceMesh | None) -> Tensor:
     return value
 
 
+def average_gradients(parameters: list[nn.Parameter], mesh: DeviceMesh | None) -> None:
+    """The mean over the data ranks, which hold copies of the parameters; in one message."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if mesh is None or not gradients:
+        return
+    flat = torch.cat([g.flatten() for g in gradients])
+    mean = data_sum(flat, mesh) / data_rank(mesh)[1]
+    for gradient, piece in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(piece.view_as(gradient))
+
+
 def parallelize(
     model: Transformer,
     mesh: DeviceMesh | None,

@@ -58,7 +58,7 @@ class Case:
     on_meta: bool = False
     compiled: bool = False
     part: str = "all"
-    """What of the model is trained: a key of `plan.PARTS`."""
+    """What of the model is trained: a key of `plan.TRAINABLE`."""
     killed_at: int = -1
     """The last process kills itself in this step, if it was not started again already."""
 

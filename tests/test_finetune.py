@@ -330,9 +330,9 @@ def test_the_settings_are_the_papers() -> None:
 
 
 def test_the_recipes_of_the_7b_are_what_their_names_say() -> None:
-    assert (low_rank.part, low_rank.lora, low_rank.alpha) == ("adapters", 16, 32)
+    assert (low_rank.trains, low_rank.lora, low_rank.alpha) == ("adapters", 16, 32)
     assert low_rank.optim.lr == 2e-4
-    assert head.part == "image_head" and head.optim.lr == 1e-3 and head.optim.decay == "linear"
+    assert head.trains == "image_head" and head.optim.lr == 1e-3 and head.optim.decay == "linear"
     assert (head.optim.weight_decay, head.z_weight, head.dropout) == (0, 0, 0)
     assert head.run.steps == 5859 * 3 // head.rows  # Anole's pictures, three times over
     assert learning_rate(head.optim, 1000, 2000) == pytest.approx(0.5e-3, rel=0.02)
@@ -355,8 +355,8 @@ def test_weights_of_adapters_are_counted_as_they_are(model: Path) -> None:
     transformer = formats.load(model).transformer
     lora.adapt(transformer, rank=3)
     made = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
-    job = PlanJob(transformer.config, ParallelConfig(), 1, 64, 0, 1.0, part="adapters", lora=3)
-    assert trained(job) == made and lora.part(transformer) == "adapters"
+    job = PlanJob(transformer.config, ParallelConfig(), 1, 64, 0, 1.0, trainable="adapters", lora=3)
+    assert trained(job) == made and lora.trainable(transformer) == "adapters"
 
 
 @pytest.mark.parametrize(
@@ -501,4 +501,4 @@ def test_a_mistake_stands_in_the_report_of_torchrun(
     with pytest.raises(AssertionError) as report:
         two_processes(tmp_path, [[str(model), str(data), "out", "rows=1", "device=cpu"]])
     cause = str(report.value).rpartition("Root Cause")[2]
-    assert "rows=1 cannot go to 2 data ranks" in cause and "multiple of 2" in cause
+    assert "rows=1 cannot be shared by 2 data ranks" in cause and "multiple of 2" in cause

@@ -25,7 +25,7 @@ from earlyfusion.data.pictures import (
 )
 from earlyfusion.data.rows import Quarantine, RowSettings
 from earlyfusion.errors import DataError, SettingError
-from earlyfusion.recipes.image_tokenizer_512 import check_same
+from earlyfusion.train.folder import check_same_data
 
 
 def opened(tmp_path: Path, *sources: object) -> JoinedPictures:
@@ -187,9 +187,9 @@ def test_crops_lie_within_and_do_not_enlarge() -> None:
 
 
 def test_other_pictures_in_the_same_run_are_refused(tmp_path: Path) -> None:
-    check_same(tmp_path, ("a", 1))
-    check_same(tmp_path, ("b", 1))  # nothing is trained yet
+    check_same_data(tmp_path, "a", "the pictures are")
+    check_same_data(tmp_path, "b", "the pictures are")  # nothing is trained yet
     (tmp_path / "step-00000001").mkdir()
-    check_same(tmp_path, ("b", 1))
+    check_same_data(tmp_path, "b", "the pictures are")
     with pytest.raises(DataError, match="another out folder"):
-        check_same(tmp_path, ("a", 1))
+        check_same_data(tmp_path, "a", "the pictures are")

@@ -19,8 +19,7 @@ from earlyfusion.mini.emoji.dataset import EmojiData
 from earlyfusion.mini.transformer import Documents, near_codes
 from earlyfusion.model.vqgan import VQGAN
 from earlyfusion.processor import Processor, train_tokenizer
-from earlyfusion.recipes.run import RECIPES, override, run
-from earlyfusion.recipes.run import _load as load
+from earlyfusion.recipes.run import RECIPES, load, override, run
 from earlyfusion.train.monitor import read_metrics
 from earlyfusion.vocabulary import ImageLayout
 
@@ -180,5 +179,5 @@ def test_an_unknown_recipe_and_a_file_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="mini_transformer"):
         run("nothing", [])
     (tmp_path / "empty.py").write_text("x = 1\n")
-    with pytest.raises(SettingError, match="no recipe"):
+    with pytest.raises(SettingError, match="not a recipe"):
         run(str(tmp_path / "empty.py"), [])

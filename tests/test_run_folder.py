@@ -81,7 +81,7 @@ def test_a_file_is_no_folder_and_a_hidden_file_is_no_hindrance(
     given: list[str], tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(SettingError, match="no folder that can be written to"):
+    with pytest.raises(SettingError, match="cannot be made or written to"):
         learn(given, tmp_path / "file")
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / ".gitkeep").touch()
@@ -96,9 +96,9 @@ def test_a_run_goes_on_and_says_what_changed(
     assert "step 2 of 4, as stop_after says" in capsys.readouterr().err
     learn(given, tmp_path, "dropout=0.2")
     said = capsys.readouterr().err
-    assert "goes on from its checkpoint, now with dropout=0.2 (it was 0.05)" in said
+    assert "continues from its checkpoint, now with dropout=0.2 (it was 0.05)" in said
     assert "log_every" not in said
-    assert f"the model lies in {tmp_path / 'model'}" in said
+    assert f"the model is in {tmp_path / 'model'}" in said
     learn(given, tmp_path, "dropout=0.2", "log_every=3", "stop_after=0")  # nothing to do, and fine
     with pytest.raises(SettingError, match=r"finished run.* with rows=2 \(it was 1\)"):
         learn(given, tmp_path, "dropout=0.2", "rows=2")

@@ -328,7 +328,7 @@ def test_the_plan_is_printed_and_says_what_is_impossible() -> None:
     assert found[-1][1:6] == ["48", "x", "8", "x", "8"] and "Assumed:" in lines
     done = CliRunner().invoke(app, ["train", "pretrain_7b", "--plan", "rows=192", "micro_rows=2"])
     assert "64 x 8 x 1" not in done.output and "multiple of 256" in done.output
-    said = [line for line in done.output.splitlines() if "cannot go to" in line]
+    said = [line for line in done.output.splitlines() if "cannot be shared" in line]
     assert [line.partition(":")[0] for line in said] == ["64 GPUs", "128 GPUs and more"]
 
 

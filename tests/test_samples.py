@@ -28,7 +28,7 @@ from earlyfusion.train import lora, trainer
 from earlyfusion.train.language import LanguageTask
 from earlyfusion.train.monitor import read_metrics
 from earlyfusion.train.optim import OptimConfig
-from earlyfusion.train.samples import PromptedPictures, asked, asked_in
+from earlyfusion.train.samples import PromptedPictures, encoded_prompts, image_prompts
 from earlyfusion.train.trainer import RunConfig, train
 
 OPTIM = OptimConfig(lr=1e-2, warmup_steps=2, eps=1e-8)
@@ -67,7 +67,7 @@ def language_task(processor: Processor, rank: int = 0) -> LanguageTask:
 def shows(processor: Processor, transformer: Transformer) -> PromptedPictures:
     tokenizer = ImageTokenizer(tiny_vqgan(), CONFIG.vq_config.resolution)
     return PromptedPictures(
-        transformer, processor, tokenizer, asked(processor, PROMPTS), DEFAULTS, seed=3
+        transformer, processor, tokenizer, encoded_prompts(processor, PROMPTS), DEFAULTS, seed=3
     )
 
 
@@ -106,7 +106,7 @@ def test_the_pictures_are_those_that_the_reference_draws(
     with PIL.Image.open(tmp_path / "step-00000007.png") as sheet:
         shown = sheet.convert("RGB")
     side = CONFIG.vq_config.resolution
-    for number, (_, ids) in enumerate(asked(processor, PROMPTS)):
+    for number, (_, ids) in enumerate(encoded_prompts(processor, PROMPTS)):
         sampling = SamplingParams(seed=3 + number).resolved(DEFAULTS)
         request = Request(ids, "image", sampling, images=1, room=processor.layout.num_tokens)
         events = generate(transformer, processor, request)
@@ -118,12 +118,12 @@ def test_the_pictures_are_those_that_the_reference_draws(
 
 
 def test_prompts_are_found_in_the_data(processor: Processor) -> None:
-    found = asked_in(processor, lambda number: document(processor, number), count=2)
+    found = image_prompts(processor, lambda number: document(processor, number), count=2)
     assert [name for name, _ in found] == ["Draw 0.", "Draw 1."]
     expected = processor.encode([Message("user", [Text("Draw 1.")])]).ids
     assert list(found[1][1]) == expected
     silent = TokenSequence(ids=[0, 9, 2], role=[0, 3, 0], weights=[0, 1, 1])
-    assert asked_in(processor, lambda _: silent, count=2) == []
+    assert image_prompts(processor, lambda _: silent, count=2) == []
 
 
 def test_a_prompt_without_room_for_a_picture_is_refused(processor: Processor) -> None:

@@ -34,7 +34,7 @@ from earlyfusion.data.shards import (
     write_shard,
 )
 from earlyfusion.errors import DataError, SettingError
-from earlyfusion.files import full_disk_told
+from earlyfusion.files import full_disk_reported
 from earlyfusion.image_tokenizer import ImageTokenizer
 from earlyfusion.processor import Processor, TokenSequence
 
@@ -136,7 +136,7 @@ def tokenize(
     """
     if workers < 1:
         raise SettingError(f"workers={workers} must be at least 1")
-    with full_disk_told(job.out):
+    with full_disk_reported(job.out):
         made = _tokenize(job, workers, on_ray, progress)
     if not made.documents:
         raise DataError(

@@ -19,18 +19,10 @@ import torch
 from PIL import Image
 
 from earlyfusion import processes
-from earlyfusion.config import PRESETS, VQConfig
+from earlyfusion.config import PRESETS
 from earlyfusion.data.pictures import to_pixels
 from earlyfusion.mini.emoji.dataset import EmojiData
-from earlyfusion.train.image_tokenizer import (
-    HeldOut,
-    ImageTokenizerTask,
-    VQLossConfig,
-    build,
-    check_terms,
-    check_trainable,
-    parts_of,
-)
+from earlyfusion.train.image_tokenizer import HeldOut, ImageTokenizerConfig, check_terms
 from earlyfusion.train.optim import OptimConfig
 from earlyfusion.train.trainer import RunConfig, train
 
@@ -47,27 +39,12 @@ class AugmentConfig:
 
 
 @dataclass
-class ImageTokenizerConfig:
+class EmojiImageTokenizerConfig(ImageTokenizerConfig):
     data: Path = Path("data/emoji")
     batch: int = 12
-    """Pictures of a step, over all processes."""
-    micro_batch: int = 0
-    """Pictures that one process computes at a time; 0: all that it has."""
     checked: int = 64
     """Pictures of the validation split that are drawn and measured at `sample_every`."""
-    start: str = ""
-    """A run, a model folder or a hub id whose image tokenizer this run begins with."""
-    trainable: str = "all"
-    """"all", or "decoder": encoder and codebook stay as they are, to the bit."""
-    run: RunConfig = field(default_factory=RunConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    model: VQConfig = field(default_factory=VQConfig)
-    loss: VQLossConfig = field(default_factory=VQLossConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-
-    def __post_init__(self) -> None:
-        check_trainable(self.trainable, self.start)
-        parts_of(self.batch, self.micro_batch)
 
 
 def augmented(
@@ -98,7 +75,7 @@ class Pictures:
     Of several processes each takes its own block of a batch.
     """
 
-    def __init__(self, data: EmojiData, config: ImageTokenizerConfig) -> None:
+    def __init__(self, data: EmojiData, config: EmojiImageTokenizerConfig) -> None:
         self._pictures = data.images(data.split("train"))
         self._config = config
 
@@ -117,7 +94,7 @@ def _shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, 1_000_000 + epoch]).permutation(count)
 
 
-def held_out(data: EmojiData, config: ImageTokenizerConfig) -> torch.Tensor:
+def held_out(data: EmojiData, config: EmojiImageTokenizerConfig) -> torch.Tensor:
     """Pictures of the validation split, from all over it: float32 [B, 3, Y, X]."""
     ids, side = data.split("val"), config.model.resolution
     chosen = ids[:: max(1, len(ids) // config.checked)][: config.checked]
@@ -126,22 +103,14 @@ def held_out(data: EmojiData, config: ImageTokenizerConfig) -> torch.Tensor:
     return to_pixels(made) if made else torch.empty(0, 3, side, side)
 
 
-def main(config: ImageTokenizerConfig) -> None:
+def main(config: EmojiImageTokenizerConfig) -> None:
     check_terms(config.loss)
-    run, data = config.run, EmojiData(config.data)
-    model = build(config.model, config.start, run)
-    task = ImageTokenizerTask(
-        model,
-        config.loss,
-        Pictures(data, config),
-        run.steps,
-        config.trainable,
-        parts_of(config.batch, config.micro_batch),
-    )
-    train(task, run, config.optim, HeldOut(model, held_out(data, config), batch=16))
+    data, model = EmojiData(config.data), config.build()
+    task = config.task(model, Pictures(data, config))
+    train(task, config.run, config.optim, HeldOut(model, held_out(data, config), batch=16))
 
 
-config = ImageTokenizerConfig(
+config = EmojiImageTokenizerConfig(
     model=PRESETS["mini"].vq_config,
     run=RunConfig(
         out=Path("runs/mini_image_tokenizer"), steps=4000, precision="bf16", sample_every=500

@@ -31,12 +31,9 @@ from earlyfusion.model.vqgan import VQGAN
 from earlyfusion.train.augment import ChangeConfig, changed, resized
 from earlyfusion.train.image_tokenizer import (
     HeldOut,
-    ImageTokenizerTask,
+    ImageTokenizerConfig,
     VQLossConfig,
-    build,
     check_terms,
-    check_trainable,
-    parts_of,
 )
 from earlyfusion.train.optim import OptimConfig
 from earlyfusion.train.semantic import SemanticHead
@@ -46,32 +43,20 @@ NAMED = 256  # pictures of val-pair at a time
 
 
 @dataclass
-class NamedImageTokenizerConfig:
+class NamedImageTokenizerConfig(ImageTokenizerConfig):
     data: Path = Path("data/emoji")
     batch: int = 128
-    """Pictures of a step."""
-    micro_batch: int = 0
-    """Pictures that are computed at a time; 0: all of a step."""
     checked: int = 64
     """Pictures of the validation split that are drawn and measured at `sample_every`."""
-    start: str = ""
-    """A run, a model folder or a hub id whose image tokenizer this run begins with."""
-    trainable: str = "all"
-    """"all", or "decoder": encoder and codebook stay as they are, to the bit."""
-    run: RunConfig = field(default_factory=RunConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    model: VQConfig = field(default_factory=VQConfig)
-    loss: VQLossConfig = field(default_factory=VQLossConfig)
     change: ChangeConfig = field(default_factory=ChangeConfig)
 
     def __post_init__(self) -> None:
-        check_trainable(self.trainable, self.start)
         if processes.count() > 1:
             raise SettingError(
                 "mini_named_image_tokenizer trains in one process: start it without torchrun, or "
                 "take mini_image_tokenizer"
             )
-        parts_of(self.batch, self.micro_batch)
+        super().__post_init__()
 
 
 class DevicePictures:
@@ -135,17 +120,14 @@ class Checks:
 
 def main(config: NamedImageTokenizerConfig) -> None:
     check_terms(config.loss)
-    run, data = config.run, opened(config.data)
-    model = build(config.model, config.start, run)
+    data, model = opened(config.data), config.build()
     head = None
     if config.loss.naming:
         answers = Labels(data).answers
         head = SemanticHead(config.model.embed_dim, config.model.grid, answers)
-        head.to(resolve_device(run.device))
-    parts = parts_of(config.batch, config.micro_batch)
-    batches = DevicePictures(data, config)
-    task = ImageTokenizerTask(model, config.loss, batches, run.steps, config.trainable, parts, head)
-    train(task, run, config.optim, Checks(data, model, head, config))
+        head.to(resolve_device(config.run.device))
+    task = config.task(model, DevicePictures(data, config), head)
+    train(task, config.run, config.optim, Checks(data, model, head, config))
 
 
 config = NamedImageTokenizerConfig(

@@ -44,9 +44,10 @@ from earlyfusion.train import checkpoint
 from earlyfusion.train.augment import ChangeConfig, changed, resized
 from earlyfusion.train.device_rows import CutConfig, DeviceRows, templates
 from earlyfusion.train.image_tokenizer import nearest_codewords
-from earlyfusion.train.language import LanguageTask
+from earlyfusion.train.language import LanguageTask, job_of
 from earlyfusion.train.optim import OptimConfig
-from earlyfusion.train.samples import PromptedPictures, asked
+from earlyfusion.train.plan import Job
+from earlyfusion.train.samples import PromptedPictures, encoded_prompts
 from earlyfusion.train.trainer import RunConfig, train
 from earlyfusion.vocabulary import ImageLayout, Vocabulary
 
@@ -96,6 +97,9 @@ class PackedTransformerConfig:
     ways: WaysConfig = field(default_factory=WaysConfig)
     cut: CutConfig = field(default_factory=CutConfig)
     change: ChangeConfig = field(default_factory=ChangeConfig)
+
+    def job(self) -> Job:
+        return job_of(self.model, self.run, self.rows, self.length, self.dropout)
 
 
 class BlankLayout(ImageLayout):
@@ -249,7 +253,7 @@ def main(config: PackedTransformerConfig) -> None:
         model,
         processor,
         image_tokenizer,
-        asked(processor, config.prompts),
+        encoded_prompts(processor, config.prompts),
         {"chameleon": GENERATION},
         config.run.seed,
     )

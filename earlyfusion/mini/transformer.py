@@ -35,9 +35,10 @@ from earlyfusion.model.transformer import Transformer
 from earlyfusion.model.vqgan import VQGAN
 from earlyfusion.processor import Processor, TokenSequence, train_tokenizer
 from earlyfusion.train import checkpoint
-from earlyfusion.train.language import LanguageTask
+from earlyfusion.train.language import LanguageTask, job_of
 from earlyfusion.train.optim import OptimConfig
-from earlyfusion.train.samples import PromptedPictures, asked
+from earlyfusion.train.plan import Job
+from earlyfusion.train.samples import PromptedPictures, encoded_prompts
 from earlyfusion.train.trainer import RunConfig, train
 from earlyfusion.vocabulary import ImageLayout
 
@@ -120,6 +121,9 @@ class TransformerConfig:
     documents: DocumentsConfig = field(default_factory=DocumentsConfig)
     weights: RoleWeights = field(default_factory=RoleWeights)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+    def job(self) -> Job:
+        return job_of(self.model, self.run, self.rows, self.length, self.dropout)
 
 
 def load_image_tokenizer(run: Path, config: ModelConfig) -> VQGAN:
@@ -280,7 +284,7 @@ def main(config: TransformerConfig) -> None:
         model.load_state_dict(checkpoint.weights(config.start))
     packer = Packer(documents, config.weights, config.rows, config.length, processor.vocabulary.pad)
     image_tokenizer = ImageTokenizer(vqgan, config.model.vq_config.resolution)
-    prompts = asked(processor, config.prompts)
+    prompts = encoded_prompts(processor, config.prompts)
     shows = PromptedPictures(
         model, processor, image_tokenizer, prompts, {"chameleon": GENERATION}, config.run.seed
     )

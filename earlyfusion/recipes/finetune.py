@@ -6,21 +6,19 @@
 
 The paper's settings (arXiv 2405.09818, section 3.1): cosine decay from 1e-5, weight decay 0.1,
 dropout 0.05, z-loss, prompts masked from the loss, packed rows, modalities in balance. Pictures of
-prompts become squares as the model has it (`resize_mode=fit` is the paper's), those of answers are
-cropped. The rows are told apart by their keys
-(docs/mini.md). Ends with `model/` under the run's folder, which Chameleon.load takes. Machine: the
-embedded model trains on a CPU; weights and optimizer take 16 bytes a weight, frozen weights 4, or 2
-in products of blocks where they are bf16. Score: the loss of answers by modality in
-`metrics.jsonl`.
+prompts become squares in the way that the model was trained with (`resize_mode=fit` is the
+paper's), those of answers are cropped. The keys of a row say what it is (docs/mini.md). The run
+ends with `model/` in its folder, which Chameleon.load takes. Machine: the embedded model trains on
+a CPU; weights and optimizer take 16 bytes per weight, frozen weights 4, or 2 if they are bf16
+weights of products in blocks. Score: the loss of answers by modality in `metrics.jsonl`.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -30,6 +28,7 @@ from earlyfusion.checkpoints import detect as formats
 from earlyfusion.checkpoints.adapter import save_adapter
 from earlyfusion.checkpoints.hf import Loaded, assemble, papers, save_hf
 from earlyfusion.checkpoints.source import Source
+from earlyfusion.config import PRESETS, ModelConfig
 from earlyfusion.data.corpus import Corpus, open_corpus
 from earlyfusion.data.held_out import ValidationConfig, held_out_documents
 from earlyfusion.data.mixture import Ahead
@@ -38,10 +37,11 @@ from earlyfusion.errors import DataError, SettingError
 from earlyfusion.image_tokenizer import ImageTokenizer, Mode
 from earlyfusion.model.transformer import Block, Transformer
 from earlyfusion.train import checkpoint, lora
-from earlyfusion.train.folder import say
+from earlyfusion.train.folder import check_same_data, say
 from earlyfusion.train.language import LanguageConfig, LanguageTask
 from earlyfusion.train.optim import OptimConfig
-from earlyfusion.train.samples import PromptedPictures, asked, asked_in
+from earlyfusion.train.plan import FEW_GPUS, Job
+from earlyfusion.train.samples import PromptedPictures, encoded_prompts, image_prompts
 from earlyfusion.train.trainer import RunConfig, train
 from earlyfusion.train.validation import LOSS, Validation, best_of
 
@@ -53,15 +53,15 @@ class FinetuneConfig(LanguageConfig):
     trainable: str = "all"
     """"all", or "image_head": only the rows of the head that score image tokens."""
     lora: int = 0
-    """Rank of low-rank adapters; 0: none. They are left in `adapter/`, in PEFT's format."""
+    """Rank of low-rank adapters; 0: none. They are written to `adapter/`, in PEFT's format."""
     merge: bool = True
     """Whether adapters are merged into `model/` too."""
     alpha: float = 0.0
-    """What the adapters are scaled by, divided by the rank; 0: twice the rank."""
+    """The adapters are scaled by this over the rank; 0: twice the rank."""
     workers: int = 2
-    """Threads that make the next documents while the network learns; 0: none."""
+    """Threads that prepare the next documents while the network learns; 0: none."""
     prompts: tuple[str, ...] = ()
-    """Requests whose pictures are drawn at `run.sample_every`; none: some of the data's own."""
+    """Requests whose pictures are drawn at `run.sample_every`; none: some from the data."""
     held_out: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self) -> None:
@@ -72,21 +72,35 @@ class FinetuneConfig(LanguageConfig):
             raise SettingError(f"lora={self.lora} and trainable={self.trainable}: choose one")
         for name in ("lora", "alpha", "workers"):
             if getattr(self, name) < 0:
-                raise SettingError(f"{name}={getattr(self, name)} must be 0 up")
+                raise SettingError(f"{name}={getattr(self, name)} must be 0 or more")
         if self.alpha and not self.lora:
             raise SettingError(f"alpha={self.alpha:g} scales adapters: give their rank, as lora=16")
         if not self.merge and not self.lora:
             raise SettingError("merge=false leaves adapters alone: give their rank, as lora=16")
-        if self.part != "all" and self.run.parallel.tensor > 1:
+        if self.trains != "all" and self.run.parallel.tensor > 1:
             raise SettingError(
                 f"tensor={self.run.parallel.tensor} cannot cut a model of which a part is trained: "
                 "use tensor=1, and shard"
             )
 
     @property
-    def part(self) -> str:
-        """What is trained: a key of `plan.PARTS`."""
+    def trains(self) -> str:
+        """Which weights are trained: a key of `plan.TRAINABLE`."""
         return "adapters" if self.lora else self.trainable
+
+    def shape(self) -> ModelConfig:
+        if self.model in formats.EMBEDDED or Path(self.model).expanduser().is_dir():
+            return formats.open_source(formats.locate(self.model)).config
+        name = Path(self.model).name
+        if name not in PRESETS:
+            raise SettingError(
+                f"model={self.model} is not on this disk: download it first, or give one of "
+                f"{', '.join(PRESETS)}"
+            )
+        return PRESETS[name]
+
+    def job(self) -> Job:
+        return replace(super().job(), trainable=self.trains, lora=self.lora, gpus=FEW_GPUS)
 
 
 def main(config: FinetuneConfig) -> None:
@@ -120,17 +134,17 @@ def main(config: FinetuneConfig) -> None:
         return
     for sentence in corpus.report():
         print(sentence, file=sys.stderr)
-    kept = best_of(run.out) if config.held_out.is_on else run.out
-    if processes.count() > 1:  # each holds a part of the model
+    saved = best_of(run.out) if config.held_out.is_on else run.out
+    if processes.count() > 1:  # the first process holds a shard of the model only
         model = prepared(assemble(source), config)
-    if kept != run.out or processes.count() > 1:
-        tensors, state = checkpoint.load(kept, only="model")
-        checkpoint.load_model(model, tensors["model"], kept)
+    if saved != run.out or processes.count() > 1:
+        tensors, state = checkpoint.load(saved, only="model")
+        checkpoint.load_model(model, tensors["model"], saved)
         if LOSS in state:
             say(f"kept: the weights of step {state['step']:,}, of {LOSS} {state[LOSS]:.4g}")
     if config.lora:
         save_adapter(run.out / "adapter", lora.adapters(model), config.model)
-        say(f"the adapter lies in {run.out / 'adapter'}, for Chameleon.load(..., adapter=) or PEFT")
+        say(f"the adapter is in {run.out / 'adapter'}, for Chameleon.load(..., adapter=) or PEFT")
     if config.merge:
         texts = papers(source.folder) | {"README.md": _card(config, corpus, source.folder)}
         save(run.out / "model", model, loaded, source, corpus.resize_mode, texts)
@@ -150,30 +164,30 @@ def _samples(
     image_tokenizer: ImageTokenizer,
     corpus: Corpus,
 ) -> PromptedPictures | None:
-    """What is drawn during the run; None of a model or of data without pictures to draw."""
+    """What draws pictures during the run; None if the model or the data has none to draw."""
     processor = loaded.processor
     if not loaded.can_decode:
         return None
-    own = asked_in(processor, corpus.stream, count=4) if not config.prompts else []
-    prompts = own or asked(processor, config.prompts)
+    from_data = image_prompts(processor, corpus.stream, count=4) if not config.prompts else []
+    prompts = from_data or encoded_prompts(processor, config.prompts)
     defaults, seed = loaded.generation_defaults, config.run.seed
-    shows = PromptedPictures(model, processor, image_tokenizer, prompts, defaults, seed)
-    return shows if prompts else None
+    samples = PromptedPictures(model, processor, image_tokenizer, prompts, defaults, seed)
+    return samples if prompts else None
 
 
 def prepared(loaded: Loaded, config: FinetuneConfig) -> Transformer:
-    """The model with dropout and with its trainable part set, all that is trained in fp32.
+    """The model with dropout, and with the weights that are trained: these in fp32.
 
-    Frozen products of the blocks that are stored in bf16 stay so where bf16 is computed in: they
-    give the same in half of the memory.
+    With `precision=bf16`, frozen products of the blocks that are stored in bf16 stay in bf16: the
+    result is the same, in half of the memory.
     """
     torch.manual_seed(config.run.seed)
     model = loaded.transformer
-    small = config.part != "all" and config.run.precision == "bf16"
-    kept = lora.products(model) if small else []
-    of_bf16 = {id(x.weight) for x in kept if x.weight.dtype == torch.bfloat16}
+    keeps_bf16 = config.trains != "all" and config.run.precision == "bf16"
+    frozen = lora.products(model) if keeps_bf16 else []
+    stay_bf16 = {id(x.weight) for x in frozen if x.weight.dtype == torch.bfloat16}
     for parameter in model.parameters():
-        if id(parameter) not in of_bf16:
+        if id(parameter) not in stay_bf16:
             parameter.data = parameter.data.float()
     for block in model.modules():
         if isinstance(block, Block):
@@ -210,10 +224,10 @@ def save(
 
 def _card(config: FinetuneConfig, corpus: Corpus, folder: Path) -> str:
     """What the model was tuned on, before the card of the model that it began with."""
-    run, part = config.run, {"all": "all weights", "image_head": "the head's image rows"}
+    run, names = config.run, {"all": "all weights", "image_head": "the head's image rows"}
     facts = {
         "began with": config.model,
-        "trained": part.get(config.part, f"adapters of rank {config.lora}, merged"),
+        "trained": names.get(config.trains, f"adapters of rank {config.lora}, merged"),
         "data": ", ".join((*config.corpus.data, *config.corpus.added)),
         "rows of data": f"{sum(map(len, corpus.documents)):,}",
         "held out": str(config.held_out.validation or ", ".join(config.held_out.validation_data)),
@@ -239,7 +253,7 @@ def _split_card(folder: Path) -> tuple[str, str]:
 def _check_model(config: FinetuneConfig, source: Source) -> None:
     if source.kind != "chameleon":
         raise SettingError(
-            f"{config.model} is of the {source.kind} family, whose pictures are spelled otherwise: "
+            f"{config.model} is of the {source.kind} family, which spells pictures in another way: "
             "fine-tune a Chameleon model"
         )
     if config.length > source.config.max_position_embeddings:
@@ -250,24 +264,13 @@ def _check_model(config: FinetuneConfig, source: Source) -> None:
 
 
 def _check_data(config: FinetuneConfig, corpus: Corpus) -> None:
-    """Refuse data that cannot teach what is to be learned, and other data than a run began with."""
+    """Refuse data that cannot teach what is trained, and other data than a run began with."""
     if config.trainable == "image_head" and not any(d.answers().any() for d in corpus.documents):
         raise DataError(
-            "trainable=image_head learns to draw, and no answer of the data holds a picture: give "
+            "trainable=image_head learns to draw, but no answer of the data has a picture: give "
             "data with pictures in answers"
         )
-    out = config.run.out
-    path = out / "data.json"
-    if checkpoint.steps(out) and path.exists():
-        if json.loads(path.read_text(encoding="utf-8"))["fingerprint"] != corpus.fingerprint:
-            raise DataError(
-                f"the data or its mixture is not what {out} began with: give the same, or another "
-                "out folder"
-            )
-    elif processes.rank() == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"fingerprint": corpus.fingerprint}) + "\n"
-        path.write_text(text, encoding="utf-8")
+    check_same_data(config.run.out, corpus.fingerprint, "the data or its mixture is")
 
 
 config = FinetuneConfig(

@@ -4,10 +4,10 @@
     earlyfusion train finetune_7b --plan
 
 128 rows of 4,096 tokens a step, AdamW at 1e-5 with cosine decay, weight decay 0.1, dropout 0.05,
-z-loss, prompts masked from the loss, modalities in balance. `steps` is up to your data: 64 steps
-are 33 M tokens, and the paper's sets 1.1 G or 2,100 steps. Machine, run time: 107 GB of states over
-all GPUs, see `--plan`. The scores to expect are those of the paper's section 4; the run itself has
-not been made here.
+z-loss, prompts masked from the loss, modalities in balance. Choose `steps` by your data: 64 steps
+are 33 M tokens; the paper's data is 1.1 G tokens, or 2,100 steps. Machine, run time: 107 GB of
+weights, gradients and moments over all GPUs, see `--plan`. The scores to expect are those of the
+paper's section 4; the run itself has not been made here.
 """
 
 from __future__ import annotations

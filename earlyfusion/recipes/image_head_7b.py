@@ -6,11 +6,11 @@
 
 Only the 8,192 rows of the head that score image tokens are trained, 33.6 M weights: Anole's 8
 pictures a step, three times over its 5,859 pictures, AdamW at 1e-3 with linear decay, without
-weight decay, dropout or z-loss. Three things differ: what is asked for comes before the picture
-(Anole trains on bare image tokens), every token is scored against the text too, and the rows go on
-from what they are. Machine, run time: Anole took 8 A100 and half an hour; memory of others by
-`--plan`. The score to look at is `image_nats`; the run itself has not been made here, but the same
-on `mini` has (docs/train.md).
+weight decay, dropout or z-loss. Three things differ: the request comes before the picture (Anole
+trains on bare image tokens), image tokens compete with text tokens in the loss, and the rows start
+from their present values. Machine, run time: Anole took 8 A100 and half an hour; `--plan` prints
+the memory of others. The score to look at is `image_nats`; the run itself has not been made here,
+but the same on `mini` has (docs/train.md).
 """
 
 from __future__ import annotations

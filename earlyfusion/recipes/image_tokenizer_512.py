@@ -4,23 +4,23 @@
     torchrun --nproc-per-node 8 -m earlyfusion train image_tokenizer_512 data=shards/*.tar,a.parquet
     earlyfusion train image_tokenizer_512 data=photos start=MODEL trainable=decoder
 
-The numbers are those of the VQ-GAN that it is (Esser et al. 2021, section 4 and its released
-settings): L1 and perceptual terms of weight 1, a codebook that learns by gradient with commitment
-0.25, a patch discriminator of weight 0.8 that joins after half of the run, Adam 0.5 / 0.9 at
-4.5e-6 times the batch, without decay. Chameleon's own data and steps are not public. Pictures are
-cut to random squares and mirrored.
+The numbers are those of the VQ-GAN (Esser et al. 2021, section 4 and its released settings): L1 and
+perceptual terms of weight 1, a codebook that learns by gradient with commitment 0.25, a patch
+discriminator of weight 0.8 that joins after half of the run, Adam 0.5 / 0.9 at 4.5e-6 times the
+batch, without decay. Chameleon's own data and steps are not public. Pictures are cut to random
+squares and mirrored.
 
 `perceptual_weights` is the state dict of torchvision's VGG-16 or of a whole LPIPS; with the first,
 `perceptual_linear` may name LPIPS's small file. `perceptual=0 l2=1` does without, at the price of
-blurred pictures. It ends with `model/`, which `earlyfusion convert --image-tokenizer` and `start=`
-take. Machine: GPUs of 80 GB were in mind for `micro_batch`; it has not run at full size yet. Score:
-`held_out_psnr` and `held_out_ssim` in `metrics.jsonl`, and the pictures in `samples/`.
+blurred pictures. The run ends with `model/`, which `earlyfusion convert --image-tokenizer` and
+`start=` take. Machine: `micro_batch` is meant for GPUs of 80 GB; the recipe has not been run at
+full size yet. Score: `held_out_psnr` and `held_out_ssim` in `metrics.jsonl`, and the pictures in
+`samples/`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +31,7 @@ import torch
 
 from earlyfusion import processes
 from earlyfusion.checkpoints.meta import save_vqgan
-from earlyfusion.config import PRESETS, VQConfig
+from earlyfusion.config import PRESETS
 from earlyfusion.data.mixture import Ahead
 from earlyfusion.data.pictures import (
     CropConfig,
@@ -43,64 +43,43 @@ from earlyfusion.data.pictures import (
     random_crop,
 )
 from earlyfusion.data.rows import Quarantine
-from earlyfusion.errors import DataError, SettingError
-from earlyfusion.train import checkpoint
+from earlyfusion.errors import SettingError
+from earlyfusion.train.folder import check_same_data, notes_folder
 from earlyfusion.train.image_tokenizer import (
     HeldOut,
-    ImageTokenizerTask,
+    ImageTokenizerConfig,
     VQLossConfig,
-    build,
     check_terms,
-    check_trainable,
-    parts_of,
 )
 from earlyfusion.train.optim import OptimConfig
 from earlyfusion.train.trainer import RunConfig, train
 
 
 @dataclass
-class ImageTokenizerConfig:
-    batch: int = 32
-    """Pictures of a step, over all processes."""
+class SquaresConfig(ImageTokenizerConfig):
     micro_batch: int = 4
-    """Pictures that one process computes at a time; 0: all that it has."""
-    start: str = ""
-    """A run, a model folder or a hub id whose image tokenizer this run begins with."""
-    trainable: str = "all"
-    """"all", or "decoder": encoder and codebook stay as they are, to the bit."""
     workers: int = 4
-    """Threads that make the next batches while the network learns; 0: none."""
+    """Threads that prepare the next batches while the network learns; 0: none."""
     pictures: PicturesConfig = field(default_factory=PicturesConfig)
     crop: CropConfig = field(default_factory=CropConfig)
-    run: RunConfig = field(default_factory=RunConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    model: VQConfig = field(default_factory=VQConfig)
-    loss: VQLossConfig = field(default_factory=VQLossConfig)
 
     def __post_init__(self) -> None:
-        check_trainable(self.trainable, self.start)
-        parts_of(self.batch, self.micro_batch)
+        super().__post_init__()
         if self.workers < 0:
-            raise SettingError(f"workers={self.workers} must be 0 up")
-
-    @property
-    def notes(self) -> Path:
-        """Where a process writes of its pictures: a folder of its own where there are several."""
-        several = processes.count() > 1
-        return self.run.out / f"process-{processes.rank()}" if several else self.run.out
+            raise SettingError(f"workers={self.workers} must be 0 or more")
 
 
-def opened(
-    config: ImageTokenizerConfig, quarantine: Quarantine
+def open_batches(
+    config: SquaresConfig, quarantine: Quarantine, notes: Path
 ) -> tuple[PictureBatches, torch.Tensor]:
     """The batches of the run, and the pictures that it is checked on, [B, 3, Y, X]."""
-    own, side, cache = config.pictures, config.model.resolution, config.notes / "index"
-    pictures = open_pictures(own.data, cache, own.rows)
-    if own.held_out:
-        others, chosen = open_pictures(own.held_out, cache, own.rows), None
-        check = fixed_squares(others, hold_out(others, own.checked, 1.0)[0], side, quarantine)
+    data, side, cache = config.pictures, config.model.resolution, notes / "index"
+    pictures = open_pictures(data.data, cache, data.rows)
+    if data.held_out:
+        others, chosen = open_pictures(data.held_out, cache, data.rows), None
+        check = fixed_squares(others, hold_out(others, data.checked, 1.0)[0], side, quarantine)
     else:
-        numbers, chosen = hold_out(pictures, own.checked)
+        numbers, chosen = hold_out(pictures, data.checked)
         check = fixed_squares(pictures, numbers, side, quarantine)
 
     def crop(picture: PIL.Image.Image, rng: np.random.Generator) -> PIL.Image.Image:
@@ -109,20 +88,22 @@ def opened(
     batches = PictureBatches(pictures, chosen, config.batch, crop, config.run.seed, quarantine)
     batches.share = (processes.rank(), processes.count())
     if processes.rank() == 0:
-        told = (pictures.fingerprint, config.batch, config.crop, own.checked, config.run.seed)
-        check_same(config.run.out, told)
+        data_is = (pictures.fingerprint, config.batch, config.crop, data.checked, config.run.seed)
+        fingerprint = hashlib.sha256(repr(data_is).encode()).hexdigest()
+        check_same_data(
+            config.run.out, fingerprint, "the pictures, or how they are cut and batched, are"
+        )
     return batches, check
 
 
-def main(config: ImageTokenizerConfig) -> None:
-    run = config.run
+def main(config: SquaresConfig) -> None:
+    run, notes = config.run, notes_folder(config.run.out)
     check_terms(config.loss)
-    quarantine = Quarantine(config.notes / "quarantine.jsonl", config.pictures.max_broken)
-    batches, held_out = opened(config, quarantine)
-    model = build(config.model, config.start, run)
+    quarantine = Quarantine(notes / "quarantine.jsonl", config.pictures.max_broken)
+    batches, held_out = open_batches(config, quarantine, notes)
+    model = config.build()
     source = Ahead(batches, config.workers, depth=config.workers) if config.workers else batches
-    parts = parts_of(config.batch, config.micro_batch)
-    task = ImageTokenizerTask(model, config.loss, source, run.steps, config.trainable, parts)
+    task = config.task(model, source)
     try:
         train(task, run, config.optim, HeldOut(model, held_out))
     finally:
@@ -134,7 +115,7 @@ def main(config: ImageTokenizerConfig) -> None:
         save_vqgan(run.out / "model", model)
 
 
-config = ImageTokenizerConfig(
+config = SquaresConfig(
     model=PRESETS["chameleon-7b"].vq_config,
     loss=VQLossConfig(
         l1=1.0,
@@ -166,17 +147,3 @@ config = ImageTokenizerConfig(
         clip=0.0,
     ),
 )
-
-
-def check_same(run: Path, told: object) -> None:
-    """Refuse to go on with a run on other pictures, or other cuts of them, than it began with."""
-    path, mark = run / "data.json", hashlib.sha256(repr(told).encode()).hexdigest()
-    if checkpoint.steps(run) and path.exists():
-        if json.loads(path.read_text(encoding="utf-8"))["fingerprint"] != mark:
-            raise DataError(
-                f"the pictures, or how they are cut and batched, are not what {run} began with: "
-                "give the same, or another out folder"
-            )
-        return
-    run.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"fingerprint": mark}) + "\n", encoding="utf-8")

@@ -6,10 +6,10 @@
 
 Rank 16 with alpha 32 on every linear layer of the blocks, at 2e-4 with cosine decay, as is usual at
 this size; 16 rows of 4,096 tokens a step. The adapters are merged at the end. Machine, run time:
-18 GiB of one GPU by `--plan`, as the frozen products stay in bf16 and each block's input only
-is kept (`checkpointing=selective` is faster and takes 29). The score to look at is the
-loss of answers in `metrics.jsonl`; the run itself has not been made here, but `lora=16` on `mini`
-has (docs/train.md).
+18 GiB of one GPU by `--plan`, as the frozen products stay in bf16 and only the input of each block
+is kept for the backward pass (`checkpointing=selective` is faster and takes 29). The score to look
+at is the loss of answers in `metrics.jsonl`; the run itself has not been made here, but `lora=16`
+on `mini` has (docs/train.md).
 """
 
 from __future__ import annotations

@@ -3,10 +3,11 @@
     torchrun --nnodes 384 --nproc-per-node 8 ... -m earlyfusion train pretrain_34b \\
         tokenizer=MODEL data=shards/first added=shards/better
 
-As `pretrain_7b`, with 3,072 rows a step, the norms on what the branches give, and no dropout: the
-paper found that the two do not go together. Machine, run time: the paper took 3,072 A100 and
-4,282,407 hours of one; `earlyfusion train pretrain_34b --plan` tells those of other machines. The
-scores to expect are those of the paper's section 4; the run itself has not been made here.
+As `pretrain_7b`, with 3,072 rows a step, norms after the branches instead of before them, and no
+dropout: the paper found that such norms and dropout do not go together. Machine, run time: the
+paper took 4,282,407 hours of an A100, on 3,072 of them; `earlyfusion train pretrain_34b --plan`
+prints those of other machines. The scores to expect are those of the paper's section 4; the run
+itself has not been made here.
 """
 
 from __future__ import annotations

@@ -6,10 +6,11 @@
 
 `MODEL` is a folder with a tokenizer and an image tokenizer. 2,048 rows of 4,096 tokens a step,
 AdamW at 1e-4 with a warm-up of 4,000 steps and exponential decay, dropout 0.1, 9.2 T tokens; in the
-last fifth the sources of before have half of their weight and better ones the other half. It ends
-with `model/` in transformers' layout. Machine, run time: the paper took 1,024 A100 and 856,481
-hours of one; `earlyfusion train pretrain_7b --plan` tells memory, speed and days of other machines.
-The scores to expect are those of the paper's section 4; the run itself has not been made here.
+last fifth the sources in `data` keep half of the weight, and those in `added`, the better ones, get
+the other half. The run ends with `model/` in transformers' layout. Machine, run time: the paper
+took 856,481 hours of an A100, on 1,024 of them; `earlyfusion train pretrain_7b --plan` prints
+memory, speed and days of other machines. The scores to expect are those of the paper's section 4;
+the run itself has not been made here.
 """
 
 from __future__ import annotations
@@ -43,11 +44,11 @@ from earlyfusion.train.watch import WatchConfig
 @dataclass
 class PretrainConfig(LanguageConfig):
     tokenizer: str = "mini"
-    """A model folder or hub id: its tokenizer and image tokenizer are those of the new model."""
+    """A model folder or hub id, whose tokenizer and image tokenizer the new model gets."""
     second_stage: float = 0.8
     """Share of the run after which the sources in `added` join."""
     documents_a_row: float = 3.0
-    """How many documents of the corpus fill a row: tells where the second stage begins."""
+    """How many documents of the corpus fill a row: needed to find where the second stage begins."""
     model: ModelConfig = field(default_factory=ModelConfig)
 
     def __post_init__(self) -> None:
@@ -57,6 +58,9 @@ class PretrainConfig(LanguageConfig):
                 f"second_stage={self.second_stage} must be a share over 0 and "
                 f"documents_a_row={self.documents_a_row} positive"
             )
+
+    def shape(self) -> ModelConfig:
+        return self.model
 
 
 def main(config: PretrainConfig) -> None:
@@ -69,16 +73,16 @@ def main(config: PretrainConfig) -> None:
     corpus = open_corpus(
         with_second_stage(config), processor, image_tokenizer, length, config.notes, run.seed
     )
-    with torch.device("meta"):  # memory and weights come once it is known who holds what
-        model = Transformer(shape(config, source), config.dropout)
+    with torch.device("meta"):  # `train` gives each process memory for its shard, and weights
+        model = Transformer(_shape(config, source), config.dropout)
     task = config.task(model, corpus.stream, length, processor.vocabulary.pad)
     train(task, run, config.optim)
     if processes.rank() == 0:
         save_model(config, source, image_tokenizer, corpus.resize_mode)
 
 
-def shape(config: PretrainConfig, source: Source) -> ModelConfig:
-    """The model's shape, with the image tokenizer and the control tokens that it is trained on."""
+def _shape(config: PretrainConfig, source: Source) -> ModelConfig:
+    """The model's shape, with the image tokenizer and the control tokens of `tokenizer`."""
     names = ("vq_config", "bos_token_id", "eos_token_id", "pad_token_id")
     return replace(config.model, **{name: getattr(source.config, name) for name in names})
 
@@ -95,7 +99,7 @@ def save_model(
 ) -> None:
     """Write the newest weights of the run as a model folder, in bf16."""
     with torch.device("meta"):
-        model = Transformer(shape(config, source))
+        model = Transformer(_shape(config, source))
     tensors, _ = checkpoint.load(config.run.out, only="model")
     model.load_state_dict(tensors["model"], assign=True)
     save_hf(

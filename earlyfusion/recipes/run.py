@@ -1,7 +1,12 @@
 """Recipes: short Python files that end in `config = ...` and are run by `earlyfusion train RECIPE`.
 
-A recipe module has `config`, a dataclass of dataclasses, and `main(config)`. The command line
-overrides any field: `steps=50` where the name is unique, `run.steps=50` where it is not.
+A recipe is a module with `config`, a dataclass of dataclasses, and `main(config)`. The command line
+overrides any field: `steps=50` where the name is unique, `run.steps=50` where it is not. Two more
+things of a config are used if it has them:
+
+- `run`, a `RunConfig`: its folder is locked, and noted as the folder of this run. A recipe that
+  runs others has `out` instead, the folder that holds theirs.
+- `job()`, which `--plan` needs (`Plannable`).
 """
 
 from __future__ import annotations
@@ -18,13 +23,11 @@ from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType, NoneType, UnionType
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from typing import Any, Protocol, cast, get_args, get_origin, get_type_hints, runtime_checkable
 
 from earlyfusion import files
 from earlyfusion.errors import SettingError
-
-if TYPE_CHECKING:
-    from earlyfusion.config import ModelConfig
+from earlyfusion.train.plan import Job, table
 
 RECIPES = {
     "mini_image_tokenizer": "earlyfusion.mini.image_tokenizer",
@@ -47,48 +50,72 @@ RECIPES = {
 }
 
 
+class Recipe(Protocol):
+    """What a module has to have; `config` is a dataclass."""
+
+    config: Any
+
+    def main(self, config: Any) -> None: ...
+
+
+@runtime_checkable
+class Plannable(Protocol):
+    """A config that says what its run takes: `LanguageConfig` is one."""
+
+    def job(self) -> Job: ...
+
+
 def run(name: str, overrides: list[str]) -> None:
     """Run a recipe of this package, or a recipe file, with `field=value` overrides.
 
     Raises `SettingError` for an unknown recipe or field, or a value of the wrong type.
     """
-    recipe = _load(name)
-    from earlyfusion.train import folder  # once the name is known to be good: it needs torch
+    recipe = load(name)
+    from earlyfusion.train import folder  # after the name is checked: it imports torch
 
-    with folder.told_to_torchrun():
+    with folder.reported_to_torchrun():
         _run(recipe, override(recipe.config, overrides), name, overrides)
 
 
-def _run(recipe: ModuleType, config: Any, name: str, overrides: list[str]) -> None:
+def _run(recipe: Recipe, config: Any, name: str, overrides: list[str]) -> None:
     from earlyfusion.train import folder
 
-    out = getattr(getattr(config, "run", config), "out", None)
-    if not isinstance(out, Path):
+    out, steps = _folder_and_steps(config)
+    if out is None:
         recipe.main(config)
         return
     command = shlex.join(["earlyfusion", "train", name, *overrides])
-    with files.full_disk_told(out), folder.locked(out), folder.termination_raises():
-        of_runs = not hasattr(config, "run")
-        folder.begin(out, type(config).__name__, _named(config), of_runs)
+    with files.full_disk_reported(out), folder.locked(out), folder.termination_raises():
+        folder.begin(out, type(config).__name__, _named(config), holds_runs=steps == 0)
         try:
             recipe.main(config)
         except (KeyboardInterrupt, folder.Terminated):
             folder.say(folder.farewell(out, command, stopped=True))
             raise
-        _end(config, out, command)
+        _end(config, out, steps, command)
 
 
-def _end(config: Any, out: Path, command: str) -> None:
+def _folder_and_steps(config: Any) -> tuple[Path | None, int]:
+    """The folder that a recipe trains in, and the steps of its run: 0 if it runs others."""
+    from earlyfusion.train.trainer import RunConfig
+
+    run = getattr(config, "run", None)
+    if isinstance(run, RunConfig):
+        return run.out, run.steps
+    out = getattr(config, "out", None)
+    return (out if isinstance(out, Path) else None), 0
+
+
+def _end(config: Any, out: Path, steps: int, command: str) -> None:
     from earlyfusion.train import checkpoint, folder
 
     there = checkpoint.steps(out)
-    steps = config.run.steps if hasattr(config, "run") else 0
     early = bool(there) and there[-1] < steps and not checkpoint.has_ended(out)
     folder.end(out, _named(config), finished=bool(there) and not early)
     if early:
         folder.say(f"step {there[-1]:,} of {steps:,}, as stop_after says: without it, {command}")
-    if said := folder.farewell(out, command, stopped=False):
-        folder.say(said)
+    if sentence := folder.farewell(out, command, stopped=False):
+        folder.say(sentence)
 
 
 def _named(config: Any) -> dict[str, str]:
@@ -107,49 +134,17 @@ def plan(name: str, overrides: list[str]) -> str:
 
     Raises `SettingError` where `run` would, and for a recipe that does not train a transformer.
     """
-    from earlyfusion.config import ModelConfig
-    from earlyfusion.train.plan import FEW_GPUS, GPUS, PEAK_TFLOPS, Job, table
-
-    config = override(_load(name).config, overrides)
-    model, run = _shape(name, config), config.run
-    length = config.length or model.max_position_embeddings
-    job = Job(
-        model=model,
-        layout=run.parallel,
-        rows=config.rows,
-        length=length,
-        micro_rows=getattr(config, "micro_rows", 0),
-        tokens=float(run.steps) * config.rows * length,
-        dropout=config.dropout,
-        peak_tflops=run.peak_tflops or PEAK_TFLOPS,
-        part=getattr(config, "part", "all"),
-        lora=getattr(config, "lora", 0),
-    )
-    return table(job, GPUS if isinstance(config.model, ModelConfig) else FEW_GPUS)
-
-
-def _shape(name: str, config: Any) -> ModelConfig:
-    """The shape of what a recipe trains: its own, of a model here, or of one known by its name."""
-    from earlyfusion.checkpoints import detect as formats
-    from earlyfusion.config import PRESETS, ModelConfig
-
-    model = getattr(config, "model", None)
-    if isinstance(model, ModelConfig) and hasattr(config, "rows"):
-        return model
-    if not isinstance(model, str) or not hasattr(config, "rows"):
-        raise SettingError(f"recipe {name!r} has no plan: it does not say what model it trains")
-    if model in formats.EMBEDDED or Path(model).expanduser().is_dir():
-        return formats.open_source(formats.locate(model)).config
-    if Path(model).name not in PRESETS:
+    config = override(load(name).config, overrides)
+    if not isinstance(config, Plannable):
         raise SettingError(
-            f"model={model} is not on this disk: download it first, or give one of "
-            f"{', '.join(PRESETS)}"
+            f"recipe {name!r} has no plan, as its config has no job(): give one that trains a "
+            "transformer, as pretrain_7b"
         )
-    return PRESETS[Path(model).name]
+    return table(config.job())
 
 
 def override(config: Any, overrides: list[str]) -> Any:
-    """A copy of `config` with all of `field=value` or `part.field=value` applied at once."""
+    """A copy of `config` with all of `field=value` or `group.field=value` applied at once."""
     changes: dict[tuple[str, ...], str] = {}
     for item in overrides:
         path, found, text = item.partition("=")
@@ -159,9 +154,13 @@ def override(config: Any, overrides: list[str]) -> Any:
     return _changed(config, changes) if changes else config
 
 
-def _load(name: str) -> ModuleType:
+def load(name: str) -> Recipe:
+    """The module of a recipe, by its name or by the path of a Python file.
+
+    Raises `SettingError` for an unknown name, or a file that is not a recipe.
+    """
     if name in RECIPES:
-        return import_module(RECIPES[name])
+        return cast(Recipe, import_module(RECIPES[name]))
     path = Path(name)
     if path.suffix != ".py" or not path.is_file():
         raise SettingError(
@@ -169,20 +168,18 @@ def _load(name: str) -> ModuleType:
         )
     module = _executed(path)
     if not (hasattr(module, "config") and hasattr(module, "main")):
-        raise SettingError(f"{name} is no recipe: it needs `config` and `main(config)`")
-    return module
+        raise SettingError(f"{name} is not a recipe: it needs `config` and `main(config)`")
+    return cast(Recipe, module)
 
 
 def _executed(path: Path) -> ModuleType:
-    """The module of a file, known to `sys.modules` as dataclasses need it.
-
-    It may import what lies beside it, as a file that Python runs may.
-    """
-    folder, name = str(path.parent.resolve()), f"recipe_{_told_apart(path)}"
+    """The module of a file, which may import the files beside it."""
+    folder, name = str(path.parent.resolve()), _module_name(path)
     if folder not in sys.path:
         sys.path.insert(0, folder)
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
+    # Dataclasses look their module up in `sys.modules`.
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -192,9 +189,9 @@ def _executed(path: Path) -> ModuleType:
     return module
 
 
-def _told_apart(path: Path) -> str:
-    """A name that no file of the same name in another folder has, nor any library."""
-    return f"{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
+def _module_name(path: Path) -> str:
+    """A name that neither a file of the same name in another folder has, nor any library."""
+    return f"recipe_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
 
 
 def _leaves(config: Any, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
@@ -207,7 +204,7 @@ def _leaves(config: Any, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
 
 
 def _resolve(config: Any, path: str) -> tuple[str, ...]:
-    """The full path of a field given whole or by a unique ending."""
+    """The path of a field that is given in full or by a unique ending."""
     wanted, leaves = tuple(path.split(".")), _leaves(config)
     matches = [p for p in leaves if p[-len(wanted) :] == wanted]
     exact = [p for p in matches if p == wanted]
@@ -223,36 +220,37 @@ def _resolve(config: Any, path: str) -> tuple[str, ...]:
 
 
 def _changed(config: Any, changes: dict[tuple[str, ...], str]) -> Any:
-    kinds, values = get_type_hints(type(config)), {}
+    types, values = get_type_hints(type(config)), {}
     for name in dict.fromkeys(path[0] for path in changes):
         inner = {path[1:]: text for path, text in changes.items() if path[0] == name}
         is_field = () in inner
         values[name] = (
-            _parse(kinds[name], name, inner[()])
+            _parse(types[name], name, inner[()])
             if is_field
             else _changed(getattr(config, name), inner)
         )
     return replace(config, **values)
 
 
-def _parse(kind: Any, name: str, text: str) -> Any:
-    if get_origin(kind) is UnionType:
+def _parse(wanted: Any, name: str, text: str) -> Any:
+    """The text as a value of the type `wanted`."""
+    if get_origin(wanted) is UnionType:  # X | None
         if text.lower() == "none":
             return None
-        kind = next(k for k in get_args(kind) if k is not NoneType)
+        wanted = next(t for t in get_args(wanted) if t is not NoneType)
     try:
-        if kind is bool:
+        if wanted is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        if get_origin(kind) is tuple:
-            return tuple(get_args(kind)[0](t) for t in text.split(",") if t)
-        return kind(text)
+        if get_origin(wanted) is tuple:
+            return tuple(get_args(wanted)[0](t) for t in text.split(",") if t)
+        return wanted(text)
     except (KeyError, ValueError, TypeError):
-        shown = getattr(kind, "__name__", str(kind))
+        shown = getattr(wanted, "__name__", str(wanted))
         raise SettingError(f"{name}={text!r} cannot be read as {shown}") from None
 
 
 def summary(name: str) -> str:
-    """The first line of what a recipe of this package says of itself; it is not imported."""
+    """The first line of the docstring of a recipe of this package, which is not imported."""
     spec = importlib.util.find_spec(RECIPES[name])
     assert spec is not None and spec.origin is not None
     source = Path(spec.origin).read_text(encoding="utf-8")
@@ -260,50 +258,50 @@ def summary(name: str) -> str:
 
 
 def described(name: str) -> str:
-    """What a recipe says of itself, and its fields with kinds, defaults and meanings.
+    """The docstring of a recipe, and its fields with types, defaults and meanings.
 
     Raises `SettingError` for an unknown recipe.
     """
-    recipe = _load(name)
+    recipe = load(name)
     lines = [
-        f"  {field:<28} {kind} = {value}" + (f"\n      {meaning}" if meaning else "")
-        for field, (kind, value, meaning) in settable(recipe.config).items()
+        f"  {field:<28} {type_} = {value}" + (f"\n      {meaning}" if meaning else "")
+        for field, (type_, value, meaning) in settable(recipe.config).items()
     ]
     return "\n".join([inspect.getdoc(recipe) or name, "", "Fields:", *lines])
 
 
 def fields_of(name: str) -> dict[str, tuple[str, Any, str]]:
-    """`settable` of a recipe's config; none where the recipe cannot be had."""
+    """`settable` of a recipe's config; {} where the recipe cannot be loaded."""
     try:
-        return settable(_load(name).config)
+        return settable(load(name).config)
     except SettingError:
         return {}
 
 
 def settable(config: Any) -> dict[str, tuple[str, Any, str]]:
-    """The fields of a config by the shortest name that is unique: kind, default and meaning."""
+    """The fields of a config by the shortest name that is unique: type, default and meaning."""
     leaves = _leaves(config)
     found = {}
     for path in leaves:
         ends = [path[-count:] for count in range(1, len(path) + 1)]
         alone = [end for end in ends if sum(p[-len(end) :] == end for p in leaves) == 1]
         owner = config
-        for part in path[:-1]:
-            owner = getattr(owner, part)
-        kind = get_type_hints(type(owner))[path[-1]]
-        shown = getattr(kind, "__name__", str(kind)) if not get_args(kind) else str(kind)
+        for name in path[:-1]:
+            owner = getattr(owner, name)
+        wanted = get_type_hints(type(owner))[path[-1]]
+        shown = getattr(wanted, "__name__", str(wanted)) if not get_args(wanted) else str(wanted)
         meaning = _meanings(type(owner)).get(path[-1], "")
         found[".".join((alone or [path])[0])] = (shown, getattr(owner, path[-1]), meaning)
     return found
 
 
-def _meanings(kind: type) -> dict[str, str]:
-    """The texts that stand below the fields of a dataclass and those it inherits from."""
+def _meanings(config: type) -> dict[str, str]:
+    """The texts below the fields of a dataclass, also of those that it inherits."""
     found: dict[str, str] = {}
-    for cls in reversed(kind.__mro__[:-1]):
+    for cls in reversed(config.__mro__[:-1]):
         try:
             [body] = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-        except (OSError, TypeError):  # made without a file
+        except (OSError, TypeError):  # a class without a source file
             continue
         rows = body.body if isinstance(body, ast.ClassDef) else []
         for field, text in pairwise(rows):

@@ -1,7 +1,8 @@
 """The adversary of an image tokenizer: a patch discriminator with hinge loss (Esser et al. 2021).
 
-It is that of Isola et al. 2017 (`layers` convolutions of stride 2, then two of stride 1), but with
-group norm, so that pictures of a batch do not see each other and processes agree.
+The network is that of Isola et al. 2017, `layers` convolutions of stride 2 and then two of stride
+1. Its norms are group norms: a picture's score does not depend on the others in the batch, nor on
+how many processes share the batch.
 """
 
 from __future__ import annotations
@@ -13,23 +14,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from earlyfusion import parallel
 from earlyfusion.errors import SettingError
-from earlyfusion.train.trainer import allocate, average_gradients
+from earlyfusion.train.optim import allocate_moments
 
 if TYPE_CHECKING:
     from earlyfusion.parallel import DeviceMesh
 
 
 class Critic:
-    """Tells pictures from reconstructions, patch by patch; learns by itself in `learn`."""
+    """Scores each patch of a picture: high for real ones, low for reconstructions."""
 
     def __init__(self, layers: int, width: int, rate: float, device: torch.device) -> None:
         self.net = _discriminator(layers, width).to(device)
         self._adam = torch.optim.Adam(self.net.parameters(), rate, betas=(0.5, 0.9), fused=True)
-        allocate(self._adam)
+        allocate_moments(self._adam)
 
     def fooled(self, fakes_BCYX: Tensor) -> Tensor:
-        """The loss of what makes the pictures."""
+        """The adversarial loss of the image tokenizer: low where reconstructions score high."""
         return -self.net(fakes_BCYX).mean()
 
     def learn(
@@ -38,7 +40,10 @@ class Critic:
         share: float,
         mesh: DeviceMesh | None,
     ) -> float:
-        """One step on pairs of real and made pictures, each with `share` in the mean; the loss."""
+        """One optimiser step on (real, reconstructed) pairs of batches; returns the loss.
+
+        The loss of each pair is weighted by `share`.
+        """
         self._adam.zero_grad(set_to_none=True)
         total = 0.0
         with torch.enable_grad():
@@ -47,7 +52,7 @@ class Critic:
                 loss = share * (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
                 loss.backward()
                 total += float(loss.detach())
-        average_gradients(list(self.net.parameters()), mesh)
+        parallel.average_gradients(list(self.net.parameters()), mesh)
         self._adam.step()
         return total
 
@@ -55,22 +60,25 @@ class Critic:
         return {"net": self.net.state_dict(), "adam": self._adam.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Read what `state_dict` gave; of a file of several processes only the tensors are left."""
+        """Take back what `state_dict` returned; only its tensors survive in shards."""
         self.net.load_state_dict(state["net"])
-        groups = self._adam.state_dict()["param_groups"]
+        groups = self._adam.state_dict()["param_groups"]  # settings: not in shards
         moments = {int(number): value for number, value in state["adam"]["state"].items()}
         self._adam.load_state_dict({"state": moments, "param_groups": groups})
 
 
 def weight_of(others: Tensor, fooled: Tensor, last: Tensor) -> Tensor:
-    """What makes the adversarial gradient as long as that of the other terms, at the last layer."""
-    (wanted,) = torch.autograd.grad(others, last, retain_graph=True)
-    (pushed,) = torch.autograd.grad(fooled, last, retain_graph=True)
-    return (wanted.norm() / (pushed.norm() + 1e-4)).clamp(0, 1e4).detach()
+    """The weight of the adversarial term (Esser et al. 2021, eq. 7).
+
+    With it, its gradient at the weight `last` of the last layer has the norm of the other terms'.
+    """
+    (other_gradient,) = torch.autograd.grad(others, last, retain_graph=True)
+    (gradient,) = torch.autograd.grad(fooled, last, retain_graph=True)
+    return (other_gradient.norm() / (gradient.norm() + 1e-4)).clamp(0, 1e4).detach()
 
 
 def check_side(layers: int, side: int) -> None:
-    """Refuse pictures of which the convolutions would leave nothing."""
+    """Refuse pictures that are too small for this many convolutions of stride 2."""
     if layers < 1 or side // 2**layers < 3:
         raise SettingError(
             f"critic_layers={layers} is not possible for pictures of {side} pixels: give 1 to "
@@ -79,17 +87,17 @@ def check_side(layers: int, side: int) -> None:
 
 
 def _discriminator(layers: int, width: int) -> nn.Sequential:
-    parts: list[nn.Module] = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2)]
+    modules: list[nn.Module] = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2)]
     inputs = width
     for depth in range(1, layers + 1):
         outputs, stride = width * min(2**depth, 8), 2 if depth < layers else 1
-        parts += [
+        modules += [
             nn.Conv2d(inputs, outputs, 4, stride, 1, bias=False),
             nn.GroupNorm(min(8, outputs), outputs),
             nn.LeakyReLU(0.2),
         ]
         inputs = outputs
-    net = nn.Sequential(*parts, nn.Conv2d(inputs, 1, 4, 1, 1))
+    net = nn.Sequential(*modules, nn.Conv2d(inputs, 1, 4, 1, 1))
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.normal_(module.weight, 0.0, 0.02)

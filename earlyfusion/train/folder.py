@@ -1,8 +1,8 @@
-"""The folder of a run: whose it is, who trains in it now, and what a person is told of it.
+"""The folder of a run: which run it belongs to, who trains in it now, and messages about it.
 
-`run.json` names the kind of the run and its fields. A folder that holds anything else than a run of
-that kind is refused before a step is taken. A lock (flock on `.lock`) keeps a second process out;
-the system releases it with the process, however that ends.
+`run.json` names the class of the run's config and its fields. A folder that holds anything other
+than a run of that class is refused before the first step. A lock (flock on `.lock`) keeps a second
+process out; the system releases it when the process ends, however it ends.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from types import FrameType
 from typing import Any, TextIO
 
 from earlyfusion import processes
-from earlyfusion.errors import EarlyFusionError, SettingError
-from earlyfusion.files import is_full_disk
+from earlyfusion.errors import DataError, EarlyFusionError, SettingError
+from earlyfusion.files import is_full_disk, replacing
 from earlyfusion.train import checkpoint
 
 try:
@@ -31,9 +31,14 @@ except ImportError:  # a system without flock has no lock
     fcntl = None  # type: ignore[assignment]
 
 NOTE, _LOCK = "run.json", ".lock"
-# What runs leave that were begun before there was a note.
+# Files of runs from before there was a note.
 _SIGNS = ("metrics.jsonl", "data.json", "codes.npy")
-# Fields that change nothing of what is learned, and whole groups of them.
+# Names of classes in the notes of older runs, which still continue.
+_FORMER_NAMES = {
+    "SquaresConfig": "ImageTokenizerConfig",
+    "EmojiImageTokenizerConfig": "ImageTokenizerConfig",
+}
+# Fields, and groups of them, that do not change what is learned.
 _FREE = {
     "run.out",
     "run.device",
@@ -58,21 +63,21 @@ _held: set[Path] = set()
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep the folder to this process; of several the first holds it for all.
+    """Keep other runs out of the folder; of several processes the first holds the lock for all.
 
-    Raises `SettingError` that names the process which has it, or where nothing can be written.
+    Raises `SettingError` that names the process which holds it, or if the folder is not writable.
     """
-    own = folder.absolute()
-    if fcntl is None or own in _held or processes.rank():
+    path = folder.absolute()
+    if fcntl is None or path in _held or processes.rank():
         yield
         return
     with _open_lock(folder) as file:
         _take(file, folder)
-        _held.add(own)
+        _held.add(path)
         try:
             yield
         finally:
-            _held.discard(own)
+            _held.discard(path)
 
 
 def _take(file: TextIO, folder: Path) -> None:
@@ -101,46 +106,71 @@ def _open_lock(folder: Path) -> TextIO:
         if is_full_disk(error):
             raise
         raise SettingError(
-            f"out={folder} is no folder that can be written to: give another"
+            f"out={folder} cannot be made or written to: give another folder"
         ) from None
 
 
-def begin(folder: Path, kind: str, fields: Mapping[str, str], of_runs: bool = False) -> None:
-    """Make the folder that of a run of `kind`, or find that it is; `of_runs`: of several, inside.
+def begin(
+    folder: Path, config_class: str, fields: Mapping[str, str], holds_runs: bool = False
+) -> None:
+    """Note in the folder which run it belongs to, or check that it belongs to this one.
 
-    Raises `SettingError` where it holds anything else, or a finished run of other fields. Of a run
-    that goes on with other fields a sentence is said.
+    `holds_runs`: it holds the folders of several runs. Raises `SettingError` where it holds
+    anything else, or a finished run with other fields. If a run continues with other fields, they
+    are printed.
     """
     if processes.rank():
         return
     note = _note(folder)
     if note is None:
-        _check_is_free(folder, of_runs)
+        _check_is_free(folder, holds_runs)
     else:
-        _compare(folder, note, kind, fields)
+        _compare(folder, note, config_class, fields)
     if note is None or not checkpoint.steps(folder):
-        _write_note(folder, {"kind": kind, "fields": dict(fields), "finished": False})
+        _write_note(folder, {"kind": config_class, "fields": dict(fields), "finished": False})
 
 
 def end(folder: Path, fields: Mapping[str, str], finished: bool) -> None:
-    """Note with which fields it went on, and whether nothing is left to train."""
+    """Note the fields that it continued with, and whether nothing is left to train."""
     note = _note(folder)
     if note is not None and not processes.rank():
         _write_note(folder, note | {"fields": dict(fields), "finished": finished})
+
+
+def check_same_data(folder: Path, fingerprint: str, subject: str) -> None:
+    """Refuse to go on with other data than the run began with; `subject` names it, with its verb.
+
+    Raises `DataError`. A run that begins writes the fingerprint to `data.json`.
+    """
+    path = folder / "data.json"
+    if checkpoint.steps(folder) and path.exists():
+        if json.loads(path.read_text(encoding="utf-8"))["fingerprint"] != fingerprint:
+            raise DataError(
+                f"{subject} not what {folder} began with: give the same, or another out folder"
+            )
+    elif processes.rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"fingerprint": fingerprint}) + "\n", encoding="utf-8")
+
+
+def notes_folder(folder: Path) -> Path:
+    """Where a process writes about its data: in a folder of its own if there are several."""
+    several = processes.count() > 1
+    return folder / f"process-{processes.rank()}" if several else folder
 
 
 def _was_finished(note: Mapping[str, Any] | None) -> bool:
     return bool(note and note.get("finished"))
 
 
-def _check_is_free(folder: Path, of_runs: bool) -> None:
+def _check_is_free(folder: Path, holds_runs: bool) -> None:
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    # Of several processes another may have been quicker.
+    # Another process of this run may have made its folder already.
     others = [name for name in names if not re.fullmatch(r"process-\d+", name)]
-    if others and not any(map(_is_run, (folder, *(folder.iterdir() if of_runs else ())))):
+    if others and not any(map(_is_run, (folder, *(folder.iterdir() if holds_runs else ())))):
         raise SettingError(
-            f"out={folder} is not empty and holds no run that could go on ({others[0]} is there): "
-            "give another out folder"
+            f"out={folder} is not empty and holds no run that could continue ({others[0]} is "
+            "there): give another out folder"
         )
 
 
@@ -150,11 +180,13 @@ def _is_run(folder: Path) -> bool:
     )
 
 
-def _compare(folder: Path, note: Mapping[str, Any], kind: str, fields: Mapping[str, str]) -> None:
-    if note.get("kind") != kind:
+def _compare(
+    folder: Path, note: Mapping[str, Any], config_class: str, fields: Mapping[str, str]
+) -> None:
+    if note.get("kind") not in (config_class, _FORMER_NAMES.get(config_class)):
         raise SettingError(
-            f"out={folder} holds a run of another kind ({note.get('kind')}, not {kind}): give "
-            "another out folder"
+            f"out={folder} holds a run of another kind ({note.get('kind')}, not {config_class}): "
+            "give another out folder"
         )
     before = note.get("fields", {})
     changed = [
@@ -168,7 +200,7 @@ def _compare(folder: Path, note: Mapping[str, Any], kind: str, fields: Mapping[s
             f"{', '.join(changed)}: give another out folder"
         )
     if changed and checkpoint.steps(folder):
-        say(f"{folder} goes on from its checkpoint, now with {', '.join(changed)}")
+        say(f"{folder} continues from its checkpoint, now with {', '.join(changed)}")
 
 
 def _is_free(name: str) -> bool:
@@ -184,32 +216,32 @@ def _note(folder: Path) -> dict[str, Any] | None:
 
 
 def _write_note(folder: Path, note: Mapping[str, Any]) -> None:
-    part = folder / f".{NOTE}.part"
-    part.write_text(json.dumps(note, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, folder / NOTE)
+    text = json.dumps(note, indent=1, ensure_ascii=False) + "\n"
+    with replacing(folder / NOTE) as path:
+        path.write_text(text, encoding="utf-8")
 
 
 def say(sentence: str) -> None:
-    """Tell a person, once where there are several processes."""
+    """Print to stderr, from the first process only."""
     if not processes.rank():
         print(sentence, file=sys.stderr, flush=True)
 
 
 def farewell(folder: Path, command: str, stopped: bool) -> str:
-    """Where the results lie and how to go on, of a run that ended or was `stopped`."""
+    """Where the results of a run are, and how to continue one that was `stopped`."""
     there = checkpoint.steps(folder)
     if stopped:
         reached = f"holds step {there[-1]:,}" if there else "holds no checkpoint yet"
         return f"stopped: {folder} {reached}; the same command goes on from there: {command}"
     if (folder / "model").is_dir():
         where = folder / "model"
-        return f"the model lies in {where}; try it: earlyfusion chat --model {where}"
+        return f"the model is in {where}; try it: earlyfusion chat --model {where}"
     return f"the newest checkpoint is step {there[-1]:,} in {folder}" if there else ""
 
 
 @contextmanager
-def told_to_torchrun() -> Iterator[None]:
-    """Put the sentence of a mistake where `torchrun` finds it: its own report ends with that."""
+def reported_to_torchrun() -> Iterator[None]:
+    """Write the sentence of an error where `torchrun` looks for it, to end its own report with."""
     try:
         yield
     except EarlyFusionError as error:
@@ -229,12 +261,12 @@ class Terminated(SystemExit):
 
 @contextmanager
 def termination_raises() -> Iterator[None]:
-    """SIGTERM raises `Terminated` within, so that a run can say how to go on."""
+    """SIGTERM raises `Terminated` in the block, so that a run can say how to continue."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Terminated
 
-    # Several processes may wait for one another in what no signal wakes them from.
+    # Several processes may wait for one another in calls that no signal interrupts.
     several = processes.count() > 1
     if several or threading.current_thread() is not threading.main_thread():
         yield

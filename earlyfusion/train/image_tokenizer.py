@@ -3,21 +3,21 @@
 loss = l1 |x - y| + l2 (x - y)^2 + commitment |latents - codewords|^2 [+ perceptual] [+ patch GAN]
 
 The codebook follows the latents by an exponential moving average, or by gradient
-(`codebook="gradient"`, van den Oord et al. 2017). Codewords that fell out of use are moved onto
-latents of the current batch. The patch GAN and its adaptive weight follow Esser et al. 2021.
+(`codebook="gradient"`, van den Oord et al. 2017). Codewords that nothing uses any more are moved
+onto latents of the current batch. The patch GAN and its adaptive weight follow Esser et al. 2021.
 `trainable="decoder"` leaves encoder and codebook as they are, so that a transformer that was
-trained on their codes stays valid: the decoder learns to draw the codewords better, with `perturb`
-also of rows in which some codewords are wrong, as a transformer's sometimes are (RobusTok). With
-`naming` a head that is no part of the network must tell from the codewords what is shown.
+trained on their codes stays valid: only the decoder learns. With `perturb` it also learns to draw
+pictures in which some codewords are wrong, as a transformer's sometimes are (RobusTok). With
+`naming` a separate head has to name from the codewords what is shown.
 
-Several processes hold copies: gradients are averaged, codebook statistics added up over them.
+Several processes hold copies: gradients are averaged, statistics of the codebook are added up.
 Shapes: B batch, C channels, Y X pixels, K codebook, N vectors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -39,19 +39,21 @@ from earlyfusion.parallel import ParallelConfig
 from earlyfusion.train import checkpoint
 from earlyfusion.train.critic import Critic, check_side, weight_of
 from earlyfusion.train.likeness import Perceptual, psnr, ssim
+from earlyfusion.train.optim import OptimConfig
 from earlyfusion.train.samples import save_grid, to_picture
 from earlyfusion.train.semantic import SemanticHead, naming_loss
+from earlyfusion.train.task import Task
 from earlyfusion.train.trainer import RunConfig
 
 if TYPE_CHECKING:
     from earlyfusion.parallel import DeviceMesh
 
 TRAINABLE = ("all", "decoder")
-_DRAWING = ("decoder.", "post_quant_conv.")
+_DECODER = ("decoder.", "post_quant_conv.")
 
 Batches = Callable[[int], Tensor | tuple[Tensor, Tensor]]
-"""This process's pictures of a step: float32 [B, 3, Y, X] in [-1, 1]. For a head that names them
-also the labels, int64 [B, questions]."""
+"""This process's pictures of a step: float32 [B, 3, Y, X] in [-1, 1]; for a head that names them
+also their labels, int64 [B, questions]."""
 
 
 @dataclass
@@ -62,15 +64,15 @@ class VQLossConfig:
     codebook: str = "ema"
     ema_decay: float = 0.97
     ramp_steps: int = 250
-    """Steps over which the decoder goes from seeing latents to seeing codewords."""
+    """Steps over which the input of the decoder changes from latents to codewords."""
     revive_every: int = 25
     revive_until: float = 0.8
-    """Share of the run after which dead codewords stay where they are."""
+    """Share of the run after which unused codewords stay where they are."""
     perceptual: float = 0.0
     perceptual_weights: Path | None = None
-    """VGG-16 as a torch state dict, named as torchvision or LPIPS name it."""
+    """File of VGG-16 as a torch state dict, with the names of torchvision or LPIPS."""
     perceptual_linear: Path | None = None
-    """LPIPS's weights of the channels, where the file above has none."""
+    """File of LPIPS's weights per channel, if the file above has none."""
     adversarial: float = 0.0
     adversarial_from: int = 0
     critic_layers: int = 3
@@ -80,7 +82,7 @@ class VQLossConfig:
     naming: float = 0.0
     """Weight of the head that names what the codewords show; see `train.semantic`."""
     perturb: float = 0.0
-    """With `trainable=decoder`, share of the codes that become one of the nearest codewords."""
+    """With `trainable=decoder`, share of the codes that are replaced by one of the nearest."""
 
     def __post_init__(self) -> None:
         if self.codebook not in ("ema", "gradient"):
@@ -91,15 +93,56 @@ class VQLossConfig:
             )
         if self.naming < 0 or not 0 <= self.perturb <= 1:
             raise SettingError(
-                f"naming={self.naming} must be 0 up and perturb={self.perturb} a share from 0 to 1"
+                f"naming={self.naming} must be 0 or more and perturb={self.perturb} a share from 0 "
+                "to 1"
             )
         for name in ("revive_every", "critic_width"):
             if getattr(self, name) < 1:
                 raise SettingError(f"{name}={getattr(self, name)} must be at least 1")
 
 
+@dataclass
+class ImageTokenizerConfig:
+    """The fields that all trainings of an image tokenizer share."""
+
+    batch: int = 32
+    """Pictures of a step, over all processes."""
+    micro_batch: int = 0
+    """Pictures that one process computes at a time; 0: all that it has."""
+    start: str = ""
+    """A run, a model folder or a hub id whose image tokenizer this run begins with."""
+    trainable: str = "all"
+    """"all", or "decoder": encoder and codebook stay as they are, to the bit."""
+    run: RunConfig = field(default_factory=RunConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    model: VQConfig = field(default_factory=VQConfig)
+    loss: VQLossConfig = field(default_factory=VQLossConfig)
+
+    def __post_init__(self) -> None:
+        check_trainable(self.trainable, self.start)
+        count_micro_batches(self.batch, self.micro_batch)
+
+    def build(self) -> VQGAN:
+        """The network on its device, with weights drawn from the run's seed or those of `start`."""
+        torch.manual_seed(self.run.seed)
+        model = accelerate(VQGAN(self.model))
+        if self.start:
+            begin_with(model, self.start)
+        model.to(resolve_device(self.run.device))
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return model
+
+    def task(
+        self, model: VQGAN, batches: Batches, head: SemanticHead | None = None
+    ) -> ImageTokenizerTask:
+        """The training of `model` on `batches`."""
+        micro_batches = count_micro_batches(self.batch, self.micro_batch)
+        steps, trainable = self.run.steps, self.trainable
+        return ImageTokenizerTask(model, self.loss, batches, steps, trainable, micro_batches, head)
+
+
 def check_terms(config: VQLossConfig) -> None:
-    """Refuse a perceptual term whose files are not there, before anything else is opened."""
+    """Refuse a perceptual term whose files are missing, before anything else is opened."""
     for name in ("perceptual_weights", "perceptual_linear") if config.perceptual else ():
         path = getattr(config, name)
         if path is not None and not path.is_file():
@@ -110,7 +153,7 @@ def check_terms(config: VQLossConfig) -> None:
 
 
 def check_trainable(trainable: str, start: str) -> None:
-    """Refuse a part that there is not, and a decoder alone that begins with nothing."""
+    """Refuse an unknown `trainable`, and a decoder that is trained alone without a `start`."""
     if trainable not in TRAINABLE:
         raise SettingError(f"trainable={trainable!r} is unknown: choose {' or '.join(TRAINABLE)}")
     if trainable == "decoder" and not start:
@@ -120,27 +163,16 @@ def check_trainable(trainable: str, start: str) -> None:
         )
 
 
-def parts_of(batch: int, micro_batch: int) -> int:
-    """How many parts of `micro_batch` pictures (0: all) this process computes in a step."""
+def count_micro_batches(batch: int, micro_batch: int) -> int:
+    """How many times this process computes `micro_batch` pictures (0: all) in a step."""
     process_count = processes.count()
-    unit = process_count * max(1, micro_batch)
-    if batch < 1 or micro_batch < 0 or batch % unit:
+    at_once = process_count * max(1, micro_batch)
+    if batch < 1 or micro_batch < 0 or batch % at_once:
         raise SettingError(
-            f"batch={batch} cannot go to {process_count} processes in parts of "
-            f"micro_batch={max(1, micro_batch)}: choose a multiple of {unit}"
+            f"batch={batch} cannot be shared by {process_count} processes that compute "
+            f"micro_batch={max(1, micro_batch)} at a time: choose a multiple of {at_once}"
         )
-    return batch // unit if micro_batch else 1
-
-
-def build(config: VQConfig, start: str, run: RunConfig) -> VQGAN:
-    """The network on its device, with weights drawn from the run's seed or those of `start`."""
-    torch.manual_seed(run.seed)
-    model = accelerate(VQGAN(config))
-    if start:
-        begin_with(model, start)
-    model.to(resolve_device(run.device))
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model
+    return batch // at_once if micro_batch else 1
 
 
 def begin_with(model: VQGAN, start: str) -> VQGAN:
@@ -153,7 +185,7 @@ def begin_with(model: VQGAN, start: str) -> VQGAN:
         model.load_state_dict(tensors)
     except RuntimeError:
         raise CheckpointError(
-            f"start={start} is no image tokenizer of this shape, with a decoder: give a run of "
+            f"start={start} has no image tokenizer of this shape with a decoder: give a run of "
             "this recipe, or a model folder that has one"
         ) from None
     return model
@@ -171,7 +203,7 @@ def _weights_of(start: str) -> dict[str, Tensor]:
 
 
 class _Seen(NamedTuple):
-    """What is left of a part of a step once its gradients are there."""
+    """What `after` needs of a micro batch once its gradients are computed."""
 
     reals_BCYX: Tensor
     fakes_BCYX: Tensor
@@ -179,15 +211,12 @@ class _Seen(NamedTuple):
     codes_N: Tensor
 
 
-class ImageTokenizerTask:
-    """Trains a `VQGAN` on pictures, those of a step in `parts`; see `train.trainer.Task`.
+class ImageTokenizerTask(Task):
+    """Trains a `VQGAN` on pictures, its units; the batch of a step in `micro_batches`.
 
     `trainable` is "all", or "decoder" for a codebook and an encoder that stay as they are. `head`
-    is trained beside the network where `config.naming` is not 0; the batches have labels then.
+    is trained beside the network if `config.naming` is not 0; the batches then have labels.
     """
-
-    progress: float = 0.0
-    """Share of the run that is done."""
 
     def __init__(
         self,
@@ -196,36 +225,43 @@ class ImageTokenizerTask:
         batches: Batches,
         steps: int,
         trainable: str = "all",
-        parts: int = 1,
+        micro_batches: int = 1,
         head: SemanticHead | None = None,
     ) -> None:
         if (head is None) != (config.naming == 0):
             raise SettingError(
-                f"naming={config.naming:g} needs a head where it is not 0, and no head where it is"
+                f"naming={config.naming:g} and head={'none' if head is None else 'given'} do not "
+                "fit: give a head if naming is not 0, and none if it is"
             )
         self.head = head
         assert model.decoder is not None
-        self.model, self.config, self.steps, self.parts = model, config, steps, parts
+        self.model: VQGAN = model
+        self.config, self.steps, self._micro_batches = config, steps, micro_batches
         self._batches, self._trainable = batches, trainable
-        self._fixed = trainable == "decoder"
-        self._last = model.decoder.conv_out.weight
-        self._device = device = self._last.device
-        moves = config.codebook == "ema" and not self._fixed
+        self._decoder_only = trainable == "decoder"
+        self._last_layer = model.decoder.conv_out.weight
+        self._device = device = self._last_layer.device
+        moves = config.codebook == "ema" and not self._decoder_only
         self._ema = _MovingCodebook(model, config.ema_decay) if moves else None
         for name, parameter in model.named_parameters():
-            if self._fixed and not name.startswith(_DRAWING):
+            if self._decoder_only and not name.startswith(_DECODER):
                 parameter.requires_grad_(False)
         self._uses_K = torch.zeros(model.config.num_embeddings, device=device)
         self._vgg, self._critic = _perceptual(config, device), _critic(config, model, device)
         self._mesh: DeviceMesh | None = None
-        self._ranks = 1
+        self._data_ranks = 1
         self._waiting: list[tuple[Tensor, Tensor | None]] = []
-        self._near_KN = _near(model, config.perturb) if self._fixed else None
+        perturbs = self._decoder_only and config.perturb > 0
+        self._near_KN = nearest_codewords(model) if perturbs else None
         self._seen: list[_Seen] = []
+
+    @property
+    def micro_batches(self) -> int:
+        return self._micro_batches
 
     @cached_property
     def flops_per_unit(self) -> float:
-        """Floating-point operations of the network that training takes for one picture."""
+        """Without the perceptual and the adversarial term."""
         config = self.model.config
         with torch.device("meta"):
             model = VQGAN(config)
@@ -235,31 +271,33 @@ class ImageTokenizerTask:
             encoder = counter.get_total_flops()
             model.decoder(model.post_quant_conv(model.embed(codes)))  # type: ignore[misc]
         whole = counter.get_total_flops()
-        return float(3 * whole - 2 * encoder if self._fixed else 3 * whole)
+        # A backward pass takes twice what its forward pass does.
+        return float(3 * whole - 2 * encoder if self._decoder_only else 3 * whole)
 
     def distribute(
         self, mesh: DeviceMesh | None, config: ParallelConfig, compiled: bool, dtype: torch.dtype
     ) -> None:
-        """Compile the network, if told; of several processes each holds a copy."""
+        """Each of several processes holds a copy; `compiled` compiles the network."""
         if config.tensor > 1:
             raise SettingError(
                 f"tensor={config.tensor} cannot cut an image tokenizer: leave it at 1"
             )
-        self._mesh, self._ranks = mesh, parallel.data_rank(mesh)[1]
+        self._mesh, self._data_ranks = mesh, parallel.data_rank(mesh)[1]
         for module in self.model.modules() if compiled else ():
-            if isinstance(module, Level):  # the last layer stays outside: its gradient is asked for
+            # The last layer is not compiled: `weight_of` needs gradients at its weight.
+            if isinstance(module, Level):
                 module.compile()
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        own = [p for p in self.model.parameters() if p.requires_grad]
-        return iter([*own, *(self.head.parameters() if self.head is not None else ())])
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        return iter([*trained, *(self.head.parameters() if self.head is not None else ())])
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor], float]:
         if not self._waiting:
             self._fetch(step)
         (x, labels), cfg = self._waiting.pop(0), self.config
         blend = torch.tensor(min(1.0, step / max(1, cfg.ramp_steps)), device=self._device)
-        out = self._drawn(x) if self._fixed else self.model(x, blend)
+        out = self._decoded(x) if self._decoder_only else self.model(x, blend)
         pixels = out.pixels.float()
         self._seen.append(_Seen(x, pixels.detach(), *_vectors(out)))
         l2 = F.mse_loss(pixels, x)
@@ -272,35 +310,36 @@ class ImageTokenizerTask:
             total = total + cfg.perceptual * figures["perceptual"]
         if self._critic is not None and step >= cfg.adversarial_from:
             figures["fooled"] = self._critic.fooled(pixels)
-            weight = cfg.adversarial * weight_of(total, figures["fooled"], self._last)
+            weight = cfg.adversarial * weight_of(total, figures["fooled"], self._last_layer)
             total = total + weight * figures["fooled"]
-        if not self._fixed:
+        if not self._decoder_only:
             total = total + self._codebook_loss(out, blend, figures)
         if self.head is not None and labels is not None:
+            # Straight-through: the value of the codewords, the gradient of the latents.
             through = out.latents + blend * (out.nearest - out.latents).detach()
             figures["naming"], figures["named"] = naming_loss(self.head(through), labels)
             total = total + cfg.naming * figures["naming"]
         figures = {name: value.detach() for name, value in figures.items()}
         figures |= self._usage(out.codes)
-        return total / (self.parts * self._ranks), figures, float(len(x))
+        return total / (self._micro_batches * self._data_ranks), figures, float(len(x))
 
     @torch.no_grad()
     def after(self, step: int) -> dict[str, float]:
         seen, self._seen = self._seen, []
-        vectors_NC = torch.cat([part.vectors_NC for part in seen])
-        codes_N = torch.cat([part.codes_N for part in seen])
+        vectors_NC = torch.cat([micro.vectors_NC for micro in seen])
+        codes_N = torch.cat([micro.codes_N for micro in seen])
         if self._ema is not None:
             self._ema.update(vectors_NC, codes_N, self._mesh)
-        revives = step % self.config.revive_every == 0 and not self._fixed
+        revives = step % self.config.revive_every == 0 and not self._decoder_only
         if revives and max(self.progress, step / self.steps) < self.config.revive_until:
             self._revive(vectors_NC)
-        self._uses_K *= 1 - 1 / self.config.revive_every
+        self._uses_K *= 1 - 1 / self.config.revive_every  # forgets over about that many steps
         uses_K = torch.bincount(codes_N, minlength=len(self._uses_K))
         self._uses_K += parallel.data_sum(uses_K, self._mesh)
         if self._critic is None or step < self.config.adversarial_from:
             return {}
-        pairs = ((part.reals_BCYX, part.fakes_BCYX) for part in seen)
-        return {"critic": self._critic.learn(pairs, 1 / self.parts, self._mesh)}
+        pairs = ((micro.reals_BCYX, micro.fakes_BCYX) for micro in seen)
+        return {"critic": self._critic.learn(pairs, 1 / self._micro_batches, self._mesh)}
 
     def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
         tensors: dict[str, Any] = {"uses": self._uses_K}
@@ -337,17 +376,17 @@ class ImageTokenizerTask:
             self.head.load_state_dict(tensors["head"])
 
     def _fetch(self, step: int) -> None:
-        """The pictures of a step in their parts, with their labels where there are any."""
+        """The pictures of a step as micro batches, with their labels where there are any."""
         batch = self._batches(step)
         pixels, labels = batch if isinstance(batch, tuple) else (batch, None)
         x = pixels.to(self._device, non_blocking=True)
-        whole = x.contiguous(memory_format=torch.channels_last).chunk(self.parts)
-        known = labels.to(self._device).chunk(self.parts) if labels is not None else None
+        whole = x.contiguous(memory_format=torch.channels_last).chunk(self._micro_batches)
+        known = labels.to(self._device).chunk(self._micro_batches) if labels is not None else None
         self._waiting = list(zip(whole, known or [None] * len(whole), strict=True))
         self._seen = []
 
-    def _drawn(self, x_BCYX: Tensor) -> Quantized:
-        """The decoder's pictures of exact codewords: the encoder runs in fp32, and once."""
+    def _decoded(self, x_BCYX: Tensor) -> Quantized:
+        """Pictures that the decoder draws of exact codes; the encoder runs in fp32."""
         with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
             latents = self.model.latents(x_BCYX)
             codes = self.model.nearest_codes(latents)
@@ -370,13 +409,13 @@ class ImageTokenizerTask:
         return total if self._ema is not None else total + F.mse_loss(nearest, latents.detach())
 
     def _usage(self, codes: Tensor) -> dict[str, Tensor]:
-        """Of the last steps: perplexity, and the share of codes that came at least once."""
+        """Over the last steps: perplexity, and the share of codes that were used at least once."""
         in_batch = torch.tensor(float(codes.unique().numel()))
         used = (self._uses_K >= 1).float().mean()
         return {"perplexity": perplexity(self._uses_K), "usage": used, "codes_in_batch": in_batch}
 
     def _revive(self, vectors_NC: Tensor) -> None:
-        """Move codewords that almost nobody used lately onto latents of this batch."""
+        """Move codewords that were hardly used lately onto latents of this batch."""
         dead_K = (self._uses_K < 1.0).nonzero().flatten()
         pick = torch.randint(len(vectors_NC), (len(dead_K),), device=vectors_NC.device)
         fresh = vectors_NC[pick]
@@ -402,14 +441,10 @@ def _critic(config: VQLossConfig, model: VQGAN, device: torch.device) -> Critic 
 
 
 def nearest_codewords(model: VQGAN, count: int = 8) -> Tensor:
-    """The `count` codewords nearest to each, itself left out: int64 [K, count]."""
+    """The `count` codewords nearest to each, except itself: int64 [K, count]."""
     weight_KC = model.quantize.embedding.weight.detach().float()
     distances = torch.cdist(weight_KC, weight_KC).fill_diagonal_(torch.inf)
     return distances.argsort(1)[:, :count]
-
-
-def _near(model: VQGAN, perturb: float) -> Tensor | None:
-    return nearest_codewords(model) if perturb else None
 
 
 def _vectors(out: Quantized) -> tuple[Tensor, Tensor]:
@@ -418,13 +453,13 @@ def _vectors(out: Quantized) -> tuple[Tensor, Tensor]:
 
 
 def perplexity(uses_K: Tensor) -> Tensor:
-    """How many codes an even use of so many would be: e to the entropy."""
+    """e to the entropy of the use: as many codes, used evenly, have the same entropy."""
     share_K = uses_K / uses_K.sum().clamp_min(1)
     return (-(share_K * share_K.clamp_min(1e-10).log()).sum()).exp()
 
 
 class _MovingCodebook:
-    """Codewords as running means of the latents that chose them."""
+    """Codewords as running means of the latents that are nearest to them."""
 
     def __init__(self, model: VQGAN, decay: float) -> None:
         self._weight_KC = model.quantize.embedding.weight
@@ -447,10 +482,10 @@ class _MovingCodebook:
 
 
 class HeldOut:
-    """Draws pictures that the network does not train on; see `train.trainer.Shows`.
+    """Measures and draws pictures that the network does not train on (`trainer.DrawSamples`).
 
-    `pictures_BCYX` are on the CPU, in [-1, 1]. The grid has originals above what is drawn of their
-    codes; the figures are means over all pictures, in fp32.
+    `pictures_BCYX` are on the CPU, in [-1, 1]. The grid has the originals above the pictures that
+    are drawn of their codes; the figures are means over all pictures, in fp32.
     """
 
     def __init__(self, model: VQGAN, pictures_BCYX: Tensor, shown: int = 8, batch: int = 4) -> None:

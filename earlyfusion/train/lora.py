@@ -114,8 +114,8 @@ def train_image_head(model: Transformer, image_tokens: Ids) -> None:
     parametrize.register_parametrization(model.lm_head, "weight", rows)
 
 
-def part(model: Transformer) -> str:
-    """What of a model is trained: a key of `plan.PARTS`."""
+def trainable(model: Transformer) -> str:
+    """Which weights of a model are trained: a key of `plan.TRAINABLE`."""
     frozen = [not parameter.requires_grad for parameter in model.model.parameters()]
     return "image_head" if all(frozen) else "adapters" if any(frozen) else "all"
 

@@ -242,6 +242,29 @@ def set_rate(optimizer: Any, rate: float, config: OptimConfig) -> None:
         group["lr"] = rate * group["peak"] / config.lr if "peak" in group else rate
 
 
+def allocate_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Give Adam the moments that its first step would make, so that they can be read into."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if not optimizer.state[parameter]:
+                optimizer.state[parameter] = {
+                    "step": torch.zeros((), device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+
+
+def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
+    """Fill an optimizer from a checkpoint; shards of several processes hold tensors only."""
+    groups = {k: v for k, v in optimizer.state_dict().items() if k == "param_groups"}
+    optimizer.load_state_dict(groups | state)
+    for parameter, moments in optimizer.state.items():
+        for name, value in moments.items():
+            # The fused kernel walks memory: moments must have the strides of their parameter.
+            if value.shape == parameter.shape and value.stride() != parameter.stride():
+                moments[name] = torch.empty_like(parameter).copy_(value)
+
+
 class Average:
     """A moving average of a model's weights; at first it forgets faster, to lose the beginning."""
 

@@ -1,8 +1,8 @@
-"""What a training run takes on so many GPUs: memory, speed and days, from the run's own config.
+"""What a training run takes on a number of GPUs: memory, speed and days, from the run's own config.
 
-Nothing is run: all follows from the shapes. What is assumed stands in `ASSUMED` and is printed
-with the table. Shapes: D model width, N heads, K key and value heads, H head width, F inner width,
-L layers, V vocabulary, T row length, S tokens that pass one GPU at a time.
+Nothing is run: all follows from the shapes. The assumptions are in `ASSUMED`, which is printed with
+the table. Shapes: D model width, K key and value heads, H head width, F inner width, L layers, T
+row length.
 """
 
 from __future__ import annotations
@@ -15,23 +15,24 @@ from earlyfusion.errors import SettingError
 
 GPUS = (64, 128, 256, 512, 1024, 2048, 3072)
 FEW_GPUS = (1, 2, 4, 8, 16, 32, 64, 128)
-PARTS = {"all": (6, 12), "adapters": (4, 12), "image_head": (2, 4)}
-"""What is trained: operations a token for each weight of the blocks, and L D T times for attention.
+TRAINABLE = {"all": (6, 12), "adapters": (4, 12), "image_head": (2, 4)}
+"""Operations per token for each weight of the blocks, and as multiples of L D T for attention.
 
-The head always takes 6 a weight: `loss.head_loss` finds both of its gradients.
+By what is trained. The head always takes 6 per weight: `loss.head_loss` computes both of its
+gradients.
 """
 MFU = 0.5
 PEAK_TFLOPS = 989.0
 GIB = 2**30
 _HEAD_BLOCK = 256
-"""Positions whose logits lie in memory together: `loss.head_loss`."""
+"""Positions whose logits are in memory together: `loss.head_loss`."""
 
 ASSUMED = (
     "what is trained: weights, gradients and both moments of AdamW in fp32, cut over shard x "
     "tensor; what is not: 4 bytes a weight, 2 in products of blocks; computing in bf16",
     "two blocks gathered at a time, and the embedding and head",
     "activations of one micro batch, without compile; attention keeps no scores",
-    "operations a token: 6 a weight in a product and 12 L D T for attention, less where blocks "
+    "operations per token: 6 per weight in a product and 12 L D T for attention, less where blocks "
     "are not trained, and nothing for what is computed again",
 )
 
@@ -46,7 +47,7 @@ class Layout(Protocol):
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained; `rows` are those of a whole step."""
+    """What is trained; `rows` are those of a whole step, `tokens` those of the whole run."""
 
     model: ModelConfig
     layout: Layout
@@ -56,14 +57,16 @@ class Job:
     tokens: float
     dropout: float = 0.0
     peak_tflops: float = PEAK_TFLOPS
-    part: str = "all"
-    """What is trained: a key of `PARTS`."""
+    trainable: str = "all"
+    """Which weights: a key of `TRAINABLE`."""
     lora: int = 0
     """Rank of the adapters."""
+    gpus: tuple[int, ...] = GPUS
+    """The numbers of GPUs to plan for."""
 
 
 class TooFewRows(SettingError):
-    """A step has fewer rows than the GPUs take at once: so it is with more GPUs."""
+    """A step has fewer rows than the GPUs take at once; more GPUs do not help."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class Line:
 
 
 def products_of_block(config: ModelConfig) -> int:
-    """Weights that multiply every token."""
+    """Weights of the matrices, which multiply every token."""
     D, F, H, K = _widths(config)
     return 2 * D * D + 2 * D * K * H + 3 * D * F
 
@@ -108,29 +111,35 @@ def parameters(config: ModelConfig) -> int:
 
 def trained_of_block(job: Job) -> int:
     D, F, H, K = _widths(job.model)
-    edges = 4 * D + 2 * (D + K * H) + 3 * (D + F)
-    return {"all": parameters_of_block(job.model), "adapters": job.lora * edges}.get(job.part, 0)
+    edges = 4 * D + 2 * (D + K * H) + 3 * (D + F)  # rows and columns of the seven matrices
+    return {"all": parameters_of_block(job.model), "adapters": job.lora * edges}.get(
+        job.trainable, 0
+    )
 
 
 def trained(job: Job) -> int:
     """Weights that have gradients and moments."""
-    if job.part == "all":
+    if job.trainable == "all":
         return parameters(job.model)
     head = job.model.vq_config.num_embeddings * job.model.hidden_size
-    return head if job.part == "image_head" else job.model.num_hidden_layers * trained_of_block(job)
+    return (
+        head
+        if job.trainable == "image_head"
+        else job.model.num_hidden_layers * trained_of_block(job)
+    )
 
 
 def frozen_bytes(job: Job) -> int:
-    """Of weights that are only read: 2 bytes for those of products in blocks, 4 for others."""
-    if job.part == "all":
+    """Memory of frozen weights: 2 bytes for those of products in blocks, 4 for others."""
+    if job.trainable == "all":
         return 0
     products = job.model.num_hidden_layers * products_of_block(job.model)
     return 4 * parameters(job.model) - 2 * products
 
 
-def flops_per_token(config: ModelConfig, length: int, part: str = "all") -> float:
-    """Of a training step: forward and backward, rows of `length` taken as one document."""
-    weight, attention = PARTS[part]
+def flops_per_token(config: ModelConfig, length: int, trainable: str = "all") -> float:
+    """Forward and backward pass of training, each row of `length` being one document."""
+    weight, attention = TRAINABLE[trainable]
     blocks = config.num_hidden_layers
     mixed = float(attention) * blocks * config.hidden_size * length
     head = 6.0 * config.vocab_size * config.hidden_size
@@ -144,7 +153,7 @@ def activation_bytes(
     D, F, H, K = _widths(config)
     heads = D + K * H
     products = D + 2 * K * H + D + D + 2 * F + D
-    full = 2 * D
+    full = 2 * D  # the input of the block, in bf16
     selective = full + 2 * products
     # fp32: heads before and after their norm, and rotated by halves; bf16: all else.
     none = (
@@ -159,13 +168,13 @@ def activation_bytes(
     return {"none": none * scale, "selective": selective * scale, "full": full * scale}
 
 
-def lines(job: Job, counts: tuple[int, ...] = GPUS) -> list[Line | str]:
+def lines(job: Job) -> list[Line | str]:
     """A line for each number of GPUs, or the sentence that says why it is impossible.
 
-    Where there are fewer rows than GPUs could take, one sentence stands for all larger numbers.
+    Once a step has too few rows, one sentence serves for all larger numbers.
     """
     found: list[Line | str] = []
-    for gpus in counts:
+    for gpus in job.gpus:
         try:
             found.append(line(job, gpus))
         except TooFewRows as error:
@@ -179,15 +188,15 @@ def line(job: Job, gpus: int) -> Line:
     replicas, shard, tensor = job.layout.sizes(gpus)
     ranks, micro = replicas * shard, max(1, job.micro_rows)
     if job.rows % (ranks * micro):
-        kind = TooFewRows if job.rows < ranks * micro else SettingError
-        raise kind(
-            f"rows={job.rows} cannot go to {ranks} data ranks in parts of micro_rows={micro}: "
-            f"choose a multiple of {ranks * micro}"
+        error = TooFewRows if job.rows < ranks * micro else SettingError
+        raise error(
+            f"rows={job.rows} cannot be shared by {ranks} data ranks that compute "
+            f"micro_rows={micro} at a time: choose a multiple of {ranks * micro}"
         )
     tables = job.model.vocab_size * job.model.hidden_size
-    operations = flops_per_token(job.model, job.length, job.part)
+    operations = flops_per_token(job.model, job.length, job.trainable)
     speed = MFU * gpus * job.peak_tflops * 1e12 / operations
-    seen = micro * job.length
+    tokens = micro * job.length
     cut = shard * tensor
     return Line(
         gpus=gpus,
@@ -195,14 +204,15 @@ def line(job: Job, gpus: int) -> Line:
         shard=shard,
         tensor=tensor,
         micro_batches=job.rows // (ranks * micro),
-        # Every process has the whole image head: it is small.
-        states=16 * trained(job) / (1 if job.part == "image_head" else cut)
+        # Every process keeps the whole image head: parallel.shard_rows leaves it out.
+        states=16 * trained(job) / (1 if job.trainable == "image_head" else cut)
         + frozen_bytes(job) / cut,
         gathered=_gathered(job) / tensor if cut > 1 else _cast(job),
-        activations=_kept(job, seen, tensor),
+        activations=_activations(job, tokens, tensor),
+        # Gradient of the head in fp32, logits of a block in fp32 and bf16, states, their gradient.
         loss=4 * tables / tensor
         + 6 * _HEAD_BLOCK * job.model.vocab_size / tensor
-        + 2 * 2 * seen * job.model.hidden_size,
+        + 2 * 2 * tokens * job.model.hidden_size,
         tokens_per_second=speed,
         days=job.tokens / speed / 86_400,
     )
@@ -211,32 +221,32 @@ def line(job: Job, gpus: int) -> Line:
 def _gathered(job: Job) -> int:
     """Two blocks in bf16, the gradient of one in bf16 and fp32; both tables and their gradients."""
     tables = 2 * job.model.vocab_size * job.model.hidden_size
-    gradients = 2 * tables if job.part == "all" else 0
+    gradients = 2 * tables if job.trainable == "all" else 0
     block = 2 * 2 * parameters_of_block(job.model)
     return block + (2 + 4) * trained_of_block(job) + 2 * tables + gradients
 
 
 def _cast(job: Job) -> int:
-    """One GPU gathers nothing, but keeps copies in bf16 of the weights in products."""
+    """One GPU gathers nothing, but keeps bf16 copies of the weights in products."""
     blocks = trained_of_block(job) * job.model.num_hidden_layers
     return 2 * (blocks + job.model.vocab_size * job.model.hidden_size)
 
 
-def _kept(job: Job, tokens: int, tensor: int) -> dict[str, float]:
-    """Activations by `checkpointing`; where no block is trained, those of one at a time."""
-    kept = activation_bytes(job.model, tokens, tensor, job.dropout)
-    if job.part == "image_head":
-        return dict.fromkeys(kept, kept["none"] / job.model.num_hidden_layers)
-    return kept
+def _activations(job: Job, tokens: int, tensor: int) -> dict[str, float]:
+    """Bytes by `checkpointing`; if no block is trained, those of one block at a time."""
+    found = activation_bytes(job.model, tokens, tensor, job.dropout)
+    if job.trainable == "image_head":
+        return dict.fromkeys(found, found["none"] / job.model.num_hidden_layers)
+    return found
 
 
-def table(job: Job, counts: tuple[int, ...] = GPUS) -> str:
+def table(job: Job) -> str:
     """The plan as text: sizes, a line for each number of GPUs, and what is assumed.
 
     Time is in days, with `FEW_GPUS` in hours.
     """
-    time, hours = ("hours", 1.0) if counts == FEW_GPUS else ("days", 24.0)
-    found = (_cells(x, hours) if isinstance(x, Line) else (x,) for x in lines(job, counts))
+    time, hours = ("hours", 1.0) if job.gpus == FEW_GPUS else ("days", 24.0)
+    found = (_cells(x, hours) if isinstance(x, Line) else (x,) for x in lines(job))
     rows = [(*_HEADINGS, time), *found]
     full = [row for row in rows if len(row) > 1]
     widths = [max(len(row[i]) for row in full) for i in range(len(full[0]))]
@@ -247,12 +257,12 @@ def table(job: Job, counts: tuple[int, ...] = GPUS) -> str:
         for row in rows
     ]
     step = job.rows * job.length
-    of_them = f", {trained(job):,} trained" if job.part != "all" else ""
+    of_them = f", {trained(job):,} trained" if job.trainable != "all" else ""
     head = (
         f"{parameters(job.model):,} parameters{of_them}; {job.rows:,} rows x {job.length:,} = "
         f"{step:,} tokens a step, {max(1, job.micro_rows)} rows at a time; "
         f"{job.tokens:.3g} tokens = {job.tokens / step:,.0f} steps; "
-        f"{flops_per_token(job.model, job.length, job.part):.3g} operations a token"
+        f"{flops_per_token(job.model, job.length, job.trainable):.3g} operations a token"
     )
     speed = f"{MFU:.0%} of {job.peak_tflops:g} TFLOP/s a GPU (peak_tflops)"
     notes = [f"- {note}" for note in (*ASSUMED, f"speed: {speed}")]

@@ -1,14 +1,13 @@
 """Sample pictures of a run: the same prompts, drawn again and again as the model learns.
 
-`PromptedPictures` is a `train.trainer.Shows`: give it to `train` as the last argument. It draws
-with the modules that are being trained, token by token as `generation/reference.py` defines it, so
-adapters and whatever else changed a module take part.
+`PromptedPictures` is a `trainer.DrawSamples`, an argument of `train`. It draws with the modules
+that are being trained, in the plain loop of `generation/reference.py`, so that adapters and all
+else that replaced a module take part.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from earlyfusion.content import as_messages
 from earlyfusion.errors import SettingError
+from earlyfusion.files import replacing
 from earlyfusion.generation.reference import generate
 from earlyfusion.generation.request import ImageDone, Request
 from earlyfusion.generation.settings import SamplingParams
@@ -28,14 +28,14 @@ from earlyfusion.model.transformer import Transformer
 from earlyfusion.processor import ANSWER_IMAGE, Processor, TokenSequence
 
 _GAP = 4
-_LEAST_SIDE = 128  # smaller pictures are shown enlarged by a whole number
+_LEAST_SIDE = 128  # smaller pictures are enlarged by a whole number
 
 
 class PromptedPictures:
-    """Draws one picture for each prompt and saves them as a grid, with the prompts beside it.
+    """Draws one picture for each prompt and saves them as a grid, with the prompts in a JSON file.
 
-    `prompts` are (what a person reads, tokens). `defaults` are the model's own sampling settings.
-    Prompt number i has the seed `seed + i`, so that what changes is the model. Raises
+    `prompts` are pairs of a text to show and tokens. `defaults` are the model's own sampling
+    settings. Prompt number i always has the seed `seed + i`, so that only the model changes. Raises
     `SettingError` for a prompt that leaves no room for a picture.
     """
 
@@ -60,8 +60,8 @@ class PromptedPictures:
                 )
         settings = [SamplingParams(seed=seed + i).resolved(defaults) for i in range(len(prompts))]
         self._requests = [
-            Request(ids, "image", own, images=1, room=room)
-            for (_, ids), own in zip(prompts, settings, strict=True)
+            Request(ids, "image", sampling, images=1, room=room)
+            for (_, ids), sampling in zip(prompts, settings, strict=True)
         ]
 
     def __call__(self, step: int, folder: Path) -> dict[str, float]:
@@ -71,11 +71,10 @@ class PromptedPictures:
         with torch.autocast(self._image_tokenizer.device.type, enabled=False):
             pictures = self._image_tokenizer.decode(torch.from_numpy(codes))
         save_grid(folder / f"step-{step:08d}.png", [[picture] for picture in pictures])
-        told = {"step": step, "prompts": self._names, "layout": "from left to right"}
-        text = json.dumps(told, ensure_ascii=False, indent=1) + "\n"
-        _replace(
-            folder / f"step-{step:08d}.json", lambda path: path.write_text(text, encoding="utf-8")
-        )
+        caption = {"step": step, "prompts": self._names, "layout": "from left to right"}
+        text = json.dumps(caption, ensure_ascii=False, indent=1) + "\n"
+        with replacing(folder / f"step-{step:08d}.json") as path:
+            path.write_text(text, encoding="utf-8")
         return {}
 
     def _draw(self, request: Request) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -83,15 +82,17 @@ class PromptedPictures:
         return next(event.codes for event in events if isinstance(event, ImageDone))
 
 
-def asked(processor: Processor, prompts: Sequence[str]) -> list[tuple[str, Sequence[int]]]:
-    """Prompts of texts, as a user types them."""
+def encoded_prompts(
+    processor: Processor, prompts: Sequence[str]
+) -> list[tuple[str, Sequence[int]]]:
+    """Texts as a user types them, each with its tokens."""
     return [(prompt, processor.encode(as_messages(prompt)).ids) for prompt in prompts]
 
 
-def asked_in(
+def image_prompts(
     processor: Processor, stream: Callable[[int], TokenSequence], count: int, among: int = 200
 ) -> list[tuple[str, Sequence[int]]]:
-    """The first `count` prompts that documents of a training stream answer with a picture."""
+    """`count` prompts of the first `among` training documents whose answer is a picture."""
     found: dict[str, Sequence[int]] = {}
     for number in range(among):
         if len(found) == count:
@@ -111,7 +112,7 @@ def to_picture(pixels_CYX: Tensor) -> PIL.Image.Image:
 
 
 def save_grid(path: Path, columns: Sequence[Sequence[PIL.Image.Image]]) -> None:
-    """Write pictures of equal size as one PNG: a column each, from the top down."""
+    """Write columns of pictures of equal size as one PNG."""
     side = columns[0][0].width
     scale = max(1, -(-_LEAST_SIDE // side))
     wide, high = (side * scale for side in columns[0][0].size)
@@ -122,11 +123,5 @@ def save_grid(path: Path, columns: Sequence[Sequence[PIL.Image.Image]]) -> None:
         for down, picture in enumerate(column):
             shown = picture.resize((wide, high), PIL.Image.Resampling.NEAREST)
             sheet.paste(shown, (_GAP + along * (wide + _GAP), _GAP + down * (high + _GAP)))
-    _replace(path, lambda partial: sheet.save(partial, "PNG"))
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """A whole file or none, also where the run is killed."""
-    partial = path.with_name(f".{path.name}.part")
-    write(partial)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        sheet.save(partial, "PNG")

@@ -1,9 +1,9 @@
 """What a run does when a step goes wrong, and the early signs that it will.
 
-A step whose loss or gradient is no number, or whose loss jumps, changes nothing and is counted.
-Several in a row send the run back to its newest checkpoint, from where it goes on with documents
-it has not seen. The last layer's output norm and the largest logit grow long before a model of
-this family diverges (arXiv 2405.09818, section 2.3): their growth is told.
+A step whose loss or gradient is NaN or infinite, or whose loss jumps, changes no weight and is
+counted. Several in a row send the run back to its newest checkpoint, from where it continues with
+documents that it has not seen. The last layer's output norm and the largest logit grow long before
+a model of this family diverges (arXiv 2405.09818, section 2.3): a note reports their growth.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ SIGNS = ("output_norm", "top_logit", "log_z_squared")
 @dataclass
 class WatchConfig:
     spike: float = 0.0
-    """A loss over this many times its running mean is skipped (0: only what is no number)."""
+    """Skip a step whose loss exceeds this many times its running mean (0: skip only NaN and
+    infinite losses)."""
     roll_back_after: int = 3
     """Bad steps in a row that send the run back to its newest checkpoint."""
     max_roll_backs: int = 3
     growth: float = 2.0
-    """A sign that grows by this factor is told."""
+    """Factor of growth at which a sign of divergence is noted."""
 
     def __post_init__(self) -> None:
         if self.roll_back_after < 1 or self.max_roll_backs < 0:
@@ -58,10 +59,11 @@ class Watch:
 
     def judge(self, step: int, loss: float, norm: float) -> bool:
         """Whether the step may change the weights."""
+        # Early losses fall too fast for their mean to say what a spike is.
         limit = self.config.spike * self.mean if self.config.spike and self.good >= 50 else math.inf
         if math.isfinite(loss) and math.isfinite(norm) and loss <= limit:
             self.good, self.in_row = self.good + 1, 0
-            rate = max(0.02, 1 / self.good)
+            rate = max(0.02, 1 / self.good)  # the mean of all at first, of about 50 later
             self.mean += rate * (loss - self.mean)
             return True
         if not self.in_row:
@@ -77,7 +79,7 @@ class Watch:
         self.in_row, self.roll_backs = 0, self.roll_backs + 1
 
     def signs(self, figures: dict[str, float]) -> list[str]:
-        """A sentence for each sign that has grown since it was lowest, or last told."""
+        """A sentence for each sign that has grown since it was lowest, or last noted."""
         found = []
         for name in SIGNS:
             value = abs(figures.get(name, math.nan))

@@ -1,0 +1,86 @@
+"""What a run trains: the interface between the loop in `train/trainer.py` and a network.
+
+A third kind of training is one more subclass of `Task` with a `model` and a `loss`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from earlyfusion import processes
+from earlyfusion.errors import SettingError
+from earlyfusion.parallel import ParallelConfig
+
+if TYPE_CHECKING:
+    from earlyfusion.parallel import DeviceMesh
+
+
+class Task:
+    """A network, the data it learns from, and what of both a checkpoint has to hold."""
+
+    model: nn.Module
+    progress: float = 0.0
+    """Share of the run that is done; the loop sets it before each step."""
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor], float]:
+        """The loss of a micro batch, figures to log, and its number of units (tokens or pictures).
+
+        The losses of all micro batches and all data ranks add up to the loss of the step.
+        """
+        raise NotImplementedError
+
+    @property
+    def micro_batches(self) -> int:
+        """How many calls of `loss` make a step."""
+        return 1
+
+    @property
+    def flops_per_unit(self) -> float:
+        """Floating-point operations that training takes per unit; 0 where they are not known."""
+        return 0.0
+
+    @property
+    def frozen_fingerprint(self) -> str:
+        """`checkpoint.fingerprint` of frozen weights, which checkpoints then leave out.
+
+        "" where checkpoints hold all weights.
+        """
+        return ""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All that the optimizer may change."""
+        return self.model.parameters()
+
+    def distribute(
+        self, mesh: DeviceMesh | None, config: ParallelConfig, compiled: bool, dtype: torch.dtype
+    ) -> None:
+        """Cut the model over the mesh, or keep a copy in each process.
+
+        The gradients of copies are averaged by the loop. Raises `SettingError` for a mesh unless
+        a subclass supports several processes.
+        """
+        if mesh is not None:
+            raise SettingError(
+                f"{processes.count()} processes cannot train a {type(self).__name__}: start one"
+            )
+
+    def materialize(self, device: torch.device) -> None:
+        """Give memory and first weights to a model on the meta device; others stay as they are."""
+
+    def after(self, step: int) -> dict[str, float]:
+        """Whatever follows a step of the optimizer; more figures to log."""
+        return {}
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Tensors, and values for JSON, that a checkpoint holds besides model and optimizer."""
+        return {}, {}
+
+    def load_state(self, tensors: dict[str, Any], state: dict[str, Any]) -> None:
+        """Take back what `state` returned."""
+
+    def skip_to(self, state: dict[str, Any]) -> None:
+        """Skip the data that was used up to `state`, the values that `state()` returned."""
