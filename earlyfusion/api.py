@@ -349,15 +349,22 @@ class Chameleon:
         try:
             for event in handle:
                 if isinstance(event, ImageDone) and decode:
-                    [image] = self._decoded([event])
-                    yield replace(event, pil=image.pil)
+                    yield self.with_pixels(event)
                 elif not isinstance(event, ImagePreview):
                     yield event
                 # A preview that a later one has overtaken is not worth decoding.
                 elif not any(isinstance(e, ImagePreview | ImageDone) for e in [*handle.events]):
-                    yield replace(event, pil=self._sketch(event))
+                    yield self.with_pixels(event)
         finally:
             handle.cancel()
+
+    def with_pixels(self, event: Event) -> Event:
+        """An `ImageDone` or `ImagePreview` with its codes decoded, any other event as it is."""
+        if isinstance(event, ImagePreview):
+            return replace(event, pil=self._sketch(event))
+        if isinstance(event, ImageDone):
+            return replace(event, pil=self._decoded([event])[0].pil)
+        return event
 
     def _sketch(self, event: ImagePreview) -> PIL.Image.Image:
         """The pixels of an unfinished image, grey where codes are still to come."""

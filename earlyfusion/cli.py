@@ -751,6 +751,68 @@ def bench(
         print(report.table)
 
 
+@app.command(
+    epilog=_examples(
+        "earlyfusion serve",
+        "earlyfusion serve --model ./my-model --port 9000",
+        "EARLYFUSION_API_KEY=… earlyfusion serve --host 0.0.0.0",
+    )
+)
+def serve(
+    model: ModelName = "mini",
+    host: Annotated[str, typer.Option(help="Others than this machine need an API key.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, _whole_option("0 takes any free one.")] = 8000,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Clients must send it; may be repeated. The environment does not show it to "
+            "others on the machine.",
+            envvar="EARLYFUSION_API_KEY",
+        ),
+    ] = None,
+    name: Annotated[str, typer.Option(help="The model's name for clients [as --model].")] = "",
+    lenient: Annotated[
+        bool, typer.Option("--lenient", help="Ignore unknown fields, and list them in a header.")
+    ] = False,
+    max_queue: Annotated[int, _whole_option("Most requests that wait; more get 429.")] = 256,
+    allow_image_urls: Annotated[
+        bool, typer.Option("--allow-image-urls", help="Fetch pictures from public addresses.")
+    ] = False,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="A web page that may ask; may be repeated.")
+    ] = None,
+    public_url: Annotated[
+        str, typer.Option(help="Where clients reach the server, for addresses of pictures.")
+    ] = "",
+    fit: Fit = None,
+    device: Device = "auto",
+    dtype: Precision = "auto",
+    verify: Verify = True,
+) -> None:
+    """Serve OpenAI's API, with pictures in and out: chat, responses, images, completions, files."""
+    from earlyfusion.serve import check_installed
+    from earlyfusion.serve.options import ServeOptions
+
+    check_installed()
+    options = ServeOptions(
+        host=host,
+        port=port,
+        api_keys=tuple(api_key or ()),
+        name=name,
+        lenient=lenient,
+        max_queue=max_queue,
+        allow_image_urls=allow_image_urls,
+        cors_origins=tuple(cors_origin or ()),
+        public_url=public_url,
+    )
+    chameleon = _load(model, device, dtype=dtype, fit=fit, verify=verify)
+    from earlyfusion.serve.run import serve as run
+
+    run(chameleon, options)
+
+
 def _load(
     name: str,
     device: str,

@@ -39,6 +39,8 @@ OWNERS = {
     "fastapi": {"serve"},
     "uvicorn": {"serve"},
     "starlette": {"serve"},
+    "pydantic": {"serve"},
+    "prometheus_client": {"serve"},
     "tensorboard": {"train"},
     "torch.utils.tensorboard": {"train"},
     "wandb": {"train"},

@@ -1,0 +1,457 @@
+"""The routes: each reads a body, asks the service, and renders the reply."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.datastructures import FormData, UploadFile
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+
+from earlyfusion import __version__
+from earlyfusion.api import Chameleon
+from earlyfusion.content import Message, Prompt
+from earlyfusion.errors import EarlyFusionError
+from earlyfusion.serve import chat, completions, images, responses
+from earlyfusion.serve.chat import ChatReply
+from earlyfusion.serve.completions import CompletionReply
+from earlyfusion.serve.driver import Batch, BrokenError, ClosedError, FullError, LateError
+from earlyfusion.serve.errors import ApiError, reported
+from earlyfusion.serve.gate import Gate
+from earlyfusion.serve.images import ImagesReply
+from earlyfusion.serve.metrics import CONTENT_TYPE
+from earlyfusion.serve.options import ServeOptions
+from earlyfusion.serve.pictures import PictureLimits, media_type
+from earlyfusion.serve.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EditRequest,
+    GenerationRequest,
+    ImageOptions,
+    ResponseRequest,
+    TokenizeRequest,
+    VariationRequest,
+    Wire,
+    read,
+)
+from earlyfusion.serve.replies import EventStream, JsonReply, sse
+from earlyfusion.serve.responses import ResponseReply
+from earlyfusion.serve.service import Service
+
+Kind = TypeVar("Kind", bound=Wire)
+STALE_SECONDS = 10.0  # of an engine that makes no step
+IGNORED = "x-ignored-fields"
+_LARGE_JSON = 1_000_000
+_MOST_FORM_FIELDS = 100
+
+
+def make_app(model: Chameleon, options: ServeOptions | None = None) -> FastAPI:
+    """The application that serves a model; its `state.service` holds what it runs on."""
+    service = Service(model, options or ServeOptions())
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await service.start()
+        try:
+            yield
+        finally:
+            await service.stop()
+
+    app = FastAPI(
+        title="earlyfusion",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,  # both would load scripts from elsewhere
+        redoc_url=None,
+        default_response_class=JsonReply,
+    )
+    app.state.service = service
+    for kind in (ApiError, EarlyFusionError, FullError, ClosedError, BrokenError, LateError):
+        app.add_exception_handler(kind, _error)
+    app.add_exception_handler(HTTPException, _no_route)
+    app.add_exception_handler(404, _no_route)
+    app.add_exception_handler(405, _no_route)
+    app.add_exception_handler(RequestValidationError, _no_route)
+    _Routes(service).add(app)
+    app.add_middleware(Gate, service=service)
+    if service.options.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(service.options.cors_origins),
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["authorization", "content-type"],
+            expose_headers=["x-request-id", IGNORED, "retry-after"],
+        )
+    return app
+
+
+async def _error(request: Request, error: Exception) -> Response:
+    wire = reported(error)
+    return JsonReply(wire.body, wire.status, wire.headers)
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    status = error.status_code if isinstance(error, HTTPException) else 404
+    status = getattr(error, "status_code", status)
+    path = request.url.path[:80]
+    wire = ApiError(
+        status if status < 500 else 404,
+        f"{request.method} {path} is not a route of this server: see docs/serve.md",
+        code="unknown_route",
+    )
+    return JsonReply(wire.body, wire.status)
+
+
+class _Gone(Exception):
+    """The client has closed the connection."""
+
+
+class _Routes:
+    def __init__(self, service: Service) -> None:
+        self._service, self._options = service, service.options
+
+    def add(self, app: FastAPI) -> None:
+        """Give the application its routes."""
+        bodies: list[tuple[str, Callable[[Request], Awaitable[Response]], type[Wire]]] = [
+            ("/v1/chat/completions", self.chat, ChatRequest),
+            ("/v1/completions", self.completions, CompletionRequest),
+            ("/v1/responses", self.responses, ResponseRequest),
+            ("/v1/images/generations", self.generations, GenerationRequest),
+            ("/v1/images/edits", self.edits, EditRequest),
+            ("/v1/images/variations", self.variations, VariationRequest),
+            ("/tokenize", self.tokenize, TokenizeRequest),
+            ("/detokenize", self.detokenize, DetokenizeRequest),
+        ]
+        for path, answer, kind in bodies:
+            schema = {"schema": kind.model_json_schema(ref_template=_component("{model}"))}
+            form = path in ("/v1/images/edits", "/v1/images/variations")
+            types = {"application/json": schema} if not form else {"multipart/form-data": schema}
+            extra = {"requestBody": {"required": True, "content": types}}
+            app.post(path, openapi_extra=extra)(answer)
+        app.post("/v1/files")(self.upload)
+        gets: list[tuple[str, Callable[..., Awaitable[Response]]]] = [
+            ("/v1/models", self.models),
+            ("/v1/models/{name:path}", self.model),
+            ("/v1/files/{number}", self.file),
+            ("/v1/files/{number}/content", self.content),
+            ("/v1/responses/{number}", self.response),
+            ("/health", self.health),
+            ("/ready", self.ready),
+            ("/metrics", self.metrics),
+        ]
+        for path, get in gets:
+            app.get(path)(get)
+        app.delete("/v1/files/{number}")(self.delete_file)
+        app.delete("/v1/responses/{number}")(self.delete_response)
+        app.openapi = partial(_described, app, app.openapi)  # type: ignore[method-assign]
+
+    # --- generation ---
+
+    async def chat(self, request: Request) -> Response:
+        body, headers = await self._body(request, ChatRequest)
+        self._service.check_model(body.model)
+        reader = self._service.reader()
+
+        def prompts() -> list[Prompt]:
+            return [reader.chat(body.messages)]
+
+        prepared = await self._service.begin(prompts, chat.asked_of(body))
+        reply = ChatReply(self._service, body, prepared, self._service.base(request))
+        return await self._reply(request, reply, body.stream, prepared.batch, headers)
+
+    async def completions(self, request: Request) -> Response:
+        body, headers = await self._body(request, CompletionRequest)
+        self._service.check_model(body.model)
+        texts = completions.prompts_of(body)
+        asked = completions.asked_of(body)
+        prepared = await self._service.begin(lambda: list(texts), asked, len(texts) * body.n)
+        reply = CompletionReply(self._service, body, prepared)
+        return await self._reply(request, reply, body.stream, prepared.batch, headers)
+
+    async def responses(self, request: Request) -> Response:
+        body, headers = await self._body(request, ResponseRequest)
+        self._service.check_model(body.model)
+        reader, turns = self._service.reader(), list[Message]()
+        if body.previous_response_id is not None:
+            name = body.previous_response_id
+            known = self._service.conversations.get(name, "previous_response_id")
+            turns += known.turns
+
+        def prompts() -> list[Prompt]:
+            turns.extend(reader.items(body.input))
+            return [responses.with_instructions(body, turns)]
+
+        prepared = await self._service.begin(prompts, responses.asked_of(body))
+        reply = ResponseReply(self._service, body, prepared, turns)
+        return await self._reply(request, reply, body.stream, prepared.batch, headers)
+
+    async def generations(self, request: Request) -> Response:
+        body, headers = await self._body(request, GenerationRequest)
+        words = body.prompt
+        return await self._draw(request, body, lambda: words, headers, "image_generation")
+
+    async def edits(self, request: Request) -> Response:
+        if _is_form(request):
+            body, headers, files = await self._form(request, EditRequest)
+        else:
+            body, headers = await self._body(request, EditRequest)
+            files = []
+        named, reader = body.images or [], self._service.reader()
+        if not (files or named):
+            raise ApiError(400, "an edit needs a picture: send it as image", param="image")
+
+        def prompt() -> Prompt:
+            pictures = [*map(reader.file, files), *map(reader.edit_image, named)]
+            return images.prompt_of(pictures, body.prompt)
+
+        return await self._draw(request, body, prompt, headers, "image_edit")
+
+    async def variations(self, request: Request) -> Response:
+        if not _is_form(request):
+            raise ApiError(415, "the picture is sent as a form: use multipart/form-data")
+        body, headers, files = await self._form(request, VariationRequest)
+        if len(files) != 1:
+            raise ApiError(
+                400, f"a variation is of one picture, and {len(files)} came: send one as image"
+            )
+        reader = self._service.reader()
+
+        def prompt() -> Prompt:
+            return images.prompt_of([reader.file(files[0])], body.prompt)
+
+        return await self._draw(request, body, prompt, headers, "image_variation")
+
+    async def _draw(
+        self,
+        request: Request,
+        body: ImageOptions,
+        prompt: Callable[[], Prompt],
+        headers: dict[str, str],
+        family: str,
+    ) -> Response:
+        self._service.check_model(body.model)
+        prepared = await self._service.begin(lambda: [prompt()], images.asked_of(body))
+        base = self._service.base(request)
+        reply = ImagesReply(self._service, body, prepared, base, family)
+        return await self._reply(request, reply, body.stream, prepared.batch, headers)
+
+    async def _reply(
+        self,
+        request: Request,
+        reply: ChatReply | CompletionReply | ResponseReply | ImagesReply,
+        stream: bool,
+        batch: Batch,
+        headers: dict[str, str],
+    ) -> Response:
+        if stream:
+            return EventStream(_with_errors(reply.stream()), batch, headers)
+        try:
+            return JsonReply(await _unless_gone(request, reply.whole()), headers=headers)
+        except _Gone:
+            self._service.metrics.cancelled.inc()
+            return Response(status_code=499)
+        finally:
+            batch.close()
+
+    # --- tokens, files, state ---
+
+    async def tokenize(self, request: Request) -> Response:
+        body, headers = await self._body(request, TokenizeRequest)
+        self._service.check_model(body.model)
+        ids = await self._service.tokens(body.prompt, body.messages)
+        told: dict[str, Any] = {"tokens": ids, "count": len(ids)}
+        told["max_model_len"] = self._service.model.config.max_position_embeddings
+        if body.return_token_strs:
+            told["token_strs"] = list(map(self._service.model.processor.token_text, ids))
+        return JsonReply(told, headers=headers)
+
+    async def detokenize(self, request: Request) -> Response:
+        body, headers = await self._body(request, DetokenizeRequest)
+        self._service.check_model(body.model)
+        text = self._service.model.processor.decode_text(body.tokens)
+        return JsonReply({"prompt": text}, headers=headers)
+
+    async def upload(self, request: Request) -> Response:
+        form = await _read_form(request)
+        async with _closing(form):
+            files = [value for value in form.values() if isinstance(value, UploadFile)]
+            unknown = set(form) - {
+                "file",
+                "purpose",
+                "expires_after[anchor]",
+                "expires_after[seconds]",
+            }
+            if len(files) != 1 or unknown:
+                raise ApiError(400, "an upload is one file, and its purpose: send nothing else")
+            data, name = await files[0].read(), files[0].filename or "picture"
+        purpose = str(form.get("purpose", "vision"))[:40]
+        image = await self._service.work(PictureLimits(self._options).read, data)
+        # The name is shown and never used as a path.
+        file = self._service.files.add(data, media_type(data), image, name[:200], purpose)
+        return JsonReply(file.described)
+
+    async def file(self, number: str) -> Response:
+        return JsonReply(self._service.files.get(number).described)
+
+    async def content(self, number: str) -> Response:
+        file = self._service.files.get(number)
+        headers = {"Cache-Control": "private, max-age=3600", "X-Content-Type-Options": "nosniff"}
+        return Response(file.data, media_type=file.media_type, headers=headers)
+
+    async def delete_file(self, number: str) -> Response:
+        self._service.files.delete(number)
+        return JsonReply({"id": number, "object": "file", "deleted": True})
+
+    async def response(self, number: str) -> Response:
+        return JsonReply(self._service.conversations.get(number).response)
+
+    async def delete_response(self, number: str) -> Response:
+        self._service.conversations.delete(number)
+        return JsonReply({"id": number, "object": "response", "deleted": True})
+
+    async def models(self) -> Response:
+        return JsonReply({"object": "list", "data": [self._service.described]})
+
+    async def model(self, name: str) -> Response:
+        self._service.check_model(name)
+        return JsonReply(self._service.described)
+
+    async def health(self) -> Response:
+        """Whether the engine's thread is alive and not stuck in a step."""
+        driver = self._service.driver
+        silent = round(driver.silent_seconds, 3)
+        well = driver.healthy and silent < STALE_SECONDS
+        told = {"status": "ok" if well else "failing", "engine_silent_seconds": silent}
+        return JsonReply(told, 200 if well else 503)
+
+    async def ready(self) -> Response:
+        """Whether requests are taken in."""
+        driver = self._service.driver
+        well = driver.ready and not driver.draining and driver.healthy
+        return JsonReply({"ready": well}, 200 if well else 503)
+
+    async def metrics(self) -> Response:
+        return Response(self._service.metrics.text(), media_type=CONTENT_TYPE)
+
+    # --- bodies ---
+
+    async def _body(self, request: Request, kind: type[Kind]) -> tuple[Kind, dict[str, str]]:
+        """The body, and a header that lists what was ignored of it."""
+        content = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        # A browser sends other types to foreign servers without asking them first.
+        if content != "application/json":
+            raise ApiError(415, "the body is not JSON: send Content-Type: application/json")
+        raw = await request.body()
+        data = await self._service.work(_parsed, raw) if len(raw) > _LARGE_JSON else _parsed(raw)
+        body, ignored = read(kind, data, self._options.lenient)
+        return body, _header(ignored)
+
+    async def _form(
+        self, request: Request, kind: type[Kind]
+    ) -> tuple[Kind, dict[str, str], list[bytes]]:
+        """The fields of a form, a header as above, and its pictures in order."""
+        form = await _read_form(request)
+        async with _closing(form):
+            fields: dict[str, Any] = {}
+            files: list[bytes] = []
+            for name, value in form.multi_items():
+                if isinstance(value, UploadFile) and name in ("image", "image[]"):
+                    files.append(await value.read())
+                elif isinstance(value, UploadFile):
+                    fields[name] = "a file"
+                elif name in fields:
+                    raise ApiError(400, f"the field {name[:60]} came twice: send it once")
+                else:
+                    fields[name] = value
+        body, ignored = read(kind, fields, self._options.lenient, text=True)
+        return body, _header(ignored), files
+
+
+def _parsed(raw: bytes) -> Any:
+    try:
+        return json.loads(raw, parse_constant=_no_number)
+    except (ValueError, RecursionError):
+        raise ApiError(
+            400, "the body is not valid JSON: send an object", code="invalid_json"
+        ) from None
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _is_form(request: Request) -> bool:
+    return request.headers.get("content-type", "").lower().startswith("multipart/form-data")
+
+
+async def _read_form(request: Request) -> FormData:
+    if not _is_form(request):
+        raise ApiError(415, "the file is sent as a form: use multipart/form-data")
+    try:
+        return await request.form(max_files=_MOST_FORM_FIELDS, max_fields=_MOST_FORM_FIELDS)
+    except HTTPException:
+        raise ApiError(400, "the form is malformed: send multipart/form-data") from None
+
+
+@asynccontextmanager
+async def _closing(form: FormData) -> AsyncIterator[None]:
+    try:
+        yield
+    finally:
+        await form.close()
+
+
+def _header(ignored: list[str]) -> dict[str, str]:
+    return {IGNORED: ", ".join(ignored)[:1000]} if ignored else {}
+
+
+async def _with_errors(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The stream; an error in the middle of it is its last event."""
+    try:
+        async for chunk in chunks:
+            yield chunk
+    except Exception as error:
+        yield sse(reported(error).body)
+
+
+async def _unless_gone(request: Request, work: Awaitable[dict[str, Any]]) -> dict[str, Any]:
+    """What `work` gives; it is cancelled when the client closes the connection."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise _Gone
+        return task.result()
+    finally:
+        for future in (task, gone):
+            future.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _component(name: str) -> str:
+    return f"#/components/schemas/{name}"
+
+
+def _described(app: FastAPI, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The OpenAPI file, with the definitions of bodies where their references look for them."""
+    described = make()
+    schemas = described.setdefault("components", {}).setdefault("schemas", {})
+    for methods in described["paths"].values():
+        for method in methods.values():
+            for content in method.get("requestBody", {}).get("content", {}).values():
+                schemas.update(content["schema"].pop("$defs", {}))
+    return described

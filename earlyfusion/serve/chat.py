@@ -1,0 +1,226 @@
+"""/v1/chat/completions: the reply as a message, or as its deltas."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncIterator, Sequence
+from time import time
+from typing import Any
+
+from earlyfusion.generation.request import (
+    Event,
+    Finished,
+    ImageDone,
+    ImagePreview,
+    ImageProgress,
+    ImageStarted,
+    TextDelta,
+    TokenDrawn,
+    Usage,
+)
+from earlyfusion.generation.settings import Output
+from earlyfusion.serve.pictures import data_url, packed
+from earlyfusion.serve.protocol import ChatRequest
+from earlyfusion.serve.replies import (
+    DONE,
+    KEEPALIVE,
+    Trimmer,
+    chat_usage,
+    logprob_entry,
+    sse,
+)
+from earlyfusion.serve.service import Asked, Prepared, Service
+from earlyfusion.serve.store import StoredFile
+
+
+def asked_of(body: ChatRequest) -> Asked:
+    """What a body asks of the model."""
+    sampling = body.sampling()
+    if (limit := body.max_completion_tokens or body.max_tokens) is not None:
+        sampling["max_tokens"] = limit
+    if body.logprobs:
+        sampling["logprobs"] = body.top_logprobs or 0
+    return Asked(_output(body), sampling, body.seed, body.n, partial_images=body.partial_images)
+
+
+def _output(body: ChatRequest) -> Output:
+    wanted = set(body.modalities or ())
+    if not wanted:
+        return "auto"
+    if len(wanted) == 2:
+        return "interleaved"
+    return "image" if "image" in wanted else "text"
+
+
+class ChatReply:
+    """Renders the replies to one body. `base` is where the server is reached."""
+
+    def __init__(self, service: Service, body: ChatRequest, prepared: Prepared, base: str) -> None:
+        self._service, self._body, self._prepared, self._base = service, body, prepared, base
+        self._id = f"chatcmpl-{secrets.token_hex(12)}"
+        self._created = int(time())
+
+    async def whole(self) -> dict[str, Any]:
+        """The reply in one piece."""
+        told = await self._prepared.batch.collect(self._service.options.timeout)
+        choices = [await self._choice(i, events) for i, events in enumerate(told)]
+        usages = [_end(events).usage for events in told]
+        return self._envelope("chat.completion", choices) | {"usage": self._usage(usages)}
+
+    async def stream(self) -> AsyncIterator[bytes]:
+        """The same in pieces: `chat.completion.chunk` objects, then [DONE]."""
+        options = self._service.options
+        choices = [_Choice(self, i) for i in range(self._body.n)]
+        for choice in choices:
+            yield self._chunk(choice.index, {"role": "assistant", "content": ""})
+        usages: list[Usage] = []
+        async for news in self._prepared.batch.events(options.keepalive, options.timeout):
+            if news is None:
+                yield KEEPALIVE
+                continue
+            index, event = news
+            async for delta in choices[index].deltas(event):
+                yield self._chunk(index, delta, choices[index].take_logprobs())
+            if isinstance(event, Finished):
+                usages.append(event.usage)
+                last = choices[index].take_logprobs()
+                yield self._chunk(index, {}, last, event.reason, event.seed)
+        wanted = self._body.stream_options
+        if wanted is not None and wanted.include_usage:
+            yield sse(self._envelope("chat.completion.chunk", []) | {"usage": self._usage(usages)})
+        yield DONE
+
+    async def _choice(self, index: int, events: Sequence[Event]) -> dict[str, Any]:
+        """A choice of a whole reply, put together from the deltas of a stream."""
+        choice = _Choice(self, index)
+        content, images = "", list[dict[str, Any]]()
+        for event in events:
+            async for delta in choice.deltas(event):
+                content += delta.get("content", "")
+                images += delta.get("images", [])
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if images:
+            message |= {"images": images, "parts": choice.parts}
+        end = _end(events)
+        logprobs = choice.take_logprobs()
+        if self._body.logprobs and logprobs is None:
+            logprobs = {"content": [], "refusal": None}
+        return {
+            "index": index,
+            "message": message,
+            "logprobs": logprobs,
+            "finish_reason": end.reason,
+            "seed": end.seed,
+        }
+
+    def _chunk(
+        self,
+        index: int,
+        delta: dict[str, Any],
+        logprobs: dict[str, Any] | None = None,
+        reason: str | None = None,
+        seed: int | None = None,
+    ) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        if seed is not None:
+            choice["seed"] = seed
+        return sse(self._envelope("chat.completion.chunk", [choice]))
+
+    def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        name = self._service.name
+        head = {"id": self._id, "object": kind, "created": self._created, "model": name}
+        return head | {"choices": choices}
+
+    def _usage(self, usages: Sequence[Usage]) -> dict[str, Any]:
+        return chat_usage(self._prepared.prompt_tokens, self._prepared.prompt_images, usages)
+
+    @property
+    def body(self) -> ChatRequest:
+        return self._body
+
+    @property
+    def service(self) -> Service:
+        return self._service
+
+    @property
+    def continues(self) -> bool:
+        return self._prepared.continues
+
+    def address(self, file: StoredFile) -> str:
+        return self._service.files.address(file.id, self._base)
+
+
+class _Choice:
+    """Events of one choice to deltas; `parts` is the order of what was shown."""
+
+    def __init__(self, reply: ChatReply, index: int) -> None:
+        self.index, self.parts = index, list[dict[str, Any]]()
+        self._reply, self._images = reply, 0
+        self._trimmer = Trimmer(keep_lead=reply.continues)
+        self._in_text = self._anything = False
+        self._logprobs: list[dict[str, Any]] = []
+
+    async def deltas(self, event: Event) -> AsyncIterator[dict[str, Any]]:
+        """What an event adds to the message."""
+        body = self._reply.body
+        if isinstance(event, TokenDrawn):
+            entry = logprob_entry(self._reply.service.model, event.logprob)
+            self._logprobs += [] if entry is None else [entry]
+        if isinstance(event, TextDelta) and (shown := self._trimmer.push(event.text)):
+            yield {"content": self._text(shown)}
+        if isinstance(event, ImageStarted):
+            self._trimmer, self._in_text = Trimmer(), False
+        if isinstance(event, ImageProgress):
+            yield {"image_progress": _progress(event)}
+        if isinstance(event, ImagePreview):
+            data = await self._reply.service.preview(
+                event, body.output_format, body.output_compression
+            )
+            yield {"image_progress": _progress(event) | {"b64_json": packed(data)}}
+        if isinstance(event, ImageDone):
+            yield await self._image(event)
+
+    def take_logprobs(self) -> dict[str, Any] | None:
+        """Entries since the last call, if there are any."""
+        entries, self._logprobs = self._logprobs, []
+        return {"content": entries, "refusal": None} if entries else None
+
+    def _text(self, shown: str) -> str:
+        if self._in_text:
+            self.parts[-1]["text"] += shown
+            return shown
+        self._in_text = True
+        self.parts.append({"type": "text", "text": shown})
+        return self._gap(text=True) + shown
+
+    def _gap(self, text: bool) -> str:
+        """What parts a segment from the one before it, where both stand in `content`."""
+        first, self._anything = not self._anything, True
+        if first:
+            return ""
+        return "\n" if self._reply.body.image_delivery == "images" and text else "\n\n"
+
+    async def _image(self, event: ImageDone) -> dict[str, Any]:
+        body = self._reply.body
+        file = await self._reply.service.keep(event, body.output_format, body.output_compression)
+        delta: dict[str, Any] = {}
+        if body.image_delivery != "images":
+            delta["content"] = f"{self._gap(text=False)}![image]({self._reply.address(file)})"
+        if body.image_delivery != "markdown":
+            url = {"url": data_url(file.data, body.output_format)}
+            delta["images"] = [{"type": "image_url", "index": self._images, "image_url": url}]
+            self.parts.append({"type": "image_ref", "index": self._images})
+        self._images += 1
+        return delta
+
+
+def _progress(event: ImageProgress | ImagePreview) -> dict[str, Any]:
+    told: dict[str, Any] = {"index": event.index, "codes_done": event.codes_done}
+    total = event.codes_total if isinstance(event, ImageProgress) else int(event.codes.size)
+    return told | {"codes_total": total}
+
+
+def _end(events: Sequence[Event]) -> Finished:
+    last = events[-1]
+    assert isinstance(last, Finished)
+    return last

@@ -1,0 +1,114 @@
+"""/v1/completions: one text or more, each answered as a user's turn."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncIterator, Sequence
+from time import time
+from typing import Any
+
+from earlyfusion.generation.request import Event, Finished, TextDelta, TokenDrawn, Usage
+from earlyfusion.serve.protocol import CompletionRequest
+from earlyfusion.serve.replies import DONE, KEEPALIVE, Trimmer, chat_usage, logprob_entry, sse
+from earlyfusion.serve.service import Asked, Prepared, Service
+
+
+def asked_of(body: CompletionRequest) -> Asked:
+    """What a body asks of the model."""
+    sampling = body.sampling()
+    if body.max_tokens is not None:
+        sampling["max_tokens"] = body.max_tokens
+    if body.logprobs is not None:
+        sampling["logprobs"] = body.logprobs
+    return Asked("text", sampling, body.seed, body.n)
+
+
+def prompts_of(body: CompletionRequest) -> list[str]:
+    """Its prompts, of which each gets `n` choices."""
+    return [body.prompt] if isinstance(body.prompt, str) else body.prompt
+
+
+class CompletionReply:
+    """Renders the replies to one body."""
+
+    def __init__(self, service: Service, body: CompletionRequest, prepared: Prepared) -> None:
+        self._service, self._body, self._prepared = service, body, prepared
+        self._id, self._created = f"cmpl-{secrets.token_hex(12)}", int(time())
+
+    async def whole(self) -> dict[str, Any]:
+        """The reply in one piece."""
+        told = await self._prepared.batch.collect(self._service.options.timeout)
+        choices = [self._whole_choice(i, events) for i, events in enumerate(told)]
+        usages = [e.usage for events in told for e in events if isinstance(e, Finished)]
+        return self._envelope(choices) | {"usage": self._usage(usages)}
+
+    async def stream(self) -> AsyncIterator[bytes]:
+        """The same in pieces, then [DONE]."""
+        options = self._service.options
+        choices = [_Choice(self._service) for _ in self._prepared.batch.requests]
+        usages: list[Usage] = []
+        async for news in self._prepared.batch.events(options.keepalive, options.timeout):
+            if news is None:
+                yield KEEPALIVE
+                continue
+            index, event = news
+            text = choices[index].text(event)
+            end = event if isinstance(event, Finished) else None
+            if text or end is not None:
+                usages += [] if end is None else [end.usage]
+                yield sse(self._envelope([self._choice(index, text, choices[index], end)]))
+        wanted = self._body.stream_options
+        if wanted is not None and wanted.include_usage:
+            yield sse(self._envelope([]) | {"usage": self._usage(usages)})
+        yield DONE
+
+    def _whole_choice(self, index: int, events: Sequence[Event]) -> dict[str, Any]:
+        choice = _Choice(self._service)
+        text, end = "".join(choice.text(event) for event in events), events[-1]
+        return self._choice(index, text, choice, end if isinstance(end, Finished) else None)
+
+    def _choice(
+        self, index: int, text: str, choice: _Choice, end: Finished | None
+    ) -> dict[str, Any]:
+        logprobs = choice.take_logprobs() if self._body.logprobs is not None else None
+        told: dict[str, Any] = {"index": index, "text": text, "logprobs": logprobs}
+        told["finish_reason"] = end and end.reason
+        return told if end is None else told | {"seed": end.seed}
+
+    def _envelope(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        name = self._service.name
+        head = {"id": self._id, "object": "text_completion", "created": self._created}
+        return head | {"model": name, "choices": choices}
+
+    def _usage(self, usages: Sequence[Usage]) -> dict[str, Any]:
+        return chat_usage(self._prepared.prompt_tokens, self._prepared.prompt_images, usages)
+
+
+class _Choice:
+    """Text and log-probabilities of one choice; the offsets are those in its text."""
+
+    def __init__(self, service: Service) -> None:
+        self._model, self._trimmer = service.model, Trimmer()
+        self._entries: list[dict[str, Any]] = []
+        self._offset = 0
+
+    def text(self, event: Event) -> str:
+        if isinstance(event, TokenDrawn):
+            entry = logprob_entry(self._model, event.logprob)
+            self._entries += [] if entry is None else [entry]
+        return self._trimmer.push(event.text) if isinstance(event, TextDelta) else ""
+
+    def take_logprobs(self) -> dict[str, Any]:
+        """The four lists of the legacy API, for the tokens since the last call."""
+        entries, self._entries = self._entries, []
+        offsets = []
+        for entry in entries:
+            offsets.append(self._offset)
+            self._offset += len(entry["token"])
+        tops = [{top["token"]: top["logprob"] for top in e["top_logprobs"]} for e in entries]
+        return {
+            "tokens": [entry["token"] for entry in entries],
+            "token_logprobs": [entry["logprob"] for entry in entries],
+            "top_logprobs": tops,
+            "text_offset": offsets,
+        }

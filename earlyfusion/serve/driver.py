@@ -1,0 +1,365 @@
+"""One thread drives the engine; coroutines take the events. Only this file knows the engine.
+
+A `Batch` holds the requests of one HTTP request (`n` choices are `n` requests) and one queue of
+their events. The thread takes batches in, steps while there is work, and hands the events of each
+step over to the event loop in one call, so the loop never waits for the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from threading import Condition, Thread
+from time import monotonic
+
+from earlyfusion.api import Chameleon
+from earlyfusion.engine.engine import Engine
+from earlyfusion.engine.handle import Handle
+from earlyfusion.errors import EarlyFusionError
+from earlyfusion.generation.request import Event, Finished, Request
+
+log = logging.getLogger("earlyfusion.serve")
+
+IDLE_SECONDS = 1.0  # between two heartbeats of an idle engine
+MAX_FAILURES = 3  # broken steps in a row, after which the engine counts as broken
+
+
+class FullError(Exception):
+    """The queue has no place for a request; `seconds` is when to ask again."""
+
+    def __init__(self, limit: int, seconds: int) -> None:
+        super().__init__(f"{limit} requests are under way or waiting, the limit")
+        self.limit, self.seconds = limit, seconds
+
+
+class ClosedError(Exception):
+    """The server is shutting down, or has not started."""
+
+
+class BrokenError(Exception):
+    """A step of the engine failed; every request in it ended."""
+
+
+class LateError(Exception):
+    """A request took longer than the server allows."""
+
+
+@dataclass(eq=False)
+class _Job:
+    request: Request
+    index: int
+    batch: Batch
+    handle: Handle | None = None
+    started: bool = False
+    over: bool = False
+
+
+@dataclass
+class _News:
+    """What a step brought to one job."""
+
+    job: _Job
+    events: list[Event] = field(default_factory=list)
+    error: BaseException | None = None
+
+
+class Batch:
+    """The requests of one HTTP request, which hold places in the queue from admission to `close`.
+
+    All methods belong to the event loop's thread.
+    """
+
+    def __init__(self, driver: Driver, places: int) -> None:
+        self.places, self.admitted = places, monotonic()
+        self.requests: list[Request] = []
+        self.cancelled = False
+        self.spoken, self.drawing_since = False, self.admitted  # for the metrics
+        self._driver, self._left = driver, 0
+        self._news: deque[tuple[int, Event]] = deque()
+        self._error: BaseException | None = None
+        self._changed = asyncio.Event()
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Hand the requests to the engine. Raises where one of them can never run."""
+        for request in requests:
+            self._driver.engine.check(request)
+        self.requests, self._left = list(requests), len(requests)
+        self._driver.take_in([_Job(request, i, self) for i, request in enumerate(requests)])
+
+    async def events(
+        self, tick: float | None = None, timeout: float | None = None
+    ) -> AsyncIterator[tuple[int, Event] | None]:
+        """(number of the request, event) as they come; None after `tick` seconds without any.
+
+        Raises what ended one of the requests, or `LateError` after `timeout` seconds.
+        """
+        end = None if timeout is None else self.admitted + timeout
+        while self._left:
+            while self._news:
+                index, event = self._news.popleft()
+                self._left -= isinstance(event, Finished)
+                yield index, event
+            if self._error is not None:
+                raise self._error
+            if not self._left:
+                return
+            if end is not None and monotonic() >= end:
+                raise LateError
+            if not await self._more(_smaller(tick, None if end is None else end - monotonic())):
+                yield None
+
+    async def collect(self, timeout: float | None = None) -> list[list[Event]]:
+        """All events of each request."""
+        told: list[list[Event]] = [[] for _ in self.requests]
+        async for news in self.events(timeout=timeout):
+            if news is not None:
+                told[news[0]].append(news[1])
+        return told
+
+    def close(self) -> None:
+        """Give the places back, and end the requests that still run. May be called twice."""
+        if not self.cancelled:
+            self.cancelled = True
+            self._driver.release(self, unfinished=self._left > 0)
+
+    def receive(self, news: _News) -> None:
+        """Take what a step brought; called on the event loop."""
+        self._news.extend((news.job.index, event) for event in news.events)
+        self._error = self._error or news.error
+        self._changed.set()
+
+    async def _more(self, seconds: float | None) -> bool:
+        """Whether anything came within so many seconds."""
+        self._changed.clear()
+        if self._news or self._error is not None:
+            return True
+        try:
+            async with asyncio.timeout(seconds):
+                await self._changed.wait()
+        except TimeoutError:
+            return False
+        return True
+
+
+class Driver:
+    """The thread that steps the engine of a model, and the queue before it.
+
+    At most `max_queue` requests wait beside the engine's slots. `observe` is called on the event
+    loop with each (batch, event) as it arrives.
+    """
+
+    def __init__(self, model: Chameleon, max_queue: int) -> None:
+        self.model, self.max_queue = model, max_queue
+        self.draining = self.ready = False
+        self.failures = 0
+        self.observe: Callable[[Batch, Event], None] = lambda batch, event: None
+        self._admitted = 0
+        self._seconds = 1.0  # a moving mean of how long a batch holds its places
+        self._inbox: list[_Job] = []
+        self._jobs: list[_Job] = []
+        self._wake = Condition()
+        self._stopping = False
+        self._beat = monotonic()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: Thread | None = None
+
+    @property
+    def engine(self) -> Engine:
+        return self.model.engine
+
+    @property
+    def limit(self) -> int:
+        """How many requests may be under way or waiting."""
+        return self.engine.slots + self.max_queue
+
+    @property
+    def running(self) -> int:
+        """Requests that draw tokens."""
+        return sum(job.started for job in list(self._jobs))
+
+    @property
+    def waiting(self) -> int:
+        """Admitted requests that have drawn no token yet."""
+        return max(self._admitted - self.running, 0)
+
+    @property
+    def preemptions(self) -> int:
+        return self.engine.preemptions
+
+    @property
+    def silent_seconds(self) -> float:
+        """How long ago the thread last made a step, or looked whether there was one to make."""
+        return monotonic() - self._beat
+
+    @property
+    def healthy(self) -> bool:
+        alive = self._thread is not None and self._thread.is_alive()
+        return alive and self.failures < MAX_FAILURES
+
+    def start(self) -> None:
+        """Start the thread; events go to the running loop."""
+        self._loop = asyncio.get_running_loop()
+        self._thread = Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    async def warm_up(self) -> None:
+        """Answer one request, so that the first client does not wait for what is built once."""
+        batch = self.admit(1, warming=True)
+        try:
+            request = await asyncio.to_thread(
+                self.model.request, "Hi", "text", seed=0, temperature=0, max_tokens=2
+            )
+            batch.submit([request])
+            await batch.collect()
+        finally:
+            batch.close()
+        self.ready = True
+
+    def admit(self, places: int, warming: bool = False) -> Batch:
+        """Reserve places for requests, before the work of reading their prompt.
+
+        Raises `FullError` or `ClosedError`.
+        """
+        if self.draining or not (self.ready or warming):
+            raise ClosedError
+        if self._admitted + places > self.limit:
+            raise FullError(self.limit, self._retry_seconds())
+        self._admitted += places
+        return Batch(self, places)
+
+    def take_in(self, jobs: list[_Job]) -> None:
+        with self._wake:
+            self._inbox += jobs
+            self._wake.notify()
+
+    def release(self, batch: Batch, unfinished: bool) -> None:
+        self._admitted -= batch.places
+        self._seconds += 0.2 * (monotonic() - batch.admitted - self._seconds)
+        if unfinished:
+            with self._wake:  # the thread sees batch.cancelled
+                self._wake.notify()
+
+    async def drain(self, seconds: float) -> None:
+        """Take nothing in any more, and wait until everything is answered."""
+        self.draining = True
+        end = monotonic() + seconds
+        while self._admitted and monotonic() < end:
+            await asyncio.sleep(0.02)
+
+    def stop(self) -> None:
+        """End the thread after the step that it is in, and what is still under way."""
+        self.draining = True
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if self._thread is not None:
+            self._thread.join(timeout=30)
+        for job in self._jobs:
+            if job.handle is not None:
+                job.handle.cancel()
+        _ = self.engine.busy  # lets go of what was cancelled
+
+    def _retry_seconds(self) -> int:
+        ahead = max(self._admitted, 1) / max(self.engine.slots, 1)
+        return min(max(round(self._seconds * ahead), 1), 60)
+
+    def _run(self) -> None:
+        try:
+            self._drive()
+        except Exception as error:
+            # Nothing above should raise; if it does, nobody may wait for a thread that is gone.
+            log.exception("the engine's thread ended")
+            self.draining = True
+            waiting = [*self._jobs, *self._inbox]
+            self._hand_over([_News(job, error=_told(error)) for job in waiting])
+            raise
+
+    def _drive(self) -> None:
+        while self._await_work():
+            engine = self.engine
+            self._admit_inbox(engine)
+            self._drop_cancelled()
+            # `busy` lets go of what was cancelled, so that its slots are free before the step.
+            if engine.busy:
+                self._step(engine)
+            self._hand_over([self._news_of(job) for job in self._jobs])
+            self._jobs = [job for job in self._jobs if not job.over]
+            self._beat = monotonic()
+
+    def _await_work(self) -> bool:
+        """Wait until there is something to do; False when the thread shall end."""
+        with self._wake:
+            while not (self._inbox or self._jobs or self._stopping):
+                self._beat = monotonic()
+                self._wake.wait(IDLE_SECONDS)
+            return not self._stopping
+
+    def _admit_inbox(self, engine: Engine) -> None:
+        with self._wake:
+            inbox, self._inbox = self._inbox, []
+        for job in inbox:
+            if job.batch.cancelled:
+                continue
+            try:
+                job.handle = engine.add(job.request)
+            except Exception as error:
+                self._hand_over([_News(job, error=_told(error))])
+            else:
+                self._jobs.append(job)
+
+    def _drop_cancelled(self) -> None:
+        for job in self._jobs:
+            if job.batch.cancelled and job.handle is not None:
+                job.handle.cancel()
+        self._jobs = [job for job in self._jobs if not job.batch.cancelled]
+
+    def _step(self, engine: Engine) -> None:
+        try:
+            engine.step()
+        except Exception:
+            # The engine has ended all requests of this step and forgotten what its slots held.
+            self.failures += 1
+            log.exception("a step of the engine failed", extra={"failures": self.failures})
+        else:
+            self.failures = 0
+
+    def _news_of(self, job: _Job) -> _News:
+        assert job.handle is not None
+        # First whether it is over, then its events: another thread may step the engine, too.
+        job.over = job.handle.finished or job.handle.error is not None
+        job.started = job.started or bool(job.handle.tokens)
+        events = [job.handle.events.popleft() for _ in range(len(job.handle.events))]
+        error = job.handle.error
+        return _News(job, events, None if error is None else _told(error))
+
+    def _hand_over(self, news: Sequence[_News]) -> None:
+        fresh = [one for one in news if one.events or one.error is not None]
+        if fresh and self._loop is not None:
+            try:
+                self._loop.call_soon_threadsafe(self._receive, fresh)
+            except RuntimeError:  # the loop has closed: nobody waits any more
+                self._stopping = True
+
+    def _receive(self, news: Sequence[_News]) -> None:
+        for one in news:
+            if not one.job.batch.cancelled:
+                for event in one.events:
+                    self.observe(one.job.batch, event)
+                one.job.batch.receive(one)
+
+
+def _told(error: BaseException) -> BaseException:
+    """What a client may know: its own mistakes; the rest is in the log."""
+    if isinstance(error, EarlyFusionError):
+        return error
+    broken = BrokenError("a step of the engine failed")
+    broken.__cause__ = error
+    return broken
+
+
+def _smaller(first: float | None, second: float | None) -> float | None:
+    times = [time for time in (first, second) if time is not None]
+    return min(times) if times else None

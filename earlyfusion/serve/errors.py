@@ -1,0 +1,88 @@
+"""Errors as a client sees them, in OpenAI's shape. Texts are fixed: nothing of the inside leaks."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any
+
+from earlyfusion.errors import ContextError, EarlyFusionError, WeightsError
+from earlyfusion.serve.driver import BrokenError, ClosedError, FullError, LateError
+
+log = logging.getLogger("earlyfusion.serve")
+_FIELD = re.compile(r"^([a-z_]+)=")
+
+
+class ApiError(Exception):
+    """An HTTP reply that is an error."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = headers or {}
+
+    @property
+    def type(self) -> str:
+        names = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+        return names.get(self.status, _family(self.status))
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """{"error": …} as every client of OpenAI's API reads it."""
+        error = {"message": self.message, "type": self.type}
+        return {"error": error | {"param": self.param, "code": self.code}}
+
+
+def _family(status: int) -> str:
+    return "server_error" if status >= 500 else "invalid_request_error"
+
+
+def as_api_error(error: BaseException) -> ApiError:
+    """What a client is told of an error."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, FullError):
+        message = (
+            f"the server is full: {error.limit} requests are under way or waiting, the limit; "
+            f"ask again in {error.seconds} s"
+        )
+        return ApiError(429, message, code="queue_full", headers=_retry(error.seconds))
+    if isinstance(error, ClosedError):
+        message = "the server is starting or shutting down: ask again in a moment"
+        return ApiError(503, message, code="not_ready", headers=_retry(5))
+    if isinstance(error, LateError):
+        message = "the reply took longer than the server allows: ask for fewer tokens or pictures"
+        return ApiError(504, message, code="timeout")
+    if isinstance(error, BrokenError):
+        message = "the engine failed while this request ran: ask it again"
+        return ApiError(503, message, code="engine_failed", headers=_retry(1))
+    if isinstance(error, WeightsError):
+        return ApiError(500, str(error), code="weights")
+    if isinstance(error, EarlyFusionError):
+        return _mistake(error)
+    return ApiError(500, "the server failed on this request: its log says why", code="internal")
+
+
+def reported(error: BaseException) -> ApiError:
+    """The same; what nobody foresaw is logged."""
+    wire = as_api_error(error)
+    if wire.code == "internal":
+        log.error("a request failed", exc_info=error)
+    return wire
+
+
+def _mistake(error: EarlyFusionError) -> ApiError:
+    field = _FIELD.match(str(error))
+    code = "context_length_exceeded" if isinstance(error, ContextError) else "invalid_value"
+    return ApiError(400, str(error), param=field and field[1], code=code)
+
+
+def _retry(seconds: int) -> dict[str, str]:
+    return {"Retry-After": str(seconds)}

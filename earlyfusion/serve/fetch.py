@@ -1,0 +1,165 @@
+"""Pictures at foreign addresses, where the server is told to fetch them.
+
+An address is read by one parser and resolved once; the connection goes to the address that was
+checked, so a name that answers differently the second time changes nothing. Only public addresses,
+http and https on their own ports, few redirects (each checked as the first), and capped in bytes
+and time.
+"""
+
+from __future__ import annotations
+
+import http.client
+import ipaddress
+import re
+import socket
+import ssl
+from collections.abc import Callable
+from contextlib import suppress
+from threading import Timer
+from time import monotonic
+from typing import TypeAlias
+from urllib.parse import SplitResult, urljoin, urlsplit
+
+from earlyfusion.serve.errors import ApiError
+
+MAX_BYTES = 20_000_000
+SECONDS = 10.0
+REDIRECTS = 3
+_PORTS = {"http": 80, "https": 443}
+_CHUNK = 65_536
+_HOST = re.compile(r"[A-Za-z0-9.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\]")
+# Ranges that ipaddress calls global, but that lead back inside: NAT64, 6to4 and Teredo carry an
+# IPv4 address of anyone's choice.
+_TUNNELS = [
+    ipaddress.ip_network(n) for n in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32")
+]
+
+Resolve: TypeAlias = Callable[[str, int], list[str]]
+
+
+def fetched(address: str, resolve: Resolve | None = None) -> bytes:
+    """The bytes at an address. Raises `ApiError`."""
+    end = monotonic() + SECONDS
+    for _ in range(REDIRECTS + 1):
+        parts, target = checked(address, resolve)
+        found = _get(parts, target, end)
+        if isinstance(found, bytes):
+            return found
+        address = urljoin(address, found)
+    raise _refused(f"it redirects more than {REDIRECTS} times")
+
+
+def checked(address: str, resolve: Resolve | None = None) -> tuple[SplitResult, str]:
+    """The parts of an address and the public IP address that its host has. Raises `ApiError`."""
+    # What parsers read differently is refused before any of them sees it.
+    if not address.isascii() or re.search(r"[\x00-\x20\x7f\\]", address):
+        raise _refused("it holds blanks, control characters, backslashes or letters beyond ASCII")
+    try:
+        parts = urlsplit(address)
+        port = parts.port
+    except ValueError:
+        raise _refused("it is malformed") from None
+    if parts.scheme not in _PORTS:
+        raise _refused("only http and https are fetched")
+    if "@" in parts.netloc:
+        raise _refused("it holds a user's name")
+    host = parts.netloc.rpartition(":")[0] if port is not None else parts.netloc.rstrip(":")
+    if _HOST.fullmatch(host) is None:
+        raise _refused("its host is malformed")
+    expected = _PORTS[parts.scheme]
+    if port not in (None, expected):
+        raise _refused(f"only port {expected} is fetched from")
+    return parts, _public(host.strip("[]"), expected, resolve or _resolved)
+
+
+def _public(host: str, port: int, resolve: Resolve) -> str:
+    try:
+        found = resolve(host, port)
+    except (OSError, UnicodeError):
+        found = []
+    if not found:
+        raise _refused("its host has no address")
+    # All of them: which one a name has first may change.
+    if not all(_is_public(one) for one in found):
+        raise _refused("its host is not on the public internet")
+    return found[0]
+
+
+def _resolved(host: str, port: int) -> list[str]:
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return [str(entry[4][0]) for entry in found]
+
+
+def _is_public(text: str) -> bool:
+    try:
+        address = ipaddress.ip_address(text.partition("%")[0])
+    except ValueError:
+        return False
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.ipv4_mapped is not None:
+            return _is_public(str(address.ipv4_mapped))
+        if any(address in tunnel for tunnel in _TUNNELS):
+            return False
+    return address.is_global and not (address.is_multicast or address.is_reserved)
+
+
+def _get(parts: SplitResult, target: str, end: float) -> bytes | str:
+    """The body, or where a redirect leads to."""
+    connection = _Pinned(parts, target, end)
+    path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    # A server that sends a byte now and then never runs into the socket's own timeout.
+    timer = Timer(max(end - monotonic(), 0), connection.abort)
+    timer.start()
+    try:
+        connection.request("GET", path, headers={"Accept": "image/*", "User-Agent": "earlyfusion"})
+        reply = connection.getresponse()
+        if reply.status in (301, 302, 303, 307, 308):
+            return reply.getheader("Location") or ""
+        if reply.status != 200:
+            raise _refused("its server does not answer with status 200")
+        return _body(reply, end)
+    except (OSError, http.client.HTTPException):
+        raise _refused("its server cannot be reached in time") from None
+    finally:
+        timer.cancel()
+        connection.close()
+
+
+def _body(reply: http.client.HTTPResponse, end: float) -> bytes:
+    data = b""
+    while chunk := reply.read1(_CHUNK):
+        data += chunk
+        if len(data) > MAX_BYTES:
+            raise _refused(f"it has over {MAX_BYTES:,} bytes, the limit")
+    if monotonic() > end:
+        raise TimeoutError
+    return data
+
+
+class _Pinned(http.client.HTTPConnection):
+    """A connection to one IP address, for the host of an address."""
+
+    def __init__(self, parts: SplitResult, target: str, end: float) -> None:
+        super().__init__(parts.hostname or "", _PORTS[parts.scheme])
+        self._secure, self._target, self._end = parts.scheme == "https", target, end
+
+    def connect(self) -> None:
+        left = max(self._end - monotonic(), 0.01)
+        self.sock = socket.create_connection((self._target, self.port), left)
+        if self._secure:
+            context = ssl.create_default_context()
+            self.sock = context.wrap_socket(self.sock, server_hostname=self.host)
+
+    def abort(self) -> None:
+        """End whatever the connection waits for; called from another thread."""
+        if self.sock is not None:
+            with suppress(OSError):
+                self.sock.shutdown(socket.SHUT_RDWR)
+
+
+def _refused(why: str) -> ApiError:
+    return ApiError(
+        400,
+        f"the picture's address is not fetched, as {why}: send the picture as a data URL",
+        code="image_url_refused",
+    )

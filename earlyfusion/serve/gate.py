@@ -1,0 +1,160 @@
+"""What every HTTP request passes: request ids, keys, the limit of bodies, the log and its count.
+
+Plain ASGI, so that streams and disconnections pass through untouched.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import re
+import secrets
+from hashlib import sha256
+from time import monotonic
+from urllib.parse import parse_qs, urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from earlyfusion.serve.errors import ApiError, reported
+from earlyfusion.serve.options import is_loopback
+from earlyfusion.serve.replies import JsonReply
+from earlyfusion.serve.service import Service
+
+log = logging.getLogger("earlyfusion.serve")
+_OPEN = {"/health", "/ready"}
+_CONTENT = re.compile(r"/v1/files/([^/]+)/content")
+_CLIENTS_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+class Gate:
+    """ASGI middleware around the whole application."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app, self._service, self._options = app, service, service.options
+        self._keys = [sha256(key.encode()).digest() for key in self._options.api_keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        visit = _Visit(scope, receive, send, self._options.max_body_bytes)
+        try:
+            refusal = self._refusal(scope)
+            if refusal is not None:
+                await self._answer(refusal, visit)
+            else:
+                await self._app(scope, visit.receive, visit.send)
+        except Exception as error:
+            wire = reported(error)
+            if not visit.status:
+                await self._answer(wire, visit)
+        finally:
+            self._note(visit)
+
+    async def _answer(self, error: ApiError, visit: _Visit) -> None:
+        reply = JsonReply(error.body, error.status, error.headers)
+        await reply(visit.scope, visit.receive, visit.send)
+
+    def _refusal(self, scope: Scope) -> ApiError | None:
+        headers = Headers(scope=scope)
+        if not self._keys:
+            return self._foreign_host(headers.get("host", ""))
+        if self._is_open(scope) or self._has_key(headers.get("authorization", "")):
+            return None
+        return ApiError(
+            401,
+            "the request has no valid API key: send Authorization: Bearer and the server's key",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+
+    def _foreign_host(self, host: str) -> ApiError | None:
+        """Without keys only this machine may ask: a page of the web whose name was pointed here
+        (DNS rebinding) says its own name as the host."""
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+        except ValueError:
+            name = ""
+        public = urlsplit(self._options.public_url).hostname
+        if is_loopback(name) or name in (self._options.host, public):
+            return None
+        return ApiError(
+            403,
+            "the Host of the request is not this machine: use 127.0.0.1, or start the server with "
+            "--api-key or --public-url",
+            code="host_refused",
+        )
+
+    def _is_open(self, scope: Scope) -> bool:
+        """Whether this needs no key: health, and pictures at signed addresses."""
+        if scope["path"] in _OPEN:
+            return True
+        found = _CONTENT.fullmatch(scope["path"])
+        signature = parse_qs(scope["query_string"].decode("latin-1")).get("sig", [""])[0]
+        return found is not None and self._service.files.is_signed(found[1], signature)
+
+    def _has_key(self, header: str) -> bool:
+        scheme, _, key = header.partition(" ")
+        digest = sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
+        # All of them are compared, whichever fits.
+        fits = [hmac.compare_digest(digest, known) for known in self._keys]
+        return scheme.lower() == "bearer" and any(fits)
+
+    def _note(self, visit: _Visit) -> None:
+        if visit.status >= 400:
+            self._service.metrics.refuse(visit.status)
+        if visit.scope["path"] not in _OPEN:
+            log.info(
+                "request",
+                extra={
+                    "request_id": visit.id,
+                    "method": visit.scope["method"],
+                    "path": visit.scope["path"][:200],
+                    "status": visit.status or 499,  # the client went before the reply
+                    "ms": round((monotonic() - visit.began) * 1000, 1),
+                },
+            )
+
+
+class _Visit:
+    """One HTTP request: its id, its status, and how much of its body came."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, max_bytes: int) -> None:
+        self.scope, self._receive, self._send = scope, receive, send
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        fits = _CLIENTS_ID.fullmatch(given) is not None
+        self.id = given if fits else f"req_{secrets.token_hex(12)}"
+        self.status, self.began = 0, monotonic()
+        self._left = max_bytes
+        self._max_bytes = max_bytes
+        length = headers.get("content-length", "")
+        self._announced = int(length) if length.isdecimal() and len(length) < 19 else 0
+
+    async def receive(self) -> Message:
+        """The body, up to the limit. Raises `ApiError` with status 413."""
+        if self._announced > self._max_bytes:
+            raise self._too_large()
+        message = await self._receive()
+        self._left -= len(message.get("body", b""))
+        if self._left < 0:
+            raise self._too_large()
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            MutableHeaders(scope=message)["x-request-id"] = self.id
+        await self._send(message)
+
+    def _too_large(self) -> ApiError:
+        self._announced = 0
+        self._left = 2**62  # what still comes is thrown away
+        return ApiError(
+            413,
+            f"the body has over {self._max_bytes:,} bytes, the limit: send smaller pictures, or "
+            "upload them one by one to /v1/files",
+            code="body_too_large",
+            headers={"Connection": "close"},
+        )

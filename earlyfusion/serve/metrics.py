@@ -1,0 +1,94 @@
+"""What Prometheus reads at /metrics: vLLM's names where they fit, and pictures beside them."""
+
+from __future__ import annotations
+
+from time import monotonic
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from earlyfusion.generation.request import Event, Finished, ImageDone, ImageStarted, TextDelta
+from earlyfusion.serve.driver import Batch, Driver
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 150, 600)
+
+
+class Metrics:
+    """Counters of one server; `observe` is called with every event of every reply."""
+
+    def __init__(self, driver: Driver, model: str) -> None:
+        self._registry = CollectorRegistry()
+        names, labels = ("model_name",), {"model_name": model}
+
+        def gauge(name: str, help: str) -> Gauge:
+            made = Gauge(f"earlyfusion:{name}", help, names, registry=self._registry)
+            return made.labels(**labels)
+
+        def counter(name: str, help: str) -> Counter:
+            made = Counter(f"earlyfusion:{name}", help, names, registry=self._registry)
+            return made.labels(**labels)
+
+        def seconds(name: str, help: str) -> Histogram:
+            made = Histogram(
+                f"earlyfusion:{name}", help, names, buckets=_SECONDS, registry=self._registry
+            )
+            return made.labels(**labels)
+
+        gauge("num_requests_running", "Requests that draw tokens.").set_function(
+            lambda: driver.running
+        )
+        gauge("num_requests_waiting", "Admitted requests without a token.").set_function(
+            lambda: driver.waiting
+        )
+        gauge("num_preemptions", "Requests that gave their slots to another.").set_function(
+            lambda: driver.preemptions
+        )
+        gauge("engine_silent_seconds", "Since the engine's last heartbeat.").set_function(
+            lambda: driver.silent_seconds
+        )
+        self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts.")
+        self.generation_tokens = counter("generation_tokens", "Tokens of replies.")
+        self.images_started = counter("images_started", "Pictures begun.")
+        self.images_done = counter("images_done", "Pictures drawn.")
+        self.image_codes = counter("image_codes", "Codes of drawn pictures.")
+        self.cancelled = counter("requests_cancelled", "Requests whose client went away.")
+        self.first_token = seconds("time_to_first_token_seconds", "Admission to first output.")
+        self.whole = seconds("e2e_request_latency_seconds", "Admission to the last token.")
+        self.picture = seconds("image_seconds", "A picture, from its first code to its last.")
+        self._success = Counter(
+            "earlyfusion:request_success",
+            "Requests that were answered.",
+            (*names, "finished_reason"),
+            registry=self._registry,
+        )
+        self._refused = Counter(
+            "earlyfusion:http_errors", "Error replies.", ("status",), registry=self._registry
+        )
+        self._model = model
+
+    def observe(self, batch: Batch, event: Event) -> None:
+        """Count one event."""
+        now = monotonic()
+        if isinstance(event, TextDelta | ImageStarted) and not batch.spoken:
+            batch.spoken = True
+            self.first_token.observe(now - batch.admitted)
+        if isinstance(event, ImageStarted):
+            self.images_started.inc()
+            batch.drawing_since = now
+        if isinstance(event, ImageDone):
+            self.images_done.inc()
+            self.image_codes.inc(event.codes.size)
+            self.picture.observe(now - batch.drawing_since)
+        if isinstance(event, Finished):
+            self.prompt_tokens.inc(event.usage.prompt_tokens)
+            self.generation_tokens.inc(event.usage.completion_tokens)
+            self.whole.observe(now - batch.admitted)
+            self._success.labels(self._model, event.reason).inc()
+
+    def refuse(self, status: int) -> None:
+        """Count an error reply."""
+        self._refused.labels(str(status)).inc()
+
+    def text(self) -> bytes:
+        """The page of /metrics."""
+        return generate_latest(self._registry)

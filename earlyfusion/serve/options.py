@@ -1,0 +1,63 @@
+"""What `earlyfusion serve` can be told."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+
+from earlyfusion.errors import SettingError
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """Where to listen, who may ask, and the limits of what is read.
+
+    `name` is the model's name on the wire, that of the loaded model where it is empty. Without
+    `api_keys` the server only listens on this machine. `max_queue` requests wait beside those that
+    run. `keepalive` is the time in seconds after which a silent stream gets a comment, `timeout`
+    the time that a reply may take, `drain_seconds` the time that replies have to end after SIGTERM.
+    Raises `SettingError`.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: tuple[str, ...] = ()
+    name: str = ""
+    lenient: bool = False
+    max_queue: int = 256
+    allow_image_urls: bool = False
+    cors_origins: tuple[str, ...] = ()
+    public_url: str = ""
+    max_body_bytes: int = 20_000_000
+    max_images: int = 16
+    max_image_side: int = 8192
+    max_image_pixels: int = 25_000_000
+    max_total_pixels: int = 50_000_000
+    file_bytes: int = 256_000_000
+    keepalive: float = 15.0
+    timeout: float = 600.0
+    drain_seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65_535:
+            raise SettingError(f"port={self.port} is not possible: use 0 (any free one) to 65,535")
+        if self.max_queue < 0:
+            raise SettingError(f"max_queue={self.max_queue} is not possible: use 0 or more")
+        for key in self.api_keys:
+            if not key.isascii() or not key.strip() or len(key) < 8:
+                raise SettingError("an API key has under 8 letters or others than ASCII: change it")
+        if not (self.api_keys or is_loopback(self.host)):
+            raise SettingError(
+                f"host={self.host!r} is reached from other machines and there is no API key: "
+                "give --api-key, or listen on 127.0.0.1"
+            )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host's name or address means this machine only."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False

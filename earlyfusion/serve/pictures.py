@@ -1,0 +1,138 @@
+"""Pictures on the wire: files to `Image` within limits, `PIL` pictures to files and data URLs."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from dataclasses import dataclass
+from io import BytesIO
+
+import PIL.Image
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from earlyfusion.content import Image
+from earlyfusion.serve.errors import ApiError
+from earlyfusion.serve.options import ServeOptions
+from earlyfusion.serve.protocol import Format
+from earlyfusion.serve.store import MEDIA_TYPES
+
+# First bytes -> media type and the reader of the header. Only formats that every client has; what
+# is behind the header is read by `Image.from_bytes`.
+_FORMATS: dict[bytes, tuple[str, type[ImageFile]]] = {
+    b"\x89PNG\r\n\x1a\n": ("image/png", PngImageFile),
+    b"\xff\xd8\xff": ("image/jpeg", JpegImageFile),
+    b"RIFF": ("image/webp", WebPImageFile),
+    b"GIF8": ("image/gif", GifImageFile),
+    b"BM": ("image/bmp", BmpImageFile),
+}
+
+
+@dataclass
+class PictureLimits:
+    """What the pictures of one request may take together; `read` counts."""
+
+    options: ServeOptions
+    pictures: int = 0
+    pixels: int = 0
+
+    def count(self) -> None:
+        """Note one more picture. Raises `ApiError`."""
+        self.pictures += 1
+        if self.pictures > self.options.max_images:
+            raise ApiError(
+                400,
+                f"the request has over {self.options.max_images} pictures, the limit: drop some",
+                code="too_many_images",
+            )
+
+    def read(self, data: bytes) -> Image:
+        """The picture of a file, whose size is checked before a pixel is decoded.
+
+        Raises `ApiError` and `ImageError`.
+        """
+        self.count()
+        width, height = _header(data)[1]
+        limits = self.options
+        self.pixels += width * height
+        if max(width, height) > limits.max_image_side or width * height > limits.max_image_pixels:
+            raise _too_large(
+                f"a picture has {width:,} x {height:,} pixels, the limit is "
+                f"{limits.max_image_side:,} a side and {limits.max_image_pixels:,} in all"
+            )
+        if self.pixels > limits.max_total_pixels:
+            raise _too_large(
+                f"the pictures have over {limits.max_total_pixels:,} pixels together, the limit"
+            )
+        return Image.from_bytes(data)
+
+
+def media_type(data: bytes) -> str:
+    """Of a picture's file, by its first bytes. Raises `ApiError`."""
+    return _header(data)[0]
+
+
+def _header(data: bytes) -> tuple[str, tuple[int, int]]:
+    known = (entry for start, entry in _FORMATS.items() if data.startswith(start))
+    name, reader = next(known, (None, None))
+    if name is None or reader is None:
+        raise ApiError(
+            400,
+            "a picture is in no format that is read here: send PNG, JPEG, WEBP, GIF or BMP",
+            code="invalid_image",
+        )
+    try:
+        return name, reader(BytesIO(data)).size
+    except Exception:  # a parser of foreign bytes may raise anything, and its text may leak
+        raise ApiError(
+            400, "a picture is damaged: send the whole file", code="invalid_image"
+        ) from None
+
+
+def _too_large(message: str) -> ApiError:
+    return ApiError(400, f"{message}: send it smaller", code="image_too_large")
+
+
+def unpacked(address: str) -> bytes:
+    """The bytes of a data URL. Raises `ApiError`."""
+    head, comma, body = address.partition(",")
+    if not (comma and head.startswith("data:image/") and head.endswith(";base64")):
+        raise ApiError(
+            400,
+            "a data URL of a picture begins with data:image/png;base64, or another image type",
+            code="invalid_image",
+        )
+    return decoded(body)
+
+
+def decoded(text: str) -> bytes:
+    """The bytes of base64. Raises `ApiError`."""
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise ApiError(
+            400, "the base64 of a picture is damaged: encode its bytes again", code="invalid_image"
+        ) from None
+
+
+def encoded(picture: PIL.Image.Image, form: Format, compression: int = 100) -> bytes:
+    """The file of a picture; `compression` is the quality of webp and jpeg, 0 to 100."""
+    file = BytesIO()
+    if form == "png":
+        picture.save(file, "PNG")
+    else:
+        picture.save(file, form.upper(), quality=compression)
+    return file.getvalue()
+
+
+def packed(data: bytes) -> str:
+    """Base64 of a file."""
+    return base64.b64encode(data).decode("ascii")
+
+
+def data_url(data: bytes, form: Format) -> str:
+    return f"data:{MEDIA_TYPES[form]};base64,{packed(data)}"

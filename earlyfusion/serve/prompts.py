@@ -1,0 +1,211 @@
+"""Wire messages to `Message`s: pictures found, read and put in their places.
+
+A picture that was drawn here and comes back in an assistant's turn stands in the prompt by its
+codes: as `images` or `parts` of a reply, as markdown in the text, or by its id. Runs in a worker
+thread: pictures are decoded here, and foreign ones fetched.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+from earlyfusion.content import Image, Message, Role, Segment, Text
+from earlyfusion.serve.errors import ApiError
+from earlyfusion.serve.fetch import fetched
+from earlyfusion.serve.pictures import PictureLimits, decoded, unpacked
+from earlyfusion.serve.protocol import (
+    ChatMessage,
+    ContentPart,
+    EditImage,
+    FilePart,
+    ImagePart,
+    InputDrawing,
+    InputImage,
+    InputItem,
+    InputMessage,
+    InputText,
+    TextPart,
+)
+from earlyfusion.serve.store import Files
+
+_MARKDOWN = re.compile(r"!\[[^\]\n]*\]\(([^()\s]+)\)")
+_ROLES: dict[str, Role] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+}
+
+
+class PromptReader:
+    """Reads the messages of one request; `limits` counts its pictures."""
+
+    def __init__(self, files: Files, limits: PictureLimits, allow_urls: bool) -> None:
+        self._files, self._limits, self._allow_urls = files, limits, allow_urls
+
+    def chat(self, messages: Sequence[ChatMessage]) -> list[Message]:
+        """The turns of /v1/chat/completions."""
+        return [self._chat_turn(message) for message in messages]
+
+    def items(self, items: str | Sequence[InputItem]) -> list[Message]:
+        """The turns of /v1/responses; neighbours of the assistant are one turn."""
+        if isinstance(items, str):
+            return [Message("user", items)]
+        turns: list[Message] = []
+        for item in items:
+            turn = self._item(item)
+            if turns and turns[-1].role == turn.role == "assistant":
+                turn = Message("assistant", [*turns.pop().parts, *turn.parts])
+            turns.append(turn)
+        return turns
+
+    def edit_image(self, image: EditImage) -> Image:
+        """A picture that a JSON body of /v1/images/edits names."""
+        return self._named(image.image_url, image.file_id)
+
+    def file(self, data: bytes) -> Image:
+        """A picture that was sent as a file."""
+        return self._limits.read(data)
+
+    def _chat_turn(self, message: ChatMessage) -> Message:
+        role = _ROLES[message.role]
+        if message.role != "assistant" and (message.images or message.parts):
+            raise ApiError(
+                400,
+                f"images and parts belong to an assistant's message, not to a {message.role}'s: "
+                "put pictures into content",
+                param="messages",
+            )
+        if role == "assistant":
+            return Message(role, list(self._reply_of(message)))
+        content = message.content or ""
+        if isinstance(content, str):
+            return Message(role, content)
+        return Message(role, [self._part(part) for part in content])
+
+    def _reply_of(self, message: ChatMessage) -> Iterator[Segment]:
+        """An assistant's turn: `parts` say the order; else pictures in markdown stand where they
+        are, and `images` behind the text."""
+        images = message.images or []
+        if message.parts:
+            for part in message.parts:
+                if isinstance(part, TextPart):
+                    yield Text(part.text)
+                elif 0 <= part.index < len(images):
+                    yield self._back(images[part.index].image_url.url)
+                else:
+                    raise ApiError(
+                        400,
+                        f"parts name image {part.index}, and images has {len(images)}: send both "
+                        "as they came",
+                        param="messages",
+                    )
+            return
+        content = message.content or ""
+        pieces = [TextPart(type="text", text=content)] if isinstance(content, str) else content
+        read = [segment for piece in pieces for segment in self._said(piece)]
+        yield from read
+        # With image_delivery "both" the pictures stand in the text and in `images`.
+        if not any(isinstance(segment, Image) for segment in read):
+            yield from (self._back(image.image_url.url) for image in images)
+
+    def _said(self, part: ContentPart) -> list[Segment]:
+        if isinstance(part, TextPart):
+            return self._markdown(part.text)
+        if isinstance(part, FilePart):
+            return [self._named(None, part.file.file_id)]
+        return [self._back(part.image_url.url)]
+
+    def _markdown(self, text: str) -> list[Segment]:
+        """A text whose pictures from here, and data URLs, are pictures again. Blank lines around
+        them are ours, not the model's; other addresses stay text."""
+        segments: list[Segment] = []
+        start = 0
+        for found in _MARKDOWN.finditer(text):
+            image = self._known(found[1])
+            if image is not None:
+                segments += _stripped(text[start : found.start()])
+                segments.append(image)
+                start = found.end()
+        return [*segments, *_stripped(text[start:])] if segments else [Text(text)]
+
+    def _known(self, address: str) -> Image | None:
+        if address.startswith("data:image/"):
+            return self._back(address)
+        file = self._files.at(address)
+        if file is None:
+            return None
+        self._limits.count()
+        return file.image
+
+    def _back(self, address: str) -> Image:
+        """A picture of an assistant's turn: with its codes, where it was drawn here."""
+        if address.startswith("data:"):
+            data = unpacked(address)
+            drawn = self._files.drawn(data)
+            if drawn is None:
+                return self._limits.read(data)
+            self._limits.count()
+            return drawn
+        return self._named(address, None)
+
+    def _part(self, part: ContentPart) -> Segment:
+        if isinstance(part, TextPart):
+            return Text(part.text)
+        if isinstance(part, ImagePart):
+            return self._named(part.image_url.url, None)
+        return self._named(None, part.file.file_id)
+
+    def _named(self, address: str | None, file_id: str | None) -> Image:
+        """The picture at an address, or of an uploaded or drawn file."""
+        if (address is None) == (file_id is None):
+            raise ApiError(400, "a picture has image_url or file_id: give one of them")
+        if file_id is not None:
+            self._limits.count()
+            return self._files.get(file_id).image
+        assert address is not None
+        if address.startswith("data:"):
+            return self._limits.read(unpacked(address))
+        file = self._files.at(address)
+        if file is not None:
+            self._limits.count()
+            return file.image
+        if not self._allow_urls:
+            raise ApiError(
+                400,
+                "pictures at foreign addresses are not fetched by this server: send a data URL, "
+                "upload to /v1/files, or start the server with --allow-image-urls",
+                code="image_url_refused",
+            )
+        return self._limits.read(fetched(address))
+
+    def _item(self, item: InputItem) -> Message:
+        if isinstance(item, InputDrawing):
+            return Message("assistant", self._drawing(item))
+        return self._input_message(item)
+
+    def _drawing(self, item: InputDrawing) -> Image:
+        if item.result:
+            data = decoded(item.result)
+            drawn = self._files.drawn(data)
+            if drawn is None:
+                return self._limits.read(data)
+            self._limits.count()
+            return drawn
+        self._limits.count()
+        return self._files.get(f"file-{item.id.removeprefix('ig_')}").image
+
+    def _input_message(self, item: InputMessage) -> Message:
+        if isinstance(item.content, str):
+            return Message(_ROLES[item.role], item.content)
+        return Message(_ROLES[item.role], [self._input_part(part) for part in item.content])
+
+    def _input_part(self, part: InputText | InputImage) -> Segment:
+        if isinstance(part, InputText):
+            return Text(part.text)
+        return self._named(part.image_url, part.file_id)
+
+
+def _stripped(text: str) -> list[Segment]:
+    return [Text(text.strip())] if text.strip() else []

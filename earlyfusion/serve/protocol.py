@@ -1,0 +1,596 @@
+"""What clients send: OpenAI's fields and our own, strictly. What is sent back is in replies.
+
+Every field is honoured, refused with its name, limit and remedy, or listed here as accepted without
+effect (`user`, `metadata`, `detail` and the like). OpenAI's fields that this server has no use for
+are accepted at the values that change nothing (`neutral`), so that clients which always send them
+work; `why_not` says what is wrong with any other value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
+
+from earlyfusion.serve.errors import ApiError
+
+Format: TypeAlias = Literal["png", "webp", "jpeg"]
+Modality: TypeAlias = Literal["text", "image"]
+MAX_CHOICES = 10
+
+
+class Wire(BaseModel):
+    """A JSON object: no unknown fields, no conversions between types."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    neutral: ClassVar[Mapping[str, Sequence[Any]]] = {}
+    why_not: ClassVar[Mapping[str, str]] = {}
+
+
+def _form(value: Any) -> str:
+    return "<text>" if isinstance(value, str) else "<list>"
+
+
+_TextOrList = Discriminator(_form)
+_Strings = Annotated[
+    Annotated[str, Tag("<text>")] | Annotated[list[str], Tag("<list>")], _TextOrList
+]
+
+
+class Sampling(Wire):
+    """The fields of `SamplingParams` that JSON can say; their limits are checked there."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    image_temperature: float | None = None
+    image_top_p: float | None = None
+    image_top_k: int | None = None
+    guidance_text: float | None = None
+    guidance_image: float | None = None
+    jacobi: int | None = None
+    seed: int | None = None
+
+    def sampling(self) -> dict[str, Any]:
+        """Those that are set, but for the seed."""
+        names = set(Sampling.model_fields) - {"seed"}
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+class TextSampling(Sampling):
+    """The same with what only replies with text can have."""
+
+    max_images: int | None = None
+    stop: _Strings | None = None
+    bad_words: list[str] | None = None
+    allowed_words: list[str] | None = None
+
+    def sampling(self) -> dict[str, Any]:
+        names = ("max_images", "stop", "bad_words", "allowed_words")
+        own = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return super().sampling() | own
+
+
+# Of every route that generates: for OpenAI's own bookkeeping, without effect here.
+class Bookkeeping(Wire):
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+
+def _tagged(key: str) -> Any:
+    """A discriminator by the field `type`; tags look unlike field names (see `_place`)."""
+
+    def tag(value: Any) -> str:
+        found = value.get(key) if isinstance(value, dict) else getattr(value, key, None)
+        return f"<{found}>"
+
+    return Discriminator(tag, custom_error_type="unknown_type", custom_error_message="is unknown")
+
+
+# --- Chat completions ---
+
+
+class ImageUrl(Wire):
+    url: str
+    detail: Literal["auto", "low", "high", "original"] | None = None
+
+
+class TextPart(Wire):
+    type: Literal["text"]
+    text: str
+
+
+class ImagePart(Wire):
+    type: Literal["image_url"]
+    image_url: ImageUrl
+    index: int | None = None
+
+
+class FileId(Wire):
+    file_id: str
+
+
+class FilePart(Wire):
+    type: Literal["file"]
+    file: FileId
+
+
+ContentPart = Annotated[
+    Annotated[TextPart, Tag("<text>")]
+    | Annotated[ImagePart, Tag("<image_url>")]
+    | Annotated[FilePart, Tag("<file>")],
+    _tagged("type"),
+]
+Content = Annotated[
+    Annotated[str, Tag("<text>")] | Annotated[list[ContentPart], Tag("<list>")], _TextOrList
+]
+
+
+class ImageRef(Wire):
+    type: Literal["image_ref"]
+    index: int
+
+
+OrderedPart = Annotated[
+    Annotated[TextPart, Tag("<text>")] | Annotated[ImageRef, Tag("<image_ref>")], _tagged("type")
+]
+
+
+class ChatMessage(Wire):
+    """A turn. `images` and `parts` are those of a reply of ours, or of any OpenRouter-like server;
+    what else an assistant's turn of OpenAI has must be empty."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content | None = None
+    images: list[ImagePart] | None = None
+    parts: list[OrderedPart] | None = None
+    name: str | None = None
+    refusal: None = None
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    audio: None = None
+    function_call: None = None
+    reasoning: None = None
+
+
+class StreamOptions(Wire):
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
+_NO_TOOLS = "this model calls no tools: leave it out"
+_CHAT_NEUTRAL: dict[str, Sequence[Any]] = {
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "parallel_tool_calls": (True, False),
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+    "response_format": ({"type": "text"},),
+}
+_CHAT_WHY_NOT = {
+    "tools": _NO_TOOLS,
+    "tool_choice": _NO_TOOLS,
+    "functions": _NO_TOOLS,
+    "function_call": _NO_TOOLS,
+    "frequency_penalty": "only 0 is possible: use repetition_penalty",
+    "presence_penalty": "only 0 is possible: use repetition_penalty",
+    "logit_bias": "only {} is possible: use bad_words or allowed_words",
+    "response_format": 'only {"type": "text"} is possible: use allowed_words, or ask in words',
+    "reasoning_effort": "this model does not reason: leave it out",
+    "audio": "this model has text and pictures only: leave it out",
+    "store": "nothing is stored: use false, or /v1/responses",
+    "negative_prompt": "it is not offered: leave it out",
+    "size": "size is a field of /v1/images/generations: leave it out here",
+}
+
+
+class ChatRequest(TextSampling, Bookkeeping):
+    """/v1/chat/completions."""
+
+    neutral = _CHAT_NEUTRAL
+    why_not = _CHAT_WHY_NOT
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    model: str | None = None
+    modalities: Annotated[list[Modality], Field(min_length=1)] | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    image_delivery: Literal["images", "markdown", "both"] = "images"
+    output_format: Format = "png"
+    output_compression: Annotated[int, Field(ge=0, le=100)] = 100
+    partial_images: Annotated[int, Field(ge=0, le=3)] = 0
+
+    @model_validator(mode="after")
+    def _together(self) -> ChatRequest:
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise ValueError("max_tokens and max_completion_tokens are the same: give one")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream: true")
+        if self.partial_images and not self.stream:
+            raise ValueError("partial_images needs stream: true")
+        return self
+
+
+# --- Completions ---
+
+
+class CompletionRequest(TextSampling, Bookkeeping):
+    """/v1/completions: each prompt is a user's turn, and its answer is text."""
+
+    neutral = _CHAT_NEUTRAL | {"suffix": ("",), "echo": (False,), "best_of": (1,)}
+    why_not = _CHAT_WHY_NOT | {
+        "suffix": "the model writes forward only: leave it out",
+        "echo": "only false is possible: put the prompt before the text yourself",
+        "best_of": "only 1 is possible: use n, and choose",
+    }
+
+    prompt: Annotated[
+        Annotated[str, Tag("<text>")]
+        | Annotated[Annotated[list[str], Field(min_length=1)], Tag("<list>")],
+        _TextOrList,
+    ]
+    model: str | None = None
+    max_tokens: int | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    max_images: Literal[0] | None = None
+
+
+# --- Images ---
+
+
+class ImageOptions(Sampling, Bookkeeping):
+    """What generations and edits share."""
+
+    neutral: ClassVar[Mapping[str, Sequence[Any]]] = {
+        "quality": ("auto",),
+        "background": ("auto", "opaque"),
+        "moderation": ("auto", "low"),
+        "input_fidelity": ("low",),
+    }
+    why_not: ClassVar[Mapping[str, str]] = {
+        "quality": "only auto is possible: the model draws in one quality",
+        "background": "only auto and opaque are possible: pictures are not transparent",
+        "style": "the model knows no styles by name: say it in the prompt",
+        "mask": "a part of a picture cannot be masked: say in the prompt what to change",
+        "input_fidelity": "only low is possible: a picture is read as its codes",
+        "negative_prompt": "it is not offered: leave it out",
+    }
+
+    model: str | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
+    size: str | None = None
+    response_format: Literal["b64_json", "url"] = "b64_json"
+    output_format: Format = "png"
+    output_compression: Annotated[int, Field(ge=0, le=100)] = 100
+    stream: bool = False
+    partial_images: Annotated[int, Field(ge=0, le=3)] = 0
+
+    @model_validator(mode="after")
+    def _streamed(self) -> ImageOptions:
+        if self.partial_images and not self.stream:
+            raise ValueError("partial_images needs stream: true")
+        if self.stream and self.response_format == "url":
+            raise ValueError("response_format: only b64_json is possible in a stream")
+        return self
+
+
+class GenerationRequest(ImageOptions):
+    """/v1/images/generations."""
+
+    prompt: str
+
+
+class EditRequest(ImageOptions):
+    """/v1/images/edits; a JSON body names its pictures in `images`, a form has them as files."""
+
+    prompt: str
+    images: list[EditImage] | None = None
+
+
+class EditImage(Wire):
+    image_url: str | None = None
+    file_id: str | None = None
+
+
+class VariationRequest(ImageOptions):
+    """/v1/images/variations. `prompt` is ours: the words beside the picture."""
+
+    prompt: str = "Draw the same thing again."
+
+
+# --- Responses ---
+
+
+class InputText(Wire):
+    type: Literal["input_text", "output_text", "text"]
+    text: str
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    logprobs: list[Any] | None = None
+
+
+class InputImage(Wire):
+    type: Literal["input_image"]
+    image_url: str | None = None
+    file_id: str | None = None
+    detail: Literal["auto", "low", "high", "original"] | None = None
+
+
+_InputPart = Annotated[
+    Annotated[InputText, Tag("<input_text>")]
+    | Annotated[InputText, Tag("<output_text>")]
+    | Annotated[InputText, Tag("<text>")]
+    | Annotated[InputImage, Tag("<input_image>")],
+    _tagged("type"),
+]
+_InputContent = Annotated[
+    Annotated[str, Tag("<text>")] | Annotated[list[_InputPart], Tag("<list>")], _TextOrList
+]
+
+
+class InputMessage(Wire):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: _InputContent
+    type: Literal["message"] = "message"
+    id: str | None = None
+    status: Literal["in_progress", "completed", "incomplete"] | None = None
+    phase: None = None
+
+
+class InputDrawing(Wire):
+    """A picture that an earlier reply drew: by its id, or by its pixels."""
+
+    type: Literal["image_generation_call"]
+    id: str
+    result: str | None = None
+    status: str | None = None
+    action: str | None = None
+    background: str | None = None
+    output_format: str | None = None
+    quality: str | None = None
+    revised_prompt: str | None = None
+    size: str | None = None
+    error: None = None
+    svg_usage: None = None
+
+
+def _item_type(value: Any) -> str:
+    found = value.get("type", "message") if isinstance(value, dict) else getattr(value, "type", "")
+    return f"<{found}>"
+
+
+InputItem = Annotated[
+    Annotated[InputMessage, Tag("<message>")]
+    | Annotated[InputDrawing, Tag("<image_generation_call>")],
+    Discriminator(_item_type, custom_error_type="unknown_type", custom_error_message="is unknown"),
+]
+
+
+class DrawingTool(Wire):
+    """The tool that lets a reply hold pictures."""
+
+    type: Literal["image_generation"]
+    model: str | None = None
+    partial_images: Annotated[int, Field(ge=0, le=3)] = 0
+    size: str | None = None
+    output_format: Format = "png"
+    output_compression: Annotated[int, Field(ge=0, le=100)] = 100
+    quality: Literal["auto"] | None = None
+    background: Literal["auto", "opaque"] | None = None
+    moderation: Literal["auto", "low"] | None = None
+    action: Literal["auto"] | None = None
+    input_fidelity: Literal["low"] | None = None
+
+
+class ToolName(Wire):
+    type: Literal["image_generation"]
+
+
+class PlainText(Wire):
+    type: Literal["text"]
+
+
+class TextFormat(Wire):
+    format: PlainText | None = None
+
+
+class ResponseRequest(TextSampling, Bookkeeping):
+    """/v1/responses. Pictures come where `tools` has image_generation."""
+
+    neutral = _CHAT_NEUTRAL | {
+        "truncation": ("disabled",),
+        "background": (False,),
+        "include": ([],),
+        "context_management": ([],),
+    }
+    why_not = _CHAT_WHY_NOT | {
+        "truncation": "only disabled is possible: shorten the input yourself",
+        "background": "only false is possible: use stream",
+        "reasoning": "this model does not reason: leave it out",
+        "conversation": "it is not offered: use previous_response_id",
+        "include": 'only "message.output_text.logprobs" can be included: leave others out',
+    }
+
+    input: Annotated[
+        Annotated[str, Tag("<text>")] | Annotated[list[InputItem], Tag("<list>")], _TextOrList
+    ]
+    model: str | None = None
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    store: bool = True
+    max_output_tokens: int | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    tools: Annotated[list[DrawingTool], Field(max_length=1)] = []
+    tool_choice: Annotated[
+        Annotated[Literal["auto", "none", "required"], Tag("<text>")]
+        | Annotated[ToolName, Tag("<list>")],
+        _TextOrList,
+    ] = "auto"
+    text: TextFormat | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    include: list[Literal["message.output_text.logprobs"]] | None = None
+
+    @model_validator(mode="after")
+    def _tools_there(self) -> ResponseRequest:
+        if self.tool_choice not in ("auto", "none") and not self.tools:
+            raise ValueError(
+                'tool_choice asks for a tool: give tools [{"type": "image_generation"}]'
+            )
+        return self
+
+
+# --- Tokens ---
+
+
+class TokenizeRequest(Wire):
+    """/tokenize: of a text, or of the whole prompt that messages make."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = None
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _one(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give prompt or messages")
+        return self
+
+
+class DetokenizeRequest(Wire):
+    """/detokenize."""
+
+    model: str | None = None
+    tokens: list[Annotated[int, Field(ge=0, lt=2**31)]]
+
+
+EditRequest.model_rebuild()
+
+AnyRequest = TypeVar("AnyRequest", bound=Wire)
+
+
+def read(
+    kind: type[AnyRequest], data: Any, lenient: bool = False, text: bool = False
+) -> tuple[AnyRequest, list[str]]:
+    """The request that a JSON value stands for, and the names of unknown fields that were left out,
+    which only `lenient` does. `text` says that numbers come as text, as in a form. Raises
+    `ApiError` with status 400."""
+    if not isinstance(data, dict):
+        raise ApiError(400, "the body is not a JSON object: send one", code="invalid_json")
+    fields = {
+        name: value for name, value in data.items() if not _changes_nothing(kind, name, value)
+    }
+    ignored: list[str] = []
+    while True:
+        try:
+            return kind.model_validate(fields, strict=not text), ignored
+        except ValidationError as error:
+            unknown = [e["loc"] for e in error.errors() if e["type"] == "extra_forbidden"]
+            if not (lenient and unknown):
+                raise _refusal(kind, error, data) from None
+            for place in unknown:
+                ignored.append(_remove(fields, place))
+
+
+def _changes_nothing(kind: type[Wire], name: str, value: Any) -> bool:
+    if value is None:
+        return True
+    # 0 == False in Python, but not in JSON.
+    plain = [
+        v for v in kind.neutral.get(name, ()) if isinstance(v, bool) == isinstance(value, bool)
+    ]
+    return name not in kind.model_fields and value in plain
+
+
+def _refusal(kind: type[Wire], error: ValidationError, data: Any) -> ApiError:
+    first = error.errors(include_url=False)[0]
+    place, code = _place(data, first["loc"]), "invalid_value"
+    field = str(first["loc"][0]) if first["loc"] else None
+    if first["type"] == "extra_forbidden":
+        code, message = "unknown_field", _unknown(kind, first["loc"], place)
+    elif first["type"] == "missing":
+        message = f"{place} is missing: give it"
+    elif first["type"] == "unknown_type":
+        message = f"{place} has the type {_shown(first['input'])}, which is unknown on this route"
+    elif first["type"] == "value_error":
+        message = str(first["ctx"]["error"])
+        field = message.split()[0].rstrip(":")
+    else:
+        shown = _shown(first["input"])
+        message = f"{place}={shown} is not possible: {_lower(first['msg'])}"
+    return ApiError(400, message, param=place or field, code=code)
+
+
+def _unknown(kind: type[Wire], loc: tuple[int | str, ...], place: str) -> str:
+    name = str(loc[-1])
+    if len(loc) == 1 and name in kind.why_not:
+        return f"{place}: {kind.why_not[name]}"
+    known = list(kind.model_fields) if len(loc) == 1 else []
+    near = get_close_matches(name, known, 1)
+    remedy = f"did you mean {near[0]}?" if near else "leave it out"
+    return f"the field {place} is unknown on this route: {remedy}"
+
+
+def _place(data: Any, loc: tuple[int | str, ...]) -> str:
+    """A path such as messages[0].content; the tags of unions, in <>, are no part of it."""
+    path = ""
+    for step in loc:
+        if isinstance(step, int):
+            path += f"[{step}]"
+        elif not (step.startswith("<") and step.endswith(">")) and step.isidentifier():
+            path += f".{step[:60]}" if path else step[:60]
+        elif not step.startswith("<"):
+            path += f".{step[:60]!r}" if path else repr(step[:60])
+    return path
+
+
+def _remove(data: Any, loc: tuple[int | str, ...]) -> str:
+    at = data
+    for step in loc[:-1]:
+        if isinstance(step, int) or (isinstance(at, dict) and step in at):
+            at = at[step]
+    del at[loc[-1]]
+    return _place(data, loc)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict) and isinstance(value.get("type"), str):
+        value = value["type"]
+    if isinstance(value, int) and abs(value) >= 2**128:
+        return "<a huge number>"
+    if isinstance(value, str | int | float):
+        text = repr(value)
+        return text if len(text) <= 40 else text[:40] + "…"
+    return f"<{type(value).__name__}>"
+
+
+def _lower(message: str) -> str:
+    return message[:1].lower() + message[1:]

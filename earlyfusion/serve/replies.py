@@ -1,0 +1,128 @@
+"""What every route's replies share: text as `Reply` shows it while it streams, usage, logprobs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from earlyfusion.api import Chameleon
+from earlyfusion.generation.request import Usage
+from earlyfusion.generation.steering import TokenLogprob
+from earlyfusion.serve.driver import Batch
+
+KEEPALIVE = b": keepalive\n\n"
+DONE = b"data: [DONE]\n\n"
+
+
+class Trimmer:
+    """Deltas of one text segment, without the blanks at its ends that `Reply` leaves out.
+
+    With `keep_lead` those at its beginning stay: it goes on with a begun answer.
+    """
+
+    def __init__(self, keep_lead: bool = False) -> None:
+        self._begun, self._held = keep_lead, ""
+
+    def push(self, delta: str) -> str:
+        """What can be shown now; a blank waits for what comes behind it."""
+        text = self._held + delta
+        text = text if self._begun else text.lstrip()
+        shown = text.rstrip()
+        self._held, self._begun = text[len(shown) :], self._begun or bool(shown)
+        return shown
+
+
+class JsonReply(Response):
+    """JSON as UTF-8; half characters, which no UTF-8 can hold, as escapes."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return to_json(content)
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events of a batch, which is closed however the stream ends."""
+
+    def __init__(
+        self, chunks: AsyncIterator[bytes], batch: Batch, headers: Mapping[str, str] | None = None
+    ) -> None:
+        own = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(chunks, headers=own | dict(headers or {}), media_type="text/event-stream")
+        self._batch = batch
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._batch.close()
+
+
+def to_json(content: Any) -> bytes:
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.encode("utf-8", "backslashreplace")
+
+
+def sse(data: Any, event: str | None = None) -> bytes:
+    """One server-sent event."""
+    name = b"" if event is None else b"event: " + event.encode() + b"\n"
+    return name + b"data: " + to_json(data) + b"\n\n"
+
+
+def image_tokens(model: Chameleon, ids: Iterable[int]) -> int:
+    """How many of a prompt's tokens spell pictures, their marks included."""
+    begin, end = model.processor.vocabulary.begin_image, model.processor.vocabulary.end_image
+    count, inside = 0, False
+    for token in ids:
+        inside = inside or token == begin
+        count += inside
+        inside = inside and token != end
+    return count
+
+
+def chat_usage(prompt_tokens: int, prompt_images: int, usages: Sequence[Usage]) -> dict[str, Any]:
+    """Usage by modality; several choices of one prompt read it once."""
+    done = sum(usage.completion_tokens for usage in usages)
+    drawn = sum(usage.image_tokens for usage in usages)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": done,
+        "total_tokens": prompt_tokens + done,
+        "prompt_tokens_details": _by_modality(prompt_tokens, prompt_images),
+        "completion_tokens_details": _by_modality(done, drawn),
+    }
+
+
+def image_usage(prompt_tokens: int, prompt_images: int, usages: Sequence[Usage]) -> dict[str, Any]:
+    """The same under the names of the Images and Responses APIs."""
+    chat = chat_usage(prompt_tokens, prompt_images, usages)
+    return {
+        "input_tokens": chat["prompt_tokens"],
+        "input_tokens_details": chat["prompt_tokens_details"],
+        "output_tokens": chat["completion_tokens"],
+        "output_tokens_details": chat["completion_tokens_details"],
+        "total_tokens": chat["total_tokens"],
+    }
+
+
+def _by_modality(tokens: int, images: int) -> dict[str, int]:
+    return {"text_tokens": tokens - images, "image_tokens": images}
+
+
+def logprob_entry(model: Chameleon, drawn: TokenLogprob) -> dict[str, Any] | None:
+    """A text token's entry of `logprobs`; None for the others (codes, marks, the end)."""
+    data = model.processor.token_bytes(drawn.id)
+    if not data:
+        return None
+    top = [_entry(model.processor.token_bytes, other) for other in drawn.top]
+    return _entry(model.processor.token_bytes, drawn) | {"top_logprobs": top}
+
+
+def _entry(bytes_of: Callable[[int], bytes], drawn: TokenLogprob) -> dict[str, Any]:
+    # JSON has no minus infinity; OpenAI writes -9999 for what cannot come.
+    logprob = max(drawn.logprob, -9999.0)
+    return {"token": drawn.text, "logprob": logprob, "bytes": list(bytes_of(drawn.id))}

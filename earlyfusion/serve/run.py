@@ -1,0 +1,109 @@
+"""Run the server: socket, signals, logs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import sys
+from time import gmtime, strftime
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from earlyfusion.api import Chameleon
+from earlyfusion.errors import SettingError
+from earlyfusion.serve.app import make_app
+from earlyfusion.serve.options import ServeOptions
+from earlyfusion.serve.service import Service
+
+_MAX_HEADER_BYTES = 32_768
+_BACKLOG = 1024
+_FIELDS = ("request_id", "method", "path", "status", "ms", "failures")
+
+
+def serve(model: Chameleon, options: ServeOptions, quiet: bool = False) -> None:
+    """Answer requests until SIGTERM or Ctrl-C, then let those that run end.
+
+    Raises `SettingError` where the port is taken.
+    """
+    log_as_json()
+    listener = _listener(options)
+    app = make_app(model, options)
+    # Bound before the model warms up: who connects early waits instead of being refused.
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        ws="none",
+        lifespan="on",
+        h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
+        timeout_graceful_shutdown=max(int(options.drain_seconds), 1),
+    )
+    server = Server(config, app.state.service, quiet)
+    try:
+        server.run(sockets=[listener])
+    finally:
+        listener.close()
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server; a signal closes the door at once, and ends the process with 0."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, quiet: bool) -> None:
+        super().__init__(config)
+        self._service, self._quiet = service, quiet
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if not self._quiet and sockets and self.started:
+            host, port = sockets[0].getsockname()[:2]
+            host = f"[{host}]" if ":" in host else host
+            name = self._service.name
+            print(f"{name} is served at http://{host}:{port}/v1 (Ctrl-C ends)", flush=True)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # uvicorn's own would raise the signal again behind the shutdown, and so lose the exit code.
+        self._service.driver.draining = True
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object per record. Prompts and replies are in none."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        told: dict[str, Any] = {
+            "time": strftime("%Y-%m-%dT%H:%M:%SZ", gmtime(record.created)),
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+        }
+        told |= {name: getattr(record, name) for name in _FIELDS if hasattr(record, name)}
+        if record.exc_info:
+            told["error"] = self.formatException(record.exc_info)
+        return json.dumps(told)
+
+
+def log_as_json() -> None:
+    """Write the server's and uvicorn's records to standard error, one JSON object a line."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    for name, level in (("earlyfusion.serve", logging.INFO), ("uvicorn", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level)
+
+
+def _listener(options: ServeOptions) -> socket.socket:
+    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+    try:
+        return socket.create_server(
+            (options.host.strip("[]"), options.port), family=family, backlog=_BACKLOG
+        )
+    except OSError as error:
+        raise SettingError(
+            f"cannot listen on {options.host} port {options.port} ({error.strerror}): "
+            "choose another with --port"
+        ) from None

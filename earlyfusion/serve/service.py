@@ -1,0 +1,230 @@
+"""What the routes share: the model behind its driver, the stores, and the steps from a body to
+requests. Decoding and encoding of pictures, and reading of prompts, run in a few worker threads."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from time import time
+from typing import Any, TypeVar
+
+from starlette.requests import Request as HttpRequest
+
+from earlyfusion.api import Chameleon
+from earlyfusion.content import Image, Prompt
+from earlyfusion.generation.request import ImageDone, ImagePreview, Request
+from earlyfusion.generation.settings import Output
+from earlyfusion.serve.driver import Batch, Driver
+from earlyfusion.serve.errors import ApiError
+from earlyfusion.serve.metrics import Metrics
+from earlyfusion.serve.options import ServeOptions
+from earlyfusion.serve.pictures import PictureLimits, encoded
+from earlyfusion.serve.prompts import PromptReader
+from earlyfusion.serve.protocol import ChatMessage, Format
+from earlyfusion.serve.replies import image_tokens
+from earlyfusion.serve.store import MEDIA_TYPES, Conversations, Files, StoredFile
+
+Result = TypeVar("Result")
+_WORKERS = 2
+_SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a route asks of the model, beside the prompt."""
+
+    output: Output
+    sampling: dict[str, Any]
+    seed: int | None = None
+    n: int = 1
+    size: str | None = None
+    partial_images: int = 0
+
+
+@dataclass
+class Prepared:
+    """The requests of one HTTP request, and what their usage needs to know of the prompts."""
+
+    batch: Batch
+    prompt_tokens: int
+    prompt_images: int
+    continues: bool = False
+    prompts: list[Prompt] = field(default_factory=list)
+
+
+class Service:
+    """One model, served."""
+
+    def __init__(self, model: Chameleon, options: ServeOptions) -> None:
+        self.model, self.options = model, options
+        self.name = options.name or Path(model.name or "model").name
+        self.created = int(time())
+        self.driver = Driver(model, options.max_queue)
+        self.metrics = Metrics(self.driver, self.name)
+        self.driver.observe = self.metrics.observe
+        self.files = Files(options.file_bytes)
+        self.conversations = Conversations()
+        self._workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="pictures")
+
+    async def start(self) -> None:
+        self.driver.start()
+        await self.driver.warm_up()
+
+    async def stop(self) -> None:
+        await self.driver.drain(self.options.drain_seconds)
+        await asyncio.to_thread(self.driver.stop)
+        self._workers.shutdown(wait=False, cancel_futures=True)
+
+    async def work(self, task: Callable[..., Result], *arguments: Any) -> Result:
+        """Run something that takes long, or waits, in a worker thread."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._workers, task, *arguments)
+
+    def reader(self) -> PromptReader:
+        """For the prompt of one request."""
+        limits = PictureLimits(self.options)
+        return PromptReader(self.files, limits, self.options.allow_image_urls)
+
+    def check_model(self, name: str | None) -> None:
+        """Raises `ApiError` with status 404 for a model that is not served."""
+        if name is not None and name != self.name:
+            raise ApiError(
+                404,
+                f"the model {name[:60]!r} is not served here: use {self.name!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    async def begin(
+        self, prompts: Callable[[], list[Prompt]], asked: Asked, places: int | None = None
+    ) -> Prepared:
+        """Admit, read the prompts in a worker thread, and hand all requests to the engine.
+
+        Each of the prompts is asked `asked.n` times; `places` is how many requests that makes, if
+        there is more than one prompt.
+        """
+        count = places or asked.n
+        if count > self.driver.limit:
+            raise ApiError(
+                400,
+                f"the request asks for {count} replies, the server has place for "
+                f"{self.driver.limit}: ask for fewer",
+                param="n",
+            )
+        batch = self.driver.admit(count)
+        try:
+            requests, read = await self.work(self._requests, prompts, asked)
+            batch.submit([request for several in requests for request in several])
+        except BaseException:
+            batch.close()
+            raise
+        firsts = [several[0] for several in requests]
+        end = self.model.processor.vocabulary.end_of_turn
+        return Prepared(
+            batch,
+            sum(len(request.ids) for request in firsts),
+            sum(image_tokens(self.model, request.ids) for request in firsts),
+            firsts[0].ids[-1] != end,
+            read,
+        )
+
+    def _requests(
+        self, prompts: Callable[[], list[Prompt]], asked: Asked
+    ) -> tuple[list[list[Request]], list[Prompt]]:
+        read = prompts()
+        return [self._choices(prompt, asked) for prompt in read], read
+
+    def _choices(self, prompt: Prompt, asked: Asked) -> list[Request]:
+        """The requests of one prompt; choice number i has the seed of the first plus i."""
+        first = self.model.request(
+            prompt, asked.output, seed=asked.seed, size=_size(asked.size), **asked.sampling
+        )
+        if asked.partial_images:
+            layout = first.layout or self.model.processor.layout
+            rows = -(-layout.height // (asked.partial_images + 1))  # whole rows, rounded up
+            first = replace(first, preview_every=rows * layout.width)
+        seed = first.sampling.seed or 0
+        return [
+            replace(first, sampling=replace(first.sampling, seed=(seed + i) % 2**63))
+            for i in range(asked.n)
+        ]
+
+    async def tokens(self, text: str | None, messages: Sequence[ChatMessage] | None) -> list[int]:
+        """Tokens of a text, or of the whole prompt that messages make."""
+        return await self.work(self._tokens, text, messages)
+
+    def _tokens(self, text: str | None, messages: Sequence[ChatMessage] | None) -> list[int]:
+        if messages is None:
+            return self.model.processor.encode_text(text or "")
+        turns = self.reader().chat(messages)
+        return list(self.model.request(turns, "text", seed=0, max_tokens=1).ids)
+
+    async def keep(
+        self, event: ImageDone, form: Format, compression: int, number: str | None = None
+    ) -> StoredFile:
+        """Decode a drawn picture, and keep its file with its codes."""
+        return await self.work(self._kept, event, form, compression, number)
+
+    def _kept(
+        self, event: ImageDone, form: Format, compression: int, number: str | None
+    ) -> StoredFile:
+        shown = self.model.with_pixels(event)
+        assert isinstance(shown, ImageDone) and shown.pil is not None
+        data, image = encoded(shown.pil, form, compression), Image(codes=event.codes)
+        kind, name = MEDIA_TYPES[form], f"image.{form}"
+        return self.files.add(data, kind, image, name, "assistants_output", number)
+
+    async def preview(self, event: ImagePreview, form: Format, compression: int) -> bytes:
+        """The file of a picture in the making."""
+        return await self.work(self._previewed, event, form, compression)
+
+    def _previewed(self, event: ImagePreview, form: Format, compression: int) -> bytes:
+        shown = self.model.with_pixels(event)
+        assert isinstance(shown, ImagePreview) and shown.pil is not None
+        return encoded(shown.pil, form, compression)
+
+    def shape(self, size: str | None) -> str:
+        """The size of the pictures that are drawn, as "64x64"."""
+        if size not in (None, "auto"):
+            return str(size)
+        layout, stride = self.model.processor.layout, self.model.config.vq_config.stride
+        return f"{layout.width * stride}x{layout.height * stride}"
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """A model object, with the modalities where OpenRouter's clients and ours look."""
+        given, made = ["text", "image"], ["text", *(["image"] if self.model.can_draw else [])]
+        architecture = {"input_modalities": given, "output_modalities": made}
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "earlyfusion",
+            "max_model_len": self.model.config.max_position_embeddings,
+            "input_modalities": given,
+            "output_modalities": made,
+            "architecture": architecture,
+            "image_size": self.shape(None),
+        }
+
+    def base(self, request: HttpRequest) -> str:
+        """Where this server is reached, for addresses of files."""
+        return (self.options.public_url or str(request.base_url)).rstrip("/")
+
+
+def _size(size: str | None) -> tuple[int, int] | None:
+    if size is None or size == "auto":
+        return None
+    found = _SIZE.fullmatch(size)
+    if found is None:
+        raise ApiError(
+            400,
+            f"size={size[:40]!r} is not possible: use auto, or width x height as 512x512",
+            param="size",
+            code="invalid_value",
+        )
+    return int(found[1]), int(found[2])

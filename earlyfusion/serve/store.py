@@ -1,0 +1,218 @@
+"""What the server remembers, in memory and bounded: pictures with their codes, and conversations.
+
+A picture that was drawn here keeps its codes, so that it can stand in a later prompt as the model
+drew it, without being encoded again. It is found by its id, by its signed address, or by the bytes
+of its file. The oldest go first.
+"""
+
+from __future__ import annotations
+
+import hmac
+import re
+import secrets
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b, sha256
+from threading import Lock
+from time import time
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+from earlyfusion.content import Image, Message
+from earlyfusion.serve.errors import ApiError
+
+MEDIA_TYPES = {"png": "image/png", "webp": "image/webp", "jpeg": "image/jpeg"}
+_PATH = re.compile(r"^(?:/[^/]+)*?/v1/files/(file-[A-Za-z0-9_-]{16})/content$")
+MAX_CONVERSATIONS = 1000
+_CONVERSATION_BYTES = 64_000_000
+
+
+def new_key() -> str:
+    """Sixteen letters that nobody guesses."""
+    return secrets.token_urlsafe(12)
+
+
+@dataclass(frozen=True, eq=False)
+class StoredFile:
+    """A picture's file; `image` has codes where the model drew it, and pixels where it was sent."""
+
+    id: str
+    data: bytes
+    media_type: str
+    name: str
+    purpose: str
+    created: int
+    image: Image
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """A file object of OpenAI's API."""
+        return {
+            "id": self.id,
+            "object": "file",
+            "bytes": len(self.data),
+            "created_at": self.created,
+            "filename": self.name,
+            "purpose": self.purpose,
+            "status": "processed",
+        }
+
+    @property
+    def size(self) -> int:
+        return len(self.data) + _pixels_size(self.image)
+
+
+class Files:
+    """Pictures, `max_bytes` in all. Safe in any thread."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._secret = secrets.token_bytes(32)
+        self._files: OrderedDict[str, StoredFile] = OrderedDict()
+        self._by_digest: dict[bytes, str] = {}
+        self._bytes = 0
+        self._lock = Lock()
+
+    def add(
+        self,
+        data: bytes,
+        media_type: str,
+        image: Image,
+        name: str,
+        purpose: str,
+        number: str | None = None,
+    ) -> StoredFile:
+        """Keep a picture, under a new id that cannot be guessed unless `number` is one already."""
+        number = number or f"file-{new_key()}"
+        file = StoredFile(number, data, media_type, name, purpose, int(time()), image)
+        with self._lock:
+            self._files[number] = file
+            self._by_digest[_digest(data)] = number
+            self._bytes += file.size
+            while self._bytes > self.max_bytes and len(self._files) > 1:
+                self._forget(next(iter(self._files)))
+        return file
+
+    def get(self, number: str) -> StoredFile:
+        """Raises `ApiError` with status 404."""
+        with self._lock:
+            if number in self._files:
+                self._files.move_to_end(number)
+                return self._files[number]
+        raise ApiError(
+            404,
+            f"there is no file {number[:40]!r} here any more: send the picture itself",
+            code="file_not_found",
+        )
+
+    def delete(self, number: str) -> None:
+        """Raises `ApiError` with status 404."""
+        self.get(number)
+        with self._lock:
+            self._forget(number)
+
+    def drawn(self, data: bytes) -> Image | None:
+        """The picture with codes whose file has these bytes, if it was drawn here."""
+        with self._lock:
+            file = self._files.get(self._by_digest.get(_digest(data), ""))
+        return file.image if file is not None and file.image.codes is not None else None
+
+    def address(self, number: str, base: str) -> str:
+        """The signed address of a file, which needs no API key."""
+        return f"{base}/v1/files/{number}/content?sig={self._signature(number)}"
+
+    def is_signed(self, number: str, signature: str) -> bool:
+        return hmac.compare_digest(self._signature(number).encode(), signature.encode())
+
+    def at(self, address: str) -> StoredFile | None:
+        """The file at a signed address of ours, whatever name the server is reached by; None for
+        any other address. Raises `ApiError` where the file is gone."""
+        try:
+            parts = urlsplit(address)
+        except ValueError:
+            return None
+        found = _PATH.match(parts.path)
+        signature = parse_qs(parts.query).get("sig", [""])[0]
+        if found is None or not self.is_signed(found[1], signature):
+            return None
+        return self.get(found[1])
+
+    def _signature(self, number: str) -> str:
+        return hmac.new(self._secret, number.encode(), sha256).hexdigest()[:24]
+
+    def _forget(self, number: str) -> None:
+        file = self._files.pop(number, None)
+        if file is not None:
+            self._bytes -= file.size
+            digest = _digest(file.data)
+            if self._by_digest.get(digest) == number:
+                del self._by_digest[digest]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A reply of /v1/responses as it was sent, and the turns that led to it, its own included."""
+
+    response: dict[str, Any]
+    turns: Sequence[Message]
+
+
+class Conversations:
+    """The last replies of /v1/responses, for `previous_response_id`."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[str, tuple[Conversation, int]] = OrderedDict()
+        self._bytes = 0
+
+    def add(self, conversation: Conversation) -> None:
+        # The picture's file is large and in `Files` already, or was sent to the client.
+        turns = [_slim(turn) for turn in conversation.turns]
+        size = sum(_turn_size(turn) for turn in turns) + len(str(conversation.response))
+        self._known[conversation.response["id"]] = replace(conversation, turns=turns), size
+        self._bytes += size
+        while len(self._known) > MAX_CONVERSATIONS or (
+            self._bytes > _CONVERSATION_BYTES and len(self._known) > 1
+        ):
+            self._bytes -= self._known.popitem(last=False)[1][1]
+
+    def get(self, number: str, param: str | None = None) -> Conversation:
+        """Raises `ApiError`: 404, or 400 where a request names it in `param`."""
+        if number in self._known:
+            self._known.move_to_end(number)
+            return self._known[number][0]
+        raise ApiError(
+            400 if param else 404,
+            f"there is no response {number[:60]!r} here any more: send the whole conversation",
+            param=param,
+            code="response_not_found",
+        )
+
+    def delete(self, number: str) -> None:
+        """Raises `ApiError` with status 404."""
+        self.get(number)
+        self._bytes -= self._known.pop(number)[1]
+
+
+def _slim(turn: Message) -> Message:
+    """Pictures that have codes need no pixels in a prompt."""
+    parts = [
+        Image(codes=part.codes) if isinstance(part, Image) and part.codes is not None else part
+        for part in turn.parts
+    ]
+    return Message(turn.role, parts)
+
+
+def _turn_size(turn: Message) -> int:
+    return sum(
+        _pixels_size(part) if isinstance(part, Image) else len(part.text) for part in turn.parts
+    )
+
+
+def _pixels_size(image: Image) -> int:
+    pixels = 0 if image.pil is None else image.pil.width * image.pil.height * 3
+    return pixels + (0 if image.codes is None else image.codes.nbytes)
+
+
+def _digest(data: bytes) -> bytes:
+    return blake2b(data, digest_size=16).digest()

@@ -1,0 +1,525 @@
+"""OpenAI's own Python SDK against a running server."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import openai
+import pytest
+from serve_case import STRAWBERRY, Running, data_url, events, mini, pixels, running
+
+from earlyfusion import Chameleon, Image, ImageDone, Message, Text, TextDelta
+
+FRUITS = "Show me two different fruits."
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    with running() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def model() -> Chameleon:
+    return mini()
+
+
+@pytest.fixture
+def client(server: Running) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def user(*parts: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": parts[0] if len(parts) == 1 else list(parts)}]
+
+
+def text(words: str) -> dict[str, Any]:
+    return {"type": "text", "text": words}
+
+
+def image(url: str) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def same(picture: Any, other: Any) -> bool:
+    return bool(picture.tobytes() == other.tobytes())
+
+
+# --- chat ---
+
+
+def test_a_picture_in(client: openai.OpenAI, model: Chameleon) -> None:
+    asked: Any = user(image(data_url()), text("What is this?"))
+    reply = client.chat.completions.create(model="mini", messages=asked, max_tokens=12)
+    expected = model.generate([Image.open(STRAWBERRY), "What is this?"], max_tokens=12)
+    assert reply.choices[0].message.content == expected.text == "strawberry"
+    assert reply.choices[0].finish_reason == "stop"
+    assert reply.usage is not None and reply.usage.prompt_tokens_details is not None
+    assert reply.usage.prompt_tokens == expected.usage.prompt_tokens
+    assert reply.usage.prompt_tokens_details.image_tokens == 66
+    assert reply.model_extra == {}
+
+
+def test_pictures_and_words_keep_their_order_in_the_prompt(
+    server: Running, model: Chameleon
+) -> None:
+    picture = Image.open(STRAWBERRY)
+    for parts, prompt in (
+        ([text("A "), image(data_url()), text(" B")], ["A ", picture, " B"]),
+        ([image(data_url()), text("A "), text("B")], [picture, "A ", "B"]),
+    ):
+        body = {"messages": user(*parts)}
+        told = server.post("/tokenize", body).json()["tokens"]
+        assert told == list(model.request(prompt, "text", seed=0).ids)
+
+
+def test_a_picture_out(client: openai.OpenAI, model: Chameleon) -> None:
+    reply = client.chat.completions.create(
+        model="mini",
+        messages=user("Draw a red apple."),  # type: ignore[arg-type]
+        seed=3,
+        extra_body={"modalities": ["image"]},
+    )
+    expected = model.generate("Draw a red apple.", "image", seed=3)
+    message = reply.choices[0].message.model_dump()
+    assert message["content"] == ""
+    assert message["parts"] == [{"type": "image_ref", "index": 0}]
+    [shown] = message["images"]
+    assert (shown["type"], shown["index"]) == ("image_url", 0)
+    assert same(pixels(shown["image_url"]["url"]), expected.images[0])
+
+
+def test_an_interleaved_reply_in_order(server: Running, model: Chameleon) -> None:
+    expected = model.generate(FRUITS, seed=0)
+    reply = server.chat(FRUITS, seed=0).json()
+    message = reply["choices"][0]["message"]
+    assert message["content"] == expected.text
+    order = [part["type"] for part in message["parts"]]
+    assert order == ["text", "image_ref", "text", "image_ref"]
+    texts = [part["text"] for part in message["parts"] if part["type"] == "text"]
+    assert texts == [s.text for s in expected.segments if isinstance(s, Text)]
+    shown = [pixels(one["image_url"]["url"]) for one in message["images"]]
+    assert all(map(same, shown, expected.images)) and len(shown) == 2
+    assert reply["usage"]["completion_tokens_details"] == {"text_tokens": 12, "image_tokens": 132}
+    assert reply["choices"][0]["seed"] == expected.seed
+
+
+def test_a_stream_is_the_reply_in_pieces(client: openai.OpenAI, model: Chameleon) -> None:
+    expected = list(model.stream(FRUITS, seed=0))
+    order, content, pictures, progress = [], "", [], []
+    with client.chat.completions.create(
+        model="mini",
+        messages=user(FRUITS),  # type: ignore[arg-type]
+        seed=0,
+        stream=True,
+        stream_options={"include_usage": True},
+    ) as stream:
+        chunks = list(stream)
+    for chunk in chunks[:-1]:
+        delta = chunk.choices[0].delta.model_dump(exclude_none=True)
+        content += delta.get("content", "")
+        order += ["text"] * bool(delta.get("content")) + ["image"] * ("images" in delta)
+        pictures += delta.get("images", [])
+        progress += [delta["image_progress"]] if "image_progress" in delta else []
+    wanted = [
+        "text" if isinstance(event, TextDelta) else "image"
+        for event in expected
+        if isinstance(event, TextDelta | ImageDone)
+    ]
+    assert order == wanted
+    assert content == "1. banana\n2. tangerine"
+    drawn = [event.pil for event in expected if isinstance(event, ImageDone)]
+    assert all(map(same, [pixels(p["image_url"]["url"]) for p in pictures], drawn))
+    assert progress[0] == {"index": 0, "codes_done": 8, "codes_total": 64}
+    assert [p["codes_done"] for p in progress] == [8, 16, 24, 32, 40, 48, 56, 64] * 2
+    assert chunks[-2].choices[0].finish_reason == "stop"
+    assert chunks[-1].choices == [] and chunks[-1].usage is not None
+    assert chunks[-1].usage.total_tokens == 153
+
+
+def test_partial_pictures_are_real_rows(server: Running, model: Chameleon) -> None:
+    reply = server.chat(
+        "Draw a red apple.", seed=0, modalities=["image"], stream=True, partial_images=3
+    )
+    deltas = [e["choices"][0]["delta"] for _, e in events(reply.text)[:-1]]
+    partial = [d["image_progress"] for d in deltas if "b64_json" in d.get("image_progress", {})]
+    [whole] = [pixels(d["images"][0]["image_url"]["url"]) for d in deltas if "images" in d]
+    assert [p["codes_done"] for p in partial] == [16, 32, 48]
+    for one in partial:
+        shown, rows = pixels(one["b64_json"]), one["codes_done"] // 8
+        assert shown.getpixel((5, 63)) == (128, 128, 128)  # grey: not drawn yet
+        assert not same(shown, whole) and shown.getpixel((5, rows * 8 - 1)) != (128, 128, 128)
+
+
+@pytest.mark.parametrize("delivery", ["markdown", "both"])
+def test_markdown_pictures_come_back_as_their_codes(
+    server: Running, model: Chameleon, delivery: str
+) -> None:
+    first = model.generate(FRUITS, seed=0)
+    reply = server.chat(FRUITS, seed=0, image_delivery=delivery).json()
+    message = reply["choices"][0]["message"]
+    assert message["content"].startswith("1. banana\n\n![image](http://127.0.0.1")
+    assert ("images" in message) == (delivery == "both")
+    streamed = server.chat(FRUITS, seed=0, image_delivery=delivery, stream=True).text
+    deltas = [e["choices"][0]["delta"] for _, e in events(streamed)[:-1]]
+    content = "".join(delta.get("content", "") for delta in deltas)
+    blocks = [block.partition("(")[0] for block in content.split("\n\n")]
+    assert blocks == ["1. banana", "![image]", "2. tangerine", "![image]"]
+
+    sent = {key: message[key] for key in ("role", "content", "images") if key in message}
+    again = [*user(FRUITS), sent, *user("Draw the first one again.")]
+    told = server.post("/tokenize", {"messages": again}).json()["tokens"]
+    turns = [Message("user", FRUITS), first.message, Message("user", "Draw the first one again.")]
+    assert told == list(model.request(turns, "text", seed=0).ids)
+
+
+def test_images_and_parts_come_back_as_their_codes(server: Running, model: Chameleon) -> None:
+    first = model.generate(FRUITS, seed=0)
+    message = server.chat(FRUITS, seed=0).json()["choices"][0]["message"]
+    del message["refusal"]
+    again = [*user(FRUITS), message, *user("Which is the second?")]
+    told = server.post("/tokenize", {"messages": again}).json()["tokens"]
+    turns = [Message("user", FRUITS), first.message, Message("user", "Which is the second?")]
+    assert told == list(model.request(turns, "text", seed=0).ids)
+
+
+def test_addresses_of_pictures_are_signed(server: Running) -> None:
+    reply = server.chat("Draw a cat.", seed=0, modalities=["image"], image_delivery="markdown")
+    address = reply.json()["choices"][0]["message"]["content"][len("![image](") : -1]
+    path = address.removeprefix(server.url)
+    found = server.get(path)
+    assert found.headers["content-type"] == "image/png"
+    assert pixels(found.content).size == (64, 64)
+    asked = user(image(address), text("What is this?"))
+    assert server.chat(asked, max_tokens=8).status_code == 200
+    # A forged signature is no address of ours, and foreign ones are not fetched.
+    forged = server.chat(user(image(address[:-1] + "x"), text("What is this?")))
+    assert forged.json()["error"]["code"] == "image_url_refused"
+
+
+def test_several_choices_have_seeds_of_their_own(server: Running, model: Chameleon) -> None:
+    reply = server.chat("Name a fruit.", n=3, seed=5, temperature=2, max_tokens=6).json()
+    texts = [choice["message"]["content"] for choice in reply["choices"]]
+    assert [choice["seed"] for choice in reply["choices"]] == [5, 6, 7]
+    prompts = ["Name a fruit."] * 3
+    expected = model.generate_batch(prompts, seed=5, temperature=2, max_tokens=6)
+    assert texts == [one.text for one in expected]
+    streamed = server.chat(
+        "Name a fruit.", n=3, seed=5, temperature=2, max_tokens=6, stream=True
+    ).text
+    content = ["", "", ""]
+    for _, data in events(streamed)[:-1]:
+        choice = data["choices"][0]
+        content[choice["index"]] += choice["delta"].get("content", "")
+    assert content == texts
+
+
+def test_stop_and_length(server: Running) -> None:
+    stopped = server.chat("Name a fruit.", stop=["e"], modalities=["text"]).json()["choices"][0]
+    assert "e" not in stopped["message"]["content"] and stopped["finish_reason"] == "stop"
+    short = server.chat("Name a fruit.", max_completion_tokens=1).json()["choices"][0]
+    assert short["finish_reason"] == "length"
+
+
+def test_logprobs_are_those_of_the_engine(server: Running, model: Chameleon) -> None:
+    fields: dict[str, Any] = {"modalities": ["text"], "seed": 0, "max_tokens": 6}
+    reply = server.chat("Name a fruit.", logprobs=True, top_logprobs=2, **fields).json()
+    told = reply["choices"][0]["logprobs"]["content"]
+    expected = model.generate("Name a fruit.", "text", seed=0, max_tokens=6, logprobs=2)
+    drawn = [entry for entry in expected.logprobs or [] if model.processor.token_bytes(entry.id)]
+    assert [(e["token"], e["logprob"]) for e in told] == [(d.text, d.logprob) for d in drawn]
+    assert [len(entry["top_logprobs"]) for entry in told] == [2] * len(drawn)
+    assert b"".join(bytes(e["bytes"]) for e in told).decode().strip() == expected.text
+    streamed = server.chat("Name a fruit.", logprobs=True, top_logprobs=2, stream=True, **fields)
+    pieces = [e["choices"][0]["logprobs"] for _, e in events(streamed.text)[:-1]]
+    assert [entry for piece in pieces if piece for entry in piece["content"]] == told
+
+
+def test_a_begun_answer_is_continued(server: Running, model: Chameleon) -> None:
+    begun = [*user("What is red and sweet?"), {"role": "assistant", "content": "It is a"}]
+    reply = server.chat(begun, max_tokens=5, modalities=["text"]).json()
+    turns = [Message("user", "What is red and sweet?"), Message("assistant", "It is a")]
+    expected = model.generate(turns, "text", max_tokens=5).text
+    assert reply["choices"][0]["message"]["content"] == expected
+
+
+def test_system_texts_and_developers(server: Running, model: Chameleon) -> None:
+    turns = [Message("system", "Answer in one word."), Message("user", "Hello")]
+    expected = list(model.request(turns, "text", seed=0).ids)
+    for role in ("system", "developer"):
+        messages = [{"role": role, "content": "Answer in one word."}, *user("Hello")]
+        assert server.post("/tokenize", {"messages": messages}).json()["tokens"] == expected
+
+
+def test_the_same_reply_alone_and_in_a_crowd(server: Running, model: Chameleon) -> None:
+    prompts = [FRUITS, "Draw a red apple.", "Name a fruit.", "Draw a cat."]
+
+    def ask(number: int) -> Any:
+        reply = server.chat(prompts[number % 4], seed=number, temperature=1).json()
+        return reply["choices"][0]["message"]
+
+    with ThreadPoolExecutor(8) as pool:
+        told = list(pool.map(ask, range(8)))
+    for number in (0, 5, 6):
+        expected = model.generate(prompts[number % 4], seed=number, temperature=1)
+        assert told[number]["content"] == expected.text
+        shown = [pixels(one["image_url"]["url"]) for one in told[number].get("images", [])]
+        assert len(shown) == len(expected.images) and all(map(same, shown, expected.images))
+
+
+# --- images ---
+
+
+@pytest.mark.parametrize("form", ["png", "webp", "jpeg"])
+def test_generations(client: openai.OpenAI, model: Chameleon, form: Any) -> None:
+    reply = client.images.generate(
+        prompt="Draw a cat.", n=2, output_format=form, extra_body={"seed": 4}
+    )
+    assert reply.data is not None and len(reply.data) == 2 and reply.output_format == form
+    shown = [pixels(one.b64_json or "") for one in reply.data]
+    assert all(picture.size == (64, 64) for picture in shown) and reply.size == "64x64"
+    if form == "png":
+        expected = model.generate_batch(["Draw a cat."] * 2, "image", seed=4)
+        assert all(map(same, shown, [one.images[0] for one in expected]))
+    assert reply.usage is not None and reply.usage.output_tokens == 132
+
+
+def test_generations_by_address(client: openai.OpenAI, server: Running) -> None:
+    reply = client.images.generate(prompt="Draw a cat.", response_format="url", size="64x64")  # type: ignore[call-overload]
+    assert reply.data[0].b64_json is None
+    found = server.get(reply.data[0].url.removeprefix(server.url))
+    assert pixels(found.content).size == (64, 64)
+
+
+def test_generations_with_partial_pictures(client: openai.OpenAI, model: Chameleon) -> None:
+    with client.images.generate(
+        prompt="Draw a cat.", stream=True, partial_images=2, extra_body={"seed": 4}
+    ) as stream:
+        told = list(stream)
+    kinds = [event.type for event in told]
+    assert kinds == [
+        "image_generation.partial_image",
+        "image_generation.partial_image",
+        "image_generation.completed",
+    ]
+    assert [getattr(event, "partial_image_index", None) for event in told] == [0, 1, None]
+    expected = model.generate("Draw a cat.", "image", seed=4).images[0]
+    assert same(pixels(told[-1].b64_json), expected)
+    assert not same(pixels(told[0].b64_json), expected)
+
+
+def test_edits(client: openai.OpenAI, model: Chameleon) -> None:
+    words = "Redraw this in another style."
+    with STRAWBERRY.open("rb") as file:
+        reply = client.images.edit(image=file, prompt=words, extra_body={"seed": 2})
+    expected = model.generate([Image.open(STRAWBERRY), words], "image", seed=2)
+    assert reply.data is not None
+    assert same(pixels(reply.data[0].b64_json or ""), expected.images[0])
+    data = STRAWBERRY.read_bytes()
+    with client.images.edit(
+        image=[data, data], prompt=words, stream=True, partial_images=1, extra_body={"seed": 2}
+    ) as stream:
+        kinds = [event.type for event in stream]
+    assert kinds == ["image_edit.partial_image", "image_edit.completed"]
+
+
+def test_edits_of_a_drawn_picture_use_its_codes(server: Running, model: Chameleon) -> None:
+    drawn = server.post("/v1/images/generations", {"prompt": "Draw a cat.", "seed": 1}).json()
+    first = model.generate("Draw a cat.", "image", seed=1)
+    url = "data:image/png;base64," + drawn["data"][0]["b64_json"]
+    number = server.chat(user(image(url), text("What?")), modalities=["text"], max_tokens=4)
+    assert number.status_code == 200
+    by_url = {"prompt": "Draw a cat.", "seed": 1, "response_format": "url"}
+    address = server.post("/v1/images/generations", by_url).json()["data"][0]["url"]
+    body = {"prompt": "Now in red.", "seed": 2, "images": [{"image_url": address}]}
+    edited = server.post("/v1/images/edits", body).json()
+    expected = model.generate([first.message.images[0], "Now in red."], "image", seed=2)
+    assert same(pixels(edited["data"][0]["b64_json"]), expected.images[0])
+
+
+def test_variations(client: openai.OpenAI, model: Chameleon) -> None:
+    # OpenAI's own route was taken away; the SDK still has its method.
+    with STRAWBERRY.open("rb") as file, pytest.warns(DeprecationWarning):
+        reply = client.images.create_variation(image=file, n=2, extra_body={"seed": 2})
+    prompt = [Image.open(STRAWBERRY), "Draw the same thing again."]
+    expected = model.generate_batch([prompt] * 2, "image", seed=2)
+    assert reply.data is not None
+    shown = [pixels(one.b64_json or "") for one in reply.data]
+    assert all(map(same, shown, [one.images[0] for one in expected])) and len(shown) == 2
+
+
+# --- responses ---
+
+DRAWS: Any = [{"type": "image_generation", "partial_images": 2}]
+
+
+def test_responses_in_order(client: openai.OpenAI, model: Chameleon) -> None:
+    expected = model.generate(FRUITS, "interleaved", seed=0)
+    reply = client.responses.create(model="mini", input=FRUITS, tools=DRAWS, extra_body={"seed": 0})
+    kinds = [item.type for item in reply.output]
+    assert kinds == ["message", "image_generation_call"] * 2
+    assert reply.status == "completed" and reply.output_text == "1. banana2. tangerine"
+    shown = [pixels(i.result or "") for i in reply.output if i.type == "image_generation_call"]
+    assert all(map(same, shown, expected.images))
+    assert reply.usage is not None and reply.usage.output_tokens == 144
+
+
+def test_all_events_of_responses(client: openai.OpenAI) -> None:
+    with client.responses.create(
+        model="mini", input=FRUITS, tools=DRAWS, stream=True, extra_body={"seed": 0}
+    ) as stream:
+        told = list(stream)
+    assert [event.sequence_number for event in told] == list(range(len(told)))
+    kinds = [event.type.removeprefix("response.") for event in told]
+    text_item = [
+        "output_item.added",
+        "content_part.added",
+        "output_text.delta",
+        "output_text.done",
+        "content_part.done",
+        "output_item.done",
+    ]
+    drawing = [
+        "output_item.added",
+        "image_generation_call.in_progress",
+        "image_generation_call.generating",
+        "image_generation_call.partial_image",
+        "image_generation_call.partial_image",
+        "image_generation_call.completed",
+        "output_item.done",
+    ]
+    without_repeats = [
+        kind for i, kind in enumerate(kinds) if kind != "output_text.delta" or kinds[i - 1] != kind
+    ]
+    assert without_repeats == [
+        "created",
+        "in_progress",
+        *text_item,
+        *drawing,
+        *text_item,
+        *drawing,
+        "completed",
+    ]
+    final = told[-1].response  # type: ignore[union-attr]
+    done = [event.item for event in told if event.type == "response.output_item.done"]
+    assert [item.model_dump() for item in done] == [item.model_dump() for item in final.output]
+    deltas = "".join(e.delta for e in told if e.type == "response.output_text.delta")
+    assert deltas == final.output_text
+    places = [e.output_index for e in told if e.type == "response.output_item.done"]
+    assert places == [0, 1, 2, 3]
+
+
+def test_a_response_goes_on_from_the_one_before(client: openai.OpenAI, model: Chameleon) -> None:
+    first = client.responses.create(
+        model="mini", input="Draw a cat.", tools=DRAWS, extra_body={"seed": 1}
+    )
+    again = client.responses.create(
+        model="mini", input="What is this?", previous_response_id=first.id, max_output_tokens=8
+    )
+    before = model.generate("Draw a cat.", "interleaved", seed=1)
+    turns = [Message("user", "Draw a cat."), before.message, Message("user", "What is this?")]
+    expected = model.generate(turns, "text", max_tokens=8)
+    assert again.output_text == expected.text
+    # The same by sending the items back, with the picture or by its id alone.
+    for drop in (set(), {"result"}):
+        sent: Any = [{"role": "user", "content": "Draw a cat."}]
+        sent += [item.model_dump(exclude_none=True, exclude=drop) for item in first.output]
+        sent += [{"role": "user", "content": [{"type": "input_text", "text": "What is this?"}]}]
+        other = client.responses.create(model="mini", input=sent, max_output_tokens=8)
+        assert other.output_text == expected.text
+        assert other.usage is not None and again.usage is not None
+        assert other.usage.input_tokens == again.usage.input_tokens
+    assert client.responses.retrieve(first.id).output == first.output
+    client.responses.delete(first.id)
+    with pytest.raises(openai.BadRequestError, match="there is no response"):
+        client.responses.create(model="mini", input="Hi", previous_response_id=first.id)
+
+
+def test_responses_read_pictures_and_instructions(server: Running, model: Chameleon) -> None:
+    parts = [{"type": "input_image", "image_url": data_url()}]
+    parts.append({"type": "input_text", "text": "What is this?"})
+    body = {"input": [{"role": "user", "content": parts}], "instructions": "Be brief."}
+    reply = server.post("/v1/responses", body | {"max_output_tokens": 8}).json()
+    turns = [
+        Message("system", "Be brief."),
+        Message("user", [Image.open(STRAWBERRY), Text("What is this?")]),
+    ]
+    expected = model.generate(turns, "text", max_tokens=8)
+    assert reply["output"][0]["content"][0]["text"] == expected.text
+    assert reply["usage"]["input_tokens"] == expected.usage.prompt_tokens
+    cut = server.post("/v1/responses", {"input": "Name a fruit.", "max_output_tokens": 1}).json()
+    assert cut["status"] == "incomplete"
+    assert cut["incomplete_details"] == {"reason": "max_output_tokens"}
+
+
+# --- the others ---
+
+
+def test_completions(client: openai.OpenAI, model: Chameleon) -> None:
+    prompts = ["Name a fruit.", "Name an animal."]
+    reply = client.completions.create(
+        model="mini", prompt=prompts, n=2, seed=3, temperature=1, max_tokens=6, logprobs=1
+    )
+    expected = [
+        model.generate(prompt, "text", seed=3 + i, temperature=1, max_tokens=6, logprobs=1).text
+        for prompt in prompts
+        for i in range(2)
+    ]
+    assert [choice.text for choice in reply.choices] == expected
+    with client.completions.create(
+        model="mini", prompt="Name a fruit.", stream=True, max_tokens=6
+    ) as stream:
+        streamed = "".join(chunk.choices[0].text for chunk in stream)
+    assert streamed == model.generate("Name a fruit.", "text", max_tokens=6).text
+
+
+def test_models(client: openai.OpenAI) -> None:
+    [found] = client.models.list().data
+    assert found.id == "mini" and client.models.retrieve("mini").id == "mini"
+    extra = found.model_extra or {}
+    assert extra["input_modalities"] == extra["output_modalities"] == ["text", "image"]
+
+
+def test_files(client: openai.OpenAI, server: Running, model: Chameleon) -> None:
+    with STRAWBERRY.open("rb") as data:
+        file = client.files.create(file=data, purpose="vision")
+    assert client.files.retrieve(file.id).bytes == STRAWBERRY.stat().st_size
+    assert client.files.content(file.id).read() == STRAWBERRY.read_bytes()
+    parts = [{"type": "file", "file": {"file_id": file.id}}, text("What is this?")]
+    reply = server.chat(user(*parts), max_tokens=8).json()
+    expected = model.generate([Image.open(STRAWBERRY), "What is this?"], max_tokens=8)
+    assert reply["choices"][0]["message"]["content"] == expected.text
+    client.files.delete(file.id)
+    with pytest.raises(openai.NotFoundError):
+        client.files.content(file.id)
+    with pytest.raises(openai.BadRequestError, match="no format that is read"):
+        client.files.create(file=io.BytesIO(b"text"), purpose="vision")
+
+
+def test_tokenize_and_back(server: Running, model: Chameleon) -> None:
+    words = "안녕, a red apple."
+    told = server.post("/tokenize", {"prompt": words, "return_token_strs": True}).json()
+    assert told["tokens"] == model.processor.encode_text(words)
+    assert told["count"] == len(told["token_strs"]) and told["max_model_len"] == 1024
+    assert server.post("/detokenize", {"tokens": told["tokens"]}).json() == {"prompt": words}
+
+
+def test_errors_are_the_classes_of_the_sdk(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="'gpt-9' is not served here: use 'mini'"):
+        client.chat.completions.create(model="gpt-9", messages=[{"role": "user", "content": "a"}])
+    with pytest.raises(openai.BadRequestError) as told:
+        client.chat.completions.create(
+            model="mini", messages=[{"role": "user", "content": "a"}], temperature=-1
+        )
+    assert told.value.param == "temperature" and told.value.code == "invalid_value"
+    assert "use 0 (greedy) or a number from 0.01 to 100" in told.value.message
+    assert told.value.request_id
+    with pytest.raises(openai.BadRequestError) as told:
+        client.chat.completions.create(
+            model="mini", messages=[{"role": "user", "content": "a " * 2000}]
+        )
+    assert told.value.code == "context_length_exceeded"
