@@ -1,0 +1,396 @@
+"""When things go wrong: limits, full queues, clients that leave, broken steps, the end."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event, Thread
+from time import perf_counter, sleep
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from serve_case import STRAWBERRY, Running, data_url, events, mini, picture_file, running
+
+from earlyfusion.cli import main
+from earlyfusion.errors import SettingError
+
+LONG: dict[str, Any] = {"modalities": ["image"], "max_images": 8, "seed": 0}
+KEY = "a-secret-key"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    with running(
+        max_queue=4,
+        max_body_bytes=200_000,
+        max_images=3,
+        max_image_side=300,
+        keepalive=0.05,
+        lenient=True,
+    ) as server:
+        yield server
+
+
+def hold(server: Running, monkeypatch: pytest.MonkeyPatch) -> Event:
+    """Let the engine make no step until the event is set."""
+    go, driver = Event(), server.service.driver
+    step = driver._step
+
+    def wait(engine: Any) -> None:
+        go.wait(30)
+        step(engine)
+
+    monkeypatch.setattr(driver, "_step", wait)
+    return go
+
+
+@pytest.fixture
+def held(server: Running, monkeypatch: pytest.MonkeyPatch) -> Iterator[Event]:
+    go = hold(server, monkeypatch)
+    yield go
+    go.set()
+    server.wait_until_idle()
+
+
+def error_of(reply: httpx.Response) -> dict[str, Any]:
+    error: dict[str, Any] = reply.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
+# --- bodies ---
+
+
+def test_large_bodies_are_refused(server: Running) -> None:
+    content = [{"type": "text", "text": "a" * 300_000}]
+    reply = server.chat([{"role": "user", "content": content}])
+    assert reply.status_code == 413 and error_of(reply)["code"] == "body_too_large"
+
+    def endless() -> Iterator[bytes]:
+        yield b'{"messages": "'
+        for _ in range(30):
+            yield b"a" * 10_000
+
+    headers = {"content-type": "application/json"}
+    with httpx.Client() as client:  # chunked: no length is announced
+        reply = client.post(f"{server.url}/v1/chat/completions", content=endless(), headers=headers)
+        assert reply.status_code == 413
+        files = {"image": ("a.png", os.urandom(300_000))}
+        reply = client.post(f"{server.url}/v1/images/edits", data={"prompt": "a"}, files=files)
+        assert reply.status_code == 413
+    assert server.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b'{"messages": NaN}', b"[" * 100_000, b"\xff\xfe", b'{"a": ' + b"9" * 5000 + b"}"],
+)
+def test_damaged_json(server: Running, body: bytes) -> None:
+    headers = {"content-type": "application/json"}
+    with httpx.Client() as client:
+        reply = client.post(f"{server.url}/v1/completions", content=body, headers=headers)
+    assert reply.status_code == 400 and error_of(reply)["code"] == "invalid_json"
+
+
+def test_other_types_and_routes(server: Running) -> None:
+    with httpx.Client() as client:
+        url = f"{server.url}/v1/chat/completions"
+        assert client.post(url, content="{}").status_code == 415
+        assert client.post(f"{server.url}/v1/images/variations", json={}).status_code == 415
+        assert client.get(url).status_code == 405
+        reply = client.post(f"{server.url}/v1/embeddings", json={})
+    assert reply.status_code == 404 and error_of(reply)["code"] == "unknown_route"
+    reply = server.get("/v1/files/file-x/content?sig=\u00e9")
+    assert reply.status_code == 404
+
+
+def test_pictures_have_limits(server: Running) -> None:
+    large = "data:image/png;base64," + base64.b64encode(picture_file(301, 10)).decode()
+    part = {"type": "image_url", "image_url": {"url": large}}
+    reply = server.chat([{"role": "user", "content": [part]}])
+    assert error_of(reply)["code"] == "image_too_large"
+    part = {"type": "image_url", "image_url": {"url": data_url()}}
+    reply = server.chat([{"role": "user", "content": [part] * 4}])
+    assert error_of(reply)["code"] == "too_many_images"
+    part = {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}
+    reply = server.chat([{"role": "user", "content": [part]}])
+    assert error_of(reply)["code"] == "image_url_refused"
+    assert "--allow-image-urls" in error_of(reply)["message"]
+
+
+def test_lenient_servers_list_what_they_ignored(server: Running) -> None:
+    reply = server.chat("Name a fruit.", max_tokens=2, zzzz=1, tools=[{}])
+    assert reply.status_code == 200
+    assert sorted(reply.headers["x-ignored-fields"].split(", ")) == ["tools", "zzzz"]
+    assert "x-ignored-fields" not in server.chat("Name a fruit.", max_tokens=2).headers
+
+
+# --- a full queue, and clients that leave ---
+
+
+def test_a_full_queue_says_when_to_ask_again(server: Running, held: Event) -> None:
+    driver = server.service.driver
+    limit = driver.limit
+
+    def ask(number: int) -> httpx.Response:
+        return server.chat("Name a fruit.", max_tokens=4, modalities=["text"], seed=number)
+
+    with ThreadPoolExecutor(limit) as pool:
+        asked = [pool.submit(ask, number) for number in range(limit)]
+        while driver.waiting < limit:
+            sleep(0.01)
+        times = []
+        for _ in range(5):
+            since = perf_counter()
+            refused = ask(0)
+            times.append(perf_counter() - since)
+            assert refused.status_code == 429 and error_of(refused)["code"] == "queue_full"
+            assert 1 <= int(refused.headers["retry-after"]) <= 60
+        with (
+            openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as client,
+            pytest.raises(openai.RateLimitError),
+        ):
+            client.completions.create(model="mini", prompt="a")
+        held.set()
+        replies = [one.result() for one in asked]
+    assert {reply.status_code for reply in replies} == {200}  # no accepted request is lost
+    assert len({reply.json()["choices"][0]["message"]["content"] for reply in replies}) == 1
+    too_many = server.post("/v1/completions", {"prompt": ["a"] * (limit + 1)})
+    assert too_many.status_code == 400 and "ask for fewer" in error_of(too_many)["message"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_slots(server: Running, stream: bool) -> None:
+    engine = server.service.driver.engine
+    body = {"messages": [{"role": "user", "content": "Draw a cat."}], "stream": stream, **LONG}
+    with httpx.Client(timeout=10) as client:
+        for _ in range(3):
+            if stream:
+                with client.stream("POST", f"{server.url}/v1/chat/completions", json=body) as reply:
+                    next(reply.iter_lines())
+            else:
+                with pytest.raises(httpx.ReadTimeout):
+                    client.post(f"{server.url}/v1/chat/completions", json=body, timeout=0.2)
+    server.wait_until_idle()
+    assert not engine.busy and server.service.driver.waiting == 0
+    assert server.chat("Name a fruit.", max_tokens=2).status_code == 200
+
+
+def test_silent_streams_get_comments(server: Running, held: Event) -> None:
+    body = {"messages": [{"role": "user", "content": "Hi"}], "stream": True, "max_tokens": 2}
+    with (
+        httpx.Client(timeout=30) as client,
+        client.stream("POST", f"{server.url}/v1/chat/completions", json=body) as reply,
+    ):
+        lines = reply.iter_lines()
+        found = next(line for line in lines if line.startswith(":"))
+        held.set()
+        rest = list(lines)
+    assert found == ": keepalive" and rest[-2] == "data: [DONE]"
+
+
+def test_a_bad_request_does_not_touch_its_neighbours(server: Running) -> None:
+    expected = mini().generate("Draw a cat.", "image", seed=1).message.images[0].codes
+    # The last one fails in the engine, in the middle of a step.
+    inside = {"allowed_words": ["a"], "bad_words": ["a"], "modalities": ["text"]}
+    bad: list[dict[str, Any]] = [
+        {"temperature": -1},
+        {"messages": [{"role": "user", "content": "a " * 3000}]},
+        {"seed": 2**64},
+        {"messages": [{"role": "user", "content": "\ud800"}]},
+        {"stop": [""]},
+        inside,
+    ]
+
+    def ask(fields: dict[str, Any]) -> httpx.Response:
+        body = {"messages": [{"role": "user", "content": "Draw a cat."}], **fields}
+        # httpx refuses half characters, JSON does not.
+        with httpx.Client(timeout=60) as client:
+            return client.post(
+                f"{server.url}/v1/chat/completions",
+                content=json.dumps(body).encode(),
+                headers={"content-type": "application/json"},
+            )
+
+    with ThreadPoolExecutor(8) as pool:
+        good = pool.submit(ask, {"seed": 1, "modalities": ["image"]})
+        statuses = [reply.status_code for reply in pool.map(ask, bad)]
+    assert set(statuses) == {400}
+    files = server.service.files
+    url = good.result().json()["choices"][0]["message"]["images"][0]["image_url"]["url"]
+    drawn = files.drawn(base64.b64decode(url.partition(",")[2]))
+    assert drawn is not None and (drawn.codes == expected).all()
+
+
+def test_a_broken_step_ends_its_requests_and_no_others(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = server.service.driver.engine
+    run, broken = engine._runner.run, [True]
+
+    def fail(*arguments: Any) -> Any:
+        if broken:
+            broken.pop()
+            raise MemoryError("secret")
+        return run(*arguments)
+
+    monkeypatch.setattr(engine._runner, "run", fail)
+    reply = server.chat("Name a fruit.", max_tokens=2)
+    assert reply.status_code == 503 and error_of(reply)["code"] == "engine_failed"
+    assert reply.headers["retry-after"] == "1" and "secret" not in reply.text
+    broken.append(True)
+    streamed = events(server.chat("Name a fruit.", max_tokens=2, stream=True).text)
+    assert streamed[-1][1]["error"]["code"] == "engine_failed"
+    broken.append(True)
+    body = {"input": "Name a fruit.", "stream": True}
+    told = [event for event, _ in events(server.post("/v1/responses", body).text)]
+    assert told[-2:] == ["error", "response.failed"]
+    monkeypatch.undo()
+    assert server.chat("Name a fruit.", max_tokens=2).status_code == 200
+    assert server.get("/health").status_code == 200
+
+
+def test_what_nobody_foresaw_is_a_500_without_insides(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> Any:
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr(server.service, "check_model", fail)
+    reply = server.chat("Hi")
+    assert reply.status_code == 500 and error_of(reply)["type"] == "server_error"
+    assert "secret" not in reply.text and reply.headers["x-request-id"]
+
+
+def test_health_is_the_heartbeat_of_the_engine(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert server.get("/health").json()["status"] == "ok"
+    assert server.get("/ready").json() == {"ready": True}
+    monkeypatch.setattr("earlyfusion.serve.app.STALE_SECONDS", -1.0)
+    assert server.get("/health").status_code == 503
+
+
+def test_metrics_count(server: Running) -> None:
+    def value(name: str) -> float:
+        lines = server.get("/metrics").text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+    before = value("earlyfusion:images_done_total"), value("earlyfusion:request_success_total")
+    server.chat("Draw a cat.", modalities=["image"])
+    assert value("earlyfusion:images_done_total") == before[0] + 1
+    assert value("earlyfusion:request_success_total") == before[1] + 1
+    assert value("earlyfusion:num_requests_running") == 0
+    assert value("earlyfusion:generation_tokens_total") > 66
+    assert value('earlyfusion:http_errors_total{status="400"}') >= 0
+
+
+def test_request_ids_come_back(server: Running) -> None:
+    assert server.get("/v1/models", **{"x-request-id": "mine-1"}).headers["x-request-id"] == (
+        "mine-1"
+    )
+    odd = server.get("/v1/models", **{"x-request-id": "no good {}"}).headers["x-request-id"]
+    assert odd.startswith("req_")
+
+
+def test_openapi_describes_the_bodies(server: Running) -> None:
+    described = server.get("/openapi.json").json()
+    chat = described["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]
+    assert "image_delivery" in chat["application/json"]["schema"]["properties"]
+    assert "ChatMessage" in described["components"]["schemas"]
+
+
+# --- who may ask ---
+
+
+def test_only_this_machine_without_keys(server: Running) -> None:
+    assert server.get("/v1/models", host="evil.example").status_code == 403
+    assert server.get("/v1/models", host="localhost:1").status_code == 200
+    assert "access-control-allow-origin" not in server.get("/v1/models", origin="http://a").headers
+
+
+def test_keys_cors_and_deadlines() -> None:
+    with running(
+        api_keys=("another-key", KEY), cors_origins=("http://page.example",), timeout=0.3
+    ) as server:
+        for wrong in ({}, {"authorization": "Bearer nope"}, {"authorization": KEY}):
+            reply = server.get("/v1/models", **wrong)
+            assert reply.status_code == 401 and error_of(reply)["type"] == "authentication_error"
+        right = {"authorization": f"Bearer {KEY}"}
+        assert server.get("/v1/models", **right).status_code == 200
+        assert server.get("/metrics").status_code == 401
+        assert server.get("/health").status_code == server.get("/ready").status_code == 200
+        body = {"prompt": "Draw a cat.", "response_format": "url", "n": 1}
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0) as client:
+            with pytest.raises(openai.AuthenticationError):
+                client.models.list()
+        file = {"file": ("a.png", STRAWBERRY.read_bytes())}
+        with httpx.Client() as client:
+            number = client.post(f"{server.url}/v1/files", files=file, headers=right).json()["id"]
+        # A signed address needs no key: a page shows the picture by it.
+        signed = server.service.files.address(number, "")
+        assert server.get(signed).status_code == 200
+        assert server.get(signed[:-1] + "-").status_code == 401
+        asked = {"origin": "http://page.example", "access-control-request-method": "POST"}
+        with httpx.Client() as client:
+            answer = client.options(f"{server.url}/v1/chat/completions", headers=asked)
+        assert answer.headers["access-control-allow-origin"] == "http://page.example"
+        late = server.post("/v1/images/generations", body | {"n": 10}, **right)
+        assert late.status_code == 504 and error_of(late)["code"] == "timeout"
+        server.wait_until_idle()
+
+
+# --- the end ---
+
+
+def test_a_server_that_ends_answers_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(drain_seconds=30) as ending:
+        driver, held = ending.service.driver, hold(ending, monkeypatch)
+        replies: list[httpx.Response] = []
+        asking = Thread(target=lambda: replies.append(ending.chat("Name a fruit.", max_tokens=4)))
+        asking.start()
+        while not driver.waiting:
+            sleep(0.01)
+        driver.draining = True
+        assert ending.get("/ready").status_code == 503
+        refused = ending.chat("Hi")
+        assert refused.status_code == 503 and error_of(refused)["code"] == "not_ready"
+        held.set()
+    asking.join(timeout=30)
+    assert replies[0].status_code == 200
+
+
+def test_a_taken_port_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    from earlyfusion.serve.options import ServeOptions
+    from earlyfusion.serve.run import serve
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(SettingError, match=f"port {port}"):
+            serve(mini(), ServeOptions(port=port))
+    assert main(["serve", "--host", "0.0.0.0"]) == 2
+    assert "there is no API key" in capsys.readouterr().err
+
+
+def test_the_command_serves_and_ends_on_sigterm() -> None:
+    command = [sys.executable, "-W", "error", "-m", "earlyfusion", "serve", "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    url = line.split()[4]
+    with httpx.Client(timeout=60) as client:
+        asked = {"messages": [{"role": "user", "content": "Name a fruit."}], "max_tokens": 4}
+        assert client.post(f"{url}/chat/completions", json=asked).status_code == 200
+    process.send_signal(signal.SIGTERM)
+    _, logged = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert '"path": "/v1/chat/completions", "status": 200' in logged and "fruit" not in logged

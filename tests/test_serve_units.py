@@ -1,0 +1,398 @@
+"""The server's parts without a server: strict fields, foreign addresses, stores, the trimmer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from serve_case import picture_file
+
+from earlyfusion.content import Image, Message, Text
+from earlyfusion.errors import ContextError, SettingError
+from earlyfusion.serve import fetch
+from earlyfusion.serve.driver import BrokenError, ClosedError, FullError
+from earlyfusion.serve.errors import ApiError, as_api_error
+from earlyfusion.serve.fetch import checked
+from earlyfusion.serve.options import ServeOptions
+from earlyfusion.serve.pictures import PictureLimits, unpacked
+from earlyfusion.serve.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    EditRequest,
+    GenerationRequest,
+    ResponseRequest,
+    Wire,
+    read,
+)
+from earlyfusion.serve.replies import Trimmer, to_json
+from earlyfusion.serve.store import MAX_CONVERSATIONS, Conversation, Conversations, Files
+
+CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
+DRAW: dict[str, Any] = {"prompt": "Draw a cat."}
+
+
+def refused(kind: type[Wire], body: Any, lenient: bool = False) -> ApiError:
+    with pytest.raises(ApiError) as told:
+        read(kind, body, lenient)
+    assert told.value.status == 400
+    return told.value
+
+
+# --- strict fields ---
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "param", "sentence"),
+    [
+        (ChatRequest, {}, "messages", "messages is missing"),
+        (ChatRequest, CHAT | {"temprature": 1}, "temprature", "did you mean temperature?"),
+        (ChatRequest, CHAT | {"zzzz": 1}, "zzzz", "unknown on this route: leave it out"),
+        (ChatRequest, CHAT | {"tools": [{}]}, "tools", "this model calls no tools"),
+        (ChatRequest, CHAT | {"frequency_penalty": 0.5}, "frequency_penalty", "only 0"),
+        (ChatRequest, CHAT | {"logit_bias": {"5": 1}}, "logit_bias", "use bad_words"),
+        (ChatRequest, CHAT | {"response_format": {"type": "json_object"}}, None, "only {"),
+        (ChatRequest, CHAT | {"reasoning_effort": "low"}, None, "does not reason"),
+        (ChatRequest, CHAT | {"modalities": ["text", "audio"]}, "modalities[1]", "'audio'"),
+        (ChatRequest, CHAT | {"modalities": []}, "modalities", "not possible"),
+        (ChatRequest, CHAT | {"n": 0}, "n", "n=0 is not possible"),
+        (ChatRequest, CHAT | {"n": 11}, "n", "less than or equal to 10"),
+        (ChatRequest, CHAT | {"n": "2"}, "n", "n='2' is not possible"),
+        (ChatRequest, CHAT | {"stream": 1}, "stream", "stream=1 is not possible"),
+        (ChatRequest, CHAT | {"temperature": "hot"}, "temperature", "'hot'"),
+        (ChatRequest, CHAT | {"store": True}, "store", "nothing is stored"),
+        (ChatRequest, CHAT | {"size": "64x64"}, "size", "/v1/images/generations"),
+        (ChatRequest, CHAT | {"negative_prompt": "x"}, "negative_prompt", "not offered"),
+        (ChatRequest, CHAT | {"top_logprobs": 2}, "top_logprobs", "needs logprobs: true"),
+        (ChatRequest, CHAT | {"partial_images": 1}, "partial_images", "needs stream: true"),
+        (ChatRequest, CHAT | {"partial_images": 4}, "partial_images", "less than or equal to 3"),
+        (ChatRequest, CHAT | {"max_tokens": 1, "max_completion_tokens": 1}, None, "the same"),
+        (ChatRequest, CHAT | {"stop": [1]}, "stop[0]", "stop[0]=1"),
+        (ChatRequest, {"messages": []}, "messages", "at least 1"),
+        (ChatRequest, {"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "tool"),
+        (
+            ChatRequest,
+            {"messages": [{"role": "user", "content": [{"type": "audio"}]}]},
+            "messages[0].content[0]",
+            "has the type 'audio'",
+        ),
+        (
+            ChatRequest,
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "x": 1}]}]},
+            "messages[0].content[0].x",
+            "unknown on this route",
+        ),
+        (
+            ChatRequest,
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "messages[0].content[0].image_url.url",
+            "is missing",
+        ),
+        (GenerationRequest, DRAW | {"quality": "hd"}, "quality", "only auto"),
+        (GenerationRequest, DRAW | {"background": "transparent"}, "background", "opaque"),
+        (GenerationRequest, DRAW | {"style": "vivid"}, "style", "say it in the prompt"),
+        (GenerationRequest, DRAW | {"max_tokens": 5}, "max_tokens", "unknown on this route"),
+        (GenerationRequest, DRAW | {"stream": True, "response_format": "url"}, None, "b64_json"),
+        (GenerationRequest, DRAW | {"output_format": "gif"}, "output_format", "'gif'"),
+        (EditRequest, DRAW | {"mask": "a file"}, "mask", "cannot be masked"),
+        (CompletionRequest, {"prompt": [1, 2]}, "prompt[0]", "not possible"),
+        (CompletionRequest, {"prompt": "a", "echo": True}, "echo", "only false"),
+        (CompletionRequest, {"prompt": "a", "suffix": "b"}, "suffix", "forward only"),
+        (ResponseRequest, {"input": "a", "truncation": "auto"}, "truncation", "only disabled"),
+        (ResponseRequest, {"input": "a", "tools": [{"type": "web_search"}]}, None, "web_search"),
+        (ResponseRequest, {"input": "a", "tool_choice": "required"}, "tool_choice", "give tools"),
+        (ResponseRequest, {"input": "a", "background": True}, "background", "use stream"),
+        (ResponseRequest, {"input": [{"type": "computer_call"}]}, "input[0]", "computer_call"),
+        (ResponseRequest, {"input": "a", "include": ["x"]}, "include[0]", "logprobs"),
+        (ChatRequest, [], None, "not a JSON object"),
+        (ChatRequest, "text", None, "not a JSON object"),
+    ],
+)
+def test_what_cannot_be_honoured_is_named(
+    kind: type[Wire], body: Any, param: str | None, sentence: str
+) -> None:
+    error = refused(kind, body)
+    assert sentence in error.message
+    if param is not None:
+        assert error.param == param
+
+
+def test_values_that_change_nothing_are_accepted() -> None:
+    body = CHAT | {
+        "frequency_penalty": 0,
+        "presence_penalty": 0.0,
+        "logit_bias": {},
+        "tools": [],
+        "tool_choice": "auto",
+        "response_format": {"type": "text"},
+        "store": False,
+        "user": "u",
+        "metadata": {"a": "b"},
+        "temperature": None,
+        "functions": None,
+    }
+    plain, ignored = read(ChatRequest, body)
+    assert (plain.user, ignored) == ("u", [])
+    # False is no 0, and 0 is not False.
+    assert refused(ChatRequest, CHAT | {"frequency_penalty": False}).param == "frequency_penalty"
+    assert refused(ChatRequest, CHAT | {"store": 0}).param == "store"
+
+
+def test_lenient_ignores_what_is_unknown_and_says_so() -> None:
+    content = [{"type": "text", "text": "a", "cache_control": {}}]
+    body = {"messages": [{"role": "user", "content": content}], "zzzz": 1, "tools": [{}]}
+    plain, ignored = read(ChatRequest, body, lenient=True)
+    assert sorted(ignored) == ["messages[0].content[0].cache_control", "tools", "zzzz"]
+    assert isinstance(plain.messages[0].content, list)
+    # A wrong value of a known field is still wrong.
+    assert "n=0" in refused(ChatRequest, CHAT | {"n": 0, "zzzz": 1}, lenient=True).message
+
+
+def test_forms_have_their_numbers_as_text() -> None:
+    body = {"prompt": "a", "n": "2", "temperature": "0.5", "stream": "true", "seed": "3"}
+    plain, _ = read(EditRequest, body, text=True)
+    assert (plain.n, plain.temperature, plain.stream, plain.seed) == (2, 0.5, True, 3)
+
+
+# --- foreign addresses ---
+
+REFUSED = [
+    "http://127.0.0.1/",
+    "http://127.0.0.1:80/",
+    "http://127.1/",
+    "http://0/",
+    "http://0.0.0.0/",
+    "http://2130706433/",
+    "http://0x7f000001/",
+    "http://0x7f.0.0.1/",
+    "http://0177.0.0.1/",
+    "http://017700000001/",
+    "http://localhost/",
+    "http://LOCALHOST/",
+    "http://localhost./",
+    "http://10.0.0.1/",
+    "http://10.255.255.255/",
+    "http://172.16.0.1/",
+    "http://172.31.255.255/",
+    "http://192.168.0.1/",
+    "http://192.168.255.255/",
+    "http://169.254.169.254/latest/meta-data/",
+    "http://169.254.0.1/",
+    "http://100.64.0.1/",
+    "http://192.0.0.1/",
+    "http://192.0.2.1/",
+    "http://198.18.0.1/",
+    "http://198.51.100.1/",
+    "http://203.0.113.1/",
+    "http://224.0.0.1/",
+    "http://239.255.255.255/",
+    "http://240.0.0.1/",
+    "http://255.255.255.255/",
+    "http://[::1]/",
+    "http://[::]/",
+    "http://[0:0:0:0:0:0:0:1]/",
+    "http://[::ffff:127.0.0.1]/",
+    "http://[::ffff:7f00:1]/",
+    "http://[::ffff:10.0.0.1]/",
+    "http://[::ffff:169.254.169.254]/",
+    "http://[::127.0.0.1]/",
+    "http://[fe80::1]/",
+    "http://[fe80::1%25eth0]/",
+    "http://[fc00::1]/",
+    "http://[fd00:ec2::254]/",
+    "http://[ff02::1]/",
+    "http://[2001:db8::1]/",
+    "http://[64:ff9b::7f00:1]/",
+    "http://[64:ff9b:1::1]/",
+    "http://[2002:7f00:1::]/",
+    "http://[2002:a00:1::1]/",
+    "http://[2001::1]/",
+    "file:///etc/passwd",
+    "ftp://example.org/a.png",
+    "gopher://127.0.0.1/",
+    "//example.org/a.png",
+    "example.org/a.png",
+    "http:///a.png",
+    "http://",
+    "http://user@example.org/",
+    "http://example.org@127.0.0.1/",
+    "http://example.org:22/",
+    "https://example.org:80/",
+    "http://example.org:99999/",
+    "http://example.org\\@127.0.0.1/",
+    "http://127.0.0.1\\.example.org/",
+    "http://exa mple.org/",
+    "http://example.org/\r\nHost: x",
+    "http://ex\u0430mple.org/",
+    "http://\u2460\u2461.org/",
+    "http://%31%32%37.0.0.1/",
+    "http://[::1",
+    "http://internal.invalid/",
+]
+
+
+@pytest.mark.parametrize("address", REFUSED)
+def test_addresses_that_lead_inside_are_refused(address: str) -> None:
+    with pytest.raises(ApiError, match="is not fetched, as") as told:
+        checked(address)
+    assert (told.value.status, told.value.code) == (400, "image_url_refused")
+
+
+def test_there_are_sixty_of_them() -> None:
+    assert len(set(REFUSED)) >= 60
+
+
+def test_a_name_is_resolved_once_and_all_its_addresses_count() -> None:
+    answers = iter([["93.184.216.34"], ["127.0.0.1"]])
+    _, target = checked("https://example.org/a.png", lambda host, port: next(answers))
+    assert target == "93.184.216.34" and next(answers) == ["127.0.0.1"]
+    for second in ("127.0.0.1", "::1", "fe80::1%eth0", "nonsense"):
+        with pytest.raises(ApiError, match="not on the public internet"):
+            checked("http://example.org/", lambda host, port, two=second: ["93.184.216.34", two])
+
+
+def test_redirects_are_checked_and_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def resolve(host: str, port: int) -> list[str]:
+        seen.append(host)
+        return ["127.0.0.1"] if host == "inside.example" else ["93.184.216.34"]
+
+    turns = {"a.example": "http://inside.example/x", "b.example": "/again"}
+    monkeypatch.setattr(fetch, "_get", lambda parts, target, end: turns[parts.hostname])
+    with pytest.raises(ApiError, match="not on the public internet"):
+        fetch.fetched("http://a.example/", resolve)
+    with pytest.raises(ApiError, match="redirects more than 3 times"):
+        fetch.fetched("http://b.example/", resolve)
+    assert seen == ["a.example", "inside.example", *["b.example"] * 4]
+
+
+# --- pictures ---
+
+
+def limits(**options: Any) -> PictureLimits:
+    return PictureLimits(ServeOptions(**options))
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
+def test_five_formats_are_read(form: str) -> None:
+    image = limits().read(picture_file(40, 30, form))
+    assert image.pil is not None and image.pil.size == (40, 30)
+
+
+@pytest.mark.parametrize("data", [b"", b"text", picture_file(form="TIFF"), b"%PDF-1.7", b"BM"])
+def test_other_files_are_refused_with_a_fixed_text(data: bytes) -> None:
+    with pytest.raises(ApiError) as told:
+        limits().read(data)
+    assert told.value.code == "invalid_image" and "0x" not in told.value.message
+
+
+def test_sizes_are_checked_before_a_pixel_is_decoded() -> None:
+    large = picture_file(100, 50)[:60]  # the header alone
+    for options in ({"max_image_side": 99}, {"max_image_pixels": 4999}):
+        with pytest.raises(ApiError, match=r"100 x 50 pixels, the limit is") as told:
+            limits(**options).read(large)
+        assert told.value.code == "image_too_large"
+    together = limits(max_total_pixels=2000)
+    together.read(picture_file())
+    with pytest.raises(ApiError, match="over 2,000 pixels together"):
+        together.read(picture_file())
+    few = limits(max_images=1)
+    few.read(picture_file())
+    with pytest.raises(ApiError, match="over 1 pictures, the limit"):
+        few.read(picture_file())
+
+
+def test_data_urls_are_of_pictures_in_base64() -> None:
+    assert unpacked("data:image/png;base64,YQ==") == b"a"
+    for wrong in ("data:image/png,abc", "data:text/html;base64,YQ==", "data:image/png;base64,a"):
+        with pytest.raises(ApiError):
+            unpacked(wrong)
+
+
+# --- stores ---
+
+
+def test_files_are_bounded_and_signed() -> None:
+    import numpy as np
+
+    files = Files(max_bytes=3000)
+    made = [
+        files.add(bytes([i]) * 500, "image/png", Image(codes=np.zeros((8, 8), int)), "a", "b")
+        for i in range(5)
+    ]
+    with pytest.raises(ApiError, match="send the picture itself"):
+        files.get(made[0].id)
+    last = made[-1]
+    assert files.get(last.id) is last and files.drawn(last.data) is last.image
+    assert files.drawn(made[0].data) is None
+    address = files.address(last.id, "http://here/v1/x")
+    assert files.at(address) is last
+    assert files.at(address.replace("http://here", "https://elsewhere:9")) is last
+    for other in (address[:-1] + "?", "http://a/b.png", "nonsense", "http://[", address[:20]):
+        assert files.at(other) is None
+    assert Files(100).at(address) is None  # another server's secret
+    files.delete(last.id)
+    with pytest.raises(ApiError):
+        files.at(address)
+
+
+def test_conversations_are_bounded() -> None:
+    conversations = Conversations()
+    for number in range(MAX_CONVERSATIONS + 1):
+        conversations.add(Conversation({"id": str(number)}, [Message("user", "Hi")]))
+    with pytest.raises(ApiError) as told:
+        conversations.get("0", "previous_response_id")
+    assert (told.value.status, told.value.param) == (400, "previous_response_id")
+    assert conversations.get("1").turns[0].parts == [Text("Hi")]
+    conversations.delete("1")
+    with pytest.raises(ApiError) as told:
+        conversations.get("1")
+    assert told.value.status == 404
+
+
+# --- the rest ---
+
+
+def test_deltas_have_no_blanks_at_the_ends() -> None:
+    trimmer = Trimmer()
+    assert [trimmer.push(delta) for delta in (" ", "\n a", " ", "b ", "")] == [
+        "",
+        "a",
+        "",
+        " b",
+        "",
+    ]
+    begun = Trimmer(keep_lead=True)
+    assert begun.push(" ") + begun.push("pear ") == " pear"
+
+
+def test_half_characters_become_escapes() -> None:
+    assert to_json({"a": "\ud800é"}) == '{"a":"\\ud800é"}'.encode()
+
+
+def test_errors_have_a_status_a_remedy_and_no_inside() -> None:
+    cases = [
+        (FullError(44, 3), 429, "queue_full", "ask again in 3 s"),
+        (ClosedError(), 503, "not_ready", "ask again"),
+        (BrokenError("x"), 503, "engine_failed", "ask it again"),
+        (ContextError("prompt is 9 tokens"), 400, "context_length_exceeded", "9 tokens"),
+        (SettingError("top_p=2 is not possible"), 400, "invalid_value", "top_p=2"),
+        (RuntimeError("secret at 0x7f"), 500, "internal", "its log says why"),
+    ]
+    for error, status, code, words in cases:
+        wire = as_api_error(error)
+        assert (wire.status, wire.code) == (status, code) and words in wire.message
+        assert "0x7f" not in str(wire.body)
+    assert as_api_error(SettingError("top_p=2 is not possible")).param == "top_p"
+    assert as_api_error(FullError(4, 3)).headers == {"Retry-After": "3"}
+
+
+def test_options_are_checked() -> None:
+    with pytest.raises(SettingError, match="there is no API key"):
+        ServeOptions(host="0.0.0.0")
+    assert ServeOptions(host="0.0.0.0", api_keys=("a-long-key",)).host == "0.0.0.0"
+    for host in ("127.0.0.1", "localhost", "::1", "[::1]", "127.9.9.9"):
+        assert ServeOptions(host=host).host == host
+    for wrong in ({"port": 70_000}, {"max_queue": -1}, {"api_keys": ("short",)}):
+        with pytest.raises(SettingError):
+            ServeOptions(**wrong)
