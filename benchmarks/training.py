@@ -72,8 +72,7 @@ def stock_steps(model: Any, rows: int, length: int, steps: int, out: str) -> lis
 def own_steps(model: Transformer, rows: int, length: int, steps: int, out: str) -> list[float]:
     def document(number: int) -> TokenSequence:
         ids = row(number, length + 1)
-        role, weights = [ANSWER_TEXT] * len(ids), [1.0] * len(ids)
-        return TokenSequence(ids=ids, role=role, weights=weights)
+        return TokenSequence(ids=ids, role=[ANSWER_TEXT] * len(ids))
 
     packer = Packer(document, RoleWeights(), rows, length, pad=1)
     optim = OptimConfig(lr=RATE, warmup_steps=1, decay="constant")

@@ -660,7 +660,7 @@ def tokenize(
         from earlyfusion.checkpoints.detect import locate
         from earlyfusion.data.encoding import EncodingSettings
         from earlyfusion.data.rows import RowSettings
-        from earlyfusion.data.tokenize import Job
+        from earlyfusion.data.shard_maker import Job
         from earlyfusion.data.tokenize import tokenize as write
 
         first = 0.5 if image_first is None else image_first

@@ -32,7 +32,9 @@ from earlyfusion.vocabulary import (
     read_tokenizer_json,
 )
 
-CONTROL, PROMPT_TEXT, PROMPT_IMAGE, ANSWER_TEXT, ANSWER_IMAGE = range(5)
+# What a token of a document is; END is the eos that closes the last answer.
+CONTROL, PROMPT_TEXT, PROMPT_IMAGE, ANSWER_TEXT, ANSWER_IMAGE, END = range(6)
+LEARNED = (ANSWER_TEXT, ANSWER_IMAGE, END)  # the roles that count in the loss
 Kind: TypeAlias = Literal["text", "image"]
 _ROLE_OF = {
     ("user", "text"): PROMPT_TEXT,
@@ -44,36 +46,36 @@ _ROLE_OF = {
 
 @dataclass
 class TokenSequence:
-    """One document. `ids`, `role` and `weights` have one entry a token; `spans` one a segment.
+    """One document: an id and a role per token, a span (start, end, modality) per segment.
 
-    `role` is CONTROL, PROMPT_TEXT, PROMPT_IMAGE, ANSWER_TEXT or ANSWER_IMAGE; the markers of a
-    picture belong to the picture. `weights` is the loss weight: 1 for answers and the closing eos,
-    else 0.
+    The markers of a picture have the role of the picture.
     """
 
     ids: list[int] = field(default_factory=list)
     role: list[int] = field(default_factory=list)
     spans: list[tuple[int, int, Kind]] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def control(self, token: int, weight: float = 0.0) -> None:
-        """Append one control token."""
-        self._extend([token], CONTROL, weight)
+    @property
+    def loss_mask(self) -> list[bool]:
+        """Which tokens count in the loss: those of answers and the closing eos."""
+        return [role in LEARNED for role in self.role]
+
+    def control(self, token: int, role: int = CONTROL) -> None:
+        """Append one control token; with the role END, the eos that closes an answer."""
+        self._extend([token], role)
 
     def segment(self, tokens: list[int], speaker: str, kind: Kind) -> None:
         """Append the tokens of one segment of a turn."""
         start = len(self.ids)
-        weight = 1.0 if speaker == "assistant" else 0.0
-        self._extend(tokens, _ROLE_OF[speaker, kind], weight)
+        self._extend(tokens, _ROLE_OF[speaker, kind])
         self.spans.append((start, len(self.ids), kind))
 
-    def _extend(self, tokens: list[int], role: int, weight: float) -> None:
+    def _extend(self, tokens: list[int], role: int) -> None:
         self.ids += tokens
         self.role += [role] * len(tokens)
-        self.weights += [weight] * len(tokens)
 
 
 class Processor:
@@ -142,7 +144,7 @@ class Processor:
             )
         check_alternation(messages)
         sequence = self._turns(messages, _codes_in_order(messages, codes))
-        sequence.control(self.vocabulary.eos, weight=1.0)
+        sequence.control(self.vocabulary.eos, END)
         return sequence
 
     def decode_text(self, ids: Iterable[int]) -> str:

@@ -19,7 +19,7 @@ from earlyfusion.config import PRESETS, ModelConfig
 from earlyfusion.data.packing import Packer, RoleWeights
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.parallel import ParallelConfig
-from earlyfusion.processor import CONTROL, PROMPT_TEXT, TokenSequence
+from earlyfusion.processor import ANSWER_TEXT, CONTROL, END, PROMPT_TEXT, TokenSequence
 from earlyfusion.train import lora
 from earlyfusion.train.language import LanguageTask
 from earlyfusion.train.optim import OptimConfig
@@ -40,8 +40,8 @@ def document(number: int) -> TokenSequence:
     size = int(torch.randint(4, 20, (), generator=generator))
     ids = torch.randint(5, MODEL.vocab_size, (size,), generator=generator).tolist()
     half = size // 2
-    role = [CONTROL] + [PROMPT_TEXT] * (half - 1) + [3] * (size - half - 1) + [CONTROL]
-    return TokenSequence(ids=ids, role=role, weights=[0.0] * half + [1.0] * (size - half))
+    role = [CONTROL] + [PROMPT_TEXT] * (half - 1) + [ANSWER_TEXT] * (size - half - 1) + [END]
+    return TokenSequence(ids=ids, role=role)
 
 
 @dataclass

@@ -22,7 +22,7 @@ from earlyfusion.mini.packed_transformer import BlankLayout, documents
 from earlyfusion.model import attention
 from earlyfusion.model.attention import CausalAttend
 from earlyfusion.model.transformer import Transformer
-from earlyfusion.processor import Processor, TokenSequence
+from earlyfusion.processor import ANSWER_TEXT, CONTROL, END, Processor, TokenSequence
 from earlyfusion.train.device_rows import CutConfig, DeviceRows, templates
 from earlyfusion.train.language import LanguageTask
 
@@ -189,7 +189,7 @@ def test_a_language_task_learns_from_them(processor: Processor) -> None:
 def test_what_cannot_be_packed_is_refused(processor: Processor) -> None:
     with pytest.raises(DataError, match="no document"):
         templates([], CODES, np.zeros(8, bool), WEIGHTS)
-    sequence = TokenSequence([0, 5, 2], [0, 3, 0], [], [0.0, 1.0, 1.0])
+    sequence = TokenSequence([0, 5, 2], [CONTROL, ANSWER_TEXT, END])
     with pytest.raises(DataError, match="1 pictures of 64"):
         templates([(sequence, [0], False)], CODES, np.zeros(8, bool), WEIGHTS)
     with pytest.raises(SettingError, match="replace"):
@@ -303,4 +303,4 @@ def test_documents_hold_their_pictures_in_order(processor: Processor) -> None:
         assert shown == [place[p["image"]] for p in parts if p["type"] == "image"]
         assert sum(1 for _, _, kind in sequence.spans if kind == "image") == len(shown)
         assert sequence.ids[0] == processor.vocabulary.bos
-        assert sequence.ids[-1] == processor.vocabulary.eos and sequence.weights[-1] == 1.0
+        assert sequence.ids[-1] == processor.vocabulary.eos and sequence.role[-1] == END

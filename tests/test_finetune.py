@@ -23,8 +23,9 @@ from earlyfusion.content import Image
 from earlyfusion.data.corpus import CorpusConfig, open_corpus
 from earlyfusion.data.encoding import EncodingSettings, Fit, fingerprints
 from earlyfusion.data.rows import RowSettings
+from earlyfusion.data.shard_maker import Job
 from earlyfusion.data.shards import TokenShards
-from earlyfusion.data.tokenize import Job, tokenize
+from earlyfusion.data.tokenize import tokenize
 from earlyfusion.errors import CheckpointError, DataError, SettingError
 from earlyfusion.image_tokenizer import ImageTokenizer
 from earlyfusion.model.transformer import Transformer

@@ -346,7 +346,7 @@ class TestSFTTrainer:
         for row, wanted in enumerate(sequences):
             length = len(wanted)
             assert ids[row, :length].tolist() == wanted.ids
-            weighed = [t if w else -100 for t, w in zip(wanted.ids, wanted.weights, strict=True)]
+            weighed = [t if w else -100 for t, w in zip(wanted.ids, wanted.loss_mask, strict=True)]
             assert labels[row].tolist() == weighed + [-100] * (ids.shape[1] - length)
             assert batch["attention_mask"][row].sum() == length
 
@@ -381,8 +381,7 @@ class TestSFTTrainer:
         turns = [Message("user", [Image.of(picture("red")), Text("What is this?")])]
         sequences, _ = own_documents(folder, [[*turns, Message("assistant", [Text("a pear")])]])
         assert ids[0].tolist() == sequences[0].ids
-        weights = sequences[0].weights
-        assert (labels[0] != -100).tolist() == [bool(weight) for weight in weights]
+        assert (labels[0] != -100).tolist() == sequences[0].loss_mask
         assert torch.isfinite(torch.tensor(trainer.train().training_loss))
 
     @pytest.mark.parametrize("nf4", [False, True], ids=["lora", "qlora"])

@@ -14,7 +14,7 @@ from earlyfusion.config import PRESETS
 from earlyfusion.data.packing import Packer, RoleWeights
 from earlyfusion.errors import CheckpointError, SettingError
 from earlyfusion.model.transformer import Transformer
-from earlyfusion.processor import ANSWER_TEXT, CONTROL, TokenSequence
+from earlyfusion.processor import ANSWER_TEXT, CONTROL, END, TokenSequence
 from earlyfusion.train import checkpoint, trainer
 from earlyfusion.train.language import LanguageTask
 from earlyfusion.train.monitor import read_metrics
@@ -46,8 +46,8 @@ class Clock:
 def document(number: int) -> TokenSequence:
     generator = torch.Generator().manual_seed(number % 4)
     ids = torch.randint(5, TINY.vocab_size, (8,), generator=generator).tolist()
-    role = [CONTROL] + [ANSWER_TEXT] * 6 + [CONTROL]
-    return TokenSequence(ids=ids, role=role, weights=[0.0] + [1.0] * 7)
+    role = [CONTROL] + [ANSWER_TEXT] * 6 + [END]
+    return TokenSequence(ids=ids, role=role)
 
 
 class Timed(LanguageTask):

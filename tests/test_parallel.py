@@ -242,9 +242,7 @@ def test_a_slice_of_the_vocabulary_gives_its_part_of_the_gradient() -> None:
 
 def test_shares_of_the_packer_are_blocks_of_one_batch() -> None:
     def packer(share: tuple[int, int]) -> Packer:
-        made = Packer(document, RoleWeights(), ROWS, LENGTH, pad=1)
-        made.share = share
-        return made
+        return Packer(document, RoleWeights(), ROWS, LENGTH, pad=1).for_share(share)
 
     whole = packer((0, 1))
     shares = [packer((rank, 2)) for rank in range(2)]

@@ -52,7 +52,7 @@ def test_a_folder_a_glob_and_a_file(tmp_path: Path) -> None:
     assert [same(whole.read(n, 0.0), s) for n, s in enumerate((0, 2, 4, 1, 3))] == [True] * 5
     some = opened(tmp_path, folder / "*.png", folder / "deep" / "001.png")
     assert len(some) == 4 and same(some.read(3, 0.9), 1)
-    assert some.place(3) == (folder / "deep" / "001.png", 0)
+    assert some.find(3) == (folder / "deep" / "001.png", 0)
 
 
 def test_rows_of_all_forms(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_rows_of_all_forms(tmp_path: Path) -> None:
     first = [found.read(number, 0.0) for number in range(6)]
     assert [same(p, s) for p, s in zip(first, (0, 1, 0, 3, 7, 8), strict=True)] == [True] * 6
     assert same(found.read(2, 0.6), 2)  # the second picture of that row
-    assert found.place(5) == (archive, 1)
+    assert found.find(5) == (archive, 1)
 
 
 def test_parquet_is_read_group_by_group(tmp_path: Path) -> None:
@@ -93,13 +93,17 @@ def test_parquet_is_read_group_by_group(tmp_path: Path) -> None:
 
 
 def batches(
-    tmp_path: Path, found: JoinedPictures, size: int = 4, seed: int = 0
+    tmp_path: Path,
+    found: JoinedPictures,
+    size: int = 4,
+    seed: int = 0,
+    share: tuple[int, int] = (0, 1),
 ) -> tuple[PictureBatches, Quarantine]:
+    def crop(picture: PIL.Image.Image, rng: np.random.Generator) -> PIL.Image.Image:
+        return random_crop(picture, 16, CropConfig(), rng)
+
     quarantine = Quarantine(tmp_path / "quarantine.jsonl", 1.0)
-    made = PictureBatches(
-        found, None, size, lambda p, rng: random_crop(p, 16, CropConfig(), rng), seed, quarantine
-    )
-    return made, quarantine
+    return PictureBatches(found, None, size, crop, seed, quarantine, share), quarantine
 
 
 def test_a_batch_follows_from_seed_and_step(tmp_path: Path) -> None:
@@ -108,10 +112,7 @@ def test_a_batch_follows_from_seed_and_step(tmp_path: Path) -> None:
     assert one(5).shape == (4, 3, 16, 16) and one(5).dtype == torch.float32
     assert torch.equal(one(5), two(5)) and not torch.equal(one(5), one(6))
     assert not torch.equal(one(5), other(5))
-    halves = []
-    for rank in range(2):
-        two.share = (rank, 2)
-        halves.append(two(5))
+    halves = [batches(tmp_path, found, share=(rank, 2))[0](5) for rank in range(2)]
     assert torch.equal(torch.cat(halves), one(5))
     ahead = Ahead(one, workers=2, depth=3)
     assert all(torch.equal(ahead(step), one(step)) for step in (0, 1, 2, 7))

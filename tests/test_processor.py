@@ -22,6 +22,7 @@ from earlyfusion.processor import (
     ANSWER_IMAGE,
     ANSWER_TEXT,
     CONTROL,
+    END,
     PROMPT_IMAGE,
     PROMPT_TEXT,
     Processor,
@@ -159,9 +160,9 @@ def test_roles_weights_and_spans_of_a_document() -> None:
     assert document.role == [
         *[CONTROL, *user, *[PROMPT_IMAGE] * 6, CONTROL],
         *[*answer, CONTROL, *user, CONTROL],
-        *[*[ANSWER_IMAGE] * 6, *answer, CONTROL],
+        *[*[ANSWER_IMAGE] * 6, *answer, END],
     ]
-    assert document.weights == [0.0] * 9 + [1.0] + [0.0] * 3 + [1.0] * 8
+    assert document.loss_mask == [False] * 9 + [True] + [False] * 3 + [True] * 8
     spans = [(1, 2, "text"), (2, 8, "image"), (9, 10, "text"), (11, 12, "text")]
     assert document.spans == [*spans, (13, 19, "image"), (19, 20, "text")]
     assert len(document) == 21
@@ -172,7 +173,7 @@ def test_prompt_is_the_document_up_to_the_answer() -> None:
     prompt = SMALL.encode(messages)
     document = SMALL.encode_document([*messages, Message("assistant", " cat")])
     assert document.ids[: len(prompt)] == prompt.ids
-    assert prompt.weights == document.weights[: len(prompt)]
+    assert prompt.role == document.role[: len(prompt)]
     assert prompt.ids[-1] == SMALL.vocabulary.end_of_turn
 
 

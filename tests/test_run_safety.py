@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 from earlyfusion import Chameleon
 from earlyfusion.cli import app
 from earlyfusion.config import PRESETS, ModelConfig
-from earlyfusion.data.packing import Packer, RoleWeights, pack_row
+from earlyfusion.data.packing import Packer, RoleWeights, pack_rows
 from earlyfusion.errors import SettingError
 from earlyfusion.model.attention import Attend, CausalAttend
 from earlyfusion.model.rotary import rotary_tables
@@ -399,8 +399,8 @@ def test_packing_without_its_mask_would_change_the_gradient() -> None:
     torch.manual_seed(0)
     model = Transformer(MODEL).double()
     model.init_weights()
-    columns = pack_row([document(n) for n in (1, 2, 3)], RoleWeights(), 60, pad=1)
-    tokens, targets, number, positions, weight, _ = (column[None] for column in columns)
+    row = [document(n) for n in (1, 2, 3)]
+    tokens, targets, number, positions, weight, _ = pack_rows([row], RoleWeights(), 60, pad=1)
 
     def gradient(attend: CausalAttend, weight: torch.Tensor, z: float) -> torch.Tensor:
         model.zero_grad()
@@ -419,7 +419,8 @@ def test_packing_without_its_mask_would_change_the_gradient() -> None:
 
 def test_a_packed_row_gives_its_documents_back() -> None:
     documents = [document(n) for n in (1, 2, 3)]
-    tokens, targets, number, positions, _, _ = pack_row(documents, RoleWeights(), 60, pad=1)
+    packed_row = pack_rows([documents], RoleWeights(), 60, pad=1)
+    tokens, targets, number, positions, _, _ = (column[0] for column in packed_row)
     for place, packed in enumerate(documents):
         mine = number == place
         assert positions[mine].tolist() == list(range(len(packed) - 1))
@@ -430,7 +431,7 @@ def test_a_packed_row_gives_its_documents_back() -> None:
 
 def test_documents_that_fill_a_row_to_the_last_place_are_packed() -> None:
     def sized(ids: int) -> TokenSequence:
-        return TokenSequence([9] * ids, [CONTROL] + [ANSWER_TEXT] * (ids - 1), [], [1.0] * ids)
+        return TokenSequence([9] * ids, [CONTROL] + [ANSWER_TEXT] * (ids - 1))
 
     def packer(sizes: list[int]) -> Packer:
         stream = [sized(size) for size in sizes]

@@ -23,7 +23,7 @@ from earlyfusion.generation.request import ImageDone, Request
 from earlyfusion.generation.settings import SamplingParams
 from earlyfusion.image_tokenizer import ImageTokenizer
 from earlyfusion.model.transformer import Block, Transformer
-from earlyfusion.processor import Processor, TokenSequence
+from earlyfusion.processor import ANSWER_TEXT, CONTROL, END, Processor, TokenSequence
 from earlyfusion.train import lora, trainer
 from earlyfusion.train.language import LanguageTask
 from earlyfusion.train.monitor import read_metrics
@@ -122,7 +122,7 @@ def test_prompts_are_found_in_the_data(processor: Processor) -> None:
     assert [name for name, _ in found] == ["Draw 0.", "Draw 1."]
     expected = processor.encode([Message("user", [Text("Draw 1.")])]).ids
     assert list(found[1][1]) == expected
-    silent = TokenSequence(ids=[0, 9, 2], role=[0, 3, 0], weights=[0, 1, 1])
+    silent = TokenSequence(ids=[0, 9, 2], role=[CONTROL, ANSWER_TEXT, END])
     assert image_prompts(processor, lambda _: silent, count=2) == []
 
 

@@ -21,8 +21,9 @@ from earlyfusion.content import Text
 from earlyfusion.data import rows as rows_module
 from earlyfusion.data import tables
 from earlyfusion.data.corpus import CorpusConfig, open_corpus
-from earlyfusion.data.encoding import Encoder, Fit
+from earlyfusion.data.encoding import Encoder, EncodingSettings, Fit
 from earlyfusion.data.forms import BOTH, PICTURE, TEXT, Picture, example_of, form_of
+from earlyfusion.data.joined import Joined
 from earlyfusion.data.mixture import (
     Ahead,
     Order,
@@ -39,6 +40,7 @@ from earlyfusion.image_tokenizer import ImageTokenizer
 from earlyfusion.processor import (
     ANSWER_IMAGE,
     ANSWER_TEXT,
+    END,
     PROMPT_IMAGE,
     PROMPT_TEXT,
     Processor,
@@ -55,7 +57,7 @@ def opened_rows(source: Path, cache: Path) -> list[Any]:
     """Every row of a source, or why it is broken."""
     rows, found = open_rows(str(source), cache, RowSettings()), []
     for number in range(len(rows)):
-        table, place = rows.place(number)
+        table, place = rows.find(number)
         try:
             found.append(table.row(place))
         except DataError as error:
@@ -110,7 +112,7 @@ def test_a_folder_of_pictures_with_texts_beside_them(tmp_path: Path) -> None:
     assert rows[:3] == [{"image": n, "text": f"Pear {n}"} for n in ("a.PNG", "b.png", "deep/c.png")]
     assert rows[3].startswith("there is no lonely.txt beside lonely.png")
     opened = open_rows(str(folder), tmp_path / "cache", RowSettings())
-    table, _ = opened.place(2)
+    table, _ = opened.find(2)
     assert table.read(rows[2], "deep/c.png") == png(2)
     (folder / "b.txt").write_text("Another pear")
     changed = open_rows(str(folder), tmp_path / "cache", RowSettings())
@@ -137,7 +139,7 @@ def test_folders_that_datasets_saved(tmp_path: Path) -> None:
         assert (pixels == np.asarray(pictures[0])).all()
         assert example_of(rows[0], picture_first=True).form == "pair"
     (tmp_path / "bad.arrow").write_bytes(b"no table")
-    with pytest.raises(DataError, match="no Arrow file"):
+    with pytest.raises(DataError, match="not an Arrow file"):
         opened_rows(tmp_path / "bad.arrow", tmp_path / "cache")
 
 
@@ -205,7 +207,7 @@ def test_the_picture_of_a_pair_comes_first_or_second() -> None:
     row = FORMS["pair"][0]
     assert said(row, picture_first=False) == [("user", ["pear"]), ("assistant", ["c.png"])]
     plain = example_of(row, False, plain_pairs=True)
-    assert plain.is_plain and plain.turns == [("assistant", [Text("pear"), Picture("c.png")])]
+    assert plain.turns == [("assistant", [Text("pear"), Picture("c.png")])]
 
 
 def test_neighbours_of_one_role_and_the_system_are_joined() -> None:
@@ -236,7 +238,7 @@ def test_what_the_answers_hold() -> None:
         ({"messages": [{"role": "user", "content": "hi"}]}, "last turn is not the assistant's"),
         ({"messages": [{"role": "tool", "content": "hi"}]}, "role 'tool' is unknown"),
         ({"messages": [{"role": "user", "content": None}]}, "content is of type NoneType"),
-        ({"messages": ["hi"]}, "no object of role and content"),
+        ({"messages": ["hi"]}, "not an object of role and content"),
         ({"messages": []}, "last turn is not"),
         (
             {"messages": [{"role": r, "content": "x"} for r in ("assistant", "user", "assistant")]},
@@ -260,8 +262,8 @@ def test_a_row_that_breaks_its_form_says_why(row: dict[str, Any], words: str) ->
 
 def open_all(source: str | Path, cache: Path, **options: Any) -> list[dict[str, Any]]:
     rows = open_rows(str(source), cache, RowSettings(**options))
-    places = [rows.place(number) for number in range(len(rows))]
-    return [table.row(place) for table, place in places]
+    found_at = [rows.find(number) for number in range(len(rows))]
+    return [table.row(place) for table, place in found_at]
 
 
 ROWS = [{"text": f"row {n} 배"} for n in range(7)]
@@ -275,7 +277,7 @@ def test_rows_of_jsonl_and_of_a_json_array(tmp_path: Path) -> None:
     for name in ("a.jsonl", "b.json", "c.json"):
         assert open_all(tmp_path / name, tmp_path / "cache") == ROWS, name
     (tmp_path / "d.json").write_text(json.dumps(ROWS)[:-3])
-    with pytest.raises(DataError, match="no whole JSON array after 6 rows"):
+    with pytest.raises(DataError, match="not a whole JSON array after 6 rows"):
         open_all(tmp_path / "d.json", tmp_path / "cache")
 
 
@@ -289,7 +291,7 @@ def test_rows_of_parquet_are_those_of_pyarrow(tmp_path: Path) -> None:
     opened = open_rows(str(tmp_path / "a.parquet"), tmp_path, RowSettings())
     assert opened.groups == [4, 4, 4, 4, 4, 4, 1] and not opened.is_random
     (tmp_path / "b.parquet").write_bytes(b"no")
-    with pytest.raises(DataError, match="damaged or no Parquet"):
+    with pytest.raises(DataError, match="damaged or not a Parquet"):
         open_all(tmp_path / "b.parquet", tmp_path)
 
 
@@ -316,7 +318,7 @@ def test_samples_of_a_tar(tmp_path: Path) -> None:
     }
     path = tar(tmp_path / "a.tar", members)
     rows = open_rows(str(path), tmp_path, RowSettings())
-    table, _ = rows.place(0)
+    table, _ = rows.find(0)
     assert len(rows) == 4
     assert said(table.row(0)) == [("user", [b"P1"]), ("assistant", ["pear"])]
     assert said(table.row(1))[0] == ("user", [b"P2", "What is this?"])
@@ -409,6 +411,52 @@ def test_pictures_of_the_net_and_outside_of_a_hub_data_set_are_not_read(tmp_path
     assert open_folder.read("data:image/png;base64,UE5H") == b"PNG"
 
 
+def test_outlines_are_the_rows_with_a_byte_in_place_of_each_picture(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    pictures = [{"bytes": png(n), "path": None} for n in range(9)]
+    some = [None if n % 3 else picture for n, picture in enumerate(pictures)]
+    columns = {
+        "image": pictures,
+        "sometimes": some,
+        "png": [png(n) for n in range(9)],
+        "images": [[picture, {"bytes": b"", "path": "a.png"}] for picture in pictures],
+        "all": [[picture, picture] for picture in pictures],
+        "text": [f"pear {n}" for n in range(9)],
+    }
+    table = pyarrow.table(columns)
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=4)
+    with pyarrow.ipc.new_stream(str(tmp_path / "b.arrow"), table.schema) as writer:
+        writer.write_table(table, max_chunksize=4)
+    members = {f"{n}.{s}": d for n in range(3) for s, d in (("png", png(n)), ("txt", b"pear"))}
+    tar(tmp_path / "c.tar", members | {"3.png": b"", "3.txt": b"none", "4.json": b"{"})
+
+    def short(value: Any) -> Any:
+        """Whether bytes are there, and all else as it is."""
+        if isinstance(value, dict):
+            return {key: short(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [short(inner) for inner in value]
+        return bool(value) if isinstance(value, bytes) else value
+
+    for name in ("a.parquet", "b.arrow", "c.tar"):
+        rows = open_rows(str(tmp_path / name), tmp_path / "cache", RowSettings())
+        outlines = [short(row) for row in rows.outlines()]
+        whole = opened_rows(tmp_path / name, tmp_path / "cache")
+        assert outlines == [None if isinstance(row, str) else short(row) for row in whole]
+    [file] = open_rows(str(tmp_path / "a.parquet"), tmp_path, RowSettings()).tables
+    [first, *_] = file.outlines()
+    assert first is not None
+    assert len(first["image"]["bytes"]) == len(first["png"]) == 1  # not read
+    assert [len(picture["bytes"]) for picture in first["all"]] == [1, 1]
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=9))
+def test_joined_lists_are_one_list(sizes: list[int]) -> None:
+    joined = Joined(sizes)
+    entries = [(which, at) for which, size in enumerate(sizes) for at in range(size)]
+    assert [joined.find(number) for number in range(len(joined))] == entries
+
+
 # Tokens of rows.
 
 
@@ -418,7 +466,7 @@ def documents(
     rows = open_rows(str(path), path.parent / "cache", RowSettings())
     quarantine = quarantine or Quarantine(None, 1.0)
     read = [encoder.read(rows, number, quarantine) for number in range(len(rows))]
-    return [encoder.encode([row])[0] if row else None for row in read]
+    return [encoder.encode([row])[0] for row in read]
 
 
 @pytest.mark.parametrize(
@@ -457,7 +505,7 @@ def test_pictures_of_prompts_are_cut_as_told_and_those_of_answers_cropped(
     assert document.ids == expected
     size = processor.layout.num_tokens
     counted = [role in (ANSWER_TEXT, ANSWER_IMAGE) for role in document.role]
-    assert document.weights == [*map(float, counted[:-1]), 1.0]  # the prompt is masked
+    assert document.loss_mask == [*counted[:-1], True]  # the prompt is masked
     assert document.role.count(PROMPT_IMAGE) == document.role.count(ANSWER_IMAGE) == size
 
 
@@ -472,7 +520,7 @@ def test_half_of_the_pairs_have_the_picture_first(tmp_path: Path, processor: Pro
     for document in never:
         assert document is not None and document.spans[0][2] == "text"
         assert {PROMPT_TEXT, PROMPT_IMAGE}.isdisjoint(document.role)
-        assert document.weights == [0.0] + [1.0] * (len(document) - 1)
+        assert document.loss_mask == [False] + [True] * (len(document) - 1)
 
 
 def test_broken_rows_are_filed_with_their_reason_and_counted(
@@ -522,7 +570,7 @@ def plain(processor: Processor, *lengths: int) -> TokenSequence:
         spelled = processor.layout.spell(codes, vocabulary)
         tokens, kind = ([text] * length, "text") if length > 0 else (spelled, "image")
         document.segment(tokens, "assistant", kind)  # type: ignore[arg-type]
-    document.control(vocabulary.eos, weight=1.0)
+    document.control(vocabulary.eos, END)
     return document
 
 
@@ -614,9 +662,9 @@ def test_row_groups_are_read_a_few_at_a_time() -> None:
     groups = [10] * 40
     order = Order(Numbers(400, groups), 0, "a")
     touched = [order.number(0, place) // 10 for place in range(400)]
-    pool = 10 * tables.KEPT_GROUPS
+    pool = 10 * tables.DECODED_GROUPS
     for start in range(0, 400, pool):
-        assert len(set(touched[start : start + pool])) == tables.KEPT_GROUPS
+        assert len(set(touched[start : start + pool])) == tables.DECODED_GROUPS
 
 
 def test_sources_come_by_weight_and_none_repeats_before_its_epoch_ends() -> None:
@@ -722,6 +770,19 @@ def test_the_packer_takes_the_stream_and_its_cursor_is_all_its_state(
     for batch in batches[3:]:
         for mine, theirs in zip(third.next(), batch, strict=True):
             assert mine.equal(theirs)
+
+
+def test_what_the_answers_hold_is_found_once_for_a_run(
+    tmp_path: Path, processor: Processor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = pairs(tmp_path, 8)
+    first = corpus_of(processor, tmp_path / "run", data=(str(path),))
+    monkeypatch.setattr(Encoder, "answers", None)
+    again = corpus_of(processor, tmp_path / "run", data=(str(path),))
+    assert [again.stream(n) for n in range(20)] == [first.stream(n) for n in range(20)]
+    with pytest.raises(TypeError):  # pairs that are turned around otherwise have other answers
+        settings = EncodingSettings(pair_seed=1)
+        corpus_of(processor, tmp_path / "run", data=(str(path),), encoding=settings)
 
 
 def test_a_long_plain_document_is_gone_through_epoch_by_epoch(

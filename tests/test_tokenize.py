@@ -16,13 +16,14 @@ from tiny import CONFIG
 from earlyfusion.checkpoints import detect as formats
 from earlyfusion.cli import main
 from earlyfusion.data.corpus import CorpusConfig, open_corpus
-from earlyfusion.data.encoding import Fit, fingerprints
-from earlyfusion.data.rows import RowSettings
+from earlyfusion.data.encoding import Encoder, EncodingSettings, Fit, fingerprints
+from earlyfusion.data.rows import Quarantine, RowSettings
+from earlyfusion.data.shard_maker import Job, ShardMaker, open_sources
 from earlyfusion.data.shards import TokenShards, is_shards, read_index, write_shard
-from earlyfusion.data.tokenize import Job, Maker, tokenize
+from earlyfusion.data.tokenize import tokenize
 from earlyfusion.errors import DataError, SettingError
 from earlyfusion.image_tokenizer import ImageTokenizer
-from earlyfusion.processor import Processor, TokenSequence
+from earlyfusion.processor import ANSWER_TEXT, CONTROL, END, Processor, TokenSequence
 
 
 @pytest.fixture(scope="module")
@@ -75,14 +76,12 @@ def test_shards_hold_the_documents_of_the_rows(corpus: Path, model: Path, tmp_pa
     assert made.forms == {"pair": 14, "messages": 1, "interleaved": 1, "text": 1}
     assert [done for done, _ in seen] == [0, 4, 8, 12, 16, 19] and {t for _, t in seen} == {19}
     shards = shards_of(tmp_path / "out", model)
-    maker = Maker(job(corpus, tmp_path / "out", model))
-    rows = maker._sources[0]
-    from earlyfusion.data.rows import Quarantine
-
+    [rows] = open_sources(job(corpus, tmp_path / "out", model))
+    encoder = Encoder(*pieces(model), EncodingSettings())
     total = 0
     for number in range(19):
-        read = maker._encoder.read(rows, number, Quarantine(None, 1.0))
-        document = maker._encoder.encode([read])[0] if read else TokenSequence()
+        read = encoder.read(rows, number, Quarantine(None, 1.0))
+        document = encoder.encode([read])[0] or TokenSequence()
         assert shards.document(number) == document
         total += len(document)
     assert total == made.tokens
@@ -117,9 +116,9 @@ def test_what_is_there_is_kept_and_what_is_missing_is_made(
     whole = job(corpus, tmp_path / "whole", model)
     tokenize(whole)
     part = job(corpus, tmp_path / "part", model)
-    real, count = Maker.make, 0
+    real, count = ShardMaker.make, 0
 
-    def until_the_power_fails(maker: Maker, shard: int) -> dict[str, Any]:
+    def until_the_power_fails(maker: ShardMaker, shard: int) -> dict[str, Any]:
         nonlocal count
         count += 1
         if count == 3:
@@ -128,7 +127,7 @@ def test_what_is_there_is_kept_and_what_is_missing_is_made(
         return real(maker, shard)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Maker, "make", until_the_power_fails)
+        patch.setattr(ShardMaker, "make", until_the_power_fails)
         with pytest.raises(KeyboardInterrupt):
             tokenize(part)
     with pytest.raises(DataError, match="is not complete: run the same"):
@@ -224,8 +223,8 @@ def test_too_many_broken_rows_end_it_and_a_worker_that_dies_is_told(
 
 
 def test_large_vocabularies_fit_in(tmp_path: Path) -> None:
-    document = TokenSequence([0, 70_000, 2], [0, 3, 0], [(1, 2, "text")], [0.0, 1.0, 1.0])
-    small = TokenSequence([0, 65_535], [0, 0], [], [0.0, 0.0])
+    document = TokenSequence([0, 70_000, 2], [CONTROL, ANSWER_TEXT, END], [(1, 2, "text")])
+    small = TokenSequence([0, 65_535], [CONTROL, CONTROL])
     write_shard(tmp_path, 0, [small], [0], 2**16, {})
     assert np.load(tmp_path / "00000.npy").dtype["id"] == np.dtype("<u2")
     write_shard(tmp_path, 0, [document, None], [0, 0], 2**16 + 5000, {})
@@ -251,7 +250,7 @@ def test_the_command(
     ("options", "words"),
     [
         (["--pattern", "*.tar"], "holds no"),
-        (["--image-first", "2"], "image_first=2.0 is no share"),
+        (["--image-first", "2"], "image_first=2.0 is not a share"),
         (["--max-broken", "-1"], "max_broken=-1.0"),
         (["--workers", "0"], "workers=0"),
         (["--shard-rows", "0"], "rows_a_shard=0"),

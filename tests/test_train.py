@@ -14,12 +14,19 @@ import torch
 from torch.autograd import forward_ad
 
 from earlyfusion.config import PRESETS
-from earlyfusion.data.packing import Packer, RoleWeights, pack_row
+from earlyfusion.data.packing import Packer, RoleWeights, pack_rows
 from earlyfusion.errors import CheckpointError, DataError, SettingError
 from earlyfusion.model.attention import CausalAttend
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.model.vqgan import VQGAN
-from earlyfusion.processor import ANSWER_IMAGE, ANSWER_TEXT, CONTROL, PROMPT_TEXT, TokenSequence
+from earlyfusion.processor import (
+    ANSWER_IMAGE,
+    ANSWER_TEXT,
+    CONTROL,
+    END,
+    PROMPT_TEXT,
+    TokenSequence,
+)
 from earlyfusion.recipes.run import override
 from earlyfusion.train import checkpoint
 from earlyfusion.train.image_tokenizer import ImageTokenizerTask, VQLossConfig
@@ -38,8 +45,8 @@ def document(number: int) -> TokenSequence:
     size = int(torch.randint(4, 12, (), generator=generator))
     ids = torch.randint(5, TINY.vocab_size, (size,), generator=generator).tolist()
     half = size // 2
-    role = [CONTROL] + [PROMPT_TEXT] * (half - 1) + [ANSWER_TEXT] * (size - half - 1) + [CONTROL]
-    return TokenSequence(ids=ids, role=role, weights=[0.0] * half + [1.0] * (size - half))
+    role = [CONTROL] + [PROMPT_TEXT] * (half - 1) + [ANSWER_TEXT] * (size - half - 1) + [END]
+    return TokenSequence(ids=ids, role=role)
 
 
 def language_task(dropout: float = 0.1) -> LanguageTask:
@@ -225,8 +232,7 @@ def test_packed_documents_give_the_gradient_of_the_documents_alone() -> None:
     def gradients(rows: list[list[TokenSequence]]) -> dict[str, torch.Tensor]:
         model.zero_grad()
         for row in rows:
-            columns = pack_row(row, RoleWeights(), 40, pad=1)
-            tokens, targets, number, positions, weight, _ = (c[None] for c in columns)
+            tokens, targets, number, positions, weight, _ = pack_rows([row], RoleWeights(), 40, 1)
             logits = model(tokens, positions, [CausalAttend(number)] * TINY.num_hidden_layers)
             loss = next_token_loss(logits.double(), targets, weight, 1e-5)
             (loss.total * weight.sum()).backward()
@@ -238,16 +244,32 @@ def test_packed_documents_give_the_gradient_of_the_documents_alone() -> None:
 
 
 def test_weights_follow_roles_and_targets_follow_tokens() -> None:
-    role = [CONTROL, PROMPT_TEXT, CONTROL, ANSWER_TEXT, ANSWER_IMAGE, CONTROL]
-    example = TokenSequence(ids=[0, 7, 8, 9, 10, 2], role=role, weights=[0, 0, 0, 1, 1, 1])
+    role = [CONTROL, PROMPT_TEXT, CONTROL, ANSWER_TEXT, ANSWER_IMAGE, END]
+    example = TokenSequence(ids=[0, 7, 8, 9, 10, 2], role=role)
     weights = RoleWeights(prompt_text=0.1, answer_text=3.0, answer_image=2.0, end=0.5)
-    tokens, targets, number, positions, weight, image = pack_row([example], weights, 7, pad=1)
+    packed = pack_rows([[example]], weights, 7, pad=1)
+    tokens, targets, number, positions, weight, image = (column[0] for column in packed)
     assert tokens.tolist() == [0, 7, 8, 9, 10, 1, 1]
     assert targets.tolist() == [7, 8, 9, 10, 2, 1, 1]
     assert positions.tolist() == [0, 1, 2, 3, 4, 0, 1]
     assert number.tolist() == [0, 0, 0, 0, 0, 1, 1]
     torch.testing.assert_close(weight, torch.tensor([0.1, 0, 3, 2, 0.5, 0, 0]))
     assert image.tolist() == [False, False, False, True, False, False, False]
+
+
+def test_each_document_is_fetched_once_and_again_after_a_jump() -> None:
+    fetched: list[int] = []
+
+    def stream(number: int) -> TokenSequence:
+        fetched.append(number)
+        return document(number)
+
+    packer = Packer(stream, RoleWeights(), rows=2, length=32, pad=1)
+    first = packer.next()
+    packer.next()
+    assert fetched == list(range(packer.cursor + 1))  # one waits for the next row
+    packer.cursor = 0
+    assert all(torch.equal(one, other) for one, other in zip(packer.next(), first, strict=True))
 
 
 def test_a_document_longer_than_a_row_is_refused() -> None:

@@ -68,7 +68,7 @@ def test_eight_documents_are_reproduced_token_for_token(tmp_path: Path) -> None:
     assert len({id_ for d in documents for id_ in d.ids} & set(images.tolist())) > 100
     for document in documents:
         # What follows each true beginning is right: so it is when it goes on from its own.
-        ids, answer = torch.tensor(document.ids), np.asarray(document.weights) > 0
+        ids, answer = torch.tensor(document.ids), np.asarray(document.loss_mask)
         guessed = loaded.transformer(ids[None])[0, :-1].argmax(-1)
         wrong = (guessed != ids[1:])[torch.from_numpy(answer)[1:]]
         assert answer.sum() > 1 and not wrong.any(), f"{int(wrong.sum())} of {answer.sum()}"

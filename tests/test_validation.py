@@ -77,7 +77,7 @@ def by_hand(folder: Path, documents: list[TokenSequence]) -> float:
         with torch.no_grad():
             logits = transformer(ids[:, :-1], None, [CausalAttend()] * 2)[0]
         own = -logits.log_softmax(-1)[torch.arange(len(ids[0]) - 1), ids[0, 1:]]
-        nats += [float(x) for x, w in zip(own, document.weights[1:], strict=True) if w > 0]
+        nats += [float(x) for x, w in zip(own, document.loss_mask[1:], strict=True) if w]
     return float(np.mean(nats))
 
 
@@ -158,8 +158,8 @@ def test_patience_counts_checks_in_a_row() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (["validation=1"], "no share"),
-        (["validation=-0.1"], "no share"),
+        (["validation=1"], "not a share"),
+        (["validation=-0.1"], "not a share"),
         (["validation=0.1", "validation_data=x.jsonl"], "not both"),
         (["patience=3"], "need documents"),
         (["validate_every=3"], "need documents"),

@@ -1,6 +1,8 @@
-"""Other people's corpora: rows of files -> documents -> a stream of any mixture, or token shards.
+"""Rows of text and pictures -> documents -> a stream of any mixture -> packed batches.
 
-    files -> tables (rows by number) -> forms (a row's turns) -> encoding (tokens) -> mixture
+    files -> tables -> rows -> forms -> encoding -> corpus -> mixture -> packing
+             rows by number    turns    tokens      sources   documents  batches
 
-`shards` keeps the tokens of a corpus on disk, and is read as rows are.
+`tokenize` writes the tokens of a corpus to `shards`, which `corpus` opens as it opens rows.
+Nothing here knows a loss or a training loop.
 """

@@ -8,16 +8,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from earlyfusion.data.shard_maker import Job, ShardMaker
 from earlyfusion.errors import DataError, EarlyFusionError, SettingError
-
-if TYPE_CHECKING:
-    from earlyfusion.data.tokenize import Job
 
 
 def make_on_ray(job: Job, shards: list[int], workers: int) -> Iterator[dict[str, Any]]:
-    """The shards as actors of Ray Data finish them, on the cluster of `RAY_ADDRESS` or here."""
+    """Notes of the shards as actors of Ray Data finish them, on `RAY_ADDRESS` or this machine."""
     try:
         import ray
         import ray.data
@@ -31,10 +29,11 @@ def make_on_ray(job: Job, shards: list[int], workers: int) -> Iterator[dict[str,
     if not ray.is_initialized():
         ray.init(log_to_driver=False, logging_level="ERROR")
     ray.data.DataContext.get_current().enable_progress_bars = False
-    place = replace(job, out=job.out.absolute(), model=job.model.absolute())
+    # Actors run in folders of their own.
+    job = replace(job, out=job.out.absolute(), model=job.model.absolute())
     made = ray.data.from_items([{"shard": n} for n in shards], override_num_blocks=len(shards)).map(
-        _ShardMaker,
-        fn_constructor_args=(place,),
+        _Actor,
+        fn_constructor_args=(job,),
         compute=ray.data.ActorPoolStrategy(size=min(workers, len(shards))),
         num_gpus=1 if job.device.startswith("cuda") else 0,
     )
@@ -48,14 +47,12 @@ def make_on_ray(job: Job, shards: list[int], workers: int) -> Iterator[dict[str,
         ) from None
 
 
-class _ShardMaker:
+class _Actor:
     def __init__(self, job: Job) -> None:
-        from earlyfusion.data.tokenize import Maker
-
-        self._maker = Maker(job)
+        self._maker = ShardMaker(job)
 
     def __call__(self, row: dict[str, int]) -> dict[str, str]:
-        # As text: Ray would make columns of it, and lose what is empty.
+        # As text: Ray would make columns of a note, and lose what is empty in it.
         try:
             return {"note": json.dumps(self._maker.make(int(row["shard"]))), "mistake": ""}
         except EarlyFusionError as error:

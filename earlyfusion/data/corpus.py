@@ -1,4 +1,4 @@
-"""Opening what a mixture is made of: raw rows and token shards alike."""
+"""Opening the sources of a mixture: raw rows and token shards alike."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,18 +15,19 @@ from earlyfusion.data.encoding import Encoder, EncodingSettings, Fit, fingerprin
 from earlyfusion.data.held_out import ValidationConfig, held_out_numbers
 from earlyfusion.data.mixture import Documents, Mixture, Order, balanced, two_stages
 from earlyfusion.data.rows import Quarantine, Rows, RowSettings, open_rows
-from earlyfusion.data.shards import TokenShards, is_shards, packed, shards_mode, unpacked
+from earlyfusion.data.shards import TokenShards, is_shards, shards_mode
+from earlyfusion.data.tables import cached_arrays
 from earlyfusion.errors import SettingError
 from earlyfusion.image_tokenizer import ImageTokenizer, Mode
-from earlyfusion.processor import Processor, TokenSequence
+from earlyfusion.processor import Kind, Processor, TokenSequence
 
 # Documents of raw rows that stay encoded: a small corpus is cut into codes once, not every epoch.
-_KEPT_DOCUMENTS = 20_000
+_CACHED_DOCUMENTS = 20_000
 
 
 @dataclass
 class CorpusConfig:
-    """What is read, and how it is mixed. A source is `PATH` or `PATH@WEIGHT`."""
+    """The sources that are read, and how they are mixed. A source is `PATH` or `PATH@WEIGHT`."""
 
     data: tuple[str, ...] = ()
     """Files, folders, globs, hub ids or folders of token shards."""
@@ -47,60 +49,84 @@ class CorpusConfig:
         return RowSettings(self.patterns, self.images, self.max_broken)
 
 
-class RowDocuments:
-    """Raw rows as documents, encoded when they are asked for."""
+class _Encoded(NamedTuple):
+    """A document in arrays: 5 bytes per token, where lists of Python's integers take over 40."""
 
-    def __init__(self, rows: Rows, encoder: Encoder, quarantine: Quarantine, fit: Fit) -> None:
+    ids: np.ndarray
+    role: np.ndarray
+    spans: list[tuple[int, int, Kind]]
+
+
+class RowDocuments:
+    """Raw rows as documents, each encoded when it is first asked for; `cache` is a folder."""
+
+    def __init__(
+        self, rows: Rows, encoder: Encoder, quarantine: Quarantine, fit: Fit, cache: Path
+    ) -> None:
         self.name, self.fingerprint = rows.name, rows.fingerprint
         self.groups, self.is_random = rows.groups, rows.is_random
         self._rows, self._encoder, self._quarantine = rows, encoder, quarantine
-        self.fit = fit
-        self._document = lru_cache(_KEPT_DOCUMENTS)(self._encoded)
+        self.fit, self._cache = fit, cache
+        self._document = lru_cache(_CACHED_DOCUMENTS)(self._encoded)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def pieces(self, number: int) -> list[TokenSequence]:
-        document = self._document(number)
-        return [] if document is None else self.fit.pieces(number, unpacked(document))
+        found = self._document(number)
+        if found is None:
+            return []
+        document = TokenSequence(found.ids.tolist(), found.role.tolist(), found.spans)
+        return self.fit.pieces(number, document)
 
     def answers(self) -> np.ndarray:
-        return np.array([self._encoder.answer(self._rows, n) for n in range(len(self))], np.uint8)
+        # Balancing needs this of every row before the first document: it is found once per run.
+        path = self._cache / f"{self._answers_key()}.npz"
+        found = cached_arrays(path, lambda: {"answers": self._encoder.answers(self._rows)})
+        return found["answers"]
 
-    def _encoded(self, number: int) -> np.ndarray | None:
+    def _answers_key(self) -> str:
+        """A name that changes with the rows, and with which of their pairs are turned around."""
+        settings = self._encoder.settings
+        times = [table.path.stat().st_mtime_ns for table in self._rows.tables]
+        key = (self.fingerprint, times, settings.pairs, settings.image_first, settings.pair_seed)
+        return f"answers-{hashlib.sha256(repr(key).encode()).hexdigest()[:24]}"
+
+    def _encoded(self, number: int) -> _Encoded | None:
         read = self._encoder.read(self._rows, number, self._quarantine)
-        if read is None:
+        document = self._encoder.encode([read])[0]
+        if document is None:
             return None
-        size = self._encoder.processor.vocabulary.size
-        return packed(self._encoder.encode([read])[0], size)
+        ids, role = np.array(document.ids, np.uint32), np.array(document.role, np.uint8)
+        return _Encoded(ids, role, document.spans)
 
 
 @dataclass
 class Corpus:
-    """An open corpus: its stream of documents, and what became of its rows so far."""
+    """An open corpus: its stream of documents, and a count of the rows that were not used."""
 
     stream: Mixture
     fingerprint: str
     quarantine: Quarantine
     documents: list[Documents]
     resize_mode: Mode = "crop"
-    """How pictures of prompts become squares, in all of its sources."""
+    """How pictures of prompts are made square, in all of its sources."""
     held_out: list[tuple[Documents, np.ndarray]] = field(default_factory=list)
     """Sources with the numbers of their rows that are not in the stream."""
 
     def report(self) -> list[str]:
         """Sentences on rows that were left out or cut."""
-        said = []
+        sentences = []
         if self.quarantine.broken:
-            said.append(f"broken rows: {self.quarantine.broken:,}, see {self.quarantine.path}")
+            sentences.append(f"broken rows: {self.quarantine.broken:,}, see {self.quarantine.path}")
         for documents in self.documents:
-            for what in ("cut", "dropped"):
-                count = len(getattr(documents.fit, what))
-                if count:
-                    said.append(
-                        f"documents of {documents.name} too long for a row: {count:,} {what}"
+            fit = documents.fit
+            for numbers, what in ((fit.cut, "cut"), (fit.dropped, "dropped")):
+                if numbers:
+                    sentences.append(
+                        f"documents of {documents.name} too long for a row: {len(numbers):,} {what}"
                     )
-        return said
+        return sentences
 
 
 def open_corpus(
@@ -114,8 +140,8 @@ def open_corpus(
 ) -> Corpus:
     """Open the sources of `config` for rows of `length` tokens.
 
-    What `validation` holds out is not in the stream. `run` takes the quarantine and what is learned
-    about the files. Raises `DataError` and `SettingError`.
+    Rows that `validation` holds out are not in the stream. The quarantine and the indices of files
+    are written to the folder `run`. Raises `DataError` and `SettingError`.
     """
     _check(config, processor, length)
     quarantine = Quarantine(run / "quarantine.jsonl", config.max_broken)
@@ -126,25 +152,27 @@ def open_corpus(
     marks = fingerprints(processor, image_tokenizer)
 
     def opened(path: str) -> Documents:
+        # A row of `length` positions takes one more token: the last is only a target.
         folder, fit = Path(path).expanduser(), Fit(length + 1, processor.vocabulary)
         if is_shards(folder):
             return TokenShards(folder, marks, fit)
         rows = open_rows(path, run / "index", config.rows)
-        return RowDocuments(rows, encoder, quarantine, fit)
+        return RowDocuments(rows, encoder, quarantine, fit, run / "index")
 
     orders: dict[str, Order] = {}
     shares: dict[str, dict[str, float]] = {}
     documents, held_out = [], []
     watched = validation or ValidationConfig()
-    for place, source in enumerate(dict.fromkeys((*config.data, *config.added))):
+    for number, source in enumerate(dict.fromkeys((*config.data, *config.added))):
         path, weight = _weighted(source)
         documents.append(opened(path))
-        held = held_out_numbers(len(documents[-1]), watched.validation, seed, place)
+        held = held_out_numbers(len(documents[-1]), watched.validation, seed, number)
         held_out.append((documents[-1], held))
-        mine = _orders(documents[-1], config.balance, seed, f"source {place}", held)
+        # By its number, not its name: a corpus that was moved gives the same documents.
+        mine = _orders(documents[-1], config.balance, seed, f"source {number}", held)
         orders |= {name: order for name, (_, order) in mine.items()}
         shares[source] = {name: weight * share for name, (share, _) in mine.items()}
-    first, added = (_joined(shares, names) for names in (config.data, config.added))
+    first, added = (_shares_of(names, shares) for names in (config.data, config.added))
     stream = Mixture(orders, two_stages(first, added, config.added_from), seed)
     for path in watched.validation_data:
         other = opened(path)
@@ -154,20 +182,20 @@ def open_corpus(
 
 
 def _one_mode(encoding: EncodingSettings, paths: Sequence[str]) -> EncodingSettings:
-    """The settings with the mode of the token shards among the sources, where there are any.
+    """The settings with the resize mode of the token shards among the sources, if there are any.
 
-    Raises `SettingError` where two modes would meet: the model can have one only.
+    Raises `SettingError` where two modes would meet: the model can have only one.
     """
     modes = {path: mode for path in paths if (mode := shards_mode(Path(path).expanduser()))}
-    told = encoding.resize_mode or encoding.prompt_images
+    given = encoding.resize_mode or encoding.prompt_images
     for path, mode in modes.items():
-        other = told or next(iter(modes.values()))
+        other = given or next(iter(modes.values()))
         if mode != other:
             raise SettingError(
-                f"{path} was made with resize_mode={mode}, and {other} is asked for or found in "
-                "other sources: tokenize it again, or leave resize_mode out"
+                f"{path} was made with resize_mode={mode}, and {other} is given or found in other "
+                "sources: tokenize it again, or leave resize_mode out"
             )
-    return replace(encoding, resize_mode=next(iter(modes.values()), told))
+    return replace(encoding, resize_mode=next(iter(modes.values()), given))
 
 
 def _check(config: CorpusConfig, processor: Processor, length: int) -> None:
@@ -181,24 +209,24 @@ def _check(config: CorpusConfig, processor: Processor, length: int) -> None:
 def _digest(
     config: CorpusConfig, documents: Sequence[Documents], seed: int, held_out: float
 ) -> str:
-    """Of everything that the stream depends on."""
+    """Digest of everything that the stream depends on."""
     ways = [config.encoding, seed, config.balance, config.added_from]
-    ways += [held_out] if held_out else []
+    ways += [held_out] if held_out else []  # runs from before it existed go on
     weights = [_weighted(source)[1] for source in (*config.data, *config.added)]
-    told = repr([ways, weights, [d.fingerprint for d in documents]])
-    return hashlib.sha256(told.encode()).hexdigest()
+    text = repr([ways, weights, [d.fingerprint for d in documents]])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _orders(
     documents: Documents, balance: bool, seed: int, key: str, held_out: np.ndarray
 ) -> dict[str, tuple[float, Order]]:
-    """The source without what is held out, or its parts by kind of answer, with their shares."""
+    """The source without held-out rows, or one per kind of answer, with their shares."""
     rest = np.setdiff1d(np.arange(len(documents)), held_out) if len(held_out) else None
     whole = {key: (1.0, Order(documents, seed, key, rest))}
     return balanced(documents, seed, key, rest) if balance else whole
 
 
-def _joined(shares: Mapping[str, dict[str, float]], names: Sequence[str]) -> dict[str, float]:
+def _shares_of(names: Sequence[str], shares: Mapping[str, dict[str, float]]) -> dict[str, float]:
     return {order: share for name in names for order, share in shares[name].items()}
 
 

@@ -1,7 +1,7 @@
-"""Examples -> tokens: pictures are read, cut into codes in batches, and spelled.
+"""Rows -> tokens: pictures are read, cut into codes in batches, and spelled.
 
-Pictures of prompts become squares as the model's do when it is asked, "crop" or "fit"; those of
-answers are cropped, so that none is drawn with a border (arXiv 2405.09818, section 3.1, which fits
+Pictures of prompts are made square as the model does it when it is asked, by "crop" or "fit"; those
+of answers are cropped, so that none is drawn with a border (arXiv 2405.09818, section 3.1, fits
 those of prompts in). Half of the pairs have the picture first (section 2.2).
 """
 
@@ -9,18 +9,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, cast
 
 import numpy as np
 
-from earlyfusion.content import Image, Message, Text
+from earlyfusion.content import Image, Message, Role, Text
 from earlyfusion.data.forms import TEXT, Example, Picture, Turn, example_of
 from earlyfusion.data.rows import Quarantine, Rows
 from earlyfusion.errors import DataError, ImageError, PromptError, SettingError
 from earlyfusion.image_tokenizer import ImageTokenizer, Mode
-from earlyfusion.processor import CONTROL, PROMPT_IMAGE, PROMPT_TEXT, Processor, TokenSequence
+from earlyfusion.processor import (
+    CONTROL,
+    END,
+    LEARNED,
+    PROMPT_IMAGE,
+    PROMPT_TEXT,
+    Processor,
+    TokenSequence,
+)
 from earlyfusion.vocabulary import Vocabulary
 
 
@@ -29,7 +38,7 @@ class EncodingSettings:
     """How rows become documents."""
 
     prompt_images: str = ""
-    """An older name of `resize_mode`."""
+    """The older name of `resize_mode`."""
     answer_images: str = "crop"
     pairs: str = "turns"
     """A pair is a prompt and its answer ("turns"), or a plain document ("document")."""
@@ -37,8 +46,8 @@ class EncodingSettings:
     """Share of the pairs whose picture comes first."""
     pair_seed: int = 0
     resize_mode: str = ""
-    """How a prompt's picture becomes a square: "fit" in with a border, or "crop" the centre; "": as
-    the model has it. The model that is trained has it so from then on."""
+    """How a prompt's picture is made square: "fit" with a border, or "crop" the centre; "": as the
+    model does it. The trained model keeps the mode."""
 
     def __post_init__(self) -> None:
         for name, more in (("prompt_images", ("",)), ("answer_images", ()), ("resize_mode", ("",))):
@@ -52,33 +61,37 @@ class EncodingSettings:
         if self.pairs not in ("turns", "document"):
             raise SettingError(f"pairs={self.pairs!r} is unknown: choose turns or document")
         if not 0 <= self.image_first <= 1:
-            raise SettingError(f"image_first={self.image_first} is no share: give 0 to 1")
+            raise SettingError(f"image_first={self.image_first} is not a share: give 0 to 1")
 
     def of_model(self, mode: Mode) -> EncodingSettings:
-        """The same with the mode that counts, where a model has `mode`."""
+        """The same settings with the resize mode filled in, for a model that has `mode`."""
         known = cast("Mode", self.resize_mode or self.prompt_images or mode)
         return replace(self, resize_mode=known, prompt_images=known)
 
     @property
     def mode(self) -> Mode:
-        """How a prompt's picture becomes a square, once `of_model` has told."""
+        """The resize mode of pictures in prompts, once `of_model` has filled it in."""
         return cast("Mode", self.resize_mode or self.prompt_images)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Read:
-    """A row whose pictures are in memory."""
+    """A row whose pictures are in memory; `turns` is None where it went to the quarantine."""
 
     form: str
-    turns: list[tuple[str, list[Text | Image]]]
+    answers: int
+    """What its answers hold: TEXT, PICTURE or BOTH."""
+    turns: list[tuple[Role, list[Text | Image]]] | None
 
     @property
-    def is_plain(self) -> bool:
-        return len(self.turns) == 1
+    def images(self) -> list[tuple[Role, Image]]:
+        """Its pictures in order, each with the role that shows it."""
+        turns = self.turns or []
+        return [(role, p) for role, parts in turns for p in parts if isinstance(p, Image)]
 
 
 class Encoder:
-    """Rows of one kind of model."""
+    """Rows to documents, for one tokenizer and image tokenizer."""
 
     def __init__(
         self, processor: Processor, image_tokenizer: ImageTokenizer, settings: EncodingSettings
@@ -86,74 +99,86 @@ class Encoder:
         self.processor, self.settings = processor, settings.of_model(image_tokenizer.mode)
         self._image_tokenizer = image_tokenizer
 
-    def answer(self, rows: Rows, number: int) -> int:
-        """What the answers of row `number` hold: TEXT, PICTURE or BOTH; TEXT of a broken row."""
-        table, place = rows.place(number)
-        try:
-            return self._example(table.row(place), number).answers
-        except DataError:
-            return TEXT
+    def answers(self, rows: Rows) -> np.ndarray:
+        """What each row's answers hold (TEXT, PICTURE or BOTH), no picture read: uint8 [rows].
 
-    def read(self, rows: Rows, number: int, quarantine: Quarantine) -> Read | None:
-        """Row `number` with its pictures; None where it went to the quarantine."""
-        table, place = rows.place(number)
+        A row that cannot be parsed counts as TEXT.
+        """
+        found = np.full(len(rows), TEXT, np.uint8)
+        for number, row in enumerate(rows.outlines()):
+            try:
+                found[number] = TEXT if row is None else self._example(row, number).answers
+            except DataError:
+                continue
+        return found
+
+    def read(self, rows: Rows, number: int, quarantine: Quarantine) -> Read:
+        """Row `number` with its pictures, or without turns where it went to the quarantine."""
+        table, at = rows.find(number)
+        form, answers = "", TEXT
         try:
-            row = table.row(place)
+            row = table.row(at)
             example = self._example(row, number)
+            form, answers = example.form, example.answers
             turns = [_read_turn(turn, lambda name: table.read(row, name)) for turn in example.turns]
         except (DataError, ImageError, PromptError) as error:
-            quarantine.refuse(table.path, place + 1, str(error))
-            return None
+            quarantine.refuse(table.path, at + 1, str(error))
+            return Read(form, answers, None)
         quarantine.accept()
-        return Read(example.form, turns)
+        return Read(form, answers, turns)
 
-    def encode(self, batch: Sequence[Read]) -> list[TokenSequence]:
-        """Documents of rows; the pictures of all go through the network together."""
-        codes = self._codes(batch)
-        return [self._document(read, codes) for read in batch]
+    def encode(self, batch: Sequence[Read]) -> list[TokenSequence | None]:
+        """Documents of rows, None for those of the quarantine.
+
+        The pictures of all rows go through the network together.
+        """
+        codes = iter(self._codes([image for read in batch for image in read.images]))
+        return [None if read.turns is None else self._document(read, codes) for read in batch]
 
     def _example(self, row: dict[str, Any], number: int) -> Example:
+        # Drawn by the row's number alone: shards and raw rows have the same pairs turned around.
         draw = np.random.default_rng([self.settings.pair_seed, number]).random()
         plain_pairs = self.settings.pairs == "document"
         return example_of(row, bool(draw < self.settings.image_first), plain_pairs)
 
-    def _codes(self, batch: Sequence[Read]) -> dict[int, np.ndarray]:
-        """Codes of every picture by its identity."""
-        codes: dict[int, np.ndarray] = {}
-        modes = {"user": self.settings.mode, "assistant": self.settings.answer_images}
-        for role, mode in modes.items():
-            images = [
-                part
-                for read in batch
-                for speaker, parts in read.turns
-                for part in parts
-                if speaker == role and isinstance(part, Image)
-            ]
-            found = self._image_tokenizer.encode(images, cast("Mode", mode)).cpu().numpy()
-            codes |= {id(image): own for image, own in zip(images, found, strict=True)}
-        return codes
+    def _codes(self, images: Sequence[tuple[Role, Image]]) -> list[np.ndarray]:
+        """Codes of pictures in order; a batch per role, since roles have resize modes."""
+        found: list[np.ndarray] = [np.empty(0)] * len(images)
+        modes = {"user": self.settings.mode, "assistant": cast("Mode", self.settings.answer_images)}
+        for speaker, mode in modes.items():
+            mine = [number for number, (role, _) in enumerate(images) if role == speaker]
+            codes = self._image_tokenizer.encode([images[number][1] for number in mine], mode)
+            for number, own in zip(mine, codes.cpu().numpy(), strict=True):
+                found[number] = own
+        return found
 
-    def _document(self, read: Read, codes: dict[int, np.ndarray]) -> TokenSequence:
-        if read.is_plain:
-            return self._plain(read, codes)
-        messages = [Message(role, parts) for role, parts in read.turns]  # type: ignore[arg-type]
-        images = [image for message in messages for image in message.images]
-        return self.processor.encode_document(messages, [codes[id(image)] for image in images])
-
-    def _plain(self, read: Read, codes: dict[int, np.ndarray]) -> TokenSequence:
-        vocabulary, sequence = self.processor.vocabulary, TokenSequence()
-        sequence.control(vocabulary.bos)
-        for part in read.turns[0][1]:
-            if isinstance(part, Text):
-                sequence.segment(self.processor.encode_text(part.text), "assistant", "text")
-            else:
-                tokens = self.processor.layout.spell(codes[id(part)], vocabulary)
-                sequence.segment(tokens, "assistant", "image")
-        sequence.control(vocabulary.eos, weight=1.0)
-        return sequence
+    def _document(self, read: Read, codes: Iterator[np.ndarray]) -> TokenSequence:
+        """The document of a row, which takes the codes of its pictures from `codes`."""
+        assert read.turns is not None
+        mine = list(islice(codes, len(read.images)))
+        if len(read.turns) == 1:
+            return plain_document(self.processor, read.turns[0][1], mine)
+        messages = [Message(role, parts) for role, parts in read.turns]
+        return self.processor.encode_document(messages, mine)
 
 
-def _read_turn(turn: Turn, read: Callable[[str], bytes]) -> tuple[str, list[Text | Image]]:
+def plain_document(
+    processor: Processor, parts: Sequence[Text | Image], codes: Sequence[np.ndarray]
+) -> TokenSequence:
+    """A document that has no prompt, so that all of it is learned; `codes` are its pictures'."""
+    vocabulary, sequence, rest = processor.vocabulary, TokenSequence(), iter(codes)
+    sequence.control(vocabulary.bos)
+    for part in parts:
+        if isinstance(part, Text):
+            sequence.segment(processor.encode_text(part.text), "assistant", "text")
+        else:
+            tokens = processor.layout.spell(next(rest), vocabulary)
+            sequence.segment(tokens, "assistant", "image")
+    sequence.control(vocabulary.eos, END)
+    return sequence
+
+
+def _read_turn(turn: Turn, read: Callable[[str], bytes]) -> tuple[Role, list[Text | Image]]:
     role, parts = turn
     return role, [
         _image(part, read) if isinstance(part, Picture) else _whole(part) for part in parts
@@ -174,11 +199,11 @@ def _image(picture: Picture, read: Callable[[str], bytes]) -> Image:
 
 
 class Fit:
-    """Makes documents fit rows of `limit` tokens, and keeps the numbers of those that did not.
+    """Makes documents fit rows of `limit` tokens, and remembers the numbers of those that did not.
 
     A dialogue keeps its first exchanges that fit, as one piece. A plain document is cut between
-    its segments, and within a text that is longer than a piece; a picture is never cut. Where no
-    piece would do, the document is dropped.
+    its segments, and within a text that is longer than a piece; a picture is never cut. A document
+    of which no piece fits is dropped.
     """
 
     def __init__(self, limit: int, vocabulary: Vocabulary) -> None:
@@ -187,7 +212,7 @@ class Fit:
         self.dropped: set[int] = set()
 
     def pieces(self, number: int, document: TokenSequence) -> list[TokenSequence]:
-        """The document in pieces, itself if it fits; none of an empty one."""
+        """Document `number` in pieces: itself if it fits, none of an empty one."""
         if len(document) <= self._limit:
             return [document] if len(document) else []
         dialogue = {PROMPT_TEXT, PROMPT_IMAGE}.intersection(document.role)
@@ -201,18 +226,19 @@ def _first_exchanges(
     document: TokenSequence, limit: int, vocabulary: Vocabulary
 ) -> list[TokenSequence]:
     role = document.role
+    # Where an answer was closed by the end of its turn: eos takes that token's place.
     ends = [
         at
         for at, token in enumerate(document.ids[:limit])
-        if token == vocabulary.end_of_turn and role[at] == CONTROL and document.weights[at - 1] > 0
+        if token == vocabulary.end_of_turn and role[at] == CONTROL and role[at - 1] in LEARNED
     ]
     if not ends:
         return []
     at = ends[-1]
     spans = [span for span in document.spans if span[1] <= at]
-    kept = TokenSequence(document.ids[:at], role[:at], spans, document.weights[:at])
-    kept.control(vocabulary.eos, weight=1.0)
-    return [kept]
+    shorter = TokenSequence(document.ids[:at], role[:at], spans)
+    shorter.control(vocabulary.eos, END)
+    return [shorter]
 
 
 def _cut_between_segments(
@@ -220,20 +246,21 @@ def _cut_between_segments(
 ) -> list[TokenSequence]:
     room = limit - 2  # bos, and eos after the last
     blocks = [
-        (document.ids[start:end], kind)
-        for first, last, kind in document.spans
-        for start, end in _blocks(first, last, room if kind == "text" else last - first)
+        (document.ids[start:end], modality)
+        for first, last, modality in document.spans
+        for start, end in _blocks(first, last, room if modality == "text" else last - first)
     ]
     if any(len(tokens) > room for tokens, _ in blocks):
         return []
     cut: list[TokenSequence] = []
-    for tokens, kind in blocks:
+    for tokens, modality in blocks:
         if not cut or len(cut[-1]) - 1 + len(tokens) > room:
             cut.append(TokenSequence())
             cut[-1].control(vocabulary.bos)
-        cut[-1].segment(tokens, "assistant", kind)
+        cut[-1].segment(tokens, "assistant", modality)
+    # Only the last piece is an end: after the others the document goes on.
     if cut:
-        cut[-1].control(vocabulary.eos, weight=1.0)
+        cut[-1].control(vocabulary.eos, END)
     return cut
 
 
@@ -242,7 +269,7 @@ def _blocks(first: int, last: int, size: int) -> list[tuple[int, int]]:
 
 
 def fingerprints(processor: Processor, image_tokenizer: ImageTokenizer) -> dict[str, str]:
-    """What the tokens of a corpus depend on: digests of the tokenizer and the image tokenizer."""
+    """Digests of what the tokens of a corpus depend on: the tokenizer and the image tokenizer."""
     return {
         "tokenizer": _tokenizer_digest(processor),
         "image_tokenizer": _image_tokenizer_digest(processor, image_tokenizer),
@@ -251,6 +278,7 @@ def fingerprints(processor: Processor, image_tokenizer: ImageTokenizer) -> dict[
 
 def _tokenizer_digest(processor: Processor) -> str:
     data = json.loads(processor.tokenizer_file.read_text(encoding="utf-8"))
+    # The other keys of the file (truncation, padding …) change no token of a text.
     meaning = {k: data.get(k) for k in ("model", "normalizer", "pre_tokenizer", "added_tokens")}
     return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
 
@@ -259,6 +287,7 @@ def _image_tokenizer_digest(processor: Processor, image_tokenizer: ImageTokenize
     digest = hashlib.sha256(str(image_tokenizer.resolution).encode())
     digest.update(processor.layout.template(processor.vocabulary).tobytes())
     for name, tensor in sorted(image_tokenizer.vqgan.state_dict().items()):
+        # Codes do not depend on the decoder: it may be trained on after a corpus was tokenized.
         if not name.startswith(("decoder.", "post_quant_conv.")):
             digest.update(name.encode())
             digest.update(tensor.float().cpu().numpy(force=True).tobytes())

@@ -1,15 +1,15 @@
-"""The forms that rows come in, told apart by their keys.
+"""The forms of rows, recognised by their keys.
 
 | form | keys |
 | --- | --- |
 | messages | `messages` of role and content (a text or typed parts), `images` or `image`: TRL's |
 | prompt | `prompt` and `completion`, each a text or messages: TRL's too |
 | conversations | `conversations` of `from` and `value`, with `<image>` marks: LLaVA's |
-| interleaved | `texts` and `images` of one length, None where the other has something: OBELICS' |
+| interleaved | `texts` and `images` of equal length, None where the other has an entry: OBELICS' |
 | pair | a picture (`image`, `jpg`, `file_name` …) and a caption (`caption`, `text`, `txt` …) |
 | text | `text` |
 
-A row becomes an `Example`; its pictures are only named here, and read later.
+A row becomes an `Example`, which only names its pictures: they are read later.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from earlyfusion.errors import DataError
 
 
 class Picture(NamedTuple):
-    """A picture that is not read yet: the bytes of its file, or its name."""
+    """A picture that is not read yet: the bytes of its file, or the file's name."""
 
     where: bytes | str
 
 
 Part: TypeAlias = Text | Picture
 Turn: TypeAlias = tuple[Role, list[Part]]
-TEXT, PICTURE, BOTH = range(3)
+TEXT, PICTURE, BOTH = range(3)  # what answers hold
 
 
 @dataclass
 class Example:
-    """Turns that alternate from the user's to the assistant's, or one of the assistant's alone.
+    """Turns that alternate from the user's to the assistant's, or a single one of the assistant's.
 
     The latter is a plain document: nothing in it is a prompt.
     """
@@ -44,12 +44,8 @@ class Example:
     turns: list[Turn]
 
     @property
-    def is_plain(self) -> bool:
-        return len(self.turns) == 1
-
-    @property
     def answers(self) -> int:
-        """What the assistant gives: TEXT, PICTURE or BOTH."""
+        """What the assistant's turns hold: TEXT, PICTURE or BOTH."""
         parts = [part for role, turn in self.turns if role == "assistant" for part in turn]
         pictures = sum(isinstance(part, Picture) for part in parts)
         return BOTH if 0 < pictures < len(parts) else PICTURE if pictures else TEXT
@@ -70,7 +66,7 @@ _CAPTIONS = ("caption", "text", "txt", "captions")
 def example_of(row: Mapping[str, Any], picture_first: bool, plain_pairs: bool = False) -> Example:
     """Read a row. A pair is a prompt and its answer, or with `plain_pairs` a plain document.
 
-    Raises `DataError` with the reason where the row is of no known form or does not keep to it.
+    Raises `DataError` with the reason where the row has no known form, or breaks its rules.
     """
     form = form_of(row)
     if form == "pair":
@@ -84,13 +80,13 @@ def example_of(row: Mapping[str, Any], picture_first: bool, plain_pairs: bool = 
 
 
 def pictures_of(row: Mapping[str, Any]) -> list[Picture]:
-    """The pictures of a row of any form, or of one that has pictures and nothing else.
+    """The pictures of a row of any form, or of a row that has nothing but pictures.
 
     Raises `DataError` where there are none.
     """
-    own = next((key for key in ("images", *_PICTURES) if row.get(key) is not None), None)
-    if own is not None:
-        value = row[own]
+    column = next((key for key in ("images", *_PICTURES) if row.get(key) is not None), None)
+    if column is not None:
+        value = row[column]
         found = [_picture(v) for v in (value if isinstance(value, list) else [value]) if v]
     else:
         turns = example_of(row, picture_first=True).turns
@@ -111,7 +107,7 @@ def form_of(row: Mapping[str, Any]) -> str:
     if "text" in given:
         return "text"
     shown = ", ".join(sorted(map(str, row))[:8]) or "none"
-    raise DataError(f"the row's keys ({shown}) are of no known form: see docs/mini.md for the six")
+    raise DataError(f"the row's keys ({shown}) are of no known form: see docs/data.md for the six")
 
 
 _KEYS = {
@@ -127,7 +123,7 @@ def _pair(row: Mapping[str, Any], picture_first: bool, plain: bool) -> Example:
     caption = next(row[key] for key in _CAPTIONS if row.get(key) is not None)
     if isinstance(caption, list) and caption:
         caption = caption[0]
-    parts = [picture, *_told([Text(_text(caption, "the caption"))])]
+    parts = [picture, *_not_empty([Text(_text(caption, "the caption"))])]
     first, second = parts if picture_first else parts[::-1]
     if plain:
         return Example("pair", [("assistant", [first, second])])
@@ -159,16 +155,16 @@ def _interleaved(row: Mapping[str, Any]) -> list[Turn]:
     if len(texts) != len(images):
         raise DataError(f"there are {len(texts)} texts but {len(images)} images: pad with null")
     parts: list[Part] = []
-    for place, (text, image) in enumerate(zip(texts, images, strict=True)):
+    for number, (text, image) in enumerate(zip(texts, images, strict=True)):
         if text is not None and image is not None:
-            raise DataError(f"place {place} holds a text and an image: give null for one of them")
-        parts += [] if text is None else [Text(_text(text, f"text {place}"))]
+            raise DataError(f"entry {number} has a text and an image: give null for one of them")
+        parts += [] if text is None else [Text(_text(text, f"text {number}"))]
         parts += [] if image is None else [_picture(image)]
-    return [("assistant", _told(parts))]
+    return [("assistant", _not_empty(parts))]
 
 
 def _plain_text(row: Mapping[str, Any]) -> list[Turn]:
-    return [("assistant", _told([Text(_text(row["text"], "the text"))]))]
+    return [("assistant", _not_empty([Text(_text(row["text"], "the text"))]))]
 
 
 _READERS: dict[str, Callable[[Mapping[str, Any]], list[Turn]]] = {
@@ -181,9 +177,9 @@ _READERS: dict[str, Callable[[Mapping[str, Any]], list[Turn]]] = {
 
 
 def _filled(messages: Sequence[Any], pictures: Sequence[Picture]) -> list[Turn]:
-    """Turns with their pictures in place: where marked, or at the front of the first turn.
+    """Turns with their pictures where they are marked, or all at the front of the first turn.
 
-    Neighbours of one role are joined by a line end; a system's text counts as the user's.
+    Turns of one role in a row are joined by a line end; a system's text counts as the user's.
     """
     rest = iter(pictures)
     spoken = [(_role(message), _parts(_content(message), rest)) for message in messages]
@@ -200,15 +196,15 @@ def _filled(messages: Sequence[Any], pictures: Sequence[Picture]) -> list[Turn]:
     if unused and turns[0][0] == "user":
         turns[0][1][:0] = unused
     elif unused:
-        raise DataError("the images have no place: mark them, or begin with the user's turn")
+        raise DataError("no turn takes the images: mark them, or begin with the user's turn")
     for _, parts in turns:
-        _told(parts)
+        _not_empty(parts)
     return turns
 
 
 def _role(message: Any) -> Role:
     if not isinstance(message, Mapping):
-        raise DataError("a message is no object of role and content: write it as one")
+        raise DataError("a message is not an object of role and content: write it as one")
     name = message.get("role", message.get("from"))
     if name not in _ROLES:
         raise DataError(f"the role {str(name)[:40]!r} is unknown: use user, assistant or system")
@@ -232,7 +228,7 @@ def _split(text: str, pictures: Iterator[Picture]) -> Iterator[Part]:
     for number, piece in enumerate(text.split(PLACEHOLDER)):
         if number:
             yield _next(pictures)
-        # LLaVA sets a mark on a line of its own.
+        # LLaVA writes a mark on a line of its own.
         piece = piece.strip("\n") if PLACEHOLDER in text else piece
         if piece:
             yield Text(piece)
@@ -241,15 +237,16 @@ def _split(text: str, pictures: Iterator[Picture]) -> Iterator[Part]:
 def _part(item: Any, pictures: Iterator[Picture]) -> list[Part]:
     if isinstance(item, str):
         return list(_split(item, pictures))
-    kind = item.get("type") if isinstance(item, Mapping) else None
-    if kind == "text":
-        # Typed parts have no marks: a text that spells one is a text.
+    part_type = item.get("type") if isinstance(item, Mapping) else None
+    if part_type == "text":
+        # Typed parts have no marks: a text that spells one is plain text.
         text = _text(item.get("text"), "a text part")
         return [Text(text)] if text else []
-    if kind in ("image", "image_url"):
-        own = next((item[k] for k in ("image", "image_url", "url", "path") if item.get(k)), None)
-        return [_next(pictures) if own is None else _picture(own)]
-    raise DataError(f"a part of type {str(kind)[:40]!r} is unknown: use text or image")
+    if part_type in ("image", "image_url"):
+        keys = ("image", "image_url", "url", "path")
+        given = next((item[key] for key in keys if item.get(key)), None)
+        return [_next(pictures) if given is None else _picture(given)]
+    raise DataError(f"a part of type {str(part_type)[:40]!r} is unknown: use text or image")
 
 
 def _next(pictures: Iterator[Picture]) -> Picture:
@@ -269,7 +266,7 @@ def _pictures(row: Mapping[str, Any]) -> list[Picture]:
 
 
 def _picture(value: Any) -> Picture:
-    """A picture given as bytes, name, or the dicts of `datasets` and of the chat protocols."""
+    """A picture given as bytes, a name, or a dict as `datasets` and chat protocols write it."""
     if isinstance(value, Mapping):
         value = next((value[k] for k in ("bytes", "path", "url") if value.get(k)), None)
     if isinstance(value, bytes | str) and value:
@@ -289,8 +286,8 @@ def _listed(value: Any, name: str) -> list[Any]:
     return value
 
 
-def _told(parts: list[Part]) -> list[Part]:
-    """The same parts, if they say anything."""
+def _not_empty(parts: list[Part]) -> list[Part]:
+    """The same parts, unless none of them has a picture or a letter."""
     if not any(isinstance(part, Picture) or part.text.strip() for part in parts):
         raise DataError("a turn is empty: give it a text or an image")
     return parts

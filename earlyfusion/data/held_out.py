@@ -1,4 +1,4 @@
-"""Documents that are held out of training: which they are."""
+"""Which documents are held out of training, to measure the model on."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from earlyfusion.errors import DataError, SettingError
 from earlyfusion.processor import TokenSequence
 
 MOST_DOCUMENTS = 500
-"""Of a larger held-out part so many are measured, evenly spread over it."""
+"""How many are measured; of more, this number of them, evenly spread."""
 
 
 @dataclass
 class ValidationConfig:
-    """What is held out, and how it is watched. The model of the lowest loss is the one kept."""
+    """Which rows are held out, and how often their loss is measured.
+
+    The weights of the lowest loss become the model of the run.
+    """
 
     validation: float = 0.0
     """Share of each source's rows that is held out; 0: none."""
@@ -26,18 +29,18 @@ class ValidationConfig:
     validate_every: int = 0
     """Steps between checks, also after the last step; 0: as often as `run.save_every`."""
     patience: int = 0
-    """End the run after so many checks in a row without a lower loss; 0: never."""
+    """End the run after this number of checks in a row without a lower loss; 0: never."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.validation < 1:
-            raise SettingError(f"validation={self.validation} is no share: give 0 up to under 1")
+            raise SettingError(f"validation={self.validation} is not a share: give 0 up to under 1")
         if self.validation and self.validation_data:
             raise SettingError(
                 f"validation={self.validation} and validation_data: give a share or files, not both"
             )
         for name in ("validate_every", "patience"):
             if getattr(self, name) < 0:
-                raise SettingError(f"{name}={getattr(self, name)} must be 0 up")
+                raise SettingError(f"{name}={getattr(self, name)} must be 0 or more")
         if (self.patience or self.validate_every) and not self.is_on:
             raise SettingError(
                 f"patience={self.patience} and validate_every={self.validate_every} need documents "
@@ -49,15 +52,15 @@ class ValidationConfig:
         return self.validation > 0 or bool(self.validation_data)
 
 
-def held_out_numbers(size: int, share: float, seed: int, place: int) -> np.ndarray:
-    """Numbers of a source's rows that are held out, ascending: at least one of two or more."""
+def held_out_numbers(size: int, share: float, seed: int, source: int) -> np.ndarray:
+    """Numbers of the held-out rows of source number `source`, ascending: one of two at least."""
     count = min(size - 1, max(1, round(share * size))) if share else 0
-    chosen = np.random.default_rng([seed, 11, place]).permutation(size)[:count]
+    chosen = np.random.default_rng([seed, 11, source]).permutation(size)[:count]
     return np.sort(chosen)
 
 
 def held_out_documents(held: Sequence[tuple[Documents, np.ndarray]]) -> list[TokenSequence]:
-    """The documents of these rows of sources; of many, some that are evenly spread.
+    """The documents of these rows of sources, at most about `MOST_DOCUMENTS`.
 
     Raises `DataError` where none can be used.
     """

@@ -1,9 +1,10 @@
 """Many sources -> one stream of documents, a pure function of the number of the document.
 
-    number -> which source, by weight -> which place in that source's epoch -> which row, shuffled
+    number -> source, by weight -> position in an epoch of that source -> row, shuffled
 
-No state but the number, so a run resumes at the exact document, and a rank or a worker takes its
-share of the numbers. Each source is gone through without repetition, then again in another order.
+The number is the only state, so a run resumes at the exact document, and a rank or a worker takes
+its share of the numbers. Each source is gone through without repetition, then again in another
+order.
 """
 
 from __future__ import annotations
@@ -18,38 +19,41 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from earlyfusion.data.encoding import Fit
-from earlyfusion.data.tables import KEPT_GROUPS
+from earlyfusion.data.joined import Joined
+from earlyfusion.data.tables import DECODED_GROUPS
 from earlyfusion.errors import DataError, SettingError
 from earlyfusion.processor import TokenSequence
 
-_CYCLE = 4096
-_TRIES = 1000
+_CYCLE = 4096  # documents in which each source has exactly its share
+_TRIES = 1000  # rows in a row that may be of no use
 _MASK = (1 << 64) - 1
 
 
 class Numbered(Protocol):
-    """A source by number. `groups` and `is_random` say how it likes to be read."""
+    """Anything with numbered entries."""
 
     groups: list[int]
+    """Numbers of entries that are cheap to read together, in order."""
     is_random: bool
+    """Whether any entry is as cheap to read as the next one."""
 
     def __len__(self) -> int: ...
 
 
 class Documents(Numbered, Protocol):
-    """A source of documents.
-
-    `pieces` are what number `number` gives, empty for a row that is broken or does not fit;
-    `fit` knows which were cut or dropped; `answers` tells each number's kind (TEXT, PICTURE, BOTH)
-    as uint8 [n].
-    """
+    """A source of documents."""
 
     name: str
     fingerprint: str
     fit: Fit
 
-    def pieces(self, number: int) -> list[TokenSequence]: ...
-    def answers(self) -> np.ndarray: ...
+    def pieces(self, number: int) -> list[TokenSequence]:
+        """Document `number` in pieces that fit a row; none of a row that is broken or too long."""
+        ...
+
+    def answers(self) -> np.ndarray:
+        """What each document's answers hold (TEXT, PICTURE or BOTH): uint8 [n]."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -63,9 +67,9 @@ class Stage:
 def two_stages(
     first: Mapping[str, float], added: Mapping[str, float], start: int
 ) -> tuple[Stage, ...]:
-    """The paper's plan: from `start` on, all sources of before have half of the weight together.
+    """From `start` on, the sources of `first` share half of the weight, and `added` the other half.
 
-    The other half goes to `added`, the better ones (arXiv 2405.09818, section 2.2).
+    The paper adds data of higher quality so (arXiv 2405.09818, section 2.2).
     """
     if not added:
         return (Stage(0, first),)
@@ -78,14 +82,14 @@ def two_stages(
 
 
 class Draw(NamedTuple):
-    """The document number `turn` that is taken from source `source`."""
+    """The next document of `source`, of which `turn` were drawn before."""
 
     source: str
     turn: int
 
 
 class Schedule:
-    """Which source each document number takes: in every 4,096 numbers, exactly by weight."""
+    """The source of each document: in every 4,096 documents, exactly by weight."""
 
     def __init__(self, stages: Sequence[Stage], seed: int) -> None:
         self._stages = sorted(stages, key=lambda stage: stage.start)
@@ -94,54 +98,54 @@ class Schedule:
         self._slots = [_slots(stage.weights) for stage in self._stages]
         self._cycle = lru_cache(8)(self._new_cycle)
         self._seed = seed
+        # Documents of each source that earlier stages took: a later stage goes on from there.
         self._taken: list[dict[str, int]] = [{}]
-        for place, stage in enumerate(self._stages[1:]):
-            self._taken.append(self._taken_by(place, stage.start))
+        for number, stage in enumerate(self._stages[1:]):
+            self._taken.append(self._taken_by(number, stage.start))
 
     def draw(self, number: int) -> Draw:
-        place = max(i for i, stage in enumerate(self._stages) if stage.start <= number)
-        names, within = self._slots[place], number - self._stages[place].start
+        stage = max(i for i, stage in enumerate(self._stages) if stage.start <= number)
+        slots, within = self._slots[stage], number - self._stages[stage].start
         cycle, at = divmod(within, _CYCLE)
-        order, ranks = self._cycle(place, cycle)
-        which = int(order[at])
-        name = list(names)[which]
-        turn = self._taken[place].get(name, 0) + cycle * names[name] + int(ranks[at])
+        order, ranks = self._cycle(stage, cycle)
+        name = list(slots)[int(order[at])]
+        turn = self._taken[stage].get(name, 0) + cycle * slots[name] + int(ranks[at])
         return Draw(name, turn)
 
-    def _new_cycle(self, place: int, cycle: int) -> tuple[np.ndarray, np.ndarray]:
-        """Source of each slot, and how many slots of that source come before it."""
-        slots = list(self._slots[place].values())
+    def _new_cycle(self, stage: int, cycle: int) -> tuple[np.ndarray, np.ndarray]:
+        """The source of each slot, and how many slots of that source come before it."""
+        slots = list(self._slots[stage].values())
         order = np.repeat(np.arange(len(slots)), slots)
-        np.random.default_rng([self._seed, place, cycle]).shuffle(order)
+        np.random.default_rng([self._seed, stage, cycle]).shuffle(order)
         ranks = np.zeros(_CYCLE, np.int64)
         for source in range(len(slots)):
             mine = order == source
             ranks[mine] = np.arange(mine.sum())
         return order, ranks
 
-    def _taken_by(self, place: int, end: int) -> dict[str, int]:
-        """How many documents of each source go before `end`, the end of stage `place`."""
-        names = self._slots[place]
-        cycles, rest = divmod(end - self._stages[place].start, _CYCLE)
-        order, _ = self._cycle(place, cycles)
-        extra = np.bincount(order[:rest], minlength=len(names))
-        taken = dict(self._taken[place])
-        for which, (name, slots) in enumerate(names.items()):
-            taken[name] = taken.get(name, 0) + cycles * slots + int(extra[which])
+    def _taken_by(self, stage: int, end: int) -> dict[str, int]:
+        """How many documents of each source come before `end`, where this stage ends."""
+        slots = self._slots[stage]
+        cycles, rest = divmod(end - self._stages[stage].start, _CYCLE)
+        order, _ = self._cycle(stage, cycles)
+        extra = np.bincount(order[:rest], minlength=len(slots))
+        taken = dict(self._taken[stage])
+        for source, (name, count) in enumerate(slots.items()):
+            taken[name] = taken.get(name, 0) + cycles * count + int(extra[source])
         return taken
 
 
 class Mixture:
     """The stream of all sources: `mixture(number)` is a document.
 
-    A row that is broken or does not fit gives way to the next of its epoch.
+    A row that is broken or does not fit is replaced by the next one of its epoch.
     """
 
     def __init__(self, sources: Mapping[str, Order], stages: Sequence[Stage], seed: int) -> None:
         self._sources, self._schedule = sources, Schedule(stages, seed)
         missing = {n for stage in stages for n in stage.weights} - sources.keys()
         if missing:
-            raise SettingError(f"the mixture names {sorted(missing)[0]!r}, which is no source")
+            raise SettingError(f"the mixture names {sorted(missing)[0]!r}, which is not a source")
 
     def __call__(self, number: int) -> TokenSequence:
         draw = self._schedule.draw(number)
@@ -149,6 +153,7 @@ class Mixture:
         for attempt in range(_TRIES):
             epoch, pieces = order.pieces(draw.turn + attempt)
             if pieces:
+                # A long document gives another of its pieces in each epoch.
                 return pieces[epoch % len(pieces)]
         raise DataError(
             f"{draw.source} gives no usable document in {_TRIES} rows: see the quarantine file, "
@@ -159,9 +164,9 @@ class Mixture:
 class Epochs:
     """The numbers of a source, epoch after epoch, each epoch in an order of its own.
 
-    Groups of rows are shuffled, and the rows within pools of groups, so that a Parquet file is read
-    group by group; where rows can be had one by one, the pool is everything. `chosen` are the
-    numbers that count, in order; all of them if None.
+    Groups of rows are shuffled, and then the rows within pools of groups, so that a Parquet file is
+    read group by group; where any row is cheap to read, one pool holds all. `chosen` are the
+    numbers to use, ascending; None: all.
     """
 
     def __init__(
@@ -175,28 +180,30 @@ class Epochs:
     def __len__(self) -> int:
         return self._size
 
-    def number(self, epoch: int, place: int) -> int:
-        """The source's own number of the document at `place` of an epoch."""
-        number = self._in_pool(epoch, place)
+    def number(self, epoch: int, position: int) -> int:
+        """The source's number of the document at `position` of an epoch."""
+        number = self._in_pool(epoch, position)
         return number if self._chosen is None else int(self._chosen[number])
 
-    def _in_pool(self, epoch: int, place: int) -> int:
-        pool_ends, groups, starts = self._pools(epoch)
-        pool = int(np.searchsorted(pool_ends, place, "right"))
-        begin = int(pool_ends[pool - 1]) if pool else 0
-        size = int(pool_ends[pool]) - begin
-        within = shuffled(place - begin, size, _hash(self._key, f"{epoch} {pool}"))
-        for group in groups[pool * KEPT_GROUPS : (pool + 1) * KEPT_GROUPS]:
+    def _in_pool(self, epoch: int, position: int) -> int:
+        pools, sizes, groups, starts = self._pools(epoch)
+        pool, at = pools.find(position)
+        within = shuffled(at, int(sizes[pool]), _hash(self._key, f"{epoch} {pool}"))
+        for group in groups[pool * DECODED_GROUPS : (pool + 1) * DECODED_GROUPS]:
             if within < self._groups[group]:
                 return int(starts[group]) + within
             within -= self._groups[group]
         raise AssertionError("a pool is the sum of its groups")
 
-    def _new_pools(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        sizes = np.asarray(self._groups)
-        order = np.random.default_rng([self._key, epoch]).permutation(len(sizes))
-        pools = np.add.reduceat(sizes[order], np.arange(0, len(sizes), KEPT_GROUPS))
-        return np.cumsum(pools), order, np.cumsum([0, *sizes[:-1]])
+    def _new_pools(self, epoch: int) -> tuple[Joined, np.ndarray, np.ndarray, np.ndarray]:
+        """The pools of an epoch: joined, their sizes; the groups in their order; where each starts.
+
+        As many groups make a pool as a Parquet file keeps decoded.
+        """
+        groups = np.asarray(self._groups)
+        order = np.random.default_rng([self._key, epoch]).permutation(len(groups))
+        sizes = np.add.reduceat(groups[order], np.arange(0, len(groups), DECODED_GROUPS))
+        return Joined(sizes.tolist()), sizes, order, np.cumsum([0, *groups[:-1]])
 
 
 class Order(Epochs):
@@ -209,36 +216,36 @@ class Order(Epochs):
         self._documents = documents
 
     def pieces(self, turn: int) -> tuple[int, list[TokenSequence]]:
-        """Epoch and document of draw number `turn`."""
-        epoch, place = divmod(turn, len(self))
-        return epoch, self._documents.pieces(self.number(epoch, place))
+        """The epoch of draw number `turn`, and the pieces of its document."""
+        epoch, position = divmod(turn, len(self))
+        return epoch, self._documents.pieces(self.number(epoch, position))
 
 
 def balanced(
     documents: Documents, seed: int, key: str, chosen: np.ndarray | None = None
 ) -> dict[str, tuple[float, Order]]:
-    """A source as one for each kind of answer that it has (text, pictures, both), with weights.
+    """A source split by what its answers hold (text, pictures, both), each with its weight.
 
     Training on far more answers of one modality than of another teaches a habit of giving or
-    withholding it, whatever is asked (arXiv 2405.09818, section 3.1). So all kinds have the same
+    withholding it, whatever is asked (arXiv 2405.09818, section 3.1). So all three have the same
     weight, but none comes over 4 times as often as its rows would: a few rows are not worn out.
-    `chosen` are the numbers that count, in order; all of them if None.
+    `chosen` are the numbers to use, ascending; None: all.
     """
     every = documents.answers()
     numbers = np.arange(len(every)) if chosen is None else chosen
     answers = every[numbers]
-    kinds, counts = np.unique(answers, return_counts=True)
-    weights = np.minimum(1 / len(kinds), _MOST_REPEATS * counts / counts.sum())
+    found, counts = np.unique(answers, return_counts=True)
+    weights = np.minimum(1 / len(found), _MOST_REPEATS * counts / counts.sum())
     return {
-        f"{key} ({_KIND_NAMES[kind]})": (
+        f"{key} ({_ANSWER_NAMES[answer]})": (
             float(weight / weights.sum()),
-            Order(documents, seed, f"{key} {kind}", numbers[answers == kind]),
+            Order(documents, seed, f"{key} {answer}", numbers[answers == answer]),
         )
-        for kind, weight in zip(kinds.tolist(), weights, strict=True)
+        for answer, weight in zip(found.tolist(), weights, strict=True)
     }
 
 
-_KIND_NAMES = ("text", "pictures", "text and pictures")
+_ANSWER_NAMES = ("text", "pictures", "text and pictures")  # by TEXT, PICTURE, BOTH
 _MOST_REPEATS = 4
 
 
@@ -256,7 +263,7 @@ Made = TypeVar("Made")
 class Ahead(Generic[Made]):
     """A stream whose next items (documents, batches) are made by threads while the network learns.
 
-    The items and their order are those of the stream, whatever the number of workers.
+    The items and their order are those of the stream, however many workers there are.
     """
 
     def __init__(self, stream: Callable[[int], Made], workers: int, depth: int = 64) -> None:
@@ -267,29 +274,31 @@ class Ahead(Generic[Made]):
 
     def __call__(self, number: int) -> Made:
         with self._lock:
+            # After a roll-back the numbers start again further down.
             for past in [n for n in self._waiting if not number <= n < number + self._depth]:
                 self._waiting.pop(past).cancel()
             for coming in range(number, number + self._depth):
                 if coming not in self._waiting:
                     self._waiting[coming] = self._pool.submit(self._stream, coming)
-            asked = self._waiting[number]
-        return asked.result()
+            item = self._waiting[number]
+        return item.result()
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def shuffled(place: int, size: int, key: int) -> int:
-    """Where a permutation of 0..size-1 puts `place`: a Feistel network, walked until inside."""
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
-    mask = (1 << half) - 1
+def shuffled(number: int, size: int, key: int) -> int:
+    """Entry `number` of a permutation of 0..size-1, without a table of it: a Feistel network."""
+    bits = max(1, ((size - 1).bit_length() + 1) // 2)
+    mask = (1 << bits) - 1
     while True:
-        left, right = place >> half, place & mask
+        left, right = number >> bits, number & mask
         for turn in range(4):
             left, right = right, left ^ (_mixed(right + key + turn * 0x9E3779B97F4A7C15) & mask)
-        place = left << half | right
-        if place < size:
-            return place
+        number = left << bits | right
+        # The network permutes all numbers of 2 * bits; those past the end are permuted again.
+        if number < size:
+            return number
 
 
 def _mixed(x: int) -> int:
@@ -316,7 +325,7 @@ def _shares(weights: Mapping[str, float], total: float = 1.0) -> dict[str, float
 
 
 def _slots(weights: Mapping[str, float]) -> dict[str, int]:
-    """Slots of a cycle for each source: rounded down, what is left to the largest remainders."""
+    """Slots of a cycle for each source: rounded down, the rest to the largest remainders."""
     exact = {name: share * _CYCLE for name, share in _shares(weights).items()}
     slots = {name: int(amount) for name, amount in exact.items()}
     left = _CYCLE - sum(slots.values())

@@ -1,9 +1,9 @@
 """Documents -> packed batches.
 
-    document k -> pack into rows of `length` tokens -> PackedBatch
+    document number -> rows of `length` tokens, each of several whole documents -> PackedBatch
 
-A stream of documents is a function from a number to a document, so that its whole state is one
-integer, the number of the next document. Documents are never cut, and attend to themselves only.
+A stream of documents is a function from a number to a document, so its whole state is one integer,
+the number of the next document. Documents are never cut, and attend to themselves only.
 Shapes: B rows of a batch, T tokens of a row.
 """
 
@@ -18,23 +18,30 @@ import torch
 from torch import Tensor
 
 from earlyfusion.errors import DataError
-from earlyfusion.processor import TokenSequence
+from earlyfusion.processor import (
+    ANSWER_IMAGE,
+    ANSWER_TEXT,
+    END,
+    PROMPT_IMAGE,
+    PROMPT_TEXT,
+    TokenSequence,
+)
 
 
 class PackedBatch(NamedTuple):
-    """`targets_BT` follow `tokens_BT`; `weight_BT` is the loss weight of each target.
-
-    `document_BT` numbers the documents of a row; `positions_BT` count within a document.
-    `image_BT` tells which targets belong to a picture. The rest of a row is a document of padding
-    with weight 0.
-    """
+    """Rows of packed documents; the rest of a row is a document of padding with weight 0."""
 
     tokens_BT: Tensor
     targets_BT: Tensor
+    """The token after each of `tokens_BT`."""
     document_BT: Tensor
+    """Number of the document within its row."""
     positions_BT: Tensor
+    """Position within the document."""
     weight_BT: Tensor
+    """Loss weight of each target, float32."""
     image_BT: Tensor
+    """Whether the target belongs to a picture, bool."""
 
     def to(self, device: torch.device) -> PackedBatch:
         return PackedBatch(*(t.to(device, non_blocking=True) for t in self))
@@ -42,7 +49,7 @@ class PackedBatch(NamedTuple):
 
 @dataclass
 class RoleWeights:
-    """Loss weight of a target by what it is; control tokens that no answer needs stay at 0."""
+    """Loss weight of a target by its role; control tokens other than the closing eos stay at 0."""
 
     prompt_text: float = 0.0
     prompt_image: float = 0.0
@@ -51,15 +58,17 @@ class RoleWeights:
     end: float = 1.0
     """The eos that closes the last answer."""
 
-    def of(self, document: TokenSequence) -> np.ndarray:
-        """Weights of the tokens of one document, float32 [n]."""
-        by_role = (0.0, self.prompt_text, self.prompt_image, self.answer_text, self.answer_image)
-        weights = np.asarray(by_role, np.float32)[np.asarray(document.role)]
-        closing = (np.asarray(document.role) == 0) & (np.asarray(document.weights) > 0)
-        return np.where(closing, np.float32(self.end), weights)
+    def of(self, role: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Weights of tokens by their roles: float32 [n]."""
+        by_role = np.zeros(END + 1, np.float32)
+        by_role[PROMPT_TEXT], by_role[PROMPT_IMAGE] = self.prompt_text, self.prompt_image
+        by_role[ANSWER_TEXT], by_role[ANSWER_IMAGE] = self.answer_text, self.answer_image
+        by_role[END] = self.end
+        return by_role[np.asarray(role, np.intp)]
 
 
 Stream = Callable[[int], TokenSequence]
+Share = tuple[int, int]  # which process, of how many
 
 
 class Rows(Protocol):
@@ -68,40 +77,51 @@ class Rows(Protocol):
     cursor: int
     rows: int
     length: int
-    share: tuple[int, int]
 
+    @property
+    def share(self) -> Share: ...
     def next(self) -> PackedBatch: ...
+    def for_share(self, share: Share) -> Rows: ...
 
 
 class Packer:
     """Fills batches from a stream, in order; `cursor` is the number of the next document.
 
-    `share` (which, of how many) says whose rows these are: all processes walk the same documents
-    and each keeps its own block of rows, so that the batch does not depend on their number.
+    All processes go through the same documents and each keeps its own block of rows, its `share`:
+    what is in a step does not depend on the number of processes.
     """
 
     def __init__(
-        self, stream: Stream, weights: RoleWeights, rows: int, length: int, pad: int
+        self,
+        stream: Stream,
+        weights: RoleWeights,
+        rows: int,
+        length: int,
+        pad: int,
+        share: Share = (0, 1),
     ) -> None:
         self.cursor = 0
-        self.rows, self.length = rows, length
-        self.share = (0, 1)
+        self.rows, self.length, self.share = rows, length, share
         self._stream, self._weights, self._pad = stream, weights, pad
+        # The document that did not fit into the last row, with its number.
+        self._fetched: tuple[int, TokenSequence] | None = None
+
+    def for_share(self, share: Share) -> Packer:
+        """A packer of the same stream, at the same document, that keeps another share."""
+        made = Packer(self._stream, self._weights, self.rows, self.length, self._pad, share)
+        made.cursor = self.cursor
+        return made
 
     def next(self) -> PackedBatch:
         which, count = self.share
-        own = self.rows // count
-        rows = []
-        for number in range(self.rows):
-            documents = self._documents()
-            if number // own == which:
-                rows.append(pack_row(documents, self._weights, self.length, self._pad))
-        return PackedBatch(*(torch.stack(t) for t in zip(*rows, strict=True)))
+        size = self.rows // count
+        rows = [self._row() for _ in range(self.rows)]
+        return self._packed(rows[which * size : (which + 1) * size])
 
     def batches(self, documents: Sequence[TokenSequence], rows: int) -> Iterator[PackedBatch]:
         """These documents, each once, `rows` rows at a time: this process's share of them.
 
-        Every process gets as many batches as the others: rows of padding fill up.
+        Every process gets equally many batches: rows of padding fill up.
         """
         which, count = self.share
         packed, free = list[list[TokenSequence]](), 0
@@ -114,18 +134,15 @@ class Packer:
             free -= needed
         packed += [[] for _ in range(-len(packed) % (count * rows))]
         for at in range(which * rows, len(packed), count * rows):
-            made = [
-                pack_row(row, self._weights, self.length, self._pad)
-                for row in packed[at : at + rows]
-            ]
-            yield PackedBatch(*(torch.stack(t) for t in zip(*made, strict=True)))
+            yield self._packed(packed[at : at + rows])
 
-    def _documents(self) -> list[TokenSequence]:
+    def _row(self) -> list[TokenSequence]:
         """The documents of the next row."""
         documents: list[TokenSequence] = []
         free = self.length
         while True:
-            document = self._stream(self.cursor)
+            document = self._next_document()
+            # The last token of a document is only a target.
             needed = len(document) - 1
             if needed > self.length:
                 raise DataError(
@@ -133,27 +150,44 @@ class Packer:
                     f"raise the row length or leave it out"
                 )
             if needed > free:
+                self._fetched = self.cursor, document
                 return documents
             documents.append(document)
             free -= needed
             self.cursor += 1
 
+    def _next_document(self) -> TokenSequence:
+        # A run that resumes or rolls back sets `cursor`: what was fetched before is then another.
+        if self._fetched is not None and self._fetched[0] == self.cursor:
+            return self._fetched[1]
+        return self._stream(self.cursor)
 
-def pack_row(
-    documents: list[TokenSequence], weights: RoleWeights, length: int, pad: int
-) -> list[Tensor]:
-    """One row of a `PackedBatch`: documents one after another, then padding."""
-    columns: list[np.ndarray] = [np.zeros((6, 0), np.float64)]
-    for number, document in enumerate(documents):
-        ids, role = np.asarray(document.ids), np.asarray(document.role)
-        n = len(ids) - 1
-        image = (role[1:] == 2) | (role[1:] == 4)
-        places = (ids[:-1], ids[1:], np.full(n, number), np.arange(n), weights.of(document)[1:])
-        columns.append(np.stack([*places, image]).astype(np.float64))
-    row = np.concatenate(columns, 1)
-    rest = length - row.shape[1]
-    filler = np.stack([np.full(rest, v) for v in (pad, pad, len(documents), 0, 0, 0)])
-    filler[3] = np.arange(rest)
-    table = torch.from_numpy(np.concatenate([row, filler], 1))
-    kinds = (torch.long, torch.long, torch.long, torch.long, torch.float32, torch.bool)
-    return [column.to(kind) for column, kind in zip(table, kinds, strict=True)]
+    def _packed(self, rows: Sequence[Sequence[TokenSequence]]) -> PackedBatch:
+        return pack_rows(rows, self._weights, self.length, self._pad)
+
+
+def pack_rows(
+    rows: Sequence[Sequence[TokenSequence]], weights: RoleWeights, length: int, pad: int
+) -> PackedBatch:
+    """Each row's documents one after another, then padding."""
+    shape = len(rows), length
+    tokens_BT, targets_BT = np.full(shape, pad, np.int64), np.full(shape, pad, np.int64)
+    document_BT, positions_BT = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    weight_BT, image_BT = np.zeros(shape, np.float32), np.zeros(shape, np.bool_)
+    for at, documents in enumerate(rows):
+        start = 0
+        for number, document in enumerate(documents):
+            here = slice(start, start + len(document) - 1)
+            ids, role = np.asarray(document.ids), np.asarray(document.role)
+            tokens_BT[at, here], targets_BT[at, here] = ids[:-1], ids[1:]
+            document_BT[at, here], positions_BT[at, here] = number, np.arange(len(ids) - 1)
+            weight_BT[at, here] = weights.of(role[1:])
+            image_BT[at, here] = (role[1:] == PROMPT_IMAGE) | (role[1:] == ANSWER_IMAGE)
+            start = here.stop
+        # Padding is one more document, so that no real one attends to it.
+        document_BT[at, start:], positions_BT[at, start:] = (
+            len(documents),
+            np.arange(length - start),
+        )
+    columns = (tokens_BT, targets_BT, document_BT, positions_BT, weight_BT, image_BT)
+    return PackedBatch(*map(torch.from_numpy, columns))

@@ -1,20 +1,18 @@
 """Pictures of any source by number: files of pictures, or the rows of tables.
 
-    number -> which source -> a picture file, or a row and one of its pictures
+    number -> source -> a picture file, or a row and one of its pictures
 
-What cannot be read goes to the quarantine and gives way to the next. A batch of a step follows
-from the seed and the number of the step alone.
+A picture that cannot be read goes to the quarantine and is replaced by the next one. The batch of a
+step follows from the seed and the number of the step alone.
 Shapes: B batch, Y X pixels.
 """
 
 from __future__ import annotations
 
-import bisect
 import glob
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
 
@@ -25,6 +23,7 @@ from torch import Tensor
 
 from earlyfusion.content import Image
 from earlyfusion.data.forms import pictures_of
+from earlyfusion.data.joined import Joined
 from earlyfusion.data.mixture import Epochs
 from earlyfusion.data.rows import Quarantine, Rows, RowSettings, open_rows
 from earlyfusion.data.tables import SUFFIXES
@@ -37,7 +36,7 @@ _TRIES = 1000
 
 @dataclass
 class PicturesConfig:
-    """Which pictures are read. A folder or glob with picture files gives these, else its rows."""
+    """Which pictures are read. A folder or glob with picture files gives those, else its rows."""
 
     data: tuple[str, ...] = ()
     """Files, folders, globs or hub ids: pictures, JSONL, Parquet or tar."""
@@ -62,23 +61,28 @@ class PicturesConfig:
 
 
 class Pictures(Protocol):
-    """Pictures by number; `groups` and `is_random` say how they like to be read.
-
-    `read` takes where in 0 to 1 to look among several pictures of one number, and raises
-    `DataError` or `ImageError`; `place` is the file and the number in it.
-    """
+    """Pictures by number."""
 
     fingerprint: str
     groups: list[int]
     is_random: bool
 
     def __len__(self) -> int: ...
-    def read(self, number: int, which: float) -> PIL.Image.Image: ...
-    def place(self, number: int) -> tuple[Path, int]: ...
+
+    def read(self, number: int, which: float) -> PIL.Image.Image:
+        """A picture; of several under one number, that at `which`, a fraction of 0 to 1.
+
+        Raises `DataError` or `ImageError`.
+        """
+        ...
+
+    def find(self, number: int) -> tuple[Path, int]:
+        """The file of a number, and the row in it, from 0."""
+        ...
 
 
 class PictureFiles:
-    """One picture a file."""
+    """Files of one picture each."""
 
     is_random = True
 
@@ -95,12 +99,12 @@ class PictureFiles:
     def read(self, number: int, which: float) -> PIL.Image.Image:
         return _pixels(Image.open(self._paths[number]))
 
-    def place(self, number: int) -> tuple[Path, int]:
+    def find(self, number: int) -> tuple[Path, int]:
         return self._paths[number], 0
 
 
 class RowPictures:
-    """The pictures of rows; of several in a row, `which` takes one."""
+    """The pictures of rows."""
 
     def __init__(self, rows: Rows) -> None:
         self._rows = rows
@@ -111,17 +115,17 @@ class RowPictures:
         return len(self._rows)
 
     def read(self, number: int, which: float) -> PIL.Image.Image:
-        table, place = self._rows.place(number)
-        row = table.row(place)
+        table, at = self._rows.find(number)
+        row = table.row(at)
         found = pictures_of(row)
         where = found[int(which * len(found))].where
         return _pixels(
             Image.from_bytes(table.read(row, where) if isinstance(where, str) else where)
         )
 
-    def place(self, number: int) -> tuple[Path, int]:
-        table, place = self._rows.place(number)
-        return table.path, place
+    def find(self, number: int) -> tuple[Path, int]:
+        table, at = self._rows.find(number)
+        return table.path, at
 
 
 class JoinedPictures:
@@ -129,30 +133,26 @@ class JoinedPictures:
 
     def __init__(self, sources: Sequence[Pictures]) -> None:
         self._sources = sources
-        self._ends = list(accumulate(len(source) for source in sources))
+        self._numbers = Joined(map(len, sources))
         self.groups = [group for source in sources for group in source.groups]
         self.is_random = all(source.is_random for source in sources)
-        told = "".join(source.fingerprint for source in sources)
-        self.fingerprint = hashlib.sha256(told.encode()).hexdigest()
+        text = "".join(source.fingerprint for source in sources)
+        self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return len(self._numbers)
 
     def read(self, number: int, which: float) -> PIL.Image.Image:
-        source, place = self._at(number)
-        return source.read(place, which)
+        source, at = self._numbers.find(number)
+        return self._sources[source].read(at, which)
 
-    def place(self, number: int) -> tuple[Path, int]:
-        source, place = self._at(number)
-        return source.place(place)
-
-    def _at(self, number: int) -> tuple[Pictures, int]:
-        at = bisect.bisect_right(self._ends, number)
-        return self._sources[at], number - (self._ends[at - 1] if at else 0)
+    def find(self, number: int) -> tuple[Path, int]:
+        source, at = self._numbers.find(number)
+        return self._sources[source].find(at)
 
 
 def open_pictures(sources: Sequence[str], cache: Path, settings: RowSettings) -> JoinedPictures:
-    """Open all sources as one; `cache` is a folder for what is learned about tables.
+    """Open all sources as one; `cache` is the folder of the indices of tables.
 
     Raises `DataError`.
     """
@@ -208,7 +208,10 @@ class CropConfig:
 def random_crop(
     picture: PIL.Image.Image, side: int, config: CropConfig, rng: np.random.Generator
 ) -> PIL.Image.Image:
-    """A random square at `side` x `side`; none is enlarged that need not be."""
+    """A random square, resized to `side` x `side`.
+
+    It has at least `side` pixels of the picture, if the picture does, so that none is enlarged.
+    """
     width, height = picture.size
     shorter = min(width, height)
     extent = max(rng.uniform(config.smallest, 1.0) * shorter, min(side, shorter))
@@ -229,7 +232,7 @@ def to_pixels(pictures: Sequence[PIL.Image.Image]) -> Tensor:
 class PictureBatches:
     """Batches of cropped pictures; batch k follows from the seed and k.
 
-    `share` (which, of how many) says which block of a batch is made: that of this process.
+    `share` (which process, of how many) says which block of each batch is made.
     """
 
     def __init__(
@@ -240,26 +243,28 @@ class PictureBatches:
         crop: Crop,
         seed: int,
         quarantine: Quarantine,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
-        self.share = (0, 1)
+        self._share = share
         self._pictures, self._batch, self._crop = pictures, batch, crop
         self._epochs = Epochs(pictures, seed, "pictures", chosen)
         self._seed, self._quarantine = seed, quarantine
 
     def __call__(self, step: int) -> Tensor:
-        which, count = self.share
+        which, count = self._share
         size = self._batch // count
         first = step * self._batch + which * size
         return to_pixels([self._picture(number) for number in range(first, first + size)])
 
     def _picture(self, number: int) -> PIL.Image.Image:
         for turn in range(number, number + _TRIES):
+            # By the number in the batch, not the picture: each epoch cuts a picture otherwise.
             rng = np.random.default_rng([self._seed, number, turn - number])
             at = self._epochs.number(*divmod(turn, len(self._epochs)))
             picture = read_or_refuse(self._pictures, at, rng.random(), self._quarantine)
             if picture is not None:
                 return self._crop(picture, rng)
-        raise DataError(f"there is no whole picture in {_TRIES}: see {self._quarantine.path}")
+        raise DataError(f"none of {_TRIES} pictures is whole: see {self._quarantine.path}")
 
 
 def read_or_refuse(
@@ -269,15 +274,15 @@ def read_or_refuse(
     try:
         picture = pictures.read(number, which)
     except (DataError, ImageError) as error:
-        path, place = pictures.place(number)
-        quarantine.refuse(path, place + 1, str(error))
+        path, row = pictures.find(number)
+        quarantine.refuse(path, row + 1, str(error))
         return None
     quarantine.accept()
     return picture
 
 
 def hold_out(pictures: Pictures, wanted: int, most: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers to check on, at most that share, and all others: whatever the seed of a run."""
+    """Numbers to check on, at most that share of all, and the others, whatever a run's seed."""
     count = len(pictures)
     held = min(wanted, int(most * count))
     order = np.random.default_rng(0).permutation(count)
@@ -287,7 +292,7 @@ def hold_out(pictures: Pictures, wanted: int, most: float = 0.1) -> tuple[np.nda
 def fixed_squares(
     pictures: Pictures, numbers: Iterable[int], side: int, quarantine: Quarantine
 ) -> Tensor:
-    """The centre of each picture that is whole: float32 [B, 3, side, side]."""
+    """The centres of the pictures that can be read: float32 [B, 3, side, side]."""
     found = (read_or_refuse(pictures, int(number), 0.0, quarantine) for number in numbers)
     squares = [cropped(picture, side) for picture in found if picture is not None]
     return to_pixels(squares) if squares else torch.empty(0, 3, side, side)

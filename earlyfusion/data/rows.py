@@ -1,11 +1,10 @@
 """The rows of a source: a file, a folder, a glob or a hub id, opened as one numbered list.
 
-Rows that cannot be used go to a quarantine: a JSONL file with their file, number and the reason.
+Rows that cannot be used go to the quarantine: a JSONL file of their file, number and reason.
 """
 
 from __future__ import annotations
 
-import bisect
 import glob
 import hashlib
 import json
@@ -14,32 +13,34 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from itertools import accumulate, takewhile
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
 from earlyfusion.checkpoints.hub import download_dataset
+from earlyfusion.data.joined import Joined
 from earlyfusion.data.tables import (
     SUFFIXES,
     Captioned,
+    Outlines,
     PictureFolder,
     Table,
     captioned_pictures,
     open_table,
 )
-from earlyfusion.errors import DataError
+from earlyfusion.errors import DataError, SettingError
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _HUB_PATTERNS = [f"*{s}" for s in (*SUFFIXES, ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")]
-_ENDS = 4096
+_DIGESTED = 4096  # bytes at either end of a file
 
 
 @dataclass(frozen=True)
 class RowSettings:
-    """Which files of a source count, and where the pictures lie that rows name."""
+    """Which files of a source are read, and where the pictures lie that rows name."""
 
     patterns: tuple[str, ...] = ()
-    """Files of a folder or hub data set to take, such as `train/*.parquet`; all of them if none."""
+    """Files of a folder or hub data set to take, such as `train/*.parquet`; none given: all."""
     images: Path | None = None
     """Folder of the pictures; None: beside the file of the row."""
     max_broken: float = 0.1
@@ -47,7 +48,7 @@ class RowSettings:
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_broken <= 1:
-            raise DataError(f"max_broken={self.max_broken} is no share: give 0 to 1")
+            raise SettingError(f"max_broken={self.max_broken} is not a share: give 0 to 1")
 
 
 class Rows:
@@ -55,27 +56,31 @@ class Rows:
 
     def __init__(self, name: str, tables: Sequence[Table], fingerprint: str) -> None:
         self.name, self.fingerprint = name, fingerprint
-        self._tables = tables
-        self._ends = list(accumulate(sum(table.groups) for table in tables))
+        self.tables = tables
+        self._numbers = Joined(sum(table.groups) for table in tables)
         self.groups = [rows for table in tables for rows in table.groups if rows]
         self.is_random = all(table.is_random for table in tables)
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return len(self._numbers)
 
-    def place(self, number: int) -> tuple[Table, int]:
+    def find(self, number: int) -> tuple[Table, int]:
         """The table of a row and its number there."""
-        at = bisect.bisect_right(self._ends, number)
-        return self._tables[at], number - (self._ends[at - 1] if at else 0)
+        table, at = self._numbers.find(number)
+        return self.tables[table], at
+
+    def outlines(self) -> Outlines:
+        """All rows in order, one byte in place of a picture's; None for a row that is damaged."""
+        return chain.from_iterable(table.outlines() for table in self.tables)
 
 
 def open_rows(source: str, cache: Path, settings: RowSettings) -> Rows:
     """Open a file, the tables in a folder, a glob, or a hub id.
 
-    `cache` is a folder for what is learned about the files. Raises `DataError`.
+    `cache` is the folder of the indices of files. Raises `DataError`.
     """
-    if not settings.patterns and (own := _captioned(source)) is not None:
-        return own
+    if not settings.patterns and (captioned := _captioned(source)) is not None:
+        return captioned
     root, paths, from_hub = find_files(source, settings.patterns)
     tables = [
         open_table(p, cache, PictureFolder(settings.images or p.parent, confined=from_hub))
@@ -120,9 +125,9 @@ def find_files(source: str, patterns: Sequence[str] = ()) -> tuple[Path, list[Pa
         )
     wanted = [p for p in found if not patterns or _matches(p, root, patterns)]
     tables = [p for p in wanted if p.suffix in SUFFIXES and p.is_file()]
-    # What `datasets` remembers of its own steps beside the rows.
+    # `datasets` stores results of its own steps beside the rows.
     tables = [p for p in tables if not p.name.startswith(("cache-", "indices-"))]
-    # A JSON file beside others describes the data set as a rule.
+    # A JSON file beside other tables usually describes the data set.
     tables = [p for p in tables if p.suffix != ".json"] or tables
     if not tables:
         raise DataError(
@@ -138,29 +143,29 @@ def _matches(path: Path, root: Path, patterns: Sequence[str]) -> bool:
 
 
 def _fingerprint(root: Path, paths: Sequence[Path]) -> str:
-    """Of names, sizes, and the first and last bytes of each file: told at once, for any size."""
+    """Digest of the name, size, and first and last bytes of each file: as quick for large ones."""
     digest = hashlib.sha256()
     for path in paths:
         size = path.stat().st_size
         digest.update(f"{path.relative_to(root).as_posix()} {size}\n".encode())
         with path.open("rb") as file:
-            digest.update(file.read(_ENDS))
-            file.seek(max(0, size - _ENDS))
-            digest.update(file.read(_ENDS))
+            digest.update(file.read(_DIGESTED))
+            file.seek(max(0, size - _DIGESTED))
+            digest.update(file.read(_DIGESTED))
     return digest.hexdigest()
 
 
 class Quarantine:
-    """Counts rows that cannot be used and files each once; too large a share of them ends the run.
+    """Counts rows that cannot be used and writes each down once; too many of them end the run.
 
-    `path` None files nothing. Safe to use from several threads.
+    Without a `path` none is written down. Safe to use from several threads.
     """
 
     def __init__(self, path: Path | None, max_broken: float) -> None:
         self.path, self._limit = path, max_broken
         self.good = self.broken = 0
         self.entries: list[dict[str, Any]] = []
-        self._filed = _filed(path)
+        self._written = _written(path)
         self._lock = threading.Lock()
 
     def accept(self, rows: int = 1) -> None:
@@ -168,11 +173,11 @@ class Quarantine:
             self.good += rows
 
     def refuse(self, file: Path, row: int, reason: str) -> None:
-        """File a row, numbered from 1; `DataError` where too many were refused."""
+        """Write down a row, numbered from 1; `DataError` where too many were refused."""
         with self._lock:
             self.broken += 1
-            if (str(file), row) not in self._filed:
-                self._filed.add((str(file), row))
+            if (str(file), row) not in self._written:
+                self._written.add((str(file), row))
                 self._write({"file": str(file), "row": row, "reason": reason})
             check_share(self.broken, self.good, self._limit, reason)
 
@@ -194,14 +199,15 @@ def check_share(broken: int, good: int, limit: float, reason: str) -> None:
         )
 
 
-def _filed(path: Path | None) -> set[tuple[str, int]]:
+def _written(path: Path | None) -> set[tuple[str, int]]:
+    """File and number of the rows that earlier runs have written down."""
     if path is None or not path.exists():
         return set()
-    filed = set()
+    written = set()
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             entry = json.loads(line)
-            filed.add((str(entry["file"]), int(entry["row"])))
+            written.add((str(entry["file"]), int(entry["row"])))
         except (ValueError, KeyError, TypeError):
             continue  # the last line of a run that was killed
-    return filed
+    return written

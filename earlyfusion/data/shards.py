@@ -1,14 +1,14 @@
-"""Token shards: a corpus as tokens on disk, written once, read without a picture or a text.
+"""Token shards: a corpus as tokens on disk, written once and read without a picture or a text.
 
 A folder of `index.json` and, for each run of rows, two files:
 
-- `00000.npy`: one entry a token, its `id` and its `mark`: role in bits 0 to 2, bit 3 where it
-  counts in the loss, bit 4 where a segment begins;
-- `00000.documents.npy`: int64 [rows, 3]: first token, number of tokens, kind of answer. A row that
-  was broken has no tokens but keeps its number.
+- `00000.npy`: per token its `id` and its `mark`: the role in bits 0 to 2, bit 3 where it counts in
+  the loss, bit 4 where a segment begins;
+- `00000.documents.npy`: int64 [rows, 3]: first token, number of tokens, what the answers hold. A
+  broken row has no tokens but keeps its number.
 
 The index has checksums of the files, and the fingerprints of the tokenizer and image tokenizer that
-made them. A shard is whole or not there; the index is written when all are.
+made them. A shard is written whole or not at all; the index is complete once all shards are there.
 """
 
 from __future__ import annotations
@@ -24,10 +24,13 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from earlyfusion.data.encoding import Fit
+from earlyfusion.data.joined import Joined
 from earlyfusion.errors import DataError
 from earlyfusion.processor import (
     ANSWER_IMAGE,
     CONTROL,
+    END,
+    LEARNED,
     PROMPT_IMAGE,
     Kind,
     TokenSequence,
@@ -35,6 +38,7 @@ from earlyfusion.processor import (
 
 INDEX = "index.json"
 FORMAT = "earlyfusion token shards, version 1"
+# Bits of a mark. The role END is written as CONTROL that counts in the loss.
 _ROLE, _COUNTED, _BEGINS = 7, 8, 16
 _OPEN_SHARDS = 64
 
@@ -51,29 +55,30 @@ def write_shard(
     vocabulary_size: int,
     extra: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Write one shard and what there is to say of it; a document is None for a broken row."""
-    kept = [document or TokenSequence() for document in documents]
-    tokens = np.concatenate([packed(d, vocabulary_size) for d in [TokenSequence(), *kept]])
-    lengths = np.array([len(d) for d in kept], np.int64)
+    """Write one shard and a note beside it, which is returned; a broken row's document is None."""
+    found = [document or TokenSequence() for document in documents]
+    # An empty document in front: a shard of broken rows alone has tokens to join, too.
+    tokens = np.concatenate([_tokens_of(d, vocabulary_size) for d in [TokenSequence(), *found]])
+    lengths = np.array([len(d) for d in found], np.int64)
     table = np.stack([np.cumsum(lengths) - lengths, lengths, np.asarray(answers, np.int64)], 1)
     name = shard_name(number)
     files = {f"{name}.npy": tokens, f"{name}.documents.npy": table}
     for file, array in files.items():
         _write(folder / file, partial(np.save, arr=array))
-    said = {
+    note = {
         "number": number,
-        "rows": len(kept),
+        "rows": len(found),
         "documents": int((lengths > 0).sum()),
         "tokens": len(tokens),
         "files": {file: checksum(folder / file) for file in files},
         **extra,
     }
-    write_json(folder / f"{name}.json", said)
-    return said
+    write_json(folder / f"{name}.json", note)
+    return note
 
 
 def read_shard_note(folder: Path, number: int) -> dict[str, Any] | None:
-    """What `write_shard` said, if the shard is there whole."""
+    """The note of `write_shard`, if both files of the shard are there."""
     note = _read_json(folder / f"{shard_name(number)}.json")
     files = (note or {}).get("files", {"": 0})
     return note if all((folder / file).is_file() for file in files) else None
@@ -92,7 +97,7 @@ class TokenShards:
         self.name, self._folder, self.fit = str(folder), folder, fit
         _check(folder, index, fingerprints)
         self._shards: list[dict[str, Any]] = index["shards"]
-        self._ends = np.cumsum([shard["rows"] for shard in self._shards])
+        self._rows = Joined(shard["rows"] for shard in self._shards)
         self.groups = [len(self)]
         self.fingerprint = hashlib.sha256(
             json.dumps([shard["files"] for shard in self._shards]).encode()
@@ -100,15 +105,14 @@ class TokenShards:
         self._open = lru_cache(_OPEN_SHARDS)(self._open_shard)
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return len(self._rows)
 
     def document(self, number: int) -> TokenSequence:
-        """Document `number` whole; of no tokens where its row was broken."""
-        shard = int(np.searchsorted(self._ends, number, "right"))
+        """Document `number` whole; without tokens where its row was broken."""
+        shard, at = self._rows.find(number)
         tokens, table = self._open(shard)
-        place = number - (int(self._ends[shard - 1]) if shard else 0)
-        start, length, _ = table[place].tolist()
-        return unpacked(tokens[start : start + length])
+        start, length, _ = table[at].tolist()
+        return _document_of(tokens[start : start + length])
 
     def pieces(self, number: int) -> list[TokenSequence]:
         return self.fit.pieces(number, self.document(number))
@@ -118,6 +122,7 @@ class TokenShards:
         return np.concatenate([table[:, 2].astype(np.uint8) for table in tables])
 
     def _open_shard(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        # Checked when first read, not when opened: a large corpus is never read through at once.
         for file, wanted in self._shards[shard]["files"].items():
             if not (self._folder / file).is_file() or checksum(self._folder / file) != wanted:
                 raise DataError(
@@ -133,9 +138,10 @@ def is_shards(folder: Path) -> bool:
 
 
 def shards_mode(folder: Path) -> str:
-    """How pictures of prompts became squares in a folder of shards; "" of any other folder."""
+    """The resize mode of pictures in prompts of a folder of shards; "" of any other folder."""
     if not is_shards(folder):
         return ""
+    # Shards of before the setting was stored were made with "fit".
     return str(read_index(folder).get("encoding", {}).get("prompt_images", "fit"))
 
 
@@ -167,37 +173,35 @@ def _check(folder: Path, index: Mapping[str, Any], fingerprints: Mapping[str, st
             )
 
 
-def packed(document: TokenSequence, vocabulary_size: int) -> np.ndarray:
-    """A document as an entry a token: `id` and `mark`, 3 or 5 bytes."""
+def _tokens_of(document: TokenSequence, vocabulary_size: int) -> np.ndarray:
+    """A document as it is stored: `id` and `mark` per token, 3 or 5 bytes."""
     ids = np.uint16 if vocabulary_size <= 2**16 else np.uint32
     tokens = np.zeros(len(document), [("id", ids), ("mark", np.uint8)])
-    mark = np.array(document.role, np.uint8)
-    mark |= np.where(np.array(document.weights) > 0, _COUNTED, 0).astype(np.uint8)
-    for start, _, _ in document.spans:
-        mark[start] |= _BEGINS
+    role = np.array(document.role, np.uint8)
+    mark = np.where(role == END, CONTROL, role)
+    mark[np.isin(role, LEARNED)] |= _COUNTED
+    mark[[start for start, _, _ in document.spans]] |= _BEGINS
     tokens["id"], tokens["mark"] = document.ids, mark
     return tokens
 
 
-def unpacked(tokens: np.ndarray) -> TokenSequence:
-    """The document of `packed`."""
+def _document_of(tokens: np.ndarray) -> TokenSequence:
+    """The document of stored tokens."""
     mark = np.asarray(tokens["mark"])
     role = mark & _ROLE
-    counted = (mark & _COUNTED) > 0
-    return TokenSequence(
-        ids=tokens["id"].tolist(),
-        role=role.tolist(),
-        spans=_spans(role, np.flatnonzero(mark & _BEGINS)),
-        weights=counted.astype(np.float64).tolist(),
-    )
+    begins = np.flatnonzero(mark & _BEGINS)
+    spans = _spans(role, begins)
+    role[(role == CONTROL) & (mark & _COUNTED > 0)] = END
+    return TokenSequence(tokens["id"].tolist(), role.tolist(), spans)
 
 
 def _spans(role: np.ndarray, begins: np.ndarray) -> list[tuple[int, int, Kind]]:
+    """Segments from where they begin: each lasts to the next one or the next control token."""
     edges = np.union1d(np.flatnonzero(role == CONTROL), begins).tolist()
     after = dict(zip(edges, [*edges, len(role)][1:], strict=True))
-    kinds: dict[bool, Kind] = {True: "image", False: "text"}
+    modalities: dict[bool, Kind] = {True: "image", False: "text"}
     return [
-        (start, after[start], kinds[role[start] in (PROMPT_IMAGE, ANSWER_IMAGE)])
+        (start, after[start], modalities[role[start] in (PROMPT_IMAGE, ANSWER_IMAGE)])
         for start in begins.tolist()
     ]
 
@@ -211,7 +215,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file under another name and give it its own when it is on the disk."""
+    """Write a file under another name, and rename it once it is on the disk."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with part.open("wb") as file:

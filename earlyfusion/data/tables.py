@@ -1,11 +1,11 @@
-"""Files of rows, of which any row can be had by its number.
+"""Files of rows, any of which can be read by its number.
 
 JSONL, JSON, CSV, TSV, Parquet, the Arrow files of `datasets`, WebDataset tar, and a folder of
 pictures with a text beside each.
 
-Where each row lies is found once and kept in a cache folder under the file's size and time, so
-that a large file is not read through again. A row is a dict; names of pictures in it are looked
-up by the table, since a tar holds its own.
+Where each row lies is found once and stored in a cache folder under the file's size and time, so
+that a large file is not read through again. A row is a dict; its table reads the pictures that it
+names, since a tar holds its own.
 """
 
 from __future__ import annotations
@@ -19,36 +19,50 @@ import re
 import tarfile
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from earlyfusion.content import MAX_FILE_BYTES
+from earlyfusion.data.joined import Joined
 from earlyfusion.errors import DataError
 
 Index = dict[str, npt.NDArray[Any]]
 _PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 _INDEX_VERSION = 1
-# Row groups of a Parquet file that stay decoded; a pool of the shuffle must fit.
-KEPT_GROUPS = 8
+# Row groups of a Parquet file that stay decoded; the rows of as many groups are shuffled together.
+DECODED_GROUPS = 8
+_PRESENT = b"\0"  # stands for the bytes of a picture in an outline
+
+Outlines = Iterator[dict[str, Any] | None]
 
 
 class Table(Protocol):
-    """One file of rows. `groups` are the rows that are cheap to have together, in order."""
+    """One file of rows."""
 
     path: Path
     groups: list[int]
+    """Numbers of rows that are cheap to read together, in order."""
     is_random: bool
+    """Whether any row is as cheap to read as the next one."""
 
     def row(self, number: int) -> dict[str, Any]: ...
-    def read(self, row: Mapping[str, Any], name: str) -> bytes: ...
+
+    def outlines(self) -> Outlines:
+        """All rows in order, one byte in place of a picture's; None for a row that is damaged."""
+        ...
+
+    def read(self, row: Mapping[str, Any], name: str) -> bytes:
+        """The bytes of a picture that `row` names."""
+        ...
 
 
 class PictureFolder:
-    """Where the picture files that rows name lie; with `confined`, nothing outside is read."""
+    """The folder of picture files that rows name; with `confined`, nothing outside is read."""
 
     def __init__(self, folder: Path, confined: bool) -> None:
         self._folder, self._confined = folder, confined
@@ -83,11 +97,18 @@ class Lines:
         self.groups = [len(self._starts)]
 
     def row(self, number: int) -> dict[str, Any]:
-        start, end = int(self._starts[number]), int(self._ends[number])
         with self.path.open("rb") as file:
-            file.seek(start)
-            data = file.read(end - start)
-        return _json_object(data)
+            return self._row(file, number)
+
+    def outlines(self) -> Outlines:
+        with self.path.open("rb") as file:
+            for number in range(len(self._starts)):
+                yield _unless_damaged(partial(self._row, file, number))
+
+    def _row(self, file: BinaryIO, number: int) -> dict[str, Any]:
+        start, end = int(self._starts[number]), int(self._ends[number])
+        file.seek(start)
+        return _json_object(file.read(end - start))
 
     def read(self, row: Mapping[str, Any], name: str) -> bytes:
         return self._pictures.read(name)
@@ -96,7 +117,7 @@ class Lines:
 class TarRows:
     """Samples of a WebDataset tar: members of one name make a row, their suffixes its keys.
 
-    The fields of a `json` member are the row's own. Where a dialogue names no pictures, the
+    The fields of a `json` member become keys of the row. Where a dialogue names no pictures, the
     picture members are its pictures, in the order of their names.
     """
 
@@ -107,19 +128,23 @@ class TarRows:
         self.groups = [len(index["first"]) - 1]
 
     def row(self, number: int) -> dict[str, Any]:
-        members = self._members(number)
-        row: dict[str, Any] = {}
-        for suffix, data in members.items():
-            if suffix == "json":
-                row |= _json_object(data)
-            elif suffix.rpartition(".")[2] in ("txt", "text", "caption", "cls"):
-                row[suffix] = _decoded(data)
-            else:
-                row[suffix] = data
-        if {"messages", "conversations", "prompt"} & row.keys() and not _names_pictures(row):
-            own = [row[s] for s in sorted(members, key=_natural) if _is_picture(s)]
-            row |= {"images": own} if own else {}
-        return row
+        with self.path.open("rb") as file:
+            return self._row(number, partial(self._contents, file))
+
+    def outlines(self) -> Outlines:
+        size = self.path.stat().st_size
+        with self.path.open("rb") as file:
+
+            def contents(member: int) -> bytes:
+                if _is_text(str(self._index["suffix"][member])):
+                    return self._contents(file, member)
+                length = int(self._index["size"][member])
+                if int(self._index["offset"][member]) + length > size:
+                    raise DataError(_CUT_SHORT)
+                return _PRESENT if length else b""
+
+            for number in range(self.groups[0]):
+                yield _unless_damaged(partial(self._row, number, contents))
 
     def read(self, row: Mapping[str, Any], name: str) -> bytes:
         """A picture that a row names: one of its members, or a file beside the tar."""
@@ -129,19 +154,31 @@ class TarRows:
                 return bytes(row[key])
         return self._pictures.read(name)
 
-    def _members(self, number: int) -> dict[str, bytes]:
+    def _row(self, number: int, contents: Callable[[int], bytes]) -> dict[str, Any]:
         first, last = (int(self._index["first"][n]) for n in (number, number + 1))
-        with self.path.open("rb") as file:
-            return {
-                str(self._index["suffix"][at]): _slice(
-                    file, int(self._index["offset"][at]), int(self._index["size"][at])
-                )
-                for at in range(first, last)
-            }
+        members = {str(self._index["suffix"][at]): contents(at) for at in range(first, last)}
+        row: dict[str, Any] = {}
+        for suffix, data in members.items():
+            if suffix == "json":
+                row |= _json_object(data)
+            else:
+                row[suffix] = _decoded(data) if _is_text(suffix) else data
+        if {"messages", "conversations", "prompt"} & row.keys() and not _names_pictures(row):
+            own = [row[s] for s in sorted(members, key=_natural) if _is_picture(s)]
+            row |= {"images": own} if own else {}
+        return row
+
+    def _contents(self, file: BinaryIO, member: int) -> bytes:
+        offset, size = (int(self._index[name][member]) for name in ("offset", "size"))
+        file.seek(offset)
+        data = file.read(size)
+        if len(data) < size:
+            raise DataError(_CUT_SHORT)
+        return data
 
 
 class ParquetRows:
-    """Rows of a Parquet file; a row group is decoded whole and the last few are kept."""
+    """Rows of a Parquet file; a row group is decoded whole, and the last few stay decoded."""
 
     is_random = False
 
@@ -150,39 +187,61 @@ class ParquetRows:
         self._file = _open_parquet(path)
         metadata = self._file.metadata
         self.groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-        self._starts = np.cumsum([0, *self.groups])
-        self._kept: OrderedDict[int, Any] = OrderedDict()
-        self._lock = threading.Lock()
+        self._rows = Joined(self.groups)
+        self._decoded: OrderedDict[int, Any] = OrderedDict()
+        self._lock = threading.Lock()  # a ParquetFile is not safe to use from several threads
 
     def row(self, number: int) -> dict[str, Any]:
-        group = int(np.searchsorted(self._starts, number, "right")) - 1
+        group, at = self._rows.find(number)
         with self._lock:
             try:
-                table = self._group(group)
-                place = number - int(self._starts[group])
-                rows: list[dict[str, Any]] = table.slice(place, 1).to_pylist()
+                rows: list[dict[str, Any]] = self._group(group).slice(at, 1).to_pylist()
             except (OSError, ValueError):
                 raise DataError(
                     f"row group {group} is damaged: get {self.path.name} again"
                 ) from None
         return rows[0]
 
+    def outlines(self) -> Outlines:
+        for group, size in enumerate(self.groups):
+            try:
+                yield from self._outlines(group)
+            except (OSError, ValueError):
+                yield from [None] * size
+
     def read(self, row: Mapping[str, Any], name: str) -> bytes:
         return self._pictures.read(name)
 
     def _group(self, group: int) -> Any:
-        if group not in self._kept:
-            self._kept[group] = self._file.read_row_group(group)
-            while len(self._kept) > KEPT_GROUPS:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(group)
-        return self._kept[group]
+        if group not in self._decoded:
+            self._decoded[group] = self._file.read_row_group(group)
+            while len(self._decoded) > DECODED_GROUPS:
+                self._decoded.popitem(last=False)
+        self._decoded.move_to_end(group)
+        return self._decoded[group]
+
+    def _outlines(self, group: int) -> list[dict[str, Any]]:
+        """Rows of a group, without reading columns of bytes that every one of its rows has."""
+        metadata = self._file.metadata.row_group(group)
+        paths = [metadata.column(i).path_in_schema for i in range(metadata.num_columns)]
+        full = [path for i, path in enumerate(paths) if _is_full_of_bytes(metadata.column(i))]
+        read = [path for path in paths if path not in full]
+        # How many entries a list has is known from another column of its entries, or not at all.
+        unread = [p for p in full if p.count(".") <= 1 or any(_are_beside(p, q) for q in read)]
+        with self._lock:
+            columns = [path for path in paths if path not in unread]
+            table = self._file.read_row_group(group, columns=columns)
+        rows: list[dict[str, Any]] = table.to_pylist() or [{} for _ in range(metadata.num_rows)]
+        for path in unread:
+            for row in rows:
+                _set_present(row, path.split("."))
+        return rows
 
 
 class Columns:
-    """Rows of CSV or TSV, whose first row names the columns; an empty cell is as good as none.
+    """Rows of CSV or TSV, whose first row names the columns; an empty cell counts as missing.
 
-    Of messages and other lists a cell holds JSON.
+    Messages and other lists are written as JSON in a cell.
     """
 
     is_random = True
@@ -194,10 +253,18 @@ class Columns:
         self.groups = [len(self._starts)]
 
     def row(self, number: int) -> dict[str, Any]:
-        start, end = int(self._starts[number]), int(self._ends[number])
         with self.path.open("rb") as file:
-            file.seek(start)
-            lines = io.StringIO(file.read(end - start).decode("utf-8"), newline="")
+            return self._row(file, number)
+
+    def outlines(self) -> Outlines:
+        with self.path.open("rb") as file:
+            for number in range(len(self._starts)):
+                yield _unless_damaged(partial(self._row, file, number))
+
+    def _row(self, file: BinaryIO, number: int) -> dict[str, Any]:
+        start, end = int(self._starts[number]), int(self._ends[number])
+        file.seek(start)
+        lines = io.StringIO(file.read(end - start).decode("utf-8"), newline="")
         cells = next(_csv_reader(self.path, lines), [])
         if len(cells) != len(self._names):
             raise DataError(
@@ -212,7 +279,7 @@ class Columns:
 
 
 class ArrowRows:
-    """Rows of an Arrow file, as `datasets` keeps them; the file is mapped, not read."""
+    """Rows of an Arrow file, as `datasets` stores them; the file is mapped, not read."""
 
     is_random = True
 
@@ -225,12 +292,18 @@ class ArrowRows:
         rows: list[dict[str, Any]] = self._table.slice(number, 1).to_pylist()
         return rows[0]
 
+    def outlines(self) -> Outlines:
+        pyarrow = _pyarrow(self.path)
+        for batch in self._table.to_batches(max_chunksize=_ARROW_BATCH):
+            columns = [_without_bytes(pyarrow, column) for column in batch.columns]
+            yield from pyarrow.RecordBatch.from_arrays(columns, batch.schema.names).to_pylist()
+
     def read(self, row: Mapping[str, Any], name: str) -> bytes:
         return self._pictures.read(name)
 
 
 class Captioned:
-    """Pictures of a folder, each with its text in a file of the same name that ends in .txt."""
+    """Pictures of a folder, each with its text in a file of the same name ending in .txt."""
 
     is_random = True
 
@@ -248,6 +321,10 @@ class Captioned:
             ) from None
         return {"image": self._names[number], "text": said}
 
+    def outlines(self) -> Outlines:
+        for number in range(len(self._names)):
+            yield _unless_damaged(partial(self.row, number))
+
     def read(self, row: Mapping[str, Any], name: str) -> bytes:
         return self._pictures.read(name)
 
@@ -256,7 +333,7 @@ SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", 
 
 
 def open_table(path: Path, cache: Path, pictures: PictureFolder) -> Table:
-    """Open a file by its suffix, indexing it unless the cache folder knows it.
+    """Open a file by its suffix, indexing it unless its index is in the cache folder.
 
     Raises `DataError` for another suffix and for a file that is damaged as a whole.
     """
@@ -282,18 +359,30 @@ def captioned_pictures(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
-def _indexed(path: Path, cache: Path, make: Callable[[Path], Index]) -> Index:
-    kept = cache / f"{_index_key(path)}.npz"
+def _unless_damaged(read: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
     try:
-        with np.load(kept, allow_pickle=False) as file:
+        return read()
+    except DataError:
+        return None
+
+
+def _indexed(path: Path, cache: Path, make: Callable[[Path], Index]) -> Index:
+    return cached_arrays(cache / f"{_index_key(path)}.npz", lambda: make(path))
+
+
+def cached_arrays(path: Path, make: Callable[[], Index]) -> Index:
+    """The arrays of an .npz file, or what `make` gives, which is written there."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
             return dict(file)
-    except (OSError, ValueError, EOFError):
-        index = make(path)
-    part = kept.with_suffix(f".{os.getpid()}.part")
-    cache.mkdir(parents=True, exist_ok=True)
-    with part.open("wb") as file:
+    except (OSError, ValueError, EOFError):  # missing, or cut short
+        index = make()
+    # Other processes may write the same file: each under a name of its own first.
+    partial_file = path.with_suffix(f".{os.getpid()}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with partial_file.open("wb") as file:
         np.savez(file, **index)  # type: ignore[arg-type]
-    os.replace(part, kept)
+    os.replace(partial_file, path)
     return index
 
 
@@ -370,23 +459,24 @@ def _cell(name: str, cell: str) -> Any:
     try:
         return json.loads(cell)
     except (ValueError, RecursionError):
-        raise DataError(f"the cell {name} is no whole JSON list: write it again") from None
+        raise DataError(f"the cell {name} is not a whole JSON list: write it again") from None
 
 
 def _open_arrow(path: Path) -> Any:
-    """The table of a file in Arrow's format of streams, which `datasets` writes, or of files."""
+    """The table of a file in Arrow's stream format, which `datasets` writes, or its file format."""
     pyarrow = _pyarrow(path)
     for opener in (pyarrow.ipc.open_stream, pyarrow.ipc.open_file):
         try:
             return opener(pyarrow.memory_map(str(path))).read_all()
         except (OSError, ValueError):
             continue
-    raise DataError(f"{path} is damaged or no Arrow file: get it again")
+    raise DataError(f"{path} is damaged or not an Arrow file: get it again")
 
 
 def _pyarrow(path: Path) -> Any:
     try:
         import pyarrow
+        import pyarrow.compute
         import pyarrow.parquet
     except ImportError:
         raise DataError(
@@ -413,7 +503,8 @@ def _array_spans(path: Path) -> list[tuple[int, int]]:
             byte += size
     except (ValueError, IndexError, RecursionError):
         raise DataError(
-            f"{path} is no whole JSON array after {len(spans)} rows: get it again, or make it JSONL"
+            f"{path} is not a whole JSON array after {len(spans)} rows: get it again, or make it "
+            "JSONL"
         ) from None
 
 
@@ -445,19 +536,77 @@ def _index_tar(path: Path) -> Index:
     }
 
 
+_CUT_SHORT = "the tar is cut short within this row: get it again"
+
+
+def _is_text(suffix: str) -> bool:
+    return suffix == "json" or suffix.rpartition(".")[2] in ("txt", "text", "caption", "cls")
+
+
+# In Parquet: a column, a field of a struct, a field of the structs of a list.
+_BYTES_AT = re.compile(r"[^.]+|(?!.*\.(array|list|element)$)[^.]+\.[^.]+|[^.]+\.list\.[^.]+\.[^.]+")
+
+
+def _is_full_of_bytes(column: Any) -> bool:
+    """Whether a column chunk of a Parquet file has bytes, not text, in each of its rows."""
+    statistics = column.statistics
+    return (
+        column.physical_type == "BYTE_ARRAY"
+        and _BYTES_AT.fullmatch(column.path_in_schema) is not None
+        and statistics is not None
+        and statistics.logical_type.type == "NONE"  # else a string
+        and statistics.has_null_count
+        and statistics.null_count == 0
+        and not (statistics.has_min_max and statistics.min == b"")  # some may be empty
+    )
+
+
+def _are_beside(path: str, other: str) -> bool:
+    return path.rpartition(".")[0] == other.rpartition(".")[0]
+
+
+def _set_present(row: dict[str, Any], path: Sequence[str]) -> None:
+    """Fill a column of `_BYTES_AT` that was not read."""
+    *outer, name = path
+    if len(outer) > 1:
+        for entry in row[outer[0]]:
+            entry[name] = _PRESENT
+    else:
+        (row.setdefault(outer[0], {}) if outer else row)[name] = _PRESENT
+
+
+_ARROW_BATCH = 1024
+
+
+def _without_bytes(pyarrow: Any, column: Any) -> Any:
+    """An Arrow array with one byte in place of each that is not empty.
+
+    Only the offsets of the bytes are read, so that those of a mapped file stay on the disk.
+    """
+    kind, types = column.type, pyarrow.types
+    if types.is_binary(kind) or types.is_large_binary(kind):
+        filled = pyarrow.compute.greater(pyarrow.compute.binary_length(column), 0)
+        return pyarrow.compute.if_else(filled, _PRESENT, b"")
+    if types.is_struct(kind):
+        fields = [_without_bytes(pyarrow, column.field(i)) for i in range(kind.num_fields)]
+        names = [kind.field(i).name for i in range(kind.num_fields)]
+        return pyarrow.StructArray.from_arrays(fields, names, mask=column.is_null())
+    return column
+
+
 def _open_parquet(path: Path) -> Any:
     pyarrow = _pyarrow(path)
     try:
         return pyarrow.parquet.ParquetFile(path)
     except (OSError, ValueError):
-        raise DataError(f"{path} is damaged or no Parquet file: get it again") from None
+        raise DataError(f"{path} is damaged or not a Parquet file: get it again") from None
 
 
 def _json_object(data: bytes) -> dict[str, Any]:
     try:
         row = json.loads(data)
     except (ValueError, RecursionError):
-        raise DataError("the row is no whole JSON: write one object a line") from None
+        raise DataError("the row is not whole JSON: write one object per line") from None
     if not isinstance(row, dict):
         raise DataError(f"the row is a JSON {type(row).__name__}: write an object")
     return row
@@ -468,14 +617,6 @@ def _decoded(data: bytes) -> str:
         return data.decode("utf-8").strip()
     except UnicodeDecodeError:
         raise DataError("a text of the row is not UTF-8: write it again") from None
-
-
-def _slice(file: Any, offset: int, size: int) -> bytes:
-    file.seek(offset)
-    data: bytes = file.read(size)
-    if len(data) < size:
-        raise DataError("the tar is cut short within this row: get it again")
-    return data
 
 
 def _data_url(name: str) -> bytes:

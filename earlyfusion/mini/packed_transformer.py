@@ -28,6 +28,7 @@ from torch import Tensor
 from earlyfusion.checkpoints.hf import save_hf
 from earlyfusion.config import ModelConfig
 from earlyfusion.content import Image, Message, Text
+from earlyfusion.data.encoding import plain_document
 from earlyfusion.data.packing import RoleWeights
 from earlyfusion.devices import resolve_device
 from earlyfusion.errors import DataError
@@ -160,7 +161,8 @@ def documents(
     for sample in found:
         shown = [place[p["image"]] for p in _parts(sample) if p["type"] == "image"]
         if sample["task"] == "bare":
-            yield _bare(processor), shown, is_plain(sample)
+            document = plain_document(processor, [Image(codes=blank)], [blank])
+            yield document, shown, is_plain(sample)
             continue
         messages = [
             Message(m["role"], [_part(p, blank) for p in m["content"]]) for m in sample["messages"]
@@ -174,14 +176,6 @@ def _parts(sample: Sample) -> Iterator[dict[str, str]]:
 
 def _part(raw: dict[str, str], blank: npt.NDArray[np.int64]) -> Text | Image:
     return Text(raw["text"]) if raw["type"] == "text" else Image(codes=blank)
-
-
-def _bare(processor: Processor) -> TokenSequence:
-    vocabulary, sequence = processor.vocabulary, TokenSequence()
-    sequence.control(vocabulary.bos)
-    sequence.segment(processor.layout.spell([], vocabulary), "assistant", "image")
-    sequence.control(vocabulary.eos, weight=1.0)
-    return sequence
 
 
 def text_tokenizer(config: PackedTransformerConfig, found: list[Sample]) -> Path:

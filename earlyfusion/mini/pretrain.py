@@ -34,7 +34,7 @@ from earlyfusion.config import PRESETS, ModelConfig
 from earlyfusion.devices import resolve_device
 from earlyfusion.errors import SettingError
 from earlyfusion.mini.emoji.dataset import EmojiData
-from earlyfusion.recipes.run import override
+from earlyfusion.recipes.run import RECIPES, override
 from earlyfusion.train import checkpoint
 
 
@@ -156,7 +156,7 @@ def main(config: PretrainMiniConfig) -> None:
 
 
 def recipe(stage: Stage) -> Any:
-    return import_module(f"earlyfusion.recipes.{stage.recipe}")
+    return import_module(RECIPES[stage.recipe])
 
 
 def stage_config(config: PretrainMiniConfig, name: str) -> Any:

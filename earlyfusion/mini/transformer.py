@@ -22,6 +22,7 @@ import torch
 from earlyfusion.checkpoints.hf import save_hf
 from earlyfusion.config import PRESETS, ModelConfig
 from earlyfusion.content import Image, Message, Text
+from earlyfusion.data.encoding import plain_document
 from earlyfusion.data.packing import Packer, RoleWeights
 from earlyfusion.data.pictures import to_pixels
 from earlyfusion.devices import resolve_device
@@ -186,7 +187,9 @@ class Documents:
         messages = [self._message(m, rng) for m in sample["messages"]]
         answer = messages[-1]
         if isinstance(answer.parts[0], Image) and rng.random() < cfg.bare:
-            return self._bare(answer.parts[0])
+            codes = answer.parts[0].codes
+            assert codes is not None
+            return plain_document(self._processor, answer.parts[:1], [codes])
         return self._processor.encode_document(messages)
 
     def _message(self, raw: dict[str, Any], rng: np.random.Generator) -> Message:
@@ -209,15 +212,6 @@ class Documents:
         swapped = rng.random(codes.shape) < self._config.documents.noise
         other = self._near[codes, rng.integers(self._near.shape[1], size=codes.shape)]
         return np.where(swapped, other, codes)
-
-    def _bare(self, picture: Image) -> TokenSequence:
-        vocabulary, sequence = self._processor.vocabulary, TokenSequence()
-        assert picture.codes is not None
-        sequence.control(vocabulary.bos)
-        tokens = self._processor.layout.spell(picture.codes, vocabulary)
-        sequence.segment(tokens, "assistant", "image")
-        sequence.control(vocabulary.eos, weight=1.0)
-        return sequence
 
 
 def texts(samples: Iterable[Sample]) -> Iterable[str]:

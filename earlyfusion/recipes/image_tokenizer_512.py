@@ -85,8 +85,10 @@ def open_batches(
     def crop(picture: PIL.Image.Image, rng: np.random.Generator) -> PIL.Image.Image:
         return random_crop(picture, side, config.crop, rng)
 
-    batches = PictureBatches(pictures, chosen, config.batch, crop, config.run.seed, quarantine)
-    batches.share = (processes.rank(), processes.count())
+    share = processes.rank(), processes.count()
+    batches = PictureBatches(
+        pictures, chosen, config.batch, crop, config.run.seed, quarantine, share
+    )
     if processes.rank() == 0:
         data_is = (pictures.fingerprint, config.batch, config.crop, data.checked, config.run.seed)
         fingerprint = hashlib.sha256(repr(data_is).encode()).hexdigest()

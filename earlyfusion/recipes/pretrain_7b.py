@@ -28,7 +28,7 @@ from earlyfusion.config import PRESETS, ModelConfig
 from earlyfusion.data.corpus import CorpusConfig, open_corpus
 from earlyfusion.data.encoding import EncodingSettings
 from earlyfusion.data.packing import RoleWeights
-from earlyfusion.data.tokenize import load_image_tokenizer
+from earlyfusion.data.shard_maker import load_image_tokenizer
 from earlyfusion.errors import SettingError
 from earlyfusion.image_tokenizer import ImageTokenizer, Mode
 from earlyfusion.model.transformer import Transformer

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from earlyfusion.data.packing import PackedBatch, RoleWeights
+from earlyfusion.data.packing import PackedBatch, RoleWeights, Share
 from earlyfusion.errors import DataError, SettingError
 from earlyfusion.processor import ANSWER_IMAGE, PROMPT_IMAGE, TokenSequence
 
@@ -85,7 +85,6 @@ def _columns(
     for sequence, _, _ in documents:
         whole.ids += sequence.ids
         whole.role += sequence.role
-        whole.weights += sequence.weights
     ids, role = np.asarray(whole.ids, np.int32), np.asarray(whole.role, np.uint8)
     held = is_code[ids]
     pictures = np.asarray([p for _, shown, _ in documents for p in shown], np.int32)
@@ -108,7 +107,7 @@ def _columns(
         plain_M=np.repeat(np.asarray([plain for _, _, plain in documents], bool), lengths),
         answer_M=role == ANSWER_IMAGE,
         image_M=(role == PROMPT_IMAGE) | (role == ANSWER_IMAGE),
-        weight_M=weights.of(whole).astype(np.float32),
+        weight_M=weights.of(role),
     )
 
 
@@ -166,6 +165,14 @@ class DeviceRows:
             )
         self._columns = Columns(*(torch.from_numpy(c).to(device) for c in found.columns))
         self._order: tuple[int, np.ndarray] = (NONE, np.zeros(0, np.int64))
+
+    def for_share(self, share: Share) -> DeviceRows:
+        """These rows, if one process takes them all."""
+        if share != (0, 1):
+            raise SettingError(
+                f"rows made on the device are those of one process, not of {share[1]}: start one"
+            )
+        return self
 
     def next(self) -> PackedBatch:
         """The next rows, on the device."""

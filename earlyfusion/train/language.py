@@ -150,7 +150,7 @@ class LanguageTask(Task):
                 f"rows are cut over it"
             )
         parallel.parallelize(self.model, mesh, config, compiled, dtype)
-        self._packer.share, self._mesh = share, mesh
+        self._packer, self._mesh = self._packer.for_share(share), mesh
 
     def materialize(self, device: torch.device) -> None:
         parallel.materialize(self.model, device)
