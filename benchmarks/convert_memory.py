@@ -22,9 +22,10 @@ from pathlib import Path
 import torch
 
 from earlyfusion.checkpoints.convert import convert
-from earlyfusion.checkpoints.meta import write_meta
-from earlyfusion.checkpoints.source import Source, Stored, new_folder
+from earlyfusion.checkpoints.meta import copy_to_meta
+from earlyfusion.checkpoints.source import Source, Stored
 from earlyfusion.config import PRESETS, ModelConfig
+from earlyfusion.files import new_folder
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.model.vqgan import VQGAN
 from earlyfusion.processor import train_tokenizer
@@ -101,8 +102,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=asked.folder) as name:
         folder = Path(name)
         source = random_source(config, folder / "tokenizer.json")
-        with new_folder(folder / "meta") as place:
-            write_meta(source, place, asked.shards, lambda done: None)
+        with new_folder(folder / "meta") as part:
+            copy_to_meta(source, part, asked.shards, lambda size: None)
         good = report(folder / "meta", folder / "hf", "hf")
         good &= report(folder / "hf", folder / "again", "meta")
     return 0 if good else 1

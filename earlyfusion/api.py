@@ -19,7 +19,9 @@ import torch
 
 from earlyfusion.checkpoints import detect, lumina
 from earlyfusion.checkpoints.adapter import merge_adapter
-from earlyfusion.checkpoints.hf import Loaded, assemble, check_dense, papers, save_hf
+from earlyfusion.checkpoints.assemble import Loaded, assemble, check_not_packed
+from earlyfusion.checkpoints.hf import save_hf
+from earlyfusion.checkpoints.source import read_card
 from earlyfusion.config import ModelConfig
 from earlyfusion.content import Image, Message, Part, Prompt, Segment, Text, as_messages
 from earlyfusion.devices import (
@@ -283,9 +285,9 @@ class Chameleon:
                 self.image_tokenizer.vqgan,
                 tokenizer.read_text(encoding="utf-8"),
                 self.defaults,
-                extra_files=papers(self.folder),
+                extra_files=read_card(self.folder),
                 resize_mode=self.image_tokenizer.mode,
-                kind=lumina.KIND if lumina.is_layout(self.processor.layout) else "chameleon",
+                family=lumina.FAMILY if lumina.is_layout(self.processor.layout) else "chameleon",
             )
         except OSError as error:
             reason = os.strerror(error.errno) if error.errno else "the disk reports an error"
@@ -682,7 +684,7 @@ def _load_share(
 ) -> Loaded:
     """This process's share of a model on several processes, in the dtype of the whole model."""
     source = detect.open_source(detect.locate(name), verify=verify)
-    check_dense(source)
+    check_not_packed(source)
     size = sum(torch.Size(stored.shape).numel() for stored in source.tensors.values())
     return assemble(open_part(source, processes), device, dtype or auto_dtype(size, device))
 

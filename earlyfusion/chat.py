@@ -323,6 +323,6 @@ def _codebook(chameleon: Chameleon) -> str:
     """A name for the image tokenizer's codewords, the same in every dtype that rounds to bf16."""
     import torch
 
-    words = chameleon.image_tokenizer.vqgan.quantize.embedding.weight.detach()
+    words = chameleon.image_tokenizer.vqgan.codewords.detach()
     data = words.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes()
     return blake2b(data, digest_size=8).hexdigest()

@@ -10,14 +10,23 @@ reason and remedy.
 from __future__ import annotations
 
 import errno
+import glob
 import os
+import platform
 import re
 import secrets
 import shutil
+import signal
+import sys
+import tempfile
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from hashlib import blake2b
+from itertools import takewhile
 from pathlib import Path
-from typing import BinaryIO
+from types import FrameType
+from typing import BinaryIO, NoReturn
 
 from earlyfusion.errors import SettingError
 
@@ -128,6 +137,116 @@ def unwritten_on_failure() -> Iterator[list[Path]]:
         for path in made:
             path.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `folder` at the end, or is removed on failure.
+
+    SIGTERM counts as a failure. A process that is killed leaves a hidden folder beside `folder`;
+    nothing takes that for a model, and the next call for the same `folder` removes it and says so
+    on stderr.
+    """
+    prefix = f".{folder.name}.earlyfusion-{_machine()}."
+    with _ended_by_sigterm(), _parents_of(folder) as parent:
+        _remove_leftovers(folder, prefix)
+        part = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        handle = os.open(part, os.O_RDONLY)
+        try:
+            _lock(handle)
+            yield part
+            part.chmod(0o755)
+            _sync_folder(part)
+            _put_in_place(part, folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+            os.close(handle)
+
+
+@contextmanager
+def _parents_of(path: Path) -> Iterator[Path]:
+    """The folder above `path`, made where it is missing; what was made is removed on failure."""
+    missing = list(takewhile(lambda folder: not folder.exists(), path.absolute().parents))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield path.parent
+    except BaseException:
+        for folder in missing:
+            with suppress(OSError):  # another process has put something there
+                folder.rmdir()
+        raise
+
+
+def _machine() -> str:
+    """A name for this machine: processes and locks of another cannot be seen from here."""
+    return blake2b(platform.node().encode(), digest_size=4).hexdigest()
+
+
+def _lock(handle: int) -> bool:
+    """Lock an open folder until this process closes it or ends; False where that is impossible."""
+    if sys.platform == "win32":
+        return False
+    import fcntl
+
+    with suppress(OSError):
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
+
+
+def _remove_leftovers(folder: Path, prefix: str) -> None:
+    """Remove hidden folders of runs that were killed: those with our prefix that nobody locks."""
+    for left in folder.parent.glob(f"{glob.escape(prefix)}*"):
+        # Killed between two renames: this is the only copy of the old folder.
+        if left.suffix == ".old" and not folder.exists():
+            continue
+        with suppress(OSError):
+            handle = os.open(left, os.O_RDONLY)
+            try:
+                if _lock(handle):
+                    shutil.rmtree(left)
+                    print(f"removed {left}, left by a run that was killed", file=sys.stderr)
+            finally:
+                os.close(handle)
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM raises `SystemExit`, so that every `finally` runs, unless someone else handles it."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        signal.signal(number, signal.SIG_IGN)  # a second one would cut the cleaning up short
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _sync_folder(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _put_in_place(part: Path, folder: Path) -> None:
+    if not folder.exists():
+        part.rename(folder)
+        return
+    # A folder cannot be renamed onto one that is not empty: the old one is moved aside first.
+    old = part.with_name(f"{part.name}.old")
+    folder.rename(old)
+    part.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager

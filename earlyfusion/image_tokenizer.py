@@ -14,11 +14,12 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 import PIL.Image
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from earlyfusion.config import VQConfig
 from earlyfusion.content import MAX_PIXELS, Image
 from earlyfusion.devices import dtype_name
-from earlyfusion.errors import ImageError, SettingError
+from earlyfusion.errors import CheckpointError, ImageError, SettingError
 from earlyfusion.model.vqgan import VQGAN
 
 Mode: TypeAlias = Literal["crop", "fit"]
@@ -27,6 +28,31 @@ MAX_SQUARE = math.isqrt(MAX_PIXELS)
 # Pixels through the network at once: pictures of 512 x 512, or as many smaller ones as they hold.
 _BATCH_PIXELS = 512 * 512
 _BATCH_PIXELS_GPU = 8 * 512 * 512
+
+
+class MissingVQGAN(nn.Module):
+    """Takes the place of the VQ-GAN that a checkpoint lacks: text works, pictures raise."""
+
+    codewords: Tensor
+    decoder = None
+
+    def __init__(self, config: VQConfig) -> None:
+        super().__init__()
+        self.config = config
+        # No codeword, but a device and a dtype; its state dict stays empty.
+        self.register_buffer("codewords", torch.empty(0, config.embed_dim), persistent=False)
+
+    def encode(self, pixels_BCYX: Tensor) -> Tensor:
+        raise CheckpointError(_NO_VQGAN)
+
+    def decode(self, codes_Byx: Tensor) -> Tensor:
+        raise CheckpointError(_NO_VQGAN)
+
+
+_NO_VQGAN = (
+    "this checkpoint has no image tokenizer, so pictures can be neither read nor drawn: "
+    "add one with earlyfusion convert --image-tokenizer"
+)
 
 
 class ImageTokenizer:
@@ -40,7 +66,11 @@ class ImageTokenizer:
     """
 
     def __init__(
-        self, vqgan: VQGAN, resolution: int, mode: Mode = "crop", precision: Precision = "fp32"
+        self,
+        vqgan: VQGAN | MissingVQGAN,
+        resolution: int,
+        mode: Mode = "crop",
+        precision: Precision = "fp32",
     ) -> None:
         self.vqgan, self.resolution, self.mode = vqgan, resolution, _checked(mode)
         self.precision = dtype_name("precision", precision, get_args(Precision))
@@ -52,7 +82,7 @@ class ImageTokenizer:
 
     @property
     def device(self) -> torch.device:
-        return self.vqgan.quantize.embedding.weight.device
+        return self.vqgan.codewords.device
 
     @property
     def grid(self) -> int:
@@ -102,7 +132,7 @@ class ImageTokenizer:
     @torch.no_grad()
     def _encode_batch(self, images: Sequence[Any], mode: Mode | None) -> Tensor:
         pixels_nCYX = torch.stack([self.preprocess(image, mode) for image in images])
-        dtype = self.vqgan.quantize.embedding.weight.dtype
+        dtype = self.vqgan.codewords.dtype
         return self.vqgan.encode(pixels_nCYX.to(self.device, dtype))
 
     @torch.no_grad()

@@ -16,8 +16,8 @@ from test_finetune import finetune
 from tiny import CONFIG
 
 from earlyfusion import Chameleon, ChameleonForConditionalGeneration
-from earlyfusion.checkpoints import detect as formats
 from earlyfusion.checkpoints.adapter import merge_adapter
+from earlyfusion.checkpoints.detect import load
 from earlyfusion.errors import CheckpointError, SettingError
 from earlyfusion.recipes.finetune import config as recipe
 from earlyfusion.recipes.run import override, run
@@ -68,7 +68,7 @@ def test_peft_reads_what_a_run_leaves(model: Path, tuned: Path) -> None:
 
 
 def test_an_adapter_loads_beside_its_base_as_the_merged_model(model: Path, tuned: Path) -> None:
-    merged = formats.load(tuned / "model").transformer.state_dict()
+    merged = load(tuned / "model").transformer.state_dict()
     loaded = Chameleon.load(model, device="cpu", dtype="float32", adapter=str(tuned / "adapter"))
     for name, tensor in loaded.transformer.state_dict().items():
         torch.testing.assert_close(tensor, merged[name].float(), atol=1e-6, rtol=1e-5)
@@ -123,9 +123,15 @@ def damaged(adapter: Path, place: Path, **changes: Any) -> Path:
         ({"modules_to_save": ["lm_head"]}, "with modules_to_save"),
         ({"bias": "all"}, "with biases"),
         ({"lora_alpha": None}, "no lora_alpha"),
-        ({"tensors": {"base_model.model.x.weight": torch.ones(1)}}, "no adapter of a linear layer"),
-        ({"tensors": {"base_model.model.x.lora_A.weight": torch.ones(1, 1)}}, "lacks halves"),
-        ({"tensors": {}}, "lacks halves"),
+        (
+            {"tensors": {"base_model.model.x.weight": torch.ones(1)}},
+            "not adapt a linear",
+        ),
+        (
+            {"tensors": {"base_model.model.x.lora_A.weight": torch.ones(1, 1)}},
+            "lacks one of the two",
+        ),
+        ({"tensors": {}}, "lacks one of the two"),
     ],
 )
 def test_an_adapter_that_cannot_be_added_is_refused(
@@ -133,13 +139,13 @@ def test_an_adapter_that_cannot_be_added_is_refused(
 ) -> None:
     folder = damaged(tuned / "adapter", tmp_path / "a", **changes)
     with pytest.raises(CheckpointError, match=words):
-        merge_adapter(formats.load(model).transformer, folder)
+        merge_adapter(load(model).transformer, folder)
 
 
 def test_an_adapter_of_another_model_changes_nothing(
     model: Path, tuned: Path, tmp_path: Path
 ) -> None:
-    transformer = formats.load(model).transformer
+    transformer = load(model).transformer
     before = {name: tensor.clone() for name, tensor in transformer.state_dict().items()}
     first = "base_model.model.model.layers.0.mlp.up_proj."
     wrong = {f"{first}lora_A.weight": torch.ones(1, 3), f"{first}lora_B.weight": torch.ones(5, 1)}

@@ -12,7 +12,7 @@ from tiny import CONFIG, tiny_processor, tiny_transformer
 
 from earlyfusion import Chameleon, Image, Message, Reply, SamplingParams, Text
 from earlyfusion.checkpoints import detect
-from earlyfusion.checkpoints.hf import Loaded
+from earlyfusion.checkpoints.assemble import Loaded
 from earlyfusion.engine.engine import Engine
 from earlyfusion.errors import (
     CheckpointError,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +18,12 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_processor
 
 from earlyfusion.api import Chameleon
-from earlyfusion.checkpoints import detect as formats
+from earlyfusion.checkpoints.anole import unrotate
+from earlyfusion.checkpoints.assemble import Loaded, build_vqgan
 from earlyfusion.checkpoints.convert import convert
-from earlyfusion.checkpoints.hf import PROCESSOR, Loaded, load_hf, save_hf
-from earlyfusion.checkpoints.meta import load_meta, load_vqgan, read_config, unrotate
+from earlyfusion.checkpoints.detect import detect, load, locate
+from earlyfusion.checkpoints.hf import PROCESSOR, save_hf
+from earlyfusion.checkpoints.meta import open_vqgan, read_config
 from earlyfusion.cli import main
 from earlyfusion.config import PRESETS, ModelConfig
 from earlyfusion.content import Image
@@ -84,11 +87,11 @@ class TestRoundTrip:
     def test_every_bit_comes_back(self, tmp_path: Path, changes: dict[str, Any]) -> None:
         config = replace(TINY, **changes)
         transformer, vqgan = save_tiny(tmp_path / "model", config)
-        loaded = load_hf(tmp_path / "model")
+        loaded = load(tmp_path / "model")
         assert_same_weights(loaded.transformer, transformer)
         assert_same_weights(loaded.vqgan, vqgan)
         assert loaded.generation_defaults == GENERATION | ENDS
-        assert loaded.can_decode
+        assert loaded.can_draw
         assert loaded.processor.layout.num_codes == TINY.vq_config.grid**2
         tokens_BT = torch.arange(20)[None]
         assert torch.equal(loaded.transformer(tokens_BT), transformer(tokens_BT))
@@ -96,13 +99,11 @@ class TestRoundTrip:
     def test_narrow_on_disk_but_vq_in_fp32(self, tmp_path: Path) -> None:
         folder = tmp_path / "model"
         transformer, vqgan = save_tiny(folder, dtype=torch.bfloat16, vq_dtype=torch.float16)
-        loaded = load_hf(folder)
+        loaded = load(folder)
         assert loaded.transformer.lm_head.weight.dtype is torch.bfloat16
         assert_same_weights(loaded.transformer, transformer.bfloat16())
         assert_same_weights(loaded.vqgan, vqgan.half().float())
-        assert (
-            load_hf(folder, dtype=torch.float32).transformer.lm_head.weight.dtype is torch.float32
-        )
+        assert load(folder, dtype=torch.float32).transformer.lm_head.weight.dtype is torch.float32
 
     def test_nothing_but_the_model_is_left(self, saved: Path) -> None:
         assert {path.name for path in saved.iterdir()} == {
@@ -131,7 +132,7 @@ class TestRoundTrip:
     def test_a_stranger_s_folder_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "photos").mkdir()
         (tmp_path / "photos" / "cat.png").write_bytes(b"cat")
-        with pytest.raises(CheckpointError, match="photos is not empty and no model"):
+        with pytest.raises(CheckpointError, match="photos is not empty and does not hold a model"):
             save_tiny(tmp_path / "photos")
         assert (tmp_path / "photos" / "cat.png").exists()
 
@@ -147,7 +148,7 @@ class TestTransformersAsAPeer:
             ChameleonProcessor,
         )
 
-        loaded = load_hf(saved)
+        loaded = load(saved)
         theirs = ChameleonForConditionalGeneration.from_pretrained(saved).eval()
         tokens_BT = torch.arange(4, 34)[None]
         with torch.no_grad():
@@ -173,15 +174,15 @@ class TestTransformersAsAPeer:
         theirs.save_pretrained(folder, max_shard_size=shard)
         shutil.copy(saved / "tokenizer.json", folder)
         assert (folder / "model.safetensors").exists() == (shard == "5GB")
-        loaded = formats.load(folder)
-        assert_same_weights(loaded.transformer, load_hf(saved).transformer)
-        assert not loaded.can_decode
+        loaded = load(folder)
+        assert_same_weights(loaded.transformer, load(saved).transformer)
+        assert not loaded.can_draw
         codes = loaded.vqgan.encode(torch.zeros(1, 3, 16, 16))
         with pytest.raises(CheckpointError, match="no VQ decoder"):
             loaded.vqgan.decode(codes)
 
 
-PICTURE = formats.locate("mini") / "examples" / "strawberry.png"
+PICTURE = locate("mini") / "examples" / "strawberry.png"
 
 
 def answered(folder: Path) -> list[str]:
@@ -208,13 +209,13 @@ class TestEnds:
     """Answers of transformers' `generate` end, and batches are padded on the left."""
 
     def test_mini(self) -> None:
-        texts = answered(formats.locate("mini"))
+        texts = answered(locate("mini"))
         assert texts[:2] == texts[2:]
         assert texts[0] == "strawberry"
 
     def test_a_copy_of_a_folder_that_says_neither(self, tmp_path: Path) -> None:
         bare = tmp_path / "bare"
-        shutil.copytree(formats.locate("mini"), bare)
+        shutil.copytree(locate("mini"), bare)
         (bare / "generation_config.json").write_text('{"chameleon": {"max_tokens": 7}}')
         says = json.loads((bare / "tokenizer_config.json").read_text())
         says.pop("padding_side")
@@ -233,13 +234,13 @@ class TestEnds:
         tiny_processor(tmp_path)
         text = (tmp_path / "tokenizer.json").read_text()
         save_hf(tmp_path / "own", *random_model(TINY), text, {"eos_token_id": [2, 9]})
-        assert load_hf(tmp_path / "own").generation_defaults["eos_token_id"] == [2, 9]
+        assert load(tmp_path / "own").generation_defaults["eos_token_id"] == [2, 9]
 
     def test_settings_without_a_name_stay_settings(self, tmp_path: Path) -> None:
         tiny_processor(tmp_path)
         text = (tmp_path / "tokenizer.json").read_text()
         save_hf(tmp_path / "own", *random_model(TINY), text, {"temperature": 0.25})
-        defaults = load_hf(tmp_path / "own").generation_defaults
+        defaults = load(tmp_path / "own").generation_defaults
         assert SamplingParams().resolved(defaults).temperature == 0.25
 
     def test_a_folder_without_ids_takes_those_of_the_config(self, saved: Path) -> None:
@@ -278,9 +279,9 @@ class TestPictureMode:
 
     def test_silence_means_crop(self, saved: Path) -> None:
         (saved / PROCESSOR).unlink()
-        assert load_hf(saved).resize_mode == "crop"
+        assert load(saved).resize_mode == "crop"
         (saved / PROCESSOR).write_text('{"image_processor": {}}')
-        assert load_hf(saved).resize_mode == "crop"
+        assert load(saved).resize_mode == "crop"
 
     @pytest.mark.parametrize("mode", ["crop", "fit"])
     def test_it_is_saved_and_converted(self, tmp_path: Path, mode: str) -> None:
@@ -288,13 +289,13 @@ class TestPictureMode:
         convert(tmp_path / "hf", tmp_path / "meta", "meta")
         convert(tmp_path / "meta", tmp_path / "again", "hf")
         for folder in ("hf", "meta", "again"):
-            assert formats.load(tmp_path / folder).resize_mode == mode
+            assert load(tmp_path / folder).resize_mode == mode
         said = json.loads((tmp_path / "again" / PROCESSOR).read_text())
         assert said["image_processor"]["resize_mode"] == mode
 
     def test_an_unknown_mode_is_refused(self, saved: Path) -> None:
         with pytest.raises(CheckpointError, match=r"resize_mode='stretch' in .* is unknown"):
-            load_hf(self.stored(saved, "stretch"))
+            load(self.stored(saved, "stretch"))
 
     @pytest.mark.parametrize(
         ("option", "mode"), [(None, "fit"), ("--fit", "fit"), ("--crop", "crop")]
@@ -360,45 +361,45 @@ class TestMistakes:
     def test_keys_that_do_not_fit(self, saved: Path, change: dict[str, str], sentence: str) -> None:
         self.rewrite(saved, **change)
         with pytest.raises(CheckpointError, match=sentence):
-            load_hf(saved)
+            load(saved)
 
     def test_a_truncated_file(self, saved: Path) -> None:
         weights = saved / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:1000])
         with pytest.raises(CheckpointError, match=r"model\.safetensors is missing or damaged"):
-            load_hf(saved)
+            load(saved)
 
     def test_a_missing_shard(self, saved: Path) -> None:
         index = {"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}
         (saved / "model.safetensors.index.json").write_text(json.dumps(index))
         with pytest.raises(CheckpointError, match=r"00002\.safetensors is missing"):
-            load_hf(saved)
+            load(saved)
 
     @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json"])
     def test_a_file_that_is_no_json(self, saved: Path, name: str) -> None:
         (saved / name).write_text("{")
         with pytest.raises(CheckpointError, match=rf"{name} is missing or not JSON"):
-            load_hf(saved)
+            load(saved)
 
 
 class TestFormats:
     def test_layouts_are_told_apart(self, saved: Path, golden: Path) -> None:
-        assert formats.detect(saved) == "hf"
-        assert formats.detect(golden / "models" / "tiny_1") == "meta"
-        assert formats.detect(golden / "models" / "tiny_mp2_swin_gqa") == "meta"
+        assert detect(saved) == "hf"
+        assert detect(golden / "models" / "tiny_1") == "meta"
+        assert detect(golden / "models" / "tiny_mp2_swin_gqa") == "meta"
 
     def test_mini_lies_in_the_package(self) -> None:
-        assert formats.locate("mini").parts[-3:] == ("earlyfusion", "pretrained", "mini")
+        assert locate("mini").parts[-3:] == ("earlyfusion", "pretrained", "mini")
 
     def test_no_such_folder(self, tmp_path: Path) -> None:
         with pytest.raises(
             CheckpointError, match=r"no model folder .*nowhere: give 'mini', a fold"
         ):
-            formats.load(tmp_path / "nowhere")
+            load(tmp_path / "nowhere")
 
     def test_a_folder_without_a_model(self, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"holds no model: give 'mini'"):
-            formats.load(tmp_path)
+            load(tmp_path)
 
     def test_a_hub_that_cannot_be_reached(self, monkeypatch: pytest.MonkeyPatch) -> None:
         import huggingface_hub
@@ -407,15 +408,15 @@ class TestFormats:
             raise OSError("secret detail")
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-        with pytest.raises(CheckpointError, match="org/name is no folder here") as caught:
-            formats.load("org/name")
+        with pytest.raises(CheckpointError, match="org/name is not a folder here") as caught:
+            load("org/name")
         assert "secret" not in str(caught.value)
 
     def test_a_hub_id_is_downloaded(self, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         import huggingface_hub
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(saved))
-        assert formats.load("org/name").config == load_hf(saved).config
+        assert load("org/name").config == load(saved).config
 
 
 class TestOtherFolders:
@@ -430,7 +431,7 @@ class TestOtherFolders:
         (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "base-7b"}')
         (tmp_path / "adapter_model.safetensors").touch()
         said = self.refused(tmp_path)
-        assert "holds an adapter and no whole model" in said
+        assert "holds an adapter and not a whole model" in said
         assert "base model base-7b with adapter=" in said
         (tmp_path / "adapter_config.json").write_text("{}")
         assert "its base model with adapter=" in self.refused(tmp_path)
@@ -449,8 +450,8 @@ class TestOtherFolders:
         for step in (90, 100):
             shutil.copytree(saved, run / f"checkpoint-{step}")
         said = self.refused(run)
-        assert said.endswith(f"give a checkpoint of it, as {run / 'checkpoint-100'}")
-        assert Chameleon.load(run / "checkpoint-100").config == load_hf(saved).config
+        assert said.endswith(f"give one of its checkpoints, as {run / 'checkpoint-100'}")
+        assert Chameleon.load(run / "checkpoint-100").config == load(saved).config
 
     def test_a_run_of_this_package(self, saved: Path, tmp_path: Path) -> None:
         run = tmp_path / "run"
@@ -487,7 +488,7 @@ class TestWordsOfTransformers:
     def test_marks_and_lengths(self) -> None:
         from earlyfusion.hf import ChameleonForConditionalGeneration, ChameleonProcessor
 
-        mini = formats.locate("mini")
+        mini = locate("mini")
         processor = ChameleonProcessor.from_pretrained(mini)
         with pytest.raises(PromptError, match="there are 2 and 1: give each image one <image>"):
             processor(images=[PIL.Image.new("RGB", (9, 9))], text="<image><image>What are these?")
@@ -502,10 +503,10 @@ class TestWordsOfTransformers:
 class TestMeta:
     @pytest.mark.parametrize("name", ["tiny_1", "tiny_mp2_swin_gqa"])
     def test_a_download_loads_whole(self, golden: Path, name: str) -> None:
-        loaded = formats.load(golden / "models" / name)
+        loaded = load(golden / "models" / name)
         assert loaded.config.vocab_size == loaded.processor.vocabulary.size == 1280
         assert loaded.transformer.lm_head.weight.dtype is torch.bfloat16
-        assert loaded.can_decode
+        assert loaded.can_draw
         assert loaded.vqgan.quant_conv.weight.dtype is torch.float32
         assert loaded.processor.layout.num_codes == 1024
 
@@ -517,7 +518,7 @@ class TestMeta:
 
     def test_each_shard_s_norm_serves_its_heads(self, golden: Path) -> None:
         folder = golden / "models" / "tiny_mp2_swin_gqa"
-        norm = load_meta(folder).transformer.model.layers[1].self_attn.q_norm
+        norm = load(folder).transformer.model.layers[1].self_attn.q_norm
         for rank in range(2):
             shard = torch.load(folder / f"consolidated.0{rank}.pth", weights_only=True)
             own = unrotate(shard["layers.1.attention.q_normalization.bias"], 8)
@@ -530,10 +531,10 @@ class TestMeta:
         assert unrotate(rows[:, None], 8).flatten().tolist() == [0, 2, 4, 6, 1, 3, 5, 7]
 
     def test_to_transformers_and_back(self, golden: Path, tmp_path: Path) -> None:
-        loaded = load_meta(golden / "models" / "tiny_1")
+        loaded = load(golden / "models" / "tiny_1")
         text = (golden / "tokenizer" / "text_tokenizer.json").read_text()
         save_hf(tmp_path / "hf", loaded.transformer, loaded.vqgan, text, {})
-        again = load_hf(tmp_path / "hf")
+        again = load(tmp_path / "hf")
         assert again.config.to_dict() == loaded.config.to_dict()
         assert_same_weights(again.transformer, loaded.transformer)
         assert_same_weights(again.vqgan, loaded.vqgan)
@@ -557,7 +558,7 @@ class TestMetaMistakes:
 
     def test_rotary_frequencies_are_not_needed(self, folder: Path) -> None:
         self.edit(folder, drop="rope.freqs")
-        assert load_meta(folder).config.num_hidden_layers == 3
+        assert load(folder, verify=False).config.num_hidden_layers == 3
 
     @pytest.mark.parametrize(
         ("change", "sentence"),
@@ -571,28 +572,28 @@ class TestMetaMistakes:
     ) -> None:
         self.edit(folder, **change)
         with pytest.raises(CheckpointError, match=sentence):
-            load_meta(folder)
+            load(folder, verify=False)
 
     def test_a_missing_shard(self, folder: Path) -> None:
         (folder / "consolidated.00.pth").unlink()
         with pytest.raises(CheckpointError, match=r"lacks consolidated\.pth, or one of"):
-            load_meta(folder)
+            load(folder)
 
     def test_a_truncated_shard(self, folder: Path) -> None:
         path = folder / "consolidated.01.pth"
         path.write_bytes(path.read_bytes()[:5000])
         with pytest.raises(CheckpointError, match=r"consolidated\.01\.pth is missing, damaged"):
-            load_meta(folder)
+            load(folder)
 
     def test_params_without_sizes(self, folder: Path) -> None:
         (folder / "consolidate_params.json").unlink()
         with pytest.raises(CheckpointError, match="gives no vocab_size"):
-            load_meta(folder)
+            load(folder)
 
     def test_no_tokenizer(self, folder: Path) -> None:
         (folder.parent.parent / "tokenizer").unlink()
         with pytest.raises(CheckpointError, match=r"no text_tokenizer\.json beside"):
-            load_meta(folder)
+            load(folder)
 
 
 class TestVQGAN:
@@ -610,7 +611,7 @@ class TestVQGAN:
         torch.save({"state_dict": state}, folder / "vqgan.ckpt")
 
     def test_the_loss_is_ignored(self, golden: Path) -> None:
-        vqgan = load_vqgan(golden / "tokenizer")
+        vqgan = build_vqgan(*open_vqgan(golden / "tokenizer"), golden)
         assert vqgan.config.grid == 32
         assert not vqgan.training
 
@@ -627,7 +628,7 @@ class TestVQGAN:
     ) -> None:
         self.save(golden, folder, **change)
         with pytest.raises(CheckpointError, match=sentence):
-            load_vqgan(folder)
+            build_vqgan(*open_vqgan(folder), folder)
 
     def test_code_in_a_pickle_is_not_run(self, folder: Path) -> None:
         class Bomb:
@@ -636,13 +637,21 @@ class TestVQGAN:
 
         (folder / "vqgan.ckpt").write_bytes(pickle.dumps({"state_dict": Bomb()}))
         with pytest.raises(CheckpointError, match="holds more than tensors"):
-            load_vqgan(folder)
+            build_vqgan(*open_vqgan(folder), folder)
         torch.save({"state_dict": Bomb()}, folder / "vqgan.ckpt")
         with pytest.raises(CheckpointError, match="holds more than tensors"):
-            load_vqgan(folder)
+            build_vqgan(*open_vqgan(folder), folder)
         assert not (folder / "ran").exists()
 
     def test_a_config_that_is_none(self, folder: Path) -> None:
         (folder / "vqgan.yaml").write_text("model: {}")
-        with pytest.raises(CheckpointError, match=r"vqgan\.yaml is missing or no VQ-GAN config"):
-            load_vqgan(folder)
+        with pytest.raises(CheckpointError, match=r"vqgan\.yaml is missing or not a VQ-GAN config"):
+            build_vqgan(*open_vqgan(folder), folder)
+
+
+def test_the_page_s_blocks_run(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    for block in blocks:
+        exec(compile(block, "docs/checkpoints.md", "exec"), {})
+    assert "Generate an image of 768x512" in capsys.readouterr().out

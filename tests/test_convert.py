@@ -23,17 +23,18 @@ from torch import Tensor
 
 from earlyfusion.api import Chameleon
 from earlyfusion.checkpoints import checklist
-from earlyfusion.checkpoints import detect as formats
 from earlyfusion.checkpoints.anole import rotate, unrotate
+from earlyfusion.checkpoints.assemble import Loaded
 from earlyfusion.checkpoints.convert import _size, convert
-from earlyfusion.checkpoints.hf import Loaded, load_hf, save_hf
+from earlyfusion.checkpoints.detect import detect, load, locate
+from earlyfusion.checkpoints.hf import save_hf
 from earlyfusion.checkpoints.lumina import layout
-from earlyfusion.checkpoints.meta import _inner_width, _width_params, load_meta
-from earlyfusion.checkpoints.source import new_folder
+from earlyfusion.checkpoints.meta import inner_width, width_params
 from earlyfusion.checkpoints.summary import summarize
 from earlyfusion.cli import main
 from earlyfusion.content import Image
 from earlyfusion.errors import CheckpointError, SettingError
+from earlyfusion.files import new_folder
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.model.vqgan import VQGAN
 from earlyfusion.processor import train_tokenizer
@@ -71,7 +72,7 @@ def assert_same_model(one: Loaded, two: Loaded) -> None:
 
 def assert_meta_s_logits(golden: Path, name: str, folder: Path) -> None:
     """The recorded prefill logits in fp32, to the tolerance of the transformer's own test."""
-    transformer = formats.load(folder, dtype=torch.float32).transformer
+    transformer = load(folder, dtype=torch.float32).transformer
     with np.load(golden / "expected" / f"{name}.fp32.npz") as expected:
         ids, logits = torch.from_numpy(expected["prefill_ids"]), expected["prefill_logits"]
         rows = torch.split(ids, expected["prefill_lens"].tolist())
@@ -104,11 +105,11 @@ class TestRoundTrips:
     def test_meta_to_hf_to_meta(self, golden: Path, tmp_path: Path, name: str) -> None:
         source, hf, back = golden / "models" / name, tmp_path / "hf", tmp_path / "meta"
         convert(source, hf, "hf", shards=3)
-        assert_same_model(load_hf(hf), load_meta(source))
+        assert_same_model(load(hf), load(source))
         assert_meta_s_logits(golden, name, hf)
         convert(hf, back, "meta")
         assert_same_shards(back, source)
-        assert_same_model(load_meta(back), load_meta(source))
+        assert_same_model(load(back), load(source))
         assert_meta_s_logits(golden, name, back)
         kept = torch.load(golden / "tokenizer" / "vqgan.ckpt", weights_only=True)["state_dict"]
         written = torch.load(back / "tokenizer" / "vqgan.ckpt", weights_only=True)["state_dict"]
@@ -122,7 +123,7 @@ class TestRoundTrips:
             target = tmp_path / str(step)
             convert(folder, target, "meta", shards=count)
             assert len(shards_of(target)) == count
-            assert_same_model(load_meta(target), load_meta(golden / "models" / "tiny_1"))
+            assert_same_model(load(target), load(golden / "models" / "tiny_1"))
             assert_meta_s_logits(golden, "tiny_1", target)
             folder = target
         assert_same_shards(folder, golden / "models" / "tiny_1")
@@ -130,7 +131,7 @@ class TestRoundTrips:
     def test_hf_to_meta_to_hf(self, tiny: Path, tmp_path: Path) -> None:
         convert(tiny, tmp_path / "meta", "meta", shards=2)
         convert(tmp_path / "meta", tmp_path / "again", "hf")
-        ours, theirs = load_hf(tmp_path / "again"), load_hf(tiny)
+        ours, theirs = load(tmp_path / "again"), load(tiny)
         assert_same_model(ours, theirs)
         assert ours.generation_defaults == theirs.generation_defaults
         assert (tmp_path / "again" / "tokenizer.json").read_bytes() == (
@@ -141,7 +142,7 @@ class TestRoundTrips:
         save_tiny(tmp_path / "tied", tie_word_embeddings=True)
         convert(tmp_path / "tied", tmp_path / "meta", "meta")
         tokens_BT = torch.arange(20)[None]
-        one, two = formats.load(tmp_path / "tied"), formats.load(tmp_path / "meta")
+        one, two = load(tmp_path / "tied"), load(tmp_path / "meta")
         assert torch.equal(one.transformer(tokens_BT), two.transformer(tokens_BT))
 
     def test_another_dtype_leaves_the_vqgan(self, tiny: Path, tmp_path: Path) -> None:
@@ -156,7 +157,7 @@ class TestRoundTrips:
 
         convert(tiny, tmp_path / "cut", "hf", shards=5)
         theirs = ChameleonForConditionalGeneration.from_pretrained(tmp_path / "cut")
-        own = load_hf(tiny).transformer.state_dict()
+        own = load(tiny).transformer.state_dict()
         state = theirs.state_dict()
         assert_equal_bits({name: state[name] for name in own}, own)
         assert len(list((tmp_path / "cut").glob("*.safetensors"))) == 5
@@ -170,8 +171,8 @@ class TestAsMetaReadsIt:
         convert(folder, tmp_path / "copy", "meta")
         params = json.loads((tmp_path / "copy" / "params.json").read_text())["model"]
         original = json.loads((folder / "params.json").read_text())["model"]
-        width = _inner_width(original)
-        assert _inner_width(params) == width
+        width = inner_width(original)
+        assert inner_width(params) == width
         alike = ("dim", "n_layers", "n_heads", "n_kv_heads", "norm_eps", "rope_theta", "swin_norm")
         assert {name: params[name] for name in alike} == {name: original[name] for name in alike}
         overruling = json.loads((tmp_path / "copy" / "consolidate_params.json").read_text())
@@ -182,7 +183,7 @@ class TestAsMetaReadsIt:
         ("dim", "width"), [(4096, 11008), (8192, 22016), (256, 704), (64, 7), (64, 4099)]
     )
     def test_the_formula_gives_every_width(self, dim: int, width: int) -> None:
-        assert _inner_width({"dim": dim} | _width_params(dim, width)) == width
+        assert inner_width({"dim": dim} | width_params(dim, width)) == width
 
     def test_checklists_are_those_of_md5sum(self, tiny: Path, tmp_path: Path) -> None:
         convert(tiny, tmp_path / "meta", "meta")
@@ -207,6 +208,21 @@ class TestWholeOrNot:
             with pytest.raises(KeyboardInterrupt):
                 convert(tiny, tmp_path / "out", to, progress=stop)
         assert sorted(tmp_path.iterdir()) == before
+
+    def test_a_failure_removes_the_folders_it_made(self, tiny: Path, tmp_path: Path) -> None:
+        (tmp_path / "there").mkdir()
+        before = sorted(tmp_path.rglob("*"))
+
+        def stop(done: int, total: int) -> None:
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            convert(tiny, tmp_path / "there" / "some" / "deep" / "out", "hf", progress=stop)
+        assert sorted(tmp_path.rglob("*")) == before
+        convert(tiny, tmp_path / "there" / "some" / "deep" / "out", "hf")
+        with pytest.raises(KeyboardInterrupt):
+            convert(tiny, tmp_path / "there" / "some" / "other" / "out", "hf", progress=stop)
+        assert sorted((tmp_path / "there" / "some").iterdir()) == [tmp_path / "there/some/deep"]
 
     def converting(self, tiny: Path, target: Path, then: str) -> subprocess.Popen[str]:
         """A process that runs a statement when all tensors are written."""
@@ -295,7 +311,7 @@ class TestWholeOrNot:
         assert not target.exists()
         [left] = tmp_path.glob(".out.*")
         with pytest.raises(CheckpointError, match="holds no model"):
-            formats.load(left)
+            load(left)
 
     def test_progress_runs_to_the_end(self, tiny: Path, tmp_path: Path) -> None:
         seen: list[tuple[int, int]] = []
@@ -326,7 +342,7 @@ class TestValues:
             convert(broken, tmp_path / "out", to)
         assert sorted(tmp_path.iterdir()) == before
         convert(broken, tmp_path / "out", to, verify=False)
-        kept = formats.load(tmp_path / "out").transformer.state_dict()
+        kept = load(tmp_path / "out").transformer.state_dict()
         assert kept["model.layers.0.mlp.up_proj.weight"].isnan().sum() == 1
 
     def test_a_dtype_that_is_too_narrow(self, tiny: Path, tmp_path: Path) -> None:
@@ -408,28 +424,28 @@ class TestChecklists:
             return md5(path)
 
         monkeypatch.setattr(checklist, "_md5", counted)
-        monkeypatch.setattr(checklist, "_KEPT_FROM", 100_000)
-        formats.load(meta)
+        monkeypatch.setattr(checklist, "_CACHED_FROM", 100_000)
+        load(meta)
         assert "consolidated.pth" in summed and "params.json" in summed
         summed.clear()
-        formats.load(meta)
+        load(meta)
         assert "params.json" in summed and "consolidated.pth" not in summed
         weights = meta / "consolidated.pth"
         self.flip(weights)
         with pytest.raises(CheckpointError, match="is not what"):
-            formats.load(meta)
+            load(meta)
         assert "consolidated.pth" in summed
         (tmp_path / "cache" / "earlyfusion" / "checklists.json").write_text("[")
         self.flip(weights)
-        assert formats.load(meta).config.hidden_size == CONFIG.hidden_size
+        assert load(meta).config.hidden_size == CONFIG.hidden_size
 
     def test_a_cache_that_cannot_be_written(
         self, meta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         (tmp_path / "file").touch()
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-        monkeypatch.setattr(checklist, "_KEPT_FROM", 0)
-        assert formats.load(meta).config.hidden_size == CONFIG.hidden_size
+        monkeypatch.setattr(checklist, "_CACHED_FROM", 0)
+        assert load(meta).config.hidden_size == CONFIG.hidden_size
 
 
 class TestMistakes:
@@ -445,7 +461,7 @@ class TestMistakes:
             convert(tiny, file, "hf")
         assert file.read_text() == "mine"
         convert(tiny, empty, "hf")
-        assert_same_model(load_hf(empty), load_hf(tiny))
+        assert_same_model(load(empty), load(tiny))
 
     def test_a_disk_that_fills_up(
         self, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -550,7 +566,7 @@ class TestMistakes:
     def test_an_unusable_tokenizer(
         self, tiny: Path, tmp_path: Path, to: Any, text: str, sentence: str
     ) -> None:
-        other = (formats.locate("mini") / "tokenizer.json").read_text()
+        other = (locate("mini") / "tokenizer.json").read_text()
         (tiny / "tokenizer.json").write_text(other if text == "mini" else text)
         before = sorted(tmp_path.iterdir())
         with pytest.raises(CheckpointError, match=sentence):
@@ -559,7 +575,7 @@ class TestMistakes:
         with pytest.raises(CheckpointError, match=sentence):
             summarize(tiny)
         with pytest.raises(CheckpointError, match=sentence):
-            formats.load(tiny)
+            load(tiny)
 
     def test_codes_of_another_tokenizer(self, tiny: Path, tmp_path: Path) -> None:
         text = train_tokenizer(["a"], 32, CONFIG.vocab_size)
@@ -581,7 +597,7 @@ class TestMistakes:
         from transformers import AutoTokenizer
 
         for folder in (tiny, tmp_path / "meta", tmp_path / "hf"):
-            processor = formats.load(folder).processor
+            processor = load(folder).processor
             ids = processor.encode_text("a 사과나무.")
             assert ids.count(token) == 1
             assert processor.decode_text(ids) == "a 사과나무."
@@ -600,7 +616,7 @@ class TestMistakes:
             assert {n: (tmp_path / copy / n).read_text() for n in papers} == papers
             assert not (tmp_path / copy / "notes.md").exists()
         (tmp_path / "meta" / "README.md").write_text("# Mine")
-        assert formats.load(tmp_path / "meta").config.hidden_size == CONFIG.hidden_size
+        assert load(tmp_path / "meta").config.hidden_size == CONFIG.hidden_size
 
     def test_shards_that_are_possible(self, tmp_path: Path) -> None:
         convert("mini", tmp_path / "meta", "meta")
@@ -642,7 +658,7 @@ class TestImageTokenizers:
         assert summarize(bare).parameters["image_tokenizer"] == 0
 
     def test_saved_again_it_still_has_none(self, bare: Path, tmp_path: Path) -> None:
-        loaded = load_hf(bare)
+        loaded = load(bare)
         text = (bare / "tokenizer.json").read_text()
         save_hf(tmp_path / "again", loaded.transformer, loaded.vqgan, text, {})
         assert not any("vqmodel" in n for n in load_file(tmp_path / "again" / "model.safetensors"))
@@ -658,14 +674,14 @@ class TestImageTokenizers:
         for number, place in enumerate(places):
             target = tmp_path / f"whole-{number}"
             convert(bare, target, "hf", image_tokenizer=place)
-            assert_same_model(load_hf(target), load_hf(tiny))
+            assert_same_model(load(target), load(tiny))
 
     def test_a_decoder_is_added(self, tiny: Path, tmp_path: Path) -> None:
         half = self.without(tiny, tmp_path / "half", "model.vqmodel.decoder.")
         convert(half, tmp_path / "still", "hf")
-        assert not load_hf(tmp_path / "still").can_decode
+        assert not load(tmp_path / "still").can_draw
         convert(half, tmp_path / "whole", "hf", image_tokenizer=tiny)
-        assert_same_model(load_hf(tmp_path / "whole"), load_hf(tiny))
+        assert_same_model(load(tmp_path / "whole"), load(tiny))
         with pytest.raises(CheckpointError, match=r"whole image tokenizer.*--image-tokenizer"):
             convert(half, tmp_path / "meta", "meta")
 
@@ -732,18 +748,18 @@ class TestAnole:
                 value.copy_(torch.rand(value.shape[-1], generator=torch.Generator().manual_seed(1)))
         save_file(tensors, tiny / "model.safetensors")
         folder = self.early(tiny, tmp_path / "early")
-        assert formats.detect(folder) == "anole"
-        assert_same_model(formats.load(folder), load_hf(tiny))
+        assert detect(folder) == "anole"
+        assert_same_model(load(folder), load(tiny))
         convert(folder, tmp_path / "hf", "hf")
-        assert formats.detect(tmp_path / "hf") == "hf"
-        assert_same_model(load_hf(tmp_path / "hf"), load_hf(tiny))
+        assert detect(tmp_path / "hf") == "hf"
+        assert_same_model(load(tmp_path / "hf"), load(tiny))
 
     def test_heads_of_another_width(self, tiny: Path, tmp_path: Path) -> None:
         folder = self.early(tiny, tmp_path / "early")
         data = json.loads((folder / "config.json").read_text()) | {"num_attention_heads": 8}
         (folder / "config.json").write_text(json.dumps(data))
         with pytest.raises(CheckpointError, match=r"wrong shapes|another width"):
-            formats.load(folder)
+            load(folder)
 
     def test_its_export_names_no_frequencies(self, golden: Path, tmp_path: Path) -> None:
         folder = tmp_path / "models" / "anole"
@@ -752,7 +768,7 @@ class TestAnole:
         (tmp_path / "tokenizer").symlink_to(golden.absolute() / "tokenizer")
         state = torch.load(folder / "consolidated.pth", weights_only=True)
         torch.save(state | {"rope.freqs": None}, folder / "consolidated.pth")
-        assert_same_model(formats.load(folder), load_meta(golden / "models" / "tiny_1"))
+        assert_same_model(load(folder), load(golden / "models" / "tiny_1"))
         convert(folder, tmp_path / "again", "meta")
         assert_same_shards(tmp_path / "again", golden / "models" / "tiny_1")
 
@@ -799,12 +815,12 @@ class TestLumina:
             layout(7)
 
     def test_made_whole_it_draws(self, folder: Path, tokenizer: Path, tmp_path: Path) -> None:
-        assert formats.detect(folder) == "lumina"
+        assert detect(folder) == "lumina"
         with pytest.raises(CheckpointError, match=r"tokenizer\.json is missing.*--tokenizer"):
-            formats.load(folder)
+            load(folder)
         whole = tmp_path / "whole"
         convert(folder, whole, "hf", tokenizer=tokenizer, image_tokenizer=tokenizer)
-        assert formats.detect(whole) == "lumina"
+        assert detect(whole) == "lumina"
         model = Chameleon.load(whole)
         assert model.processor.layout == layout(8)
         assert model.defaults["chameleon"]["image"]["top_k"] == 2000
@@ -932,7 +948,7 @@ class TestCommand:
         )
         assert main(["convert", meta, back, "--to", "hf", "--dtype", "float32"]) == 0
         assert "model.safetensors" in capsys.readouterr().out
-        assert_same_model(load_hf(Path(back)), load_hf(tiny))
+        assert_same_model(load(Path(back)), load(tiny))
 
     def test_a_mistake_is_a_sentence(
         self, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from earlyfusion import Chameleon
-from earlyfusion.checkpoints.meta import load_meta
+from earlyfusion.checkpoints import detect
 from earlyfusion.engine import runner
 from earlyfusion.engine.backends import torch as network
 from earlyfusion.engine.backends.torch import Network
@@ -227,7 +227,7 @@ def test_stop_tokens_of_one_request_leave_the_others_alone(
 
 @pytest.mark.parametrize("name", ["tiny_1", "tiny_mp2_swin_gqa"])
 def test_both_block_layouts(golden: Path, name: str) -> None:
-    loaded = load_meta(golden / "models" / name, dtype=torch.float32)
+    loaded = detect.load(golden / "models" / name, dtype=torch.float32)
     vocabulary = loaded.processor.vocabulary
     settings = SamplingParams(seed=0, **GREEDY).resolved({})
     ids = [vocabulary.bos, *loaded.processor.encode_text("a pear"), vocabulary.end_of_turn]

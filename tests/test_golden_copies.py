@@ -12,8 +12,8 @@ import torch
 from test_reference import TEXT_CASES, Recorded
 from test_transformer import assert_near, feed, sequences
 
-from earlyfusion.checkpoints import detect as formats
 from earlyfusion.checkpoints.convert import convert
+from earlyfusion.checkpoints.detect import load
 from earlyfusion.model.kv_cache import KVCache
 
 # A model, and the layouts that its copy goes through; a number counts Meta's shards.
@@ -32,7 +32,7 @@ class Copied(Recorded):
 
     def __init__(self, golden: Path, name: str, folder: Path) -> None:
         super().__init__(golden, name)
-        loaded = formats.load(folder, dtype=torch.float32)
+        loaded = load(folder, dtype=torch.float32)
         self.transformer, self.processor = loaded.transformer, loaded.processor
         with np.load(golden / "expected" / f"{name}.fp32.npz") as file:
             self.expected = dict(file)

@@ -162,14 +162,21 @@ def near(theirs: Tensor, ours: Tensor, tolerance: float = 1e-5) -> None:
     assert gap < tolerance, gap
 
 
+def near_logits(theirs: Tensor, ours: Tensor) -> None:
+    """`near`, with image tokens, which have the lowest logit of all, left out."""
+    low = theirs < -1e9
+    assert torch.equal(low, ours < -1e9)
+    near(theirs.masked_fill(low, 0), ours.masked_fill(low, 0))
+
+
 @torch.no_grad()
-def check_pictures(pair: Pair) -> None:
+def check_pictures(pair: Pair, tolerance: float = 1e-5) -> None:
     pixels = pair.inputs["pixel_values"]
     how = {"output_hidden_states": True, "output_attentions": True}
     theirs, ours = (model.model.vqmodel.encode(pixels, **how) for model in pair.both)
     assert torch.equal(theirs.image_tokens, ours.image_tokens)
     for name in ("last_hidden_state", "quantized_last_hidden_state", "embedding_loss"):
-        near(theirs[name], ours[name])
+        near(theirs[name], ours[name], tolerance)
     for name in ("hidden_states", "attentions"):
         assert len(theirs[name]) == len(ours[name])
     tokens = [model.get_image_tokens(pixels) for model in pair.both]
@@ -185,7 +192,7 @@ def check_states(pair: Pair, attention: str) -> None:
         model.set_attn_implementation(attention)
     how = {"output_hidden_states": True, "output_attentions": attention == "eager"}
     theirs, ours = (model(**pair.inputs, **how) for model in pair.both)
-    near(theirs.logits[seen].clamp(min=-1e9), ours.logits[seen].clamp(min=-1e9))
+    near_logits(theirs.logits[seen], ours.logits[seen])
     for a, b in zip(theirs.hidden_states, ours.hidden_states, strict=True):
         near(a[seen], b[seen])
     assert theirs.keys() == ours.keys()
@@ -239,7 +246,9 @@ def check_tokens(pair: Pair, how: dict[str, Any]) -> None:
 def test_a_random_config_does_as_transformers_own(seed: int) -> None:
     pair = make(seed)
     assert pair.own.model.vqmodel.decoder is None
-    check_pictures(pair)
+    # GroupNorm over four numbers, as at the end of a small encoder, enlarges rounding: seed 373 is
+    # 1.3e-5 apart in fp32, each 7e-6 from the values in fp64, where both agree to 1e-14.
+    check_pictures(pair, tolerance=5e-5 if seed in SLOW else 1e-5)
     check_states(pair, "eager" if seed % 2 else "sdpa")
     check_losses(pair)
     for how in SEARCHES if seed in SLOW else SEARCHES[seed % len(SEARCHES) :][:1]:
@@ -258,7 +267,7 @@ def test_dynamic_angles_remember_the_longest_call_until_one_fits() -> None:
     for length in (trained + 20, trained + 4, trained, trained - 1, trained + 4):
         ids = torch.arange(40, 40 + length)[None] % 40 + 45
         theirs, ours = (model(ids).logits for model in pair.both)
-        near(theirs.clamp(min=-1e9), ours.clamp(min=-1e9))
+        near_logits(theirs, ours)
         seen.append(ours)
     assert not torch.allclose(seen[1], seen[4])  # the same tokens, after a longer call or not
 

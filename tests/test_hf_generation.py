@@ -18,7 +18,9 @@ import transformers
 from tiny import CONFIG, tiny_processor, tiny_transformer
 from torch import Tensor
 
-from earlyfusion.checkpoints.hf import Loaded, load_hf, save_hf
+from earlyfusion.checkpoints.assemble import Loaded
+from earlyfusion.checkpoints.detect import load
+from earlyfusion.checkpoints.hf import save_hf
 from earlyfusion.content import Image, Message, Text
 from earlyfusion.errors import ContextError, PromptError, SettingError
 from earlyfusion.generation.reference import draw_tokens
@@ -65,7 +67,7 @@ def processor(folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def loaded(folder: Path) -> Loaded:
-    return load_hf(folder)
+    return load(folder)
 
 
 @pytest.fixture(scope="module")

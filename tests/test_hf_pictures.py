@@ -68,7 +68,7 @@ class TestResampling:
         assert torch.equal(part, whole[..., 7:33, 20:75])
 
     def test_an_unknown_filter(self) -> None:
-        with pytest.raises(SettingError, match="resample=99 is no known filter"):
+        with pytest.raises(SettingError, match="resample=99 is not a known filter"):
             resized(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), (2, 2), 99)
 
 
@@ -247,7 +247,10 @@ class TestBackEnds:
         [
             ({"resize_mode": "stretch"}, "resize_mode='stretch' is unknown"),
             ({"deep": "cut"}, "deep='cut' is unknown"),
-            ({"resize_mode": "fit", "exact": False}, "resize_mode='fit' is none of transformers'"),
+            (
+                {"resize_mode": "fit", "exact": False},
+                "resize_mode='fit' is not among",
+            ),
         ],
     )
     def test_refused(self, settings: dict[str, Any], sentence: str) -> None:
@@ -321,9 +324,9 @@ class TestMoreThanEightBits:
             (PIL.Image.fromarray(np.full((4, 4), -1, np.int32)), "may be any scale"),
             (PIL.Image.fromarray(np.full((4, 4), 2.5, np.float32)), "bring them to 0 to 1"),
             (PIL.Image.fromarray(np.full((4, 4), np.nan, np.float32)), "bring them to 0 to 1"),
-            (np.full((3, 4, 4), 300, np.int32), "one of int32 has 0 to 255"),
-            (torch.full((3, 4, 4), 1.5), "one of float32 has 0 to 1"),
-            (torch.full((3, 4, 4), -1), "one of int64 has 0 to 255"),
+            (np.full((3, 4, 4), 300, np.int32), "and int32 pictures have 0 to 255"),
+            (torch.full((3, 4, 4), 1.5), "and float32 pictures have 0 to 1"),
+            (torch.full((3, 4, 4), -1), "and int64 pictures have 0 to 255"),
             (np.zeros((5, 7, 9), np.uint8), "5x7x9 is not one picture"),
         ],
     )

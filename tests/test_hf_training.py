@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import BitsAndBytesConfig, Trainer, TrainingArguments
 from wide import SEVEN, WIDE, example, picture, wide_folder
 
-from earlyfusion.checkpoints.hf import load_hf
+from earlyfusion.checkpoints import detect
 from earlyfusion.content import Image, Message, Text
 from earlyfusion.hf import ChameleonForConditionalGeneration, ChameleonProcessor
 from earlyfusion.image_tokenizer import ImageTokenizer
@@ -180,7 +180,7 @@ class TestAdapters:
 
 def own_documents(folder: Path, documents: list[list[Message]]) -> tuple[list[Any], Any]:
     """The package's own training sequences of turns, and its vocabulary."""
-    loaded = load_hf(folder)
+    loaded = detect.load(folder)
     tokenizer = ImageTokenizer(loaded.vqgan, WIDE.vq_config.resolution)
     sequences = []
     for turns in documents:

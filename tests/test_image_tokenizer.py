@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from earlyfusion import Chameleon, image_tokenizer
-from earlyfusion.checkpoints.meta import load_vqgan
+from earlyfusion.checkpoints.assemble import build_vqgan
+from earlyfusion.checkpoints.meta import open_vqgan
 from earlyfusion.config import VQConfig
 from earlyfusion.content import Image
 from earlyfusion.errors import CheckpointError, ImageError, SettingError
@@ -36,7 +37,7 @@ SMALL = VQConfig(
 
 @pytest.fixture(scope="module")
 def metas() -> ImageTokenizer:
-    vqgan = load_vqgan(GOLDEN / "tokenizer")
+    vqgan = build_vqgan(*open_vqgan(GOLDEN / "tokenizer"), GOLDEN)
     return ImageTokenizer(vqgan, vqgan.config.resolution)
 
 

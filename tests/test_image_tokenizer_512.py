@@ -13,7 +13,8 @@ import torch
 from image_tokenizer_case import TINY, train
 from torch import Tensor, nn
 
-from earlyfusion.checkpoints.meta import load_vqgan
+from earlyfusion.checkpoints.assemble import build_vqgan
+from earlyfusion.checkpoints.meta import open_vqgan
 from earlyfusion.config import PRESETS
 from earlyfusion.errors import CheckpointError, DataError, SettingError
 from earlyfusion.model.vqgan import VQGAN
@@ -100,7 +101,7 @@ def test_it_learns_resumes_exactly_and_ends_in_a_folder_that_loads(
     (whole, _), (part, _) = (checkpoint.load(tmp_path / name) for name in ("whole", "part"))
     assert not differ(whole["model"], part["model"])
     assert not differ(whole["critic"]["net"], part["critic"]["net"])
-    model = load_vqgan(tmp_path / "whole" / "model")
+    model = build_vqgan(*open_vqgan(tmp_path / "whole" / "model"), tmp_path)
     assert not differ(whole["model"], model.state_dict())
     begun = begin_with(VQGAN(model.config), str(tmp_path / "whole" / "model"))
     assert not differ(whole["model"], begun.state_dict())

@@ -96,26 +96,16 @@ def test_sizes(grid: int) -> None:
             assert (height, width) in sizes
 
 
-def test_the_nearest_size() -> None:
-    assert lumina.nearest_size(480, 480, 32) == (32, 32)
-    height, width = lumina.nearest_size(480, 640, 32)
-    assert abs(width / height - 4 / 3) < 0.06
-    assert lumina.nearest_size(10, 1000, 32) == (16, 64)
-    assert lumina.nearest_size(1000, 10, 32) == (64, 16)
-    with pytest.raises(ImageError, match="has no shape"):
-        lumina.nearest_size(0, 5, 32)
-
-
-def test_what_it_is_told() -> None:
-    told = lumina.instruction("A pear.", 512, 768)
-    assert told == "Generate an image of 768x512 according to the following prompt:\nA pear."
+def test_the_words_for_drawing() -> None:
+    words = lumina.instruction("A pear.", 512, 768)
+    assert words == "Generate an image of 768x512 according to the following prompt:\nA pear."
 
 
 @pytest.mark.parametrize("size", [(4, 8), (8, 4), (2, 8), (6, 6)])
 def test_a_picture_of_another_size_is_drawn(
     processor: Processor, transformer: Transformer, size: tuple[int, int]
 ) -> None:
-    wide = lumina.for_size(processor, *size)
+    wide = Processor(processor.tokenizer_file, lumina.layout(*size))
     sampling = SamplingParams(seed=0, guidance_text=3.0, guidance_image=3.0).resolved({})
     ids = [wide.vocabulary.bos, *wide.encode_text("a pear"), wide.vocabulary.end_of_turn]
     request = Request(ids, "image", sampling, images=1, room=wide.layout.num_tokens)
@@ -249,7 +239,7 @@ def test_a_guided_picture_equals_plain_forwards(
     text = processor.tokenizer_file.read_text()
     ends = {"eos_token_id": 2, "pad_token_id": 1, "bos_token_id": 0}
     save_hf(tmp_path, transformer, VQGAN(CONFIG.vq_config), text, ends)
-    config = json.loads((tmp_path / "config.json").read_text()) | {lumina.MARK: lumina.KIND}
+    config = json.loads((tmp_path / "config.json").read_text()) | {lumina.CONFIG_KEY: lumina.FAMILY}
     (tmp_path / "config.json").write_text(json.dumps(config))
     model: Any = ChameleonForConditionalGeneration.from_pretrained(tmp_path).eval()
     vocabulary, layout = processor.vocabulary, lumina.layout(8)
@@ -281,7 +271,7 @@ def folder(
     ends = {"eos_token_id": 2, "pad_token_id": 1, "bos_token_id": 0}
     text = processor.tokenizer_file.read_text()
     save_hf(folder, transformer, VQGAN(CONFIG.vq_config), text, ends)
-    config = json.loads((folder / "config.json").read_text()) | {lumina.MARK: lumina.KIND}
+    config = json.loads((folder / "config.json").read_text()) | {lumina.CONFIG_KEY: lumina.FAMILY}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -345,7 +335,8 @@ def test_several_sizes_in_transformers(
     height, width = size[0] // CONFIG.vq_config.stride, size[1] // CONFIG.vq_config.stride
     codes = hf_model.model.vqmodel.core.encode(inputs["pixel_values"]).numpy()
     parts: list[Any] = [Image(codes=codes[0]), Text(" and "), Image(codes=codes[1])]
-    spelled = lumina.for_size(processor, height, width).encode([Message("user", parts)])
+    other = Processor(processor.tokenizer_file, lumina.layout(height, width))
+    spelled = other.encode([Message("user", parts)])
     assert ids == spelled.ids
     again = hf.post_process_multimodal_output([ids], generation_mode="interleaved")[0]
     assert [getattr(part, "text", None) for part in again] == [None, "and", None]

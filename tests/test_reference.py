@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny import tiny_processor, tiny_transformer
 
-from earlyfusion.checkpoints.meta import load_meta
+from earlyfusion.checkpoints.detect import load
 from earlyfusion.generation import reference
 from earlyfusion.generation.narrator import Narrator
 from earlyfusion.generation.reference import Reader, draw_tokens, generate
@@ -298,7 +298,7 @@ MODELS = ("tiny_1", "tiny_mp2_swin_gqa")
 
 class Recorded:
     def __init__(self, golden: Path, name: str) -> None:
-        loaded = load_meta(golden / "models" / name, dtype=torch.float32)
+        loaded = load(golden / "models" / name, dtype=torch.float32)
         self.transformer, self.processor = loaded.transformer, loaded.processor
         self.cases = json.loads((golden / "expected" / f"{name}.generation.json").read_text())
         with np.load(golden / "expected" / f"{name}.generation_logits.npz") as file:

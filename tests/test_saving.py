@@ -16,8 +16,9 @@ from tiny import CONFIG, tiny_processor, tiny_transformer
 
 from earlyfusion import Chameleon, CheckpointError, SettingError, TextDelta
 from earlyfusion.checkpoints import lumina
+from earlyfusion.checkpoints.assemble import assemble
 from earlyfusion.checkpoints.convert import convert
-from earlyfusion.checkpoints.hf import load_hf
+from earlyfusion.checkpoints.detect import open_source
 from earlyfusion.checkpoints.summary import summarize
 from earlyfusion.image_tokenizer import ImageTokenizer
 from earlyfusion.model.quantise import quantise
@@ -119,7 +120,7 @@ def test_packed_weights_are_read_by_load_alone(model: Chameleon, tmp_path: Path)
     }
     sentence = "holds weights in 4 bits, which only Chameleon.load reads"
     with pytest.raises(CheckpointError, match=sentence):
-        load_hf(place)
+        assemble(open_source(place))
     with pytest.raises(CheckpointError, match=sentence):
         convert(str(place), tmp_path / "meta", "meta")
     with pytest.raises(CheckpointError, match=sentence):

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers.activations import ACT2CLS
 
-from earlyfusion.checkpoints.hf import build_transformer
-from earlyfusion.checkpoints.meta import read_config, read_tensors
+from earlyfusion.checkpoints.assemble import build_transformer
+from earlyfusion.checkpoints.meta import open_tensors, read_config
 from earlyfusion.config import PRESETS, ModelConfig
 from earlyfusion.errors import ContextError, SettingError
 from earlyfusion.model.attention import CausalAttend, _document_mask, dot_product_attention
@@ -37,7 +37,7 @@ def read_golden(
 ) -> tuple[Transformer, dict[str, np.ndarray[Any, Any]]]:
     folder = golden / "models" / name
     config = read_config(folder)
-    model = build_transformer(config, read_tensors(folder, config), folder, dtype=dtype)
+    model = build_transformer(config, open_tensors(folder, config), folder, dtype=dtype)
     kind = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
     with np.load(golden / "expected" / f"{name}.{kind}.npz") as file:
         return model, dict(file)

@@ -15,7 +15,7 @@ import torch
 from corpora import jsonl
 
 from earlyfusion import Chameleon, SamplingParams
-from earlyfusion.checkpoints import detect as formats
+from earlyfusion.checkpoints.detect import load
 from earlyfusion.checkpoints.hf import save_hf
 from earlyfusion.data.corpus import CorpusConfig, open_corpus
 from earlyfusion.evals.emoji import features
@@ -29,7 +29,7 @@ DATA = Path(__file__).parent / "data"
 
 def small_model(folder: Path) -> Path:
     """Random weights of two narrow blocks, with the tokenizers of `mini`."""
-    loaded = formats.load("mini")
+    loaded = load("mini")
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     shape["max_position_embeddings"] = 1280
     transformer = Transformer(replace(loaded.config, **shape))
@@ -59,7 +59,7 @@ def test_eight_documents_are_reproduced_token_for_token(tmp_path: Path) -> None:
     fields = [f"data={rows}", f"model={model}", f"out={tmp_path / 'run'}", "steps=60", "rows=1"]
     fields += ["length=1280", "lr=2e-2", "warmup_steps=10", "dropout=0", "balance=false"]
     run("finetune", [*fields, "log_every=10", "save_every=1000", "device=cpu", "eps=1e-8"])
-    loaded = formats.load(tmp_path / "run" / "model")
+    loaded = load(tmp_path / "run" / "model")
     tokenizer = ImageTokenizer(loaded.vqgan, loaded.config.vq_config.resolution)
     settings = CorpusConfig((str(rows),), balance=False)
     corpus = open_corpus(settings, loaded.processor, tokenizer, 1280, tmp_path / "again")
@@ -78,7 +78,7 @@ def test_eight_documents_are_reproduced_token_for_token(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def locked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`mini` with zeros for the rows of its head that score image tokens."""
-    loaded = formats.load("mini")
+    loaded = load("mini")
     with torch.no_grad():
         loaded.transformer.lm_head.weight[loaded.processor.vocabulary.image_tokens] = 0
     folder = tmp_path_factory.mktemp("locked") / "model"
@@ -104,8 +104,8 @@ def test_the_image_rows_alone_teach_a_locked_model_to_draw(locked: Path, tmp_pat
     run("image_head_7b", [*fields, "log_every=10", "save_every=100"])
 
     unlocked = tmp_path / "run" / "model"
-    before, after = (formats.load(f).transformer.state_dict() for f in (locked, unlocked))
-    images = formats.load(locked).processor.vocabulary.image_tokens
+    before, after = (load(f).transformer.state_dict() for f in (locked, unlocked))
+    images = load(locked).processor.vocabulary.image_tokens
     head = before.pop("lm_head.weight") != after["lm_head.weight"]
     assert set(head.any(1).nonzero()[:, 0].tolist()) <= set(images.tolist())
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())

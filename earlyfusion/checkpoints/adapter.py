@@ -1,7 +1,7 @@
-"""Low-rank adapters in the files of PEFT: `adapter_config.json`, `adapter_model.safetensors`.
+"""Low-rank adapters in PEFT's files: `adapter_config.json` and `adapter_model.safetensors`.
 
-Names are those of the model, which are transformers', behind `base_model.model.`; W + scale B A,
-where scale is alpha / rank, or alpha / sqrt(rank) with `use_rslora`.
+A layer becomes W + scale B A, where scale is alpha / rank, or alpha / sqrt(rank) with `use_rslora`.
+The files name a layer as the model does, behind `base_model.model.`.
 """
 
 from __future__ import annotations
@@ -19,21 +19,27 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from earlyfusion.checkpoints.hf import read_json
-from earlyfusion.checkpoints.source import new_folder
+from earlyfusion.checkpoints.source import read_json
 from earlyfusion.errors import CheckpointError
+from earlyfusion.files import new_folder
 from earlyfusion.model.transformer import Transformer
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _KEY = re.compile(rf"{re.escape(_PREFIX)}(.+)\.lora_([AB])(?:\.\w+)?\.weight")
-# What changes more than products of matrices; each must be off.
-_MORE = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters")
+# Settings under which an adapter is more than a product of two matrices: each must be off.
+_UNSUPPORTED = (
+    "use_dora",
+    "lora_bias",
+    "modules_to_save",
+    "trainable_token_indices",
+    "target_parameters",
+)
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """What is added to one linear layer: scale * b @ a, with a [rank, in] and b [out, rank]."""
+    """The change of one linear layer: scale * b @ a, with a [rank, in] and b [out, rank]."""
 
     a: Tensor
     b: Tensor
@@ -41,12 +47,14 @@ class LowRank:
 
 
 def save_adapter(folder: Path, layers: Mapping[str, LowRank], base: str) -> None:
-    """Write adapters of one rank and scale, by the names of their layers; whole or not at all.
+    """Write adapters of one rank and scale, by layer name; the folder appears whole or not at all.
 
-    A folder that holds an adapter already is replaced; any other that is not empty is refused.
+    A folder that holds an adapter is replaced; any other that is not empty is refused.
     """
     if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG).is_file():
-        raise CheckpointError(f"{folder} is not empty and no adapter: choose another folder")
+        raise CheckpointError(
+            f"{folder} is not empty and does not hold an adapter: choose another folder"
+        )
     first = next(iter(layers.values()))
     rank = len(first.a)
     config = {
@@ -60,61 +68,64 @@ def save_adapter(folder: Path, layers: Mapping[str, LowRank], base: str) -> None
         "bias": "none",
         "inference_mode": True,
     }
-    parts = [(name, kind, getattr(own, kind)) for name, own in layers.items() for kind in "ab"]
     tensors = {
-        f"{_PREFIX}{name}.lora_{kind.upper()}.weight": value.detach().float().cpu().contiguous()
-        for name, kind, value in parts
+        f"{_PREFIX}{name}.lora_{letter}.weight": matrix.detach().float().cpu().contiguous()
+        for name, layer in layers.items()
+        for letter, matrix in (("A", layer.a), ("B", layer.b))
     }
-    with new_folder(folder) as place:
-        save_file(tensors, place / WEIGHTS, metadata={"format": "pt"})
-        (place / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    with new_folder(folder) as part:
+        save_file(tensors, part / WEIGHTS, metadata={"format": "pt"})
+        (part / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def read_adapter(folder: Path) -> dict[str, LowRank]:
-    """The adapters of a folder by the names of their layers. Raises `CheckpointError`."""
+    """The adapters of a folder by layer name. Raises `CheckpointError`."""
     config = read_json(folder / CONFIG)
-    _check(folder, config)
-    halves: dict[str, dict[str, Tensor]] = {}
+    _check_plain_lora(folder, config)
+    pairs: dict[str, dict[str, Tensor]] = {}
     for key, value in _tensors(folder / WEIGHTS).items():
-        if key.endswith(".base_layer.weight"):  # PEFT keeps the adapted head's own weight beside
+        if key.endswith(".base_layer.weight"):  # PEFT also stores the weight of an adapted head
             continue
         found = _KEY.fullmatch(key)
         if found is None:
             raise CheckpointError(
-                f"{folder / WEIGHTS} holds {key}, which is no adapter of a linear layer: merge it "
+                f"{folder / WEIGHTS} holds {key}, which does not adapt a linear layer: merge it "
                 "with PEFT and load the merged model"
             )
-        halves.setdefault(found[1], {})[found[2]] = value
-    if not halves or any(set(pair) != {"A", "B"} for pair in halves.values()):
-        raise CheckpointError(f"{folder / WEIGHTS} lacks halves of adapters: save it again")
+        pairs.setdefault(found[1], {})[found[2]] = value
+    if not pairs or any(set(pair) != {"A", "B"} for pair in pairs.values()):
+        raise CheckpointError(
+            f"{folder / WEIGHTS} lacks one of the two matrices of an adapter: save it again"
+        )
     return {
         name: LowRank(pair["A"], pair["B"], _scale(config, name, len(pair["A"])))
-        for name, pair in halves.items()
+        for name, pair in pairs.items()
     }
 
 
 @torch.no_grad()
 def merge_adapter(model: Transformer, folder: Path) -> None:
-    """Add the adapters of a folder to the weights of a model, each in the dtype that it has.
+    """Add the adapters of a folder to the weights of a model, whose dtypes stay.
 
-    Raises `CheckpointError` where they are those of another model.
+    Raises `CheckpointError` for adapters of another model.
     """
     layers = read_adapter(folder)
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    for name, own in layers.items():
+    for name, layer in layers.items():
         wanted = tuple(linears[name].weight.shape) if name in linears else None
-        if wanted != (len(own.b), own.a.shape[1]) or own.b.shape[1] != len(own.a):
+        if wanted != (len(layer.b), layer.a.shape[1]) or layer.b.shape[1] != len(layer.a):
             raise CheckpointError(
-                f"{folder} is an adapter of another model: {name} is {len(own.b)} x "
-                f"{own.a.shape[1]} there and {wanted or 'no linear layer'} here"
+                f"{folder} is an adapter of another model: {name} is {len(layer.b)} x "
+                f"{layer.a.shape[1]} there and {wanted or 'no linear layer'} here"
             )
         if name == "lm_head" and model.config.tie_word_embeddings:
             raise CheckpointError(
-                f"{folder} adapts a head that is the embedding too: merge it first"
+                f"{folder} adapts the head, which this model shares with its embedding: merge the "
+                "adapter with PEFT and load the merged model"
             )
-    for name, own in layers.items():
+    for name, layer in layers.items():
         weight = linears[name].weight
-        change = own.scale * (own.b.float() @ own.a.float()).to(weight.device)
+        change = layer.scale * (layer.b.float() @ layer.a.float()).to(weight.device)
         linears[name].weight = nn.Parameter((weight.float() + change).to(weight.dtype))
 
 
@@ -125,22 +136,23 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is missing or damaged: save the adapter again") from None
 
 
-def _check(folder: Path, config: Mapping[str, Any]) -> None:
-    kind = config.get("peft_type")
-    more = [name for name in _MORE if config.get(name)]
-    if kind != "LORA" or more or config.get("bias", "none") != "none":
-        what = f"of type {kind}" if kind != "LORA" else f"with {', '.join(more) or 'biases'}"
+def _check_plain_lora(folder: Path, config: Mapping[str, Any]) -> None:
+    peft_type = config.get("peft_type")
+    used = [name for name in _UNSUPPORTED if config.get(name)]
+    if peft_type != "LORA" or used or config.get("bias", "none") != "none":
+        plain = f"with {', '.join(used) or 'biases'}"
+        found = plain if peft_type == "LORA" else f"of type {peft_type}"
         raise CheckpointError(
-            f"{folder} is an adapter {what}, and only plain LoRA is read: merge it with PEFT and "
+            f"{folder} is an adapter {found}, and only plain LoRA is read: merge it with PEFT and "
             "load the merged model"
         )
 
 
 def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:
     patterns = config.get("alpha_pattern") or {}
-    own = [v for key, v in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", name)]
+    matching = [alpha for key, alpha in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", name)]
     try:
-        alpha = float(own[0] if own else config["lora_alpha"])
+        alpha = float(matching[0] if matching else config["lora_alpha"])
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(f"the adapter's {CONFIG} has no lora_alpha: save it again") from None
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

@@ -1,9 +1,9 @@
-"""Anole (arXiv 2407.06135): files that its early fork of transformers wrote, under today's names.
+"""Anole (arXiv 2407.06135): files of its early fork of transformers, under today's names and order.
 
-That fork has one QK-norm for all heads of a layer, a vector of the head's width, and keeps Meta's
-order of the rotary pairs, which it swaps while running. The shape of the norm gives such a file
-away: transformers itself never released it. (github.com/GAIR-NLP/anole; its other files are in
-Meta's layout.)
+That fork stores one QK-norm for all heads of a layer, a vector as wide as a head, and keeps Meta's
+order of the rotary pairs, which it swaps while it runs. The shape of the norm identifies such a
+file: transformers itself never released it. Facts from github.com/GAIR-NLP/anole, whose other files
+are in Meta's layout.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ _NORMS = ("q_norm.weight", "q_norm.bias", "k_norm.weight", "k_norm.bias")
 
 
 def is_early(tensors: Mapping[str, Stored]) -> bool:
-    """Whether the QK-norms are vectors, as only Anole's fork of transformers has them."""
+    """Whether the QK-norms are vectors, as only in files of Anole's fork."""
     return any(len(s.shape) == 1 for n, s in tensors.items() if n.endswith("q_norm.weight"))
 
 
 def modern(tensors: Mapping[str, Stored], config: ModelConfig) -> dict[str, Stored]:
-    """The same tensors with rotary halves apart and a norm for each head."""
+    """The same tensors, with rotary pairs half a head apart and a QK-norm for each head."""
     return {name: _modern(name, stored, config) for name, stored in tensors.items()}
 
 
 def unrotate(rows: Tensor, head_dim: int) -> Tensor:
-    """Reorder each head's rows from neighbouring rotary pairs to halves: 0 2 4 … 1 3 5 …"""
+    """Reorder the rows of each head from neighbouring rotary pairs to halves: 0 2 4 … 1 3 5 …"""
     pairs = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
     return pairs.transpose(1, 2).reshape(rows.shape)
 
@@ -46,5 +46,5 @@ def _modern(name: str, stored: Stored, config: ModelConfig) -> Stored:
         return stored.then(lambda rows: unrotate(rows, config.head_dim))
     if name.endswith(_NORMS):
         heads = config.num_attention_heads if "q_norm" in name else config.kv_heads
-        return stored.then(lambda own: unrotate(own, config.head_dim).repeat(heads, 1))
+        return stored.then(lambda norm: unrotate(norm, config.head_dim).repeat(heads, 1))
     return stored

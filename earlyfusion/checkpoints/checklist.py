@@ -1,33 +1,34 @@
-"""Meta's checklist.chk: lines of md5sum beside a model's files, written, and verified once a file.
+"""Meta's checklist.chk, the md5 sums of a model's files: written, and verified once per file.
 
-The sum of a large file is kept in the user's cache folder for as long as its size and time of
-change stay: reading 14 GB takes longer than loading them.
+The sum of a large file is cached in the user's cache folder, with the file's size and time of
+change: summing 14 GB takes longer than loading them.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from earlyfusion.errors import CheckpointError
+from earlyfusion.errors import CheckpointError, SettingError
+from earlyfusion.files import write_whole
 
 CHECKLIST = "checklist.chk"
 _LINE = re.compile(r"([0-9a-f]{32}) [ *](\S+)")
-# Smaller files are read again: that costs no time.
-_KEPT_FROM = 2**24
-_MAX_KEPT = 1000
+# Files below this number of bytes are summed again each time: that is quick.
+_CACHED_FROM = 2**24
+_MAX_CACHED = 1000
 
 
 def verify_checklist(folder: Path) -> None:
-    """Compare the files of a folder with its checklist.chk; without one there is nothing to do.
+    """Compare the files of a folder with its checklist.chk, if it has one.
 
-    Raises `CheckpointError` for the first file that differs. A file that is not there, or is not
-    listed, is for others to miss.
+    Raises `CheckpointError` for the first file that differs. Files that are missing or not listed
+    are passed over.
     """
     path = folder / CHECKLIST
     if not path.is_file():
@@ -50,41 +51,38 @@ def write_checklist(folder: Path) -> None:
 
 
 def _known_md5(path: Path) -> str:
-    """The sum of a file, from the cache where the file has not changed since it was read."""
+    """The sum of a file, from the cache if the file has not changed since it was summed."""
     state = path.stat()
-    if state.st_size < _KEPT_FROM:
+    if state.st_size < _CACHED_FROM:
         return _md5(path)
-    key, now = str(path.resolve()), [state.st_size, state.st_mtime_ns]
-    known = _kept().get(key)
-    if isinstance(known, list) and known[:2] == now and len(known) == 3:
+    key, version = str(path.resolve()), [state.st_size, state.st_mtime_ns]
+    known = _cached().get(key)
+    if isinstance(known, list) and known[:2] == version and len(known) == 3:
         return str(known[2])
     found = _md5(path)
-    _keep(key, [*now, found])
+    _cache(key, [*version, found])
     return found
 
 
-def _cache() -> Path:
+def _cache_file() -> Path:
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "earlyfusion"
     return folder / "checklists.json"
 
 
-def _kept() -> dict[str, Any]:
+def _cached() -> dict[str, Any]:
     try:
-        data = json.loads(_cache().read_text(encoding="utf-8"))
-    except (OSError, ValueError, RuntimeError):  # no file, no JSON, no home
+        data = json.loads(_cache_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError, RuntimeError):  # no file, not JSON, no home folder
         return {}
     return data if isinstance(data, dict) else {}
 
 
-def _keep(key: str, entry: list[Any]) -> None:
-    """Add an entry, if the cache can be written to; another process may overrule it."""
-    data = _kept() | {key: entry}
-    text = json.dumps(dict([*data.items()][-_MAX_KEPT:]))
-    with contextlib.suppress(OSError, RuntimeError):
-        part = _cache().with_name(f"checklists.{os.getpid()}.part")
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, _cache())
+def _cache(key: str, entry: list[Any]) -> None:
+    # Of two processes that do this at once, one loses its entry and will sum its file again.
+    entries = _cached() | {key: entry}
+    text = json.dumps(dict([*entries.items()][-_MAX_CACHED:]))
+    with suppress(SettingError, RuntimeError):  # not writable, no home folder
+        write_whole(_cache_file(), lambda file: file.write(text.encode()), overwrite=True)
 
 
 def _md5(path: Path) -> str:

@@ -1,5 +1,4 @@
-"""A file of image codes: one safetensors tensor `codes`, int64 [n, h, w] from the top row, or the
-same array as .npy."""
+"""Files of image codes: a tensor `codes`, int64 [n, h, w], in safetensors, or .npy."""
 
 from __future__ import annotations
 
@@ -14,11 +13,12 @@ from earlyfusion.errors import CheckpointError
 from earlyfusion.files import write_whole
 
 _KEY = "codes"
+# Names of other formats, which people would expect to hold something else.
 _FOREIGN = {".npz", ".pt", ".pth", ".pkl", ".json", ".csv", ".png", ".jpg", ".jpeg"}
 
 
 def check_name(path: Path) -> None:
-    """Raise `CheckpointError` for the name of a format that codes are not written in."""
+    """Raise `CheckpointError` for the suffix of a format that codes are not written in."""
     if path.suffix.lower() in _FOREIGN:
         raise CheckpointError(
             f"{path} is not a name for image codes: they are written as .safetensors or .npy"
@@ -26,9 +26,9 @@ def check_name(path: Path) -> None:
 
 
 def save_codes(path: Path, codes: npt.NDArray[np.int64], overwrite: bool = False) -> None:
-    """Write codes [n, h, w], as .npy where the name ends so; whole or not at all.
+    """Write codes [n, h, w], as .npy or else as safetensors; the file is whole or not there.
 
-    Raises `SettingError` where the file cannot be written, or is there without `overwrite`.
+    Raises `SettingError` where it cannot be written, or exists and `overwrite` is False.
     """
     check_name(path)
     array = np.ascontiguousarray(codes, dtype=np.int64)
@@ -39,7 +39,7 @@ def save_codes(path: Path, codes: npt.NDArray[np.int64], overwrite: bool = False
 
 
 def load_codes(path: Path) -> npt.NDArray[np.int64]:
-    """Read codes [n, h, w] of any whole-number type; what they mean is the model's to check."""
+    """Read codes [n, h, w] of any whole-number type; their range is not checked."""
     try:
         if path.suffix.lower() == ".npy":
             codes = np.load(path, allow_pickle=False)
@@ -47,11 +47,12 @@ def load_codes(path: Path) -> npt.NDArray[np.int64]:
             codes = load_file(path).get(_KEY)
     except (OSError, EOFError, ValueError, SafetensorError, TypeError, AttributeError, KeyError):
         raise CheckpointError(
-            f"{path} is missing or no file of image codes: give what `earlyfusion encode` wrote"
+            f"{path} is missing or not a file of image codes: give one that `earlyfusion encode` "
+            "wrote"
         ) from None
     if codes is None or codes.ndim != 3 or codes.dtype.kind not in "ui" or codes.size == 0:
         raise CheckpointError(
             f"{path} holds no tensor '{_KEY}' of whole numbers [n, h, w]: "
-            "give what `earlyfusion encode` wrote"
+            "give one that `earlyfusion encode` wrote"
         )
     return codes.astype(np.int64)

@@ -1,7 +1,7 @@
-"""One layout into another, a tensor at a time: any supported folder to transformers' or Meta's.
+"""Converts a model of any supported layout to transformers' or Meta's, one tensor at a time.
 
-Reading maps files into memory a part at a time. Writing holds one tensor for transformers' layout
-and one shard for Meta's, however large the model is.
+Files that are read are mapped into memory. Writing holds one tensor in transformers' layout and one
+shard in Meta's, however large the model is.
 """
 
 from __future__ import annotations
@@ -16,26 +16,28 @@ from typing import Literal, get_args
 
 import torch
 
+from earlyfusion.checkpoints.assemble import check_not_packed, checked
 from earlyfusion.checkpoints.checklist import verify_checklist
 from earlyfusion.checkpoints.detect import detect, locate, open_source
-from earlyfusion.checkpoints.hf import PAPERS, VQ_PREFIX, check, check_dense, open_hf, write_hf
+from earlyfusion.checkpoints.hf import VQ_PREFIX, copy_to_hf, open_hf
 from earlyfusion.checkpoints.meta import (
     VQ_CONFIG,
     check_meta,
+    copy_to_meta,
     find_tokenizer,
     open_vqgan,
-    write_meta,
 )
-from earlyfusion.checkpoints.source import FiniteCheck, Source, Stored, new_folder
+from earlyfusion.checkpoints.source import FiniteCheck, Source, Stored, card_files
 from earlyfusion.config import VQConfig
 from earlyfusion.errors import CheckpointError, SettingError
+from earlyfusion.files import new_folder
 
 Layout = Literal["hf", "meta"]
 Progress = Callable[[int, int], None]
 
-_WRITERS = {"hf": write_hf, "meta": write_meta}
+_WRITERS = {"hf": copy_to_hf, "meta": copy_to_meta}
 _CODEBOOK = "quantize.embedding.weight"
-# bf16 keeps 8 bits of a number: two copies of one codebook differ by no more.
+# bf16 has 8 significant bits: two copies of one codebook differ by no more than that.
 _ROUNDING = 2**-7
 
 
@@ -53,13 +55,13 @@ def convert(
 ) -> None:
     """Write the model `name` into the new folder `target`, which appears whole or not at all.
 
-    `tokenizer` is a folder with the tokenizer file where the model has none of its own;
-    `image_tokenizer` one with a VQ-GAN to add: Meta's tokenizer folder, its vqgan.ckpt, or another
-    model. `shards` is the number of files with weights, None for as they came or as few as can be.
-    `dtype` is that of the transformer, None for as it is; the VQ-GAN is never narrowed. `verify`
-    compares files with their checklist and refuses weights that are NaN or infinite. `progress` is
-    told the bytes done, of how many. Raises `CheckpointError` before anything is written where a
-    key, a size, the tokenizer or the room is wrong, and before `target` appears where a value is.
+    `tokenizer` is a folder with a tokenizer file for a model that lacks one. `image_tokenizer`
+    is a VQ-GAN to add: Meta's tokenizer folder, its vqgan.ckpt, or another model. `shards` is the
+    number of weight files; None keeps Meta's number or takes the fewest possible. `dtype` is the
+    transformer's new one, None for the old; the VQ-GAN is never narrowed. `verify` compares files
+    with their checklist and refuses NaN and infinite weights. `progress` is called with the bytes
+    done and their total. Raises `CheckpointError` before anything is written for a wrong key, size
+    or tokenizer or too little room, and before `target` appears for a wrong value.
     """
     if to not in _WRITERS:
         raise SettingError(f"to={to!r} is unknown: use one of {', '.join(get_args(Layout))}")
@@ -72,27 +74,29 @@ def convert(
         if verify:
             verify_checklist(_folder_of(image_tokenizer))
         source = with_image_tokenizer(source, image_tokenizer)
-    check_dense(check(source))
+    check_not_packed(checked(source))
     if to == "meta":
         check_meta(source)
-    values = _Values(source, dtype)
-    _write(values.source, target, to, shards, progress, values.check if verify else lambda: None)
+    cast = _Cast(source, dtype)
+    _write(cast.source, target, to, shards, progress, cast.check if verify else lambda: None)
 
 
-class _Values:
-    """A checkpoint in another dtype; `check` tells what was wrong in the tensors read by then."""
+class _Cast:
+    """A checkpoint in another dtype; `check` raises for bad values in the tensors read so far."""
 
     def __init__(self, source: Source, dtype: torch.dtype | None) -> None:
         self._dtype, self._before, self._after = dtype, FiniteCheck(), FiniteCheck()
-        own = self._before.watch(source.tensors)
-        narrow = self._after.watch({k: stored.to(dtype) for k, stored in own.items()})
+        tensors = self._before.watch(source.tensors)
+        if dtype is not None:
+            cast = {name: stored.to(dtype) for name, stored in tensors.items()}
+            tensors = self._after.watch(cast)
         vq = self._before.watch(source.vq, VQ_PREFIX)
-        self.source = replace(source, tensors=own if dtype is None else narrow, vq=vq)
+        self.source = replace(source, tensors=tensors, vq=vq)
 
     def check(self) -> None:
         if self._before.found:
             raise CheckpointError(
-                f"{self.source.folder} cannot be right: {self._before.found}: get it again, or "
+                f"{self.source.folder} is damaged: {self._before.found}: get it again, or "
                 "convert it as it is with --no-verify"
             )
         if self._after.found:
@@ -102,34 +106,34 @@ class _Values:
             )
 
 
-def with_image_tokenizer(source: Source, place: Path) -> Source:
-    """The checkpoint with the VQ-GAN at `place`; `CheckpointError` where its codes would differ."""
-    config, vq = _open_image_tokenizer(place)
-    own = source.config.vq_config
+def with_image_tokenizer(source: Source, path: Path) -> Source:
+    """The checkpoint with the VQ-GAN at `path`; `CheckpointError` where its codes would differ."""
+    config, vq = _open_image_tokenizer(path)
+    expected = source.config.vq_config
     known = source.vq.get(_CODEBOOK)
     if known is not None and not _same(known, vq[_CODEBOOK]):
         raise CheckpointError(
-            f"{place} is not the image tokenizer that {source.folder} was trained with: "
+            f"{path} is not the image tokenizer that {source.folder} was trained with: "
             "their codebooks differ"
         )
-    config = replace(config, resolution=own.resolution)
-    if config.grid != own.grid or config.num_embeddings != own.num_embeddings:
+    config = replace(config, resolution=expected.resolution)
+    if config.grid != expected.grid or config.num_embeddings != expected.num_embeddings:
         raise CheckpointError(
-            f"{place} makes {config.grid} x {config.grid} codes of {config.num_embeddings}, "
-            f"{source.folder} expects {own.grid} x {own.grid} of {own.num_embeddings}: "
-            "give the image tokenizer it was trained with"
+            f"{path} makes {config.grid} x {config.grid} codes of {config.num_embeddings}, and "
+            f"{source.folder} expects {expected.grid} x {expected.grid} of "
+            f"{expected.num_embeddings}: give the image tokenizer it was trained with"
         )
     return replace(source, config=replace(source.config, vq_config=config), vq=vq)
 
 
-def _open_image_tokenizer(place: Path) -> tuple[VQConfig, dict[str, Stored]]:
-    if place.is_file() or (place / VQ_CONFIG).is_file():
-        return open_vqgan(place)
-    if detect(place) == "meta":
-        return open_vqgan(find_tokenizer(place))
-    model = open_hf(place, place)
+def _open_image_tokenizer(path: Path) -> tuple[VQConfig, dict[str, Stored]]:
+    if path.is_file() or (path / VQ_CONFIG).is_file():
+        return open_vqgan(path)
+    if detect(path) == "meta":
+        return open_vqgan(find_tokenizer(path))
+    model = open_hf(path, path)
     if _CODEBOOK not in model.vq:
-        raise CheckpointError(f"{place} holds no image tokenizer: give a folder with vqgan.ckpt")
+        raise CheckpointError(f"{path} holds no image tokenizer: give a folder with vqgan.ckpt")
     return model.config.vq_config, model.vq
 
 
@@ -144,8 +148,8 @@ def _check_target(target: Path) -> None:
         raise CheckpointError(f"{target} is there already: choose another folder or remove it")
 
 
-def _folder_of(place: Path) -> Path:
-    return place if place.is_dir() else place.parent
+def _folder_of(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
 
 
 def _write(
@@ -159,17 +163,18 @@ def _write(
     total = sum(s.nbytes for s in (*source.tensors.values(), *source.vq.values()))
     done = 0
 
-    def step(count: int) -> None:
+    def count_bytes(size: int) -> None:
         nonlocal done
-        done += count
+        done += size
         progress(min(done, total), total)
 
     try:
         _check_room(target, total)
-        with new_folder(target) as partial:
-            _WRITERS[to](source, partial, shards, step)
+        with new_folder(target) as part:
+            _WRITERS[to](source, part, shards, count_bytes)
             check_values()
-            _copy_papers(source.folder, partial)
+            for path in card_files(source.folder):
+                shutil.copyfile(path, part / path.name)
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else "the disk refuses"
         raise CheckpointError(
@@ -177,15 +182,9 @@ def _write(
         ) from None
 
 
-def _copy_papers(folder: Path, target: Path) -> None:
-    for path in (path for pattern in PAPERS for path in folder.glob(pattern)):
-        if path.is_file():
-            shutil.copyfile(path, target / path.name)
-
-
 def _check_room(target: Path, total: int) -> None:
     nearest = next(p for p in target.absolute().parents if p.exists())
-    tempfile.TemporaryDirectory(dir=nearest).cleanup()  # `OSError` where nothing can be written
+    tempfile.TemporaryDirectory(dir=nearest).cleanup()  # `OSError` if that folder is read-only
     free = shutil.disk_usage(nearest).free
     if total > free:
         raise CheckpointError(

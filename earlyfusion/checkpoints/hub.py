@@ -1,28 +1,66 @@
-"""Data sets of the hub: their files, downloaded to a folder."""
+"""The Hugging Face hub: which names are hub ids, and files of models and data sets downloaded."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
-from earlyfusion.errors import DataError
+from earlyfusion.errors import CheckpointError, DataError
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_MODEL_FILES = ["*.json", "*.safetensors", "README.md", "NOTICE*", "LICENSE*"]
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form org/name; it may be a relative path as well."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
+def download_model(hub_id: str) -> Path:
+    """The folder of a model's files, downloaded unless they are here already.
+
+    Raises `CheckpointError` where that fails.
+    """
+    try:
+        return _download(hub_id, "model", _MODEL_FILES)
+    except ImportError:
+        raise CheckpointError(
+            f"{hub_id} is not a folder here, and downloading it needs huggingface_hub: "
+            "pip install huggingface_hub"
+        ) from None
+    except (OSError, ValueError, RuntimeError):
+        raise CheckpointError(
+            f"{hub_id} is not a folder here and could not be downloaded from the hub: "
+            "check the name, the network and access to it"
+        ) from None
 
 
 def download_dataset(hub_id: str, patterns: Sequence[str], revision: str | None = None) -> Path:
-    """The folder of a data set's files that match `patterns`, downloaded unless it was before.
+    """The folder of a data set's files that match `patterns`, downloaded unless they are here.
 
-    Raises `DataError` where it cannot be had.
+    Raises `DataError` where that fails.
     """
-    from huggingface_hub import snapshot_download
-
     try:
-        return Path(
-            snapshot_download(
-                hub_id, repo_type="dataset", revision=revision, allow_patterns=list(patterns)
-            )
-        )
+        return _download(hub_id, "dataset", patterns, revision)
     except (OSError, ValueError, RuntimeError):
         raise DataError(
-            f"{hub_id} is no file or folder here and could not be had from the hub: "
+            f"{hub_id} is not a file or folder here and could not be downloaded from the hub: "
             "check the name, the network and access to it"
         ) from None
+
+
+def _download(
+    hub_id: str,
+    repo_type: Literal["model", "dataset"],
+    patterns: Sequence[str],
+    revision: str | None = None,
+) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return Path(
+        snapshot_download(
+            hub_id, repo_type=repo_type, revision=revision, allow_patterns=list(patterns)
+        )
+    )

@@ -1,10 +1,10 @@
 """Meta's own layout: consolidated*.pth with params.json, and a tokenizer folder with the VQ-GAN.
 
-The 34B comes in four files, one a GPU. Here they become one model on any device, and a model
-becomes any number of them: the tables below say how shards are joined and cut. Rotary pairs are
-neighbours in Meta's files and half a head apart in ours, so queries, keys and their norms are
-reordered; each shard has its own QK-norm, which is repeated for each head of that shard. (Facts
-from github.com/facebookresearch/chameleon.)
+The 34B comes in four shards, one per GPU. They are joined to one model here, and a model is cut
+into any possible number of them: the tables below say how. In Meta's files the two numbers of a
+rotary pair are neighbours, here they are half a head apart, so the rows of queries, keys and their
+norms are reordered. A shard has one QK-norm for all of its heads, here each head has a copy. Facts
+from github.com/facebookresearch/chameleon.
 """
 
 from __future__ import annotations
@@ -23,40 +23,34 @@ from torch import Tensor
 
 from earlyfusion.checkpoints.anole import rotate, unrotate
 from earlyfusion.checkpoints.checklist import write_checklist
-from earlyfusion.checkpoints.hf import (
-    PROCESSOR,
-    Loaded,
-    assemble,
-    build_vqgan,
-    find_tokenizer_file,
-    open_pickle,
-    read_resize_mode,
-)
+from earlyfusion.checkpoints.hf import PROCESSOR, read_resize_mode
 from earlyfusion.checkpoints.source import (
+    META_TOKENIZER,
     MappedFile,
+    OnBytes,
     Source,
-    Step,
     Stored,
-    new_folder,
+    find_tokenizer_file,
+    open_torch_file,
     torch_load,
 )
 from earlyfusion.config import ModelConfig, VQConfig
 from earlyfusion.errors import CheckpointError
+from earlyfusion.files import new_folder
 from earlyfusion.model.vqgan import VQGAN
 from earlyfusion.vocabulary import ImageLayout
 
 
-class Part(NamedTuple):
-    """One of so many shards."""
+class Shard(NamedTuple):
+    """Number `rank` of `total` shards."""
 
     rank: int
-    of: int
+    total: int
 
 
 Join = Callable[[list[Tensor], ModelConfig], Tensor]
-Cut = Callable[[Tensor, Part, ModelConfig], Tensor]
+Cut = Callable[[Tensor, Shard, ModelConfig], Tensor]
 
-TOKENIZER = "text_tokenizer.json"
 VQ_CONFIG, VQ_WEIGHTS = "vqgan.yaml", "vqgan.ckpt"
 _FREQUENCIES = "rope.freqs"
 _IGNORED = {_FREQUENCIES}
@@ -71,8 +65,8 @@ def _join_columns(shards: list[Tensor], config: ModelConfig) -> Tensor:
 
 
 def _join_copies(shards: list[Tensor], config: ModelConfig) -> Tensor:
-    # Every shard holds the same; a mean is the fair reading should training have let them drift.
-    # In fp64 the mean of equal values is that value, to the bit.
+    # All shards hold the same values. Should training have let them drift apart, the mean is the
+    # fair reading; in fp64 the mean of equal values is that value, to the bit.
     return torch.stack(shards).double().mean(0).to(shards[0].dtype)
 
 
@@ -82,37 +76,37 @@ def _join_rotary(shards: list[Tensor], config: ModelConfig) -> Tensor:
 
 def _join_norms(heads: Callable[[ModelConfig], int]) -> Join:
     def join(shards: list[Tensor], config: ModelConfig) -> Tensor:
-        own_HM = torch.stack([unrotate(shard, config.head_dim) for shard in shards])
-        return own_HM.repeat_interleave(heads(config) // len(shards), 0)
+        norms = torch.stack([unrotate(shard, config.head_dim) for shard in shards])
+        return norms.repeat_interleave(heads(config) // len(shards), 0)
 
     return join
 
 
-def _cut_rows(whole: Tensor, part: Part, config: ModelConfig) -> Tensor:
-    return whole.chunk(part.of, 0)[part.rank]
+def _cut_rows(whole: Tensor, shard: Shard, config: ModelConfig) -> Tensor:
+    return whole.chunk(shard.total, 0)[shard.rank]
 
 
-def _cut_columns(whole: Tensor, part: Part, config: ModelConfig) -> Tensor:
-    return whole.chunk(part.of, 1)[part.rank]
+def _cut_columns(whole: Tensor, shard: Shard, config: ModelConfig) -> Tensor:
+    return whole.chunk(shard.total, 1)[shard.rank]
 
 
-def _cut_copies(whole: Tensor, part: Part, config: ModelConfig) -> Tensor:
+def _cut_copies(whole: Tensor, shard: Shard, config: ModelConfig) -> Tensor:
     return whole
 
 
-def _cut_rotary(whole: Tensor, part: Part, config: ModelConfig) -> Tensor:
-    return rotate(whole.chunk(part.of, 0)[part.rank], config.head_dim)
+def _cut_rotary(whole: Tensor, shard: Shard, config: ModelConfig) -> Tensor:
+    return rotate(whole.chunk(shard.total, 0)[shard.rank], config.head_dim)
 
 
-def _cut_norms(whole: Tensor, part: Part, config: ModelConfig) -> Tensor:
-    # All heads of the shard have this one: `_shard_count` has seen to it.
-    return rotate(whole.chunk(part.of, 0)[part.rank][0], config.head_dim)
+def _cut_norms(whole: Tensor, shard: Shard, config: ModelConfig) -> Tensor:
+    # The norms of a shard's heads are equal: `_shard_count` has checked that.
+    return rotate(whole.chunk(shard.total, 0)[shard.rank][0], config.head_dim)
 
 
 class Rule(NamedTuple):
-    """Our name of a tensor, how shards of it are joined, and how one is cut out."""
+    """The name of a tensor in this package, how its shards are joined, and how one is cut out."""
 
-    ours: str
+    name: str
     join: Join
     cut: Cut
 
@@ -147,95 +141,73 @@ _LAYER: dict[str, Rule] = {
 }
 
 
-def load_meta(
-    folder: Path,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
-    tokenizer: Path | None = None,
-) -> Loaded:
-    """Read a model folder of Meta's download, whole or in shards.
-
-    The tokenizer folder is `tokenizer`, or the one beside the models: ../../tokenizer.
-    """
-    return assemble(open_meta(folder, tokenizer), device, dtype)
-
-
 def open_meta(folder: Path, tokenizer: Path | None = None) -> Source:
-    """Open a model folder of Meta's download, or of Anole's, whole or in shards."""
-    tokens = tokenizer or find_tokenizer(folder)
-    vq_config, vq = open_vqgan(tokens)
+    """Open a model folder as Meta and Anole publish it, whole or in shards.
+
+    `tokenizer` is the folder of tokenizer and VQ-GAN; None takes the nearest.
+    """
+    tokenizer_folder = tokenizer or find_tokenizer(folder)
+    vq_config, vq = open_vqgan(tokenizer_folder)
     config = read_config(folder, vq_config)
     return Source(
         folder=folder,
         config=config,
         tensors=open_tensors(folder, config),
         vq=vq,
-        tokenizer=find_tokenizer_file(tokens / TOKENIZER),
+        tokenizer=find_tokenizer_file(tokenizer_folder / META_TOKENIZER),
         layout=ImageLayout(vq_config.grid, vq_config.grid),
-        generation_defaults=_own_defaults(folder),
+        generation_defaults=_generation_defaults(folder),
         resize_mode=read_resize_mode(folder),
     )
 
 
-def write_meta(source: Source, folder: Path, shards: int | None, step: Step) -> None:
-    """Write an open checkpoint into an empty folder as Meta's, with tokenizer/ inside of it.
+def copy_to_meta(source: Source, folder: Path, shards: int | None, on_bytes: OnBytes) -> None:
+    """Write an open checkpoint into an empty folder in Meta's layout, with tokenizer/ inside.
 
-    `shards` None takes as many as the model came in, or as few as can hold it. One shard at a time
-    is in memory; `step` is told the bytes of each tensor. Raises `CheckpointError` for what the
-    layout cannot hold.
+    `shards` None takes as many as the model came in, or the fewest that can hold it. One shard at a
+    time is in memory. Raises `CheckpointError` for what the layout cannot hold.
     """
     config, count = source.config, _shard_count(source, shards)
-    tokens = folder / "tokenizer"
-    tokens.mkdir()
+    tokenizer_folder = folder / "tokenizer"
+    tokenizer_folder.mkdir()
     for rank in range(count):
-        _write_shard(source, folder, Part(rank, count), step)
-    _write_tokenizer(source, tokens, step)
+        _write_shard(source, folder, Shard(rank, count), on_bytes)
+    _write_tokenizer(source, tokenizer_folder, on_bytes)
     params = {"model_parallel_size": count, "model": _model_params(config)}
     overruling = {"model_parallel_size": count, "vocab_size": config.vocab_size}
     files = {"params.json": params, "consolidate_params.json": overruling}
     if source.generation_defaults:
         files["generation_config.json"] = source.generation_defaults
     if source.resize_mode != "crop":
-        # Meta's own code crops and has no file for it: only this package reads this one.
+        # Meta's code always crops and has no such file: only this package reads it.
         files[PROCESSOR] = {"image_processor": {"resize_mode": source.resize_mode}}
     for name, data in files.items():
         (folder / name).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    for place in (folder, tokens):
-        write_checklist(place)
+    for written in (folder, tokenizer_folder):
+        write_checklist(written)
 
 
 def find_tokenizer(folder: Path) -> Path:
-    """The nearest folder with a text_tokenizer.json."""
-    places = [
-        folder,
-        folder / "tokenizer",
-        *(p / "tokenizer" for p in folder.absolute().parents[:2]),
-    ]
-    for place in places:
-        if (place / TOKENIZER).is_file():
-            return place
+    """The nearest folder with a text_tokenizer.json: this one, tokenizer/ in it or in two above."""
+    above = (parent / "tokenizer" for parent in folder.absolute().parents[:2])
+    for candidate in (folder, folder / "tokenizer", *above):
+        if (candidate / META_TOKENIZER).is_file():
+            return candidate
     raise CheckpointError(
-        f"no {TOKENIZER} beside {folder}: give the folder with Meta's tokenizer and VQ-GAN"
+        f"no {META_TOKENIZER} beside {folder}: give the folder with Meta's tokenizer and VQ-GAN"
     )
 
 
-def load_vqgan(folder: Path, device: torch.device | str = "cpu") -> VQGAN:
-    """The VQ-GAN of a tokenizer folder (vqgan.yaml, vqgan.ckpt), in fp32 and eval mode."""
-    config, stored = open_vqgan(folder)
-    tensors = {name: entry.read() for name, entry in stored.items()}
-    return build_vqgan(config, tensors, folder / VQ_WEIGHTS, device)
-
-
-def open_vqgan(place: Path) -> tuple[VQConfig, dict[str, Stored]]:
+def open_vqgan(path: Path) -> tuple[VQConfig, dict[str, Stored]]:
     """The VQ-GAN of a tokenizer folder, or of a .ckpt file with vqgan.yaml beside it."""
-    folder, weights = (place, place / VQ_WEIGHTS) if place.is_dir() else (place.parent, place)
+    folder, weights = (path, path / VQ_WEIGHTS) if path.is_dir() else (path.parent, path)
     config = _vq_config(folder / VQ_CONFIG)
-    stored = open_pickle(weights)
+    stored = open_torch_file(weights)
     return config, {k: v for k, v in stored.items() if not k.startswith("loss.")}
 
 
 def read_config(folder: Path, vq_config: VQConfig | None = None) -> ModelConfig:
-    """params.json with its "model" part, overruled by consolidate_params.json."""
+    """The model's shape: params.json, its "model" entry, then consolidate_params.json, if there."""
     params = _read_params(folder / "params.json")
     overruling = folder / "consolidate_params.json"
     merged = params | dict(params.get("model") or {})
@@ -249,7 +221,7 @@ def read_config(folder: Path, vq_config: VQConfig | None = None) -> ModelConfig:
     return ModelConfig(
         vocab_size=merged["vocab_size"],
         hidden_size=merged["dim"],
-        intermediate_size=_inner_width(merged),
+        intermediate_size=inner_width(merged),
         num_hidden_layers=merged["n_layers"],
         num_attention_heads=merged["n_heads"],
         num_key_value_heads=merged.get("n_kv_heads"),
@@ -262,13 +234,8 @@ def read_config(folder: Path, vq_config: VQConfig | None = None) -> ModelConfig:
     )
 
 
-def read_tensors(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
-    """All tensors under our names, shards joined."""
-    return {name: stored.read() for name, stored in open_tensors(folder, config).items()}
-
-
 def open_tensors(folder: Path, config: ModelConfig) -> dict[str, Stored]:
-    """All tensors under our names, shards joined as they are read."""
+    """All tensors under this package's names; shards are joined when a tensor is read."""
     paths = _shard_paths(folder, config.model_parallel_size)
     opened = [torch_load(path) for path in paths]
     names = [set(shard) - _IGNORED for shard in opened]
@@ -281,11 +248,16 @@ def open_tensors(folder: Path, config: ModelConfig) -> dict[str, Stored]:
     for name in [*in_order, *sorted(names[0] - table.keys())]:
         rule = table.get(name, Rule(name, _join_copies, _cut_copies))
         try:
-            joined[rule.ours] = _joined([file.stored(name) for file in files], rule.join, config)
+            joined[rule.name] = _joined([file.stored(name) for file in files], rule.join, config)
         except (RuntimeError, IndexError):
-            raise CheckpointError(f"{name} in {folder} has a shape unlike params.json") from None
+            raise CheckpointError(
+                f"{name} in {folder} does not have the shape that params.json says: "
+                "download both again"
+            ) from None
         except AttributeError:
-            raise CheckpointError(f"{name} in {folder} is no tensor: download it again") from None
+            raise CheckpointError(
+                f"{name} in {folder} is not a tensor: download the file again"
+            ) from None
     return joined
 
 
@@ -300,10 +272,10 @@ def _joined(shards: Sequence[Stored], join: Join, config: ModelConfig) -> Stored
 
 
 def _table(layers: int) -> dict[str, Rule]:
-    """Meta's names and what they mean, in the order of the network."""
+    """The rule for each of Meta's names, in the order of the network."""
     embedding, *last = _WHOLE.items()
     blocks = [
-        (f"layers.{i}.{name}", rule._replace(ours=f"model.layers.{i}.{rule.ours}"))
+        (f"layers.{i}.{name}", rule._replace(name=f"model.layers.{i}.{rule.name}"))
         for i in range(layers)
         for name, rule in _LAYER.items()
     ]
@@ -327,8 +299,8 @@ def _shard_paths(folder: Path, count: int) -> list[Path]:
     return paths
 
 
-def _inner_width(params: Mapping[str, Any]) -> int:
-    """Two thirds of four widths, scaled, and rounded up to a multiple."""
+def inner_width(params: Mapping[str, Any]) -> int:
+    """Meta's formula for the width of the feed-forward, from params.json."""
     width = int(2 * (4 * params["dim"]) / 3)
     if params.get("ffn_dim_multiplier") is not None:
         width = int(params["ffn_dim_multiplier"] * width)
@@ -355,12 +327,12 @@ def _vq_config(path: Path) -> VQConfig:
         )
     except (OSError, yaml.YAMLError, KeyError, TypeError):
         raise CheckpointError(
-            f"{path} is missing or no VQ-GAN config: get the file again"
+            f"{path} is missing or not a VQ-GAN config: get the file again"
         ) from None
 
 
-def _own_defaults(folder: Path) -> dict[str, Any]:
-    """Sampling defaults, which only folders of our own writing have."""
+def _generation_defaults(folder: Path) -> dict[str, Any]:
+    """Sampling defaults: only a folder that this package wrote has them."""
     path = folder / "generation_config.json"
     return _read_params(path) if path.is_file() else {}
 
@@ -369,32 +341,34 @@ def _read_params(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
-        raise CheckpointError(f"{path} is missing or no JSON object: download it again") from None
+        raise CheckpointError(
+            f"{path} is missing or not a JSON object: download it again"
+        ) from None
 
 
-def _write_shard(source: Source, folder: Path, part: Part, step: Step) -> None:
-    config, shard = source.config, {}
+def _write_shard(source: Source, folder: Path, shard: Shard, on_bytes: OnBytes) -> None:
+    config, tensors = source.config, {}
     for name, rule in _table(config.num_hidden_layers).items():
-        cut = rule.cut(source.tensors[rule.ours].read(), part, config)
-        # A view would bring the whole tensor into the file.
-        shard[name] = cut.clone(memory_format=torch.contiguous_format)
-        step(cut.nbytes)
-    shard[_FREQUENCIES] = _frequencies(config)
-    name = f"consolidated.{part.rank:02}.pth" if part.of > 1 else "consolidated.pth"
-    torch.save(shard, folder / name)
+        cut = rule.cut(source.tensors[rule.name].read(), shard, config)
+        # A copy: torch would write the whole tensor that a view belongs to.
+        tensors[name] = cut.clone(memory_format=torch.contiguous_format)
+        on_bytes(cut.nbytes)
+    tensors[_FREQUENCIES] = _frequencies(config)
+    name = f"consolidated.{shard.rank:02}.pth" if shard.total > 1 else "consolidated.pth"
+    torch.save(tensors, folder / name)
 
 
-def _write_tokenizer(source: Source, folder: Path, step: Step) -> None:
+def _write_tokenizer(source: Source, folder: Path, on_bytes: OnBytes) -> None:
     text = source.tokenizer.read_text(encoding="utf-8")
-    (folder / TOKENIZER).write_text(text, encoding="utf-8")
+    (folder / META_TOKENIZER).write_text(text, encoding="utf-8")
     _write_vqgan(folder, source.config.vq_config, {k: s.read() for k, s in source.vq.items()})
-    step(sum(stored.nbytes for stored in source.vq.values()))
+    on_bytes(sum(stored.nbytes for stored in source.vq.values()))
 
 
 def save_vqgan(folder: Path, vqgan: VQGAN) -> None:
-    """Write a VQ-GAN as a tokenizer folder (vqgan.yaml, vqgan.ckpt) that `load_vqgan` reads."""
-    with new_folder(folder) as partial:
-        _write_vqgan(partial, vqgan.config, vqgan.state_dict())
+    """Write vqgan.yaml and vqgan.ckpt, as `convert` takes them for `image_tokenizer`."""
+    with new_folder(folder) as part:
+        _write_vqgan(part, vqgan.config, vqgan.state_dict())
 
 
 def _write_vqgan(folder: Path, config: VQConfig, state: Mapping[str, Tensor]) -> None:
@@ -410,14 +384,14 @@ def _frequencies(config: ModelConfig) -> Tensor:
 
 
 def check_meta(source: Source) -> None:
-    """`CheckpointError` for what Meta's layout cannot hold, whatever the number of shards."""
+    """Raise `CheckpointError` for what Meta's layout cannot hold in any number of shards."""
     config = source.config
     reasons = {
         "attention_bias": config.attention_bias,
         "mlp_bias": config.mlp_bias,
         "rope_scaling": bool(config.rope_scaling),
         f"hidden_act={config.hidden_act}": config.hidden_act not in ("silu", "swish"),
-        "the size tokens of Lumina-mGPT": source.kind != "chameleon",
+        "the size tokens of Lumina-mGPT": source.family != "chameleon",
     }
     found = next((name for name, there in reasons.items() if there), None)
     if found:
@@ -431,18 +405,18 @@ def check_meta(source: Source) -> None:
         )
 
 
-def _shard_count(source: Source, asked: int | None) -> int:
-    """How many shards to write; `CheckpointError` where so many, or any, cannot hold the model."""
+def _shard_count(source: Source, wanted: int | None) -> int:
+    """How many shards to write; `CheckpointError` where that number cannot hold the model."""
     config, possible = source.config, _possible_shards(source)
-    count = asked or config.model_parallel_size
+    count = wanted or config.model_parallel_size
     if count in possible:
         return count
-    if possible and asked is None:
+    if possible and wanted is None:
         return min(possible)
     if not possible:
         raise CheckpointError(
-            f"{source.folder} has QK-norms that differ inside of every cut, and Meta's layout "
-            "has one for each shard: convert to hf"
+            f"{source.folder} has QK-norms that differ within each possible shard, and Meta's "
+            "layout has one per shard: convert to hf"
         )
     raise CheckpointError(
         f"{count} shards are not possible: they must divide the {config.num_attention_heads} "
@@ -466,30 +440,31 @@ def _possible_shards(source: Source) -> list[int]:
 
 def _shared(norms: Sequence[Tensor], shards: int) -> bool:
     """Whether the heads of each shard have the same norm."""
-    pieces = chain.from_iterable(norm.chunk(shards, 0) for norm in norms)
-    return all(torch.equal(piece, piece[:1].expand_as(piece)) for piece in pieces)
+    per_shard = chain.from_iterable(norm.chunk(shards, 0) for norm in norms)
+    return all(torch.equal(norm, norm[:1].expand_as(norm)) for norm in per_shard)
 
 
 def _model_params(config: ModelConfig) -> dict[str, Any]:
-    """The "model" part of params.json; Meta's code skips the last name, this package reads it."""
+    """The "model" entry of params.json."""
     return {
         "dim": config.hidden_size,
         "n_layers": config.num_hidden_layers,
         "n_heads": config.num_attention_heads,
         "n_kv_heads": config.kv_heads,
-        **_width_params(config.hidden_size, config.intermediate_size),
+        **width_params(config.hidden_size, config.intermediate_size),
         "norm_eps": config.rms_norm_eps,
         "rope_theta": config.rope_theta,
         "qk_normalization": True,
         "swin_norm": config.swin_norm,
+        # Meta's code has no such field and skips it.
         "max_position_embeddings": config.max_position_embeddings,
     }
 
 
-def _width_params(dim: int, width: int) -> dict[str, Any]:
-    """What makes `_inner_width` give this width: a multiple, and a factor where none does."""
+def width_params(dim: int, width: int) -> dict[str, Any]:
+    """The fields from which `inner_width` gives this width."""
     for multiple in (256, 128, 64, 32, 16, 8, 4, 2, 1):
-        if _inner_width({"dim": dim, "multiple_of": multiple}) == width:
+        if inner_width({"dim": dim, "multiple_of": multiple}) == width:
             return {"multiple_of": multiple}
     factor = (width + 0.5) / int(2 * (4 * dim) / 3)
     return {"multiple_of": 1, "ffn_dim_multiplier": factor}

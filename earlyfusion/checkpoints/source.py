@@ -1,29 +1,19 @@
-"""A checkpoint that is open but not read, and an output folder that appears whole or not at all.
+"""An open checkpoint: names, shapes and dtypes are known, and no tensor has been read yet.
 
-A conversion takes one `Stored` tensor after the other from a `Source`, so that its memory does not
-grow with the model.
+Every layout is opened as a `Source`. A conversion reads one `Stored` tensor of it after the other,
+so its memory does not grow with the model.
 """
 
 from __future__ import annotations
 
-import glob
-import os
+import json
 import pickle
-import platform
-import shutil
-import signal
-import sys
-import tempfile
-import threading
 import warnings
 import zipfile
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,17 +23,23 @@ from earlyfusion.errors import CheckpointError
 from earlyfusion.image_tokenizer import Mode
 from earlyfusion.vocabulary import ImageLayout
 
-Step = Callable[[int], None]
+OnBytes = Callable[[int], None]
+"""Called with the size in bytes of each tensor that has been written."""
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+TOKENIZER, META_TOKENIZER = "tokenizer.json", "text_tokenizer.json"
+# The model card, and the notices that licences ask copies to keep.
+CARD_FILES = ("README.md", "NOTICE*", "LICEN[CS]E*", "COPYING*", "USE_POLICY*")
 
 _SHOWN_KEYS = 10
 _SHOWN_TENSORS = 3
-# A mapped file is mapped anew after so many bytes: pages that were read leave the memory.
-_KEPT_PAGES = 2**26
+# A file is mapped again after this many bytes were read, so that the system drops the pages.
+_MAPPED_BYTES = 2**26
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor of a file: what it is, and how to have it."""
+    """One tensor of a file: its dtype, its shape, and the function that reads it."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -51,7 +47,7 @@ class Stored:
 
     @classmethod
     def of(cls, tensor: Tensor) -> Stored:
-        """A tensor that is in memory already."""
+        """A tensor that is already in memory."""
         return cls(tensor.dtype, tuple(tensor.shape), tensor.detach)
 
     @property
@@ -64,14 +60,20 @@ class Stored:
         return self.then(lambda tensor: tensor.to(dtype))
 
     def then(self, change: Callable[[Tensor], Tensor]) -> Stored:
-        """The tensor after `change`, which is tried on its shape now."""
+        """The tensor after `change`."""
+        # Tried on a tensor without memory, for the shape and dtype after it.
         after = change(torch.empty(self.shape, dtype=self.dtype, device="meta"))
         return Stored(after.dtype, tuple(after.shape), lambda: change(self.read()))
 
 
 @dataclass
 class Source:
-    """An open checkpoint under the names of this package; `vq` is empty where it has no VQ-GAN."""
+    """An open checkpoint, under the parameter names of this package.
+
+    `vq` holds the tensors of the VQ-GAN, none where the checkpoint has none. `family` is
+    "chameleon" or "lumina", `bits` 8 or 4 for packed weights. `is_shard`: the tensors are those of
+    one process of several that share the model.
+    """
 
     folder: Path
     config: ModelConfig
@@ -80,26 +82,20 @@ class Source:
     tokenizer: Path
     layout: ImageLayout
     generation_defaults: dict[str, Any] = field(default_factory=dict)
-    kind: str = "chameleon"
+    family: str = "chameleon"
     resize_mode: Mode = "crop"
     bits: int | None = None
-    is_part: bool = False
-
-    def checked(self, wanted: Mapping[str, Tensor], vq_wanted: Mapping[str, Tensor]) -> Source:
-        """Itself, if its names and shapes are those of the modules."""
-        check_names(_shapes(wanted), {k: s.shape for k, s in self.tensors.items()}, self.folder)
-        check_names(_shapes(vq_wanted), {k: s.shape for k, s in self.vq.items()}, self.folder)
-        return self
+    is_shard: bool = False
 
 
 class FiniteCheck:
-    """Counts, in tensors as they are read, the values that are NaN or infinite."""
+    """Counts NaN and infinite values in tensors as they are read."""
 
     def __init__(self) -> None:
         self._counts: dict[str, int] = {}
 
     def watch(self, tensors: Mapping[str, Stored], prefix: str = "") -> dict[str, Stored]:
-        """The same tensors; each reading of one is looked through. `prefix` goes before names."""
+        """The same tensors, checked whenever one is read; `prefix` is put before their names."""
         return {name: self._watched(prefix + name, stored) for name, stored in tensors.items()}
 
     def _watched(self, name: str, stored: Stored) -> Stored:
@@ -113,7 +109,7 @@ class FiniteCheck:
 
     @property
     def found(self) -> str:
-        """The first tensors with such values and how many, as words; "" where there are none."""
+        """A phrase with the number of such values and the first tensors that have them, or ""."""
         if not self._counts:
             return ""
         shown = [f"{n:,} in {name}" for name, n in [*self._counts.items()][:_SHOWN_TENSORS]]
@@ -125,112 +121,43 @@ class FiniteCheck:
 
 
 class MappedFile:
-    """A file of tensors by name, mapped into memory a part at a time."""
+    """A file of named tensors that is mapped into memory, a stretch at a time.
+
+    `open_file` maps the file and returns the function that gives a tensor by its name.
+    """
 
     def __init__(self, open_file: Callable[[], Callable[[str], Tensor]]) -> None:
-        self._open, self._get, self._seen = open_file, open_file(), 0
+        self._open, self._get, self._bytes_read = open_file, open_file(), 0
 
     def stored(self, name: str) -> Stored:
         tensor = self._get(name)
         return Stored(tensor.dtype, tuple(tensor.shape), lambda: self.read(name))
 
     def read(self, name: str) -> Tensor:
-        if self._seen > _KEPT_PAGES:
-            self._get, self._seen = self._open(), 0
+        if self._bytes_read > _MAPPED_BYTES:
+            self._get, self._bytes_read = self._open(), 0
         tensor = self._get(name)
-        self._seen += tensor.nbytes
+        self._bytes_read += tensor.nbytes
         return tensor
 
 
 def check_names(
     wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], source: Path
 ) -> None:
-    """`CheckpointError` lists keys and shapes that do not match."""
+    """Raise `CheckpointError` with the keys that are missing, unknown or of another shape."""
     both = wanted.keys() & found.keys()
     problems = {
         ("lacks", ""): wanted.keys() - found.keys(),
         ("has", "unknown "): found.keys() - wanted.keys(),
         ("has wrong shapes for", ""): {name for name in both if wanted[name] != found[name]},
     }
-    said = [f"{what} {_listed(keys, kind)}" for (what, kind), keys in problems.items() if keys]
-    if said:
-        raise CheckpointError(f"{source} does not fit its config: it {'; it '.join(said)}")
-
-
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into; it takes the place of `folder` at the end, or goes away on failure.
-
-    SIGTERM is a failure too. Killed, it leaves a hidden folder beside `folder`, which nothing takes
-    for a model, and which the next call for the same `folder` removes and names on stderr.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{folder.name}.earlyfusion-{_machine()}."
-    _remove_leftovers(folder, prefix)
-    with _ended_by_sigterm():
-        partial = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
-        handle = os.open(partial, os.O_RDONLY)
-        try:
-            _lock(handle)
-            yield partial
-            partial.chmod(0o755)
-            _sync(partial)
-            _put_in_place(partial, folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-            os.close(handle)
-
-
-def _machine() -> str:
-    """This machine in a name: another's processes and locks cannot be seen from here."""
-    return blake2b(platform.node().encode(), digest_size=4).hexdigest()
-
-
-def _lock(handle: int) -> bool:
-    """Lock an open folder until its process closes it or is gone; False where that cannot be."""
-    if sys.platform == "win32":
-        return False
-    import fcntl
-
-    with suppress(OSError):
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    return False
-
-
-def _remove_leftovers(folder: Path, prefix: str) -> None:
-    """Remove what runs that were killed left of `folder`: named as ours, and locked by nobody."""
-    for left in folder.parent.glob(f"{glob.escape(prefix)}*"):
-        # What stood there before is all that is left where its successor was not put in place.
-        if left.suffix == ".old" and not folder.exists():
-            continue
-        with suppress(OSError):
-            handle = os.open(left, os.O_RDONLY)
-            try:
-                if _lock(handle):
-                    shutil.rmtree(left)
-                    print(f"removed {left}, left by a run that was killed", file=sys.stderr)
-            finally:
-                os.close(handle)
-
-
-@contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM raises `SystemExit`, so that every `finally` runs; where nobody else handles it."""
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-
-    def end(number: int, frame: FrameType | None) -> NoReturn:
-        signal.signal(number, signal.SIG_IGN)  # a second one would cut the cleaning up short
-        raise SystemExit(128 + number)
-
-    signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    found_problems = [
+        f"{verb} {_listed(keys, adjective)}" for (verb, adjective), keys in problems.items() if keys
+    ]
+    if found_problems:
+        raise CheckpointError(
+            f"{source} does not fit its config: it {'; it '.join(found_problems)}"
+        )
 
 
 def torch_load(path: Path) -> dict[str, Any]:
@@ -246,31 +173,58 @@ def torch_load(path: Path) -> dict[str, Any]:
         ) from None
 
 
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+def open_torch_file(path: Path) -> dict[str, Stored]:
+    """The tensors of a file that torch wrote, or of the `state_dict` in it."""
+
+    def open_file() -> dict[str, Tensor]:
+        state = torch_load(path)
+        state = state.get("state_dict", state)
+        return {k: v for k, v in state.items() if isinstance(v, Tensor)}
+
+    file = MappedFile(lambda: open_file().__getitem__)
+    return {name: file.stored(name) for name in open_file()}
 
 
-def _listed(keys: Collection[str], kind: str) -> str:
+def read_json(path: Path, needed: bool = True) -> dict[str, Any]:
+    """The object in a JSON file; {} where the file is missing and not `needed`."""
+    if not needed and not path.exists():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise CheckpointError(f"{path} is missing or not JSON: get the file again") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} is not a JSON object: get the file again")
+    return data
+
+
+def find_tokenizer_file(path: Path) -> Path:
+    """`path` if it is a file, else the tokenizer file in it, under transformers' or Meta's name."""
+    names = [path, path / TOKENIZER, path / META_TOKENIZER]
+    found = next((name for name in names if name.is_file()), None)
+    if found is None:
+        raise CheckpointError(
+            f"{path / TOKENIZER} is missing: copy it there from the model that this one was made "
+            "from, or write a whole copy with earlyfusion convert and --tokenizer"
+        )
+    return found
+
+
+def card_files(folder: Path) -> list[Path]:
+    """The model card of a folder, and the notices that licences ask copies to keep."""
+    found = (path for pattern in CARD_FILES for path in sorted(folder.glob(pattern)))
+    return [path for path in found if path.is_file()]
+
+
+def read_card(folder: Path | None) -> dict[str, str]:
+    """The texts of `card_files` by file name."""
+    paths = [] if folder is None else card_files(folder)
+    return {path.name: path.read_text(encoding="utf-8", errors="replace") for path in paths}
+
+
+def _listed(keys: Collection[str], adjective: str) -> str:
     shown = ", ".join(sorted(keys)[:_SHOWN_KEYS])
     more = f" and {len(keys) - _SHOWN_KEYS} more" if len(keys) > _SHOWN_KEYS else ""
-    return f"{len(keys)} {kind}keys: {shown}{more}" if len(keys) > 1 else f"the {kind}key {shown}"
-
-
-def _sync(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _put_in_place(partial: Path, folder: Path) -> None:
-    if not folder.exists():
-        partial.rename(folder)
-        return
-    # A folder cannot be renamed onto a full one: the old one steps aside for a moment.
-    old = partial.with_name(f"{partial.name}.old")
-    folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    if len(keys) == 1:
+        return f"the {adjective}key {shown}"
+    return f"{len(keys)} {adjective}keys: {shown}{more}"

@@ -1,4 +1,8 @@
-"""What a model folder holds and what running it takes, without placing it on a device."""
+"""What `info` says: the contents of a model folder and the memory that running it takes.
+
+The networks are built without memory for their weights and the files are checked against them, so a
+summary also means that the files are complete.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,10 @@ from pathlib import Path
 
 import torch
 
+from earlyfusion.checkpoints.assemble import checked
 from earlyfusion.checkpoints.detect import detect, locate, open_source
-from earlyfusion.checkpoints.hf import VQ_PREFIX, check
-from earlyfusion.checkpoints.source import FiniteCheck, Source, Stored
+from earlyfusion.checkpoints.hf import VQ_PREFIX
+from earlyfusion.checkpoints.source import HEAD, FiniteCheck, Source, Stored
 from earlyfusion.config import ModelConfig
 from earlyfusion.vocabulary import Vocabulary
 
@@ -20,9 +25,11 @@ _BYTES = {"float32": 4, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class Summary:
-    """Sizes of a model. Dicts by dtype count bytes; the image tokenizer always runs in float32.
+    """Sizes of a model. `memory` and `kv_bytes_per_token` are bytes by dtype of the transformer;
+    the image tokenizer always runs in float32.
 
-    `finite` is "yes", or what is NaN or infinite in the weights; None where nobody looked.
+    `finite` is "yes", "no: …" with the tensors that hold NaN or infinite values, or None where the
+    weights were not read.
     """
 
     folder: str
@@ -39,14 +46,14 @@ class Summary:
 
 
 def summarize(name: str | Path, verify: bool = True) -> Summary:
-    """Read a model by name, folder or hub id; `CheckpointError` where it is not whole.
+    """Describe a model by name, folder or hub id; `CheckpointError` where it is incomplete.
 
-    `verify` compares files with their checklist, and looks through all weights once.
+    `verify` compares files with their checklist and reads all weights once.
     """
     folder = locate(name)
-    source = check(open_source(folder, verify=verify))
+    source = checked(open_source(folder, verify=verify))
     config, vocabulary = source.config, Vocabulary.from_file(source.tokenizer)
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    tied = {HEAD} if config.tie_word_embeddings else set()
     counts = {
         "transformer": _parameters({k: v for k, v in source.tensors.items() if k not in tied}),
         "image_tokenizer": _parameters(source.vq),
@@ -57,10 +64,10 @@ def summarize(name: str | Path, verify: bool = True) -> Summary:
         file_bytes={p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file()},
         parameters=counts,
         memory={
-            kind: counts["transformer"] * size + counts["image_tokenizer"] * _BYTES["float32"]
-            for kind, size in _BYTES.items()
+            dtype: counts["transformer"] * size + counts["image_tokenizer"] * _BYTES["float32"]
+            for dtype, size in _BYTES.items()
         },
-        kv_bytes_per_token={kind: _kv_values(config) * size for kind, size in _BYTES.items()},
+        kv_bytes_per_token={dtype: _kv_values(config) * size for dtype, size in _BYTES.items()},
         context=config.max_position_embeddings,
         image_side=config.vq_config.resolution,
         tokens_per_image=source.layout.num_tokens,
@@ -77,8 +84,8 @@ def summarize(name: str | Path, verify: bool = True) -> Summary:
 def _finite(source: Source, tied: set[str]) -> str:
     """One pass over the weights, a tensor at a time."""
     check = FiniteCheck()
-    own = {name: stored for name, stored in source.tensors.items() if name not in tied}
-    watched = check.watch(own) | check.watch(source.vq, VQ_PREFIX)
+    tensors = {name: stored for name, stored in source.tensors.items() if name not in tied}
+    watched = check.watch(tensors) | check.watch(source.vq, VQ_PREFIX)
     for stored in watched.values():
         stored.read()
     return f"no: {check.found}" if check.found else "yes"
@@ -89,10 +96,10 @@ def _parameters(tensors: Mapping[str, Stored]) -> int:
 
 
 def _weights(name: str, stored: Stored) -> int:
-    """How many weights a tensor holds: a byte of packed ones has two, and scales are none."""
-    if name.endswith(".scales"):
+    if name.endswith(".scales"):  # of packed weights
         return 0
-    return math.prod(stored.shape) * (2 if stored.dtype == torch.uint8 else 1)
+    per_number = 2 if stored.dtype == torch.uint8 else 1  # a byte holds two weights of 4 bits
+    return math.prod(stored.shape) * per_number
 
 
 def _kv_values(config: ModelConfig) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-import re
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
-from earlyfusion.checkpoints.hub import download_dataset
+from earlyfusion.checkpoints.hub import download_dataset, is_hub_id
 from earlyfusion.data.joined import Joined
 from earlyfusion.data.tables import (
     SUFFIXES,
@@ -30,7 +29,6 @@ from earlyfusion.data.tables import (
 )
 from earlyfusion.errors import DataError, SettingError
 
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _HUB_PATTERNS = [f"*{s}" for s in (*SUFFIXES, ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")]
 _DIGESTED = 4096  # bytes at either end of a file
 
@@ -116,7 +114,7 @@ def find_files(source: str, patterns: Sequence[str] = ()) -> tuple[Path, list[Pa
     elif glob.has_magic(source):
         root = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
         found = [Path(p) for p in glob.glob(str(path), recursive=True)]
-    elif _HUB_ID.fullmatch(source):
+    elif is_hub_id(source):
         root, from_hub = download_dataset(source, patterns or _HUB_PATTERNS), True
         found = list(root.rglob("*"))
     else:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from earlyfusion.checkpoints import detect as formats
-from earlyfusion.checkpoints.hf import MissingVQGAN, build_vqgan
+from earlyfusion.checkpoints.assemble import vqgan_of
 from earlyfusion.checkpoints.source import Source
 from earlyfusion.data.encoding import Encoder, EncodingSettings, fingerprints
 from earlyfusion.data.joined import Joined
@@ -90,11 +90,5 @@ def open_sources(job: Job) -> list[Rows]:
 
 def load_image_tokenizer(source: Source, device: str) -> ImageTokenizer:
     """The image tokenizer of an open checkpoint; no weight of the transformer is read."""
-    config = source.config.vq_config
-    tensors = {name: stored.read() for name, stored in source.vq.items()}
-    vqgan = (
-        build_vqgan(config, tensors, source.folder, device)
-        if tensors
-        else MissingVQGAN(config).to(device).eval()
-    )
-    return ImageTokenizer(vqgan, config.resolution, source.resize_mode)
+    resolution = source.config.vq_config.resolution
+    return ImageTokenizer(vqgan_of(source, device), resolution, source.resize_mode)

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from earlyfusion import processes
-from earlyfusion.checkpoints.hf import check
+from earlyfusion.checkpoints.assemble import checked
 from earlyfusion.checkpoints.source import Source
 from earlyfusion.config import ModelConfig
 from earlyfusion.engine.backends.torch import Network, is_plain
@@ -145,14 +145,14 @@ def open_part(source: Source, parts: int) -> Source:
     whole, part = source.config, processes.rank()
     config = part_config(whole, part, parts)
     return replace(
-        check(source),
+        checked(source),
         config=config,
         tensors={
             name: stored.then(partial(_cut_named, name, whole, part, parts))
             for name, stored in source.tensors.items()
         },
         vq=source.vq if part == 0 else {},
-        is_part=True,
+        is_shard=True,
     )
 
 

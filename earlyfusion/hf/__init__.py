@@ -1,7 +1,7 @@
-"""The transformers face: Chameleon's seven classes on transformers' base classes.
+"""transformers' seven Chameleon classes, on transformers' base classes and this package's modules.
 
-They run the same blocks and the same VQ-GAN as the rest of the package. Nothing is registered with
-transformers' Auto classes until `register()` is called.
+They run the same blocks and VQ-GAN as the rest of the package. transformers' Auto classes only know
+them after `register()`.
 """
 
 from __future__ import annotations
@@ -66,13 +66,13 @@ def register() -> None:
     transformers.AutoModel.register(ChameleonVQVAEConfig, ChameleonVQVAE, exist_ok=True)
     for auto in generative:
         auto.register(ChameleonConfig, ChameleonForConditionalGeneration, exist_ok=True)
-    # Some releases hide the class behind torchvision; it is there all the same.
+    # Some releases only export this class if torchvision is installed; the module always has it.
     image_processing_auto.AutoImageProcessor.register(
         ChameleonConfig,
         image_processor_classes=dict(IMAGE_PROCESSORS),
         exist_ok=True,
     )
-    # A processor is looked up by its name, and there transformers' own table comes first.
+    # transformers looks up a processor by name, in its own table first.
     processing_auto.PROCESSOR_MAPPING_NAMES.pop(ChameleonConfig.model_type, None)
     transformers.AutoProcessor.register(ChameleonConfig, ChameleonProcessor, exist_ok=True)
     route_pipeline()

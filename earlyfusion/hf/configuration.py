@@ -1,7 +1,7 @@
-"""The two configs of the transformers face: the names, defaults and files of transformers' own.
+"""The two configs, with the fields, defaults and files of transformers' own.
 
-A config is not a model: making one checks only that values are of the right kind, as transformers
-does. What no network can have is told when a model is built, with the name of the field.
+As in transformers, making a config only checks the types of its values. A value that no network can
+have raises when a model is built, with the name of the field.
 """
 
 # No `from __future__ import annotations`: transformers checks fields by their annotations.
@@ -43,12 +43,12 @@ class ChameleonVQVAEConfig(PreTrainedConfig):
 class ChameleonConfig(PreTrainedConfig):
     """Shape of the transformer with that of its VQ-GAN.
 
-    `vocabulary_map` (token name to id) tells which ids are images. It may be left out where the
-    model's folder holds its tokenizer file. `num_key_value_heads` None means one a query head.
+    `vocabulary_map` (token name to id) names the ids of images. It may be left out if the model's
+    folder has a tokenizer file. `num_key_value_heads` None means one per query head.
     """
 
     model_type = "chameleon"
-    # transformers before 5.23 reads the first, later ones the second.
+    # transformers before 5.23 reads the first of these, later ones the second.
     sub_configs: ClassVar[dict[str, Any]] = {"vq_config": ChameleonVQVAEConfig}
     sub_configs_defaults: ClassVar[dict[str, Any]] = {"vq_config": ChameleonVQVAEConfig}
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
@@ -79,7 +79,7 @@ class ChameleonConfig(PreTrainedConfig):
     mlp_bias: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.vq_config = _own_vq(self.vq_config)
+        self.vq_config = _as_vq_config(self.vq_config)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         self.image_token_id = (self.vocabulary_map or {}).get(IMAGE_PLACEHOLDERS[1])
@@ -87,7 +87,7 @@ class ChameleonConfig(PreTrainedConfig):
 
 
 def shape(config: ChameleonConfig) -> ModelConfig:
-    """The same shape for the core modules; `SettingError` names a field that cannot be."""
+    """The same shape for the core modules; `SettingError` names an impossible field."""
     dropout = config.attention_dropout or 0.0
     if not 0.0 <= dropout < 1.0:
         raise SettingError(f"attention_dropout={dropout} must be at least 0 and below 1")
@@ -110,12 +110,12 @@ def shape(config: ChameleonConfig) -> ModelConfig:
         tie_word_embeddings=config.tie_word_embeddings,
         hidden_act=config.hidden_act,
         initializer_range=config.initializer_range,
-        vq_config=vq_shape(_own_vq(config.vq_config)),
+        vq_config=vq_shape(_as_vq_config(config.vq_config)),
     )
 
 
 def vq_shape(config: ChameleonVQVAEConfig) -> VQConfig:
-    """The same shape for the core VQ-GAN; `SettingError` names a field that cannot be."""
+    """The same shape for the core VQ-GAN; `SettingError` names an impossible field."""
     vanilla = config.attn_type == "vanilla"
     return VQConfig(
         embed_dim=config.embed_dim,
@@ -133,7 +133,7 @@ def vq_shape(config: ChameleonVQVAEConfig) -> VQConfig:
     )
 
 
-def _own_vq(given: dict[str, Any] | PreTrainedConfig | None) -> ChameleonVQVAEConfig:
+def _as_vq_config(given: dict[str, Any] | PreTrainedConfig | None) -> ChameleonVQVAEConfig:
     if isinstance(given, ChameleonVQVAEConfig):
         return given
     values = given.to_dict() if isinstance(given, PreTrainedConfig) else dict(given or {})

@@ -1,6 +1,6 @@
-"""`generate` with pictures: modes, the project's grammar as a logits processor, and guidance.
+"""`generate` with pictures: its modes, the grammar as a logits processor, and guidance.
 
-Rules and formulas are those of `earlyfusion.generation`; searching and sampling are transformers'.
+Grammar and guidance are those of `earlyfusion.generation`; search and sampling are transformers'.
 Shapes: B rows, T tokens, V vocabulary, F fields of the grammar's state.
 """
 
@@ -28,13 +28,13 @@ _OUTPUTS: dict[str, Output] = {
     "image-only": "image",
     "interleaved-text-image": "interleaved",
 }
-# What transformers' any-to-any pipeline calls them.
+# The names of transformers' any-to-any pipeline.
 _PIPELINE_MODES = {"text": None, "image": "image-only"}
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """One call of `generate` with a grammar."""
+class _Rules:
+    """What one call of `generate` may give: at most `images` pictures and `room` tokens."""
 
     output: Output
     images: int
@@ -57,14 +57,22 @@ class MultimodalGeneration:
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """All ids by kind; `CheckpointError` where neither config nor folder tells them."""
+        """All token ids; `CheckpointError` where neither config nor folder names them."""
         vocabulary: Vocabulary = self.model.vocabulary
         return vocabulary
 
     @property
     def picture_tokens(self) -> int:
-        """Tokens of one drawn picture, its marks included."""
-        return self._layout.num_tokens
+        """Tokens of one drawn picture, with begin and end."""
+        return self.image_layout.num_tokens
+
+    @property
+    def image_layout(self) -> ImageLayout:
+        """How a drawn picture is spelled in tokens."""
+        grid = self.model.shape.vq_config.grid
+        if getattr(self.config, lumina.CONFIG_KEY, None) == lumina.FAMILY:
+            return lumina.layout(grid)
+        return ImageLayout(grid, grid)
 
     @torch.no_grad()
     def generate(
@@ -80,33 +88,29 @@ class MultimodalGeneration:
         max_images: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As transformers' `generate`; the mode says what may come.
+        """As transformers' `generate`, in a mode that says what may be drawn.
 
-        None: as transformers' own class, any token but an image's. "text-only": text until it ends.
-        "image-only": one picture. "interleaved-text-image": text and at most `max_images` whole
-        pictures. "free": any token at all. `guidance_text` and `guidance_image` are the weights of
-        Meta's three-branch guidance for pictures; 1 is off. In the three modes with rules the
-        result's prompt part holds the pictures' own tokens in place of placeholders.
+        None: any token but an image's, as in transformers' own class. "text-only": text until it
+        ends. "image-only": one picture. "interleaved-text-image": text and at most `max_images`
+        whole pictures. "free": any token. `guidance_text` and `guidance_image` are the weights of
+        Meta's three-branch guidance for pictures; 1 is off. In "text-only", "image-only" and
+        "interleaved-text-image" the prompt comes back with its pictures' own tokens in place of
+        placeholders.
         """
         mode = self._mode(multimodal_generation_mode, generation_mode, generation_config)
         more = {"generation_config": generation_config, "logits_processor": logits_processor}
         parent: Any = super()
         if mode not in _OUTPUTS:
-            if (guidance_text, guidance_image) != (1.0, 1.0):
-                raise SettingError(
-                    f"guidance_text={guidance_text} and guidance_image={guidance_image} need a "
-                    "mode that draws: set multimodal_generation_mode to 'image-only' or "
-                    "'interleaved-text-image'"
-                )
+            _check_unguided(guidance_text, guidance_image)
             kwargs.setdefault("image_logits", mode == "free")
             return parent.generate(inputs, **more, **kwargs)
         ids_BT = self._ids(inputs, kwargs)
-        plan = self._plan(mode, ids_BT, guidance_text, guidance_image, max_images, kwargs)
-        more["logits_processor"] = self._processors(plan, ids_BT, kwargs, logits_processor)
-        return parent.generate(ids_BT, **more, **self._lengths(plan, generation_config, kwargs))
+        rules = self._rules_of(mode, ids_BT, guidance_text, guidance_image, max_images, kwargs)
+        more["logits_processor"] = self._processors(rules, ids_BT, kwargs, logits_processor)
+        return parent.generate(ids_BT, **more, **self._lengths(rules, generation_config, kwargs))
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' continuous batching of texts, without image tokens as `generate` is."""
+        """transformers' continuous batching; as in plain `generate`, no image tokens are drawn."""
         parent: Any = super()
         before, self.image_logits = self.image_logits, False
         try:
@@ -135,7 +139,7 @@ class MultimodalGeneration:
         kwargs.pop("mm_token_type_ids", None)
         return ids_BT if pixels is None else self.model.fill_image_tokens(ids_BT, pixels)
 
-    def _plan(
+    def _rules_of(
         self,
         mode: str,
         ids_BT: Tensor,
@@ -143,20 +147,9 @@ class MultimodalGeneration:
         image: float,
         max_images: int | None,
         kwargs: Mapping[str, Any],
-    ) -> _Plan:
-        output, tokens = _OUTPUTS[mode], self._layout.num_tokens
-        left = self.config.max_position_embeddings - ids_BT.shape[1]
-        room = kwargs.get("max_new_tokens")
-        if room is None and kwargs.get("max_length") is not None:
-            room = kwargs["max_length"] - ids_BT.shape[1]
-        if room is None:
-            room = tokens if output == "image" else left
-        if room > left or room < 1:
-            raise ContextError(
-                f"a prompt of {ids_BT.shape[1]} tokens and {room} new ones do not fit into the "
-                f"context of {self.config.max_position_embeddings}: shorten the prompt or set "
-                "max_new_tokens"
-            )
+    ) -> _Rules:
+        output, tokens = _OUTPUTS[mode], self.picture_tokens
+        room = self._room(output, ids_BT.shape[1], kwargs)
         most = 1 if output == "image" else room // tokens
         images = most if max_images is None else max_images
         if output == "image" and (images < 1 or room < tokens):
@@ -164,55 +157,75 @@ class MultimodalGeneration:
                 f"max_new_tokens={room} and max_images={images} leave no room for a picture of "
                 f"{tokens} tokens: raise them, or shorten the prompt"
             )
-        return _Plan(output, images, room, text, image)
+        return _Rules(output, images, room, text, image)
+
+    def _room(self, output: Output, prompt_tokens: int, kwargs: Mapping[str, Any]) -> int:
+        """How many new tokens may come: as asked for, else one picture or the whole context."""
+        limit = self.config.max_position_embeddings
+        left, room = limit - prompt_tokens, kwargs.get("max_new_tokens")
+        if room is None and kwargs.get("max_length") is not None:
+            room = kwargs["max_length"] - prompt_tokens
+        if room is None:
+            room = self.picture_tokens if output == "image" else left
+        if room > left or room < 1:
+            raise ContextError(
+                f"a prompt of {prompt_tokens} tokens and {room} new ones do not fit into the "
+                f"context of {limit}: shorten the prompt or set max_new_tokens"
+            )
+        return int(room)
 
     def _processors(
-        self, plan: _Plan, ids_BT: Tensor, kwargs: Mapping[str, Any], own: Any
+        self, rules: _Rules, ids_BT: Tensor, kwargs: Mapping[str, Any], given: Any
     ) -> LogitsProcessorList:
-        if plan.guided and (kwargs.get("num_beams") or self.generation_config.num_beams or 1) > 1:
+        if rules.guided and (kwargs.get("num_beams") or self.generation_config.num_beams or 1) > 1:
             raise SettingError("guidance does not work with beams: set num_beams=1")
         vocabulary = self.vocabulary
         grammar = Grammar(
-            vocabulary, self._layout, self._stops(kwargs), self.config.vocab_size, ids_BT.device
+            vocabulary,
+            self.image_layout,
+            self._stops(kwargs),
+            self.config.vocab_size,
+            ids_BT.device,
         )
-        guide = _Guide(self, plan, kwargs.get("attention_mask")) if plan.guided else None
-        grammatical = GrammarLogits(grammar, plan, ids_BT.shape[1], guide)
-        return LogitsProcessorList([*(own or []), grammatical])
+        guide = _Guide(self, rules, kwargs.get("attention_mask")) if rules.guided else None
+        grammatical = GrammarLogits(grammar, rules, ids_BT.shape[1], guide)
+        return LogitsProcessorList([*(given or []), grammatical])
 
     def _lengths(
-        self, plan: _Plan, generation_config: Any, kwargs: dict[str, Any]
+        self, rules: _Rules, generation_config: Any, kwargs: dict[str, Any]
     ) -> dict[str, Any]:
-        """The arguments of transformers' own `generate`: its length and its ends."""
+        """The arguments of transformers' `generate`, with the length and the ids that end a row."""
         settings = generation_config or self.generation_config
         kwargs.pop("max_length", None)
         if settings.eos_token_id is None:
             kwargs.setdefault("eos_token_id", self.vocabulary.eos)
         if settings.pad_token_id is None:
             kwargs.setdefault("pad_token_id", self.vocabulary.pad)
-        return kwargs | {"max_new_tokens": plan.room, "image_logits": True}
+        return kwargs | {"max_new_tokens": rules.room, "image_logits": True}
 
     def _stops(self, kwargs: Mapping[str, Any]) -> list[int]:
         given = kwargs.get("eos_token_id", self.generation_config.eos_token_id)
         return [] if given is None else [given] if isinstance(given, int) else list(given)
 
-    @property
-    def _layout(self) -> ImageLayout:
-        grid = self.model.shape.vq_config.grid
-        if getattr(self.config, lumina.MARK, None) == lumina.KIND:
-            return lumina.layout(grid)
-        return ImageLayout(grid, grid)
+
+def _check_unguided(text: float, image: float) -> None:
+    if (text, image) != (1.0, 1.0):
+        raise SettingError(
+            f"guidance_text={text} and guidance_image={image} need a mode that draws: set "
+            "multimodal_generation_mode to 'image-only' or 'interleaved-text-image'"
+        )
 
 
 class GrammarLogits(LogitsProcessor):
-    """Lets through what the grammar allows after the tokens drawn so far.
+    """Forbids the tokens that the grammar does not allow after those drawn so far.
 
-    It keeps the state of the rows it saw last, and follows rows that beams reorder or repeat.
+    The states of the rows of the last call are kept; beams may reorder and repeat rows.
     """
 
     def __init__(
-        self, grammar: Grammar, plan: _Plan, prompt_tokens: int, guide: _Guide | None = None
+        self, grammar: Grammar, rules: _Rules, prompt_tokens: int, guide: _Guide | None = None
     ) -> None:
-        self._grammar, self._plan, self._prompt_tokens = grammar, plan, prompt_tokens
+        self._grammar, self._rules, self._prompt_tokens = grammar, rules, prompt_tokens
         self._guide = guide
         self._new_BT: Tensor | None = None
         self._state_BF: Tensor | None = None
@@ -235,7 +248,7 @@ class GrammarLogits(LogitsProcessor):
         return state_BF
 
     def _parents(self, new_BT: Tensor) -> Tensor | None:
-        """For each row a row of the last call that it continues by one token; None unless all."""
+        """For each row the row of the last call that it continues by one token, if all have one."""
         old_BT = self._new_BT
         if old_BT is None or new_BT.shape[1] != old_BT.shape[1] + 1:
             return None
@@ -245,7 +258,7 @@ class GrammarLogits(LogitsProcessor):
     def _replayed(self, new_BT: Tensor) -> Tensor:
         count = len(new_BT)
         state_BF = self._grammar.start(
-            [self._plan.output] * count, [self._plan.images] * count, [self._plan.room] * count
+            [self._rules.output] * count, [self._rules.images] * count, [self._rules.room] * count
         )
         for token_B in new_BT.unbind(1):
             state_BF = self._grammar.advance(state_BF, token_B)
@@ -253,10 +266,10 @@ class GrammarLogits(LogitsProcessor):
 
 
 class _Guide:
-    """The further branches of guided rows: opened where a picture begins, dropped at its end."""
+    """The further conditions of guided rows: read where a picture begins, dropped at its end."""
 
-    def __init__(self, owner: Any, plan: _Plan, attention_mask: Tensor | None) -> None:
-        self._owner, self._plan, self._mask_BT = owner, plan, attention_mask
+    def __init__(self, owner: Any, rules: _Rules, attention_mask: Tensor | None) -> None:
+        self._owner, self._rules, self._mask_BT = owner, rules, attention_mask
         self._branches: dict[int, dict[guidance.Branch, _Branch]] = {}
 
     def __call__(
@@ -264,7 +277,7 @@ class _Guide:
     ) -> Tensor:
         rows = list(scores_BV.unbind(0))
         for row, (inside, first) in enumerate(zip(in_image, starts, strict=True)):
-            if not inside:
+            if not inside:  # guidance acts on pictures only
                 self._branches.pop(row, None)
                 continue
             logits: dict[guidance.Branch, Tensor] = {"full": rows[row]}
@@ -273,17 +286,17 @@ class _Guide:
             else:
                 token = [int(ids_BT[row, -1])]
                 logits |= {n: b.read(token) for n, b in self._branches[row].items()}
-            rows[row] = guidance.mix(logits, self._plan.text_weight, self._plan.image_weight)
+            rows[row] = guidance.mix(logits, self._rules.text_weight, self._rules.image_weight)
         return torch.stack(rows)
 
     def _open(self, row: int, history: list[int]) -> dict[guidance.Branch, Tensor]:
         vocabulary = self._owner.vocabulary
-        text, image = self._plan.text_weight, self._plan.image_weight
+        text, image = self._rules.text_weight, self._rules.image_weight
         has_images = guidance.has_images(history, vocabulary)
         names = guidance.needed(text, image, has_images)[1:]
         self._branches[row] = {name: _Branch(self._owner) for name in names}
         return {
-            name: branch.read(guidance.prompt(name, history, vocabulary, self._owner._layout))
+            name: branch.read(guidance.prompt(name, history, vocabulary, self._owner.image_layout))
             for name, branch in self._branches[row].items()
         }
 
@@ -295,18 +308,18 @@ class _Guide:
         prompts, prompt_tokens = self._mask_BT.shape
         # transformers repeats a prompt for each of its return sequences.
         mask_T = self._mask_BT[row // max(1, len(ids_BT) // prompts)].bool().to(ids_T.device)
-        kept = torch.cat((ids_T[:prompt_tokens][mask_T], ids_T[prompt_tokens:]))
-        return [int(token) for token in kept]
+        without_padding = torch.cat((ids_T[:prompt_tokens][mask_T], ids_T[prompt_tokens:]))
+        return [int(token) for token in without_padding]
 
 
 class _Branch:
-    """One condition of one row: a cache, and the logits after the tokens read."""
+    """One condition of one row, with a cache of its own."""
 
     def __init__(self, owner: Any) -> None:
         self._owner, self._cache = owner, DynamicCache(config=owner.config)
 
     def read(self, tokens: Sequence[int]) -> Tensor:
-        """Logits [V] in fp32 of the token after these."""
+        """Logits [V] in fp32 for the token after these."""
         ids_BT = torch.tensor([list(tokens)], device=self._owner.device)
         outputs = self._owner(
             input_ids=ids_BT,

@@ -1,11 +1,11 @@
 """Pictures to pixels: Meta's steps to the bit, or transformers' on request.
 
-transformers rounds the longer side down where Meta rounds it to the nearest pixel, and rescales by
-0.0078 where Meta has 2 / 255: on about half of all pictures a quarter or more of the codes differ.
+transformers rounds the longer side down, Meta rounds it to the nearest pixel; transformers rescales
+by 0.0078, Meta by 2 / 255. For about half of all pictures a quarter or more of the codes differ.
 
-Two back ends, as in transformers: `ChameleonImageProcessorPil` gives arrays and
-`ChameleonImageProcessor` tensors on any device. In Meta's steps they are equal to
-the bit: a pixel stays one of 256 levels until a table gives its value.
+As in transformers there are two back ends: `ChameleonImageProcessorPil` gives arrays,
+`ChameleonImageProcessor` tensors on any device. In Meta's steps they are equal to the bit, since a
+pixel stays one of 256 levels until a table gives its value.
 Shapes: n pictures, C channels, Y X height and width in pixels.
 """
 
@@ -38,7 +38,7 @@ class ChameleonImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[
 
     `exact`: Meta's steps (the default) or transformers'. `resize_mode`: "crop" keeps the centre of
     a picture, "fit" all of it on white. `deep`: pictures of Pillow with more than 8 bits are
-    scaled to 8 ("scale"), or cut at 255 as in Meta's code ("clip").
+    scaled to 8 bits ("scale"), or cut at 255 as in Meta's code ("clip").
     """
 
     exact: bool
@@ -47,12 +47,12 @@ class ChameleonImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[
 
 
 class _Steps(BaseImageProcessor):
-    """What both back ends share: the settings, and Meta's steps around their own way to resize.
+    """The settings and Meta's steps, which both back ends share.
 
     `exact=True` runs Meta's steps to the bit: Lanczos to the nearest whole size, centre crop,
-    u8 / 255 * 2 - 1 in float64; a file's `rescale_factor` of 0.0078 is then read as 2 / 255.
-    `exact=False` gives the pixels of transformers' own PIL class, with 0.0078 unless set. In the
-    exact steps whole numbers are 0 to 255, 16-bit ones 0 to 65535, floats 0 to 1.
+    u8 / 255 * 2 - 1 in float64; a file's `rescale_factor` of 0.0078 is then read as 2 / 255. Whole
+    numbers are 0 to 255, 16-bit ones 0 to 65535, floats 0 to 1. `exact=False` gives the pixels of
+    transformers' own PIL class, with 0.0078 unless set.
     """
 
     resample = PILImageResampling.LANCZOS
@@ -83,7 +83,7 @@ class _Steps(BaseImageProcessor):
         super().__init__(**kwargs)
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Pictures of files and addresses; other pictures, and lists of them, as they are."""
+        """Pictures of files and addresses; other pictures, and lists, are returned as given."""
         if isinstance(image_url_or_urls, str) and os.path.isfile(image_url_or_urls):
             return Image.open(image_url_or_urls).pil
         return super().fetch_images(image_url_or_urls)
@@ -103,18 +103,18 @@ class _Steps(BaseImageProcessor):
                 settings["rescale_factor"] = TRANSFORMERS_RESCALE
             return self._as_transformers(images, **settings)
         planes = [
-            _planes(picture, settings, deep).to(self._place(picture, settings["device"]))
+            _planes(picture, settings, deep).to(self._device_of(picture, settings["device"]))
             for picture in self._prepare_images_structure(images)
         ]
         pixels = self._in_groups(planes, settings, resize_mode)
         if settings["do_pad"]:
             pixels = _padded(pixels, settings["pad_size"])
-        return self._delivered(pixels, settings["return_tensors"])
+        return self._as_batch(pixels, settings["return_tensors"])
 
     def _in_groups(
         self, planes: list[Tensor], settings: dict[str, Any], mode: Mode
     ) -> list[Tensor]:
-        """Pixels [C, Y, X] of each picture; those of one shape are made together."""
+        """Pixels [C, Y, X] of each picture; those of one shape are processed as a batch."""
         groups: dict[Any, list[int]] = {}
         for number, plane in enumerate(planes):
             alone = number if settings["disable_grouping"] else None
@@ -122,8 +122,8 @@ class _Steps(BaseImageProcessor):
         pixels: dict[int, Tensor] = {}
         for numbers in groups.values():
             batch_nCYX = torch.stack([planes[number] for number in numbers])
-            made_nCYX = _valued(self._framed(batch_nCYX, settings, mode), settings)
-            pixels |= dict(zip(numbers, made_nCYX, strict=True))
+            values_nCYX = _valued(self._framed(batch_nCYX, settings, mode), settings)
+            pixels |= dict(zip(numbers, values_nCYX, strict=True))
         return [pixels[number] for number in range(len(planes))]
 
     def _framed(self, batch_nCYX: Tensor, settings: dict[str, Any], mode: Mode) -> Tensor:
@@ -140,14 +140,16 @@ class _Steps(BaseImageProcessor):
             return _resized(batch_nCYX, size, resample, (range(size[0]), range(size[1])))
         rows, above, below = _centre(size[0], _crop(settings, "height"))
         columns, left, right = _centre(size[1], _crop(settings, "width"))
-        made_nCYX = _resized(batch_nCYX, size, resample, (rows, columns))
-        return F.pad(made_nCYX, (left, right, above, below))
+        # Only the rows and columns that the crop keeps are computed.
+        crop_nCYX = _resized(batch_nCYX, size, resample, (rows, columns))
+        return F.pad(crop_nCYX, (left, right, above, below))
 
     def _fitted(self, batch_nCYX: Tensor, side: int, resample: int) -> Tensor:
         """The whole pictures in the middle of white squares, resized."""
         height, width = batch_nCYX.shape[-2:]
         edge = max(height, width)
         if edge > MAX_SQUARE and batch_nCYX.shape[1] == len("RGB"):
+            # The white square would be too large: shrink first, as `ImageTokenizer` does.
             squares = [_tensor(fitted(_picture(planes), side)) for planes in batch_nCYX]
             return torch.stack(squares).to(batch_nCYX.device)
         above, left = (edge - height) // 2, (edge - width) // 2
@@ -155,13 +157,13 @@ class _Steps(BaseImageProcessor):
         canvas_nCYX = F.pad(batch_nCYX, border, value=255)
         return _resized(canvas_nCYX, (side, side), resample, (range(side), range(side)))
 
-    def _place(self, picture: Any, device: Any) -> Any:
+    def _device_of(self, picture: Any, given: Any) -> Any:
         return "cpu"
 
     def _as_transformers(self, images: Any, **settings: Any) -> BatchFeature:
         raise NotImplementedError
 
-    def _delivered(self, pixels: list[Tensor], kind: Any) -> BatchFeature:
+    def _as_batch(self, pixels: list[Tensor], tensor_type: Any) -> BatchFeature:
         raise NotImplementedError
 
 
@@ -171,17 +173,17 @@ class ChameleonImageProcessorPil(_Steps, PilBackend):
     def _as_transformers(self, images: Any, **settings: Any) -> BatchFeature:
         return PilBackend._preprocess_image_like_inputs(self, images, **settings)
 
-    def _delivered(self, pixels: list[Tensor], kind: Any) -> BatchFeature:
+    def _as_batch(self, pixels: list[Tensor], tensor_type: Any) -> BatchFeature:
         arrays = [picture.numpy(force=True) for picture in pixels]
-        return BatchFeature({"pixel_values": arrays}, tensor_type=kind)
+        return BatchFeature({"pixel_values": arrays}, tensor_type=tensor_type)
 
 
 class ChameleonImageProcessor(_Steps):
     """Pictures to `pixel_values` [n, 3, Y, X] in -1 to 1, as tensors on any device.
 
-    A tensor stays on its device unless `device` says another, and pictures of one size go through
-    together. On a CPU Pillow resizes them, elsewhere torch, with the same bits; torchvision is not
-    needed. `exact=False` is computed on the CPU.
+    A tensor stays on its device unless `device` is given; pictures of one size are a batch. On a
+    CPU Pillow resizes them, elsewhere torch, with the same bits. torchvision is not needed.
+    `exact=False` is computed on the CPU.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -190,39 +192,40 @@ class ChameleonImageProcessor(_Steps):
 
     @property
     def backend(self) -> str:
-        """The name of the back end that works on tensors, whatever library it uses."""
+        """transformers' name for the back end that works on tensors."""
         return "torchvision"
 
-    def _place(self, picture: Any, device: Any) -> Any:
-        return device or (picture.device if isinstance(picture, Tensor) else "cpu")
+    def _device_of(self, picture: Any, given: Any) -> Any:
+        return given or (picture.device if isinstance(picture, Tensor) else "cpu")
 
     def _as_transformers(self, images: Any, **settings: Any) -> BatchFeature:
         pictures = self._prepare_images_structure(images)
-        places = [self._place(picture, settings["device"]) for picture in pictures]
-        kind = settings.pop("return_tensors")
+        devices = [self._device_of(picture, settings["device"]) for picture in pictures]
+        tensor_type = settings.pop("return_tensors")
         on_cpu = [p.cpu() if isinstance(p, Tensor) else p for p in pictures]
         done = ChameleonImageProcessorPil()._as_transformers(
             on_cpu, return_tensors=None, **settings
         )
-        arrays = zip(done["pixel_values"], places, strict=True)
-        pixels = [torch.as_tensor(array).to(place) for array, place in arrays]
-        return self._delivered(pixels, kind)
+        arrays = zip(done["pixel_values"], devices, strict=True)
+        pixels = [torch.as_tensor(array).to(device) for array, device in arrays]
+        return self._as_batch(pixels, tensor_type)
 
-    def _delivered(self, pixels: list[Tensor], kind: Any) -> BatchFeature:
-        if kind is not None and str(getattr(kind, "value", kind)) != "pt":
+    def _as_batch(self, pixels: list[Tensor], tensor_type: Any) -> BatchFeature:
+        if tensor_type is not None and str(getattr(tensor_type, "value", tensor_type)) != "pt":
             arrays = [picture.numpy(force=True) for picture in pixels]
-            return BatchFeature({"pixel_values": arrays}, tensor_type=kind)
-        return BatchFeature({"pixel_values": pixels}, tensor_type=kind)
+            return BatchFeature({"pixel_values": arrays}, tensor_type=tensor_type)
+        return BatchFeature({"pixel_values": pixels}, tensor_type=tensor_type)
 
 
 def _resized(
     batch_nCYX: Tensor, size: tuple[int, int], resample: int, window: tuple[range, range]
 ) -> Tensor:
-    """A window of the resized pictures: by Pillow where that can be, for it is faster on a CPU."""
-    of_a_long_strip = size[0] * size[1] > MAX_PIXELS
-    if batch_nCYX.device.type != "cpu" or of_a_long_strip:
+    """A window of the resized pictures: by Pillow on a CPU, where that is faster."""
+    # Pillow resizes all of a picture, which is too much for a long strip.
+    too_large = size[0] * size[1] > MAX_PIXELS
+    if batch_nCYX.device.type != "cpu" or too_large:
         return resized(batch_nCYX, size, resample, window)
-    rows, columns = (slice(part.start, part.stop) for part in window)
+    rows, columns = (slice(wanted.start, wanted.stop) for wanted in window)
     made = [
         np.asarray(PIL.Image.fromarray(plane).resize(size[::-1], resample))[rows, columns]
         for plane in batch_nCYX.flatten(0, 1).numpy()
@@ -237,12 +240,12 @@ def _check(mode: Any, deep: Any, exact: Any) -> None:
         raise SettingError(f"deep={deep!r} is unknown: choose 'scale' or 'clip'")
     if mode == "fit" and not exact:
         raise SettingError(
-            "resize_mode='fit' is none of transformers' steps: leave exact=False out, or crop"
+            "resize_mode='fit' is not among transformers' steps: leave exact=False out, or crop"
         )
 
 
 def _planes(picture: Any, settings: dict[str, Any], deep: Deep) -> Tensor:
-    """uint8 [C, Y, X] of a picture in any form: RGB on white where `do_convert_rgb` says so."""
+    """uint8 [C, Y, X] of a picture in any form; RGB on white if `do_convert_rgb` is set."""
     if isinstance(picture, PIL.Image.Image) and picture.mode.startswith(("I", "F")):
         picture = Image.of(picture, deep=deep).pil
         assert picture is not None
@@ -250,7 +253,7 @@ def _planes(picture: Any, settings: dict[str, Any], deep: Deep) -> Tensor:
     rgb = settings["do_convert_rgb"]
     if isinstance(picture, np.ndarray | Tensor):
         planes = _as_bytes(_channels_first(_as_tensor(picture), settings["input_data_format"]))
-        # A mean of four values says that the fourth channel is none of opacity.
+        # A mean of four values means that the fourth channel is not opacity.
         if not rgb or len(planes) in (len("RGB"), np.size(settings["image_mean"])):
             return planes
         if len(planes) == 1:
@@ -267,7 +270,7 @@ def _planes(picture: Any, settings: dict[str, Any], deep: Deep) -> Tensor:
 def _as_tensor(array: Any) -> Tensor:
     if isinstance(array, Tensor):
         return array.detach()
-    # torch takes no foreign byte order, no stride below 0, and warns of what cannot be written.
+    # torch refuses foreign byte orders and negative strides, and warns of read-only arrays.
     native = array.astype(array.dtype.newbyteorder("="), copy=not array.flags.writeable)
     return torch.from_numpy(np.ascontiguousarray(native))
 
@@ -283,7 +286,7 @@ def _picture(planes_CYX: Tensor) -> PIL.Image.Image:
 
 
 def _channels_first(array: Tensor, order: Any) -> Tensor:
-    """[C, Y, X] of [C, Y, X] or [Y, X, C]; where both fit, the channel is first."""
+    """[C, Y, X] from [C, Y, X] or [Y, X, C]; where both fit, the channels are first."""
     if array.ndim == 3 and order is None:
         found = [axis for axis in (0, 2) if array.shape[axis] in _CHANNELS]
         order = "channels_last" if found == [2] else "channels_first" if found else None
@@ -296,23 +299,23 @@ def _channels_first(array: Tensor, order: Any) -> Tensor:
 
 
 def _as_bytes(planes: Tensor) -> Tensor:
-    """uint8 of pixels of any type: 16 bits and floats are scaled, an unknown range raises."""
-    kind = planes.dtype
-    if kind == torch.uint8:
+    """uint8 pixels from any type: 16 bits and floats are scaled; an unknown range raises."""
+    dtype = planes.dtype
+    if dtype == torch.uint8:
         return planes
-    if kind == torch.bool:
+    if dtype == torch.bool:
         return planes.to(torch.uint8) * 255
     wide = planes.double() if planes.is_floating_point() else planes.to(torch.int64)
     low, high = wide.min().item(), wide.max().item()
-    limit = 1 if planes.is_floating_point() else 65535 if kind == torch.uint16 else 255
+    limit = 1 if planes.is_floating_point() else 65535 if dtype == torch.uint16 else 255
     if not (low >= 0 and high <= limit):  # also false for NaN
         raise ImageError(
-            f"the picture has values from {low} to {high}, one of {str(kind)[6:]} has 0 to "
+            f"the picture has values from {low} to {high}, and {str(dtype)[6:]} pictures have 0 to "
             f"{limit}: rescale it, or give it as uint8 or uint16"
         )
     if planes.is_floating_point():
         return (wide * 255).round().to(torch.uint8)
-    # Values that fit 8 bits are taken for 8 bits, whatever type holds them.
+    # Whole numbers up to 255 are taken as 8 bits, whatever type holds them.
     return (wide if high <= 255 else (wide + 128) // 257).to(torch.uint8)
 
 
@@ -344,14 +347,14 @@ def _crop(settings: dict[str, Any], name: str) -> int:
 
 
 def _centre(length: int, wanted: int) -> tuple[range, int, int]:
-    """The part of `length` in the middle that is wanted, and what is missing before and after."""
+    """The middle `wanted` of `length`, and how many pixels are missing before and after it."""
     start, missing = max((length - wanted) // 2, 0), max(wanted - length, 0)
     before = (missing + 1) // 2
     return range(start, min(start + wanted, length)), before, missing - before
 
 
 def _valued(batch_nCYX: Tensor, settings: dict[str, Any]) -> Tensor:
-    """float32 [n, C, Y, X]: each of the 256 levels of a channel has its value, made in float64."""
+    """float32 [n, C, Y, X]: the value of each level, from a table that is made in float64."""
     levels = np.arange(256, dtype=np.float64)
     if settings["do_rescale"]:
         factor = settings["rescale_factor"]
@@ -385,11 +388,11 @@ def _padded(pixels: list[Tensor], size: Any) -> list[Tensor]:
     return [F.pad(p, (0, width - p.shape[2], 0, height - p.shape[1])) for p in pixels]
 
 
-# By the names that transformers has for back ends: "torchvision" is the one that works on tensors.
+# transformers' names of back ends; "torchvision" is the one that works on tensors.
 IMAGE_PROCESSORS: dict[str, type[_Steps]] = {
     "torchvision": ChameleonImageProcessor,
     "pil": ChameleonImageProcessorPil,
 }
-# The names that transformers and earlier releases of this package have for them.
+# Names in transformers, and in earlier releases of this package.
 ChameleonImageProcessorFast = ChameleonImageProcessor
 ChameleonImagesKwargs = ChameleonImageProcessorKwargs

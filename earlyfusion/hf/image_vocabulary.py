@@ -1,4 +1,4 @@
-"""Which ids of a config are images: from `vocabulary_map`, or from the model's tokenizer file."""
+"""Which token ids are images, from a config's `vocabulary_map` or the model's tokenizer file."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _TOKENIZER = "tokenizer.json"
 
 
 class ImageVocabulary:
-    """Codes <-> token ids, from token names. The attributes are those of transformers' mapping.
+    """Codes <-> token ids, from token names, with the attributes of transformers' own mapping.
 
-    A code that the names lack becomes id 0, as transformers has it.
+    A code that no name has becomes id 0, as in transformers.
     """
 
     def __init__(self, names: Mapping[str, int]) -> None:
@@ -53,7 +53,7 @@ class ImageVocabulary:
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """All ids by kind, for generation; `CheckpointError` where only the images are known."""
+        """All token ids, for generation; `CheckpointError` where only images are known."""
         try:
             return self._vocabulary
         except CheckpointError:
@@ -79,7 +79,7 @@ class ImageVocabulary:
 
     @cached_property
     def bpe2img_mapping_tensor(self) -> Tensor:
-        """Codes by token id, int64; `CODE` where an id is no image."""
+        """Codes by token id, int64; `CODE` where an id is not an image."""
         return _table(self.bpe2img, CODE)
 
     def convert_img2bpe(self, img_batch: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ class ImageVocabulary:
         return torch.isin(tokens, self._ids(tokens.device))
 
     def image_columns(self, device: torch.device) -> Tensor:
-        """Sorted ids of the image codes as a tensor that is made once a device."""
+        """Sorted ids of the image codes, a tensor made once per device."""
         return self._ids(device)
 
     @cached_property
@@ -121,19 +121,19 @@ class ImageVocabulary:
     def _on(self, name: str, values: Tensor, device: torch.device) -> Tensor:
         if device.type == "cpu":
             return values
-        if torch.compiler.is_compiling():  # what is made while tracing must not be kept
+        if torch.compiler.is_compiling():  # tensors made while tracing must not be cached
             return values.to(device)
         if (name, device) not in self._moved:
             self._moved[name, device] = values.to(device)
         return self._moved[name, device]
 
     def prepare(self) -> None:
-        """Make the tables now: what is made while a model is traced cannot be kept."""
+        """Make the tables now: those made while a model is traced could not be cached."""
         _ = self.bpe2img_search_tensors, self.img2bpe_mapping_tensor
 
 
 def _int64(values: Sequence[int]) -> Tensor:
-    # On the CPU also where models are being made without memory.
+    # On the CPU even where a model is being built on the meta device.
     return torch.tensor(values, dtype=torch.int64, device="cpu")
 
 

@@ -1,13 +1,14 @@
-"""The model classes of the transformers face, on the blocks and the VQ-GAN of `earlyfusion.model`.
+"""transformers' model classes, on the blocks and the VQ-GAN of `earlyfusion.model`.
 
-They take the arguments and give the outputs of transformers' own, and their state dict has the same
-keys, plus those of the VQ decoder. What differs, on purpose:
+Arguments, outputs and state dicts are those of transformers' own classes, plus the keys of the VQ
+decoder. The differences are meant:
 
-- image logits are real: a label on an image token has a finite loss. `generate` leaves image tokens
-  out unless a `multimodal_generation_mode` asks for them, and so does the loss of a row of text;
-- labels on placeholders stand for the picture's own tokens;
+- image logits are real, so a label on an image token has a finite loss. `generate` still leaves
+  image tokens out unless a `multimodal_generation_mode` asks for them, and so does the loss of a
+  row without image labels;
+- a label on a placeholder means the picture's own token;
 - the image tokenizer stays frozen, in eval mode and in fp32, and never builds a graph;
-- codes become pictures: `decode_image_tokens`.
+- `decode_image_tokens` turns image tokens into pictures.
 
 Shapes: B batch, T tokens, D model width, N query heads, K key and value heads, H head width,
 V vocabulary, C channels, Y X height and width in pixels, y x in codes.
@@ -70,7 +71,7 @@ _INSTALL = {
 
 @dataclass
 class ChameleonVQVAEModelOutput(BaseModelOutputWithPooling):
-    """`last_hidden_state` is before `quant_conv`; `image_tokens` are codes, flat [B * y * x]."""
+    """`last_hidden_state` is that before `quant_conv`; `image_tokens` are codes, [B * y * x]."""
 
     quantized_last_hidden_state: Tensor | None = None
     image_tokens: Tensor | None = None
@@ -87,7 +88,8 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention step by step, for its weights: (out_BTNH, weights_BNTT) of q_BNTH, k_BKTH."""
+    """Attention in plain steps, which also gives its weights: (out_BTNH, weights_BNTT)."""
+    # query is [B, N, T, H]; key and value are [B, K, T, H].
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
     scores_BNTT = query @ key.transpose(2, 3) * scaling
@@ -99,9 +101,9 @@ def eager_attention_forward(
 
 
 class InterfaceAttend:
-    """An `Attend` of one layer that goes through transformers' attention interface and cache.
+    """The `Attend` of one layer, through transformers' attention interface and cache.
 
-    `weights` holds those of the last call, where the interface gives them.
+    `weights` are those of the last call, or None where the interface gives none.
     """
 
     def __init__(self, layer: Any, mask: Any, cache: Cache | None, kwargs: Mapping[str, Any]):
@@ -126,7 +128,7 @@ class InterfaceAttend:
 
 
 def _complete_ends(generation: Any, config: ChameleonConfig) -> None:
-    """Give a generation config without special ids those of the model's: else nothing ends."""
+    """Fill missing special ids from the model's config: without them no reply would end."""
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(generation, name) is None:
             setattr(generation, name, getattr(config, name))
@@ -135,8 +137,8 @@ def _complete_ends(generation: Any, config: ChameleonConfig) -> None:
 class ChameleonRotaryEmbedding(nn.Module):
     """Cosines and sines of positions in fp32, each [B, T, H].
 
-    Where they depend on the length, that is the largest position of the call plus one, for all
-    rows; beyond the trained length it never shrinks until a call fits into it again.
+    In the dynamic variants all rows use one length, the largest position of the call plus one. A
+    length beyond the trained one is remembered until a call fits that again, as in transformers.
     """
 
     inv_freq: Tensor
@@ -155,7 +157,7 @@ class ChameleonRotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Fill the buffers of a model that was made without memory."""
+        """Fill the buffers of a model that was built on the meta device."""
         for buffer in (self.inv_freq, self.original_inv_freq):
             init.copy_(buffer, rotary_frequencies(self._shape, torch.device("cpu")))
 
@@ -208,9 +210,10 @@ class ChameleonAttention(Attention):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """What attention gives [B, T, D], and its weights where the implementation has them."""
+        """Attention's output [B, T, D], and its weights where the implementation gives them."""
         assert position_embeddings is not None
         cos, sin = position_embeddings
+        # The core takes sines whose first half has the sign of the rotation.
         half = sin.shape[-1] // 2
         signed = torch.cat((-sin[..., :half], sin[..., half:]), -1)
         rotary = Rotary(cos[:, :, None], signed[:, :, None])
@@ -228,23 +231,23 @@ class ChameleonDecoderLayer(GradientCheckpointingLayer, Block):  # type: ignore[
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, output_attentions: bool = False, **kwargs: Any
     ) -> tuple[Tensor, ...]:
-        """The states [B, T, D], and with `output_attentions` what attention looked at."""
-        seen: list[Any] = []
+        """The states [B, T, D], and with `output_attentions` the attention weights."""
+        weights_seen: list[Any] = []
 
         def attention(states_BTD: Tensor) -> Tensor:
             out, weights = self.self_attn(
                 hidden_states=states_BTD, output_attentions=output_attentions, **kwargs
             )
-            seen.append(weights)
+            weights_seen.append(weights)
             return cast("Tensor", out)
 
         x_BTD = hidden_states + self._branch(attention, self.input_layernorm, hidden_states)
         x_BTD = x_BTD + self._branch(self.mlp, self.post_attention_layernorm, x_BTD)
-        return (x_BTD, *seen) if output_attentions else (x_BTD,)
+        return (x_BTD, *weights_seen) if output_attentions else (x_BTD,)
 
 
 class ChameleonPreTrainedModel(PreTrainedModel):
-    """What the three model classes share: how transformers loads, saves and initialises them."""
+    """Shared by the three model classes: how transformers loads, saves and initialises them."""
 
     config: ChameleonConfig
     config_class = ChameleonConfig
@@ -276,7 +279,7 @@ class ChameleonPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As transformers'; a checkpoint without a VQ decoder gives a model without one."""
+        """As transformers' own; a checkpoint without a VQ decoder gives a model without one."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         for module in model.modules():
@@ -292,8 +295,8 @@ class ChameleonPreTrainedModel(PreTrainedModel):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """As torch's; with `strict`, a whole VQ-GAN without a decoder, as in transformers' own
-        checkpoints, leaves it out of the model too.
+        """As torch's own. Transformers' checkpoints have a VQ-GAN without a decoder: with `strict`
+        such a state dict removes the model's decoder too.
         """
         keys = [key for key in state_dict if _VQ_KEY.match(key)]
         if strict and keys and not any(_DECODER_KEY.match(key) for key in keys):
@@ -306,11 +309,11 @@ class ChameleonPreTrainedModel(PreTrainedModel):
                 module.drop_decoder()
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Bytes of the weights as they lie in memory, those of quantised ones and scales too."""
+        """Bytes that the weights take in memory, with those of packed weights and scales."""
         return footprint(self, return_buffers)
 
     def dequantize(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers'; also after a forward on the CPU."""
+        """As transformers' own, and also right after a forward on the CPU."""
         restore_layout(self)
         return super().dequantize(*args, **kwargs)
 
@@ -359,7 +362,7 @@ class ChameleonVQVAE(ChameleonPreTrainedModel):
         core = accelerate(VQGAN(vq_shape(config)))
         for name, child in core.named_children():
             self.add_module(name, child)
-        # The same modules under the core's own methods; not registered, so that keys come once.
+        # The same modules with the core's methods; not registered, or each key would come twice.
         self.__dict__["vqgan"] = core
         self.quantize.beta = getattr(config, "beta", 0.25)
         self.eval()
@@ -371,7 +374,7 @@ class ChameleonVQVAE(ChameleonPreTrainedModel):
         """Codes of pictures [B, C, Y, X] in [-1, 1], of any float type; no graph while frozen."""
         if any(p.requires_grad for p in self.parameters()):
             return self._encode(pixel_values)
-        # Rounded arithmetic gives other codes, so that autocast is for training it only.
+        # Rounded arithmetic gives other codes, so autocast only counts while the VQ-GAN trains.
         with torch.no_grad(), torch.autocast(pixel_values.device.type, enabled=False):
             return self._encode(pixel_values)
 
@@ -405,13 +408,14 @@ class ChameleonVQVAE(ChameleonPreTrainedModel):
         return core
 
     def drop_decoder(self) -> None:
-        """Leave the decoder out: `decode` then says so."""
+        """Remove the decoder; `decode` then raises `CheckpointError`."""
         for module in (self, self.core):
-            del module.decoder  # a module of None would swallow a decoder's weights unseen
+            # A registered None would silently accept a decoder's weights; an attribute does not.
+            del module.decoder
             module.decoder = None
 
     def keep_codebook(self) -> None:
-        """Bring an offloaded codebook back: it is searched without a call of its module."""
+        """Take the codebook out of accelerate's offloading, which loads a module when called."""
         embedding = self.quantize.embedding
         if embedding.weight.is_meta:
             from accelerate.hooks import remove_hook_from_module  # type: ignore
@@ -449,7 +453,7 @@ class ChameleonModel(ChameleonPreTrainedModel):
         names = config.vocabulary_map
         self._mapping = ImageVocabulary(names) if names else None
         if self._mapping:
-            with contextlib.suppress(CheckpointError):  # told when a picture comes
+            with contextlib.suppress(CheckpointError):  # raised again when a picture comes
                 self._mapping.prepare()
         self.register_state_dict_pre_hook(restore_layout)
         self.register_load_state_dict_pre_hook(restore_layout)
@@ -465,7 +469,7 @@ class ChameleonModel(ChameleonPreTrainedModel):
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """All ids by kind; `CheckpointError` where neither config nor folder tells them."""
+        """All token ids; `CheckpointError` where neither config nor folder names them."""
         try:
             return self.vocabulary_mapping.vocabulary
         except CheckpointError:
@@ -474,18 +478,18 @@ class ChameleonModel(ChameleonPreTrainedModel):
             return self._mapping.vocabulary
 
     def use_vocabulary(self, source: Any) -> None:
-        """Take the ids of a `Vocabulary`, or of a processor or tokenizer of this model."""
+        """Take the token ids from a `Vocabulary`, or from this model's processor or tokenizer."""
         tokenizer = getattr(source, "tokenizer", source)
         names = source.names if isinstance(source, Vocabulary) else tokenizer.get_vocab()
         self._mapping = ImageVocabulary(names)
 
     def freeze_image_tokenizer(self) -> None:
-        """Take the image tokenizer out of training; its codes let no gradient through anyway."""
+        """Freeze the image tokenizer; no gradient would pass through its codes anyway."""
         self.vqmodel.requires_grad_(False)
         self.vqmodel.eval()
 
     def get_image_tokens(self, pixel_values: Tensor) -> Tensor:
-        """Token ids [B, y * x] of pictures, without markers."""
+        """Token ids [B, y * x] of pictures, without begin and end."""
         codes = self.vqmodel.encode(pixel_values, return_dict=True).image_tokens
         return self.vocabulary_mapping.convert_img2bpe(codes).view(len(pixel_values), -1)
 
@@ -493,7 +497,7 @@ class ChameleonModel(ChameleonPreTrainedModel):
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> Any:
         """The VQ-GAN's output; its `pooler_output` is the pictures' embeddings [B, y * x, D]."""
         outputs = self.vqmodel.encode(pixel_values, return_dict=True, **kwargs)
-        tokens = self._tokens_of(outputs).view(len(pixel_values), -1)
+        tokens = self.tokens_of(outputs).view(len(pixel_values), -1)
         outputs.pooler_output = self.get_input_embeddings()(tokens)
         return outputs
 
@@ -502,8 +506,8 @@ class ChameleonModel(ChameleonPreTrainedModel):
     ) -> Tensor:
         """Pictures [B, C, Y, X], about [-1, 1], of image tokens [B, n].
 
-        Other tokens in a row are passed over, and of several pictures the last is taken. `height`
-        and `width` count codes; without them a picture has the model's own size.
+        Other tokens in a row are ignored; of several pictures the last one is taken. `height` and
+        `width` count codes; by default a picture has the model's own size.
         """
         if height is None or width is None:
             grid = self.shape.vq_config.grid
@@ -515,13 +519,14 @@ class ChameleonModel(ChameleonPreTrainedModel):
 
     def fill_image_tokens(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
         """`input_ids` with the pictures' own tokens in the place of the placeholders."""
-        return self._scatter_tokens(input_ids, self.get_image_tokens(pixel_values))
+        return self.put_tokens(input_ids, self.get_image_tokens(pixel_values))
 
     def get_placeholder_mask(
         self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor
     ) -> Tensor:
-        """Where pictures go, bool [B, T, 1]; `ImageError` unless their sizes match."""
+        """True at placeholders, [B, T, 1]; `ImageError` unless pictures and placeholders match."""
         if input_ids is None:
+            # Placeholders are found by their embedding.
             token = torch.tensor(self._placeholder(), device=inputs_embeds.device)
             mask_BT = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
         else:
@@ -551,36 +556,45 @@ class ChameleonModel(ChameleonPreTrainedModel):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         x_BTD = self._with_pictures(input_ids, x_BTD, pixel_values, mm_encoder_outputs)
-        traced = cast("Any", torch.jit).is_tracing()  # whose outputs cannot hold a cache
+        traced = cast("Any", torch.jit).is_tracing()  # traced outputs cannot hold a cache
         if use_cache and past_key_values is None and not traced:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = (torch.arange(x_BTD.shape[1], device=x_BTD.device) + past)[None]
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=x_BTD,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
-        quantised = getattr(self.config, "quantization_config", None) is not None
-        if quantised and x_BTD.device.type == "cpu" and not torch.compiler.is_compiling():
-            choose_layout(self.layers)
-        position_embeddings = self.rotary_emb(x_BTD, position_ids=position_ids)
-        for layer in self.layers:
-            x_BTD = layer(
-                x_BTD,
-                attention_mask=mask,
-                position_ids=position_ids,
+            position_ids = _positions(x_BTD, past_key_values)
+        self._choose_quantised_layout(x_BTD.device)
+        for_layers = kwargs | {
+            "attention_mask": create_causal_mask(
+                config=self.config,
+                inputs_embeds=x_BTD,
+                attention_mask=attention_mask,
                 past_key_values=past_key_values,
-                use_cache=use_cache,
-                position_embeddings=position_embeddings,
-                **kwargs,
-            )[0]
+                position_ids=position_ids,
+            ),
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+            "position_embeddings": self.rotary_emb(x_BTD, position_ids=position_ids),
+        }
+        for layer in self.layers:
+            x_BTD = layer(x_BTD, **for_layers)[0]
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(x_BTD), past_key_values=past_key_values
         )
+
+    def tokens_of(self, encoded: Any) -> Tensor:
+        """Token ids of the VQ-GAN's output, flat [B * y * x]."""
+        return self.vocabulary_mapping.convert_img2bpe(encoded.image_tokens)
+
+    def put_tokens(self, input_ids: Tensor, tokens: Tensor) -> Tensor:
+        """`input_ids` with `tokens` in place of the placeholders, in order."""
+        mask_BT = input_ids == self._placeholder()
+        _check_count(mask_BT, tokens.numel())
+        return input_ids.masked_scatter(mask_BT, tokens.to(input_ids))
+
+    def _choose_quantised_layout(self, device: torch.device) -> None:
+        quantised = getattr(self.config, "quantization_config", None) is not None
+        if quantised and device.type == "cpu" and not torch.compiler.is_compiling():
+            choose_layout(self.layers)
 
     def _with_pictures(
         self,
@@ -597,14 +611,6 @@ class ChameleonModel(ChameleonPreTrainedModel):
             return x_BTD
         features = encoded["image"].pooler_output.to(x_BTD.device, x_BTD.dtype)
         return x_BTD.masked_scatter(self.get_placeholder_mask(input_ids, x_BTD, features), features)
-
-    def _tokens_of(self, outputs: Any) -> Tensor:
-        return self.vocabulary_mapping.convert_img2bpe(outputs.image_tokens)
-
-    def _scatter_tokens(self, input_ids: Tensor, tokens: Tensor) -> Tensor:
-        mask_BT = input_ids == self._placeholder()
-        _check_count(mask_BT, tokens.numel())
-        return input_ids.masked_scatter(mask_BT, tokens.to(input_ids))
 
     def _placeholder(self) -> int:
         token = self.vocabulary_mapping.image_token_id
@@ -650,10 +656,11 @@ class ChameleonForConditionalGeneration(
         super().__setattr__(name, self._with_tokens(value) if name == "forward" else value)
 
     def _with_tokens(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """TRL puts a forward on the model that takes the loss itself, so labels are filled here.
+        """`forward` with the pictures' own tokens in its ids and labels.
 
-        A method of this model stays one, for those who take it apart as accelerate does.
+        TRL assigns a forward of its own that computes the loss itself, past `forward` below.
         """
+        # accelerate unwraps methods, so a method of this model has to stay one.
         if getattr(forward, "__self__", None) is self:
             function = cast("Any", forward).__func__
             return MethodType(_filling(function), self)
@@ -703,16 +710,17 @@ class ChameleonForConditionalGeneration(
         image_logits: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Logits [B, T, V], or of the last `logits_to_keep` places, as `CausalLMOutputWithPast`.
+        """Logits [B, T, V], or of the last `logits_to_keep` positions, as `CausalLMOutputWithPast`.
 
-        `labels` may name image tokens; where labels and `input_ids` both hold the placeholder, the
-        label is the picture's own token. The loss of a row whose labels hold no image token is that
-        of transformers' own class: image tokens are out of its reach. `image_logits=True` scores
-        every row over the whole vocabulary; False is that class in all, logits and loss; None takes
-        the attribute of that name.
+        `labels` may name image tokens. Where labels and `input_ids` both hold the placeholder, the
+        label is the picture's own token. A row without image labels has the loss of transformers'
+        own class, which leaves image tokens out of the softmax. `image_logits=True` takes the whole
+        vocabulary for every row; False is transformers' class in logits and loss; None takes the
+        attribute of that name.
         """
-        masked = not (self.image_logits if image_logits is None else image_logits)
+        draws = self.image_logits if image_logits is None else image_logits
         if pixel_values is not None and labels is not None and mm_encoder_outputs is None:
+            # The labels need the pictures' tokens too: encode once, for both.
             mm_encoder_outputs = {"image": self.get_image_features(pixel_values, return_dict=True)}
             pixel_values = None
         outputs = self.model(
@@ -727,16 +735,11 @@ class ChameleonForConditionalGeneration(
             return_dict=True,
             **{k: v for k, v in kwargs.items() if k != "num_items_in_batch"},
         )
-        states_BTD = outputs.last_hidden_state
-        if isinstance(logits_to_keep, Tensor) or logits_to_keep > 0:
-            whole = isinstance(logits_to_keep, Tensor)
-            states_BTD = states_BTD[:, logits_to_keep if whole else slice(-logits_to_keep, None)]
-        logits_BTV = self.lm_head(states_BTD)
-        if masked:
-            columns = self.model.vocabulary_mapping.image_columns(logits_BTV.device)
-            logits_BTV = logits_BTV.index_fill(-1, columns, torch.finfo(logits_BTV.dtype).min)
+        logits_BTV = self.lm_head(_kept_positions(outputs.last_hidden_state, logits_to_keep))
+        if not draws:
+            logits_BTV = self._without_images(logits_BTV)
         scored_BTV = logits_BTV
-        if labels is not None and not masked:
+        if labels is not None and draws:
             labels = self._own_labels(labels, input_ids, mm_encoder_outputs)
             if image_logits is None:
                 scored_BTV = self._text_in_reach(logits_BTV, kwargs.get("shift_labels"), labels)
@@ -757,7 +760,7 @@ class ChameleonForConditionalGeneration(
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As transformers'; pictures are read once, with the prompt."""
+        """As transformers' own; pictures are only passed on with the prompt."""
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
             input_ids,
             pixel_values=pixel_values,
@@ -775,11 +778,15 @@ class ChameleonForConditionalGeneration(
     ) -> Tensor:
         if input_ids is None or not encoded or encoded.get("image") is None:
             return labels
-        full = self.model._scatter_tokens(input_ids, self.model._tokens_of(encoded["image"]))
+        full = self.model.put_tokens(input_ids, self.model.tokens_of(encoded["image"]))
         return _own_tokens(labels, input_ids, full)
 
+    def _without_images(self, logits_BTV: Tensor) -> Tensor:
+        columns = self.model.vocabulary_mapping.image_columns(logits_BTV.device)
+        return logits_BTV.index_fill(-1, columns, torch.finfo(logits_BTV.dtype).min)
+
     def _text_in_reach(self, logits_BTV: Tensor, shifted: Tensor | None, labels: Tensor) -> Tensor:
-        """Logits for the loss: without image tokens in rows that have none to learn."""
+        """Logits for the loss: without image tokens in rows that have no image label."""
         mapping, device = self.model.vocabulary_mapping, logits_BTV.device
         if not mapping.image_tokens:
             return logits_BTV
@@ -797,8 +804,21 @@ class ChameleonForConditionalGeneration(
         return loss
 
 
+def _positions(x_BTD: Tensor, cache: Cache | None) -> Tensor:
+    """Positions [1, T] behind those in the cache."""
+    past = cache.get_seq_length() if cache is not None else 0
+    return (torch.arange(x_BTD.shape[1], device=x_BTD.device) + past)[None]
+
+
+def _kept_positions(states_BTD: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """The states of the last `logits_to_keep` positions, or at those indices; all for 0."""
+    if isinstance(logits_to_keep, Tensor):
+        return states_BTD[:, logits_to_keep]
+    return states_BTD[:, -logits_to_keep:] if logits_to_keep > 0 else states_BTD
+
+
 def _filling(forward: Callable[..., Any], owner: Any = None) -> Callable[..., Any]:
-    """`forward` with filled labels; of `owner`, or of its first argument."""
+    """`forward` with filled labels, as a function of `owner` or as a method."""
 
     @functools.wraps(forward)
     def filled(*args: Any, **kwargs: Any) -> Any:
@@ -809,13 +829,13 @@ def _filling(forward: Callable[..., Any], owner: Any = None) -> Callable[..., An
 
 
 def _own_tokens(labels: Tensor, ids: Tensor, full: Tensor) -> Tensor:
-    """Labels with pictures' own tokens, `full`, where they and `ids` hold the placeholder."""
+    """Labels with the tokens of `full` where labels and `ids` both hold the placeholder."""
     return torch.where((labels == ids) & (full != ids), full, labels)
 
 
 def _check_count(mask_BT: Tensor, features: int) -> None:
     if torch.compiler.is_compiling():
-        # A count that is not known while tracing: the graph itself checks it.
+        # The count is unknown while tracing: the graph checks it when it runs.
         torch._check_tensor_all(mask_BT.sum() == features)
         return
     tokens = int(mask_BT.sum())

@@ -1,7 +1,7 @@
 """transformers' pipeline "any-to-any" for these classes, without torchvision.
 
-transformers asks for torchvision of every model that reads pictures, for the image processors that
-need it; the one here does not.
+transformers demands torchvision for every model that reads pictures, since most of its image
+processors need it. The one here does not.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ TASK = "any-to-any"
 class ChameleonPipeline(AnyToAnyPipeline):
     """Turns or texts with pictures in; text out, or a picture with `generation_mode="image"`.
 
-    `transformers.pipeline("any-to-any", …, pipeline_class=ChameleonPipeline)`, or without that
-    argument after `register()`. Other models are served as before.
+    Use it as `transformers.pipeline("any-to-any", …, pipeline_class=ChameleonPipeline)`, or without
+    that argument after `register()`. It serves other models as transformers' own class does.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -36,7 +36,7 @@ class ChameleonPipeline(AnyToAnyPipeline):
         settings = dict(generate_kwargs or {})
         own = isinstance(self.model, ChameleonForConditionalGeneration)
         if own and settings.get("generation_mode") == "image":
-            # The pipeline's own default is 256 new tokens, whatever a picture takes.
+            # The pipeline's default of 256 new tokens may be less than a picture.
             settings.setdefault("max_new_tokens", self.model.picture_tokens)
         return super()._forward(model_inputs, settings)
 

@@ -1,9 +1,9 @@
 """Texts and pictures to the inputs of the model classes, and generated ids back to both.
 
-`<image>` in a text marks where a picture goes: begin mark, one placeholder a code, end mark. The
-end-of-turn token closes every text unless `return_for_text_completion`; a text that begins with the
-bos token or ends with eos, as chat templates make it, is taken as it is. As in transformers, a text
-may spell control tokens here; the package's own `Processor` never lets it.
+`<image>` in a text is replaced by a spelled picture: begin, one placeholder per code, end. Every
+text is closed by the end-of-turn token unless `return_for_text_completion` is set, or it begins
+with bos or ends with eos, as chat templates make it. As in transformers, a text here may spell
+control tokens; the package's own `Processor` never allows that.
 """
 
 import math
@@ -44,19 +44,19 @@ from earlyfusion.vocabulary import (
 )
 
 _MARK = IMAGE_PLACEHOLDERS[1]
-_PARTS = ("text_kwargs", "images_kwargs")
-# What a call may ask of the processor itself, with the default of each.
+_SECTIONS = ("text_kwargs", "images_kwargs")
+# Arguments of the processor itself; their defaults are class attributes.
 _FLAGS = (
     "return_for_text_completion",
     "return_mm_token_type_ids",
     "return_text_replacement_offsets",
 )
 _OFFSETS = "text_replacement_offsets"
-# Not behind the sign that transformers' `sanitize_control_tokens` sets before a user's own tokens.
+# transformers' `sanitize_control_tokens` puts this sign before what users write as control tokens.
 _UNMARKED = "(?<!\U000f0000)"
 
-# Turns as the model is trained on them: their parts with nothing between, then the end of the turn;
-# an answer at the end is closed by eos. What an answer is trained on stands in `generation`.
+# Turns as the model is trained on them: their parts joined, then end of turn; a last answer ends
+# with eos. `generation` blocks hold what a model is trained on.
 CHAT_TEMPLATE = (
     "{% macro said(message) %}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -72,19 +72,19 @@ CHAT_TEMPLATE = (
 )
 
 
-class _PartKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
+class _SectionKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
     """Arguments of the tokenizer and of the image processor."""
 
     images_kwargs: ChameleonImageProcessorKwargs  # type: ignore[misc]
     _defaults = {}  # type: ignore  # noqa: RUF012  # older releases ask for it
 
 
-class ChameleonProcessorKwargs(_PartKwargs, total=False):  # type: ignore[call-arg]
+class ChameleonProcessorKwargs(_SectionKwargs, total=False):  # type: ignore[call-arg]
     """Arguments of a call, of the tokenizer, and of the image processor.
 
-    `return_for_text_completion`: the text is to go on, so no end of turn closes it.
+    `return_for_text_completion`: no end-of-turn token closes the text.
     `return_mm_token_type_ids`: 1 for each token of a picture, 0 for others.
-    `return_text_replacement_offsets`: where in each text a mark was, and its spelled picture is.
+    `return_text_replacement_offsets`: where `<image>` was in each text, and where its picture is.
     """
 
     return_for_text_completion: bool
@@ -115,9 +115,9 @@ class ChameleonProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
         self.image_seq_length = image_seq_length
         self.image_layout = image_layout
-        if image_layout not in ("chameleon", lumina.KIND):
+        if image_layout not in ("chameleon", lumina.FAMILY):
             raise SettingError(
-                f"image_layout={image_layout!r} is unknown: write 'chameleon' or {lumina.KIND!r}"
+                f"image_layout={image_layout!r} is unknown: write 'chameleon' or {lumina.FAMILY!r}"
             )
         self.image_token = getattr(tokenizer, "image_token", None) or image_token
         self.image_start_token = getattr(tokenizer, "boi_token", None) or BEGIN_IMAGE
@@ -130,16 +130,16 @@ class ChameleonProcessor(ProcessorMixin):
 
     @property
     def image_token_ids(self) -> list[int]:
-        """Ids that belong to a picture in a prompt: placeholder, begin and end, and its marks."""
+        """Ids of a picture in a prompt: placeholder, begin, end, and Lumina's layout tokens."""
         ids = [self.image_token_id, self.image_start_token_id, self.image_end_token_id]
         if not self._is_lumina:
             return ids
         names = self.tokenizer.get_vocab()
-        return ids + sorted(names[name] for name in names if lumina.is_mark(name))
+        return ids + sorted(names[name] for name in names if lumina.is_layout_token(name))
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """All ids of the tokenizer by kind."""
+        """The tokenizer's ids: text, image and control."""
         return Vocabulary(self.tokenizer.get_vocab())
 
     def __call__(
@@ -150,35 +150,35 @@ class ChameleonProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """`input_ids` and `attention_mask` of the texts, `pixel_values` of all their pictures.
 
-        Further arguments are the tokenizer's and the image processor's, flat or in `text_kwargs`,
-        `images_kwargs` and `common_kwargs`, and those of `ChameleonProcessorKwargs`. What is not
-        given takes the tokenizer's own setting. Raises `PromptError` where marks and pictures
-        differ in number, or a truncation cuts a picture, `SettingError` for one given twice.
+        Further arguments are those of `ChameleonProcessorKwargs`, the tokenizer and the image
+        processor, flat or in `text_kwargs`, `images_kwargs` and `common_kwargs`; the default of an
+        argument is the tokenizer's setting. Raises `PromptError` where the numbers of marks and
+        pictures differ or a truncation cuts a picture, `SettingError` for an argument given twice.
         """
-        flags, for_text, for_images = self._shared_out(dict(kwargs))
-        kind = for_text.pop("return_tensors")
+        flags, for_text, for_images = self._split_kwargs(dict(kwargs))
+        tensor_type = for_text.pop("return_tensors")
         texts = _texts(text, images)
-        pictures = None if images is None else self._pictures(images)
-        found = [list(self._marks(text)) for text in texts or ()]
+        pictures = [] if images is None else self._pictures(images)
+        marks = [list(self._marks(text)) for text in texts or ()]
         if texts is not None:
-            _check_number(sum(map(len, found)), len(pictures or ()))
+            _check_number(sum(map(len, marks)), len(pictures))
         data = self._pixels(pictures, for_images) if pictures else {}
         if texts is not None:
-            spelled = [self.replace_image_token(data, n) for n in range(len(pictures or ()))]
-            data = self._tokens(texts, found, spelled, flags, for_text) | data
-        return BatchFeature(data, tensor_type=kind, skip_tensor_conversion=[_OFFSETS])
+            spelled = [self.replace_image_token(data, number) for number in range(len(pictures))]
+            data = self._tokens(texts, marks, spelled, flags, for_text) | data
+        return BatchFeature(data, tensor_type=tensor_type, skip_tensor_conversion=[_OFFSETS])
 
     @property
     def model_input_names(self) -> list[str]:
-        """Names of what `__call__` gives."""
+        """The keys that `__call__` gives."""
         names = [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
         return list(dict.fromkeys(names))
 
     def post_process_image_text_to_text(
         self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
     ) -> list[str]:
-        """The texts of generated ids; image tokens have none."""
-        ids = [self._spoken(row) for row in _rows(generated_outputs)]
+        """The texts of generated ids, without image tokens."""
+        ids = [self._without_images(row) for row in _rows(generated_outputs)]
         texts: list[str] = self.tokenizer.batch_decode(
             ids, skip_special_tokens=skip_special_tokens, **kwargs
         )
@@ -191,10 +191,10 @@ class ChameleonProcessor(ProcessorMixin):
         generation_mode: str | None = None,
         **kwargs: Any,
     ) -> list[Any]:
-        """What `generate` or `decode_image_tokens` gave, for a person.
+        """The output of `generate` or `decode_image_tokens` as texts and pictures.
 
         "text" (or None): a str for each row of ids. "image": a PIL picture for each row of pixels.
-        "interleaved": for each row of ids the texts and pictures in order, the pictures as codes.
+        "interleaved": for each row of ids, its `Text`s and `Image`s in order; images hold codes.
         """
         if generation_mode in (None, "text"):
             return self.post_process_image_text_to_text(
@@ -211,18 +211,18 @@ class ChameleonProcessor(ProcessorMixin):
 
     @classmethod
     def get_processor_dict(cls, path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The settings in a folder's files; how pictures are spelled stands in its config.json."""
+        """The settings in a folder's files; the image layout is in its config.json."""
         settings, rest = super().get_processor_dict(path, **kwargs)
         if "image_layout" not in settings:
             try:
                 config, _ = PreTrainedConfig.get_config_dict(path, **kwargs)
             except OSError:  # a folder of a processor alone
                 config = {}
-            settings["image_layout"] = lumina.KIND if lumina.is_lumina(config) else "chameleon"
+            settings["image_layout"] = lumina.FAMILY if lumina.is_lumina(config) else "chameleon"
         return settings, rest
 
     def to_dict(self) -> dict[str, Any]:
-        """What is saved; the layout only where it is not the family's own."""
+        """The saved settings; the image layout only if it is Lumina's."""
         settings: dict[str, Any] = super().to_dict()
         if not self._is_lumina:
             settings.pop("image_layout", None)
@@ -232,7 +232,7 @@ class ChameleonProcessor(ProcessorMixin):
     def _get_arguments_from_pretrained(
         cls, pretrained_model_name_or_path: Any, processor_dict: Any = None, **kwargs: Any
     ) -> list[Any]:
-        # transformers would look its own image processor up, as long as ours is not registered.
+        # Until `register()` is called, transformers would look up its own image processor.
         backend = kwargs.pop("backend", None)
         backend = backend or ("torchvision" if is_torchvision_available() else "pil")
         if backend not in IMAGE_PROCESSORS:
@@ -249,47 +249,51 @@ class ChameleonProcessor(ProcessorMixin):
         tokens = [self._layout().num_tokens] * count
         return MultiModalData(num_image_tokens=tokens, num_image_patches=[1] * count)
 
-    def _shared_out(
+    def _split_kwargs(
         self, kwargs: dict[str, Any]
     ) -> tuple[dict[str, bool], dict[str, Any], dict[str, Any]]:
-        """The processor's own arguments, the tokenizer's, and the image processor's."""
-        parts = {name: dict(kwargs.pop(name, None) or {}) for name in _PARTS}
+        """The arguments of the processor itself, of the tokenizer, and of the image processor."""
+        sections = {name: dict(kwargs.pop(name, None) or {}) for name in _SECTIONS}
         common = dict(kwargs.pop("common_kwargs", None) or {})
-        flags = {name: self._flag(name, kwargs, parts["text_kwargs"], common) for name in _FLAGS}
-        known = {name: self._names(name) for name in _PARTS}
-        for part, given in parts.items():
-            for name in known[part] & kwargs.keys():
+        flags = {name: self._flag(name, kwargs, sections["text_kwargs"], common) for name in _FLAGS}
+        known = {name: self._names(name) for name in _SECTIONS}
+        for section, given in sections.items():
+            for name in known[section] & kwargs.keys():
                 if name in given:
                     raise SettingError(
-                        f"the argument {name} is given twice, in {part} and beside it: give it once"
+                        f"the argument {name} is given twice, in {section} and beside it: "
+                        "give it once"
                     )
                 given[name] = kwargs[name]
-        # The base class warns of what is left.
+        # The base class warns of arguments that nobody knows.
         rest = {k: v for k, v in kwargs.items() if not any(k in names for names in known.values())}
         merged = self._merge_kwargs(
-            _PartKwargs,
+            _SectionKwargs,
             tokenizer_init_kwargs=self.tokenizer.init_kwargs,
-            **parts,
+            **sections,
             common_kwargs=common,
             **rest,
         )
-        return flags, *({"return_tensors": "pt"} | merged[part] for part in _PARTS)
+        for_text, for_images = ({"return_tensors": "pt"} | merged[name] for name in _SECTIONS)
+        return flags, for_text, for_images
 
-    def _flag(self, name: str, *places: dict[str, Any]) -> bool:
-        given = [place.pop(name) for place in places if name in place]
+    def _flag(self, name: str, *sections: dict[str, Any]) -> bool:
+        given = [section.pop(name) for section in sections if name in section]
         given = [value for value in given if value is not None]
         if len(set(given)) > 1:
             raise SettingError(f"the argument {name} is given twice, as {given}: give it once")
         return bool(given[0] if given else getattr(self, name))
 
-    def _names(self, part: str) -> set[str]:
-        """Names that may stand in `text_kwargs` or `images_kwargs`."""
-        names = set(self.valid_processor_kwargs.__annotations__[part].__annotations__)
-        own = getattr(self.image_processor, "valid_kwargs", None) if "images" in part else None
-        return names | set(own.__annotations__ if own else ())
+    def _names(self, section: str) -> set[str]:
+        """The names that `text_kwargs` or `images_kwargs` may have."""
+        names = set(self.valid_processor_kwargs.__annotations__[section].__annotations__)
+        if section == "text_kwargs":
+            return names
+        of_processor = getattr(self.image_processor, "valid_kwargs", None)
+        return names | set(of_processor.__annotations__ if of_processor else ())
 
     def _pictures(self, images: Any) -> list[Any]:
-        """All pictures in order; a string is a file, or an address that transformers fetches."""
+        """All pictures in order; transformers fetches those that are addresses."""
         return make_flat_list_of_images(self.image_processor.fetch_images(images))
 
     def _pixels(self, pictures: list[Any], settings: dict[str, Any]) -> dict[str, Any]:
@@ -297,87 +301,76 @@ class ChameleonProcessor(ProcessorMixin):
         if not self._is_lumina or not isinstance(size, dict) or set(size) != {"height", "width"}:
             return dict(self.image_processor(pictures, **settings))
         self._check_size(size["height"], size["width"])
-        made = [
+        pixels = [
             self.image_processor(
                 picture, **(settings | {"size": _covering(picture, size), "crop_size": size})
             )["pixel_values"]
             for picture in pictures
         ]
-        joined = torch.cat if isinstance(made[0], Tensor) else np.concatenate
-        return {"pixel_values": joined(made)}
+        join = torch.cat if isinstance(pixels[0], Tensor) else np.concatenate
+        return {"pixel_values": join(pixels)}
 
     def _tokens(
         self,
         texts: list[str],
-        found: list[list[re.Match[str]]],
+        marks: list[list[re.Match[str]]],
         spelled: list[str],
         flags: dict[str, bool],
         settings: dict[str, Any],
     ) -> dict[str, Any]:
-        begins = bool(settings.get("add_special_tokens", True)) and not self._adds_bos
+        add_bos = bool(settings.get("add_special_tokens", True)) and not self._adds_bos
         completion = flags["return_for_text_completion"]
-        in_order = iter(spelled)
+        pictures = iter(spelled)
         whole = [
-            self._closed(text, [(mark, next(in_order)) for mark in marks], completion, begins)
-            for text, marks in zip(texts, found, strict=True)
+            self._whole_text(text, [(mark, next(pictures)) for mark in found], completion, add_bos)
+            for text, found in zip(texts, marks, strict=True)
         ]
-        encoded = self.tokenizer([text for text, _ in whole], **settings)
+        data = dict(self.tokenizer([text for text, _ in whole], **settings))
         wanted = sum(picture.count(self.image_token) for picture in spelled)
-        kept = sum(list(row).count(self.image_token_id) for row in encoded["input_ids"])
-        if kept != wanted:
+        found_tokens = sum(list(row).count(self.image_token_id) for row in data["input_ids"])
+        if found_tokens != wanted:
             raise PromptError(
-                f"truncation kept {kept} of {wanted} picture tokens: raise "
-                "max_length or leave truncation out"
+                f"truncation kept {found_tokens} of {wanted} picture tokens: raise max_length or "
+                "leave truncation out"
             )
-        data = dict(encoded)
         if flags["return_mm_token_type_ids"]:
             data["mm_token_type_ids"] = [
-                np.isin(row, self.image_token_ids).astype(int).tolist()
-                for row in encoded["input_ids"]
+                np.isin(row, self.image_token_ids).astype(int).tolist() for row in data["input_ids"]
             ]
         if flags["return_text_replacement_offsets"]:
             data[_OFFSETS] = [offsets for _, offsets in whole]
         return data
 
     def _marks(self, text: str) -> Iterator[re.Match[str]]:
-        """The places of pictures in a text; not where a template marked a user's text as plain."""
+        """The `<image>`s of a text, except those that a chat template marked as a user's words."""
         names = "|".join(map(re.escape, dict.fromkeys((_MARK, self.image_token))))
         return re.finditer(f"{_UNMARKED}(?:{names})", text)
 
-    def _closed(
-        self, text: str, marks: list[tuple[re.Match[str], str]], completion: bool, begins: bool
+    def _whole_text(
+        self, text: str, marks: list[tuple[re.Match[str], str]], completion: bool, add_bos: bool
     ) -> tuple[str, list[dict[str, Any]]]:
-        """A text with its pictures spelled, its start where the tokenizer adds none, its end.
+        """A text with its pictures spelled, bos where `add_bos`, and the end of the turn.
 
-        With it the places of each picture: `span` in the text, `new_span` in the result.
+        Also the replacements: each with its `span` in the text and its `new_span` in the result.
         """
-        bos = self.tokenizer.bos_token
-        eos = self.tokenizer.eos_token
+        bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token
         templated = bool(bos and text.startswith(bos)) or bool(eos and text.endswith(eos))
-        result, last = "", 0
-        offsets: list[dict[str, Any]] = []
-        # A start that is written is told too: what maps places of the text must move past it.
-        start = bos if begins and bos and not templated else ""
-        changes = [("text", (0, 0), "", start)] if start else []
-        changes += [("image", mark.span(), mark.group(), spelled) for mark, spelled in marks]
-        for kind, span, old, new in changes:
-            result += text[last : span[0]]
-            new_span = (len(result), len(result) + len(new))
-            offsets.append(
-                {"type": kind, "span": span, "new_span": new_span, "text": old, "replacement": new}
-            )
-            result, last = result + new, span[1]
+        changes = [("image", mark.span(), mark.group(), spelled) for mark, spelled in marks]
+        if add_bos and bos and not templated:
+            # Reported too: whoever maps positions of the text must move past it.
+            changes.insert(0, ("text", (0, 0), "", bos))
+        result, offsets = _replaced(text, changes)
         end = "" if completion or templated else self.tokenizer.sep_token or END_OF_TURN
-        return result + text[last:] + end, offsets
+        return result + end, offsets
 
     @property
     def _adds_bos(self) -> bool:
         return self.tokenizer.bos_token_id in self.tokenizer("")["input_ids"]
 
     def replace_image_token(self, image_inputs: Any = None, image_idx: int = 0, **_: Any) -> str:
-        """What takes the place of a mark: begin, a placeholder for each code, end.
+        """A spelled picture: begin, a placeholder for each code, end.
 
-        For Lumina-mGPT also the size tokens of the picture and its line ends.
+        For Lumina-mGPT also the picture's size tokens and line ends.
         """
         if not self._is_lumina:
             inner = self.image_token * self.image_seq_length
@@ -390,19 +383,20 @@ class ChameleonProcessor(ProcessorMixin):
 
     @property
     def _is_lumina(self) -> bool:
-        return self.image_layout == lumina.KIND
+        return self.image_layout == lumina.FAMILY
 
     @property
     def _stride(self) -> int:
-        """Pixels of a picture along one side of a code."""
+        """Pixels along one side of a code."""
         return int(dict(self.image_processor.crop_size)["height"]) // self._side
 
     @property
     def _side(self) -> int:
+        """Codes along one side of the model's own square."""
         return math.isqrt(self.image_seq_length)
 
     def _layout(self, height: int | None = None, width: int | None = None) -> ImageLayout:
-        """How a picture of so many codes is spelled; by default the model's own square."""
+        """How a picture of `height` x `width` codes is spelled; by default the model's square."""
         if self._is_lumina:
             return lumina.layout(height or self._side, width)
         return ImageLayout(self._side, self.image_seq_length // self._side)
@@ -417,7 +411,7 @@ class ChameleonProcessor(ProcessorMixin):
             )
 
     def _layout_at(self, row: list[int], vocabulary: Vocabulary) -> ImageLayout | None:
-        """The layout of the picture that a row begins with, if it has one."""
+        """The layout of the picture at the start of `row`; None without its size tokens."""
         if not self._is_lumina:
             return self._layout()
         try:
@@ -425,14 +419,10 @@ class ChameleonProcessor(ProcessorMixin):
         except ImageError:
             return None
 
-    def _spoken(self, row: list[int]) -> list[int]:
-        images = self._image_ids_set()
-        return [token for token in row if token not in images]
-
-    def _image_ids_set(self) -> frozenset[int]:
-        if not hasattr(self, "_image_set"):
-            self._image_set = frozenset(self.vocabulary.image_tokens.tolist())
-        return self._image_set
+    def _without_images(self, row: list[int]) -> list[int]:
+        if not hasattr(self, "_image_ids"):  # made once: a vocabulary has 65,536 names
+            self._image_ids = frozenset(self.vocabulary.image_tokens.tolist())
+        return [token for token in row if token not in self._image_ids]
 
     def _segments(self, row: list[int], vocabulary: Vocabulary) -> Iterator[Segment]:
         start = 0
@@ -440,13 +430,8 @@ class ChameleonProcessor(ProcessorMixin):
             if row[start] == vocabulary.begin_image:
                 layout = self._layout_at(row[start:], vocabulary)
                 end = start + (layout.num_tokens if layout else 1)
-                tokens = row[start:end]
-                if (
-                    layout
-                    and len(tokens) == layout.num_tokens
-                    and self.image_token_id not in tokens
-                ):
-                    yield Image(codes=layout.parse(tokens, vocabulary))
+                if layout and self._is_whole(row[start:end], layout):
+                    yield Image(codes=layout.parse(row[start:end], vocabulary))
             else:
                 later = (i for i in range(start, len(row)) if row[i] == vocabulary.begin_image)
                 end = next(later, len(row))
@@ -455,14 +440,34 @@ class ChameleonProcessor(ProcessorMixin):
                     yield Text(text)
             start = end
 
+    def _is_whole(self, tokens: list[int], layout: ImageLayout) -> bool:
+        """Whether a picture is complete and drawn, not a prompt's placeholders."""
+        return len(tokens) == layout.num_tokens and self.image_token_id not in tokens
+
+
+def _replaced(
+    text: str, changes: list[tuple[str, tuple[int, int], str, str]]
+) -> tuple[str, list[dict[str, Any]]]:
+    """A text after (type, span, old, new) changes in order, and what became of each."""
+    result, last = "", 0
+    offsets: list[dict[str, Any]] = []
+    for change, span, old, new in changes:
+        result += text[last : span[0]]
+        new_span = (len(result), len(result) + len(new))
+        offsets.append(
+            {"type": change, "span": span, "new_span": new_span, "text": old, "replacement": new}
+        )
+        result, last = result + new, span[1]
+    return result + text[last:], offsets
+
 
 def to_pictures(pixels: Any) -> list[PIL.Image.Image]:
-    """PIL pictures of pixels [n, 3, Y, X] in about [-1, 1], cut to 8 bits as in Meta's code."""
+    """PIL pictures of pixels [n, 3, Y, X] in about [-1, 1], truncated to 8 bits as by Meta."""
     pixels_nCYX = torch.as_tensor(pixels).detach().float().cpu().clamp(-1, 1)
     if pixels_nCYX.ndim != 4:
         raise SettingError(
-            f"pictures have shape [n, 3, height, width], not {tuple(pixels_nCYX.shape)}: pass "
-            "what model.decode_image_tokens gives"
+            f"pictures have shape [n, 3, height, width], not {tuple(pixels_nCYX.shape)}: pass the "
+            "output of model.decode_image_tokens"
         )
     pixels_nYXC = ((pixels_nCYX + 1) / 2 * 255).to(torch.uint8).permute(0, 2, 3, 1)
     return [PIL.Image.fromarray(picture.contiguous().numpy()) for picture in pixels_nYXC]
@@ -488,7 +493,7 @@ def _check_number(marks: int, pictures: int) -> None:
 
 
 def _covering(picture: Any, size: dict[str, int]) -> dict[str, int]:
-    """The shorter side of a picture that just covers `size`."""
+    """The size, by its shorter side, at which a picture just covers `size`."""
     width, height = Image.of(picture).pil.size  # type: ignore[union-attr]
     scale = max(size["height"] / height, size["width"] / width)
     return {"shortest_edge": math.ceil(min(width, height) * scale)}

@@ -1,8 +1,8 @@
 """Pillow's resampling of 8-bit pictures in torch, on any device and equal to the bit.
 
-Pillow resizes along one axis, rounds to 8 bits, then along the other. A pixel is a weighted sum of
-its neighbours; the weights are a filter stretched to the scale, normalised to 1 and rounded to
-whole multiples of 2 ** -22, so that all arithmetic is on 32-bit integers, the same on any device.
+Pillow resizes along one axis, rounds to 8 bits, and resizes along the other. A new pixel is a
+weighted sum of old ones. Its weights are a filter stretched to the scale, normalised to 1 and
+rounded to multiples of 2 ** -22, so all arithmetic is on 32-bit integers, equal on any device.
 Shapes: n pictures, C channels, Y X height and width in pixels.
 """
 
@@ -29,15 +29,15 @@ def resized(
     resample: int = Resampling.LANCZOS,
     window: tuple[range, range] | None = None,
 ) -> Tensor:
-    """uint8 [n, C, Y, X] resized to `size` (height, width), as `PIL.Image.resize` does it.
+    """uint8 [n, C, Y, X] resized to `size` (height, width), as by `PIL.Image.resize`.
 
-    `window` is the part of the result that is wanted, its rows and columns; all of it by default.
-    Raises `SettingError` for a filter that is not known here.
+    `window`: the rows and columns of the result to compute, all by default. Raises `SettingError`
+    for an unknown filter.
     """
     rows, columns = window or (range(size[0]), range(size[1]))
     if resample != Resampling.NEAREST and resample not in _FILTERS:
         raise SettingError(
-            f"resample={resample} is no known filter: choose NEAREST, BOX, BILINEAR, HAMMING, "
+            f"resample={resample} is not a known filter: choose NEAREST, BOX, BILINEAR, HAMMING, "
             "BICUBIC or LANCZOS of PIL.Image.Resampling"
         )
     height, width = pixels_nCYX.shape[-2:]
@@ -51,10 +51,8 @@ def resized(
 
 @lru_cache(maxsize=1)
 def _turns_round() -> bool:
-    """Whether the installed Pillow goes along y first where that leaves less to do along x.
-
-    Older ones never do. The order shows in the last bits, so a probe tells.
-    """
+    """Whether the installed Pillow resizes along y first where that saves work, as new ones do."""
+    # The order shows in the last bits of a small picture.
     probe = np.random.default_rng(0).integers(0, 256, (32, 16), dtype=np.uint8)
     found = np.asarray(PIL.Image.fromarray(probe).resize((15, 8), Resampling.LANCZOS))
     pixels = torch.from_numpy(probe)
@@ -64,44 +62,45 @@ def _turns_round() -> bool:
 
 
 def _along(pixels: Tensor, axis: int, size: int, wanted: range, resample: int) -> Tensor:
-    """uint8 pixels with `axis` resized to `size`, of which the `wanted` places are made."""
-    # The axis first: whole rows are then copied, which is the fast way through memory.
+    """uint8 pixels with `axis` resized to `size`, of which the `wanted` positions are computed."""
+    # With the axis in front whole rows are copied, which is the fast way through memory.
     lines = pixels.movedim(axis, 0)
     length = len(lines)
     if size == length:
         return lines[wanted.start : wanted.stop].movedim(0, axis)
     lines, shape = lines.reshape(length, -1), lines.shape[1:]
     if resample == Resampling.NEAREST:
-        places = torch.tensor(_nearest(length, size), device=pixels.device)
-        made = lines[places[wanted.start : wanted.stop]]
+        read = torch.tensor(_nearest(length, size), device=pixels.device)
+        result = lines[read[wanted.start : wanted.stop]]
     else:
-        made = _summed(lines.int(), *_weights(length, size, wanted, resample))
-    return made.unflatten(-1, shape).movedim(0, axis)
+        result = _summed(lines.int(), *_weights(length, size, wanted, resample))
+    return result.unflatten(-1, shape).movedim(0, axis)
 
 
 def _summed(lines: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
     starts, weights = starts.to(lines.device), weights.to(lines.device)
     shape = (len(starts), lines.shape[1])
+    # Half of the last bit is added first: the shift then rounds to the nearest.
     sums = torch.full(shape, 1 << (_BITS - 1), dtype=torch.int32, device=lines.device)
     for tap in range(weights.shape[1]):
-        # A tap past the edge has weight 0, so which pixel it reads does not matter.
-        places = (starts + tap).clamp(max=len(lines) - 1)
-        sums.addcmul_(lines.index_select(0, places), weights[:, tap, None])
+        # A tap past the edge has weight 0: it may read any pixel.
+        read = (starts + tap).clamp(max=len(lines) - 1)
+        sums.addcmul_(lines.index_select(0, read), weights[:, tap, None])
     return (sums >> _BITS).clamp_(0, 255).to(torch.uint8)
 
 
 def _nearest(length: int, size: int) -> list[int]:
-    """The pixel read at each place, with Pillow's running sum: a product would round otherwise."""
-    step, at, places = length / size, 0.5 * length / size, []
+    """The old pixel for each new one."""
+    step, at, read = length / size, 0.5 * length / size, []
     for _ in range(size):
-        places.append(min(int(at), length - 1))
-        at += step
-    return places
+        read.append(min(int(at), length - 1))
+        at += step  # a running sum, as in Pillow: a product would round differently
+    return read
 
 
 @lru_cache(maxsize=32)
 def _weights(length: int, size: int, wanted: range, resample: int) -> tuple[Tensor, Tensor]:
-    """First pixel read [x] and whole weights [x, tap] of each wanted place."""
+    """First pixel read [x] and integer weights [x, tap] of each wanted position."""
     shape, support = _FILTERS[resample]
     scale = length / size
     stretch = max(scale, 1.0)
@@ -117,7 +116,7 @@ def _row(
 ) -> tuple[int, list[int]]:
     start = max(int(centre - support + 0.5), 0)
     stop = min(int(centre + support + 0.5), length)
-    # Term by term as in Pillow: another order would round another way.
+    # Term by term in Pillow's order: another one would round differently.
     reciprocal = 1.0 / stretch
     values = [shape((x - centre + 0.5) * reciprocal) for x in range(start, stop)]
     total = 0.0

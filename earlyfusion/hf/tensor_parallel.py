@@ -1,7 +1,7 @@
-"""How transformers' tensor parallelism splits the model: by heads, with the QK-norms of the heads.
+"""The plan by which transformers' tensor parallelism splits the model over processes.
 
-Each process holds some heads of every layer and some columns of every feed-forward, and a part of
-the head's vocabulary. The image tokenizer is whole in each.
+Each process holds some attention heads of every layer with their QK-norms, some columns of every
+feed-forward, and some of the output head's vocabulary. The image tokenizer is whole in each.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def _split_norm(norm: str) -> dict[str, str]:
     """A QK-norm [heads, width] by heads: "colwise" cuts the dimension before the last."""
     if "local_params" in ALL_PARALLEL_STYLES:
         return {f"{norm}.weight": "colwise", f"{norm}.bias": "colwise", norm: "local_params"}
-    # 5.7 gathers a bias over its last dimension when it saves, so that this one needs its own name.
+    # transformers 5.7 gathers a bias over its last dimension when it saves: this one differs.
     if "colwise" in ALL_PARALLEL_STYLES:
         ALL_PARALLEL_STYLES.register("head_norm", ALL_PARALLEL_STYLES["colwise"])
         ALL_PARALLEL_STYLES.register_plan_to_weight_dim("head_norm", -2)

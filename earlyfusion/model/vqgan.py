@@ -251,6 +251,11 @@ class VQGAN(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.embed_dim, latent, 1)
         self.decoder = Decoder(config) if with_decoder else None
 
+    @property
+    def codewords(self) -> Tensor:
+        """The codebook: [num_embeddings, embed_dim]."""
+        return self.quantize.embedding.weight
+
     def latents(self, pixels_BCYX: Tensor) -> Tensor:
         """Encoder output after `quant_conv`, [B, embed_dim, y, x]; pixels are in [-1, 1].
 

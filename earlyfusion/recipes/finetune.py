@@ -26,8 +26,9 @@ import torch
 from earlyfusion import processes
 from earlyfusion.checkpoints import detect as formats
 from earlyfusion.checkpoints.adapter import save_adapter
-from earlyfusion.checkpoints.hf import Loaded, assemble, papers, save_hf
-from earlyfusion.checkpoints.source import Source
+from earlyfusion.checkpoints.assemble import Loaded, assemble
+from earlyfusion.checkpoints.hf import save_hf
+from earlyfusion.checkpoints.source import Source, read_card
 from earlyfusion.config import PRESETS, ModelConfig
 from earlyfusion.data.corpus import Corpus, open_corpus
 from earlyfusion.data.held_out import ValidationConfig, held_out_documents
@@ -146,7 +147,7 @@ def main(config: FinetuneConfig) -> None:
         save_adapter(run.out / "adapter", lora.adapters(model), config.model)
         say(f"the adapter is in {run.out / 'adapter'}, for Chameleon.load(..., adapter=) or PEFT")
     if config.merge:
-        texts = papers(source.folder) | {"README.md": _card(config, corpus, source.folder)}
+        texts = read_card(source.folder) | {"README.md": _card(config, corpus, source.folder)}
         save(run.out / "model", model, loaded, source, corpus.resize_mode, texts)
 
 
@@ -166,7 +167,7 @@ def _samples(
 ) -> PromptedPictures | None:
     """What draws pictures during the run; None if the model or the data has none to draw."""
     processor = loaded.processor
-    if not loaded.can_decode:
+    if not loaded.can_draw:
         return None
     from_data = image_prompts(processor, corpus.stream, count=4) if not config.prompts else []
     prompts = from_data or encoded_prompts(processor, config.prompts)
@@ -251,10 +252,10 @@ def _split_card(folder: Path) -> tuple[str, str]:
 
 
 def _check_model(config: FinetuneConfig, source: Source) -> None:
-    if source.kind != "chameleon":
+    if source.family != "chameleon":
         raise SettingError(
-            f"{config.model} is of the {source.kind} family, which spells pictures in another way: "
-            "fine-tune a Chameleon model"
+            f"{config.model} is of the {source.family} family, which spells pictures in another "
+            "way: fine-tune a Chameleon model"
         )
     if config.length > source.config.max_position_embeddings:
         raise SettingError(
