@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from earlyfusion.config import PRESETS, ModelConfig
 from earlyfusion.engine.cache import Cache
 from earlyfusion.generation import guidance
 from earlyfusion.generation.sampler import Warp, penalise, pick, warp
-from earlyfusion.kernels import cpu_step
+from earlyfusion.kernels import cpu_step, native
 from earlyfusion.kernels import unpack as compiled
 from earlyfusion.kernels.cpu_step import Choice, CpuStep, fits
 from earlyfusion.kernels.twins import accelerate
@@ -359,6 +361,38 @@ def test_packing_keeps_the_weights_up_to_a_step_of_the_scale(bits: int, most: fl
     assert (unpack(matrix) - weight).abs().max() <= most * weight.abs().max() + 1e-12
     assert matrix.nbytes <= 12 * 128 * (bits + 0.5) / 8 + 12 * 4
     assert not unpack(pack(torch.zeros(4, 64), bits)).any()
+
+
+def test_structures_have_the_same_fields_in_both_languages() -> None:
+    """The sizes are compared at load; names and order here."""
+    folder = Path(cpu_step.__file__).parent
+    text = (folder / "cpu_step.cpp").read_text() + (folder / "draw.h").read_text()
+    for name in ("Matrix", "Layer", "Model", "Choice"):
+        (body,) = re.findall(
+            rf"^struct {name} {{\n(.*?)^(?:}};|\n)", text, re.DOTALL | re.MULTILINE
+        )
+        lines = re.sub(r"//.*", "", body).split(";")
+        declared = [re.findall(r"(\w+)(?=\s*(?:,|$))", line.strip()) for line in lines]
+        fields = [field for field, *_ in getattr(cpu_step, f"_{name}")._fields_]
+        assert [field for names in declared for field in names] == fields
+    assert [field for field, _ in cpu_step._Choice._fields_] == [*Choice._fields]
+
+
+def test_a_changed_header_is_built_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source, header, deeper = (tmp_path / name for name in ("a.cpp", "b.h", "c.h"))
+    source.write_text('#include "b.h"\nextern "C" int answer() { return N; }\n')
+    header.write_text('#pragma once\n#include "c.h"\n#include "b.h"\n')
+    assert [path.name for path in native.sources(Path(cpu_step.__file__).with_suffix(".cpp"))] == [
+        "cpu_step.cpp",
+        "draw.h",
+        "simd.h",
+    ]
+    for number in (3, 4):
+        deeper.write_text(f"#define N {number}\n")
+        library = native.load(source)
+        assert library is None or library.answer() == number
+    assert native.sources(source) == [source, header, deeper]
 
 
 def test_without_a_compiler_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

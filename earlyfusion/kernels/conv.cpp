@@ -1,41 +1,32 @@
-// A 3 x 3 convolution by Winograd's F(4 x 4, 3 x 3), with what stands around it; see winograd.py.
+// A 3 x 3 convolution by Winograd's F(4 x 4, 3 x 3), with the norm, swish, enlargement or sum beside
+// it; see conv.py.
 //
-// Threads own ranges of tile rows. A group of tile rows is read once: swished or enlarged into
-// `lines`; then each block of tiles is transformed, multiplied at its 36 points and transformed
-// back while it is in the cache. Rows at the edge of a range are kept before anybody writes, so the
-// result may go where the input was.
+// Threads own ranges of tile rows. A group of tile rows is read once, swished or enlarged, into
+// `lines`; then each block of tiles is transformed, multiplied at its 36 points and transformed back
+// while it is in the processor's cache. Rows at the edge of a range are copied before anybody writes,
+// so that the result may overwrite the input.
 //
 // Layouts: x [B, Y, X, C], out and plus [B, Y, X, K], weight [K, C, 3, 3], the kernel at its points
-// [36, panels, C, panel], C in sixteens.
+// [36, panels, C, panel]; C is a multiple of 16. A panel is 1 to 4 vectors of output channels, as many
+// as a product has sums in registers at once.
 
 #include <omp.h>
 
 #include <algorithm>
-#include <cstdint>
 #include <cstdlib>
-#include <cstring>
 #include <new>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
+#include "simd.h"
+
 namespace {
 
-typedef float f16 __attribute__((vector_size(64)));
-typedef int32_t i16 __attribute__((vector_size(64)));
-
 constexpr int64_t kLanes = 16, kPoints = 36, kBlock = 48;  // kBlock: tiles in the cache at once
-constexpr float kA = 0.70710678118654752f, kB = 1.41421356237309505f;
+constexpr float kA = 0.70710678118654752f, kB = 1.41421356237309505f;  // two of the points
 
-inline f16 load(const float* p) {
-  f16 v;
-  std::memcpy(&v, p, 64);
-  return v;
-}
-
-inline void store(float* p, f16 v) { std::memcpy(p, &v, 64); }
-
-// Fresh memory costs a fault a page: large pages make that 512 times fewer.
+// Each page of fresh memory costs a fault; large pages are 512 times fewer.
 void use_large_pages(float* data, int64_t floats) {
 #if defined(MADV_HUGEPAGE)
   const uintptr_t page = 1 << 21, start = reinterpret_cast<uintptr_t>(data);
@@ -58,33 +49,26 @@ struct Buffer {
   Buffer& operator=(const Buffer&) = delete;
 };
 
-// e^x within 2 units in the last place; x is kept in the range of normal numbers.
-inline f16 exp16(f16 x) {
-  const f16 low = f16{} - 87.0f, high = f16{} + 87.0f;
-  x = x < low ? low : x;
-  x = x > high ? high : x;
+// x / (1 + e^-x), e^-x to two units in the last place.
+inline floats16 swish(floats16 x) {
+  const floats16 low = floats16{} - 87.0f, high = floats16{} + 87.0f;
+  floats16 y = -x;
+  y = y < low ? low : y;
+  y = y > high ? high : y;
+  // Adding 1.5 * 2^23 leaves no bits for a fraction: it rounds to a whole number.
   const float magic = 12582912.0f;
-  f16 n = (x * 1.44269504088896341f + magic) - magic;
-  f16 r = x - n * 0.693359375f;
-  r = r + n * 2.12194440e-4f;
-  f16 p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  i16 exponent = (__builtin_convertvector(n, i16) + 127) << 23;
-  f16 power;
-  std::memcpy(&power, &exponent, 64);
-  return p * power;
+  floats16 n = (y * 1.44269504088896341f + magic) - magic;
+  return x / (1.0f + exp_of(y, n, __builtin_convertvector(n, ints16)));
 }
 
-inline f16 swish(f16 x) { return x / (1.0f + exp16(-x)); }
+// ---- one dimension of the transforms, at the points 0, +-kA, +-kB and infinity; `step` is the
+// distance between the values of an input
 
-inline void into_points(const f16* d, int64_t step, f16* r) {
-  f16 d1 = d[step], d2 = d[2 * step], d3 = d[3 * step], d4 = d[4 * step];
-  f16 even = d4 - 2.0f * d2, odd = kA * d3 - kB * d1;
-  f16 even2 = d4 - 0.5f * d2, odd2 = kB * d3 - kA * d1;
+// 6 values of a tile to their 6 points.
+inline void into_points(const floats16* d, int64_t step, floats16* r) {
+  floats16 d1 = d[step], d2 = d[2 * step], d3 = d[3 * step], d4 = d[4 * step];
+  floats16 even = d4 - 2.0f * d2, odd = kA * d3 - kB * d1;
+  floats16 even2 = d4 - 0.5f * d2, odd2 = kB * d3 - kA * d1;
   r[0] = d[0] - 2.5f * d2 + d4;
   r[1] = even + odd;
   r[2] = even - odd;
@@ -93,19 +77,21 @@ inline void into_points(const f16* d, int64_t step, f16* r) {
   r[5] = d1 - 2.5f * d3 + d[5 * step];
 }
 
-inline void from_points(const f16* m, int64_t step, f16* y) {
-  f16 s1 = m[step] + m[2 * step], t1 = m[step] - m[2 * step];
-  f16 s2 = m[3 * step] + m[4 * step], t2 = m[3 * step] - m[4 * step];
+// 6 points to the 4 results of a tile.
+inline void from_points(const floats16* m, int64_t step, floats16* y) {
+  floats16 s1 = m[step] + m[2 * step], t1 = m[step] - m[2 * step];
+  floats16 s2 = m[3 * step] + m[4 * step], t2 = m[3 * step] - m[4 * step];
   y[0] = m[0] + s1 + s2;
   y[1] = kA * t1 + kB * t2;
   y[2] = 0.5f * s1 + 2.0f * s2;
   y[3] = 0.5f * kA * t1 + 2.0f * kB * t2 + m[5 * step];
 }
 
-inline void kernel_points(const f16* w, int64_t step, f16* r) {
-  f16 w0 = w[0], w1 = w[step], w2 = w[2 * step];
-  f16 even = (-2.0f / 3) * w0 - (1.0f / 3) * w2, odd = (-2.0f / 3 * kA) * w1;
-  f16 even2 = (1.0f / 6) * w0 + (1.0f / 3) * w2, odd2 = (kB / 6) * w1;
+// 3 values of a kernel to their 6 points.
+inline void kernel_points(const floats16* w, int64_t step, floats16* r) {
+  floats16 w0 = w[0], w1 = w[step], w2 = w[2 * step];
+  floats16 even = (-2.0f / 3) * w0 - (1.0f / 3) * w2, odd = (-2.0f / 3 * kA) * w1;
+  floats16 even2 = (1.0f / 6) * w0 + (1.0f / 3) * w2, odd2 = (kB / 6) * w1;
   r[0] = w0;
   r[1] = even + odd;
   r[2] = even - odd;
@@ -117,9 +103,10 @@ inline void kernel_points(const f16* w, int64_t step, f16* r) {
 struct Job {
   const float *x, *weight, *bias, *plus, *scale, *shift;
   float* out;
-  int64_t B, Y, X, C, K, enlarge;
+  int64_t B, Y, X, C, K, enlarge;  // Y, X of the result; enlarge: twice the input's
 
   int64_t columns() const { return (K + kLanes - 1) / kLanes * kLanes; }
+  // Columns per panel: as many of 4, 3, 2 vectors as divide all of them.
   int64_t panel() const {
     int64_t vectors = columns() / kLanes;
     for (int64_t n : {4, 3, 2})
@@ -137,7 +124,7 @@ void transform_kernel(const Job& job, float* kernel) {
   for (int64_t p = 0; p < panels; ++p)
     for (int64_t v = 0; v < vectors; ++v)
       for (int64_t c = 0; c < job.C; ++c) {
-        f16 w[9] = {}, rows[18], points[kPoints];
+        floats16 w[9] = {}, rows[18], points[kPoints];
         const int64_t k = p * panel + v * kLanes, lanes = std::min(kLanes, job.K - k);
         const float* from = job.weight + (k * job.C + c) * 9;
         for (int64_t i = 0; i < lanes; ++i)
@@ -157,13 +144,13 @@ void transform_tiles(const float* lines, const Job& job, int64_t first, int64_t 
   for (int64_t t = 0; t < count; ++t) {
     const float* corner = lines + (first + t) / across * 4 * pitch + (first + t) % across * 4 * job.C;
     for (int64_t c = 0; c < job.C; c += kLanes) {
-      f16 column[6], half[36], points[6];
+      floats16 column[6], columns[36], points[6];  // columns: transformed along y
       for (int64_t x = 0; x < 6; ++x) {
         for (int64_t y = 0; y < 6; ++y) column[y] = load(corner + y * pitch + x * job.C + c);
-        into_points(column, 1, half + 6 * x);
+        into_points(column, 1, columns + 6 * x);
       }
       for (int64_t y = 0; y < 6; ++y) {
-        into_points(half + y, 6, points);
+        into_points(columns + y, 6, points);
         for (int64_t x = 0; x < 6; ++x)
           store(tiles + ((y * 6 + x) * kBlock + t) * job.C + c, points[x]);
       }
@@ -173,9 +160,9 @@ void transform_tiles(const float* lines, const Job& job, int64_t first, int64_t 
 
 template <int kRows, int kVectors>
 inline void multiply_piece(const float* a, const float* b, float* out, int64_t depth, int64_t pitch) {
-  f16 sum[kRows][kVectors] = {};
+  floats16 sum[kRows][kVectors] = {};
   for (int64_t c = 0; c < depth; ++c, b += kVectors * kLanes) {
-    f16 right[kVectors];
+    floats16 right[kVectors];
     for (int v = 0; v < kVectors; ++v) right[v] = load(b + v * kLanes);
     for (int r = 0; r < kRows; ++r) {
       const float left = a[r * depth + c];
@@ -216,7 +203,7 @@ void multiply(const float* tiles, const float* kernel, float* scores, int64_t co
   }
 }
 
-// The first tile row of the group is `row`, counted over all pictures; kWhole: K is in sixteens.
+// The first tile row of the group is `row`, counted over all pictures; kWhole: K is a multiple of 16.
 template <bool kWhole>
 void write_tiles(const float* scores, const Job& job, int64_t row, int64_t first, int64_t count) {
   const int64_t across = job.X / 4, columns = job.columns();
@@ -224,19 +211,19 @@ void write_tiles(const float* scores, const Job& job, int64_t row, int64_t first
     const int64_t y0 = (row + (first + t) / across) * 4, x0 = (first + t) % across * 4;
     for (int64_t k = 0; k < job.K; k += kLanes) {
       const int64_t lanes = kWhole ? kLanes : std::min(kLanes, job.K - k);
-      f16 half[24], result[4], bias = {};
+      floats16 columns_back[24], result[4], bias = {};  // columns_back: transformed along y
       std::memcpy(&bias, job.bias + k, lanes * 4);
       for (int64_t x = 0; x < 6; ++x) {
-        f16 column[6];
+        floats16 column[6];
         for (int64_t y = 0; y < 6; ++y)
           column[y] = load(scores + ((y * 6 + x) * kBlock + t) * columns + k);
-        from_points(column, 1, half + 4 * x);
+        from_points(column, 1, columns_back + 4 * x);
       }
       for (int64_t y = 0; y < 4; ++y) {
-        from_points(half + y, 4, result);
+        from_points(columns_back + y, 4, result);
         for (int64_t x = 0; x < 4; ++x) {
           const int64_t at = ((y0 + y) * job.X + x0 + x) * job.K + k;
-          f16 value = result[x] + bias, other = {};
+          floats16 value = result[x] + bias, other = {};
           if (job.plus) {
             std::memcpy(&other, job.plus + at, lanes * 4);
             value += other;
@@ -250,7 +237,7 @@ void write_tiles(const float* scores, const Job& job, int64_t row, int64_t first
 
 // ---- rows of pixels
 
-// One row of the result's height, swished or enlarged; `y` counts within the picture `b`.
+// A row of pixels of picture `b`, swished or enlarged, after one pixel of zeros.
 void fill_line(const Job& job, const float* source, int64_t b, float* line) {
   const int64_t C = job.C;
   if (job.enlarge) {
@@ -261,24 +248,26 @@ void fill_line(const Job& job, const float* source, int64_t b, float* line) {
   } else {
     for (int64_t x = 0; x < job.X; ++x)
       for (int64_t c = 0; c < C; c += kLanes) {
-        f16 v = load(source + x * C + c) * load(job.scale + b * C + c) + load(job.shift + b * C + c);
+        floats16 v = load(source + x * C + c) * load(job.scale + b * C + c) + load(job.shift + b * C + c);
         store(line + (x + 1) * C + c, swish(v));
       }
   }
 }
 
+// The row of the input that row `y` of the result's height reads.
 const float* source_row(const Job& job, int64_t b, int64_t y) {
   return job.enlarge ? job.x + (b * job.Y / 2 + y / 2) * (job.X / 2) * job.C
                      : job.x + (b * job.Y + y) * job.X * job.C;
 }
 
+// All tiles of the rows `from` to `to`; `edges` holds the input's row above and the one below.
 void run(const Job& job, const float* kernel, int64_t from, int64_t to, float* edges) {
   const int64_t C = job.C, pitch = job.pitch(), across = job.X / 4, down = job.Y / 4;
   const int64_t size = job.X * C, most = std::max<int64_t>(1, kBlock / across);
   Buffer lines((4 * most + 2) * pitch), tiles(kPoints * kBlock * C);
   Buffer scores(kPoints * kBlock * job.columns());
   std::memset(lines.data, 0, (4 * most + 2) * pitch * 4);
-  int64_t ready = 0;  // lines that the group before left at the top
+  int64_t ready = 0;  // lines at the top that the previous group has filled
   for (int64_t row = from, rows; row < to; row += rows) {
     const int64_t b = row / down, top = row % down;
     rows = std::min({most, to - row, down - top});
@@ -311,7 +300,8 @@ void run(const Job& job, const float* kernel, int64_t from, int64_t to, float* e
 
 }  // namespace
 
-// `kernel` is room for 36 * C * K floats, K in sixteens. Whatever is not wanted is null: plus, and scale and shift [B, C] of the swish before.
+// `kernel` is room for 36 * C * K floats, K rounded up to a multiple of 16. `plus` may be null, and so
+// may `scale` and `shift` [B, C], whose swish comes before the convolution.
 extern "C" void earlyfusion_conv3x3(const float* x, const float* weight, const float* bias,
                                     const float* plus, const float* scale, const float* shift,
                                     float* out, float* kernel, int64_t B, int64_t Y, int64_t X, int64_t C,
@@ -325,15 +315,15 @@ extern "C" void earlyfusion_conv3x3(const float* x, const float* weight, const f
   {
     const int64_t id = omp_get_thread_num(), all = omp_get_num_threads();
     const int64_t from = rows * id / all, to = rows * (id + 1) / all;
-    float* kept = edges.data + 2 * size * id;
+    float* own_edges = edges.data + 2 * size * id;
     if (from < to) {
       const int64_t b = from / (Y / 4), end = (to - 1) / (Y / 4);
       const int64_t above = from % (Y / 4) * 4 - 1, below = ((to - 1) % (Y / 4) + 1) * 4;
       const int64_t bytes = (enlarge ? size / 2 : size) * 4;
-      if (above >= 0) std::memcpy(kept, source_row(job, b, above), bytes);
-      if (below < Y) std::memcpy(kept + size, source_row(job, end, below), bytes);
+      if (above >= 0) std::memcpy(own_edges, source_row(job, b, above), bytes);
+      if (below < Y) std::memcpy(own_edges + size, source_row(job, end, below), bytes);
     }
-    transform_kernel(job, kernel);  // ends with a barrier
-    run(job, kernel, from, to, kept);
+    transform_kernel(job, kernel);  // ends with a barrier: the edges are copied, nothing is written yet
+    run(job, kernel, from, to, own_edges);
   }
 }

@@ -1,19 +1,20 @@
 """3 x 3 convolutions in a quarter of the multiplications (Winograd 1980; Lavin and Gray 2015).
 
 F(4 x 4, 3 x 3): a tile of 6 x 6 values gives 4 x 4 results through 36 products instead of 144. For
-inference on a CPU in fp32; `conv.cpp` is built on first use by a C++ compiler. Choices:
+inference on a CPU in fp32, in compiled code (`conv.cpp`). Choices:
 - the points are 0, +-sqrt(1/2), +-sqrt(2) and infinity: with them fp32 errs as little as a direct
   convolution does (1.1 to 1.3e-6 of the norm; with 0, +-1, +-2 it is 2.4 to 2.8e-6);
-- a block of tiles goes through all steps while it is in the processor's cache, so norm, swish,
-  upsampling and the sum with the shortcut cost no pass over memory of their own, and the result may
-  take the place of the input;
+- a block of tiles goes through all steps while it is in the processor's cache, so that norm, swish,
+  upsampling and the sum with the shortcut need no pass over memory of their own, and the result may
+  overwrite the input;
 - the kernel is transformed in each call: weights may be trained or loaded in place;
 - within `reusing`, new results take the memory of those that are gone: in fresh memory each page
   costs a fault.
 
-`native.py` says where it is built and how it is left out.
+`native.py` says where the code is built and how it is left out; `vqgan.py` uses it.
 
-Shapes: B batch, Y X height and width, C K channels in and out, G groups of channels.
+Shapes: B batch, Y X height and width, N pixels of a chunk, C K channels in and out, G groups of
+channels.
 """
 
 from __future__ import annotations
@@ -33,25 +34,25 @@ from torch import Tensor, nn
 
 from earlyfusion.kernels import native
 
-_POINTS, _LANES = 36, 16  # of a tile, of a vector
-_PIECE = 1 << 18  # elements summed at once: 1 MB
+_POINTS, _LANES = 36, 16  # points of a tile, floats of a vector
+_CHUNK = 1 << 18  # elements summed at once, 1 MB: they stay in the processor's cache
 
 
 class Swish(NamedTuple):
-    """What comes before the convolution: silu(x * scale + shift), for each picture and channel."""
+    """Applied before the convolution: silu(x * scale + shift), per picture and channel."""
 
     scale_BC: Tensor
     shift_BC: Tensor
 
 
 class _Pool:
-    """Memory for one thread's results; a tensor that dies, in any thread, gives its own back."""
+    """Memory for one thread's results. A tensor's memory comes back when it dies, in any thread."""
 
     def __init__(self) -> None:
         self.free: list[Tensor] = []
 
     def take(self, shape: tuple[int, ...]) -> Tensor:
-        """Fp32 of any content. Where nothing free is large enough, what is free goes first."""
+        """Uninitialised fp32. If no free block is large enough, all free ones are dropped first."""
         size = math.prod(shape)
         fitting = [block for block in self.free.copy() if len(block) >= size]
         if fitting:
@@ -60,6 +61,8 @@ class _Pool:
         else:
             self.free = []
             block = torch.empty(size)
+        # Tensors that share storage all hold the same numpy array, whose end is the memory's: a
+        # finalizer on the tensor itself would run while a view still reads it.
         lent = block.numpy()[:size].reshape(shape)
         weakref.finalize(lent, self.give, block).atexit = False
         return torch.from_numpy(lent)
@@ -77,7 +80,7 @@ _thread = _Thread()
 
 
 def available() -> bool:
-    """Whether the compiled convolution can be had here."""
+    """Whether the compiled convolution is there: built before, or now."""
     return _library() is not None
 
 
@@ -88,7 +91,10 @@ def is_left_out() -> bool:
 
 @contextmanager
 def left_out() -> Iterator[None]:
-    """In this thread torch's own operators and layout, whose rounding other code may count on."""
+    """Within it, this thread uses torch's own operators and layout.
+
+    For callers whose results have to be rounded as other code rounds them.
+    """
     before, _thread.left_out = _thread.left_out, True
     try:
         yield
@@ -98,9 +104,9 @@ def left_out() -> Iterator[None]:
 
 @contextmanager
 def reusing() -> Iterator[None]:
-    """Within it, this thread's results take the memory of those before them that are gone.
+    """Within it, this thread's results take the memory of earlier ones that are gone.
 
-    Copy what is to outlive it: a small result may hold the memory of a large one.
+    Copy a result that outlives it: a small one may hold the memory of a large one.
     """
     before, _thread.pool = _thread.pool, _thread.pool or _Pool()
     try:
@@ -110,7 +116,7 @@ def reusing() -> Iterator[None]:
 
 
 def empty(*shape: int) -> Tensor:
-    """Fp32 on the CPU, of any content."""
+    """Uninitialised fp32 on the CPU; within `reusing`, from the memory of earlier results."""
     pool = _thread.pool
     return torch.empty(shape) if pool is None else pool.take(shape)
 
@@ -124,11 +130,11 @@ def conv3x3(
     upsample: bool = False,
     in_place: bool = False,
 ) -> Tensor:
-    """A convolution with zeros one pixel around, [B, Y, X, K], of contiguous fp32 tensors.
+    """A convolution with a border of one pixel of zeros, [B, Y, X, K], in fp32.
 
-    C is a multiple of 16, height and width of the result of 4. `upsample` doubles each pixel first,
-    so that the result is [B, 2Y, 2X, K]; it goes with no `before`. `plus` is added to the result.
-    `in_place` writes the result over `x`, for as many channels out as in and no `upsample`.
+    C must be a multiple of 16, height and width of the result of 4. `upsample` doubles each pixel
+    first, so that the result is [B, 2Y, 2X, K]; it excludes `before`. `plus` is added to the
+    result. `in_place` writes the result over `x`, which takes C = K and no `upsample`.
     """
     library = _library()
     assert library is not None, "available() says whether this can be called"
@@ -138,21 +144,23 @@ def conv3x3(
     out_BYXK = x_BYXC if in_place else empty(b, y, x, k)
     inputs = (x_BYXC, weight_KC33, bias_K, plus_BYXK, *(before or (None, None)))
     kernel = empty(_POINTS * c * -(-k // _LANES) * _LANES)
-    kept = [None if t is None else t.contiguous() for t in inputs]
-    pointers = [None if t is None else t.data_ptr() for t in kept]
+    # Held until the call returns: it gets addresses only.
+    contiguous = [None if t is None else t.contiguous() for t in inputs]
+    pointers = [None if t is None else t.data_ptr() for t in contiguous]
     sizes = (b, y, x, c, k, int(upsample), torch.get_num_threads())
     library.earlyfusion_conv3x3(*pointers, out_BYXK.data_ptr(), kernel.data_ptr(), *sizes)
     return out_BYXK
 
 
 def swish_after(norm: nn.GroupNorm, x_BYXC: Tensor) -> Swish:
-    """A group norm and swish as one factor and one term for each picture and channel."""
+    """A group norm and swish as one factor and one term per picture and channel."""
     b, c, g = len(x_BYXC), x_BYXC.shape[3], norm.num_groups
     sums_2BC = x_BYXC.new_zeros(2, b, c, dtype=torch.float64)
-    for piece in x_BYXC.view(b, -1, c).split(max(1, _PIECE // (b * c)), 1):
-        sums_2BC[0] += piece.sum(1)
-        sums_2BC[1] += piece.square().sum(1)
+    for chunk_BNC in x_BYXC.view(b, -1, c).split(max(1, _CHUNK // (b * c)), 1):
+        sums_2BC[0] += chunk_BNC.sum(1)
+        sums_2BC[1] += chunk_BNC.square().sum(1)
     mean_BG, square_BG = sums_2BC.view(2, b, g, -1).sum(3) / (x_BYXC[0].numel() // g)
+    # The mean square less the squared mean: exact enough in fp64.
     scale_BG = (square_BG - mean_BG.square()).clamp_min(0).add(norm.eps).rsqrt()
     scale_BC, mean_BC = (t.repeat_interleave(c // g, 1) for t in (scale_BG, mean_BG))
     scale_BC = scale_BC * norm.weight

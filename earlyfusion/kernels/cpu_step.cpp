@@ -1,18 +1,17 @@
 // One step of the transformer on a CPU: every layer inside one parallel region.
 //
-// A step has R rows, one new token each, that share each read of the weights; those of a prompt
-// stand in one slot, at places that follow each other. Threads own ranges of weight rows; each keeps
-// its own copy of the residual stream and of what a product reads, so that a layer needs five
-// barriers: after the queries, the attention, its output, the gates and the end (a sixth with rows
-// that share a slot).
+// A step has R rows, one new token each, which share each read of the weights. The rows of a prompt
+// are in one slot, at consecutive positions. Threads own ranges of weight rows; each has its own copy
+// of the residual stream and of the inputs of a product, so that a layer needs five barriers: after
+// the queries, the attention, its output, the gates and the end (six if rows share a slot).
 //
-// What a row comes to, to the bit, follows from its token, its place and what its slot holds before
-// it: not from the rows beside it, from how a prompt was cut, or from the number of threads. For
-// this every sum is added up in one order, and every function that rounds has one instance or says
-// how it rounds.
+// The result of a row depends, to the bit, on its token, its position and the earlier contents of its
+// slot: not on the rows beside it, on how a prompt was cut, or on the number of threads. For this
+// every sum is added up in one order, and every function that rounds is compiled once (ONE_COPY) or
+// says how it rounds (`fused`).
 //
-// Weights are fp32, bf16, int8 (one scale a row) or int4 (one bf16 scale for 32 columns). A table
-// turns nibbles into bf16, so that int4 costs one shuffle more than bf16 and activations are not
+// Weights are fp32, bf16, int8 (one scale per row) or int4 (one bf16 scale per 32 columns). A table
+// turns nibbles into bf16, so that int4 costs one shuffle more than bf16 and activations need not be
 // quantised. Columns are padded with zeros to a multiple of 64.
 //
 // Names: R rows, D width, N query heads, K key heads, H head width, F inner width.
@@ -22,133 +21,55 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <new>
 #include <thread>
 #include <type_traits>
-#include <vector>
-#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
-#include <immintrin.h>
-#endif
-#if defined(__AVX2__) && defined(__FMA__) && !defined(__AVX512F__)
-#define VECTORS_OF_EIGHT  // sixteen registers of eight floats, so vectors of sixteen are two
-#endif
+
+#include "draw.h"
+#include "simd.h"
 
 namespace {
 
-typedef float f16 __attribute__((vector_size(64)));
-typedef int32_t i16 __attribute__((vector_size(64)));
+// ---- the structures of cpu_step.py: same names, same order
 
-enum Kind : int64_t { FP32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };  // of weights and of the cache
+enum Format : int64_t { FP32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };  // of weights and of the cache
 
 struct Matrix {
   const void* data;
-  const void* scales;
-  int64_t rows, stride, kind;  // stride: padded columns
+  const void* scales;  // of int8 and int4
+  int64_t rows, stride, format;  // stride: padded columns
 };
 
 struct Layer {
-  Matrix q, k_new, v_new, o, gate, up, down;
-  const float *norm_1, *norm_2, *q_weight, *q_bias, *k_weight, *k_bias;
-  void *k, *v;                // cached: [slots, K, places, H]
-  float *k_scales, *v_scales;  // of an int8 cache: [slots, K, places]
+  Matrix q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj;
+  const float *attention_norm, *feed_forward_norm;
+  const float *q_weight, *q_bias, *k_weight, *k_bias;  // norms of the heads
+  void *k_cache, *v_cache;    // [slots, K, slot_length, H]
+  float *k_scales, *v_scales;  // of an int8 cache: [slots, K, slot_length]
 };
 
 struct Model {
-  int64_t layers, D, N, K, H, F, norm_after, cache_kind, places;
+  int64_t layer_count, D, N, K, H, F;
+  int64_t norm_after, cache_format, slot_length;  // norm_after: of what a branch gives, not takes
   float eps;
-  const Layer* layer;
+  const Layer* layers;
   const float *final_norm, *cos, *sin;  // cos, sin: [positions, H / 2]
 };
 
 // ---- vectors of sixteen
 
-inline f16 load(const float* p) {
-  f16 v;
-  std::memcpy(&v, p, 64);
-  return v;
-}
-
-inline void store(float* p, f16 v) { std::memcpy(p, &v, 64); }
-
-inline float as_float(uint16_t v) {
-  uint32_t bits = uint32_t(v) << 16;
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
-
-inline uint16_t as_bf16(float f) {
-  uint32_t bits;
-  std::memcpy(&bits, &f, 4);
-  return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-inline f16 load(const uint16_t* p) {
-#if defined(__AVX512F__)
-  __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return f16(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16)));
-#else
-  f16 v;
-  for (int i = 0; i < 16; i++) v[i] = as_float(p[i]);
-  return v;
-#endif
-}
-
-inline f16 load(const int8_t* p) {
-#if defined(__AVX512F__)
-  __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return f16(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(raw)));
-#else
-  f16 v;
-  for (int i = 0; i < 16; i++) v[i] = p[i];
-  return v;
-#endif
-}
-
-// N vectors, at most sixteen, to the sums of their entries, the first in the first place and so on;
-// pairs of vectors fold into one, four times.
-template <int N>
-inline __attribute__((always_inline)) f16 sums(f16* v) {
-  const i16 half_1 = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
-  const i16 half_2 = {0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27};
-  const i16 half_3 = {0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29};
-  const i16 half_4 = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
-  const f16 none = {};
-  auto fold = [&](int i, int n, i16 half, int32_t step) __attribute__((always_inline)) {
-    if (2 * i >= n) return;
-    const f16 a = v[2 * i], b = 2 * i + 1 < n ? v[2 * i + 1] : none;
-    v[i] = __builtin_shuffle(a, b, half) + __builtin_shuffle(a, b, half + step);
-  };
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; i++) fold(i, N, half_1, 8);
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) fold(i, (N + 1) / 2, half_2, 4);
-#pragma GCC unroll 2
-  for (int i = 0; i < 2; i++) fold(i, (N + 3) / 4, half_3, 2);
-  fold(0, (N + 7) / 8, half_4, 1);
-  return v[0];
-}
-
-// In the order of `sums`, so that one vector comes to the same alone and among others.
-inline float sum(f16 v) { return sums<1>(&v)[0]; }
-
-inline f16 splat(float x) { return f16{} + x; }
-
 // a * b + c, rounded once. Left to the compiler, it may be rounded twice in one instance of a
-// template and once in another, and then rows would differ with how many stand beside them.
-inline f16 fused(f16 a, f16 b, f16 c) {
+// template and once in another; then a row would depend on how many others a step has.
+inline floats16 fused(floats16 a, floats16 b, floats16 c) {
 #if defined(__AVX512F__)
-  return f16(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c)));
+  return floats16(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c)));
 #else
   return a * b + c;
 #endif
 }
 
-// How far ahead of a row of weights to fetch: the same place of the next four rows where rows are
-// too short for the processor to follow them by itself, else `bytes` further on.
-inline int64_t ahead(int64_t row_bytes, int64_t bytes) {
+// How far ahead to prefetch in a row of weights: to the same columns of the next four rows where rows
+// are too short for the processor to prefetch by itself, else `bytes` further on.
+inline int64_t prefetch_distance(int64_t row_bytes, int64_t bytes) {
   return row_bytes <= 4096 ? 4 * row_bytes : bytes;
 }
 
@@ -180,10 +101,11 @@ inline __m128 four_sums(const __m256* low, const __m256* high) {
   return _mm_add_ps(_mm_add_ps(t[0], t[2]), _mm_add_ps(t[1], t[3]));
 }
 
-// What `dots4` below gives: X rows of input and four rows of weights. Vectors of sixteen are summed
-// in halves, one after the other in a block of columns, where both do not fit into the registers.
+// `plain4` below for registers of eight floats: X rows of input and four rows of weights. Vectors of
+// sixteen have a lower and an upper side; with X > 1 the sums of both do not fit into the registers,
+// so that a block of columns is passed once for each side.
 template <int X, class W, class A>
-inline f16 eights(const W* w, int64_t stride, const A* given, int64_t given_stride,
+inline floats16 eights4(const W* w, int64_t stride, const A* input, int64_t input_stride,
                   int64_t distance) {
   const int64_t block = 512;
   const int together = X == 1 ? 2 : 1;
@@ -192,17 +114,17 @@ inline f16 eights(const W* w, int64_t stride, const A* given, int64_t given_stri
     for (int r = 0; r < 4; r++) acc[i][0][r] = acc[i][1][r] = _mm256_setzero_ps();
   for (int64_t first = 0; first < stride; first += block) {
     const int64_t last = std::min(stride, first + block);
-    for (int half = 0; half < 2; half += together) {
+    for (int side = 0; side < 2; side += together) {
       __m256 a[X][together][4];
       for (int i = 0; i < X; i++)
         for (int h = 0; h < together; h++)
-          for (int r = 0; r < 4; r++) a[i][h][r] = acc[i][half + h][r];
-      for (int64_t c = first + 8 * half; c < last; c += 16)
+          for (int r = 0; r < 4; r++) a[i][h][r] = acc[i][side + h][r];
+      for (int64_t c = first + 8 * side; c < last; c += 16)
 #pragma GCC unroll 2
         for (int h = 0; h < together; h++) {
           __m256 x[X];
 #pragma GCC unroll 4
-          for (int i = 0; i < X; i++) x[i] = eight(given + i * given_stride + c + 8 * h);
+          for (int i = 0; i < X; i++) x[i] = eight(input + i * input_stride + c + 8 * h);
 #pragma GCC unroll 4
           for (int r = 0; r < 4; r++) {
             if (distance) fetch(w + r * stride + c, distance);
@@ -213,7 +135,7 @@ inline f16 eights(const W* w, int64_t stride, const A* given, int64_t given_stri
         }
       for (int i = 0; i < X; i++)
         for (int h = 0; h < together; h++)
-          for (int r = 0; r < 4; r++) acc[i][half + h][r] = a[i][h][r];
+          for (int r = 0; r < 4; r++) acc[i][side + h][r] = a[i][h][r];
     }
   }
   float out[16] = {};
@@ -222,54 +144,18 @@ inline f16 eights(const W* w, int64_t stride, const A* given, int64_t given_stri
 }
 #endif
 
-// e^x to about one part in 10^7; x is clamped to the range of normal numbers.
-inline f16 exp16(f16 x) {
-  x = x < -87.0f ? splat(-87.0f) : x;
-  x = x > 88.0f ? splat(88.0f) : x;
-  f16 scaled = x * 1.44269504f;
-  i16 whole = __builtin_convertvector(scaled + (scaled < 0.0f ? splat(-0.5f) : splat(0.5f)), i16);
-  f16 n = __builtin_convertvector(whole, f16);
-  f16 r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  f16 p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  i16 bits = (whole + 127) << 23;
-  f16 power;
-  std::memcpy(&power, &bits, 64);
-  return p * power;
-}
+// ---- products
 
-// Vectors that start at a line of the processor's cache, so that no read of sixteen takes two.
-template <class T>
-struct Lines {
-  typedef T value_type;
-  Lines() = default;
-  template <class U>
-  Lines(const Lines<U>&) {}
-  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(64))); }
-  void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
-  template <class U>
-  bool operator==(const Lines<U>&) const { return true; }
-  template <class U>
-  bool operator!=(const Lines<U>&) const { return false; }
-};
-
-typedef std::vector<float, Lines<float>> Floats;
-
-// ---- products: what a product reads, in both precisions, zero behind the last column
+// The input of a product in both precisions, R rows, zero after the last column.
 
 struct Input {
-  float* full;
-  uint16_t* half;  // only where the products of this model read it
+  float* fp32;
+  uint16_t* bf16;  // null where the weights are fp32 or int8
   int64_t stride;
 
   void put(int64_t row, int64_t column, const float* x, int64_t n) const {
-    std::memcpy(full + row * stride + column, x, n * sizeof(float));
-    if (half) round(half + row * stride + column, x, n);
+    std::memcpy(fp32 + row * stride + column, x, n * sizeof(float));
+    if (bf16) round(bf16 + row * stride + column, x, n);
   }
 
   static void round(uint16_t* __restrict y, const float* __restrict x, int64_t n) {
@@ -277,31 +163,30 @@ struct Input {
   }
 };
 
-// Keeps a vector in its register: compilers read it from memory again for each use, and reading is
-// what these loops have too little time for. With one row, X = 1, there is one use, and reading it
-// is part of the product.
+// Keeps a vector in its register: compilers would read it from memory again for each use, and these
+// loops are bound by reading. With one row, X = 1, there is one use, and reading is part of it.
 template <int X>
-inline void hold(f16& v) {
+inline void hold(floats16& v) {
 #if defined(__AVX512F__)
   if (X > 1) asm("" : "+v"(v));
 #endif
 }
 
-// Products of X rows of input and four rows of weights: each vector of weights feeds X sums. The
-// sums of row x stand at 4 * x of what is given back. Each is added up over the columns in the same
-// order whatever X is: what a row comes to does not depend on the rows beside it.
+// The products of X rows of input and four rows of weights: each vector of weights feeds X sums.
+// Entries 4 * x to 4 * x + 3 of the result are those of row x. Each is added up over the columns in
+// the same order whatever X is, so that a row does not depend on the rows beside it.
 template <int X, class W, class A>
-f16 plain4(const W* w, int64_t stride, const A* given, int64_t given_stride, int64_t distance) {
+floats16 plain4(const W* w, int64_t stride, const A* input, int64_t input_stride, int64_t distance) {
 #if defined(VECTORS_OF_EIGHT)
-  return eights<X>(w, stride, given, given_stride, distance);
+  return eights4<X>(w, stride, input, input_stride, distance);
 #else
-  f16 acc[4 * X] = {};
+  floats16 acc[4 * X] = {};
   for (int64_t c = 0; c < stride; c += 16) {
-    f16 x[X];
-    for (int i = 0; i < X; i++) hold<X>(x[i] = load(given + i * given_stride + c));
+    floats16 x[X];
+    for (int i = 0; i < X; i++) hold<X>(x[i] = load(input + i * input_stride + c));
     for (int r = 0; r < 4; r++) {
       if (distance) fetch(w + r * stride + c, distance);
-      f16 v = load(w + r * stride + c);
+      floats16 v = load(w + r * stride + c);
       hold<X>(v);
       for (int i = 0; i < X; i++) acc[4 * i + r] = fused(v, x[i], acc[4 * i + r]);
     }
@@ -311,64 +196,66 @@ f16 plain4(const W* w, int64_t stride, const A* given, int64_t given_stride, int
 }
 
 template <int X>
-f16 dots4(const float* w, int64_t stride, const Input& in, int64_t row) {
-  const int64_t distance = X > 1 ? ahead(4 * stride, 1024) : 0;
-  return plain4<X>(w, stride, in.full + row * in.stride, in.stride, distance);
+floats16 dots4(const float* w, int64_t stride, const Input& in, int64_t row) {
+  const int64_t distance = X > 1 ? prefetch_distance(4 * stride, 1024) : 0;
+  return plain4<X>(w, stride, in.fp32 + row * in.stride, in.stride, distance);
 }
 
 template <int X>
-f16 dots4(const int8_t* w, const float* scale, int64_t stride, const Input& in, int64_t row) {
-  const float* given = in.full + row * in.stride;
-  f16 scales;
+floats16 dots4(const int8_t* w, const float* scale, int64_t stride, const Input& in, int64_t row) {
+  const float* input = in.fp32 + row * in.stride;
+  floats16 scales;  // of the four rows, once for each row of input
   for (int i = 0; i < 16; i++) scales[i] = scale[i % 4];
-  return plain4<X>(w, stride, given, in.stride, ahead(stride, 1024)) * scales;
+  return plain4<X>(w, stride, input, in.stride, prefetch_distance(stride, 1024)) * scales;
 }
 
-// Thirty-two bf16, of which sixteen pairs are multiplied at once.
-inline f16 pairs(const uint16_t* p) {
-  f16 v;
+// Thirty-two bf16 in a register, for the instruction that multiplies sixteen pairs at once.
+inline floats16 pairs(const uint16_t* p) {
+  floats16 v;
   std::memcpy(&v, p, 64);
   return v;
 }
 
 template <int X>
-f16 dots4(const uint16_t* w, int64_t stride, const Input& in, int64_t row) {
-  const int64_t distance = ahead(2 * stride, 1024);
-  const uint16_t* given = in.half + row * in.stride;
+floats16 dots4(const uint16_t* w, int64_t stride, const Input& in, int64_t row) {
+  const int64_t distance = prefetch_distance(2 * stride, 1024);
+  const uint16_t* input = in.bf16 + row * in.stride;
 #if defined(__AVX512BF16__)
-  f16 acc[4 * X] = {};
+  floats16 acc[4 * X] = {};
   for (int64_t c = 0; c < stride; c += 32) {
-    f16 x[X];
-    for (int i = 0; i < X; i++) hold<X>(x[i] = pairs(given + i * in.stride + c));
+    floats16 x[X];
+    for (int i = 0; i < X; i++) hold<X>(x[i] = pairs(input + i * in.stride + c));
     for (int r = 0; r < 4; r++) {
       fetch(w + r * stride + c, distance);
-      f16 v = pairs(w + r * stride + c);
+      floats16 v = pairs(w + r * stride + c);
       hold<X>(v);
       for (int i = 0; i < X; i++)
-        acc[4 * i + r] = f16(_mm512_dpbf16_ps(__m512(acc[4 * i + r]), __m512bh(v), __m512bh(x[i])));
+        acc[4 * i + r] = floats16(_mm512_dpbf16_ps(__m512(acc[4 * i + r]), __m512bh(v), __m512bh(x[i])));
     }
   }
   return sums<4 * X>(acc);
 #else
-  return plain4<X>(w, stride, given, in.stride, distance);
+  return plain4<X>(w, stride, input, in.stride, distance);
 #endif
 }
 
-// int4: 32 bytes hold 64 columns, the first 32 in the low nibbles; two bf16 scales follow suit.
+// int4: 32 bytes hold 64 columns, the first 32 in the low nibbles, the others in the high ones; each
+// 32 columns have a bf16 scale.
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
 template <int X>
-f16 dots4(const uint8_t* w, const uint16_t* scales, int64_t stride, const Input& in, int64_t row) {
+floats16 dots4(const uint8_t* w, const uint16_t* scales, int64_t stride, const Input& in, int64_t row) {
   alignas(64) uint16_t levels[32];
   for (int i = 0; i < 32; i++) levels[i] = as_bf16(float(i % 16 - 8));
+  // The level of a nibble as bf16: what `permutexvar` looks up.
   const __m512i table = _mm512_load_si512(levels), nibble = _mm512_set1_epi16(15);
   const __m512 none = _mm512_setzero_ps();
-  f16 acc[4 * X] = {};
-  const int64_t distance = ahead(stride / 2, 512);
+  floats16 acc[4 * X] = {};
+  const int64_t distance = prefetch_distance(stride / 2, 512);
   for (int64_t c = 0; c < stride; c += 64) {
     __m512bh low[X], high[X];
     for (int x = 0; x < X; x++) {
-      low[x] = (__m512bh)_mm512_loadu_si512(in.half + (row + x) * in.stride + c);
-      high[x] = (__m512bh)_mm512_loadu_si512(in.half + (row + x) * in.stride + c + 32);
+      low[x] = (__m512bh)_mm512_loadu_si512(in.bf16 + (row + x) * in.stride + c);
+      high[x] = (__m512bh)_mm512_loadu_si512(in.bf16 + (row + x) * in.stride + c + 32);
     }
     for (int r = 0; r < 4; r++) {
       const uint8_t* at = w + (r * stride + c) / 2;
@@ -377,7 +264,7 @@ f16 dots4(const uint8_t* w, const uint16_t* scales, int64_t stride, const Input&
       __m512bh first =
           (__m512bh)_mm512_permutexvar_epi16(_mm512_and_si512(bytes, nibble), table);
       __m512bh second = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table);
-      uint32_t pair;
+      uint32_t pair;  // the scales of both, side by side
       std::memcpy(&pair, scales + (r * stride + c) / 32, 4);
       __m512 scale_1 = _mm512_castsi512_ps(_mm512_set1_epi32(int32_t(pair << 16)));
       __m512 scale_2 = _mm512_castsi512_ps(_mm512_set1_epi32(int32_t(pair & 0xffff0000u)));
@@ -385,7 +272,7 @@ f16 dots4(const uint8_t* w, const uint16_t* scales, int64_t stride, const Input&
         __m512 total = __m512(acc[4 * x + r]);
         total = _mm512_fmadd_ps(_mm512_dpbf16_ps(none, first, low[x]), scale_1, total);
         total = _mm512_fmadd_ps(_mm512_dpbf16_ps(none, second, high[x]), scale_2, total);
-        acc[4 * x + r] = f16(total);
+        acc[4 * x + r] = floats16(total);
       }
     }
   }
@@ -393,9 +280,9 @@ f16 dots4(const uint8_t* w, const uint16_t* scales, int64_t stride, const Input&
 }
 const bool UNPACKS_INT4 = false;
 #else
-// Other processors unpack four rows first; a level times its scale is a float without rounding.
+// Other processors unpack four rows first; a level times its scale is exact in fp32.
 template <int X>
-f16 dots4(const uint8_t*, const uint16_t*, int64_t, const Input&, int64_t) { return f16{}; }
+floats16 dots4(const uint8_t*, const uint16_t*, int64_t, const Input&, int64_t) { return floats16{}; }
 const bool UNPACKS_INT4 = true;
 #endif
 
@@ -408,12 +295,12 @@ void unpack_int4(const uint8_t* w, const uint16_t* scales, int64_t n, float* __r
   }
 }
 
-// `unpacked` are the four rows of an int4 matrix as floats, where they were unpacked.
+// `unpacked` holds the four rows of an int4 matrix as floats, or is null.
 template <int X>
-f16 four_rows(const Matrix& m, int64_t first, const Input& in, int64_t row, const float* unpacked) {
+floats16 four_rows(const Matrix& m, int64_t first, const Input& in, int64_t row, const float* unpacked) {
   const int64_t at = first * m.stride;
-  if (unpacked) return plain4<X>(unpacked, m.stride, in.half + row * in.stride, in.stride, 0);
-  switch (m.kind) {
+  if (unpacked) return plain4<X>(unpacked, m.stride, in.bf16 + row * in.stride, in.stride, 0);
+  switch (m.format) {
     case FP32:
       return dots4<X>(static_cast<const float*>(m.data) + at, m.stride, in, row);
     case BF16:
@@ -436,10 +323,10 @@ void put_four(const Matrix& m, int64_t first, const Input& in, int64_t row, cons
 }
 
 struct Range {
-  int64_t first, last;
+  int64_t first, last;  // last: one past the end
 };
 
-// This thread's share of the rows, in fours; matrices have a multiple of four rows.
+// This thread's share of the rows of weights, in fours: matrices are padded to a multiple of four.
 Range share(int64_t rows) {
   const int64_t fours = rows / 4, thread = omp_get_thread_num(), threads = omp_get_num_threads();
   return {fours * thread / threads * 4, fours * (thread + 1) / threads * 4};
@@ -451,7 +338,7 @@ const int64_t TILE = 3;  // rows of input whose sums fit into the registers
 const int64_t TILE = 4;
 #endif
 
-// Columns first to first + 4 of y, for the tile of rows from `row` on.
+// Columns first to first + 3 of y, for the tile of rows from `row` on.
 void put_tile(const Matrix& m, int64_t first, const Input& in, int64_t row, int64_t R,
               const float* unpacked, float* y, int64_t y_stride) {
   switch (std::min(TILE, R - row)) {
@@ -462,11 +349,12 @@ void put_tile(const Matrix& m, int64_t first, const Input& in, int64_t row, int6
   }
 }
 
-// How many rows of weights the rows of input pass at a time: four while their inputs stay in the
-// first cache, else as many as half of the second cache holds, so that inputs are read less often.
+// How many rows of weights all rows of input are multiplied with at a time: four while the inputs
+// stay in the first-level cache, else what fits into 128 KB, half of a second-level cache, so that
+// the inputs are read less often.
 int64_t panel(const Matrix& m, int64_t R) {
-  const int64_t bits[] = {32, 16, 8, 4}, row_bytes = m.stride * bits[m.kind] / 8;
-  const bool unpacks = m.kind == INT4 && UNPACKS_INT4;
+  const int64_t bits[] = {32, 16, 8, 4}, row_bytes = m.stride * bits[m.format] / 8;
+  const bool unpacks = m.format == INT4 && UNPACKS_INT4;
   return R <= 16 || unpacks ? 4 : std::max<int64_t>(4, (int64_t(1) << 17) / row_bytes / 4 * 4);
 }
 
@@ -474,8 +362,8 @@ int64_t panel(const Matrix& m, int64_t R) {
 Range multiply(const Matrix& m, const Input& in, int64_t R, float* y, int64_t y_stride) {
   const Range mine = share(m.rows);
   const int64_t width = panel(m, R);
-  const bool unpacks = m.kind == INT4 && UNPACKS_INT4;
-  Floats unpacked(unpacks ? 4 * m.stride : 0);
+  const bool unpacks = m.format == INT4 && UNPACKS_INT4;
+  Aligned<float> unpacked(unpacks ? 4 * m.stride : 0);
   for (int64_t first = mine.first; first < mine.last; first += width) {
     const int64_t last = std::min(first + width, mine.last), at = first * m.stride;
     if (unpacks)
@@ -488,11 +376,12 @@ Range multiply(const Matrix& m, const Input& in, int64_t R, float* y, int64_t y_
   return mine;
 }
 
-// Threads meet here. OpenMP's own barrier spins on, which costs whole time slices where a thread has
-// to share its core with another process; this one lets the other go first after a while.
-class Meeting {
+// A barrier. OpenMP's own keeps spinning, which costs whole time slices where a thread shares its core
+// with another process; this one yields the core after a while.
+class Barrier {
  public:
   void wait() {
+    // Read before arriving: the last thread to arrive begins the next round.
     const int64_t round = round_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == omp_get_num_threads()) {
       arrived_.store(0, std::memory_order_relaxed);
@@ -511,17 +400,17 @@ class Meeting {
   std::atomic<int64_t> arrived_{0}, round_{0};
 };
 
-// ---- the parts of a layer
+// ---- the steps of a layer
 
-// Inlined in two places, a function may be rounded in two ways (see `fused`).
+// Inlined in two places, a function may round in two ways (see `fused`).
 #define ONE_COPY __attribute__((noinline))
 
 // The sum of (x - mean)^2.
 float squares(const float* x, int64_t n, float mean) {
-  f16 total = {};
+  floats16 total = {};
   int64_t i = 0;
   for (; i + 16 <= n; i += 16) {
-    const f16 off = load(x + i) - mean;
+    const floats16 off = load(x + i) - mean;
     total += off * off;
   }
   float s = sum(total);
@@ -535,18 +424,22 @@ ONE_COPY void rms_norm(const float* __restrict x, const float* __restrict weight
   for (int64_t i = 0; i < n; i++) y[i] = x[i] * scale * weight[i];
 }
 
-void normed(const float* x, const float* weight, int64_t R, int64_t D, float eps, const Input& in) {
+// The input of a product: rows as they are.
+void copy_rounded(const float* x, int64_t R, int64_t D, const Input& in) {
+  for (int64_t row = 0; row < R; row++) in.put(row, 0, x + row * D, D);
+}
+
+// The input of a product: rows after their norm.
+void norm_rounded(const float* x, const float* weight, int64_t R, int64_t D, float eps,
+                  const Input& in) {
   for (int64_t row = 0; row < R; row++) {
-    float* y = in.full + row * in.stride;
-    if (weight)
-      rms_norm(x + row * D, weight, D, eps, y);
-    else
-      std::memcpy(y, x + row * D, D * sizeof(float));
-    if (in.half) Input::round(in.half + row * in.stride, y, D);
+    float* y = in.fp32 + row * in.stride;
+    rms_norm(x + row * D, weight, D, eps, y);
+    if (in.bf16) Input::round(in.bf16 + row * in.stride, y, D);
   }
 }
 
-// x += y, or x += norm(y) where the norms stand behind the branches
+// x += y, or x += norm(y) with a `weight`: where norms come after the branches.
 void add(float* x, const float* y, const float* weight, int64_t R, int64_t D, float eps,
          float* scratch) {
   for (int64_t row = 0; row < R; row++) {
@@ -560,7 +453,7 @@ void add(float* x, const float* y, const float* weight, int64_t R, int64_t D, fl
 }
 
 float total(const float* x, int64_t n) {
-  f16 parts = {};
+  floats16 parts = {};
   int64_t i = 0;
   for (; i + 16 <= n; i += 16) parts += load(x + i);
   float s = sum(parts);
@@ -568,7 +461,8 @@ float total(const float* x, int64_t n) {
   return s;
 }
 
-ONE_COPY void head_norm_and_turn(const float* x, const float* weight, const float* bias, const float* cos,
+// LayerNorm over one head, then rotation of the pairs (i, i + H / 2); its eps is fixed.
+ONE_COPY void head_norm_and_rotate(const float* x, const float* weight, const float* bias, const float* cos,
                         const float* sin, int64_t H, float* __restrict y) {
   const float mean = total(x, H) / H, scale = 1.0f / std::sqrt(squares(x, H, mean) / H + 1e-5f);
   const int64_t half = H / 2;
@@ -580,13 +474,16 @@ ONE_COPY void head_norm_and_turn(const float* x, const float* weight, const floa
   }
 }
 
-inline void keep(float* at, const float* x, int64_t n) { std::memcpy(at, x, n * sizeof(float)); }
-inline void keep(uint16_t* at, const float* x, int64_t n) {
+// Entries of the cache in its dtype.
+inline void store_rounded(float* at, const float* x, int64_t n) {
+  std::memcpy(at, x, n * sizeof(float));
+}
+inline void store_rounded(uint16_t* at, const float* x, int64_t n) {
   for (int64_t i = 0; i < n; i++) at[i] = as_bf16(x[i]);
 }
 
-// Rounds to int8; gives back the scale.
-inline float keep(int8_t* at, const float* x, int64_t n) {
+// Returns the scale: the largest entry becomes +-127.
+inline float store_rounded(int8_t* at, const float* x, int64_t n) {
   float most = 0;
   for (int64_t i = 0; i < n; i++) most = std::max(most, std::fabs(x[i]));
   const float scale = most / 127, inverse = scale > 0 ? 1 / scale : 0;
@@ -600,7 +497,7 @@ inline float value(uint16_t x) { return as_float(x); }
 
 template <class T>
 float dot(const float* q, const T* k, int64_t H) {
-  f16 total = {};
+  floats16 total = {};
   int64_t i = 0;
 #if defined(VECTORS_OF_EIGHT)
   __m256 low = _mm256_setzero_ps(), high = low;
@@ -618,9 +515,9 @@ float dot(const float* q, const T* k, int64_t H) {
   return s;
 }
 
-// One query and the keys of sixteen places that follow each other.
+// The products of one query and the keys of sixteen consecutive positions.
 template <class T>
-f16 dots16(const float* q, const T* k, int64_t H) {
+floats16 dots16(const float* q, const T* k, int64_t H) {
   for (int64_t i = 0; i < 16 * H; i += 64 / sizeof(T)) fetch(k + i, 16 * H * sizeof(T));
 #if defined(VECTORS_OF_EIGHT)
   float out[16];
@@ -638,21 +535,21 @@ f16 dots16(const float* q, const T* k, int64_t H) {
   }
   return load(out);
 #else
-  f16 products[16] = {};
+  floats16 products[16] = {};
   for (int64_t i = 0; i < H; i += 16) {
-    const f16 here = load(q + i);
+    const floats16 here = load(q + i);
     for (int p = 0; p < 16; p++) products[p] = fused(here, load(k + p * H + i), products[p]);
   }
   return sums<16>(products);
 #endif
 }
 
-// out = sum over places of weight * v, for W vectors of the head.
+// out = sum over `length` positions of weight * v, for 16 W columns of the head.
 template <int W, class T>
-void blend(const float* weights, const T* v, int64_t places, int64_t H, float* out) {
+void blend(const float* weights, const T* v, int64_t length, int64_t H, float* out) {
 #if defined(VECTORS_OF_EIGHT)
   __m256 acc[2 * W] = {};
-  for (int64_t p = 0; p < places; p++) {
+  for (int64_t p = 0; p < length; p++) {
     const __m256 weight = _mm256_broadcast_ss(weights + p);
     for (size_t i = 0; i < 16 * W; i += 64 / sizeof(T)) fetch(v + p * H + i, 4096);
 #pragma GCC unroll 16
@@ -662,8 +559,8 @@ void blend(const float* weights, const T* v, int64_t places, int64_t H, float* o
 #pragma GCC unroll 16
   for (int j = 0; j < 2 * W; j++) _mm256_storeu_ps(out + 8 * j, acc[j]);
 #else
-  f16 acc[W] = {};
-  for (int64_t p = 0; p < places; p++) {
+  floats16 acc[W] = {};
+  for (int64_t p = 0; p < length; p++) {
     for (size_t i = 0; i < 16 * W; i += 64 / sizeof(T)) fetch(v + p * H + i, 4096);
     for (int j = 0; j < W; j++) acc[j] = fused(splat(weights[p]), load(v + p * H + 16 * j), acc[j]);
   }
@@ -672,33 +569,34 @@ void blend(const float* weights, const T* v, int64_t places, int64_t H, float* o
 }
 
 template <class T>
-void blend(const float* weights, const T* v, int64_t places, int64_t H, float* out) {
+void blend(const float* weights, const T* v, int64_t length, int64_t H, float* out) {
   int64_t i = 0;
 #if !defined(VECTORS_OF_EIGHT)
-  for (; i + 128 <= H; i += 128) blend<8>(weights, v + i, places, H, out + i);
+  for (; i + 128 <= H; i += 128) blend<8>(weights, v + i, length, H, out + i);
 #endif
-  for (; i + 64 <= H; i += 64) blend<4>(weights, v + i, places, H, out + i);
-  for (; i + 16 <= H; i += 16) blend<1>(weights, v + i, places, H, out + i);
+  for (; i + 64 <= H; i += 64) blend<4>(weights, v + i, length, H, out + i);
+  for (; i + 16 <= H; i += 16) blend<1>(weights, v + i, length, H, out + i);
   for (; i < H; i++) {
     float total = 0;
-    for (int64_t p = 0; p < places; p++) total += weights[p] * value(v[p * H + i]);
+    for (int64_t p = 0; p < length; p++) total += weights[p] * value(v[p * H + i]);
     out[i] = total;
   }
 }
 
-// scores -> e^(score - max); returns their sum. The buffer is padded to sixteens.
+// scores -> e^(score - max); returns their sum. The buffer is padded to sixteens, and what it holds
+// after the last score counts as -inf.
 float soften(float* scores, int64_t n) {
   for (int64_t i = n; i % 16; i++) scores[i] = -INFINITY;
-  f16 most = load(scores);
+  floats16 most = load(scores);
   for (int64_t i = 16; i < n; i += 16) {
-    const f16 here = load(scores + i);
+    const floats16 here = load(scores + i);
     most = here > most ? here : most;
   }
   float top = most[0];
   for (int i = 1; i < 16; i++) top = std::max(top, most[i]);
-  f16 total = {};
+  floats16 total = {};
   for (int64_t i = 0; i < n; i += 16) {
-    f16 e = exp16(load(scores + i) - top);
+    floats16 e = exp16(load(scores + i) - top);
     for (int64_t j = n - i; j < 16; j++) e[j] = 0;
     store(scores + i, e);
     total += e;
@@ -706,57 +604,62 @@ float soften(float* scores, int64_t n) {
   return sum(total);
 }
 
-// Keys or values of one head in one slot; `scales` only in int8, one a place.
+// Keys or values of one head in one slot; `scales`, one per position, only in int8.
 template <class T>
-struct Kept {
+struct CachedHead {
   T* data;
   float* scales;
 
-  Kept(void* data, float* scales, int64_t first, int64_t H)
+  // `first`: the position at which the head begins, counted over all slots and heads.
+  CachedHead(void* data, float* scales, int64_t first, int64_t H)
       : data(static_cast<T*>(data) + first * H), scales(scales ? scales + first : nullptr) {}
 
-  void put(int64_t place, const float* x, int64_t H) const {
+  void put(int64_t position, const float* x, int64_t H) const {
     if constexpr (std::is_same_v<T, int8_t>)
-      scales[place] = keep(data + place * H, x, H);
+      scales[position] = store_rounded(data + position * H, x, H);
     else
-      keep(data + place * H, x, H);
+      store_rounded(data + position * H, x, H);
   }
 
-  void scale(float* __restrict weights, int64_t places) const {
+  // An int8 vector's scale is a factor of its score, or of its share in the result.
+  void scale(float* __restrict weights, int64_t length) const {
     if (scales)
-      for (int64_t p = 0; p < places; p++) weights[p] *= scales[p];
+      for (int64_t p = 0; p < length; p++) weights[p] *= scales[p];
   }
 };
 
-// One key head of one row: its queries against the places so far, the new token among them.
+// One key head of one row: its queries against the `length` keys so far, that of the new token among
+// them.
 template <class T>
-ONE_COPY void attend(const Model& m, const Kept<T>& k, const Kept<T>& v, int64_t places, const float* q,
-            float* scores, float* out, const Input& in, int64_t row, int64_t column) {
+ONE_COPY void attend(const Model& m, const CachedHead<T>& k, const CachedHead<T>& v, int64_t length,
+                     const float* q, float* scores, float* out, const Input& in, int64_t row,
+                     int64_t column) {
   const int64_t H = m.H;
   const float scale = 1.0f / std::sqrt(float(H));
   for (int64_t g = 0; g < m.N / m.K; g++) {
     int64_t p = 0;
-    // Behind the last place stands what is left of others, and is left out below.
-    for (; H % 16 == 0 && p < places && p + 16 <= m.places; p += 16)
+    // The last block of 16 may read stale keys past `length`, but not past the slot; `soften` sets
+    // their scores to -inf. The keys of a slot's last positions come one by one.
+    for (; H % 16 == 0 && p < length && p + 16 <= m.slot_length; p += 16)
       store(scores + p, dots16(q + g * H, k.data + p * H, H) * scale);
-    for (; p < places; p++) scores[p] = dot(q + g * H, k.data + p * H, H) * scale;
-    k.scale(scores, places);
-    const float total = soften(scores, places);
-    v.scale(scores, places);
-    blend(scores, v.data, places, H, out);
+    for (; p < length; p++) scores[p] = dot(q + g * H, k.data + p * H, H) * scale;
+    k.scale(scores, length);
+    const float total = soften(scores, length);
+    v.scale(scores, length);
+    blend(scores, v.data, length, H, out);
     for (int64_t i = 0; i < H; i++) out[i] /= total;
     in.put(row, column + g * H, out, H);
   }
 }
 
-// silu(gate) * up, for the columns of one thread
+// silu(gate) * up, for the columns of one thread.
 ONE_COPY void activate(const float* gates, const float* ups, Range mine, const Input& inner, int64_t row) {
   for (int64_t n = mine.first; n < mine.last; n += 16) {
     const int64_t count = std::min<int64_t>(16, mine.last - n);
-    f16 gate = {}, up = {};
+    floats16 gate = {}, up = {};
     std::memcpy(&gate, gates + n, count * sizeof(float));
     std::memcpy(&up, ups + n, count * sizeof(float));
-    const f16 out = gate / (1.0f + exp16(-gate)) * up;
+    const floats16 out = gate / (1.0f + exp16(-gate)) * up;
     float here[16];
     store(here, out);
     inner.put(row, n, here, count);
@@ -773,35 +676,37 @@ struct Heads {
   int64_t qkv_width;
   const Input& attended;
 
-  Kept<T> kept(void* data, float* scales, int64_t row, int64_t head) const {
-    return Kept<T>(data, scales, (slots[row] * m.K + head) * m.places, m.H);
+  CachedHead<T> cached(void* data, float* scales, int64_t row, int64_t head) const {
+    return CachedHead<T>(data, scales, (slots[row] * m.K + head) * m.slot_length, m.H);
   }
 
-  // Stores the key and value of one key head of a row, and turns the queries that read it.
-  void prepare(int64_t row, int64_t head, float* turned) const {
-    const int64_t H = m.H, group = m.N / m.K, place = lengths[row];
-    const float *cos = m.cos + place * (H / 2), *sin = m.sin + place * (H / 2);
-    float* given = qkv + row * qkv_width;
+  // Stores the key and value of one key head of a row, and rotates the queries that read it.
+  void prepare(int64_t row, int64_t head, float* rotated) const {
+    const int64_t H = m.H, group = m.N / m.K, position = lengths[row];
+    const float *cos = m.cos + position * (H / 2), *sin = m.sin + position * (H / 2);
+    float* q = qkv + row * qkv_width;  // of this row: queries, keys, values
     for (int64_t n = head * group * H; n < (head + 1) * group * H; n += H) {
-      head_norm_and_turn(given + n, l.q_weight + n, l.q_bias + n, cos, sin, H, turned);
-      std::memcpy(given + n, turned, H * sizeof(float));
+      head_norm_and_rotate(q + n, l.q_weight + n, l.q_bias + n, cos, sin, H, rotated);
+      std::memcpy(q + n, rotated, H * sizeof(float));
     }
-    const float *new_k = given + (m.N + head) * H, *new_v = new_k + m.K * H;
-    head_norm_and_turn(new_k, l.k_weight + head * H, l.k_bias + head * H, cos, sin, H, turned);
-    kept(l.k, l.k_scales, row, head).put(place, turned, H);
-    kept(l.v, l.v_scales, row, head).put(place, new_v, H);
+    const float *new_k = q + (m.N + head) * H, *new_v = new_k + m.K * H;
+    head_norm_and_rotate(new_k, l.k_weight + head * H, l.k_bias + head * H, cos, sin, H, rotated);
+    cached(l.k_cache, l.k_scales, row, head).put(position, rotated, H);
+    cached(l.v_cache, l.v_scales, row, head).put(position, new_v, H);
   }
 
   void look_back(int64_t row, int64_t head, float* scratch) const {
     const int64_t n = head * (m.N / m.K) * m.H;
-    const Kept<T> k = kept(l.k, l.k_scales, row, head), v = kept(l.v, l.v_scales, row, head);
+    const CachedHead<T> k = cached(l.k_cache, l.k_scales, row, head);
+    const CachedHead<T> v = cached(l.v_cache, l.v_scales, row, head);
     const float* q = qkv + row * qkv_width + n;
     attend(m, k, v, lengths[row] + 1, q, scratch + m.H, scratch, attended, row, n);
   }
 
-  // Threads take turns. Where rows share a slot, later ones look back at keys that other threads
-  // store, so all are stored first; and the heads stand outside, for their keys to stay in cache.
-  void all(int64_t R, bool shared, Meeting& meeting, float* scratch) const {
+  // Tasks are pairs of a row and a key head; threads take turns. If rows share a slot, later ones look
+  // back at keys that other threads store, so all are stored first; then the tasks of one head follow
+  // each other, so that its keys stay in the processor's cache.
+  void all(int64_t R, bool shared, Barrier& barrier, float* scratch) const {
     const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads(), tasks = R * m.K;
     if (!shared) {
       for (int64_t task = thread; task < tasks; task += team) {
@@ -812,7 +717,7 @@ struct Heads {
     }
     for (int64_t task = thread; task < tasks; task += team)
       prepare(task / m.K, task % m.K, scratch);
-    meeting.wait();
+    barrier.wait();
     for (int64_t task = thread; task < tasks; task += team) look_back(task % R, task / R, scratch);
   }
 };
@@ -820,10 +725,11 @@ struct Heads {
 template <class T>
 void attention(const Model& m, const Layer& l, const int64_t* slots, const int64_t* lengths,
                float* qkv, int64_t qkv_width, const Input& attended, int64_t R, bool shared,
-               Meeting& meeting, float* scratch) {
-  Heads<T>{m, l, slots, lengths, qkv, qkv_width, attended}.all(R, shared, meeting, scratch);
+               Barrier& barrier, float* scratch) {
+  Heads<T>{m, l, slots, lengths, qkv, qkv_width, attended}.all(R, shared, barrier, scratch);
 }
 
+// Whether rows share a slot.
 bool any_twice(const int64_t* slots, int64_t R) {
   std::vector<int64_t> sorted(slots, slots + R);
   std::sort(sorted.begin(), sorted.end());
@@ -832,210 +738,31 @@ bool any_twice(const int64_t* slots, int64_t R) {
 
 int64_t padded(int64_t n) { return (n + 63) / 64 * 64; }
 
+// Memory for an `Input`.
 struct Buffers {
-  Floats full;
-  std::vector<uint16_t, Lines<uint16_t>> half;
+  Aligned<float> fp32;
+  Aligned<uint16_t> bf16;
   int64_t stride;
 
   Buffers(int64_t R, int64_t columns, bool rounded)
-      : full(R * padded(columns)),
-        half(rounded ? R * padded(columns) : 0),
+      : fp32(R * padded(columns)),
+        bf16(rounded ? R * padded(columns) : 0),
         stride(padded(columns)) {}
-  Input input() { return {full.data(), half.empty() ? nullptr : half.data(), stride}; }
+  Input input() { return {fp32.data(), bf16.empty() ? nullptr : bf16.data(), stride}; }
 };
 
-// Whether a product with such a matrix reads what it is given in bf16.
-bool rounds(const Matrix& m) { return m.kind == BF16 || m.kind == INT4; }
-
-// ---- the draw of a token: temperature, top-k, top-p, min-p, then the inverse of the cumulative
-// probability. Instead of sorting, thresholds are found by halving the range of floats.
-
-typedef double f8 __attribute__((vector_size(64)));
-typedef int64_t l8 __attribute__((vector_size(64)));
-typedef float half_f16 __attribute__((vector_size(32)));
-
-// e^x to the precision of doubles, 0 far below.
-inline f8 exp8(f8 x) {
-  const l8 none = x < -700.0;
-  x = none ? f8{} - 700.0 : x;
-  const f8 scaled = x * 1.4426950408889634;
-  const l8 whole = __builtin_convertvector(scaled + (scaled < 0.0 ? f8{} - 0.5 : f8{} + 0.5), l8);
-  const f8 n = __builtin_convertvector(whole, f8);
-  const f8 r = (x - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10;
-  f8 p = f8{} + 1.0;
-  for (int k = 13; k > 0; k--) p = p * r * (1.0 / k) + 1.0;
-  const l8 bits = (whole + 1023) << 52;
-  f8 power;
-  std::memcpy(&power, &bits, 64);
-  return none ? f8{} : p * power;
-}
-
-// Floats in order are these integers in order.
-inline float of_order(int32_t order) {
-  const int32_t bits = order < 0 ? order ^ 0x7fffffff : order;
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
-
-// The largest float up to `top` for which `holds`, which then holds for all below.
-template <class Holds>
-float largest(float top, Holds holds) {
-  int32_t bits;
-  std::memcpy(&bits, &top, 4);
-  int64_t low = -0x7f7fffffLL - 1, high = bits < 0 ? bits ^ 0x7fffffff : bits;
-  while (low < high) {
-    const int64_t middle = low + (high - low + 1) / 2;
-    if (holds(of_order(int32_t(middle))))
-      low = middle;
-    else
-      high = middle - 1;
-  }
-  return of_order(int32_t(low));
-}
-
-// What one token is drawn from. The three rows of logits are guidance's; without guidance they are
-// one. `blocked` and `seen` mark columns, where there are any. Temperature 0 takes the largest;
-// top_k and min_p are off at 0, top_p and penalty at 1.
-struct Choice {
-  const float *full, *image_only, *unconditional;
-  const uint8_t *blocked, *seen;
-  int64_t columns, top_k;
-  double text, image, temperature, top_p, min_p, penalty, uniform;
-
-  void mix(float* __restrict z) const {
-    const float t = float(text), i = float(image), p = float(penalty);
-    if (full == image_only && full == unconditional)
-      std::memcpy(z, full, columns * sizeof(float));
-    else
-      for (int64_t c = 0; c < columns; c++)
-        z[c] = unconditional[c] + i * (image_only[c] - unconditional[c]) +
-               t * (full[c] - image_only[c]);
-    if (blocked)
-      for (int64_t c = 0; c < columns; c++) z[c] = blocked[c] ? -INFINITY : z[c];
-    if (seen)
-      for (int64_t c = 0; c < columns; c++)
-        z[c] = seen[c] ? (z[c] > 0 ? z[c] / p : z[c] * p) : z[c];
-  }
-};
-
-// Whether something can be drawn: no NaN, nothing infinite but what may not come.
-bool sound(const float* z, int64_t n) {
-  float top = -INFINITY;
-  bool all = true;
-  for (int64_t i = 0; i < n; i++) {
-    all &= z[i] <= 3.402823466e+38f;
-    top = z[i] > top ? z[i] : top;
-  }
-  return all && top > -INFINITY;
-}
-
-// One row of logits in z, which like the scratch e is padded to sixteens.
-struct Draw {
-  int64_t count, n;
-  float* z;
-  double* e;
-  float top;
-
-  Draw(int64_t count, float temperature, float* z, double* e)
-      : count(count), n((count + 15) / 16 * 16), z(z), e(e) {
-    for (int64_t i = count; i < n; i++) z[i] = -INFINITY;
-    if (temperature != 0)
-      for (int64_t i = 0; i < count; i++) z[i] /= temperature;
-    f16 most = load(z);
-    for (int64_t i = 16; i < n; i += 16) {
-      const f16 here = load(z + i);
-      most = here > most ? here : most;
-    }
-    top = most[0];
-    for (int i = 1; i < 16; i++) top = std::max(top, most[i]);
-  }
-
-  int64_t greedy() const { return std::find(z, z + count - 1, top) - z; }
-
-  void drop_below(float least) {
-    for (int64_t i = 0; i < n; i++) z[i] = z[i] < least ? -INFINITY : z[i];
-  }
-
-  // Those that equal the least of the k largest stay too.
-  void top_k(int64_t k) {
-    drop_below(largest(top, [&](float least) {
-      i16 count = {};
-      for (int64_t i = 0; i < n; i += 16) count -= load(z + i) >= least;
-      int64_t total = 0;
-      for (int i = 0; i < 16; i++) total += count[i];
-      return total >= k;
-    }));
-  }
-
-  // Drops the least while they have at most `tail` of the probability; of equal ones the first.
-  void top_p(float tail) {
-    auto below = [&](float least) {
-      f16 mass = {};
-      for (int64_t i = 0; i < n; i += 16) {
-        const f16 here = load(z + i);
-        mass += here < least ? exp16(here - top) : f16{};
-      }
-      return sum(mass);
-    };
-    const float limit = tail * below(INFINITY);
-    const float least = largest(top, [&](float x) { return below(x) <= limit; });
-    int64_t equal = 0;
-    for (int64_t i = 0; i < n; i++) equal += z[i] == least;
-    const float each = exp16(splat(least - top))[0], rest = std::max(0.0f, limit - below(least));
-    int64_t more = std::min<int64_t>(equal - 1, int64_t(rest / each));
-    drop_below(least);
-    for (int64_t i = 0; more > 0; i++)
-      if (z[i] == least) z[i] = -INFINITY, more--;
-  }
-
-  // Sums of blocks tell the block, then its entries are added one by one.
-  int64_t pick(double uniform) {
-    const int64_t block = 64;
-    double total = 0;
-    for (int64_t first = 0; first < n; first += block) total += soften(first, first + block);
-    const double target = std::min(uniform * total, std::nextafter(total, 0.0));
-    double sum = 0;
-    int64_t first = 0;
-    for (; first + block < n; first += block) {
-      const double after = sum + mass(first, first + block);
-      if (after > target) break;
-      sum = after;
-    }
-    int64_t last = 0;
-    for (int64_t i = first; i < n; i++) {
-      if ((sum += e[i]) > target) return i;
-      if (e[i] > 0) last = i;
-    }
-    return last;
-  }
-
-  double soften(int64_t first, int64_t last) {
-    for (int64_t i = first; i < std::min(last, n); i += 8) {
-      half_f16 here;
-      std::memcpy(&here, z + i, 32);
-      const f8 value = exp8(__builtin_convertvector(here, f8) - double(top));
-      std::memcpy(e + i, &value, 64);
-    }
-    return mass(first, last);
-  }
-
-  double mass(int64_t first, int64_t last) const {
-    f8 total = {};
-    for (int64_t i = first; i < std::min(last, n); i += 8) {
-      f8 here;
-      std::memcpy(&here, e + i, 64);
-      total += here;
-    }
-    double sum = 0;
-    for (int i = 0; i < 8; i++) sum += total[i];
-    return sum;
-  }
-};
+// Whether a product with such a matrix reads its input in bf16.
+bool reads_bf16(const Matrix& m) { return m.format == BF16 || m.format == INT4; }
 
 }  // namespace
 
 extern "C" {
+
+// The sizes of the structures, which cpu_step.py compares with its own.
+const int64_t* earlyfusion_abi() {
+  static const int64_t sizes[] = {sizeof(Matrix), sizeof(Layer), sizeof(Model), sizeof(Choice)};
+  return sizes;
+}
 
 // The column that each of B choices comes to; -1 where the logits are not finite.
 void earlyfusion_draw(const Choice* choices, int64_t B, int64_t* drawn, int64_t threads) {
@@ -1043,31 +770,15 @@ void earlyfusion_draw(const Choice* choices, int64_t B, int64_t* drawn, int64_t 
   for (int64_t b = 0; b < B; b++) widest = std::max(widest, choices[b].columns);
 #pragma omp parallel num_threads(std::min(threads, B))
   {
-    Floats z(widest + 15);
-    std::vector<double, Lines<double>> e(widest + 15);
+    Aligned<float> z(widest + 15);
+    Aligned<double> e(widest + 15);
 #pragma omp for
-    for (int64_t b = 0; b < B; b++) {
-      const Choice& c = choices[b];
-      c.mix(z.data());
-      if (!sound(z.data(), c.columns)) {
-        drawn[b] = -1;
-        continue;
-      }
-      Draw row(c.columns, float(c.temperature), z.data(), e.data());
-      if (c.temperature == 0) {
-        drawn[b] = row.greedy();
-        continue;
-      }
-      if (c.top_k > 0 && c.top_k < c.columns) row.top_k(c.top_k);
-      if (c.top_p < 1) row.top_p(float(1 - c.top_p));
-      if (c.min_p > 0) row.drop_below(row.top + float(std::log(c.min_p)));
-      drawn[b] = row.pick(c.uniform);
-    }
+    for (int64_t b = 0; b < B; b++) drawn[b] = drawn_column(choices[b], z.data(), e.data());
   }
 }
 
-// x_RD: embedded tokens in, states behind the last norm out. Each row's token goes to place
-// lengths[row] of its slot, and sees what the slot holds up to there: also what other rows store.
+// x_RD: embedded tokens in, states after the final norm out. Each row's token is stored at position
+// lengths[row] of its slot and sees all up to there, what other rows of this call store included.
 void earlyfusion_step(const Model* model, int64_t R, float* x_RD, const int64_t* slots,
                       const int64_t* lengths, int64_t threads) {
   const Model& m = *model;
@@ -1075,47 +786,53 @@ void earlyfusion_step(const Model* model, int64_t R, float* x_RD, const int64_t*
   const int64_t D = m.D, qkv_width = (m.N + 2 * m.K) * m.H;
   int64_t longest = 0;
   for (int64_t row = 0; row < R; row++) longest = std::max(longest, lengths[row] + 1);
-  const bool half = rounds(m.layer[0].q);
-  Buffers attended_buffer(R, m.N * m.H, half), inner_buffer(R, m.F, half);
+  const bool bf16 = reads_bf16(m.layers[0].q_proj);  // all matrices have one format
+  Buffers attended_buffer(R, m.N * m.H, bf16), inner_buffer(R, m.F, bf16);
   const Input attended = attended_buffer.input(), inner = inner_buffer.input();
-  Floats qkv(R * qkv_width), gates(R * m.F), ups(R * m.F), y(R * D);
-  Meeting meeting;
+  Aligned<float> qkv(R * qkv_width), gates(R * m.F), ups(R * m.F), y(R * D);
+  Barrier barrier;
+  const auto attention_in_format = m.cache_format == FP32   ? attention<float>
+                                   : m.cache_format == BF16 ? attention<uint16_t>
+                                                            : attention<int8_t>;
 #pragma omp parallel num_threads(threads)
   {
-    Buffers own(R, D, half);
-    const Input in = own.input();
-    Floats x(x_RD, x_RD + R * D), norm_scratch(D);
-    Floats scratch(m.H + padded(longest));
-    for (int64_t i = 0; i < m.layers; i++) {
-      const Layer& l = m.layer[i];
-      const float* before_1 = m.norm_after ? nullptr : l.norm_1;
-      const float* before_2 = m.norm_after ? nullptr : l.norm_2;
-      const float* after_1 = m.norm_after ? l.norm_1 : nullptr;
-      const float* after_2 = m.norm_after ? l.norm_2 : nullptr;
+    // Of each thread, so that norms and sums need no barrier: all compute the same.
+    Buffers in_buffer(R, D, bf16);
+    const Input in = in_buffer.input();
+    Aligned<float> x(x_RD, x_RD + R * D), norm_scratch(D);
+    Aligned<float> scratch(m.H + padded(longest));
+    const auto before_branch = [&](const float* norm) {
+      if (m.norm_after)
+        copy_rounded(x.data(), R, D, in);
+      else
+        norm_rounded(x.data(), norm, R, D, m.eps, in);
+    };
+    const auto after_branch = [&](const float* norm) {
+      add(x.data(), y.data(), m.norm_after ? norm : nullptr, R, D, m.eps, norm_scratch.data());
+    };
+    for (int64_t i = 0; i < m.layer_count; i++) {
+      const Layer& l = m.layers[i];
+      before_branch(l.attention_norm);
+      multiply(l.q_proj, in, R, qkv.data(), qkv_width);
+      multiply(l.k_proj, in, R, qkv.data() + m.N * m.H, qkv_width);
+      multiply(l.v_proj, in, R, qkv.data() + (m.N + m.K) * m.H, qkv_width);
+      barrier.wait();
+      attention_in_format(m, l, slots, lengths, qkv.data(), qkv_width, attended, R, shared, barrier,
+                          scratch.data());
+      barrier.wait();
+      multiply(l.o_proj, attended, R, y.data(), D);
+      barrier.wait();
+      after_branch(l.attention_norm);
 
-      normed(x.data(), before_1, R, D, m.eps, in);
-      multiply(l.q, in, R, qkv.data(), qkv_width);
-      multiply(l.k_new, in, R, qkv.data() + m.N * m.H, qkv_width);
-      multiply(l.v_new, in, R, qkv.data() + (m.N + m.K) * m.H, qkv_width);
-      meeting.wait();
-      const auto attention_here = m.cache_kind == FP32   ? attention<float>
-                                  : m.cache_kind == BF16 ? attention<uint16_t>
-                                                         : attention<int8_t>;
-      attention_here(m, l, slots, lengths, qkv.data(), qkv_width, attended, R, shared, meeting,
-                     scratch.data());
-      meeting.wait();
-      multiply(l.o, attended, R, y.data(), D);
-      meeting.wait();
-      add(x.data(), y.data(), after_1, R, D, m.eps, norm_scratch.data());
-      normed(x.data(), before_2, R, D, m.eps, in);
-      const Range mine = multiply(l.gate, in, R, gates.data(), m.F);
-      multiply(l.up, in, R, ups.data(), m.F);  // the same rows of this thread
+      before_branch(l.feed_forward_norm);
+      const Range mine = multiply(l.gate_proj, in, R, gates.data(), m.F);
+      multiply(l.up_proj, in, R, ups.data(), m.F);  // the same rows of this thread
       for (int64_t row = 0; row < R; row++)
         activate(gates.data() + row * m.F, ups.data() + row * m.F, mine, inner, row);
-      meeting.wait();
-      multiply(l.down, inner, R, y.data(), D);
-      meeting.wait();
-      add(x.data(), y.data(), after_2, R, D, m.eps, norm_scratch.data());
+      barrier.wait();
+      multiply(l.down_proj, inner, R, y.data(), D);
+      barrier.wait();
+      after_branch(l.feed_forward_norm);
     }
 #pragma omp single nowait
     for (int64_t row = 0; row < R; row++)
@@ -1126,9 +843,9 @@ void earlyfusion_step(const Model* model, int64_t R, float* x_RD, const int64_t*
 // y[R, rows] = x[R, columns] . matrix
 void earlyfusion_multiply(const Matrix* matrix, int64_t R, const float* x, int64_t columns,
                           float* y, int64_t threads) {
-  Buffers own(R, columns, rounds(*matrix));
-  const Input in = own.input();
-  normed(x, nullptr, R, columns, 0, in);
+  Buffers buffers(R, columns, reads_bf16(*matrix));
+  const Input in = buffers.input();
+  copy_rounded(x, R, columns, in);
 #pragma omp parallel num_threads(threads)
   multiply(*matrix, in, R, y, matrix->rows);
 }

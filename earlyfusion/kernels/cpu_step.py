@@ -1,13 +1,13 @@
-"""A step on a CPU in compiled code: `cpu_step.cpp`, built on first use by a C++ compiler.
+"""A step of the transformer on a CPU in compiled code: `cpu_step.cpp`.
 
 Reading the weights is what a step of few rows costs. The compiled step reads them once for all
-rows, in fp32, bf16, int8 (one scale a row) or int4 (one bf16 scale for 32 columns), and spends no
-time between operations. Prompts are read by it too: what a token comes to is then the same to the
-bit however a prompt is cut and whatever stands beside it. `available()` is False without a C++
-compiler, or with EARLYFUSION_NATIVE=0.
+rows, in fp32, bf16, int8 (one scale per row) or int4 (one bf16 scale per 32 columns), and spends no
+time between operations. Prompts are read by it too: a token's result is then the same to the bit
+however its prompt is cut and whatever else is in the step. `native.py` says where it is built;
+`available()` is False without a C++ compiler, or with EARLYFUSION_NATIVE=0.
 
 Shapes: R rows of a step, D model width, O rows and I columns of a matrix, S slots, K key and value
-heads, P places of a slot, H head width.
+heads, P positions of a slot, H head width.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ from earlyfusion.model.rotary import rotary_tables
 from earlyfusion.model.transformer import Block, Transformer
 
 _LINEARS = (nn.Linear, PackedLinear)
-_CACHE_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+_CACHE_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # `Format` in cpu_step.cpp
 
 
 class Choice(NamedTuple):
-    """What one token is drawn from; pointers are addresses of rows of `columns` entries.
+    """From what one token is drawn; pointers are addresses of rows of `columns` entries.
 
-    The first three are guidance's logits in fp32, all the same without it; `blocked` and `seen` are
-    bools, or None.
+    The first three are guidance's logits in fp32, one and the same row without guidance. `blocked`
+    (may not be drawn) and `seen` (takes the penalty) are bools, or None. `text` and `image` are the
+    strengths of guidance.
     """
 
     full: int
@@ -55,16 +56,17 @@ class Choice(NamedTuple):
 
 
 def available() -> bool:
-    """Whether the compiled step can be had here."""
+    """Whether the compiled step is there: built before, or now."""
     return _library() is not None
 
 
 class CpuStep:
-    """The transformer's layers as one call; a row is one new token, of any slot and place.
+    """The transformer's layers as one call; a row is one new token, of any slot and position.
 
-    Reads the model's own weights where they are in `bits` already, else a packed copy. The cache is
-    the caller's: keys and values of a layer as [2, S, K, P, H] in fp32, bf16 or int8, and for int8
-    the `scales` of a layer as [2, S, K, P] in fp32. Raises ValueError for what `fits` refuses.
+    Reads the model's weights in place if they are in `bits` already, else a packed copy. The cache
+    belongs to the caller: keys and values of a layer as [2, S, K, P, H] in fp32, bf16 or int8, and
+    for int8 the `scales` of a layer as [2, S, K, P] in fp32. Raises ValueError for what `fits`
+    refuses.
     """
 
     def __init__(
@@ -81,17 +83,19 @@ class CpuStep:
             raise ValueError("the compiled step needs a C++ compiler: install g++")
         self._library = library
         self._embedding = transformer.model.embed_tokens.weight
-        self._kept: list[Any] = [*cache, *scales]
-        self._model = self._describe(transformer, cache, bits)
-        for here, scales_2SKP in zip(self._layers, scales, strict=bool(scales)):
-            here.k_scales, here.v_scales = (scale.data_ptr() for scale in scales_2SKP)
+        # The compiled step has addresses only, so everything that it reads is held here.
+        self._held: list[object] = [*cache, *scales]
+        self._layers = self._described_layers(transformer, cache, bits)
+        for layer, scales_2SKP in zip(self._layers, scales, strict=bool(scales)):
+            layer.k_scales, layer.v_scales = (scale.data_ptr() for scale in scales_2SKP)
+        self._model = self._described_model(transformer, cache)
         self.bits = bits
 
     def states(self, tokens_R: Tensor, slots_R: Tensor, lengths_R: Tensor) -> Tensor:
         """States [R, D] in fp32 that the head reads, after storing each token in its slot.
 
-        `lengths_R` counts the tokens before each in its slot, those of this call too: rows of one
-        slot stand at places that follow each other. All three are int64 on the CPU.
+        `lengths_R` counts the tokens before each in its slot, those of this call included: rows of
+        one slot have consecutive positions. All three are int64 on the CPU.
         """
         x_RD = self._embedding[tokens_R].float()
         slots_R, lengths_R = slots_R.contiguous(), lengths_R.contiguous()
@@ -106,84 +110,92 @@ class CpuStep:
         return x_RD
 
     def product(self, weight_OI: Tensor) -> Callable[[Tensor], Tensor]:
-        """x [R, I] -> x W^T [R, O], in fp32, with the weight in the bits of the step."""
+        """x [R, I] -> x W^T [R, O] in fp32, with the weight rounded to the step's bits."""
         packed = pack(weight_OI, self.bits)
         matrix, multiply = _matrix(packed), self._library.earlyfusion_multiply
 
         def product(x_RI: Tensor) -> Tensor:
             x_RI = x_RI.float().contiguous()
             y_RO = torch.empty(len(x_RI), len(packed.data))
-            threads = torch.get_num_threads()
-            size = len(x_RI), x_RI.data_ptr(), x_RI.shape[1]
-            multiply(ctypes.byref(matrix), *size, y_RO.data_ptr(), threads)
-            return y_RO[:, : packed.rows]
+            multiply(
+                ctypes.byref(matrix),
+                len(x_RI),
+                x_RI.data_ptr(),
+                x_RI.shape[1],
+                y_RO.data_ptr(),
+                torch.get_num_threads(),
+            )
+            return y_RO[:, : packed.rows]  # rows are padded to a multiple of 4
 
         return product
 
     def draw(self, choices: Sequence[Choice]) -> list[int]:
-        """The column drawn for each: mix, mask, penalty, then `warp` and `pick`.
+        """The column drawn for each, by guidance, mask, penalty, then `warp` and `pick`.
 
-        Where the temperature is 0, the largest; -1 where the logits are not finite.
+        At temperature 0 it is the largest. -1 means that the logits are not finite.
         """
         drawn = (ctypes.c_int64 * len(choices))()
         rows = (_Choice * len(choices))(*(_Choice(*choice) for choice in choices))
         self._library.earlyfusion_draw(rows, len(choices), drawn, torch.get_num_threads())
         return list(drawn)
 
-    def _describe(self, transformer: Transformer, cache: Sequence[Tensor], bits: int) -> _Model:
-        config, places = transformer.config, cache[0].shape[3]
-        layers = self._layers = (_Layer * config.num_hidden_layers)()
-        for here, block, kv_2SKPH in zip(layers, transformer.model.layers, cache, strict=True):
+    def _described_layers(
+        self, transformer: Transformer, cache: Sequence[Tensor], bits: int
+    ) -> ctypes.Array[_Layer]:
+        layers = (_Layer * transformer.config.num_hidden_layers)()
+        for layer, block, kv_2SKPH in zip(layers, transformer.model.layers, cache, strict=True):
             assert isinstance(block, Block) and kv_2SKPH.is_contiguous()
-            here.k, here.v = kv_2SKPH[0].data_ptr(), kv_2SKPH[1].data_ptr()
-            attention, mlp = block.self_attn, block.mlp
-            for part, names in ((attention, "qkvo"), (mlp, ("gate", "up", "down"))):
-                for name in names:
-                    packed = packed_weight(getattr(part, f"{name}_proj"), bits)
-                    self._kept.append(packed)
-                    setattr(here, f"{name}_proj", _matrix(packed))
-            here.norm_1 = self._vector(block.input_layernorm.weight)
-            here.norm_2 = self._vector(block.post_attention_layernorm.weight)
+            layer.k_cache, layer.v_cache = kv_2SKPH[0].data_ptr(), kv_2SKPH[1].data_ptr()
+            layer.attention_norm = self._vector(block.input_layernorm.weight)
+            layer.feed_forward_norm = self._vector(block.post_attention_layernorm.weight)
+            for name, linear in _projections(block):
+                packed = packed_weight(linear, bits)
+                self._held.append(packed)
+                setattr(layer, name, _matrix(packed))
             for name in ("q", "k"):
-                norm = getattr(attention, f"{name}_norm")
-                setattr(here, f"{name}_weight", self._vector(norm.weight))
-                setattr(here, f"{name}_bias", self._vector(norm.bias))
-        positions = torch.arange(places)[None]
-        half = config.head_dim // 2
-        rotary = rotary_tables(config, positions)
+                norm = getattr(block.self_attn, f"{name}_norm")
+                setattr(layer, f"{name}_weight", self._vector(norm.weight))
+                setattr(layer, f"{name}_bias", self._vector(norm.bias))
+        return layers
+
+    def _described_model(self, transformer: Transformer, cache: Sequence[Tensor]) -> _Model:
+        config, length = transformer.config, cache[0].shape[3]
+        rotary, half = rotary_tables(config, torch.arange(length)[None]), config.head_dim // 2
+        # Both halves of a table are alike, but for the sign of the sine: the second is positive.
         cos, sin = rotary.cos[0, :, 0, :half], rotary.sin[0, :, 0, half:]
         return _Model(
-            config.num_hidden_layers,
-            config.hidden_size,
-            config.num_attention_heads,
-            config.kv_heads,
-            config.head_dim,
-            config.intermediate_size,
-            int(config.swin_norm),
-            _CACHE_KINDS[cache[0].dtype],
-            places,
-            config.rms_norm_eps,
-            ctypes.cast(layers, ctypes.c_void_p),
-            self._vector(transformer.model.norm.weight),
-            self._vector(cos),
-            self._vector(sin),
+            layer_count=config.num_hidden_layers,
+            D=config.hidden_size,
+            N=config.num_attention_heads,
+            K=config.kv_heads,
+            H=config.head_dim,
+            F=config.intermediate_size,
+            norm_after=int(config.swin_norm),
+            cache_format=_CACHE_FORMATS[cache[0].dtype],
+            slot_length=length,
+            eps=config.rms_norm_eps,
+            layers=ctypes.cast(self._layers, ctypes.c_void_p),
+            final_norm=self._vector(transformer.model.norm.weight),
+            cos=self._vector(cos),
+            sin=self._vector(sin),
         )
 
     def _vector(self, values: Tensor) -> int:
-        kept = values.detach().float().contiguous().clone()
-        self._kept.append(kept)
-        return kept.data_ptr()
+        """The address of a copy in fp32."""
+        copy = values.detach().float().contiguous().clone()
+        self._held.append(copy)
+        return copy.data_ptr()
 
 
 def own_bits(transformer: Transformer) -> int | None:
-    """Bits that the model's matrices have already; None where the step has no form for them."""
+    """Bits that the model's matrices have already; None if the step cannot read them so."""
     packed = [m.bits for m in _linears(transformer) if isinstance(m, PackedLinear)]
-    plain = {torch.float32: 32, torch.bfloat16: 16}
-    return packed[0] if packed else plain.get(transformer.lm_head.weight.dtype)
+    dense = {torch.float32: 32, torch.bfloat16: 16}
+    return packed[0] if packed else dense.get(transformer.lm_head.weight.dtype)
 
 
 def fits(transformer: Transformer, cache: Sequence[Tensor]) -> bool:
-    """Whether the compiled step can run a model on this cache: silu, no biases, rows in fours."""
+    """Whether the step can run a model on this cache: silu, no biases, rows in fours, a CPU."""
     config, linears = transformer.config, list(_linears(transformer))
     on_cpu = transformer.lm_head.weight.device.type == "cpu"
     plain = all(original_class(m) in _LINEARS and m.bias is None for m in linears)
@@ -192,61 +204,68 @@ def fits(transformer: Transformer, cache: Sequence[Tensor]) -> bool:
         all(n * config.head_dim % 4 == 0 for n in heads) and config.intermediate_size % 4 == 0
     )
     silu = config.hidden_act in ("silu", "swish")
-    return on_cpu and plain and silu and in_fours and cache[0].dtype in _CACHE_KINDS
+    return on_cpu and plain and silu and in_fours and cache[0].dtype in _CACHE_FORMATS
 
 
 def _linears(transformer: Transformer) -> Iterator[nn.Module]:
     for block in transformer.model.layers:
         assert isinstance(block, Block)
-        for part in (block.self_attn, block.mlp):
-            yield from (m for name, m in part.named_children() if name.endswith("_proj"))
+        yield from (linear for _, linear in _projections(block))
 
 
-# ---- the structures of cpu_step.cpp
+def _projections(block: Block) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules of a block's seven linear layers."""
+    for parent in (block.self_attn, block.mlp):
+        yield from (pair for pair in parent.named_children() if pair[0].endswith("_proj"))
+
+
+# ---- the structures of cpu_step.cpp: same names, same order
+
+_POINTER, _NUMBER, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+
+
+def _fields(names: str, c_type: type[Any]) -> list[tuple[str, type[Any]]]:
+    return [(name, c_type) for name in names.split()]
 
 
 class _Matrix(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("rows", ctypes.c_int64),
-        ("stride", ctypes.c_int64),
-        ("kind", ctypes.c_int64),
-    )
+    _fields_ = (*_fields("data scales", _POINTER), *_fields("rows stride format", _NUMBER))
 
 
 class _Layer(ctypes.Structure):
     _fields_ = (
-        *((f"{name}_proj", _Matrix) for name in ("q", "k", "v", "o", "gate", "up", "down")),
-        *((name, ctypes.c_void_p) for name in ("norm_1", "norm_2")),
-        *((name, ctypes.c_void_p) for name in ("q_weight", "q_bias", "k_weight", "k_bias")),
-        *((name, ctypes.c_void_p) for name in ("k", "v", "k_scales", "v_scales")),
-    )
-
-
-class _Choice(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in Choice._fields[:5]),
-        *((name, ctypes.c_int64) for name in Choice._fields[5:7]),
-        *((name, ctypes.c_double) for name in Choice._fields[7:]),
+        *_fields("q_proj k_proj v_proj o_proj gate_proj up_proj down_proj", _Matrix),
+        *_fields("attention_norm feed_forward_norm", _POINTER),
+        *_fields("q_weight q_bias k_weight k_bias", _POINTER),
+        *_fields("k_cache v_cache k_scales v_scales", _POINTER),
     )
 
 
 class _Model(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("layers", "D", "N", "K", "H", "F")),
-        *((name, ctypes.c_int64) for name in ("norm_after", "cache_kind", "places")),
+        *_fields("layer_count D N K H F norm_after cache_format slot_length", _NUMBER),
         ("eps", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in ("layer", "final_norm", "cos", "sin")),
+        *_fields("layers final_norm cos sin", _POINTER),
+    )
+
+
+class _Choice(ctypes.Structure):
+    _fields_ = (
+        *_fields("full image_only unconditional blocked seen", _POINTER),
+        *_fields("columns top_k", _NUMBER),
+        *_fields("text image temperature top_p min_p penalty uniform", _DOUBLE),
     )
 
 
 def _matrix(packed: PackedMatrix) -> _Matrix:
-    """Points into the packed matrix, which the caller keeps."""
-    stride = -(-packed.columns // 64) * 64
-    scales = None if packed.scales is None else packed.scales.data_ptr()
-    kind = BITS.index(packed.bits)
-    return _Matrix(packed.data.data_ptr(), scales, len(packed.data), stride, kind)
+    """Points into the packed matrix, which the caller has to hold."""
+    return _Matrix(
+        data=packed.data.data_ptr(),
+        scales=None if packed.scales is None else packed.scales.data_ptr(),
+        rows=len(packed.data),
+        stride=-(-packed.columns // 64) * 64,
+        format=BITS.index(packed.bits),  # `Format` in cpu_step.cpp has the same order
+    )
 
 
 @cache
@@ -254,13 +273,15 @@ def _library() -> ctypes.CDLL | None:
     library = native.load(Path(__file__).with_name("cpu_step.cpp"))
     if library is None:
         return None
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    library.earlyfusion_step.argtypes = [
-        pointer, number, pointer, pointer, pointer, number,
-    ]  # fmt: skip
+    p, n = _POINTER, _NUMBER
+    library.earlyfusion_step.argtypes = [p, n, p, p, p, n]
     library.earlyfusion_step.restype = None
-    library.earlyfusion_multiply.argtypes = [pointer, number, pointer, number, pointer, number]
+    library.earlyfusion_multiply.argtypes = [p, n, p, n, p, n]
     library.earlyfusion_multiply.restype = None
-    library.earlyfusion_draw.argtypes = [pointer, number, pointer, number]
+    library.earlyfusion_draw.argtypes = [p, n, p, n]
     library.earlyfusion_draw.restype = None
+    library.earlyfusion_abi.argtypes = []
+    library.earlyfusion_abi.restype = ctypes.POINTER(_NUMBER)
+    sizes = [ctypes.sizeof(structure) for structure in (_Matrix, _Layer, _Model, _Choice)]
+    assert library.earlyfusion_abi()[: len(sizes)] == sizes, "structures differ from cpu_step.cpp"
     return library

@@ -1,8 +1,8 @@
-"""Compiled parts: a C++ file beside its module, built for this processor when it is first needed.
+"""C++ files beside their modules, built for this processor when they are first needed.
 
-The library lies in `~/.cache/earlyfusion` (or under XDG_CACHE_HOME): one for each source, compiler
-and processor. Without a compiler (`$CXX`, `g++` or `clang++`), or with EARLYFUSION_NATIVE=0, there
-is none, and torch's own operators do the work.
+Libraries are kept in `~/.cache/earlyfusion` (or under XDG_CACHE_HOME), one for each source, its
+headers, compiler and processor. Without a compiler (`$CXX`, `g++` or `clang++`), or with
+EARLYFUSION_NATIVE=0, there are none, and torch's own operators do the work.
 """
 
 from __future__ import annotations
@@ -11,16 +11,18 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
 from pathlib import Path
 
+_INCLUDE = re.compile(rb'^#include "([^"]+)"', re.MULTILINE)
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-std=c++17", "-shared", "-fPIC", "-w")
 
 
 def load(source: Path) -> ctypes.CDLL | None:
-    """The library of a C++ file, built where it is not there yet; None where it cannot be had."""
+    """The library of a C++ file, built if it is not there yet; None if it cannot be built."""
     if os.environ.get("EARLYFUSION_NATIVE") == "0":
         return None
     try:
@@ -34,13 +36,15 @@ def _built(source: Path) -> Path:
     if compiler is None:
         raise OSError("no C++ compiler")
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60)
-    parts = (source.read_bytes(), version.stdout, _processor(), " ".join(_FLAGS).encode())
-    name = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+    texts = [path.read_bytes() for path in sources(source)]
+    key = (*texts, version.stdout, _processor(), " ".join(_FLAGS).encode())
+    name = hashlib.sha256(b"\0".join(key)).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "earlyfusion"
     target = folder / f"{source.stem}-{name}.so"
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=folder) as work:
+            # Renamed when it is whole: another process may build or load the same library.
             made = Path(work) / target.name
             command = [compiler, *_FLAGS, str(source), "-o", str(made)]
             subprocess.run(command, capture_output=True, check=True, timeout=300)
@@ -48,7 +52,18 @@ def _built(source: Path) -> Path:
     return target
 
 
+def sources(source: Path) -> list[Path]:
+    """A C++ file and the headers beside it that it includes, those of headers too."""
+    found = [source]
+    for path in found:  # grows while it is read
+        names = (name.decode() for name in _INCLUDE.findall(path.read_bytes()))
+        headers = (source.with_name(name) for name in names)
+        found += [header for header in dict.fromkeys(headers) if header not in found]
+    return found
+
+
 def _processor() -> bytes:
+    """What `-march=native` depends on: a home folder may be shared by different machines."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next((line for line in lines if line.startswith("flags")), "").encode()

@@ -1,38 +1,25 @@
-// Rounded weights back to fp32 or bf16, row by row; packed.py has the layout and the reasons.
+// Rounded weights back to fp32 or bf16, row by row; model/quantise.py has the layout and the reasons.
 
-#include <cstdint>
-#include <cstring>
+#include "simd.h"
 
 namespace {
 
 inline void put(float value, float* out) { *out = value; }
-
-// To the nearest bf16, ties to even; weights are finite.
-inline void put(float value, uint16_t* out) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  *out = static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-inline float from_bf16(uint16_t value) {
-  const uint32_t bits = static_cast<uint32_t>(value) << 16;
-  float result;
-  std::memcpy(&result, &bits, 4);
-  return result;
-}
+inline void put(float value, uint16_t* out) { *out = as_bf16(value); }
 
 template <typename Out>
 void row8(const int8_t* data, float scale, int64_t columns, Out* out) {
   for (int64_t i = 0; i < columns; ++i) put(data[i] * scale, out + i);
 }
 
-// 32 bytes hold 64 columns: the first 32 in the low halves, the next 32 in the high ones.
+// 32 bytes hold 64 columns: the first 32 in the low nibbles, the next 32 in the high ones. Levels are
+// stored plus 8.
 template <typename Out>
 void row4(const uint8_t* data, const uint16_t* scales, int64_t columns, Out* out) {
   for (int64_t start = 0; start < columns; start += 32) {
     const uint8_t* bytes = data + start / 64 * 32;
     const int shift = start / 32 % 2 * 4;
-    const float scale = from_bf16(scales[start / 32]);
+    const float scale = as_float(scales[start / 32]);
     const int64_t count = columns - start < 32 ? columns - start : 32;
     for (int64_t i = 0; i < count; ++i) put(((bytes[i] >> shift & 15) - 8) * scale, out + start + i);
   }
@@ -54,11 +41,11 @@ void unpack(const uint8_t* data, const void* scales, int64_t bits, int64_t rows,
 
 }  // namespace
 
-// `padded` columns lie in `data`, `columns` of them are wanted; `half` is 1 for bf16, 0 for fp32.
+// `data` has `padded` columns, of which `columns` are wanted; `to_bf16` is 1 for bf16, 0 for fp32.
 extern "C" void earlyfusion_unpack(const uint8_t* data, const void* scales, int64_t bits,
                                    int64_t rows, int64_t columns, int64_t padded, void* out,
-                                   int64_t half, int64_t threads) {
-  if (half)
+                                   int64_t to_bf16, int64_t threads) {
+  if (to_bf16)
     unpack(data, scales, bits, rows, columns, padded, static_cast<uint16_t*>(out), threads);
   else
     unpack(data, scales, bits, rows, columns, padded, static_cast<float*>(out), threads);

@@ -1,0 +1,148 @@
+// Vectors of sixteen floats, bf16, sums of vectors, e^x: shared by cpu_step.cpp, conv.cpp and
+// unpack.cpp. Written with the compiler's vector types, so that one source serves every processor;
+// intrinsics stand only where compilers do not find the instruction by themselves.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <new>
+#include <vector>
+#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
+#include <immintrin.h>
+#endif
+#if defined(__AVX2__) && defined(__FMA__) && !defined(__AVX512F__)
+#define VECTORS_OF_EIGHT  // registers hold eight floats, so a vector of sixteen takes two of them
+#endif
+
+namespace {
+
+typedef float floats16 __attribute__((vector_size(64)));
+typedef int32_t ints16 __attribute__((vector_size(64)));
+
+// ---- bf16: the upper two bytes of a float
+
+inline float as_float(uint16_t v) {
+  uint32_t bits = uint32_t(v) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+// To the nearest, ties to even. A NaN may become infinite: callers pass finite values.
+inline uint16_t as_bf16(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// ---- reading and writing, at any address
+
+inline floats16 load(const float* p) {
+  floats16 v;
+  std::memcpy(&v, p, 64);
+  return v;
+}
+
+inline floats16 load(const uint16_t* p) {
+#if defined(__AVX512F__)
+  __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return floats16(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16)));
+#else
+  floats16 v;
+  for (int i = 0; i < 16; i++) v[i] = as_float(p[i]);
+  return v;
+#endif
+}
+
+inline floats16 load(const int8_t* p) {
+#if defined(__AVX512F__)
+  __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return floats16(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(raw)));
+#else
+  floats16 v;
+  for (int i = 0; i < 16; i++) v[i] = p[i];
+  return v;
+#endif
+}
+
+inline void store(float* p, floats16 v) { std::memcpy(p, &v, 64); }
+
+inline floats16 splat(float x) { return floats16{} + x; }
+
+// Vectors that begin on a line of the processor's cache, so that no read of sixteen floats takes two.
+template <class T>
+struct LineAllocator {
+  typedef T value_type;
+  LineAllocator() = default;
+  template <class U>
+  LineAllocator(const LineAllocator<U>&) {}
+  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(64))); }
+  void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
+  template <class U>
+  bool operator==(const LineAllocator<U>&) const { return true; }
+  template <class U>
+  bool operator!=(const LineAllocator<U>&) const { return false; }
+};
+
+template <class T>
+using Aligned = std::vector<T, LineAllocator<T>>;
+
+// ---- arithmetic
+
+// The sums of N vectors, at most sixteen: entry i of the result is the sum of vector i. Each step
+// adds halves of two vectors and packs the results into one, so that four steps do all of them.
+template <int N>
+inline __attribute__((always_inline)) floats16 sums(floats16* v) {
+  // Which entries of the pair (a, b) come first: the lower 8, 4, 2, 1 of each run of that length.
+  const ints16 low_8 = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
+  const ints16 low_4 = {0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27};
+  const ints16 low_2 = {0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29};
+  const ints16 low_1 = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+  const floats16 none = {};
+  auto fold = [&](int i, int n, ints16 low, int32_t step) __attribute__((always_inline)) {
+    if (2 * i >= n) return;
+    const floats16 a = v[2 * i], b = 2 * i + 1 < n ? v[2 * i + 1] : none;
+    v[i] = __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, low + step);
+  };
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++) fold(i, N, low_8, 8);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) fold(i, (N + 1) / 2, low_4, 4);
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; i++) fold(i, (N + 3) / 4, low_2, 2);
+  fold(0, (N + 7) / 8, low_1, 1);
+  return v[0];
+}
+
+// In the order of `sums`, so that a vector has the same sum alone and among others.
+inline float sum(floats16 v) { return sums<1>(&v)[0]; }
+
+// e^x for x = n * ln 2 + r, where n is x / ln 2 rounded and `whole` is n as an integer; 2^n has to be
+// a normal number.
+inline floats16 exp_of(floats16 x, floats16 n, ints16 whole) {
+  // ln 2 in two parts: n times the first one is exact.
+  floats16 r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  floats16 p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  ints16 bits = (whole + 127) << 23;  // 2^n: n in a float's exponent
+  floats16 power;
+  std::memcpy(&power, &bits, 64);
+  return p * power;
+}
+
+// e^x to about one part in 10^7; x is clamped to the range of normal numbers.
+inline floats16 exp16(floats16 x) {
+  x = x < -87.0f ? splat(-87.0f) : x;
+  x = x > 88.0f ? splat(88.0f) : x;
+  floats16 scaled = x * 1.44269504f;
+  floats16 nudge = scaled < 0.0f ? splat(-0.5f) : splat(0.5f);
+  ints16 whole = __builtin_convertvector(scaled + nudge, ints16);
+  return exp_of(x, __builtin_convertvector(whole, floats16), whole);
+}
+
+}  // namespace
