@@ -19,6 +19,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from statistics import mean, median
 
 import torch
@@ -26,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from earlyfusion import Chameleon, Image, SamplingParams
+from earlyfusion.bench.harness import heading, line, medians, seconds, take_turns
 from earlyfusion.config import PRESETS
 from earlyfusion.engine.cache import DTYPES, Cache
 from earlyfusion.engine.engine import Engine
@@ -96,8 +98,8 @@ def quality(folder: str | None, pictures: int) -> None:
         for request, answer in zip(asked, wanted, strict=True)
     ]
     print(f"mini in {own}, {pictures} pictures, {sum(map(len, wanted))} tokens of answers\n")
-    print("| cache | bytes a token | KL | mean difference of p | tokens equal | answers equal |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    columns = ("KL", "mean difference of p", "tokens equal", "answers equal")
+    print(heading("cache", "bytes per token", *columns))
     for kept, dtype in DTYPES.items():
         divergences, differences = list[float](), list[float]()
         for request, answer, p in zip(asked, wanted, true, strict=True):
@@ -108,19 +110,14 @@ def quality(folder: str | None, pictures: int) -> None:
         pairs = zip(wanted, given, strict=True)
         equal = [i < len(y) and y[i] == token for x, y in pairs for i, token in enumerate(x)]
         whole = mean(x == y for x, y in zip(wanted, given, strict=True))
-        cells = f"{mean(divergences):.2e} | {mean(differences):.2e} | {mean(equal):.4f}"
-        print(f"| {kept} | {Cache.token_bytes(config, dtype):,} | {cells} | {whole:.3f} |")
+        cells = f"{mean(divergences):.2e}", f"{mean(differences):.2e}", f"{mean(equal):.4f}"
+        print(line(kept, f"{Cache.token_bytes(config, dtype):,}", *cells, f"{whole:.3f}"))
 
 
-def seconds(call: Callable[[], object], repeats: int) -> float:
+def median_seconds(call: Callable[[], object], repeats: int) -> float:
     # Of one thread the processor's time, so that other work on the machine is not counted.
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    times = []
-    for _ in range(repeats):
-        start = clock()
-        call()
-        times.append(clock() - start)
-    return median(times)
+    return median(seconds(call, clock=clock) for _ in range(repeats))
 
 
 @torch.inference_mode()
@@ -136,19 +133,17 @@ def speed(rounds: int) -> None:
             layer.store(every, *torch.randn(2, 3 * 1200, config.kv_heads, config.head_dim))
         steps[kept] = CpuStep(model, cache.layers, 32, cache.scales)
     cases = [(rows, context) for context in CONTEXTS for rows in (1, 3)]
-    times: dict[tuple[str, int, int], list[float]] = {}
-    for _ in range(rounds):
-        for rows, context in cases:
-            tokens, slots = torch.full((rows,), 7), torch.arange(rows)
-            lengths = torch.full((rows,), context)
-            for kept, step in steps.items():
-                call = lambda s=step, t=tokens, w=slots, n=lengths: s.states(t, w, n)  # noqa: E731
-                times.setdefault((kept, rows, context), []).append(seconds(call, 8))
-    print("\n| cache | " + " | ".join(f"{r} rows, context {c:,}, ms" for r, c in cases) + " |")
-    print("| --- " * (len(cases) + 1) + "|")
-    for kept in steps:
-        cells = (f"{1e3 * median(times[kept, rows, context]):.3f}" for rows, context in cases)
-        print(f"| {kept} | {' | '.join(cells)} |")
+    contenders = {}
+    for rows, context in cases:
+        given = torch.full((rows,), 7), torch.arange(rows), torch.full((rows,), context)
+        for name, step in steps.items():
+            read = partial(step.states, *given)
+            contenders[name, rows, context] = partial(median_seconds, read, 8)
+    times = medians(take_turns(contenders, rounds, warmup=0), 1e3)
+    print()
+    print(heading("cache", *(f"{r} rows, context {c:,}, ms" for r, c in cases)))
+    for name in steps:
+        print(line(name, *(f"{times[name, rows, context]:.3f}" for rows, context in cases)))
 
 
 @torch.inference_mode()
@@ -156,8 +151,9 @@ def pages(rounds: int, contexts: Sequence[int], sizes: Sequence[int]) -> None:
     """Attention of one layer, as the plain path makes it, in fp32."""
     config = PRESETS["mini"]
     heads, width = config.kv_heads, config.head_dim
-    print("\n| rows | context | slots in place, us | pages gathered first, us | times as long |")
-    print("| --- | --- | --- | --- | --- |")
+    columns = ("slots in place, us", "pages gathered first, us", "times as long")
+    print()
+    print(heading("rows", "context", *columns))
     for rows in sizes:
         for context in contexts:
             slots = torch.randn(2, rows, heads, context + PAGE, width)
@@ -165,7 +161,6 @@ def pages(rounds: int, contexts: Sequence[int], sizes: Sequence[int]) -> None:
             table = torch.randperm(rows * count).view(rows, count)
             pool = torch.randn(2, rows * count, heads, PAGE, width)
             q = torch.randn(rows, heads, 1, width)
-            results: dict[str, list[float]] = {"slots": [], "pages": []}
 
             def over_slots(q: Tensor = q, kv: Tensor = slots, end: int = context) -> Tensor:
                 return F.scaled_dot_product_attention(q, *kv[:, :, :, :end])
@@ -177,11 +172,11 @@ def pages(rounds: int, contexts: Sequence[int], sizes: Sequence[int]) -> None:
                 split = gathered.unflatten(1, table.shape).transpose(2, 3).flatten(3, 4)
                 return F.scaled_dot_product_attention(q, *split[:, :, :, :end])
 
-            for _ in range(rounds):
-                results["slots"].append(seconds(over_slots, 10))
-                results["pages"].append(seconds(over_pages, 10))
-            here, there = (1e6 * median(results[name]) for name in ("slots", "pages"))
-            print(f"| {rows} | {context:,} | {here:.0f} | {there:.0f} | {there / here:.1f} |")
+            calls = {"slots": over_slots, "pages": over_pages}
+            contenders = {name: partial(median_seconds, call, 10) for name, call in calls.items()}
+            here, there = medians(take_turns(contenders, rounds, warmup=0), 1e6).values()
+            ratio = f"{there / here:.1f}"
+            print(line(rows, f"{context:,}", f"{here:.0f}", f"{there:.0f}", ratio))
 
 
 def main() -> None:

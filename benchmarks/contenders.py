@@ -1,14 +1,7 @@
-"""What the comparisons share: one random model in both libraries, rows of results, their table.
-
-Rows are also written as JSON (`--json FILE`), for plots.py.
-"""
+"""What the comparisons share: one random model in both libraries."""
 
 from __future__ import annotations
 
-import json
-import platform
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,49 +12,11 @@ from earlyfusion.bench.shapes import SHAPES
 from earlyfusion.config import ModelConfig
 from earlyfusion.model.transformer import Transformer
 
-OURS, THEIRS = "earlyfusion", "transformers"
-RATES = ("tokens/s",)  # of these, more is better; of times, less
-
-
-@dataclass
-class Row:
-    """One thing measured: a value for each contender, the first of them ours."""
-
-    what: str
-    unit: str
-    values: dict[str, float]
-    note: str = ""
-
-
-def table(rows: Iterable[Row]) -> str:
-    """Markdown; "times as fast" is ours against each of the others, in their order."""
-    lines = [
-        f"| what | {OURS} | others | times as fast | note |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for row in rows:
-        (_, ours), *others = row.values.items()
-        told = ", ".join(f"{name} {_short(value)}" for name, value in others)
-        ratios = (ours / v if row.unit in RATES else v / ours for _, v in others)
-        times = ", ".join(f"{ratio:.2f}" for ratio in ratios)
-        lines.append(f"| {row.what} | {_short(ours)} {row.unit} | {told} | {times} | {row.note} |")
-    return "\n".join(lines)
-
-
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-
-
-def save(rows: Iterable[Row], file: Path | None, **settings: Any) -> None:
-    """Write what was measured, and with what."""
-    if file is not None:
-        machine = {"processor": platform.processor(), "torch": torch.__version__}
-        told = settings | machine | {"rows": [asdict(row) for row in rows]}
-        file.write_text(json.dumps(told, indent=1), encoding="utf-8")
+THEIRS = "transformers"
 
 
 def ready(stock: Any) -> Any:
-    """transformers' model, told never to end a reply early."""
+    """transformers' model, set to never end a reply early."""
     stock.generation_config.eos_token_id = None
     stock.generation_config.pad_token_id = 1
     return stock.eval()

@@ -11,14 +11,15 @@ picture under three-branch guidance reads. Needs `pip install "earlyfusion[trans
 from __future__ import annotations
 
 import argparse
-import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from contenders import OURS, THEIRS, Row, random_transformer, save, stock_of, table
+from contenders import THEIRS, random_transformer, stock_of
 
+from earlyfusion.bench.harness import OURS, Row, medians, save, seconds, table, take_turns
 from earlyfusion.bench.shapes import SHAPES
 from earlyfusion.kernels.cpu_step import CpuStep
 
@@ -30,23 +31,23 @@ def stock_seconds(stock: Any, context: int, tokens: int) -> float:
     source = torch.Generator().manual_seed(0)
     ids = torch.randint(words // 2, words, (1, context), generator=source)
 
-    def run(new: int) -> float:
-        start = time.perf_counter()
-        mask = torch.ones_like(ids)
+    def run(new: int) -> None:
         limits = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
-        stock.generate(input_ids=ids, attention_mask=mask, **limits)
-        return time.perf_counter() - start
+        stock.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **limits)
 
-    return (run(tokens + 1) - run(1)) / tokens
+    return (seconds(partial(run, tokens + 1)) - seconds(partial(run, 1))) / tokens
 
 
 def step_seconds(step: CpuStep, head: Any, context: int, rows: int, tokens: int) -> float:
     slots, lengths = torch.arange(rows), torch.full((rows,), context)
     drawn, times = torch.full((rows,), 7), []
-    for _ in range(tokens):
-        start = time.perf_counter()
+
+    def draw() -> None:
+        nonlocal drawn
         drawn = head(step.states(drawn, slots, lengths)).argmax(-1)
-        times.append(time.perf_counter() - start)
+
+    for _ in range(tokens):
+        times.append(seconds(draw))
         lengths = lengths + 1
     return median(times)
 
@@ -69,16 +70,20 @@ def main() -> None:
     heads = {bits: step.product(model.lm_head.weight) for bits, step in steps.items()}
     rows = []
     for context in CONTEXTS:
-        theirs: list[float] = []
-        ours: dict[tuple[int, int], list[float]] = {(b, r): [] for b in BITS for r in (1, 3)}
-        for _ in range(options.rounds):
-            theirs.append(stock_seconds(stock, context, options.tokens))
-            for (bits, number), times in ours.items():
-                step, head = steps[bits], heads[bits]
-                times.append(step_seconds(step, head, context, number, options.tokens))
+        contenders = {
+            THEIRS: partial(stock_seconds, stock, context, options.tokens),
+            **{
+                (bits, number): partial(
+                    step_seconds, steps[bits], heads[bits], context, number, options.tokens
+                )
+                for bits in BITS
+                for number in (1, 3)
+            },
+        }
+        times = medians(take_turns(contenders, options.rounds, warmup=0), 1e3)
         for bits in BITS:
-            one, three = (1e3 * median(ours[bits, number]) for number in (1, 3))
-            values = {OURS: one, f"{THEIRS}, bf16": 1e3 * median(theirs)}
+            one, three = times[bits, 1], times[bits, 3]
+            values = {OURS: one, f"{THEIRS}, bf16": times[THEIRS]}
             note = f"3 rows: {three:.2f} ms, {three / one:.2f} times one"
             rows.append(Row(f"a token in {bits} bits, context {context:,}", "ms", values, note))
     print(f"{options.shape}, {options.threads} threads\n\n{table(rows)}")

@@ -24,20 +24,20 @@ from __future__ import annotations
 import argparse
 import random
 import tempfile
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
-from contenders import OURS, THEIRS, Row, save, stock_from, table
+from contenders import THEIRS, stock_from
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.utils import logging
 
 from earlyfusion import Chameleon, Image, SamplingParams
+from earlyfusion.bench.harness import OURS, Row, medians, save, seconds, table, take_turns
 from earlyfusion.bench.shapes import SHAPES, write_random
 from earlyfusion.bench.speed import Meter
 from earlyfusion.generation.request import Request
@@ -74,25 +74,22 @@ class Bench:
         """Seconds to the first token, and of each after it."""
         sampling = SamplingParams(temperature=0, seed=0).resolved({})
         handle = self.engine.add(Request(ids, "text", sampling, 0, self.tokens + 1))
-        start = time.perf_counter()
-        while not handle.tokens:
+        first = seconds(lambda: self.step_until(lambda: handle.tokens))
+        rest = seconds(lambda: self.step_until(lambda: handle.finished))
+        return first, rest / max(len(handle.tokens) - 1, 1)
+
+    def step_until(self, done: Callable[[], object]) -> None:
+        while not done():
             self.engine.step()
-        first = time.perf_counter()
-        while not handle.finished:
-            self.engine.step()
-        rest = time.perf_counter() - first
-        return first - start, rest / max(len(handle.tokens) - 1, 1)
 
     def theirs(self, ids: Sequence[int], tokens: int, cache: str, **pixels: Any) -> float:
         """Seconds of `generate` for so many tokens."""
         given = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)).long()}
         given = {name: value.to(self.device) for name, value in (given | pixels).items()}
-        kind = {} if cache == "dynamic" else {"cache_implementation": "static"}
+        static = {} if cache == "dynamic" else {"cache_implementation": "static"}
         self.stock.forward = self._forward("compiled" if cache == "compiled" else "plain")
         limits = {"do_sample": False, "max_new_tokens": tokens, "min_new_tokens": tokens}
-        start = time.perf_counter()
-        self.stock.generate(**given, **limits, **kind).tolist()
-        return time.perf_counter() - start
+        return seconds(lambda: self.stock.generate(**given, **limits, **static).tolist())
 
     def theirs_at_once(self, prompts: list[list[int]]) -> int:
         """Tokens that `generate_batch` gives."""
@@ -111,39 +108,41 @@ class Bench:
         )
         return sum(len(reply.generated_tokens) for reply in made.values())
 
-    def _forward(self, kind: str) -> Callable[..., Any]:
-        if kind not in self._forwards:
-            self._forwards[kind] = torch.compile(self._forwards["plain"])
-        return self._forwards[kind]
+    def _forward(self, name: str) -> Callable[..., Any]:
+        if name not in self._forwards:
+            self._forwards[name] = torch.compile(self._forwards["plain"])
+        return self._forwards[name]
 
 
 def decode(bench: Bench, rounds: int, caches: Sequence[str]) -> list[Row]:
     """A token at each context; transformers' is that of many tokens less that of one."""
     rows = []
     for context in CONTEXTS:
-        own: list[float] = []
-        stock: dict[str, list[float]] = {f"{THEIRS}, {cache}": [] for cache in caches}
-        for _ in range(rounds + 1):
-            ids = bench.prompt(context)
-            own.append(bench.ours(ids)[1])
-            for cache, times in zip(caches, stock.values(), strict=True):
-                one, many = (bench.theirs(ids, n, cache) for n in (1, bench.tokens + 1))
-                times.append((many - one) / bench.tokens)
-        values = {name: 1e3 * median(times[1:]) for name, times in {OURS: own, **stock}.items()}
-        rows.append(Row(f"a token, context {len(ids):,}", "ms", values))
+        prompt = bench.prompt(context)
+
+        def theirs(cache: str, ids: list[int]) -> float:
+            one, many = (bench.theirs(ids, n, cache) for n in (1, bench.tokens + 1))
+            return (many - one) / bench.tokens
+
+        # A prompt that the engine has read before would not be read again.
+        ours = {OURS: lambda c=context: bench.ours(bench.prompt(c))[1]}
+        others = {f"{THEIRS}, {cache}": partial(theirs, cache, prompt) for cache in caches}
+        values = medians(take_turns(ours | others, rounds), 1e3)
+        rows.append(Row(f"a token, context {len(prompt):,}", "ms", values))
     return rows
 
 
 def read(bench: Bench, meter: Meter, rounds: int) -> list[Row]:
     """The first token of a long prompt."""
-    times = []
-    for _ in range(rounds + 1):
-        ids = bench.prompt(CONTEXTS[1])
-        times.append((bench.ours(ids)[0], bench.theirs(ids, 1, "dynamic")))
-    own, stock = (median(column) for column in zip(*times[1:], strict=True))
-    share = meter.operations(len(ids)) / meter.peak
-    note = f"{share / own:.0%} and {share / stock:.0%} of the matmul peak"
-    return [Row(f"first token, context {len(ids):,}", "ms", _milli(own, stock), note)]
+    length = len(bench.prompt(CONTEXTS[1]))
+    contenders = {
+        OURS: lambda: bench.ours(bench.prompt(CONTEXTS[1]))[0],
+        f"{THEIRS}, dynamic": lambda: bench.theirs(bench.prompt(CONTEXTS[1]), 1, "dynamic"),
+    }
+    values = medians(take_turns(contenders, rounds), 1e3)
+    limit = 1e3 * meter.operations(length) / meter.peak
+    shares = " and ".join(f"{limit / value:.0%}" for value in values.values())
+    return [Row(f"first token, context {length:,}", "ms", values, f"{shares} of the matmul peak")]
 
 
 def picture(bench: Bench, rounds: int) -> list[Row]:
@@ -152,47 +151,63 @@ def picture(bench: Bench, rounds: int) -> list[Row]:
     assert vocabulary.image_placeholder is not None
     shown = [vocabulary.image_placeholder] * layout.num_codes
     marks = [vocabulary.begin_image, *shown, vocabulary.end_image]
-    own: list[list[float]] = [[], []]
-    stock: list[float] = []
-    for number in range(rounds + 1):
-        pixels = bench.picture()
-        for times, question in zip(own, QUESTIONS, strict=True):
-            start = time.perf_counter()
-            asked = bench.model.request([Image(pixels), question], "text", seed=number)
-            handle = bench.engine.add(asked)
-            while not handle.tokens:
-                bench.engine.step()
-            times.append(time.perf_counter() - start)
-            handle.cancel()
-        words = bench.processor.encode_text(QUESTIONS[0])
-        ids = [vocabulary.bos, *marks, *words, vocabulary.end_of_turn]
-        image = bench.model.image_tokenizer.preprocess(pixels)[None].to(bench.stock.dtype)
-        stock.append(bench.theirs(ids, 1, "dynamic", pixel_values=image))
-    theirs, rows = median(stock[1:]), []
-    for name, times in zip(("new picture", "known picture"), own, strict=True):
-        values = _milli(median(times[1:]), theirs)
-        rows.append(Row(f"first token, {name} of {layout.num_codes:,} codes", "ms", values))
-    return rows
+    words = bench.processor.encode_text(QUESTIONS[0])
+    ids = [vocabulary.bos, *marks, *words, vocabulary.end_of_turn]
+    pictures: list[PIL.Image.Image] = []
+
+    def ask(question: str) -> None:
+        request = bench.model.request([Image(pictures[-1]), question], "text", seed=len(pictures))
+        handle = bench.engine.add(request)
+        bench.step_until(lambda: handle.tokens)
+        handle.cancel()
+
+    def new() -> float:
+        pictures.append(bench.picture())
+        return seconds(lambda: ask(QUESTIONS[0]))
+
+    def stock() -> float:
+        image = bench.model.image_tokenizer.preprocess(pictures[-1])[None].to(bench.stock.dtype)
+        return bench.theirs(ids, 1, "dynamic", pixel_values=image)
+
+    theirs = f"{THEIRS}, dynamic"
+    contenders = {"new": new, "known": lambda: seconds(lambda: ask(QUESTIONS[1])), theirs: stock}
+    found = medians(take_turns(contenders, rounds), 1e3)
+    return [
+        Row(
+            f"first token, {name} picture of {layout.num_codes:,} codes",
+            "ms",
+            {OURS: found[name], theirs: found[theirs]},
+        )
+        for name in ("new", "known")
+    ]
 
 
 def batch(bench: Bench, rounds: int, number: int) -> list[Row]:
     """Many texts at once."""
-    own, stock = [], []
     sampling = SamplingParams(temperature=0, seed=0).resolved({})
-    for _ in range(rounds + 1):
-        prompts = [bench.prompt(CONTEXTS[0] + i % 8) for i in range(number)]
-        start = time.perf_counter()
-        asked = [Request(ids, "text", sampling, 0, bench.tokens) for ids in prompts]
-        handles = [bench.engine.add(request) for request in asked]
-        while bench.engine.busy:
-            bench.engine.step()
-        seconds = time.perf_counter() - start
-        own.append(sum(len(handle.tokens) for handle in handles) / seconds)
-        start = time.perf_counter()
-        drawn = bench.theirs_at_once(prompts)
-        stock.append(drawn / (time.perf_counter() - start))
+
+    def prompts() -> list[list[int]]:
+        return [bench.prompt(CONTEXTS[0] + i % 8) for i in range(number)]
+
+    def ours() -> float:
+        requests = [Request(ids, "text", sampling, 0, bench.tokens) for ids in prompts()]
+        handles: list[Any] = []
+
+        def run() -> None:
+            handles.extend(bench.engine.add(request) for request in requests)
+            bench.step_until(lambda: not bench.engine.busy)
+
+        took = seconds(run)
+        return sum(len(handle.tokens) for handle in handles) / took
+
+    def theirs() -> float:
+        given, counts = prompts(), list[int]()
+        took = seconds(lambda: counts.append(bench.theirs_at_once(given)))
+        return counts[0] / took
+
+    contenders = {OURS: ours, f"{THEIRS}, generate_batch": theirs}
+    values = medians(take_turns(contenders, rounds))
     bench.stock.destroy_cached_continuous_batching_manager()
-    values = {OURS: median(own[1:]), f"{THEIRS}, generate_batch": median(stock[1:])}
     return [Row(f"{number} texts at once", "tokens/s", values)]
 
 
@@ -202,10 +217,6 @@ def alone(meter: Meter) -> list[Row]:
         Row(f.what, f.unit, {OURS: f.value}, "" if f.of_limit is None else f"{f.of_limit:.0%}")
         for f in figures
     ]
-
-
-def _milli(own: float, stock: float) -> dict[str, float]:
-    return {OURS: 1e3 * own, f"{THEIRS}, dynamic": 1e3 * stock}
 
 
 def main() -> None:

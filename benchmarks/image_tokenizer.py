@@ -20,14 +20,15 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from statistics import median
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from transformers import ChameleonVQVAE, ChameleonVQVAEConfig
 
+from earlyfusion.bench.harness import heading, line, medians, seconds, take_turns
 from earlyfusion.config import PRESETS, VQConfig
 from earlyfusion.kernels import vqgan as fast
 from earlyfusion.kernels.conv import left_out
@@ -108,22 +109,6 @@ def decoders(vqgan: VQGAN, codes: Tensor) -> dict[str, Contender]:
     }
 
 
-def seconds(call: Contender, clock: Callable[[], float]) -> float:
-    start = clock()
-    call()
-    return clock() - start
-
-
-def timed(
-    contenders: dict[str, Contender], rounds: int, clock: Callable[[], float]
-) -> dict[str, float]:
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, call in contenders.items():
-            times[name].append(seconds(call, clock))
-    return {name: median(values) for name, values in times.items()}
-
-
 def changed(codes: Tensor, base: Tensor) -> str:
     return f"{100 * (codes != base).float().mean():.3f} % of codes changed"
 
@@ -138,8 +123,8 @@ def peak(what: str, name: str, options: argparse.Namespace) -> int:
     settings = [f"--{key}={getattr(options, key)}" for key in ("shape", "batch", "threads")]
     settings += [f"--resolution={options.resolution}"] if options.resolution else []
     command = [sys.executable, __file__, "--peak", f"{what}/{name}", *settings]
-    told = subprocess.run(command, capture_output=True, check=True, text=True).stdout
-    return int(told.split()[-1])
+    printed = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+    return int(printed.split()[-1])
 
 
 def own_peak(what: str, name: str, options: argparse.Namespace) -> None:
@@ -158,7 +143,7 @@ def own_peak(what: str, name: str, options: argparse.Namespace) -> None:
 
 
 def _resident(name: str) -> int:
-    """kB of this process. What `getrusage` tells begins with the peak of the parent."""
+    """kB of this process; `getrusage` would begin with the peak of the parent."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
@@ -192,19 +177,19 @@ def main() -> None:
     print(
         f"{options.shape}, {options.batch} x {side} px, {options.threads} threads, {used} codes\n"
     )
-    print("| what | who | ms | times as fast | peak MB | beside the first |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    print(heading("what", "who", "ms", "times as fast", "peak MB", "beside the first"))
     tasks = {"encode": encoders(vqgan, pixels), "decode": decoders(vqgan, codes)}
     for what, contenders in tasks.items():
         results = {name: call() for name, call in contenders.items()}
-        times = timed(contenders, options.rounds, clock)
+        timers = {name: partial(seconds, call, None, clock) for name, call in contenders.items()}
+        times = medians(take_turns(timers, options.rounds, warmup=0), 1e3)
         first = next(iter(contenders))
-        told = changed if what == "encode" else likeness
+        compare = changed if what == "encode" else likeness
         for name, value in times.items():
             memory = "-" if options.no_memory else f"{peak(what, name, options):,}"
-            cells = f"{1e3 * value:,.1f} | {times[first] / value:.2f} | {memory}"
-            note = told(results[name], results[first])
-            print(f"| {what} | {name} | {cells} | {note} |", flush=True)
+            note = compare(results[name], results[first])
+            ratio = f"{times[first] / value:.2f}"
+            print(line(what, name, f"{value:,.1f}", ratio, memory, note), flush=True)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,16 @@ slows all alike. Steps are means, milliseconds medians of whole pictures, prompt
 from __future__ import annotations
 
 import argparse
-import time
+from collections.abc import Iterator
+from functools import partial
+from itertools import chain, count
 from statistics import mean, median
 from typing import Any
 
 import torch
 
 from earlyfusion import Chameleon, SamplingParams
+from earlyfusion.bench.harness import heading, line, seconds, take_turns
 from earlyfusion.generation.request import Request
 
 PROMPTS = (
@@ -34,26 +37,34 @@ GUIDANCE = {"none": (1.0, 1.0), "text 1.5, image 1.2": (1.5, 1.2), "text 3, imag
 
 def drawn(model: Chameleon, request: Request) -> tuple[int, float]:
     """Steps and milliseconds of one picture."""
-    start, steps = time.perf_counter(), 0
-    handle = model.engine.add(request)
-    while not handle.finished:
-        model.engine.step()
-        steps += 1
-    return steps, 1e3 * (time.perf_counter() - start)
+    steps = 0
+
+    def run() -> None:
+        nonlocal steps
+        handle = model.engine.add(request)
+        while not handle.finished:
+            model.engine.step()
+            steps += 1
+
+    took = seconds(run)
+    return steps, 1e3 * took
 
 
 def compare(
     model: Chameleon, windows: list[int], pictures: int, settings: dict[str, Any]
 ) -> dict[int, list[tuple[int, float]]]:
-    rows: dict[int, list[tuple[int, float]]] = {window: [] for window in windows}
-    for number in range(-1, pictures):  # the first warms up
-        for window in windows:
-            sampling = SamplingParams(**settings, jacobi=window)
-            prompt = PROMPTS[number % len(PROMPTS)]
-            request = model.request(prompt, "image", sampling, seed=max(number, 0))
-            found = drawn(model, request)
-            rows[window] += [found] if number >= 0 else []
-    return rows
+    """Steps and milliseconds of each picture, by window."""
+
+    def draw(window: int, numbers: Iterator[int]) -> tuple[int, float]:
+        number = next(numbers)
+        sampling = SamplingParams(**settings, jacobi=window)
+        prompt = PROMPTS[number % len(PROMPTS)]
+        return drawn(model, model.request(prompt, "image", sampling, seed=number))
+
+    contenders = {}
+    for window in windows:
+        contenders[window] = partial(draw, window, chain([0], count()))  # the first warms up
+    return take_turns(contenders, pictures)
 
 
 def main() -> None:
@@ -69,8 +80,8 @@ def main() -> None:
     model = Chameleon.load(options.model, device="cpu")
     shape = {"image_temperature": options.temperature, "image_top_p": options.top_p}
     print(f"{options.model}, {options.pictures} pictures, {shape}, {options.threads} threads\n")
-    print("| guidance | window | steps | times fewer | ms a picture | times as fast |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    columns = ("guidance", "window", "steps", "times fewer", "ms per picture", "times as fast")
+    print(heading(*columns))
     for name, (text, image) in GUIDANCE.items():
         settings = shape | {"guidance_text": text, "guidance_image": image}
         rows = compare(model, [0, *options.windows], options.pictures, settings)
@@ -78,8 +89,8 @@ def main() -> None:
         times = {window: median(ms for _, ms in found) for window, found in rows.items()}
         for window in rows:
             fewer, faster = steps[0] / steps[window], times[0] / times[window]
-            label = f"{steps[window]:.1f} | {fewer:.2f} | {times[window]:.1f} | {faster:.2f}"
-            print(f"| {name} | {window or 'off'} | {label} |", flush=True)
+            cells = f"{steps[window]:.1f}", f"{fewer:.2f}", f"{times[window]:.1f}", f"{faster:.2f}"
+            print(line(name, window or "off", *cells), flush=True)
 
 
 if __name__ == "__main__":

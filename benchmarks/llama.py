@@ -20,8 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 SHAPES = ("110m", "1b")
@@ -97,7 +97,7 @@ def work(kind: str, file: str, threads: int) -> None:
 
 
 def write_gguf(file: str, bits: str, shape: dict[str, Any]) -> None:
-    """A file of random weights; matrices of one size are the same, as speed does not tell."""
+    """A file of random weights; matrices of one size are the same, which does not change speed."""
     import gguf
     import numpy as np
 
@@ -162,7 +162,7 @@ class Contender:
         print(context, file=self._process.stdin, flush=True)
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit("a contender has ended: see its words above")
+            raise SystemExit("a contender has ended: see its message above")
         first, token = json.loads(line)
         return first, token
 
@@ -173,8 +173,7 @@ class Contender:
 
 
 def compare(options: argparse.Namespace, folder: Path) -> None:
-    from contenders import OURS, Row, save, table
-
+    from earlyfusion.bench.harness import OURS, Row, medians, save, table, take_turns
     from earlyfusion.bench.shapes import write_random
 
     config = write_random(options.shape, folder / "model")
@@ -198,12 +197,10 @@ def compare(options: argparse.Namespace, folder: Path) -> None:
         }
         contenders = {name: Contender(*how, options.threads) for name, how in kinds.items()}
         for context in CONTEXTS:
-            times: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
-            for _ in range(options.rounds + 1):
-                for name, contender in contenders.items():
-                    times[name].append(contender.measure(context))
-            firsts = {n: 1e3 * median(first for first, _ in t[1:]) for n, t in times.items()}
-            tokens = {n: 1e3 * median(token for _, token in t[1:]) for n, t in times.items()}
+            turns = {name: partial(c.measure, context) for name, c in contenders.items()}
+            times = take_turns(turns, options.rounds)
+            firsts = medians({n: [first for first, _ in t] for n, t in times.items()}, 1e3)
+            tokens = medians({n: [token for _, token in t] for n, t in times.items()}, 1e3)
             rows.append(Row(f"a token, {dtype}, context {context:,}", "ms", tokens))
             if context > 100:
                 rows.append(Row(f"a prompt of {context:,}, {dtype}", "ms", firsts))

@@ -1,13 +1,13 @@
-"""Do codes tell more of what a picture shows if the image tokenizer learnt names beside it?
+"""Do codes say more about what a picture shows if the image tokenizer learnt names too?
 
     python benchmarks/named_codes.py --data DIR/emoji --steps 400 --naming 0 0.05 --seeds 0 1
 
 Takes the things of the emoji data that come in most styles and holds out two pictures of each. For
 each weight of the head and each seed, trains a small image tokenizer (32 x 32 pixels, 8 x 8 codes
-of 512) for so many steps with `recipes/mini_named_image_tokenizer`'s task; then a reader of its
-own, which sees codes alone, each as a vector that it learns, and is trained on three changed cuts
-of every training picture. Prints how often the reader names the held-out pictures, and the PSNR of
-their reconstructions.
+of 512) for `--steps` steps, as the recipe `mini_named_image_tokenizer` does; then a reader, which
+sees codes alone, each as a vector that it learns, and is trained on three changed cuts of every
+training picture. Prints how often the reader names the held-out pictures, and the PSNR of their
+reconstructions.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from earlyfusion.bench.harness import heading, line
 from earlyfusion.config import VQConfig
 from earlyfusion.mini.emoji.tensors import opened, pictures
 from earlyfusion.mini.named_image_tokenizer import config as recipe
@@ -138,13 +139,13 @@ def main() -> None:
     args = parser.parse_args()
     data = task_data(args.data, args.things)
     print(f"{len(data[0])} pictures to learn from, {len(data[2])} held out", flush=True)
-    print("| naming | seed | named | within ten | PSNR |\n| --- | --- | --- | --- | --- |")
+    print(heading("naming", "seed", "named", "within ten", "PSNR"))
     for seed in args.seeds:
         for naming in args.naming:
             model = tokenizer(data[0], data[1], naming, seed, args.steps)
             first, ten = reading(model, data, seed)
-            shown = f"| {naming:g} | {seed} | {first:.1%} | {ten:.1%} | "
-            print(shown + f"{quality(model, data[2]):.2f} dB |", flush=True)
+            psnr_dB = f"{quality(model, data[2]):.2f} dB"
+            print(line(f"{naming:g}", seed, f"{first:.1%}", f"{ten:.1%}", psnr_dB), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python benchmarks/engine.py --json 1b.json
     python benchmarks/plots.py 1b.json llama.json --out benchmarks/plots
 
-Every bar is how many times as fast as the slowest of its row; the figure itself stands beside it.
+The length of a bar is the speed; beside it are the figure, and its ratio to the slowest of the row.
 Drawn with Pillow, as the curves of a training run are.
 """
 
@@ -14,8 +14,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from contenders import RATES
 from PIL import Image, ImageDraw, ImageFont
+
+from earlyfusion.bench.harness import RATES
 
 WIDE, EDGE, LINE, BAR, NAME = 1100, 24, 26, 18, 250
 INK, PALE = (40, 40, 40), (222, 222, 222)

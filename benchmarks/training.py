@@ -14,14 +14,17 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 from contenders import stock_of
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from earlyfusion.bench.harness import OURS, heading, line, medians, take_turns
 from earlyfusion.bench.shapes import SHAPES
 from earlyfusion.data.packing import Packer, RoleWeights
 from earlyfusion.model.transformer import Transformer
@@ -96,20 +99,24 @@ def main() -> None:
     ours = Transformer(config)
     ours.init_weights(torch.Generator().manual_seed(0))
     theirs = stock_of(config, ours).float()
-    times: dict[str, list[float]] = {"transformers' Trainer": [], "earlyfusion": []}
-    for _ in range(options.rounds):
-        size = (options.rows, options.length, options.steps)
+
+    def steps(measure: Callable[..., list[float]], model: Any) -> list[float]:
         with tempfile.TemporaryDirectory() as out:
-            times["transformers' Trainer"] += stock_steps(theirs, *size, out)
-        with tempfile.TemporaryDirectory() as out:
-            times["earlyfusion"] += own_steps(ours, *size, out)
+            return measure(model, options.rows, options.length, options.steps, out)
+
+    contenders = {
+        "transformers' Trainer": partial(steps, stock_steps, theirs),
+        OURS: partial(steps, own_steps, ours),
+    }
+    turns = take_turns(contenders, options.rounds, warmup=0)
+    times = medians({what: chain.from_iterable(found) for what, found in turns.items()})
     peak = matmul_peak(torch.device("cpu"), torch.bfloat16)
     flops = flops_per_token(config, options.length)
     print(f"{options.shape}, {options.rows} x {options.length} tokens, {options.threads} threads\n")
-    print("| what | tokens a second | of the matmul peak |\n| --- | --- | --- |")
+    print(heading("what", "tokens a second", "of the matmul peak"))
     for what, seconds in times.items():
-        rate = options.rows * options.length / median(seconds)
-        print(f"| {what} | {rate:,.0f} | {100 * rate * flops / peak:.0f} % |")
+        rate = options.rows * options.length / seconds
+        print(line(what, f"{rate:,.0f}", f"{100 * rate * flops / peak:.0f} %"))
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@ The mesh has three axes, `replicas` x `shard` x `tensor`. Parameters are cut ove
 columns and vocabulary (with the states between the branches cut over the sequence), and over
 `shard` by rows (FSDP2); `replicas` hold the same weights (HSDP). The first two axes are the data
 ranks: each reads its own rows of the global batch. Plain `python` and `torchrun` with one process
-give no mesh, and nothing here acts. At the end stand the `Peers` of generation, which
-`engine/tensor_parallel.py` uses.
+have no mesh, and nothing here has an effect. Generation cuts a model in another way, into plain
+modules that need no gradients: `engine/tensor_parallel.py`.
 
-Shapes: B rows, T tokens, D model width, N heads, H head width, V vocabulary, P positions.
+Shapes: B rows, T tokens, D model width, V vocabulary, P positions.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch.utils.checkpoint import (
 from earlyfusion import processes
 from earlyfusion.config import ModelConfig
 from earlyfusion.errors import SettingError
-from earlyfusion.model.transformer import Transformer
+from earlyfusion.model.transformer import Transformer, init_weights
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh as DeviceMesh
@@ -48,9 +48,9 @@ class ParallelConfig:
     tensor: int = 1
     """Processes that share each layer; keep them within one machine."""
     shard: int = 0
-    """Processes that share one copy of the weights besides `tensor` (0: all there are)."""
+    """Processes that share one copy of the weights, times `tensor` (0: all that there are)."""
     checkpointing: str = "none"
-    """What the backward pass computes again: none, selective (all but products) or full."""
+    """What the backward pass computes again: none, selective (all but products) or full (all)."""
 
     def __post_init__(self) -> None:
         if self.checkpointing not in CHECKPOINTING:
@@ -65,14 +65,14 @@ class ParallelConfig:
             )
 
     def sizes(self, processes: int) -> tuple[int, int, int]:
-        """(replicas, shard, tensor) of so many processes."""
-        copy = self.tensor * (self.shard or max(1, processes // self.tensor))
-        if processes % copy:
+        """(replicas, shard, tensor) of this number of processes."""
+        per_copy = self.tensor * (self.shard or max(1, processes // self.tensor))
+        if processes % per_copy:
             raise SettingError(
-                f"processes={processes} cannot form groups of {copy} (tensor={self.tensor} x "
-                f"shard={self.shard or copy // self.tensor}): start a multiple of {copy}"
+                f"processes={processes} cannot form groups of {per_copy} (tensor={self.tensor} x "
+                f"shard={self.shard or per_copy // self.tensor}): start a multiple of {per_copy}"
             )
-        return processes // copy, copy // self.tensor, self.tensor
+        return processes // per_copy, per_copy // self.tensor, self.tensor
 
 
 def launch(config: ParallelConfig, device: torch.device) -> DeviceMesh | None:
@@ -84,23 +84,19 @@ def launch(config: ParallelConfig, device: torch.device) -> DeviceMesh | None:
 
     processes.join(device)
     mesh = init_device_mesh(device.type, sizes, mesh_dim_names=AXES)
-    if config.tensor > 1:  # so that norms over one copy of the weights take one step, not two
+    if config.tensor > 1:
+        # A norm over one copy of the weights is then one all-reduce instead of two.
         mesh[SHARD, TENSOR]._flatten("copy")
     return mesh
 
 
-# `torchrun` keeps one store through its restarts, where a new process can read the address of a
-# dead one before its successor has written. So the first process names this start, and each of the
-# others takes that name only from an answer to a name of its own that no earlier process had.
-
-
 def data_rank(mesh: DeviceMesh | None) -> tuple[int, int]:
-    """Which share of the rows is this process's, and of how many."""
+    """The data rank of this process, and the number of data ranks."""
     if mesh is None:
         return 0, 1
     shards = mesh[SHARD].size()
-    at = mesh.get_local_rank(REPLICAS) * shards + mesh.get_local_rank(SHARD)
-    return at, mesh[REPLICAS].size() * shards
+    rank = mesh.get_local_rank(REPLICAS) * shards + mesh.get_local_rank(SHARD)
+    return rank, mesh[REPLICAS].size() * shards
 
 
 def data_sum(value: Tensor, mesh: DeviceMesh | None) -> Tensor:
@@ -114,7 +110,7 @@ def data_sum(value: Tensor, mesh: DeviceMesh | None) -> Tensor:
 
 
 def average_gradients(parameters: list[nn.Parameter], mesh: DeviceMesh | None) -> None:
-    """The mean over the data ranks, which hold copies of the parameters; in one message."""
+    """Average the gradients of copies of a model over the data ranks, in one message."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     if mesh is None or not gradients:
         return
@@ -133,8 +129,9 @@ def parallelize(
 ) -> None:
     """Put the model on the mesh, in place; weights stay fp32 and are gathered in `dtype`.
 
-    Without a mesh, the model of a single process: the first and the last call do nothing.
+    Without a mesh the first and the last call do nothing.
     """
+    # The order matters: each call wraps what the calls before it made.
     split_tensors(model, mesh)
     recompute(model, config.checkpointing)
     compile_blocks(model, compiled)
@@ -142,7 +139,11 @@ def parallelize(
 
 
 def tensor_plan() -> dict[str, ParallelStyle]:
-    """How each module is cut over the axis `tensor`, by its name."""
+    """How each module is cut over the axis `tensor`, by its name.
+
+    Between the branches states [B, T, D] are cut along T (sequence parallelism), within a branch by
+    heads or columns.
+    """
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
@@ -151,13 +152,14 @@ def tensor_plan() -> dict[str, ParallelStyle]:
         SequenceParallel,
     )
 
-    along, whole = Shard(1), Replicate()
-    gathered = PrepareModuleInput(
-        input_layouts=(along, None, None), desired_input_layouts=(whole, None, None)
+    by_token, whole = Shard(1), Replicate()
+    gathered = PrepareModuleInput(  # states; the tables of the rotation and `attend` are not cut
+        input_layouts=(by_token, None, None), desired_input_layouts=(whole, None, None)
     )
     block = "model.layers.*."
     return {
-        "model.embed_tokens": RowwiseParallel(input_layouts=whole, output_layouts=along),
+        # Each process looks up the tokens of its part of the vocabulary; the sum is scattered.
+        "model.embed_tokens": RowwiseParallel(input_layouts=whole, output_layouts=by_token),
         block + "input_layernorm": SequenceParallel(use_local_output=True),
         block + "self_attn": gathered,
         block + "self_attn.q_proj": ColwiseParallel(),
@@ -165,37 +167,39 @@ def tensor_plan() -> dict[str, ParallelStyle]:
         block + "self_attn.v_proj": ColwiseParallel(),
         block + "self_attn.q_norm": _by_heads(),
         block + "self_attn.k_norm": _by_heads(),
-        block + "self_attn.o_proj": RowwiseParallel(output_layouts=along),
+        block + "self_attn.o_proj": RowwiseParallel(output_layouts=by_token),
         block + "post_attention_layernorm": SequenceParallel(use_local_output=True),
-        block + "mlp": PrepareModuleInput(input_layouts=along, desired_input_layouts=whole),
+        block + "mlp": PrepareModuleInput(input_layouts=by_token, desired_input_layouts=whole),
         block + "mlp.gate_proj": ColwiseParallel(),
         block + "mlp.up_proj": ColwiseParallel(),
-        block + "mlp.down_proj": RowwiseParallel(output_layouts=along),
+        block + "mlp.down_proj": RowwiseParallel(output_layouts=by_token),
         "model.norm": SequenceParallel(),
-        "lm_head": ColwiseParallel(input_layouts=along, output_layouts=whole),
+        # In training only its weight is read, by `head_inputs`.
+        "lm_head": ColwiseParallel(input_layouts=by_token, output_layouts=whole),
     }
 
 
 def _by_heads() -> ParallelStyle:
-    """A weight and bias per head go with their heads."""
+    """Cuts norms that have a weight and a bias per head, [N, H], by heads."""
     from torch.distributed.tensor import DTensor, Shard, distribute_module, distribute_tensor
     from torch.distributed.tensor.parallel import ParallelStyle
 
     def split(_: str, module: nn.Module, mesh: DeviceMesh) -> None:
         for name, parameter in list(module.named_parameters(recurse=False)):
-            own = distribute_tensor(parameter, mesh, [Shard(0)])
-            module.register_parameter(name, nn.Parameter(own, parameter.requires_grad))
+            shard = distribute_tensor(parameter, mesh, [Shard(0)])
+            module.register_parameter(name, nn.Parameter(shard, parameter.requires_grad))
 
-    def take(_: nn.Module, inputs: Any, mesh: DeviceMesh) -> Tensor:
+    # The queries [B, T, N, H] that come in are this process's heads: dimension 2 of the whole.
+    def from_local(_: nn.Module, inputs: Any, mesh: DeviceMesh) -> Tensor:
         return DTensor.from_local(inputs[0], mesh, [Shard(2)], run_check=False)
 
-    def give(_: nn.Module, out: Any, mesh: DeviceMesh) -> Tensor:
+    def to_local(_: nn.Module, out: Any, mesh: DeviceMesh) -> Tensor:
         return cast(Tensor, out.to_local())
 
     class ByHeads(ParallelStyle):
         def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-            # Its annotations say that the two give nothing; what they give is what counts.
-            before, after = cast(Any, take), cast(Any, give)
+            # torch annotates both hooks as returning None, but uses what they return.
+            before, after = cast(Any, from_local), cast(Any, to_local)
             return distribute_module(module, device_mesh, split, before, after)
 
     return ByHeads()
@@ -212,7 +216,7 @@ def split_tensors(model: Transformer, mesh: DeviceMesh | None) -> None:
 
 
 def check_split(config: ModelConfig, count: int) -> None:
-    """`SettingError` unless `count` processes can share each layer evenly."""
+    """Raise `SettingError` unless `count` processes can share each layer evenly."""
     for name in ("kv_heads", "intermediate_size", "vocab_size"):
         if getattr(config, name) % count:
             raise SettingError(
@@ -226,19 +230,19 @@ def check_split(config: ModelConfig, count: int) -> None:
 
 
 def recompute(model: Transformer, how: str) -> None:
-    """Let the backward pass compute blocks again instead of keeping what they made."""
+    """Activation checkpointing: the backward pass computes blocks again instead of keeping them."""
     if how == "none":
         return
     for block in model.model.layers:
-        keep: dict[str, Any] = {}
+        selective: dict[str, Any] = {}
         if how == "selective":
-            keep["context_fn"] = partial(create_selective_checkpoint_contexts, _keeps)
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, **keep)
+            selective["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, **selective)
 
 
 @cache
-def _kept() -> frozenset[Any]:
-    """Operations whose results cost more to make again than to keep."""
+def _saved_operations() -> frozenset[Any]:
+    """Operations whose results are cheaper to keep than to compute again."""
     aten = torch.ops.aten
     return frozenset(
         (
@@ -251,21 +255,23 @@ def _kept() -> frozenset[Any]:
     )
 
 
-def _keeps(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    if operation in _kept():
+def _policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    if operation in _saved_operations():
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def compile_blocks(model: Transformer, compiled: bool) -> None:
-    """Compile each block by itself: one graph serves all, as no block knows its number."""
+    """Compile each block by itself."""
     if compiled:
+        # One graph serves all blocks, as none knows its number: an attribute `layer_idx` would be
+        # a constant of the graph, and compiled anew for each block.
         for block in model.model.layers:
             block.forward = torch.compile(block.forward)
 
 
 def shard_rows(model: Transformer, mesh: DeviceMesh | None, dtype: torch.dtype) -> None:
-    """FSDP2: each block gathers its weights when it runs; embedding, norm and head are the rest."""
+    """FSDP2: each block gathers its weights when it runs; the rest of the model is one group."""
     if mesh is None:
         return
     from torch.distributed.fsdp import (
@@ -279,45 +285,47 @@ def shard_rows(model: Transformer, mesh: DeviceMesh | None, dtype: torch.dtype) 
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # the tables of the rotation stay fp32
     )
-    several = mesh[REPLICAS].size() > 1
-    axes = mesh[REPLICAS, SHARD] if several else mesh[SHARD]
-    whole = _kept_whole(model, mesh)
+    has_replicas = mesh[REPLICAS].size() > 1
+    axes = mesh[REPLICAS, SHARD] if has_replicas else mesh[SHARD]
+    unsharded = _unsharded(model, mesh)
     for block in model.model.layers:
         fully_shard(block, mesh=axes, mp_policy=policy)
-    fully_shard(model, mesh=axes, mp_policy=policy, ignored_params=whole)
+    fully_shard(model, mesh=axes, mp_policy=policy, ignored_params=unsharded)
+    # FSDP gathers weights in a hook of `forward`, and training calls `states`.
     register_fsdp_forward_method(model, "states")
 
 
-def _kept_whole(model: Transformer, mesh: DeviceMesh) -> set[nn.Parameter]:
-    """What is trained of a model whose states need no gradient: each process keeps all of it.
-
-    FSDP adds gradients up when the states' own comes by; where none does, it is done here.
-    """
+def _unsharded(model: Transformer, mesh: DeviceMesh) -> set[nn.Parameter]:
+    """Trainable parameters outside a frozen backbone (the image head), which stay unsharded."""
     if any(parameter.requires_grad for parameter in model.model.parameters()):
         return set()
     trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
     for parameter in trained:
+        # FSDP reduces gradients in the backward pass of the states, which a frozen backbone lacks.
         parameter.register_hook(lambda grad: data_sum(grad, mesh) / data_rank(mesh)[1])
     return trained
 
 
 class VocabularySlice(NamedTuple):
-    """The rows of the head that this process holds begin at `first`; its peers hold the others."""
+    """This process holds the rows of the head from `first` on; `group` holds all of them."""
 
     first: int
     group: dist.ProcessGroup
 
     def combine(self, log_z_P: Tensor, chosen_P: Tensor) -> tuple[Tensor, Tensor]:
-        """Over all slices: log Z, and the logit of each target (0 where a slice lacks it)."""
-        own = torch.stack((log_z_P, chosen_P))
-        slices = [torch.empty_like(own) for _ in range(self.group.size())]
-        dist.all_gather(slices, own, group=self.group)
+        """Log Z over all slices, and the logit of each target, which is 0 in all slices but one."""
+        here = torch.stack((log_z_P, chosen_P))
+        slices = [torch.empty_like(here) for _ in range(self.group.size())]
+        dist.all_gather(slices, here, group=self.group)
         log_z, chosen = torch.stack(slices, 1).unbind(0)
         return log_z.logsumexp(0), chosen.sum(0)
 
 
 def head_inputs(x_BTD: Tensor, head_VD: Tensor) -> tuple[Tensor, Tensor, VocabularySlice | None]:
-    """States of all positions, the rows of the head that are here, and which rows these are."""
+    """States of all positions, this process's rows of the head, and which rows these are.
+
+    The last is None if the head is whole.
+    """
     if processes.count() == 1:
         return x_BTD, head_VD, None
     from torch.distributed.tensor import DTensor, Partial, Replicate
@@ -325,15 +333,15 @@ def head_inputs(x_BTD: Tensor, head_VD: Tensor) -> tuple[Tensor, Tensor, Vocabul
     if not (isinstance(x_BTD, DTensor) and isinstance(head_VD, DTensor)):
         return x_BTD, head_VD, None
     mesh = head_VD.device_mesh
-    # Each slice of the head gives a part of the states' gradient.
+    # The gradient of the states is the sum of what the slices of the head contribute.
     whole_BTD = x_BTD.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
     rows_VD = head_VD.to_local()
-    part = VocabularySlice(mesh.get_local_rank() * len(rows_VD), mesh.get_group())
-    return whole_BTD, rows_VD, part
+    cut = VocabularySlice(mesh.get_local_rank() * len(rows_VD), mesh.get_group())
+    return whole_BTD, rows_VD, cut
 
 
 def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
-    """`clip_grad_norm_` whose norm is that of the whole gradient on every process."""
+    """`clip_grad_norm_`, whose norm is that of the whole gradient on every process."""
     if processes.count() == 1:
         return nn.utils.clip_grad_norm_(parameters, limit)
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -345,40 +353,34 @@ def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
 def materialize(model: Transformer, device: torch.device) -> None:
     """Give a model on the meta device memory and first weights.
 
-    Each process draws every parameter whole, one at a time, and keeps its own part: the weights do
-    not depend on how many processes there are.
+    Each process draws every parameter whole, one at a time, and keeps its own shard: the weights do
+    not depend on the number of processes.
     """
     if not any(p.is_meta for p in model.parameters()):
         return
     model.to_empty(device=device)
-    Transformer.init_weights(cast(Transformer, _WholeParameters(model)))
+    init_weights(_whole_parameters(model), model.config)
 
 
-class _WholeParameters:
-    """Offers whole parameters to `init_weights`; what was drawn goes to the model's own parts."""
-
-    def __init__(self, model: Transformer) -> None:
-        self.config, self._model = model.config, model
-
-    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self._model.named_parameters():
-            whole = torch.empty(parameter.shape, device=parameter.device, dtype=parameter.dtype)
-            yield name, whole
-            own, part = _own_part(parameter.detach(), whole)
-            own.copy_(part)
+def _whole_parameters(model: Transformer) -> Iterator[tuple[str, Tensor]]:
+    """Whole parameters to fill; when the next one is asked for, the model has taken its shard."""
+    for name, parameter in model.named_parameters():
+        whole = torch.empty(parameter.shape, device=parameter.device, dtype=parameter.dtype)
+        yield name, whole
+        copy_shard(parameter, whole)
 
 
-def _own_part(parameter: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
+@torch.no_grad()
+def copy_shard(parameter: Tensor, whole: Tensor) -> None:
+    """Fill this process's shard of a parameter, or all of one that is not cut."""
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     if not isinstance(parameter, DTensor):
-        return parameter, whole
+        parameter.copy_(whole)
+        return
     shape, offset = compute_local_shape_and_global_offset(
         parameter.shape, parameter.device_mesh, parameter.placements
     )
-    cut = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
-    return parameter.to_local(), whole[cut]
-
-
-# ---- one model for generation, shared by all processes
+    shard = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
+    parameter.to_local().copy_(whole[shard])

@@ -1,4 +1,10 @@
-"""The processes that `torchrun` started: how many, which this is, and how they find each other."""
+"""The processes that `torchrun` started: their number, the rank of this one, how they meet.
+
+`torchrun` keeps one key-value store through its restarts. There a new process could read the
+address that a dead one of the same rank left behind. So all keys of a start get a prefix that is
+new with each start: the first process draws it, and gives it to each of the others in answer to a
+token that only the living process of that rank can have drawn.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +12,7 @@ import atexit
 import os
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from uuid import uuid4
 
 import torch
@@ -14,12 +20,11 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh as DeviceMesh
+_POLL_SECONDS = 0.02
 
 
 def count() -> int:
-    """How many processes `torchrun` started; 1 without it."""
+    """The number of processes that `torchrun` started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -28,42 +33,44 @@ def rank() -> int:
 
 
 def join(device: torch.device) -> None:
-    """Join the group that `torchrun` names, once."""
+    """Join the process group that `torchrun` describes, once."""
     if dist.is_initialized():
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    store, own, count = next(rendezvous("env://"))
-    start = _name_start(store, count) if own == 0 else _take_name(store, own)
-    fresh = PrefixStore(start, store)
-    dist.init_process_group(backend, store=fresh, rank=own, world_size=count)
+    store, rank, world_size = next(rendezvous("env://"))
+    prefix = _hand_out_prefix(store, world_size) if rank == 0 else _receive_prefix(store, rank)
+    fresh = PrefixStore(prefix, store)
+    dist.init_process_group(backend, store=fresh, rank=rank, world_size=world_size)
     atexit.register(_leave)
 
 
-def _name_start(store: Store, count: int) -> str:
-    """The name of this start, once all others have it."""
-    start = uuid4().hex
-    missing = set(range(1, count))
-    while missing:
-        for other in sorted(missing):
-            name = store.get(f"here-{other}").decode()
-            store.set(f"start-{other}", f"{name} {start}")
-        missing -= {n for n in missing if _value(store, f"heard-{n}") == start}
-        time.sleep(0.02)
-    return start
+def _hand_out_prefix(store: Store, world_size: int) -> str:
+    """A new prefix, once all other processes have confirmed that they have it."""
+    prefix = uuid4().hex
+    waiting = set(range(1, world_size))
+    while waiting:
+        for rank in sorted(waiting):
+            # May be the token of a dead process: then the answer is overwritten in the next round.
+            token = store.get(f"token-{rank}").decode()
+            store.set(f"prefix-{rank}", f"{token} {prefix}")
+        waiting -= {n for n in waiting if _value(store, f"confirmed-{n}") == prefix}
+        time.sleep(_POLL_SECONDS)
+    return prefix
 
 
-def _take_name(store: Store, own: int) -> str:
-    name = uuid4().hex
-    store.set(f"here-{own}", name)
+def _receive_prefix(store: Store, rank: int) -> str:
+    token = uuid4().hex
+    store.set(f"token-{rank}", token)
     while True:
-        asked, _, start = store.get(f"start-{own}").decode().partition(" ")
-        if asked == name:
-            store.set(f"heard-{own}", start)
-            return start
-        time.sleep(0.02)
+        answered, _, prefix = store.get(f"prefix-{rank}").decode().partition(" ")
+        if answered == token:
+            store.set(f"confirmed-{rank}", prefix)
+            return prefix
+        time.sleep(_POLL_SECONDS)
 
 
 def _value(store: Store, key: str) -> str:
+    # `get` waits for a key that is not there.
     return store.get(key).decode() if store.check([key]) else ""
 
 
@@ -73,9 +80,12 @@ def _leave() -> None:
 
 
 def agree(value: Callable[[], Any]) -> Any:
-    """What the first process finds, on all of them: disks may show others a later state."""
+    """What `value()` returns in the first process, on all of them.
+
+    A shared disk may show the others a later state.
+    """
     if count() == 1:
         return value()
-    found = [value() if rank() == 0 else None]
-    dist.broadcast_object_list(found)
-    return found[0]
+    shared = [value() if rank() == 0 else None]
+    dist.broadcast_object_list(shared)
+    return shared[0]

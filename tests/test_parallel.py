@@ -152,6 +152,23 @@ def test_a_part_of_a_checkpoint_can_be_read_alone(two: Path) -> None:
     assert tensors.keys() == {"model"} and "lm_head.weight" in tensors["model"]
 
 
+def test_a_flipped_bit_in_a_shard_is_noticed(two: Path, tmp_path: Path) -> None:
+    """Lengths do not show it; checkpoints without checksums still count."""
+    checkpoint_of_two(two, run := tmp_path / "run")
+    folder = run / "step-00000010" / checkpoint.SHARDS
+    assert len(list(folder.glob("*.crc32"))) == 2
+    assert checkpoint.newest_whole(run) == (10, [])
+    shard = next(folder.glob("*.distcp"))
+    written = bytearray(shard.read_bytes())
+    written[len(written) // 2] ^= 1
+    shard.write_bytes(written)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        checkpoint.newest_whole(run)
+    for noted in folder.glob("*.crc32"):
+        noted.unlink()
+    assert checkpoint.newest_whole(run) == (10, [])
+
+
 @pytest.mark.slow
 def test_four_processes_give_the_losses_of_one(one: Path, two: Path, tmp_path: Path) -> None:
     """HSDP, tensor x shard, and going on from a checkpoint of two and from one of one."""

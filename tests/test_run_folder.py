@@ -278,5 +278,5 @@ def test_a_run_that_is_stopped_says_how_to_go_on(
     assert process.returncode == code and "Traceback" not in said, said
     last = said.splitlines()[-1]
     assert last.startswith(f"stopped: {out} holds step ")
-    assert f"the same command goes on from there: earlyfusion train finetune {given[0]}" in last
+    assert f"the same command continues from there: earlyfusion train finetune {given[0]}" in last
     assert last.endswith(f"'out={out}'")

@@ -1,4 +1,4 @@
-"""Models of several sizes with random weights: speed does not depend on what weights say."""
+"""Models of several sizes with random weights: speed does not depend on their values."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ SHAPES: dict[str, ModelConfig] = {
 def write_random(shape: str, folder: Path) -> ModelConfig:
     """Write a model of a shape into a new folder, in bf16 from 500 million parameters on.
 
-    Its tokenizer is trained on made-up words until the vocabulary is full, so that the text part of
-    the head is as large as in a real model. Raises `SettingError` for an unknown shape.
+    Its tokenizer is trained on made-up words until the vocabulary is full, so that as many rows of
+    the head score text as in a real model. Raises `SettingError` for an unknown shape.
     """
     if shape not in SHAPES:
         raise SettingError(f"shape={shape!r} is unknown: use one of {', '.join(SHAPES)}")
@@ -60,7 +60,7 @@ def write_random(shape: str, folder: Path) -> ModelConfig:
 
 
 def _defaults() -> dict[str, dict[str, float]]:
-    """Sampling that reaches all of the distribution, under which a text seldom ends."""
+    """Sampling from the whole distribution, with which a text seldom ends."""
     return {"chameleon": {"temperature": 1.0, "guidance_text": 3.0, "guidance_image": 1.2}}
 
 

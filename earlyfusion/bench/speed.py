@@ -1,11 +1,12 @@
 """How fast a model is on this machine: what `earlyfusion bench` measures.
 
-Text is made of random tokens and pictures of random pixels, new ones in each round, so that nothing
-is known from before unless that is what is measured; figures are medians of the rounds. Two limits
-stand beside them. A decoded token has to read the weights of the layers, the part of the head that
-may be drawn, and its live keys and values: those bytes, over the bandwidth of a sum over a large
-tensor. Small weights fit into the processor's own memory, and then the share exceeds 1. Reading a
-prompt takes operations: those, over what a product of square matrices reaches.
+Text is made of random tokens and pictures of random pixels, new ones in each round, so that no
+prompt is in the cache unless that is measured; figures are medians of the rounds. Some are compared
+with a limit of the machine. A decoded token has to read the weights of the layers, the part of the
+head that may be drawn, and the keys and values of its context: these bytes, over the bandwidth of a
+sum over a large tensor, are the limit. Small weights fit into the processor's cache; the share of
+the limit then exceeds 1. Reading a prompt takes operations: these, over the speed of a product of
+square matrices, are the limit.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
+from itertools import count
 from pathlib import Path
 from statistics import median
 from typing import Any, ClassVar
@@ -30,6 +32,7 @@ import torch
 from torch import nn
 
 from earlyfusion.api import Chameleon
+from earlyfusion.bench.harness import medians, seconds, short, take_turns
 from earlyfusion.bench.shapes import write_random
 from earlyfusion.content import Image
 from earlyfusion.errors import SettingError
@@ -42,9 +45,9 @@ from earlyfusion.train.monitor import matmul_peak
 
 SHORT, LONG = 32, 1000
 TOKENS = 24
-"""How many tokens are decoded to time one."""
+"""Tokens that are decoded to time one."""
 MOST_CODES = 64
-"""So many tokens of a picture are drawn; the time of a larger one is told from these."""
+"""Tokens of a picture that are drawn; the time of a larger picture is extrapolated."""
 
 _GREEDY = {"temperature": 0.0, "image_temperature": 0.0}
 _PLAIN = {"guidance_text": 1.0, "guidance_image": 1.0}
@@ -53,7 +56,7 @@ _GUIDED = {"guidance_text": 3.0, "guidance_image": 1.2}
 
 @dataclass(frozen=True)
 class Figure:
-    """One line of the table; `of_limit` is the share of what the machine can do."""
+    """One line of the table; `of_limit` is the share of the machine's limit."""
 
     name: str
     what: str
@@ -64,7 +67,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Report:
-    """What was measured, and on what."""
+    """The figures of a model, and the machine and settings that they hold for."""
 
     model: str
     dtype: str
@@ -94,12 +97,12 @@ def bench(
     threads: int | None = None,
     rounds: int = 3,
     imports: float = 0.0,
-    tell: Callable[[str], None] = lambda _: None,
+    announce: Callable[[str], None] = lambda _: None,
 ) -> Report:
     """Measure a model by name or folder ("mini" if not set), or random weights of a `shape`.
 
-    `imports` are the seconds that importing this module took, a part of the cold start. `tell` is
-    called with what is being done. Raises `SettingError` and `CheckpointError`.
+    `imports` are the seconds that importing this module took, a part of the cold start. `announce`
+    is called before each part. Raises `SettingError` and `CheckpointError`.
     """
     if name is not None and shape is not None:
         raise SettingError(f"model {name!r} and shape {shape!r} are both given: choose one of them")
@@ -108,15 +111,15 @@ def bench(
     _use_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
         if shape is not None:
-            tell(f"drawing random weights of shape {shape}")
+            announce(f"drawing random weights of shape {shape}")
             write_random(shape, Path(folder) / "model")
-        place = str(Path(folder) / "model") if shape else name or "mini"
-        tell("loading and starting")
-        model, figures = _started(place, device, dtype, imports)
+        source = str(Path(folder) / "model") if shape else name or "mini"
+        announce("loading and starting")
+        model, figures = _started(source, device, dtype, imports)
     meter = Meter(model, rounds)
-    for part in (meter.texts, meter.pictures, meter.tokenizer, meter.mixed):
-        tell(f"measuring {part.__name__}")
-        figures += part()
+    for measure in (meter.texts, meter.pictures, meter.tokenizer, meter.mixed):
+        announce(f"measuring {measure.__name__}")
+        figures += measure()
     figures += meter.limits()
     return Report(
         model=name or (f"random weights, shape {shape}" if shape else "mini"),
@@ -129,10 +132,12 @@ def bench(
     )
 
 
-def _started(place: str, device: str, dtype: str, imports: float) -> tuple[Chameleon, list[Figure]]:
-    """The model, loaded and asked for one token: what that takes."""
+def _started(
+    source: str, device: str, dtype: str, imports: float
+) -> tuple[Chameleon, list[Figure]]:
+    """Load the model and draw one token: time and memory of a cold start."""
     before, since = resident_bytes(), time.perf_counter()
-    model = Chameleon.load(place, device=device, dtype=dtype)
+    model = Chameleon.load(source, device=device, dtype=dtype)
     loaded = time.perf_counter() - since
     since = time.perf_counter()
     handle = model.engine.add(model.request("Hello", "text", seed=0))
@@ -153,9 +158,9 @@ def _memory(before: int | None, device: torch.device) -> list[Figure]:
     gc.collect()
     now, figures = resident_bytes(), []
     if before is not None and now is not None:
-        own = (now - before) / 1e6
+        grown = (now - before) / 1e6
         figures.append(Figure("idle_memory", "memory of the idle process", now / 1e6, "MB"))
-        figures.append(Figure("model_memory", "of it, model and engine", own, "MB"))
+        figures.append(Figure("model_memory", "of it, model and engine", grown, "MB"))
     if device.type == "cuda":
         used = torch.cuda.memory_allocated(device) / 1e6
         figures.append(Figure("gpu_memory", "memory of the GPU, idle", used, "MB"))
@@ -163,7 +168,7 @@ def _memory(before: int | None, device: torch.device) -> list[Figure]:
 
 
 class Meter:
-    """Asks one model's engine, and measures; each method gives lines of the table."""
+    """Measures one model and its engine; each of the first methods returns lines of the table."""
 
     def __init__(self, model: Chameleon, rounds: int) -> None:
         self.model, self.rounds = model, rounds
@@ -177,11 +182,10 @@ class Meter:
         long = max(min(LONG, self.config.max_position_embeddings - TOKENS - 2), 2)
         figures = []
         for name, context in (("short", min(SHORT, long)), ("long", long)):
-            self.reply(context)
-            firsts, steps = zip(*(self.reply(context) for _ in range(self.rounds)), strict=True)
-            first, step = median(firsts), median(steps)
+            times = take_turns({name: partial(self.reply, context)}, self.rounds)[name]
+            first, step = map(median, zip(*times, strict=True))
             reading = None
-            if name == "long":  # a short prompt reads all weights for little to do
+            if name == "long":  # a short prompt is bound by reading the weights, not by operations
                 reading = self.operations(context) / first / self.peak
             decoding = self.token_bytes(context) / self.bandwidth / step
             where = f"context {context:,}"
@@ -196,8 +200,8 @@ class Meter:
         cold, warm = [], []
         for number in range(self.rounds + 1):
             picture = self._picture()
-            cold.append(self._asked([picture, "What is this?"], number))
-            warm.append(self._asked([picture, "What colour is it?"], number))
+            cold.append(self._first_token([picture, "What is this?"], number))
+            warm.append(self._first_token([picture, "What colour is it?"], number))
         new, known = 1e3 * median(cold[1:]), 1e3 * median(warm[1:])
         figures = [
             Figure("picture_new", "first token, new picture", new, "ms"),
@@ -208,25 +212,26 @@ class Meter:
         return figures + self._drawings()
 
     def _drawings(self) -> list[Figure]:
-        """After a text with one and two branches, after a picture with one and three."""
+        """One and two guidance branches after a text, one and three after a picture."""
         again: list[Any] = [self._picture(), "Draw it again."]
-        kinds: list[tuple[str, str, Any, dict[str, float]]] = [
+        cases: list[tuple[str, str, Any, dict[str, float]]] = [
             ("plain", "unguided", "Draw a red apple.", _PLAIN),
             ("guided", "guided", "Draw a red apple.", _GUIDED),
             ("again", "of a picture, unguided", again, _PLAIN),
             ("again_guided", "of a picture, guided", again, _GUIDED),
         ]
-        taken: dict[str, list[tuple[float, float]]] = {name: [] for name, *_ in kinds}
-        for number in range(self.rounds + 1):
-            for name, _, prompt, settings in kinds:
-                taken[name].append(self._drawing(prompt, settings, number))
-        whole = {name: 1e3 * median(t for t, _ in times[1:]) for name, times in taken.items()}
-        step = {name: median(t for _, t in times[1:]) for name, times in taken.items()}
+        contenders = {
+            name: partial(self._drawing, prompt, settings, count())
+            for name, _, prompt, settings in cases
+        }
+        times = take_turns(contenders, self.rounds)
+        whole = medians({name: [t for t, _ in found] for name, found in times.items()}, 1e3)
+        step = medians({name: [t for _, t in found] for name, found in times.items()})
         two, three = step["guided"] / step["plain"], step["again_guided"] / step["again"]
         return [
             *(
                 Figure(f"draw_{n}", f"codes of a drawing, {how}", whole[n], "ms")
-                for n, how, *_ in kinds
+                for n, how, *_ in cases
             ),
             Figure("step_2_branches", "step of 2 branches over 1", two, "times"),
             Figure("step_3_branches", "step of 3 branches over 1", three, "times"),
@@ -244,12 +249,12 @@ class Meter:
         return figures
 
     def mixed(self) -> list[Figure]:
-        """Eight requests of both kinds one by one, and together; what warm steps should not do."""
+        """Eight requests, texts and pictures, one by one and together; compilations meanwhile."""
         alone, together = [], []
         self._all(self._eight())
         with Compilations() as counted:
             for _ in range(self.rounds):
-                times, tokens = zip(*(self._all([asked]) for asked in self._eight()), strict=True)
+                times, tokens = zip(*(self._all([one]) for one in self._eight()), strict=True)
                 alone.append(sum(tokens) / sum(times))
                 seconds, number = self._all(self._eight())
                 together.append(number / seconds)
@@ -262,19 +267,19 @@ class Meter:
         ]
 
     def limits(self) -> list[Figure]:
-        weights, kind = self.token_bytes(0) / 1e6, _named(self.model.transformer.lm_head.weight)
+        weights, dtype = self.token_bytes(0) / 1e6, _named(self.model.transformer.lm_head.weight)
         return [
             Figure("bandwidth", "bandwidth of memory (limit)", self.bandwidth / 1e9, "GB/s"),
-            Figure("matmul_peak", f"{kind} products (limit)", self.peak / 1e9, "GFLOP/s"),
+            Figure("matmul_peak", f"{dtype} products (limit)", self.peak / 1e9, "GFLOP/s"),
             Figure("token_weights", "weights that a token reads", weights, "MB"),
         ]
 
     @cached_property
     def bandwidth(self) -> float:
-        """Bytes a second of a sum over a tensor that no cache holds: the best of several."""
+        """Bytes per second of a sum over a tensor that no cache holds: the best of several."""
         size = 2**31 if self.device.type == "cuda" else 2**28
         values = torch.ones(size // 4, device=self.device)
-        return size / min(self._timed(values.sum) for _ in range(6))
+        return size / min(seconds(values.sum, self.device) for _ in range(6))
 
     @cached_property
     def peak(self) -> float:
@@ -290,7 +295,7 @@ class Meter:
         return sum(_linear_bytes(transformer)) + rows * head.shape[1] * bits / 8 + values * context
 
     def operations(self, tokens: int) -> float:
-        """Operations of reading a prompt of so many tokens, without the head."""
+        """Operations of reading a prompt of this many tokens, without the head."""
         config = self.config
         width, inner = config.hidden_size, config.intermediate_size
         heads = 2 * width + 2 * config.kv_heads * config.head_dim
@@ -303,29 +308,35 @@ class Meter:
         firsts, rest, number = [], 0.0, 0
         for _ in range(8):  # a reply may end at any time
             handle = self.engine.add(self._request(context, TOKENS, _GREEDY))
-            firsts.append(self._timed(partial(self._until, handle, 1)))
-            rest += self._timed(partial(self._until, handle, TOKENS))
+            firsts.append(seconds(partial(self._until, handle, 1), self.device))
+            rest += seconds(partial(self._until, handle, TOKENS), self.device)
             number += len(handle.tokens) - 1
             handle.cancel()
             if number >= TOKENS - 1:
                 break
         return median(firsts), rest / max(number, 1)
 
-    def _asked(self, prompt: Any, seed: int) -> float:
-        """Seconds to the first token of a question, pixels included."""
-        since = time.perf_counter()
-        handle = self.engine.add(self.model.request(prompt, "text", seed=seed))
-        self._until(handle, 1)
-        handle.cancel()
-        return time.perf_counter() - since
+    def _first_token(self, prompt: Any, seed: int) -> float:
+        """Seconds to the first token of a reply, with what the pictures of the prompt take."""
 
-    def _drawing(self, prompt: Any, settings: dict[str, float], seed: int) -> tuple[float, float]:
+        def reply() -> None:
+            handle = self.engine.add(self.model.request(prompt, "text", seed=seed))
+            self._until(handle, 1)
+            handle.cancel()
+
+        return seconds(reply)
+
+    def _drawing(
+        self, prompt: Any, settings: dict[str, float], seeds: Iterator[int]
+    ) -> tuple[float, float]:
         """Seconds from the prompt to all codes of a picture, and of one step of these."""
-        asked = self.model.request(prompt, "image", SamplingParams(**settings), seed)  # type: ignore[arg-type]
-        handle, whole = self.engine.add(asked), self.layout.num_tokens
-        first = self._timed(partial(self._until, handle, 3))
+        sampling = SamplingParams(**settings)  # type: ignore[arg-type]
+        request = self.model.request(prompt, "image", sampling, next(seeds))
+        handle, whole = self.engine.add(request), self.layout.num_tokens
+        first = seconds(partial(self._until, handle, 3), self.device)
         before = len(handle.tokens)
-        rest = self._timed(partial(self._until, handle, min(whole, before + MOST_CODES)))
+        until = partial(self._until, handle, min(whole, before + MOST_CODES))
+        rest = seconds(until, self.device)
         step = rest / max(len(handle.tokens) - before, 1)
         handle.cancel()
         return first + step * (whole - before), step
@@ -350,17 +361,20 @@ class Meter:
         return Request(ids, output, replace(resolved, stop=None), int(output == "image"), room)
 
     def _all(self, requests: Sequence[Request] | Iterator[Request]) -> tuple[float, int]:
-        """Seconds that requests take together, so many tokens each at most; and all tokens."""
-        since = time.perf_counter()
-        handles = [self.engine.add(request) for request in requests]
-        left = list(handles)
-        while left:
-            self.engine.step()
-            for handle in left:
-                if len(handle.tokens) >= MOST_CODES:
-                    handle.cancel()
-            left = [h for h in left if not h.finished and len(h.tokens) < MOST_CODES]
-        return time.perf_counter() - since, sum(len(handle.tokens) for handle in handles)
+        """Seconds of requests that run together, to `MOST_CODES` tokens each; and all tokens."""
+        handles: list[Any] = []
+
+        def run() -> None:
+            handles.extend(self.engine.add(request) for request in requests)
+            left = list(handles)
+            while left:
+                self.engine.step()
+                for handle in left:
+                    if len(handle.tokens) >= MOST_CODES:
+                        handle.cancel()
+                left = [h for h in left if not h.finished and len(h.tokens) < MOST_CODES]
+
+        return seconds(run), sum(len(handle.tokens) for handle in handles)
 
     def _until(self, handle: Any, tokens: int) -> None:
         while len(handle.tokens) < tokens and not handle.finished:
@@ -372,23 +386,16 @@ class Meter:
         return Image(PIL.Image.fromarray(pixels.reshape(side, side, 3)))
 
     def _median(self, call: Callable[[], object]) -> float:
-        return median([self._timed(call) for _ in range(self.rounds + 1)][1:])
-
-    def _timed(self, call: Callable[[], object]) -> float:
-        self._wait()
-        since = time.perf_counter()
-        call()
-        self._wait()
-        return time.perf_counter() - since
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        timer = {"": partial(seconds, call, self.device)}
+        return median(take_turns(timer, self.rounds)[""])
 
 
 class Compilations:
-    """Counts, while it is open, what warm steps must not do: graphs that torch compiles, programs
-    that are started (a compiler is one), and libraries that are loaded."""
+    """Counts what warm steps must not do while it is open.
+
+    That is: graphs that torch compiles, programs that are started (a compiler is one), and
+    libraries that are loaded.
+    """
 
     _EVENTS = ("subprocess.Popen", "ctypes.dlopen")
     _seen: ClassVar[Counter[str]] = Counter()
@@ -396,7 +403,7 @@ class Compilations:
     def __enter__(self) -> Compilations:
         if not self._seen:
             self._seen["hooked"] += 1
-            sys.addaudithook(self._notice)  # stays for the life of the process
+            sys.addaudithook(self._notice)  # cannot be removed again
         self._before, self.number = self._total(), 0
         return self
 
@@ -415,7 +422,7 @@ class Compilations:
 
 
 def resident_bytes() -> int | None:
-    """Memory of this process that is really there; None where the system does not tell."""
+    """Resident memory of this process; None where the system does not report it."""
     try:
         pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
@@ -445,6 +452,6 @@ def _named(weight: torch.Tensor) -> str:
 
 
 def _line(figure: Figure) -> str:
-    number = f"{figure.value:,.0f}" if figure.value >= 1000 else f"{figure.value:.3g}"
+    number = short(figure.value)
     share = "" if figure.of_limit is None else f"   {figure.of_limit:.0%} of the limit"
     return f"{figure.what:<40}{number:>12} {figure.unit:<9}{share}".rstrip()

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
@@ -26,6 +25,7 @@ import numpy as np
 from earlyfusion.data.encoding import Fit
 from earlyfusion.data.joined import Joined
 from earlyfusion.errors import DataError
+from earlyfusion.files import replacing
 from earlyfusion.processor import (
     ANSWER_IMAGE,
     CONTROL,
@@ -215,13 +215,6 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file under another name, and rename it once it is on the disk."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    """Write a file, or replace it, once all of it is on the disk."""
+    with replacing(path, flush=True) as partial, partial.open("wb") as file:
+        write(file)

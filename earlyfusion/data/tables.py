@@ -14,7 +14,6 @@ import csv
 import hashlib
 import io
 import json
-import os
 import re
 import tarfile
 import threading
@@ -30,6 +29,7 @@ import numpy.typing as npt
 from earlyfusion.content import MAX_FILE_BYTES
 from earlyfusion.data.joined import Joined
 from earlyfusion.errors import DataError
+from earlyfusion.files import replacing
 
 Index = dict[str, npt.NDArray[Any]]
 _PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
@@ -377,12 +377,9 @@ def cached_arrays(path: Path, make: Callable[[], Index]) -> Index:
             return dict(file)
     except (OSError, ValueError, EOFError):  # missing, or cut short
         index = make()
-    # Other processes may write the same file: each under a name of its own first.
-    partial_file = path.with_suffix(f".{os.getpid()}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with partial_file.open("wb") as file:
+    with replacing(path) as partial, partial.open("wb") as file:
         np.savez(file, **index)  # type: ignore[arg-type]
-    os.replace(partial_file, path)
     return index
 
 

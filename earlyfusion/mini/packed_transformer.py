@@ -32,6 +32,7 @@ from earlyfusion.data.encoding import plain_document
 from earlyfusion.data.packing import RoleWeights
 from earlyfusion.devices import resolve_device
 from earlyfusion.errors import DataError
+from earlyfusion.files import replacing
 from earlyfusion.image_tokenizer import ImageTokenizer
 from earlyfusion.mini import named_image_tokenizer as mini_named_image_tokenizer
 from earlyfusion.mini.emoji.dialogues import Sample
@@ -122,9 +123,8 @@ def cut_once(vqgan: VQGAN, config: PackedTransformerConfig) -> Tensor:
         return torch.from_numpy(np.load(path)).to(device)
     codes = cut(vqgan, config)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name("partial.npy")
-    np.save(partial, codes.cpu().numpy())
-    partial.replace(path)
+    with replacing(path) as partial, partial.open("wb") as file:
+        np.save(file, codes.cpu().numpy())
     return codes
 
 

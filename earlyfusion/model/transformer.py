@@ -22,7 +22,7 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -196,18 +196,27 @@ class Transformer(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Draw matrices from N(0, initializer_range); norms begin as the identity."""
-        for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                parameter.zero_()
-            elif "norm" in name:
-                parameter.fill_(1.0)
-            elif "act_fn" in name:
-                continue
-            else:
-                parameter.normal_(0.0, self.config.initializer_range, generator=generator)
+        init_weights(self.named_parameters(), self.config, generator)
+
+
+@torch.no_grad()
+def init_weights(
+    parameters: Iterable[tuple[str, Tensor]],
+    config: ModelConfig,
+    generator: torch.Generator | None = None,
+) -> None:
+    """`Transformer.init_weights` of parameters by their names, one after another."""
+    for name, parameter in parameters:
+        if name.endswith("bias"):
+            parameter.zero_()
+        elif "norm" in name:
+            parameter.fill_(1.0)
+        elif "act_fn" in name:
+            continue
+        else:
+            parameter.normal_(0.0, config.initializer_range, generator=generator)
 
 
 def _to_autocast(x: Tensor) -> Tensor:

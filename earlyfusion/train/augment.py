@@ -1,8 +1,8 @@
-"""Changes of pictures on the device where they lie: moved, scaled, turned, in other colours, grey.
+"""Augmentation of pictures on their device: moved, scaled, turned, in other colours, grey.
 
-All pictures of a batch are changed at once, each by numbers of its own, which are drawn from one
-generator: the same generator gives the same pictures. What comes in from outside is white. Pixels
-are float32 in [-1, 1]. Shapes: B batch, C channels, Y X pixels.
+All pictures of a batch are changed at once, each by random numbers of its own from one generator.
+Pixels that come in from outside of a picture are white. Pixels are float32 in [-1, 1]. Shapes: B
+batch, C channels, Y X pixels.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class ChangeConfig:
     """How far pictures are changed; all zero leaves them as they are."""
 
     shift: float = 0.0
-    """At most so far, as a share of the side."""
+    """The largest shift, as a share of the side."""
     scale: float = 0.0
     """Larger or smaller by at most this share."""
     turn: float = 0.0
-    """Degrees, at most, to either side."""
+    """The largest turn to either side, in degrees."""
     contrast: float = 0.0
     """Colours farther from or nearer to grey, and lighter or darker, by at most this share."""
     tint: float = 0.0
@@ -42,7 +42,7 @@ class ChangeConfig:
                 raise SettingError(f"{name}={getattr(self, name)} must be a share from 0 to 1")
         for name in ("shift", "scale", "contrast", "tint"):
             if not 0 <= getattr(self, name) < 1:
-                raise SettingError(f"{name}={getattr(self, name)} must be 0 up and below 1")
+                raise SettingError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
         if not 0 <= self.turn <= 180:
             raise SettingError(f"turn={self.turn} must be 0 to 180 degrees")
 
@@ -57,7 +57,7 @@ def resized(pictures_BYXC: Tensor, side: int) -> Tensor:
 
 
 def changed(pixels_BCYX: Tensor, config: ChangeConfig, generator: torch.Generator) -> Tensor:
-    """Each picture changed by numbers that `generator`, on the pictures' device, gives."""
+    """Each picture changed by numbers of `generator`, which is on the device of the pictures."""
     u_BN = torch.rand(len(pixels_BCYX), 11, generator=generator, device=pixels_BCYX.device)
     out = _recoloured(_moved(pixels_BCYX, config, u_BN[:, :4]), config, u_BN[:, 4:10])
     stays_B = u_BN[:, 10] < config.unchanged

@@ -2,11 +2,11 @@
 
 A checkpoint is written under a temporary name, flushed to disk and renamed, so that a run that is
 killed at any moment leaves either a whole checkpoint or none. One process writes `tensors.pt`;
-several write the part of each (torch.distributed.checkpoint) under `shards/`, and any number of
-processes, one included, read either. A run that trains a part of a finished model writes no frozen
-weights where its task can tell them again: they come from what it began with. Tensors are read
-with `weights_only=True`, and the index of the shards with nothing but its own classes: nothing in a
-checkpoint can run code.
+several write a shard each (torch.distributed.checkpoint) under `shards/`, with its CRC-32 in a file
+beside it, and any number of processes, one included, read either. Frozen weights of a finished
+model are left out where the run can check that it is given the same ones again (`fingerprint`).
+Nothing in a checkpoint can run code: tensors are read with `weights_only=True`, and the index of
+the shards with nothing but its own classes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import pickle
 import shutil
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -29,12 +30,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from earlyfusion import parallel
 from earlyfusion.errors import CheckpointError
+from earlyfusion.files import flush_to_disk, replace_folder
 
-_PREFIX, _PARTIAL = "step-", ".partial-"
+_PREFIX, _PARTIAL, _CRC = "step-", ".partial-", ".crc32"
 TENSORS, STATE, SHARDS = "tensors.pt", "state.json", "shards"
 AVERAGE = "average"
-"""The part of a checkpoint with averaged weights, by the names that they have in the model."""
+"""Key of the averaged weights, by the names that they have in the model."""
 
 
 def save(run: Path, step: int, tensors: dict[str, Any], state: dict[str, Any], keep: int) -> Path:
@@ -47,7 +50,7 @@ def save(run: Path, step: int, tensors: dict[str, Any], state: dict[str, Any], k
 class Saver:
     """Writes the checkpoints of a run, from one process or from all, at once or `beside` the run.
 
-    A checkpoint written beside the run counts when `poll` or `finish` found it whole on disk.
+    A checkpoint that is written beside the run counts once `poll` or `finish` found it complete.
     """
 
     def __init__(self, run: Path, keep: int, beside: bool) -> None:
@@ -55,7 +58,7 @@ class Saver:
         self._several = dist.is_initialized()
         self._first = not self._several or dist.get_rank() == 0
         self._waiting: tuple[Future[Any], int, dict[str, Any]] | None = None
-        # Writing beside the run talks over a group of its own, so that the two cannot mix.
+        # Its messages must not mix with those of the steps that are computed meanwhile.
         self._group = dist.new_group(backend="gloo") if self._several else None
         self._pool = ThreadPoolExecutor(1, "checkpoint")
 
@@ -71,12 +74,12 @@ class Saver:
             self.finish()
 
     def poll(self) -> None:
-        """Let a checkpoint count whose writing has ended."""
+        """Commit a checkpoint whose writing has ended."""
         if self._waiting is not None and self._waiting[0].done():
             self._close()
 
     def finish(self) -> None:
-        """Wait until all is written and counts, on all processes."""
+        """Wait until everything is written and committed, on all processes."""
         if self._waiting is not None:
             self._close()
         self._meet()
@@ -103,12 +106,12 @@ class Saver:
     def _shards(self, partial: Path, tensors: dict[str, Any]) -> Future[Any]:
         from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
-        flat, where = dict(_flat(tensors)), partial / SHARDS
+        flat, writer = dict(_flat(tensors)), _writer(partial / SHARDS)
         if self._beside:
-            written = async_save(flat, checkpoint_id=where, process_group=self._group)
+            written = async_save(flat, storage_writer=writer, process_group=self._group)
             return cast(Future[Any], written)
         with _disk_errors_bare():
-            save(flat, checkpoint_id=where, process_group=self._group)
+            save(flat, storage_writer=writer, process_group=self._group)
         return _done()
 
 
@@ -125,12 +128,12 @@ def steps(run: Path) -> list[int]:
 
 
 def newest_whole(run: Path) -> tuple[int, list[str]]:
-    """The step of the newest checkpoint that is whole, 0 where there is none, and what to tell.
+    """The step of the newest checkpoint that is whole, 0 without any, and sentences to print.
 
-    Damaged ones that are newer are set aside as `damaged-step-...`. Raises `CheckpointError` where
-    all are damaged.
+    Newer ones that are damaged are set aside as `damaged-step-...`. Raises `CheckpointError` if all
+    are damaged.
     """
-    told: list[str] = []
+    sentences: list[str] = []
     there = steps(run)
     for step in reversed(there):
         folder = run / f"{_PREFIX}{step:08d}"
@@ -139,29 +142,29 @@ def newest_whole(run: Path) -> tuple[int, list[str]]:
                 aside = path.with_name(f"damaged-{path.name}")
                 shutil.rmtree(aside, ignore_errors=True)
                 os.replace(path, aside)
-                told.append(f"{path} is damaged and now {aside.name}: step {step:,} is taken")
-            return step, told
+                sentences.append(f"{path} is damaged and now {aside.name}: step {step:,} is taken")
+            return step, sentences
     if there:
         raise CheckpointError(
             f"every checkpoint in {run} is damaged: restore one, or give another out folder"
         )
-    return 0, told
+    return 0, sentences
 
 
 def has_ended(run: Path) -> bool:
-    """Whether the run of the newest checkpoint ended before its last step."""
+    """Whether the run ended before its last step: by its minutes, or by its validation."""
     return bool(steps(run)) and bool(load_state(run).get("ended"))
 
 
 def drop_after(run: Path, step: int) -> None:
-    """Forget the checkpoints of later steps: they come again."""
+    """Remove the checkpoints of later steps, which will be written again."""
     for later in steps(run):
         if later > step:
             _remove(run, later)
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether state and tensors can be read: all bytes of one file, the lengths of shards."""
+    """Whether state and tensors can be read: all bytes are read and compared with their CRC-32."""
     try:
         if not isinstance(_read_state(folder), dict):
             return False
@@ -174,18 +177,51 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _has_all_shards(folder: Path) -> bool:
-    parts = _reader(folder).read_metadata().storage_data or {}
+    entries = (_reader(folder).read_metadata().storage_data or {}).values()
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-    return all(sizes.get(p.relative_path, -1) >= p.offset + p.length for p in parts.values())
+    if any(sizes.get(e.relative_path, -1) < e.offset + e.length for e in entries):
+        return False
+    # Checkpoints of older versions have no such files: their lengths have to do.
+    with ThreadPoolExecutor(8) as pool:
+        return all(pool.map(_matches, folder.glob(f"*{_CRC}")))
+
+
+def _matches(noted: Path) -> bool:
+    return noted.read_text(encoding="ascii") == _crc32(noted.with_suffix(""))
+
+
+def _crc32(path: Path) -> str:
+    found = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            found = zlib.crc32(block, found)
+    return f"{found:08x}"
+
+
+def _writer(folder: Path) -> Any:
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+
+    class Writer(FileSystemWriter):
+        """Notes the CRC-32 of each file before the other processes hear that it is written."""
+
+        def write_data(self, plan: Any, planner: Any) -> Any:
+            written = super().write_data(plan, planner)
+            for name in {result.storage_data.relative_path for result in written.value()}:
+                noted = folder / f"{name}{_CRC}"
+                noted.write_text(_crc32(folder / name), encoding="ascii")
+                flush_to_disk(noted)
+            return written
+
+    return Writer(folder)
 
 
 def load(
     run: Path, step: int | None = None, only: str = ""
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Tensors, whole, and state of the given step, by default of the newest checkpoint.
+    """Whole tensors, and the state, of the given step; by default of the newest checkpoint.
 
-    `only` names a part, as "model": of shards, nothing else is read then. "model" is what was
-    trained, without frozen weights, where the state has `began_with` (their `fingerprint`).
+    `only` is a key such as "model": nothing else is read from shards. If the state has `began_with`
+    (a `fingerprint`), "model" lacks the frozen weights.
     """
     folder, state = _find(run, step)
     if (folder / SHARDS).is_dir():
@@ -194,7 +230,7 @@ def load(
 
 
 def weights(run: Path) -> dict[str, Tensor]:
-    """The newest weights of a run, averaged over its steps where it keeps an average."""
+    """The newest weights of a run, averaged over its steps if it keeps an average."""
     tensors, _ = load(run, only="model")
     averaged: dict[str, Tensor] = tensors.get(AVERAGE, {})
     return {**tensors["model"], **averaged}
@@ -212,9 +248,10 @@ def frozen(model: nn.Module) -> set[str]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """What tells the frozen weights of a whole model from others; "" where none is frozen.
+    """A hash of the frozen weights of a model; "" if none is frozen, or it has no memory yet.
 
-    A hash of names, shapes and sums of bits down the columns, in fp32: the same on every device.
+    It covers names, shapes and the sums of the bits of each column in fp32, and is the same on
+    every device.
     """
     names, found = frozen(model), hashlib.sha256()
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name in names}
@@ -222,14 +259,14 @@ def fingerprint(model: nn.Module) -> str:
         return ""
     for name, tensor in tensors.items():
         found.update(f"{name} {tuple(tensor.shape)} ".encode())
-        for rows in torch.atleast_1d(tensor).split(64):  # small enough for a cache
+        for rows in torch.atleast_1d(tensor).split(64):  # small enough for a CPU's cache
             bits = rows.detach().float().view(torch.int32)
             found.update(bits.sum(0, dtype=torch.int64).cpu().numpy().tobytes())
     return found.hexdigest()
 
 
 def load_model(model: nn.Module, tensors: Mapping[str, Tensor], run: Path) -> None:
-    """Fill a model with what `load` gives of it; frozen weights that are not there stay.
+    """Fill a model with the "model" that `load` returns; frozen weights may be missing in it.
 
     Raises `CheckpointError` for a model of another shape.
     """
@@ -244,7 +281,7 @@ def load_model(model: nn.Module, tensors: Mapping[str, Tensor], run: Path) -> No
 
 
 def load_into(tensors: dict[str, Any], run: Path, step: int | None = None) -> dict[str, Any]:
-    """Fill `tensors` in place, where each process may hold a part of each; gives the state.
+    """Fill `tensors` in place, which may be shards of a process; returns the state.
 
     Raises `CheckpointError` for a checkpoint that lacks one of them or has another shape.
     """
@@ -254,13 +291,13 @@ def load_into(tensors: dict[str, Any], run: Path, step: int | None = None) -> di
         whole = dict(_flat(_read_tensors(folder / TENSORS)))
         _check(flat, {name: tuple(value.shape) for name, value in whole.items()}, run)
         for name, value in flat.items():
-            _fill(value, whole[name])
+            parallel.copy_shard(value, whole[name])
         return state
     from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 
     reader = _reader(folder / SHARDS)
-    kept = reader.read_metadata().state_dict_metadata
-    _check(flat, {name: tuple(entry.size) for name, entry in kept.items()}, run)
+    entries = reader.read_metadata().state_dict_metadata
+    _check(flat, {name: tuple(entry.size) for name, entry in entries.items()}, run)
     load_shards(flat, storage_reader=reader)
     return state
 
@@ -297,8 +334,8 @@ def _damaged(folder: Path) -> CheckpointError:
 
 def _begin(run: Path, step: int) -> Path:
     run.mkdir(parents=True, exist_ok=True)
-    for rest in run.glob(f"{_PARTIAL}*"):
-        shutil.rmtree(rest, ignore_errors=True)
+    for leftover in run.glob(f"{_PARTIAL}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
     partial = run / f"{_PARTIAL}{step:08d}"
     partial.mkdir()
     return partial
@@ -307,12 +344,12 @@ def _begin(run: Path, step: int) -> Path:
 def _write(partial: Path, tensors: dict[str, Any]) -> None:
     with _disk_errors_bare(), (partial / TENSORS).open("wb") as file:
         torch.save(tensors, file)
-        _flush(file.fileno(), file.flush)
+    flush_to_disk(partial / TENSORS)
 
 
 @contextmanager
 def _disk_errors_bare() -> Iterator[None]:
-    """What torch makes of an error of the disk is raised as the `OSError` that it was."""
+    """Raise an error of the disk as the `OSError` that it was before torch wrapped it."""
     try:
         yield
     except BaseException as error:
@@ -323,30 +360,27 @@ def _disk_errors_bare() -> Iterator[None]:
 
 
 def _disk_error(error: BaseException | None) -> OSError | None:
-    """The error of the disk behind another, or behind those that processes told each other."""
+    """The `OSError` behind another error, or behind those that processes sent each other."""
     if error is None or isinstance(error, OSError):
         return error
     others = [error.__cause__, error.__context__]
-    others += [told[0] for told in getattr(error, "failures", {}).values()]
+    others += [failure[0] for failure in getattr(error, "failures", {}).values()]
     return next((found for other in others if (found := _disk_error(other))), None)
 
 
 def _commit(run: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     partial, final = run / f"{_PARTIAL}{step:08d}", run / f"{_PREFIX}{step:08d}"
-    with (partial / STATE).open("w", encoding="utf-8") as text:
-        json.dump(state | {"step": step}, text)
-        _flush(text.fileno(), text.flush)
-    if final.exists():
-        _remove(run, step)
-    os.replace(partial, final)
-    _flush_folder(run)
+    (partial / STATE).write_text(json.dumps(state | {"step": step}), encoding="utf-8")
+    flush_to_disk(partial / STATE)
+    replace_folder(partial, final)
+    flush_to_disk(run)
     for old in steps(run)[:-keep]:
         _remove(run, old)
     return final
 
 
 def _remove(run: Path, step: int) -> None:
-    """Renamed first: a removal cut short leaves nothing that counts."""
+    # Renamed first, so that a removal that is cut short leaves nothing that counts.
     gone = run / f"{_PARTIAL}old-{step:08d}"
     shutil.rmtree(gone, ignore_errors=True)
     os.replace(run / f"{_PREFIX}{step:08d}", gone)
@@ -354,7 +388,7 @@ def _remove(run: Path, step: int) -> None:
 
 
 def _flat(tensors: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Tensors of nested dictionaries by their path, `model/lm_head.weight`; others are left out."""
+    """The tensors of nested dictionaries by their path, as `model/lm_head.weight`."""
     for name, value in tensors.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{path}{name}/")
@@ -382,33 +416,17 @@ def _check(wanted: Mapping[str, Tensor], there: Mapping[str, tuple[int, ...]], r
             )
 
 
-@torch.no_grad()
-def _fill(target: Tensor, whole: Tensor) -> None:
-    from torch.distributed.tensor import DTensor
-
-    if not isinstance(target, DTensor):
-        target.copy_(whole)
-        return
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    shape, offset = compute_local_shape_and_global_offset(
-        target.shape, target.device_mesh, target.placements
-    )
-    cut = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
-    target.to_local().copy_(whole[cut])
-
-
 def _read_shards(folder: Path, begin: str) -> dict[str, Any]:
     from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 
     reader = _reader(folder)
-    kept = reader.read_metadata().state_dict_metadata
+    entries = reader.read_metadata().state_dict_metadata
     flat = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in kept.items()
+        for name, entry in entries.items()
         if name.startswith(begin)
     }
-    with warnings.catch_warnings():  # it tells that one process reads, which is what is meant
+    with warnings.catch_warnings():  # torch warns that a single process reads, which is intended
         warnings.simplefilter("ignore")
         load_shards(flat, storage_reader=reader, no_dist=True)
     return _nested(flat)
@@ -420,6 +438,7 @@ def _reader(folder: Path) -> Any:
 
     class Reader(FileSystemReader):
         def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+            # The reader of torch would unpickle any class.
             try:
                 with (folder / ".metadata").open("rb") as file:
                     found = _Unpickler(file).load()
@@ -437,7 +456,7 @@ def _reader(folder: Path) -> Any:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads the index of shards; refuses whatever such an index has no use for."""
+    """Reads the index of shards; refuses every class that an index does not need."""
 
     def find_class(self, module: str, name: str) -> Any:
         found = super().find_class(module, name) if module in _INDEX_MODULES else None
@@ -450,11 +469,11 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} does not belong there")
 
 
-def _member(kind: Any, name: str) -> Any:
-    """A member of an enumeration, which Python 3.11.0 to 3.11.3 writes as a call of getattr."""
-    if isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__:
-        return kind[name]
-    raise pickle.UnpicklingError(f"getattr of {kind!r} does not belong there")
+def _member(owner: Any, name: str) -> Any:
+    """A member of an enumeration, which Python 3.11.0 to 3.11.3 pickles as a call of getattr."""
+    if isinstance(owner, type) and issubclass(owner, Enum) and name in owner.__members__:
+        return owner[name]
+    raise pickle.UnpicklingError(f"getattr of {owner!r} does not belong there")
 
 
 _INDEX_NAMES = {
@@ -469,7 +488,7 @@ _INDEX_MODULES = {*_INDEX_NAMES, "torch.distributed.checkpoint.metadata"}
 
 
 def _copied(tensors: Mapping[Any, Any]) -> dict[Any, Any]:
-    """The same on the CPU, so that training may go on while it is written."""
+    """Copies on the CPU, which are written while the training continues."""
     return {
         name: _copied(value)
         if isinstance(value, Mapping)
@@ -478,16 +497,3 @@ def _copied(tensors: Mapping[Any, Any]) -> dict[Any, Any]:
         else value
         for name, value in tensors.items()
     }
-
-
-def _flush(fileno: int, flush: Any) -> None:
-    flush()
-    os.fsync(fileno)
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Curves as one picture, drawn with Pillow: a small chart a figure, of one run or of several."""
+"""Curves of one run or of several as one picture, drawn with Pillow: a small chart per figure."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Points = list[tuple[float, float]]
 
 
 def draw_curves(run: Path) -> Path | None:
-    """Write `curves.png` into the folder of a run; None where there is nothing to draw yet."""
+    """Write `curves.png` into the folder of a run; None if there is nothing to draw yet."""
     curves = curves_of(read_metrics(run))
     if not curves:
         return None
@@ -39,7 +39,7 @@ def draw_curves(run: Path) -> Path | None:
 
 
 def curves_of(rows: list[dict[str, Any]]) -> dict[str, Points]:
-    """Each figure of the rows over the steps, where it has more than one point."""
+    """Each figure that has more than one point, as (step, value)."""
     names = dict.fromkeys(name for row in rows for name in row if name not in _LEFT_OUT)
     found = {
         name: [(r["step"], r[name]) for r in rows if isinstance(r.get(name), int | float)]
@@ -51,16 +51,16 @@ def curves_of(rows: list[dict[str, Any]]) -> dict[str, Points]:
 def draw_sheet(
     charts: Mapping[str, Mapping[str, Points]], steep: Collection[str] = ()
 ) -> Image.Image:
-    """A chart a title, with a line a name; those that are `steep` count in powers of ten."""
+    """One chart per title, with a line per name; charts in `steep` have a logarithmic scale."""
     rows = math.ceil(len(charts) / _COLUMNS)
     names = list(dict.fromkeys(name for lines in charts.values() for name in lines if name))
     wide, high = _WIDE * min(_COLUMNS, len(charts)), _HIGH * rows
     sheet = Image.new("RGB", (wide, high + 16 * math.ceil(len(names) / 4)), "white")
-    for place, (title, lines) in enumerate(charts.items()):
-        down, along = divmod(place, _COLUMNS)
+    for number, (title, lines) in enumerate(charts.items()):
+        down, along = divmod(number, _COLUMNS)
         sheet.paste(_chart(title, lines, title in steep), (along * _WIDE, down * _HIGH))
-    for place, (name, colour) in enumerate(zip(names, cycle(_LINES), strict=False)):
-        down, along = divmod(place, 4)
+    for number, (name, colour) in enumerate(zip(names, cycle(_LINES), strict=False)):
+        down, along = divmod(number, 4)
         ImageDraw.Draw(sheet).text((20 + along * wide // 4, high + 16 * down), name, fill=colour)
     return sheet
 

@@ -1,11 +1,11 @@
-"""Packed rows of fixed shape, put together on the device from documents that lie there.
+"""Packed rows of fixed shape, put together on the device from documents that are kept there.
 
-Documents are templates: text as tokens, and for each picture only which one it is. A batch is then
-a few integers a position from the CPU; the codes of the pictures are looked up on the device, each
-time in another of the ways that a picture was cut, and some input codes are replaced by others
-while the targets stay clean. `DeviceRows` has the face of `train.data.Packer`. A batch follows from
-the seed and the number of its first document. Shapes: B rows, T tokens of a row, M positions of all
-templates, P pictures, V ways to cut each, C codes of one, K codebook.
+Documents are templates: text as tokens, and for each picture only its number. The CPU sends two
+integers per position; the codes of the pictures are looked up on the device, each time in another
+of the ways that a picture was cut, and some input codes are replaced by others while the targets
+stay clean. `DeviceRows` is a `data.packing.Rows`, as `Packer` is. A batch follows from the seed and
+the number of its first document. Shapes: B rows, T tokens of a row, M positions of all templates, P
+pictures, V ways to cut each, C codes of one, K codebook.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ _AT_ONCE = 1000  # documents whose columns are computed together
 
 
 class Columns(NamedTuple):
-    """An entry a position of all documents, one after another; arrays, or tensors on the device.
+    """One entry per position of all documents, one after another; arrays, or device tensors.
 
-    `picture_M` is the number of the picture where a code stands, else `NONE`; `place_M` the code's
-    place in it; `slot_M` the how-manieth picture of its document; `plain_M` whether the picture may
-    only be cut in plain ways; `answer_M` whether it is to be drawn.
+    For a position that holds a code, `picture_M` is the number of its picture (elsewhere `NONE`),
+    `offset_M` the index of the code in the picture, and `slot_M` the index of the picture in its
+    document. `plain_M`: the picture may be cut in plain ways only. `answer_M`: it is to be drawn.
     """
 
     ids_M: Any
     picture_M: Any
-    place_M: Any
+    offset_M: Any
     slot_M: Any
     plain_M: Any
     answer_M: Any
@@ -46,7 +46,7 @@ class Columns(NamedTuple):
 
 
 class Templates(NamedTuple):
-    """Document d is at `starts[d]` to `starts[d + 1]` of the columns."""
+    """Document d has the entries `starts[d]` to `starts[d + 1]` of the columns."""
 
     columns: Columns
     starts: np.ndarray
@@ -60,18 +60,18 @@ def templates(
 ) -> Templates:
     """Templates of documents: tokens, the numbers of their pictures in order, and whether plain.
 
-    `codes` are those of a picture; `is_code` tells it of every token. Raises `DataError` for a
-    document whose tokens are not those of so many pictures.
+    `codes` is the number of codes of a picture, `is_code` says of each token of the vocabulary
+    whether it is a code. Raises `DataError` for a document with codes of more or fewer pictures.
     """
-    parts: list[Columns] = []
+    blocks: list[Columns] = []
     lengths = [0]
     stream = iter(documents)
     while several := list(islice(stream, _AT_ONCE)):
-        parts.append(_columns(several, codes, is_code, weights))
+        blocks.append(_columns(several, codes, is_code, weights))
         lengths += [len(sequence) for sequence, _, _ in several]
-    if not parts:
-        raise DataError("there is no document to train on: give at least one")
-    return Templates(Columns(*map(np.concatenate, zip(*parts, strict=True))), np.cumsum(lengths))
+    if not blocks:
+        raise DataError("0 documents cannot be trained on: give at least one")
+    return Templates(Columns(*map(np.concatenate, zip(*blocks, strict=True))), np.cumsum(lengths))
 
 
 def _columns(
@@ -80,7 +80,7 @@ def _columns(
     is_code: np.ndarray,
     weights: RoleWeights,
 ) -> Columns:
-    """The columns of some documents, computed together: a document at a time takes minutes."""
+    """The columns of some documents, computed together: one document at a time takes minutes."""
     whole = TokenSequence()
     for sequence, _, _ in documents:
         whole.ids += sequence.ids
@@ -90,19 +90,19 @@ def _columns(
     pictures = np.asarray([p for _, shown, _ in documents for p in shown], np.int32)
     if held.sum() != codes * len(pictures):
         raise DataError(
-            f"documents have {held.sum()} codes and {len(pictures)} pictures of {codes}: give one "
-            "number a picture, in order"
+            f"documents have {held.sum()} codes and {len(pictures)} pictures of {codes}: give the "
+            "number of each picture, in order"
         )
     slots = [slot for _, shown, _ in documents for slot in range(len(shown))]
-    picture, place, slot = np.full((3, len(ids)), NONE, np.int32)
+    picture, offset, slot = np.full((3, len(ids)), NONE, np.int32)
     picture[held] = np.repeat(pictures, codes)
-    place[held] = np.tile(np.arange(codes, dtype=np.int32), len(pictures))
+    offset[held] = np.tile(np.arange(codes, dtype=np.int32), len(pictures))
     slot[held] = np.repeat(np.asarray(slots, np.int32), codes)
     lengths = [len(sequence) for sequence, _, _ in documents]
     return Columns(
         ids_M=ids,
         picture_M=picture,
-        place_M=place,
+        offset_M=offset,
         slot_M=slot.clip(0),
         plain_M=np.repeat(np.asarray([plain for _, _, plain in documents], bool), lengths),
         answer_M=role == ANSWER_IMAGE,
@@ -113,14 +113,14 @@ def _columns(
 
 @dataclass
 class CutConfig:
-    """How pictures come into rows."""
+    """How the pictures in rows vary."""
 
     replace: float = 0.0
-    """Share of the input codes that become others; the targets stay."""
+    """Share of the input codes that are replaced by others; the targets stay."""
     near: float = 0.5
-    """Share of these that become one of the nearest codewords, the rest any."""
+    """Share of these that become one of the nearest codewords; the rest become any."""
     changed_answers: float = 0.0
-    """Share of the pictures to be drawn that are cut in a plain way other than the exact one."""
+    """Share of the pictures in answers that are cut in a plain way other than the exact one."""
 
     def __post_init__(self) -> None:
         for name in ("replace", "near", "changed_answers"):
@@ -129,11 +129,10 @@ class CutConfig:
 
 
 class DeviceRows:
-    """Fills batches from templates, in an order of its own each epoch.
+    """Fills batches from templates, in a new random order each epoch.
 
-    `codes_PVC` are picture codes on the device, of which the first `plain` ways of cutting keep the
-    colours and way 0 is exact. `tokens_K` are the tokens of the codes, `near_KN` the codes nearest
-    to each.
+    `codes_PVC` are picture codes on the device. The first `plain` ways of cutting keep the colours,
+    and way 0 is exact. `tokens_K` are the tokens of the codes, `near_KN` the codes nearest to each.
     """
 
     def __init__(
@@ -183,7 +182,7 @@ class DeviceRows:
         return self._filled(where_BT, document_BT, first)
 
     def _row(self) -> tuple[np.ndarray, np.ndarray]:
-        """Where each position of a row comes from (`NONE`: padding), and its document's number."""
+        """The template entry of each position of a row (`NONE`: padding), and its document."""
         chosen: list[int] = []
         free = self.length
         while (needed := self._lengths[number := self._document(self.cursor)]) <= free:
@@ -201,11 +200,11 @@ class DeviceRows:
 
     def _document(self, number: int) -> int:
         """Which template document `number` of the endless stream is."""
-        epoch, place = divmod(number, len(self._lengths))
+        epoch, rank = divmod(number, len(self._lengths))
         if self._order[0] != epoch:
             rng = np.random.default_rng([self._seed, 11, epoch])
             self._order = epoch, rng.permutation(len(self._lengths))
-        return int(self._order[1][place])
+        return int(self._order[1][rank])
 
     def _filled(self, where_BT: Tensor, document_BT: Tensor, first: int) -> PackedBatch:
         generator = torch.Generator(self._device)
@@ -230,9 +229,10 @@ class DeviceRows:
         )
 
     def _tokens(self, where_BT: Tensor, document_BT: Tensor, chance_BDS2: Tensor) -> Tensor:
-        """Tokens of positions, the codes of each picture as it is cut this time."""
+        """Tokens of template entries, with each picture cut in the way that is drawn for it."""
         t = self._columns
         picture_BT, slot_BT = t.picture_M[where_BT], t.slot_M[where_BT].long()
+        # All codes of one picture share its two random numbers.
         row_BT = torch.arange(len(where_BT), device=self._device)[:, None].expand_as(where_BT)
         chance_BT, second_BT = chance_BDS2[row_BT, document_BT, slot_BT].unbind(-1)
         ways = torch.where(t.plain_M[where_BT], self._plain, self._codes_PVC.shape[1])
@@ -242,19 +242,19 @@ class DeviceRows:
         exact_BT = second_BT >= self._config.changed_answers
         drawn_BT = torch.where(exact_BT, 0, plain_BT)
         way_BT = torch.where(t.answer_M[where_BT], drawn_BT, any_BT)
-        place_BT = t.place_M[where_BT].clamp_min(0).long()
-        code_BT = self._codes_PVC[picture_BT.clamp_min(0).long(), way_BT, place_BT].long()
+        offset_BT = t.offset_M[where_BT].clamp_min(0).long()
+        code_BT = self._codes_PVC[picture_BT.clamp_min(0).long(), way_BT, offset_BT].long()
         return torch.where(picture_BT >= 0, self._tokens_K[code_BT], t.ids_M[where_BT].long())
 
     def _replaced(self, tokens_BT: Tensor, where_BT: Tensor, generator: torch.Generator) -> Tensor:
-        """The tokens, some codes among them replaced by near ones or by any."""
+        """The tokens, with some codes replaced by near ones or by any."""
         if not self._config.replace:
             return tokens_BT
         draws = torch.rand(4, *tokens_BT.shape, generator=generator, device=self._device)
         codes = len(self._tokens_K)
-        own_BT = self._code_of_token[tokens_BT]
+        code_BT = self._code_of_token[tokens_BT]
         near_BT = self._near_KN[
-            own_BT.clamp_min(0), (draws[0] * self._near_KN.shape[1]).long()
+            code_BT.clamp_min(0), (draws[0] * self._near_KN.shape[1]).long()
         ].long()
         other_BT = torch.where(draws[1] < self._config.near, near_BT, (draws[2] * codes).long())
         swapped = (draws[3] < self._config.replace) & (self._columns.picture_M[where_BT] >= 0)
@@ -271,7 +271,7 @@ class DeviceRows:
 
 
 def _positions(document_BT: Tensor) -> Tensor:
-    """Each token's place within its document."""
+    """The position of each token within its document."""
     at_BT = torch.arange(document_BT.shape[1], device=document_BT.device).expand_as(document_BT)
     begins_BT = torch.ones_like(document_BT, dtype=torch.bool)
     begins_BT[:, 1:] = document_BT[:, 1:] != document_BT[:, :-1]

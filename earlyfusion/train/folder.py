@@ -232,7 +232,7 @@ def farewell(folder: Path, command: str, stopped: bool) -> str:
     there = checkpoint.steps(folder)
     if stopped:
         reached = f"holds step {there[-1]:,}" if there else "holds no checkpoint yet"
-        return f"stopped: {folder} {reached}; the same command goes on from there: {command}"
+        return f"stopped: {folder} {reached}; the same command continues from there: {command}"
     if (folder / "model").is_dir():
         where = folder / "model"
         return f"the model is in {where}; try it: earlyfusion chat --model {where}"
@@ -241,7 +241,7 @@ def farewell(folder: Path, command: str, stopped: bool) -> str:
 
 @contextmanager
 def reported_to_torchrun() -> Iterator[None]:
-    """Write the sentence of an error where `torchrun` looks for it, to end its own report with."""
+    """Write the sentence of an error into the file that `torchrun` shows at its end."""
     try:
         yield
     except EarlyFusionError as error:

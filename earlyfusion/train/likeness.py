@@ -1,8 +1,8 @@
 """How alike two pictures are: PSNR, SSIM, and the distance of their features in VGG-16.
 
 Pictures are float32 [B, 3, Y, X] in [-1, 1]. The distance is that of Zhang et al. 2018 (LPIPS):
-features of unit length at five depths, their squared differences weighed by channel where the file
-has such weights, else summed.
+squared differences of normalised features at five depths, weighted by channel if the file has such
+weights, else summed.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ def psnr(a_BCYX: Tensor, b_BCYX: Tensor) -> Tensor:
 def ssim(a_BCYX: Tensor, b_BCYX: Tensor) -> Tensor:
     """Structural similarity of each pair (Wang et al. 2004), [B]; 1 for equal pictures.
 
-    The mean over channels and over the places where the whole window lies within the picture; the
-    window shrinks for a picture that is smaller than it.
+    The mean over channels and over all positions of the window within the picture; the window
+    shrinks for a picture that is smaller.
     """
     side = min(_WINDOW, *a_BCYX.shape[-2:])
-    side -= 1 - side % 2
+    side -= 1 - side % 2  # odd, so that the window has a middle
     offset = torch.arange(side, device=a_BCYX.device) - side // 2
     window = torch.exp(-offset.square() / (2 * _SIGMA**2))
     window = window / window.sum()
@@ -54,7 +54,7 @@ def ssim(a_BCYX: Tensor, b_BCYX: Tensor) -> Tensor:
     return likeness.flatten(1).mean(1).view(len(a), -1).mean(1)
 
 
-# Convolutions of VGG-16 by depth; torchvision numbers all layers, LPIPS the same in slices.
+# Indices of the convolutions of VGG-16 at each depth, the same in torchvision's and LPIPS's names.
 _CONVS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
 _WIDTHS = (64, 128, 256, 512, 512)
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -63,9 +63,9 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class Perceptual:
     """The distance of pictures in the features of VGG-16, mean over the batch.
 
-    `weights` is a state dict that torch wrote: torchvision's VGG-16 (`features.0.weight`), or a
-    whole LPIPS (`net.slice1.0.weight`, `lin0.model.1.weight`); `linear` one with LPIPS's weights of
-    the channels alone. Raises `CheckpointError`.
+    `weights` is the file of a state dict: torchvision's VGG-16 (`features.0.weight`), or a whole
+    LPIPS (`net.slice1.0.weight`, `lin0.model.1.weight`); `linear` is one with LPIPS's weights per
+    channel alone. Raises `CheckpointError`.
     """
 
     def __init__(self, weights: Path, linear: Path | None, device: torch.device) -> None:
@@ -110,7 +110,7 @@ def _conv(
 def _channels(
     state: Mapping[str, Tensor], path: Path, device: torch.device, needed: bool
 ) -> list[Tensor]:
-    """Weights of the channels at each depth, [1, C, 1, 1]; ones where none are there nor needed."""
+    """Weights per channel at each depth, [1, C, 1, 1]; ones if the file has none."""
     names = [f"lin{depth}.model.1.weight" for depth in range(len(_CONVS))]
     if all(name in state for name in names):
         return [state[name].to(device).float().view(1, -1, 1, 1) for name in names]

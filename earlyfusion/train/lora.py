@@ -1,11 +1,11 @@
 """Training a part of a finished model: low-rank adapters, or the image rows of its head.
 
-LoRA (arXiv 2106.09685): W x + (alpha / rank) B A x, with W frozen. The two small products are taken
-apart from W, so that neither W + B A nor a gradient of its size is ever in memory. B begins at
-zero: the model is at first what it was.
+LoRA (arXiv 2106.09685): W x + (alpha / rank) B A x, with W frozen. The two small products are
+computed apart from W, so that neither W + B A nor a gradient of its size is ever in memory. B
+begins at zero: at first the model is unchanged.
 
-The image head (Anole, arXiv 2407.06135): of all weights, only the rows of `lm_head` that score
-image tokens are trained; they are a parameter of their own, so that no optimizer can move the rest.
+The image head (Anole, arXiv 2407.06135): only the rows of `lm_head` that score image tokens are
+trained. They are a separate parameter, so that no optimizer can change the other rows.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from earlyfusion.vocabulary import Ids
 
 
 class Adapted(nn.Linear):
-    """A linear layer with an adapter; its own weight keeps its name."""
+    """A linear layer with an adapter; the names of its weight and bias do not change."""
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float) -> None:
         with torch.device("meta"):
             super().__init__(linear.in_features, linear.out_features, linear.bias is not None)
         self.weight, self.bias = linear.weight, linear.bias
-        kind = torch.promote_types(torch.float32, linear.weight.dtype)
-        make = partial(linear.weight.new_zeros, dtype=kind)
+        dtype = torch.promote_types(torch.float32, linear.weight.dtype)  # fp32 beside bf16
+        make = partial(linear.weight.new_zeros, dtype=dtype)
         self.lora_a = nn.Parameter(make((rank, linear.in_features)))
         self.lora_b = nn.Parameter(make((linear.out_features, rank)))
         self.scale = alpha / rank
@@ -56,11 +56,13 @@ class Adapted(nn.Linear):
 def adapt(model: Transformer, rank: int, alpha: float | None = None) -> None:
     """Freeze a model and give every linear layer of its blocks an adapter of `rank`.
 
-    `alpha` is twice the rank unless given. Raises `SettingError` for a rank that is none.
+    `alpha` is twice the rank unless given. Raises `SettingError` for a rank that is not possible.
     """
     narrowest = min(min(linear.weight.shape) for _, _, linear in _linears(model))
     if not 1 <= rank <= narrowest:
-        raise SettingError(f"lora={rank} is no rank for this model: choose 1 to {narrowest}")
+        raise SettingError(
+            f"lora={rank} is not a rank that this model allows: choose 1 to {narrowest}"
+        )
     model.requires_grad_(False)
     for parent, name, linear in _linears(model):
         setattr(parent, name, Adapted(linear, rank, 2.0 * rank if alpha is None else alpha))
@@ -76,7 +78,7 @@ def adapters(model: Transformer) -> dict[str, LowRank]:
 
 
 def merge(model: Transformer) -> None:
-    """Put what was trained apart into the model's own weights; it is a plain model again."""
+    """Merge adapters and image rows into the weights, so that the model is a plain one again."""
     for parent, name, linear in _linears(model):
         if isinstance(linear, Adapted):
             setattr(parent, name, linear.merged())
@@ -85,32 +87,32 @@ def merge(model: Transformer) -> None:
     model.requires_grad_(True)
 
 
-class Rows(nn.Module):
-    """A matrix of which some rows are a parameter of their own."""
+class TrainedRows(nn.Module):
+    """A matrix some of whose rows are a separate parameter."""
 
     def __init__(self, weight: Tensor, rows: Ids) -> None:
         super().__init__()
-        self.places: Tensor
-        places = torch.from_numpy(rows).to(weight.device)
-        self.register_buffer("places", places, persistent=False)
-        self.values = nn.Parameter(weight.detach()[places].clone())
+        self.rows: Tensor
+        indices = torch.from_numpy(rows).to(weight.device)
+        self.register_buffer("rows", indices, persistent=False)
+        self.values = nn.Parameter(weight.detach()[indices].clone())
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight.index_copy(0, self.places, self.values.to(weight.dtype))
+        return weight.index_copy(0, self.rows, self.values.to(weight.dtype))
 
 
 def train_image_head(model: Transformer, image_tokens: Ids) -> None:
-    """Freeze a model but for the rows of its head that score `image_tokens`.
+    """Freeze a model except for the rows of its head that score `image_tokens`.
 
-    Raises `SettingError` where the head is the embedding too.
+    Raises `SettingError` if the head is tied to the embedding.
     """
     if model.config.tie_word_embeddings:
         raise SettingError(
-            "trainable=image_head needs a head of its own, and this model's is its embedding: "
-            "train all, or lora=8"
+            "trainable=image_head needs a separate head, and the head of this model is tied to its "
+            "embedding: train all, or lora=8"
         )
     model.requires_grad_(False)
-    rows = Rows(model.lm_head.weight, image_tokens)
+    rows = TrainedRows(model.lm_head.weight, image_tokens)
     parametrize.register_parametrization(model.lm_head, "weight", rows)
 
 
@@ -121,7 +123,7 @@ def trainable(model: Transformer) -> str:
 
 
 def products(model: Transformer) -> list[nn.Linear]:
-    """The linear layers of the blocks: what adapters go beside."""
+    """The linear layers of the blocks, which adapters are added to."""
     return [linear for _, _, linear in _linears(model)]
 
 

@@ -1,8 +1,9 @@
 """Next-token loss with z-loss (arXiv 2405.09818, section 2.3).
 
-`next_token_loss` is the formula; `head_loss` gives the same value and gradients from the states
-before the head, a block of positions at a time, so that logits of all positions never lie in memory
-together. Shapes: B rows, T tokens of a row, N positions of both, D model width, V vocabulary.
+`next_token_loss` is the formula; `head_loss` computes the same value and gradients from the states
+before the head, a block of positions at a time, so that the logits of all positions are never in
+memory together. Shapes: B rows, T tokens of a row, N counted positions of all rows, D model width,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ class TokenLoss(NamedTuple):
 def next_token_loss(
     logits_BTV: Tensor, targets_BT: Tensor, weight_BT: Tensor, z_weight: float = 1e-5
 ) -> TokenLoss:
-    """Weighted mean of cross-entropy + z_weight * log^2 Z over the positions of positive weight.
+    """Weighted mean over positions of cross-entropy + z_weight * log^2 Z, in fp32.
 
-    Targets are already shifted: `targets_BT[b, t]` follows the token at position t. All in fp32.
+    Targets are already shifted: `targets_BT[b, t]` follows the token at position t.
     """
     logits_BTV = logits_BTV.float()
     nats_BT = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="none")
@@ -58,18 +59,18 @@ def head_loss(
     weight_BT: Tensor,
     z_weight: float = 1e-5,
     block: int = 256,
-    part: VocabularySlice | None = None,
+    vocab_slice: VocabularySlice | None = None,
 ) -> TokenLoss:
     """`next_token_loss` of the logits `x_BTD @ head_VD.T`, `block` positions at a time.
 
-    Positions of weight 0 cost nothing and count as 0 nats. The product is computed in the dtype of
-    autocast, all else in fp32. With `part`, `head_VD` holds some rows of the head and other
-    processes hold the others: the loss is that of all, the gradient of `x_BTD` that of these rows.
-    Second derivatives, torch.func and forward-mode AD go through the logits of all positions; they
-    raise `SettingError` with `part`.
+    Positions of weight 0 are not computed and count as 0 nats. The product is in the dtype of
+    autocast, all else in fp32. With `vocab_slice`, `head_VD` has some rows of the head and other
+    processes have the others: the loss is that of all rows, the gradient of `x_BTD` that of these.
+    Second derivatives, torch.func and forward-mode AD compute the logits of all positions; with
+    `vocab_slice` they raise `SettingError`.
     """
     if is_transformed(x_BTD, head_VD):
-        _refuse_part(part)
+        _refuse_slice(vocab_slice)
         return _loss_of_logits(x_BTD, head_VD, targets_BT, weight_BT, z_weight)
     counted_N = weight_BT.flatten().nonzero()[:, 0]
     x_ND = x_BTD.flatten(0, 1)[counted_N]
@@ -77,7 +78,7 @@ def head_loss(
     share_N = weight_N / weight_N.sum().clamp_min(1e-8)
     targets_N = targets_BT.flatten()[counted_N]
     total, z, nats_N, top = _HeadLoss.apply(  # type: ignore[no-untyped-call]
-        x_ND, head_VD, targets_N, share_N, z_weight, block, part
+        x_ND, head_VD, targets_N, share_N, z_weight, block, vocab_slice
     )
     nats_BT = torch.zeros_like(weight_BT).flatten()
     nats_BT[counted_N] = nats_N
@@ -96,32 +97,34 @@ class _HeadLoss(torch.autograd.Function):
         share_N: Tensor,
         z_weight: float,
         block: int,
-        part: VocabularySlice | None,
+        vocab_slice: VocabularySlice | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        kind = x_ND.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_ND.dtype
+        device_type = x_ND.device.type
+        autocasts = torch.is_autocast_enabled(device_type)
+        dtype = torch.get_autocast_dtype(device_type) if autocasts else x_ND.dtype
         head = head_VD.detach().to(dtype)
         grad_x_ND = torch.empty_like(x_ND)
         grad_head_VD = torch.zeros_like(head_VD, dtype=torch.float32)
         nats, z = [], x_ND.new_zeros((), dtype=torch.float32)
         highest = torch.full_like(z, -math.inf)
         columns = (c.split(block) for c in (x_ND, grad_x_ND, targets_N, share_N))
-        with torch.autocast(kind, enabled=False):
+        with torch.autocast(device_type, enabled=False):
             for x, grad_x, target, share in zip(*columns, strict=True):
                 logits = (x.to(dtype) @ head.T).float()
-                chosen, held = _place(target, len(head), part)
+                chosen, held = _rows_of(target, len(head), vocab_slice)
                 chosen_logit = logits.gather(1, chosen)[:, 0]
                 top = logits.amax(-1, keepdim=True)
                 highest = torch.cat((highest[None], top[:, 0])).amax()
-                shares = logits.sub_(top).exp_()
+                shares = logits.sub_(top).exp_()  # in place: logits are the peak of memory
                 sums = shares.sum(-1)
                 log_z = sums.log() + top[:, 0]
-                if part is not None:
-                    own_log_z = log_z
-                    log_z, chosen_logit = part.combine(own_log_z, chosen_logit * held)
-                    sums = sums * (log_z - own_log_z).exp()
+                if vocab_slice is not None:
+                    slice_log_z = log_z
+                    log_z, chosen_logit = vocab_slice.combine(slice_log_z, chosen_logit * held)
+                    sums = sums * (log_z - slice_log_z).exp()
                 nats.append(log_z - chosen_logit)
                 z += (share * log_z.square()).sum()
+                # d(nats) = softmax - onehot, d(log^2 Z) = 2 log Z softmax.
                 scale = share * (1 + 2 * z_weight * log_z)
                 grad = shares.mul_((scale / sums)[:, None])
                 grad = grad.scatter_add_(1, chosen, -(share * held)[:, None]).to(dtype)
@@ -129,7 +132,7 @@ class _HeadLoss(torch.autograd.Function):
                 grad_head_VD += grad.T @ x.to(dtype)
         found = (grad_x_ND, grad_head_VD.to(head_VD.dtype))
         ctx.save_for_backward(*found, x_ND, head_VD, targets_N, share_N)
-        ctx.z_weight, ctx.part, ctx.dtype = z_weight, part, dtype
+        ctx.z_weight, ctx.vocab_slice, ctx.dtype = z_weight, vocab_slice, dtype
         nats_N = torch.cat(nats) if nats else x_ND.new_zeros(0, dtype=torch.float32)
         ctx.mark_non_differentiable(nats_N, highest)
         return (share_N * nats_N).sum() + z_weight * z, z, nats_N, highest
@@ -139,7 +142,7 @@ class _HeadLoss(torch.autograd.Function):
         grad_x_ND, grad_head_VD, *inputs, targets_N, share_N = ctx.saved_tensors
         grad_total = grads[0]
         if torch.is_grad_enabled():
-            _refuse_part(ctx.part)
+            _refuse_slice(ctx.vocab_slice)
             formula = partial(_total, targets_N, share_N, ctx.z_weight, ctx.dtype)
             given = through_the_formula(formula, tuple(inputs), grad_total)
             return *given, None, None, None, None, None
@@ -169,18 +172,20 @@ def _loss_of_logits(
     return loss._replace(nats_BT=loss.nats_BT * (weight_BT > 0))
 
 
-def _refuse_part(part: VocabularySlice | None) -> None:
-    if part is not None:
+def _refuse_slice(vocab_slice: VocabularySlice | None) -> None:
+    if vocab_slice is not None:
         raise SettingError(
             "the head is cut over several processes, where its loss has neither second derivatives "
             "nor transforms: use tensor=1"
         )
 
 
-def _place(target_N: Tensor, rows: int, part: VocabularySlice | None) -> tuple[Tensor, Tensor]:
+def _rows_of(
+    target_N: Tensor, rows: int, vocab_slice: VocabularySlice | None
+) -> tuple[Tensor, Tensor]:
     """Row of the head for each target, [N, 1], and 1 where that row is here, else 0."""
-    if part is None:
+    if vocab_slice is None:
         return target_N[:, None], torch.ones_like(target_N)
-    local_N = target_N - part.first
+    local_N = target_N - vocab_slice.first
     held_N = (local_N >= 0) & (local_N < rows)
     return local_N.clamp(0, rows - 1)[:, None], held_N

@@ -1,7 +1,7 @@
-"""Watching a run: a progress bar, a JSONL file, TensorBoard where it is installed, W&B if told.
+"""What a run reports: a progress bar, a JSONL file, TensorBoard if it is installed, W&B on request.
 
-Speed is told in tokens or pictures a second, as a share of what the devices can do, and as the time
-that is left.
+Speed is logged in tokens or pictures a second, as a share of the peak of the devices (`mfu`), and
+as the seconds that are left.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _SECONDS_A_LINE = 60.0
 
 
 class Monitor:
-    """Writes one line of `metrics.jsonl` a call of `log`, and moves the progress bar.
+    """Writes one line of `metrics.jsonl` per call of `log`, and moves the progress bar.
 
-    `flops` are the operations of one unit, `peak` gives those that the devices can do a second,
-    `left` the seconds that are left from those of a step and the number of steps done.
-    A `quiet` monitor does nothing: of several processes the first tells.
+    `flops` are the operations of one unit and `peak()` those of the devices per second; `left(each,
+    done)` are the seconds that are left when a step takes `each` and `done` steps are done. A
+    `quiet` monitor does nothing: of several processes only the first reports.
     """
 
     def __init__(
@@ -88,22 +88,22 @@ class Monitor:
             self._wandb.log(metrics | speed, step=step)
         shown = "  ".join(f"{k} {v:.4g}" for k, v in list(metrics.items())[:3])
         share = f"  {speed['mfu']:.0%} of peak" if "mfu" in speed else ""
-        told = f"{shown}  {speed['per_second']:,.0f}/s{share}"
-        self._bar.update(self._task, description=told)
+        status = f"{shown}  {speed['per_second']:,.0f}/s{share}"
+        self._bar.update(self._task, description=status)
         if self._bar.disable:
-            self._tell(step + 1, told, speed["eta_seconds"])
+            self._print(step + 1, status, speed["eta_seconds"])
 
-    def _tell(self, done: int, told: str, seconds: float) -> None:
-        """A line where there is no terminal: the first, the last, and one a minute between."""
+    def _print(self, done: int, status: str, seconds: float) -> None:
+        """A line if there is no terminal: the first, the last, and one per minute in between."""
         now = time.monotonic()
         if done >= self._steps or now >= self._next_line:
             self._next_line = now + _SECONDS_A_LINE
             left = f"  {seconds:,.0f} s left" if done < self._steps else ""
-            line = f"step {done:,} of {self._steps:,}  {told}{left}"
+            line = f"step {done:,} of {self._steps:,}  {status}{left}"
             print(line, file=sys.stderr, flush=True)
 
     def note(self, step: int, sentence: str) -> None:
-        """Tell a person, and keep it in `notes.jsonl`."""
+        """Print a sentence, and append it to `notes.jsonl`."""
         if self._quiet:
             return
         with (self._run / "notes.jsonl").open("a", encoding="utf-8") as notes:
@@ -111,7 +111,7 @@ class Monitor:
         self._console.print(f"step {step}: {sentence}", highlight=False)
 
     def rewind(self, first: int) -> None:
-        """Forget what was written of the steps from `first` on: they come again."""
+        """Remove the metrics of the steps from `first` on, which will be taken again."""
         if self._quiet:
             return
         self._lines.close()
@@ -131,7 +131,7 @@ class Monitor:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time that does not count for the speed."""
+        """Leave the time of the block out of the speed."""
         begin = time.perf_counter()
         yield
         self._since += time.perf_counter() - begin
@@ -148,10 +148,10 @@ class Monitor:
 
 
 @lru_cache
-def matmul_peak(device: torch.device, kind: torch.dtype) -> float:
-    """Operations a second of a product of two square matrices: the best of several."""
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a product of two square matrices: the best of six."""
     size = 8192 if device.type == "cuda" else 512
-    a, b = (torch.ones(size, size, device=device, dtype=kind) for _ in range(2))
+    a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
     best = math.inf
     for _ in range(6):
         _wait(device)
@@ -174,10 +174,10 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def _drop_from(path: Path, first: int) -> None:
-    """Forget rows that a resumed run will write again."""
+    """Remove rows that a resumed run will write again."""
     if path.exists():
-        kept = [r for r in read_metrics(path.parent) if r["step"] < first]
-        path.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+        earlier = [r for r in read_metrics(path.parent) if r["step"] < first]
+        path.write_text("".join(json.dumps(r) + "\n" for r in earlier), encoding="utf-8")
 
 
 def _summary_writer(run: Path, first: int) -> Any:
@@ -189,7 +189,7 @@ def _summary_writer(run: Path, first: int) -> Any:
 
 
 def _wandb_run(run: Path) -> Any:
-    """A run of Weights & Biases that a resumed training goes on with."""
+    """A run of Weights & Biases, which a resumed training continues."""
     import wandb
 
     name = run / "wandb-id"

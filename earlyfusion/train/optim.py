@@ -1,8 +1,8 @@
 """Optimizer and learning rate (arXiv 2405.09818, section 2.3: AdamW, warm-up, decay, clip).
 
-Beside the paper's AdamW stand Muon for the matrices of the blocks (Jordan et al. 2024: the momentum
-of a matrix is replaced by a nearly orthogonal one) and a moving average of the weights. Shapes: N
-matrices of one shape, R rows, C columns.
+Besides the paper's AdamW there are Muon for the matrices of the blocks (Jordan et al. 2024: the
+momentum of a matrix is replaced by a nearly orthogonal matrix) and a moving average of the weights.
+Shapes: N matrices of one shape, R rows, C columns.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ class OptimConfig:
     kind: str = "adamw"
     """"adamw", or "muon": the matrices of the blocks by Muon, all else by AdamW."""
     muon_lr: float = 0.02
-    """Rate of Muon at its height; it rises and falls as `lr` does."""
+    """The highest rate of Muon; it rises and falls as `lr` does."""
     average: float = 0.0
-    """Share of the moving average of the weights that stays at each step; 0: no average."""
+    """Decay of the moving average of the weights per step; 0: no average."""
 
     def __post_init__(self) -> None:
         if self.kind not in OPTIMIZERS:
             raise SettingError(f"kind={self.kind!r} is unknown: choose {' or '.join(OPTIMIZERS)}")
         if self.muon_lr <= 0 or not 0 <= self.average < 1:
             raise SettingError(
-                f"muon_lr={self.muon_lr} must be positive and average={self.average} 0 up and "
-                f"below 1"
+                f"muon_lr={self.muon_lr} must be positive and average={self.average} at least 0 "
+                f"and below 1"
             )
         if self.decay not in _DECAYS:
             raise SettingError(f"decay={self.decay!r} is unknown: choose one of {sorted(_DECAYS)}")
@@ -59,14 +59,14 @@ class OptimConfig:
             )
         for name in ("warmup_steps", "weight_decay", "clip", "eps"):
             if getattr(self, name) < 0:
-                raise SettingError(f"{name}={getattr(self, name)} must be 0 up")
+                raise SettingError(f"{name}={getattr(self, name)} must be 0 or more")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
-                raise SettingError(f"{name}={getattr(self, name)} must be 0 up and below 1")
+                raise SettingError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
 
 
 def check_warmup(config: OptimConfig, steps: int) -> str:
-    """A sentence where the warm-up takes the whole run, so that the rate never comes to `lr`."""
+    """A sentence if the warm-up takes the whole run, so that the rate never reaches `lr`."""
     if config.warmup_steps < steps:
         return ""
     highest = learning_rate(config, steps - 1, steps)
@@ -95,16 +95,16 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
 
 
 def learning_rate_at(config: OptimConfig, step: int, share: float) -> float:
-    """Rate of step `step` (from 0) at `share` of a run whose number of steps nobody knows.
+    """Rate of step `step` (from 0) at `share` of a run whose number of steps is unknown.
 
-    The warm-up is counted in steps, the decay in shares of the run; where both are, the lower rate.
+    The warm-up is counted in steps, the decay in shares of the run; the lower rate counts.
     """
     warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
     return config.lr * min(warm, _DECAYS[config.decay](min(1.0, share), config.final_ratio))
 
 
 def optimizer_of(model: nn.Module, parameters: Iterable[nn.Parameter], config: OptimConfig) -> Any:
-    """The optimizer of a run: AdamW, or `MuonAndAdamW`; the names of `model` tell the two apart."""
+    """The optimizer of a run: AdamW, or Muon for the matrices in the blocks of `model`."""
     trained = [p for p in parameters if p.requires_grad]
     if config.kind == "adamw":
         return adamw(trained, config)
@@ -123,8 +123,8 @@ def _is_matrix_of_block(name: str, parameter: Tensor) -> bool:
 def adamw(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
     """AdamW whose weight decay leaves out vectors: the norms of the model's width, and biases.
 
-    The norms of queries and keys have a row a head and decay as matrices do. The paper gives the
-    decay and does not say what it leaves out.
+    The norms of queries and keys have a row per head and decay as matrices do. The paper gives the
+    decay, but not what it leaves out.
     """
     trained = [p for p in parameters if p.requires_grad]
     groups = [
@@ -138,8 +138,8 @@ def adamw(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.opti
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum made nearly orthogonal, with decoupled weight decay; matrices only.
 
-    The step is that of `torch.optim.Muon` (its tests compare the two), which computes matrix after
-    matrix and in bf16 everywhere. Here matrices of one shape are computed together, in bf16 on a
+    The step equals that of `torch.optim.Muon` (a test compares the two), which computes one matrix
+    after another, always in bf16. Here matrices of one shape are computed together, in bf16 on a
     GPU and in fp32 on a CPU, where bf16 may be slower.
     """
 
@@ -199,9 +199,9 @@ def orthogonal(matrices_NRC: Tensor, rounds: int = 5) -> Tensor:
 
 
 class MuonAndAdamW:
-    """Muon for `matrices` and AdamW for all else, to be used as one optimizer.
+    """Muon for `matrices` and AdamW for all else, used as one optimizer.
 
-    Each group tells in `peak` the height of its rate, so that one schedule drives both.
+    `peak` of a group is its highest rate, so that one schedule serves both.
     """
 
     def __init__(
@@ -237,7 +237,7 @@ class MuonAndAdamW:
 
 
 def set_rate(optimizer: Any, rate: float, config: OptimConfig) -> None:
-    """Give all groups the rate of a step; a group with a `peak` of its own, its share of that."""
+    """Give all groups the rate of a step, scaled to its `peak` in a group that has one."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["peak"] / config.lr if "peak" in group else rate
 
@@ -266,20 +266,20 @@ def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
 
 
 class Average:
-    """A moving average of a model's weights; at first it forgets faster, to lose the beginning."""
+    """A moving average of a model's weights; it decays faster at first, to forget the beginning."""
 
-    def __init__(self, model: nn.Module, stays: float) -> None:
+    def __init__(self, model: nn.Module, decay: float) -> None:
         self._weights = [p for p in model.parameters() if p.requires_grad]
         self._names = [n for n, p in model.named_parameters() if p.requires_grad]
-        self._stays, self.count = stays, 0
+        self._decay, self.count = decay, 0
         self._means = [p.detach().clone() for p in self._weights]
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the weights of one more step."""
+        """Add the weights after one more step."""
         self.count += 1
-        stays = min(self._stays, (1 + self.count) / (10 + self.count))
-        torch._foreach_lerp_(self._means, [p.detach() for p in self._weights], 1 - stays)
+        decay = min(self._decay, (1 + self.count) / (10 + self.count))
+        torch._foreach_lerp_(self._means, [p.detach() for p in self._weights], 1 - decay)
 
     @torch.no_grad()
     def use(self) -> None:
@@ -299,9 +299,9 @@ class Average:
     @torch.no_grad()
     def _swap(self) -> None:
         for weight, mean in zip(self._weights, self._means, strict=True):
-            kept = weight.detach().clone()
+            current = weight.detach().clone()
             weight.copy_(mean)
-            mean.copy_(kept)
+            mean.copy_(current)
 
     def state(self) -> dict[str, Tensor]:
         """The averaged weights by their names."""

@@ -1,8 +1,8 @@
-"""How far a run is: by its steps, or by the clock where it has a budget of minutes.
+"""How far a run is: by its steps, or by the clock if it has a budget of minutes.
 
-The share of the run that is done drives the learning rate and whatever else changes over a run.
-With a budget, a run of unknown speed ends in time and its rate has fallen by then; where steps run
-out first, they end it. Time spent before a resume counts.
+The share of the run that is done determines the learning rate and all else that changes over a run.
+With a budget, a run of unknown speed ends in time, and its rate has fallen by then; if its steps
+end first, they end the run. Time that was spent before a resume counts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Pace:
 
     @property
     def seconds(self) -> float:
-        """Seconds of the run so far, those before a resume included."""
+        """Seconds of the run so far, including those before a resume."""
         return self._spent + self._now() - self._since
 
     def share(self, step: int) -> float:
@@ -39,10 +39,10 @@ class Pace:
         return min(1.0, max(by_steps, by_clock))
 
     def is_over(self, step: int) -> bool:
-        """Whether no step is left after so many, or no time."""
+        """Whether after `step` steps no step is left, or no time."""
         return step >= self._steps or bool(self._budget and self.seconds >= self._budget)
 
     def seconds_left(self, each: float, step: int) -> float:
-        """Seconds to the end where a step takes `each` seconds and `step` of them are done."""
+        """Seconds to the end if a step takes `each` seconds and `step` steps are done."""
         left = each * (self._steps - step)
         return max(0.0, min(left, self._budget - self.seconds)) if self._budget else left

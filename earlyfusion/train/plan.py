@@ -1,4 +1,4 @@
-"""What a training run takes on a number of GPUs: memory, speed and days, from the run's own config.
+"""What a training run takes on a number of GPUs: memory, speed and days, from the run's config.
 
 Nothing is run: all follows from the shapes. The assumptions are in `ASSUMED`, which is printed with
 the table. Shapes: D model width, K key and value heads, H head width, F inner width, L layers, T
@@ -32,7 +32,7 @@ ASSUMED = (
     "tensor; what is not: 4 bytes a weight, 2 in products of blocks; computing in bf16",
     "two blocks gathered at a time, and the embedding and head",
     "activations of one micro batch, without compile; attention keeps no scores",
-    "operations per token: 6 per weight in a product and 12 L D T for attention, less where blocks "
+    "operations a token: 6 a weight in a product and 12 L D T for attention, less where blocks "
     "are not trained, and nothing for what is computed again",
 )
 

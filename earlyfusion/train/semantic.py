@@ -1,10 +1,11 @@
-"""A head that names what quantised latents show, while an image tokenizer is trained; then dropped.
+"""A head that names what quantised latents show. It trains the image tokenizer and is then dropped.
 
-Reconstruction alone lets two pictures of one thing have codes with nothing in common. Where the
-codewords must also tell what the picture shows, codes carry it, and whoever reads them learns names
-faster (UniTok, arXiv 2502.20321, and VILA-U, arXiv 2409.04429, contrast with captions; here names
-are few, so that a class each is enough). The head sees codewords only, through the straight-through
-gradient, and is no part of the VQ-GAN: files, codes and run time are those of any VQ-GAN.
+With reconstruction alone, two pictures of one thing may have codes that have nothing in common. If
+a head has to name from the codewords what the picture shows, the codes carry this, and a
+transformer that reads them learns names faster. (UniTok, arXiv 2502.20321, and VILA-U, arXiv
+2409.04429, contrast pictures with captions; here names are few, so that a class for each is
+enough.) The head sees codewords only, and its gradient passes them straight through to the encoder.
+It does not belong to the VQ-GAN, whose files and speed do not change.
 Shapes: B batch, C channels, y x in codes, L labels.
 """
 
@@ -25,7 +26,7 @@ UNKNOWN = -100
 class SemanticHead(nn.Module):
     """From quantised latents to the logits of several questions, each with its number of answers.
 
-    Convolutions of stride 2 down to 4 codes a side, the mean over what is left, a layer a question.
+    Convolutions of stride 2 down to 4 x 4, their mean, and one linear layer per question.
     """
 
     def __init__(self, channels: int, grid: int, answers: Sequence[int], width: int = 256) -> None:
@@ -33,8 +34,8 @@ class SemanticHead(nn.Module):
         halvings = max(1, (grid // 4).bit_length() - 1)
         widths = [channels, *[width] * (halvings + 1)]
         layers: list[nn.Module] = []
-        for place, (inputs, outputs) in enumerate(pairwise(widths)):
-            stride = 1 if place == 0 else 2
+        for depth, (inputs, outputs) in enumerate(pairwise(widths)):
+            stride = 1 if depth == 0 else 2
             layers += [
                 nn.Conv2d(inputs, outputs, 3, stride, 1),
                 nn.GroupNorm(8, outputs),
@@ -50,9 +51,9 @@ class SemanticHead(nn.Module):
 
 
 def naming_loss(logits: Sequence[Tensor], labels_BL: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean cross-entropy over the questions, and how often the first is answered rightly.
+    """The mean cross-entropy over the questions, and how often the first is answered correctly.
 
-    Labels that are `UNKNOWN` do not count; where none counts, both are 0.
+    Labels that are `UNKNOWN` do not count; if none counts, both are 0.
     """
     losses = [
         F.cross_entropy(x.float(), y, ignore_index=UNKNOWN, label_smoothing=_SMOOTHING)

@@ -62,11 +62,11 @@ class RunConfig:
     compile: bool = False
     save_every: int = 200
     save_beside: bool = False
-    """Write checkpoints in the background, while the training goes on."""
+    """Write checkpoints in the background, while the training continues."""
     keep: int = 2
     log_every: int = 10
     stop_after: int = 0
-    """Stop at this step although the schedule goes on to `steps` (0: never)."""
+    """Stop at this step, with the schedule of a run to `steps` (0: never)."""
     sample_every: int = 0
     """Steps between sample pictures and checks on held-out data (0: only at the end)."""
     wandb: bool = False
