@@ -10,7 +10,14 @@ from typing import BinaryIO
 import pytest
 
 from earlyfusion.errors import SettingError
-from earlyfusion.files import next_number, unwritten_on_failure, write_next, write_whole
+from earlyfusion.files import (
+    next_number,
+    replace_folder,
+    replacing,
+    unwritten_on_failure,
+    write_next,
+    write_whole,
+)
 
 
 def text(words: str) -> Callable[[BinaryIO], int]:
@@ -90,3 +97,24 @@ def test_what_was_made_goes_when_the_block_fails(tmp_path: Path) -> None:
         made += [write_next(tmp_path, "a", "", text("")) for _ in range(2)]
         raise KeyboardInterrupt
     assert contents(tmp_path) == {}
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    for words in ("one", "two"):
+        with replacing(path, flush=True) as partial:
+            partial.write_text(words)
+    with pytest.raises(KeyboardInterrupt), replacing(path) as partial:
+        partial.write_text("three")
+        raise KeyboardInterrupt
+    assert contents(tmp_path) == {"a.json": "two"}
+
+
+def test_a_finished_folder_takes_the_place_of_another(tmp_path: Path) -> None:
+    for words in ("one", "two"):
+        partial = tmp_path / ".partial"
+        partial.mkdir()
+        (partial / words).write_text(words)
+        replace_folder(partial, tmp_path / "folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    assert contents(tmp_path / "folder") == {"two": "two"}

@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from earlyfusion import Chameleon
+from earlyfusion.bench.harness import OURS, Row, medians, seconds, table, take_turns
 from earlyfusion.bench.shapes import SHAPES, write_random
 from earlyfusion.bench.speed import SHORT, Compilations, Meter, bench, resident_bytes
 from earlyfusion.cli import main
@@ -177,3 +179,28 @@ def test_prompts_of_a_short_context_fit(meter: Meter) -> None:
     for request in meter._eight():
         assert len(request.ids) + request.room <= meter.config.max_position_embeddings
     assert len(meter._request(SHORT, 5, {}).ids) == SHORT
+
+
+def test_contenders_take_turns_and_the_first_round_does_not_count() -> None:
+    order: list[str] = []
+
+    def measure(name: str) -> float:
+        order.append(name)
+        return float(len(order))
+
+    found = take_turns({name: partial(measure, name) for name in "ab"}, rounds=3)
+    assert order == ["a", "b"] * 4
+    assert found == {"a": [3, 5, 7], "b": [4, 6, 8]}
+    assert medians(found, 10) == {"a": 50, "b": 60}
+    assert seconds(lambda: None, clock=iter([1.0, 3.5]).__next__) == 2.5
+
+
+def test_a_table_says_how_many_times_as_fast_ours_is() -> None:
+    rows = [
+        Row("a token", "ms", {OURS: 2.0, "other": 3.0, "third": 1.0}),
+        Row("texts", "tokens/s", {OURS: 2000.0, "other": 500.0}, "of 8"),
+    ]
+    assert table(rows).splitlines()[2:] == [
+        "| a token | 2 ms | other 3, third 1 | 1.50, 0.50 |  |",
+        "| texts | 2,000 tokens/s | other 500 | 4.00 | of 8 |",
+    ]

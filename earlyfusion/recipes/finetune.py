@@ -123,6 +123,7 @@ def main(config: FinetuneConfig) -> None:
         config.held_out,
     )
     _check_data(config, corpus)
+    # Documents are functions of their numbers: threads may prepare them in any order.
     stream = Ahead(corpus.stream, config.workers) if config.workers else corpus.stream
     try:
         task = config.task(model, stream, length, loaded.processor.vocabulary.pad)

@@ -170,6 +170,7 @@ def _is_whole(folder: Path) -> bool:
             return False
         if (folder / SHARDS).is_dir():
             return _has_all_shards(folder / SHARDS)
+        # torch.save writes a zip file, which has a CRC-32 of each tensor.
         with zipfile.ZipFile(folder / TENSORS) as file:
             return file.testzip() is None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, CheckpointError):
@@ -334,6 +335,7 @@ def _damaged(folder: Path) -> CheckpointError:
 
 def _begin(run: Path, step: int) -> Path:
     run.mkdir(parents=True, exist_ok=True)
+    # Left by a run that was killed while it wrote.
     for leftover in run.glob(f"{_PARTIAL}*"):
         shutil.rmtree(leftover, ignore_errors=True)
     partial = run / f"{_PARTIAL}{step:08d}"
@@ -392,7 +394,7 @@ def _flat(tensors: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, Ten
     for name, value in tensors.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{path}{name}/")
-        elif isinstance(value, Tensor):
+        elif isinstance(value, Tensor):  # settings of the optimizer follow from the run's config
             yield f"{path}{name}", value
 
 
@@ -401,6 +403,7 @@ def _nested(flat: Mapping[str, Tensor]) -> dict[str, Any]:
     for path, value in flat.items():
         *folders, name = path.split("/")
         at: dict[Any, Any] = found
+        # Parameters of an optimizer are numbered: `optimizer/state/0/exp_avg`.
         for folder in folders:
             at = at.setdefault(int(folder) if folder.isdigit() else folder, {})
         at[name] = value

@@ -184,7 +184,7 @@ class DeviceRows:
     def _row(self) -> tuple[np.ndarray, np.ndarray]:
         """The template entry of each position of a row (`NONE`: padding), and its document."""
         chosen: list[int] = []
-        free = self.length
+        free = self.length  # a document that does not fit begins the next row
         while (needed := self._lengths[number := self._document(self.cursor)]) <= free:
             chosen.append(number)
             free -= needed
@@ -213,6 +213,7 @@ class DeviceRows:
         shape = (self.rows, self.length + 1, slots, 2)
         chance = torch.rand(shape, generator=generator, device=self._device)
         fills = where_BT >= 0
+        # Targets are one entry further on: a document has one token more than positions in a row.
         inputs_BT, targets_BT = (
             self._tokens(where_BT.clamp_min(0) + ahead, document_BT, chance) for ahead in (0, 1)
         )
@@ -262,6 +263,7 @@ class DeviceRows:
 
     @property
     def _code_of_token(self) -> Tensor:
+        # Made at the first use, and only if codes are replaced.
         if not hasattr(self, "_codes_T"):
             size = int(max(self._tokens_K.max(), self._columns.ids_M.max())) + 1
             table = torch.full((size,), NONE, dtype=torch.long, device=self._device)

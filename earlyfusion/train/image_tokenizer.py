@@ -296,12 +296,13 @@ class ImageTokenizerTask(Task):
         if not self._waiting:
             self._fetch(step)
         (x, labels), cfg = self._waiting.pop(0), self.config
+        # Without this ramp the codebook collapses onto a few codewords.
         blend = torch.tensor(min(1.0, step / max(1, cfg.ramp_steps)), device=self._device)
         out = self._decoded(x) if self._decoder_only else self.model(x, blend)
         pixels = out.pixels.float()
         self._seen.append(_Seen(x, pixels.detach(), *_vectors(out)))
         l2 = F.mse_loss(pixels, x)
-        figures = {"psnr": 10 * torch.log10(4 / l2.detach())}
+        figures = {"psnr": 10 * torch.log10(4 / l2.detach())}  # pixels have a range of 2
         with torch.no_grad():
             figures["ssim"] = ssim(pixels.clamp(-1, 1), x).mean()
         total = cfg.l1 * F.l1_loss(pixels, x) + cfg.l2 * l2
@@ -338,6 +339,7 @@ class ImageTokenizerTask(Task):
         self._uses_K += parallel.data_sum(uses_K, self._mesh)
         if self._critic is None or step < self.config.adversarial_from:
             return {}
+        # The critic learns from the pictures that were drawn before this step changed the decoder.
         pairs = ((micro.reals_BCYX, micro.fakes_BCYX) for micro in seen)
         return {"critic": self._critic.learn(pairs, 1 / self._micro_batches, self._mesh)}
 
@@ -473,6 +475,7 @@ class _MovingCodebook:
         total = torch.zeros_like(self.sum_KC).index_add_(0, codes_N, vectors_NC)
         self.count_K.lerp_(parallel.data_sum(count, mesh), 1 - self._decay)
         self.sum_KC.lerp_(parallel.data_sum(total, mesh), 1 - self._decay)
+        # A codeword that was hardly chosen stays where it is: its mean would be noise.
         mean = self.sum_KC / self.count_K.clamp_min(1e-5).unsqueeze(1)
         self._weight_KC.copy_(torch.where(self.count_K.unsqueeze(1) > 1e-3, mean, self._weight_KC))
 

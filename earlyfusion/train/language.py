@@ -121,6 +121,7 @@ class LanguageTask(Task):
         self._fingerprint = checkpoint.fingerprint(model)
         self._step_weight = torch.zeros(())
         self._output_norm = torch.zeros(())
+        # What enters the last norm is the output of the last block.
         model.model.norm.register_forward_pre_hook(self._measure_norm)
         model.train()
         self._check_rows(1)
@@ -173,6 +174,7 @@ class LanguageTask(Task):
         return loss.total * share, figures, float(batch.tokens_BT.numel())
 
     def _loss_of(self, batch: PackedBatch) -> TokenLoss:
+        # One object serves all layers: it holds nothing but the mask.
         attends = [CausalAttend(batch.document_BT)] * self.model.config.num_hidden_layers
         x_BTD = self.model.states(batch.tokens_BT, batch.positions_BT, attends)
         x_BTD, head_VD, cut = parallel.head_inputs(x_BTD, self.model.lm_head.weight)
@@ -205,6 +207,7 @@ class LanguageTask(Task):
         return {"validation_loss": float(sums[:, 0].sum() / sums[:, 1].sum())} | means
 
     def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        # Between two steps no micro batch waits, so this number is all.
         return {}, {"next_document": self._packer.cursor}
 
     def load_state(self, tensors: dict[str, Any], state: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ class Adapted(nn.Linear):
     """A linear layer with an adapter; the names of its weight and bias do not change."""
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float) -> None:
-        with torch.device("meta"):
+        with torch.device("meta"):  # its weight and bias are those of `linear`
             super().__init__(linear.in_features, linear.out_features, linear.bias is not None)
         self.weight, self.bias = linear.weight, linear.bias
         dtype = torch.promote_types(torch.float32, linear.weight.dtype)  # fp32 beside bf16
@@ -36,6 +36,7 @@ class Adapted(nn.Linear):
         self.lora_a = nn.Parameter(make((rank, linear.in_features)))
         self.lora_b = nn.Parameter(make((linear.out_features, rank)))
         self.scale = alpha / rank
+        # As `nn.Linear` and PEFT draw it.
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
 
     def forward(self, input: Tensor) -> Tensor:

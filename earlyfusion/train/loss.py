@@ -103,6 +103,7 @@ class _HeadLoss(torch.autograd.Function):
         autocasts = torch.is_autocast_enabled(device_type)
         dtype = torch.get_autocast_dtype(device_type) if autocasts else x_ND.dtype
         head = head_VD.detach().to(dtype)
+        # Gradients are computed here, not in `backward`: all logits would have to be kept for it.
         grad_x_ND = torch.empty_like(x_ND)
         grad_head_VD = torch.zeros_like(head_VD, dtype=torch.float32)
         nats, z = [], x_ND.new_zeros((), dtype=torch.float32)
@@ -141,7 +142,7 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_x_ND, grad_head_VD, *inputs, targets_N, share_N = ctx.saved_tensors
         grad_total = grads[0]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled():  # somebody wants gradients of these gradients
             _refuse_slice(ctx.vocab_slice)
             formula = partial(_total, targets_N, share_N, ctx.z_weight, ctx.dtype)
             given = through_the_formula(formula, tuple(inputs), grad_total)

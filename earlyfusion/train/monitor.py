@@ -78,6 +78,7 @@ class Monitor:
         if self._quiet:
             return
         speed = self._speed(step)
+        # JSON knows neither NaN nor infinity.
         known = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         self._lines.write(json.dumps({"step": step} | known | speed) + "\n")
         self._lines.flush()
@@ -150,6 +151,7 @@ class Monitor:
 @lru_cache
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of a product of two square matrices: the best of six."""
+    # Large enough to keep a GPU busy, and small enough for a CPU's cache.
     size = 8192 if device.type == "cuda" else 512
     a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
     best = math.inf
@@ -185,6 +187,7 @@ def _summary_writer(run: Path, first: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
+    # What TensorBoard has of the steps from `first` on is hidden: they are taken again.
     return SummaryWriter(str(run / "tensorboard"), purge_step=first or None)
 
 

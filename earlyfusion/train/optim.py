@@ -170,6 +170,7 @@ class Muon(torch.optim.Optimizer):
         ahead = torch._foreach_lerp(gradients, moments, group["momentum"])
         turned_NRC = orthogonal(torch.stack(ahead))
         rows, columns = alike[0].shape
+        # Matrices with more rows than columns take longer steps, as in torch.optim.Muon.
         rate = group["lr"] * math.sqrt(max(1.0, rows / columns))
         torch._foreach_mul_(alike, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(alike, list(turned_NRC.to(alike[0].dtype)), alpha=-rate)
@@ -190,6 +191,7 @@ def orthogonal(matrices_NRC: Tensor, rounds: int = 5) -> Tensor:
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices_NRC.shape[1] > matrices_NRC.shape[2]
     x = matrices_NRC.bfloat16() if matrices_NRC.device.type == "cuda" else matrices_NRC.float()
+    # The Gram matrix is then that of the shorter side.
     x = x.transpose(1, 2) if tall else x
     x = x / x.flatten(1).norm(dim=1).clamp_min(1e-7)[:, None, None]
     for _ in range(rounds):

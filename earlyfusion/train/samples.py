@@ -79,6 +79,7 @@ class PromptedPictures:
 
     def _draw(self, request: Request) -> np.ndarray[Any, np.dtype[np.int64]]:
         events = generate(self._transformer, self._processor, request)
+        # The grammar of "image" always completes its picture.
         return next(event.codes for event in events if isinstance(event, ImageDone))
 
 
