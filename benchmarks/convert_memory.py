@@ -81,7 +81,7 @@ def report(source: Path, target: Path, to: str) -> bool:
 
 def weight_bytes(folder: Path) -> tuple[int, int]:
     """Bytes of all files with weights, and of the largest."""
-    weights = [p for kind in ("*.pth", "*.safetensors") for p in folder.glob(kind)]
+    weights = [p for pattern in ("*.pth", "*.safetensors") for p in folder.glob(pattern)]
     sizes = [p.stat().st_size for p in weights]
     return sum(sizes), max(sizes)
 
@@ -93,17 +93,17 @@ def main() -> int:
     parser.add_argument("--shards", type=int, default=1)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--child", nargs=3)
-    asked = parser.parse_args()
-    if asked.child:
-        measured(Path(asked.child[0]), Path(asked.child[1]), asked.child[2])
+    options = parser.parse_args()
+    if options.child:
+        measured(Path(options.child[0]), Path(options.child[1]), options.child[2])
         return 0
-    config = PRESETS[asked.preset]
-    config = replace(config, num_hidden_layers=asked.layers or config.num_hidden_layers)
-    with tempfile.TemporaryDirectory(dir=asked.folder) as name:
+    config = PRESETS[options.preset]
+    config = replace(config, num_hidden_layers=options.layers or config.num_hidden_layers)
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         source = random_source(config, folder / "tokenizer.json")
-        with new_folder(folder / "meta") as part:
-            copy_to_meta(source, part, asked.shards, lambda size: None)
+        with new_folder(folder / "meta") as target:
+            copy_to_meta(source, target, options.shards, lambda size: None)
         good = report(folder / "meta", folder / "hf", "hf")
         good &= report(folder / "hf", folder / "again", "meta")
     return 0 if good else 1

@@ -13,7 +13,7 @@ under torch.compile too; for int8 and int4 it stays in bf16. `--only` takes some
   products of square matrices reach. picture: the first token of a question about a new picture,
   pixels to codes included, and about the same picture again.
 - batch: many texts at once beside transformers' continuous batching (`generate_batch`), which
-  is told the size of its cache and keeps it between the rounds.
+  is given the size of its cache and keeps it between the rounds.
 - alone: the lines of `earlyfusion bench`, guidance and eight mixed requests among them.
 
 The line for CUDA has not been run. Needs `pip install "earlyfusion[transformers]"`.
@@ -60,7 +60,7 @@ class Bench:
         self._random = random.Random(0)
 
     def prompt(self, context: int) -> list[int]:
-        """New random text of so many tokens, or of what the model holds."""
+        """New random text of this many tokens, or as many as fit into the context."""
         context = min(context, self.config.max_position_embeddings - self.tokens - 2)
         words = self.processor.vocabulary.text_tokens.tolist()
         return [self.processor.vocabulary.bos, *self._random.choices(words, k=context - 1)]
@@ -83,7 +83,7 @@ class Bench:
             self.engine.step()
 
     def theirs(self, ids: Sequence[int], tokens: int, cache: str, **pixels: Any) -> float:
-        """Seconds of `generate` for so many tokens."""
+        """Seconds of `generate` for this many tokens."""
         given = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)).long()}
         given = {name: value.to(self.device) for name, value in (given | pixels).items()}
         static = {} if cache == "dynamic" else {"cache_implementation": "static"}
@@ -97,7 +97,7 @@ class Bench:
         endless = GenerationConfig(
             max_new_tokens=self.tokens, do_sample=False, eos_token_id=-1, pad_token_id=1
         )
-        # A cache of its own choice takes most of the memory, and seconds to be cleared.
+        # By default its cache takes most of the memory, and seconds to be cleared.
         limits = ContinuousBatchingConfig(num_blocks=2 * len(prompts) + 8, max_batch_tokens=1024)
         made = self.stock.generate_batch(
             prompts,

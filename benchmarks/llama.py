@@ -55,7 +55,7 @@ class Llama:
             raise SystemExit(f"llama.cpp cannot open {file}")
 
     def measure(self, context: int) -> tuple[float, float]:
-        """Seconds of a prompt of so many tokens, and of a token after it."""
+        """Seconds of a prompt of this many tokens, and of a token after it."""
         memory = self._api.llama_get_memory(self._context)
         self._api.llama_memory_clear(memory, True)
         first = self._seconds(list(range(9000, 9000 + context)))
@@ -88,9 +88,9 @@ class Ours:
         return self._meter.reply(context)
 
 
-def work(kind: str, file: str, threads: int) -> None:
+def work(contender: str, file: str, threads: int) -> None:
     """Answer each line of standard input, a context, with two numbers."""
-    name, _, how = kind.partition(":")
+    name, _, how = contender.partition(":")
     model = Ours(file, threads, how) if name == "ours" else Llama(file, threads, how == "flash")
     for line in sys.stdin:
         print(json.dumps(model.measure(int(line))), flush=True)
@@ -102,13 +102,13 @@ def write_gguf(file: str, bits: str, shape: dict[str, Any]) -> None:
     import numpy as np
 
     D, F, N, H = (shape[k] for k in ("width", "inner", "heads", "head_width"))
-    kind = gguf.GGMLQuantizationType[bits]
+    dtype = gguf.GGMLQuantizationType[bits]
     source, made = np.random.default_rng(0), {}
 
     def matrix(rows: int, columns: int) -> Any:
         if (rows, columns) not in made:
             values = source.standard_normal((rows, columns), dtype=np.float32) * 0.02
-            made[rows, columns] = gguf.quants.quantize(values, kind)
+            made[rows, columns] = gguf.quants.quantize(values, dtype)
         return made[rows, columns]
 
     writer = gguf.GGUFWriter(file, "chameleon")
@@ -141,7 +141,7 @@ def write_gguf(file: str, bits: str, shape: dict[str, Any]) -> None:
             tensors[f"{here}{name}.weight"] = head_norm
             tensors[f"{here}{name}.bias"] = 0 * head_norm
     for name, values in tensors.items():
-        writer.add_tensor(name, values, raw_dtype=kind if values.dtype == np.uint8 else None)
+        writer.add_tensor(name, values, raw_dtype=dtype if values.dtype == np.uint8 else None)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -152,8 +152,8 @@ def write_gguf(file: str, bits: str, shape: dict[str, Any]) -> None:
 
 
 class Contender:
-    def __init__(self, python: str, kind: str, file: str, threads: int) -> None:
-        command = [python, __file__, "--work", kind, "--file", file, "--threads", str(threads)]
+    def __init__(self, python: str, contender: str, file: str, threads: int) -> None:
+        command = [python, __file__, "--work", contender, "--file", file, "--threads", str(threads)]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
 
@@ -190,12 +190,12 @@ def compare(options: argparse.Namespace, folder: Path) -> None:
         bits, file = BITS[dtype], str(folder / f"{dtype}.gguf")
         made = [options.python, __file__, "--write", bits, "--file", file]
         subprocess.run([*made, "--sizes", json.dumps(shape)], check=True)
-        kinds = {
+        ways = {
             OURS: (sys.executable, f"ours:{dtype}", str(folder / "model")),
             f"llama.cpp {bits}": (options.python, "llama:plain", file),
             f"llama.cpp {bits}, flash": (options.python, "llama:flash", file),
         }
-        contenders = {name: Contender(*how, options.threads) for name, how in kinds.items()}
+        contenders = {name: Contender(*how, options.threads) for name, how in ways.items()}
         for context in CONTEXTS:
             turns = {name: partial(c.measure, context) for name, c in contenders.items()}
             times = take_turns(turns, options.rounds)

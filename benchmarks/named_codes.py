@@ -57,9 +57,9 @@ def task_data(folder: Path, things: int) -> tuple[Tensor, Tensor, Tensor, Tensor
     known: list[int] = []
     held: list[int] = []
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0)).tolist()
-    for place in (p for p in order if names[p] in chosen):
-        seen[names[place]] += 1
-        (held if seen[names[place]] <= 2 else known).append(place)
+    for index in (i for i in order if names[i] in chosen):
+        seen[names[index]] += 1
+        (held if seen[names[index]] <= 2 else known).append(index)
     labels = torch.tensor([chosen.get(n, -1) for n in names])
     return pixels[known], labels[known], pixels[held], labels[held]
 
@@ -130,7 +130,7 @@ def quality(model: VQGAN, held: Tensor) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What codes tell, with and without a naming head.")
+    parser = argparse.ArgumentParser(description="What codes say, with and without a naming head.")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=400, help="of each image tokenizer")
     parser.add_argument("--naming", type=float, nargs="+", default=[0.0, 0.05])

@@ -1,12 +1,12 @@
-"""Draw the same things with two models, beside the pictures that they should be like.
+"""Draw the same things with two models, beside the pictures that the drawings should look like.
 
 python examples/before_and_after.py MODEL MODEL ROWS.jsonl SHEET.png [COUNT]
 
-Rows are as for `earlyfusion train finetune`: a request, and its picture. The sheet has a line for
-each of three: the first model's drawings, the second's, the true pictures (of `COUNT` rows). Of all
-rows it tells the mean difference of colours (0 to 1, at 16 x 16), how much of the colours of all
-drawings together are others than those of the true pictures (0 to 1, in 8 bins), and how many
-drawings are nearer to their own true picture than to that of any other row (by `features` of
+Rows are as for `earlyfusion train finetune`: a request, and its picture. The sheet has three lines:
+the first model's drawings, the second's, the true pictures (of `COUNT` rows). Printed are, over all
+rows, the mean difference of colours (0 to 1, at 16 x 16), the share of the area whose colours
+differ between all drawings and all true pictures (0 to 1, in 8 bins), and the number of drawings
+that are nearer to their own true picture than to that of any other row (by `features` of
 earlyfusion.evals.emoji).
 """
 
@@ -64,9 +64,9 @@ def sheet(lines: Sequence[Sequence[PIL.Image.Image]], side: int) -> PIL.Image.Im
 
 def main(before: str, after: str, rows: str, out: str, count: str = "10") -> None:
     path = Path(rows)
-    asked = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    prompts = [row["messages"][0]["content"] for row in asked]
-    true = [PIL.Image.open(path.parent / row["images"][0]).convert("RGB") for row in asked]
+    parsed = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    prompts = [row["messages"][0]["content"] for row in parsed]
+    true = [PIL.Image.open(path.parent / row["images"][0]).convert("RGB") for row in parsed]
     lines = [drawn(name, prompts) for name in (before, after)]
     for name, pictures in zip((before, after), lines, strict=True):
         print(f"{name}: {measured(pictures, true)}")

@@ -1,4 +1,4 @@
-"""A model that reads but cannot draw, as the released Chameleon, and pictures to unlock it with.
+"""A model that reads but cannot draw, like the released Chameleon, and pictures to unlock it with.
 
 python examples/lock.py data/emoji runs/unlock
 earlyfusion train image_head_7b model=runs/unlock/locked data=runs/unlock/learn.jsonl \

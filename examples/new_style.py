@@ -5,8 +5,8 @@ earlyfusion train finetune data=runs/cutout/learn.jsonl out=runs/cutout/run lora
     steps=120 length=512 warmup_steps=10
 python examples/before_and_after.py mini runs/cutout/run/model runs/cutout/asked.jsonl cutout.png
 
-The first command writes 40 pictures to learn from (`learn.jsonl`), and 24 of other things to ask
-for (`asked.jsonl`). They are made of Noto Emoji's, Copyright Google Inc., Apache-2.0.
+The first command writes 40 pictures to learn from (`learn.jsonl`), and 24 pictures of other things
+to ask for (`asked.jsonl`). They are made from Noto Emoji, Copyright Google Inc., Apache-2.0.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ LEARNT, ASKED = 40, 24
 
 
 def cut_out(picture: PIL.Image.Image) -> PIL.Image.Image:
-    """White where there was anything, blue where there was nothing."""
+    """The shape of a picture in white, on blue."""
     shape = picture.convert("L").point(lambda grey: 255 * (grey < 240))
     return ImageOps.colorize(shape, black="#1446a0", white="#ffffff")
 
 
 def things(data: EmojiData) -> list[Row]:
-    """Things that come in Noto's style, in an order that is always the same."""
+    """Things that exist in Noto's style, in an order that is always the same."""
     rows = [data.row(id_) for id_ in data.split("train")]
     chosen = [r for r in rows if r["style"] == "noto" and r["group_en"] in KINDS]
     random.Random(0).shuffle(chosen)
@@ -41,7 +41,7 @@ def things(data: EmojiData) -> list[Row]:
 
 
 def write(path: Path, data: EmojiData, rows: Sequence[Row]) -> None:
-    """A request a line, with its picture beside it."""
+    """Write one request per line, and the pictures beside the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         for row in rows:

@@ -18,8 +18,8 @@ def main(prompt: str, path: str, count: str = "4") -> None:
     pictures = [reply.images[0] for reply in replies]
     side = pictures[0].width
     sheet = PIL.Image.new("RGB", (side * len(pictures), side))
-    for place, picture in enumerate(pictures):
-        sheet.paste(picture, (side * place, 0))
+    for column, picture in enumerate(pictures):
+        sheet.paste(picture, (side * column, 0))
     sheet.save(path)
 
 

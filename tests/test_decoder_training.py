@@ -82,7 +82,9 @@ def test_what_cannot_be_begun_with_is_refused(tmp_path: Path) -> None:
         run("mini_image_tokenizer", [f"data={DATA}", "trainable=decoder"])
     with pytest.raises(SettingError, match="all or decoder"):
         run("mini_image_tokenizer", [f"data={DATA}", "trainable=encoder"])
-    checkpoint.save(tmp_path / "other", 1, {"model": {"x": torch.ones(1)}}, {}, keep=1)
+    checkpoint.Saver(tmp_path / "other", keep=1, beside=False).save(
+        1, {"model": {"x": torch.ones(1)}}, {}
+    )
     with pytest.raises(CheckpointError, match="no image tokenizer of this shape"):
         begin_with(VQGAN(TINY), str(tmp_path / "other"))
     with pytest.raises(CheckpointError, match="no model folder"):

@@ -187,7 +187,7 @@ def test_a_language_task_learns_from_them(processor: Processor) -> None:
 
 
 def test_what_cannot_be_packed_is_refused(processor: Processor) -> None:
-    with pytest.raises(DataError, match="no document"):
+    with pytest.raises(DataError, match="0 documents"):
         templates([], CODES, np.zeros(8, bool), WEIGHTS)
     sequence = TokenSequence([0, 5, 2], [CONTROL, ANSWER_TEXT, END])
     with pytest.raises(DataError, match="1 pictures of 64"):

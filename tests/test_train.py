@@ -102,12 +102,12 @@ def test_a_killed_run_goes_on_to_the_same_losses(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_cut_short_does_not_count(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path, 1, {"x": torch.ones(2)}, {"note": 1}, keep=2)
+    checkpoint.Saver(tmp_path, keep=2, beside=False).save(1, {"x": torch.ones(2)}, {"note": 1})
     (tmp_path / ".partial-00000002").mkdir()
     tensors, state = checkpoint.load(tmp_path)
     assert state == {"note": 1, "step": 1} and torch.equal(tensors["x"], torch.ones(2))
     for step in (3, 4):
-        checkpoint.save(tmp_path, step, {}, {}, keep=2)
+        checkpoint.Saver(tmp_path, keep=2, beside=False).save(step, {}, {})
     assert checkpoint.steps(tmp_path) == [3, 4]
     assert not list(tmp_path.glob(".partial*"))
 

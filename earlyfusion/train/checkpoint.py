@@ -40,17 +40,11 @@ AVERAGE = "average"
 """Key of the averaged weights, by the names that they have in the model."""
 
 
-def save(run: Path, step: int, tensors: dict[str, Any], state: dict[str, Any], keep: int) -> Path:
-    """Write one checkpoint and remove all but the newest `keep`."""
-    partial = _begin(run, step)
-    _write(partial, tensors)
-    return _commit(run, step, state, keep)
-
-
 class Saver:
     """Writes the checkpoints of a run, from one process or from all, at once or `beside` the run.
 
-    A checkpoint that is written beside the run counts once `poll` or `finish` found it complete.
+    All but the newest `keep` are removed. A checkpoint that is written beside the run counts once
+    `poll` or `finish` found it complete.
     """
 
     def __init__(self, run: Path, keep: int, beside: bool) -> None:
@@ -333,14 +327,13 @@ def _damaged(folder: Path) -> CheckpointError:
     )
 
 
-def _begin(run: Path, step: int) -> Path:
+def _begin(run: Path, step: int) -> None:
     run.mkdir(parents=True, exist_ok=True)
     # Left by a run that was killed while it wrote.
     for leftover in run.glob(f"{_PARTIAL}*"):
         shutil.rmtree(leftover, ignore_errors=True)
     partial = run / f"{_PARTIAL}{step:08d}"
     partial.mkdir()
-    return partial
 
 
 def _write(partial: Path, tensors: dict[str, Any]) -> None:
@@ -370,7 +363,7 @@ def _disk_error(error: BaseException | None) -> OSError | None:
     return next((found for other in others if (found := _disk_error(other))), None)
 
 
-def _commit(run: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+def _commit(run: Path, step: int, state: dict[str, Any], keep: int) -> None:
     partial, final = run / f"{_PARTIAL}{step:08d}", run / f"{_PREFIX}{step:08d}"
     (partial / STATE).write_text(json.dumps(state | {"step": step}), encoding="utf-8")
     flush_to_disk(partial / STATE)
@@ -378,7 +371,6 @@ def _commit(run: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     flush_to_disk(run)
     for old in steps(run)[:-keep]:
         _remove(run, old)
-    return final
 
 
 def _remove(run: Path, step: int) -> None:

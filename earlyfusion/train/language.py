@@ -71,8 +71,10 @@ class LanguageConfig:
         return notes_folder(self.run.out)
 
     def shape(self) -> ModelConfig:
-        """The shape of the model to be trained. Raises `SettingError` where it cannot be found."""
-        raise NotImplementedError
+        """The shape of the model to be trained. Raises `SettingError` if it is not known."""
+        raise SettingError(
+            f"{type(self).__name__} does not say what model it trains: define its shape()"
+        )
 
     def job(self) -> Job:
         """What `earlyfusion train RECIPE --plan` has to know."""

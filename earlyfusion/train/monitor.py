@@ -37,7 +37,6 @@ class Monitor:
         run: Path,
         first: int,
         steps: int,
-        tensorboard: bool = True,
         wandb: bool = False,
         quiet: bool = False,
         flops: float = 0.0,
@@ -54,7 +53,7 @@ class Monitor:
         run.mkdir(parents=True, exist_ok=True)
         _drop_from(run / "metrics.jsonl", first)
         self._lines = (run / "metrics.jsonl").open("a", encoding="utf-8")
-        self._board = _summary_writer(run, first) if tensorboard else None
+        self._board = _summary_writer(run, first)
         self._wandb = _wandb_run(run) if wandb else None
         columns = (
             TextColumn("{task.description}"),
