@@ -31,8 +31,9 @@ from earlyfusion.bench.harness import heading, line, medians, seconds, take_turn
 from earlyfusion.config import PRESETS
 from earlyfusion.engine.cache import DTYPES, Cache
 from earlyfusion.engine.engine import Engine
-from earlyfusion.engine.runner import ModelRunner, Step
+from earlyfusion.engine.runner import ModelRunner
 from earlyfusion.engine.scheduler import Branch, Piece, Plan
+from earlyfusion.engine.step import Step
 from earlyfusion.generation.request import Request
 from earlyfusion.kernels.cpu_step import CpuStep
 from earlyfusion.mini.emoji.dataset import EmojiData
@@ -73,13 +74,9 @@ def distributions(runner: ModelRunner, ids: Sequence[int], answer: Sequence[int]
     runner.run(Plan([], [Piece(branch, 0, len(ids) - 1)], []), [])
     logits = []
     for place in range(len(ids) - 1, len(ids) + len(answer) - 1):
-        step = Step([Piece(branch, place, 1)], runner._cache)
-        if runner._compiled is not None:
-            x_TD = runner._compiled.states(step.tokens_T, step.slots_T, step.positions_T)
-        else:
-            x_TD = runner._network.forward(step.tokens_T, step.positions_T, step.attentions())
-            x_TD = runner._network.final(x_TD)
-        logits.append(runner.text_head.logits(x_TD)[0].float())
+        step = Step([Piece(branch, place, 1)], runner.device)
+        x_TD = runner.backend.states(step)
+        logits.append(runner.drawer.text_head.logits(x_TD)[0].float())
     return torch.stack(logits).log_softmax(-1)
 
 
@@ -88,7 +85,7 @@ def quality(folder: str | None, pictures: int) -> None:
     config, own = model.transformer.config, model.transformer.lm_head.weight.dtype
     asked = requests(model, folder, pictures)
     wanted = answers(model, asked, "fp32")
-    grammar = model.engine._grammar(())
+    grammar = model.engine.grammar(())
     runners = {
         kept: ModelRunner(model.transformer, grammar, 1, config.max_position_embeddings, kept)
         for kept in DTYPES
@@ -128,7 +125,7 @@ def speed(rounds: int) -> None:
     steps: dict[str, CpuStep] = {}
     for kept, dtype in DTYPES.items():
         cache = Cache(config, 3, 1200, dtype, torch.device("cpu"))
-        for layer in cache.kept:
+        for layer in cache.layer_caches:
             every = torch.arange(3 * config.kv_heads * 1200)
             layer.store(every, *torch.randn(2, 3 * 1200, config.kv_heads, config.head_dim))
         steps[kept] = CpuStep(model, cache.layers, 32, cache.scales)

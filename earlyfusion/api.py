@@ -33,10 +33,10 @@ from earlyfusion.devices import (
     resolve_device,
     torch_dtype,
 )
-from earlyfusion.engine.backends.torch import fingerprint
 from earlyfusion.engine.engine import Engine
 from earlyfusion.engine.handle import Handle
-from earlyfusion.engine.tensor_parallel import open_part, peers_of, share
+from earlyfusion.engine.module_tree import fingerprint
+from earlyfusion.engine.tensor_parallel import open_shard, peers_of, share
 from earlyfusion.errors import CheckpointError, ContextError, PromptError, SettingError
 from earlyfusion.generation.reference import Reader
 from earlyfusion.generation.request import (
@@ -686,7 +686,7 @@ def _load_share(
     source = detect.open_source(detect.locate(name), verify=verify)
     check_not_packed(source)
     size = sum(torch.Size(stored.shape).numel() for stored in source.tensors.values())
-    return assemble(open_part(source, processes), device, dtype or auto_dtype(size, device))
+    return assemble(open_shard(source, processes), device, dtype or auto_dtype(size, device))
 
 
 def _seeds(seed: Any, count: int) -> list[int | None]:

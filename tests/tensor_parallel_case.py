@@ -139,12 +139,12 @@ def held(part: Transformer) -> dict[str, int]:
 
 def in_the_draw(engine: Engine, out: Path) -> None:
     """Behind the last sum: the others have done their part, and go on."""
-    runner: Any = engine._runner
-    draw = runner._draw
-    runner._draw = lambda *_: 1 / 0
+    drawer: Any = engine.runner.drawer
+    draw = drawer.draw
+    drawer.draw = lambda *_: 1 / 0
     with suppress(ZeroDivisionError):
         engine.step()
-    runner._draw = draw
+    drawer.draw = draw
 
 
 def between(engine: Engine, out: Path) -> None:
@@ -155,7 +155,8 @@ def inside(act: Callable[[], object]) -> Callable[[Engine, Path], None]:
     """Act between two sums of a step."""
 
     def breaks(engine: Engine, out: Path) -> None:
-        layers = engine._runner._network._layers
+        backend: Any = engine.runner.backend
+        layers = backend.layers
         gate_up = layers[-1].gate_up
 
         def acting(x: torch.Tensor) -> torch.Tensor:

@@ -7,12 +7,13 @@ import pytest
 import torch
 from tiny import CONFIG, TEXTS, tiny_processor, tiny_transformer
 
-from earlyfusion.engine import runner
+from earlyfusion.engine.backends import cpu
 from earlyfusion.engine.cache import Cache
 from earlyfusion.engine.engine import Engine
 from earlyfusion.engine.handle import Handle
 from earlyfusion.engine.runner import ModelRunner
 from earlyfusion.engine.scheduler import Branch, Copy, Piece, Plan
+from earlyfusion.engine.step import Step
 from earlyfusion.errors import SettingError
 from earlyfusion.generation.grammar import Grammar
 from earlyfusion.generation.request import Request
@@ -30,8 +31,8 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 0.05, "int8": 0.05}
 @pytest.fixture(params=["compiled", "torch"])
 def step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "torch":
-        monkeypatch.setattr(runner, "available", lambda: False)
-    elif not runner.available():
+        monkeypatch.setattr(cpu, "available", lambda: False)
+    elif not cpu.available():
         pytest.skip("no C++ compiler here")
     return str(request.param)
 
@@ -61,14 +62,8 @@ def states(
     seen = []
     for more in range(8):
         pieces = [Piece(b, n + more, 1) for b, n in zip(branches, lengths, strict=True)]
-        stepped = runner.Step(pieces, model._cache)
         with torch.inference_mode():
-            tokens_B, places_B = stepped.tokens_T, stepped.positions_T
-            if model._compiled is not None:
-                seen.append(model._compiled.states(tokens_B, stepped.slots_T, places_B))
-            else:
-                x_BD = model._network.forward(tokens_B, places_B, stepped.attentions())
-                seen.append(model._network.final(x_BD))
+            seen.append(model.backend.states(Step(pieces, CPU)))
     return torch.stack(seen)
 
 
@@ -85,7 +80,7 @@ def test_states_are_near_those_of_the_whole_cache(
     largest = float(own.abs().max())
     error = float((small - own).abs().max()) / largest
     assert error <= TOLERANCE[kept] and (error > 1e-5) == (kept != "fp32")
-    monkeypatch.setattr(runner, "available", lambda: False)
+    monkeypatch.setattr(cpu, "available", lambda: False)
     plain = states(transformer, processor, kept, lengths)
     # The same rounding in torch and in compiled code, but for what lies at half a level.
     assert (plain - small).abs().max() <= max(error / 2, 1e-5) * largest
@@ -140,9 +135,9 @@ def test_a_copied_slot_holds_the_same() -> None:
     for layer, scales in zip(cache.layers, cache.scales, strict=True):
         layer.copy_(torch.randint(-127, 128, layer.shape))
         scales.uniform_()
-    before = [kept.read(2, 8, torch.float32)[1].clone() for kept in cache.kept]
+    before = [layer.read(2, 8, torch.float32)[1].clone() for layer in cache.layer_caches]
     cache.copy(Copy(0, 2, 5))
-    for kept, old in zip(cache.kept, before, strict=True):
+    for kept, old in zip(cache.layer_caches, before, strict=True):
         source, target = (kept.read(slot, 8, torch.float32) for slot in (0, 2))
         for part in (0, 1):
             assert torch.equal(source[part][:, :5], target[part][:, :5])
@@ -167,8 +162,8 @@ def test_zeros_stay_zeros() -> None:
     cache = Cache(CONFIG, 1, 2, torch.int8, CPU)
     rows = torch.arange(CONFIG.kv_heads) * 2
     zero = torch.zeros(1, CONFIG.kv_heads, CONFIG.head_dim)
-    cache.kept[0].store(rows, zero, zero)
-    assert not cache.kept[0].read(0, 2, torch.float32)[0].any()
+    cache.layer_caches[0].store(rows, zero, zero)
+    assert not cache.layer_caches[0].read(0, 2, torch.float32)[0].any()
 
 
 def test_another_dtype_is_refused(transformer: Transformer, processor: Processor) -> None:

@@ -128,10 +128,10 @@ def test_an_int8_cache_is_read_as_the_torch_path_reads_it(width: int, lengths: l
     model, rows = random_model(shape, width + len(lengths)), len(lengths)
     cpu = torch.device("cpu")
     cache = Cache(shape, rows, 41, torch.int8, cpu)
-    for kept in cache.kept:
+    for kept in cache.layer_caches:
         kept.store(torch.arange(rows * 2 * 41), *torch.randn(2, rows * 41, 2, width // 4))
     other = Cache(shape, rows, 41, torch.float32, cpu)
-    for kept, same in zip(cache.kept, other.layers, strict=True):
+    for kept, same in zip(cache.layer_caches, other.layers, strict=True):
         same.copy_(torch.stack(kept.read(slice(0, rows), 41, torch.float32)))
     tokens, slots = torch.randint(0, 515, (rows,)), torch.randperm(rows)
     places = torch.tensor(lengths)
@@ -148,8 +148,8 @@ def test_an_int8_cache_is_read_as_the_torch_path_reads_it(width: int, lengths: l
     assert ((stored - exact).abs().amax(-1) <= exact.abs().amax(-1) / 253).all()
     again = Cache(shape, 1, 4, torch.int8, cpu)
     fresh = torch.randn(2, 1, 2, width // 4)
-    again.kept[0].store(torch.tensor([0, 4]), *fresh)
-    read = torch.stack(again.kept[0].read(0, 1, torch.float32))[:, :, 0]
+    again.layer_caches[0].store(torch.tensor([0, 4]), *fresh)
+    read = torch.stack(again.layer_caches[0].read(0, 1, torch.float32))[:, :, 0]
     assert ((read - fresh[:, 0]).abs().amax(-1) <= fresh[:, 0].abs().amax(-1) / 253).all()
 
 

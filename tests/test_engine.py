@@ -18,13 +18,15 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from earlyfusion import Chameleon
 from earlyfusion.checkpoints import detect
-from earlyfusion.engine import runner
-from earlyfusion.engine.backends import torch as network
-from earlyfusion.engine.backends.torch import Network
+from earlyfusion.engine.backends import attention, cpu
+from earlyfusion.engine.backends import torch as torch_backend
+from earlyfusion.engine.backends.torch import FusedTransformer
+from earlyfusion.engine.cache import Cache
+from earlyfusion.engine.draw import Drawer
 from earlyfusion.engine.engine import Engine
 from earlyfusion.engine.handle import Handle, most_branches
-from earlyfusion.engine.runner import Cache
 from earlyfusion.engine.scheduler import Branch, Piece
+from earlyfusion.engine.step import Step
 from earlyfusion.errors import ContextError, SettingError, WeightsError
 from earlyfusion.generation.grammar import Grammar, Walk
 from earlyfusion.generation.reference import draw_tokens, generate
@@ -44,8 +46,8 @@ OFF: dict[str, Any] = {"guidance_text": 1, "guidance_image": 1}
 def step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every test runs with the compiled step, where there is a compiler, and without."""
     if request.param == "torch":
-        monkeypatch.setattr(runner, "available", lambda: False)
-    elif not runner.available():
+        monkeypatch.setattr(cpu, "available", lambda: False)
+    elif not cpu.available():
         pytest.skip("no C++ compiler here")
     return str(request.param)
 
@@ -166,7 +168,7 @@ def test_attention_may_be_cut_anywhere(
     wanted: list[list[int]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(runner, "_PADDING", 0)
+    monkeypatch.setattr(attention, "PADDING_BYTES", 0)
     assert run(Engine(transformer, processor), mixed) == wanted
 
 
@@ -177,7 +179,7 @@ def test_weights_that_are_not_packed(
     monkeypatch: pytest.MonkeyPatch,
     step: str,
 ) -> None:
-    monkeypatch.setattr(network, "_has_room", lambda transformer: False)
+    monkeypatch.setattr(torch_backend, "has_room", lambda transformer: False)
     plain = tiny_transformer(processor, begin_image=1.0)
     before = {name: value.clone() for name, value in plain.state_dict().items()}
     engine = Engine(plain, processor)
@@ -251,17 +253,17 @@ def test_the_embedded_model() -> None:
 def test_hidden_states_equal_the_modules(transformer: Transformer) -> None:
     """Whole prompts, pieces and single tokens of several slots in one step; fp32, 1e-5."""
     rows = [torch.randint(0, CONFIG.vocab_size, (n,)).tolist() for n in (9, 1, 14, 5)]
-    lean, cache = Network(transformer, 32), Cache(CONFIG, 6, 32, torch.float32, torch.device("cpu"))
+    cache = Cache(CONFIG, 6, 32, torch.float32, torch.device("cpu"))
+    fused = FusedTransformer(transformer, cache)
     branches = [Branch(row, slot) for row, slot in zip(rows, (4, 1, 0, 5), strict=True)]
     got: dict[int, list[torch.Tensor]] = {}
     with torch.inference_mode():
         for width in (4, 1, 3, 1, 1, 99):
             pieces = [Piece(b, b.read, min(width, b.pending)) for b in branches if b.pending]
-            step = runner.Step(pieces, cache)
-            x_TD = lean.forward(step.tokens_T, step.positions_T, step.attentions())
-            for piece in pieces:
-                last = step.last_of[piece.branch]
-                states = lean.final(x_TD[last + 1 - piece.size : last + 1])
+            step = Step(pieces, cache.device)
+            x_TD = transformer.model.norm(fused.hidden(step))
+            rows = x_TD.split([piece.size for piece in step.pieces])
+            for piece, states in zip(step.pieces, rows, strict=True):
                 got.setdefault(id(piece.branch), []).append(states @ transformer.lm_head.weight.T)
                 piece.branch.read = piece.end
         for branch in branches:
@@ -312,14 +314,14 @@ def test_a_reply_does_not_depend_on_how_it_was_read(
 def read_tokens(engine: Engine, asked: Request, monkeypatch: pytest.MonkeyPatch) -> int:
     """How many tokens the model reads for a request."""
     counts: list[int] = []
-    read = runner.ModelRunner._read
+    states = engine.runner.backend.states
 
-    def counted(self: runner.ModelRunner, step: runner.Step) -> torch.Tensor:
+    def counted(step: Step) -> torch.Tensor:
         counts.append(len(step.tokens_T))
-        return read(self, step)
+        return states(step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner.ModelRunner, "_read", counted)
+        patch.setattr(engine.runner.backend, "states", counted)
         run(engine, [asked])
     return sum(counts)
 
@@ -362,11 +364,7 @@ def test_cancelled_neighbours_change_nothing(
             engine.step()
         handle.cancel()
         handle.cancel()
-    cut = [
-        handle
-        for handle in handles
-        if not handle.finished and handle.entry.branches[0].slot is None
-    ]
+    cut = [handle for handle in handles if not handle.finished and handle.branches[0].slot is None]
     while engine.busy:
         engine.step()
     for handle, tokens in zip(handles, wanted, strict=True):
@@ -430,7 +428,7 @@ def test_a_step_that_breaks_ends_what_runs_and_nothing_else(
     handle, other = engine.add(mixed[0]), engine.add(mixed[1])
     engine.step()
     with monkeypatch.context() as patch:
-        patch.setattr(runner.ModelRunner, "_draw", lambda *_: 1 / 0)
+        patch.setattr(Drawer, "draw", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             engine.step()
     assert not engine.busy
@@ -634,12 +632,12 @@ def test_what_cannot_stand_in_the_tree_is_refused(
     plain = tiny_transformer(processor, begin_image=1.0)
     engine, block = Engine(plain, processor), plain.model.layers[0]
     plain.model.layers[0] = nn.Linear(CONFIG.hidden_size, CONFIG.hidden_size)
-    with pytest.raises(SettingError, match=r"layers\[0\] is a Linear that cannot stand there"):
+    with pytest.raises(SettingError, match=r"layers\[0\] is a Linear, which cannot be a layer"):
         engine.add(mixed[0])
     plain.model.layers[0] = block
     last = plain.model.layers[-1]
     del plain.model.layers[-1]
-    with pytest.raises(SettingError, match=r"has 1 layers and its config says 2"):
+    with pytest.raises(SettingError, match=r"has 1 layers, but its config says 2"):
         engine.add(mixed[0])
     plain.model.layers.append(last)
     assert run(engine, mixed[:1]) == wanted[:1]
@@ -659,7 +657,7 @@ def test_adapters_of_peft_count_and_run_in_batches(
     plain.eval()
     want = [list(draw_tokens(plain, processor, one)) for one in mixed[:4]]
     assert run(engine, mixed[:4]) == want and want[:2] != wanted[:2]
-    assert engine._runner.fused
+    assert not engine.runner.backend.whole_prompts
 
 
 # --- weights that are not finite -------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from earlyfusion.generation import guidance
-from earlyfusion.generation.guidance import Branch
+from earlyfusion.generation.guidance import Condition
 from earlyfusion.vocabulary import Vocabulary
 
 BOS, BEGIN, END, TURN = 0, 17, 16, 18
@@ -41,7 +41,7 @@ def test_mix_gives_metas_recorded_logits(golden: Path, name: str) -> None:
                 continue
             text, image = cases[case]
             rows = torch.from_numpy(file[key]).split(1)
-            names: tuple[Branch, ...] = ("full", "image_only", "unconditional")
+            names: tuple[Condition, ...] = ("full", "image_only", "unconditional")
             kept = guidance.needed(text, image, has_images=case != "image_greedy")
             logits = {n: r for n, r in zip(names, rows, strict=True) if n in kept}
             want = torch.from_numpy(file[key.replace("cfg_in", "cfg_out")])[:1]
@@ -56,7 +56,7 @@ def test_fewer_branches_give_the_same_logits(has_images: bool) -> None:
     rows = torch.randn(3, 1, 50, generator=torch.Generator().manual_seed(1)).double()
     full, unconditional = rows[0], rows[2]
     image_only = rows[1] if has_images else unconditional
-    every: dict[Branch, torch.Tensor] = {
+    every: dict[Condition, torch.Tensor] = {
         "full": full,
         "image_only": image_only,
         "unconditional": unconditional,
@@ -80,7 +80,7 @@ def test_metas_settings_need_two_branches_after_text_and_three_after_an_image() 
 
 def test_branch_prompts() -> None:
     history = [BOS, 30, *PICTURE, 31, TURN, 32, BEGIN]
-    prompts: dict[Branch, list[int]] = {
+    prompts: dict[Condition, list[int]] = {
         "full": history,
         "image_only": [BOS, *PICTURE, BEGIN],
         "unconditional": [BOS, BEGIN],

@@ -15,10 +15,9 @@ from tiny import CONFIG, TEXTS, tiny_processor, tiny_transformer
 
 from earlyfusion import Chameleon, SamplingParams
 from earlyfusion.config import ModelConfig
-from earlyfusion.engine import runner
+from earlyfusion.engine.backends import cpu
+from earlyfusion.engine.cache import Cache
 from earlyfusion.engine.engine import Engine
-from earlyfusion.engine.runner import Cache
-from earlyfusion.engine.scheduler import Branch, Entry, Scheduler
 from earlyfusion.errors import SettingError
 from earlyfusion.generation import jacobi
 from earlyfusion.generation.jacobi import NO_DRAFT, Window, revise
@@ -81,12 +80,12 @@ def test_equal_distributions_keep_every_draft() -> None:
 
 
 def test_a_window_settles_up_to_the_first_change() -> None:
-    window = Window(4, seed=0, place=0)
+    window = Window(4, seed=0, start=0)
     assert window.settle([7], left=9) == [7] and window.drafts == [7, 7, 7]
-    window.wanted_WV = torch.arange(4.0)[:, None]
+    window.new_WV = torch.arange(4.0)[:, None]
     assert window.settle([7, 5, 6, 8], left=8) == [7, 5]
-    assert window.drafts == [6, 8, 8] and window.asked_WV is not None
-    assert window.asked_WV[:, 0].tolist() == [2, 3]
+    assert window.drafts == [6, 8, 8] and window.old_WV is not None
+    assert window.old_WV[:, 0].tolist() == [2, 3]
     # All kept: all final, with the one behind them.
     assert window.settle([6, 8, 8, 1], left=6) == [6, 8, 8, 1]
     assert window.drafts == [1], "two codes are left, and the last place needs no draft"
@@ -293,8 +292,8 @@ def run(
 @pytest.fixture(params=["compiled", "torch"])
 def step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "torch":
-        monkeypatch.setattr(runner, "available", lambda: False)
-    elif not runner.available():
+        monkeypatch.setattr(cpu, "available", lambda: False)
+    elif not cpu.available():
         pytest.skip("no C++ compiler here")
 
 
@@ -355,7 +354,7 @@ def test_alone_again_and_from_a_prefix(
 
 def test_two_threads_read_windows_alike(transformer: Transformer, processor: Processor) -> None:
     """Rows of one window see each other's keys in the compiled step."""
-    if not runner.available():
+    if not cpu.available():
         pytest.skip("no C++ compiler here")
     try:
         torch.set_num_threads(2)
@@ -469,7 +468,7 @@ def test_the_engine_draws_from_the_joint_distribution(
     assert ((counts - wanted)[some] ** 2 / wanted[some]).sum() / (some.sum() - 1) < 2
 
 
-# --- settings, scheduler, previews -----------------------------------------------------------
+# --- settings, previews -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [1, -2, 1025, 2.5, True])
@@ -482,18 +481,6 @@ def test_off_unless_asked_for() -> None:
     assert not SamplingParams().resolved({}).jacobi
     assert SamplingParams().resolved({"jacobi": 8}).jacobi == 8
     assert SamplingParams(jacobi=0).resolved({"jacobi": 8}).jacobi == 0
-
-
-def test_drafts_are_read_behind_the_last_token_only() -> None:
-    scheduler = Scheduler(2, chunk=4)
-    entry = Entry([Branch([1, 2, 3, 4, 5, 6])], drafts=[8, 9])
-    scheduler.add(entry)
-    pieces = [scheduler.schedule().pieces for _ in range(2)]
-    assert [[piece.tokens for piece in step] for step in pieces] == [
-        [[1, 2, 3, 4]],
-        [[5, 6, 8, 9]],
-    ]
-    assert scheduler.slots.held(0) == [1, 2, 3, 4, 5, 6]
 
 
 def shown(events: Sequence[Event]) -> list[object]:
@@ -534,8 +521,8 @@ def test_the_preview_of_a_stream_is_a_picture() -> None:
         model.stream("Draw a red apple.", "image", preview_every=-1)
 
 
-def test_asked_joins_drawn_and_fixed_drafts() -> None:
+def test_drafts_are_drawn_or_certain() -> None:
     first, second = Window(4, 0, 0), Window(4, 0, 0)
-    first.drafts, first.asked_WV = [1, 2, 2], torch.tensor([[0.25, 0.5, 0.25]]).double()
-    got = jacobi.asked([first, second], [[1, 2, 2], []], torch.empty(5, 3).double())
+    first.drafts, first.old_WV = [1, 2, 2], torch.tensor([[0.25, 0.5, 0.25]]).double()
+    got = jacobi.draft_distributions([first, second], [[1, 2, 2], []], torch.empty(5, 3).double())
     assert got.tolist() == [[0.25, 0.5, 0.25], [0, 0, 1], [0, 0, 1], [0, 0, 0], [0, 0, 0]]

@@ -211,8 +211,8 @@ def test_guidance_begins_at_the_picture(processor: Processor) -> None:
     text = processor.encode_text("a pear")
     history = [vocabulary.bos, *text, *picture, *text, vocabulary.begin_image]
 
-    def prompt(branch: guidance.Branch) -> list[int]:
-        return guidance.prompt(branch, history, vocabulary, layout)
+    def prompt(condition: guidance.Condition) -> list[int]:
+        return guidance.prompt(condition, history, vocabulary, layout)
 
     assert prompt("full") == history
     assert prompt("unconditional") == [vocabulary.begin_image]

@@ -14,6 +14,7 @@ from tiny import tiny_processor, tiny_transformer
 
 from earlyfusion.checkpoints.detect import load
 from earlyfusion.generation import reference
+from earlyfusion.generation.grammar import Grammar, Walk
 from earlyfusion.generation.narrator import Narrator
 from earlyfusion.generation.reference import Reader, draw_tokens, generate
 from earlyfusion.generation.request import (
@@ -139,8 +140,7 @@ def test_every_image_of_100_interleaved_replies_is_whole(
     for seed in range(100):
         asked = request(processor, seed=seed, room=17 * seed % 150 + 1, **OFF)
         tokens = list(draw_tokens(transformer, processor, asked))
-        narrator = Narrator(processor, asked)
-        events = [e for token in tokens for e in narrator.push(token)] + narrator.finish()
+        events, _ = narrated(processor, asked, tokens)
         counts.append(check_events(events, processor, tokens))
         assert len(tokens) <= asked.room
         ended = tokens[-1] == processor.vocabulary.eos
@@ -209,12 +209,20 @@ def test_closing_early_frees_the_caches(transformer: Transformer, processor: Pro
 
 
 def narrate(processor: Processor, tokens: list[int], **changes: Any) -> tuple[list[Event], bool]:
-    narrator = Narrator(processor, request(processor, **changes))
+    return narrated(processor, request(processor, **changes), tokens)
+
+
+def narrated(processor: Processor, asked: Request, tokens: list[int]) -> tuple[list[Event], bool]:
+    """The events of these tokens, and whether no further one is wanted."""
+    grammar = Grammar(processor.vocabulary, processor.layout, asked.stops)
+    walk = Walk(grammar, asked.output, asked.images, asked.room)
+    narrator = Narrator(processor, asked, walk)
     events: list[Event] = []
     for token in tokens:
         events += narrator.push(token)
         if narrator.ended:
             break
+        walk.advance(token)
     return [*events, *narrator.finish()], narrator.ended
 
 
@@ -224,7 +232,8 @@ def texts(events: list[Event]) -> str:
 
 def byte_tokens(processor: Processor, text: str) -> list[int]:
     """One token a byte: the hardest way to spell a text."""
-    table = {data: token for token, data in processor._bytes.items() if len(data) == 1}
+    tokens = processor.vocabulary.text_tokens.tolist()
+    table = {data: token for token in tokens if len(data := processor.token_bytes(token)) == 1}
     return [table[bytes([byte])] for byte in text.encode()]
 
 
@@ -441,10 +450,10 @@ def test_mixed_replies_equal_the_original(tiny_1: Recorded, case: str) -> None:
 def test_branches_give_the_originals_logits(tiny_1: Recorded) -> None:
     case = "image_greedy_after_image"
     [(prompt, want)] = tiny_1.rows(case)
-    run = reference._Run(tiny_1.transformer, tiny_1.processor, tiny_1.request(case, prompt))
+    run = reference.Run(tiny_1.transformer, tiny_1.processor, tiny_1.request(case, prompt))
     run.read(run.draw())
     for step in range(2):
-        got = torch.cat([run._logits[n] for n in ("full", "image_only", "unconditional")])
+        got = torch.cat([run.logits[n] for n in ("full", "image_only", "unconditional")])
         original = tiny_1.logits[f"{case}/cfg_in_step{step}"]
         torch.testing.assert_close(got, original, atol=1e-4, rtol=0)
         tokens = run.draw()

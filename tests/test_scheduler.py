@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import count
+
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -14,12 +18,22 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from earlyfusion.engine.scheduler import Branch, Entry, Plan, Scheduler, Slots
+from earlyfusion.engine.scheduler import Branch, Plan, Scheduler, Slots
 from earlyfusion.errors import SettingError
 
 # Few kinds of tokens, so that many requests begin alike.
 TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=24)
 SLOTS, CHUNK = 4, 7
+
+
+@dataclass(eq=False)
+class Entry:
+    """A request as the scheduler sees it."""
+
+    branches: list[Branch]
+    priority: int = 0
+    drafts: Sequence[int] = ()
+    number: int = field(default_factory=count().__next__)
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -64,7 +78,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self._step(token)
 
     def _step(self, token: int) -> Plan:
-        waiting = min(self.alive, key=lambda e: e.order, default=None)
+        waiting = min(self.alive, key=lambda e: (e.priority, e.number), default=None)
         plan = self.scheduler.schedule()
         if waiting is not None:
             assert all(branch.slot is not None for branch in waiting.branches)
@@ -186,6 +200,17 @@ def test_equal_priorities_never_push_each_other_out_of_line() -> None:
     assert scheduler.preemptions == 0
 
 
+def test_drafts_are_read_behind_the_last_token_only() -> None:
+    scheduler = Scheduler(2, chunk=4)
+    scheduler.add(Entry([Branch([1, 2, 3, 4, 5, 6])], drafts=[8, 9]))
+    pieces = [scheduler.schedule().pieces for _ in range(2)]
+    assert [[piece.tokens for piece in step] for step in pieces] == [
+        [[1, 2, 3, 4]],
+        [[5, 6, 8, 9]],
+    ]
+    assert scheduler.slots.held(0) == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_prompt_that_begins_like_another_is_read_from_there() -> None:
     slots = Slots(3)
     first = Branch(list(range(50)))
@@ -209,11 +234,11 @@ def test_an_empty_slot_is_taken_before_one_that_keeps_something(first: bool) -> 
         branch.read = 5
     for branch in running:
         slots.release(branch)
-    kept = [list(tokens) for tokens in slots.kept]
+    kept = [list(tokens) for tokens in slots.cached]
     assert sorted(kept) == [[], [0] * 5, [1] * 5, [2] * 5]
     new = Branch([9, 9])
     slots.take(new, first)
-    assert new.slot == kept.index([]) and slots.kept == kept
+    assert new.slot == kept.index([]) and slots.cached == kept
 
 
 def test_a_slot_that_dropped_what_it_held_gives_nothing_back() -> None:

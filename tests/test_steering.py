@@ -131,7 +131,7 @@ def test_a_processor_that_fails_ends_its_own_request_only(model: Chameleon) -> N
 
     neighbour = model.engine.add(model.request("a pear", "text", PLAIN, seed=1))
     cases = [(broken, "broken failed with KeyError"), (narrow, r"narrow returned \(5,\)")]
-    for processor, sentence in [*cases, (empty, "logits_processors left no token")]:
+    for processor, sentence in [*cases, (empty, "logits_processors left no possible token")]:
         with pytest.raises(SettingError, match=sentence) as caught:
             model.generate("a", "text", max_tokens=3, logits_processors=processor)
         assert "\n" not in str(caught.value)
@@ -143,7 +143,7 @@ def test_a_processor_that_fails_ends_its_own_request_only(model: Chameleon) -> N
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"logits_processors": 3}, "logits_processors holds a int"),
     ({"logits_processors": [same, "x"]}, "logits_processors holds a str"),
-    ({"bad_words": ["a", ""]}, "bad_words='' is no word"),
+    ({"bad_words": ["a", ""]}, "bad_words='' is not a word"),
     ({"allowed_words": 7}, "allowed_words=7 is not possible"),
     ({"bad_words": ["x"] * 257}, "bad_words has 257 strings, limit 256"),
     ({"logprobs": -1}, "logprobs=-1 is not possible"),

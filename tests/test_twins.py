@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from earlyfusion.config import PRESETS
-from earlyfusion.engine.backends.torch import is_plain
+from earlyfusion.engine.module_tree import is_plain
 from earlyfusion.kernels.conv import left_out
 from earlyfusion.kernels.twins import TWINS, accelerate, original_class
 from earlyfusion.model.quantise import quantise

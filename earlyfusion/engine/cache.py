@@ -1,10 +1,10 @@
-"""The engine's keys and values: slots of one length in one piece, a layer after the other.
+"""The engine's keys and values: one tensor per layer, cut into slots of one length.
 
-Kept in the model's dtype, or smaller: in bf16, or in int8 with one fp32 scale for each head of a
-token, apart for keys and values.
+They have the model's dtype or a smaller one: bf16, or int8 with an fp32 scale per head of a token,
+separate for keys and values.
 
-Shapes: S slots, P places of a slot, K key and value heads, H head width, T new tokens, B slots that
-are read.
+Shapes: S slots, P positions of a slot, K key and value heads, H head width, T new tokens, R new
+vectors (T x K), B slots that are read.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from earlyfusion.devices import dtype_name
 from earlyfusion.engine.scheduler import Copy
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
-"""What keys and values can be kept in, besides the model's own dtype."""
+"""dtypes of keys and values, besides the model's own."""
 
 
-class Kept(NamedTuple):
-    """What one layer keeps; `scales` only in int8."""
+class LayerCache(NamedTuple):
+    """Keys and values of one layer; `scales` in int8 only."""
 
     kv_2SKPH: Tensor
     scales_2SKP: Tensor | None
 
     def store(self, rows_TK: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> None:
-        """Put new keys and values at `rows`, counted over slots, heads and places."""
+        """Put new keys and values at `rows`, counted over slots, heads and positions."""
         width = self.kv_2SKPH.shape[-1]
         new_2RH = torch.stack((k_TKH, v_TKH)).reshape(2, -1, width)
         if self.scales_2SKP is not None:
@@ -43,8 +43,8 @@ class Kept(NamedTuple):
     def read(
         self, slots: int | slice | Tensor, end: int, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """The first `end` keys and values [B, K, P, H] of some slots, [K, P, H] of one; views where
-        they are kept in this dtype."""
+        """The first `end` keys and values [B, K, P, H] of some slots, [K, P, H] of one."""
+        # Views of the cache where it has this dtype.
         kv_2BKPH = self.kv_2SKPH[:, slots, :, :end].to(dtype)
         if self.scales_2SKP is not None:
             kv_2BKPH = kv_2BKPH * self.scales_2SKP[:, slots, :, :end, None].to(dtype)
@@ -52,17 +52,17 @@ class Kept(NamedTuple):
         return k_BKPH, v_BKPH
 
     def copy(self, copied: Copy) -> None:
-        for kept in self:
-            if kept is not None:
-                part = kept[:, :, :, : copied.tokens]
-                part[:, copied.target] = part[:, copied.source]
+        for tensor in self:
+            if tensor is not None:
+                first = tensor[:, :, :, : copied.tokens]
+                first[:, copied.target] = first[:, copied.source]
 
 
 class Cache:
-    """Keys and values of all slots, a pair [S, K, P, H] a layer; on a CPU memory is taken as used.
+    """Keys and values of all slots: `layers` [2, S, K, P, H] and, in int8, `scales` [2, S, K, P].
 
-    Unlike `model/kv_cache.py` it keeps the heads apart, so that one token's look back reads rows of
-    memory that follow each other.
+    Unlike in `model/kv_cache.py` the positions of one head are next to each other, so that the
+    attention of one token reads memory in order.
     """
 
     def __init__(
@@ -75,42 +75,41 @@ class Cache:
     ) -> None:
         shape = (2, slots, config.kv_heads, length, config.head_dim)
         numbers = range(config.num_hidden_layers)
-        self.length, self.heads, self.device = length, config.kv_heads, device
+        self.slots, self.length, self.heads, self.device = slots, length, config.kv_heads, device
         self.layers = [_zeros(shape, dtype, device) for _ in numbers]
         self.scales: list[Tensor] = []
         if dtype == torch.int8:
             self.scales = [_zeros(shape[:-1], torch.float32, device) for _ in numbers]
-        self.kept = [Kept(*layer) for layer in zip_longest(self.layers, self.scales)]
+        self.layer_caches = [LayerCache(*pair) for pair in zip_longest(self.layers, self.scales)]
 
     def copy(self, copied: Copy) -> None:
-        for kept in self.kept:
-            kept.copy(copied)
+        for layer in self.layer_caches:
+            layer.copy(copied)
 
     def clear(self, slot: int) -> None:
-        for kept in self.kept:
-            for part in kept:
-                if part is not None:
-                    part[:, slot] = 0
+        for tensor in (*self.layers, *self.scales):
+            tensor[:, slot] = 0
 
     @staticmethod
     def token_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-        """Bytes that one token takes, all layers."""
+        """Bytes per token, in all layers."""
         scale = torch.float32.itemsize if dtype == torch.int8 else 0
         vector = config.head_dim * dtype.itemsize + scale
         return 2 * config.num_hidden_layers * config.kv_heads * vector
 
 
-def cache_dtype(name: str | None, own: torch.dtype) -> torch.dtype:
-    """The dtype of this name, `own` for None; `SettingError` for another name."""
+def cache_dtype(name: str | None, model_dtype: torch.dtype) -> torch.dtype:
+    """The dtype of this name, the model's for None; `SettingError` for an unknown name."""
     if name is None:
-        return own
+        return model_dtype
     return DTYPES[dtype_name("cache_dtype", name, tuple(DTYPES))]
 
 
 def _int8(x_2RH: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric, rounded to nearest: the entry of largest size becomes 127 or -127."""
+    """Levels and scales: symmetric, rounded to nearest, the largest entry becomes 127 or -127."""
     x_2RH = x_2RH.float()
     scales_2R = x_2RH.abs().amax(-1) / 127
+    # A vector of zeros has scale 0, and levels 0.
     levels_2RH = x_2RH / scales_2R.clamp_min(1e-30)[..., None]
     return levels_2RH.round_().to(torch.int8), scales_2R
 
@@ -118,6 +117,6 @@ def _int8(x_2RH: Tensor) -> tuple[Tensor, Tensor]:
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    # Zeros that the system gives page by page when they are first written to.
+    # numpy's zeros take memory page by page, when they are first written to; torch's at once.
     empty = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
     return torch.from_numpy(empty).view(dtype).view(shape)

@@ -1,26 +1,26 @@
 """The engine: many requests at once on one cache. `step` is schedule, run, deliver.
 
-Requests join and leave between steps. A reply depends on its prompt, settings and seed, not on what
-runs beside it: token for token it is that of `generation/reference.py`. Several threads may drive
-one engine: whoever waits for an event makes the next step, for all. What stands in the module tree
-when a request is added counts: new weights, other modules and hooks are noticed there.
+Requests join and leave between steps. A reply depends on its prompt, settings and seed, not on the
+requests beside it: token for token it is the reply of `generation/reference.py`. Several threads
+may drive one engine: a thread that waits for an event makes the next step, for all requests. New
+weights, hooks and other modules in the transformer are noticed whenever a request is added.
 """
 
 from __future__ import annotations
 
 import sys
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from threading import Condition
 from types import TracebackType
 
 from earlyfusion.devices import dtype_name
-from earlyfusion.engine.backends.torch import fingerprint
-from earlyfusion.engine.cache import DTYPES, Cache
-from earlyfusion.engine.cache import cache_dtype as dtype_of
+from earlyfusion.engine import cache
+from earlyfusion.engine.draw import NOTHING
 from earlyfusion.engine.handle import Handle, most_branches
-from earlyfusion.engine.runner import NOTHING, ModelRunner
-from earlyfusion.engine.scheduler import Entry, Scheduler
+from earlyfusion.engine.module_tree import fingerprint
+from earlyfusion.engine.runner import ModelRunner
+from earlyfusion.engine.scheduler import Scheduler
 from earlyfusion.engine.tensor_parallel import LeadingRunner, peers_of
 from earlyfusion.errors import ContextError, EarlyFusionError, SettingError, WeightsError
 from earlyfusion.generation.grammar import Grammar
@@ -39,10 +39,10 @@ CHUNK = 256
 class Engine:
     """Runs requests on one transformer.
 
-    The cache takes `cache_bytes`, cut into slots of `slot_tokens` tokens (the model's context if
-    not set). Without a figure it is 512 MB, but at least the 3 slots of one guided image and at
-    most 64 slots. A step reads at most `chunk` tokens of prompts beside the rows that draw.
-    `cache_dtype` keeps keys and values in "fp32", "bf16" or "int8", instead of the model's dtype.
+    The cache takes `cache_bytes`, cut into slots of `slot_tokens` tokens each (default: the model's
+    context). The default size is 512 MB, but at least the 3 slots of one guided image and at most
+    64 slots. A step reads at most `chunk` tokens of prompts beside the rows that draw.
+    `cache_dtype` is the dtype of keys and values: "fp32", "bf16" or "int8", default the model's.
     Raises `SettingError`.
     """
 
@@ -56,38 +56,35 @@ class Engine:
         cache_dtype: str | None = None,
     ) -> None:
         self.slot_tokens = slot_tokens or transformer.config.max_position_embeddings
-        known = tuple(DTYPES)
-        self._kept = cache_dtype and dtype_name("cache_dtype", cache_dtype, known)
-        self.slot_bytes = self.slot_tokens * Cache.token_bytes(
-            transformer.config, dtype_of(cache_dtype, kept_in(transformer)[0])
-        )
+        known = tuple(cache.DTYPES)
+        self._cache_dtype = cache_dtype and dtype_name("cache_dtype", cache_dtype, known)
+        dtype = cache.cache_dtype(cache_dtype, kept_in(transformer)[0])
+        self.slot_bytes = self.slot_tokens * cache.Cache.token_bytes(transformer.config, dtype)
         self.slots = _slots(cache_bytes, self.slot_bytes, self.slot_tokens)
         self.transformer, self.processor = transformer, processor
         self._chunk, self._scheduler = chunk, Scheduler(self.slots, chunk)
-        self._handles: dict[Entry, Handle] = {}
+        self._handles: dict[int, Handle] = {}  # of requests under way, by number
         self._leaving: deque[Handle] = deque()
         self._turn = _Turns()
         self._load()
 
     def add(self, request: Request, priority: int = 0) -> Handle:
-        """Take a request in; the smaller `priority` goes first. Raises as `check` does.
+        """Take a request in; the smaller `priority` runs first. Raises as `check` does.
 
-        Where the transformer has changed, requests under way read their tokens again.
+        If the transformer has changed, requests under way read their tokens again.
         """
         self.check(request)
         with self._turn:
             self._let_go()
             if fingerprint([self.transformer]) != self._weights:
                 self._load()
-            grammar = self._grammar(request.stops, request.layout)
+            grammar = self.grammar(request.stops, request.layout)
+            self.runner.drawer.allow(grammar)
             leave = self._leaving.append
             handle = Handle(request, self.processor, grammar, priority, self._wait, leave)
-            for held in self._handles.values() if self._runner.allow(grammar) else ():
-                self._mark_seen(held)
-            self._mark_seen(handle)
             if not handle.finished:
-                self._handles[handle.entry] = handle
-                self._scheduler.add(handle.entry)
+                self._handles[handle.number] = handle
+                self._scheduler.add(handle)
             return handle
 
     def check(self, request: Request) -> None:
@@ -109,7 +106,7 @@ class Engine:
         return iter(self.add(request))
 
     def close(self) -> None:
-        """End the requests that are under way; whoever waits for one is told."""
+        """End the requests under way; threads that wait for one get a `SettingError`."""
         with self._turn:
             self._fail(SettingError("the model was closed while this request ran: ask it again"))
 
@@ -122,20 +119,21 @@ class Engine:
 
     @property
     def preemptions(self) -> int:
-        """How often a request had to step back for another, since the start."""
+        """How many times a request has given its slots back to another one."""
         return self._scheduler.preemptions
 
     def step(self) -> None:
-        """Schedule, run, deliver: a token or more for every request that has read its prompt."""
+        """Schedule, run, deliver: one or more tokens per request that has read its prompt."""
         with self._turn:
             self._step()
 
     def _step(self) -> None:
-        self._let_go()
+        if self._leaving:
+            self._let_go()
         plan = self._scheduler.schedule()
-        handles = [self._handles[entry] for entry in plan.ready]
+        handles = [self._handles[entry.number] for entry in plan.ready]
         try:
-            drawn = self._runner.run(plan, [handle.ask() for handle in handles])
+            drawn = self.runner.run(plan, handles)
         except BaseException as error:
             self._fail(error)
             raise
@@ -146,75 +144,74 @@ class Engine:
                 self._deliver(handle, tokens)
 
     def _give_up(self, handle: Handle, error: BaseException) -> None:
-        """End one request with an error, and nothing stays of what it has read."""
+        """End one request with an error, and drop the keys and values that it has written."""
         handle.error = error
-        slots = [b.slot for b in handle.entry.branches if b.slot is not None]
+        slots = [branch.slot for branch in handle.branches if branch.slot is not None]
         self._end(handle)
-        self._runner.clear(slots)
+        self.runner.clear(slots)
         for slot in slots:
             self._scheduler.slots.drop(slot)
 
     def _deliver(self, handle: Handle, tokens: Sequence[int]) -> None:
-        self._scheduler.release(handle.take(tokens))
+        if ended := handle.take(tokens):
+            self._scheduler.release(ended)
         if handle.finished:
             self._end(handle)
-        elif handle.seen_V is not None and tokens[0] in self._runner.text_head.column_of:
-            handle.seen_V[self._runner.text_head.column_of[tokens[0]]] = True
-
-    def _mark_seen(self, handle: Handle) -> None:
-        if handle.request.sampling.repetition_penalty != 1:
-            handle.seen_V = self._runner.seen(handle.entry.branches[0].tokens)
 
     def _wait(self, handle: Handle) -> None:
-        """Return when a handle has an event; who waits makes the steps that it takes, in turn."""
+        """Return when a handle has an event. Threads that wait make the steps, in turn."""
         while not handle.events:
             with self._turn:
+                # Another thread may have made the step meanwhile.
                 if handle.events:
                     return
                 if isinstance(handle.error, EarlyFusionError):
                     raise handle.error
                 if handle.error is not None:
                     raise RuntimeError("the engine failed while this request ran") from handle.error
-                if handle.entry not in self._handles:
+                if handle.number not in self._handles:
                     raise RuntimeError("this request was cancelled")
                 self._step()
 
     def _let_go(self) -> None:
-        """Take out what was cancelled. It only waits in a queue until here: an iterator may be
-        closed by the garbage collector, in the middle of anything."""
+        """End cancelled requests."""
+        # `cancel` only appends to a queue: the garbage collector may close an iterator at any
+        # time, also within a step.
         while self._leaving:
             self._end(self._leaving.popleft())
 
     def _end(self, handle: Handle) -> None:
-        if self._handles.pop(handle.entry, None) is not None:
-            self._scheduler.remove(handle.entry)
+        if self._handles.pop(handle.number, None) is not None:
+            self._scheduler.remove(handle)
 
     def _fail(self, error: BaseException) -> None:
-        """A step broke in the middle: what slots hold is unknown, so nothing is kept."""
+        """End all requests with an error, and forget all prefixes."""
+        # A step that broke may have written any part of its keys and values.
         for handle in list(self._handles.values()):
             handle.error = error
             self._end(handle)
         self._scheduler.slots.forget()
 
     def _load(self) -> None:
-        """Read the transformer, at first and when somebody has trained, moved or changed it."""
+        """Read the transformer, at first and after somebody has trained, moved or changed it."""
         self._grammars: dict[tuple[tuple[int, ...], ImageLayout], Grammar] = {}
         self._scheduler.restart()
         runner = ModelRunner if peers_of(self.transformer) is None else LeadingRunner
-        shape = self.slots, self.slot_tokens, self._kept
-        self._runner = runner(self.transformer, self._grammar(()), *shape)
-        # Hooks and foreign modules see what the plain loop shows them: each prompt, and whole.
-        self._scheduler.slots.shares = self._runner.fused
-        self._scheduler.chunk = self._chunk if self._runner.fused else sys.maxsize
+        shape = self.slots, self.slot_tokens, self._cache_dtype
+        self.runner = runner(self.transformer, self.grammar(()), *shape)
+        whole = self.runner.backend.whole_prompts
+        self._scheduler.slots.shares = not whole
+        self._scheduler.chunk = sys.maxsize if whole else self._chunk
         for handle in self._handles.values():
-            handle.grammar = self._grammar(handle.request.stops, handle.request.layout)
-            self._runner.allow(handle.grammar)
-        for handle in self._handles.values():
-            self._mark_seen(handle)
+            handle.walk.grammar = self.grammar(handle.request.stops, handle.request.layout)
+            self.runner.drawer.allow(handle.walk.grammar)
+        # After the runner, which may have replaced parameters by views of fused ones.
         self._weights = fingerprint([self.transformer])
-        self._seen = list(self.transformer.modules())  # their ids stay theirs
+        # Alive, so that no new module gets the id of an old one.
+        self._modules = list(self.transformer.modules())
 
-    def _grammar(self, stops: tuple[int, ...], layout: ImageLayout | None = None) -> Grammar:
+    def grammar(self, stops: tuple[int, ...], layout: ImageLayout | None = None) -> Grammar:
+        """The rules for requests with these stop ids and this layout, made once."""
         layout = layout or self.processor.layout
         if (stops, layout) not in self._grammars:
             vocabulary, size = self.processor.vocabulary, self.transformer.config.vocab_size
@@ -224,12 +221,13 @@ class Engine:
 
 
 class _Turns:
-    """A lock that is had in the order of asking: whoever steps in a loop lets others in between."""
+    """A lock that serves threads in the order of asking, so that none that steps in a loop keeps
+    the others out."""
 
     def __init__(self) -> None:
-        self._changed = Condition()
-        self._given = self._ended = 0
-        self._given_up: set[int] = set()
+        self._changed = threading.Condition()
+        self._given = self._ended = 0  # numbers, as at a counter
+        self._given_up: set[int] = set()  # by threads that were interrupted while they waited
 
     def __enter__(self) -> None:
         with self._changed:
@@ -243,7 +241,7 @@ class _Turns:
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
+        error_type: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
@@ -260,6 +258,7 @@ class _Turns:
 
 def _slots(budget: int | None, slot_bytes: int, slot_tokens: int) -> int:
     if budget is None:
+        # 3 slots are the branches of one guided image.
         return min(max(CACHE_BYTES // slot_bytes, 3), SLOTS)
     if budget < slot_bytes:
         raise SettingError(

@@ -1,30 +1,40 @@
-"""One request on its way through the engine: its place in the grammar, its branches, its events."""
+"""One request on its way through the engine: its branches, its place in the grammar, its events."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 
 import torch
-from torch import Tensor
 
-from earlyfusion.engine.runner import Ask
-from earlyfusion.engine.scheduler import Branch, Entry
+from earlyfusion.engine.scheduler import Branch
 from earlyfusion.generation import guidance
 from earlyfusion.generation.grammar import Grammar, Walk
 from earlyfusion.generation.jacobi import Window
 from earlyfusion.generation.narrator import Narrator
 from earlyfusion.generation.request import Event, Finished, Request
-from earlyfusion.generation.sampler import generator
+from earlyfusion.generation.sampler import (
+    DrawSettings,
+    generator,
+    image_settings,
+    text_settings,
+)
 from earlyfusion.generation.steering import TokenLogprob, steering
 from earlyfusion.processor import Processor
 
-_UNIFORMS = 64  # drawn at once; the numbers are those of one call each
+_UNIFORMS = 64  # drawn in one call; the numbers are those of 64 calls
+_NUMBERS = count()
 
 
 class Handle:
-    """A request that the engine holds. Iterating gives its events as they come, and drives the
-    engine while there are none; `cancel` gives its place back at any time."""
+    """A request that the engine runs. Iterating gives its events as they come, and drives the
+    engine while there are none; `cancel` ends it at any time.
+
+    The scheduler takes it as an `Entry`. `branches` are in the order full, image-only,
+    unconditional; a condition that cancels out has none. `uniform` in [0, 1) is for the next draw.
+    A draw with `steering` leaves its `logprob` here, or the `error` that ends the request.
+    """
 
     def __init__(
         self,
@@ -35,25 +45,24 @@ class Handle:
         wait: Callable[[Handle], None],
         leave: Callable[[Handle], None],
     ) -> None:
-        self.request = request
+        self.request, self.priority, self.number = request, priority, next(_NUMBERS)
         self.tokens: list[int] = []
         self.events: deque[Event] = deque()
         self.finished = False
         self.error: BaseException | None = None
-        self.seen_V: Tensor | None = None
-        self.grammar = grammar
+        self.logprob: TokenLogprob | None = None
+        self.walk = Walk(grammar, request.output, request.images, request.room)
+        self.branches = [Branch(list(request.ids))]
+        self.window: Window | None = None
+        self.steering = steering(processor, request)
+        self.guidance, self._seed = request.guidance, request.seed
+        self._text_settings = text_settings(request.sampling)
+        self._image_settings = image_settings(request.sampling)
         self._vocabulary, self._layout = processor.vocabulary, request.layout or processor.layout
-        self._steering = steering(processor, request)
-        self._asked: Ask | None = None
-        self._walk = Walk(grammar, request.output, request.images, request.room)
-        self._narrator = Narrator(processor, request)
-        self._uniforms = _uniforms(request)
-        self._weights = weights(request)
-        self._window: Window | None = None
-        self._branches: dict[guidance.Branch, Branch] = {"full": Branch(list(request.ids))}
-        self.entry = Entry(list(self._branches.values()), priority)
+        self._narrator = Narrator(processor, request, self.walk)
+        self.uniform, self._uniforms = 0.0, _uniforms(self._seed)
         self._wait, self._leave = wait, leave
-        self._forced()
+        self._go_on()
 
     def __iter__(self) -> Iterator[Event]:
         try:
@@ -71,125 +80,108 @@ class Handle:
         """End the request where it is; it gives no further events. Safe to call at any time."""
         self._leave(self)
 
-    def ask(self) -> Ask:
-        """What the next token is drawn from."""
-        self._asked = Ask(
-            self._mixed_branches(),
-            self._weights,
-            self.grammar,
-            self._walk.state,
-            self._walk.in_image,
-            self._walk.may_begin,
-            self.request.sampling,
-            next(self._uniforms),
-            self.seen_V,
-            self._window_here(),
-            self._steering,
-        )
-        return self._asked
+    @property
+    def drafts(self) -> Sequence[int]:
+        """Tokens to read behind the last one of each branch."""
+        return () if self.window is None else self.window.drafts
+
+    @property
+    def settings(self) -> DrawSettings:
+        """How the next token is drawn."""
+        return self._image_settings if self.walk.in_image else self._text_settings
+
+    @property
+    def positions(self) -> int:
+        """The number of tokens that are drawn next: one, or one per position of a window."""
+        return 1 if self.window is None else self.window.positions
+
+    @property
+    def conditions(self) -> tuple[Branch, Branch, Branch]:
+        """The branches of the three conditions of guidance: full, image-only, unconditional.
+
+        Where one cancels out, the branch that equals it or any other takes its place.
+        """
+        full, *others = self.branches
+        return (full, others[0], others[-1]) if others else (full, full, full)
 
     def take(self, tokens: Sequence[int]) -> list[Branch]:
-        """Read what was drawn, and the tokens that must follow; the branches that end with it."""
-        before = self.entry.branches
-        if self._asked is not None and self._asked.error is not None:
-            self.error, self.finished = self._asked.error, True
-            return []
-        if self._window is not None:
-            tokens = self._settled(self._window, tokens)
-        for token in tokens:
-            self._accept(token, None if self._asked is None else self._asked.logprob)
-        self._forced()
-        if not self._walk.in_image:
-            self._window = None
-        return [branch for branch in before if branch not in self.entry.branches]
+        """Accept drawn tokens, and those that the grammar forces after them.
 
-    def _window_here(self) -> Window | None:
-        size, seed = self.request.sampling.jacobi, self.request.sampling.seed
-        if not size or not self._walk.codes_left:
-            return None
-        if self._window is None:
-            self._window = Window(size, seed or 0, len(self.tokens))
-        return self._window
+        Returns the branches that end with that, whose slots are free.
+        """
+        if self.error is not None:
+            self.finished = True
+            return []
+        before = self.branches
+        if self.window is not None:
+            tokens = self._settled(self.window, tokens)
+        for token in tokens:
+            self._accept(token, self.logprob)
+        self._go_on()
+        return [] if self.branches is before else [b for b in before if b not in self.branches]
 
     def _settled(self, window: Window, tokens: Sequence[int]) -> list[int]:
-        """The final ones of these. All but the last are in the slots already: they were drafts."""
-        final = window.settle(tokens, self._walk.codes_left)
-        self.entry.drafts = window.drafts
-        for branch in self.entry.branches:
+        final = window.settle(tokens, self.walk.codes_left)
+        # All but the last were drafts, so the slots hold them already.
+        for branch in self.branches:
             branch.read += len(final) - 1
         for _ in final[1:]:
             next(self._uniforms)
         return final
 
-    def _forced(self) -> None:
-        """Where only one token may come its logits do not matter; its uniform number is spent."""
-        while not self.finished and (token := self._walk.forced) is not None:
+    def _go_on(self) -> None:
+        """Accept forced tokens up to the next that is drawn."""
+        # Their logits do not matter, so the network is not asked; their uniform number is spent.
+        while not self.finished and (token := self.walk.forced) is not None:
             next(self._uniforms)
             self._accept(token)
-        if self._walk.done:
+        if self.walk.done:
             self._finish()
+        jacobi = self.request.sampling.jacobi
+        if not self.walk.in_image:
+            self.window = None
+        elif jacobi and self.window is None:
+            self.window = Window(jacobi, self._seed, len(self.tokens))
+        self.uniform = next(self._uniforms)
 
     def _accept(self, token: int, logprob: TokenLogprob | None = None) -> None:
         self.tokens.append(token)
-        self.events.extend(self._narrator.push(token, logprob))
-        self._walk.advance(token)
-        if self._narrator.ended or self._walk.done:
+        self.events += self._narrator.push(token, logprob)
+        self.walk.advance(token)
+        if self._narrator.ended or self.walk.done:
             self._finish()
             return
-        for branch in self._branches.values():
+        for branch in self.branches:
             branch.tokens.append(token)
         if token == self._vocabulary.begin_image:
             self._open_branches()
-        elif len(self._branches) > 1 and not self._walk.in_image:
-            self._keep("full")
+        elif len(self.branches) > 1 and not self.walk.in_image:
+            self.branches = self.branches[:1]
 
     def _finish(self) -> None:
         if not self.finished:
             self.finished = True
-            self.events.extend(self._narrator.finish())
+            self.events += self._narrator.finish()
 
     def _open_branches(self) -> None:
-        history = self._branches["full"].tokens
+        full, history = self.branches[0], self.branches[0].tokens
         has_images = guidance.has_images(history, self._vocabulary)
-        self._window = None
-        self._keep("full")
-        for name in guidance.needed(*self._weights, has_images)[1:]:
-            prompt = guidance.prompt(name, history, self._vocabulary, self._layout)
-            self._branches[name] = Branch(prompt)
-        self.entry.branches = list(self._branches.values())
-
-    def _keep(self, name: guidance.Branch) -> None:
-        self._branches = {name: self._branches[name]}
-        self.entry.branches = list(self._branches.values())
-
-    def _mixed_branches(self) -> tuple[Branch, Branch, Branch]:
-        full = self._branches["full"]
-        if len(self._branches) == 1:
-            return full, full, full
-        unconditional = self._branches.get("unconditional")
-        image_only = self._branches.get("image_only", unconditional)
-        assert image_only is not None
-        return full, image_only, unconditional or image_only
+        prompts = (
+            guidance.prompt(condition, history, self._vocabulary, self._layout)
+            for condition in guidance.needed(*self.guidance, has_images)[1:]
+        )
+        self.branches = [full, *map(Branch, prompts)]
+        self.window = None
 
 
 def most_branches(request: Request) -> int:
-    """How many branches this request may need at once."""
+    """The largest number of branches that this request may need at once."""
     if request.images == 0 or request.output == "text":
         return 1
-    return max(len(guidance.needed(*weights(request), has)) for has in (False, True))
+    return max(len(guidance.needed(*request.guidance, has)) for has in (False, True))
 
 
-def weights(request: Request) -> tuple[float, float]:
-    """The two weights of guidance, text and image."""
-    text, image = request.sampling.guidance_text, request.sampling.guidance_image
-    if text is None or image is None:
-        raise TypeError("a request takes resolved SamplingParams: call .resolved(defaults) first")
-    return text, image
-
-
-def _uniforms(request: Request) -> Iterator[float]:
-    if request.sampling.seed is None:
-        raise TypeError("a request needs a seed: the caller draws one where the user gave none")
-    source = generator(request.sampling.seed)
+def _uniforms(seed: int) -> Iterator[float]:
+    source = generator(seed)
     while True:
         yield from torch.rand(_UNIFORMS, dtype=torch.float64, generator=source).tolist()

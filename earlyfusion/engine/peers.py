@@ -1,9 +1,9 @@
-"""The processes that share one model for generation: the first leads, the others follow."""
+"""The processes that share one model for generation, and how they talk to each other."""
 
 from __future__ import annotations
 
 import atexit
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -20,19 +20,20 @@ if TYPE_CHECKING:
 
 
 class Peers:
-    """The processes that share a model's layers: the first leads, the others do as they are told.
+    """The processes that share a model's layers: the first leads, the others follow its messages.
 
-    What is told goes over the CPU and may be waited for as long as the leader likes; a process that
-    has gone is noticed, as its connection ends. `begin` says how many collectives are part of what
-    was told: outside of it they are refused, as nobody would answer.
+    Messages go over the CPU, and the next one may take any time; a process that has ended is
+    noticed, as its connection closes. A message announces how many collectives (`broadcast` or
+    `all_reduce`) belong to it: `left` of them are still to come, and more are refused, as the
+    other processes would not take part.
     """
 
     def __init__(self, device: torch.device) -> None:
         processes.join(device)
         self.rank, self.count, self.left = dist.get_rank(), dist.get_world_size(), 0
-        self.engines = 0
-        self._told: Any = dist.new_group(backend="gloo", timeout=_ANY_TIME)
-        self._step: Any = dist.new_group(timeout=_STEP_TIME)
+        self.engines = 0  # made on the shared model so far
+        self._messages: Any = dist.new_group(backend="gloo", timeout=_ANY_TIME)
+        self._collectives: Any = dist.new_group(timeout=_STEP_TIME)
         self._open, self._on_gpu = True, device.type == "cuda"
         atexit.register(self.close)
 
@@ -40,36 +41,32 @@ class Peers:
     def leads(self) -> bool:
         return self.rank == 0
 
-    def tell(self, numbers: Sequence[int], collectives: int) -> None:
-        """Say what comes next; so many collectives belong to it. An empty message is the end."""
+    def send(self, numbers: Sequence[int], collectives: int) -> None:
+        """Send the next message to all, and begin its collectives. An empty one is the end."""
         if not self._open:
             raise ConnectionError(_GONE)
+        # An error here leaves `left` above 0: the others then wait within a step.
         self.left = collectives + 1
-        self._send([len(numbers), *numbers])
+        self._send(numbers)
         self.left -= 1
 
-    def hear(self) -> list[int]:
-        """What the leader tells; empty at the end."""
-        first_M = self._pass_on(torch.empty(_MESSAGE, dtype=torch.int64, device="cpu"), self._told)
-        size = int(first_M[0])
-        if size < _MESSAGE:
-            return first_M[1 : size + 1].tolist()
-        rest = torch.empty(size + 1 - _MESSAGE, dtype=torch.int64, device="cpu")
-        return [*first_M[1:].tolist(), *self._pass_on(rest, self._told).tolist()]
+    def receive(self) -> list[int]:
+        """The next message of the leader; empty at the end."""
+        return from_tensors(lambda tensor: self._from_leader(tensor, self._messages))
 
     def begin(self, collectives: int) -> None:
         self.left = collectives
 
-    def share(self, x: Tensor) -> Tensor:
+    def broadcast(self, x: Tensor) -> Tensor:
         """The leader's values, in place, on all."""
-        self._count()
-        return self._pass_on(x, self._step)
+        self._count_down()
+        return self._from_leader(x, self._collectives)
 
-    def add_up(self, x: Tensor) -> Tensor:
+    def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of all, in place."""
-        self._count()
+        self._count_down()
         try:
-            dist.all_reduce(x, group=self._step)
+            dist.all_reduce(x, group=self._collectives)
         except RuntimeError as error:
             raise ConnectionError(_GONE) from error
         return x
@@ -80,31 +77,29 @@ class Peers:
             return
         if self.leads and self.left == 0:
             with suppress(ConnectionError):
-                self._send([0])
+                self._send([])
         self._open = False
         atexit.unregister(self.close)
-        dist.destroy_process_group(self._told)
+        dist.destroy_process_group(self._messages)
         if self.left and self._on_gpu:
-            self._step.abort()  # destroying it would wait for what is under way
+            # Destroying the group would wait for pending collectives.
+            self._collectives.abort()
         else:
-            dist.destroy_process_group(self._step)
-        del self._told, self._step
+            dist.destroy_process_group(self._collectives)
+        del self._messages, self._collectives
 
-    def _send(self, numbers: list[int]) -> None:
-        padded = numbers + [0] * (_MESSAGE - len(numbers))
-        message = torch.tensor(padded, dtype=torch.int64, device="cpu")
-        for part in message.tensor_split([_MESSAGE]):
-            if len(part):
-                self._pass_on(part, self._told)
+    def _send(self, numbers: Sequence[int]) -> None:
+        for tensor in to_tensors(numbers):
+            self._from_leader(tensor, self._messages)
 
-    def _pass_on(self, x: Tensor, group: Any) -> Tensor:
+    def _from_leader(self, x: Tensor, group: Any) -> Tensor:
         try:
             dist.broadcast(x, 0, group=group)
         except RuntimeError as error:
             raise ConnectionError(_GONE) from error
         return x
 
-    def _count(self) -> None:
+    def _count_down(self) -> None:
         if self.left == 0:
             raise SettingError(
                 f"this model is shared by {self.count} processes and cannot be called by itself: "
@@ -113,10 +108,30 @@ class Peers:
         self.left -= 1
 
 
-_MESSAGE = 512  # numbers that are sent at once: enough for a step of some 160 rows
+def to_tensors(numbers: Sequence[int]) -> Iterator[Tensor]:
+    """The tensors of a message: its length and first numbers, padded; then the rest, if any."""
+    padded = [len(numbers), *numbers, *[0] * (_FIRST - 1 - len(numbers))]
+    message = torch.tensor(padded, dtype=torch.int64, device="cpu")
+    yield message[:_FIRST]
+    if len(padded) > _FIRST:
+        yield message[_FIRST:]
+
+
+def from_tensors(receive: Callable[[Tensor], Tensor]) -> list[int]:
+    """The numbers of a message; `receive` fills an empty tensor with the next of its tensors."""
+    first = receive(torch.empty(_FIRST, dtype=torch.int64, device="cpu")).tolist()
+    size = first[0]
+    if size < _FIRST:
+        return first[1 : size + 1]
+    rest = torch.empty(size + 1 - _FIRST, dtype=torch.int64, device="cpu")
+    return [*first[1:], *receive(rest).tolist()]
+
+
+# Numbers of the first tensor: enough for a step of some 160 rows.
+_FIRST = 512
 
 _ANY_TIME = timedelta(days=365)
 
 _STEP_TIME = timedelta(minutes=10)
 
-_GONE = "a process that shares the model has gone: start the program again"
+_GONE = "a process that shares the model has ended: start the program again"

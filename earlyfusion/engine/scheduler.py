@@ -1,9 +1,9 @@
 """Who runs next: requests take slots of the cache, read in pieces, step back, and end.
 
 A request reads through branches: one for text, two or three while it draws a guided image. Each
-branch lists the tokens that it must have read, and how many of them its slot holds; so a prompt in
-pieces, a single new token and a return after preemption are one case. Order is priority, then
-arrival. Nothing here knows a tensor.
+branch lists the tokens that it must have read, and how many of them its slot holds. So a prompt
+read in pieces, a single new token and a return after preemption are one case. Requests are served
+by priority, then by arrival. Nothing here knows a tensor.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from earlyfusion.errors import SettingError
 
 
 @dataclass(eq=False)
 class Branch:
-    """`tokens` to read, of which the first `read` are in `slot`; without a slot none are."""
+    """One condition of a request: `tokens` to read, the first `read` of which are in `slot`."""
 
     tokens: list[int]
     slot: int | None = None
@@ -29,29 +29,25 @@ class Branch:
         return len(self.tokens) - self.read
 
 
-@dataclass(eq=False)
-class Entry:
-    """A request as the scheduler sees it; the smaller `priority` goes first.
+class Entry(Protocol):
+    """What the scheduler needs to know of a request (`engine/handle.py`).
 
-    `drafts` are read behind the last token of each branch, but never count as read.
+    The smaller `priority` runs first, then the smaller `number`. `drafts` are read behind the last
+    token of each branch, but never count as read.
     """
 
-    branches: list[Branch]
-    priority: int = 0
-    drafts: Sequence[int] = ()
-    number: int = field(default_factory=count().__next__)
-
     @property
-    def order(self) -> tuple[int, int]:
-        return self.priority, self.number
-
+    def branches(self) -> list[Branch]: ...
     @property
-    def without_slot(self) -> list[Branch]:
-        return [branch for branch in self.branches if branch.slot is None]
+    def drafts(self) -> Sequence[int]: ...
+    @property
+    def priority(self) -> int: ...
+    @property
+    def number(self) -> int: ...
 
 
 class Copy(NamedTuple):
-    """The first `tokens` tokens of a slot are repeated in another."""
+    """The first `tokens` tokens of slot `source` are copied to slot `target`."""
 
     source: int
     target: int
@@ -67,12 +63,18 @@ class Piece(NamedTuple):
     drafts: Sequence[int] = ()
 
     @property
+    def slot(self) -> int:
+        if self.branch.slot is None:
+            raise RuntimeError("a piece was planned for a branch without a slot")
+        return self.branch.slot
+
+    @property
     def end(self) -> int:
         return self.start + self.size
 
     @property
     def tokens(self) -> list[int]:
-        return [*self.branch.tokens[self.start : self.end], *self.drafts]
+        return [*self.branch.tokens[self.start : self.start + self.size], *self.drafts]
 
 
 @dataclass
@@ -85,7 +87,7 @@ class Plan:
 
 
 class Scheduler:
-    """Shares `slots` places of the cache, and reads at most `chunk` tokens of prompts a step."""
+    """Shares `slots` slots of the cache, and reads at most `chunk` tokens of prompts per step."""
 
     def __init__(self, slots: int, chunk: int) -> None:
         if slots < 1 or chunk < 2:
@@ -93,14 +95,14 @@ class Scheduler:
         self.slots = Slots(slots)
         self.chunk = chunk
         self.waiting: list[Entry] = []
-        self.running: list[Entry] = []
+        self.running: list[Entry] = []  # always in order
         self.preemptions = 0
 
     def add(self, entry: Entry) -> None:
         self.waiting.append(entry)
 
     def remove(self, entry: Entry) -> None:
-        """The request has ended or was cancelled; what it read stays until its slots are needed."""
+        """Take a request out. Its slots keep what they hold until they are needed."""
         self.release(entry.branches)
         for queue in (self.waiting, self.running):
             if entry in queue:
@@ -111,41 +113,42 @@ class Scheduler:
             self.slots.release(branch)
 
     def restart(self) -> None:
-        """The weights have changed: nothing that was read counts, and all is read again."""
+        """Have all requests read their tokens again, as the weights have changed."""
         for entry in list(self.running):
             self._step_back(entry)
         self.slots.forget()
 
     def schedule(self) -> Plan:
-        """The next step. It counts as done: what its pieces name is read from here on."""
+        """The next step. It counts as done: the tokens of its pieces are read from here on."""
         plan = Plan()
-        self.running.sort(key=_order)
         for entry in list(self.running):
-            self._serve(entry, plan)
-        self._admit(plan)
+            if _without_slot(entry):
+                self._serve(entry, plan)
+        if self.waiting:
+            self._admit(plan)
         left = self.chunk
         for entry in self.running:
             left -= self._feed(entry, plan, left)
         return plan
 
     def _serve(self, entry: Entry, plan: Plan) -> None:
-        """Slots for the branches of one that runs; those behind it in order make room."""
-        if not entry.without_slot:
-            return
-        while entry in self.running and len(entry.without_slot) > self.slots.free:
+        """Slots for new branches of a running request; requests behind it in order make room."""
+        # An earlier one may have preempted it meanwhile.
+        while entry in self.running and len(_without_slot(entry)) > self.slots.free:
             last = self.running[-1]
             if last is entry:
                 return
             self._preempt(last)
         if entry in self.running:
-            self._place(entry, plan)
+            self._assign(entry, plan)
 
     def _admit(self, plan: Plan) -> None:
-        """In order, and none before its turn; only a lower priority makes room."""
+        """Let waiting requests in, in order. Only requests of a lower priority make room."""
         self.waiting.sort(key=_order)
         while self.waiting:
             first = self.waiting[0]
-            stalled = any(e.without_slot and e.order < first.order for e in self.running)
+            # Free slots belong to a running request that still lacks some and is before it.
+            stalled = any(_order(e) < _order(first) and _without_slot(e) for e in self.running)
             if stalled or len(first.branches) > self._within_reach(first):
                 return
             while len(first.branches) > self.slots.free:
@@ -153,16 +156,16 @@ class Scheduler:
             self.waiting.remove(first)
             self.running.append(first)
             self.running.sort(key=_order)
-            self._place(first, plan)
+            self._assign(first, plan)
 
     def _within_reach(self, entry: Entry) -> int:
-        """Slots that are free, or held by requests of a lower priority."""
+        """The number of slots that are free, or held by requests of a lower priority."""
         lower = (e for e in self.running if e.priority > entry.priority)
-        held = sum(len(e.branches) - len(e.without_slot) for e in lower)
+        held = sum(len(e.branches) - len(_without_slot(e)) for e in lower)
         return self.slots.free + held
 
-    def _place(self, entry: Entry, plan: Plan) -> None:
-        for branch in entry.without_slot:
+    def _assign(self, entry: Entry, plan: Plan) -> None:
+        for branch in _without_slot(entry):
             copied = self.slots.take(branch, first=branch is entry.branches[0])
             if copied is not None:
                 plan.copies.append(copied)
@@ -178,20 +181,20 @@ class Scheduler:
         self.waiting.sort(key=_order)
 
     def _feed(self, entry: Entry, plan: Plan, left: int) -> int:
-        """Plan what one request reads; how much of the step's allowance for prompts that takes.
-
-        All branches read their last token in the same step, as their logits are mixed.
-        """
-        if entry.without_slot:
+        """Plan the pieces of one request; the number of tokens they take of the step's `chunk`."""
+        if _without_slot(entry):
             return 0
-        pending = sum(branch.pending for branch in entry.branches)
-        single = pending == len(entry.branches)
+        branches, drafts = entry.branches, entry.drafts
+        pending = sum(len(branch.tokens) - branch.read for branch in branches)
+        single = pending == len(branches)
         if single or pending <= left:
-            plan.pieces += [_read(b, b.pending, entry.drafts) for b in entry.branches]
+            plan.pieces += [_read(b, len(b.tokens) - b.read, drafts) for b in branches]
             plan.ready.append(entry)
             return 0 if single else pending
+        # Guidance mixes the logits of all branches, so the last token of each waits for the step
+        # in which all of them are read.
         taken = 0
-        for branch in entry.branches:
+        for branch in branches:
             number = min(branch.pending - 1, left - taken)
             if number > 0:
                 plan.pieces.append(_read(branch, number))
@@ -200,7 +203,7 @@ class Scheduler:
 
 
 class Slots:
-    """Places of the cache. A free one keeps what it holds, for a request that begins alike.
+    """Slots of the cache. A free one keeps its tokens, for a request that begins with the same.
 
     With `shares` off every request reads its whole prompt.
     """
@@ -208,8 +211,8 @@ class Slots:
     def __init__(self, number: int) -> None:
         self.shares = True
         self.owners: list[Branch | None] = [None] * number
-        self.kept: list[list[int]] = [[] for _ in range(number)]
-        self._left: list[int] = [-1] * number
+        self.cached: list[list[int]] = [[] for _ in range(number)]  # tokens of each free slot
+        self._left: list[int] = [-1] * number  # when its last owner left
         self._clock = count()
 
     def __len__(self) -> int:
@@ -217,18 +220,17 @@ class Slots:
 
     @property
     def free(self) -> int:
-        return sum(owner is None for owner in self.owners)
+        return self.owners.count(None)
 
     def take(self, branch: Branch, first: bool) -> Copy | None:
-        """Give a slot to a branch, with as much of its tokens as any slot holds already."""
-        source, shared = max(
-            ((slot, _shared(self.held(slot), branch.tokens)) for slot in range(len(self))),
-            key=lambda found: found[1],
-        )
+        """Give a slot to a branch, with as many of its tokens as any slot holds already."""
+        source, shared = self._longest_prefix(branch.tokens)
+        # The last token is always read, for the logits behind it.
         shared = min(shared, len(branch.tokens) - 1) if self.shares else 0
-        whole = self.owners[source] is None and 0 < len(self.kept[source]) <= shared + 1
+        # A free slot that holds little else is continued in place.
+        whole = self.owners[source] is None and 0 < len(self.cached[source]) <= shared + 1
         target = source if whole else self._choose(first)
-        self.owners[target], self.kept[target] = branch, []
+        self.owners[target], self.cached[target] = branch, []
         branch.slot, branch.read = target, shared
         return Copy(source, target, shared) if shared and source != target else None
 
@@ -236,28 +238,41 @@ class Slots:
         if branch.slot is None:
             return
         slot, branch.slot = branch.slot, None
-        self.owners[slot], self.kept[slot] = None, branch.tokens[: branch.read]
+        self.owners[slot], self.cached[slot] = None, branch.tokens[: branch.read]
         self._left[slot], branch.read = next(self._clock), 0
 
     def held(self, slot: int) -> list[int]:
         """The tokens whose keys and values a slot holds."""
         owner = self.owners[slot]
-        return self.kept[slot] if owner is None else owner.tokens[: owner.read]
+        return self.cached[slot] if owner is None else owner.tokens[: owner.read]
 
     def forget(self) -> None:
-        """Free slots hold nothing any more: the weights have changed."""
-        self.kept = [[] for _ in self.kept]
+        """Free slots no longer hold anything: the weights have changed."""
+        self.cached = [[] for _ in self.cached]
 
     def drop(self, slot: int) -> None:
-        """A free slot keeps nothing."""
-        self.kept[slot] = []
+        """A free slot no longer holds anything."""
+        self.cached[slot] = []
+
+    def _longest_prefix(self, tokens: list[int]) -> tuple[int, int]:
+        """The slot that holds the most tokens of the beginning, and how many; else slot 0."""
+        best = 0, 0
+        for slot, owner in enumerate(self.owners):
+            held, size = self.cached[slot], len(self.cached[slot])
+            if owner is not None:
+                held, size = owner.tokens, owner.read
+            # Most slots are empty or begin with another token.
+            if size > best[1] and held[0] == tokens[0]:
+                shared = _shared(held, tokens, min(size, len(tokens)))
+                best = max(best, (slot, shared), key=lambda found: found[1])
+        return best
 
     def _choose(self, first: bool) -> int:
-        # Attention reads neighbouring slots in one piece, and the branches of an image are as long
-        # as each other: first branches gather at the low end, further ones at the high end. The
-        # more recent half of what is kept stays.
+        # Attention reads neighbouring slots together, and the branches of one image have about the
+        # same length: first branches gather at the low end, further ones at the high end. The more
+        # recent half of the free slots keeps its tokens.
         free = [slot for slot, owner in enumerate(self.owners) if owner is None]
-        empty = [slot for slot in free if not self.kept[slot]]
+        empty = [slot for slot in free if not self.cached[slot]]
         oldest = sorted(free, key=lambda slot: self._left[slot])[: (len(free) + 1) // 2]
         return (min if first else max)(empty or oldest)
 
@@ -268,9 +283,9 @@ def _read(branch: Branch, number: int, drafts: Sequence[int] = ()) -> Piece:
     return piece
 
 
-def _shared(held: list[int], tokens: list[int]) -> int:
-    """How many tokens two lists begin with alike."""
-    low, high = 0, min(len(held), len(tokens))
+def _shared(held: list[int], tokens: list[int], limit: int) -> int:
+    """The number of tokens, at most `limit`, that two lists have in common at the beginning."""
+    low, high = 0, limit
     if held[:high] == tokens[:high]:
         return high
     while high - low > 1:
@@ -279,5 +294,9 @@ def _shared(held: list[int], tokens: list[int]) -> int:
     return low
 
 
+def _without_slot(entry: Entry) -> list[Branch]:
+    return [branch for branch in entry.branches if branch.slot is None]
+
+
 def _order(entry: Entry) -> tuple[int, int]:
-    return entry.order
+    return entry.priority, entry.number

@@ -1,18 +1,19 @@
-"""One model on several processes: each holds its part of every layer, the first decides.
+"""One model on several processes: each holds a shard of every layer, the first leads.
 
     torchrun --nproc-per-node 2 -m earlyfusion generate "Draw a red apple." --model chameleon-34b
 
-A part is an ordinary `Transformer` of fewer heads and a narrower feed-forward (`PartConfig`), whose
-two outputs a block are summed over all parts; so everything that reads a config or a module (cache,
-network, rounding to fewer bits) serves a part as it is. Queries are cut by heads, with their norms;
-keys and values too, and where there are fewer of them than processes, several hold the same ones.
+A shard is an ordinary `Transformer` with fewer heads and a narrower feed-forward (`ShardConfig`).
+Two of its outputs per block are summed over all shards. So everything that reads a config or a
+module (cache, back end, rounding to fewer bits) takes a shard as it is. Queries are cut by heads,
+with their norms. So are keys and values; where these have fewer heads than there are processes,
+several processes hold the same ones.
 
-Embedding and head are whole, in the first process only. It runs the scheduler, embeds the tokens
-and hands their states to all, and draws from its own logits; the others know where tokens stand,
-never which they are, so that nothing they do can differ from what it decided. It reads more for
-that than a cut head would: of the bytes of a step with one row 0.5% in a picture, whose codes are
-an eighth of the rows, and 4% in text (7B on two, 34B on four; 1% and 10% for 34B on eight). A cut
-head would have the logits gathered in each step, and an error in the draw would reach all.
+Embedding and head are whole, in the first process only. It runs the scheduler, embeds the tokens,
+broadcasts their states, and draws from its own logits. The others know the positions of tokens but
+not the tokens, so nothing they do can differ from what it decided. This reads more than a cut head
+would: of the bytes of a step with one row 0.5% in a picture, whose codes are an eighth of the
+vocabulary, and 4% in text (7B on two, 34B on four; 1% and 10% for 34B on eight). With a cut head
+each step would gather logits, and an error in the draw would reach all processes.
 
 Shapes: T tokens of a step, D model width, N query heads, K key and value heads, H head width.
 """
@@ -35,136 +36,134 @@ from earlyfusion import processes
 from earlyfusion.checkpoints.assemble import checked
 from earlyfusion.checkpoints.source import Source
 from earlyfusion.config import ModelConfig
-from earlyfusion.engine.backends.torch import Network, is_plain
+from earlyfusion.engine.backends.torch import FusedTransformer
 from earlyfusion.engine.cache import DTYPES, Cache, cache_dtype
+from earlyfusion.engine.handle import Handle
+from earlyfusion.engine.module_tree import is_plain
 from earlyfusion.engine.peers import Peers
-from earlyfusion.engine.runner import Ask, ModelRunner, Step
+from earlyfusion.engine.runner import ModelRunner
 from earlyfusion.engine.scheduler import Branch, Copy, Piece, Plan
+from earlyfusion.engine.step import Step
 from earlyfusion.errors import SettingError
 from earlyfusion.generation.grammar import Grammar
 from earlyfusion.model.transformer import Block, Transformer
 
-_OPEN, _READ = range(2)  # what the leader tells
-_CACHES = (None, *DTYPES)
+_OPEN, _READ = range(2)  # the first number of a message
+_CACHE_DTYPES = (None, *DTYPES)
 
 
 @dataclass(frozen=True)
-class PartConfig(ModelConfig):
-    """The shape of one part; heads are as wide as those of the whole."""
+class ShardConfig(ModelConfig):
+    """The shape of one shard; its heads are as wide as those of the whole model."""
 
     head_width: int = 0
-    part: int = 0
-    parts: int = 1
 
     @property
     def head_dim(self) -> int:
         return self.head_width
 
-    @property
-    def leads(self) -> bool:
-        return self.part == 0
 
-
-def part_config(whole: ModelConfig, part: int, parts: int) -> PartConfig:
-    """The shape of part number `part`; `SettingError` where heads cannot be shared evenly."""
+def shard_config(whole: ModelConfig, rank: int, count: int) -> ShardConfig:
+    """The shape of shard number `rank`; `SettingError` where heads cannot be shared evenly."""
     heads, inner = whole.num_attention_heads, whole.intermediate_size
-    if heads % parts:
+    if heads % count:
         fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
         raise SettingError(
-            f"tensor_parallel={parts} cannot share {heads} attention heads evenly: "
+            f"tensor_parallel={count} cannot share {heads} attention heads evenly: "
             f"choose one of {fitting}"
         )
     values = {f.name: getattr(whole, f.name) for f in fields(ModelConfig)}
     values |= {
-        "vocab_size": whole.vocab_size if part == 0 else 1,
-        "num_attention_heads": heads // parts,
-        "num_key_value_heads": len(_kv_heads(whole, part, parts)),
-        "intermediate_size": _bound(inner, part + 1, parts) - _bound(inner, part, parts),
+        "vocab_size": whole.vocab_size if rank == 0 else 1,
+        "num_attention_heads": heads // count,
+        "num_key_value_heads": len(_kv_heads(whole, rank, count)),
+        "intermediate_size": _bound(inner, rank + 1, count) - _bound(inner, rank, count),
     }
-    return PartConfig(**values, head_width=whole.head_dim, part=part, parts=parts)
+    return ShardConfig(**values, head_width=whole.head_dim)
 
 
-def cut(name: str, whole: Tensor, config: ModelConfig, part: int, parts: int) -> Tensor:
-    """What one part holds of a parameter of the whole model, in memory of its own.
+def cut(name: str, whole: Tensor, config: ModelConfig, rank: int, count: int) -> Tensor:
+    """The share of one shard in a parameter of the whole model, in memory of its own.
 
-    `config` is that of the whole. Parts behind the first hold one row of embedding and head.
+    `config` is the whole model's. Shards after the first hold one row of embedding and head.
     """
-    owner, _, kind = name.rpartition(".")
-    queries, keys = _query_heads(config, part, parts), _kv_heads(config, part, parts)
+    owner, _, leaf = name.rpartition(".")
+    queries, keys = _query_heads(config, rank, count), _kv_heads(config, rank, count)
     match owner.rpartition(".")[2]:
         case "q_norm":
-            own = whole[queries]
+            shard = whole[queries]
         case "k_norm":
-            own = whole[keys]
+            shard = whole[keys]
         case "q_proj":
-            own = whole.unflatten(0, (-1, config.head_dim))[queries].flatten(0, 1)
+            shard = whole.unflatten(0, (-1, config.head_dim))[queries].flatten(0, 1)
         case "k_proj" | "v_proj":
-            own = whole.unflatten(0, (-1, config.head_dim))[keys].flatten(0, 1)
-        case "o_proj" if kind == "weight":
-            own = whole.unflatten(1, (-1, config.head_dim))[:, queries].flatten(1)
+            shard = whole.unflatten(0, (-1, config.head_dim))[keys].flatten(0, 1)
+        case "o_proj" if leaf == "weight":
+            shard = whole.unflatten(1, (-1, config.head_dim))[:, queries].flatten(1)
         case "gate_proj" | "up_proj":
-            own = whole[_columns(config, part, parts)]
-        case "down_proj" if kind == "weight":
-            own = whole[:, _columns(config, part, parts)]
-        case "embed_tokens" | "lm_head" if part > 0:
-            own = whole[:1]
+            shard = whole[_columns(config, rank, count)]
+        case "down_proj" if leaf == "weight":
+            shard = whole[:, _columns(config, rank, count)]
+        case "embed_tokens" | "lm_head" if rank > 0:
+            shard = whole[:1]
         case _:
-            own = whole
-    return own.clone(memory_format=torch.contiguous_format)
+            shard = whole
+    return shard.clone(memory_format=torch.contiguous_format)
 
 
-def _query_heads(config: ModelConfig, part: int, parts: int) -> list[int]:
-    each = config.num_attention_heads // parts
-    return list(range(part * each, (part + 1) * each))
+def _query_heads(config: ModelConfig, rank: int, count: int) -> list[int]:
+    each = config.num_attention_heads // count
+    return list(range(rank * each, (rank + 1) * each))
 
 
-def _kv_heads(config: ModelConfig, part: int, parts: int) -> list[int]:
-    """What a part's queries read: one head for each run of queries, as long as fits all parts."""
-    queries = _query_heads(config, part, parts)
+def _kv_heads(config: ModelConfig, rank: int, count: int) -> list[int]:
+    """The heads that a shard's queries read, one per run of queries of the longest length that
+    fits all shards."""
+    queries = _query_heads(config, rank, count)
     group = config.num_attention_heads // config.kv_heads
     return [head // group for head in queries[:: math.gcd(len(queries), group)]]
 
 
-def _columns(config: ModelConfig, part: int, parts: int) -> slice:
+def _columns(config: ModelConfig, rank: int, count: int) -> slice:
     inner = config.intermediate_size
-    return slice(_bound(inner, part, parts), _bound(inner, part + 1, parts))
+    return slice(_bound(inner, rank, count), _bound(inner, rank + 1, count))
 
 
-def _bound(size: int, part: int, parts: int) -> int:
-    return size * part // parts
+def _bound(size: int, rank: int, count: int) -> int:
+    return size * rank // count
 
 
-def open_part(source: Source, parts: int) -> Source:
-    """An open checkpoint of which this process reads its own part; `SettingError` where the model
-    or the number of processes do not fit."""
-    if parts != processes.count():
+def open_shard(source: Source, count: int) -> Source:
+    """An open checkpoint of which this process reads its own shard; `SettingError` where the model
+    or the number of processes does not fit."""
+    if count != processes.count():
         raise SettingError(
-            f"tensor_parallel={parts} is not the number of processes, {processes.count()}: "
-            "start so many with torchrun --nproc-per-node, or set tensor_parallel to theirs"
+            f"tensor_parallel={count} is not the number of processes, {processes.count()}: "
+            f"set it to that, or start {count} with torchrun --nproc-per-node"
         )
-    whole, part = source.config, processes.rank()
-    config = part_config(whole, part, parts)
+    whole, rank = source.config, processes.rank()
+    config = shard_config(whole, rank, count)
     return replace(
         checked(source),
         config=config,
         tensors={
-            name: stored.then(partial(_cut_named, name, whole, part, parts))
+            name: stored.then(partial(_cut_named, name, whole, rank, count))
             for name, stored in source.tensors.items()
         },
-        vq=source.vq if part == 0 else {},
+        vq=source.vq if rank == 0 else {},
         is_shard=True,
     )
 
 
-def _cut_named(name: str, config: ModelConfig, part: int, parts: int, whole: Tensor) -> Tensor:
-    return cut(name, whole, config, part, parts)
+def _cut_named(name: str, config: ModelConfig, rank: int, count: int, whole: Tensor) -> Tensor:
+    return cut(name, whole, config, rank, count)
 
 
-# ---- modules of a part
+# ---- modules of a shard
 
 
 class SharedEmbedding(nn.Embedding):
-    """The first process looks tokens up; all have their states, whatever tokens they were given."""
+    """The first process looks tokens up and broadcasts their states; the others ignore theirs."""
 
     pointwise = True
 
@@ -175,12 +174,12 @@ class SharedEmbedding(nn.Embedding):
 
     def forward(self, tokens: Tensor) -> Tensor:
         if self.peers.leads:
-            return self.peers.share(F.embedding(tokens, self.weight))
-        return self.peers.share(self.weight.new_empty(*tokens.shape, self.embedding_dim))
+            return self.peers.broadcast(F.embedding(tokens, self.weight))
+        return self.peers.broadcast(self.weight.new_empty(*tokens.shape, self.embedding_dim))
 
 
 class Summed(nn.Module):
-    """A linear module of which each process has some columns: the sum of what all give."""
+    """A linear module of which each process has some columns: the sum of all outputs."""
 
     pointwise = True
 
@@ -189,81 +188,82 @@ class Summed(nn.Module):
         self.linear, self.peers = linear, peers
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.peers.add_up(self.linear(x))
+        return self.peers.all_reduce(self.linear(x))
 
 
-def connect(part: Transformer, peers: Peers) -> Transformer:
-    """Let a part work with the others, in place; quantise it before, if at all."""
-    embedding = part.model.embed_tokens
+def connect(shard: Transformer, peers: Peers) -> Transformer:
+    """Let a shard work with the others, in place. Quantise it before, if at all."""
+    embedding = shard.model.embed_tokens
     assert isinstance(embedding, nn.Embedding)
-    part.model.embed_tokens = SharedEmbedding(cast(nn.Parameter, embedding.weight), peers)
-    for block in cast("Iterable[Block]", part.model.layers):
+    shard.model.embed_tokens = SharedEmbedding(cast(nn.Parameter, embedding.weight), peers)
+    for block in cast("Iterable[Block]", shard.model.layers):
         for owner, name in ((block.self_attn, "o_proj"), (block.mlp, "down_proj")):
             linear = getattr(owner, name)
             if peers.rank > 0:
-                linear.bias = None  # it is added once
+                linear.bias = None  # the sum must contain it once
             setattr(owner, name, Summed(linear, peers))
-    return part
+    return shard
 
 
 def peers_of(transformer: Transformer) -> Peers | None:
-    """The processes that a model is shared with."""
+    """The processes that a model is shared with; None for a model of one process."""
     embedding = transformer.model.embed_tokens
     return embedding.peers if isinstance(embedding, SharedEmbedding) else None
 
 
 def split(whole: Transformer, peers: Peers) -> Transformer:
-    """This process's part of a model that is in memory, connected with the others."""
-    config = part_config(whole.config, peers.rank, peers.count)
-    part = Transformer(config).to(whole.lm_head.weight.dtype).eval()
+    """This process's shard of a model that is in memory, connected with the others."""
+    config = shard_config(whole.config, peers.rank, peers.count)
+    shard = Transformer(config).to(whole.lm_head.weight.dtype).eval()
     tensors = {
         name: cut(name, tensor, whole.config, peers.rank, peers.count)
         for name, tensor in whole.state_dict().items()
     }
-    part.load_state_dict(tensors, assign=True)
-    part.tie_weights()
-    return connect(part, peers)
+    shard.load_state_dict(tensors, assign=True)
+    shard.tie_weights()
+    return connect(shard, peers)
 
 
 # ---- who leads, and who follows
 
 
-def share(part: Transformer) -> None:
-    """Put the parts of all processes together. Returns in the first, which leads; the others follow
-    it until it ends, and end too.
+def share(shard: Transformer) -> None:
+    """Connect the shards of all processes. Returns in the first, which leads; the others follow it
+    until it ends, and end too.
 
-    Raises `SettingError` where a model is shared already.
+    Raises `SettingError` if this program shares a model already.
     """
     if _SHARED:
         raise SettingError(
             "this program shares a model already: start it again for another, "
             "or load that one with tensor_parallel=1"
         )
-    device = part.lm_head.weight.device
+    device = shard.lm_head.weight.device
     if device.type == "cuda":
         torch.cuda.set_device(device)
     _SHARED.append(Peers(device))
     [peers] = _SHARED
-    connect(part, peers)
+    connect(shard, peers)
     if not peers.leads:
-        _follow_to_the_end(part, peers)
+        _follow_to_the_end(shard, peers)
 
 
 _SHARED: list[Peers] = []
 
 
-def _follow_to_the_end(part: Transformer, peers: Peers) -> NoReturn:
+def _follow_to_the_end(shard: Transformer, peers: Peers) -> NoReturn:
     try:
-        follow(part, peers)
+        follow(shard, peers)
     except ConnectionError as error:
-        # On a GPU sums may be under way that never come; nothing may wait for them.
+        # On a GPU collectives may be pending that never complete. A normal exit would wait for
+        # them.
         print(f"process {peers.rank}: {error}", file=sys.stderr, flush=True)
         os._exit(1)
     raise SystemExit(0)
 
 
 class LeadingRunner(ModelRunner):
-    """Tells the other processes what a step reads, before it reads it itself."""
+    """Sends each plan to the other processes before it runs it itself."""
 
     def __init__(
         self,
@@ -271,89 +271,91 @@ class LeadingRunner(ModelRunner):
         grammar: Grammar,
         slots: int,
         length: int,
-        kept: str | None = None,
+        dtype_name: str | None = None,
     ) -> None:
         peers = peers_of(transformer)
         assert peers is not None
         if not is_plain(transformer):
             raise SettingError(
-                "a model that several processes share takes no hooks and no modules of other "
-                "classes: load it with tensor_parallel=1, or take them off"
+                "a model that several processes share cannot have hooks or modules of other "
+                "classes: load it with tensor_parallel=1, or remove them"
             )
         self._peers, self._collectives = peers, _collectives(transformer)
         peers.engines += 1
         self._engine = peers.engines
-        peers.tell([_OPEN, slots, length, _CACHES.index(kept)], 0)
-        super().__init__(transformer, grammar, slots, length, kept)
+        peers.send([_OPEN, slots, length, _CACHE_DTYPES.index(dtype_name)], 0)
+        super().__init__(transformer, grammar, slots, length, dtype_name)
 
-    def run(self, plan: Plan, asks: Sequence[Ask]) -> list[list[int]]:
+    def run(self, plan: Plan, handles: Sequence[Handle]) -> list[list[int]]:
         peers = self._peers
+        # The others have one cache: that of the engine opened last.
         if self._engine != peers.engines:
             raise SettingError(
                 "another engine has been made on this shared model since: use that one"
             )
         try:
-            peers.tell(_told(plan), self._collectives if plan.pieces else 0)
-            return super().run(plan, asks)
+            peers.send(_message(plan), self._collectives if plan.pieces else 0)
+            return super().run(plan, handles)
         except BaseException:
             if peers.left:
-                peers.close()  # the others wait for sums that will not come
+                peers.close()  # the others wait for collectives that will not come
             raise
 
 
-def follow(part: Transformer, peers: Peers) -> None:
-    """Do what the leader tells, until it closes; ConnectionError where it has gone."""
-    reader: _Reader | None = None
-    while message := peers.hear():
-        kind, *numbers = message
-        if kind == _OPEN:
-            reader = None  # its memory goes before the next takes its own
-            reader = _Reader(part, peers, *numbers)
+def follow(shard: Transformer, peers: Peers) -> None:
+    """Run the plans of the leader until it closes; ConnectionError if it has gone."""
+    follower: _Follower | None = None
+    while message := peers.receive():
+        subject, *numbers = message
+        if subject == _OPEN:
+            follower = None  # frees its cache before the next takes memory
+            follower = _Follower(shard, peers, *numbers)
             continue
-        assert reader is not None
-        reader.read(numbers)
+        assert follower is not None
+        follower.run(numbers)
     peers.close()
 
 
-class _Reader:
-    """The half of a runner that reads: network and cache."""
+class _Follower:
+    """The part of a runner without the draw: back end and cache."""
 
-    def __init__(self, part: Transformer, peers: Peers, slots: int, length: int, kept: int) -> None:
-        weight = part.lm_head.weight
-        dtype = cache_dtype(_CACHES[kept], weight.dtype)
-        self._peers, self._collectives = peers, _collectives(part)
-        self._cache = Cache(part.config, slots, length, dtype, weight.device)
+    def __init__(
+        self, shard: Transformer, peers: Peers, slots: int, length: int, dtype_number: int
+    ) -> None:
+        weight = shard.lm_head.weight
+        dtype = cache_dtype(_CACHE_DTYPES[dtype_number], weight.dtype)
+        self._peers, self._collectives = peers, _collectives(shard)
+        self._cache = Cache(shard.config, slots, length, dtype, weight.device)
         with torch.no_grad():
-            self._network = Network(part, length)
+            self._backend = FusedTransformer(shard, self._cache)
 
     @torch.inference_mode()
-    def read(self, numbers: Sequence[int]) -> None:
-        plan = _heard(numbers)
+    def run(self, numbers: Sequence[int]) -> None:
+        plan = _plan(numbers)
         for copied in plan.copies:
             self._cache.copy(copied)
         if plan.pieces:
             self._peers.begin(self._collectives)
-            step = Step(plan.pieces, self._cache)
-            self._network.forward(step.tokens_T, step.positions_T, step.attentions())
+            self._backend.hidden(Step(plan.pieces, self._cache.device))
 
 
 def _collectives(transformer: Transformer) -> int:
+    """Collectives per step: the broadcast of the embedding, and two sums per layer."""
     return 1 + 2 * transformer.config.num_hidden_layers
 
 
-def _told(plan: Plan) -> list[int]:
+def _message(plan: Plan) -> list[int]:
+    """Where the tokens of a plan stand, as numbers; not which tokens they are."""
     numbers = [_READ, len(plan.copies)]
     for copied in plan.copies:
         numbers += copied
     for piece in plan.pieces:
-        if piece.branch.slot is None:
-            raise RuntimeError("a piece was planned for a branch without a slot")
-        numbers += [piece.branch.slot, piece.start, piece.size, len(piece.drafts)]
+        numbers += [piece.slot, piece.start, piece.size, len(piece.drafts)]
     return numbers
 
 
-def _heard(numbers: Sequence[int]) -> Plan:
-    """The plan, but for which tokens it reads."""
+def _plan(numbers: Sequence[int]) -> Plan:
+    """The plan of a message, with zeros for its tokens."""
     end = 1 + 3 * numbers[0]
     copies = [Copy(*three) for three in _in_groups(numbers[1:end], 3)]
     pieces = [

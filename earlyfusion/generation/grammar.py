@@ -1,15 +1,16 @@
 """Grammar: which tokens may come next, as an automaton over the vocabulary.
 
-Its state is one integer tensor with a row for each sequence, so that a step costs a few device
-operations and no synchronisation. An image is spelled by its layout's template: one slot for each
-token, a code or a fixed id, begin_image first. Only text, or begin_image where a whole image still
-fits, may come outside of it.
+The state is one integer tensor with a row per sequence, so that a step costs a few device
+operations and never waits for the device. The layout's template spells an image: one slot per
+token, for a code or for a fixed id, begin_image first. Outside of an image only text may come, or
+begin_image where a whole image still fits.
 Shapes: B rows, V vocabulary, F fields of the state, K classes of slots.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -18,8 +19,9 @@ from earlyfusion.errors import SettingError
 from earlyfusion.generation.settings import Output
 from earlyfusion.vocabulary import CODE, ImageLayout, Vocabulary
 
-# Fields of the state: the place in the template (0 outside of an image, its length when done), how
-# many images may still begin, how many tokens may still come, whether text may come at all.
+# Fields of the state: the slot of the template that comes next (0 outside of an image, the length
+# of the template when the reply has ended), how many images may still begin, how many tokens may
+# still come, and whether text may come at all.
 SLOT, IMAGES, ROOM, TEXT = range(4)
 
 
@@ -48,7 +50,11 @@ class Grammar:
         self.text_ids = frozenset([*vocabulary.text_tokens.tolist(), *ends, vocabulary.begin_image])
         self.code_ids = vocabulary.image_tokens.tolist()
         self.begin = vocabulary.begin_image
+        # Per slot: how many codes come before it, how many follow in a row from it on, and the
+        # only id that may stand there, if it is fixed.
+        self.codes_before = [0, *accumulate(token == CODE for token in template)]
         self.codes_from = _runs(template)
+        self.fixed = [None if token == CODE else token for token in template]
         self._done = len(template)
         self._stops = torch.tensor(ends).to(device)
         self._classes_KV, self._class_of = classes_KV.to(device), class_of.to(device)
@@ -56,17 +62,18 @@ class Grammar:
     def start(
         self, outputs: Sequence[Output], images: Sequence[int], room: Sequence[int]
     ) -> Tensor:
-        """States of rows that may draw so many `images` and have `room` for so many tokens."""
-        rows = [self._row(*row) for row in zip(outputs, images, room, strict=True)]
+        """States of rows that may draw `images` images each, in at most `room` tokens."""
+        rows = [self.start_row(*row) for row in zip(outputs, images, room, strict=True)]
         return torch.tensor(rows, dtype=torch.int64).to(self.device)
 
     def mask(self, state_BF: Tensor) -> Tensor:
-        """True where a token may come next; a row that is done allows only what ends a reply."""
+        """True where a token may come next; a row that is done allows only the ids of its end."""
         allowed_BV = self._classes_KV[self._class_of[state_BF[:, SLOT]]]
         outside_B = state_BF[:, SLOT] == 0
         begins_B = outside_B & (state_BF[:, IMAGES] > 0) & (state_BF[:, ROOM] >= self.image_tokens)
         only_image_B = outside_B & (state_BF[:, TEXT] == 0)
         allowed_BV = allowed_BV & ~only_image_B[:, None]
+        # begin_image is not text, so the class of slot 0 does not say whether it may come.
         allowed_BV[:, self.begin] = torch.where(outside_B, begins_B, allowed_BV[:, self.begin])
         return allowed_BV
 
@@ -79,6 +86,7 @@ class Grammar:
         slot_B = torch.where((slot_B > 0) | begins_B, (slot_B + 1) % self._done, slot_B)
         images_B = images_B - begins_B.long()
         room_B = room_B - 1
+        # Without text, a reply ends where no further image may begin or fit.
         stuck_B = (text_B == 0) & ((images_B == 0) | (room_B < self.image_tokens)) & (slot_B == 0)
         ends_B = stops_B | stuck_B | (room_B == 0)
         after_BF = torch.stack(
@@ -94,7 +102,8 @@ class Grammar:
         """True for rows whose next token belongs to an image that has begun."""
         return (state_BF[:, SLOT] > 0) & ~self.done(state_BF)
 
-    def _row(self, output: Output, images: int, room: int) -> list[int]:
+    def start_row(self, output: Output, images: int, room: int) -> list[int]:
+        """One row of `start`, as plain integers."""
         if output == "text":
             images = 0
         elif output == "image" and (images < 1 or room < self.image_tokens):
@@ -109,58 +118,60 @@ class Grammar:
 class Walk:
     """One row of the automaton in plain integers, for a loop that sees every token on the host.
 
-    The rules are those of `Grammar`, whose `mask` takes `state`.
+    `slot` is the slot of the next token: 0 outside of an image. The rules are those of `Grammar`.
     """
 
     def __init__(self, grammar: Grammar, output: Output, images: int, room: int) -> None:
-        self.state = grammar._row(output, images, room)
-        self._grammar = grammar
+        self.grammar = grammar
+        slot, self._images, self._room, self._text = grammar.start_row(output, images, room)
+        self._stand_at(slot)
 
     @property
-    def done(self) -> bool:
-        return self.state[SLOT] == self._grammar.image_tokens
-
-    @property
-    def in_image(self) -> bool:
-        return 0 < self.state[SLOT] < self._grammar.image_tokens
+    def state(self) -> list[int]:
+        """This row as `Grammar.mask` takes it."""
+        return [self.slot, self._images, self._room, self._text]
 
     @property
     def may_begin(self) -> bool:
         """Whether an image may begin here."""
-        slot, images, room, _ = self.state
-        return slot == 0 and images > 0 and room >= self._grammar.image_tokens
+        return self.slot == 0 and self._images > 0 and self._room >= self.grammar.image_tokens
 
     @property
     def codes_left(self) -> int:
-        """How many codes of an image come next, before anything else; 0 outside of one."""
-        return self._grammar.codes_from[self.state[SLOT]]
+        """The number of image codes that come next, before anything else; 0 outside of an image."""
+        return self.grammar.codes_from[self.slot]
 
     @property
     def forced(self) -> int | None:
-        """The only token that may come, if it is only one."""
+        """The only token that may come, if there is only one."""
         if self.done:
             return None
         if self.in_image:
-            token: int = self._grammar.template[self.state[SLOT]]
-            return None if token == CODE else token
-        return None if self.state[TEXT] else self._grammar.begin
+            return self.grammar.fixed[self.slot]
+        return None if self._text else self.grammar.begin
 
     def advance(self, token: int) -> None:
         """As `Grammar.advance`."""
-        slot, images, room, text = self.state
-        begins = slot == 0 and token == self._grammar.begin
-        stops = slot == 0 and token in self._grammar.ends
+        grammar, slot = self.grammar, self.slot
+        begins = slot == 0 and token == grammar.begin
+        stops = slot == 0 and token in grammar.ends
         if slot or begins:
-            slot = (slot + 1) % self._grammar.image_tokens
-        images, room = images - begins, room - 1
-        stuck = not text and (images == 0 or room < self._grammar.image_tokens) and slot == 0
-        if stops or stuck or room == 0:
-            slot = self._grammar.image_tokens
-        self.state = [slot, images, room, text]
+            slot = (slot + 1) % grammar.image_tokens
+        self._images -= begins
+        self._room -= 1
+        fits = self._images > 0 and self._room >= grammar.image_tokens
+        stuck = slot == 0 and not self._text and not fits
+        ends = stops or stuck or self._room == 0
+        self._stand_at(grammar.image_tokens if ends else slot)
+
+    def _stand_at(self, slot: int) -> None:
+        self.slot = slot
+        self.done = slot == self.grammar.image_tokens
+        self.in_image = slot > 0 and not self.done
 
 
 def _runs(template: Sequence[int]) -> list[int]:
-    """How many codes stand in a row from each slot on; the last slot is "done"."""
+    """The number of codes in a row from each slot on; the last entry is that of "done"."""
     runs = [0]
     for token in reversed(template):
         runs.append(runs[-1] + 1 if token == CODE else 0)
@@ -170,7 +181,7 @@ def _runs(template: Sequence[int]) -> list[int]:
 def _classes(
     vocabulary: Vocabulary, template: Sequence[int], stops: Sequence[int], size: int
 ) -> tuple[Tensor, Tensor]:
-    """A row of allowed ids for each kind of slot, and each slot's kind; the last slot is "done"."""
+    """Rows of allowed ids per class of slots, and the class of each slot; the last is "done"."""
     ids: dict[str | int, list[int]] = {
         "text": [*vocabulary.text_tokens.tolist(), *stops],
         "done": list(stops),
@@ -181,6 +192,6 @@ def _classes(
     classes_KV = torch.zeros(len(ids), size, dtype=torch.bool)
     for row, allowed in enumerate(ids.values()):
         classes_KV[row, allowed] = True
-    number = {kind: row for row, kind in enumerate(ids)}
+    row_of = {name: row for row, name in enumerate(ids)}
     slots: list[str | int] = ["text", *template[1:], "done"]
-    return classes_KV, torch.tensor([number[kind] for kind in slots])
+    return classes_KV, torch.tensor([row_of[name] for name in slots])

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
-
 import numpy as np
 
+from earlyfusion.generation.grammar import Walk
 from earlyfusion.generation.request import (
     Event,
     Finished,
@@ -20,70 +19,68 @@ from earlyfusion.generation.request import (
     Usage,
 )
 from earlyfusion.generation.steering import TokenLogprob
-from earlyfusion.processor import Processor
+from earlyfusion.processor import Processor, TextStream
 from earlyfusion.vocabulary import CODE
 
 
 class Narrator:
-    """Tokens of one reply in, events out; an engine may hold one for each request."""
+    """The events of one reply. `walk` says where each token stands, and moves on after `push`."""
 
-    def __init__(self, processor: Processor, request: Request) -> None:
-        vocabulary, layout = processor.vocabulary, request.layout or processor.layout
+    def __init__(self, processor: Processor, request: Request, walk: Walk) -> None:
         self.ended = False
-        self._processor, self._vocabulary, self._layout = processor, vocabulary, layout
-        self._slots = layout.template(vocabulary).tolist()
-        self._codes_before = [0, *accumulate(slot == CODE for slot in self._slots)]
-        self._request = request
-        self._stops = {vocabulary.eos, *request.stops}
+        self._vocabulary, self._layout = processor.vocabulary, request.layout or processor.layout
+        self._request, self._walk = request, walk
         self._text = _Text(processor, request.sampling.stop_strings)
-        self._spelled: list[int] = []
+        self._picture: list[int] = []  # tokens of the picture that is being drawn
         self._drawn = self._images = 0
 
     def push(self, token: int, logprob: TokenLogprob | None = None) -> list[Event]:
-        """What this token makes visible. `ended` turns true when no further token is wanted."""
-        drawn: list[Event] = [] if logprob is None else [TokenDrawn(logprob)]
-        return drawn + self._push(token)
-
-    def _push(self, token: int) -> list[Event]:
+        """The events of one token. `ended` turns true when no further token is wanted."""
+        events: list[Event] = [] if logprob is None else [TokenDrawn(logprob)]
         self._drawn += 1
-        if self._spelled:
-            return self._continue_image(token)
-        if token in self._stops:
+        if self._walk.in_image:
+            events += self._continue_image(token)
+        elif token in self._walk.grammar.ends:
             self.ended = True
-            return []
-        if token == self._vocabulary.begin_image:
-            rest = self._flush()
-            self._spelled = [] if self.ended else [token]
-            return rest if self.ended else [*rest, ImageStarted(self._images)]
-        return self._deltas(self._text.push(token))
+        elif token == self._vocabulary.begin_image:
+            events += self._begin_image(token)
+        else:
+            events += self._deltas(self._text.push(token))
+        return events
 
     def finish(self) -> list[Event]:
         """The rest of the text, then `Finished`."""
         complete = self._request.output == "image" and self._images == self._request.images
-        rest = self._flush()
+        rest = self._deltas(self._text.flush())
         reason: Reason = "stop" if self.ended or complete else "length"
-        spelled = self._images * len(self._slots) + len(self._spelled)
-        usage = Usage(len(self._request.ids), self._drawn, spelled)
+        image_tokens = self._images * self._walk.grammar.image_tokens + len(self._picture)
+        usage = Usage(len(self._request.ids), self._drawn, image_tokens)
         seed, last = self._request.sampling.seed, self._request.ids[-1]
+        # A prompt without an end of turn holds the beginning of the answer.
         return [*rest, Finished(reason, usage, seed, last != self._vocabulary.end_of_turn)]
-
-    def _flush(self) -> list[Event]:
-        return self._deltas(self._text.flush())
 
     def _deltas(self, text: str) -> list[Event]:
         self.ended = self.ended or self._text.stopped
         return [TextDelta(text)] if text else []
 
+    def _begin_image(self, token: int) -> list[Event]:
+        rest = self._deltas(self._text.flush())
+        # The text that was held back may end in a stop string.
+        if self.ended:
+            return rest
+        self._picture = [token]
+        return [*rest, ImageStarted(self._images)]
+
     def _continue_image(self, token: int) -> list[Event]:
-        is_code = self._slots[len(self._spelled)] == CODE
-        self._spelled.append(token)
-        if len(self._spelled) == len(self._slots):
-            codes = self._layout.parse(self._spelled, self._vocabulary)
-            self._spelled, self._images = [], self._images + 1
+        grammar, slot = self._walk.grammar, self._walk.slot
+        self._picture.append(token)
+        if slot + 1 == grammar.image_tokens:
+            codes = self._layout.parse(self._picture, self._vocabulary)
+            self._picture, self._images = [], self._images + 1
             return [ImageDone(self._images - 1, codes)]
-        done, every = self._codes_before[len(self._spelled)], self._request.preview_every
-        if not is_code:
+        if grammar.template[slot] != CODE:
             return []
+        done, every = grammar.codes_before[slot + 1], self._request.preview_every
         events: list[Event] = []
         if done % self._layout.width == 0:
             events.append(ImageProgress(self._images, done, self._layout.num_codes))
@@ -92,7 +89,8 @@ class Narrator:
         return events
 
     def _preview(self, done: int) -> ImagePreview:
-        pairs = zip(self._spelled, self._slots, strict=False)
+        # The picture is shorter than its template, as it is in the making.
+        pairs = zip(self._picture, self._walk.grammar.template, strict=False)
         drawn = [token for token, slot in pairs if slot == CODE]
         tokens = np.array(drawn + drawn[-1:] * (self._layout.num_codes - done))
         codes = self._vocabulary.token_to_code(tokens)
@@ -105,21 +103,26 @@ class _Text:
     def __init__(self, processor: Processor, stops: tuple[str, ...]) -> None:
         self.stopped = False
         self._processor, self._stops = processor, stops
-        self._stream, self._held = processor.text_stream(), ""
+        self._stream: TextStream | None = None
+        self._held = ""
 
     def push(self, token: int) -> str:
+        if self._stream is None:
+            self._stream = self._processor.text_stream()
         return self._release(self._stream.push(token))
 
     def flush(self) -> str:
-        """What is still held, as the segment ends here; the next one starts afresh."""
-        text = self._release(self._stream.flush()) + ("" if self.stopped else self._held)
-        self._stream, self._held = self._processor.text_stream(), ""
+        """The text that is still held, as the segment ends here; the next one starts afresh."""
+        rest = "" if self._stream is None else self._stream.flush()
+        text = self._release(rest) + ("" if self.stopped else self._held)
+        self._stream, self._held = None, ""
         return text
 
     def _release(self, delta: str) -> str:
         if self.stopped:
             return ""
         self._held += delta
+        # The earliest stop string ends the text; without one, an end that may become one waits.
         found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
         self.stopped = bool(found)
         end = min(found) if found else len(self._held) - _overlap(self._held, self._stops)

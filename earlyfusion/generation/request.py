@@ -1,4 +1,4 @@
-"""What is asked of the model, and the events that tell the reply."""
+"""A request to the model, and the events of its reply."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ Reason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt's tokens and what to make of them.
+    """A prompt's tokens, and how to continue them.
 
-    `sampling` is resolved and has a seed; at most `images` images and `room` tokens come. `stops`
-    are ids besides eos that end the reply. `preview_every` adds an `ImagePreview` after so many
-    codes, 0 none. `layout` spells the pictures that are drawn, where it is not the model's own.
+    `sampling` is resolved and has a seed. The reply has at most `images` images and `room` tokens.
+    `stops` are ids besides eos that end it. An `ImagePreview` is sent after every `preview_every`
+    codes of an image, none if it is 0. `layout` spells the pictures that are drawn, None for the
+    model's own.
     """
 
     ids: Sequence[int]
@@ -36,10 +37,28 @@ class Request:
     preview_every: int = 0
     layout: ImageLayout | None = None
 
+    # These two raise TypeError: the caller's mistake, not a user's.
+
+    @property
+    def seed(self) -> int:
+        if self.sampling.seed is None:
+            raise TypeError("a request needs a seed: the caller draws one where the user gave none")
+        return self.sampling.seed
+
+    @property
+    def guidance(self) -> tuple[float, float]:
+        """The two weights of guidance, text and image."""
+        text, image = self.sampling.guidance_text, self.sampling.guidance_image
+        if text is None or image is None:
+            raise TypeError(
+                "a request takes resolved SamplingParams: call .resolved(defaults) first"
+            )
+        return text, image
+
 
 @dataclass(frozen=True)
 class Usage:
-    """Token counts; `image_tokens` is the part of the completion that spells images."""
+    """Numbers of tokens; `image_tokens` are those of the completion that spell images."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -71,11 +90,16 @@ class ImageProgress:
     codes_total: int
 
 
+# Arrays compare element by element, so events with codes are equal only to themselves.
+
+
 @dataclass(frozen=True, eq=False)
 class ImagePreview:
-    """An image in the making, where the request asks for it: codes int64 [h, w] in raster order, of
-    which the first `codes_done` are drawn and the others repeat the last one. `pil` is what they
-    look like, the rest in grey, where a `Chameleon` tells the events."""
+    """An image in the making, where the request asks for it.
+
+    Of its codes int64 [h, w] in raster order the first `codes_done` are drawn; the others repeat
+    the last one. Events of a `Chameleon` have `pil`, its pixels, grey where nothing is drawn yet.
+    """
 
     index: int
     codes_done: int
@@ -85,8 +109,7 @@ class ImagePreview:
 
 @dataclass(frozen=True, eq=False)
 class ImageDone:
-    """A whole image: codes int64 [h, w]. `pil` is its pixels, where a `Chameleon` tells the
-    events."""
+    """A whole image: codes int64 [h, w]. Events of a `Chameleon` have `pil`, its pixels."""
 
     index: int
     codes: npt.NDArray[np.int64]
@@ -100,8 +123,8 @@ class ImageDone:
 
 @dataclass(frozen=True)
 class TokenDrawn:
-    """A token that was drawn, where the request asks for `logprobs`; before what it makes visible.
-    Tokens that the grammar forces are not drawn."""
+    """A token that was drawn, where the request asks for `logprobs`; sent before the other events
+    of that token. Tokens that the grammar forces are not drawn."""
 
     logprob: TokenLogprob
 
@@ -110,7 +133,7 @@ class TokenDrawn:
 class Finished:
     """The last event. "stop": the model, a stop string or the number of images ended the reply;
     "length": no more tokens fit. The same request with `seed` gives the same reply. `continues`
-    says that the reply goes on with the assistant's turn at the end of the prompt."""
+    says whether the reply continues an assistant's turn at the end of the prompt."""
 
     reason: Reason
     usage: Usage

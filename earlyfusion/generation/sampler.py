@@ -1,8 +1,8 @@
-"""Sampler: from masked logits to one token a row, on the device of the logits.
+"""Sampler: from masked logits to one token per row, on the device of the logits.
 
 The chain is Meta's: allowed tokens, repetition penalty, temperature, top-k, top-p, min-p, draw.
-Each row has its own settings, and each new token takes one uniform number of its request's own
-generator, so a row's result does not depend on what else is in the batch.
+Each row has its own settings, and each new token takes one uniform number from its request's own
+generator, so a row's result does not depend on the rest of the batch.
 Shapes: B rows, V vocabulary.
 """
 
@@ -10,27 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from earlyfusion.generation.settings import SamplingParams
-
-__all__ = [
-    "Sampler",
-    "SamplingParams",
-    "Warp",
-    "generator",
-    "image_settings",
-    "invert",
-    "penalise",
-    "pick",
-    "sound",
-    "text_settings",
-    "uniforms",
-    "warp",
-]
 
 NEVER = -torch.inf
 
@@ -40,9 +26,24 @@ NOT_FINITE = (
 )
 
 
+class DrawSettings(NamedTuple):
+    """How one row draws in one modality: 0 turns `top_k` and `min_p` off, 1 the others."""
+
+    temperature: float
+    top_k: float
+    top_p: float
+    min_p: float
+    penalty: float
+
+    @property
+    def cuts(self) -> bool:
+        """Whether the tail of the distribution is cut."""
+        return self.top_k != 0 or self.top_p != 1 or self.min_p != 0
+
+
 @dataclass(frozen=True)
 class Warp:
-    """Settings of one modality, one entry a row; 0 turns `top_k` and `min_p` off, 1 the others."""
+    """`DrawSettings` of several rows, as tensors."""
 
     temperature_B: Tensor
     top_k_B: Tensor
@@ -51,8 +52,7 @@ class Warp:
     penalty_B: Tensor
 
     @classmethod
-    def of(cls, rows: Sequence[tuple[float, ...]], device: torch.device | str = "cpu") -> Warp:
-        """Rows of (temperature, top_k, top_p, min_p, repetition_penalty)."""
+    def of(cls, rows: Sequence[DrawSettings], device: torch.device | str = "cpu") -> Warp:
         temperature, top_k, top_p, min_p, penalty = zip(*rows, strict=True)
         floats = [
             torch.tensor(v, dtype=torch.float64).to(device)
@@ -72,7 +72,7 @@ class Warp:
         return cls.of([image_settings(r) for r in rows], device)
 
     def of_rows(self, rows_R: Tensor) -> Warp:
-        """The settings of these rows, which may come more than once."""
+        """The settings of these rows, each as often as it is named."""
         return Warp(*(getattr(self, f.name)[rows_R] for f in fields(self)))
 
     def where(self, chosen_B: Tensor, other: Warp) -> Warp:
@@ -82,7 +82,7 @@ class Warp:
 
 
 class Sampler:
-    """The settings of a batch of requests, one resolved `SamplingParams` a row."""
+    """The settings of a batch of requests: resolved `SamplingParams`, one per row."""
 
     def __init__(self, rows: Sequence[SamplingParams], device: torch.device | str = "cpu") -> None:
         self._text, self._image = Warp.text(rows, device), Warp.image(rows, device)
@@ -95,7 +95,7 @@ class Sampler:
         in_image_B: Tensor,
         uniform_B: Tensor,
     ) -> Tensor:
-        """One token a row. `seen` marks each row's history; `uniform` is one number in [0, 1)."""
+        """One token per row. `seen` marks each row's history; `uniform` is a number in [0, 1)."""
         settings = self._image.where(in_image_B, self._text)
         logits_BV = logits_BV.float().masked_fill(~allowed_BV, NEVER)
         logits_BV = penalise(logits_BV, seen_BV, settings.penalty_B)
@@ -105,7 +105,8 @@ class Sampler:
 
 
 def sound(logits_BV: Tensor) -> Tensor:
-    """Whether something can be drawn from each row: no NaN, and only what may not come is -inf."""
+    """Whether each row can be drawn from: it has no NaN, no +inf, and not only -inf."""
+    # amax is NaN where any entry is.
     return logits_BV.amax(-1).isfinite()
 
 
@@ -117,8 +118,9 @@ def penalise(logits_BV: Tensor, seen_BV: Tensor, penalty_B: Tensor) -> Tensor:
 
 
 def warp(logits_BV: Tensor, settings: Warp) -> Tensor:
-    """Temperature, then top-k, top-p and min-p: what falls out is -inf. At least one stays."""
+    """Temperature, then top-k, top-p and min-p set columns to -inf. At least one stays."""
     t_B1 = settings.temperature_B.to(logits_BV.dtype)[:, None]
+    # Rows of temperature 0 are greedy, and the caller takes their argmax.
     logits_BV = logits_BV / torch.where(t_B1 == 0, torch.ones_like(t_B1), t_B1)
     ascending_BV = _top_k(_ascending(logits_BV), settings.top_k_B)
     ascending_BV = _top_p(ascending_BV, settings.top_p_B)
@@ -127,48 +129,50 @@ def warp(logits_BV: Tensor, settings: Warp) -> Tensor:
 
 
 def pick(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """Inverse of the cumulative probability, in the order of the ids."""
+    """The column where the cumulative probability, in the order of ids, passes `uniform`."""
     return invert(logits_BV.double().softmax(-1), uniform_B)
 
 
 def invert(weights_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """The column where the cumulative weight, in fp64, passes that share of its total."""
+    """The column where the cumulative weight, in fp64, passes `uniform` times its total."""
     cdf_BV = weights_BV.double().cumsum(-1)
     total_B1 = cdf_BV[:, -1:]
+    # uniform * total may round up to the total, which no column passes.
     below_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))
     target_B1 = torch.minimum(uniform_B.double()[:, None] * total_B1, below_B1)
     return torch.searchsorted(cdf_BV, target_B1, right=True)[:, 0]
 
 
 def generator(seed: int) -> torch.Generator:
-    """A request's own source of randomness, on the CPU whatever the model's device."""
+    """A request's own source of randomness. On the CPU, so that a seed means the same anywhere."""
     return torch.Generator().manual_seed(seed)
 
 
 def uniforms(generators: Sequence[torch.Generator]) -> Tensor:
-    """One number a request: each of its new tokens takes exactly one, forced ones too."""
+    """One number per request: each new token takes exactly one, forced tokens too."""
     return torch.stack([torch.rand((), dtype=torch.float64, generator=g) for g in generators])
 
 
 def _ascending(logits_BV: Tensor) -> Tensor:
     if logits_BV.device.type == "cpu" and logits_BV.dtype == torch.float32:
-        # Many times as fast as torch's sort, which carries the order along.
+        # Many times as fast as torch's sort, which sorts the indices too.
         return torch.from_numpy(np.sort(logits_BV.detach().numpy(), axis=-1))
     return logits_BV.sort(dim=-1).values
 
 
 def _without_least(logits_BV: Tensor, count_B1: Tensor, ascending_BV: Tensor) -> Tensor:
-    """Without the `count` least of each row; of equal ones the lower ids go first."""
+    """Without the `count` least of each row; of equal ones the lower ids are left out first."""
     least_B1 = ascending_BV.gather(-1, count_B1)
-    kept_BV = logits_BV >= least_B1
-    surplus_B1 = kept_BV.sum(-1, keepdim=True) - (logits_BV.shape[-1] - count_B1)
+    stays_BV = logits_BV >= least_B1
+    surplus_B1 = stays_BV.sum(-1, keepdim=True) - (logits_BV.shape[-1] - count_B1)
     equal_BV = logits_BV == least_B1
-    kept_BV &= ~(equal_BV & (equal_BV.cumsum(-1) <= surplus_B1))
-    return logits_BV.masked_fill(~kept_BV, NEVER)
+    stays_BV &= ~(equal_BV & (equal_BV.cumsum(-1) <= surplus_B1))
+    return logits_BV.masked_fill(~stays_BV, NEVER)
 
 
 def _unused(values_B: Tensor, off: int) -> bool:
-    """Whether a setting is off in all rows; only a CPU can tell without waiting."""
+    """Whether a setting is known to be off in all rows."""
+    # On a GPU the answer would have the host wait for the device.
     return values_B.device.type == "cpu" and bool((values_B == off).all())
 
 
@@ -184,6 +188,7 @@ def _top_k(ascending_BV: Tensor, k_B: Tensor) -> Tensor:
 def _top_p(ascending_BV: Tensor, p_B: Tensor) -> Tensor:
     if _unused(p_B, 1):
         return ascending_BV
+    # From below: the probabilities left out sum up to at most 1 - p.
     tail_B1 = torch.where(p_B >= 1, -1.0, 1 - p_B).to(ascending_BV.dtype)[:, None]
     dropped_BV = ascending_BV.softmax(-1).cumsum(-1) <= tail_B1
     dropped_BV[:, -1] = False
@@ -197,17 +202,16 @@ def _min_p(ascending_BV: Tensor, p_B: Tensor) -> Tensor:
     return ascending_BV.masked_fill(ascending_BV < floor_B1, NEVER)
 
 
-def text_settings(p: SamplingParams) -> tuple[float, ...]:
-    """Temperature, top-k, top-p, min-p and repetition penalty for text."""
+def text_settings(p: SamplingParams) -> DrawSettings:
     return _given(p.temperature, p.top_k, p.top_p, p.min_p, p.repetition_penalty)
 
 
-def image_settings(p: SamplingParams) -> tuple[float, ...]:
-    """Temperature, top-k, top-p, min-p and repetition penalty for codes."""
+def image_settings(p: SamplingParams) -> DrawSettings:
+    # Meta's settings for images have neither min-p nor a penalty.
     return _given(p.image_temperature, p.image_top_k, p.image_top_p, 0.0, 1.0)
 
 
-def _given(*values: float | None) -> tuple[float, ...]:
+def _given(*values: float | None) -> DrawSettings:
     if any(v is None for v in values):
         raise TypeError("a Sampler takes resolved SamplingParams: call .resolved(defaults) first")
-    return tuple(v for v in values if v is not None)
+    return DrawSettings(*(v for v in values if v is not None))

@@ -1,4 +1,4 @@
-"""SamplingParams: how to choose each next token, text and image side by side. No torch here."""
+"""SamplingParams: how to choose each next token, text and image side by side. Without torch."""
 
 from __future__ import annotations
 
@@ -16,20 +16,23 @@ Output: TypeAlias = Literal["text", "image", "interleaved", "auto"]
 """What a reply may hold: text, images, or both in the order of the model's choice. "auto" is
 "interleaved", or "text" for a model that cannot draw."""
 LogitsProcessor: TypeAlias = Callable[[list[int], Any], Any]
-"""(ids, logits) -> logits. `ids` are all tokens so far, those of the prompt too; the logits are one
-tensor fp32 [V], on the model's device, of the token to come."""
+"""(ids, logits) -> logits. `ids` are all tokens so far, the prompt's too; `logits` are those of the
+next token, fp32 [V] on the model's device."""
 
 
 @dataclass(frozen=True)
 class _Limit:
-    kind: type
+    """Numbers of one type from `low` to `high`, and 0 where `zero` turns the setting off."""
+
+    number_type: type
     low: float
     high: float
     remedy: str
     zero: bool = False
 
     def allows(self, value: object) -> bool:
-        if isinstance(value, bool) or not isinstance(value, self.kind):
+        # bool is an int.
+        if isinstance(value, bool) or not isinstance(value, self.number_type):
             return False
         number: Any = value
         return bool((self.zero and number == 0) or self.low <= number <= self.high)
@@ -57,28 +60,31 @@ _LIMITS = {
     "seed": _Limit(Integral, 0, 2**63 - 1, "a whole number from 0 to 2^63 - 1"),
     "logprobs": _Limit(Integral, 0, 100, "a whole number from 0 (only the drawn token's) to 100"),
 }
+# Settings that are lists of strings, and how many of them there may be.
 _MOST = {"stop": 16, "bad_words": 256, "allowed_words": 256}
+# Groups of a "chameleon" part of generation_config.json, and the prefix of their settings here.
 _GROUPS = {"text": "", "image": "image_", "guidance": "guidance_"}
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """What the caller asks of the draw; None takes the model's own default.
+    """How to draw tokens; None takes the model's own default.
 
     `temperature` 0 is greedy: the likeliest token after the repetition penalty, which counts the
     whole history, prompt included. `top_p`, `top_k`, `min_p` and `repetition_penalty` shape text,
-    the `image_` fields codes. `guidance_text` and `guidance_image` are the two weights of Meta's
-    three-branch guidance, both 1 for none. `max_tokens` counts every new token, of text and of
-    images. `stop` ends the reply before the first of these strings. `jacobi` is the number of codes
-    of a picture that are read at once (generation/jacobi.py), 0 or None for one by one.
+    the `image_` fields shape codes. `guidance_text` and `guidance_image` are the two weights of
+    Meta's guidance under three conditions; both 1 is off. `max_tokens` counts every new token, of
+    text and of images. `stop` ends the reply before the first of these strings. `jacobi` is the
+    number of codes of a picture that are read at once (generation/jacobi.py); 0 or None is one by
+    one.
 
     `bad_words` are strings that the reply's text never holds, however they are spelled in tokens.
-    With `allowed_words` a stretch of text is made of these words alone, with a blank or a line end
-    between two. `logits_processors` change the logits (guided, before the grammar's mask, the
-    penalty and the temperature) of every token that is drawn. `logprobs` asks for the
-    log-probability of each drawn token, and of so many of the likeliest (generation/steering.py).
-    A request with any of these four is drawn by itself, from the whole vocabulary, and without
-    `jacobi`. Impossible values raise `SettingError`.
+    With `allowed_words` all text is made of these words, with a blank or a line end between two.
+    `logits_processors` change the logits (guided, before the grammar's mask, the penalty and the
+    temperature) of every token that is drawn. `logprobs` adds the log-probability of each drawn
+    token, and those of the `logprobs` likeliest (generation/steering.py). A request with any of
+    these four is drawn by itself, from the whole vocabulary, and without `jacobi`. Impossible
+    values raise `SettingError`.
     """
 
     temperature: float | None = None
@@ -108,8 +114,9 @@ class SamplingParams:
             value = getattr(self, name)
             if value is not None and not limit.allows(value):
                 raise SettingError(f"{name}={_shown(value)} is not possible: use {limit.remedy}")
-            if value is not None and type(value) not in (int, float):  # numpy's numbers
-                plain = int(value) if limit.kind is Integral else float(value)
+            # numpy's numbers become Python's, which JSON and compiled code can take.
+            if value is not None and type(value) not in (int, float):
+                plain = int(value) if limit.number_type is Integral else float(value)
                 object.__setattr__(self, name, plain)
         for name in _MOST:
             if getattr(self, name) is not None:
@@ -125,7 +132,7 @@ class SamplingParams:
 
     @property
     def steered(self) -> str:
-        """The field because of which a request is drawn by itself, "" where there is none."""
+        """The name of the field that has a request drawn by itself, "" if none does."""
         names = ("bad_words", "allowed_words", "logits_processors")
         found = [name for name in names if getattr(self, name)]
         return found[0] if found else "" if self.logprobs is None else "logprobs"
@@ -148,13 +155,13 @@ class SamplingParams:
         )
 
     def resolved(self, defaults: Mapping[str, Any]) -> SamplingParams:
-        """Fill what is None from a model's `generation_config.json`, and the rest from `meta()`.
+        """Fill fields that are None from a model's `generation_config.json`, then from `meta()`.
 
-        `defaults` is that file's dict, or only its "chameleon" part. `max_tokens`, `max_images`,
-        `stop`, `seed` and `jacobi` stay None where nobody sets them.
+        `defaults` is that file's dict, or only its "chameleon" part. Fields that neither sets, such
+        as `max_tokens`, `stop` and `seed`, stay None.
         """
-        own = {k: v for k, v in _values(self).items() if v is not None}
-        return replace(SamplingParams.meta(), **(_flat(defaults) | own))
+        given = {k: v for k, v in _values(self).items() if v is not None}
+        return replace(SamplingParams.meta(), **(_flat(defaults) | given))
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -167,6 +174,8 @@ def _values(params: SamplingParams) -> dict[str, Any]:
 
 def _flat(defaults: Mapping[str, Any]) -> dict[str, Any]:
     known = {f.name for f in fields(SamplingParams)}
+    # A whole generation_config.json without our part holds settings of transformers, which are not
+    # meant for Chameleon's draw.
     source = defaults.get("chameleon", {} if "eos_token_id" in defaults else defaults)
     found = dict(source)
     for group, prefix in _GROUPS.items():
@@ -176,7 +185,7 @@ def _flat(defaults: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class SamplingFields(TypedDict, total=False):
-    """The fields of `SamplingParams` as keywords of `generate`; its seed is one of its own."""
+    """The fields of `SamplingParams` as keywords of `generate`, which has its own for the seed."""
 
     temperature: float | None
     top_p: float | None
@@ -233,7 +242,7 @@ def _strings(name: str, value: object) -> tuple[str, ...]:
             f"{name}={_shown(value)} is not possible: use a string or a list of them"
         )
     if "" in strings:
-        ends = "would end every reply at once" if name == "stop" else "is no word"
+        ends = "would end every reply at once" if name == "stop" else "is not a word"
         raise SettingError(f"{name}='' {ends}: leave it out")
     if len(strings) > _MOST[name]:
         raise SettingError(

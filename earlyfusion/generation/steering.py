@@ -1,12 +1,12 @@
-"""What a request does to its logits beside the settings of the draw: words, processors, logprobs.
+"""Bad and allowed words, logits processors and log-probabilities of one request.
 
-One `Steering` serves one request, in the plain loop as in the engine. It sees the logits of the
+One `Steering` serves one request, in the plain loop and in the engine. It sees the logits of the
 whole vocabulary, guided, in fp32, before the grammar's mask, the repetition penalty and the
-temperature; so nothing here can break the grammar. Tokens that the grammar forces (the marks of a
-picture, and its beginning where nothing else may come) are not drawn, and not seen here.
+temperature, so it cannot break the grammar. Tokens that the grammar forces (the marks of a picture,
+and its beginning where nothing else may come) are not drawn and do not pass here.
 
 Words are matched in the bytes of the text, not in tokens, so it does not matter how the tokenizer
-would cut them. A picture begins a new stretch of text.
+splits them. A new stretch of text begins after each picture.
 Shapes: V vocabulary.
 """
 
@@ -33,8 +33,8 @@ _BLANKS = (b" ", b"\n")
 class TokenLogprob:
     """A drawn token and the natural logarithm of its probability.
 
-    `text` is what it adds to the reply, U+FFFD for parts of a character, or the name of a control
-    or image token. `top` holds the likeliest tokens, the likeliest first.
+    `text` is its text, with U+FFFD for parts of a character, or the name of a control or image
+    token. `top` holds the likeliest tokens, the likeliest first.
     """
 
     id: int
@@ -44,36 +44,37 @@ class TokenLogprob:
 
 
 class Steering:
-    """The processors of one request, those of its words included, and its log-probabilities."""
+    """The processors of one request, its words included, and its log-probabilities."""
 
     def __init__(self, processor: Processor, request: Request) -> None:
         sampling = request.sampling
-        self._own = cast("tuple[LogitsProcessor, ...]", sampling.logits_processors or ())
+        self._processors = cast("tuple[LogitsProcessor, ...]", sampling.logits_processors or ())
         has_words = sampling.bad_words or sampling.allowed_words
         self._words = Words(processor, request) if has_words else None
         self._processor, self._top = processor, sampling.logprobs
 
     def change(self, ids: Sequence[int], logits_V: Tensor, allowed_V: Tensor) -> Tensor:
-        """What the draw sees in place of these logits.
+        """The logits to draw from in place of `logits_V`.
 
-        `ids` are the tokens of prompt and reply, `allowed_V` what the grammar lets come. Raises
+        `ids` are the tokens of prompt and reply; `allowed_V` is the grammar's mask. Raises
         `SettingError` where a processor fails or leaves nothing.
         """
-        for processor in self._own:
+        for processor in self._processors:
             logits_V = _processed(processor, list(ids), logits_V)
         if self._words is not None:
             logits_V = self._words(ids, logits_V)
+        # Whatever the grammar forbids may be anything.
         left_V = logits_V[allowed_V]
         if bool(left_V.isnan().any()) or not bool(left_V.isfinite().any()):
             raise SettingError(
-                f"{'logits_processors' if self._own else 'the words'} left no token that may come "
-                f"after {len(ids):,} tokens: leave at least one finite, and none NaN"
+                f"{'logits_processors' if self._processors else 'the words'} left no possible "
+                f"token after {len(ids):,} tokens: leave at least one finite, and none NaN"
             )
         return logits_V
 
-    def told(self, logits_V: Tensor, token: int) -> TokenLogprob | None:
+    def logprob(self, logits_V: Tensor, token: int) -> TokenLogprob | None:
         """The log-probability of a token by the model's own logits [V]: those of the whole prompt,
-        without guidance, before anything changes them. None where nobody asked."""
+        without guidance, before anything changes them. None if the request has no `logprobs`."""
         if self._top is None:
             return None
         logprobs_V = logits_V.float().log_softmax(-1)
@@ -88,13 +89,14 @@ class Steering:
 
 
 def steering(processor: Processor, request: Request) -> Steering | None:
-    """The steering of a request, None where it asks for none."""
+    """The steering of a request, None if it needs none."""
     return Steering(processor, request) if request.sampling.steered else None
 
 
 def _processed(processor: LogitsProcessor, ids: list[int], logits_V: Tensor) -> Tensor:
     name = getattr(processor, "__name__", type(processor).__name__)
     try:
+        # A processor may write to its logits, and keep them.
         after_V = processor(ids, logits_V.clone())
     except Exception as error:
         raise SettingError(
@@ -105,17 +107,17 @@ def _processed(processor: LogitsProcessor, ids: list[int], logits_V: Tensor) -> 
         shown = tuple(after_V.shape) if isinstance(after_V, Tensor) else type(after_V).__name__
         raise SettingError(
             f"the logits processor {name} returned {shown}: "
-            f"return logits of the shape that it was given, {tuple(logits_V.shape)}"
+            f"return logits of the shape that it received, {tuple(logits_V.shape)}"
         )
     return after_V.to(logits_V)
 
 
 class Words:
-    """What may come in text, by the words that a request forbids or allows.
+    """The tokens of text that may come, by the words that a request forbids or allows.
 
-    The text behind the prompt is what counts. Forbidden: no token that would complete a bad word.
-    Allowed: a stretch of text is one word or more, with one blank or line end between two, and one
-    before the first at most. What may come depends on little of the text, and is kept.
+    Only text after the prompt counts. Bad words: no token may complete one. Allowed words: a
+    stretch of text is one or more of them, with one blank or line end between two and at most one
+    before the first. The tokens follow from the end of the text only, so they are cached by it.
     """
 
     def __init__(self, processor: Processor, request: Request) -> None:
@@ -125,17 +127,20 @@ class Words:
         self._ends = {vocabulary.eos, *request.stops}
         self._bad = [word.encode() for word in sampling.bad_words or ()]
         self._allowed = [word.encode() for word in sampling.allowed_words or ()]
+        # Tokens without bytes cannot complete or begin a word.
         tokens = vocabulary.text_tokens.tolist()
         self._bytes = {token: data for token in tokens if (data := processor.token_bytes(token))}
         self._further = frozenset(blank + word for blank in _BLANKS for word in self._allowed)
         self._blocked_by: dict[object, Tensor] = {}
 
     def __call__(self, ids: Sequence[int], logits_V: Tensor) -> Tensor:
-        """The logits, -inf where a token may not come."""
+        """The logits, -inf for tokens that may not come."""
         reply = ids[self._prompt :]
         text = self._text(reply)
+        # Codes of a picture are not text.
         if text is None:
             return logits_V
+        # All that the blocked tokens depend on.
         key = self._open_end(text), self._to_come(text), bool(text), self._begin in reply
         if key not in self._blocked_by:
             blocked = torch.tensor(sorted({*self._bad_tokens(key[0]), *self._others(*key[1:])}))
@@ -143,7 +148,7 @@ class Words:
         return logits_V.index_fill(0, self._blocked_by[key], -torch.inf)
 
     def _text(self, reply: Sequence[int]) -> bytes | None:
-        """What the stretch that is being written says so far; None in a picture."""
+        """The current stretch of text so far; None in a picture."""
         pieces = []
         for token in reversed(reply):
             if token == self._end:
@@ -154,12 +159,13 @@ class Words:
         return b"".join(reversed(pieces))
 
     def _open_end(self, text: bytes) -> bytes:
-        """The longest end of the text with which a bad word begins."""
+        """The longest end of the text that is the beginning of a bad word."""
         lengths = (n for word in self._bad for n in range(1, len(word)) if text.endswith(word[:n]))
         longest = max(lengths, default=0)
         return text[len(text) - longest :]
 
     def _bad_tokens(self, end: bytes) -> Iterator[int]:
+        # A token completes a bad word that the text has begun, or holds a whole one itself.
         ends = (end[at:] for at in range(len(end)))
         rests = tuple(w[len(e) :] for e in ends for w in self._bad if w.startswith(e))
         for token, data in self._bytes.items():
@@ -167,27 +173,29 @@ class Words:
                 yield token
 
     def _to_come(self, text: bytes) -> frozenset[bytes] | None:
-        """What may complete the word that the text ends in; b"" where it may be complete."""
+        """The rests that may complete the last word of the text; b"" if it may be complete."""
         if not self._allowed:
             return None
         return self._after(self._further | {*self._allowed}, text)
 
     def _after(self, rests: frozenset[bytes], text: bytes) -> frozenset[bytes]:
-        """What may still come of these rests of words behind a text; none where it fits none."""
+        """The parts of these rests that are still to come after a text; none if it fits none."""
         found = {rest[len(text) :] for rest in rests if rest.startswith(text)}
+        # A text that is longer than a rest goes on with a further word.
         over = {text[len(rest) :] for rest in rests if text.startswith(rest) and rest != text}
         for more in over:
             found |= self._after(self._further, more)
         return frozenset(found)
 
     def _others(self, rests: frozenset[bytes] | None, begun: bool, drawn: bool) -> Iterator[int]:
-        """The tokens that allowed words leave out; a stretch that has begun ends with a word."""
+        """The tokens that allowed words forbid."""
         if rests is None:
             return
         first = {rest[:1] for rest in (rests | self._further if b"" in rests else rests)}
         for token, data in self._bytes.items():
             if data[:1] not in first or not self._after(rests, data):
                 yield token
+        # A stretch that has begun must end with a whole word before a picture or the end.
         complete = b"" in rests
         if not (complete or (drawn and not begun)):
             yield from self._ends

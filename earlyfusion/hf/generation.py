@@ -270,7 +270,7 @@ class _Guide:
 
     def __init__(self, owner: Any, rules: _Rules, attention_mask: Tensor | None) -> None:
         self._owner, self._rules, self._mask_BT = owner, rules, attention_mask
-        self._branches: dict[int, dict[guidance.Branch, _Branch]] = {}
+        self._branches: dict[int, dict[guidance.Condition, _Branch]] = {}
 
     def __call__(
         self, ids_BT: Tensor, scores_BV: Tensor, in_image: Sequence[bool], starts: Sequence[bool]
@@ -280,7 +280,7 @@ class _Guide:
             if not inside:  # guidance acts on pictures only
                 self._branches.pop(row, None)
                 continue
-            logits: dict[guidance.Branch, Tensor] = {"full": rows[row]}
+            logits: dict[guidance.Condition, Tensor] = {"full": rows[row]}
             if first:
                 logits |= self._open(row, self._history(ids_BT, row))
             else:
@@ -289,7 +289,7 @@ class _Guide:
             rows[row] = guidance.mix(logits, self._rules.text_weight, self._rules.image_weight)
         return torch.stack(rows)
 
-    def _open(self, row: int, history: list[int]) -> dict[guidance.Branch, Tensor]:
+    def _open(self, row: int, history: list[int]) -> dict[guidance.Condition, Tensor]:
         vocabulary = self._owner.vocabulary
         text, image = self._rules.text_weight, self._rules.image_weight
         has_images = guidance.has_images(history, vocabulary)

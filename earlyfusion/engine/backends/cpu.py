@@ -1,0 +1,41 @@
+"""The compiled step of a CPU (`kernels/cpu_step.py`) as a back end of the engine."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from earlyfusion.engine.backends.head import head_product, whole_logits
+from earlyfusion.engine.backends.interface import Product
+from earlyfusion.engine.cache import Cache
+from earlyfusion.engine.step import Step
+from earlyfusion.kernels.cpu_step import CpuStep, available, fits, own_bits
+from earlyfusion.model.transformer import Transformer
+
+
+class CompiledTransformer:
+    """All layers, and the draw, in compiled code. Reads and fills the cache in place."""
+
+    whole_prompts = False
+
+    def __init__(self, transformer: Transformer, cache: Cache, bits: int) -> None:
+        self._head = transformer.lm_head
+        self._step = CpuStep(transformer, cache.layers, bits, cache.scales)
+        self.draw = self._step.draw
+
+    def states(self, step: Step) -> Tensor:
+        x_TD = self._step.states(step.tokens_T, step.slots_T, step.positions_T)
+        return x_TD if step.draws_all else x_TD[step.drawing]
+
+    def product(self, ids_V: Tensor) -> Product:
+        return head_product(self._head, ids_V, self._step.product)
+
+    def whole_logits(self, x_RD: Tensor) -> Tensor:
+        return whole_logits(self._head, x_RD)
+
+
+def compiled_transformer(transformer: Transformer, cache: Cache) -> CompiledTransformer | None:
+    """This back end, None where there is no compiler or the model has something it cannot do."""
+    bits = own_bits(transformer)
+    if bits is None or not fits(transformer, cache.layers) or not available():
+        return None
+    return CompiledTransformer(transformer, cache, bits)

@@ -1,0 +1,52 @@
+"""Calling the transformer's own modules, as the plain loop does: slow, and right whatever is there.
+
+Serves where hooks or modules of other classes are in the module tree: these see one sequence at a
+time as (1, T), and every prompt whole.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from earlyfusion.engine.backends.attention import LookBack, StepAttention
+from earlyfusion.engine.backends.interface import Product
+from earlyfusion.engine.cache import Cache
+from earlyfusion.engine.scheduler import Piece
+from earlyfusion.engine.step import Step
+from earlyfusion.model.transformer import Transformer
+
+
+class CalledTransformer:
+    """Its states are logits of the whole vocabulary already, as the head may be anything."""
+
+    whole_prompts = True
+    draw = None
+
+    def __init__(self, transformer: Transformer, cache: Cache) -> None:
+        self._transformer, self._cache = transformer, cache
+
+    def states(self, step: Step) -> Tensor:
+        return torch.cat([self._logits(piece) for piece in step.pieces])
+
+    def product(self, ids_V: Tensor) -> Product:
+        return lambda logits_RV: logits_RV[:, ids_V]
+
+    def whole_logits(self, logits_RV: Tensor) -> Tensor:
+        return logits_RV.float()
+
+    def _logits(self, piece: Piece) -> Tensor:
+        """Logits after a piece's last token and after each of its drafts."""
+        step = Step([piece], self._cache.device)
+        look_backs = StepAttention(step, self._cache).of_layers()
+        attends = [partial(_with_batch, look_back) for look_back in look_backs]
+        logits_BTV: Tensor = self._transformer(
+            step.tokens_T[None], step.positions_T[None], attends, last_only=not piece.drafts
+        )
+        return logits_BTV[0, -1 - len(piece.drafts) :]
+
+
+def _with_batch(look_back: LookBack, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
+    return look_back(q_BTNH[0], k_BTKH[0], v_BTKH[0])[None]

@@ -1,0 +1,330 @@
+"""Tokens from the states of a step: guidance, grammar, penalty, cuts, draw.
+
+The head is used in two parts, codes and text: each row is multiplied with the part it may draw
+from. Requests that draw alike are drawn together. The result does not depend on that: each has its
+own settings and uniform number.
+
+Shapes: B rows to draw (several per window of codes), R rows of states, V columns of a head, D
+width of a state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain, islice
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from earlyfusion.engine.backends.interface import Backend
+from earlyfusion.engine.handle import Handle
+from earlyfusion.engine.step import Step
+from earlyfusion.errors import EarlyFusionError
+from earlyfusion.generation import guidance, jacobi
+from earlyfusion.generation.grammar import Grammar
+from earlyfusion.generation.sampler import (
+    DrawSettings,
+    Sampler,
+    Warp,
+    penalise,
+    pick,
+    sound,
+    warp,
+)
+from earlyfusion.kernels.cpu_step import Choice
+
+NOTHING = -1
+"""Stands for a token whose logits are not finite."""
+
+
+class DrawGroup(NamedTuple):
+    """Requests with equal values are drawn together."""
+
+    in_image: bool
+    greedy: bool
+    in_windows: bool
+
+
+class Head:
+    """The columns of the head for some ids, in order of ids."""
+
+    def __init__(self, backend: Backend, ids: Iterable[int], device: torch.device) -> None:
+        self.ids = sorted(ids)
+        self.ids_V = torch.tensor(self.ids, device=device)
+        self.logits = backend.product(self.ids_V)
+        self.column_of = {token: column for column, token in enumerate(self.ids)}
+
+
+class Drawer:
+    """Draws for all requests of one model; keeps what it knows of them between steps."""
+
+    def __init__(self, backend: Backend, grammar: Grammar, device: torch.device) -> None:
+        self._backend, self._device = backend, device
+        self.image_head = Head(backend, grammar.code_ids, device)
+        self._allowed = {grammar}
+        self._warps: dict[DrawGroup, tuple[list[DrawSettings], Warp]] = {}
+        self._load_text_head(grammar.text_ids)
+
+    @torch.no_grad()
+    def allow(self, grammar: Grammar) -> None:
+        """Let the text head hold all that this grammar's requests may say."""
+        if grammar not in self._allowed:
+            self._allowed.add(grammar)
+            if not grammar.text_ids <= self._text_ids:
+                self._load_text_head(self._text_ids | grammar.text_ids)
+
+    def _load_text_head(self, ids: frozenset[int]) -> None:
+        self._text_ids = ids
+        self.text_head = Head(self._backend, ids, self._device)
+        # Whatever is kept by columns of the old head.
+        self._blocked: dict[tuple[Grammar, bool], Tensor] = {}
+        self._seen: WeakKeyDictionary[Handle, _Seen] = WeakKeyDictionary()
+        self._none_seen_V = _Seen(self.text_head, self._device).marks_V
+
+    def draw(self, x_RD: Tensor, step: Step, handles: Sequence[Handle]) -> list[list[int]]:
+        """The tokens of each handle: one, or one per position of its window of codes."""
+        steered = [handle for handle in handles if handle.steering is not None]
+        drawn = {handle: self._draw_steered(x_RD, step, handle) for handle in steered}
+        left = [handle for handle in handles if handle.steering is None]
+        if self._backend.draw is not None:
+            singles = [handle for handle in left if handle.window is None]
+            left = [handle for handle in left if handle.window is not None]
+            if singles:
+                drawn |= self._draw_compiled(self._backend.draw, x_RD, step, singles)
+        if left:
+            drawn |= self._draw_grouped(x_RD, step, left)
+        return [drawn[handle] for handle in handles]
+
+    # ---- one request by itself, as in the plain loop
+
+    def _draw_steered(self, x_RD: Tensor, step: Step, handle: Handle) -> list[int]:
+        """One token from the whole vocabulary; none where its steering fails."""
+        steering, grammar = handle.steering, handle.walk.grammar
+        assert steering is not None
+        ids, branches = handle.branches[0].tokens, handle.branches
+        rows_RV = self._backend.whole_logits(x_RD[[step.row_of[branch] for branch in branches]])
+        logits_V = full_V = rows_RV[0]
+        if len(branches) > 1:
+            _, image_only_V, bare_V = (rows_RV[branches.index(b)] for b in handle.conditions)
+            logits_V = guidance.combine(full_V, image_only_V, bare_V, *handle.guidance)
+        state_1F = torch.tensor([handle.walk.state], device=self._device)
+        allowed_1V = grammar.mask(state_1F)
+        if not sound(logits_V.masked_fill(~allowed_1V, -torch.inf)).all():
+            return [NOTHING]
+        try:
+            changed_V = steering.change(ids, logits_V, allowed_1V[0])
+        except EarlyFusionError as error:
+            handle.error = error
+            return []
+        seen_1V = torch.zeros_like(allowed_1V)
+        seen_1V[0, ids] = True
+        uniform_1 = torch.tensor([handle.uniform], dtype=torch.float64).to(self._device)
+        in_image_1 = grammar.in_image(state_1F)
+        sampler = Sampler([handle.request.sampling], self._device)
+        [token] = sampler.draw(changed_V[None], allowed_1V, seen_1V, in_image_1, uniform_1).tolist()
+        handle.logprob = steering.logprob(full_V, token)
+        return [token]
+
+    # ---- one token per request, in compiled code
+
+    def _draw_compiled(
+        self,
+        draw: Callable[[Sequence[Choice]], list[int]],
+        x_RD: Tensor,
+        step: Step,
+        handles: Sequence[Handle],
+    ) -> dict[Handle, list[int]]:
+        """Codes and text in one call, without windows."""
+        rows: dict[bool, _LogitRows] = {}
+        for in_image, head in ((False, self.text_head), (True, self.image_head)):
+            if alike := [handle for handle in handles if handle.walk.in_image is in_image]:
+                rows[in_image] = _LogitRows(head, x_RD, step, alike)
+        # The choices hold addresses of logits in `rows`, which therefore lives until the draw.
+        columns = draw([self._choice(handle, rows[handle.walk.in_image]) for handle in handles])
+        drawn: dict[Handle, list[int]] = {}
+        for handle, column in zip(handles, columns, strict=True):
+            ids = rows[handle.walk.in_image].ids
+            drawn[handle] = [ids[column] if column >= 0 else NOTHING]
+        return drawn
+
+    def _choice(self, handle: Handle, rows: _LogitRows) -> Choice:
+        settings, in_image = handle.settings, handle.walk.in_image
+        seen_V = None if in_image else self._seen_by(handle)
+        text, image = handle.guidance
+        return Choice(
+            *rows.addresses(handle),
+            blocked=None if in_image else self._blocked_for(handle).data_ptr(),
+            seen=None if seen_V is None else seen_V.data_ptr(),
+            columns=rows.columns,
+            top_k=int(settings.top_k),
+            text=text,
+            image=image,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            min_p=settings.min_p,
+            penalty=settings.penalty,
+            uniform=handle.uniform,
+        )
+
+    # ---- groups, in torch
+
+    def _draw_grouped(
+        self, x_RD: Tensor, step: Step, handles: Sequence[Handle]
+    ) -> dict[Handle, list[int]]:
+        groups: dict[DrawGroup, list[Handle]] = {}
+        for handle in handles:
+            groups.setdefault(_group_of(handle), []).append(handle)
+        drawn = [self._draw_group(x_RD, step, group, alike) for group, alike in groups.items()]
+        # The host waits for the device here, once per step.
+        tokens = iter((drawn[0] if len(drawn) == 1 else torch.cat(drawn)).tolist())
+        in_order = chain.from_iterable(groups.values())
+        return {handle: list(islice(tokens, handle.positions)) for handle in in_order}
+
+    def _draw_group(
+        self, x_RD: Tensor, step: Step, group: DrawGroup, handles: list[Handle]
+    ) -> Tensor:
+        """Tokens [B] of a group, those of a handle next to each other."""
+        head = self.image_head if group.in_image else self.text_head
+        logits_BV = self._guided(x_RD, step, handles, head)
+        if not group.in_image:
+            logits_BV = self._masked(logits_BV, group, handles)
+        sound_B = sound(logits_BV)
+        logits_BV = torch.where(sound_B[:, None], logits_BV, 0)
+        return torch.where(sound_B, self._pick(logits_BV, group, handles, head), NOTHING)
+
+    def _guided(self, x_RD: Tensor, step: Step, handles: list[Handle], head: Head) -> Tensor:
+        """Guided logits in fp32, for each handle as many rows as it has positions."""
+        mixes = [
+            tuple(step.row_of[branch] + position for branch in handle.conditions)
+            for handle in handles
+            for position in range(handle.positions)
+        ]
+        rows = list(dict.fromkeys(chain.from_iterable(mixes)))
+        logits_RV = head.logits(_picked(x_RD, rows)).float()
+        # One row per draw: no request has a second branch, so there is nothing to mix.
+        if len(rows) == len(mixes):
+            return logits_RV
+        number_of = {row: number for number, row in enumerate(rows)}
+        numbers = ([number_of[mix[i]] for mix in mixes] for i in range(3))
+        full, image_only, unconditional = (logits_RV[of_condition] for of_condition in numbers)
+        weights = [handle.guidance for handle in handles for _ in range(handle.positions)]
+        weights_2B = torch.tensor([*zip(*weights, strict=True)])
+        text_B1, image_B1 = weights_2B.to(self._device)[..., None]
+        return guidance.combine(full, image_only, unconditional, text_B1, image_B1)
+
+    def _masked(self, logits_BV: Tensor, group: DrawGroup, handles: list[Handle]) -> Tensor:
+        """Text logits after the grammar's mask and the repetition penalty."""
+        alike = len({(handle.walk.grammar, handle.walk.may_begin) for handle in handles}) == 1
+        logits_BV = logits_BV.masked_fill(
+            self._blocked_for(handles[0])
+            if alike
+            else torch.stack([self._blocked_for(handle) for handle in handles]),
+            -torch.inf,
+        )
+        seen = [self._seen_by(handle) for handle in handles]
+        if all(seen_V is None for seen_V in seen):
+            return logits_BV
+        seen_BV = torch.stack([self._none_seen_V if one_V is None else one_V for one_V in seen])
+        return penalise(logits_BV, seen_BV, self._warp(group, handles).penalty_B)
+
+    def _pick(
+        self, logits_BV: Tensor, group: DrawGroup, handles: list[Handle], head: Head
+    ) -> Tensor:
+        if group.greedy:
+            return head.ids_V[logits_BV.argmax(-1)]
+        settings = self._warp(group, handles)
+        windows = [handle.window for handle in handles if handle.window is not None]
+        if windows:
+            rows = [n for n, handle in enumerate(handles) for _ in range(handle.positions)]
+            settings = settings.of_rows(torch.tensor(rows).to(self._device))
+        if any(handle.settings.cuts for handle in handles):
+            logits_BV = warp(logits_BV, settings)
+        else:
+            logits_BV = logits_BV / settings.temperature_B.to(logits_BV.dtype)[:, None]
+        if windows:
+            columns = [[head.column_of[token] for token in window.drafts] for window in windows]
+            return head.ids_V[jacobi.draw(windows, columns, logits_BV)]
+        uniform_B = torch.tensor([handle.uniform for handle in handles], dtype=torch.float64)
+        return head.ids_V[pick(logits_BV, uniform_B.to(self._device))]
+
+    def _warp(self, group: DrawGroup, handles: list[Handle]) -> Warp:
+        """The settings of these handles as tensors, made again only when they differ."""
+        rows = [handle.settings for handle in handles]
+        known = self._warps.get(group)
+        if known is None or known[0] != rows:
+            known = self._warps[group] = rows, Warp.of(rows, self._device)
+        return known[1]
+
+    # ---- columns of the text head
+
+    def _blocked_for(self, handle: Handle) -> Tensor:
+        """Columns that the grammar forbids."""
+        walk = handle.walk
+        # In text nothing else of a grammar's state counts.
+        key = walk.grammar, walk.may_begin
+        if key not in self._blocked:
+            state_1F = torch.tensor([walk.state], device=self._device)
+            self._blocked[key] = ~walk.grammar.mask(state_1F)[0, self.text_head.ids_V]
+        return self._blocked[key]
+
+    def _seen_by(self, handle: Handle) -> Tensor | None:
+        """Columns that the history of a request holds; None without a penalty."""
+        if handle.settings.penalty == 1:
+            return None
+        seen = self._seen.get(handle)
+        if seen is None:
+            seen = self._seen[handle] = _Seen(self.text_head, self._device)
+        seen.mark(handle.branches[0].tokens)
+        return seen.marks_V
+
+
+class _Seen:
+    """Marks for the columns of a head whose tokens a history holds."""
+
+    def __init__(self, head: Head, device: torch.device) -> None:
+        self.marks_V = torch.zeros(len(head.ids), dtype=torch.bool, device=device)
+        self._column_of, self._marked = head.column_of, 0
+
+    def mark(self, history: Sequence[int]) -> None:
+        """Mark the tokens that came since the last call."""
+        news, self._marked = history[self._marked :], len(history)
+        columns = [self._column_of[token] for token in news if token in self._column_of]
+        if len(columns) == 1:
+            self.marks_V[columns[0]] = True
+        elif columns:
+            self.marks_V[columns] = True
+
+
+class _LogitRows:
+    """Logits in fp32 of one head, for all branches of some handles without windows."""
+
+    def __init__(self, head: Head, x_RD: Tensor, step: Step, handles: Sequence[Handle]) -> None:
+        rows = [step.row_of[branch] for handle in handles for branch in handle.branches]
+        self.ids = head.ids
+        self._number_of = {row: number for number, row in enumerate(rows)}
+        self._row_of = step.row_of
+        self._logits_RV = head.logits(_picked(x_RD, rows)).float()
+        self.columns = self._logits_RV.shape[1]
+
+    def addresses(self, handle: Handle) -> tuple[int, int, int]:
+        """Where the rows of the three conditions begin in memory."""
+        start, row_bytes = self._logits_RV.data_ptr(), 4 * self._logits_RV.stride(0)
+        full, image_only, unconditional = (
+            start + row_bytes * self._number_of[self._row_of[branch]]
+            for branch in handle.conditions
+        )
+        return full, image_only, unconditional
+
+
+def _picked(x_RD: Tensor, rows: list[int]) -> Tensor:
+    """These rows; without a copy where they are all, in order."""
+    if rows == list(range(len(x_RD))):
+        return x_RD
+    return x_RD.index_select(0, torch.tensor(rows).to(x_RD.device))
+
+
+def _group_of(handle: Handle) -> DrawGroup:
+    greedy = handle.settings.temperature == 0
+    return DrawGroup(handle.walk.in_image, greedy, handle.window is not None)

@@ -1,0 +1,139 @@
+"""What stands in a module tree: hooks, modules of other classes, and whether anything has changed.
+
+Back ends with a forward pass of their own take the weights out of the modules. They may serve only
+where calling the modules would give the same (`is_plain`), and until something changes
+(`fingerprint`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from earlyfusion.errors import SettingError
+from earlyfusion.kernels.twins import TWINS, original_class
+from earlyfusion.model.quantise import PackedLinear
+from earlyfusion.model.transformer import (
+    Attention,
+    Block,
+    Decoder,
+    FeedForward,
+    HeadNorm,
+    RMSNorm,
+    Transformer,
+)
+
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+_CLASSES: tuple[Any, ...] = (
+    Transformer, Decoder, Block, Attention, FeedForward, RMSNorm, HeadNorm,
+    nn.Embedding, nn.Linear, PackedLinear, *TWINS.values(),
+)  # fmt: skip
+# Taken at import, so that a `forward` that is patched in a class later is noticed.
+_FORWARDS = [module_class.forward for module_class in _CLASSES]
+
+
+def fingerprint(modules: Iterable[nn.Module]) -> int:
+    """A number that changes whenever a parameter or buffer is replaced or written to, and when a
+    module of the tree is replaced, wrapped, hooked or given another `forward`.
+
+    Modules are known by their ids: the caller keeps those that it has seen alive.
+    """
+    seen: list[object] = [bool(_has_any_global_hook()), *(c.forward for c in _CLASSES)]
+    left = list(modules)
+    # Takes half the time of `modules()`, which builds names and looks for duplicates. Without calls
+    # of functions, as it runs for each request.
+    while left:
+        module = left.pop()
+        hooked = bool(module._forward_hooks or module._forward_pre_hooks)
+        seen += (id(module), type(module), hooked or "forward" in module.__dict__)
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                # An inference tensor has no version.
+                version = 0 if tensor.is_inference() else tensor._version
+                seen += (tensor.data_ptr(), version)
+        left += [child for child in module._modules.values() if child is not None]
+    return hash(tuple(seen))
+
+
+def is_plain(transformer: Transformer) -> bool:
+    """Whether a forward pass on its weights gives the same as calling its modules: only classes of
+    `model/`, linear modules that treat each token alone, and no hooks."""
+    untouched = not _has_any_global_hook() and not any(map(_is_touched, transformer.modules()))
+    unpatched = [module_class.forward for module_class in _CLASSES] == _FORWARDS
+    return (
+        untouched
+        and unpatched
+        and type(transformer) is Transformer
+        and _has_plain_decoder(transformer)
+    )
+
+
+def check_blocks(transformer: Transformer) -> None:
+    """Raise `SettingError` where the layers cannot be called one after the other."""
+    layers, number = list(transformer.model.layers), transformer.config.num_hidden_layers
+    if len(layers) != number:
+        raise SettingError(
+            f"the model has {len(layers)} layers, but its config says {number}: "
+            "set num_hidden_layers in a config of its own"
+        )
+    for index, block in enumerate(layers):
+        try:
+            inspect.signature(block.forward).bind(None, None, None)
+        except TypeError:
+            raise SettingError(
+                f"layers[{index}] is a {type(block).__name__}, which cannot be a layer: its "
+                "forward must take (x, rotary, attend), as the block of model/transformer.py does"
+            ) from None
+
+
+def _is_touched(module: nn.Module) -> bool:
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return bool(hooked) or "forward" in module.__dict__
+
+
+def _has_plain_decoder(transformer: Transformer) -> bool:
+    decoder, head = transformer.model, transformer.lm_head
+    embedding: Any = decoder.embed_tokens
+    return (
+        type(decoder) is Decoder
+        and original_class(decoder.norm) is RMSNorm
+        and type(decoder.layers) is nn.ModuleList
+        and all(_is_plain_block(block) for block in decoder.layers)
+        and _is_linear(head)
+        and getattr(head, "bias", None) is None
+        and (type(embedding) is nn.Embedding or _is_pointwise(embedding))
+        and embedding.max_norm is None
+    )
+
+
+def _is_plain_block(block: nn.Module) -> bool:
+    if type(block) is not Block:
+        return False
+    attention, mlp = block.self_attn, block.mlp
+    return (
+        type(attention) is Attention
+        and type(mlp) is FeedForward
+        and all(original_class(getattr(block, name)) is RMSNorm for name in _NORMS)
+        and all(type(norm) is HeadNorm for norm in (attention.q_norm, attention.k_norm))
+        and all(_is_linear(getattr(attention, f"{name}_proj")) for name in "qkvo")
+        and all(_is_linear(getattr(mlp, f"{name}_proj")) for name in ("gate", "up", "down"))
+    )
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a module treats each token alone, so that it can take tokens of several requests."""
+    if type(module) is nn.Linear:
+        # Subclasses of Parameter may compute anything.
+        return type(module.weight) in (nn.Parameter, Tensor)
+    is_adapter = type(module).__module__.startswith("peft.tuners.")
+    return original_class(module) is PackedLinear or is_adapter or _is_pointwise(module)
+
+
+def _is_pointwise(module: nn.Module) -> bool:
+    # `pointwise` marks the modules of `tensor_parallel.py`. A class that inherits from one may do
+    # anything else in its forward.
+    return "pointwise" in vars(type(module))
