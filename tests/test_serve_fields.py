@@ -1,0 +1,298 @@
+"""Every field of every route changes the reply, or is documented to be accepted without effect."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from serve_case import STRAWBERRY, Running, data_url, events, running
+
+from earlyfusion.serve.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EditRequest,
+    GenerationRequest,
+    ResponseRequest,
+    TokenizeRequest,
+    VariationRequest,
+    Wire,
+)
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "serve.md"
+WITHOUT_EFFECT = {"user", "metadata", "safety_identifier", "prompt_cache_key"}
+
+TEXT = {"temperature": 1.5, "seed": 0, "max_tokens": 8}
+DRAW = {"seed": 0, "image_temperature": 1.0, "image_top_p": 1.0}
+FRUIT = [{"role": "user", "content": "Name a fruit."}]
+CAT = [{"role": "user", "content": "Draw a cat."}]
+EDIT = [
+    {
+        "role": "user",
+        "content": [
+            {"type": "image_url", "image_url": {"url": data_url()}},
+            {"type": "text", "text": "Draw it in another style."},
+        ],
+    }
+]
+Change = tuple[dict[str, Any], dict[str, Any]]
+
+
+def text_fields(base: dict[str, Any], limit: str = "max_tokens") -> dict[str, Change]:
+    base = base | {k: v for k, v in TEXT.items() if k != "max_tokens"} | {limit: 8}
+    return {
+        "temperature": (base, {"temperature": 0}),
+        "top_p": (base, {"top_p": 0.01}),
+        "top_k": (base, {"top_k": 1}),
+        "min_p": (base, {"min_p": 1}),
+        "repetition_penalty": (base | {"temperature": 0}, {"repetition_penalty": 0.01}),
+        "seed": (base, {"seed": 5}),
+        "stop": (base | {"temperature": 0}, {"stop": "e"}),
+        "bad_words": (base | {"temperature": 0}, {"bad_words": ["a", "e"]}),
+        "allowed_words": (base | {"temperature": 0}, {"allowed_words": ["zebra"]}),
+        limit: (base | {"temperature": 0}, {limit: 1}),
+    }
+
+
+def image_fields(draw: dict[str, Any], edit: dict[str, Any]) -> dict[str, Change]:
+    """`edit` has a picture in its prompt, which alone `guidance_image` pulls by."""
+    draw, edit = draw | DRAW, edit | DRAW
+    return {
+        "image_temperature": (draw, {"image_temperature": 0}),
+        "image_top_p": (draw, {"image_top_p": 0.01}),
+        "image_top_k": (draw, {"image_top_k": 1}),
+        "guidance_text": (draw, {"guidance_text": 5}),
+        "guidance_image": (edit, {"guidance_image": 5}),
+        "jacobi": (draw, {"jacobi": 3}),
+    }
+
+
+def picture_fields(base: dict[str, Any]) -> dict[str, Change]:
+    stream = base | {"seed": 0, "stream": True}
+    drawn = base | {"seed": 0}
+    return {
+        "prompt": (drawn, {"prompt": "Draw a dog."}),
+        "n": (drawn, {"n": 2}),
+        "size": (drawn, {"size": "32x32"}),
+        "response_format": (drawn, {"response_format": "url"}),
+        "output_format": (drawn, {"output_format": "webp"}),
+        "output_compression": (drawn | {"output_format": "jpeg"}, {"output_compression": 5}),
+        "stream": (drawn, {"stream": True}),
+        "partial_images": (stream, {"partial_images": 1}),
+        "seed": (drawn, {"seed": 1}),
+        # Text is not drawn by these routes; its settings are those of SamplingParams all the same.
+        "temperature": (drawn, {"temperature": -1}),
+        "top_p": (drawn, {"top_p": -1}),
+        "top_k": (drawn, {"top_k": -1}),
+        "min_p": (drawn, {"min_p": -1}),
+        "repetition_penalty": (drawn, {"repetition_penalty": -1}),
+        **image_fields(base, base),
+    }
+
+
+FRUIT_TEXT = {"messages": FRUIT, "modalities": ["text"]}
+CHAT: dict[str, Change] = {
+    **text_fields(FRUIT_TEXT),
+    **image_fields(
+        {"messages": CAT, "modalities": ["image"]}, {"messages": EDIT, "modalities": ["image"]}
+    ),
+    "messages": ({"messages": FRUIT} | TEXT, {"messages": [{"role": "user", "content": "Hi"}]}),
+    "modalities": ({"messages": FRUIT} | TEXT, {"modalities": ["image"], "max_tokens": 80}),
+    "max_completion_tokens": (FRUIT_TEXT | {"temperature": 0}, {"max_completion_tokens": 1}),
+    "n": (FRUIT_TEXT | TEXT, {"n": 2}),
+    "stream": (FRUIT_TEXT | TEXT, {"stream": True}),
+    "stream_options": (
+        FRUIT_TEXT | TEXT | {"stream": True},
+        {"stream_options": {"include_usage": True}},
+    ),
+    "logprobs": (FRUIT_TEXT | TEXT, {"logprobs": True}),
+    "top_logprobs": (FRUIT_TEXT | TEXT | {"logprobs": True}, {"top_logprobs": 1}),
+    "max_images": ({"messages": CAT, "seed": 0}, {"max_images": 0, "max_tokens": 8}),
+    "image_delivery": ({"messages": CAT} | DRAW, {"image_delivery": "markdown"}),
+    "output_format": ({"messages": CAT} | DRAW, {"output_format": "webp"}),
+    "output_compression": (
+        {"messages": CAT, "output_format": "jpeg"} | DRAW,
+        {"output_compression": 5},
+    ),
+    "partial_images": ({"messages": CAT, "stream": True} | DRAW, {"partial_images": 1}),
+}
+FRUIT_PROMPT = {"prompt": "Name a fruit."}
+COMPLETION: dict[str, Change] = {
+    **text_fields(FRUIT_PROMPT),
+    "prompt": (FRUIT_PROMPT | TEXT, {"prompt": "Hi"}),
+    "n": (FRUIT_PROMPT | TEXT, {"n": 2}),
+    "stream": (FRUIT_PROMPT | TEXT, {"stream": True}),
+    "stream_options": (
+        FRUIT_PROMPT | TEXT | {"stream": True},
+        {"stream_options": {"include_usage": True}},
+    ),
+    "logprobs": (FRUIT_PROMPT | TEXT, {"logprobs": 1}),
+    "max_images": (FRUIT_PROMPT | TEXT, {"max_images": 1}),
+    # No picture is drawn by this route; wrong values are refused all the same.
+    **{
+        name: (FRUIT_PROMPT | TEXT, {name: -1})
+        for name in ("image_temperature", "image_top_p", "image_top_k", "jacobi")
+    },
+    **{name: (FRUIT_PROMPT | TEXT, {name: -1}) for name in ("guidance_text", "guidance_image")},
+}
+TOOL = [{"type": "image_generation"}]
+FRUIT_INPUT = {"input": "Name a fruit."}
+CAT_INPUT = {"input": "Draw a cat.", "tools": TOOL}
+EDIT_INPUT = {
+    "input": [
+        {
+            "role": "user",
+            "content": [
+                {"type": "input_image", "image_url": data_url()},
+                {"type": "input_text", "text": "Draw it in another style."},
+            ],
+        }
+    ],
+    "tools": TOOL,
+    "tool_choice": "required",
+}
+RESPONSE: dict[str, Change] = {
+    **text_fields(FRUIT_INPUT, "max_output_tokens"),
+    **image_fields(CAT_INPUT, EDIT_INPUT),
+    "input": (FRUIT_INPUT | {"temperature": 0}, {"input": "Name an animal."}),
+    "instructions": (FRUIT_INPUT | {"temperature": 0}, {"instructions": "Draw, or say nothing."}),
+    "previous_response_id": (FRUIT_INPUT, {"previous_response_id": "resp_none"}),
+    "store": (FRUIT_INPUT | {"temperature": 0}, {"store": False}),
+    "stream": (FRUIT_INPUT | {"temperature": 0}, {"stream": True}),
+    "tools": ({"input": "Draw a cat.", "temperature": 0, "seed": 0}, {"tools": TOOL}),
+    "tool_choice": (
+        FRUIT_INPUT | {"tools": TOOL, "seed": 0},
+        {"tool_choice": "required"},
+    ),
+    "text": (FRUIT_INPUT | {"temperature": 0}, {"text": {"format": {"type": "json_object"}}}),
+    "top_logprobs": (FRUIT_INPUT | {"temperature": 0}, {"top_logprobs": 1}),
+    "include": (FRUIT_INPUT | {"temperature": 0}, {"include": ["message.output_text.logprobs"]}),
+    "max_images": (CAT_INPUT | {"seed": 0}, {"max_images": 0, "max_output_tokens": 8}),
+    "stream_options": (
+        FRUIT_INPUT | {"stream": True, "temperature": 0},
+        {"stream_options": {"include_obfuscation": True}},
+    ),
+}
+WORDS = {"prompt": "Hi"}
+GENERATION = picture_fields({"prompt": "Draw a cat."})
+GENERATION["guidance_image"] = (GENERATION["n"][0], {"guidance_image": -1})  # no picture to pull
+ROUTES: dict[str, tuple[type[Wire], dict[str, Change]]] = {
+    "/v1/chat/completions": (ChatRequest, CHAT),
+    "/v1/completions": (CompletionRequest, COMPLETION),
+    "/v1/responses": (ResponseRequest, RESPONSE),
+    "/v1/images/generations": (GenerationRequest, GENERATION),
+    "/v1/images/edits": (
+        EditRequest,
+        picture_fields({"prompt": "Draw it again.", "images": [{"image_url": data_url()}]})
+        | {
+            "images": (
+                {"prompt": "Draw it.", "seed": 0, "images": [{"image_url": data_url()}]},
+                {"images": [{"image_url": data_url()}] * 2},
+            )
+        },
+    ),
+    "/v1/images/variations": (VariationRequest, picture_fields({})),
+    "/tokenize": (
+        TokenizeRequest,
+        {
+            "prompt": (WORDS, {"prompt": "Ho"}),
+            "messages": (WORDS, {"prompt": None, "messages": FRUIT}),
+            "return_token_strs": (WORDS, {"return_token_strs": True}),
+        },
+    ),
+    "/detokenize": (DetokenizeRequest, {"tokens": ({"tokens": [1071, 1104]}, {"tokens": [1096]})}),
+}
+CASES = [(path, name) for path, (_, table) in ROUTES.items() for name in table]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    with running() as server:
+        yield server
+
+
+def ask(server: Running, path: str, body: dict[str, Any]) -> Any:
+    """The status and the reply, without what is new each time."""
+    if path.endswith("variations"):
+        fields = {name: str(value).lower() for name, value in body.items()}
+        with httpx.Client(timeout=120) as client:
+            files = {"image": STRAWBERRY.read_bytes()}
+            reply = client.post(server.url + path, data=fields, files=files)
+    else:
+        reply = server.post(path, body)
+    text = reply.text
+    told = (
+        [data for _, data in events(text)] if text.startswith(("data", "event")) else reply.json()
+    )
+    return reply.status_code, steady(told)
+
+
+def steady(told: Any) -> Any:
+    if isinstance(told, list):
+        return [steady(one) for one in told]
+    if isinstance(told, dict):
+        new = {"id", "created", "created_at", "item_id", "metadata", "user"}
+        return {name: steady(value) for name, value in told.items() if name not in new}
+    return re.sub(r"file-\S+", "file", told) if isinstance(told, str) else told
+
+
+@pytest.mark.parametrize("path", ROUTES)
+def test_the_tables_name_every_field(path: str) -> None:
+    kind, table = ROUTES[path]
+    without = WITHOUT_EFFECT if "/v1" in path else set()
+    assert set(table) | {"model"} | without == set(kind.model_fields)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("path", "name"), CASES)
+def test_a_field_changes_the_reply(server: Running, path: str, name: str) -> None:
+    base, change = ROUTES[path][1][name]
+    status, reply = ask(server, path, base)
+    assert status == 200, reply
+    changed = ask(server, path, base | change)
+    assert changed != (200, reply)
+    if changed[0] != 200:
+        assert changed[0] == 400 and changed[1]["error"]["message"]
+
+
+@pytest.mark.slow
+def test_a_model_that_is_not_served_is_refused(server: Running) -> None:
+    for path, (_, table) in ROUTES.items():
+        base, _ = next(iter(table.values()))
+        assert ask(server, path, base | {"model": "other"})[0] == 404
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [path for path in ROUTES if "/v1" in path])
+def test_what_has_no_effect_is_documented(server: Running, path: str) -> None:
+    base, _ = next(iter(ROUTES[path][1].values()))
+    extra: dict[str, Any] = dict.fromkeys(WITHOUT_EFFECT - {"metadata"}, "x")
+    if not path.endswith("variations"):  # a form holds no objects
+        extra["metadata"] = {"a": "b"}
+    assert ask(server, path, base | extra) == ask(server, path, base)
+    page = DOCUMENT.read_text(encoding="utf-8")
+    [row] = [line for line in page.splitlines() if "accepted without effect" in line]
+    assert all(f"`{name}`" in row for name in WITHOUT_EFFECT)
+
+
+def test_the_page_s_python_runs(
+    server: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    text = DOCUMENT.read_text(encoding="utf-8")
+    block = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)[0]
+    monkeypatch.chdir(tmp_path)
+    said: dict[str, Any] = {}
+    exec(compile(block.replace("http://127.0.0.1:8000", server.url), "docs/serve.md", "exec"), said)
+    said["client"].close()
+    assert (tmp_path / "apple.png").read_bytes()[:4] == b"\x89PNG"
+    assert "response.completed" in capsys.readouterr().out
+
+
+def test_the_page_names_every_route(server: Running) -> None:
+    page = DOCUMENT.read_text(encoding="utf-8")
+    for path in server.get("/openapi.json").json()["paths"]:
+        assert path.removeprefix("/v1/images").split("/{")[0] in page
