@@ -1,0 +1,81 @@
+"""The page at /: static files, their content types, and what a browser may do with them."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+from importlib.resources import files
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+_TYPES = {
+    ".css": "text/css; charset=utf-8",
+    ".html": "text/html; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+# Nothing from elsewhere, no inline scripts, and no HTML made from strings.
+_POLICY = "; ".join(
+    (
+        "default-src 'none'",
+        "script-src 'self'",
+        "style-src 'self'",
+        "img-src 'self' data:",
+        "connect-src 'self'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+        "require-trusted-types-for 'script'",
+        "trusted-types 'none'",
+    )
+)
+_HEADERS = {
+    "Cache-Control": "no-cache",  # asked for again each time, and sent only where it changed
+    "Content-Security-Policy": _POLICY,
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+def _file_type(name: str) -> str:
+    return _TYPES["." + name.rpartition(".")[2]]
+
+
+class _PageFile:
+    """One file, read once."""
+
+    def __init__(self, name: str, data: bytes) -> None:
+        self._data, self._type = data, _file_type(name)
+        self._tag = f'"{sha256(data).hexdigest()[:24]}"'
+
+    def response(self, request: Request) -> Response:
+        headers = _HEADERS | {"ETag": self._tag}
+        known = request.headers.get("if-none-match", "")
+        if self._tag in (tag.strip().removeprefix("W/") for tag in known.split(",")):
+            return Response(status_code=304, headers=headers)
+        return Response(self._data, media_type=self._type, headers=headers)
+
+
+def _read() -> dict[str, _PageFile]:
+    """The files by the paths that they are served at."""
+    folder = files("earlyfusion.serve").joinpath("page")
+    found = {}
+    for file in folder.iterdir():
+        path = "/" if file.name == "index.html" else f"/page/{file.name}"
+        found[path] = _PageFile(file.name, file.read_bytes())
+    return found
+
+
+_FILES = _read()
+# They are the same for everybody, and hold nothing of the model: no key is needed to get them.
+PAGE_PATHS = frozenset(_FILES)
+
+
+def page_routes() -> APIRouter:
+    """A route for each file of the page."""
+    router = APIRouter(include_in_schema=False)
+    for path, file in _FILES.items():
+        router.add_api_route(path, file.response, methods=["GET", "HEAD"])
+    return router

@@ -1,0 +1,482 @@
+// The page: what is said is kept here, and everything that happens on it begins here.
+
+import { ServerError, chat, models } from "./api.js";
+import { apply, bodyOf, fieldsOf, newConversation, streamed } from "./conversation.js";
+import { picturesIn, readPicture } from "./pictures.js";
+import { asCurl, asPython } from "./snippets.js";
+import * as store from "./store.js";
+import { attachedView, button, el, icon, turnViews, updateReply } from "./view.js";
+import { currentLanguage, speak, t } from "./words.js";
+
+const $ = (id) => document.getElementById(id);
+const running = new Map(); // reply -> {conversation, control}
+const opened = new Map(); // id -> conversation, of those that were looked at
+const inputs = [...document.querySelectorAll("#settings input")];
+let conversation = newConversation();
+let attached = [];
+let served = []; // of /v1/models
+let key = store.recall("key") ?? store.recall("key", sessionStorage) ?? "";
+let asking = null; // the promise of the key's dialog
+
+// --- what the model is asked ---
+
+const model = () => served.find(({ id }) => id === $("model").value) ?? served[0];
+const output = () => document.querySelector("[name=output]:checked").value;
+const settings = () => Object.fromEntries(inputs.map(({ name, value }) => [name, value]));
+
+async function begin(parts, { alone = false, wanted = output() } = {}) {
+  conversation.turns.push({ role: "user", parts, alone });
+  conversation.title ||= parts.find((part) => part.text)?.text.slice(0, 80) ?? "";
+  await answer(wanted);
+}
+
+/** Ask for replies to the turns up to the last one of the user's. */
+async function answer(wanted, count = Math.min(Math.max(Number(settings().replies) || 1, 1), 4)) {
+  const { turns } = conversation;
+  if (turns.at(-1).role === "user") turns.push({ role: "assistant", replies: [], chosen: 0, wanted });
+  const turn = turns.at(-1);
+  turn.chosen = turn.replies.length;
+  const begun = [];
+  for (let number = 0; number < count; number += 1) {
+    const fields = fieldsOf(settings(), wanted, turn.replies.length);
+    begun.push({ parts: [], fields, state: "running" });
+    turn.replies.push(begun.at(-1));
+  }
+  render();
+  scrollDown();
+  announce(t("replyBegins"));
+  await Promise.all(begun.map((reply) => run(conversation, turns.length - 1, reply)));
+}
+
+async function run(where, place, reply) {
+  const control = new AbortController();
+  running.set(reply, { conversation: where, control });
+  showRunning();
+  const began = performance.now();
+  const since = () => (performance.now() - began) / 1000;
+  const body = streamed(bodyOf(where.turns, place, model()?.id, reply.fields));
+  try {
+    for await (const chunk of withKey(() => chat(body, key, control.signal))) {
+      if (apply(reply, chunk)) reply.first ??= since();
+      later(reply);
+    }
+    reply.state = "done";
+  } catch (error) {
+    reply.state = control.signal.aborted ? "stopped" : "error";
+    if (reply.state === "error") reply.error = error.message;
+    if (!(error instanceof ServerError || control.signal.aborted)) console.error(error);
+  }
+  reply.seconds = since();
+  running.delete(reply);
+  finish(where, place, reply);
+}
+
+/** The same after the key was asked for, where the server wants one. */
+async function* withKey(stream) {
+  try {
+    yield* stream();
+  } catch (error) {
+    if (error.status !== 401 || !(await askKey())) throw error;
+    yield* stream();
+  }
+}
+
+function finish(where, place, reply) {
+  const several = where.turns[place]?.replies?.length > 1;
+  atTheEnd(() => (where === conversation && several ? render() : updateReply(reply)));
+  showRunning();
+  announce(reply.state === "error" ? reply.error || t("notReached") : t("replyDone", { text: spoken(reply) }));
+  keep(where);
+}
+
+function spoken(reply) {
+  const drawn = reply.parts.filter((part) => part.url).length;
+  const text = reply.parts.map((part) => part.text ?? "").join(" ").trim();
+  return [text, drawn ? t("pictures", { n: drawn }) : ""].filter(Boolean).join(", ");
+}
+
+function stop(where = conversation) {
+  for (const entry of running.values()) if (entry.conversation === where) entry.control.abort();
+}
+
+// --- what the buttons of a conversation do ---
+
+const act = {
+  editing: null,
+  model: () => model()?.id,
+  draws: () => model()?.output_modalities.includes("image") ?? true,
+  aspect: () => model()?.image_size.replace("x", " / ") ?? "1",
+  edit(turn, from = null) {
+    act.editing = turn;
+    render();
+    const views = [...$("turns").children];
+    if (turn) views.find((view) => view.matches(".editing")).querySelector("textarea").focus();
+    else views[conversation.turns.indexOf(from)].querySelector(".actions button").focus();
+  },
+  saveEdit(turn, place, parts) {
+    if (!parts.length) return;
+    stop();
+    act.editing = null;
+    const wanted = conversation.turns[place + 1]?.wanted ?? output();
+    conversation.turns.length = place;
+    if (!place) conversation.title = "";
+    begin(parts, { alone: turn.alone, wanted });
+    $("prompt").focus();
+  },
+  choose(turn, number) {
+    turn.chosen = number;
+    render();
+    keep(conversation);
+    const strip = $("turns").children[conversation.turns.indexOf(turn)].querySelector(".strip");
+    strip.children[number].focus();
+  },
+  regenerate(turn) {
+    answer(turn.wanted ?? output(), 1);
+    $("prompt").focus();
+  },
+  vary: (part) => begin([picture(part), { type: "text", text: t("varyPrompt") }], { alone: true, wanted: "image" }),
+  restyle(part, style) {
+    begin([picture(part), { type: "text", text: t("restylePrompt", { style }) }], { alone: true, wanted: "image" });
+    $("prompt").focus();
+  },
+  reuse(part) {
+    attached.push(picture(part));
+    renderAttached();
+    $("prompt").focus();
+  },
+  copyText: (reply) => copy(reply.parts.map((part) => part.text ?? "").filter(Boolean).join("\n")),
+  copyCurl: (reply, place) => copy(asCurl(bodyOf(conversation.turns, place, model()?.id, reply.fields), key)),
+  copyPython: (reply, place) => copy(asPython(bodyOf(conversation.turns, place, model()?.id, reply.fields), key)),
+};
+
+const picture = ({ url, name }) => ({ type: "image", url, name });
+
+async function copy(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {
+    // Only pages of https and of this machine have a clipboard.
+    const area = document.body.appendChild(el("textarea", { class: "hidden" }));
+    area.value = text;
+    area.select();
+    const copied = document.execCommand("copy");
+    area.remove();
+    if (!copied) return say(t("notCopied"));
+  }
+  return say(t("copied"));
+}
+
+// --- what is shown ---
+
+function render() {
+  $("empty").hidden = conversation.turns.length > 0;
+  $("turns").replaceChildren(...turnViews(conversation, act));
+  document.title = conversation.title ? `${conversation.title} · earlyfusion` : "earlyfusion";
+  showRunning();
+}
+
+function showRunning() {
+  const busy = [...running.values()].some((entry) => entry.conversation === conversation);
+  const focused = document.activeElement === (busy ? $("send") : $("stop"));
+  $("send").hidden = busy;
+  $("stop").hidden = !busy;
+  if (focused) (busy ? $("stop") : $("prompt")).focus();
+}
+
+const waiting = new Set();
+
+/** Show a reply in the next frame. */
+function later(reply) {
+  if (!waiting.size) {
+    requestAnimationFrame(() => {
+      atTheEnd(() => waiting.forEach(updateReply));
+      waiting.clear();
+    });
+  }
+  waiting.add(reply);
+}
+
+/** Change what is shown; who reads at the end of it stays there. */
+function atTheEnd(change) {
+  const { scrollHeight, scrollTop, clientHeight } = $("thread");
+  change();
+  $("thread").scrollTop = scrollHeight - scrollTop - clientHeight < 80 ? $("thread").scrollHeight : scrollTop;
+}
+
+function scrollDown() {
+  $("thread").scrollTop = $("thread").scrollHeight;
+}
+
+function announce(text) {
+  $("live").textContent = text;
+}
+
+let fading;
+
+function say(text) {
+  announce(text);
+  $("toast").textContent = text;
+  $("toast").hidden = false;
+  clearTimeout(fading);
+  fading = setTimeout(() => ($("toast").hidden = true), 4000);
+}
+
+function renderAttached() {
+  const views = attached.map((part) => attachedView(part, () => (attached = attached.filter((other) => other !== part))));
+  $("attached").replaceChildren(...views);
+}
+
+function renderExamples() {
+  const ask = button("exampleAskLabel", () => (($("prompt").value = t("exampleAsk")), $("pick").click()));
+  const examples = [["exampleDraw", "image"], ["exampleBoth", "interleaved"]].map(([name, wanted]) =>
+    button(name, () => begin([{ type: "text", text: t(name) }], { wanted })),
+  );
+  const offered = act.draws() ? [...examples, ask] : [ask];
+  $("examples").replaceChildren(...offered.map((example) => el("li", {}, example)));
+}
+
+// --- the list of conversations ---
+
+async function keep(where) {
+  where.updated = Date.now();
+  opened.set(where.id, where);
+  try {
+    await store.save(where);
+  } catch {
+    say(t("notStored"));
+  }
+  await renderList();
+}
+
+async function renderList() {
+  const heads = await store.list();
+  $("list").replaceChildren(...heads.map((head) => {
+    const title = head.title || t("untitled");
+    const current = head.id === conversation.id;
+    return el("li", {},
+      el("button", { type: "button", class: "wide", "aria-current": current ? "true" : undefined, onclick: () => show(head.id) }, title),
+      el("button", { type: "button", class: "icon small", "aria-label": t("remove", { title }), onclick: () => forget(head) }, icon("close")));
+  }));
+}
+
+async function show(id) {
+  const found = opened.get(id) ?? (await store.load(id));
+  if (!found) return;
+  opened.set(id, found);
+  switchTo(found);
+}
+
+function switchTo(other) {
+  conversation = other;
+  act.editing = null;
+  store.remember("open", other.turns.length ? other.id : null);
+  render();
+  scrollDown();
+  renderList();
+  openSide(false);
+  $("prompt").focus();
+}
+
+async function forget(head) {
+  if (!confirm(t("confirmRemove"))) return;
+  const gone = opened.get(head.id);
+  if (gone) stop(gone);
+  opened.delete(head.id);
+  await store.remove(head.id);
+  if (head.id === conversation.id) switchTo(newConversation());
+  else await renderList();
+}
+
+/** On narrow screens the list lies over the page. */
+function openSide(open) {
+  if (document.body.classList.contains("side-open") === open) return;
+  document.body.classList.toggle("side-open", open);
+  document.querySelector("main").inert = open;
+  $("shade").hidden = !open;
+  $("menu").setAttribute("aria-expanded", String(open));
+  (open ? $("new") : $("menu")).focus();
+}
+
+// --- key, model, language, theme ---
+
+function askKey() {
+  asking ??= new Promise((resolve) => {
+    const dialog = $("key");
+    const closed = () => {
+      asking = null;
+      const given = dialog.returnValue === "ok" && $("key-input").value.trim();
+      if (given) {
+        key = given;
+        store.remember("key", key, sessionStorage);
+        store.remember("key", $("key-keep").checked ? key : null);
+        if (!served.length) readModels();
+      }
+      $("key-button").hidden = !key;
+      resolve(Boolean(given));
+    };
+    dialog.returnValue = "";
+    $("key-input").value = "";
+    dialog.addEventListener("close", closed, { once: true });
+    dialog.showModal();
+  });
+  return asking;
+}
+
+async function readModels() {
+  try {
+    served = await models(key);
+  } catch (error) {
+    if (error.status === 401) return void askKey();
+    return say(error.message || t("notReached"));
+  }
+  $("model").replaceChildren(...served.map(({ id }) => el("option", {}, id)));
+  showModel();
+  return undefined;
+}
+
+function showModel() {
+  $("model").disabled = served.length < 2;
+  for (const radio of document.querySelectorAll("[name=output]")) {
+    radio.disabled = !act.draws() && radio.value !== "auto" && radio.value !== "text";
+  }
+  if (document.querySelector("[name=output]:checked").disabled) {
+    document.querySelector("[name=output][value=auto]").checked = true;
+  }
+  renderExamples();
+  render();
+}
+
+function setLanguage(language) {
+  speak(language);
+  for (const input of inputs) input.placeholder = input.name === "replies" ? "1" : t(input.name === "seed" ? "random" : "default");
+  const other = currentLanguage() === "en" ? ["한국어", "ko"] : ["English", "en"];
+  $("language").textContent = other[0];
+  $("language").lang = other[1];
+  showTheme();
+  renderExamples();
+  renderAttached();
+  render();
+  renderList();
+}
+
+const THEMES = { auto: "system", light: "light", dark: "dark" };
+
+function showTheme() {
+  const theme = t(THEMES[document.documentElement.dataset.theme] ?? "system");
+  $("theme").title = t("theme", { theme });
+  $("theme").setAttribute("aria-label", $("theme").title);
+}
+
+function nextTheme() {
+  const names = Object.keys(THEMES);
+  const next = names[(names.indexOf(document.documentElement.dataset.theme) + 1) % names.length];
+  document.documentElement.dataset.theme = next;
+  store.remember("theme", next);
+  showTheme();
+  announce($("theme").title);
+}
+
+// --- what the user does ---
+
+async function attach(files) {
+  for (const file of files) {
+    try {
+      attached.push(await readPicture(file));
+    } catch {
+      say(t("unreadable", { name: file.name }));
+    }
+  }
+  renderAttached();
+  $("prompt").focus();
+}
+
+function send(event) {
+  event?.preventDefault();
+  const text = $("prompt").value.trim();
+  const busy = [...running.values()].some((entry) => entry.conversation === conversation);
+  if (busy || !(text || attached.length)) return;
+  const parts = [...attached, ...(text ? [{ type: "text", text }] : [])];
+  attached = [];
+  $("prompt").value = "";
+  renderAttached();
+  grow();
+  begin(parts);
+  store.remember("open", conversation.id);
+}
+
+function grow() {
+  $("prompt").style.height = "auto";
+  $("prompt").style.height = `${$("prompt").scrollHeight}px`;
+}
+
+function listen() {
+  $("composer").addEventListener("submit", send);
+  $("stop").addEventListener("click", () => stop());
+  $("prompt").addEventListener("input", grow);
+  $("prompt").addEventListener("keydown", (event) => {
+    // Enter while a Korean syllable is put together belongs to the input method.
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return;
+    if (!matchMedia("(pointer: coarse)").matches) send(event);
+  });
+  for (const id of ["pick", "camera"]) {
+    $(id).addEventListener("change", () => {
+      attach([...$(id).files]);
+      $(id).value = "";
+    });
+  }
+  document.addEventListener("paste", (event) => {
+    const files = picturesIn(event.clipboardData);
+    if (files.length) (event.preventDefault(), attach(files));
+  });
+  listenForDrops();
+  $("new").addEventListener("click", () => switchTo(newConversation()));
+  $("menu").addEventListener("click", () => openSide(true));
+  $("shade").addEventListener("click", () => openSide(false));
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "Escape") openSide(false);
+  });
+  $("language").addEventListener("click", () => {
+    setLanguage(currentLanguage() === "en" ? "ko" : "en");
+    store.remember("language", currentLanguage());
+  });
+  $("theme").addEventListener("click", nextTheme);
+  $("model").addEventListener("change", showModel);
+  $("key-button").addEventListener("click", askKey);
+  $("settings").addEventListener("input", () => store.remember("settings", JSON.stringify(settings())));
+  $("reset").addEventListener("click", () => {
+    for (const input of inputs) input.value = "";
+    store.remember("settings", null);
+  });
+}
+
+function listenForDrops() {
+  const hasFiles = (event) => [...(event.dataTransfer?.types ?? [])].includes("Files");
+  document.addEventListener("dragover", (event) => {
+    if (!hasFiles(event)) return;
+    event.preventDefault();
+    $("drop").hidden = false;
+  });
+  document.addEventListener("dragleave", (event) => {
+    if (!event.relatedTarget) $("drop").hidden = true;
+  });
+  document.addEventListener("drop", (event) => {
+    $("drop").hidden = true;
+    if (!hasFiles(event)) return;
+    event.preventDefault();
+    attach(picturesIn(event.dataTransfer));
+  });
+}
+
+async function start() {
+  const known = JSON.parse(store.recall("settings") ?? "{}");
+  for (const input of inputs) input.value = known[input.name] ?? "";
+  $("key-button").hidden = !key;
+  listen();
+  setLanguage(store.recall("language") ?? navigator.language);
+  const id = store.recall("open");
+  const last = id && (await store.load(id));
+  if (last) switchTo(last);
+  await readModels();
+}
+
+start();

@@ -1,0 +1,38 @@
+// Pictures that the user gives: files to data URLs, photographs scaled down before they are sent.
+
+const SIDE = 1024; // models read 512 or less
+const SMALL = 1_000_000; // bytes of a file that is sent as it is
+const KNOWN = ["image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp"];
+
+/** The picture of a file as {type, url, name}. Throws where the browser cannot read it. */
+export async function readPicture(file) {
+  const bitmap = await createImageBitmap(file);
+  const scale = Math.min(1, SIDE / Math.max(bitmap.width, bitmap.height));
+  const asIs = scale === 1 && file.size <= SMALL && KNOWN.includes(file.type);
+  const url = asIs ? await dataUrl(file) : redrawn(bitmap, scale);
+  bitmap.close();
+  return { type: "image", url, name: file.name };
+}
+
+function redrawn(bitmap, scale) {
+  const canvas = document.createElement("canvas");
+  canvas.width = Math.max(1, Math.round(bitmap.width * scale));
+  canvas.height = Math.max(1, Math.round(bitmap.height * scale));
+  const context = canvas.getContext("2d");
+  context.fillStyle = "#fff"; // JPEG has no transparency, and the model sees white there
+  context.fillRect(0, 0, canvas.width, canvas.height);
+  context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+  return canvas.toDataURL("image/jpeg", 0.92);
+}
+
+function dataUrl(file) {
+  return new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.onload = () => resolve(reader.result);
+    reader.onerror = () => reject(reader.error);
+    reader.readAsDataURL(file);
+  });
+}
+
+export const picturesIn = (transfer) =>
+  [...(transfer?.files ?? [])].filter((file) => file.type.startsWith("image/"));

@@ -1,0 +1,61 @@
+// A request as code that runs: curl, and Python with the openai package.
+
+import { address } from "./api.js";
+
+const OPENAI = ["model", "messages", "temperature", "max_tokens", "seed"];
+
+export function asCurl(body, hasKey) {
+  const lines = [`curl ${address("v1/chat/completions")}`, '-H "Content-Type: application/json"'];
+  if (hasKey) lines.push('-H "Authorization: Bearer $OPENAI_API_KEY"');
+  // From standard input: a picture is too long for a command line.
+  lines.push("-d @- <<'JSON'");
+  return `${lines.join(" \\\n  ")}\n${JSON.stringify(body, null, 2)}\nJSON\n`;
+}
+
+export function asPython(body, hasKey) {
+  const draws = body.modalities?.includes("image") !== false;
+  const own = Object.entries(body).filter(([name]) => !OPENAI.includes(name));
+  const given = Object.entries(body).filter(([name]) => OPENAI.includes(name));
+  const key = hasKey ? 'os.environ["OPENAI_API_KEY"]' : '"none"';
+  return [
+    ...(draws ? ["import base64"] : []),
+    ...(hasKey ? ["import os"] : []),
+    ...(draws || hasKey ? [""] : []),
+    "from openai import OpenAI",
+    "",
+    `client = OpenAI(base_url=${JSON.stringify(address("v1"))}, api_key=${key})`,
+    "reply = client.chat.completions.create(",
+    ...given.map(([name, value]) => `    ${name}=${literal(value, "    ")},`),
+    ...(own.length ? [`    extra_body=${literal(Object.fromEntries(own), "    ")},`] : []),
+    ")",
+    "message = reply.choices[0].message",
+    "print(message.content)",
+    ...(draws ? SAVE : []),
+    "",
+  ].join("\n");
+}
+
+const SAVE = [
+  'for number, image in enumerate(getattr(message, "images", None) or []):',
+  '    data = image["image_url"]["url"].partition(",")[2]',
+  '    with open(f"image-{number}.png", "wb") as file:',
+  "        file.write(base64.b64decode(data))",
+];
+
+/** JSON's strings and numbers are Python's too. */
+function literal(value, indent) {
+  const deeper = `${indent}    `;
+  if (Array.isArray(value) && value.every((item) => typeof item !== "object")) {
+    return `[${value.map((item) => literal(item, deeper)).join(", ")}]`;
+  }
+  if (Array.isArray(value)) {
+    return `[\n${value.map((item) => `${deeper}${literal(item, deeper)},\n`).join("")}${indent}]`;
+  }
+  if (value !== null && typeof value === "object") {
+    const entries = Object.entries(value).map(([name, item]) => `${JSON.stringify(name)}: ${literal(item, indent)}`);
+    return `{${entries.join(", ")}}`;
+  }
+  return typeof value === "string" ? JSON.stringify(value) : (CONSTANTS[value] ?? String(value));
+}
+
+const CONSTANTS = { true: "True", false: "False", null: "None" };

@@ -1,0 +1,85 @@
+// Conversations in IndexedDB: their titles in one store, their turns, which hold the pictures, in
+// another. The oldest go first when there are too many, or they are too large together.
+
+const MOST = 100;
+const MOST_BYTES = 200_000_000;
+let database; // a promise; null where the browser keeps nothing
+
+/** Titles, the newest first. */
+export async function list() {
+  const found = (await inside("readonly", (heads) => heads.getAll())) ?? [];
+  return found.sort((a, b) => b.updated - a.updated);
+}
+
+export async function load(id) {
+  return inside("readonly", (_, bodies) => bodies.get(id));
+}
+
+export async function save(conversation) {
+  const bytes = JSON.stringify(conversation.turns).length;
+  const { id, title, updated, turns } = conversation;
+  await inside("readwrite", (heads, bodies) => {
+    heads.put({ id, title, updated, bytes });
+    return bodies.put({ id, title, updated, turns });
+  });
+  let room = MOST_BYTES;
+  for (const [place, head] of (await list()).entries()) {
+    room -= head.bytes;
+    if (place && (room < 0 || place >= MOST)) await remove(head.id);
+  }
+}
+
+export async function remove(id) {
+  await inside("readwrite", (heads, bodies) => {
+    heads.delete(id);
+    return bodies.delete(id);
+  });
+}
+
+async function inside(mode, act) {
+  database ??= open();
+  const base = await database;
+  if (!base) return undefined;
+  return new Promise((resolve, reject) => {
+    const transaction = base.transaction(["heads", "bodies"], mode);
+    const request = act(transaction.objectStore("heads"), transaction.objectStore("bodies"));
+    transaction.oncomplete = () => resolve(request.result);
+    transaction.onabort = transaction.onerror = () => reject(transaction.error);
+  });
+}
+
+function open() {
+  return new Promise((resolve) => {
+    let request;
+    try {
+      request = indexedDB.open("earlyfusion", 1);
+    } catch {
+      resolve(null);
+      return;
+    }
+    request.onupgradeneeded = () => {
+      request.result.createObjectStore("heads", { keyPath: "id" });
+      request.result.createObjectStore("bodies", { keyPath: "id" });
+    };
+    request.onsuccess = () => resolve(request.result);
+    request.onerror = () => resolve(null);
+  });
+}
+
+/** Small things: the language, the theme, the settings. Null where the browser keeps nothing. */
+export function recall(name, store = localStorage) {
+  try {
+    return store.getItem(`earlyfusion.${name}`);
+  } catch {
+    return null;
+  }
+}
+
+export function remember(name, value, store = localStorage) {
+  try {
+    if (value === null) store.removeItem(`earlyfusion.${name}`);
+    else store.setItem(`earlyfusion.${name}`, value);
+  } catch {
+    // It then holds until the page is closed.
+  }
+}

@@ -1,0 +1,225 @@
+// What a conversation looks like. Text gets into the page as text only, never as HTML.
+
+import { styles, t } from "./words.js";
+
+/** An element with attributes, listeners (`onclick`) and children. */
+export function el(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (value !== undefined && value !== false) element.setAttribute(name, value === true ? "" : value);
+  }
+  element.append(...children.filter((child) => child !== null));
+  return element;
+}
+
+export const button = (name, onclick, attributes = {}) =>
+  el("button", { type: "button", class: "quiet", onclick, ...attributes }, t(name));
+
+export function icon(name) {
+  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+  const use = document.createElementNS("http://www.w3.org/2000/svg", "use");
+  use.setAttribute("href", `#i-${name}`);
+  svg.append(use);
+  return svg;
+}
+
+// Views of replies on the page, to change them while they stream.
+const shown = new WeakMap();
+
+/** All turns; `act` has what the buttons do. */
+export function turnViews(conversation, act) {
+  return conversation.turns.map((turn, place) =>
+    turn.role === "user" ? userView(turn, place, act) : modelView(turn, place, conversation, act),
+  );
+}
+
+function userView(turn, place, act) {
+  if (act.editing === turn) return editView(turn, place, act);
+  const view = el("li", { class: "turn user" }, el("h2", { class: "hidden" }, t("you")));
+  const bubble = el("div", { class: "bubble" });
+  for (const part of turn.parts) {
+    if (part.type === "text") bubble.append(el("p", { class: "text" }, part.text));
+    else view.append(pictureView(part, t("sentPicture"), `picture-${place}`, act));
+  }
+  const edit = el("div", { class: "actions" }, button("edit", () => act.edit(turn)));
+  view.append(el("div", { class: "said" }, edit, ...(bubble.children.length ? [bubble] : [])));
+  return view;
+}
+
+function editView(turn, place, act) {
+  const words = turn.parts.find((part) => part.type === "text")?.text ?? "";
+  const field = el("textarea", { rows: 3, "aria-label": t("editMessage") });
+  field.value = words;
+  const pictures = turn.parts.filter((part) => part.type === "image");
+  const kept = el("ul", { class: "attached" });
+  for (const part of pictures) kept.append(attachedView(part, () => pictures.splice(pictures.indexOf(part), 1)));
+  const done = (event) => {
+    event.preventDefault();
+    act.saveEdit(turn, place, [...pictures, ...(field.value.trim() ? [{ type: "text", text: field.value.trim() }] : [])]);
+  };
+  field.addEventListener("keydown", (event) => {
+    if (event.key === "Escape") act.edit(null, turn);
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) done(event);
+  });
+  return el("li", { class: "turn user editing" },
+    el("form", { onsubmit: done }, kept, field, el("p", { class: "note" }, t("editNote")),
+      el("div", { class: "row" }, el("button", { class: "solid" }, t("saveEdit")),
+        button("cancel", () => act.edit(null, turn)))));
+}
+
+/** A picture that is about to be sent, with a button that takes it out. */
+export function attachedView(part, takeOut) {
+  const name = part.name ?? t("picture");
+  const view = el("li", {}, image(part.url, t("attachedPicture", { name })));
+  const leave = () => (view.remove(), takeOut());
+  view.append(el("button", { type: "button", class: "icon small", "aria-label": t("detach", { name }), onclick: leave }, icon("close")));
+  return view;
+}
+
+function modelView(turn, place, conversation, act) {
+  const reply = turn.replies[turn.chosen];
+  const view = el("li", { class: "turn model" }, el("h2", { class: "hidden" }, t("reply")));
+  const content = el("div", { class: "content" });
+  const meta = el("p", { class: "meta" });
+  const actions = el("div", { class: "actions" });
+  const strip = turn.replies.length > 1 ? stripView(turn, act) : null;
+  view.append(content, ...(strip ? [strip] : []), meta, actions);
+  const last = place === conversation.turns.length - 1;
+  const parts = { turn, content, meta, actions, act, place, last, nodes: [] };
+  shown.set(reply, parts);
+  updateReply(reply);
+  return view;
+}
+
+function stripView(turn, act) {
+  const strip = el("div", { class: "strip", role: "group", "aria-label": t("variants") });
+  for (const [number, reply] of turn.replies.entries()) {
+    const pick = el("button", {
+      type: "button", class: "quiet", "aria-pressed": String(number === turn.chosen),
+      "aria-label": t("variant", { number: number + 1 }), onclick: () => act.choose(turn, number),
+    });
+    const drawn = reply.parts.find((part) => part.url ?? part.partial);
+    pick.append(drawn ? image(drawn.url ?? drawn.partial, "") : String(number + 1));
+    strip.append(pick);
+  }
+  return strip;
+}
+
+/** Bring the view of a reply, if there is one, up to date. */
+export function updateReply(reply) {
+  const view = shown.get(reply);
+  if (!view) return;
+  const busy = reply.state === "running";
+  view.content.setAttribute("aria-busy", String(busy));
+  view.content.querySelector(".waiting")?.remove();
+  for (const [index, part] of reply.parts.entries()) updatePart(view, reply, index, part);
+  if (busy && !reply.parts.length) {
+    view.content.append(el("p", { class: "waiting" }, el("span", { class: "hidden" }, t("waiting"))));
+  }
+  if (busy) return;
+  view.meta.textContent = summary(reply);
+  view.content.querySelector(".error")?.remove();
+  if (reply.state === "error") view.content.append(el("p", { class: "error" }, reply.error || t("notReached")));
+  view.actions.replaceChildren(...replyActions(view, reply));
+}
+
+function updatePart(view, reply, index, part) {
+  const node = view.nodes[index];
+  if (part.type === "text") {
+    view.nodes[index] ??= view.content.appendChild(el("p", { class: "text" }));
+    if (view.nodes[index].textContent !== part.text) view.nodes[index].textContent = part.text;
+  } else if (node && !part.url) {
+    drawInto(node.firstChild, part, reply.state === "running");
+  } else if (!node?.finished) {
+    const number = reply.parts.slice(0, index + 1).filter((other) => other.type === "image").length;
+    const next = part.url
+      ? pictureView(part, t("drawnPicture", { number }), `picture-${reply.fields.seed}-${number}`, view.act)
+      : drawingView(part, view.act, reply.state === "running");
+    next.finished = Boolean(part.url);
+    if (node) node.replaceWith(next);
+    else view.content.append(next);
+    view.nodes[index] = next;
+  }
+}
+
+/** A picture in the making: the rows that are drawn, and how far it is. */
+function drawingView(part, act, busy) {
+  const frame = el("div", { class: "frame" }, image("", ""), el("progress", { max: 1, "aria-label": t("drawing") }));
+  frame.style.aspectRatio = act.aspect();
+  drawInto(frame, part, busy);
+  return el("figure", { class: "drawing" }, frame);
+}
+
+function drawInto(frame, part, busy) {
+  const [picture, progress] = frame.children;
+  progress.value = part.done;
+  progress.hidden = !busy;
+  picture.hidden = !part.partial;
+  if (!part.partial) return;
+  if (picture.src !== part.partial) picture.src = part.partial;
+  // What is below was not drawn yet: it is grey in the file, and left out here.
+  picture.style.clipPath = `inset(0 0 ${100 * (1 - part.shown)}% 0)`;
+}
+
+function pictureView(part, alt, name, act) {
+  const extension = /^data:image\/(\w+)/.exec(part.url)?.[1] ?? "png";
+  const bar = el("div", { class: "bar" });
+  if (act.draws()) bar.append(button("vary", () => act.vary(part)), restyleView(part, act));
+  bar.append(button("reuse", () => act.reuse(part)),
+    el("a", { class: "quiet", href: part.url, download: `${name}.${extension}` }, t("download")));
+  return el("figure", {}, el("div", { class: "frame" }, image(part.url, alt)), bar);
+}
+
+function restyleView(part, act) {
+  const menu = el("details", { class: "menu" }, el("summary", { class: "quiet" }, t("restyle")));
+  const list = el("div", { class: "choices", role: "group", "aria-label": t("restyleHow") });
+  for (const style of styles(act.model())) {
+    list.append(el("button", { type: "button", class: "quiet", onclick: () => act.restyle(part, style) }, style));
+  }
+  const close = (event) => {
+    if (event.type === "keydown" && event.key !== "Escape") return;
+    if (event.type === "focusout" && menu.contains(event.relatedTarget)) return;
+    if (event.type === "keydown") menu.firstChild.focus();
+    menu.open = false;
+  };
+  menu.addEventListener("keydown", close);
+  menu.addEventListener("focusout", close);
+  menu.append(list);
+  return menu;
+}
+
+function image(url, alt) {
+  const picture = el("img", { alt });
+  // Small pictures are shown with their pixels, not blurred.
+  picture.addEventListener("load", () => picture.classList.toggle("pixels", picture.naturalWidth <= 128));
+  if (url) picture.src = url;
+  return picture;
+}
+
+function replyActions({ turn, place, act, last }, reply) {
+  const text = reply.parts.some((part) => part.text);
+  return [
+    ...(last ? [button("regenerate", () => act.regenerate(turn, place))] : []),
+    ...(text ? [button("copyText", () => act.copyText(reply))] : []),
+    button("copyCurl", () => act.copyCurl(reply, place)),
+    button("copyPython", () => act.copyPython(reply, place)),
+  ];
+}
+
+function summary(reply) {
+  const { usage, seconds, first } = reply;
+  const drawn = usage?.completion_tokens_details?.image_tokens ?? 0;
+  const written = (usage?.completion_tokens ?? 0) - drawn;
+  const reason = reply.state === "done" ? reply.reason : reply.state;
+  const short = (number) => number.toFixed(number < 10 ? 2 : 1);
+  return [
+    t(`reason_${reason === "length" || reason === "stop" ? reason : reply.state === "done" ? "stop" : reason}`),
+    written ? t("textTokens", { n: written }) : "",
+    drawn ? t("imageTokens", { n: drawn }) : "",
+    first ? t("firstAfter", { s: short(first) }) : "",
+    seconds ? t("inAll", { s: short(seconds) }) : "",
+    usage && seconds ? t("perSecond", { n: Math.round(usage.completion_tokens / seconds) }) : "",
+    t("seedWas", { seed: reply.fields.seed }),
+  ].filter(Boolean).join(" · ");
+}

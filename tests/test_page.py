@@ -1,0 +1,461 @@
+"""The page at /: its files and headers; and in Chromium (marked `browser`) what people do with it.
+
+The browser's tests need Playwright's Python package and a Chromium of the system, and the last one
+axe-core's axe.min.js, whose path is in the environment variable AXE. Screenshots are left in
+pytest's temporary folder.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from shutil import which
+from typing import Any
+
+import httpx
+import pytest
+from serve_case import STRAWBERRY, Running, running
+
+import earlyfusion
+
+FOLDER = Path(earlyfusion.__file__).parent / "serve" / "page"
+CHROMIUM = which("chromium") or which("chromium-browser")
+SECONDS = 120  # much longer than needed: the machine may be busy
+DONE = ".turn:last-child .meta:not(:empty)"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    with running() as server:
+        yield server
+
+
+# --- files ---
+
+
+def test_every_file_is_served_with_its_type_and_a_strict_policy(server: Running) -> None:
+    types = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
+    types[".svg"] = "image/svg+xml"
+    for file in FOLDER.iterdir():
+        path = "/" if file.name == "index.html" else f"/page/{file.name}"
+        reply = server.get(path)
+        assert reply.status_code == 200 and reply.content == file.read_bytes()
+        assert reply.headers["content-type"].partition(";")[0] == types[file.suffix]
+        assert reply.headers["x-content-type-options"] == "nosniff"
+        assert reply.headers["cache-control"] == "no-cache"
+        policy = reply.headers["content-security-policy"]
+        assert policy.startswith("default-src 'none'") and "unsafe" not in policy
+
+
+def test_an_unchanged_file_is_not_sent_again(server: Running) -> None:
+    tag = server.get("/page/app.js").headers["etag"]
+    again = server.get("/page/app.js", **{"if-none-match": f'"other", W/{tag}'})
+    assert again.status_code == 304 and not again.content
+    assert httpx.head(server.url + "/").headers["content-length"]
+    assert server.get("/page/..%2fapp.py").status_code == 404
+
+
+def test_the_page_needs_no_key_and_what_it_asks_does() -> None:
+    with running(api_keys=("a-secret-key",)) as server:
+        assert server.get("/").status_code == server.get("/page/app.js").status_code == 200
+        assert server.get("/v1/models").status_code == 401
+
+
+def test_nothing_is_loaded_from_elsewhere() -> None:
+    text = "".join(file.read_text("utf-8") for file in FOLDER.iterdir())
+    addresses = set(re.findall(r"https?://[^\s\"'`)]+", text))
+    assert addresses <= {"http://www.w3.org/2000/svg"}  # the name of a format
+    assert "innerHTML" not in text and "insertAdjacentHTML" not in text
+
+
+def test_both_languages_have_every_word() -> None:
+    text = (FOLDER / "words.js").read_text("utf-8")
+    english, korean = re.findall(r"^  (?:en|ko): \{\n(.*?)^  \},", text, re.M | re.S)
+    words = [re.findall(r"^    (\w+): \"(.*)\",$", part, re.M) for part in (english, korean)]
+    assert [name for name, _ in words[0]] == [name for name, _ in words[1]]
+    filled = [{name: set(re.findall(r"\{\w+\}", word)) for name, word in part} for part in words]
+    assert filled[0] == filled[1]
+    code = "".join(file.read_text("utf-8") for file in FOLDER.iterdir() if file.name != "words.js")
+    used = set(re.findall(r"\bt\(\"(\w+)\"|data-t(?:-\w+)?=\"(\w+)\"|button\(\"(\w+)\"", code))
+    assert {next(filter(None, names)) for names in used} <= set(filled[0])
+
+
+# --- in Chromium ---
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if CHROMIUM is None:
+        pytest.skip("chromium is not installed")
+    with playwright.sync_playwright() as driver:
+        arguments = ["--no-sandbox", "--disable-gpu"]
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        yield browser
+        browser.close()
+
+
+class Visitor:
+    """Somebody at the page. Errors on the page, and requests to elsewhere, fail the test."""
+
+    def __init__(self, browser: Any, url: str, shots: Path, **options: Any) -> None:
+        self._context = browser.new_context(**options)
+        self._shots, self._url = shots, url
+        self.page = self._context.new_page()
+        self.page.set_default_timeout(SECONDS * 1000)
+        self.errors: list[str] = []
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("console", self._console)
+        self.page.on("request", self._request)
+        self.page.goto(url)
+
+    def _console(self, message: Any) -> None:
+        expected = message.text.startswith("Failed to load resource")
+        if message.type in ("error", "warning") and not expected:
+            self.errors.append(message.text)
+
+    def _request(self, request: Any) -> None:
+        if not request.url.startswith((self._url, "data:")):
+            self.errors.append(f"asks {request.url}")
+
+    def choose(self, output: str) -> None:
+        self.page.check(f"[name=output][value={output}]", force=True)
+
+    def set(self, **settings: Any) -> None:
+        self.page.click("#settings-button")
+        for name, value in settings.items():
+            self.page.fill(f"#settings [name={name}]", str(value))
+        self.page.keyboard.press("Escape")
+
+    def say(self, words: str) -> None:
+        self.page.fill("#prompt", words)
+        self.page.press("#prompt", "Enter")
+
+    def wait(self) -> None:
+        self.page.wait_for_selector(DONE)
+        self.page.wait_for_selector("#stop", state="hidden")
+
+    def drop(self, file: Path) -> None:
+        """Drop a file onto the page."""
+        data = base64.b64encode(file.read_bytes()).decode()
+        self.page.evaluate(
+            """([data, name]) => {
+                const bytes = Uint8Array.from(atob(data), (letter) => letter.charCodeAt(0));
+                const transfer = new DataTransfer();
+                transfer.items.add(new File([bytes], name, { type: "image/png" }));
+                const event = { dataTransfer: transfer, bubbles: true, cancelable: true };
+                document.body.dispatchEvent(new DragEvent("dragover", event));
+                document.body.dispatchEvent(new DragEvent("drop", event));
+            }""",
+            [data, file.name],
+        )
+        self.page.wait_for_selector("#attached img")
+
+    def copied(self, name: str) -> str:
+        """What a button of the last reply copies."""
+        self.page.evaluate(
+            "navigator.clipboard.writeText = async (text) => { window.copied = text; }"
+        )
+        self.page.click(f".turn:last-child .actions >> text={name}")
+        return str(self.page.evaluate("window.copied"))
+
+    def texts(self, selector: str) -> list[str]:
+        return list(self.page.locator(selector).all_text_contents())
+
+    def count(self, selector: str) -> int:
+        return int(self.page.locator(selector).count())
+
+    def shoot(self, name: str) -> None:
+        self.page.screenshot(path=self._shots / f"{name}.png")
+
+    def fits(self) -> bool:
+        """Whether nothing is wider than the window."""
+        return bool(self.page.evaluate("document.documentElement.scrollWidth <= innerWidth"))
+
+    def close(self) -> None:
+        self._context.close()
+        assert not self.errors
+
+
+@pytest.fixture
+def visit(browser: Any, server: Running, tmp_path: Path) -> Iterator[Callable[..., Visitor]]:
+    visitors: list[Visitor] = []
+
+    def begin(url: str = server.url, **options: Any) -> Visitor:
+        options = {"locale": "en-GB", "viewport": {"width": 1200, "height": 900}} | options
+        visitors.append(Visitor(browser, url, tmp_path, **options))
+        return visitors[-1]
+
+    yield begin
+    for visitor in visitors:
+        visitor.close()
+
+
+def slowed(server: Running, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Make the engine take at least so long for a step."""
+    from time import sleep
+
+    engine = server.service.driver.engine
+    step = engine.step
+
+    def slow() -> Any:
+        sleep(seconds)
+        return step()
+
+    monkeypatch.setattr(engine, "step", slow)
+
+
+@pytest.mark.browser
+def test_asks_about_a_dropped_picture(visit: Callable[..., Visitor]) -> None:
+    visitor = visit()
+    visitor.drop(STRAWBERRY)
+    visitor.shoot("dropped")
+    visitor.say("What is this?")
+    visitor.wait()
+    assert visitor.texts(".model .text") == ["strawberry"]
+    assert visitor.count(".user .frame img") == 1 and visitor.count("#attached li") == 0
+    [meta] = visitor.texts(".meta")
+    assert "complete" in meta and "text tokens" in meta and "s in all" in meta and "seed" in meta
+    assert "strawberry" in visitor.texts("#live")[0]
+    visitor.shoot("answered")
+
+
+@pytest.mark.browser
+def test_draws_row_by_row(
+    visit: Callable[..., Visitor], server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slowed(server, monkeypatch, 0.02)
+    visitor = visit()
+    visitor.page.evaluate(
+        """() => {
+            window.rows = new Set();
+            const note = () => {
+                for (const image of document.querySelectorAll(".drawing img[src^=data]")) {
+                    const progress = image.nextElementSibling.value;
+                    window.rows.add(`${image.style.clipPath} ${progress}`);
+                }
+            };
+            const options = { subtree: true, childList: true, attributes: true };
+            new MutationObserver(note).observe(document.getElementById("turns"), options);
+        }"""
+    )
+    visitor.choose("image")
+    visitor.set(seed=3)
+    visitor.say("Draw a red apple.")
+    visitor.page.wait_for_selector(".drawing img[src^=data]")
+    visitor.shoot("drawing")
+    visitor.wait()
+    rows = visitor.page.evaluate("[...window.rows]")
+    cut = {
+        re.search(r"([\d.]+)(?:px|%)? ?0?(?:px)?\)", row.split("inset(0px 0px ")[1])[1]
+        for row in rows
+    }  # type: ignore[index]
+    assert cut == {"75", "50", "25"}
+    assert visitor.count(".drawing") == 0 and "66 picture tokens" in visitor.texts(".meta")[0]
+    visitor.shoot("drawn")
+    # The picture on the page is the one that the same seed gives without the page.
+    shown = visitor.page.get_attribute(".model .frame img", "src")
+    asked = {"modalities": ["image"], "seed": 3}
+    message = server.chat("Draw a red apple.", **asked).json()["choices"][0]["message"]
+    assert message["images"][0]["image_url"]["url"] == shown
+    with visitor.page.expect_download() as download:
+        visitor.page.click("text=Download")
+    assert download.value.suggested_filename == "picture-3-1.png"
+
+
+@pytest.mark.browser
+def test_stops_and_the_engine_is_free(
+    visit: Callable[..., Visitor], server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slowed(server, monkeypatch, 0.1)
+    visitor = visit()
+    visitor.choose("image")
+    visitor.say("Draw a red apple.")
+    visitor.page.wait_for_selector(".drawing")
+    visitor.page.click("#stop")
+    visitor.wait()
+    assert "stopped by you" in visitor.texts(".meta")[0]
+    server.wait_until_idle()
+
+
+@pytest.mark.browser
+def test_edits_a_turn_and_regenerates(visit: Callable[..., Visitor]) -> None:
+    visitor = visit()
+    visitor.drop(STRAWBERRY)
+    visitor.choose("text")
+    visitor.say("What colour is it?")
+    visitor.wait()
+    visitor.say("Which kind of thing is it?")
+    visitor.wait()
+    assert visitor.count(".turn") == 4
+    visitor.page.focus(".user .actions button >> nth=0")
+    visitor.page.keyboard.press("Enter")
+    visitor.page.fill(".editing textarea", "What is this?")
+    visitor.shoot("editing")
+    visitor.page.click("text=Send again")
+    visitor.wait()
+    assert visitor.count(".turn") == 2 and visitor.texts(".model .text") == ["strawberry"]
+    visitor.page.click("text=Regenerate")
+    visitor.page.wait_for_selector(".strip")
+    visitor.wait()
+    assert visitor.count(".strip button") == 2
+    visitor.page.click(".strip button >> nth=0")
+    assert visitor.page.get_attribute(".strip button >> nth=0", "aria-pressed") == "true"
+
+
+@pytest.mark.browser
+def test_varies_and_restyles_by_a_click_with_several_replies(visit: Callable[..., Visitor]) -> None:
+    visitor = visit()
+    visitor.set(replies=2, seed=5)
+    visitor.drop(STRAWBERRY)
+    visitor.choose("text")
+    visitor.say("What is this?")
+    visitor.wait()
+    visitor.page.hover(".user .frame")
+    visitor.page.click(".user >> text=Vary")
+    visitor.wait()
+    visitor.page.wait_for_selector(".turn:last-child .strip button:nth-child(2) img")
+    assert visitor.count(".turn:last-child .frame img") == 1
+    visitor.page.click(".turn:last-child summary")
+    visitor.shoot("restyle")
+    visitor.page.click(".turn:last-child .choices >> text=3D")
+    visitor.wait()
+    assert "3D" in visitor.texts(".user .text")[-1]
+    # The prompt begins at the picture: what was said before is not in the request.
+    [asked] = json.loads(visitor.copied("Copy as curl").split("<<'JSON'\n")[1][:-6])["messages"]
+    assert [part["type"] for part in asked["content"]] == ["image_url", "text"]
+
+
+@pytest.mark.browser
+def test_a_reload_keeps_conversations_and_text_stays_text(visit: Callable[..., Visitor]) -> None:
+    visitor = visit()
+    visitor.choose("text")
+    visitor.say("<img src=x onerror=alert(1)> What is a cat?")
+    visitor.wait()
+    visitor.page.click("#new")
+    visitor.drop(STRAWBERRY)
+    visitor.say("What is this?")
+    visitor.wait()
+    visitor.page.wait_for_selector("#list li:nth-child(2)")
+    visitor.page.reload()
+    visitor.page.wait_for_selector("#list li:nth-child(2)")
+    assert (
+        visitor.texts(".model .text") == ["strawberry"] and visitor.count(".user .frame img") == 1
+    )
+    visitor.page.click("#list li:nth-child(2) .wide")
+    visitor.page.wait_for_selector("text=What is a cat?")
+    assert visitor.texts(".user .text") == ["<img src=x onerror=alert(1)> What is a cat?"]
+    visitor.page.on("dialog", lambda dialog: dialog.accept())
+    visitor.page.click("#list li:nth-child(2) .small")
+    visitor.page.wait_for_selector("#list li:nth-child(2)", state="detached")
+    assert visitor.count(".turn") == 0
+
+
+@pytest.mark.browser
+def test_copied_code_gives_the_reply_again(visit: Callable[..., Visitor], tmp_path: Path) -> None:
+    pytest.importorskip("openai")
+    visitor = visit()
+    visitor.choose("image")
+    visitor.say("Draw a red apple.")
+    visitor.wait()
+    shown = (visitor.page.get_attribute(".model .frame img", "src") or "").partition(",")[2]
+    code = visitor.copied("Copy as Python")
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=SECONDS)
+    assert base64.b64encode((tmp_path / "image-0.png").read_bytes()).decode() == shown
+    shell = visitor.copied("Copy as curl")
+    assert json.loads(shell.split("<<'JSON'\n")[1][:-6])["seed"]
+    if which("curl"):
+        reply = subprocess.run(["bash", "-c", shell], capture_output=True, check=True, text=True)
+        message = json.loads(reply.stdout)["choices"][0]["message"]
+        assert message["images"][0]["image_url"]["url"].endswith(shown)
+
+
+@pytest.mark.browser
+def test_errors_are_the_servers_sentences(visit: Callable[..., Visitor], server: Running) -> None:
+    visitor = visit()
+    visitor.set(temperature=-1)
+    visitor.say("Hello.")
+    visitor.wait()
+    refused = server.chat("Hello.", temperature=-1).json()["error"]["message"]
+    assert visitor.texts(".error") == [refused]
+    visitor.shoot("error")
+
+
+@pytest.mark.browser
+def test_asks_for_the_key(visit: Callable[..., Visitor]) -> None:
+    with running(api_keys=("a-secret-key",)) as server:
+        visitor = visit(server.url)
+        visitor.page.wait_for_selector("#key[open]")
+        visitor.shoot("key")
+        visitor.page.fill("#key-input", "a-secret-key")
+        visitor.page.keyboard.press("Enter")
+        visitor.page.wait_for_selector("#model option", state="attached")
+        visitor.choose("text")
+        visitor.say("What is a cat?")
+        visitor.wait()
+        assert visitor.count(".error") == 0
+        visitor.page.goto("about:blank")
+
+
+@pytest.mark.browser
+def test_korean_dark_and_a_small_telephone(visit: Callable[..., Visitor]) -> None:
+    phone = {"viewport": {"width": 320, "height": 640}, "is_mobile": True, "has_touch": True}
+    visitor = visit(locale="ko-KR", color_scheme="dark", **phone)
+    assert visitor.page.get_attribute("html", "lang") == "ko" and visitor.fits()
+    colour = "getComputedStyle(document.body).backgroundColor"
+    assert visitor.page.evaluate(colour) == "rgb(23, 22, 21)"
+    visitor.shoot("phone-empty")
+    visitor.page.set_input_files("#camera", STRAWBERRY)
+    visitor.page.fill("#prompt", "이게 뭐야?")
+    visitor.page.click("#send")
+    visitor.wait()
+    assert visitor.texts(".model .text") == ["딸기"] and visitor.fits()
+    visitor.shoot("phone")
+    visitor.page.click("#settings-button")
+    visitor.shoot("phone-settings")
+    visitor.page.keyboard.press("Escape")
+    visitor.page.click("#menu")
+    assert visitor.fits()
+    visitor.shoot("phone-list")
+    visitor.page.keyboard.press("Escape")
+    visitor.page.click("#language")
+    assert visitor.page.get_attribute("html", "lang") == "en"
+    visitor.page.click("#theme")
+    assert visitor.page.evaluate(colour) == "rgb(250, 249, 247)"
+    visitor.page.reload()
+    assert visitor.page.get_attribute("html", "lang") == "en"
+    assert visitor.page.evaluate(colour) == "rgb(250, 249, 247)"
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing(visit: Callable[..., Visitor], scheme: str) -> None:
+    if not (path := os.environ.get("AXE")):
+        pytest.skip("AXE does not name axe-core's axe.min.js")
+    visitor = visit(color_scheme=scheme, bypass_csp=True)
+    visitor.page.evaluate(Path(path).read_text("utf-8"))
+
+    def check() -> None:
+        found = visitor.page.evaluate("axe.run()")["violations"]
+        assert [(one["id"], one["nodes"][0]["html"]) for one in found] == []
+
+    visitor.page.wait_for_selector("#model option", state="attached")
+    check()
+    visitor.drop(STRAWBERRY)
+    check()
+    visitor.set(replies=2)
+    visitor.choose("interleaved")
+    visitor.say("Show me two different fruits.")
+    visitor.wait()
+    check()
+    visitor.page.focus(".user .actions button >> nth=0")
+    visitor.page.keyboard.press("Enter")
+    check()
+    visitor.page.click("#settings-button")
+    check()
