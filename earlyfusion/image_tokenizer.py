@@ -25,7 +25,7 @@ from earlyfusion.model.vqgan import VQGAN
 Mode: TypeAlias = Literal["crop", "fit"]
 Precision: TypeAlias = Literal["fp32", "bf16"]
 MAX_SQUARE = math.isqrt(MAX_PIXELS)
-# Pixels through the network at once: pictures of 512 x 512, or as many smaller ones as they hold.
+# Pixels through the network at once: one or eight pictures of 512 x 512, or more smaller ones.
 _BATCH_PIXELS = 512 * 512
 _BATCH_PIXELS_GPU = 8 * 512 * 512
 
@@ -59,10 +59,10 @@ class ImageTokenizer:
     """Encodes pictures to codes and draws codes as pictures, on the device of its VQ-GAN.
 
     `mode` says how a picture becomes a square: "crop" keeps the centre, as Meta's code does; "fit"
-    keeps the whole picture and fills up with white. A model that was trained on fitted pictures
-    says so in its `processor_config.json`; set `mode` to overrule it. `precision` is that of the
-    convolutions when codes are drawn; pictures are always encoded in the VQ-GAN's own, in which the
-    codes are exact.
+    keeps the whole picture on a white square. A model that was trained on fitted pictures says so
+    in its `processor_config.json`; set `mode` to overrule it. `precision` is that of the
+    convolutions of `decode`; pictures are always encoded in the VQ-GAN's dtype, because rounding
+    would change codes.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class ImageTokenizer:
     def encode(self, images: Any, mode: Mode | None = None) -> Tensor:
         """Codes int64 [n, h, w] of pictures, or [1, h, w] of one: anything that `Image.of` takes.
 
-        Raises `ImageError` when one cannot be read or has codes but no pixels.
+        Raises `ImageError` if one cannot be read, or has codes but no pixels.
         """
         images = [images] if _is_one(images) else images
         if len(images) == 0:
@@ -102,7 +102,7 @@ class ImageTokenizer:
         return torch.cat([self._encode_batch(batch, mode) for batch in batches])
 
     def decode(self, codes_nhw: Tensor) -> list[PIL.Image.Image]:
-        """Pictures of codes int64 [n, h, w]; values are truncated to 8 bits as in Meta's code."""
+        """Pictures of codes int64 [n, h, w]; values are truncated to 8 bits, as in Meta's code."""
         codes, step = _checked_codes(codes_nhw), self._batch_size
         return [
             PIL.Image.fromarray(pixels)
@@ -152,7 +152,7 @@ def _checked(mode: Any) -> Mode:
 
 
 def _is_one(images: Any) -> bool:
-    """Whether this is a picture and no list of them: an array or tensor of four axes is several."""
+    """Whether this is one picture and not several: an array or tensor of four axes is several."""
     if isinstance(images, np.ndarray | Tensor):
         return images.ndim < 4
     return not isinstance(images, Sequence) or isinstance(images, str | bytes | bytearray)
@@ -181,7 +181,7 @@ def cropped(picture: PIL.Image.Image, side: int) -> PIL.Image.Image:
 def _narrow_crop(
     picture: PIL.Image.Image, side: int, area: tuple[int, ...], size: tuple[int, int]
 ) -> PIL.Image.Image:
-    """The crop of a long strip without resizing all of it; differs in the last bit of a value."""
+    """The crop of a long strip without resizing all of it; values may differ in the last bit."""
     lengths, sizes = picture.size * 2, size * 2
     box = [min(edge * n / m, n) for edge, n, m in zip(area, lengths, sizes, strict=True)]
     resample = PIL.Image.Resampling.LANCZOS

@@ -125,7 +125,7 @@ def test_packed_weights_are_read_by_load_alone(model: Chameleon, tmp_path: Path)
         convert(str(place), tmp_path / "meta", "meta")
     with pytest.raises(CheckpointError, match=sentence):
         Chameleon.load(place, "cpu", "float32")
-    with pytest.raises(SettingError, match="in 4 bits already and cannot go to 8"):
+    with pytest.raises(SettingError, match="have 4 bits already and cannot be rounded to 8"):
         Chameleon.load(place, "cpu", "int8")
     assert Chameleon.load(place, "cpu", "int4").generate("x", max_tokens=2).usage
     told = summarize(place).parameters

@@ -387,14 +387,3 @@ class TestKVCache:
         feed(model, cache, torch.tensor([2, 0]), zeros, [torch.arange(3), torch.arange(3)])
         assert cache.v_LSPKH[:, 1].abs().sum() == 0
         assert torch.equal(cache.v_LSPKH[:, 0], cache.v_LSPKH[:, 2])
-
-    def test_a_copied_slot_goes_on_alike(self) -> None:
-        model = Transformer(TINY).eval()
-        cache = KVCache(TINY, 2, 8)
-        feed(model, cache, torch.tensor([0]), torch.tensor([0]), [torch.arange(5)])
-        cache.copy(0, 1, 5)
-        both = feed(model, cache, torch.arange(2), torch.full((2,), 5), [torch.tensor([9])] * 2)
-        torch.testing.assert_close(both[0], both[1], atol=1e-6, rtol=0)
-        torch.testing.assert_close(
-            both[0], model(torch.tensor([[0, 1, 2, 3, 4, 9]]))[0, -1], atol=1e-5, rtol=0
-        )

@@ -1,6 +1,6 @@
 """The feed-forward's activations, by the names of a transformers `config.json`.
 
-Two learn something: `prelu` a slope, `xielu` (arXiv 2411.13010) two, under transformers' names.
+Two have parameters, under transformers' names: `prelu` one slope, `xielu` (arXiv 2411.13010) two.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _ROOT = math.sqrt(2.0 / math.pi)
 
 
 class Elementwise(nn.Module):
-    """An activation without parameters; shows its name."""
+    """An activation without parameters."""
 
     def __init__(self, name: str, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -33,10 +33,11 @@ class Elementwise(nn.Module):
 
 
 class XIELU(nn.Module):
-    """A parabola right of 0, an integrated ELU left of it; both slopes are learned."""
+    """A parabola for positive x, an integrated ELU for negative x; both slopes are learned."""
 
     def __init__(self, right: float = 0.8, left: float = 0.8, beta: float = 0.5) -> None:
         super().__init__()
+        # The slopes are softplus(alpha_p) and beta + softplus(alpha_n), so that they stay positive.
         self.alpha_p = nn.Parameter(_before_softplus(right))
         self.alpha_n = nn.Parameter(_before_softplus(left - beta))
         self.register_buffer("beta", torch.tensor(beta, dtype=torch.bfloat16))
@@ -52,7 +53,7 @@ class XIELU(nn.Module):
 
 
 def _before_softplus(value: float) -> Tensor:
-    # bf16 as in transformers, whose checkpoints then load to the bit.
+    # bf16 as in transformers, so that its checkpoints load to the bit.
     return torch.tensor([value], dtype=torch.bfloat16).expm1().log()
 
 
@@ -69,7 +70,7 @@ def _clipped_gelu(x: Tensor) -> Tensor:
 
 
 def _laplace(x: Tensor) -> Tensor:
-    """The distribution function of N(0.707107, 0.282095^2), near the square of relu."""
+    """The cumulative distribution of N(0.707107, 0.282095^2), close to the square of relu."""
     return 0.5 * (1.0 + torch.erf((x - 0.707107) / (0.282095 * math.sqrt(2.0))))
 
 
@@ -113,7 +114,7 @@ _LEARNED: dict[str, type[nn.Module]] = {"prelu": nn.PReLU, "xielu": XIELU}
 
 
 def activation(name: str) -> nn.Module:
-    """The activation of that name; `SettingError` with the known names for another."""
+    """The activation of a name; `SettingError` lists the known ones for another name."""
     if name in _FUNCTIONS:
         return Elementwise(name, _FUNCTIONS[name])
     if name in _LEARNED:

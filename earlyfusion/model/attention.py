@@ -1,6 +1,8 @@
 """Attention without a cache: causal over a whole row, or within the documents packed into a row.
 
-An `Attend` owns mask and cache of one layer, so that the transformer knows neither.
+An `Attend` owns the mask and the cache of one layer, so that the transformer knows neither. On a
+GPU torch's attention for packed documents serves if it works there, else a mask; on a CPU a call
+per document.
 
 Shapes: B batch, T tokens, N query heads, K key and value heads, H head width.
 """
@@ -27,7 +29,8 @@ def dot_product_attention(
     mask: Tensor | None = None,
     causal: bool = False,
 ) -> Tensor:
-    """Scaled by 1 / sqrt(H). `mask` is boolean, True where a query may look; keys may be longer."""
+    """Scaled by 1 / sqrt(H). `mask` is True where a query may look; there may be more keys than
+    queries."""
     out_BNTH = F.scaled_dot_product_attention(
         q_BTNH.transpose(1, 2),
         k_BTKH.transpose(1, 2),
@@ -52,7 +55,8 @@ class CausalAttend:
         self._mask: Tensor | None = None
         if document_BT is not None and document_BT.device.type == "cpu":
             self.lengths = _run_lengths(document_BT)
-        # Asked for here: a compiled block that reads the cache would trace what fills it.
+        # Looked up here and not in the call: a compiled block would trace the trial that fills the
+        # cache.
         self._packed: Callable[..., Tensor] | None = None
         self._ends: Tensor | None = None
         if document_BT is not None and self.lengths is None:
@@ -98,17 +102,17 @@ def _document_mask(document_BT: Tensor) -> Tensor:
 
 @cache
 def packed_attention(device: str) -> Callable[..., Tensor] | None:
-    """torch's attention for documents packed one after another; None where it does not compute.
+    """torch's attention for documents packed one after another; None if it does not work here.
 
-    Its names of arguments changed between versions, and kernels are missing for some devices: it is
-    tried once against a mask, forward and backward, before anything relies on it.
+    Its argument names differ between versions, and some devices lack the kernels: it is compared
+    once with a mask, forward and backward, before anything relies on it.
     """
     if device != "cuda":
         return None
     try:
         found = _causal_varlen()
         return found if _agrees_with_mask(found, torch.device(device)) else None
-    except Exception:  # whatever a version or a kernel raises: the mask is right everywhere
+    except Exception:  # whatever a version or a kernel raises: a mask works everywhere
         return None
 
 
@@ -159,14 +163,14 @@ def _attend_packed(
     return attend(q_SNH, k_SNH, v_SNH, ends, q_BTNH.shape[1]).view(q_BTNH.shape)
 
 
-def _sequence_ends(document_BT: Tensor, several: int = 128) -> Tensor:
-    """Where the documents of all rows begin, one row after another, and where the last ends: int32.
+def _sequence_ends(document_BT: Tensor, multiple: int = 128) -> Tensor:
+    """Offsets at which the documents of all rows begin, and the end of the last one: int32.
 
-    Filled up with empty documents to a multiple of `several`, so that few shapes come to a compiled
-    block.
+    Empty documents fill it up to a multiple of `multiple`, so that a compiled block sees few
+    shapes.
     """
     begins_BT = torch.ones_like(document_BT, dtype=torch.bool)
     begins_BT[:, 1:] = document_BT[:, 1:] != document_BT[:, :-1]
     starts = begins_BT.flatten().nonzero()[:, 0]
-    filling = several - len(starts) % several
+    filling = multiple - len(starts) % multiple
     return F.pad(starts, (0, filling), value=document_BT.numel()).int()

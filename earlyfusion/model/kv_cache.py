@@ -1,9 +1,9 @@
-"""Keys and values of past tokens, preallocated: one slot a sequence, each of its own length.
+"""Keys and values of past tokens, preallocated: a slot per sequence, each with a length of its own.
 
-Keys are kept after norm and rotation. The caller knows how many tokens each slot holds; the cache
+Keys are stored after norm and rotation. The caller knows how many tokens each slot holds; the cache
 only stores and looks back.
 
-Shapes: L layers, S slots, B rows of one call, T their new tokens, P places of a slot, N query
+Shapes: L layers, S slots, B rows of one call, T their new tokens, P positions of a slot, N query
 heads, K key and value heads, H head width.
 """
 
@@ -39,10 +39,10 @@ class KVCache:
     def attends(
         self, slots_B: Tensor, lengths_B: Tensor, valid_BT: Tensor | None = None
     ) -> list[Attend]:
-        """One `Attend` a layer: stores the new tokens behind the `lengths_B` known, and looks back.
+        """An `Attend` per layer, which stores the new tokens after `lengths_B` and looks back.
 
-        Rows shorter than the others are padded on the right and marked in `valid_BT`; padding is
-        not stored. Raises `ContextError` where a row outgrows its slot.
+        Shorter rows are padded on the right, and `valid_BT` is False there; padding is not stored.
+        Raises `ContextError` if a row outgrows its slot.
         """
         window = _Window(slots_B, lengths_B, valid_BT, self.length)
         return [
@@ -50,79 +50,72 @@ class KVCache:
             for k_SPKH, v_SPKH in zip(self.k_LSPKH, self.v_LSPKH, strict=True)
         ]
 
-    def copy(self, source: int, target: int, tokens: int) -> None:
-        """Repeat the first `tokens` tokens of one slot in another."""
-        for kept in (self.k_LSPKH, self.v_LSPKH):
-            kept[:, target, :tokens] = kept[:, source, :tokens]
-
 
 def kept_in(transformer: nn.Module) -> tuple[torch.dtype, torch.device]:
-    """Dtype and device of a model's keys and values: those of its head.
-
-    A head of another class may have no weight of its own; then the first parameter tells.
-    """
+    """Dtype and device of a model's keys and values: those of its head's weight."""
     weight = getattr(transformer.lm_head, "weight", None)
-    if not isinstance(weight, Tensor):
+    if not isinstance(weight, Tensor):  # a head of another class: the first parameter decides
         weight = next(p for p in transformer.parameters() if p.is_floating_point())
     return weight.dtype, weight.device
 
 
-class _Plan(NamedTuple):
-    """Where one call's tokens go and what they see: made once, used by all layers."""
-
-    kept: tuple[Tensor, ...] | EllipsisType
-    targets: tuple[Tensor, Tensor]
-    rows: Tensor | slice
-    end: int
-    mask: Tensor | None
-    causal: bool
-
-
 class _Window:
+    """The slots of one call and how long each is; its views are shared by all layers."""
+
     def __init__(
         self, slots_B: Tensor, lengths_B: Tensor, valid_BT: Tensor | None, limit: int
     ) -> None:
-        self.slots_B, self.lengths_B, self.valid_BT, self.limit = (
-            slots_B,
-            lengths_B,
-            valid_BT,
-            limit,
-        )
-        self._plans: dict[int, _Plan] = {}
+        self.slots_B, self.lengths_B, self.valid_BT = slots_B, lengths_B, valid_BT
+        self.limit = limit
+        self._views: dict[int, _View] = {}
 
-    def plan(self, new: int) -> _Plan:
-        """The plan for `new` tokens a row."""
-        if new not in self._plans:
-            self._plans[new] = self._make(new)
-        return self._plans[new]
+    def view(self, new: int) -> _View:
+        """The view for `new` tokens per row."""
+        if new not in self._views:
+            self._views[new] = self._make(new)
+        return self._views[new]
 
-    def _make(self, new: int) -> _Plan:
+    def _make(self, new: int) -> _View:
         known, added = self.lengths_B.tolist(), [new] * len(self.lengths_B)
-        places_BT = self.lengths_B[:, None] + torch.arange(new, device=self.lengths_B.device)
-        kept: tuple[Tensor, ...] | EllipsisType = ...
-        targets = (self.slots_B[:, None], places_BT)
+        positions_BT = self.lengths_B[:, None] + torch.arange(new, device=self.lengths_B.device)
+        stored: tuple[Tensor, ...] | EllipsisType = ...
+        targets = (self.slots_B[:, None], positions_BT)
         if self.valid_BT is not None:
             added = self.valid_BT.sum(1).tolist()
-            kept = self.valid_BT.nonzero(as_tuple=True)
-            targets = (self.slots_B[kept[0]], places_BT[kept])
+            stored = self.valid_BT.nonzero(as_tuple=True)
+            targets = (self.slots_B[stored[0]], positions_BT[stored])
         end = max(k + a for k, a in zip(known, added, strict=True))
         if end > self.limit:
             raise ContextError(
                 f"{end} tokens do not fit into the context of {self.limit}: shorten the prompt"
             )
+        # Two cases need no mask: all rows begin at 0, or each adds one token at the same position.
         from_start = not any(known) and end == new
         latest = new == 1 and set(known) == {end - 1}
         mask = None
         if not from_start and not latest:
-            mask = (torch.arange(end, device=places_BT.device) <= places_BT[..., None])[:, None]
-        return _Plan(kept, targets, _as_slice(self.slots_B), end, mask, from_start)
+            mask = (torch.arange(end, device=positions_BT.device) <= positions_BT[..., None])[
+                :, None
+            ]
+        return _View(stored, targets, _as_slice(self.slots_B), end, mask, from_start)
+
+
+class _View(NamedTuple):
+    """Where the tokens of one call are stored and what they see."""
+
+    stored: tuple[Tensor, ...] | EllipsisType  # indices (row, token) of those that are no padding
+    targets: tuple[Tensor, Tensor]  # slot and position of each
+    rows: Tensor | slice  # the slots
+    end: int  # positions to look back at
+    mask: Tensor | None
+    causal: bool
 
 
 def _as_slice(slots_B: Tensor) -> Tensor | slice:
-    # Neighbouring slots are read in place; others have to be gathered into a copy.
+    # Consecutive slots are read in place; others have to be gathered into a copy.
     first, count = int(slots_B[0]), len(slots_B)
-    neighbours = slots_B.tolist() == list(range(first, first + count))
-    return slice(first, first + count) if neighbours else slots_B
+    consecutive = slots_B.tolist() == list(range(first, first + count))
+    return slice(first, first + count) if consecutive else slots_B
 
 
 class _CachedAttend:
@@ -130,9 +123,9 @@ class _CachedAttend:
         self.k_SPKH, self.v_SPKH, self.window = k_SPKH, v_SPKH, window
 
     def __call__(self, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
-        plan = self.window.plan(q_BTNH.shape[1])
-        self.k_SPKH[plan.targets] = k_BTKH[plan.kept].to(self.k_SPKH.dtype)
-        self.v_SPKH[plan.targets] = v_BTKH[plan.kept].to(self.v_SPKH.dtype)
-        k_BPKH = self.k_SPKH[plan.rows, : plan.end].to(q_BTNH.dtype)
-        v_BPKH = self.v_SPKH[plan.rows, : plan.end].to(q_BTNH.dtype)
-        return dot_product_attention(q_BTNH, k_BPKH, v_BPKH, plan.mask, plan.causal)
+        view = self.window.view(q_BTNH.shape[1])
+        self.k_SPKH[view.targets] = k_BTKH[view.stored].to(self.k_SPKH.dtype)
+        self.v_SPKH[view.targets] = v_BTKH[view.stored].to(self.v_SPKH.dtype)
+        k_BPKH = self.k_SPKH[view.rows, : view.end].to(q_BTNH.dtype)
+        v_BPKH = self.v_SPKH[view.rows, : view.end].to(q_BTNH.dtype)
+        return dot_product_attention(q_BTNH, k_BPKH, v_BPKH, view.mask, view.causal)

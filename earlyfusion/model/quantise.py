@@ -1,7 +1,8 @@
-"""Weights in fewer bits: 16 (bf16), 8 (one fp32 scale a row) or 4 (one bf16 scale for 32 columns).
+"""Weights in fewer bits: 16 (bf16), 8 (an fp32 scale per row) or 4 (a bf16 scale per 32 columns).
 
-Symmetric, rounded to nearest, decided matrix by matrix without data. Rows are padded to a multiple
-of 4 and columns to a multiple of 64, as the compiled step of the engine reads them.
+Symmetric, rounded to nearest, each matrix by itself, without calibration data. Rows are padded to a
+multiple of 4 and columns to a multiple of 64, as the compiled step (`kernels/cpu_step.py`) reads
+them.
 
 Shapes: O rows and I columns of a matrix, both padded in `data`.
 """
@@ -22,7 +23,11 @@ _DENSE = {32: torch.float32, 16: torch.bfloat16}
 
 
 class PackedMatrix(NamedTuple):
-    """A weight matrix as the compiled step reads it; `rows` and `columns` without padding."""
+    """A weight matrix as the compiled step reads it; `rows` and `columns` are without padding.
+
+    At 4 bits a byte holds two columns: 32 bytes have columns 0 to 31 of a group of 64 in the low
+    nibbles, 32 to 63 in the high ones, as levels plus 8.
+    """
 
     data: Tensor
     scales: Tensor | None
@@ -36,9 +41,9 @@ class PackedMatrix(NamedTuple):
 
 
 def pack(weight_OI: Tensor, bits: int) -> PackedMatrix:
-    """Round a matrix to `bits` a weight: 32 fp32, 16 bf16, 8 and 4 integers with scales.
+    """Round a matrix to `bits` per weight: 32 fp32, 16 bf16, 8 and 4 integers with scales.
 
-    A matrix that is in this form already is not copied.
+    fp32 and bf16 matrices that need no padding are not copied.
     """
     rows, columns = weight_OI.shape
     if weight_OI.dtype == _DENSE.get(bits) and rows % 4 == columns % 64 == 0:
@@ -54,7 +59,7 @@ def pack(weight_OI: Tensor, bits: int) -> PackedMatrix:
 
 
 def unpack(matrix: PackedMatrix) -> Tensor:
-    """The weights that a packed matrix stands for, fp32 [O, I]."""
+    """The rounded weights of a packed matrix, fp32 [O, I]."""
     full = matrix.data.float()
     if matrix.bits == 8:
         assert matrix.scales is not None
@@ -74,7 +79,8 @@ def _int8(full: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _int4(full: Tensor) -> tuple[Tensor, Tensor]:
-    """Sixteen levels from -8 to 7: the entry of largest size gets the level -8 exactly."""
+    """Levels -8 to 7. The largest entry in absolute value gets the level -8, whatever its sign, so
+    that all sixteen levels are used."""
     groups = full.unflatten(1, (-1, 32))
     largest = groups.gather(2, groups.abs().argmax(2, keepdim=True))
     scales = (largest / -8).bfloat16()
@@ -84,7 +90,7 @@ def _int4(full: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class PackedLinear(nn.Module):
-    """A linear layer whose weights lie packed; a product unpacks them first.
+    """A linear layer with packed weights, which are unpacked for each product.
 
     `kernels/unpack.py` has a twin that unpacks in compiled code.
     """
@@ -114,7 +120,7 @@ class PackedLinear(nn.Module):
 
 
 def packed_weight(linear: nn.Module, bits: int) -> PackedMatrix:
-    """The weight of a linear layer, packed now or long since."""
+    """The weight of a linear layer in packed form: as it is if packed already, else packed now."""
     if isinstance(linear, PackedLinear):
         return linear.matrix
     assert isinstance(linear, nn.Linear)
@@ -122,7 +128,7 @@ def packed_weight(linear: nn.Module, bits: int) -> PackedMatrix:
 
 
 def packed_bits(transformer: Transformer) -> int | None:
-    """The bits of a model's packed matrices, None where they are not packed."""
+    """The bits of a model's packed matrices; None if they are not packed."""
     packed = (m.bits for m in transformer.modules() if isinstance(m, PackedLinear))
     return next(packed, None)
 
@@ -131,25 +137,26 @@ def packed_bits(transformer: Transformer) -> int | None:
 def quantise(transformer: Transformer, bits: int) -> Transformer:
     """Round a model's matrices to 8 or 4 bits, in place.
 
-    The layers' matrices are kept packed. Norms and embedding stay as they are; the head takes the
-    rounded values in its own dtype. Raises `SettingError` for other bits.
+    The layers' matrices become `PackedLinear`. Norms and embedding stay as they are; the head is
+    rounded but stays dense, in its dtype. Raises `SettingError` for other bits.
     """
     if bits not in (8, 4):
-        raise SettingError(f"bits={bits} is not offered: choose 8 or 4")
+        raise SettingError(f"bits={bits} is not possible: choose 8 or 4")
     packed = packed_bits(transformer)
     if packed == bits:
         return transformer
     if packed is not None:
         raise SettingError(
-            f"the weights are in {packed} bits already and cannot go to {bits}: "
-            "take the model that they were made from"
+            f"the weights have {packed} bits already and cannot be rounded to {bits}: "
+            "quantise the model that they were made from"
         )
     for block in transformer.model.layers:
         assert isinstance(block, Block)
-        for part in (block.self_attn, block.mlp):
-            for name, linear in list(part.named_children()):
+        for parent in (block.self_attn, block.mlp):
+            for name, linear in list(parent.named_children()):
                 if isinstance(linear, nn.Linear):
-                    setattr(part, name, PackedLinear(linear, bits))
+                    setattr(parent, name, PackedLinear(linear, bits))
+    # A tied head is the embedding, which stays as it is.
     if not transformer.config.tie_word_embeddings:
         head = transformer.lm_head.weight
         head.copy_(unpack(pack(head, bits)))

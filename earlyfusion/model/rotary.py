@@ -1,10 +1,10 @@
-"""Rotary positions: how far each pair of a head's entries turns at a position.
+"""Rotary positions: how far each pair of a head's entries is rotated at a position.
 
-The kinds are transformers', with the names of its `rope_parameters`: default; linear (positions
-divided by `factor`); proportional (only some pairs turn); llama3, yarn (arXiv 2309.00071) and
-longrope (arXiv 2402.13753), which slow the slow pairs; dynamic, which slows all beyond the trained
-length. Two depend on how long the sequence is at the time of the call: dynamic, and longrope, which
-has a second list of factors for longer ones. A cached key keeps the rotation that it was given.
+The types are transformers', with the names of its `rope_parameters`: default; linear (positions
+divided by `factor`); proportional (only some pairs are rotated); llama3, yarn (arXiv 2309.00071)
+and longrope (arXiv 2402.13753), which slow the slow pairs; dynamic, which slows all pairs beyond
+the trained length. Two depend on the length of the sequence at the time of the call: dynamic, and
+longrope, which has a second list of factors for longer sequences. A cached key keeps its rotation.
 
 Shapes: B batch, T tokens, H head width.
 """
@@ -30,7 +30,7 @@ class Rotary(NamedTuple):
 
 
 def rotate(x_BTNH: Tensor, rotary: Rotary) -> Tensor:
-    """Turn each pair (h, h + H/2) by its angle: transformers' half-split layout."""
+    """Rotate each pair (h, h + H/2) by its angle: transformers' half-split layout."""
     swapped_BTNH = x_BTNH.roll(x_BTNH.shape[-1] // 2, -1)
     return torch.addcmul(x_BTNH * rotary.cos, swapped_BTNH, rotary.sin)
 
@@ -38,7 +38,7 @@ def rotate(x_BTNH: Tensor, rotary: Rotary) -> Tensor:
 def rotary_tables(config: ModelConfig, positions_BT: Tensor) -> Rotary:
     """Cosines and sines of every position and pair, in fp32.
 
-    Where the kind depends on the length, that is the row's largest position plus one.
+    The length of a row, where the type depends on it, is its largest position plus one.
     """
     lengths_B11 = positions_BT.amax(1)[:, None, None] + 1 if is_dynamic(config) else None
     frequencies = rotary_frequencies(config, positions_BT.device, lengths_B11)
@@ -51,7 +51,7 @@ def rotary_tables(config: ModelConfig, positions_BT: Tensor) -> Rotary:
 def rotary_frequencies(
     config: ModelConfig, device: torch.device, length: Tensor | None = None
 ) -> Tensor:
-    """Radians a position, for each of the H/2 pairs, in fp32.
+    """Radians per position, for each of the H/2 pairs, in fp32.
 
     `length` counts the tokens of the sequence, any shape ending in 1; None is the trained length.
     """
@@ -59,7 +59,7 @@ def rotary_frequencies(
 
 
 def attention_factor(config: ModelConfig) -> float:
-    """What cosines and sines are multiplied with, so that longer contexts keep their sharpness."""
+    """A factor of cosines and sines, so that attention stays as sharp in longer contexts."""
     scaling = config.rope_scaling or {}
     if config.rope_type not in ("yarn", "longrope"):
         return 1.0
@@ -80,31 +80,31 @@ def is_dynamic(config: ModelConfig) -> bool:
 
 
 def changes_at(config: ModelConfig) -> int | None:
-    """The length up to which angles stay as they are; None where they always do."""
+    """The length beyond which angles change; None if they never do."""
     if not is_dynamic(config):
         return None
     return config.max_position_embeddings if config.rope_type == "dynamic" else _trained(config)
 
 
 def check_rope(config: ModelConfig) -> None:
-    """`SettingError` for an unknown kind, a setting that it lacks, or one that no head can have."""
-    kind, scaling = config.rope_type, config.rope_scaling or {}
-    if kind not in _FREQUENCIES:
+    """`SettingError` for an unknown type, a missing setting, or one that does not fit the heads."""
+    rope_type, scaling = config.rope_type, config.rope_scaling or {}
+    if rope_type not in _FREQUENCIES:
         raise SettingError(
-            f"rope_scaling type {kind!r} is unknown: use one of {', '.join(_FREQUENCIES)}"
+            f"rope_scaling type {rope_type!r} is unknown: use one of {', '.join(_FREQUENCIES)}"
         )
-    missing = [name for name in _NEEDED.get(kind, ()) if scaling.get(name) is None]
+    missing = [name for name in _NEEDED.get(rope_type, ()) if scaling.get(name) is None]
     if missing:
-        raise SettingError(f"rope_scaling type {kind!r} needs {', '.join(missing)}")
-    part = scaling.get("partial_rotary_factor", 1.0)
-    if part != 1.0 and kind not in ("default", "proportional"):
+        raise SettingError(f"rope_scaling type {rope_type!r} needs {', '.join(missing)}")
+    rotated_share = scaling.get("partial_rotary_factor", 1.0)
+    if rotated_share != 1.0 and rope_type not in ("default", "proportional"):
         raise SettingError(
-            f"partial_rotary_factor={part} with rope_scaling type {kind!r} is not supported: the "
-            "family turns whole heads; use rope_type 'proportional'"
+            f"partial_rotary_factor={rotated_share} with rope_scaling type {rope_type!r} is not "
+            "supported: Chameleon rotates whole heads; use rope_type 'proportional'"
         )
-    if kind == "dynamic" and config.head_dim < 4:
+    if rope_type == "dynamic" and config.head_dim < 4:
         raise SettingError("rope_scaling type 'dynamic' needs heads of at least 4 entries")
-    for name in ("short_factor", "long_factor") if kind == "longrope" else ():
+    for name in ("short_factor", "long_factor") if rope_type == "longrope" else ():
         if len(scaling[name]) != config.head_dim // 2:
             raise SettingError(
                 f"{name} has {len(scaling[name])} entries: longrope needs one for each of the "
@@ -130,10 +130,10 @@ def _linear(
 def _proportional(
     config: ModelConfig, scaling: dict[str, Any], device: torch.device, length: Tensor | None
 ) -> Tensor:
-    turning = int(scaling.get("partial_rotary_factor", 1.0) * config.head_dim // 2)
+    rotated = int(scaling.get("partial_rotary_factor", 1.0) * config.head_dim // 2)
     frequencies = _plain(config, scaling, device, length) / float(scaling.get("factor") or 1.0)
     pairs = torch.arange(config.head_dim // 2, device=device)
-    return torch.where(pairs < turning, frequencies, 0.0)
+    return torch.where(pairs < rotated, frequencies, 0.0)
 
 
 def _dynamic(
@@ -151,25 +151,25 @@ def _dynamic(
 def _llama3(
     config: ModelConfig, scaling: dict[str, Any], device: torch.device, length: Tensor | None
 ) -> Tensor:
-    """Slow pairs are slowed by `factor`, fast ones kept, those between are blended."""
+    """Slow pairs are slowed by `factor`, fast ones stay, those between are blended."""
     frequencies = _plain(config, scaling, device, length)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = frequencies * (_trained(config) / (2 * math.pi))
-    keep = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-    return frequencies * (keep + (1.0 - keep) / scaling["factor"])
+    turns = frequencies * (_trained(config) / (2 * math.pi))  # within the trained length
+    unchanged = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return frequencies * (unchanged + (1.0 - unchanged) / scaling["factor"])
 
 
 def _yarn(
     config: ModelConfig, scaling: dict[str, Any], device: torch.device, length: Tensor | None
 ) -> Tensor:
-    """As llama3, but blended linearly in the number of the pair."""
+    """As llama3, but blended linearly over the pairs, and the limits are numbers of turns."""
     frequencies = _plain(config, scaling, device, length)
-    first = _turning_pair(config, scaling.get("beta_fast") or 32)
-    last = _turning_pair(config, scaling.get("beta_slow") or 1)
+    first = _pair_of_turns(config, scaling.get("beta_fast") or 32)
+    last = _pair_of_turns(config, scaling.get("beta_slow") or 1)
     if scaling.get("truncate", True):
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, config.head_dim - 1)
-    last += 0.001 if first == last else 0.0
+    last += 0.001 if first == last else 0.0  # no division by zero
     pairs = torch.arange(config.head_dim // 2, dtype=torch.float32, device=device)
     slow = ((pairs - first) / (last - first)).clamp(0.0, 1.0)
     return frequencies / _factor(config, scaling) * slow + frequencies * (1.0 - slow)
@@ -220,8 +220,8 @@ def _factor(config: ModelConfig, scaling: dict[str, Any]) -> float:
     return config.max_position_embeddings / _trained(config) if given is None else float(given)
 
 
-def _turning_pair(config: ModelConfig, turns: float) -> float:
-    """The pair, as a fraction, that turns so many times within the trained length."""
+def _pair_of_turns(config: ModelConfig, turns: float) -> float:
+    """The pair, as a fraction, that turns `turns` times within the trained length."""
     wavelengths = math.log(_trained(config) / (turns * 2 * math.pi))
     return config.head_dim * wavelengths / (2 * math.log(config.rope_theta))
 

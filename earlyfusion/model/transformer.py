@@ -5,16 +5,16 @@ Choices, with the section of the paper (arXiv 2405.09818):
 - text and image tokens share embedding, layers and head; nothing here knows which is which (2);
 - Llama-2's block: RMSNorm, rotary positions, SwiGLU, no biases; grouped keys in the 34B (2.3);
 - QK-norm: a LayerNorm with weight and bias over each head's queries and keys, before rotation, so
-  that the two modalities cannot race each other's norms out of the range of bf16 (2.3);
-- `swin_norm` norms what a branch gives instead of what it takes, as the 34B does (2.3); one `Block`
+  that the modalities cannot drive each other's norms out of the range of bf16 (2.3);
+- `swin_norm` norms the output of a branch instead of its input, as the 34B does (2.3); one `Block`
   serves both;
 - the feed-forward's gate is SiLU; a config may name another of transformers' activations;
 - dropout after attention and after feed-forward, 0.1 in the 7B, none in the 34B (2.3);
 - norms and rotation are computed in fp32 and rounded once, as Meta's kernels do.
 
-Parameter names are transformers'. The forward gives plain logits: which token may come next is no
-business of the model. Attention is passed in, one `Attend` a layer, so that layers never know their
-number, a cache or a mask.
+Parameter names are transformers'. The forward returns plain logits: which token may come next is
+not decided here. Attention is passed in, one `Attend` per layer, so that layers know neither their
+number nor a cache or a mask.
 
 Shapes: B batch, T tokens, D model width, N query heads, K key and value heads, H head width,
 V vocabulary.
@@ -51,7 +51,7 @@ class RMSNorm(nn.Module):
 
 
 class HeadNorm(nn.Module):
-    """LayerNorm over H with a weight and bias for each head, in fp32; its eps is fixed."""
+    """LayerNorm over H in fp32, with a weight and bias per head; its eps is not in the config."""
 
     def __init__(self, heads: int, width: int) -> None:
         super().__init__()
@@ -129,12 +129,12 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks and final norm; takes embedded tokens, so that a caller may mix its own."""
+    """Embedding, blocks and final norm; takes embeddings, so that callers may mix in their own."""
 
     def __init__(self, config: ModelConfig, dropout: float) -> None:
         super().__init__()
         weight_VD = torch.empty(config.vocab_size, config.hidden_size)
-        # Random numbers without memory for them: torch would load its compiler for that.
+        # Random numbers for a meta tensor would make torch load its compiler.
         weight_VD = weight_VD if weight_VD.is_meta else weight_VD.normal_()
         self.embed_tokens = nn.Embedding.from_pretrained(weight_VD, freeze=False)
         self.layers = nn.ModuleList(Block(config, dropout) for _ in range(config.num_hidden_layers))
@@ -170,7 +170,7 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Logits (B, T, V), or (B, 1, V) with `last_only`, in the computing dtype.
 
-        Positions count from 0 unless given; `attends`, one a layer, default to causal attention.
+        Positions count from 0 unless given; `attends`, one per layer, default to causal attention.
         """
         x_BTD = self.states(tokens_BT, positions_BT, attends)
         logits_BTV: Tensor = self.lm_head(x_BTD[:, -1:] if last_only else x_BTD)
@@ -182,7 +182,7 @@ class Transformer(nn.Module):
         positions_BT: Tensor | None = None,
         attends: Sequence[Attend] | None = None,
     ) -> Tensor:
-        """What the head reads: (B, T, D) after the last norm; arguments as in `forward`."""
+        """The head's input: (B, T, D) after the final norm; arguments as in `forward`."""
         if positions_BT is None:
             positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
         if attends is None:

@@ -187,19 +187,20 @@ class Decoder(nn.Module):
 
 
 class Quantizer(nn.Module):
-    """The codebook. Called with latents, it gives what training the tokenizer needs of them."""
+    """The codebook. Its forward is for training: codewords, loss and codes of latents."""
 
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
         self.beta = 0.25  # the codebook's share of the loss
         codewords = torch.empty(config.num_embeddings, config.embed_dim)
-        # Random numbers without memory for them: torch would load its compiler for that.
+        # Random numbers for a meta tensor would make torch load its compiler.
         codewords = codewords if codewords.is_meta else codewords.normal_()
         self.embedding = nn.Embedding.from_pretrained(codewords, freeze=False)
 
     def search(self, vectors_NC: Tensor) -> Tensor:
         """Nearest codeword of each vector, int64 [N]; the first one on ties."""
         weight_KC = self.embedding.weight
+        # |v - w|^2 / 2 = |v|^2 / 2 - v w + |w|^2 / 2; the first term is equal for all codewords.
         half_norm_K = weight_KC.square().sum(1) / 2
         rows = max(1, _SEARCH_ELEMENTS // len(weight_KC))
         pieces = vectors_NC.to(weight_KC.dtype).split(rows)
@@ -216,7 +217,7 @@ class Quantizer(nn.Module):
         return self.embedding(codes_Byx).permute(0, 3, 1, 2)
 
     def forward(self, latents_BCyx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Codewords, through which gradients pass as if not there; loss; codes, flat [B * y * x].
+        """Codewords with a straight-through gradient; loss; codes, flat [B * y * x].
 
         The loss is van den Oord et al.'s (2017), with `beta` on the codebook.
         """
@@ -229,7 +230,7 @@ class Quantizer(nn.Module):
 
 
 class Quantized(NamedTuple):
-    """What training needs of one pass: `latents` before and `nearest` after the codebook."""
+    """One pass of training: `latents` before the codebook, `nearest` their codewords."""
 
     pixels: Tensor
     latents: Tensor
@@ -238,7 +239,7 @@ class Quantized(NamedTuple):
 
 
 class VQGAN(nn.Module):
-    """Encoder, codebook and decoder. `decoder` is None where a checkpoint comes without one."""
+    """Encoder, codebook and decoder. `decoder` is None if the checkpoint has none."""
 
     def __init__(self, config: VQConfig, with_decoder: bool = True) -> None:
         super().__init__()
@@ -259,7 +260,7 @@ class VQGAN(nn.Module):
     def latents(self, pixels_BCYX: Tensor) -> Tensor:
         """Encoder output after `quant_conv`, [B, embed_dim, y, x]; pixels are in [-1, 1].
 
-        Raises `ImageError` where the stride does not divide height and width.
+        Raises `ImageError` unless height and width are multiples of the stride.
         """
         stride, (height, width) = self.config.stride, pixels_BCYX.shape[-2:]
         if height % stride or width % stride or not height or not width:
@@ -278,7 +279,7 @@ class VQGAN(nn.Module):
         return self.quantize.embed(codes_Byx)
 
     def decode(self, codes_Byx: Tensor) -> Tensor:
-        """Pictures of codes, about [-1, 1] and not clamped: [B, 3, Y, X].
+        """Pictures of codes, in about [-1, 1], not clamped: [B, 3, Y, X].
 
         Raises `ImageError` for a code outside the codebook, `CheckpointError` without a decoder.
         """
@@ -290,8 +291,8 @@ class VQGAN(nn.Module):
     def forward(self, pixels_BCYX: Tensor, blend: Tensor | float = 1.0) -> Quantized:
         """Reconstruct with a straight-through gradient from the codewords to the encoder.
 
-        The decoder sees latents moved by `blend` of the way to their codewords: 0 leaves the
-        codebook out, 1 is the real thing.
+        The decoder reads latents moved by the share `blend` towards their codewords: at 0 the
+        codebook is left out, at 1 codewords alone are read.
         """
         latents = self.latents(pixels_BCYX)
         with torch.autocast(latents.device.type, enabled=False):  # bf16 would miss the nearest
