@@ -656,6 +656,8 @@ class TestImageTokenizers:
         with pytest.raises(CheckpointError, match="no image tokenizer"):
             model.image_tokenizer.decode(torch.zeros(1, 8, 8, dtype=torch.int64))
         assert summarize(bare).parameters["image_tokenizer"] == 0
+        assert model.to("cpu").image_tokenizer.device.type == "cpu"
+        assert not model.image_tokenizer.vqgan.state_dict()
 
     def test_saved_again_it_still_has_none(self, bare: Path, tmp_path: Path) -> None:
         loaded = load(bare)

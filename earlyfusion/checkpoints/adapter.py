@@ -73,9 +73,9 @@ def save_adapter(folder: Path, layers: Mapping[str, LowRank], base: str) -> None
         for name, layer in layers.items()
         for letter, matrix in (("A", layer.a), ("B", layer.b))
     }
-    with new_folder(folder) as part:
-        save_file(tensors, part / WEIGHTS, metadata={"format": "pt"})
-        (part / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    with new_folder(folder) as unfinished:
+        save_file(tensors, unfinished / WEIGHTS, metadata={"format": "pt"})
+        (unfinished / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def read_adapter(folder: Path) -> dict[str, LowRank]:

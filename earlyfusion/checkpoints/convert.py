@@ -116,6 +116,7 @@ def with_image_tokenizer(source: Source, path: Path) -> Source:
             f"{path} is not the image tokenizer that {source.folder} was trained with: "
             "their codebooks differ"
         )
+    # The network takes pictures of any size: the model's config says which.
     config = replace(config, resolution=expected.resolution)
     if config.grid != expected.grid or config.num_embeddings != expected.num_embeddings:
         raise CheckpointError(
@@ -138,6 +139,7 @@ def _open_image_tokenizer(path: Path) -> tuple[VQConfig, dict[str, Stored]]:
 
 
 def _same(one: Stored, other: Stored) -> bool:
+    """Whether two codebooks are equal but for rounding."""
     if one.shape != other.shape:
         return False
     return torch.allclose(one.read().float(), other.read().float(), rtol=_ROUNDING, atol=1e-6)
@@ -170,11 +172,11 @@ def _write(
 
     try:
         _check_room(target, total)
-        with new_folder(target) as part:
-            _WRITERS[to](source, part, shards, count_bytes)
+        with new_folder(target) as unfinished:
+            _WRITERS[to](source, unfinished, shards, count_bytes)
             check_values()
             for path in card_files(source.folder):
-                shutil.copyfile(path, part / path.name)
+                shutil.copyfile(path, unfinished / path.name)
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else "the disk refuses"
         raise CheckpointError(

@@ -68,7 +68,7 @@ def detect(folder: Path) -> str:
     if (folder / "config.json").is_file() and _has(folder, WEIGHTS, INDEX, PICKLE, PICKLE_INDEX):
         config = read_json(folder / "config.json")
         _check_quantiser(folder, config)
-        if lumina.is_lumina(config):
+        if lumina.is_lumina(config):  # whose norms may be of any shape
             return "lumina"
         return "anole" if anole.is_early(open_tensors(folder)) else "hf"
     if (folder / "params.json").is_file() or _has(folder, "consolidated*.pth"):
@@ -119,6 +119,7 @@ def locate(name: str | Path) -> Path:
     if str(name) in EMBEDDED:
         return _PRETRAINED / str(name)
     folder = Path(name).expanduser()
+    # org/name may be a folder here as well, which then counts.
     if folder.is_dir() or not is_hub_id(str(name)):
         return folder
     return download_model(str(name))

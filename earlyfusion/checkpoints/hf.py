@@ -142,9 +142,9 @@ def save_hf(
     new_dtype = None if bits else dtype
     tensors = {k: Stored.of(v).to(new_dtype) for k, v in transformer.state_dict().items()}
     vq = {k: Stored.of(v).to(vq_dtype) for k, v in vqgan.state_dict().items()}
-    with new_folder(folder) as part:
-        _write_weights(part, _in_file(config, tensors, vq))
-        _write_texts(part, {TOKENIZER: tokenizer_json} | files | dict(extra_files or {}))
+    with new_folder(folder) as unfinished:
+        _write_weights(unfinished, _in_file(config, tensors, vq))
+        _write_texts(unfinished, {TOKENIZER: tokenizer_json} | files | dict(extra_files or {}))
 
 
 def copy_to_hf(source: Source, folder: Path, shards: int | None, on_bytes: OnBytes) -> None:

@@ -173,6 +173,7 @@ def copy_to_meta(source: Source, folder: Path, shards: int | None, on_bytes: OnB
     for rank in range(count):
         _write_shard(source, folder, Shard(rank, count), on_bytes)
     _write_tokenizer(source, tokenizer_folder, on_bytes)
+    # As in Meta's own folders, only the second file has the size of the vocabulary.
     params = {"model_parallel_size": count, "model": _model_params(config)}
     overruling = {"model_parallel_size": count, "vocab_size": config.vocab_size}
     files = {"params.json": params, "consolidate_params.json": overruling}
@@ -203,6 +204,7 @@ def open_vqgan(path: Path) -> tuple[VQConfig, dict[str, Stored]]:
     folder, weights = (path, path / VQ_WEIGHTS) if path.is_dir() else (path.parent, path)
     config = _vq_config(folder / VQ_CONFIG)
     stored = open_torch_file(weights)
+    # Checkpoints of training hold the networks of the loss too.
     return config, {k: v for k, v in stored.items() if not k.startswith("loss.")}
 
 
@@ -215,7 +217,9 @@ def read_config(folder: Path, vq_config: VQConfig | None = None) -> ModelConfig:
         merged |= _read_params(overruling)
     missing = [n for n in ("dim", "n_layers", "n_heads", "vocab_size") if merged.get(n, -1) <= 0]
     if missing:
-        raise CheckpointError(f"{folder} gives no {', '.join(missing)}: params.json is incomplete")
+        raise CheckpointError(
+            f"{folder} gives no {', '.join(missing)}: params.json is incomplete, download it again"
+        )
     if not merged.get("qk_normalization", False):
         raise CheckpointError(f"{folder} has no QK-norm: only Chameleon checkpoints can be read")
     return ModelConfig(
@@ -242,6 +246,7 @@ def open_tensors(folder: Path, config: ModelConfig) -> dict[str, Stored]:
     if any(other != names[0] for other in names):
         raise CheckpointError(f"the shards in {folder} hold different keys: download them again")
     files = [MappedFile(partial(_lookup, path)) for path in paths]
+    # Names that no rule knows are opened too: `checked` will list them as unknown.
     table = _table(config.num_hidden_layers)
     in_order = [name for name in table if name in names[0]]
     joined: dict[str, Stored] = {}
@@ -266,6 +271,7 @@ def _lookup(path: Path) -> Callable[[str], Tensor]:
 
 
 def _joined(shards: Sequence[Stored], join: Join, config: ModelConfig) -> Stored:
+    # Tried on tensors without memory, for the shape of the whole.
     blanks = [torch.empty(s.shape, dtype=s.dtype, device="meta") for s in shards]
     whole = join(blanks, config)
     return Stored(whole.dtype, tuple(whole.shape), lambda: join([s.read() for s in shards], config))
@@ -305,7 +311,7 @@ def inner_width(params: Mapping[str, Any]) -> int:
     if params.get("ffn_dim_multiplier") is not None:
         width = int(params["ffn_dim_multiplier"] * width)
     multiple = int(params.get("multiple_of", 256))
-    return multiple * ((width + multiple - 1) // multiple)
+    return multiple * ((width + multiple - 1) // multiple)  # rounded up
 
 
 def _vq_config(path: Path) -> VQConfig:
@@ -367,8 +373,8 @@ def _write_tokenizer(source: Source, folder: Path, on_bytes: OnBytes) -> None:
 
 def save_vqgan(folder: Path, vqgan: VQGAN) -> None:
     """Write vqgan.yaml and vqgan.ckpt, as `convert` takes them for `image_tokenizer`."""
-    with new_folder(folder) as part:
-        _write_vqgan(part, vqgan.config, vqgan.state_dict())
+    with new_folder(folder) as unfinished:
+        _write_vqgan(unfinished, vqgan.config, vqgan.state_dict())
 
 
 def _write_vqgan(folder: Path, config: VQConfig, state: Mapping[str, Tensor]) -> None:
@@ -427,6 +433,7 @@ def _shard_count(source: Source, wanted: int | None) -> int:
 
 def _possible_shards(source: Source) -> list[int]:
     config = source.config
+    # Every cut dimension must be divisible.
     common = math.gcd(
         config.num_attention_heads,
         config.kv_heads,
@@ -466,6 +473,7 @@ def width_params(dim: int, width: int) -> dict[str, Any]:
     for multiple in (256, 128, 64, 32, 16, 8, 4, 2, 1):
         if inner_width({"dim": dim, "multiple_of": multiple}) == width:
             return {"multiple_of": multiple}
+    # No multiple gives this width: take 1 and a factor, with 0.5 against rounding down.
     factor = (width + 0.5) / int(2 * (4 * dim) / 3)
     return {"multiple_of": 1, "ffn_dim_multiplier": factor}
 

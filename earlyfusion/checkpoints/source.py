@@ -146,6 +146,7 @@ def check_names(
 ) -> None:
     """Raise `CheckpointError` with the keys that are missing, unknown or of another shape."""
     both = wanted.keys() & found.keys()
+    # (verb, adjective) -> keys, as in "it has the unknown key x"
     problems = {
         ("lacks", ""): wanted.keys() - found.keys(),
         ("has", "unknown "): found.keys() - wanted.keys(),

@@ -103,4 +103,5 @@ def _weights(name: str, stored: Stored) -> int:
 
 
 def _kv_values(config: ModelConfig) -> int:
+    """Numbers in the keys and values of one token."""
     return 2 * config.num_hidden_layers * config.kv_heads * config.head_dim

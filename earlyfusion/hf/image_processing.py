@@ -393,6 +393,5 @@ IMAGE_PROCESSORS: dict[str, type[_Steps]] = {
     "torchvision": ChameleonImageProcessor,
     "pil": ChameleonImageProcessorPil,
 }
-# Names in transformers, and in earlier releases of this package.
+# Its name in earlier releases of transformers.
 ChameleonImageProcessorFast = ChameleonImageProcessor
-ChameleonImagesKwargs = ChameleonImageProcessorKwargs

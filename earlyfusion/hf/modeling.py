@@ -639,7 +639,7 @@ class ChameleonForConditionalGeneration(
 
     output_modalities = ("text", "image")
     image_logits = True
-    # The list that quantisers leave alone, by whole names.
+    # Quantisers leave these modules alone; they are matched by their whole names.
     _keep_in_fp32_modules: ClassVar[list[str]] = ["model.vqmodel"]
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan: ClassVar[dict[str, str]] = HEAD

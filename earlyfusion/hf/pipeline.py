@@ -34,8 +34,8 @@ class ChameleonPipeline(AnyToAnyPipeline):
 
     def _forward(self, model_inputs: Any, generate_kwargs: Any = None) -> Any:
         settings = dict(generate_kwargs or {})
-        own = isinstance(self.model, ChameleonForConditionalGeneration)
-        if own and settings.get("generation_mode") == "image":
+        ours = isinstance(self.model, ChameleonForConditionalGeneration)
+        if ours and settings.get("generation_mode") == "image":
             # The pipeline's default of 256 new tokens may be less than a picture.
             settings.setdefault("max_new_tokens", self.model.picture_tokens)
         return super()._forward(model_inputs, settings)
