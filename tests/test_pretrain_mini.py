@@ -20,7 +20,7 @@ from earlyfusion.mini.emoji.dataset import EmojiData
 from earlyfusion.mini.pretrain import (
     STAGES,
     TIMED_STAGES,
-    Plan,
+    Minutes,
     config,
     stage_config,
     timed_config,
@@ -137,27 +137,27 @@ def test_minutes_are_shared_out_over_what_is_left(
     monkeypatch.setattr(pretrain_mini.time, "monotonic", lambda: now[0])
     whole = override(config, ["minutes=10", f"out={tmp_path}", f"data={DATA}", "device=cpu"])
     assert whole.stages == tuple(TIMED_STAGES)
-    plan = Plan(whole, list(TIMED_STAGES))
-    assert plan.minutes("image_tokenizer") == pytest.approx(9.2 * 0.3)
+    minutes = Minutes(whole, list(TIMED_STAGES))
+    assert minutes.of("image_tokenizer") == pytest.approx(9.2 * 0.3)
     now[0] = 300.0
-    assert plan.minutes("image_tokenizer") == pytest.approx(9.2 * 0.3)  # once and for all
-    assert plan.minutes("decoder") == pytest.approx(4.2 * 0.08 / 0.7)
+    assert minutes.of("image_tokenizer") == pytest.approx(9.2 * 0.3)  # once and for all
+    assert minutes.of("decoder") == pytest.approx(4.2 * 0.08 / 0.7)
     now[0] = 1e6
-    assert plan.minutes("chat") == 0.001
-    made = timed_config(whole, "transformer", plan)
+    assert minutes.of("chat") == 0.001
+    made = timed_config(whole, "transformer", minutes)
     assert (made.rows, made.run.precision, made.run.compile) == (2, "fp32", False)
     assert made.image_tokenizer == tmp_path / "decoder" and made.prompts == ()
     assert made.model == mini_packed_transformer.config.model
     monkeypatch.setattr(pretrain_mini, "resolve_device", lambda _: torch.device("cuda"))
-    made = timed_config(whole, "transformer", plan)
+    made = timed_config(whole, "transformer", minutes)
     assert (made.rows, made.run.precision, made.run.compile) == (32, "bf16", True)
     assert (made.ways.plain, made.optim.kind, made.mixture.documents) == (10, "muon", 80_000)
     changed = override(whole, ["changes=transformer.muon_lr=0.03,chat.rows=8"])
-    assert timed_config(changed, "transformer", plan).optim.muon_lr == 0.03
-    assert [timed_config(changed, n, plan).rows for n in ("transformer", "chat")] == [32, 8]
+    assert timed_config(changed, "transformer", minutes).optim.muon_lr == 0.03
+    assert [timed_config(changed, n, minutes).rows for n in ("transformer", "chat")] == [32, 8]
     small = override(whole, ["max_position_embeddings=2048"])
-    assert timed_config(small, "transformer", plan).model == small.model
-    assert timed_config(small, "image_tokenizer", plan).model == PRESETS["mini"].vq_config
+    assert timed_config(small, "transformer", minutes).model == small.model
+    assert timed_config(small, "image_tokenizer", minutes).model == PRESETS["mini"].vq_config
 
 
 def test_the_larger_mini_fits_forty_megabytes_and_the_longest_document() -> None:
@@ -174,7 +174,7 @@ def test_the_larger_mini_fits_forty_megabytes_and_the_longest_document() -> None
     [
         (["stages=answers,drawing"], "names 'drawing': choose of image_tokenizer"),
         (["stages="], "choose of image_tokenizer"),
-        (["minutes=-1"], "minutes=-1 must be 0"),
+        (["minutes=-1"], "minutes=-1 must be 0 or more"),
         (["minutes=5", "stages=answers"], "names 'answers': choose of image_tokenizer, decoder"),
         (["changes=chat.rows=8"], "needs minutes="),
         (["minutes=5", "changes=chats.rows=8"], "changes=chats.rows=8 must be STAGE.FIELD=VALUE"),

@@ -16,10 +16,11 @@ from earlyfusion.content import Image
 from earlyfusion.errors import DataError, SettingError
 from earlyfusion.mini import styles as mini_styles
 from earlyfusion.mini.emoji.dataset import EmojiData
-from earlyfusion.mini.transformer import Documents, near_codes
+from earlyfusion.mini.transformer import Documents
 from earlyfusion.model.vqgan import VQGAN
 from earlyfusion.processor import Processor, train_tokenizer
 from earlyfusion.recipes.run import RECIPES, load, override, run
+from earlyfusion.train.image_tokenizer import nearest_codewords
 from earlyfusion.train.monitor import read_metrics
 from earlyfusion.vocabulary import ImageLayout
 
@@ -77,7 +78,7 @@ def test_the_last_stage_cuts_the_pictures_in_more_ways(runs: Path) -> None:
 
 def test_noise_swaps_codes_of_pictures_in_prompts_for_near_ones_and_of_no_other(runs: Path) -> None:
     vqgan = VQGAN(mini_styles.config.model.vq_config)
-    near = near_codes(vqgan)
+    near = nearest_codewords(vqgan).numpy()
     distances = torch.cdist(vqgan.quantize.embedding.weight, vqgan.quantize.embedding.weight)
     assert (near[:, 0] == distances.fill_diagonal_(torch.inf).argmin(1).numpy()).all()
     data = EmojiData(DATA)

@@ -412,7 +412,7 @@ def test_pictures_of_the_net_and_outside_of_a_hub_data_set_are_not_read(tmp_path
 
 
 def test_outlines_are_the_rows_with_a_byte_in_place_of_each_picture(tmp_path: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
+    pyarrow, parquet = (pytest.importorskip(f"pyarrow{name}") for name in ("", ".parquet"))
     pictures = [{"bytes": png(n), "path": None} for n in range(9)]
     some = [None if n % 3 else picture for n, picture in enumerate(pictures)]
     columns = {
@@ -424,7 +424,7 @@ def test_outlines_are_the_rows_with_a_byte_in_place_of_each_picture(tmp_path: Pa
         "text": [f"pear {n}" for n in range(9)],
     }
     table = pyarrow.table(columns)
-    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=4)
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=4)
     with pyarrow.ipc.new_stream(str(tmp_path / "b.arrow"), table.schema) as writer:
         writer.write_table(table, max_chunksize=4)
     members = {f"{n}.{s}": d for n in range(3) for s, d in (("png", png(n)), ("txt", b"pear"))}

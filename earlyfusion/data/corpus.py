@@ -163,6 +163,7 @@ def open_corpus(
     shares: dict[str, dict[str, float]] = {}
     documents, held_out = [], []
     watched = validation or ValidationConfig()
+    # A source that is in `data` and `added` is opened once, and has a share of either.
     for number, source in enumerate(dict.fromkeys((*config.data, *config.added))):
         path, weight = _weighted(source)
         documents.append(opened(path))
@@ -212,6 +213,7 @@ def _digest(
     """Digest of everything that the stream depends on."""
     ways = [config.encoding, seed, config.balance, config.added_from]
     ways += [held_out] if held_out else []  # runs from before it existed go on
+    # Names of files are left out: a corpus that was moved is the same.
     weights = [_weighted(source)[1] for source in (*config.data, *config.added)]
     text = repr([ways, weights, [d.fingerprint for d in documents]])
     return hashlib.sha256(text.encode()).hexdigest()
@@ -234,6 +236,7 @@ def _weighted(source: str) -> tuple[str, float]:
     path, at, weight = source.rpartition("@")
     if not at:
         return source, 1.0
+    # A path may have an @ of its own.
     try:
         return path, float(weight)
     except ValueError:

@@ -180,12 +180,14 @@ def plain_document(
 
 def _read_turn(turn: Turn, read: Callable[[str], bytes]) -> tuple[Role, list[Text | Image]]:
     role, parts = turn
+    # Pictures are decoded here, so that a damaged one sends its row to the quarantine.
     return role, [
         _image(part, read) if isinstance(part, Picture) else _whole(part) for part in parts
     ]
 
 
 def _whole(text: Text) -> Text:
+    # JSON can spell half of a surrogate pair, which no tokenizer takes.
     try:
         text.text.encode("utf-8")
     except UnicodeEncodeError:
@@ -215,6 +217,7 @@ class Fit:
         """Document `number` in pieces: itself if it fits, none of an empty one."""
         if len(document) <= self._limit:
             return [document] if len(document) else []
+        # A dialogue must begin with its prompt; any part of a plain document can be learned.
         dialogue = {PROMPT_TEXT, PROMPT_IMAGE}.intersection(document.role)
         cut = _first_exchanges if dialogue else _cut_between_segments
         made = cut(document, self._limit, self._vocabulary)

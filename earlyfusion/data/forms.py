@@ -57,7 +57,7 @@ _ROLES: dict[str, Role | None] = {
     "assistant": "assistant",
     "gpt": "assistant",
     "model": "assistant",
-    "system": None,
+    "system": None,  # joined to the user's turn
 }
 _PICTURES = ("image", "jpg", "jpeg", "png", "webp", "image_path", "file_name")
 _CAPTIONS = ("caption", "text", "txt", "captions")
@@ -98,10 +98,12 @@ def pictures_of(row: Mapping[str, Any]) -> list[Picture]:
 
 def form_of(row: Mapping[str, Any]) -> str:
     """The name of a row's form, from its keys; `DataError` where there is none."""
+    # A column that is null in this row counts as missing: files mix forms.
     given = {key for key, value in row.items() if value is not None}
     for form, keys in _KEYS.items():
         if given.issuperset(keys):
             return form
+    # Before plain text, whose key is one of those of captions.
     if given.intersection(_PICTURES) and given.intersection(_CAPTIONS):
         return "pair"
     if "text" in given:
@@ -110,6 +112,7 @@ def form_of(row: Mapping[str, Any]) -> str:
     raise DataError(f"the row's keys ({shown}) are of no known form: see docs/data.md for the six")
 
 
+# In this order: rows of messages often have a text or an image column as well.
 _KEYS = {
     "messages": ("messages",),
     "prompt": ("prompt", "completion"),
@@ -121,6 +124,7 @@ _KEYS = {
 def _pair(row: Mapping[str, Any], picture_first: bool, plain: bool) -> Example:
     picture = _picture(next(row[key] for key in _PICTURES if row.get(key) is not None))
     caption = next(row[key] for key in _CAPTIONS if row.get(key) is not None)
+    # Several captions of one picture, as COCO has them: the first.
     if isinstance(caption, list) and caption:
         caption = caption[0]
     parts = [picture, *_not_empty([Text(_text(caption, "the caption"))])]
@@ -181,6 +185,7 @@ def _filled(messages: Sequence[Any], pictures: Sequence[Picture]) -> list[Turn]:
 
     Turns of one role in a row are joined by a line end; a system's text counts as the user's.
     """
+    # Marks take the pictures in order, over all turns.
     rest = iter(pictures)
     spoken = [(_role(message), _parts(_content(message), rest)) for message in messages]
     unused = list(rest)

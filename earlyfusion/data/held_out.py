@@ -54,6 +54,7 @@ class ValidationConfig:
 
 def held_out_numbers(size: int, share: float, seed: int, source: int) -> np.ndarray:
     """Numbers of the held-out rows of source number `source`, ascending: one of two at least."""
+    # Never all rows of a source; 11 keeps this draw apart from others of the same seed.
     count = min(size - 1, max(1, round(share * size))) if share else 0
     chosen = np.random.default_rng([seed, 11, source]).permutation(size)[:count]
     return np.sort(chosen)
@@ -65,6 +66,7 @@ def held_out_documents(held: Sequence[tuple[Documents, np.ndarray]]) -> list[Tok
     Raises `DataError` where none can be used.
     """
     rows = [(documents, int(number)) for documents, numbers in held for number in numbers]
+    # Spread over all sources, whose rows follow one another.
     chosen = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), MOST_DOCUMENTS)).round())
     found = [piece for at in chosen for piece in rows[int(at)][0].pieces(rows[int(at)][1])]
     if not found:

@@ -73,6 +73,7 @@ def two_stages(
     """
     if not added:
         return (Stage(0, first),)
+    # A source may be in both: it has a share of either half.
     halves = [_shares(weights, 0.5) for weights in (first, added)]
     weights = {name: 0.0 for half in halves for name in half}
     for half in halves:
@@ -95,6 +96,7 @@ class Schedule:
         self._stages = sorted(stages, key=lambda stage: stage.start)
         if not stages or self._stages[0].start != 0:
             raise SettingError("the first stage must start at document 0")
+        # Of each stage: source -> documents in every cycle.
         self._slots = [_slots(stage.weights) for stage in self._stages]
         self._cycle = lru_cache(8)(self._new_cycle)
         self._seed = seed
@@ -151,6 +153,8 @@ class Mixture:
         draw = self._schedule.draw(number)
         order = self._sources[draw.source]
         for attempt in range(_TRIES):
+            # A row that replaces a broken one comes again in its turn: to leave it out would
+            # need a state.
             epoch, pieces = order.pieces(draw.turn + attempt)
             if pieces:
                 # A long document gives another of its pieces in each epoch.
@@ -173,6 +177,7 @@ class Epochs:
         self, source: Numbered, seed: int, key: str, chosen: np.ndarray | None = None
     ) -> None:
         self._size, self._chosen = len(source) if chosen is None else len(chosen), chosen
+        # Groups shrink by the rows that are not chosen.
         self._groups = [self._size] if source.is_random else _sizes(source.groups, chosen)
         self._key = _hash(seed, key)
         self._pools = lru_cache(2)(self._new_pools)
@@ -234,6 +239,7 @@ def balanced(
     every = documents.answers()
     numbers = np.arange(len(every)) if chosen is None else chosen
     answers = every[numbers]
+    # The key of an Order, and so its shuffling, has the number of the answer, not its name.
     found, counts = np.unique(answers, return_counts=True)
     weights = np.minimum(1 / len(found), _MOST_REPEATS * counts / counts.sum())
     return {
@@ -274,7 +280,7 @@ class Ahead(Generic[Made]):
 
     def __call__(self, number: int) -> Made:
         with self._lock:
-            # After a roll-back the numbers start again further down.
+            # Those behind are done with; after a roll-back, so are those far ahead.
             for past in [n for n in self._waiting if not number <= n < number + self._depth]:
                 self._waiting.pop(past).cancel()
             for coming in range(number, number + self._depth):

@@ -113,6 +113,7 @@ class Packer:
         return made
 
     def next(self) -> PackedBatch:
+        # Rows of the other processes are walked through, not packed.
         which, count = self.share
         size = self.rows // count
         rows = [self._row() for _ in range(self.rows)]
@@ -124,6 +125,7 @@ class Packer:
         Every process gets equally many batches: rows of padding fill up.
         """
         which, count = self.share
+        # In order, so that a measurement does not depend on the rows of a step.
         packed, free = list[list[TokenSequence]](), 0
         for document in documents:
             needed = len(document) - 1

@@ -212,6 +212,7 @@ def random_crop(
 
     It has at least `side` pixels of the picture, if the picture does, so that none is enlarged.
     """
+    # The box is in fractions of pixels, so a crop and its resizing are one filter.
     width, height = picture.size
     shorter = min(width, height)
     extent = max(rng.uniform(config.smallest, 1.0) * shorter, min(side, shorter))
@@ -251,6 +252,7 @@ class PictureBatches:
         self._seed, self._quarantine = seed, quarantine
 
     def __call__(self, step: int) -> Tensor:
+        # Every process knows the whole batch: the step does not depend on their number.
         which, count = self._share
         size = self._batch // count
         first = step * self._batch + which * size
@@ -283,6 +285,7 @@ def read_or_refuse(
 
 def hold_out(pictures: Pictures, wanted: int, most: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
     """Numbers to check on, at most that share of all, and the others, whatever a run's seed."""
+    # A seed of its own, so that runs of other seeds are measured on the same pictures.
     count = len(pictures)
     held = min(wanted, int(most * count))
     order = np.random.default_rng(0).permutation(count)

@@ -80,6 +80,7 @@ def open_rows(source: str, cache: Path, settings: RowSettings) -> Rows:
     if not settings.patterns and (captioned := _captioned(source)) is not None:
         return captioned
     root, paths, from_hub = find_files(source, settings.patterns)
+    # A data set of the hub is a stranger's: its rows name files of its folder only.
     tables = [
         open_table(p, cache, PictureFolder(settings.images or p.parent, confined=from_hub))
         for p in paths
@@ -93,6 +94,7 @@ def open_rows(source: str, cache: Path, settings: RowSettings) -> Rows:
 def _captioned(source: str) -> Rows | None:
     """A folder of pictures with texts beside them, where it has no file of rows."""
     folder = Path(source).expanduser()
+    # A file of rows goes before: the texts beside its pictures may be anything.
     if not folder.is_dir() or any(p.suffix in SUFFIXES for p in folder.rglob("*")):
         return None
     names = captioned_pictures(folder)
@@ -132,6 +134,7 @@ def find_files(source: str, patterns: Sequence[str] = ()) -> tuple[Path, list[Pa
             f"{source} holds no {', '.join(SUFFIXES)} file, nor pictures with a .txt beside them: "
             "give another source"
         )
+    # The same order on every machine: what follows from a row's number must not depend on it.
     return root, sorted(tables, key=lambda p: p.as_posix()), from_hub
 
 
@@ -173,6 +176,7 @@ class Quarantine:
     def refuse(self, file: Path, row: int, reason: str) -> None:
         """Write down a row, numbered from 1; `DataError` where too many were refused."""
         with self._lock:
+            # Counted again in each epoch, but written down once.
             self.broken += 1
             if (str(file), row) not in self._written:
                 self._written.add((str(file), row))
@@ -189,6 +193,7 @@ class Quarantine:
 
 def check_share(broken: int, good: int, limit: float, reason: str) -> None:
     """`DataError` where more than `limit` of at least 100 rows are broken."""
+    # A share of fewer rows says little.
     seen = broken + good
     if seen >= 100 and broken > limit * seen:
         raise DataError(

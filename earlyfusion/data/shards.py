@@ -130,6 +130,7 @@ class TokenShards:
                     "earlyfusion tokenize again"
                 )
         name = self._folder / shard_name(self._shards[shard]["number"])
+        # Tokens stay on the disk; the table of documents is small.
         return np.load(f"{name}.npy", mmap_mode="r"), np.load(f"{name}.documents.npy")
 
 
@@ -153,6 +154,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    # One entry per line: a person may have to look at it.
     text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
     _write(path, lambda file: file.write(text.encode()))
 

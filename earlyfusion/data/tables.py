@@ -33,7 +33,7 @@ from earlyfusion.files import replacing
 
 Index = dict[str, npt.NDArray[Any]]
 _PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
-_INDEX_VERSION = 1
+_INDEX_VERSION = 1  # another one where an index holds other arrays
 # Row groups of a Parquet file that stay decoded; the rows of as many groups are shuffled together.
 DECODED_GROUPS = 8
 _PRESENT = b"\0"  # stands for the bytes of a picture in an outline
@@ -73,10 +73,12 @@ class PictureFolder:
         if name.startswith("data:"):
             return _data_url(name)
         path = Path(name)
+        # Rows of strangers must not show files of this machine to the model.
         if self._confined and (path.is_absolute() or ".." in path.parts):
             raise DataError(f"the image {name[:80]} lies outside the data set: leave the row out")
         try:
             path = self._folder / path
+            # Asked before it is read: a row may name anything.
             if path.stat().st_size > MAX_FILE_BYTES:
                 raise DataError(f"the image {name[:80]} has over {MAX_FILE_BYTES:,} bytes")
             return path.read_bytes()
@@ -148,6 +150,7 @@ class TarRows:
 
     def read(self, row: Mapping[str, Any], name: str) -> bytes:
         """A picture that a row names: one of its members, or a file beside the tar."""
+        # Keys are suffixes: what follows the first dot of a member's name.
         base = PurePosixPath(name).name.lower()
         for key in (base, base.partition(".")[2]):
             if isinstance(row.get(key), bytes):
@@ -163,6 +166,7 @@ class TarRows:
                 row |= _json_object(data)
             else:
                 row[suffix] = _decoded(data) if _is_text(suffix) else data
+        # A dialogue in a tar rarely names its pictures: they are the other members of its sample.
         if {"messages", "conversations", "prompt"} & row.keys() and not _names_pictures(row):
             own = [row[s] for s in sorted(members, key=_natural) if _is_picture(s)]
             row |= {"images": own} if own else {}
@@ -264,6 +268,7 @@ class Columns:
     def _row(self, file: BinaryIO, number: int) -> dict[str, Any]:
         start, end = int(self._starts[number]), int(self._ends[number])
         file.seek(start)
+        # newline="": line ends within quotes belong to the cell.
         lines = io.StringIO(file.read(end - start).decode("utf-8"), newline="")
         cells = next(_csv_reader(self.path, lines), [])
         if len(cells) != len(self._names):
@@ -385,11 +390,13 @@ def cached_arrays(path: Path, make: Callable[[], Index]) -> Index:
 
 def _index_key(path: Path) -> str:
     stat = path.stat()
+    # The time too: rows may change while the size stays.
     named = f"{_INDEX_VERSION} {path.absolute()} {stat.st_size} {stat.st_mtime_ns}"
     return hashlib.sha256(named.encode()).hexdigest()[:24]
 
 
 def _index_json(path: Path) -> Index:
+    # The first character tells an array from lines of objects.
     with path.open("rb") as file:
         while (first := file.read(1)).isspace():
             pass
@@ -425,10 +432,12 @@ def _index_csv(path: Path) -> Index:
         with path.open("rb") as file:
             for line in file:
                 ends.append(ends[-1] + len(line))
+                # Spreadsheets write a byte-order mark before the first name.
                 yield line.decode("utf-8-sig" if len(ends) == 2 else "utf-8")
 
     spans: list[tuple[int, int]] = []
     names: list[str] = []
+    # The reader takes no line beyond a row, so a row ends where the lines read so far end.
     before = 0
     try:
         for cells in _csv_reader(path, lines()):
@@ -484,6 +493,7 @@ def _pyarrow(path: Path) -> Any:
 
 def _array_spans(path: Path) -> list[tuple[int, int]]:
     """Byte spans of the elements of a JSON array."""
+    # JSON is decoded by character but read by byte: both positions move along together.
     decoder, between = json.JSONDecoder(), re.compile(r"[\s,]*")
     spans: list[tuple[int, int]] = []
     try:
@@ -513,6 +523,7 @@ def _end(pattern: re.Pattern[str], text: str, at: int) -> int:
 def _index_tar(path: Path) -> Index:
     keys, suffixes, offsets, sizes = [], [], [], []
     try:
+        # "r:" refuses a compressed tar, whose members have no bytes of their own to seek to.
         with tarfile.open(path, "r:") as archive:
             for member in archive:
                 name = PurePosixPath(member.name)
@@ -524,6 +535,7 @@ def _index_tar(path: Path) -> Index:
                     sizes.append(member.size)
     except (tarfile.TarError, OSError, EOFError):
         raise DataError(f"{path} is damaged or compressed: get it again, as a plain tar") from None
+    # The members of a sample follow one another, as WebDataset demands.
     new = [i for i in range(len(keys)) if i == 0 or keys[i] != keys[i - 1]]
     return {
         "first": np.array([*new, len(keys)], np.int64),
@@ -620,6 +632,7 @@ def _data_url(name: str) -> bytes:
     import base64
     import binascii
 
+    # data:image/png;base64,… is the only kind that chat protocols use.
     head, _, data = name.partition(",")
     try:
         return base64.b64decode(data, validate=True) if head.endswith(";base64") else b""

@@ -74,6 +74,7 @@ def _tokenize(job: Job, workers: int, on_ray: bool, progress: Progress) -> Summa
     maker = ShardMaker(job)
     total = sum(map(len, maker.sources))
     contents = _contents(job, maker.sources, maker.encoding, maker.fingerprints())
+    # The index is begun before the first shard: it guards the folder against another job.
     if _begin(job.out, contents):
         return _summary(job.out, made_now=0)
     shards = range(-(-total // job.rows_a_shard))
@@ -101,9 +102,11 @@ def _made(
 
 
 def _made_by_processes(job: Job, shards: list[int], workers: int) -> Iterator[dict[str, Any]]:
+    # Not forked: torch's threads do not survive a fork.
     context = get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=_start, initargs=(job,)) as pool:
         try:
+            # As they are finished, in any order: the index lists them by number at the end.
             waiting = [pool.submit(_make, shard) for shard in shards]
             for done in as_completed(waiting):
                 yield done.result()
@@ -195,6 +198,7 @@ def _summary(out: Path, made_now: int) -> Summary:
 def _check_quarantine(notes: Iterable[dict[str, Any]], limit: float) -> None:
     refused = [entry for note in notes for entry in note["quarantined"]]
     good = sum(note["documents"] for note in notes)
+    # Over all shards so far: a single bad file may fill one of them.
     if refused:
         check_share(len(refused), good, limit, refused[-1]["reason"])
 

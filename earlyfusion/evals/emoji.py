@@ -7,7 +7,7 @@ are drawn with the model's own settings, one seed each. Splits: `train` pictures
 `val-pair` pictures were not but the same thing in another style was, `val-concept` things were not
 trained on at all.
 
-Retrieval asks whether a drawing is nearer to the concept asked for than to the others of its style.
+Retrieval asks whether a drawing is nearer to the requested concept than to others of its style.
 Every picture becomes two blocks of numbers: RGB at 16 x 16 after a light blur, and the mean edge
 strength of its grey version in 16 x 16 cells. Each block is divided by its standard deviation over
 the pictures of the style; pictures compare by the mean squared difference, edges counting half. The
@@ -35,7 +35,7 @@ from PIL import ImageFilter
 from earlyfusion import Chameleon, Image, Message, SamplingParams, Text
 from earlyfusion.errors import EarlyFusionError, SettingError
 from earlyfusion.mini.emoji.dataset import EmojiData
-from earlyfusion.mini.emoji.dialogues import Sample, generate
+from earlyfusion.mini.emoji.dialogues import Sample, generate, messages_of
 from earlyfusion.mini.emoji.phrases import PROMPTS, normalise, particle
 from earlyfusion.mini.emoji.pools import name_of, style_of
 
@@ -45,17 +45,17 @@ Numbers: TypeAlias = dict[str, Any]
 BATCH = 16
 LANGUAGES = ("en", "ko")
 NAMED_SPLITS = ("train", "val-pair", "val-concept")
-MAX_DRAWINGS = 100  # a split
-MAX_QUESTIONS = 100  # a task
+MAX_DRAWINGS = 100  # per split
+MAX_QUESTIONS = 100  # per task
 MAX_LISTS = 30  # the longest asks for four pictures
-MAX_UNSEEN = 50  # things never trained on; a language
+MAX_UNSEEN = 50  # things never trained on, per language
 DIALOGUES = 1500  # as many as the published val.jsonl
 TOPS = (1, 5, 10)
 ANSWER_TOKENS = 64
 
 
 class Model(Protocol):
-    """What is measured: `earlyfusion.Chameleon`, or anything that answers alike."""
+    """The model that is measured: `earlyfusion.Chameleon`, or anything with the same methods."""
 
     @property
     def image_tokenizer(self) -> Any: ...
@@ -113,24 +113,24 @@ def questions(model: Model, data: EmojiData, limit: int) -> Numbers:
 def lists(model: Model, data: EmojiData, limit: int, seed: int) -> Numbers:
     """Interleaved lists: {n, well_formed, right_items}.
 
-    Well formed: "1. name", picture, "2. name", picture, as many as asked. Right items: the share of
-    the items asked for whose name, written once, belongs to the kind asked for.
+    Well formed: "1. name", picture, "2. name", picture, as many as requested. Right items: the
+    share of the requested items whose name, counted once, belongs to the requested subgroup.
     """
     samples = [s for s in _dialogues(data) if s["check"] == "images+names"][:limit]
     prompts = [_messages(data, s["messages"][:-1]) for s in samples]
     replies = _replies(model, prompts, "interleaved", _drawn_with(len(prompts), seed, max_images=5))
     formed = [well_formed(r.segments, s["count"]) for r, s in zip(replies, samples, strict=True)]
     right = [_right_items(data, r.segments, s) for r, s in zip(replies, samples, strict=True)]
-    asked = sum(s["count"] for s in samples)
+    requested = sum(s["count"] for s in samples)
     return {
         "n": len(samples),
         "well_formed": _share(formed),
-        "right_items": round(sum(right) / asked, 4) if asked else None,
+        "right_items": round(sum(right) / requested, 4) if requested else None,
     }
 
 
 def well_formed(segments: Sequence[Any], count: int) -> bool:
-    """Whether the segments are `count` times a numbered name and then a picture."""
+    """Whether the segments are `count` pairs of a numbered name and a picture."""
     if len(segments) != 2 * count:
         return False
     return all(
@@ -199,15 +199,15 @@ def psnr(one: PIL.Image.Image, other: PIL.Image.Image) -> float:
 def retrieval(model: Model, data: EmojiData, limit: int, seed: int) -> Numbers:
     """Ranks of drawings among the pictures of their style.
 
-    {"usual" | "train" | "val-pair" | "ceiling": {n, top1, top5, top10}}. Half of the drawings are
-    asked for in English and half in Korean: by name and style, or, in "usual", by the name alone
-    and compared in the first style that has the thing among the training pictures.
+    {"usual" | "train" | "val-pair" | "ceiling": {n, top1, top5, top10}}. Half of the requests are
+    in English and half in Korean. They give name and style, or, in "usual", the name alone: then
+    the first style is compared that has the thing among the training pictures.
     """
     galleries: dict[str, Gallery] = {}
     report: Numbers = {}
-    asked = {"usual": _first_pictures(data, limit, seed)}
-    asked |= {split: _chosen(data, split, limit, seed) for split in ("train", "val-pair")}
-    for split, ids in asked.items():
+    chosen = {"usual": _first_pictures(data, limit, seed)}
+    chosen |= {split: _chosen(data, split, limit, seed) for split in ("train", "val-pair")}
+    for split, ids in chosen.items():
         table = "draw" if split == "usual" else "draw_styled"
         prompts = [_drawing_prompt(data, id_, LANGUAGES[i % 2], table) for i, id_ in enumerate(ids)]
         replies = _replies(model, prompts, "image", _drawn_with(len(ids), seed))
@@ -219,7 +219,7 @@ def retrieval(model: Model, data: EmojiData, limit: int, seed: int) -> Numbers:
 
 
 class Gallery:
-    """The pictures of one style, to look a drawing up in."""
+    """The pictures of one style, with which drawings are compared."""
 
     def __init__(self, data: EmojiData, style: str) -> None:
         rows = [r for r in data.rows if r["style"] == style]
@@ -232,8 +232,8 @@ class Gallery:
     def rank(self, picture: PIL.Image.Image, concept: str) -> int:
         """How many other concepts are nearer to the picture than this one: 0 is a hit."""
         distances = ((self.rows - self._join(*features(picture))) ** 2).sum(1)
-        own = distances[self.concepts == concept].min()
-        return len(set(self.concepts[distances < own].tolist()) - {concept})
+        nearest = distances[self.concepts == concept].min()
+        return len(set(self.concepts[distances < nearest].tolist()) - {concept})
 
     def _join(self, colours: Features, edges: Features) -> Features:
         weights = (
@@ -316,10 +316,7 @@ def _dialogues(data: EmojiData) -> list[Sample]:
 
 
 def _messages(data: EmojiData, turns: Iterable[dict[str, Any]]) -> list[Message]:
-    def part(item: dict[str, str]) -> Text | Image:
-        return Text(item["text"]) if item["type"] == "text" else Image(data.image(item["image"]))
-
-    return [Message(t["role"], [part(p) for p in t["content"]]) for t in turns]
+    return messages_of(turns, lambda image_id, role: Image(data.image(image_id)))
 
 
 def _greedy(prompts: Sequence[Any]) -> list[SamplingParams]:
@@ -327,7 +324,7 @@ def _greedy(prompts: Sequence[Any]) -> list[SamplingParams]:
 
 
 def _drawn_with(count: int, seed: int, max_images: int | None = None) -> list[SamplingParams]:
-    """The model's own settings for pictures, a seed a reply; the names in lists are greedy."""
+    """The model's default settings for pictures, one seed per reply; text is greedy."""
     seeds = range(seed, seed + count)
     return [SamplingParams(temperature=0, max_images=max_images, seed=s) for s in seeds]
 

@@ -1,13 +1,13 @@
-"""The paper's ablations at the scale of `mini`: what keeps a run stable, and what size brings.
+"""The paper's ablations at the scale of `mini`: what keeps a run stable, and what size changes.
 
     earlyfusion train ablations data=DIR/emoji image_tokenizer=runs/mini_image_tokenizer \\
         start=runs/mini_transformer
 
 Every variant starts from the same weights and sees the same documents in the same order, once at a
 usual rate and once at one that strains it; then come two more sizes at the usual rate. All tokens
-are targets, as in pre-training. Each variant has a folder under the run's; the same command leaves
-out those that are done. It ends with `ablations.md` and pictures of the curves. Tokenizer and codes
-are taken from the run `start`, or made. What was measured: docs/ablations.md.
+are targets, as in pre-training. Each variant has a folder under the run's; the same command again
+skips finished ones. It ends with `ablations.md` and pictures of the curves. Tokenizer and codes are
+taken from the run `start`, or made. Results: docs/ablations.md.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import math
 import shutil
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,13 +27,13 @@ from PIL import Image as Picture
 from torch import Tensor, nn
 
 from earlyfusion.config import PRESETS
-from earlyfusion.content import Image, Message, Text
+from earlyfusion.content import Image
 from earlyfusion.data.packing import PackedBatch, Packer, RoleWeights
 from earlyfusion.data.pictures import to_pixels
 from earlyfusion.devices import resolve_device
 from earlyfusion.errors import SettingError
 from earlyfusion.mini.emoji.dataset import EmojiData
-from earlyfusion.mini.emoji.dialogues import Sample, caption_pairs
+from earlyfusion.mini.emoji.dialogues import caption_pairs, messages_of
 from earlyfusion.mini.image_tokenizer import AugmentConfig, augmented
 from earlyfusion.mini.transformer import DocumentsConfig, TransformerConfig, prepare
 from earlyfusion.model.attention import CausalAttend
@@ -49,7 +50,7 @@ from earlyfusion.train.trainer import RunConfig, autocast, train
 
 @dataclass(frozen=True)
 class Variant:
-    """What is left out or added; `shape` changes fields of the model."""
+    """A part of the model that is left out or added; `shape` changes fields of its config."""
 
     qk_norm: bool = True
     z_weight: float = 1e-5
@@ -107,7 +108,7 @@ class Trial:
 
 
 def trials(config: AblationsConfig) -> list[Trial]:
-    """What is to be trained, the usual rate first."""
+    """The runs to train, those at the usual rate first."""
     found = [Trial(n, v, rate) for rate in config.rates for n, v in VARIANTS.items()]
     found += [Trial(n, v, config.rates[0]) for n, v in SIZES.items()]
     return [t for t in found if not config.only or t.name in config.only]
@@ -175,11 +176,14 @@ def _validate(model: Transformer, batches: list[PackedBatch]) -> dict[str, float
 
 
 def _held_out(config: AblationsConfig, vqgan: VQGAN, processor: Processor) -> list[PackedBatch]:
-    """Names from pictures and pictures from names, of pictures that no training document shows."""
+    """Pairs of picture and name, in either order, of pictures that no training document shows."""
     data = EmojiData(config.data)
     pairs = list(caption_pairs(data, "val"))
     chosen = pairs[:: len(pairs) // config.held_out or 1][: config.held_out]
-    documents = [processor.encode_document(_messages(p, data, vqgan)) for p in chosen]
+    picture = partial(_picture, data, vqgan)
+    documents = [
+        processor.encode_document(messages_of(pair["messages"], picture)) for pair in chosen
+    ]
     fitting = [d for d in documents if len(d) <= config.length + 1]
     packer = Packer(
         lambda k: fitting[k % len(fitting)],
@@ -194,16 +198,11 @@ def _held_out(config: AblationsConfig, vqgan: VQGAN, processor: Processor) -> li
     return batches
 
 
-def _messages(sample: Sample, data: EmojiData, vqgan: VQGAN) -> list[Message]:
-    @torch.inference_mode()
-    def part(raw: dict[str, str]) -> Text | Image:
-        if raw["type"] == "text":
-            return Text(raw["text"])
-        side, rng = vqgan.config.resolution, np.random.default_rng(0)
-        pixels = to_pixels([augmented(data.image(raw["image"]), side, AugmentConfig(0.0), rng)])
-        return Image(codes=vqgan.encode(pixels)[0].numpy())
-
-    return [Message(m["role"], [part(p) for p in m["content"]]) for m in sample["messages"]]
+@torch.inference_mode()
+def _picture(data: EmojiData, vqgan: VQGAN, image_id: str, role: str) -> Image:
+    side, rng = vqgan.config.resolution, np.random.default_rng(0)
+    pixels = to_pixels([augmented(data.image(image_id), side, AugmentConfig(0.0), rng)])
+    return Image(codes=vqgan.encode(pixels)[0].numpy())
 
 
 def build(trial: Trial, config: AblationsConfig, words: int) -> Transformer:
@@ -236,7 +235,7 @@ def _train(
     ended = ""
     try:
         train(task, run, replace(config.optim, lr=trial.rate))
-    except SettingError as error:  # no number for several steps in a row
+    except SettingError as error:  # the loss was NaN or infinite for several steps in a row
         if not (run.out / "metrics.jsonl").exists():
             raise
         ended = str(error)
@@ -260,7 +259,7 @@ SIGNS = ("output_norm", "attention_score", "top_logit", "grad_norm")
 
 
 def report(config: AblationsConfig) -> Path:
-    """Write `ablations.md` and the pictures of the curves from what is done by now."""
+    """Write `ablations.md` and the pictures of the curves, of the runs that are finished."""
     out = config.run.out
     done = [t for t in trials(config) if (out / t.folder / "result.json").exists()]
     parts = []
@@ -287,8 +286,8 @@ def _draw(out: Path, group: list[Trial], figures: tuple[str, ...]) -> Picture.Im
 def _table(out: Path, group: list[Trial]) -> str:
     lines = [f"| variant | {' | '.join(FIGURES.values())} | verdict |", "| --- " * 8 + "|"]
     for trial in group:
-        told = " | ".join(_cells(read_metrics(out / trial.folder)))
-        lines.append(f"| {trial.name} | {told} | {_verdict(out / trial.folder)} |")
+        cells = " | ".join(_cells(read_metrics(out / trial.folder)))
+        lines.append(f"| {trial.name} | {cells} | {_verdict(out / trial.folder)} |")
     return "\n".join(lines)
 
 
@@ -307,7 +306,7 @@ def _verdict(folder: Path) -> str:
     """Whether a run ended early, or ended worse on the validation set than it had been."""
     rows = read_metrics(folder)
     if json.loads((folder / "result.json").read_text(encoding="utf-8"))["ended"]:
-        return f"no number after step {rows[-1]['step']}"
+        return f"NaN or infinite after step {rows[-1]['step']}"
     losses = [r["valid_nats"] for r in rows if r.get("valid_nats") is not None]
     rise = losses[-1] - min(losses)
     return f"rose by {rise:.2f} nats from its lowest" if rise > 0.1 else "fell to the end"

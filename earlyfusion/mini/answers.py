@@ -1,12 +1,12 @@
-"""The second stage of `mini`: the same transformer, on documents that teach naming and drawing.
+"""The second stage of `mini`: questions about pictures, so that it learns to name what it sees.
 
     earlyfusion train mini_answers data=DIR/emoji \\
         image_tokenizer=runs/mini_image_tokenizer start=runs/mini_transformer
 
-After the first stage the model knows the forms and the pictures; here most documents ask several
-things about one picture, and the words of an answer weigh more than the codes of a drawing.
-Machine, run time and scores of the shipped weights: the model card,
-earlyfusion/pretrained/mini/README.md.
+After the first stage the model knows the forms of the tasks and what pictures look like. Here most
+documents ask several things about one picture, and the words of an answer weigh more in the loss
+than the codes of a drawing. Machine, run time and scores of the shipped weights are in the model
+card, earlyfusion/pretrained/mini/README.md.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""The third stage of `mini`: more of all, drawings above all.
+"""The third stage of `mini`: more of everything, and above all requests for pictures.
 
     earlyfusion train mini_drawings data=DIR/emoji \\
         image_tokenizer=runs/mini_image_tokenizer start=runs/mini_answers
 
-A third of the documents are a request without a style and the first picture that there is of the
-thing, so that these pictures are seen often enough to be drawn; the rest are pairs in all styles,
-questions and lists. Before it the shipped weights had two shorter runs of this recipe at a rate
-that did not fall (`decay=hold`), see the model card, earlyfusion/pretrained/mini/README.md, which
-has machine, run time and scores too.
+It teaches to draw. A third of the documents are a request without a style and the first picture of
+the thing in the data, so that these pictures are seen often enough to be drawn; the rest are pairs
+in all styles, questions and lists. The shipped weights had two shorter runs of this recipe before
+it, at a rate that did not fall (`decay=hold`); the model card has them, and machine, run time and
+scores (earlyfusion/pretrained/mini/README.md).
 """
 
 from __future__ import annotations

@@ -4,9 +4,10 @@
     earlyfusion train mini_image_tokenizer data=DIR/emoji start=runs/mini_image_tokenizer \\
         trainable=decoder out=runs/mini_decoder
 
-Trains a 4 M-parameter VQ-GAN on the emoji pictures (docs/mini.md) with random shifts, scales and
-mirrors. The run is resumable: the same command goes on from the newest checkpoint. Machine, run
-time and scores of the shipped weights: the model card, earlyfusion/pretrained/mini/README.md.
+The first stage of `mini`: it turns pictures into codes and back. Trains a VQ-GAN of 4 M parameters
+on the emoji pictures (docs/mini.md) with random shifts, scales and mirrors. The same command goes
+on from the newest checkpoint. Machine, run time and scores of the shipped weights are in the model
+card, earlyfusion/pretrained/mini/README.md.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from earlyfusion.train.trainer import RunConfig, train
 
 @dataclass
 class AugmentConfig:
-    """Share of pictures that are changed, and how far."""
+    """Share of pictures that are changed, and how far; lengths as shares of the width."""
 
     share: float = 0.6
     shift: float = 0.12
@@ -69,10 +70,21 @@ def augmented(
     return out
 
 
+def batch_of(step: int, batch: int, count: int, seed: int) -> list[int]:
+    """Numbers of the `batch` pictures of a step, of `count` that come in a new order each epoch."""
+    epochs = [divmod(position, count) for position in range(step * batch, (step + 1) * batch)]
+    orders = {
+        epoch: np.random.default_rng([seed, 1_000_000 + epoch]).permutation(count)
+        for epoch in {epoch for epoch, _ in epochs}
+    }
+    return [int(orders[epoch][position]) for epoch, position in epochs]
+
+
 class Pictures:
     """Batches of augmented training pictures: batch k follows from the seed and k.
 
-    Of several processes each takes its own block of a batch.
+    Of several processes each takes its block of a batch. Not `data.pictures.PictureBatches`, which
+    draws for each picture by itself: here one generator changes all pictures of a batch in turn.
     """
 
     def __init__(self, data: EmojiData, config: EmojiImageTokenizerConfig) -> None:
@@ -80,22 +92,16 @@ class Pictures:
         self._config = config
 
     def __call__(self, step: int) -> torch.Tensor:
-        cfg, count = self._config, len(self._pictures)
-        rng = np.random.default_rng([cfg.run.seed, step])
-        places = np.arange(step * cfg.batch, (step + 1) * cfg.batch)
-        chosen = [_shuffled(count, cfg.run.seed, int(p // count))[p % count] for p in places]
-        side = cfg.model.resolution
-        made = [augmented(self._pictures[i], side, cfg.augment, rng) for i in chosen]
-        own = cfg.batch // processes.count()
-        return to_pixels(made[processes.rank() * own : (processes.rank() + 1) * own])
-
-
-def _shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, 1_000_000 + epoch]).permutation(count)
+        cfg = self._config
+        rng, side = np.random.default_rng([cfg.run.seed, step]), cfg.model.resolution
+        chosen = batch_of(step, cfg.batch, len(self._pictures), cfg.run.seed)
+        made = [augmented(self._pictures[number], side, cfg.augment, rng) for number in chosen]
+        size = cfg.batch // processes.count()
+        return to_pixels(made[processes.rank() * size : (processes.rank() + 1) * size])
 
 
 def held_out(data: EmojiData, config: EmojiImageTokenizerConfig) -> torch.Tensor:
-    """Pictures of the validation split, from all over it: float32 [B, 3, Y, X]."""
+    """Pictures of the validation split, evenly spread over it: float32 [B, 3, Y, X]."""
     ids, side = data.split("val"), config.model.resolution
     chosen = ids[:: max(1, len(ids) // config.checked)][: config.checked]
     rng, plain = np.random.default_rng(0), AugmentConfig(share=0.0)

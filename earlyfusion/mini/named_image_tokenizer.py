@@ -1,23 +1,22 @@
-"""An image tokenizer whose codes tell what they show; pictures and their changes are on the device.
+"""An image tokenizer whose codes name what they show; pictures are changed on the device.
 
     earlyfusion train mini_named_image_tokenizer data=DIR/emoji device=cuda minutes=3
     earlyfusion train mini_named_image_tokenizer data=DIR/emoji device=cuda minutes=1 \\
         start=runs/mini_named_image_tokenizer trainable=decoder naming=0 perturb=0.1 \\
         out=runs/decoder
 
-Trains a VQ-GAN of 128 x 128 pixels and 16 x 16 codes on the emoji pictures (docs/mini.md), changed
-anew each time: shifted, scaled, turned a little, in other colours, grey. Beside it a head learns to
-name thing, kind and style from the codewords; it is dropped at the end. The second command then
-trains the decoder alone, on codes of which a tenth are wrong. `resolution=64` halves the picture:
-on a CPU take that. Stage of `pretrain_mini`; what is measured of it stands in docs/train.md.
+The first stage of the larger `mini`. Trains a VQ-GAN of 128 x 128 pixels and 16 x 16 codes on the
+emoji pictures (docs/mini.md), changed anew each time: shifted, scaled, turned a little, in other
+colours, grey. A head beside it learns to name thing, kind and style from the codewords, and is
+dropped at the end. The second command then trains the decoder alone, on codes of which a tenth are
+wrong. On a CPU take `resolution=64`. A stage of `pretrain_mini`; measurements are in docs/mini.md.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +26,7 @@ from earlyfusion.devices import resolve_device
 from earlyfusion.errors import SettingError
 from earlyfusion.mini.emoji.dataset import EmojiData
 from earlyfusion.mini.emoji.tensors import Labels, opened, pictures
+from earlyfusion.mini.image_tokenizer import batch_of
 from earlyfusion.model.vqgan import VQGAN
 from earlyfusion.train.augment import ChangeConfig, changed, resized
 from earlyfusion.train.image_tokenizer import (
@@ -39,7 +39,7 @@ from earlyfusion.train.optim import OptimConfig
 from earlyfusion.train.semantic import SemanticHead
 from earlyfusion.train.trainer import RunConfig, train
 
-NAMED = 256  # pictures of val-pair at a time
+NAMED = 256  # pictures of val-pair that are named at once
 
 
 @dataclass
@@ -69,10 +69,8 @@ class DevicePictures:
         self._config = config
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
-        cfg, count = self._config, len(self._pictures)
-        places = np.arange(step * cfg.batch, (step + 1) * cfg.batch)
-        orders = {e: _shuffled(count, cfg.run.seed, e) for e in set((places // count).tolist())}
-        chosen = [int(orders[int(p // count)][p % count]) for p in places]
+        cfg = self._config
+        chosen = batch_of(step, cfg.batch, len(self._pictures), cfg.run.seed)
         where = torch.tensor(chosen, device=self._pictures.device)
         generator = torch.Generator(self._pictures.device)
         generator.manual_seed(cfg.run.seed * 1_000_003 + step)
@@ -80,12 +78,8 @@ class DevicePictures:
         return changed(pixels, cfg.change, generator), self._labels[where]
 
 
-def _shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, 1_000_000 + epoch]).permutation(count)
-
-
 class Checks:
-    """What `HeldOut` tells, and how often the head names pictures of val-pair rightly."""
+    """The figures of `HeldOut`, and the share of val-pair pictures that the head names rightly."""
 
     def __init__(
         self,
@@ -161,4 +155,3 @@ config = NamedImageTokenizerConfig(
         shift=0.1, scale=0.15, turn=12, contrast=0.3, tint=0.2, grey=0.1, unchanged=0.2
     ),
 )
-DECODER = replace(config.loss, naming=0.0, perturb=0.1)

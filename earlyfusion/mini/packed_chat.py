@@ -3,8 +3,8 @@
     earlyfusion train mini_packed_chat data=DIR/emoji device=cuda minutes=1 \\
         image_tokenizer=runs/mini_named_image_tokenizer start=runs/mini_packed_transformer
 
-Goes on from `mini_packed_transformer` at a lower rate, with pictures cut anew and no input code
-replaced, and with more of the tasks of which it has seen little. Stage of `pretrain_mini`.
+It teaches the tasks of which `mini_packed_transformer` has seen little, at a lower rate, with
+pictures cut anew and fewer input codes replaced. A stage of `pretrain_mini`.
 """
 
 from __future__ import annotations

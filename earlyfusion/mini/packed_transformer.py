@@ -1,15 +1,15 @@
-"""The transformer of a larger `mini` on rows that are put together on the device.
+"""The transformer of a larger `mini`, on rows that are put together on the device.
 
     earlyfusion train mini_packed_transformer data=DIR/emoji device=cuda minutes=4 \\
         image_tokenizer=runs/mini_named_image_tokenizer
 
-All training pictures are cut into codes on the device in many ways: moved, scaled, turned, in other
-colours where no colour is asked about. Documents lie there too, and every batch of fixed shape is
-filled anew (`train.device_rows`), with a tenth of the input codes replaced. Matrices learn by Muon;
-the weights that count are a moving average. It ends with `model/`. 10 layers of width 320 and an
-image tokenizer of 3.2 M weights: 18.8 M in all, 38 MB in fp16. `hidden_size=256
-num_hidden_layers=6` and `resolution=64` are for CPUs. Stage of `pretrain_mini`; what is measured
-stands in docs/train.md.
+It learns all tasks of mini from pictures that never look quite the same. All training pictures are
+cut into codes on the device in many ways: moved, scaled, turned, and in other colours where no
+colour is asked about. Documents are on the device too, and every batch of fixed shape is filled
+anew (`train.device_rows`), with a tenth of the input codes replaced. Matrices learn by Muon; the
+weights that are saved are a moving average. It ends with `model/`. 10 layers of width 320 and an
+image tokenizer of 3.2 M weights: 18.8 M in all, 38 MB in fp16. For CPUs take `hidden_size=256
+num_hidden_layers=6 resolution=64`. A stage of `pretrain_mini`; measurements are in docs/mini.md.
 """
 
 from __future__ import annotations
@@ -18,68 +18,64 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from earlyfusion.checkpoints.hf import save_hf
 from earlyfusion.config import ModelConfig
-from earlyfusion.content import Image, Message, Text
+from earlyfusion.content import Image
 from earlyfusion.data.encoding import plain_document
 from earlyfusion.data.packing import RoleWeights
 from earlyfusion.devices import resolve_device
-from earlyfusion.errors import DataError
+from earlyfusion.errors import SettingError
 from earlyfusion.files import replacing
-from earlyfusion.image_tokenizer import ImageTokenizer
 from earlyfusion.mini import named_image_tokenizer as mini_named_image_tokenizer
-from earlyfusion.mini.emoji.dialogues import Sample
+from earlyfusion.mini.emoji.dialogues import Sample, messages_of
 from earlyfusion.mini.emoji.mixture import MixtureConfig, is_plain, samples
 from earlyfusion.mini.emoji.tensors import opened, pictures
-from earlyfusion.mini.transformer import GENERATION, TASKS, load_image_tokenizer, texts
-from earlyfusion.model.transformer import Transformer
+from earlyfusion.mini.stage import (
+    StageConfig,
+    first_model,
+    load_image_tokenizer,
+    samples_of,
+    save_model,
+    text_tokenizer,
+)
+from earlyfusion.mini.transformer import TASKS
 from earlyfusion.model.vqgan import VQGAN
-from earlyfusion.processor import Processor, TokenSequence, train_tokenizer
-from earlyfusion.train import checkpoint
+from earlyfusion.processor import Processor, TokenSequence
 from earlyfusion.train.augment import ChangeConfig, changed, resized
 from earlyfusion.train.device_rows import CutConfig, DeviceRows, templates
 from earlyfusion.train.image_tokenizer import nearest_codewords
-from earlyfusion.train.language import LanguageTask, job_of
+from earlyfusion.train.language import LanguageTask
 from earlyfusion.train.optim import OptimConfig
-from earlyfusion.train.plan import Job
-from earlyfusion.train.samples import PromptedPictures, encoded_prompts
 from earlyfusion.train.trainer import RunConfig, train
 from earlyfusion.vocabulary import ImageLayout, Vocabulary
 
-BATCH = 256  # pictures that are cut at a time
+BATCH = 256  # pictures that are cut at once
 
 
 @dataclass
 class WaysConfig:
-    """In how many ways each picture is cut: the first is exact, then so many keep the colours."""
+    """In how many ways each picture is cut into codes."""
 
     plain: int = 12
+    """Ways that keep the colours; the first is exact."""
     recoloured: int = 12
 
     def __post_init__(self) -> None:
         if self.plain < 1 or self.recoloured < 0:
-            raise DataError(
-                f"plain={self.plain} must be at least 1 and recoloured={self.recoloured} 0 up"
+            raise SettingError(
+                f"plain={self.plain} must be at least 1 and recoloured={self.recoloured} 0 or more"
             )
 
 
 @dataclass
-class PackedTransformerConfig:
-    data: Path = Path("data/emoji")
+class PackedTransformerConfig(StageConfig):
     image_tokenizer: Path = Path("runs/mini_named_image_tokenizer")
-    start: Path | None = None
-    """The run whose newest weights and tokenizer this one begins with."""
     rows: int = 32
-    length: int = 2048
-    dropout: float = 0.0
-    z_weight: float = 1e-5
     prompts: tuple[str, ...] = (
         "Draw a red apple.",
         "Draw a cat.",
@@ -91,21 +87,14 @@ class PackedTransformerConfig:
         "Draw a cat face in Noto style.",
     )
     """Requests whose pictures are drawn at the end and at `run.sample_every`."""
-    run: RunConfig = field(default_factory=RunConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
-    weights: RoleWeights = field(default_factory=RoleWeights)
     ways: WaysConfig = field(default_factory=WaysConfig)
     cut: CutConfig = field(default_factory=CutConfig)
     change: ChangeConfig = field(default_factory=ChangeConfig)
 
-    def job(self) -> Job:
-        return job_of(self.model, self.run, self.rows, self.length, self.dropout)
-
 
 class BlankLayout(ImageLayout):
-    """Spells every picture as one of code 0: its own codes are looked up later."""
+    """Spells every picture with code 0 alone: its codes are looked up on the device later."""
 
     def spell(self, codes_hw: npt.ArrayLike, vocabulary: Vocabulary) -> list[int]:
         return _blank(self.height, self.width, vocabulary)
@@ -117,7 +106,7 @@ def _blank(height: int, width: int, vocabulary: Vocabulary) -> list[int]:
 
 
 def cut_once(vqgan: VQGAN, config: PackedTransformerConfig) -> Tensor:
-    """What `cut` gives, kept in `codes.npy` under the run: on a CPU it takes minutes."""
+    """The codes of `cut`, stored in `codes.npy` under the run: on a CPU they take minutes."""
     path, device = config.run.out / "codes.npy", vqgan.quantize.embedding.weight.device
     if path.is_file():
         return torch.from_numpy(np.load(path)).to(device)
@@ -133,8 +122,8 @@ def cut(vqgan: VQGAN, config: PackedTransformerConfig) -> Tensor:
     """Codes of every training picture in every way, on the device: int16 [P, V, C]."""
     side, device = config.model.vq_config.resolution, vqgan.quantize.embedding.weight.device
     table_PYXC = pictures(config.data, "train", side, str(device))
-    kept = replace(config.change, contrast=0.0, tint=0.0, grey=0.0, unchanged=0.0)
-    every = [None, *[kept] * (config.ways.plain - 1)]
+    same_colours = replace(config.change, contrast=0.0, tint=0.0, grey=0.0, unchanged=0.0)
+    every = [None, *[same_colours] * (config.ways.plain - 1)]
     every += [replace(config.change, unchanged=0.0)] * config.ways.recoloured
     codes = torch.empty(
         len(table_PYXC),
@@ -154,49 +143,26 @@ def cut(vqgan: VQGAN, config: PackedTransformerConfig) -> Tensor:
 
 
 def documents(
-    found: list[Sample], processor: Processor, place: dict[str, int]
+    found: list[Sample], processor: Processor, numbers: dict[str, int]
 ) -> Iterator[tuple[TokenSequence, list[int], bool]]:
-    """Samples as tokens with blank pictures, with the numbers of the pictures, and if plain."""
-    blank = np.zeros((1, 1), np.int64)
+    """Per sample: its tokens with blank pictures, the pictures' numbers, and whether it is plain.
+
+    `numbers` are those of the pictures by their ids.
+    """
+    blank = Image(codes=np.zeros((1, 1), np.int64))
     for sample in found:
-        shown = [place[p["image"]] for p in _parts(sample) if p["type"] == "image"]
+        shown: list[int] = []
+
+        def picture(image_id: str, role: str, shown: list[int] = shown) -> Image:
+            shown.append(numbers[image_id])
+            return blank
+
+        messages = messages_of(sample["messages"], picture)
         if sample["task"] == "bare":
-            document = plain_document(processor, [Image(codes=blank)], [blank])
-            yield document, shown, is_plain(sample)
-            continue
-        messages = [
-            Message(m["role"], [_part(p, blank) for p in m["content"]]) for m in sample["messages"]
-        ]
-        yield processor.encode_document(messages), shown, is_plain(sample)
-
-
-def _parts(sample: Sample) -> Iterator[dict[str, str]]:
-    return (part for message in sample["messages"] for part in message["content"])
-
-
-def _part(raw: dict[str, str], blank: npt.NDArray[np.int64]) -> Text | Image:
-    return Text(raw["text"]) if raw["type"] == "text" else Image(codes=blank)
-
-
-def text_tokenizer(config: PackedTransformerConfig, found: list[Sample]) -> Path:
-    """The tokenizer's file under the run: there, taken from `start`, or trained on the texts."""
-    path = config.run.out / "tokenizer.json"
-    if path.exists():
-        return path
-    if config.start is not None:
-        given = config.start / path.name
-        if not given.is_file():
-            raise DataError(
-                f"{config.start} holds no {path.name}: start={config.start} must name a run of "
-                "this recipe"
-            )
-        text = given.read_text(encoding="utf-8")
-    else:
-        codebook = config.model.vq_config.num_embeddings
-        text = train_tokenizer(texts(found), codebook, config.model.vocab_size)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    return path
+            document = plain_document(processor, messages[-1].parts, [np.zeros((1, 1), np.int64)])
+        else:
+            document = processor.encode_document(messages)
+        yield document, shown, is_plain(sample)
 
 
 def rows_of(config: PackedTransformerConfig, vqgan: VQGAN) -> tuple[DeviceRows, Processor]:
@@ -208,8 +174,8 @@ def rows_of(config: PackedTransformerConfig, vqgan: VQGAN) -> tuple[DeviceRows, 
     vocabulary = processor.vocabulary
     is_code = np.zeros(vocabulary.size, bool)
     is_code[vocabulary.image_tokens] = True
-    place = {name: number for number, name in enumerate(data.split("train"))}
-    stream = documents(found, Processor(path, BlankLayout(grid, grid)), place)
+    numbers = {name: number for number, name in enumerate(data.split("train"))}
+    stream = documents(found, Processor(path, BlankLayout(grid, grid)), numbers)
     made = templates(stream, grid**2, is_code, config.weights)
     rows = DeviceRows(
         made,
@@ -226,41 +192,14 @@ def rows_of(config: PackedTransformerConfig, vqgan: VQGAN) -> tuple[DeviceRows, 
     return rows, processor
 
 
-def begun(config: PackedTransformerConfig, words: int) -> Transformer:
-    """The model on its device, with weights drawn from the run's seed or those of `start`."""
-    torch.manual_seed(config.run.seed)
-    model = Transformer(replace(config.model, vocab_size=words), config.dropout)
-    model = model.to(resolve_device(config.run.device))
-    model.init_weights()
-    if config.start is not None:
-        checkpoint.load_model(model, checkpoint.weights(config.start), config.start)
-    return model
-
-
 def main(config: PackedTransformerConfig) -> None:
     vqgan = load_image_tokenizer(config.image_tokenizer, config.model)
     vqgan.to(resolve_device(config.run.device))
     rows, processor = rows_of(config, vqgan)
-    model = begun(config, processor.vocabulary.size)
-    image_tokenizer = ImageTokenizer(vqgan, config.model.vq_config.resolution)
-    shows = PromptedPictures(
-        model,
-        processor,
-        image_tokenizer,
-        encoded_prompts(processor, config.prompts),
-        {"chameleon": GENERATION},
-        config.run.seed,
-    )
+    model = first_model(config, processor.vocabulary.size)
+    shows = samples_of(config, model, processor, vqgan)
     train(LanguageTask(model, rows, config.z_weight), config.run, config.optim, shows)
-    save(config, model, vqgan)
-
-
-def save(config: PackedTransformerConfig, model: Transformer, vqgan: VQGAN) -> None:
-    """Write the model folder under the run."""
-    text = (config.run.out / "tokenizer.json").read_text(encoding="utf-8")
-    half: dict[str, Any] = {"dtype": torch.float16, "vq_dtype": torch.float16}
-    out = config.run.out / "model"
-    save_hf(out, model.eval().cpu(), vqgan.cpu(), text, {"chameleon": GENERATION}, **half)
+    save_model(config, model, vqgan)
 
 
 config = PackedTransformerConfig(

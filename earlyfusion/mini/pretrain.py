@@ -1,23 +1,21 @@
-"""The whole of `mini` again, by one command after that of the data.
+"""All of `mini` trained again, by one command after the one that builds the data.
 
     python -m earlyfusion.mini.emoji.build --out data/emoji
     earlyfusion train pretrain_mini data=data/emoji
 
-Runs the recipes of mini one after another, each in a folder of its own under `out`, and says at
-each which it is and the command that would run it alone. Killed and started again, it goes on in
-the stage where it was; stages that are done are passed over. `stages=answers,drawings` runs some
-only; `scale=0.01` takes a hundredth of the steps and of the documents. Ends with
-`out/drawings/model/`. Machine, run time and scores of the shipped weights: the model card,
-earlyfusion/pretrained/mini/README.md.
+Runs the recipes of mini one after another, each in its own folder under `out`, and prints the
+command that would run each alone. Killed and started again, it goes on in the stage where it was,
+and skips finished stages. `stages=answers,drawings` runs only these; `scale=0.01` takes a hundredth
+of the steps and of the documents. It ends with `out/drawings/model/`. Machine, run time and scores
+of the shipped weights are in the model card, earlyfusion/pretrained/mini/README.md.
 
     earlyfusion train pretrain_mini data=data/emoji device=cuda minutes=9
 
-With `minutes` another chain runs, that of a larger model which has not been shipped: an image
-tokenizer that learns names, its decoder alone, the transformer on rows made on the device, chats.
-Each stage has a share of the minutes that are left when it begins, so that the whole ends in time
-on any machine. Ends with `out/chat/model/`. The shape is that of `mini_packed_transformer`; where
-any field of `model` is changed (on a CPU: `max_position_embeddings=2048`), it is mini's with that
-change.
+With `minutes` another chain runs, for a larger model that has not been shipped: an image tokenizer
+that learns names, its decoder alone, the transformer on rows made on the device, and chats. Each
+stage gets a share of the minutes that are left when it begins, so that the chain ends in time on
+any machine. It ends with `out/chat/model/`. The shape is that of `mini_packed_transformer`; if a
+field of `model` is given (on a CPU: `max_position_embeddings=2048`), it is mini's with that change.
 """
 
 from __future__ import annotations
@@ -40,20 +38,20 @@ from earlyfusion.train import checkpoint
 
 @dataclass(frozen=True)
 class Stage:
-    """A recipe with what is changed in it; `start` names the stage whose weights it begins with."""
+    """A recipe and the changes to its fields; it begins with the weights of the stage `start`."""
 
     recipe: str
     start: str = ""
     fields: tuple[str, ...] = ()
     share: float = 0.0
-    """Of the minutes, where a run has so many."""
+    """Share of the minutes, in the chain that is given minutes."""
 
 
 STAGES = {
     "image_tokenizer": Stage("mini_image_tokenizer"),
     "transformer": Stage("mini_transformer"),
     "answers": Stage("mini_answers", "transformer"),
-    # Two runs of the recipe whose rate did not fall came before its own.
+    # Two runs of the recipe at a rate that did not fall came before the final one.
     "pairs": Stage(
         "mini_drawings",
         "answers",
@@ -78,11 +76,11 @@ TIMED_STAGES = {
     "transformer": Stage("mini_packed_transformer", share=0.5, fields=("prompts=",)),
     "chat": Stage("mini_packed_chat", "transformer", share=0.12, fields=("prompts=",)),
 }
-_KEPT_FREE = 0.08  # share of the minutes for what is done between the stages and after the last
+_UNSHARED = 0.08  # share of the minutes for the work between the stages and after the last
 _ENDLESS = 1_000_000  # steps of a run that the clock ends
 _MOST_WORKERS = 12
 
-# What a stage takes on each kind of device, where it has such a field.
+# Fields of a stage on each type of device, where its recipe has such a field.
 _ON_GPU = {"precision": "bf16", "plain": 10, "recoloured": 10}
 _ON_CPU = {
     "precision": "fp32",
@@ -101,7 +99,7 @@ class PretrainMiniConfig:
     data: Path = Path("data/emoji")
     out: Path = Path("runs/pretrain_mini")
     stages: tuple[str, ...] = tuple(STAGES)
-    """Which to run, in the order that they have; those before must be in `out`."""
+    """The stages to run, in their order; the results of earlier ones must be in `out`."""
     scale: float = 1.0
     """Share of the steps and of the documents of each stage."""
     minutes: float = 0.0
@@ -114,7 +112,7 @@ class PretrainMiniConfig:
 
     def __post_init__(self) -> None:
         if self.minutes < 0:
-            raise SettingError(f"minutes={self.minutes:g} must be 0 (by steps) up")
+            raise SettingError(f"minutes={self.minutes:g} must be 0 (by steps) or more")
         if self.minutes and self.stages == tuple(STAGES):
             self.stages = tuple(TIMED_STAGES)
         unknown = [name for name in self.stages if name not in self.chain]
@@ -140,12 +138,12 @@ class PretrainMiniConfig:
 
 
 def main(config: PretrainMiniConfig) -> None:
-    EmojiData(config.data)  # refused now, not at a later stage
+    EmojiData(config.data)  # a wrong folder is refused now, not at a later stage
     chosen = [name for name in config.chain if name in config.stages]
-    plan = Plan(config, chosen)
+    minutes = Minutes(config, chosen)
     for number, name in enumerate(chosen, 1):
         stage = config.chain[name]
-        made = timed_config(config, name, plan) if config.minutes else stage_config(config, name)
+        made = timed_config(config, name, minutes) if config.minutes else stage_config(config, name)
         head = f"stage {number} of {len(chosen)}, {name}:"
         if is_done(made):
             print(f"{head} done, in {made.run.out}", flush=True)
@@ -160,7 +158,7 @@ def recipe(stage: Stage) -> Any:
 
 
 def stage_config(config: PretrainMiniConfig, name: str) -> Any:
-    """The config of a stage: its recipe's, with its changes, in its folder, at the scale asked."""
+    """The config of a stage: its recipe's with its changes, in its folder, at `config.scale`."""
     stage = STAGES[name]
     base = override(recipe(stage).config, list(stage.fields))
     run = replace(
@@ -186,15 +184,15 @@ def stage_config(config: PretrainMiniConfig, name: str) -> Any:
     )
 
 
-class Plan:
-    """Who gets which part of the minutes; what stages took before a kill counts."""
+class Minutes:
+    """The minutes of each stage; those that stages took before a kill count."""
 
     def __init__(self, config: PretrainMiniConfig, chosen: list[str]) -> None:
         self._config, self._chosen, self._since = config, chosen, time.monotonic()
         self._before = sum(_seconds(config.out / name) for name in chosen)
 
-    def minutes(self, name: str) -> float:
-        """Of one stage: its share of what is left now, once and for all."""
+    def of(self, name: str) -> float:
+        """The minutes of one stage: its share of those left now, decided once."""
         path = self._config.out / name / "minutes.json"
         if path.is_file():
             return float(json.loads(path.read_text(encoding="utf-8")))
@@ -202,7 +200,7 @@ class Plan:
         later = self._chosen[self._chosen.index(name) :]
         share = chain[name].share / sum(chain[other].share for other in later)
         spent = (self._before + time.monotonic() - self._since) / 60
-        left = self._config.minutes * (1 - _KEPT_FREE) - spent
+        left = self._config.minutes * (1 - _UNSHARED) - spent
         found = max(0.001, round(left * share, 4))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"{found}\n", encoding="utf-8")
@@ -214,15 +212,15 @@ def _seconds(run: Path) -> float:
     return float(checkpoint.load_state(run).get("seconds", 0.0)) if there else 0.0
 
 
-def timed_config(config: PretrainMiniConfig, name: str, plan: Plan) -> Any:
-    """The config of a stage that ends with its minutes, for the device that there is."""
+def timed_config(config: PretrainMiniConfig, name: str, minutes: Minutes) -> Any:
+    """The config of a stage that ends with its minutes, for the device of this machine."""
     stage, on_gpu = config.chain[name], resolve_device(config.device).type == "cuda"
     base = recipe(stage).config
     before = config.out / stage.start
     fixed = _ON_GPU if on_gpu else _ON_CPU
     fields = [f"{k}={v}" for k, v in fixed.items() if _has(base, k)]
     fields += [*stage.fields, *([f"start={before}"] if stage.start else [])]
-    fields += [f"minutes={plan.minutes(name)}", f"steps={_ENDLESS}", f"device={config.device}"]
+    fields += [f"minutes={minutes.of(name)}", f"steps={_ENDLESS}", f"device={config.device}"]
     fields += [c.removeprefix(f"{name}.") for c in config.changes if c.startswith(f"{name}.")]
     made = override(base, [*fields, f"out={config.out / name}", f"data={config.data}"])
     changed = config.model != PRESETS["mini"]
@@ -250,7 +248,7 @@ def _has(config: Any, name: str) -> bool:
 
 
 def is_done(made: Any) -> bool:
-    """Whether a stage has its last checkpoint and, if it leaves one, its model."""
+    """Whether a stage has its last checkpoint, and its model if it leaves one."""
     last = min(made.run.steps, made.run.stop_after or made.run.steps)
     trained = checkpoint.steps(made.run.out)[-1:] == [last]
     if made.run.minutes:

@@ -1,54 +1,54 @@
-"""The transformer of `mini`, first stage; and what writes a model folder.
+"""The transformer of `mini`, first stage: dialogues about pictures, in English and Korean.
 
     earlyfusion train mini_transformer data=DIR/emoji image_tokenizer=runs/mini_image_tokenizer
 
-Cuts the pictures into codes, trains a text tokenizer, trains the transformer on dialogues (packed,
-18 kinds of task, English and Korean) and writes `model/` under the run's folder in the transformers
-layout. The run is resumable: the same command goes on from the newest checkpoint. Machine, run time
-and scores of the shipped weights stand in the model card (earlyfusion/pretrained/mini/README.md).
+It learns the form of all 18 kinds of task, what pictures look like, and both languages. The command
+cuts the pictures into codes, trains a text tokenizer and the transformer on packed dialogues, and
+writes `model/` under the run's folder in transformers' layout. Given again, it goes on from the
+newest checkpoint. Machine, run time and scores of the shipped weights are in the model card
+(earlyfusion/pretrained/mini/README.md).
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from earlyfusion.checkpoints.hf import save_hf
-from earlyfusion.config import PRESETS, ModelConfig
-from earlyfusion.content import Image, Message, Text
+from earlyfusion.config import PRESETS
+from earlyfusion.content import Image
 from earlyfusion.data.encoding import plain_document
 from earlyfusion.data.packing import Packer, RoleWeights
 from earlyfusion.data.pictures import to_pixels
-from earlyfusion.devices import resolve_device
-from earlyfusion.errors import DataError
-from earlyfusion.image_tokenizer import ImageTokenizer
-from earlyfusion.kernels.twins import accelerate
 from earlyfusion.mini.emoji.dataset import EmojiData
-from earlyfusion.mini.emoji.dialogues import Sample, caption_pairs, generate, studies
+from earlyfusion.mini.emoji.dialogues import (
+    Sample,
+    caption_pairs,
+    generate,
+    messages_of,
+    studies,
+)
 from earlyfusion.mini.image_tokenizer import AugmentConfig, augmented
-from earlyfusion.model.transformer import Transformer
+from earlyfusion.mini.stage import (
+    StageConfig,
+    file_of_start,
+    first_model,
+    load_image_tokenizer,
+    samples_of,
+    save_model,
+    text_tokenizer,
+)
 from earlyfusion.model.vqgan import VQGAN
-from earlyfusion.processor import Processor, TokenSequence, train_tokenizer
-from earlyfusion.train import checkpoint
-from earlyfusion.train.language import LanguageTask, job_of
+from earlyfusion.processor import Processor, TokenSequence
+from earlyfusion.train.image_tokenizer import nearest_codewords
+from earlyfusion.train.language import LanguageTask
 from earlyfusion.train.optim import OptimConfig
-from earlyfusion.train.plan import Job
-from earlyfusion.train.samples import PromptedPictures, encoded_prompts
 from earlyfusion.train.trainer import RunConfig, train
 from earlyfusion.vocabulary import ImageLayout
-
-GENERATION = {
-    "text": {"temperature": 0.0},
-    "image": {"temperature": 0.5, "top_p": 0.9},
-    "guidance": {"text": 1.0, "image": 1.0},
-}
-
 
 # Share of each kind of dialogue: naming and drawing carry all others, so they come most often.
 TASKS = {
@@ -75,7 +75,7 @@ TASKS = {
 
 @dataclass
 class DocumentsConfig:
-    """What the documents are made of."""
+    """Sources of the documents and their shares, and how pictures come into them."""
 
     dialogues: int = 150_000
     tasks: dict[str, float] = field(default_factory=lambda: dict(TASKS))
@@ -88,25 +88,17 @@ class DocumentsConfig:
     studies: float = 0.0
     """Share of dialogues with several questions about one picture."""
     unchanged: float = 0.0
-    """Share of the pictures in prompts that are taken as they are, besides the chance of it."""
+    """Share of the pictures in prompts that are surely the first variant; the others may be."""
     bare: float = 0.1
     """Share of drawings whose request is dropped, for guidance."""
     variants: int = 3
-    """Ways each picture is cut into codes: the first as it is, the others shifted and scaled."""
+    """Versions of each picture in codes: the first as it is, the others shifted and scaled."""
     noise: float = 0.0
-    """Share of the codes of changed pictures in prompts that become a near codeword."""
+    """Share of the codes of a changed picture in a prompt that are replaced by a near codeword."""
 
 
 @dataclass
-class TransformerConfig:
-    data: Path = Path("data/emoji")
-    image_tokenizer: Path = Path("runs/mini_image_tokenizer")
-    start: Path | None = None
-    """The run whose newest weights, tokenizer and codes this one begins with."""
-    rows: int = 2
-    length: int = 2048
-    dropout: float = 0.0
-    z_weight: float = 1e-5
+class TransformerConfig(StageConfig):
     prompts: tuple[str, ...] = (
         "Draw a red apple.",
         "Draw a cat face.",
@@ -115,24 +107,9 @@ class TransformerConfig:
         "무지개를 그려 줘.",
         "Draw a cat face in Noto style.",
     )
-    """Requests whose pictures are drawn at `run.sample_every`."""
-    run: RunConfig = field(default_factory=RunConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
+    """Requests whose pictures are drawn at the end and at `run.sample_every`."""
     documents: DocumentsConfig = field(default_factory=DocumentsConfig)
-    weights: RoleWeights = field(default_factory=RoleWeights)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-
-    def job(self) -> Job:
-        return job_of(self.model, self.run, self.rows, self.length, self.dropout)
-
-
-def load_image_tokenizer(run: Path, config: ModelConfig) -> VQGAN:
-    """The newest weights of an image tokenizer's run, rounded as they are shipped: to fp16."""
-    tensors = checkpoint.weights(run)
-    vqgan = VQGAN(config.vq_config)
-    vqgan.load_state_dict({k: v.half().float() for k, v in tensors.items()})
-    return accelerate(vqgan.eval().requires_grad_(False))
 
 
 @torch.inference_mode()
@@ -152,17 +129,12 @@ def picture_codes(vqgan: VQGAN, data: EmojiData, config: TransformerConfig) -> n
     return table
 
 
-def near_codes(vqgan: VQGAN, count: int = 8) -> np.ndarray:
-    """The `count` codewords nearest to each, itself left out: int16 [codes, count]."""
-    codewords = vqgan.quantize.embedding.weight.detach().float()
-    nearest = torch.cdist(codewords, codewords).argsort(1)[:, 1 : count + 1]
-    return nearest.cpu().numpy().astype(np.int16)
-
-
 class Documents:
-    """Document k of the training stream, a pure function of k.
+    """The stream of documents: a sample drawn anew for each number, its pictures cut anew.
 
-    `codes` and `near` are what `picture_codes` and `near_codes` give.
+    `codes` are those of `picture_codes`, `near` those of `nearest_codewords`. Not a
+    `data.mixture.Mixture`, whose documents follow from a row: which variant of a picture is shown,
+    and whether a request is dropped, follows from the document's number here.
     """
 
     def __init__(
@@ -176,7 +148,7 @@ class Documents:
     ) -> None:
         self._shares, self._sources = zip(*sources, strict=True)
         self._codes, self._near = codes, near
-        self._place = {name: i for i, name in enumerate(data.split("train"))}
+        self._number_of = {name: i for i, name in enumerate(data.split("train"))}
         self._processor, self._config = processor, config
 
     def __call__(self, number: int) -> TokenSequence:
@@ -184,7 +156,7 @@ class Documents:
         rng = np.random.default_rng([seed, 7, number])
         source = self._sources[int(rng.choice(len(self._sources), p=self._shares))]
         sample = source[int(rng.integers(len(source)))]
-        messages = [self._message(m, rng) for m in sample["messages"]]
+        messages = messages_of(sample["messages"], partial(self._picture, rng))
         answer = messages[-1]
         if isinstance(answer.parts[0], Image) and rng.random() < cfg.bare:
             codes = answer.parts[0].codes
@@ -192,16 +164,11 @@ class Documents:
             return plain_document(self._processor, answer.parts[:1], [codes])
         return self._processor.encode_document(messages)
 
-    def _message(self, raw: dict[str, Any], rng: np.random.Generator) -> Message:
-        parts = [self._part(p, raw["role"], rng) for p in raw["content"]]
-        return Message(raw["role"], parts)
-
-    def _part(self, raw: dict[str, str], role: str, rng: np.random.Generator) -> Text | Image:
-        if raw["type"] == "text":
-            return Text(raw["text"])
+    def _picture(self, rng: np.random.Generator, image_id: str, role: str) -> Image:
+        # A drawing is always learned as it is; only pictures that are asked about change.
         changes = role == "user" and rng.random() >= self._config.documents.unchanged
         variants = self._codes.shape[1] if changes else 1
-        codes = self._codes[self._place[raw["image"]], int(rng.integers(variants))]
+        codes = self._codes[self._number_of[image_id], int(rng.integers(variants))]
         if changes:
             codes = self._noisy(codes, rng)
         return Image(codes=codes.astype(np.int64))
@@ -214,89 +181,62 @@ class Documents:
         return np.where(swapped, other, codes)
 
 
-def texts(samples: Iterable[Sample]) -> Iterable[str]:
-    for sample in samples:
-        for message in sample["messages"]:
-            yield from (part["text"] for part in message["content"] if part["type"] == "text")
+def sources(config: TransformerConfig, data: EmojiData) -> list[tuple[float, list[Sample]]]:
+    """Samples with their shares: dialogues, pairs, requests for usual pictures, and studies."""
+    cfg = config.documents
+    samples = generate(data, "train", cfg.dialogues, cfg.seed, cfg.korean, cfg.tasks)
+    pairs = list(caption_pairs(data))
+    several = samples
+    if cfg.studies:
+        several = list(studies(data, "train", cfg.dialogues, cfg.seed, turns=3))
+    usual = [pair for pair in pairs if pair["task"] == "usual"]
+    # Where usual pictures have a share of their own, they are left out of the pairs.
+    plain = [pair for pair in pairs if pair["task"] != "usual"] if cfg.usual else pairs
+    shares = (1 - cfg.pairs - cfg.usual - cfg.studies, cfg.pairs, cfg.usual, cfg.studies)
+    return list(zip(shares, (samples, plain, usual, several), strict=True))
 
 
 def prepare(config: TransformerConfig) -> tuple[VQGAN, Processor, Documents]:
-    """Pictures in codes and the tokenizer under `config.run.out`, made or taken from `start`."""
-    out, cfg = config.run.out, config.documents
-    out.mkdir(parents=True, exist_ok=True)
+    """The image tokenizer, the processor and the stream of documents.
+
+    Tokenizer and codes of the pictures are left in the run's folder, made or taken from `start`.
+    """
+    config.run.out.mkdir(parents=True, exist_ok=True)
     data = EmojiData(config.data)
-    samples = generate(data, "train", cfg.dialogues, cfg.seed, cfg.korean, cfg.tasks)
-    pairs = list(caption_pairs(data))
+    mixed = sources(config, data)
     vqgan = load_image_tokenizer(config.image_tokenizer, config.model)
-    _begin_with(config.start, out, cfg.variants)
-    tokenizer, table, grid = out / "tokenizer.json", out / "codes.npy", config.model.vq_config.grid
-    if not tokenizer.exists():
-        codebook = config.model.vq_config.num_embeddings
-        text = train_tokenizer(texts([*samples, *pairs]), codebook, config.model.vocab_size)
-        tokenizer.write_text(text, encoding="utf-8")
+    _take_codes(config)
+    (_, samples), *_ = mixed
+    tokenizer = text_tokenizer(config, [*samples, *caption_pairs(data)])
+    table, grid = config.run.out / "codes.npy", config.model.vq_config.grid
     if not table.exists():
         np.save(table, picture_codes(vqgan, data, config))
     processor = Processor(tokenizer, ImageLayout(grid, grid))
-    several = (
-        list(studies(data, "train", cfg.dialogues, cfg.seed, turns=3)) if cfg.studies else samples
-    )
-    usual = [pair for pair in pairs if pair["task"] == "usual"]
-    plain = [pair for pair in pairs if pair["task"] != "usual"] if cfg.usual else pairs
-    shares = (1 - cfg.pairs - cfg.usual - cfg.studies, cfg.pairs, cfg.usual, cfg.studies)
-    sources = list(zip(shares, (samples, plain, usual, several), strict=True))
-    return (
-        vqgan,
-        processor,
-        Documents(sources, data, np.load(table), near_codes(vqgan), processor, config),
-    )
+    near = nearest_codewords(vqgan).numpy()
+    return vqgan, processor, Documents(mixed, data, np.load(table), near, processor, config)
 
 
-def _begin_with(start: Path | None, out: Path, variants: int) -> None:
-    """Take over the tokenizer and the codes of another run, unless they are there.
-
-    Codes in another number of variants are left behind, to be cut again.
-    """
-    for name in ("tokenizer.json", "codes.npy") if start else ():
-        assert start is not None
-        if not (start / name).is_file():
-            raise DataError(
-                f"{start} holds no {name}: start={start} must name a run of this recipe"
-            )
-        other = name == "codes.npy" and np.load(start / name, "r").shape[1] != variants
-        if not other and not (out / name).exists():
-            shutil.copy(start / name, out / name)
+def _take_codes(config: TransformerConfig) -> None:
+    """Copy the codes of the run `start`, unless they are there or of another number of variants."""
+    if config.start is None:
+        return
+    given, own = file_of_start(config.start, "codes.npy"), config.run.out / "codes.npy"
+    if np.load(given, "r").shape[1] == config.documents.variants and not own.exists():
+        shutil.copy(given, own)
 
 
 def main(config: TransformerConfig) -> None:
     vqgan, processor, documents = prepare(config)
-    torch.manual_seed(config.run.seed)
-    size = processor.vocabulary.size
-    model_config = replace(config.model, vocab_size=size)
-    model = Transformer(model_config, config.dropout).to(resolve_device(config.run.device))
-    model.init_weights()
-    if config.start is not None:
-        model.load_state_dict(checkpoint.weights(config.start))
+    model = first_model(config, processor.vocabulary.size)
     packer = Packer(documents, config.weights, config.rows, config.length, processor.vocabulary.pad)
-    image_tokenizer = ImageTokenizer(vqgan, config.model.vq_config.resolution)
-    prompts = encoded_prompts(processor, config.prompts)
-    shows = PromptedPictures(
-        model, processor, image_tokenizer, prompts, {"chameleon": GENERATION}, config.run.seed
-    )
+    shows = samples_of(config, model, processor, vqgan)
     train(LanguageTask(model, packer, config.z_weight), config.run, config.optim, shows)
-    save_hf(
-        config.run.out / "model",
-        model.eval(),
-        vqgan,
-        (config.run.out / "tokenizer.json").read_text(encoding="utf-8"),
-        {"chameleon": GENERATION},
-        dtype=torch.float16,
-        vq_dtype=torch.float16,
-    )
+    save_model(config, model, vqgan)
 
 
 config = TransformerConfig(
     model=PRESETS["mini"],
-    # The second stage, mini/answers.py, takes over at step 2,000.
+    # At step 2,000 the second stage takes over, mini/answers.py.
     run=RunConfig(
         out=Path("runs/mini_transformer"),
         steps=4800,

@@ -1,7 +1,7 @@
 """Reads a folder of the emoji data: rows, names, pictures.
 
-The folder holds `metadata.jsonl` (a row an image), `concepts.jsonl` (a row a concept),
-`styles.json` and `images/<style>.zip`. An image's id is `<style>/<member without .webp>`.
+The folder holds `metadata.jsonl` (a row per image), `concepts.jsonl` (a row per concept) and
+`images/<style>.zip`. An image's id is `<style>/<member without .webp>`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SPLITS = ("train", "val", "val-pair", "val-concept", "test", "test-pair", "test-
 
 
 class Row(TypedDict):
-    """One image; `en` and `ko` are its names as one says them: "flag of France"."""
+    """One image; `en` and `ko` are its names as people say them: "flag of France"."""
 
     id: str
     split: str
@@ -57,7 +57,7 @@ class Row(TypedDict):
 
 
 def spoken_name(name: str, lang: str) -> str:
-    """The catalogue's name as one says it: flags and keycaps are reworded."""
+    """The catalogue's name as people say it: flags and keycaps are reworded."""
     if lang == "en":
         if name.startswith("flag: "):
             return "flag of " + name[6:]
@@ -70,9 +70,9 @@ def spoken_name(name: str, lang: str) -> str:
 class EmojiData:
     """The data of one folder.
 
-    `rows` keeps the order of metadata.jsonl; `concepts` and `styles` are keyed by their ids.
-    Archives are read into memory at first use (30 MB for all ten), so that threads and forked
-    workers share no file position.
+    `rows` has the order of metadata.jsonl; `concepts` is keyed by their ids. Archives are read into
+    memory at first use (30 MB for all ten), so that threads and forked workers share no file
+    position.
 
     Raises DataError where the folder, a file of it or a field is missing.
     """
@@ -80,7 +80,6 @@ class EmojiData:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.concepts = {c["id"]: c for c in self._lines("concepts.jsonl")}
-        self.styles: dict[str, dict[str, Any]] = json.loads(self._text("styles.json"))
         self.rows: list[Row] = [self._row(r) for r in self._lines("metadata.jsonl")]
         self._by_id = {r["id"]: r for r in self.rows}
         self._archives: dict[str, zipfile.ZipFile] = {}
@@ -122,7 +121,7 @@ class EmojiData:
             return picture.convert("RGB")
 
     def images(self, ids: Iterable[str]) -> list[Image.Image]:
-        """Several pictures, in the order asked."""
+        """Several pictures, in the order of their ids."""
         return [self.image(i) for i in ids]
 
     def _archive(self, file: str) -> zipfile.ZipFile:

@@ -19,11 +19,11 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from earlyfusion.content import Image, Message, Text
 from earlyfusion.errors import DataError, SettingError
 from earlyfusion.mini.emoji.dataset import EmojiData, Row
 from earlyfusion.mini.emoji.phrases import (
@@ -617,17 +617,25 @@ def write_samples(samples: Sequence[Sample], path: Path) -> None:
             file.write(json.dumps(sample, ensure_ascii=False, separators=(",", ":")) + "\n")
 
 
-def read_samples(path: str | Path, limit: int | None = None) -> list[Sample]:
-    """The first `limit` samples of a file; DataError where it is missing or malformed."""
-    try:
-        with Path(path).open(encoding="utf-8") as file:
-            return [json.loads(line) for line in islice(file, limit)]
-    except FileNotFoundError:
-        raise DataError(
-            f"no samples at {path}: make them with `python -m earlyfusion.mini.emoji.dialogues`"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} holds a line that is not JSON: {error.msg}") from None
+def messages_of(
+    turns: Iterable[Mapping[str, Any]], picture: Callable[[str, str], Image]
+) -> list[Message]:
+    """Turns of a sample; `picture` gives an Image for an image's id and the role that shows it."""
+    return [
+        Message(turn["role"], [_content(part, turn["role"], picture) for part in turn["content"]])
+        for turn in turns
+    ]
+
+
+def _content(part: Part, role: str, picture: Callable[[str, str], Image]) -> Text | Image:
+    return Text(part["text"]) if part["type"] == "text" else picture(part["image"], role)
+
+
+def texts_of(samples: Iterable[Sample]) -> Iterator[str]:
+    """Every text of the samples, to train a tokenizer on."""
+    for sample in samples:
+        for message in sample["messages"]:
+            yield from (part["text"] for part in message["content"] if part["type"] == "text")
 
 
 def _weights(changed: Mapping[str, float]) -> dict[str, float]:

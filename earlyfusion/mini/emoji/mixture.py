@@ -1,12 +1,12 @@
-"""The documents of a training on the emoji data: messages, and what may be done to their pictures.
+"""The documents of a training on the emoji data, and whether their pictures may change colour.
 
 A mixture has shares of five sources:
   dialogues  the eighteen tasks of `dialogues.generate`
   pairs      a picture and its name, a name with a style and the picture (`dialogues.caption_pairs`)
-  requests   a request in many wordings, without a style; any picture of the thing answers it
+  requests   a request in many wordings, without a style, answered by any picture of the thing
   studies    several questions about one picture (`dialogues.studies`)
   bare       a picture without a request, for guidance
-Sources are written in as many processes as are given, each a part with a seed of its own.
+`workers` processes write the sources, each a part with its own seed.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class MixtureConfig:
     studies: float = 0.15
     bare: float = 0.05
     tasks: dict[str, float] = field(default_factory=dict)
-    """Weights of tasks among the dialogues, where not the published ones."""
+    """Weights of tasks among the dialogues; of others, the published weights."""
     korean: float = 0.4
     seed: int = 0
     workers: int = 1
@@ -64,13 +64,13 @@ class MixtureConfig:
         shares = [getattr(self, name) for name in SOURCES]
         if min(shares) < 0 or not sum(shares):
             raise SettingError(
-                f"the shares of {', '.join(SOURCES)} are {shares}: give 0 up, and not all 0"
+                f"the shares of {', '.join(SOURCES)} are {shares}: give 0 or more, and not all 0"
             )
 
 
 @dataclass(frozen=True)
 class _Part:
-    """What one process writes at a time."""
+    """Documents that one process writes together."""
 
     folder: Path
     source: str
@@ -89,9 +89,9 @@ def samples(folder: Path, config: MixtureConfig) -> list[Sample]:
         each = -(-count // config.workers)
         for worker in range(config.workers if count else 0):
             seed = 1000 * config.seed + worker
-            own = min(each, count - worker * each)
-            if own > 0:
-                parts.append(_Part(folder, source, own, seed, config.korean, config.tasks))
+            size = min(each, count - worker * each)
+            if size > 0:
+                parts.append(_Part(folder, source, size, seed, config.korean, config.tasks))
     if config.workers == 1:
         data = EmojiData(folder)
         return list(chain.from_iterable(_written(part, data) for part in parts))
@@ -100,7 +100,7 @@ def samples(folder: Path, config: MixtureConfig) -> list[Sample]:
 
 
 def is_plain(sample: Sample) -> bool:
-    """Whether the colours of its pictures matter: they are asked about, or are in a name."""
+    """Whether the colours of its pictures matter: they are asked about, or part of a name."""
     words = (
         part["text"]
         for message in sample["messages"]
@@ -133,17 +133,17 @@ def _drawings(part: _Part, data: EmojiData, rng: random.Random) -> Iterator[Samp
             lang = "ko" if rng.random() < part.korean else "en"
             writer.free = rng.random() < writer.further
             said = [text_part(writer.prompt("draw", lang, n=name_of(row, lang)))]
-            asked = [user(*said)] if part.source == "requests" else []
+            request = [user(*said)] if part.source == "requests" else []
             yield {
                 "task": part.source,
                 "lang": lang,
                 "split": "train",
-                "messages": [*asked, assistant(image_part(row))],
+                "messages": [*request, assistant(image_part(row))],
             }
 
 
 def _repeated(found: list[Sample], count: int, rng: random.Random) -> list[Sample]:
-    """So many of the samples, each as often as the others but for one."""
+    """`count` samples in random order, none of them repeated more than once more than another."""
     chosen: list[Sample] = []
     while len(chosen) < count:
         rng.shuffle(found)

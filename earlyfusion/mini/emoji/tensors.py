@@ -1,4 +1,4 @@
-"""The pictures of the emoji data as tensors on a device, and what they show as labels."""
+"""The pictures of the emoji data as tensors on a device, with labels of what they show."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from earlyfusion.mini.emoji.dataset import EmojiData
 from earlyfusion.train.semantic import UNKNOWN
 
-_THREADS = 16  # decoding leaves Python's lock
+_THREADS = 16  # decoding releases Python's lock
 
 
 @lru_cache(maxsize=1)
@@ -27,7 +27,7 @@ def opened(folder: Path) -> EmojiData:
 def pictures(folder: Path, split: str, side: int, device: str) -> Tensor:
     """All pictures of a split in file order, on the device: uint8 [pictures, side, side, 3].
 
-    They are kept for further calls: 534 MB for the training pictures at 128 pixels.
+    They stay in memory for further calls: 534 MB for the training pictures at 128 pixels.
     """
     data = opened(folder)
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -44,22 +44,22 @@ def _square(data: EmojiData, side: int, image_id: str) -> np.ndarray:
 
 
 class Labels:
-    """Numbers of what pictures show: the thing, its kind and the style.
+    """Labels of pictures: numbers of the thing, its subgroup and the style.
 
-    Things and kinds are those of the training pictures; others are `UNKNOWN`.
+    A thing or subgroup that no training picture shows is `UNKNOWN`.
     """
 
     def __init__(self, data: EmojiData) -> None:
         self._data = data
         rows = [data.row(i) for i in data.split("train")]
         self._things = _numbers([r["codepoints"] for r in rows])
-        self._kinds = _numbers([r["subgroup"] for r in rows])
+        self._subgroups = _numbers([r["subgroup"] for r in rows])
         self._styles = _numbers([r["style"] for r in rows])
 
     @property
     def answers(self) -> tuple[int, int, int]:
-        """How many there are of each."""
-        return len(self._things), len(self._kinds), len(self._styles)
+        """How many things, subgroups and styles there are."""
+        return len(self._things), len(self._subgroups), len(self._styles)
 
     def of(self, ids: list[str]) -> Tensor:
         """int64 [pictures, 3]."""
@@ -67,7 +67,7 @@ class Labels:
         found = [
             (
                 self._things.get(r["codepoints"], UNKNOWN),
-                self._kinds.get(r["subgroup"], UNKNOWN),
+                self._subgroups.get(r["subgroup"], UNKNOWN),
                 self._styles.get(r["style"], UNKNOWN),
             )
             for r in rows

@@ -1,0 +1,125 @@
+"""What all stages of the transformer share: config, first weights, samples, model folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from earlyfusion.checkpoints.hf import save_hf
+from earlyfusion.config import ModelConfig
+from earlyfusion.data.packing import RoleWeights
+from earlyfusion.devices import resolve_device
+from earlyfusion.errors import DataError
+from earlyfusion.image_tokenizer import ImageTokenizer
+from earlyfusion.kernels.twins import accelerate
+from earlyfusion.mini.emoji.dialogues import Sample, texts_of
+from earlyfusion.model.transformer import Transformer
+from earlyfusion.model.vqgan import VQGAN
+from earlyfusion.processor import Processor, train_tokenizer
+from earlyfusion.train import checkpoint
+from earlyfusion.train.language import job_of
+from earlyfusion.train.optim import OptimConfig
+from earlyfusion.train.plan import Job
+from earlyfusion.train.samples import PromptedPictures, encoded_prompts
+from earlyfusion.train.trainer import RunConfig
+
+# How a model folder samples by default.
+GENERATION = {
+    "text": {"temperature": 0.0},
+    "image": {"temperature": 0.5, "top_p": 0.9},
+    "guidance": {"text": 1.0, "image": 1.0},
+}
+
+
+@dataclass
+class StageConfig:
+    """Fields of a stage of either chain."""
+
+    data: Path = Path("data/emoji")
+    image_tokenizer: Path = Path("runs/mini_image_tokenizer")
+    start: Path | None = None
+    """The run whose newest weights and tokenizer this one begins with."""
+    rows: int = 2
+    length: int = 2048
+    dropout: float = 0.0
+    z_weight: float = 1e-5
+    prompts: tuple[str, ...] = ()
+    """Requests whose pictures are drawn at the end and at `run.sample_every`."""
+    run: RunConfig = field(default_factory=RunConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    weights: RoleWeights = field(default_factory=RoleWeights)
+
+    def job(self) -> Job:
+        return job_of(self.model, self.run, self.rows, self.length, self.dropout)
+
+
+def load_image_tokenizer(run: Path, config: ModelConfig) -> VQGAN:
+    """The newest weights of an image tokenizer's run, rounded as they are shipped: to fp16."""
+    tensors = checkpoint.weights(run)
+    vqgan = VQGAN(config.vq_config)
+    vqgan.load_state_dict({k: v.half().float() for k, v in tensors.items()})
+    return accelerate(vqgan.eval().requires_grad_(False))
+
+
+def text_tokenizer(config: StageConfig, samples: Iterable[Sample]) -> Path:
+    """The tokenizer's file in the run's folder, copied from `start` or trained on the samples."""
+    path = config.run.out / "tokenizer.json"
+    if path.exists():
+        return path
+    if config.start is not None:
+        text = file_of_start(config.start, path.name).read_text(encoding="utf-8")
+    else:
+        codebook = config.model.vq_config.num_embeddings
+        text = train_tokenizer(texts_of(samples), codebook, config.model.vocab_size)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def file_of_start(start: Path, name: str) -> Path:
+    """A file of the run that this one begins with; `DataError` where it is missing."""
+    if not (start / name).is_file():
+        raise DataError(f"{start} holds no {name}: start={start} must name a run of this recipe")
+    return start / name
+
+
+def first_model(config: StageConfig, vocab_size: int) -> Transformer:
+    """The model on its device, with weights drawn from the run's seed or those of `start`."""
+    torch.manual_seed(config.run.seed)
+    model = Transformer(replace(config.model, vocab_size=vocab_size), config.dropout)
+    model = model.to(resolve_device(config.run.device))
+    model.init_weights()
+    if config.start is not None:
+        checkpoint.load_model(model, checkpoint.weights(config.start), config.start)
+    return model
+
+
+def samples_of(
+    config: StageConfig, model: Transformer, processor: Processor, vqgan: VQGAN
+) -> PromptedPictures:
+    """Draws `config.prompts` during the run."""
+    return PromptedPictures(
+        model,
+        processor,
+        ImageTokenizer(vqgan, config.model.vq_config.resolution),
+        encoded_prompts(processor, config.prompts),
+        {"chameleon": GENERATION},
+        config.run.seed,
+    )
+
+
+def save_model(config: StageConfig, model: Transformer, vqgan: VQGAN) -> None:
+    """Write the model folder under the run, in transformers' layout and fp16."""
+    save_hf(
+        config.run.out / "model",
+        model.eval().cpu(),
+        vqgan.cpu(),
+        (config.run.out / "tokenizer.json").read_text(encoding="utf-8"),
+        {"chameleon": GENERATION},
+        dtype=torch.float16,
+        vq_dtype=torch.float16,
+    )
