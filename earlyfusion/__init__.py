@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _ERRORS, _EVENTS = "earlyfusion.errors", "earlyfusion.generation.request"
+# Imported on first use, so that `import earlyfusion` does not wait for torch.
 _HOME = {
     "Chameleon": "earlyfusion.api",
     "Reply": "earlyfusion.api",
@@ -80,7 +81,7 @@ _HOME = {
     "ChameleonVQVAEConfig": "earlyfusion.hf",
     "register": "earlyfusion.hf",
 }
-# What needs transformers is had by its name, but `from earlyfusion import *` leaves it out.
+# The names of earlyfusion.hf are left out: `from earlyfusion import *` must not need transformers.
 __all__ = [
     "Chameleon",
     "CheckpointError",

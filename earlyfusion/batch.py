@@ -1,11 +1,11 @@
-"""Many requests from a file of JSON lines, answered at once; started again, it goes on.
+"""Many requests from a file of JSON lines, answered at once; a stopped run can be continued.
 
-A line is an object: "prompt" (a text, parts, or messages), and if wanted "id", "images" (for the
-marks of a prompt that is a text), "output" and any field of SamplingParams. Everything that can be
-seen without opening a picture or a model is checked before the start; what fails later is written
-to errors.jsonl, and tried again by the next run. Replies are lines of replies.jsonl in the order in
-which they are finished; a reply's pictures are written before its line, so that a run that was
-killed leaves no line without its pictures.
+A line is an object: "prompt" (a text, parts, or messages), and optionally "id", "images" (for the
+<image> marks of a prompt that is a text), "output" and any field of SamplingParams. All that can be
+checked without opening an image or the model is checked before the first request. A request that
+fails later is noted in errors.jsonl, and the next run tries it again. Replies become lines of
+replies.jsonl in the order in which they finish. A reply's images are written before its line, so
+that a killed run leaves no line without its images.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ if TYPE_CHECKING:
     from earlyfusion.api import Chameleon, Reply
     from earlyfusion.engine.handle import Handle
 
-# Of SamplingParams' fields, what JSON can say and a line of replies shows.
+# Fields of SamplingParams that JSON can express and whose effect a line of replies shows.
 _SETTINGS = {field.name for field in fields(SamplingParams)} - {"logprobs", "logits_processors"}
 _KEYS = {"id", "prompt", "images", "output"} | _SETTINGS
 
 
 @dataclass(frozen=True)
 class Job:
-    """One line: what is asked, and `digest`, which changes with anything that is asked."""
+    """One line of the file. `digest` is another for any other prompt or setting."""
 
     line: int
     id: str | int
@@ -58,21 +58,21 @@ class Job:
 
     @property
     def messages(self) -> list[Message]:
-        """The turns with their pictures opened. Raises `ImageError`."""
+        """The turns with their images opened. Raises `ImageError`."""
         return [Message(role, parts) for role, parts in self.turns]
 
 
 def read_jobs(path: Path, output: Output, sampling: Mapping[str, Any], model: str) -> list[Job]:
-    """The jobs of a file; `output` and `sampling` are for lines that do not say.
+    """The jobs of a file; `output` and `sampling` are for lines without their own.
 
-    With a seed in `sampling`, job number i of those without their own has the seed `seed + i`.
-    Raises an `EarlyFusionError` that names the line.
+    With a seed in `sampling`, job number i has the seed `seed + i`, unless its line has one. Raises
+    an `EarlyFusionError` that names the line.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError):
         raise PromptError(
-            f"{path} cannot be read: give a text file in UTF-8 with one JSON object a line"
+            f"{path} cannot be read: give a text file in UTF-8 with one JSON object per line"
         ) from None
     jobs: dict[str, Job] = {}
     for number, line in enumerate(lines, 1):
@@ -83,12 +83,14 @@ def read_jobs(path: Path, output: Output, sampling: Mapping[str, Any], model: st
             job = _job(number, line, path.parent, output, defaults, model)
             if str(job.id) in jobs:
                 first = jobs[str(job.id)].line
-                raise PromptError(f"its id {job.id!r} is that of line {first}: give each its own")
+                raise PromptError(
+                    f"its id {job.id!r} is also that of line {first}: give each its own"
+                )
         except EarlyFusionError as error:
             raise type(error)(f"{path} line {number}: {error}") from None
         jobs[str(job.id)] = job
     if not jobs:
-        raise PromptError(f"{path} holds no request: give one JSON object a line")
+        raise PromptError(f"{path} holds no request: give one JSON object per line")
     return list(jobs.values())
 
 
@@ -103,14 +105,14 @@ def _job(
     entry = _entry(line)
     name, wanted = entry.get("id", number), entry.get("output", output)
     if isinstance(name, bool) or not isinstance(name, str | int):
-        raise PromptError("its id is neither a text nor a whole number")
+        raise PromptError("its id is neither a text nor a whole number: give one, or leave it out")
     if wanted not in get_args(Output):
         raise SettingError.unknown("output", wanted, get_args(Output))
     settings = defaults | {key: value for key, value in entry.items() if key in _SETTINGS}
-    asked = json.dumps([entry, name, wanted, settings, model], sort_keys=True)
+    content = json.dumps([entry, name, wanted, settings, model], sort_keys=True)
     turns = _turns(entry, folder)
     _check(turns)
-    digest = blake2b(asked.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    digest = blake2b(content.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
     return Job(number, name, turns, wanted, SamplingParams(**settings), digest)
 
 
@@ -120,7 +122,7 @@ def _entry(line: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         entry = None
     if not isinstance(entry, dict):
-        raise PromptError('it is no JSON object, as {"prompt": "Draw a cat."} is')
+        raise PromptError('it is not a JSON object: give one such as {"prompt": "Draw a cat."}')
     for key in entry:
         if key not in _KEYS:
             near = get_close_matches(key, _KEYS, 1) or [", ".join(sorted(_KEYS))]
@@ -133,22 +135,22 @@ def _entry(line: str) -> dict[str, Any]:
 def _turns(entry: dict[str, Any], folder: Path) -> list[tuple[Any, list[Part]]]:
     prompt, images = entry["prompt"], entry.get("images", [])
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
-        raise PromptError("its images are no list of paths")
+        raise PromptError("its images are not a list of paths: give a list, even of one")
     if isinstance(prompt, str):
         return [("user", list(fill_places(prompt, [folder / image for image in images])))]
     if images:
-        raise PromptError("its images have no place: they go with a prompt that is a text")
+        raise PromptError("its images have no place: only a prompt that is a text takes them")
     if isinstance(prompt, list) and any(isinstance(p, dict) and "role" in p for p in prompt):
         return list(read_turns(prompt, folder))
     return [("user", read_parts(prompt, folder))]
 
 
 def _check(turns: Sequence[tuple[Any, list[Part]]]) -> None:
-    """Refuse what cannot be a prompt, with a text in the place of each picture."""
+    """Refuse what cannot be a prompt. A text stands in for each image, which is not opened yet."""
     for path in (part for _, parts in turns for part in parts if isinstance(part, Path)):
         if not os.path.isfile(path):
             raise PromptError(
-                f"there is no file {path}: paths are seen from the folder of requests"
+                f"there is no file {path}: paths are relative to the folder of the requests"
             )
     as_messages(
         [
@@ -159,9 +161,9 @@ def _check(turns: Sequence[tuple[Any, list[Part]]]) -> None:
 
 
 class Replies:
-    """The folder of a batch: replies.jsonl, errors.jsonl and pictures/. One process has it at once.
+    """The folder of a batch: replies.jsonl, errors.jsonl and pictures/; locked by one process.
 
-    Raises `SettingError` for a folder of something else, or one that another process writes to.
+    Raises `SettingError` for a folder with other content, and one that another process writes to.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -178,9 +180,10 @@ class Replies:
             self._file = self._path.open("a+b")
         except OSError:
             raise SettingError(
-                f"{self.folder} is no folder that can be written to: choose another with --out"
+                f"{self.folder} is not a folder that can be written to: choose another with --out"
             ) from None
         try:
+            # The lock ends with the process, so that a killed run blocks nobody.
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._file.close()
@@ -191,24 +194,24 @@ class Replies:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: object, trace: TracebackType | None
+        self, error_type: type[BaseException] | None, error: object, trace: TracebackType | None
     ) -> None:
         self._file.close()
 
     def left(self, jobs: Sequence[Job]) -> list[Job]:
-        """The jobs that have no reply yet; a line that was cut short is taken away.
+        """The jobs without a reply; a line that a killed run left unfinished is removed.
 
         Raises `SettingError` where the folder holds replies to other requests.
         """
         self._file.seek(0)
         data = self._file.read()
-        whole = data[: data.rfind(b"\n") + 1]
+        whole = data[: data.rfind(b"\n") + 1]  # without a last line that was cut short
         done = dict(map(self._done, whole.splitlines()))
         for job in jobs:
             if done.get(str(job.id), job.digest) != job.digest:
                 raise SettingError(
-                    f"{self.folder} holds the reply to another request of id {job.id!r}, or with "
-                    "other options: choose a new folder with --out"
+                    f"{self.folder} holds the reply to another request of id {job.id!r}, or "
+                    "to one with other options: choose a new folder with --out"
                 )
         if len(whole) < len(data):
             self._file.truncate(len(whole))
@@ -220,7 +223,7 @@ class Replies:
             return str(reply["id"]), str(reply["request"])
         except (ValueError, KeyError, TypeError):
             raise SettingError(
-                f"{self._path} is no file of replies: choose a new folder with --out"
+                f"{self._path} is not a file of replies: choose a new folder with --out"
             ) from None
 
     def add(self, job: Job, reply: Reply, seed: int | None) -> None:
@@ -228,26 +231,26 @@ class Replies:
         names: dict[int, str] = {}
         for number, image in enumerate(reply.message.images, 1):
             name = f"pictures/{job.line:05}-{job.digest[:8]}-{number}.png"
-            # What has this name was left by a run that was killed before it wrote the line.
+            # A file of this name was left by a run that was killed before it wrote the line.
             write_whole(self.folder / name, png(image), overwrite=True)
             names[id(image)] = name
-        told = {"id": job.id, "request": job.digest, "output": job.output, "seed": seed}
-        told |= reply_json(reply, lambda image: names[id(image)])
+        row = {"id": job.id, "request": job.digest, "output": job.output, "seed": seed}
+        row |= reply_json(reply, lambda image: names[id(image)])
         try:
-            self._file.write(_line(told))
+            self._file.write(_line(row))
             self._file.flush()
         except OSError:
             raise SettingError(
-                f"{self._path} cannot be written: free the disk and give the same command again"
+                f"{self._path} cannot be written: free the disk and run the same command again"
             ) from None
 
     def fail(self, job: Job, error: EarlyFusionError) -> None:
-        """Note what went wrong with a job."""
+        """Note the error of a job."""
         self.errors += 1
         self._failed.append({"id": job.id, "line": job.line, "error": str(error)})
 
     def close(self) -> None:
-        """Write errors.jsonl anew, or take that of an earlier run away."""
+        """Write errors.jsonl anew, or delete that of an earlier run."""
         path = self.folder / "errors.jsonl"
         if self._failed:
             text = b"".join(map(_line, self._failed))
@@ -257,6 +260,7 @@ class Replies:
 
 
 def _line(data: dict[str, Any]) -> bytes:
+    # Half a character (a lone surrogate) has no bytes in UTF-8.
     return (json.dumps(data, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
@@ -270,6 +274,7 @@ def answer_all(
         while waiting or running:
             while waiting and len(running) < chameleon.engine.slots:
                 _start(chameleon, waiting.popleft(), running, replies, progress)
+            # A request whose tokens are all forced finishes without a step.
             if running and not any(handle.finished for _, handle in running):
                 chameleon.engine.step()
             for job, handle in [pair for pair in running if pair[1].finished]:

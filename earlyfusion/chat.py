@@ -1,7 +1,7 @@
 """A conversation on standard input: lines in, replies out.
 
-At a terminal a mistake costs one line. In a pipe it does too, but the chat then ends with exit code
-2, so that a script notices.
+A mistake costs one line. If the input is a pipe, the chat also ends with exit code 2, so that a
+script notices.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ if TYPE_CHECKING:
     from earlyfusion.api import Chameleon
     from earlyfusion.generation.settings import Output, SamplingParams
 
-HELP = "/image FILE adds a picture, /undo, /reset, /save FOLDER, /load FOLDER, /quit"
-_STATES = 1000  # that /undo can go back to
+HELP = "/image FILE adds an image, /undo, /reset, /save FOLDER, /load FOLDER, /quit"
+_MAX_UNDO = 1000  # states that /undo can return to
 
 
 class Conversation:
-    """The turns so far, and the pictures that wait for the next one."""
+    """The turns so far, and the images that wait for the next turn."""
 
     def __init__(
         self, chameleon: Chameleon, output: Output, sampling: SamplingParams, album: Album
     ) -> None:
         self._chameleon, self._output, self._sampling = chameleon, output, sampling
         self._album, self._screen = album, Screen()
-        self._asks = sys.stdin.isatty()
+        self._at_terminal = sys.stdin.isatty()
         self._turns: list[Message] = []
         self._images: list[Image] = []
         self._past: list[tuple[list[Message], list[Image]]] = []
         self._notebook: Notebook | None = None
-        self._kept: list[Message] = []
+        self._saved: list[Message] = []
         self._warned = self._failed = False
         self._commands = {
             "/image": self._image,
@@ -59,22 +59,22 @@ class Conversation:
         }
 
     def resume(self, folder: Path) -> None:
-        """Go on with a conversation that /save wrote. Raises an `EarlyFusionError`."""
+        """Continue a conversation that /save wrote. Raises an `EarlyFusionError`."""
         notebook = Notebook(folder, _codebook(self._chameleon))
         turns = notebook.read()
         self._change(turns, [])
-        self._notebook, self._kept = notebook, turns
+        self._notebook, self._saved = notebook, turns
         self._screen.line(f"{counted(len(turns) // 2, 'turn')} of {folder}")
 
     def run(self) -> int:
         """Read lines until /quit or the end of the input; the exit code."""
-        if self._asks:
+        if self._at_terminal:
             self._screen.line(HELP)
         try:
             while (line := self._read()) is not None:
                 self._try(line)
         except KeyboardInterrupt:
-            self._tell_unsaved()
+            self._warn_of_unsaved()
             raise
         return 2 if self._failed else 0
 
@@ -83,25 +83,28 @@ class Conversation:
             self._obey(line)
         except EarlyFusionError as error:
             self._screen.end()
-            self._failed = not self._asks
-            print(f"{'' if self._asks else 'Error: '}{error}", file=sys.stderr)
+            self._failed = not self._at_terminal
+            print(f"{'' if self._at_terminal else 'Error: '}{error}", file=sys.stderr)
         except KeyboardInterrupt:
             self._screen.end()
-            if not self._asks:
+            if not self._at_terminal:
                 raise
             print("Stopped.", file=sys.stderr)
 
     def _read(self) -> str | None:
-        """The next line; None where the chat is over, which at a terminal is said before."""
+        """The next line, or None at the end of the chat.
+
+        Unsaved turns are reported first; at a terminal the user can then still save them.
+        """
         while True:
             line = self._line()
             if line not in (None, "/quit"):
                 return line
-            if self._warned or not self._tell_unsaved() or not self._asks:
+            if self._warned or not self._warn_of_unsaved() or not self._at_terminal:
                 return None
 
     def _line(self) -> str | None:
-        if not self._asks:
+        if not self._at_terminal:
             line = sys.stdin.readline()
             return line.strip() if line else None
         try:
@@ -117,19 +120,18 @@ class Conversation:
 
     @property
     def _unsaved(self) -> int:
-        """Turns that no folder holds."""
-        kept = {id(turn) for turn in self._kept}
-        return sum(turn.role == "user" and id(turn) not in kept for turn in self._turns)
+        """The number of user's turns that no folder holds."""
+        saved = {id(turn) for turn in self._saved}
+        return sum(turn.role == "user" and id(turn) not in saved for turn in self._turns)
 
-    def _tell_unsaved(self) -> bool:
-        """Say once how many turns would be lost; whether there are any."""
+    def _warn_of_unsaved(self) -> bool:
+        """Say, once, how many turns would be lost. Returns whether there are any."""
         if not self._unsaved:
             return False
         if not self._warned:
-            told = (
-                f"{counted(self._unsaved, 'turn')} not saved: /save FOLDER keeps the conversation"
-            )
-            print(told + (", leave again to drop it" if self._asks else ""), file=sys.stderr)
+            turns = counted(self._unsaved, "turn")
+            again = ", leave again to drop it" if self._at_terminal else ""
+            print(f"{turns} not saved: /save FOLDER keeps the conversation{again}", file=sys.stderr)
         self._warned = True
         return True
 
@@ -153,12 +155,13 @@ class Conversation:
         self._change([*turns, reply.message], [])
 
     def _change(self, turns: list[Message], images: list[Image]) -> None:
-        self._past = [*self._past[1 - _STATES :], (self._turns, self._images)]
+        # Lists of turns are never changed in place: the past may share them.
+        self._past = [*self._past[1 - _MAX_UNDO :], (self._turns, self._images)]
         self._turns, self._images = turns, images
 
     def _image(self, typed: str) -> None:
         if not typed:
-            raise SettingError("/image is without a file: give one, as in /image cat.png")
+            raise SettingError("/image needs a file: give one, as in /image cat.png")
         image = Image.open(typed_path(typed))
         self._change(self._turns, [*self._images, image])
         self._screen.picture(image)
@@ -167,39 +170,39 @@ class Conversation:
         if not self._past:
             raise SettingError("there is nothing to undo: nothing has been said yet")
         self._turns, self._images = self._past.pop()
-        waiting = f", {counted(len(self._images), 'picture')} waiting" if self._images else ""
+        waiting = f", {counted(len(self._images), 'image')} waiting" if self._images else ""
         self._screen.line(f"back at {counted(len(self._turns) // 2, 'turn')}{waiting}")
 
     def _reset(self, _: str) -> None:
-        lost = self._put_aside()
+        lost = self._unsaved_notice()
         self._change([], [])
         self._notebook = None
-        self._screen.line(f"The conversation starts afresh{lost}.")
+        self._screen.line(f"The conversation starts anew{lost}.")
 
     def _load(self, typed: str) -> None:
         if not typed:
-            raise SettingError("/load is without a folder: give one that /save wrote")
-        lost = self._put_aside()
+            raise SettingError("/load needs a folder: give one that /save wrote")
+        lost = self._unsaved_notice()
         self.resume(typed_path(typed))
         if lost:
             self._screen.line(lost.removeprefix("; "))
 
-    def _put_aside(self) -> str:
+    def _unsaved_notice(self) -> str:
         unsaved = counted(self._unsaved, "turn")
         return f"; {unsaved} not saved, /undo brings them back" if self._unsaved else ""
 
     def _save(self, typed: str) -> None:
-        """Write conversation.json and its pictures to a folder."""
-        folder = typed_path(typed) if typed else self._own_folder()
+        """Write conversation.json and its images to a folder."""
+        folder = typed_path(typed) if typed else self._default_folder()
         notebook = self._notebook
         if notebook is None or notebook.folder.absolute() != folder.absolute():
             notebook = Notebook(folder, _codebook(self._chameleon))
         notebook.write(self._turns)
-        self._notebook, self._kept = notebook, self._turns
+        self._notebook, self._saved = notebook, self._turns
         self._screen.line(f"saved in {folder}")
 
-    def _own_folder(self) -> Path:
-        """Where this conversation was saved before, or a new folder."""
+    def _default_folder(self) -> Path:
+        """The folder that this conversation was saved to before, or a new one."""
         if self._notebook is not None:
             return self._notebook.folder
         if not os.path.lexists("conversation"):
@@ -208,10 +211,11 @@ class Conversation:
 
 
 class Notebook:
-    """A folder with one conversation: conversation.json, and the pictures that it names.
+    """A folder with one conversation: conversation.json, and the images that it names.
 
-    A drawn picture is kept with its codes, so that a conversation goes on as if it had not been
-    left; `codebook` tells whether they are codes of the image tokenizer at hand.
+    A drawn image is saved with its codes, so that the conversation continues as if it had not been
+    left. `codebook` names the codewords of the model's image tokenizer: codes of another one are
+    ignored.
     """
 
     def __init__(self, folder: Path, codebook: str) -> None:
@@ -244,22 +248,21 @@ class Notebook:
         return messages
 
     def write(self, turns: list[Message]) -> None:
-        """Write the turns, whole or not at all; only over what this object has read or written.
-
-        Raises `SettingError`.
+        """Write the turns, whole or not at all. Only a file that this object has read or written,
+        and nobody has changed since, is replaced. Raises `SettingError`.
         """
-        own = self._text is not None and _text_of(self._path) == self._text
-        if not own:
+        unchanged = self._text is not None and _text_of(self._path) == self._text
+        if not unchanged:
             self._check_free()
         names = list(self._names)
-        with unwritten_on_failure() as made:
+        with unwritten_on_failure() as written:
             messages = [
-                {"role": t.role, "content": [self._part(p, names, made) for p in t.parts]}
+                {"role": t.role, "content": [self._part(p, names, written) for p in t.parts]}
                 for t in turns
             ]
             data = {"codebook": self._codebook, "messages": messages}
             text = json.dumps(data, ensure_ascii=False, indent=1) + "\n"
-            write_whole(self._path, lambda file: file.write(text.encode()), overwrite=own)
+            write_whole(self._path, lambda file: file.write(text.encode()), overwrite=unchanged)
         self._text, self._names = text, names
 
     @property
@@ -273,33 +276,33 @@ class Notebook:
             free = False
         if not free:
             raise SettingError(
-                f"{self.folder} is there and holds other things, or was changed since: "
+                f"{self.folder} exists and holds other things, or was changed since: "
                 "give /save the name of a new folder"
             )
 
     def _part(
-        self, part: Segment, names: list[tuple[Image, str]], made: list[Path]
+        self, part: Segment, names: list[tuple[Image, str]], written: list[Path]
     ) -> dict[str, Any]:
         if isinstance(part, Text):
             return {"type": "text", "text": part.text}
         name = next((name for image, name in names if image is part), None)
         if name is None:
             first = next_number(self.folder, "image", ".png")
-            made.append(write_next(self.folder, "image", ".png", png(part), first))
-            name = made[-1].name
+            written.append(write_next(self.folder, "image", ".png", png(part), first))
+            name = written[-1].name
             names.append((part, name))
         codes = {} if part.codes is None else {"codes": part.codes.tolist()}
         return {"type": "image", "image": name} | codes
 
 
 def typed_path(typed: str) -> Path:
-    """A path as it is typed, or as a terminal pastes it: quoted, with backslashes, with ~."""
+    """The path of a typed or pasted text: quoted, escaped with backslashes, or with ~."""
     plain = os.path.expanduser(typed)
     if os.path.lexists(plain):
         return Path(plain)
     try:
         words = shlex.split(typed)
-    except ValueError:  # a quote that is part of the name
+    except ValueError:  # a lone quote is part of the name
         return Path(plain)
     return Path(os.path.expanduser(words[0]) if len(words) == 1 else plain)
 
@@ -320,7 +323,7 @@ def _without_codes(turns: Any) -> None:
 
 
 def _codebook(chameleon: Chameleon) -> str:
-    """A name for the image tokenizer's codewords, the same in every dtype that rounds to bf16."""
+    """A name for the image tokenizer's codewords, the same for float32 and bfloat16 copies."""
     import torch
 
     words = chameleon.image_tokenizer.vqgan.codewords.detach()

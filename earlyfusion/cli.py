@@ -1,20 +1,18 @@
 """The command line: each command turns its options into calls of the public API.
 
 Only Typer is imported here. torch, Rich and the model are imported inside the commands, once the
-options are known to be good, so that `--help`, completion and a mistake answer at once.
+options are known to be good, so that `--help`, completion and mistakes answer at once.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
 import json
 import os
 import secrets
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from io import TextIOWrapper
 from pathlib import Path
 from time import perf_counter
@@ -24,9 +22,17 @@ import typer
 from typer.core import TyperCommand
 
 from earlyfusion import __version__
-from earlyfusion.devices import resolve_device
+from earlyfusion.devices import (
+    DEVICES,
+    FLOAT_DTYPES,
+    WEIGHT_DTYPES,
+    dtype_name,
+    resolve_device,
+    torch_dtype,
+)
 from earlyfusion.errors import EarlyFusionError, PromptError, SettingError
-from earlyfusion.generation.settings import Output
+from earlyfusion.generation.settings import Output, SamplingParams
+from earlyfusion.options import FieldsOf, whole_option, with_options
 
 if TYPE_CHECKING:
     from earlyfusion.api import Chameleon
@@ -34,69 +40,52 @@ if TYPE_CHECKING:
 
 Mode = Literal["crop", "fit"]
 Layout = Literal["hf", "meta"]
-Pairs = Literal["turns", "document"]
-Dtype = Literal["float32", "bfloat16", "float16"]
 Shape = Literal["tiny", "mini", "110m", "1b", "7b"]
 
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is not a number") from None
-
-
-def _whole(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is not a whole number") from None
+_INTERRUPTED = 130
+_READER_GONE = 141  # as a shell shows SIGPIPE
+_MAX_PROMPT_BYTES = 10_000_000
+_DEMO_IMAGE = Path(__file__).parent / "pretrained" / "mini" / "examples" / "strawberry.png"
+_DEMO_QUESTION = "What is this?"
+_DEMO_QUESTION_KO = "이게 뭐야?"
+_DEMO_DRAWING = "Draw a red apple."
+_DEMO_LIST = "Show me three different fruits. Write each name before its picture."
 
 
-def _number_option(help: str) -> Any:
-    # Typer's own numbers leave the wrong value out of the message.
-    return typer.Option(parser=_number, metavar="NUMBER", help=help)
-
-
-def _whole_option(help: str) -> Any:
-    return typer.Option(parser=_whole, metavar="WHOLE", help=help)
-
-
-def _words_option(help: str) -> Any:
-    return Annotated[list[str] | None, typer.Option(help=help)]
-
-
-_DEVICES = ("auto", "cpu", "cuda", "cuda:0", "cuda:1")
-_DTYPES = ("auto", "float32", "bfloat16", "float16", "int8", "int4")
-
-
-def _begin(incomplete: str, words: Iterable[str]) -> list[str]:
+def _starting_with(incomplete: str, words: Iterable[str]) -> list[str]:
     return [word for word in words if word.startswith(incomplete)]
 
 
 def _complete_models(incomplete: str) -> list[str]:
-    """mini, and the folders that a path may go on with."""
+    """mini, and the folders that the path could continue with."""
     start = Path(incomplete if incomplete.endswith("/") else os.path.dirname(incomplete))
     try:
         folders = [f"{path}/" for path in sorted(start.expanduser().iterdir()) if path.is_dir()]
     except OSError:
         folders = []
-    return _begin(incomplete, ["mini", *folders])
+    return _starting_with(incomplete, ["mini", *folders])
+
+
+_DEVICE_EXAMPLES = (*DEVICES, "cuda:0", "cuda:1")
 
 
 def _complete_devices(incomplete: str) -> list[str]:
-    return _begin(incomplete, _DEVICES)
+    return _starting_with(incomplete, _DEVICE_EXAMPLES)
 
 
 def _complete_dtypes(incomplete: str) -> list[str]:
-    return _begin(incomplete, _DTYPES)
+    return _starting_with(incomplete, WEIGHT_DTYPES)
+
+
+def _complete_float_dtypes(incomplete: str) -> list[str]:
+    return _starting_with(incomplete, FLOAT_DTYPES)
 
 
 def _complete_recipes(incomplete: str) -> list[str]:
     from earlyfusion.recipes.run import RECIPES
 
     files = [str(path) for path in sorted(Path().glob("*.py"))]
-    return _begin(incomplete, [*RECIPES, *files])
+    return _starting_with(incomplete, [*RECIPES, *files])
 
 
 def _complete_fields(ctx: typer.Context, incomplete: str) -> list[str]:
@@ -104,22 +93,22 @@ def _complete_fields(ctx: typer.Context, incomplete: str) -> list[str]:
     from earlyfusion.recipes.run import fields_of
 
     known, before = fields_of(ctx.params["recipe"]), ctx.params.get("fields") or []
-    # bash takes words apart at =, other shells do not; an = alone comes as nothing.
+    # bash splits words at =, other shells do not; a lone = arrives as an empty word.
     if not incomplete and before[-1:] and before[-1] in known:
         return list(_values_of(before[-1], known))
     if before[-1:] == ["="]:
-        return _begin(incomplete, _values_of(before[-2] if before[1:] else "", known))
+        return _starting_with(incomplete, _values_of(before[-2] if before[1:] else "", known))
     field, found, _ = incomplete.partition("=")
     if not found:
-        return _begin(incomplete, [f"{name}=" for name in known])
-    return _begin(incomplete, [f"{field}={value}" for value in _values_of(field, known)])
+        return _starting_with(incomplete, [f"{name}=" for name in known])
+    return _starting_with(incomplete, [f"{field}={value}" for value in _values_of(field, known)])
 
 
 def _values_of(field: str, known: dict[str, tuple[str, Any, str]]) -> Iterable[str]:
     if known.get(field, ("",))[0] == "bool":
         return "true", "false"
     last = field.rpartition(".")[2]
-    fixed = {"device": _DEVICES, "precision": ("fp32", "bf16"), "model": ("mini",)}
+    fixed = {"device": _DEVICE_EXAMPLES, "precision": ("fp32", "bf16"), "model": ("mini",)}
     return fixed.get(last, ())
 
 
@@ -137,91 +126,68 @@ Device = Annotated[
 ]
 Precision = Annotated[
     str,
-    typer.Option("--dtype", help=", ".join(_DTYPES), autocompletion=_complete_dtypes),
+    typer.Option("--dtype", help=", ".join(WEIGHT_DTYPES), autocompletion=_complete_dtypes),
 ]
 Fit = Annotated[
     bool | None,
     typer.Option(
         "--fit/--crop",
-        help="Fit pictures in with a border, or crop the centre; as the model says.",
-        show_default=False,
+        help="Fit images into a square with a border, or crop their centre.",
+        show_default="the model's own",
     ),
 ]
 Verify = Annotated[
     bool,
     typer.Option(
         "--verify/--no-verify",
-        help="Compare its files with their checklist; info and convert look for NaN too.",
+        help="Compare files with the model's checklist; info and convert look for NaN too.",
     ),
 ]
-Seed = Annotated[int | None, _whole_option("The same seed gives the same bytes.")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
-Pictures = Annotated[Path, typer.Option("--out", "-o", help="Folder of the drawn PNG files.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")]
-Temperature = Annotated[float | None, _number_option("0 takes the likeliest token.")]
-TopP = Annotated[float | None, _number_option("Share of probability that is kept; 1 is off.")]
-TopK = Annotated[int | None, _whole_option("How many tokens are kept; 0 is off.")]
-Guidance = Annotated[float | None, _number_option("Pull of the prompt on a drawing; 1 is off.")]
+Seed = Annotated[int | None, whole_option("The same seed gives the same bytes.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+ImageFolder = Annotated[Path, typer.Option("--out", "-o", help="Folder for drawn PNG files.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")]
 
-# Options of every command that generates, by the names of SamplingParams' fields.
-_SAMPLING: dict[str, Any] = {
-    "temperature": Temperature,
-    "top_p": TopP,
-    "top_k": TopK,
-    "min_p": Annotated[
-        float | None, _number_option("Least share of the likeliest token; 0 is off.")
-    ],
-    "repetition_penalty": Annotated[float | None, _number_option("Against repetition; 1 is off.")],
-    "image_temperature": Temperature,
-    "image_top_p": TopP,
-    "image_top_k": TopK,
-    "guidance_text": Guidance,
-    "guidance_image": Guidance,
-    "jacobi": Annotated[
-        int | None, _whole_option("Codes of a drawing that are read at once; 0 is off.")
-    ],
-    "max_tokens": Annotated[int | None, _whole_option("Most new tokens, of text and of images.")],
-    "max_images": Annotated[int | None, _whole_option("Most images in the reply.")],
-    "stop": _words_option("Ends the reply; may be repeated."),
-    "bad_words": _words_option("A word that does not come; may be repeated."),
-    "allowed_words": _words_option("Text is made of such words alone; may be repeated."),
-    "seed": Seed,
-}
-
-
-def _with_sampling(command: Callable[..., object]) -> Callable[..., object]:
-    """A command with the options of _SAMPLING, which it gets as one dict `sampling`."""
-    own = inspect.signature(command, eval_str=True)
-    options = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
-        for name, kind in _SAMPLING.items()
-    ]
-    rest = [
-        option.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-        for option in own.parameters.values()
-        if option.name != "sampling"
-    ]
-
-    @functools.wraps(command)
-    def call(**given: Any) -> object:
-        # An option that may be repeated is an empty list where it is not given.
-        sampling = {name: None if (x := given.pop(name)) == [] else x for name in _SAMPLING}
-        return command(sampling=sampling, **given)
-
-    parameters = [*rest, *options]
-    call.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
-    call.__annotations__ = {option.name: option.annotation for option in parameters}
-    return call
+_MODES = ("crop", "fit")
+Sampling = Annotated[
+    dict[str, Any],
+    FieldsOf(
+        "generation/settings.py",
+        "SamplingParams",
+        unset="the model's own",
+        shown_defaults={"seed": "random"},
+        omitted={"logprobs", "logits_processors"},
+    ),
+]
+Rows = Annotated[
+    dict[str, Any], FieldsOf("data/rows.py", "RowSettings", flags={"patterns": "--pattern"})
+]
+Encoding = Annotated[
+    dict[str, Any],
+    FieldsOf(
+        "data/encoding.py",
+        "EncodingSettings",
+        hidden={"prompt_images"},
+        flags={"pair_seed": "--seed"},
+        choices={
+            "prompt_images": _MODES,
+            "answer_images": _MODES,
+            "resize_mode": _MODES,
+            "pairs": ("turns", "document"),
+        },
+    ),
+]
 
 
-_INTERRUPTED = 130
-_READER_GONE = 141  # what a shell shows for SIGPIPE
-_MOST_PROMPT_BYTES = 10_000_000
-_DEMO_PICTURE = Path(__file__).parent / "pretrained" / "mini" / "examples" / "strawberry.png"
-_DEMO_QUESTION = "What is this?"
-_DEMO_QUESTION_KO = "이게 뭐야?"
-_DEMO_DRAWING = "Draw a red apple."
-_DEMO_LIST = "Show me three different fruits. Write each name before its picture."
+@dataclass
+class Loading:
+    """The options of a model that answers prompts."""
+
+    model: ModelName = "mini"
+    device: Device = "auto"
+    dtype: Precision = "auto"
+    fit: Fit = None
+    verify: Verify = True
 
 
 def _examples(*lines: str) -> str:
@@ -239,8 +205,8 @@ app = typer.Typer(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; its exit code: 0, 2 for a user's mistake, 130 where the user stopped it, 141
-    where who reads the output has gone."""
+    """Run one command and return its exit code: 0, 2 for a user's mistake, 130 if the user stopped
+    it, 141 if the reader of its output has gone."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -254,10 +220,10 @@ def main(arguments: list[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return _INTERRUPTED
     except (BrokenPipeError, SystemExit) as end:
-        # Typer makes the second of the first, and of the end of a completion.
+        # Typer turns a broken pipe into SystemExit(1), and ends a completion with SystemExit too.
         if isinstance(end, SystemExit) and end.code != 1:
             return int(end.code or 0)
-        # The reader has gone; what is still buffered has nowhere to go either.
+        # Python flushes stdout once more at its end: that must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _READER_GONE
     return code if isinstance(code, int) else 0
@@ -287,50 +253,45 @@ def _options(
         "earlyfusion generate - < question.txt",
     )
 )
-@_with_sampling
+@with_options
 def generate(
+    sampling: Sampling,
+    loading: Loading,
     prompt: Annotated[
         str | None,
-        typer.Argument(help="Text; <image> marks the place of each --image; - reads a pipe."),
+        typer.Argument(help="A text; <image> marks the place of each --image; - reads a pipe."),
     ] = None,
     prompt_file: Annotated[
         Path | None, typer.Option(help="A text file with the prompt.", show_default=False)
     ] = None,
     image: Annotated[
-        list[str] | None, typer.Option(help="A picture, or - for a pipe; may be repeated.")
+        list[str] | None, typer.Option(help="An image file, or - for a pipe. May be repeated.")
     ] = None,
     output: Annotated[Output, typer.Option(help="What the reply may hold.")] = "auto",
-    out: Pictures = Path("out"),
-    sampling: Any = None,
-    fit: Fit = None,
-    model: ModelName = "mini",
-    device: Device = "auto",
-    dtype: Precision = "auto",
-    verify: Verify = True,
+    out: ImageFolder = Path("out"),
     as_json: AsJson = False,
 ) -> None:
-    """Answer one prompt: text goes to the terminal, pictures to new PNG files.
+    """Answer one prompt: print the text, and write images to new PNG files.
 
-    Of a picture that is not square the model sees the square in its middle, unless it fits it in.
+    Of an image that is not square the model sees the square in its centre, unless it is fitted.
     """
     from earlyfusion.content import as_messages, fill_placeholders
-    from earlyfusion.generation.settings import SamplingParams
     from earlyfusion.terminal import Album, Screen, answer, reply_json
 
     images = image or []
     _check_pipe([prompt or "", *images])
     words = _prompt(prompt, prompt_file)
-    asked = as_messages(fill_placeholders(words, [_picture(name) for name in images]))
-    settings = SamplingParams(**sampling | {"seed": _seed(sampling["seed"])})
+    messages = as_messages(fill_placeholders(words, [_image(name) for name in images]))
+    params = _seeded(sampling)
     album = Album(out)
     if output != "text":
         album.check()
-    chameleon, screen = _load(model, device, as_json, dtype, fit, verify), Screen(as_json)
-    reply = answer(chameleon, asked, output, settings, album, screen)
+    chameleon, screen = _load(**asdict(loading), quiet=as_json), Screen(as_json)
+    reply = answer(chameleon, messages, output, params, album, screen)
     if as_json:
-        used = asdict(settings.resolved(chameleon.defaults))
-        told = {"seed": used.pop("seed"), "model": model, "output": output, "settings": used}
-        _print_json(reply_json(reply, album.path_of) | told)
+        settings = asdict(params.resolved(chameleon.defaults))
+        told = {"seed": settings.pop("seed"), "model": loading.model, "output": output}
+        _print_json(reply_json(reply, album.path_of) | told | {"settings": settings})
 
 
 @app.command(
@@ -340,31 +301,25 @@ def generate(
         "echo Hello | earlyfusion chat --output text",
     )
 )
-@_with_sampling
+@with_options
 def chat(
+    sampling: Sampling,
+    loading: Loading,
     resume: Annotated[
         Path | None, typer.Option(help="A folder that /save wrote.", show_default=False)
     ] = None,
     output: Annotated[Output, typer.Option(help="What a reply may hold.")] = "auto",
-    out: Pictures = Path("out"),
-    sampling: Any = None,
-    fit: Fit = None,
-    model: ModelName = "mini",
-    device: Device = "auto",
-    dtype: Precision = "auto",
-    verify: Verify = True,
+    out: ImageFolder = Path("out"),
 ) -> int:
     """Talk with the model; it remembers. Commands: /image /undo /reset /save /load /quit."""
     from earlyfusion.chat import Conversation
-    from earlyfusion.generation.settings import SamplingParams
     from earlyfusion.terminal import Album
 
-    settings = SamplingParams(**sampling | {"seed": _seed(sampling["seed"])})
+    params = _seeded(sampling)
     album = Album(out)
     if output != "text":
         album.check()
-    chameleon = _load(model, device, dtype=dtype, fit=fit, verify=verify)
-    conversation = Conversation(chameleon, output, settings, album)
+    conversation = Conversation(_load(**asdict(loading)), output, params, album)
     if resume is not None:
         conversation.resume(resume)
     return conversation.run()
@@ -376,84 +331,82 @@ def chat(
         "earlyfusion batch requests.jsonl -o replies --output text --temperature 0 --json",
     )
 )
-@_with_sampling
+@with_options
 def batch(
-    requests: Annotated[
-        Path, typer.Argument(help='JSON lines, as {"prompt": "Draw a cat.", "output": "image"}.')
-    ],
+    sampling: Sampling,
+    loading: Loading,
+    requests: Annotated[Path, typer.Argument(help='JSON lines such as {"prompt": "Draw a cat."}.')],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the replies.")],
-    output: Annotated[Output, typer.Option(help="For lines that do not say.")] = "auto",
-    sampling: Any = None,
-    model: ModelName = "mini",
-    device: Device = "auto",
-    dtype: Precision = "auto",
-    fit: Fit = None,
-    verify: Verify = True,
+    output: Annotated[Output, typer.Option(help="For lines without an output.")] = "auto",
     as_json: AsJson = False,
 ) -> int:
-    """Answer many prompts at once; again, to go on. The options are for lines that do not say.
+    """Answer many prompts at once; run again, it continues. A line's own settings come first.
 
-    A line has a prompt (a text, a list of parts, or a list of messages), and if wanted id, images,
-    output, seed and other sampling fields. Paths of pictures are seen from the folder of the file.
+    A line has a prompt (a text, a list of parts, or a list of messages), and optionally id, images,
+    output, seed and other sampling fields. Image paths are relative to the folder of the file.
     """
     from earlyfusion.batch import Replies, answer_all, read_jobs
-    from earlyfusion.content import counted
     from earlyfusion.terminal import progress_bar
 
-    jobs = read_jobs(requests, output, sampling, model)
+    jobs = read_jobs(requests, output, sampling, loading.model)
     with Replies(out) as replies:
         left = replies.left(jobs)
         try:
-            chameleon = _load(model, device, as_json, dtype, fit, verify)
+            chameleon = _load(**asdict(loading), quiet=as_json)
             with progress_bar(as_json) as bar:
                 task = bar.add_task("answering", total=len(jobs), completed=len(jobs) - len(left))
                 answer_all(chameleon, left, replies, lambda: bar.advance(task))
         except KeyboardInterrupt:
-            print("Stopped: the same command goes on where it was.", file=sys.stderr)
+            print("Stopped: run the same command again to continue.", file=sys.stderr)
             raise
-    failed = replies.errors
+    return _report_batch(out, len(jobs), len(left), replies.errors, as_json)
+
+
+def _report_batch(out: Path, jobs: int, new: int, failed: int, as_json: bool) -> int:
+    """Print what a batch did, and return its exit code."""
+    from earlyfusion.content import counted
+
     if as_json:
-        told = {"replies": len(jobs) - failed, "new": len(left) - failed, "errors": failed}
+        told = {"replies": jobs - failed, "new": new - failed, "errors": failed}
         _print_json({"path": str(out)} | told)
     else:
-        print(f"{out / 'replies.jsonl'}: {counted(len(left) - failed, 'new reply', 'new replies')}")
+        print(f"{out / 'replies.jsonl'}: {counted(new - failed, 'new reply', 'new replies')}")
     if failed:
-        told_of = f"{counted(failed, 'request')} of {len(jobs):,} failed"
-        print(f"Error: {told_of}: see {out / 'errors.jsonl'}", file=sys.stderr)
+        sentence = f"{counted(failed, 'request')} of {jobs:,} failed: see {out / 'errors.jsonl'}"
+        print(f"Error: {sentence}", file=sys.stderr)
     return 2 if failed else 0
 
 
 @app.command(epilog=_examples("earlyfusion demo", "earlyfusion demo --out pictures --seed 3"))
 def demo(
-    out: Pictures = Path("earlyfusion-demo"),
+    out: ImageFolder = Path("earlyfusion-demo"),
     seed: Seed = 0,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """A short tour with the embedded model: a picture is named, one is drawn, both are mixed."""
+    """A short tour with the embedded model: it names an image, draws one, and mixes both."""
     from earlyfusion.content import Image, fill_placeholders
-    from earlyfusion.generation.settings import SamplingParams
     from earlyfusion.terminal import Album, Screen, answer, reply_json
 
     album = Album(out)
     album.check()
-    picture, sampling = Image.open(_DEMO_PICTURE), SamplingParams(seed=_seed(seed))
+    image, params = Image.open(_DEMO_IMAGE), _seeded({"seed": seed})
     chameleon, screen = _load("mini", device, as_json), Screen(as_json)
     tour: list[tuple[str, Prompt, Output]] = [
-        (_DEMO_QUESTION, fill_placeholders(_DEMO_QUESTION, [picture]), "text"),
-        (_DEMO_QUESTION_KO, fill_placeholders(_DEMO_QUESTION_KO, [picture]), "text"),
+        (_DEMO_QUESTION, fill_placeholders(_DEMO_QUESTION, [image]), "text"),
+        (_DEMO_QUESTION_KO, fill_placeholders(_DEMO_QUESTION_KO, [image]), "text"),
         (_DEMO_DRAWING, _DEMO_DRAWING, "image"),
         (_DEMO_LIST, _DEMO_LIST, "interleaved"),
     ]
     steps = []
-    screen.picture(picture)
+    screen.picture(image)
     for words, prompt, output in tour:
         screen.line(f"\n> {words}")
-        reply = answer(chameleon, prompt, output, sampling, album, screen)
+        reply = answer(chameleon, prompt, output, params, album, screen)
         steps.append({"prompt": words} | reply_json(reply, album.path_of))
-    screen.line(f"\nThe pictures are in {out}. Next: earlyfusion chat")
+    screen.line(f"\nThe images are in {out}. Next: earlyfusion chat")
     if as_json:
-        _print_json({"steps": steps, "seed": sampling.seed, "out": str(out)})
+        _print_json({"steps": steps, "seed": params.seed, "out": str(out)})
 
 
 @app.command(
@@ -463,7 +416,9 @@ def demo(
     )
 )
 def encode(
-    images: Annotated[list[str], typer.Argument(help="Pictures.", metavar="IMG")],
+    images: Annotated[
+        list[str], typer.Argument(help="Image files, or - for a pipe.", metavar="IMG")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="A .safetensors or .npy file.")],
     fit: Fit = None,
     mode: Annotated[Mode | None, typer.Option(help="The same by name.", hidden=True)] = None,
@@ -472,7 +427,7 @@ def encode(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Turn pictures into image codes: one tensor "codes" of n x h x w whole numbers."""
+    """Turn images into codes: one tensor "codes" of n x h x w whole numbers."""
     from earlyfusion.checkpoints.codes import check_name, save_codes
     from earlyfusion.files import check_writable, taken
 
@@ -482,9 +437,9 @@ def encode(
     if os.path.lexists(out) and not overwrite:
         raise taken(out)
     _check_pipe(images)
-    pictures = [_picture(name) for name in images]
+    opened = [_image(name) for name in images]
     check_writable(out.parent)
-    codes = _load(model, device, as_json, fit=fit).image_tokenizer.encode(pictures, mode)
+    codes = _load(model, device, as_json, fit=fit).image_tokenizer.encode(opened, mode)
     save_codes(out, codes.cpu().numpy(), overwrite)
     if as_json:
         _print_json({"path": str(out), "shape": list(codes.shape), "images": images})
@@ -495,19 +450,19 @@ def encode(
 @app.command(epilog=_examples("earlyfusion decode codes.safetensors -o pictures"))
 def decode(
     codes: Annotated[Path, typer.Argument(help="A file that `earlyfusion encode` wrote.")],
-    out: Pictures = Path("out"),
+    out: ImageFolder = Path("out"),
     model: ModelName = "mini",
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Draw the pictures that image codes stand for."""
+    """Draw the images of a file of codes."""
     from earlyfusion.checkpoints.codes import load_codes
     from earlyfusion.terminal import Album, Screen, decoded
 
     album, codes_nhw = Album(out), load_codes(codes)
     album.check()
     chameleon, screen = _load(model, device, as_json), Screen(as_json)
-    images = decoded(chameleon, *codes_nhw)
+    images = decoded(chameleon, codes_nhw)
     paths = [album.save(image) for image in images]
     for image, path in zip(images, paths, strict=True):
         screen.picture(image, path)
@@ -527,24 +482,37 @@ def convert(
     target: Annotated[Path, typer.Argument(help="A new folder.")],
     to: Annotated[Layout, typer.Option(help="transformers' layout, or Meta's.")],
     tokenizer: Annotated[
-        Path | None, typer.Option(help="Folder of the tokenizer, where it is not with the model.")
+        Path | None,
+        typer.Option(help="Folder of the tokenizer.", show_default="the model's folder"),
     ] = None,
     shards: Annotated[
-        int | None, _whole_option("Files of weights; hf: each under 5 GB, meta: as they came.")
+        int | None,
+        whole_option(
+            "Number of weight files.", unset="hf: files under 5 GB; meta: as in the source"
+        ),
     ] = None,
     image_tokenizer: Annotated[
-        Path | None, typer.Option(help="VQ-GAN to add: a tokenizer folder, vqgan.ckpt or a model.")
+        Path | None,
+        typer.Option(
+            help="A VQ-GAN to add: tokenizer folder, vqgan.ckpt or model.", show_default=False
+        ),
     ] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Of the transformer; as it is.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help=f"dtype of the transformer: {', '.join(FLOAT_DTYPES)}.",
+            autocompletion=_complete_float_dtypes,
+            show_default="unchanged",
+        ),
+    ] = None,
     verify: Verify = True,
     as_json: AsJson = False,
 ) -> None:
     """Write a model in another layout, in another number of files, or with a VQ-GAN added."""
     from earlyfusion.terminal import busy, progress_bar
 
+    name = None if dtype is None else dtype_name("dtype", dtype, FLOAT_DTYPES)
     with busy(f"opening {source}", as_json):
-        import torch
-
         from earlyfusion.checkpoints.convert import convert as write
 
     with progress_bar(as_json) as bar:
@@ -556,19 +524,19 @@ def convert(
             tokenizer=tokenizer,
             image_tokenizer=image_tokenizer,
             shards=shards,
-            dtype=getattr(torch, dtype) if dtype else None,
+            dtype=None if name is None else torch_dtype(name),
             verify=verify,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     sizes = {str(p.relative_to(target)): p.stat().st_size for p in sorted(target.rglob("*.*"))}
     if as_json:
         return _print_json({"path": str(target), "layout": to, "file_bytes": sizes})
-    for name, size in sizes.items():
-        print(f"{name:<36}{size:>16,}")
+    for file, size in sizes.items():
+        print(f"{file:<36}{size:>16,}")
 
 
 class _Train(TyperCommand):
-    """Its help lists the recipes, or with a recipe that recipe's fields."""
+    """A command whose help lists the recipes, or with a recipe the fields of that recipe."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if {"-h", "--help"} & set(args) and not ctx.resilient_parsing:
@@ -579,7 +547,7 @@ class _Train(TyperCommand):
                 print(described(named[0]))
                 ctx.exit()
             listed = [f"{name}: {summary(name)}" for name in RECIPES]
-            fields = "earlyfusion train RECIPE --help lists what can be changed in one."
+            fields = "earlyfusion train RECIPE --help lists the fields of a recipe."
             self.epilog = "\n\n".join([self.epilog or "", "Recipes:", *listed, fields])
         return super().parse_args(ctx, args)
 
@@ -600,14 +568,14 @@ def train(
     fields: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="FIELD=VALUE", help="What to change in it.", autocompletion=_complete_fields
+            metavar="FIELD=VALUE", help="Fields to change.", autocompletion=_complete_fields
         ),
     ] = None,
     plan_only: Annotated[
-        bool, typer.Option("--plan", help="Only tell its memory, speed and days on many GPUs.")
+        bool, typer.Option("--plan", help="Only estimate memory, speed and days on many GPUs.")
     ] = False,
 ) -> None:
-    """Run a training recipe; run it again to go on where it stopped."""
+    """Run a training recipe; run it again to continue where it stopped."""
     from earlyfusion.recipes.run import plan, run
 
     if plan_only:
@@ -622,36 +590,22 @@ def train(
         "earlyfusion tokenize 'data/*.parquet' org/name -o shards --workers 8 --model ./my-model",
     )
 )
+@with_options
 def tokenize(
+    rows: Rows,
+    encoding: Encoding,
     sources: Annotated[
         list[str], typer.Argument(help="Files, folders, globs or hub ids.", metavar="SRC")
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the token shards.")],
-    workers: Annotated[int | None, _whole_option("Processes, or actors with --ray; 1.")] = None,
-    ray: Annotated[bool, typer.Option("--ray", help="Over the cluster of RAY_ADDRESS.")] = False,
-    pattern: Annotated[
-        list[str] | None, typer.Option(help="Files to take, as 'train/*.tar'; may be repeated.")
-    ] = None,
-    images: Annotated[
-        Path | None, typer.Option(help="Folder of the pictures that rows name.")
-    ] = None,
-    resize_mode: Annotated[
-        Mode | None, typer.Option(help="How a prompt's become square; as the model has it.")
-    ] = None,
-    prompt_images: Annotated[
-        Mode | None, typer.Option(help="An older name of --resize-mode.", hidden=True)
-    ] = None,
-    answer_images: Annotated[Mode, typer.Option(help="How an answer's become square.")] = "crop",
-    pairs: Annotated[Pairs, typer.Option(help="Prompt and answer, or one document.")] = "turns",
-    image_first: Annotated[float | None, _number_option("Share of pairs; 0.5.")] = None,
-    max_broken: Annotated[float | None, _number_option("Most rows to refuse; 0.1 of all.")] = None,
-    shard_rows: Annotated[int | None, _whole_option("Rows a shard; 2048.")] = None,
-    seed: Seed = 0,
+    workers: Annotated[int, whole_option("Number of processes, or of actors with --ray.")] = 1,
+    ray: Annotated[bool, typer.Option("--ray", help="Use the cluster of RAY_ADDRESS.")] = False,
+    shard_rows: Annotated[int, whole_option("Number of rows per shard.")] = 2048,
     model: ModelName = "mini",
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Turn a corpus of text and pictures into tokens for training; again, to go on."""
+    """Turn a corpus of text and images into tokens for training; run again, it continues."""
     from earlyfusion.files import check_writable
     from earlyfusion.terminal import busy, progress_bar
 
@@ -663,24 +617,20 @@ def tokenize(
         from earlyfusion.data.shard_maker import Job
         from earlyfusion.data.tokenize import tokenize as write
 
-        first = 0.5 if image_first is None else image_first
-        broken = 0.1 if max_broken is None else max_broken
         job = Job(
             sources=tuple(sources),
             out=out,
             model=locate(model),
             device=str(resolve_device(device)),
-            rows_a_shard=2048 if shard_rows is None else shard_rows,
-            rows=RowSettings(tuple(pattern or ()), images, broken),
-            encoding=EncodingSettings(
-                prompt_images or "", answer_images, pairs, first, seed or 0, resize_mode or ""
-            ),
+            rows_a_shard=shard_rows,
+            rows=RowSettings(**rows),
+            encoding=EncodingSettings(**encoding),
         )
     with progress_bar(as_json) as bar:
         task = bar.add_task("tokenizing")
         made = write(
             job,
-            1 if workers is None else workers,
+            workers,
             ray,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
@@ -699,7 +649,7 @@ def info(
     verify: Verify = True,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a model is and what running it takes; checks that its files are whole."""
+    """Show a model's shape and what running it takes; check that its files are whole."""
     from earlyfusion.checkpoints.summary import summarize
     from earlyfusion.terminal import busy
 
@@ -708,14 +658,12 @@ def info(
     if as_json:
         return _print_json({"model": model} | summary)
     for name, value in summary.items():
-        rows = value.items() if isinstance(value, dict) else [("", value)]
-        for what, amount in rows:
-            if amount is None:
-                continue
-            label = " ".join([*name.split("_"), what]).strip()
-            print(
-                f"{label:<36}{amount:>16,}" if isinstance(amount, int) else f"{label:<36}{amount}"
-            )
+        for item, amount in value.items() if isinstance(value, dict) else [("", value)]:
+            label = " ".join([*name.split("_"), item]).strip()
+            if isinstance(amount, int):
+                print(f"{label:<36}{amount:>16,}")
+            elif amount is not None:
+                print(f"{label:<36}{amount}")
 
 
 @app.command(
@@ -729,21 +677,23 @@ def bench(
     model: Annotated[
         str | None, typer.Argument(help="mini, a model folder, or a hub id.", show_default="mini")
     ] = None,
-    shape: Annotated[Shape | None, typer.Option(help="Random weights of this size.")] = None,
-    threads: Annotated[int | None, _whole_option("Of the processor; as torch has it.")] = None,
-    rounds: Annotated[int | None, _whole_option("Figures are medians of so many; 3.")] = None,
+    shape: Annotated[
+        Shape | None, typer.Option(help="Random weights of this size instead.")
+    ] = None,
+    threads: Annotated[int | None, whole_option("Processor threads.", unset="torch's own")] = None,
+    rounds: Annotated[int, whole_option("Figures are medians of this many rounds.")] = 3,
     device: Device = "auto",
     dtype: Precision = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Measure on this machine: start, memory, tokens, pictures, and their share of its limits."""
+    """Measure start, memory, tokens and images on this machine, and their share of its limits."""
     from earlyfusion.terminal import busy
 
     with busy("starting", as_json) as say:
         since = perf_counter()
         from earlyfusion.bench.speed import bench as measure
 
-        imports, rounds = perf_counter() - since, 3 if rounds is None else rounds
+        imports = perf_counter() - since
         report = measure(model, shape, device, dtype, threads, rounds, imports, say)
     if as_json:
         _print_json(report.to_dict())
@@ -763,7 +713,7 @@ def serve(
     host: Annotated[str, typer.Option(help="Others than this machine need an API key.")] = (
         "127.0.0.1"
     ),
-    port: Annotated[int, _whole_option("0 takes any free one.")] = 8000,
+    port: Annotated[int, whole_option("0 takes any free one.")] = 8000,
     api_key: Annotated[
         list[str] | None,
         typer.Option(
@@ -776,7 +726,7 @@ def serve(
     lenient: Annotated[
         bool, typer.Option("--lenient", help="Ignore unknown fields, and list them in a header.")
     ] = False,
-    max_queue: Annotated[int, _whole_option("Most requests that wait; more get 429.")] = 256,
+    max_queue: Annotated[int, whole_option("Most requests that wait; more get 429.")] = 256,
     allow_image_urls: Annotated[
         bool, typer.Option("--allow-image-urls", help="Fetch pictures from public addresses.")
     ] = False,
@@ -814,7 +764,7 @@ def serve(
 
 
 def _load(
-    name: str,
+    model: str,
     device: str,
     quiet: bool = False,
     dtype: str = "auto",
@@ -823,27 +773,27 @@ def _load(
 ) -> Chameleon:
     from earlyfusion.terminal import busy
 
-    # Started by torchrun, all processes share the model; the first speaks.
+    # Processes that torchrun started share one model; only the first of them speaks.
     shared = "TORCHELASTIC_RUN_ID" in os.environ
     processes = int(os.environ["WORLD_SIZE"]) if shared else 1
-    with busy(f"loading {name}", quiet or (shared and os.environ["RANK"] != "0")):
+    with busy(f"loading {model}", quiet or (shared and os.environ["RANK"] != "0")):
         from earlyfusion.api import Chameleon
 
-        model = Chameleon.load(
-            name, device=device, dtype=dtype, tensor_parallel=processes, verify=verify
+        chameleon = Chameleon.load(
+            model, device=device, dtype=dtype, tensor_parallel=processes, verify=verify
         )
         if fit is not None:
-            model.image_tokenizer.mode = "fit" if fit else "crop"
-        return model
+            chameleon.image_tokenizer.mode = "fit" if fit else "crop"
+        return chameleon
 
 
 def _check_pipe(names: list[str]) -> None:
     if names.count("-") > 1:
-        raise SettingError("only one of the prompt and the pictures can be -: there is one pipe")
+        raise SettingError("only one of the prompt and the images can be -: there is one pipe")
 
 
 def _prompt(words: str | None, file: Path | None) -> str:
-    """The prompt as it was given: as an argument, in a file or in a pipe."""
+    """The prompt: an argument, a file or a pipe."""
     if words is not None and file is not None:
         raise PromptError(f"a prompt and --prompt-file {file} are given: leave one out")
     if words is not None and words != "-":
@@ -856,19 +806,17 @@ def _prompt(words: str | None, file: Path | None) -> str:
     name = str(file) if file else "standard input"
     try:
         with file.open("rb") if file else nullcontext(sys.stdin.buffer) as stream:
-            data = stream.read(_MOST_PROMPT_BYTES + 1)
-        if len(data) > _MOST_PROMPT_BYTES:
-            raise PromptError(
-                f"{name} has over {_MOST_PROMPT_BYTES:,} bytes: give a shorter prompt"
-            )
+            data = stream.read(_MAX_PROMPT_BYTES + 1)
+        if len(data) > _MAX_PROMPT_BYTES:
+            raise PromptError(f"{name} has over {_MAX_PROMPT_BYTES:,} bytes: give a shorter prompt")
         return data.decode("utf-8-sig").rstrip("\r\n")
     except OSError:
         raise PromptError(f"{name} cannot be read: give a text file with the prompt") from None
     except UnicodeDecodeError:
-        raise PromptError(f"{name} is no text in UTF-8: give one with the prompt") from None
+        raise PromptError(f"{name} is not text in UTF-8: give one with the prompt") from None
 
 
-def _picture(name: str) -> Image:
+def _image(name: str) -> Image:
     from earlyfusion.content import MAX_FILE_BYTES, Image
 
     if name == "-":
@@ -876,9 +824,10 @@ def _picture(name: str) -> Image:
     return Image.open(name)
 
 
-def _seed(seed: int | None) -> int:
-    """The seed asked for, or a fresh one that can be told to the user."""
-    return secrets.randbits(31) if seed is None else seed
+def _seeded(sampling: dict[str, Any]) -> SamplingParams:
+    """The settings of the options; a seed is drawn here so that it can be printed."""
+    seed = sampling.get("seed")
+    return SamplingParams(**sampling | {"seed": secrets.randbits(31) if seed is None else seed})
 
 
 def _mistake(sentence: str) -> int:
@@ -887,10 +836,10 @@ def _mistake(sentence: str) -> int:
 
 
 def _misuse(error: typer.TyperException) -> int:
-    """Typer's words as one sentence; it has none where it has shown the help instead."""
+    """Print Typer's message as one sentence; it is empty where Typer has shown the help instead."""
     command = getattr(getattr(error, "ctx", None), "command_path", "earlyfusion")
-    said = error.format_message().rstrip(".?").replace(". ", "; ")
-    return _mistake(f"{said}; see '{command} --help'") if said else 2
+    message = error.format_message().rstrip(".?").replace(". ", "; ")
+    return _mistake(f"{message}; see '{command} --help'") if message else 2
 
 
 def _print_json(data: dict[str, Any]) -> None:

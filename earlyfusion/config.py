@@ -1,7 +1,7 @@
-"""Shapes of the two networks: values read from and written to a transformers `config.json`.
+"""Shapes of the two networks, read from and written to a `config.json` of transformers.
 
-Field names equal those of transformers' `ChameleonConfig` and `ChameleonVQVAEConfig`, so that a
-file needs no translation. Paper: arXiv 2405.09818, sections 2.1 (image tokenizer), 2.3 (stability).
+Field names equal those of transformers' `ChameleonConfig` and `ChameleonVQVAEConfig`, so that files
+need no translation. Paper: arXiv 2405.09818, sections 2.1 (image tokenizer) and 2.3 (stability).
 """
 
 from __future__ import annotations
@@ -37,11 +37,13 @@ class VQConfig:
             object.__setattr__(self, name, tuple(getattr(self, name) or ()))
 
     def check(self) -> None:
-        """`SettingError` naming the field for which no network can be built."""
+        """Raise `SettingError` naming a field with which no network can be built."""
         sizes = ("embed_dim", "num_embeddings", "latent_channels", "resolution", "base_channels")
         for name in sizes:
             _require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
-        _require(bool(self.channel_multiplier), "channel_multiplier", (), "needs one entry a level")
+        _require(
+            bool(self.channel_multiplier), "channel_multiplier", (), "needs one entry per level"
+        )
         _require(
             self.base_channels % 32 == 0,
             "base_channels",
@@ -51,14 +53,14 @@ class VQConfig:
 
     @property
     def stride(self) -> int:
-        """Pixels a code, along one side."""
+        """Pixels per code, along one side."""
         return 2 ** (len(self.channel_multiplier) - 1)
 
     @property
     def grid(self) -> int:
         """Codes along one side of a picture of the configured resolution.
 
-        `SettingError` where the stride does not divide it; pictures of other sizes may still do.
+        Raises `SettingError` if the stride does not divide it; pictures of other sizes may do.
         """
         _require(
             self.resolution % self.stride == 0,
@@ -70,7 +72,7 @@ class VQConfig:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> VQConfig:
-        """Read transformers' `vq_config`; names it does not know are ignored."""
+        """Read transformers' `vq_config`; other names in it are ignored."""
         return cls(**_known(cls, data))
 
     def to_dict(self) -> dict[str, Any]:
@@ -80,11 +82,11 @@ class VQConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of the transformer. `swin_norm` puts the norms on the branch outputs, as in the 34B.
+    """Shape of the transformer. `swin_norm` norms the outputs of attention and MLP, as in the 34B.
 
-    `hidden_act` is a name that transformers knows; `rope_scaling` holds `rope_type` and what
-    transformers' `rope_parameters` have beside `rope_theta`. A config may say what cannot be built:
-    `check` tells, and so does building the model.
+    `hidden_act` is one of transformers' names. `rope_scaling` holds `rope_type` and the other
+    `rope_parameters` of transformers, except `rope_theta`. A config may describe a model that
+    cannot be built: `check` finds that, and so does building it.
     """
 
     vocab_size: int = 65536
@@ -110,7 +112,7 @@ class ModelConfig:
     vq_config: VQConfig = field(default_factory=VQConfig)
 
     def check(self) -> None:
-        """`SettingError` naming the field for which no model can be built."""
+        """Raise `SettingError` naming a field with which no model can be built."""
         heads, kv = self.num_attention_heads, self.kv_heads
         _require(heads > 0, "num_attention_heads", heads, "must be positive")
         _require(self.vocab_size > 0, "vocab_size", self.vocab_size, "must be positive")
@@ -149,10 +151,10 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ModelConfig:
-        """Read a transformers `config.json`; names it does not know are ignored."""
+        """Read a `config.json` of transformers; other names in it are ignored."""
         known = _known(cls, data)
         known["vq_config"] = VQConfig.from_dict(data.get("vq_config") or {})
-        # Older files have `rope_scaling`, which comes first in transformers too.
+        # Older files have `rope_scaling`, which takes precedence in transformers too.
         rope = known.get("rope_scaling") or data.get("rope_parameters") or {}
         known["rope_theta"] = rope.get("rope_theta") or known.get("rope_theta", cls.rope_theta)
         known["rope_scaling"] = _scaling(rope, data)
@@ -184,16 +186,14 @@ class ModelConfig:
 
 
 def _scaling(rope: dict[str, Any], data: dict[str, Any]) -> dict[str, Any] | None:
-    """What a file's RoPE has beside `rope_theta`, None for plain RoPE.
-
-    `data` may hold some of it at its top, as transformers reads it.
-    """
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
+    """The rotary parameters of a file except `rope_theta`, None for plain RoPE."""
+    rope_type = rope.get("rope_type") or rope.get("type") or "default"
+    if rope_type == "default":
         return None
-    scaling = dict(rope) | {"rope_type": kind}
+    scaling = dict(rope) | {"rope_type": rope_type}
+    # transformers takes two of them from the top of the file, too.
     trained = data.get("original_max_position_embeddings")
-    if trained is not None and kind in ("llama3", "yarn", "longrope"):
+    if trained is not None and rope_type in ("llama3", "yarn", "longrope"):
         scaling["original_max_position_embeddings"] = trained
     if data.get("partial_rotary_factor") is not None:
         scaling.setdefault("partial_rotary_factor", data["partial_rotary_factor"])
@@ -207,26 +207,28 @@ def _require(good: bool, name: str, value: object, why: str) -> None:
 
 def _known(cls: type[ModelConfig] | type[VQConfig], data: dict[str, Any]) -> dict[str, Any]:
     """The fields of `cls` that a file gives; null leaves the default."""
-    kinds = get_type_hints(cls)
+    types = get_type_hints(cls)
     given = {f.name: data[f.name] for f in fields(cls) if data.get(f.name) is not None}
     given.pop("vq_config", None)
     for name, value in given.items():
-        if not _fits(value, kinds[name]):
+        if not _fits(value, types[name]):
             raise CheckpointError(
-                f"{name}={value!r} in config.json is of the wrong kind: it must be "
-                f"{getattr(kinds[name], '__name__', kinds[name])}"
+                f"{name}={value!r} in config.json is of the wrong type: it must be "
+                f"{getattr(types[name], '__name__', types[name])}"
             )
     return given
 
 
-def _fits(value: object, kind: Any) -> bool:
-    if get_origin(kind) is UnionType:
-        return any(_fits(value, k) for k in get_args(kind))
-    if get_origin(kind) is tuple:
+def _fits(value: object, expected: Any) -> bool:
+    if get_origin(expected) is UnionType:
+        return any(_fits(value, each) for each in get_args(expected))
+    if get_origin(expected) is tuple:
         return isinstance(value, list | tuple) and all(_fits(v, int) for v in value)
-    if kind is float:
+    if expected is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
-    return isinstance(value, get_origin(kind) or kind) and (kind is bool) == isinstance(value, bool)
+    # To isinstance a bool is an int; in a config it is not.
+    is_same = (expected is bool) == isinstance(value, bool)
+    return is_same and isinstance(value, get_origin(expected) or expected)
 
 
 _TINY_VQ = VQConfig(

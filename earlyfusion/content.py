@@ -1,11 +1,11 @@
-"""What people say, before any token: `Text`, `Image`, `Message`, and the ways to write a prompt.
+"""Content before it is tokens: `Text`, `Image`, `Message`, and the ways to write a prompt.
 
-A picture is read here once, safely: its format and size are checked from the header before a pixel
-is decoded, and what comes out is RGB, upright, blended on white as Meta's code does it
-(github.com/facebookresearch/chameleon, chameleon/inference/image_tokenizer.py). Two things differ
-from Meta's code, where that would lose the picture: values of more than 8 bits are scaled, not cut
-off at 255 (`deep="clip"` cuts them off), and pictures over 25 megapixels are scaled down while they
-are read. Reading the largest picture takes about 1 GB for a moment, as AVIF or WEBP 2 GB.
+Pictures are read here, safely: format and size are checked in the header before any pixel is
+decoded. The result is RGB, upright and blended on white, as in Meta's code
+(github.com/facebookresearch/chameleon, chameleon/inference/image_tokenizer.py), with two
+exceptions, where Meta's code would lose the picture: values of more than 8 bits are scaled instead
+of cut off at 255 (`deep="clip"` cuts them off), and pictures over 25 megapixels are scaled down
+while they are read. Reading the largest picture takes about 1 GB of memory, 2 GB as AVIF or WEBP.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ _READERS: dict[bytes, type[ImageFile]] = {
 _AVIF_BRANDS = {b"avif", b"avis"}
 _HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 _FORMATS = "PNG, JPEG, WEBP, GIF, BMP, TIFF or AVIF"
-_BAND_ROWS = 128
+_BAND_ROWS = 128  # rows of a large picture that are scaled down together
 
-# Modes whose values do not end at 255.
+# Pillow's modes of more than 8 bits.
 _16_BITS = {"I;16", "I;16L", "I;16B", "I;16N"}
 _DEEP_MODES = _16_BITS | {"I", "F"}
-_ORIENTATION = 0x0112
+_ORIENTATION = 0x0112  # the EXIF tag
 
-# _OVER_WHITE[alpha, value]: truncated, not rounded, as in Meta's code.
+# _OVER_WHITE[alpha, value]: a value blended on white; truncated, not rounded, as in Meta's code.
 _ALPHA = np.arange(256)[:, None] / 255.0
 _OVER_WHITE = ((1 - _ALPHA) * 255 + _ALPHA * np.arange(256)).astype(np.uint8)
 
@@ -79,9 +79,9 @@ class Text:
 class Image:
     """A picture: its pixels, its codes, or both.
 
-    `pil` is upright RGB of at most 25 megapixels, None for a drawn picture that is not decoded yet;
-    `codes` is int64 [h, w], None for a picture that is not encoded yet. Grey pictures of 16 bits,
-    of 32 bits up to 65,535 and of floats from 0 to 1 are scaled to 8 bits. Raises `ImageError`.
+    `pil` is upright RGB of at most 25 megapixels, None for a drawn picture that is not decoded yet.
+    `codes` is int64 [h, w], None for a picture that is not encoded yet. Grey pictures are scaled to
+    8 bits from 16 bits, from 32 bits up to 65,535 and from floats of 0 to 1. Raises `ImageError`.
     """
 
     pil: PIL.Image.Image | None = None
@@ -97,24 +97,22 @@ class Image:
 
     @classmethod
     def open(cls, path: str | Path, *, deep: Deep = "scale") -> Image:
-        """Read a picture file: PNG, JPEG, WEBP, GIF, BMP, TIFF or AVIF, with the extra "heic" HEIC.
-
-        Of several frames the first is taken. `deep="clip"` cuts values over 255 off, as Meta's
-        code does, instead of scaling them.
-        """
+        """Read a picture file: PNG, JPEG, WEBP, GIF, BMP, TIFF, AVIF, and HEIC with the extra
+        "heic". Of several frames the first is read. `deep="clip"` cuts values off at 255, as Meta's
+        code does, instead of scaling them."""
         name = str(path)
         return cls(_decode(_read_file(path, name), name, deep))
 
     @classmethod
     def from_bytes(cls, data: bytes, name: str = "the picture", *, deep: Deep = "scale") -> Image:
-        """Read a picture from the bytes of a file; `name` is what an error calls it."""
+        """Read a picture from the bytes of a file, which errors call `name`."""
         return cls(_decode(data, name, deep))
 
     @classmethod
     def from_array(cls, array: npt.NDArray[Any]) -> Image:
         """A picture from [Y, X], [Y, X, C] or [C, Y, X] with C = 1, 3 or 4 (grey, RGB, RGBA).
 
-        The last axis is the channel where it has length 1, 3 or 4; else the first is. Whole numbers
+        The last axis is the channel if its length is 1, 3 or 4, else the first is. Whole numbers
         are 0 to 255, floats 0 to 1.
         """
         pixels = _as_uint8(_channels_last(array))
@@ -148,8 +146,8 @@ Part: TypeAlias = str | Text | Image | PIL.Image.Image | Path | npt.NDArray[Any]
 
 @dataclass(init=False)
 class Message:
-    """One turn: who speaks and what, in order. Parts may be given as str, PIL image, path, array or
-    tensor too."""
+    """One turn: the speaker and the parts, in order. A part may also be given as str, PIL image,
+    path, array or tensor."""
 
     role: Role
     parts: list[Segment]
@@ -167,17 +165,17 @@ class Message:
         return [part for part in self.parts if isinstance(part, Image)]
 
 
-Spoken: TypeAlias = Message | Mapping[str, Any]
-Prompt: TypeAlias = Part | Spoken | Sequence[Part] | Sequence[Spoken]
+Turn: TypeAlias = Message | Mapping[str, Any]
+Prompt: TypeAlias = Part | Turn | Sequence[Part] | Sequence[Turn]
 
 
 def as_messages(prompt: Prompt) -> list[Message]:
     """The turns of a prompt: a text, a list of parts, or messages.
 
-    A message may be a dict of "role" and "content", as chat templates and servers take it. The last
-    is the user's, or the assistant's, which is then the beginning of the answer. A system's text is
-    joined with the user's turn beside it by a line end, as in training data. Raises `PromptError`
-    when it is empty, holds something else, or its turns do not alternate.
+    A message may be a dict of "role" and "content", as chat templates and servers have it. The last
+    is the user's, or the assistant's as the beginning of the answer. A system message is joined to
+    the user's turn beside it by a line end, as in training data. Raises `PromptError` if the prompt
+    is empty, holds another type, or its turns do not alternate.
     """
     if isinstance(prompt, Message | Mapping):
         prompt = [prompt]
@@ -192,14 +190,14 @@ def as_messages(prompt: Prompt) -> list[Message]:
 def fill_placeholders(text: str, images: Sequence[Any]) -> list[Segment]:
     """Parts of a text in which `<image>` marks the place of each picture.
 
-    Without any mark the pictures go first. Raises `PromptError` when marks and pictures differ
-    in number.
+    Without any mark the pictures come first. Raises `PromptError` if the numbers of marks and
+    pictures differ.
     """
     return _segments(fill_places(text, [Image.of(image) for image in images]))
 
 
 def fill_places(text: str, pictures: Sequence[Picture]) -> list[str | Picture]:
-    """`fill_placeholders` for pictures of any form, which are not looked at."""
+    """`fill_placeholders` for pictures of any type, which are not opened."""
     pieces = text.split(PLACEHOLDER)
     if len(pieces) == 1:
         pieces = [""] * len(pictures) + [text]
@@ -218,9 +216,9 @@ def fill_places(text: str, pictures: Sequence[Picture]) -> list[str | Picture]:
 
 
 def read_turns(data: Any, folder: Path) -> list[tuple[str, list[Part]]]:
-    """Roles and parts of turns as JSON has them: [{"role": …, "content": …}, …].
+    """Roles and parts of turns in JSON: [{"role": …, "content": …}, …].
 
-    Raises `PromptError` for another form. Pictures are not opened.
+    Pictures are not opened. Raises `PromptError` for any other form.
     """
     if not isinstance(data, list) or not data:
         raise PromptError("messages are a list of objects with role and content")
@@ -228,10 +226,10 @@ def read_turns(data: Any, folder: Path) -> list[tuple[str, list[Part]]]:
 
 
 def read_parts(content: Any, folder: Path) -> list[Part]:
-    """Parts of a prompt as JSON has it: a text, or a list of texts and objects with a type.
+    """Parts of a prompt in JSON: a text, or a list of texts and typed objects.
 
-    {"type": "text", "text": …} and {"type": "image", "image": file}, the file seen from `folder`;
-    beside "image" may stand its "codes". Raises `PromptError` for another form.
+    These are {"type": "text", "text": …} and {"type": "image", "image": file}, where the file is
+    relative to `folder`, and "codes" may be given too. Raises `PromptError` for any other form.
     """
     items = content if isinstance(content, list) else [content]
     return [_read_part(item, folder) for item in items]
@@ -239,7 +237,7 @@ def read_parts(content: Any, folder: Path) -> list[Part]:
 
 def _read_turn(turn: Any, number: int, folder: Path) -> tuple[str, list[Part]]:
     if not isinstance(turn, dict) or set(turn) != {"role", "content"}:
-        raise PromptError(f"message {number} is no object of role and content")
+        raise PromptError(f"message {number} is not an object of role and content: give both")
     if turn["role"] not in get_args(Role):
         raise PromptError(f"message {number} is by {turn['role']!r}: use 'user' or 'assistant'")
     return turn["role"], read_parts(turn["content"], folder)
@@ -248,15 +246,15 @@ def _read_turn(turn: Any, number: int, folder: Path) -> tuple[str, list[Part]]:
 def _read_part(item: Any, folder: Path) -> Part:
     if isinstance(item, str):
         return item
-    kind = item.get("type") if isinstance(item, dict) else None
-    if kind == "text" and isinstance(item.get("text"), str):
+    part_type = item.get("type") if isinstance(item, dict) else None
+    if part_type == "text" and isinstance(item.get("text"), str):
         return cast(str, item["text"])
-    if kind == "image" and isinstance(item.get("image"), str):
+    if part_type == "image" and isinstance(item.get("image"), str):
         path = folder / Path(item["image"])
         return Image(Image.open(path).pil, item["codes"]) if "codes" in item else path
     raise PromptError(
-        "a part of a prompt is a text, an object of type text with its text, or one of type "
-        "image with the path of its file in image"
+        'a part of a prompt is a text, {"type": "text", "text": …} or '
+        '{"type": "image", "image": "file.png"}: write it as one of these'
     )
 
 
@@ -308,13 +306,13 @@ def _message(item: Any) -> Message:
 
 def _typed(part: Mapping[str, Any]) -> Part:
     """A part {"type": "text", "text": …} or {"type": "image", "image": …}."""
-    kind = part.get("type")
-    if kind == "text" and isinstance(part.get("text"), str):
+    part_type = part.get("type")
+    if part_type == "text" and isinstance(part.get("text"), str):
         return Text(part["text"])
-    if kind in ("image", "image_url"):
+    if part_type in ("image", "image_url"):
         return _typed_image(part)
     raise PromptError(
-        f"a part of type {str(kind)[:40]!r} is not known: "
+        f"a part of type {str(part_type)[:40]!r} is not known: "
         'write {"type": "text", "text": …} or {"type": "image", "image": …}'
     )
 
@@ -349,7 +347,7 @@ def _unpacked(text: str) -> bytes:
 
 
 def _by_two_speakers(messages: Sequence[Message]) -> list[Message]:
-    """The system's turns as part of the user's, joined by a line end."""
+    """System messages become part of the user's turn beside them, joined by a line end."""
     turns: list[Message] = []
     last = ""
     for message in messages:
@@ -364,8 +362,8 @@ def _by_two_speakers(messages: Sequence[Message]) -> list[Message]:
 
 def _check_turns(messages: list[Message]) -> None:
     check_alternation(messages)
-    asked = [message for message in messages if message.role == "user"][-1]
-    if not any(isinstance(p, Image) or p.text.strip() for p in asked.parts):
+    question = [message for message in messages if message.role == "user"][-1]
+    if not any(isinstance(p, Image) or p.text.strip() for p in question.parts):
         raise PromptError("the prompt is empty: give a text or an image")
 
 
@@ -389,7 +387,7 @@ def _read_file(source: str | Path, name: str) -> bytes:
         if not path.exists():
             raise ImageError(f"there is no file {name}: check the path of the picture")
         _check_bytes(path.stat().st_size, name)
-        # Of a pipe, which has no size, no more is read than the limit allows.
+        # A pipe has no size to check, so no more than the limit is read.
         with path.open("rb") as file:
             return file.read(MAX_FILE_BYTES + 1)
     except ImageError:
@@ -413,7 +411,7 @@ def _decode(data: bytes, name: str, deep: Deep) -> PIL.Image.Image:
         picture = reader(BytesIO(data))
     except PIL.Image.DecompressionBombError:
         raise _oversized(name) from None
-    # A parser of foreign bytes may raise anything; the reason would not help a person.
+    # A parser of untrusted bytes may raise anything, and its reason helps nobody.
     except Exception:
         raise _broken(name) from None
     if isinstance(picture, JpegImageFile):
@@ -435,7 +433,7 @@ def _reader(data: bytes, name: str) -> type[ImageFile]:
 
 
 def _brands(data: bytes) -> set[bytes]:
-    """The brands of an ISO media file: the one at 8, and from 16 on those it is compatible with."""
+    """The brands of an ISO media file: its own at byte 8, compatible ones from byte 16 on."""
     if data[4:8] != b"ftyp":
         return set()
     end = min(int.from_bytes(data[:4], "big"), 256)
@@ -454,7 +452,7 @@ def _heic_reader(name: str) -> type[ImageFile]:
 
 
 def _decode_smaller(picture: JpegImageFile) -> None:
-    """Let a large JPEG come out 2, 4 or 8 times smaller, which its decoder does on the way."""
+    """Have a large JPEG decoded 2, 4 or 8 times smaller, which saves memory and time."""
     width, height = picture.size
     step = next(s for s in (1, 2, 4, 8) if width * height <= MAX_PIXELS * s**2)
     if step > 1:
@@ -490,7 +488,7 @@ def _upright_rgb(picture: PIL.Image.Image, name: str, deep: Deep = "scale") -> P
 
 
 def _reduced(picture: PIL.Image.Image, white: int | None) -> PIL.Image.Image:
-    """RGB of at most MAX_PIXELS, made a band of rows at a time; the mean of step x step pixels."""
+    """RGB of at most MAX_PIXELS: means of step x step pixels, computed a band of rows at a time."""
     width, height = picture.size
     step = next(s for s in range(2, MAX_SIDE) if -(-width // s) * -(-height // s) <= MAX_PIXELS)
     small = PIL.Image.new("RGB", (-(-width // step), -(-height // step)))
@@ -504,7 +502,7 @@ def _reduced(picture: PIL.Image.Image, white: int | None) -> PIL.Image.Image:
 def _orientation(picture: PIL.Image.Image) -> int:
     try:
         return int(picture.getexif().get(_ORIENTATION, 1))
-    except Exception:  # damaged metadata says nothing about the pixels
+    except Exception:  # the pixels may be fine where the metadata is damaged
         return 1
 
 
@@ -514,13 +512,13 @@ def _white(picture: PIL.Image.Image, name: str) -> int:
         return 65_535
     low, high = cast("tuple[float, float]", picture.getextrema())
     if picture.mode == "F":
-        white, kind = 1, "floats"
+        white, numbers = 1, "floats"
     else:
-        white, kind = 255 if high <= 255 else 65_535, "32-bit numbers"
+        white, numbers = 255 if high <= 255 else 65_535, "32-bit numbers"
     if not (low >= 0 and high <= white):
         raise ImageError(
-            f"{name} is of {kind} from {low:g} to {high:g}, which may be any scale: "
-            f"bring them to 0 to {white:,}"
+            f"{name} has {numbers} from {low:g} to {high:g}, whose scale is unknown: "
+            f"rescale them to 0 to {white:,}"
         )
     return white
 
@@ -530,7 +528,7 @@ def _rgb(picture: PIL.Image.Image, white: int | None) -> PIL.Image.Image:
         return _on_white(picture)
     values = np.asarray(picture, dtype=np.float64)
     if np.isnan(values).any():
-        raise ImageError("the picture holds values that are no numbers: bring them to 0 to 1")
+        raise ImageError("the picture holds NaN: replace it by numbers from 0 to 1")
     return PIL.Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8)).convert("RGB")
 
 
@@ -539,7 +537,7 @@ def _check_size(width: int, height: int, name: str) -> None:
         raise ImageError(f"{name} is {width}x{height} pixels: it needs at least 1x1")
     if max(width, height) > MAX_SIDE:
         raise ImageError(
-            f"{name} is {width}x{height} pixels, the limit is {MAX_SIDE:,} a side: scale it down"
+            f"{name} is {width}x{height} pixels, the limit is {MAX_SIDE:,} per side: scale it down"
         )
     if width * height > MAX_FILE_PIXELS:
         raise ImageError(
@@ -551,7 +549,7 @@ def _check_size(width: int, height: int, name: str) -> None:
 def _upright(picture: PIL.Image.Image) -> PIL.Image.Image:
     try:
         return ImageOps.exif_transpose(picture)
-    except Exception:  # damaged metadata says nothing about the pixels
+    except Exception:  # as above
         return picture
 
 
@@ -561,6 +559,7 @@ def _on_white(picture: PIL.Image.Image) -> PIL.Image.Image:
     rgba = np.asarray(picture.convert("RGBA"))
     if rgba[..., 3].min() == 255:
         return _without_transparency(picture).convert("RGB")
+    # Row by row, because the index arrays of a whole picture would take eight times its memory.
     rows = [_OVER_WHITE[row[:, 3:], row[:, :3]] for row in rgba]
     return PIL.Image.fromarray(np.stack(rows))
 

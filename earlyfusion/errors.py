@@ -1,7 +1,7 @@
-"""What can go wrong, each with its remedy.
+"""Errors. Every mistake that a caller can make is an `EarlyFusionError`.
 
-Every mistake that a caller can make is an `EarlyFusionError`: one sentence that names the value,
-the limit and the remedy. The command line turns it into exit code 2, a server into a 4xx reply.
+Its text is one sentence that names the value, the limit and the remedy. The command line turns it
+into exit code 2, a server into a 4xx reply.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ class PromptError(EarlyFusionError):
 
 
 class ContextError(PromptError):
-    """The prompt, or what was asked of the model, does not fit its context."""
+    """Prompt and reply do not fit into the model's context."""
 
 
 class ImageError(EarlyFusionError):
-    """A picture cannot be read, is too large, or has codes the model does not know."""
+    """A picture cannot be read, is too large, or has codes that the model does not know."""
 
 
 class SettingError(EarlyFusionError):
@@ -30,7 +30,7 @@ class SettingError(EarlyFusionError):
 
     @classmethod
     def unknown(cls, name: str, value: object, choices: Iterable[str]) -> SettingError:
-        """The mistake of a value that is not one of `choices`."""
+        """The error for a value that is not one of `choices`."""
         shown = repr(value[:40]) if isinstance(value, str) else f"<{type(value).__name__}>"
         return cls(f"{name}={shown} is unknown: use one of {', '.join(choices)}")
 
@@ -40,7 +40,7 @@ class CheckpointError(EarlyFusionError):
 
 
 class WeightsError(EarlyFusionError):
-    """The weights give numbers that are not finite, so that nothing can be drawn from them."""
+    """The weights give NaN or infinite numbers, from which no token can be drawn."""
 
 
 class DataError(EarlyFusionError):

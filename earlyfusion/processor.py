@@ -1,11 +1,11 @@
-"""Messages <-> tokens: the prompt format, the training weights, and streaming text back.
+"""Messages <-> tokens: the prompt format, the roles of tokens in training, and text as it streams.
 
 Format (arXiv 2405.09818, section 3, and Meta's released code): bos once; the parts of a turn in
-order, nothing between them; `end_of_turn` after every turn, except that an answer at the end of a
-training document is closed by eos. A picture is spelled by its `ImageLayout`.
+order, nothing between them; `end_of_turn` after every turn, except that eos closes an answer at the
+end of a training document. A picture is spelled by its `ImageLayout`.
 
-Text is encoded without the control and image tokens in sight, so that a prompt that spells
-`<racm3:break>` is plain text; only an `Image` makes an image.
+Users cannot forge control tokens: a text that contains `<racm3:break>` is encoded as plain text,
+and only an `Image` makes an image.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -22,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from earlyfusion.content import Image, Message, Segment, Text, check_alternation
+from earlyfusion.content import Message, Text, check_alternation
 from earlyfusion.errors import CheckpointError, DataError, PromptError, SettingError
 from earlyfusion.vocabulary import (
     CODE,
@@ -86,29 +87,23 @@ class Processor:
         self.layout = layout
         data = read_tokenizer_json(self.tokenizer_file)
         self.vocabulary = Vocabulary.from_dict(data)
-        self._tokenizer = _load(data)
         self._text_tokenizer = _load(_text_only(data, self.vocabulary))
         self._bytes = _token_bytes(self.vocabulary)
 
-    def encode_text(self, text: str, parse_special: bool = False) -> list[int]:
-        """Tokens of a text, without bos or eos.
-
-        With `parse_special` the names of control and image tokens in it become those tokens: only
-        for text that no user can write.
-        """
-        if not text.isascii():
+    def encode_text(self, text: str) -> list[int]:
+        """Tokens of a text, without bos or eos; names of control tokens in it are plain text."""
+        if not text.isascii():  # ASCII has no lone surrogates to check for
             _check_utf8(text)
-        tokenizer = self._tokenizer if parse_special else self._text_tokenizer
-        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+        return list(self._text_tokenizer.encode(text, add_special_tokens=False).ids)
 
     def encode(
         self, messages: Sequence[Message], codes: Sequence[npt.ArrayLike] | None = None
     ) -> TokenSequence:
-        """The prompt for an answer: every turn, each closed by `end_of_turn`. A last turn of the
-        assistant is left open: it is the beginning of the answer.
+        """The prompt for an answer: every turn, each closed by `end_of_turn`. If the last turn is
+        the assistant's, it is left open, as the beginning of the answer.
 
-        `codes` holds [h, w] for each picture of the messages in order; None takes those that the
-        pictures carry. Raises `PromptError`, and `ImageError` for codes of another model.
+        `codes` are [h, w] per picture of the messages, in order; None takes those that the pictures
+        carry. Raises `PromptError`, and `ImageError` for codes of another model.
         """
         if not messages:
             raise PromptError("a prompt needs the user's turn: add the user's message")
@@ -116,18 +111,19 @@ class Processor:
         return self._prompt(messages, _codes_in_order(messages, codes))
 
     def draft(self, messages: Sequence[Message]) -> TokenSequence:
-        """`encode` for turns that `as_messages` has checked, of any length: a picture without codes
-        takes its place, to be spelled by `fill`."""
+        """`encode` before the pictures are encoded: one without codes takes up its tokens, to be
+        spelled by `fill`. So the length is known early, and text is tokenised once. The turns are
+        those of `as_messages`."""
         return self._prompt(messages, [i.codes for message in messages for i in message.images])
 
     def draft_turn(self, message: Message) -> TokenSequence:
-        """Only the tokens of the parts of one turn, as `draft` has them behind a prompt."""
+        """`draft` of the parts of one turn alone, without any marks around them."""
         sequence = TokenSequence()
         self._add_turn(sequence, message, (image.codes for image in message.images))
         return sequence
 
     def fill(self, draft: TokenSequence, codes: Sequence[npt.ArrayLike]) -> list[int]:
-        """The ids of a draft, its places for pictures filled with these codes, in order."""
+        """The ids of a draft, with these codes spelled as its pictures, in order."""
         ids, codes_of = list(draft.ids), iter(codes)
         for start, end, _ in draft.spans:
             if ids[start] == CODE:
@@ -137,7 +133,7 @@ class Processor:
     def encode_document(
         self, messages: Sequence[Message], codes: Sequence[npt.ArrayLike] | None = None
     ) -> TokenSequence:
-        """A training document: as `encode`, but it ends with the assistant's turn and eos."""
+        """A training document: as `encode`, but closed by eos after the assistant's turn."""
         if not messages or messages[-1].role != "assistant":
             raise PromptError(
                 "a training document must end with the assistant's turn: add its answer"
@@ -148,39 +144,25 @@ class Processor:
         return sequence
 
     def decode_text(self, ids: Iterable[int]) -> str:
-        """The text of `ids` up to the first eos; control and image tokens have none.
+        """The text of `ids` up to the first eos; control and image tokens have no text.
 
-        Bytes that are no UTF-8 become U+FFFD; a last character that is cut short is left out.
+        Bytes that are not UTF-8 become U+FFFD; a last character that is cut short is left out.
         """
-        pieces = [self._bytes.get(token, b"") for token in self._until_eos(ids)]
-        return _utf8_decoder().decode(b"".join(pieces))
+        tokens = takewhile(lambda token: token != self.vocabulary.eos, ids)
+        return _utf8_decoder().decode(b"".join(self._bytes.get(int(t), b"") for t in tokens))
 
     def token_bytes(self, token: int) -> bytes:
-        """The UTF-8 bytes of a text token, which may be a part of a character; b"" of others."""
+        """The UTF-8 bytes of a text token, maybe a part of a character; b"" for other tokens."""
         return self._bytes.get(token, b"")
 
     def token_text(self, token: int) -> str:
-        """A token for a person to read: its text, or the name of a control or image token."""
+        """A token as people read it: its text, or the name of a control or image token."""
         data = self._bytes.get(token)
         return self._names.get(token, "") if data is None else data.decode("utf-8", "replace")
 
     def text_stream(self) -> TextStream:
         """A decoder that takes one token at a time."""
         return TextStream(self._bytes)
-
-    def segments(self, ids: Iterable[int]) -> list[Segment]:
-        """The texts and pictures of generated tokens, up to the first eos.
-
-        Text is stripped and left out when empty; so is a last picture that was cut short.
-        """
-        tokens, segments = list(self._until_eos(ids)), []
-        start = 0
-        while start < len(tokens):
-            is_image = tokens[start] == self.vocabulary.begin_image
-            end = start + self.layout.num_tokens if is_image else self._end_of_text(tokens, start)
-            segments += self._segment(tokens[start:end], is_image)
-            start = end
-        return segments
 
     @cached_property
     def _names(self) -> dict[int, str]:
@@ -197,7 +179,7 @@ class Processor:
     def _turns(
         self, messages: Sequence[Message], codes: Iterable[npt.ArrayLike | None]
     ) -> TokenSequence:
-        """Bos and all turns with `end_of_turn` between them; the last is left open."""
+        """bos and all turns with `end_of_turn` between them; the last turn is left open."""
         sequence, codes_of = TokenSequence(), iter(codes)
         sequence.control(self.vocabulary.bos)
         for number, message in enumerate(messages):
@@ -217,37 +199,20 @@ class Processor:
 
     def _spelled(self, codes: npt.ArrayLike | None) -> list[int]:
         if codes is None:
-            return [CODE] * self.layout.num_tokens  # the image tokenizer gives the model's own size
+            # The image tokenizer makes every picture as large as the model's own layout.
+            return [CODE] * self.layout.num_tokens
         return self.layout.spell(codes, self.vocabulary)
-
-    def _segment(self, tokens: list[int], is_image: bool) -> list[Segment]:
-        if not is_image:
-            text = self.decode_text(tokens).strip()
-            return [Text(text)] if text else []
-        if len(tokens) < self.layout.num_tokens:
-            return []
-        return [Image(codes=self.layout.parse(tokens, self.vocabulary))]
-
-    def _end_of_text(self, tokens: list[int], start: int) -> int:
-        begin = self.vocabulary.begin_image
-        return next((at for at in range(start, len(tokens)) if tokens[at] == begin), len(tokens))
-
-    def _until_eos(self, ids: Iterable[int]) -> Iterable[int]:
-        for token in ids:
-            if token == self.vocabulary.eos:
-                return
-            yield int(token)
 
 
 class TextStream:
-    """Text of tokens that come one at a time: never half a UTF-8 character."""
+    """The text of tokens that come one at a time, never cut inside a UTF-8 character."""
 
     def __init__(self, token_bytes: dict[int, bytes]) -> None:
         self._bytes = token_bytes
         self._decoder = _utf8_decoder()
 
     def push(self, token: int) -> str:
-        """The text that this token completes; "" for control and image tokens."""
+        """The text that this token completes; control and image tokens give ""."""
         return self._decoder.decode(self._bytes.get(int(token), b""))
 
     def flush(self) -> str:
@@ -261,11 +226,11 @@ def _utf8_decoder() -> codecs.IncrementalDecoder:
 
 
 def train_tokenizer(texts: Iterable[str], num_codes: int, vocab_size: int) -> str:
-    """Train a byte-level BPE on `texts`; the result is the JSON text of a tokenizer file.
+    """Train a byte-level BPE on `texts`; returns the JSON text of a tokenizer file.
 
     Ids: bos, pad, eos, unk, the image codes, the image markers, end of turn, the placeholder, then
-    text: all 256 bytes first. It has at most `vocab_size` ids, fewer where the texts yield no more
-    merges. The same texts in the same order give the same file.
+    text, which begins with the 256 bytes. There are at most `vocab_size` ids, fewer if the texts
+    yield no more merges. The same texts in the same order give the same file.
     """
     control, alphabet = family_names(num_codes), pre_tokenizers.ByteLevel.alphabet()
     smallest = len(control) + len(alphabet)
@@ -288,7 +253,8 @@ def train_tokenizer(texts: Iterable[str], num_codes: int, vocab_size: int) -> st
 
 
 def _pre_tokenizer() -> Any:
-    """Digits and punctuation one by one, runs of blanks apart, words as in GPT-2."""
+    """Splits words as GPT-2 does; digits, punctuation and line ends are tokens of their own."""
+    # Runs of blanks are cut into fours and twos, so that indentation takes few tokens.
     blanks = Regex(r"[\t\n]|    |  ")
     return pre_tokenizers.Sequence(
         [
@@ -316,13 +282,14 @@ def _check_utf8(text: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise PromptError(
-            f"the text holds half a character (a lone surrogate) at place {error.start}: "
+            f"the text holds half a character (a lone surrogate) at position {error.start}: "
             "read it again as UTF-8"
         ) from None
 
 
 def _load(data: dict[str, Any]) -> Tokenizer:
     try:
+        # A file may carry settings of a past training, which would cut or pad prompts.
         return Tokenizer.from_str(json.dumps(data | {"truncation": None, "padding": None}))
     except Exception:  # the library raises bare Exception
         raise CheckpointError(
@@ -331,17 +298,19 @@ def _load(data: dict[str, Any]) -> Tokenizer:
 
 
 def _text_only(data: dict[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
-    """The tokenizer without the names of control and image tokens: it cannot make their ids."""
+    """The tokenizer without control and image tokens, so that no text can give their ids."""
     text = set(vocabulary.text_tokens.tolist())
-    # Added words too: the library numbers anew those that the model does not know.
+    # Added words stay in the model too: the library would give unknown ones new ids.
     vocab = {name: token for name, token in vocabulary.names.items() if token in text}
+    # The 256 bytes spell any text, so nothing is unknown; the name of unk is gone from `vocab`.
     model = data["model"] | {"vocab": vocab, "unk_token": None}
     added = [entry for entry in data.get("added_tokens") or () if entry["id"] in text]
     return data | {"model": model, "added_tokens": added, "post_processor": None}
 
 
 def _token_bytes(vocabulary: Vocabulary) -> dict[int, bytes]:
-    """The UTF-8 bytes of each text token; a name outside the byte alphabet stands for itself."""
+    """The UTF-8 bytes of each text token. Added words are not in the byte alphabet: their names are
+    their text."""
     byte_of = _byte_alphabet()
     text = set(vocabulary.text_tokens.tolist())
     table = {}
@@ -353,11 +322,12 @@ def _token_bytes(vocabulary: Vocabulary) -> dict[int, bytes]:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Letter -> byte of byte-level BPE (GPT-2): a printable byte is itself, others follow 255."""
+    """Letter -> byte of byte-level BPE, as in GPT-2: printable bytes are their own letters, the
+    others get the letters from 256 up, in order."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     letters = {chr(byte): byte for byte in printable}
-    return letters | {chr(256 + place): byte for place, byte in enumerate(others)}
+    return letters | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 def _codes_in_order(
@@ -367,7 +337,7 @@ def _codes_in_order(
     given = [image.codes for image in images] if codes is None else list(codes)
     if len(given) != len(images):
         raise PromptError(
-            f"the messages hold {len(images)} images but codes of {len(given)} are given: "
+            f"the messages hold {len(images)} images, with codes for {len(given)}: "
             "give codes for each image, in order"
         )
     for number, value in enumerate(given):

@@ -1,7 +1,7 @@
-"""How a reply reaches a person: text as it comes, pictures as files and half-blocks.
+"""Replies on a terminal: text as it comes, images as files and as half-block characters.
 
-Half-blocks and progress are drawn only where a person looks: on a terminal, and not with `--json`.
-Half-blocks need colours too (not with NO_COLOR or TERM=dumb) and an encoding that has them.
+Half-blocks and progress bars are for people: on a terminal, and not with `--json`. Half-blocks also
+need colours (so not with NO_COLOR or TERM=dumb) and an encoding that has the character.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ if TYPE_CHECKING:
     from earlyfusion.api import Chameleon, Reply
     from earlyfusion.generation.settings import Output, SamplingParams
 
-_MAX_COLUMNS = 40
+_MAX_COLUMNS = 40  # of an image in half-blocks
+# Escape sequences would let a model move the cursor, set colours or change the title.
 _CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 class Album:
-    """The folder that drawn pictures go to: image-N.png, each with the next free number."""
+    """The folder of drawn images: image-N.png, each with the next free number."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -42,14 +43,14 @@ class Album:
         self._images: list[Image] = []
 
     def check(self) -> None:
-        """Raise `SettingError` now if no picture could be written later; creates nothing."""
+        """Raise `SettingError` now if no image could be written later; creates nothing."""
         check_writable(self.folder)
 
     def save(self, image: Image) -> Path:
-        """Write a picture beside those that are there; the same pixels give the same bytes."""
+        """Write an image under a new name; the same pixels give the same bytes."""
         first = next_number(self.folder, "image", ".png")
         path = write_next(self.folder, "image", ".png", png(image), first)
-        self._images.append(image)
+        self._images.append(image)  # keeps its id from being used again
         self._paths[id(image)] = path
         return path
 
@@ -58,7 +59,7 @@ class Album:
 
 
 def png(image: Image) -> Write:
-    """What writes the pixels of a picture to a file."""
+    """A function that writes an image to a file."""
     pil = image.pil
     assert pil is not None
     return lambda file: pil.save(file, format="PNG")
@@ -72,7 +73,7 @@ def answer(
     album: Album,
     screen: Screen,
 ) -> Reply:
-    """Generate a reply, showing it as it comes and filing its pictures."""
+    """Generate a reply, show it as it comes, and save its images."""
     from earlyfusion.generation.request import Event, ImageProgress, TextDelta
 
     def watch(event: Event, image: Image | None) -> None:
@@ -89,7 +90,7 @@ def answer(
 
 
 def reply_json(reply: Reply, path_of: Callable[[Image], Path | str]) -> dict[str, Any]:
-    """A reply as JSON has it, its pictures as the paths that `path_of` tells."""
+    """A reply as a JSON object, its images as the paths that `path_of` gives."""
     segments = [
         {"type": "text", "text": segment.text}
         if isinstance(segment, Text)
@@ -105,37 +106,37 @@ def reply_json(reply: Reply, path_of: Callable[[Image], Path | str]) -> dict[str
     }
 
 
-def decoded(chameleon: Chameleon, *codes: npt.NDArray[np.int64]) -> list[Image]:
-    """The pictures of codes [h, w] each."""
+def decoded(chameleon: Chameleon, codes_nhw: npt.NDArray[np.int64]) -> list[Image]:
+    """Images of codes, which they keep."""
     import torch
 
-    pictures = chameleon.image_tokenizer.decode(torch.from_numpy(np.stack(codes)))
-    return [Image(picture, own) for picture, own in zip(pictures, codes, strict=True)]
+    pils = chameleon.image_tokenizer.decode(torch.from_numpy(codes_nhw))
+    return [Image(pil, codes_hw) for pil, codes_hw in zip(pils, codes_nhw, strict=True)]
 
 
 class Screen:
-    """Shows one reply after the other; `quiet` shows nothing at all."""
+    """Shows replies one after the other; a `quiet` screen shows nothing."""
 
     def __init__(self, quiet: bool = False) -> None:
         self._quiet = quiet
-        self._pictures = not quiet and shows_pictures()
+        self._shows_images = not quiet and can_show_images()
         self._line_open = False
         self._progress: Progress | None = None
 
     def line(self, text: str = "") -> None:
-        """A line of our own, on a line of its own."""
+        """Text of the program itself, on a new line."""
         self._close_line()
         self._write(text + "\n")
 
     def text(self, delta: str) -> None:
-        """More text of the model, without the characters that could steer the terminal."""
+        """More text of the model, without control characters."""
         shown = delta.translate(_CONTROLS)
         if not self._line_open:
             shown = shown.lstrip()
         self._write(shown)
 
     def drawing(self, done: int, total: int) -> None:
-        """How much of the picture is drawn, in codes."""
+        """The progress of an image, in codes."""
         if self._progress is None:
             self._close_line()
             self._progress = progress_bar(self._quiet)
@@ -144,10 +145,10 @@ class Screen:
         self._progress.update(self._progress.task_ids[0], completed=done, total=total)
 
     def picture(self, image: Image, path: Path | None = None) -> None:
-        """A whole picture, and the file that it was written to."""
+        """A finished image, and the file that it was written to."""
         self.end_drawing()
         self._close_line()
-        if self._pictures and image.pil is not None:
+        if self._shows_images and image.pil is not None:
             console = Console()
             console.print(half_blocks(image.pil, min(_MAX_COLUMNS, console.width)))
         if path is not None:
@@ -159,7 +160,7 @@ class Screen:
             self._progress = None
 
     def end(self) -> None:
-        """The reply is over."""
+        """End the reply."""
         self.end_drawing()
         self._close_line()
 
@@ -175,7 +176,7 @@ class Screen:
         self._line_open = not text.endswith("\n")
 
 
-def shows_pictures() -> bool:
+def can_show_images() -> bool:
     """Whether standard output is a terminal that can show half-blocks."""
     console = Console()
     colours = console.is_terminal and console.color_system and not console.no_color
@@ -186,27 +187,27 @@ def shows_pictures() -> bool:
     return bool(sys.stdout.isatty() and colours)
 
 
-def _moves() -> bool:
-    """Whether standard error is a terminal on which a line can be drawn again."""
+def _can_redraw() -> bool:
+    """Whether standard error is a terminal that can redraw a line."""
     return sys.stderr.isatty() and not Console(stderr=True).is_dumb_terminal
 
 
 @contextmanager
 def busy(what: str, quiet: bool = False) -> Iterator[Callable[[str], None]]:
-    """A spinner on stderr for as long as the block runs; what is given says something else."""
-    if quiet or not _moves():
+    """A spinner on stderr while the block runs; call the given function to change its text."""
+    if quiet or not _can_redraw():
         yield lambda _: None
         return
     with Console(stderr=True).status(what) as status:
         yield lambda words: status.update(words)
 
 
-def half_blocks(picture: PIL.Image.Image, columns: int) -> Characters:
-    """A picture in characters, at most `columns` wide: each shows one pixel above another."""
-    width = min(columns, picture.width)
-    rows = max(1, round(picture.height * width / picture.width / 2))
-    small = picture.convert("RGB").resize((width, 2 * rows), PIL.Image.Resampling.LANCZOS)
-    pixels = memoryview(small.tobytes())
+def half_blocks(pil: PIL.Image.Image, columns: int) -> Characters:
+    """An image as lines of at most `columns` characters; each shows a pixel above another."""
+    width = min(columns, pil.width)
+    rows = max(1, round(pil.height * width / pil.width / 2))
+    small = pil.convert("RGB").resize((width, 2 * rows), PIL.Image.Resampling.LANCZOS)
+    pixels = memoryview(small.tobytes())  # RGB, row by row
     blocks = Characters()
     for row in range(rows):
         for column in range(width):
@@ -224,7 +225,7 @@ def _color(pixels: memoryview, at: int) -> Color:
 
 
 def progress_bar(quiet: bool) -> Progress:
-    """A bar on stderr, for a person who waits."""
+    """A progress bar on stderr, shown on a terminal only."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -232,5 +233,5 @@ def progress_bar(quiet: bool) -> Progress:
         TimeElapsedColumn(),
         console=Console(stderr=True),
         transient=True,
-        disable=quiet or not _moves(),
+        disable=quiet or not _can_redraw(),
     )

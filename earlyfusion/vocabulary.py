@@ -1,8 +1,8 @@
-"""What each id means: ids by kind, code <-> token, and how a picture is spelled in tokens.
+"""The meaning of ids: text, image and control tokens, code <-> token, and how pictures are spelled.
 
-A *code* is an index into the codebook of the VQ-GAN, a *token* an id of the vocabulary. No id is
-hardcoded: all are read by name from the tokenizer file, since checkpoints differ. The names are
-those of Meta's release (github.com/facebookresearch/chameleon).
+A *code* is an index into the codebook of the VQ-GAN, a *token* is an id of the vocabulary. Ids
+differ between checkpoints, so all are read by name from the tokenizer file. The names are those of
+Meta's release (github.com/facebookresearch/chameleon).
 """
 
 from __future__ import annotations
@@ -27,33 +27,33 @@ END_OF_TURN = "<reserved08706>"
 # Meta's file has the first name; transformers' converter renames it to the second.
 IMAGE_PLACEHOLDERS = ("<reserved08707>", "<image>")
 IMAGE_PREFIX = "IMGIMG"
-CODE = -1
+CODE = -1  # stands for any image code; no token has this id
 _DIGITS = dict(zip("ABCDEFGHIJ", "0123456789", strict=True))
 
 
 def code_name(code: int) -> str:
-    """The token name of a code: its decimal digits as letters, 0 = A, so that 53 is IMGIMGFDZ."""
+    """The token name of a code: its decimal digits as letters from A, so that 53 is IMGIMGFDZ."""
     return IMAGE_PREFIX + "".join("ABCDEFGHIJ"[int(digit)] for digit in str(code)) + "Z"
 
 
 def family_names(num_codes: int) -> list[str]:
-    """Control and image tokens of a new vocabulary, in the family's order of ids, from id 0."""
+    """Control and image tokens of a new vocabulary, in the order of Meta's ids, from id 0."""
     codes = [code_name(code) for code in range(num_codes)]
     end, begin, turn = END_IMAGE, BEGIN_IMAGE, END_OF_TURN
     return [BOS, PAD, EOS, UNK, *codes, end, begin, turn, IMAGE_PLACEHOLDERS[0]]
 
 
 class Vocabulary:
-    """The ids of one tokenizer file by kind: text, image and control.
+    """The text, image and control tokens of one tokenizer file.
 
-    Raises `CheckpointError` when a control token is missing, two names share an id, or the image
+    Raises `CheckpointError` if a control token is missing, two names share an id, or the image
     codes are not 0..n-1.
     """
 
     def __init__(self, names: Mapping[str, int]) -> None:
         self.names = dict(names)
         _check_unique(self.names)
-        self.bos, self.pad, self.eos, self.unk = (self.id_of(n) for n in (BOS, PAD, EOS, UNK))
+        self.bos, self.pad, self.eos = (self.id_of(name) for name in (BOS, PAD, EOS))
         self.begin_image, self.end_image = self.id_of(BEGIN_IMAGE), self.id_of(END_IMAGE)
         self.end_of_turn = self.id_of(END_OF_TURN)
         placeholders = [self.names[n] for n in IMAGE_PLACEHOLDERS if n in self.names]
@@ -68,7 +68,7 @@ class Vocabulary:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Vocabulary:
-        """Read the content of a tokenizer file: `model.vocab` joined with `added_tokens`."""
+        """Read the JSON of a tokenizer file: `model.vocab` together with `added_tokens`."""
         try:
             names = dict(data["model"]["vocab"])
             names |= {entry["content"]: entry["id"] for entry in data.get("added_tokens") or ()}
@@ -89,7 +89,8 @@ class Vocabulary:
 
     @cached_property
     def control_tokens(self) -> Ids:
-        """Sorted ids of the names in angle brackets, reserved ones too; "<" itself is text."""
+        """Sorted ids of all names that begin with an angle bracket, reserved ones included."""
+        # "<" alone is text: punctuation is split, so that no text token is "<" and more.
         return _sorted_ids(i for n, i in self.names.items() if n.startswith("<") and n != "<")
 
     @cached_property
@@ -101,13 +102,14 @@ class Vocabulary:
     def id_of(self, name: str) -> int:
         if name not in self.names:
             raise CheckpointError(
-                f"the tokenizer has no token {name}: every Chameleon tokenizer needs it"
+                f"the tokenizer has no token {name}: give one of a Chameleon model, which needs it"
             )
         return self.names[name]
 
     def token_to_code(self, tokens: npt.ArrayLike) -> Ids:
-        """Codes of image tokens, same shape; `ImageError` where a token is not an image token."""
+        """Codes of image tokens, in the same shape; `ImageError` for any other token."""
         ids = np.asarray(tokens, dtype=np.int64)
+        # Ids outside of the vocabulary must not index the table: negative ones would wrap around.
         inside = (ids >= 0) & (ids < self.size)
         codes = np.where(inside, self._codes_by_token[np.where(inside, ids, 0)], CODE)
         if (codes == CODE).any():
@@ -118,7 +120,7 @@ class Vocabulary:
         return codes
 
     def codes_to_tokens(self, codes: npt.ArrayLike) -> Ids:
-        """Tokens of codes, same shape; `ImageError` where a code is outside the codebook."""
+        """Tokens of codes, in the same shape; `ImageError` for a code outside the codebook."""
         values = np.asarray(codes, dtype=np.int64)
         bad = values[(values < 0) | (values >= self.num_codes)]
         if bad.size:
@@ -139,10 +141,9 @@ class Vocabulary:
 class ImageLayout:
     """How a picture of `height` x `width` codes is spelled: `head`, rows in raster order, `tail`.
 
-    The markers are token names. Chameleon's layout is the default; `line_end` is for relatives that
-    close each row of codes, and `head` may hold size tokens; `other` then gives the layout of
-    another height and width. `before` stands before a picture that has no prompt, as guidance needs
-    it.
+    Markers are token names, by default Chameleon's. Lumina-mGPT closes each row with `line_end` and
+    has size tokens in `head`, so that `other` gives the layout of another height and width.
+    `before` precedes a picture without a prompt, which guidance draws from.
     """
 
     height: int
@@ -170,7 +171,7 @@ class ImageLayout:
         return self.num_codes + markers
 
     def template(self, vocabulary: Vocabulary) -> Ids:
-        """One slot a token [num_tokens]: the id that stands there, `CODE` for any image code."""
+        """The spelling of any picture [num_tokens]: ids, with `CODE` in place of image codes."""
         head, line_end, tail = (
             [vocabulary.id_of(name) for name in names]
             for names in (self.head, self.line_end, self.tail)
@@ -179,7 +180,7 @@ class ImageLayout:
         return np.array(head + rows + tail, dtype=np.int64)
 
     def spell(self, codes_hw: npt.ArrayLike, vocabulary: Vocabulary) -> list[int]:
-        """Tokens of a picture, markers included; `ImageError` on a wrong shape or code."""
+        """Tokens of a picture, markers included; `ImageError` for a wrong shape or code."""
         codes = np.asarray(codes_hw, dtype=np.int64)
         if self.other is not None and codes.ndim == 2 and codes.shape != (self.height, self.width):
             return replace(self.other(*codes.shape), other=None).spell(codes, vocabulary)
@@ -190,10 +191,11 @@ class ImageLayout:
             )
         tokens = self.template(vocabulary)
         tokens[tokens == CODE] = vocabulary.codes_to_tokens(codes).ravel()
-        return [int(token) for token in tokens]
+        spelled: list[int] = tokens.tolist()
+        return spelled
 
     def parse(self, tokens: Sequence[int], vocabulary: Vocabulary) -> Ids:
-        """Codes [height, width] of one spelled picture; `ImageError` when it is not spelled so."""
+        """Codes [height, width] of one spelled picture; `ImageError` if the spelling is another."""
         ids = np.asarray(tokens, dtype=np.int64)
         template = self.template(vocabulary)
         if ids.shape != template.shape:
@@ -205,14 +207,14 @@ class ImageLayout:
         if wrong.size:
             at = int(wrong[0])
             raise ImageError(
-                f"token {int(ids[at])} at place {at} of a picture is not the marker "
-                f"{int(template[at])}: the layout of the picture is another"
+                f"token {int(ids[at])} at position {at} of a picture is not the marker "
+                f"{int(template[at])}: the picture is spelled in another layout"
             )
         return vocabulary.token_to_code(ids[template == CODE]).reshape(self.height, self.width)
 
 
 def read_tokenizer_json(path: Path) -> dict[str, Any]:
-    """The content of a tokenizer file; `CheckpointError` when missing or no JSON object."""
+    """The JSON of a tokenizer file; `CheckpointError` if it is missing or not an object."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -220,7 +222,7 @@ def read_tokenizer_json(path: Path) -> dict[str, Any]:
             f"{path} is missing or not JSON: a model needs its tokenizer file"
         ) from None
     if not isinstance(data, dict):
-        raise CheckpointError(f"{path} is no tokenizer file: its JSON is not an object")
+        raise CheckpointError(f"{path} is not a tokenizer file: its JSON is not an object")
     return data
 
 
@@ -255,10 +257,11 @@ def _code_to_token(names: Mapping[str, int]) -> Ids:
 
 
 def code_of(name: str) -> int:
+    """The code of an image token's name, the inverse of `code_name`."""
     digits = "".join(_DIGITS.get(letter, "?") for letter in name[len(IMAGE_PREFIX) : -1])
     if not digits.isdecimal() or code_name(int(digits)) != name:
         raise CheckpointError(
-            f"{name!r} is no image token name: it is {IMAGE_PREFIX}, "
+            f"{name!r} is not the name of an image token: that is {IMAGE_PREFIX}, "
             "the digits of the code as letters A to J, then Z"
         )
     return int(digits)

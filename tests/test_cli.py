@@ -282,7 +282,7 @@ def test_chat_save_goes_over_nothing(chat: Chat, picture: Path) -> None:
     for name in ("conversation.json", "image-1.png"):
         (Path("own") / name).write_text("mine")
     ran = chat(f"/image {picture}", "B.", "/save own", "/save new")
-    assert ran.code == 2 and "own is there and holds other things" in ran.err
+    assert ran.code == 2 and "own exists and holds other things" in ran.err
     assert {path.read_text() for path in Path("own").iterdir()} == {"mine"}
     assert asked("new") == ["B."]
     # Without a name, each conversation gets a folder of its own.

@@ -321,9 +321,9 @@ class TestMoreThanEightBits:
         ("image", "sentence"),
         [
             (PIL.Image.fromarray(np.full((4, 4), 70_000, np.int32)), "from 70000 to 70000"),
-            (PIL.Image.fromarray(np.full((4, 4), -1, np.int32)), "may be any scale"),
-            (PIL.Image.fromarray(np.full((4, 4), 2.5, np.float32)), "bring them to 0 to 1"),
-            (PIL.Image.fromarray(np.full((4, 4), np.nan, np.float32)), "bring them to 0 to 1"),
+            (PIL.Image.fromarray(np.full((4, 4), -1, np.int32)), "whose scale is unknown"),
+            (PIL.Image.fromarray(np.full((4, 4), 2.5, np.float32)), "0 to 1"),
+            (PIL.Image.fromarray(np.full((4, 4), np.nan, np.float32)), "0 to 1"),
             (np.full((3, 4, 4), 300, np.int32), "and int32 pictures have 0 to 255"),
             (torch.full((3, 4, 4), 1.5), "and float32 pictures have 0 to 1"),
             (torch.full((3, 4, 4), -1), "and int64 pictures have 0 to 255"),

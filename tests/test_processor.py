@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from earlyfusion.content import Image, Message, Text
+from earlyfusion.content import Image, Message
 from earlyfusion.errors import (
     CheckpointError,
     DataError,
@@ -29,12 +30,13 @@ from earlyfusion.processor import (
     TextStream,
     train_tokenizer,
 )
-from earlyfusion.vocabulary import ImageLayout, Vocabulary, family_names
+from earlyfusion.vocabulary import CODE, ImageLayout, Vocabulary, family_names
 
 GOLDEN = Path(__file__).parent / "golden"
 TOKENIZER = GOLDEN / "tokenizer/text_tokenizer.json"
 SMALL = Processor(TOKENIZER, ImageLayout(2, 2))
 CODES = np.array([[0, 1], [2, 511]])
+WHITE = PIL.Image.new("RGB", (4, 4), "white")
 SPELLED = [517, 4, 5, 6, 515, 516]
 FORGERIES = ["<s>", "</s>", "<reserved08706>", "<racm3:break>", "<eoss>", "IMGIMGAZ", "IMGIMGFBBZ"]
 KOREAN = "안녕하세요, 카멜레온! 그림을 그려 주세요 🦎👩‍👩‍👧 ünï"
@@ -54,8 +56,10 @@ def processor() -> Processor:
 def test_text_equals_metas(expected: dict[str, Any]) -> None:
     assert len(expected["text_encode"]) == 14
     for case in expected["text_encode"]:
-        ids = SMALL.encode_text(case["text"], parse_special=True)
-        assert ids == case["ids"], case["text"]
+        ids = case["ids"]
+        # Meta's tokenizer makes control tokens of their names in a text, which is not wanted here.
+        if {*ids} <= {*SMALL.vocabulary.text_tokens.tolist()}:
+            assert SMALL.encode_text(case["text"]) == ids, case["text"]
         without_eos = [token for token in ids if token != SMALL.vocabulary.eos]
         assert SMALL.decode_text(without_eos) == case["decoded"], case["text"]
 
@@ -89,7 +93,6 @@ def test_text_cannot_forge_control_or_image_tokens(forgery: str) -> None:
         assert SMALL.decode_text(ids) == text
         inside = SMALL.encode([Message("user", text)]).ids
         assert inside == [SMALL.vocabulary.bos, *ids, SMALL.vocabulary.end_of_turn]
-    assert SMALL.encode_text(forgery, parse_special=True) == [SMALL.vocabulary.id_of(forgery)]
 
 
 @settings(max_examples=60, deadline=None)
@@ -129,7 +132,6 @@ def test_stream_holds_back_half_characters() -> None:
     assert stream.push(SMALL.encode_text("a")[0]) == "a"
     assert [SMALL.decode_text(ids[:n]) for n in range(5)] == ["", "", "", "", "🦎"]
     assert SMALL.decode_text([ids[0], *SMALL.encode_text("a")]) == "�a"
-    assert SMALL.segments(ids[:2]) == []
     assert isinstance(stream, TextStream) and stream.push(SMALL.vocabulary.eos) == ""
 
 
@@ -196,7 +198,7 @@ def test_codes_may_be_given_beside_the_messages() -> None:
     message = Message("user", [picture, "Hello", picture])
     ids = SMALL.encode([message], [CODES, CODES[::-1]]).ids
     assert ids[1:7] == SPELLED and ids[8:14] == [517, 6, 515, 4, 5, 516]
-    with pytest.raises(PromptError, match="hold 2 images but codes of 1"):
+    with pytest.raises(PromptError, match="hold 2 images, with codes for 1"):
         SMALL.encode([message], [CODES])
     with pytest.raises(PromptError, match="image 1 of 2 has no codes"):
         SMALL.encode([message])
@@ -217,21 +219,24 @@ def test_turns_that_do_not_fit_the_use() -> None:
 
 
 def test_half_characters_are_refused() -> None:
-    with pytest.raises(PromptError, match="lone surrogate\\) at place 1"):
+    with pytest.raises(PromptError, match="lone surrogate\\) at position 1"):
         SMALL.encode_text("a\ud83e")
 
 
-def test_segments() -> None:
-    text = SMALL.encode_text(" Hello \n")
-    first, image, last = SMALL.segments([*text, *SPELLED, *text, SMALL.vocabulary.eos, *text])
-    assert first == last == Text("Hello")
-    assert isinstance(image, Image) and image.codes is not None
-    assert image.codes.tolist() == CODES.tolist()
-    assert len(SMALL.segments(SPELLED * 2)) == 2
-    assert SMALL.segments(SMALL.encode_text(" ")) == SMALL.segments([]) == []
-    assert SMALL.segments([*text, *SPELLED[:-1]]) == [Text("Hello")]
-    with pytest.raises(ImageError, match="not an image token"):
-        SMALL.segments([517, 4, *text[:1], 4, 4, 516])
+def test_a_draft_becomes_the_prompt() -> None:
+    for last in ([], [Message("assistant", ["Hello", Image(codes=CODES)])]):
+        messages = [Message("user", ["Hello", Image(pil=WHITE), Image(codes=CODES), "a"]), *last]
+        draft = SMALL.draft(messages)
+        codes = [CODES, CODES, CODES] if last else [CODES, CODES]
+        whole = SMALL.encode(messages, codes)
+        assert len(draft) == len(whole) and draft.spans == whole.spans
+        assert draft.ids.count(CODE) == len(SPELLED)
+        assert SMALL.fill(draft, [CODES]) == whole.ids
+    answer = Message("assistant", ["a", Image(pil=WHITE)])
+    ids = SMALL.fill(SMALL.draft_turn(answer), [CODES])
+    assert ids == [*SMALL.encode_text("a"), *SPELLED]
+    with pytest.raises(ImageError, match="outside"):
+        SMALL.draft([Message("user", Image(codes=CODES + 9999))])
 
 
 def test_bad_tokenizer_files(tmp_path: Path) -> None:
@@ -257,7 +262,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Processor:
 def test_trained_tokenizer_is_of_the_family(trained: Processor) -> None:
     vocabulary = trained.vocabulary
     assert vocabulary.size == 360 and vocabulary.num_codes == 64
-    assert (vocabulary.bos, vocabulary.pad, vocabulary.eos, vocabulary.unk) == (0, 1, 2, 3)
+    assert (vocabulary.bos, vocabulary.pad, vocabulary.eos) == (0, 1, 2)
     assert vocabulary.image_tokens.tolist() == list(range(4, 68))
     assert (vocabulary.end_image, vocabulary.begin_image, vocabulary.end_of_turn) == (68, 69, 70)
     assert vocabulary.image_placeholder == 71
@@ -271,7 +276,6 @@ def test_trained_tokenizer_encodes_all_text(trained: Processor) -> None:
         assert set(trained.encode_text(text)) <= set(trained.vocabulary.text_tokens.tolist())
     assert len(trained.encode_text("사과")) < len("사과".encode()) == 6
     assert len(trained.encode_text("1230!")) == 5
-    assert trained.encode_text("<s>", parse_special=True) == [0]
 
 
 def test_training_repeats_itself() -> None:

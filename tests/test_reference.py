@@ -125,8 +125,10 @@ def check_events(events: list[Event], processor: Processor, tokens: list[int]) -
             assert not inside
             assert not isinstance(event, TextDelta) or event.text
     segments = [e.codes.tolist() for e in events if isinstance(e, ImageDone)]
-    spelled = [s.codes.tolist() for s in processor.segments(tokens) if hasattr(s, "codes")]
-    assert segments == spelled
+    begins = [at for at, token in enumerate(tokens) if token == processor.vocabulary.begin_image]
+    layout, vocabulary = processor.layout, processor.vocabulary
+    spelled = [layout.parse(tokens[at : at + layout.num_tokens], vocabulary) for at in begins]
+    assert segments == [codes.tolist() for codes in spelled]
     usage = events[-1].usage
     assert usage.completion_tokens == len(tokens)
     assert usage.image_tokens == images * processor.layout.num_tokens

@@ -92,9 +92,9 @@ def without(name: str) -> dict[str, int]:
         (without("IMGIMGFZ"), "none for code 5"),
         ({n: i for i, n in enumerate(family_names(0))}, "none for code 0"),
         (without("") | {"extra": 7}, "share the id 7"),
-        (without("") | {"IMGIMGAFZ": 99}, "'IMGIMGAFZ' is no image token name"),
-        (without("") | {"IMGIMGKZ": 99}, "'IMGIMGKZ' is no image token name"),
-        (without("") | {"IMGIMG": 99}, "'IMGIMG' is no image token name"),
+        (without("") | {"IMGIMGAFZ": 99}, "'IMGIMGAFZ' is not the name of an image token"),
+        (without("") | {"IMGIMGKZ": 99}, "'IMGIMGKZ' is not the name of an image token"),
+        (without("") | {"IMGIMG": 99}, "'IMGIMG' is not the name of an image token"),
         (without("") | {"x": -1}, "has the id -1"),
     ],
 )
@@ -110,7 +110,7 @@ def test_bad_files(tmp_path: Path) -> None:
         ("no.json", None, "no.json is missing or not JSON"),
         ("cut.json", "{", "cut.json is missing or not JSON"),
         ("half.json", b"\xff{}", "half.json is missing or not JSON"),
-        ("list.json", "[]", "list.json is no tokenizer file: its JSON is not an object"),
+        ("list.json", "[]", "list.json is not a tokenizer file: its JSON is not an object"),
         ("empty.json", "{}", "the tokenizer file has no model.vocab"),
         ("none.json", '{"model": null}', "the tokenizer file has no model.vocab"),
         ("added.json", json.dumps(added), "the tokenizer file has no model.vocab"),
@@ -163,7 +163,7 @@ def test_layout_errors(vocabulary: Vocabulary) -> None:
         layout.spell(np.zeros((3, 2)), vocabulary)
     with pytest.raises(ImageError, match="a picture of 3 tokens is not whole"):
         layout.parse([517, 4, 516], vocabulary)
-    with pytest.raises(ImageError, match="token 4 at place 7"):
+    with pytest.raises(ImageError, match="token 4 at position 7"):
         layout.parse([517, 4, 4, 4, 4, 4, 4, 4], vocabulary)
     with pytest.raises(ImageError, match="token 700 is not an image token"):
         layout.parse([517, 4, 4, 700, 4, 4, 4, 516], vocabulary)

@@ -40,11 +40,13 @@ class EncodingSettings:
     prompt_images: str = ""
     """The older name of `resize_mode`."""
     answer_images: str = "crop"
+    """How an answer's picture is made square."""
     pairs: str = "turns"
     """A pair is a prompt and its answer ("turns"), or a plain document ("document")."""
     image_first: float = 0.5
     """Share of the pairs whose picture comes first."""
     pair_seed: int = 0
+    """Chooses the pairs whose picture comes first."""
     resize_mode: str = ""
     """How a prompt's picture is made square: "fit" with a border, or "crop" the centre; "": as the
     model does it. The trained model keeps the mode."""

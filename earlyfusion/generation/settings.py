@@ -88,22 +88,39 @@ class SamplingParams:
     """
 
     temperature: float | None = None
+    """Randomness of text; 0 takes the likeliest token."""
     top_p: float | None = None
+    """Keep the likeliest tokens of text up to this share of probability; 1 is off."""
     top_k: int | None = None
+    """Keep this many of the likeliest tokens of text; 0 is off."""
     min_p: float | None = None
+    """Drop tokens of text below this share of the likeliest one; 0 is off."""
     repetition_penalty: float | None = None
+    """Above 1, tokens that were seen before become less likely; 1 is off."""
     image_temperature: float | None = None
+    """As temperature, for images."""
     image_top_p: float | None = None
+    """As top-p, for images."""
     image_top_k: int | None = None
+    """As top-k, for images."""
     guidance_text: float | None = None
+    """How closely images follow the text of the prompt; 1 is off."""
     guidance_image: float | None = None
+    """How closely images follow the images of the prompt; 1 is off."""
     max_tokens: int | None = None
+    """Most new tokens, of text and images together."""
     max_images: int | None = None
+    """Most images in the reply."""
     stop: str | tuple[str, ...] | list[str] | None = None
+    """Ends the reply before this text."""
     seed: int | None = None
+    """The same seed gives the same bytes."""
     jacobi: int | None = None
+    """Image codes that are drawn at once; 0 is off."""
     bad_words: str | tuple[str, ...] | list[str] | None = None
+    """Text that never comes in the reply."""
     allowed_words: str | tuple[str, ...] | list[str] | None = None
+    """Makes the text of such words alone."""
     logits_processors: (
         LogitsProcessor | tuple[LogitsProcessor, ...] | list[LogitsProcessor] | None
     ) = None
