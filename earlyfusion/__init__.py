@@ -27,10 +27,10 @@ if TYPE_CHECKING:
         ImageStarted,
         TextDelta,
         TokenDrawn,
+        TokenLogprob,
         Usage,
     )
     from earlyfusion.generation.settings import SamplingParams
-    from earlyfusion.generation.steering import TokenLogprob
     from earlyfusion.hf import ChameleonConfig as ChameleonConfig
     from earlyfusion.hf import (
         ChameleonForConditionalGeneration as ChameleonForConditionalGeneration,
@@ -54,7 +54,7 @@ _HOME = {
     "Message": "earlyfusion.content",
     "Text": "earlyfusion.content",
     "SamplingParams": "earlyfusion.generation.settings",
-    "TokenLogprob": "earlyfusion.generation.steering",
+    "TokenLogprob": _EVENTS,
     "Event": _EVENTS,
     "Finished": _EVENTS,
     "ImageDone": _EVENTS,

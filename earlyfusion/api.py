@@ -49,6 +49,7 @@ from earlyfusion.generation.request import (
     Request,
     TextDelta,
     TokenDrawn,
+    TokenLogprob,
     Usage,
 )
 from earlyfusion.generation.settings import (
@@ -59,7 +60,6 @@ from earlyfusion.generation.settings import (
     given,
     resolve,
 )
-from earlyfusion.generation.steering import TokenLogprob
 from earlyfusion.image_tokenizer import ImageTokenizer
 from earlyfusion.kernels.twins import accelerate
 from earlyfusion.model.quantise import PackedLinear, packed_bits, quantise

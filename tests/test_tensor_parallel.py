@@ -155,10 +155,8 @@ def test_messages_of_any_length_arrive() -> None:
     for size in (0, 1, 510, 511, 512, 513, 3000):
         numbers = torch.randint(0, 2**40, (size,)).tolist()
         sent = deque(to_tensors(numbers))
-        assert (
-            from_tensors(lambda empty, sent=sent: empty.copy_(sent.popleft())) == numbers
-            and not sent
-        )
+        got = from_tensors(lambda empty, sent=sent: empty.copy_(sent.popleft()))
+        assert got == numbers and not sent
 
 
 # ---- processes

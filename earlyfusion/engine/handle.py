@@ -13,14 +13,14 @@ from earlyfusion.generation import guidance
 from earlyfusion.generation.grammar import Grammar, Walk
 from earlyfusion.generation.jacobi import Window
 from earlyfusion.generation.narrator import Narrator
-from earlyfusion.generation.request import Event, Finished, Request
+from earlyfusion.generation.request import Event, Finished, Request, TokenLogprob
 from earlyfusion.generation.sampler import (
     DrawSettings,
     generator,
     image_settings,
     text_settings,
 )
-from earlyfusion.generation.steering import TokenLogprob, steering
+from earlyfusion.generation.steering import steering
 from earlyfusion.processor import Processor
 
 _UNIFORMS = 64  # drawn in one call; the numbers are those of 64 calls

@@ -16,9 +16,9 @@ from earlyfusion.generation.request import (
     Request,
     TextDelta,
     TokenDrawn,
+    TokenLogprob,
     Usage,
 )
-from earlyfusion.generation.steering import TokenLogprob
 from earlyfusion.processor import Processor, TextStream
 from earlyfusion.vocabulary import CODE
 

@@ -20,7 +20,7 @@ from earlyfusion.generation import guidance, jacobi
 from earlyfusion.generation.grammar import SLOT, Grammar, Walk
 from earlyfusion.generation.jacobi import Window
 from earlyfusion.generation.narrator import Narrator
-from earlyfusion.generation.request import Event, Request
+from earlyfusion.generation.request import Event, Request, TokenLogprob
 from earlyfusion.generation.sampler import (
     NEVER,
     NOT_FINITE,
@@ -31,7 +31,7 @@ from earlyfusion.generation.sampler import (
     uniforms,
     warp,
 )
-from earlyfusion.generation.steering import TokenLogprob, steering
+from earlyfusion.generation.steering import steering
 from earlyfusion.model.kv_cache import KVCache, kept_in
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.processor import Processor

@@ -12,7 +12,6 @@ import PIL.Image
 
 from earlyfusion.content import Image
 from earlyfusion.generation.settings import Output, SamplingParams
-from earlyfusion.generation.steering import TokenLogprob
 from earlyfusion.vocabulary import ImageLayout
 
 Reason = Literal["stop", "length"]
@@ -119,6 +118,20 @@ class ImageDone:
     def image(self) -> Image:
         """Pixels and codes, as a part of a further prompt."""
         return Image(self.pil, self.codes)
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A drawn token and the natural logarithm of its probability.
+
+    `text` is its text, with U+FFFD for parts of a character, or the name of a control or image
+    token. `top` holds the likeliest tokens, the likeliest first.
+    """
+
+    id: int
+    text: str
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)

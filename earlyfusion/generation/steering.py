@@ -13,34 +13,17 @@ Shapes: V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from earlyfusion.errors import SettingError
+from earlyfusion.generation.request import Request, TokenLogprob
 from earlyfusion.generation.settings import LogitsProcessor
 from earlyfusion.processor import Processor
 
-if TYPE_CHECKING:
-    from earlyfusion.generation.request import Request
-
 _BLANKS = (b" ", b"\n")
-
-
-@dataclass(frozen=True)
-class TokenLogprob:
-    """A drawn token and the natural logarithm of its probability.
-
-    `text` is its text, with U+FFFD for parts of a character, or the name of a control or image
-    token. `top` holds the likeliest tokens, the likeliest first.
-    """
-
-    id: int
-    text: str
-    logprob: float
-    top: tuple[TokenLogprob, ...] = ()
 
 
 class Steering:
