@@ -66,6 +66,14 @@ def test_a_folder_of_runs_is_no_run(given: list[str], tmp_path: Path) -> None:
         learn(given, tmp_path)
 
 
+def test_the_folder_of_a_config_whose_class_was_renamed_continues(tmp_path: Path) -> None:
+    note = {"kind": "ImageTokenizerConfig", "fields": {}, "finished": False}
+    (tmp_path / folder.NOTE).write_text(json.dumps(note), encoding="utf-8")
+    folder.begin(tmp_path, "SquaresConfig", {})
+    with pytest.raises(SettingError, match="another kind"):
+        folder.begin(tmp_path, "FinetuneConfig", {})
+
+
 def test_a_change_that_is_refused_is_not_noted(
     given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -74,7 +82,7 @@ def test_a_change_that_is_refused_is_not_noted(
         learn(given, tmp_path, "lr=0.5")
     capsys.readouterr()
     learn(given, tmp_path)
-    assert "goes on" not in capsys.readouterr().err
+    assert "continues from its checkpoint" not in capsys.readouterr().err
 
 
 def test_a_file_is_no_folder_and_a_hidden_file_is_no_hindrance(
