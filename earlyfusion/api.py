@@ -212,6 +212,7 @@ class Chameleon:
     def engine(self) -> Engine:
         """Made when first needed; assign your own for a cache of another size."""
         with self._lock:
+            # Somebody may have assigned another transformer.
             if self._engine is None or self._engine.transformer is not self.transformer:
                 self._engine = Engine(self.transformer, self.processor)
             return self._engine
@@ -230,6 +231,7 @@ class Chameleon:
         )
 
     def __getstate__(self) -> dict[str, Any]:
+        # Locks, threads and compiled steps cannot be pickled.
         return self.__dict__ | {"_engine": None, "_lock": None, "_cached_codes": OrderedDict()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -321,6 +323,7 @@ class Chameleon:
         `EarlyFusionError`.
         """
         request = self.request(prompt, output, sampling, seed, size, **fields)
+        # `collect` decodes the images of a reply together, which is faster.
         return self.collect(self._events(request, decode=False))
 
     def stream(

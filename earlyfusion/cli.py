@@ -290,8 +290,8 @@ def generate(
     reply = answer(chameleon, messages, output, params, album, screen)
     if as_json:
         settings = asdict(params.resolved(chameleon.defaults))
-        told = {"seed": settings.pop("seed"), "model": loading.model, "output": output}
-        _print_json(reply_json(reply, album.path_of) | told | {"settings": settings})
+        used = {"seed": settings.pop("seed"), "model": loading.model, "output": output}
+        _print_json(reply_json(reply, album.path_of) | used | {"settings": settings})
 
 
 @app.command(
@@ -367,8 +367,8 @@ def _report_batch(out: Path, jobs: int, new: int, failed: int, as_json: bool) ->
     from earlyfusion.content import counted
 
     if as_json:
-        told = {"replies": jobs - failed, "new": new - failed, "errors": failed}
-        _print_json({"path": str(out)} | told)
+        counts = {"replies": jobs - failed, "new": new - failed, "errors": failed}
+        _print_json({"path": str(out)} | counts)
     else:
         print(f"{out / 'replies.jsonl'}: {counted(new - failed, 'new reply', 'new replies')}")
     if failed:
@@ -773,7 +773,7 @@ def _load(
 ) -> Chameleon:
     from earlyfusion.terminal import busy
 
-    # Processes that torchrun started share one model; only the first of them speaks.
+    # Processes that torchrun started share one model; only the first of them prints.
     shared = "TORCHELASTIC_RUN_ID" in os.environ
     processes = int(os.environ["WORLD_SIZE"]) if shared else 1
     with busy(f"loading {model}", quiet or (shared and os.environ["RANK"] != "0")):

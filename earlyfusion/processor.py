@@ -87,6 +87,7 @@ class Processor:
         self.layout = layout
         data = read_tokenizer_json(self.tokenizer_file)
         self.vocabulary = Vocabulary.from_dict(data)
+        # The only tokenizer: control tokens are placed by the code below, never by a text.
         self._text_tokenizer = _load(_text_only(data, self.vocabulary))
         self._bytes = _token_bytes(self.vocabulary)
 
@@ -126,7 +127,7 @@ class Processor:
         """The ids of a draft, with these codes spelled as its pictures, in order."""
         ids, codes_of = list(draft.ids), iter(codes)
         for start, end, _ in draft.spans:
-            if ids[start] == CODE:
+            if ids[start] == CODE:  # markers and all: `_spelled` fills the whole span with it
                 ids[start:end] = self.layout.spell(next(codes_of), self.vocabulary)
         return ids
 
@@ -158,6 +159,7 @@ class Processor:
     def token_text(self, token: int) -> str:
         """A token as people read it: its text, or the name of a control or image token."""
         data = self._bytes.get(token)
+        # "replace", because a token may be a part of a character.
         return self._names.get(token, "") if data is None else data.decode("utf-8", "replace")
 
     def text_stream(self) -> TextStream:
@@ -217,7 +219,7 @@ class TextStream:
 
     def flush(self) -> str:
         """The end of the text: a character that was cut short is left out."""
-        self._decoder.reset()
+        self._decoder.reset()  # a final decode would turn its bytes into U+FFFD
         return ""
 
 
@@ -244,7 +246,7 @@ def train_tokenizer(texts: Iterable[str], num_codes: int, vocab_size: int) -> st
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=control,
+        special_tokens=control,  # get the first ids, in this order
         initial_alphabet=alphabet,
         show_progress=False,
     )

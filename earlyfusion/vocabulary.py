@@ -182,6 +182,7 @@ class ImageLayout:
     def spell(self, codes_hw: npt.ArrayLike, vocabulary: Vocabulary) -> list[int]:
         """Tokens of a picture, markers included; `ImageError` for a wrong shape or code."""
         codes = np.asarray(codes_hw, dtype=np.int64)
+        # The other layout is exact: without `other` it does not look for yet another one.
         if self.other is not None and codes.ndim == 2 and codes.shape != (self.height, self.width):
             return replace(self.other(*codes.shape), other=None).spell(codes, vocabulary)
         if codes.shape != (self.height, self.width):
@@ -247,6 +248,7 @@ def _code_to_token(names: Mapping[str, int]) -> Ids:
     for name, token in names.items():
         if name.startswith(IMAGE_PREFIX):
             codes[code_of(name)] = token
+    # A gap would shift all codes behind it, and every picture with them.
     if sorted(codes) != list(range(len(codes))) or not codes:
         missing = next(code for code in range(len(codes) + 1) if code not in codes)
         raise CheckpointError(
@@ -259,6 +261,7 @@ def _code_to_token(names: Mapping[str, int]) -> Ids:
 def code_of(name: str) -> int:
     """The code of an image token's name, the inverse of `code_name`."""
     digits = "".join(_DIGITS.get(letter, "?") for letter in name[len(IMAGE_PREFIX) : -1])
+    # Spelled again, because leading zeros and a missing Z would pass the first test.
     if not digits.isdecimal() or code_name(int(digits)) != name:
         raise CheckpointError(
             f"{name!r} is not the name of an image token: that is {IMAGE_PREFIX}, "
