@@ -470,6 +470,27 @@ def decode(
         _print_json({"images": [str(path) for path in paths]})
 
 
+@dataclass
+class Conversion:
+    """The options of what a converted model is made of."""
+
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the tokenizer.", show_default="the model's folder"),
+    ] = None
+    image_tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="VQ-GAN to add: a tokenizer folder, a vqgan.ckpt or a model."),
+    ] = None
+    shards: Annotated[
+        int | None,
+        whole_option(
+            "Number of weight files.", unset="hf: files under 5 GB; meta: as in the source"
+        ),
+    ] = None
+    verify: Verify = True
+
+
 @app.command(
     epilog=_examples(
         "earlyfusion convert models/7b chameleon-7b --to hf --tokenizer tokenizer",
@@ -477,26 +498,12 @@ def decode(
         "earlyfusion convert lumina lumina-whole --to hf --tokenizer t --image-tokenizer t",
     )
 )
+@with_options
 def convert(
     source: Annotated[str, typer.Argument(help="mini, a model folder, or a hub id.")],
     target: Annotated[Path, typer.Argument(help="A new folder.")],
     to: Annotated[Layout, typer.Option(help="transformers' layout, or Meta's.")],
-    tokenizer: Annotated[
-        Path | None,
-        typer.Option(help="Folder of the tokenizer.", show_default="the model's folder"),
-    ] = None,
-    shards: Annotated[
-        int | None,
-        whole_option(
-            "Number of weight files.", unset="hf: files under 5 GB; meta: as in the source"
-        ),
-    ] = None,
-    image_tokenizer: Annotated[
-        Path | None,
-        typer.Option(
-            help="A VQ-GAN to add: tokenizer folder, vqgan.ckpt or model.", show_default=False
-        ),
-    ] = None,
+    conversion: Conversion,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -505,29 +512,18 @@ def convert(
             show_default="unchanged",
         ),
     ] = None,
-    verify: Verify = True,
     as_json: AsJson = False,
 ) -> None:
     """Write a model in another layout, in another number of files, or with a VQ-GAN added."""
-    from earlyfusion.terminal import busy, progress_bar
+    from earlyfusion.terminal import busy, progress_of
 
     name = None if dtype is None else dtype_name("dtype", dtype, FLOAT_DTYPES)
     with busy(f"opening {source}", as_json):
         from earlyfusion.checkpoints.convert import convert as write
 
-    with progress_bar(as_json) as bar:
-        task = bar.add_task("converting")
-        write(
-            source,
-            target,
-            to,
-            tokenizer=tokenizer,
-            image_tokenizer=image_tokenizer,
-            shards=shards,
-            dtype=None if name is None else torch_dtype(name),
-            verify=verify,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+    with progress_of("converting", as_json) as progress:
+        wanted = None if name is None else torch_dtype(name)
+        write(source, target, to, dtype=wanted, progress=progress, **asdict(conversion))
     sizes = {str(p.relative_to(target)): p.stat().st_size for p in sorted(target.rglob("*.*"))}
     if as_json:
         return _print_json({"path": str(target), "layout": to, "file_bytes": sizes})
@@ -607,7 +603,7 @@ def tokenize(
 ) -> None:
     """Turn a corpus of text and images into tokens for training; run again, it continues."""
     from earlyfusion.files import check_writable
-    from earlyfusion.terminal import busy, progress_bar
+    from earlyfusion.terminal import busy, progress_of
 
     check_writable(out)
     with busy(f"opening {' '.join(sources)}", as_json):
@@ -626,14 +622,8 @@ def tokenize(
             rows=RowSettings(**rows),
             encoding=EncodingSettings(**encoding),
         )
-    with progress_bar(as_json) as bar:
-        task = bar.add_task("tokenizing")
-        made = write(
-            job,
-            workers,
-            ray,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+    with progress_of("tokenizing", as_json) as progress:
+        made = write(job, workers, ray, progress=progress)
     if as_json:
         return _print_json(asdict(made) | {"path": str(out), "model": model})
     forms = ", ".join(f"{count:,} {form}" for form, count in sorted(made.forms.items()))

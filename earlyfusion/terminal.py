@@ -224,6 +224,14 @@ def _color(pixels: memoryview, at: int) -> Color:
     return Color.from_rgb(*pixels[at : at + 3])
 
 
+@contextmanager
+def progress_of(label: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar while the block runs, which the given function updates: (done, total)."""
+    with progress_bar(quiet) as bar:
+        task = bar.add_task(label)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
 def progress_bar(quiet: bool) -> Progress:
     """A progress bar on stderr, shown on a terminal only."""
     return Progress(
