@@ -10,8 +10,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from earlyfusion.api import Chameleon
-from earlyfusion.generation.request import Usage
-from earlyfusion.generation.steering import TokenLogprob
+from earlyfusion.generation.request import TokenLogprob, Usage
 from earlyfusion.serve.driver import Batch
 
 KEEPALIVE = b": keepalive\n\n"
