@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event, Thread
@@ -137,9 +138,12 @@ def test_lenient_servers_list_what_they_ignored(server: Running) -> None:
 # --- a full queue, and clients that leave ---
 
 
-def test_a_full_queue_says_when_to_ask_again(server: Running, held: Event) -> None:
-    driver = server.service.driver
-    limit = driver.limit
+def test_a_full_queue_says_when_to_ask_again(
+    server: Running, held: Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver, limit = server.service.driver, 5
+    assert driver.limit == driver.engine.slots + 4
+    monkeypatch.setattr(type(driver), "limit", limit)  # fewer than mini's 40 slots
 
     def ask(number: int) -> httpx.Response:
         return server.chat("Name a fruit.", max_tokens=4, modalities=["text"], seed=number)
@@ -182,6 +186,24 @@ def test_a_client_that_leaves_frees_its_slots(server: Running, stream: bool) -> 
                     client.post(f"{server.url}/v1/chat/completions", json=body, timeout=0.2)
     server.wait_until_idle()
     assert not engine.busy and server.service.driver.waiting == 0
+    page = server.get("/metrics").text
+    [cancelled] = [line for line in page.splitlines() if "requests_cancelled_total{" in line]
+    assert float(cancelled.split()[-1]) >= 3
+    assert server.chat("Name a fruit.", max_tokens=2).status_code == 200
+
+
+@pytest.mark.slow
+def test_a_thousand_clients_that_leave_leave_nothing_behind(server: Running) -> None:
+    url, driver = f"{server.url}/v1/chat/completions", server.service.driver
+    body = {"messages": [{"role": "user", "content": "Draw a cat."}], "stream": True, **LONG}
+    threads = threading.active_count()
+    with httpx.Client(timeout=60) as client:
+        for _ in range(1000):
+            with client.stream("POST", url, json=body) as reply:
+                assert reply.status_code == 200
+    server.wait_until_idle()
+    assert not driver._jobs and not driver._inbox and driver._admitted == 0
+    assert not driver.engine.busy and threading.active_count() <= threads + 2
     assert server.chat("Name a fruit.", max_tokens=2).status_code == 200
 
 
@@ -256,6 +278,21 @@ def test_a_broken_step_ends_its_requests_and_no_others(
     assert told[-2:] == ["error", "response.failed"]
     monkeypatch.undo()
     assert server.chat("Name a fruit.", max_tokens=2).status_code == 200
+    assert server.get("/health").status_code == 200
+
+
+def test_an_engine_that_keeps_failing_is_made_anew(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = server.service.driver.engine
+
+    def fail(*arguments: Any) -> Any:
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr(broken._runner, "run", fail)
+    statuses = [server.chat("Name a fruit.", max_tokens=2).status_code for _ in range(4)]
+    assert statuses == [503, 503, 503, 200]
+    assert server.service.driver.engine is not broken
     assert server.get("/health").status_code == 200
 
 

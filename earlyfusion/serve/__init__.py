@@ -1,7 +1,7 @@
 """The server: OpenAI's API with text and pictures in any order, in and out.
 
 driver.py steps the engine; protocol.py and app.py are what clients see; the other files turn one
-into the other. No model code here: everything is asked of a `Chameleon`.
+into the other. No model code here: all work is done by a `Chameleon`.
 """
 
 from __future__ import annotations

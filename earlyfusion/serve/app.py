@@ -46,7 +46,7 @@ from earlyfusion.serve.replies import EventStream, JsonReply, sse
 from earlyfusion.serve.responses import ResponseReply
 from earlyfusion.serve.service import Service
 
-Kind = TypeVar("Kind", bound=Wire)
+Body = TypeVar("Body", bound=Wire)
 STALE_SECONDS = 10.0  # of an engine that makes no step
 IGNORED = "x-ignored-fields"
 _LARGE_JSON = 1_000_000
@@ -74,8 +74,8 @@ def make_app(model: Chameleon, options: ServeOptions | None = None) -> FastAPI:
         default_response_class=JsonReply,
     )
     app.state.service = service
-    for kind in (ApiError, EarlyFusionError, FullError, ClosedError, BrokenError, LateError):
-        app.add_exception_handler(kind, _error)
+    for error_class in (ApiError, EarlyFusionError, FullError, ClosedError, BrokenError, LateError):
+        app.add_exception_handler(error_class, _error)
     app.add_exception_handler(HTTPException, _no_route)
     app.add_exception_handler(404, _no_route)
     app.add_exception_handler(405, _no_route)
@@ -130,8 +130,8 @@ class _Routes:
             ("/tokenize", self.tokenize, TokenizeRequest),
             ("/detokenize", self.detokenize, DetokenizeRequest),
         ]
-        for path, answer, kind in bodies:
-            schema = {"schema": kind.model_json_schema(ref_template=_component("{model}"))}
+        for path, answer, model in bodies:
+            schema = {"schema": model.model_json_schema(ref_template=_component("{model}"))}
             form = path in ("/v1/images/edits", "/v1/images/variations")
             types = {"application/json": schema} if not form else {"multipart/form-data": schema}
             extra = {"requestBody": {"required": True, "content": types}}
@@ -163,7 +163,7 @@ class _Routes:
         def prompts() -> list[Prompt]:
             return [reader.chat(body.messages)]
 
-        prepared = await self._service.begin(prompts, chat.asked_of(body))
+        prepared = await self._service.begin(prompts, chat.spec_of(body))
         reply = ChatReply(self._service, body, prepared, self._service.base(request))
         return await self._reply(request, reply, body.stream, prepared.batch, headers)
 
@@ -171,8 +171,8 @@ class _Routes:
         body, headers = await self._body(request, CompletionRequest)
         self._service.check_model(body.model)
         texts = completions.prompts_of(body)
-        asked = completions.asked_of(body)
-        prepared = await self._service.begin(lambda: list(texts), asked, len(texts) * body.n)
+        spec = completions.spec_of(body)
+        prepared = await self._service.begin(lambda: list(texts), spec, len(texts) * body.n)
         reply = CompletionReply(self._service, body, prepared)
         return await self._reply(request, reply, body.stream, prepared.batch, headers)
 
@@ -189,7 +189,7 @@ class _Routes:
             turns.extend(reader.items(body.input))
             return [responses.with_instructions(body, turns)]
 
-        prepared = await self._service.begin(prompts, responses.asked_of(body))
+        prepared = await self._service.begin(prompts, responses.spec_of(body))
         reply = ResponseReply(self._service, body, prepared, turns)
         return await self._reply(request, reply, body.stream, prepared.batch, headers)
 
@@ -238,7 +238,7 @@ class _Routes:
         family: str,
     ) -> Response:
         self._service.check_model(body.model)
-        prepared = await self._service.begin(lambda: [prompt()], images.asked_of(body))
+        prepared = await self._service.begin(lambda: [prompt()], images.spec_of(body))
         base = self._service.base(request)
         reply = ImagesReply(self._service, body, prepared, base, family)
         return await self._reply(request, reply, body.stream, prepared.batch, headers)
@@ -255,8 +255,7 @@ class _Routes:
             return EventStream(_with_errors(reply.stream()), batch, headers)
         try:
             return JsonReply(await _unless_gone(request, reply.whole()), headers=headers)
-        except _Gone:
-            self._service.metrics.cancelled.inc()
+        except _Gone:  # nobody reads this reply; its status is for the log
             return Response(status_code=499)
         finally:
             batch.close()
@@ -267,11 +266,11 @@ class _Routes:
         body, headers = await self._body(request, TokenizeRequest)
         self._service.check_model(body.model)
         ids = await self._service.tokens(body.prompt, body.messages)
-        told: dict[str, Any] = {"tokens": ids, "count": len(ids)}
-        told["max_model_len"] = self._service.model.config.max_position_embeddings
+        content: dict[str, Any] = {"tokens": ids, "count": len(ids)}
+        content["max_model_len"] = self._service.model.config.max_position_embeddings
         if body.return_token_strs:
-            told["token_strs"] = list(map(self._service.model.processor.token_text, ids))
-        return JsonReply(told, headers=headers)
+            content["token_strs"] = list(map(self._service.model.processor.token_text, ids))
+        return JsonReply(content, headers=headers)
 
     async def detokenize(self, request: Request) -> Response:
         body, headers = await self._body(request, DetokenizeRequest)
@@ -283,12 +282,7 @@ class _Routes:
         form = await _read_form(request)
         async with _closing(form):
             files = [value for value in form.values() if isinstance(value, UploadFile)]
-            unknown = set(form) - {
-                "file",
-                "purpose",
-                "expires_after[anchor]",
-                "expires_after[seconds]",
-            }
+            unknown = set(form) - {"file", "purpose"}
             if len(files) != 1 or unknown:
                 raise ApiError(400, "an upload is one file, and its purpose: send nothing else")
             data, name = await files[0].read(), files[0].filename or "picture"
@@ -329,8 +323,8 @@ class _Routes:
         driver = self._service.driver
         silent = round(driver.silent_seconds, 3)
         well = driver.healthy and silent < STALE_SECONDS
-        told = {"status": "ok" if well else "failing", "engine_silent_seconds": silent}
-        return JsonReply(told, 200 if well else 503)
+        content = {"status": "ok" if well else "failing", "engine_silent_seconds": silent}
+        return JsonReply(content, 200 if well else 503)
 
     async def ready(self) -> Response:
         """Whether requests are taken in."""
@@ -343,7 +337,7 @@ class _Routes:
 
     # --- bodies ---
 
-    async def _body(self, request: Request, kind: type[Kind]) -> tuple[Kind, dict[str, str]]:
+    async def _body(self, request: Request, model: type[Body]) -> tuple[Body, dict[str, str]]:
         """The body, and a header that lists what was ignored of it."""
         content = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         # A browser sends other types to foreign servers without asking them first.
@@ -351,12 +345,12 @@ class _Routes:
             raise ApiError(415, "the body is not JSON: send Content-Type: application/json")
         raw = await request.body()
         data = await self._service.work(_parsed, raw) if len(raw) > _LARGE_JSON else _parsed(raw)
-        body, ignored = read(kind, data, self._options.lenient)
+        body, ignored = read(model, data, self._options.lenient)
         return body, _header(ignored)
 
     async def _form(
-        self, request: Request, kind: type[Kind]
-    ) -> tuple[Kind, dict[str, str], list[bytes]]:
+        self, request: Request, model: type[Body]
+    ) -> tuple[Body, dict[str, str], list[bytes]]:
         """The fields of a form, a header as above, and its pictures in order."""
         form = await _read_form(request)
         async with _closing(form):
@@ -371,7 +365,7 @@ class _Routes:
                     raise ApiError(400, f"the field {name[:60]} came twice: send it once")
                 else:
                     fields[name] = value
-        body, ignored = read(kind, fields, self._options.lenient, text=True)
+        body, ignored = read(model, fields, self._options.lenient, text=True)
         return body, _header(ignored), files
 
 

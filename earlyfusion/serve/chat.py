@@ -29,18 +29,20 @@ from earlyfusion.serve.replies import (
     logprob_entry,
     sse,
 )
-from earlyfusion.serve.service import Asked, Prepared, Service
+from earlyfusion.serve.service import GenerationSpec, Prepared, Service
 from earlyfusion.serve.store import StoredFile
 
 
-def asked_of(body: ChatRequest) -> Asked:
+def spec_of(body: ChatRequest) -> GenerationSpec:
     """What a body asks of the model."""
     sampling = body.sampling()
     if (limit := body.max_completion_tokens or body.max_tokens) is not None:
         sampling["max_tokens"] = limit
     if body.logprobs:
         sampling["logprobs"] = body.top_logprobs or 0
-    return Asked(_output(body), sampling, body.seed, body.n, partial_images=body.partial_images)
+    return GenerationSpec(
+        _output(body), sampling, body.seed, body.n, partial_images=body.partial_images
+    )
 
 
 def _output(body: ChatRequest) -> Output:
@@ -62,9 +64,9 @@ class ChatReply:
 
     async def whole(self) -> dict[str, Any]:
         """The reply in one piece."""
-        told = await self._prepared.batch.collect(self._service.options.timeout)
-        choices = [await self._choice(i, events) for i, events in enumerate(told)]
-        usages = [_end(events).usage for events in told]
+        replies = await self._prepared.batch.collect(self._service.options.timeout)
+        choices = [await self._choice(i, events) for i, events in enumerate(replies)]
+        usages = [_end(events).usage for events in replies]
         return self._envelope("chat.completion", choices) | {"usage": self._usage(usages)}
 
     async def stream(self) -> AsyncIterator[bytes]:
@@ -126,9 +128,9 @@ class ChatReply:
             choice["seed"] = seed
         return sse(self._envelope("chat.completion.chunk", [choice]))
 
-    def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def _envelope(self, object_type: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         name = self._service.name
-        head = {"id": self._id, "object": kind, "created": self._created, "model": name}
+        head = {"id": self._id, "object": object_type, "created": self._created, "model": name}
         return head | {"choices": choices}
 
     def _usage(self, usages: Sequence[Usage]) -> dict[str, Any]:
@@ -202,7 +204,9 @@ class _Choice:
 
     async def _image(self, event: ImageDone) -> dict[str, Any]:
         body = self._reply.body
-        file = await self._reply.service.keep(event, body.output_format, body.output_compression)
+        file = await self._reply.service.store_picture(
+            event, body.output_format, body.output_compression
+        )
         delta: dict[str, Any] = {}
         if body.image_delivery != "images":
             delta["content"] = f"{self._gap(text=False)}![image]({self._reply.address(file)})"
@@ -215,9 +219,9 @@ class _Choice:
 
 
 def _progress(event: ImageProgress | ImagePreview) -> dict[str, Any]:
-    told: dict[str, Any] = {"index": event.index, "codes_done": event.codes_done}
+    progress: dict[str, Any] = {"index": event.index, "codes_done": event.codes_done}
     total = event.codes_total if isinstance(event, ImageProgress) else int(event.codes.size)
-    return told | {"codes_total": total}
+    return progress | {"codes_total": total}
 
 
 def _end(events: Sequence[Event]) -> Finished:

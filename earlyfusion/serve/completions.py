@@ -10,17 +10,17 @@ from typing import Any
 from earlyfusion.generation.request import Event, Finished, TextDelta, TokenDrawn, Usage
 from earlyfusion.serve.protocol import CompletionRequest
 from earlyfusion.serve.replies import DONE, KEEPALIVE, Trimmer, chat_usage, logprob_entry, sse
-from earlyfusion.serve.service import Asked, Prepared, Service
+from earlyfusion.serve.service import GenerationSpec, Prepared, Service
 
 
-def asked_of(body: CompletionRequest) -> Asked:
+def spec_of(body: CompletionRequest) -> GenerationSpec:
     """What a body asks of the model."""
     sampling = body.sampling()
     if body.max_tokens is not None:
         sampling["max_tokens"] = body.max_tokens
     if body.logprobs is not None:
         sampling["logprobs"] = body.logprobs
-    return Asked("text", sampling, body.seed, body.n)
+    return GenerationSpec("text", sampling, body.seed, body.n)
 
 
 def prompts_of(body: CompletionRequest) -> list[str]:
@@ -37,9 +37,9 @@ class CompletionReply:
 
     async def whole(self) -> dict[str, Any]:
         """The reply in one piece."""
-        told = await self._prepared.batch.collect(self._service.options.timeout)
-        choices = [self._whole_choice(i, events) for i, events in enumerate(told)]
-        usages = [e.usage for events in told for e in events if isinstance(e, Finished)]
+        replies = await self._prepared.batch.collect(self._service.options.timeout)
+        choices = [self._whole_choice(i, events) for i, events in enumerate(replies)]
+        usages = [e.usage for events in replies for e in events if isinstance(e, Finished)]
         return self._envelope(choices) | {"usage": self._usage(usages)}
 
     async def stream(self) -> AsyncIterator[bytes]:
@@ -71,9 +71,9 @@ class CompletionReply:
         self, index: int, text: str, choice: _Choice, end: Finished | None
     ) -> dict[str, Any]:
         logprobs = choice.take_logprobs() if self._body.logprobs is not None else None
-        told: dict[str, Any] = {"index": index, "text": text, "logprobs": logprobs}
-        told["finish_reason"] = end and end.reason
-        return told if end is None else told | {"seed": end.seed}
+        choice_json: dict[str, Any] = {"index": index, "text": text, "logprobs": logprobs}
+        choice_json["finish_reason"] = end and end.reason
+        return choice_json if end is None else choice_json | {"seed": end.seed}
 
     def _envelope(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         name = self._service.name

@@ -24,11 +24,11 @@ from earlyfusion.generation.request import Event, Finished, Request
 log = logging.getLogger("earlyfusion.serve")
 
 IDLE_SECONDS = 1.0  # between two heartbeats of an idle engine
-MAX_FAILURES = 3  # broken steps in a row, after which the engine counts as broken
+MAX_FAILURES = 3  # failed steps in a row, after which the engine is made anew
 
 
 class FullError(Exception):
-    """The queue has no place for a request; `seconds` is when to ask again."""
+    """The queue has no room for a request; `seconds` is when to ask again."""
 
     def __init__(self, limit: int, seconds: int) -> None:
         super().__init__(f"{limit} requests are under way or waiting, the limit")
@@ -67,13 +67,13 @@ class _News:
 
 
 class Batch:
-    """The requests of one HTTP request, which hold places in the queue from admission to `close`.
+    """The requests of one HTTP request, which take room in the queue from admission to `close`.
 
     All methods belong to the event loop's thread.
     """
 
-    def __init__(self, driver: Driver, places: int) -> None:
-        self.places, self.admitted = places, monotonic()
+    def __init__(self, driver: Driver, count: int) -> None:
+        self.count, self.admitted = count, monotonic()
         self.requests: list[Request] = []
         self.cancelled = False
         self.spoken, self.drawing_since = False, self.admitted  # for the metrics
@@ -113,17 +113,20 @@ class Batch:
 
     async def collect(self, timeout: float | None = None) -> list[list[Event]]:
         """All events of each request."""
-        told: list[list[Event]] = [[] for _ in self.requests]
+        replies: list[list[Event]] = [[] for _ in self.requests]
         async for news in self.events(timeout=timeout):
             if news is not None:
-                told[news[0]].append(news[1])
-        return told
+                replies[news[0]].append(news[1])
+        return replies
 
     def close(self) -> None:
-        """Give the places back, and end the requests that still run. May be called twice."""
+        """Leave the queue, and end the requests that still run. May be called twice."""
         if not self.cancelled:
             self.cancelled = True
-            self._driver.release(self, unfinished=self._left > 0)
+            unfinished = self._left > 0
+            self._driver.release(self, unfinished)
+            if unfinished and self._error is None:
+                self._driver.observe_cancel()
 
     def receive(self, news: _News) -> None:
         """Take what a step brought; called on the event loop."""
@@ -156,8 +159,9 @@ class Driver:
         self.draining = self.ready = False
         self.failures = 0
         self.observe: Callable[[Batch, Event], None] = lambda batch, event: None
+        self.observe_cancel: Callable[[], None] = lambda: None
         self._admitted = 0
-        self._seconds = 1.0  # a moving mean of how long a batch holds its places
+        self._seconds = 1.0  # a moving mean of how long a batch holds its room
         self._inbox: list[_Job] = []
         self._jobs: list[_Job] = []
         self._wake = Condition()
@@ -218,17 +222,17 @@ class Driver:
             batch.close()
         self.ready = True
 
-    def admit(self, places: int, warming: bool = False) -> Batch:
-        """Reserve places for requests, before the work of reading their prompt.
+    def admit(self, count: int, warming: bool = False) -> Batch:
+        """Reserve room for requests, before the work of reading their prompt.
 
         Raises `FullError` or `ClosedError`.
         """
         if self.draining or not (self.ready or warming):
             raise ClosedError
-        if self._admitted + places > self.limit:
+        if self._admitted + count > self.limit:
             raise FullError(self.limit, self._retry_seconds())
-        self._admitted += places
-        return Batch(self, places)
+        self._admitted += count
+        return Batch(self, count)
 
     def take_in(self, jobs: list[_Job]) -> None:
         with self._wake:
@@ -236,7 +240,7 @@ class Driver:
             self._wake.notify()
 
     def release(self, batch: Batch, unfinished: bool) -> None:
-        self._admitted -= batch.places
+        self._admitted -= batch.count
         self._seconds += 0.2 * (monotonic() - batch.admitted - self._seconds)
         if unfinished:
             with self._wake:  # the thread sees batch.cancelled
@@ -274,7 +278,7 @@ class Driver:
             log.exception("the engine's thread ended")
             self.draining = True
             waiting = [*self._jobs, *self._inbox]
-            self._hand_over([_News(job, error=_told(error)) for job in waiting])
+            self._hand_over([_News(job, error=_public(error)) for job in waiting])
             raise
 
     def _drive(self) -> None:
@@ -306,7 +310,7 @@ class Driver:
             try:
                 job.handle = engine.add(job.request)
             except Exception as error:
-                self._hand_over([_News(job, error=_told(error))])
+                self._hand_over([_News(job, error=_public(error))])
             else:
                 self._jobs.append(job)
 
@@ -323,6 +327,9 @@ class Driver:
             # The engine has ended all requests of this step and forgotten what its slots held.
             self.failures += 1
             log.exception("a step of the engine failed", extra={"failures": self.failures})
+            if self.failures % MAX_FAILURES == 0:
+                # Something in the engine itself may be broken: the next request makes a new one.
+                self.model.close()
         else:
             self.failures = 0
 
@@ -333,7 +340,7 @@ class Driver:
         job.started = job.started or bool(job.handle.tokens)
         events = [job.handle.events.popleft() for _ in range(len(job.handle.events))]
         error = job.handle.error
-        return _News(job, events, None if error is None else _told(error))
+        return _News(job, events, None if error is None else _public(error))
 
     def _hand_over(self, news: Sequence[_News]) -> None:
         fresh = [one for one in news if one.events or one.error is not None]
@@ -351,8 +358,8 @@ class Driver:
                 one.job.batch.receive(one)
 
 
-def _told(error: BaseException) -> BaseException:
-    """What a client may know: its own mistakes; the rest is in the log."""
+def _public(error: BaseException) -> BaseException:
+    """The error that a client may see: its mistake as it is, anything else without details."""
     if isinstance(error, EarlyFusionError):
         return error
     broken = BrokenError("a step of the engine failed")

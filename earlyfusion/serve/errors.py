@@ -45,7 +45,7 @@ def _family(status: int) -> str:
 
 
 def as_api_error(error: BaseException) -> ApiError:
-    """What a client is told of an error."""
+    """The error that a client sees."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, FullError):

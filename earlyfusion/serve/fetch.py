@@ -1,9 +1,9 @@
-"""Pictures at foreign addresses, where the server is told to fetch them.
+"""Pictures at foreign addresses, for servers that are started with --allow-image-urls.
 
 An address is read by one parser and resolved once; the connection goes to the address that was
-checked, so a name that answers differently the second time changes nothing. Only public addresses,
-http and https on their own ports, few redirects (each checked as the first), and capped in bytes
-and time.
+checked, so a name that resolves differently the second time changes nothing. Only public addresses
+are allowed, over http and https on their standard ports, with few redirects (each checked like the
+first address), and limits on bytes and time.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ Plain ASGI, so that streams and disconnections pass through untouched.
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 import re
@@ -22,6 +23,7 @@ from earlyfusion.serve.replies import JsonReply
 from earlyfusion.serve.service import Service
 
 log = logging.getLogger("earlyfusion.serve")
+BODY_SECONDS = 30.0  # between two pieces of a body
 _OPEN = {"/health", "/ready"}
 _CONTENT = re.compile(r"/v1/files/([^/]+)/content")
 _CLIENTS_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -71,7 +73,7 @@ class Gate:
 
     def _foreign_host(self, host: str) -> ApiError | None:
         """Without keys only this machine may ask: a page of the web whose name was pointed here
-        (DNS rebinding) says its own name as the host."""
+        (DNS rebinding) sends the name of its site as the host."""
         try:
             name = urlsplit(f"//{host}").hostname or ""
         except ValueError:
@@ -127,7 +129,7 @@ class _Visit:
         fits = _CLIENTS_ID.fullmatch(given) is not None
         self.id = given if fits else f"req_{secrets.token_hex(12)}"
         self.status, self.began = 0, monotonic()
-        self._left = max_bytes
+        self._left, self._whole = max_bytes, False
         self._max_bytes = max_bytes
         length = headers.get("content-length", "")
         self._announced = int(length) if length.isdecimal() and len(length) < 19 else 0
@@ -136,7 +138,15 @@ class _Visit:
         """The body, up to the limit. Raises `ApiError` with status 413."""
         if self._announced > self._max_bytes:
             raise self._too_large()
-        message = await self._receive()
+        # Once the body is whole, this waits for the client to leave, which may take long.
+        try:
+            async with asyncio.timeout(None if self._whole else BODY_SECONDS):
+                message = await self._receive()
+        except TimeoutError:
+            raise ApiError(
+                408, "the body did not come in time: send the request again", code="slow_body"
+            ) from None
+        self._whole = self._whole or not message.get("more_body", False)
         self._left -= len(message.get("body", b""))
         if self._left < 0:
             raise self._too_large()

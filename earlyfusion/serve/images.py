@@ -12,12 +12,14 @@ from earlyfusion.generation.request import Event, Finished, ImageDone, ImagePrev
 from earlyfusion.serve.pictures import packed
 from earlyfusion.serve.protocol import ImageOptions
 from earlyfusion.serve.replies import KEEPALIVE, image_usage, sse
-from earlyfusion.serve.service import Asked, Prepared, Service
+from earlyfusion.serve.service import GenerationSpec, Prepared, Service
 
 
-def asked_of(body: ImageOptions) -> Asked:
+def spec_of(body: ImageOptions) -> GenerationSpec:
     """What a body asks of the model."""
-    return Asked("image", body.sampling(), body.seed, body.n, body.size, body.partial_images)
+    return GenerationSpec(
+        "image", body.sampling(), body.seed, body.n, body.size, body.partial_images
+    )
 
 
 def prompt_of(pictures: Sequence[Image], words: str) -> Prompt:
@@ -37,9 +39,9 @@ class ImagesReply:
 
     async def whole(self) -> dict[str, Any]:
         """All pictures at once."""
-        told = await self._prepared.batch.collect(self._service.options.timeout)
-        data = await asyncio.gather(*(self._entry(events) for events in told))
-        usages = [e.usage for events in told for e in events if isinstance(e, Finished)]
+        replies = await self._prepared.batch.collect(self._service.options.timeout)
+        data = await asyncio.gather(*(self._entry(events) for events in replies))
+        usages = [e.usage for events in replies for e in events if isinstance(e, Finished)]
         return {
             "created": self._created,
             "background": "opaque",
@@ -63,11 +65,12 @@ class ImagesReply:
                 data = await self._service.preview(
                     event, body.output_format, body.output_compression
                 )
-                told = {"partial_image_index": partials[index]}
-                partials[index] += 1
-                yield self._event("partial_image", index, data, told)
+                number, partials[index] = partials[index], partials[index] + 1
+                yield self._event("partial_image", index, data, {"partial_image_index": number})
             if isinstance(event, ImageDone):
-                file = await self._service.keep(event, body.output_format, body.output_compression)
+                file = await self._service.store_picture(
+                    event, body.output_format, body.output_compression
+                )
                 files[index] = file.data
             if isinstance(event, Finished):
                 extra = {"usage": self._usage([event.usage]), "seed": event.seed}
@@ -76,16 +79,16 @@ class ImagesReply:
     async def _entry(self, events: Sequence[Event]) -> dict[str, Any]:
         [done] = [event for event in events if isinstance(event, ImageDone)]
         body, end = self._body, events[-1]
-        file = await self._service.keep(done, body.output_format, body.output_compression)
+        file = await self._service.store_picture(done, body.output_format, body.output_compression)
         seed = end.seed if isinstance(end, Finished) else None
         if body.response_format == "url":
             return {"url": self._service.files.address(file.id, self._base), "seed": seed}
         return {"b64_json": packed(file.data), "seed": seed}
 
     def _event(self, name: str, index: int, data: bytes, extra: dict[str, Any]) -> bytes:
-        kind = f"{self._family}.{name}"
-        told = {
-            "type": kind,
+        event_type = f"{self._family}.{name}"
+        event = {
+            "type": event_type,
             "b64_json": packed(data),
             "background": "opaque",
             "created_at": self._created,
@@ -94,7 +97,7 @@ class ImagesReply:
             "size": self._service.shape(self._body.size),
             "image_index": index,
         }
-        return sse(told | extra, kind)
+        return sse(event | extra, event_type)
 
     def _usage(self, usages: Sequence[Usage]) -> dict[str, Any]:
         return image_usage(self._prepared.prompt_tokens, self._prepared.prompt_images, usages)

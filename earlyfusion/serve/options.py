@@ -1,4 +1,4 @@
-"""What `earlyfusion serve` can be told."""
+"""The options of `earlyfusion serve`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Wire messages to `Message`s: pictures found, read and put in their places.
+"""Wire messages to `Message`s: pictures found, read and put where they belong.
 
 A picture that was drawn here and comes back in an assistant's turn stands in the prompt by its
 codes: as `images` or `parts` of a reply, as markdown in the text, or by its id. Runs in a worker

@@ -1,4 +1,4 @@
-"""What clients send: OpenAI's fields and our own, strictly. What is sent back is in replies.
+"""Request bodies: OpenAI's fields and this server's additions, checked strictly.
 
 Every field is honoured, refused with its name, limit and remedy, or listed here as accepted without
 effect (`user`, `metadata`, `detail` and the like). OpenAI's fields that this server has no use for
@@ -27,6 +27,7 @@ from earlyfusion.serve.errors import ApiError
 Format: TypeAlias = Literal["png", "webp", "jpeg"]
 Modality: TypeAlias = Literal["text", "image"]
 MAX_CHOICES = 10
+MAX_ITEMS = 10_000  # of a list; longer ones would hold up the event loop while they are checked
 
 
 class Wire(BaseModel):
@@ -43,7 +44,9 @@ def _form(value: Any) -> str:
 
 _TextOrList = Discriminator(_form)
 _Strings = Annotated[
-    Annotated[str, Tag("<text>")] | Annotated[list[str], Tag("<list>")], _TextOrList
+    Annotated[str, Tag("<text>")]
+    | Annotated[list[str], Field(max_length=MAX_ITEMS), Tag("<list>")],
+    _TextOrList,
 ]
 
 
@@ -79,12 +82,13 @@ class TextSampling(Sampling):
 
     def sampling(self) -> dict[str, Any]:
         names = ("max_images", "stop", "bad_words", "allowed_words")
-        own = {name: value for name in names if (value := getattr(self, name)) is not None}
-        return super().sampling() | own
+        fields = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return super().sampling() | fields
 
 
-# Of every route that generates: for OpenAI's own bookkeeping, without effect here.
 class Bookkeeping(Wire):
+    """Fields of every route that generates; they are accepted without effect."""
+
     user: str | None = None
     metadata: dict[str, str] | None = None
     safety_identifier: str | None = None
@@ -92,7 +96,7 @@ class Bookkeeping(Wire):
 
 
 def _tagged(key: str) -> Any:
-    """A discriminator by the field `type`; tags look unlike field names (see `_place`)."""
+    """A discriminator by the field `type`; tags look unlike field names (see `_path`)."""
 
     def tag(value: Any) -> str:
         found = value.get(key) if isinstance(value, dict) else getattr(value, key, None)
@@ -136,7 +140,9 @@ ContentPart = Annotated[
     _tagged("type"),
 ]
 Content = Annotated[
-    Annotated[str, Tag("<text>")] | Annotated[list[ContentPart], Tag("<list>")], _TextOrList
+    Annotated[str, Tag("<text>")]
+    | Annotated[list[ContentPart], Field(max_length=MAX_ITEMS), Tag("<list>")],
+    _TextOrList,
 ]
 
 
@@ -208,7 +214,7 @@ class ChatRequest(TextSampling, Bookkeeping):
     neutral = _CHAT_NEUTRAL
     why_not = _CHAT_WHY_NOT
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_ITEMS)]
     model: str | None = None
     modalities: Annotated[list[Modality], Field(min_length=1)] | None = None
     max_tokens: int | None = None
@@ -251,7 +257,7 @@ class CompletionRequest(TextSampling, Bookkeeping):
 
     prompt: Annotated[
         Annotated[str, Tag("<text>")]
-        | Annotated[Annotated[list[str], Field(min_length=1)], Tag("<list>")],
+        | Annotated[Annotated[list[str], Field(min_length=1, max_length=MAX_ITEMS)], Tag("<list>")],
         _TextOrList,
     ]
     model: str | None = None
@@ -351,7 +357,9 @@ _InputPart = Annotated[
     _tagged("type"),
 ]
 _InputContent = Annotated[
-    Annotated[str, Tag("<text>")] | Annotated[list[_InputPart], Tag("<list>")], _TextOrList
+    Annotated[str, Tag("<text>")]
+    | Annotated[list[_InputPart], Field(max_length=MAX_ITEMS), Tag("<list>")],
+    _TextOrList,
 ]
 
 
@@ -439,7 +447,9 @@ class ResponseRequest(TextSampling, Bookkeeping):
     }
 
     input: Annotated[
-        Annotated[str, Tag("<text>")] | Annotated[list[InputItem], Tag("<list>")], _TextOrList
+        Annotated[str, Tag("<text>")]
+        | Annotated[list[InputItem], Field(max_length=MAX_ITEMS), Tag("<list>")],
+        _TextOrList,
     ]
     model: str | None = None
     instructions: str | None = None
@@ -489,7 +499,7 @@ class DetokenizeRequest(Wire):
     """/detokenize."""
 
     model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0, lt=2**31)]]
+    tokens: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=1_000_000)]
 
 
 EditRequest.model_rebuild()
@@ -498,7 +508,7 @@ AnyRequest = TypeVar("AnyRequest", bound=Wire)
 
 
 def read(
-    kind: type[AnyRequest], data: Any, lenient: bool = False, text: bool = False
+    model: type[AnyRequest], data: Any, lenient: bool = False, text: bool = False
 ) -> tuple[AnyRequest, list[str]]:
     """The request that a JSON value stands for, and the names of unknown fields that were left out,
     which only `lenient` does. `text` says that numbers come as text, as in a form. Raises
@@ -506,60 +516,60 @@ def read(
     if not isinstance(data, dict):
         raise ApiError(400, "the body is not a JSON object: send one", code="invalid_json")
     fields = {
-        name: value for name, value in data.items() if not _changes_nothing(kind, name, value)
+        name: value for name, value in data.items() if not _changes_nothing(model, name, value)
     }
     ignored: list[str] = []
     while True:
         try:
-            return kind.model_validate(fields, strict=not text), ignored
+            return model.model_validate(fields, strict=not text), ignored
         except ValidationError as error:
             unknown = [e["loc"] for e in error.errors() if e["type"] == "extra_forbidden"]
             if not (lenient and unknown):
-                raise _refusal(kind, error, data) from None
-            for place in unknown:
-                ignored.append(_remove(fields, place))
+                raise _refusal(model, error, data) from None
+            for path in unknown:
+                ignored.append(_remove(fields, path))
 
 
-def _changes_nothing(kind: type[Wire], name: str, value: Any) -> bool:
+def _changes_nothing(model: type[Wire], name: str, value: Any) -> bool:
     if value is None:
         return True
     # 0 == False in Python, but not in JSON.
     plain = [
-        v for v in kind.neutral.get(name, ()) if isinstance(v, bool) == isinstance(value, bool)
+        v for v in model.neutral.get(name, ()) if isinstance(v, bool) == isinstance(value, bool)
     ]
-    return name not in kind.model_fields and value in plain
+    return name not in model.model_fields and value in plain
 
 
-def _refusal(kind: type[Wire], error: ValidationError, data: Any) -> ApiError:
+def _refusal(model: type[Wire], error: ValidationError, data: Any) -> ApiError:
     first = error.errors(include_url=False)[0]
-    place, code = _place(data, first["loc"]), "invalid_value"
+    path, code = _path(data, first["loc"]), "invalid_value"
     field = str(first["loc"][0]) if first["loc"] else None
     if first["type"] == "extra_forbidden":
-        code, message = "unknown_field", _unknown(kind, first["loc"], place)
+        code, message = "unknown_field", _unknown(model, first["loc"], path)
     elif first["type"] == "missing":
-        message = f"{place} is missing: give it"
+        message = f"{path} is missing: give it"
     elif first["type"] == "unknown_type":
-        message = f"{place} has the type {_shown(first['input'])}, which is unknown on this route"
+        message = f"{path} has the type {_shown(first['input'])}, which is unknown on this route"
     elif first["type"] == "value_error":
         message = str(first["ctx"]["error"])
         field = message.split()[0].rstrip(":")
     else:
         shown = _shown(first["input"])
-        message = f"{place}={shown} is not possible: {_lower(first['msg'])}"
-    return ApiError(400, message, param=place or field, code=code)
+        message = f"{path}={shown} is not possible: {_lower(first['msg'])}"
+    return ApiError(400, message, param=path or field, code=code)
 
 
-def _unknown(kind: type[Wire], loc: tuple[int | str, ...], place: str) -> str:
+def _unknown(model: type[Wire], loc: tuple[int | str, ...], path: str) -> str:
     name = str(loc[-1])
-    if len(loc) == 1 and name in kind.why_not:
-        return f"{place}: {kind.why_not[name]}"
-    known = list(kind.model_fields) if len(loc) == 1 else []
+    if len(loc) == 1 and name in model.why_not:
+        return f"{path}: {model.why_not[name]}"
+    known = list(model.model_fields) if len(loc) == 1 else []
     near = get_close_matches(name, known, 1)
     remedy = f"did you mean {near[0]}?" if near else "leave it out"
-    return f"the field {place} is unknown on this route: {remedy}"
+    return f"the field {path} is unknown on this route: {remedy}"
 
 
-def _place(data: Any, loc: tuple[int | str, ...]) -> str:
+def _path(data: Any, loc: tuple[int | str, ...]) -> str:
     """A path such as messages[0].content; the tags of unions, in <>, are no part of it."""
     path = ""
     for step in loc:
@@ -578,7 +588,7 @@ def _remove(data: Any, loc: tuple[int | str, ...]) -> str:
         if isinstance(step, int) or (isinstance(at, dict) and step in at):
             at = at[step]
     del at[loc[-1]]
-    return _place(data, loc)
+    return _path(data, loc)
 
 
 def _shown(value: Any) -> str:

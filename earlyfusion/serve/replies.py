@@ -36,7 +36,7 @@ class Trimmer:
 
 
 class JsonReply(Response):
-    """JSON as UTF-8; half characters, which no UTF-8 can hold, as escapes."""
+    """JSON as UTF-8; lone surrogates, which UTF-8 cannot hold, are written as escapes."""
 
     media_type = "application/json"
 
@@ -50,8 +50,10 @@ class EventStream(StreamingResponse):
     def __init__(
         self, chunks: AsyncIterator[bytes], batch: Batch, headers: Mapping[str, str] | None = None
     ) -> None:
-        own = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(chunks, headers=own | dict(headers or {}), media_type="text/event-stream")
+        defaults = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(
+            chunks, headers=defaults | dict(headers or {}), media_type="text/event-stream"
+        )
         self._batch = batch
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -25,14 +25,14 @@ from earlyfusion.serve.errors import ApiError, reported
 from earlyfusion.serve.pictures import packed
 from earlyfusion.serve.protocol import DrawingTool, ResponseRequest
 from earlyfusion.serve.replies import KEEPALIVE, Trimmer, image_usage, logprob_entry, sse
-from earlyfusion.serve.service import Asked, Prepared, Service
+from earlyfusion.serve.service import GenerationSpec, Prepared, Service
 from earlyfusion.serve.store import Conversation, new_key
 
-Told = dict[str, Any]
+Json = dict[str, Any]
 _LOGPROBS = "message.output_text.logprobs"
 
 
-def asked_of(body: ResponseRequest) -> Asked:
+def spec_of(body: ResponseRequest) -> GenerationSpec:
     """What a body asks of the model."""
     sampling, tool = body.sampling(), _tool(body)
     if body.max_output_tokens is not None:
@@ -41,7 +41,7 @@ def asked_of(body: ResponseRequest) -> Asked:
         sampling["logprobs"] = body.top_logprobs or 0
     output = _output(body)
     drawing = None if output == "text" else tool
-    return Asked(
+    return GenerationSpec(
         output,
         sampling,
         body.seed,
@@ -62,7 +62,7 @@ def _output(body: ResponseRequest) -> Output:
 
 
 def with_instructions(body: ResponseRequest, turns: Sequence[Message]) -> list[Message]:
-    """The whole prompt. As in OpenAI's API, `instructions` are not kept for the next response."""
+    """The whole prompt. `instructions` hold for this response only, as in OpenAI's API."""
     return [Message("system", body.instructions), *turns] if body.instructions else list(turns)
 
 
@@ -76,58 +76,58 @@ class ResponseReply:
         self._id, self._created = f"resp_{secrets.token_hex(16)}", int(time())
         self._tool = _tool(body) or DrawingTool(type="image_generation")
         self._number = 0
-        self._output: list[Told] = []
+        self._output: list[Json] = []
         self._segments: list[Segment] = []
         self._item: _TextItem | None = None
-        self._drawing: Told | None = None
+        self._drawing: Json | None = None
         self._partials = 0
         self._lead = prepared.continues
 
-    async def whole(self) -> Told:
+    async def whole(self) -> Json:
         """The reply in one piece. Raises what ended it."""
-        response: Told = {}
-        async for told in self._events(None):
-            response = told.get("response", response) if told is not None else response
+        response: Json = {}
+        async for sent in self._events(None):
+            response = sent.get("response", response) if sent is not None else response
         return response
 
     async def stream(self) -> AsyncIterator[bytes]:
         """Server-sent events; one that ends in an error says so with `response.failed`."""
         try:
-            async for told in self._events(self._service.options.keepalive):
-                yield KEEPALIVE if told is None else sse(told, told["type"])
+            async for sent in self._events(self._service.options.keepalive):
+                yield KEEPALIVE if sent is None else sse(sent, sent["type"])
         except Exception as error:
-            for told in self._failed(reported(error)):
-                yield sse(told, told["type"])
+            for sent in self._failed(reported(error)):
+                yield sse(sent, sent["type"])
 
-    async def _events(self, tick: float | None) -> AsyncIterator[Told | None]:
-        for kind in ("created", "in_progress"):
-            yield self._told(f"response.{kind}", response=self._response("in_progress"))
+    async def _events(self, tick: float | None) -> AsyncIterator[Json | None]:
+        for step in ("created", "in_progress"):
+            yield self._event(f"response.{step}", response=self._response("in_progress"))
         timeout = self._service.options.timeout
         async for news in self._prepared.batch.events(tick, timeout):
             if news is None:
                 yield None
                 continue
-            async for told in self._of(news[1]):
-                yield told
+            async for sent in self._of(news[1]):
+                yield sent
 
-    async def _of(self, event: Event) -> AsyncIterator[Told]:
+    async def _of(self, event: Event) -> AsyncIterator[Json]:
         """What one event of the model is on the wire."""
         if isinstance(event, TextDelta | TokenDrawn):
-            for told in self._text(event):
-                yield told
+            for sent in self._text(event):
+                yield sent
         if isinstance(event, ImageStarted):
-            for told in [*self._end_text(), *self._begin_drawing()]:
-                yield told
+            for sent in [*self._end_text(), *self._begin_drawing()]:
+                yield sent
         if isinstance(event, ImagePreview):
             yield await self._partial(event)
         if isinstance(event, ImageDone):
-            for told in await self._end_drawing(event):
-                yield told
+            for sent in await self._end_drawing(event):
+                yield sent
         if isinstance(event, Finished):
-            for told in [*self._end_text(), self._finish(event)]:
-                yield told
+            for sent in [*self._end_text(), self._finish(event)]:
+                yield sent
 
-    def _text(self, event: TextDelta | TokenDrawn) -> list[Told]:
+    def _text(self, event: TextDelta | TokenDrawn) -> list[Json]:
         if self._item is None:
             self._item = _TextItem(self._lead)
             self._lead = False
@@ -138,123 +138,132 @@ class ResponseReply:
         shown = item.trimmer.push(event.text)
         if not shown:
             return []
-        told = [] if item.text else self._open_text(item)
+        sent = [] if item.text else self._open_text(item)
         item.text += shown
-        place = self._place(item.id) | {"content_index": 0}
+        position = self._position(item.id) | {"content_index": 0}
         logprobs = item.take_logprobs()
         return [
-            *told,
-            self._told("response.output_text.delta", **place, delta=shown, logprobs=logprobs),
+            *sent,
+            self._event("response.output_text.delta", **position, delta=shown, logprobs=logprobs),
         ]
 
-    def _open_text(self, item: _TextItem) -> list[Told]:
-        place = self._place(item.id)
+    def _open_text(self, item: _TextItem) -> list[Json]:
+        position = self._position(item.id)
         return [
-            self._told(
+            self._event(
                 "response.output_item.added",
-                output_index=place["output_index"],
-                item=item.told("in_progress", empty=True),
+                output_index=position["output_index"],
+                item=item.as_json("in_progress", empty=True),
             ),
-            self._told(
-                "response.content_part.added", **place, content_index=0, part=item.part(empty=True)
+            self._event(
+                "response.content_part.added",
+                **position,
+                content_index=0,
+                part=item.part(empty=True),
             ),
         ]
 
-    def _end_text(self) -> list[Told]:
+    def _end_text(self) -> list[Json]:
         item, self._item = self._item, None
         self._lead = False
         if item is None or not item.text:
             return []
-        place = self._place(item.id)
-        inside = place | {"content_index": 0}
-        done = item.told("completed")
+        position = self._position(item.id)
+        inside = position | {"content_index": 0}
+        done = item.as_json("completed")
         events = [
-            self._told(
+            self._event(
                 "response.output_text.done", **inside, text=item.text, logprobs=item.logprobs
             ),
-            self._told("response.content_part.done", **inside, part=item.part()),
-            self._told("response.output_item.done", output_index=place["output_index"], item=done),
+            self._event("response.content_part.done", **inside, part=item.part()),
+            self._event(
+                "response.output_item.done", output_index=position["output_index"], item=done
+            ),
         ]
         self._output.append(done)
         self._segments.append(Text(item.text))
         return events
 
-    def _begin_drawing(self) -> list[Told]:
+    def _begin_drawing(self) -> list[Json]:
         number = f"ig_{new_key()}"
         self._drawing = {"type": "image_generation_call", "id": number, "status": "in_progress"}
         self._partials = 0
-        place, call = self._place(number), "response.image_generation_call"
+        position, call = self._position(number), "response.image_generation_call"
         return [
-            self._told(
+            self._event(
                 "response.output_item.added",
-                output_index=place["output_index"],
+                output_index=position["output_index"],
                 item=self._drawing | {"result": None},
             ),
-            self._told(f"{call}.in_progress", **place),
-            self._told(f"{call}.generating", **place),
+            self._event(f"{call}.in_progress", **position),
+            self._event(f"{call}.generating", **position),
         ]
 
-    async def _partial(self, event: ImagePreview) -> Told:
+    async def _partial(self, event: ImagePreview) -> Json:
         assert self._drawing is not None
         tool = self._tool
         data = await self._service.preview(event, tool.output_format, tool.output_compression)
         number, self._partials = self._partials, self._partials + 1
-        return self._told(
+        return self._event(
             "response.image_generation_call.partial_image",
-            **self._place(self._drawing["id"]),
+            **self._position(self._drawing["id"]),
             partial_image_b64=packed(data),
             partial_image_index=number,
             **self._look(),
         )
 
-    async def _end_drawing(self, event: ImageDone) -> list[Told]:
+    async def _end_drawing(self, event: ImageDone) -> list[Json]:
         assert self._drawing is not None
         tool, drawing = self._tool, self._drawing
         # A later request finds the picture's codes by the id of this item.
         number = f"file-{drawing['id'].removeprefix('ig_')}"
-        file = await self._service.keep(event, tool.output_format, tool.output_compression, number)
-        place = self._place(drawing["id"])
+        file = await self._service.store_picture(
+            event, tool.output_format, tool.output_compression, number
+        )
+        position = self._position(drawing["id"])
         done = drawing | {"status": "completed", "result": packed(file.data)} | self._look()
         self._output.append(done)
         self._segments.append(file.image)
         self._drawing = None
         return [
-            self._told("response.image_generation_call.completed", **place),
-            self._told("response.output_item.done", output_index=place["output_index"], item=done),
+            self._event("response.image_generation_call.completed", **position),
+            self._event(
+                "response.output_item.done", output_index=position["output_index"], item=done
+            ),
         ]
 
-    def _finish(self, event: Finished) -> Told:
+    def _finish(self, event: Finished) -> Json:
         status = "completed" if event.reason == "stop" else "incomplete"
         response = self._response(status, event)
         if self._body.store:
             turns = [*self._turns, *([self._turn()] if self._segments else [])]
             self._service.conversations.add(Conversation(response, turns))
-        return self._told(f"response.{status}", response=response)
+        return self._event(f"response.{status}", response=response)
 
     def _turn(self) -> Message:
         return Message("assistant", list(self._segments))
 
-    def _failed(self, error: ApiError) -> list[Told]:
+    def _failed(self, error: ApiError) -> list[Json]:
         code = "server_error" if error.status >= 500 else "invalid_prompt"
         response = self._response("failed") | {"error": {"code": code, "message": error.message}}
         return [
-            self._told("error", message=error.message, code=error.code, param=error.param),
-            self._told("response.failed", response=response),
+            self._event("error", message=error.message, code=error.code, param=error.param),
+            self._event("response.failed", response=response),
         ]
 
-    def _told(self, kind: str, **fields: Any) -> Told:
+    def _event(self, event_type: str, **fields: Any) -> Json:
         number, self._number = self._number, self._number + 1
-        return {"type": kind, "sequence_number": number, **fields}
+        return {"type": event_type, "sequence_number": number, **fields}
 
-    def _place(self, item: str) -> Told:
+    def _position(self, item: str) -> Json:
         return {"item_id": item, "output_index": len(self._output)}
 
-    def _look(self) -> Told:
+    def _look(self) -> Json:
         size = self._service.shape(self._tool.size)
         look = {"output_format": self._tool.output_format, "size": size}
         return look | {"background": "opaque", "quality": "auto"}
 
-    def _response(self, status: str, end: Finished | None = None) -> Told:
+    def _response(self, status: str, end: Finished | None = None) -> Json:
         body = self._body
         incomplete = {"reason": "max_output_tokens"} if status == "incomplete" else None
         choice = body.tool_choice
@@ -285,12 +294,12 @@ class ResponseReply:
             "seed": self._prepared.batch.requests[0].sampling.seed,
         }
 
-    def _usage(self, end: Finished) -> Told:
-        told = image_usage(self._prepared.prompt_tokens, self._prepared.prompt_images, [end.usage])
+    def _usage(self, end: Finished) -> Json:
+        usage = image_usage(self._prepared.prompt_tokens, self._prepared.prompt_images, [end.usage])
         # OpenAI's SDK expects these; nothing is billed by them here.
-        told["input_tokens_details"] |= {"cached_tokens": 0, "cache_write_tokens": 0}
-        told["output_tokens_details"] |= {"reasoning_tokens": 0}
-        return told
+        usage["input_tokens_details"] |= {"cached_tokens": 0, "cache_write_tokens": 0}
+        usage["output_tokens_details"] |= {"reasoning_tokens": 0}
+        return usage
 
 
 class _TextItem:
@@ -299,24 +308,24 @@ class _TextItem:
     def __init__(self, keep_lead: bool) -> None:
         self.id, self.text = f"msg_{secrets.token_hex(12)}", ""
         self.trimmer = Trimmer(keep_lead)
-        self.logprobs: list[Told] = []
-        self._new: list[Told] = []
+        self.logprobs: list[Json] = []
+        self._new: list[Json] = []
 
-    def note(self, entry: Told | None) -> None:
+    def note(self, entry: Json | None) -> None:
         if entry is not None:
             self.logprobs.append(entry)
             self._new.append(entry)
 
-    def take_logprobs(self) -> list[Told]:
+    def take_logprobs(self) -> list[Json]:
         taken, self._new = self._new, []
         return taken
 
-    def part(self, empty: bool = False) -> Told:
+    def part(self, empty: bool = False) -> Json:
         text = "" if empty else self.text
         logprobs = [] if empty else self.logprobs
         return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
 
-    def told(self, status: str, empty: bool = False) -> Told:
+    def as_json(self, status: str, empty: bool = False) -> Json:
         content = [] if empty else [self.part()]
         head = {"type": "message", "id": self.id, "status": status, "role": "assistant"}
         return head | {"content": content}

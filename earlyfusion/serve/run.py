@@ -75,15 +75,15 @@ class JsonLines(logging.Formatter):
     """One JSON object per record. Prompts and replies are in none."""
 
     def format(self, record: logging.LogRecord) -> str:
-        told: dict[str, Any] = {
+        entry: dict[str, Any] = {
             "time": strftime("%Y-%m-%dT%H:%M:%SZ", gmtime(record.created)),
             "level": record.levelname.lower(),
             "message": record.getMessage(),
         }
-        told |= {name: getattr(record, name) for name in _FIELDS if hasattr(record, name)}
+        entry |= {name: getattr(record, name) for name in _FIELDS if hasattr(record, name)}
         if record.exc_info:
-            told["error"] = self.formatException(record.exc_info)
-        return json.dumps(told)
+            entry["error"] = self.formatException(record.exc_info)
+        return json.dumps(entry)
 
 
 def log_as_json() -> None:

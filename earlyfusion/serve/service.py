@@ -34,7 +34,7 @@ _SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
 
 
 @dataclass(frozen=True)
-class Asked:
+class GenerationSpec:
     """What a route asks of the model, beside the prompt."""
 
     output: Output
@@ -66,6 +66,7 @@ class Service:
         self.driver = Driver(model, options.max_queue)
         self.metrics = Metrics(self.driver, self.name)
         self.driver.observe = self.metrics.observe
+        self.driver.observe_cancel = self.metrics.cancelled.inc
         self.files = Files(options.file_bytes)
         self.conversations = Conversations()
         self._workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="pictures")
@@ -100,24 +101,24 @@ class Service:
             )
 
     async def begin(
-        self, prompts: Callable[[], list[Prompt]], asked: Asked, places: int | None = None
+        self, prompts: Callable[[], list[Prompt]], spec: GenerationSpec, count: int | None = None
     ) -> Prepared:
         """Admit, read the prompts in a worker thread, and hand all requests to the engine.
 
-        Each of the prompts is asked `asked.n` times; `places` is how many requests that makes, if
+        Each prompt is answered `spec.n` times; `count` is how many requests that makes, if
         there is more than one prompt.
         """
-        count = places or asked.n
+        count = count or spec.n
         if count > self.driver.limit:
             raise ApiError(
                 400,
-                f"the request asks for {count} replies, the server has place for "
+                f"the request asks for {count} replies, the server has room for "
                 f"{self.driver.limit}: ask for fewer",
                 param="n",
             )
         batch = self.driver.admit(count)
         try:
-            requests, read = await self.work(self._requests, prompts, asked)
+            requests, read = await self.work(self._requests, prompts, spec)
             batch.submit([request for several in requests for request in several])
         except BaseException:
             batch.close()
@@ -133,24 +134,24 @@ class Service:
         )
 
     def _requests(
-        self, prompts: Callable[[], list[Prompt]], asked: Asked
+        self, prompts: Callable[[], list[Prompt]], spec: GenerationSpec
     ) -> tuple[list[list[Request]], list[Prompt]]:
         read = prompts()
-        return [self._choices(prompt, asked) for prompt in read], read
+        return [self._choices(prompt, spec) for prompt in read], read
 
-    def _choices(self, prompt: Prompt, asked: Asked) -> list[Request]:
+    def _choices(self, prompt: Prompt, spec: GenerationSpec) -> list[Request]:
         """The requests of one prompt; choice number i has the seed of the first plus i."""
         first = self.model.request(
-            prompt, asked.output, seed=asked.seed, size=_size(asked.size), **asked.sampling
+            prompt, spec.output, seed=spec.seed, size=_size(spec.size), **spec.sampling
         )
-        if asked.partial_images:
+        if spec.partial_images:
             layout = first.layout or self.model.processor.layout
-            rows = -(-layout.height // (asked.partial_images + 1))  # whole rows, rounded up
+            rows = -(-layout.height // (spec.partial_images + 1))  # whole rows, rounded up
             first = replace(first, preview_every=rows * layout.width)
         seed = first.sampling.seed or 0
         return [
             replace(first, sampling=replace(first.sampling, seed=(seed + i) % 2**63))
-            for i in range(asked.n)
+            for i in range(spec.n)
         ]
 
     async def tokens(self, text: str | None, messages: Sequence[ChatMessage] | None) -> list[int]:
@@ -163,20 +164,20 @@ class Service:
         turns = self.reader().chat(messages)
         return list(self.model.request(turns, "text", seed=0, max_tokens=1).ids)
 
-    async def keep(
+    async def store_picture(
         self, event: ImageDone, form: Format, compression: int, number: str | None = None
     ) -> StoredFile:
         """Decode a drawn picture, and keep its file with its codes."""
-        return await self.work(self._kept, event, form, compression, number)
+        return await self.work(self._stored, event, form, compression, number)
 
-    def _kept(
+    def _stored(
         self, event: ImageDone, form: Format, compression: int, number: str | None
     ) -> StoredFile:
         shown = self.model.with_pixels(event)
         assert isinstance(shown, ImageDone) and shown.pil is not None
         data, image = encoded(shown.pil, form, compression), Image(codes=event.codes)
-        kind, name = MEDIA_TYPES[form], f"image.{form}"
-        return self.files.add(data, kind, image, name, "assistants_output", number)
+        media_type, name = MEDIA_TYPES[form], f"image.{form}"
+        return self.files.add(data, media_type, image, name, "assistants_output", number)
 
     async def preview(self, event: ImagePreview, form: Format, compression: int) -> bytes:
         """The file of a picture in the making."""

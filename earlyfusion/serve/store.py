@@ -152,7 +152,7 @@ class Files:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A reply of /v1/responses as it was sent, and the turns that led to it, its own included."""
+    """A reply of /v1/responses as it was sent, and all turns up to and including it."""
 
     response: dict[str, Any]
     turns: Sequence[Message]
