@@ -5,12 +5,13 @@ import { apply, bodyOf, fieldsOf, newConversation, streamed } from "./conversati
 import { picturesIn, readPicture } from "./pictures.js";
 import { asCurl, asPython } from "./snippets.js";
 import * as store from "./store.js";
-import { attachedView, button, el, icon, turnViews, updateReply } from "./view.js";
+import { attachedView, button, el, icon, turnViews, updateReply, updateStrip } from "./view.js";
 import { currentLanguage, speak, t } from "./words.js";
 
 const $ = (id) => document.getElementById(id);
 const running = new Map(); // reply -> {conversation, control}
 const opened = new Map(); // id -> conversation, of those that were looked at
+const coarse = matchMedia("(pointer: coarse)");
 const inputs = [...document.querySelectorAll("#settings input")];
 let conversation = newConversation();
 let attached = [];
@@ -33,8 +34,8 @@ async function begin(parts, { alone = false, wanted = output() } = {}) {
 /** Ask for replies to the turns up to the last one of the user's. */
 async function answer(wanted, count = Math.min(Math.max(Number(settings().replies) || 1, 1), 4)) {
   const { turns } = conversation;
-  if (turns.at(-1).role === "user") turns.push({ role: "assistant", replies: [], chosen: 0, wanted });
-  const turn = turns.at(-1);
+  if (turns.at(-1).role === "user") turns.push({ role: "assistant", replies: [], chosen: 0 });
+  const turn = Object.assign(turns.at(-1), { wanted, switchedTo: output() });
   turn.chosen = turn.replies.length;
   const begun = [];
   for (let number = 0; number < count; number += 1) {
@@ -43,8 +44,11 @@ async function answer(wanted, count = Math.min(Math.max(Number(settings().replie
     turn.replies.push(begun.at(-1));
   }
   render();
+  focusPrompt();
   scrollDown();
   announce(t("replyBegins"));
+  keep(conversation);
+  store.remember("open", conversation.id);
   await Promise.all(begun.map((reply) => run(conversation, turns.length - 1, reply)));
 }
 
@@ -71,6 +75,9 @@ async function run(where, place, reply) {
   finish(where, place, reply);
 }
 
+/** What a turn wanted, unless the switch was moved since. */
+const wantedAgain = (turn) => (turn && turn.switchedTo === output() ? turn.wanted : output());
+
 /** The same after the key was asked for, where the server wants one. */
 async function* withKey(stream) {
   try {
@@ -82,8 +89,7 @@ async function* withKey(stream) {
 }
 
 function finish(where, place, reply) {
-  const several = where.turns[place]?.replies?.length > 1;
-  atTheEnd(() => (where === conversation && several ? render() : updateReply(reply)));
+  atTheEnd(() => (updateReply(reply), updateStrip(where.turns[place])));
   showRunning();
   announce(reply.state === "error" ? reply.error || t("notReached") : t("replyDone", { text: spoken(reply) }));
   keep(where);
@@ -105,7 +111,7 @@ const act = {
   editing: null,
   model: () => model()?.id,
   draws: () => model()?.output_modalities.includes("image") ?? true,
-  aspect: () => model()?.image_size.replace("x", " / ") ?? "1",
+  size: () => (model()?.image_size ?? "512x512").split("x").map(Number),
   edit(turn, from = null) {
     act.editing = turn;
     render();
@@ -117,11 +123,10 @@ const act = {
     if (!parts.length) return;
     stop();
     act.editing = null;
-    const wanted = conversation.turns[place + 1]?.wanted ?? output();
+    const wanted = wantedAgain(conversation.turns[place + 1]);
     conversation.turns.length = place;
     if (!place) conversation.title = "";
     begin(parts, { alone: turn.alone, wanted });
-    $("prompt").focus();
   },
   choose(turn, number) {
     turn.chosen = number;
@@ -131,18 +136,16 @@ const act = {
     strip.children[number].focus();
   },
   regenerate(turn) {
-    answer(turn.wanted ?? output(), 1);
-    $("prompt").focus();
+    answer(wantedAgain(turn), 1);
   },
   vary: (part) => begin([picture(part), { type: "text", text: t("varyPrompt") }], { alone: true, wanted: "image" }),
   restyle(part, style) {
     begin([picture(part), { type: "text", text: t("restylePrompt", { style }) }], { alone: true, wanted: "image" });
-    $("prompt").focus();
   },
   reuse(part) {
     attached.push(picture(part));
     renderAttached();
-    $("prompt").focus();
+    focusPrompt();
   },
   copyText: (reply) => copy(reply.parts.map((part) => part.text ?? "").filter(Boolean).join("\n")),
   copyCurl: (reply, place) => copy(asCurl(bodyOf(conversation.turns, place, model()?.id, reply.fields), key)),
@@ -180,7 +183,7 @@ function showRunning() {
   const focused = document.activeElement === (busy ? $("send") : $("stop"));
   $("send").hidden = busy;
   $("stop").hidden = !busy;
-  if (focused) (busy ? $("stop") : $("prompt")).focus();
+  if (focused) focusPrompt();
 }
 
 const waiting = new Set();
@@ -205,6 +208,11 @@ function atTheEnd(change) {
 
 function scrollDown() {
   $("thread").scrollTop = $("thread").scrollHeight;
+}
+
+/** Where the next thing is said; on telephones this would bring up the keyboard. */
+function focusPrompt() {
+  $(coarse.matches ? "thread" : "prompt").focus({ preventScroll: true });
 }
 
 function announce(text) {
@@ -238,6 +246,7 @@ function renderExamples() {
 // --- the list of conversations ---
 
 async function keep(where) {
+  if (where.gone) return;
   where.updated = Date.now();
   opened.set(where.id, where);
   try {
@@ -261,8 +270,11 @@ async function renderList() {
 
 async function show(id) {
   const found = opened.get(id) ?? (await store.load(id));
-  if (!found) return;
+  if (!found || found.gone) return;
   opened.set(id, found);
+  for (const reply of found.turns.flatMap((turn) => turn.replies ?? [])) {
+    if (reply.state === "running" && !running.has(reply)) reply.state = "stopped"; // by leaving the page
+  }
   switchTo(found);
 }
 
@@ -274,17 +286,17 @@ function switchTo(other) {
   scrollDown();
   renderList();
   openSide(false);
-  $("prompt").focus();
+  focusPrompt();
 }
 
 async function forget(head) {
   if (!confirm(t("confirmRemove"))) return;
-  const gone = opened.get(head.id);
-  if (gone) stop(gone);
-  opened.delete(head.id);
+  const found = opened.get(head.id);
+  if (found) (stop(found), (found.gone = true));
   await store.remove(head.id);
   if (head.id === conversation.id) switchTo(newConversation());
   else await renderList();
+  if (!coarse.matches) $("new").focus();
 }
 
 /** On narrow screens the list lies over the page. */
@@ -387,7 +399,7 @@ async function attach(files) {
     }
   }
   renderAttached();
-  $("prompt").focus();
+  focusPrompt();
 }
 
 function send(event) {
@@ -401,7 +413,6 @@ function send(event) {
   renderAttached();
   grow();
   begin(parts);
-  store.remember("open", conversation.id);
 }
 
 function grow() {
@@ -414,9 +425,10 @@ function listen() {
   $("stop").addEventListener("click", () => stop());
   $("prompt").addEventListener("input", grow);
   $("prompt").addEventListener("keydown", (event) => {
+    if (event.key === "Escape") stop();
     // Enter while a Korean syllable is put together belongs to the input method.
     if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return;
-    if (!matchMedia("(pointer: coarse)").matches) send(event);
+    if (!coarse.matches) send(event);
   });
   for (const id of ["pick", "camera"]) {
     $(id).addEventListener("change", () => {
@@ -473,9 +485,7 @@ async function start() {
   $("key-button").hidden = !key;
   listen();
   setLanguage(store.recall("language") ?? navigator.language);
-  const id = store.recall("open");
-  const last = id && (await store.load(id));
-  if (last) switchTo(last);
+  await show(store.recall("open") ?? "");
   await readModels();
 }
 

@@ -26,6 +26,7 @@ export function icon(name) {
 
 // Views of replies on the page, to change them while they stream.
 const shown = new WeakMap();
+const strips = new WeakMap();
 
 /** All turns; `act` has what the buttons do. */
 export function turnViews(conversation, act) {
@@ -83,8 +84,7 @@ function modelView(turn, place, conversation, act) {
   const content = el("div", { class: "content" });
   const meta = el("p", { class: "meta" });
   const actions = el("div", { class: "actions" });
-  const strip = turn.replies.length > 1 ? stripView(turn, act) : null;
-  view.append(content, ...(strip ? [strip] : []), meta, actions);
+  view.append(content, ...(turn.replies.length > 1 ? [stripView(turn, act)] : []), meta, actions);
   const last = place === conversation.turns.length - 1;
   const parts = { turn, content, meta, actions, act, place, last, nodes: [] };
   shown.set(reply, parts);
@@ -94,16 +94,24 @@ function modelView(turn, place, conversation, act) {
 
 function stripView(turn, act) {
   const strip = el("div", { class: "strip", role: "group", "aria-label": t("variants") });
-  for (const [number, reply] of turn.replies.entries()) {
+  for (const number of turn.replies.keys()) {
     const pick = el("button", {
       type: "button", class: "quiet", "aria-pressed": String(number === turn.chosen),
       "aria-label": t("variant", { number: number + 1 }), onclick: () => act.choose(turn, number),
     });
-    const drawn = reply.parts.find((part) => part.url ?? part.partial);
-    pick.append(drawn ? image(drawn.url ?? drawn.partial, "") : String(number + 1));
     strip.append(pick);
   }
+  strips.set(turn, strip);
+  updateStrip(turn);
   return strip;
+}
+
+/** Bring the small pictures of a turn's replies up to date. */
+export function updateStrip(turn) {
+  for (const [number, pick] of [...(strips.get(turn)?.children ?? [])].entries()) {
+    const drawn = turn.replies[number].parts.find((part) => part.url ?? part.partial);
+    pick.replaceChildren(drawn ? image(drawn.url ?? drawn.partial, "") : String(number + 1));
+  }
 }
 
 /** Bring the view of a reply, if there is one, up to date. */
@@ -146,7 +154,9 @@ function updatePart(view, reply, index, part) {
 /** A picture in the making: the rows that are drawn, and how far it is. */
 function drawingView(part, act, busy) {
   const frame = el("div", { class: "frame" }, image("", ""), el("progress", { max: 1, "aria-label": t("drawing") }));
-  frame.style.aspectRatio = act.aspect();
+  const [width, height] = act.size();
+  frame.style.aspectRatio = `${width} / ${height}`;
+  frame.classList.toggle("small", width <= 128);
   drawInto(frame, part, busy);
   return el("figure", { class: "drawing" }, frame);
 }
