@@ -27,6 +27,13 @@ import earlyfusion
 FOLDER = Path(earlyfusion.__file__).parent / "serve" / "page"
 CHROMIUM = which("chromium") or which("chromium-browser")
 SECONDS = 120  # much longer than needed: the machine may be busy
+PHONE = {
+    "viewport": {"width": 320, "height": 640},
+    "is_mobile": True,
+    "has_touch": True,
+    "locale": "ko-KR",
+    "color_scheme": "dark",
+}
 DONE = ".turn:last-child .meta:not(:empty)"
 
 
@@ -420,8 +427,7 @@ def test_asks_for_the_key(visit: Callable[..., Visitor]) -> None:
 
 @pytest.mark.browser
 def test_korean_dark_and_a_small_telephone(visit: Callable[..., Visitor]) -> None:
-    phone = {"viewport": {"width": 320, "height": 640}, "is_mobile": True, "has_touch": True}
-    visitor = visit(locale="ko-KR", color_scheme="dark", **phone)
+    visitor = visit(**PHONE)
     assert visitor.page.get_attribute("html", "lang") == "ko" and visitor.fits()
     colour = "getComputedStyle(document.body).backgroundColor"
     assert visitor.page.evaluate(colour) == "rgb(23, 22, 21)"
@@ -449,11 +455,11 @@ def test_korean_dark_and_a_small_telephone(visit: Callable[..., Visitor]) -> Non
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing(visit: Callable[..., Visitor], scheme: str) -> None:
+@pytest.mark.parametrize("options", [{"color_scheme": "light"}, PHONE], ids=["desktop", "phone"])
+def test_axe_finds_nothing(visit: Callable[..., Visitor], options: dict[str, Any]) -> None:
     if not (path := os.environ.get("AXE")):
         pytest.skip("AXE does not name axe-core's axe.min.js")
-    visitor = visit(color_scheme=scheme, bypass_csp=True)
+    visitor = visit(bypass_csp=True, **options)
     visitor.page.evaluate(Path(path).read_text("utf-8"))
 
     def check() -> None:
@@ -466,7 +472,8 @@ def test_axe_finds_nothing(visit: Callable[..., Visitor], scheme: str) -> None:
     check()
     visitor.set(replies=2)
     visitor.choose("interleaved")
-    visitor.say("Show me two different fruits.")
+    visitor.page.fill("#prompt", "Show me two different fruits.")
+    visitor.page.click("#send")
     visitor.wait()
     check()
     visitor.page.focus(".user .actions button >> nth=0")
@@ -474,3 +481,7 @@ def test_axe_finds_nothing(visit: Callable[..., Visitor], scheme: str) -> None:
     check()
     visitor.page.click("#settings-button")
     check()
+    visitor.page.keyboard.press("Escape")
+    if options is PHONE:
+        visitor.page.click("#menu")
+        check()

@@ -1,9 +1,10 @@
-"""The page at /: static files, their content types, and what a browser may do with them."""
+"""The page at /: its static files, and the headers that restrict what a browser does with them."""
 
 from __future__ import annotations
 
 from hashlib import sha256
 from importlib.resources import files
+from pathlib import Path
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -14,7 +15,7 @@ _TYPES = {
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
 }
-# Nothing from elsewhere, no inline scripts, and no HTML made from strings.
+# Nothing from other servers, no inline scripts, no HTML made from strings.
 _POLICY = "; ".join(
     (
         "default-src 'none'",
@@ -30,7 +31,7 @@ _POLICY = "; ".join(
     )
 )
 _HEADERS = {
-    "Cache-Control": "no-cache",  # asked for again each time, and sent only where it changed
+    "Cache-Control": "no-cache",  # the browser asks each time; unchanged files are a 304
     "Content-Security-Policy": _POLICY,
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -39,15 +40,11 @@ _HEADERS = {
 }
 
 
-def _file_type(name: str) -> str:
-    return _TYPES["." + name.rpartition(".")[2]]
-
-
 class _PageFile:
-    """One file, read once."""
+    """A file of the page, read once."""
 
     def __init__(self, name: str, data: bytes) -> None:
-        self._data, self._type = data, _file_type(name)
+        self._data, self._type = data, _TYPES[Path(name).suffix]
         self._tag = f'"{sha256(data).hexdigest()[:24]}"'
 
     def response(self, request: Request) -> Response:
@@ -59,17 +56,18 @@ class _PageFile:
 
 
 def _read() -> dict[str, _PageFile]:
-    """The files by the paths that they are served at."""
+    """The page's files by the paths at which they are served."""
     folder = files("earlyfusion.serve").joinpath("page")
     found = {}
     for file in folder.iterdir():
-        path = "/" if file.name == "index.html" else f"/page/{file.name}"
-        found[path] = _PageFile(file.name, file.read_bytes())
+        if Path(file.name).suffix in _TYPES:
+            path = "/" if file.name == "index.html" else f"/page/{file.name}"
+            found[path] = _PageFile(file.name, file.read_bytes())
     return found
 
 
 _FILES = _read()
-# They are the same for everybody, and hold nothing of the model: no key is needed to get them.
+# Public: they need no API key, since they are the same on every server.
 PAGE_PATHS = frozenset(_FILES)
 
 

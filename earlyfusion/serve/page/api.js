@@ -26,7 +26,7 @@ export async function* chat(body, key, signal) {
   let done = false;
   for await (const data of events(response.body)) {
     done ||= data === "[DONE]";
-    if (done) continue; // to the end, so that it does not look like a cancellation
+    if (done) continue; // read to the end, or the server counts a cancellation
     const chunk = JSON.parse(data);
     if (chunk.error) throw new ServerError(chunk.error.message, 200);
     yield chunk;
@@ -50,7 +50,7 @@ async function request(path, options) {
 
 const headers = (key) => (key ? { Authorization: `Bearer ${key}` } : {});
 
-/** The data of server-sent events; comments, which keep the connection alive, are left out. */
+/** The data of each server-sent event; comments, which only keep the connection alive, are skipped. */
 async function* events(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";

@@ -1,4 +1,4 @@
-// The page: what is said is kept here, and everything that happens on it begins here.
+// The page: its state, its event listeners, and the actions that they start.
 
 import { ServerError, chat, models } from "./api.js";
 import { apply, bodyOf, fieldsOf, newConversation, streamed } from "./conversation.js";
@@ -10,16 +10,16 @@ import { currentLanguage, speak, t } from "./words.js";
 
 const $ = (id) => document.getElementById(id);
 const running = new Map(); // reply -> {conversation, control}
-const opened = new Map(); // id -> conversation, of those that were looked at
+const opened = new Map(); // id -> conversation, of those loaded since the page was opened
 const coarse = matchMedia("(pointer: coarse)");
 const inputs = [...document.querySelectorAll("#settings input")];
 let conversation = newConversation();
 let attached = [];
 let served = []; // of /v1/models
 let key = store.recall("key") ?? store.recall("key", sessionStorage) ?? "";
-let asking = null; // the promise of the key's dialog
+let asking = null; // a promise while the dialog for the API key is open
 
-// --- what the model is asked ---
+// --- requests ---
 
 const model = () => served.find(({ id }) => id === $("model").value) ?? served[0];
 const output = () => document.querySelector("[name=output]:checked").value;
@@ -31,7 +31,7 @@ async function begin(parts, { alone = false, wanted = output() } = {}) {
   await answer(wanted);
 }
 
-/** Ask for replies to the turns up to the last one of the user's. */
+/** Ask for replies to the last user turn. */
 async function answer(wanted, count = Math.min(Math.max(Number(settings().replies) || 1, 1), 4)) {
   const { turns } = conversation;
   if (turns.at(-1).role === "user") turns.push({ role: "assistant", replies: [], chosen: 0 });
@@ -47,18 +47,18 @@ async function answer(wanted, count = Math.min(Math.max(Number(settings().replie
   focusPrompt();
   scrollDown();
   announce(t("replyBegins"));
-  keep(conversation);
+  persist(conversation);
   store.remember("open", conversation.id);
   await Promise.all(begun.map((reply) => run(conversation, turns.length - 1, reply)));
 }
 
-async function run(where, place, reply) {
+async function run(target, position, reply) {
   const control = new AbortController();
-  running.set(reply, { conversation: where, control });
+  running.set(reply, { conversation: target, control });
   showRunning();
   const began = performance.now();
   const since = () => (performance.now() - began) / 1000;
-  const body = streamed(bodyOf(where.turns, place, model()?.id, reply.fields));
+  const body = streamed(bodyOf(target.turns, position, model()?.id, reply.fields));
   try {
     for await (const chunk of withKey(() => chat(body, key, control.signal))) {
       if (apply(reply, chunk)) reply.first ??= since();
@@ -72,13 +72,13 @@ async function run(where, place, reply) {
   }
   reply.seconds = since();
   running.delete(reply);
-  finish(where, place, reply);
+  finish(target, position, reply);
 }
 
-/** What a turn wanted, unless the switch was moved since. */
+/** The output that a turn asked for, unless the user has changed the switch since. */
 const wantedAgain = (turn) => (turn && turn.switchedTo === output() ? turn.wanted : output());
 
-/** The same after the key was asked for, where the server wants one. */
+/** The stream; if the server wants an API key, ask for it and try again. */
 async function* withKey(stream) {
   try {
     yield* stream();
@@ -88,11 +88,11 @@ async function* withKey(stream) {
   }
 }
 
-function finish(where, place, reply) {
-  atTheEnd(() => (updateReply(reply), updateStrip(where.turns[place])));
+function finish(target, position, reply) {
+  atTheEnd(() => (updateReply(reply), updateStrip(target.turns[position])));
   showRunning();
   announce(reply.state === "error" ? reply.error || t("notReached") : t("replyDone", { text: spoken(reply) }));
-  keep(where);
+  persist(target);
 }
 
 function spoken(reply) {
@@ -101,11 +101,11 @@ function spoken(reply) {
   return [text, drawn ? t("pictures", { n: drawn }) : ""].filter(Boolean).join(", ");
 }
 
-function stop(where = conversation) {
-  for (const entry of running.values()) if (entry.conversation === where) entry.control.abort();
+function stop(target = conversation) {
+  for (const entry of running.values()) if (entry.conversation === target) entry.control.abort();
 }
 
-// --- what the buttons of a conversation do ---
+// --- actions of the buttons in a conversation ---
 
 const act = {
   editing: null,
@@ -119,19 +119,19 @@ const act = {
     if (turn) views.find((view) => view.matches(".editing")).querySelector("textarea").focus();
     else views[conversation.turns.indexOf(from)].querySelector(".actions button").focus();
   },
-  saveEdit(turn, place, parts) {
+  saveEdit(turn, position, parts) {
     if (!parts.length) return;
     stop();
     act.editing = null;
-    const wanted = wantedAgain(conversation.turns[place + 1]);
-    conversation.turns.length = place;
-    if (!place) conversation.title = "";
+    const wanted = wantedAgain(conversation.turns[position + 1]);
+    conversation.turns.length = position;
+    if (!position) conversation.title = "";
     begin(parts, { alone: turn.alone, wanted });
   },
   choose(turn, number) {
     turn.chosen = number;
     render();
-    keep(conversation);
+    persist(conversation);
     const strip = $("turns").children[conversation.turns.indexOf(turn)].querySelector(".strip");
     strip.children[number].focus();
   },
@@ -148,8 +148,8 @@ const act = {
     focusPrompt();
   },
   copyText: (reply) => copy(reply.parts.map((part) => part.text ?? "").filter(Boolean).join("\n")),
-  copyCurl: (reply, place) => copy(asCurl(bodyOf(conversation.turns, place, model()?.id, reply.fields), key)),
-  copyPython: (reply, place) => copy(asPython(bodyOf(conversation.turns, place, model()?.id, reply.fields), key)),
+  copyCurl: (reply, position) => copy(asCurl(bodyOf(conversation.turns, position, model()?.id, reply.fields), key)),
+  copyPython: (reply, position) => copy(asPython(bodyOf(conversation.turns, position, model()?.id, reply.fields), key)),
 };
 
 const picture = ({ url, name }) => ({ type: "image", url, name });
@@ -158,7 +158,7 @@ async function copy(text) {
   try {
     await navigator.clipboard.writeText(text);
   } catch {
-    // Only pages of https and of this machine have a clipboard.
+    // Browsers offer the clipboard only over https and on localhost.
     const area = document.body.appendChild(el("textarea", { class: "hidden" }));
     area.value = text;
     area.select();
@@ -169,7 +169,7 @@ async function copy(text) {
   return say(t("copied"));
 }
 
-// --- what is shown ---
+// --- rendering ---
 
 function render() {
   $("empty").hidden = conversation.turns.length > 0;
@@ -188,7 +188,7 @@ function showRunning() {
 
 const waiting = new Set();
 
-/** Show a reply in the next frame. */
+/** Render a reply in the next frame. */
 function later(reply) {
   if (!waiting.size) {
     requestAnimationFrame(() => {
@@ -199,7 +199,7 @@ function later(reply) {
   waiting.add(reply);
 }
 
-/** Change what is shown; who reads at the end of it stays there. */
+/** Change the thread. If it was scrolled to the end it stays at the end, else where it was. */
 function atTheEnd(change) {
   const { scrollHeight, scrollTop, clientHeight } = $("thread");
   change();
@@ -210,7 +210,7 @@ function scrollDown() {
   $("thread").scrollTop = $("thread").scrollHeight;
 }
 
-/** Where the next thing is said; on telephones this would bring up the keyboard. */
+/** Focus the message field; not on touch screens, where the keyboard would cover the reply. */
 function focusPrompt() {
   $(coarse.matches ? "thread" : "prompt").focus({ preventScroll: true });
 }
@@ -245,12 +245,12 @@ function renderExamples() {
 
 // --- the list of conversations ---
 
-async function keep(where) {
-  if (where.gone) return;
-  where.updated = Date.now();
-  opened.set(where.id, where);
+async function persist(target) {
+  if (target.gone) return;
+  target.updated = Date.now();
+  opened.set(target.id, target);
   try {
-    await store.save(where);
+    await store.save(target);
   } catch {
     say(t("notStored"));
   }
@@ -273,7 +273,7 @@ async function show(id) {
   if (!found || found.gone) return;
   opened.set(id, found);
   for (const reply of found.turns.flatMap((turn) => turn.replies ?? [])) {
-    if (reply.state === "running" && !running.has(reply)) reply.state = "stopped"; // by leaving the page
+    if (reply.state === "running" && !running.has(reply)) reply.state = "stopped"; // the page was closed
   }
   switchTo(found);
 }
@@ -299,7 +299,7 @@ async function forget(head) {
   if (!coarse.matches) $("new").focus();
 }
 
-/** On narrow screens the list lies over the page. */
+/** On narrow screens the list of conversations overlays the page. */
 function openSide(open) {
   if (document.body.classList.contains("side-open") === open) return;
   document.body.classList.toggle("side-open", open);
@@ -388,7 +388,7 @@ function nextTheme() {
   announce($("theme").title);
 }
 
-// --- what the user does ---
+// --- input ---
 
 async function attach(files) {
   for (const file of files) {
@@ -426,7 +426,7 @@ function listen() {
   $("prompt").addEventListener("input", grow);
   $("prompt").addEventListener("keydown", (event) => {
     if (event.key === "Escape") stop();
-    // Enter while a Korean syllable is put together belongs to the input method.
+    // While a Korean syllable is being composed, Enter belongs to the input method.
     if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return;
     if (!coarse.matches) send(event);
   });

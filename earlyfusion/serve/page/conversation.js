@@ -1,14 +1,14 @@
-// Conversations as data: what was said, what the server is asked, and what its chunks add.
+// Conversations as data: turns, the request that they make, and what each chunk of the reply adds.
 //
-// A user's turn has `parts`; with `alone` the prompt begins there. A model's turn has `replies`, of
-// which the `chosen` one is what the conversation goes on with.
+// A user's turn has `parts`; where it is `alone`, earlier turns are left out of the prompt. A model's
+// turn has `replies`; the conversation continues with the `chosen` one.
 
 export function newConversation() {
   return { id: crypto.randomUUID?.() ?? `${Date.now()}-${Math.random()}`, title: "", updated: Date.now(), turns: [] };
 }
 
-/** The fields of a request that the settings stand for; empty ones are the model's defaults. */
-export function fieldsOf(settings, output, drawn) {
+/** The request's fields for the settings; empty ones are left to the model. There are `existing` replies. */
+export function fieldsOf(settings, output, existing) {
   const fields = {};
   if (output === "image" || output === "text") fields.modalities = [output];
   if (output === "interleaved") fields.modalities = ["text", "image"];
@@ -17,12 +17,12 @@ export function fieldsOf(settings, output, drawn) {
   }
   if (output === "text") delete fields.max_images;
   const random = crypto.getRandomValues(new Uint32Array(1))[0];
-  // Another reply to the same words has the next seed, as choices of one request have.
-  fields.seed = fields.seed === undefined ? random : fields.seed + drawn;
+  // Further replies get the next seeds, as the choices of one request do.
+  fields.seed = fields.seed === undefined ? random : fields.seed + existing;
   return fields;
 }
 
-/** The body that asks for a reply to the turns before number `end`. */
+/** The body of a request for a reply to the first `end` turns. */
 export function bodyOf(turns, end, model, fields) {
   return { model, messages: messagesOf(turns.slice(0, end)), ...fields };
 }
@@ -40,16 +40,16 @@ function messagesOf(turns) {
     const parts = finished(turn.role === "user" ? turn.parts : turn.replies[turn.chosen].parts);
     const last = messages.at(-1);
     if (!parts.length) continue;
-    // A reply that failed leaves two turns of the user's side by side.
+    // After a failed reply there are two user turns in a row.
     if (last?.role === turn.role) last.parts.push(...parts);
     else messages.push({ role: turn.role, parts });
   }
-  return messages.map(({ role, parts }) => (role === "user" ? asked(parts) : answered(parts)));
+  return messages.map(({ role, parts }) => (role === "user" ? userMessage(parts) : assistantMessage(parts)));
 }
 
 const finished = (parts) => parts.filter((part) => (part.type === "text" ? part.text : part.url));
 
-function asked(parts) {
+function userMessage(parts) {
   const content = parts.map((part) =>
     part.type === "text" ? { type: "text", text: part.text } : picture(part),
   );
@@ -57,8 +57,8 @@ function asked(parts) {
   return { role: "user", content: plain ? parts[0].text : content };
 }
 
-/** Pictures go back as they came: the server knows those that it drew by their bytes. */
-function answered(parts) {
+/** Pictures are sent back unchanged: the server recognises its own by their bytes, and reuses their codes. */
+function assistantMessage(parts) {
   const images = parts.filter((part) => part.type === "image");
   const content = parts.map((part) => part.text ?? "").join("");
   if (!images.length) return { role: "assistant", content };
@@ -72,7 +72,7 @@ function answered(parts) {
 
 const picture = ({ url }) => ({ type: "image_url", image_url: { url } });
 
-/** Add a chunk of the stream to a reply; whether there was anything to see in it. */
+/** Add a chunk of the stream to a reply. Returns whether it had anything to show. */
 export function apply(reply, chunk) {
   if (chunk.usage) reply.usage = chunk.usage;
   const [choice] = chunk.choices;
@@ -91,7 +91,7 @@ export function apply(reply, chunk) {
 
 function addText(parts, content) {
   if (parts.at(-1)?.type === "text") parts.at(-1).text += content;
-  // The line break that parts it from the picture before it is the server's, not the model's.
+  // The server adds a line break between a picture and the text after it.
   else parts.push({ type: "text", text: parts.length ? content.replace(/^\n/, "") : content });
 }
 

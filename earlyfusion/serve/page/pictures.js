@@ -1,4 +1,4 @@
-// Pictures that the user gives: files to data URLs, photographs scaled down before they are sent.
+// The user's pictures: files to data URLs; photographs are scaled down before they are sent.
 
 const SIDE = 1024; // models read 512 or less
 const SMALL = 1_000_000; // bytes of a file that is sent as it is
@@ -19,7 +19,7 @@ function redrawn(bitmap, scale) {
   canvas.width = Math.max(1, Math.round(bitmap.width * scale));
   canvas.height = Math.max(1, Math.round(bitmap.height * scale));
   const context = canvas.getContext("2d");
-  context.fillStyle = "#fff"; // JPEG has no transparency, and the model sees white there
+  context.fillStyle = "#fff"; // JPEG has no transparency; the server puts pictures on white, too
   context.fillRect(0, 0, canvas.width, canvas.height);
   context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
   return canvas.toDataURL("image/jpeg", 0.92);

@@ -1,4 +1,4 @@
-// A request as code that runs: curl, and Python with the openai package.
+// A request as code that runs as it is: a curl command, or Python with the openai package.
 
 import { address } from "./api.js";
 
@@ -7,7 +7,7 @@ const OPENAI = ["model", "messages", "temperature", "max_tokens", "seed"];
 export function asCurl(body, hasKey) {
   const lines = [`curl ${address("v1/chat/completions")}`, '-H "Content-Type: application/json"'];
   if (hasKey) lines.push('-H "Authorization: Bearer $OPENAI_API_KEY"');
-  // From standard input: a picture is too long for a command line.
+  // From standard input, since a picture exceeds the length of a command line.
   lines.push("-d @- <<'JSON'");
   return `${lines.join(" \\\n  ")}\n${JSON.stringify(body, null, 2)}\nJSON\n`;
 }
@@ -42,7 +42,7 @@ const SAVE = [
   "        file.write(base64.b64decode(data))",
 ];
 
-/** JSON's strings and numbers are Python's too. */
+/** A Python literal. JSON's strings and numbers are valid Python. */
 function literal(value, indent) {
   const deeper = `${indent}    `;
   if (Array.isArray(value) && value.every((item) => typeof item !== "object")) {

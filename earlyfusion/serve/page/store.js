@@ -1,11 +1,11 @@
-// Conversations in IndexedDB: their titles in one store, their turns, which hold the pictures, in
-// another. The oldest go first when there are too many, or they are too large together.
+// Conversations in IndexedDB: one store has their titles and sizes, the other their turns with the
+// pictures. Beyond MOST conversations or MOST_BYTES in all, the oldest are deleted.
 
 const MOST = 100;
 const MOST_BYTES = 200_000_000;
-let database; // a promise; null where the browser keeps nothing
+let database; // a promise; of null where the browser allows no storage
 
-/** Titles, the newest first. */
+/** Titles, newest first. */
 export async function list() {
   const found = (await inside("readonly", (heads) => heads.getAll())) ?? [];
   return found.sort((a, b) => b.updated - a.updated);
@@ -23,9 +23,9 @@ export async function save(conversation) {
     return bodies.put({ id, title, updated, turns });
   });
   let room = MOST_BYTES;
-  for (const [place, head] of (await list()).entries()) {
+  for (const [position, head] of (await list()).entries()) {
     room -= head.bytes;
-    if (place && (room < 0 || place >= MOST)) await remove(head.id);
+    if (position && (room < 0 || position >= MOST)) await remove(head.id);
   }
 }
 
@@ -66,7 +66,7 @@ function open() {
   });
 }
 
-/** Small things: the language, the theme, the settings. Null where the browser keeps nothing. */
+/** Small values: the language, the theme, the settings. Null where the browser allows no storage. */
 export function recall(name, store = localStorage) {
   try {
     return store.getItem(`earlyfusion.${name}`);
@@ -80,6 +80,6 @@ export function remember(name, value, store = localStorage) {
     if (value === null) store.removeItem(`earlyfusion.${name}`);
     else store.setItem(`earlyfusion.${name}`, value);
   } catch {
-    // It then holds until the page is closed.
+    // No storage: the value is lost when the page is closed.
   }
 }

@@ -1,4 +1,4 @@
-// Before the first paint: the theme that was chosen here, if any; the system's otherwise.
+// Runs before the first paint: the theme that the user chose, or the system's.
 try {
   document.documentElement.dataset.theme = localStorage.getItem("earlyfusion.theme") ?? "auto";
 } catch {

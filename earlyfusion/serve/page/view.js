@@ -1,4 +1,4 @@
-// What a conversation looks like. Text gets into the page as text only, never as HTML.
+// The elements of a conversation. Text is inserted as text only, never as HTML.
 
 import { styles, t } from "./words.js";
 
@@ -24,52 +24,52 @@ export function icon(name) {
   return svg;
 }
 
-// Views of replies on the page, to change them while they stream.
+// Elements of the replies and strips on the page, to update them while they stream.
 const shown = new WeakMap();
 const strips = new WeakMap();
 
-/** All turns; `act` has what the buttons do. */
+/** The elements of all turns; `act` holds the actions of their buttons. */
 export function turnViews(conversation, act) {
-  return conversation.turns.map((turn, place) =>
-    turn.role === "user" ? userView(turn, place, act) : modelView(turn, place, conversation, act),
+  return conversation.turns.map((turn, position) =>
+    turn.role === "user" ? userView(turn, position, act) : modelView(turn, position, conversation, act),
   );
 }
 
-function userView(turn, place, act) {
-  if (act.editing === turn) return editView(turn, place, act);
+function userView(turn, position, act) {
+  if (act.editing === turn) return editView(turn, position, act);
   const view = el("li", { class: "turn user" }, el("h2", { class: "hidden" }, t("you")));
   const bubble = el("div", { class: "bubble" });
   for (const part of turn.parts) {
     if (part.type === "text") bubble.append(el("p", { class: "text" }, part.text));
-    else view.append(pictureView(part, t("sentPicture"), `picture-${place}`, act));
+    else view.append(pictureView(part, t("sentPicture"), null, act));
   }
   const edit = el("div", { class: "actions" }, button("edit", () => act.edit(turn)));
   view.append(el("div", { class: "said" }, edit, ...(bubble.children.length ? [bubble] : [])));
   return view;
 }
 
-function editView(turn, place, act) {
+function editView(turn, position, act) {
   const words = turn.parts.find((part) => part.type === "text")?.text ?? "";
   const field = el("textarea", { rows: 3, "aria-label": t("editMessage") });
   field.value = words;
   const pictures = turn.parts.filter((part) => part.type === "image");
-  const kept = el("ul", { class: "attached" });
-  for (const part of pictures) kept.append(attachedView(part, () => pictures.splice(pictures.indexOf(part), 1)));
+  const thumbnails = el("ul", { class: "attached" });
+  for (const part of pictures) thumbnails.append(attachedView(part, () => pictures.splice(pictures.indexOf(part), 1)));
   const done = (event) => {
     event.preventDefault();
-    act.saveEdit(turn, place, [...pictures, ...(field.value.trim() ? [{ type: "text", text: field.value.trim() }] : [])]);
+    act.saveEdit(turn, position, [...pictures, ...(field.value.trim() ? [{ type: "text", text: field.value.trim() }] : [])]);
   };
   field.addEventListener("keydown", (event) => {
     if (event.key === "Escape") act.edit(null, turn);
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) done(event);
   });
   return el("li", { class: "turn user editing" },
-    el("form", { onsubmit: done }, kept, field, el("p", { class: "note" }, t("editNote")),
+    el("form", { onsubmit: done }, thumbnails, field, el("p", { class: "note" }, t("editNote")),
       el("div", { class: "row" }, el("button", { class: "solid" }, t("saveEdit")),
         button("cancel", () => act.edit(null, turn)))));
 }
 
-/** A picture that is about to be sent, with a button that takes it out. */
+/** A picture to be sent, with a button that removes it. */
 export function attachedView(part, takeOut) {
   const name = part.name ?? t("picture");
   const view = el("li", {}, image(part.url, t("attachedPicture", { name })));
@@ -78,15 +78,15 @@ export function attachedView(part, takeOut) {
   return view;
 }
 
-function modelView(turn, place, conversation, act) {
+function modelView(turn, position, conversation, act) {
   const reply = turn.replies[turn.chosen];
   const view = el("li", { class: "turn model" }, el("h2", { class: "hidden" }, t("reply")));
   const content = el("div", { class: "content" });
   const meta = el("p", { class: "meta" });
   const actions = el("div", { class: "actions" });
   view.append(content, ...(turn.replies.length > 1 ? [stripView(turn, act)] : []), meta, actions);
-  const last = place === conversation.turns.length - 1;
-  const parts = { turn, content, meta, actions, act, place, last, nodes: [] };
+  const last = position === conversation.turns.length - 1;
+  const parts = { turn, content, meta, actions, act, position, last, nodes: [] };
   shown.set(reply, parts);
   updateReply(reply);
   return view;
@@ -106,7 +106,7 @@ function stripView(turn, act) {
   return strip;
 }
 
-/** Bring the small pictures of a turn's replies up to date. */
+/** Update the thumbnails of a turn's replies. */
 export function updateStrip(turn) {
   for (const [number, pick] of [...(strips.get(turn)?.children ?? [])].entries()) {
     const drawn = turn.replies[number].parts.find((part) => part.url ?? part.partial);
@@ -114,7 +114,7 @@ export function updateStrip(turn) {
   }
 }
 
-/** Bring the view of a reply, if there is one, up to date. */
+/** Update the elements of a reply, if it is on the page. */
 export function updateReply(reply) {
   const view = shown.get(reply);
   if (!view) return;
@@ -151,7 +151,7 @@ function updatePart(view, reply, index, part) {
   }
 }
 
-/** A picture in the making: the rows that are drawn, and how far it is. */
+/** A picture that is being drawn: its finished rows and a progress bar. */
 function drawingView(part, act, busy) {
   const frame = el("div", { class: "frame" }, image("", ""), el("progress", { max: 1, "aria-label": t("drawing") }));
   const [width, height] = act.size();
@@ -168,16 +168,17 @@ function drawInto(frame, part, busy) {
   picture.hidden = !part.partial;
   if (!part.partial) return;
   if (picture.src !== part.partial) picture.src = part.partial;
-  // What is below was not drawn yet: it is grey in the file, and left out here.
+  // The rows below are not drawn yet; the file shows them grey, the page hides them.
   picture.style.clipPath = `inset(0 0 ${100 * (1 - part.shown)}% 0)`;
 }
 
+/** A finished picture and its buttons. The user's pictures have no `name` and no download. */
 function pictureView(part, alt, name, act) {
   const extension = /^data:image\/(\w+)/.exec(part.url)?.[1] ?? "png";
   const bar = el("div", { class: "bar" });
   if (act.draws()) bar.append(button("vary", () => act.vary(part)), restyleView(part, act));
-  bar.append(button("reuse", () => act.reuse(part)),
-    el("a", { class: "quiet", href: part.url, download: `${name}.${extension}` }, t("download")));
+  bar.append(button("reuse", () => act.reuse(part)));
+  if (name) bar.append(el("a", { class: "quiet", href: part.url, download: `${name}.${extension}` }, t("download")));
   return el("figure", {}, el("div", { class: "frame" }, image(part.url, alt)), bar);
 }
 
@@ -201,19 +202,19 @@ function restyleView(part, act) {
 
 function image(url, alt) {
   const picture = el("img", { alt });
-  // Small pictures are shown with their pixels, not blurred.
+  // Small pictures are enlarged without smoothing.
   picture.addEventListener("load", () => picture.classList.toggle("pixels", picture.naturalWidth <= 128));
   if (url) picture.src = url;
   return picture;
 }
 
-function replyActions({ turn, place, act, last }, reply) {
+function replyActions({ turn, position, act, last }, reply) {
   const text = reply.parts.some((part) => part.text);
   return [
-    ...(last ? [button("regenerate", () => act.regenerate(turn, place))] : []),
+    ...(last ? [button("regenerate", () => act.regenerate(turn, position))] : []),
     ...(text ? [button("copyText", () => act.copyText(reply))] : []),
-    button("copyCurl", () => act.copyCurl(reply, place)),
-    button("copyPython", () => act.copyPython(reply, place)),
+    button("copyCurl", () => act.copyCurl(reply, position)),
+    button("copyPython", () => act.copyPython(reply, position)),
   ];
 }
 
@@ -221,10 +222,10 @@ function summary(reply) {
   const { usage, seconds, first } = reply;
   const drawn = usage?.completion_tokens_details?.image_tokens ?? 0;
   const written = (usage?.completion_tokens ?? 0) - drawn;
-  const reason = reply.state === "done" ? reply.reason : reply.state;
+  const ended = reply.reason === "length" ? "length" : "stop";
   const short = (number) => number.toFixed(number < 10 ? 2 : 1);
   return [
-    t(`reason_${reason === "length" || reason === "stop" ? reason : reply.state === "done" ? "stop" : reason}`),
+    t(`reason_${reply.state === "done" ? ended : reply.state}`),
     written ? t("textTokens", { n: written }) : "",
     drawn ? t("imageTokens", { n: drawn }) : "",
     first ? t("firstAfter", { s: short(first) }) : "",

@@ -1,4 +1,4 @@
-// The words of the page in English and Korean. `{name}` is filled in.
+// The words of the page in English and Korean. `{name}` is replaced by a value.
 
 const WORDS = {
   en: {
@@ -195,7 +195,7 @@ const WORDS = {
   },
 };
 
-// mini knows the styles that it was trained on; other models are asked in everybody's words.
+// Styles that mini was trained on, and common ones for other models.
 const STYLES = {
   mini: { en: ["Twemoji", "Noto", "3D", "Noto blob"], ko: ["트위모지", "노토", "3D", "노토 블롭"] },
   other: {
@@ -213,7 +213,7 @@ export function t(name, values = {}) {
   return WORDS[language][name].replace(/\{(\w+)\}/g, (_, key) => values[key]);
 }
 
-/** Speak `wanted`, and put the words into the elements that ask for them. */
+/** Switch to a language, and fill in the elements that name a word in data-t, data-t-label and so on. */
 export function speak(wanted) {
   language = wanted.startsWith("ko") ? "ko" : "en";
   document.documentElement.lang = language;
