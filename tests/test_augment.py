@@ -78,6 +78,13 @@ def test_the_share_asked_for_becomes_grey_and_the_share_asked_for_stays() -> Non
     assert 0.18 < same.float().mean() < 0.32
 
 
+def test_contrast_goes_as_far_up_as_down() -> None:
+    pixels = torch.zeros(400, 3, 4, 4)  # a grey half way between black and white
+    changes = changed(pixels, ChangeConfig(contrast=0.3), generator())
+    assert changes.abs().max() <= 0.3 + 1e-6 and abs(changes.mean()) < 0.03
+    assert changes.min() < -0.27 and changes.max() > 0.27
+
+
 def test_bytes_become_pixels_at_another_side() -> None:
     table = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8)
     whole, half = resized(table, 16), resized(table, 8)

@@ -187,3 +187,12 @@ def test_command_wants_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[st
     error = capsys.readouterr().err
     assert error.startswith("error: no concepts.jsonl in")
     assert error.count("\n") == 1
+
+
+def test_features_say_where_an_edge_is() -> None:
+    picture = PIL.Image.new("RGB", (64, 64), "white")
+    picture.paste("black", (0, 0, 32, 64))
+    colours, edges = emoji.features(picture)
+    assert (colours.size, edges.size) == (768, 256)
+    columns = edges.reshape(16, 16)
+    assert columns[:, 7:9].mean() > 0.05 and np.delete(columns, (7, 8), 1).max() < 1e-6

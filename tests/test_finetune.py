@@ -81,6 +81,7 @@ def test_finetuning_ends_in_a_model_that_answers_and_draws(
     tuned = Chameleon.load(str(tmp_path / "out" / "model"), device="cpu")
     assert len(tuned.generate("Draw a pear.", output="image", seed=0).images) == 1
     assert losses(tmp_path / "out")[-1] < losses(tmp_path / "out")[0]
+    assert list((tmp_path / "out" / "samples").glob("*.png")), "prompts of the data are drawn"
     filed = (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
     assert [json.loads(line)["row"] for line in filed] == [10]
     assert "broken rows: 1, see" in capsys.readouterr().err

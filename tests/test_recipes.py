@@ -12,14 +12,17 @@ import pytest
 import torch
 
 from earlyfusion import Chameleon, SamplingParams
+from earlyfusion.config import PRESETS
 from earlyfusion.content import Image
 from earlyfusion.errors import DataError, SettingError
 from earlyfusion.mini import styles as mini_styles
 from earlyfusion.mini.emoji.dataset import EmojiData
+from earlyfusion.mini.stage import StageConfig, first_model
 from earlyfusion.mini.transformer import Documents
 from earlyfusion.model.vqgan import VQGAN
 from earlyfusion.processor import Processor, train_tokenizer
 from earlyfusion.recipes.run import RECIPES, load, override, run
+from earlyfusion.train import checkpoint
 from earlyfusion.train.image_tokenizer import nearest_codewords
 from earlyfusion.train.monitor import read_metrics
 from earlyfusion.vocabulary import ImageLayout
@@ -102,6 +105,12 @@ def test_noise_swaps_codes_of_pictures_in_prompts_for_near_ones_and_of_no_other(
 def test_the_second_stage_takes_over_tokenizer_and_codes(runs: Path, tmp_path: Path) -> None:
     for name in ("tokenizer.json", "codes.npy"):
         assert (runs / "first" / name).read_bytes() == (runs / "lm" / name).read_bytes()
+    vocab_size = Processor(runs / "first" / "tokenizer.json", ImageLayout(8, 8)).vocabulary.size
+    small = replace(PRESETS["mini"], hidden_size=32, intermediate_size=64)
+    small = replace(small, num_attention_heads=2, num_hidden_layers=2)
+    model = first_model(StageConfig(start=runs / "first", model=small), vocab_size)
+    first = checkpoint.weights(runs / "first")
+    assert all(torch.equal(value, first[name]) for name, value in model.state_dict().items())
     with pytest.raises(DataError, match="start="):
         run(
             "mini_answers",
