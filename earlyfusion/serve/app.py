@@ -28,6 +28,7 @@ from earlyfusion.serve.gate import Gate
 from earlyfusion.serve.images import ImagesReply
 from earlyfusion.serve.metrics import CONTENT_TYPE
 from earlyfusion.serve.options import ServeOptions
+from earlyfusion.serve.page import page_routes
 from earlyfusion.serve.pictures import PictureLimits, media_type
 from earlyfusion.serve.protocol import (
     ChatRequest,
@@ -81,6 +82,7 @@ def make_app(model: Chameleon, options: ServeOptions | None = None) -> FastAPI:
     app.add_exception_handler(405, _no_route)
     app.add_exception_handler(RequestValidationError, _no_route)
     _Routes(service).add(app)
+    app.include_router(page_routes())
     app.add_middleware(Gate, service=service)
     if service.options.cors_origins:
         app.add_middleware(

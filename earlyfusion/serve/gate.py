@@ -19,12 +19,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from earlyfusion.serve.errors import ApiError, reported
 from earlyfusion.serve.options import is_loopback
+from earlyfusion.serve.page import PAGE_PATHS
 from earlyfusion.serve.replies import JsonReply
 from earlyfusion.serve.service import Service
 
 log = logging.getLogger("earlyfusion.serve")
 BODY_SECONDS = 30.0  # between two pieces of a body
-_OPEN = {"/health", "/ready"}
+_OPEN = {"/health", "/ready"} | PAGE_PATHS
 _CONTENT = re.compile(r"/v1/files/([^/]+)/content")
 _CLIENTS_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
