@@ -226,7 +226,7 @@ def said(out: Path, case: str, rank: int) -> str:
 def test_an_error_inside_a_step_ends_the_others(two: Path) -> None:
     assert read(two / "caught" / "ended.json") == [1, 1]
     for rank in range(2):
-        assert said(two, "caught", rank).endswith("has gone: start the program again\n")
+        assert said(two, "caught", rank).endswith("has ended: start the program again\n")
 
 
 def test_a_program_that_fails_lets_the_others_go(two: Path) -> None:

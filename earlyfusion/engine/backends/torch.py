@@ -42,7 +42,7 @@ class Layer(NamedTuple):
 
 
 class FusedTransformer:
-    """Fused products in torch, on any device. `layers` may be read and replaced by tests."""
+    """Fused products in torch, on any device."""
 
     whole_prompts = False
     draw = None
