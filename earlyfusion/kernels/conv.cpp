@@ -7,8 +7,8 @@
 // so that the result may overwrite the input.
 //
 // Layouts: x [B, Y, X, C], out and plus [B, Y, X, K], weight [K, C, 3, 3], the kernel at its points
-// [36, panels, C, panel]; C is a multiple of 16. A panel is 1 to 4 vectors of output channels, as many
-// as a product has sums in registers at once.
+// [36, panels, C, panel]; C is a multiple of 16. A panel is 1 to 4 vectors of output channels: those
+// whose sums a product has in registers at once.
 
 #include <omp.h>
 
@@ -300,8 +300,8 @@ void run(const Job& job, const float* kernel, int64_t from, int64_t to, float* e
 
 }  // namespace
 
-// `kernel` is room for 36 * C * K floats, K rounded up to a multiple of 16. `plus` may be null, and so
-// may `scale` and `shift` [B, C], whose swish comes before the convolution.
+// `kernel` is room for 36 * C * K floats, K rounded up to a multiple of 16. `plus` may be null, and
+// so may `scale` and `shift` [B, C], whose swish comes before the convolution.
 extern "C" void earlyfusion_conv3x3(const float* x, const float* weight, const float* bias,
                                     const float* plus, const float* scale, const float* shift,
                                     float* out, float* kernel, int64_t B, int64_t Y, int64_t X, int64_t C,
@@ -323,7 +323,7 @@ extern "C" void earlyfusion_conv3x3(const float* x, const float* weight, const f
       if (above >= 0) std::memcpy(own_edges, source_row(job, b, above), bytes);
       if (below < Y) std::memcpy(own_edges + size, source_row(job, end, below), bytes);
     }
-    transform_kernel(job, kernel);  // ends with a barrier: the edges are copied, nothing is written yet
+    transform_kernel(job, kernel);  // ends with a barrier, so that edges are copied before writes
     run(job, kernel, from, to, own_edges);
   }
 }

@@ -35,7 +35,7 @@ enum Format : int64_t { FP32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };  // of weights
 
 struct Matrix {
   const void* data;
-  const void* scales;  // of int8 and int4
+  const void* scales;            // of int8 and int4
   int64_t rows, stride, format;  // stride: padded columns
 };
 
@@ -43,19 +43,20 @@ struct Layer {
   Matrix q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj;
   const float *attention_norm, *feed_forward_norm;
   const float *q_weight, *q_bias, *k_weight, *k_bias;  // norms of the heads
-  void *k_cache, *v_cache;    // [slots, K, slot_length, H]
+  void *k_cache, *v_cache;     // [slots, K, slot_length, H]
   float *k_scales, *v_scales;  // of an int8 cache: [slots, K, slot_length]
 };
 
 struct Model {
   int64_t layer_count, D, N, K, H, F;
-  int64_t norm_after, cache_format, slot_length;  // norm_after: of what a branch gives, not takes
+  int64_t norm_after;  // 1: norms of the branches' outputs (the 34B), 0: of their inputs
+  int64_t cache_format, slot_length;
   float eps;
   const Layer* layers;
   const float *final_norm, *cos, *sin;  // cos, sin: [positions, H / 2]
 };
 
-// ---- vectors of sixteen
+// ---- arithmetic of products
 
 // a * b + c, rounded once. Left to the compiler, it may be rounded twice in one instance of a
 // template and once in another; then a row would depend on how many others a step has.
@@ -106,16 +107,16 @@ inline __m128 four_sums(const __m256* low, const __m256* high) {
 // so that a block of columns is passed once for each side.
 template <int X, class W, class A>
 inline floats16 eights4(const W* w, int64_t stride, const A* input, int64_t input_stride,
-                  int64_t distance) {
+                        int64_t distance) {
   const int64_t block = 512;
-  const int together = X == 1 ? 2 : 1;
-  __m256 acc[X][2][4];
+  const int together = X == 1 ? 2 : 1;  // sides at once
+  __m256 acc[X][2][4];  // [row of input][side][row of weights]
   for (int i = 0; i < X; i++)
     for (int r = 0; r < 4; r++) acc[i][0][r] = acc[i][1][r] = _mm256_setzero_ps();
   for (int64_t first = 0; first < stride; first += block) {
     const int64_t last = std::min(stride, first + block);
     for (int side = 0; side < 2; side += together) {
-      __m256 a[X][together][4];
+      __m256 a[X][together][4];  // `acc` of this side, in registers
       for (int i = 0; i < X; i++)
         for (int h = 0; h < together; h++)
           for (int r = 0; r < 4; r++) a[i][h][r] = acc[i][side + h][r];
@@ -147,7 +148,6 @@ inline floats16 eights4(const W* w, int64_t stride, const A* input, int64_t inpu
 // ---- products
 
 // The input of a product in both precisions, R rows, zero after the last column.
-
 struct Input {
   float* fp32;
   uint16_t* bf16;  // null where the weights are fp32 or int8
@@ -230,7 +230,8 @@ floats16 dots4(const uint16_t* w, int64_t stride, const Input& in, int64_t row) 
       floats16 v = pairs(w + r * stride + c);
       hold<X>(v);
       for (int i = 0; i < X; i++)
-        acc[4 * i + r] = floats16(_mm512_dpbf16_ps(__m512(acc[4 * i + r]), __m512bh(v), __m512bh(x[i])));
+        acc[4 * i + r] =
+            floats16(_mm512_dpbf16_ps(__m512(acc[4 * i + r]), __m512bh(v), __m512bh(x[i])));
     }
   }
   return sums<4 * X>(acc);
@@ -243,7 +244,8 @@ floats16 dots4(const uint16_t* w, int64_t stride, const Input& in, int64_t row) 
 // 32 columns have a bf16 scale.
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
 template <int X>
-floats16 dots4(const uint8_t* w, const uint16_t* scales, int64_t stride, const Input& in, int64_t row) {
+floats16 dots4(const uint8_t* w, const uint16_t* scales, int64_t stride, const Input& in,
+               int64_t row) {
   alignas(64) uint16_t levels[32];
   for (int i = 0; i < 32; i++) levels[i] = as_bf16(float(i % 16 - 8));
   // The level of a nibble as bf16: what `permutexvar` looks up.
@@ -282,10 +284,13 @@ const bool UNPACKS_INT4 = false;
 #else
 // Other processors unpack four rows first; a level times its scale is exact in fp32.
 template <int X>
-floats16 dots4(const uint8_t*, const uint16_t*, int64_t, const Input&, int64_t) { return floats16{}; }
+floats16 dots4(const uint8_t*, const uint16_t*, int64_t, const Input&, int64_t) {
+  return floats16{};
+}
 const bool UNPACKS_INT4 = true;
 #endif
 
+// n columns, of all rows: a multiple of 64.
 void unpack_int4(const uint8_t* w, const uint16_t* scales, int64_t n, float* __restrict out) {
   for (int64_t c = 0; c < n; c += 64) {
     const float scale_1 = as_float(scales[c / 32]), scale_2 = as_float(scales[c / 32 + 1]);
@@ -297,7 +302,8 @@ void unpack_int4(const uint8_t* w, const uint16_t* scales, int64_t n, float* __r
 
 // `unpacked` holds the four rows of an int4 matrix as floats, or is null.
 template <int X>
-floats16 four_rows(const Matrix& m, int64_t first, const Input& in, int64_t row, const float* unpacked) {
+floats16 four_rows(const Matrix& m, int64_t first, const Input& in, int64_t row,
+                   const float* unpacked) {
   const int64_t at = first * m.stride;
   if (unpacked) return plain4<X>(unpacked, m.stride, in.bf16 + row * in.stride, in.stride, 0);
   switch (m.format) {
@@ -376,8 +382,8 @@ Range multiply(const Matrix& m, const Input& in, int64_t R, float* y, int64_t y_
   return mine;
 }
 
-// A barrier. OpenMP's own keeps spinning, which costs whole time slices where a thread shares its core
-// with another process; this one yields the core after a while.
+// A barrier. OpenMP's own keeps spinning, which costs whole time slices where a thread shares its
+// core with another process; this one yields the core after a while.
 class Barrier {
  public:
   void wait() {
@@ -418,8 +424,8 @@ float squares(const float* x, int64_t n, float mean) {
   return s;
 }
 
-ONE_COPY void rms_norm(const float* __restrict x, const float* __restrict weight, int64_t n, float eps,
-              float* __restrict y) {
+ONE_COPY void rms_norm(const float* __restrict x, const float* __restrict weight, int64_t n,
+                       float eps, float* __restrict y) {
   const float scale = 1.0f / std::sqrt(squares(x, n, 0) / n + eps);
   for (int64_t i = 0; i < n; i++) y[i] = x[i] * scale * weight[i];
 }
@@ -462,8 +468,9 @@ float total(const float* x, int64_t n) {
 }
 
 // LayerNorm over one head, then rotation of the pairs (i, i + H / 2); its eps is fixed.
-ONE_COPY void head_norm_and_rotate(const float* x, const float* weight, const float* bias, const float* cos,
-                        const float* sin, int64_t H, float* __restrict y) {
+ONE_COPY void head_norm_and_rotate(const float* x, const float* weight, const float* bias,
+                                   const float* cos, const float* sin, int64_t H,
+                                   float* __restrict y) {
   const float mean = total(x, H) / H, scale = 1.0f / std::sqrt(squares(x, H, mean) / H + 1e-5f);
   const int64_t half = H / 2;
   for (int64_t i = 0; i < half; i++) {
@@ -653,7 +660,8 @@ ONE_COPY void attend(const Model& m, const CachedHead<T>& k, const CachedHead<T>
 }
 
 // silu(gate) * up, for the columns of one thread.
-ONE_COPY void activate(const float* gates, const float* ups, Range mine, const Input& inner, int64_t row) {
+ONE_COPY void activate(const float* gates, const float* ups, Range mine, const Input& inner,
+                       int64_t row) {
   for (int64_t n = mine.first; n < mine.last; n += 16) {
     const int64_t count = std::min<int64_t>(16, mine.last - n);
     floats16 gate = {}, up = {};
@@ -703,10 +711,10 @@ struct Heads {
     attend(m, k, v, lengths[row] + 1, q, scratch + m.H, scratch, attended, row, n);
   }
 
-  // Tasks are pairs of a row and a key head; threads take turns. If rows share a slot, later ones look
-  // back at keys that other threads store, so all are stored first; then the tasks of one head follow
-  // each other, so that its keys stay in the processor's cache.
-  void all(int64_t R, bool shared, Barrier& barrier, float* scratch) const {
+  // Tasks are pairs of a row and a key head; threads take turns. If rows share a slot, later ones
+  // look back at keys that other threads store, so all are stored first; then the tasks of one head
+  // follow each other, so that its keys stay in the processor's cache.
+  void run(int64_t R, bool shared, Barrier& barrier, float* scratch) const {
     const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads(), tasks = R * m.K;
     if (!shared) {
       for (int64_t task = thread; task < tasks; task += team) {
@@ -726,11 +734,10 @@ template <class T>
 void attention(const Model& m, const Layer& l, const int64_t* slots, const int64_t* lengths,
                float* qkv, int64_t qkv_width, const Input& attended, int64_t R, bool shared,
                Barrier& barrier, float* scratch) {
-  Heads<T>{m, l, slots, lengths, qkv, qkv_width, attended}.all(R, shared, barrier, scratch);
+  Heads<T>{m, l, slots, lengths, qkv, qkv_width, attended}.run(R, shared, barrier, scratch);
 }
 
-// Whether rows share a slot.
-bool any_twice(const int64_t* slots, int64_t R) {
+bool share_a_slot(const int64_t* slots, int64_t R) {
   std::vector<int64_t> sorted(slots, slots + R);
   std::sort(sorted.begin(), sorted.end());
   return std::adjacent_find(sorted.begin(), sorted.end()) != sorted.end();
@@ -764,7 +771,7 @@ const int64_t* earlyfusion_abi() {
   return sizes;
 }
 
-// The column that each of B choices comes to; -1 where the logits are not finite.
+// The column drawn for each of B choices; -1 where the logits are not finite.
 void earlyfusion_draw(const Choice* choices, int64_t B, int64_t* drawn, int64_t threads) {
   int64_t widest = 0;
   for (int64_t b = 0; b < B; b++) widest = std::max(widest, choices[b].columns);
@@ -782,7 +789,7 @@ void earlyfusion_draw(const Choice* choices, int64_t B, int64_t* drawn, int64_t 
 void earlyfusion_step(const Model* model, int64_t R, float* x_RD, const int64_t* slots,
                       const int64_t* lengths, int64_t threads) {
   const Model& m = *model;
-  const bool shared = any_twice(slots, R);
+  const bool shared = share_a_slot(slots, R);
   const int64_t D = m.D, qkv_width = (m.N + 2 * m.K) * m.H;
   int64_t longest = 0;
   for (int64_t row = 0; row < R; row++) longest = std::max(longest, lengths[row] + 1);
@@ -796,7 +803,7 @@ void earlyfusion_step(const Model* model, int64_t R, float* x_RD, const int64_t*
                                                             : attention<int8_t>;
 #pragma omp parallel num_threads(threads)
   {
-    // Of each thread, so that norms and sums need no barrier: all compute the same.
+    // Each thread has its own x and computes the same norms and sums: that needs no barrier.
     Buffers in_buffer(R, D, bf16);
     const Input in = in_buffer.input();
     Aligned<float> x(x_RD, x_RD + R * D), norm_scratch(D);

@@ -1,8 +1,8 @@
-// The draw of a token: guidance, mask, penalty, temperature, top-k, top-p, min-p, then the inverse of
-// the cumulative probability. Instead of sorting, thresholds are found by halving the range of floats.
+// The draw of a token: guidance, mask, penalty, temperature, top-k, top-p, min-p, then the inverse
+// of the cumulative probability. Instead of sorting, thresholds are found by bisection over floats.
 //
-// It gives what `guidance.combine`, `penalise`, `warp` and `pick` of generation/ give, up to the order
-// of sums. Part of cpu_step.cpp.
+// It gives what `guidance.combine`, `penalise`, `warp` and `pick` of generation/ give, up to the
+// order of sums. Part of cpu_step.cpp.
 
 #pragma once
 
@@ -87,7 +87,7 @@ struct Choice {
 };
 
 // Whether a token can be drawn: no NaN, no +inf, and not everything blocked.
-bool sound(const float* z, int64_t n) {
+bool is_drawable(const float* z, int64_t n) {
   float top = -INFINITY;
   bool all = true;
   for (int64_t i = 0; i < n; i++) {
@@ -136,7 +136,7 @@ struct Draw {
     }));
   }
 
-  // Drops the least likely while they have at most `tail` of the probability; of equal ones the first.
+  // Drops the least likely while they have at most `tail` of the probability, of equals the first.
   void top_p(float tail) {
     auto below = [&](float least) {
       floats16 mass = {};
@@ -205,10 +205,10 @@ struct Draw {
   }
 };
 
-// The column that a choice comes to, -1 where its logits are not finite; z and e are room for them.
+// The column drawn from a choice, -1 where its logits are not finite; z and e are room for them.
 int64_t drawn_column(const Choice& c, float* z, double* e) {
   c.mix(z);
-  if (!sound(z, c.columns)) return -1;
+  if (!is_drawable(z, c.columns)) return -1;
   Draw row(c.columns, float(c.temperature), z, e);
   if (c.temperature == 0) return row.greedy();
   if (c.top_k > 0 && c.top_k < c.columns) row.top_k(c.top_k);

@@ -70,7 +70,7 @@ inline void store(float* p, floats16 v) { std::memcpy(p, &v, 64); }
 
 inline floats16 splat(float x) { return floats16{} + x; }
 
-// Vectors that begin on a line of the processor's cache, so that no read of sixteen floats takes two.
+// Vectors that begin on a line of the processor's cache: then no read of sixteen floats takes two.
 template <class T>
 struct LineAllocator {
   typedef T value_type;
