@@ -82,7 +82,7 @@ def rows_of(
 
 
 def by_hand(processor: Processor, rows: DeviceRows, way: int) -> Packer:
-    """The packer of `train.data` on the same documents, all pictures cut in one way."""
+    """The packer of `data.packing` on the same documents, all pictures cut in one way."""
     codes = table()[:, way].view(-1, GRID, GRID).numpy().astype(np.int64)
 
     def document(number: int) -> TokenSequence:

@@ -329,7 +329,7 @@ def test_a_manifest_must_be_one(tmp_path: Path, capsys: pytest.CaptureFixture[st
         build.read_manifest(path)
     for text in ("{", "[]", '{"packages": {}}'):
         path.write_text(text)
-        with pytest.raises(DataError, match="is no manifest"):
+        with pytest.raises(DataError, match="is not a manifest"):
             build.read_manifest(path)
     assert build.main(["--out", str(tmp_path / "out"), "--manifest", str(path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -174,7 +174,7 @@ def test_the_larger_mini_fits_forty_megabytes_and_the_longest_document() -> None
     [
         (["stages=answers,drawing"], "names 'drawing': choose of image_tokenizer"),
         (["stages="], "choose of image_tokenizer"),
-        (["minutes=-1"], "minutes=-1 must be 0 or more"),
+        (["minutes=-1"], "minutes=-1 must be 0"),
         (["minutes=5", "stages=answers"], "names 'answers': choose of image_tokenizer, decoder"),
         (["changes=chat.rows=8"], "needs minutes="),
         (["minutes=5", "changes=chats.rows=8"], "changes=chats.rows=8 must be STAGE.FIELD=VALUE"),

@@ -23,7 +23,6 @@ from earlyfusion.model.vqgan import VQGAN
 from earlyfusion.processor import Processor, train_tokenizer
 from earlyfusion.recipes.run import RECIPES, load, override, run
 from earlyfusion.train import checkpoint
-from earlyfusion.train.image_tokenizer import nearest_codewords
 from earlyfusion.train.monitor import read_metrics
 from earlyfusion.vocabulary import ImageLayout
 
@@ -81,7 +80,7 @@ def test_the_last_stage_cuts_the_pictures_in_more_ways(runs: Path) -> None:
 
 def test_noise_swaps_codes_of_pictures_in_prompts_for_near_ones_and_of_no_other(runs: Path) -> None:
     vqgan = VQGAN(mini_styles.config.model.vq_config)
-    near = nearest_codewords(vqgan).numpy()
+    near = near_codes(vqgan)
     distances = torch.cdist(vqgan.quantize.embedding.weight, vqgan.quantize.embedding.weight)
     assert (near[:, 0] == distances.fill_diagonal_(torch.inf).argmin(1).numpy()).all()
     data = EmojiData(DATA)

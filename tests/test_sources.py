@@ -110,7 +110,7 @@ def test_a_folder_of_pictures_with_texts_beside_them(tmp_path: Path) -> None:
             (folder / name).with_suffix(".txt").write_text(f"Pear {name}\n", encoding="utf-8")
     rows = opened_rows(folder, tmp_path / "cache")
     assert rows[:3] == [{"image": n, "text": f"Pear {n}"} for n in ("a.PNG", "b.png", "deep/c.png")]
-    assert rows[3].startswith("there is no lonely.txt beside lonely.png")
+    assert rows[3].startswith("lonely.txt is missing beside lonely.png")
     opened = open_rows(str(folder), tmp_path / "cache", RowSettings())
     table, _ = opened.find(2)
     assert table.read(rows[2], "deep/c.png") == png(2)

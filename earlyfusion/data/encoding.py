@@ -1,6 +1,6 @@
 """Rows -> tokens: pictures are read, cut into codes in batches, and spelled.
 
-Pictures of prompts are made square as the model does it when it is asked, by "crop" or "fit"; those
+Pictures of prompts are made square as the model does it at inference, by "crop" or "fit"; those
 of answers are cropped, so that none is drawn with a border (arXiv 2405.09818, section 3.1, fits
 those of prompts in). Half of the pairs have the picture first (section 2.2).
 """
@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 
 from earlyfusion.content import Image, Message, Role, Text
-from earlyfusion.data.forms import TEXT, Example, Picture, Turn, example_of
+from earlyfusion.data.forms import TEXT, Example, Picture, Turn, example_of, form_of
 from earlyfusion.data.rows import Quarantine, Rows
 from earlyfusion.errors import DataError, ImageError, PromptError, SettingError
 from earlyfusion.image_tokenizer import ImageTokenizer, Mode
@@ -138,10 +138,13 @@ class Encoder:
         return [None if read.turns is None else self._document(read, codes) for read in batch]
 
     def _example(self, row: dict[str, Any], number: int) -> Example:
+        picture_first = form_of(row) == "pair" and self._picture_first(number)
+        return example_of(row, picture_first, plain_pairs=self.settings.pairs == "document")
+
+    def _picture_first(self, number: int) -> bool:
         # Drawn by the row's number alone: shards and raw rows have the same pairs turned around.
         draw = np.random.default_rng([self.settings.pair_seed, number]).random()
-        plain_pairs = self.settings.pairs == "document"
-        return example_of(row, bool(draw < self.settings.image_first), plain_pairs)
+        return bool(draw < self.settings.image_first)
 
     def _codes(self, images: Sequence[tuple[Role, Image]]) -> list[np.ndarray]:
         """Codes of pictures in order; a batch per role, since roles have resize modes."""
@@ -150,8 +153,8 @@ class Encoder:
         for speaker, mode in modes.items():
             mine = [number for number, (role, _) in enumerate(images) if role == speaker]
             codes = self._image_tokenizer.encode([images[number][1] for number in mine], mode)
-            for number, own in zip(mine, codes.cpu().numpy(), strict=True):
-                found[number] = own
+            for number, codes_hw in zip(mine, codes.cpu().numpy(), strict=True):
+                found[number] = codes_hw
         return found
 
     def _document(self, read: Read, codes: Iterator[np.ndarray]) -> TokenSequence:

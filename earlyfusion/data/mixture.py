@@ -25,7 +25,7 @@ from earlyfusion.errors import DataError, SettingError
 from earlyfusion.processor import TokenSequence
 
 _CYCLE = 4096  # documents in which each source has exactly its share
-_TRIES = 1000  # rows in a row that may be of no use
+_TRIES = 1000  # consecutive rows that may be unusable
 _MASK = (1 << 64) - 1
 
 
@@ -33,7 +33,7 @@ class Numbered(Protocol):
     """Anything with numbered entries."""
 
     groups: list[int]
-    """Numbers of entries that are cheap to read together, in order."""
+    """Sizes of the groups of entries that are cheap to read together, in order."""
     is_random: bool
     """Whether any entry is as cheap to read as the next one."""
 
@@ -153,8 +153,7 @@ class Mixture:
         draw = self._schedule.draw(number)
         order = self._sources[draw.source]
         for attempt in range(_TRIES):
-            # A row that replaces a broken one comes again in its turn: to leave it out would
-            # need a state.
+            # The replacement comes again in its turn: to leave it out would take a state.
             epoch, pieces = order.pieces(draw.turn + attempt)
             if pieces:
                 # A long document gives another of its pieces in each epoch.

@@ -167,8 +167,8 @@ def checksum(path: Path) -> str:
 def _check(folder: Path, index: Mapping[str, Any], fingerprints: Mapping[str, str]) -> None:
     if not index.get("complete"):
         raise DataError(f"{folder} is not complete: run the same earlyfusion tokenize again")
-    for what, own in fingerprints.items():
-        if index["fingerprints"].get(what) != own:
+    for what, fingerprint in fingerprints.items():
+        if index["fingerprints"].get(what) != fingerprint:
             raise DataError(
                 f"{folder} was made with another {what.replace('_', ' ')} than this model's: "
                 "tokenize the corpus with this model"

@@ -46,7 +46,7 @@ class Table(Protocol):
 
     path: Path
     groups: list[int]
-    """Numbers of rows that are cheap to read together, in order."""
+    """Sizes of the groups of rows that are cheap to read together, in order."""
     is_random: bool
     """Whether any row is as cheap to read as the next one."""
 
@@ -168,8 +168,8 @@ class TarRows:
                 row[suffix] = _decoded(data) if _is_text(suffix) else data
         # A dialogue in a tar rarely names its pictures: they are the other members of its sample.
         if {"messages", "conversations", "prompt"} & row.keys() and not _names_pictures(row):
-            own = [row[s] for s in sorted(members, key=_natural) if _is_picture(s)]
-            row |= {"images": own} if own else {}
+            pictures = [row[s] for s in sorted(members, key=_natural) if _is_picture(s)]
+            row |= {"images": pictures} if pictures else {}
         return row
 
     def _contents(self, file: BinaryIO, member: int) -> bytes:
@@ -322,7 +322,7 @@ class Captioned:
             said = _decoded(text.read_bytes())
         except OSError:
             raise DataError(
-                f"there is no {text.name} beside {self._names[number]}: write its text there"
+                f"{text.name} is missing beside {self._names[number]}: write its text there"
             ) from None
         return {"image": self._names[number], "text": said}
 
@@ -592,13 +592,13 @@ def _without_bytes(pyarrow: Any, column: Any) -> Any:
 
     Only the offsets of the bytes are read, so that those of a mapped file stay on the disk.
     """
-    kind, types = column.type, pyarrow.types
-    if types.is_binary(kind) or types.is_large_binary(kind):
+    dtype, types = column.type, pyarrow.types
+    if types.is_binary(dtype) or types.is_large_binary(dtype):
         filled = pyarrow.compute.greater(pyarrow.compute.binary_length(column), 0)
         return pyarrow.compute.if_else(filled, _PRESENT, b"")
-    if types.is_struct(kind):
-        fields = [_without_bytes(pyarrow, column.field(i)) for i in range(kind.num_fields)]
-        names = [kind.field(i).name for i in range(kind.num_fields)]
+    if types.is_struct(dtype):
+        fields = [_without_bytes(pyarrow, column.field(i)) for i in range(dtype.num_fields)]
+        names = [dtype.field(i).name for i in range(dtype.num_fields)]
         return pyarrow.StructArray.from_arrays(fields, names, mask=column.is_null())
     return column
 

@@ -149,17 +149,13 @@ def documents(
 
     `numbers` are those of the pictures by their ids.
     """
-    blank = Image(codes=np.zeros((1, 1), np.int64))
+    codes = np.zeros((1, 1), np.int64)
     for sample in found:
-        shown: list[int] = []
-
-        def picture(image_id: str, role: str, shown: list[int] = shown) -> Image:
-            shown.append(numbers[image_id])
-            return blank
-
-        messages = messages_of(sample["messages"], picture)
+        parts = [part for message in sample["messages"] for part in message["content"]]
+        shown = [numbers[part["image"]] for part in parts if part["type"] == "image"]
+        messages = messages_of(sample["messages"], lambda image_id, role: Image(codes=codes))
         if sample["task"] == "bare":
-            document = plain_document(processor, messages[-1].parts, [np.zeros((1, 1), np.int64)])
+            document = plain_document(processor, messages[-1].parts, [codes])
         else:
             document = processor.encode_document(messages)
         yield document, shown, is_plain(sample)

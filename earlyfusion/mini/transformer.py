@@ -44,7 +44,6 @@ from earlyfusion.mini.stage import (
 )
 from earlyfusion.model.vqgan import VQGAN
 from earlyfusion.processor import Processor, TokenSequence
-from earlyfusion.train.image_tokenizer import nearest_codewords
 from earlyfusion.train.language import LanguageTask
 from earlyfusion.train.optim import OptimConfig
 from earlyfusion.train.trainer import RunConfig, train
@@ -129,10 +128,19 @@ def picture_codes(vqgan: VQGAN, data: EmojiData, config: TransformerConfig) -> n
     return table
 
 
+def near_codes(vqgan: VQGAN, count: int = 8) -> np.ndarray:
+    """The `count` codewords nearest to each, itself left out: int16 [codes, count]."""
+    codewords = vqgan.quantize.embedding.weight.detach().float()
+    # Not `nearest_codewords`, which orders codewords that are equal otherwise: the shipped stages
+    # were trained with this order.
+    nearest = torch.cdist(codewords, codewords).argsort(1)[:, 1 : count + 1]
+    return nearest.cpu().numpy().astype(np.int16)
+
+
 class Documents:
     """The stream of documents: a sample drawn anew for each number, its pictures cut anew.
 
-    `codes` are those of `picture_codes`, `near` those of `nearest_codewords`. Not a
+    `codes` are those of `picture_codes`, `near` those of `near_codes`. Not a
     `data.mixture.Mixture`, whose documents follow from a row: which variant of a picture is shown,
     and whether a request is dropped, follows from the document's number here.
     """
@@ -212,8 +220,8 @@ def prepare(config: TransformerConfig) -> tuple[VQGAN, Processor, Documents]:
     if not table.exists():
         np.save(table, picture_codes(vqgan, data, config))
     processor = Processor(tokenizer, ImageLayout(grid, grid))
-    near = nearest_codewords(vqgan).numpy()
-    return vqgan, processor, Documents(mixed, data, np.load(table), near, processor, config)
+    codes, near = np.load(table), near_codes(vqgan)
+    return vqgan, processor, Documents(mixed, data, codes, near, processor, config)
 
 
 def _take_codes(config: TransformerConfig) -> None:

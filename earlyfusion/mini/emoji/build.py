@@ -41,7 +41,7 @@ EPOCH = (1980, 1, 1, 0, 0, 0)  # zip archives that depend on the clock could not
 
 
 def build(out: Path, packages: Path, manifest: dict[str, Any], workers: int) -> int:
-    """Write the data to `out` and return the number of images; `packages` keeps the downloads.
+    """Write the data to `out`, downloading to `packages`; the number of images.
 
     Raises DataError where a package cannot be fetched or lacks a picture that the manifest lists.
     """
@@ -72,7 +72,7 @@ def build(out: Path, packages: Path, manifest: dict[str, Any], workers: int) -> 
 
 
 def package_folder(packages: Path, versions: dict[str, str], name: str) -> Path:
-    """Where a package is unpacked."""
+    """The folder that a package is unpacked to."""
     return packages / f"{name.replace('@', '').replace('/', '-')}-{versions[name]}"
 
 
@@ -256,7 +256,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         ) from None
     except (ValueError, KeyError, TypeError, gzip.BadGzipFile):
         raise DataError(
-            f"{path} is no manifest: it needs `packages` and `images`, as in manifest.json"
+            f"{path} is not a manifest: it needs `packages` and `images`, as in manifest.json"
         ) from None
 
 

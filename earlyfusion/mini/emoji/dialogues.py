@@ -1,4 +1,4 @@
-"""Chat samples with pictures on both sides, from the emoji data; one seed makes one set.
+"""Chat samples with pictures on both sides, from the emoji data; a seed makes the same samples.
 
     python -m earlyfusion.mini.emoji.dialogues --data DIR --split train --n 20000 --seed 0 \
         --out train.jsonl
@@ -9,9 +9,9 @@ A sample is one JSON object:
   check     "exact"         the last answer is in `accept`, after `phrases.normalise`
             "image"         the model draws; `targets` has concept, style or null, a reference
             "images+names"  a list: every name belongs to `subgroup`, a picture follows it
-  answer, accept, targets, subgroup, count, style where the check needs them; outside train also
-  `kind`, the hardest split among its images.
-Eighteen tasks, three fifths English. With `further=0` the samples are the published ones.
+  answer, accept, targets, subgroup, count, style where the check needs them
+  kind      outside train: the hardest split among its images
+Eighteen tasks, three fifths in English. With `further=0` the samples are the published ones.
 """
 
 from __future__ import annotations
@@ -72,14 +72,14 @@ def assistant(*parts: Part) -> dict[str, Any]:
 
 
 class Writer:
-    """Writes one sample a call; a task returns None where the rows it met do not serve."""
+    """Writes one sample per call; a task returns None if the rows it drew do not suit it."""
 
     def __init__(self, pools: Pools, rng: random.Random, further: float) -> None:
         self.pools, self.rng, self.further = pools, rng, further
         self.free = False
 
     def write(self, task: str, lang: str) -> Sample | None:
-        """One sample of the task; `rows` lists the images used."""
+        """One sample of the task, whose `rows` are those of its images."""
         # No draw at all for further=0: the published samples come from that stream.
         self.free = self.further > 0 and self.rng.random() < self.further
         return TASKS[task][1](self, lang)
@@ -90,7 +90,7 @@ class Writer:
         return items[self.rng.randrange(len(items))]
 
     def find(self, items: Sequence[T], wanted: Callable[[T], bool]) -> T | None:
-        """One of thirty tries, or None."""
+        """The first of thirty draws that is wanted, or None."""
         return next((x for x in (self.pick(items) for _ in range(30)) if wanted(x)), None)
 
     def row(self) -> Row:
@@ -125,7 +125,7 @@ class Writer:
         return text
 
     def ask(self, rows: Sequence[Row], question: str) -> dict[str, Any]:
-        """The user's turn about some images: images first, freely also the question first."""
+        """The user's turn about some images; with wider prompts the question may come first."""
         images = [image_part(r) for r in rows]
         if self.free and self.rng.random() < 0.2:
             return user(text_part(question), *images)
@@ -328,11 +328,11 @@ class Writer:
         return self.drawing([user(text_part(question))], row, styled, [row])
 
     def usual(self, row: Row) -> Row:
-        """The picture of the same thing that a request without a style means: its first style's."""
+        """The picture that a request without a style means: that of the thing's first style."""
         return self.pools.by_concept[row["codepoints"]][0] if self.free else row
 
     def coloured(self, row: Row, lang: str) -> str:
-        """The name, freely with the colour that the picture clearly has: "yellow taxi"."""
+        """The name; with wider prompts sometimes with the picture's clear colour: "yellow taxi"."""
         name = name_of(row, lang)
         if not self.free or row["group"] in UNCOLOURED_GROUPS or self.rng.random() > 0.3:
             return name
@@ -399,7 +399,7 @@ class Writer:
         }
 
     def listed_kind(self, lang: str) -> tuple[str, list[Row], str]:
-        """What the list is of, as one says it, with its rows and its id."""
+        """The subgroup of a list: its name in the language, its rows, and its id."""
         if self.free and self.rng.random() < 0.25:
             prefix = self.pick(list(WIDE_KINDS))
             return WIDE_KINDS[prefix][lang], self.pools.wide[prefix], prefix
@@ -412,7 +412,7 @@ class Writer:
     # ---- tasks with several turns
 
     def chat_draw_ask(self, lang: str) -> Sample:
-        """A drawing, a question about it, then the same in another style where there is one."""
+        """A drawing, a question about it, then the thing in another style if there is one."""
         sample = self.draw(lang)
         row: Row = sample["rows"][0]
         table, answer = self.follow_up(row, lang)
@@ -435,7 +435,7 @@ class Writer:
         return self.pick(choices) if self.free else choices[0]
 
     def chat_caption_follow(self, lang: str) -> Sample:
-        """A name, then it in the other language, or freely its kind or another style."""
+        """A name, then the same in the other language; with wider prompts also other questions."""
         sample = self.caption(lang)
         row: Row = sample["rows"][0]
         others = [r for r in self.pools.by_concept[row["codepoints"]] if r["style"] != row["style"]]
@@ -478,9 +478,9 @@ TASKS: dict[str, tuple[float, Callable[[Writer, str], Sample | None]]] = {
 class Dialogues:
     """An endless stream of samples; every `iter()` starts it again at the first.
 
-    `korean` is the share of Korean samples, `further` the share written with the wider set of
-    prompts, `tasks` new weights for some tasks (0 leaves a task out). Samples may repeat: see
-    `generate`.
+    `korean` is the share of Korean samples, `further` the share written with the wider prompts,
+    `tasks` new weights of some tasks (0 leaves a task out). Samples may repeat; `generate` leaves
+    repeats out.
 
     Raises SettingError for an unknown task or an impossible share, DataError for an empty split.
     """
@@ -540,9 +540,9 @@ def generate(
     tasks: Mapping[str, float] | None = None,
     further: float = 0.5,
 ) -> list[Sample]:
-    """`n` different samples with their ids; the arguments are those of `Dialogues`.
+    """`n` different samples with ids; the arguments are those of `Dialogues`.
 
-    Raises DataError where the split does not have that many different ones.
+    Raises DataError if the split does not have that many different ones.
     """
     seen: set[str] = set()
     samples: list[Sample] = []
@@ -557,7 +557,7 @@ def generate(
             samples.append({"id": f"{split}-{seed}-{len(samples):06d}", **sample})
     if len(samples) < n:
         raise DataError(
-            f"{n} samples were asked for and split {split!r} gives {len(samples)} different ones: "
+            f"{n} samples were requested and split {split!r} gives {len(samples)} different ones: "
             "ask for fewer or use more data"
         )
     return samples
@@ -566,15 +566,15 @@ def generate(
 def caption_pairs(data: EmojiData, split: str = "train") -> Iterator[Sample]:
     """The plain documents of every image: its name from it, and it from its name.
 
-    Three an image and language: the question with the image, its name with the style, and the
-    request for it in that style. Where it is the first picture of its thing, the name and the
-    request without a style too, as task "usual". Same form as a dialogue.
+    Three per image and language: the question with the image, its name with the style, and the
+    request for it in that style. The first picture of a thing also has its name and the request
+    without a style, as task "usual". They have the form of dialogues.
     """
-    asked: set[str] = set()
+    concepts: set[str] = set()
     for image_id in data.split(split):
         row = data.row(image_id)
-        first = row["codepoints"] not in asked
-        asked.add(row["codepoints"])
+        first = row["codepoints"] not in concepts
+        concepts.add(row["codepoints"])
         for lang in ("en", "ko"):
             name, style = name_of(row, lang), style_of(row, lang)
             words = {"n": name, "no": particle(name, "을/를"), "s": style}
@@ -593,11 +593,11 @@ def caption_pairs(data: EmojiData, split: str = "train") -> Iterator[Sample]:
 
 
 def studies(data: EmojiData, split: str, n: int, seed: int, turns: int = 4) -> Iterator[Sample]:
-    """`n` dialogues that ask several things about one picture, every picture as often as others.
+    """`n` dialogues with several questions about one picture, each picture equally often.
 
-    The first question is for the name, in one of the languages; then the name in the other one,
-    the kind, the colour where it is clear, the name with the style, in any order. A picture costs
-    many tokens and a question few, so this teaches reading at the least cost.
+    The first question is for the name, in one of the languages; the others are for the name in the
+    other one, the subgroup, a clear colour, and the name with the style, in any order. A picture
+    takes many tokens and a question few, so this teaches to see at the lowest cost.
     """
     rng = random.Random(f"study-{split}-{seed}")
     writer = Writer(Pools(data, split), rng, further=0.5)
@@ -610,7 +610,7 @@ def studies(data: EmojiData, split: str, n: int, seed: int, turns: int = 4) -> I
 
 
 def write_samples(samples: Sequence[Sample], path: Path) -> None:
-    """One JSON object a line."""
+    """Write one JSON object per line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         for sample in samples:

@@ -1,4 +1,4 @@
-"""What may be asked about: the rows of a split by concept and kind, and their names."""
+"""The rows of a split that questions may be about, by concept and subgroup, and their names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from earlyfusion.errors import DataError
 from earlyfusion.mini.emoji.dataset import EmojiData, Row
 from earlyfusion.mini.emoji.phrases import STYLE_WORDS, WIDE_KINDS
 
-NEAREST_IN_TRAIN = 0.015  # a held-out picture nearer to one of train than this is not asked about
+NEAREST_IN_TRAIN = 0.015  # a held-out picture nearer than this to one of train is not used
 LINE_STYLES = {"openmoji-line", "noto-mono", "fluent-mono"}
 COLOURS_ASKED = set("black white gray red orange yellow green blue purple pink brown".split())
 
@@ -42,7 +42,7 @@ NEAR = [
 
 
 def near(one: str, other: str) -> bool:
-    """Whether two subgroups are too close to be told apart by a look."""
+    """Whether two subgroups look too much alike to be contrasted in a question."""
     return one == other or any(one in group and other in group for group in NEAR)
 
 
@@ -69,7 +69,11 @@ def main_colour(row: Row, lang: str) -> str | None:
 
 
 class Pools:
-    """The rows of one split that may be asked about, by concept, subgroup and so on."""
+    """The rows of one split that questions may be about.
+
+    `clear` and `large` are subgroups of at least four and six concepts, `wide` rows of several
+    subgroups.
+    """
 
     def __init__(self, data: EmojiData, split: str) -> None:
         ids = data.split(split)

@@ -56,14 +56,14 @@ class Rendered:
 def render(source: Source) -> Rendered:
     """Draw one source. Raises DataError where it cannot be drawn."""
     try:
-        picture = _DRAW[source.kind](source)
+        picture = _DRAW[source.format](source)
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(f"{source.id} cannot be drawn: {error}") from error
     flat, alpha = on_white(picture)
     pixels = np.asarray(flat)
     return Rendered(
         source,
-        _encode(flat, lossless=source.kind != "image-file"),
+        _encode(flat, lossless=source.format != "image-file"),
         colour_words(pixels, np.asarray(alpha)),
         _thumbnail(flat),
     )

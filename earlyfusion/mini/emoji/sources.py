@@ -104,7 +104,7 @@ class Source:
     style: str
     concept: str
     variant: int
-    kind: Literal["svg", "svg-file", "image-file", "glyph"]
+    format: Literal["svg", "svg-file", "image-file", "glyph"]
     content: str
     font: str = ""
 
