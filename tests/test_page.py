@@ -1,15 +1,13 @@
 """The page at /: its files and headers; and in Chromium (marked `browser`) what people do with it.
 
-The browser's tests need Playwright's Python package and a Chromium of the system, and the last one
-axe-core's axe.min.js, whose path is in the environment variable AXE. Screenshots are left in
-pytest's temporary folder.
+The browser's tests need the packages of the extra `browser` and a Chromium of the system; without
+them they are skipped. Screenshots are left in pytest's temporary folder.
 """
 
 from __future__ import annotations
 
 import base64
 import json
-import os
 import re
 import subprocess
 import sys
@@ -457,10 +455,9 @@ def test_korean_dark_and_a_small_telephone(visit: Callable[..., Visitor]) -> Non
 @pytest.mark.browser
 @pytest.mark.parametrize("options", [{"color_scheme": "light"}, PHONE], ids=["desktop", "phone"])
 def test_axe_finds_nothing(visit: Callable[..., Visitor], options: dict[str, Any]) -> None:
-    if not (path := os.environ.get("AXE")):
-        pytest.skip("AXE does not name axe-core's axe.min.js")
+    package = pytest.importorskip("axe_playwright_python", reason="axe-core is not installed")
     visitor = visit(bypass_csp=True, **options)
-    visitor.page.evaluate(Path(path).read_text("utf-8"))
+    visitor.page.evaluate((Path(package.__file__).parent / "axe.min.js").read_text("utf-8"))
 
     def check() -> None:
         found = visitor.page.evaluate("axe.run()")["violations"]

@@ -18,7 +18,7 @@ from earlyfusion.errors import DataError, SettingError
 from earlyfusion.mini import styles as mini_styles
 from earlyfusion.mini.emoji.dataset import EmojiData
 from earlyfusion.mini.stage import StageConfig, first_model
-from earlyfusion.mini.transformer import Documents
+from earlyfusion.mini.transformer import Documents, near_codes
 from earlyfusion.model.vqgan import VQGAN
 from earlyfusion.processor import Processor, train_tokenizer
 from earlyfusion.recipes.run import RECIPES, load, override, run
