@@ -19,7 +19,8 @@ import PIL.Image
 import uvicorn
 
 import earlyfusion
-from earlyfusion import Chameleon
+from earlyfusion import Chameleon, Reply
+from earlyfusion.api import Output
 from earlyfusion.serve.app import make_app
 from earlyfusion.serve.options import ServeOptions
 from earlyfusion.serve.run import Server
@@ -33,6 +34,12 @@ STRAWBERRY = (
 @cache
 def mini() -> Chameleon:
     return Chameleon.load("mini")
+
+
+@cache
+def answer(prompt: str, output: Output, seed: int) -> Reply:
+    """What `Chameleon.generate` answers."""
+    return mini().generate(prompt, output, seed=seed)
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import Any
 
 import openai
 import pytest
-from serve_case import STRAWBERRY, Running, data_url, events, mini, pixels, running
+from serve_case import STRAWBERRY, Running, answer, data_url, events, mini, pixels, running
 
 from earlyfusion import Chameleon, Image, ImageDone, Message, Text, TextDelta
 
@@ -84,7 +84,7 @@ def test_a_picture_out(client: openai.OpenAI, model: Chameleon) -> None:
         seed=3,
         extra_body={"modalities": ["image"]},
     )
-    expected = model.generate("Draw a red apple.", "image", seed=3)
+    expected = answer("Draw a red apple.", "image", 3)
     message = reply.choices[0].message.model_dump()
     assert message["content"] == ""
     assert message["parts"] == [{"type": "image_ref", "index": 0}]
@@ -94,7 +94,7 @@ def test_a_picture_out(client: openai.OpenAI, model: Chameleon) -> None:
 
 
 def test_an_interleaved_reply_in_order(server: Running, model: Chameleon) -> None:
-    expected = model.generate(FRUITS, seed=0)
+    expected = answer(FRUITS, "auto", 0)
     reply = server.chat(FRUITS, seed=0).json()
     message = reply["choices"][0]["message"]
     assert message["content"] == expected.text
@@ -159,7 +159,7 @@ def test_partial_pictures_are_real_rows(server: Running, model: Chameleon) -> No
 def test_markdown_pictures_come_back_as_their_codes(
     server: Running, model: Chameleon, delivery: str
 ) -> None:
-    first = model.generate(FRUITS, seed=0)
+    first = answer(FRUITS, "auto", 0)
     reply = server.chat(FRUITS, seed=0, image_delivery=delivery).json()
     message = reply["choices"][0]["message"]
     assert message["content"].startswith("1. banana\n\n![image](http://127.0.0.1")
@@ -178,7 +178,7 @@ def test_markdown_pictures_come_back_as_their_codes(
 
 
 def test_images_and_parts_come_back_as_their_codes(server: Running, model: Chameleon) -> None:
-    first = model.generate(FRUITS, seed=0)
+    first = answer(FRUITS, "auto", 0)
     message = server.chat(FRUITS, seed=0).json()["choices"][0]["message"]
     del message["refusal"]
     again = [*user(FRUITS), message, *user("Which is the second?")]
@@ -307,7 +307,7 @@ def test_generations_with_partial_pictures(client: openai.OpenAI, model: Chamele
         "image_generation.completed",
     ]
     assert [getattr(event, "partial_image_index", None) for event in told] == [0, 1, None]
-    expected = model.generate("Draw a cat.", "image", seed=4).images[0]
+    expected = answer("Draw a cat.", "image", 4).images[0]
     assert same(pixels(told[-1].b64_json), expected)
     assert not same(pixels(told[0].b64_json), expected)
 
@@ -329,7 +329,7 @@ def test_edits(client: openai.OpenAI, model: Chameleon) -> None:
 
 def test_edits_of_a_drawn_picture_use_its_codes(server: Running, model: Chameleon) -> None:
     drawn = server.post("/v1/images/generations", {"prompt": "Draw a cat.", "seed": 1}).json()
-    first = model.generate("Draw a cat.", "image", seed=1)
+    first = answer("Draw a cat.", "image", 1)
     url = "data:image/png;base64," + drawn["data"][0]["b64_json"]
     number = server.chat(user(image(url), text("What?")), modalities=["text"], max_tokens=4)
     assert number.status_code == 200
@@ -358,7 +358,7 @@ DRAWS: Any = [{"type": "image_generation", "partial_images": 2}]
 
 
 def test_responses_in_order(client: openai.OpenAI, model: Chameleon) -> None:
-    expected = model.generate(FRUITS, "interleaved", seed=0)
+    expected = answer(FRUITS, "auto", 0)
     reply = client.responses.create(model="mini", input=FRUITS, tools=DRAWS, extra_body={"seed": 0})
     kinds = [item.type for item in reply.output]
     assert kinds == ["message", "image_generation_call"] * 2
@@ -420,7 +420,7 @@ def test_a_response_goes_on_from_the_one_before(client: openai.OpenAI, model: Ch
     again = client.responses.create(
         model="mini", input="What is this?", previous_response_id=first.id, max_output_tokens=8
     )
-    before = model.generate("Draw a cat.", "interleaved", seed=1)
+    before = answer("Draw a cat.", "interleaved", 1)
     turns = [Message("user", "Draw a cat."), before.message, Message("user", "What is this?")]
     expected = model.generate(turns, "text", max_tokens=8)
     assert again.output_text == expected.text
