@@ -439,6 +439,21 @@ def test_a_response_goes_on_from_the_one_before(client: openai.OpenAI, model: Ch
         client.responses.create(model="mini", input="Hi", previous_response_id=first.id)
 
 
+def test_a_begun_answer_is_one_turn_of_a_conversation(server: Running, model: Chameleon) -> None:
+    begun = [{"role": "user", "content": "What is red?"}, {"role": "assistant", "content": "A"}]
+    first = server.post("/v1/responses", {"input": begun, "max_output_tokens": 4}).json()
+    body = {"input": "And blue?", "previous_response_id": first["id"], "max_output_tokens": 4}
+    assert server.post("/v1/responses", body).status_code == 200
+    turns = [Message("user", "What is red?"), Message("assistant", "A")]
+    rest = model.generate(turns, "text", max_tokens=4)
+    turns[1] = Message("assistant", ["A", *rest.segments])
+    expected = model.generate([*turns, Message("user", "And blue?")], "text", max_tokens=4)
+    again = server.post("/v1/responses", body).json()
+    assert again["usage"]["input_tokens"] == expected.usage.prompt_tokens
+    texts = [part["text"] for item in again["output"] for part in item["content"]]
+    assert texts == [expected.text] * bool(expected.text)
+
+
 def test_responses_read_pictures_and_instructions(server: Running, model: Chameleon) -> None:
     parts = [{"type": "input_image", "image_url": data_url()}]
     parts.append({"type": "input_text", "text": "What is this?"})

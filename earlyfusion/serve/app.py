@@ -134,9 +134,10 @@ class _Routes:
         ]
         for path, answer, model in bodies:
             schema = {"schema": model.model_json_schema(ref_template=_component("{model}"))}
-            form = path in ("/v1/images/edits", "/v1/images/variations")
-            types = {"application/json": schema} if not form else {"multipart/form-data": schema}
-            extra = {"requestBody": {"required": True, "content": types}}
+            json_only, both = ["application/json"], ["application/json", "multipart/form-data"]
+            types = {EditRequest: both, VariationRequest: both[1:]}.get(model, json_only)
+            content = {name: dict(schema) for name in types}
+            extra = {"requestBody": {"required": True, "content": content}}
             app.post(path, openapi_extra=extra)(answer)
         app.post("/v1/files")(self.upload)
         gets: list[tuple[str, Callable[..., Awaitable[Response]]]] = [
@@ -180,7 +181,8 @@ class _Routes:
 
     async def responses(self, request: Request) -> Response:
         body, headers = await self._body(request, ResponseRequest)
-        self._service.check_model(body.model)
+        for name in (body.model, *(tool.model for tool in body.tools)):
+            self._service.check_model(name)
         reader, turns = self._service.reader(), list[Message]()
         if body.previous_response_id is not None:
             name = body.previous_response_id
@@ -449,5 +451,6 @@ def _described(app: FastAPI, make: Callable[[], dict[str, Any]]) -> dict[str, An
     for methods in described["paths"].values():
         for method in methods.values():
             for content in method.get("requestBody", {}).get("content", {}).values():
-                schemas.update(content["schema"].pop("$defs", {}))
+                schemas.update(content["schema"].get("$defs", {}))
+                content["schema"] = {k: v for k, v in content["schema"].items() if k != "$defs"}
     return described

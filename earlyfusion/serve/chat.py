@@ -36,8 +36,9 @@ from earlyfusion.serve.store import StoredFile
 def spec_of(body: ChatRequest) -> GenerationSpec:
     """What a body asks of the model."""
     sampling = body.sampling()
-    if (limit := body.max_completion_tokens or body.max_tokens) is not None:
-        sampling["max_tokens"] = limit
+    for limit in (body.max_completion_tokens, body.max_tokens):  # two names, one of them given
+        if limit is not None:
+            sampling["max_tokens"] = limit
     if body.logprobs:
         sampling["logprobs"] = body.top_logprobs or 0
     return GenerationSpec(
@@ -170,7 +171,7 @@ class _Choice:
             self._logprobs += [] if entry is None else [entry]
         if isinstance(event, TextDelta) and (shown := self._trimmer.push(event.text)):
             yield {"content": self._text(shown)}
-        if isinstance(event, ImageStarted):
+        if isinstance(event, ImageStarted):  # ends the segment: blanks that were held back go
             self._trimmer, self._in_text = Trimmer(), False
         if isinstance(event, ImageProgress):
             yield {"image_progress": _progress(event)}

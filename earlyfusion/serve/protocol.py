@@ -429,6 +429,10 @@ class TextFormat(Wire):
     format: PlainText | None = None
 
 
+class PlainStreamOptions(Wire):
+    include_obfuscation: Literal[False] | None = None
+
+
 class ResponseRequest(TextSampling, Bookkeeping):
     """/v1/responses. Pictures come where `tools` has image_generation."""
 
@@ -457,7 +461,7 @@ class ResponseRequest(TextSampling, Bookkeeping):
     store: bool = True
     max_output_tokens: int | None = None
     stream: bool = False
-    stream_options: StreamOptions | None = None
+    stream_options: PlainStreamOptions | None = None
     tools: Annotated[list[DrawingTool], Field(max_length=1)] = []
     tool_choice: Annotated[
         Annotated[Literal["auto", "none", "required"], Tag("<text>")]
@@ -524,6 +528,7 @@ def read(
             return model.model_validate(fields, strict=not text), ignored
         except ValidationError as error:
             unknown = [e["loc"] for e in error.errors() if e["type"] == "extra_forbidden"]
+            # With the unknown fields gone the rest is checked again: its errors still count.
             if not (lenient and unknown):
                 raise _refusal(model, error, data) from None
             for path in unknown:

@@ -132,7 +132,7 @@ class ResponseReply:
             self._item = _TextItem(self._lead)
             self._lead = False
         item = self._item
-        if isinstance(event, TokenDrawn):
+        if isinstance(event, TokenDrawn):  # comes before the text that it makes visible
             item.note(logprob_entry(self._service.model, event.logprob))
             return []
         shown = item.trimmer.push(event.text)
@@ -166,7 +166,7 @@ class ResponseReply:
     def _end_text(self) -> list[Json]:
         item, self._item = self._item, None
         self._lead = False
-        if item is None or not item.text:
+        if item is None or not item.text:  # blanks between two pictures are not an item
             return []
         position = self._position(item.id)
         inside = position | {"content_index": 0}
@@ -236,12 +236,14 @@ class ResponseReply:
         status = "completed" if event.reason == "stop" else "incomplete"
         response = self._response(status, event)
         if self._body.store:
-            turns = [*self._turns, *([self._turn()] if self._segments else [])]
-            self._service.conversations.add(Conversation(response, turns))
+            self._service.conversations.add(Conversation(response, self._all_turns()))
         return self._event(f"response.{status}", response=response)
 
-    def _turn(self) -> Message:
-        return Message("assistant", list(self._segments))
+    def _all_turns(self) -> list[Message]:
+        """The conversation with this reply; a begun answer that it continues is the same turn."""
+        turns = list(self._turns)
+        begun = turns.pop().parts if turns[-1].role == "assistant" else []
+        return [*turns, Message("assistant", [*begun, *self._segments])]
 
     def _failed(self, error: ApiError) -> list[Json]:
         code = "server_error" if error.status >= 500 else "invalid_prompt"

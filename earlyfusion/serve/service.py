@@ -116,6 +116,7 @@ class Service:
                 f"{self.driver.limit}: ask for fewer",
                 param="n",
             )
+        # Admission comes first: a full server does not even look at the pictures.
         batch = self.driver.admit(count)
         try:
             requests, read = await self.work(self._requests, prompts, spec)
