@@ -48,6 +48,23 @@ def test_each_line_of_the_tree_says_what_is_there(name: str) -> None:
     assert not [entry for entry, words in tree(name)[1:] if not words]
 
 
+def test_the_architecture_has_a_line_for_every_file_of_every_room() -> None:
+    rooms = re.split(r"^\*\*`(.+)/`\*\*$", read("docs/architecture.md"), flags=re.MULTILINE)[1:]
+    listed = {
+        f"{room}/{file}"
+        for room, text in zip(rooms[::2], rooms[1::2], strict=True)
+        for file, words in re.findall(r"^\| `(\S+)` \| (.+) \|$", text, re.MULTILINE)
+        if words.strip()
+    }
+    code = {".py", ".cpp", ".h", ".js", ".css", ".html", ".svg"}
+    on_disk = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*")
+        if path.suffix in code and path.parent != PACKAGE and path.name not in LEFT_OUT
+    }
+    assert listed == on_disk
+
+
 @pytest.mark.parametrize("name", READMES)
 def test_tree_around_the_package_is_there(name: str) -> None:
     folders = [entry for entry, _ in tree(name) if not entry.startswith(" ")]
