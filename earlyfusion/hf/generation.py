@@ -197,6 +197,7 @@ class MultimodalGeneration:
         """The arguments of transformers' `generate`, with the length and the ids that end a row."""
         settings = generation_config or self.generation_config
         kwargs.pop("max_length", None)
+        # Without an end token a reply would only end at its greatest length.
         if settings.eos_token_id is None:
             kwargs.setdefault("eos_token_id", self.vocabulary.eos)
         if settings.pad_token_id is None:
@@ -234,7 +235,7 @@ class GrammarLogits(LogitsProcessor):
         state_BF = self._state(input_ids[:, self._prompt_tokens :])
         if self._guide is not None:
             in_image_B = self._grammar.in_image(state_BF)
-            starts_B = state_BF[:, SLOT] == 1
+            starts_B = state_BF[:, SLOT] == 1  # the last token began a picture
             scores = self._guide(input_ids, scores, in_image_B.tolist(), starts_B.tolist())
         return scores.masked_fill(~self._grammar.mask(state_BF), -torch.inf)
 
@@ -293,7 +294,7 @@ class _Guide:
         vocabulary = self._owner.vocabulary
         text, image = self._rules.text_weight, self._rules.image_weight
         has_images = guidance.has_images(history, vocabulary)
-        names = guidance.needed(text, image, has_images)[1:]
+        names = guidance.needed(text, image, has_images)[1:]  # "full" is the row itself
         self._branches[row] = {name: _Branch(self._owner) for name in names}
         return {
             name: branch.read(guidance.prompt(name, history, vocabulary, self._owner.image_layout))

@@ -112,6 +112,7 @@ class InterfaceAttend:
 
     def __call__(self, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
         layer = self._layer
+        # transformers' attention functions and caches have the heads before the tokens.
         q, k, v = (x.transpose(1, 2) for x in (q_BTNH, k_BTKH, v_BTKH))
         if self._cache is not None:
             k, v = self._cache.update(k, v, layer.layer_idx)
@@ -172,6 +173,7 @@ class ChameleonRotaryEmbedding(nn.Module):
         if not is_dynamic(self._shape):
             return self.inv_freq
         length = position_ids.max() + 1
+        # A traced graph may neither read a number back nor write an attribute.
         traced = torch.compiler.is_compiling()
         if self.rope_type == "dynamic" and not traced:
             length = torch.tensor(self._remembered(int(length)), device=length.device)
@@ -319,6 +321,7 @@ class ChameleonPreTrainedModel(PreTrainedModel):
 
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
         super()._adjust_missing_and_unexpected_keys(loading_info)
+        # Only the decoder is missing: a checkpoint of transformers', which is complete in its way.
         missing = {key for key in loading_info.missing_keys if _DECODER_KEY.match(key)}
         no_pictures = any(_VQ_KEY.match(key) for key in loading_info.missing_keys - missing)
         if missing and not no_pictures:
@@ -769,7 +772,7 @@ class ChameleonForConditionalGeneration(
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
-        if not is_first_iteration and use_cache:
+        if not is_first_iteration and use_cache:  # they are in the cache
             inputs["pixel_values"] = None
         return inputs
 
@@ -787,6 +790,7 @@ class ChameleonForConditionalGeneration(
 
     def _text_in_reach(self, logits_BTV: Tensor, shifted: Tensor | None, labels: Tensor) -> Tensor:
         """Logits for the loss: without image tokens in rows that have no image label."""
+        # Per row, so that the loss of a row does not depend on the others of its batch.
         mapping, device = self.model.vocabulary_mapping, logits_BTV.device
         if not mapping.image_tokens:
             return logits_BTV
