@@ -257,15 +257,15 @@ def test_a_broken_step_ends_its_requests_and_no_others(
     server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = server.service.driver.engine
-    run, broken = engine._runner.run, [True]
+    step, broken = engine.step, [True]
 
-    def fail(*arguments: Any) -> Any:
+    def fail() -> None:
         if broken:
             broken.pop()
             raise MemoryError("secret")
-        return run(*arguments)
+        step()
 
-    monkeypatch.setattr(engine._runner, "run", fail)
+    monkeypatch.setattr(engine, "step", fail)
     reply = server.chat("Name a fruit.", max_tokens=2)
     assert reply.status_code == 503 and error_of(reply)["code"] == "engine_failed"
     assert reply.headers["retry-after"] == "1" and "secret" not in reply.text
@@ -286,10 +286,10 @@ def test_an_engine_that_keeps_failing_is_made_anew(
 ) -> None:
     broken = server.service.driver.engine
 
-    def fail(*arguments: Any) -> Any:
+    def fail() -> None:
         raise RuntimeError("secret")
 
-    monkeypatch.setattr(broken._runner, "run", fail)
+    monkeypatch.setattr(broken, "step", fail)
     statuses = [server.chat("Name a fruit.", max_tokens=2).status_code for _ in range(4)]
     assert statuses == [503, 503, 503, 200]
     assert server.service.driver.engine is not broken

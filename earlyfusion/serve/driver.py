@@ -323,15 +323,23 @@ class Driver:
     def _step(self, engine: Engine) -> None:
         try:
             engine.step()
-        except Exception:
-            # The engine has ended all requests of this step and forgotten what its slots held.
+        except Exception as error:
             self.failures += 1
             log.exception("a step of the engine failed", extra={"failures": self.failures})
+            self._fail_all(error)
             if self.failures % MAX_FAILURES == 0:
                 # Something in the engine itself may be broken: the next request makes a new one.
                 self.model.close()
         else:
             self.failures = 0
+
+    def _fail_all(self, error: Exception) -> None:
+        """End all requests, whether or not the engine has ended them: what it holds is unknown."""
+        for job in self._jobs:
+            if job.handle is not None:
+                job.handle.cancel()
+        self._hand_over([_News(job, error=_public(error)) for job in self._jobs])
+        self._jobs = []
 
     def _news_of(self, job: _Job) -> _News:
         assert job.handle is not None
