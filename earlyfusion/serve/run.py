@@ -28,8 +28,8 @@ def serve(model: Chameleon, options: ServeOptions, quiet: bool = False) -> None:
 
     Raises `SettingError` where the port is taken.
     """
-    log_as_json()
     listener = _listener(options)
+    log_as_json()
     app = make_app(model, options)
     # Bound before the model warms up: who connects early waits instead of being refused.
     config = uvicorn.Config(
