@@ -844,8 +844,8 @@ def test_batch_answers_as_generate_does(run: Run, batch: Batch, model: Path, pic
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("{", ["no JSON object"]),
-        ("[1]", ["no JSON object"]),
+        ("{", ["not a JSON object"]),
+        ("[1]", ["not a JSON object"]),
         ({"text": "a"}, ["'text'", "use"]),
         ({"prompt": "a", "temprature": 1}, ["'temprature' is unknown: use temperature"]),
         ({"id": "a"}, ["no prompt"]),
