@@ -1,7 +1,7 @@
 """Files and folders that are written whole or not at all.
 
 Each is written under a hidden name beside its own and then renamed or linked to it, so that a full
-disk, a crash or a kill leaves nothing half written under the name. `replacing` and `replace_folder`
+disk, a crash or a kill leaves nothing half written under the name. `replacing` and `new_folder`
 replace what is there. `write_whole` and `write_next` are for files that a person asked for: they
 never overwrite unasked, and report errors of the disk as `SettingError`, one sentence with path,
 reason and remedy.
@@ -156,8 +156,9 @@ def new_folder(folder: Path) -> Iterator[Path]:
             _lock(handle)
             yield part
             part.chmod(0o755)
-            _sync_folder(part)
-            _put_in_place(part, folder)
+            for path in [*part.rglob("*"), part]:
+                flush_to_disk(path)
+            replace_folder(part, folder)
         finally:
             shutil.rmtree(part, ignore_errors=True)
             os.close(handle)
@@ -227,26 +228,6 @@ def _ended_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _sync_folder(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _put_in_place(part: Path, folder: Path) -> None:
-    if not folder.exists():
-        part.rename(folder)
-        return
-    # A folder cannot be renamed onto one that is not empty: the old one is moved aside first.
-    old = part.with_name(f"{part.name}.old")
-    folder.rename(old)
-    part.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
