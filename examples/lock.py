@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from earlyfusion.checkpoints import detect as formats
+from earlyfusion.checkpoints import detect
 from earlyfusion.checkpoints.hf import save_hf
 from earlyfusion.mini.emoji.dataset import EmojiData, Row
 
@@ -27,7 +27,7 @@ ASKED = 24
 
 
 def lock(name: str, folder: Path) -> None:
-    loaded = formats.load(name)
+    loaded = detect.load(name)
     with torch.no_grad():
         loaded.transformer.lm_head.weight[loaded.processor.vocabulary.image_tokens] = 0
     text = loaded.processor.tokenizer_file.read_text(encoding="utf-8")

@@ -15,7 +15,7 @@ from corpora import jsonl, pairs, png, tiny_model
 from tiny import CONFIG
 
 from earlyfusion import Chameleon
-from earlyfusion.checkpoints import detect as formats
+from earlyfusion.checkpoints import detect
 from earlyfusion.checkpoints.hf import save_hf
 from earlyfusion.cli import main
 from earlyfusion.config import PRESETS
@@ -66,7 +66,7 @@ def finetune(model: Path, data: Path | str, out: Path, *more: str) -> dict[str, 
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return formats.load(folder).transformer.state_dict()
+    return detect.load(folder).transformer.state_dict()
 
 
 def losses(out: Path) -> list[float]:
@@ -85,7 +85,7 @@ def test_finetuning_ends_in_a_model_that_answers_and_draws(
     filed = (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
     assert [json.loads(line)["row"] for line in filed] == [10]
     assert "broken rows: 1, see" in capsys.readouterr().err
-    vq, tuned_vq = (formats.load(f).vqgan.state_dict() for f in (model, tmp_path / "out" / "model"))
+    vq, tuned_vq = (detect.load(f).vqgan.state_dict() for f in (model, tmp_path / "out" / "model"))
     assert all(torch.equal(vq[name], tuned_vq[name]) for name in vq)
 
 
@@ -112,7 +112,7 @@ def test_other_data_in_the_same_folder_are_refused(model: Path, data: Path, tmp_
 
 
 def test_only_the_image_rows_of_the_head_change(model: Path, data: Path, tmp_path: Path) -> None:
-    loaded = formats.load(model)
+    loaded = detect.load(model)
     images = torch.from_numpy(loaded.processor.vocabulary.image_tokens)
     with torch.no_grad():
         loaded.transformer.lm_head.weight[images] = 0
@@ -142,7 +142,7 @@ def lively(model: Transformer) -> None:
 
 
 def test_an_adapter_begins_as_nothing_and_merges_into_the_same_model(model: Path) -> None:
-    transformer = formats.load(model).transformer.double()
+    transformer = detect.load(model).transformer.double()
     names = set(transformer.state_dict())
     tokens = torch.randint(0, CONFIG.vocab_size, (2, 17))
     plain = transformer(tokens)
@@ -220,7 +220,7 @@ def test_a_run_of_a_part_refuses_what_it_did_not_begin_with(
     model: Path, data: Path, tmp_path: Path
 ) -> None:
     finetune(model, data, tmp_path / "out", "lora=4", "stop_after=2")
-    other = formats.load(model)
+    other = detect.load(model)
     other.transformer.model.norm.weight.data[3] += 1e-3
     save_hf(
         tmp_path / "other",
@@ -239,7 +239,7 @@ def test_a_run_of_a_part_refuses_what_it_did_not_begin_with(
 
 
 def test_frozen_weights_are_told_apart_by_value_and_not_by_dtype(model: Path) -> None:
-    transformer = formats.load(model).transformer.bfloat16()
+    transformer = detect.load(model).transformer.bfloat16()
     assert checkpoint.fingerprint(transformer) == ""
     transformer.requires_grad_(False)
     before = checkpoint.fingerprint(transformer)
@@ -297,7 +297,7 @@ def finetune_here(model: str, data: str, out: str, *more: str) -> None:
 
 
 def test_dropout_is_set_on_every_block(model: Path) -> None:
-    transformer = prepared(formats.load(model), FinetuneConfig(dropout=0.5)).train()
+    transformer = prepared(detect.load(model), FinetuneConfig(dropout=0.5)).train()
     tokens = torch.randint(0, CONFIG.vocab_size, (1, 9))
     assert not torch.equal(transformer(tokens), transformer(tokens))
     transformer.eval()
@@ -306,7 +306,7 @@ def test_dropout_is_set_on_every_block(model: Path) -> None:
 
 def test_products_that_are_not_trained_stay_small_and_give_the_same(tmp_path: Path) -> None:
     """Of a model stored in bf16 and computed in it, frozen weights of blocks are not widened."""
-    loaded = formats.load(tiny_model(tmp_path / "tiny"), dtype=torch.bfloat16)
+    loaded = detect.load(tiny_model(tmp_path / "tiny"), dtype=torch.bfloat16)
     tokens = torch.randint(0, CONFIG.vocab_size, (2, 9))
     for changes in ({"lora": 2}, {"trainable": "image_head"}):
         widths, logits = [], []
@@ -354,7 +354,7 @@ def test_a_plan_counts_what_is_trained(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_weights_of_adapters_are_counted_as_they_are(model: Path) -> None:
-    transformer = formats.load(model).transformer
+    transformer = detect.load(model).transformer
     lora.adapt(transformer, rank=3)
     made = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
     job = PlanJob(transformer.config, ParallelConfig(), 1, 64, 0, 1.0, trainable="adapters", lora=3)
@@ -451,7 +451,7 @@ def test_the_mode_of_token_shards_is_that_of_the_tuned_model(model: Path, tmp_pa
     finetune(model, shards, tmp_path / "out", "steps=1")
     tuned = tmp_path / "out" / "model"
     asked, _ = asked_and_trained(tuned, row, picture, tmp_path / "index")
-    loaded = formats.load(model)
+    loaded = detect.load(model)
     marks = fingerprints(loaded.processor, ImageTokenizer(loaded.vqgan, 16))
     document = TokenShards(shards, marks, Fit(200, loaded.processor.vocabulary)).document(0)
     assert document.ids[: len(asked)] == asked

@@ -13,7 +13,7 @@ import pytest
 from corpora import jsonl, pairs, png, tiny_model, tiny_vqgan
 from tiny import CONFIG
 
-from earlyfusion.checkpoints import detect as formats
+from earlyfusion.checkpoints import detect
 from earlyfusion.cli import main
 from earlyfusion.data.corpus import CorpusConfig, open_corpus
 from earlyfusion.data.encoding import Encoder, EncodingSettings, Fit, fingerprints
@@ -56,7 +56,7 @@ def job(corpus: Path, out: Path, model: Path, **options: Any) -> Job:
 
 
 def pieces(model: Path) -> tuple[Processor, ImageTokenizer]:
-    loaded = formats.load(model)
+    loaded = detect.load(model)
     return loaded.processor, ImageTokenizer(loaded.vqgan, CONFIG.vq_config.resolution)
 
 

@@ -12,7 +12,7 @@ import torch
 from corpora import jsonl, pairs, tiny_model
 from test_finetune import finetune, two_processes
 
-from earlyfusion.checkpoints import detect as formats
+from earlyfusion.checkpoints import detect
 from earlyfusion.data.corpus import Corpus, CorpusConfig, open_corpus
 from earlyfusion.data.held_out import ValidationConfig, held_out_documents, held_out_numbers
 from earlyfusion.errors import DataError, SettingError
@@ -41,7 +41,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opened(model: Path, data: Path, tmp_path: Path, balance: bool, **watched: object) -> Corpus:
-    loaded = formats.load(model)
+    loaded = detect.load(model)
     config = CorpusConfig(data=(str(data),), balance=balance)
     image_tokenizer = ImageTokenizer(loaded.vqgan, 16)
     validation = ValidationConfig(**watched)  # type: ignore[arg-type]
@@ -70,7 +70,7 @@ def test_what_is_held_out_follows_from_the_seed_and_is_never_all() -> None:
 
 def by_hand(folder: Path, documents: list[TokenSequence]) -> float:
     """The mean loss of the answers, one document at a time."""
-    transformer = formats.load(folder).transformer.float()
+    transformer = detect.load(folder).transformer.float()
     nats = []
     for document in documents:
         ids = torch.tensor([document.ids])
@@ -116,7 +116,7 @@ def test_the_best_weights_are_kept_and_the_run_ends_early(
     assert len(rows) == best + 2 < 50 and checkpoint.steps(out)[-1] == best + 2
     assert checkpoint.steps(best_of(out)) == [best]
     kept = checkpoint.load(best_of(out), only="model")[0]["model"]
-    saved = formats.load(out / "model").transformer.state_dict()
+    saved = detect.load(out / "model").transformer.state_dict()
     newest = checkpoint.load(out, only="model")[0]["model"]
     name = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(kept[name], saved[name]) and not torch.equal(newest[name], saved[name])
@@ -190,7 +190,6 @@ def test_two_processes_measure_what_one_does(model: Path, data: Path, tmp_path: 
     ]
     assert found[0] == pytest.approx(found[1], abs=1e-5) and len(found[0]) == 2
     weights = [
-        formats.load(tmp_path / name / "model").transformer.lm_head.weight
-        for name in ("one", "two")
+        detect.load(tmp_path / name / "model").transformer.lm_head.weight for name in ("one", "two")
     ]
     torch.testing.assert_close(*weights, atol=1e-5, rtol=1e-5)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from earlyfusion.checkpoints import detect as formats
+from earlyfusion.checkpoints import detect
 from earlyfusion.checkpoints.assemble import vqgan_of
 from earlyfusion.checkpoints.source import Source
 from earlyfusion.data.encoding import Encoder, EncodingSettings, fingerprints
@@ -52,7 +52,7 @@ class ShardMaker:
         self._job = job
         self.sources = open_sources(job)
         self._rows = Joined(map(len, self.sources))
-        source = formats.open_source(job.model)
+        source = detect.open_source(job.model)
         self._processor = Processor(source.tokenizer, source.layout)
         self._image_tokenizer = load_image_tokenizer(source, job.device)
         self._encoder = Encoder(self._processor, self._image_tokenizer, job.encoding)

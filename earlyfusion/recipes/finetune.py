@@ -7,7 +7,7 @@
 The paper's settings (arXiv 2405.09818, section 3.1): cosine decay from 1e-5, weight decay 0.1,
 dropout 0.05, z-loss, prompts masked from the loss, packed rows, modalities in balance. Pictures of
 prompts become squares in the way that the model was trained with (`resize_mode=fit` is the
-paper's), those of answers are cropped. The keys of a row say what it is (docs/mini.md). The run
+paper's), those of answers are cropped. The keys of a row say what it is (docs/data.md). The run
 ends with `model/` in its folder, which Chameleon.load takes. Machine: the embedded model trains on
 a CPU; weights and optimizer take 16 bytes per weight, frozen weights 4, or 2 if they are bf16
 weights of products in blocks. Score: the loss of answers by modality in `metrics.jsonl`.
@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from earlyfusion import processes
-from earlyfusion.checkpoints import detect as formats
+from earlyfusion.checkpoints import detect
 from earlyfusion.checkpoints.adapter import save_adapter
 from earlyfusion.checkpoints.assemble import Loaded, assemble
 from earlyfusion.checkpoints.hf import save_hf
@@ -90,8 +90,8 @@ class FinetuneConfig(LanguageConfig):
         return "adapters" if self.lora else self.trainable
 
     def shape(self) -> ModelConfig:
-        if self.model in formats.EMBEDDED or Path(self.model).expanduser().is_dir():
-            return formats.open_source(formats.locate(self.model)).config
+        if self.model in detect.EMBEDDED or Path(self.model).expanduser().is_dir():
+            return detect.open_source(detect.locate(self.model)).config
         name = Path(self.model).name
         if name not in PRESETS:
             raise SettingError(
@@ -106,7 +106,7 @@ class FinetuneConfig(LanguageConfig):
 
 def main(config: FinetuneConfig) -> None:
     run = config.run
-    source = formats.open_source(formats.locate(config.model))
+    source = detect.open_source(detect.locate(config.model))
     _check_model(config, source)
     loaded = assemble(source, resolve_device(run.device))
     model = prepared(loaded, config)

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from earlyfusion import processes
-from earlyfusion.checkpoints import detect as formats
+from earlyfusion.checkpoints import detect
 from earlyfusion.checkpoints.hf import save_hf
 from earlyfusion.checkpoints.source import Source
 from earlyfusion.config import PRESETS, ModelConfig
@@ -65,7 +65,7 @@ class PretrainConfig(LanguageConfig):
 
 def main(config: PretrainConfig) -> None:
     run = config.run
-    source = formats.open_source(formats.locate(config.tokenizer))
+    source = detect.open_source(detect.locate(config.tokenizer))
     processor = Processor(source.tokenizer, source.layout)
     _check_vocabulary(config, processor.vocabulary.size)
     image_tokenizer = load_image_tokenizer(source, "cpu")

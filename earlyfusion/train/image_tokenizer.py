@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from earlyfusion import parallel, processes
-from earlyfusion.checkpoints import detect as formats
+from earlyfusion.checkpoints import detect
 from earlyfusion.checkpoints.meta import VQ_CONFIG, open_vqgan
 from earlyfusion.config import VQConfig
 from earlyfusion.devices import resolve_device
@@ -198,7 +198,7 @@ def _weights_of(start: str) -> dict[str, Tensor]:
     if (folder / VQ_CONFIG).is_file():
         stored = open_vqgan(folder)[1]
     else:
-        stored = formats.open_source(formats.locate(start)).vq
+        stored = detect.open_source(detect.locate(start)).vq
     return {name: entry.read() for name, entry in stored.items()}
 
 
