@@ -9,6 +9,7 @@ import re
 import resource
 import shlex
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -421,13 +422,18 @@ class Terminal(NamedTuple):
 def at_a_terminal(command: list[object], *keys: str, **environment: str) -> Terminal:
     """Run a command at a terminal of its own; each of `keys` is typed at a prompt of the chat."""
     main_end, other_end = pty.openpty()
+
+    def at_the_terminal() -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # shells ignore it for what is in background
+
     started = subprocess.Popen(
         [sys.executable, "-m", "earlyfusion", *map(str, command)],
         stdin=other_end,
         stdout=other_end,
         stderr=other_end,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=at_the_terminal,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), **environment},
     )
     os.close(other_end)
