@@ -444,6 +444,8 @@ def at_a_terminal(command: list[object], *keys: str, **environment: str) -> Term
         except OSError:  # the other end is closed
             break
         if typed < len(keys) and shown.count(b"> ") > typed:
+            # An interrupt between the prompt and the reading would be noticed after the next line.
+            time.sleep(0.5 if keys[typed] == "\x03" else 0)
             os.write(main_end, keys[typed].encode())
             typed += 1
     os.close(main_end)

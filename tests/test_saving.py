@@ -207,7 +207,7 @@ def test_a_shared_model_is_only_asked(
     model: Chameleon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("earlyfusion.api.peers_of", lambda transformer: object())
-    with pytest.raises(SettingError, match="stays where it is"):
+    with pytest.raises(SettingError, match="cannot be moved"):
         model.to("cpu")
     with pytest.raises(SettingError, match="score is not offered"):
         model.score("x", ["y"])

@@ -94,7 +94,7 @@ def test_labels_that_are_unknown_do_not_count() -> None:
 
 
 def test_a_head_and_its_weight_go_together() -> None:
-    with pytest.raises(SettingError, match="needs a head"):
+    with pytest.raises(SettingError, match="give a head"):
         ImageTokenizerTask(VQGAN(TINY), VQLossConfig(naming=0.5), lambda _: four(), 1)
     with pytest.raises(SettingError, match="perturb"):
         VQLossConfig(perturb=2)

@@ -96,7 +96,7 @@ def test_attention_stands_where_the_config_asks() -> None:
     [
         ({"base_channels": 48}, "multiple of the 32"),
         ({"num_embeddings": 0}, "positive"),
-        ({"channel_multiplier": ()}, "one entry a level"),
+        ({"channel_multiplier": ()}, "one entry per level"),
     ],
 )
 def test_impossible_shapes_name_the_field(change: dict[str, object], words: str) -> None:
