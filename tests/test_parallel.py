@@ -249,7 +249,7 @@ def test_a_slice_of_the_vocabulary_gives_its_part_of_the_gradient() -> None:
         rows = head[first : first + 20].detach().requires_grad_()
         slice_ = _Slice(head.detach(), first, x.detach().flatten(0, 1), targets.flatten())
         part: Any = slice_
-        loss = head_loss(x, rows, targets, weight, z_weight=0.1, block=4, part=part)
+        loss = head_loss(x, rows, targets, weight, z_weight=0.1, block=4, vocab_slice=part)
         torch.testing.assert_close(loss.total, whole.total)
         torch.testing.assert_close(loss.nats_BT, whole.nats_BT)
         parts.append(torch.autograd.grad(loss.total, (x, rows)))
