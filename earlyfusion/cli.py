@@ -712,7 +712,9 @@ def serve(
             envvar="EARLYFUSION_API_KEY",
         ),
     ] = None,
-    name: Annotated[str, typer.Option(help="The model's name for clients; if not given, that of --model.")] = "",
+    name: Annotated[
+        str, typer.Option(help="The model's name for clients; if not given, that of --model.")
+    ] = "",
     lenient: Annotated[
         bool, typer.Option("--lenient", help="Ignore unknown fields, and list them in a header.")
     ] = False,

@@ -36,7 +36,7 @@ from earlyfusion.vocabulary import (
 # What a token of a document is; END is the eos that closes the last answer.
 CONTROL, PROMPT_TEXT, PROMPT_IMAGE, ANSWER_TEXT, ANSWER_IMAGE, END = range(6)
 LEARNED = (ANSWER_TEXT, ANSWER_IMAGE, END)  # the roles that count in the loss
-Kind: TypeAlias = Literal["text", "image"]
+Modality: TypeAlias = Literal["text", "image"]
 _ROLE_OF = {
     ("user", "text"): PROMPT_TEXT,
     ("user", "image"): PROMPT_IMAGE,
@@ -54,7 +54,7 @@ class TokenSequence:
 
     ids: list[int] = field(default_factory=list)
     role: list[int] = field(default_factory=list)
-    spans: list[tuple[int, int, Kind]] = field(default_factory=list)
+    spans: list[tuple[int, int, Modality]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -68,11 +68,11 @@ class TokenSequence:
         """Append one control token; with the role END, the eos that closes an answer."""
         self._extend([token], role)
 
-    def segment(self, tokens: list[int], speaker: str, kind: Kind) -> None:
+    def segment(self, tokens: list[int], speaker: str, modality: Modality) -> None:
         """Append the tokens of one segment of a turn."""
         start = len(self.ids)
-        self._extend(tokens, _ROLE_OF[speaker, kind])
-        self.spans.append((start, len(self.ids), kind))
+        self._extend(tokens, _ROLE_OF[speaker, modality])
+        self.spans.append((start, len(self.ids), modality))
 
     def _extend(self, tokens: list[int], role: int) -> None:
         self.ids += tokens

@@ -19,7 +19,7 @@ from earlyfusion.data.shards import TokenShards, is_shards, shards_mode
 from earlyfusion.data.tables import cached_arrays
 from earlyfusion.errors import SettingError
 from earlyfusion.image_tokenizer import ImageTokenizer, Mode
-from earlyfusion.processor import Kind, Processor, TokenSequence
+from earlyfusion.processor import Modality, Processor, TokenSequence
 
 # Documents of raw rows that stay encoded: a small corpus is cut into codes once, not every epoch.
 _CACHED_DOCUMENTS = 20_000
@@ -54,7 +54,7 @@ class _Encoded(NamedTuple):
 
     ids: np.ndarray
     role: np.ndarray
-    spans: list[tuple[int, int, Kind]]
+    spans: list[tuple[int, int, Modality]]
 
 
 class RowDocuments:

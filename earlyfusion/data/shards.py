@@ -32,7 +32,7 @@ from earlyfusion.processor import (
     END,
     LEARNED,
     PROMPT_IMAGE,
-    Kind,
+    Modality,
     TokenSequence,
 )
 
@@ -197,11 +197,11 @@ def _document_of(tokens: np.ndarray) -> TokenSequence:
     return TokenSequence(tokens["id"].tolist(), role.tolist(), spans)
 
 
-def _spans(role: np.ndarray, begins: np.ndarray) -> list[tuple[int, int, Kind]]:
+def _spans(role: np.ndarray, begins: np.ndarray) -> list[tuple[int, int, Modality]]:
     """Segments from where they begin: each lasts to the next one or the next control token."""
     edges = np.union1d(np.flatnonzero(role == CONTROL), begins).tolist()
     after = dict(zip(edges, [*edges, len(role)][1:], strict=True))
-    modalities: dict[bool, Kind] = {True: "image", False: "text"}
+    modalities: dict[bool, Modality] = {True: "image", False: "text"}
     return [
         (start, after[start], modalities[role[start] in (PROMPT_IMAGE, ANSWER_IMAGE)])
         for start in begins.tolist()
