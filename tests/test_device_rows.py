@@ -138,6 +138,9 @@ def test_pictures_come_whole_in_ways_that_they_may_be_cut(processor: Processor) 
         if picture == 1
     ]
     assert set(drawn) == {0, 1} and 0.3 < np.mean(drawn) < 0.7
+    rows._plain = 3
+    found = [x for _ in range(60) for x in ways_of(pictures_in(rows.next(), processor))]
+    assert {way for picture, way in found if picture == 1} == {0, 1, 2}
 
 
 def test_inputs_are_replaced_and_targets_stay_clean(processor: Processor) -> None:

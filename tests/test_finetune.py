@@ -40,7 +40,7 @@ from earlyfusion.train import checkpoint, lora
 from earlyfusion.train.monitor import read_metrics
 from earlyfusion.train.optim import learning_rate
 from earlyfusion.train.plan import Job as PlanJob
-from earlyfusion.train.plan import trained
+from earlyfusion.train.plan import line, parameters_of_block, trained
 from earlyfusion.train.trainer import RunConfig
 
 
@@ -351,6 +351,16 @@ def test_a_plan_counts_what_is_trained(capsys: pytest.CaptureFixture[str]) -> No
         plan("lora_7b", ["model=org/other"])
     with pytest.raises(SettingError, match="no plan"):
         plan("pretrain_mini", [])
+
+
+def test_a_plan_counts_what_a_gpu_gathers() -> None:
+    config = PRESETS["chameleon-7b"]
+    layout = ParallelConfig(tensor=1, shard=8)
+    job = PlanJob(config, layout, rows=8, length=128, micro_rows=1, tokens=1e9, dropout=0.0)
+    weights = parameters_of_block(config)
+    tables = 2 * config.vocab_size * config.hidden_size
+    # Two blocks in bf16, a block's gradient in bf16 and fp32, both tables and their gradients.
+    assert line(job, 8).gathered == (2 * 2 + 2 + 4) * weights + (2 + 2) * tables
 
 
 def test_weights_of_adapters_are_counted_as_they_are(model: Path) -> None:
