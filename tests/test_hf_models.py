@@ -577,6 +577,7 @@ class TestConfig:
     def test_model_of_a_bare_config(self) -> None:
         small = {k: v for k, v in BASE.items() if k not in ("vocabulary_map", "vq_config")}
         model = ChameleonModel(ChameleonConfig(**small, vq_config=VQ))
+        assert not model.gradient_checkpointing
         assert model(torch.tensor([[0, 5]])).last_hidden_state.shape == (1, 2, 32)
         with pytest.raises(CheckpointError, match="use_vocabulary"):
             model.get_image_tokens(torch.rand(1, 3, 16, 16))

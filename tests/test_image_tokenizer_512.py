@@ -209,6 +209,19 @@ def test_the_critic_learns_to_tell_and_its_weight_balances() -> None:
         check_side(3, 16)
 
 
+@pytest.mark.parametrize(("step", "share"), [(0, 0.0), (5, 0.5), (20, 1.0)])
+def test_the_commitment_grows_over_the_ramp(step: int, share: float) -> None:
+    pictures = torch.rand(2, 3, 16, 16) * 2 - 1
+    losses = {}
+    for commitment in (0.0, 0.25):
+        torch.manual_seed(0)
+        terms = VQLossConfig(commitment=commitment, ramp_steps=10, revive_until=0.0)
+        task = ImageTokenizerTask(VQGAN(PRESETS["tiny"].vq_config), terms, lambda _: pictures, 30)
+        losses[commitment], figures, _ = task.loss(step)
+    added = float((losses[0.25] - losses[0.0]).detach())
+    assert added == pytest.approx(0.25 * share * float(figures["commit"]), rel=1e-3, abs=1e-6)
+
+
 def test_operations_of_a_picture() -> None:
     """A convolution of the real shape by hand is a known share of all."""
     config = PRESETS["tiny"].vq_config
