@@ -260,7 +260,7 @@ def run(keep: Path, count: int, seed: int, only: str, most: float) -> None:
                     break
                 tests.append(as_node(name))
             (folder / file).write_text(mutate(source, number), encoding="utf-8")
-            alive = survives(folder, tests, 60 + 3 * total)
+            alive = survives(folder, tests, 400 + 10 * total)
             failed = None if alive else first_failed(folder)
             (folder / file).write_text(source, encoding="utf-8")
             if failed and failed not in passed and not survives(folder, [failed], 300):

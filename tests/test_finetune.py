@@ -166,6 +166,8 @@ def test_an_adapter_computes_w_plus_its_scaled_product() -> None:
     x = torch.randn(4, 6, dtype=torch.double)
     weight = linear.weight + 3.0 * adapted.lora_b @ adapted.lora_a
     torch.testing.assert_close(adapted(x), x @ weight.T + linear.bias)
+    wide = lora.Adapted(torch.nn.Linear(400, 5), rank=50, alpha=1.0).lora_a.detach()
+    assert 0.99 / 20 < wide.abs().max() <= 1 / 20  # as `nn.Linear`: up to 1 / sqrt(inputs)
 
 
 def test_lora_trains_adapters_only_and_leaves_a_plain_model(
