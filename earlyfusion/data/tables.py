@@ -89,7 +89,7 @@ class PictureFolder:
 
 
 class Lines:
-    """Rows of JSONL, or of one JSON array."""
+    """Rows of JSONL, or of one JSON array, found by their first and last byte."""
 
     is_random = True
 
@@ -110,7 +110,10 @@ class Lines:
     def _row(self, file: BinaryIO, number: int) -> dict[str, Any]:
         start, end = int(self._starts[number]), int(self._ends[number])
         file.seek(start)
-        return _json_object(file.read(end - start))
+        return self._parsed(file.read(end - start))
+
+    def _parsed(self, data: bytes) -> dict[str, Any]:
+        return _json_object(data)
 
     def read(self, row: Mapping[str, Any], name: str) -> bytes:
         return self._pictures.read(name)
@@ -242,34 +245,19 @@ class ParquetRows:
         return rows
 
 
-class Columns:
+class Columns(Lines):
     """Rows of CSV or TSV, whose first row names the columns; an empty cell counts as missing.
 
     Messages and other lists are written as JSON in a cell.
     """
 
-    is_random = True
-
     def __init__(self, path: Path, index: Index, pictures: PictureFolder) -> None:
-        self.path, self._pictures = path, pictures
-        self._starts, self._ends = index["starts"], index["ends"]
+        super().__init__(path, index, pictures)
         self._names = [str(name) for name in index["names"]]
-        self.groups = [len(self._starts)]
 
-    def row(self, number: int) -> dict[str, Any]:
-        with self.path.open("rb") as file:
-            return self._row(file, number)
-
-    def outlines(self) -> Outlines:
-        with self.path.open("rb") as file:
-            for number in range(len(self._starts)):
-                yield _unless_damaged(partial(self._row, file, number))
-
-    def _row(self, file: BinaryIO, number: int) -> dict[str, Any]:
-        start, end = int(self._starts[number]), int(self._ends[number])
-        file.seek(start)
+    def _parsed(self, data: bytes) -> dict[str, Any]:
         # newline="": line ends within quotes belong to the cell.
-        lines = io.StringIO(file.read(end - start).decode("utf-8"), newline="")
+        lines = io.StringIO(data.decode("utf-8"), newline="")
         cells = next(_csv_reader(self.path, lines), [])
         if len(cells) != len(self._names):
             raise DataError(
@@ -278,9 +266,6 @@ class Columns:
             )
         named = zip(self._names, cells, strict=True)
         return {name: _cell(name, cell) for name, cell in named if cell}
-
-    def read(self, row: Mapping[str, Any], name: str) -> bytes:
-        return self._pictures.read(name)
 
 
 class ArrowRows:
