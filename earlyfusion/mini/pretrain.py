@@ -32,6 +32,7 @@ from earlyfusion.config import PRESETS, ModelConfig
 from earlyfusion.devices import resolve_device
 from earlyfusion.errors import SettingError
 from earlyfusion.mini.emoji.dataset import EmojiData
+from earlyfusion.mini.stage import StageConfig
 from earlyfusion.recipes.run import RECIPES, override
 from earlyfusion.train import checkpoint
 
@@ -253,7 +254,7 @@ def is_done(made: Any) -> bool:
     trained = checkpoint.steps(made.run.out)[-1:] == [last]
     if made.run.minutes:
         trained = trained or _seconds(made.run.out) >= 60 * made.run.minutes
-    leaves_model = hasattr(made, "documents") or hasattr(made, "mixture")
+    leaves_model = isinstance(made, StageConfig)
     return trained and (not leaves_model or (made.run.out / "model" / "config.json").is_file())
 
 
