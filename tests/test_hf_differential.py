@@ -265,6 +265,8 @@ def test_dynamic_angles_remember_the_longest_call_until_one_fits() -> None:
     pair.own.model.rotary_emb = type(pair.own.model.rotary_emb)(pair.own.config)
     seen = []
     for length in (trained + 20, trained + 4, trained, trained - 1, trained + 4):
+        if hasattr(pair.stock.model.rotary_emb, "None_max_seq_len_cached"):
+            pytest.skip("this transformers stores the longest length under a name it never reads")
         ids = torch.arange(40, 40 + length)[None] % 40 + 45
         theirs, ours = (model(ids).logits for model in pair.both)
         near_logits(theirs, ours)
