@@ -1,4 +1,4 @@
-"""Keys and values in fp32, bf16 and int8, and slots beside pages: three tables in Markdown.
+"""Keys and values in fp32, bf16 and int8: two tables in Markdown.
 
     python benchmarks/cache.py --data emoji/data --pictures 40 --rounds 5 --threads 2
 
@@ -6,10 +6,8 @@ The first table takes the embedded model: questions about pictures are answered 
 cache, and the answer of the fp32 cache is then read through each. KL is that of the next token's
 distribution from the fp32 cache's, in nats, a mean over the answers' tokens; the agreement is the
 share of greedy tokens that stand where they stand with fp32, and of whole answers. Without --data
-pictures are random codes. The second is a step of one row of the compiled step, mini's shape,
-random weights. The third is attention alone, one new token a row in mini's shape: over slots in
-place, and over pages of 16 tokens in random order that are gathered first. All take turns in each
-round; the tables give medians.
+pictures are random codes. The second is a step of one row and of three of the compiled step, mini's
+shape, random weights; the caches take turns in each round, and the table gives medians.
 """
 
 from __future__ import annotations
@@ -17,22 +15,23 @@ from __future__ import annotations
 import argparse
 import random
 import time
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from statistics import mean, median
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from earlyfusion import Chameleon, Image, SamplingParams
 from earlyfusion.bench.harness import heading, line, medians, seconds, take_turns
 from earlyfusion.config import PRESETS
+from earlyfusion.engine.blocks import BLOCK_SIZE, Branch
 from earlyfusion.engine.cache import DTYPES, Cache
 from earlyfusion.engine.engine import Engine
 from earlyfusion.engine.runner import ModelRunner
-from earlyfusion.engine.scheduler import Branch, Piece, Plan
+from earlyfusion.engine.scheduler import Piece, Plan
 from earlyfusion.engine.step import Step
 from earlyfusion.generation.request import Request
 from earlyfusion.kernels.cpu_step import CpuStep
@@ -40,7 +39,7 @@ from earlyfusion.mini.emoji.dataset import EmojiData
 from earlyfusion.model.transformer import Transformer
 
 QUESTIONS = ("What is this?", "Describe the picture.", "이것은 무엇인가요?", "What colour is it?")
-CONTEXTS, PAGE = (32, 1057), 16
+CONTEXTS, BLOCKS = (32, 1057), 38  # of 1,200 tokens
 Answers = list[list[int]]
 
 
@@ -70,7 +69,8 @@ def answers(model: Chameleon, asked: Sequence[Request], kept: str) -> Answers:
 @torch.inference_mode()
 def distributions(runner: ModelRunner, ids: Sequence[int], answer: Sequence[int]) -> Tensor:
     """Log probabilities of each token of an answer, which is read token by token."""
-    branch = Branch([*ids, *answer], slot=0)
+    blocks = range(-(-(len(ids) + len(answer)) // BLOCK_SIZE))
+    branch = Branch([*ids, *answer], array("q", blocks))
     runner.run(Plan([], [Piece(branch, 0, len(ids) - 1)], []), [])
     logits = []
     for place in range(len(ids) - 1, len(ids) + len(answer) - 1):
@@ -124,15 +124,18 @@ def speed(rounds: int) -> None:
     model.init_weights(torch.Generator().manual_seed(0))
     steps: dict[str, CpuStep] = {}
     for kept, dtype in DTYPES.items():
-        cache = Cache(config, 3, 1200, dtype, torch.device("cpu"))
-        for layer in cache.layer_caches:
-            every = torch.arange(3 * config.kv_heads * 1200)
-            layer.store(every, *torch.randn(2, 3 * 1200, config.kv_heads, config.head_dim))
-        steps[kept] = CpuStep(model, cache.layers, 32, cache.scales)
+        cache = Cache(config, 3 * BLOCKS, 1200, dtype, torch.device("cpu"))
+        for layer in cache.layers:
+            tokens = torch.arange(3 * BLOCKS * BLOCK_SIZE)
+            new = torch.randn(2, len(tokens), config.kv_heads, config.head_dim)
+            layer.store(tokens // BLOCK_SIZE, tokens % BLOCK_SIZE, *new)
+        steps[kept] = CpuStep(model, cache.kv_BL2KSH, 1200, 32, cache.scales_BL2KS)
+    tables = torch.arange(3 * BLOCKS).view(3, BLOCKS)
     cases = [(rows, context) for context in CONTEXTS for rows in (1, 3)]
     contenders = {}
     for rows, context in cases:
-        given = torch.full((rows,), 7), torch.arange(rows), torch.full((rows,), context)
+        addresses = [table.data_ptr() for table in tables[:rows]]
+        given = torch.full((rows,), 7), torch.full((rows,), context), addresses, False
         for name, step in steps.items():
             read = partial(step.states, *given)
             contenders[name, rows, context] = partial(median_seconds, read, 8)
@@ -143,53 +146,17 @@ def speed(rounds: int) -> None:
         print(line(name, *(f"{times[name, rows, context]:.3f}" for rows, context in cases)))
 
 
-@torch.inference_mode()
-def pages(rounds: int, contexts: Sequence[int], sizes: Sequence[int]) -> None:
-    """Attention of one layer, as the plain path makes it, in fp32."""
-    config = PRESETS["mini"]
-    heads, width = config.kv_heads, config.head_dim
-    columns = ("slots in place, us", "pages gathered first, us", "times as long")
-    print()
-    print(heading("rows", "context", *columns))
-    for rows in sizes:
-        for context in contexts:
-            slots = torch.randn(2, rows, heads, context + PAGE, width)
-            count = -(-context // PAGE)
-            table = torch.randperm(rows * count).view(rows, count)
-            pool = torch.randn(2, rows * count, heads, PAGE, width)
-            q = torch.randn(rows, heads, 1, width)
-
-            def over_slots(q: Tensor = q, kv: Tensor = slots, end: int = context) -> Tensor:
-                return F.scaled_dot_product_attention(q, *kv[:, :, :, :end])
-
-            def over_pages(
-                q: Tensor = q, pool: Tensor = pool, table: Tensor = table, end: int = context
-            ) -> Tensor:
-                gathered = pool.index_select(1, table.flatten())
-                split = gathered.unflatten(1, table.shape).transpose(2, 3).flatten(3, 4)
-                return F.scaled_dot_product_attention(q, *split[:, :, :, :end])
-
-            calls = {"slots": over_slots, "pages": over_pages}
-            contenders = {name: partial(median_seconds, call, 10) for name, call in calls.items()}
-            here, there = medians(take_turns(contenders, rounds, warmup=0), 1e6).values()
-            ratio = f"{there / here:.1f}"
-            print(line(rows, f"{context:,}", f"{here:.0f}", f"{there:.0f}", ratio))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", help="the folder of the emoji pictures")
     parser.add_argument("--pictures", type=int, default=40, help="0: only the times")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--contexts", type=int, nargs="+", default=[128, 512, 2048])
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.pictures:
         quality(options.data, options.pictures)
     speed(options.rounds)
-    pages(options.rounds, options.contexts, options.rows)
 
 
 if __name__ == "__main__":

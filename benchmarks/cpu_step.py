@@ -21,6 +21,8 @@ from contenders import THEIRS, random_transformer, stock_of
 
 from earlyfusion.bench.harness import OURS, Row, medians, save, seconds, table, take_turns
 from earlyfusion.bench.shapes import SHAPES
+from earlyfusion.engine.blocks import BLOCK_SIZE
+from earlyfusion.engine.cache import Cache
 from earlyfusion.kernels.cpu_step import CpuStep
 
 CONTEXTS, BITS, PLACES = (32, 1057), (16, 8, 4), 1200
@@ -39,16 +41,18 @@ def stock_seconds(stock: Any, context: int, tokens: int) -> float:
 
 
 def step_seconds(step: CpuStep, head: Any, context: int, rows: int, tokens: int) -> float:
-    slots, lengths = torch.arange(rows), torch.full((rows,), context)
+    each = -(-PLACES // BLOCK_SIZE)
+    tables = torch.arange(rows * each).view(rows, each)
+    addresses, positions = [table.data_ptr() for table in tables], torch.full((rows,), context)
     drawn, times = torch.full((rows,), 7), []
 
     def draw() -> None:
         nonlocal drawn
-        drawn = head(step.states(drawn, slots, lengths)).argmax(-1)
+        drawn = head(step.states(drawn, positions, addresses, False)).argmax(-1)
 
     for _ in range(tokens):
         times.append(seconds(draw))
-        lengths = lengths + 1
+        positions += 1
     return median(times)
 
 
@@ -64,9 +68,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     model = random_transformer(options.shape, torch.bfloat16)
     config, stock = model.config, stock_of(model.config, model)
-    size = (2, 3, config.kv_heads, PLACES, config.head_dim)
-    cache = [torch.randn(size).bfloat16() for _ in range(config.num_hidden_layers)]
-    steps = {bits: CpuStep(model, cache, bits) for bits in BITS}
+    blocks = 3 * -(-PLACES // BLOCK_SIZE)
+    cache_BL2KSH = Cache(config, blocks, PLACES, torch.bfloat16, torch.device("cpu")).kv_BL2KSH
+    cache_BL2KSH.normal_()
+    steps = {bits: CpuStep(model, cache_BL2KSH, PLACES, bits) for bits in BITS}
     heads = {bits: step.product(model.lm_head.weight) for bits, step in steps.items()}
     rows = []
     for context in CONTEXTS:

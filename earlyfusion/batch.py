@@ -267,12 +267,12 @@ def _line(data: dict[str, Any]) -> bytes:
 def answer_all(
     chameleon: Chameleon, jobs: Sequence[Job], replies: Replies, progress: Callable[[], object]
 ) -> None:
-    """Answer all jobs, as many at once as the engine has slots; `progress` is called after each."""
+    """Answer all jobs, as many at once as the engine runs; `progress` is called after each."""
     waiting = deque(jobs)
     running: list[tuple[Job, Handle]] = []
     try:
         while waiting or running:
-            while waiting and len(running) < chameleon.engine.slots:
+            while waiting and len(running) < chameleon.engine.most_running:
                 _start(chameleon, waiting.popleft(), running, replies, progress)
             # A request whose tokens are all forced finishes without a step.
             if running and not any(handle.finished for _, handle in running):

@@ -6,6 +6,7 @@ torch is imported inside the functions, so that the command line can list the na
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ DEVICES = ("auto", "cpu", "cuda")
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 PACKED_BITS = {"int8": 8, "int4": 4}
 WEIGHT_DTYPES = ("auto", *FLOAT_DTYPES, *PACKED_BITS)
+_UNKNOWN_FREE_BYTES = 4_000_000_000  # taken as free where the system does not say
 _LONG_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 # A CPU computes in float32 faster than in bfloat16 as long as the weights stay in its cache.
@@ -68,6 +70,43 @@ def resolve_device(name: str) -> torch.device:
     if not _is_on_this_machine(device):
         raise SettingError(f"device={name!r} is not on this machine: use auto or cpu")
     return device
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on a device: of a GPU, or of this machine within the limit of a
+    container."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return min(_available_bytes(), _container_bytes())
+
+
+def _available_bytes() -> int:
+    # Linux counts memory that holds copies of files as available, the system's call does not.
+    for line in _lines("/proc/meminfo"):
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not every system has these
+        return _UNKNOWN_FREE_BYTES
+
+
+def _container_bytes() -> int:
+    """What is left of a control group's limit (version 2)."""
+    limit, used = (_lines(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    if not limit or not used or limit[0] == "max":
+        return sys.maxsize
+    return max(int(limit[0]) - int(used[0]), 0)
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        with open(path, encoding="ascii") as file:
+            return file.read().splitlines()
+    except OSError:
+        return []
 
 
 def _is_on_this_machine(device: torch.device) -> bool:

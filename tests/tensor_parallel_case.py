@@ -24,6 +24,7 @@ from tiny import CONFIG, tiny_processor
 
 from earlyfusion import Chameleon
 from earlyfusion.config import ModelConfig
+from earlyfusion.engine.blocks import BLOCK_SIZE
 from earlyfusion.engine.cache import Cache
 from earlyfusion.engine.engine import Engine
 from earlyfusion.engine.handle import Handle
@@ -47,7 +48,8 @@ ODD = replace(
 
 
 # Of one part of the tiny model, which holds one key and value head of two.
-SLOT = CONFIG.max_position_embeddings * Cache.token_bytes(CONFIG, torch.float32) // 2
+# Of one process of two, which has half of the heads.
+BLOCK = BLOCK_SIZE * Cache.token_bytes(CONFIG, torch.float32) // 2
 
 
 def random_model(config: ModelConfig, processor: Processor) -> Transformer:
@@ -221,7 +223,7 @@ class Script:
 
 GOLDEN = Path(__file__).parent / "golden" / "models" / "tiny_mp2_swin_gqa"
 CASES: dict[str, Case | Script] = {
-    "tiny": Case(CONFIG, {"chunk": 5, "cache_bytes": 5 * SLOT}),
+    "tiny": Case(CONFIG, {"chunk": 5, "cache_bytes": 18 * BLOCK}),
     "swin": Case(SWIN),
     "odd": Case(ODD),
     "half": Case(CONFIG, {"cache_dtype": "int8"}, torch.bfloat16),

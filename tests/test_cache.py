@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from array import array
+
 import numpy as np
 import pytest
 import torch
 from tiny import CONFIG, TEXTS, tiny_processor, tiny_transformer
 
+from earlyfusion.engine import cache
 from earlyfusion.engine.backends import cpu
-from earlyfusion.engine.cache import Cache
+from earlyfusion.engine.blocks import BLOCK_SIZE, Branch, Copy
+from earlyfusion.engine.cache import FREE_SHARE, Cache
 from earlyfusion.engine.engine import Engine
 from earlyfusion.engine.handle import Handle
 from earlyfusion.engine.runner import ModelRunner
-from earlyfusion.engine.scheduler import Branch, Copy, Piece, Plan
+from earlyfusion.engine.scheduler import Piece, Plan
 from earlyfusion.engine.step import Step
 from earlyfusion.errors import SettingError
 from earlyfusion.generation.grammar import Grammar
@@ -53,10 +57,10 @@ def states(
     """What the head reads for rows that read a prompt at once, then eight tokens singly."""
     size = transformer.lm_head.weight.shape[0]
     grammar = Grammar(processor.vocabulary, processor.layout, (), size)
-    model = ModelRunner(transformer, grammar, len(lengths), 64, kept)
+    model = ModelRunner(transformer, grammar, 2 * len(lengths), 64, kept)
     numbers = torch.Generator().manual_seed(sum(lengths))
     rows = [torch.randint(4, size, (n + 8,), generator=numbers).tolist() for n in lengths]
-    branches = [Branch(row, slot) for slot, row in enumerate(rows)]
+    branches = [Branch(row, array("q", [n, n + len(rows)])) for n, row in enumerate(rows)]
     prompts = zip(branches, lengths, strict=True)
     model.run(Plan([], [Piece(branch, 0, n) for branch, n in prompts], []), [])
     seen = []
@@ -124,46 +128,83 @@ def test_guided_preempted_and_from_a_prefix(
     engine = Engine(transformer, processor, cache_dtype=kept)
     alone = [run(engine, [one])[0] for one in asked]
     assert agreement(alone, run(Engine(transformer, processor), asked)) > 0.6
-    assert agreement(run(engine, asked), alone) > 0.9  # from what the slots keep, side by side
-    slot = engine.slot_bytes
-    small = Engine(transformer, processor, cache_bytes=4 * slot, cache_dtype=kept)
+    assert agreement(run(engine, asked), alone) > 0.9  # from what the cache keeps, side by side
+    room = 20 * engine.block_bytes
+    small = Engine(transformer, processor, cache_bytes=room, cache_dtype=kept)
     assert agreement(run(small, asked, apart=4), alone) > 0.6 and small.preemptions > 0
 
 
-def test_a_copied_slot_holds_the_same() -> None:
-    cache = Cache(CONFIG, 3, 8, torch.int8, CPU)
-    for layer, scales in zip(cache.layers, cache.scales, strict=True):
-        layer.copy_(torch.randint(-127, 128, layer.shape))
-        scales.uniform_()
-    before = [layer.read(2, 8, torch.float32)[1].clone() for layer in cache.layer_caches]
-    cache.copy(Copy(0, 2, 5))
-    for kept, old in zip(cache.layer_caches, before, strict=True):
-        source, target = (kept.read(slot, 8, torch.float32) for slot in (0, 2))
-        for part in (0, 1):
-            assert torch.equal(source[part][:, :5], target[part][:, :5])
-        assert torch.equal(target[1][:, 5:], old[:, 5:])
+def test_a_copied_block_holds_the_same() -> None:
+    cache = Cache(CONFIG, 3, 64, torch.int8, CPU)
+    scales = cache.scales_BL2KS
+    assert scales is not None
+    cache.kv_BL2KSH.copy_(torch.randint(-127, 128, cache.kv_BL2KSH.shape))
+    scales.uniform_()
+    before = cache.kv_BL2KSH.clone(), scales.clone()
+    cache.copy(Copy(0, 2))
+    for now, old in ((cache.kv_BL2KSH, before[0]), (scales, before[1])):
+        assert torch.equal(now[2], old[0]) and torch.equal(now[:2], old[:2])
+    cache.clear([1])
+    assert not cache.kv_BL2KSH[1].any() and not scales[1].any() and cache.kv_BL2KSH[0].any()
 
 
-def test_smaller_entries_make_more_slots(transformer: Transformer, processor: Processor) -> None:
-    budget = 8 * Engine(transformer, processor).slot_bytes
-    slots = {
-        kept: Engine(transformer, processor, cache_bytes=budget, cache_dtype=kept).slots
+def test_smaller_entries_make_more_blocks(transformer: Transformer, processor: Processor) -> None:
+    budget = 80 * Engine(transformer, processor).block_bytes
+    engines = {
+        kept: Engine(transformer, processor, cache_bytes=budget + 1, cache_dtype=kept)
         for kept in ("fp32", "bf16", "int8")
     }
     width = CONFIG.head_dim
-    assert slots == {"fp32": 8, "bf16": 16, "int8": 8 * 4 * width // (width + 4)}
+    blocks = {kept: engine.blocks for kept, engine in engines.items()}
+    assert blocks == {"fp32": 80, "bf16": 160, "int8": 80 * 4 * width // (width + 4)}
+    assert (
+        engines["bf16"].cache_tokens == 160 * BLOCK_SIZE and engines["bf16"].cache_bytes == budget
+    )
     for kept, dtype in (("fp32", torch.float32), ("int8", torch.int8)):
-        cache = Cache(CONFIG, 2, 5, dtype, CPU)
-        held = sum(part.nbytes for part in (*cache.layers, *cache.scales))
-        assert held == 2 * 5 * Cache.token_bytes(CONFIG, dtype), kept
+        cache = Cache(CONFIG, 2, 50, dtype, CPU)
+        held = cache.kv_BL2KSH.nbytes + (0 if (s := cache.scales_BL2KS) is None else s.nbytes)
+        assert held == 2 * BLOCK_SIZE * Cache.token_bytes(CONFIG, dtype), kept
+
+
+@pytest.mark.parametrize(
+    ("free", "blocks"), [(0, 3 * 8), (10**15, 64 * 8), (10 * 10**6, None)], ids=str
+)
+def test_the_default_size_is_a_share_of_the_free_memory(
+    transformer: Transformer,
+    processor: Processor,
+    monkeypatch: pytest.MonkeyPatch,
+    free: int,
+    blocks: int | None,
+) -> None:
+    """Of a context of 256 tokens: 8 blocks. At least three of them, at most 64."""
+    monkeypatch.setattr(cache, "free_bytes", lambda device: free)
+    engine = Engine(transformer, processor)
+    assert engine.blocks == (blocks or int(free * FREE_SHARE) // engine.block_bytes)
+    assert blocks or 3 * 8 < engine.blocks < 64 * 8
+
+
+def test_many_requests_hold_only_what_they_have_read(
+    transformer: Transformer, processor: Processor
+) -> None:
+    """40 requests at once, of some 40 tokens each, in room for ten contexts."""
+    asked = [request(processor, seed, "text", False, 20) for seed in range(40)]
+    engine = Engine(transformer, processor)
+    alone = [run(engine, [one])[0] for one in asked]
+    small = Engine(transformer, processor, cache_bytes=80 * engine.block_bytes)
+    handles = [small.add(one) for one in asked]
+    small.step()
+    assert all(len(handle.branches[0].blocks) in (1, 2) for handle in handles)
+    while small.busy:
+        small.step()
+    assert small.preemptions == 0
+    assert agreement([handle.tokens for handle in handles], alone) > 0.9
 
 
 def test_zeros_stay_zeros() -> None:
-    cache = Cache(CONFIG, 1, 2, torch.int8, CPU)
-    rows = torch.arange(CONFIG.kv_heads) * 2
+    layer = Cache(CONFIG, 1, 32, torch.int8, CPU).layers[0]
     zero = torch.zeros(1, CONFIG.kv_heads, CONFIG.head_dim)
-    cache.layer_caches[0].store(rows, zero, zero)
-    assert not cache.layer_caches[0].read(0, 2, torch.float32)[0].any()
+    layer.store(torch.tensor([0]), torch.tensor([3]), zero, zero)
+    assert not layer.read(torch.tensor([[0]]), 32, torch.float32)[0].any()
 
 
 def test_another_dtype_is_refused(transformer: Transformer, processor: Processor) -> None:

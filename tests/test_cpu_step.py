@@ -51,15 +51,58 @@ def random_model(shape: ModelConfig, seed: int) -> Transformer:
     return model
 
 
-def empty(shape: ModelConfig, slots: int, places: int) -> list[torch.Tensor]:
-    """A cache as the engine keeps it: [2, S, K, P, H] a layer."""
-    size = (2, slots, shape.kv_heads, places, shape.head_dim)
-    return [torch.zeros(size) for _ in range(shape.num_hidden_layers)]
+class Paged:
+    """A cache with sequences whose blocks are in any order."""
+
+    def __init__(
+        self,
+        shape: ModelConfig,
+        sequences: int,
+        length: int,
+        dtype: torch.dtype = torch.float32,
+        block_size: int = 32,
+    ) -> None:
+        each = -(-length // block_size)
+        self.length, number = length, sequences * each
+        self.cache = Cache(shape, number, length, dtype, torch.device("cpu"), block_size)
+        self.tables_QN = torch.randperm(number).view(sequences, each)
+
+    def step(self, model: Transformer, bits: int) -> CpuStep:
+        cache = self.cache
+        return CpuStep(model, cache.kv_BL2KSH, self.length, bits, cache.scales_BL2KS)
+
+    def states(
+        self,
+        step: CpuStep,
+        tokens: torch.Tensor,
+        sequences: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> torch.Tensor:
+        tables = [self.tables_QN[number].data_ptr() for number in sequences.tolist()]
+        shared = len(set(tables)) < len(tables)
+        return step.states(tokens, positions, tables, shared)
+
+    @property
+    def kv_L2QKPH(self) -> torch.Tensor:
+        """Keys and values in fp32 of all sequences, as their tables order them."""
+        layers = [
+            torch.stack(layer.read(self.tables_QN, self.length, torch.float32))
+            for layer in self.cache.layers
+        ]
+        return torch.stack(layers)
+
+    def fill(self, kv_L2QKPH: torch.Tensor) -> None:
+        count, length = self.tables_QN.shape[0], self.length
+        positions = torch.arange(length).repeat(count)
+        size = self.cache.block_size
+        blocks = self.tables_QN[torch.arange(count).repeat_interleave(length), positions // size]
+        for layer, kv_2QKPH in zip(self.cache.layers, kv_L2QKPH, strict=True):
+            layer.store(blocks, positions % size, *kv_2QKPH.transpose(2, 3).flatten(1, 2))
 
 
-def as_engine_keeps(cache: KVCache) -> list[torch.Tensor]:
-    both = torch.stack((cache.k_LSPKH, cache.v_LSPKH), 1).transpose(3, 4)
-    return [layer.contiguous() for layer in both]
+def as_engine_keeps(cache: KVCache) -> torch.Tensor:
+    """[L, 2, Q, K, P, H] of slots Q."""
+    return torch.stack((cache.k_LSPKH, cache.v_LSPKH), 1).transpose(3, 4)
 
 
 def rounded(model: Transformer, bits: int) -> Transformer:
@@ -86,34 +129,35 @@ def rounded(model: Transformer, bits: int) -> Transformer:
 def test_steps_equal_the_transformer(shape: ModelConfig, rows: int, bits: int) -> None:
     model = random_model(shape, rows + bits)
     same = rounded(model, bits)
-    cache, expected_cache = empty(shape, rows + 2, 24), KVCache(shape, rows + 2, 24)
-    step = CpuStep(model, cache, bits)
+    paged, expected_cache = Paged(shape, rows + 2, 40), KVCache(shape, rows + 2, 40)
+    step = paged.step(model, bits)
     head = step.product(model.lm_head.weight)
     slots, lengths = torch.randperm(rows + 2)[:rows], torch.zeros(rows, dtype=torch.int64)
-    for _ in range(20):
+    for _ in range(36):
         tokens = torch.randint(0, shape.vocab_size, (rows,))
         attends = expected_cache.attends(slots, lengths)
         expected = same(tokens[:, None], lengths[:, None], attends)[:, 0]
-        logits = head(step.states(tokens, slots, lengths))
+        logits = head(paged.states(step, tokens, slots, lengths))
         error = (logits - expected).abs().max() / expected.abs().max()
         assert error < TOLERANCE[bits]
         lengths = lengths + 1
     if bits == 32:
-        torch.testing.assert_close(cache, as_engine_keeps(expected_cache), rtol=1e-5, atol=1e-5)
+        expected_kv = as_engine_keeps(expected_cache)
+        torch.testing.assert_close(paged.kv_L2QKPH, expected_kv, rtol=1e-5, atol=1e-5)
 
 
 @needs_compiler
 def test_rows_of_different_lengths_and_a_bf16_cache() -> None:
     shape = config(64, 4, 2, 100)
     model = random_model(shape, 7)
-    expected_cache = KVCache(shape, 3, 16)
+    expected_cache, paged = KVCache(shape, 3, 50), Paged(shape, 3, 50, torch.bfloat16)
     expected_cache.k_LSPKH.normal_()
     expected_cache.v_LSPKH.normal_()
-    cache = [layer.bfloat16() for layer in as_engine_keeps(expected_cache)]
-    slots, lengths = torch.tensor([2, 0, 1]), torch.tensor([0, 15, 4])
+    paged.fill(as_engine_keeps(expected_cache))
+    slots, lengths = torch.tensor([2, 0, 1]), torch.tensor([0, 49, 14])
     tokens = torch.tensor([3, 100, 514])
-    step = CpuStep(model, cache, 32)
-    logits = step.product(model.lm_head.weight)(step.states(tokens, slots, lengths))
+    step = paged.step(model, 32)
+    logits = step.product(model.lm_head.weight)(paged.states(step, tokens, slots, lengths))
     attends = expected_cache.attends(slots, lengths)
     expected = model(tokens[:, None], lengths[:, None], attends)[:, 0]
     # The new key and value are rounded to bf16 before they are read.
@@ -126,31 +170,24 @@ def test_rows_of_different_lengths_and_a_bf16_cache() -> None:
 def test_an_int8_cache_is_read_as_the_torch_path_reads_it(width: int, lengths: list[int]) -> None:
     shape = config(width, 4, 2, 100)
     model, rows = random_model(shape, width + len(lengths)), len(lengths)
-    cpu = torch.device("cpu")
-    cache = Cache(shape, rows, 41, torch.int8, cpu)
-    for kept in cache.layer_caches:
-        kept.store(torch.arange(rows * 2 * 41), *torch.randn(2, rows * 41, 2, width // 4))
-    other = Cache(shape, rows, 41, torch.float32, cpu)
-    for kept, same in zip(cache.layer_caches, other.layers, strict=True):
-        same.copy_(torch.stack(kept.read(slice(0, rows), 41, torch.float32)))
-    tokens, slots = torch.randint(0, 515, (rows,)), torch.randperm(rows)
+    paged = Paged(shape, rows, 41, torch.int8)
+    paged.fill(torch.randn(shape.num_hidden_layers, 2, rows, 2, 41, width // 4))
+    other = Paged(shape, rows, 41)
+    other.fill(paged.kv_L2QKPH)
+    tokens, sequences = torch.randint(0, 515, (rows,)), torch.randperm(rows)
     places = torch.tensor(lengths)
-    small = CpuStep(model, cache.layers, 32, cache.scales).states(tokens, slots, places)
-    large = CpuStep(model, other.layers, 32).states(tokens, slots, places)
+    small = paged.states(paged.step(model, 32), tokens, sequences, places)
+    large = other.states(other.step(model, 32), tokens, sequences, places)
     # They differ in the new token's key and value only, rounded to 1 / 254 of the largest entry.
     torch.testing.assert_close(small, large, rtol=0.05, atol=0.05)
     assert (small - large).abs().mean() < 0.02
-    for layer in cache.layers:
-        new_2RKH = layer[:, slots, :, places]
-        assert (new_2RKH.abs().amax(-1) == 127).all()
-    exact = other.layers[0][:, slots, :, places]  # of the first layer, where all before is equal
-    stored = cache.layers[0][:, slots, :, places] * cache.scales[0][:, slots, :, places, None]
+    blocks, offsets = paged.tables_QN[sequences, places // 32], places % 32
+    for layer in paged.cache.layers:
+        assert (layer.kv_B2KSH[blocks, :, :, offsets].abs().amax(-1) == 127).all()
+    # Of the first layer, where all before is equal.
+    exact = other.kv_L2QKPH[0][:, sequences, :, places]
+    stored = paged.kv_L2QKPH[0][:, sequences, :, places]
     assert ((stored - exact).abs().amax(-1) <= exact.abs().amax(-1) / 253).all()
-    again = Cache(shape, 1, 4, torch.int8, cpu)
-    fresh = torch.randn(2, 1, 2, width // 4)
-    again.layer_caches[0].store(torch.tensor([0, 4]), *fresh)
-    read = torch.stack(again.layer_caches[0].read(0, 1, torch.float32))[:, :, 0]
-    assert ((read - fresh[:, 0]).abs().amax(-1) <= fresh[:, 0].abs().amax(-1) / 253).all()
 
 
 @needs_compiler
@@ -160,8 +197,8 @@ def test_an_int8_cache_is_read_as_the_torch_path_reads_it(width: int, lengths: l
 def test_a_token_does_not_depend_on_what_is_read_with_it(
     bits: int, kept: torch.dtype, heads: int, key_heads: int, width: int
 ) -> None:
-    """To the bit: states, logits, keys and values, in pieces, beside others, in slots of another
-    length, with one thread and several."""
+    """To the bit: states, logits, keys and values, in pieces, beside others, in blocks of another
+    size and order, with one thread and several."""
     shape = config(heads * width, heads, key_heads, 200)
     model = random_model(shape, bits)
     tokens = torch.randint(0, 515, (61,))
@@ -171,8 +208,8 @@ def test_a_token_does_not_depend_on_what_is_read_with_it(
     try:
         for number, sizes in enumerate([*pieces, *pieces]):
             torch.set_num_threads(1 + 2 * (number >= len(pieces)))
-            cache = Cache(shape, 3, 61 if number % 2 else 67, kept, torch.device("cpu"))
-            step = CpuStep(model, cache.layers, bits, cache.scales)
+            paged = Paged(shape, 3, 61, kept, 16 if number % 2 else 48)
+            step = paged.step(model, bits)
             head, states, at = step.product(model.lm_head.weight), list[torch.Tensor](), 0
             for size in sizes:
                 new = tokens[at : at + size]
@@ -180,13 +217,12 @@ def test_a_token_does_not_depend_on_what_is_read_with_it(
                 both = torch.cat((beside, new))
                 slots = torch.tensor([2] * len(beside) + [1] * len(new))
                 places = torch.cat((torch.arange(len(beside)), at + torch.arange(len(new))))
-                states.append(step.states(both, slots, places)[len(beside) :])
+                states.append(paged.states(step, both, slots, places)[len(beside) :])
                 at += size
             states_TD = torch.cat(states)
             logits_TV = head(states_TD)
             assert torch.equal(logits_TV[5:7], head(states_TD[5:7]))
-            mine = [part[:, 1, :, :61] for part in (*cache.layers, *cache.scales)]
-            got = [states_TD, logits_TV, *mine]
+            got = [states_TD, logits_TV, paged.kv_L2QKPH[:, :, 1]]
             known = known or got
             assert all(torch.equal(a, b) for a, b in zip(got, known, strict=True))
             assert states_TD.isfinite().all()
@@ -199,9 +235,10 @@ def test_a_token_does_not_depend_on_what_is_read_with_it(
 def test_a_whole_prompt_equals_the_transformer(bits: int) -> None:
     shape = config(96, 6, 2, 200)
     model, tokens = random_model(shape, bits), torch.randint(0, 515, (50,))
-    step = CpuStep(model, empty(shape, 2, 64), bits)
-    slots, places = torch.ones(50, dtype=torch.int64), torch.arange(50)
-    logits = step.product(model.lm_head.weight)(step.states(tokens, slots, places))
+    paged = Paged(shape, 2, 64)
+    step = paged.step(model, bits)
+    ones, places = torch.ones(50, dtype=torch.int64), torch.arange(50)
+    logits = step.product(model.lm_head.weight)(paged.states(step, tokens, ones, places))
     expected = rounded(model, bits)(tokens[None])[0]
     assert (logits - expected).abs().max() / expected.abs().max() < TOLERANCE[bits]
 
@@ -209,7 +246,7 @@ def test_a_whole_prompt_equals_the_transformer(bits: int) -> None:
 @needs_compiler
 def test_nothing_is_drawn_from_logits_that_are_not_finite() -> None:
     shape = config(64, 4, 4, 100)
-    step = CpuStep(random_model(shape, 1), empty(shape, 1, 4), 32)
+    step = Paged(shape, 1, 4).step(random_model(shape, 1), 32)
     logits = torch.randn(6, 100)
     good = logits[[0, 5]].clone()
     logits[1, 99], logits[2, 3], logits[3, 0] = torch.nan, torch.inf, torch.nan
@@ -231,7 +268,7 @@ def test_nothing_is_drawn_from_logits_that_are_not_finite() -> None:
 def test_a_part_of_the_head_is_that_part_of_the_logits(bits: int) -> None:
     shape = config(64, 4, 4, 100)
     model = random_model(shape, 1)
-    step = CpuStep(model, empty(shape, 1, 4), bits)
+    step = Paged(shape, 1, 4).step(model, bits)
     states, weight = torch.randn(2, 64), model.lm_head.weight
     whole = step.product(weight)(states)
     for first, last in ((0, 515), (4, 8), (7, 200), (513, 515)):
@@ -258,7 +295,7 @@ def draw(
 def test_a_draw_mixes_branches_then_masks_then_penalises() -> None:
     """In rows of a wider matrix, as many as leave a rest behind vectors."""
     shape = config(64, 4, 4, 100)
-    step = CpuStep(random_model(shape, 1), empty(shape, 1, 4), 32)
+    step = Paged(shape, 1, 4).step(random_model(shape, 1), 32)
     for columns in (1, 15, 16, 77, 640):
         wide = torch.randn(3, 24, columns + 4)
         full, image_only, unconditional = (rows[:, :columns] for rows in wide)
@@ -299,7 +336,7 @@ def test_a_draw_mixes_branches_then_masks_then_penalises() -> None:
 def test_draws_equal_the_samplers(levels: int) -> None:
     """With `levels` the logits take only so many values, so that thresholds meet equal ones."""
     shape = config(64, 4, 4, 100)
-    step = CpuStep(random_model(shape, 1), empty(shape, 1, 4), 32)
+    step = Paged(shape, 1, 4).step(random_model(shape, 1), 32)
     equal, total = 0, 0
     for size in (1, 5, 64, 1000):
         rows = [
@@ -346,12 +383,15 @@ def test_a_quantised_model_gives_what_its_rounded_weights_give(bits: int) -> Non
     for name, weight in expected.named_parameters():
         assert name not in again or torch.equal(again[name], weight)  # rounding twice is once
     if cpu_step.available():
-        cache = empty(shape, 1, 4)
-        one = CpuStep(small, cache, bits)
-        two = CpuStep(expected, empty(shape, 1, 4), bits)
+        caches = Paged(shape, 1, 4), Paged(shape, 1, 4)
+        steps = caches[0].step(small, bits), caches[1].step(expected, bits)
         place = torch.zeros(1, dtype=torch.int64)
         token = torch.tensor([5])
-        assert torch.equal(one.states(token, place, place), two.states(token, place, place))
+        first, second = (
+            cache.states(step, token, place, place)
+            for cache, step in zip(caches, steps, strict=True)
+        )
+        assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize(("bits", "most"), [(32, 0.0), (16, 0.004), (8, 0.004), (4, 0.13)])
@@ -402,7 +442,7 @@ def test_without_a_compiler_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch)
     try:
         assert not cpu_step.available()
         with pytest.raises(ValueError, match="compiler"):
-            CpuStep(model, empty(model.config, 1, 4), 32)
+            Paged(model.config, 1, 4).step(model, 32)
     finally:
         cpu_step._library.cache_clear()
 
@@ -410,7 +450,7 @@ def test_without_a_compiler_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch)
 def test_what_the_compiled_step_does_not_take() -> None:
     shape = config(64, 4, 4, 100)
     biased = replace(shape, attention_bias=True)
-    cache = empty(shape, 1, 4)
+    cache = Paged(shape, 1, 4).cache.kv_BL2KSH
     assert fits(Transformer(shape), cache)
     assert not fits(Transformer(biased), cache)
     given = Transformer(shape)
@@ -424,8 +464,9 @@ def test_what_the_compiled_step_does_not_take() -> None:
         finally:
             object.__delattr__(other.config, "hidden_act")
     with pytest.raises(ValueError, match="no cache in this dtype"):
-        CpuStep(Transformer(shape), [layer.to(torch.int8) for layer in cache], 32)
-    assert not fits(Transformer(shape), [layer.half() for layer in cache])
+        CpuStep(Transformer(shape), cache.to(torch.int8), 4, 32)
+    assert not fits(Transformer(shape), cache.half())
+    assert not fits(Transformer(shape), Paged(shape, 1, 4, block_size=8).cache.kv_BL2KSH)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,11 +22,12 @@ from earlyfusion.checkpoints import detect
 from earlyfusion.engine.backends import attention, cpu
 from earlyfusion.engine.backends import torch as torch_backend
 from earlyfusion.engine.backends.torch import FusedTransformer
+from earlyfusion.engine.blocks import BLOCK_SIZE, Branch
 from earlyfusion.engine.cache import Cache
 from earlyfusion.engine.draw import Drawer
 from earlyfusion.engine.engine import Engine
 from earlyfusion.engine.handle import Handle, most_branches
-from earlyfusion.engine.scheduler import Branch, Piece
+from earlyfusion.engine.scheduler import Piece
 from earlyfusion.engine.step import Step
 from earlyfusion.errors import ContextError, SettingError, WeightsError
 from earlyfusion.generation.grammar import Grammar, Walk
@@ -37,7 +39,7 @@ from earlyfusion.model.quantise import quantise
 from earlyfusion.model.transformer import FeedForward, Transformer
 from earlyfusion.processor import Processor
 
-SLOT = CONFIG.max_position_embeddings * Cache.token_bytes(CONFIG, torch.float32)
+BLOCK = BLOCK_SIZE * Cache.token_bytes(CONFIG, torch.float32)
 GREEDY: dict[str, Any] = {"temperature": 0, "image_temperature": 0}
 OFF: dict[str, Any] = {"guidance_text": 1, "guidance_image": 1}
 
@@ -137,7 +139,7 @@ def test_other_activations_and_angles_equal_the_plain_loop(
         pytest.param({}, 0, id="together"),
         pytest.param({}, 3, id="joining"),
         pytest.param({"chunk": 5}, 0, id="chunked"),
-        pytest.param({"cache_bytes": 4 * SLOT}, 4, id="preempted"),
+        pytest.param({"cache_bytes": 20 * BLOCK}, 4, id="preempted"),
     ],
 )
 def test_mixed_requests_equal_the_plain_loop(
@@ -235,7 +237,7 @@ def test_both_block_layouts(golden: Path, name: str) -> None:
     ids = [vocabulary.bos, *loaded.processor.encode_text("a pear"), vocabulary.end_of_turn]
     texts = [Request(ids[: i + 2], "text", settings, 0, 12) for i in range(3)]
     want = [list(draw_tokens(loaded.transformer, loaded.processor, asked)) for asked in texts]
-    assert run(Engine(loaded.transformer, loaded.processor, slot_tokens=64), texts) == want
+    assert run(Engine(loaded.transformer, loaded.processor, context_tokens=64), texts) == want
 
 
 def test_the_embedded_model() -> None:
@@ -251,11 +253,11 @@ def test_the_embedded_model() -> None:
 
 
 def test_hidden_states_equal_the_modules(transformer: Transformer) -> None:
-    """Whole prompts, pieces and single tokens of several slots in one step; fp32, 1e-5."""
+    """Whole prompts, pieces and single tokens of several sequences in one step; fp32, 1e-5."""
     rows = [torch.randint(0, CONFIG.vocab_size, (n,)).tolist() for n in (9, 1, 14, 5)]
     cache = Cache(CONFIG, 6, 32, torch.float32, torch.device("cpu"))
     fused = FusedTransformer(transformer, cache)
-    branches = [Branch(row, slot) for row, slot in zip(rows, (4, 1, 0, 5), strict=True)]
+    branches = [Branch(row, array("q", [n])) for row, n in zip(rows, (4, 1, 0, 5), strict=True)]
     got: dict[int, list[torch.Tensor]] = {}
     with torch.inference_mode():
         for width in (4, 1, 3, 1, 1, 99):
@@ -364,7 +366,7 @@ def test_cancelled_neighbours_change_nothing(
             engine.step()
         handle.cancel()
         handle.cancel()
-    cut = [handle for handle in handles if not handle.finished and handle.branches[0].slot is None]
+    cut = [handle for handle in handles if not handle.finished and not handle.branches[0].blocks]
     while engine.busy:
         engine.step()
     for handle, tokens in zip(handles, wanted, strict=True):
@@ -439,21 +441,21 @@ def test_a_step_that_breaks_ends_what_runs_and_nothing_else(
 
 
 def test_what_can_never_run_is_refused(transformer: Transformer, processor: Processor) -> None:
-    small = Engine(transformer, processor, cache_bytes=SLOT)
-    with pytest.raises(SettingError, match="3 slots, the cache has 1"):
+    small = Engine(transformer, processor, cache_bytes=8 * BLOCK)
+    with pytest.raises(SettingError, match=r"3 x \d+ tokens, the cache has 256: .* guidances to 1"):
         small.add(request(processor, 1, "image"))
     small.check(request(processor, 1, "image", **OFF))
-    with pytest.raises(SettingError, match="3 slots"):
+    with pytest.raises(SettingError, match="3 x"):
         small.add(request(processor, 1, "interleaved"))
     with pytest.raises(ContextError, match=r"limit 256: shorten"):
         small.add(request(processor, 1, "text", room=256))
-    with pytest.raises(SettingError, match="holds no slot"):
+    with pytest.raises(SettingError, match="holds no block"):
         Engine(transformer, processor, cache_bytes=10)
 
 
-def test_text_runs_on_one_slot(transformer: Transformer, processor: Processor) -> None:
-    """Guidance takes no slot where no picture may come, whatever its weights are."""
-    small = Engine(transformer, processor, cache_bytes=SLOT)
+def test_text_runs_in_one_branch(transformer: Transformer, processor: Processor) -> None:
+    """Guidance takes no blocks where no picture may come, whatever its weights are."""
+    small = Engine(transformer, processor, cache_bytes=4 * BLOCK)
     text = request(processor, 0, "text", room=5, guidance_text=3, guidance_image=2, **GREEDY)
     without = request(processor, 0, "interleaved", room=5, images=0, **GREEDY)
     for asked in (text, replace(text, images=1), without):
@@ -612,7 +614,7 @@ def test_a_hook_that_is_hung_up_while_others_run(
 def test_hooks_see_what_the_plain_loop_shows_them(
     processor: Processor, mixed: list[Request]
 ) -> None:
-    """Every prompt whole, though a slot holds it already and chunks are short."""
+    """Every prompt whole, though the cache holds it already and chunks are short."""
     plain = tiny_transformer(processor, begin_image=1.0)
     engine, seen = Engine(plain, processor, chunk=5), list[tuple[int, ...]]()
     asked = replace(mixed[4], room=4)
@@ -690,8 +692,8 @@ def test_one_that_fails_harms_no_neighbour(
     broken = next(t for t in processor.vocabulary.text_tokens.tolist() if t not in used)
     with torch.no_grad():
         plain.model.embed_tokens.weight[broken] = torch.nan
-    engine = Engine(plain, processor, cache_bytes=2 * SLOT)
-    # Slot 0 goes on and is long; what follows in slot 1 is short, and looks back beside it.
+    engine = Engine(plain, processor, cache_bytes=16 * BLOCK)
+    # What follows takes the blocks of the one that failed, and looks back beside the long one.
     long, bad = engine.add(mixed[4]), engine.add(replace(mixed[4], ids=[*mixed[4].ids, broken]))
     with pytest.raises(WeightsError):
         list(bad)
@@ -755,5 +757,5 @@ def test_rope_that_depends_on_the_length_equals_the_plain_loop(
     texts = [replace(asked, room=60) for asked in (mixed[0], mixed[4]) if len(asked.ids) < 90]
     want = [list(draw_tokens(transformer, processor, asked)) for asked in texts]
     assert max(len(asked.ids) + len(t) for asked, t in zip(texts, want, strict=True)) > trained
-    slots = CONFIG.max_position_embeddings
-    assert run(Engine(transformer, processor, slot_tokens=slots), texts) == want
+    context = CONFIG.max_position_embeddings
+    assert run(Engine(transformer, processor, context_tokens=context), texts) == want

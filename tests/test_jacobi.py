@@ -16,6 +16,7 @@ from tiny import CONFIG, TEXTS, tiny_processor, tiny_transformer
 from earlyfusion import Chameleon, SamplingParams
 from earlyfusion.config import ModelConfig
 from earlyfusion.engine.backends import cpu
+from earlyfusion.engine.blocks import BLOCK_SIZE
 from earlyfusion.engine.cache import Cache
 from earlyfusion.engine.engine import Engine
 from earlyfusion.errors import SettingError
@@ -28,7 +29,7 @@ from earlyfusion.model.transformer import Transformer
 from earlyfusion.processor import Processor, train_tokenizer
 from earlyfusion.vocabulary import ImageLayout
 
-SLOT = CONFIG.max_position_embeddings * Cache.token_bytes(CONFIG, torch.float32)
+BLOCK = BLOCK_SIZE * Cache.token_bytes(CONFIG, torch.float32)
 GREEDY: dict[str, Any] = {"temperature": 0, "image_temperature": 0}
 OFF: dict[str, Any] = {"guidance_text": 1, "guidance_image": 1}
 
@@ -319,7 +320,7 @@ def test_greedy_pictures_are_those_of_one_code_at_a_time(
         pytest.param({}, 0, id="together"),
         pytest.param({}, 3, id="joining"),
         pytest.param({"chunk": 5}, 0, id="chunked"),
-        pytest.param({"cache_bytes": 4 * SLOT}, 4, id="preempted"),
+        pytest.param({"cache_bytes": 20 * BLOCK}, 4, id="preempted"),
     ],
 )
 def test_the_engine_equals_the_loop(
@@ -343,7 +344,7 @@ def test_alone_again_and_from_a_prefix(
     transformer: Transformer, processor: Processor, mixed: list[Request], wanted: list[list[int]]
 ) -> None:
     """What a window wrote behind the accepted codes is never taken for read."""
-    engine = Engine(transformer, processor, cache_bytes=3 * SLOT)
+    engine = Engine(transformer, processor, cache_bytes=24 * BLOCK)
     for number in (4, 4, 2, 1):
         handle = engine.add(mixed[number])
         for _ in range(9):
@@ -452,7 +453,7 @@ def test_the_engine_draws_from_the_joint_distribution(
         ids = [processor.vocabulary.bos, *processor.encode_text("a pear")]
         return Request(ids, "image", sampling, 1, 5)
 
-    engine = Engine(transformer, processor, slot_tokens=32)
+    engine = Engine(transformer, processor, context_tokens=32)
     handles = [engine.add(asked(seed)) for seed in range(2000)]
     while engine.busy:
         engine.step()

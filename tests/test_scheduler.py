@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, pairwise
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -18,12 +19,13 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from earlyfusion.engine.scheduler import Branch, Plan, Scheduler, Slots
+from earlyfusion.engine.blocks import BlockPool, Branch, Copy
+from earlyfusion.engine.scheduler import Plan, Scheduler
 from earlyfusion.errors import SettingError
 
 # Few kinds of tokens, so that many requests begin alike.
-TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=24)
-SLOTS, CHUNK = 4, 7
+TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=20)
+BLOCKS, SIZE, CHUNK, MOST = 16, 4, 7, 5
 
 
 @dataclass(eq=False)
@@ -33,7 +35,13 @@ class Entry:
     branches: list[Branch]
     priority: int = 0
     drafts: Sequence[int] = ()
+    reserve: int = 0
     number: int = field(default_factory=count().__next__)
+
+    @property
+    def most_blocks(self) -> int:
+        extra = max(self.reserve, len(self.drafts))
+        return sum(-(-(len(branch.tokens) + extra) // SIZE) for branch in self.branches)
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -43,8 +51,10 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.scheduler = Scheduler(SLOTS, CHUNK)
-        self.cache: list[list[int]] = [[] for _ in range(SLOTS)]
+        self.pool = BlockPool(BLOCKS, SIZE)
+        self.scheduler = Scheduler(self.pool, CHUNK, MOST)
+        # Of each token its whole history, as keys and values follow from it.
+        self.cache: list[list[tuple[int, ...]]] = [[()] * SIZE for _ in range(BLOCKS)]
         self.alive: set[Entry] = set()
 
     @rule(target=entries, tokens=TOKENS, priority=st.integers(0, 2), more=st.integers(0, 2))
@@ -63,15 +73,37 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.remove(entry)
         self.alive.discard(entry)
 
-    @rule(entry=entries, prompt=TOKENS)
-    def open_branch(self, entry: Entry, prompt: list[int]) -> None:
+    @rule(entry=entries, prompt=TOKENS, reserve=st.integers(0, 6))
+    def open_branch(self, entry: Entry, prompt: list[int], reserve: int) -> None:
         if entry in self.alive and len(entry.branches) < 3:
             entry.branches = [*entry.branches, Branch(list(prompt))]
+            entry.reserve = reserve
+            self._end_if_too_long(entry)
 
     @rule(entry=entries)
     def close_branches(self, entry: Entry) -> None:
         self.scheduler.release(entry.branches[1:])
-        entry.branches = entry.branches[:1]
+        entry.branches, entry.reserve = entry.branches[:1], 0
+
+    @rule(entry=entries, drafts=st.lists(st.integers(0, 1), max_size=3))
+    def guess(self, entry: Entry, drafts: list[int]) -> None:
+        if entry in self.alive:
+            entry.drafts = drafts
+            self._end_if_too_long(entry)
+
+    @rule(entry=entries)
+    def meet_non_finite_logits(self, entry: Entry) -> None:
+        if entry in self.alive:
+            dropped = [block for branch in entry.branches for block in self.pool.drop(branch)]
+            assert not any(self.pool.content(block) for block in dropped)
+            for block in dropped:
+                self.cache[block] = [()] * SIZE
+            self._end(entry)
+
+    @rule()
+    def load_new_weights(self) -> None:
+        self.scheduler.restart()
+        self.cache = [[()] * SIZE for _ in range(BLOCKS)]
 
     @rule(token=st.integers(0, 1))
     def step(self, token: int) -> None:
@@ -81,64 +113,109 @@ class SchedulerMachine(RuleBasedStateMachine):
         waiting = min(self.alive, key=lambda e: (e.priority, e.number), default=None)
         plan = self.scheduler.schedule()
         if waiting is not None:
-            assert all(branch.slot is not None for branch in waiting.branches)
+            assert all(branch.blocks for branch in waiting.branches)
             assert any(piece.branch in waiting.branches for piece in plan.pieces)
         self._run(plan)
         for entry in plan.ready:
-            assert entry in self.alive
+            assert isinstance(entry, Entry) and entry in self.alive
             assert all(branch.pending == 0 for branch in entry.branches)
+            # All drafts but the last turn out to be right, and another token follows.
+            right = list(entry.drafts[:-1])
             for branch in entry.branches:
-                branch.tokens.append(token)
+                branch.tokens += [*right, token]
+                branch.read += len(right)
+            entry.reserve = max(0, entry.reserve - len(right) - 1)
+            self._end_if_too_long(entry)
         return plan
 
+    def _end_if_too_long(self, entry: Entry) -> None:
+        if entry.most_blocks > BLOCKS:
+            self._end(entry)
+
     def _run(self, plan: Plan) -> None:
-        for source, target, tokens in plan.copies:
-            self.cache[target] = self.cache[source][:tokens]
+        for source, target in plan.copies:
+            assert self.pool.references[target] <= 1  # 0: its request has stepped back meanwhile
+            self.cache[target] = list(self.cache[source])
         prompts = sum(piece.size for piece in plan.pieces if piece.size > 1)
         assert prompts <= CHUNK
+        written: set[tuple[int, int]] = set()
         for piece in plan.pieces:
-            slot = piece.branch.slot
-            assert slot is not None and piece.size > 0
-            assert self.cache[slot][: piece.start] == piece.branch.tokens[: piece.start]
-            self.cache[slot] = piece.branch.tokens[: piece.end]
-        for entry in self.alive - set(plan.ready):
+            branch = piece.branch
+            assert piece.size > 0
+            assert self._held(branch, piece.start) == histories(branch.tokens[: piece.start])
+            tokens = [*branch.tokens[: piece.end], *piece.drafts]
+            for position in range(piece.start, len(tokens)):
+                block, offset = branch.blocks[position // SIZE], position % SIZE
+                assert self.pool.references[block] == 1 and (block, offset) not in written
+                written.add((block, offset))
+                self.cache[block][offset] = tuple(tokens[: position + 1])
+        for entry in self.alive - set(plan.ready):  # type: ignore[operator]
             assert all(branch.pending for branch in entry.branches)
 
+    def _held(self, branch: Branch, number: int) -> list[tuple[int, ...]]:
+        return [self.cache[branch.blocks[p // SIZE]][p % SIZE] for p in range(number)]
+
     @invariant()
-    def no_slot_is_used_twice(self) -> None:
-        held = [b for entry in self.alive for b in entry.branches if b.slot is not None]
-        assert len({branch.slot for branch in held}) == len(held) <= SLOTS
-        owners = [owner for owner in self.scheduler.slots.owners if owner is not None]
-        assert {id(owner) for owner in owners} == {id(branch) for branch in held}
+    def every_block_is_counted(self) -> None:
+        readers = Counter(b for e in self.alive for branch in e.branches for b in branch.blocks)
+        assert [readers[block] for block in range(BLOCKS)] == self.pool.references
+        free = [*self.pool._empty, *self.pool._cached]
+        assert sorted(free) == [block for block in range(BLOCKS) if not readers[block]]
+        assert self.pool.free == len(free)
+        assert not any(self.pool.content(block) for block in self.pool._empty)
+
+    @invariant()
+    def only_full_blocks_are_shared(self) -> None:
+        for branch in (branch for entry in self.alive for branch in entry.branches):
+            for number, block in enumerate(branch.blocks):
+                full = branch.read >= (number + 1) * SIZE
+                assert self.pool.references[block] == 1 or full
+            assert self._held(branch, branch.read) == histories(branch.tokens[: branch.read])
+
+    @invariant()
+    def blocks_hold_what_they_are_said_to_hold(self) -> None:
+        for block in range(BLOCKS):
+            held = self.pool.content(block)
+            stored = self.cache[block][: len(held)]
+            assert [history[-1] for history in stored] == held
+            # All behind one prefix.
+            assert all(a == b[:-1] for a, b in pairwise(stored))
+            content = self.pool._content[block]
+            if content is not None:
+                assert block in self.pool._behind[content.parent]
+                assert content.key is None or self.pool._by_key[content.key] == block
+        assert all(self.pool._behind.values())
+        assert sum(map(len, self.pool._behind.values())) == sum(
+            content is not None for content in self.pool._content
+        )
 
     @invariant()
     def every_request_is_in_one_queue(self) -> None:
         queued = [*self.scheduler.waiting, *self.scheduler.running]
         assert len(queued) == len(self.alive) and set(queued) == self.alive
-        assert all(
-            b.slot is None and not b.read for e in self.scheduler.waiting for b in e.branches
-        )
-
-    @invariant()
-    def slots_hold_what_they_are_said_to_hold(self) -> None:
-        for slot in range(SLOTS):
-            held = self.scheduler.slots.held(slot)
-            assert self.cache[slot][: len(held)] == held
+        assert len(self.scheduler.running) <= MOST
+        assert all(not b.blocks and not b.read for e in self.scheduler.waiting for b in e.branches)
 
     def teardown(self) -> None:
-        """Left alone, every request gets its turn and ends."""
+        """Left alone, every request gets its turn and ends; then nothing is held."""
         for _ in range(400):
             if not self.alive:
+                assert self.pool.free == BLOCKS
                 return
             for entry in self._step(token=0).ready:
-                self._end(entry)
+                if entry in self.alive:
+                    self._end(entry)  # type: ignore[arg-type]
         raise AssertionError(f"{len(self.alive)} requests starve")
+
+
+def histories(tokens: list[int]) -> list[tuple[int, ...]]:
+    return [tuple(tokens[: end + 1]) for end in range(len(tokens))]
 
 
 def check(examples: int) -> None:
     chosen = settings(
         max_examples=examples,
-        stateful_step_count=30,
+        stateful_step_count=40,
         deadline=None,
         suppress_health_check=list(HealthCheck),
     )
@@ -146,13 +223,17 @@ def check(examples: int) -> None:
 
 
 def test_any_order_of_events() -> None:
-    check(40)
+    check(60)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_any_order_of_events_5000_times() -> None:
     check(5000)
+
+
+def scheduler_of(blocks: int, chunk: int, size: int = 4) -> Scheduler:
+    return Scheduler(BlockPool(blocks, size), chunk)
 
 
 def drawn(scheduler: Scheduler, steps: int) -> list[list[int]]:
@@ -168,7 +249,7 @@ def drawn(scheduler: Scheduler, steps: int) -> list[list[int]]:
 
 
 def test_a_long_prompt_does_not_hold_up_the_others() -> None:
-    scheduler = Scheduler(4, 8)
+    scheduler = scheduler_of(20, 8)
     short, long = Entry([Branch([0, 1])]), Entry([Branch([1] * 30)])
     scheduler.add(short)
     scheduler.add(long)
@@ -178,20 +259,20 @@ def test_a_long_prompt_does_not_hold_up_the_others() -> None:
 
 
 def test_a_higher_priority_takes_the_place_of_a_lower_one() -> None:
-    scheduler = Scheduler(2, 8)
+    scheduler = scheduler_of(2, 8)
     low, high = Entry([Branch([0]), Branch([1])], 5), Entry([Branch([0])], -1)
     scheduler.add(low)
     assert drawn(scheduler, 1) == [[low.number]]
     scheduler.add(high)
     assert drawn(scheduler, 1) == [[high.number]]
-    assert scheduler.preemptions == 1 and low.branches[0].slot is None
+    assert scheduler.preemptions == 1 and not low.branches[0].blocks
     scheduler.remove(high)
     assert drawn(scheduler, 1) == [[low.number]]
     assert low.branches[0].tokens == [0, 1, 1]
 
 
 def test_equal_priorities_never_push_each_other_out_of_line() -> None:
-    scheduler = Scheduler(1, 8)
+    scheduler = scheduler_of(1, 8)
     first, second = Entry([Branch([0])]), Entry([Branch([1])])
     scheduler.add(first)
     scheduler.schedule()
@@ -200,82 +281,138 @@ def test_equal_priorities_never_push_each_other_out_of_line() -> None:
     assert scheduler.preemptions == 0
 
 
+def test_no_more_requests_run_than_may() -> None:
+    scheduler = Scheduler(BlockPool(50, 4), 8, most_running=2)
+    entries = [Entry([Branch([0, 1])]) for _ in range(3)]
+    for entry in entries:
+        scheduler.add(entry)
+    assert drawn(scheduler, 1) == [[entry.number for entry in entries[:2]]]
+    urgent = Entry([Branch([1])], -1)
+    scheduler.add(urgent)
+    assert drawn(scheduler, 1) == [[urgent.number, entries[0].number]]
+    assert scheduler.preemptions == 1
+
+
+def test_the_room_of_an_image_is_kept_from_its_beginning() -> None:
+    """12 tokens are to come, 3 blocks in each branch; so the other request waits at once."""
+    scheduler = scheduler_of(7, 8)
+    image, text = Entry([Branch([0]), Branch([1])], reserve=11), Entry([Branch([2] * 5)])
+    scheduler.add(image)
+    assert drawn(scheduler, 1) == [[image.number]]
+    assert [len(branch.blocks) for branch in image.branches] == [3, 3]
+    scheduler.add(text)
+    for left in range(10, 0, -1):
+        image.reserve = left
+        assert drawn(scheduler, 1) == [[image.number]]
+    assert [len(branch.blocks) for branch in image.branches] == [3, 3]
+    assert scheduler.preemptions == 0
+
+
+def test_a_request_takes_blocks_as_it_grows() -> None:
+    scheduler = scheduler_of(9, 8)
+    entry = Entry([Branch([0, 1, 0])])
+    scheduler.add(entry)
+    sizes = []
+    for _ in range(9):
+        drawn(scheduler, 1)
+        sizes.append(len(entry.branches[0].blocks))
+    assert sizes == [1, 1, 2, 2, 2, 2, 3, 3, 3]
+
+
 def test_drafts_are_read_behind_the_last_token_only() -> None:
-    scheduler = Scheduler(2, chunk=4)
+    scheduler = scheduler_of(2, 4)
     scheduler.add(Entry([Branch([1, 2, 3, 4, 5, 6])], drafts=[8, 9]))
     pieces = [scheduler.schedule().pieces for _ in range(2)]
     assert [[piece.tokens for piece in step] for step in pieces] == [
         [[1, 2, 3, 4]],
         [[5, 6, 8, 9]],
     ]
-    assert scheduler.slots.held(0) == [1, 2, 3, 4, 5, 6]
+    assert [scheduler.pool.content(block) for block in (0, 1)] == [[1, 2, 3, 4], [5, 6]]
 
 
-def test_a_prompt_that_begins_like_another_is_read_from_there() -> None:
-    slots = Slots(3)
-    first = Branch(list(range(50)))
-    assert slots.take(first, first=True) is None
-    first.read = 40
-    other = Branch([*range(30), 99])
-    copied = slots.take(other, first=True)
-    assert copied == (first.slot, other.slot, 30) and other.read == 30
+def started(pool: BlockPool, tokens: list[int], read: int) -> tuple[Branch, Copy | None]:
+    """A branch in the cache, which reads its first tokens."""
+    branch = Branch(tokens)
+    pool.give(branch, pool.find(tokens))
+    copied = pool.extend(branch, len(tokens))
+    pool.read(branch, max(0, read - branch.read))
+    return branch, copied
+
+
+def test_a_prompt_that_begins_like_another_shares_its_blocks() -> None:
+    pool = BlockPool(9, 4)
+    first, copied = started(pool, list(range(11)), 11)
+    assert copied is None and list(first.blocks) == [0, 1, 2]
+    # Two whole blocks are shared; of the third, one token is copied.
+    other, copied = started(pool, [*range(9), 99, 98, 97, 96], 0)
+    assert list(other.blocks) == [0, 1, 3, 4] and copied == Copy(2, 3) and other.read == 9
     # The same prompt again: its last token is read anew, for the logits.
-    slots.release(first)
-    again = Branch(list(range(40)))
-    assert slots.take(again, first=True) is None and again.read == 39
+    again, copied = started(pool, list(range(8)), 0)
+    assert list(again.blocks) == [0, 5] and copied == Copy(1, 5) and again.read == 7
+    for branch in (first, other, again):
+        pool.release(branch)
+    assert pool.free == 9
+    last, copied = started(pool, list(range(11)), 0)
+    assert list(last.blocks[:2]) == [0, 1] and copied is not None and last.read == 10
 
 
-@pytest.mark.parametrize("first", [True, False])
-def test_an_empty_slot_is_taken_before_one_that_keeps_something(first: bool) -> None:
-    slots = Slots(4)
-    running = [Branch([number] * 5) for number in range(3)]
-    for branch in running:
-        slots.take(branch, first)
-        branch.read = 5
-    for branch in running:
-        slots.release(branch)
-    kept = [list(tokens) for tokens in slots.cached]
-    assert sorted(kept) == [[], [0] * 5, [1] * 5, [2] * 5]
-    new = Branch([9, 9])
-    slots.take(new, first)
-    assert new.slot == kept.index([]) and slots.cached == kept
+def test_equal_tokens_behind_other_ones_are_not_shared() -> None:
+    pool = BlockPool(8, 2)
+    started(pool, [1, 2, 5, 6, 7], 5)
+    other, copied = started(pool, [3, 4, 5, 6, 7], 0)
+    assert other.read == 0 and copied is None
 
 
-def test_a_slot_that_dropped_what_it_held_gives_nothing_back() -> None:
-    slots = Slots(1)
-    branch = Branch([1, 2, 3])
-    slots.take(branch, first=True)
-    branch.read = 3
-    slots.release(branch)
-    slots.drop(0)
-    again = Branch([1, 2, 3])
-    slots.take(again, first=True)
-    assert again.read == 0
+def test_the_least_recently_read_blocks_go_first_and_ends_before_beginnings() -> None:
+    pool = BlockPool(5, 2)
+    old, _ = started(pool, [1, 2, 3, 4], 4)
+    new, _ = started(pool, [5, 6, 7, 8], 4)
+    pool.release(old)
+    pool.release(new)
+    started(pool, [9, 9, 9], 3)  # the empty block, and the end of the old branch
+    assert len(pool.find([1, 2, 3, 4, 0]).blocks) == 1
+    assert len(pool.find([5, 6, 7, 8, 0]).blocks) == 2
+
+
+def test_the_block_to_be_copied_is_filled_on_in_place_where_it_is_the_next_free_one() -> None:
+    pool = BlockPool(1, 4)
+    first, _ = started(pool, [1, 2], 2)
+    pool.release(first)
+    again, copied = started(pool, [1, 2, 3], 0)
+    assert copied is None and again.read == 2 and list(again.blocks) == [0]
+    assert pool.content(0) == [1, 2]
+
+
+def test_what_a_failed_request_alone_has_read_is_not_found_again() -> None:
+    pool = BlockPool(6, 2)
+    neighbour, _ = started(pool, [1, 2, 3], 3)
+    failed, _ = started(pool, [1, 2, 7, 8, 9], 5)
+    alone = list(failed.blocks[1:])
+    assert pool.drop(failed) == alone and pool.free == 4
+    assert len(pool.find([1, 2, 7, 8, 9]).blocks) == 1
+    assert neighbour.read == 3 and pool.content(0) == [1, 2]
 
 
 def test_without_sharing_every_prompt_is_read_whole() -> None:
-    slots = Slots(2)
-    slots.shares = False
-    running = Branch([1, 2, 3])
-    slots.take(running, first=True)
-    running.read = 3
-    other = Branch([1, 2, 3, 4])
-    assert slots.take(other, first=True) is None and other.read == 0
-    slots.release(running)
-    assert slots.take(Branch([1, 2, 3]), first=True) is None
+    pool = BlockPool(6, 2)
+    pool.shares = False
+    running, _ = started(pool, [1, 2, 3], 3)
+    other, copied = started(pool, [1, 2, 3, 4], 0)
+    assert other.read == 0 and copied is None
+    pool.release(running)
+    assert pool.find([1, 2, 3]).blocks == []
 
 
-def test_forgotten_slots_give_nothing_back() -> None:
-    slots = Slots(1)
-    branch = Branch([1, 2, 3], read=0)
-    slots.take(branch, first=True)
-    branch.read = 3
-    slots.release(branch)
-    slots.forget()
-    assert slots.take(Branch([1, 2, 3]), first=True) is None and slots.owners[0].read == 0  # type: ignore[union-attr]
+def test_forgotten_blocks_give_nothing_back() -> None:
+    pool = BlockPool(4, 2)
+    branch, _ = started(pool, [1, 2, 3], 3)
+    pool.release(branch)
+    pool.forget()
+    again, copied = started(pool, [1, 2, 3], 0)
+    assert again.read == 0 and copied is None and pool.free == 2
 
 
 def test_impossible_sizes() -> None:
-    for slots, chunk in ((0, 8), (1, 1)):
+    for blocks, chunk, most in ((0, 8, 1), (1, 1, 1), (1, 8, 0)):
         with pytest.raises(SettingError, match="at least"):
-            Scheduler(slots, chunk)
+            Scheduler(BlockPool(blocks), chunk, most)

@@ -142,8 +142,8 @@ def test_a_full_queue_says_when_to_ask_again(
     server: Running, held: Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     driver, limit = server.service.driver, 5
-    assert driver.limit == driver.engine.slots + 4
-    monkeypatch.setattr(type(driver), "limit", limit)  # fewer than mini's 40 slots
+    assert driver.limit == driver.engine.most_running + 4
+    monkeypatch.setattr(type(driver), "limit", limit)  # fewer than run at once
 
     def ask(number: int) -> httpx.Response:
         return server.chat("Name a fruit.", max_tokens=4, modalities=["text"], seed=number)
@@ -173,7 +173,7 @@ def test_a_full_queue_says_when_to_ask_again(
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_frees_its_slots(server: Running, stream: bool) -> None:
+def test_a_client_that_leaves_frees_its_blocks(server: Running, stream: bool) -> None:
     engine = server.service.driver.engine
     body = {"messages": [{"role": "user", "content": "Draw a cat."}], "stream": stream, **LONG}
     with httpx.Client(timeout=10) as client:

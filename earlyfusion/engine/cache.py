@@ -1,16 +1,16 @@
-"""The engine's keys and values: one tensor per layer, cut into slots of one length.
+"""The engine's keys and values: blocks of tokens, each with its share of all layers.
 
 They have the model's dtype or a smaller one: bf16, or int8 with an fp32 scale per head of a token,
 separate for keys and values.
 
-Shapes: S slots, P positions of a slot, K key and value heads, H head width, T new tokens, R new
-vectors (T x K), B slots that are read.
+Shapes: B blocks, L layers, K key and value heads, S tokens of a block, H head width, T new tokens,
+R rows that look back, P positions.
 """
 
 from __future__ import annotations
 
 import math
-from itertools import zip_longest
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -18,77 +18,82 @@ import torch
 from torch import Tensor
 
 from earlyfusion.config import ModelConfig
-from earlyfusion.devices import dtype_name
-from earlyfusion.engine.scheduler import Copy
+from earlyfusion.devices import dtype_name, free_bytes
+from earlyfusion.engine.blocks import BLOCK_SIZE, Copy
+from earlyfusion.errors import SettingError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 """dtypes of keys and values, besides the model's own."""
+
+FREE_SHARE = 0.25
+"""The share of the free memory that the cache takes where no size is given."""
 
 
 class LayerCache(NamedTuple):
     """Keys and values of one layer; `scales` in int8 only."""
 
-    kv_2SKPH: Tensor
-    scales_2SKP: Tensor | None
+    kv_B2KSH: Tensor
+    scales_B2KS: Tensor | None
 
-    def store(self, rows_TK: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> None:
-        """Put new keys and values at `rows`, counted over slots, heads and positions."""
-        width = self.kv_2SKPH.shape[-1]
-        new_2RH = torch.stack((k_TKH, v_TKH)).reshape(2, -1, width)
-        if self.scales_2SKP is not None:
-            new_2RH, scales_2R = _int8(new_2RH)
-            self.scales_2SKP.view(2, -1)[:, rows_TK] = scales_2R
-        self.kv_2SKPH.view(2, -1, width)[:, rows_TK] = new_2RH.to(self.kv_2SKPH.dtype)
+    def store(self, blocks_T: Tensor, offsets_T: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> None:
+        """Put the keys and values of each new token into its block, at its place there."""
+        for number, new_TKH in enumerate((k_TKH, v_TKH)):
+            if self.scales_B2KS is not None:
+                new_TKH, scales_TK = _int8(new_TKH)
+                self.scales_B2KS[blocks_T, number, :, offsets_T] = scales_TK
+            self.kv_B2KSH[blocks_T, number, :, offsets_T] = new_TKH.to(self.kv_B2KSH.dtype)
 
-    def read(
-        self, slots: int | slice | Tensor, end: int, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """The first `end` keys and values [B, K, P, H] of some slots, [K, P, H] of one."""
-        # Views of the cache where it has this dtype.
-        kv_2BKPH = self.kv_2SKPH[:, slots, :, :end].to(dtype)
-        if self.scales_2SKP is not None:
-            kv_2BKPH = kv_2BKPH * self.scales_2SKP[:, slots, :, :end, None].to(dtype)
-        k_BKPH, v_BKPH = kv_2BKPH
-        return k_BKPH, v_BKPH
-
-    def copy(self, copied: Copy) -> None:
-        for tensor in self:
-            if tensor is not None:
-                first = tensor[:, :, :, : copied.tokens]
-                first[:, copied.target] = first[:, copied.source]
+    def read(self, blocks_RN: Tensor, end: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The first `end` keys and values [R, K, P, H] of block tables with N blocks each."""
+        kv_2KRNSH = self.kv_B2KSH.permute(1, 2, 0, 3, 4)[:, :, blocks_RN].to(dtype)
+        if self.scales_B2KS is not None:
+            scales_2KRNS = self.scales_B2KS.permute(1, 2, 0, 3)[:, :, blocks_RN]
+            kv_2KRNSH = kv_2KRNSH * scales_2KRNS[..., None].to(dtype)
+        k_RKPH, v_RKPH = kv_2KRNSH.flatten(3, 4)[:, :, :, :end].transpose(1, 2)
+        return k_RKPH, v_RKPH
 
 
 class Cache:
-    """Keys and values of all slots: `layers` [2, S, K, P, H] and, in int8, `scales` [2, S, K, P].
+    """Keys and values of all blocks: `kv_BL2KSH` and, in int8, `scales_BL2KS`.
 
-    Unlike in `model/kv_cache.py` the positions of one head are next to each other, so that the
-    attention of one token reads memory in order.
+    A sequence has at most `length` tokens. A block is one run of memory, which is only taken when
+    the block is first used (on a CPU). Within a block the positions of one head are next to each
+    other, so that the attention of one token reads memory in order.
     """
 
     def __init__(
         self,
         config: ModelConfig,
-        slots: int,
+        blocks: int,
         length: int,
         dtype: torch.dtype,
         device: torch.device,
+        block_size: int = BLOCK_SIZE,
     ) -> None:
-        shape = (2, slots, config.kv_heads, length, config.head_dim)
-        numbers = range(config.num_hidden_layers)
-        self.slots, self.length, self.heads, self.device = slots, length, config.kv_heads, device
-        self.layers = [_zeros(shape, dtype, device) for _ in numbers]
-        self.scales: list[Tensor] = []
+        layers = config.num_hidden_layers
+        shape = (blocks, layers, 2, config.kv_heads, block_size, config.head_dim)
+        self.length, self.block_size, self.device = length, block_size, device
+        self.kv_BL2KSH = _zeros(shape, dtype, device)
+        self.scales_BL2KS: Tensor | None = None
         if dtype == torch.int8:
-            self.scales = [_zeros(shape[:-1], torch.float32, device) for _ in numbers]
-        self.layer_caches = [LayerCache(*pair) for pair in zip_longest(self.layers, self.scales)]
+            self.scales_BL2KS = _zeros(shape[:-1], torch.float32, device)
+        self.layers = [self._layer(number) for number in range(layers)]
 
     def copy(self, copied: Copy) -> None:
-        for layer in self.layer_caches:
-            layer.copy(copied)
+        for tensor in self._tensors():
+            tensor[copied.target] = tensor[copied.source]
 
-    def clear(self, slot: int) -> None:
-        for tensor in (*self.layers, *self.scales):
-            tensor[:, slot] = 0
+    def clear(self, blocks: Iterable[int]) -> None:
+        for tensor in self._tensors():
+            for block in blocks:
+                tensor[block] = 0
+
+    def _layer(self, number: int) -> LayerCache:
+        scales = self.scales_BL2KS
+        return LayerCache(self.kv_BL2KSH[:, number], None if scales is None else scales[:, number])
+
+    def _tensors(self) -> list[Tensor]:
+        return [t for t in (self.kv_BL2KSH, self.scales_BL2KS) if t is not None]
 
     @staticmethod
     def token_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
@@ -105,13 +110,32 @@ def cache_dtype(name: str | None, model_dtype: torch.dtype) -> torch.dtype:
     return DTYPES[dtype_name("cache_dtype", name, tuple(DTYPES))]
 
 
-def _int8(x_2RH: Tensor) -> tuple[Tensor, Tensor]:
+def number_of_blocks(
+    budget: int | None, block_bytes: int, at_least: int, at_most: int, device: torch.device
+) -> int:
+    """How many blocks the cache has: those that fit into `budget` bytes.
+
+    Without a budget they take a share of the memory that is free, but are at least and at most so
+    many. `SettingError` where a budget holds none.
+    """
+    if budget is None:
+        share = int(FREE_SHARE * free_bytes(device)) // block_bytes
+        return max(at_least, min(share, at_most))
+    if budget < block_bytes:
+        raise SettingError(
+            f"cache_bytes={budget:,} holds no block of {BLOCK_SIZE} tokens: "
+            f"give at least {block_bytes:,} bytes"
+        )
+    return budget // block_bytes
+
+
+def _int8(x_TKH: Tensor) -> tuple[Tensor, Tensor]:
     """Levels and scales: symmetric, rounded to nearest, the largest entry becomes 127 or -127."""
-    x_2RH = x_2RH.float()
-    scales_2R = x_2RH.abs().amax(-1) / 127
+    x_TKH = x_TKH.float()
+    scales_TK = x_TKH.abs().amax(-1) / 127
     # A vector of zeros has scale 0, and levels 0.
-    levels_2RH = x_2RH / scales_2R.clamp_min(1e-30)[..., None]
-    return levels_2RH.round_().to(torch.int8), scales_2R
+    levels_TKH = x_TKH / scales_TK.clamp_min(1e-30)[..., None]
+    return levels_TKH.round_().to(torch.int8), scales_TK
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -15,7 +15,9 @@ from collections.abc import Iterator, Sequence
 from types import TracebackType
 
 from earlyfusion.devices import dtype_name
-from earlyfusion.engine import cache
+from earlyfusion.engine.blocks import BLOCK_SIZE, BlockPool
+from earlyfusion.engine.cache import DTYPES, Cache, number_of_blocks
+from earlyfusion.engine.cache import cache_dtype as dtype_of_cache
 from earlyfusion.engine.draw import NOTHING
 from earlyfusion.engine.handle import Handle, most_branches
 from earlyfusion.engine.module_tree import fingerprint
@@ -31,17 +33,19 @@ from earlyfusion.model.transformer import Transformer
 from earlyfusion.processor import Processor
 from earlyfusion.vocabulary import ImageLayout
 
-CACHE_BYTES = 512_000_000
-SLOTS = 64
 CHUNK = 256
+MOST_RUNNING = 256
+_LONGEST_SEQUENCES = 64  # as long as the context, for which a cache of the default size has room
 
 
 class Engine:
     """Runs requests on one transformer.
 
-    The cache takes `cache_bytes`, cut into slots of `slot_tokens` tokens each (default: the model's
-    context). The default size is 512 MB, but at least the 3 slots of one guided image and at most
-    64 slots. A step reads at most `chunk` tokens of prompts beside the rows that draw.
+    The cache takes `cache_bytes`, cut into `blocks` blocks of 32 tokens. By default it takes a
+    quarter of the memory that is free, but at least what one guided image of the longest context
+    may need, and at most 64 contexts. Memory of a CPU is only taken as blocks are used. Prompt and
+    reply have at most `context_tokens` tokens (default: the model's). A step reads at most `chunk`
+    tokens of prompts beside the rows that draw; at most `most_running` requests run at once.
     `cache_dtype` is the dtype of keys and values: "fp32", "bf16" or "int8", default the model's.
     Raises `SettingError`.
     """
@@ -51,18 +55,23 @@ class Engine:
         transformer: Transformer,
         processor: Processor,
         cache_bytes: int | None = None,
-        slot_tokens: int | None = None,
+        context_tokens: int | None = None,
         chunk: int = CHUNK,
         cache_dtype: str | None = None,
+        most_running: int = MOST_RUNNING,
     ) -> None:
-        self.slot_tokens = slot_tokens or transformer.config.max_position_embeddings
-        known = tuple(cache.DTYPES)
+        self.context_tokens = context_tokens or transformer.config.max_position_embeddings
+        known = tuple(DTYPES)
         self._cache_dtype = cache_dtype and dtype_name("cache_dtype", cache_dtype, known)
-        dtype = cache.cache_dtype(cache_dtype, kept_in(transformer)[0])
-        self.slot_bytes = self.slot_tokens * cache.Cache.token_bytes(transformer.config, dtype)
-        self.slots = _slots(cache_bytes, self.slot_bytes, self.slot_tokens)
+        model_dtype, device = kept_in(transformer)
+        dtype = dtype_of_cache(cache_dtype, model_dtype)
+        self.block_bytes = BLOCK_SIZE * Cache.token_bytes(transformer.config, dtype)
+        context = -(-self.context_tokens // BLOCK_SIZE)
+        limits = 3 * context, _LONGEST_SEQUENCES * context
+        self.blocks = number_of_blocks(cache_bytes, self.block_bytes, *limits, device)
         self.transformer, self.processor = transformer, processor
-        self._chunk, self._scheduler = chunk, Scheduler(self.slots, chunk)
+        self._chunk, self.most_running = chunk, most_running
+        self._scheduler = Scheduler(BlockPool(self.blocks), chunk, most_running)
         self._handles: dict[int, Handle] = {}  # of requests under way, by number
         self._leaving: deque[Handle] = deque()
         self._turn = _Turns()
@@ -90,15 +99,17 @@ class Engine:
     def check(self, request: Request) -> None:
         """Raise `ContextError` or `SettingError` for a request that can never run."""
         length, branches = len(request.ids) + request.room, most_branches(request)
-        if length > self.slot_tokens:
+        if length > self.context_tokens:
             raise ContextError(
-                f"prompt and reply are {length:,} tokens, limit {self.slot_tokens:,}: "
+                f"prompt and reply are {length:,} tokens, limit {self.context_tokens:,}: "
                 "shorten the prompt or set max_tokens"
             )
-        if branches > self.slots:
+        blocks = branches * -(-length // BLOCK_SIZE)
+        if blocks > self.blocks:
+            remedy = "set both guidances to 1" if branches > 1 else "set a smaller max_tokens"
             raise SettingError(
-                f"a guided image takes {branches} slots, the cache has {self.slots}: "
-                f"give it {branches * self.slot_bytes:,} bytes, or set both guidances to 1"
+                f"this request may take {branches} x {length:,} tokens, the cache has "
+                f"{self.cache_tokens:,}: give it {blocks * self.block_bytes:,} bytes, or {remedy}"
             )
 
     def generate(self, request: Request) -> Iterator[Event]:
@@ -118,8 +129,18 @@ class Engine:
             return bool(self._handles)
 
     @property
+    def cache_tokens(self) -> int:
+        """How many tokens the cache holds."""
+        return self.blocks * BLOCK_SIZE
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes that the cache takes when all blocks are used."""
+        return self.blocks * self.block_bytes
+
+    @property
     def preemptions(self) -> int:
-        """How many times a request has given its slots back to another one."""
+        """How many times a request has given its blocks back to another one."""
         return self._scheduler.preemptions
 
     def step(self) -> None:
@@ -130,9 +151,9 @@ class Engine:
     def _step(self) -> None:
         if self._leaving:
             self._let_go()
-        plan = self._scheduler.schedule()
-        handles = [self._handles[entry.number] for entry in plan.ready]
         try:
+            plan = self._scheduler.schedule()
+            handles = [self._handles[entry.number] for entry in plan.ready]
             drawn = self.runner.run(plan, handles)
         except BaseException as error:
             self._fail(error)
@@ -146,11 +167,9 @@ class Engine:
     def _give_up(self, handle: Handle, error: BaseException) -> None:
         """End one request with an error, and drop the keys and values that it has written."""
         handle.error = error
-        slots = [branch.slot for branch in handle.branches if branch.slot is not None]
+        for branch in handle.branches:
+            self.runner.clear(self._scheduler.pool.drop(branch))
         self._end(handle)
-        self.runner.clear(slots)
-        for slot in slots:
-            self._scheduler.slots.drop(slot)
 
     def _deliver(self, handle: Handle, tokens: Sequence[int]) -> None:
         if ended := handle.take(tokens):
@@ -190,17 +209,17 @@ class Engine:
         for handle in list(self._handles.values()):
             handle.error = error
             self._end(handle)
-        self._scheduler.slots.forget()
+        self._scheduler.pool.forget()
 
     def _load(self) -> None:
         """Read the transformer, at first and after somebody has trained, moved or changed it."""
         self._grammars: dict[tuple[tuple[int, ...], ImageLayout], Grammar] = {}
         self._scheduler.restart()
         runner = ModelRunner if peers_of(self.transformer) is None else LeadingRunner
-        shape = self.slots, self.slot_tokens, self._cache_dtype
+        shape = self.blocks, self.context_tokens, self._cache_dtype
         self.runner = runner(self.transformer, self.grammar(()), *shape)
         whole = self.runner.backend.whole_prompts
-        self._scheduler.slots.shares = not whole
+        self._scheduler.pool.shares = not whole
         self._scheduler.chunk = sys.maxsize if whole else self._chunk
         for handle in self._handles.values():
             handle.walk.grammar = self.grammar(handle.request.stops, handle.request.layout)
@@ -254,15 +273,3 @@ class _Turns:
             self._given_up.remove(self._ended)
             self._ended += 1
         self._changed.notify_all()
-
-
-def _slots(budget: int | None, slot_bytes: int, slot_tokens: int) -> int:
-    if budget is None:
-        # 3 slots are the branches of one guided image.
-        return min(max(CACHE_BYTES // slot_bytes, 3), SLOTS)
-    if budget < slot_bytes:
-        raise SettingError(
-            f"cache_bytes={budget:,} holds no slot of {slot_tokens:,} tokens: "
-            f"give at least {slot_bytes:,} bytes, or fewer slot_tokens"
-        )
-    return budget // slot_bytes

@@ -8,7 +8,7 @@ from itertools import count
 
 import torch
 
-from earlyfusion.engine.scheduler import Branch
+from earlyfusion.engine.blocks import Branch
 from earlyfusion.generation import guidance
 from earlyfusion.generation.grammar import Grammar, Walk
 from earlyfusion.generation.jacobi import Window
@@ -86,6 +86,11 @@ class Handle:
         return () if self.window is None else self.window.drafts
 
     @property
+    def reserve(self) -> int:
+        """The number of codes that are still to come in the image that is drawn."""
+        return self.walk.codes_left
+
+    @property
     def settings(self) -> DrawSettings:
         """How the next token is drawn."""
         return self._image_settings if self.walk.in_image else self._text_settings
@@ -107,7 +112,7 @@ class Handle:
     def take(self, tokens: Sequence[int]) -> list[Branch]:
         """Accept drawn tokens, and those that the grammar forces after them.
 
-        Returns the branches that end with that, whose slots are free.
+        Returns the branches that end with that, whose blocks are free.
         """
         if self.error is not None:
             self.finished = True
@@ -122,7 +127,7 @@ class Handle:
 
     def _settled(self, window: Window, tokens: Sequence[int]) -> list[int]:
         final = window.settle(tokens, self.walk.codes_left)
-        # All but the last were drafts, so the slots hold them already.
+        # All but the last were drafts, so the blocks hold them already.
         for branch in self.branches:
             branch.read += len(final) - 1
         for _ in final[1:]:

@@ -30,21 +30,21 @@ from earlyfusion.model.transformer import Transformer
 class ModelRunner:
     """Owns cache, back end and drawer; `run` is the whole of a step.
 
-    The cache has `slots` slots of `length` tokens in the dtype that `dtype_name` names, the model's
-    own for None.
+    The cache has `blocks` blocks, for sequences of at most `length` tokens, in the dtype that
+    `dtype_name` names, the model's own for None.
     """
 
     def __init__(
         self,
         transformer: Transformer,
         grammar: Grammar,
-        slots: int,
+        blocks: int,
         length: int,
         dtype_name: str | None = None,
     ) -> None:
         model_dtype, self.device = kept_in(transformer)
         dtype = cache_dtype(dtype_name, model_dtype)
-        self._cache = Cache(transformer.config, slots, length, dtype, self.device)
+        self._cache = Cache(transformer.config, blocks, length, dtype, self.device)
         # Parameters may become views of tensors that are made here: these must not be tensors of
         # inference mode, or the model could never be trained again.
         with torch.inference_mode(False), torch.no_grad():
@@ -67,10 +67,9 @@ class ModelRunner:
         x_RD = self.backend.states(step)
         return self.drawer.draw(x_RD, step, handles) if handles else []
 
-    def clear(self, slots: Iterable[int]) -> None:
-        """Zero these slots: values that are not finite would spoil sums that should skip them."""
-        for slot in slots:
-            self._cache.clear(slot)
+    def clear(self, blocks: Iterable[int]) -> None:
+        """Zero these blocks: values that are not finite would spoil sums that should skip them."""
+        self._cache.clear(blocks)
 
 
 def _backend(transformer: Transformer, cache: Cache) -> Backend:

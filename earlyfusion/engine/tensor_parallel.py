@@ -23,9 +23,11 @@ from __future__ import annotations
 import math
 import os
 import sys
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from itertools import islice
 from typing import NoReturn, cast
 
 import torch
@@ -37,12 +39,13 @@ from earlyfusion.checkpoints.assemble import checked
 from earlyfusion.checkpoints.source import Source
 from earlyfusion.config import ModelConfig
 from earlyfusion.engine.backends.torch import FusedTransformer
+from earlyfusion.engine.blocks import Branch, Copy
 from earlyfusion.engine.cache import DTYPES, Cache, cache_dtype
 from earlyfusion.engine.handle import Handle
 from earlyfusion.engine.module_tree import is_plain
 from earlyfusion.engine.peers import Peers
 from earlyfusion.engine.runner import ModelRunner
-from earlyfusion.engine.scheduler import Branch, Copy, Piece, Plan
+from earlyfusion.engine.scheduler import Piece, Plan
 from earlyfusion.engine.step import Step
 from earlyfusion.errors import SettingError
 from earlyfusion.generation.grammar import Grammar
@@ -269,7 +272,7 @@ class LeadingRunner(ModelRunner):
         self,
         transformer: Transformer,
         grammar: Grammar,
-        slots: int,
+        blocks: int,
         length: int,
         dtype_name: str | None = None,
     ) -> None:
@@ -283,8 +286,8 @@ class LeadingRunner(ModelRunner):
         self._peers, self._collectives = peers, _collectives(transformer)
         peers.engines += 1
         self._engine = peers.engines
-        peers.send([_OPEN, slots, length, _CACHE_DTYPES.index(dtype_name)], 0)
-        super().__init__(transformer, grammar, slots, length, dtype_name)
+        peers.send([_OPEN, blocks, length, _CACHE_DTYPES.index(dtype_name)], 0)
+        super().__init__(transformer, grammar, blocks, length, dtype_name)
 
     def run(self, plan: Plan, handles: Sequence[Handle]) -> list[list[int]]:
         peers = self._peers
@@ -320,12 +323,12 @@ class _Follower:
     """The part of a runner without the draw: back end and cache."""
 
     def __init__(
-        self, shard: Transformer, peers: Peers, slots: int, length: int, dtype_number: int
+        self, shard: Transformer, peers: Peers, blocks: int, length: int, dtype_number: int
     ) -> None:
         weight = shard.lm_head.weight
         dtype = cache_dtype(_CACHE_DTYPES[dtype_number], weight.dtype)
         self._peers, self._collectives = peers, _collectives(shard)
-        self._cache = Cache(shard.config, slots, length, dtype, weight.device)
+        self._cache = Cache(shard.config, blocks, length, dtype, weight.device)
         with torch.no_grad():
             self._backend = FusedTransformer(shard, self._cache)
 
@@ -350,20 +353,17 @@ def _message(plan: Plan) -> list[int]:
     for copied in plan.copies:
         numbers += copied
     for piece in plan.pieces:
-        numbers += [piece.slot, piece.start, piece.size, len(piece.drafts)]
+        blocks = piece.branch.blocks
+        numbers += [piece.start, piece.size, len(piece.drafts), len(blocks), *blocks]
     return numbers
 
 
 def _plan(numbers: Sequence[int]) -> Plan:
     """The plan of a message, with zeros for its tokens."""
-    end = 1 + 3 * numbers[0]
-    copies = [Copy(*three) for three in _in_groups(numbers[1:end], 3)]
-    pieces = [
-        Piece(Branch([0] * (start + size), slot), start, size, [0] * drafts)
-        for slot, start, size, drafts in _in_groups(numbers[end:], 4)
-    ]
+    left = iter(numbers)
+    copies = [Copy(next(left), next(left)) for _ in range(next(left))]
+    pieces = []
+    for start, size, drafts, count in iter(lambda: tuple(islice(left, 4)), ()):
+        branch = Branch([0] * (start + size), array("q", islice(left, count)))
+        pieces.append(Piece(branch, start, size, [0] * drafts))
     return Plan(copies, pieces)
-
-
-def _in_groups(numbers: Sequence[int], size: int) -> Iterable[tuple[int, ...]]:
-    return zip(*[iter(numbers)] * size, strict=True)

@@ -1,12 +1,12 @@
 // One step of the transformer on a CPU: every layer inside one parallel region.
 //
 // A step has R rows, one new token each, which share each read of the weights. The rows of a prompt
-// are in one slot, at consecutive positions. Threads own ranges of weight rows; each has its own copy
+// have one block table and consecutive positions. Threads own ranges of weight rows; each has its own copy
 // of the residual stream and of the inputs of a product, so that a layer needs five barriers: after
-// the queries, the attention, its output, the gates and the end (six if rows share a slot).
+// the queries, the attention, its output, the gates and the end (six if rows share a sequence).
 //
-// The result of a row depends, to the bit, on its token, its position and the earlier contents of its
-// slot: not on the rows beside it, on how a prompt was cut, or on the number of threads. For this
+// The result of a row depends, to the bit, on its token, its position and the keys and values before
+// it: not on the rows beside it, on how a prompt was cut, or on the number of threads. For this
 // every sum is added up in one order, and every function that rounds is compiled once (ONE_COPY) or
 // says how it rounds (`fused`).
 //
@@ -43,17 +43,17 @@ struct Layer {
   Matrix q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj;
   const float *attention_norm, *feed_forward_norm;
   const float *q_weight, *q_bias, *k_weight, *k_bias;  // norms of the heads
-  void *k_cache, *v_cache;     // [slots, K, slot_length, H]
-  float *k_scales, *v_scales;  // of an int8 cache: [slots, K, slot_length]
 };
 
 struct Model {
   int64_t layer_count, D, N, K, H, F;
   int64_t norm_after;  // 1: norms of the branches' outputs (the 34B), 0: of their inputs
-  int64_t cache_format, slot_length;
+  int64_t cache_format, block_size;  // block_size: tokens, a multiple of 16
   float eps;
   const Layer* layers;
   const float *final_norm, *cos, *sin;  // cos, sin: [positions, H / 2]
+  void* kv;                             // [blocks, layer_count, 2, K, block_size, H]
+  float* kv_scales;                     // of an int8 cache: the same without H
 };
 
 // ---- arithmetic of products
@@ -522,10 +522,11 @@ float dot(const float* q, const T* k, int64_t H) {
   return s;
 }
 
-// The products of one query and the keys of sixteen consecutive positions.
+// The products of one query and the keys of sixteen consecutive positions; `next` are the sixteen
+// after these.
 template <class T>
-floats16 dots16(const float* q, const T* k, int64_t H) {
-  for (int64_t i = 0; i < 16 * H; i += 64 / sizeof(T)) fetch(k + i, 16 * H * sizeof(T));
+floats16 dots16(const float* q, const T* k, const T* next, int64_t H) {
+  for (int64_t i = 0; i < 16 * H; i += 64 / sizeof(T)) fetch(next + i, 0);
 #if defined(VECTORS_OF_EIGHT)
   float out[16];
   for (int p = 0; p < 16; p += 4) {
@@ -551,41 +552,111 @@ floats16 dots16(const float* q, const T* k, int64_t H) {
 #endif
 }
 
-// out = sum over `length` positions of weight * v, for 16 W columns of the head.
+// Keys or values of one head of a sequence, which lie in the blocks of its table; `scales`, one per
+// position, only in int8.
+template <class T>
+struct CachedHead {
+  T* data;  // of block 0
+  float* scales;
+  const int64_t* table;
+  int64_t stride, size, H;  // stride: vectors from one block to the next; size: tokens of a block
+
+  T* block(int64_t number) const { return data + table[number] * stride * H; }
+  float* scales_of(int64_t number) const { return scales + table[number] * stride; }
+
+  void put(int64_t position, const float* x) const {
+    const int64_t number = position / size, offset = position % size;
+    T* at = block(number) + offset * H;
+    if constexpr (std::is_same_v<T, int8_t>)
+      scales_of(number)[offset] = store_rounded(at, x, H);
+    else
+      store_rounded(at, x, H);
+  }
+
+  // An int8 vector's scale is a factor of its score, or of its share in the result.
+  void scale(float* __restrict weights, int64_t length) const {
+    if (!scales) return;
+    for (int64_t first = 0; first < length; first += size) {
+      const float* here = scales_of(first / size);
+      const int64_t count = std::min(size, length - first);
+      for (int64_t p = 0; p < count; p++) weights[first + p] *= here[p];
+    }
+  }
+
+  // Positions are read one block after the other: `read(first, count, at, after)` gets the vectors
+  // of `count` positions from `first` on, and those of the block after it.
+  template <class Read>
+  void each_block(int64_t length, Read read) const {
+    for (int64_t first = 0; first < length; first += size) {
+      const int64_t number = first / size;
+      const T* at = block(number);
+      read(first, std::min(size, length - first), at, first + size < length ? block(number + 1) : at);
+    }
+  }
+};
+
+// scores[p] = q . k[p] * scale, for `length` positions.
+template <class T>
+void score(const CachedHead<T>& k, const float* q, int64_t length, float scale, float* scores) {
+  const int64_t H = k.H;
+  k.each_block(length, [&](int64_t first, int64_t count, const T* at, const T* after) {
+    int64_t p = 0;
+    // The last sixteen may be stale keys past `length`: `soften` sets their scores to -inf.
+    for (; H % 16 == 0 && p < count; p += 16) {
+      const T* next = p + 16 < k.size ? at + (p + 16) * H : after;
+      store(scores + first + p, dots16(q, at + p * H, next, H) * scale);
+    }
+    for (; p < count; p++) scores[first + p] = dot(q, at + p * H, H) * scale;
+  });
+}
+
+// out = sum over `length` positions of weight * v, for 16 W columns of the head from `column` on.
 template <int W, class T>
-void blend(const float* weights, const T* v, int64_t length, int64_t H, float* out) {
+void blend(const CachedHead<T>& v, const float* weights, int64_t length, int64_t column, float* out) {
+  const int64_t H = v.H, ahead = 16;  // positions between a read and its prefetch
 #if defined(VECTORS_OF_EIGHT)
   __m256 acc[2 * W] = {};
-  for (int64_t p = 0; p < length; p++) {
-    const __m256 weight = _mm256_broadcast_ss(weights + p);
-    for (size_t i = 0; i < 16 * W; i += 64 / sizeof(T)) fetch(v + p * H + i, 4096);
+#else
+  floats16 acc[W] = {};
+#endif
+  v.each_block(length, [&](int64_t first, int64_t count, const T* at, const T* after) {
+    for (int64_t p = 0; p < count; p++) {
+      const T* here = at + p * H + column;
+      const T* next = p + ahead < v.size ? here + ahead * H
+                                         : after + (p + ahead - v.size) * H + column;
+      for (size_t i = 0; i < 16 * W; i += 64 / sizeof(T)) fetch(next + i, 0);
+#if defined(VECTORS_OF_EIGHT)
+      const __m256 weight = _mm256_broadcast_ss(weights + first + p);
 #pragma GCC unroll 16
-    for (int j = 0; j < 2 * W; j++)
-      acc[j] = _mm256_fmadd_ps(weight, eight(v + p * H + 8 * j), acc[j]);
-  }
+      for (int j = 0; j < 2 * W; j++) acc[j] = _mm256_fmadd_ps(weight, eight(here + 8 * j), acc[j]);
+#else
+      const floats16 weight = splat(weights[first + p]);
+      for (int j = 0; j < W; j++) acc[j] = fused(weight, load(here + 16 * j), acc[j]);
+#endif
+    }
+  });
+#if defined(VECTORS_OF_EIGHT)
 #pragma GCC unroll 16
   for (int j = 0; j < 2 * W; j++) _mm256_storeu_ps(out + 8 * j, acc[j]);
 #else
-  floats16 acc[W] = {};
-  for (int64_t p = 0; p < length; p++) {
-    for (size_t i = 0; i < 16 * W; i += 64 / sizeof(T)) fetch(v + p * H + i, 4096);
-    for (int j = 0; j < W; j++) acc[j] = fused(splat(weights[p]), load(v + p * H + 16 * j), acc[j]);
-  }
   for (int j = 0; j < W; j++) store(out + 16 * j, acc[j]);
 #endif
 }
 
 template <class T>
-void blend(const float* weights, const T* v, int64_t length, int64_t H, float* out) {
+void blend(const CachedHead<T>& v, const float* weights, int64_t length, float* out) {
+  const int64_t H = v.H;
   int64_t i = 0;
 #if !defined(VECTORS_OF_EIGHT)
-  for (; i + 128 <= H; i += 128) blend<8>(weights, v + i, length, H, out + i);
+  for (; i + 128 <= H; i += 128) blend<8>(v, weights, length, i, out + i);
 #endif
-  for (; i + 64 <= H; i += 64) blend<4>(weights, v + i, length, H, out + i);
-  for (; i + 16 <= H; i += 16) blend<1>(weights, v + i, length, H, out + i);
+  for (; i + 64 <= H; i += 64) blend<4>(v, weights, length, i, out + i);
+  for (; i + 16 <= H; i += 16) blend<1>(v, weights, length, i, out + i);
   for (; i < H; i++) {
     float total = 0;
-    for (int64_t p = 0; p < length; p++) total += weights[p] * value(v[p * H + i]);
+    v.each_block(length, [&](int64_t first, int64_t count, const T* at, const T*) {
+      for (int64_t p = 0; p < count; p++) total += weights[first + p] * value(at[p * H + i]);
+    });
     out[i] = total;
   }
 }
@@ -611,30 +682,6 @@ float soften(float* scores, int64_t n) {
   return sum(total);
 }
 
-// Keys or values of one head in one slot; `scales`, one per position, only in int8.
-template <class T>
-struct CachedHead {
-  T* data;
-  float* scales;
-
-  // `first`: the position at which the head begins, counted over all slots and heads.
-  CachedHead(void* data, float* scales, int64_t first, int64_t H)
-      : data(static_cast<T*>(data) + first * H), scales(scales ? scales + first : nullptr) {}
-
-  void put(int64_t position, const float* x, int64_t H) const {
-    if constexpr (std::is_same_v<T, int8_t>)
-      scales[position] = store_rounded(data + position * H, x, H);
-    else
-      store_rounded(data + position * H, x, H);
-  }
-
-  // An int8 vector's scale is a factor of its score, or of its share in the result.
-  void scale(float* __restrict weights, int64_t length) const {
-    if (scales)
-      for (int64_t p = 0; p < length; p++) weights[p] *= scales[p];
-  }
-};
-
 // One key head of one row: its queries against the `length` keys so far, that of the new token among
 // them.
 template <class T>
@@ -644,16 +691,11 @@ ONE_COPY void attend(const Model& m, const CachedHead<T>& k, const CachedHead<T>
   const int64_t H = m.H;
   const float scale = 1.0f / std::sqrt(float(H));
   for (int64_t g = 0; g < m.N / m.K; g++) {
-    int64_t p = 0;
-    // The last block of 16 may read stale keys past `length`, but not past the slot; `soften` sets
-    // their scores to -inf. The keys of a slot's last positions come one by one.
-    for (; H % 16 == 0 && p < length && p + 16 <= m.slot_length; p += 16)
-      store(scores + p, dots16(q + g * H, k.data + p * H, H) * scale);
-    for (; p < length; p++) scores[p] = dot(q + g * H, k.data + p * H, H) * scale;
+    score(k, q + g * H, length, scale, scores);
     k.scale(scores, length);
     const float total = soften(scores, length);
     v.scale(scores, length);
-    blend(scores, v.data, length, H, out);
+    blend(v, scores, length, out);
     for (int64_t i = 0; i < H; i++) out[i] /= total;
     in.put(row, column + g * H, out, H);
   }
@@ -674,23 +716,42 @@ ONE_COPY void activate(const float* gates, const float* ups, Range mine, const I
   }
 }
 
+// The new tokens of a step. Row r is at position positions[r] of the sequence whose blocks are listed
+// at tables[r].
+struct Rows {
+  int64_t count;
+  const int64_t* const* tables;
+  const int64_t* positions;
+  bool shared;  // whether some rows are of one sequence, at consecutive positions
+
+  int64_t longest() const { return *std::max_element(positions, positions + count) + 1; }
+};
+
 // One layer's keys, values and attention for the rows of a step.
 template <class T>
 struct Heads {
   const Model& m;
   const Layer& l;
-  const int64_t *slots, *lengths;
+  int64_t layer;
+  const Rows& rows;
   float* qkv;
   int64_t qkv_width;
   const Input& attended;
 
-  CachedHead<T> cached(void* data, float* scales, int64_t row, int64_t head) const {
-    return CachedHead<T>(data, scales, (slots[row] * m.K + head) * m.slot_length, m.H);
+  // `values`: 0 for keys, 1 for values.
+  CachedHead<T> cached(int64_t row, int64_t head, int64_t values) const {
+    const int64_t first = ((layer * 2 + values) * m.K + head) * m.block_size;
+    return {static_cast<T*>(m.kv) + first * m.H,
+            m.kv_scales ? m.kv_scales + first : nullptr,
+            rows.tables[row],
+            m.layer_count * 2 * m.K * m.block_size,
+            m.block_size,
+            m.H};
   }
 
   // Stores the key and value of one key head of a row, and rotates the queries that read it.
   void prepare(int64_t row, int64_t head, float* rotated) const {
-    const int64_t H = m.H, group = m.N / m.K, position = lengths[row];
+    const int64_t H = m.H, group = m.N / m.K, position = rows.positions[row];
     const float *cos = m.cos + position * (H / 2), *sin = m.sin + position * (H / 2);
     float* q = qkv + row * qkv_width;  // of this row: queries, keys, values
     for (int64_t n = head * group * H; n < (head + 1) * group * H; n += H) {
@@ -699,48 +760,54 @@ struct Heads {
     }
     const float *new_k = q + (m.N + head) * H, *new_v = new_k + m.K * H;
     head_norm_and_rotate(new_k, l.k_weight + head * H, l.k_bias + head * H, cos, sin, H, rotated);
-    cached(l.k_cache, l.k_scales, row, head).put(position, rotated, H);
-    cached(l.v_cache, l.v_scales, row, head).put(position, new_v, H);
+    cached(row, head, 0).put(position, rotated);
+    cached(row, head, 1).put(position, new_v);
   }
 
   void look_back(int64_t row, int64_t head, float* scratch) const {
     const int64_t n = head * (m.N / m.K) * m.H;
-    const CachedHead<T> k = cached(l.k_cache, l.k_scales, row, head);
-    const CachedHead<T> v = cached(l.v_cache, l.v_scales, row, head);
     const float* q = qkv + row * qkv_width + n;
-    attend(m, k, v, lengths[row] + 1, q, scratch + m.H, scratch, attended, row, n);
+    attend(m, cached(row, head, 0), cached(row, head, 1), rows.positions[row] + 1, q, scratch + m.H,
+           scratch, attended, row, n);
   }
 
-  // Tasks are pairs of a row and a key head; threads take turns. If rows share a slot, later ones
-  // look back at keys that other threads store, so all are stored first; then the tasks of one head
-  // follow each other, so that its keys stay in the processor's cache.
-  void run(int64_t R, bool shared, Barrier& barrier, float* scratch) const {
-    const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads(), tasks = R * m.K;
-    if (!shared) {
-      for (int64_t task = thread; task < tasks; task += team) {
-        prepare(task / m.K, task % m.K, scratch);
-        look_back(task / m.K, task % m.K, scratch);
-      }
+  // Work that a row takes, in keys read; preparing it counts as some.
+  int64_t work(int64_t row) const { return rows.positions[row] + 16; }
+
+  // Tasks are pairs of a row and a key head. Each thread has a run of them with its share of the
+  // work. If rows share a sequence, later ones look back at keys that other threads store, so all
+  // are stored first; then the tasks of one head follow each other, so that its keys stay in the
+  // processor's cache.
+  void run(Barrier& barrier, float* scratch) const {
+    const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads(), R = rows.count;
+    int64_t total = 0;  // of one head
+    for (int64_t row = 0; row < R; row++) total += work(row);
+    const int64_t first = total * m.K * thread / team, last = total * m.K * (thread + 1) / team;
+    int64_t done = 0;  // work before a task: the thread in whose range it begins has the task
+    if (!rows.shared) {
+      for (int64_t row = 0; row < R && done < last; row++)
+        for (int64_t head = 0; head < m.K; head++, done += work(row))
+          if (done >= first && done < last) {
+            prepare(row, head, scratch);
+            look_back(row, head, scratch);
+          }
       return;
     }
-    for (int64_t task = thread; task < tasks; task += team)
+    for (int64_t task = thread; task < R * m.K; task += team)
       prepare(task / m.K, task % m.K, scratch);
     barrier.wait();
-    for (int64_t task = thread; task < tasks; task += team) look_back(task % R, task / R, scratch);
+    for (int64_t head = first / total; head < m.K && head * total < last; head++) {
+      done = head * total;
+      for (int64_t row = 0; row < R; done += work(row), row++)
+        if (done >= first && done < last) look_back(row, head, scratch);
+    }
   }
 };
 
 template <class T>
-void attention(const Model& m, const Layer& l, const int64_t* slots, const int64_t* lengths,
-               float* qkv, int64_t qkv_width, const Input& attended, int64_t R, bool shared,
-               Barrier& barrier, float* scratch) {
-  Heads<T>{m, l, slots, lengths, qkv, qkv_width, attended}.run(R, shared, barrier, scratch);
-}
-
-bool share_a_slot(const int64_t* slots, int64_t R) {
-  std::vector<int64_t> sorted(slots, slots + R);
-  std::sort(sorted.begin(), sorted.end());
-  return std::adjacent_find(sorted.begin(), sorted.end()) != sorted.end();
+void attention(const Model& m, int64_t layer, const Rows& rows, float* qkv, int64_t qkv_width,
+               const Input& attended, Barrier& barrier, float* scratch) {
+  Heads<T>{m, m.layers[layer], layer, rows, qkv, qkv_width, attended}.run(barrier, scratch);
 }
 
 int64_t padded(int64_t n) { return (n + 63) / 64 * 64; }
@@ -784,15 +851,13 @@ void earlyfusion_draw(const Choice* choices, int64_t B, int64_t* drawn, int64_t 
   }
 }
 
-// x_RD: embedded tokens in, states after the final norm out. Each row's token is stored at position
-// lengths[row] of its slot and sees all up to there, what other rows of this call store included.
-void earlyfusion_step(const Model* model, int64_t R, float* x_RD, const int64_t* slots,
-                      const int64_t* lengths, int64_t threads) {
+// x_RD: embedded tokens in, states after the final norm out. Each row's token is stored at its
+// position and sees all up to there, what other rows of this call store included.
+void earlyfusion_step(const Model* model, int64_t R, float* x_RD, const int64_t* const* tables,
+                      const int64_t* positions, int64_t shared, int64_t threads) {
   const Model& m = *model;
-  const bool shared = share_a_slot(slots, R);
+  const Rows rows{R, tables, positions, shared != 0};
   const int64_t D = m.D, qkv_width = (m.N + 2 * m.K) * m.H;
-  int64_t longest = 0;
-  for (int64_t row = 0; row < R; row++) longest = std::max(longest, lengths[row] + 1);
   const bool bf16 = reads_bf16(m.layers[0].q_proj);  // all matrices have one format
   Buffers attended_buffer(R, m.N * m.H, bf16), inner_buffer(R, m.F, bf16);
   const Input attended = attended_buffer.input(), inner = inner_buffer.input();
@@ -807,7 +872,7 @@ void earlyfusion_step(const Model* model, int64_t R, float* x_RD, const int64_t*
     Buffers in_buffer(R, D, bf16);
     const Input in = in_buffer.input();
     Aligned<float> x(x_RD, x_RD + R * D), norm_scratch(D);
-    Aligned<float> scratch(m.H + padded(longest));
+    Aligned<float> scratch(m.H + padded(rows.longest()));
     const auto before_branch = [&](const float* norm) {
       if (m.norm_after)
         copy_rounded(x.data(), R, D, in);
@@ -824,8 +889,7 @@ void earlyfusion_step(const Model* model, int64_t R, float* x_RD, const int64_t*
       multiply(l.k_proj, in, R, qkv.data() + m.N * m.H, qkv_width);
       multiply(l.v_proj, in, R, qkv.data() + (m.N + m.K) * m.H, qkv_width);
       barrier.wait();
-      attention_in_format(m, l, slots, lengths, qkv.data(), qkv_width, attended, R, shared, barrier,
-                          scratch.data());
+      attention_in_format(m, i, rows, qkv.data(), qkv_width, attended, barrier, scratch.data());
       barrier.wait();
       multiply(l.o_proj, attended, R, y.data(), D);
       barrier.wait();

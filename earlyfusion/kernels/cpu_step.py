@@ -6,8 +6,8 @@ time between operations. Prompts are read by it too: a token's result is then th
 however its prompt is cut and whatever else is in the step. `native.py` says where it is built;
 `available()` is False without a C++ compiler, or with EARLYFUSION_NATIVE=0.
 
-Shapes: R rows of a step, D model width, O rows and I columns of a matrix, S slots, K key and value
-heads, P positions of a slot, H head width.
+Shapes: R rows of a step, D model width, O rows and I columns of a matrix, B blocks of the cache, L
+layers, K key and value heads, S tokens of a block, H head width.
 """
 
 from __future__ import annotations
@@ -61,22 +61,24 @@ def available() -> bool:
 
 
 class CpuStep:
-    """The transformer's layers as one call; a row is one new token, of any slot and position.
+    """The transformer's layers as one call; a row is one new token, of any sequence and position.
 
     Reads the model's weights in place if they are in `bits` already, else a packed copy. The cache
-    belongs to the caller: keys and values of a layer as [2, S, K, P, H] in fp32, bf16 or int8, and
-    for int8 the `scales` of a layer as [2, S, K, P] in fp32. Raises ValueError for what `fits`
-    refuses.
+    belongs to the caller: keys and values as [B, L, 2, K, S, H] in fp32, bf16 or int8, and for int8
+    the `scales` as [B, L, 2, K, S] in fp32. Sequences have at most `length` tokens. Raises
+    ValueError for what `fits` refuses.
     """
 
     def __init__(
         self,
         transformer: Transformer,
-        cache: Sequence[Tensor],
+        cache_BL2KSH: Tensor,
+        length: int,
         bits: int,
-        scales: Sequence[Tensor] = (),
+        scales_BL2KS: Tensor | None = None,
     ) -> None:
-        if not fits(transformer, cache) or (cache[0].dtype == torch.int8) != bool(scales):
+        has_scales = scales_BL2KS is not None
+        if not fits(transformer, cache_BL2KSH) or (cache_BL2KSH.dtype == torch.int8) != has_scales:
             raise ValueError("the compiled step takes silu, no biases, and no cache in this dtype")
         library = _library()
         if library is None:
@@ -84,27 +86,30 @@ class CpuStep:
         self._library = library
         self._embedding = transformer.model.embed_tokens.weight
         # The compiled step has addresses only, so everything that it reads is held here.
-        self._held: list[object] = [*cache, *scales]
-        self._layers = self._described_layers(transformer, cache, bits)
-        for layer, scales_2SKP in zip(self._layers, scales, strict=bool(scales)):
-            layer.k_scales, layer.v_scales = (scale.data_ptr() for scale in scales_2SKP)
-        self._model = self._described_model(transformer, cache)
+        self._held: list[object] = [cache_BL2KSH, scales_BL2KS]
+        self._layers = self._described_layers(transformer, bits)
+        self._model = self._described_model(transformer, cache_BL2KSH, length)
+        self._model.kv_scales = None if scales_BL2KS is None else scales_BL2KS.data_ptr()
         self.bits = bits
 
-    def states(self, tokens_R: Tensor, slots_R: Tensor, lengths_R: Tensor) -> Tensor:
-        """States [R, D] in fp32 that the head reads, after storing each token in its slot.
+    def states(
+        self, tokens_R: Tensor, positions_R: Tensor, tables: Sequence[int], shared: bool
+    ) -> Tensor:
+        """States [R, D] in fp32 that the head reads, after storing keys and values of each token.
 
-        `lengths_R` counts the tokens before each in its slot, those of this call included: rows of
-        one slot have consecutive positions. All three are int64 on the CPU.
+        `tables` are the addresses of each row's block numbers, int64 like tokens and positions.
+        With `shared` some rows are of one sequence, at consecutive positions; those of others must
+        not store into one block.
         """
         x_RD = self._embedding[tokens_R].float()
-        slots_R, lengths_R = slots_R.contiguous(), lengths_R.contiguous()
+        positions_R = positions_R.contiguous()
         self._library.earlyfusion_step(
             ctypes.byref(self._model),
             len(x_RD),
             x_RD.data_ptr(),
-            slots_R.data_ptr(),
-            lengths_R.data_ptr(),
+            (ctypes.c_void_p * len(tables))(*tables),
+            positions_R.data_ptr(),
+            shared,
             torch.get_num_threads(),
         )
         return x_RD
@@ -139,13 +144,10 @@ class CpuStep:
         self._library.earlyfusion_draw(rows, len(choices), drawn, torch.get_num_threads())
         return list(drawn)
 
-    def _described_layers(
-        self, transformer: Transformer, cache: Sequence[Tensor], bits: int
-    ) -> ctypes.Array[_Layer]:
+    def _described_layers(self, transformer: Transformer, bits: int) -> ctypes.Array[_Layer]:
         layers = (_Layer * transformer.config.num_hidden_layers)()
-        for layer, block, kv_2SKPH in zip(layers, transformer.model.layers, cache, strict=True):
-            assert isinstance(block, Block) and kv_2SKPH.is_contiguous()
-            layer.k_cache, layer.v_cache = kv_2SKPH[0].data_ptr(), kv_2SKPH[1].data_ptr()
+        for layer, block in zip(layers, transformer.model.layers, strict=True):
+            assert isinstance(block, Block)
             layer.attention_norm = self._vector(block.input_layernorm.weight)
             layer.feed_forward_norm = self._vector(block.post_attention_layernorm.weight)
             for name, linear in _projections(block):
@@ -158,8 +160,9 @@ class CpuStep:
                 setattr(layer, f"{name}_bias", self._vector(norm.bias))
         return layers
 
-    def _described_model(self, transformer: Transformer, cache: Sequence[Tensor]) -> _Model:
-        config, length = transformer.config, cache[0].shape[3]
+    def _described_model(self, transformer: Transformer, cache: Tensor, length: int) -> _Model:
+        assert cache.is_contiguous()
+        config = transformer.config
         rotary, half = rotary_tables(config, torch.arange(length)[None]), config.head_dim // 2
         # Both halves of a table are alike, but for the sign of the sine: the second is positive.
         cos, sin = rotary.cos[0, :, 0, :half], rotary.sin[0, :, 0, half:]
@@ -171,13 +174,14 @@ class CpuStep:
             H=config.head_dim,
             F=config.intermediate_size,
             norm_after=int(config.swin_norm),
-            cache_format=_CACHE_FORMATS[cache[0].dtype],
-            slot_length=length,
+            cache_format=_CACHE_FORMATS[cache.dtype],
+            block_size=cache.shape[4],
             eps=config.rms_norm_eps,
             layers=ctypes.cast(self._layers, ctypes.c_void_p),
             final_norm=self._vector(transformer.model.norm.weight),
             cos=self._vector(cos),
             sin=self._vector(sin),
+            kv=cache.data_ptr(),
         )
 
     def _vector(self, values: Tensor) -> int:
@@ -194,7 +198,7 @@ def own_bits(transformer: Transformer) -> int | None:
     return packed[0] if packed else dense.get(transformer.lm_head.weight.dtype)
 
 
-def fits(transformer: Transformer, cache: Sequence[Tensor]) -> bool:
+def fits(transformer: Transformer, cache_BL2KSH: Tensor) -> bool:
     """Whether the step can run a model on this cache: silu, no biases, rows in fours, a CPU."""
     config, linears = transformer.config, list(_linears(transformer))
     on_cpu = transformer.lm_head.weight.device.type == "cpu"
@@ -204,7 +208,8 @@ def fits(transformer: Transformer, cache: Sequence[Tensor]) -> bool:
         all(n * config.head_dim % 4 == 0 for n in heads) and config.intermediate_size % 4 == 0
     )
     silu = config.hidden_act in ("silu", "swish")
-    return on_cpu and plain and silu and in_fours and cache[0].dtype in _CACHE_FORMATS
+    readable = cache_BL2KSH.dtype in _CACHE_FORMATS and cache_BL2KSH.shape[4] % 16 == 0
+    return on_cpu and plain and silu and in_fours and readable
 
 
 def _linears(transformer: Transformer) -> Iterator[nn.Module]:
@@ -237,15 +242,14 @@ class _Layer(ctypes.Structure):
         *_fields("q_proj k_proj v_proj o_proj gate_proj up_proj down_proj", _Matrix),
         *_fields("attention_norm feed_forward_norm", _POINTER),
         *_fields("q_weight q_bias k_weight k_bias", _POINTER),
-        *_fields("k_cache v_cache k_scales v_scales", _POINTER),
     )
 
 
 class _Model(ctypes.Structure):
     _fields_ = (
-        *_fields("layer_count D N K H F norm_after cache_format slot_length", _NUMBER),
+        *_fields("layer_count D N K H F norm_after cache_format block_size", _NUMBER),
         ("eps", ctypes.c_float),
-        *_fields("layers final_norm cos sin", _POINTER),
+        *_fields("layers final_norm cos sin kv kv_scales", _POINTER),
     )
 
 
@@ -274,7 +278,7 @@ def _library() -> ctypes.CDLL | None:
     if library is None:
         return None
     p, n = _POINTER, _NUMBER
-    library.earlyfusion_step.argtypes = [p, n, p, p, p, n]
+    library.earlyfusion_step.argtypes = [p, n, p, p, p, n, n]
     library.earlyfusion_step.restype = None
     library.earlyfusion_multiply.argtypes = [p, n, p, n, p, n]
     library.earlyfusion_multiply.restype = None

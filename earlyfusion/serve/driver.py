@@ -150,7 +150,7 @@ class Batch:
 class Driver:
     """The thread that steps the engine of a model, and the queue before it.
 
-    At most `max_queue` requests wait beside the engine's slots. `observe` is called on the event
+    At most `max_queue` requests wait beside those that run. `observe` is called on the event
     loop with each (batch, event) as it arrives.
     """
 
@@ -177,7 +177,7 @@ class Driver:
     @property
     def limit(self) -> int:
         """How many requests may be under way or waiting."""
-        return self.engine.slots + self.max_queue
+        return self.engine.most_running + self.max_queue
 
     @property
     def running(self) -> int:
@@ -267,7 +267,7 @@ class Driver:
         _ = self.engine.busy  # lets go of what was cancelled
 
     def _retry_seconds(self) -> int:
-        ahead = max(self._admitted, 1) / max(self.engine.slots, 1)
+        ahead = max(self._admitted, 1) / self.engine.most_running
         return min(max(round(self._seconds * ahead), 1), 60)
 
     def _run(self) -> None:
@@ -286,7 +286,7 @@ class Driver:
             engine = self.engine
             self._admit_inbox(engine)
             self._drop_cancelled()
-            # `busy` lets go of what was cancelled, so that its slots are free before the step.
+            # `busy` lets go of what was cancelled, so that its blocks are free before the step.
             if engine.busy:
                 self._step(engine)
             self._hand_over([self._news_of(job) for job in self._jobs])

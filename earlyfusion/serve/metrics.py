@@ -40,7 +40,7 @@ class Metrics:
         gauge("num_requests_waiting", "Admitted requests without a token.").set_function(
             lambda: driver.waiting
         )
-        gauge("num_preemptions", "Requests that gave their slots to another.").set_function(
+        gauge("num_preemptions", "Requests that gave their blocks to another.").set_function(
             lambda: driver.preemptions
         )
         gauge("engine_silent_seconds", "Since the engine's last heartbeat.").set_function(

@@ -1,11 +1,11 @@
 """How torch looks back in the cache: the layout of one step's attention, the same for all layers.
 
-Rows that read one token look back together, neighbouring slots at a time, as far as the longest of
-them. A piece of a prompt, or a window of drafts, looks back alone. On a CPU nothing is gathered out
-of the cache, and little is read beyond what a row may see.
+Keys and values are gathered out of their blocks. Rows that read one token look back together, on a
+CPU rows of about the same length, as far as the longest of them. A piece of a prompt, or a window
+of drafts, looks back alone.
 
-Shapes: T tokens of the step, B rows of one token each, N query heads, K key and value heads, G =
-N / K, S slots, P positions of a slot, H head width.
+Shapes: T tokens of the step, R rows that look back together, N query heads, K key and value heads,
+G = N / K, P positions, H head width.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from earlyfusion.engine.blocks import Branch
 from earlyfusion.engine.cache import Cache, LayerCache
 from earlyfusion.engine.scheduler import Piece
 from earlyfusion.engine.step import Step
@@ -33,7 +34,7 @@ class _Group(NamedTuple):
     """Rows of one token each that look back together."""
 
     rows: slice
-    slots: slice | Tensor
+    blocks_RN: Tensor
     end: int
     mask: Tensor | None
 
@@ -42,7 +43,7 @@ class _Segment(NamedTuple):
     """A piece of a prompt, which looks back alone."""
 
     rows: slice
-    slot: int
+    blocks_1N: Tensor
     end: int
     causal: bool
     mask: Tensor | None
@@ -53,17 +54,22 @@ class StepAttention:
 
     def __init__(self, step: Step, cache: Cache) -> None:
         self._cache = cache
-        heads_K = torch.arange(cache.heads, device=cache.device)
-        rows_TK = step.slots_T[:, None] * cache.heads + heads_K
-        self._store_TK = (rows_TK * cache.length + step.positions_T[:, None]).flatten()
+        size = cache.block_size
+        blocks = [
+            piece.branch.blocks[position // size]
+            for piece in step.pieces
+            for position in range(piece.start, piece.start + piece.rows)
+        ]
+        self._blocks_T = self._tensor(blocks)
+        self._offsets_T = step.positions_T % size
         self._groups = list(self._grouped(step.singles))
         self._segments = list(self._segmented(step.longer, len(step.singles)))
 
     def of_layers(self) -> list[LookBack]:
-        return [partial(self._attend, layer) for layer in self._cache.layer_caches]
+        return [partial(self._attend, layer) for layer in self._cache.layers]
 
     def _attend(self, layer: LayerCache, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
-        layer.store(self._store_TK, k_TKH, v_TKH)
+        layer.store(self._blocks_T, self._offsets_T, k_TKH, v_TKH)
         out = [_attend_group(layer, q_TNH[group.rows], group) for group in self._groups]
         out += [_attend_segment(layer, q_TNH[one.rows], one) for one in self._segments]
         return out[0] if len(out) == 1 else torch.cat(out)
@@ -71,45 +77,46 @@ class StepAttention:
     def _grouped(self, singles: Sequence[Piece]) -> Iterator[_Group]:
         if not singles:
             return
-        slots, ends = [piece.slot for piece in singles], [piece.end for piece in singles]
-        neighbours = slots[-1] - slots[0] + 1 == len(slots)
-        if self._cache.device.type != "cpu":
-            # On a GPU a launch costs more than reading padding, so all rows are one group.
-            index = slice(slots[0], slots[-1] + 1) if neighbours else self._tensor(slots)
-            yield _Group(slice(0, len(slots)), index, max(ends), self._padding(ends))
-            return
-        for first, last in self._cuts(slots, ends):
-            rows, run = slice(first, last), slice(slots[first], slots[first] + last - first)
-            yield _Group(rows, run, max(ends[rows]), self._padding(ends[rows]))
+        ends = [piece.end for piece in singles]
+        # On a GPU a launch costs more than reading padding, so all rows are one group.
+        cuts = self._cuts(ends) if self._cache.device.type == "cpu" else [(0, len(ends))]
+        for first, last in cuts:
+            rows, end = slice(first, last), max(ends[first:last])
+            blocks_RN = self._table([piece.branch for piece in singles[rows]], end)
+            yield _Group(rows, blocks_RN, end, self._padding(ends[rows]))
 
-    def _cuts(self, slots: Sequence[int], ends: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """Runs of neighbouring slots, cut where padding would cost more than another call."""
-        kv_2SKPH = self._cache.layers[0]
-        token_bytes = 2 * kv_2SKPH.shape[2] * kv_2SKPH.shape[4] * kv_2SKPH.element_size()
-        first, longest = 0, ends[0]
-        for row in range(1, len(slots)):
-            top = max(longest, ends[row])
-            # Either this row is padded to the longest, or all rows of the run are padded to it.
-            padding = (top - longest) * (row - first) + top - ends[row]
-            if slots[row] != slots[row - 1] + 1 or padding * token_bytes > PADDING_BYTES:
+    def _cuts(self, ends: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """Runs of rows, which ascend in length, cut where padding would cost more than a call."""
+        kv = self._cache.kv_BL2KSH
+        token_bytes = 2 * kv.shape[3] * kv.shape[5] * kv.element_size()
+        first = 0
+        for row in range(1, len(ends)):
+            # With this row, all before it in the run are padded to its length.
+            padding = (ends[row] - ends[row - 1]) * (row - first)
+            if padding * token_bytes > PADDING_BYTES:
                 yield first, row
-                first, top = row, ends[row]
-            longest = top
-        yield first, len(slots)
+                first = row
+        yield first, len(ends)
 
     def _segmented(self, longer: Sequence[Piece], row: int) -> Iterator[_Segment]:
         for piece in longer:
-            mask, end = None, piece.end + len(piece.drafts)
+            mask, end = None, piece.start + piece.rows
             # is_causal aligns queries with the first keys, so it serves only from position 0 on.
             if piece.start:
                 positions_T = torch.arange(end, device=self._cache.device)
                 mask = positions_T <= positions_T[piece.start :, None]
-            rows = slice(row, row + end - piece.start)
-            yield _Segment(rows, piece.slot, end, not piece.start, mask)
-            row += end - piece.start
+            rows = slice(row, row + piece.rows)
+            yield _Segment(rows, self._table([piece.branch], end), end, not piece.start, mask)
+            row += piece.rows
+
+    def _table(self, branches: Sequence[Branch], end: int) -> Tensor:
+        """The blocks of the first `end` tokens of each branch; shorter ones are padded."""
+        number = -(-end // self._cache.block_size)
+        rows = [branch.blocks[:number].tolist() for branch in branches]
+        return self._tensor([row + row[-1:] * (number - len(row)) for row in rows])
 
     def _padding(self, ends: Sequence[int]) -> Tensor | None:
-        """Added to the scores [B, K, G, P]: -inf beyond the end of a row; None if all are equal."""
+        """Added to the scores [R, K, G, P]: -inf beyond the end of a row; None if all are equal."""
         end = max(ends)
         if min(ends) == end:
             return None
@@ -117,28 +124,28 @@ class StepAttention:
         scores = torch.zeros_like(beyond, dtype=torch.float32).masked_fill_(beyond, -torch.inf)
         return scores[:, None, None]
 
-    def _tensor(self, values: Sequence[int]) -> Tensor:
+    def _tensor(self, values: Sequence[int] | Sequence[list[int]]) -> Tensor:
         return torch.tensor(values).to(self._cache.device)
 
 
-def _attend_group(layer: LayerCache, q_BNH: Tensor, group: _Group) -> Tensor:
-    k_BKPH, v_BKPH = layer.read(group.slots, group.end, q_BNH.dtype)
-    mask = None if group.mask is None else group.mask.to(q_BNH.dtype)
+def _attend_group(layer: LayerCache, q_RNH: Tensor, group: _Group) -> Tensor:
+    k_RKPH, v_RKPH = layer.read(group.blocks_RN, group.end, q_RNH.dtype)
+    mask = None if group.mask is None else group.mask.to(q_RNH.dtype)
     # Each row decodes one token, so no causal mask is needed: the G query heads that share a key
     # head are passed as G query positions.
-    q_BKGH = q_BNH.unflatten(1, (k_BKPH.shape[1], -1))
-    out_BKGH = F.scaled_dot_product_attention(q_BKGH, k_BKPH, v_BKPH, attn_mask=mask)
-    return out_BKGH.reshape(q_BNH.shape)
+    q_RKGH = q_RNH.unflatten(1, (k_RKPH.shape[1], -1))
+    out_RKGH = F.scaled_dot_product_attention(q_RKGH, k_RKPH, v_RKPH, attn_mask=mask)
+    return out_RKGH.reshape(q_RNH.shape)
 
 
 def _attend_segment(layer: LayerCache, q_TNH: Tensor, segment: _Segment) -> Tensor:
-    k_KPH, v_KPH = layer.read(segment.slot, segment.end, q_TNH.dtype)
+    k_1KPH, v_1KPH = layer.read(segment.blocks_1N, segment.end, q_TNH.dtype)
     out_1NTH = F.scaled_dot_product_attention(
         q_TNH.transpose(0, 1)[None],
-        k_KPH[None],
-        v_KPH[None],
+        k_1KPH,
+        v_1KPH,
         attn_mask=segment.mask,
         is_causal=segment.causal,
-        enable_gqa=q_TNH.shape[1] != k_KPH.shape[0],
+        enable_gqa=q_TNH.shape[1] != k_1KPH.shape[1],
     )
     return out_1NTH[0].transpose(0, 1)

@@ -19,11 +19,14 @@ class CompiledTransformer:
 
     def __init__(self, transformer: Transformer, cache: Cache, bits: int) -> None:
         self._head = transformer.lm_head
-        self._step = CpuStep(transformer, cache.layers, bits, cache.scales)
+        self._step = CpuStep(transformer, cache.kv_BL2KSH, cache.length, bits, cache.scales_BL2KS)
         self.draw = self._step.draw
 
     def states(self, step: Step) -> Tensor:
-        x_TD = self._step.states(step.tokens_T, step.slots_T, step.positions_T)
+        tables: list[int] = []
+        for piece in step.pieces:
+            tables += [piece.branch.blocks.buffer_info()[0]] * piece.rows
+        x_TD = self._step.states(step.tokens_T, step.positions_T, tables, bool(step.longer))
         return x_TD if step.draws_all else x_TD[step.drawing]
 
     def product(self, ids_V: Tensor) -> Product:
@@ -36,6 +39,6 @@ class CompiledTransformer:
 def compiled_transformer(transformer: Transformer, cache: Cache) -> CompiledTransformer | None:
     """This back end, None where there is no compiler or the model has something it cannot do."""
     bits = own_bits(transformer)
-    if bits is None or not fits(transformer, cache.layers) or not available():
+    if bits is None or not fits(transformer, cache.kv_BL2KSH) or not available():
         return None
     return CompiledTransformer(transformer, cache, bits)

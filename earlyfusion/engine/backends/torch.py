@@ -11,7 +11,6 @@ heads, M = N + K, H head width, I inner width of the feed-forward, O x I a weigh
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any, NamedTuple, cast
@@ -20,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from earlyfusion.devices import free_bytes
 from earlyfusion.engine.backends.attention import StepAttention
 from earlyfusion.engine.backends.head import head_product, whole_logits
 from earlyfusion.engine.backends.interface import Product
@@ -165,11 +165,7 @@ def can_pack(dtype: torch.dtype) -> bool:
 def has_room(transformer: Transformer) -> bool:
     """Whether a second copy of the weights takes less than half of the free memory."""
     size = sum(p.numel() * p.element_size() for p in transformer.parameters())
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not every system has these
-        return True
-    return size < free // 2
+    return size < free_bytes(transformer.lm_head.weight.device) // 2
 
 
 def _share(linears: Sequence[nn.Linear], weight_OI: Tensor, bias_O: Tensor | None) -> None:

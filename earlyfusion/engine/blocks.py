@@ -1,0 +1,273 @@
+"""Blocks of the cache: who reads them, what they hold, which come next. No tensor is known here.
+
+The keys and values of a branch lie in blocks of `size` tokens, numbered in its block table. A block
+that is full never changes, so any number of branches may read it; a block that is being filled has
+one branch. Blocks that nobody reads keep their content until they are needed, the least recently
+read first, and serve prompts that begin alike: full ones are shared, the beginning of another one
+is copied. A full block is found by a hash of its tokens and of everything before them.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from itertools import islice
+from typing import NamedTuple
+
+from earlyfusion.errors import SettingError
+
+BLOCK_SIZE = 32
+"""Tokens per block. The compiled step reads sixteen at a time, so it is a multiple of sixteen."""
+
+_ROOT = b""  # the key before the first block
+_CANDIDATES = 64  # blocks behind one prefix that are compared with a prompt, the newest first
+
+
+@dataclass(eq=False)
+class Branch:
+    """One condition of a request: `tokens` to read, the first `read` of which are in `blocks`.
+
+    `keys` are those of its blocks that are known to be full.
+    """
+
+    tokens: list[int]
+    blocks: array[int] = field(default_factory=lambda: array("q"))
+    read: int = 0
+    keys: list[bytes] = field(default_factory=list)
+
+    @property
+    def pending(self) -> int:
+        return len(self.tokens) - self.read
+
+
+class Copy(NamedTuple):
+    """The content of block `source` is copied to block `target`."""
+
+    source: int
+    target: int
+
+
+class Prefix(NamedTuple):
+    """The whole blocks of a prompt that the cache holds, and their keys."""
+
+    blocks: list[int]
+    keys: list[bytes]
+
+
+@dataclass(eq=False)
+class _Content:
+    """Tokens of a block behind the prefix `parent`: a full one has a `key`; one that is being
+    filled belongs to a `branch`, of which it holds the tokens from `start` on."""
+
+    parent: bytes
+    branch: Branch | None
+    start: int
+    sealed: list[int] = field(default_factory=list)
+    key: bytes | None = None
+
+    def tokens(self, size: int) -> list[int]:
+        if self.branch is None:
+            return self.sealed
+        return self.branch.tokens[self.start : min(self.branch.read, self.start + size)]
+
+
+class BlockPool:
+    """`number` blocks of `size` tokens. With `shares` off every prompt is read whole."""
+
+    def __init__(self, number: int, size: int = BLOCK_SIZE) -> None:
+        if number < 1 or size < 1:
+            raise SettingError(f"{number} blocks of {size} tokens: at least 1 of 1 is needed")
+        self.size, self.shares = size, True
+        self.references = [0] * number
+        self._empty = list(range(number - 1, -1, -1))  # the last one is taken first
+        self._cached: dict[int, None] = {}  # unread blocks with content, least recently read first
+        self._content: list[_Content | None] = [None] * number
+        self._by_key: dict[bytes, int] = {}
+        self._behind: dict[bytes, dict[int, None]] = {}  # blocks with content, by their parent
+
+    def __len__(self) -> int:
+        return len(self.references)
+
+    @property
+    def free(self) -> int:
+        """Blocks that nobody reads."""
+        return len(self._empty) + len(self._cached)
+
+    def needed(self, tokens: int) -> int:
+        """How many blocks so many tokens take."""
+        return -(-tokens // self.size)
+
+    def content(self, block: int) -> Sequence[int]:
+        """The tokens whose keys and values a block is known to hold."""
+        content = self._content[block]
+        return [] if content is None else content.tokens(self.size)
+
+    def find(self, tokens: list[int]) -> Prefix:
+        """The whole blocks that the cache holds of a prompt. Its last token always remains to be
+        read, for the logits behind it."""
+        found = Prefix([], [])
+        while self.shares and (end := (len(found.blocks) + 1) * self.size) < len(tokens):
+            key = _key(found.keys[-1] if found.keys else _ROOT, tokens[end - self.size : end])
+            if key not in self._by_key:
+                break
+            found.blocks.append(self._by_key[key])
+            found.keys.append(key)
+        return found
+
+    def unread(self, prefixes: Iterable[Prefix]) -> int:
+        """How many of the free blocks these prefixes are made of."""
+        return len({b for prefix in prefixes for b in prefix.blocks if not self.references[b]})
+
+    def give(self, branch: Branch, prefix: Prefix) -> None:
+        """Let a branch without blocks begin with a prefix."""
+        for block in prefix.blocks:
+            self._cached.pop(block, None)
+            self.references[block] += 1
+        branch.blocks.extend(prefix.blocks)
+        branch.keys += prefix.keys
+        branch.read = len(prefix.blocks) * self.size
+
+    def extend(self, branch: Branch, tokens: int) -> Copy | None:
+        """Give new blocks to a branch until it has room for so many tokens.
+
+        Behind a prefix of whole blocks the first new one is a copy of the block that begins like
+        the rest of the prompt, as far as it does.
+        """
+        number = len(branch.blocks)
+        source, shared = None, 0
+        if self.shares and branch.read == number * self.size:
+            source, shared = self._longest(branch)
+        while len(branch.blocks) < self.needed(tokens):
+            branch.blocks.append(self._take())
+        if source is None:
+            return None
+        branch.read += shared
+        self._begin(branch)
+        target = branch.blocks[number]
+        # Where the source was the next free block, it is filled on in place.
+        return None if source == target else Copy(source, target)
+
+    def read(self, branch: Branch, number: int) -> None:
+        """A branch reads its next tokens: they count as read from here on."""
+        branch.read += number
+        if self.shares:
+            self._index(branch)
+
+    def release(self, branch: Branch) -> None:
+        """A branch no longer needs its blocks. They keep their content until they are needed."""
+        if self.shares:
+            self._index(branch)
+        # Ends first: of one branch, the beginning is kept for longest.
+        for block in reversed(branch.blocks):
+            self.references[block] -= 1
+            if self.references[block] == 0:
+                self._leave(block)
+        del branch.blocks[:]
+        branch.keys, branch.read = [], 0
+
+    def drop(self, branch: Branch) -> list[int]:
+        """Release a branch. Returns the blocks that it alone has read: they hold nothing more."""
+        alone = [block for block in branch.blocks if self.references[block] == 1]
+        for block in alone:
+            self._forget(block)
+        branch.keys, branch.read = [], 0
+        self.release(branch)
+        return alone
+
+    def forget(self) -> None:
+        """No block holds anything any more: the weights have changed."""
+        for block in range(len(self)):
+            self._forget(block)
+        self._empty += reversed(self._cached)
+        self._cached.clear()
+
+    def _take(self) -> int:
+        """A free block, referenced: an empty one, or the least recently read."""
+        if self._empty:
+            block = self._empty.pop()
+        else:
+            block = next(iter(self._cached))
+            del self._cached[block]
+            self._forget(block)
+        self.references[block] = 1
+        return block
+
+    def _leave(self, block: int) -> None:
+        content = self._content[block]
+        if content is not None and content.branch is not None:
+            content.sealed, content.branch = content.tokens(self.size), None
+        if content is None or not content.sealed:
+            self._forget(block)
+            self._empty.append(block)
+        else:
+            self._cached[block] = None
+
+    def _index(self, branch: Branch) -> None:
+        """Note which blocks of a branch are full, and which one it is filling."""
+        size = self.size
+        while (end := (len(branch.keys) + 1) * size) <= branch.read:
+            number = len(branch.keys)
+            parent = branch.keys[-1] if branch.keys else _ROOT
+            tokens = branch.tokens[end - size : end]
+            key = _key(parent, tokens)
+            branch.keys.append(key)
+            self._fill(branch.blocks[number], parent, key, tokens)
+        if branch.read % size:
+            self._begin(branch)
+
+    def _fill(self, block: int, parent: bytes, key: bytes, tokens: list[int]) -> None:
+        """A block is full. Of several blocks with one content only the first is found again."""
+        self._forget(block)
+        if key not in self._by_key:
+            self._content[block] = _Content(parent, None, 0, tokens, key)
+            self._by_key[key] = block
+            self._behind.setdefault(parent, {})[block] = None
+
+    def _begin(self, branch: Branch) -> None:
+        """A branch fills the block behind its full ones."""
+        number = branch.read // self.size
+        block = branch.blocks[number]
+        content = self._content[block]
+        if content is None or content.branch is not branch:
+            self._forget(block)
+            parent = branch.keys[-1] if branch.keys else _ROOT
+            self._content[block] = _Content(parent, branch, number * self.size)
+            self._behind.setdefault(parent, {})[block] = None
+
+    def _forget(self, block: int) -> None:
+        content, self._content[block] = self._content[block], None
+        if content is None:
+            return
+        if content.key is not None:
+            del self._by_key[content.key]
+        behind = self._behind[content.parent]
+        del behind[block]
+        if not behind:
+            del self._behind[content.parent]
+
+    def _longest(self, branch: Branch) -> tuple[int | None, int]:
+        """The block that begins with the most tokens behind a branch's last block, and how many."""
+        start = len(branch.blocks) * self.size
+        tokens = branch.tokens[start : min(start + self.size, len(branch.tokens) - 1)]
+        behind = self._behind.get(branch.keys[-1] if branch.keys else _ROOT, {})
+        best: tuple[int | None, int] = None, 0
+        for block in islice(reversed(behind), _CANDIDATES):
+            shared = _shared(self.content(block), tokens)
+            if shared > best[1]:
+                best = block, shared
+        return best
+
+
+def _key(parent: bytes, tokens: Sequence[int]) -> bytes:
+    """The hash of a full block and of everything before it: 128 bits, so that no two are alike."""
+    return blake2b(array("q", tokens).tobytes(), digest_size=16, key=parent).digest()
+
+
+def _shared(held: Sequence[int], tokens: Sequence[int]) -> int:
+    """The number of tokens that two lists have in common at the beginning."""
+    for number, (one, other) in enumerate(zip(held, tokens, strict=False)):
+        if one != other:
+            return number
+    return min(len(held), len(tokens))
