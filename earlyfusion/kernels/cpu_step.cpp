@@ -603,28 +603,109 @@ void score(const CachedHead<T>& k, const float* q, int64_t length, float scale, 
     int64_t p = 0;
     // The last sixteen may be stale keys past `length`: `soften` sets their scores to -inf.
     for (; H % 16 == 0 && p < count; p += 16) {
-      const T* next = p + 16 < k.size ? at + (p + 16) * H : after;
+      const T* next = after + p * H;
       store(scores + first + p, dots16(q, at + p * H, next, H) * scale);
     }
     for (; p < count; p++) scores[first + p] = dot(q, at + p * H, H) * scale;
   });
 }
 
+// `score` for the queries of TILE_ROWS rows: each key is read once for all of them. `q` and `scores`
+// advance by the strides from row to row. A score is added up in the same order as by `score`.
+const int TILE_ROWS = 4;
+
+template <class T>
+void score_tile(const CachedHead<T>& k, const float* q, int64_t q_stride, int64_t length, float scale,
+                float* scores, int64_t scores_stride) {
+  const int64_t H = k.H;
+  k.each_block(length, [&](int64_t first, int64_t count, const T* at, const T*) {
+#if defined(VECTORS_OF_EIGHT)
+    for (int64_t p = 0; p < count; p++) {
+      __m256 low[TILE_ROWS] = {}, high[TILE_ROWS] = {};
+      for (int64_t i = 0; i < H; i += 16) {
+        const __m256 k_low = eight(at + p * H + i), k_high = eight(at + p * H + i + 8);
+#pragma GCC unroll 4
+        for (int x = 0; x < TILE_ROWS; x++) {
+          low[x] = _mm256_fmadd_ps(eight(q + x * q_stride + i), k_low, low[x]);
+          high[x] = _mm256_fmadd_ps(eight(q + x * q_stride + i + 8), k_high, high[x]);
+        }
+      }
+      float out[TILE_ROWS];
+      _mm_storeu_ps(out, four_sums(low, high));
+      for (int x = 0; x < TILE_ROWS; x++) scores[x * scores_stride + first + p] = out[x] * scale;
+    }
+#else
+    // Four keys at a time: the last ones may be stale, as in `score`.
+    for (int64_t p = 0; p < count; p += 4) {
+      floats16 products[16] = {};
+      for (int64_t i = 0; i < H; i += 16) {
+        floats16 keys[4];
+        for (int j = 0; j < 4; j++) keys[j] = load(at + (p + j) * H + i);
+        for (int x = 0; x < TILE_ROWS; x++) {
+          const floats16 here = load(q + x * q_stride + i);
+          for (int j = 0; j < 4; j++) products[4 * x + j] = fused(here, keys[j], products[4 * x + j]);
+        }
+      }
+      float out[16];
+      store(out, sums<16>(products) * scale);
+      for (int x = 0; x < TILE_ROWS; x++)
+        std::memcpy(scores + x * scores_stride + first + p, out + 4 * x, 16);
+    }
+#endif
+  });
+}
+
+// `blend` for TILE_ROWS rows and sixteen columns: each value is read once for all of them.
+template <class T>
+void blend_tile(const CachedHead<T>& v, const float* weights, int64_t weights_stride, int64_t length,
+                int64_t column, float* out) {
+  const int64_t H = v.H;
+#if defined(VECTORS_OF_EIGHT)
+  __m256 total[2 * TILE_ROWS] = {};
+#else
+  floats16 total[TILE_ROWS] = {};
+#endif
+  v.each_block(length, [&](int64_t first, int64_t count, const T* at, const T*) {
+    std::remove_reference_t<decltype(total)> acc;  // in registers
+    std::memcpy(acc, total, sizeof(total));
+    for (int64_t p = 0; p < count; p++) {
+      const T* here = at + p * H + column;
+      const float* weight = weights + first + p;
+#if defined(VECTORS_OF_EIGHT)
+      const __m256 low = eight(here), high = eight(here + 8);
+#pragma GCC unroll 4
+      for (int x = 0; x < TILE_ROWS; x++) {
+        const __m256 w = _mm256_broadcast_ss(weight + x * weights_stride);
+        acc[2 * x] = _mm256_fmadd_ps(w, low, acc[2 * x]);
+        acc[2 * x + 1] = _mm256_fmadd_ps(w, high, acc[2 * x + 1]);
+      }
+#else
+      const floats16 values = load(here);
+      for (int x = 0; x < TILE_ROWS; x++)
+        acc[x] = fused(splat(weight[x * weights_stride]), values, acc[x]);
+#endif
+    }
+    std::memcpy(total, acc, sizeof(total));
+  });
+  for (int x = 0; x < TILE_ROWS; x++)
+    std::memcpy(out + x * H + column, reinterpret_cast<float*>(total) + 16 * x, 64);
+}
+
 // out = sum over `length` positions of weight * v, for 16 W columns of the head from `column` on.
 template <int W, class T>
 void blend(const CachedHead<T>& v, const float* weights, int64_t length, int64_t column, float* out) {
-  const int64_t H = v.H, ahead = 16;  // positions between a read and its prefetch
+  const int64_t H = v.H;
 #if defined(VECTORS_OF_EIGHT)
-  __m256 acc[2 * W] = {};
+  __m256 total[2 * W] = {};
 #else
-  floats16 acc[W] = {};
+  floats16 total[W] = {};
 #endif
   v.each_block(length, [&](int64_t first, int64_t count, const T* at, const T* after) {
+    std::remove_reference_t<decltype(total)> acc;  // in registers
+    std::memcpy(acc, total, sizeof(total));
     for (int64_t p = 0; p < count; p++) {
       const T* here = at + p * H + column;
-      const T* next = p + ahead < v.size ? here + ahead * H
-                                         : after + (p + ahead - v.size) * H + column;
-      for (size_t i = 0; i < 16 * W; i += 64 / sizeof(T)) fetch(next + i, 0);
+      for (size_t i = 0; i < 16 * W; i += 64 / sizeof(T)) fetch(after + p * H + column + i, 0);
 #if defined(VECTORS_OF_EIGHT)
       const __m256 weight = _mm256_broadcast_ss(weights + first + p);
 #pragma GCC unroll 16
@@ -634,12 +715,13 @@ void blend(const CachedHead<T>& v, const float* weights, int64_t length, int64_t
       for (int j = 0; j < W; j++) acc[j] = fused(weight, load(here + 16 * j), acc[j]);
 #endif
     }
+    std::memcpy(total, acc, sizeof(total));
   });
 #if defined(VECTORS_OF_EIGHT)
 #pragma GCC unroll 16
-  for (int j = 0; j < 2 * W; j++) _mm256_storeu_ps(out + 8 * j, acc[j]);
+  for (int j = 0; j < 2 * W; j++) _mm256_storeu_ps(out + 8 * j, total[j]);
 #else
-  for (int j = 0; j < W; j++) store(out + 16 * j, acc[j]);
+  for (int j = 0; j < W; j++) store(out + 16 * j, total[j]);
 #endif
 }
 
@@ -701,6 +783,33 @@ ONE_COPY void attend(const Model& m, const CachedHead<T>& k, const CachedHead<T>
   }
 }
 
+// `attend` for TILE_ROWS rows of one sequence at consecutive positions, the first of which sees
+// `length` keys. Scores have `scores_stride` floats per row, and so has `q` its own stride.
+template <class T>
+ONE_COPY void attend_tile(const Model& m, const CachedHead<T>& k, const CachedHead<T>& v,
+                          int64_t length, const float* q, int64_t q_stride, float* scores,
+                          int64_t scores_stride, float* out, const Input& in, int64_t row,
+                          int64_t column) {
+  const int64_t H = m.H, last = length + TILE_ROWS - 1;
+  const float scale = 1.0f / std::sqrt(float(H));
+  for (int64_t g = 0; g < m.N / m.K; g++) {
+    score_tile(k, q + g * H, q_stride, last, scale, scores, scores_stride);
+    float totals[TILE_ROWS];
+    for (int x = 0; x < TILE_ROWS; x++) {
+      float* here = scores + x * scores_stride;
+      k.scale(here, length + x);
+      totals[x] = soften(here, length + x);
+      v.scale(here, length + x);
+      for (int64_t p = length + x; p < last; p++) here[p] = 0;  // keys of later rows
+    }
+    for (int64_t i = 0; i < H; i += 16) blend_tile(v, scores, scores_stride, last, i, out);
+    for (int x = 0; x < TILE_ROWS; x++) {
+      for (int64_t i = 0; i < H; i++) out[x * H + i] /= totals[x];
+      in.put(row + x, column + g * H, out + x * H, H);
+    }
+  }
+}
+
 // silu(gate) * up, for the columns of one thread.
 ONE_COPY void activate(const float* gates, const float* ups, Range mine, const Input& inner,
                        int64_t row) {
@@ -716,6 +825,8 @@ ONE_COPY void activate(const float* gates, const float* ups, Range mine, const I
   }
 }
 
+int64_t padded(int64_t n) { return (n + 63) / 64 * 64; }
+
 // The new tokens of a step. Row r is at position positions[r] of the sequence whose blocks are listed
 // at tables[r].
 struct Rows {
@@ -724,7 +835,16 @@ struct Rows {
   const int64_t* positions;
   bool shared;  // whether some rows are of one sequence, at consecutive positions
 
-  int64_t longest() const { return *std::max_element(positions, positions + count) + 1; }
+  int64_t longest;  // keys that the last of all positions sees
+
+  // Whether the TILE_ROWS rows from `row` on are of one sequence, at consecutive positions.
+  bool is_tile(int64_t row) const {
+    for (int64_t x = 1; x < TILE_ROWS; x++)
+      if (row + x >= count || tables[row + x] != tables[row] ||
+          positions[row + x] != positions[row] + x)
+        return false;
+    return true;
+  }
 };
 
 // One layer's keys, values and attention for the rows of a step.
@@ -771,6 +891,13 @@ struct Heads {
            scratch, attended, row, n);
   }
 
+  void look_back_tile(int64_t row, int64_t head, float* scratch) const {
+    const int64_t n = head * (m.N / m.K) * m.H, stride = padded(rows.longest);
+    attend_tile(m, cached(row, head, 0), cached(row, head, 1), rows.positions[row] + 1,
+                qkv + row * qkv_width + n, qkv_width, scratch + TILE_ROWS * m.H, stride, scratch,
+                attended, row, n);
+  }
+
   // Work that a row takes, in keys read; preparing it counts as some.
   int64_t work(int64_t row) const { return rows.positions[row] + 16; }
 
@@ -798,8 +925,16 @@ struct Heads {
     barrier.wait();
     for (int64_t head = first / total; head < m.K && head * total < last; head++) {
       done = head * total;
-      for (int64_t row = 0; row < R; done += work(row), row++)
-        if (done >= first && done < last) look_back(row, head, scratch);
+      for (int64_t row = 0; row < R && done < last;) {
+        // A row's result is the same in a tile and alone, so threads may cut them anywhere.
+        const bool mine = done >= first, tile = mine && m.H % 16 == 0 && rows.is_tile(row) &&
+                                                done + TILE_ROWS * work(row + TILE_ROWS - 1) <= last;
+        if (tile)
+          look_back_tile(row, head, scratch);
+        else if (mine)
+          look_back(row, head, scratch);
+        for (int64_t end = row + (tile ? TILE_ROWS : 1); row < end; row++) done += work(row);
+      }
     }
   }
 };
@@ -809,8 +944,6 @@ void attention(const Model& m, int64_t layer, const Rows& rows, float* qkv, int6
                const Input& attended, Barrier& barrier, float* scratch) {
   Heads<T>{m, m.layers[layer], layer, rows, qkv, qkv_width, attended}.run(barrier, scratch);
 }
-
-int64_t padded(int64_t n) { return (n + 63) / 64 * 64; }
 
 // Memory for an `Input`.
 struct Buffers {
@@ -856,7 +989,7 @@ void earlyfusion_draw(const Choice* choices, int64_t B, int64_t* drawn, int64_t 
 void earlyfusion_step(const Model* model, int64_t R, float* x_RD, const int64_t* const* tables,
                       const int64_t* positions, int64_t shared, int64_t threads) {
   const Model& m = *model;
-  const Rows rows{R, tables, positions, shared != 0};
+  const Rows rows{R, tables, positions, shared != 0, *std::max_element(positions, positions + R) + 1};
   const int64_t D = m.D, qkv_width = (m.N + 2 * m.K) * m.H;
   const bool bf16 = reads_bf16(m.layers[0].q_proj);  // all matrices have one format
   Buffers attended_buffer(R, m.N * m.H, bf16), inner_buffer(R, m.F, bf16);
@@ -872,7 +1005,7 @@ void earlyfusion_step(const Model* model, int64_t R, float* x_RD, const int64_t*
     Buffers in_buffer(R, D, bf16);
     const Input in = in_buffer.input();
     Aligned<float> x(x_RD, x_RD + R * D), norm_scratch(D);
-    Aligned<float> scratch(m.H + padded(rows.longest()));
+    Aligned<float> scratch(TILE_ROWS * (m.H + padded(rows.longest)));
     const auto before_branch = [&](const float* norm) {
       if (m.norm_after)
         copy_rounded(x.data(), R, D, in);
