@@ -138,12 +138,13 @@ struct Draw {
 
   // Drops the least likely while they have at most `tail` of the probability, of equals the first.
   void top_p(float tail) {
+    // Each e^(z - top) is needed once per step of the search; `e` has room for them.
+    float* powers = reinterpret_cast<float*>(e);
+    for (int64_t i = 0; i < n; i += 16) store(powers + i, exp16(load(z + i) - top));
     auto below = [&](float least) {
       floats16 mass = {};
-      for (int64_t i = 0; i < n; i += 16) {
-        const floats16 here = load(z + i);
-        mass += here < least ? exp16(here - top) : floats16{};
-      }
+      for (int64_t i = 0; i < n; i += 16)
+        mass += load(z + i) < least ? load(powers + i) : floats16{};
       return sum(mass);
     };
     const float limit = tail * below(INFINITY);
