@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 )
 
 from earlyfusion.engine.blocks import BlockPool, Branch, Copy
-from earlyfusion.engine.scheduler import Plan, Scheduler
+from earlyfusion.engine.scheduler import ALONE, Plan, Scheduler
 from earlyfusion.errors import SettingError
 
 # Few kinds of tokens, so that many requests begin alike.
@@ -137,7 +137,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert self.pool.references[target] <= 1  # 0: its request has stepped back meanwhile
             self.cache[target] = list(self.cache[source])
         prompts = sum(piece.size for piece in plan.pieces if piece.size > 1)
-        assert prompts <= CHUNK
+        assert prompts <= CHUNK * ALONE
         written: set[tuple[int, int]] = set()
         for piece in plan.pieces:
             branch = piece.branch
@@ -252,10 +252,19 @@ def test_a_long_prompt_does_not_hold_up_the_others() -> None:
     scheduler = scheduler_of(20, 8)
     short, long = Entry([Branch([0, 1])]), Entry([Branch([1] * 30)])
     scheduler.add(short)
+    drawn(scheduler, 1)
     scheduler.add(long)
     rows = drawn(scheduler, 6)
     assert [short.number in row for row in rows] == [True] * 6
     assert [long.number in row for row in rows] == [False] * 3 + [True] * 3
+
+
+def test_a_prompt_is_read_in_larger_pieces_where_nobody_draws() -> None:
+    scheduler = scheduler_of(20, 8)
+    scheduler.add(Entry([Branch([1] * 70)]))
+    assert [len(piece.tokens) for piece in scheduler.schedule().pieces] == [8 * ALONE]
+    scheduler.add(Entry([Branch([0])]))
+    assert [len(piece.tokens) for piece in scheduler.schedule().pieces] == [8, 1]
 
 
 def test_a_higher_priority_takes_the_place_of_a_lower_one() -> None:
@@ -320,14 +329,15 @@ def test_a_request_takes_blocks_as_it_grows() -> None:
 
 
 def test_drafts_are_read_behind_the_last_token_only() -> None:
-    scheduler = scheduler_of(2, 4)
-    scheduler.add(Entry([Branch([1, 2, 3, 4, 5, 6])], drafts=[8, 9]))
+    scheduler = scheduler_of(3, 2)
+    scheduler.add(Entry([Branch(list(range(10)))], drafts=[18, 19]))
     pieces = [scheduler.schedule().pieces for _ in range(2)]
     assert [[piece.tokens for piece in step] for step in pieces] == [
-        [[1, 2, 3, 4]],
-        [[5, 6, 8, 9]],
+        [[0, 1, 2, 3, 4, 5, 6, 7]],
+        [[8, 9, 18, 19]],
     ]
-    assert [scheduler.pool.content(block) for block in (0, 1)] == [[1, 2, 3, 4], [5, 6]]
+    contents = [scheduler.pool.content(block) for block in range(3)]
+    assert contents == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
 def started(pool: BlockPool, tokens: list[int], read: int) -> tuple[Branch, Copy | None]:

@@ -33,7 +33,7 @@ from earlyfusion.model.transformer import Transformer
 from earlyfusion.processor import Processor
 from earlyfusion.vocabulary import ImageLayout
 
-CHUNK = 256
+CPU_CHUNK, GPU_CHUNK = 64, 512
 MOST_RUNNING = 256
 _LONGEST_SEQUENCES = 64  # as long as the context, for which a cache of the default size has room
 
@@ -45,7 +45,8 @@ class Engine:
     quarter of the memory that is free, but at least what one guided image of the longest context
     may need, and at most 64 contexts. Memory of a CPU is only taken as blocks are used. Prompt and
     reply have at most `context_tokens` tokens (default: the model's). A step reads at most `chunk`
-    tokens of prompts beside the rows that draw; at most `most_running` requests run at once.
+    tokens of prompts beside requests that draw, four times as many where none does (default: 64 on
+    a CPU, 512 on a GPU); at most `most_running` requests run at once.
     `cache_dtype` is the dtype of keys and values: "fp32", "bf16" or "int8", default the model's.
     Raises `SettingError`.
     """
@@ -56,7 +57,7 @@ class Engine:
         processor: Processor,
         cache_bytes: int | None = None,
         context_tokens: int | None = None,
-        chunk: int = CHUNK,
+        chunk: int | None = None,
         cache_dtype: str | None = None,
         most_running: int = MOST_RUNNING,
     ) -> None:
@@ -70,8 +71,10 @@ class Engine:
         limits = 3 * context, _LONGEST_SEQUENCES * context
         self.blocks = number_of_blocks(cache_bytes, self.block_bytes, *limits, device)
         self.transformer, self.processor = transformer, processor
-        self._chunk, self.most_running = chunk, most_running
-        self._scheduler = Scheduler(BlockPool(self.blocks), chunk, most_running)
+        default_chunk = CPU_CHUNK if device.type == "cpu" else GPU_CHUNK
+        self._chunk = default_chunk if chunk is None else chunk
+        self.most_running = most_running
+        self._scheduler = Scheduler(BlockPool(self.blocks), self._chunk, most_running)
         self._handles: dict[int, Handle] = {}  # of requests under way, by number
         self._leaving: deque[Handle] = deque()
         self._turn = _Turns()

@@ -16,6 +16,8 @@ from typing import NamedTuple, Protocol
 from earlyfusion.engine.blocks import BlockPool, Branch, Copy
 from earlyfusion.errors import SettingError
 
+ALONE = 4
+
 
 class Entry(Protocol):
     """What the scheduler needs to know of a request (`engine/handle.py`).
@@ -68,8 +70,11 @@ class Plan:
 
 
 class Scheduler:
-    """Shares the blocks of the cache among at most `most_running` requests, and reads at most
-    `chunk` tokens of prompts per step."""
+    """Shares the blocks of the cache among at most `most_running` requests.
+
+    A step reads at most `chunk` tokens of prompts where other requests draw in it, so that these do
+    not wait for long, and ALONE times as many where none does.
+    """
 
     def __init__(self, pool: BlockPool, chunk: int, most_running: int = 256) -> None:
         if chunk < 2 or most_running < 1:
@@ -109,7 +114,8 @@ class Scheduler:
                 self._serve(entry, plan)
         if self.waiting:
             self._admit(plan)
-        left = self.chunk
+        drawing = any(_pending(entry) == len(entry.branches) for entry in self.running)
+        left = self.chunk if drawing else ALONE * self.chunk
         for entry in self.running:
             left -= self._feed(entry, plan, left)
         return plan
@@ -207,7 +213,7 @@ class Scheduler:
         if self._missing(entry):
             return 0
         branches, drafts = entry.branches, entry.drafts
-        pending = sum(len(branch.tokens) - branch.read for branch in branches)
+        pending = _pending(entry)
         single = pending == len(branches)
         if single or pending <= left:
             plan.pieces += [self._read(b, len(b.tokens) - b.read, drafts) for b in branches]
@@ -227,6 +233,10 @@ class Scheduler:
         piece = Piece(branch, branch.read, number, drafts)
         self.pool.read(branch, number)
         return piece
+
+
+def _pending(entry: Entry) -> int:
+    return sum(len(branch.tokens) - branch.read for branch in entry.branches)
 
 
 def _order(entry: Entry) -> tuple[int, int]:
