@@ -153,6 +153,7 @@ class Chameleon:
         self.defaults = dict(defaults or {})
         self.name, self.folder = name, folder
         self._engine: Engine | None = None
+        self.cache_bytes: int | None = None  # of the engine that is made next
         self._cached_codes: OrderedDict[bytes, Codes] = OrderedDict()
         self._lock = Lock()
 
@@ -165,6 +166,7 @@ class Chameleon:
         tensor_parallel: int = 1,
         verify: bool = True,
         adapter: str | Path | None = None,
+        cache_bytes: int | None = None,
     ) -> Chameleon:
         """Load the embedded model "mini", a folder in any supported format, or a hub id.
 
@@ -174,8 +176,9 @@ class Chameleon:
         number of processes that share each layer, all started by `torchrun`: only the first returns
         from this call, the others serve it and end with it (docs/engine.md). `verify` compares the
         files with the checklist beside them, if there is one; large files only once. `adapter` is a
-        folder in PEFT's format that is added to the weights. Raises `CheckpointError` and
-        `SettingError`.
+        folder in PEFT's format that is added to the weights. `cache_bytes` is the size of the
+        engine's cache, by default a quarter of the free memory (docs/engine.md). Raises
+        `CheckpointError` and `SettingError`.
         """
         _check_adapter(adapter, tensor_parallel)
         alone = tensor_parallel == 1
@@ -202,7 +205,9 @@ class Chameleon:
         resolution, mode = loaded.config.vq_config.resolution, loaded.resize_mode
         image_tokenizer = ImageTokenizer(loaded.vqgan, resolution, mode)
         defaults, folder = loaded.generation_defaults, loaded.folder
-        return cls(transformer, image_tokenizer, loaded.processor, defaults, str(name), folder)
+        model = cls(transformer, image_tokenizer, loaded.processor, defaults, str(name), folder)
+        model.cache_bytes = cache_bytes
+        return model
 
     @property
     def config(self) -> ModelConfig:
@@ -214,7 +219,7 @@ class Chameleon:
         with self._lock:
             # Somebody may have assigned another transformer.
             if self._engine is None or self._engine.transformer is not self.transformer:
-                self._engine = Engine(self.transformer, self.processor)
+                self._engine = Engine(self.transformer, self.processor, self.cache_bytes)
             return self._engine
 
     @engine.setter

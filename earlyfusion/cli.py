@@ -32,7 +32,7 @@ from earlyfusion.devices import (
 )
 from earlyfusion.errors import EarlyFusionError, PromptError, SettingError
 from earlyfusion.generation.settings import Output, SamplingParams
-from earlyfusion.options import FieldsOf, whole_option, with_options
+from earlyfusion.options import FieldsOf, bytes_option, whole_option, with_options
 
 if TYPE_CHECKING:
     from earlyfusion.api import Chameleon
@@ -179,6 +179,12 @@ Encoding = Annotated[
 ]
 
 
+CacheBytes = Annotated[
+    int | None,
+    bytes_option("Memory for keys and values, such as 2GB.", unset="a quarter of what is free"),
+]
+
+
 @dataclass
 class Loading:
     """The options of a model that answers prompts."""
@@ -188,6 +194,7 @@ class Loading:
     dtype: Precision = "auto"
     fit: Fit = None
     verify: Verify = True
+    cache_bytes: CacheBytes = None
 
 
 def _examples(*lines: str) -> str:
@@ -645,6 +652,7 @@ def info(
 
     with busy(f"reading {model}", as_json):
         summary = asdict(summarize(model, verify))
+    summary["default_cache"] = _default_cache(summary)
     if as_json:
         return _print_json({"model": model} | summary)
     for name, value in summary.items():
@@ -732,6 +740,7 @@ def serve(
     device: Device = "auto",
     dtype: Precision = "auto",
     verify: Verify = True,
+    cache_bytes: CacheBytes = None,
 ) -> None:
     """Serve OpenAI's API, with pictures in and out: chat, responses, images, completions, files."""
     from earlyfusion.serve import check_installed
@@ -749,7 +758,7 @@ def serve(
         cors_origins=tuple(cors_origin or ()),
         public_url=public_url,
     )
-    chameleon = _load(model, device, dtype=dtype, fit=fit, verify=verify)
+    chameleon = _load(model, device, dtype=dtype, fit=fit, verify=verify, cache_bytes=cache_bytes)
     from earlyfusion.serve.run import serve as run
 
     run(chameleon, options)
@@ -762,6 +771,7 @@ def _load(
     dtype: str = "auto",
     fit: bool | None = None,
     verify: bool = True,
+    cache_bytes: int | None = None,
 ) -> Chameleon:
     from earlyfusion.terminal import busy
 
@@ -772,11 +782,31 @@ def _load(
         from earlyfusion.api import Chameleon
 
         chameleon = Chameleon.load(
-            model, device=device, dtype=dtype, tensor_parallel=processes, verify=verify
+            model,
+            device=device,
+            dtype=dtype,
+            tensor_parallel=processes,
+            verify=verify,
+            cache_bytes=cache_bytes,
         )
         if fit is not None:
             chameleon.image_tokenizer.mode = "fit" if fit else "crop"
         return chameleon
+
+
+def _default_cache(summary: dict[str, Any]) -> dict[str, int]:
+    """What the engine's cache would hold on this machine, by dtype of keys and values."""
+    from earlyfusion.devices import resolve_device
+    from earlyfusion.engine.cache import cache_size
+
+    device, context, lines = resolve_device("auto"), summary["context"], {}
+    for dtype, token_bytes in summary["kv_bytes_per_token"].items():
+        size = cache_size(token_bytes, context, device, reserved=summary["memory"][dtype])
+        lines[f"bytes {dtype}"] = size.bytes
+        lines[f"tokens {dtype}"] = size.tokens
+        lines[f"requests of 300 tokens {dtype}"] = size.requests(300)
+        lines[f"requests of {context} tokens {dtype}"] = size.requests(context)
+    return lines
 
 
 def _check_pipe(names: list[str]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from inspect import Parameter
@@ -134,6 +135,21 @@ def _group(annotation: Any) -> tuple[list[Parameter], Callable[[dict[str, Any]],
 def whole_option(help: str, unset: str = "") -> Any:
     """An option that takes a whole number; `unset` is shown as the default where it is None."""
     return typer.Option(help=help, show_default=unset or True, **_NUMBERS["int"])
+
+
+def bytes_option(help: str, unset: str) -> Any:
+    """An option that takes a number of bytes, also as "2GB" or "512MiB"."""
+    return typer.Option(help=help, show_default=unset, parser=parse_bytes, metavar="BYTES")
+
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+def parse_bytes(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmg]i?)?b?", text.lower())
+    if found is None:
+        raise typer.BadParameter(f"{text!r} is not a number of bytes such as 2000000000 or 2GB")
+    return int(float(found[1]) * _UNITS[found[2] or ""])
 
 
 def _number(text: str) -> float:

@@ -129,7 +129,7 @@ def test_guided_preempted_and_from_a_prefix(
     alone = [run(engine, [one])[0] for one in asked]
     assert agreement(alone, run(Engine(transformer, processor), asked)) > 0.6
     assert agreement(run(engine, asked), alone) > 0.9  # from what the cache keeps, side by side
-    room = 20 * engine.block_bytes
+    room = 20 * engine.cache_size.block_bytes
     small = Engine(transformer, processor, cache_bytes=room, cache_dtype=kept)
     assert agreement(run(small, asked, apart=4), alone) > 0.6 and small.preemptions > 0
 
@@ -149,17 +149,17 @@ def test_a_copied_block_holds_the_same() -> None:
 
 
 def test_smaller_entries_make_more_blocks(transformer: Transformer, processor: Processor) -> None:
-    budget = 80 * Engine(transformer, processor).block_bytes
+    budget = 80 * Engine(transformer, processor).cache_size.block_bytes
     engines = {
         kept: Engine(transformer, processor, cache_bytes=budget + 1, cache_dtype=kept)
         for kept in ("fp32", "bf16", "int8")
     }
     width = CONFIG.head_dim
-    blocks = {kept: engine.blocks for kept, engine in engines.items()}
+    blocks = {kept: engine.cache_size.blocks for kept, engine in engines.items()}
     assert blocks == {"fp32": 80, "bf16": 160, "int8": 80 * 4 * width // (width + 4)}
-    assert (
-        engines["bf16"].cache_tokens == 160 * BLOCK_SIZE and engines["bf16"].cache_bytes == budget
-    )
+    size = engines["bf16"].cache_size
+    assert size.tokens == 160 * BLOCK_SIZE and size.bytes == budget
+    assert [size.requests(tokens) for tokens in (32, 33, 300)] == [160, 80, 16]
     for kept, dtype in (("fp32", torch.float32), ("int8", torch.int8)):
         cache = Cache(CONFIG, 2, 50, dtype, CPU)
         held = cache.kv_BL2KSH.nbytes + (0 if (s := cache.scales_BL2KS) is None else s.nbytes)
@@ -178,9 +178,9 @@ def test_the_default_size_is_a_share_of_the_free_memory(
 ) -> None:
     """Of a context of 256 tokens: 8 blocks. At least three of them, at most 64."""
     monkeypatch.setattr(cache, "free_bytes", lambda device: free)
-    engine = Engine(transformer, processor)
-    assert engine.blocks == (blocks or int(free * FREE_SHARE) // engine.block_bytes)
-    assert blocks or 3 * 8 < engine.blocks < 64 * 8
+    size = Engine(transformer, processor).cache_size
+    assert size.blocks == (blocks or int(free * FREE_SHARE) // size.block_bytes)
+    assert blocks or 3 * 8 < size.blocks < 64 * 8
 
 
 def test_many_requests_hold_only_what_they_have_read(
@@ -190,7 +190,7 @@ def test_many_requests_hold_only_what_they_have_read(
     asked = [request(processor, seed, "text", False, 20) for seed in range(40)]
     engine = Engine(transformer, processor)
     alone = [run(engine, [one])[0] for one in asked]
-    small = Engine(transformer, processor, cache_bytes=80 * engine.block_bytes)
+    small = Engine(transformer, processor, cache_bytes=80 * engine.cache_size.block_bytes)
     handles = [small.add(one) for one in asked]
     small.step()
     assert all(len(handle.branches[0].blocks) in (1, 2) for handle in handles)

@@ -40,6 +40,7 @@ from earlyfusion.errors import SettingError
 from earlyfusion.generation.settings import SamplingParams
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.model.vqgan import VQGAN
+from earlyfusion.options import parse_bytes
 from earlyfusion.processor import train_tokenizer
 from earlyfusion.recipes.run import RECIPES
 from earlyfusion.terminal import Screen, half_blocks
@@ -201,7 +202,35 @@ def test_info(run: Run, model: Path) -> None:
     saved = load_parameters(model)
     assert sum(told["parameters"].values()) == saved
     assert told["file_bytes"]["model.safetensors"] > 4 * saved
-    assert "tokens per image" in run("info", model).out
+    cache, context = told["default_cache"], told["context"]
+    assert cache["tokens float32"] >= 3 * context
+    assert cache["bytes float32"] == cache["tokens float32"] * told["kv_bytes_per_token"]["float32"]
+    assert cache["requests of 300 tokens float32"] == cache["tokens float32"] // 32 // 10
+    shown = run("info", model).out
+    assert "tokens per image" in shown and "default cache requests of 300 tokens" in shown
+
+
+@pytest.mark.parametrize(
+    ("given", "size"), [("1000000", 10**6), ("1.5MB", 1_500_000), ("2GiB", 2**31), ("3 k", 3000)]
+)
+def test_the_cache_takes_as_many_bytes_as_asked_for(given: str, size: int) -> None:
+    assert parse_bytes(given) == size
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("1000", "holds no block of 32 tokens"),
+        ("2 apples", "'2 apples' is not a number of bytes such as"),
+        ("10kB", "the cache has"),
+    ],
+)
+def test_a_cache_that_is_too_small_is_refused(
+    run: Run, model: Path, given: str, words: str
+) -> None:
+    asked = ("generate", "a", "--model", model, "--output", "text", "--max-tokens", "100")
+    ran = run(*asked, "--cache-bytes", given)
+    assert ran.code == 2 and words in ran.err and "Traceback" not in ran.err
 
 
 def load_parameters(folder: Path) -> int:

@@ -33,6 +33,7 @@ TIMES = {
 OTHERS = {
     "alone", "together", "together_ratio", "compilations", "bandwidth", "matmul_peak",
     "token_weights", "step_2_branches", "step_3_branches",
+    "cache", "cache_tokens", "cache_requests", "cache_requests_300",
 }  # fmt: skip
 
 

@@ -151,7 +151,19 @@ def _started(
         Figure("engine_first_token", "first token of a fresh engine", first, "s"),
         Figure("cold_start", "cold start to the first token", imports + loaded + first, "s"),
     ]
-    return model, figures + _memory(before, model.transformer.lm_head.weight.device)
+    figures += _memory(before, model.transformer.lm_head.weight.device)
+    return model, figures + _cache(model)
+
+
+def _cache(model: Chameleon) -> list[Figure]:
+    size, context = model.engine.cache_size, model.engine.context_tokens
+    whole = size.requests(context)
+    return [
+        Figure("cache", "cache of keys and values", size.bytes / 1e6, "MB"),
+        Figure("cache_tokens", "tokens that it holds", size.tokens, ""),
+        Figure("cache_requests_300", "requests of 300 tokens at once", size.requests(300), ""),
+        Figure("cache_requests", f"requests of {context:,} tokens at once", whole, ""),
+    ]
 
 
 def _memory(before: int | None, device: torch.device) -> list[Figure]:

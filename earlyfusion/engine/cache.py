@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +28,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 
 FREE_SHARE = 0.25
 """The share of the free memory that the cache takes where no size is given."""
+
+MOST_CONTEXTS = 64
+"""Sequences as long as the context for which a cache of the default size has room at most."""
 
 
 class LayerCache(NamedTuple):
@@ -110,23 +114,51 @@ def cache_dtype(name: str | None, model_dtype: torch.dtype) -> torch.dtype:
     return DTYPES[dtype_name("cache_dtype", name, tuple(DTYPES))]
 
 
-def number_of_blocks(
-    budget: int | None, block_bytes: int, at_least: int, at_most: int, device: torch.device
-) -> int:
-    """How many blocks the cache has: those that fit into `budget` bytes.
+@dataclass(frozen=True)
+class CacheSize:
+    """How much a cache holds: `blocks` blocks of BLOCK_SIZE tokens."""
 
-    Without a budget they take a share of the memory that is free, but are at least and at most so
-    many. `SettingError` where a budget holds none.
+    blocks: int
+    block_bytes: int
+
+    @property
+    def tokens(self) -> int:
+        return self.blocks * BLOCK_SIZE
+
+    @property
+    def bytes(self) -> int:
+        """What it takes when all blocks are used."""
+        return self.blocks * self.block_bytes
+
+    def requests(self, tokens: int) -> int:
+        """How many requests of so many tokens, prompt and reply, run at once without guidance."""
+        return self.blocks // -(-tokens // BLOCK_SIZE)
+
+
+def cache_size(
+    token_bytes: int,
+    context_tokens: int,
+    device: torch.device,
+    budget: int | None = None,
+    reserved: int = 0,
+) -> CacheSize:
+    """What fits into `budget` bytes, or by default into a share of the free memory, of which
+    `reserved` bytes are for something else.
+
+    The default has room for three branches of the longest context, those of a guided image, and at
+    most for MOST_CONTEXTS. Raises `SettingError` where a budget holds no block.
     """
+    block_bytes = BLOCK_SIZE * token_bytes
+    context = -(-context_tokens // BLOCK_SIZE)
     if budget is None:
-        share = int(FREE_SHARE * free_bytes(device)) // block_bytes
-        return max(at_least, min(share, at_most))
+        share = int(FREE_SHARE * max(free_bytes(device) - reserved, 0)) // block_bytes
+        return CacheSize(max(3 * context, min(share, MOST_CONTEXTS * context)), block_bytes)
     if budget < block_bytes:
         raise SettingError(
             f"cache_bytes={budget:,} holds no block of {BLOCK_SIZE} tokens: "
             f"give at least {block_bytes:,} bytes"
         )
-    return budget // block_bytes
+    return CacheSize(budget // block_bytes, block_bytes)
 
 
 def _int8(x_TKH: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from types import TracebackType
 
 from earlyfusion.devices import dtype_name
 from earlyfusion.engine.blocks import BLOCK_SIZE, BlockPool
-from earlyfusion.engine.cache import DTYPES, Cache, number_of_blocks
+from earlyfusion.engine.cache import DTYPES, Cache, cache_size
 from earlyfusion.engine.cache import cache_dtype as dtype_of_cache
 from earlyfusion.engine.draw import NOTHING
 from earlyfusion.engine.handle import Handle, most_branches
@@ -35,18 +35,17 @@ from earlyfusion.vocabulary import ImageLayout
 
 CPU_CHUNK, GPU_CHUNK = 64, 512
 MOST_RUNNING = 256
-_LONGEST_SEQUENCES = 64  # as long as the context, for which a cache of the default size has room
 
 
 class Engine:
     """Runs requests on one transformer.
 
-    The cache takes `cache_bytes`, cut into `blocks` blocks of 32 tokens. By default it takes a
-    quarter of the memory that is free, but at least what one guided image of the longest context
-    may need, and at most 64 contexts. Memory of a CPU is only taken as blocks are used. Prompt and
-    reply have at most `context_tokens` tokens (default: the model's). A step reads at most `chunk`
-    tokens of prompts beside requests that draw, four times as many where none does (default: 64 on
-    a CPU, 512 on a GPU); at most `most_running` requests run at once.
+    The cache takes `cache_bytes`, cut into blocks of 32 tokens. By default it takes a quarter of
+    the memory that is free, but at least what one guided image of the longest context may need, and
+    at most 64 contexts: `cache_size` says how much that is. Memory of a CPU is only taken as blocks
+    are used. Prompt and reply have at most `context_tokens` tokens (default: the model's). A step
+    reads at most `chunk` tokens of prompts beside requests that draw, four times as many where none
+    does (default: 64 on a CPU, 512 on a GPU). At most `most_running` requests run at once.
     `cache_dtype` is the dtype of keys and values: "fp32", "bf16" or "int8", default the model's.
     Raises `SettingError`.
     """
@@ -66,15 +65,13 @@ class Engine:
         self._cache_dtype = cache_dtype and dtype_name("cache_dtype", cache_dtype, known)
         model_dtype, device = kept_in(transformer)
         dtype = dtype_of_cache(cache_dtype, model_dtype)
-        self.block_bytes = BLOCK_SIZE * Cache.token_bytes(transformer.config, dtype)
-        context = -(-self.context_tokens // BLOCK_SIZE)
-        limits = 3 * context, _LONGEST_SEQUENCES * context
-        self.blocks = number_of_blocks(cache_bytes, self.block_bytes, *limits, device)
+        token_bytes = Cache.token_bytes(transformer.config, dtype)
+        self.cache_size = cache_size(token_bytes, self.context_tokens, device, cache_bytes)
         self.transformer, self.processor = transformer, processor
         default_chunk = CPU_CHUNK if device.type == "cpu" else GPU_CHUNK
         self._chunk = default_chunk if chunk is None else chunk
         self.most_running = most_running
-        self._scheduler = Scheduler(BlockPool(self.blocks), self._chunk, most_running)
+        self._scheduler = Scheduler(BlockPool(self.cache_size.blocks), self._chunk, most_running)
         self._handles: dict[int, Handle] = {}  # of requests under way, by number
         self._leaving: deque[Handle] = deque()
         self._turn = _Turns()
@@ -108,11 +105,12 @@ class Engine:
                 "shorten the prompt or set max_tokens"
             )
         blocks = branches * -(-length // BLOCK_SIZE)
-        if blocks > self.blocks:
+        if blocks > self.cache_size.blocks:
+            needed = blocks * self.cache_size.block_bytes
             remedy = "set both guidances to 1" if branches > 1 else "set a smaller max_tokens"
             raise SettingError(
                 f"this request may take {branches} x {length:,} tokens, the cache has "
-                f"{self.cache_tokens:,}: give it {blocks * self.block_bytes:,} bytes, or {remedy}"
+                f"{self.cache_size.tokens:,}: give it {needed:,} bytes, or {remedy}"
             )
 
     def generate(self, request: Request) -> Iterator[Event]:
@@ -130,16 +128,6 @@ class Engine:
         with self._turn:
             self._let_go()
             return bool(self._handles)
-
-    @property
-    def cache_tokens(self) -> int:
-        """How many tokens the cache holds."""
-        return self.blocks * BLOCK_SIZE
-
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes that the cache takes when all blocks are used."""
-        return self.blocks * self.block_bytes
 
     @property
     def preemptions(self) -> int:
@@ -219,7 +207,7 @@ class Engine:
         self._grammars: dict[tuple[tuple[int, ...], ImageLayout], Grammar] = {}
         self._scheduler.restart()
         runner = ModelRunner if peers_of(self.transformer) is None else LeadingRunner
-        shape = self.blocks, self.context_tokens, self._cache_dtype
+        shape = self.cache_size.blocks, self.context_tokens, self._cache_dtype
         self.runner = runner(self.transformer, self.grammar(()), *shape)
         whole = self.runner.backend.whole_prompts
         self._scheduler.pool.shares = not whole
