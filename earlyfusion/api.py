@@ -38,6 +38,7 @@ from earlyfusion.engine.handle import Handle
 from earlyfusion.engine.module_tree import fingerprint
 from earlyfusion.engine.tensor_parallel import open_shard, peers_of, share
 from earlyfusion.errors import CheckpointError, ContextError, PromptError, SettingError
+from earlyfusion.generation import guidance
 from earlyfusion.generation.reference import Reader
 from earlyfusion.generation.request import (
     Event,
@@ -459,7 +460,35 @@ class Chameleon:
         self._check_length(draft, layout.num_tokens if output == "image" else 0)
         room, images = self._bounds(output, values, resolved, len(draft), layout.num_tokens)
         ids = self._filled(draft, messages)
-        return Request(ids, output, resolved, images, room, layout=layout)
+        request = Request(ids, output, resolved, images, room, layout=layout)
+        self._check_negative_prompt(request, layout)
+        return request
+
+    def _check_negative_prompt(self, request: Request, layout: ImageLayout) -> None:
+        """`SettingError` for a negative prompt that has no effect or does not fit."""
+        negative = guidance.negative_ids(self.processor, request.sampling)
+        if not negative:
+            return
+        if request.output == "text" or request.images == 0:
+            raise SettingError(
+                "negative_prompt is for images, and this reply can have none: leave it out, or let "
+                "the reply have images"
+            )
+        vocabulary = self.processor.vocabulary
+        has_images = guidance.has_images([*request.ids, vocabulary.begin_image], vocabulary)
+        if "unconditional" not in guidance.needed(*request.guidance, has_images):
+            name = "guidance_image" if has_images else "guidance_text"
+            raise SettingError(
+                f"negative_prompt has no effect with {name}=1: set {name} to another number, such "
+                "as 3, or leave it out"
+            )
+        # No branch may need more of the engine's cache than prompt and reply together.
+        taken, limit = len(negative) + layout.num_tokens, len(request.ids) + request.room
+        if taken > limit:
+            raise ContextError(
+                f"negative_prompt and an image are {taken:,} tokens, limit {limit:,}, those of "
+                "prompt and reply: shorten it, or raise max_tokens"
+            )
 
     def score(self, prompt: Prompt, answers: Sequence[Answer], end: bool = True) -> list[Score]:
         """How likely each answer to a prompt is; the prompt is read once for all of them.

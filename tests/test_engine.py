@@ -66,7 +66,7 @@ def transformer(processor: Processor) -> Transformer:
 
 @pytest.fixture(scope="module")
 def mixed(processor: Processor) -> list[Request]:
-    """Eight requests that differ in everything."""
+    """Ten requests that differ in everything."""
     shaped = {"top_p": 0.8, "top_k": 40, "min_p": 0.01, "image_top_k": 20}
     return [
         request(processor, 0, "text", room=30, **GREEDY),
@@ -77,6 +77,8 @@ def mixed(processor: Processor) -> list[Request]:
         request(processor, 5, "image", picture=True, **shaped),
         request(processor, 6, "interleaved", top_p=1, image_top_p=1, temperature=1.5),
         request(processor, 7, "image", guidance_text=2, guidance_image=2, image_top_p=1),
+        request(processor, 8, "image", negative_prompt="a pear"),
+        request(processor, 9, "image", picture=True, jacobi=3, negative_prompt="a red apple"),
     ]
 
 

@@ -3,14 +3,18 @@ from __future__ import annotations
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+from serve_case import STRAWBERRY, mini
+from tiny import request, tiny_processor, tiny_transformer
 
+from earlyfusion import EarlyFusionError, Image
 from earlyfusion.generation import guidance
 from earlyfusion.generation.guidance import Condition
+from earlyfusion.generation.reference import Reader, draw_tokens
 from earlyfusion.vocabulary import Vocabulary
 
 BOS, BEGIN, END, TURN = 0, 17, 16, 18
@@ -89,3 +93,79 @@ def test_branch_prompts() -> None:
         assert guidance.prompt(branch, history, VOCABULARY) == want
     assert guidance.has_images(history, VOCABULARY)
     assert not guidance.has_images([BOS, 30, TURN, BEGIN], VOCABULARY)
+
+
+def test_a_negative_prompt_takes_the_place_of_the_unconditional_branch_alone() -> None:
+    history, negative = [BOS, 30, *PICTURE, TURN, BEGIN], [BOS, 40, 41, TURN]
+    asked: tuple[Condition, ...] = ("full", "image_only", "unconditional")
+    prompts = [guidance.prompt(c, history, VOCABULARY, negative=negative) for c in asked]
+    assert prompts == [history, [BOS, *PICTURE, BEGIN], [*negative, BEGIN]]
+
+
+@pytest.mark.parametrize("picture", [False, True], ids=["words", "picture"])
+def test_a_negative_prompt_draws_by_the_formula(tmp_path: Path, picture: bool) -> None:
+    """Written out once more: whole sequences through the transformer, no branches that cancel."""
+    processor = tiny_processor(tmp_path)
+    transformer, vocabulary = tiny_transformer(processor), processor.vocabulary
+    asked = request(
+        processor, 1, "image", picture, negative_prompt="배 a pear", image_temperature=0
+    )
+    drawn = list(draw_tokens(transformer, processor, asked))
+    words = processor.encode_text("배 a pear")
+    negative = [vocabulary.bos, *words, vocabulary.end_of_turn, vocabulary.begin_image]
+    full = [*asked.ids, vocabulary.begin_image]
+    shown = [token for token in full if token not in {*vocabulary.text_tokens.tolist()}]
+    bare = [t for t in shown if t != vocabulary.end_of_turn] if picture else negative
+
+    def logits(ids: list[int]) -> torch.Tensor:
+        with torch.inference_mode():
+            return Reader(transformer, len(ids)).read(ids)[0]
+
+    text, image = asked.guidance
+    assert drawn[0] == vocabulary.begin_image
+    for at in range(1, 65):
+        tail = drawn[1:at]
+        away = logits([*negative, *tail])
+        of_images = logits([*bare, *tail])
+        guided = away + image * (of_images - away) + text * (logits([*full, *tail]) - of_images)
+        codes = guided[vocabulary.image_tokens.tolist()]
+        assert drawn[at] == int(vocabulary.image_tokens[int(codes.argmax())])
+
+
+def test_a_negative_prompt_changes_a_drawing_by_mini() -> None:
+    drawings = {
+        negative: mini().generate(
+            "Draw a fruit.", "image", seed=3, guidance_text=3, negative_prompt=negative
+        )
+        for negative in (None, "Draw a red apple.", "Draw a banana.")
+    }
+    codes = [reply.segments[0].codes.tolist() for reply in drawings.values()]  # type: ignore[union-attr]
+    assert codes[0] != codes[1] != codes[2] != codes[0]
+
+
+STRAWBERRY_PROMPT = [Image.open(STRAWBERRY), "Draw it again."]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "output", "settings", "sentence"),
+    [
+        ("Draw a cat.", "text", {"guidance_text": 3}, "this reply can have none"),
+        ("Draw a cat.", "auto", {"max_images": 0, "guidance_text": 3}, "this reply can have none"),
+        ("Draw a cat.", "image", {}, "no effect with guidance_text=1"),
+        ("Draw a cat.", "image", {"guidance_image": 3}, "no effect with guidance_text=1"),
+        (STRAWBERRY_PROMPT, "image", {"guidance_text": 3}, "no effect with guidance_image=1"),
+        ("Draw a cat.", "image", {"guidance_text": 3, "negative_prompt": " "}, "use words"),
+        ("Draw a cat.", "image", {"guidance_text": 3, "negative_prompt": 5}, "use words"),
+        (
+            "Draw a cat.",
+            "image",
+            {"guidance_text": 3, "max_tokens": 70, "negative_prompt": "no " * 40},
+            "raise max_tokens",
+        ),
+    ],
+)
+def test_a_negative_prompt_without_effect_is_refused(
+    prompt: Any, output: Any, settings: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(EarlyFusionError, match=sentence):
+        mini().generate(prompt, output, **{"negative_prompt": "a dog", **settings})

@@ -68,6 +68,10 @@ def image_fields(draw: dict[str, Any], edit: dict[str, Any]) -> dict[str, Change
         "guidance_text": (draw, {"guidance_text": 5}),
         "guidance_image": (edit, {"guidance_image": 5}),
         "jacobi": (draw, {"jacobi": 3}),
+        "negative_prompt": (
+            edit | {"guidance_text": 3, "guidance_image": 2},
+            {"negative_prompt": "Draw a green apple."},
+        ),
     }
 
 
@@ -133,6 +137,7 @@ COMPLETION: dict[str, Change] = {
     "logprobs": (FRUIT_PROMPT | TEXT, {"logprobs": 1}),
     "max_images": (FRUIT_PROMPT | TEXT, {"max_images": 1}),
     # No picture is drawn by this route; wrong values are refused all the same.
+    "negative_prompt": (FRUIT_PROMPT | TEXT, {"negative_prompt": "Draw a dog."}),
     **{
         name: (FRUIT_PROMPT | TEXT, {name: -1})
         for name in ("image_temperature", "image_top_p", "image_top_k", "jacobi")

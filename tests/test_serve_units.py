@@ -61,7 +61,7 @@ def refused(kind: type[Wire], body: Any, lenient: bool = False) -> ApiError:
         (ChatRequest, CHAT | {"temperature": "hot"}, "temperature", "'hot'"),
         (ChatRequest, CHAT | {"store": True}, "store", "nothing is stored"),
         (ChatRequest, CHAT | {"size": "64x64"}, "size", "/v1/images/generations"),
-        (ChatRequest, CHAT | {"negative_prompt": "x"}, "negative_prompt", "not offered"),
+        (ChatRequest, CHAT | {"negative_prompt": ["x"]}, "negative_prompt", "not possible"),
         (ChatRequest, CHAT | {"top_logprobs": 2}, "top_logprobs", "needs logprobs: true"),
         (ChatRequest, CHAT | {"partial_images": 1}, "partial_images", "needs stream: true"),
         (ChatRequest, CHAT | {"partial_images": 4}, "partial_images", "less than or equal to 3"),

@@ -56,6 +56,7 @@ class Handle:
         self.window: Window | None = None
         self.steering = steering(processor, request)
         self.guidance, self._seed = request.guidance, request.seed
+        self._negative = guidance.negative_ids(processor, request.sampling)
         self._text_settings = text_settings(request.sampling)
         self._image_settings = image_settings(request.sampling)
         self._vocabulary, self._layout = processor.vocabulary, request.layout or processor.layout
@@ -172,7 +173,7 @@ class Handle:
         full, history = self.branches[0], self.branches[0].tokens
         has_images = guidance.has_images(history, self._vocabulary)
         prompts = (
-            guidance.prompt(condition, history, self._vocabulary, self._layout)
+            guidance.prompt(condition, history, self._vocabulary, self._layout, self._negative)
             for condition in guidance.needed(*self.guidance, has_images)[1:]
         )
         self.branches = [full, *map(Branch, prompts)]

@@ -1,6 +1,7 @@
 """Guidance: an image is drawn under up to three conditions of one request (Meta's formula).
 
-full: the whole history. image_only: its images without the words. unconditional: no history at all.
+full: the whole history. image_only: its images without the words. unconditional: no history at all,
+or a negative prompt in its place, which the drawing is then led away from.
 Guided logits = unconditional + image * (image_only - unconditional) + text * (full - image_only).
 """
 
@@ -11,6 +12,9 @@ from typing import Literal
 
 from torch import Tensor
 
+from earlyfusion.content import Message
+from earlyfusion.generation.settings import SamplingParams
+from earlyfusion.processor import Processor
 from earlyfusion.vocabulary import ImageLayout, Vocabulary
 
 Condition = Literal["full", "image_only", "unconditional"]
@@ -58,14 +62,17 @@ def prompt(
     history: Sequence[int],
     vocabulary: Vocabulary,
     layout: ImageLayout | None = None,
+    negative: Sequence[int] = (),
 ) -> list[int]:
     """The tokens read under a condition when an image begins; `history` ends with begin_image.
 
     `layout` says which tokens come before an image without a prompt, and which marks are in an
-    image; None is Chameleon's.
+    image; None is Chameleon's. `negative` are the tokens of a negative prompt, if there is one.
     """
     if condition == "full":
         return list(history)
+    if condition == "unconditional" and negative:
+        return [*negative, vocabulary.begin_image]
     if condition == "unconditional":
         before = [vocabulary.bos] if layout is None else map(vocabulary.id_of, layout.before)
         return [*before, vocabulary.begin_image]
@@ -83,7 +90,15 @@ def prompt(
     ]
 
 
+def negative_ids(processor: Processor, sampling: SamplingParams) -> list[int]:
+    """The tokens of a negative prompt, as those of a conversation that holds nothing else: bos, its
+    words, end of turn. Empty without one."""
+    if sampling.negative_prompt is None:
+        return []
+    return processor.encode([Message("user", sampling.negative_prompt)]).ids
+
+
 def has_images(history: Sequence[int], vocabulary: Vocabulary) -> bool:
-    """Whether image_only has more to read than unconditional."""
+    """Whether image_only has more to read than unconditional; `history` ends with begin_image."""
     unconditional = prompt("unconditional", history, vocabulary)
     return prompt("image_only", history, vocabulary) != unconditional

@@ -118,6 +118,7 @@ class Run:
         self._layout = request.layout or processor.layout
         self._sampling = request.sampling
         self._steering = steering(processor, request)
+        self._negative = guidance.negative_ids(processor, request.sampling)
         self.logprob: TokenLogprob | None = None
         self._grammar = _grammar(transformer, processor, request)
         device = self._grammar.device
@@ -205,7 +206,9 @@ class Run:
     def _open_branches(self) -> None:
         has_images = guidance.has_images(self._history, self._vocabulary)
         for name in guidance.needed(*self._request.guidance, has_images)[1:]:
-            prompt = guidance.prompt(name, self._history, self._vocabulary, self._layout)
+            prompt = guidance.prompt(
+                name, self._history, self._vocabulary, self._layout, self._negative
+            )
             length = len(prompt) + self._grammar.image_tokens
             self._readers[name] = Reader(self._transformer, length)
             self.logits[name] = self._readers[name].read(prompt)

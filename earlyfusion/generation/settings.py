@@ -76,7 +76,8 @@ class SamplingParams:
     Meta's guidance under three conditions; both 1 is off. `max_tokens` counts every new token, of
     text and of images. `stop` ends the reply before the first of these strings. `jacobi` is the
     number of codes of a picture that are read at once (generation/jacobi.py); 0 or None is one by
-    one.
+    one. `negative_prompt` takes the place of the unconditional branch of guidance, so pictures are
+    led away from what it says; without guidance it has no effect and is refused.
 
     `bad_words` are strings that the reply's text never holds, however they are spelled in tokens.
     With `allowed_words` all text is made of these words, with a blank or a line end between two.
@@ -117,6 +118,8 @@ class SamplingParams:
     """The same seed gives the same bytes."""
     jacobi: int | None = None
     """Image codes that are drawn at once; 0 is off."""
+    negative_prompt: str | None = None
+    """What images should not show; needs guidance."""
     bad_words: str | tuple[str, ...] | list[str] | None = None
     """Text that never comes in the reply."""
     allowed_words: str | tuple[str, ...] | list[str] | None = None
@@ -135,6 +138,8 @@ class SamplingParams:
             if value is not None and type(value) not in (int, float):
                 plain = int(value) if limit.number_type is Integral else float(value)
                 object.__setattr__(self, name, plain)
+        if self.negative_prompt is not None:
+            _check_negative_prompt(self.negative_prompt)
         for name in _MOST:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _strings(name, getattr(self, name)))
@@ -218,6 +223,7 @@ class SamplingFields(TypedDict, total=False):
     max_images: int | None
     stop: str | tuple[str, ...] | list[str] | None
     jacobi: int | None
+    negative_prompt: str | None
     bad_words: str | tuple[str, ...] | list[str] | None
     allowed_words: str | tuple[str, ...] | list[str] | None
     logits_processors: LogitsProcessor | tuple[LogitsProcessor, ...] | list[LogitsProcessor] | None
@@ -250,6 +256,13 @@ def given(sampling: SamplingParams | None, by_name: Mapping[str, Any]) -> dict[s
 def resolve(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> SamplingParams:
     """`SamplingParams.resolved`, for values by name: all of them are checked, once."""
     return replace(SamplingParams.meta(), **(_flat(defaults) | dict(values)))
+
+
+def _check_negative_prompt(value: object) -> None:
+    if not isinstance(value, str) or not value.strip():
+        raise SettingError(
+            f"negative_prompt={_shown(value)} is not possible: use words, or leave it out"
+        )
 
 
 def _strings(name: str, value: object) -> tuple[str, ...]:

@@ -64,6 +64,7 @@ class Sampling(Wire):
     guidance_text: float | None = None
     guidance_image: float | None = None
     jacobi: int | None = None
+    negative_prompt: str | None = None
     seed: int | None = None
 
     def sampling(self) -> dict[str, Any]:
@@ -203,7 +204,6 @@ _CHAT_WHY_NOT = {
     "reasoning_effort": "this model does not reason: leave it out",
     "audio": "this model has text and pictures only: leave it out",
     "store": "nothing is stored: use false, or /v1/responses",
-    "negative_prompt": "it is not offered: leave it out",
     "size": "size is a field of /v1/images/generations: leave it out here",
 }
 
@@ -287,7 +287,6 @@ class ImageOptions(Sampling, Bookkeeping):
         "style": "the model knows no styles by name: say it in the prompt",
         "mask": "a part of a picture cannot be masked: say in the prompt what to change",
         "input_fidelity": "only low is possible: a picture is read as its codes",
-        "negative_prompt": "it is not offered: leave it out",
     }
 
     model: str | None = None
