@@ -31,6 +31,7 @@ from earlyfusion.engine.scheduler import Piece
 from earlyfusion.engine.step import Step
 from earlyfusion.errors import ContextError, SettingError, WeightsError
 from earlyfusion.generation.grammar import Grammar, Walk
+from earlyfusion.generation.lookup import Lookup
 from earlyfusion.generation.reference import draw_tokens, generate
 from earlyfusion.generation.request import Event, Finished, ImageDone, Request
 from earlyfusion.generation.sampler import generator, uniforms
@@ -155,6 +156,60 @@ def test_mixed_requests_equal_the_plain_loop(
     engine = Engine(transformer, processor, **options)
     assert run(engine, mixed, apart, rising="cache_bytes" in options) == wanted
     assert (engine.preemptions > 4) == ("cache_bytes" in options)
+
+
+@pytest.mark.parametrize("size", [1, 4, 30])
+@pytest.mark.parametrize("blocks", [None, 18])
+def test_prompt_lookup_changes_no_token(
+    transformer: Transformer,
+    processor: Processor,
+    mixed: list[Request],
+    size: int,
+    blocks: int | None,
+) -> None:
+    """Greedy and not, with a penalty, where an image may begin, beside others, with few blocks."""
+    texts = [one for one in mixed if one.output != "image"]
+    texts += [
+        request(processor, 20, "text", room=120, temperature=0.3, repetition_penalty=1.0),
+        request(processor, 21, "text", room=120, repetition_penalty=1.3, **GREEDY),
+        request(processor, 22, "interleaved", room=150, temperature=0.1, repetition_penalty=1.0),
+    ]
+    want = [list(draw_tokens(transformer, processor, asked)) for asked in texts]
+    guessing = [replace(a, sampling=replace(a.sampling, prompt_lookup=size)) for a in texts]
+    engine = Engine(transformer, processor, cache_bytes=blocks and blocks * BLOCK)
+    asked = [*guessing, mixed[1], mixed[9]]
+    assert run(engine, asked, 3, rising=blocks is not None)[: len(texts)] == want
+    assert (engine.preemptions > 0) == (blocks is not None)
+
+
+def test_prompt_lookup_takes_fewer_steps(transformer: Transformer, processor: Processor) -> None:
+    free = request(processor, 0, "text", room=100, repetition_penalty=1.0, **GREEDY)
+    text = "".join(e.text for e in generate(transformer, processor, free) if hasattr(e, "text"))
+    for changes in ({}, {"stop": text[-len(text) // 3 :][:4]}):
+        settings = {"repetition_penalty": 1.0, **GREEDY, **changes}
+        asked = request(processor, 0, "text", room=100, **settings)
+        told, steps = values(list(generate(transformer, processor, asked))), []
+        for size in (None, 8):
+            sampling = replace(asked.sampling, prompt_lookup=size)
+            engine, number = Engine(transformer, processor), 0
+            handle = engine.add(replace(asked, sampling=sampling))
+            while engine.busy:
+                engine.step()
+                number += 1
+            steps.append(number)
+            assert values(list(handle)) == told
+        assert steps[1] <= 0.9 * steps[0]
+
+
+def test_a_lookup_guesses_what_followed_the_same_tokens_last() -> None:
+    lookup, history = Lookup(3), list[int]()
+    guesses = []
+    for token in (1, 2, 3, 4, 5, 1, 2, 6, 1, 2, 3, 4):
+        history.append(token)
+        guesses.append(lookup.guess(history))
+    # The longest run decides, even where a shorter one came later.
+    assert guesses[6] == [3, 4, 5] and guesses[9] == [6, 1, 2] and guesses[11] == [5, 1, 2]
+    assert not any(guesses[n] for n in (0, 1, 2, 3, 4, 5, 7, 8))
 
 
 def test_alone_equals_the_plain_loop(

@@ -54,6 +54,8 @@ def text_fields(base: dict[str, Any], limit: str = "max_tokens") -> dict[str, Ch
         "stop": (base | {"temperature": 0}, {"stop": "e"}),
         "bad_words": (base | {"temperature": 0}, {"bad_words": ["a", "e"]}),
         "allowed_words": (base | {"temperature": 0}, {"allowed_words": ["zebra"]}),
+        # It changes no token; wrong values are refused all the same.
+        "prompt_lookup": (base, {"prompt_lookup": -1}),
         limit: (base | {"temperature": 0}, {limit: 1}),
     }
 
@@ -68,6 +70,7 @@ def image_fields(draw: dict[str, Any], edit: dict[str, Any]) -> dict[str, Change
         "guidance_text": (draw, {"guidance_text": 5}),
         "guidance_image": (edit, {"guidance_image": 5}),
         "jacobi": (draw, {"jacobi": 3}),
+        "prompt_lookup": (draw, {"prompt_lookup": -1}),
         "negative_prompt": (
             edit | {"guidance_text": 3, "guidance_image": 2},
             {"negative_prompt": "Draw a green apple."},

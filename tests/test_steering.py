@@ -150,6 +150,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"logprobs": 101}, "logprobs=101 is not possible"),
     ({"jacobi": 4, "logprobs": 1}, "jacobi=4 draws several codes at once, which logprobs cannot"),
     ({"jacobi": 4, "bad_words": "x"}, "which bad_words cannot follow"),
+    ({"prompt_lookup": 4, "logprobs": 0}, "draws several tokens at once, which logprobs cannot"),
 ]
 
 

@@ -120,7 +120,7 @@ class Drawer:
             return []
         seen_1V = torch.zeros_like(allowed_1V)
         seen_1V[0, ids] = True
-        uniform_1 = torch.tensor([handle.uniform], dtype=torch.float64).to(self._device)
+        uniform_1 = torch.tensor(handle.uniforms, dtype=torch.float64).to(self._device)
         in_image_1 = grammar.in_image(state_1F)
         sampler = Sampler([handle.request.sampling], self._device)
         [token] = sampler.draw(changed_V[None], allowed_1V, seen_1V, in_image_1, uniform_1).tolist()
@@ -142,31 +142,37 @@ class Drawer:
             if alike := [handle for handle in handles if handle.walk.in_image is in_image]:
                 rows[in_image] = _LogitRows(head, x_RD, step, alike)
         # The choices hold addresses of logits in `rows`, which therefore lives until the draw.
-        columns = draw([self._choice(handle, rows[handle.walk.in_image]) for handle in handles])
+        choices = [self._choices(handle, rows[handle.walk.in_image]) for handle in handles]
+        columns = iter(draw(list(chain.from_iterable(choices))))
         drawn: dict[Handle, list[int]] = {}
-        for handle, column in zip(handles, columns, strict=True):
-            ids = rows[handle.walk.in_image].ids
-            drawn[handle] = [ids[column] if column >= 0 else NOTHING]
+        for handle in handles:
+            ids, mine = rows[handle.walk.in_image].ids, islice(columns, handle.positions)
+            drawn[handle] = [ids[column] if column >= 0 else NOTHING for column in mine]
         return drawn
 
-    def _choice(self, handle: Handle, rows: _LogitRows) -> Choice:
+    def _choices(self, handle: Handle, rows: _LogitRows) -> list[Choice]:
+        """One per position."""
         settings, in_image = handle.settings, handle.walk.in_image
+        # Guesses of text are copied from the history, so they add nothing to what is seen.
         seen_V = None if in_image else self._seen_by(handle)
         text, image = handle.guidance
-        return Choice(
-            *rows.addresses(handle),
-            blocked=None if in_image else self._blocked_for(handle).data_ptr(),
-            seen=None if seen_V is None else seen_V.data_ptr(),
-            columns=rows.columns,
-            top_k=int(settings.top_k),
-            text=text,
-            image=image,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            min_p=settings.min_p,
-            penalty=settings.penalty,
-            uniform=handle.uniform,
-        )
+        return [
+            Choice(
+                *rows.addresses(handle, position),
+                blocked=None if in_image else self._blocked_for(handle).data_ptr(),
+                seen=None if seen_V is None else seen_V.data_ptr(),
+                columns=rows.columns,
+                top_k=int(settings.top_k),
+                text=text,
+                image=image,
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                min_p=settings.min_p,
+                penalty=settings.penalty,
+                uniform=uniform,
+            )
+            for position, uniform in enumerate(handle.uniforms)
+        ]
 
     # ---- groups, in torch
 
@@ -220,25 +226,23 @@ class Drawer:
         logits_BV = logits_BV.masked_fill(
             self._blocked_for(handles[0])
             if alike
-            else torch.stack([self._blocked_for(handle) for handle in handles]),
+            else torch.stack([self._blocked_for(handle) for handle in _each_position(handles)]),
             -torch.inf,
         )
-        seen = [self._seen_by(handle) for handle in handles]
+        # Guesses of text are copied from the history, so they add nothing to what is seen.
+        seen = [self._seen_by(handle) for handle in _each_position(handles)]
         if all(seen_V is None for seen_V in seen):
             return logits_BV
         seen_BV = torch.stack([self._none_seen_V if one_V is None else one_V for one_V in seen])
-        return penalise(logits_BV, seen_BV, self._warp(group, handles).penalty_B)
+        return penalise(logits_BV, seen_BV, self._settings(group, handles).penalty_B)
 
     def _pick(
         self, logits_BV: Tensor, group: DrawGroup, handles: list[Handle], head: Head
     ) -> Tensor:
         if group.greedy:
             return head.ids_V[logits_BV.argmax(-1)]
-        settings = self._warp(group, handles)
+        settings = self._settings(group, handles)
         windows = [handle.window for handle in handles if handle.window is not None]
-        if windows:
-            rows = [n for n, handle in enumerate(handles) for _ in range(handle.positions)]
-            settings = settings.of_rows(torch.tensor(rows).to(self._device))
         if any(handle.settings.cuts for handle in handles):
             logits_BV = warp(logits_BV, settings)
         else:
@@ -246,8 +250,17 @@ class Drawer:
         if windows:
             columns = [[head.column_of[token] for token in window.drafts] for window in windows]
             return head.ids_V[jacobi.draw(windows, columns, logits_BV)]
-        uniform_B = torch.tensor([handle.uniform for handle in handles], dtype=torch.float64)
+        uniforms = [uniform for handle in handles for uniform in handle.uniforms]
+        uniform_B = torch.tensor(uniforms, dtype=torch.float64)
         return head.ids_V[pick(logits_BV, uniform_B.to(self._device))]
+
+    def _settings(self, group: DrawGroup, handles: list[Handle]) -> Warp:
+        """The settings of each position of these handles."""
+        settings = self._warp(group, handles)
+        rows = [n for n, handle in enumerate(handles) for _ in range(handle.positions)]
+        if len(rows) == len(handles):
+            return settings
+        return settings.of_rows(torch.tensor(rows).to(self._device))
 
     def _warp(self, group: DrawGroup, handles: list[Handle]) -> Warp:
         """The settings of these handles as tensors, made again only when they differ."""
@@ -301,21 +314,31 @@ class _LogitRows:
     """Logits in fp32 of one head, for all branches of some handles without windows."""
 
     def __init__(self, head: Head, x_RD: Tensor, step: Step, handles: Sequence[Handle]) -> None:
-        rows = [step.row_of[branch] for handle in handles for branch in handle.branches]
+        rows = [
+            step.row_of[branch] + position
+            for handle in handles
+            for branch in handle.branches
+            for position in range(handle.positions)
+        ]
         self.ids = head.ids
         self._number_of = {row: number for number, row in enumerate(rows)}
         self._row_of = step.row_of
         self._logits_RV = head.logits(_picked(x_RD, rows)).float()
         self.columns = self._logits_RV.shape[1]
 
-    def addresses(self, handle: Handle) -> tuple[int, int, int]:
+    def addresses(self, handle: Handle, position: int) -> tuple[int, int, int]:
         """Where the rows of the three conditions begin in memory."""
         start, row_bytes = self._logits_RV.data_ptr(), 4 * self._logits_RV.stride(0)
         full, image_only, unconditional = (
-            start + row_bytes * self._number_of[self._row_of[branch]]
+            start + row_bytes * self._number_of[self._row_of[branch] + position]
             for branch in handle.conditions
         )
         return full, image_only, unconditional
+
+
+def _each_position(handles: Sequence[Handle]) -> list[Handle]:
+    """Each handle as often as it has positions to draw."""
+    return [handle for handle in handles for _ in range(handle.positions)]
 
 
 def _picked(x_RD: Tensor, rows: list[int]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
@@ -12,6 +13,7 @@ from earlyfusion.engine.blocks import Branch
 from earlyfusion.generation import guidance
 from earlyfusion.generation.grammar import Grammar, Walk
 from earlyfusion.generation.jacobi import Window
+from earlyfusion.generation.lookup import Lookup
 from earlyfusion.generation.narrator import Narrator
 from earlyfusion.generation.request import Event, Finished, Request, TokenLogprob
 from earlyfusion.generation.sampler import (
@@ -32,7 +34,8 @@ class Handle:
     engine while there are none; `cancel` ends it at any time.
 
     The scheduler takes it as an `Entry`. `branches` are in the order full, image-only,
-    unconditional; a condition that cancels out has none. `uniform` in [0, 1) is for the next draw.
+    unconditional; a condition that cancels out has none. `uniforms` in [0, 1) are for the next
+    draws, one per position.
     A draw with `steering` leaves its `logprob` here, or the `error` that ends the request.
     """
 
@@ -61,7 +64,10 @@ class Handle:
         self._image_settings = image_settings(request.sampling)
         self._vocabulary, self._layout = processor.vocabulary, request.layout or processor.layout
         self._narrator = Narrator(processor, request, self.walk)
-        self.uniform, self._uniforms = 0.0, _uniforms(self._seed)
+        self._uniforms = _Uniforms(self._seed)
+        lookup = request.sampling.prompt_lookup
+        self._lookup = Lookup(lookup) if lookup else None
+        self._guesses: list[int] = []
         self._wait, self._leave = wait, leave
         self._go_on()
 
@@ -84,7 +90,12 @@ class Handle:
     @property
     def drafts(self) -> Sequence[int]:
         """Tokens to read behind the last one of each branch."""
-        return () if self.window is None else self.window.drafts
+        return self._guesses if self.window is None else self.window.drafts
+
+    @property
+    def uniforms(self) -> list[float]:
+        """A number per position that is drawn next; each token of the reply has one of its own."""
+        return self._uniforms.of(len(self.tokens), self.positions)
 
     @property
     def reserve(self) -> int:
@@ -98,8 +109,8 @@ class Handle:
 
     @property
     def positions(self) -> int:
-        """The number of tokens that are drawn next: one, or one per position of a window."""
-        return 1 if self.window is None else self.window.positions
+        """The number of tokens that are drawn next: one, and one behind each draft."""
+        return 1 + len(self.drafts)
 
     @property
     def conditions(self) -> tuple[Branch, Branch, Branch]:
@@ -119,27 +130,31 @@ class Handle:
             self.finished = True
             return []
         before = self.branches
-        if self.window is not None:
-            tokens = self._settled(self.window, tokens)
+        if self.window is not None or self._guesses:
+            tokens = self._settled(tokens)
         for token in tokens:
-            self._accept(token, self.logprob)
+            if not self.finished:
+                self._accept(token, self.logprob)
         self._go_on()
         return [] if self.branches is before else [b for b in before if b not in self.branches]
 
-    def _settled(self, window: Window, tokens: Sequence[int]) -> list[int]:
-        final = window.settle(tokens, self.walk.codes_left)
+    def _settled(self, tokens: Sequence[int]) -> list[int]:
+        """The final ones of the tokens that were drawn at all positions."""
+        if self.window is not None:
+            final = self.window.settle(tokens, self.walk.codes_left)
+        else:
+            pairs = enumerate(zip(tokens, self._guesses, strict=False))
+            wrong = next((n for n, (new, guess) in pairs if new != guess), len(tokens) - 1)
+            final = list(tokens[: wrong + 1])
         # All but the last were drafts, so the blocks hold them already.
         for branch in self.branches:
             branch.read += len(final) - 1
-        for _ in final[1:]:
-            next(self._uniforms)
         return final
 
     def _go_on(self) -> None:
         """Accept forced tokens up to the next that is drawn."""
         # Their logits do not matter, so the network is not asked; their uniform number is spent.
         while not self.finished and (token := self.walk.forced) is not None:
-            next(self._uniforms)
             self._accept(token)
         if self.walk.done:
             self._finish()
@@ -148,7 +163,16 @@ class Handle:
             self.window = None
         elif jacobi and self.window is None:
             self.window = Window(jacobi, self._seed, len(self.tokens))
-        self.uniform = next(self._uniforms)
+        self._guesses = [] if self._lookup is None else self._guess(self._lookup)
+
+    def _guess(self, lookup: Lookup) -> list[int]:
+        """Tokens of text that may come next, none of which changes what the grammar allows."""
+        if self.finished or self.walk.in_image:
+            return []
+        guesses, walk = lookup.guess(self.branches[0].tokens), self.walk
+        most = walk.text_left - 1
+        plain = itertools.takewhile(walk.grammar.plain_ids.__contains__, guesses[:most])
+        return list(plain)
 
     def _accept(self, token: int, logprob: TokenLogprob | None = None) -> None:
         self.tokens.append(token)
@@ -187,7 +211,15 @@ def most_branches(request: Request) -> int:
     return max(len(guidance.needed(*request.guidance, has)) for has in (False, True))
 
 
-def _uniforms(seed: int) -> Iterator[float]:
-    source = generator(seed)
-    while True:
-        yield from torch.rand(_UNIFORMS, dtype=torch.float64, generator=source).tolist()
+class _Uniforms:
+    """The uniform numbers of a request, by the token of its reply that each is for."""
+
+    def __init__(self, seed: int) -> None:
+        self._source = generator(seed)
+        self._numbers: list[float] = []
+
+    def of(self, start: int, count: int) -> list[float]:
+        while len(self._numbers) < start + count:
+            more = torch.rand(_UNIFORMS, dtype=torch.float64, generator=self._source)
+            self._numbers += more.tolist()
+        return self._numbers[start : start + count]

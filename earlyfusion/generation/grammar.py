@@ -48,6 +48,7 @@ class Grammar:
         self.image_tokens = len(template)
         self.ends = frozenset(ends)
         self.text_ids = frozenset([*vocabulary.text_tokens.tolist(), *ends, vocabulary.begin_image])
+        self.plain_ids = frozenset(vocabulary.text_tokens.tolist()) - self.ends
         self.code_ids = vocabulary.image_tokens.tolist()
         self.begin = vocabulary.begin_image
         # Per slot: how many codes come before it, how many follow in a row from it on, and the
@@ -140,6 +141,14 @@ class Walk:
     def codes_left(self) -> int:
         """The number of image codes that come next, before anything else; 0 outside of an image."""
         return self.grammar.codes_from[self.slot]
+
+    @property
+    def text_left(self) -> int:
+        """The number of tokens of text that may come before anything changes but the room: until
+        the end, or until an image that may begin now no longer fits."""
+        if self.in_image or self.done:
+            return 0
+        return self._room - (self.grammar.image_tokens - 1 if self.may_begin else 0)
 
     @property
     def forced(self) -> int | None:

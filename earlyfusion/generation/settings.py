@@ -57,6 +57,7 @@ _LIMITS = {
     "max_tokens": _Limit(Integral, 1, 2**31 - 1, "a whole number from 1 up"),
     "max_images": _Limit(Integral, 0, 2**31 - 1, "a whole number from 0 up"),
     "jacobi": _Limit(Integral, 2, 1024, "0 (off) or a whole number from 2 to 1,024", zero=True),
+    "prompt_lookup": _Limit(Integral, 1, 64, "0 (off) or a whole number from 1 to 64", zero=True),
     "seed": _Limit(Integral, 0, 2**63 - 1, "a whole number from 0 to 2^63 - 1"),
     "logprobs": _Limit(Integral, 0, 100, "a whole number from 0 (only the drawn token's) to 100"),
 }
@@ -75,17 +76,19 @@ class SamplingParams:
     the `image_` fields shape codes. `guidance_text` and `guidance_image` are the two weights of
     Meta's guidance under three conditions; both 1 is off. `max_tokens` counts every new token, of
     text and of images. `stop` ends the reply before the first of these strings. `jacobi` is the
-    number of codes of a picture that are read at once (generation/jacobi.py); 0 or None is one by
-    one. `negative_prompt` takes the place of the unconditional branch of guidance, so pictures are
-    led away from what it says; without guidance it has no effect and is refused.
+    number of codes of a picture that are read at once (generation/jacobi.py), `prompt_lookup` the
+    number of tokens of text that are guessed and read at once (generation/lookup.py), which changes
+    no token; 0 or None is one by one. `negative_prompt` takes the place of the unconditional branch
+    of guidance, so pictures are led away from what it says; without guidance it has no effect and
+    is refused.
 
     `bad_words` are strings that the reply's text never holds, however they are spelled in tokens.
     With `allowed_words` all text is made of these words, with a blank or a line end between two.
     `logits_processors` change the logits (guided, before the grammar's mask, the penalty and the
     temperature) of every token that is drawn. `logprobs` adds the log-probability of each drawn
     token, and those of the `logprobs` likeliest (generation/steering.py). A request with any of
-    these four is drawn by itself, from the whole vocabulary, and without `jacobi`. Impossible
-    values raise `SettingError`.
+    these four is drawn by itself, from the whole vocabulary, without `jacobi` and `prompt_lookup`.
+    Impossible values raise `SettingError`.
     """
 
     temperature: float | None = None
@@ -118,6 +121,8 @@ class SamplingParams:
     """The same seed gives the same bytes."""
     jacobi: int | None = None
     """Image codes that are drawn at once; 0 is off."""
+    prompt_lookup: int | None = None
+    """Tokens of text that are guessed from earlier text and read at once; 0 is off."""
     negative_prompt: str | None = None
     """What images should not show; needs guidance."""
     bad_words: str | tuple[str, ...] | list[str] | None = None
@@ -146,11 +151,12 @@ class SamplingParams:
         if self.logits_processors is not None:
             processors = _processors(self.logits_processors)
             object.__setattr__(self, "logits_processors", processors)
-        if self.jacobi and self.steered:
-            raise SettingError(
-                f"jacobi={self.jacobi} draws several codes at once, which {self.steered} cannot "
-                "follow: set jacobi to 0 or leave the other out"
-            )
+        for name, what in (("jacobi", "codes"), ("prompt_lookup", "tokens")):
+            if getattr(self, name) and self.steered:
+                raise SettingError(
+                    f"{name}={getattr(self, name)} draws several {what} at once, which "
+                    f"{self.steered} cannot follow: set {name} to 0 or leave the other out"
+                )
 
     @property
     def steered(self) -> str:
@@ -223,6 +229,7 @@ class SamplingFields(TypedDict, total=False):
     max_images: int | None
     stop: str | tuple[str, ...] | list[str] | None
     jacobi: int | None
+    prompt_lookup: int | None
     negative_prompt: str | None
     bad_words: str | tuple[str, ...] | list[str] | None
     allowed_words: str | tuple[str, ...] | list[str] | None

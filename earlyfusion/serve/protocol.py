@@ -64,6 +64,7 @@ class Sampling(Wire):
     guidance_text: float | None = None
     guidance_image: float | None = None
     jacobi: int | None = None
+    prompt_lookup: int | None = None
     negative_prompt: str | None = None
     seed: int | None = None
 
