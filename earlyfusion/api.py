@@ -38,7 +38,7 @@ from earlyfusion.engine.handle import Handle
 from earlyfusion.engine.module_tree import fingerprint
 from earlyfusion.engine.tensor_parallel import open_shard, peers_of, share
 from earlyfusion.errors import CheckpointError, ContextError, PromptError, SettingError
-from earlyfusion.generation import guidance
+from earlyfusion.generation import constraint, guidance
 from earlyfusion.generation.reference import Reader
 from earlyfusion.generation.request import (
     Event,
@@ -454,6 +454,7 @@ class Chameleon:
         layout = self.processor.layout if size is None else self._layout_of(size, output)
         values = given(sampling, {**fields, "seed": seed})
         resolved = resolve({"seed": secrets.randbits(63)} | values, self.defaults)
+        self._check_constraint(output, resolved)
         messages = as_messages(prompt)
         draft = self.processor.draft(messages)
         # The draft has the prompt's length already. Encoding pictures is the slow part.
@@ -463,6 +464,15 @@ class Chameleon:
         request = Request(ids, output, resolved, images, room, layout=layout)
         self._check_negative_prompt(request, layout)
         return request
+
+    def _check_constraint(self, output: Output, sampling: SamplingParams) -> None:
+        named = sampling.constrained
+        if named and output == "image":
+            raise SettingError(
+                f"{named} is for text, and this reply can have none: leave it out, or let the "
+                "reply have text"
+            )
+        constraint.check(self.processor, sampling)
 
     def _check_negative_prompt(self, request: Request, layout: ImageLayout) -> None:
         """`SettingError` for a negative prompt that has no effect or does not fit."""

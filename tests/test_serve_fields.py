@@ -119,6 +119,7 @@ CHAT: dict[str, Change] = {
     "logprobs": (FRUIT_TEXT | TEXT, {"logprobs": True}),
     "top_logprobs": (FRUIT_TEXT | TEXT | {"logprobs": True}, {"top_logprobs": 1}),
     "max_images": ({"messages": CAT, "seed": 0}, {"max_images": 0, "max_tokens": 8}),
+    "response_format": (FRUIT_TEXT | TEXT, {"response_format": {"type": "regex", "pattern": "a+"}}),
     "image_delivery": ({"messages": CAT} | DRAW, {"image_delivery": "markdown"}),
     "output_format": ({"messages": CAT} | DRAW, {"output_format": "webp"}),
     "output_compression": (
@@ -139,6 +140,7 @@ COMPLETION: dict[str, Change] = {
     ),
     "logprobs": (FRUIT_PROMPT | TEXT, {"logprobs": 1}),
     "max_images": (FRUIT_PROMPT | TEXT, {"max_images": 1}),
+    "response_format": (FRUIT_PROMPT | TEXT, {"response_format": {"type": "json_object"}}),
     # No picture is drawn by this route; wrong values are refused all the same.
     "negative_prompt": (FRUIT_PROMPT | TEXT, {"negative_prompt": "Draw a dog."}),
     **{

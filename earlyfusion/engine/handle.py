@@ -22,7 +22,7 @@ from earlyfusion.generation.sampler import (
     image_settings,
     text_settings,
 )
-from earlyfusion.generation.steering import steering
+from earlyfusion.generation.steering import Steering, steering
 from earlyfusion.processor import Processor
 
 _UNIFORMS = 64  # drawn in one call; the numbers are those of 64 calls
@@ -57,7 +57,7 @@ class Handle:
         self.walk = Walk(grammar, request.output, request.images, request.room)
         self.branches = [Branch(list(request.ids))]
         self.window: Window | None = None
-        self.steering = steering(processor, request)
+        self._steering = steering(processor, request)
         self.guidance, self._seed = request.guidance, request.seed
         self._negative = guidance.negative_ids(processor, request.sampling)
         self._text_settings = text_settings(request.sampling)
@@ -86,6 +86,14 @@ class Handle:
     def cancel(self) -> None:
         """End the request where it is; it gives no further events. Safe to call at any time."""
         self._leave(self)
+
+    @property
+    def steering(self) -> Steering | None:
+        """What changes the logits of the next token; None where nothing does."""
+        needed = self._steering is not None and not (
+            self.walk.in_image and self._steering.only_text
+        )
+        return self._steering if needed else None
 
     @property
     def drafts(self) -> Sequence[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -18,6 +19,9 @@ Output: TypeAlias = Literal["text", "image", "interleaved", "auto"]
 LogitsProcessor: TypeAlias = Callable[[list[int], Any], Any]
 """(ids, logits) -> logits. `ids` are all tokens so far, the prompt's too; `logits` are those of the
 next token, fp32 [V] on the model's device."""
+
+JsonSchema: TypeAlias = str | dict[str, Any]
+"""A JSON schema, as its text or as the object."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,9 @@ _LIMITS = {
 }
 # Settings that are lists of strings, and how many of them there may be.
 _MOST = {"stop": 16, "bad_words": 256, "allowed_words": 256}
+# Fields that say what all text is made of; a request has one of them.
+_SHAPES = ("json_schema", "regex", "grammar", "allowed_words")
+_MAX_SHAPE = 100_000  # characters
 # Groups of a "chameleon" part of generation_config.json, and the prefix of their settings here.
 _GROUPS = {"text": "", "image": "image_", "guidance": "guidance_"}
 
@@ -84,11 +91,13 @@ class SamplingParams:
 
     `bad_words` are strings that the reply's text never holds, however they are spelled in tokens.
     With `allowed_words` all text is made of these words, with a blank or a line end between two.
-    `logits_processors` change the logits (guided, before the grammar's mask, the penalty and the
-    temperature) of every token that is drawn. `logprobs` adds the log-probability of each drawn
-    token, and those of the `logprobs` likeliest (generation/steering.py). A request with any of
-    these four is drawn by itself, from the whole vocabulary, without `jacobi` and `prompt_lookup`.
-    Impossible values raise `SettingError`.
+    With one of `json_schema`, `regex` and `grammar` (in llguidance's form of Lark) the reply has
+    one text that fits it (generation/constraint.py); a schema is kept as JSON. `logits_processors`
+    change the logits (guided, before the grammar's mask, the penalty and the temperature) of every
+    token that is drawn. `logprobs` adds the log-probability of each drawn token, and those of the
+    `logprobs` likeliest (generation/steering.py). A request with any of these is drawn by itself,
+    from the whole vocabulary, without `jacobi` and `prompt_lookup`. Impossible values raise
+    `SettingError`.
     """
 
     temperature: float | None = None
@@ -129,6 +138,12 @@ class SamplingParams:
     """Text that never comes in the reply."""
     allowed_words: str | tuple[str, ...] | list[str] | None = None
     """Makes the text of such words alone."""
+    json_schema: JsonSchema | None = None
+    """Makes the text JSON that fits this schema."""
+    regex: str | None = None
+    """Makes the text fit this regular expression."""
+    grammar: str | None = None
+    """Makes the text fit this Lark grammar."""
     logits_processors: (
         LogitsProcessor | tuple[LogitsProcessor, ...] | list[LogitsProcessor] | None
     ) = None
@@ -148,6 +163,7 @@ class SamplingParams:
         for name in _MOST:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _strings(name, getattr(self, name)))
+        self._check_shapes()
         if self.logits_processors is not None:
             processors = _processors(self.logits_processors)
             object.__setattr__(self, "logits_processors", processors)
@@ -158,10 +174,24 @@ class SamplingParams:
                     f"{self.steered} cannot follow: set {name} to 0 or leave the other out"
                 )
 
+    def _check_shapes(self) -> None:
+        if self.json_schema is not None:
+            object.__setattr__(self, "json_schema", _schema(self.json_schema))
+        for name in ("json_schema", "regex", "grammar"):
+            _check_shape(name, getattr(self, name))
+        named = [name for name in _SHAPES if getattr(self, name)]
+        if len(named) > 1:
+            raise SettingError(f"{named[0]} and {named[1]} both say what text may be: give one")
+
+    @property
+    def constrained(self) -> str:
+        """The name of the field that all text of the reply must fit, "" if there is none."""
+        return next((name for name in _SHAPES[:3] if getattr(self, name)), "")
+
     @property
     def steered(self) -> str:
         """The name of the field that has a request drawn by itself, "" if none does."""
-        names = ("bad_words", "allowed_words", "logits_processors")
+        names = ("bad_words", *_SHAPES, "logits_processors")
         found = [name for name in names if getattr(self, name)]
         return found[0] if found else "" if self.logprobs is None else "logprobs"
 
@@ -233,6 +263,9 @@ class SamplingFields(TypedDict, total=False):
     negative_prompt: str | None
     bad_words: str | tuple[str, ...] | list[str] | None
     allowed_words: str | tuple[str, ...] | list[str] | None
+    json_schema: JsonSchema | None
+    regex: str | None
+    grammar: str | None
     logits_processors: LogitsProcessor | tuple[LogitsProcessor, ...] | list[LogitsProcessor] | None
     logprobs: int | None
 
@@ -269,6 +302,27 @@ def _check_negative_prompt(value: object) -> None:
     if not isinstance(value, str) or not value.strip():
         raise SettingError(
             f"negative_prompt={_shown(value)} is not possible: use words, or leave it out"
+        )
+
+
+def _schema(value: Any) -> str:
+    try:
+        schema = json.loads(value) if isinstance(value, str) else value
+        if not isinstance(schema, dict):
+            raise TypeError
+        return json.dumps(schema, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):
+        raise SettingError(
+            f"json_schema={_shown(value)} is not possible: use a JSON schema that is an object"
+        ) from None
+
+
+def _check_shape(name: str, value: object) -> None:
+    if value is not None and not (isinstance(value, str) and value):
+        raise SettingError(f"{name}={_shown(value)} is not possible: use a text, or leave it out")
+    if isinstance(value, str) and len(value) > _MAX_SHAPE:
+        raise SettingError(
+            f"{name} has {len(value):,} characters, limit {_MAX_SHAPE:,}: shorten it"
         )
 
 

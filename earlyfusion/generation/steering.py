@@ -1,4 +1,4 @@
-"""Bad and allowed words, logits processors and log-probabilities of one request.
+"""Words, constraints, logits processors and log-probabilities of one request.
 
 One `Steering` serves one request, in the plain loop and in the engine. It sees the logits of the
 whole vocabulary, guided, in fp32, before the grammar's mask, the repetition penalty and the
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from earlyfusion.errors import SettingError
+from earlyfusion.generation.constraint import constraint
 from earlyfusion.generation.request import Request, TokenLogprob
 from earlyfusion.generation.settings import LogitsProcessor
 from earlyfusion.processor import Processor
@@ -34,7 +35,13 @@ class Steering:
         self._processors = cast("tuple[LogitsProcessor, ...]", sampling.logits_processors or ())
         has_words = sampling.bad_words or sampling.allowed_words
         self._words = Words(processor, request) if has_words else None
+        self._constraint = constraint(processor, request)
         self._processor, self._top = processor, sampling.logprobs
+
+    @property
+    def only_text(self) -> bool:
+        """Whether codes of pictures may be drawn without it."""
+        return not self._processors and self._top is None
 
     def change(self, ids: Sequence[int], logits_V: Tensor, allowed_V: Tensor) -> Tensor:
         """The logits to draw from in place of `logits_V`.
@@ -46,14 +53,24 @@ class Steering:
             logits_V = _processed(processor, list(ids), logits_V)
         if self._words is not None:
             logits_V = self._words(ids, logits_V)
+        if self._constraint is not None:
+            logits_V = self._constraint(ids, logits_V)
         # Whatever the grammar forbids may be anything.
         left_V = logits_V[allowed_V]
         if bool(left_V.isnan().any()) or not bool(left_V.isfinite().any()):
-            raise SettingError(
-                f"{'logits_processors' if self._processors else 'the words'} left no possible "
-                f"token after {len(ids):,} tokens: leave at least one finite, and none NaN"
-            )
+            raise SettingError(self._nothing_left(len(ids)))
         return logits_V
+
+    def _nothing_left(self, length: int) -> str:
+        if self._constraint is not None:
+            return (
+                f"{self._constraint.name} left no possible token after {length:,} tokens: see that "
+                "what it asks for is possible here, its pictures and the words included"
+            )
+        return (
+            f"{'logits_processors' if self._processors else 'the words'} left no possible "
+            f"token after {length:,} tokens: leave at least one finite, and none NaN"
+        )
 
     def logprob(self, logits_V: Tensor, token: int) -> TokenLogprob | None:
         """The log-probability of a token by the model's own logits [V]: those of the whole prompt,

@@ -74,6 +74,97 @@ class Sampling(Wire):
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
+# --- What the text of a reply must fit ---
+
+
+class PlainText(Wire):
+    type: Literal["text"]
+
+
+class AnyObject(Wire):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+    def fields(self) -> dict[str, Any]:
+        return {"json_schema": {"type": "object"}}
+
+
+class Schema(Wire):
+    """`name`, `description` and `strict` are accepted without effect: what is drawn always fits."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    schema_: dict[str, Any] = Field(alias="schema")
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+    def fields(self) -> dict[str, Any]:
+        return {"json_schema": self.schema_}
+
+
+class NamedSchema(Wire):
+    """A schema as chats have it."""
+
+    type: Literal["json_schema"]
+    json_schema: Schema
+
+    def fields(self) -> dict[str, Any]:
+        return self.json_schema.fields()
+
+
+class FlatSchema(Schema):
+    """A schema as /v1/responses has it."""
+
+    type: Literal["json_schema"]
+
+
+class Pattern(Wire):
+    type: Literal["regex"]
+    pattern: str
+
+    def fields(self) -> dict[str, Any]:
+        return {"regex": self.pattern}
+
+
+class LarkGrammar(Wire):
+    type: Literal["grammar"]
+    grammar: str
+
+    def fields(self) -> dict[str, Any]:
+        return {"grammar": self.grammar}
+
+
+def _tagged(key: str) -> Any:
+    """A discriminator by the field `type`; tags look unlike field names (see `_path`)."""
+
+    def tag(value: Any) -> str:
+        found = value.get(key) if isinstance(value, dict) else getattr(value, key, None)
+        return f"<{found}>"
+
+    return Discriminator(tag, custom_error_type="unknown_type", custom_error_message="is unknown")
+
+
+ChatFormat = Annotated[
+    Annotated[PlainText, Tag("<text>")]
+    | Annotated[AnyObject, Tag("<json_object>")]
+    | Annotated[NamedSchema, Tag("<json_schema>")]
+    | Annotated[Pattern, Tag("<regex>")]
+    | Annotated[LarkGrammar, Tag("<grammar>")],
+    _tagged("type"),
+]
+ResponseFormat = Annotated[
+    Annotated[PlainText, Tag("<text>")]
+    | Annotated[AnyObject, Tag("<json_object>")]
+    | Annotated[FlatSchema, Tag("<json_schema>")]
+    | Annotated[Pattern, Tag("<regex>")]
+    | Annotated[LarkGrammar, Tag("<grammar>")],
+    _tagged("type"),
+]
+TextShape: TypeAlias = AnyObject | NamedSchema | FlatSchema | Pattern | LarkGrammar
+
+
 class TextSampling(Sampling):
     """The same with what only replies with text can have."""
 
@@ -85,7 +176,15 @@ class TextSampling(Sampling):
     def sampling(self) -> dict[str, Any]:
         names = ("max_images", "stop", "bad_words", "allowed_words")
         fields = {name: value for name in names if (value := getattr(self, name)) is not None}
-        return super().sampling() | fields
+        return super().sampling() | fields | self._shape_fields()
+
+    def _shape(self) -> PlainText | TextShape | None:
+        """What the text must fit."""
+        return None
+
+    def _shape_fields(self) -> dict[str, Any]:
+        shape = self._shape()
+        return {} if shape is None or isinstance(shape, PlainText) else shape.fields()
 
 
 class Bookkeeping(Wire):
@@ -95,16 +194,6 @@ class Bookkeeping(Wire):
     metadata: dict[str, str] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-
-
-def _tagged(key: str) -> Any:
-    """A discriminator by the field `type`; tags look unlike field names (see `_path`)."""
-
-    def tag(value: Any) -> str:
-        found = value.get(key) if isinstance(value, dict) else getattr(value, key, None)
-        return f"<{found}>"
-
-    return Discriminator(tag, custom_error_type="unknown_type", custom_error_message="is unknown")
 
 
 # --- Chat completions ---
@@ -191,7 +280,6 @@ _CHAT_NEUTRAL: dict[str, Sequence[Any]] = {
     "parallel_tool_calls": (True, False),
     "store": (False,),
     "service_tier": ("auto", "default"),
-    "response_format": ({"type": "text"},),
 }
 _CHAT_WHY_NOT = {
     "tools": _NO_TOOLS,
@@ -201,7 +289,7 @@ _CHAT_WHY_NOT = {
     "frequency_penalty": "only 0 is possible: use repetition_penalty",
     "presence_penalty": "only 0 is possible: use repetition_penalty",
     "logit_bias": "only {} is possible: use bad_words or allowed_words",
-    "response_format": 'only {"type": "text"} is possible: use allowed_words, or ask in words',
+    "structured_outputs": "use response_format, with the type json_schema, regex or grammar",
     "reasoning_effort": "this model does not reason: leave it out",
     "audio": "this model has text and pictures only: leave it out",
     "store": "nothing is stored: use false, or /v1/responses",
@@ -225,6 +313,7 @@ class ChatRequest(TextSampling, Bookkeeping):
     stream_options: StreamOptions | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: ChatFormat | None = None
     image_delivery: Literal["images", "markdown", "both"] = "images"
     output_format: Format = "png"
     output_compression: Annotated[int, Field(ge=0, le=100)] = 100
@@ -241,6 +330,9 @@ class ChatRequest(TextSampling, Bookkeeping):
         if self.partial_images and not self.stream:
             raise ValueError("partial_images needs stream: true")
         return self
+
+    def _shape(self) -> PlainText | TextShape | None:
+        return self.response_format
 
 
 # --- Completions ---
@@ -268,6 +360,10 @@ class CompletionRequest(TextSampling, Bookkeeping):
     stream_options: StreamOptions | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     max_images: Literal[0] | None = None
+    response_format: ChatFormat | None = None
+
+    def _shape(self) -> PlainText | TextShape | None:
+        return self.response_format
 
 
 # --- Images ---
@@ -421,12 +517,8 @@ class ToolName(Wire):
     type: Literal["image_generation"]
 
 
-class PlainText(Wire):
-    type: Literal["text"]
-
-
 class TextFormat(Wire):
-    format: PlainText | None = None
+    format: ResponseFormat | None = None
 
 
 class PlainStreamOptions(Wire):
@@ -479,6 +571,9 @@ class ResponseRequest(TextSampling, Bookkeeping):
                 'tool_choice asks for a tool: give tools [{"type": "image_generation"}]'
             )
         return self
+
+    def _shape(self) -> PlainText | TextShape | None:
+        return None if self.text is None else self.text.format
 
 
 # --- Tokens ---

@@ -61,6 +61,11 @@ def _output(body: ResponseRequest) -> Output:
     return "interleaved" if body.tool_choice == "auto" else "image"
 
 
+def _format(body: ResponseRequest) -> Json:
+    form = None if body.text is None else body.text.format
+    return {"type": "text"} if form is None else form.model_dump(by_alias=True, exclude_none=True)
+
+
 def with_instructions(body: ResponseRequest, turns: Sequence[Message]) -> list[Message]:
     """The whole prompt. `instructions` hold for this response only, as in OpenAI's API."""
     return [Message("system", body.instructions), *turns] if body.instructions else list(turns)
@@ -286,7 +291,7 @@ class ResponseReply:
             "reasoning": {"effort": None, "summary": None},
             "store": body.store,
             "temperature": body.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": _format(body)},
             "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
             "tools": [tool.model_dump(exclude_none=True) for tool in body.tools],
             "top_p": body.top_p,

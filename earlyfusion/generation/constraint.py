@@ -1,0 +1,230 @@
+"""Text that must fit a JSON schema, a regular expression or a grammar (llguidance).
+
+A reply has exactly one text that fits, from its beginning to its end. One picture may come before
+that text begins, and any number after it is complete. A grammar that names `<image>` has its
+pictures there and nowhere else, with text on both sides.
+
+llguidance works on bytes: it is given the bytes of each text token, and one special token for the
+beginning of a picture. The codes of a picture are not shown to it.
+Shapes: V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from threading import Lock
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from earlyfusion.errors import SettingError
+from earlyfusion.generation.request import Request
+from earlyfusion.generation.settings import SamplingParams
+from earlyfusion.processor import Processor
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+IMAGE = "<image>"
+"""What a grammar calls the place of a picture."""
+_MAX_KEPT = 64  # compiled texts of one model; the oldest goes first
+# llguidance follows rules and references by recursion, and some thousands in a chain overflow the
+# stack, which ends the process. (what is counted, its name, the limit)
+_CHAINS = {"grammar": (":", "colons", 1000), "json_schema": ('"$ref"', "references", 500)}
+# One way to write each value, that of Python's json.dumps: with any blanks allowed, a model may go
+# on with them for ever.
+_JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+class _Source(NamedTuple):
+    """What a request asks for: the name of the field, and its text."""
+
+    name: str
+    text: str
+
+
+def check(processor: Processor, sampling: SamplingParams) -> None:
+    """Raise `SettingError` for a schema, expression or grammar that is not valid."""
+    if (source := _source(sampling)) is not None:
+        _compilers.matcher(processor, source)
+
+
+def constraint(processor: Processor, request: Request) -> Constraint | None:
+    """The constraint of a request, None if it has none."""
+    source = _source(request.sampling)
+    return None if source is None else Constraint(processor, request, source)
+
+
+def _source(sampling: SamplingParams) -> _Source | None:
+    values = {name: getattr(sampling, name) for name in ("json_schema", "regex", "grammar")}
+    return next((_Source(name, value) for name, value in values.items() if value), None)
+
+
+class Constraint:
+    """The tokens of text that may come in one reply. It follows the reply token by token."""
+
+    def __init__(self, processor: Processor, request: Request, source: _Source) -> None:
+        vocabulary = processor.vocabulary
+        self.name, self._matcher = source.name, _compilers.matcher(processor, source)
+        self._names_images = source.name == "grammar" and IMAGE in source.text
+        self._begin, self._end, self._eos = (
+            vocabulary.begin_image,
+            vocabulary.end_image,
+            vocabulary.eos,
+        )
+        self._ends = sorted({vocabulary.eos, *request.stops})
+        self._read = len(request.ids)
+        self._in_picture = self._drawn = self._begun = self._closed = False
+
+    def __call__(self, ids: Sequence[int], logits_V: Tensor) -> Tensor:
+        """The logits, -inf for tokens that may not come. `ids` are those of prompt and reply."""
+        for token in ids[self._read :]:
+            self._follow(token)
+        self._read = len(ids)
+        if self._in_picture:
+            return logits_V
+        allowed = self._allowed(len(logits_V))
+        return logits_V.masked_fill(~torch.from_numpy(allowed).to(logits_V.device), -torch.inf)
+
+    def _follow(self, token: int) -> None:
+        if self._in_picture:
+            self._in_picture = token != self._end
+            return
+        if token == self._begin:
+            self._in_picture = self._drawn = True
+            # Behind a picture that follows the text, no more text may come.
+            self._closed = self._begun and not self._names_images
+            if not self._names_images:
+                return
+        self._begun = True
+        self._matcher.consume_token(token)
+
+    def _allowed(self, size: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        if self._matcher.is_error():
+            raise SettingError(
+                f"{self.name} takes too long to follow after {self._read:,} tokens: simplify it"
+            )
+        allowed = np.zeros(size, dtype=np.bool_)
+        known = np.unpackbits(bits, bitorder="little")[:size]
+        allowed[: len(known)] = known
+        complete = bool(allowed[self._eos])
+        if self._closed:
+            allowed[:] = False
+        allowed[self._ends] = complete
+        if not self._names_images:
+            # Not two before the text: a model that wants to end would draw on and on instead.
+            allowed[self._begin] = complete or not (self._begun or self._drawn)
+        return allowed
+
+
+class _Compilers:
+    """Tokenizers and compiled texts of the models in use. Safe in any thread."""
+
+    def __init__(self) -> None:
+        self._of: WeakKeyDictionary[Processor, _Compiler] = WeakKeyDictionary()
+        self._lock = Lock()
+
+    def matcher(self, processor: Processor, source: _Source) -> LLMatcher:
+        """A fresh matcher at the beginning of a text. Raises `SettingError`."""
+        with self._lock:
+            if processor not in self._of:
+                self._of[processor] = _Compiler(processor)
+            return self._of[processor].matcher(source)
+
+
+_compilers = _Compilers()
+
+
+class _Compiler:
+    def __init__(self, processor: Processor) -> None:
+        try:
+            import llguidance
+        except ImportError:
+            raise SettingError(
+                "json_schema, regex and grammar need the package llguidance, which is not "
+                "installed: pip install 'earlyfusion[structured]'"
+            ) from None
+        self._library = llguidance
+        self._tokenizer = self._read(processor)
+        self._kept: OrderedDict[_Source, LLMatcher] = OrderedDict()
+
+    def _read(self, processor: Processor) -> LLTokenizer:
+        wrapper = self._library.TokenizerWrapper(_Tokens(processor))
+        return self._library.LLTokenizer(wrapper, eos_token=processor.vocabulary.eos)
+
+    def matcher(self, source: _Source) -> LLMatcher:
+        if source not in self._kept:
+            self._kept[source] = self._compiled(source)
+            if len(self._kept) > _MAX_KEPT:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(source)
+        return self._kept[source].deep_copy()
+
+    def _compiled(self, source: _Source) -> LLMatcher:
+        _check_chains(source)
+        limits = self._library.LLParserLimits(verbose_errors=False)
+        try:
+            grammar = self._grammar(source)
+        except ValueError as error:  # numbers beyond 64 bits, for one
+            raise _impossible(source, str(error)) from None
+        matcher = self._library.LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
+        if matcher.is_error():
+            raise _impossible(source, matcher.get_error())
+        return matcher
+
+    def _grammar(self, source: _Source) -> str:
+        matcher_class = self._library.LLMatcher
+        if source.name == "json_schema":
+            schema = {"x-guidance": _JSON} | json.loads(source.text)
+            return str(matcher_class.grammar_from_json_schema(schema))
+        if source.name == "regex":
+            return str(matcher_class.grammar_from_regex(source.text))
+        return str(matcher_class.grammar_from_lark(source.text))
+
+
+class _Tokens:
+    """The vocabulary as llguidance reads it. Tokens that are neither text nor a mark of ours have
+    no bytes, so that no grammar can name them."""
+
+    def __init__(self, processor: Processor) -> None:
+        vocabulary = processor.vocabulary
+        self._processor = processor
+        self.bos_token_id, self.eos_token_id = vocabulary.bos, vocabulary.eos
+        self.tokens = [processor.token_bytes(token) for token in range(vocabulary.size)]
+        self.tokens[vocabulary.eos] = b"<end>"
+        self.tokens[vocabulary.begin_image] = IMAGE.encode()
+        self.special_token_ids = [vocabulary.eos, vocabulary.begin_image]
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        return self._processor.encode_text(
+            text.decode(errors="replace") if isinstance(text, bytes) else text
+        )
+
+
+def _check_chains(source: _Source) -> None:
+    if source.name in _CHAINS:
+        part, name, limit = _CHAINS[source.name]
+        if (count := source.text.count(part)) > limit:
+            raise SettingError(
+                f"{source.name} has {count:,} {name}, limit {limit:,}: make it smaller"
+            )
+
+
+def _impossible(source: _Source, error: str) -> SettingError:
+    return SettingError(f"{source.name} is not possible: {_sentence(error)}; correct it")
+
+
+def _sentence(error: str) -> str:
+    """The first of the library's lines; the others draw where in the text the mistake is."""
+    lines = [line.strip() for line in error.splitlines() if line.strip()]
+    said = lines[0] if lines else "it is not valid"
+    for line in lines:  # of a regular expression only this line says what is wrong
+        if line.startswith("error: "):
+            said = line.removeprefix("error: ")
+    return said.split("; following special tokens")[0][:200].rstrip(".")
