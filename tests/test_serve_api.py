@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from serve_case import STRAWBERRY, Running, answer, data_url, events, mini, pixels, running
@@ -185,6 +187,38 @@ def test_images_and_parts_come_back_as_their_codes(server: Running, model: Chame
     told = server.post("/tokenize", {"messages": again}).json()["tokens"]
     turns = [Message("user", FRUITS), first.message, Message("user", "Which is the second?")]
     assert told == list(model.request(turns, "text", seed=0).ids)
+
+
+def test_drawn_pictures_in_a_user_s_turn_are_their_codes(server: Running, model: Chameleon) -> None:
+    message = server.chat("Draw a cat.", seed=1, modalities=["image"]).json()["choices"][0][
+        "message"
+    ]
+    url = message["images"][0]["image_url"]["url"]
+    other = io.BytesIO()  # the same pixels as another program writes them
+    pixels(url).save(other, "PNG", compress_level=0)
+    file = base64.b64decode(url.partition(",")[2])
+    written = other.getvalue()
+    assert written != file
+    with httpx.Client() as client:
+        sent = client.post(f"{server.url}/v1/files", files={"file": file}).json()["id"]
+    picture = answer("Draw a cat.", "image", 1).message.images[0]
+    want = list(model.request([Message("user", [picture, "What is this?"])], "text", seed=0).ids)
+    encoded = model.request([Message("user", [Image.of(file), "What is this?"])], "text", seed=0)
+    assert list(encoded.ids) != want, "encoding again would lose something"
+    parts = [
+        image(url),
+        image("data:image/png;base64," + base64.b64encode(written).decode()),
+        {"type": "file", "file": {"file_id": sent}},
+    ]
+    for part in parts:
+        asked = {"messages": user(part, text("What is this?"))}
+        assert server.post("/tokenize", asked).json()["tokens"] == want
+    words = "Draw it in another style."
+    edited = server.post(
+        "/v1/images/edits", {"prompt": words, "seed": 2, "images": [{"image_url": url}]}
+    ).json()
+    expected = model.generate([picture, words], "image", seed=2).images[0]
+    assert same(pixels(edited["data"][0]["b64_json"]), expected)
 
 
 def test_addresses_of_pictures_are_signed(server: Running) -> None:

@@ -29,7 +29,7 @@ from earlyfusion.serve.images import ImagesReply
 from earlyfusion.serve.metrics import CONTENT_TYPE
 from earlyfusion.serve.options import ServeOptions
 from earlyfusion.serve.page import page_routes
-from earlyfusion.serve.pictures import PictureLimits, media_type
+from earlyfusion.serve.pictures import media_type
 from earlyfusion.serve.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -291,7 +291,7 @@ class _Routes:
                 raise ApiError(400, "an upload is one file, and its purpose: send nothing else")
             data, name = await files[0].read(), files[0].filename or "picture"
         purpose = str(form.get("purpose", "vision"))[:40]
-        image = await self._service.work(PictureLimits(self._options).read, data)
+        image = await self._service.work(self._service.reader().file, data)
         # The name is shown and never used as a path.
         file = self._service.files.add(data, media_type(data), image, name[:200], purpose)
         return JsonReply(file.described)

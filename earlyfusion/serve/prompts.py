@@ -1,8 +1,9 @@
 """Wire messages to `Message`s: pictures found, read and put where they belong.
 
-A picture that was drawn here and comes back in an assistant's turn stands in the prompt by its
-codes: as `images` or `parts` of a reply, as markdown in the text, or by its id. Runs in a worker
-thread: pictures are decoded here, and foreign ones fetched.
+A picture that was drawn here and comes back stands in the prompt by its codes: in any turn as a
+file, a data URL, our address or its id; in an assistant's also as `images` or `parts` of a reply,
+or as markdown in the text. Runs in a worker thread: pictures are decoded here, and foreign ones
+fetched.
 """
 
 from __future__ import annotations
@@ -65,8 +66,14 @@ class PromptReader:
         return self._named(image.image_url, image.file_id)
 
     def file(self, data: bytes) -> Image:
-        """A picture that was sent as a file."""
-        return self._limits.read(data)
+        """A picture that was sent as a file: with its codes, where it was drawn here."""
+        drawn = self._files.drawn(data)
+        if drawn is not None:
+            self._limits.count()
+            return drawn
+        sent = self._limits.read(data)
+        # Another program may have written the same pixels in another way.
+        return self._files.drawn_pixels(sent) or sent
 
     def _chat_turn(self, message: ChatMessage) -> Message:
         role = _ROLES[message.role]
@@ -93,7 +100,7 @@ class PromptReader:
                 if isinstance(part, TextPart):
                     yield Text(part.text)
                 elif 0 <= part.index < len(images):
-                    yield self._back(images[part.index].image_url.url)
+                    yield self._named(images[part.index].image_url.url, None)
                 else:
                     raise ApiError(
                         400,
@@ -108,14 +115,14 @@ class PromptReader:
         yield from read
         # With image_delivery "both" the pictures stand in the text and in `images`.
         if not any(isinstance(segment, Image) for segment in read):
-            yield from (self._back(image.image_url.url) for image in images)
+            yield from (self._named(image.image_url.url, None) for image in images)
 
     def _said(self, part: ContentPart) -> list[Segment]:
         if isinstance(part, TextPart):
             return self._markdown(part.text)
         if isinstance(part, FilePart):
             return [self._named(None, part.file.file_id)]
-        return [self._back(part.image_url.url)]
+        return [self._named(part.image_url.url, None)]
 
     def _markdown(self, text: str) -> list[Segment]:
         """A text whose pictures from here, and data URLs, are pictures again. Blank lines around
@@ -132,23 +139,12 @@ class PromptReader:
 
     def _known(self, address: str) -> Image | None:
         if address.startswith("data:image/"):
-            return self._back(address)
+            return self._named(address, None)
         file = self._files.at(address)
         if file is None:
             return None
         self._limits.count()
         return file.image
-
-    def _back(self, address: str) -> Image:
-        """A picture of an assistant's turn: with its codes, where it was drawn here."""
-        if address.startswith("data:"):
-            data = unpacked(address)
-            drawn = self._files.drawn(data)
-            if drawn is None:
-                return self._limits.read(data)
-            self._limits.count()
-            return drawn
-        return self._named(address, None)
 
     def _part(self, part: ContentPart) -> Segment:
         if isinstance(part, TextPart):
@@ -166,7 +162,7 @@ class PromptReader:
             return self._files.get(file_id).image
         assert address is not None
         if address.startswith("data:"):
-            return self._limits.read(unpacked(address))
+            return self.file(unpacked(address))
         file = self._files.at(address)
         if file is not None:
             self._limits.count()
@@ -187,12 +183,7 @@ class PromptReader:
 
     def _drawing(self, item: InputDrawing) -> Image:
         if item.result:
-            data = decoded(item.result)
-            drawn = self._files.drawn(data)
-            if drawn is None:
-                return self._limits.read(data)
-            self._limits.count()
-            return drawn
+            return self.file(decoded(item.result))
         self._limits.count()
         return self._files.get(f"file-{item.id.removeprefix('ig_')}").image
 

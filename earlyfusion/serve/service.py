@@ -176,7 +176,7 @@ class Service:
     ) -> StoredFile:
         shown = self.model.with_pixels(event)
         assert isinstance(shown, ImageDone) and shown.pil is not None
-        data, image = encoded(shown.pil, form, compression), Image(codes=event.codes)
+        data, image = encoded(shown.pil, form, compression), Image(shown.pil, event.codes)
         media_type, name = MEDIA_TYPES[form], f"image.{form}"
         return self.files.add(data, media_type, image, name, "assistants_output", number)
 

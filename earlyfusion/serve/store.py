@@ -1,8 +1,8 @@
 """What the server remembers, in memory and bounded: pictures with their codes, and conversations.
 
 A picture that was drawn here keeps its codes, so that it can stand in a later prompt as the model
-drew it, without being encoded again. It is found by its id, by its signed address, or by the bytes
-of its file. The oldest go first.
+drew it, without being encoded again. It is found by its id, by its signed address, by the bytes of
+its file, or by its pixels. The oldest go first.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from threading import Lock
 from time import time
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
+
+import PIL.Image
 
 from earlyfusion.content import Image, Message
 from earlyfusion.serve.errors import ApiError
@@ -35,7 +37,9 @@ def new_key() -> str:
 
 @dataclass(frozen=True, eq=False)
 class StoredFile:
-    """A picture's file; `image` has codes where the model drew it, and pixels where it was sent."""
+    """A picture's file; `image` has codes where the model drew it, and pixels where it was sent.
+
+    `pixels` is the digest of the pixels that were drawn, b"" for a picture that was sent."""
 
     id: str
     data: bytes
@@ -44,6 +48,7 @@ class StoredFile:
     purpose: str
     created: int
     image: Image
+    pixels: bytes = b""
 
     @property
     def described(self) -> dict[str, Any]:
@@ -70,7 +75,7 @@ class Files:
         self.max_bytes = max_bytes
         self._secret = secrets.token_bytes(32)
         self._files: OrderedDict[str, StoredFile] = OrderedDict()
-        self._by_digest: dict[bytes, str] = {}
+        self._by_digest: dict[bytes, str] = {}  # of the bytes of a file, and of drawn pixels
         self._bytes = 0
         self._lock = Lock()
 
@@ -83,12 +88,18 @@ class Files:
         purpose: str,
         number: str | None = None,
     ) -> StoredFile:
-        """Keep a picture, under a new id that cannot be guessed unless `number` is one already."""
+        """Keep a picture, under a new id that cannot be guessed unless `number` is one already.
+
+        One with codes and pixels was drawn here; only its codes are kept."""
         number = number or f"file-{new_key()}"
-        file = StoredFile(number, data, media_type, name, purpose, int(time()), image)
+        pixels = b""
+        if image.codes is not None and image.pil is not None:
+            pixels, image = _pixels_digest(image.pil), Image(codes=image.codes)
+        file = StoredFile(number, data, media_type, name, purpose, int(time()), image, pixels)
         with self._lock:
             self._files[number] = file
-            self._by_digest[_digest(data)] = number
+            for digest in _digests(file):
+                self._by_digest[digest] = number
             self._bytes += file.size
             while self._bytes > self.max_bytes and len(self._files) > 1:
                 self._forget(next(iter(self._files)))
@@ -114,8 +125,15 @@ class Files:
 
     def drawn(self, data: bytes) -> Image | None:
         """The picture with codes whose file has these bytes, if it was drawn here."""
+        return self._drawn(_digest(data))
+
+    def drawn_pixels(self, image: Image) -> Image | None:
+        """The picture with codes that has the same pixels, if it was drawn here."""
+        return None if image.pil is None else self._drawn(_pixels_digest(image.pil))
+
+    def _drawn(self, digest: bytes) -> Image | None:
         with self._lock:
-            file = self._files.get(self._by_digest.get(_digest(data), ""))
+            file = self._files.get(self._by_digest.get(digest, ""))
         return file.image if file is not None and file.image.codes is not None else None
 
     def address(self, number: str, base: str) -> str:
@@ -145,9 +163,9 @@ class Files:
         file = self._files.pop(number, None)
         if file is not None:
             self._bytes -= file.size
-            digest = _digest(file.data)
-            if self._by_digest.get(digest) == number:
-                del self._by_digest[digest]
+            for digest in _digests(file):
+                if self._by_digest.get(digest) == number:
+                    del self._by_digest[digest]
 
 
 @dataclass(frozen=True)
@@ -216,3 +234,11 @@ def _pixels_size(image: Image) -> int:
 
 def _digest(data: bytes) -> bytes:
     return blake2b(data, digest_size=16).digest()
+
+
+def _pixels_digest(pil: PIL.Image.Image) -> bytes:
+    return _digest(repr(pil.size).encode() + pil.convert("RGB").tobytes())
+
+
+def _digests(file: StoredFile) -> list[bytes]:
+    return [_digest(file.data), *([file.pixels] if file.pixels else [])]
