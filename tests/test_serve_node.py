@@ -1,0 +1,117 @@
+"""OpenAI's npm package against a running server; what it does is in openai_client.cjs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serve_case import STRAWBERRY, answer, mini, pixels, running
+
+from earlyfusion import Image, Text
+
+SCRIPT = Path(__file__).with_name("openai_client.cjs")
+FRUITS = "Show me two different fruits."
+
+
+def node_path() -> str | None:
+    """Where the package is installed; None without Node or the package."""
+    node, npm = shutil.which("node"), shutil.which("npm")
+    if node is None:
+        return None
+    folders = [os.environ.get("NODE_PATH", "")]
+    if npm is not None:
+        found = subprocess.run([npm, "root", "-g"], capture_output=True, text=True, check=False)
+        folders.append(found.stdout.strip())
+    there = [f for f in folders if f and (Path(f) / "openai" / "package.json").is_file()]
+    return there[0] if there else None
+
+
+@pytest.fixture(scope="module")
+def seen() -> dict[str, Any]:
+    folder = node_path()
+    if folder is None:
+        pytest.skip("Node or its package openai is not installed: npm install -g openai")
+    with running(api_keys=("secret-key",)) as server:
+        done = subprocess.run(
+            ["node", str(SCRIPT), server.url, str(STRAWBERRY)],
+            env={**os.environ, "NODE_PATH": folder},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout))
+
+
+def drawn(data: str) -> bytes:
+    return pixels(data).tobytes()
+
+
+def test_pictures_in_and_out(seen: dict[str, Any]) -> None:
+    asked = [Image.open(STRAWBERRY), "What is this?"]
+    assert seen["models"] == ["mini"]
+    assert seen["pictureIn"]["text"] == mini().generate(asked, seed=0).text
+    assert seen["pictureIn"]["usage"]["image_tokens"] == 66
+    assert drawn(seen["pictureOut"]) == answer("Draw a cat.", "image", 1).images[0].tobytes()
+    assert seen["parsed"]["name"] in ("apple", "pear")
+
+
+def test_an_interleaved_stream_in_order(seen: dict[str, Any]) -> None:
+    reply = answer(FRUITS, "auto", 0)
+    parts = seen["interleaved"]["parts"]
+    assert len(parts) == len(reply.segments) == 4
+    images = iter(reply.images)
+    for part, segment in zip(parts, reply.segments, strict=True):
+        if isinstance(segment, Text):
+            assert part["text"].strip() == segment.text
+        else:
+            assert drawn(part["image"]) == next(images).tobytes()
+    assert seen["interleaved"]["reason"] == "stop"
+    usage = seen["interleaved"]["usage"]
+    assert usage["completion_tokens"] == reply.usage.completion_tokens
+
+
+def test_responses_with_all_events(seen: dict[str, Any]) -> None:
+    reply, told = answer(FRUITS, "auto", 0), seen["responses"]
+    numbers = [number for number, _ in told["events"]]
+    assert numbers == list(range(len(numbers)))
+    names = [name for _, name in told["events"]]
+    assert names[:2] == ["response.created", "response.in_progress"]
+    assert names[-1] == "response.completed"
+    assert names.count("response.image_generation_call.partial_image") == 4
+    for stage in ("in_progress", "generating", "completed"):
+        assert names.count(f"response.image_generation_call.{stage}") == 2
+    kinds = ["message", "image_generation_call"] * 2
+    assert [kind for kind, _ in told["output"]] == kinds
+    texts = [said for kind, said in told["output"] if kind == "message"]
+    assert texts == reply.text.split("\n")
+    results = [said for kind, said in told["output"] if kind != "message"]
+    assert [drawn(result) for result in results] == [image.tobytes() for image in reply.images]
+
+
+def test_images_with_partials_and_edits(seen: dict[str, Any]) -> None:
+    names = [name for name, _ in seen["generations"]]
+    assert names == ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
+    cat = answer("Draw a cat.", "image", 1).images[0].tobytes()
+    assert drawn(seen["generations"][-1][1]) == cat != drawn(seen["generations"][0][1])
+    words = [Image.open(STRAWBERRY), "Redraw this in another style."]
+    expected = mini().generate(words, "image", seed=2).images[0]
+    assert drawn(seen["edits"]) == expected.tobytes()
+
+
+def test_errors_are_the_classes_of_the_package(seen: dict[str, Any]) -> None:
+    kinds = [failure[:3] for failure in seen["failures"]]
+    assert kinds == [
+        ["BadRequestError", 400, "temperature"],
+        ["BadRequestError", 400, "temprature"],
+        ["NotFoundError", 404, "model"],
+        ["NotFoundError", 404, None],
+        ["AuthenticationError", 401, None],
+    ]
+    assert "did you mean temperature?" in seen["failures"][1][3]
