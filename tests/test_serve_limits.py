@@ -102,6 +102,15 @@ def test_damaged_json(server: Running, body: bytes) -> None:
     assert reply.status_code == 400 and error_of(reply)["code"] == "invalid_json"
 
 
+@pytest.mark.parametrize("path", ["/v1/files", "/v1/images/edits", "/v1/images/variations"])
+def test_damaged_forms(server: Running, path: str) -> None:
+    with httpx.Client() as client:
+        headers = {"Content-Type": "multipart/form-data; boundary=x"}
+        reply = client.post(server.url + path, content=b"--x\r\nTrue--x--\r\n", headers=headers)
+    assert reply.status_code == 400
+    assert reply.json()["error"]["message"].startswith("the form is malformed")
+
+
 def test_other_types_and_routes(server: Running) -> None:
     with httpx.Client() as client:
         url = f"{server.url}/v1/chat/completions"

@@ -9,9 +9,10 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, TypeVar
 
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
@@ -440,16 +441,54 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
+_ERROR = {
+    "type": "object",
+    "properties": {
+        "error": {
+            "type": "object",
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+            "required": ["message", "type", "param", "code"],
+        }
+    },
+    "required": ["error"],
+}
+
+
+def _answers(path: str, streams: bool) -> dict[str, Any]:
+    """What a route answers, as OpenAPI says it: its reply, and errors."""
+    plain: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
+    if path == "/metrics":
+        good: dict[str, Any] = {"text/plain": {}}
+    elif path.endswith("/content"):
+        good = {"image/*": {}}
+    else:
+        good = plain | ({"text/event-stream": {}} if streams and "tokenize" not in path else {})
+    bad = {"application/json": {"schema": {"$ref": _component("Error")}}}
+    if path in ("/health", "/ready"):
+        bad = plain
+    return {
+        "200": {"description": "The reply", "content": good},
+        "default": {"description": "An error", "content": bad},
+    }
+
+
 def _component(name: str) -> str:
     return f"#/components/schemas/{name}"
 
 
 def _described(app: FastAPI, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The OpenAPI file, with the definitions of bodies where their references look for them."""
+    """The OpenAPI file, with the definitions of bodies where their references look for them, and
+    the one form of all errors."""
     described = make()
-    schemas = described.setdefault("components", {}).setdefault("schemas", {})
-    for methods in described["paths"].values():
+    schemas = described.setdefault("components", {})["schemas"] = {"Error": _ERROR}
+    for path, methods in described["paths"].items():
         for method in methods.values():
+            method["responses"] = _answers(path, streams="requestBody" in method)
             for content in method.get("requestBody", {}).get("content", {}).values():
                 schemas.update(content["schema"].get("$defs", {}))
                 content["schema"] = {k: v for k, v in content["schema"].items() if k != "$defs"}
