@@ -64,4 +64,4 @@ def test_every_request_is_answered_as_described(server: Running, mode: Generatio
         ask()
     print(f"{tried:,} requests")
     server.wait_until_idle()
-    assert tried >= 5 * CASES
+    assert tried >= CASES
