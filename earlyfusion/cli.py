@@ -37,6 +37,7 @@ from earlyfusion.options import FieldsOf, bytes_option, whole_option, with_optio
 if TYPE_CHECKING:
     from earlyfusion.api import Chameleon
     from earlyfusion.content import Image, Prompt
+    from earlyfusion.serve.options import ServeOptions
 
 Mode = Literal["crop", "fit"]
 Layout = Literal["hf", "meta"]
@@ -758,10 +759,40 @@ def serve(
         cors_origins=tuple(cors_origin or ()),
         public_url=public_url,
     )
-    chameleon = _load(model, device, dtype=dtype, fit=fit, verify=verify, cache_bytes=cache_bytes)
-    from earlyfusion.serve.run import serve as run
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # Processes that torchrun started already share the model: it is not loaded elsewhere.
+        chameleon = _load(
+            model, device, dtype=dtype, fit=fit, verify=verify, cache_bytes=cache_bytes
+        )
+        from earlyfusion.serve.run import serve as run
 
-    run(chameleon, options)
+        run(chameleon, options)
+        return
+    _serve_apart(model, device, dtype, fit, verify, cache_bytes, options)
+
+
+def _serve_apart(
+    model: str,
+    device: str,
+    dtype: str,
+    fit: bool | None,
+    verify: bool,
+    cache_bytes: int | None,
+    options: ServeOptions,
+) -> None:
+    """Serve a model that is loaded in a process of its own."""
+    from earlyfusion.serve.process import LoadPlan, RemoteEngine
+    from earlyfusion.terminal import busy
+
+    plan = LoadPlan(model, device, dtype, verify, cache_bytes, fit)
+    with busy(f"loading {model}"):
+        remote = RemoteEngine(plan, options.step_timeout)
+    try:
+        from earlyfusion.serve.run import serve as run
+
+        run(remote.front.model, options, remote=remote)
+    finally:
+        remote.close()
 
 
 def _load(

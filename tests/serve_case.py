@@ -23,6 +23,7 @@ from earlyfusion import Chameleon, Reply
 from earlyfusion.api import Output
 from earlyfusion.serve.app import make_app
 from earlyfusion.serve.options import ServeOptions
+from earlyfusion.serve.process import RemoteEngine
 from earlyfusion.serve.run import Server
 from earlyfusion.serve.service import Service
 
@@ -68,9 +69,11 @@ class Running:
 
 
 @contextmanager
-def running(**options: Any) -> Iterator[Running]:
-    """A server with these `ServeOptions`, until the block ends."""
-    app = make_app(mini(), ServeOptions(port=0, **options))
+def running(remote: RemoteEngine | None = None, **options: Any) -> Iterator[Running]:
+    """A server with these `ServeOptions`, until the block ends; its engine is in this process, or
+    in that of `remote`."""
+    model = mini() if remote is None else remote.front.model
+    app = make_app(model, ServeOptions(port=0, **options), remote)
     config = uvicorn.Config(
         app, host="127.0.0.1", port=0, log_config=None, access_log=False, ws="none", lifespan="on"
     )

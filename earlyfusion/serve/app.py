@@ -31,6 +31,7 @@ from earlyfusion.serve.metrics import CONTENT_TYPE
 from earlyfusion.serve.options import ServeOptions
 from earlyfusion.serve.page import page_routes
 from earlyfusion.serve.pictures import media_type
+from earlyfusion.serve.process import RemoteEngine
 from earlyfusion.serve.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -55,9 +56,12 @@ _LARGE_JSON = 1_000_000
 _MOST_FORM_FIELDS = 100
 
 
-def make_app(model: Chameleon, options: ServeOptions | None = None) -> FastAPI:
-    """The application that serves a model; its `state.service` holds what it runs on."""
-    service = Service(model, options or ServeOptions())
+def make_app(
+    model: Chameleon, options: ServeOptions | None = None, remote: RemoteEngine | None = None
+) -> FastAPI:
+    """The application that serves a model; its `state.service` holds what it runs on. With
+    `remote` the engine is there, and `model` is its front."""
+    service = Service(model, options or ServeOptions(), remote)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -13,18 +13,19 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from threading import Condition, Thread
-from time import monotonic
+from time import monotonic, sleep
 
 from earlyfusion.api import Chameleon
 from earlyfusion.engine.engine import Engine
 from earlyfusion.engine.handle import Handle
 from earlyfusion.errors import EarlyFusionError
 from earlyfusion.generation.request import Event, Finished, Request
+from earlyfusion.serve.process import MAX_FAILURES, GoneError, RemoteEngine, RemoteHandle
 
 log = logging.getLogger("earlyfusion.serve")
 
 IDLE_SECONDS = 1.0  # between two heartbeats of an idle engine
-MAX_FAILURES = 3  # failed steps in a row, after which the engine is made anew
+MAX_PAUSE = 30.0  # seconds between two attempts to start the engine's process
 
 
 class FullError(Exception):
@@ -52,7 +53,7 @@ class _Job:
     request: Request
     index: int
     batch: Batch
-    handle: Handle | None = None
+    handle: Handle | RemoteHandle | None = None
     started: bool = False
     over: bool = False
 
@@ -151,11 +152,15 @@ class Driver:
     """The thread that steps the engine of a model, and the queue before it.
 
     At most `max_queue` requests wait beside those that run. `observe` is called on the event
-    loop with each (batch, event) as it arrives.
+    loop with each (batch, event) as it arrives. With `remote` the engine is in a process of its
+    own, which is started again whenever it ends; without, it is the model's.
     """
 
-    def __init__(self, model: Chameleon, max_queue: int) -> None:
-        self.model, self.max_queue = model, max_queue
+    def __init__(
+        self, model: Chameleon, max_queue: int, remote: RemoteEngine | None = None
+    ) -> None:
+        self.model, self.max_queue, self.remote = model, max_queue, remote
+        self.restarts = 0
         self.draining = self.ready = False
         self.failures = 0
         self.observe: Callable[[Batch, Event], None] = lambda batch, event: None
@@ -171,8 +176,8 @@ class Driver:
         self._thread: Thread | None = None
 
     @property
-    def engine(self) -> Engine:
-        return self.model.engine
+    def engine(self) -> Engine | RemoteEngine:
+        return self.remote or self.model.engine
 
     @property
     def limit(self) -> int:
@@ -237,14 +242,14 @@ class Driver:
     def take_in(self, jobs: list[_Job]) -> None:
         with self._wake:
             self._inbox += jobs
-            self._wake.notify()
+            self._notify()
 
     def release(self, batch: Batch, unfinished: bool) -> None:
         self._admitted -= batch.count
         self._seconds += 0.2 * (monotonic() - batch.admitted - self._seconds)
         if unfinished:
             with self._wake:  # the thread sees batch.cancelled
-                self._wake.notify()
+                self._notify()
 
     async def drain(self, seconds: float) -> None:
         """Take nothing in any more, and wait until everything is answered."""
@@ -258,13 +263,22 @@ class Driver:
         self.draining = True
         with self._wake:
             self._stopping = True
-            self._wake.notify()
+            self._notify()
         if self._thread is not None:
             self._thread.join(timeout=30)
         for job in self._jobs:
             if job.handle is not None:
                 job.handle.cancel()
-        _ = self.engine.busy  # lets go of what was cancelled
+        if self.remote is None:
+            _ = self.model.engine.busy  # lets go of what was cancelled
+        else:
+            self.remote.close()
+
+    def _notify(self) -> None:
+        """Wake the thread, wherever it waits."""
+        self._wake.notify()
+        if self.remote is not None:
+            self.remote.wake()
 
     def _retry_seconds(self) -> int:
         ahead = max(self._admitted, 1) / self.engine.most_running
@@ -296,12 +310,39 @@ class Driver:
     def _await_work(self) -> bool:
         """Wait until there is something to do; False when the thread shall end."""
         with self._wake:
-            while not (self._inbox or self._jobs or self._stopping):
+            while not (self._inbox or self._jobs or self._stopping or self._has_died):
                 self._beat = monotonic()
                 self._wake.wait(IDLE_SECONDS)
-            return not self._stopping
+            died = self._has_died and not self._stopping
+        if died:
+            self._restart()
+        return not self._stopping
 
-    def _admit_inbox(self, engine: Engine) -> None:
+    @property
+    def _has_died(self) -> bool:
+        return self.remote is not None and not self.remote.alive
+
+    def _restart(self) -> None:
+        """Start the engine's process again, however often that takes; nothing is admitted
+        meanwhile."""
+        assert self.remote is not None
+        self.ready, pause = False, 1.0
+        self._fail_all(GoneError("the engine's process ended"))
+        while not self._stopping:
+            self.restarts += 1
+            self.remote.close()
+            log.error("the engine's process is started again")
+            try:
+                self.remote.front = self.remote.start()
+            except Exception:
+                log.exception("the engine's process did not start")
+                sleep(pause)
+                pause = min(2 * pause, MAX_PAUSE)
+            else:
+                self.ready, self.failures = True, 0
+                return
+
+    def _admit_inbox(self, engine: Engine | RemoteEngine) -> None:
         with self._wake:
             inbox, self._inbox = self._inbox, []
         for job in inbox:
@@ -320,9 +361,12 @@ class Driver:
                 job.handle.cancel()
         self._jobs = [job for job in self._jobs if not job.batch.cancelled]
 
-    def _step(self, engine: Engine) -> None:
+    def _step(self, engine: Engine | RemoteEngine) -> None:
         try:
             engine.step()
+        except GoneError as error:
+            log.error("the engine is lost", extra={"reason": str(error)})
+            self._restart()
         except Exception as error:
             self.failures += 1
             log.exception("a step of the engine failed", extra={"failures": self.failures})

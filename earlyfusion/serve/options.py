@@ -37,6 +37,7 @@ class ServeOptions:
     keepalive: float = 15.0
     timeout: float = 600.0
     drain_seconds: float = 30.0
+    step_timeout: float = 300.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65_535:

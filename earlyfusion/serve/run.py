@@ -16,21 +16,28 @@ from earlyfusion.api import Chameleon
 from earlyfusion.errors import SettingError
 from earlyfusion.serve.app import make_app
 from earlyfusion.serve.options import ServeOptions
+from earlyfusion.serve.process import RemoteEngine
 from earlyfusion.serve.service import Service
 
 _MAX_HEADER_BYTES = 32_768
 _BACKLOG = 1024
-_FIELDS = ("request_id", "method", "path", "status", "ms", "failures")
+_FIELDS = ("request_id", "method", "path", "status", "ms", "failures", "reason")
 
 
-def serve(model: Chameleon, options: ServeOptions, quiet: bool = False) -> None:
+def serve(
+    model: Chameleon,
+    options: ServeOptions,
+    quiet: bool = False,
+    remote: RemoteEngine | None = None,
+) -> None:
     """Answer requests until SIGTERM or Ctrl-C, then let those that run end.
 
-    Raises `SettingError` where the port is taken.
+    The engine runs in a thread of this process, or it is `remote`, and `model` its front. Raises
+    `SettingError` where the port is taken.
     """
     listener = _listener(options)
     log_as_json()
-    app = make_app(model, options)
+    app = make_app(model, options, remote)
     # Bound before the model warms up: who connects early waits instead of being refused.
     config = uvicorn.Config(
         app,

@@ -23,6 +23,7 @@ from earlyfusion.serve.errors import ApiError
 from earlyfusion.serve.metrics import Metrics
 from earlyfusion.serve.options import ServeOptions
 from earlyfusion.serve.pictures import PictureLimits, encoded
+from earlyfusion.serve.process import RemoteEngine
 from earlyfusion.serve.prompts import PromptReader
 from earlyfusion.serve.protocol import ChatMessage, Format
 from earlyfusion.serve.replies import image_tokens
@@ -57,13 +58,15 @@ class Prepared:
 
 
 class Service:
-    """One model, served."""
+    """One model, served; with `remote` by an engine in a process of its own."""
 
-    def __init__(self, model: Chameleon, options: ServeOptions) -> None:
+    def __init__(
+        self, model: Chameleon, options: ServeOptions, remote: RemoteEngine | None = None
+    ) -> None:
         self.model, self.options = model, options
         self.name = options.name or Path(model.name or "model").name
         self.created = int(time())
-        self.driver = Driver(model, options.max_queue)
+        self.driver = Driver(model, options.max_queue, remote)
         self.metrics = Metrics(self.driver, self.name)
         self.driver.observe = self.metrics.observe
         self.driver.observe_cancel = self.metrics.cancelled.inc

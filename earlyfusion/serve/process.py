@@ -1,0 +1,351 @@
+"""The engine in a process of its own, so that the server outlives it.
+
+The child loads the weights and steps the engine. It sends a `Front` first: the model without its
+transformer, for prompts, tokens and pictures, which are this process's work; the interpreter lock
+of the child then belongs to the engine alone. After that it sends the events of each step.
+Messages are pickles over a socket pair that no other process can open.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import count
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from time import monotonic
+from typing import TypeAlias, cast
+
+import torch
+
+from earlyfusion.api import Chameleon
+from earlyfusion.engine.cache import CacheSize
+from earlyfusion.engine.engine import Engine
+from earlyfusion.engine.handle import Handle
+from earlyfusion.errors import CheckpointError, EarlyFusionError
+from earlyfusion.generation.request import Event, Request
+from earlyfusion.model.transformer import Transformer
+
+log = logging.getLogger("earlyfusion.serve")
+BEAT_SECONDS = 0.5  # between two messages of a busy child, at least one
+MAX_FAILURES = 3  # failed steps in a row, after which the engine is made anew
+_END_SECONDS = 10.0
+
+
+class GoneError(Exception):
+    """The engine's process has ended, or its step took too long."""
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """How the child loads its model: arguments of `Chameleon.load`, and `--fit`."""
+
+    name: str = "mini"
+    device: str = "auto"
+    dtype: str = "auto"
+    verify: bool = True
+    cache_bytes: int | None = None
+    fit: bool | None = None
+
+    def load(self) -> Chameleon:
+        """The model. Raises an `EarlyFusionError`."""
+        model = Chameleon.load(
+            self.name,
+            self.device,
+            self.dtype,
+            verify=self.verify,
+            cache_bytes=self.cache_bytes,
+        )
+        if self.fit is not None:
+            model.image_tokenizer.mode = "fit" if self.fit else "crop"
+        return model
+
+
+@dataclass(frozen=True)
+class Front:
+    """What the server's process knows of the model and its engine; the transformer has no data."""
+
+    model: Chameleon
+    context_tokens: int
+    cache_size: CacheSize
+    most_running: int
+
+
+@dataclass
+class News:
+    """What a step brought to one request."""
+
+    number: int
+    events: list[Event] = field(default_factory=list)
+    drawn: bool = False
+    finished: bool = False
+    error: BaseException | None = None
+
+
+# To the child: a request with its number, or the number of one to end. From it: the front or an
+# error of loading at first, then news and the engine's count of preemptions.
+Command: TypeAlias = tuple[int, Request | None]
+Message: TypeAlias = tuple[list[News], int]
+
+
+class RemoteHandle:
+    """A request in the child, with what the driver uses of a `Handle`."""
+
+    def __init__(self, number: int, leave: Callable[[int], None]) -> None:
+        self.number, self.events = number, deque[Event]()
+        self.tokens = self.finished = False  # whether it has drawn one, and is done
+        self.error: BaseException | None = None
+        self._leave = leave
+
+    def cancel(self) -> None:
+        self._leave(self.number)
+
+
+class RemoteEngine:
+    """The child, with the methods of an `Engine` that the driver uses.
+
+    All but `check`, `wake` and the properties belong to the driver's thread. `step` raises
+    `GoneError` if the child ends, or sends nothing for `step_timeout` seconds while it has work.
+    """
+
+    def __init__(self, plan: LoadPlan, step_timeout: float) -> None:
+        self._plan, self._step_timeout = plan, step_timeout
+        self._woken, self._waker = os.pipe()
+        os.set_blocking(self._waker, False)
+        os.set_blocking(self._woken, False)
+        self._numbers = count()
+        self._handles: dict[int, RemoteHandle] = {}
+        self.preemptions, self._heard = 0, 0.0
+        self.front = self.start()
+
+    def start(self) -> Front:
+        """Start a child and wait until it has loaded. Raises an `EarlyFusionError`."""
+        context = get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_serve_engine, args=(theirs, self._plan), name="engine", daemon=True
+        )
+        self._process.start()
+        theirs.close()
+        try:
+            first = self._connection.recv()
+        except (EOFError, OSError):
+            self.kill()
+            raise CheckpointError(
+                f"the engine's process ended while it loaded the model ({self._ending()}): give "
+                "this machine more memory, or choose a smaller --dtype"
+            ) from None
+        if isinstance(first, Front):
+            return first
+        self.kill()
+        raise first
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid or 0
+
+    @property
+    def alive(self) -> bool:
+        return self._process.is_alive()
+
+    @property
+    def context_tokens(self) -> int:
+        return self.front.context_tokens
+
+    @property
+    def cache_size(self) -> CacheSize:
+        return self.front.cache_size
+
+    @property
+    def most_running(self) -> int:
+        return self.front.most_running
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._handles)
+
+    def check(self, request: Request) -> None:
+        """As `Engine.check`, which looks at nothing but these two sizes."""
+        Engine.check(cast(Engine, self), request)
+
+    def add(self, request: Request) -> RemoteHandle:
+        if not self._handles:
+            self._heard = monotonic()
+        handle = RemoteHandle(next(self._numbers), self._cancel)
+        self._handles[handle.number] = handle
+        self._send((handle.number, request))
+        return handle
+
+    def step(self) -> None:
+        """Wait for what the next step brings, or for `wake`."""
+        left = self._heard + self._step_timeout - monotonic()
+        ready = wait([self._connection, self._woken], max(left, 0))
+        if left <= 0 and self._connection not in ready:
+            raise GoneError(f"a step of the engine took over {self._step_timeout:g} s")
+        if self._woken in ready:
+            os.read(self._woken, 65_536)
+        if self._connection in ready:
+            self._receive()
+
+    def wake(self) -> None:
+        """Let `step` return, as there is something to send."""
+        try:
+            os.write(self._waker, b"\0")
+        except BlockingIOError:
+            pass  # full of wakes already
+
+    def close(self) -> None:
+        """End the child and all requests in it."""
+        self.kill()
+        self._handles.clear()
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join(_END_SECONDS)
+        self._connection.close()
+
+    def _ending(self) -> str:
+        code = self._process.exitcode or 0
+        return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+    def _cancel(self, number: int) -> None:
+        if self._handles.pop(number, None) is not None:
+            self._send((number, None))
+
+    def _send(self, command: Command) -> None:
+        # If the child is gone, `step` notices.
+        try:
+            self._connection.send(command)
+        except OSError:
+            log.debug("the engine's process does not listen")
+
+    def _receive(self) -> None:
+        try:
+            message = cast(Message, self._connection.recv())
+        except (EOFError, OSError):
+            self._process.join(_END_SECONDS)
+            raise GoneError(f"the engine's process ended ({self._ending()})") from None
+        news, self.preemptions = message
+        self._heard = monotonic()
+        for one in news:
+            handle = self._handles.get(one.number)
+            if handle is not None:
+                handle.events += one.events
+                handle.tokens, handle.error = one.drawn, one.error
+                handle.finished = one.finished
+                if one.finished or one.error is not None:
+                    del self._handles[one.number]
+
+
+def _serve_engine(connection: Connection, plan: LoadPlan) -> None:
+    """The child's life."""
+    # A signal for the whole group is for the server, which drains and then ends this process.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        model = plan.load()
+        engine = model.engine
+    except EarlyFusionError as error:
+        connection.send(error)
+        return
+    connection.send(_front(model, engine))
+    _Child(connection, engine).run()
+
+
+def _front(model: Chameleon, engine: Engine) -> Front:
+    with torch.device("meta"):
+        transformer = Transformer(model.config)
+    shown = Chameleon(
+        transformer, model.image_tokenizer, model.processor, model.defaults, model.name
+    )
+    shown.folder = model.folder
+    return Front(shown, engine.context_tokens, engine.cache_size, engine.most_running)
+
+
+class _Child:
+    """The loop of the child: commands in, one step, news out."""
+
+    def __init__(self, connection: Connection, engine: Engine) -> None:
+        self._connection, self._engine = connection, engine
+        self._handles: dict[int, Handle] = {}
+        self._commands: deque[Command] = deque()
+        self._changed = threading.Condition()
+        self._sent, self._failures = monotonic(), 0
+
+    def run(self) -> None:
+        threading.Thread(target=self._listen, name="listen", daemon=True).start()
+        while True:
+            with self._changed:
+                while not (self._commands or self._handles):
+                    self._changed.wait()
+            news = self._obey()
+            if self._engine.busy:
+                news += self._step()
+            news += [one for one in map(self._news, [*self._handles]) if one is not None]
+            if news or monotonic() - self._sent > BEAT_SECONDS:
+                self._connection.send((news, self._engine.preemptions))
+                self._sent = monotonic()
+            if self._failures == MAX_FAILURES:
+                return  # something in the engine itself may be broken
+
+    def _listen(self) -> None:
+        # Reads at all times, so that neither side ever waits for the other to read.
+        while True:
+            try:
+                command = self._connection.recv()
+            except (EOFError, OSError):
+                os._exit(0)  # the server is gone
+            with self._changed:
+                self._commands.append(command)
+                self._changed.notify()
+
+    def _obey(self) -> list[News]:
+        """Add and cancel requests; news of those that cannot run."""
+        refused: list[News] = []
+        while self._commands:
+            number, request = self._commands.popleft()
+            if request is None:
+                if (handle := self._handles.pop(number, None)) is not None:
+                    handle.cancel()
+                continue
+            try:
+                self._handles[number] = self._engine.add(request)
+            except Exception as error:
+                refused.append(News(number, error=_sendable(error)))
+        return refused
+
+    def _step(self) -> list[News]:
+        try:
+            self._engine.step()
+        except Exception as error:
+            self._failures += 1
+            log.exception("a step of the engine failed", extra={"failures": self._failures})
+            failed = [News(number, error=_sendable(error)) for number in self._handles]
+            for handle in self._handles.values():
+                handle.cancel()
+            self._handles.clear()
+            return failed
+        self._failures = 0
+        return []
+
+    def _news(self, number: int) -> News | None:
+        handle = self._handles[number]
+        events = [handle.events.popleft() for _ in range(len(handle.events))]
+        error = None if handle.error is None else _sendable(handle.error)
+        if handle.finished or error is not None:
+            del self._handles[number]
+        elif not events:
+            return None
+        return News(number, events, bool(handle.tokens), handle.finished, error)
+
+
+def _sendable(error: BaseException) -> BaseException:
+    """The error without what cannot be pickled; only a user's mistake keeps its class."""
+    if isinstance(error, EarlyFusionError):
+        return type(error)(str(error))
+    return RuntimeError(f"{type(error).__name__} in the engine's process")
