@@ -781,15 +781,18 @@ def _serve_apart(
     options: ServeOptions,
 ) -> None:
     """Serve a model that is loaded in a process of its own."""
-    from earlyfusion.serve.process import LoadPlan, RemoteEngine
+    from earlyfusion.serve.spawn import LoadPlan, start
     from earlyfusion.terminal import busy
 
     plan = LoadPlan(model, device, dtype, verify, cache_bytes, fit)
+    child = start(plan)
     with busy(f"loading {model}"):
-        remote = RemoteEngine(plan, options.step_timeout)
-    try:
+        # While the child loads the model, this process imports what it needs.
+        from earlyfusion.serve.process import RemoteEngine
         from earlyfusion.serve.run import serve as run
 
+        remote = RemoteEngine(plan, options.step_timeout, child)
+    try:
         run(remote.front.model, options, remote=remote)
     finally:
         remote.close()

@@ -82,6 +82,15 @@ def free_bytes(device: torch.device) -> int:
     return min(_available_bytes(), _container_bytes())
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of a device or of this machine."""
+    import torch
+
+    # torch says it of a CPU in words only.
+    words = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return words or isinstance(error, MemoryError | torch.OutOfMemoryError)
+
+
 def _available_bytes() -> int:
     # Linux counts memory that holds copies of files as available, the system's call does not.
     for line in _lines("/proc/meminfo"):

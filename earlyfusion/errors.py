@@ -43,5 +43,9 @@ class WeightsError(EarlyFusionError):
     """The weights give NaN or infinite numbers, from which no token can be drawn."""
 
 
+class OutOfMemoryError(EarlyFusionError):
+    """There was not enough memory for a step with this request."""
+
+
 class DataError(EarlyFusionError):
     """Training data is missing or malformed."""

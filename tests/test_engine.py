@@ -29,7 +29,7 @@ from earlyfusion.engine.engine import Engine
 from earlyfusion.engine.handle import Handle, most_branches
 from earlyfusion.engine.scheduler import Piece
 from earlyfusion.engine.step import Step
-from earlyfusion.errors import ContextError, SettingError, WeightsError
+from earlyfusion.errors import ContextError, OutOfMemoryError, SettingError, WeightsError
 from earlyfusion.generation.grammar import Grammar, Walk
 from earlyfusion.generation.lookup import Lookup
 from earlyfusion.generation.reference import draw_tokens, generate
@@ -495,6 +495,48 @@ def test_a_step_that_breaks_ends_what_runs_and_nothing_else(
         with pytest.raises(RuntimeError, match="engine failed"):
             list(broken)
     assert run(engine, mixed[:1]) == wanted[:1]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("x: can't allocate memory: 9")])
+def test_where_memory_runs_out_one_request_ends(
+    transformer: Transformer,
+    processor: Processor,
+    mixed: list[Request],
+    wanted: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    engine = Engine(transformer, processor)
+    handles = [engine.add(asked) for asked in mixed[:4]]
+    for _ in range(3):
+        engine.step()
+
+    def fail(*_: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Drawer, "draw", fail)
+        engine.step()
+    with pytest.raises(OutOfMemoryError, match="no memory for 4 requests at once"):
+        list(handles[3])
+    while engine.busy:
+        engine.step()
+    assert [handle.tokens for handle in handles[:3]] == wanted[:3]
+
+
+def test_a_reply_that_cannot_be_told_ends_alone(
+    transformer: Transformer,
+    processor: Processor,
+    mixed: list[Request],
+    wanted: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = Engine(transformer, processor)
+    good, bad = engine.add(mixed[0]), engine.add(mixed[1])
+    monkeypatch.setattr(bad, "take", lambda tokens: 1 / 0)
+    while engine.busy:
+        engine.step()
+    assert good.tokens == wanted[0] and isinstance(bad.error, ZeroDivisionError)
 
 
 def test_what_can_never_run_is_refused(transformer: Transformer, processor: Processor) -> None:

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 
-from earlyfusion.devices import dtype_name
+from earlyfusion.devices import dtype_name, is_out_of_memory
 from earlyfusion.engine.blocks import BLOCK_SIZE, BlockPool
 from earlyfusion.engine.cache import DTYPES, Cache, cache_size
 from earlyfusion.engine.cache import cache_dtype as dtype_of_cache
@@ -24,7 +24,13 @@ from earlyfusion.engine.module_tree import fingerprint
 from earlyfusion.engine.runner import ModelRunner
 from earlyfusion.engine.scheduler import Scheduler
 from earlyfusion.engine.tensor_parallel import LeadingRunner, peers_of
-from earlyfusion.errors import ContextError, EarlyFusionError, SettingError, WeightsError
+from earlyfusion.errors import (
+    ContextError,
+    EarlyFusionError,
+    OutOfMemoryError,
+    SettingError,
+    WeightsError,
+)
 from earlyfusion.generation.grammar import Grammar
 from earlyfusion.generation.request import Event, Request
 from earlyfusion.generation.sampler import NOT_FINITE
@@ -147,13 +153,18 @@ class Engine:
             handles = [self._handles[entry.number] for entry in plan.ready]
             drawn = self.runner.run(plan, handles)
         except BaseException as error:
+            if is_out_of_memory(error) and self._scheduler.running:
+                return self._give_up_newest(error)
             self._fail(error)
             raise
         for handle, tokens in zip(handles, drawn, strict=True):
             if NOTHING in tokens:
                 self._give_up(handle, WeightsError(NOT_FINITE))
-            else:
+                continue
+            try:
                 self._deliver(handle, tokens)
+            except Exception as error:
+                self._give_up(handle, error)
 
     def _give_up(self, handle: Handle, error: BaseException) -> None:
         """End one request with an error, and drop the keys and values that it has written."""
@@ -161,6 +172,19 @@ class Engine:
         for branch in handle.branches:
             self.runner.clear(self._scheduler.pool.drop(branch))
         self._end(handle)
+
+    def _give_up_newest(self, error: BaseException) -> None:
+        """Memory has run out: end the last request in order, and have the others read again."""
+        shortage = OutOfMemoryError(
+            f"there was no memory for {len(self._scheduler.running)} requests at once, so this one "
+            "ended: ask for fewer at once, or give the cache fewer bytes"
+        )
+        shortage.__cause__ = error
+        newest = self._handles[self._scheduler.running[-1].number]
+        newest.error = shortage
+        self._end(newest)
+        # The step may have written any part of its keys and values.
+        self._scheduler.restart()
 
     def _deliver(self, handle: Handle, tokens: Sequence[int]) -> None:
         if ended := handle.take(tokens):

@@ -6,7 +6,7 @@ import logging
 import re
 from typing import Any
 
-from earlyfusion.errors import ContextError, EarlyFusionError, WeightsError
+from earlyfusion.errors import ContextError, EarlyFusionError, OutOfMemoryError, WeightsError
 from earlyfusion.serve.driver import BrokenError, ClosedError, FullError, LateError
 
 log = logging.getLogger("earlyfusion.serve")
@@ -63,6 +63,8 @@ def as_api_error(error: BaseException) -> ApiError:
     if isinstance(error, BrokenError):
         message = "the engine failed while this request ran: ask it again"
         return ApiError(503, message, code="engine_failed", headers=_retry(1))
+    if isinstance(error, OutOfMemoryError):
+        return ApiError(503, str(error), code="out_of_memory", headers=_retry(1))
     if isinstance(error, WeightsError):
         return ApiError(500, str(error), code="weights")
     if isinstance(error, EarlyFusionError):

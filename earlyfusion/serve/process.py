@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
-from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from time import monotonic
 from typing import TypeAlias, cast
@@ -30,6 +29,8 @@ from earlyfusion.engine.handle import Handle
 from earlyfusion.errors import CheckpointError, EarlyFusionError
 from earlyfusion.generation.request import Event, Request
 from earlyfusion.model.transformer import Transformer
+from earlyfusion.serve import spawn
+from earlyfusion.serve.spawn import Child, LoadPlan
 
 log = logging.getLogger("earlyfusion.serve")
 BEAT_SECONDS = 0.5  # between two messages of a busy child, at least one
@@ -39,31 +40,6 @@ _END_SECONDS = 10.0
 
 class GoneError(Exception):
     """The engine's process has ended, or its step took too long."""
-
-
-@dataclass(frozen=True)
-class LoadPlan:
-    """How the child loads its model: arguments of `Chameleon.load`, and `--fit`."""
-
-    name: str = "mini"
-    device: str = "auto"
-    dtype: str = "auto"
-    verify: bool = True
-    cache_bytes: int | None = None
-    fit: bool | None = None
-
-    def load(self) -> Chameleon:
-        """The model. Raises an `EarlyFusionError`."""
-        model = Chameleon.load(
-            self.name,
-            self.device,
-            self.dtype,
-            verify=self.verify,
-            cache_bytes=self.cache_bytes,
-        )
-        if self.fit is not None:
-            model.image_tokenizer.mode = "fit" if self.fit else "crop"
-        return model
 
 
 @dataclass(frozen=True)
@@ -111,9 +87,10 @@ class RemoteEngine:
 
     All but `check`, `wake` and the properties belong to the driver's thread. `step` raises
     `GoneError` if the child ends, or sends nothing for `step_timeout` seconds while it has work.
+    `child` is the first one, if it has been started already.
     """
 
-    def __init__(self, plan: LoadPlan, step_timeout: float) -> None:
+    def __init__(self, plan: LoadPlan, step_timeout: float, child: Child | None = None) -> None:
         self._plan, self._step_timeout = plan, step_timeout
         self._woken, self._waker = os.pipe()
         os.set_blocking(self._waker, False)
@@ -121,17 +98,11 @@ class RemoteEngine:
         self._numbers = count()
         self._handles: dict[int, RemoteHandle] = {}
         self.preemptions, self._heard = 0, 0.0
-        self.front = self.start()
+        self.front = self.start(child)
 
-    def start(self) -> Front:
+    def start(self, child: Child | None = None) -> Front:
         """Start a child and wait until it has loaded. Raises an `EarlyFusionError`."""
-        context = get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_serve_engine, args=(theirs, self._plan), name="engine", daemon=True
-        )
-        self._process.start()
-        theirs.close()
+        self._process, self._connection = child or spawn.start(self._plan)
         try:
             first = self._connection.recv()
         except (EOFError, OSError):
@@ -242,7 +213,7 @@ class RemoteEngine:
                     del self._handles[one.number]
 
 
-def _serve_engine(connection: Connection, plan: LoadPlan) -> None:
+def serve_engine(connection: Connection, plan: LoadPlan) -> None:
     """The child's life."""
     # A signal for the whole group is for the server, which drains and then ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,62 @@
+"""Starts the engine's process. Imports little: it loads while the server imports the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from earlyfusion.api import Chameleon
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """How the child loads its model: arguments of `Chameleon.load`, and `--fit`."""
+
+    name: str = "mini"
+    device: str = "auto"
+    dtype: str = "auto"
+    verify: bool = True
+    cache_bytes: int | None = None
+    fit: bool | None = None
+
+    def load(self) -> Chameleon:
+        """The model. Raises an `EarlyFusionError`."""
+        from earlyfusion.api import Chameleon
+
+        model = Chameleon.load(
+            self.name,
+            self.device,
+            self.dtype,
+            verify=self.verify,
+            cache_bytes=self.cache_bytes,
+        )
+        if self.fit is not None:
+            model.image_tokenizer.mode = "fit" if self.fit else "crop"
+        return model
+
+
+class Child(NamedTuple):
+    """The engine's process, and the socket to it."""
+
+    process: BaseProcess
+    connection: Connection
+
+
+def start(plan: LoadPlan) -> Child:
+    """A process that loads the model and then serves its engine (process.py)."""
+    context = get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_run, args=(theirs, plan), name="engine", daemon=True)
+    process.start()
+    theirs.close()
+    return Child(process, ours)
+
+
+def _run(connection: Connection, plan: LoadPlan) -> None:
+    from earlyfusion.serve.process import serve_engine
+
+    serve_engine(connection, plan)
