@@ -1,0 +1,134 @@
+"""Norm and rotation of queries and keys, and the store of new keys and values, in one kernel.
+
+A program has one head of one row. Shapes: R rows, M heads of queries, keys and values together, N
+query heads, K key and value heads, H head width, W blocks of a table.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from earlyfusion.kernels.decode import EPS, Angles, HeadNorms, LayerBlocks
+
+
+def norm_rotate_store(
+    qkv_RMH: Tensor,
+    norms: HeadNorms,
+    angles: Angles,
+    positions_R: Tensor,
+    blocks: LayerBlocks,
+    table_RW: Tensor,
+) -> Tensor:
+    """As `kernels/decode.py` defines it."""
+    kv, scales = blocks
+    rows, heads, width = qkv_RMH.shape
+    keys = kv.shape[2]
+    qkv_RMH = qkv_RMH.contiguous()
+    out_RNH = torch.empty_like(
+        qkv_RMH[:, : heads - 2 * keys], memory_format=torch.contiguous_format
+    )
+    _heads[rows, heads](
+        qkv_RMH,
+        norms.weight,
+        norms.bias,
+        angles.cos_PH,
+        angles.sin_PH,
+        positions_R,
+        table_RW,
+        out_RNH,
+        kv,
+        norms.weight if scales is None else scales,
+        table_RW.stride(0),
+        *kv.stride()[:4],
+        *((0, 0, 0) if scales is None else scales.stride()[:3]),
+        HEADS=heads,
+        KEY_HEADS=keys,
+        WIDTH=width,
+        PADDED=triton.next_power_of_2(width),
+        BLOCK=kv.shape[3],
+        NORM_EPS=EPS,
+        SCALED=scales is not None,
+        num_warps=1,
+    )
+    return out_RNH
+
+
+@triton.jit
+def _nearest(x):
+    """To the nearest integer, halves to the even one; exact below 2^22."""
+    # fp32 has no bits for halves at 1.5 * 2^23, so the addition itself rounds.
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _heads(
+    qkv,
+    weight,
+    bias,
+    cos,
+    sin,
+    positions,
+    table,
+    out,
+    kv,
+    scales,
+    table_stride,
+    block_stride,
+    kind_stride,
+    head_stride,
+    token_stride,
+    scale_block_stride,
+    scale_kind_stride,
+    scale_head_stride,
+    HEADS: tl.constexpr,
+    KEY_HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NORM_EPS: tl.constexpr,
+    SCALED: tl.constexpr,
+):
+    row, head = tl.program_id(0), tl.program_id(1)
+    h = tl.arange(0, PADDED)
+    inside = h < WIDTH
+    x_pointer = qkv + (row.to(tl.int64) * HEADS + head) * WIDTH
+    x = tl.load(x_pointer + h, mask=inside, other=0).to(tl.float32)
+    at = tl.load(positions + row)
+    if head < HEADS - KEY_HEADS:
+        mean = tl.sum(x, 0) / WIDTH
+        centred = tl.where(inside, x - mean, 0.0)
+        inverse = tl.rsqrt(tl.sum(centred * centred, 0) / WIDTH + NORM_EPS)
+        # The other entry of each pair is loaded and normed once more.
+        other = tl.where(h < WIDTH // 2, h + WIDTH // 2, h - WIDTH // 2)
+        x_other = tl.load(x_pointer + other, mask=inside, other=0).to(tl.float32)
+        w, b = weight + head * WIDTH, bias + head * WIDTH
+        x = centred * inverse * tl.load(w + h, mask=inside, other=0)
+        x += tl.load(b + h, mask=inside, other=0)
+        x_other = (x_other - mean) * inverse * tl.load(w + other, mask=inside, other=0)
+        x_other += tl.load(b + other, mask=inside, other=0)
+        angle = at.to(tl.int64) * WIDTH + h
+        x *= tl.load(cos + angle, mask=inside, other=0)
+        x += x_other * tl.load(sin + angle, mask=inside, other=0)
+    rounded = x.to(out.dtype.element_ty)
+    if head < HEADS - 2 * KEY_HEADS:
+        place = (row.to(tl.int64) * (HEADS - 2 * KEY_HEADS) + head) * WIDTH
+        tl.store(out + place + h, rounded, mask=inside)
+    else:
+        stored = head - (HEADS - 2 * KEY_HEADS)
+        kind, key_head = (stored // KEY_HEADS).to(tl.int64), (stored % KEY_HEADS).to(tl.int64)
+        number = tl.load(table + row.to(tl.int64) * table_stride + at // BLOCK).to(tl.int64)
+        place = number * block_stride + kind * kind_stride + key_head * head_stride
+        place += (at % BLOCK).to(tl.int64) * token_stride
+        if SCALED:
+            y = tl.where(inside, rounded.to(tl.float32), 0.0)
+            scale = tl.div_rn(tl.max(tl.abs(y), 0), 127.0)
+            level = _nearest(tl.div_rn(y, tl.maximum(scale, 1e-30)))
+            tl.store(kv + place + h, level.to(tl.int8), mask=inside)
+            where = number * scale_block_stride + kind * scale_kind_stride
+            where += key_head * scale_head_stride + at % BLOCK
+            tl.store(scales + where, scale)
+        else:
+            tl.store(kv + place + h, rounded.to(kv.dtype.element_ty), mask=inside)
