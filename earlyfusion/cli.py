@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 from time import perf_counter
@@ -791,7 +792,7 @@ def _serve_apart(
         from earlyfusion.serve.process import RemoteEngine
         from earlyfusion.serve.run import serve as run
 
-        remote = RemoteEngine(plan, options.step_timeout, child)
+        remote = RemoteEngine(partial(start, plan), options.step_timeout, child)
     try:
         run(remote.front.model, options, remote=remote)
     finally:

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
@@ -16,14 +17,15 @@ from serve_case import Running, answer, data_url, events, mini, pixels, running
 
 from earlyfusion.cli import main
 from earlyfusion.errors import CheckpointError
-from earlyfusion.serve.process import LoadPlan, RemoteEngine
+from earlyfusion.serve.process import RemoteEngine
+from earlyfusion.serve.spawn import LoadPlan, start
 
 DRAWING: dict[str, Any] = {"modalities": ["image"], "max_images": 8, "seed": 0}
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    remote = RemoteEngine(LoadPlan("mini", dtype="fp32"), step_timeout=60)
+    remote = RemoteEngine(partial(start, LoadPlan("mini", dtype="fp32")), step_timeout=60)
     try:
         with running(remote) as server:
             yield server
@@ -134,7 +136,7 @@ def test_clients_that_leave_free_the_engine(server: Running) -> None:
 
 def test_bad_weights_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(CheckpointError):
-        RemoteEngine(LoadPlan(str(tmp_path)), step_timeout=60)
+        RemoteEngine(partial(start, LoadPlan(str(tmp_path))), step_timeout=60)
     assert main(["serve", "--port", "0", "--model", str(tmp_path)]) == 2
     told = capsys.readouterr().err
     assert "Traceback" not in told and str(tmp_path) in told

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from time import monotonic
 from typing import TypeAlias, cast
 
@@ -29,8 +30,6 @@ from earlyfusion.engine.handle import Handle
 from earlyfusion.errors import CheckpointError, EarlyFusionError
 from earlyfusion.generation.request import Event, Request
 from earlyfusion.model.transformer import Transformer
-from earlyfusion.serve import spawn
-from earlyfusion.serve.spawn import Child, LoadPlan
 
 log = logging.getLogger("earlyfusion.serve")
 BEAT_SECONDS = 0.5  # between two messages of a busy child, at least one
@@ -63,6 +62,8 @@ class News:
     error: BaseException | None = None
 
 
+Child: TypeAlias = tuple[BaseProcess, Connection]
+
 # To the child: a request with its number, or the number of one to end. From it: the front or an
 # error of loading at first, then news and the engine's count of preemptions.
 Command: TypeAlias = tuple[int, Request | None]
@@ -87,11 +88,13 @@ class RemoteEngine:
 
     All but `check`, `wake` and the properties belong to the driver's thread. `step` raises
     `GoneError` if the child ends, or sends nothing for `step_timeout` seconds while it has work.
-    `child` is the first one, if it has been started already.
+    `spawn` starts a child (spawn.py); `child` is the first one, if it has been started already.
     """
 
-    def __init__(self, plan: LoadPlan, step_timeout: float, child: Child | None = None) -> None:
-        self._plan, self._step_timeout = plan, step_timeout
+    def __init__(
+        self, spawn: Callable[[], Child], step_timeout: float, child: Child | None = None
+    ) -> None:
+        self._spawn, self._step_timeout = spawn, step_timeout
         self._woken, self._waker = os.pipe()
         os.set_blocking(self._waker, False)
         os.set_blocking(self._woken, False)
@@ -102,7 +105,7 @@ class RemoteEngine:
 
     def start(self, child: Child | None = None) -> Front:
         """Start a child and wait until it has loaded. Raises an `EarlyFusionError`."""
-        self._process, self._connection = child or spawn.start(self._plan)
+        self._process, self._connection = child or self._spawn()
         try:
             first = self._connection.recv()
         except (EOFError, OSError):
@@ -213,13 +216,13 @@ class RemoteEngine:
                     del self._handles[one.number]
 
 
-def serve_engine(connection: Connection, plan: LoadPlan) -> None:
+def serve_engine(connection: Connection, load: Callable[[], Chameleon]) -> None:
     """The child's life."""
     # A signal for the whole group is for the server, which drains and then ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
-        model = plan.load()
+        model = load()
         engine = model.engine
     except EarlyFusionError as error:
         connection.send(error)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from earlyfusion.api import Chameleon
@@ -39,24 +39,18 @@ class LoadPlan:
         return model
 
 
-class Child(NamedTuple):
-    """The engine's process, and the socket to it."""
-
-    process: BaseProcess
-    connection: Connection
-
-
-def start(plan: LoadPlan) -> Child:
-    """A process that loads the model and then serves its engine (process.py)."""
+def start(plan: LoadPlan) -> tuple[BaseProcess, Connection]:
+    """A process that loads the model and then serves its engine (process.py), and the socket to
+    it."""
     context = get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_run, args=(theirs, plan), name="engine", daemon=True)
     process.start()
     theirs.close()
-    return Child(process, ours)
+    return process, ours
 
 
 def _run(connection: Connection, plan: LoadPlan) -> None:
     from earlyfusion.serve.process import serve_engine
 
-    serve_engine(connection, plan)
+    serve_engine(connection, plan.load)
