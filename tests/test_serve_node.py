@@ -14,6 +14,7 @@ from serve_case import STRAWBERRY, answer, mini, pixels, running
 
 from earlyfusion import Image, Text
 
+pytestmark = pytest.mark.browser  # CI installs Node with the browser
 SCRIPT = Path(__file__).with_name("openai_client.cjs")
 FRUITS = "Show me two different fruits."
 
