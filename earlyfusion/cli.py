@@ -738,6 +738,9 @@ def serve(
     public_url: Annotated[
         str, typer.Option(help="Where clients reach the server, for addresses of pictures.")
     ] = "",
+    step_timeout: Annotated[
+        int, whole_option("Seconds after which a step of the engine counts as hung.")
+    ] = 300,
     fit: Fit = None,
     device: Device = "auto",
     dtype: Precision = "auto",
@@ -759,6 +762,7 @@ def serve(
         allow_image_urls=allow_image_urls,
         cors_origins=tuple(cors_origin or ()),
         public_url=public_url,
+        step_timeout=step_timeout,
     )
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # Processes that torchrun started already share the model: it is not loaded elsewhere.

@@ -108,6 +108,9 @@ def test_an_engine_that_is_lost_is_started_again(
     said = server.chat("Name a fruit.", modalities=["text"], seed=1)
     assert text_of(said) == answer("Name a fruit.", "text", 1).text
     assert server.get("/health").status_code == 200
+    page = server.get("/metrics").text.splitlines()
+    [restarts] = [line for line in page if line.startswith("earlyfusion:engine_restarts{")]
+    assert float(restarts.split()[-1]) >= 1
     assert server.service.driver.waiting == server.service.driver.running == 0
 
 

@@ -8,7 +8,7 @@ import pytest
 from serve_case import picture_file
 
 from earlyfusion.content import Image, Message, Text
-from earlyfusion.errors import ContextError, SettingError
+from earlyfusion.errors import ContextError, OutOfMemoryError, SettingError
 from earlyfusion.serve import fetch
 from earlyfusion.serve.driver import BrokenError, ClosedError, FullError
 from earlyfusion.serve.errors import ApiError, as_api_error
@@ -399,6 +399,8 @@ def test_errors_have_a_status_a_remedy_and_no_inside() -> None:
         assert "0x7f" not in str(wire.body)
     assert as_api_error(SettingError("top_p=2 is not possible")).param == "top_p"
     assert as_api_error(FullError(4, 3)).headers == {"Retry-After": "3"}
+    short = as_api_error(OutOfMemoryError("no memory for 4 requests"))
+    assert (short.status, short.code, short.headers) == (503, "out_of_memory", {"Retry-After": "1"})
 
 
 def test_options_are_checked() -> None:
@@ -407,6 +409,7 @@ def test_options_are_checked() -> None:
     assert ServeOptions(host="0.0.0.0", api_keys=("a-long-key",)).host == "0.0.0.0"
     for host in ("127.0.0.1", "localhost", "::1", "[::1]", "127.9.9.9"):
         assert ServeOptions(host=host).host == host
-    for wrong in ({"port": 70_000}, {"max_queue": -1}, {"api_keys": ("short",)}):
+    impossible = {"port": 70_000}, {"max_queue": -1}, {"api_keys": ("short",)}, {"step_timeout": 0}
+    for wrong in impossible:
         with pytest.raises(SettingError):
             ServeOptions(**wrong)

@@ -43,6 +43,9 @@ class Metrics:
         gauge("num_preemptions", "Requests that gave their blocks to another.").set_function(
             lambda: driver.preemptions
         )
+        gauge("engine_restarts", "Times that the engine's process was started again.").set_function(
+            lambda: driver.restarts
+        )
         gauge("engine_silent_seconds", "Since the engine's last heartbeat.").set_function(
             lambda: driver.silent_seconds
         )

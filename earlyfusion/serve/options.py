@@ -15,7 +15,8 @@ class ServeOptions:
     `name` is the model's name on the wire, that of the loaded model where it is empty. Without
     `api_keys` the server only listens on this machine. `max_queue` requests wait beside those that
     run. `keepalive` is the time in seconds after which a silent stream gets a comment, `timeout`
-    the time that a reply may take, `drain_seconds` the time that replies have to end after SIGTERM.
+    the time that a reply may take, `drain_seconds` the time that replies have to end after SIGTERM,
+    `step_timeout` the time of one step of the engine, after which its process is started again.
     Raises `SettingError`.
     """
 
@@ -44,6 +45,8 @@ class ServeOptions:
             raise SettingError(f"port={self.port} is not possible: use 0 (any free one) to 65,535")
         if self.max_queue < 0:
             raise SettingError(f"max_queue={self.max_queue} is not possible: use 0 or more")
+        if not self.step_timeout > 0:
+            raise SettingError(f"step_timeout={self.step_timeout:g} is not possible: use above 0")
         for key in self.api_keys:
             if not key.isascii() or not key.strip() or len(key) < 8:
                 raise SettingError("an API key has under 8 letters or others than ASCII: change it")
