@@ -267,6 +267,21 @@ def test_a_prompt_is_read_in_larger_pieces_where_nobody_draws() -> None:
     assert [len(piece.tokens) for piece in scheduler.schedule().pieces] == [8, 1]
 
 
+def test_equal_prompts_that_come_together_are_read_once() -> None:
+    scheduler = scheduler_of(30, 8)
+    entries = [Entry([Branch([*range(70), 100 + n])]) for n in range(4)]
+    other = Entry([Branch([5] * 9)])
+    for entry in [*entries, other]:
+        scheduler.add(entry)
+    read = [sum(piece.size for piece in scheduler.schedule().pieces) for _ in range(3)]
+    assert read == [32, 32, 7] and scheduler.running == entries[:1]
+    entries[0].branches[0].tokens.append(1)
+    # Of the others only the last token, behind whole blocks and a copied one.
+    plan = scheduler.schedule()
+    assert [piece.size for piece in plan.pieces] == [1, 1, 1, 1, 8]
+    assert plan.ready == entries and len(plan.copies) == 3
+
+
 def test_a_higher_priority_takes_the_place_of_a_lower_one() -> None:
     scheduler = scheduler_of(2, 8)
     low, high = Entry([Branch([0]), Branch([1])], 5), Entry([Branch([0])], -1)

@@ -162,6 +162,8 @@ class Scheduler:
             # Free blocks belong to a running request that still lacks some and is before it.
             if any(_order(e) < _order(first) and self._missing(e) for e in self.running):
                 return
+            if self._shares_soon(first):
+                return
             lower = [e for e in self.running if e.priority > first.priority]
             if not self._has_room(first, lower):
                 return
@@ -173,6 +175,20 @@ class Scheduler:
             self.running.append(first)
             self.running.sort(key=_order)
             self._assign(first, plan)
+
+    def _shares_soon(self, entry: Entry) -> bool:
+        """Whether a request before it is still reading blocks that this one begins with: many with
+        one prompt then read it once."""
+        tokens = entry.branches[0].tokens
+        end = (len(self.pool.find(tokens).blocks) + 1) * self.pool.size
+        if not self.pool.shares or end >= len(tokens):
+            return False
+        before = (e for e in self.running if _order(e) < _order(entry))
+        return any(
+            branch.read < end < len(branch.tokens) and branch.tokens[:end] == tokens[:end]
+            for other in before
+            for branch in other.branches
+        )
 
     def _has_room(self, entry: Entry, without: Sequence[Entry] = ()) -> bool:
         """Whether a waiting request may run, possibly without some of the running ones."""
