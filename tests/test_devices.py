@@ -50,7 +50,7 @@ def test_every_option_understands_both_names() -> None:
     for name in ("bf16", "bfloat16"):
         assert cache_dtype(name, torch.float32) == torch.bfloat16
     sizes = [
-        Engine(mini.transformer, mini.processor, cache_dtype=name).slot_bytes
+        Engine(mini.transformer, mini.processor, cache_dtype=name).cache_size.block_bytes
         for name in ("fp32", "float32", "bf16", "bfloat16")
     ]
     assert sizes[0] == sizes[1] == 2 * sizes[2] == 2 * sizes[3]
