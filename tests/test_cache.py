@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ import torch
 from tiny import CONFIG, TEXTS, tiny_processor, tiny_transformer
 
 from earlyfusion.engine import cache
-from earlyfusion.engine.backends import cpu
+from earlyfusion.engine.backends import attention, cpu
+from earlyfusion.engine.backends import torch as torch_backend
 from earlyfusion.engine.blocks import BLOCK_SIZE, Branch, Copy
 from earlyfusion.engine.cache import FREE_SHARE, Cache
 from earlyfusion.engine.engine import Engine
@@ -22,7 +24,9 @@ from earlyfusion.errors import SettingError
 from earlyfusion.generation.grammar import Grammar
 from earlyfusion.generation.request import Request
 from earlyfusion.generation.settings import SamplingParams
+from earlyfusion.kernels import decode
 from earlyfusion.model.kv_cache import KVCache
+from earlyfusion.model.rotary import rotary_tables
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.processor import Processor
 
@@ -198,6 +202,40 @@ def test_many_requests_hold_only_what_they_have_read(
         small.step()
     assert small.preemptions == 0
     assert agreement([handle.tokens for handle in handles], alone) > 0.9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_the_definitions_of_kernels_are_what_the_torch_back_end_does(dtype: torch.dtype) -> None:
+    """kernels/decode.py over the engine's cache: norm, rotation and store to the bit; attention."""
+    torch.manual_seed(0)
+    caches = [Cache(CONFIG, 6, 64, dtype, CPU) for _ in range(2)]
+    for tensors in zip(*(one._tensors() for one in caches), strict=True):
+        fresh = torch.randn(tensors[0].shape)
+        for tensor in tensors:
+            tensor.copy_(fresh.mul(40).round() if tensor.dtype == torch.int8 else fresh)
+    ours, theirs = (one.layers[1] for one in caches)
+    heads, keys, width = CONFIG.num_attention_heads, CONFIG.kv_heads, CONFIG.head_dim
+    table, places = torch.tensor([[3, 1], [0, 5], [4, 2]]), torch.tensor([0, 37, 31])
+    norms = decode.HeadNorms(*torch.randn(2, heads + keys, width))
+    rotary = rotary_tables(CONFIG, torch.arange(64)[None])
+    angles = decode.Angles(rotary.cos[0, :, 0], rotary.sin[0, :, 0])
+    qkv = torch.randn(3, heads + 2 * keys, width)
+    layer = SimpleNamespace(head_weight=norms.weight, head_bias=norms.bias)
+    positions = rotary.cos[0][places], rotary.sin[0][places]
+    rotated = torch_backend._rotated(qkv[:, : heads + keys], layer, *positions)  # type: ignore[arg-type]
+    in_block = table.gather(1, (places // 32)[:, None])[:, 0], places % 32
+    theirs.store(*in_block, rotated[:, heads:], qkv[:, heads + keys :])
+    blocks = decode.LayerBlocks(*ours)
+    queries = decode.norm_rotate_store(qkv, norms, angles, places, blocks, table)
+    assert torch.equal(queries, rotated[:, :heads])
+    assert all(torch.equal(*pair) for pair in zip(*(c._tensors() for c in caches), strict=True))
+    ends = places + 1
+    beyond = (torch.arange(64) >= ends[:, None])[:, None, None]
+    mask = torch.zeros(3, 1, 1, 64).masked_fill(beyond, -torch.inf)
+    group = attention._Group(slice(0, 3), table, 64, mask)
+    expected = attention._attend_group(theirs, queries, group)
+    got = decode.attend(queries, blocks, table, ends)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_zeros_stay_zeros() -> None:
