@@ -178,7 +178,7 @@ class Chameleon:
         from this call, the others serve it and end with it (docs/engine.md). `verify` compares the
         files with the checklist beside them, if there is one; large files only once. `adapter` is a
         folder in PEFT's format that is added to the weights. `cache_bytes` is the size of the
-        engine's cache, by default a quarter of the free memory (docs/engine.md). Raises
+        engine's cache, by default a share of the free memory (docs/engine.md). Raises
         `CheckpointError` and `SettingError`.
         """
         _check_adapter(adapter, tensor_parallel)

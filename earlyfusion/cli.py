@@ -183,7 +183,7 @@ Encoding = Annotated[
 
 CacheBytes = Annotated[
     int | None,
-    bytes_option("Memory for keys and values, such as 2GB.", unset="a quarter of what is free"),
+    bytes_option("Memory for keys and values, such as 2GB.", unset="a share of what is free"),
 ]
 
 

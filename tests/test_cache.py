@@ -183,8 +183,10 @@ def test_the_default_size_is_a_share_of_the_free_memory(
     """Of a context of 256 tokens: 8 blocks. At least three of them, at most 64."""
     monkeypatch.setattr(cache, "free_bytes", lambda device: free)
     size = Engine(transformer, processor).cache_size
-    assert size.blocks == (blocks or int(free * FREE_SHARE) // size.block_bytes)
+    assert size.blocks == (blocks or int(free * FREE_SHARE["cpu"]) // size.block_bytes)
     assert blocks or 3 * 8 < size.blocks < 64 * 8
+    on_gpu = cache.cache_size(1000, 256, torch.device("cuda"))  # blocks of 32,000 bytes
+    assert on_gpu.blocks == max(24, min(int(0.8 * free) // 32_000, 64 * 8))
 
 
 def test_many_requests_hold_only_what_they_have_read(

@@ -26,8 +26,8 @@ from earlyfusion.errors import SettingError
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 """dtypes of keys and values, besides the model's own."""
 
-FREE_SHARE = 0.25
-"""The share of the free memory that the cache takes where no size is given."""
+FREE_SHARE = {"cpu": 0.25, "cuda": 0.8}
+"""The share of the free memory that the cache takes where no size is given, by type of device."""
 
 MOST_CONTEXTS = 64
 """Sequences as long as the context for which a cache of the default size has room at most."""
@@ -151,7 +151,8 @@ def cache_size(
     block_bytes = BLOCK_SIZE * token_bytes
     context = -(-context_tokens // BLOCK_SIZE)
     if budget is None:
-        share = int(FREE_SHARE * max(free_bytes(device) - reserved, 0)) // block_bytes
+        left = max(free_bytes(device) - reserved, 0)
+        share = int(FREE_SHARE.get(device.type, 0.25) * left) // block_bytes
         return CacheSize(max(3 * context, min(share, MOST_CONTEXTS * context)), block_bytes)
     if budget < block_bytes:
         raise SettingError(

@@ -47,13 +47,13 @@ class Engine:
     """Runs requests on one transformer.
 
     The cache takes `cache_bytes`, cut into blocks of 32 tokens. By default it takes a quarter of
-    the memory that is free, but at least what one guided image of the longest context may need, and
-    at most 64 contexts: `cache_size` says how much that is. Memory of a CPU is only taken as blocks
-    are used. Prompt and reply have at most `context_tokens` tokens (default: the model's). A step
-    reads at most `chunk` tokens of prompts beside requests that draw, four times as many where none
-    does (default: 64 on a CPU, 512 on a GPU). At most `most_running` requests run at once.
-    `cache_dtype` is the dtype of keys and values: "fp32", "bf16" or "int8", default the model's.
-    Raises `SettingError`.
+    the memory that is free, of a GPU 80%, but at least what one guided image of the longest context
+    may need, and at most 64 contexts: `cache_size` says how much that is. Memory of a CPU is only
+    taken as blocks are used. Prompt and reply have at most `context_tokens` tokens (default: the
+    model's). A step reads at most `chunk` tokens of prompts beside requests that draw, four times
+    as many where none does (default: 64 on a CPU, 512 on a GPU). At most `most_running` requests
+    run at once. `cache_dtype` is the dtype of keys and values: "fp32", "bf16" or "int8", default
+    the model's. Raises `SettingError`.
     """
 
     def __init__(
