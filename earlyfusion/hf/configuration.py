@@ -1,3 +1,4 @@
+# Copyright 2026 the authors of earlyfusion. Licensed under the Apache License 2.0.
 """The two configs, with the fields, defaults and files of transformers' own.
 
 As in transformers, making a config only checks the types of its values. A value that no network can
