@@ -406,7 +406,7 @@ def test_packing_keeps_the_weights_up_to_a_step_of_the_scale(bits: int, most: fl
 def test_structures_have_the_same_fields_in_both_languages() -> None:
     """The sizes are compared at load; names and order here."""
     folder = Path(cpu_step.__file__).parent
-    text = (folder / "cpu_step.cpp").read_text() + (folder / "draw.h").read_text()
+    text = "".join((folder / name).read_text() for name in ("cpu_step.cpp", "draw.h", "products.h"))
     for name in ("Matrix", "Layer", "Model", "Choice"):
         (body,) = re.findall(
             rf"^struct {name} {{\n(.*?)^(?:}};|\n)", text, re.DOTALL | re.MULTILINE
@@ -426,6 +426,7 @@ def test_a_changed_header_is_built_anew(tmp_path: Path, monkeypatch: pytest.Monk
     assert [path.name for path in native.sources(Path(cpu_step.__file__).with_suffix(".cpp"))] == [
         "cpu_step.cpp",
         "draw.h",
+        "products.h",
         "simd.h",
     ]
     for number in (3, 4):

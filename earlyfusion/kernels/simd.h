@@ -90,6 +90,20 @@ using Aligned = std::vector<T, LineAllocator<T>>;
 
 // ---- arithmetic
 
+// a * b + c, rounded once. Left to the compiler, it may be rounded twice in one instance of a
+// template and once in another; then a row would depend on how many others a step has.
+inline floats16 fused(floats16 a, floats16 b, floats16 c) {
+#if defined(__AVX512F__)
+  return floats16(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c)));
+#else
+  return a * b + c;
+#endif
+}
+
+inline void fetch(const void* at, int64_t distance) {
+  __builtin_prefetch(static_cast<const char*>(at) + distance);
+}
+
 // The sums of N vectors, at most sixteen: entry i of the result is the sum of vector i. Each step
 // adds halves of two vectors and packs the results into one, so that four steps do all of them.
 template <int N>
@@ -117,6 +131,31 @@ inline __attribute__((always_inline)) floats16 sums(floats16* v) {
 
 // In the order of `sums`, so that a vector has the same sum alone and among others.
 inline float sum(floats16 v) { return sums<1>(&v)[0]; }
+
+#if defined(VECTORS_OF_EIGHT)
+inline __m256 eight(const float* p) { return _mm256_loadu_ps(p); }
+
+inline __m256 eight(const uint16_t* p) {
+  const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
+}
+
+inline __m256 eight(const int8_t* p) {
+  const __m128i raw = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(raw));
+}
+
+// Four vectors of sixteen to the sums of their entries, added up in the order of `sums`.
+inline __m128 four_sums(const __m256* low, const __m256* high) {
+  __m128 t[4];
+  for (int r = 0; r < 4; r++) {
+    const __m256 v = _mm256_add_ps(low[r], high[r]);
+    t[r] = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  }
+  _MM_TRANSPOSE4_PS(t[0], t[1], t[2], t[3]);
+  return _mm_add_ps(_mm_add_ps(t[0], t[2]), _mm_add_ps(t[1], t[3]));
+}
+#endif
 
 // e^x for x = n * ln 2 + r, where n is x / ln 2 rounded and `whole` is n as an integer; 2^n has to be
 // a normal number.

@@ -1,0 +1,331 @@
+// Products of a step's inputs and weight matrices, for cpu_step.cpp.
+//
+// Weights are fp32, bf16, int8 (one scale per row) or int4 (one bf16 scale per 32 columns). A table
+// turns nibbles into bf16, so that int4 costs one shuffle more than bf16 and activations need not be
+// quantised. Columns are padded with zeros to a multiple of 64.
+
+#pragma once
+
+#include <omp.h>
+
+#include <algorithm>
+
+#include "simd.h"
+
+namespace {
+
+// A weight matrix, as in cpu_step.py.
+enum Format : int64_t { FP32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };  // of weights and of the cache
+
+struct Matrix {
+  const void* data;
+  const void* scales;            // of int8 and int4
+  int64_t rows, stride, format;  // stride: padded columns
+};
+
+// How far ahead to prefetch in a row of weights: to the same columns of the next four rows where rows
+// are too short for the processor to prefetch by itself, else `bytes` further on.
+inline int64_t prefetch_distance(int64_t row_bytes, int64_t bytes) {
+  return row_bytes <= 4096 ? 4 * row_bytes : bytes;
+}
+
+#if defined(VECTORS_OF_EIGHT)
+// `plain4` below for registers of eight floats: X rows of input and four rows of weights. Vectors of
+// sixteen have a lower and an upper side; with X > 1 the sums of both do not fit into the registers,
+// so that a block of columns is passed once for each side.
+template <int X, class W, class A>
+inline floats16 eights4(const W* w, int64_t stride, const A* input, int64_t input_stride,
+                        int64_t distance) {
+  const int64_t block = 512;
+  const int together = X == 1 ? 2 : 1;  // sides at once
+  __m256 acc[X][2][4];  // [row of input][side][row of weights]
+  for (int i = 0; i < X; i++)
+    for (int r = 0; r < 4; r++) acc[i][0][r] = acc[i][1][r] = _mm256_setzero_ps();
+  for (int64_t first = 0; first < stride; first += block) {
+    const int64_t last = std::min(stride, first + block);
+    for (int side = 0; side < 2; side += together) {
+      __m256 a[X][together][4];  // `acc` of this side, in registers
+      for (int i = 0; i < X; i++)
+        for (int h = 0; h < together; h++)
+          for (int r = 0; r < 4; r++) a[i][h][r] = acc[i][side + h][r];
+      for (int64_t c = first + 8 * side; c < last; c += 16)
+#pragma GCC unroll 2
+        for (int h = 0; h < together; h++) {
+          __m256 x[X];
+#pragma GCC unroll 4
+          for (int i = 0; i < X; i++) x[i] = eight(input + i * input_stride + c + 8 * h);
+#pragma GCC unroll 4
+          for (int r = 0; r < 4; r++) {
+            if (distance) fetch(w + r * stride + c, distance);
+            const __m256 v = eight(w + r * stride + c + 8 * h);
+#pragma GCC unroll 4
+            for (int i = 0; i < X; i++) a[i][h][r] = _mm256_fmadd_ps(v, x[i], a[i][h][r]);
+          }
+        }
+      for (int i = 0; i < X; i++)
+        for (int h = 0; h < together; h++)
+          for (int r = 0; r < 4; r++) acc[i][side + h][r] = a[i][h][r];
+    }
+  }
+  float out[16] = {};
+  for (int i = 0; i < X; i++) _mm_storeu_ps(out + 4 * i, four_sums(acc[i][0], acc[i][1]));
+  return load(out);
+}
+#endif
+
+// ---- products
+
+// The input of a product in both precisions, R rows, zero after the last column.
+struct Input {
+  float* fp32;
+  uint16_t* bf16;  // null where the weights are fp32 or int8
+  int64_t stride;
+
+  void put(int64_t row, int64_t column, const float* x, int64_t n) const {
+    std::memcpy(fp32 + row * stride + column, x, n * sizeof(float));
+    if (bf16) round(bf16 + row * stride + column, x, n);
+  }
+
+  static void round(uint16_t* __restrict y, const float* __restrict x, int64_t n) {
+    for (int64_t i = 0; i < n; i++) y[i] = as_bf16(x[i]);
+  }
+};
+
+// Keeps a vector in its register: compilers would read it from memory again for each use, and these
+// loops are bound by reading. With one row, X = 1, there is one use, and reading is part of it.
+template <int X>
+inline void hold(floats16& v) {
+#if defined(__AVX512F__)
+  if (X > 1) asm("" : "+v"(v));
+#endif
+}
+
+// The products of X rows of input and four rows of weights: each vector of weights feeds X sums.
+// Entries 4 * x to 4 * x + 3 of the result are those of row x. Each is added up over the columns in
+// the same order whatever X is, so that a row does not depend on the rows beside it.
+template <int X, class W, class A>
+floats16 plain4(const W* w, int64_t stride, const A* input, int64_t input_stride, int64_t distance) {
+#if defined(VECTORS_OF_EIGHT)
+  return eights4<X>(w, stride, input, input_stride, distance);
+#else
+  floats16 acc[4 * X] = {};
+  for (int64_t c = 0; c < stride; c += 16) {
+    floats16 x[X];
+    for (int i = 0; i < X; i++) hold<X>(x[i] = load(input + i * input_stride + c));
+    for (int r = 0; r < 4; r++) {
+      if (distance) fetch(w + r * stride + c, distance);
+      floats16 v = load(w + r * stride + c);
+      hold<X>(v);
+      for (int i = 0; i < X; i++) acc[4 * i + r] = fused(v, x[i], acc[4 * i + r]);
+    }
+  }
+  return sums<4 * X>(acc);
+#endif
+}
+
+template <int X>
+floats16 dots4(const float* w, int64_t stride, const Input& in, int64_t row) {
+  const int64_t distance = X > 1 ? prefetch_distance(4 * stride, 1024) : 0;
+  return plain4<X>(w, stride, in.fp32 + row * in.stride, in.stride, distance);
+}
+
+template <int X>
+floats16 dots4(const int8_t* w, const float* scale, int64_t stride, const Input& in, int64_t row) {
+  const float* input = in.fp32 + row * in.stride;
+  floats16 scales;  // of the four rows, once for each row of input
+  for (int i = 0; i < 16; i++) scales[i] = scale[i % 4];
+  return plain4<X>(w, stride, input, in.stride, prefetch_distance(stride, 1024)) * scales;
+}
+
+// Thirty-two bf16 in a register, for the instruction that multiplies sixteen pairs at once.
+inline floats16 pairs(const uint16_t* p) {
+  floats16 v;
+  std::memcpy(&v, p, 64);
+  return v;
+}
+
+template <int X>
+floats16 dots4(const uint16_t* w, int64_t stride, const Input& in, int64_t row) {
+  const int64_t distance = prefetch_distance(2 * stride, 1024);
+  const uint16_t* input = in.bf16 + row * in.stride;
+#if defined(__AVX512BF16__)
+  floats16 acc[4 * X] = {};
+  for (int64_t c = 0; c < stride; c += 32) {
+    floats16 x[X];
+    for (int i = 0; i < X; i++) hold<X>(x[i] = pairs(input + i * in.stride + c));
+    for (int r = 0; r < 4; r++) {
+      fetch(w + r * stride + c, distance);
+      floats16 v = pairs(w + r * stride + c);
+      hold<X>(v);
+      for (int i = 0; i < X; i++)
+        acc[4 * i + r] =
+            floats16(_mm512_dpbf16_ps(__m512(acc[4 * i + r]), __m512bh(v), __m512bh(x[i])));
+    }
+  }
+  return sums<4 * X>(acc);
+#else
+  return plain4<X>(w, stride, input, in.stride, distance);
+#endif
+}
+
+// int4: 32 bytes hold 64 columns, the first 32 in the low nibbles, the others in the high ones; each
+// 32 columns have a bf16 scale.
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+template <int X>
+floats16 dots4(const uint8_t* w, const uint16_t* scales, int64_t stride, const Input& in,
+               int64_t row) {
+  alignas(64) uint16_t levels[32];
+  for (int i = 0; i < 32; i++) levels[i] = as_bf16(float(i % 16 - 8));
+  // The level of a nibble as bf16: what `permutexvar` looks up.
+  const __m512i table = _mm512_load_si512(levels), nibble = _mm512_set1_epi16(15);
+  const __m512 none = _mm512_setzero_ps();
+  floats16 acc[4 * X] = {};
+  const int64_t distance = prefetch_distance(stride / 2, 512);
+  for (int64_t c = 0; c < stride; c += 64) {
+    __m512bh low[X], high[X];
+    for (int x = 0; x < X; x++) {
+      low[x] = (__m512bh)_mm512_loadu_si512(in.bf16 + (row + x) * in.stride + c);
+      high[x] = (__m512bh)_mm512_loadu_si512(in.bf16 + (row + x) * in.stride + c + 32);
+    }
+    for (int r = 0; r < 4; r++) {
+      const uint8_t* at = w + (r * stride + c) / 2;
+      fetch(at, distance);
+      __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)at));
+      __m512bh first =
+          (__m512bh)_mm512_permutexvar_epi16(_mm512_and_si512(bytes, nibble), table);
+      __m512bh second = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table);
+      uint32_t pair;  // the scales of both, side by side
+      std::memcpy(&pair, scales + (r * stride + c) / 32, 4);
+      __m512 scale_1 = _mm512_castsi512_ps(_mm512_set1_epi32(int32_t(pair << 16)));
+      __m512 scale_2 = _mm512_castsi512_ps(_mm512_set1_epi32(int32_t(pair & 0xffff0000u)));
+      for (int x = 0; x < X; x++) {
+        __m512 total = __m512(acc[4 * x + r]);
+        total = _mm512_fmadd_ps(_mm512_dpbf16_ps(none, first, low[x]), scale_1, total);
+        total = _mm512_fmadd_ps(_mm512_dpbf16_ps(none, second, high[x]), scale_2, total);
+        acc[4 * x + r] = floats16(total);
+      }
+    }
+  }
+  return sums<4 * X>(acc);
+}
+const bool UNPACKS_INT4 = false;
+#else
+// Other processors unpack four rows first; a level times its scale is exact in fp32.
+template <int X>
+floats16 dots4(const uint8_t*, const uint16_t*, int64_t, const Input&, int64_t) {
+  return floats16{};
+}
+const bool UNPACKS_INT4 = true;
+#endif
+
+// n columns, of all rows: a multiple of 64.
+void unpack_int4(const uint8_t* w, const uint16_t* scales, int64_t n, float* __restrict out) {
+  for (int64_t c = 0; c < n; c += 64) {
+    const float scale_1 = as_float(scales[c / 32]), scale_2 = as_float(scales[c / 32 + 1]);
+    const uint8_t* at = w + c / 2;
+    for (int i = 0; i < 32; i++) out[c + i] = float(int(at[i] & 15) - 8) * scale_1;
+    for (int i = 0; i < 32; i++) out[c + 32 + i] = float(int(at[i] >> 4) - 8) * scale_2;
+  }
+}
+
+// `unpacked` holds the four rows of an int4 matrix as floats, or is null.
+template <int X>
+floats16 four_rows(const Matrix& m, int64_t first, const Input& in, int64_t row,
+                   const float* unpacked) {
+  const int64_t at = first * m.stride;
+  if (unpacked) return plain4<X>(unpacked, m.stride, in.bf16 + row * in.stride, in.stride, 0);
+  switch (m.format) {
+    case FP32:
+      return dots4<X>(static_cast<const float*>(m.data) + at, m.stride, in, row);
+    case BF16:
+      return dots4<X>(static_cast<const uint16_t*>(m.data) + at, m.stride, in, row);
+    case INT8:
+      return dots4<X>(static_cast<const int8_t*>(m.data) + at,
+                      static_cast<const float*>(m.scales) + first, m.stride, in, row);
+    default:
+      return dots4<X>(static_cast<const uint8_t*>(m.data) + at / 2,
+                      static_cast<const uint16_t*>(m.scales) + at / 32, m.stride, in, row);
+  }
+}
+
+template <int X>
+void put_four(const Matrix& m, int64_t first, const Input& in, int64_t row, const float* unpacked,
+              float* y, int64_t y_stride) {
+  float out[16];
+  store(out, four_rows<X>(m, first, in, row, unpacked));
+  for (int x = 0; x < X; x++) std::memcpy(y + (row + x) * y_stride + first, out + 4 * x, 16);
+}
+
+struct Range {
+  int64_t first, last;  // last: one past the end
+};
+
+// This thread's share of the rows of weights, in fours: matrices are padded to a multiple of four.
+Range share(int64_t rows) {
+  const int64_t fours = rows / 4, thread = omp_get_thread_num(), threads = omp_get_num_threads();
+  return {fours * thread / threads * 4, fours * (thread + 1) / threads * 4};
+}
+
+#if defined(VECTORS_OF_EIGHT)
+const int64_t TILE = 3;  // rows of input whose sums fit into the registers
+#else
+const int64_t TILE = 4;
+#endif
+
+// Columns first to first + 3 of y, for the tile of rows from `row` on.
+void put_tile(const Matrix& m, int64_t first, const Input& in, int64_t row, int64_t R,
+              const float* unpacked, float* y, int64_t y_stride) {
+  switch (std::min(TILE, R - row)) {
+    case 1: return put_four<1>(m, first, in, row, unpacked, y, y_stride);
+    case 2: return put_four<2>(m, first, in, row, unpacked, y, y_stride);
+    case 3: return put_four<3>(m, first, in, row, unpacked, y, y_stride);
+    default: return put_four<4>(m, first, in, row, unpacked, y, y_stride);
+  }
+}
+
+// How many rows of weights all rows of input are multiplied with at a time: four while the inputs
+// stay in the first-level cache, else what fits into 128 KB, half of a second-level cache, so that
+// the inputs are read less often.
+int64_t panel(const Matrix& m, int64_t R) {
+  const int64_t bits[] = {32, 16, 8, 4}, row_bytes = m.stride * bits[m.format] / 8;
+  const bool unpacks = m.format == INT4 && UNPACKS_INT4;
+  return R <= 16 || unpacks ? 4 : std::max<int64_t>(4, (int64_t(1) << 17) / row_bytes / 4 * 4);
+}
+
+// y[row, n] = in[row] . m[n] for all rows and the n of this thread.
+Range multiply(const Matrix& m, const Input& in, int64_t R, float* y, int64_t y_stride) {
+  const Range mine = share(m.rows);
+  const int64_t width = panel(m, R);
+  const bool unpacks = m.format == INT4 && UNPACKS_INT4;
+  Aligned<float> unpacked(unpacks ? 4 * m.stride : 0);
+  for (int64_t first = mine.first; first < mine.last; first += width) {
+    const int64_t last = std::min(first + width, mine.last), at = first * m.stride;
+    if (unpacks)
+      unpack_int4(static_cast<const uint8_t*>(m.data) + at / 2,
+                  static_cast<const uint16_t*>(m.scales) + at / 32, 4 * m.stride, unpacked.data());
+    for (int64_t row = 0; row < R; row += TILE)
+      for (int64_t n = first; n < last; n += 4)
+        put_tile(m, n, in, row, R, unpacks ? unpacked.data() : nullptr, y, y_stride);
+  }
+  return mine;
+}
+
+int64_t padded(int64_t n) { return (n + 63) / 64 * 64; }
+
+// Memory for an `Input`.
+struct Buffers {
+  Aligned<float> fp32;
+  Aligned<uint16_t> bf16;
+  int64_t stride;
+
+  Buffers(int64_t R, int64_t columns, bool rounded)
+      : fp32(R * padded(columns)),
+        bf16(rounded ? R * padded(columns) : 0),
+        stride(padded(columns)) {}
+  Input input() { return {fp32.data(), bf16.empty() ? nullptr : bf16.data(), stride}; }
+};
+
+// Whether a product with such a matrix reads its input in bf16.
+bool reads_bf16(const Matrix& m) { return m.format == BF16 || m.format == INT4; }
+
+}  // namespace
