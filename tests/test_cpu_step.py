@@ -232,6 +232,22 @@ def test_a_token_does_not_depend_on_what_is_read_with_it(
 
 @needs_compiler
 @pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("outputs", "inputs"), [(36, 1100), (4, 512), (52, 70)])
+def test_products_of_many_rows_are_those_of_one(bits: int, outputs: int, inputs: int) -> None:
+    """To the bit, over several blocks of columns and panels of rows that are not full."""
+    step = Paged(config(64, 4, 4, 100), 1, 8).step(random_model(config(64, 4, 4, 100), 1), bits)
+    weight_OI, x_RI = torch.randn(outputs, inputs), torch.randn(90, inputs)
+    multiply = step.product(weight_OI)
+    alone_RO = torch.cat([multiply(row) for row in x_RI.split(1)])
+    rounded_OI = unpack(pack(weight_OI, bits))
+    close = {"rtol": 1e-4, "atol": 1e-3} if bits in (32, 8) else {"rtol": 0.02, "atol": 0.2}
+    torch.testing.assert_close(alone_RO, x_RI @ rounded_OI.T, **close)
+    for rows in (90, 61, 29, 24, 23, 12):
+        assert torch.equal(multiply(x_RI[:rows]), alone_RO[:rows])
+
+
+@needs_compiler
+@pytest.mark.parametrize("bits", BITS)
 def test_a_whole_prompt_equals_the_transformer(bits: int) -> None:
     shape = config(96, 6, 2, 200)
     model, tokens = random_model(shape, bits), torch.randint(0, 515, (50,))
@@ -406,7 +422,7 @@ def test_packing_keeps_the_weights_up_to_a_step_of_the_scale(bits: int, most: fl
 def test_structures_have_the_same_fields_in_both_languages() -> None:
     """The sizes are compared at load; names and order here."""
     folder = Path(cpu_step.__file__).parent
-    text = "".join((folder / name).read_text() for name in ("cpu_step.cpp", "draw.h", "products.h"))
+    text = "".join((folder / name).read_text() for name in ("cpu_step.cpp", "draw.h", "operands.h"))
     for name in ("Matrix", "Layer", "Model", "Choice"):
         (body,) = re.findall(
             rf"^struct {name} {{\n(.*?)^(?:}};|\n)", text, re.DOTALL | re.MULTILINE
@@ -428,6 +444,8 @@ def test_a_changed_header_is_built_anew(tmp_path: Path, monkeypatch: pytest.Monk
         "draw.h",
         "products.h",
         "simd.h",
+        "operands.h",
+        "panels.h",
     ]
     for number in (3, 4):
         deeper.write_text(f"#define N {number}\n")

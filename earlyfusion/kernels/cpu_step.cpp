@@ -104,7 +104,7 @@ void norm_rounded(const float* x, const float* weight, int64_t R, int64_t D, flo
   for (int64_t row = 0; row < R; row++) {
     float* y = in.fp32 + row * in.stride;
     rms_norm(x + row * D, weight, D, eps, y);
-    if (in.bf16) Input::round(in.bf16 + row * in.stride, y, D);
+    if (in.rounded) Input::round(in.rounded + row * in.stride, y, D);
   }
 }
 

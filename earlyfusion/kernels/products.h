@@ -6,22 +6,10 @@
 
 #pragma once
 
-#include <omp.h>
-
-#include <algorithm>
-
-#include "simd.h"
+#include "operands.h"
+#include "panels.h"
 
 namespace {
-
-// A weight matrix, as in cpu_step.py.
-enum Format : int64_t { FP32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };  // of weights and of the cache
-
-struct Matrix {
-  const void* data;
-  const void* scales;            // of int8 and int4
-  int64_t rows, stride, format;  // stride: padded columns
-};
 
 // How far ahead to prefetch in a row of weights: to the same columns of the next four rows where rows
 // are too short for the processor to prefetch by itself, else `bytes` further on.
@@ -74,22 +62,6 @@ inline floats16 eights4(const W* w, int64_t stride, const A* input, int64_t inpu
 #endif
 
 // ---- products
-
-// The input of a product in both precisions, R rows, zero after the last column.
-struct Input {
-  float* fp32;
-  uint16_t* bf16;  // null where the weights are fp32 or int8
-  int64_t stride;
-
-  void put(int64_t row, int64_t column, const float* x, int64_t n) const {
-    std::memcpy(fp32 + row * stride + column, x, n * sizeof(float));
-    if (bf16) round(bf16 + row * stride + column, x, n);
-  }
-
-  static void round(uint16_t* __restrict y, const float* __restrict x, int64_t n) {
-    for (int64_t i = 0; i < n; i++) y[i] = as_bf16(x[i]);
-  }
-};
 
 // Keeps a vector in its register: compilers would read it from memory again for each use, and these
 // loops are bound by reading. With one row, X = 1, there is one use, and reading is part of it.
@@ -147,7 +119,7 @@ inline floats16 pairs(const uint16_t* p) {
 template <int X>
 floats16 dots4(const uint16_t* w, int64_t stride, const Input& in, int64_t row) {
   const int64_t distance = prefetch_distance(2 * stride, 1024);
-  const uint16_t* input = in.bf16 + row * in.stride;
+  const rounded_t* input = in.rounded + row * in.stride;
 #if defined(__AVX512BF16__)
   floats16 acc[4 * X] = {};
   for (int64_t c = 0; c < stride; c += 32) {
@@ -184,8 +156,8 @@ floats16 dots4(const uint8_t* w, const uint16_t* scales, int64_t stride, const I
   for (int64_t c = 0; c < stride; c += 64) {
     __m512bh low[X], high[X];
     for (int x = 0; x < X; x++) {
-      low[x] = (__m512bh)_mm512_loadu_si512(in.bf16 + (row + x) * in.stride + c);
-      high[x] = (__m512bh)_mm512_loadu_si512(in.bf16 + (row + x) * in.stride + c + 32);
+      low[x] = (__m512bh)_mm512_loadu_si512(in.rounded + (row + x) * in.stride + c);
+      high[x] = (__m512bh)_mm512_loadu_si512(in.rounded + (row + x) * in.stride + c + 32);
     }
     for (int r = 0; r < 4; r++) {
       const uint8_t* at = w + (r * stride + c) / 2;
@@ -233,7 +205,7 @@ template <int X>
 floats16 four_rows(const Matrix& m, int64_t first, const Input& in, int64_t row,
                    const float* unpacked) {
   const int64_t at = first * m.stride;
-  if (unpacked) return plain4<X>(unpacked, m.stride, in.bf16 + row * in.stride, in.stride, 0);
+  if (unpacked) return plain4<X>(unpacked, m.stride, in.rounded + row * in.stride, in.stride, 0);
   switch (m.format) {
     case FP32:
       return dots4<X>(static_cast<const float*>(m.data) + at, m.stride, in, row);
@@ -254,16 +226,6 @@ void put_four(const Matrix& m, int64_t first, const Input& in, int64_t row, cons
   float out[16];
   store(out, four_rows<X>(m, first, in, row, unpacked));
   for (int x = 0; x < X; x++) std::memcpy(y + (row + x) * y_stride + first, out + 4 * x, 16);
-}
-
-struct Range {
-  int64_t first, last;  // last: one past the end
-};
-
-// This thread's share of the rows of weights, in fours: matrices are padded to a multiple of four.
-Range share(int64_t rows) {
-  const int64_t fours = rows / 4, thread = omp_get_thread_num(), threads = omp_get_num_threads();
-  return {fours * thread / threads * 4, fours * (thread + 1) / threads * 4};
 }
 
 #if defined(VECTORS_OF_EIGHT)
@@ -287,14 +249,19 @@ void put_tile(const Matrix& m, int64_t first, const Input& in, int64_t row, int6
 // stay in the first-level cache, else what fits into 128 KB, half of a second-level cache, so that
 // the inputs are read less often.
 int64_t panel(const Matrix& m, int64_t R) {
-  const int64_t bits[] = {32, 16, 8, 4}, row_bytes = m.stride * bits[m.format] / 8;
   const bool unpacks = m.format == INT4 && UNPACKS_INT4;
-  return R <= 16 || unpacks ? 4 : std::max<int64_t>(4, (int64_t(1) << 17) / row_bytes / 4 * 4);
+  return R <= 16 || unpacks ? 4 : std::max<int64_t>(4, (int64_t(1) << 17) / row_bytes(m) / 4 * 4);
 }
 
 // y[row, n] = in[row] . m[n] for all rows and the n of this thread.
 Range multiply(const Matrix& m, const Input& in, int64_t R, float* y, int64_t y_stride) {
   const Range mine = share(m.rows);
+#if defined(VECTORS_OF_EIGHT)
+  if (R >= MANY) {
+    put_panels(m, mine, in, R, y, y_stride);
+    return mine;
+  }
+#endif
   const int64_t width = panel(m, R);
   const bool unpacks = m.format == INT4 && UNPACKS_INT4;
   Aligned<float> unpacked(unpacks ? 4 * m.stride : 0);
@@ -309,23 +276,5 @@ Range multiply(const Matrix& m, const Input& in, int64_t R, float* y, int64_t y_
   }
   return mine;
 }
-
-int64_t padded(int64_t n) { return (n + 63) / 64 * 64; }
-
-// Memory for an `Input`.
-struct Buffers {
-  Aligned<float> fp32;
-  Aligned<uint16_t> bf16;
-  int64_t stride;
-
-  Buffers(int64_t R, int64_t columns, bool rounded)
-      : fp32(R * padded(columns)),
-        bf16(rounded ? R * padded(columns) : 0),
-        stride(padded(columns)) {}
-  Input input() { return {fp32.data(), bf16.empty() ? nullptr : bf16.data(), stride}; }
-};
-
-// Whether a product with such a matrix reads its input in bf16.
-bool reads_bf16(const Matrix& m) { return m.format == BF16 || m.format == INT4; }
 
 }  // namespace
