@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 
 from earlyfusion.devices import dtype_name, is_out_of_memory
@@ -53,7 +53,8 @@ class Engine:
     model's). A step reads at most `chunk` tokens of prompts beside requests that draw, four times
     as many where none does (default: 64 on a CPU, 512 on a GPU). At most `most_running` requests
     run at once. `cache_dtype` is the dtype of keys and values: "fp32", "bf16" or "int8", default
-    the model's. Raises `SettingError`.
+    the model's. `static` says whether several tokens are drawn in one step where no prompt is read
+    (default: on a CUDA device, where these steps are captured graphs). Raises `SettingError`.
     """
 
     def __init__(
@@ -65,7 +66,9 @@ class Engine:
         chunk: int | None = None,
         cache_dtype: str | None = None,
         most_running: int = MOST_RUNNING,
+        static: bool | None = None,
     ) -> None:
+        self._static = static
         self.context_tokens = context_tokens or transformer.config.max_position_embeddings
         known = tuple(DTYPES)
         self._cache_dtype = cache_dtype and dtype_name("cache_dtype", cache_dtype, known)
@@ -140,6 +143,15 @@ class Engine:
         """How many times a request has given its blocks back to another one."""
         return self._scheduler.preemptions
 
+    def warm_up(self, told: Callable[[int, int], None] | None = None) -> int:
+        """Capture the steps of a CUDA device now, and not when they are first needed.
+
+        `told` gets how many are done, and of how many. Returns the bytes of the device's memory
+        that this took; 0 where nothing is captured.
+        """
+        with self._turn:
+            return 0 if self.runner.bursts is None else self.runner.bursts.warm_up(told)
+
     def step(self) -> None:
         """Schedule, run, deliver: one or more tokens per request that has read its prompt."""
         with self._turn:
@@ -151,7 +163,10 @@ class Engine:
         try:
             plan = self._scheduler.schedule()
             handles = [self._handles[entry.number] for entry in plan.ready]
-            drawn = self.runner.run(plan, handles)
+            steps = self.runner.steps(plan, handles)
+            if steps > 1:
+                self._scheduler.grow(plan.ready, steps)
+            drawn = self.runner.run(plan, handles, steps)
         except BaseException as error:
             if is_out_of_memory(error) and self._scheduler.running:
                 return self._give_up_newest(error)
@@ -232,7 +247,8 @@ class Engine:
         self._scheduler.restart()
         runner = ModelRunner if peers_of(self.transformer) is None else LeadingRunner
         shape = self.cache_size.blocks, self.context_tokens, self._cache_dtype
-        self.runner = runner(self.transformer, self.grammar(()), *shape)
+        static = self._static if runner is ModelRunner else False
+        self.runner = runner(self.transformer, self.grammar(()), *shape, static)
         whole = self.runner.backend.whole_prompts
         self._scheduler.pool.shares = not whole
         self._scheduler.chunk = sys.maxsize if whole else self._chunk

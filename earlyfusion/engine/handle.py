@@ -105,6 +105,10 @@ class Handle:
         """A number per position that is drawn next; each token of the reply has one of its own."""
         return self._uniforms.of(len(self.tokens), self.positions)
 
+    def uniforms_of(self, count: int) -> list[float]:
+        """The numbers of the next `count` tokens, whatever these turn out to be."""
+        return self._uniforms.of(len(self.tokens), count)
+
     @property
     def reserve(self) -> int:
         """The number of codes that are still to come in the image that is drawn."""
@@ -114,6 +118,25 @@ class Handle:
     def settings(self) -> DrawSettings:
         """How the next token is drawn."""
         return self._image_settings if self.walk.in_image else self._text_settings
+
+    @property
+    def both_settings(self) -> tuple[DrawSettings, DrawSettings]:
+        """How text is drawn, and how codes are."""
+        return self._text_settings, self._image_settings
+
+    @property
+    def alone_draws(self) -> bool:
+        """Whether the next token needs nothing but its logits: no drafts, and nothing steers it."""
+        guesses = self._lookup is not None and not self.walk.in_image
+        return self.steering is None and not self.drafts and self.window is None and not guesses
+
+    @property
+    def changes_branches(self) -> tuple[bool, bool]:
+        """Whether tokens are drawn in another way from where an image begins, or ends."""
+        steered = self._steering is not None
+        at_begin = steered or bool(self.request.sampling.jacobi)
+        at_begin = at_begin or most_branches(self.request) > 1
+        return at_begin, steered or self._lookup is not None or len(self.branches) > 1
 
     @property
     def positions(self) -> int:
@@ -140,9 +163,14 @@ class Handle:
         before = self.branches
         if self.window is not None or self._guesses:
             tokens = self._settled(tokens)
+        else:
+            self._have_read(len(tokens) - 1)
         for token in tokens:
             if not self.finished:
                 self._accept(token, self.logprob)
+        # The reply may have ended, for a stop string, before the last of these tokens.
+        for branch in before:
+            branch.read = min(branch.read, len(branch.tokens))
         self._go_on()
         return [] if self.branches is before else [b for b in before if b not in self.branches]
 
@@ -154,10 +182,14 @@ class Handle:
             pairs = enumerate(zip(tokens, self._guesses, strict=False))
             wrong = next((n for n, (new, guess) in pairs if new != guess), len(tokens) - 1)
             final = list(tokens[: wrong + 1])
-        # All but the last were drafts, so the blocks hold them already.
-        for branch in self.branches:
-            branch.read += len(final) - 1
+        # All but the last were drafts.
+        self._have_read(len(final) - 1)
         return final
+
+    def _have_read(self, count: int) -> None:
+        """The blocks of all branches hold the next `count` tokens already."""
+        for branch in self.branches:
+            branch.read += count
 
     def _go_on(self) -> None:
         """Accept forced tokens up to the next that is drawn."""

@@ -2,7 +2,8 @@
 
 A back end runs the transformer. On a CPU it is compiled code (`backends/cpu.py`); elsewhere, or
 without a compiler, fused products in torch (`backends/torch.py`). Where somebody has put hooks or
-other modules into the transformer, its own modules are called (`backends/modules.py`).
+other modules into the transformer, its own modules are called (`backends/modules.py`). On a CUDA
+device, steps that read no prompt run in bursts (`static/bursts.py`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from earlyfusion.engine.draw import Drawer
 from earlyfusion.engine.handle import Handle
 from earlyfusion.engine.module_tree import check_blocks, is_plain
 from earlyfusion.engine.scheduler import Plan
+from earlyfusion.engine.static.bursts import Bursts, serves
 from earlyfusion.engine.step import Step
 from earlyfusion.generation.grammar import Grammar
 from earlyfusion.model.kv_cache import kept_in
@@ -31,7 +33,8 @@ class ModelRunner:
     """Owns cache, back end and drawer; `run` is the whole of a step.
 
     The cache has `blocks` blocks, for sequences of at most `length` tokens, in the dtype that
-    `dtype_name` names, the model's own for None.
+    `dtype_name` names, the model's own for None. With `static` tokens are drawn in bursts of static
+    steps (`static/bursts.py`); None: on a CUDA device.
     """
 
     def __init__(
@@ -41,28 +44,40 @@ class ModelRunner:
         blocks: int,
         length: int,
         dtype_name: str | None = None,
+        static: bool | None = None,
     ) -> None:
         model_dtype, self.device = kept_in(transformer)
         dtype = cache_dtype(dtype_name, model_dtype)
-        self._cache = Cache(transformer.config, blocks, length, dtype, self.device)
+        # Rows of a static step that have nothing to say write into the one block more.
+        self._cache = Cache(transformer.config, blocks + 1, length, dtype, self.device)
         # Parameters may become views of tensors that are made here: these must not be tensors of
         # inference mode, or the model could never be trained again.
         with torch.inference_mode(False), torch.no_grad():
             check_blocks(transformer)
-            self.backend = _backend(transformer, self._cache)
+            static = serves(self.device) if static is None else static
+            self.backend = _backend(transformer, self._cache, compiled=not static)
             self.drawer = Drawer(self.backend, grammar, self.device)
+            self.bursts: Bursts | None = None
+            if static and isinstance(self.backend, FusedTransformer):
+                self.bursts = Bursts(transformer, self.backend, self._cache, grammar)
+
+    def steps(self, plan: Plan, handles: Sequence[Handle]) -> int:
+        """How many tokens each of the handles may draw in the step of this plan."""
+        return 1 if self.bursts is None else max(1, self.bursts.length(plan, handles))
 
     @torch.inference_mode()
-    def run(self, plan: Plan, handles: Sequence[Handle]) -> list[list[int]]:
+    def run(self, plan: Plan, handles: Sequence[Handle], steps: int = 1) -> list[list[int]]:
         """Read the pieces of a plan, and draw for the handles that are ready.
 
-        Returns the tokens of each handle, one or one per position of its window; `NOTHING` for a
-        token whose logits are not finite.
+        Returns the tokens of each handle, one or one per position of its window, or up to `steps`;
+        `NOTHING` for a token whose logits are not finite.
         """
         for copied in plan.copies:
             self._cache.copy(copied)
         if not plan.pieces:
             return []
+        if self.bursts is not None and self.bursts.length(plan, handles):
+            return self.bursts.draw(handles, steps)
         step = Step(plan.pieces, self.device)
         x_RD = self.backend.states(step)
         return self.drawer.draw(x_RD, step, handles) if handles else []
@@ -72,10 +87,11 @@ class ModelRunner:
         self._cache.clear(blocks)
 
 
-def _backend(transformer: Transformer, cache: Cache) -> Backend:
+def _backend(transformer: Transformer, cache: Cache, compiled: bool) -> Backend:
     # Beyond `limit` the rotary angles of all positions depend on the length of a sequence, so its
     # tokens cannot share a table with those of others.
     limit = changes_at(transformer.config)
     if not is_plain(transformer) or (limit is not None and cache.length > limit):
         return CalledTransformer(transformer, cache)
-    return compiled_transformer(transformer, cache) or FusedTransformer(transformer, cache)
+    found = compiled_transformer(transformer, cache) if compiled else None
+    return found or FusedTransformer(transformer, cache)

@@ -120,6 +120,17 @@ class Scheduler:
             left -= self._feed(entry, plan, left)
         return plan
 
+    def grow(self, entries: Iterable[Entry], tokens: int) -> None:
+        """Take blocks early, for `tokens` further tokens of each of these requests, as long as
+        every running one could still take one."""
+        for entry in entries:
+            for branch in entry.branches:
+                size = len(branch.tokens) + tokens
+                missing = self.pool.needed(size) - len(branch.blocks)
+                if missing > 0 and self.pool.free - missing >= len(self.running):
+                    # Nothing is copied: the branch has read all its tokens.
+                    self.pool.extend(branch, size)
+
     def _size(self, entry: Entry, branch: Branch) -> int:
         """The tokens that a branch needs room for: those so far, and those that are sure to come
         or are tried."""

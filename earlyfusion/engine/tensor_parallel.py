@@ -275,6 +275,7 @@ class LeadingRunner(ModelRunner):
         blocks: int,
         length: int,
         dtype_name: str | None = None,
+        static: bool | None = False,
     ) -> None:
         peers = peers_of(transformer)
         assert peers is not None
@@ -287,9 +288,9 @@ class LeadingRunner(ModelRunner):
         peers.engines += 1
         self._engine = peers.engines
         peers.send([_OPEN, blocks, length, _CACHE_DTYPES.index(dtype_name)], 0)
-        super().__init__(transformer, grammar, blocks, length, dtype_name)
+        super().__init__(transformer, grammar, blocks, length, dtype_name, static)
 
-    def run(self, plan: Plan, handles: Sequence[Handle]) -> list[list[int]]:
+    def run(self, plan: Plan, handles: Sequence[Handle], steps: int = 1) -> list[list[int]]:
         peers = self._peers
         # The others have one cache: that of the engine opened last.
         if self._engine != peers.engines:
@@ -298,7 +299,7 @@ class LeadingRunner(ModelRunner):
             )
         try:
             peers.send(_message(plan), self._collectives if plan.pieces else 0)
-            return super().run(plan, handles)
+            return super().run(plan, handles, steps)
         except BaseException:
             if peers.left:
                 peers.close()  # the others wait for collectives that will not come

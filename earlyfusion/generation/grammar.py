@@ -60,6 +60,12 @@ class Grammar:
         self._stops = torch.tensor(ends).to(device)
         self._classes_KV, self._class_of = classes_KV.to(device), class_of.to(device)
 
+    @property
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """The ids that each class of slots allows, bool [K, V], and the class of each slot; the
+        last slot is the end."""
+        return self._classes_KV, self._class_of
+
     def start(
         self, outputs: Sequence[Output], images: Sequence[int], room: Sequence[int]
     ) -> Tensor:
@@ -141,6 +147,13 @@ class Walk:
     def codes_left(self) -> int:
         """The number of image codes that come next, before anything else; 0 outside of an image."""
         return self.grammar.codes_from[self.slot]
+
+    @property
+    def tokens_left(self) -> int:
+        """The number of tokens that may come: within an image its own, outside of it all."""
+        if self.done:
+            return 0
+        return min(self._room, self.grammar.image_tokens - self.slot) if self.slot else self._room
 
     @property
     def text_left(self) -> int:

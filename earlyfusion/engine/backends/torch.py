@@ -62,6 +62,11 @@ class FusedTransformer:
         blocks = cast("Iterable[Block]", transformer.model.layers)
         self.layers = [self._layer(block) for block in blocks]
 
+    @property
+    def angles(self) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of all positions [P, 1, H]."""
+        return self._cos_P1H, self._sin_P1H
+
     def states(self, step: Step) -> Tensor:
         x_TD = self.hidden(step)
         normed_RD: Tensor = self._norm(x_TD if step.draws_all else x_TD[step.drawing])

@@ -1,0 +1,174 @@
+"""Bursts of static steps: several tokens for each row before the host looks again.
+
+The host writes the rows, starts the steps one behind the other, and reads all their tokens at once:
+it waits for the device once a burst, and the device for the host as rarely. On a CUDA device the
+step is captured as a graph for each number of rows (BUCKETS) and kind; elsewhere it is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import product
+from typing import Any
+
+import torch
+
+from earlyfusion.engine.backends.torch import FusedTransformer
+from earlyfusion.engine.cache import Cache
+from earlyfusion.engine.draw import NOTHING
+from earlyfusion.engine.handle import Handle
+from earlyfusion.engine.scheduler import Plan
+from earlyfusion.engine.static.grammars import Grammars
+from earlyfusion.engine.static.rows import MOST_STEPS, SKIPPED, Rows, rows_of
+from earlyfusion.engine.static.step import Kind, StaticStep
+from earlyfusion.generation.grammar import Grammar
+from earlyfusion.kernels.operations import operations
+from earlyfusion.model.transformer import Transformer
+
+BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+"""Numbers of rows; 3 and 6 are those of one and two guided images."""
+
+TEXT_STEPS, SHARED_STEPS = 8, 16
+"""Steps of a burst in which text is drawn, and of one in which several requests draw images: a new
+request waits for as long."""
+
+_WARM_UP = 3  # calls before a capture: Triton compiles, and libraries take their workspaces
+
+
+class Bursts:
+    """The static steps of one model over one cache, whose last block is the spare one."""
+
+    def __init__(
+        self, transformer: Transformer, fused: FusedTransformer, cache: Cache, grammar: Grammar
+    ) -> None:
+        config, device = transformer.config, cache.device
+        self._device, self._spare = device, len(cache.kv_BL2KSH) - 1
+        self._vocabulary = config.vocab_size
+        self._table_blocks = -(-cache.length // cache.block_size) + 1
+        slots = max(grammar.image_tokens, cache.length)
+        self._grammars = Grammars(config.vocab_size, slots, grammar.begin, device)
+        codes_V = torch.tensor(sorted(grammar.code_ids), device=device)
+        ways = operations(device)
+        self._step = StaticStep(transformer, fused, cache, ways, self._grammars, codes_V)
+        self._rows: dict[int, Rows] = {}
+        self._graphs: dict[tuple[int, Kind], Callable[[], None]] = {}
+        self._pool: Any = None
+
+    def length(self, plan: Plan, handles: Sequence[Handle]) -> int:
+        """How many tokens the handles of a plan may draw before the host looks; 0: not this plan.
+
+        A plan fits if all that it reads are the single last tokens of requests that draw.
+        """
+        rows = sum(len(handle.branches) for handle in handles)
+        if not rows or rows != len(plan.pieces) or rows > BUCKETS[-1]:
+            return 0
+        if not all(piece.size == 1 for piece in plan.pieces):
+            return 0
+        if not all(handle.alone_draws for handle in handles):
+            return 0
+        if self._grammars.numbers_of(handle.walk.grammar for handle in handles) is None:
+            return 0
+        if not _only_codes(handles):
+            most = TEXT_STEPS
+        else:
+            most = MOST_STEPS if len(handles) == 1 else SHARED_STEPS
+        return min(most, max(handle.walk.tokens_left for handle in handles))
+
+    def draw(self, handles: Sequence[Handle], steps: int) -> list[list[int]]:
+        """The next tokens of each handle, `steps` or fewer; `NOTHING` alone where there is none."""
+        numbers = self._grammars.numbers_of(handle.walk.grammar for handle in handles)
+        assert numbers is not None
+        kind = Kind(_only_codes(handles), all(_is_greedy(handle) for handle in handles))
+        burst = rows_of(handles, numbers, kind.only_codes)
+        bucket = next(size for size in BUCKETS if size >= len(burst))
+        rows = self._rows_of(bucket)
+        step = self._prepared(bucket, kind)
+        rows.write(burst, self._spare, steps)
+        self._mark_seen(rows, handles)
+        for _ in range(steps):
+            step()
+        # The host waits for the device here.
+        columns = rows.tokens_NR[:steps].T.tolist()
+        firsts = [row.conditions[0] for row in burst if row.branch is row.handle.branches[0]]
+        return [_drawn(columns[first]) for first in firsts]
+
+    @torch.inference_mode()
+    def warm_up(self, told: Callable[[int, int], None] | None = None) -> int:
+        """Capture every step; `told` gets how many are done, and of how many. Returns the bytes of
+        the device's memory that this took."""
+        if self._device.type != "cuda":
+            return 0
+        before = torch.cuda.mem_get_info(self._device)[0]
+        kinds = [Kind(*flags) for flags in product((True, False), repeat=2)]
+        # The largest first: the others then find its memory in the pool.
+        needed = [(rows, kind) for rows in reversed(BUCKETS) for kind in kinds]
+        for number, (rows, kind) in enumerate(needed, 1):
+            self._prepared(rows, kind)
+            if told is not None:
+                told(number, len(needed))
+        return before - torch.cuda.mem_get_info(self._device)[0]
+
+    def _rows_of(self, bucket: int) -> Rows:
+        if bucket not in self._rows:
+            made = Rows.of(bucket, self._table_blocks, self._vocabulary, self._device)
+            made.write([], self._spare, 1)
+            self._rows[bucket] = made
+        return self._rows[bucket]
+
+    def _prepared(self, bucket: int, kind: Kind) -> Callable[[], None]:
+        key = (bucket, kind)
+        if key not in self._graphs:
+            rows = self._rows_of(bucket)
+            captured = self._device.type == "cuda"
+            self._graphs[key] = self._capture(rows, kind) if captured else self._called(rows, kind)
+        return self._graphs[key]
+
+    def _called(self, rows: Rows, kind: Kind) -> Callable[[], None]:
+        return lambda: self._step.run(rows, kind)
+
+    def _capture(self, rows: Rows, kind: Kind) -> Callable[[], None]:
+        """The step as a CUDA graph."""
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP):
+                rows.write([], self._spare, 1)
+                self._step.run(rows, kind)
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        torch.cuda.synchronize(self._device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            self._step.run(rows, kind)
+        self._pool = graph.pool()
+        return graph.replay
+
+    def _mark_seen(self, rows: Rows, handles: Sequence[Handle]) -> None:
+        """The history of each request with a repetition penalty, which marks its full row."""
+        number = 0
+        for handle in handles:
+            if handle.both_settings[0].penalty != 1:
+                history = torch.tensor(handle.branches[0].tokens).to(self._device)
+                for row in range(number, number + len(handle.branches)):
+                    rows.seen_RV[row] = False
+                    rows.seen_RV[row].index_fill_(0, history, True)
+            number += len(handle.branches)
+
+
+def serves(device: torch.device) -> bool:
+    """Whether models on this device draw in bursts."""
+    return device.type == "cuda"
+
+
+def _only_codes(handles: Sequence[Handle]) -> bool:
+    return all(handle.walk.in_image for handle in handles)
+
+
+def _is_greedy(handle: Handle) -> bool:
+    return all(settings.temperature == 0 for settings in handle.both_settings)
+
+
+def _drawn(tokens: list[int]) -> list[int]:
+    """What was drawn before the row froze; what could not be drawn comes up again, first."""
+    end = tokens.index(SKIPPED) if SKIPPED in tokens else len(tokens)
+    drawn = tokens[:end]
+    return drawn[:-1] if NOTHING in drawn[1:] else drawn

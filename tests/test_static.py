@@ -1,0 +1,266 @@
+"""The static step: tokens of the plain loop, in bursts, without a look at any value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny import CONFIG, request, tiny_processor, tiny_transformer
+
+from earlyfusion.engine.backends.torch import FusedTransformer
+from earlyfusion.engine.blocks import BLOCK_SIZE
+from earlyfusion.engine.cache import Cache
+from earlyfusion.engine.engine import Engine
+from earlyfusion.engine.static.bursts import Bursts
+from earlyfusion.engine.static.grammars import MOST_GRAMMARS, Grammars
+from earlyfusion.engine.static.rows import Rows
+from earlyfusion.engine.static.step import Kind
+from earlyfusion.generation.grammar import Grammar
+from earlyfusion.generation.reference import draw_tokens, generate
+from earlyfusion.generation.request import Finished, Request
+from earlyfusion.model.transformer import Transformer
+from earlyfusion.processor import Processor
+from earlyfusion.vocabulary import ImageLayout
+
+BLOCK = BLOCK_SIZE * Cache.token_bytes(CONFIG, torch.float32)
+GREEDY: dict[str, Any] = {"temperature": 0, "image_temperature": 0}
+LAYOUTS = [ImageLayout(2, 3), ImageLayout(8, 8), ImageLayout(1, 1)]
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory: pytest.TempPathFactory) -> Processor:
+    return tiny_processor(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def transformer(processor: Processor) -> Transformer:
+    return tiny_transformer(processor, begin_image=1.0)
+
+
+@st.composite
+def requests(draw: st.DrawFn, processor: Processor) -> Request:
+    """One request of any kind; the images are small, so that several fit."""
+    chosen: dict[str, Any] = {
+        "temperature": draw(st.sampled_from([0.0, 0.7, 1.5])),
+        "image_temperature": draw(st.sampled_from([0.0, 1.0])),
+        "top_k": draw(st.sampled_from([0, 5])),
+        "top_p": draw(st.sampled_from([0.8, 1.0])),
+        "min_p": draw(st.sampled_from([0.0, 0.05])),
+        "image_top_k": draw(st.sampled_from([0, 7])),
+        "image_top_p": draw(st.sampled_from([0.9, 1.0])),
+        "repetition_penalty": draw(st.sampled_from([1.0, 1.4])),
+        "guidance_text": draw(st.sampled_from([1.0, 3.0])),
+        "guidance_image": draw(st.sampled_from([1.0, 1.2, 3.0])),
+    }
+    steered = draw(st.sampled_from(["", "", "", "jacobi", "lookup", "logprobs", "stop", "words"]))
+    chosen |= {
+        "": {},
+        "jacobi": {"jacobi": 3},
+        "lookup": {"prompt_lookup": 2},
+        "logprobs": {"logprobs": 1},
+        "stop": {"stop": "e"},
+        "words": {"bad_words": ("a",)},
+    }[steered]
+    output = draw(st.sampled_from(["text", "image", "interleaved"]))
+    seed, picture = draw(st.integers(0, 12)), draw(st.booleans())
+    room, images = draw(st.integers(12, 45)), draw(st.integers(1, 3))
+    made = request(processor, seed, output, picture, room, images, **chosen)
+    stops = draw(st.sampled_from([(), (), (processor.vocabulary.pad,), tuple(range(40, 90))]))
+    return replace(made, stops=stops, layout=LAYOUTS[0])
+
+
+@st.composite
+def crowds(draw: st.DrawFn, processor: Processor) -> tuple[list[Request], list[int], int]:
+    """Requests, the number of steps before each joins, and the blocks of the cache."""
+    asked = draw(st.lists(requests(processor), min_size=1, max_size=4))
+    apart = [draw(st.integers(0, 3)) for _ in asked]
+    return asked, apart, draw(st.sampled_from([12, 40]))
+
+
+def drawn(engine: Engine, asked: list[Request], apart: list[int]) -> list[list[int]]:
+    handles = []
+    for one, steps in zip(asked, apart, strict=True):
+        handles.append(engine.add(one))
+        for _ in range(steps):
+            engine.step()
+    while engine.busy:
+        engine.step()
+    return [handle.tokens for handle in handles]
+
+
+def told(transformer: Transformer, processor: Processor, asked: Request) -> list[int]:
+    """The tokens of the plain loop, up to a stop string."""
+    tokens = list(draw_tokens(transformer, processor, asked))
+    if asked.sampling.stop is None:
+        return tokens
+    *_, last = generate(transformer, processor, asked)
+    assert isinstance(last, Finished)
+    return tokens[: last.usage.completion_tokens]
+
+
+def check_equality(transformer: Transformer, processor: Processor, examples: int) -> None:
+    chosen = settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
+
+    @chosen
+    @given(crowds(processor))
+    def equals(crowd: tuple[list[Request], list[int], int]) -> None:
+        asked, apart, blocks = crowd
+        engine = Engine(transformer, processor, cache_bytes=blocks * BLOCK, static=True)
+        wanted = [told(transformer, processor, one) for one in asked]
+        assert drawn(engine, asked, apart) == wanted
+
+    equals()
+
+
+def test_any_crowd_equals_the_plain_loop(transformer: Transformer, processor: Processor) -> None:
+    check_equality(transformer, processor, 40)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_any_crowd_equals_the_plain_loop_5000_times(
+    transformer: Transformer, processor: Processor
+) -> None:
+    check_equality(transformer, processor, 5000)
+
+
+# --- grammars ---------------------------------------------------------------------------------
+
+
+def grammars_of(processor: Processor) -> list[Grammar]:
+    ends = [(), (processor.vocabulary.pad,), (7, 8, 9)]
+    return [Grammar(processor.vocabulary, layout, stops) for layout in LAYOUTS for stops in ends]
+
+
+def tables_of(processor: Processor) -> Grammars:
+    vocabulary = processor.vocabulary
+    return Grammars(vocabulary.size, 100, vocabulary.begin_image, torch.device("cpu"))
+
+
+def states(grammar: Grammar) -> Iterator[list[int]]:
+    slots = range(grammar.image_tokens + 1)
+    for slot in slots:
+        for images in (0, 1):
+            for room in (1, grammar.image_tokens, grammar.image_tokens + 1):
+                yield from ([slot, images, room, text] for text in (0, 1))
+
+
+def test_tables_say_what_each_grammar_says(processor: Processor) -> None:
+    """All states, and all tokens that may follow: masks, forced tokens, next states, ends."""
+    tables, all_grammars = tables_of(processor), grammars_of(processor)
+    # Each group is larger than the last, and takes the place of tables that are there.
+    for several in (all_grammars[:3], all_grammars[2:], all_grammars[: MOST_GRAMMARS - 1]):
+        numbers = tables.numbers_of(several)
+        assert numbers is not None
+        for grammar in several:
+            state_RF = torch.tensor(list(states(grammar)))
+            grammar_R = torch.full((len(state_RF),), numbers[grammar])
+            allowed_RV = grammar.mask(state_RF)
+            assert torch.equal(tables.mask(state_RF, grammar_R), allowed_RV)
+            done_R = grammar.done(state_RF)
+            assert torch.equal(tables.done(state_RF, grammar_R), done_R)
+            forced_R = tables.forced(state_RF, grammar_R)
+            only_R = (allowed_RV.sum(1) == 1) & ~done_R
+            codes = len(grammar.code_ids)
+            assert codes > 1  # otherwise a code would be an only token
+            assert torch.equal(
+                forced_R >= 0, only_R | ((state_RF[:, 3] == 0) & (state_RF[:, 0] == 0))
+            )
+            assert torch.equal(forced_R[only_R], allowed_RV[only_R].int().argmax(1))
+            for row, token in (allowed_RV & ~done_R[:, None]).nonzero()[::7].tolist():
+                one, which = state_RF[row][None], grammar_R[row][None]
+                after = grammar.advance(one, torch.tensor([token]))
+                assert torch.equal(tables.advance(one, torch.tensor([token]), which), after)
+
+
+def test_tables_that_do_not_fit_in(processor: Processor) -> None:
+    tables, several = tables_of(processor), grammars_of(processor)
+    assert tables.numbers_of(several) is None and len(several) > MOST_GRAMMARS
+    assert tables.numbers_of([Grammar(processor.vocabulary, ImageLayout(11, 11))]) is None
+    assert tables.numbers_of(several[:1]) is not None
+
+
+# --- the step ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("swin_norm", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_no_value_is_read(
+    processor: Processor, swin_norm: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the meta device there are no values, so a step that looks at one fails."""
+    config, device = replace(CONFIG, swin_norm=swin_norm), torch.device("meta")
+    transformer = Transformer(config).eval().to(device)
+    cache = Cache(config, 4, 64, dtype, device)
+    grammar = Grammar(processor.vocabulary, processor.layout, device=device)
+    with torch.no_grad():
+        fused = FusedTransformer(transformer, cache)
+        # Loading may read values: which ids the codes have.
+        monkeypatch.setattr(
+            fused, "product", lambda ids: lambda x_RD: transformer.lm_head(x_RD)[:, ids]
+        )
+        burst = Bursts(transformer, fused, cache, grammar)
+        rows = Rows.of(3, 3, config.vocab_size, device)
+        for only_codes in (False, True):
+            for greedy in (False, True):
+                burst._step.run(rows, Kind(only_codes, greedy))
+
+
+def test_one_burst_draws_a_whole_row_of_an_image(
+    transformer: Transformer, processor: Processor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host looks once for 32 codes of one request, and once for 16 of several."""
+    lengths: list[int] = []
+    draw = Bursts.draw
+
+    def counted(self: Bursts, handles: Any, steps: int) -> list[list[int]]:
+        tokens = draw(self, handles, steps)
+        lengths.append(max(map(len, tokens)))
+        return tokens
+
+    monkeypatch.setattr(Bursts, "draw", counted)
+    for number, expected in ((1, [32, 32]), (2, [16, 16, 16, 16])):
+        lengths.clear()
+        asked = [request(processor, seed, "image", seed > 0, room=66) for seed in range(number)]
+        drawn(Engine(transformer, processor, static=True), asked, [0] * number)
+        assert lengths[: len(expected)] == expected
+
+
+def test_more_rows_than_the_largest_bucket(transformer: Transformer, processor: Processor) -> None:
+    asked = [request(processor, seed % 3, "text", room=5) for seed in range(70)]
+    wanted = [list(draw_tokens(transformer, processor, one)) for one in asked[:3]]
+    got = drawn(Engine(transformer, processor, static=True), asked, [0] * 70)
+    assert got == [wanted[number % 3] for number in range(70)]
+
+
+def test_a_full_cache_takes_no_blocks_early(transformer: Transformer, processor: Processor) -> None:
+    """Bursts never preempt: there are as few preemptions as without them."""
+    asked = [request(processor, seed, "text", room=60, **GREEDY) for seed in range(6)]
+    counts = []
+    for static in (False, True):
+        engine = Engine(transformer, processor, cache_bytes=14 * BLOCK, static=static)
+        drawn(engine, asked, [0] * 6)
+        counts.append(engine.preemptions)
+    assert counts[1] <= counts[0]
+
+
+@pytest.mark.gpu
+def test_captured_steps_equal_called_ones(processor: Processor) -> None:
+    """On a CUDA device, fp32: all kinds of requests, tokens of the plain loop there."""
+    transformer = tiny_transformer(processor, begin_image=1.0).cuda()
+    engine = Engine(transformer, processor)
+    assert engine.runner.bursts is not None
+    engine.warm_up()
+    captured = dict(engine.runner.bursts._graphs)
+    asked = [request(processor, seed, "interleaved", seed % 2 == 1, room=70) for seed in range(8)]
+    asked += [request(processor, seed, "image", seed % 2 == 1, **GREEDY) for seed in range(4)]
+    wanted = [list(draw_tokens(transformer, processor, one)) for one in asked]
+    before = torch.cuda.memory_stats()["num_device_alloc"]
+    assert drawn(engine, asked, [0] * 12) == wanted
+    assert engine.runner.bursts._graphs.keys() == captured.keys()
+    assert torch.cuda.memory_stats()["num_device_alloc"] == before
