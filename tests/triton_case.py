@@ -11,6 +11,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,16 @@ import torch
 import triton
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny import request, tiny_processor, tiny_transformer
 from torch import Tensor
 
+from earlyfusion.engine.engine import Engine
+from earlyfusion.engine.static import bursts
 from earlyfusion.kernels import operations
 from earlyfusion.kernels.decode import Angles, HeadNorms, LayerBlocks
 from earlyfusion.kernels.triton import attention, heads, norms, products
 from earlyfusion.model.quantise import PackedMatrix, pack
+from earlyfusion.vocabulary import ImageLayout
 
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
@@ -219,6 +224,28 @@ NAMES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
+
+
+@needs_values
+@pytest.mark.parametrize("dtype", [None, "int8"])
+def test_the_static_step_of_the_engine(
+    dtype: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Text, and an image with three branches, drawn beside each other with the kernels and with
+    their definitions: the same tokens."""
+    processor = tiny_processor(tmp_path)
+    transformer = tiny_transformer(processor).to(DEVICE)
+    asked = [request(processor, 1, "text", room=3), request(processor, 2, "image", True)]
+    asked[1] = replace(asked[1], layout=ImageLayout(1, 2), room=5)
+    drawn = []
+    for ways in (TWIN, KERNEL):
+        monkeypatch.setattr(bursts, "operations", lambda device, ways=ways: ways)
+        engine = Engine(transformer, processor, context_tokens=192, cache_dtype=dtype, static=True)
+        handles = [engine.add(one) for one in asked]
+        while engine.busy:
+            engine.step()
+        drawn.append([handle.tokens for handle in handles])
+    assert drawn[0] == drawn[1] and list(map(len, drawn[0])) == [3, 4]
 
 
 class Compiled:
