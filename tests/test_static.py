@@ -16,6 +16,7 @@ from earlyfusion.engine.backends.torch import FusedTransformer
 from earlyfusion.engine.blocks import BLOCK_SIZE
 from earlyfusion.engine.cache import Cache
 from earlyfusion.engine.engine import Engine
+from earlyfusion.engine.scheduler import Scheduler
 from earlyfusion.engine.static.bursts import Bursts
 from earlyfusion.engine.static.grammars import MOST_GRAMMARS, Grammars
 from earlyfusion.engine.static.rows import Rows
@@ -236,6 +237,16 @@ def test_more_rows_than_the_largest_bucket(transformer: Transformer, processor: 
     wanted = [list(draw_tokens(transformer, processor, one)) for one in asked[:3]]
     got = drawn(Engine(transformer, processor, static=True), asked, [0] * 70)
     assert got == [wanted[number % 3] for number in range(70)]
+
+
+def test_rows_freeze_where_their_blocks_end(
+    transformer: Transformer, processor: Processor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A frozen row writes where nobody reads, while the others go on."""
+    monkeypatch.setattr(Scheduler, "grow", lambda *_: None)
+    asked = [request(processor, seed, "text", room=90) for seed in range(5)]
+    wanted = [list(draw_tokens(transformer, processor, one)) for one in asked]
+    assert drawn(Engine(transformer, processor, static=True), asked, [0] * 5) == wanted
 
 
 def test_a_full_cache_takes_no_blocks_early(transformer: Transformer, processor: Processor) -> None:
