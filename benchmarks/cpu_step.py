@@ -17,10 +17,10 @@ from statistics import median
 from typing import Any
 
 import torch
-from contenders import THEIRS, random_transformer, stock_of
+from contenders import THEIRS, stock_of
 
 from earlyfusion.bench.harness import OURS, Row, medians, save, seconds, table, take_turns
-from earlyfusion.bench.shapes import SHAPES
+from earlyfusion.bench.shapes import SHAPES, random_transformer
 from earlyfusion.engine.blocks import BLOCK_SIZE
 from earlyfusion.engine.cache import Cache
 from earlyfusion.kernels.cpu_step import CpuStep
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    model = random_transformer(options.shape, torch.bfloat16)
+    model = random_transformer(SHAPES[options.shape], torch.device("cpu"), torch.bfloat16)
     config, stock = model.config, stock_of(model.config, model)
     blocks = 3 * -(-PLACES // BLOCK_SIZE)
     cache_BL2KSH = Cache(config, blocks, PLACES, torch.bfloat16, torch.device("cpu")).kv_BL2KSH

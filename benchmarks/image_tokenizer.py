@@ -29,7 +29,8 @@ from torch import Tensor
 from transformers import ChameleonVQVAE, ChameleonVQVAEConfig
 
 from earlyfusion.bench.harness import heading, line, medians, seconds, take_turns
-from earlyfusion.config import PRESETS, VQConfig
+from earlyfusion.bench.shapes import random_pictures, random_vqgan
+from earlyfusion.config import PRESETS
 from earlyfusion.kernels import vqgan as fast
 from earlyfusion.kernels.conv import left_out
 from earlyfusion.kernels.twins import accelerate
@@ -37,33 +38,6 @@ from earlyfusion.model.vqgan import VQGAN
 
 SHAPES = {"real": PRESETS["chameleon-7b"].vq_config, "mini": PRESETS["mini"].vq_config}
 Contender = Callable[[], Tensor]
-
-
-def pictures(count: int, side: int, seed: int = 0) -> Tensor:
-    """Pictures [n, 3, side, side] in -1 to 1."""
-    generator = torch.Generator().manual_seed(seed)
-    y, x = torch.meshgrid(torch.fft.fftfreq(side), torch.fft.fftfreq(side), indexing="ij")
-    falling = 1 / (x.square() + y.square()).sqrt().clamp_min(1 / side)
-    noise = torch.randn(count, 3, side, side, generator=generator)
-    smooth = torch.fft.ifft2(torch.fft.fft2(noise) * falling).real
-    smooth = smooth / smooth.std((2, 3), keepdim=True) / 2
-    for picture in smooth:
-        for _ in range(6):
-            top, left, high, wide = (torch.rand(4, generator=generator) * side / 2).int().tolist()
-            colour = torch.rand(3, 1, 1, generator=generator) * 2 - 1
-            picture[:, top : top + high + 1, left : left + wide + 1] = colour
-    return smooth.clamp(-1, 1)
-
-
-@torch.no_grad()
-def random_vqgan(config: VQConfig, side: int) -> VQGAN:
-    torch.manual_seed(0)
-    vqgan = accelerate(VQGAN(config).eval())
-    vectors = vqgan.latents(pictures(1, side, seed=1)).permute(0, 2, 3, 1).flatten(0, 2)
-    pick = torch.randint(len(vectors), (config.num_embeddings,))
-    codewords = vectors[pick] + torch.randn(len(pick), config.embed_dim) * vectors.std() / 4
-    vqgan.quantize.embedding.weight.copy_(codewords)
-    return vqgan
 
 
 def stock_of(vqgan: VQGAN) -> ChameleonVQVAE:
@@ -133,7 +107,7 @@ def own_peak(what: str, name: str, options: argparse.Namespace) -> None:
     vqgan = accelerate(VQGAN(config).eval())
     if what == "encode":
         vqgan.decoder = None
-        call = encoders(vqgan, pictures(options.batch, side))[name]
+        call = encoders(vqgan, random_pictures(options.batch, side))[name]
     else:
         codes = torch.randint(100, (options.batch, *[side // config.stride] * 2))
         call = decoders(vqgan, codes)[name]
@@ -170,8 +144,8 @@ def main() -> None:
     config = SHAPES[options.shape]
     side = options.resolution or config.resolution
     clock = time.process_time if options.cpu_time else time.perf_counter
-    vqgan = random_vqgan(replace(config, resolution=side), side)
-    pixels = pictures(options.batch, side)
+    vqgan = random_vqgan(replace(config, resolution=side), torch.device("cpu"))
+    pixels = random_pictures(options.batch, side)
     codes = vqgan.encode(pixels)
     used = len(codes.unique())
     print(

@@ -17,7 +17,7 @@ Name = TypeVar("Name")
 Measured = TypeVar("Measured")
 
 OURS = "earlyfusion"
-RATES = ("tokens/s",)
+RATES = ("tokens/s", "GB/s", "TFLOP/s")
 """Units of which more is better; of others, which are times, less."""
 
 
@@ -72,12 +72,24 @@ def line(*cells: object) -> str:
 
 @dataclass
 class Row:
-    """One thing that was measured: a value for each contender, the first of them ours."""
+    """One thing that was measured: a value for each contender, the first of them ours.
+
+    `floor` is what the machine's limits allow, in the unit of the values.
+    """
 
     what: str
     unit: str
     values: dict[str, float]
     note: str = ""
+    floor: float | None = None
+
+    @property
+    def ratio(self) -> float:
+        """Ours as a share of the floor: 1 is all that the machine can do."""
+        ours = next(iter(self.values.values()))
+        if not ours or not self.floor:
+            return 0.0
+        return ours / self.floor if self.unit in RATES else self.floor / ours
 
 
 def table(rows: Iterable[Row]) -> str:

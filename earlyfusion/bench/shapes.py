@@ -9,12 +9,18 @@ from pathlib import Path
 
 import torch
 
+from earlyfusion.api import Chameleon
 from earlyfusion.checkpoints.hf import save_hf
 from earlyfusion.config import PRESETS, ModelConfig, VQConfig
+from earlyfusion.devices import PACKED_BITS, torch_dtype
 from earlyfusion.errors import SettingError
+from earlyfusion.image_tokenizer import ImageTokenizer
+from earlyfusion.kernels.twins import accelerate
+from earlyfusion.model.quantise import quantise
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.model.vqgan import VQGAN
-from earlyfusion.processor import train_tokenizer
+from earlyfusion.processor import Processor, train_tokenizer
+from earlyfusion.vocabulary import ImageLayout
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -57,6 +63,65 @@ def write_random(shape: str, folder: Path) -> ModelConfig:
     vqgan = VQGAN(config.vq_config)
     save_hf(folder, transformer, vqgan, _tokenizer(config), _defaults())
     return config
+
+
+def random_model(shape: str, device: torch.device, dtype: str, folder: Path) -> Chameleon:
+    """A model of a shape that is made on its device, without files of its weights.
+
+    `folder` exists and takes its tokenizer. int8 and int4 are rounded from bf16.
+    """
+    config = SHAPES[shape]
+    weights = torch.bfloat16 if dtype in PACKED_BITS else torch_dtype(dtype)
+    transformer = random_transformer(config, device, weights)
+    if dtype in PACKED_BITS:
+        transformer = quantise(transformer, PACKED_BITS[dtype])
+    file = folder / "tokenizer.json"
+    file.write_text(_tokenizer(config), encoding="utf-8")
+    grid = config.vq_config.grid
+    processor = Processor(file, ImageLayout(grid, grid))
+    vqgan = random_vqgan(config.vq_config, device)
+    tokenizer = ImageTokenizer(vqgan, config.vq_config.resolution)
+    return Chameleon(accelerate(transformer), tokenizer, processor, _defaults()["chameleon"])
+
+
+def random_transformer(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> Transformer:
+    """A transformer that is made on its device, in eval mode, without gradients."""
+    with torch.device("meta"):
+        transformer = Transformer(config).to(dtype)
+    transformer.to_empty(device=device).init_weights(torch.Generator(device).manual_seed(0))
+    return transformer.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def random_vqgan(config: VQConfig, device: torch.device) -> VQGAN:
+    """A VQ-GAN whose codewords lie among the latents of a picture, so that many are used."""
+    torch.manual_seed(0)
+    with device:
+        vqgan = accelerate(VQGAN(config).eval())
+    pixels = random_pictures(1, config.resolution, seed=1).to(device)
+    vectors = vqgan.latents(pixels).permute(0, 2, 3, 1).flatten(0, 2)
+    pick = torch.randint(len(vectors), (config.num_embeddings,)).to(device)
+    noise = torch.randn(len(pick), config.embed_dim).to(device)
+    vqgan.codewords.copy_(vectors[pick] + noise * vectors.std() / 4)
+    return vqgan
+
+
+def random_pictures(count: int, side: int, seed: int = 0) -> torch.Tensor:
+    """Pictures [n, 3, side, side] in -1 to 1: soft colours behind rectangles of one colour."""
+    generator = torch.Generator().manual_seed(seed)
+    y, x = torch.meshgrid(torch.fft.fftfreq(side), torch.fft.fftfreq(side), indexing="ij")
+    falling = 1 / (x.square() + y.square()).sqrt().clamp_min(1 / side)
+    noise = torch.randn(count, 3, side, side, generator=generator)
+    smooth = torch.fft.ifft2(torch.fft.fft2(noise) * falling).real
+    smooth = smooth / smooth.std((2, 3), keepdim=True) / 2
+    for picture in smooth:
+        for _ in range(6):
+            top, left, high, wide = (torch.rand(4, generator=generator) * side / 2).int().tolist()
+            colour = torch.rand(3, 1, 1, generator=generator) * 2 - 1
+            picture[:, top : top + high + 1, left : left + wide + 1] = colour
+    return smooth.clamp(-1, 1)
 
 
 def _defaults() -> dict[str, dict[str, float]]:

@@ -49,9 +49,9 @@ TOKENS = 24
 MOST_CODES = 64
 """Tokens of a picture that are drawn; the time of a larger picture is extrapolated."""
 
-_GREEDY = {"temperature": 0.0, "image_temperature": 0.0}
-_PLAIN = {"guidance_text": 1.0, "guidance_image": 1.0}
-_GUIDED = {"guidance_text": 3.0, "guidance_image": 1.2}
+GREEDY = {"temperature": 0.0, "image_temperature": 0.0}
+PLAIN = {"guidance_text": 1.0, "guidance_image": 1.0}
+GUIDED = {"guidance_text": 3.0, "guidance_image": 1.2}
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ class Meter:
         """First token of a question about a new and a known picture; drawing one."""
         cold, warm = [], []
         for number in range(self.rounds + 1):
-            picture = self._picture()
+            picture = self.picture()
             cold.append(self._first_token([picture, "What is this?"], number))
             warm.append(self._first_token([picture, "What colour is it?"], number))
         new, known = 1e3 * median(cold[1:]), 1e3 * median(warm[1:])
@@ -225,15 +225,15 @@ class Meter:
 
     def _drawings(self) -> list[Figure]:
         """One and two guidance branches after a text, one and three after a picture."""
-        again: list[Any] = [self._picture(), "Draw it again."]
+        again: list[Any] = [self.picture(), "Draw it again."]
         cases: list[tuple[str, str, Any, dict[str, float]]] = [
-            ("plain", "unguided", "Draw a red apple.", _PLAIN),
-            ("guided", "guided", "Draw a red apple.", _GUIDED),
-            ("again", "of a picture, unguided", again, _PLAIN),
-            ("again_guided", "of a picture, guided", again, _GUIDED),
+            ("plain", "unguided", "Draw a red apple.", PLAIN),
+            ("guided", "guided", "Draw a red apple.", GUIDED),
+            ("again", "of a picture, unguided", again, PLAIN),
+            ("again_guided", "of a picture, guided", again, GUIDED),
         ]
         contenders = {
-            name: partial(self._drawing, prompt, settings, count())
+            name: partial(self.drawing, prompt, settings, count())
             for name, _, prompt, settings in cases
         }
         times = take_turns(contenders, self.rounds)
@@ -253,7 +253,7 @@ class Meter:
         """Pixels to codes and back."""
         tokenizer, shape = self.model.image_tokenizer, (1, self.layout.height, self.layout.width)
         codes = torch.from_numpy(np.zeros(shape, dtype=np.int64))
-        encode = self._median(lambda: tokenizer.encode([self._picture()]))
+        encode = self._median(lambda: tokenizer.encode([self.picture()]))
         figures = [Figure("encode", "a picture to codes", 1e3 * encode, "ms")]
         if self.model.can_draw:
             decode = self._median(lambda: tokenizer.decode(codes))
@@ -297,11 +297,15 @@ class Meter:
     def peak(self) -> float:
         return matmul_peak(self.device, self.model.transformer.lm_head.weight.dtype)
 
-    def token_bytes(self, context: int) -> float:
-        """Bytes that decoding one token of text reads, after `context` others."""
+    def token_bytes(self, context: int, image: bool = False) -> float:
+        """Bytes that decoding one token of text, or of an image, reads, after `context` others.
+
+        Several rows of a step read the weights once: then `context` is the sum of theirs.
+        """
         transformer, config = self.model.transformer, self.config
         head = transformer.lm_head.weight
-        rows = len(Grammar(self.model.processor.vocabulary, self.layout).text_ids)
+        grammar = Grammar(self.model.processor.vocabulary, self.layout)
+        rows = len(grammar.code_ids if image else grammar.text_ids)
         bits = own_bits(transformer) or 8 * head.itemsize
         values = 2 * config.num_hidden_layers * config.kv_heads * config.head_dim * head.itemsize
         return sum(_linear_bytes(transformer)) + rows * head.shape[1] * bits / 8 + values * context
@@ -319,7 +323,7 @@ class Meter:
         """Seconds to the first token of a new prompt, and of each token after it."""
         firsts, rest, number = [], 0.0, 0
         for _ in range(8):  # a reply may end at any time
-            handle = self.engine.add(self._request(context, TOKENS, _GREEDY))
+            handle = self.engine.add(self._request(context, TOKENS, GREEDY))
             firsts.append(seconds(partial(self._until, handle, 1), self.device))
             rest += seconds(partial(self._until, handle, TOKENS), self.device)
             number += len(handle.tokens) - 1
@@ -327,6 +331,23 @@ class Meter:
             if number >= TOKENS - 1:
                 break
         return median(firsts), rest / max(number, 1)
+
+    def crowd(self, number: int, context: int) -> tuple[float, float]:
+        """Tokens per second of so many texts that all stand at about this context, and what that
+        context came to be."""
+        # The first to be read go on while the last are read.
+        room = min(TOKENS * 2 + 4 * number, self.config.max_position_embeddings // 2)
+        context = max(2, min(context, self.config.max_position_embeddings - room))
+        handles = [self.engine.add(self._request(context, room, GREEDY)) for _ in range(number)]
+        while not all(handle.tokens or handle.finished for handle in handles):
+            self.engine.step()
+        left = [handle for handle in handles if not handle.finished]
+        before = sum(len(handle.tokens) for handle in left)
+        took = seconds(partial(self._until, left[-1], TOKENS), self.device) if left else 1.0
+        drawn = sum(len(handle.tokens) for handle in left) - before
+        for handle in handles:
+            handle.cancel()
+        return drawn / took, context + (before + drawn / 2) / max(len(left), 1)
 
     def _first_token(self, prompt: Any, seed: int) -> float:
         """Seconds to the first token of a reply, with what the pictures of the prompt take."""
@@ -338,7 +359,7 @@ class Meter:
 
         return seconds(reply)
 
-    def _drawing(
+    def drawing(
         self, prompt: Any, settings: dict[str, float], seeds: Iterator[int]
     ) -> tuple[float, float]:
         """Seconds from the prompt to all codes of a picture, and of one step of these."""
@@ -355,7 +376,7 @@ class Meter:
 
     def _eight(self) -> Iterator[Request]:
         for number in range(8):
-            settings: dict[str, float] = {} if number % 2 else (_PLAIN | _GREEDY)
+            settings: dict[str, float] = {} if number % 2 else (PLAIN | GREEDY)
             image = number < 4 and self.model.can_draw
             yield self._request(
                 SHORT + 24 * (number % 4), MOST_CODES, settings, "image" if image else "text"
@@ -392,7 +413,7 @@ class Meter:
         while len(handle.tokens) < tokens and not handle.finished:
             self.engine.step()
 
-    def _picture(self) -> Image:
+    def picture(self) -> Image:
         side = self.model.image_tokenizer.resolution
         pixels = np.frombuffer(self._draw.randbytes(3 * side * side), dtype=np.uint8)
         return Image(PIL.Image.fromarray(pixels.reshape(side, side, 3)))

@@ -48,7 +48,8 @@ def pack(weight_OI: Tensor, bits: int) -> PackedMatrix:
     rows, columns = weight_OI.shape
     if weight_OI.dtype == _DENSE.get(bits) and rows % 4 == columns % 64 == 0:
         return PackedMatrix(weight_OI.detach().contiguous(), None, bits, rows, columns)
-    full = torch.zeros(-(-rows // 4) * 4, -(-columns // 64) * 64)
+    padded = (-(-rows // 4) * 4, -(-columns // 64) * 64)
+    full = torch.zeros(padded, device=weight_OI.device)
     full[:rows, :columns] = weight_OI.detach().float()
     if bits == 32:
         return PackedMatrix(full, None, bits, rows, columns)

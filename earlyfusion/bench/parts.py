@@ -1,0 +1,224 @@
+"""Parts of a long measurement: each in a process of its own, within its seconds.
+
+A crash, a hang or a lack of memory ends one part only. Every row is sent to the first process as
+soon as it is measured, which writes all that is known so far, so that a machine may be taken away
+at any time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, Literal
+
+from earlyfusion.bench.harness import Row, line, short
+
+Status = Literal["done", "failed", "stopped", "skipped"]
+Measure = Callable[[Any], Iterable[Row]]
+"""From the settings of a run to the rows of a part, as they are measured."""
+
+_LEAST_SECONDS = 5.0
+_LONGEST_ERROR = 6000  # characters
+_DUMP_BEFORE = 2.0  # seconds before its end, in which a part that hangs still tells where
+
+
+class Skipped(Exception):
+    """A part cannot run here; the message is one sentence that says what is missing."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is measured together; `seconds` are the most that it may take."""
+
+    name: str
+    what: str
+    seconds: float
+    measure: Measure
+
+
+@dataclass
+class Outcome:
+    """What became of a part; `error` says why it is not done."""
+
+    part: str
+    status: Status = "done"
+    seconds: float = 0.0
+    error: str = ""
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def why(self) -> str:
+        """The line of `error` that says most: the last one of a traceback."""
+        lines = self.error.strip().splitlines() or [""]
+        return lines[-1 if self.status == "failed" and lines[0].startswith("Trace") else 0]
+
+
+def run_parts(
+    parts: Sequence[Part],
+    settings: Any,
+    minutes: float,
+    method: str,
+    log: Path,
+    keep: Callable[[list[Outcome]], None],
+) -> list[Outcome]:
+    """Run the parts in order, until `minutes` are over.
+
+    A part may take, besides its own seconds, those that are left beyond what the parts after it
+    need. `method` is how processes start: "spawn", or "fork" where no device is in use. What they
+    print goes to the file `log`. `keep` is called with all outcomes after every row.
+    """
+    end, outcomes = time.monotonic() + 60 * minutes, list[Outcome]()
+    for number, part in enumerate(parts):
+        outcome = Outcome(part.name)
+        outcomes.append(outcome)
+        left = end - time.monotonic()
+        needed = sum(later.seconds for later in parts[number + 1 :])
+        seconds = min(left, max(part.seconds, left - needed))
+        if seconds < min(_LEAST_SECONDS, part.seconds / 2):
+            outcome.status, outcome.error = "skipped", "there was no time left"
+        else:
+            for _ in _run(part, settings, seconds, method, log, outcome):
+                keep(outcomes)
+        keep(outcomes)
+        print(told(outcome), flush=True)
+    return outcomes
+
+
+def _run(
+    part: Part, settings: Any, seconds: float, method: str, log: Path, outcome: Outcome
+) -> Iterator[None]:
+    """Run one part; yields after each of its rows."""
+    context: Any = multiprocessing.get_context(method)
+    receiver, sender = context.Pipe(duplex=False)
+    since = time.monotonic()
+    process = context.Process(target=_measure, args=(part, settings, seconds, log, sender))
+    process.start()
+    sender.close()
+    ended = False
+    try:
+        for message in _messages(receiver, since + seconds):
+            if isinstance(message, Row):
+                outcome.rows.append(message)
+                yield
+            else:
+                outcome.status, outcome.error = message
+                ended = True
+    finally:
+        still = process.is_alive() and time.monotonic() >= since + seconds
+        _end(process)
+        outcome.seconds = round(time.monotonic() - since, 1)
+    if not ended:
+        why = f"it took more than {seconds:.0f} s" if still else _last_words(process.exitcode)
+        outcome.status = "stopped" if still else "failed"
+        outcome.error = f"{why}\n{_tail(log)}"
+
+
+def _messages(receiver: Connection, end: float) -> Iterator[Any]:
+    """What a part sends, until it ends or its time is over."""
+    while (left := end - time.monotonic()) > 0:
+        if receiver.poll(min(left, 0.5)):
+            try:
+                yield receiver.recv()
+            except EOFError:
+                return
+
+
+def _measure(part: Part, settings: Any, seconds: float, log: Path, sender: Connection) -> None:
+    """What the process of a part does."""
+    os.setsid()  # it is ended with all processes that it has started
+    with log.open("a", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout = open(1, "w", encoding="utf-8", buffering=1, closefd=False)
+    sys.stderr = open(2, "w", encoding="utf-8", buffering=1, closefd=False)
+    print(f"== {part.name}", flush=True)
+    if seconds > 2 * _DUMP_BEFORE:
+        faulthandler.dump_traceback_later(seconds - _DUMP_BEFORE, file=sys.stderr)
+    status: tuple[Status, str] = ("done", "")
+    try:
+        for row in part.measure(settings):
+            sender.send(row)
+    except Skipped as why:
+        status = "skipped", str(why)
+    except BaseException:
+        text = traceback.format_exc()
+        print(text, flush=True)
+        status = "failed", text[-_LONGEST_ERROR:]
+    sender.send(status)
+    sender.close()
+    sys.stdout.flush()
+    os._exit(0)  # whatever a library wants to do at the end may hang
+
+
+def _end(process: BaseProcess) -> None:
+    """End a process and all that it has started."""
+    process.join(0.2)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid or 0, signal.SIGKILL)
+    if process.is_alive():
+        process.kill()
+    process.join(5)
+
+
+def _last_words(exitcode: int | None) -> str:
+    if exitcode is not None and exitcode < 0:
+        return f"its process was ended by {signal.Signals(-exitcode).name}"
+    return f"its process ended by itself with status {exitcode}"
+
+
+def _tail(log: Path) -> str:
+    return log.read_text(encoding="utf-8", errors="replace")[-_LONGEST_ERROR:]
+
+
+def told(outcome: Outcome) -> str:
+    """A part in a few lines: what became of it, and its rows."""
+    head = f"{outcome.part}: {outcome.status}, {outcome.seconds:.0f} s"
+    head += f": {outcome.why}" if outcome.why else ""
+    return "\n".join([head, *(f"    {_told(row)}" for row in outcome.rows)])
+
+
+def _told(row: Row) -> str:
+    values = ", ".join(f"{name} {short(value)}" for name, value in row.values.items())
+    floor = "" if row.floor is None else f"; floor {short(row.floor)}, ratio {row.ratio:.2f}"
+    return f"{row.what}: {values} {row.unit}{floor}{'; ' if row.note else ''}{row.note}"
+
+
+def joined(outcomes: Iterable[Outcome]) -> list[Row]:
+    """All rows in order; what several parts measured of the same thing is one row."""
+    rows: dict[tuple[str, str], Row] = {}
+    for row in (row for outcome in outcomes for row in outcome.rows):
+        known = rows.setdefault((row.what, row.unit), Row(row.what, row.unit, {}))
+        known.values |= row.values
+        known.floor = row.floor if known.floor is None else known.floor
+        known.note = "; ".join(filter(None, dict.fromkeys([known.note, row.note])))
+    return list(rows.values())
+
+
+def as_json(outcomes: Iterable[Outcome], **more: Any) -> str:
+    return json.dumps(more | {"parts": [asdict(outcome) for outcome in outcomes]}, indent=1)
+
+
+def as_markdown(outcomes: Sequence[Outcome]) -> str:
+    """A table of what became of the parts, and one of all rows."""
+    lines = [line("part", "seconds", "became"), line("---", "---", "---")]
+    for outcome in outcomes:
+        words = f"{outcome.status}: {outcome.why}" if outcome.why else outcome.status
+        lines.append(line(outcome.part, f"{outcome.seconds:.0f}", words.replace("|", "/")))
+    lines += ["", line("what", "values", "floor", "ratio", "note"), line(*["---"] * 5)]
+    for row in joined(outcomes):
+        values = ", ".join(f"{name} {short(value)}" for name, value in row.values.items())
+        floor = ("", "") if row.floor is None else (short(row.floor), f"{row.ratio:.2f}")
+        lines.append(line(row.what, f"{values} {row.unit}", *floor, row.note.replace("|", "/")))
+    return "\n".join(lines) + "\n"
