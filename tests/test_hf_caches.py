@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import torch
 import transformers
 from test_hf_equality import Pair
 from test_hf_models import BASE, PLACEHOLDER, TEXT, fresh, prompts
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from earlyfusion.hf import ChameleonConfig, ChameleonForConditionalGeneration, ChameleonModel
 
@@ -214,3 +218,101 @@ def test_configs_made_by_hand() -> None:
         model = ChameleonModel(ChameleonConfig())
     assert model.config.hidden_size == model.embed_tokens.weight.shape[1] == 4096
     assert ChameleonConfig(**BASE).to_dict()["vocab_size"] == 96
+
+
+# ---- what a GPU would wait for, shown without one: tensors without values have none to read
+
+
+class Waits(TorchDispatchMode):
+    """Counts the numbers that the host reads out of tensors while it is open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def unreal(pair: Pair) -> Any:
+    """The model on the meta device, where reading a value raises."""
+    return copy.deepcopy(pair.own).to("meta")
+
+
+def cache_of(model: Any, kind: str) -> Any:
+    if kind == "static":
+        return transformers.StaticCache(config=model.config, max_cache_len=64)
+    return transformers.DynamicCache(config=model.config)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("image_logits", [False, True])
+def test_a_step_never_waits(unreal: Any, kind: str, image_logits: bool) -> None:
+    cache, ids = cache_of(unreal, kind), torch.zeros(2, 5, dtype=torch.int64, device="meta")
+    for new in (ids, ids[:, :1]):
+        logits = unreal(new, past_key_values=cache, image_logits=image_logits).logits
+        assert logits.is_meta and logits.shape[:2] == new.shape
+
+
+@pytest.mark.parametrize("image_logits", [False, None])
+def test_a_step_of_training_never_waits(unreal: Any, image_logits: bool | None) -> None:
+    ids = torch.zeros(2, 5, dtype=torch.int64, device="meta")
+    with torch.inference_mode():  # what is kept from it must serve a backward pass too
+        unreal(ids, image_logits=False)
+    with torch.enable_grad():
+        unreal.train()(ids, labels=ids, image_logits=image_logits).loss.backward()
+    assert unreal.lm_head.weight.grad.is_meta
+
+
+@pytest.mark.parametrize("assigned", [False, True])
+def test_a_compiled_step_reads_no_tensor_of_another_device(unreal: Any, assigned: bool) -> None:
+    """A CUDA graph cannot: one tensor of the CPU, and none would be made."""
+    foreign: list[str] = []
+
+    def backend(graph: Any, inputs: list[Any]) -> Any:
+        values = [node.meta.get("example_value") for node in graph.graph.nodes]
+        tensors = [value for value in [*inputs, *values] if isinstance(value, Tensor)]
+        foreign.extend(str(t.device) for t in tensors if not t.is_meta)
+        return graph.forward
+
+    cache, ids = cache_of(unreal, "static"), torch.zeros(1, 5, dtype=torch.int64, device="meta")
+    # The prompt is read first, as `generate` does; by the layers alone if the model is to be told
+    # which ids are images only when its forward is replaced.
+    read = unreal.model if assigned else partial(unreal, image_logits=False)
+    read(ids, past_key_values=cache)
+    torch.compiler.reset()
+    compiled = torch.compile(unreal.forward, fullgraph=True, backend=backend)
+    if assigned:
+        unreal.forward = compiled
+        compiled = unreal
+    assert compiled(input_ids=ids[:, :1], past_key_values=cache, image_logits=False).logits.is_meta
+    assert not foreign
+
+
+def waits(model: Any, tokens: int, **how: Any) -> int:
+    inputs = {"input_ids": torch.tensor([[0, 50, 60, 61, 62]] * 2)}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    with Waits() as waiting:
+        model.generate(
+            **inputs,
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            disable_compile=True,
+            cache_implementation="static",
+            **how,
+        )
+    return waiting.count
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_generating_waits_as_seldom_as_the_stock_class(pair: Pair, sample: bool) -> None:
+    """Per token: what the prompt costs is left out by a difference."""
+    stock, own = (
+        waits(model, 9, do_sample=sample) - waits(model, 1, do_sample=sample)
+        for model in (pair.stock, pair.own)
+    )
+    assert own == stock == 8

@@ -15,6 +15,7 @@ import PIL.Image
 import pytest
 import torch
 import transformers
+from test_hf_caches import waits
 from tiny import CONFIG, tiny_processor, tiny_transformer
 from torch import Tensor
 
@@ -181,6 +182,19 @@ class TestModes:
             outside = {t for i, t in enumerate(drawn) if i not in inside}
             allowed = {*vocabulary.text_tokens.tolist(), vocabulary.eos, vocabulary.pad}
             assert outside <= allowed
+
+    def test_the_grammar_adds_no_wait_where_rows_stay(self, model: Any) -> None:
+        """Each wait is an idle GPU; transformers' own loop has one per token."""
+        how = {"multimodal_generation_mode": "text-only", "do_sample": False, "eos_token_id": -1}
+        assert waits(model, 9, **how) - waits(model, 1, **how) == 8
+        beams = how | {"num_beams": 2}
+        assert waits(model, 9, **beams) - waits(model, 1, **beams) > 8
+
+    def test_guidance_reads_no_numbers_one_by_one(self, model: Any) -> None:
+        how = {"multimodal_generation_mode": "image-only", "do_sample": False}
+        plain = waits(model, IMAGE_TOKENS, **how)
+        guided = waits(model, IMAGE_TOKENS, **how, guidance_text=3.0)
+        assert guided == plain < 2 * IMAGE_TOKENS
 
     def test_default_draws_no_image_tokens(
         self, model: Any, own: Processor, processor: Any

@@ -109,6 +109,14 @@ class MultimodalGeneration:
         more["logits_processor"] = self._processors(rules, ids_BT, kwargs, logits_processor)
         return parent.generate(ids_BT, **more, **self._lengths(rules, generation_config, kwargs))
 
+    def _sample(self, input_ids: Tensor, logits_processor: Any, *args: Any, **kwargs: Any) -> Any:
+        """transformers' loop of greedy search and sampling, in which rows keep their places."""
+        for processor in logits_processor:
+            if isinstance(processor, GrammarLogits):
+                processor.rows_stay = True
+        parent: Any = super()
+        return parent._sample(input_ids, logits_processor, *args, **kwargs)
+
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' continuous batching; as in plain `generate`, no image tokens are drawn."""
         parent: Any = super()
@@ -220,14 +228,16 @@ def _check_unguided(text: float, image: float) -> None:
 class GrammarLogits(LogitsProcessor):
     """Forbids the tokens that the grammar does not allow after those drawn so far.
 
-    The states of the rows of the last call are kept; beams may reorder and repeat rows.
+    The states of the rows of the last call are kept. Beams may reorder and repeat rows, and other
+    searches go back, so a row looks for the one that it continues, for which the host waits;
+    `rows_stay` says that each continues the one in its place.
     """
 
     def __init__(
         self, grammar: Grammar, rules: _Rules, prompt_tokens: int, guide: _Guide | None = None
     ) -> None:
         self._grammar, self._rules, self._prompt_tokens = grammar, rules, prompt_tokens
-        self._guide = guide
+        self._guide, self.rows_stay = guide, False
         self._new_BT: Tensor | None = None
         self._state_BF: Tensor | None = None
 
@@ -236,17 +246,27 @@ class GrammarLogits(LogitsProcessor):
         if self._guide is not None:
             in_image_B = self._grammar.in_image(state_BF)
             starts_B = state_BF[:, SLOT] == 1  # the last token began a picture
-            scores = self._guide(input_ids, scores, in_image_B.tolist(), starts_B.tolist())
+            in_image, starts = torch.stack((in_image_B, starts_B)).tolist()  # one wait for both
+            scores = self._guide(input_ids, scores, in_image, starts)
         return scores.masked_fill(~self._grammar.mask(state_BF), -torch.inf)
 
     def _state(self, new_BT: Tensor) -> Tensor:
-        parents_B = self._parents(new_BT)
-        if parents_B is None or self._state_BF is None:
+        before_BF = self._before(new_BT)
+        if before_BF is None:
             state_BF = self._replayed(new_BT)
         else:
-            state_BF = self._grammar.advance(self._state_BF[parents_B], new_BT[:, -1])
+            state_BF = self._grammar.advance(before_BF, new_BT[:, -1])
         self._new_BT, self._state_BF = new_BT, state_BF
         return state_BF
+
+    def _before(self, new_BT: Tensor) -> Tensor | None:
+        """The states of all rows before their last token; None where they are not known."""
+        if self._state_BF is None:
+            return None
+        if self.rows_stay:
+            return self._state_BF
+        parents_B = self._parents(new_BT)
+        return None if parents_B is None else self._state_BF[parents_B]
 
     def _parents(self, new_BT: Tensor) -> Tensor | None:
         """For each row the row of the last call that it continues by one token, if all have one."""
@@ -285,8 +305,8 @@ class _Guide:
             if first:
                 logits |= self._open(row, self._history(ids_BT, row))
             else:
-                token = [int(ids_BT[row, -1])]
-                logits |= {n: b.read(token) for n, b in self._branches[row].items()}
+                last_1T = ids_BT[row, None, -1:]
+                logits |= {n: b.read(last_1T) for n, b in self._branches[row].items()}
             rows[row] = guidance.mix(logits, self._rules.text_weight, self._rules.image_weight)
         return torch.stack(rows)
 
@@ -296,8 +316,12 @@ class _Guide:
         has_images = guidance.has_images(history, vocabulary)
         names = guidance.needed(text, image, has_images)[1:]  # "full" is the row itself
         self._branches[row] = {name: _Branch(self._owner) for name in names}
+        prompts = {
+            name: guidance.prompt(name, history, vocabulary, self._owner.image_layout)
+            for name in names
+        }
         return {
-            name: branch.read(guidance.prompt(name, history, vocabulary, self._owner.image_layout))
+            name: branch.read(torch.tensor([list(prompts[name])], device=self._owner.device))
             for name, branch in self._branches[row].items()
         }
 
@@ -305,12 +329,12 @@ class _Guide:
         """A row without its padding."""
         ids_T = ids_BT[row]
         if self._mask_BT is None:
-            return [int(token) for token in ids_T]
+            return list(ids_T.tolist())
         prompts, prompt_tokens = self._mask_BT.shape
         # transformers repeats a prompt for each of its return sequences.
         mask_T = self._mask_BT[row // max(1, len(ids_BT) // prompts)].bool().to(ids_T.device)
         without_padding = torch.cat((ids_T[:prompt_tokens][mask_T], ids_T[prompt_tokens:]))
-        return [int(token) for token in without_padding]
+        return list(without_padding.tolist())
 
 
 class _Branch:
@@ -319,11 +343,10 @@ class _Branch:
     def __init__(self, owner: Any) -> None:
         self._owner, self._cache = owner, DynamicCache(config=owner.config)
 
-    def read(self, tokens: Sequence[int]) -> Tensor:
+    def read(self, ids_1T: Tensor) -> Tensor:
         """Logits [V] in fp32 for the token after these."""
-        ids_BT = torch.tensor([list(tokens)], device=self._owner.device)
         outputs = self._owner(
-            input_ids=ids_BT,
+            input_ids=ids_1T,
             past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,

@@ -33,7 +33,7 @@ class ImageVocabulary:
         self.vocab_map = dict(names)
         found = [names[name] for name in reversed(IMAGE_PLACEHOLDERS) if name in names]
         self.image_token_id: int | None = found[0] if found else None
-        self._moved: dict[tuple[str, torch.device], Tensor] = {}
+        self._moved: dict[str, Tensor] = {}
 
     @cached_property
     def bpe2img(self) -> dict[int, int]:
@@ -121,15 +121,23 @@ class ImageVocabulary:
     def _on(self, name: str, values: Tensor, device: torch.device) -> Tensor:
         if device.type == "cpu":
             return values
+        key = f"{name} {device}"
+        if key in self._moved:
+            return self._moved[key]
         if torch.compiler.is_compiling():  # tensors made while tracing must not be cached
             return values.to(device)
-        if (name, device) not in self._moved:
-            self._moved[name, device] = values.to(device)
-        return self._moved[name, device]
+        # Training may need it too, and keeps no tensor of inference mode for a backward pass.
+        with torch.inference_mode(False):
+            self._moved[key] = values.to(device)
+        return self._moved[key]
 
-    def prepare(self) -> None:
-        """Make the tables now: those made while a model is traced could not be cached."""
-        _ = self.bpe2img_search_tensors, self.img2bpe_mapping_tensor
+    def prepare(self, device: torch.device | None = None) -> None:
+        """Make the tables now, and put them on a device: those made while a model is traced could
+        not be cached, and a graph that reads tensors of the CPU cannot be a CUDA graph."""
+        tables = self.bpe2img_search_tensors[0], self.img2bpe_mapping_tensor
+        if device is not None:
+            for name, table in zip(("ids", "img2bpe"), tables, strict=True):
+                self._on(name, table, device)
 
 
 def _int64(values: Sequence[int]) -> Tensor:

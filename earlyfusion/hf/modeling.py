@@ -656,7 +656,13 @@ class ChameleonForConditionalGeneration(
         self.model.freeze_image_tokenizer()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, self._with_tokens(value) if name == "forward" else value)
+        if name == "forward":
+            value = self._with_tokens(value)
+            if self.model._mapping is not None or self.config.name_or_path:
+                with contextlib.suppress(CheckpointError):  # raised again when a picture comes
+                    # A compiled forward could not keep the tables that it makes.
+                    self.model.vocabulary_mapping.prepare(self.device)
+        super().__setattr__(name, value)
 
     def _with_tokens(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """`forward` with the pictures' own tokens in its ids and labels.

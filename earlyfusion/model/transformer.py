@@ -227,5 +227,6 @@ def _to_autocast(x: Tensor) -> Tensor:
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """What autocast makes of `x` where it is on, else the dtype of `x`."""
     device_type = x.device.type
-    on = torch.is_autocast_enabled(device_type)
+    # Tensors without values, which show shapes and waits, know no autocast.
+    on = not x.is_meta and torch.is_autocast_enabled(device_type)
     return torch.get_autocast_dtype(device_type) if on else x.dtype
