@@ -1,7 +1,12 @@
 from __future__ import annotations
 
+import copy
 import hashlib
+import io
 import json
+import pickle
+import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +24,11 @@ from earlyfusion.config import VQConfig
 from earlyfusion.content import Image
 from earlyfusion.errors import CheckpointError, ImageError, SettingError
 from earlyfusion.image_tokenizer import ImageTokenizer
+from earlyfusion.model import vqgan as vqgan_module
 from earlyfusion.model.vqgan import VQGAN
 
-GOLDEN = Path(__file__).parent / "golden"
+TESTS = Path(__file__).parent
+GOLDEN = TESTS / "golden"
 VQ_IMAGES = sorted((GOLDEN / "images").glob("vq*.png"))
 PREPROCESS: dict[str, Any] = json.loads((GOLDEN / "expected/preprocess.json").read_text())
 SMALL = VQConfig(
@@ -252,3 +259,91 @@ def test_errors(small: ImageTokenizer) -> None:
             small.decode(torch.full((1, 8, 8), value))
     with pytest.raises(CheckpointError, match="no VQ decoder"):
         ImageTokenizer(VQGAN(SMALL, with_decoder=False), 32).decode(torch.zeros(1, 8, 8).long())
+
+
+def share_of_equal(found: Tensor, wanted: Tensor) -> float:
+    return float((found.cpu() == wanted.cpu()).float().mean())
+
+
+def test_encoding_in_bf16_changes_few_codes(mini: ImageTokenizer, metas: ImageTokenizer) -> None:
+    """Of mini on pictures as it was trained on, and of a checkpoint in the shape of Meta's."""
+    emoji = [
+        PIL.Image.open(io.BytesIO(archive.read(name)))
+        for archive in map(zipfile.ZipFile, sorted((TESTS / "data/images").glob("*.zip")))
+        for name in archive.namelist()[:3]
+    ]
+    own = [Image.open(file) for file in VQ_IMAGES]
+    # A CPU without bf16 takes minutes for pictures of Meta's size; the network takes any.
+    for vqgan, side, pictures in (
+        (mini.vqgan, mini.resolution, emoji),
+        (metas.vqgan, 64, own[:2]),
+    ):
+        exact, rounded = (
+            ImageTokenizer(vqgan, side, encode_precision=precision).encode(pictures)
+            for precision in ("fp32", "bf16")
+        )
+        share = share_of_equal(rounded, exact)
+        print(f"{share:.2%} of {exact.numel()} codes equal")
+        assert share > 0.9 and rounded.dtype == torch.int64
+        assert share < 1 or vqgan is not mini.vqgan  # else nothing was rounded
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The graphs that torch makes of what is compiled; they run as they are."""
+    found: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        found.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    return found
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_compiled_it_is_one_graph_each_way(graphs: list[Any], precision: Any) -> None:
+    torch.manual_seed(0)
+    vqgan = VQGAN(SMALL).eval()
+    settings = {"precision": precision, "encode_precision": precision}
+    plain = ImageTokenizer(vqgan, SMALL.resolution, **settings)
+    compiled = ImageTokenizer(vqgan, SMALL.resolution, **settings, compiled=True)
+    pictures = [picture(32, 32), picture(40, 33)]
+    codes = plain.encode(pictures)
+    assert share_of_equal(compiled.encode(pictures), codes) > 0.97
+    assert len(graphs) == 1
+    ours, theirs = (np.stack(t.decode(codes)).astype(int) for t in (compiled, plain))
+    assert np.abs(ours - theirs).max() <= 1 + 8 * (precision == "bf16")
+    assert len(graphs) == 2
+    compiled.encode(pictures)
+    compiled.decode(codes)
+    assert len(graphs) == 2
+
+
+def test_a_compiled_one_follows_its_network_and_can_be_copied(graphs: list[Any]) -> None:
+    torch.manual_seed(0)
+    tokenizer = ImageTokenizer(VQGAN(SMALL).eval(), SMALL.resolution, compiled=True)
+    first = tokenizer.encode(picture(32, 32))
+    again = pickle.loads(pickle.dumps(copy.deepcopy(tokenizer)))
+    assert torch.equal(again.encode(picture(32, 32)), first)
+    torch.manual_seed(1)
+    tokenizer.vqgan = VQGAN(SMALL).eval()
+    wanted = ImageTokenizer(tokenizer.vqgan, SMALL.resolution).encode(picture(32, 32))
+    assert share_of_equal(tokenizer.encode(picture(32, 32)), wanted) > 0.97
+
+
+def test_codes_of_another_device_are_drawn(small: ImageTokenizer) -> None:
+    there = copy.deepcopy(small.vqgan).to("meta")
+    assert isinstance(there, VQGAN)
+    assert there.decode(torch.zeros(1, 2, 2, dtype=torch.int64)).shape == (1, 3, 8, 8)
+
+
+def test_search_finds_the_same_in_one_piece_and_in_many(
+    small: ImageTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert isinstance(small.vqgan, VQGAN)
+    vectors = torch.randn(70, SMALL.embed_dim, generator=torch.Generator().manual_seed(0))
+    whole = small.vqgan.quantize.search(vectors)
+    monkeypatch.setattr(vqgan_module, "_SEARCH_ELEMENTS", 3 * SMALL.num_embeddings)
+    assert torch.equal(small.vqgan.quantize.search(vectors), whole)

@@ -23,22 +23,27 @@ ENCODER_OPERATIONS, DECODER_OPERATIONS = 0.550e12, 1.005e12
 
 
 class Way(NamedTuple):
-    """How the VQ-GAN runs; `half` are bf16 weights, else fp32."""
+    """How the VQ-GAN runs; `half` are bf16 weights, else fp32, or bf16 by autocast."""
 
     name: str
-    tf32: bool
-    half: bool
-    last: bool
+    tf32: bool = True
+    half: bool = False
+    last: bool = False
+    cast: bool = False
     graph: bool = False
+    compiled: bool = False
 
 
 WAYS = (
-    Way("fp32", tf32=False, half=False, last=False),
-    Way("tf32", tf32=True, half=False, last=True),
-    Way("bf16", tf32=True, half=True, last=False),
-    Way("bf16, channels last", tf32=True, half=True, last=True),
-    Way("bf16, channels last, captured", tf32=True, half=True, last=True, graph=True),
+    Way("fp32", tf32=False),
+    Way("tf32"),
+    Way("autocast", cast=True),
+    Way("bf16", half=True),
+    Way("bf16, channels last", half=True, last=True),
+    Way("bf16, channels last, captured", half=True, last=True, graph=True),
+    Way("autocast, compiled", cast=True, compiled=True),
 )
+"""The last is `ImageTokenizer(precision="bf16", encode_precision="bf16", compiled=True)`."""
 
 
 @torch.no_grad()
@@ -64,6 +69,8 @@ def _both(settings: Settings, name: str, fp32: VQGAN, batch: int) -> Iterator[Ro
     notes: dict[str, list[str]] = {"encode": [], "decode": []}
     codes, drawn = Tensor(), Tensor()
     for way in WAYS:
+        if way.compiled and settings.rehearses:  # it takes a CPU longer than all else together
+            continue
         with _precision(way.tf32):
             network = _cast(fp32, way)
             encode, decode = _calls(network, pixels.to(next(network.parameters()).dtype), way)
@@ -98,13 +105,19 @@ def _calls(
     network: VQGAN, pixels: Tensor, way: Way
 ) -> tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]:
     pixels = pixels.contiguous(memory_format=torch.channels_last) if way.last else pixels
-    dtype = pixels.dtype
+    dtype, latents, drawn = pixels.dtype, network.latents, network.pixels
+    if way.compiled:
+        latents, drawn = (torch.compile(call, fullgraph=True) for call in (latents, drawn))
+    cast = partial(torch.autocast, pixels.device.type, torch.bfloat16, enabled=way.cast)
 
     def encode() -> Tensor:
-        return network.nearest_codes(network.latents(pixels))
+        with cast():
+            found = latents(pixels)
+        return network.nearest_codes(found.to(network.codewords.dtype))
 
     def decode(codes: Tensor) -> Tensor:
-        return network.pixels(network.embed(codes).to(dtype))
+        with cast():
+            return drawn(network.embed(codes).to(dtype))
 
     return encode, decode
 
