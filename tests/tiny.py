@@ -30,14 +30,16 @@ def tiny_processor(folder: Path) -> Processor:
     return Processor(tokenizer, ImageLayout(vq.grid, vq.grid))
 
 
-def tiny_transformer(processor: Processor, begin_image: float = 0.0) -> Transformer:
+def tiny_transformer(
+    processor: Processor, begin_image: float = 0.0, device: torch.device | str = "cpu"
+) -> Transformer:
     """`begin_image` makes pictures likelier: it is added to the scale of that token's logit."""
     transformer = Transformer(CONFIG).eval()
     transformer.init_weights(torch.Generator().manual_seed(0))
     with torch.no_grad():
         transformer.lm_head.weight.mul_(20)
         transformer.lm_head.weight[processor.vocabulary.begin_image].mul_(1 + begin_image)
-    return transformer
+    return transformer.to(device)
 
 
 def request(
