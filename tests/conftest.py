@@ -5,6 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from earlyfusion.devices import resolve_device
+from earlyfusion.errors import SettingError
+
 torch.set_num_threads(1)
 
 
@@ -13,22 +16,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    name = config.getoption("--device")
-    if name.partition(":")[0] not in ("cpu", "cuda"):
-        raise pytest.UsageError(f"--device {name} is unknown: use cpu or cuda")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise pytest.UsageError(
-            f"--device {name}: torch finds no GPU on this machine: leave --device out"
-        )
+    try:
+        resolve_device(config.getoption("--device"))
+    except SettingError as error:
+        raise pytest.UsageError(f"--device: {error}") from None
 
 
 @pytest.fixture(scope="session")
 def device(pytestconfig: pytest.Config) -> torch.device:
     """Where a test computes: the CPU, or what `--device` names."""
-    found = torch.device(pytestconfig.getoption("--device"))
     # Convolutions on a GPU round fp32 to 10 bits unless told otherwise; fp32 is to mean fp32 here.
     torch.backends.cudnn.allow_tf32 = False
-    return found
+    return resolve_device(pytestconfig.getoption("--device"))
 
 
 @pytest.fixture(scope="session")

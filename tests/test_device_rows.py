@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from tiny import CONFIG, tiny_processor
-from torch._dynamo.testing import CompileCounter
 
 from earlyfusion.content import Image, Message, Text
 from earlyfusion.data.packing import PackedBatch, Packer, RoleWeights
@@ -19,8 +16,6 @@ from earlyfusion.errors import DataError, SettingError
 from earlyfusion.mini.emoji.dataset import EmojiData
 from earlyfusion.mini.emoji.mixture import MixtureConfig, is_plain, samples
 from earlyfusion.mini.packed_transformer import BlankLayout, documents
-from earlyfusion.model import attention
-from earlyfusion.model.attention import CausalAttend
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.processor import ANSWER_TEXT, CONTROL, END, Processor, TokenSequence
 from earlyfusion.train.device_rows import CutConfig, DeviceRows, templates
@@ -197,78 +192,6 @@ def test_what_cannot_be_packed_is_refused(processor: Processor) -> None:
         templates([(sequence, [0], False)], CODES, np.zeros(8, bool), WEIGHTS)
     with pytest.raises(SettingError, match="replace"):
         CutConfig(replace=1.5)
-
-
-def packed_by_torch(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: torch.Tensor, most: int
-) -> torch.Tensor:
-    """What torch's attention of packed documents computes, document by document."""
-    assert ends.dtype == torch.int32 and int(ends[0]) == 0 and int(ends[-1]) == len(q)
-    out = torch.zeros_like(q)
-    for first, last in zip(ends.tolist(), ends[1:].tolist(), strict=False):
-        assert 0 <= last - first <= most
-        heads = (x[first:last].transpose(0, 1)[None] for x in (q, k, v))
-        out[first:last] = F.scaled_dot_product_attention(*heads, is_causal=True)[0].transpose(0, 1)
-    return out
-
-
-def test_packed_attention_is_that_of_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The device's own attention, with a slow one in its place: shapes, ends and grouped heads."""
-    assert attention._agrees_with_mask(packed_by_torch, torch.device("cpu"))
-    skewed = lambda q, k, v, ends, most: packed_by_torch(q, k, v, ends, most) * 1.1  # noqa: E731
-    assert not attention._agrees_with_mask(skewed, torch.device("cpu"))
-    assert attention.packed_attention("cpu") is None
-    document_BT = torch.tensor([[0] * 5 + [1] * 3, [0] * 8])
-    q, k = torch.randn(2, 8, 4, 16), torch.randn(2, 8, 2, 16)
-    expected = CausalAttend(document_BT)(q, k, k)
-    ends = attention._sequence_ends(document_BT)
-    assert len(ends) % 128 == 0 and ends[:4].tolist() == [0, 5, 8, 16]
-    assert torch.allclose(
-        attention._attend_packed(q, k, k, ends, packed_by_torch), expected, atol=1e-5
-    )
-    monkeypatch.setattr(attention, "_run_lengths", lambda _: None)
-    monkeypatch.setattr(attention, "packed_attention", lambda _: packed_by_torch)
-    attend = CausalAttend(document_BT)  # as on a GPU: packed in bf16, by a mask in fp32
-    half = attend(q.bfloat16(), k.bfloat16(), k.bfloat16())
-    assert half.dtype is torch.bfloat16 and torch.allclose(half.float(), expected, atol=0.05)
-    assert attend._mask is None
-    assert torch.allclose(attend(q, k, k), expected, atol=1e-5) and attend._mask is not None
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's compiler reads it
-def test_blocks_that_attend_so_compile_to_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One for all blocks and steps, and one more once the number of documents has changed."""
-
-    def attend(q: Any, k: Any, v: Any, ends: torch.Tensor, most: int) -> Any:
-        return q + k + v * ends.sum()
-
-    monkeypatch.setattr(attention, "_run_lengths", lambda _: None)
-    monkeypatch.setattr(attention, "packed_attention", lambda _: attend)
-    model = Transformer(replace(CONFIG, num_key_value_heads=4))
-    counter = CompileCounter()
-    for block in model.model.layers:
-        block.forward = torch.compile(block.forward, backend=counter, fullgraph=True)
-    frames = []
-    for count in (2, 3, 60, 90):
-        document_BT = (torch.arange(200) * count // 200).expand(2, -1)
-        attends = [CausalAttend(document_BT)] * CONFIG.num_hidden_layers
-        with torch.autocast("cpu", torch.bfloat16):
-            model.states(torch.zeros(2, 200, dtype=torch.long), attends=attends)
-        frames.append(counter.frame_count)
-    assert frames == [1, 1, 1, 2]
-
-
-def test_torchs_packed_attention_is_called_as_this_version_names_it() -> None:
-    """Traced without numbers, as a compiled block would: its kernels need a GPU."""
-    attend, counter = attention._causal_varlen(), CompileCounter()
-
-    def summed(q: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        return attention._attend_packed(q, q, q, ends, attend).sum()
-
-    traced = torch.compile(summed, backend=counter, fullgraph=True)
-    q = torch.empty(2, 64, 2, 16, dtype=torch.bfloat16, device="meta")
-    assert traced(q, torch.empty(128, dtype=torch.int32, device="meta")).shape == ()
-    assert counter.frame_count == 1
 
 
 def test_the_mixture_has_its_shares_and_tells_where_colours_matter() -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 from tiny import CONFIG, request, tiny_processor, tiny_transformer
+from tolerances import assert_close
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
@@ -47,14 +48,16 @@ OFF: dict[str, Any] = {"guidance_text": 1, "guidance_image": 1}
 
 
 @pytest.fixture(autouse=True, params=["compiled", "torch", "static"])
-def step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def step(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> str:
     """Every test runs with the compiled step, where there is a compiler, with torch's, and with the
     static step that a GPU captures."""
     if request.param != "compiled":
         monkeypatch.setattr(cpu, "available", lambda: False)
         monkeypatch.setattr(runner, "serves", lambda device: request.param == "static")
-    elif not cpu.available():
-        pytest.skip("no C++ compiler here")
+    elif device.type != "cpu" or not cpu.available():
+        pytest.skip("the compiled step is for CPUs that have a C++ compiler")
     return str(request.param)
 
 
@@ -64,8 +67,8 @@ def processor(tmp_path_factory: pytest.TempPathFactory) -> Processor:
 
 
 @pytest.fixture(scope="module")
-def transformer(processor: Processor) -> Transformer:
-    return tiny_transformer(processor, begin_image=1.0)
+def transformer(processor: Processor, device: torch.device) -> Transformer:
+    return tiny_transformer(processor, 1.0, device)
 
 
 @pytest.fixture(scope="module")
@@ -111,11 +114,11 @@ def run(
 # --- token for token -------------------------------------------------------------------------
 
 
-def changed(processor: Processor, **changes: Any) -> Transformer:
+def changed(processor: Processor, device: torch.device, **changes: Any) -> Transformer:
     model = Transformer(replace(CONFIG, **changes)).eval()
-    given = tiny_transformer(processor, begin_image=1.0).state_dict()
+    given = tiny_transformer(processor, 1.0).state_dict()
     model.load_state_dict(given, strict=False)  # what an activation learns is not in it
-    return model
+    return model.to(device)
 
 
 @pytest.mark.parametrize(
@@ -129,9 +132,13 @@ def changed(processor: Processor, **changes: Any) -> Transformer:
     ids=str,
 )
 def test_other_activations_and_angles_equal_the_plain_loop(
-    processor: Processor, mixed: list[Request], wanted: list[list[int]], changes: dict[str, Any]
+    processor: Processor,
+    mixed: list[Request],
+    wanted: list[list[int]],
+    changes: dict[str, Any],
+    device: torch.device,
 ) -> None:
-    model = changed(processor, **changes)
+    model = changed(processor, device, **changes)
     some = mixed[:3]
     tokens = [list(draw_tokens(model, processor, asked)) for asked in some]
     assert run(Engine(model, processor), some, 3) == tokens
@@ -243,20 +250,21 @@ def test_weights_that_are_not_packed(
     wanted: list[list[int]],
     monkeypatch: pytest.MonkeyPatch,
     step: str,
+    device: torch.device,
 ) -> None:
     monkeypatch.setattr(torch_backend, "has_room", lambda transformer: False)
-    plain = tiny_transformer(processor, begin_image=1.0)
+    plain = tiny_transformer(processor, 1.0, device)
     before = {name: value.clone() for name, value in plain.state_dict().items()}
     engine = Engine(plain, processor)
     assert run(engine, mixed) == wanted
     attention = plain.model.layers[0].self_attn
     stores = {p.weight.untyped_storage().data_ptr() for p in (attention.q_proj, attention.k_proj)}
     assert step == "compiled" or len(stores) == 1, "held twice"
-    saved = load(save(plain.state_dict()))
+    saved = {name: value.to(device) for name, value in load(save(plain.state_dict())).items()}
     assert saved.keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in saved.items())
     # They can still be trained, and the engine follows.
-    plain(torch.tensor([[1, 2, 3]])).sum().backward()
+    plain(torch.tensor([[1, 2, 3]], device=device)).sum().backward()
     with torch.no_grad():
         attention.q_proj.weight.add_(attention.q_proj.weight.grad, alpha=30)
     want = list(draw_tokens(plain, processor, mixed[0]))
@@ -264,13 +272,13 @@ def test_weights_that_are_not_packed(
 
 
 def test_other_linear_modules_are_called_as_they_are(
-    processor: Processor, mixed: list[Request], wanted: list[list[int]]
+    processor: Processor, mixed: list[Request], wanted: list[list[int]], device: torch.device
 ) -> None:
     class Doubled(torch.nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x) * 2
 
-    plain = tiny_transformer(processor, begin_image=1.0)
+    plain = tiny_transformer(processor, 1.0, device)
     for layer in plain.model.layers:
         layer.mlp.up_proj.__class__ = Doubled
     assert run(Engine(plain, processor), mixed[:1]) != wanted[:1]
@@ -293,8 +301,8 @@ def test_stop_tokens_of_one_request_leave_the_others_alone(
 
 
 @pytest.mark.parametrize("name", ["tiny_1", "tiny_mp2_swin_gqa"])
-def test_both_block_layouts(golden: Path, name: str) -> None:
-    loaded = detect.load(golden / "models" / name, dtype=torch.float32)
+def test_both_block_layouts(golden: Path, name: str, device: torch.device) -> None:
+    loaded = detect.load(golden / "models" / name, device, torch.float32)
     vocabulary = loaded.processor.vocabulary
     settings = SamplingParams(seed=0, **GREEDY).resolved({})
     ids = [vocabulary.bos, *loaded.processor.encode_text("a pear"), vocabulary.end_of_turn]
@@ -303,8 +311,8 @@ def test_both_block_layouts(golden: Path, name: str) -> None:
     assert run(Engine(loaded.transformer, loaded.processor, context_tokens=64), texts) == want
 
 
-def test_the_embedded_model() -> None:
-    model = Chameleon.load("mini", device="cpu", dtype="float32")
+def test_the_embedded_model(device: torch.device) -> None:
+    model = Chameleon.load("mini", str(device), "float32")
     short = SamplingParams(max_tokens=20)
     asked = [
         model.request("Draw a red apple.", "image", seed=0),
@@ -315,10 +323,10 @@ def test_the_embedded_model() -> None:
     assert run(model.engine, asked) == want
 
 
-def test_hidden_states_equal_the_modules(transformer: Transformer) -> None:
+def test_hidden_states_equal_the_modules(transformer: Transformer, device: torch.device) -> None:
     """Whole prompts, pieces and single tokens of several sequences in one step; fp32, 1e-5."""
     rows = [torch.randint(0, CONFIG.vocab_size, (n,)).tolist() for n in (9, 1, 14, 5)]
-    cache = Cache(CONFIG, 6, 32, torch.float32, torch.device("cpu"))
+    cache = Cache(CONFIG, 6, 32, torch.float32, device)
     fused = FusedTransformer(transformer, cache)
     branches = [Branch(row, array("q", [n])) for row, n in zip(rows, (4, 1, 0, 5), strict=True)]
     got: dict[int, list[torch.Tensor]] = {}
@@ -332,19 +340,19 @@ def test_hidden_states_equal_the_modules(transformer: Transformer) -> None:
                 got.setdefault(id(piece.branch), []).append(states @ transformer.lm_head.weight.T)
                 piece.branch.read = piece.end
         for branch in branches:
-            want = transformer(torch.tensor([branch.tokens]))[0]
-            torch.testing.assert_close(torch.cat(got[id(branch)]), want, atol=1e-5, rtol=1e-5)
+            want = transformer(torch.tensor([branch.tokens], device=device))[0]
+            assert_close(torch.cat(got[id(branch)]), want, atol=1e-5, rtol=1e-5)
 
 
-def test_bfloat16_runs(processor: Processor) -> None:
-    half = tiny_transformer(processor, begin_image=1.0).to(torch.bfloat16)
+def test_bfloat16_runs(processor: Processor, device: torch.device) -> None:
+    half = tiny_transformer(processor, 1.0, device).to(torch.bfloat16)
     engines = [Engine(half, processor) for _ in range(2)]
     first, second = (run(engine, [request(processor, 1, "image")]) for engine in engines)
     assert first == second and len(first[0]) == 66
 
 
-def in_dtype(processor: Processor, name: str) -> Transformer:
-    plain = tiny_transformer(processor, begin_image=1.0)
+def in_dtype(processor: Processor, name: str, device: torch.device) -> Transformer:
+    plain = tiny_transformer(processor, 1.0, device)
     if name in ("int8", "int4"):
         return quantise(plain.to(torch.bfloat16), int(name[3]))
     return plain.to(getattr(torch, name))
@@ -352,12 +360,12 @@ def in_dtype(processor: Processor, name: str) -> Transformer:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
 def test_a_reply_does_not_depend_on_how_it_was_read(
-    processor: Processor, mixed: list[Request], dtype: str, step: str
+    processor: Processor, mixed: list[Request], dtype: str, step: str, device: torch.device
 ) -> None:
     """Whole, in pieces, from a prefix, beside others, with more threads: token for token."""
     if step != "compiled":
         pytest.skip("torch adds in another order for another number of rows")
-    model, threads = in_dtype(processor, dtype), torch.get_num_threads()
+    model, threads = in_dtype(processor, dtype, device), torch.get_num_threads()
     asked = [replace(one, room=min(one.room, 70)) for one in (mixed[4], mixed[3], mixed[6])]
     alone = [run(Engine(model, processor), [one])[0] for one in asked]
     again = Engine(model, processor)
@@ -408,8 +416,10 @@ def test_a_picture_is_read_once(
     assert run(engine, [asked]) == [wanted[4]]
 
 
-def test_new_weights_are_followed(processor: Processor, mixed: list[Request]) -> None:
-    plain = tiny_transformer(processor, begin_image=1.0)
+def test_new_weights_are_followed(
+    processor: Processor, mixed: list[Request], device: torch.device
+) -> None:
+    plain = tiny_transformer(processor, 1.0, device)
     engine = Engine(plain, processor)
     before = run(engine, mixed[:1])
     with torch.no_grad():
@@ -664,7 +674,9 @@ CHANGES = {
     "a block of another class": wrap("model.layers.0"),
     "a head of another class": wrap("lm_head"),
     "an embedding of another class": wrap("model.embed_tokens"),
-    "a norm of another class": wrap("model.norm", lambda _: nn.LayerNorm(CONFIG.hidden_size)),
+    "a norm of another class": wrap(
+        "model.norm", lambda norm: nn.LayerNorm(CONFIG.hidden_size).to(norm.weight.device)
+    ),
     "a head with a bias": wrap("lm_head", lambda head: with_bias(head)),
     "a projection with a bias": wrap("model.layers.0.mlp.up_proj", lambda part: with_bias(part)),
     "forward assigned": assign_forward,
@@ -676,14 +688,18 @@ def with_bias(linear: nn.Linear) -> nn.Linear:
     other = nn.Linear(linear.in_features, linear.out_features)
     other.weight = linear.weight
     nn.init.normal_(other.bias, generator=torch.Generator().manual_seed(0))
-    return other
+    return other.to(linear.weight.device)
 
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_changes_of_the_module_tree_count(
-    processor: Processor, mixed: list[Request], wanted: list[list[int]], name: str
+    processor: Processor,
+    mixed: list[Request],
+    wanted: list[list[int]],
+    name: str,
+    device: torch.device,
 ) -> None:
-    plain = tiny_transformer(processor, begin_image=1.0)
+    plain = tiny_transformer(processor, 1.0, device)
     asked = [replace(mixed[0], room=8), request(processor, 3, "interleaved", True, 12)]
     engine = Engine(plain, processor)
     untouched = run(engine, asked)
@@ -700,9 +716,9 @@ def test_changes_of_the_module_tree_count(
 
 
 def test_a_hook_that_is_hung_up_while_others_run(
-    processor: Processor, mixed: list[Request], wanted: list[list[int]]
+    processor: Processor, mixed: list[Request], wanted: list[list[int]], device: torch.device
 ) -> None:
-    plain = tiny_transformer(processor, begin_image=1.0)
+    plain = tiny_transformer(processor, 1.0, device)
     engine = Engine(plain, processor)
     first = engine.add(mixed[1])
     for _ in range(5):
@@ -717,10 +733,10 @@ def test_a_hook_that_is_hung_up_while_others_run(
 
 
 def test_hooks_see_what_the_plain_loop_shows_them(
-    processor: Processor, mixed: list[Request]
+    processor: Processor, mixed: list[Request], device: torch.device
 ) -> None:
     """Every prompt whole, though the cache holds it already and chunks are short."""
-    plain = tiny_transformer(processor, begin_image=1.0)
+    plain = tiny_transformer(processor, 1.0, device)
     engine, seen = Engine(plain, processor, chunk=5), list[tuple[int, ...]]()
     asked = replace(mixed[4], room=4)
     run(engine, [asked])
@@ -734,9 +750,9 @@ def test_hooks_see_what_the_plain_loop_shows_them(
 
 
 def test_what_cannot_stand_in_the_tree_is_refused(
-    processor: Processor, mixed: list[Request], wanted: list[list[int]]
+    processor: Processor, mixed: list[Request], wanted: list[list[int]], device: torch.device
 ) -> None:
-    plain = tiny_transformer(processor, begin_image=1.0)
+    plain = tiny_transformer(processor, 1.0, device)
     engine, block = Engine(plain, processor), plain.model.layers[0]
     plain.model.layers[0] = nn.Linear(CONFIG.hidden_size, CONFIG.hidden_size)
     with pytest.raises(SettingError, match=r"layers\[0\] is a Linear, which cannot be a layer"):
@@ -752,10 +768,14 @@ def test_what_cannot_stand_in_the_tree_is_refused(
 
 @pytest.mark.parametrize("target", ["lm_head", "q_proj"])
 def test_adapters_of_peft_count_and_run_in_batches(
-    processor: Processor, mixed: list[Request], wanted: list[list[int]], target: str
+    processor: Processor,
+    mixed: list[Request],
+    wanted: list[list[int]],
+    target: str,
+    device: torch.device,
 ) -> None:
     peft = pytest.importorskip("peft")
-    plain = tiny_transformer(processor, begin_image=1.0)
+    plain = tiny_transformer(processor, 1.0, device)
     engine = Engine(plain, processor)
     assert run(engine, mixed[:2]) == wanted[:2]
     torch.manual_seed(0)
@@ -774,9 +794,9 @@ def test_adapters_of_peft_count_and_run_in_batches(
 @pytest.mark.parametrize("jacobi", [None, 4])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_weights_that_are_not_finite_raise(
-    processor: Processor, output: str, jacobi: int | None, value: float
+    processor: Processor, output: str, jacobi: int | None, value: float, device: torch.device
 ) -> None:
-    broken = tiny_transformer(processor)
+    broken = tiny_transformer(processor, device=device)
     with torch.no_grad():
         broken.model.layers[1].mlp.down_proj.weight[3, 0] = value
     for settings in ({}, GREEDY):
@@ -790,9 +810,9 @@ def test_weights_that_are_not_finite_raise(
 
 
 def test_one_that_fails_harms_no_neighbour(
-    processor: Processor, mixed: list[Request], wanted: list[list[int]]
+    processor: Processor, mixed: list[Request], wanted: list[list[int]], device: torch.device
 ) -> None:
-    plain = tiny_transformer(processor, begin_image=1.0)
+    plain = tiny_transformer(processor, 1.0, device)
     used = {*wanted[0], *wanted[4], *mixed[0].ids, *mixed[4].ids}
     broken = next(t for t in processor.vocabulary.text_tokens.tolist() if t not in used)
     with torch.no_grad():
@@ -849,7 +869,7 @@ def test_uniform_numbers_drawn_at_once_are_those_of_single_calls() -> None:
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_rope_that_depends_on_the_length_equals_the_plain_loop(
-    processor: Processor, mixed: list[Request], kind: str
+    processor: Processor, mixed: list[Request], kind: str, device: torch.device
 ) -> None:
     half, trained = CONFIG.head_dim // 2, 24
     longrope = {"short_factor": [1.0] * half, "long_factor": [2.5] * half}
@@ -858,7 +878,8 @@ def test_rope_that_depends_on_the_length_equals_the_plain_loop(
     length = trained if kind == "dynamic" else CONFIG.max_position_embeddings
     config = replace(CONFIG, rope_scaling=scaling, max_position_embeddings=length)
     transformer = Transformer(config).eval()
-    transformer.load_state_dict(tiny_transformer(processor, begin_image=1.0).state_dict())
+    transformer.load_state_dict(tiny_transformer(processor, 1.0).state_dict())
+    transformer.to(device)
     texts = [replace(asked, room=60) for asked in (mixed[0], mixed[4]) if len(asked.ids) < 90]
     want = [list(draw_tokens(transformer, processor, asked)) for asked in texts]
     assert max(len(asked.ids) + len(t) for asked, t in zip(texts, want, strict=True)) > trained

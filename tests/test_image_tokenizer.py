@@ -43,8 +43,8 @@ SMALL = VQConfig(
 
 
 @pytest.fixture(scope="module")
-def metas() -> ImageTokenizer:
-    vqgan = build_vqgan(*open_vqgan(GOLDEN / "tokenizer"), GOLDEN)
+def metas(device: torch.device) -> ImageTokenizer:
+    vqgan = build_vqgan(*open_vqgan(GOLDEN / "tokenizer"), GOLDEN, device)
     return ImageTokenizer(vqgan, vqgan.config.resolution)
 
 
@@ -55,9 +55,9 @@ def expected() -> dict[str, npt.NDArray[Any]]:
 
 
 @pytest.fixture(scope="module")
-def small() -> ImageTokenizer:
+def small(device: torch.device) -> ImageTokenizer:
     torch.manual_seed(0)
-    return ImageTokenizer(VQGAN(SMALL).eval(), SMALL.resolution)
+    return ImageTokenizer(VQGAN(SMALL).eval().to(device), SMALL.resolution)
 
 
 def picture(width: int, height: int) -> PIL.Image.Image:
@@ -107,14 +107,16 @@ def test_tokens_equal_metas(
     codes, latents = encoded
     assert codes.shape == (4, 32, 32) and codes.dtype == torch.int64
     for i in range(4):
-        np.testing.assert_array_equal(codes[i].numpy().ravel(), expected[f"tokens_{i}"])
-        np.testing.assert_allclose(latents[i].numpy(), expected[f"latent_{i}"], atol=2e-4, rtol=0)
+        np.testing.assert_array_equal(codes[i].cpu().numpy().ravel(), expected[f"tokens_{i}"])
+        np.testing.assert_allclose(
+            latents[i].cpu().numpy(), expected[f"latent_{i}"], atol=2e-4, rtol=0
+        )
 
 
 def test_decoded_pixels_equal_metas(
     drawn: tuple[list[PIL.Image.Image], Tensor], expected: dict[str, npt.NDArray[Any]]
 ) -> None:
-    for i, pixels in enumerate(drawn[1].numpy()):
+    for i, pixels in enumerate(drawn[1].cpu().numpy()):
         stride, patch = (expected[f"decoded_f32_{name}_{i}"] for name in ("stride8", "patch"))
         assert stride.size == 3 * 64 * 64 and patch.size == 3 * 64 * 64
         for ours, metas in ((pixels[:, ::8, ::8], stride), (pixels[:, 200:264, 300:364], patch)):
@@ -204,8 +206,8 @@ def test_all_kinds_of_sources(small: ImageTokenizer, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def mini() -> ImageTokenizer:
-    vqgan = Chameleon.load("mini").image_tokenizer.vqgan
+def mini(device: torch.device) -> ImageTokenizer:
+    vqgan = Chameleon.load("mini", str(device)).image_tokenizer.vqgan
     return ImageTokenizer(vqgan, vqgan.config.resolution)
 
 
@@ -223,9 +225,11 @@ def test_bf16_leaves_the_codes_alone(mini: ImageTokenizer) -> None:
     assert torch.equal(quick.encode(sources), mini.encode(sources))
 
 
-def test_codes_do_not_depend_on_the_layout_in_memory(mini: ImageTokenizer) -> None:
+def test_codes_do_not_depend_on_the_layout_in_memory(
+    mini: ImageTokenizer, device: torch.device
+) -> None:
     """No compiler, channels first and a graph: the same codes for 48 pictures."""
-    pixels = torch.stack([mini.preprocess(picture(64 + i, 70)) for i in range(48)])
+    pixels = torch.stack([mini.preprocess(picture(64 + i, 70)) for i in range(48)]).to(device)
     plain = mini.vqgan.encode(pixels)  # with a graph, so by torch's own operators
     with torch.no_grad():
         assert torch.equal(mini.vqgan.encode(pixels), plain)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import tiny_processor, tiny_transformer
+from tolerances import assert_close
 
 from earlyfusion.checkpoints.detect import load
 from earlyfusion.generation import reference
@@ -40,8 +41,8 @@ def processor(tmp_path_factory: pytest.TempPathFactory) -> Processor:
 
 
 @pytest.fixture(scope="module")
-def transformer(processor: Processor) -> Transformer:
-    return tiny_transformer(processor, begin_image=1.0)
+def transformer(processor: Processor, device: torch.device) -> Transformer:
+    return tiny_transformer(processor, 1.0, device)
 
 
 def request(processor: Processor, output: Any = "interleaved", **changes: Any) -> Request:
@@ -59,7 +60,7 @@ def naive_greedy(transformer: Transformer, ids: list[int], allowed: list[int], n
     """Greedy over `allowed` without a cache."""
     ids, start = list(ids), len(ids)
     for _ in range(n):
-        logits = transformer(torch.tensor([ids]))[0, -1]
+        logits = transformer(torch.tensor([ids], device=transformer.lm_head.weight.device))[0, -1]
         ids.append(allowed[int(logits[allowed].argmax())])
     return ids[start:]
 
@@ -77,7 +78,7 @@ def test_cached_greedy_text_equals_plain_forwards(
 
 @torch.no_grad()
 def test_guided_greedy_image_equals_plain_forwards(
-    transformer: Transformer, processor: Processor
+    transformer: Transformer, processor: Processor, device: torch.device
 ) -> None:
     vocabulary, layout = processor.vocabulary, processor.layout
     shown = layout.spell(np.arange(64).reshape(8, 8), vocabulary)
@@ -91,7 +92,7 @@ def test_guided_greedy_image_equals_plain_forwards(
     want = []
     for _ in range(layout.num_codes):
         rows = (full, image_only, unconditional)
-        f, i, u = (transformer(torch.tensor([row + want]))[0, -1] for row in rows)
+        f, i, u = (transformer(torch.tensor([row + want], device=device))[0, -1] for row in rows)
         guided = u + 1.2 * (i - u) + 3.0 * (f - i)
         want.append(codes[int(guided[codes].argmax())])
     got = list(draw_tokens(transformer, processor, asked))
@@ -308,8 +309,8 @@ MODELS = ("tiny_1", "tiny_mp2_swin_gqa")
 
 
 class Recorded:
-    def __init__(self, golden: Path, name: str) -> None:
-        loaded = load(golden / "models" / name, dtype=torch.float32)
+    def __init__(self, golden: Path, name: str, device: torch.device) -> None:
+        loaded = load(golden / "models" / name, device, torch.float32)
         self.transformer, self.processor = loaded.transformer, loaded.processor
         self.cases = json.loads((golden / "expected" / f"{name}.generation.json").read_text())
         with np.load(golden / "expected" / f"{name}.generation_logits.npz") as file:
@@ -359,13 +360,13 @@ class Recorded:
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def recorded(request: pytest.FixtureRequest, golden: Path) -> Recorded:
-    return Recorded(golden, request.param)
+def recorded(request: pytest.FixtureRequest, golden: Path, device: torch.device) -> Recorded:
+    return Recorded(golden, request.param, device)
 
 
 @pytest.fixture(scope="module")
-def tiny_1(golden: Path) -> Recorded:
-    return Recorded(golden, "tiny_1")
+def tiny_1(golden: Path, device: torch.device) -> Recorded:
+    return Recorded(golden, "tiny_1", device)
 
 
 TEXT_CASES = [
@@ -407,7 +408,7 @@ def test_logits_equal_the_original(recorded: Recorded, case: str) -> None:
         with torch.inference_mode():
             for step, ids in enumerate((prompt, new[:1])):
                 want = recorded.logits[f"{case}/raw_logits_step{step}"][row]
-                torch.testing.assert_close(reader.read(ids)[0], want, atol=1e-4, rtol=0)
+                assert_close(reader.read(ids)[0], want, atol=1e-4, rtol=0)
 
 
 def check_image(recorded: Recorded, case: str) -> None:
@@ -457,7 +458,7 @@ def test_branches_give_the_originals_logits(tiny_1: Recorded) -> None:
     for step in range(2):
         got = torch.cat([run.logits[n] for n in ("full", "image_only", "unconditional")])
         original = tiny_1.logits[f"{case}/cfg_in_step{step}"]
-        torch.testing.assert_close(got, original, atol=1e-4, rtol=0)
+        assert_close(got, original, atol=1e-4, rtol=0)
         tokens = run.draw()
         assert tokens == [want[step]]
         run.read(tokens)

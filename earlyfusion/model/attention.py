@@ -1,22 +1,30 @@
 """Attention without a cache: causal over a whole row, or within the documents packed into a row.
 
-An `Attend` owns the mask and the cache of one layer, so that the transformer knows neither. On a
-GPU torch's attention for packed documents serves if it works there, else a mask; on a CPU a call
-per document.
+An `Attend` owns the mask and the cache of one layer, so that the transformer knows neither. Packed
+documents on a GPU: in bf16 and fp16 torch's attention for documents of different lengths, if it
+works there; else flex attention with a mask of blocks; without Triton a mask of tokens. On a CPU a
+call per document.
 
-Shapes: B batch, T tokens, N query heads, K key and value heads, H head width.
+Shapes: B batch, T tokens, S tokens of all rows, N query heads, K key and value heads, H head width,
+I blocks of tokens.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import cache
-from typing import Any, cast
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._triton import has_triton
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+_HALF = (torch.bfloat16, torch.float16)
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q_BTNH, k_BTKH, v_BTKH) -> out_BTNH; query head n reads key head n // (N / K)."""
@@ -52,30 +60,50 @@ class CausalAttend:
     def __init__(self, document_BT: Tensor | None = None) -> None:
         self.document_BT = document_BT
         self.lengths: list[int] | None = None  # of the documents, on a CPU
-        self._mask: Tensor | None = None
-        if document_BT is not None and document_BT.device.type == "cpu":
+        # Made here and not in the call: a compiled block would trace what makes them.
+        self._half: Attend | None = None
+        self._any: Attend | None = None
+        if document_BT is None:
+            return
+        if document_BT.device.type == "cpu":
             self.lengths = _run_lengths(document_BT)
-        # Looked up here and not in the call: a compiled block would trace the trial that fills the
-        # cache.
-        self._packed: Callable[..., Tensor] | None = None
-        self._ends: Tensor | None = None
-        if document_BT is not None and self.lengths is None:
-            self._packed = packed_attention(document_BT.device.type)
-            if self._packed is not None:
-                self._ends = _sequence_ends(document_BT)
-            else:
-                self._mask = _document_mask(document_BT)
+        else:
+            self._half, self._any = document_attends(document_BT)
 
     def __call__(self, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
-        if self._packed is not None and v_BTKH.dtype in (torch.bfloat16, torch.float16):
-            return _attend_packed(q_BTNH, k_BTKH, v_BTKH, self._ends, self._packed)
+        if self._half is not None and v_BTKH.dtype in _HALF:
+            return self._half(q_BTNH, k_BTKH, v_BTKH)
         if self.lengths is not None:
             return attend_each(q_BTNH, k_BTKH, v_BTKH, self.lengths)
-        if self._mask is None and self.document_BT is not None:
-            self._mask = _document_mask(self.document_BT)
-        return dot_product_attention(
-            q_BTNH, k_BTKH, v_BTKH, mask=self._mask, causal=self._mask is None
-        )
+        if self._any is None and self.document_BT is not None:
+            self._any = _any_attend(self.document_BT)
+        if self._any is not None:
+            return self._any(q_BTNH, k_BTKH, v_BTKH)
+        return dot_product_attention(q_BTNH, k_BTKH, v_BTKH, causal=True)
+
+
+def document_attends(document_BT: Tensor) -> tuple[Attend | None, Attend | None]:
+    """Attention within documents on a GPU: for bf16 and fp16, and for any dtype.
+
+    The first is None if torch has none that works here, the second if autocast rules it out.
+    """
+    device_type = document_BT.device.type
+    varlen = packed_attention(device_type)
+    half = VarlenAttend(document_BT, varlen) if varlen is not None else None
+    autocasts = torch.is_autocast_enabled(device_type)
+    if half is not None and autocasts and torch.get_autocast_dtype(device_type) in _HALF:
+        return half, None
+    return half, _any_attend(document_BT)
+
+
+def _any_attend(document_BT: Tensor) -> Attend:
+    if document_BT.is_cuda and has_triton():
+        return FlexAttend(document_BT, _compiled_flex())
+    return _masked(document_BT)
+
+
+def _masked(document_BT: Tensor) -> Attend:
+    return partial(dot_product_attention, mask=_document_mask(document_BT))
 
 
 def attend_each(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, lengths: list[int]) -> Tensor:
@@ -100,48 +128,128 @@ def _document_mask(document_BT: Tensor) -> Tensor:
     return same_BTT.tril()[:, None]
 
 
+Varlen = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
+"""(q_SNH, k_SKH, v_SKH, ends, most) -> out_SNH: documents one after another, of `most` tokens."""
+
+
+class VarlenAttend:
+    """Attention over documents by their ends, in torch's kernel for bf16 and fp16."""
+
+    def __init__(self, document_BT: Tensor, varlen: Varlen) -> None:
+        self.ends, self._varlen = _sequence_ends(document_BT), varlen
+
+    def __call__(self, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
+        q_SNH, k_SKH, v_SKH = (x.flatten(0, 1) for x in (q_BTNH, k_BTKH, v_BTKH))
+        out_SNH = self._varlen(q_SNH, k_SKH, v_SKH, self.ends, q_BTNH.shape[1])
+        return out_SNH.view(q_BTNH.shape)
+
+
 @cache
-def packed_attention(device: str) -> Callable[..., Tensor] | None:
+def packed_attention(device_type: str) -> Varlen | None:
     """torch's attention for documents packed one after another; None if it does not work here.
 
     Its argument names differ between versions, and some devices lack the kernels: it is compared
     once with a mask, forward and backward, before anything relies on it.
     """
-    if device != "cuda":
+    if device_type != "cuda":
         return None
-    try:
-        found = _causal_varlen()
-        return found if _agrees_with_mask(found, torch.device(device)) else None
-    except Exception:  # whatever a version or a kernel raises: a mask works everywhere
-        return None
+    for grouped in (True, False):
+        try:
+            found = _causal_varlen(grouped)
+            if agrees_with_mask(partial(VarlenAttend, varlen=found), torch.device(device_type)):
+                return found
+        except Exception:  # whatever a version or a kernel raises: there are other ways
+            continue
+    return None
 
 
-def _causal_varlen() -> Callable[..., Tensor]:
+def _causal_varlen(grouped: bool = True) -> Varlen:
+    """torch's kernel; `grouped`: it shares key heads among query heads itself, if it can."""
     from torch.nn.attention.varlen import varlen_attn
 
     named = inspect.signature(varlen_attn).parameters
     how: dict[str, Any] = (
         {"window_size": (-1, 0)} if "window_size" in named else {"is_causal": True}
     )
+    grouped = grouped and "enable_gqa" in named
 
-    def attend(q_SNH: Tensor, k_SNH: Tensor, v_SNH: Tensor, ends: Tensor, most: int) -> Tensor:
-        return cast("Tensor", varlen_attn(q_SNH, k_SNH, v_SNH, ends, ends, most, most, **how))
+    def attend(q_SNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, ends: Tensor, most: int) -> Tensor:
+        group = q_SNH.shape[1] // k_SKH.shape[1]
+        more: dict[str, Any] = {"enable_gqa": True} if grouped and group > 1 else {}
+        if group > 1 and not grouped:
+            k_SKH, v_SKH = (x.repeat_interleave(group, 1) for x in (k_SKH, v_SKH))
+        found = varlen_attn(q_SNH, k_SKH, v_SKH, ends, ends, most, most, **how, **more)
+        return cast("Tensor", found)
 
     return attend
 
 
-def _agrees_with_mask(attend: Callable[..., Tensor], device: torch.device) -> bool:
+class FlexAttend:
+    """Attention over documents by flex attention, in any dtype.
+
+    Only blocks of keys that some query of a block sees are computed; no mask of tokens is made.
+    """
+
+    def __init__(self, document_BT: Tensor, flex: Callable[..., Tensor]) -> None:
+        self.blocks, self._flex = document_blocks(document_BT), flex
+
+    def __call__(self, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
+        heads = (x.transpose(1, 2) for x in (q_BTNH, k_BTKH, v_BTKH))
+        grouped = q_BTNH.shape[2] != k_BTKH.shape[2]
+        return self._flex(*heads, block_mask=self.blocks, enable_gqa=grouped).transpose(1, 2)
+
+
+@cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    # Uncompiled it computes all scores and keeps them.
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def document_blocks(document_BT: Tensor, size: int = 128) -> BlockMask:
+    """Which blocks of `size` keys each block of queries sees: whole, in part, or not at all.
+
+    It is computed from the documents at the ends of the blocks, as each is one run of tokens.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        same: Tensor = document_BT[b, query] == document_BT[b, key]
+        return same & (key <= query)
+
+    tokens = document_BT.shape[1]
+    run_BT = _begins(document_BT).cumsum(1)
+    first_BI = run_BT[:, ::size]
+    last_BI = run_BT[:, torch.arange(size - 1, tokens + size - 1, size).clamp_max(tokens - 1)]
+    before_II = torch.ones(2 * first_BI.shape[1:], device=run_BT.device, dtype=torch.bool).tril(-1)
+    some_BII = (last_BI[:, None] >= first_BI[:, :, None]) & before_II
+    whole_BII = (first_BI[:, None] == last_BI[:, :, None]) & before_II
+    part_BII = (some_BII & ~whole_BII) | torch.eye(len(before_II), device=run_BT.device).bool()
+    return BlockMask.from_kv_blocks(
+        *_listed(part_BII[:, None]),
+        *_listed(whole_BII[:, None]),
+        BLOCK_SIZE=size,
+        mask_mod=sees,
+        seq_lengths=(tokens, tokens),
+    )
+
+
+def _listed(seen: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks of keys each block of queries has, and their numbers, those first."""
+    indices = seen.int().argsort(dim=-1, descending=True, stable=True)
+    return seen.sum(-1).int(), indices.int()
+
+
+def agrees_with_mask(attend: Callable[[Tensor], Attend], device: torch.device) -> bool:
+    """Whether attention over documents gives what a mask gives, with its gradients, in bf16."""
     document_BT = torch.tensor([[0] * 40 + [1] * 24, [0] * 3 + [1] * 61], device=device)
-    shape = (2, 64, 2, 64)
-    heads = [torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(3)]
+    heads = [torch.randn(2, 64, n, 64, device=device, dtype=torch.bfloat16) for n in (4, 2, 2)]
     results = []
-    with torch.enable_grad():
-        for packed in (True, False):
+    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        for way in (attend(document_BT), _masked(document_BT)):
             q, k, v = (h.detach().clone().requires_grad_() for h in heads)
-            if packed:
-                out = _attend_packed(q, k, v, _sequence_ends(document_BT), attend)
-            else:
-                out = dot_product_attention(q, k, v, mask=_document_mask(document_BT))
+            out = way(q, k, v)
             out.float().square().sum().backward()
             results.append([t.float() for t in (out, q.grad, k.grad, v.grad) if t is not None])
     return all(
@@ -149,28 +257,25 @@ def _agrees_with_mask(attend: Callable[..., Tensor], device: torch.device) -> bo
     )
 
 
-def _attend_packed(
-    q_BTNH: Tensor,
-    k_BTKH: Tensor,
-    v_BTKH: Tensor,
-    ends: Tensor | None,
-    attend: Callable[..., Tensor],
-) -> Tensor:
-    group = q_BTNH.shape[2] // k_BTKH.shape[2]
-    if group > 1:
-        k_BTKH, v_BTKH = (x.repeat_interleave(group, 2) for x in (k_BTKH, v_BTKH))
-    q_SNH, k_SNH, v_SNH = (x.flatten(0, 1) for x in (q_BTNH, k_BTKH, v_BTKH))
-    return attend(q_SNH, k_SNH, v_SNH, ends, q_BTNH.shape[1]).view(q_BTNH.shape)
-
-
-def _sequence_ends(document_BT: Tensor, multiple: int = 128) -> Tensor:
+def _sequence_ends(document_BT: Tensor) -> Tensor:
     """Offsets at which the documents of all rows begin, and the end of the last one: int32.
 
-    Empty documents fill it up to a multiple of `multiple`, so that a compiled block sees few
-    shapes.
+    Its length depends on the shape of `document_BT` alone, as long as documents have 32 tokens on
+    average: empty documents fill it up, so that a compiled block sees one shape. Of shorter ones
+    there is room for twice as many, then for four times as many.
     """
+    begins_S = _begins(document_BT).flatten()
+    # A place per document that is empty costs the kernel little, a place per token would not.
+    room, count = -(-max(1, len(begins_S) // 32) // 128) * 128, int(begins_S.sum())
+    while room <= count:
+        room *= 2
+    ends = torch.full((room,), len(begins_S), dtype=torch.int32, device=begins_S.device)
+    ends[:count] = begins_S.nonzero()[:, 0].int()
+    return ends
+
+
+def _begins(document_BT: Tensor) -> Tensor:
+    """Whether a document begins at each token; one does at the first of a row."""
     begins_BT = torch.ones_like(document_BT, dtype=torch.bool)
     begins_BT[:, 1:] = document_BT[:, 1:] != document_BT[:, :-1]
-    starts = begins_BT.flatten().nonzero()[:, 0]
-    filling = multiple - len(starts) % multiple
-    return F.pad(starts, (0, filling), value=document_BT.numel()).int()
+    return begins_BT
