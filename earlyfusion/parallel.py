@@ -134,7 +134,8 @@ def parallelize(
     # The order matters: each call wraps what the calls before it made.
     split_tensors(model, mesh)
     recompute(model, config.checkpointing)
-    compile_blocks(model, compiled)
+    # A CPU attends document by document, in other pieces each time; branches of a cut layer meet.
+    compile_blocks(model, compiled, _is_on_gpu(model, mesh) and config.tensor == 1)
     shard_rows(model, mesh, dtype)
 
 
@@ -243,9 +244,13 @@ def recompute(model: Transformer, how: str) -> None:
 @cache
 def _saved_operations() -> frozenset[Any]:
     """Operations whose results are cheaper to keep than to compute again."""
-    aten = torch.ops.aten
+    from torch.nn.attention import varlen  # registers the operation of packed documents
+
+    aten, packed = torch.ops.aten, torch.ops.torch_attn
+    assert varlen
     return frozenset(
         (
+            packed._varlen_attn.default,
             aten.mm.default,
             aten._scaled_dot_product_flash_attention.default,
             aten._scaled_dot_product_efficient_attention.default,
@@ -261,13 +266,20 @@ def _policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPoli
     return CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def compile_blocks(model: Transformer, compiled: bool) -> None:
-    """Compile each block by itself."""
+def compile_blocks(model: Transformer, compiled: bool, whole: bool = False) -> None:
+    """Compile each block by itself; `whole` refuses a block that would be more than one graph."""
     if compiled:
         # One graph serves all blocks, as none knows its number: an attribute `layer_idx` would be
         # a constant of the graph, and compiled anew for each block.
         for block in model.model.layers:
-            block.forward = torch.compile(block.forward)
+            block.forward = torch.compile(block.forward, fullgraph=whole)
+
+
+def _is_on_gpu(model: Transformer, mesh: DeviceMesh | None) -> bool:
+    if mesh is not None:
+        return mesh.device_type == "cuda"
+    device = next(model.parameters()).device
+    return device.type == "cuda" or (device.type == "meta" and torch.cuda.is_available())
 
 
 def shard_rows(model: Transformer, mesh: DeviceMesh | None, dtype: torch.dtype) -> None:
@@ -373,14 +385,42 @@ def _whole_parameters(model: Transformer) -> Iterator[tuple[str, Tensor]]:
 @torch.no_grad()
 def copy_shard(parameter: Tensor, whole: Tensor) -> None:
     """Fill this process's shard of a parameter, or all of one that is not cut."""
+    local(parameter).copy_(shard_of(parameter, whole))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's shard of a tensor, which shares its memory; the tensor itself if it is whole.
+
+    Without gradients: for an optimizer and for reading.
+    """
+    return cast(Tensor, tensor.to_local()) if hasattr(tensor, "to_local") else tensor
+
+
+def gathered(parameter: Tensor, shard: Tensor) -> Tensor:
+    """The whole of which each process has a shard that is cut as `parameter` is."""
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(parameter, DTensor):
+        return shard
+    made = DTensor.from_local(
+        shard,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+    return made.full_tensor()
+
+
+def shard_of(parameter: Tensor, whole: Tensor) -> Tensor:
+    """The part of `whole` that this process holds of `parameter`."""
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     if not isinstance(parameter, DTensor):
-        parameter.copy_(whole)
-        return
+        return whole
     shape, offset = compute_local_shape_and_global_offset(
         parameter.shape, parameter.device_mesh, parameter.placements
     )
-    shard = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
-    parameter.to_local().copy_(whole[shard])
+    return whole[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]

@@ -29,6 +29,7 @@ MODEL = PRESETS["tiny"]
 SWIN = replace(MODEL, swin_norm=True)
 # The paper's eps: with a smaller one the first steps turn rounding of tiny gradients into signs.
 OPTIM = OptimConfig(lr=5e-3, warmup_steps=4, eps=1e-5)
+MUON = replace(OPTIM, kind="muon", muon_lr=0.01)
 ROWS, LENGTH, STEPS = 4, 32, 20
 IMAGES = np.arange(5, 200)
 """Tokens whose rows of the head are trained where only these are."""
@@ -59,6 +60,7 @@ class Case:
     compiled: bool = False
     part: str = "all"
     """What of the model is trained: a key of `plan.TRAINABLE`."""
+    optim: OptimConfig = field(default_factory=lambda: OPTIM)
     killed_at: int = -1
     """The last process kills itself in this step, if it was not started again already."""
 
@@ -88,7 +90,7 @@ class Case:
         task = LanguageTask(model, packer, z_weight=1e-2, micro_rows=self.micro_rows)
         if self.killed_at >= 0:
             task.after = self._die  # type: ignore[method-assign]
-        train(task, run, OPTIM)
+        train(task, run, self.optim)
 
     def _die(self, step: int) -> dict[str, float]:
         last = os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)
@@ -128,6 +130,11 @@ CASES = {
     "fsdp adapters": Case("fsdp-adapters", ParallelConfig(checkpointing="full"), part="adapters"),
     "fsdp head in parts": Case("fsdp-head-parts", part="image_head", micro_rows=1),
     "hybrid head": Case("hybrid-head", ParallelConfig(shard=2), part="image_head"),
+    "one muon": Case("one-muon", optim=MUON),
+    "fsdp muon": Case("fsdp-muon", optim=MUON),
+    "fsdp muon half": Case("muon-half", optim=MUON, stop_after=10),
+    "tensor muon": Case("tensor-muon", TENSOR, optim=MUON),
+    "muon go on": Case("muon-half", optim=MUON),
     "compiled": Case("compiled", compiled=True),
 }
 

@@ -20,6 +20,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from earlyfusion import parallel
 from earlyfusion.config import PRESETS
+from earlyfusion.data.packing import Packer, RoleWeights
 from earlyfusion.model import attention
 from earlyfusion.model.attention import (
     Attend,
@@ -29,6 +30,8 @@ from earlyfusion.model.attention import (
     document_blocks,
 )
 from earlyfusion.model.transformer import Transformer
+from earlyfusion.processor import ANSWER_TEXT, CONTROL, END, TokenSequence
+from earlyfusion.train import language
 from earlyfusion.train.loss import head_loss
 
 TINY = PRESETS["tiny"]
@@ -208,25 +211,6 @@ def test_a_model_learns_the_same_in_every_way(way: str, checkpointing: str, piec
         assert_close(found[name], gradient, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("way", ["varlen", "flex"])
-def test_compiled_blocks_are_one_graph(way: str) -> None:
-    """One for all blocks and steps; the number of documents does not matter."""
-
-    def attend(q: Any, k: Any, v: Any, ends: Tensor, most: int) -> Any:
-        return q + k + v * ends.sum()
-
-    model = Transformer(replace(TINY, num_key_value_heads=4))
-    counter = CompileCounter()
-    for block in model.model.layers:
-        block.forward = torch.compile(block.forward, backend=counter, fullgraph=True)
-    for row in ([200], [1, 1, 1, 197], [10] * 20):
-        document_BT = packed([row] * 2)
-        made = VarlenAttend(document_BT, attend) if way == "varlen" else WAYS["flex"](document_BT)
-        attends = [made] * TINY.num_hidden_layers
-        model.states(torch.zeros(2, 200, dtype=torch.long), attends=attends)
-        assert counter.frame_count == 1
-
-
 @pytest.mark.parametrize("grouped", [True, False])
 def test_torchs_packed_attention_is_called_as_this_version_names_it(grouped: bool) -> None:
     """Traced without numbers, as a compiled block would: its kernels need a GPU."""
@@ -239,3 +223,41 @@ def test_torchs_packed_attention_is_called_as_this_version_names_it(grouped: boo
     q, k = (torch.empty(2, 64, heads, 16, dtype=torch.bfloat16, device="meta") for heads in (4, 2))
     assert traced(q, k, torch.empty(128, dtype=torch.int32, device="meta")).shape == ()
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("checkpointing", parallel.CHECKPOINTING)
+@pytest.mark.parametrize("way", ["varlen", "flex"])
+def test_a_training_compiles_one_graph_of_a_block(
+    monkeypatch: pytest.MonkeyPatch, way: str, checkpointing: str
+) -> None:
+    """With no break, and none more in the next steps: other documents, bf16, dropout."""
+    torch.compiler.reset()
+    counter, frames = CompileCounter(), list[int]()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    monkeypatch.setattr(language, "CausalAttend", TRACED[way])
+    torch.manual_seed(0)
+    model = Transformer(TINY, 0.1)
+    model.init_weights()
+    task = language.LanguageTask(model, Packer(document, RoleWeights(), rows=2, length=64, pad=1))
+    parallel.recompute(model, checkpointing)
+    parallel.compile_blocks(model, True, whole=True)
+    for step in range(3):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, _, _ = task.loss(step)
+        loss.backward()
+        frames.append(counter.frame_count)
+    assert frames == [1, 1, 1]
+
+
+def summed(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, most: int) -> Tensor:
+    """In place of a kernel: operations of fixed shape that read the ends too."""
+    return q + k.repeat_interleave(q.shape[1] // k.shape[1], 1) * ends.sum() / most
+
+
+TRACED = {"varlen": partial(VarlenAttend, varlen=summed), "flex": WAYS["flex"]}
+
+
+def document(number: int) -> TokenSequence:
+    size = 4 + 7 * number % 23
+    role = [CONTROL] + [ANSWER_TEXT] * (size - 2) + [END]
+    return TokenSequence(ids=[5 + (number + place) % 40 for place in range(size)], role=role)

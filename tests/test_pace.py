@@ -15,7 +15,7 @@ from earlyfusion.data.packing import Packer, RoleWeights
 from earlyfusion.errors import CheckpointError, SettingError
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.processor import ANSWER_TEXT, CONTROL, END, TokenSequence
-from earlyfusion.train import checkpoint, trainer
+from earlyfusion.train import checkpoint, lora, trainer
 from earlyfusion.train.language import LanguageTask
 from earlyfusion.train.monitor import read_metrics
 from earlyfusion.train.optim import (
@@ -174,6 +174,9 @@ def test_muon_takes_the_matrices_of_blocks_and_adamw_all_else() -> None:
     rest = {names[id(p)] for group in optimizer.param_groups[1:] for p in group["params"]}
     assert muon | rest == set(names.values()) and not muon & rest
     assert all(n.endswith("_proj.weight") for n in muon) and len(muon) == 7 * 2
+    lora.adapt(model, rank=2)  # leaves no matrix of a block to be trained
+    with pytest.raises(SettingError, match="no matrix"):
+        optimizer_of(model, model.parameters(), replace(OPTIM, kind="muon"))
     with pytest.raises(SettingError, match="kind='sgd'"):
         OptimConfig(kind="sgd")
     with pytest.raises(SettingError, match="no matrix"):

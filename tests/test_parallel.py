@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -65,7 +66,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of a single process."""
     out = tmp_path_factory.mktemp("one")
     plain = ("one", "one in parts", "one swin", "one bf16", "one meta")
-    for name in (*plain, "one adapters", "one head"):
+    for name in (*plain, "one adapters", "one head", "one muon"):
         distributed_case.run(name, out)
     return out
 
@@ -80,6 +81,9 @@ TWO = (
     "tensor meta",
     "fsdp adapters",
     "fsdp head in parts",
+    "fsdp muon half",
+    "muon go on",
+    "tensor muon",
 )
 
 
@@ -113,6 +117,8 @@ def test_parts_of_a_step_add_up_to_the_step(one: Path) -> None:
         ("tensor-meta", "one-meta"),
         ("fsdp-adapters", "one-adapters"),
         ("fsdp-head-parts", "one-head"),
+        ("muon-half", "one-muon"),
+        ("tensor-muon", "one-muon"),
     ],
 )
 def test_two_processes_give_the_losses_of_one(
@@ -124,6 +130,14 @@ def test_two_processes_give_the_losses_of_one(
     """
     assert len(losses(two / several)) == 20
     assert worst(two / several, one / single) <= 1e-5
+
+
+def test_one_process_goes_on_with_muon_from_two(one: Path, two: Path, tmp_path: Path) -> None:
+    out = tmp_path / "muon-half"
+    shutil.copytree(two / "muon-half", out)
+    checkpoint.drop_after(out, 10)
+    CASES["muon go on"].run(tmp_path)
+    assert len(losses(out)) == 20 and worst(out, one / "one-muon") <= 1e-5
 
 
 def test_bf16_of_two_processes_is_near_that_of_one(one: Path, two: Path) -> None:
@@ -189,8 +203,6 @@ def test_four_processes_give_the_losses_of_one(one: Path, two: Path, tmp_path: P
 
 
 def checkpoint_of_two(two: Path, to: Path) -> None:
-    import shutil
-
     to.mkdir()
     shutil.copytree(two / "fsdp-killed" / "step-00000010", to / "step-00000010")
 

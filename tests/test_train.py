@@ -8,13 +8,14 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.autograd import forward_ad
 
 from earlyfusion.config import PRESETS
-from earlyfusion.data.packing import Packer, RoleWeights, pack_rows
+from earlyfusion.data.packing import PackedBatch, Packer, RoleWeights, pack_rows
 from earlyfusion.errors import CheckpointError, DataError, SettingError
 from earlyfusion.model.attention import CausalAttend
 from earlyfusion.model.transformer import Transformer
@@ -30,7 +31,7 @@ from earlyfusion.processor import (
 from earlyfusion.recipes.run import override
 from earlyfusion.train import checkpoint
 from earlyfusion.train.image_tokenizer import ImageTokenizerTask, VQLossConfig
-from earlyfusion.train.language import LanguageTask
+from earlyfusion.train.language import Ahead, LanguageTask
 from earlyfusion.train.loss import head_loss, next_token_loss
 from earlyfusion.train.monitor import read_metrics
 from earlyfusion.train.optim import OptimConfig, learning_rate
@@ -270,6 +271,67 @@ def test_each_document_is_fetched_once_and_again_after_a_jump() -> None:
     assert fetched == list(range(packer.cursor + 1))  # one waits for the next row
     packer.cursor = 0
     assert all(torch.equal(one, other) for one, other in zip(packer.next(), first, strict=True))
+
+
+class Noted:
+    """A transfer that notes what it sends, for a device that is there at once."""
+
+    def __init__(self) -> None:
+        self.sent = 0
+
+    def send(self, batch: PackedBatch) -> PackedBatch:
+        self.sent += 1
+        return batch
+
+    def receive(self, batch: PackedBatch) -> PackedBatch:
+        return batch
+
+
+def test_batches_prepared_ahead_are_those_of_the_packer() -> None:
+    def packer() -> Packer:
+        return Packer(document, RoleWeights(), rows=2, length=32, pad=1)
+
+    plain, noted = packer(), Noted()
+    ahead = Ahead(packer(), noted)
+    for number in range(5):
+        assert ahead.cursor == plain.cursor  # what is only prepared is not used up
+        batches = ahead.next(), plain.next()
+        assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
+        if number == 2:
+            ahead.go_to(40)
+            plain.cursor = 40
+    ahead.go_to(0)  # waits for the last one
+    assert noted.sent == 5 + 2
+
+
+def test_an_error_of_a_batch_ahead_is_raised_when_it_is_asked_for() -> None:
+    def stream(number: int) -> TokenSequence:
+        if number > 8:
+            raise DataError("no more")
+        return document(number)
+
+    ahead = Ahead(Packer(stream, RoleWeights(), rows=1, length=32, pad=1), Noted())
+    with pytest.raises(DataError, match="no more"):
+        for _ in range(9):
+            ahead.next()
+
+
+def test_a_run_with_batches_ahead_goes_on_to_the_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = RunConfig(tmp_path / "whole", steps=12, log_every=1, save_every=5)
+    train(language_task(), whole, OPTIM)
+
+    def next_batch(task: Any, device: torch.device) -> PackedBatch:
+        task._ahead = task._ahead or Ahead(task._packer, Noted())
+        return task._ahead.next()
+
+    monkeypatch.setattr(LanguageTask, "_next_batch", next_batch)
+    part = replace(whole, out=tmp_path / "part", stop_after=5)
+    train(language_task(), part, OPTIM)
+    assert checkpoint.load_state(part.out)["next_document"] > 0
+    train(language_task(), replace(part, stop_after=0), OPTIM)
+    assert losses(part.out) == losses(whole.out)
 
 
 def test_a_document_longer_than_a_row_is_refused() -> None:

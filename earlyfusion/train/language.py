@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,16 +25,15 @@ from earlyfusion.train import checkpoint, lora
 from earlyfusion.train.folder import notes_folder
 from earlyfusion.train.loss import TokenLoss, head_loss
 from earlyfusion.train.optim import OptimConfig
-from earlyfusion.train.plan import PEAK_TFLOPS, Job, flops_per_token
+from earlyfusion.train.plan import PEAK_TFLOPS, Job, flops_per_token, head_block
 from earlyfusion.train.task import Task
 from earlyfusion.train.trainer import RunConfig
 
 if TYPE_CHECKING:
     from earlyfusion.parallel import DeviceMesh
 
-# Positions whose logits are in memory together: a small block stays in a CPU's cache, but costs a
-# GPU more launches than work.
-_BLOCK, _BLOCK_GPU = 256, 16384
+# Positions whose logits are in memory together on a CPU: they stay in its cache.
+_BLOCK = 256
 
 
 @dataclass
@@ -105,6 +105,67 @@ def job_of(shape: ModelConfig, run: RunConfig, rows: int, length: int, dropout: 
     )
 
 
+class Transfer(Protocol):
+    """How a batch gets to a device: `send` begins it in another thread, `receive` ends it."""
+
+    def send(self, batch: PackedBatch) -> PackedBatch: ...
+    def receive(self, batch: PackedBatch) -> PackedBatch: ...
+
+
+class SideStream:
+    """To a GPU from pinned memory, on a stream of its own, while the GPU computes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._done = torch.cuda.Event()
+
+    def send(self, batch: PackedBatch) -> PackedBatch:
+        with torch.cuda.stream(self._stream):
+            sent = PackedBatch(*(t.pin_memory() for t in batch)).to(self._stream.device)
+            self._done.record(self._stream)
+        return sent
+
+    def receive(self, batch: PackedBatch) -> PackedBatch:
+        current = torch.cuda.current_stream(self._stream.device)
+        current.wait_event(self._done)
+        for tensor in batch:
+            # Its memory belongs to the side stream, which must not use it again too early.
+            tensor.record_stream(current)
+        return batch
+
+
+class Ahead:
+    """The batches of a packer, each packed and sent while the one before it is computed.
+
+    `cursor` is that after the last batch handed out: what is only prepared is not used up.
+    """
+
+    def __init__(self, packer: Rows, transfer: Transfer) -> None:
+        self.cursor = packer.cursor
+        self._packer, self._transfer = packer, transfer
+        self._pool = ThreadPoolExecutor(1, "batches")
+        self._next: Future[tuple[PackedBatch, int]] | None = None
+
+    def next(self) -> PackedBatch:
+        future = self._next or self._pool.submit(self._prepare)
+        self._next = None  # an error is raised once
+        batch, self.cursor = future.result()
+        batch = self._transfer.receive(batch)
+        self._next = self._pool.submit(self._prepare)
+        return batch
+
+    def go_to(self, cursor: int) -> None:
+        """Continue with another document; what is prepared is forgotten."""
+        if self._next is not None:
+            wait([self._next])
+        self._next = None
+        self._packer.cursor = self.cursor = cursor
+
+    def _prepare(self) -> tuple[PackedBatch, int]:
+        batch = self._packer.next()
+        return self._transfer.send(batch), self._packer.cursor
+
+
 class LanguageTask(Task):
     """Next-token prediction over text and image tokens alike; its units are tokens.
 
@@ -119,6 +180,7 @@ class LanguageTask(Task):
         self._packer, self._z_weight, self._micro_rows = packer, z_weight, micro_rows
         self._mesh: DeviceMesh | None = None
         self._waiting: list[PackedBatch] = []
+        self._ahead: Ahead | None = None
         self._trainable = lora.trainable(model)
         self._fingerprint = checkpoint.fingerprint(model)
         self._step_weight = torch.zeros(())
@@ -181,7 +243,7 @@ class LanguageTask(Task):
         x_BTD = self.model.states(batch.tokens_BT, batch.positions_BT, attends)
         x_BTD, head_VD, cut = parallel.head_inputs(x_BTD, self.model.lm_head.weight)
         targets = (batch.targets_BT, batch.weight_BT)
-        block = _BLOCK_GPU if x_BTD.device.type == "cuda" else _BLOCK
+        block = head_block(len(head_VD)) if x_BTD.device.type == "cuda" else _BLOCK
         return head_loss(x_BTD, head_VD, *targets, self._z_weight, block, cut)
 
     @torch.no_grad()
@@ -210,22 +272,32 @@ class LanguageTask(Task):
 
     def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
         # Between two steps no micro batch waits, so this number is all.
-        return {}, {"next_document": self._packer.cursor}
+        return {}, {"next_document": (self._ahead or self._packer).cursor}
 
     def load_state(self, tensors: dict[str, Any], state: dict[str, Any]) -> None:
         self.skip_to(state)
 
     def skip_to(self, state: dict[str, Any]) -> None:
-        self._packer.cursor = int(state["next_document"])
+        cursor = int(state["next_document"])
+        if self._ahead is not None:
+            self._ahead.go_to(cursor)
+        self._packer.cursor = cursor
         self._waiting = []
 
     def _fetch(self) -> None:
         """This process's rows of a step as micro batches; the weight of all rows of the step."""
-        whole = self._packer.next().to(next(self.model.parameters()).device)
+        whole = self._next_batch(next(self.model.parameters()).device)
         size = self._micro_rows or len(whole.tokens_BT)
         columns = [column.split(size) for column in whole]
         self._waiting = [PackedBatch(*pieces) for pieces in zip(*columns, strict=True)]
         self._step_weight = parallel.data_sum(whole.weight_BT.sum(), self._mesh).clamp_min(1e-8)
+
+    def _next_batch(self, device: torch.device) -> PackedBatch:
+        if device.type != "cuda" or not isinstance(self._packer, Packer):
+            return self._packer.next().to(device)
+        if self._ahead is None:
+            self._ahead = Ahead(self._packer, SideStream(device))
+        return self._ahead.next()
 
     def _measure_norm(self, _: nn.Module, inputs: tuple[Tensor]) -> None:
         """The norm of the last block's output: its growth is the paper's early sign."""

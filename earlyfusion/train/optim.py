@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from earlyfusion import parallel
 from earlyfusion.errors import SettingError
 
 OPTIMIZERS = ("adamw", "muon")
@@ -116,8 +117,9 @@ def optimizer_of(model: nn.Module, parameters: Iterable[nn.Parameter], config: O
 
 
 def _is_matrix_of_block(name: str, parameter: Tensor) -> bool:
-    # The norms of queries and keys have two dimensions too.
-    return parameter.dim() == 2 and ".layers." in name and "norm" not in name
+    # The norms of queries and keys have two dimensions too, and so have adapters (`lora_a`).
+    is_weight = name.endswith(".weight") and "norm" not in name
+    return parameter.dim() == 2 and ".layers." in name and is_weight
 
 
 def adamw(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
@@ -140,7 +142,8 @@ class Muon(torch.optim.Optimizer):
 
     The step equals that of `torch.optim.Muon` (a test compares the two), which computes one matrix
     after another, always in bf16. Here matrices of one shape are computed together, in bf16 on a
-    GPU and in fp32 on a CPU, where bf16 may be slower.
+    GPU and in fp32 on a CPU, where bf16 may be slower. Of a matrix that is cut over processes each
+    holds its shard of the momentum; all gather the whole, compute the same and keep their shards.
     """
 
     def __init__(
@@ -164,18 +167,21 @@ class Muon(torch.optim.Optimizer):
                 self._move(alike, group)
 
     def _move(self, alike: list[Tensor], group: dict[str, Any]) -> None:
-        gradients = [p.grad for p in alike if p.grad is not None]
-        moments = [self._moment(p) for p in alike]
+        gradients = [parallel.local(p.grad) for p in alike if p.grad is not None]
+        moments = [parallel.local(self.moment(p)) for p in alike]
         torch._foreach_lerp_(moments, gradients, 1 - group["momentum"])
         ahead = torch._foreach_lerp(gradients, moments, group["momentum"])
-        turned_NRC = orthogonal(torch.stack(ahead))
+        whole = [parallel.gathered(p, shard) for p, shard in zip(alike, ahead, strict=True)]
+        turned_NRC = orthogonal(torch.stack(whole)).to(alike[0].dtype)
+        steps = [parallel.shard_of(p, one) for p, one in zip(alike, turned_NRC, strict=True)]
         rows, columns = alike[0].shape
         # Matrices with more rows than columns take longer steps, as in torch.optim.Muon.
         rate = group["lr"] * math.sqrt(max(1.0, rows / columns))
-        torch._foreach_mul_(alike, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(alike, list(turned_NRC.to(alike[0].dtype)), alpha=-rate)
+        weights = [parallel.local(p) for p in alike]
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(weights, steps, alpha=-rate)
 
-    def _moment(self, parameter: Tensor) -> Tensor:
+    def moment(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
@@ -209,33 +215,25 @@ class MuonAndAdamW:
     def __init__(
         self, matrices: list[nn.Parameter], others: list[nn.Parameter], config: OptimConfig
     ) -> None:
-        self._muon = Muon(matrices, config.muon_lr, config.weight_decay)
-        self._adamw = adamw(others, config)
-        for group in self._muon.param_groups:
+        self.muon = Muon(matrices, config.muon_lr, config.weight_decay)
+        self.adamw = adamw(others, config)
+        for group in self.muon.param_groups:
             group["peak"] = config.muon_lr
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        return [*self._muon.param_groups, *self._adamw.param_groups]
-
-    @property
-    def state(self) -> dict[Any, Any]:
-        return {**self._muon.state, **self._adamw.state}
+        return [*self.muon.param_groups, *self.adamw.param_groups]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        self._muon.zero_grad(set_to_none)
-        self._adamw.zero_grad(set_to_none)
+        self.muon.zero_grad(set_to_none)
+        self.adamw.zero_grad(set_to_none)
 
     def step(self) -> None:
-        self._muon.step()
-        self._adamw.step()
+        self.muon.step()
+        self.adamw.step()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"muon": self._muon.state_dict(), "adamw": self._adamw.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._muon.load_state_dict(state["muon"])
-        self._adamw.load_state_dict(state["adamw"])
+        return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
 
 
 def set_rate(optimizer: Any, rate: float, config: OptimConfig) -> None:
@@ -244,8 +242,13 @@ def set_rate(optimizer: Any, rate: float, config: OptimConfig) -> None:
         group["lr"] = rate * group["peak"] / config.lr if "peak" in group else rate
 
 
-def allocate_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Give Adam the moments that its first step would make, so that they can be read into."""
+def allocate_moments(optimizer: torch.optim.Optimizer | MuonAndAdamW) -> None:
+    """Give an optimizer the moments that its first step would make, to be read into."""
+    if isinstance(optimizer, MuonAndAdamW):
+        for group in optimizer.muon.param_groups:
+            for parameter in group["params"]:
+                optimizer.muon.moment(parameter)
+        return allocate_moments(optimizer.adamw)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if not optimizer.state[parameter]:
@@ -258,6 +261,9 @@ def allocate_moments(optimizer: torch.optim.Optimizer) -> None:
 
 def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
     """Fill an optimizer from a checkpoint; shards of several processes hold tensors only."""
+    if isinstance(optimizer, MuonAndAdamW):
+        load_optimizer(optimizer.muon, state["muon"])
+        return load_optimizer(optimizer.adamw, state["adamw"])
     groups = {k: v for k, v in optimizer.state_dict().items() if k == "param_groups"}
     optimizer.load_state_dict(groups | state)
     for parameter, moments in optimizer.state.items():

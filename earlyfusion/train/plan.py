@@ -24,8 +24,8 @@ gradients.
 MFU = 0.5
 PEAK_TFLOPS = 989.0
 GIB = 2**30
-_HEAD_BLOCK = 256
-"""Positions whose logits are in memory together: `loss.head_loss`."""
+_LOGITS_AT_ONCE = 2**26
+"""Of the loss on a GPU: 256 MB in fp32, and products that are large enough for its full speed."""
 
 ASSUMED = (
     "what is trained: weights, gradients and both moments of AdamW in fp32, cut over shard x "
@@ -87,6 +87,11 @@ class Line:
 
     def total(self, checkpointing: str) -> float:
         return self.states + self.gathered + self.activations[checkpointing] + self.loss
+
+
+def head_block(rows: int) -> int:
+    """Positions whose logits are in memory together on a GPU, for a head of this many rows."""
+    return max(256, _LOGITS_AT_ONCE // rows)
 
 
 def products_of_block(config: ModelConfig) -> int:
@@ -211,7 +216,7 @@ def line(job: Job, gpus: int) -> Line:
         activations=_activations(job, tokens, tensor),
         # Gradient of the head in fp32, logits of a block in fp32 and bf16, states, their gradient.
         loss=4 * tables / tensor
-        + 6 * _HEAD_BLOCK * job.model.vocab_size / tensor
+        + 6 * head_block(job.model.vocab_size // tensor) * job.model.vocab_size / tensor
         + 2 * 2 * tokens * job.model.hidden_size,
         tokens_per_second=speed,
         days=job.tokens / speed / 86_400,

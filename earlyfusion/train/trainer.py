@@ -138,10 +138,9 @@ class _Training:
         # Several processes hold either copies of the model or a shard of it each.
         self.is_sharded = self.mesh is not None and _is_sharded(task.model)
         self.has_copies = self.mesh is not None and not self.is_sharded
-        if self.mesh is not None and (optim.kind != "adamw" or optim.average or run.minutes):
+        if self.mesh is not None and (optim.average or run.minutes):
             raise SettingError(
-                "kind=muon, average= and minutes= are for a single process: leave them out, or "
-                "start one"
+                "average= and minutes= are for a single process: leave them out, or start one"
             )
         self.optimizer = optimizer_of(task.model, task.parameters(), optim)
         self.average = Average(task.model, optim.average) if optim.average else None
