@@ -15,10 +15,13 @@ from test_hf_equality import Pair
 from test_hf_models import BASE, PLACEHOLDER, TEXT, fresh, prompts
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from tolerances import assert_close, assert_same
 
 from earlyfusion.hf import ChameleonConfig, ChameleonForConditionalGeneration, ChameleonModel
 
-IDS = {"input_ids": torch.tensor([[0, 50, 60, 61, 62]])}
+
+def tokens(device: torch.device) -> dict[str, Any]:
+    return {"input_ids": torch.tensor([[0, 50, 60, 61, 62]], device=device)}
 
 
 @pytest.fixture(autouse=True)
@@ -28,13 +31,13 @@ def _no_grad() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+def pair(tmp_path_factory: pytest.TempPathFactory, device: torch.device) -> Pair:
     folder = tmp_path_factory.mktemp("caches")
-    return Pair(folder, swin_norm=True, num_key_value_heads=2, model_parallel_size=2)
+    return Pair(folder, device, swin_norm=True, num_key_value_heads=2, model_parallel_size=2)
 
 
 def check(pair: Pair, **how: Any) -> None:
-    inputs = prompts() | {"disable_compile": True, "suppress_tokens": [PLACEHOLDER]}
+    inputs = prompts(pair.own.device) | {"disable_compile": True, "suppress_tokens": [PLACEHOLDER]}
     assert torch.equal(*pair.generated(inputs, do_sample=False, **how))
 
 
@@ -47,8 +50,8 @@ def test_caches_by_name(pair: Pair, name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_caches_as_objects(pair: Pair, kind: str) -> None:
-    inputs, found = prompts(), []
+def test_caches_as_objects(pair: Pair, kind: str, device: torch.device) -> None:
+    inputs, found = prompts(device), []
     for model in (pair.stock, pair.own):
         cache: Any = transformers.DynamicCache(config=model.config)
         if kind == "static":
@@ -67,18 +70,18 @@ def test_caches_as_objects(pair: Pair, kind: str) -> None:
         keys = cache.layers[1].keys[:, :, :length]
         found.append((outputs.sequences, keys))
     assert torch.equal(found[0][0], found[1][0])
-    torch.testing.assert_close(found[0][1], found[1][1], atol=1e-5, rtol=1e-5)
+    assert_close(found[0][1], found[1][1], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.slow  # optimum-quanto compiles its kernels when it is first used
 @pytest.mark.parametrize("bits", [2, 4])
-def test_a_quantised_cache(pair: Pair, bits: int) -> None:
+def test_a_quantised_cache(pair: Pair, bits: int, device: torch.device) -> None:
     pytest.importorskip("optimum.quanto")
     settings = {"backend": "quanto", "nbits": bits, "residual_length": 16, "q_group_size": 8}
     check(pair, cache_implementation="quantized", cache_config=settings)
-    exact = pair.own.generate(**prompts(), max_new_tokens=8, do_sample=False)
+    exact = pair.own.generate(**prompts(device), max_new_tokens=8, do_sample=False)
     rough = pair.own.generate(
-        **prompts(),
+        **prompts(device),
         max_new_tokens=8,
         do_sample=False,
         cache_implementation="quantized",
@@ -87,17 +90,17 @@ def test_a_quantised_cache(pair: Pair, bits: int) -> None:
     assert exact.shape == rough.shape
 
 
-def test_a_cache_may_be_cut_and_continued(pair: Pair) -> None:
+def test_a_cache_may_be_cut_and_continued(pair: Pair, device: torch.device) -> None:
     own, cache = pair.own, transformers.DynamicCache(config=pair.own.config)
-    ids = torch.tensor([[0, 50, 60, 61, 62, 70, 71]])
+    ids = torch.tensor([[0, 50, 60, 61, 62, 70, 71]], device=device)
     own(ids, past_key_values=cache)
     cache.crop(-3)
     again = own(ids[:, 4:], past_key_values=cache).logits
-    torch.testing.assert_close(again, own(ids).logits[:, 4:], atol=1e-5, rtol=1e-5)
+    assert_close(again, own(ids).logits[:, 4:], atol=1e-5, rtol=1e-5)
 
 
-def test_generating_from_embeddings(pair: Pair) -> None:
-    inputs, found = prompts(), []
+def test_generating_from_embeddings(pair: Pair, device: torch.device) -> None:
+    inputs, found = prompts(device), []
     for model in (pair.stock, pair.own):
         embedded = model.get_input_embeddings()(inputs["input_ids"])
         found.append(
@@ -116,18 +119,23 @@ def test_generating_from_embeddings(pair: Pair) -> None:
 
 @pytest.mark.parametrize("sample", [False, True])
 @pytest.mark.filterwarnings("ignore")  # transformers' own, about its configs
-def test_assisted_as_in_the_stock_class(pair: Pair, tmp_path: Path, sample: bool) -> None:
-    fresh(num_hidden_layers=1).save_pretrained(tmp_path)
+def test_assisted_as_in_the_stock_class(
+    pair: Pair, tmp_path: Path, sample: bool, device: torch.device
+) -> None:
+    fresh(torch.device("cpu"), num_hidden_layers=1).save_pretrained(tmp_path)
     stock = transformers.ChameleonForConditionalGeneration.from_pretrained(tmp_path).eval()
-    helpers = (stock, ChameleonForConditionalGeneration.from_pretrained(tmp_path).eval())
+    own = ChameleonForConditionalGeneration.from_pretrained(tmp_path).eval()
+    helpers = (stock.to(device), own.to(device))
     found = []
     for model, helper in zip((pair.stock, pair.own), helpers, strict=True):
         torch.manual_seed(3)
         how = {"do_sample": sample, "max_new_tokens": 12, "assistant_model": helper}
-        found.append(model.generate(**IDS, **how))
+        found.append(model.generate(**tokens(device), **how))
     assert torch.equal(*found)
     if not sample:
-        assert torch.equal(found[1], pair.own.generate(**IDS, do_sample=False, max_new_tokens=12))
+        assert torch.equal(
+            found[1], pair.own.generate(**tokens(device), do_sample=False, max_new_tokens=12)
+        )
 
 
 @pytest.mark.parametrize(
@@ -144,8 +152,8 @@ def test_assisted_as_in_the_stock_class(pair: Pair, tmp_path: Path, sample: bool
     ],
     ids=lambda how: "-".join(how),
 )
-def test_other_searches(pair: Pair, how: dict[str, Any]) -> None:
-    inputs = {key: value for key, value in prompts().items() if key != "pixel_values"}
+def test_other_searches(pair: Pair, how: dict[str, Any], device: torch.device) -> None:
+    inputs = {key: value for key, value in prompts(device).items() if key != "pixel_values"}
     inputs["input_ids"] = inputs["input_ids"].clamp(max=PLACEHOLDER - 1)
     assert torch.equal(*pair.generated(inputs, **how))
 
@@ -161,55 +169,56 @@ def test_other_searches(pair: Pair, how: dict[str, Any]) -> None:
     ],
 )
 def test_a_moved_search_is_where_transformers_has_it(
-    pair: Pair, how: dict[str, Any], name: str
+    pair: Pair, how: dict[str, Any], name: str, device: torch.device
 ) -> None:
     for model in (pair.stock, pair.own):
         with pytest.raises(ValueError, match=f"{name} requires `trust_remote_code"):
-            model.generate(**IDS, **how, do_sample=False, max_new_tokens=3)
+            model.generate(**tokens(device), **how, do_sample=False, max_new_tokens=3)
 
 
-def test_a_search_of_ones_own(pair: Pair) -> None:
+def test_a_search_of_ones_own(pair: Pair, device: torch.device) -> None:
     def longest(model: Any, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         for _ in range(3):
             best = model(input_ids, image_logits=False).logits[:, -1:].argmax(-1)
             input_ids = torch.cat((input_ids, best), 1)
         return input_ids
 
-    own = pair.own.generate(**IDS, custom_generate=longest, max_new_tokens=3)
-    assert torch.equal(own, pair.own.generate(**IDS, do_sample=False, max_new_tokens=3))
+    own = pair.own.generate(**tokens(device), custom_generate=longest, max_new_tokens=3)
+    assert torch.equal(own, pair.own.generate(**tokens(device), do_sample=False, max_new_tokens=3))
 
 
-def test_resized_embeddings(tmp_path: Path) -> None:
+def test_resized_embeddings(tmp_path: Path, device: torch.device) -> None:
     for tied in (False, True):
-        model = fresh(tie_word_embeddings=tied)
-        before = model(IDS["input_ids"]).logits
+        model = fresh(device, tie_word_embeddings=tied)
+        before = model(tokens(device)["input_ids"]).logits
         model.resize_token_embeddings(100, mean_resizing=False)
-        after = model(IDS["input_ids"]).logits
-        assert torch.equal(after[..., :96], before)
+        after = model(tokens(device)["input_ids"]).logits
+        assert_same(after[..., :96], before)
         assert model.config.vocab_size == model.vocab_size == 100
         assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
         model.save_pretrained(tmp_path / str(tied))
         again = ChameleonForConditionalGeneration.from_pretrained(tmp_path / str(tied))
-        assert torch.equal(again(IDS["input_ids"]).logits, after)
+        again.to(device)
+        assert_same(again(tokens(device)["input_ids"]).logits, after)
 
 
-def test_what_a_base_model_gives(pair: Pair) -> None:
-    stock = transformers.ChameleonModel.from_pretrained(pair.folder).eval()
-    own = ChameleonModel.from_pretrained(pair.folder).eval()
-    inputs, more = prompts(), {"output_hidden_states": True, "use_cache": False}
+def test_what_a_base_model_gives(pair: Pair, device: torch.device) -> None:
+    stock = transformers.ChameleonModel.from_pretrained(pair.folder).eval().to(device)
+    own = ChameleonModel.from_pretrained(pair.folder).eval().to(device)
+    inputs, more = prompts(device), {"output_hidden_states": True, "use_cache": False}
     theirs, ours = stock(**inputs, **more), own(**inputs, **more)
     seen = inputs["attention_mask"].bool()
     assert ours.past_key_values is None
     for a, b in zip(theirs.hidden_states, ours.hidden_states, strict=True):
-        torch.testing.assert_close(a[seen], b[seen], atol=1e-5, rtol=1e-5)
+        assert_close(a[seen], b[seen], atol=1e-5, rtol=1e-5)
 
 
-def test_losses_on_text_are_those_of_the_stock_class(pair: Pair) -> None:
+def test_losses_on_text_are_those_of_the_stock_class(pair: Pair, device: torch.device) -> None:
     """With image tokens in reach, as a row that draws is scored, it would be larger."""
-    ids = TEXT[TEXT >= 40][None, :20]
+    ids = TEXT[TEXT >= 40][None, :20].to(device)
     theirs = pair.stock(ids, labels=ids).loss
-    torch.testing.assert_close(pair.own(ids, labels=ids).loss, theirs)
-    torch.testing.assert_close(pair.own(ids, labels=ids, image_logits=False).loss, theirs)
+    assert_close(pair.own(ids, labels=ids).loss, theirs)
+    assert_close(pair.own(ids, labels=ids, image_logits=False).loss, theirs)
     assert pair.own(ids, labels=ids, image_logits=True).loss > theirs
 
 

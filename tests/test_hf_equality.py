@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from test_hf_models import NAMES, PLACEHOLDER, TEXT, stock_model
+from tolerances import assert_below
 from torch import Tensor
 
 from earlyfusion.hf import ChameleonConfig, ChameleonForConditionalGeneration
@@ -53,7 +54,7 @@ SEARCHES: dict[str, dict[str, Any]] = {
 PROMPTS = 20
 
 
-def prompts() -> dict[str, Tensor]:
+def prompts(device: torch.device) -> dict[str, Tensor]:
     """20 prompts of 3 to 24 text tokens, every fourth with a picture, padded on the left."""
     generator = torch.Generator().manual_seed(11)
     text = [int(token) for token in TEXT if 4 <= token < PLACEHOLDER]
@@ -67,10 +68,11 @@ def prompts() -> dict[str, Tensor]:
         rows.append(row)
     width = max(map(len, rows))
     pixels = torch.rand(pictures, 3, 16, 16, generator=generator) * 2 - 1
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
     return {
-        "input_ids": torch.tensor([[1] * (width - len(row)) + row for row in rows]),
-        "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]),
-        "pixel_values": pixels,
+        "input_ids": torch.tensor([[1] * (width - len(row)) + row for row in rows], device=device),
+        "attention_mask": torch.tensor(mask, device=device),
+        "pixel_values": pixels.to(device),
     }
 
 
@@ -87,11 +89,13 @@ def some(inputs: dict[str, Tensor], row: int) -> dict[str, Tensor]:
 class Pair:
     """One random checkpoint in transformers' class and in ours; transformers saved it."""
 
-    def __init__(self, folder: Path, **shape: Any) -> None:
+    def __init__(self, folder: Path, device: torch.device, **shape: Any) -> None:
         self.folder = folder
         self.stock = stock_model(**shape)
         self.stock.save_pretrained(folder)
         self.own = ChameleonForConditionalGeneration.from_pretrained(folder).eval()
+        self.stock.to(device)
+        self.own.to(device)
 
     def generated(self, inputs: dict[str, Tensor], **how: Any) -> list[Tensor]:
         """What the two give, each from the same seed."""
@@ -103,8 +107,10 @@ class Pair:
 
 
 @pytest.fixture(scope="module", params=SHAPES)
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return Pair(tmp_path_factory.mktemp(request.param), **SHAPES[request.param])
+def pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, device: torch.device
+) -> Pair:
+    return Pair(tmp_path_factory.mktemp(request.param), device, **SHAPES[request.param])
 
 
 def test_state_dicts(pair: Pair) -> None:
@@ -117,36 +123,36 @@ def test_state_dicts(pair: Pair) -> None:
 
 
 @torch.no_grad()
-def test_logits(pair: Pair) -> None:
-    inputs = prompts()
+def test_logits(pair: Pair, device: torch.device) -> None:
+    inputs = prompts(device)
     seen = inputs["attention_mask"].bool()
     theirs, ours = pair.stock(**inputs).logits[seen], pair.own(**inputs).logits[seen]
-    gap = (theirs - ours)[:, TEXT].abs().max()
-    assert gap < 1e-5 * max(1.0, float(ours.abs().max()))
-    images = torch.tensor(sorted(NAMES.values()))
+    gap = (theirs - ours)[:, TEXT.to(device)].abs()
+    assert_below(gap, 1e-5 * max(1.0, float(ours.abs().max())))
+    images = torch.tensor(sorted(NAMES.values()), device=device)
     assert (theirs[:, images] == torch.finfo(torch.float32).min).all()
     assert ours[:, images].abs().max() < 1e3
 
 
 @pytest.mark.parametrize("how", SEARCHES)
-def test_20_prompts(pair: Pair, how: str) -> None:
-    theirs, ours = pair.generated(prompts(), **SEARCHES[how])
+def test_20_prompts(pair: Pair, how: str, device: torch.device) -> None:
+    theirs, ours = pair.generated(prompts(device), **SEARCHES[how])
     assert theirs.shape[0] == PROMPTS
     assert torch.equal(theirs, ours)
-    new = ours[:, prompts()["input_ids"].shape[1] :]
+    new = ours[:, prompts(device)["input_ids"].shape[1] :]
     assert len({tuple(row.tolist()) for row in new}) > PROMPTS // 2
 
 
 @pytest.mark.parametrize(
     "how", ["greedy", *(pytest.param(how, marks=pytest.mark.slow) for how in ("beam", "sampling"))]
 )
-def test_20_prompts_one_by_one(tmp_path: Path, how: str) -> None:
-    pair, inputs = Pair(tmp_path, **SHAPES["model_parallel_2"]), prompts()
+def test_20_prompts_one_by_one(tmp_path: Path, how: str, device: torch.device) -> None:
+    pair, inputs = Pair(tmp_path, device, **SHAPES["model_parallel_2"]), prompts(device)
     for row in range(PROMPTS):
         assert torch.equal(*pair.generated(some(inputs, row), **SEARCHES[how])), row
 
 
-def test_each_loads_what_the_other_saved(pair: Pair, tmp_path: Path) -> None:
+def test_each_loads_what_the_other_saved(pair: Pair, tmp_path: Path, device: torch.device) -> None:
     for key, value in pair.own.state_dict().items():
         assert torch.equal(value, pair.stock.state_dict()[key]), key
     torch.manual_seed(2)
@@ -159,10 +165,10 @@ def test_each_loads_what_the_other_saved(pair: Pair, tmp_path: Path) -> None:
     assert all("decoder" in key for key in loading["unexpected_keys"])
     for key, value in again.state_dict().items():
         assert torch.equal(value, whole.state_dict()[key]), key
-    ids = torch.tensor([[0, 50, 60, 61]])
+    ids = torch.tensor([[0, 50, 60, 61]], device=device)
     with torch.no_grad():
-        gap = (again(ids).logits - whole(ids).logits)[..., TEXT].abs().max()
-    assert gap < 1e-5
+        gap = again.to(device)(ids).logits - whole.to(device)(ids).logits
+    assert_below(gap[..., TEXT.to(device)].abs(), 1e-5)
 
 
 def test_a_config_says_the_same_in_both(pair: Pair, tmp_path: Path) -> None:

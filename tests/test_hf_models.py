@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tolerances import assert_below, assert_close, assert_same
 from torch import Tensor
 
 from earlyfusion.errors import CheckpointError, ImageError, SettingError
@@ -78,31 +79,32 @@ def stock_model(**more: Any) -> Any:
 
 
 @pytest.fixture(scope="module", params=SHAPES)
-def pair(request: Any, tmp_path_factory: Any) -> tuple[Any, Any, Path]:
+def pair(request: Any, tmp_path_factory: Any, device: torch.device) -> tuple[Any, Any, Path]:
     folder = tmp_path_factory.mktemp(request.param)
     stock = stock_model(**SHAPES[request.param])
     stock.save_pretrained(folder)
-    return stock, ChameleonForConditionalGeneration.from_pretrained(folder).eval(), folder
+    own = ChameleonForConditionalGeneration.from_pretrained(folder).eval()
+    return stock.to(device), own.to(device), folder
 
 
 @pytest.fixture(scope="module")
-def stock(tmp_path_factory: Any) -> Any:
-    return stock_model()
+def stock(device: torch.device) -> Any:
+    return stock_model().to(device)
 
 
 @pytest.fixture(scope="module")
-def plain(stock: Any, tmp_path_factory: Any) -> Any:
+def plain(stock: Any, tmp_path_factory: Any, device: torch.device) -> Any:
     folder = tmp_path_factory.mktemp("plain")
     stock.save_pretrained(folder)
-    return ChameleonForConditionalGeneration.from_pretrained(folder).eval()
+    return ChameleonForConditionalGeneration.from_pretrained(folder).eval().to(device)
 
 
-def fresh(**more: Any) -> Any:
+def fresh(device: torch.device, **more: Any) -> Any:
     torch.manual_seed(1)
-    return ChameleonForConditionalGeneration(ChameleonConfig(**(BASE | more))).eval()
+    return ChameleonForConditionalGeneration(ChameleonConfig(**(BASE | more))).eval().to(device)
 
 
-def prompts() -> dict[str, Tensor]:
+def prompts(device: torch.device) -> dict[str, Tensor]:
     """Two left-padded rows with three pictures in all."""
     picture = [91] + [PLACEHOLDER] * 64 + [92]
     rows = [[0, 50, *picture, 60, 61, *picture, 62], [0, 70, 71, *picture, 72, 73]]
@@ -110,7 +112,8 @@ def prompts() -> dict[str, Tensor]:
     ids = torch.tensor([[1] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     pixels = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(3)) * 2 - 1
-    return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
+    made = {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
+    return {name: tensor.to(device) for name, tensor in made.items()}
 
 
 class TestAgainstStock:
@@ -123,20 +126,20 @@ class TestAgainstStock:
         assert all(key.startswith("model.vqmodel.decoder.") for key in extra)
 
     @torch.no_grad()
-    def test_logits_and_states(self, pair: tuple[Any, Any, Path]) -> None:
+    def test_logits_and_states(self, pair: tuple[Any, Any, Path], device: torch.device) -> None:
         stock, own, _ = pair
-        inputs = prompts()
+        inputs = prompts(device)
         more = {"output_hidden_states": True, "use_cache": True}
         theirs, ours = stock(**inputs, **more), own(**inputs, **more)
         seen = inputs["attention_mask"].bool()
-        gap = (theirs.logits - ours.logits)[..., TEXT][seen].abs().max()
-        assert gap < 1e-5 * max(1.0, float(ours.logits.abs().max()))
+        gap = (theirs.logits - ours.logits)[..., TEXT.to(device)][seen].abs()
+        assert_below(gap, 1e-5 * max(1.0, float(ours.logits.abs().max())))
         assert len(theirs.hidden_states) == len(ours.hidden_states)
         for a, b in zip(theirs.hidden_states, ours.hidden_states, strict=True):
-            torch.testing.assert_close(a[seen], b[seen], atol=1e-5, rtol=1e-5)
+            assert_close(a[seen], b[seen], atol=1e-5, rtol=1e-5)
         assert ours.past_key_values.get_seq_length() == inputs["input_ids"].shape[1]
         masked = own(**inputs, image_logits=False).logits
-        torch.testing.assert_close(theirs.logits[seen], masked[seen], atol=1e-4, rtol=1e-5)
+        assert_close(theirs.logits[seen], masked[seen], atol=1e-4, rtol=1e-5)
         assert torch.equal(
             own.get_image_tokens(inputs["pixel_values"]),
             stock.get_image_tokens(inputs["pixel_values"]),
@@ -155,14 +158,16 @@ class TestAgainstStock:
         ],
         ids=["greedy", "sample", "beam", "static", "no_cache", "penalty"],
     )
-    def test_generate(self, pair: tuple[Any, Any, Path], how: dict[str, Any]) -> None:
+    def test_generate(
+        self, pair: tuple[Any, Any, Path], how: dict[str, Any], device: torch.device
+    ) -> None:
         stock, own, _ = pair
         outputs = []
         for model in (stock, own):
             torch.manual_seed(5)
             # The stock class takes a drawn placeholder for one more picture where it has no cache.
             how = how | {"disable_compile": True, "suppress_tokens": [PLACEHOLDER]}
-            outputs.append(model.generate(**prompts(), max_new_tokens=8, **how))
+            outputs.append(model.generate(**prompts(device), max_new_tokens=8, **how))
         assert torch.equal(*outputs)
 
     def test_saved_checkpoints_load_in_the_other(
@@ -174,34 +179,32 @@ class TestAgainstStock:
         for key, value in stock.state_dict().items():
             assert torch.equal(value, again.state_dict()[key]), key
 
-    def test_stock_checkpoint_has_no_decoder(self, pair: tuple[Any, Any, Path]) -> None:
+    def test_stock_checkpoint_has_no_decoder(
+        self, pair: tuple[Any, Any, Path], device: torch.device
+    ) -> None:
         _, own, _ = pair
         assert own.model.vqmodel.decoder is None
-        tokens = torch.full((1, 64), FIRST)
+        tokens = torch.full((1, 64), FIRST, device=device)
         with pytest.raises(CheckpointError, match="no VQ decoder"):
             own.decode_image_tokens(tokens)
 
     @torch.no_grad()
-    def test_vqvae_outputs(self, plain: Any, stock: Any) -> None:
-        pixels = prompts()["pixel_values"]
+    def test_vqvae_outputs(self, plain: Any, stock: Any, device: torch.device) -> None:
+        pixels = prompts(device)["pixel_values"]
         theirs = stock.model.vqmodel.encode(pixels, output_hidden_states=True)
         ours = plain.model.vqmodel.encode(pixels, output_hidden_states=True, output_attentions=True)
         for name in ("last_hidden_state", "quantized_last_hidden_state", "embedding_loss"):
-            torch.testing.assert_close(
-                getattr(theirs, name), getattr(ours, name), rtol=1e-4, atol=1e-5
-            )
+            assert_close(getattr(theirs, name), getattr(ours, name), rtol=1e-4, atol=1e-5)
         assert torch.equal(theirs.image_tokens, ours.image_tokens)
         assert len(ours.hidden_states) == len(theirs.hidden_states) == 2 * 1 + 3
         assert len(ours.attentions) == 1
         features = plain.get_image_features(pixels)
-        torch.testing.assert_close(
-            features.pooler_output, stock.get_image_features(pixels).pooler_output
-        )
+        assert_close(features.pooler_output, stock.get_image_features(pixels).pooler_output)
         assert isinstance(plain.get_image_features(pixels, return_dict=False), tuple)
 
     @torch.no_grad()
-    def test_other_picture_sizes(self, plain: Any, stock: Any) -> None:
-        pixels = torch.rand(1, 3, 10, 10)
+    def test_other_picture_sizes(self, plain: Any, stock: Any, device: torch.device) -> None:
+        pixels = torch.rand(1, 3, 10, 10).to(device)
         assert torch.equal(plain.get_image_tokens(pixels), stock.get_image_tokens(pixels))
 
 
@@ -218,25 +221,25 @@ class TestAsStockSees:
 
     @torch.no_grad()
     @pytest.mark.parametrize("place", PLACES)
-    def test_hooks(self, plain: Any, stock: Any, place: str) -> None:
+    def test_hooks(self, plain: Any, stock: Any, place: str, device: torch.device) -> None:
         seen: list[Any] = []
         for model in (stock, plain):
             module = model.model.get_submodule(place)
             hook = module.register_forward_hook(
                 lambda module, args, kwargs, out: seen.append((args, kwargs, out)), with_kwargs=True
             )
-            model(**prompts(), use_cache=False)
+            model(**prompts(device), use_cache=False)
             hook.remove()
         (args, kwargs, out), (own_args, own_kwargs, own_out) = seen
         assert len(args) == len(own_args) and kwargs.keys() == own_kwargs.keys()
-        real = prompts()["attention_mask"].bool()
+        real = prompts(device)["attention_mask"].bool()
         for a, b in ((args, own_args), (out, own_out)):
             assert isinstance(b, tuple) == isinstance(a, tuple)
             for one, other in zip(_tensors(a), _tensors(b), strict=True):
                 assert one.shape == other.shape and one.dtype == other.dtype
                 if one.shape[:2] == real.shape:
                     one, other = one[real], other[real]
-                torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+                assert_close(one, other, atol=1e-4, rtol=1e-4)
 
     def test_layers_are_gradient_checkpointing_layers(self, plain: Any) -> None:
         kind = transformers.modeling_layers.GradientCheckpointingLayer
@@ -252,20 +255,20 @@ class TestAsStockSees:
         assert all(torch.equal(a, b) for a, b in pairs)
 
     @torch.no_grad()
-    def test_tuples_by_config(self, stock: Any, plain: Any) -> None:
+    def test_tuples_by_config(self, stock: Any, plain: Any, device: torch.device) -> None:
         config = ChameleonConfig(**(BASE | {"return_dict": False, "vq_config": VQ}))
-        model = ChameleonForConditionalGeneration(config).eval()
+        model = ChameleonForConditionalGeneration(config).eval().to(device)
         model.load_state_dict(plain.state_dict())
-        pixels = prompts()["pixel_values"]
-        assert isinstance(model(**prompts()), tuple)
-        assert isinstance(model.model(**prompts()), tuple)
+        pixels = prompts(device)["pixel_values"]
+        assert isinstance(model(**prompts(device)), tuple)
+        assert isinstance(model.model(**prompts(device)), tuple)
         assert isinstance(model.get_image_features(pixels), tuple)
-        assert not isinstance(model(**prompts(), return_dict=True), tuple)
-        loss = model(**prompts(), labels=prompts()["input_ids"])[0]
-        torch.testing.assert_close(loss, plain(**prompts(), labels=prompts()["input_ids"]).loss)
+        assert not isinstance(model(**prompts(device), return_dict=True), tuple)
+        loss = model(**prompts(device), labels=prompts(device)["input_ids"])[0]
+        assert_close(loss, plain(**prompts(device), labels=prompts(device)["input_ids"]).loss)
 
-    def test_a_state_dict_without_a_decoder(self, stock: Any) -> None:
-        model = fresh()
+    def test_a_state_dict_without_a_decoder(self, stock: Any, device: torch.device) -> None:
+        model = fresh(device)
         model.load_state_dict(stock.state_dict(), strict=False)
         assert model.model.vqmodel.decoder is not None
         whole = model.state_dict()
@@ -278,26 +281,30 @@ class TestAsStockSees:
             model.load_state_dict(whole)
 
     @torch.no_grad()
-    def test_export_with_pictures(self, plain: Any) -> None:
+    def test_export_with_pictures(self, plain: Any, device: torch.device) -> None:
         model = copy.deepcopy(plain)
-        program = torch.export.export(model, (), prompts() | {"use_cache": False}, strict=False)
-        out = program.module()(**prompts(), use_cache=False).logits
-        wanted = plain(**prompts()).logits
-        seen = prompts()["attention_mask"].bool()
-        torch.testing.assert_close(out[seen], wanted[seen], atol=1e-4, rtol=1e-4)
-        wrong = prompts() | {"input_ids": prompts()["input_ids"].clone()}
+        program = torch.export.export(
+            model, (), prompts(device) | {"use_cache": False}, strict=False
+        )
+        out = program.module()(**prompts(device), use_cache=False).logits
+        wanted = plain(**prompts(device)).logits
+        seen = prompts(device)["attention_mask"].bool()
+        assert_close(out[seen], wanted[seen], atol=1e-4, rtol=1e-4)
+        wrong = prompts(device) | {"input_ids": prompts(device)["input_ids"].clone()}
         wrong["input_ids"][0, -1] = PLACEHOLDER
         with pytest.raises(RuntimeError):
             program.module()(**wrong, use_cache=False)
-        assert torch.equal(model(**prompts()).logits, wanted)  # nothing of the tracing is kept
+        assert_same(model(**prompts(device)).logits, wanted)  # nothing of the tracing is kept
 
     @pytest.mark.filterwarnings("ignore")  # torch's own, about what it compiles
-    def test_fullgraph_with_a_static_cache_and_pictures(self, plain: Any) -> None:
+    def test_fullgraph_with_a_static_cache_and_pictures(
+        self, plain: Any, device: torch.device
+    ) -> None:
         how = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": "static"}
-        wanted = plain.generate(**prompts(), **how)
+        wanted = plain.generate(**prompts(device), **how)
         model = copy.deepcopy(plain)
         model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")
-        assert torch.equal(model.generate(**prompts(), **how), wanted)
+        assert torch.equal(model.generate(**prompts(device), **how), wanted)
         torch._dynamo.reset()
 
 
@@ -311,18 +318,21 @@ class TestSearches:
     """What transformers' own test suites ask of a class that generates."""
 
     @pytest.mark.filterwarnings("ignore")  # transformers' own, about its configs
-    def test_assisted_and_lookup_equal_greedy(self, plain: Any) -> None:
-        inputs = {"input_ids": torch.tensor([[0, 50, 60, 61, 62]]), "max_new_tokens": 10}
+    def test_assisted_and_lookup_equal_greedy(self, plain: Any, device: torch.device) -> None:
+        inputs = {
+            "input_ids": torch.tensor([[0, 50, 60, 61, 62]], device=device),
+            "max_new_tokens": 10,
+        }
         wanted = plain.generate(**inputs, do_sample=False)
         for how in (
-            {"assistant_model": fresh(num_hidden_layers=1)},
+            {"assistant_model": fresh(device, num_hidden_layers=1)},
             {"prompt_lookup_num_tokens": 2},
         ):
             assert torch.equal(plain.generate(**inputs, do_sample=False, **how), wanted)
 
-    def test_outputs_by_name(self, plain: Any) -> None:
+    def test_outputs_by_name(self, plain: Any, device: torch.device) -> None:
         out = plain.generate(
-            torch.tensor([[0, 50, 60]]),
+            torch.tensor([[0, 50, 60]], device=device),
             max_new_tokens=4,
             min_new_tokens=4,
             return_dict_in_generate=True,
@@ -333,7 +343,9 @@ class TestSearches:
         assert [len(states) for states in out.hidden_states] == [3] * 4
 
     @pytest.mark.filterwarnings("ignore")  # transformers' own, about what is not installed
-    def test_continuous_batching_equals_greedy(self, plain: Any, stock: Any) -> None:
+    def test_continuous_batching_equals_greedy(
+        self, plain: Any, stock: Any, device: torch.device
+    ) -> None:
         config = transformers.GenerationConfig(
             max_new_tokens=8, do_sample=False, eos_token_id=2, pad_token_id=1
         )
@@ -346,7 +358,10 @@ class TestSearches:
             for model in (plain, stock)
         )
         assert ours == theirs
-        alone = (plain.generate(torch.tensor([row]), generation_config=config) for row in rows)
+        alone = (
+            plain.generate(torch.tensor([row], device=device), generation_config=config)
+            for row in rows
+        )
         greedy = [out[0, len(row) :].tolist() for out, row in zip(alone, rows, strict=True)]
         # On a CPU, 5.7 itself gives other tokens than its own greedy search.
         if (5, 23) <= tuple(map(int, transformers.__version__.split(".")[:2])):
@@ -359,42 +374,42 @@ class TestForward:
         with torch.no_grad():
             yield
 
-    def test_pictures_equal_their_tokens(self, plain: Any) -> None:
-        inputs = prompts()
+    def test_pictures_equal_their_tokens(self, plain: Any, device: torch.device) -> None:
+        inputs = prompts(device)
         ids = plain.fill_image_tokens(inputs["input_ids"], inputs["pixel_values"])
         by_ids = plain(input_ids=ids, attention_mask=inputs["attention_mask"]).logits
-        assert torch.equal(by_ids, plain(**inputs).logits)
+        assert_same(by_ids, plain(**inputs).logits)
 
-    def test_embeddings_in_place_of_ids(self, plain: Any) -> None:
-        inputs = prompts()
+    def test_embeddings_in_place_of_ids(self, plain: Any, device: torch.device) -> None:
+        inputs = prompts(device)
         embedded = plain.get_input_embeddings()(inputs.pop("input_ids"))
         logits = plain(inputs_embeds=embedded, **inputs).logits
-        assert torch.equal(logits, plain(**prompts()).logits)
+        assert_same(logits, plain(**prompts(device)).logits)
         with pytest.raises(ValueError, match="exactly one"):
             plain(attention_mask=inputs["attention_mask"])
 
     @pytest.mark.parametrize("keep", [1, 3, torch.tensor([0, 5])])
-    def test_logits_to_keep(self, plain: Any, keep: Any) -> None:
-        whole = plain(**prompts()).logits
-        kept = plain(**prompts(), logits_to_keep=keep).logits
+    def test_logits_to_keep(self, plain: Any, keep: Any, device: torch.device) -> None:
+        whole = plain(**prompts(device)).logits
+        kept = plain(**prompts(device), logits_to_keep=keep).logits
         wanted = whole[:, keep] if isinstance(keep, Tensor) else whole[:, -keep:]
-        torch.testing.assert_close(kept, wanted)
+        assert_close(kept, wanted)
 
-    def test_step_by_step_equals_whole(self, plain: Any) -> None:
-        ids = torch.randint(40, 90, (2, 12), generator=torch.Generator().manual_seed(0))
+    def test_step_by_step_equals_whole(self, plain: Any, device: torch.device) -> None:
+        ids = torch.randint(40, 90, (2, 12), generator=torch.Generator().manual_seed(0)).to(device)
         whole, cache, steps = plain(ids).logits, None, []
         for token in ids.split(1, dim=1):
             out = plain(token, past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             steps.append(out.logits)
-        torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-5, rtol=1e-5)
+        assert_close(torch.cat(steps, 1), whole, atol=1e-5, rtol=1e-5)
 
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # flex attention compiles
     @pytest.mark.parametrize(
         "how", ["eager", pytest.param("flex_attention", marks=pytest.mark.slow)]
     )
-    def test_back_ends_agree(self, plain: Any, how: str) -> None:
-        inputs = prompts()
+    def test_back_ends_agree(self, plain: Any, how: str, device: torch.device) -> None:
+        inputs = prompts(device)
         seen = inputs["attention_mask"].bool()
         wanted = plain(**inputs).logits[seen]
         plain.set_attn_implementation(how)
@@ -402,7 +417,7 @@ class TestForward:
             out = plain(**inputs, output_attentions=how == "eager")
         finally:
             plain.set_attn_implementation("sdpa")
-        torch.testing.assert_close(out.logits[seen], wanted, atol=1e-5, rtol=1e-5)
+        assert_close(out.logits[seen], wanted, atol=1e-5, rtol=1e-5)
         if how == "eager":
             assert [tuple(w.shape) for w in out.attentions] == [
                 (2, 4, *inputs["input_ids"].shape[1:] * 2)
@@ -417,22 +432,26 @@ class TestForward:
                     copy.deepcopy(plain.config), attn_implementation=name
                 )
 
-    def test_tuples(self, plain: Any) -> None:
-        loss, logits, cache = plain(**prompts(), labels=prompts()["input_ids"], return_dict=False)
+    def test_tuples(self, plain: Any, device: torch.device) -> None:
+        loss, logits, cache = plain(
+            **prompts(device), labels=prompts(device)["input_ids"], return_dict=False
+        )
         assert loss.ndim == 0
         assert logits.shape[-1] == BASE["vocab_size"]
-        assert cache.get_seq_length() == prompts()["input_ids"].shape[1]
+        assert cache.get_seq_length() == prompts(device)["input_ids"].shape[1]
 
-    def test_wrong_number_of_pictures(self, plain: Any) -> None:
-        inputs = prompts()
+    def test_wrong_number_of_pictures(self, plain: Any, device: torch.device) -> None:
+        inputs = prompts(device)
         inputs["pixel_values"] = inputs["pixel_values"][:2]
         with pytest.raises(ImageError, match="tokens: 192, features: 128"):
             plain(**inputs)
 
 
 class TestTraining:
-    def test_labels_on_pictures_have_a_finite_loss_and_gradient(self, plain: Any) -> None:
-        inputs = prompts()
+    def test_labels_on_pictures_have_a_finite_loss_and_gradient(
+        self, plain: Any, device: torch.device
+    ) -> None:
+        inputs = prompts(device)
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
         full = plain.fill_image_tokens(inputs["input_ids"], inputs["pixel_values"])
         wanted = plain(
@@ -442,7 +461,7 @@ class TestTraining:
             labels=full.masked_fill(labels == -100, -100),
         ).loss
         loss = plain(**inputs, labels=labels).loss
-        torch.testing.assert_close(loss, wanted)
+        assert_close(loss, wanted)
         loss.backward()
         rows = plain.lm_head.weight.grad[full[full < FIRST + VQ["num_embeddings"]].unique()]
         assert torch.isfinite(loss)
@@ -451,9 +470,11 @@ class TestTraining:
         assert all(p.grad is None and not p.requires_grad for p in plain.model.vqmodel.parameters())
         plain.zero_grad()
 
-    def test_losses_of_text_are_stocks_whatever_stands_beside(self, plain: Any, stock: Any) -> None:
+    def test_losses_of_text_are_stocks_whatever_stands_beside(
+        self, plain: Any, stock: Any, device: torch.device
+    ) -> None:
         """Prompts with pictures, text to learn: the row's loss and gradient, alone and mixed."""
-        inputs, text = prompts(), torch.tensor([[0, 50, 60, 61, 62, 70, 2]])
+        inputs, text = prompts(device), torch.tensor([[0, 50, 60, 61, 62, 70, 2]], device=device)
         labels = inputs["input_ids"].clone()
         labels[(labels == PLACEHOLDER) | (labels == 1)] = -100
         for given, learned in ((inputs, labels), ({"input_ids": text}, text)):
@@ -464,28 +485,29 @@ class TestTraining:
                 loss.backward()
                 losses.append((loss.detach(), model.lm_head.weight.grad.clone()))
                 model.zero_grad()
-            torch.testing.assert_close(*losses, atol=1e-5, rtol=1e-5)
+            for one, other in zip(*losses, strict=True):
+                assert_close(one, other, atol=1e-5, rtol=1e-5)
         everything = plain(text, labels=text, image_logits=True).loss
         assert everything > plain(text, labels=text).loss
-        drawn = torch.tensor([[0, 50, FIRST, FIRST + 1, 62, 70, 2]])
+        drawn = torch.tensor([[0, 50, FIRST, FIRST + 1, 62, 70, 2]], device=device)
         mixed = torch.cat((text, drawn))
         loss = plain(mixed, labels=mixed).loss
         alone = [plain(row, labels=row).loss for row in (text, drawn)]
-        torch.testing.assert_close(loss, sum(alone) / 2)
-        torch.testing.assert_close(alone[1], plain(drawn, labels=drawn, image_logits=True).loss)
+        assert_close(loss, sum(alone) / 2)
+        assert_close(alone[1], plain(drawn, labels=drawn, image_logits=True).loss)
 
     def test_labels_with_the_placeholder_have_a_finite_loss_in_both_modes(
-        self, plain: Any, stock: Any
+        self, plain: Any, stock: Any, device: torch.device
     ) -> None:
-        inputs = prompts()
+        inputs = prompts(device)
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
         assert torch.isfinite(plain(**inputs, labels=labels).loss)
         as_stock = plain(**inputs, labels=labels, image_logits=False).loss
-        torch.testing.assert_close(as_stock, stock(**inputs, labels=labels).loss)
+        assert_close(as_stock, stock(**inputs, labels=labels).loss)
 
     @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
-    def test_gradient_checkpointing(self) -> None:
-        model, ids = fresh().train(), torch.randint(40, 90, (1, 9))
+    def test_gradient_checkpointing(self, device: torch.device) -> None:
+        model, ids = fresh(device).train(), torch.randint(40, 90, (1, 9)).to(device)
         gradients, runs, kept = [], list[int](), list[int]()
         mlp = model.model.layers[0].mlp
         for enable in (False, True):
@@ -503,65 +525,68 @@ class TestTraining:
             gradients.append(mlp.up_proj.weight.grad.clone())
             runs.append(len(calls))
             kept.append(sum(saved))
-        torch.testing.assert_close(*gradients)
+        assert_close(*gradients)
         assert runs == [1, 2]  # computed again in the backward pass
         assert kept[1] < kept[0] / 2  # and not kept until then
         assert model(ids).past_key_values is None
 
-    def test_image_tokenizer_stays_frozen(self) -> None:
-        model = fresh().train()
+    def test_image_tokenizer_stays_frozen(self, device: torch.device) -> None:
+        model = fresh(device).train()
         assert not model.model.vqmodel.training
-        out = model.model.vqmodel.encode(torch.rand(1, 3, 16, 16))
+        out = model.model.vqmodel.encode(torch.rand(1, 3, 16, 16).to(device))
         assert not out.quantized_last_hidden_state.requires_grad
 
-    def test_vqvae_alone_can_be_trained(self) -> None:
-        model = ChameleonVQVAE(ChameleonVQVAEConfig(**VQ))
+    def test_vqvae_alone_can_be_trained(self, device: torch.device) -> None:
+        model = ChameleonVQVAE(ChameleonVQVAEConfig(**VQ)).to(device)
         assert not model.training
-        out = model.train().encode(torch.rand(1, 3, 16, 16))
+        out = model.train().encode(torch.rand(1, 3, 16, 16).to(device))
         out.embedding_loss.backward()
         assert model.encoder.conv_in.weight.grad.abs().sum() > 0
 
-    def test_resize_token_embeddings(self) -> None:
-        model = fresh()
+    def test_resize_token_embeddings(self, device: torch.device) -> None:
+        model = fresh(device)
         model.resize_token_embeddings(100)
-        assert model(torch.tensor([[0, 99]])).logits.shape[-1] == 100
+        assert model(torch.tensor([[0, 99]], device=device)).logits.shape[-1] == 100
 
 
 class TestCheckpoint:
-    def test_round_trip_keeps_the_decoder(self, tmp_path: Path) -> None:
-        model = fresh()
+    def test_round_trip_keeps_the_decoder(self, tmp_path: Path, device: torch.device) -> None:
+        model = fresh(device)
         model.save_pretrained(tmp_path)
-        again = ChameleonForConditionalGeneration.from_pretrained(tmp_path)
+        again = ChameleonForConditionalGeneration.from_pretrained(tmp_path).to(device)
         assert model.state_dict().keys() == again.state_dict().keys()
         assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
         assert not any(p.requires_grad for p in again.model.vqmodel.parameters())
-        tokens = torch.randint(FIRST, FIRST + 24, (2, 64))
+        tokens = torch.randint(FIRST, FIRST + 24, (2, 64), device=device)
         pixels = again.decode_image_tokens(tokens)
         assert pixels.shape == (2, 3, 16, 16)
         codes = (tokens - FIRST).view(2, 8, 8)
-        torch.testing.assert_close(pixels, model.model.vqmodel.decode(codes))
+        assert_close(pixels, model.model.vqmodel.decode(codes))
 
-    def test_image_tokenizer_stays_fp32(self, tmp_path: Path) -> None:
-        fresh().save_pretrained(tmp_path)
+    def test_image_tokenizer_stays_fp32(self, tmp_path: Path, device: torch.device) -> None:
+        fresh(device).save_pretrained(tmp_path)
         model = ChameleonForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16)
+        model.to(device)
         assert model.dtype == model.lm_head.weight.dtype == torch.bfloat16
         assert model.model.vqmodel.quantize.embedding.weight.dtype == torch.float32
-        inputs = prompts()
+        inputs = prompts(device)
         with torch.no_grad():
             assert model(**inputs).logits.dtype == torch.bfloat16
 
-    def test_base_model_loads(self, tmp_path: Path) -> None:
-        model = fresh()
+    def test_base_model_loads(self, tmp_path: Path, device: torch.device) -> None:
+        model = fresh(device)
         model.save_pretrained(tmp_path)
-        base = ChameleonModel.from_pretrained(tmp_path)
-        ids = torch.tensor([[0, 50, 60]])
+        base = ChameleonModel.from_pretrained(tmp_path).to(device)
+        ids = torch.tensor([[0, 50, 60]], device=device)
         with torch.no_grad():
             states = base(ids).last_hidden_state
-            torch.testing.assert_close(model.lm_head(states), model(ids).logits)
+            assert_close(model.lm_head(states), model(ids).logits)
 
-    def test_decoding_needs_a_whole_picture(self) -> None:
+    def test_decoding_needs_a_whole_picture(self, device: torch.device) -> None:
         with pytest.raises(ImageError, match="64 image tokens but a row holds 3"):
-            fresh().decode_image_tokens(torch.tensor([[FIRST, FIRST, FIRST, 50]]))
+            fresh(device).decode_image_tokens(
+                torch.tensor([[FIRST, FIRST, FIRST, 50]], device=device)
+            )
 
 
 class TestConfig:
@@ -622,7 +647,7 @@ class TestConfig:
             ChameleonVQVAE(config)
 
     def test_a_resolution_that_the_stride_cuts_reads_other_sizes(self) -> None:
-        model = fresh(vq_config=VQ | {"resolution": 17})
+        model = fresh(torch.device("cpu"), vq_config=VQ | {"resolution": 17})
         assert model.get_image_tokens(torch.rand(1, 3, 16, 16)).shape == (1, 64)
         tokens = torch.full((1, 64), FIRST)
         assert model.decode_image_tokens(tokens, height=8, width=8).shape == (1, 3, 16, 16)

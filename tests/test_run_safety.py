@@ -50,7 +50,7 @@ def test_one_process_computes_again_and_compiles_as_it_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     compiled: list[Any] = []
-    monkeypatch.setattr(torch, "compile", lambda call: compiled.append(call) or call)
+    monkeypatch.setattr(torch, "compile", lambda call, **_: compiled.append(call) or call)
     for name, parallel in (("plain", "none"), ("told", how)):
         run = RunConfig(
             tmp_path / name,

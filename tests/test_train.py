@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tolerances import assert_close, assert_same_losses
 from torch.autograd import forward_ad
 
 from earlyfusion.config import PRESETS
@@ -50,10 +51,11 @@ def document(number: int) -> TokenSequence:
     return TokenSequence(ids=ids, role=role)
 
 
-def language_task(dropout: float = 0.1) -> LanguageTask:
+def language_task(device: torch.device | str = "cpu") -> LanguageTask:
     torch.manual_seed(0)
-    model = Transformer(TINY, dropout)
+    model = Transformer(TINY, 0.1)
     model.init_weights()
+    model.to(device)
     return LanguageTask(model, Packer(document, RoleWeights(), rows=2, length=32, pad=1))
 
 
@@ -61,21 +63,28 @@ def losses(run: Path) -> list[float]:
     return [row["loss"] for row in read_metrics(run)]
 
 
-def test_fifty_steps_twice_give_the_same_losses_to_the_bit(tmp_path: Path) -> None:
+def test_fifty_steps_twice_give_the_same_losses_to_the_bit(
+    tmp_path: Path, device: torch.device
+) -> None:
     for name in ("a", "b"):
-        train(language_task(), RunConfig(tmp_path / name, steps=50, log_every=1), OPTIM)
+        train(
+            language_task(device),
+            RunConfig(tmp_path / name, device=str(device), steps=50, log_every=1),
+            OPTIM,
+        )
     first = losses(tmp_path / "a")
-    assert len(first) == 50 and first == losses(tmp_path / "b")
+    assert len(first) == 50
+    assert_same_losses(first, losses(tmp_path / "b"), device)
     assert len(set(first)) > 40  # the run does move
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not(tmp_path: Path) -> None:
-    whole = RunConfig(tmp_path / "whole", steps=20, log_every=1, save_every=7)
-    train(language_task(), whole, OPTIM)
+def test_a_stopped_run_goes_on_as_if_it_had_not(tmp_path: Path, device: torch.device) -> None:
+    whole = RunConfig(tmp_path / "whole", device=str(device), steps=20, log_every=1, save_every=7)
+    train(language_task(device), whole, OPTIM)
     part = replace(whole, out=tmp_path / "part", stop_after=7)
-    train(language_task(), part, OPTIM)
-    train(language_task(), replace(part, stop_after=0), OPTIM)
-    assert losses(whole.out) == losses(part.out)
+    train(language_task(device), part, OPTIM)
+    train(language_task(device), replace(part, stop_after=0), OPTIM)
+    assert_same_losses(losses(part.out), losses(whole.out), device)
     assert checkpoint.steps(part.out) == [14, 20]
 
 
@@ -95,7 +104,9 @@ def test_a_killed_run_goes_on_to_the_same_losses(tmp_path: Path) -> None:
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     reached = checkpoint.steps(out)[-1]
-    run = RunConfig(out, steps=5000, log_every=1, save_every=3, stop_after=reached + 100)
+    run = RunConfig(
+        out, device="cpu", steps=5000, log_every=1, save_every=3, stop_after=reached + 100
+    )
     train(language_task(), run, OPTIM)
     unbroken = replace(run, out=tmp_path / "unbroken")
     train(language_task(), unbroken, OPTIM)
@@ -113,14 +124,16 @@ def test_a_checkpoint_cut_short_does_not_count(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".partial*"))
 
 
-def test_another_setting_in_the_same_folder_is_refused(tmp_path: Path) -> None:
-    run = RunConfig(tmp_path, steps=4, stop_after=1)
-    train(language_task(), run, OPTIM)
+def test_another_setting_in_the_same_folder_is_refused(
+    tmp_path: Path, device: torch.device
+) -> None:
+    run = RunConfig(tmp_path, device=str(device), steps=4, stop_after=1)
+    train(language_task(device), run, OPTIM)
     with pytest.raises(CheckpointError, match="steps"):
-        train(language_task(), replace(run, steps=9), OPTIM)
+        train(language_task(device), replace(run, steps=9), OPTIM)
     with pytest.raises(CheckpointError, match="out folder"):
-        train(language_task(), run, replace(OPTIM, lr=1.0))
-    other = language_task()
+        train(language_task(device), run, replace(OPTIM, lr=1.0))
+    other = language_task(device)
     other.model = Transformer(replace(TINY, num_hidden_layers=1))
     with pytest.raises(CheckpointError, match="another shape"):
         train(other, run, OPTIM)
@@ -128,64 +141,73 @@ def test_another_setting_in_the_same_folder_is_refused(tmp_path: Path) -> None:
         checkpoint.load(tmp_path / "nothing")
 
 
-def test_the_logs_have_a_row_a_step_in_json_and_tensorboard(tmp_path: Path) -> None:
-    train(language_task(), RunConfig(tmp_path, steps=3, log_every=1), OPTIM)
+def test_the_logs_have_a_row_a_step_in_json_and_tensorboard(
+    tmp_path: Path, device: torch.device
+) -> None:
+    train(
+        language_task(device), RunConfig(tmp_path, device=str(device), steps=3, log_every=1), OPTIM
+    )
     rows = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == [0, 1, 2]
     assert {"loss", "text_nats", "image_nats", "log_z_squared", "grad_norm", "lr"} <= set(rows[0])
     assert list((tmp_path / "tensorboard").iterdir())
 
 
-def test_a_loss_that_is_no_number_ends_the_run_with_a_sentence(tmp_path: Path) -> None:
-    task = language_task()
+def test_a_loss_that_is_no_number_ends_the_run_with_a_sentence(
+    tmp_path: Path, device: torch.device
+) -> None:
+    task = language_task(device)
     with torch.no_grad():
         task.model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(SettingError, match=r"step 0 is nan: lower lr=0\.01"):
-        train(task, RunConfig(tmp_path), OPTIM)
+        train(task, RunConfig(tmp_path, device=str(device)), OPTIM)
 
 
-def test_loss_is_weighted_cross_entropy_plus_z_loss() -> None:
+def test_loss_is_weighted_cross_entropy_plus_z_loss(device: torch.device) -> None:
     torch.manual_seed(0)
-    logits, targets = torch.randn(2, 5, 11), torch.randint(0, 11, (2, 5))
-    weight = torch.rand(2, 5)
+    logits, targets = torch.randn(2, 5, 11).to(device), torch.randint(0, 11, (2, 5)).to(device)
+    weight = torch.rand(2, 5).to(device)
     weight[0, :2] = 0
     nats = -logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
     log_z = logits.exp().sum(-1).log()
     expected = ((nats + 0.1 * log_z**2) * weight).sum() / weight.sum()
     loss = next_token_loss(logits, targets, weight, z_weight=0.1)
-    torch.testing.assert_close(loss.total, expected)
+    assert_close(loss.total, expected)
     moved = logits.clone()
     moved[0, :2] += 3  # prompts are masked: no change
-    torch.testing.assert_close(next_token_loss(moved, targets, weight, 0.1).total, expected)
+    assert_close(next_token_loss(moved, targets, weight, 0.1).total, expected)
     assert not torch.allclose(next_token_loss(logits, targets, weight, 0.0).total, expected)
 
 
 @pytest.mark.parametrize("block", [7, 256])
-def test_head_loss_is_the_loss_of_the_logits(block: int) -> None:
+def test_head_loss_is_the_loss_of_the_logits(block: int, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(block)
-    x = torch.randn(3, 50, 16, generator=generator, requires_grad=True)
-    head = torch.randn(40, 16, generator=generator, requires_grad=True)
-    targets = torch.randint(0, 40, (3, 50), generator=generator)
+    x = torch.randn(3, 50, 16, generator=generator).to(device).requires_grad_()
+    head = torch.randn(40, 16, generator=generator).to(device).requires_grad_()
+    targets = torch.randint(0, 40, (3, 50), generator=generator).to(device)
     weight = torch.rand(3, 50, generator=generator)
-    weight *= torch.rand(3, 50, generator=generator) > 0.4
+    weight = (weight * (torch.rand(3, 50, generator=generator) > 0.4)).to(device)
     plain = next_token_loss(x @ head.T, targets, weight, z_weight=0.01)
     fused = head_loss(x, head, targets, weight, z_weight=0.01, block=block)
-    torch.testing.assert_close(fused.total, plain.total)
-    torch.testing.assert_close(fused.z, plain.z)
+    assert_close(fused.total, plain.total)
+    assert_close(fused.z, plain.z)
     counted = weight > 0
-    torch.testing.assert_close(fused.nats_BT[counted], plain.nats_BT[counted])
+    assert_close(fused.nats_BT[counted], plain.nats_BT[counted])
     assert not fused.nats_BT[~counted].any()
     expected = torch.autograd.grad(3 * plain.total, (x, head))
-    torch.testing.assert_close(torch.autograd.grad(3 * fused.total, (x, head)), expected)
+    for ours, theirs in zip(torch.autograd.grad(3 * fused.total, (x, head)), expected, strict=True):
+        assert_close(ours, theirs)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch's own
 @pytest.mark.parametrize("way", ["graph", "constant", "functions", "hessian", "forward"])
-def test_head_loss_has_every_derivative_of_the_loss_of_the_logits(way: str) -> None:
+def test_head_loss_has_every_derivative_of_the_loss_of_the_logits(
+    way: str, device: torch.device
+) -> None:
     generator = torch.Generator().manual_seed(1)
-    x, head = (torch.randn(size, generator=generator) for size in ((2, 9, 8), (20, 8)))
-    targets = torch.randint(0, 20, (2, 9), generator=generator)
-    weight = torch.rand(2, 9, generator=generator)
+    x, head = (torch.randn(size, generator=generator).to(device) for size in ((2, 9, 8), (20, 8)))
+    targets = torch.randint(0, 20, (2, 9), generator=generator).to(device)
+    weight = torch.rand(2, 9, generator=generator).to(device)
     weight[0, :4] = 0
 
     def fused(x: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
@@ -214,26 +236,30 @@ def test_head_loss_has_every_derivative_of_the_loss_of_the_logits(way: str) -> N
             assert tangent is not None
             return (tangent.detach(),)
 
-    torch.testing.assert_close(derived(fused), derived(plain), atol=1e-5, rtol=1e-4)
+    for ours, theirs in zip(derived(fused), derived(plain), strict=True):
+        assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
-def test_head_loss_of_nothing_is_zero() -> None:
-    x, head = torch.randn(1, 4, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
-    loss = head_loss(x, head, torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4))
+def test_head_loss_of_nothing_is_zero(device: torch.device) -> None:
+    x, head = (torch.randn(size, device=device).requires_grad_() for size in ((1, 4, 8), (5, 8)))
+    targets = torch.zeros(1, 4, dtype=torch.long, device=device)
+    loss = head_loss(x, head, targets, torch.zeros(1, 4, device=device))
     loss.total.backward()
     assert loss.total == 0 and x.grad is not None and not x.grad.any()
 
 
-def test_packed_documents_give_the_gradient_of_the_documents_alone() -> None:
+def test_packed_documents_give_the_gradient_of_the_documents_alone(device: torch.device) -> None:
     torch.manual_seed(0)
     model = Transformer(TINY).double()
     model.init_weights()
+    model.to(device)
     documents = [document(n) for n in (3, 4, 5)]
 
     def gradients(rows: list[list[TokenSequence]]) -> dict[str, torch.Tensor]:
         model.zero_grad()
         for row in rows:
-            tokens, targets, number, positions, weight, _ = pack_rows([row], RoleWeights(), 40, 1)
+            batch = pack_rows([row], RoleWeights(), 40, 1).to(device)
+            tokens, targets, number, positions, weight, _ = batch
             logits = model(tokens, positions, [CausalAttend(number)] * TINY.num_hidden_layers)
             loss = next_token_loss(logits.double(), targets, weight, 1e-5)
             (loss.total * weight.sum()).backward()
@@ -241,7 +267,7 @@ def test_packed_documents_give_the_gradient_of_the_documents_alone() -> None:
 
     packed, alone = gradients([documents]), gradients([[d] for d in documents])
     for name in alone:
-        torch.testing.assert_close(packed[name], alone[name], atol=1e-5, rtol=1e-4)
+        assert_close(packed[name], alone[name], atol=1e-5, rtol=1e-4)
 
 
 def test_weights_follow_roles_and_targets_follow_tokens() -> None:
@@ -254,7 +280,7 @@ def test_weights_follow_roles_and_targets_follow_tokens() -> None:
     assert targets.tolist() == [7, 8, 9, 10, 2, 1, 1]
     assert positions.tolist() == [0, 1, 2, 3, 4, 0, 1]
     assert number.tolist() == [0, 0, 0, 0, 0, 1, 1]
-    torch.testing.assert_close(weight, torch.tensor([0.1, 0, 3, 2, 0.5, 0, 0]))
+    assert_close(weight, torch.tensor([0.1, 0, 3, 2, 0.5, 0, 0]))
     assert image.tolist() == [False, False, False, True, False, False, False]
 
 
@@ -317,10 +343,10 @@ def test_an_error_of_a_batch_ahead_is_raised_when_it_is_asked_for() -> None:
 
 
 def test_a_run_with_batches_ahead_goes_on_to_the_bit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
-    whole = RunConfig(tmp_path / "whole", steps=12, log_every=1, save_every=5)
-    train(language_task(), whole, OPTIM)
+    whole = RunConfig(tmp_path / "whole", device=str(device), steps=12, log_every=1, save_every=5)
+    train(language_task(device), whole, OPTIM)
 
     def next_batch(task: Any, device: torch.device) -> PackedBatch:
         task._ahead = task._ahead or Ahead(task._packer, Noted())
@@ -328,10 +354,10 @@ def test_a_run_with_batches_ahead_goes_on_to_the_bit(
 
     monkeypatch.setattr(LanguageTask, "_next_batch", next_batch)
     part = replace(whole, out=tmp_path / "part", stop_after=5)
-    train(language_task(), part, OPTIM)
+    train(language_task(device), part, OPTIM)
     assert checkpoint.load_state(part.out)["next_document"] > 0
-    train(language_task(), replace(part, stop_after=0), OPTIM)
-    assert losses(part.out) == losses(whole.out)
+    train(language_task(device), replace(part, stop_after=0), OPTIM)
+    assert_same_losses(losses(part.out), losses(whole.out), device)
 
 
 def test_a_document_longer_than_a_row_is_refused() -> None:
@@ -344,7 +370,7 @@ def test_a_document_longer_than_a_row_is_refused() -> None:
 @pytest.mark.parametrize("codebook", ["ema", "gradient"])
 @pytest.mark.parametrize("adversarial", [0.0, 0.1])
 def test_the_image_tokenizer_learns_and_resumes(
-    tmp_path: Path, codebook: str, adversarial: float
+    tmp_path: Path, codebook: str, adversarial: float, device: torch.device
 ) -> None:
     def task() -> ImageTokenizerTask:
         torch.manual_seed(0)
@@ -359,11 +385,11 @@ def test_the_image_tokenizer_learns_and_resumes(
         )
 
         colours = torch.tensor([[1.0, -1, -1], [-1, 1, -1], [-1, -1, 1], [1, 1, -1]])
-        pictures = colours.view(4, 3, 1, 1).expand(4, 3, 16, 16)
-        model = VQGAN(TINY.vq_config)
+        pictures = colours.view(4, 3, 1, 1).expand(4, 3, 16, 16).to(device)
+        model = VQGAN(TINY.vq_config).to(device)
         return ImageTokenizerTask(model, config, lambda _: pictures, 40)
 
-    run = RunConfig(tmp_path / "whole", steps=40, log_every=1, save_every=100)
+    run = RunConfig(tmp_path / "whole", device=str(device), steps=40, log_every=1, save_every=100)
     gentle = replace(OPTIM, lr=2e-3, decay="constant")
     train(task(), run, gentle)
     rows = read_metrics(run.out)
@@ -371,7 +397,7 @@ def test_the_image_tokenizer_learns_and_resumes(
     part = replace(run, out=tmp_path / "part")
     train(task(), replace(part, stop_after=11), gentle)
     train(task(), part, gentle)
-    assert losses(part.out) == losses(run.out)
+    assert_same_losses(losses(part.out), losses(run.out), device)
 
 
 @pytest.mark.parametrize("decay", ["exponential", "cosine", "constant"])

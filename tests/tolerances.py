@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -42,6 +43,14 @@ def assert_same(actual: Tensor, expected: Tensor) -> None:
         return
     gap = (actual - expected).abs().max()
     assert gap <= SAME_ON_GPU * expected.abs().max().clamp_min(1.0)
+
+
+def assert_same_losses(
+    found: list[float], wanted: list[float], device: torch.device, rel: float = 1e-2
+) -> None:
+    """Losses of two runs: equal to the bit on a CPU; a GPU adds gradients in no fixed order."""
+    assert len(found) == len(wanted)
+    assert found == (wanted if device.type == "cpu" else pytest.approx(wanted, rel=rel))
 
 
 def array(tensor: Tensor) -> np.ndarray[Any, Any]:
