@@ -16,9 +16,10 @@ from typing import Any, TypeAlias, Unpack, get_args
 import numpy as np
 import PIL.Image
 import torch
+from torch import Tensor
 
 from earlyfusion.checkpoints import detect, lumina
-from earlyfusion.checkpoints.adapter import merge_adapter
+from earlyfusion.checkpoints.adapter import merge_adapter, merged_weights, with_weights
 from earlyfusion.checkpoints.assemble import Loaded, assemble, check_not_packed
 from earlyfusion.checkpoints.hf import save_hf
 from earlyfusion.checkpoints.source import read_card
@@ -30,6 +31,7 @@ from earlyfusion.devices import (
     WEIGHT_DTYPES,
     auto_dtype,
     dtype_name,
+    free_bytes,
     resolve_device,
     torch_dtype,
 )
@@ -74,7 +76,8 @@ Answer: TypeAlias = Part | Sequence[Part]
 Watch = Callable[[Event, Image | None], None]
 Codes = np.ndarray[Any, np.dtype[np.int64]]
 
-_KEYWORDS = ("output", "sampling", "seed", "size")  # of `generate`, besides the sampling fields
+# Of `generate`, besides the sampling fields.
+_KEYWORDS = ("output", "sampling", "seed", "size", "adapter")
 _MAX_CACHED_IMAGES = 1024  # their codes are kept; the oldest goes first
 _GREY = (128, 128, 128)
 
@@ -153,6 +156,7 @@ class Chameleon:
         self.processor = processor
         self.defaults = dict(defaults or {})
         self.name, self.folder = name, folder
+        self.adapters: dict[str, Transformer] = {}  # the transformer with them, by name
         self._engine: Engine | None = None
         self.cache_bytes: int | None = None  # of the engine that is made next
         self._cached_codes: OrderedDict[bytes, Codes] = OrderedDict()
@@ -168,6 +172,7 @@ class Chameleon:
         verify: bool = True,
         adapter: str | Path | None = None,
         cache_bytes: int | None = None,
+        adapters: Mapping[str, str | Path] | None = None,
     ) -> Chameleon:
         """Load the embedded model "mini", a folder in any supported format, or a hub id.
 
@@ -178,10 +183,13 @@ class Chameleon:
         from this call, the others serve it and end with it (docs/engine.md). `verify` compares the
         files with the checklist beside them, if there is one; large files only once. `adapter` is a
         folder in PEFT's format that is added to the weights. `cache_bytes` is the size of the
-        engine's cache, by default a share of the free memory (docs/engine.md). Raises
+        engine's cache, by default a share of the free memory (docs/engine.md). `adapters` are
+        folders of adapters by names of your choice: `generate(…, adapter=name)` answers as the
+        model loaded with `adapter` does. Each takes the memory of the layers once more. Raises
         `CheckpointError` and `SettingError`.
         """
-        _check_adapter(adapter, tensor_parallel)
+        for folder in (adapter, *(adapters or {}).values()):
+            _check_adapter(folder, tensor_parallel)
         alone = tensor_parallel == 1
         if not alone:
             _check_own_gpu(device)
@@ -193,6 +201,8 @@ class Chameleon:
             else _load_share(name, target, wanted, tensor_parallel, verify)
         )
         transformer = loaded.transformer
+        # Before the model itself is changed or rounded.
+        changes = {name: _changes(transformer, name, at) for name, at in (adapters or {}).items()}
         if adapter is not None:
             _refuse_packed(transformer, adapter)
             merge_adapter(transformer, Path(adapter).expanduser())
@@ -208,6 +218,8 @@ class Chameleon:
         defaults, folder = loaded.generation_defaults, loaded.folder
         model = cls(transformer, image_tokenizer, loaded.processor, defaults, str(name), folder)
         model.cache_bytes = cache_bytes
+        for adapter_name, weights in changes.items():
+            model.adapters[adapter_name] = with_weights(transformer, weights)
         return model
 
     @property
@@ -220,7 +232,9 @@ class Chameleon:
         with self._lock:
             # Somebody may have assigned another transformer.
             if self._engine is None or self._engine.transformer is not self.transformer:
-                self._engine = Engine(self.transformer, self.processor, self.cache_bytes)
+                self._engine = Engine(
+                    self.transformer, self.processor, self.cache_bytes, adapters=self.adapters
+                )
             return self._engine
 
     @engine.setter
@@ -252,6 +266,8 @@ class Chameleon:
         target = resolve_device(str(device))
         if peers_of(self.transformer) is not None:
             raise SettingError("a model on several processes cannot be moved: load it again")
+        if self.adapters:
+            raise SettingError("a model with adapters by name cannot be moved: load it there")
         if self._engine is not None and self._engine.busy:
             raise SettingError("the model is answering: wait for its replies before you move it")
         self.transformer.to(target)
@@ -316,6 +332,7 @@ class Chameleon:
         sampling: SamplingParams | None = None,
         seed: int | None = None,
         size: Size | None = None,
+        adapter: str | None = None,
         **fields: Unpack[SamplingFields],
     ) -> Reply:
         """Answer a prompt: a text, a list of parts, or messages.
@@ -324,11 +341,12 @@ class Chameleon:
         `output` says what may come: "text" only; "image", which is `max_images` images (1 if not
         set) and nothing else; or both in the order of the model's choice ("interleaved", "auto").
         `size` is the width and height of images in pixels, for models that draw several sizes.
+        `adapter` is the name of one that the model was loaded with.
         Fields of `SamplingParams` may be given by name (`temperature=0`); they and `seed` take
         precedence over `sampling`. The same seed gives the same reply. Raises an
         `EarlyFusionError`.
         """
-        request = self.request(prompt, output, sampling, seed, size, **fields)
+        request = self.request(prompt, output, sampling, seed, size, adapter, **fields)
         # `collect` decodes the images of a reply together, which is faster.
         return self.collect(self._events(request, decode=False))
 
@@ -340,6 +358,7 @@ class Chameleon:
         seed: int | None = None,
         preview_every: int = 0,
         size: Size | None = None,
+        adapter: str | None = None,
         **fields: Unpack[SamplingFields],
     ) -> Iterator[Event]:
         """The events of `generate` as they come; `Finished` is the last. Mistakes raise at once.
@@ -350,7 +369,7 @@ class Chameleon:
         """
         every = _checked_every(preview_every)
         check_names(fields, [*_KEYWORDS, "preview_every"])
-        request = self._request(prompt, output, sampling, seed, size, fields)
+        request = self._request(prompt, output, sampling, seed, size, adapter, fields)
         request = replace(request, preview_every=every)
         self.engine.check(request)  # `add` checks too, but not before the first event is taken
         return self._events(request)
@@ -392,6 +411,7 @@ class Chameleon:
         sampling: SamplingParams | Sequence[SamplingParams | None] | None = None,
         seed: int | Sequence[int | None] | None = None,
         size: Size | None = None,
+        adapter: str | None = None,
         **fields: Unpack[SamplingFields],
     ) -> list[Reply]:
         """Answer all prompts at once, each as `generate` would.
@@ -408,7 +428,7 @@ class Chameleon:
         outputs: list[Output] = _each("output", output, count)
         samplings: list[SamplingParams | None] = _each("sampling", sampling, count)
         rows = zip(prompts, outputs, samplings, _seeds(seed, count), strict=True)
-        requests = [self._request(*row, size, fields) for row in rows]
+        requests = [self._request(*row, size, adapter, fields) for row in rows]
         handles: list[Handle] = []
         try:
             # `add` checks but runs nothing: one bad request stops all of them before any work.
@@ -426,6 +446,7 @@ class Chameleon:
         sampling: SamplingParams | None = None,
         seed: int | None = None,
         size: Size | None = None,
+        adapter: str | None = None,
         **fields: Unpack[SamplingFields],
     ) -> Request:
         """The request that `generate` answers: checked, with images encoded and a seed chosen.
@@ -433,7 +454,7 @@ class Chameleon:
         Raises an `EarlyFusionError`.
         """
         check_names(fields, _KEYWORDS)
-        return self._request(prompt, output, sampling, seed, size, fields)
+        return self._request(prompt, output, sampling, seed, size, adapter, fields)
 
     def _request(
         self,
@@ -442,6 +463,7 @@ class Chameleon:
         sampling: SamplingParams | None,
         seed: int | None,
         size: Size | None,
+        adapter: str | None,
         fields: Mapping[str, Any],
     ) -> Request:
         if output not in get_args(Output):
@@ -451,6 +473,7 @@ class Chameleon:
                 f"this checkpoint has no VQ decoder, so output={output!r} is not possible: "
                 "ask for text, or add one with earlyfusion convert --image-tokenizer"
             )
+        self._check_adapter_name(adapter)
         layout = self.processor.layout if size is None else self._layout_of(size, output)
         values = given(sampling, {**fields, "seed": seed})
         resolved = resolve({"seed": secrets.randbits(63)} | values, self.defaults)
@@ -461,9 +484,19 @@ class Chameleon:
         self._check_length(draft, layout.num_tokens if output == "image" else 0)
         room, images = self._bounds(output, values, resolved, len(draft), layout.num_tokens)
         ids = self._filled(draft, messages)
-        request = Request(ids, output, resolved, images, room, layout=layout)
+        request = Request(ids, output, resolved, images, room, layout=layout, adapter=adapter or "")
         self._check_negative_prompt(request, layout)
         return request
+
+    def _check_adapter_name(self, adapter: str | None) -> None:
+        if adapter is None or adapter in self.adapters:
+            return
+        if self.adapters:
+            raise SettingError.unknown("adapter", adapter, self.adapters)
+        raise SettingError(
+            f"adapter={str(adapter)[:40]!r} is unknown, as the model was loaded without adapters: "
+            "give Chameleon.load adapters={name: folder}"
+        )
 
     def _check_constraint(self, output: Output, sampling: SamplingParams) -> None:
         named = sampling.constrained
@@ -716,6 +749,27 @@ def _check_adapter(adapter: str | Path | None, tensor_parallel: int) -> None:
             f"adapter={str(adapter)!r} cannot be added to a model on several processes: "
             "use tensor_parallel=1, or merge it first"
         )
+
+
+def _changes(transformer: Transformer, name: str, folder: str | Path) -> list[tuple[str, Tensor]]:
+    """The weights of a model with the adapter of this name."""
+    if not name:
+        raise SettingError(f"the adapter {str(folder)!r} has no name: give one, as short=FOLDER")
+    _refuse_packed(transformer, folder)
+    device = transformer.lm_head.weight.device
+    needed = sum(p.numel() * p.element_size() for p in transformer.model.layers.parameters())
+    if needed > (free := free_bytes(device)):
+        raise SettingError(
+            f"adapter={name!r} needs the layers once more, {needed / 1e9:,.1f} GB, and "
+            f"{free / 1e9:,.1f} GB are free: load fewer adapters, or another dtype"
+        )
+    changes = list(merged_weights(transformer, Path(folder).expanduser()))
+    if any(layer == "lm_head" for layer, _ in changes):
+        raise CheckpointError(
+            f"{folder} adapts the head, which adapters by name share: load it with adapter= into "
+            "a model of its own"
+        )
+    return changes
 
 
 def _refuse_packed(transformer: Transformer, adapter: str | Path) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from earlyfusion.checkpoints.source import read_json
 from earlyfusion.errors import CheckpointError
 from earlyfusion.files import new_folder
+from earlyfusion.model.quantise import PackedLinear
 from earlyfusion.model.transformer import Transformer
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -103,9 +105,19 @@ def read_adapter(folder: Path) -> dict[str, LowRank]:
     }
 
 
-@torch.no_grad()
 def merge_adapter(model: Transformer, folder: Path) -> None:
     """Add the adapters of a folder to the weights of a model, whose dtypes stay.
+
+    Raises `CheckpointError` for adapters of another model.
+    """
+    for name, weight in merged_weights(model, folder):
+        _linear(model, name).weight = nn.Parameter(weight)
+
+
+@torch.no_grad()
+def merged_weights(model: Transformer, folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Layer names, and the weights that a model has there with the adapters of a folder, in its
+    dtypes.
 
     Raises `CheckpointError` for adapters of another model.
     """
@@ -126,7 +138,40 @@ def merge_adapter(model: Transformer, folder: Path) -> None:
     for name, layer in layers.items():
         weight = linears[name].weight
         change = layer.scale * (layer.b.float() @ layer.a.float()).to(weight.device)
-        linears[name].weight = nn.Parameter((weight.float() + change).to(weight.dtype))
+        yield name, (weight.float() + change).to(weight.dtype)
+
+
+@torch.no_grad()
+def with_weights(model: Transformer, weights: Iterable[tuple[str, Tensor]]) -> Transformer:
+    """The same model with other weights in some of its layers, rounded as its own are. All other
+    tensors are those of `model`."""
+    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
+    copied = deepcopy(model, {id(tensor): _shared(tensor) for tensor in tensors})
+    for name, weight in weights:
+        weight = weight.to(model.lm_head.weight.dtype)
+        layer = copied.get_submodule(name)
+        if isinstance(layer, PackedLinear):
+            with torch.device("meta"):
+                dense = nn.Linear(layer.in_features, layer.out_features, bias=False)
+            dense.weight = nn.Parameter(weight, requires_grad=False)
+            packed = PackedLinear(dense, layer.bits)
+            layer.data, layer.scales = packed.data, packed.scales
+        else:
+            _linear(copied, name).weight = nn.Parameter(weight, requires_grad=False)
+    return copied
+
+
+def _linear(model: Transformer, name: str) -> nn.Linear:
+    layer = model.get_submodule(name)
+    assert isinstance(layer, nn.Linear)
+    return layer
+
+
+def _shared(tensor: Tensor) -> Tensor:
+    """The same numbers in an object of its own, as a back end may replace what an object holds."""
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(tensor.detach(), tensor.requires_grad)
+    return tensor.detach()
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

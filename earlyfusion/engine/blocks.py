@@ -4,7 +4,8 @@ The keys and values of a branch lie in blocks of `size` tokens, numbered in its 
 that is full never changes, so any number of branches may read it; a block that is being filled has
 one branch. Blocks that nobody reads keep their content until they are needed, the least recently
 read first, and serve prompts that begin alike: full ones are shared, the beginning of another one
-is copied. A full block is found by a hash of its tokens and of everything before them.
+is copied. A full block is found by a hash of its tokens, of everything before them, and of the name
+of the adapter that read them: what one adapter has read is of no use to another.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from earlyfusion.errors import SettingError
 BLOCK_SIZE = 32
 """Tokens per block. The compiled step reads sixteen at a time, so it is a multiple of sixteen."""
 
-_ROOT = b""  # the key before the first block
 _CANDIDATES = 64  # blocks behind one prefix that are compared with a prompt, the newest first
 
 
@@ -29,17 +29,24 @@ _CANDIDATES = 64  # blocks behind one prefix that are compared with a prompt, th
 class Branch:
     """One condition of a request: `tokens` to read, the first `read` of which are in `blocks`.
 
-    `keys` are those of its blocks that are known to be full.
+    `keys` are those of its blocks that are known to be full. `adapter` names the weights that read
+    it, "" for the model's own.
     """
 
     tokens: list[int]
     blocks: array[int] = field(default_factory=lambda: array("q"))
     read: int = 0
     keys: list[bytes] = field(default_factory=list)
+    adapter: str = ""
 
     @property
     def pending(self) -> int:
         return len(self.tokens) - self.read
+
+    @property
+    def parent(self) -> bytes:
+        """The key of what stands before its first block that is not full."""
+        return self.keys[-1] if self.keys else _root(self.adapter)
 
 
 class Copy(NamedTuple):
@@ -104,12 +111,13 @@ class BlockPool:
         content = self._content[block]
         return [] if content is None else content.tokens(self.size)
 
-    def find(self, tokens: list[int]) -> Prefix:
+    def find(self, tokens: list[int], adapter: str = "") -> Prefix:
         """The whole blocks that the cache holds of a prompt. Its last token always remains to be
         read, for the logits behind it."""
         found = Prefix([], [])
         while self.shares and (end := (len(found.blocks) + 1) * self.size) < len(tokens):
-            key = _key(found.keys[-1] if found.keys else _ROOT, tokens[end - self.size : end])
+            parent = found.keys[-1] if found.keys else _root(adapter)
+            key = _key(parent, tokens[end - self.size : end])
             if key not in self._by_key:
                 break
             found.blocks.append(self._by_key[key])
@@ -209,7 +217,7 @@ class BlockPool:
         size = self.size
         while (end := (len(branch.keys) + 1) * size) <= branch.read:
             number = len(branch.keys)
-            parent = branch.keys[-1] if branch.keys else _ROOT
+            parent = branch.parent
             tokens = branch.tokens[end - size : end]
             key = _key(parent, tokens)
             branch.keys.append(key)
@@ -232,7 +240,7 @@ class BlockPool:
         content = self._content[block]
         if content is None or content.branch is not branch:
             self._forget(block)
-            parent = branch.keys[-1] if branch.keys else _ROOT
+            parent = branch.parent
             self._content[block] = _Content(parent, branch, number * self.size)
             self._behind.setdefault(parent, {})[block] = None
 
@@ -251,13 +259,18 @@ class BlockPool:
         """The block that begins with the most tokens behind a branch's last block, and how many."""
         start = len(branch.blocks) * self.size
         tokens = branch.tokens[start : min(start + self.size, len(branch.tokens) - 1)]
-        behind = self._behind.get(branch.keys[-1] if branch.keys else _ROOT, {})
+        behind = self._behind.get(branch.parent, {})
         best: tuple[int | None, int] = None, 0
         for block in islice(reversed(behind), _CANDIDATES):
             shared = _shared(self.content(block), tokens)
             if shared > best[1]:
                 best = block, shared
         return best
+
+
+def _root(adapter: str) -> bytes:
+    """The key before the first block."""
+    return blake2b(adapter.encode(), digest_size=16).digest() if adapter else b""
 
 
 def _key(parent: bytes, tokens: Sequence[int]) -> bytes:

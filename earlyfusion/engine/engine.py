@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 
 from earlyfusion.devices import dtype_name, is_out_of_memory
@@ -54,7 +54,9 @@ class Engine:
     as many where none does (default: 64 on a CPU, 512 on a GPU). At most `most_running` requests
     run at once. `cache_dtype` is the dtype of keys and values: "fp32", "bf16" or "int8", default
     the model's. `static` says whether several tokens are drawn in one step where no prompt is read
-    (default: on a CUDA device, where these steps are captured graphs). Raises `SettingError`.
+    (default: on a CUDA device, where these steps are captured graphs). `adapters` are the
+    transformer with other weights in its layers, by the name that a request asks for; with them no
+    step is static. Raises `SettingError`.
     """
 
     def __init__(
@@ -67,8 +69,14 @@ class Engine:
         cache_dtype: str | None = None,
         most_running: int = MOST_RUNNING,
         static: bool | None = None,
+        adapters: Mapping[str, Transformer] | None = None,
     ) -> None:
         self._static = static
+        self.adapters = dict(adapters or {})
+        if self.adapters and peers_of(transformer) is not None:
+            raise SettingError(
+                "a model on several processes has no adapters by name: use tensor_parallel=1"
+            )
         self.context_tokens = context_tokens or transformer.config.max_position_embeddings
         known = tuple(DTYPES)
         self._cache_dtype = cache_dtype and dtype_name("cache_dtype", cache_dtype, known)
@@ -92,9 +100,11 @@ class Engine:
         If the transformer has changed, requests under way read their tokens again.
         """
         self.check(request)
+        if request.adapter and request.adapter not in self.adapters:
+            raise SettingError.unknown("adapter", request.adapter, tuple(self.adapters))
         with self._turn:
             self._let_go()
-            if fingerprint([self.transformer]) != self._weights:
+            if fingerprint(self._models) != self._weights:
                 self._load()
             grammar = self.grammar(request.stops, request.layout)
             self.runner.drawer.allow(grammar)
@@ -245,10 +255,13 @@ class Engine:
         """Read the transformer, at first and after somebody has trained, moved or changed it."""
         self._grammars: dict[tuple[tuple[int, ...], ImageLayout], Grammar] = {}
         self._scheduler.restart()
-        runner = ModelRunner if peers_of(self.transformer) is None else LeadingRunner
         shape = self.cache_size.blocks, self.context_tokens, self._cache_dtype
-        static = self._static if runner is ModelRunner else False
-        self.runner = runner(self.transformer, self.grammar(()), *shape, static)
+        arguments = self.transformer, self.grammar(()), *shape
+        self.runner = (
+            ModelRunner(*arguments, self._static, self.adapters)
+            if peers_of(self.transformer) is None
+            else LeadingRunner(*arguments)
+        )
         whole = self.runner.backend.whole_prompts
         self._scheduler.pool.shares = not whole
         self._scheduler.chunk = sys.maxsize if whole else self._chunk
@@ -256,9 +269,13 @@ class Engine:
             handle.walk.grammar = self.grammar(handle.request.stops, handle.request.layout)
             self.runner.drawer.allow(handle.walk.grammar)
         # After the runner, which may have replaced parameters by views of fused ones.
-        self._weights = fingerprint([self.transformer])
+        self._weights = fingerprint(self._models)
         # Alive, so that no new module gets the id of an old one.
-        self._modules = list(self.transformer.modules())
+        self._modules = [module for model in self._models for module in model.modules()]
+
+    @property
+    def _models(self) -> list[Transformer]:
+        return [self.transformer, *self.adapters.values()]
 
     def grammar(self, stops: tuple[int, ...], layout: ImageLayout | None = None) -> Grammar:
         """The rules for requests with these stop ids and this layout, made once."""

@@ -55,7 +55,7 @@ class Handle:
         self.error: BaseException | None = None
         self.logprob: TokenLogprob | None = None
         self.walk = Walk(grammar, request.output, request.images, request.room)
-        self.branches = [Branch(list(request.ids))]
+        self.branches = [Branch(list(request.ids), adapter=request.adapter)]
         self.window: Window | None = None
         self._steering = steering(processor, request)
         self.guidance, self._seed = request.guidance, request.seed
@@ -240,7 +240,7 @@ class Handle:
             guidance.prompt(condition, history, self._vocabulary, self._layout, self._negative)
             for condition in guidance.needed(*self.guidance, has_images)[1:]
         )
-        self.branches = [full, *map(Branch, prompts)]
+        self.branches = [full, *(Branch(ids, adapter=full.adapter) for ids in prompts)]
         self.window = None
 
 

@@ -8,10 +8,11 @@ device, steps that read no prompt run in bursts (`static/bursts.py`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
+from earlyfusion.engine.backends.adapters import ByAdapter
 from earlyfusion.engine.backends.cpu import compiled_transformer
 from earlyfusion.engine.backends.interface import Backend
 from earlyfusion.engine.backends.modules import CalledTransformer
@@ -34,7 +35,8 @@ class ModelRunner:
 
     The cache has `blocks` blocks, for sequences of at most `length` tokens, in the dtype that
     `dtype_name` names, the model's own for None. With `static` tokens are drawn in bursts of static
-    steps (`static/bursts.py`); None: on a CUDA device.
+    steps (`static/bursts.py`); None: on a CUDA device. `adapters` are the same model with other
+    weights in its layers, by name; with them no step is static.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class ModelRunner:
         length: int,
         dtype_name: str | None = None,
         static: bool | None = None,
+        adapters: Mapping[str, Transformer] | None = None,
     ) -> None:
         model_dtype, self.device = kept_in(transformer)
         dtype = cache_dtype(dtype_name, model_dtype)
@@ -54,8 +57,12 @@ class ModelRunner:
         # inference mode, or the model could never be trained again.
         with torch.inference_mode(False), torch.no_grad():
             check_blocks(transformer)
-            static = serves(self.device) if static is None else static
-            self.backend = _backend(transformer, self._cache, compiled=not static)
+            static = (serves(self.device) if static is None else static) and not adapters
+            models = {"": transformer, **(adapters or {})}
+            # The head is the model's own, so the back ends must all give states of one kind.
+            make = _backend if all(map(is_plain, models.values())) else _called
+            backends = {n: make(m, self._cache, not static) for n, m in models.items()}
+            self.backend: Backend = ByAdapter(backends) if adapters else backends[""]
             self.drawer = Drawer(self.backend, grammar, self.device)
             self.bursts: Bursts | None = None
             if static and isinstance(self.backend, FusedTransformer):
@@ -85,6 +92,10 @@ class ModelRunner:
     def clear(self, blocks: Iterable[int]) -> None:
         """Zero these blocks: values that are not finite would spoil sums that should skip them."""
         self._cache.clear(blocks)
+
+
+def _called(transformer: Transformer, cache: Cache, compiled: bool) -> Backend:
+    return CalledTransformer(transformer, cache)
 
 
 def _backend(transformer: Transformer, cache: Cache, compiled: bool) -> Backend:

@@ -150,7 +150,8 @@ class Scheduler:
         missing = self._missing(entry)
         if missing + spare <= self.pool.free:
             return True
-        prefixes = [self.pool.find(b.tokens) for b in entry.branches if not b.blocks]
+        unread = [branch for branch in entry.branches if not branch.blocks]
+        prefixes = [self.pool.find(branch.tokens, branch.adapter) for branch in unread]
         shared = sum(len(prefix.blocks) for prefix in prefixes)
         return missing - shared + spare <= self.pool.free - self.pool.unread(prefixes)
 
@@ -190,13 +191,15 @@ class Scheduler:
     def _shares_soon(self, entry: Entry) -> bool:
         """Whether a request before it is still reading blocks that this one begins with: many with
         one prompt then read it once."""
-        tokens = entry.branches[0].tokens
-        end = (len(self.pool.find(tokens).blocks) + 1) * self.pool.size
+        tokens, adapter = entry.branches[0].tokens, entry.branches[0].adapter
+        end = (len(self.pool.find(tokens, adapter).blocks) + 1) * self.pool.size
         if not self.pool.shares or end >= len(tokens):
             return False
         before = (e for e in self.running if _order(e) < _order(entry))
         return any(
-            branch.read < end < len(branch.tokens) and branch.tokens[:end] == tokens[:end]
+            branch.adapter == adapter
+            and branch.read < end < len(branch.tokens)
+            and branch.tokens[:end] == tokens[:end]
             for other in before
             for branch in other.branches
         )
@@ -219,7 +222,7 @@ class Scheduler:
         # All prefixes first, so that none of their blocks is taken for something else.
         for branch in entry.branches:
             if not branch.blocks:
-                self.pool.give(branch, self.pool.find(branch.tokens))
+                self.pool.give(branch, self.pool.find(branch.tokens, branch.adapter))
         for branch in entry.branches:
             copied = self.pool.extend(branch, self._size(entry, branch))
             if copied is not None:

@@ -275,7 +275,6 @@ class LeadingRunner(ModelRunner):
         blocks: int,
         length: int,
         dtype_name: str | None = None,
-        static: bool | None = False,
     ) -> None:
         peers = peers_of(transformer)
         assert peers is not None
@@ -288,7 +287,7 @@ class LeadingRunner(ModelRunner):
         peers.engines += 1
         self._engine = peers.engines
         peers.send([_OPEN, blocks, length, _CACHE_DTYPES.index(dtype_name)], 0)
-        super().__init__(transformer, grammar, blocks, length, dtype_name, static)
+        super().__init__(transformer, grammar, blocks, length, dtype_name, static=False)
 
     def run(self, plan: Plan, handles: Sequence[Handle], steps: int = 1) -> list[list[int]]:
         peers = self._peers

@@ -24,7 +24,7 @@ class Request:
     `sampling` is resolved and has a seed. The reply has at most `images` images and `room` tokens.
     `stops` are ids besides eos that end it. An `ImagePreview` is sent after every `preview_every`
     codes of an image, none if it is 0. `layout` spells the pictures that are drawn, None for the
-    model's own.
+    model's own. `adapter` names the weights that answer, "" for the model's own.
     """
 
     ids: Sequence[int]
@@ -35,6 +35,7 @@ class Request:
     stops: tuple[int, ...] = ()
     preview_every: int = 0
     layout: ImageLayout | None = None
+    adapter: str = ""
 
     # These two raise TypeError: the caller's mistake, not a user's.
 

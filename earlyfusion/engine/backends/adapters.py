@@ -1,0 +1,59 @@
+"""Adapters by name: one back end for each, on one cache.
+
+A step reads the rows of each adapter with that adapter's weights, one group after the other, so it
+costs as much as a step of each group alone; the scheduler, the cache and the draw are shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from earlyfusion.engine.backends.interface import Backend, Product
+from earlyfusion.engine.scheduler import Piece
+from earlyfusion.engine.step import Step
+from earlyfusion.kernels.cpu_step import Choice
+
+
+class ByAdapter:
+    """Back ends of one kind by the name of their adapter, "" for the model's own weights, whose
+    head serves all of them."""
+
+    def __init__(self, backends: Mapping[str, Backend]) -> None:
+        self._backends, self._own = backends, backends[""]
+
+    @property
+    def whole_prompts(self) -> bool:
+        return self._own.whole_prompts
+
+    @property
+    def draw(self) -> Callable[[Sequence[Choice]], list[int]] | None:
+        return self._own.draw
+
+    def states(self, step: Step) -> Tensor:
+        groups: dict[str, list[Piece]] = {}
+        for piece in step.pieces:
+            groups.setdefault(piece.branch.adapter, []).append(piece)
+        if len(groups) == 1:
+            [name] = groups
+            return self._backends[name].states(step)
+        rows: list[int] = []
+        parts: list[Tensor] = []
+        for name, pieces in groups.items():
+            part = Step(pieces, step.tokens_T.device)
+            parts.append(self._backends[name].states(part))
+            for piece in part.pieces:
+                first = step.row_of[piece.branch]
+                rows += range(first, first + 1 + len(piece.drafts))
+        joined_RD = torch.cat(parts)
+        x_RD = torch.empty_like(joined_RD)
+        x_RD[rows] = joined_RD
+        return x_RD
+
+    def product(self, ids_V: Tensor) -> Product:
+        return self._own.product(ids_V)
+
+    def whole_logits(self, x_RD: Tensor) -> Tensor:
+        return self._own.whole_logits(x_RD)

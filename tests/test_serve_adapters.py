@@ -1,0 +1,181 @@
+"""Adapters by name: beside each other in one engine, and as models of a server."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from corpora import tiny_model
+from tiny import request
+from torch import nn
+
+from earlyfusion import Chameleon
+from earlyfusion.checkpoints.adapter import LowRank, save_adapter
+from earlyfusion.engine.backends import cpu
+from earlyfusion.engine.backends.adapters import ByAdapter
+from earlyfusion.engine.engine import Engine
+from earlyfusion.engine.handle import Handle
+from earlyfusion.errors import CheckpointError, SettingError
+from earlyfusion.generation.reference import draw_tokens
+from earlyfusion.generation.request import Request
+from earlyfusion.model.transformer import Transformer
+
+NAMES = ("", "one", "two")
+
+
+def adapter(folder: Path, model: Transformer, seed: int, only: str = "proj", rank: int = 3) -> Path:
+    """Random adapters of the layers of a model that have `only` in their names."""
+    source = torch.Generator().manual_seed(seed)
+    layers = {
+        name: LowRank(
+            torch.randn(rank, layer.in_features, generator=source) / layer.in_features**0.5,
+            torch.randn(layer.out_features, rank, generator=source) / rank**0.5,
+            0.3,
+        )
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and only in name
+    }
+    save_adapter(folder, layers, "base")
+    return folder
+
+
+# --- in one engine ---------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the compiled step, where there is a compiler, and without."""
+    if request.param == "torch":
+        monkeypatch.setattr(cpu, "available", lambda: False)
+    elif not cpu.available():
+        pytest.skip("no C++ compiler here")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def folders(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    place, model = tmp_path_factory.mktemp("adapters"), Chameleon.load(base, "cpu").transformer
+    return {
+        "one": adapter(place / "one", model, 1),
+        "two": adapter(place / "two", model, 2, "v_proj"),  # other layers are the model's own
+    }
+
+
+def mixed(model: Chameleon) -> list[Request]:
+    """Requests of which three each differ in the adapter only: they begin alike."""
+    one = model.processor
+    asked = [
+        request(one, 0, "text", room=40),
+        request(one, 1, "image"),
+        request(one, 5, "image", picture=True, jacobi=3, negative_prompt="a pear"),
+        request(one, 2, "text", picture=True, room=40, temperature=0, prompt_lookup=4),
+    ]
+    return [replace(each, adapter=name) for each in asked for name in NAMES]
+
+
+def run(engine: Engine, requests: Sequence[Request], apart: int = 0) -> list[list[int]]:
+    """The tokens of each; one joins every `apart` steps."""
+    handles: list[Handle] = []
+    for asked in requests:
+        handles.append(engine.add(asked))
+        for _ in range(apart):
+            engine.step()
+    while engine.busy:
+        engine.step()
+    return [handle.tokens for handle in handles]
+
+
+@pytest.fixture(scope="module")
+def wanted(base: Path, folders: dict[str, Path]) -> list[list[int]]:
+    """What the plain loop draws with the merged models."""
+    alone = {n: Chameleon.load(base, "cpu", "fp32", adapter=folders.get(n)) for n in NAMES}
+    tokens = [
+        list(draw_tokens(alone[asked.adapter].transformer, alone[""].processor, asked))
+        for asked in mixed(alone[""])
+    ]
+    assert len({tuple(row) for row in tokens}) == len(tokens)
+    return tokens
+
+
+@pytest.mark.usefixtures("step")
+@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+def test_requests_side_by_side_get_the_replies_of_the_merged_models(
+    base: Path, folders: dict[str, Path], wanted: list[list[int]], dtype: str
+) -> None:
+    model = Chameleon.load(base, "cpu", dtype, adapters=folders)
+    requests = mixed(model)
+    if dtype == "int8":  # rounded weights are compared with engines of their own
+        alone = {n: Chameleon.load(base, "cpu", dtype, adapter=folders.get(n)) for n in NAMES}
+        wanted = [run(alone[r.adapter].engine, [replace(r, adapter="")])[0] for r in requests]
+    assert run(model.engine, requests) == wanted
+    # Again in another order, one after the other: now the cache holds prefixes of all of them.
+    assert run(model.engine, requests[::-1], 1000 if dtype == "fp32" else 3) == wanted[::-1]
+
+
+def test_a_hook_on_one_of_them_is_called(base: Path, folders: dict[str, Path]) -> None:
+    model, calls = Chameleon.load(base, "cpu", adapters=folders), list[int]()
+    requests = mixed(model)[:3]
+    wanted = run(model.engine, requests)
+    layer = model.adapters["one"].model.layers[0]
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    assert run(model.engine, requests) == wanted and calls
+
+
+def test_only_changed_layers_take_memory(base: Path, folders: dict[str, Path]) -> None:
+    model = Chameleon.load(base, "cpu", adapters=folders)
+    own = {tensor.data_ptr() for tensor in model.transformer.parameters()}
+    new = {
+        name: [n for n, p in model.adapters[name].named_parameters() if p.data_ptr() not in own]
+        for name in folders
+    }
+    layers = len(model.transformer.model.layers)
+    assert len(new["one"]) == 7 * layers and len(new["two"]) == layers
+    assert all("v_proj" in name for name in new["two"])
+    assert isinstance(model.engine.runner.backend, ByAdapter)
+
+
+def test_generate_takes_the_name(base: Path, folders: dict[str, Path]) -> None:
+    model = Chameleon.load(base, "cpu", adapters=folders)
+    merged = Chameleon.load(base, "cpu", adapter=folders["one"])
+    asked: dict[str, Any] = {"output": "text", "seed": 3, "max_tokens": 20}
+    wanted = merged.generate("What is this?", **asked)
+    assert model.generate("What is this?", adapter="one", **asked).text == wanted.text
+    [batched] = model.generate_batch(["What is this?"], adapter="one", **asked)
+    streamed = model.collect(model.stream("What is this?", adapter="one", **asked))
+    assert batched.text == streamed.text == wanted.text
+    assert model.generate("What is this?", **asked).text != wanted.text
+    with pytest.raises(SettingError, match="adapter='three' is unknown: use one of one, two"):
+        model.generate("Hi", adapter="three")
+    with pytest.raises(SettingError, match="loaded without adapters"):
+        merged.generate("Hi", adapter="one")
+    with pytest.raises(SettingError, match="cannot be moved"):
+        model.to("cpu")
+
+
+def test_what_cannot_be_loaded_is_one_sentence(
+    base: Path, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(folder: Path, name: str = "x") -> Chameleon:
+        return Chameleon.load(base, "cpu", adapters={name: folder})
+
+    with pytest.raises(CheckpointError, match="nowhere"):
+        load(tmp_path / "nowhere")
+    other = adapter(tmp_path / "mini", Chameleon.load("mini", "cpu").transformer, 0)
+    with pytest.raises(CheckpointError, match="is an adapter of another model"):
+        load(other)
+    head = adapter(tmp_path / "head", Chameleon.load(base, "cpu").transformer, 0, "lm_head")
+    with pytest.raises(CheckpointError, match="adapts the head"):
+        load(head)
+    with pytest.raises(SettingError, match="has no name"):
+        load(folders["one"], "")
+    monkeypatch.setattr("earlyfusion.api.free_bytes", lambda device: 1000)
+    with pytest.raises(SettingError, match="needs the layers once more"):
+        load(folders["one"])
