@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from earlyfusion.api import Chameleon
     from earlyfusion.content import Image, Prompt
     from earlyfusion.serve.options import ServeOptions
+    from earlyfusion.serve.spawn import LoadPlan
 
 Mode = Literal["crop", "fit"]
 Layout = Literal["hf", "meta"]
@@ -741,6 +742,15 @@ def serve(
     step_timeout: Annotated[
         int, whole_option("Seconds after which a step of the engine counts as hung.")
     ] = 300,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FOLDER",
+            help="A LoRA adapter (PEFT's files) that clients choose as the model NAME; may be "
+            "repeated. Each takes the memory of the layers once more, and a step that several "
+            "share takes the time of one step each.",
+        ),
+    ] = None,
     fit: Fit = None,
     device: Device = "auto",
     dtype: Precision = "auto",
@@ -749,9 +759,10 @@ def serve(
 ) -> None:
     """Serve OpenAI's API, with pictures in and out: chat, responses, images, completions, files."""
     from earlyfusion.serve import check_installed
-    from earlyfusion.serve.options import ServeOptions
+    from earlyfusion.serve.options import ServeOptions, adapters_of
 
     check_installed()
+    adapters = adapters_of(adapter or (), name or Path(model).name)
     options = ServeOptions(
         host=host,
         port=port,
@@ -766,6 +777,10 @@ def serve(
     )
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # Processes that torchrun started already share the model: it is not loaded elsewhere.
+        if adapters:
+            raise SettingError(
+                "--adapter is not possible under torchrun: merge it into the model first"
+            )
         chameleon = _load(
             model, device, dtype=dtype, fit=fit, verify=verify, cache_bytes=cache_bytes
         )
@@ -773,25 +788,18 @@ def serve(
 
         run(chameleon, options)
         return
-    _serve_apart(model, device, dtype, fit, verify, cache_bytes, options)
+    from earlyfusion.serve.spawn import LoadPlan
+
+    _serve_apart(LoadPlan(model, device, dtype, verify, cache_bytes, fit, adapters), options)
 
 
-def _serve_apart(
-    model: str,
-    device: str,
-    dtype: str,
-    fit: bool | None,
-    verify: bool,
-    cache_bytes: int | None,
-    options: ServeOptions,
-) -> None:
+def _serve_apart(plan: LoadPlan, options: ServeOptions) -> None:
     """Serve a model that is loaded in a process of its own."""
-    from earlyfusion.serve.spawn import LoadPlan, start
+    from earlyfusion.serve.spawn import start
     from earlyfusion.terminal import busy
 
-    plan = LoadPlan(model, device, dtype, verify, cache_bytes, fit)
     child = start(plan)
-    with busy(f"loading {model}"):
+    with busy(f"loading {plan.name}"):
         # While the child loads the model, this process imports what it needs.
         from earlyfusion.serve.process import RemoteEngine
         from earlyfusion.serve.run import serve as run

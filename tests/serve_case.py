@@ -69,10 +69,12 @@ class Running:
 
 
 @contextmanager
-def running(remote: RemoteEngine | None = None, **options: Any) -> Iterator[Running]:
+def running(
+    remote: RemoteEngine | None = None, model: Chameleon | None = None, **options: Any
+) -> Iterator[Running]:
     """A server with these `ServeOptions`, until the block ends; its engine is in this process, or
-    in that of `remote`."""
-    model = mini() if remote is None else remote.front.model
+    in that of `remote`. `model` is mini if there is none."""
+    model = model or (mini() if remote is None else remote.front.model)
     app = make_app(model, ServeOptions(port=0, **options), remote)
     config = uvicorn.Config(
         app, host="127.0.0.1", port=0, log_config=None, access_log=False, ws="none", lifespan="on"

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from corpora import tiny_model
+from serve_case import Running, mini, pixels, running
 from tiny import request
 from torch import nn
 
 from earlyfusion import Chameleon
 from earlyfusion.checkpoints.adapter import LowRank, save_adapter
+from earlyfusion.cli import main
 from earlyfusion.engine.backends import cpu
 from earlyfusion.engine.backends.adapters import ByAdapter
 from earlyfusion.engine.engine import Engine
@@ -23,6 +28,8 @@ from earlyfusion.errors import CheckpointError, SettingError
 from earlyfusion.generation.reference import draw_tokens
 from earlyfusion.generation.request import Request
 from earlyfusion.model.transformer import Transformer
+from earlyfusion.serve.process import RemoteEngine
+from earlyfusion.serve.spawn import LoadPlan, start
 
 NAMES = ("", "one", "two")
 
@@ -179,3 +186,117 @@ def test_what_cannot_be_loaded_is_one_sentence(
     monkeypatch.setattr("earlyfusion.api.free_bytes", lambda device: 1000)
     with pytest.raises(SettingError, match="needs the layers once more"):
         load(folders["one"])
+
+
+# --- as models of a server -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of mini."""
+    return adapter(tmp_path_factory.mktemp("mini") / "drawn", mini().transformer, 3)
+
+
+@pytest.fixture(scope="module")
+def merged(drawn: Path) -> Chameleon:
+    return Chameleon.load("mini", adapter=drawn)
+
+
+@pytest.fixture(scope="module", params=["one process", "two processes"])
+def server(request: pytest.FixtureRequest, drawn: Path) -> Iterator[Running]:
+    """With the engine in this process, and in one of its own."""
+    folders = {"drawn": str(drawn)}
+    if request.param == "one process":
+        with running(model=Chameleon.load("mini", adapters=folders)) as server:
+            yield server
+        return
+    plan = LoadPlan("mini", dtype="fp32", adapters=folders)
+    remote = RemoteEngine(partial(start, plan), step_timeout=60)
+    try:
+        with running(remote) as server:
+            yield server
+    finally:
+        remote.close()
+
+
+def text_of(reply: httpx.Response) -> str:
+    assert reply.status_code == 200, reply.text
+    return str(reply.json()["choices"][0]["message"]["content"])
+
+
+def test_the_model_field_chooses_on_every_route(server: Running, merged: Chameleon) -> None:
+    asked: dict[str, Any] = {"modalities": ["text"], "max_tokens": 12}
+    with ThreadPoolExecutor(8) as pool:  # base and adapter side by side
+        names = ["drawn", "mini"] * 4
+        replies = [
+            pool.submit(server.chat, "Name a fruit.", seed=seed, model=name, **asked)
+            for seed, name in enumerate(names)
+        ]
+        told = [text_of(reply.result()) for reply in replies]
+    models = {"drawn": merged, "mini": mini()}
+    wanted = [
+        models[name].generate("Name a fruit.", "text", seed=seed, max_tokens=12).text
+        for seed, name in enumerate(names)
+    ]
+    assert told == wanted and replies[0].result().json()["model"] == "drawn"
+
+    body: dict[str, Any] = {"model": "drawn", "seed": 0, "temperature": 1}
+    first = merged.generate("Name a fruit.", "text", seed=0, temperature=1, max_tokens=12).text
+    limit = {"max_tokens": 12}
+    completed = server.post("/v1/completions", body | limit | {"prompt": "Name a fruit."}).json()
+    assert completed["choices"][0]["text"] == first and completed["model"] == "drawn"
+    limit = {"max_output_tokens": 12}
+    responded = server.post("/v1/responses", body | limit | {"input": "Name a fruit."}).json()
+    assert responded["output"][0]["content"][0]["text"] == first and responded["model"] == "drawn"
+    again = {"previous_response_id": responded["id"], "model": "mini", "input": "And now?"}
+    assert server.post("/v1/responses", again).json()["model"] == "mini"
+    picture = server.post(
+        "/v1/images/generations", {"model": "drawn", "seed": 0, "prompt": "Draw a cat."}
+    ).json()["data"][0]["b64_json"]
+    [expected] = merged.generate("Draw a cat.", "image", seed=0).images
+    assert pixels(picture).tobytes() == expected.tobytes()
+    assert server.post("/tokenize", {"model": "drawn", "prompt": "Hi"}).status_code == 200
+
+
+def test_models_are_listed_with_their_base(server: Running) -> None:
+    data = server.get("/v1/models").json()["data"]
+    assert [(one["id"], one["parent"]) for one in data] == [("mini", None), ("drawn", "mini")]
+    assert server.get("/v1/models/drawn").json() == data[1]
+    missing = server.chat("Hi", model="other")
+    assert missing.status_code == 404 and missing.json()["error"]["code"] == "model_not_found"
+    assert "use 'mini', 'drawn'" in missing.json()["error"]["message"]
+    tool = {"type": "image_generation", "model": "drawn"}
+    refused = server.post("/v1/responses", {"input": "Hi", "tools": [tool]})
+    assert refused.status_code == 400 and "leave it out" in refused.text
+    tool["model"] = "mini"
+    body = {"input": "Hi", "tools": [tool], "max_output_tokens": 2}
+    assert server.post("/v1/responses", body).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["short"], "give a name"),
+        (["=x"], "give a name"),
+        (["a=x", "a=y"], "another one are both named 'a'"),
+        (["a=nowhere"], "nowhere"),
+        (["other=OTHER"], "is an adapter of another model"),
+        (["mini=DRAWN"], "both named 'mini'"),
+    ],
+)
+def test_a_wrong_option_is_one_sentence(
+    given: list[str],
+    words: str,
+    base: Path,
+    folders: dict[str, Path],
+    drawn: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    places = {"OTHER": str(folders["one"]), "DRAWN": str(drawn)}
+    options = []
+    for text in given:
+        name, _, folder = text.partition("=")
+        options += ["--adapter", f"{name}={places.get(folder, folder)}" if folder else text]
+    assert main(["serve", "--port", "0", *options]) == 2
+    told = capsys.readouterr().err
+    assert words in told and "Traceback" not in told

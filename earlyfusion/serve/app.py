@@ -186,8 +186,7 @@ class _Routes:
 
     async def responses(self, request: Request) -> Response:
         body, headers = await self._body(request, ResponseRequest)
-        for name in (body.model, *(tool.model for tool in body.tools)):
-            self._service.check_model(name)
+        responses.check_models(self._service, body)
         reader, turns = self._service.reader(), list[Message]()
         if body.previous_response_id is not None:
             name = body.previous_response_id
@@ -321,11 +320,11 @@ class _Routes:
         return JsonReply({"id": number, "object": "response", "deleted": True})
 
     async def models(self) -> Response:
-        return JsonReply({"object": "list", "data": [self._service.described]})
+        return JsonReply({"object": "list", "data": self._service.described})
 
     async def model(self, name: str) -> Response:
         self._service.check_model(name)
-        return JsonReply(self._service.described)
+        return JsonReply(self._service.describe(name))
 
     async def health(self) -> Response:
         """Whether the engine's thread is alive and not stuck in a step."""

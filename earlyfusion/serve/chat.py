@@ -42,7 +42,12 @@ def spec_of(body: ChatRequest) -> GenerationSpec:
     if body.logprobs:
         sampling["logprobs"] = body.top_logprobs or 0
     return GenerationSpec(
-        _output(body), sampling, body.seed, body.n, partial_images=body.partial_images
+        _output(body),
+        sampling,
+        body.seed,
+        body.n,
+        partial_images=body.partial_images,
+        model=body.model,
     )
 
 
@@ -130,7 +135,7 @@ class ChatReply:
         return sse(self._envelope("chat.completion.chunk", [choice]))
 
     def _envelope(self, object_type: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        name = self._service.name
+        name = self._body.model or self._service.name
         head = {"id": self._id, "object": object_type, "created": self._created, "model": name}
         return head | {"choices": choices}
 

@@ -20,7 +20,7 @@ def spec_of(body: CompletionRequest) -> GenerationSpec:
         sampling["max_tokens"] = body.max_tokens
     if body.logprobs is not None:
         sampling["logprobs"] = body.logprobs
-    return GenerationSpec("text", sampling, body.seed, body.n)
+    return GenerationSpec("text", sampling, body.seed, body.n, model=body.model)
 
 
 def prompts_of(body: CompletionRequest) -> list[str]:
@@ -76,7 +76,7 @@ class CompletionReply:
         return choice_json if end is None else choice_json | {"seed": end.seed}
 
     def _envelope(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        name = self._service.name
+        name = self._body.model or self._service.name
         head = {"id": self._id, "object": "text_completion", "created": self._created}
         return head | {"model": name, "choices": choices}
 

@@ -18,7 +18,13 @@ from earlyfusion.serve.service import GenerationSpec, Prepared, Service
 def spec_of(body: ImageOptions) -> GenerationSpec:
     """What a body asks of the model."""
     return GenerationSpec(
-        "image", body.sampling(), body.seed, body.n, body.size, body.partial_images
+        "image",
+        body.sampling(),
+        body.seed,
+        body.n,
+        body.size,
+        body.partial_images,
+        body.model,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from earlyfusion.errors import SettingError
@@ -55,6 +56,26 @@ class ServeOptions:
                 f"host={self.host!r} is reached from other machines and there is no API key: "
                 "give --api-key, or listen on 127.0.0.1"
             )
+
+
+def adapters_of(given: Sequence[str], model: str) -> dict[str, str]:
+    """Folders of adapters by name, from NAME=FOLDER each; `model` is the name of their base.
+    Raises `SettingError`."""
+    found: dict[str, str] = {}
+    for text in given:
+        name, _, folder = text.partition("=")
+        if not name or not folder or not name.isprintable() or len(name) > 100:
+            raise SettingError(
+                f"adapter={text[:60]!r} is not possible: give a name of up to 100 letters and a "
+                "folder, as --adapter short=./run/adapter"
+            )
+        if name in found or name == model:
+            other = "the model" if name == model else "another one"
+            raise SettingError(
+                f"an adapter and {other} are both named {name!r}: give each a name of its own"
+            )
+        found[name] = folder
+    return found
 
 
 def is_loopback(host: str) -> bool:

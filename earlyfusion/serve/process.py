@@ -238,6 +238,7 @@ def _front(model: Chameleon, engine: Engine) -> Front:
         transformer, model.image_tokenizer, model.processor, model.defaults, model.name
     )
     shown.folder = model.folder
+    shown.adapters = dict.fromkeys(model.adapters, transformer)
     return Front(shown, engine.context_tokens, engine.cache_size, engine.most_running)
 
 

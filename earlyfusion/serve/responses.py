@@ -48,7 +48,24 @@ def spec_of(body: ResponseRequest) -> GenerationSpec:
         size=drawing.size if drawing else None,
         # Without a stream nobody sees them.
         partial_images=drawing.partial_images if drawing and body.stream else 0,
+        model=body.model,
     )
+
+
+def check_models(service: Service, body: ResponseRequest) -> None:
+    """Raises `ApiError` for a model that is not served, and for a tool with another one."""
+    service.check_model(body.model)
+    tool = _tool(body)
+    if tool is not None and tool.model is not None:
+        service.check_model(tool.model)
+        if tool.model != (body.model or service.name):
+            raise ApiError(
+                400,
+                f"tools[0].model={tool.model[:60]!r} is not the model of the request, which draws "
+                "its pictures itself: leave it out",
+                param="tools[0].model",
+                code="invalid_value",
+            )
 
 
 def _tool(body: ResponseRequest) -> DrawingTool | None:
@@ -284,7 +301,7 @@ class ResponseReply:
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
             "metadata": body.metadata or {},
-            "model": self._service.name,
+            "model": self._body.model or self._service.name,
             "output": list(self._output),
             "parallel_tool_calls": True,
             "previous_response_id": body.previous_response_id,

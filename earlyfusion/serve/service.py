@@ -16,6 +16,7 @@ from starlette.requests import Request as HttpRequest
 
 from earlyfusion.api import Chameleon
 from earlyfusion.content import Image, Prompt
+from earlyfusion.errors import SettingError
 from earlyfusion.generation.request import ImageDone, ImagePreview, Request
 from earlyfusion.generation.settings import Output
 from earlyfusion.serve.driver import Batch, Driver
@@ -44,6 +45,7 @@ class GenerationSpec:
     n: int = 1
     size: str | None = None
     partial_images: int = 0
+    model: str | None = None
 
 
 @dataclass
@@ -65,6 +67,11 @@ class Service:
     ) -> None:
         self.model, self.options = model, options
         self.name = options.name or Path(model.name or "model").name
+        if self.name in model.adapters:
+            raise SettingError(
+                f"an adapter and the model are both named {self.name!r}: give each a name of its "
+                "own"
+            )
         self.created = int(time())
         self.driver = Driver(model, options.max_queue, remote)
         self.metrics = Metrics(self.driver, self.name)
@@ -95,10 +102,12 @@ class Service:
 
     def check_model(self, name: str | None) -> None:
         """Raises `ApiError` with status 404 for a model that is not served."""
-        if name is not None and name != self.name:
+        served = [self.name, *self.model.adapters]
+        if name is not None and name not in served:
+            known = ", ".join(map(repr, served[:5])) + (", …" if len(served) > 5 else "")
             raise ApiError(
                 404,
-                f"the model {name[:60]!r} is not served here: use {self.name!r}",
+                f"the model {name[:60]!r} is not served here: use {known}",
                 param="model",
                 code="model_not_found",
             )
@@ -146,7 +155,12 @@ class Service:
     def _choices(self, prompt: Prompt, spec: GenerationSpec) -> list[Request]:
         """The requests of one prompt; choice number i has the seed of the first plus i."""
         first = self.model.request(
-            prompt, spec.output, seed=spec.seed, size=_size(spec.size), **spec.sampling
+            prompt,
+            spec.output,
+            seed=spec.seed,
+            size=_size(spec.size),
+            adapter=spec.model if spec.model in self.model.adapters else None,
+            **spec.sampling,
         )
         if spec.partial_images:
             layout = first.layout or self.model.processor.layout
@@ -200,15 +214,21 @@ class Service:
         return f"{layout.width * stride}x{layout.height * stride}"
 
     @property
-    def described(self) -> dict[str, Any]:
-        """A model object, with the modalities where OpenRouter's clients and ours look."""
+    def described(self) -> list[dict[str, Any]]:
+        """Model objects: the model, and its adapters."""
+        return [self.describe(name) for name in (self.name, *self.model.adapters)]
+
+    def describe(self, name: str) -> dict[str, Any]:
+        """A model object, with the modalities where OpenRouter's clients and ours look. `parent` is
+        the model that an adapter is of, as in vLLM."""
         given, made = ["text", "image"], ["text", *(["image"] if self.model.can_draw else [])]
         architecture = {"input_modalities": given, "output_modalities": made}
         return {
-            "id": self.name,
+            "id": name,
             "object": "model",
             "created": self.created,
             "owned_by": "earlyfusion",
+            "parent": None if name == self.name else self.name,
             "max_model_len": self.model.config.max_position_embeddings,
             "input_modalities": given,
             "output_modalities": made,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -22,6 +23,7 @@ class LoadPlan:
     verify: bool = True
     cache_bytes: int | None = None
     fit: bool | None = None
+    adapters: Mapping[str, str] = field(default_factory=dict)
 
     def load(self) -> Chameleon:
         """The model. Raises an `EarlyFusionError`."""
@@ -33,6 +35,7 @@ class LoadPlan:
             self.dtype,
             verify=self.verify,
             cache_bytes=self.cache_bytes,
+            adapters=self.adapters,
         )
         if self.fit is not None:
             model.image_tokenizer.mode = "fit" if self.fit else "crop"
