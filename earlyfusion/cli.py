@@ -739,6 +739,14 @@ def serve(
     public_url: Annotated[
         str, typer.Option(help="Where clients reach the server, for addresses of pictures.")
     ] = "",
+    image_delivery: Annotated[
+        str,
+        typer.Option(
+            metavar="images|markdown|both",
+            help="How chats get pictures, where the request does not say; markdown keeps them in "
+            "their place in Open WebUI.",
+        ),
+    ] = "images",
     step_timeout: Annotated[
         int, whole_option("Seconds after which a step of the engine counts as hung.")
     ] = 300,
@@ -774,6 +782,7 @@ def serve(
         cors_origins=tuple(cors_origin or ()),
         public_url=public_url,
         step_timeout=step_timeout,
+        image_delivery=image_delivery,
     )
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # Processes that torchrun started already share the model: it is not loaded elsewhere.

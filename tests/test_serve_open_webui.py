@@ -138,3 +138,18 @@ def test_markdown_shows_pictures_in_order_and_brings_them_back(server: Running) 
     )
     turns = [Message("user", FRUITS), reply.message, Message("user", again)]
     assert told == list(mini().request(turns, "text", seed=0).ids)
+
+
+def test_what_open_webui_sends_is_answered_in_markdown_where_the_server_says_so() -> None:
+    """It offers its own tools with every request, and cannot be told to send `image_delivery`."""
+    tool = {"type": "function", "function": {"name": "search_notes", "parameters": {}}}
+    with running(image_delivery="markdown") as server:
+        body = {"model": "mini", "tools": [tool], "seed": 0}
+        reply = server.chat(FRUITS, **body)
+        message = reply.json()["choices"][0]["message"]
+        assert "images" not in message and len(MARKDOWN.findall(message["content"])) == 2
+        assert reply.headers["x-ignored-fields"] == "tools"
+        asked = server.chat(FRUITS, image_delivery="images", **body).json()
+        assert len(asked["choices"][0]["message"]["images"]) == 2
+        refused = server.chat(FRUITS, tool_choice="required", **body)
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "tool_choice"

@@ -47,7 +47,9 @@ def refused(kind: type[Wire], body: Any, lenient: bool = False) -> ApiError:
         (ChatRequest, {}, "messages", "messages is missing"),
         (ChatRequest, CHAT | {"temprature": 1}, "temprature", "did you mean temperature?"),
         (ChatRequest, CHAT | {"zzzz": 1}, "zzzz", "unknown on this route: leave it out"),
-        (ChatRequest, CHAT | {"tools": [{}]}, "tools", "this model calls no tools"),
+        (ChatRequest, CHAT | {"tools": {}}, "tools", "this model calls no tools"),
+        (ChatRequest, CHAT | {"tool_choice": "required"}, "tool_choice", "calls no tools"),
+        (CompletionRequest, {"prompt": "a", "tools": [{}]}, "tools", "this model calls no tools"),
         (ChatRequest, CHAT | {"frequency_penalty": 0.5}, "frequency_penalty", "only 0"),
         (ChatRequest, CHAT | {"logit_bias": {"5": 1}}, "logit_bias", "use bad_words"),
         (ChatRequest, CHAT | {"response_format": {"type": "xml"}}, "response_format", "'xml'"),
@@ -149,6 +151,12 @@ def test_values_that_change_nothing_are_accepted() -> None:
     # False is no 0, and 0 is not False.
     assert refused(ChatRequest, CHAT | {"frequency_penalty": False}).param == "frequency_penalty"
     assert refused(ChatRequest, CHAT | {"store": 0}).param == "store"
+
+
+def test_offered_tools_are_left_alone_and_named() -> None:
+    tools = {"tools": [{"type": "function", "function": {"name": "search"}}], "functions": [{}]}
+    plain, ignored = read(ChatRequest, CHAT | tools | {"tool_choice": "auto"})
+    assert plain == read(ChatRequest, CHAT)[0] and ignored == ["tools", "functions"]
 
 
 def test_lenient_ignores_what_is_unknown_and_says_so() -> None:

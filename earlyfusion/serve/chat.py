@@ -147,6 +147,11 @@ class ChatReply:
         return self._body
 
     @property
+    def delivery(self) -> str:
+        """How pictures are sent."""
+        return self._body.image_delivery or self._service.options.image_delivery
+
+    @property
     def service(self) -> Service:
         return self._service
 
@@ -206,7 +211,7 @@ class _Choice:
         first, self._anything = not self._anything, True
         if first:
             return ""
-        return "\n" if self._reply.body.image_delivery == "images" and text else "\n\n"
+        return "\n" if self._reply.delivery == "images" and text else "\n\n"
 
     async def _image(self, event: ImageDone) -> dict[str, Any]:
         body = self._reply.body
@@ -214,9 +219,9 @@ class _Choice:
             event, body.output_format, body.output_compression
         )
         delta: dict[str, Any] = {}
-        if body.image_delivery != "images":
+        if self._reply.delivery != "images":
             delta["content"] = f"{self._gap(text=False)}![image]({self._reply.address(file)})"
-        if body.image_delivery != "markdown":
+        if self._reply.delivery != "markdown":
             url = {"url": data_url(file.data, body.output_format)}
             delta["images"] = [{"type": "image_url", "index": self._images, "image_url": url}]
             self.parts.append({"type": "image_ref", "index": self._images})

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from earlyfusion.errors import SettingError
 
+DELIVERIES = ("images", "markdown", "both")
+
 
 @dataclass(frozen=True)
 class ServeOptions:
@@ -18,6 +20,7 @@ class ServeOptions:
     run. `keepalive` is the time in seconds after which a silent stream gets a comment, `timeout`
     the time that a reply may take, `drain_seconds` the time that replies have to end after SIGTERM,
     `step_timeout` the time of one step of the engine, after which its process is started again.
+    `image_delivery` is how chats get pictures that do not say it: images, markdown or both.
     Raises `SettingError`.
     """
 
@@ -40,6 +43,7 @@ class ServeOptions:
     timeout: float = 600.0
     drain_seconds: float = 30.0
     step_timeout: float = 300.0
+    image_delivery: str = "images"
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65_535:
@@ -48,6 +52,8 @@ class ServeOptions:
             raise SettingError(f"max_queue={self.max_queue} is not possible: use 0 or more")
         if not self.step_timeout > 0:
             raise SettingError(f"step_timeout={self.step_timeout:g} is not possible: use above 0")
+        if self.image_delivery not in DELIVERIES:
+            raise SettingError.unknown("image_delivery", self.image_delivery, DELIVERIES)
         for key in self.api_keys:
             if not key.isascii() or not key.strip() or len(key) < 8:
                 raise SettingError("an API key has under 8 letters or others than ASCII: change it")

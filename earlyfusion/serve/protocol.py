@@ -3,7 +3,8 @@
 Every field is honoured, refused with its name, limit and remedy, or listed here as accepted without
 effect (`user`, `metadata`, `detail` and the like). OpenAI's fields that this server has no use for
 are accepted at the values that change nothing (`neutral`), so that clients which always send them
-work; `why_not` says what is wrong with any other value.
+work; `why_not` says what is wrong with any other value. `unused` are lists that a client offers and
+the model may leave alone: they are left out, and the reply's header names them.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Wire(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     neutral: ClassVar[Mapping[str, Sequence[Any]]] = {}
     why_not: ClassVar[Mapping[str, str]] = {}
+    unused: ClassVar[Sequence[str]] = ()
 
 
 def _form(value: Any) -> str:
@@ -283,7 +285,7 @@ _CHAT_NEUTRAL: dict[str, Sequence[Any]] = {
 }
 _CHAT_WHY_NOT = {
     "tools": _NO_TOOLS,
-    "tool_choice": _NO_TOOLS,
+    "tool_choice": "this model calls no tools: use auto or none, or leave it out",
     "functions": _NO_TOOLS,
     "function_call": _NO_TOOLS,
     "frequency_penalty": "only 0 is possible: use repetition_penalty",
@@ -302,6 +304,9 @@ class ChatRequest(TextSampling, Bookkeeping):
 
     neutral = _CHAT_NEUTRAL
     why_not = _CHAT_WHY_NOT
+    # Open WebUI always sends some. With tool_choice "auto", which is the default, a model may call
+    # none, and this one never does.
+    unused = ("tools", "functions")
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_ITEMS)]
     model: str | None = None
@@ -314,7 +319,7 @@ class ChatRequest(TextSampling, Bookkeeping):
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ChatFormat | None = None
-    image_delivery: Literal["images", "markdown", "both"] = "images"
+    image_delivery: Literal["images", "markdown", "both"] | None = None
     output_format: Format = "png"
     output_compression: Annotated[int, Field(ge=0, le=100)] = 100
     partial_images: Annotated[int, Field(ge=0, le=3)] = 0
@@ -609,15 +614,17 @@ AnyRequest = TypeVar("AnyRequest", bound=Wire)
 def read(
     model: type[AnyRequest], data: Any, lenient: bool = False, text: bool = False
 ) -> tuple[AnyRequest, list[str]]:
-    """The request that a JSON value stands for, and the names of unknown fields that were left out,
-    which only `lenient` does. `text` says that numbers come as text, as in a form. Raises
-    `ApiError` with status 400."""
+    """The request that a JSON value stands for, and the names of the fields that were left out:
+    `unused` ones, and with `lenient` unknown ones. `text` says that numbers come as text, as in a
+    form. Raises `ApiError` with status 400."""
     if not isinstance(data, dict):
         raise ApiError(400, "the body is not a JSON object: send one", code="invalid_json")
     fields = {
         name: value for name, value in data.items() if not _changes_nothing(model, name, value)
     }
-    ignored: list[str] = []
+    ignored = [name for name in model.unused if isinstance(fields.get(name), list)]
+    for name in ignored:
+        del fields[name]
     while True:
         try:
             return model.model_validate(fields, strict=not text), ignored
