@@ -10,7 +10,7 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -759,6 +759,13 @@ def serve(
             "share takes the time of one step each.",
         ),
     ] = None,
+    replicas: Annotated[
+        int,
+        whole_option(
+            "Engines behind this server, each with the weights and a cache of its own: on a CPU "
+            "they share the cores, else each takes a GPU."
+        ),
+    ] = 1,
     fit: Fit = None,
     device: Device = "auto",
     dtype: Precision = "auto",
@@ -782,13 +789,15 @@ def serve(
         cors_origins=tuple(cors_origin or ()),
         public_url=public_url,
         step_timeout=step_timeout,
+        replicas=replicas,
         image_delivery=image_delivery,
     )
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # Processes that torchrun started already share the model: it is not loaded elsewhere.
-        if adapters:
+        if adapters or replicas != 1:
             raise SettingError(
-                "--adapter is not possible under torchrun: merge it into the model first"
+                "--adapter and --replicas are not possible under torchrun: merge the adapter into "
+                "the model, and start several servers"
             )
         chameleon = _load(
             model, device, dtype=dtype, fit=fit, verify=verify, cache_bytes=cache_bytes
@@ -799,25 +808,35 @@ def serve(
         return
     from earlyfusion.serve.spawn import LoadPlan
 
-    _serve_apart(LoadPlan(model, device, dtype, verify, cache_bytes, fit, adapters), options)
+    plans = [
+        LoadPlan(model, device, dtype, verify, cache_bytes, fit, adapters, number, replicas)
+        for number in range(replicas)
+    ]
+    _serve_apart(plans, options)
 
 
-def _serve_apart(plan: LoadPlan, options: ServeOptions) -> None:
-    """Serve a model that is loaded in a process of its own."""
+def _serve_apart(plans: Sequence[LoadPlan], options: ServeOptions) -> None:
+    """Serve a model that is loaded in processes of their own, one for each plan."""
     from earlyfusion.serve.spawn import start
     from earlyfusion.terminal import busy
 
-    child = start(plan)
-    with busy(f"loading {plan.name}"):
-        # While the child loads the model, this process imports what it needs.
+    children = [start(plan) for plan in plans]
+    with busy(f"loading {plans[0].name}"):
+        # While the children load the model, this process imports what it needs.
         from earlyfusion.serve.process import RemoteEngine
         from earlyfusion.serve.run import serve as run
 
-        remote = RemoteEngine(partial(start, plan), options.step_timeout, child)
+    remotes: list[RemoteEngine] = []
     try:
-        run(remote.front.model, options, remote=remote)
+        with busy(f"loading {plans[0].name}"):
+            for plan, child in zip(plans, children, strict=True):
+                remotes.append(RemoteEngine(partial(start, plan), options.step_timeout, child))
+        run(remotes[0].front.model, options, remote=remotes if len(remotes) > 1 else remotes[0])
     finally:
-        remote.close()
+        for remote in remotes:
+            remote.close()
+        for process, _ in children[len(remotes) :]:
+            process.kill()
 
 
 def _load(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -70,11 +70,14 @@ class Running:
 
 @contextmanager
 def running(
-    remote: RemoteEngine | None = None, model: Chameleon | None = None, **options: Any
+    remote: RemoteEngine | Sequence[RemoteEngine] | None = None,
+    model: Chameleon | None = None,
+    **options: Any,
 ) -> Iterator[Running]:
     """A server with these `ServeOptions`, until the block ends; its engine is in this process, or
-    in that of `remote`. `model` is mini if there is none."""
-    model = model or (mini() if remote is None else remote.front.model)
+    in that of `remote`, or in those. `model` is mini if there is none."""
+    first = remote[0] if isinstance(remote, Sequence) else remote
+    model = model or (mini() if first is None else first.front.model)
     app = make_app(model, ServeOptions(port=0, **options), remote)
     config = uvicorn.Config(
         app, host="127.0.0.1", port=0, log_config=None, access_log=False, ws="none", lifespan="on"

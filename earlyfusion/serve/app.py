@@ -31,7 +31,6 @@ from earlyfusion.serve.metrics import CONTENT_TYPE
 from earlyfusion.serve.options import ServeOptions
 from earlyfusion.serve.page import page_routes
 from earlyfusion.serve.pictures import media_type
-from earlyfusion.serve.process import RemoteEngine
 from earlyfusion.serve.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -45,6 +44,7 @@ from earlyfusion.serve.protocol import (
     Wire,
     read,
 )
+from earlyfusion.serve.replicas import Remotes
 from earlyfusion.serve.replies import EventStream, JsonReply, sse
 from earlyfusion.serve.responses import ResponseReply
 from earlyfusion.serve.service import Service
@@ -57,10 +57,10 @@ _MOST_FORM_FIELDS = 100
 
 
 def make_app(
-    model: Chameleon, options: ServeOptions | None = None, remote: RemoteEngine | None = None
+    model: Chameleon, options: ServeOptions | None = None, remote: Remotes = None
 ) -> FastAPI:
     """The application that serves a model; its `state.service` holds what it runs on. With
-    `remote` the engine is there, and `model` is its front."""
+    `remote` the engine is there, or the engines are, and `model` is its front."""
     service = Service(model, options or ServeOptions(), remote)
 
     @asynccontextmanager

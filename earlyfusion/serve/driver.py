@@ -208,6 +208,15 @@ class Driver:
         alive = self._thread is not None and self._thread.is_alive()
         return alive and self.failures < MAX_FAILURES
 
+    @property
+    def engines_ready(self) -> int:
+        """How many engines take requests: this one, or none."""
+        return int(self.ready and not self.draining)
+
+    def watch(self, event: Callable[[Batch, Event], None], cancel: Callable[[], None]) -> None:
+        """Call these with each event that arrives, and when a client has gone."""
+        self.observe, self.observe_cancel = event, cancel
+
     def start(self) -> None:
         """Start the thread; events go to the running loop."""
         self._loop = asyncio.get_running_loop()

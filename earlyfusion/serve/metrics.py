@@ -7,7 +7,8 @@ from time import monotonic
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from earlyfusion.generation.request import Event, Finished, ImageDone, ImageStarted, TextDelta
-from earlyfusion.serve.driver import Batch, Driver
+from earlyfusion.serve.driver import Batch
+from earlyfusion.serve.replicas import Drivers
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 150, 600)
@@ -16,7 +17,7 @@ _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 150, 600)
 class Metrics:
     """Counters of one server; `observe` is called with every event of every reply."""
 
-    def __init__(self, driver: Driver, model: str) -> None:
+    def __init__(self, driver: Drivers, model: str) -> None:
         self._registry = CollectorRegistry()
         names, labels = ("model_name",), {"model_name": model}
 
@@ -45,6 +46,9 @@ class Metrics:
         )
         gauge("engine_restarts", "Times that the engine's process was started again.").set_function(
             lambda: driver.restarts
+        )
+        gauge("engines_ready", "Engines that take requests.").set_function(
+            lambda: driver.engines_ready
         )
         gauge("engine_silent_seconds", "Since the engine's last heartbeat.").set_function(
             lambda: driver.silent_seconds

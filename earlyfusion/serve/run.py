@@ -16,7 +16,7 @@ from earlyfusion.api import Chameleon
 from earlyfusion.errors import SettingError
 from earlyfusion.serve.app import make_app
 from earlyfusion.serve.options import ServeOptions
-from earlyfusion.serve.process import RemoteEngine
+from earlyfusion.serve.replicas import Remotes
 from earlyfusion.serve.service import Service
 
 _MAX_HEADER_BYTES = 32_768
@@ -28,12 +28,12 @@ def serve(
     model: Chameleon,
     options: ServeOptions,
     quiet: bool = False,
-    remote: RemoteEngine | None = None,
+    remote: Remotes = None,
 ) -> None:
     """Answer requests until SIGTERM or Ctrl-C, then let those that run end.
 
-    The engine runs in a thread of this process, or it is `remote`, and `model` its front. Raises
-    `SettingError` where the port is taken.
+    The engine runs in a thread of this process, or it is `remote`, which may be several, and
+    `model` its front. Raises `SettingError` where the port is taken.
     """
     listener = _listener(options)
     log_as_json()

@@ -19,14 +19,14 @@ from earlyfusion.content import Image, Prompt
 from earlyfusion.errors import SettingError
 from earlyfusion.generation.request import ImageDone, ImagePreview, Request
 from earlyfusion.generation.settings import Output
-from earlyfusion.serve.driver import Batch, Driver
+from earlyfusion.serve.driver import Batch
 from earlyfusion.serve.errors import ApiError
 from earlyfusion.serve.metrics import Metrics
 from earlyfusion.serve.options import ServeOptions
 from earlyfusion.serve.pictures import PictureLimits, encoded
-from earlyfusion.serve.process import RemoteEngine
 from earlyfusion.serve.prompts import PromptReader
 from earlyfusion.serve.protocol import ChatMessage, Format
+from earlyfusion.serve.replicas import Remotes, drivers_of
 from earlyfusion.serve.replies import image_tokens
 from earlyfusion.serve.store import MEDIA_TYPES, Conversations, Files, StoredFile
 
@@ -60,11 +60,9 @@ class Prepared:
 
 
 class Service:
-    """One model, served; with `remote` by an engine in a process of its own."""
+    """One model, served; with `remote` by one engine in a process of its own, or by several."""
 
-    def __init__(
-        self, model: Chameleon, options: ServeOptions, remote: RemoteEngine | None = None
-    ) -> None:
+    def __init__(self, model: Chameleon, options: ServeOptions, remote: Remotes = None) -> None:
         self.model, self.options = model, options
         self.name = options.name or Path(model.name or "model").name
         if self.name in model.adapters:
@@ -73,10 +71,9 @@ class Service:
                 "own"
             )
         self.created = int(time())
-        self.driver = Driver(model, options.max_queue, remote)
+        self.driver = drivers_of(model, options.max_queue, remote)
         self.metrics = Metrics(self.driver, self.name)
-        self.driver.observe = self.metrics.observe
-        self.driver.observe_cancel = self.metrics.cancelled.inc
+        self.driver.watch(self.metrics.observe, self.metrics.cancelled.inc)
         self.files = Files(options.file_bytes)
         self.conversations = Conversations()
         self._workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="pictures")

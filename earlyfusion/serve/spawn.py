@@ -9,13 +9,18 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING
 
+from earlyfusion.errors import SettingError
+
 if TYPE_CHECKING:
     from earlyfusion.api import Chameleon
 
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """How the child loads its model: arguments of `Chameleon.load`, and `--fit`."""
+    """How a child loads its model: arguments of `Chameleon.load`, and `--fit`.
+
+    It is number `replica` of `replicas`, which share the cores of a CPU, and have a GPU each.
+    """
 
     name: str = "mini"
     device: str = "auto"
@@ -24,6 +29,8 @@ class LoadPlan:
     cache_bytes: int | None = None
     fit: bool | None = None
     adapters: Mapping[str, str] = field(default_factory=dict)
+    replica: int = 0
+    replicas: int = 1
 
     def load(self) -> Chameleon:
         """The model. Raises an `EarlyFusionError`."""
@@ -31,7 +38,7 @@ class LoadPlan:
 
         model = Chameleon.load(
             self.name,
-            self.device,
+            self._device(),
             self.dtype,
             verify=self.verify,
             cache_bytes=self.cache_bytes,
@@ -40,6 +47,25 @@ class LoadPlan:
         if self.fit is not None:
             model.image_tokenizer.mode = "fit" if self.fit else "crop"
         return model
+
+    def _device(self) -> str:
+        """The device of this replica. Raises `SettingError` for more replicas than GPUs."""
+        if self.replicas == 1:
+            return self.device
+        import torch
+
+        from earlyfusion.devices import resolve_device
+
+        if resolve_device(self.device).type == "cpu":
+            torch.set_num_threads(max(torch.get_num_threads() // self.replicas, 1))
+            return self.device
+        found = torch.cuda.device_count()
+        if self.device not in ("auto", "cuda") or self.replicas > found:
+            raise SettingError(
+                f"replicas={self.replicas} need a GPU each, and device={self.device!r} has "
+                f"{found if self.device in ('auto', 'cuda') else 1}: use fewer"
+            )
+        return f"cuda:{self.replica}"
 
 
 def start(plan: LoadPlan) -> tuple[BaseProcess, Connection]:

@@ -1,0 +1,141 @@
+"""Several engines behind one server."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from time import monotonic, sleep
+from typing import Any
+
+import pytest
+from serve_case import Running, answer, mini, pixels, running
+
+from earlyfusion.cli import main
+from earlyfusion.errors import SettingError
+from earlyfusion.serve.driver import ClosedError, Driver, FullError
+from earlyfusion.serve.process import RemoteEngine
+from earlyfusion.serve.replicas import Replicas
+from earlyfusion.serve.spawn import LoadPlan, start
+
+DRAWING: dict[str, Any] = {"modalities": ["image"], "max_images": 8, "seed": 0}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    plans = [LoadPlan("mini", dtype="fp32", replica=n, replicas=2) for n in range(2)]
+    children = [start(plan) for plan in plans]
+    remotes = [
+        RemoteEngine(partial(start, plan), 60, child)
+        for plan, child in zip(plans, children, strict=True)
+    ]
+    try:
+        with running(remotes, max_queue=9) as server:
+            yield server
+    finally:
+        for remote in remotes:
+            remote.close()
+
+
+def drivers_of(server: Running) -> list[Driver]:
+    assert isinstance(server.service.driver, Replicas)
+    return list(server.service.driver.drivers)
+
+
+def pids(server: Running) -> list[int]:
+    return [driver.remote.pid for driver in drivers_of(server) if driver.remote is not None]
+
+
+def until(condition: Any) -> None:
+    end = monotonic() + 60
+    while not condition():
+        assert monotonic() < end
+        sleep(0.01)
+
+
+def test_requests_spread_and_replies_are_those_of_generate(server: Running) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        drawings = [pool.submit(server.chat, "Draw a cat.", **DRAWING) for _ in range(4)]
+        until(lambda: server.service.driver.running == 4)
+        assert [driver.running for driver in drivers_of(server)] == [2, 2]
+        asked = [
+            pool.submit(server.chat, "Name a fruit.", modalities=["text"], seed=seed)
+            for seed in range(4)
+        ]
+        texts = [one.result().json()["choices"][0]["message"]["content"] for one in asked]
+        whole = [one.result().json()["choices"][0]["message"]["images"] for one in drawings]
+    assert texts == [answer("Name a fruit.", "text", seed).text for seed in range(4)]
+    first = mini().generate("Draw a cat.", "image", seed=0, max_images=8).images[0]
+    assert all(pixels(one[0]["image_url"]["url"]).tobytes() == first.tobytes() for one in whole)
+    page = server.get("/metrics").text
+    assert 'earlyfusion:engines_ready{model_name="mini"} 2.0' in page
+
+
+def test_what_is_remembered_serves_any_engine(server: Running) -> None:
+    body = {"input": "Draw a cat.", "tools": [{"type": "image_generation"}], "seed": 0}
+    first = server.post("/v1/responses", body | {"tool_choice": "required"}).json()
+    drawn = first["output"][0]
+    file = f"file-{drawn['id'].removeprefix('ig_')}"
+    assert server.get(f"/v1/files/{file}").status_code == 200
+    follow = {"previous_response_id": first["id"], "input": "What is this?", "seed": 1}
+    with ThreadPoolExecutor(8) as pool:  # at once, so that both engines are asked
+        told = [pool.submit(server.post, "/v1/responses", follow) for _ in range(4)]
+        texts = [one.result().json()["output"][0]["content"][0]["text"] for one in told]
+    assert len(set(texts)) == 1
+
+
+def test_an_engine_that_is_lost_is_started_alone(server: Running) -> None:
+    before = pids(server)
+    with ThreadPoolExecutor(8) as pool:
+        drawings = [pool.submit(server.chat, "Draw a cat.", **DRAWING) for _ in range(4)]
+        until(lambda: server.service.driver.running == 4)
+        os.kill(before[0], signal.SIGKILL)
+        statuses = sorted(one.result().status_code for one in drawings)
+    assert statuses == [200, 200, 503, 503]
+    said = server.chat("Name a fruit.", modalities=["text"], seed=0)  # by the other one
+    assert said.status_code == 200 and server.get("/health").status_code == 200
+    until(lambda: server.service.driver.engines_ready == 2)
+    after = pids(server)
+    assert after[0] != before[0] and after[1] == before[1]
+    assert server.service.driver.restarts == 1 and server.service.driver.waiting == 0
+
+
+def test_the_room_of_the_queue_is_shared(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    drivers, replicas = drivers_of(server), server.service.driver
+    assert isinstance(replicas, Replicas) and [one.max_queue for one in drivers] == [5, 5]
+    monkeypatch.setattr(Driver, "limit", 2)
+    batches = [replicas.admit(1) for _ in range(4)]
+    assert [driver.waiting for driver in drivers] == [2, 2]
+    for ask in (replicas.admit, replicas.check_room):
+        with pytest.raises(FullError, match="4 requests"):
+            ask(1)
+    batches.pop().close()
+    replicas.check_room()
+    replicas.admit(1).close()
+    with pytest.raises(FullError):
+        replicas.admit(2)  # the choices of one request go to one engine
+    for batch in batches:
+        batch.close()
+    for driver in drivers:
+        monkeypatch.setattr(driver, "ready", False)
+    with pytest.raises(ClosedError):
+        replicas.admit(1)
+    with pytest.raises(ClosedError):
+        replicas.check_room()
+    assert server.get("/ready").status_code == 503
+
+
+def test_wrong_numbers_are_one_sentence(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in ("0", "1000"):
+        assert main(["serve", "--port", "0", "--replicas", number]) == 2
+        assert f"replicas={number} is not possible" in capsys.readouterr().err
+    assert main(["serve", "--port", "0", "--replicas", "2", "--model", "./nowhere"]) == 2
+    assert "nowhere" in capsys.readouterr().err
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(SettingError, match="need a GPU each"):
+        LoadPlan(device="cuda", replicas=2).load()
