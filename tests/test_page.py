@@ -18,9 +18,11 @@ from typing import Any
 
 import httpx
 import pytest
-from serve_case import STRAWBERRY, Running, running
+from serve_case import STRAWBERRY, Running, mini, running
+from test_serve_adapters import adapter
 
 import earlyfusion
+from earlyfusion import Chameleon
 
 FOLDER = Path(earlyfusion.__file__).parent / "serve" / "page"
 CHROMIUM = which("chromium") or which("chromium-browser")
@@ -397,6 +399,57 @@ def test_copied_code_gives_the_reply_again(visit: Callable[..., Visitor], tmp_pa
 
 
 @pytest.mark.browser
+def test_sends_a_negative_prompt_and_a_schema(visit: Callable[..., Visitor]) -> None:
+    visitor = visit()
+    schema: dict[str, Any] = {"type": "object", "properties": {"a": {"enum": ["b"]}}}
+    schema |= {"required": ["a"], "additionalProperties": False}
+    visitor.set(json_schema=json.dumps(schema), negative_prompt="Draw a green apple.", seed=2)
+    visitor.choose("text")
+    visitor.say("What is a cat?")
+    visitor.wait()
+    assert json.loads(visitor.texts(".model .text")[0]) == {"a": "b"}
+    body = json.loads(visitor.copied("Copy as curl").split("<<'JSON'\n")[1][:-6])
+    assert body["response_format"]["json_schema"]["schema"] == schema
+    assert "negative_prompt" not in body, "there can be no picture"
+    visitor.choose("image")
+    visitor.say("Draw a red apple.")
+    visitor.wait()
+    body = json.loads(visitor.copied("Copy as curl").split("<<'JSON'\n")[1][:-6])
+    assert body["negative_prompt"] == "Draw a green apple." and "response_format" not in body
+    # What is no schema is marked, said, and nothing is sent.
+    visitor.set(json_schema="{")
+    visitor.choose("text")
+    visitor.say("What is a dog?")
+    assert visitor.texts("#toast") == ["The JSON schema in the settings is not a JSON object"]
+    assert visitor.page.input_value("#prompt") == "What is a dog?" and visitor.count(".turn") == 4
+    assert visitor.page.get_attribute("[name=json_schema]", "aria-invalid") == "true"
+    visitor.page.click("#settings-button")
+    visitor.shoot("schema")
+    visitor.page.click("#reset")
+    assert visitor.page.get_attribute("[name=json_schema]", "aria-invalid") == "false"
+
+
+@pytest.mark.browser
+def test_one_of_several_models_is_chosen(visit: Callable[..., Visitor], tmp_path: Path) -> None:
+    model = Chameleon.load(
+        "mini", adapters={"other": adapter(tmp_path / "a", mini().transformer, 3)}
+    )
+    with running(model=model) as server:
+        visitor = visit(server.url)
+        visitor.page.select_option("#model", "other")
+        visitor.choose("text")
+        visitor.set(seed=1)
+        visitor.say("What is a cat?")
+        visitor.wait()
+        wanted = model.generate("What is a cat?", "text", seed=1, adapter="other").text
+        assert "".join(visitor.texts(".model .text")).split() == wanted.split()
+        visitor.page.reload()
+        visitor.page.wait_for_selector("#model option", state="attached")
+        assert visitor.page.input_value("#model") == "other"
+        visitor.page.goto("about:blank")
+
+
+@pytest.mark.browser
 def test_errors_are_the_servers_sentences(visit: Callable[..., Visitor], server: Running) -> None:
     visitor = visit()
     visitor.set(temperature=-1)
@@ -477,6 +530,8 @@ def test_axe_finds_nothing(visit: Callable[..., Visitor], options: dict[str, Any
     visitor.page.keyboard.press("Enter")
     check()
     visitor.page.click("#settings-button")
+    check()
+    visitor.page.fill("[name=json_schema]", "{")
     check()
     visitor.page.keyboard.press("Escape")
     if options is PHONE:

@@ -1,7 +1,7 @@
 // The page: its state, its event listeners, and the actions that they start.
 
 import { ServerError, chat, models } from "./api.js";
-import { apply, bodyOf, fieldsOf, newConversation, streamed } from "./conversation.js";
+import { apply, bodyOf, fieldsOf, newConversation, schemaOf, streamed } from "./conversation.js";
 import { picturesIn, readPicture } from "./pictures.js";
 import { asCurl, asPython } from "./snippets.js";
 import * as store from "./store.js";
@@ -12,7 +12,7 @@ const $ = (id) => document.getElementById(id);
 const running = new Map(); // reply -> {conversation, control}
 const opened = new Map(); // id -> conversation, of those loaded since the page was opened
 const coarse = matchMedia("(pointer: coarse)");
-const inputs = [...document.querySelectorAll("#settings input")];
+const inputs = [...document.querySelectorAll("#settings :is(input, textarea)")];
 let conversation = newConversation();
 let attached = [];
 let served = []; // of /v1/models
@@ -25,7 +25,15 @@ const model = () => served.find(({ id }) => id === $("model").value) ?? served[0
 const output = () => document.querySelector("[name=output]:checked").value;
 const settings = () => Object.fromEntries(inputs.map(({ name, value }) => [name, value]));
 
+/** Whether a request can be made of the settings; says so if not. */
+function usable(wanted = output()) {
+  if (wanted === "image" || schemaOf(settings()) !== undefined) return true;
+  say(t("badSchema"));
+  return false;
+}
+
 async function begin(parts, { alone = false, wanted = output() } = {}) {
+  if (!usable(wanted)) return;
   conversation.turns.push({ role: "user", parts, alone });
   conversation.title ||= parts.find((part) => part.text)?.text.slice(0, 80) ?? "";
   await answer(wanted);
@@ -120,10 +128,10 @@ const act = {
     else views[conversation.turns.indexOf(from)].querySelector(".actions button").focus();
   },
   saveEdit(turn, position, parts) {
-    if (!parts.length) return;
+    const wanted = wantedAgain(conversation.turns[position + 1]);
+    if (!parts.length || !usable(wanted)) return;
     stop();
     act.editing = null;
-    const wanted = wantedAgain(conversation.turns[position + 1]);
     conversation.turns.length = position;
     if (!position) conversation.title = "";
     begin(parts, { alone: turn.alone, wanted });
@@ -136,7 +144,7 @@ const act = {
     strip.children[number].focus();
   },
   regenerate(turn) {
-    answer(wantedAgain(turn), 1);
+    if (usable(wantedAgain(turn))) answer(wantedAgain(turn), 1);
   },
   vary: (part) => begin([picture(part), { type: "text", text: t("varyPrompt") }], { alone: true, wanted: "image" }),
   restyle(part, style) {
@@ -342,6 +350,8 @@ async function readModels() {
     return say(error.message || t("notReached"));
   }
   $("model").replaceChildren(...served.map(({ id }) => el("option", {}, id)));
+  const last = store.recall("model");
+  if (served.some(({ id }) => id === last)) $("model").value = last;
   showModel();
   return undefined;
 }
@@ -360,7 +370,7 @@ function showModel() {
 
 function setLanguage(language) {
   speak(language);
-  for (const input of inputs) input.placeholder = input.name === "replies" ? "1" : t(input.name === "seed" ? "random" : "default");
+  for (const input of inputs.filter(({ type }) => type === "number")) input.placeholder = input.name === "replies" ? "1" : t(input.name === "seed" ? "random" : "default");
   const other = currentLanguage() === "en" ? ["한국어", "ko"] : ["English", "en"];
   $("language").textContent = other[0];
   $("language").lang = other[1];
@@ -369,6 +379,11 @@ function setLanguage(language) {
   renderAttached();
   render();
   renderList();
+}
+
+/** Mark a schema that is not one. */
+function showSchema() {
+  document.querySelector("[name=json_schema]").setAttribute("aria-invalid", String(schemaOf(settings()) === undefined));
 }
 
 const THEMES = { auto: "system", light: "light", dark: "dark" };
@@ -406,7 +421,7 @@ function send(event) {
   event?.preventDefault();
   const text = $("prompt").value.trim();
   const busy = [...running.values()].some((entry) => entry.conversation === conversation);
-  if (busy || !(text || attached.length)) return;
+  if (busy || !(text || attached.length) || !usable()) return;
   const parts = [...attached, ...(text ? [{ type: "text", text }] : [])];
   attached = [];
   $("prompt").value = "";
@@ -452,12 +467,19 @@ function listen() {
     store.remember("language", currentLanguage());
   });
   $("theme").addEventListener("click", nextTheme);
-  $("model").addEventListener("change", showModel);
+  $("model").addEventListener("change", () => {
+    store.remember("model", $("model").value);
+    showModel();
+  });
   $("key-button").addEventListener("click", askKey);
-  $("settings").addEventListener("input", () => store.remember("settings", JSON.stringify(settings())));
+  $("settings").addEventListener("input", () => {
+    store.remember("settings", JSON.stringify(settings()));
+    showSchema();
+  });
   $("reset").addEventListener("click", () => {
     for (const input of inputs) input.value = "";
     store.remember("settings", null);
+    showSchema();
   });
 }
 
@@ -482,6 +504,7 @@ function listenForDrops() {
 async function start() {
   const known = JSON.parse(store.recall("settings") ?? "{}");
   for (const input of inputs) input.value = known[input.name] ?? "";
+  showSchema();
   $("key-button").hidden = !key;
   listen();
   setLanguage(store.recall("language") ?? navigator.language);

@@ -7,15 +7,30 @@ export function newConversation() {
   return { id: crypto.randomUUID?.() ?? `${Date.now()}-${Math.random()}`, title: "", updated: Date.now(), turns: [] };
 }
 
+/** The JSON schema of the settings: null where there is none, undefined for anything but an object. */
+export function schemaOf({ json_schema: text = "" }) {
+  if (!text.trim()) return null;
+  try {
+    const schema = JSON.parse(text);
+    return schema?.constructor === Object ? schema : undefined;
+  } catch {
+    return undefined;
+  }
+}
+
 /** The request's fields for the settings; empty ones are left to the model. There are `existing` replies. */
 export function fieldsOf(settings, output, existing) {
   const fields = {};
   if (output === "image" || output === "text") fields.modalities = [output];
   if (output === "interleaved") fields.modalities = ["text", "image"];
   for (const [name, value] of Object.entries(settings)) {
-    if (name !== "replies" && value !== "") fields[name] = Number(value);
+    if (!["replies", "negative_prompt", "json_schema"].includes(name) && value !== "") fields[name] = Number(value);
   }
   if (output === "text") delete fields.max_images;
+  // What is for pictures is left out where there can be none, and likewise for text.
+  if (settings.negative_prompt && output !== "text") fields.negative_prompt = settings.negative_prompt;
+  const schema = schemaOf(settings);
+  if (schema && output !== "image") fields.response_format = { type: "json_schema", json_schema: { schema } };
   const random = crypto.getRandomValues(new Uint32Array(1))[0];
   // Further replies get the next seeds, as the choices of one request do.
   fields.seed = fields.seed === undefined ? random : fields.seed + existing;
