@@ -404,6 +404,7 @@ def test_sends_a_negative_prompt_and_a_schema(visit: Callable[..., Visitor]) -> 
     schema: dict[str, Any] = {"type": "object", "properties": {"a": {"enum": ["b"]}}}
     schema |= {"required": ["a"], "additionalProperties": False}
     visitor.set(json_schema=json.dumps(schema), negative_prompt="Draw a green apple.", seed=2)
+    visitor.set(guidance_text=3)
     visitor.choose("text")
     visitor.say("What is a cat?")
     visitor.wait()
@@ -415,6 +416,7 @@ def test_sends_a_negative_prompt_and_a_schema(visit: Callable[..., Visitor]) -> 
     visitor.say("Draw a red apple.")
     visitor.wait()
     body = json.loads(visitor.copied("Copy as curl").split("<<'JSON'\n")[1][:-6])
+    assert visitor.count(".model .frame img") == 1 and visitor.count(".error") == 0
     assert body["negative_prompt"] == "Draw a green apple." and "response_format" not in body
     # What is no schema is marked, said, and nothing is sent.
     visitor.set(json_schema="{")
