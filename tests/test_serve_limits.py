@@ -181,6 +181,26 @@ def test_a_full_queue_says_when_to_ask_again(
     assert too_many.status_code == 400 and "ask for fewer" in error_of(too_many)["message"]
 
 
+def test_a_full_server_reads_no_body(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(server.service.driver), "limit", 0)
+    host, port = server.url.removeprefix("http://").split(":")
+    head = f"POST /v1/images/edits HTTP/1.1\r\nHost: {host}\r\nContent-Length: 100000\r\n"
+    with socket.create_connection((host, int(port)), timeout=10) as client:
+        # Of the body only a part is sent, and that of a foreign type.
+        client.sendall(f"{head}Content-Type: text/plain\r\n\r\n".encode() + b"a" * 1000)
+        told = b""
+        while b'"queue_full"' not in told:
+            more = client.recv(65_536)
+            assert more
+            told += more
+        assert told.startswith(b"HTTP/1.1 429 ")
+        # The connection is still good once the rest has come.
+        client.sendall(b"a" * 99_000 + f"GET /ready HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+        assert client.recv(65_536).startswith(b"HTTP/1.1 200 ")
+    assert server.get("/v1/models").status_code == 200  # takes no room
+    assert server.post("/tokenize", {"prompt": "a"}).status_code == 200
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_blocks(server: Running, stream: bool) -> None:
     engine = server.service.driver.engine

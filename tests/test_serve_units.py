@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+from time import monotonic
 from typing import Any
 
 import pytest
-from serve_case import picture_file
+from serve_case import mini, picture_file
 
 from earlyfusion.content import Image, Message, Text
 from earlyfusion.errors import ContextError, OutOfMemoryError, SettingError
+from earlyfusion.generation.request import Request, TextDelta
+from earlyfusion.generation.settings import SamplingParams
 from earlyfusion.serve import fetch
 from earlyfusion.serve.driver import BrokenError, ClosedError, FullError
 from earlyfusion.serve.errors import ApiError, as_api_error
@@ -29,6 +33,7 @@ from earlyfusion.serve.store import MAX_CONVERSATIONS, Conversation, Conversatio
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
 DRAW: dict[str, Any] = {"prompt": "Draw a cat."}
+REQUEST = Request([0], "text", SamplingParams(), images=0, room=1)
 
 
 def refused(kind: type[Wire], body: Any, lenient: bool = False) -> ApiError:
@@ -370,6 +375,81 @@ def test_conversations_are_bounded() -> None:
     with pytest.raises(ApiError) as told:
         conversations.get("1")
     assert told.value.status == 404
+
+
+# --- from the engine to the replies ---
+
+
+def test_a_step_of_many_replies_lets_others_in_between() -> None:
+    from earlyfusion.serve import driver as module
+    from earlyfusion.serve.driver import Batch, Driver
+
+    async def run() -> None:
+        driver = Driver(mini(), max_queue=100)
+        driver._loop, driver.ready = asyncio.get_running_loop(), True
+        several = 2 * module.REPLIES_AT_ONCE + 1
+        jobs = [module._Job(REQUEST, 0, Batch(driver, 1)) for _ in range(several)]
+        for job in jobs:
+            job.batch._left = 1
+        driver._receive([module._News(job, [TextDelta("a")]) for job in jobs])
+        woken = [sum(job.batch.goes_on for job in jobs)]
+        # The next step's news come while the last are still on their way.
+        broken = RuntimeError()
+        driver._receive([module._News(job, [TextDelta("b")], broken) for job in jobs])
+        while woken[-1] < several:
+            await asyncio.sleep(0)
+            woken.append(sum(job.batch.goes_on for job in jobs))
+        assert woken[:3] == [several // 2, 2 * (several // 2), several]
+        for _ in range(3):
+            await asyncio.sleep(0)
+        for job in jobs:
+            assert [event for _, event in job.batch._news] == [TextDelta("a"), TextDelta("b")]
+            assert job.batch._error is broken
+
+    asyncio.run(run())
+
+
+def test_waits_of_a_reply_share_an_alarm() -> None:
+    from earlyfusion.serve.driver import Batch, Driver, _Job, _News
+
+    async def run() -> None:
+        batch = Batch(Driver(mini(), max_queue=100), 1)
+        batch._left, job = 1, _Job(REQUEST, 0, batch)
+        loop, events = asyncio.get_running_loop(), batch.events(tick=600)
+        alarms = set()
+        for number in range(3):  # news before the alarm rings, each time
+            loop.call_soon(batch.receive, _News(job, [TextDelta(str(number))]))
+            assert await anext(events) == (0, TextDelta(str(number)))
+            alarms.add(batch._alarm)
+        assert len(alarms) == 1
+        events = batch.events(tick=0.01)  # before that alarm
+        assert await anext(events) is None and await anext(events) is None
+        batch.receive(_News(job, error=RuntimeError("broken")))
+        with pytest.raises(RuntimeError, match="broken"):
+            await anext(events)
+
+    asyncio.run(run())
+
+
+def test_when_to_ask_again_follows_the_oldest_request() -> None:
+    from earlyfusion.serve.driver import Driver
+
+    driver = Driver(mini(), max_queue=0)
+    driver.ready = True
+
+    async def run() -> list[int]:
+        seconds = []
+        first = driver.admit(driver.limit)
+        for age in (0, 20, 500):
+            first.admitted = monotonic() - age
+            with pytest.raises(FullError) as told:
+                driver.check_room()
+            seconds.append(told.value.seconds)
+        first.close()
+        return seconds
+
+    assert asyncio.run(run()) == [1, 20, 60]
+    driver.check_room()
 
 
 # --- the rest ---

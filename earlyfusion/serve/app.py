@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -45,7 +44,7 @@ from earlyfusion.serve.protocol import (
     read,
 )
 from earlyfusion.serve.replicas import Remotes
-from earlyfusion.serve.replies import EventStream, JsonReply, sse
+from earlyfusion.serve.replies import EventStream, GoneError, JsonReply, sse, unless_gone
 from earlyfusion.serve.responses import ResponseReply
 from earlyfusion.serve.service import Service
 
@@ -115,10 +114,6 @@ async def _no_route(request: Request, error: Exception) -> Response:
         code="unknown_route",
     )
     return JsonReply(wire.body, wire.status)
-
-
-class _Gone(Exception):
-    """The client has closed the connection."""
 
 
 class _Routes:
@@ -262,8 +257,8 @@ class _Routes:
         if stream:
             return EventStream(_with_errors(reply.stream()), batch, headers)
         try:
-            return JsonReply(await _unless_gone(request, reply.whole()), headers=headers)
-        except _Gone:  # nobody reads this reply; its status is for the log
+            return JsonReply(await unless_gone(request.receive, reply.whole()), headers=headers)
+        except GoneError:  # nobody reads this reply; its status is for the log
             return Response(status_code=499)
         finally:
             batch.close()
@@ -422,26 +417,6 @@ async def _with_errors(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
             yield chunk
     except Exception as error:
         yield sse(reported(error).body)
-
-
-async def _unless_gone(request: Request, work: Awaitable[dict[str, Any]]) -> dict[str, Any]:
-    """What `work` gives; it is cancelled when the client closes the connection."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(request))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise _Gone
-        return task.result()
-    finally:
-        for future in (task, gone):
-            future.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 _ERROR = {

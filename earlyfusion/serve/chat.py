@@ -28,6 +28,7 @@ from earlyfusion.serve.replies import (
     chat_usage,
     logprob_entry,
     sse,
+    to_json,
 )
 from earlyfusion.serve.service import GenerationSpec, Prepared, Service
 from earlyfusion.serve.store import StoredFile
@@ -67,6 +68,8 @@ class ChatReply:
         self._service, self._body, self._prepared, self._base = service, body, prepared, base
         self._id = f"chatcmpl-{secrets.token_hex(12)}"
         self._created = int(time())
+        # All chunks begin alike.
+        self._before = sse(self._envelope("chat.completion.chunk", [])).removesuffix(b"]}\n\n")
 
     async def whole(self) -> dict[str, Any]:
         """The reply in one piece."""
@@ -132,7 +135,7 @@ class ChatReply:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         if seed is not None:
             choice["seed"] = seed
-        return sse(self._envelope("chat.completion.chunk", [choice]))
+        return self._before + to_json(choice) + b"]}\n\n"
 
     def _envelope(self, object_type: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         name = self._body.model or self._service.name

@@ -2,7 +2,8 @@
 
 A `Batch` holds the requests of one HTTP request (`n` choices are `n` requests) and one queue of
 their events. The thread takes batches in, steps while there is work, and hands the events of each
-step over to the event loop in one call, so the loop never waits for the engine.
+step over to the event loop in one call, so the loop never waits for the engine. The loop gives them
+to the replies a few at a time, so that a step of many replies keeps no other client waiting.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from threading import Condition, Thread
 from time import monotonic, sleep
 
@@ -25,6 +27,7 @@ from earlyfusion.serve.process import MAX_FAILURES, GoneError, RemoteEngine, Rem
 log = logging.getLogger("earlyfusion.serve")
 
 IDLE_SECONDS = 1.0  # between two heartbeats of an idle engine
+REPLIES_AT_ONCE = 8  # that the loop wakes before it looks at its sockets again
 MAX_PAUSE = 30.0  # seconds between two attempts to start the engine's process
 
 
@@ -81,7 +84,14 @@ class Batch:
         self._driver, self._left = driver, 0
         self._news: deque[tuple[int, Event]] = deque()
         self._error: BaseException | None = None
-        self._changed = asyncio.Event()
+        self._waiter: asyncio.Future[bool] | None = None
+        self._alarm: asyncio.TimerHandle | None = None
+        self._due = 0.0
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether what comes next is here already: `events` will not wait for the engine."""
+        return bool(self._news) or self._left == 0
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Hand the requests to the engine. Raises where one of them can never run."""
@@ -124,6 +134,8 @@ class Batch:
         """Leave the queue, and end the requests that still run. May be called twice."""
         if not self.cancelled:
             self.cancelled = True
+            if self._alarm is not None:
+                self._alarm.cancel()
             unfinished = self._left > 0
             self._driver.release(self, unfinished)
             if unfinished and self._error is None:
@@ -133,19 +145,42 @@ class Batch:
         """Take what a step brought; called on the event loop."""
         self._news.extend((news.job.index, event) for event in news.events)
         self._error = self._error or news.error
-        self._changed.set()
+        self._wake(True)
 
     async def _more(self, seconds: float | None) -> bool:
         """Whether anything came within so many seconds."""
-        self._changed.clear()
         if self._news or self._error is not None:
             return True
+        loop = asyncio.get_running_loop()
+        self._waiter = loop.create_future()
+        if seconds is not None:
+            self._due = loop.time() + seconds
+            if self._alarm is None or self._alarm.when() > self._due:
+                self._set_alarm(loop)
         try:
-            async with asyncio.timeout(seconds):
-                await self._changed.wait()
-        except TimeoutError:
-            return False
-        return True
+            return await self._waiter
+        finally:
+            self._waiter = None
+
+    def _set_alarm(self, loop: asyncio.AbstractEventLoop) -> None:
+        # One timer for many waits, as most of them end long before it: each would cost as much as
+        # the event that it waits for.
+        if self._alarm is not None:
+            self._alarm.cancel()
+        self._alarm = loop.call_at(self._due, self._ring, loop)
+
+    def _ring(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._alarm = None
+        if self._waiter is None:
+            return
+        if loop.time() >= self._due:
+            self._wake(False)
+        else:
+            self._set_alarm(loop)
+
+    def _wake(self, came: bool) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(came)
 
 
 class Driver:
@@ -166,7 +201,9 @@ class Driver:
         self.observe: Callable[[Batch, Event], None] = lambda batch, event: None
         self.observe_cancel: Callable[[], None] = lambda: None
         self._admitted = 0
+        self._batches: dict[Batch, None] = {}  # that hold room, the oldest first
         self._seconds = 1.0  # a moving mean of how long a batch holds its room
+        self._arrived: dict[_Job, _News] = {}  # on their way to the replies
         self._inbox: list[_Job] = []
         self._jobs: list[_Job] = []
         self._wake = Condition()
@@ -241,12 +278,18 @@ class Driver:
 
         Raises `FullError` or `ClosedError`.
         """
+        self.check_room(count, warming)
+        self._admitted += count
+        batch = Batch(self, count)
+        self._batches[batch] = None
+        return batch
+
+    def check_room(self, count: int = 1, warming: bool = False) -> None:
+        """Raise what `admit` would raise now."""
         if self.draining or not (self.ready or warming):
             raise ClosedError
         if self._admitted + count > self.limit:
             raise FullError(self.limit, self._retry_seconds())
-        self._admitted += count
-        return Batch(self, count)
 
     def take_in(self, jobs: list[_Job]) -> None:
         with self._wake:
@@ -255,6 +298,7 @@ class Driver:
 
     def release(self, batch: Batch, unfinished: bool) -> None:
         self._admitted -= batch.count
+        del self._batches[batch]
         self._seconds += 0.2 * (monotonic() - batch.admitted - self._seconds)
         if unfinished:
             with self._wake:  # the thread sees batch.cancelled
@@ -291,7 +335,10 @@ class Driver:
 
     def _retry_seconds(self) -> int:
         ahead = max(self._admitted, 1) / self.engine.most_running
-        return min(max(round(self._seconds * ahead), 1), 60)
+        oldest = next(iter(self._batches), None)
+        # What runs longer than the mean shows that the mean is too small by now.
+        age = 0.0 if oldest is None else monotonic() - oldest.admitted
+        return min(max(round(max(self._seconds, age) * ahead), 1), 60)
 
     def _run(self) -> None:
         try:
@@ -312,7 +359,7 @@ class Driver:
             # `busy` lets go of what was cancelled, so that its blocks are free before the step.
             if engine.busy:
                 self._step(engine)
-            self._hand_over([self._news_of(job) for job in self._jobs])
+            self._hand_over([news for job in self._jobs if (news := self._news_of(job))])
             self._jobs = [job for job in self._jobs if not job.over]
             self._beat = monotonic()
 
@@ -394,29 +441,46 @@ class Driver:
         self._hand_over([_News(job, error=_public(error)) for job in self._jobs])
         self._jobs = []
 
-    def _news_of(self, job: _Job) -> _News:
-        assert job.handle is not None
+    def _news_of(self, job: _Job) -> _News | None:
+        handle = job.handle
+        assert handle is not None
         # First whether it is over, then its events: another thread may step the engine, too.
-        job.over = job.handle.finished or job.handle.error is not None
-        job.started = job.started or bool(job.handle.tokens)
-        events = [job.handle.events.popleft() for _ in range(len(job.handle.events))]
-        error = job.handle.error
-        return _News(job, events, None if error is None else _public(error))
+        job.over = handle.finished or handle.error is not None
+        job.started = job.started or bool(handle.tokens)
+        if not handle.events and handle.error is None:
+            return None
+        events = [handle.events.popleft() for _ in range(len(handle.events))]
+        return _News(job, events, None if handle.error is None else _public(handle.error))
 
     def _hand_over(self, news: Sequence[_News]) -> None:
-        fresh = [one for one in news if one.events or one.error is not None]
-        if fresh and self._loop is not None:
+        if news and self._loop is not None:
             try:
-                self._loop.call_soon_threadsafe(self._receive, fresh)
+                self._loop.call_soon_threadsafe(self._receive, news)
             except RuntimeError:  # the loop has closed: nobody waits any more
                 self._stopping = True
 
     def _receive(self, news: Sequence[_News]) -> None:
+        idle = not self._arrived
         for one in news:
-            if not one.job.batch.cancelled:
-                for event in one.events:
-                    self.observe(one.job.batch, event)
-                one.job.batch.receive(one)
+            known = self._arrived.get(one.job)
+            if known is None:
+                self._arrived[one.job] = one
+            else:  # the loop is behind: one wake-up will do for both
+                known.events += one.events
+                known.error = known.error or one.error
+        if idle:
+            self._deliver()
+
+    def _deliver(self) -> None:
+        """Wake a few of the replies that have news; go on after a look at the sockets."""
+        for job in [*islice(self._arrived, REPLIES_AT_ONCE)]:
+            news = self._arrived.pop(job)
+            if not job.batch.cancelled:
+                for event in news.events:
+                    self.observe(job.batch, event)
+                job.batch.receive(news)
+        if self._arrived and self._loop is not None:
+            self._loop.call_soon(self._deliver)
 
 
 def _public(error: BaseException) -> BaseException:

@@ -25,6 +25,15 @@ from earlyfusion.serve.service import Service
 
 log = logging.getLogger("earlyfusion.serve")
 BODY_SECONDS = 30.0  # between two pieces of a body
+# Routes that take room in the queue: when it is full, their bodies are not even read.
+_GENERATES = {
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/images/generations",
+    "/v1/images/edits",
+    "/v1/images/variations",
+}
 _OPEN = {"/health", "/ready"} | PAGE_PATHS
 _CONTENT = re.compile(r"/v1/files/([^/]+)/content")
 _CLIENTS_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -46,8 +55,10 @@ class Gate:
             refusal = self._refusal(scope)
             if refusal is not None:
                 await self._answer(refusal, visit)
-            else:
-                await self._app(scope, visit.receive, visit.send)
+                return
+            if scope["method"] == "POST" and scope["path"] in _GENERATES:
+                self._service.driver.check_room()
+            await self._app(scope, visit.receive, visit.send)
         except Exception as error:
             wire = reported(error)
             if not visit.status:

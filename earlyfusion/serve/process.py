@@ -13,13 +13,13 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import count
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from time import monotonic
-from typing import TypeAlias, cast
+from typing import NamedTuple, TypeAlias, cast
 
 import torch
 
@@ -51,12 +51,11 @@ class Front:
     most_running: int
 
 
-@dataclass
-class News:
-    """What a step brought to one request."""
+class News(NamedTuple):
+    """What a step brought to one request. A tuple, as it is pickled once a token."""
 
     number: int
-    events: list[Event] = field(default_factory=list)
+    events: Sequence[Event] = ()
     drawn: bool = False
     finished: bool = False
     error: BaseException | None = None

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
-from starlette.responses import Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
 
 from earlyfusion.api import Chameleon
 from earlyfusion.generation.request import TokenLogprob, Usage
 from earlyfusion.serve.driver import Batch
 
+Result = TypeVar("Result")
 KEEPALIVE = b": keepalive\n\n"
 DONE = b"data: [DONE]\n\n"
 
@@ -44,28 +46,78 @@ class JsonReply(Response):
         return to_json(content)
 
 
-class EventStream(StreamingResponse):
-    """Server-sent events of a batch, which is closed however the stream ends."""
+class EventStream(Response):
+    """Server-sent events of a batch, which is closed however the stream ends.
+
+    Instead of starlette's StreamingResponse: chunks that are there together are sent together, as
+    each message costs more than the text in it.
+    """
+
+    media_type = "text/event-stream"
 
     def __init__(
         self, chunks: AsyncIterator[bytes], batch: Batch, headers: Mapping[str, str] | None = None
     ) -> None:
+        self._chunks, self._batch = chunks, batch
+        self.status_code, self.background = 200, None
         defaults = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(
-            chunks, headers=defaults | dict(headers or {}), media_type="text/event-stream"
-        )
-        self._batch = batch
+        self.init_headers(defaults | dict(headers or {}))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            await unless_gone(receive, self._stream(send))
+        except GoneError:
+            pass
         finally:
             self._batch.close()
 
+    async def _stream(self, send: Send) -> None:
+        start = {"type": "http.response.start", "status": self.status_code}
+        await send(start | {"headers": self.raw_headers})
+        pieces: list[bytes] = []
+        async for chunk in self._chunks:
+            pieces.append(chunk)
+            if not self._batch.goes_on:
+                await send(_body(pieces, more=True))
+                pieces = []
+        await send(_body(pieces, more=False))
+
+
+class GoneError(Exception):
+    """The client has closed the connection."""
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
+    """What `work` gives. If the client closes the connection first, `work` is cancelled; then
+    raises `GoneError`."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise GoneError
+        return task.result()
+    finally:
+        for future in (task, gone):
+            future.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _body(pieces: list[bytes], more: bool) -> Message:
+    return {"type": "http.response.body", "body": b"".join(pieces), "more_body": more}
+
+
+# Kept, as json.dumps makes a new one at each call with such options.
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
 
 def to_json(content: Any) -> bytes:
-    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return text.encode("utf-8", "backslashreplace")
+    return _ENCODER.encode(content).encode("utf-8", "backslashreplace")
 
 
 def sse(data: Any, event: str | None = None) -> bytes:

@@ -21,6 +21,9 @@ from earlyfusion.serve.service import Service
 
 _MAX_HEADER_BYTES = 32_768
 _BACKLOG = 1024
+# Seconds that a thread keeps the interpreter while others wait: Python's 5 ms, once for each worker
+# thread, would be most of what a client waits for a refusal.
+_SWITCH_INTERVAL = 0.0005
 _FIELDS = ("request_id", "method", "path", "status", "ms", "failures", "reason")
 
 
@@ -37,6 +40,7 @@ def serve(
     """
     listener = _listener(options)
     log_as_json()
+    sys.setswitchinterval(_SWITCH_INTERVAL)
     app = make_app(model, options, remote)
     # Bound before the model warms up: who connects early waits instead of being refused.
     config = uvicorn.Config(
