@@ -18,8 +18,9 @@ from serve_case import mini
 from tiny import CONFIG, tiny_processor, tiny_transformer
 
 from earlyfusion import Chameleon, Image, ImageDone, Reply, SamplingParams, SettingError, Text
+from earlyfusion.engine.draw import Drawer
 from earlyfusion.generation import constraint
-from earlyfusion.generation.reference import generate
+from earlyfusion.generation.reference import draw_tokens, generate
 
 FRUIT = {
     "type": "object",
@@ -169,6 +170,47 @@ def test_pictures_stand_before_or_after_the_one_text(random_model: Chameleon) ->
         assert re.fullmatch("[a-c]{2,6}", text)
         orders.add(tuple(isinstance(part, str) for part in found))
     assert {(True,), (True, False), (False, True)} <= orders
+
+
+FORBIDDING: list[dict[str, Any]] = [
+    {"regex": "[a-c]{2,6} ?(pear|cat)?"},
+    {"json_schema": {"enum": ["a", "ab", 12, None]}, "repetition_penalty": 1.4},
+    {"bad_words": ["e", "ar"], "top_p": 0.8, "repetition_penalty": 1.2},
+    {"allowed_words": ["a", "pear", "bee"], "top_k": 5},
+    {"regex": "[a-z ]{1,9}", "bad_words": ["a"], "guidance_text": 2.0, "guidance_image": 1.3},
+    {"grammar": 'start: /[a-d]{1,4}/ "."'},
+    {"temperature": 0, "regex": "[a-f]{8}"},
+    {},
+]
+
+
+@MANY
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_mask_in_a_batch_gives_the_tokens_of_the_plain_loop(
+    random_model: Chameleon, compiled: bool, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = random_model.engine
+    if not compiled:
+        monkeypatch.setattr(engine.runner.backend, "draw", None)
+    elif engine.runner.backend.draw is None:
+        pytest.skip("needs a C++ compiler")
+    monkeypatch.setattr(Drawer, "_draw_steered", None)  # none of them is drawn by itself
+    requests = [
+        random_model.request(
+            "a pear",
+            "interleaved" if seed % 3 else "text",
+            seed=seed,
+            max_tokens=40,
+            **{"temperature": 1.2} | FORBIDDING[seed % len(FORBIDDING)],
+        )
+        for seed in range(count)
+    ]
+    handles = [engine.add(request) for request in requests]
+    while engine.busy:
+        engine.step()
+    for request, handle in zip(requests, handles, strict=True):
+        assert handle.error is None
+        assert handle.tokens == list(draw_tokens(*_parts(random_model), request))
 
 
 def test_what_may_come_around_a_picture(random_model: Chameleon) -> None:

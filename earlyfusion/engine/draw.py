@@ -33,6 +33,7 @@ from earlyfusion.generation.sampler import (
     sound,
     warp,
 )
+from earlyfusion.generation.steering import Steering
 from earlyfusion.kernels.cpu_step import Choice
 
 NOTHING = -1
@@ -64,6 +65,8 @@ class Drawer:
         self._backend, self._device = backend, device
         self.image_head = Head(backend, grammar.code_ids, device)
         self._allowed = {grammar}
+        self._text_of: dict[tuple[Grammar, bool], Tensor] = {}
+        self._forbidden: dict[Handle, Tensor] = {}  # of this step
         self._warps: dict[DrawGroup, tuple[list[DrawSettings], Warp]] = {}
         self._load_text_head(grammar.text_ids)
 
@@ -85,9 +88,17 @@ class Drawer:
 
     def draw(self, x_RD: Tensor, step: Step, handles: Sequence[Handle]) -> list[list[int]]:
         """The tokens of each handle: one, or one per position of its window of codes."""
-        steered = [handle for handle in handles if handle.steering is not None]
-        drawn = {handle: self._draw_steered(x_RD, step, handle) for handle in steered}
-        left = [handle for handle in handles if handle.steering is None]
+        drawn: dict[Handle, list[int]] = {}
+        left: list[Handle] = []
+        self._forbidden = {}
+        for handle in handles:
+            steering = handle.steering
+            if steering is not None and not steering.only_forbids:
+                drawn[handle] = self._draw_steered(x_RD, step, handle)
+            elif steering is None or self._forbid(handle, steering):
+                left.append(handle)
+            else:
+                drawn[handle] = []
         if self._backend.draw is not None:
             singles = [handle for handle in left if handle.window is None]
             left = [handle for handle in left if handle.window is not None]
@@ -96,6 +107,17 @@ class Drawer:
         if left:
             drawn |= self._draw_grouped(x_RD, step, left)
         return [drawn[handle] for handle in handles]
+
+    def _forbid(self, handle: Handle, steering: Steering) -> bool:
+        """Keep which columns of the text head a request may not draw from in this step. False if
+        that leaves none, and the error is the handle's."""
+        try:
+            allowed_V = steering.allowed(handle.branches[0].tokens, self._allowed_for(handle))
+        except EarlyFusionError as error:
+            handle.error = error
+            return False
+        self._forbidden[handle] = ~allowed_V[self.text_head.ids_V]
+        return True
 
     # ---- one request by itself, as in the plain loop
 
@@ -222,7 +244,8 @@ class Drawer:
 
     def _masked(self, logits_BV: Tensor, group: DrawGroup, handles: list[Handle]) -> Tensor:
         """Text logits after the grammar's mask and the repetition penalty."""
-        alike = len({(handle.walk.grammar, handle.walk.may_begin) for handle in handles}) == 1
+        rules = {(handle.walk.grammar, handle.walk.may_begin) for handle in handles}
+        alike = len(rules) == 1 and self._forbidden.keys().isdisjoint(handles)
         logits_BV = logits_BV.masked_fill(
             self._blocked_for(handles[0])
             if alike
@@ -273,14 +296,23 @@ class Drawer:
     # ---- columns of the text head
 
     def _blocked_for(self, handle: Handle) -> Tensor:
-        """Columns that the grammar forbids."""
+        """Columns that the grammar forbids, and what steers the request."""
+        if handle in self._forbidden:
+            return self._forbidden[handle]
+        key = handle.walk.grammar, handle.walk.may_begin
+        if key not in self._blocked:
+            self._blocked[key] = ~self._allowed_for(handle)[self.text_head.ids_V]
+        return self._blocked[key]
+
+    def _allowed_for(self, handle: Handle) -> Tensor:
+        """Tokens of text, of the whole vocabulary, that the grammar allows."""
         walk = handle.walk
         # In text nothing else of a grammar's state counts.
         key = walk.grammar, walk.may_begin
-        if key not in self._blocked:
+        if key not in self._text_of:
             state_1F = torch.tensor([walk.state], device=self._device)
-            self._blocked[key] = ~walk.grammar.mask(state_1F)[0, self.text_head.ids_V]
-        return self._blocked[key]
+            self._text_of[key] = walk.grammar.mask(state_1F)[0]
+        return self._text_of[key]
 
     def _seen_by(self, handle: Handle) -> Tensor | None:
         """Columns that the history of a request holds; None without a penalty."""

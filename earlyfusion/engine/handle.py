@@ -91,7 +91,7 @@ class Handle:
     def steering(self) -> Steering | None:
         """What changes the logits of the next token; None where nothing does."""
         needed = self._steering is not None and not (
-            self.walk.in_image and self._steering.only_text
+            self.walk.in_image and self._steering.only_forbids
         )
         return self._steering if needed else None
 

@@ -83,13 +83,18 @@ class Constraint:
 
     def __call__(self, ids: Sequence[int], logits_V: Tensor) -> Tensor:
         """The logits, -inf for tokens that may not come. `ids` are those of prompt and reply."""
+        allowed_V = self.allowed(ids, len(logits_V))
+        if allowed_V is None:
+            return logits_V
+        return logits_V.masked_fill(~allowed_V.to(logits_V.device), -torch.inf)
+
+    def allowed(self, ids: Sequence[int], size: int) -> Tensor | None:
+        """The tokens that may come, as a bool [V] on the CPU; None in a picture. Raises
+        `SettingError` where the matcher gives up."""
         for token in ids[self._read :]:
             self._follow(token)
         self._read = len(ids)
-        if self._in_picture:
-            return logits_V
-        allowed = self._allowed(len(logits_V))
-        return logits_V.masked_fill(~torch.from_numpy(allowed).to(logits_V.device), -torch.inf)
+        return None if self._in_picture else torch.from_numpy(self._allowed(size))
 
     def _follow(self, token: int) -> None:
         if self._in_picture:

@@ -95,9 +95,9 @@ class SamplingParams:
     one text that fits it (generation/constraint.py); a schema is kept as JSON. `logits_processors`
     change the logits (guided, before the grammar's mask, the penalty and the temperature) of every
     token that is drawn. `logprobs` adds the log-probability of each drawn token, and those of the
-    `logprobs` likeliest (generation/steering.py). A request with any of these is drawn by itself,
-    from the whole vocabulary, without `jacobi` and `prompt_lookup`. Impossible values raise
-    `SettingError`.
+    `logprobs` likeliest (generation/steering.py). A request with any of these is drawn without
+    `jacobi` and `prompt_lookup`; with one of the last two, by itself and from the whole vocabulary.
+    Impossible values raise `SettingError`.
     """
 
     temperature: float | None = None

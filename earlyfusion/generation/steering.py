@@ -39,8 +39,9 @@ class Steering:
         self._processor, self._top = processor, sampling.logprobs
 
     @property
-    def only_text(self) -> bool:
-        """Whether codes of pictures may be drawn without it."""
+    def only_forbids(self) -> bool:
+        """Whether it only forbids tokens of text: `allowed` is then all of `change`, and codes of
+        pictures may be drawn without it."""
         return not self._processors and self._top is None
 
     def change(self, ids: Sequence[int], logits_V: Tensor, allowed_V: Tensor) -> Tensor:
@@ -60,6 +61,19 @@ class Steering:
         if bool(left_V.isnan().any()) or not bool(left_V.isfinite().any()):
             raise SettingError(self._nothing_left(len(ids)))
         return logits_V
+
+    def allowed(self, ids: Sequence[int], allowed_V: Tensor) -> Tensor:
+        """Of the tokens that the grammar allows, bool [V], those that may come in text, on the same
+        device. Raises `SettingError` where none is left."""
+        if self._words is not None and (blocked := self._words.blocked(ids)) is not None:
+            allowed_V = allowed_V.index_fill(0, blocked.to(allowed_V.device), False)
+        if self._constraint is not None:
+            fits_V = self._constraint.allowed(ids, len(allowed_V))
+            if fits_V is not None:
+                allowed_V = allowed_V & fits_V.to(allowed_V.device)
+        if not bool(allowed_V.any()):
+            raise SettingError(self._nothing_left(len(ids)))
+        return allowed_V
 
     def _nothing_left(self, length: int) -> str:
         if self._constraint is not None:
@@ -135,17 +149,24 @@ class Words:
 
     def __call__(self, ids: Sequence[int], logits_V: Tensor) -> Tensor:
         """The logits, -inf for tokens that may not come."""
+        blocked = self.blocked(ids)
+        if blocked is None:
+            return logits_V
+        return logits_V.index_fill(0, blocked.to(logits_V.device), -torch.inf)
+
+    def blocked(self, ids: Sequence[int]) -> Tensor | None:
+        """The tokens that may not come, on the CPU; None in a picture."""
         reply = ids[self._prompt :]
         text = self._text(reply)
         # Codes of a picture are not text.
         if text is None:
-            return logits_V
+            return None
         # All that the blocked tokens depend on.
         key = self._open_end(text), self._to_come(text), bool(text), self._begin in reply
         if key not in self._blocked_by:
             blocked = torch.tensor(sorted({*self._bad_tokens(key[0]), *self._others(*key[1:])}))
-            self._blocked_by[key] = blocked.long().to(logits_V.device)
-        return logits_V.index_fill(0, self._blocked_by[key], -torch.inf)
+            self._blocked_by[key] = blocked.long()
+        return self._blocked_by[key]
 
     def _text(self, reply: Sequence[int]) -> bytes | None:
         """The current stretch of text so far; None in a picture."""
