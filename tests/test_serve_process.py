@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import os
+import pickle
+import resource
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from time import monotonic, sleep
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import httpx
+import idle_child
 import pytest
 from serve_case import Running, answer, data_url, events, mini, pixels, running
 
+from earlyfusion.api import Chameleon
 from earlyfusion.cli import main
+from earlyfusion.engine.cache import CacheSize
 from earlyfusion.errors import CheckpointError
-from earlyfusion.serve.process import RemoteEngine
+from earlyfusion.serve.process import Child, Front, RemoteEngine
 from earlyfusion.serve.spawn import LoadPlan, start
 
 DRAWING: dict[str, Any] = {"modalities": ["image"], "max_images": 8, "seed": 0}
@@ -125,16 +133,102 @@ def test_an_idle_engine_that_is_lost_is_noticed(server: Running) -> None:
     assert server.chat("Hi", max_tokens=2).status_code == 200
 
 
-def test_clients_that_leave_free_the_engine(server: Running) -> None:
-    remote = remote_of(server)
-    body = {"messages": [{"role": "user", "content": "Draw a cat."}], "stream": True, **DRAWING}
-    files = len(os.listdir(f"/proc/{os.getpid()}/fd"))
+class Held(NamedTuple):
+    """What a process holds."""
+
+    threads: int
+    files: int
+    bytes: int
+
+    @classmethod
+    def by(cls, pid: int) -> Held:
+        with open(f"/proc/{pid}/statm") as file:
+            pages = int(file.read().split()[1])
+        counts = (len(os.listdir(f"/proc/{pid}/{what}")) for what in ("task", "fd"))
+        return cls(*counts, pages * resource.getpagesize())
+
+
+def leave(server: Running, number: int) -> None:
+    """Ask, and leave: at once, with the first token, while the reply is made, or in a picture."""
+    url = f"{server.url}/v1/chat/completions"
+    said = f"Draw {number} cats." if number % 2 else "Tell me of fruit."
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": said}], **DRAWING}
+    body["max_images"] = 2
     with httpx.Client(timeout=60) as client:
-        for _ in range(20):
-            with client.stream("POST", f"{server.url}/v1/chat/completions", json=body) as reply:
-                assert reply.status_code == 200
-    server.wait_until_idle()
-    assert not remote.busy and len(os.listdir(f"/proc/{os.getpid()}/fd")) <= files + 4
+        if number % 4 == 0:
+            with pytest.raises(httpx.ReadTimeout):
+                client.post(url, json=body, timeout=0.01)
+            return
+        with client.stream("POST", url, json=body | {"stream": True}) as reply:
+            assert reply.status_code == 200
+            lines = reply.iter_lines()
+            for _ in range(number % 4 - 1):
+                next(lines)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads Linux's /proc")
+@pytest.mark.parametrize("count", [50, pytest.param(1000, marks=pytest.mark.slow)])
+def test_clients_that_leave_leave_nothing_behind(count: int) -> None:
+    # A small cache is full of old prefixes before the count begins, and takes no more memory.
+    plan = LoadPlan("mini", dtype="fp32", cache_bytes=16_000_000)
+    remote = RemoteEngine(partial(start, plan), step_timeout=60)
+    with running(remote) as server, ThreadPoolExecutor(4) as pool:
+        driver, pids = server.service.driver, (os.getpid(), remote.pid)
+        list(pool.map(partial(leave, server), range(60)))
+        server.wait_until_idle()
+        before = [Held.by(pid) for pid in pids]
+        list(pool.map(partial(leave, server), range(count)))
+        server.wait_until_idle()
+        end = monotonic() + 30
+        while remote.used_blocks:  # an idle child's last message is read within a second
+            assert monotonic() < end
+            sleep(0.05)
+        assert not driver._jobs and not driver._inbox and not driver._arrived
+        assert driver._admitted == 0 and not driver._batches and not remote._handles
+        for old, new in zip(before, (Held.by(pid) for pid in pids), strict=True):
+            assert new.threads <= old.threads and new.files <= old.files + 2
+            assert new.bytes <= 1.02 * old.bytes + 2_000_000
+        assert server.chat("Name a fruit.", max_tokens=2).status_code == 200
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="reads Linux's /proc")
+def test_twenty_restarts_leave_no_file_open() -> None:
+    front = Front(mini(), 100, CacheSize(1, 32), 4)
+    hello = pickle.dumps(replace(front, model=cast(Chameleon, None)))
+    context = get_context("spawn")
+
+    def spawn() -> Child:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=idle_child.run, args=(theirs, hello), daemon=True)
+        process.start()
+        theirs.close()
+        return process, ours
+
+    RemoteEngine(spawn, step_timeout=60).close()  # opens what Python's own helper needs
+    files = Held.by(os.getpid()).files
+    remote = RemoteEngine(spawn, step_timeout=60)
+    for _ in range(20):
+        remote.end()
+        assert remote.start() == remote.front
+        remote.wake()
+    assert remote.alive and Held.by(os.getpid()).files <= files + 5  # one child's
+    remote.close()
+    remote.close()
+    remote.wake()
+    del remote
+    assert Held.by(os.getpid()).files == files
+
+
+def test_the_childs_log_is_json(capfd: pytest.CaptureFixture[str]) -> None:
+    process, connection = start(LoadPlan("mini", dtype="fp32"))
+    assert isinstance(connection.recv(), Front)
+    connection.send((0, "no request"))
+    connection.send(("nothing",))  # ends the loop
+    process.join(30)
+    assert process.exitcode == 1
+    lines = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
+    assert [(line["level"], line["process"]) for line in lines] == [("error", "engine")]
+    assert "ValueError" in lines[0]["error"]
 
 
 def test_bad_weights_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -162,6 +162,11 @@ class Engine:
         with self._turn:
             return 0 if self.runner.bursts is None else self.runner.bursts.warm_up(told)
 
+    @property
+    def used_blocks(self) -> int:
+        """How many blocks of the cache the requests under way hold."""
+        return len(self._scheduler.pool) - self._scheduler.pool.free
+
     def step(self) -> None:
         """Schedule, run, deliver: one or more tokens per request that has read its prompt."""
         with self._turn:

@@ -12,7 +12,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from threading import Condition, Thread
 from time import monotonic, sleep
@@ -236,6 +236,11 @@ class Driver:
         return self.engine.preemptions
 
     @property
+    def cache_usage(self) -> float:
+        """The share of the cache's blocks that requests hold."""
+        return self.engine.used_blocks / self.engine.cache_size.blocks
+
+    @property
     def silent_seconds(self) -> float:
         """How long ago the thread last made a step, or looked whether there was one to make."""
         return monotonic() - self._beat
@@ -365,14 +370,31 @@ class Driver:
 
     def _await_work(self) -> bool:
         """Wait until there is something to do; False when the thread shall end."""
-        with self._wake:
-            while not (self._inbox or self._jobs or self._stopping or self._has_died):
-                self._beat = monotonic()
-                self._wake.wait(IDLE_SECONDS)
-            died = self._has_died and not self._stopping
-        if died:
+        while not self._wait_for_work():
+            self._listen()
+        if self._has_died and not self._stopping:
             self._restart()
         return not self._stopping
+
+    def _wait_for_work(self) -> bool:
+        """Whether there is something to do, now or after a while."""
+        with self._wake:
+            if not self._has_work:
+                self._beat = monotonic()
+                self._wake.wait(IDLE_SECONDS)
+            return self._has_work
+
+    @property
+    def _has_work(self) -> bool:
+        return bool(self._inbox or self._jobs) or self._stopping or self._has_died
+
+    def _listen(self) -> None:
+        """Hear what the engine's process says while it is idle."""
+        if self.remote is not None and not self.remote.busy:
+            try:
+                self.remote.listen()
+            except GoneError as error:
+                log.error("the engine is lost", extra={"reason": str(error)})
 
     @property
     def _has_died(self) -> bool:
@@ -386,10 +408,11 @@ class Driver:
         self._fail_all(GoneError("the engine's process ended"))
         while not self._stopping:
             self.restarts += 1
-            self.remote.close()
+            self.remote.end()
             log.error("the engine's process is started again")
             try:
-                self.remote.front = self.remote.start()
+                # The same model: its pictures' part, with a file per tensor, is here already.
+                self.remote.front = replace(self.remote.start(), model=self.model)
             except Exception:
                 log.exception("the engine's process did not start")
                 sleep(pause)

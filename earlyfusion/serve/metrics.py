@@ -44,6 +44,9 @@ class Metrics:
         gauge("num_preemptions", "Requests that gave their blocks to another.").set_function(
             lambda: driver.preemptions
         )
+        gauge("kv_cache_usage_perc", "Share of the cache's blocks in use, 0 to 1.").set_function(
+            lambda: driver.cache_usage
+        )
         gauge("engine_restarts", "Times that the engine's process was started again.").set_function(
             lambda: driver.restarts
         )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ from earlyfusion.engine.handle import Handle
 from earlyfusion.errors import CheckpointError, EarlyFusionError
 from earlyfusion.generation.request import Event, Request
 from earlyfusion.model.transformer import Transformer
+from earlyfusion.serve.logs import log_as_json
 
 log = logging.getLogger("earlyfusion.serve")
 BEAT_SECONDS = 0.5  # between two messages of a busy child, at least one
@@ -64,9 +66,9 @@ class News(NamedTuple):
 Child: TypeAlias = tuple[BaseProcess, Connection]
 
 # To the child: a request with its number, or the number of one to end. From it: the front or an
-# error of loading at first, then news and the engine's count of preemptions.
+# error of loading at first, then news, the engine's count of preemptions, and its blocks in use.
 Command: TypeAlias = tuple[int, Request | None]
-Message: TypeAlias = tuple[list[News], int]
+Message: TypeAlias = tuple[list[News], int, int]
 
 
 class RemoteHandle:
@@ -94,13 +96,17 @@ class RemoteEngine:
         self, spawn: Callable[[], Child], step_timeout: float, child: Child | None = None
     ) -> None:
         self._spawn, self._step_timeout = spawn, step_timeout
-        self._woken, self._waker = os.pipe()
-        os.set_blocking(self._waker, False)
-        os.set_blocking(self._woken, False)
+        self._woken, self._waker = socket.socketpair()
+        self._woken.setblocking(False)
+        self._waker.setblocking(False)
         self._numbers = count()
         self._handles: dict[int, RemoteHandle] = {}
-        self.preemptions, self._heard = 0, 0.0
-        self.front = self.start(child)
+        self.preemptions, self.used_blocks, self._heard = 0, 0, 0.0
+        try:
+            self.front = self.start(child)
+        except BaseException:
+            self._close_wakes()
+            raise
 
     def start(self, child: Child | None = None) -> Front:
         """Start a child and wait until it has loaded. Raises an `EarlyFusionError`."""
@@ -161,21 +167,36 @@ class RemoteEngine:
         if left <= 0 and self._connection not in ready:
             raise GoneError(f"a step of the engine took over {self._step_timeout:g} s")
         if self._woken in ready:
-            os.read(self._woken, 65_536)
+            self._woken.recv(65_536)
         if self._connection in ready:
             self._receive()
 
     def wake(self) -> None:
         """Let `step` return, as there is something to send."""
         try:
-            os.write(self._waker, b"\0")
-        except BlockingIOError:
-            pass  # full of wakes already
+            self._waker.send(b"\0")
+        except OSError:
+            pass  # full of wakes already, or closed
 
-    def close(self) -> None:
-        """End the child and all requests in it."""
+    def listen(self) -> None:
+        """Take what an idle child has still sent. Raises `GoneError` as `step` does."""
+        while not self._connection.closed and self._connection.poll():
+            self._receive()
+
+    def end(self) -> None:
+        """End the child and all requests in it; `start` can follow."""
         self.kill()
         self._handles.clear()
+        self.used_blocks = 0
+
+    def close(self) -> None:
+        """The same for good. May be called twice."""
+        self.end()
+        self._close_wakes()
+
+    def _close_wakes(self) -> None:
+        self._woken.close()
+        self._waker.close()
 
     def kill(self) -> None:
         self._process.kill()
@@ -203,7 +224,7 @@ class RemoteEngine:
         except (EOFError, OSError):
             self._process.join(_END_SECONDS)
             raise GoneError(f"the engine's process ended ({self._ending()})") from None
-        news, self.preemptions = message
+        news, self.preemptions, self.used_blocks = message
         self._heard = monotonic()
         for one in news:
             handle = self._handles.get(one.number)
@@ -220,6 +241,7 @@ def serve_engine(connection: Connection, load: Callable[[], Chameleon]) -> None:
     # A signal for the whole group is for the server, which drains and then ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    log_as_json()
     try:
         model = load()
         engine = model.engine
@@ -227,7 +249,11 @@ def serve_engine(connection: Connection, load: Callable[[], Chameleon]) -> None:
         connection.send(error)
         return
     connection.send(_front(model, engine))
-    _Child(connection, engine).run()
+    try:
+        _Child(connection, engine).run()
+    except Exception:
+        log.exception("the engine's process ends")
+        raise SystemExit(1) from None
 
 
 def _front(model: Chameleon, engine: Engine) -> Front:
@@ -249,7 +275,7 @@ class _Child:
         self._handles: dict[int, Handle] = {}
         self._commands: deque[Command] = deque()
         self._changed = threading.Condition()
-        self._sent, self._failures = monotonic(), 0
+        self._sent, self._told, self._failures = monotonic(), self._state, 0
 
     def run(self) -> None:
         threading.Thread(target=self._listen, name="listen", daemon=True).start()
@@ -261,11 +287,18 @@ class _Child:
             if self._engine.busy:
                 news += self._step()
             news += [one for one in map(self._news, [*self._handles]) if one is not None]
-            if news or monotonic() - self._sent > BEAT_SECONDS:
-                self._connection.send((news, self._engine.preemptions))
-                self._sent = monotonic()
+            state = self._state
+            # An idle child says once more what is in use.
+            last = not self._handles and state != self._told
+            if news or last or monotonic() - self._sent > BEAT_SECONDS:
+                self._connection.send((news, *state))
+                self._sent, self._told = monotonic(), state
             if self._failures == MAX_FAILURES:
                 return  # something in the engine itself may be broken
+
+    @property
+    def _state(self) -> tuple[int, int]:
+        return self._engine.preemptions, self._engine.used_blocks
 
     def _listen(self) -> None:
         # Reads at all times, so that neither side ever waits for the other to read.

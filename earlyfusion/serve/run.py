@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import socket
 import sys
-from time import gmtime, strftime
 from types import FrameType
-from typing import Any
 
 import uvicorn
 
 from earlyfusion.api import Chameleon
 from earlyfusion.errors import SettingError
 from earlyfusion.serve.app import make_app
+from earlyfusion.serve.logs import log_as_json
 from earlyfusion.serve.options import ServeOptions
 from earlyfusion.serve.replicas import Remotes
 from earlyfusion.serve.service import Service
@@ -24,7 +21,6 @@ _BACKLOG = 1024
 # Seconds that a thread keeps the interpreter while others wait: Python's 5 ms, once for each worker
 # thread, would be most of what a client waits for a refusal.
 _SWITCH_INTERVAL = 0.0005
-_FIELDS = ("request_id", "method", "path", "status", "ms", "failures", "reason")
 
 
 def serve(
@@ -80,31 +76,6 @@ class Server(uvicorn.Server):
         self._service.driver.draining = True
         self.force_exit = self.should_exit
         self.should_exit = True
-
-
-class JsonLines(logging.Formatter):
-    """One JSON object per record. Prompts and replies are in none."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        entry: dict[str, Any] = {
-            "time": strftime("%Y-%m-%dT%H:%M:%SZ", gmtime(record.created)),
-            "level": record.levelname.lower(),
-            "message": record.getMessage(),
-        }
-        entry |= {name: getattr(record, name) for name in _FIELDS if hasattr(record, name)}
-        if record.exc_info:
-            entry["error"] = self.formatException(record.exc_info)
-        return json.dumps(entry)
-
-
-def log_as_json() -> None:
-    """Write the server's and uvicorn's records to standard error, one JSON object a line."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines())
-    for name, level in (("earlyfusion.serve", logging.INFO), ("uvicorn", logging.WARNING)):
-        logger = logging.getLogger(name)
-        logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(level)
 
 
 def _listener(options: ServeOptions) -> socket.socket:
