@@ -87,6 +87,11 @@ class Replicas:
         return bool(self._ready)
 
     @property
+    def cache_usage(self) -> float:
+        """The share of the blocks of all caches that requests hold."""
+        return sum(driver.cache_usage for driver in self.drivers) / len(self.drivers)
+
+    @property
     def draining(self) -> bool:
         return all(driver.draining for driver in self.drivers)
 
