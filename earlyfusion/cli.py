@@ -10,7 +10,7 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from earlyfusion.api import Chameleon
     from earlyfusion.content import Image, Prompt
     from earlyfusion.serve.options import ServeOptions
+    from earlyfusion.serve.process import Child
     from earlyfusion.serve.spawn import LoadPlan
 
 Mode = Literal["crop", "fit"]
@@ -766,6 +767,14 @@ def serve(
             "they share the cores, else each takes a GPU."
         ),
     ] = 1,
+    ray: Annotated[
+        bool,
+        typer.Option(
+            "--ray",
+            help="Run the engines on the machines of a Ray cluster, that of RAY_ADDRESS, or else "
+            "on this one.",
+        ),
+    ] = False,
     fit: Fit = None,
     device: Device = "auto",
     dtype: Precision = "auto",
@@ -794,10 +803,10 @@ def serve(
     )
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # Processes that torchrun started already share the model: it is not loaded elsewhere.
-        if adapters or replicas != 1:
+        if adapters or replicas != 1 or ray:
             raise SettingError(
-                "--adapter and --replicas are not possible under torchrun: merge the adapter into "
-                "the model, and start several servers"
+                "--adapter, --replicas and --ray are not possible under torchrun: merge the "
+                "adapter into the model, and start several servers"
             )
         chameleon = _load(
             model, device, dtype=dtype, fit=fit, verify=verify, cache_bytes=cache_bytes
@@ -812,14 +821,25 @@ def serve(
         LoadPlan(model, device, dtype, verify, cache_bytes, fit, adapters, number, replicas)
         for number in range(replicas)
     ]
-    _serve_apart(plans, options)
+    _serve_apart(plans, options, ray)
 
 
-def _serve_apart(plans: Sequence[LoadPlan], options: ServeOptions) -> None:
-    """Serve a model that is loaded in processes of their own, one for each plan."""
+def _starter(ray: bool, replicas: int) -> Callable[[LoadPlan], Child]:
+    """What starts an engine's process."""
+    if ray:
+        from earlyfusion.serve.on_ray import starter
+
+        return starter(replicas)
     from earlyfusion.serve.spawn import start
+
+    return start
+
+
+def _serve_apart(plans: Sequence[LoadPlan], options: ServeOptions, ray: bool) -> None:
+    """Serve a model that is loaded in processes of their own, one for each plan."""
     from earlyfusion.terminal import busy
 
+    start = _starter(ray, len(plans))
     children = [start(plan) for plan in plans]
     with busy(f"loading {plans[0].name}"):
         # While the children load the model, this process imports what it needs.

@@ -48,7 +48,7 @@ OWNERS = {
     "resvg_py": {"mini"},
     "pillow_heif": {"content.py"},
     "pyarrow": {"data/tables.py"},
-    "ray": {"data/cluster.py"},
+    "ray": {"data/cluster.py", "serve/on_ray.py"},
 }
 
 

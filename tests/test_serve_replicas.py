@@ -139,3 +139,41 @@ def test_wrong_numbers_are_one_sentence(
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     with pytest.raises(SettingError, match="need a GPU each"):
         LoadPlan(device="cuda", replicas=2).load()
+
+
+def test_without_ray_it_says_what_to_install(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    assert main(["serve", "--port", "0", "--replicas", "2", "--ray"]) == 2
+    assert "pip install 'earlyfusion[ray]'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_engines_on_ray_give_the_same_replies_and_are_started_again() -> None:
+    ray = pytest.importorskip("ray", reason="Ray is not installed")
+    from earlyfusion.serve.on_ray import starter
+
+    ray.init(num_cpus=2, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+    with pytest.raises(SettingError, match="replicas=3 need a CPU each"):
+        starter(3)
+    begin, plan = starter(2), LoadPlan("mini", dtype="fp32")
+    children = [begin(plan) for _ in range(2)]
+    remotes = [RemoteEngine(partial(begin, plan), 60, child) for child in children]
+    try:
+        with running(remotes) as server, ThreadPoolExecutor(8) as pool:
+            drawings = [pool.submit(server.chat, "Draw a cat.", **DRAWING) for _ in range(4)]
+            until(lambda: [driver.running for driver in drivers_of(server)] == [2, 2])
+            remotes[0].kill()
+            assert sorted(one.result().status_code for one in drawings) == [200, 200, 503, 503]
+            until(lambda: server.service.driver.engines_ready == 2)
+            asked = [
+                pool.submit(server.chat, "Name a fruit.", modalities=["text"], seed=seed)
+                for seed in range(4)
+            ]
+            texts = [one.result().json()["choices"][0]["message"]["content"] for one in asked]
+        assert texts == [answer("Name a fruit.", "text", seed).text for seed in range(4)]
+    finally:
+        for remote in remotes:
+            remote.close()
+        ray.shutdown()
