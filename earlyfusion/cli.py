@@ -783,9 +783,10 @@ def serve(
 ) -> None:
     """Serve OpenAI's API, with pictures in and out: chat, responses, images, completions, files."""
     from earlyfusion.serve import check_installed
-    from earlyfusion.serve.options import ServeOptions, adapters_of
+    from earlyfusion.serve.options import ServeOptions, adapters_of, check_replicas
 
     check_installed()
+    check_replicas(replicas)
     adapters = adapters_of(adapter or (), name or Path(model).name)
     options = ServeOptions(
         host=host,
@@ -798,7 +799,6 @@ def serve(
         cors_origins=tuple(cors_origin or ()),
         public_url=public_url,
         step_timeout=step_timeout,
-        replicas=replicas,
         image_delivery=image_delivery,
     )
     if "TORCHELASTIC_RUN_ID" in os.environ:

@@ -21,8 +21,7 @@ class ServeOptions:
     run. `keepalive` is the time in seconds after which a silent stream gets a comment, `timeout`
     the time that a reply may take, `drain_seconds` the time that replies have to end after SIGTERM,
     `step_timeout` the time of one step of the engine, after which its process is started again.
-    `image_delivery` is how chats get pictures that do not say it: images, markdown or both. The
-    command line starts `replicas` engines.
+    `image_delivery` is how chats get pictures that do not say it: images, markdown or both.
     Raises `SettingError`.
     """
 
@@ -46,7 +45,6 @@ class ServeOptions:
     drain_seconds: float = 30.0
     step_timeout: float = 300.0
     image_delivery: str = "images"
-    replicas: int = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65_535:
@@ -55,8 +53,6 @@ class ServeOptions:
             raise SettingError(f"max_queue={self.max_queue} is not possible: use 0 or more")
         if not self.step_timeout > 0:
             raise SettingError(f"step_timeout={self.step_timeout:g} is not possible: use above 0")
-        if not 1 <= self.replicas <= MAX_REPLICAS:
-            raise SettingError(f"replicas={self.replicas} is not possible: use 1 to {MAX_REPLICAS}")
         if self.image_delivery not in DELIVERIES:
             raise SettingError.unknown("image_delivery", self.image_delivery, DELIVERIES)
         for key in self.api_keys:
@@ -87,6 +83,12 @@ def adapters_of(given: Sequence[str], model: str) -> dict[str, str]:
             )
         found[name] = folder
     return found
+
+
+def check_replicas(number: int) -> None:
+    """Raises `SettingError` for a number of engines that is not possible."""
+    if not 1 <= number <= MAX_REPLICAS:
+        raise SettingError(f"replicas={number} is not possible: use 1 to {MAX_REPLICAS}")
 
 
 def is_loopback(host: str) -> bool:
