@@ -21,6 +21,7 @@ from earlyfusion import Chameleon
 from earlyfusion.checkpoints.adapter import LowRank, save_adapter
 from earlyfusion.cli import main
 from earlyfusion.engine.backends import cpu
+from earlyfusion.engine.backends import torch as torch_backend
 from earlyfusion.engine.backends.adapters import ByAdapter
 from earlyfusion.engine.engine import Engine
 from earlyfusion.engine.handle import Handle
@@ -53,11 +54,14 @@ def adapter(folder: Path, model: Transformer, seed: int, only: str = "proj", ran
 # --- in one engine ---------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["compiled", "torch"])
+@pytest.fixture(params=["compiled", "torch", "fused in place"])
 def step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the compiled step, where there is a compiler, and without."""
-    if request.param == "torch":
+    """With the compiled step, where there is a compiler, and without; then also with parameters
+    that become views of fused ones, as on a GPU."""
+    if request.param != "compiled":
         monkeypatch.setattr(cpu, "available", lambda: False)
+        in_place = request.param == "fused in place"
+        monkeypatch.setattr(torch_backend, "has_room", lambda _: not in_place)
     elif not cpu.available():
         pytest.skip("no C++ compiler here")
 
