@@ -164,7 +164,7 @@ def test_engines_on_ray_give_the_same_replies_and_are_started_again() -> None:
         with running(remotes) as server, ThreadPoolExecutor(8) as pool:
             drawings = [pool.submit(server.chat, "Draw a cat.", **DRAWING) for _ in range(4)]
             until(lambda: [driver.running for driver in drivers_of(server)] == [2, 2])
-            remotes[0].kill()
+            children[0][0].kill()
             assert sorted(one.result().status_code for one in drawings) == [200, 200, 503, 503]
             until(lambda: server.service.driver.engines_ready == 2)
             asked = [
