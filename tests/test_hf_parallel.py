@@ -12,7 +12,7 @@ from test_hf_models import stock_model
 
 from earlyfusion.config import PRESETS
 from earlyfusion.errors import SettingError
-from earlyfusion.hf import ChameleonConfig, ChameleonForConditionalGeneration
+from earlyfusion.hf import ChameleonConfig, ChameleonForConditionalGeneration, tensor_parallel
 from earlyfusion.hf.tensor_parallel import check_processes
 
 SHAPES = {
@@ -116,3 +116,12 @@ def test_heads_are_shared_evenly() -> None:
         SettingError, match=r"3 processes cannot share 8 .*: start one of 1, 2, 4, 8"
     ):
         check_processes(PRESETS["chameleon-34b"], 3)
+
+
+def test_a_transformers_that_cannot_cut_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """5.17 has neither of the two ways; one process needs none."""
+    monkeypatch.setattr(tensor_parallel, "ALL_PARALLEL_STYLES", {"colwise": None})
+    assert tensor_parallel._split_norm("layers.*.self_attn.q_norm") == {}
+    tensor_parallel.check_processes(PRESETS["tiny"], 1)
+    with pytest.raises(SettingError, match="cannot share the norms of heads between 2 processes"):
+        tensor_parallel.check_processes(PRESETS["tiny"], 2)

@@ -77,6 +77,7 @@ def backends(settings: Settings) -> Iterator[Row]:
                     stack.enter_context(patch.object(runner, attribute, value))
             model.engine = Engine(model.transformer, model.processor, _cache_bytes(settings))
         kind = type(model.engine.runner.backend).__name__
+        kind += " in bursts" if getattr(model.engine.runner, "bursts", None) is not None else ""
         for row in _of_backend(Meter(model, settings.rounds), limits, settings):
             row.what, row.note = f"back ends: {row.what}", f"{name} is {kind}"
             row.values = {name: row.values[OURS]}

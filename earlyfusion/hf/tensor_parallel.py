@@ -6,6 +6,7 @@ feed-forward, and some of the output head's vocabulary. The image tokenizer is w
 
 from __future__ import annotations
 
+import transformers
 from transformers.integrations import ALL_PARALLEL_STYLES
 
 from earlyfusion.config import ModelConfig
@@ -14,8 +15,16 @@ from earlyfusion.errors import SettingError
 HEAD = {"lm_head": "colwise_gather_output"}
 
 
+def _cuts_norms() -> bool:
+    """Whether this transformers can cut a QK-norm; versions between 5.7 and 5.23 cannot."""
+    register = getattr(ALL_PARALLEL_STYLES, "register_plan_to_weight_dim", None)
+    return "local_params" in ALL_PARALLEL_STYLES or register is not None
+
+
 def _split_norm(norm: str) -> dict[str, str]:
     """A QK-norm [heads, width] by heads: "colwise" cuts the dimension before the last."""
+    if not _cuts_norms():
+        return {}
     if "local_params" in ALL_PARALLEL_STYLES:
         return {f"{norm}.weight": "colwise", f"{norm}.bias": "colwise", norm: "local_params"}
     # transformers 5.7 gathers a bias over its last dimension when it saves: this one differs.
@@ -41,7 +50,12 @@ LAYERS = {
 
 
 def check_processes(shape: ModelConfig, processes: int) -> None:
-    """`SettingError` unless all processes get the same number of heads."""
+    """`SettingError` unless all processes get the same number of heads, with their norms."""
+    if processes > 1 and not _cuts_norms():
+        raise SettingError(
+            f"transformers {transformers.__version__} cannot share the norms of heads between "
+            f"{processes} processes: install 5.23, or start one process"
+        )
     heads = shape.kv_heads
     if heads % processes:
         fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
