@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import CONFIG, TEXTS, tiny_processor, tiny_transformer
+from tolerances import assert_close
 
 from earlyfusion.engine import cache
 from earlyfusion.engine.backends import attention, cpu
@@ -30,7 +31,6 @@ from earlyfusion.model.rotary import rotary_tables
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.processor import Processor
 
-CPU = torch.device("cpu")
 # Of the largest logit: a key or value is off by at most 1 / 256 (bf16) or 1 / 254 (int8) of its
 # vector's largest entry.
 TOLERANCE = {"fp32": 1e-5, "bf16": 0.05, "int8": 0.05}
@@ -51,8 +51,8 @@ def processor(tmp_path_factory: pytest.TempPathFactory) -> Processor:
 
 
 @pytest.fixture(scope="module")
-def transformer(processor: Processor) -> Transformer:
-    return tiny_transformer(processor, begin_image=1.0)
+def transformer(processor: Processor, device: torch.device) -> Transformer:
+    return tiny_transformer(processor, 1.0, device)
 
 
 def states(
@@ -71,7 +71,7 @@ def states(
     for more in range(8):
         pieces = [Piece(b, n + more, 1) for b, n in zip(branches, lengths, strict=True)]
         with torch.inference_mode():
-            seen.append(model.backend.states(Step(pieces, CPU)))
+            seen.append(model.backend.states(Step(pieces, transformer.lm_head.weight.device)))
     return torch.stack(seen)
 
 
@@ -138,8 +138,8 @@ def test_guided_preempted_and_from_a_prefix(
     assert agreement(run(small, asked, apart=4), alone) > 0.6 and small.preemptions > 0
 
 
-def test_a_copied_block_holds_the_same() -> None:
-    cache = Cache(CONFIG, 3, 64, torch.int8, CPU)
+def test_a_copied_block_holds_the_same(device: torch.device) -> None:
+    cache = Cache(CONFIG, 3, 64, torch.int8, device)
     scales = cache.scales_BL2KS
     assert scales is not None
     cache.kv_BL2KSH.copy_(torch.randint(-127, 128, cache.kv_BL2KSH.shape))
@@ -152,7 +152,9 @@ def test_a_copied_block_holds_the_same() -> None:
     assert not cache.kv_BL2KSH[1].any() and not scales[1].any() and cache.kv_BL2KSH[0].any()
 
 
-def test_smaller_entries_make_more_blocks(transformer: Transformer, processor: Processor) -> None:
+def test_smaller_entries_make_more_blocks(
+    transformer: Transformer, processor: Processor, device: torch.device
+) -> None:
     budget = 80 * Engine(transformer, processor).cache_size.block_bytes
     engines = {
         kept: Engine(transformer, processor, cache_bytes=budget + 1, cache_dtype=kept)
@@ -165,7 +167,7 @@ def test_smaller_entries_make_more_blocks(transformer: Transformer, processor: P
     assert size.tokens == 160 * BLOCK_SIZE and size.bytes == budget
     assert [size.requests(tokens) for tokens in (32, 33, 300)] == [160, 80, 16]
     for kept, dtype in (("fp32", torch.float32), ("int8", torch.int8)):
-        cache = Cache(CONFIG, 2, 50, dtype, CPU)
+        cache = Cache(CONFIG, 2, 50, dtype, device)
         held = cache.kv_BL2KSH.nbytes + (0 if (s := cache.scales_BL2KS) is None else s.nbytes)
         assert held == 2 * BLOCK_SIZE * Cache.token_bytes(CONFIG, dtype), kept
 
@@ -207,21 +209,24 @@ def test_many_requests_hold_only_what_they_have_read(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
-def test_the_definitions_of_kernels_are_what_the_torch_back_end_does(dtype: torch.dtype) -> None:
+def test_the_definitions_of_kernels_are_what_the_torch_back_end_does(
+    dtype: torch.dtype, device: torch.device
+) -> None:
     """kernels/decode.py over the engine's cache: norm, rotation and store to the bit; attention."""
     torch.manual_seed(0)
-    caches = [Cache(CONFIG, 6, 64, dtype, CPU) for _ in range(2)]
+    caches = [Cache(CONFIG, 6, 64, dtype, device) for _ in range(2)]
     for tensors in zip(*(one._tensors() for one in caches), strict=True):
         fresh = torch.randn(tensors[0].shape)
         for tensor in tensors:
             tensor.copy_(fresh.mul(40).round() if tensor.dtype == torch.int8 else fresh)
     ours, theirs = (one.layers[1] for one in caches)
     heads, keys, width = CONFIG.num_attention_heads, CONFIG.kv_heads, CONFIG.head_dim
-    table, places = torch.tensor([[3, 1], [0, 5], [4, 2]]), torch.tensor([0, 37, 31])
-    norms = decode.HeadNorms(*torch.randn(2, heads + keys, width))
-    rotary = rotary_tables(CONFIG, torch.arange(64)[None])
+    table = torch.tensor([[3, 1], [0, 5], [4, 2]], device=device)
+    places = torch.tensor([0, 37, 31], device=device)
+    norms = decode.HeadNorms(*torch.randn(2, heads + keys, width).to(device))
+    rotary = rotary_tables(CONFIG, torch.arange(64, device=device)[None])
     angles = decode.Angles(rotary.cos[0, :, 0], rotary.sin[0, :, 0])
-    qkv = torch.randn(3, heads + 2 * keys, width)
+    qkv = torch.randn(3, heads + 2 * keys, width).to(device)
     layer = SimpleNamespace(head_weight=norms.weight, head_bias=norms.bias)
     positions = rotary.cos[0][places], rotary.sin[0][places]
     rotated = torch_backend._rotated(qkv[:, : heads + keys], layer, *positions)  # type: ignore[arg-type]
@@ -232,19 +237,20 @@ def test_the_definitions_of_kernels_are_what_the_torch_back_end_does(dtype: torc
     assert torch.equal(queries, rotated[:, :heads])
     assert all(torch.equal(*pair) for pair in zip(*(c._tensors() for c in caches), strict=True))
     ends = places + 1
-    beyond = (torch.arange(64) >= ends[:, None])[:, None, None]
-    mask = torch.zeros(3, 1, 1, 64).masked_fill(beyond, -torch.inf)
+    beyond = (torch.arange(64, device=device) >= ends[:, None])[:, None, None]
+    mask = torch.zeros(3, 1, 1, 64, device=device).masked_fill(beyond, -torch.inf)
     group = attention._Group(slice(0, 3), table, 64, mask)
     expected = attention._attend_group(theirs, queries, group)
     got = decode.attend(queries, blocks, table, ends)
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_zeros_stay_zeros() -> None:
-    layer = Cache(CONFIG, 1, 32, torch.int8, CPU).layers[0]
-    zero = torch.zeros(1, CONFIG.kv_heads, CONFIG.head_dim)
-    layer.store(torch.tensor([0]), torch.tensor([3]), zero, zero)
-    assert not layer.read(torch.tensor([[0]]), 32, torch.float32)[0].any()
+def test_zeros_stay_zeros(device: torch.device) -> None:
+    layer = Cache(CONFIG, 1, 32, torch.int8, device).layers[0]
+    zero = torch.zeros(1, CONFIG.kv_heads, CONFIG.head_dim, device=device)
+    block = torch.tensor([0], device=device)
+    layer.store(block, block + 3, zero, zero)
+    assert not layer.read(block[None], 32, torch.float32)[0].any()
 
 
 def test_another_dtype_is_refused(transformer: Transformer, processor: Processor) -> None:
@@ -252,30 +258,33 @@ def test_another_dtype_is_refused(transformer: Transformer, processor: Processor
         Engine(transformer, processor, cache_dtype="int4")
 
 
-def test_rows_of_the_plain_cache_may_be_ragged() -> None:
+def test_rows_of_the_plain_cache_may_be_ragged(device: torch.device) -> None:
     """Prompts padded on the right, one token a row, two and one; and pieces of prompts beside one
     that begins, as long as all will be: each row as alone."""
     shape = CONFIG
     torch.manual_seed(0)
     model = Transformer(shape).eval().requires_grad_(False)
     model.init_weights()
-    rows = [torch.randint(4, shape.vocab_size, (n,)) for n in (9, 4, 7)]
+    model.to(device)
+    rows = [torch.randint(4, shape.vocab_size, (n,), device=device) for n in (9, 4, 7)]
     prompts = [[6, 1, 4], [1, 1, 1], [2, 1, 2], [0, 1, 0]], [[2, 0, 1], [2, 4, 3], [5, 0, 3]]
     for order, pieces in ((order, p) for order in ([0, 1, 2], [2, 0, 1]) for p in prompts):
-        cache, slots_B = KVCache(shape, 4, 12), torch.tensor([3, 0, 2])
-        mine, read_B = [rows[number] for number in order], torch.zeros(3, dtype=torch.int64)
+        cache = KVCache(shape, 4, 12, device=device)
+        slots_B = torch.tensor([3, 0, 2], device=device)
+        mine, read_B = [rows[number] for number in order], torch.zeros_like(slots_B)
         got: list[list[torch.Tensor]] = [[], [], []]
         for news in ([piece[number] for number in order] for piece in pieces):
             width = max(news)
-            valid_BT = torch.arange(width) < torch.tensor(news)[:, None]
-            tokens_BT = torch.zeros(3, width, dtype=torch.int64)
+            places_T, news_B = torch.arange(width, device=device), torch.tensor(news, device=device)
+            valid_BT = places_T < news_B[:, None]
+            tokens_BT = torch.zeros(3, width, dtype=torch.int64, device=device)
             for row, (tokens, new) in enumerate(zip(mine, news, strict=True)):
                 tokens_BT[row, :new] = tokens[int(read_B[row]) :][:new]
-            positions_BT = read_B[:, None] + torch.arange(width)
+            positions_BT = read_B[:, None] + places_T
             attends = cache.attends(slots_B, read_B, valid_BT)
             states_BTD = model.states(tokens_BT, positions_BT, attends)
             for row, new in enumerate(news):
                 got[row].append(states_BTD[row, :new])
-            read_B = read_B + torch.tensor(news)
+            read_B = read_B + news_B
         for tokens, parts in zip(mine, got, strict=True):
-            torch.testing.assert_close(torch.cat(parts), model.states(tokens[None])[0])
+            assert_close(torch.cat(parts), model.states(tokens[None])[0])

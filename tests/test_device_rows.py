@@ -50,7 +50,12 @@ def table() -> torch.Tensor:
 
 
 def rows_of(
-    processor: Processor, config: CutConfig, count: int = 4, plain: bool = False, seed: int = 0
+    processor: Processor,
+    config: CutConfig,
+    count: int = 4,
+    plain: bool = False,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> DeviceRows:
     blank = Processor(processor.tokenizer_file, BlankLayout(GRID, GRID))
     vocabulary = processor.vocabulary
@@ -73,7 +78,9 @@ def rows_of(
     made = templates(stream(), CODES, is_code, WEIGHTS)
     near = (torch.arange(64)[:, None] + torch.arange(1, 4)) % 64
     tokens = torch.from_numpy(vocabulary.code_to_token)
-    return DeviceRows(made, table(), PLAIN, tokens, near, 2, LENGTH, vocabulary.pad, config, seed)
+    return DeviceRows(
+        made, table().to(device), PLAIN, tokens, near, 2, LENGTH, vocabulary.pad, config, seed
+    )
 
 
 def by_hand(processor: Processor, rows: DeviceRows, way: int) -> Packer:
@@ -90,14 +97,14 @@ def by_hand(processor: Processor, rows: DeviceRows, way: int) -> Packer:
     return Packer(document, WEIGHTS, 2, LENGTH, processor.vocabulary.pad)
 
 
-def test_rows_are_those_of_the_packer(processor: Processor) -> None:
-    rows = rows_of(processor, CutConfig(), plain=True)
+def test_rows_are_those_of_the_packer(processor: Processor, device: torch.device) -> None:
+    rows = rows_of(processor, CutConfig(), plain=True, device=device)
     rows._plain, rows._codes_PVC = 1, rows._codes_PVC[:, :1]
     packer = by_hand(processor, rows, 0)
     for _ in range(6):  # over more than two epochs
         mine, theirs = rows.next(), packer.next()
         for name in PackedBatch._fields:
-            assert torch.equal(getattr(mine, name), getattr(theirs, name)), name
+            assert torch.equal(getattr(mine, name).cpu(), getattr(theirs, name)), name
             assert getattr(mine, name).dtype == getattr(theirs, name).dtype, name
         assert rows.cursor == packer.cursor
     assert rows.cursor > 2 * 4
@@ -167,11 +174,12 @@ def test_a_batch_follows_from_the_seed_and_the_cursor(processor: Processor) -> N
     assert not torch.equal(other.next().tokens_BT, batches[0].tokens_BT)
 
 
-def test_a_language_task_learns_from_them(processor: Processor) -> None:
+def test_a_language_task_learns_from_them(processor: Processor, device: torch.device) -> None:
     torch.manual_seed(0)
     model = Transformer(replace(CONFIG, vocab_size=processor.vocabulary.size))
     model.init_weights()
-    task = LanguageTask(model, rows_of(processor, CutConfig(replace=0.1)))
+    model.to(device)
+    task = LanguageTask(model, rows_of(processor, CutConfig(replace=0.1), device=device))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for step in range(12):

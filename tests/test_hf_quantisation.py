@@ -1,4 +1,4 @@
-"""Quantised weights of the transformers face, on the CPU: what stays dense, files, memory."""
+"""Quantised weights of the transformers face: what stays dense, files, memory."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import tiny_processor, tiny_transformer
+from tolerances import assert_same
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, TorchAoConfig
 from wide import IMAGE_TOKENS, SEVEN, WIDE, example, wide_folder
@@ -60,13 +61,13 @@ def folder(tmp_path_factory: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def inputs(folder: Path) -> Any:
-    return example(folder)
+def inputs(folder: Path, device: torch.device) -> Any:
+    return example(folder).to(device)
 
 
 @pytest.fixture(scope="module")
-def dense(folder: Path) -> Any:
-    return ChameleonForConditionalGeneration.from_pretrained(folder)
+def dense(folder: Path, device: torch.device) -> Any:
+    return ChameleonForConditionalGeneration.from_pretrained(folder).to(device)
 
 
 @pytest.fixture(params=METHODS)
@@ -74,10 +75,10 @@ def method(request: Any) -> str:
     return str(request.param)
 
 
-def load(folder: Path, method: str, **settings: Any) -> Any:
+def load(folder: Path, method: str, device: torch.device, **settings: Any) -> Any:
     quantised = METHODS[method][0]()
     return ChameleonForConditionalGeneration.from_pretrained(
-        folder, quantization_config=quantised, **settings
+        folder, quantization_config=quantised, device_map=str(device), **settings
     )
 
 
@@ -100,9 +101,9 @@ def quantised_layers(model: Any) -> list[str]:
 class TestDense:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_only_the_layers_matrices_are_quantised(
-        self, folder: Path, method: str, dtype: torch.dtype
+        self, folder: Path, method: str, dtype: torch.dtype, device: torch.device
     ) -> None:
-        model = load(folder, method, dtype=dtype)
+        model = load(folder, method, device, dtype=dtype)
         assert sorted(quantised_layers(model)) == sorted(LAYERS)
         assert {p.dtype for p in model.model.vqmodel.parameters()} == {torch.float32}
         assert not any(isinstance(m, nn.Linear) for m in model.model.vqmodel.modules())
@@ -116,14 +117,14 @@ class TestDense:
         assert sorted(quantised_layers(base)) == sorted(n.removeprefix("model.") for n in LAYERS)
 
     def test_logits_are_near_those_of_the_dense_model(
-        self, folder: Path, method: str, dense: Any, inputs: Any
+        self, folder: Path, method: str, dense: Any, inputs: Any, device: torch.device
     ) -> None:
         wanted = logits(dense, inputs)
-        gap = (logits(load(folder, method), inputs) - wanted).norm() / wanted.norm()
+        gap = (logits(load(folder, method, device), inputs) - wanted).norm() / wanted.norm()
         assert 0 < gap < METHODS[method][1]
 
-    def test_it_draws(self, folder: Path, method: str, inputs: Any) -> None:
-        model = load(folder, method, dtype=torch.bfloat16)
+    def test_it_draws(self, folder: Path, method: str, inputs: Any, device: torch.device) -> None:
+        model = load(folder, method, device, dtype=torch.bfloat16)
         ids = model.generate(
             **inputs, do_sample=False, multimodal_generation_mode="image-only", guidance_text=2.0
         )
@@ -134,27 +135,39 @@ class TestDense:
 class TestFiles:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_equal_logits_saved_before_and_after_decoding(
-        self, folder: Path, method: str, dtype: torch.dtype, inputs: Any, tmp_path: Path
+        self,
+        folder: Path,
+        method: str,
+        dtype: torch.dtype,
+        inputs: Any,
+        tmp_path: Path,
+        device: torch.device,
     ) -> None:
-        model = load(folder, method, dtype=dtype)
+        model = load(folder, method, device, dtype=dtype)
         model.save_pretrained(tmp_path / "before")
         wanted = logits(model, inputs)
         model.generate(**inputs, max_new_tokens=2, do_sample=False)
         model.save_pretrained(tmp_path / "after")
         for name in ("before", "after"):
-            again = ChameleonForConditionalGeneration.from_pretrained(tmp_path / name)
+            again = ChameleonForConditionalGeneration.from_pretrained(
+                tmp_path / name, device_map=str(device)
+            )
             assert sorted(quantised_layers(again)) == sorted(LAYERS)
-            assert torch.equal(logits(again, inputs), wanted)
-        assert torch.equal(logits(model, inputs), wanted)
+            assert_same(logits(again, inputs), wanted)
+        assert_same(logits(model, inputs), wanted)
 
-    def test_a_model_too_narrow_for_the_fast_layout_runs(self, tmp_path: Path) -> None:
+    def test_a_model_too_narrow_for_the_fast_layout_runs(
+        self, tmp_path: Path, device: torch.device
+    ) -> None:
         """Rows of 32 weights, half a block: bitsandbytes' fast layout would raise."""
         vq = tiny_processor(tmp_path)
         transformer, text = tiny_transformer(vq), (tmp_path / "tokenizer.json").read_text()
         vqgan = VQGAN(transformer.config.vq_config)
         save_hf(tmp_path / "tiny", transformer, vqgan, text, {"eos_token_id": 2})
-        model = load(tmp_path / "tiny", "nf4", dtype=torch.bfloat16)
-        assert torch.isfinite(logits(model, {"input_ids": torch.arange(120, 140)[None]})).all()
+        model = load(tmp_path / "tiny", "nf4", device, dtype=torch.bfloat16)
+        assert torch.isfinite(
+            logits(model, {"input_ids": torch.arange(120, 140, device=device)[None]})
+        ).all()
 
 
 class TestMemory:
@@ -163,9 +176,11 @@ class TestMemory:
         held = [*dense.parameters(), *dense.buffers()]
         assert dense.get_memory_footprint() == sum(x.numel() * 4 for x in held)
 
-    def test_before_and_after(self, folder: Path, method: str, dense: Any, inputs: Any) -> None:
+    def test_before_and_after(
+        self, folder: Path, method: str, dense: Any, inputs: Any, device: torch.device
+    ) -> None:
         """To the byte: weights, with a scale (and torchao's zero) a row or a 4-bit block of 64."""
-        model = load(folder, method)
+        model = load(folder, method, device)
         shapes = [dense.get_submodule(name).weight.shape for name in LAYERS]
         rows, weights = sum(s[0] for s in shapes), sum(s.numel() for s in shapes)
         blocks, tables = weights // 64, len(shapes) * 16

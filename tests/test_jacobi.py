@@ -239,14 +239,14 @@ def processor(tmp_path_factory: pytest.TempPathFactory) -> Processor:
 
 
 @pytest.fixture(scope="module")
-def transformer(processor: Processor) -> Transformer:
+def transformer(processor: Processor, device: torch.device) -> Transformer:
     """Codes that are much alike as inputs: what follows them is too, and drafts are kept."""
-    transformer = tiny_transformer(processor, begin_image=1.0)
+    transformer = tiny_transformer(processor, 1.0)
     codes = torch.as_tensor(processor.vocabulary.image_tokens)
     with torch.no_grad():
         weight_VD = transformer.model.embed_tokens.weight
         weight_VD[codes] = weight_VD[codes[:1]] + 0.3 * weight_VD[codes]
-    return transformer
+    return transformer.to(device)
 
 
 def request(processor: Processor, seed: int, output: Any = "image", **more: Any) -> Request:
@@ -382,12 +382,12 @@ def test_fewer_steps(transformer: Transformer, processor: Processor) -> None:
         assert steps_of(transformer, processor, one_by_one(asked)) == 64
 
 
-def test_rows_that_end_with_a_mark(tmp_path: Path) -> None:
+def test_rows_that_end_with_a_mark(tmp_path: Path, device: torch.device) -> None:
     """A window stops where the layout has a fixed token."""
     plain = tiny_processor(tmp_path)
     layout = ImageLayout(4, 5, line_end=("<reserved08707>",))
     processor = Processor(tmp_path / "tokenizer.json", layout)
-    transformer = tiny_transformer(plain)
+    transformer = tiny_transformer(plain, device=device)
     asked = request(processor, 2, room=60, images=2, jacobi=8, image_temperature=0)
     want = list(draw_tokens(transformer, processor, one_by_one(asked)))
     assert list(draw_tokens(transformer, processor, asked)) == want
@@ -506,8 +506,8 @@ def test_previews_are_further_events(transformer: Transformer, processor: Proces
             assert (codes[number:] == codes[number - 1]).all()
 
 
-def test_the_preview_of_a_stream_is_a_picture() -> None:
-    model = Chameleon.load("mini", device="cpu", dtype="float32")
+def test_the_preview_of_a_stream_is_a_picture(device: torch.device) -> None:
+    model = Chameleon.load("mini", str(device), "float32")
     stream = model.stream("Draw a red apple.", "image", seed=0, preview_every=20)
     events = list(stream)
     previews = [e for e in events if isinstance(e, ImagePreview)]

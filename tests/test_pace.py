@@ -140,9 +140,12 @@ def plain_muon(weight: torch.Tensor, gradients: list[torch.Tensor], lr: float) -
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (48, 16), (16, 48)])
-def test_a_step_of_muon_is_that_of_torch_and_near_the_exact_one(shape: tuple[int, int]) -> None:
+def test_a_step_of_muon_is_that_of_torch_and_near_the_exact_one(
+    shape: tuple[int, int], device: torch.device
+) -> None:
     torch.manual_seed(0)
-    begin, gradients = torch.randn(2, *shape), [torch.randn(2, *shape) for _ in range(3)]
+    begin = torch.randn(2, *shape).to(device)
+    gradients = [torch.randn(2, *shape).to(device) for _ in range(3)]
     own = [nn.Parameter(w.clone()) for w in begin]
     theirs = [nn.Parameter(w.clone()) for w in begin]
     ours = Muon(own, lr=0.1, weight_decay=0.1)
@@ -159,9 +162,10 @@ def test_a_step_of_muon_is_that_of_torch_and_near_the_exact_one(shape: tuple[int
         assert (a - exact).norm() < 0.35 * moved  # five rounds: singular values 0.7 to 1.2
 
 
-def test_orthogonal_keeps_singular_vectors_and_evens_out_their_values() -> None:
+def test_orthogonal_keeps_singular_vectors_and_evens_out_their_values(device: torch.device) -> None:
     torch.manual_seed(0)
-    turned = orthogonal(torch.randn(3, 20, 12) * torch.tensor([1e-3, 1.0, 1e3])[:, None, None])
+    scales = torch.tensor([1e-3, 1.0, 1e3])[:, None, None]
+    turned = orthogonal((torch.randn(3, 20, 12) * scales).to(device)).float()
     values = torch.linalg.svdvals(turned)
     assert turned.shape == (3, 20, 12) and 0.6 < values.min() and values.max() < 1.3
 
