@@ -1,0 +1,221 @@
+"""Clients of a running server: many at once, on asyncio alone, so that they take little time of the
+processor from the server that is measured."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from random import Random
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+_TOLD = re.compile(rb'"content":"[^"]|"images?[_"]')
+_USAGE = re.compile(rb'data: (\{.*"usage":\{.*\})')
+_KEPT = 4096  # bytes of the end of a reply
+
+
+@dataclass
+class Answer:
+    """A reply; times in seconds since the request was sent, `first` until its first output."""
+
+    status: int = 0
+    length: int | None = None
+    retry_after: int = 1
+    received: int = 0
+    end: bytes = b""
+    first: float | None = None
+    seconds: float = 0.0
+
+    @property
+    def complete(self) -> bool:
+        if self.length is not None:
+            return self.received >= self.length
+        return self.end.endswith(b"\r\n0\r\n\r\n")
+
+    @property
+    def tokens(self) -> int:
+        """Of the reply, from the usage at its end."""
+        found = _USAGE.findall(self.end)
+        return int(json.loads(found[-1])["usage"]["completion_tokens"]) if found else 0
+
+
+class Client(asyncio.Protocol):
+    """One connection to a server on this machine, opened when it is needed."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._transport: asyncio.Transport | None = None
+        self._answer, self._began, self._head = Answer(), 0.0, b""
+        self._done: asyncio.Future[None] | None = None
+
+    async def ask(
+        self, path: str, body: Mapping[str, Any] | bytes, leave_after: float | None = None
+    ) -> Answer:
+        """POST a body. With `leave_after` the connection is closed after so many seconds, whatever
+        has come. Raises ConnectionError where the server closes it first."""
+        loop = asyncio.get_running_loop()
+        if self._transport is None:
+            await loop.create_connection(lambda: self, "127.0.0.1", self._port)
+        assert self._transport is not None
+        raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+        head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        self._answer, self._head, self._began = Answer(), b"", perf_counter()
+        self._done = loop.create_future()
+        self._transport.write(f"{head}Content-Length: {len(raw)}\r\n\r\n".encode() + raw)
+        try:
+            async with asyncio.timeout(leave_after):
+                await self._done
+        except TimeoutError:
+            self.close()
+        self._answer.seconds = perf_counter() - self._began
+        return self._answer
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+            self._transport = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._transport = None
+        if self._done is not None and not self._done.done():
+            self._done.set_exception(ConnectionError("the server closed the connection"))
+
+    def data_received(self, data: bytes) -> None:
+        answer = self._answer
+        if not answer.status:
+            self._head += data
+            head, end, data = self._head.partition(b"\r\n\r\n")
+            if not end:
+                return
+            self._read(head.lower())
+        answer.received += len(data)
+        answer.end = (answer.end + data)[-_KEPT:]
+        if answer.first is None and _TOLD.search(data):
+            answer.first = perf_counter() - self._began
+        if answer.complete and self._done is not None and not self._done.done():
+            self._done.set_result(None)
+
+    def _read(self, head: bytes) -> None:
+        self._answer.status = int(head[9:12])
+        fields = dict(re.findall(rb"([a-z-]+): (\d+)", head))
+        if b"content-length" in fields:
+            self._answer.length = int(fields[b"content-length"])
+        self._answer.retry_after = int(fields.get(b"retry-after", 1))
+
+
+# ---- mixed load
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of request: where it goes, its body, and the status that is right."""
+
+    path: str
+    body: dict[str, Any] | bytes
+    status: int = 200
+    leaves: bool = False
+
+
+@dataclass
+class Mixed:
+    """What came of a mixed load; `bytes` are samples of each process's memory, in order."""
+
+    asked: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+    bytes: dict[int, list[int]] = field(default_factory=dict)
+
+    def growth(self, process: int, warm: int) -> float:
+        """How much memory a process has won since the first `warm` samples, as a share."""
+        samples = self.bytes[process][warm:]
+        part = max(len(samples) // 5, 1)
+        return median(samples[-part:]) / median(samples[:part]) - 1
+
+
+_SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 12}, "ripe": {"type": "boolean"}},
+    "required": ["name", "ripe"],
+    "additionalProperties": False,
+}
+
+
+def kinds(picture: str) -> dict[str, Kind]:
+    """The requests of a mixed load; `picture` is a data URL."""
+    chat, shown = "/v1/chat/completions", {"type": "image_url", "image_url": {"url": picture}}
+    question = [shown, {"type": "text", "text": "What is this?"}]
+    form = {"type": "json_schema", "json_schema": {"name": "fruit", "schema": _SCHEMA}}
+    draw = {"modalities": ["image"], "stream": True}
+    return {
+        "text": Kind(chat, _said("Name a fruit.", modalities=["text"], stream=True)),
+        "whole text": Kind(chat, _said("Name a fruit.", modalities=["text"], n=2)),
+        "picture": Kind(chat, _said("Draw a red apple.", **draw)),
+        "image route": Kind("/v1/images/generations", {"prompt": "Draw a cat."}),
+        "response": Kind("/v1/responses", {"input": "Name a fruit.", "store": False}),
+        "question": Kind(chat, _said(question, modalities=["text"])),
+        "structured": Kind(chat, _said("Name a fruit.", response_format=form, modalities=["text"])),
+        "leaves": Kind(chat, _said("Draw a cat.", **draw), leaves=True),
+        "unknown field": Kind(chat, _said("Hi", temprature=1), 400),
+        "long prompt": Kind(chat, _said("a " * 3000), 400),
+        "no JSON": Kind(chat, b"{", 400),
+        "no picture": Kind("/v1/images/generations", {"prompt": "a", "size": "7x7"}, 400),
+    }
+
+
+def _said(content: Any, **fields: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": content}], "max_tokens": 200, **fields}
+
+
+async def mixed_load(
+    port: int, seconds: float, clients: int, picture: str, processes: list[int], pause: float = 1.0
+) -> Mixed:
+    """Ask for everything at once for so long; memory is sampled every `pause` seconds."""
+    told, end = Mixed(bytes={process: [] for process in processes}), perf_counter() + seconds
+    known = kinds(picture)
+
+    async def watch() -> None:
+        while perf_counter() < end:
+            for process, samples in told.bytes.items():
+                samples.append(resident(process))
+            await asyncio.sleep(pause)
+
+    async def one(number: int) -> None:
+        client, chance = Client(port), Random(number)
+        while perf_counter() < end:
+            name = chance.choice([*known])
+            await _ask(client, name, known[name], chance, told)
+        client.close()
+
+    await asyncio.gather(watch(), *(one(number) for number in range(clients)))
+    return told
+
+
+async def _ask(client: Client, name: str, kind: Kind, chance: Random, told: Mixed) -> None:
+    body = kind.body
+    if isinstance(body, dict) and kind.status == 200:
+        body = body | {"seed": chance.randrange(2**31)}
+    told.asked[name] += 1
+    try:
+        answer = await client.ask(kind.path, body, chance.random() / 3 if kind.leaves else None)
+    except ConnectionError as error:
+        told.wrong.append(f"{name}: {error}")
+        return
+    if kind.leaves and not answer.complete:
+        return
+    if answer.status != kind.status or b'data: {"error"' in answer.end:
+        told.wrong.append(f"{name}: status {answer.status}, {answer.end[-300:]!r}")
+
+
+def resident(process: int) -> int:
+    """Bytes of memory that a process of this machine holds (Linux)."""
+    with open(f"/proc/{process}/status") as file:
+        [line] = [line for line in file if line.startswith("VmRSS:")]
+    return int(line.split()[1]) * 1024
