@@ -13,9 +13,9 @@ import torch
 import transformers
 from test_hf_equality import Pair
 from test_hf_models import BASE, PLACEHOLDER, TEXT, fresh, prompts
+from tolerances import assert_close, assert_same
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from tolerances import assert_close, assert_same
 
 from earlyfusion.hf import ChameleonConfig, ChameleonForConditionalGeneration, ChameleonModel
 
