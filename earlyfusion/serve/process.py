@@ -245,6 +245,7 @@ def serve_engine(connection: Connection, load: Callable[[], Chameleon]) -> None:
     try:
         model = load()
         engine = model.engine
+        _capture(engine)
     except EarlyFusionError as error:
         connection.send(error)
         return
@@ -254,6 +255,17 @@ def serve_engine(connection: Connection, load: Callable[[], Chameleon]) -> None:
     except Exception:
         log.exception("the engine's process ends")
         raise SystemExit(1) from None
+
+
+def _capture(engine: Engine) -> None:
+    """Capture the steps of a GPU, so that no request waits for one; the log says how far it is."""
+
+    def told(done: int, number: int) -> None:
+        if done % 12 == 0:
+            log.info("capturing the steps of the GPU", extra={"done": done, "of": number})
+
+    if taken := engine.warm_up(told):
+        log.info("the steps of the GPU are captured", extra={"bytes": taken})
 
 
 def _front(model: Chameleon, engine: Engine) -> Front:
