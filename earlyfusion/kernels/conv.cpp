@@ -106,8 +106,12 @@ struct Job {
   int64_t B, Y, X, C, K, enlarge;  // Y, X of the result; enlarge: twice the input's
 
   int64_t columns() const { return (K + kLanes - 1) / kLanes * kLanes; }
-  // Columns per panel: as many of 4, 3, 2 vectors as divide all of them.
+  // Columns per panel: as many of 4, 3, 2 vectors as divide all of them. Registers of eight floats
+  // hold the sums of one.
   int64_t panel() const {
+#if defined(VECTORS_OF_EIGHT)
+    return kLanes;
+#endif
     int64_t vectors = columns() / kLanes;
     for (int64_t n : {4, 3, 2})
       if (vectors % n == 0) return n * kLanes;
@@ -158,6 +162,28 @@ void transform_tiles(const float* lines, const Job& job, int64_t first, int64_t 
   }
 }
 
+#if defined(VECTORS_OF_EIGHT)
+template <int kRows, int>
+inline void multiply_piece(const float* a, const float* b, float* out, int64_t depth, int64_t pitch) {
+  __m256 low[kRows], high[kRows];
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; ++r) low[r] = high[r] = _mm256_setzero_ps();
+  for (int64_t c = 0; c < depth; ++c, b += kLanes) {
+    const __m256 right_low = _mm256_load_ps(b), right_high = _mm256_load_ps(b + 8);
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r) {
+      const __m256 left = _mm256_broadcast_ss(a + r * depth + c);
+      low[r] = _mm256_fmadd_ps(left, right_low, low[r]);
+      high[r] = _mm256_fmadd_ps(left, right_high, high[r]);
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; ++r) {
+    _mm256_store_ps(out + r * pitch, low[r]);
+    _mm256_store_ps(out + r * pitch + 8, high[r]);
+  }
+}
+#else
 template <int kRows, int kVectors>
 inline void multiply_piece(const float* a, const float* b, float* out, int64_t depth, int64_t pitch) {
   floats16 sum[kRows][kVectors] = {};
@@ -172,6 +198,7 @@ inline void multiply_piece(const float* a, const float* b, float* out, int64_t d
   for (int r = 0; r < kRows; ++r)
     for (int v = 0; v < kVectors; ++v) store(out + r * pitch + v * kLanes, sum[r][v]);
 }
+#endif
 
 // out [count, columns] = a [count, depth] x b [panels, depth, panel]
 template <int kVectors>
