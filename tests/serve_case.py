@@ -61,7 +61,7 @@ class Running:
         return self.post("/v1/chat/completions", {"messages": messages, **fields})
 
     def wait_until_idle(self) -> None:
-        end = monotonic() + 30
+        end = monotonic() + 60
         driver = self.service.driver
         while driver.running or driver.waiting or driver.engine.busy:
             assert monotonic() < end

@@ -16,6 +16,8 @@ from earlyfusion.checkpoints.convert import convert
 from earlyfusion.checkpoints.detect import load
 from earlyfusion.model.kv_cache import KVCache
 
+CPU = torch.device("cpu")
+
 # A model, and the layouts that its copy goes through; a number counts Meta's shards.
 ROUTES: dict[str, tuple[str, tuple[Any, ...]]] = {
     "one_to_2": ("tiny_1", (2,)),
@@ -31,7 +33,7 @@ class Copied(Recorded):
     """The records of a golden checkpoint, and a copy of its weights in another layout."""
 
     def __init__(self, golden: Path, name: str, folder: Path) -> None:
-        super().__init__(golden, name)
+        super().__init__(golden, name, CPU)
         loaded = load(folder, dtype=torch.float32)
         self.transformer, self.processor = loaded.transformer, loaded.processor
         with np.load(golden / "expected" / f"{name}.fp32.npz") as file:
@@ -66,7 +68,7 @@ def copy(request: Any, golden: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 def test_prefill_then_steps(copy: Copy) -> None:
     model, expected = copy.recorded.transformer, copy.recorded.expected
-    rows = sequences(expected)
+    rows = sequences(expected, CPU)
     cache = KVCache(model.config, len(rows), 32)
     slots, lengths = torch.arange(4), torch.zeros(4, dtype=torch.long)
     assert_near(feed(model, cache, slots, lengths, rows), expected["prefill_logits"], torch.float32)
@@ -79,7 +81,7 @@ def test_prefill_then_steps(copy: Copy) -> None:
 
 def test_two_chunks(copy: Copy) -> None:
     model, expected = copy.recorded.transformer, copy.recorded.expected
-    rows = [sequences(expected)[i] for i in (0, 1, 3)]
+    rows = [sequences(expected, CPU)[i] for i in (0, 1, 3)]
     first = torch.from_numpy(expected["chunk_first_lens"])
     cache, slots = KVCache(model.config, 3, 32), torch.arange(3)
     heads = [row[:n] for row, n in zip(rows, first, strict=True)]
@@ -94,7 +96,7 @@ def test_token_by_token(copy: Copy) -> None:
     cache = KVCache(model.config, 1, 13)
     logits = [
         feed(model, cache, torch.tensor([0]), torch.tensor([i]), [token])
-        for i, token in enumerate(sequences(expected)[1].split(1))
+        for i, token in enumerate(sequences(expected, CPU)[1].split(1))
     ]
     assert_near(torch.cat(logits), expected["seq1_token_by_token_logits"], torch.float32)
 
