@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from time import monotonic
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -407,6 +408,25 @@ def test_a_step_of_many_replies_lets_others_in_between() -> None:
             assert job.batch._error is broken
 
     asyncio.run(run())
+
+
+def test_a_reply_that_is_left_while_others_are_dropped_is_cancelled() -> None:
+    """The event loop cancels a batch between two looks of the engine's thread at it."""
+    from earlyfusion.serve.driver import Driver
+
+    looks, cancelled = iter([False, True, True, True]), []
+
+    class Batch:
+        @property
+        def cancelled(self) -> bool:
+            return next(looks)
+
+    handle = SimpleNamespace(cancel=lambda: cancelled.append(True))
+    driver = Driver(mini(), max_queue=1)
+    driver._jobs = [SimpleNamespace(batch=Batch(), handle=handle)]  # type: ignore[list-item]
+    while driver._jobs:
+        driver._drop_cancelled()
+    assert cancelled == [True]
 
 
 def test_waits_of_a_reply_share_an_alarm() -> None:

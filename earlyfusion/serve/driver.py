@@ -435,10 +435,14 @@ class Driver:
                 self._jobs.append(job)
 
     def _drop_cancelled(self) -> None:
+        left: list[_Job] = []
         for job in self._jobs:
-            if job.batch.cancelled and job.handle is not None:
+            # Looked at once: the event loop may cancel a batch at any time.
+            if not job.batch.cancelled:
+                left.append(job)
+            elif job.handle is not None:
                 job.handle.cancel()
-        self._jobs = [job for job in self._jobs if not job.batch.cancelled]
+        self._jobs = left
 
     def _step(self, engine: Engine | RemoteEngine) -> None:
         try:
