@@ -69,11 +69,11 @@ class ModelRunner:
                 self.bursts = Bursts(transformer, self.backend, self._cache, grammar)
 
     def steps(self, plan: Plan, handles: Sequence[Handle]) -> int:
-        """How many tokens each of the handles may draw in the step of this plan."""
-        return 1 if self.bursts is None else max(1, self.bursts.length(plan, handles))
+        """How many static steps the plan may take; 0 where it takes none."""
+        return 0 if self.bursts is None else self.bursts.length(plan, handles)
 
     @torch.inference_mode()
-    def run(self, plan: Plan, handles: Sequence[Handle], steps: int = 1) -> list[list[int]]:
+    def run(self, plan: Plan, handles: Sequence[Handle], steps: int = 0) -> list[list[int]]:
         """Read the pieces of a plan, and draw for the handles that are ready.
 
         Returns the tokens of each handle, one or one per position of its window, or up to `steps`;
@@ -83,7 +83,7 @@ class ModelRunner:
             self._cache.copy(copied)
         if not plan.pieces:
             return []
-        if self.bursts is not None and self.bursts.length(plan, handles):
+        if self.bursts is not None and steps:
             return self.bursts.draw(handles, steps)
         step = Step(plan.pieces, self.device)
         x_RD = self.backend.states(step)

@@ -289,7 +289,7 @@ class LeadingRunner(ModelRunner):
         peers.send([_OPEN, blocks, length, _CACHE_DTYPES.index(dtype_name)], 0)
         super().__init__(transformer, grammar, blocks, length, dtype_name, static=False)
 
-    def run(self, plan: Plan, handles: Sequence[Handle], steps: int = 1) -> list[list[int]]:
+    def run(self, plan: Plan, handles: Sequence[Handle], steps: int = 0) -> list[list[int]]:
         peers = self._peers
         # The others have one cache: that of the engine opened last.
         if self._engine != peers.engines:
