@@ -232,7 +232,7 @@ def test_a_token_does_not_depend_on_what_is_read_with_it(
 
 @needs_compiler
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize(("outputs", "inputs"), [(36, 1100), (4, 512), (52, 70)])
+@pytest.mark.parametrize(("outputs", "inputs"), [(36, 1100), (4, 512), (52, 70), (20, 4200)])
 def test_products_of_many_rows_are_those_of_one(bits: int, outputs: int, inputs: int) -> None:
     """To the bit, over several blocks of columns and panels of rows that are not full."""
     step = Paged(config(64, 4, 4, 100), 1, 8).step(random_model(config(64, 4, 4, 100), 1), bits)
@@ -240,9 +240,10 @@ def test_products_of_many_rows_are_those_of_one(bits: int, outputs: int, inputs:
     multiply = step.product(weight_OI)
     alone_RO = torch.cat([multiply(row) for row in x_RI.split(1)])
     rounded_OI = unpack(pack(weight_OI, bits))
-    close = {"rtol": 1e-4, "atol": 1e-3} if bits in (32, 8) else {"rtol": 0.02, "atol": 0.2}
-    torch.testing.assert_close(alone_RO, x_RI @ rounded_OI.T, **close)
-    for rows in (90, 61, 29, 24, 23, 12):
+    # Inputs are rounded to bf16 beside weights of 16 and 4 bits; their errors add up as a root.
+    close = (1e-4, 1e-3) if bits in (32, 8) else (0.02, 0.006 * inputs**0.5)
+    torch.testing.assert_close(alone_RO, x_RI @ rounded_OI.T, rtol=close[0], atol=close[1])
+    for rows in (90, 61, 29, 24, 23, 12, 11, 8, 7, 5, 4, 3, 2):
         assert torch.equal(multiply(x_RI[:rows]), alone_RO[:rows])
 
 
@@ -444,6 +445,7 @@ def test_a_changed_header_is_built_anew(tmp_path: Path, monkeypatch: pytest.Monk
         "draw.h",
         "products.h",
         "simd.h",
+        "blocks.h",
         "operands.h",
         "panels.h",
     ]

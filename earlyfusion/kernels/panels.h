@@ -6,8 +6,9 @@
 // weights and is multiplied with an entry of the input. The sixteen sums of an output are kept apart
 // and are added up in the same order, so that it does not depend, to the bit, on which way is taken.
 //
-// Weights lie by rows, as the model stores them. PANEL rows and DEPTH columns are turned around into a
-// panel of floats, which stays in the cache while all rows of input pass by.
+// Weights lie by rows, as the model stores them. PANEL rows and up to DEPTH columns are turned around into
+// a panel of floats, which stays in the second-level cache while all rows of input pass by. Meanwhile the
+// weights of the next panel are fetched from memory.
 
 #pragma once
 
@@ -17,11 +18,13 @@
 
 namespace {
 
-const int64_t MANY = 24;    // rows of input from which on this pays
-const int64_t SUMS = 16;    // of an output
-const int64_t DEPTH = 512;  // columns of a block
-const int64_t PANEL = 16;   // rows of weights of a panel
-const int64_t ROWS = 6;     // rows of input whose sums fit into the registers: 2 * 6 of 16
+const int64_t SUMS = 16;     // of an output
+const int64_t DEPTH = 2048;  // columns of a block, at most: a panel of them takes 128 KB
+const int64_t PANEL = 16;    // rows of weights of a panel
+const int64_t ROWS = 6;      // rows of input whose sums fit into the registers: 2 * 6 of 16
+
+// Rows of input from which on this pays: turning weights of fewer bits around takes longer.
+inline int64_t many(const Matrix& m) { return m.format == FP32 || m.format == BF16 ? 12 : 24; }
 
 #define INLINE inline __attribute__((always_inline))
 
@@ -29,9 +32,8 @@ const int64_t ROWS = 6;     // rows of input whose sums fit into the registers: 
 struct Eight {
   const char* row[8];
   const char* scales[8];  // of int4
-  int64_t distance;       // how far ahead to prefetch, in bytes; 0: not at all
 
-  Eight(const Matrix& m, int64_t first, int64_t ahead) : distance(ahead) {
+  Eight(const Matrix& m, int64_t first) {
     const int64_t bytes = row_bytes(m);
     for (int64_t r = 0; r < 8; r++) {
       const int64_t number = std::min(first + r, m.rows - 1);
@@ -52,9 +54,6 @@ INLINE __m256 two(const Eight& w, int r, int64_t at) {
 // 32 bytes of eight rows, from `at` bytes on, turned around by groups of four bytes: each result has
 // one group of all eight rows.
 INLINE void turned(const Eight& w, int64_t at, __m256i* out) {
-#pragma GCC unroll 8
-  for (int r = 0; r < 8; r++)
-    if (w.distance) _mm_prefetch(w.row[r] + at + w.distance, _MM_HINT_T0);
 #pragma GCC unroll 2
   for (int half = 0; half < 2; half++) {
     __m256 v[4];
@@ -158,11 +157,8 @@ INLINE int64_t place(int64_t sum, int64_t step, int64_t steps) {
 template <Format F>
 void pack(const Matrix& m, int64_t n, int64_t first, int64_t last, float* panel) {
   const int64_t steps = (last - first) / SUMS;
-  // Ahead: the next block of these rows, or the first one of the next panel.
-  const int64_t bytes = row_bytes(m), ahead = bytes * (last - first) / m.stride;
-  const int64_t distance = last < m.stride ? ahead : PANEL * bytes - bytes * first / m.stride;
   for (int g = 0; g < 2; g++) {
-    const Eight weights(m, n + 8 * g, distance);
+    const Eight weights(m, n + 8 * g);
     for (int64_t c = first; c < last; c += Unit<F>::columns)
       Unit<F>::each(weights, c, [&](int k, __m256 column) __attribute__((always_inline)) {
         const int64_t at = c - first + k;
@@ -171,13 +167,50 @@ void pack(const Matrix& m, int64_t n, int64_t first, int64_t last, float* panel)
   }
 }
 
-// Adds the products of X rows of input with a block of weights to their sums [X, SUMS, PANEL]; at the
-// `beginning` these are nothing.
+// X rows of input from `first` to `last`, turned around as the panels are: [SUMS, steps, X].
 template <int X>
-void tile(const float* panel, int64_t steps, const float* x, int64_t x_stride, bool beginning,
-          float* sums) {
+void pack_rows(const float* x, int64_t x_stride, int64_t first, int64_t last, float* out) {
+  const int64_t steps = (last - first) / SUMS;
+  for (int64_t step = 0; step < steps; step++)
+    for (int64_t number = 0; number < SUMS; number++)
+#pragma GCC unroll 6
+      for (int i = 0; i < X; i++)
+        out[(number * steps + step) * X + i] = x[i * x_stride + first + step * SUMS + number];
+}
+
+// Fetches a part of a matrix that is needed next into the second-level cache, one line at a time.
+struct Ahead {
+  const char* at;
+  int64_t left, lines, skip;  // lines left in this row and of a row; from its end to the next row, in bytes
+  int64_t rows;               // left
+
+  Ahead(const Matrix& m, int64_t n, int64_t first, int64_t last) {
+    const int64_t bytes = row_bytes(m), begin = bytes * first / m.stride, end = bytes * last / m.stride;
+    rows = std::min(PANEL, m.rows - n);
+    at = static_cast<const char*>(m.data) + n * bytes + begin;
+    left = lines = (end - begin + 63) / 64;
+    skip = bytes - 64 * lines;
+  }
+
+  INLINE void fetch() {
+    if (rows <= 0) return;
+    _mm_prefetch(at, _MM_HINT_T1);
+    at += 64;
+    if (--left == 0) {
+      at += skip;
+      left = lines;
+      rows--;
+    }
+  }
+};
+
+// Adds the products of X rows of input with a block of weights to their sums [X, SUMS, PANEL]; at the
+// `beginning` these are nothing. After every fourth step `each` lines are fetched `ahead`.
+template <int X>
+void tile(const float* panel, int64_t steps, const float* x, bool beginning, float* sums, Ahead& ahead,
+          int64_t each) {
   for (int64_t number = 0; number < SUMS; number++) {
-    const float *weights = panel + place(number, 0, steps), *input = x + number;
+    const float *weights = panel + place(number, 0, steps), *input = x + number * steps * X;
     float* kept = sums + number * PANEL;
     __m256 sum[X][2];
 #pragma GCC unroll 6
@@ -187,36 +220,24 @@ void tile(const float* panel, int64_t steps, const float* x, int64_t x_stride, b
         const float* before = kept + i * SUMS * PANEL + 8 * g;
         sum[i][g] = beginning ? _mm256_setzero_ps() : _mm256_load_ps(before);
       }
-    for (int64_t step = 0; step < steps; step++) {
-      const __m256 low = _mm256_load_ps(weights + step * PANEL);
-      const __m256 high = _mm256_load_ps(weights + step * PANEL + 8);
+    for (int64_t step = 0; step < steps; step += 4) {
+      for (int64_t line = 0; line < each; line++) ahead.fetch();
+#pragma GCC unroll 4
+      for (int64_t s = step; s < step + 4; s++) {
+        const __m256 low = _mm256_load_ps(weights + s * PANEL);
+        const __m256 high = _mm256_load_ps(weights + s * PANEL + 8);
 #pragma GCC unroll 6
-      for (int i = 0; i < X; i++) {
-        const __m256 entry = _mm256_broadcast_ss(input + i * x_stride + step * SUMS);
-        sum[i][0] = _mm256_fmadd_ps(low, entry, sum[i][0]);
-        sum[i][1] = _mm256_fmadd_ps(high, entry, sum[i][1]);
+        for (int i = 0; i < X; i++) {
+          const __m256 entry = _mm256_broadcast_ss(input + s * X + i);
+          sum[i][0] = _mm256_fmadd_ps(low, entry, sum[i][0]);
+          sum[i][1] = _mm256_fmadd_ps(high, entry, sum[i][1]);
+        }
       }
     }
 #pragma GCC unroll 6
     for (int i = 0; i < X; i++)
 #pragma GCC unroll 2
       for (int g = 0; g < 2; g++) _mm256_store_ps(kept + i * SUMS * PANEL + 8 * g, sum[i][g]);
-  }
-}
-
-void tiles(const float* panel, int64_t steps, const float* x, int64_t x_stride, bool beginning,
-           int64_t R, float* sums) {
-  for (int64_t row = 0; row < R; row += ROWS) {
-    const float* in = x + row * x_stride;
-    float* out = sums + row * SUMS * PANEL;
-    switch (std::min(ROWS, R - row)) {
-      case 1: tile<1>(panel, steps, in, x_stride, beginning, out); break;
-      case 2: tile<2>(panel, steps, in, x_stride, beginning, out); break;
-      case 3: tile<3>(panel, steps, in, x_stride, beginning, out); break;
-      case 4: tile<4>(panel, steps, in, x_stride, beginning, out); break;
-      case 5: tile<5>(panel, steps, in, x_stride, beginning, out); break;
-      default: tile<6>(panel, steps, in, x_stride, beginning, out);
-    }
   }
 }
 
@@ -232,25 +253,60 @@ INLINE __m256 whole(const float* sums) {
   return _mm256_add_ps(_mm256_add_ps(v[0], v[2]), _mm256_add_ps(v[1], v[3]));
 }
 
+// Calls `work.run<X>(row)` for tiles of X rows.
+template <class Work>
+void each_tile(int64_t R, Work work) {
+  for (int64_t row = 0; row < R; row += ROWS) {
+    switch (std::min(ROWS, R - row)) {
+      case 1: work(row, std::integral_constant<int, 1>()); break;
+      case 2: work(row, std::integral_constant<int, 2>()); break;
+      case 3: work(row, std::integral_constant<int, 3>()); break;
+      case 4: work(row, std::integral_constant<int, 4>()); break;
+      case 5: work(row, std::integral_constant<int, 5>()); break;
+      default: work(row, std::integral_constant<int, 6>());
+    }
+  }
+}
+
 template <Format F>
 void put_panels(const Matrix& m, Range mine, const Input& in, int64_t R, float* y, int64_t y_stride) {
   const float* x = F == BF16 || F == INT4 ? in.rounded : in.fp32;
-  Aligned<float> panel(place(SUMS, 0, std::min(DEPTH, m.stride) / SUMS)), sums(R * SUMS * PANEL);
+  const int64_t blocks = (m.stride + DEPTH - 1) / DEPTH, depth = padded((m.stride + blocks - 1) / blocks);
+  Aligned<float> panel(place(SUMS, 0, depth / SUMS)), turned(R * m.stride);
+  Aligned<float> sums((blocks > 1 ? R : ROWS) * SUMS * PANEL);
+  for (int64_t first = 0; first < m.stride; first += depth) {
+    const int64_t last = std::min(first + depth, m.stride);
+    each_tile(R, [&](int64_t row, auto X) {
+      float* out = turned.data() + R * first + row * (last - first);
+      pack_rows<X>(x + row * in.stride, in.stride, first, last, out);
+    });
+  }
   for (int64_t n = mine.first; n < mine.last; n += PANEL) {
-    for (int64_t first = 0; first < m.stride; first += DEPTH) {
-      const int64_t last = std::min(first + DEPTH, m.stride), steps = (last - first) / SUMS;
-      pack<F>(m, n, first, last, panel.data());
-      tiles(panel.data(), steps, x + first, in.stride, first == 0, R, sums.data());
-    }
     const int64_t count = std::min(PANEL, mine.last - n);
-    for (int64_t row = 0; row < R; row++) {
-      alignas(32) float out[PANEL];
-      for (int g = 0; g < 2; g++)
-        _mm256_store_ps(out + 8 * g, whole(sums.data() + row * SUMS * PANEL + 8 * g));
-      for (int64_t i = 0; i < count; i++) {
-        const float scale = F == INT8 ? static_cast<const float*>(m.scales)[n + i] : 1.0f;
-        y[row * y_stride + n + i] = out[i] * scale;
-      }
+    for (int64_t first = 0; first < m.stride; first += depth) {
+      const int64_t last = std::min(first + depth, m.stride), steps = (last - first) / SUMS;
+      pack<F>(m, n, first, last, panel.data());
+      const bool ends = last == m.stride;  // then the next panel begins
+      const int64_t next_n = ends ? n + PANEL : n, next = ends ? 0 : last;
+      Ahead ahead(m, next_n, next, std::min(next + depth, m.stride));
+      if (next_n >= mine.last) ahead.rows = 0;
+      const int64_t calls = (R + ROWS - 1) / ROWS * SUMS * steps / 4;
+      const int64_t each = (ahead.rows * ahead.lines + calls - 1) / calls;
+      each_tile(R, [&](int64_t row, auto X) {
+        float* kept = sums.data() + (blocks > 1 ? row : 0) * SUMS * PANEL;
+        const float* input = turned.data() + R * first + row * (last - first);
+        tile<X>(panel.data(), steps, input, first == 0, kept, ahead, each);
+        if (!ends) return;
+        for (int64_t i = 0; i < X; i++) {
+          alignas(32) float out[PANEL];
+          for (int g = 0; g < 2; g++)
+            _mm256_store_ps(out + 8 * g, whole(kept + i * SUMS * PANEL + 8 * g));
+          for (int64_t k = 0; k < count; k++) {
+            const float scale = F == INT8 ? static_cast<const float*>(m.scales)[n + k] : 1.0f;
+            y[(row + i) * y_stride + n + k] = out[k] * scale;
+          }
+        }
+      });
     }
   }
 }

@@ -6,6 +6,7 @@
 
 #pragma once
 
+#include "blocks.h"
 #include "operands.h"
 #include "panels.h"
 
@@ -45,7 +46,8 @@ inline floats16 eights4(const W* w, int64_t stride, const A* input, int64_t inpu
 #pragma GCC unroll 4
           for (int r = 0; r < 4; r++) {
             if (distance) fetch(w + r * stride + c, distance);
-            const __m256 v = eight(w + r * stride + c + 8 * h);
+            __m256 v = eight(w + r * stride + c + 8 * h);
+            if (X > 1) hold(v);
 #pragma GCC unroll 4
             for (int i = 0; i < X; i++) a[i][h][r] = _mm256_fmadd_ps(v, x[i], a[i][h][r]);
           }
@@ -63,12 +65,11 @@ inline floats16 eights4(const W* w, int64_t stride, const A* input, int64_t inpu
 
 // ---- products
 
-// Keeps a vector in its register: compilers would read it from memory again for each use, and these
-// loops are bound by reading. With one row, X = 1, there is one use, and reading is part of it.
+// `hold` where a vector is used more than once, for X > 1: with one row, reading is part of that use.
 template <int X>
-inline void hold(floats16& v) {
+inline void hold_for(floats16& v) {
 #if defined(__AVX512F__)
-  if (X > 1) asm("" : "+v"(v));
+  if (X > 1) hold(v);
 #endif
 }
 
@@ -83,11 +84,11 @@ floats16 plain4(const W* w, int64_t stride, const A* input, int64_t input_stride
   floats16 acc[4 * X] = {};
   for (int64_t c = 0; c < stride; c += 16) {
     floats16 x[X];
-    for (int i = 0; i < X; i++) hold<X>(x[i] = load(input + i * input_stride + c));
+    for (int i = 0; i < X; i++) hold_for<X>(x[i] = load(input + i * input_stride + c));
     for (int r = 0; r < 4; r++) {
       if (distance) fetch(w + r * stride + c, distance);
       floats16 v = load(w + r * stride + c);
-      hold<X>(v);
+      hold_for<X>(v);
       for (int i = 0; i < X; i++) acc[4 * i + r] = fused(v, x[i], acc[4 * i + r]);
     }
   }
@@ -124,11 +125,11 @@ floats16 dots4(const uint16_t* w, int64_t stride, const Input& in, int64_t row) 
   floats16 acc[4 * X] = {};
   for (int64_t c = 0; c < stride; c += 32) {
     floats16 x[X];
-    for (int i = 0; i < X; i++) hold<X>(x[i] = pairs(input + i * in.stride + c));
+    for (int i = 0; i < X; i++) hold_for<X>(x[i] = pairs(input + i * in.stride + c));
     for (int r = 0; r < 4; r++) {
       fetch(w + r * stride + c, distance);
       floats16 v = pairs(w + r * stride + c);
-      hold<X>(v);
+      hold_for<X>(v);
       for (int i = 0; i < X; i++)
         acc[4 * i + r] =
             floats16(_mm512_dpbf16_ps(__m512(acc[4 * i + r]), __m512bh(v), __m512bh(x[i])));
@@ -190,16 +191,6 @@ floats16 dots4(const uint8_t*, const uint16_t*, int64_t, const Input&, int64_t) 
 const bool UNPACKS_INT4 = true;
 #endif
 
-// n columns, of all rows: a multiple of 64.
-void unpack_int4(const uint8_t* w, const uint16_t* scales, int64_t n, float* __restrict out) {
-  for (int64_t c = 0; c < n; c += 64) {
-    const float scale_1 = as_float(scales[c / 32]), scale_2 = as_float(scales[c / 32 + 1]);
-    const uint8_t* at = w + c / 2;
-    for (int i = 0; i < 32; i++) out[c + i] = float(int(at[i] & 15) - 8) * scale_1;
-    for (int i = 0; i < 32; i++) out[c + 32 + i] = float(int(at[i] >> 4) - 8) * scale_2;
-  }
-}
-
 // `unpacked` holds the four rows of an int4 matrix as floats, or is null.
 template <int X>
 floats16 four_rows(const Matrix& m, int64_t first, const Input& in, int64_t row,
@@ -228,10 +219,8 @@ void put_four(const Matrix& m, int64_t first, const Input& in, int64_t row, cons
   for (int x = 0; x < X; x++) std::memcpy(y + (row + x) * y_stride + first, out + 4 * x, 16);
 }
 
-#if defined(VECTORS_OF_EIGHT)
-const int64_t TILE = 3;  // rows of input whose sums fit into the registers
-#else
-const int64_t TILE = 4;
+#if !defined(VECTORS_OF_EIGHT)
+const int64_t TILE = 4;  // rows of input whose sums fit into the registers
 #endif
 
 // Columns first to first + 3 of y, for the tile of rows from `row` on.
@@ -257,8 +246,11 @@ int64_t panel(const Matrix& m, int64_t R) {
 Range multiply(const Matrix& m, const Input& in, int64_t R, float* y, int64_t y_stride) {
   const Range mine = share(m.rows);
 #if defined(VECTORS_OF_EIGHT)
-  if (R >= MANY) {
-    put_panels(m, mine, in, R, y, y_stride);
+  if (R >= FEW) {
+    if (R < many(m))
+      put_few(m, mine, in, R, y, y_stride);
+    else
+      put_panels(m, mine, in, R, y, y_stride);
     return mine;
   }
 #endif

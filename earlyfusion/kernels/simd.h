@@ -100,6 +100,14 @@ inline floats16 fused(floats16 a, floats16 b, floats16 c) {
 #endif
 }
 
+// Keeps a vector in its register: compilers would read it from memory again for each use, and loops of
+// products with several rows of input are bound by reading.
+#if defined(__AVX512F__)
+inline void hold(floats16& v) { asm("" : "+v"(v)); }
+#elif defined(VECTORS_OF_EIGHT)
+inline void hold(__m256& v) { asm("" : "+x"(v)); }
+#endif
+
 inline void fetch(const void* at, int64_t distance) {
   __builtin_prefetch(static_cast<const char*>(at) + distance);
 }
