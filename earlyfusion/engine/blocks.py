@@ -1,11 +1,12 @@
-"""Blocks of the cache: who reads them, what they hold, which come next. No tensor is known here.
+"""Blocks of the cache: which branches read them, what they hold, which is taken next. Without
+tensors.
 
-The keys and values of a branch lie in blocks of `size` tokens, numbered in its block table. A block
-that is full never changes, so any number of branches may read it; a block that is being filled has
-one branch. Blocks that nobody reads keep their content until they are needed, the least recently
-read first, and serve prompts that begin alike: full ones are shared, the beginning of another one
-is copied. A full block is found by a hash of its tokens, of everything before them, and of the name
-of the adapter that read them: what one adapter has read is of no use to another.
+The keys and values of a branch lie in blocks of `size` tokens, listed in its block table. A full
+block never changes, so any number of branches may read it; a block that is being filled belongs to
+one branch. Blocks that no branch reads keep their content until they are needed, the least recently
+read going first, and serve later prompts that begin alike: full ones are shared, the beginning of
+another one is copied. A full block is found by a hash of its tokens, of everything before them, and
+of the adapter that read them, since another adapter's keys and values differ.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ from earlyfusion.errors import SettingError
 BLOCK_SIZE = 32
 """Tokens per block. The compiled step reads sixteen at a time, so it is a multiple of sixteen."""
 
-_CANDIDATES = 64  # blocks behind one prefix that are compared with a prompt, the newest first
+_CANDIDATES = 64  # at most so many blocks behind one prefix are compared, the newest first
 
 
 @dataclass(eq=False)
 class Branch:
     """One condition of a request: `tokens` to read, the first `read` of which are in `blocks`.
 
-    `keys` are those of its blocks that are known to be full. `adapter` names the weights that read
-    it, "" for the model's own.
+    `keys` are the hashes of its full blocks. `adapter` names the weights that read it, "" for the
+    model's own.
     """
 
     tokens: list[int]
@@ -45,19 +46,19 @@ class Branch:
 
     @property
     def parent(self) -> bytes:
-        """The key of what stands before its first block that is not full."""
+        """The key of everything before its first block that is not full."""
         return self.keys[-1] if self.keys else _root(self.adapter)
 
 
 class Copy(NamedTuple):
-    """The content of block `source` is copied to block `target`."""
+    """Copy the content of block `source` to block `target`."""
 
     source: int
     target: int
 
 
 class Prefix(NamedTuple):
-    """The whole blocks of a prompt that the cache holds, and their keys."""
+    """The full blocks of a prompt that the cache already holds, and their keys."""
 
     blocks: list[int]
     keys: list[bytes]
@@ -65,8 +66,8 @@ class Prefix(NamedTuple):
 
 @dataclass(eq=False)
 class _Content:
-    """Tokens of a block behind the prefix `parent`: a full one has a `key`; one that is being
-    filled belongs to a `branch`, of which it holds the tokens from `start` on."""
+    """Tokens of a block behind the prefix `parent`. A full block has a `key`. A block being filled
+    belongs to a `branch`, of which it holds the tokens from `start` on."""
 
     parent: bytes
     branch: Branch | None
@@ -81,7 +82,7 @@ class _Content:
 
 
 class BlockPool:
-    """`number` blocks of `size` tokens. With `shares` off every prompt is read whole."""
+    """`number` blocks of `size` tokens. Without `shares`, no prompt reuses blocks of another."""
 
     def __init__(self, number: int, size: int = BLOCK_SIZE) -> None:
         if number < 1 or size < 1:
@@ -89,6 +90,7 @@ class BlockPool:
         self.size, self.shares = size, True
         self.references = [0] * number
         self._empty = list(range(number - 1, -1, -1))  # the last one is taken first
+        # Dicts without values serve as ordered sets.
         self._cached: dict[int, None] = {}  # unread blocks with content, least recently read first
         self._content: list[_Content | None] = [None] * number
         self._by_key: dict[bytes, int] = {}
@@ -99,21 +101,20 @@ class BlockPool:
 
     @property
     def free(self) -> int:
-        """Blocks that nobody reads."""
+        """The number of blocks that no branch reads."""
         return len(self._empty) + len(self._cached)
 
     def needed(self, tokens: int) -> int:
-        """How many blocks so many tokens take."""
         return -(-tokens // self.size)
 
     def content(self, block: int) -> Sequence[int]:
-        """The tokens whose keys and values a block is known to hold."""
+        """The tokens whose keys and values a block holds."""
         content = self._content[block]
         return [] if content is None else content.tokens(self.size)
 
     def find(self, tokens: list[int], adapter: str = "") -> Prefix:
-        """The whole blocks that the cache holds of a prompt. Its last token always remains to be
-        read, for the logits behind it."""
+        """The full blocks that the cache holds of a prompt. The prompt's last token is never among
+        them: it must be read to get the logits behind it."""
         found = Prefix([], [])
         while self.shares and (end := (len(found.blocks) + 1) * self.size) < len(tokens):
             parent = found.keys[-1] if found.keys else _root(adapter)
@@ -125,11 +126,10 @@ class BlockPool:
         return found
 
     def unread(self, prefixes: Iterable[Prefix]) -> int:
-        """How many of the free blocks these prefixes are made of."""
+        """The number of free blocks among these prefixes."""
         return len({b for prefix in prefixes for b in prefix.blocks if not self.references[b]})
 
     def give(self, branch: Branch, prefix: Prefix) -> None:
-        """Let a branch without blocks begin with a prefix."""
         for block in prefix.blocks:
             self._cached.pop(block, None)
             self.references[block] += 1
@@ -138,10 +138,10 @@ class BlockPool:
         branch.read = len(prefix.blocks) * self.size
 
     def extend(self, branch: Branch, tokens: int) -> Copy | None:
-        """Give new blocks to a branch until it has room for so many tokens.
+        """Give a branch new blocks until it has room for this number of tokens.
 
-        Behind a prefix of whole blocks the first new one is a copy of the block that begins like
-        the rest of the prompt, as far as it does.
+        Behind a prefix of full blocks, the first new block is a copy of the one that agrees longest
+        with the rest of the prompt, if any does.
         """
         number = len(branch.blocks)
         source, shared = None, 0
@@ -154,20 +154,20 @@ class BlockPool:
         branch.read += shared
         self._begin(branch)
         target = branch.blocks[number]
-        # Where the source was the next free block, it is filled on in place.
+        # If the source itself was the next free block, it is simply filled further.
         return None if source == target else Copy(source, target)
 
     def read(self, branch: Branch, number: int) -> None:
-        """A branch reads its next tokens: they count as read from here on."""
+        """Count the branch's next tokens as read."""
         branch.read += number
         if self.shares:
             self._index(branch)
 
     def release(self, branch: Branch) -> None:
-        """A branch no longer needs its blocks. They keep their content until they are needed."""
+        """Take a branch's blocks away. They keep their content until they are needed."""
         if self.shares:
             self._index(branch)
-        # Ends first: of one branch, the beginning is kept for longest.
+        # Last block first, so that the beginning of a prompt is evicted last.
         for block in reversed(branch.blocks):
             self.references[block] -= 1
             if self.references[block] == 0:
@@ -176,7 +176,7 @@ class BlockPool:
         branch.keys, branch.read = [], 0
 
     def drop(self, branch: Branch) -> list[int]:
-        """Release a branch. Returns the blocks that it alone has read: they hold nothing more."""
+        """Release a branch and forget what only it has read. Returns those blocks."""
         alone = [block for block in branch.blocks if self.references[block] == 1]
         for block in alone:
             self._forget(block)
@@ -185,14 +185,13 @@ class BlockPool:
         return alone
 
     def forget(self) -> None:
-        """No block holds anything any more: the weights have changed."""
+        """Forget the content of all blocks, as the weights have changed."""
         for block in range(len(self)):
             self._forget(block)
         self._empty += reversed(self._cached)
         self._cached.clear()
 
     def _take(self) -> int:
-        """A free block, referenced: an empty one, or the least recently read."""
         if self._empty:
             block = self._empty.pop()
         else:
@@ -204,6 +203,7 @@ class BlockPool:
 
     def _leave(self, block: int) -> None:
         content = self._content[block]
+        # The branch will change or go: keep a copy of the tokens of its last block.
         if content is not None and content.branch is not None:
             content.sealed, content.branch = content.tokens(self.size), None
         if content is None or not content.sealed:
@@ -213,7 +213,7 @@ class BlockPool:
             self._cached[block] = None
 
     def _index(self, branch: Branch) -> None:
-        """Note which blocks of a branch are full, and which one it is filling."""
+        """Register the blocks of a branch that are full, and the one it is filling."""
         size = self.size
         while (end := (len(branch.keys) + 1) * size) <= branch.read:
             number = len(branch.keys)
@@ -226,7 +226,7 @@ class BlockPool:
             self._begin(branch)
 
     def _fill(self, block: int, parent: bytes, key: bytes, tokens: list[int]) -> None:
-        """A block is full. Of several blocks with one content only the first is found again."""
+        """Register a full block. Of several with the same content only the first can be found."""
         self._forget(block)
         if key not in self._by_key:
             self._content[block] = _Content(parent, None, 0, tokens, key)
@@ -234,7 +234,7 @@ class BlockPool:
             self._behind.setdefault(parent, {})[block] = None
 
     def _begin(self, branch: Branch) -> None:
-        """A branch fills the block behind its full ones."""
+        """Register the block that a branch is filling."""
         number = branch.read // self.size
         block = branch.blocks[number]
         content = self._content[block]
@@ -256,7 +256,8 @@ class BlockPool:
             del self._behind[content.parent]
 
     def _longest(self, branch: Branch) -> tuple[int | None, int]:
-        """The block that begins with the most tokens behind a branch's last block, and how many."""
+        """The block that agrees longest with the tokens behind the branch's last block, and the
+        number of tokens that agree."""
         start = len(branch.blocks) * self.size
         tokens = branch.tokens[start : min(start + self.size, len(branch.tokens) - 1)]
         behind = self._behind.get(branch.parent, {})
@@ -269,17 +270,16 @@ class BlockPool:
 
 
 def _root(adapter: str) -> bytes:
-    """The key before the first block."""
     return blake2b(adapter.encode(), digest_size=16).digest() if adapter else b""
 
 
 def _key(parent: bytes, tokens: Sequence[int]) -> bytes:
-    """The hash of a full block and of everything before it: 128 bits, so that no two are alike."""
+    """A hash of a full block and of all before it: 128 bits, so that no two are alike."""
     return blake2b(array("q", tokens).tobytes(), digest_size=16, key=parent).digest()
 
 
 def _shared(held: Sequence[int], tokens: Sequence[int]) -> int:
-    """The number of tokens that two lists have in common at the beginning."""
+    """The number of tokens that two lists have in common at their beginning."""
     for number, (one, other) in enumerate(zip(held, tokens, strict=False)):
         if one != other:
             return number

@@ -1,7 +1,7 @@
-"""The engine's keys and values: blocks of tokens, each with its share of all layers.
+"""The engine's keys and values: blocks of tokens, each holding those of all layers.
 
-They have the model's dtype or a smaller one: bf16, or int8 with an fp32 scale per head of a token,
-separate for keys and values.
+Their dtype is the model's or a smaller one: bf16, or int8 with one fp32 scale per token and head,
+separately for keys and values.
 
 Shapes: B blocks, L layers, K key and value heads, S tokens of a block, H head width, T new tokens,
 R rows that look back, P positions.
@@ -40,7 +40,7 @@ class LayerCache(NamedTuple):
     scales_B2KS: Tensor | None
 
     def store(self, blocks_T: Tensor, offsets_T: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> None:
-        """Put the keys and values of each new token into its block, at its place there."""
+        """Store the keys and values of new tokens at their offsets in their blocks."""
         for number, new_TKH in enumerate((k_TKH, v_TKH)):
             if self.scales_B2KS is not None:
                 new_TKH, scales_TK = _int8(new_TKH)
@@ -48,7 +48,7 @@ class LayerCache(NamedTuple):
             self.kv_B2KSH[blocks_T, number, :, offsets_T] = new_TKH.to(self.kv_B2KSH.dtype)
 
     def read(self, blocks_RN: Tensor, end: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The first `end` keys and values [R, K, P, H] of block tables with N blocks each."""
+        """The first `end` keys and values [R, K, P, H] of block tables [R, N]."""
         kv_2KRNSH = self.kv_B2KSH.permute(1, 2, 0, 3, 4)[:, :, blocks_RN].to(dtype)
         if self.scales_B2KS is not None:
             scales_2KRNS = self.scales_B2KS.permute(1, 2, 0, 3)[:, :, blocks_RN]
@@ -60,9 +60,9 @@ class LayerCache(NamedTuple):
 class Cache:
     """Keys and values of all blocks: `kv_BL2KSH` and, in int8, `scales_BL2KS`.
 
-    A sequence has at most `length` tokens. A block is one run of memory, which is only taken when
-    the block is first used (on a CPU). Within a block the positions of one head are next to each
-    other, so that the attention of one token reads memory in order.
+    A sequence has at most `length` tokens. On a CPU the memory of a block is only taken when it is
+    first written. Within a block the positions of one head are adjacent, so that attention of one
+    token reads memory in order.
     """
 
     def __init__(
@@ -101,14 +101,13 @@ class Cache:
 
     @staticmethod
     def token_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-        """Bytes per token, in all layers."""
         scale = torch.float32.itemsize if dtype == torch.int8 else 0
         vector = config.head_dim * dtype.itemsize + scale
         return 2 * config.num_hidden_layers * config.kv_heads * vector
 
 
 def cache_dtype(name: str | None, model_dtype: torch.dtype) -> torch.dtype:
-    """The dtype of this name, the model's for None; `SettingError` for an unknown name."""
+    """The dtype of this name, or the model's for None; `SettingError` for an unknown name."""
     if name is None:
         return model_dtype
     return DTYPES[dtype_name("cache_dtype", name, tuple(DTYPES))]
@@ -116,7 +115,7 @@ def cache_dtype(name: str | None, model_dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True)
 class CacheSize:
-    """How much a cache holds: `blocks` blocks of BLOCK_SIZE tokens."""
+    """The size of a cache: `blocks` blocks of BLOCK_SIZE tokens."""
 
     blocks: int
     block_bytes: int
@@ -127,11 +126,11 @@ class CacheSize:
 
     @property
     def bytes(self) -> int:
-        """What it takes when all blocks are used."""
+        """The memory taken when all blocks are in use."""
         return self.blocks * self.block_bytes
 
     def requests(self, tokens: int) -> int:
-        """How many requests of so many tokens, prompt and reply, run at once without guidance."""
+        """How many requests of `tokens` tokens, prompt and reply, run at once without guidance."""
         return self.blocks // -(-tokens // BLOCK_SIZE)
 
 
@@ -142,11 +141,11 @@ def cache_size(
     budget: int | None = None,
     reserved: int = 0,
 ) -> CacheSize:
-    """What fits into `budget` bytes, or by default into a share of the free memory, of which
-    `reserved` bytes are for something else.
+    """The cache that fits into `budget` bytes, or into a share of the free memory less `reserved`
+    bytes (a quarter on a CPU, 80% on a GPU).
 
-    The default has room for three branches of the longest context, those of a guided image, and at
-    most for MOST_CONTEXTS. Raises `SettingError` where a budget holds no block.
+    Without a budget it has room for at least the three branches of a guided image at full context,
+    and for at most MOST_CONTEXTS contexts. Raises `SettingError` if a budget holds no block.
     """
     block_bytes = BLOCK_SIZE * token_bytes
     context = -(-context_tokens // BLOCK_SIZE)
@@ -166,7 +165,7 @@ def _int8(x_TKH: Tensor) -> tuple[Tensor, Tensor]:
     """Levels and scales: symmetric, rounded to nearest, the largest entry becomes 127 or -127."""
     x_TKH = x_TKH.float()
     scales_TK = x_TKH.abs().amax(-1) / 127
-    # A vector of zeros has scale 0, and levels 0.
+    # A vector of zeros has scale 0: do not divide by it.
     levels_TKH = x_TKH / scales_TK.clamp_min(1e-30)[..., None]
     return levels_TKH.round_().to(torch.int8), scales_TK
 
@@ -174,6 +173,6 @@ def _int8(x_TKH: Tensor) -> tuple[Tensor, Tensor]:
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    # numpy's zeros take memory page by page, when they are first written to; torch's at once.
+    # numpy's zeros take memory page by page on first write; torch's take all at once.
     empty = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
     return torch.from_numpy(empty).view(dtype).view(shape)

@@ -1,11 +1,11 @@
 """Tokens from the states of a step: guidance, grammar, penalty, cuts, draw.
 
-The head is used in two parts, codes and text: each row is multiplied with the part it may draw
-from. Requests that draw alike are drawn together. The result does not depend on that: each has its
-own settings and uniform number.
+The head is used in two parts, one for codes and one for text: each row is multiplied only with the
+part that it may draw from. Requests with equal settings are drawn together; each keeps its own
+uniform number, so the result is the same as alone.
 
-Shapes: B rows to draw (several per window of codes), R rows of states, V columns of a head, D
-width of a state.
+Shapes: B rows to draw (several per window of codes), R rows of states, V columns of a head, D width
+of a state.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class DrawGroup(NamedTuple):
 
 
 class Head:
-    """The columns of the head for some ids, in order of ids."""
+    """The columns of the head for some ids, in ascending order of ids."""
 
     def __init__(self, backend: Backend, ids: Iterable[int], device: torch.device) -> None:
         self.ids = sorted(ids)
@@ -59,20 +59,20 @@ class Head:
 
 
 class Drawer:
-    """Draws for all requests of one model; keeps what it knows of them between steps."""
+    """Draws for all requests of one model."""
 
     def __init__(self, backend: Backend, grammar: Grammar, device: torch.device) -> None:
         self._backend, self._device = backend, device
         self.image_head = Head(backend, grammar.code_ids, device)
         self._allowed = {grammar}
         self._text_of: dict[tuple[Grammar, bool], Tensor] = {}
-        self._forbidden: dict[Handle, Tensor] = {}  # of this step
+        self._forbidden: dict[Handle, Tensor] = {}  # columns, in this step only
         self._warps: dict[DrawGroup, tuple[list[DrawSettings], Warp]] = {}
         self._load_text_head(grammar.text_ids)
 
     @torch.no_grad()
     def allow(self, grammar: Grammar) -> None:
-        """Let the text head hold all that this grammar's requests may say."""
+        """Extend the text head to all ids that this grammar allows."""
         if grammar not in self._allowed:
             self._allowed.add(grammar)
             if not grammar.text_ids <= self._text_ids:
@@ -81,7 +81,7 @@ class Drawer:
     def _load_text_head(self, ids: frozenset[int]) -> None:
         self._text_ids = ids
         self.text_head = Head(self._backend, ids, self._device)
-        # Whatever is kept by columns of the old head.
+        # These refer to columns of the old head.
         self._blocked: dict[tuple[Grammar, bool], Tensor] = {}
         self._seen: WeakKeyDictionary[Handle, _Seen] = WeakKeyDictionary()
         self._none_seen_V = _Seen(self.text_head, self._device).marks_V
@@ -109,8 +109,8 @@ class Drawer:
         return [drawn[handle] for handle in handles]
 
     def _forbid(self, handle: Handle, steering: Steering) -> bool:
-        """Keep which columns of the text head a request may not draw from in this step. False if
-        that leaves none, and the error is the handle's."""
+        """Note the columns of the text head that a request may not draw from in this step. If none
+        is left, returns False and sets the handle's error."""
         try:
             allowed_V = steering.allowed(handle.branches[0].tokens, self._allowed_for(handle))
         except EarlyFusionError as error:
@@ -119,10 +119,10 @@ class Drawer:
         self._forbidden[handle] = ~allowed_V[self.text_head.ids_V]
         return True
 
-    # ---- one request by itself, as in the plain loop
+    # ---- one request at a time, as in the plain loop
 
     def _draw_steered(self, x_RD: Tensor, step: Step, handle: Handle) -> list[int]:
-        """One token from the whole vocabulary; none where its steering fails."""
+        """One token from the whole vocabulary; none if the steering fails."""
         steering, grammar = handle.steering, handle.walk.grammar
         assert steering is not None
         ids, branches = handle.branches[0].tokens, handle.branches
@@ -158,12 +158,11 @@ class Drawer:
         step: Step,
         handles: Sequence[Handle],
     ) -> dict[Handle, list[int]]:
-        """Codes and text in one call, without windows."""
         rows: dict[bool, _LogitRows] = {}
         for in_image, head in ((False, self.text_head), (True, self.image_head)):
             if alike := [handle for handle in handles if handle.walk.in_image is in_image]:
                 rows[in_image] = _LogitRows(head, x_RD, step, alike)
-        # The choices hold addresses of logits in `rows`, which therefore lives until the draw.
+        # The choices hold raw addresses of logits in `rows`: keep it alive until after the draw.
         choices = [self._choices(handle, rows[handle.walk.in_image]) for handle in handles]
         columns = iter(draw(list(chain.from_iterable(choices))))
         drawn: dict[Handle, list[int]] = {}
@@ -173,7 +172,6 @@ class Drawer:
         return drawn
 
     def _choices(self, handle: Handle, rows: _LogitRows) -> list[Choice]:
-        """One per position."""
         settings, in_image = handle.settings, handle.walk.in_image
         # Guesses of text are copied from the history, so they add nothing to what is seen.
         seen_V = None if in_image else self._seen_by(handle)
@@ -208,12 +206,13 @@ class Drawer:
         # The host waits for the device here, once per step.
         tokens = iter((drawn[0] if len(drawn) == 1 else torch.cat(drawn)).tolist())
         in_order = chain.from_iterable(groups.values())
+        # `torch.cat` above is in the order of the groups, not of the handles.
         return {handle: list(islice(tokens, handle.positions)) for handle in in_order}
 
     def _draw_group(
         self, x_RD: Tensor, step: Step, group: DrawGroup, handles: list[Handle]
     ) -> Tensor:
-        """Tokens [B] of a group, those of a handle next to each other."""
+        """Tokens [B] of a group; those of one handle are adjacent."""
         head = self.image_head if group.in_image else self.text_head
         logits_BV = self._guided(x_RD, step, handles, head)
         if not group.in_image:
@@ -223,7 +222,7 @@ class Drawer:
         return torch.where(sound_B, self._pick(logits_BV, group, handles, head), NOTHING)
 
     def _guided(self, x_RD: Tensor, step: Step, handles: list[Handle], head: Head) -> Tensor:
-        """Guided logits in fp32, for each handle as many rows as it has positions."""
+        """Guided logits [B, V] in fp32: one row per position of each handle."""
         mixes = [
             tuple(step.row_of[branch] + position for branch in handle.conditions)
             for handle in handles
@@ -231,7 +230,7 @@ class Drawer:
         ]
         rows = list(dict.fromkeys(chain.from_iterable(mixes)))
         logits_RV = head.logits(_picked(x_RD, rows)).float()
-        # One row per draw: no request has a second branch, so there is nothing to mix.
+        # As many rows as draws: no request has a second branch, so there is nothing to mix.
         if len(rows) == len(mixes):
             return logits_RV
         number_of = {row: number for number, row in enumerate(rows)}
@@ -243,7 +242,6 @@ class Drawer:
         return guidance.combine(full, image_only, unconditional, text_B1, image_B1)
 
     def _masked(self, logits_BV: Tensor, group: DrawGroup, handles: list[Handle]) -> Tensor:
-        """Text logits after the grammar's mask and the repetition penalty."""
         rules = {(handle.walk.grammar, handle.walk.may_begin) for handle in handles}
         alike = len(rules) == 1 and self._forbidden.keys().isdisjoint(handles)
         logits_BV = logits_BV.masked_fill(
@@ -263,6 +261,7 @@ class Drawer:
         self, logits_BV: Tensor, group: DrawGroup, handles: list[Handle], head: Head
     ) -> Tensor:
         if group.greedy:
+            # Neither temperature nor cuts move the largest logit.
             return head.ids_V[logits_BV.argmax(-1)]
         settings = self._settings(group, handles)
         windows = [handle.window for handle in handles if handle.window is not None]
@@ -278,7 +277,7 @@ class Drawer:
         return head.ids_V[pick(logits_BV, uniform_B.to(self._device))]
 
     def _settings(self, group: DrawGroup, handles: list[Handle]) -> Warp:
-        """The settings of each position of these handles."""
+        """The settings, one row per position of these handles."""
         settings = self._warp(group, handles)
         rows = [n for n, handle in enumerate(handles) for _ in range(handle.positions)]
         if len(rows) == len(handles):
@@ -286,7 +285,7 @@ class Drawer:
         return settings.of_rows(torch.tensor(rows).to(self._device))
 
     def _warp(self, group: DrawGroup, handles: list[Handle]) -> Warp:
-        """The settings of these handles as tensors, made again only when they differ."""
+        """The settings of these handles as tensors, rebuilt only when they change."""
         rows = [handle.settings for handle in handles]
         known = self._warps.get(group)
         if known is None or known[0] != rows:
@@ -296,7 +295,7 @@ class Drawer:
     # ---- columns of the text head
 
     def _blocked_for(self, handle: Handle) -> Tensor:
-        """Columns that the grammar forbids, and what steers the request."""
+        """Columns that the grammar, or what steers the request, forbids."""
         if handle in self._forbidden:
             return self._forbidden[handle]
         key = handle.walk.grammar, handle.walk.may_begin
@@ -305,9 +304,9 @@ class Drawer:
         return self._blocked[key]
 
     def _allowed_for(self, handle: Handle) -> Tensor:
-        """Tokens of text, of the whole vocabulary, that the grammar allows."""
+        """Text ids that the grammar allows, as a mask over the whole vocabulary."""
         walk = handle.walk
-        # In text nothing else of a grammar's state counts.
+        # In text, `may_begin` is the only part of the grammar's state that changes the mask.
         key = walk.grammar, walk.may_begin
         if key not in self._text_of:
             state_1F = torch.tensor([walk.state], device=self._device)
@@ -315,7 +314,7 @@ class Drawer:
         return self._text_of[key]
 
     def _seen_by(self, handle: Handle) -> Tensor | None:
-        """Columns that the history of a request holds; None without a penalty."""
+        """Columns whose tokens are in the request's history; None without a penalty."""
         if handle.settings.penalty == 1:
             return None
         seen = self._seen.get(handle)
@@ -326,14 +325,14 @@ class Drawer:
 
 
 class _Seen:
-    """Marks for the columns of a head whose tokens a history holds."""
+    """Marks the columns of a head whose tokens are in a request's history."""
 
     def __init__(self, head: Head, device: torch.device) -> None:
         self.marks_V = torch.zeros(len(head.ids), dtype=torch.bool, device=device)
         self._column_of, self._marked = head.column_of, 0
 
     def mark(self, history: Sequence[int]) -> None:
-        """Mark the tokens that came since the last call."""
+        """Mark the tokens added since the last call."""
         news, self._marked = history[self._marked :], len(history)
         columns = [self._column_of[token] for token in news if token in self._column_of]
         if len(columns) == 1:
@@ -343,7 +342,7 @@ class _Seen:
 
 
 class _LogitRows:
-    """Logits in fp32 of one head, for all branches of some handles without windows."""
+    """fp32 logits of one head, for all branches of handles without a window."""
 
     def __init__(self, head: Head, x_RD: Tensor, step: Step, handles: Sequence[Handle]) -> None:
         rows = [
@@ -359,7 +358,7 @@ class _LogitRows:
         self.columns = self._logits_RV.shape[1]
 
     def addresses(self, handle: Handle, position: int) -> tuple[int, int, int]:
-        """Where the rows of the three conditions begin in memory."""
+        """The memory addresses of the rows of the three conditions."""
         start, row_bytes = self._logits_RV.data_ptr(), 4 * self._logits_RV.stride(0)
         full, image_only, unconditional = (
             start + row_bytes * self._number_of[self._row_of[branch] + position]
@@ -369,12 +368,12 @@ class _LogitRows:
 
 
 def _each_position(handles: Sequence[Handle]) -> list[Handle]:
-    """Each handle as often as it has positions to draw."""
+    """Each handle, repeated once per position that it draws."""
     return [handle for handle in handles for _ in range(handle.positions)]
 
 
 def _picked(x_RD: Tensor, rows: list[int]) -> Tensor:
-    """These rows; without a copy where they are all, in order."""
+    """These rows; no copy if they are all of them, in order."""
     if rows == list(range(len(x_RD))):
         return x_RD
     return x_RD.index_select(0, torch.tensor(rows).to(x_RD.device))

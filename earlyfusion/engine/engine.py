@@ -1,9 +1,9 @@
 """The engine: many requests at once on one cache. `step` is schedule, run, deliver.
 
-Requests join and leave between steps. A reply depends on its prompt, settings and seed, not on the
-requests beside it: token for token it is the reply of `generation/reference.py`. Several threads
-may drive one engine: a thread that waits for an event makes the next step, for all requests. New
-weights, hooks and other modules in the transformer are noticed whenever a request is added.
+Requests join and leave between steps. A reply depends only on its own prompt, settings and seed:
+token for token it equals that of `generation/reference.py`. Several threads may drive one engine: a
+thread that waits for an event makes the next step, for all requests. Each new request checks
+whether the transformer's weights, hooks or modules have changed.
 """
 
 from __future__ import annotations
@@ -46,17 +46,15 @@ MOST_RUNNING = 256
 class Engine:
     """Runs requests on one transformer.
 
-    The cache takes `cache_bytes`, cut into blocks of 32 tokens. By default it takes a quarter of
-    the memory that is free, of a GPU 80%, but at least what one guided image of the longest context
-    may need, and at most 64 contexts: `cache_size` says how much that is. Memory of a CPU is only
-    taken as blocks are used. Prompt and reply have at most `context_tokens` tokens (default: the
-    model's). A step reads at most `chunk` tokens of prompts beside requests that draw, four times
-    as many where none does (default: 64 on a CPU, 512 on a GPU). At most `most_running` requests
-    run at once. `cache_dtype` is the dtype of keys and values: "fp32", "bf16" or "int8", default
-    the model's. `static` says whether several tokens are drawn in one step where no prompt is read
-    (default: on a CUDA device, where these steps are captured graphs). `adapters` are the
-    transformer with other weights in its layers, by the name that a request asks for; with them no
-    step is static. Raises `SettingError`.
+    `cache_bytes` is the size of the cache (default: a share of the free memory, see `cache_size`).
+    A prompt with its reply has at most `context_tokens` tokens (default: the model's limit). A step
+    reads at most `chunk` tokens of prompts beside requests that draw, and four times as many if
+    none draws (default: 64 on a CPU, 512 on a GPU). At most `most_running` requests run at once.
+    `cache_dtype` is the dtype of keys and values: "fp32", "bf16" or "int8" (default: the model's).
+    With `static`, steps that read no prompt draw several tokens at a time (default: on a CUDA
+    device, where these steps are captured graphs). `adapters` maps names that requests may ask for
+    to transformers with other weights in their layers; with them no step is static. Raises
+    `SettingError`.
     """
 
     def __init__(
@@ -143,28 +141,28 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether any request is under way."""
+        """Whether any request has not ended."""
         with self._turn:
             self._let_go()
             return bool(self._handles)
 
     @property
     def preemptions(self) -> int:
-        """How many times a request has given its blocks back to another one."""
+        """How often a request has given up its blocks for another one."""
         return self._scheduler.preemptions
 
     def warm_up(self, told: Callable[[int, int], None] | None = None) -> int:
-        """Capture the steps of a CUDA device now, and not when they are first needed.
+        """Capture the steps of a CUDA device now instead of at their first use.
 
-        `told` gets how many are done, and of how many. Returns the bytes of the device's memory
-        that this took; 0 where nothing is captured.
+        `told` is called with the number captured so far and the number of all. Returns the bytes of
+        device memory that this took; 0 if nothing is captured.
         """
         with self._turn:
             return 0 if self.runner.bursts is None else self.runner.bursts.warm_up(told)
 
     @property
     def used_blocks(self) -> int:
-        """How many blocks of the cache the requests under way hold."""
+        """Blocks of the cache that requests under way hold."""
         return len(self._scheduler.pool) - self._scheduler.pool.free
 
     def step(self) -> None:
@@ -204,7 +202,7 @@ class Engine:
         self._end(handle)
 
     def _give_up_newest(self, error: BaseException) -> None:
-        """Memory has run out: end the last request in order, and have the others read again."""
+        """Memory has run out: end the last request in order and let the others read again."""
         shortage = OutOfMemoryError(
             f"there was no memory for {len(self._scheduler.running)} requests at once, so this one "
             "ended: ask for fewer at once, or give the cache fewer bytes"
@@ -213,7 +211,7 @@ class Engine:
         newest = self._handles[self._scheduler.running[-1].number]
         newest.error = shortage
         self._end(newest)
-        # The step may have written any part of its keys and values.
+        # The failed step may have written only some of its keys and values.
         self._scheduler.restart()
 
     def _deliver(self, handle: Handle, tokens: Sequence[int]) -> None:
@@ -250,14 +248,14 @@ class Engine:
 
     def _fail(self, error: BaseException) -> None:
         """End all requests with an error, and forget all prefixes."""
-        # A step that broke may have written any part of its keys and values.
+        # The failed step may have written only some of its keys and values.
         for handle in list(self._handles.values()):
             handle.error = error
             self._end(handle)
         self._scheduler.pool.forget()
 
     def _load(self) -> None:
-        """Read the transformer, at first and after somebody has trained, moved or changed it."""
+        """Read the transformer, at first and after a change of it."""
         self._grammars: dict[tuple[tuple[int, ...], ImageLayout], Grammar] = {}
         self._scheduler.restart()
         shape = self.cache_size.blocks, self.context_tokens, self._cache_dtype
@@ -273,9 +271,9 @@ class Engine:
         for handle in self._handles.values():
             handle.walk.grammar = self.grammar(handle.request.stops, handle.request.layout)
             self.runner.drawer.allow(handle.walk.grammar)
-        # After the runner, which may have replaced parameters by views of fused ones.
+        # Only now: making the runner may have replaced parameters by views of fused ones.
         self._weights = fingerprint(self._models)
-        # Alive, so that no new module gets the id of an old one.
+        # Keeps the modules alive: the fingerprint knows them by id, and Python reuses ids.
         self._modules = [module for model in self._models for module in model.modules()]
 
     @property
@@ -283,7 +281,7 @@ class Engine:
         return [self.transformer, *self.adapters.values()]
 
     def grammar(self, stops: tuple[int, ...], layout: ImageLayout | None = None) -> Grammar:
-        """The rules for requests with these stop ids and this layout, made once."""
+        """The grammar of requests with these stop ids and this layout, made once."""
         layout = layout or self.processor.layout
         if (stops, layout) not in self._grammars:
             vocabulary, size = self.processor.vocabulary, self.transformer.config.vocab_size
@@ -293,13 +291,13 @@ class Engine:
 
 
 class _Turns:
-    """A lock that serves threads in the order of asking, so that none that steps in a loop keeps
-    the others out."""
+    """A fair lock: first come, first served. With a plain lock, a thread that steps in a loop could
+    keep the others out."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._given = self._ended = 0  # numbers, as at a counter
-        self._given_up: set[int] = set()  # by threads that were interrupted while they waited
+        self._given = self._ended = 0  # tickets handed out, and served
+        self._given_up: set[int] = set()  # tickets of threads interrupted while waiting
 
     def __enter__(self) -> None:
         with self._changed:

@@ -1,4 +1,4 @@
-"""One request on its way through the engine: its branches, its place in the grammar, its events."""
+"""One request on its way through the engine: its branches, its state in the grammar, its events."""
 
 from __future__ import annotations
 
@@ -25,18 +25,17 @@ from earlyfusion.generation.sampler import (
 from earlyfusion.generation.steering import Steering, steering
 from earlyfusion.processor import Processor
 
-_UNIFORMS = 64  # drawn in one call; the numbers are those of 64 calls
+_UNIFORMS = 64  # drawn in one call, which gives the same numbers as 64 calls
 _NUMBERS = count()
 
 
 class Handle:
-    """A request that the engine runs. Iterating gives its events as they come, and drives the
-    engine while there are none; `cancel` ends it at any time.
+    """A request in the engine. Iterating over it gives its events as they come, and drives the
+    engine while there are none.
 
-    The scheduler takes it as an `Entry`. `branches` are in the order full, image-only,
-    unconditional; a condition that cancels out has none. `uniforms` in [0, 1) are for the next
-    draws, one per position.
-    A draw with `steering` leaves its `logprob` here, or the `error` that ends the request.
+    The scheduler sees it as an `Entry`. `branches` are in the order full, image-only,
+    unconditional; a condition that cancels out has none. A draw with `steering` sets `logprob`, or
+    the `error` that ends the request.
     """
 
     def __init__(
@@ -84,12 +83,12 @@ class Handle:
             self.cancel()
 
     def cancel(self) -> None:
-        """End the request where it is; it gives no further events. Safe to call at any time."""
+        """End the request; no further events come. Any thread may call it at any time."""
         self._leave(self)
 
     @property
     def steering(self) -> Steering | None:
-        """What changes the logits of the next token; None where nothing does."""
+        """Changes to the logits of the next token; None if there are none."""
         needed = self._steering is not None and not (
             self.walk.in_image and self._steering.only_forbids
         )
@@ -97,42 +96,42 @@ class Handle:
 
     @property
     def drafts(self) -> Sequence[int]:
-        """Tokens to read behind the last one of each branch."""
+        """Tokens to be read behind the last one of each branch."""
         return self._guesses if self.window is None else self.window.drafts
 
     @property
     def uniforms(self) -> list[float]:
-        """A number per position that is drawn next; each token of the reply has one of its own."""
+        """Numbers in [0, 1) for the next draws, one per position. Each token of the reply has its
+        own."""
         return self._uniforms.of(len(self.tokens), self.positions)
 
     def uniforms_of(self, count: int) -> list[float]:
-        """The numbers of the next `count` tokens, whatever these turn out to be."""
+        """The numbers of the next `count` tokens."""
         return self._uniforms.of(len(self.tokens), count)
 
     @property
     def reserve(self) -> int:
-        """The number of codes that are still to come in the image that is drawn."""
+        """The number of codes still to come in the image that is being drawn."""
         return self.walk.codes_left
 
     @property
     def settings(self) -> DrawSettings:
-        """How the next token is drawn."""
         return self._image_settings if self.walk.in_image else self._text_settings
 
     @property
     def both_settings(self) -> tuple[DrawSettings, DrawSettings]:
-        """How text is drawn, and how codes are."""
+        """The settings of text, and of codes."""
         return self._text_settings, self._image_settings
 
     @property
     def alone_draws(self) -> bool:
-        """Whether the next token needs nothing but its logits: no drafts, and nothing steers it."""
+        """Whether the next token needs nothing but its logits: no drafts and no steering."""
         guesses = self._lookup is not None and not self.walk.in_image
         return self.steering is None and not self.drafts and self.window is None and not guesses
 
     @property
     def changes_branches(self) -> tuple[bool, bool]:
-        """Whether tokens are drawn in another way from where an image begins, or ends."""
+        """Whether tokens are drawn differently once an image begins, and once it ends."""
         steered = self._steering is not None
         at_begin = steered or bool(self.request.sampling.jacobi)
         at_begin = at_begin or most_branches(self.request) > 1
@@ -140,14 +139,14 @@ class Handle:
 
     @property
     def positions(self) -> int:
-        """The number of tokens that are drawn next: one, and one behind each draft."""
+        """The number of tokens drawn next: one, and one behind each draft."""
         return 1 + len(self.drafts)
 
     @property
     def conditions(self) -> tuple[Branch, Branch, Branch]:
         """The branches of the three conditions of guidance: full, image-only, unconditional.
 
-        Where one cancels out, the branch that equals it or any other takes its place.
+        For a condition that cancels out: a branch with equal tokens, or any, as its weight is 0.
         """
         full, *others = self.branches
         return (full, others[0], others[-1]) if others else (full, full, full)
@@ -155,7 +154,7 @@ class Handle:
     def take(self, tokens: Sequence[int]) -> list[Branch]:
         """Accept drawn tokens, and those that the grammar forces after them.
 
-        Returns the branches that end with that, whose blocks are free.
+        Returns the branches that have ended, whose blocks can be released.
         """
         if self.error is not None:
             self.finished = True
@@ -168,32 +167,32 @@ class Handle:
         for token in tokens:
             if not self.finished:
                 self._accept(token, self.logprob)
-        # The reply may have ended, for a stop string, before the last of these tokens.
+        # A stop string may have ended the reply before the last of these tokens.
         for branch in before:
             branch.read = min(branch.read, len(branch.tokens))
         self._go_on()
         return [] if self.branches is before else [b for b in before if b not in self.branches]
 
     def _settled(self, tokens: Sequence[int]) -> list[int]:
-        """The final ones of the tokens that were drawn at all positions."""
+        """The tokens that are final, of those drawn at all positions."""
         if self.window is not None:
             final = self.window.settle(tokens, self.walk.codes_left)
         else:
             pairs = enumerate(zip(tokens, self._guesses, strict=False))
             wrong = next((n for n, (new, guess) in pairs if new != guess), len(tokens) - 1)
             final = list(tokens[: wrong + 1])
-        # All but the last were drafts.
+        # All but the last were drafts, whose keys and values are right already.
         self._have_read(len(final) - 1)
         return final
 
     def _have_read(self, count: int) -> None:
-        """The blocks of all branches hold the next `count` tokens already."""
+        """Count `count` more tokens of all branches as read: they are in the blocks already."""
         for branch in self.branches:
             branch.read += count
 
     def _go_on(self) -> None:
-        """Accept forced tokens up to the next that is drawn."""
-        # Their logits do not matter, so the network is not asked; their uniform number is spent.
+        """Accept forced tokens up to the next token that must be drawn."""
+        # A forced token needs no logits, but uses up its uniform number, as in the plain loop.
         while not self.finished and (token := self.walk.forced) is not None:
             self._accept(token)
         if self.walk.done:
@@ -206,7 +205,7 @@ class Handle:
         self._guesses = [] if self._lookup is None else self._guess(self._lookup)
 
     def _guess(self, lookup: Lookup) -> list[int]:
-        """Tokens of text that may come next, none of which changes what the grammar allows."""
+        """Text tokens that may come next and do not change what the grammar allows."""
         if self.finished or self.walk.in_image:
             return []
         guesses, walk = lookup.guess(self.branches[0].tokens), self.walk
@@ -218,6 +217,7 @@ class Handle:
         self.tokens.append(token)
         self.events += self._narrator.push(token, logprob)
         self.walk.advance(token)
+        # A token that ends the reply is never read, so the branches do not get it.
         if self._narrator.ended or self.walk.done:
             self._finish()
             return
@@ -245,14 +245,14 @@ class Handle:
 
 
 def most_branches(request: Request) -> int:
-    """The largest number of branches that this request may need at once."""
+    """The most branches that this request may need at once."""
     if request.images == 0 or request.output == "text":
         return 1
     return max(len(guidance.needed(*request.guidance, has)) for has in (False, True))
 
 
 class _Uniforms:
-    """The uniform numbers of a request, by the token of its reply that each is for."""
+    """The uniform numbers of a request, one per token of its reply."""
 
     def __init__(self, seed: int) -> None:
         self._source = generator(seed)

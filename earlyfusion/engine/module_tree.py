@@ -1,8 +1,7 @@
-"""What stands in a module tree: hooks, modules of other classes, and whether anything has changed.
+"""Checks of a module tree: hooks, modules of other classes, and whether anything has changed.
 
-Back ends with a forward pass of their own take the weights out of the modules. They may serve only
-where calling the modules would give the same (`is_plain`), and until something changes
-(`fingerprint`).
+Back ends with their own forward pass take the weights out of the modules. That is valid only if
+calling the modules would give the same (`is_plain`), and until something changes (`fingerprint`).
 """
 
 from __future__ import annotations
@@ -38,21 +37,21 @@ _FORWARDS = [module_class.forward for module_class in _CLASSES]
 
 def fingerprint(modules: Iterable[nn.Module]) -> int:
     """A number that changes whenever a parameter or buffer is replaced or written to, and when a
-    module of the tree is replaced, wrapped, hooked or given another `forward`.
+    module is replaced, wrapped, hooked or given another `forward`.
 
-    Modules are known by their ids: the caller keeps those that it has seen alive.
+    Modules are known by their ids, so the caller must keep them alive.
     """
     seen: list[object] = [bool(_has_any_global_hook()), *(c.forward for c in _CLASSES)]
     left = list(modules)
-    # Takes half the time of `modules()`, which builds names and looks for duplicates. Without calls
-    # of functions, as it runs for each request.
+    # Runs for each request, so it is one loop without function calls: half the time of `modules()`,
+    # which builds names and looks for duplicates.
     while left:
         module = left.pop()
         hooked = bool(module._forward_hooks or module._forward_pre_hooks)
         seen += (id(module), type(module), hooked or "forward" in module.__dict__)
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
-                # An inference tensor has no version.
+                # An inference tensor has no version counter.
                 version = 0 if tensor.is_inference() else tensor._version
                 seen += (tensor.data_ptr(), version)
         left += [child for child in module._modules.values() if child is not None]
@@ -60,8 +59,8 @@ def fingerprint(modules: Iterable[nn.Module]) -> int:
 
 
 def is_plain(transformer: Transformer) -> bool:
-    """Whether a forward pass on its weights gives the same as calling its modules: only classes of
-    `model/`, linear modules that treat each token alone, and no hooks."""
+    """Whether a forward pass on the weights alone gives the same as calling the modules: only
+    classes of `model/`, linear modules that treat each token alone, and no hooks."""
     untouched = not _has_any_global_hook() and not any(map(_is_touched, transformer.modules()))
     unpatched = [module_class.forward for module_class in _CLASSES] == _FORWARDS
     return (
@@ -73,7 +72,7 @@ def is_plain(transformer: Transformer) -> bool:
 
 
 def check_blocks(transformer: Transformer) -> None:
-    """Raise `SettingError` where the layers cannot be called one after the other."""
+    """Raise `SettingError` if the layers cannot be called one after the other."""
     layers, number = list(transformer.model.layers), transformer.config.num_hidden_layers
     if len(layers) != number:
         raise SettingError(
@@ -125,7 +124,7 @@ def _is_plain_block(block: nn.Module) -> bool:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Whether a module treats each token alone, so that it can take tokens of several requests."""
+    """Whether a linear module treats each token alone, so that it may get several requests."""
     if type(module) is nn.Linear:
         # Subclasses of Parameter may compute anything.
         return type(module.weight) in (nn.Parameter, Tensor)

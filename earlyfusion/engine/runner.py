@@ -1,9 +1,9 @@
 """One step on the device: the tokens of a plan through the transformer, then a draw per request.
 
-A back end runs the transformer. On a CPU it is compiled code (`backends/cpu.py`); elsewhere, or
-without a compiler, fused products in torch (`backends/torch.py`). Where somebody has put hooks or
-other modules into the transformer, its own modules are called (`backends/modules.py`). On a CUDA
-device, steps that read no prompt run in bursts (`static/bursts.py`).
+A back end runs the transformer: on a CPU compiled code (`backends/cpu.py`); elsewhere, or without a
+compiler, fused products in torch (`backends/torch.py`). If somebody has put hooks or other modules
+into the transformer, its own modules are called (`backends/modules.py`). On a CUDA device, steps
+that read no prompt run in bursts (`static/bursts.py`).
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from earlyfusion.model.transformer import Transformer
 
 
 class ModelRunner:
-    """Owns cache, back end and drawer; `run` is the whole of a step.
+    """Owns the cache, the back end and the drawer; `run` is a whole step.
 
-    The cache has `blocks` blocks, for sequences of at most `length` tokens, in the dtype that
-    `dtype_name` names, the model's own for None. With `static` tokens are drawn in bursts of static
-    steps (`static/bursts.py`); None: on a CUDA device. `adapters` are the same model with other
-    weights in its layers, by name; with them no step is static.
+    The cache has `blocks` blocks, for sequences of at most `length` tokens, with the dtype that
+    `dtype_name` names (None: the model's). `static` asks for bursts of static steps (None: on a
+    CUDA device). `adapters` are models with other weights in their layers, by name; with them no
+    step is static.
     """
 
     def __init__(
@@ -51,9 +51,9 @@ class ModelRunner:
     ) -> None:
         model_dtype, self.device = kept_in(transformer)
         dtype = cache_dtype(dtype_name, model_dtype)
-        # Rows of a static step that have nothing to say write into the one block more.
+        # One block more: idle rows of a static step write into it.
         self._cache = Cache(transformer.config, blocks + 1, length, dtype, self.device)
-        # Parameters may become views of tensors that are made here: these must not be tensors of
+        # Parameters may become views of tensors made here, so these must not be tensors of
         # inference mode, or the model could never be trained again.
         with torch.inference_mode(False), torch.no_grad():
             check_blocks(transformer)
@@ -69,15 +69,15 @@ class ModelRunner:
                 self.bursts = Bursts(transformer, self.backend, self._cache, grammar)
 
     def steps(self, plan: Plan, handles: Sequence[Handle]) -> int:
-        """How many static steps the plan may take; 0 where it takes none."""
+        """How many static steps the plan may take; 0 if none."""
         return 0 if self.bursts is None else self.bursts.length(plan, handles)
 
     @torch.inference_mode()
     def run(self, plan: Plan, handles: Sequence[Handle], steps: int = 0) -> list[list[int]]:
         """Read the pieces of a plan, and draw for the handles that are ready.
 
-        Returns the tokens of each handle, one or one per position of its window, or up to `steps`;
-        `NOTHING` for a token whose logits are not finite.
+        Returns the tokens of each handle: one per position of its window, or up to `steps`.
+        `NOTHING` stands for a token whose logits are not finite.
         """
         for copied in plan.copies:
             self._cache.copy(copied)
@@ -90,7 +90,7 @@ class ModelRunner:
         return self.drawer.draw(x_RD, step, handles) if handles else []
 
     def clear(self, blocks: Iterable[int]) -> None:
-        """Zero these blocks: values that are not finite would spoil sums that should skip them."""
+        """Zero these blocks. Masked attention multiplies their values by 0, and 0 * NaN is NaN."""
         self._cache.clear(blocks)
 
 

@@ -1,9 +1,10 @@
-"""Who runs next: requests take blocks of the cache, read in pieces, step back, and end.
+"""Who runs next: requests take blocks of the cache, read their prompts in pieces, are preempted,
+end.
 
-A request reads through branches: one for text, two or three while it draws a guided image. Each
-branch lists the tokens that it must have read, and how many of them its blocks hold. So a prompt
-read in pieces, a single new token and a return after preemption are one case. Requests are served
-by priority, then by arrival. Nothing here knows a tensor.
+A request reads through branches: one for text, two or three while it draws a guided image. A branch
+lists the tokens to be read, and how many of them its blocks hold. So a prompt read in pieces, a
+single new token and a return after preemption are the same case. Requests are served by priority,
+then by arrival. No tensor appears here.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ ALONE = 4
 
 
 class Entry(Protocol):
-    """What the scheduler needs to know of a request (`engine/handle.py`).
+    """The scheduler's view of a request (`engine/handle.py`).
 
     The smaller `priority` runs first, then the smaller `number`. `drafts` are read behind the last
     token of each branch, but never count as read. `reserve` is the number of tokens that are sure
@@ -40,7 +41,7 @@ class Entry(Protocol):
 
 
 class Piece(NamedTuple):
-    """`size` tokens of a branch from `start` on, and drafts behind them, to be read in a step."""
+    """`size` tokens of a branch from `start` on, then its drafts, to be read in one step."""
 
     branch: Branch
     start: int
@@ -62,7 +63,7 @@ class Piece(NamedTuple):
 
 @dataclass
 class Plan:
-    """One step: first the copies, in order, then all pieces at once; `ready` will then draw."""
+    """One step: the copies, in order; then all pieces at once; then a draw for each of `ready`."""
 
     copies: list[Copy] = field(default_factory=list)
     pieces: list[Piece] = field(default_factory=list)
@@ -72,8 +73,8 @@ class Plan:
 class Scheduler:
     """Shares the blocks of the cache among at most `most_running` requests.
 
-    A step reads at most `chunk` tokens of prompts where other requests draw in it, so that these do
-    not wait for long, and ALONE times as many where none does.
+    A step reads at most `chunk` tokens of prompts if other requests draw in it, so that these do
+    not wait long, and ALONE times as many if none does.
     """
 
     def __init__(self, pool: BlockPool, chunk: int, most_running: int = 256) -> None:
@@ -83,14 +84,14 @@ class Scheduler:
             )
         self.pool, self.chunk, self.most_running = pool, chunk, most_running
         self.waiting: list[Entry] = []
-        self.running: list[Entry] = []  # always in order
+        self.running: list[Entry] = []  # always in the order of `_order`
         self.preemptions = 0
 
     def add(self, entry: Entry) -> None:
         self.waiting.append(entry)
 
     def remove(self, entry: Entry) -> None:
-        """Take a request out. Its blocks keep what they hold until they are needed."""
+        """Take a request out. Its blocks keep their content until they are needed."""
         self.release(entry.branches)
         for queue in (self.waiting, self.running):
             if entry in queue:
@@ -107,7 +108,7 @@ class Scheduler:
         self.pool.forget()
 
     def schedule(self) -> Plan:
-        """The next step. It counts as done: the tokens of its pieces are read from here on."""
+        """The next step. The tokens of its pieces count as read from now on."""
         plan = Plan()
         for entry in list(self.running):
             if self._missing(entry):
@@ -121,23 +122,22 @@ class Scheduler:
         return plan
 
     def grow(self, entries: Iterable[Entry], tokens: int) -> None:
-        """Take blocks early, for `tokens` further tokens of each of these requests, as long as
-        every running one could still take one."""
+        """Give these requests blocks for `tokens` further tokens, as long as each running request
+        could still get one more block."""
         for entry in entries:
             for branch in entry.branches:
                 size = len(branch.tokens) + tokens
                 missing = self.pool.needed(size) - len(branch.blocks)
                 if missing > 0 and self.pool.free - missing >= len(self.running):
-                    # Nothing is copied: the branch has read all its tokens.
+                    # `extend` copies nothing here, as the branch has read all its tokens.
                     self.pool.extend(branch, size)
 
     def _size(self, entry: Entry, branch: Branch) -> int:
-        """The tokens that a branch needs room for: those so far, and those that are sure to come
-        or are tried."""
+        """The tokens that a branch needs room for: its own, and those sure to come or tried."""
         return len(branch.tokens) + max(entry.reserve, len(entry.drafts))
 
     def _missing(self, entry: Entry) -> int:
-        """The number of blocks that a request lacks, prefixes not considered."""
+        """The number of blocks that a request lacks, shared prefixes not considered."""
         size = self.pool.size
         extra = max(entry.reserve, len(entry.drafts)) + size - 1
         missing = 0
@@ -146,7 +146,7 @@ class Scheduler:
         return missing
 
     def _fits(self, entry: Entry, spare: int = 0) -> bool:
-        """Whether the free blocks suffice for a request, and `spare` more."""
+        """Whether the free blocks are enough for a request and `spare` more."""
         missing = self._missing(entry)
         if missing + spare <= self.pool.free:
             return True
@@ -156,8 +156,8 @@ class Scheduler:
         return missing - shared + spare <= self.pool.free - self.pool.unread(prefixes)
 
     def _serve(self, entry: Entry, plan: Plan) -> None:
-        """Blocks for a running request; requests behind it in order make room."""
-        # An earlier one may have preempted it meanwhile.
+        """Give a running request its blocks, preempting requests behind it in order if needed."""
+        # A request served earlier in this step may have preempted it.
         while entry in self.running and not self._fits(entry):
             last = self.running[-1]
             if last is entry:
@@ -167,11 +167,12 @@ class Scheduler:
             self._assign(entry, plan)
 
     def _admit(self, plan: Plan) -> None:
-        """Let waiting requests in, in order. Only requests of a lower priority make room."""
+        """Admit waiting requests in order. Only requests of a lower priority are preempted for
+        them."""
         self.waiting.sort(key=_order)
         while self.waiting:
             first = self.waiting[0]
-            # Free blocks belong to a running request that still lacks some and is before it.
+            # A running request earlier in order that lacks blocks comes first.
             if any(_order(e) < _order(first) and self._missing(e) for e in self.running):
                 return
             if self._shares_soon(first):
@@ -189,8 +190,8 @@ class Scheduler:
             self._assign(first, plan)
 
     def _shares_soon(self, entry: Entry) -> bool:
-        """Whether a request before it is still reading blocks that this one begins with: many with
-        one prompt then read it once."""
+        """Whether an earlier request is still reading blocks that this one begins with. Waiting for
+        it means that many requests with one prompt read it once."""
         tokens, adapter = entry.branches[0].tokens, entry.branches[0].adapter
         end = (len(self.pool.find(tokens, adapter).blocks) + 1) * self.pool.size
         if not self.pool.shares or end >= len(tokens):
@@ -205,21 +206,20 @@ class Scheduler:
         )
 
     def _has_room(self, entry: Entry, without: Sequence[Entry] = ()) -> bool:
-        """Whether a waiting request may run, possibly without some of the running ones."""
         if len(self.running) - len(without) >= self.most_running:
             return False
-        # Running requests before it may each need a block soon, and would take it from this one,
-        # which has then read its prompt for nothing.
+        # Earlier running requests may each need a block soon, and would take it from this one,
+        # which would then have read its prompt for nothing.
         spare = sum(_order(e) < _order(entry) and not e.reserve for e in self.running)
         return self._fits(entry, spare - self._held_alone(without))
 
     def _held_alone(self, entries: Sequence[Entry]) -> int:
-        """The number of blocks that would be free without these requests."""
+        """The number of blocks that only these requests hold."""
         reads = Counter(block for e in entries for b in e.branches for block in b.blocks)
         return sum(self.pool.references[block] == number for block, number in reads.items())
 
     def _assign(self, entry: Entry, plan: Plan) -> None:
-        # All prefixes first, so that none of their blocks is taken for something else.
+        # Prefixes of all branches first, so that `extend` does not evict one of their blocks.
         for branch in entry.branches:
             if not branch.blocks:
                 self.pool.give(branch, self.pool.find(branch.tokens, branch.adapter))
@@ -249,8 +249,8 @@ class Scheduler:
             plan.pieces += [self._read(b, len(b.tokens) - b.read, drafts) for b in branches]
             plan.ready.append(entry)
             return 0 if single else pending
-        # Guidance mixes the logits of all branches, so the last token of each waits for the step
-        # in which all of them are read.
+        # Guidance mixes the logits of all branches, so the last token of each must be read in the
+        # same step.
         taken = 0
         for branch in branches:
             number = min(branch.pending - 1, left - taken)

@@ -1,7 +1,7 @@
-"""One step's tokens in one row: which they are, where each stands, and which rows are drawn from.
+"""The tokens of one step in one row: which they are, their positions, and the rows drawn from.
 
-It follows from the scheduler's plan alone and is the same for all back ends. How a back end looks
-back in the cache is its own affair (`backends/attention.py`).
+Follows from the scheduler's plan alone and is the same for all back ends; how each looks back in
+the cache is its own concern (`backends/attention.py`).
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from earlyfusion.engine.scheduler import Piece
 
 
 class Step:
-    """The tokens of some pieces: single tokens first, by length, then longer pieces.
+    """The tokens of a plan's pieces: single tokens first, by length, then longer pieces.
 
     `drawing` are the rows that may be drawn from: the last token of each piece, and its drafts.
-    `row_of` is the first of a branch's rows among these.
+    `row_of` is the index, among these, of a branch's first row.
     """
 
     def __init__(self, pieces: Sequence[Piece], device: torch.device) -> None:
@@ -37,7 +37,7 @@ class Step:
             self.row_of[piece.branch] = len(self.drawing)
             self.drawing += range(last, len(tokens))
         self.draws_all = len(self.drawing) == len(tokens)
-        # One copy to the device instead of two.
+        # Both in one tensor: one copy to the device.
         self.tokens_T, self.positions_T = torch.tensor([tokens, positions]).to(device)
 
 

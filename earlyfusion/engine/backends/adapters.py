@@ -1,7 +1,7 @@
 """Adapters by name: one back end for each, on one cache.
 
 A step reads the rows of each adapter with that adapter's weights, one group after the other, so it
-costs as much as a step of each group alone; the scheduler, the cache and the draw are shared.
+costs as much as one step per group. Scheduler, cache and draw are shared.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from earlyfusion.kernels.cpu_step import Choice
 
 
 class ByAdapter:
-    """Back ends of one kind by the name of their adapter, "" for the model's own weights, whose
-    head serves all of them."""
+    """Back ends by the name of their adapter; that of "" has the model's own weights and head."""
 
     def __init__(self, backends: Mapping[str, Backend]) -> None:
         self._backends, self._own = backends, backends[""]

@@ -1,11 +1,11 @@
-"""How torch looks back in the cache: the layout of one step's attention, the same for all layers.
+"""Attention over the cache in torch: the layout of one step, which is the same for all layers.
 
-Keys and values are gathered out of their blocks. Rows that read one token look back together, on a
-CPU rows of about the same length, as far as the longest of them. A piece of a prompt, or a window
-of drafts, looks back alone.
+Keys and values are gathered from their blocks. Rows that read one token attend together, on a CPU
+in groups of about the same length, padded to the longest of the group. A piece of a prompt, or a
+window of drafts, attends alone.
 
-Shapes: T tokens of the step, R rows that look back together, N query heads, K key and value heads,
-G = N / K, P positions, H head width.
+Shapes: T tokens of the step, R rows that attend together, N query heads, K key and value heads, G =
+N / K, P positions, H head width.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from earlyfusion.engine.step import Step
 LookBack: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q_TNH, k_TKH, v_TKH) -> out_TNH of one layer: stores the new keys and values, then attends."""
 
-# Padding (bytes per layer) that is still cheaper to read than one more call of attention.
+# Reading this much padding (bytes per layer) still costs less than one more call of attention.
 PADDING_BYTES = 200_000
 
 
 class _Group(NamedTuple):
-    """Rows of one token each that look back together."""
+    """Rows of one token each that attend together."""
 
     rows: slice
     blocks_RN: Tensor
@@ -40,7 +40,7 @@ class _Group(NamedTuple):
 
 
 class _Segment(NamedTuple):
-    """A piece of a prompt, which looks back alone."""
+    """A piece of a prompt, which attends alone."""
 
     rows: slice
     blocks_1N: Tensor
@@ -50,7 +50,7 @@ class _Segment(NamedTuple):
 
 
 class StepAttention:
-    """Where the keys of a step are stored, and what each row sees."""
+    """Where a step's keys and values are stored, and which positions each row sees."""
 
     def __init__(self, step: Step, cache: Cache) -> None:
         self._cache = cache
@@ -86,7 +86,7 @@ class StepAttention:
             yield _Group(rows, blocks_RN, end, self._padding(ends[rows]))
 
     def _cuts(self, ends: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """Runs of rows, which ascend in length, cut where padding would cost more than a call."""
+        """Cut rows in ascending length into groups where padding would cost more than a call."""
         kv = self._cache.kv_BL2KSH
         token_bytes = 2 * kv.shape[3] * kv.shape[5] * kv.element_size()
         first = 0
@@ -110,13 +110,13 @@ class StepAttention:
             row += piece.rows
 
     def _table(self, branches: Sequence[Branch], end: int) -> Tensor:
-        """The blocks of the first `end` tokens of each branch; shorter ones are padded."""
+        """Block tables covering the first `end` tokens; shorter ones are padded."""
         number = -(-end // self._cache.block_size)
         rows = [branch.blocks[:number].tolist() for branch in branches]
         return self._tensor([row + row[-1:] * (number - len(row)) for row in rows])
 
     def _padding(self, ends: Sequence[int]) -> Tensor | None:
-        """Added to the scores [R, K, G, P]: -inf beyond the end of a row; None if all are equal."""
+        """Added to the scores [R, K, G, P]: -inf beyond a row's end; None if all ends are equal."""
         end = max(ends)
         if min(ends) == end:
             return None

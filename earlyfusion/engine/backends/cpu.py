@@ -13,7 +13,7 @@ from earlyfusion.model.transformer import Transformer
 
 
 class CompiledTransformer:
-    """All layers, and the draw, in compiled code. Reads and fills the cache in place."""
+    """All layers, and the draw, in compiled code, which reads and writes the cache in place."""
 
     whole_prompts = False
 
@@ -25,6 +25,7 @@ class CompiledTransformer:
     def states(self, step: Step) -> Tensor:
         tables: list[int] = []
         for piece in step.pieces:
+            # Compiled code gets the addresses of the block tables: no copy of a table per step.
             tables += [piece.branch.blocks.buffer_info()[0]] * piece.rows
         x_TD = self._step.states(step.tokens_T, step.positions_T, tables, bool(step.longer))
         return x_TD if step.draws_all else x_TD[step.drawing]
@@ -37,7 +38,7 @@ class CompiledTransformer:
 
 
 def compiled_transformer(transformer: Transformer, cache: Cache) -> CompiledTransformer | None:
-    """This back end, None where there is no compiler or the model has something it cannot do."""
+    """This back end; None without a compiler, or if it cannot run the model."""
     bits = own_bits(transformer)
     if bits is None or not fits(transformer, cache.kv_BL2KSH) or not available():
         return None

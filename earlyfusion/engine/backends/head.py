@@ -1,4 +1,4 @@
-"""The rows of the head that belong to some ids, for back ends with products of their own."""
+"""Logits from the rows of the head that belong to some ids."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from earlyfusion.engine.backends.interface import Product
 
 
 def head_product(head: nn.Module, ids_V: Tensor, product: Callable[[Tensor], Product]) -> Product:
-    """States [R, D] -> logits [R, V] of these ids; `product` makes one of a weight [V, D]."""
+    """States [R, D] -> logits [R, V] of these ids; `product` makes a product of a weight [V, D]."""
     first, last = int(ids_V[0]), int(ids_V[-1])
     adjacent = last - first + 1 == len(ids_V)
-    # Ids in a row are a view of the weight, others a copy.
+    # A slice is a view of the weight, an index a copy.
     rows = slice(first, last + 1) if adjacent else ids_V
     if type(head) is nn.Linear:
         return product(head.weight[rows].detach())
-    # An adapter's or packed head: only calling it gives its logits.
+    # Packed, or with an adapter: only calling the head gives its logits.
     dtype = _dtype(head)
     return lambda x_RD: head(x_RD.to(dtype))[:, rows]
 

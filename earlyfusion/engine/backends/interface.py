@@ -1,4 +1,4 @@
-"""What a back end is: one way to run the transformer on the tokens of a step, and to draw."""
+"""What a back end must do: run the transformer on the tokens of a step, and perhaps draw."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ Product: TypeAlias = Callable[[Tensor], Tensor]
 
 
 class Backend(Protocol):
-    """With `whole_prompts` every prompt must be read at once, and from its first token."""
+    """With `whole_prompts`, a prompt must be read in one piece, from its first token."""
 
     @property
     def whole_prompts(self) -> bool: ...
 
     def states(self, step: Step) -> Tensor:
-        """The input of the head [R, D] for the rows of `step.drawing`. Fills the cache."""
+        """The head's input [R, D] for the rows of `step.drawing`. Writes the cache."""
 
     def product(self, ids_V: Tensor) -> Product:
-        """From `states` to logits [R, V] of these ids, which are in order."""
+        """A function from `states` to logits [R, V] of these ids, which are in ascending order."""
 
     def whole_logits(self, x_RD: Tensor) -> Tensor:
-        """From `states` to logits of the whole vocabulary, in fp32."""
+        """From `states` to fp32 logits of the whole vocabulary."""
 
     @property
     def draw(self) -> Callable[[Sequence[Choice]], list[int]] | None:
-        """The column drawn for each choice, -1 if its logits are not finite. None: torch draws."""
+        """Draws a column per choice, -1 if its logits are not finite. None: torch draws."""

@@ -1,6 +1,6 @@
-"""Calling the transformer's own modules, as the plain loop does: slow, and right whatever is there.
+"""Calls the transformer's own modules, as the plain loop does: slow, but right with any module.
 
-Serves where hooks or modules of other classes are in the module tree: these see one sequence at a
+Used if there are hooks or modules of other classes in the module tree: these see one sequence at a
 time as (1, T), and every prompt whole.
 """
 
@@ -20,7 +20,7 @@ from earlyfusion.model.transformer import Transformer
 
 
 class CalledTransformer:
-    """Its states are logits of the whole vocabulary already, as the head may be anything."""
+    """Its states are already logits of the whole vocabulary, as the head may be any module."""
 
     whole_prompts = True
     draw = None

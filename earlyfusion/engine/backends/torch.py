@@ -1,9 +1,9 @@
 """The transformer's forward pass in torch, with the same arithmetic as `model/transformer.py`.
 
 All tokens of a step are concatenated, so each layer does one matmul for all requests. Queries, keys
-and values come from one matrix, gate and up from another. On a CPU the weights are packed once for
-oneDNN, whose products of few rows are up to three times as fast as `F.linear`; where memory is
-short, they are not packed. Packed linear modules and PEFT's adapters are called as they are.
+and values come from one fused matrix, gate and up from another. On a CPU the weights are packed
+once for oneDNN, whose products of few rows are up to three times as fast as `F.linear`; they stay
+unpacked if memory is short. Packed linear modules and PEFT's adapters are called as they are.
 
 Shapes: T tokens of a step, R of them drawn from, D model width, N query heads, K key and value
 heads, M = N + K, H head width, I inner width of the feed-forward, O x I a weight, P positions.
@@ -79,7 +79,7 @@ class FusedTransformer:
         cos_T1H, sin_T1H = self._cos_P1H[positions_T], self._sin_P1H[positions_T]
         attends = StepAttention(step, self._cache).of_layers()
         for layer, attend in zip(self.layers, attends, strict=True):
-            # Norms before attention and feed-forward (7B), or behind them (34B, swin_norm).
+            # Norms before attention and feed-forward (7B), or after them (34B, swin_norm).
             y_TD = x_TD if self._norm_after else layer.attention_norm(x_TD)
             qkv_TMH = layer.qkv(y_TD).view(self._shape)
             values_TKH = qkv_TMH[:, self._values_from :]
@@ -102,7 +102,7 @@ class FusedTransformer:
         return whole_logits(self._head, x_RD)
 
     def _product(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> Product:
-        """x -> x W^T + b, packed where that is possible."""
+        """x -> x W^T + b, with packed weights if possible."""
 
         def plain(x: Tensor) -> Tensor:
             return F.linear(x, weight_OI, bias_O)
@@ -118,7 +118,7 @@ class FusedTransformer:
         return product
 
     def _fused(self, *linears: nn.Module) -> Product:
-        """One product for several linear modules of one input, outputs side by side."""
+        """One product for several linear modules with the same input; outputs side by side."""
         if any(type(linear) is not nn.Linear for linear in linears):
             return lambda x: torch.cat([linear(x) for linear in linears], -1)
         plain = cast("Sequence[nn.Linear]", linears)
@@ -146,7 +146,7 @@ class FusedTransformer:
 
 
 def _rotated(x_TMH: Tensor, layer: Layer, cos_T1H: Tensor, sin_T1H: Tensor) -> Tensor:
-    """Head norm, then rotation, in fp32: queries and keys at once."""
+    """Head norm, then rotation, in fp32, for queries and keys together."""
     width = x_TMH.shape[-1]
     normed = F.layer_norm(x_TMH.float(), (width,), eps=1e-5)
     normed = torch.addcmul(layer.head_bias, normed, layer.head_weight)
@@ -155,7 +155,7 @@ def _rotated(x_TMH: Tensor, layer: Layer, cos_T1H: Tensor, sin_T1H: Tensor) -> T
 
 @cache
 def can_pack(dtype: torch.dtype) -> bool:
-    """Whether this build and machine have oneDNN's packed products for such weights."""
+    """Whether oneDNN's packed products serve weights of this dtype on this machine."""
     if dtype not in (torch.float32, torch.bfloat16):
         return False
     try:
@@ -168,13 +168,13 @@ def can_pack(dtype: torch.dtype) -> bool:
 
 
 def has_room(transformer: Transformer) -> bool:
-    """Whether a second copy of the weights takes less than half of the free memory."""
+    """Whether a second copy of the weights fits into half of the free memory."""
     size = sum(p.numel() * p.element_size() for p in transformer.parameters())
     return size < free_bytes(transformer.lm_head.weight.device) // 2
 
 
 def _share(linears: Sequence[nn.Linear], weight_OI: Tensor, bias_O: Tensor | None) -> None:
-    """Make the modules' parameters views of the fused ones, so that no weight is held twice."""
+    """Make the modules' parameters views of the fused weight, so that it is held once."""
     sizes = [linear.out_features for linear in linears]
     for linear, weight in zip(linears, weight_OI.split(sizes), strict=True):
         linear.weight.data = weight
