@@ -1,12 +1,11 @@
 """Text that must fit a JSON schema, a regular expression or a grammar (llguidance).
 
-A reply has exactly one text that fits, from its beginning to its end. One picture may come before
-that text begins, and any number after it is complete. A grammar that names `<image>` has its
-pictures there and nowhere else, with text on both sides.
+A reply has exactly one text that fits, from beginning to end. One picture may come before that text
+begins, and any number after it is complete. A grammar that names `<image>` has its pictures there
+and nowhere else, with text on both sides.
 
-llguidance works on bytes: it is given the bytes of each text token, and one special token for the
-beginning of a picture. The codes of a picture are not shown to it.
-Shapes: V vocabulary.
+llguidance works on bytes: it gets the bytes of each text token, and one special token for the
+beginning of a picture. It does not see the codes. Shapes: V vocabulary.
 """
 
 from __future__ import annotations
@@ -32,30 +31,30 @@ if TYPE_CHECKING:
 
 IMAGE = "<image>"
 """What a grammar calls the place of a picture."""
-_MAX_KEPT = 64  # compiled texts of one model; the oldest goes first
+_MAX_KEPT = 64  # compiled schemas, expressions and grammars of one model
 # llguidance follows rules and references by recursion, and some thousands in a chain overflow the
 # stack, which ends the process. (what is counted, its name, the limit)
 _CHAINS = {"grammar": (":", "colons", 1000), "json_schema": ('"$ref"', "references", 500)}
-# One way to write each value, that of Python's json.dumps: with any blanks allowed, a model may go
-# on with them for ever.
+# Only the blanks of Python's json.dumps: if any blanks were allowed, a model might draw them
+# forever.
 _JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class _Source(NamedTuple):
-    """What a request asks for: the name of the field, and its text."""
+    """What a request asks for: the name of the field, and its value as text."""
 
     name: str
     text: str
 
 
 def check(processor: Processor, sampling: SamplingParams) -> None:
-    """Raise `SettingError` for a schema, expression or grammar that is not valid."""
+    """Raise `SettingError` for an invalid schema, expression or grammar."""
     if (source := _source(sampling)) is not None:
         _compilers.matcher(processor, source)
 
 
 def constraint(processor: Processor, request: Request) -> Constraint | None:
-    """The constraint of a request, None if it has none."""
+    """The constraint of a request; None if it has none."""
     source = _source(request.sampling)
     return None if source is None else Constraint(processor, request, source)
 
@@ -66,7 +65,7 @@ def _source(sampling: SamplingParams) -> _Source | None:
 
 
 class Constraint:
-    """The tokens of text that may come in one reply. It follows the reply token by token."""
+    """The text tokens that may come in one reply, which it follows token by token."""
 
     def __init__(self, processor: Processor, request: Request, source: _Source) -> None:
         vocabulary = processor.vocabulary
@@ -82,15 +81,16 @@ class Constraint:
         self._in_picture = self._drawn = self._begun = self._closed = False
 
     def __call__(self, ids: Sequence[int], logits_V: Tensor) -> Tensor:
-        """The logits, -inf for tokens that may not come. `ids` are those of prompt and reply."""
+        """The logits, with -inf for tokens that may not come. `ids` are those of prompt
+        and reply."""
         allowed_V = self.allowed(ids, len(logits_V))
         if allowed_V is None:
             return logits_V
         return logits_V.masked_fill(~allowed_V.to(logits_V.device), -torch.inf)
 
     def allowed(self, ids: Sequence[int], size: int) -> Tensor | None:
-        """The tokens that may come, as a bool [V] on the CPU; None in a picture. Raises
-        `SettingError` where the matcher gives up."""
+        """The tokens that may come: bool [V] on the CPU, None in a picture. Raises `SettingError`
+        if the matcher gives up."""
         for token in ids[self._read :]:
             self._follow(token)
         self._read = len(ids)
@@ -102,7 +102,7 @@ class Constraint:
             return
         if token == self._begin:
             self._in_picture = self._drawn = True
-            # Behind a picture that follows the text, no more text may come.
+            # After a picture that follows the text, no more text may come.
             self._closed = self._begun and not self._names_images
             if not self._names_images:
                 return
@@ -123,13 +123,13 @@ class Constraint:
             allowed[:] = False
         allowed[self._ends] = complete
         if not self._names_images:
-            # Not two before the text: a model that wants to end would draw on and on instead.
+            # Only one before the text, or a model that wants to end might draw pictures forever.
             allowed[self._begin] = complete or not (self._begun or self._drawn)
         return allowed
 
 
 class _Compilers:
-    """Tokenizers and compiled texts of the models in use. Safe in any thread."""
+    """Tokenizers and compiled sources of the models in use. Thread-safe."""
 
     def __init__(self) -> None:
         self._of: WeakKeyDictionary[Processor, _Compiler] = WeakKeyDictionary()
@@ -194,8 +194,8 @@ class _Compiler:
 
 
 class _Tokens:
-    """The vocabulary as llguidance reads it. Tokens that are neither text nor a mark of ours have
-    no bytes, so that no grammar can name them."""
+    """The vocabulary in llguidance's form. Tokens that are neither text nor a mark used here have
+    no bytes, so no grammar can name them."""
 
     def __init__(self, processor: Processor) -> None:
         vocabulary = processor.vocabulary
@@ -226,7 +226,7 @@ def _impossible(source: _Source, error: str) -> SettingError:
 
 
 def _sentence(error: str) -> str:
-    """The first of the library's lines; the others draw where in the text the mistake is."""
+    """The first line of the library's message; the others point into the source."""
     lines = [line.strip() for line in error.splitlines() if line.strip()]
     said = lines[0] if lines else "it is not valid"
     for line in lines:  # of a regular expression only this line says what is wrong

@@ -1,10 +1,9 @@
 """Grammar: which tokens may come next, as an automaton over the vocabulary.
 
-The state is one integer tensor with a row per sequence, so that a step costs a few device
-operations and never waits for the device. The layout's template spells an image: one slot per
-token, for a code or for a fixed id, begin_image first. Outside of an image only text may come, or
-begin_image where a whole image still fits.
-Shapes: B rows, V vocabulary, F fields of the state, K classes of slots.
+The state is one integer tensor with a row per sequence, so a step costs a few device operations and
+never waits for the device. The layout's template spells an image: one slot per token, for a code or
+for a fixed id, begin_image first. Outside of an image, text may come, or begin_image if a whole
+image still fits. Shapes: B rows, V vocabulary, F fields of the state, K classes of slots.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ SLOT, IMAGES, ROOM, TEXT = range(4)
 
 
 class Grammar:
-    """The rules of one vocabulary and one image layout; a batch may mix outputs.
+    """The rules of one vocabulary and one image layout; rows of a batch may differ in their output.
 
-    `stops` are further ids, besides eos, that may be drawn and that end the reply. `size` is the
-    width of the logits, where the model has more rows than the tokenizer has tokens.
+    `stops` are ids besides eos that end the reply. `size` is the width of the logits, if the model
+    has more rows than the tokenizer has tokens.
     """
 
     def __init__(
@@ -62,8 +61,8 @@ class Grammar:
 
     @property
     def tables(self) -> tuple[Tensor, Tensor]:
-        """The ids that each class of slots allows, bool [K, V], and the class of each slot; the
-        last slot is the end."""
+        """The ids that each class of slots allows, bool [K, V], and the class of each slot. The
+        last slot stands for the end of the reply."""
         return self._classes_KV, self._class_of
 
     def start(
@@ -74,18 +73,19 @@ class Grammar:
         return torch.tensor(rows, dtype=torch.int64).to(self.device)
 
     def mask(self, state_BF: Tensor) -> Tensor:
-        """True where a token may come next; a row that is done allows only the ids of its end."""
+        """True where a token may come next. A row that is done allows only the ids that end a
+        reply."""
         allowed_BV = self._classes_KV[self._class_of[state_BF[:, SLOT]]]
         outside_B = state_BF[:, SLOT] == 0
         begins_B = outside_B & (state_BF[:, IMAGES] > 0) & (state_BF[:, ROOM] >= self.image_tokens)
         only_image_B = outside_B & (state_BF[:, TEXT] == 0)
         allowed_BV = allowed_BV & ~only_image_B[:, None]
-        # begin_image is not text, so the class of slot 0 does not say whether it may come.
+        # The class of slot 0 is text; whether begin_image may come depends on the room, too.
         allowed_BV[:, self.begin] = torch.where(outside_B, begins_B, allowed_BV[:, self.begin])
         return allowed_BV
 
     def advance(self, state_BF: Tensor, token_B: Tensor) -> Tensor:
-        """The states after these tokens, which `mask` allowed; done rows stay as they are."""
+        """The states after these tokens, which `mask` allowed. Rows that are done do not change."""
         slot_B, images_B, room_B, text_B = state_BF.unbind(-1)
         done_B = slot_B == self._done
         begins_B = (slot_B == 0) & (token_B == self.begin)
@@ -93,7 +93,7 @@ class Grammar:
         slot_B = torch.where((slot_B > 0) | begins_B, (slot_B + 1) % self._done, slot_B)
         images_B = images_B - begins_B.long()
         room_B = room_B - 1
-        # Without text, a reply ends where no further image may begin or fit.
+        # Without text, a reply ends once no further image may begin or fit.
         stuck_B = (text_B == 0) & ((images_B == 0) | (room_B < self.image_tokens)) & (slot_B == 0)
         ends_B = stops_B | stuck_B | (room_B == 0)
         after_BF = torch.stack(
@@ -110,7 +110,7 @@ class Grammar:
         return (state_BF[:, SLOT] > 0) & ~self.done(state_BF)
 
     def start_row(self, output: Output, images: int, room: int) -> list[int]:
-        """One row of `start`, as plain integers."""
+        """One row of `start` as integers."""
         if output == "text":
             images = 0
         elif output == "image" and (images < 1 or room < self.image_tokens):
@@ -123,9 +123,10 @@ class Grammar:
 
 
 class Walk:
-    """One row of the automaton in plain integers, for a loop that sees every token on the host.
+    """One row of the automaton in plain integers, for loops that see every token on the host. Same
+    rules as `Grammar`.
 
-    `slot` is the slot of the next token: 0 outside of an image. The rules are those of `Grammar`.
+    `slot` is the slot of the next token: 0 outside of an image.
     """
 
     def __init__(self, grammar: Grammar, output: Output, images: int, room: int) -> None:
@@ -140,32 +141,31 @@ class Walk:
 
     @property
     def may_begin(self) -> bool:
-        """Whether an image may begin here."""
         return self.slot == 0 and self._images > 0 and self._room >= self.grammar.image_tokens
 
     @property
     def codes_left(self) -> int:
-        """The number of image codes that come next, before anything else; 0 outside of an image."""
+        """The number of image codes that must come next; 0 outside of an image."""
         return self.grammar.codes_from[self.slot]
 
     @property
     def tokens_left(self) -> int:
-        """The number of tokens that may come: within an image its own, outside of it all."""
+        """The number of tokens that may still come: within an image those of the image."""
         if self.done:
             return 0
         return min(self._room, self.grammar.image_tokens - self.slot) if self.slot else self._room
 
     @property
     def text_left(self) -> int:
-        """The number of tokens of text that may come before anything changes but the room: until
-        the end, or until an image that may begin now no longer fits."""
+        """The number of text tokens that may come before the mask can change: until the end, or
+        until an image that may begin now no longer fits."""
         if self.in_image or self.done:
             return 0
         return self._room - (self.grammar.image_tokens - 1 if self.may_begin else 0)
 
     @property
     def forced(self) -> int | None:
-        """The only token that may come, if there is only one."""
+        """The only token that may come; None if there are several."""
         if self.done:
             return None
         if self.in_image:
@@ -193,7 +193,7 @@ class Walk:
 
 
 def _runs(template: Sequence[int]) -> list[int]:
-    """The number of codes in a row from each slot on; the last entry is that of "done"."""
+    """The number of consecutive codes from each slot on; the last entry is that of "done"."""
     runs = [0]
     for token in reversed(template):
         runs.append(runs[-1] + 1 if token == CODE else 0)
@@ -203,7 +203,7 @@ def _runs(template: Sequence[int]) -> list[int]:
 def _classes(
     vocabulary: Vocabulary, template: Sequence[int], stops: Sequence[int], size: int
 ) -> tuple[Tensor, Tensor]:
-    """Rows of allowed ids per class of slots, and the class of each slot; the last is "done"."""
+    """Allowed ids per class of slots, and the class of each slot; the last is "done"."""
     ids: dict[str | int, list[int]] = {
         "text": [*vocabulary.text_tokens.tolist(), *stops],
         "done": list(stops),

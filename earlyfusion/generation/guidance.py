@@ -1,8 +1,8 @@
 """Guidance: an image is drawn under up to three conditions of one request (Meta's formula).
 
-full: the whole history. image_only: its images without the words. unconditional: no history at all,
-or a negative prompt in its place, which the drawing is then led away from.
-Guided logits = unconditional + image * (image_only - unconditional) + text * (full - image_only).
+full: the whole history. image_only: its images without the words. unconditional: no history, or a
+negative prompt instead, from which the drawing then moves away. Guided logits = unconditional +
+image * (image_only - unconditional) + text * (full - image_only).
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ def combine(
     text: float | Tensor,
     image: float | Tensor,
 ) -> Tensor:
-    """Guided logits from raw ones of any one shape, before any mask or temperature."""
+    """Guided logits from raw ones of equal shape, before any mask or temperature."""
     return unconditional + image * (image_only - unconditional) + text * (full - image_only)
 
 
 def needed(text: float, image: float, has_images: bool) -> tuple[Condition, ...]:
-    """The fewest conditions that give the formula's value, in the order of the formula.
+    """The fewest conditions that give the formula's value, in the formula's order.
 
-    Without images in the history image_only equals unconditional. A weight of 1, or two equal
+    Without images in the history, image_only equals unconditional. A weight of 1, or two equal
     weights, cancel one condition or both.
     """
     # The formula again, by condition: text * full + (image - text) * image_only + (1 - image) *
-    # unconditional. Conditions with the factor 0 are not needed; full always is.
+    # unconditional. Conditions with factor 0 are not needed; full always is.
     if not has_images:
         return ("full",) if text == 1 else ("full", "unconditional")
     if text == image:
@@ -47,12 +47,12 @@ def needed(text: float, image: float, has_images: bool) -> tuple[Condition, ...]
 
 
 def mix(logits: Mapping[Condition, Tensor], text: float, image: float) -> Tensor:
-    """`combine` over the conditions that `needed` names: one that is missing cancels out."""
+    """`combine` over the conditions that `needed` names; a missing one cancels out."""
     full = logits["full"]
     if len(logits) == 1:
         return full
-    # Of the two others, one that is missing has the value of the one that is there, or a weight
-    # that makes its value indifferent.
+    # If one of the other two is missing, it equals the one that is there, or its value does not
+    # matter, as its weight is 0.
     image_only = logits["image_only"] if "image_only" in logits else logits["unconditional"]
     return combine(full, image_only, logits.get("unconditional", image_only), text, image)
 
@@ -66,8 +66,8 @@ def prompt(
 ) -> list[int]:
     """The tokens read under a condition when an image begins; `history` ends with begin_image.
 
-    `layout` says which tokens come before an image without a prompt, and which marks are in an
-    image; None is Chameleon's. `negative` are the tokens of a negative prompt, if there is one.
+    `layout` (None: Chameleon's) names the tokens before an image without a prompt, and the marks
+    within an image. `negative` are the tokens of a negative prompt, if any.
     """
     if condition == "full":
         return list(history)
@@ -80,8 +80,8 @@ def prompt(
     if layout is not None:
         marks |= {vocabulary.id_of(n) for n in (*layout.head, *layout.line_end, *layout.tail)}
     of_images = marks | set(vocabulary.image_tokens.tolist())
-    # Size tokens follow begin_image. They may be those of another layout, as pictures in the
-    # history may have another size: so they are found by where they are.
+    # Size tokens follow begin_image. Pictures in the history may have another size than this
+    # layout's, so they are found by position, not by id.
     sizes, begin = 0 if layout is None else len(layout.head) - 1, vocabulary.begin_image
     return [
         token
@@ -91,8 +91,7 @@ def prompt(
 
 
 def negative_ids(processor: Processor, sampling: SamplingParams) -> list[int]:
-    """The tokens of a negative prompt, as those of a conversation that holds nothing else: bos, its
-    words, end of turn. Empty without one."""
+    """The tokens of a negative prompt: bos, its words, end of turn. Empty without one."""
     if sampling.negative_prompt is None:
         return []
     return processor.encode([Message("user", sampling.negative_prompt)]).ids

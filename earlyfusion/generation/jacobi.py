@@ -4,18 +4,18 @@ A window holds drafts of the next codes. One pass reads all of them and gives, a
 new distribution of the next code given all codes before it. A draft that was drawn from an `old`
 distribution is kept with probability min(1, new / old); otherwise it is drawn again from the
 positive part of new - old. So each position holds a draw from its newest distribution. The codes up
-to the first that changed, this one included, follow final codes only: they are final, distributed
-as if drawn one at a time. The others are the drafts of the next pass. With temperature 0 a draft is
-kept where it is the likeliest code, and the codes are those of one at a time.
+to and including the first that changed follow final codes only: they are final, distributed as if
+drawn one at a time. The others are the drafts of the next pass. With temperature 0 a draft is kept
+if it is the likeliest code, and the codes equal those drawn one at a time.
 
 The rule is that of speculative sampling, used as in Teng et al., "Accelerating Auto-regressive
 Text-to-Image Generation with Training-free Speculative Jacobi Decoding" (arXiv 2410.01699), with
-one change: the rule decides at all positions, not only up to the first that changes. Behind it the
-paper draws afresh; keeping drafts where the rule allows it changes fewer of them per pass.
+one change: the paper draws afresh behind the first draft that changes; here the rule decides at all
+positions, which changes fewer drafts per pass.
 
-Why it is exact: a position depends on the positions before it and on random numbers of its own.
-Given the former, each pass turns a draw from one known distribution into a draw from the next. When
-the positions before it are final, the newest distribution is the model's own.
+Why it is exact: a position depends on the positions before it and on its own random numbers. Given
+the former, each pass turns a draw from one known distribution into a draw from the next. Once the
+positions before it are final, its newest distribution is the model's own.
 
 Shapes: W positions of a window, R rows (positions of several windows), V codes.
 """
@@ -37,7 +37,7 @@ class Window:
     """The drafts of one picture between two passes, at most `size` positions.
 
     Its random numbers come from the request's seed and from `start`, the number of tokens before
-    the picture: the same seed gives the same picture, whatever runs beside it.
+    the picture, so a seed always gives the same picture.
     """
 
     def __init__(self, size: int, seed: int, start: int) -> None:
@@ -45,24 +45,24 @@ class Window:
         self.old_WV: Tensor | None = None
         self.new_WV: Tensor | None = None
         self._size = size
-        # Not the request's own generator: text finds the same numbers with and without windows.
+        # Not the request's generator: text must get the same numbers with and without windows.
         self._numbers = np.random.default_rng((seed, start))
 
     @property
     def positions(self) -> int:
-        """The number of distributions of the next pass: one per draft, and one after the last."""
+        """The number of distributions in the next pass: one per draft, and one after the last."""
         return len(self.drafts) + 1
 
     def uniforms(self) -> list[tuple[float, float]]:
-        """Per position a number that decides whether to keep the draft, and one to draw with."""
+        """Per position, a number that decides whether to keep the draft, and one to draw with."""
         return [(a, b) for a, b in self._numbers.random((self.positions, 2)).tolist()]
 
     def settle(self, tokens: Sequence[int], left: int) -> list[int]:
-        """The final ones of the tokens of a pass; the others become drafts.
+        """The tokens of a pass that are final; the others become drafts.
 
-        `left` is the number of codes until a token that is fixed, `tokens` included.
+        `left` is the number of codes, `tokens` included, until a fixed token.
         """
-        # Without the token after the last draft, which has nothing to compare with.
+        # The token after the last draft has nothing to be compared with.
         same = (new == old for new, old in zip(tokens, self.drafts, strict=False))
         final = next((n for n, is_kept in enumerate(same, 1) if not is_kept), len(tokens))
         size = min(self._size, left - final) - 1
@@ -75,7 +75,8 @@ class Window:
 def draw(windows: Sequence[Window], columns: Sequence[Sequence[int]], logits_RV: Tensor) -> Tensor:
     """The columns drawn at all positions of some windows.
 
-    `columns` are those of the windows' drafts; the logits have temperature and cuts applied.
+    `columns` are those of the windows' drafts; the logits already have temperature and cuts
+    applied.
     """
     new_RV = logits_RV.double().softmax(-1)
     device = new_RV.device
@@ -93,10 +94,8 @@ def draw(windows: Sequence[Window], columns: Sequence[Sequence[int]], logits_RV:
 def draft_distributions(
     windows: Sequence[Window], columns: Sequence[Sequence[int]], like_RV: Tensor
 ) -> Tensor:
-    """The distributions [R, V] that the drafts of these windows were drawn from, 0 without a draft.
-
-    `like_RV` gives dtype, device and size.
-    """
+    """The distributions [R, V] that these windows' drafts were drawn from; 0 without a draft.
+    `like_RV` gives dtype, device and size."""
     old_RV = torch.zeros_like(like_RV)
     rows, ones, start = list[int](), list[int](), 0
     for window, drafts in zip(windows, columns, strict=True):
@@ -112,7 +111,8 @@ def draft_distributions(
 
 
 def revise(draft_R: Tensor, old_RV: Tensor, new_RV: Tensor, uniform_R2: Tensor) -> Tensor:
-    """Draws from `new_RV`, as many as possible equal to the drafts, which were drawn from `old_RV`.
+    """Draws from `new_RV` that equal as many as possible of the drafts, which were drawn from
+    `old_RV`.
 
     A row without a draft has `NO_DRAFT`, and zeros in `old_RV`.
     """
@@ -122,7 +122,7 @@ def revise(draft_R: Tensor, old_RV: Tensor, new_RV: Tensor, uniform_R2: Tensor) 
     # uniform < new / old, without the division: old may be 0.
     keep_R = (draft_R != NO_DRAFT) & (uniform_R2[:, 0] * old_R < new_R)
     more_RV = (new_RV - old_RV).clamp(min=0)
-    # Equal distributions leave nothing but rounding, or nothing at all.
+    # Equal distributions leave only rounding errors, or nothing at all.
     none_R1 = more_RV.sum(-1, keepdim=True) == 0
     drawn_R = invert(torch.where(none_R1, new_RV, more_RV), uniform_R2[:, 1])
     return torch.where(keep_R, draft_R, drawn_R)

@@ -1,4 +1,4 @@
-"""Tokens of one reply in, events out."""
+"""Turns the tokens of one reply into events."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from earlyfusion.vocabulary import CODE
 
 
 class Narrator:
-    """The events of one reply. `walk` says where each token stands, and moves on after `push`."""
+    """The events of one reply. `walk` is the state of the grammar before the token of `push`."""
 
     def __init__(self, processor: Processor, request: Request, walk: Walk) -> None:
         self.ended = False
         self._vocabulary, self._layout = processor.vocabulary, request.layout or processor.layout
         self._request, self._walk = request, walk
         self._text = _Text(processor, request.sampling.stop_strings)
-        self._picture: list[int] = []  # tokens of the picture that is being drawn
+        self._picture: list[int] = []  # tokens of the picture being drawn
         self._drawn = self._images = 0
 
     def push(self, token: int, logprob: TokenLogprob | None = None) -> list[Event]:
-        """The events of one token. `ended` turns true when no further token is wanted."""
+        """The events of one token. Sets `ended` when no further token is wanted."""
         events: list[Event] = [] if logprob is None else [TokenDrawn(logprob)]
         self._drawn += 1
         if self._walk.in_image:
@@ -56,7 +56,7 @@ class Narrator:
         image_tokens = self._images * self._walk.grammar.image_tokens + len(self._picture)
         usage = Usage(len(self._request.ids), self._drawn, image_tokens)
         seed, last = self._request.sampling.seed, self._request.ids[-1]
-        # A prompt without an end of turn holds the beginning of the answer.
+        # A prompt without an end of turn holds the beginning of the reply.
         return [*rest, Finished(reason, usage, seed, last != self._vocabulary.end_of_turn)]
 
     def _deltas(self, text: str) -> list[Event]:
@@ -89,7 +89,7 @@ class Narrator:
         return events
 
     def _preview(self, done: int) -> ImagePreview:
-        # The picture is shorter than its template, as it is in the making.
+        # An unfinished picture is shorter than its template.
         pairs = zip(self._picture, self._walk.grammar.template, strict=False)
         drawn = [token for token, slot in pairs if slot == CODE]
         tokens = np.array(drawn + drawn[-1:] * (self._layout.num_codes - done))
@@ -98,7 +98,7 @@ class Narrator:
 
 
 class _Text:
-    """Text of one segment, held back as long as it might turn out to be a stop string."""
+    """Text of one segment, held back while it may still become a stop string."""
 
     def __init__(self, processor: Processor, stops: tuple[str, ...]) -> None:
         self.stopped = False
@@ -112,7 +112,7 @@ class _Text:
         return self._release(self._stream.push(token))
 
     def flush(self) -> str:
-        """The text that is still held, as the segment ends here; the next one starts afresh."""
+        """The text still held back at the end of a segment; the next segment starts afresh."""
         rest = "" if self._stream is None else self._stream.flush()
         text = self._release(rest) + ("" if self.stopped else self._held)
         self._stream, self._held = None, ""
@@ -122,7 +122,7 @@ class _Text:
         if self.stopped:
             return ""
         self._held += delta
-        # The earliest stop string ends the text; without one, an end that may become one waits.
+        # The earliest stop string ends the text; an end that may become one is held back.
         found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
         self.stopped = bool(found)
         end = min(found) if found else len(self._held) - _overlap(self._held, self._stops)
@@ -131,6 +131,6 @@ class _Text:
 
 
 def _overlap(text: str, stops: tuple[str, ...]) -> int:
-    """Length of the longest end of `text` with which a stop string begins."""
+    """The length of the longest end of `text` with which a stop string begins."""
     lengths = (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
     return max(lengths, default=0)

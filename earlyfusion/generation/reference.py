@@ -2,9 +2,9 @@
 
 `draw_tokens` gives tokens, `Narrator` turns them into events, `generate` joins the two. The reader
 of the whole history keeps its cache through every change of modality. A guided image opens readers
-for the other conditions where it begins, and drops them where it ends. With `jacobi` the codes of
-an image are drawn several at a time (generation/jacobi.py).
-Shapes: B rows (one here), T tokens, W places of a window of codes, V vocabulary.
+for the other conditions where it begins, and drops them where it ends. With `jacobi`, several codes
+of an image are drawn at a time (generation/jacobi.py). Shapes: B rows (one here), T tokens, W
+positions of a window of codes, V vocabulary.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from earlyfusion.processor import Processor
 def generate(transformer: Transformer, processor: Processor, request: Request) -> Iterator[Event]:
     """The events of one reply. Closing the iterator early frees its caches.
 
-    Raises `WeightsError` where the weights give numbers that are not finite.
+    Raises `WeightsError` if the weights give numbers that are not finite.
     """
     grammar = _grammar(transformer, processor, request)
     walk = Walk(grammar, request.output, request.images, request.room)
@@ -57,7 +57,7 @@ def generate(transformer: Transformer, processor: Processor, request: Request) -
 def draw_tokens(
     transformer: Transformer, processor: Processor, request: Request
 ) -> Generator[int, None, None]:
-    """The new tokens of one reply, marks and the closing stop token included."""
+    """The new tokens of one reply, including marks and the closing stop token."""
     with closing(_drawn(transformer, processor, request)) as drawn:
         for token, _ in drawn:
             yield token
@@ -82,7 +82,7 @@ def _grammar(transformer: Transformer, processor: Processor, request: Request) -
 
 
 class Reader:
-    """One sequence: a cache, and the logits that follow the tokens it has read."""
+    """One sequence: its cache, and the logits behind the tokens it has read."""
 
     def __init__(self, transformer: Transformer, length: int) -> None:
         dtype, self._device = kept_in(transformer)
@@ -91,12 +91,12 @@ class Reader:
         self._read = 0
 
     def read(self, tokens: Sequence[int], drafts: Sequence[int] = ()) -> Tensor:
-        """Append tokens to the sequence; logits [1, V] in fp32 of the next one.
+        """Append tokens to the sequence; logits [1, V] in fp32 of the next token.
 
-        Drafts are read after them, and each adds a row of logits, but they are not appended: the
-        next tokens overwrite them.
+        Drafts are read behind them, each adding a row of logits, but not appended: the next tokens
+        overwrite them.
         """
-        # One row in one slot of a cache of its own.
+        # This reader's cache has one slot.
         tokens_BT = torch.tensor([[*tokens, *drafts]], device=self._device)
         slot_B = torch.zeros(1, dtype=torch.int64, device=self._device)
         length_B = torch.full_like(slot_B, self._read)
@@ -148,7 +148,7 @@ class Run:
         allowed_BV = self._grammar.mask(self._state)
         if not sound(logits_WV.masked_fill(~allowed_BV, NEVER)).all():
             raise WeightsError(NOT_FINITE)
-        # One number per token, however it is drawn: text behind an image finds the same numbers.
+        # One number per token, even a forced one, so that windows do not shift those of later text.
         uniform_B = uniforms([self._generator]).to(self._seen_BV.device)
         if self._sampling.jacobi and self._codes_left:
             tokens = self._draw_codes(logits_WV.masked_fill(~allowed_BV, NEVER))
@@ -181,7 +181,7 @@ class Run:
             start = len(self._history) - self._drawn_from
             self._window = Window(self._sampling.jacobi or 0, self._request.seed, start)
         window, left = self._window, self._codes_left
-        # Greedy drafts are kept where they are the likeliest codes: `settle` compares them.
+        # Greedy: `settle` keeps the drafts that equal the likeliest codes.
         if self._sampling.image_temperature == 0:
             return window.settle(logits_WV.argmax(-1).tolist(), left)
         settings = Warp.image([self._sampling] * window.positions, logits_WV.device)
@@ -189,12 +189,12 @@ class Run:
         return window.settle(tokens_W.tolist(), left)
 
     def read(self, tokens: Sequence[int]) -> None:
-        """Read what was drawn, for the logits of the next token."""
+        """Read what was drawn, to get the logits of the next token."""
         if self.done:
             return
         self._history += tokens
         self._seen_BV[:, tokens] = True
-        # A window never settles begin_image, which is drawn alone.
+        # begin_image is never drawn in a window, so it is the only token here.
         opens = tokens[-1] == self._vocabulary.begin_image
         if opens or not self._grammar.in_image(self._state):
             self._readers, self._window = {"full": self._readers["full"]}, None

@@ -23,8 +23,8 @@ class Request:
 
     `sampling` is resolved and has a seed. The reply has at most `images` images and `room` tokens.
     `stops` are ids besides eos that end it. An `ImagePreview` is sent after every `preview_every`
-    codes of an image, none if it is 0. `layout` spells the pictures that are drawn, None for the
-    model's own. `adapter` names the weights that answer, "" for the model's own.
+    codes of an image, never if 0. `layout` spells the pictures to be drawn, None for the model's
+    own. `adapter` names the weights that answer, "" for the model's own.
     """
 
     ids: Sequence[int]
@@ -37,7 +37,7 @@ class Request:
     layout: ImageLayout | None = None
     adapter: str = ""
 
-    # These two raise TypeError: the caller's mistake, not a user's.
+    # TypeError: these are mistakes in the calling code, not in what a user gave.
 
     @property
     def seed(self) -> int:
@@ -47,7 +47,7 @@ class Request:
 
     @property
     def guidance(self) -> tuple[float, float]:
-        """The two weights of guidance, text and image."""
+        """The weights of guidance: text, image."""
         text, image = self.sampling.guidance_text, self.sampling.guidance_image
         if text is None or image is None:
             raise TypeError(
@@ -58,7 +58,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Usage:
-    """Numbers of tokens; `image_tokens` are those of the completion that spell images."""
+    """Numbers of tokens; `image_tokens` are the completion's tokens that spell images."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -71,7 +71,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class TextDelta:
-    """More text of the current segment; never half a character, never part of a stop string."""
+    """More text of the current segment; never half a character or part of a stop string."""
 
     text: str
 
@@ -90,15 +90,15 @@ class ImageProgress:
     codes_total: int
 
 
-# Arrays compare element by element, so events with codes are equal only to themselves.
+# Arrays compare element by element, so events with codes are compared by identity.
 
 
 @dataclass(frozen=True, eq=False)
 class ImagePreview:
-    """An image in the making, where the request asks for it.
+    """An image in the making, sent if the request asks for it.
 
-    Of its codes int64 [h, w] in raster order the first `codes_done` are drawn; the others repeat
-    the last one. Events of a `Chameleon` have `pil`, its pixels, grey where nothing is drawn yet.
+    Of its codes, int64 [h, w], the first `codes_done` in raster order are drawn; the others repeat
+    the last one. In events of a `Chameleon`, `pil` has its pixels, grey where nothing is drawn yet.
     """
 
     index: int
@@ -109,7 +109,7 @@ class ImagePreview:
 
 @dataclass(frozen=True, eq=False)
 class ImageDone:
-    """A whole image: codes int64 [h, w]. Events of a `Chameleon` have `pil`, its pixels."""
+    """A whole image: codes int64 [h, w]. In events of a `Chameleon`, `pil` has its pixels."""
 
     index: int
     codes: npt.NDArray[np.int64]
@@ -117,7 +117,7 @@ class ImageDone:
 
     @property
     def image(self) -> Image:
-        """Pixels and codes, as a part of a further prompt."""
+        """Pixels and codes, to be used in a later prompt."""
         return Image(self.pil, self.codes)
 
 
@@ -126,7 +126,7 @@ class TokenLogprob:
     """A drawn token and the natural logarithm of its probability.
 
     `text` is its text, with U+FFFD for parts of a character, or the name of a control or image
-    token. `top` holds the likeliest tokens, the likeliest first.
+    token. `top` holds the likeliest tokens, in descending order.
     """
 
     id: int
@@ -137,8 +137,8 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class TokenDrawn:
-    """A token that was drawn, where the request asks for `logprobs`; sent before the other events
-    of that token. Tokens that the grammar forces are not drawn."""
+    """A drawn token, if the request asks for `logprobs`; sent before the token's other events.
+    Forced tokens are not drawn."""
 
     logprob: TokenLogprob
 

@@ -2,8 +2,7 @@
 
 The chain is Meta's: allowed tokens, repetition penalty, temperature, top-k, top-p, min-p, draw.
 Each row has its own settings, and each new token takes one uniform number from its request's own
-generator, so a row's result does not depend on the rest of the batch.
-Shapes: B rows, V vocabulary.
+generator, so a row's result does not depend on the rest of the batch. Shapes: B rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class DrawSettings(NamedTuple):
 
     @property
     def cuts(self) -> bool:
-        """Whether the tail of the distribution is cut."""
+        """Whether any setting cuts the tail of the distribution."""
         return self.top_k != 0 or self.top_p != 1 or self.min_p != 0
 
 
@@ -63,16 +62,16 @@ class Warp:
 
     @classmethod
     def text(cls, rows: Sequence[SamplingParams], device: torch.device | str = "cpu") -> Warp:
-        """The settings for text of resolved `SamplingParams`."""
+        """The text settings of resolved `SamplingParams`."""
         return cls.of([text_settings(r) for r in rows], device)
 
     @classmethod
     def image(cls, rows: Sequence[SamplingParams], device: torch.device | str = "cpu") -> Warp:
-        """The settings for codes of resolved `SamplingParams`."""
+        """The image settings of resolved `SamplingParams`."""
         return cls.of([image_settings(r) for r in rows], device)
 
     def of_rows(self, rows_R: Tensor) -> Warp:
-        """The settings of these rows, each as often as it is named."""
+        """The settings of these rows, which may repeat."""
         return Warp(*(getattr(self, f.name)[rows_R] for f in fields(self)))
 
     def where(self, chosen_B: Tensor, other: Warp) -> Warp:
@@ -82,7 +81,7 @@ class Warp:
 
 
 class Sampler:
-    """The settings of a batch of requests: resolved `SamplingParams`, one per row."""
+    """Draws for a batch of requests with resolved `SamplingParams`, one per row."""
 
     def __init__(self, rows: Sequence[SamplingParams], device: torch.device | str = "cpu") -> None:
         self._text, self._image = Warp.text(rows, device), Warp.image(rows, device)
@@ -95,7 +94,7 @@ class Sampler:
         in_image_B: Tensor,
         uniform_B: Tensor,
     ) -> Tensor:
-        """One token per row. `seen` marks each row's history; `uniform` is a number in [0, 1)."""
+        """One token per row. `seen` marks each row's history; `uniform` is in [0, 1)."""
         settings = self._image.where(in_image_B, self._text)
         logits_BV = logits_BV.float().masked_fill(~allowed_BV, NEVER)
         logits_BV = penalise(logits_BV, seen_BV, settings.penalty_B)
@@ -105,8 +104,8 @@ class Sampler:
 
 
 def sound(logits_BV: Tensor) -> Tensor:
-    """Whether each row can be drawn from: it has no NaN, no +inf, and not only -inf."""
-    # amax is NaN where any entry is.
+    """Whether each row can be drawn from: no NaN, no +inf, and not -inf only."""
+    # amax is NaN if any entry is.
     return logits_BV.amax(-1).isfinite()
 
 
@@ -118,9 +117,9 @@ def penalise(logits_BV: Tensor, seen_BV: Tensor, penalty_B: Tensor) -> Tensor:
 
 
 def warp(logits_BV: Tensor, settings: Warp) -> Tensor:
-    """Temperature, then top-k, top-p and min-p set columns to -inf. At least one stays."""
+    """Temperature; then top-k, top-p and min-p set columns to -inf, but never all."""
     t_B1 = settings.temperature_B.to(logits_BV.dtype)[:, None]
-    # Rows of temperature 0 are greedy, and the caller takes their argmax.
+    # Rows of temperature 0 are greedy: the caller takes their argmax.
     logits_BV = logits_BV / torch.where(t_B1 == 0, torch.ones_like(t_B1), t_B1)
     ascending_BV = _top_k(_ascending(logits_BV), settings.top_k_B)
     ascending_BV = _top_p(ascending_BV, settings.top_p_B)
@@ -144,24 +143,25 @@ def invert(weights_BV: Tensor, uniform_B: Tensor) -> Tensor:
 
 
 def generator(seed: int) -> torch.Generator:
-    """A request's own source of randomness. On the CPU, so that a seed means the same anywhere."""
+    """A request's own source of random numbers; on the CPU, so that a seed means the
+    same anywhere."""
     return torch.Generator().manual_seed(seed)
 
 
 def uniforms(generators: Sequence[torch.Generator]) -> Tensor:
-    """One number per request: each new token takes exactly one, forced tokens too."""
+    """One number per request: each new token takes exactly one, even a forced one."""
     return torch.stack([torch.rand((), dtype=torch.float64, generator=g) for g in generators])
 
 
 def _ascending(logits_BV: Tensor) -> Tensor:
     if logits_BV.device.type == "cpu" and logits_BV.dtype == torch.float32:
-        # Many times as fast as torch's sort, which sorts the indices too.
+        # Many times faster than torch's sort, which also sorts the indices.
         return torch.from_numpy(np.sort(logits_BV.detach().numpy(), axis=-1))
     return logits_BV.sort(dim=-1).values
 
 
 def _without_least(logits_BV: Tensor, count_B1: Tensor, ascending_BV: Tensor) -> Tensor:
-    """Without the `count` least of each row; of equal ones the lower ids are left out first."""
+    """Set the `count` smallest logits of each row to -inf; of equal ones, lower ids first."""
     least_B1 = ascending_BV.gather(-1, count_B1)
     stays_BV = logits_BV >= least_B1
     surplus_B1 = stays_BV.sum(-1, keepdim=True) - (logits_BV.shape[-1] - count_B1)
@@ -172,7 +172,7 @@ def _without_least(logits_BV: Tensor, count_B1: Tensor, ascending_BV: Tensor) ->
 
 def _unused(values_B: Tensor, off: int) -> bool:
     """Whether a setting is known to be off in all rows."""
-    # On a GPU the answer would have the host wait for the device.
+    # On a GPU, finding out would make the host wait for the device.
     return values_B.device.type == "cpu" and bool((values_B == off).all())
 
 
@@ -188,7 +188,7 @@ def _top_k(ascending_BV: Tensor, k_B: Tensor) -> Tensor:
 def _top_p(ascending_BV: Tensor, p_B: Tensor) -> Tensor:
     if _unused(p_B, 1):
         return ascending_BV
-    # From below: the probabilities left out sum up to at most 1 - p.
+    # From the smallest up: the probabilities cut off sum to at most 1 - p.
     tail_B1 = torch.where(p_B >= 1, -1.0, 1 - p_B).to(ascending_BV.dtype)[:, None]
     dropped_BV = ascending_BV.softmax(-1).cumsum(-1) <= tail_B1
     dropped_BV[:, -1] = False
@@ -207,7 +207,7 @@ def text_settings(p: SamplingParams) -> DrawSettings:
 
 
 def image_settings(p: SamplingParams) -> DrawSettings:
-    # Meta's settings for images have neither min-p nor a penalty.
+    # Meta's settings of images have neither min-p nor a penalty.
     return _given(p.image_temperature, p.image_top_k, p.image_top_p, 0.0, 1.0)
 
 

@@ -14,10 +14,10 @@ from typing import Any, Literal, TypeAlias, TypedDict
 from earlyfusion.errors import SettingError
 
 Output: TypeAlias = Literal["text", "image", "interleaved", "auto"]
-"""What a reply may hold: text, images, or both in the order of the model's choice. "auto" is
+"""What a reply may hold: text, images, or both in the order that the model chooses. "auto" is
 "interleaved", or "text" for a model that cannot draw."""
 LogitsProcessor: TypeAlias = Callable[[list[int], Any], Any]
-"""(ids, logits) -> logits. `ids` are all tokens so far, the prompt's too; `logits` are those of the
+"""(ids, logits) -> logits. `ids` are all tokens so far, prompt included; `logits` are those of the
 next token, fp32 [V] on the model's device."""
 
 JsonSchema: TypeAlias = str | dict[str, Any]
@@ -26,7 +26,7 @@ JsonSchema: TypeAlias = str | dict[str, Any]
 
 @dataclass(frozen=True)
 class _Limit:
-    """Numbers of one type from `low` to `high`, and 0 where `zero` turns the setting off."""
+    """Numbers of one type from `low` to `high`; with `zero` also 0, which turns the setting off."""
 
     number_type: type
     low: float
@@ -35,7 +35,7 @@ class _Limit:
     zero: bool = False
 
     def allows(self, value: object) -> bool:
-        # bool is an int.
+        # In Python True is an int.
         if isinstance(value, bool) or not isinstance(value, self.number_type):
             return False
         number: Any = value
@@ -65,9 +65,9 @@ _LIMITS = {
     "seed": _Limit(Integral, 0, 2**63 - 1, "a whole number from 0 to 2^63 - 1"),
     "logprobs": _Limit(Integral, 0, 100, "a whole number from 0 (only the drawn token's) to 100"),
 }
-# Settings that are lists of strings, and how many of them there may be.
+# Settings that are lists of strings, and the most strings that each may have.
 _MOST = {"stop": 16, "bad_words": 256, "allowed_words": 256}
-# Fields that say what all text is made of; a request has one of them.
+# Fields that restrict all text of a reply; a request may set one of them.
 _SHAPES = ("json_schema", "regex", "grammar", "allowed_words")
 _MAX_SHAPE = 100_000  # characters
 # Groups of a "chameleon" part of generation_config.json, and the prefix of their settings here.
@@ -76,28 +76,28 @@ _GROUPS = {"text": "", "image": "image_", "guidance": "guidance_"}
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to draw tokens; None takes the model's own default.
+    """How to draw tokens; None takes the model's own default. Raises `SettingError` for impossible
+    values.
 
     `temperature` 0 is greedy: the likeliest token after the repetition penalty, which counts the
-    whole history, prompt included. `top_p`, `top_k`, `min_p` and `repetition_penalty` shape text,
-    the `image_` fields shape codes. `guidance_text` and `guidance_image` are the two weights of
+    whole history, prompt included. `top_p`, `top_k`, `min_p` and `repetition_penalty` apply to
+    text, the `image_` fields to codes. `guidance_text` and `guidance_image` are the two weights of
     Meta's guidance under three conditions; both 1 is off. `max_tokens` counts every new token, of
     text and of images. `stop` ends the reply before the first of these strings. `jacobi` is the
-    number of codes of a picture that are read at once (generation/jacobi.py), `prompt_lookup` the
-    number of tokens of text that are guessed and read at once (generation/lookup.py), which changes
-    no token; 0 or None is one by one. `negative_prompt` takes the place of the unconditional branch
-    of guidance, so pictures are led away from what it says; without guidance it has no effect and
-    is refused.
+    number of codes of a picture that are drawn at once (generation/jacobi.py), `prompt_lookup` the
+    number of text tokens that are guessed and read at once without changing the result
+    (generation/lookup.py). `negative_prompt` replaces the unconditional branch of guidance, so
+    pictures move away from what it describes; it is refused without guidance, where it would have
+    no effect.
 
-    `bad_words` are strings that the reply's text never holds, however they are spelled in tokens.
-    With `allowed_words` all text is made of these words, with a blank or a line end between two.
-    With one of `json_schema`, `regex` and `grammar` (in llguidance's form of Lark) the reply has
-    one text that fits it (generation/constraint.py); a schema is kept as JSON. `logits_processors`
-    change the logits (guided, before the grammar's mask, the penalty and the temperature) of every
-    token that is drawn. `logprobs` adds the log-probability of each drawn token, and those of the
+    `bad_words` never appear in the reply's text, however they are split into tokens. With
+    `allowed_words` all text consists of these words, separated by a blank or a line end. With one
+    of `json_schema`, `regex` and `grammar` (Lark, in llguidance's form) the reply has one text that
+    fits it (generation/constraint.py); a schema is kept as JSON. `logits_processors` change the
+    logits of every drawn token after guidance and before the grammar's mask, the penalty and the
+    temperature. `logprobs` adds the log-probability of each drawn token, and those of the
     `logprobs` likeliest (generation/steering.py). A request with any of these is drawn without
     `jacobi` and `prompt_lookup`; with one of the last two, by itself and from the whole vocabulary.
-    Impossible values raise `SettingError`.
     """
 
     temperature: float | None = None
@@ -185,12 +185,12 @@ class SamplingParams:
 
     @property
     def constrained(self) -> str:
-        """The name of the field that all text of the reply must fit, "" if there is none."""
+        """The name of the field that all text of the reply must fit, or ""."""
         return next((name for name in _SHAPES[:3] if getattr(self, name)), "")
 
     @property
     def steered(self) -> str:
-        """The name of the field that has a request drawn by itself, "" if none does."""
+        """The name of the field that has a request drawn by itself, or ""."""
         names = ("bad_words", *_SHAPES, "logits_processors")
         found = [name for name in names if getattr(self, name)]
         return found[0] if found else "" if self.logprobs is None else "logprobs"
@@ -213,7 +213,7 @@ class SamplingParams:
         )
 
     def resolved(self, defaults: Mapping[str, Any]) -> SamplingParams:
-        """Fill fields that are None from a model's `generation_config.json`, then from `meta()`.
+        """Fill None fields from a model's `generation_config.json`, then from `meta()`.
 
         `defaults` is that file's dict, or only its "chameleon" part. Fields that neither sets, such
         as `max_tokens`, `stop` and `seed`, stay None.
@@ -232,8 +232,8 @@ def _values(params: SamplingParams) -> dict[str, Any]:
 
 def _flat(defaults: Mapping[str, Any]) -> dict[str, Any]:
     known = {f.name for f in fields(SamplingParams)}
-    # A whole generation_config.json without our part holds settings of transformers, which are not
-    # meant for Chameleon's draw.
+    # A generation_config.json without our part holds transformers' settings, which do not describe
+    # Chameleon's draw.
     source = defaults.get("chameleon", {} if "eos_token_id" in defaults else defaults)
     found = dict(source)
     for group, prefix in _GROUPS.items():
@@ -243,7 +243,7 @@ def _flat(defaults: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class SamplingFields(TypedDict, total=False):
-    """The fields of `SamplingParams` as keywords of `generate`, which has its own for the seed."""
+    """The fields of `SamplingParams` as keywords of `generate`, which handles the seed itself."""
 
     temperature: float | None
     top_p: float | None
@@ -271,7 +271,8 @@ class SamplingFields(TypedDict, total=False):
 
 
 def check_names(names: Iterable[str], others: Iterable[str]) -> None:
-    """`SettingError` for a name that is neither a field nor one of `others`, with the nearest."""
+    """Raise `SettingError` for a name that is neither a field nor one of `others`; suggests the
+    nearest."""
     known = [*others, *SamplingFields.__annotations__]
     for name in names:
         if name not in known:
@@ -281,9 +282,9 @@ def check_names(names: Iterable[str], others: Iterable[str]) -> None:
 
 
 def given(sampling: SamplingParams | None, by_name: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that a caller has set: those of `sampling`, or before them those `by_name`.
+    """The values that a caller has set: those of `sampling`, overridden by those in `by_name`.
 
-    None sets nothing. Values by name are not checked here, but by `resolve`.
+    None sets nothing. Values in `by_name` are checked by `resolve`, not here.
     """
     if not isinstance(sampling, SamplingParams | None):
         raise SettingError(
@@ -294,7 +295,7 @@ def given(sampling: SamplingParams | None, by_name: Mapping[str, Any]) -> dict[s
 
 
 def resolve(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> SamplingParams:
-    """`SamplingParams.resolved`, for values by name: all of them are checked, once."""
+    """`SamplingParams.resolved` for values by name, which are all checked once."""
     return replace(SamplingParams.meta(), **(_flat(defaults) | dict(values)))
 
 

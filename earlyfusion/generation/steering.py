@@ -1,13 +1,12 @@
 """Words, constraints, logits processors and log-probabilities of one request.
 
-One `Steering` serves one request, in the plain loop and in the engine. It sees the logits of the
-whole vocabulary, guided, in fp32, before the grammar's mask, the repetition penalty and the
-temperature, so it cannot break the grammar. Tokens that the grammar forces (the marks of a picture,
-and its beginning where nothing else may come) are not drawn and do not pass here.
+One `Steering` serves one request, in the plain loop and in the engine. It gets guided fp32 logits
+of the whole vocabulary before the grammar's mask, the repetition penalty and the temperature, so it
+cannot break the grammar. Tokens that the grammar forces (the marks of a picture, or its beginning
+if nothing else may come) are not drawn and never get here.
 
-Words are matched in the bytes of the text, not in tokens, so it does not matter how the tokenizer
-splits them. A new stretch of text begins after each picture.
-Shapes: V vocabulary.
+Words are matched in the bytes of the text, so it does not matter how the tokenizer splits them. A
+new stretch of text begins after each picture. Shapes: V vocabulary.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _BLANKS = (b" ", b"\n")
 
 
 class Steering:
-    """The processors of one request, its words included, and its log-probabilities."""
+    """What changes the logits of one request, its words included, and its log-probabilities."""
 
     def __init__(self, processor: Processor, request: Request) -> None:
         sampling = request.sampling
@@ -40,15 +39,15 @@ class Steering:
 
     @property
     def only_forbids(self) -> bool:
-        """Whether it only forbids tokens of text: `allowed` is then all of `change`, and codes of
-        pictures may be drawn without it."""
+        """Whether it only forbids text tokens. Then `allowed` is all that `change` does, and codes
+        may be drawn without it."""
         return not self._processors and self._top is None
 
     def change(self, ids: Sequence[int], logits_V: Tensor, allowed_V: Tensor) -> Tensor:
-        """The logits to draw from in place of `logits_V`.
+        """The logits to draw from instead of `logits_V`.
 
         `ids` are the tokens of prompt and reply; `allowed_V` is the grammar's mask. Raises
-        `SettingError` where a processor fails or leaves nothing.
+        `SettingError` if a processor fails or no token is left.
         """
         for processor in self._processors:
             logits_V = _processed(processor, list(ids), logits_V)
@@ -56,15 +55,15 @@ class Steering:
             logits_V = self._words(ids, logits_V)
         if self._constraint is not None:
             logits_V = self._constraint(ids, logits_V)
-        # Whatever the grammar forbids may be anything.
+        # Only logits of tokens that the grammar allows need to be valid.
         left_V = logits_V[allowed_V]
         if bool(left_V.isnan().any()) or not bool(left_V.isfinite().any()):
             raise SettingError(self._nothing_left(len(ids)))
         return logits_V
 
     def allowed(self, ids: Sequence[int], allowed_V: Tensor) -> Tensor:
-        """Of the tokens that the grammar allows, bool [V], those that may come in text, on the same
-        device. Raises `SettingError` where none is left."""
+        """The text tokens that may come, of those that the grammar allows: bool [V], same device.
+        Raises `SettingError` if none is left."""
         if self._words is not None and (blocked := self._words.blocked(ids)) is not None:
             allowed_V = allowed_V.index_fill(0, blocked.to(allowed_V.device), False)
         if self._constraint is not None:
@@ -87,8 +86,8 @@ class Steering:
         )
 
     def logprob(self, logits_V: Tensor, token: int) -> TokenLogprob | None:
-        """The log-probability of a token by the model's own logits [V]: those of the whole prompt,
-        without guidance, before anything changes them. None if the request has no `logprobs`."""
+        """The log-probability of a token under the model's own logits [V] for the whole prompt:
+        without guidance or any change. None unless the request asks for `logprobs`."""
         if self._top is None:
             return None
         logprobs_V = logits_V.float().log_softmax(-1)
@@ -103,14 +102,14 @@ class Steering:
 
 
 def steering(processor: Processor, request: Request) -> Steering | None:
-    """The steering of a request, None if it needs none."""
+    """The steering of a request; None if it needs none."""
     return Steering(processor, request) if request.sampling.steered else None
 
 
 def _processed(processor: LogitsProcessor, ids: list[int], logits_V: Tensor) -> Tensor:
     name = getattr(processor, "__name__", type(processor).__name__)
     try:
-        # A processor may write to its logits, and keep them.
+        # A processor may write to the logits it gets, and keep them.
         after_V = processor(ids, logits_V.clone())
     except Exception as error:
         raise SettingError(
@@ -127,11 +126,11 @@ def _processed(processor: LogitsProcessor, ids: list[int], logits_V: Tensor) -> 
 
 
 class Words:
-    """The tokens of text that may come, by the words that a request forbids or allows.
+    """The text tokens that may come, given the words that a request forbids or allows.
 
     Only text after the prompt counts. Bad words: no token may complete one. Allowed words: a
-    stretch of text is one or more of them, with one blank or line end between two and at most one
-    before the first. The tokens follow from the end of the text only, so they are cached by it.
+    stretch of text is one or more of them, with one blank or line end in between and at most one in
+    front. Which tokens may come depends only on the end of the text, so they are cached by it.
     """
 
     def __init__(self, processor: Processor, request: Request) -> None:
@@ -148,7 +147,7 @@ class Words:
         self._blocked_by: dict[object, Tensor] = {}
 
     def __call__(self, ids: Sequence[int], logits_V: Tensor) -> Tensor:
-        """The logits, -inf for tokens that may not come."""
+        """The logits, with -inf for tokens that may not come."""
         blocked = self.blocked(ids)
         if blocked is None:
             return logits_V
@@ -158,10 +157,10 @@ class Words:
         """The tokens that may not come, on the CPU; None in a picture."""
         reply = ids[self._prompt :]
         text = self._text(reply)
-        # Codes of a picture are not text.
+        # Within a picture no text is drawn.
         if text is None:
             return None
-        # All that the blocked tokens depend on.
+        # The blocked tokens depend on nothing else.
         key = self._open_end(text), self._to_come(text), bool(text), self._begin in reply
         if key not in self._blocked_by:
             blocked = torch.tensor(sorted({*self._bad_tokens(key[0]), *self._others(*key[1:])}))
@@ -169,7 +168,7 @@ class Words:
         return self._blocked_by[key]
 
     def _text(self, reply: Sequence[int]) -> bytes | None:
-        """The current stretch of text so far; None in a picture."""
+        """The current stretch of text; None in a picture."""
         pieces = []
         for token in reversed(reply):
             if token == self._end:
@@ -180,13 +179,13 @@ class Words:
         return b"".join(reversed(pieces))
 
     def _open_end(self, text: bytes) -> bytes:
-        """The longest end of the text that is the beginning of a bad word."""
+        """The longest end of the text with which a bad word begins."""
         lengths = (n for word in self._bad for n in range(1, len(word)) if text.endswith(word[:n]))
         longest = max(lengths, default=0)
         return text[len(text) - longest :]
 
     def _bad_tokens(self, end: bytes) -> Iterator[int]:
-        # A token completes a bad word that the text has begun, or holds a whole one itself.
+        # A token completes a bad word that the text has begun, or contains a whole one itself.
         ends = (end[at:] for at in range(len(end)))
         rests = tuple(w[len(e) :] for e in ends for w in self._bad if w.startswith(e))
         for token, data in self._bytes.items():
@@ -194,15 +193,15 @@ class Words:
                 yield token
 
     def _to_come(self, text: bytes) -> frozenset[bytes] | None:
-        """The rests that may complete the last word of the text; b"" if it may be complete."""
+        """What may complete the last word of the text; b"" if it may be complete."""
         if not self._allowed:
             return None
         return self._after(self._further | {*self._allowed}, text)
 
     def _after(self, rests: frozenset[bytes], text: bytes) -> frozenset[bytes]:
-        """The parts of these rests that are still to come after a text; none if it fits none."""
+        """What is still to come of these rests after a text; empty if the text fits none."""
         found = {rest[len(text) :] for rest in rests if rest.startswith(text)}
-        # A text that is longer than a rest goes on with a further word.
+        # A text longer than a rest continues with another word.
         over = {text[len(rest) :] for rest in rests if text.startswith(rest) and rest != text}
         for more in over:
             found |= self._after(self._further, more)
@@ -216,7 +215,7 @@ class Words:
         for token, data in self._bytes.items():
             if data[:1] not in first or not self._after(rests, data):
                 yield token
-        # A stretch that has begun must end with a whole word before a picture or the end.
+        # A stretch that has begun must end in a whole word before a picture or the end.
         complete = b"" in rests
         if not (complete or (drawn and not begun)):
             yield from self._ends

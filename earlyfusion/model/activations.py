@@ -37,7 +37,7 @@ class XIELU(nn.Module):
 
     def __init__(self, right: float = 0.8, left: float = 0.8, beta: float = 0.5) -> None:
         super().__init__()
-        # The slopes are softplus(alpha_p) and beta + softplus(alpha_n), so that they stay positive.
+        # The slopes are softplus(alpha_p) and beta + softplus(alpha_n), so they stay positive.
         self.alpha_p = nn.Parameter(_before_softplus(right))
         self.alpha_n = nn.Parameter(_before_softplus(left - beta))
         self.register_buffer("beta", torch.tensor(beta, dtype=torch.bfloat16))
@@ -114,7 +114,7 @@ _LEARNED: dict[str, type[nn.Module]] = {"prelu": nn.PReLU, "xielu": XIELU}
 
 
 def activation(name: str) -> nn.Module:
-    """The activation of a name; `SettingError` lists the known ones for another name."""
+    """The activation of this name; `SettingError` lists the known ones for another name."""
     if name in _FUNCTIONS:
         return Elementwise(name, _FUNCTIONS[name])
     if name in _LEARNED:

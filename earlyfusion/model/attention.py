@@ -1,9 +1,9 @@
 """Attention without a cache: causal over a whole row, or within the documents packed into a row.
 
-An `Attend` owns the mask and the cache of one layer, so that the transformer knows neither. Packed
-documents on a GPU: in bf16 and fp16 torch's attention for documents of different lengths, if it
-works there; else flex attention with a mask of blocks; without Triton a mask of tokens. On a CPU a
-call per document.
+An `Attend` owns the mask and the cache of one layer, so the transformer knows neither. Packed
+documents on a GPU use torch's variable-length attention (bf16 and fp16, where it works), else flex
+attention with a block mask, or without Triton a token mask. On a CPU there is one call per
+document.
 
 Shapes: B batch, T tokens, S tokens of all rows, N query heads, K key and value heads, H head width,
 I blocks of tokens.
@@ -37,8 +37,7 @@ def dot_product_attention(
     mask: Tensor | None = None,
     causal: bool = False,
 ) -> Tensor:
-    """Scaled by 1 / sqrt(H). `mask` is True where a query may look; there may be more keys than
-    queries."""
+    """Scaled by 1 / sqrt(H). `mask` is True where a query may look; keys may outnumber queries."""
     out_BNTH = F.scaled_dot_product_attention(
         q_BTNH.transpose(1, 2),
         k_BTKH.transpose(1, 2),
@@ -53,14 +52,14 @@ def dot_product_attention(
 class CausalAttend:
     """Every token attends to itself and to those before it, within its document if given.
 
-    `document_BT` numbers the documents packed into each row; each document is one run of tokens.
+    `document_BT` numbers the documents packed into each row; each is one run of tokens.
     `kernels/fused.py` has a twin for training in bf16 on a CPU.
     """
 
     def __init__(self, document_BT: Tensor | None = None) -> None:
         self.document_BT = document_BT
         self.lengths: list[int] | None = None  # of the documents, on a CPU
-        # Made here and not in the call: a compiled block would trace what makes them.
+        # Made here, not in the call, where a compiled block would trace their construction.
         self._half: Attend | None = None
         self._any: Attend | None = None
         if document_BT is None:
@@ -83,9 +82,9 @@ class CausalAttend:
 
 
 def document_attends(document_BT: Tensor) -> tuple[Attend | None, Attend | None]:
-    """Attention within documents on a GPU: for bf16 and fp16, and for any dtype.
+    """Attention within documents on a GPU: one `Attend` for bf16 and fp16, one for any dtype.
 
-    The first is None if torch has none that works here, the second if autocast rules it out.
+    The first is None if torch's does not work here, the second if autocast makes it unneeded.
     """
     device_type = document_BT.device.type
     varlen = packed_attention(device_type)
@@ -107,8 +106,8 @@ def _masked(document_BT: Tensor) -> Attend:
 
 
 def attend_each(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, lengths: list[int]) -> Tensor:
-    """Causal attention within each document; `lengths` are those of all rows, one after another."""
-    # On a CPU a call per document beats a mask, which pays for every pair of tokens in the row.
+    """Causal attention within each document; `lengths` are those of all rows in order."""
+    # On a CPU a call per document beats a mask, which computes every pair of tokens in the row.
     rows = (x.to(v_BTKH.dtype).flatten(0, 1)[None] for x in (q_BTNH, k_BTKH, v_BTKH))
     documents = zip(*(torch.split(row, lengths, 1) for row in rows), strict=True)
     with torch.autocast("cpu", enabled=False):
@@ -148,8 +147,8 @@ class VarlenAttend:
 def packed_attention(device_type: str) -> Varlen | None:
     """torch's attention for documents packed one after another; None if it does not work here.
 
-    Its argument names differ between versions, and some devices lack the kernels: it is compared
-    once with a mask, forward and backward, before anything relies on it.
+    Its argument names differ between versions, and some devices lack the kernels, so its values and
+    gradients are compared once with those of a mask.
     """
     if device_type != "cuda":
         return None
@@ -158,13 +157,13 @@ def packed_attention(device_type: str) -> Varlen | None:
             found = _causal_varlen(grouped)
             if agrees_with_mask(partial(VarlenAttend, varlen=found), torch.device(device_type)):
                 return found
-        except Exception:  # whatever a version or a kernel raises: there are other ways
+        except Exception:  # versions and kernels fail in many ways: fall back
             continue
     return None
 
 
 def _causal_varlen(grouped: bool = True) -> Varlen:
-    """torch's kernel; `grouped`: it shares key heads among query heads itself, if it can."""
+    """torch's kernel; `grouped`: let it share key heads among query heads itself."""
     from torch.nn.attention.varlen import varlen_attn
 
     named = inspect.signature(varlen_attn).parameters
@@ -187,7 +186,7 @@ def _causal_varlen(grouped: bool = True) -> Varlen:
 class FlexAttend:
     """Attention over documents by flex attention, in any dtype.
 
-    Only blocks of keys that some query of a block sees are computed; no mask of tokens is made.
+    Only blocks of keys that some query of a block sees are computed; no token mask is made.
     """
 
     def __init__(self, document_BT: Tensor, flex: Callable[..., Tensor]) -> None:
@@ -203,14 +202,14 @@ class FlexAttend:
 def _compiled_flex() -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    # Uncompiled it computes all scores and keeps them.
+    # Uncompiled, it would compute and keep all scores.
     return torch.compile(flex_attention, dynamic=False)
 
 
 def document_blocks(document_BT: Tensor, size: int = 128) -> BlockMask:
-    """Which blocks of `size` keys each block of queries sees: whole, in part, or not at all.
+    """Which blocks of `size` keys each block of queries sees: wholly, partly, or not at all.
 
-    It is computed from the documents at the ends of the blocks, as each is one run of tokens.
+    Each document is one run of tokens, so the documents at the ends of the blocks decide.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -236,13 +235,13 @@ def document_blocks(document_BT: Tensor, size: int = 128) -> BlockMask:
 
 
 def _listed(seen: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks of keys each block of queries has, and their numbers, those first."""
+    """Per block of queries: how many blocks of keys it sees, and their numbers, those first."""
     indices = seen.int().argsort(dim=-1, descending=True, stable=True)
     return seen.sum(-1).int(), indices.int()
 
 
 def agrees_with_mask(attend: Callable[[Tensor], Attend], device: torch.device) -> bool:
-    """Whether attention over documents gives what a mask gives, with its gradients, in bf16."""
+    """Whether attention over documents gives the values and gradients of a mask, in bf16."""
     document_BT = torch.tensor([[0] * 40 + [1] * 24, [0] * 3 + [1] * 61], device=device)
     heads = [torch.randn(2, 64, n, 64, device=device, dtype=torch.bfloat16) for n in (4, 2, 2)]
     results = []
@@ -260,12 +259,12 @@ def agrees_with_mask(attend: Callable[[Tensor], Attend], device: torch.device) -
 def _sequence_ends(document_BT: Tensor) -> Tensor:
     """Offsets at which the documents of all rows begin, and the end of the last one: int32.
 
-    Its length depends on the shape of `document_BT` alone, as long as documents have 32 tokens on
-    average: empty documents fill it up, so that a compiled block sees one shape. Of shorter ones
-    there is room for twice as many, then for four times as many.
+    Padded with empty documents, so that a compiled block sees one shape for each shape of
+    `document_BT` while documents have 32 tokens on average; for shorter ones there is room for
+    twice as many, then four times.
     """
     begins_S = _begins(document_BT).flatten()
-    # A place per document that is empty costs the kernel little, a place per token would not.
+    # An empty document costs the kernel little, but one for every token would be too many.
     room, count = -(-max(1, len(begins_S) // 32) // 128) * 128, int(begins_S.sum())
     while room <= count:
         room *= 2
@@ -275,7 +274,7 @@ def _sequence_ends(document_BT: Tensor) -> Tensor:
 
 
 def _begins(document_BT: Tensor) -> Tensor:
-    """Whether a document begins at each token; one does at the first of a row."""
+    """Whether a document begins at each token; one begins at the first token of a row."""
     begins_BT = torch.ones_like(document_BT, dtype=torch.bool)
     begins_BT[:, 1:] = document_BT[:, 1:] != document_BT[:, :-1]
     return begins_BT

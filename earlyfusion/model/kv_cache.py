@@ -1,10 +1,8 @@
-"""Keys and values of past tokens, preallocated: a slot per sequence, each with a length of its own.
+"""Keys and values of past tokens, preallocated: a slot per sequence, each with its own length.
 
-Keys are stored after norm and rotation. The caller knows how many tokens each slot holds; the cache
-only stores and looks back.
-
-Shapes: L layers, S slots, B rows of one call, T their new tokens, P positions of a slot, N query
-heads, K key and value heads, H head width.
+Keys are stored after norm and rotation. The caller knows how many tokens each slot holds. Shapes: L
+layers, S slots, B rows of one call, T their new tokens, P positions of a slot, N query heads, K key
+and value heads, H head width.
 """
 
 from __future__ import annotations
@@ -39,9 +37,9 @@ class KVCache:
     def attends(
         self, slots_B: Tensor, lengths_B: Tensor, valid_BT: Tensor | None = None
     ) -> list[Attend]:
-        """An `Attend` per layer, which stores the new tokens after `lengths_B` and looks back.
+        """An `Attend` per layer, which stores the new tokens after `lengths_B` and attends to all.
 
-        Shorter rows are padded on the right, and `valid_BT` is False there; padding is not stored.
+        Shorter rows are padded on the right, with False in `valid_BT`; padding is not stored.
         Raises `ContextError` if a row outgrows its slot.
         """
         window = _Window(slots_B, lengths_B, valid_BT, self.length)
@@ -52,15 +50,15 @@ class KVCache:
 
 
 def kept_in(transformer: nn.Module) -> tuple[torch.dtype, torch.device]:
-    """Dtype and device of a model's keys and values: those of its head's weight."""
+    """The dtype and device of a model's keys and values: those of its head's weight."""
     weight = getattr(transformer.lm_head, "weight", None)
-    if not isinstance(weight, Tensor):  # a head of another class: the first parameter decides
+    if not isinstance(weight, Tensor):  # a head of another class: take the first parameter's
         weight = next(p for p in transformer.parameters() if p.is_floating_point())
     return weight.dtype, weight.device
 
 
 class _Window:
-    """The slots of one call and how long each is; its views are shared by all layers."""
+    """The slots of one call and their lengths; its views are shared by all layers."""
 
     def __init__(
         self, slots_B: Tensor, lengths_B: Tensor, valid_BT: Tensor | None, limit: int
@@ -103,16 +101,16 @@ class _Window:
 class _View(NamedTuple):
     """Where the tokens of one call are stored and what they see."""
 
-    stored: tuple[Tensor, ...] | EllipsisType  # indices (row, token) of those that are no padding
+    stored: tuple[Tensor, ...] | EllipsisType  # (row, token) without padding
     targets: tuple[Tensor, Tensor]  # slot and position of each
     rows: Tensor | slice  # the slots
-    end: int  # positions to look back at
+    end: int  # attention sees the positions before it
     mask: Tensor | None
     causal: bool
 
 
 def _as_slice(slots_B: Tensor) -> Tensor | slice:
-    # Consecutive slots are read in place; others have to be gathered into a copy.
+    # Consecutive slots are read in place; others must be copied together.
     first, count = int(slots_B[0]), len(slots_B)
     consecutive = slots_B.tolist() == list(range(first, first + count))
     return slice(first, first + count) if consecutive else slots_B

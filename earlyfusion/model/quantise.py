@@ -1,10 +1,8 @@
 """Weights in fewer bits: 16 (bf16), 8 (an fp32 scale per row) or 4 (a bf16 scale per 32 columns).
 
-Symmetric, rounded to nearest, each matrix by itself, without calibration data. Rows are padded to a
-multiple of 4 and columns to a multiple of 64, as the compiled step (`kernels/cpu_step.py`) reads
-them.
-
-Shapes: O rows and I columns of a matrix, both padded in `data`.
+Symmetric, rounded to nearest, each matrix by itself, without calibration data. Rows are padded to
+multiples of 4 and columns to multiples of 64 for the compiled step (`kernels/cpu_step.py`). Shapes:
+O rows and I columns of a matrix, both padded in `data`.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ _DENSE = {32: torch.float32, 16: torch.bfloat16}
 
 
 class PackedMatrix(NamedTuple):
-    """A weight matrix as the compiled step reads it; `rows` and `columns` are without padding.
+    """A weight matrix in the compiled step's layout; `rows` and `columns` do not count padding.
 
     At 4 bits a byte holds two columns: 32 bytes have columns 0 to 31 of a group of 64 in the low
     nibbles, 32 to 63 in the high ones, as levels plus 8.
@@ -80,8 +78,8 @@ def _int8(full: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _int4(full: Tensor) -> tuple[Tensor, Tensor]:
-    """Levels -8 to 7. The largest entry in absolute value gets the level -8, whatever its sign, so
-    that all sixteen levels are used."""
+    """Levels -8 to 7. The entry of largest absolute value gets -8, whatever its sign, so that all
+    sixteen levels are used."""
     groups = full.unflatten(1, (-1, 32))
     largest = groups.gather(2, groups.abs().argmax(2, keepdim=True))
     scales = (largest / -8).bfloat16()
@@ -116,12 +114,12 @@ class PackedLinear(nn.Module):
         return F.linear(x, self.dense(x.dtype), self.bias)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """The rounded weights in a dtype, [O, I]."""
+        """The rounded weights [O, I] in a dtype."""
         return unpack(self.matrix).to(dtype)
 
 
 def packed_weight(linear: nn.Module, bits: int) -> PackedMatrix:
-    """The weight of a linear layer in packed form: as it is if packed already, else packed now."""
+    """The packed weight of a linear layer, packed now if it is not yet."""
     if isinstance(linear, PackedLinear):
         return linear.matrix
     assert isinstance(linear, nn.Linear)
@@ -139,7 +137,7 @@ def quantise(transformer: Transformer, bits: int) -> Transformer:
     """Round a model's matrices to 8 or 4 bits, in place.
 
     The layers' matrices become `PackedLinear`. Norms and embedding stay as they are; the head is
-    rounded but stays dense, in its dtype. Raises `SettingError` for other bits.
+    rounded but stays dense, in its dtype. Raises `SettingError` for other numbers of bits.
     """
     if bits not in (8, 4):
         raise SettingError(f"bits={bits} is not possible: choose 8 or 4")
@@ -157,7 +155,7 @@ def quantise(transformer: Transformer, bits: int) -> Transformer:
             for name, linear in list(parent.named_children()):
                 if isinstance(linear, nn.Linear):
                     setattr(parent, name, PackedLinear(linear, bits))
-    # A tied head is the embedding, which stays as it is.
+    # A tied head is the embedding, which must not be rounded.
     if not transformer.config.tie_word_embeddings:
         head = transformer.lm_head.weight
         head.copy_(unpack(pack(head, bits)))

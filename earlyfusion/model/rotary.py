@@ -3,8 +3,8 @@
 The types are transformers', with the names of its `rope_parameters`: default; linear (positions
 divided by `factor`); proportional (only some pairs are rotated); llama3, yarn (arXiv 2309.00071)
 and longrope (arXiv 2402.13753), which slow the slow pairs; dynamic, which slows all pairs beyond
-the trained length. Two depend on the length of the sequence at the time of the call: dynamic, and
-longrope, which has a second list of factors for longer sequences. A cached key keeps its rotation.
+the trained length. The angles of dynamic and longrope depend on the length of the sequence at the
+time of the call; cached keys keep the rotation they got.
 
 Shapes: B batch, T tokens, H head width.
 """
@@ -38,7 +38,7 @@ def rotate(x_BTNH: Tensor, rotary: Rotary) -> Tensor:
 def rotary_tables(config: ModelConfig, positions_BT: Tensor) -> Rotary:
     """Cosines and sines of every position and pair, in fp32.
 
-    The length of a row, where the type depends on it, is its largest position plus one.
+    Types that depend on a row's length take its largest position plus one.
     """
     lengths_B11 = positions_BT.amax(1)[:, None, None] + 1 if is_dynamic(config) else None
     frequencies = rotary_frequencies(config, positions_BT.device, lengths_B11)
@@ -51,15 +51,15 @@ def rotary_tables(config: ModelConfig, positions_BT: Tensor) -> Rotary:
 def rotary_frequencies(
     config: ModelConfig, device: torch.device, length: Tensor | None = None
 ) -> Tensor:
-    """Radians per position, for each of the H/2 pairs, in fp32.
+    """Radians per position of each of the H/2 pairs, in fp32.
 
-    `length` counts the tokens of the sequence, any shape ending in 1; None is the trained length.
+    `length` counts the tokens of a sequence, any shape ending in 1 (None: the trained length).
     """
     return _FREQUENCIES[config.rope_type](config, config.rope_scaling or {}, device, length)
 
 
 def attention_factor(config: ModelConfig) -> float:
-    """A factor of cosines and sines, so that attention stays as sharp in longer contexts."""
+    """A factor of cosines and sines that keeps attention sharp in longer contexts."""
     scaling = config.rope_scaling or {}
     if config.rope_type not in ("yarn", "longrope"):
         return 1.0
@@ -87,7 +87,7 @@ def changes_at(config: ModelConfig) -> int | None:
 
 
 def check_rope(config: ModelConfig) -> None:
-    """`SettingError` for an unknown type, a missing setting, or one that does not fit the heads."""
+    """Raise `SettingError` for an unknown type, or for missing or impossible settings."""
     rope_type, scaling = config.rope_type, config.rope_scaling or {}
     if rope_type not in _FREQUENCIES:
         raise SettingError(
@@ -162,7 +162,7 @@ def _llama3(
 def _yarn(
     config: ModelConfig, scaling: dict[str, Any], device: torch.device, length: Tensor | None
 ) -> Tensor:
-    """As llama3, but blended linearly over the pairs, and the limits are numbers of turns."""
+    """Like llama3, but blended linearly over the pairs, with limits given in turns."""
     frequencies = _plain(config, scaling, device, length)
     first = _pair_of_turns(config, scaling.get("beta_fast") or 32)
     last = _pair_of_turns(config, scaling.get("beta_slow") or 1)
@@ -215,13 +215,13 @@ def _trained(config: ModelConfig) -> int:
 
 
 def _factor(config: ModelConfig, scaling: dict[str, Any]) -> float:
-    """How many times longer the context became."""
+    """How much longer the context became."""
     given = scaling.get("factor")
     return config.max_position_embeddings / _trained(config) if given is None else float(given)
 
 
 def _pair_of_turns(config: ModelConfig, turns: float) -> float:
-    """The pair, as a fraction, that turns `turns` times within the trained length."""
+    """The pair, as a fraction, that makes `turns` turns within the trained length."""
     wavelengths = math.log(_trained(config) / (turns * 2 * math.pi))
     return config.head_dim * wavelengths / (2 * math.log(config.rope_theta))
 

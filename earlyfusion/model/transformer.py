@@ -6,18 +6,17 @@ Choices, with the section of the paper (arXiv 2405.09818):
 - Llama-2's block: RMSNorm, rotary positions, SwiGLU, no biases; grouped keys in the 34B (2.3);
 - QK-norm: a LayerNorm with weight and bias over each head's queries and keys, before rotation, so
   that the modalities cannot drive each other's norms out of the range of bf16 (2.3);
-- `swin_norm` norms the output of a branch instead of its input, as the 34B does (2.3); one `Block`
-  serves both;
+- `swin_norm` norms the output of a branch instead of its input, as the 34B does (2.3);
 - the feed-forward's gate is SiLU; a config may name another of transformers' activations;
 - dropout after attention and after feed-forward, 0.1 in the 7B, none in the 34B (2.3);
 - norms and rotation are computed in fp32 and rounded once, as Meta's kernels do.
 
-Parameter names are transformers'. The forward returns plain logits: which token may come next is
-not decided here. Attention is passed in, one `Attend` per layer, so that layers know neither their
-number nor a cache or a mask.
+Parameter names are transformers'. Attention is passed in, one `Attend` per layer, so layers know
+neither their number nor a cache or a mask. The forward returns plain logits: the grammar decides
+which token may come next.
 
-Shapes: B batch, T tokens, D model width, N query heads, K key and value heads, H head width,
-V vocabulary.
+Shapes: B batch, T tokens, D model width, N query heads, K key and value heads, H head width, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ class RMSNorm(nn.Module):
 
 
 class HeadNorm(nn.Module):
-    """LayerNorm over H in fp32, with a weight and bias per head; its eps is not in the config."""
+    """LayerNorm over H in fp32, with a weight and bias per head; configs do not set its eps."""
 
     def __init__(self, heads: int, width: int) -> None:
         super().__init__()
@@ -129,12 +128,13 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks and final norm; takes embeddings, so that callers may mix in their own."""
+    """Embedding, blocks and final norm. Takes embedded tokens, so that callers may mix
+    in others."""
 
     def __init__(self, config: ModelConfig, dropout: float) -> None:
         super().__init__()
         weight_VD = torch.empty(config.vocab_size, config.hidden_size)
-        # Random numbers for a meta tensor would make torch load its compiler.
+        # Drawing random numbers for a meta tensor would make torch load its compiler.
         weight_VD = weight_VD if weight_VD.is_meta else weight_VD.normal_()
         self.embed_tokens = nn.Embedding.from_pretrained(weight_VD, freeze=False)
         self.layers = nn.ModuleList(Block(config, dropout) for _ in range(config.num_hidden_layers))
@@ -168,9 +168,10 @@ class Transformer(nn.Module):
         attends: Sequence[Attend] | None = None,
         last_only: bool = False,
     ) -> Tensor:
-        """Logits (B, T, V), or (B, 1, V) with `last_only`, in the computing dtype.
+        """Logits (B, T, V), or (B, 1, V) with `last_only`, in the dtype of the computation.
 
-        Positions count from 0 unless given; `attends`, one per layer, default to causal attention.
+        By default positions count from 0, and attention is causal; `attends` has one entry per
+        layer.
         """
         x_BTD = self.states(tokens_BT, positions_BT, attends)
         logits_BTV: Tensor = self.lm_head(x_BTD[:, -1:] if last_only else x_BTD)
@@ -182,7 +183,7 @@ class Transformer(nn.Module):
         positions_BT: Tensor | None = None,
         attends: Sequence[Attend] | None = None,
     ) -> Tensor:
-        """The head's input: (B, T, D) after the final norm; arguments as in `forward`."""
+        """The head's input: (B, T, D) after the final norm. Arguments as in `forward`."""
         if positions_BT is None:
             positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
         if attends is None:
@@ -192,12 +193,12 @@ class Transformer(nn.Module):
         return states_BTD
 
     def tie_weights(self) -> None:
-        """Let the head share the embedding's parameter, if the config says so."""
+        """Let the head share the embedding's parameter if the config says so."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draw matrices from N(0, initializer_range); norms begin as the identity."""
+        """Draw matrices from N(0, initializer_range); norms start as the identity."""
         init_weights(self.named_parameters(), self.config, generator)
 
 
@@ -207,7 +208,7 @@ def init_weights(
     config: ModelConfig,
     generator: torch.Generator | None = None,
 ) -> None:
-    """`Transformer.init_weights` of parameters by their names, one after another."""
+    """`Transformer.init_weights` for named parameters, one after another."""
     for name, parameter in parameters:
         if name.endswith("bias"):
             parameter.zero_()
@@ -220,13 +221,13 @@ def init_weights(
 
 
 def _to_autocast(x: Tensor) -> Tensor:
-    # Autocast would cast the same activation again for every projection that reads it.
+    # Autocast would cast the same activation once for every projection that reads it.
     return x.to(autocast_dtype(x))
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """What autocast makes of `x` where it is on, else the dtype of `x`."""
+    """The dtype that autocast gives `x`, or its own without autocast."""
     device_type = x.device.type
-    # Tensors without values, which show shapes and waits, know no autocast.
+    # Meta tensors, which only carry shapes, do not support autocast.
     on = not x.is_meta and torch.is_autocast_enabled(device_type)
     return torch.get_autocast_dtype(device_type) if on else x.dtype

@@ -1,16 +1,15 @@
 """The VQ-GAN: pictures <-> codes (arXiv 2405.09818, section 2.1; Esser et al. 2021).
 
-Choices, so that released weights load without translation:
+Choices that let released weights load without translation:
 - parameter names are those of the original checkpoints (`encoder.down.0.block.0.conv1.weight`);
 - group norm with 32 groups and eps 1e-6, swish, nearest-neighbour upsampling, and a downsampling
   convolution that pads one pixel on the right and at the bottom only;
 - the middle always has an attention block, a level has them if `attn_resolutions` lists its side;
-- no activation at the end of the decoder: pixels are meant for [-1, 1] and clamped by the caller.
+- the decoder ends without an activation: pixels are meant for [-1, 1] and clamped by the caller.
 
-`kernels/vqgan.py` has faster twins of these modules for inference on a CPU.
-
-Height and width may be any multiples of the stride. Shapes: B batch, C channels, Y X height and
-width in pixels, y x in codes, K codebook size, N vectors.
+`kernels/vqgan.py` has faster twins of these modules for inference on a CPU. Height and width are
+any multiples of the stride. Shapes: B batch, C channels, Y X height and width in pixels, y x in
+codes, K codebook size, N vectors.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ class ResBlock(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """Single-head attention in which every position of a feature map looks at all others."""
+    """Single-head attention between all positions of a feature map."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -75,7 +74,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x_BCYX: Tensor) -> Tensor:
-        # (0, 1, 0, 1): one pixel on the right and one at the bottom, as the original does.
+        # One pixel on the right and one at the bottom, as the original does.
         return self.conv(F.pad(x_BCYX, (0, 1, 0, 1)))
 
 
@@ -89,9 +88,9 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution, with attention after each where the config asks for it.
+    """The blocks of one resolution, each followed by attention if the config asks for it.
 
-    The encoder gives a `downsample` to all levels but the last, the decoder an `upsample`.
+    All levels of the encoder but the last have a `downsample`; in the decoder, an `upsample`.
     """
 
     downsample: Downsample
@@ -157,7 +156,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Levels are stored from high to low resolution and run from the last one down."""
+    """Levels are stored from high to low resolution and run in reverse."""
 
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
@@ -192,16 +191,16 @@ class Quantizer(nn.Module):
 
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
-        self.beta = 0.25  # the codebook's share of the loss
+        self.beta = 0.25  # weight of the codebook's loss
         codewords = torch.empty(config.num_embeddings, config.embed_dim)
-        # Random numbers for a meta tensor would make torch load its compiler.
+        # Drawing random numbers for a meta tensor would make torch load its compiler.
         codewords = codewords if codewords.is_meta else codewords.normal_()
         self.embedding = nn.Embedding.from_pretrained(codewords, freeze=False)
 
     def search(self, vectors_NC: Tensor) -> Tensor:
         """Nearest codeword of each vector, int64 [N]; the first one on ties."""
         weight_KC = self.embedding.weight
-        # |v - w|^2 / 2 = |v|^2 / 2 - v w + |w|^2 / 2; the first term is equal for all codewords.
+        # |v - w|^2 / 2 = |v|^2 / 2 - v w + |w|^2 / 2; the first term is the same for all codewords.
         half_norm_K = weight_KC.square().sum(1) / 2
         on_cpu = weight_KC.device.type == "cpu"
         rows = max(1, (_SEARCH_ELEMENTS if on_cpu else _SEARCH_ELEMENTS_GPU) // len(weight_KC))
@@ -293,18 +292,18 @@ class VQGAN(nn.Module):
         count = self.config.num_embeddings
         if not codes_Byx.numel():
             return
-        low, high = torch.stack(torch.aminmax(codes_Byx)).tolist()  # one wait for both
+        low, high = torch.stack(torch.aminmax(codes_Byx)).tolist()  # one wait for the device
         if not 0 <= low <= high < count:
             raise ImageError(f"image codes must lie in 0..{count - 1}, the codebook of this model")
 
     def forward(self, pixels_BCYX: Tensor, blend: Tensor | float = 1.0) -> Quantized:
-        """Reconstruct with a straight-through gradient from the codewords to the encoder.
+        """Reconstruct pictures, with a straight-through gradient from the codewords to the encoder.
 
-        The decoder reads latents moved by the share `blend` towards their codewords: at 0 the
-        codebook is left out, at 1 codewords alone are read.
+        The decoder reads latents moved by the share `blend` towards their codewords: 0 bypasses the
+        codebook, 1 uses codewords only.
         """
         latents = self.latents(pixels_BCYX)
-        with torch.autocast(latents.device.type, enabled=False):  # bf16 would miss the nearest
+        with torch.autocast(latents.device.type, enabled=False):  # bf16 might miss the nearest
             codes = self.nearest_codes(latents.detach().float())
         nearest = self.embed(codes)
         through = latents + blend * (nearest - latents).detach()
