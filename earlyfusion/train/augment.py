@@ -1,8 +1,8 @@
 """Augmentation of pictures on their device: moved, scaled, turned, in other colours, grey.
 
-All pictures of a batch are changed at once, each by random numbers of its own from one generator.
-Pixels that come in from outside of a picture are white. Pixels are float32 in [-1, 1]. Shapes: B
-batch, C channels, Y X pixels.
+All pictures of a batch are changed at once, each with its own random numbers from one generator.
+Whatever comes in from outside a picture is white. Pixels are float32 in [-1, 1]. Shapes: B batch, C
+channels, Y X pixels.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def resized(pictures_BYXC: Tensor, side: int) -> Tensor:
 
 
 def changed(pixels_BCYX: Tensor, config: ChangeConfig, generator: torch.Generator) -> Tensor:
-    """Each picture changed by numbers of `generator`, which is on the device of the pictures."""
+    """The pictures, changed by numbers of `generator`, which is on their device."""
     u_BN = torch.rand(len(pixels_BCYX), 11, generator=generator, device=pixels_BCYX.device)
     out = _recoloured(_moved(pixels_BCYX, config, u_BN[:, :4]), config, u_BN[:, 4:10])
     stays_B = u_BN[:, 10] < config.unchanged
@@ -74,7 +74,7 @@ def _moved(pixels_BCYX: Tensor, config: ChangeConfig, u_B4: Tensor) -> Tensor:
     cos, sin = angle.cos() * extent, angle.sin() * extent
     theta = torch.stack((cos, -sin, shift_B2[:, 0], sin, cos, shift_B2[:, 1]), 1).view(-1, 2, 3)
     grid = F.affine_grid(theta, list(pixels_BCYX.shape), align_corners=False)
-    # White is 0 after the subtraction, and zeros are what comes in from outside.
+    # After the subtraction white is 0, which is what comes in from outside.
     return F.grid_sample(pixels_BCYX - 1, grid, align_corners=False) + 1
 
 
@@ -87,7 +87,7 @@ def _recoloured(pixels_BCYX: Tensor, config: ChangeConfig, u_B6: Tensor) -> Tens
     is_grey = (u_B6[:, 0] < config.grey).float()
     keeps = (1 - is_grey) * (1 + spread_B6[:, 1] * config.contrast)
     coloured = grey + (pixels_BCYX - grey) * keeps[:, None, None, None]
-    # White stays white: strengths act on the distance from it, as ink on paper.
+    # White stays white: strengths scale the distance from it, like ink on paper.
     strength = 1 + spread_B6[:, 2:3] * config.contrast + spread_B6[:, 3:] * config.tint
     strength = torch.where(is_grey[:, None] > 0, strength.mean(1, keepdim=True), strength)
     return (1 - (1 - coloured) * strength[:, :, None, None]).clamp(-1, 1)

@@ -1,12 +1,12 @@
 """Checkpoints of a run: atomic folders `step-00001000`, of which the newest complete one counts.
 
-A checkpoint is written under a temporary name, flushed to disk and renamed, so that a run that is
-killed at any moment leaves either a whole checkpoint or none. One process writes `tensors.pt`;
-several write a shard each (torch.distributed.checkpoint) under `shards/`, with its CRC-32 in a file
-beside it, and any number of processes, one included, read either. Frozen weights of a finished
-model are left out where the run can check that it is given the same ones again (`fingerprint`).
-Nothing in a checkpoint can run code: tensors are read with `weights_only=True`, and the index of
-the shards with nothing but its own classes.
+A checkpoint is written under a temporary name, flushed to disk and renamed, so a run that is killed
+at any moment leaves a whole checkpoint or none. One process writes `tensors.pt`; several write a
+shard each (torch.distributed.checkpoint) under `shards/`, each with its CRC-32 in a file of its
+own; any number of processes can read either. Frozen weights of a finished model are left out if the
+run can check that it gets the same ones again (`fingerprint`). Nothing in a checkpoint can run
+code: tensors are read with `weights_only=True`, and the index of the shards with its own classes
+only.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ AVERAGE = "average"
 class Saver:
     """Writes the checkpoints of a run, from one process or from all, at once or `beside` the run.
 
-    All but the newest `keep` are removed. A checkpoint that is written beside the run counts once
-    `poll` or `finish` found it complete.
+    Keeps the newest `keep`. A checkpoint written beside the run counts once `poll` or `finish`
+    found it complete.
     """
 
     def __init__(self, run: Path, keep: int, beside: bool) -> None:
@@ -52,7 +52,7 @@ class Saver:
         self._several = dist.is_initialized()
         self._first = not self._several or dist.get_rank() == 0
         self._waiting: tuple[Future[Any], int, dict[str, Any]] | None = None
-        # Its messages must not mix with those of the steps that are computed meanwhile.
+        # Its own group: its messages must not mix with those of the steps computed meanwhile.
         self._group = dist.new_group(backend="gloo") if self._several else None
         self._pool = ThreadPoolExecutor(1, "checkpoint")
 
@@ -68,12 +68,12 @@ class Saver:
             self.finish()
 
     def poll(self) -> None:
-        """Commit a checkpoint whose writing has ended."""
+        """Commit a checkpoint once it is fully written."""
         if self._waiting is not None and self._waiting[0].done():
             self._close()
 
     def finish(self) -> None:
-        """Wait until everything is written and committed, on all processes."""
+        """Wait until all processes have written and committed everything."""
         if self._waiting is not None:
             self._close()
         self._meet()
@@ -116,16 +116,16 @@ def _done() -> Future[Any]:
 
 
 def steps(run: Path) -> list[int]:
-    """Steps of the complete checkpoints of a run, oldest first."""
+    """Steps of the complete checkpoints of a run, in ascending order."""
     names = (p.name.removeprefix(_PREFIX) for p in run.glob(f"{_PREFIX}*") if p.is_dir())
     return sorted(int(n) for n in names if n.isdigit())
 
 
 def newest_whole(run: Path) -> tuple[int, list[str]]:
-    """The step of the newest checkpoint that is whole, 0 without any, and sentences to print.
+    """The step of the newest undamaged checkpoint (0: none), and sentences to print.
 
-    Newer ones that are damaged are set aside as `damaged-step-...`. Raises `CheckpointError` if all
-    are damaged.
+    Newer, damaged ones are set aside as `damaged-step-...`. Raises `CheckpointError` if all are
+    damaged.
     """
     sentences: list[str] = []
     there = steps(run)
@@ -158,13 +158,13 @@ def drop_after(run: Path, step: int) -> None:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether state and tensors can be read: all bytes are read and compared with their CRC-32."""
+    """Whether state and tensors can be read: compares all bytes with their CRC-32."""
     try:
         if not isinstance(_read_state(folder), dict):
             return False
         if (folder / SHARDS).is_dir():
             return _has_all_shards(folder / SHARDS)
-        # torch.save writes a zip file, which has a CRC-32 of each tensor.
+        # torch.save writes a zip file, which holds a CRC-32 of each tensor.
         with zipfile.ZipFile(folder / TENSORS) as file:
             return file.testzip() is None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, CheckpointError):
@@ -176,7 +176,7 @@ def _has_all_shards(folder: Path) -> bool:
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     if any(sizes.get(e.relative_path, -1) < e.offset + e.length for e in entries):
         return False
-    # Checkpoints of older versions have no such files: their lengths have to do.
+    # Checkpoints of older versions have no such files: only lengths can be checked.
     with ThreadPoolExecutor(8) as pool:
         return all(pool.map(_matches, folder.glob(f"*{_CRC}")))
 
@@ -197,7 +197,7 @@ def _writer(folder: Path) -> Any:
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
     class Writer(FileSystemWriter):
-        """Notes the CRC-32 of each file before the other processes hear that it is written."""
+        """Stores the CRC-32 of each file before the other processes hear that it is written."""
 
         def write_data(self, plan: Any, planner: Any) -> Any:
             written = super().write_data(plan, planner)
@@ -213,7 +213,7 @@ def _writer(folder: Path) -> Any:
 def load(
     run: Path, step: int | None = None, only: str = ""
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Whole tensors, and the state, of the given step; by default of the newest checkpoint.
+    """Whole tensors, and the state, of this step, by default of the newest checkpoint.
 
     `only` is a key such as "model": nothing else is read from shards. If the state has `began_with`
     (a `fingerprint`), "model" lacks the frozen weights.
@@ -232,7 +232,6 @@ def weights(run: Path) -> dict[str, Tensor]:
 
 
 def load_state(run: Path, step: int | None = None) -> dict[str, Any]:
-    """The state alone."""
     return _find(run, step)[1]
 
 
@@ -243,10 +242,9 @@ def frozen(model: nn.Module) -> set[str]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of the frozen weights of a model; "" if none is frozen, or it has no memory yet.
+    """A hash of a model's frozen weights; "" if none is frozen, or the model is on the meta device.
 
-    It covers names, shapes and the sums of the bits of each column in fp32, and is the same on
-    every device.
+    Covers names, shapes and the sums of the bits of each column in fp32; the same on every device.
     """
     names, found = frozen(model), hashlib.sha256()
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name in names}
@@ -254,14 +252,14 @@ def fingerprint(model: nn.Module) -> str:
         return ""
     for name, tensor in tensors.items():
         found.update(f"{name} {tuple(tensor.shape)} ".encode())
-        for rows in torch.atleast_1d(tensor).split(64):  # small enough for a CPU's cache
+        for rows in torch.atleast_1d(tensor).split(64):  # these fit into a CPU's cache
             bits = rows.detach().float().view(torch.int32)
             found.update(bits.sum(0, dtype=torch.int64).cpu().numpy().tobytes())
     return found.hexdigest()
 
 
 def load_model(model: nn.Module, tensors: Mapping[str, Tensor], run: Path) -> None:
-    """Fill a model with the "model" that `load` returns; frozen weights may be missing in it.
+    """Fill a model with the "model" that `load` returns, from which frozen weights may be missing.
 
     Raises `CheckpointError` for a model of another shape.
     """
@@ -278,7 +276,7 @@ def load_model(model: nn.Module, tensors: Mapping[str, Tensor], run: Path) -> No
 def load_into(tensors: dict[str, Any], run: Path, step: int | None = None) -> dict[str, Any]:
     """Fill `tensors` in place, which may be shards of a process; returns the state.
 
-    Raises `CheckpointError` for a checkpoint that lacks one of them or has another shape.
+    Raises `CheckpointError` if one is missing or has another shape.
     """
     folder, state = _find(run, step)
     flat = dict(_flat(tensors))
@@ -329,7 +327,7 @@ def _damaged(folder: Path) -> CheckpointError:
 
 def _begin(run: Path, step: int) -> None:
     run.mkdir(parents=True, exist_ok=True)
-    # Left by a run that was killed while it wrote.
+    # Left by a run that was killed while writing.
     for leftover in run.glob(f"{_PARTIAL}*"):
         shutil.rmtree(leftover, ignore_errors=True)
     partial = run / f"{_PARTIAL}{step:08d}"
@@ -344,7 +342,7 @@ def _write(partial: Path, tensors: dict[str, Any]) -> None:
 
 @contextmanager
 def _disk_errors_bare() -> Iterator[None]:
-    """Raise an error of the disk as the `OSError` that it was before torch wrapped it."""
+    """Raise the `OSError` of the disk instead of the error in which torch wraps it."""
     try:
         yield
     except BaseException as error:
@@ -355,7 +353,7 @@ def _disk_errors_bare() -> Iterator[None]:
 
 
 def _disk_error(error: BaseException | None) -> OSError | None:
-    """The `OSError` behind another error, or behind those that processes sent each other."""
+    """The `OSError` behind an error, also if another process sent it."""
     if error is None or isinstance(error, OSError):
         return error
     others = [error.__cause__, error.__context__]
@@ -374,7 +372,7 @@ def _commit(run: Path, step: int, state: dict[str, Any], keep: int) -> None:
 
 
 def _remove(run: Path, step: int) -> None:
-    # Renamed first, so that a removal that is cut short leaves nothing that counts.
+    # Renamed first, so that an interrupted removal leaves nothing that counts.
     gone = run / f"{_PARTIAL}old-{step:08d}"
     shutil.rmtree(gone, ignore_errors=True)
     os.replace(run / f"{_PREFIX}{step:08d}", gone)
@@ -382,11 +380,11 @@ def _remove(run: Path, step: int) -> None:
 
 
 def _flat(tensors: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors of nested dictionaries by their path, as `model/lm_head.weight`."""
+    """The tensors of nested dictionaries by their path, such as `model/lm_head.weight`."""
     for name, value in tensors.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{path}{name}/")
-        elif isinstance(value, Tensor):  # settings of the optimizer follow from the run's config
+        elif isinstance(value, Tensor):  # the optimizer's settings come from the run's config
             yield f"{path}{name}", value
 
 
@@ -421,7 +419,7 @@ def _read_shards(folder: Path, begin: str) -> dict[str, Any]:
         for name, entry in entries.items()
         if name.startswith(begin)
     }
-    with warnings.catch_warnings():  # torch warns that a single process reads, which is intended
+    with warnings.catch_warnings():  # torch warns that a single process reads: intended here
         warnings.simplefilter("ignore")
         load_shards(flat, storage_reader=reader, no_dist=True)
     return _nested(flat)
@@ -433,7 +431,7 @@ def _reader(folder: Path) -> Any:
 
     class Reader(FileSystemReader):
         def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-            # The reader of torch would unpickle any class.
+            # torch's reader would unpickle any class.
             try:
                 with (folder / ".metadata").open("rb") as file:
                     found = _Unpickler(file).load()
@@ -483,7 +481,7 @@ _INDEX_MODULES = {*_INDEX_NAMES, "torch.distributed.checkpoint.metadata"}
 
 
 def _copied(tensors: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Copies on the CPU, which are written while the training continues."""
+    """Copies on the CPU, which can be written while the training continues."""
     return {
         name: _copied(value)
         if isinstance(value, Mapping)

@@ -1,8 +1,8 @@
 """The adversary of an image tokenizer: a patch discriminator with hinge loss (Esser et al. 2021).
 
-The network is that of Isola et al. 2017, `layers` convolutions of stride 2 and then two of stride
-1. Its norms are group norms: a picture's score does not depend on the others in the batch, nor on
-how many processes share the batch.
+The network of Isola et al. 2017: `layers` convolutions of stride 2, then two of stride 1. With
+group norms, a picture's score depends neither on the rest of the batch nor on the number of
+processes.
 """
 
 from __future__ import annotations
@@ -40,10 +40,8 @@ class Critic:
         share: float,
         mesh: DeviceMesh | None,
     ) -> float:
-        """One optimiser step on (real, reconstructed) pairs of batches; returns the loss.
-
-        The loss of each pair is weighted by `share`.
-        """
+        """One optimizer step on (real, reconstructed) pairs of batches, each loss weighted by
+        `share`; returns the loss."""
         self._adam.zero_grad(set_to_none=True)
         total = 0.0
         with torch.enable_grad():
@@ -60,7 +58,7 @@ class Critic:
         return {"net": self.net.state_dict(), "adam": self._adam.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` returned; only its tensors survive in shards."""
+        """Restore what `state_dict` returned; only its tensors survive in shards."""
         self.net.load_state_dict(state["net"])
         groups = self._adam.state_dict()["param_groups"]  # settings: not in shards
         moments = {int(number): value for number, value in state["adam"]["state"].items()}
@@ -70,7 +68,8 @@ class Critic:
 def weight_of(others: Tensor, fooled: Tensor, last: Tensor) -> Tensor:
     """The weight of the adversarial term (Esser et al. 2021, eq. 7).
 
-    With it, its gradient at the weight `last` of the last layer has the norm of the other terms'.
+    It gives the term's gradient at the weight `last` of the last layer the norm of the other
+    terms'.
     """
     (other_gradient,) = torch.autograd.grad(others, last, retain_graph=True)
     (gradient,) = torch.autograd.grad(fooled, last, retain_graph=True)

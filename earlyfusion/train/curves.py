@@ -1,4 +1,4 @@
-"""Curves of one run or of several as one picture, drawn with Pillow: a small chart per figure."""
+"""Curves of one run or of several as one picture: a small chart per figure, drawn with Pillow."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Points = list[tuple[float, float]]
 
 
 def draw_curves(run: Path) -> Path | None:
-    """Write `curves.png` into the folder of a run; None if there is nothing to draw yet."""
+    """Write `curves.png` into a run's folder; None if there is nothing to draw yet."""
     curves = curves_of(read_metrics(run))
     if not curves:
         return None
@@ -51,7 +51,7 @@ def curves_of(rows: list[dict[str, Any]]) -> dict[str, Points]:
 def draw_sheet(
     charts: Mapping[str, Mapping[str, Points]], steep: Collection[str] = ()
 ) -> Image.Image:
-    """One chart per title, with a line per name; charts in `steep` have a logarithmic scale."""
+    """One chart per title, one line per name; charts in `steep` have a logarithmic scale."""
     rows = math.ceil(len(charts) / _COLUMNS)
     names = list(dict.fromkeys(name for lines in charts.values() for name in lines if name))
     wide, high = _WIDE * min(_COLUMNS, len(charts)), _HIGH * rows

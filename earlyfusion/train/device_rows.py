@@ -1,11 +1,13 @@
 """Packed rows of fixed shape, put together on the device from documents that are kept there.
 
 Documents are templates: text as tokens, and for each picture only its number. The CPU sends two
-integers per position; the codes of the pictures are looked up on the device, each time in another
-of the ways that a picture was cut, and some input codes are replaced by others while the targets
-stay clean. `DeviceRows` is a `data.packing.Rows`, as `Packer` is. A batch follows from the seed and
-the number of its first document. Shapes: B rows, T tokens of a row, M positions of all templates, P
-pictures, V ways to cut each, C codes of one, K codebook.
+integers per position; the codes of the pictures are looked up on the device, each time with another
+of the crops of that picture, and some input codes are replaced while the targets stay clean.
+`DeviceRows` is a `data.packing.Rows`, like `Packer`. A batch depends only on the seed and the
+number of its first document.
+
+Shapes: B rows, T tokens of a row, M positions of all templates, P pictures, V crops of each, C
+codes of one, K codebook.
 """
 
 from __future__ import annotations
@@ -24,15 +26,15 @@ from earlyfusion.errors import DataError, SettingError
 from earlyfusion.processor import ANSWER_IMAGE, PROMPT_IMAGE, TokenSequence
 
 NONE = -1
-_AT_ONCE = 1000  # documents whose columns are computed together
+_AT_ONCE = 1000  # documents per computation of columns
 
 
 class Columns(NamedTuple):
-    """One entry per position of all documents, one after another; arrays, or device tensors.
+    """One entry per position of all documents in order; arrays, or device tensors.
 
-    For a position that holds a code, `picture_M` is the number of its picture (elsewhere `NONE`),
+    If the position holds a code, `picture_M` is the number of its picture (elsewhere `NONE`),
     `offset_M` the index of the code in the picture, and `slot_M` the index of the picture in its
-    document. `plain_M`: the picture may be cut in plain ways only. `answer_M`: it is to be drawn.
+    document. `plain_M`: the picture may only be cut in plain ways. `answer_M`: it is to be drawn.
     """
 
     ids_M: Any
@@ -60,8 +62,8 @@ def templates(
 ) -> Templates:
     """Templates of documents: tokens, the numbers of their pictures in order, and whether plain.
 
-    `codes` is the number of codes of a picture, `is_code` says of each token of the vocabulary
-    whether it is a code. Raises `DataError` for a document with codes of more or fewer pictures.
+    `codes` is the number of codes of a picture; `is_code` says for each token id whether it is a
+    code. Raises `DataError` if a document's codes do not match its pictures.
     """
     blocks: list[Columns] = []
     lengths = [0]
@@ -80,7 +82,7 @@ def _columns(
     is_code: np.ndarray,
     weights: RoleWeights,
 ) -> Columns:
-    """The columns of some documents, computed together: one document at a time takes minutes."""
+    """The columns of some documents at once: one document at a time takes minutes."""
     whole = TokenSequence()
     for sequence, _, _ in documents:
         whole.ids += sequence.ids
@@ -166,7 +168,7 @@ class DeviceRows:
         self._order: tuple[int, np.ndarray] = (NONE, np.zeros(0, np.int64))
 
     def for_share(self, share: Share) -> DeviceRows:
-        """These rows, if one process takes them all."""
+        """These rows; `SettingError` unless one process takes them all."""
         if share != (0, 1):
             raise SettingError(
                 f"rows made on the device are those of one process, not of {share[1]}: start one"
@@ -174,7 +176,6 @@ class DeviceRows:
         return self
 
     def next(self) -> PackedBatch:
-        """The next rows, on the device."""
         first = self.cursor
         where, documents = zip(*(self._row() for _ in range(self.rows)), strict=True)
         where_BT = torch.from_numpy(np.stack(where)).to(self._device, non_blocking=True)
@@ -184,7 +185,7 @@ class DeviceRows:
     def _row(self) -> tuple[np.ndarray, np.ndarray]:
         """The template entry of each position of a row (`NONE`: padding), and its document."""
         chosen: list[int] = []
-        free = self.length  # a document that does not fit begins the next row
+        free = self.length  # a document that does not fit starts the next row
         while (needed := self._lengths[number := self._document(self.cursor)]) <= free:
             chosen.append(number)
             free -= needed
@@ -199,7 +200,7 @@ class DeviceRows:
         return where, documents
 
     def _document(self, number: int) -> int:
-        """Which template document `number` of the endless stream is."""
+        """The template that is document `number` of the endless stream."""
         epoch, rank = divmod(number, len(self._lengths))
         if self._order[0] != epoch:
             rng = np.random.default_rng([self._seed, 11, epoch])
@@ -213,7 +214,7 @@ class DeviceRows:
         shape = (self.rows, self.length + 1, slots, 2)
         chance = torch.rand(shape, generator=generator, device=self._device)
         fills = where_BT >= 0
-        # Targets are one entry further on: a document has one token more than positions in a row.
+        # Targets are the next entries: a document has one token more than positions in a row.
         inputs_BT, targets_BT = (
             self._tokens(where_BT.clamp_min(0) + ahead, document_BT, chance) for ahead in (0, 1)
         )
@@ -230,7 +231,7 @@ class DeviceRows:
         )
 
     def _tokens(self, where_BT: Tensor, document_BT: Tensor, chance_BDS2: Tensor) -> Tensor:
-        """Tokens of template entries, with each picture cut in the way that is drawn for it."""
+        """Tokens of template entries, each picture cut in the way drawn for it."""
         t = self._columns
         picture_BT, slot_BT = t.picture_M[where_BT], t.slot_M[where_BT].long()
         # All codes of one picture share its two random numbers.
@@ -248,7 +249,7 @@ class DeviceRows:
         return torch.where(picture_BT >= 0, self._tokens_K[code_BT], t.ids_M[where_BT].long())
 
     def _replaced(self, tokens_BT: Tensor, where_BT: Tensor, generator: torch.Generator) -> Tensor:
-        """The tokens, with some codes replaced by near ones or by any."""
+        """The tokens, with some codes replaced by near or arbitrary ones."""
         if not self._config.replace:
             return tokens_BT
         draws = torch.rand(4, *tokens_BT.shape, generator=generator, device=self._device)
@@ -263,7 +264,7 @@ class DeviceRows:
 
     @property
     def _code_of_token(self) -> Tensor:
-        # Made at the first use, and only if codes are replaced.
+        # Built at the first use, and only if codes are replaced.
         if not hasattr(self, "_codes_T"):
             size = int(max(self._tokens_K.max(), self._columns.ids_M.max())) + 1
             table = torch.full((size,), NONE, dtype=torch.long, device=self._device)
@@ -273,7 +274,6 @@ class DeviceRows:
 
 
 def _positions(document_BT: Tensor) -> Tensor:
-    """The position of each token within its document."""
     at_BT = torch.arange(document_BT.shape[1], device=document_BT.device).expand_as(document_BT)
     begins_BT = torch.ones_like(document_BT, dtype=torch.bool)
     begins_BT[:, 1:] = document_BT[:, 1:] != document_BT[:, :-1]

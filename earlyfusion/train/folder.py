@@ -2,7 +2,7 @@
 
 `run.json` names the class of the run's config and its fields. A folder that holds anything other
 than a run of that class is refused before the first step. A lock (flock on `.lock`) keeps a second
-process out; the system releases it when the process ends, however it ends.
+process out; the system releases it however the process ends.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ except ImportError:  # a system without flock has no lock
     fcntl = None  # type: ignore[assignment]
 
 NOTE, _LOCK = "run.json", ".lock"
-# Files of runs from before there was a note.
+# Files of runs from before `run.json` existed.
 _SIGNS = ("metrics.jsonl", "data.json", "codes.npy")
-# Names of classes in the notes of older runs, which still continue.
+# Former names of classes, in `run.json` of older runs, which can still be continued.
 _FORMER_NAMES = {
     "SquaresConfig": "ImageTokenizerConfig",
     "EmojiImageTokenizerConfig": "ImageTokenizerConfig",
 }
-# Fields, and groups of them, that do not change what is learned.
+# Fields, and groups of them, that do not change the result.
 _FREE = {
     "run.out",
     "run.device",
@@ -65,7 +65,7 @@ _held: set[Path] = set()
 def locked(folder: Path) -> Iterator[None]:
     """Keep other runs out of the folder; of several processes the first holds the lock for all.
 
-    Raises `SettingError` that names the process which holds it, or if the folder is not writable.
+    Raises `SettingError` with the process that holds it, or if the folder is not writable.
     """
     path = folder.absolute()
     if fcntl is None or path in _held or processes.rank():
@@ -113,11 +113,10 @@ def _open_lock(folder: Path) -> TextIO:
 def begin(
     folder: Path, config_class: str, fields: Mapping[str, str], holds_runs: bool = False
 ) -> None:
-    """Note in the folder which run it belongs to, or check that it belongs to this one.
+    """Write into the folder which run it belongs to, or check that it belongs to this one.
 
-    `holds_runs`: it holds the folders of several runs. Raises `SettingError` where it holds
-    anything else, or a finished run with other fields. If a run continues with other fields, they
-    are printed.
+    `holds_runs`: it holds the folders of several runs. Raises `SettingError` if it holds anything
+    else, or a finished run with other fields. Changed fields of a run that continues are printed.
     """
     if processes.rank():
         return
@@ -131,16 +130,16 @@ def begin(
 
 
 def end(folder: Path, fields: Mapping[str, str], finished: bool) -> None:
-    """Note the fields that it continued with, and whether nothing is left to train."""
+    """Write the fields that the run continued with, and whether it is finished."""
     note = _note(folder)
     if note is not None and not processes.rank():
         _write_note(folder, note | {"fields": dict(fields), "finished": finished})
 
 
 def check_same_data(folder: Path, fingerprint: str, subject: str) -> None:
-    """Refuse to go on with other data than the run began with; `subject` names it, with its verb.
+    """Refuse to continue with other data; `subject` names the data, with its verb.
 
-    Raises `DataError`. A run that begins writes the fingerprint to `data.json`.
+    Raises `DataError`. A new run writes the fingerprint to `data.json`.
     """
     path = folder / "data.json"
     if checkpoint.steps(folder) and path.exists():
@@ -154,7 +153,7 @@ def check_same_data(folder: Path, fingerprint: str, subject: str) -> None:
 
 
 def notes_folder(folder: Path) -> Path:
-    """Where a process writes about its data: in a folder of its own if there are several."""
+    """Where a process writes about its data: a separate folder for each of several processes."""
     several = processes.count() > 1
     return folder / f"process-{processes.rank()}" if several else folder
 
@@ -241,7 +240,7 @@ def farewell(folder: Path, command: str, stopped: bool) -> str:
 
 @contextmanager
 def reported_to_torchrun() -> Iterator[None]:
-    """Write the sentence of an error into the file that `torchrun` shows at its end."""
+    """Write an error's sentence into the file that `torchrun` shows at its end."""
     try:
         yield
     except EarlyFusionError as error:
@@ -253,7 +252,7 @@ def reported_to_torchrun() -> Iterator[None]:
 
 
 class Terminated(SystemExit):
-    """SIGTERM, with the exit code that shells give to it."""
+    """SIGTERM, with the exit code that shells give it."""
 
     def __init__(self) -> None:
         super().__init__(128 + signal.SIGTERM)
@@ -261,12 +260,12 @@ class Terminated(SystemExit):
 
 @contextmanager
 def termination_raises() -> Iterator[None]:
-    """SIGTERM raises `Terminated` in the block, so that a run can say how to continue."""
+    """Within the block SIGTERM raises `Terminated`, so that a run can say how to continue."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Terminated
 
-    # Several processes may wait for one another in calls that no signal interrupts.
+    # With several processes the main thread may be in a collective that no signal interrupts.
     several = processes.count() > 1
     if several or threading.current_thread() is not threading.main_thread():
         yield

@@ -3,15 +3,15 @@
 loss = l1 |x - y| + l2 (x - y)^2 + commitment |latents - codewords|^2 [+ perceptual] [+ patch GAN]
 
 The codebook follows the latents by an exponential moving average, or by gradient
-(`codebook="gradient"`, van den Oord et al. 2017). Codewords that nothing uses any more are moved
-onto latents of the current batch. The patch GAN and its adaptive weight follow Esser et al. 2021.
-`trainable="decoder"` leaves encoder and codebook as they are, so that a transformer that was
-trained on their codes stays valid: only the decoder learns. With `perturb` it also learns to draw
-pictures in which some codewords are wrong, as a transformer's sometimes are (RobusTok). With
-`naming` a separate head has to name from the codewords what is shown.
+(`codebook="gradient"`, van den Oord et al. 2017). Unused codewords are moved onto latents of the
+current batch. The patch GAN and its adaptive weight follow Esser et al. 2021. `trainable="decoder"`
+leaves encoder and codebook as they are, so that transformers trained on their codes stay valid.
+With `perturb` the decoder also learns to draw pictures with some wrong codewords, as a
+transformer's sometimes are (RobusTok). With `naming` a separate head must name what is shown from
+the codewords.
 
-Several processes hold copies: gradients are averaged, statistics of the codebook are added up.
-Shapes: B batch, C channels, Y X pixels, K codebook, N vectors.
+Several processes hold copies: gradients are averaged, statistics of the codebook added up. Shapes:
+B batch, C channels, Y X pixels, K codebook, N vectors.
 """
 
 from __future__ import annotations
@@ -123,7 +123,8 @@ class ImageTokenizerConfig:
         count_micro_batches(self.batch, self.micro_batch)
 
     def build(self) -> VQGAN:
-        """The network on its device, with weights drawn from the run's seed or those of `start`."""
+        """The network on its device, with weights drawn from the run's seed or taken
+        from `start`."""
         torch.manual_seed(self.run.seed)
         model = accelerate(VQGAN(self.model))
         if self.start:
@@ -135,14 +136,13 @@ class ImageTokenizerConfig:
     def task(
         self, model: VQGAN, batches: Batches, head: SemanticHead | None = None
     ) -> ImageTokenizerTask:
-        """The training of `model` on `batches`."""
         micro_batches = count_micro_batches(self.batch, self.micro_batch)
         steps, trainable = self.run.steps, self.trainable
         return ImageTokenizerTask(model, self.loss, batches, steps, trainable, micro_batches, head)
 
 
 def check_terms(config: VQLossConfig) -> None:
-    """Refuse a perceptual term whose files are missing, before anything else is opened."""
+    """Refuse a perceptual term with missing files, before anything else is opened."""
     for name in ("perceptual_weights", "perceptual_linear") if config.perceptual else ():
         path = getattr(config, name)
         if path is not None and not path.is_file():
@@ -153,7 +153,7 @@ def check_terms(config: VQLossConfig) -> None:
 
 
 def check_trainable(trainable: str, start: str) -> None:
-    """Refuse an unknown `trainable`, and a decoder that is trained alone without a `start`."""
+    """Refuse an unknown `trainable`, and a decoder trained alone without a `start`."""
     if trainable not in TRAINABLE:
         raise SettingError(f"trainable={trainable!r} is unknown: choose {' or '.join(TRAINABLE)}")
     if trainable == "decoder" and not start:
@@ -164,7 +164,7 @@ def check_trainable(trainable: str, start: str) -> None:
 
 
 def count_micro_batches(batch: int, micro_batch: int) -> int:
-    """How many times this process computes `micro_batch` pictures (0: all) in a step."""
+    """How many times per step this process computes `micro_batch` pictures (0: all)."""
     process_count = processes.count()
     at_once = process_count * max(1, micro_batch)
     if batch < 1 or micro_batch < 0 or batch % at_once:
@@ -176,9 +176,9 @@ def count_micro_batches(batch: int, micro_batch: int) -> int:
 
 
 def begin_with(model: VQGAN, start: str) -> VQGAN:
-    """The model with the weights of a run of an image tokenizer, a model folder or a hub id.
+    """Load the weights of an image tokenizer's run, a model folder or a hub id into the model.
 
-    Raises `CheckpointError` where there are none, or for another shape.
+    Raises `CheckpointError` if there are none, or their shape differs.
     """
     tensors = {name: tensor.float() for name, tensor in _weights_of(start).items()}
     try:
@@ -203,7 +203,7 @@ def _weights_of(start: str) -> dict[str, Tensor]:
 
 
 class _Seen(NamedTuple):
-    """What `after` needs of a micro batch once its gradients are computed."""
+    """What `after` needs from a micro batch once its gradients are computed."""
 
     reals_BCYX: Tensor
     fakes_BCYX: Tensor
@@ -212,10 +212,10 @@ class _Seen(NamedTuple):
 
 
 class ImageTokenizerTask(Task):
-    """Trains a `VQGAN` on pictures, its units; the batch of a step in `micro_batches`.
+    """Trains a `VQGAN` on pictures (its units), the batch of a step in `micro_batches`.
 
-    `trainable` is "all", or "decoder" for a codebook and an encoder that stay as they are. `head`
-    is trained beside the network if `config.naming` is not 0; the batches then have labels.
+    `trainable` is "all", or "decoder" to leave codebook and encoder as they are. `head` is trained
+    with the network if `config.naming` is not 0; the batches then have labels.
     """
 
     def __init__(
@@ -284,7 +284,7 @@ class ImageTokenizerTask(Task):
             )
         self._mesh, self._data_ranks = mesh, parallel.data_rank(mesh)[1]
         for module in self.model.modules() if compiled else ():
-            # The last layer is not compiled: `weight_of` needs gradients at its weight.
+            # The last layer stays uncompiled: `weight_of` needs the gradients of its weight.
             if isinstance(module, Level):
                 module.compile()
 
@@ -378,7 +378,7 @@ class ImageTokenizerTask(Task):
             self.head.load_state_dict(tensors["head"])
 
     def _fetch(self, step: int) -> None:
-        """The pictures of a step as micro batches, with their labels where there are any."""
+        """The pictures of a step as micro batches, with their labels if any."""
         batch = self._batches(step)
         pixels, labels = batch if isinstance(batch, tuple) else (batch, None)
         x = pixels.to(self._device, non_blocking=True)
@@ -388,7 +388,7 @@ class ImageTokenizerTask(Task):
         self._seen = []
 
     def _decoded(self, x_BCYX: Tensor) -> Quantized:
-        """Pictures that the decoder draws of exact codes; the encoder runs in fp32."""
+        """The decoder's pictures of exact codes; the encoder runs in fp32."""
         with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
             latents = self.model.latents(x_BCYX)
             codes = self.model.nearest_codes(latents)
@@ -396,7 +396,7 @@ class ImageTokenizerTask(Task):
         return Quantized(drawn, latents, self.model.embed(codes), codes)
 
     def _perturbed(self, codes: Tensor) -> Tensor:
-        """The codes, a share of them replaced by one of the nearest others."""
+        """The codes, a share of them replaced by one of their nearest others."""
         if self._near_KN is None:
             return codes
         pick = torch.randint(self._near_KN.shape[1], codes.shape, device=codes.device)
@@ -404,20 +404,20 @@ class ImageTokenizerTask(Task):
         return torch.where(wrong, self._near_KN[codes, pick], codes)
 
     def _codebook_loss(self, out: Quantized, blend: Tensor, figures: dict[str, Tensor]) -> Tensor:
-        """What brings latents to codewords, and codewords that have gradients to latents."""
+        """Pulls latents to codewords, and codewords that have gradients to latents."""
         latents, nearest = out.latents.float(), out.nearest.float()
         figures["commit"] = F.mse_loss(latents, nearest.detach())
         total = self.config.commitment * blend * figures["commit"]
         return total if self._ema is not None else total + F.mse_loss(nearest, latents.detach())
 
     def _usage(self, codes: Tensor) -> dict[str, Tensor]:
-        """Over the last steps: perplexity, and the share of codes that were used at least once."""
+        """Over the last steps: perplexity, and the share of codes used at least once."""
         in_batch = torch.tensor(float(codes.unique().numel()))
         used = (self._uses_K >= 1).float().mean()
         return {"perplexity": perplexity(self._uses_K), "usage": used, "codes_in_batch": in_batch}
 
     def _revive(self, vectors_NC: Tensor) -> None:
-        """Move codewords that were hardly used lately onto latents of this batch."""
+        """Move codewords that were rarely used lately onto latents of this batch."""
         dead_K = (self._uses_K < 1.0).nonzero().flatten()
         pick = torch.randint(len(vectors_NC), (len(dead_K),), device=vectors_NC.device)
         fresh = vectors_NC[pick]
@@ -443,7 +443,7 @@ def _critic(config: VQLossConfig, model: VQGAN, device: torch.device) -> Critic 
 
 
 def nearest_codewords(model: VQGAN, count: int = 8) -> Tensor:
-    """The `count` codewords nearest to each, except itself: int64 [K, count]."""
+    """The `count` codewords nearest to each, without itself: int64 [K, count]."""
     weight_KC = model.quantize.embedding.weight.detach().float()
     distances = torch.cdist(weight_KC, weight_KC).fill_diagonal_(torch.inf)
     return distances.argsort(1)[:, :count]
@@ -455,13 +455,13 @@ def _vectors(out: Quantized) -> tuple[Tensor, Tensor]:
 
 
 def perplexity(uses_K: Tensor) -> Tensor:
-    """e to the entropy of the use: as many codes, used evenly, have the same entropy."""
+    """e to the entropy of the use: this many codes, used evenly, would have the same entropy."""
     share_K = uses_K / uses_K.sum().clamp_min(1)
     return (-(share_K * share_K.clamp_min(1e-10).log()).sum()).exp()
 
 
 class _MovingCodebook:
-    """Codewords as running means of the latents that are nearest to them."""
+    """Codewords as running means of the latents nearest to them."""
 
     def __init__(self, model: VQGAN, decay: float) -> None:
         self._weight_KC = model.quantize.embedding.weight
@@ -475,7 +475,7 @@ class _MovingCodebook:
         total = torch.zeros_like(self.sum_KC).index_add_(0, codes_N, vectors_NC)
         self.count_K.lerp_(parallel.data_sum(count, mesh), 1 - self._decay)
         self.sum_KC.lerp_(parallel.data_sum(total, mesh), 1 - self._decay)
-        # A codeword that was hardly chosen stays where it is: its mean would be noise.
+        # A codeword that was rarely chosen does not move: its mean would be noise.
         mean = self.sum_KC / self.count_K.clamp_min(1e-5).unsqueeze(1)
         self._weight_KC.copy_(torch.where(self.count_K.unsqueeze(1) > 1e-3, mean, self._weight_KC))
 
@@ -485,10 +485,10 @@ class _MovingCodebook:
 
 
 class HeldOut:
-    """Measures and draws pictures that the network does not train on (`trainer.DrawSamples`).
+    """Measures and draws pictures that the network is not trained on (`trainer.DrawSamples`).
 
-    `pictures_BCYX` are on the CPU, in [-1, 1]. The grid has the originals above the pictures that
-    are drawn of their codes; the figures are means over all pictures, in fp32.
+    `pictures_BCYX` are on the CPU, in [-1, 1]. The grid has the originals above their
+    reconstructions; the figures are means over all pictures, in fp32.
     """
 
     def __init__(self, model: VQGAN, pictures_BCYX: Tensor, shown: int = 8, batch: int = 4) -> None:

@@ -32,7 +32,7 @@ from earlyfusion.train.trainer import RunConfig
 if TYPE_CHECKING:
     from earlyfusion.parallel import DeviceMesh
 
-# Positions whose logits are in memory together on a CPU: they stay in its cache.
+# Positions whose logits are in memory together on a CPU: this many fit into its cache.
 _BLOCK = 256
 
 
@@ -67,7 +67,6 @@ class LanguageConfig:
 
     @property
     def notes(self) -> Path:
-        """Where this process writes about its corpus."""
         return notes_folder(self.run.out)
 
     def shape(self) -> ModelConfig:
@@ -77,21 +76,17 @@ class LanguageConfig:
         )
 
     def job(self) -> Job:
-        """What `earlyfusion train RECIPE --plan` has to know."""
+        """The input of `earlyfusion train RECIPE --plan`."""
         job = job_of(self.shape(), self.run, self.rows, self.length, self.dropout)
         return replace(job, micro_rows=self.micro_rows)
 
     def task(self, model: Transformer, stream: Stream, length: int, pad: int) -> LanguageTask:
-        """The training of `model` on rows of `length` tokens of `stream`."""
         packer = Packer(stream, self.weights, self.rows, length, pad)
         return LanguageTask(model, packer, self.z_weight, self.micro_rows)
 
 
 def job_of(shape: ModelConfig, run: RunConfig, rows: int, length: int, dropout: float) -> Job:
-    """The plan of a run that trains all weights of a model of this shape.
-
-    A `length` of 0 is the model's context.
-    """
+    """The plan of a run that trains all weights. A `length` of 0 is the model's context."""
     length = length or shape.max_position_embeddings
     return Job(
         model=shape,
@@ -106,14 +101,14 @@ def job_of(shape: ModelConfig, run: RunConfig, rows: int, length: int, dropout: 
 
 
 class Transfer(Protocol):
-    """How a batch gets to a device: `send` begins it in another thread, `receive` ends it."""
+    """Copies batches to a device: `send` begins it in another thread, `receive` ends it."""
 
     def send(self, batch: PackedBatch) -> PackedBatch: ...
     def receive(self, batch: PackedBatch) -> PackedBatch: ...
 
 
 class SideStream:
-    """To a GPU from pinned memory, on a stream of its own, while the GPU computes."""
+    """Copies from pinned memory to a GPU on a separate stream, while the GPU computes."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
@@ -129,15 +124,15 @@ class SideStream:
         current = torch.cuda.current_stream(self._stream.device)
         current.wait_event(self._done)
         for tensor in batch:
-            # Its memory belongs to the side stream, which must not use it again too early.
+            # Its memory belongs to the side stream, which must not reuse it too early.
             tensor.record_stream(current)
         return batch
 
 
 class Ahead:
-    """The batches of a packer, each packed and sent while the one before it is computed.
+    """The batches of a packer, each packed and sent while the previous one is computed.
 
-    `cursor` is that after the last batch handed out: what is only prepared is not used up.
+    `cursor` is the one after the last batch handed out: a prepared batch does not count.
     """
 
     def __init__(self, packer: Rows, transfer: Transfer) -> None:
@@ -148,14 +143,14 @@ class Ahead:
 
     def next(self) -> PackedBatch:
         future = self._next or self._pool.submit(self._prepare)
-        self._next = None  # an error is raised once
+        self._next = None  # an error is raised only once
         batch, self.cursor = future.result()
         batch = self._transfer.receive(batch)
         self._next = self._pool.submit(self._prepare)
         return batch
 
     def go_to(self, cursor: int) -> None:
-        """Continue with another document; what is prepared is forgotten."""
+        """Continue with another document, dropping what is prepared."""
         if self._next is not None:
             wait([self._next])
         self._next = None
@@ -169,8 +164,8 @@ class Ahead:
 class LanguageTask(Task):
     """Next-token prediction over text and image tokens alike; its units are tokens.
 
-    The rows of the packer are those of a whole step, over all processes. `micro_rows` of them go
-    through the network at a time (0: all that this process has).
+    The packer's rows are those of a whole step, over all processes. `micro_rows` of them go through
+    the network at a time (0: all that this process has).
     """
 
     def __init__(
@@ -185,7 +180,7 @@ class LanguageTask(Task):
         self._fingerprint = checkpoint.fingerprint(model)
         self._step_weight = torch.zeros(())
         self._output_norm = torch.zeros(())
-        # What enters the last norm is the output of the last block.
+        # The input of the last norm is the output of the last block.
         model.model.norm.register_forward_pre_hook(self._measure_norm)
         model.train()
         self._check_rows(1)
@@ -206,7 +201,7 @@ class LanguageTask(Task):
     def distribute(
         self, mesh: DeviceMesh | None, config: ParallelConfig, compiled: bool, dtype: torch.dtype
     ) -> None:
-        """Put the model on the mesh, if there is one, and keep this process's rows only."""
+        """Put the model on the mesh, if there is one, and keep only this process's rows."""
         share = parallel.data_rank(mesh)
         self._check_rows(share[1])
         if self._packer.length % config.tensor:
@@ -225,7 +220,7 @@ class LanguageTask(Task):
             self._fetch()
         batch = self._waiting.pop(0)
         loss = self._loss_of(batch)
-        # `head_loss` is a mean over the micro batch: its share of the weight of the whole step.
+        # `head_loss` is a mean over the micro batch: scale it by its share of the step's weight.
         share = batch.weight_BT.sum().clamp_min(1e-8) / self._step_weight
         counted_BT = batch.weight_BT > 0
         figures = {
@@ -238,7 +233,7 @@ class LanguageTask(Task):
         return loss.total * share, figures, float(batch.tokens_BT.numel())
 
     def _loss_of(self, batch: PackedBatch) -> TokenLoss:
-        # One object serves all layers: it holds nothing but the mask.
+        # One object can serve all layers, as it only holds the mask.
         attends = [CausalAttend(batch.document_BT)] * self.model.config.num_hidden_layers
         x_BTD = self.model.states(batch.tokens_BT, batch.positions_BT, attends)
         x_BTD, head_VD, cut = parallel.head_inputs(x_BTD, self.model.lm_head.weight)
@@ -271,7 +266,7 @@ class LanguageTask(Task):
         return {"validation_loss": float(sums[:, 0].sum() / sums[:, 1].sum())} | means
 
     def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        # Between two steps no micro batch waits, so this number is all.
+        # Between two steps no micro batch waits, so the cursor is the whole state.
         return {}, {"next_document": (self._ahead or self._packer).cursor}
 
     def load_state(self, tensors: dict[str, Any], state: dict[str, Any]) -> None:
@@ -285,7 +280,8 @@ class LanguageTask(Task):
         self._waiting = []
 
     def _fetch(self) -> None:
-        """This process's rows of a step as micro batches; the weight of all rows of the step."""
+        """This process's rows of a step as micro batches, and the weight of all rows of
+        the step."""
         whole = self._next_batch(next(self.model.parameters()).device)
         size = self._micro_rows or len(whole.tokens_BT)
         columns = [column.split(size) for column in whole]
@@ -300,7 +296,8 @@ class LanguageTask(Task):
         return self._ahead.next()
 
     def _measure_norm(self, _: nn.Module, inputs: tuple[Tensor]) -> None:
-        """The norm of the last block's output: its growth is the paper's early sign."""
+        """The norm of the last block's output: its growth is the paper's early sign of
+        divergence."""
         x_BTD = inputs[0].detach()
         local = x_BTD.to_local() if hasattr(x_BTD, "to_local") else x_BTD
         self._output_norm = local.float().norm(dim=-1).mean()

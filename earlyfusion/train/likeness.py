@@ -31,7 +31,7 @@ def ssim(a_BCYX: Tensor, b_BCYX: Tensor) -> Tensor:
     """Structural similarity of each pair (Wang et al. 2004), [B]; 1 for equal pictures.
 
     The mean over channels and over all positions of the window within the picture; the window
-    shrinks for a picture that is smaller.
+    shrinks for smaller pictures.
     """
     side = min(_WINDOW, *a_BCYX.shape[-2:])
     side -= 1 - side % 2  # odd, so that the window has a middle
@@ -44,7 +44,9 @@ def ssim(a_BCYX: Tensor, b_BCYX: Tensor) -> Tensor:
         return F.conv2d(F.conv2d(x, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1))
 
     a, b = a_BCYX.float(), b_BCYX.float()
-    with torch.autocast(a.device.type, enabled=False):  # small differences of large numbers
+    with torch.autocast(
+        a.device.type, enabled=False
+    ):  # bf16 is too coarse: small differences of large numbers
         mean_a, mean_b = local(a), local(b)
         var_a, var_b = local(a * a) - mean_a**2, local(b * b) - mean_b**2
         covariance = local(a * b) - mean_a * mean_b
@@ -63,9 +65,9 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class Perceptual:
     """The distance of pictures in the features of VGG-16, mean over the batch.
 
-    `weights` is the file of a state dict: torchvision's VGG-16 (`features.0.weight`), or a whole
-    LPIPS (`net.slice1.0.weight`, `lin0.model.1.weight`); `linear` is one with LPIPS's weights per
-    channel alone. Raises `CheckpointError`.
+    `weights` is a state dict's file: torchvision's VGG-16 (`features.0.weight`), or a whole LPIPS
+    (`net.slice1.0.weight`, `lin0.model.1.weight`); `linear` has only LPIPS's weights per channel.
+    Raises `CheckpointError`.
     """
 
     def __init__(self, weights: Path, linear: Path | None, device: torch.device) -> None:

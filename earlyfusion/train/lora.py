@@ -1,11 +1,11 @@
 """Training a part of a finished model: low-rank adapters, or the image rows of its head.
 
 LoRA (arXiv 2106.09685): W x + (alpha / rank) B A x, with W frozen. The two small products are
-computed apart from W, so that neither W + B A nor a gradient of its size is ever in memory. B
-begins at zero: at first the model is unchanged.
+computed apart from W, so neither W + B A nor a gradient of its size is ever in memory. B starts at
+zero, so the model is unchanged at first.
 
 The image head (Anole, arXiv 2407.06135): only the rows of `lm_head` that score image tokens are
-trained. They are a separate parameter, so that no optimizer can change the other rows.
+trained. They are a separate parameter, so no optimizer can change the other rows.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Adapted(nn.Linear):
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """A plain layer that gives the same."""
+        """A plain layer with the same outputs."""
         with torch.device("meta"):
             linear = nn.Linear(self.in_features, self.out_features, self.bias is not None)
         change = self.scale * (self.lora_b.float() @ self.lora_a.float())
@@ -57,7 +57,7 @@ class Adapted(nn.Linear):
 def adapt(model: Transformer, rank: int, alpha: float | None = None) -> None:
     """Freeze a model and give every linear layer of its blocks an adapter of `rank`.
 
-    `alpha` is twice the rank unless given. Raises `SettingError` for a rank that is not possible.
+    `alpha` defaults to twice the rank. Raises `SettingError` for an impossible rank.
     """
     narrowest = min(min(linear.weight.shape) for _, _, linear in _linears(model))
     if not 1 <= rank <= narrowest:
@@ -79,7 +79,7 @@ def adapters(model: Transformer) -> dict[str, LowRank]:
 
 
 def merge(model: Transformer) -> None:
-    """Merge adapters and image rows into the weights, so that the model is a plain one again."""
+    """Merge adapters and image rows into the weights, which makes the model a plain one again."""
     for parent, name, linear in _linears(model):
         if isinstance(linear, Adapted):
             setattr(parent, name, linear.merged())
@@ -89,7 +89,7 @@ def merge(model: Transformer) -> None:
 
 
 class TrainedRows(nn.Module):
-    """A matrix some of whose rows are a separate parameter."""
+    """A matrix of which some rows are a separate parameter."""
 
     def __init__(self, weight: Tensor, rows: Ids) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ def trainable(model: Transformer) -> str:
 
 
 def products(model: Transformer) -> list[nn.Linear]:
-    """The linear layers of the blocks, which adapters are added to."""
+    """The linear layers of the blocks, which get the adapters."""
     return [linear for _, _, linear in _linears(model)]
 
 

@@ -1,9 +1,10 @@
 """Next-token loss with z-loss (arXiv 2405.09818, section 2.3).
 
-`next_token_loss` is the formula; `head_loss` computes the same value and gradients from the states
-before the head, a block of positions at a time, so that the logits of all positions are never in
-memory together. Shapes: B rows, T tokens of a row, N counted positions of all rows, D model width,
-V vocabulary.
+`next_token_loss` is the formula. `head_loss` computes the same value and gradients from the states
+before the head, one block of positions at a time, so that the logits of all positions are never in
+memory together.
+
+Shapes: B rows, T tokens of a row, N counted positions of all rows, D model width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -24,10 +25,8 @@ if TYPE_CHECKING:
 
 
 class TokenLoss(NamedTuple):
-    """`total` is what is minimised; `nats_BT` is the plain cross-entropy of each target.
-
-    `z` is the mean of log^2 Z, `top` the largest logit.
-    """
+    """`total` is minimised; `nats_BT` is the plain cross-entropy of each target, `z` the mean of
+    log^2 Z, `top` the largest logit."""
 
     total: Tensor
     z: Tensor
@@ -63,10 +62,10 @@ def head_loss(
 ) -> TokenLoss:
     """`next_token_loss` of the logits `x_BTD @ head_VD.T`, `block` positions at a time.
 
-    Positions of weight 0 are not computed and count as 0 nats. The product is in the dtype of
-    autocast, all else in fp32. With `vocab_slice`, `head_VD` has some rows of the head and other
-    processes have the others: the loss is that of all rows, the gradient of `x_BTD` that of these.
-    Second derivatives, torch.func and forward-mode AD compute the logits of all positions; with
+    Positions of weight 0 are skipped and count as 0 nats. The product is in autocast's dtype, all
+    else in fp32. With `vocab_slice`, `head_VD` has some rows of the head and other processes have
+    the rest: the loss is that of all rows, the gradient of `x_BTD` that of these. Second
+    derivatives, torch.func and forward-mode AD compute the logits of all positions; with
     `vocab_slice` they raise `SettingError`.
     """
     if is_transformed(x_BTD, head_VD):
@@ -86,7 +85,7 @@ def head_loss(
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Loss and both gradients in one pass: the backward pass only scales what the forward found."""
+    """Loss and both gradients in one pass: the backward pass only scales them."""
 
     @staticmethod
     def forward(
@@ -103,7 +102,7 @@ class _HeadLoss(torch.autograd.Function):
         autocasts = torch.is_autocast_enabled(device_type)
         dtype = torch.get_autocast_dtype(device_type) if autocasts else x_ND.dtype
         head = head_VD.detach().to(dtype)
-        # Gradients are computed here, not in `backward`: all logits would have to be kept for it.
+        # Gradients are computed here: `backward` would need all logits to be kept.
         grad_x_ND = torch.empty_like(x_ND)
         grad_head_VD = torch.zeros_like(head_VD, dtype=torch.float32)
         nats, z = [], x_ND.new_zeros((), dtype=torch.float32)
@@ -142,7 +141,7 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_x_ND, grad_head_VD, *inputs, targets_N, share_N = ctx.saved_tensors
         grad_total = grads[0]
-        if torch.is_grad_enabled():  # somebody wants gradients of these gradients
+        if torch.is_grad_enabled():  # second derivatives are wanted
             _refuse_slice(ctx.vocab_slice)
             formula = partial(_total, targets_N, share_N, ctx.z_weight, ctx.dtype)
             given = through_the_formula(formula, tuple(inputs), grad_total)
@@ -158,7 +157,7 @@ def _total(
     x_ND: Tensor,
     head_VD: Tensor,
 ) -> Tensor:
-    """What `_HeadLoss` minimises, by torch's own operations."""
+    """What `_HeadLoss` minimises, in torch's own operations."""
     with torch.autocast(x_ND.device.type, enabled=False):
         logits_NV = (x_ND.to(dtype) @ head_VD.to(dtype).T).float()
         log_z_N = logits_NV.logsumexp(-1)
@@ -184,7 +183,7 @@ def _refuse_slice(vocab_slice: VocabularySlice | None) -> None:
 def _rows_of(
     target_N: Tensor, rows: int, vocab_slice: VocabularySlice | None
 ) -> tuple[Tensor, Tensor]:
-    """Row of the head for each target, [N, 1], and 1 where that row is here, else 0."""
+    """The row of the head for each target, [N, 1], and 1 if that row is here, else 0."""
     if vocab_slice is None:
         return target_N[:, None], torch.ones_like(target_N)
     local_N = target_N - vocab_slice.first

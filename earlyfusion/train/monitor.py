@@ -1,7 +1,7 @@
 """What a run reports: a progress bar, a JSONL file, TensorBoard if it is installed, W&B on request.
 
-Speed is logged in tokens or pictures a second, as a share of the peak of the devices (`mfu`), and
-as the seconds that are left.
+Speed is logged in tokens or pictures per second, as a share of the devices' peak (`mfu`), and as
+the seconds left.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Monitor:
     """Writes one line of `metrics.jsonl` per call of `log`, and moves the progress bar.
 
     `flops` are the operations of one unit and `peak()` those of the devices per second; `left(each,
-    done)` are the seconds that are left when a step takes `each` and `done` steps are done. A
-    `quiet` monitor does nothing: of several processes only the first reports.
+    done)` are the seconds left if a step takes `each` and `done` steps are done. A `quiet` monitor
+    does nothing: of several processes only the first reports.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Monitor:
         self._bar.start()
 
     def advance(self, step: int, units: float) -> None:
-        """One step done that processed `units` tokens or pictures."""
+        """Count a step that processed `units` tokens or pictures."""
         self._units += units
         self._done += 1
         if not self._quiet:
@@ -77,7 +77,7 @@ class Monitor:
         if self._quiet:
             return
         speed = self._speed(step)
-        # JSON knows neither NaN nor infinity.
+        # JSON has neither NaN nor infinity.
         known = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         self._lines.write(json.dumps({"step": step} | known | speed) + "\n")
         self._lines.flush()
@@ -94,7 +94,7 @@ class Monitor:
             self._print(step + 1, status, speed["eta_seconds"])
 
     def _print(self, done: int, status: str, seconds: float) -> None:
-        """A line if there is no terminal: the first, the last, and one per minute in between."""
+        """Without a terminal, print a line: the first, the last, and one per minute in between."""
         now = time.monotonic()
         if done >= self._steps or now >= self._next_line:
             self._next_line = now + _SECONDS_A_LINE
@@ -111,7 +111,7 @@ class Monitor:
         self._console.print(f"step {step}: {sentence}", highlight=False)
 
     def rewind(self, first: int) -> None:
-        """Remove the metrics of the steps from `first` on, which will be taken again."""
+        """Remove the metrics of steps from `first` on, which will be taken again."""
         if self._quiet:
             return
         self._lines.close()
@@ -131,7 +131,7 @@ class Monitor:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave the time of the block out of the speed."""
+        """The time of the block does not count towards speed."""
         begin = time.perf_counter()
         yield
         self._since += time.perf_counter() - begin
@@ -149,8 +149,8 @@ class Monitor:
 
 @lru_cache
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a product of two square matrices: the best of six."""
-    # Large enough to keep a GPU busy, and small enough for a CPU's cache.
+    """Operations per second of a product of two square matrices: the best of six."""
+    # Large enough to keep a GPU busy, small enough for a CPU's cache.
     size = 8192 if device.type == "cuda" else 512
     a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
     best = math.inf
@@ -169,7 +169,6 @@ def _wait(device: torch.device) -> None:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Rows of a run's `metrics.jsonl`."""
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
@@ -186,7 +185,7 @@ def _summary_writer(run: Path, first: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    # What TensorBoard has of the steps from `first` on is hidden: they are taken again.
+    # TensorBoard hides earlier values of the steps from `first` on, which are taken again.
     return SummaryWriter(str(run / "tensorboard"), purge_step=first or None)
 
 

@@ -1,8 +1,8 @@
 """Optimizer and learning rate (arXiv 2405.09818, section 2.3: AdamW, warm-up, decay, clip).
 
-Besides the paper's AdamW there are Muon for the matrices of the blocks (Jordan et al. 2024: the
-momentum of a matrix is replaced by a nearly orthogonal matrix) and a moving average of the weights.
-Shapes: N matrices of one shape, R rows, C columns.
+Also Muon for the matrices of the blocks (Jordan et al. 2024: the momentum of a matrix is replaced
+by a nearly orthogonal matrix), and a moving average of the weights. Shapes: N matrices of one
+shape, R rows, C columns.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ class OptimConfig:
 
 
 def check_warmup(config: OptimConfig, steps: int) -> str:
-    """A sentence if the warm-up takes the whole run, so that the rate never reaches `lr`."""
+    """A sentence to print if the warm-up takes the whole run, so that the rate never
+    reaches `lr`."""
     if config.warmup_steps < steps:
         return ""
     highest = learning_rate(config, steps - 1, steps)
@@ -82,13 +83,12 @@ _DECAYS: dict[str, Callable[[float, float], float]] = {
     "cosine": lambda share, floor: floor + (1 - floor) * (1 + math.cos(math.pi * share)) / 2,
     "linear": lambda share, floor: 1 + (floor - 1) * share,
     "constant": lambda share, floor: 1.0,
-    # Seven tenths at the full rate, then a straight fall: a run may be prolonged before the fall.
+    # Constant for seven tenths, then linear to the end: a run may be prolonged before the decay.
     "hold": lambda share, floor: 1.0 if share < 0.7 else floor + (1 - floor) * (1 - share) / 0.3,
 }
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
-    """Rate of step `step` (from 0) of `steps`."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     share = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
@@ -96,7 +96,7 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
 
 
 def learning_rate_at(config: OptimConfig, step: int, share: float) -> float:
-    """Rate of step `step` (from 0) at `share` of a run whose number of steps is unknown.
+    """The rate of step `step` (from 0) at `share` of a run whose number of steps is unknown.
 
     The warm-up is counted in steps, the decay in shares of the run; the lower rate counts.
     """
@@ -117,16 +117,16 @@ def optimizer_of(model: nn.Module, parameters: Iterable[nn.Parameter], config: O
 
 
 def _is_matrix_of_block(name: str, parameter: Tensor) -> bool:
-    # The norms of queries and keys have two dimensions too, and so have adapters (`lora_a`).
+    # Norms of queries and keys, and adapters (`lora_a`), have two dimensions too.
     is_weight = name.endswith(".weight") and "norm" not in name
     return parameter.dim() == 2 and ".layers." in name and is_weight
 
 
 def adamw(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW whose weight decay leaves out vectors: the norms of the model's width, and biases.
+    """AdamW without weight decay on vectors (the norms of the model's width, and biases).
 
-    The norms of queries and keys have a row per head and decay as matrices do. The paper gives the
-    decay, but not what it leaves out.
+    Norms of queries and keys have a row per head and decay as matrices do. The paper gives the
+    decay, but not what it applies to.
     """
     trained = [p for p in parameters if p.requires_grad]
     groups = [
@@ -140,10 +140,10 @@ def adamw(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.opti
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum made nearly orthogonal, with decoupled weight decay; matrices only.
 
-    The step equals that of `torch.optim.Muon` (a test compares the two), which computes one matrix
-    after another, always in bf16. Here matrices of one shape are computed together, in bf16 on a
-    GPU and in fp32 on a CPU, where bf16 may be slower. Of a matrix that is cut over processes each
-    holds its shard of the momentum; all gather the whole, compute the same and keep their shards.
+    A step equals that of `torch.optim.Muon` (a test compares them), which computes one matrix after
+    another, always in bf16. Here matrices of one shape are computed together, in bf16 on a GPU and
+    in fp32 on a CPU, where bf16 may be slower. For a sharded matrix each process keeps its shard of
+    the momentum; all gather the whole and compute the same.
     """
 
     def __init__(
@@ -190,14 +190,14 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices_NRC: Tensor, rounds: int = 5) -> Tensor:
-    """Matrices with the same singular vectors and singular values near 1 (0.7 to 1.2).
+    """Matrices with the same singular vectors, and singular values near 1 (0.7 to 1.2).
 
     Newton-Schulz iteration of fifth degree with Jordan's coefficients.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices_NRC.shape[1] > matrices_NRC.shape[2]
     x = matrices_NRC.bfloat16() if matrices_NRC.device.type == "cuda" else matrices_NRC.float()
-    # The Gram matrix is then that of the shorter side.
+    # So that the Gram matrix is that of the shorter side.
     x = x.transpose(1, 2) if tall else x
     x = x / x.flatten(1).norm(dim=1).clamp_min(1e-7)[:, None, None]
     for _ in range(rounds):
@@ -209,7 +209,7 @@ def orthogonal(matrices_NRC: Tensor, rounds: int = 5) -> Tensor:
 class MuonAndAdamW:
     """Muon for `matrices` and AdamW for all else, used as one optimizer.
 
-    `peak` of a group is its highest rate, so that one schedule serves both.
+    A group's `peak` is its highest rate, so that one schedule serves both.
     """
 
     def __init__(
@@ -237,13 +237,14 @@ class MuonAndAdamW:
 
 
 def set_rate(optimizer: Any, rate: float, config: OptimConfig) -> None:
-    """Give all groups the rate of a step, scaled to its `peak` in a group that has one."""
+    """Give all groups the rate of a step, scaled to `peak` in groups that have one."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["peak"] / config.lr if "peak" in group else rate
 
 
 def allocate_moments(optimizer: torch.optim.Optimizer | MuonAndAdamW) -> None:
-    """Give an optimizer the moments that its first step would make, to be read into."""
+    """Create the moments that the optimizer's first step would create, to be filled from a
+    checkpoint."""
     if isinstance(optimizer, MuonAndAdamW):
         for group in optimizer.muon.param_groups:
             for parameter in group["params"]:
@@ -268,13 +269,13 @@ def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
     optimizer.load_state_dict(groups | state)
     for parameter, moments in optimizer.state.items():
         for name, value in moments.items():
-            # The fused kernel walks memory: moments must have the strides of their parameter.
+            # The fused kernel ignores strides: moments must have those of their parameter.
             if value.shape == parameter.shape and value.stride() != parameter.stride():
                 moments[name] = torch.empty_like(parameter).copy_(value)
 
 
 class Average:
-    """A moving average of a model's weights; it decays faster at first, to forget the beginning."""
+    """A moving average of a model's weights; decays faster at first, to forget the beginning."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self._weights = [p for p in model.parameters() if p.requires_grad]
@@ -284,20 +285,20 @@ class Average:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Add the weights after one more step."""
+        """Add the weights of one more step."""
         self.count += 1
         decay = min(self._decay, (1 + self.count) / (10 + self.count))
         torch._foreach_lerp_(self._means, [p.detach() for p in self._weights], 1 - decay)
 
     @torch.no_grad()
     def use(self) -> None:
-        """Leave the averaged weights in the model."""
+        """Set the model to the averaged weights."""
         for weight, mean in zip(self._weights, self._means, strict=True):
             weight.copy_(mean)
 
     @contextmanager
     def used(self) -> Iterator[None]:
-        """The model with the averaged weights, for as long as the block runs."""
+        """Within the block the model has the averaged weights."""
         self._swap()
         try:
             yield
@@ -312,7 +313,7 @@ class Average:
             mean.copy_(current)
 
     def state(self) -> dict[str, Tensor]:
-        """The averaged weights by their names."""
+        """The averaged weights by name."""
         return dict(zip(self._names, self._means, strict=True))
 
     def load_state(self, tensors: dict[str, Tensor], count: int) -> None:

@@ -1,8 +1,8 @@
-"""How far a run is: by its steps, or by the clock if it has a budget of minutes.
+"""The progress of a run: by its steps, or by the clock if it has a budget of minutes.
 
-The share of the run that is done determines the learning rate and all else that changes over a run.
-With a budget, a run of unknown speed ends in time, and its rate has fallen by then; if its steps
-end first, they end the run. Time that was spent before a resume counts.
+The learning rate, and all else that changes over a run, depends on the share that is done. So a run
+of unknown speed ends within its budget with its rate decayed, or earlier if its steps are done.
+Time spent before a resume counts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable
 class Pace:
     """The progress of a run of at most `steps` steps and, if not 0, of `minutes`.
 
-    `spent` are the seconds that a run took before it was resumed. `now` gives seconds.
+    `spent` are seconds before a resume; `now` returns seconds.
     """
 
     def __init__(
@@ -29,17 +29,16 @@ class Pace:
 
     @property
     def seconds(self) -> float:
-        """Seconds of the run so far, including those before a resume."""
         return self._spent + self._now() - self._since
 
     def share(self, step: int) -> float:
-        """Share of the run that is done before step `step` (from 0): 0 to 1."""
+        """The share of the run that is done before step `step` (from 0): 0 to 1."""
         by_steps = step / max(1, self._steps)
         by_clock = self.seconds / self._budget if self._budget else 0.0
         return min(1.0, max(by_steps, by_clock))
 
     def is_over(self, step: int) -> bool:
-        """Whether after `step` steps no step is left, or no time."""
+        """Whether no step or no time is left after `step` steps."""
         return step >= self._steps or bool(self._budget and self.seconds >= self._budget)
 
     def seconds_left(self, each: float, step: int) -> float:

@@ -1,8 +1,7 @@
 """What a training run takes on a number of GPUs: memory, speed and days, from the run's config.
 
-Nothing is run: all follows from the shapes. The assumptions are in `ASSUMED`, which is printed with
-the table. Shapes: D model width, K key and value heads, H head width, F inner width, L layers, T
-row length.
+Computed from shapes alone. The assumptions are in `ASSUMED`, which is printed with the table.
+Shapes: D model width, K key and value heads, H head width, F inner width, L layers, T row length.
 """
 
 from __future__ import annotations
@@ -71,7 +70,7 @@ class TooFewRows(SettingError):
 
 @dataclass(frozen=True)
 class Line:
-    """One number of GPUs; memory in bytes of one GPU, `days` for all tokens."""
+    """The plan for one number of GPUs; memory in bytes per GPU, `days` for all tokens."""
 
     gpus: int
     replicas: int
@@ -90,7 +89,7 @@ class Line:
 
 
 def head_block(rows: int) -> int:
-    """Positions whose logits are in memory together on a GPU, for a head of this many rows."""
+    """Positions whose logits a GPU holds at once, for a head of this many rows."""
     return max(256, _LOGITS_AT_ONCE // rows)
 
 
@@ -135,7 +134,7 @@ def trained(job: Job) -> int:
 
 
 def frozen_bytes(job: Job) -> int:
-    """Memory of frozen weights: 2 bytes for those of products in blocks, 4 for others."""
+    """Memory of frozen weights: 2 bytes each for those of products in blocks, 4 for others."""
     if job.trainable == "all":
         return 0
     products = job.model.num_hidden_layers * products_of_block(job.model)
@@ -143,7 +142,7 @@ def frozen_bytes(job: Job) -> int:
 
 
 def flops_per_token(config: ModelConfig, length: int, trainable: str = "all") -> float:
-    """Forward and backward pass of training, each row of `length` being one document."""
+    """Forward and backward pass of training, if each row of `length` is one document."""
     weight, attention = TRAINABLE[trainable]
     blocks = config.num_hidden_layers
     mixed = float(attention) * blocks * config.hidden_size * length
@@ -176,7 +175,7 @@ def activation_bytes(
 def lines(job: Job) -> list[Line | str]:
     """A line for each number of GPUs, or the sentence that says why it is impossible.
 
-    Once a step has too few rows, one sentence serves for all larger numbers.
+    Once a step has too few rows, one sentence covers all larger numbers.
     """
     found: list[Line | str] = []
     for gpus in job.gpus:
@@ -246,7 +245,7 @@ def _activations(job: Job, tokens: int, tensor: int) -> dict[str, float]:
 
 
 def table(job: Job) -> str:
-    """The plan as text: sizes, a line for each number of GPUs, and what is assumed.
+    """The plan as text: sizes, a line for each number of GPUs, and the assumptions.
 
     Time is in days, with `FEW_GPUS` in hours.
     """

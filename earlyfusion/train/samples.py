@@ -1,8 +1,7 @@
 """Sample pictures of a run: the same prompts, drawn again and again as the model learns.
 
-`PromptedPictures` is a `trainer.DrawSamples`, an argument of `train`. It draws with the modules
-that are being trained, in the plain loop of `generation/reference.py`, so that adapters and all
-else that replaced a module take part.
+`PromptedPictures` is a `trainer.DrawSamples`. It draws with the modules in training, in the plain
+loop of `generation/reference.py`, so adapters and other replaced modules take part.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ from earlyfusion.model.transformer import Transformer
 from earlyfusion.processor import ANSWER_IMAGE, Processor, TokenSequence
 
 _GAP = 4
-_LEAST_SIDE = 128  # smaller pictures are enlarged by a whole number
+_LEAST_SIDE = 128  # smaller pictures are enlarged by a whole factor
 
 
 class PromptedPictures:
     """Draws one picture for each prompt and saves them as a grid, with the prompts in a JSON file.
 
     `prompts` are pairs of a text to show and tokens. `defaults` are the model's own sampling
-    settings. Prompt number i always has the seed `seed + i`, so that only the model changes. Raises
+    settings. Prompt number i always has the seed `seed + i`, so only the model changes. Raises
     `SettingError` for a prompt that leaves no room for a picture.
     """
 
@@ -107,7 +106,7 @@ def image_prompts(
 
 
 def to_picture(pixels_CYX: Tensor) -> PIL.Image.Image:
-    """Pixels in [-1, 1] as 8 bits, rounded."""
+    """Pixels in [-1, 1], rounded to 8 bits."""
     scaled = ((pixels_CYX.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return PIL.Image.fromarray(np.ascontiguousarray(scaled.permute(1, 2, 0).cpu().numpy()))
 

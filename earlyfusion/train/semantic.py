@@ -1,12 +1,11 @@
 """A head that names what quantised latents show. It trains the image tokenizer and is then dropped.
 
-With reconstruction alone, two pictures of one thing may have codes that have nothing in common. If
-a head has to name from the codewords what the picture shows, the codes carry this, and a
-transformer that reads them learns names faster. (UniTok, arXiv 2502.20321, and VILA-U, arXiv
-2409.04429, contrast pictures with captions; here names are few, so that a class for each is
-enough.) The head sees codewords only, and its gradient passes them straight through to the encoder.
-It does not belong to the VQ-GAN, whose files and speed do not change.
-Shapes: B batch, C channels, y x in codes, L labels.
+With reconstruction alone, two pictures of the same thing may have entirely different codes. If a
+head has to name from the codewords what the picture shows, the codes carry this, and a transformer
+that reads them learns names faster. (UniTok, arXiv 2502.20321, and VILA-U, arXiv 2409.04429,
+contrast pictures with captions; here names are few, so a class per name is enough.) The head's
+gradient passes the codewords straight through to the encoder. The head is not part of the VQ-GAN,
+whose files and speed do not change. Shapes: B batch, C channels, y x in codes, L labels.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 _SMOOTHING = 0.1
 UNKNOWN = -100
-"""A label that does not count."""
+"""A label that is ignored."""
 
 
 class SemanticHead(nn.Module):

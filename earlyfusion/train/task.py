@@ -1,6 +1,6 @@
 """What a run trains: the interface between the loop in `train/trainer.py` and a network.
 
-A third kind of training is one more subclass of `Task` with a `model` and a `loss`.
+A new kind of training is one more subclass of `Task` with a `model` and a `loss`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 class Task:
-    """A network, the data it learns from, and what of both a checkpoint has to hold."""
+    """A network, its data, and the parts of both that a checkpoint must hold."""
 
     model: nn.Module
     progress: float = 0.0
-    """Share of the run that is done; the loop sets it before each step."""
+    """The share of the run that is done, set by the loop before each step."""
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor], float]:
         """The loss of a micro batch, figures to log, and its number of units (tokens or pictures).
@@ -40,47 +40,42 @@ class Task:
 
     @property
     def flops_per_unit(self) -> float:
-        """Floating-point operations that training takes per unit; 0 where they are not known."""
+        """Floating-point operations that training takes per unit; 0 if unknown."""
         return 0.0
 
     @property
     def frozen_fingerprint(self) -> str:
-        """`checkpoint.fingerprint` of frozen weights, which checkpoints then leave out.
-
-        "" where checkpoints hold all weights.
-        """
+        """`checkpoint.fingerprint` of frozen weights, which checkpoints then omit; ""
+        to save all."""
         return ""
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """All that the optimizer may change."""
+        """All parameters that the optimizer may change."""
         return self.model.parameters()
 
     def distribute(
         self, mesh: DeviceMesh | None, config: ParallelConfig, compiled: bool, dtype: torch.dtype
     ) -> None:
-        """Cut the model over the mesh, or keep a copy in each process.
-
-        The gradients of copies are averaged by the loop. Raises `SettingError` for a mesh unless
-        a subclass supports several processes.
-        """
+        """Shard the model over the mesh, or keep a copy in each process; the loop averages the
+        gradients of copies. Raises `SettingError` for a mesh unless a subclass supports it."""
         if mesh is not None:
             raise SettingError(
                 f"{processes.count()} processes cannot train a {type(self).__name__}: start one"
             )
 
     def materialize(self, device: torch.device) -> None:
-        """Give memory and first weights to a model on the meta device; others stay as they are."""
+        """Give a model on the meta device memory and first weights; other models do not change."""
 
     def after(self, step: int) -> dict[str, float]:
-        """Whatever follows a step of the optimizer; more figures to log."""
+        """Called after each optimizer step; returns more figures to log."""
         return {}
 
     def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Tensors, and values for JSON, that a checkpoint holds besides model and optimizer."""
+        """Tensors, and JSON values, that a checkpoint holds besides model and optimizer."""
         return {}, {}
 
     def load_state(self, tensors: dict[str, Any], state: dict[str, Any]) -> None:
-        """Take back what `state` returned."""
+        """Restore what `state` returned."""
 
     def skip_to(self, state: dict[str, Any]) -> None:
         """Skip the data that was used up to `state`, the values that `state()` returned."""

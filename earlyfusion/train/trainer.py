@@ -1,8 +1,8 @@
 """The training loop of both networks, on one device or on many.
 
 A `Task` says what a step learns from; the loop does the rest. Every random number of step k (order
-of the data, augmentation, dropout) follows from the seed and k alone, so that a resumed run
-continues as if it had never stopped: equal losses to the bit on a CPU.
+of the data, augmentation, dropout) depends only on the seed and k, so a resumed run continues as if
+it had never stopped: with losses equal to the bit on a CPU.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class RunConfig:
 
 
 DrawSamples = Callable[[int, Path], dict[str, float]]
-"""Draws what the weights can do after this many steps: pictures into a folder, figures to log.
+"""Draws samples of the weights after this many steps: pictures into a folder, figures to log.
 
 It finds the model in eval mode and may draw random numbers: the training is not affected.
 """
@@ -106,7 +106,7 @@ def train(
     draw_samples: DrawSamples | None = None,
     validation: Validation | None = None,
 ) -> None:
-    """Train to `run.steps`, from the newest checkpoint under `run.out` where there is one.
+    """Train to `run.steps`, from the newest checkpoint under `run.out` if there is one.
 
     `draw_samples` is called every `run.sample_every` steps and at the end, with the folder
     `samples/`. The weights of the best `validation` are kept in `best/`; it may end the run early.
@@ -161,7 +161,7 @@ class _Training:
     def go_on(self) -> None:
         run = self.run
         last = min(run.steps, run.stop_after or run.steps)
-        # A run without time left still takes one step, so that it leaves a checkpoint.
+        # Even without time left one step is taken, so that the run leaves a checkpoint.
         self._out_of_time = bool(self.step) and self.pace.is_over(self.step)
         while self.step < last and not self._has_ended:
             figures = self._step(self.step)
@@ -204,7 +204,7 @@ class _Training:
         )
 
     def _warn(self) -> None:
-        """Note the settings that will not do what they seem to."""
+        """Note settings that will not have the effect that they seem to have."""
         if not self.step and (sentence := check_warmup(self.optim, self.run.steps)):
             self.monitor.note(0, sentence)
         if self.draw_samples is not None and self.is_sharded:
@@ -214,7 +214,7 @@ class _Training:
     # ---- one step
 
     def _step(self, step: int) -> dict[str, Any]:
-        # The first process draws as a single one does; the others draw other dropout masks.
+        # The first process draws what a single one would; the others need other dropout masks.
         torch.manual_seed(self.run.seed * 1_000_003 + step + processes.rank() * 7_919_000_003)
         self.task.progress = self.pace.share(step)
         rate = self._rate(step)
@@ -242,31 +242,31 @@ class _Training:
         return learning_rate(self.optim, step, self.run.steps)
 
     def _backward(self, step: int) -> tuple[Tensor, dict[str, Tensor], float]:
-        """Gradients of all micro batches; the sum of their losses, the mean of their figures."""
+        """Gradients of all micro batches; the sum of their losses and the mean of their figures."""
         losses, figures, units = [], [], 0.0
         for _ in range(self.task.micro_batches):
             with self._autocast():
                 loss, found, covered = self.task.loss(step)
-            # FSDP averages gradients over the data ranks, whose losses are to be added up.
+            # FSDP averages gradients over the data ranks, but their losses must be added up.
             (loss * self.data_ranks if self.data_ranks > 1 else loss).backward()
             losses.append(loss.detach())
             figures.append(found)
             units += covered
         if len(losses) == 1:
             return losses[0], figures[0], units
-        # A micro batch without pictures has NaN for their loss.
+        # A micro batch without pictures has NaN as the loss of pictures.
         means = {k: torch.stack([f[k].float() for f in figures]).nanmean() for k in figures[0]}
         return torch.stack(losses).sum(), means, units
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.is_sharded:  # FSDP gathers the weights in the dtype that is computed in
+        if self.is_sharded:  # FSDP gathers the weights in the dtype of the computation
             return contextlib.nullcontext()
         return autocast(self.task.model, self.run.precision)
 
-    # ---- what follows a step, when it is time
+    # ---- after some of the steps
 
     def _validate(self, last: int) -> dict[str, float]:
-        """The loss of held-out documents; the weights of the lowest are kept."""
+        """Measure the loss of held-out documents; keep the weights if it is the lowest so far."""
         validation, done = self.validation, self.step + 1
         if validation is None or self.best is None or not validation.is_due(done, last):
             return {}
@@ -284,7 +284,7 @@ class _Training:
         return figures
 
     def _sample(self, ends: bool) -> dict[str, float]:
-        """Samples of the weights after this step; figures about them."""
+        """Draw samples of the present weights; figures about them."""
         done, every = self.step + 1, self.run.sample_every
         if self.draw_samples is None or not (ends or (every and done % every == 0)):
             return {}
@@ -325,7 +325,7 @@ class _Training:
         return {"model": model, "optimizer": self.optimizer.state_dict()} | averaged
 
     def _restore(self) -> dict[str, Any]:
-        """Model, optimizer and task as in the newest checkpoint; its state, {} without one."""
+        """Set model, optimizer and task to the newest checkpoint; its state, {} without one."""
         step, sentences = processes.agree(lambda: checkpoint.newest_whole(self.run.out))
         for sentence in sentences:
             say(sentence)
@@ -366,11 +366,11 @@ class _Training:
                 f"{self.run.out} trains a part of a model whose other weights are not those given "
                 "now: give the model and the part that it began with, or another out folder"
             )
-        # A run whose checkpoints hold all weights keeps writing such checkpoints.
+        # A run that began with whole checkpoints goes on writing whole checkpoints.
         self.frozen_fingerprint = before
 
     def _roll_back(self) -> None:
-        """To the newest checkpoint; data that was seen since then is not seen again."""
+        """Return to the newest checkpoint. Data seen since then is not seen again."""
         self.saver.finish()
         first, value = self.watch.first_bad
         there = processes.agree(lambda: checkpoint.steps(self.run.out))
@@ -382,7 +382,7 @@ class _Training:
         seen, reached = self.task.state()[1], self.step
         self.step = int(self._restore()["step"])
         self.task.skip_to(seen)
-        # `watch` is not restored: it counts the roll-backs.
+        # `watch` is not restored, as it counts the roll-backs.
         self.watch.rolled_back()
         self.monitor.rewind(self.step)
         self.monitor.note(
@@ -391,7 +391,7 @@ class _Training:
 
 
 def _distribute(task: Task, run: RunConfig) -> DeviceMesh | None:
-    """Put the task on all processes, and the model into memory if it has none yet."""
+    """Put the task on all processes, and the model into memory if it is not there yet."""
     device = resolve_device(run.device)
     if device.index is not None:
         torch.cuda.set_device(device)
@@ -408,7 +408,7 @@ def _is_sharded(model: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode and not compiled; modes and random numbers as before afterwards."""
+    """The model uncompiled and in eval mode; afterwards modes and random numbers are as before."""
     modes = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -422,7 +422,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _peak(run: RunConfig, device: torch.device) -> float:
-    """Operations a second that all devices of a run could do."""
+    """Operations per second that all devices of a run can do."""
     dtype = torch_dtype(run.precision)
     return processes.count() * (run.peak_tflops * 1e12 or matmul_peak(device, dtype))
 

@@ -1,4 +1,4 @@
-"""The loss of held-out documents: when it is measured, where it was lowest, when to stop."""
+"""When the loss of held-out documents is measured, where it was lowest, when to stop."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Validation:
         return done == last or done % self._every == 0
 
     def is_best(self, done: int, loss: float) -> bool:
-        """Whether `loss`, after `done` steps, is the lowest so far."""
+        """Whether `loss`, after `done` steps, is the lowest so far; remembers it."""
         if loss < self.best_loss:
             self.best_loss, self.best_step, self._without_gain = loss, done, 0
             return True

@@ -59,7 +59,7 @@ class Watch:
 
     def judge(self, step: int, loss: float, norm: float) -> bool:
         """Whether the step may change the weights."""
-        # Early losses fall too fast for their mean to say what a spike is.
+        # Early losses fall too fast for their mean to tell what a spike is.
         limit = self.config.spike * self.mean if self.config.spike and self.good >= 50 else math.inf
         if math.isfinite(loss) and math.isfinite(norm) and loss <= limit:
             self.good, self.in_row = self.good + 1, 0
@@ -79,7 +79,7 @@ class Watch:
         self.in_row, self.roll_backs = 0, self.roll_backs + 1
 
     def signs(self, figures: dict[str, float]) -> list[str]:
-        """A sentence for each sign that has grown since it was lowest, or last noted."""
+        """A sentence for each sign that has grown much since it was lowest, or last noted."""
         found = []
         for name in SIGNS:
             value = abs(figures.get(name, math.nan))
