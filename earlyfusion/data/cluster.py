@@ -1,7 +1,5 @@
-"""Shards made by a Ray cluster: the only owner of Ray.
-
-Every machine of the cluster must see the corpus, the model and the output under the same paths.
-"""
+"""Shards made by a Ray cluster: the only owner of Ray. Every machine of the cluster must see the
+corpus, the model and the output under the same paths."""
 
 from __future__ import annotations
 
@@ -29,7 +27,7 @@ def make_on_ray(job: Job, shards: list[int], workers: int) -> Iterator[dict[str,
     if not ray.is_initialized():
         ray.init(log_to_driver=False, logging_level="ERROR")
     ray.data.DataContext.get_current().enable_progress_bars = False
-    # Actors run in folders of their own.
+    # Each actor runs in a different folder, so paths must be absolute.
     job = replace(job, out=job.out.absolute(), model=job.model.absolute())
     made = ray.data.from_items([{"shard": n} for n in shards], override_num_blocks=len(shards)).map(
         _Actor,
@@ -52,7 +50,7 @@ class _Actor:
         self._maker = ShardMaker(job)
 
     def __call__(self, row: dict[str, int]) -> dict[str, str]:
-        # As text: Ray would make columns of a note, and lose what is empty in it.
+        # As text: Ray would turn a note into columns, and lose empty values.
         try:
             return {"note": json.dumps(self._maker.make(int(row["shard"]))), "mistake": ""}
         except EarlyFusionError as error:

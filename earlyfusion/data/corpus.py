@@ -1,4 +1,4 @@
-"""Opening the sources of a mixture: raw rows and token shards alike."""
+"""Opens the sources of a mixture: raw rows and token shards alike."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from earlyfusion.errors import SettingError
 from earlyfusion.image_tokenizer import ImageTokenizer, Mode
 from earlyfusion.processor import Modality, Processor, TokenSequence
 
-# Documents of raw rows that stay encoded: a small corpus is cut into codes once, not every epoch.
+# Documents of raw rows kept encoded, so that a small corpus is encoded once, not every epoch.
 _CACHED_DOCUMENTS = 20_000
 
 
@@ -80,7 +80,7 @@ class RowDocuments:
         return self.fit.pieces(number, document)
 
     def answers(self) -> np.ndarray:
-        # Balancing needs this of every row before the first document: it is found once per run.
+        # Balancing needs this for every row before the first document: computed once per run.
         path = self._cache / f"{self._answers_key()}.npz"
         found = cached_arrays(path, lambda: {"answers": self._encoder.answers(self._rows)})
         return found["answers"]
@@ -140,7 +140,7 @@ def open_corpus(
 ) -> Corpus:
     """Open the sources of `config` for rows of `length` tokens.
 
-    Rows that `validation` holds out are not in the stream. The quarantine and the indices of files
+    Rows that `validation` holds out are not in the stream. The quarantine and the files' indices
     are written to the folder `run`. Raises `DataError` and `SettingError`.
     """
     _check(config, processor, length)
@@ -152,7 +152,7 @@ def open_corpus(
     marks = fingerprints(processor, image_tokenizer)
 
     def opened(path: str) -> Documents:
-        # A row of `length` positions takes one more token: the last is only a target.
+        # A row of `length` positions takes one more token, as the last is only a target.
         folder, fit = Path(path).expanduser(), Fit(length + 1, processor.vocabulary)
         if is_shards(folder):
             return TokenShards(folder, marks, fit)
@@ -163,13 +163,13 @@ def open_corpus(
     shares: dict[str, dict[str, float]] = {}
     documents, held_out = [], []
     watched = validation or ValidationConfig()
-    # A source that is in `data` and `added` is opened once, and has a share of either.
+    # A source in both `data` and `added` is opened once, and gets a share of each.
     for number, source in enumerate(dict.fromkeys((*config.data, *config.added))):
         path, weight = _weighted(source)
         documents.append(opened(path))
         held = held_out_numbers(len(documents[-1]), watched.validation, seed, number)
         held_out.append((documents[-1], held))
-        # By its number, not its name: a corpus that was moved gives the same documents.
+        # By number, not by name, so that a corpus that was moved gives the same documents.
         mine = _orders(documents[-1], config.balance, seed, f"source {number}", held)
         orders |= {name: order for name, (_, order) in mine.items()}
         shares[source] = {name: weight * share for name, (share, _) in mine.items()}
@@ -183,9 +183,9 @@ def open_corpus(
 
 
 def _one_mode(encoding: EncodingSettings, paths: Sequence[str]) -> EncodingSettings:
-    """The settings with the resize mode of the token shards among the sources, if there are any.
+    """The settings with the resize mode of the token shards among the sources, if any.
 
-    Raises `SettingError` where two modes would meet: the model can have only one.
+    Raises `SettingError` if two modes would meet, as the model can have only one.
     """
     modes = {path: mode for path in paths if (mode := shards_mode(Path(path).expanduser()))}
     given = encoding.resize_mode or encoding.prompt_images
@@ -212,8 +212,8 @@ def _digest(
 ) -> str:
     """Digest of everything that the stream depends on."""
     ways = [config.encoding, seed, config.balance, config.added_from]
-    ways += [held_out] if held_out else []  # runs from before it existed go on
-    # Names of files are left out: a corpus that was moved is the same.
+    ways += [held_out] if held_out else []  # keeps the digest of runs from before this existed
+    # Without names of files, as a corpus that was moved is the same.
     weights = [_weighted(source)[1] for source in (*config.data, *config.added)]
     text = repr([ways, weights, [d.fingerprint for d in documents]])
     return hashlib.sha256(text.encode()).hexdigest()
@@ -236,7 +236,7 @@ def _weighted(source: str) -> tuple[str, float]:
     path, at, weight = source.rpartition("@")
     if not at:
         return source, 1.0
-    # A path may have an @ of its own.
+    # A path may itself contain an @.
     try:
         return path, float(weight)
     except ValueError:

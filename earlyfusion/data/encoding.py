@@ -1,8 +1,8 @@
 """Rows -> tokens: pictures are read, cut into codes in batches, and spelled.
 
-Pictures of prompts are made square as the model does it at inference, by "crop" or "fit"; those
-of answers are cropped, so that none is drawn with a border (arXiv 2405.09818, section 3.1, fits
-those of prompts in). Half of the pairs have the picture first (section 2.2).
+Pictures of prompts are made square as at inference, by "crop" or "fit"; those of answers are
+cropped, so that the model never learns to draw a border (arXiv 2405.09818, section 3.1, fits those
+of prompts in). Half of the pairs have the picture first (section 2.2).
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class EncodingSettings:
 
 @dataclass(frozen=True)
 class Read:
-    """A row whose pictures are in memory; `turns` is None where it went to the quarantine."""
+    """A row with its pictures in memory; `turns` is None if it went to the quarantine."""
 
     form: str
     answers: int
@@ -102,10 +102,8 @@ class Encoder:
         self._image_tokenizer = image_tokenizer
 
     def answers(self, rows: Rows) -> np.ndarray:
-        """What each row's answers hold (TEXT, PICTURE or BOTH), no picture read: uint8 [rows].
-
-        A row that cannot be parsed counts as TEXT.
-        """
+        """What each row's answers hold (TEXT, PICTURE or BOTH), without reading pictures: uint8
+        [rows]. A row that cannot be parsed counts as TEXT."""
         found = np.full(len(rows), TEXT, np.uint8)
         for number, row in enumerate(rows.outlines()):
             try:
@@ -115,7 +113,7 @@ class Encoder:
         return found
 
     def read(self, rows: Rows, number: int, quarantine: Quarantine) -> Read:
-        """Row `number` with its pictures, or without turns where it went to the quarantine."""
+        """Row `number` with its pictures, or without turns if it went to the quarantine."""
         table, at = rows.find(number)
         form, answers = "", TEXT
         try:
@@ -130,10 +128,8 @@ class Encoder:
         return Read(form, answers, turns)
 
     def encode(self, batch: Sequence[Read]) -> list[TokenSequence | None]:
-        """Documents of rows, None for those of the quarantine.
-
-        The pictures of all rows go through the network together.
-        """
+        """Documents of rows; None for those in the quarantine. The pictures of all rows go through
+        the network together."""
         codes = iter(self._codes([image for read in batch for image in read.images]))
         return [None if read.turns is None else self._document(read, codes) for read in batch]
 
@@ -142,12 +138,12 @@ class Encoder:
         return example_of(row, picture_first, plain_pairs=self.settings.pairs == "document")
 
     def _picture_first(self, number: int) -> bool:
-        # Drawn by the row's number alone: shards and raw rows have the same pairs turned around.
+        # Depends on the row's number alone, so shards and raw rows turn the same pairs around.
         draw = np.random.default_rng([self.settings.pair_seed, number]).random()
         return bool(draw < self.settings.image_first)
 
     def _codes(self, images: Sequence[tuple[Role, Image]]) -> list[np.ndarray]:
-        """Codes of pictures in order; a batch per role, since roles have resize modes."""
+        """Codes of pictures in order; a batch per role, as roles have different resize modes."""
         found: list[np.ndarray] = [np.empty(0)] * len(images)
         modes = {"user": self.settings.mode, "assistant": cast("Mode", self.settings.answer_images)}
         for speaker, mode in modes.items():
@@ -170,7 +166,7 @@ class Encoder:
 def plain_document(
     processor: Processor, parts: Sequence[Text | Image], codes: Sequence[np.ndarray]
 ) -> TokenSequence:
-    """A document that has no prompt, so that all of it is learned; `codes` are its pictures'."""
+    """A document without a prompt, all of which is learned; `codes` are those of its pictures."""
     vocabulary, sequence, rest = processor.vocabulary, TokenSequence(), iter(codes)
     sequence.control(vocabulary.bos)
     for part in parts:
@@ -185,14 +181,14 @@ def plain_document(
 
 def _read_turn(turn: Turn, read: Callable[[str], bytes]) -> tuple[Role, list[Text | Image]]:
     role, parts = turn
-    # Pictures are decoded here, so that a damaged one sends its row to the quarantine.
+    # Decode pictures now, so that a damaged one sends its row to the quarantine.
     return role, [
         _image(part, read) if isinstance(part, Picture) else _whole(part) for part in parts
     ]
 
 
 def _whole(text: Text) -> Text:
-    # JSON can spell half of a surrogate pair, which no tokenizer takes.
+    # JSON can spell half of a surrogate pair, which no tokenizer accepts.
     try:
         text.text.encode("utf-8")
     except UnicodeEncodeError:
@@ -206,11 +202,12 @@ def _image(picture: Picture, read: Callable[[str], bytes]) -> Image:
 
 
 class Fit:
-    """Makes documents fit rows of `limit` tokens, and remembers the numbers of those that did not.
+    """Makes documents fit rows of `limit` tokens, and remembers the numbers of those that did not
+    fit.
 
-    A dialogue keeps its first exchanges that fit, as one piece. A plain document is cut between
-    its segments, and within a text that is longer than a piece; a picture is never cut. A document
-    of which no piece fits is dropped.
+    A dialogue keeps its first exchanges that fit, as one piece. A plain document is cut between its
+    segments, and within a text that is longer than a piece; a picture is never cut. A document of
+    which no piece fits is dropped.
     """
 
     def __init__(self, limit: int, vocabulary: Vocabulary) -> None:
@@ -219,10 +216,10 @@ class Fit:
         self.dropped: set[int] = set()
 
     def pieces(self, number: int, document: TokenSequence) -> list[TokenSequence]:
-        """Document `number` in pieces: itself if it fits, none of an empty one."""
+        """Document `number` in pieces: itself if it fits; none if it is empty."""
         if len(document) <= self._limit:
             return [document] if len(document) else []
-        # A dialogue must begin with its prompt; any part of a plain document can be learned.
+        # A dialogue must begin with its prompt; a plain document may be cut anywhere.
         dialogue = {PROMPT_TEXT, PROMPT_IMAGE}.intersection(document.role)
         cut = _first_exchanges if dialogue else _cut_between_segments
         made = cut(document, self._limit, self._vocabulary)
@@ -234,7 +231,7 @@ def _first_exchanges(
     document: TokenSequence, limit: int, vocabulary: Vocabulary
 ) -> list[TokenSequence]:
     role = document.role
-    # Where an answer was closed by the end of its turn: eos takes that token's place.
+    # The end of turn that closed the answer becomes eos.
     ends = [
         at
         for at, token in enumerate(document.ids[:limit])
@@ -266,7 +263,7 @@ def _cut_between_segments(
             cut.append(TokenSequence())
             cut[-1].control(vocabulary.bos)
         cut[-1].segment(tokens, "assistant", modality)
-    # Only the last piece is an end: after the others the document goes on.
+    # Only the last piece ends with eos: after the others the document goes on.
     if cut:
         cut[-1].control(vocabulary.eos, END)
     return cut
@@ -277,7 +274,7 @@ def _blocks(first: int, last: int, size: int) -> list[tuple[int, int]]:
 
 
 def fingerprints(processor: Processor, image_tokenizer: ImageTokenizer) -> dict[str, str]:
-    """Digests of what the tokens of a corpus depend on: the tokenizer and the image tokenizer."""
+    """Digests of the tokenizer and the image tokenizer, on which a corpus's tokens depend."""
     return {
         "tokenizer": _tokenizer_digest(processor),
         "image_tokenizer": _image_tokenizer_digest(processor, image_tokenizer),
@@ -286,7 +283,7 @@ def fingerprints(processor: Processor, image_tokenizer: ImageTokenizer) -> dict[
 
 def _tokenizer_digest(processor: Processor) -> str:
     data = json.loads(processor.tokenizer_file.read_text(encoding="utf-8"))
-    # The other keys of the file (truncation, padding …) change no token of a text.
+    # The file's other keys (truncation, padding …) do not change the tokens of a text.
     meaning = {k: data.get(k) for k in ("model", "normalizer", "pre_tokenizer", "added_tokens")}
     return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
 
@@ -295,7 +292,7 @@ def _image_tokenizer_digest(processor: Processor, image_tokenizer: ImageTokenize
     digest = hashlib.sha256(str(image_tokenizer.resolution).encode())
     digest.update(processor.layout.template(processor.vocabulary).tobytes())
     for name, tensor in sorted(image_tokenizer.vqgan.state_dict().items()):
-        # Codes do not depend on the decoder: it may be trained on after a corpus was tokenized.
+        # Codes do not depend on the decoder, which may be trained further after tokenizing.
         if not name.startswith(("decoder.", "post_quant_conv.")):
             digest.update(name.encode())
             digest.update(tensor.float().cpu().numpy(force=True).tobytes())

@@ -35,10 +35,8 @@ TEXT, PICTURE, BOTH = range(3)  # what answers hold
 
 @dataclass
 class Example:
-    """Turns that alternate from the user's to the assistant's, or a single one of the assistant's.
-
-    The latter is a plain document: nothing in it is a prompt.
-    """
+    """Turns that alternate from the user's to the assistant's, or a single one of the assistant's:
+    a plain document, in which nothing is a prompt."""
 
     form: str
     turns: list[Turn]
@@ -64,9 +62,9 @@ _CAPTIONS = ("caption", "text", "txt", "captions")
 
 
 def example_of(row: Mapping[str, Any], picture_first: bool, plain_pairs: bool = False) -> Example:
-    """Read a row. A pair is a prompt and its answer, or with `plain_pairs` a plain document.
+    """Read a row. A pair becomes a prompt and its answer, or with `plain_pairs` a plain document.
 
-    Raises `DataError` with the reason where the row has no known form, or breaks its rules.
+    Raises `DataError` with the reason if the row has no known form, or breaks its rules.
     """
     form = form_of(row)
     if form == "pair":
@@ -80,10 +78,8 @@ def example_of(row: Mapping[str, Any], picture_first: bool, plain_pairs: bool = 
 
 
 def pictures_of(row: Mapping[str, Any]) -> list[Picture]:
-    """The pictures of a row of any form, or of a row that has nothing but pictures.
-
-    Raises `DataError` where there are none.
-    """
+    """The pictures of a row of any form, or of a row that has only pictures; `DataError` if there
+    are none."""
     column = next((key for key in ("images", *_PICTURES) if row.get(key) is not None), None)
     if column is not None:
         value = row[column]
@@ -97,13 +93,13 @@ def pictures_of(row: Mapping[str, Any]) -> list[Picture]:
 
 
 def form_of(row: Mapping[str, Any]) -> str:
-    """The name of a row's form, from its keys; `DataError` where there is none."""
-    # A column that is null in this row counts as missing: files mix forms.
+    """The name of a row's form, from its keys; `DataError` if it has none."""
+    # Files mix forms: a column that is null in this row counts as missing.
     given = {key for key, value in row.items() if value is not None}
     for form, keys in _KEYS.items():
         if given.issuperset(keys):
             return form
-    # Before plain text, whose key is one of those of captions.
+    # Before plain text, as "text" may also be the key of a caption.
     if given.intersection(_PICTURES) and given.intersection(_CAPTIONS):
         return "pair"
     if "text" in given:
@@ -112,7 +108,7 @@ def form_of(row: Mapping[str, Any]) -> str:
     raise DataError(f"the row's keys ({shown}) are of no known form: see docs/data.md for the six")
 
 
-# In this order: rows of messages often have a text or an image column as well.
+# The order matters: rows of messages often have a text or an image column as well.
 _KEYS = {
     "messages": ("messages",),
     "prompt": ("prompt", "completion"),
@@ -124,7 +120,7 @@ _KEYS = {
 def _pair(row: Mapping[str, Any], picture_first: bool, plain: bool) -> Example:
     picture = _picture(next(row[key] for key in _PICTURES if row.get(key) is not None))
     caption = next(row[key] for key in _CAPTIONS if row.get(key) is not None)
-    # Several captions of one picture, as COCO has them: the first.
+    # Of several captions of one picture, as in COCO, take the first.
     if isinstance(caption, list) and caption:
         caption = caption[0]
     parts = [picture, *_not_empty([Text(_text(caption, "the caption"))])]
@@ -181,9 +177,9 @@ _READERS: dict[str, Callable[[Mapping[str, Any]], list[Turn]]] = {
 
 
 def _filled(messages: Sequence[Any], pictures: Sequence[Picture]) -> list[Turn]:
-    """Turns with their pictures where they are marked, or all at the front of the first turn.
+    """Turns with their pictures at their marks, or all at the beginning of the first turn.
 
-    Turns of one role in a row are joined by a line end; a system's text counts as the user's.
+    Consecutive turns of one role are joined by a line end; a system's text counts as the user's.
     """
     # Marks take the pictures in order, over all turns.
     rest = iter(pictures)
@@ -233,7 +229,7 @@ def _split(text: str, pictures: Iterator[Picture]) -> Iterator[Part]:
     for number, piece in enumerate(text.split(PLACEHOLDER)):
         if number:
             yield _next(pictures)
-        # LLaVA writes a mark on a line of its own.
+        # LLaVA puts a mark on a separate line.
         piece = piece.strip("\n") if PLACEHOLDER in text else piece
         if piece:
             yield Text(piece)
@@ -292,7 +288,7 @@ def _listed(value: Any, name: str) -> list[Any]:
 
 
 def _not_empty(parts: list[Part]) -> list[Part]:
-    """The same parts, unless none of them has a picture or a letter."""
+    """The same parts; `DataError` if none has a picture or a visible character."""
     if not any(isinstance(part, Picture) or part.text.strip() for part in parts):
         raise DataError("a turn is empty: give it a text or an image")
     return parts

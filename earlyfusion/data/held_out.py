@@ -17,10 +17,8 @@ MOST_DOCUMENTS = 500
 
 @dataclass
 class ValidationConfig:
-    """Which rows are held out, and how often their loss is measured.
-
-    The weights of the lowest loss become the model of the run.
-    """
+    """Which rows are held out, and how often their loss is measured. The weights of the lowest loss
+    become the model of the run."""
 
     validation: float = 0.0
     """Share of each source's rows that is held out; 0: none."""
@@ -53,20 +51,18 @@ class ValidationConfig:
 
 
 def held_out_numbers(size: int, share: float, seed: int, source: int) -> np.ndarray:
-    """Numbers of the held-out rows of source number `source`, ascending: one of two at least."""
-    # Never all rows of a source; 11 keeps this draw apart from others of the same seed.
+    """Ascending numbers of the held-out rows of source number `source`; at least one of two."""
+    # Never all rows of a source. 11 keeps this draw apart from others with the same seed.
     count = min(size - 1, max(1, round(share * size))) if share else 0
     chosen = np.random.default_rng([seed, 11, source]).permutation(size)[:count]
     return np.sort(chosen)
 
 
 def held_out_documents(held: Sequence[tuple[Documents, np.ndarray]]) -> list[TokenSequence]:
-    """The documents of these rows of sources, at most about `MOST_DOCUMENTS`.
-
-    Raises `DataError` where none can be used.
-    """
+    """The documents of these rows of sources, at most about `MOST_DOCUMENTS`; `DataError` if none
+    can be used."""
     rows = [(documents, int(number)) for documents, numbers in held for number in numbers]
-    # Spread over all sources, whose rows follow one another.
+    # Evenly spread over the sources, whose rows are joined.
     chosen = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), MOST_DOCUMENTS)).round())
     found = [piece for at in chosen for piece in rows[int(at)][0].pieces(rows[int(at)][1])]
     if not found:

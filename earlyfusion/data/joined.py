@@ -1,4 +1,4 @@
-"""Several numbered lists as one: which of them holds a number, and where in it."""
+"""Several numbered lists as one: which of them holds a number, and at which index."""
 
 from __future__ import annotations
 
@@ -18,6 +18,6 @@ class Joined:
 
     def find(self, number: int) -> tuple[int, int]:
         """The list that holds `number`, and the number within that list."""
-        # To the right of equal ends: a list without entries holds no number.
+        # To the right of equal ends, as an empty list holds no number.
         which = bisect_right(self._ends, number)
         return which, number - (self._ends[which - 1] if which else 0)

@@ -3,8 +3,7 @@
     number -> source, by weight -> position in an epoch of that source -> row, shuffled
 
 The number is the only state, so a run resumes at the exact document, and a rank or a worker takes
-its share of the numbers. Each source is gone through without repetition, then again in another
-order.
+its share of the numbers. Each epoch of a source takes every row once, in a new order.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ class Documents(Numbered, Protocol):
     fit: Fit
 
     def pieces(self, number: int) -> list[TokenSequence]:
-        """Document `number` in pieces that fit a row; none of a row that is broken or too long."""
+        """Document `number` in pieces that fit a row; none if it is broken or too long."""
         ...
 
     def answers(self) -> np.ndarray:
@@ -58,7 +57,7 @@ class Documents(Numbered, Protocol):
 
 @dataclass(frozen=True)
 class Stage:
-    """Weights of sources from document number `start` on: shares of the documents."""
+    """Weights of sources, as shares of documents, from document number `start` on."""
 
     start: int
     weights: Mapping[str, float]
@@ -67,13 +66,13 @@ class Stage:
 def two_stages(
     first: Mapping[str, float], added: Mapping[str, float], start: int
 ) -> tuple[Stage, ...]:
-    """From `start` on, the sources of `first` share half of the weight, and `added` the other half.
+    """From `start` on, the sources of `first` and of `added` have half of the weight each.
 
-    The paper adds data of higher quality so (arXiv 2405.09818, section 2.2).
+    This is how the paper adds data of higher quality (arXiv 2405.09818, section 2.2).
     """
     if not added:
         return (Stage(0, first),)
-    # A source may be in both: it has a share of either half.
+    # A source may be in both: then it gets a share of each half.
     halves = [_shares(weights, 0.5) for weights in (first, added)]
     weights = {name: 0.0 for half in halves for name in half}
     for half in halves:
@@ -83,24 +82,24 @@ def two_stages(
 
 
 class Draw(NamedTuple):
-    """The next document of `source`, of which `turn` were drawn before."""
+    """The next document of `source`, after `turn` earlier ones."""
 
     source: str
     turn: int
 
 
 class Schedule:
-    """The source of each document: in every 4,096 documents, exactly by weight."""
+    """The source of each document; exact by weight in every 4,096 documents."""
 
     def __init__(self, stages: Sequence[Stage], seed: int) -> None:
         self._stages = sorted(stages, key=lambda stage: stage.start)
         if not stages or self._stages[0].start != 0:
             raise SettingError("the first stage must start at document 0")
-        # Of each stage: source -> documents in every cycle.
+        # Per stage: source -> documents in every cycle.
         self._slots = [_slots(stage.weights) for stage in self._stages]
         self._cycle = lru_cache(8)(self._new_cycle)
         self._seed = seed
-        # Documents of each source that earlier stages took: a later stage goes on from there.
+        # Documents of each source taken by earlier stages: a later stage continues from there.
         self._taken: list[dict[str, int]] = [{}]
         for number, stage in enumerate(self._stages[1:]):
             self._taken.append(self._taken_by(number, stage.start))
@@ -115,7 +114,7 @@ class Schedule:
         return Draw(name, turn)
 
     def _new_cycle(self, stage: int, cycle: int) -> tuple[np.ndarray, np.ndarray]:
-        """The source of each slot, and how many slots of that source come before it."""
+        """The source of each slot, and how many earlier slots have that source."""
         slots = list(self._slots[stage].values())
         order = np.repeat(np.arange(len(slots)), slots)
         np.random.default_rng([self._seed, stage, cycle]).shuffle(order)
@@ -153,10 +152,10 @@ class Mixture:
         draw = self._schedule.draw(number)
         order = self._sources[draw.source]
         for attempt in range(_TRIES):
-            # The replacement comes again in its turn: to leave it out would take a state.
+            # The replacement also comes in its own turn: skipping it there would need a state.
             epoch, pieces = order.pieces(draw.turn + attempt)
             if pieces:
-                # A long document gives another of its pieces in each epoch.
+                # Of a long document, each epoch takes another piece.
                 return pieces[epoch % len(pieces)]
         raise DataError(
             f"{draw.source} gives no usable document in {_TRIES} rows: see the quarantine file, "
@@ -165,18 +164,18 @@ class Mixture:
 
 
 class Epochs:
-    """The numbers of a source, epoch after epoch, each epoch in an order of its own.
+    """The numbers of a source, epoch after epoch, each in a different order.
 
-    Groups of rows are shuffled, and then the rows within pools of groups, so that a Parquet file is
-    read group by group; where any row is cheap to read, one pool holds all. `chosen` are the
-    numbers to use, ascending; None: all.
+    Groups of rows are shuffled, then the rows within pools of groups, so that a Parquet file is
+    read group by group; if any row is cheap to read, one pool holds all. `chosen` are the numbers
+    to use, ascending (None: all).
     """
 
     def __init__(
         self, source: Numbered, seed: int, key: str, chosen: np.ndarray | None = None
     ) -> None:
         self._size, self._chosen = len(source) if chosen is None else len(chosen), chosen
-        # Groups shrink by the rows that are not chosen.
+        # Groups count only the rows that are chosen.
         self._groups = [self._size] if source.is_random else _sizes(source.groups, chosen)
         self._key = _hash(seed, key)
         self._pools = lru_cache(2)(self._new_pools)
@@ -200,9 +199,9 @@ class Epochs:
         raise AssertionError("a pool is the sum of its groups")
 
     def _new_pools(self, epoch: int) -> tuple[Joined, np.ndarray, np.ndarray, np.ndarray]:
-        """The pools of an epoch: joined, their sizes; the groups in their order; where each starts.
+        """An epoch's pools: joined, their sizes; the groups in their order; where each starts.
 
-        As many groups make a pool as a Parquet file keeps decoded.
+        A pool has as many groups as a Parquet file keeps decoded.
         """
         groups = np.asarray(self._groups)
         order = np.random.default_rng([self._key, epoch]).permutation(len(groups))
@@ -228,17 +227,20 @@ class Order(Epochs):
 def balanced(
     documents: Documents, seed: int, key: str, chosen: np.ndarray | None = None
 ) -> dict[str, tuple[float, Order]]:
-    """A source split by what its answers hold (text, pictures, both), each with its weight.
+    """A source split by what its answers hold (text, pictures, both), each part with its weight.
 
-    Training on far more answers of one modality than of another teaches a habit of giving or
-    withholding it, whatever is asked (arXiv 2405.09818, section 3.1). So all three have the same
-    weight, but none comes over 4 times as often as its rows would: a few rows are not worn out.
-    `chosen` are the numbers to use, ascending; None: all.
+    Training on far more answers of one modality teaches a model to give that one, or to withhold
+    it, whatever is asked (arXiv 2405.09818, section 3.1). So all parts have the same weight, but
+    none repeats its rows more than 4 times as often as without balance. `chosen` are the numbers to
+    use, ascending (None: all).
     """
+    # All rows are read here (without their pictures) before the first step. A sample would not do:
+    # each part's order is a permutation of exactly its rows, so even its first document depends on
+    # how many there are. The result is stored in the run's folder, and a resumed run reads it.
     every = documents.answers()
     numbers = np.arange(len(every)) if chosen is None else chosen
     answers = every[numbers]
-    # The key of an Order, and so its shuffling, has the number of the answer, not its name.
+    # An Order is shuffled by its key, which has the number of the answer, not its name.
     found, counts = np.unique(answers, return_counts=True)
     weights = np.minimum(1 / len(found), _MOST_REPEATS * counts / counts.sum())
     return {
@@ -255,7 +257,7 @@ _MOST_REPEATS = 4
 
 
 def _sizes(groups: Sequence[int], chosen: np.ndarray | None) -> list[int]:
-    """How many of the chosen numbers, which ascend, each group has."""
+    """How many of the chosen, ascending numbers each group has."""
     if chosen is None:
         return list(groups)
     edges = np.cumsum([0, *groups])
@@ -268,7 +270,7 @@ Made = TypeVar("Made")
 class Ahead(Generic[Made]):
     """A stream whose next items (documents, batches) are made by threads while the network learns.
 
-    The items and their order are those of the stream, however many workers there are.
+    Items and order are those of the stream, for any number of workers.
     """
 
     def __init__(self, stream: Callable[[int], Made], workers: int, depth: int = 64) -> None:
@@ -279,7 +281,7 @@ class Ahead(Generic[Made]):
 
     def __call__(self, number: int) -> Made:
         with self._lock:
-            # Those behind are done with; after a roll-back, so are those far ahead.
+            # Drop those that were passed; after a roll-back, also those far ahead.
             for past in [n for n in self._waiting if not number <= n < number + self._depth]:
                 self._waiting.pop(past).cancel()
             for coming in range(number, number + self._depth):
@@ -301,7 +303,7 @@ def shuffled(number: int, size: int, key: int) -> int:
         for turn in range(4):
             left, right = right, left ^ (_mixed(right + key + turn * 0x9E3779B97F4A7C15) & mask)
         number = left << bits | right
-        # The network permutes all numbers of 2 * bits; those past the end are permuted again.
+        # The network permutes all numbers of 2 * bits bits; those past the end go through it again.
         if number < size:
             return number
 

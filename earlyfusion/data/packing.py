@@ -2,9 +2,9 @@
 
     document number -> rows of `length` tokens, each of several whole documents -> PackedBatch
 
-A stream of documents is a function from a number to a document, so its whole state is one integer,
-the number of the next document. Documents are never cut, and attend to themselves only.
-Shapes: B rows of a batch, T tokens of a row.
+A stream of documents is a function from a number to a document, so its whole state is the number of
+the next document. Documents are never cut, and attend to themselves only. Shapes: B rows of a
+batch, T tokens of a row.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ class Rows(Protocol):
 class Packer:
     """Fills batches from a stream, in order; `cursor` is the number of the next document.
 
-    All processes go through the same documents and each keeps its own block of rows, its `share`:
-    what is in a step does not depend on the number of processes.
+    All processes go through the same documents and each keeps its own block of rows, its `share`,
+    so a step's contents do not depend on the number of processes.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Packer:
         self.cursor = 0
         self.rows, self.length, self.share = rows, length, share
         self._stream, self._weights, self._pad = stream, weights, pad
-        # The document that did not fit into the last row, with its number.
+        # The document that did not fit into the last row, and its number.
         self._fetched: tuple[int, TokenSequence] | None = None
 
     def for_share(self, share: Share) -> Packer:
@@ -113,7 +113,7 @@ class Packer:
         return made
 
     def next(self) -> PackedBatch:
-        # Rows of the other processes are walked through, not packed.
+        # Rows of other processes are only passed over, not packed.
         which, count = self.share
         size = self.rows // count
         rows = [self._row() for _ in range(self.rows)]
@@ -125,7 +125,7 @@ class Packer:
         Every process gets equally many batches: rows of padding fill up.
         """
         which, count = self.share
-        # In order, so that a measurement does not depend on the rows of a step.
+        # In order, so that a measurement does not depend on the number of rows.
         packed, free = list[list[TokenSequence]](), 0
         for document in documents:
             needed = len(document) - 1
@@ -139,12 +139,11 @@ class Packer:
             yield self._packed(packed[at : at + rows])
 
     def _row(self) -> list[TokenSequence]:
-        """The documents of the next row."""
         documents: list[TokenSequence] = []
         free = self.length
         while True:
             document = self._next_document()
-            # The last token of a document is only a target.
+            # The last token of a document is only a target, so it needs no position.
             needed = len(document) - 1
             if needed > self.length:
                 raise DataError(
@@ -159,7 +158,7 @@ class Packer:
             self.cursor += 1
 
     def _next_document(self) -> TokenSequence:
-        # A run that resumes or rolls back sets `cursor`: what was fetched before is then another.
+        # A run that resumes or rolls back sets `cursor`: the held document may be another one.
         if self._fetched is not None and self._fetched[0] == self.cursor:
             return self._fetched[1]
         return self._stream(self.cursor)

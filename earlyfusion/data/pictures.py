@@ -2,9 +2,8 @@
 
     number -> source -> a picture file, or a row and one of its pictures
 
-A picture that cannot be read goes to the quarantine and is replaced by the next one. The batch of a
-step follows from the seed and the number of the step alone.
-Shapes: B batch, Y X pixels.
+A picture that cannot be read goes to the quarantine and is replaced by the next one. A step's batch
+depends only on the seed and the step's number. Shapes: B batch, Y X pixels.
 """
 
 from __future__ import annotations
@@ -70,10 +69,8 @@ class Pictures(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, number: int, which: float) -> PIL.Image.Image:
-        """A picture; of several under one number, that at `which`, a fraction of 0 to 1.
-
-        Raises `DataError` or `ImageError`.
-        """
+        """A picture; of several under one number, the one at `which`, a fraction from 0 to 1.
+        Raises `DataError` or `ImageError`."""
         ...
 
     def find(self, number: int) -> tuple[Path, int]:
@@ -152,10 +149,7 @@ class JoinedPictures:
 
 
 def open_pictures(sources: Sequence[str], cache: Path, settings: RowSettings) -> JoinedPictures:
-    """Open all sources as one; `cache` is the folder of the indices of tables.
-
-    Raises `DataError`.
-    """
+    """Open all sources as one; `cache` is the folder of the tables' indices. Raises `DataError`."""
     if not sources:
         raise SettingError("data is empty: give data=PATH, pictures or tables of them")
     opened: list[Pictures] = []
@@ -168,7 +162,7 @@ def open_pictures(sources: Sequence[str], cache: Path, settings: RowSettings) ->
 
 
 def _picture_files(source: str) -> list[Path]:
-    """The picture files of a source in the order of their names; none of tables or a hub id."""
+    """The picture files of a source, sorted by name; none for tables or a hub id."""
     path = Path(source).expanduser()
     if path.is_file():
         found = [] if path.suffix in SUFFIXES else [path]
@@ -208,11 +202,9 @@ class CropConfig:
 def random_crop(
     picture: PIL.Image.Image, side: int, config: CropConfig, rng: np.random.Generator
 ) -> PIL.Image.Image:
-    """A random square, resized to `side` x `side`.
-
-    It has at least `side` pixels of the picture, if the picture does, so that none is enlarged.
-    """
-    # The box is in fractions of pixels, so a crop and its resizing are one filter.
+    """A random square, resized to `side` x `side`. It covers at least `side` pixels of the picture
+    if possible, so that nothing is enlarged."""
+    # The box has fractional sides, so that cropping and resizing are one filter.
     width, height = picture.size
     shorter = min(width, height)
     extent = max(rng.uniform(config.smallest, 1.0) * shorter, min(side, shorter))
@@ -231,7 +223,7 @@ def to_pixels(pictures: Sequence[PIL.Image.Image]) -> Tensor:
 
 
 class PictureBatches:
-    """Batches of cropped pictures; batch k follows from the seed and k.
+    """Batches of cropped pictures; batch k depends only on the seed and k.
 
     `share` (which process, of how many) says which block of each batch is made.
     """
@@ -252,7 +244,7 @@ class PictureBatches:
         self._seed, self._quarantine = seed, quarantine
 
     def __call__(self, step: int) -> Tensor:
-        # Every process knows the whole batch: the step does not depend on their number.
+        # Every process knows the whole batch, so a step does not depend on their number.
         which, count = self._share
         size = self._batch // count
         first = step * self._batch + which * size
@@ -260,7 +252,7 @@ class PictureBatches:
 
     def _picture(self, number: int) -> PIL.Image.Image:
         for turn in range(number, number + _TRIES):
-            # By the number in the batch, not the picture: each epoch cuts a picture otherwise.
+            # By the number in the batch, not the picture's, so that each epoch crops differently.
             rng = np.random.default_rng([self._seed, number, turn - number])
             at = self._epochs.number(*divmod(turn, len(self._epochs)))
             picture = read_or_refuse(self._pictures, at, rng.random(), self._quarantine)
@@ -272,7 +264,7 @@ class PictureBatches:
 def read_or_refuse(
     pictures: Pictures, number: int, which: float, quarantine: Quarantine
 ) -> PIL.Image.Image | None:
-    """A picture, or None where it went to the quarantine."""
+    """A picture, or None if it went to the quarantine."""
     try:
         picture = pictures.read(number, which)
     except (DataError, ImageError) as error:
@@ -284,8 +276,9 @@ def read_or_refuse(
 
 
 def hold_out(pictures: Pictures, wanted: int, most: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers to check on, at most that share of all, and the others, whatever a run's seed."""
-    # A seed of its own, so that runs of other seeds are measured on the same pictures.
+    """Numbers to check on (at most that share of all) and the others, the same for every seed of a
+    run."""
+    # A fixed seed, so that runs of other seeds are measured on the same pictures.
     count = len(pictures)
     held = min(wanted, int(most * count))
     order = np.random.default_rng(0).permutation(count)

@@ -1,6 +1,6 @@
 """The rows of a source: a file, a folder, a glob or a hub id, opened as one numbered list.
 
-Rows that cannot be used go to the quarantine: a JSONL file of their file, number and reason.
+Unusable rows go to the quarantine: a JSONL file of their file, number and reason.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from earlyfusion.data.tables import (
 from earlyfusion.errors import DataError, SettingError
 
 _HUB_PATTERNS = [f"*{s}" for s in (*SUFFIXES, ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")]
-_DIGESTED = 4096  # bytes at either end of a file
+_DIGESTED = 4096  # bytes at each end of a file
 
 
 @dataclass(frozen=True)
 class RowSettings:
-    """Which files of a source are read, and where the pictures lie that rows name."""
+    """Which files of a source are read, and where the pictures are that rows name."""
 
     patterns: tuple[str, ...] = ()
     """Files of a folder or hub data set to take, such as `train/*.parquet`; none given: all."""
@@ -63,24 +63,22 @@ class Rows:
         return len(self._numbers)
 
     def find(self, number: int) -> tuple[Table, int]:
-        """The table of a row and its number there."""
+        """The table of a row, and its number there."""
         table, at = self._numbers.find(number)
         return self.tables[table], at
 
     def outlines(self) -> Outlines:
-        """All rows in order, one byte in place of a picture's; None for a row that is damaged."""
+        """All rows in order, with one byte in place of each picture's; None for a damaged row."""
         return chain.from_iterable(table.outlines() for table in self.tables)
 
 
 def open_rows(source: str, cache: Path, settings: RowSettings) -> Rows:
-    """Open a file, the tables in a folder, a glob, or a hub id.
-
-    `cache` is the folder of the indices of files. Raises `DataError`.
-    """
+    """Open a file, the tables in a folder, a glob, or a hub id. `cache` is the folder of the files'
+    indices. Raises `DataError`."""
     if not settings.patterns and (captioned := _captioned(source)) is not None:
         return captioned
     root, paths, from_hub = find_files(source, settings.patterns)
-    # A data set of the hub is a stranger's: its rows name files of its folder only.
+    # A data set of the hub is a stranger's: its rows may only name files of its folder.
     tables = [
         open_table(p, cache, PictureFolder(settings.images or p.parent, confined=from_hub))
         for p in paths
@@ -92,9 +90,9 @@ def open_rows(source: str, cache: Path, settings: RowSettings) -> Rows:
 
 
 def _captioned(source: str) -> Rows | None:
-    """A folder of pictures with texts beside them, where it has no file of rows."""
+    """A folder of pictures with text files, if it has no file of rows."""
     folder = Path(source).expanduser()
-    # A file of rows goes before: the texts beside its pictures may be anything.
+    # A file of rows wins: text files beside its pictures may be anything.
     if not folder.is_dir() or any(p.suffix in SUFFIXES for p in folder.rglob("*")):
         return None
     names = captioned_pictures(folder)
@@ -106,7 +104,7 @@ def _captioned(source: str) -> Rows | None:
 
 
 def find_files(source: str, patterns: Sequence[str] = ()) -> tuple[Path, list[Path], bool]:
-    """The folder and files of a source, in the order of their names, and whether from the hub."""
+    """A source's folder and files, sorted by name, and whether they are from the hub."""
     path = Path(source).expanduser()
     if path.is_file():
         return path.parent, [path], False
@@ -125,7 +123,7 @@ def find_files(source: str, patterns: Sequence[str] = ()) -> tuple[Path, list[Pa
         )
     wanted = [p for p in found if not patterns or _matches(p, root, patterns)]
     tables = [p for p in wanted if p.suffix in SUFFIXES and p.is_file()]
-    # `datasets` stores results of its own steps beside the rows.
+    # `datasets` stores intermediate results beside the rows.
     tables = [p for p in tables if not p.name.startswith(("cache-", "indices-"))]
     # A JSON file beside other tables usually describes the data set.
     tables = [p for p in tables if p.suffix != ".json"] or tables
@@ -134,7 +132,7 @@ def find_files(source: str, patterns: Sequence[str] = ()) -> tuple[Path, list[Pa
             f"{source} holds no {', '.join(SUFFIXES)} file, nor pictures with a .txt beside them: "
             "give another source"
         )
-    # The same order on every machine: what follows from a row's number must not depend on it.
+    # The same order on every machine, as much depends on a row's number.
     return root, sorted(tables, key=lambda p: p.as_posix()), from_hub
 
 
@@ -144,7 +142,8 @@ def _matches(path: Path, root: Path, patterns: Sequence[str]) -> bool:
 
 
 def _fingerprint(root: Path, paths: Sequence[Path]) -> str:
-    """Digest of the name, size, and first and last bytes of each file: as quick for large ones."""
+    """Digest of the name, size, and first and last bytes of each file: fast for large
+    files, too."""
     digest = hashlib.sha256()
     for path in paths:
         size = path.stat().st_size
@@ -157,9 +156,9 @@ def _fingerprint(root: Path, paths: Sequence[Path]) -> str:
 
 
 class Quarantine:
-    """Counts rows that cannot be used and writes each down once; too many of them end the run.
+    """Counts unusable rows and writes each down once; too many of them end the run.
 
-    Without a `path` none is written down. Safe to use from several threads.
+    Without a `path` nothing is written. Thread-safe.
     """
 
     def __init__(self, path: Path | None, max_broken: float) -> None:
@@ -174,9 +173,9 @@ class Quarantine:
             self.good += rows
 
     def refuse(self, file: Path, row: int, reason: str) -> None:
-        """Write down a row, numbered from 1; `DataError` where too many were refused."""
+        """Write down a row, numbered from 1; `DataError` if too many were refused."""
         with self._lock:
-            # Counted again in each epoch, but written down once.
+            # Counted in each epoch, but written down once.
             self.broken += 1
             if (str(file), row) not in self._written:
                 self._written.add((str(file), row))
@@ -192,8 +191,8 @@ class Quarantine:
 
 
 def check_share(broken: int, good: int, limit: float, reason: str) -> None:
-    """`DataError` where more than `limit` of at least 100 rows are broken."""
-    # A share of fewer rows says little.
+    """Raise `DataError` if more than `limit` of at least 100 rows are broken."""
+    # A share of fewer rows would say little.
     seen = broken + good
     if seen >= 100 and broken > limit * seen:
         raise DataError(

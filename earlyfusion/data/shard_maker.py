@@ -1,4 +1,4 @@
-"""One shard of a corpus: rows -> tokens -> files. What each process of `tokenize` does."""
+"""Makes one shard of a corpus: rows -> tokens -> files. Each process of `tokenize` runs this."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class ShardMaker:
         """Write one shard; the note of `write_shard`, with the rows that were refused."""
         size = self._job.rows_a_shard
         numbers = range(shard * size, min((shard + 1) * size, len(self._rows)))
-        # The share of broken rows is judged over all shards, by the caller.
+        # The caller judges the share of broken rows, over all shards.
         quarantine, forms = Quarantine(None, 1.0), Counter[str]()
         documents: list[TokenSequence | None] = []
         answers: list[int] = []
@@ -89,6 +89,6 @@ def open_sources(job: Job) -> list[Rows]:
 
 
 def load_image_tokenizer(source: Source, device: str) -> ImageTokenizer:
-    """The image tokenizer of an open checkpoint; no weight of the transformer is read."""
+    """The image tokenizer of an open checkpoint, without reading the transformer's weights."""
     resolution = source.config.vq_config.resolution
     return ImageTokenizer(vqgan_of(source, device), resolution, source.resize_mode)

@@ -2,12 +2,12 @@
 
 A folder of `index.json` and, for each run of rows, two files:
 
-- `00000.npy`: per token its `id` and its `mark`: the role in bits 0 to 2, bit 3 where it counts in
-  the loss, bit 4 where a segment begins;
+- `00000.npy`: per token its `id` and its `mark`: the role in bits 0 to 2, bit 3 if it counts in
+  the loss, bit 4 if a segment begins;
 - `00000.documents.npy`: int64 [rows, 3]: first token, number of tokens, what the answers hold. A
   broken row has no tokens but keeps its number.
 
-The index has checksums of the files, and the fingerprints of the tokenizer and image tokenizer that
+The index has checksums of the files, and fingerprints of the tokenizer and image tokenizer that
 made them. A shard is written whole or not at all; the index is complete once all shards are there.
 """
 
@@ -38,7 +38,7 @@ from earlyfusion.processor import (
 
 INDEX = "index.json"
 FORMAT = "earlyfusion token shards, version 1"
-# Bits of a mark. The role END is written as CONTROL that counts in the loss.
+# Bits of a mark. The role END is written as a CONTROL that counts in the loss.
 _ROLE, _COUNTED, _BEGINS = 7, 8, 16
 _OPEN_SHARDS = 64
 
@@ -55,9 +55,9 @@ def write_shard(
     vocabulary_size: int,
     extra: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Write one shard and a note beside it, which is returned; a broken row's document is None."""
+    """Write one shard and its note, which is returned. The document of a broken row is None."""
     found = [document or TokenSequence() for document in documents]
-    # An empty document in front: a shard of broken rows alone has tokens to join, too.
+    # An empty document in front, as a shard of broken rows alone has nothing to join.
     tokens = np.concatenate([_tokens_of(d, vocabulary_size) for d in [TokenSequence(), *found]])
     lengths = np.array([len(d) for d in found], np.int64)
     table = np.stack([np.cumsum(lengths) - lengths, lengths, np.asarray(answers, np.int64)], 1)
@@ -85,10 +85,8 @@ def read_shard_note(folder: Path, number: int) -> dict[str, Any] | None:
 
 
 class TokenShards:
-    """The documents of a folder of shards, for `mixture`.
-
-    Raises `DataError` where the folder is not complete, damaged, or of another model.
-    """
+    """The documents of a folder of shards, for `mixture`. Raises `DataError` if the folder is
+    incomplete, damaged, or made for another model."""
 
     is_random = True
 
@@ -108,7 +106,7 @@ class TokenShards:
         return len(self._rows)
 
     def document(self, number: int) -> TokenSequence:
-        """Document `number` whole; without tokens where its row was broken."""
+        """Document `number` whole; without tokens if its row was broken."""
         shard, at = self._rows.find(number)
         tokens, table = self._open(shard)
         start, length, _ = table[at].tolist()
@@ -122,7 +120,7 @@ class TokenShards:
         return np.concatenate([table[:, 2].astype(np.uint8) for table in tables])
 
     def _open_shard(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
-        # Checked when first read, not when opened: a large corpus is never read through at once.
+        # Checked at the first read, not at opening, which must not read a large corpus whole.
         for file, wanted in self._shards[shard]["files"].items():
             if not (self._folder / file).is_file() or checksum(self._folder / file) != wanted:
                 raise DataError(
@@ -130,7 +128,7 @@ class TokenShards:
                     "earlyfusion tokenize again"
                 )
         name = self._folder / shard_name(self._shards[shard]["number"])
-        # Tokens stay on the disk; the table of documents is small.
+        # Tokens stay on disk; the table of documents is small.
         return np.load(f"{name}.npy", mmap_mode="r"), np.load(f"{name}.documents.npy")
 
 
@@ -139,10 +137,10 @@ def is_shards(folder: Path) -> bool:
 
 
 def shards_mode(folder: Path) -> str:
-    """The resize mode of pictures in prompts of a folder of shards; "" of any other folder."""
+    """The resize mode of prompts' pictures in a folder of shards; "" for any other folder."""
     if not is_shards(folder):
         return ""
-    # Shards of before the setting was stored were made with "fit".
+    # Shards from before the setting was stored were made with "fit".
     return str(read_index(folder).get("encoding", {}).get("prompt_images", "fit"))
 
 
@@ -154,7 +152,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    # One entry per line: a person may have to look at it.
+    # One entry per line, for people who read it.
     text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
     _write(path, lambda file: file.write(text.encode()))
 
@@ -176,7 +174,7 @@ def _check(folder: Path, index: Mapping[str, Any], fingerprints: Mapping[str, st
 
 
 def _tokens_of(document: TokenSequence, vocabulary_size: int) -> np.ndarray:
-    """A document as it is stored: `id` and `mark` per token, 3 or 5 bytes."""
+    """A document in its stored form: `id` and `mark` per token, 3 or 5 bytes."""
     ids = np.uint16 if vocabulary_size <= 2**16 else np.uint32
     tokens = np.zeros(len(document), [("id", ids), ("mark", np.uint8)])
     role = np.array(document.role, np.uint8)
@@ -188,7 +186,6 @@ def _tokens_of(document: TokenSequence, vocabulary_size: int) -> np.ndarray:
 
 
 def _document_of(tokens: np.ndarray) -> TokenSequence:
-    """The document of stored tokens."""
     mark = np.asarray(tokens["mark"])
     role = mark & _ROLE
     begins = np.flatnonzero(mark & _BEGINS)
@@ -198,7 +195,7 @@ def _document_of(tokens: np.ndarray) -> TokenSequence:
 
 
 def _spans(role: np.ndarray, begins: np.ndarray) -> list[tuple[int, int, Modality]]:
-    """Segments from where they begin: each lasts to the next one or the next control token."""
+    """Segments from where they begin: each ends at the next one or the next control token."""
     edges = np.union1d(np.flatnonzero(role == CONTROL), begins).tolist()
     after = dict(zip(edges, [*edges, len(role)][1:], strict=True))
     modalities: dict[bool, Modality] = {True: "image", False: "text"}
@@ -217,6 +214,6 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file, or replace it, once all of it is on the disk."""
+    """Write a file, or replace it, once all of it is on disk."""
     with replacing(path, flush=True) as partial, partial.open("wb") as file:
         write(file)

@@ -1,11 +1,9 @@
-"""Files of rows, any of which can be read by its number.
+"""Files of rows, any of which can be read by its number: JSONL, JSON, CSV, TSV, Parquet, the Arrow
+files of `datasets`, WebDataset tar, and a folder of pictures with their texts.
 
-JSONL, JSON, CSV, TSV, Parquet, the Arrow files of `datasets`, WebDataset tar, and a folder of
-pictures with a text beside each.
-
-Where each row lies is found once and stored in a cache folder under the file's size and time, so
-that a large file is not read through again. A row is a dict; its table reads the pictures that it
-names, since a tar holds its own.
+The positions of rows in a file are found once and stored in a cache folder, under the file's size
+and time, so that a large file is not scanned again. A row is a dict; its table reads the pictures
+that it names, since a tar contains its own.
 """
 
 from __future__ import annotations
@@ -33,8 +31,8 @@ from earlyfusion.files import replacing
 
 Index = dict[str, npt.NDArray[Any]]
 _PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
-_INDEX_VERSION = 1  # another one where an index holds other arrays
-# Row groups of a Parquet file that stay decoded; the rows of as many groups are shuffled together.
+_INDEX_VERSION = 1  # to be raised when an index holds other arrays
+# Row groups of a Parquet file that stay decoded; the rows of this many are shuffled together.
 DECODED_GROUPS = 8
 _PRESENT = b"\0"  # stands for the bytes of a picture in an outline
 
@@ -53,7 +51,7 @@ class Table(Protocol):
     def row(self, number: int) -> dict[str, Any]: ...
 
     def outlines(self) -> Outlines:
-        """All rows in order, one byte in place of a picture's; None for a row that is damaged."""
+        """All rows in order, with one byte in place of each picture's; None for a damaged row."""
         ...
 
     def read(self, row: Mapping[str, Any], name: str) -> bytes:
@@ -62,7 +60,7 @@ class Table(Protocol):
 
 
 class PictureFolder:
-    """The folder of picture files that rows name; with `confined`, nothing outside is read."""
+    """The folder of picture files that rows name; if `confined`, nothing outside is read."""
 
     def __init__(self, folder: Path, confined: bool) -> None:
         self._folder, self._confined = folder, confined
@@ -73,12 +71,12 @@ class PictureFolder:
         if name.startswith("data:"):
             return _data_url(name)
         path = Path(name)
-        # Rows of strangers must not show files of this machine to the model.
+        # Rows from strangers must not show this machine's files to the model.
         if self._confined and (path.is_absolute() or ".." in path.parts):
             raise DataError(f"the image {name[:80]} lies outside the data set: leave the row out")
         try:
             path = self._folder / path
-            # Asked before it is read: a row may name anything.
+            # Check the size before reading: a row may name any file.
             if path.stat().st_size > MAX_FILE_BYTES:
                 raise DataError(f"the image {name[:80]} has over {MAX_FILE_BYTES:,} bytes")
             return path.read_bytes()
@@ -89,7 +87,7 @@ class PictureFolder:
 
 
 class Lines:
-    """Rows of JSONL, or of one JSON array, found by their first and last byte."""
+    """Rows of JSONL, or of one JSON array, by their first and last byte."""
 
     is_random = True
 
@@ -122,7 +120,7 @@ class Lines:
 class TarRows:
     """Samples of a WebDataset tar: members of one name make a row, their suffixes its keys.
 
-    The fields of a `json` member become keys of the row. Where a dialogue names no pictures, the
+    The fields of a `json` member become keys of the row. If a dialogue names no pictures, the
     picture members are its pictures, in the order of their names.
     """
 
@@ -152,8 +150,8 @@ class TarRows:
                 yield _unless_damaged(partial(self._row, number, contents))
 
     def read(self, row: Mapping[str, Any], name: str) -> bytes:
-        """A picture that a row names: one of its members, or a file beside the tar."""
-        # Keys are suffixes: what follows the first dot of a member's name.
+        """A picture that a row names: one of its members, or a file in the tar's folder."""
+        # Keys are suffixes: everything after the first dot of a member's name.
         base = PurePosixPath(name).name.lower()
         for key in (base, base.partition(".")[2]):
             if isinstance(row.get(key), bytes):
@@ -169,7 +167,7 @@ class TarRows:
                 row |= _json_object(data)
             else:
                 row[suffix] = _decoded(data) if _is_text(suffix) else data
-        # A dialogue in a tar rarely names its pictures: they are the other members of its sample.
+        # A dialogue in a tar rarely names its pictures: take the other members of its sample.
         if {"messages", "conversations", "prompt"} & row.keys() and not _names_pictures(row):
             pictures = [row[s] for s in sorted(members, key=_natural) if _is_picture(s)]
             row |= {"images": pictures} if pictures else {}
@@ -228,12 +226,12 @@ class ParquetRows:
         return self._decoded[group]
 
     def _outlines(self, group: int) -> list[dict[str, Any]]:
-        """Rows of a group, without reading columns of bytes that every one of its rows has."""
+        """Rows of a group, without reading byte columns that have a value in every row."""
         metadata = self._file.metadata.row_group(group)
         paths = [metadata.column(i).path_in_schema for i in range(metadata.num_columns)]
         full = [path for i, path in enumerate(paths) if _is_full_of_bytes(metadata.column(i))]
         read = [path for path in paths if path not in full]
-        # How many entries a list has is known from another column of its entries, or not at all.
+        # The length of a list is only known from another column of its entries.
         unread = [p for p in full if p.count(".") <= 1 or any(_are_beside(p, q) for q in read)]
         with self._lock:
             columns = [path for path in paths if path not in unread]
@@ -269,7 +267,7 @@ class Columns(Lines):
 
 
 class ArrowRows:
-    """Rows of an Arrow file, as `datasets` stores them; the file is mapped, not read."""
+    """Rows of an Arrow file, as `datasets` stores them; the file is memory-mapped."""
 
     is_random = True
 
@@ -293,7 +291,7 @@ class ArrowRows:
 
 
 class Captioned:
-    """Pictures of a folder, each with its text in a file of the same name ending in .txt."""
+    """Pictures of a folder, each with its text in a .txt file of the same name."""
 
     is_random = True
 
@@ -325,7 +323,7 @@ SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", 
 def open_table(path: Path, cache: Path, pictures: PictureFolder) -> Table:
     """Open a file by its suffix, indexing it unless its index is in the cache folder.
 
-    Raises `DataError` for another suffix and for a file that is damaged as a whole.
+    Raises `DataError` for another suffix, or a file that is damaged as a whole.
     """
     if path.suffix == ".parquet":
         return ParquetRows(path, pictures)
@@ -342,7 +340,7 @@ def open_table(path: Path, cache: Path, pictures: PictureFolder) -> Table:
 
 
 def captioned_pictures(folder: Path) -> list[str]:
-    """Names of the pictures under a folder, in order; none unless one has a text beside it."""
+    """Names of the pictures under a folder, in order; none unless one has a text file."""
     found = [p for p in folder.rglob("*") if p.suffix.lower().lstrip(".") in _PICTURE_SUFFIXES]
     if not any(path.with_suffix(".txt").is_file() for path in found):
         return []
@@ -361,7 +359,8 @@ def _indexed(path: Path, cache: Path, make: Callable[[Path], Index]) -> Index:
 
 
 def cached_arrays(path: Path, make: Callable[[], Index]) -> Index:
-    """The arrays of an .npz file, or what `make` gives, which is written there."""
+    """The arrays of an .npz file; if it is missing or damaged, those of `make`, which are written
+    to it."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
@@ -375,7 +374,7 @@ def cached_arrays(path: Path, make: Callable[[], Index]) -> Index:
 
 def _index_key(path: Path) -> str:
     stat = path.stat()
-    # The time too: rows may change while the size stays.
+    # The time as well: rows may change without the size.
     named = f"{_INDEX_VERSION} {path.absolute()} {stat.st_size} {stat.st_mtime_ns}"
     return hashlib.sha256(named.encode()).hexdigest()[:24]
 
@@ -410,7 +409,7 @@ def _csv_reader(path: Path, lines: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _index_csv(path: Path) -> Index:
-    """Names of the columns, and the byte span of each row, which may run over several lines."""
+    """Names of the columns, and the byte span of each row, which may take several lines."""
     ends = [0]
 
     def lines() -> Iterator[str]:
@@ -422,7 +421,7 @@ def _index_csv(path: Path) -> Index:
 
     spans: list[tuple[int, int]] = []
     names: list[str] = []
-    # The reader takes no line beyond a row, so a row ends where the lines read so far end.
+    # The reader reads no line ahead, so a row ends where the lines read so far end.
     before = 0
     try:
         for cells in _csv_reader(path, lines()):
@@ -478,7 +477,7 @@ def _pyarrow(path: Path) -> Any:
 
 def _array_spans(path: Path) -> list[tuple[int, int]]:
     """Byte spans of the elements of a JSON array."""
-    # JSON is decoded by character but read by byte: both positions move along together.
+    # JSON is decoded by character but located by byte: both positions advance together.
     decoder, between = json.JSONDecoder(), re.compile(r"[\s,]*")
     spans: list[tuple[int, int]] = []
     try:
@@ -508,7 +507,7 @@ def _end(pattern: re.Pattern[str], text: str, at: int) -> int:
 def _index_tar(path: Path) -> Index:
     keys, suffixes, offsets, sizes = [], [], [], []
     try:
-        # "r:" refuses a compressed tar, whose members have no bytes of their own to seek to.
+        # "r:" refuses a compressed tar, in whose members one cannot seek.
         with tarfile.open(path, "r:") as archive:
             for member in archive:
                 name = PurePosixPath(member.name)
@@ -520,7 +519,7 @@ def _index_tar(path: Path) -> Index:
                     sizes.append(member.size)
     except (tarfile.TarError, OSError, EOFError):
         raise DataError(f"{path} is damaged or compressed: get it again, as a plain tar") from None
-    # The members of a sample follow one another, as WebDataset demands.
+    # The members of a sample are consecutive, as WebDataset requires.
     new = [i for i in range(len(keys)) if i == 0 or keys[i] != keys[i - 1]]
     return {
         "first": np.array([*new, len(keys)], np.int64),
@@ -575,7 +574,7 @@ _ARROW_BATCH = 1024
 def _without_bytes(pyarrow: Any, column: Any) -> Any:
     """An Arrow array with one byte in place of each that is not empty.
 
-    Only the offsets of the bytes are read, so that those of a mapped file stay on the disk.
+    Only the offsets are read, so that the bytes of a mapped file stay on disk.
     """
     dtype, types = column.type, pyarrow.types
     if types.is_binary(dtype) or types.is_large_binary(dtype):

@@ -1,7 +1,7 @@
 """A corpus -> token shards, by any number of processes; `shards` describes the files.
 
-Every shard is a run of rows and depends on nothing else, so that it can be made anywhere and in any
-order. Run again after a kill, only the missing shards are made.
+Every shard is a run of rows and depends on nothing else, so it can be made anywhere and in any
+order. A repeated command only makes the missing shards.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def tokenize(
 ) -> Summary:
     """Make the missing shards of `job`; `progress` is called with the rows done and all rows.
 
-    Raises `DataError` where the folder holds another corpus, too many rows are broken, or none can
-    be used, and `SettingError` where the disk is full.
+    Raises `DataError` if the folder holds another corpus, too many rows are broken, or none can be
+    used, and `SettingError` if the disk is full.
     """
     if workers < 1:
         raise SettingError(f"workers={workers} must be at least 1")
@@ -74,7 +74,7 @@ def _tokenize(job: Job, workers: int, on_ray: bool, progress: Progress) -> Summa
     maker = ShardMaker(job)
     total = sum(map(len, maker.sources))
     contents = _contents(job, maker.sources, maker.encoding, maker.fingerprints())
-    # The index is begun before the first shard: it guards the folder against another job.
+    # The index is begun before the first shard, to keep another job out of the folder.
     if _begin(job.out, contents):
         return _summary(job.out, made_now=0)
     shards = range(-(-total // job.rows_a_shard))
@@ -92,7 +92,7 @@ def _tokenize(job: Job, workers: int, on_ray: bool, progress: Progress) -> Summa
 def _made(
     job: Job, maker: ShardMaker, shards: list[int], workers: int, on_ray: bool
 ) -> Iterator[dict[str, Any]]:
-    """Notes of the shards as they are finished; `maker` is that of this process."""
+    """Notes of the shards in the order of completion; `maker` is that of this process."""
     if on_ray:
         yield from make_on_ray(job, shards, workers)
     elif workers == 1 or len(shards) <= 1:
@@ -102,11 +102,11 @@ def _made(
 
 
 def _made_by_processes(job: Job, shards: list[int], workers: int) -> Iterator[dict[str, Any]]:
-    # Not forked: torch's threads do not survive a fork.
+    # Not by fork, which torch's threads do not survive.
     context = get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=_start, initargs=(job,)) as pool:
         try:
-            # As they are finished, in any order: the index lists them by number at the end.
+            # In any order: the index lists them by number at the end.
             waiting = [pool.submit(_make, shard) for shard in shards]
             for done in as_completed(waiting):
                 yield done.result()
@@ -135,7 +135,7 @@ def _make(shard: int) -> dict[str, Any]:
 def _contents(
     job: Job, sources: list[Rows], encoding: EncodingSettings, marks: dict[str, str]
 ) -> dict[str, Any]:
-    """The head of the index: all that the shards follow from."""
+    """The head of the index: everything that the shards depend on."""
     return {
         "format": FORMAT,
         "fingerprints": marks,
@@ -149,7 +149,7 @@ def _contents(
 
 
 def _begin(out: Path, contents: dict[str, Any]) -> bool:
-    """Begin the index, or check that the folder's is of the same contents; whether all is done."""
+    """Begin the index, or check that it has the same contents; whether all shards are done."""
     if not (out / INDEX).exists():
         if any(path for path in out.iterdir() if path.name != INDEX_FOLDER):
             raise DataError(f"{out} is not empty and holds no token shards: choose another --out")
@@ -176,7 +176,7 @@ def _finish(out: Path, contents: dict[str, Any], notes: list[dict[str, Any]]) ->
     shards = [{key: note[key] for key in listed} for note in notes]
     done = {"complete": True, **totals, "quarantined": len(refused), "forms": dict(forms)}
     write_json(out / INDEX, contents | done | {"shards": shards})
-    # Last: a kill before this leaves a complete folder with notes that nobody needs.
+    # Last: if killed before this, the folder is complete and only has superfluous notes.
     for note in notes:
         (out / f"{shard_name(note['number'])}.json").unlink()
 
@@ -198,7 +198,7 @@ def _summary(out: Path, made_now: int) -> Summary:
 def _check_quarantine(notes: Iterable[dict[str, Any]], limit: float) -> None:
     refused = [entry for note in notes for entry in note["quarantined"]]
     good = sum(note["documents"] for note in notes)
-    # Over all shards so far: a single bad file may fill one of them.
+    # Over all shards so far, as a single bad file may fill one of them.
     if refused:
         check_share(len(refused), good, limit, refused[-1]["reason"])
 
