@@ -4,10 +4,10 @@
         start=runs/mini_transformer
 
 Every variant starts from the same weights and sees the same documents in the same order, once at a
-usual rate and once at one that strains it; then come two more sizes at the usual rate. All tokens
-are targets, as in pre-training. Each variant has a folder under the run's; the same command again
-skips finished ones. It ends with `ablations.md` and pictures of the curves. Tokenizer and codes are
-taken from the run `start`, or made. Results: docs/ablations.md.
+usual learning rate and once at one that strains it; then come two more sizes at the usual rate. All
+tokens are targets, as in pre-training. Each variant has a folder under the run's; a repeated
+command skips finished ones. The results are `ablations.md` and pictures of the curves. Tokenizer
+and codes are taken from the run `start`, or made. Results: docs/ablations.md.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from earlyfusion.train.trainer import RunConfig, autocast, train
 
 @dataclass(frozen=True)
 class Variant:
-    """A part of the model that is left out or added; `shape` changes fields of its config."""
+    """A part of the model that is removed or added; `shape` changes fields of its config."""
 
     qk_norm: bool = True
     z_weight: float = 1e-5
@@ -115,7 +115,7 @@ def trials(config: AblationsConfig) -> list[Trial]:
 
 
 class AttentionProbe:
-    """Causal attention within documents that remembers the largest score before the softmax."""
+    """Causal attention within documents that records the largest score before the softmax."""
 
     def __init__(self, document_BT: Tensor) -> None:
         same_BTT = document_BT[:, :, None] == document_BT[:, None]
@@ -193,7 +193,7 @@ def _held_out(config: AblationsConfig, vqgan: VQGAN, processor: Processor) -> li
         processor.vocabulary.pad,
     )
     batches: list[PackedBatch] = []
-    while packer.cursor < len(fitting):  # the last batch begins the set again
+    while packer.cursor < len(fitting):  # the last batch is filled from the beginning of the set
         batches.append(packer.next().to(resolve_device(config.run.device)))
     return batches
 
@@ -226,7 +226,7 @@ def _train(
     stream: Any,
     held_out: list[PackedBatch],
 ) -> None:
-    """Train one variant and leave `result.json` in its folder."""
+    """Train one variant and write `result.json` into its folder."""
     run = replace(config.run, out=config.run.out / trial.folder)
     model = build(trial, config, processor.vocabulary.size)
     pad = processor.vocabulary.pad
@@ -259,7 +259,7 @@ SIGNS = ("output_norm", "attention_score", "top_logit", "grad_norm")
 
 
 def report(config: AblationsConfig) -> Path:
-    """Write `ablations.md` and the pictures of the curves, of the runs that are finished."""
+    """Write `ablations.md` and the pictures of the curves, for the runs that are finished."""
     out = config.run.out
     done = [t for t in trials(config) if (out / t.folder / "result.json").exists()]
     parts = []
@@ -303,7 +303,7 @@ def _cells(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _verdict(folder: Path) -> str:
-    """Whether a run ended early, or ended worse on the validation set than it had been."""
+    """Whether a run ended early, or with a validation loss above its lowest."""
     rows = read_metrics(folder)
     if json.loads((folder / "result.json").read_text(encoding="utf-8"))["ended"]:
         return f"NaN or infinite after step {rows[-1]['step']}"
@@ -326,7 +326,7 @@ def _sizes_table(out: Path, group: list[Trial]) -> str:
 
 
 def power_law(points: list[tuple[float, float]]) -> str:
-    """A sentence: the power law through (weights, loss), if every point lies within 1 % of it."""
+    """A sentence: the power law through (weights, loss), if every point lies within 1% of it."""
     x, y = np.log(np.array(points)).T
     slope, height = np.polyfit(x, y, 1)
     worst = float(np.abs(np.expm1(y - (slope * x + height))).max())

@@ -4,7 +4,7 @@
         image_tokenizer=runs/mini_image_tokenizer start=runs/mini_transformer
 
 After the first stage the model knows the forms of the tasks and what pictures look like. Here most
-documents ask several things about one picture, and the words of an answer weigh more in the loss
+documents ask several questions about one picture, and the words of an answer weigh more in the loss
 than the codes of a drawing. Machine, run time and scores of the shipped weights are in the model
 card, earlyfusion/pretrained/mini/README.md.
 """

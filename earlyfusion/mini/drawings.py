@@ -3,11 +3,11 @@
     earlyfusion train mini_drawings data=DIR/emoji \\
         image_tokenizer=runs/mini_image_tokenizer start=runs/mini_answers
 
-It teaches to draw. A third of the documents are a request without a style and the first picture of
-the thing in the data, so that these pictures are seen often enough to be drawn; the rest are pairs
-in all styles, questions and lists. The shipped weights had two shorter runs of this recipe before
-it, at a rate that did not fall (`decay=hold`); the model card has them, and machine, run time and
-scores (earlyfusion/pretrained/mini/README.md).
+It teaches drawing. A third of the documents are a request without a style and the thing's first
+picture in the data, so that these pictures are seen often enough to be drawn; the rest are pairs in
+all styles, questions and lists. Before its final run, the shipped weights had two shorter runs of
+this recipe at a constant rate (`decay=hold`). These, and machine, run time and scores, are in the
+model card (earlyfusion/pretrained/mini/README.md).
 """
 
 from __future__ import annotations

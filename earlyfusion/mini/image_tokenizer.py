@@ -4,10 +4,10 @@
     earlyfusion train mini_image_tokenizer data=DIR/emoji start=runs/mini_image_tokenizer \\
         trainable=decoder out=runs/mini_decoder
 
-The first stage of `mini`: it turns pictures into codes and back. Trains a VQ-GAN of 4 M parameters
-on the emoji pictures (docs/mini.md) with random shifts, scales and mirrors. The same command goes
-on from the newest checkpoint. Machine, run time and scores of the shipped weights are in the model
-card, earlyfusion/pretrained/mini/README.md.
+The first stage of `mini`. Trains a VQ-GAN of 4 M parameters on the emoji pictures (docs/mini.md)
+with random shifts, scales and mirrors. Repeated, the command continues from the newest checkpoint.
+Machine, run time and scores of the shipped weights are in the model card,
+earlyfusion/pretrained/mini/README.md.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from earlyfusion.train.trainer import RunConfig, train
 
 @dataclass
 class AugmentConfig:
-    """Share of pictures that are changed, and how far; lengths as shares of the width."""
+    """The share of pictures that are changed, and how far; lengths as shares of the width."""
 
     share: float = 0.6
     shift: float = 0.12
@@ -71,7 +71,7 @@ def augmented(
 
 
 def batch_of(step: int, batch: int, count: int, seed: int) -> list[int]:
-    """Numbers of the `batch` pictures of a step, of `count` that come in a new order each epoch."""
+    """Numbers of the `batch` pictures of a step; each epoch has all `count` in a new order."""
     epochs = [divmod(position, count) for position in range(step * batch, (step + 1) * batch)]
     orders = {
         epoch: np.random.default_rng([seed, 1_000_000 + epoch]).permutation(count)
@@ -81,10 +81,12 @@ def batch_of(step: int, batch: int, count: int, seed: int) -> list[int]:
 
 
 class Pictures:
-    """Batches of augmented training pictures: batch k follows from the seed and k.
+    """Batches of augmented training pictures: batch k depends only on the seed and k.
 
-    Of several processes each takes its block of a batch. Not `data.pictures.PictureBatches`, which
-    draws for each picture by itself: here one generator changes all pictures of a batch in turn.
+    Each of several processes takes its block of a batch. This is not a
+    `data.pictures.PictureBatches`, because that draws random numbers for each picture separately;
+    here one generator changes all pictures of a batch in turn, and another order would change the
+    losses of the shipped recipe.
     """
 
     def __init__(self, data: EmojiData, config: EmojiImageTokenizerConfig) -> None:
@@ -116,18 +118,21 @@ def main(config: EmojiImageTokenizerConfig) -> None:
     train(task, config.run, config.optim, HeldOut(model, held_out(data, config), batch=16))
 
 
+# Also those of the larger mini's image tokenizer (named_image_tokenizer.py).
+OPTIM = OptimConfig(
+    lr=1e-3,
+    beta2=0.99,
+    warmup_steps=100,
+    decay="cosine",
+    final_ratio=0.02,
+    weight_decay=1e-4,
+    eps=1e-8,
+)
+
 config = EmojiImageTokenizerConfig(
     model=PRESETS["mini"].vq_config,
     run=RunConfig(
         out=Path("runs/mini_image_tokenizer"), steps=4000, precision="bf16", sample_every=500
     ),
-    optim=OptimConfig(
-        lr=1e-3,
-        beta2=0.99,
-        warmup_steps=100,
-        decay="cosine",
-        final_ratio=0.02,
-        weight_decay=1e-4,
-        eps=1e-8,
-    ),
+    optim=OPTIM,
 )

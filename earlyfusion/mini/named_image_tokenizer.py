@@ -7,9 +7,9 @@
 
 The first stage of the larger `mini`. Trains a VQ-GAN of 128 x 128 pixels and 16 x 16 codes on the
 emoji pictures (docs/mini.md), changed anew each time: shifted, scaled, turned a little, in other
-colours, grey. A head beside it learns to name thing, kind and style from the codewords, and is
+colours, grey. A separate head learns to name thing, kind and style from the codewords, and is
 dropped at the end. The second command then trains the decoder alone, on codes of which a tenth are
-wrong. On a CPU take `resolution=64`. A stage of `pretrain_mini`; measurements are in docs/mini.md.
+wrong. On a CPU use `resolution=64`. A stage of `pretrain_mini`; measurements: docs/mini.md.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from earlyfusion.devices import resolve_device
 from earlyfusion.errors import SettingError
 from earlyfusion.mini.emoji.dataset import EmojiData
 from earlyfusion.mini.emoji.tensors import Labels, opened, pictures
-from earlyfusion.mini.image_tokenizer import batch_of
+from earlyfusion.mini.image_tokenizer import OPTIM, batch_of
 from earlyfusion.model.vqgan import VQGAN
 from earlyfusion.train.augment import ChangeConfig, changed, resized
 from earlyfusion.train.image_tokenizer import (
@@ -35,7 +35,6 @@ from earlyfusion.train.image_tokenizer import (
     VQLossConfig,
     check_terms,
 )
-from earlyfusion.train.optim import OptimConfig
 from earlyfusion.train.semantic import SemanticHead
 from earlyfusion.train.trainer import RunConfig, train
 
@@ -60,7 +59,8 @@ class NamedImageTokenizerConfig(ImageTokenizerConfig):
 
 
 class DevicePictures:
-    """Batches of training pictures, changed on the device; batch k follows from the seed and k."""
+    """Batches of training pictures, changed on the device; batch k depends only on the
+    seed and k."""
 
     def __init__(self, data: EmojiData, config: NamedImageTokenizerConfig) -> None:
         device = resolve_device(config.run.device)
@@ -79,7 +79,8 @@ class DevicePictures:
 
 
 class Checks:
-    """The figures of `HeldOut`, and the share of val-pair pictures that the head names rightly."""
+    """The figures of `HeldOut`, and the share of val-pair pictures that the head names
+    correctly."""
 
     def __init__(
         self,
@@ -141,15 +142,7 @@ config = NamedImageTokenizerConfig(
         save_every=1000,
         keep=1,
     ),
-    optim=OptimConfig(
-        lr=1e-3,
-        beta2=0.99,
-        warmup_steps=100,
-        decay="cosine",
-        final_ratio=0.02,
-        weight_decay=1e-4,
-        eps=1e-8,
-    ),
+    optim=OPTIM,
     loss=VQLossConfig(naming=0.05),
     change=ChangeConfig(
         shift=0.1, scale=0.15, turn=12, contrast=0.3, tint=0.2, grey=0.1, unchanged=0.2

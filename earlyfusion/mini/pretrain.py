@@ -4,18 +4,18 @@
     earlyfusion train pretrain_mini data=data/emoji
 
 Runs the recipes of mini one after another, each in its own folder under `out`, and prints the
-command that would run each alone. Killed and started again, it goes on in the stage where it was,
-and skips finished stages. `stages=answers,drawings` runs only these; `scale=0.01` takes a hundredth
-of the steps and of the documents. It ends with `out/drawings/model/`. Machine, run time and scores
-of the shipped weights are in the model card, earlyfusion/pretrained/mini/README.md.
+command that would run each alone. If killed and started again, it continues in the stage where it
+was, and skips finished stages. `stages=answers,drawings` runs only these; `scale=0.01` takes a
+hundredth of the steps and of the documents. The result is `out/drawings/model/`. Machine, run time
+and scores of the shipped weights are in the model card, earlyfusion/pretrained/mini/README.md.
 
     earlyfusion train pretrain_mini data=data/emoji device=cuda minutes=9
 
 With `minutes` another chain runs, for a larger model that has not been shipped: an image tokenizer
 that learns names, its decoder alone, the transformer on rows made on the device, and chats. Each
-stage gets a share of the minutes that are left when it begins, so that the chain ends in time on
-any machine. It ends with `out/chat/model/`. The shape is that of `mini_packed_transformer`; if a
-field of `model` is given (on a CPU: `max_position_embeddings=2048`), it is mini's with that change.
+stage gets a share of the minutes that are left when it begins, so the chain ends in time on any
+machine. The result is `out/chat/model/`. The shape is that of `mini_packed_transformer`; if a field
+of `model` is given (on a CPU: `max_position_embeddings=2048`), it is mini's with that change.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from earlyfusion.config import PRESETS, ModelConfig
 from earlyfusion.devices import resolve_device
 from earlyfusion.errors import SettingError
 from earlyfusion.mini.emoji.dataset import EmojiData
+from earlyfusion.mini.packed_transformer import PackedTransformerConfig
 from earlyfusion.mini.stage import StageConfig
 from earlyfusion.recipes.run import RECIPES, override
 from earlyfusion.train import checkpoint
@@ -39,20 +40,20 @@ from earlyfusion.train import checkpoint
 
 @dataclass(frozen=True)
 class Stage:
-    """A recipe and the changes to its fields; it begins with the weights of the stage `start`."""
+    """A recipe and the changes to its fields; starts from the weights of the stage `start`."""
 
     recipe: str
     start: str = ""
     fields: tuple[str, ...] = ()
     share: float = 0.0
-    """Share of the minutes, in the chain that is given minutes."""
+    """Share of the minutes, in the chain with a budget of minutes."""
 
 
 STAGES = {
     "image_tokenizer": Stage("mini_image_tokenizer"),
     "transformer": Stage("mini_transformer"),
     "answers": Stage("mini_answers", "transformer"),
-    # Two runs of the recipe at a rate that did not fall came before the final one.
+    # Before its final run, the recipe was run twice at a constant rate.
     "pairs": Stage(
         "mini_drawings",
         "answers",
@@ -78,10 +79,10 @@ TIMED_STAGES = {
     "chat": Stage("mini_packed_chat", "transformer", share=0.12, fields=("prompts=",)),
 }
 _UNSHARED = 0.08  # share of the minutes for the work between the stages and after the last
-_ENDLESS = 1_000_000  # steps of a run that the clock ends
+_ENDLESS = 1_000_000  # never reached: the clock ends these runs
 _MOST_WORKERS = 12
 
-# Fields of a stage on each type of device, where its recipe has such a field.
+# Fields that depend on the type of device, for recipes that have them.
 _ON_GPU = {"precision": "bf16", "plain": 10, "recoloured": 10}
 _ON_CPU = {
     "precision": "fp32",
@@ -139,7 +140,7 @@ class PretrainMiniConfig:
 
 
 def main(config: PretrainMiniConfig) -> None:
-    EmojiData(config.data)  # a wrong folder is refused now, not at a later stage
+    EmojiData(config.data)  # refuse a wrong folder now, not at a later stage
     chosen = [name for name in config.chain if name in config.stages]
     minutes = Minutes(config, chosen)
     for number, name in enumerate(chosen, 1):
@@ -159,7 +160,7 @@ def recipe(stage: Stage) -> Any:
 
 
 def stage_config(config: PretrainMiniConfig, name: str) -> Any:
-    """The config of a stage: its recipe's with its changes, in its folder, at `config.scale`."""
+    """The config of a stage: its recipe's with the stage's changes, folder and scale."""
     stage = STAGES[name]
     base = override(recipe(stage).config, list(stage.fields))
     run = replace(
@@ -186,14 +187,14 @@ def stage_config(config: PretrainMiniConfig, name: str) -> Any:
 
 
 class Minutes:
-    """The minutes of each stage; those that stages took before a kill count."""
+    """The minutes of each stage; those spent before a kill count."""
 
     def __init__(self, config: PretrainMiniConfig, chosen: list[str]) -> None:
         self._config, self._chosen, self._since = config, chosen, time.monotonic()
         self._before = sum(_seconds(config.out / name) for name in chosen)
 
     def of(self, name: str) -> float:
-        """The minutes of one stage: its share of those left now, decided once."""
+        """The minutes of one stage: its share of those left when it begins, decided once."""
         path = self._config.out / name / "minutes.json"
         if path.is_file():
             return float(json.loads(path.read_text(encoding="utf-8")))
@@ -214,7 +215,7 @@ def _seconds(run: Path) -> float:
 
 
 def timed_config(config: PretrainMiniConfig, name: str, minutes: Minutes) -> Any:
-    """The config of a stage that ends with its minutes, for the device of this machine."""
+    """The config of a stage that ends with its minutes, for this machine's device."""
     stage, on_gpu = config.chain[name], resolve_device(config.device).type == "cuda"
     base = recipe(stage).config
     before = config.out / stage.start
@@ -225,7 +226,7 @@ def timed_config(config: PretrainMiniConfig, name: str, minutes: Minutes) -> Any
     fields += [c.removeprefix(f"{name}.") for c in config.changes if c.startswith(f"{name}.")]
     made = override(base, [*fields, f"out={config.out / name}", f"data={config.data}"])
     changed = config.model != PRESETS["mini"]
-    if not hasattr(made, "mixture"):
+    if not isinstance(made, PackedTransformerConfig):
         return replace(made, model=config.model.vq_config) if changed else made
     mixture = replace(
         made.mixture,
@@ -243,13 +244,13 @@ def timed_config(config: PretrainMiniConfig, name: str, minutes: Minutes) -> Any
 
 
 def _has(config: Any, name: str) -> bool:
-    """Whether a config, or a part of it, has a field."""
+    """Whether a config, or a config within it, has a field of this name."""
     parts = [config, *(v for v in vars(config).values() if hasattr(v, "__dataclass_fields__"))]
     return any(name in part.__dataclass_fields__ for part in parts)
 
 
 def is_done(made: Any) -> bool:
-    """Whether a stage has its last checkpoint, and its model if it leaves one."""
+    """Whether a stage has its last checkpoint, and its model if it is to leave one."""
     last = min(made.run.steps, made.run.stop_after or made.run.steps)
     trained = checkpoint.steps(made.run.out)[-1:] == [last]
     if made.run.minutes:

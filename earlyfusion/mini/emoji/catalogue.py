@@ -1,4 +1,4 @@
-"""What the data is of: styles, concepts and their names.
+"""The styles, concepts and names of the emoji data.
 
 Order and groups come from emojibase-data; names and keywords from the Unicode CLDR annotations.
 Skin tones, components and lone regional indicators are left out.
@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 Concept: TypeAlias = dict[str, Any]
 NamesAndKeywords: TypeAlias = dict[str, tuple[str, list[str]]]
 
-# `design` groups the styles that are renderings of one drawing.
+# Styles with the same `design` render the same drawings.
 STYLES: dict[str, dict[str, Any]] = {
     "twemoji": {
         "package": "@discordapp/twemoji",
@@ -277,8 +277,8 @@ def characters(concept: str) -> str:
 def load_concepts(emojibase: Path, annotations: list[tuple[Path, str]]) -> dict[str, Concept]:
     """All concepts in emojibase's order, by id.
 
-    `annotations` are the unpacked CLDR packages with the name of their inner folder, later ones
-    preferred. `label` is emojibase's own name, which the packages' file names follow.
+    `annotations` are the unpacked CLDR packages with the name of their inner folder; later ones
+    win. `label` is emojibase's own name, which the packages' file names follow.
     """
     groups = json.loads((emojibase / "meta/groups.json").read_text(encoding="utf-8"))
     entries = json.loads((emojibase / "en/data.json").read_text(encoding="utf-8"))
@@ -347,7 +347,7 @@ def _annotations(packages: list[tuple[Path, str]], locale: str) -> NamesAndKeywo
 
 
 def family(concept: str, name: str, subgroup: str) -> str:
-    """The id that variants by gender, hair or direction share; no split separates a family."""
+    """The id shared by variants in gender, hair or direction; no split separates a family."""
     parts = concept.split("-")
     if parts[-2:] == ["200d", "27a1"]:  # facing right
         parts = parts[:-2]

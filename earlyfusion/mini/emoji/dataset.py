@@ -68,13 +68,10 @@ def spoken_name(name: str, lang: str) -> str:
 
 
 class EmojiData:
-    """The data of one folder.
+    """The data of one folder. Raises DataError if the folder, a file or a field is missing.
 
-    `rows` has the order of metadata.jsonl; `concepts` is keyed by their ids. Archives are read into
-    memory at first use (30 MB for all ten), so that threads and forked workers share no file
-    position.
-
-    Raises DataError where the folder, a file of it or a field is missing.
+    `rows` has the order of metadata.jsonl; `concepts` is keyed by id. Archives are read into memory
+    at first use (30 MB for all ten), so that threads and forked workers share no file position.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -92,7 +89,7 @@ class EmojiData:
         return EmojiData, (self.folder,)
 
     def row(self, image_id: str) -> Row:
-        """The row of one image; DataError for an id the folder does not have."""
+        """The row of one image; DataError for an id that the folder does not have."""
         if image_id not in self._by_id:
             raise DataError(
                 f"image {image_id!r} is not in {self.folder}: "
@@ -121,7 +118,6 @@ class EmojiData:
             return picture.convert("RGB")
 
     def images(self, ids: Iterable[str]) -> list[Image.Image]:
-        """Several pictures, in the order of their ids."""
         return [self.image(i) for i in ids]
 
     def _archive(self, file: str) -> zipfile.ZipFile:

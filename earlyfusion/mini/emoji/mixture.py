@@ -41,7 +41,7 @@ _COLOURED = {"colour", "style_name", "caption_style", "study", "restyle"}
 
 @dataclass
 class MixtureConfig:
-    """Documents of an epoch and the shares of their sources, which need not add up to 1."""
+    """The number of documents of an epoch, and the shares of their sources, in any unit."""
 
     documents: int = 80_000
     dialogues: float = 0.36
@@ -70,7 +70,7 @@ class MixtureConfig:
 
 @dataclass(frozen=True)
 class _Part:
-    """Documents that one process writes together."""
+    """Documents that one process writes."""
 
     folder: Path
     source: str
@@ -100,7 +100,7 @@ def samples(folder: Path, config: MixtureConfig) -> list[Sample]:
 
 
 def is_plain(sample: Sample) -> bool:
-    """Whether the colours of its pictures matter: they are asked about, or part of a name."""
+    """Whether the colours of its pictures matter: a question or a name is about them."""
     words = (
         part["text"]
         for message in sample["messages"]
@@ -124,7 +124,7 @@ def _written(part: _Part, data: EmojiData | None = None) -> list[Sample]:
 
 
 def _drawings(part: _Part, data: EmojiData, rng: random.Random) -> Iterator[Sample]:
-    """Every training picture in turn, as the answer to a request or to nothing."""
+    """Every training picture in turn, as the answer to a request or without one."""
     writer = Writer(Pools(data, "train"), rng, further=0.7)
     rows = [data.row(i) for i in data.split("train")]
     while True:
@@ -143,7 +143,7 @@ def _drawings(part: _Part, data: EmojiData, rng: random.Random) -> Iterator[Samp
 
 
 def _repeated(found: list[Sample], count: int, rng: random.Random) -> list[Sample]:
-    """`count` samples in random order, none of them repeated more than once more than another."""
+    """`count` samples in random order, each repeated equally often, give or take one."""
     chosen: list[Sample] = []
     while len(chosen) < count:
         rng.shuffle(found)

@@ -1,8 +1,7 @@
 """The words around the pictures: prompts in English and Korean, particles, articles, style names.
 
-A prompt table has two columns a language. The first holds the prompts of the published dialogues
-and keeps their number and order, since the seeded generator draws from it by index; the second only
-ever grows.
+A prompt table has two columns per language. The first holds the prompts of the published dialogues;
+its number and order are fixed, since the seeded generator draws by index. The second may grow.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ ORDINALS = {
 }
 NUMBERS = {"en": {2: "two", 3: "three", 4: "four"}, "ko": {2: "두", 3: "세", 4: "네"}}
 
-# Kinds wider than a subgroup: a prefix of the subgroup's id, and how people call them.
+# Kinds wider than a subgroup: a prefix of the subgroup's id, and what people call them.
 WIDE_KINDS = {
     "animal": {"en": "animals", "ko": "동물"},
     "food": {"en": "foods", "ko": "음식"},
@@ -514,7 +513,8 @@ PROMPTS: dict[str, dict[str, Prompts]] = {
 
 
 def normalise(text: str) -> str:
-    """What an exact match compares: without case, outer space, final stops, curly quotes."""
+    """The form that an exact match compares: without case, outer space, final stops,
+    curly quotes."""
     text = text.strip().lower().replace("’", "'").replace("“", '"').replace("”", '"')
     return re.sub(r"[\s.!?。]+$", "", re.sub(r"\s+", " ", text))
 
@@ -527,7 +527,7 @@ _LETTER_FINALS = {"l": _RIEUL, "m": 1, "n": 1, "r": _RIEUL}
 
 
 def final_consonant(word: str) -> int:
-    """0 without a final consonant, 8 for ㄹ, else another number; digits as they are read."""
+    """0 without a final consonant, 8 for ㄹ, else another number; digits as they are read aloud."""
     for char in reversed(word.strip()):
         if "가" <= char <= "힣":
             return (ord(char) - ord("가")) % 28
@@ -539,7 +539,7 @@ def final_consonant(word: str) -> int:
 
 
 def particle(word: str, pair: str) -> str:
-    """The word with its form of the pair: `particle("사과", "을/를")` is "사과를"."""
+    """The word with the form of the pair that it takes: `particle("사과", "을/를")` is "사과를"."""
     closed, open_ = pair.split("/")
     final = final_consonant(word)
     if pair == "으로/로":
@@ -574,7 +574,8 @@ _SOUNDS_CLOSED = re.compile(r"(?:ewe|eu|one\b|one-|ufo)", re.IGNORECASE)
 
 @cache
 def with_article(name: str) -> str:
-    """The name as English says it of one thing: "a cat", "an egg", "grapes", "the flag of Peru"."""
+    """The name as English refers to one such thing: "a cat", "an egg", "grapes", "the flag of
+    Peru"."""
     if name in _THE or name.startswith("flag of "):
         return "the " + name
     first, head = name.split()[0], _AFTER_HEAD.sub("", name)

@@ -8,7 +8,7 @@ from earlyfusion.errors import DataError
 from earlyfusion.mini.emoji.dataset import EmojiData, Row
 from earlyfusion.mini.emoji.phrases import STYLE_WORDS, WIDE_KINDS
 
-NEAREST_IN_TRAIN = 0.015  # a held-out picture nearer than this to one of train is not used
+NEAREST_IN_TRAIN = 0.015  # held-out pictures nearer than this to one of train are not used
 LINE_STYLES = {"openmoji-line", "noto-mono", "fluent-mono"}
 COLOURS_ASKED = set("black white gray red orange yellow green blue purple pink brown".split())
 
@@ -17,7 +17,7 @@ VAGUE = set(
     "emotion other-object other-symbol place-other household hotel sound person-symbol alphanum "
     "punctuation person hand-prop event light-video music gender place-geographic".split()
 )
-# Subgroups too close to be contrasted in one question.
+# Subgroups too similar to be contrasted in one question.
 NEAR = [
     set(line.split())
     for line in (
@@ -42,7 +42,7 @@ NEAR = [
 
 
 def near(one: str, other: str) -> bool:
-    """Whether two subgroups look too much alike to be contrasted in a question."""
+    """Whether two subgroups look too similar to be contrasted in a question."""
     return one == other or any(one in group and other in group for group in NEAR)
 
 
@@ -69,11 +69,8 @@ def main_colour(row: Row, lang: str) -> str | None:
 
 
 class Pools:
-    """The rows of one split that questions may be about.
-
-    `clear` and `large` are subgroups of at least four and six concepts, `wide` rows of several
-    subgroups.
-    """
+    """The rows of one split that questions may be about. `clear` and `large` are subgroups of at
+    least four and six concepts, `wide` rows of several subgroups."""
 
     def __init__(self, data: EmojiData, split: str) -> None:
         ids = data.split(split)

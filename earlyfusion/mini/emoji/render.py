@@ -1,7 +1,5 @@
-"""Draws one source at 128 x 128 on white, names its colours and encodes it.
-
-SVG goes through resvg, glyphs through Pillow with Raqm shaping at four times the size.
-"""
+"""Draws one source at 128 x 128 on white, names its colours and encodes it. SVG goes through resvg,
+glyphs through Pillow with Raqm shaping at four times the size."""
 
 from __future__ import annotations
 
@@ -54,7 +52,7 @@ class Rendered:
 
 
 def render(source: Source) -> Rendered:
-    """Draw one source. Raises DataError where it cannot be drawn."""
+    """Draw one source. Raises DataError if it cannot be drawn."""
     try:
         picture = _DRAW[source.format](source)
     except (OSError, ValueError, RuntimeError) as error:
@@ -70,7 +68,7 @@ def render(source: Source) -> Rendered:
 
 
 def on_white(picture: Image.Image) -> tuple[Image.Image, Image.Image]:
-    """RGB on white and the alpha channel, both squared and scaled to 128 x 128."""
+    """RGB on white, and the alpha channel, both made square and scaled to 128 x 128."""
     picture = picture.convert("RGBA")
     width, height = picture.size
     if width != height:
@@ -88,7 +86,8 @@ def on_white(picture: Image.Image) -> tuple[Image.Image, Image.Image]:
 
 
 def colour_words(pixels: Pixels, alpha: Pixels) -> list[tuple[str, float]]:
-    """At most three colours of the opaque pixels with their shares, from 12 % up, largest first."""
+    """At most three colours of the opaque pixels with their shares of 12% or more,
+    largest first."""
     opaque = alpha >= 128
     if opaque.sum() < 32:
         return []
@@ -99,7 +98,8 @@ def colour_words(pixels: Pixels, alpha: Pixels) -> list[tuple[str, float]]:
 
 
 def _colour_classes(pixels: Pixels) -> npt.NDArray[np.int64]:
-    """Index into COLOURS of each pixel [N, 3], by hue, saturation and value: first rule wins."""
+    """Index into COLOURS of each pixel [N, 3], by hue, saturation and value; the first
+    rule wins."""
     h, s, v = _hue_saturation_value(pixels.astype(np.float32) / np.float32(255))
     rules = [
         ("black", (v < 0.22) | ((v < 0.36) & (s < 0.40))),
@@ -154,7 +154,7 @@ def _draw_image_file(source: Source) -> Image.Image:
 
 
 def _draw_glyph(source: Source) -> Image.Image:
-    """Black on nothing. ValueError where the font does not join the sequence into one glyph."""
+    """Black on transparent. ValueError if the font does not join the sequence into one glyph."""
     font = _font(source.font)
     left, top, right, bottom = font.getbbox(source.content)
     falls_apart = font.getlength(source.content) > 1.45 * font.getlength("\U0001f600")
@@ -196,7 +196,7 @@ def _font(path: str) -> ImageFont.FreeTypeFont:
 
 
 def _encode(picture: Image.Image, lossless: bool) -> bytes:
-    """WebP, lossless but for pictures that came lossy: above 40 dB, a third of the size."""
+    """WebP: lossless, except for pictures that came lossy (above 40 dB, at a third of the size)."""
     buffer = io.BytesIO()
     if lossless:
         picture.save(buffer, "WEBP", lossless=True, quality=75, method=4)

@@ -1,7 +1,7 @@
 """Where each picture comes from: files and icons of the unpacked packages, matched to concepts.
 
-Some packages name their icons by code points, others by names of different ages; the tables below
-hold what no rule finds.
+Some packages name their icons by code points, others by names from various years; the tables below
+list what no rule matches.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from earlyfusion.mini.emoji.catalogue import STYLES, Concept, concept_id
 Index: TypeAlias = dict[str, str]
 Concepts: TypeAlias = dict[str, Concept]
 
-# Names of older CLDR releases that some packages still use.
+# Names from older CLDR releases, which some packages still use.
 _OLD_NAMES: dict[str, str] = dict(
     pair.split("=", 1)
     for pair in """
@@ -44,7 +44,7 @@ red-wine-glass=1f377 game-dice=1f3b2 anxious-face=1f630 crazy-face=1f92a wine-gl
 """.split()
 )
 
-# fxemoji has names of its own; those that no rule finds, or finds wrongly.
+# fxemoji invented its names: these are the ones that no rule matches, or matches wrongly.
 _FIREFOX_NAMES: dict[str, str] = dict(
     pair.split("=", 1)
     for pair in """
@@ -118,10 +118,8 @@ class Source:
 
 
 def find_sources(concepts: Concepts, package: Callable[[str], Path]) -> Iterator[Source]:
-    """Sources of all styles, one for each style, concept and variant.
-
-    `package` gives the folder of an unpacked package.
-    """
+    """One source for each style, concept and variant. `package` returns the folder of an unpacked
+    package."""
     index = _name_index(concepts)
     for style, find in _FINDERS.items():
         seen: set[str] = set()
@@ -132,7 +130,7 @@ def find_sources(concepts: Concepts, package: Callable[[str], Path]) -> Iterator
 
 
 class IconSet:
-    """An unpacked icon package: SVG by name, and its table of code points where it has one."""
+    """An unpacked icon package: SVGs by name, and its table of code points if it has one."""
 
     def __init__(self, folder: Path) -> None:
         self.set = json.loads((folder / "icons.json").read_text(encoding="utf-8"))
@@ -164,7 +162,7 @@ class IconSet:
         )
 
     def sources(self, style: str, matches: Iterable[tuple[str, str | None]]) -> Iterator[Source]:
-        """One source a concept from (icon name, concept) matches: the first that has an SVG."""
+        """One source per concept from (icon name, concept) matches: the first that has an SVG."""
         seen: set[str] = set()
         for name, concept in matches:
             if concept and concept not in seen and (svg := self.svg(name)):
@@ -181,8 +179,8 @@ def _twemoji(style: str, folder: Path, concepts: Concepts, index: Index) -> Iter
 
 
 def _fluent_3d(style: str, folder: Path, concepts: Concepts, index: Index) -> Iterator[Source]:
-    # The package fills gaps of Microsoft's set with art of other origin, flags above all. Flags are
-    # left out here; the manifest lists only what Microsoft's flat set has too.
+    # The package fills gaps in Microsoft's set with art from elsewhere, above all flags. Flags are
+    # left out here; the manifest lists only what Microsoft's flat set has as well.
     for path in sorted((folder / "assets").glob("*.webp")):
         concept = concept_id(path.stem)
         if concept in concepts and concepts[concept]["group"] != "flags":
@@ -268,7 +266,7 @@ def _squash(name: str) -> str:
 
 
 def _name_index(concepts: Concepts) -> Index:
-    """Slug of a name -> concept; flags and keycaps under the other forms in use too."""
+    """Slug of a name -> concept; flags and keycaps also under other forms in use."""
     index: Index = {}
     for concept, entry in concepts.items():
         for name in (entry["label"], entry["name_en"]):

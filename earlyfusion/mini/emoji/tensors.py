@@ -27,7 +27,7 @@ def opened(folder: Path) -> EmojiData:
 def pictures(folder: Path, split: str, side: int, device: str) -> Tensor:
     """All pictures of a split in file order, on the device: uint8 [pictures, side, side, 3].
 
-    They stay in memory for further calls: 534 MB for the training pictures at 128 pixels.
+    They stay in memory for later calls: 534 MB for the training pictures at 128 pixels.
     """
     data = opened(folder)
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -44,10 +44,8 @@ def _square(data: EmojiData, side: int, image_id: str) -> np.ndarray:
 
 
 class Labels:
-    """Labels of pictures: numbers of the thing, its subgroup and the style.
-
-    A thing or subgroup that no training picture shows is `UNKNOWN`.
-    """
+    """Labels of pictures: numbers of the thing, its subgroup and the style; `UNKNOWN` for things or
+    subgroups that no training picture shows."""
 
     def __init__(self, data: EmojiData) -> None:
         self._data = data
