@@ -2,19 +2,18 @@
 
 F(4 x 4, 3 x 3): a tile of 6 x 6 values gives 4 x 4 results through 36 products instead of 144. For
 inference on a CPU in fp32, in compiled code (`conv.cpp`). Choices:
+
 - the points are 0, +-sqrt(1/2), +-sqrt(2) and infinity: with them fp32 errs as little as a direct
   convolution does (1.1 to 1.3e-6 of the norm; with 0, +-1, +-2 it is 2.4 to 2.8e-6);
 - a block of tiles goes through all steps while it is in the processor's cache, so that norm, swish,
-  upsampling and the sum with the shortcut need no pass over memory of their own, and the result may
+  upsampling and the sum with the shortcut need no extra pass over memory, and the result may
   overwrite the input;
 - the kernel is transformed in each call: weights may be trained or loaded in place;
-- within `reusing`, new results take the memory of those that are gone: in fresh memory each page
-  costs a fault.
+- within `reusing`, new results take the memory of freed ones: in fresh memory each page costs a
+  fault.
 
-`native.py` says where the code is built and how it is left out; `vqgan.py` uses it.
-
-Shapes: B batch, Y X height and width, N pixels of a chunk, C K channels in and out, G groups of
-channels.
+`native.py` builds it; `vqgan.py` uses it. Shapes: B batch, Y X height and width, N pixels of a
+chunk, C K channels in and out, G groups of channels.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from torch import Tensor, nn
 from earlyfusion.kernels import native
 
 _POINTS, _LANES = 36, 16  # points of a tile, floats of a vector
-_CHUNK = 1 << 18  # elements summed at once, 1 MB: they stay in the processor's cache
+_CHUNK = 1 << 18  # elements summed at once: 1 MB fits into the processor's cache
 
 
 class Swish(NamedTuple):
@@ -61,8 +60,8 @@ class _Pool:
         else:
             self.free = []
             block = torch.empty(size)
-        # Tensors that share storage all hold the same numpy array, whose end is the memory's: a
-        # finalizer on the tensor itself would run while a view still reads it.
+        # Tensors that share storage all hold the same numpy array, so the memory is free when the
+        # array dies. A finalizer on the tensor itself would run while a view still reads it.
         lent = block.numpy()[:size].reshape(shape)
         weakref.finalize(lent, self.give, block).atexit = False
         return torch.from_numpy(lent)
@@ -80,7 +79,6 @@ _thread = _Thread()
 
 
 def available() -> bool:
-    """Whether the compiled convolution is there: built before, or now."""
     return _library() is not None
 
 
@@ -91,10 +89,8 @@ def is_left_out() -> bool:
 
 @contextmanager
 def left_out() -> Iterator[None]:
-    """Within it, this thread uses torch's own operators and layout.
-
-    For callers whose results have to be rounded as other code rounds them.
-    """
+    """Within it, this thread uses torch's own operators and layout: for callers whose results must
+    be rounded exactly as other code rounds them."""
     before, _thread.left_out = _thread.left_out, True
     try:
         yield
@@ -104,10 +100,8 @@ def left_out() -> Iterator[None]:
 
 @contextmanager
 def reusing() -> Iterator[None]:
-    """Within it, this thread's results take the memory of earlier ones that are gone.
-
-    Copy a result that outlives it: a small one may hold the memory of a large one.
-    """
+    """Within it, this thread's results reuse the memory of earlier, freed ones. Copy a result that
+    lives longer: a small one may keep the memory of a large one."""
     before, _thread.pool = _thread.pool, _thread.pool or _Pool()
     try:
         yield
@@ -116,7 +110,7 @@ def reusing() -> Iterator[None]:
 
 
 def empty(*shape: int) -> Tensor:
-    """Uninitialised fp32 on the CPU; within `reusing`, from the memory of earlier results."""
+    """Uninitialised fp32 on the CPU; within `reusing`, from the memory of freed results."""
     pool = _thread.pool
     return torch.empty(shape) if pool is None else pool.take(shape)
 
@@ -132,9 +126,9 @@ def conv3x3(
 ) -> Tensor:
     """A convolution with a border of one pixel of zeros, [B, Y, X, K], in fp32.
 
-    C must be a multiple of 16, height and width of the result of 4. `upsample` doubles each pixel
-    first, so that the result is [B, 2Y, 2X, K]; it excludes `before`. `plus` is added to the
-    result. `in_place` writes the result over `x`, which takes C = K and no `upsample`.
+    C must be a multiple of 16, height and width of the result of 4. `upsample` first doubles each
+    pixel, so the result is [B, 2Y, 2X, K]; it excludes `before`. `plus` is added to the result.
+    `in_place` writes the result over `x`, which needs C = K and no `upsample`.
     """
     library = _library()
     assert library is not None, "available() says whether this can be called"
@@ -144,7 +138,7 @@ def conv3x3(
     out_BYXK = x_BYXC if in_place else empty(b, y, x, k)
     inputs = (x_BYXC, weight_KC33, bias_K, plus_BYXK, *(before or (None, None)))
     kernel = empty(_POINTS * c * -(-k // _LANES) * _LANES)
-    # Held until the call returns: it gets addresses only.
+    # Keeps copies alive until the call returns, as it only gets addresses.
     contiguous = [None if t is None else t.contiguous() for t in inputs]
     pointers = [None if t is None else t.data_ptr() for t in contiguous]
     sizes = (b, y, x, c, k, int(upsample), torch.get_num_threads())
@@ -160,7 +154,7 @@ def swish_after(norm: nn.GroupNorm, x_BYXC: Tensor) -> Swish:
         sums_2BC[0] += chunk_BNC.sum(1)
         sums_2BC[1] += chunk_BNC.square().sum(1)
     mean_BG, square_BG = sums_2BC.view(2, b, g, -1).sum(3) / (x_BYXC[0].numel() // g)
-    # The mean square less the squared mean: exact enough in fp64.
+    # Mean square minus squared mean: cancellation does no harm in fp64.
     scale_BG = (square_BG - mean_BG.square()).clamp_min(0).add(norm.eps).rsqrt()
     scale_BC, mean_BC = (t.repeat_interleave(c // g, 1) for t in (scale_BG, mean_BG))
     scale_BC = scale_BC * norm.weight

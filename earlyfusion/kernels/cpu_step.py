@@ -1,10 +1,10 @@
 """A step of the transformer on a CPU in compiled code: `cpu_step.cpp`.
 
-Reading the weights is what a step of few rows costs. The compiled step reads them once for all
+The cost of a step of few rows is reading the weights. The compiled step reads them once for all
 rows, in fp32, bf16, int8 (one scale per row) or int4 (one bf16 scale per 32 columns), and spends no
-time between operations. Prompts are read by it too: a token's result is then the same to the bit
-however its prompt is cut and whatever else is in the step. `native.py` says where it is built;
-`available()` is False without a C++ compiler, or with EARLYFUSION_NATIVE=0.
+time between operations. It also reads prompts, so that a token's result is the same to the bit
+however its prompt is cut and whatever else is in the step. `native.py` builds it; `available()` is
+False without a C++ compiler, or with EARLYFUSION_NATIVE=0.
 
 Shapes: R rows of a step, D model width, O rows and I columns of a matrix, B blocks of the cache, L
 layers, K key and value heads, S tokens of a block, H head width.
@@ -32,10 +32,10 @@ _CACHE_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # `Format
 
 
 class Choice(NamedTuple):
-    """From what one token is drawn; pointers are addresses of rows of `columns` entries.
+    """What one token is drawn from; pointers are addresses of rows of `columns` entries.
 
-    The first three are guidance's logits in fp32, one and the same row without guidance. `blocked`
-    (may not be drawn) and `seen` (takes the penalty) are bools, or None. `text` and `image` are the
+    The first three are guidance's fp32 logits, all the same row without guidance. `blocked` (may
+    not be drawn) and `seen` (gets the penalty) are bools, or None. `text` and `image` are the
     strengths of guidance.
     """
 
@@ -56,17 +56,16 @@ class Choice(NamedTuple):
 
 
 def available() -> bool:
-    """Whether the compiled step is there: built before, or now."""
     return _library() is not None
 
 
 class CpuStep:
     """The transformer's layers as one call; a row is one new token, of any sequence and position.
 
-    Reads the model's weights in place if they are in `bits` already, else a packed copy. The cache
-    belongs to the caller: keys and values as [B, L, 2, K, S, H] in fp32, bf16 or int8, and for int8
-    the `scales` as [B, L, 2, K, S] in fp32. Sequences have at most `length` tokens. Raises
-    ValueError for what `fits` refuses.
+    Reads the model's weights in place if they have `bits` already, else a packed copy. The caller
+    owns the cache: keys and values as [B, L, 2, K, S, H] in fp32, bf16 or int8, and for int8 the
+    `scales` as [B, L, 2, K, S] in fp32. Sequences have at most `length` tokens. Raises ValueError
+    for models and caches that `fits` refuses.
     """
 
     def __init__(
@@ -85,7 +84,7 @@ class CpuStep:
             raise ValueError("the compiled step needs a C++ compiler: install g++")
         self._library = library
         self._embedding = transformer.model.embed_tokens.weight
-        # The compiled step has addresses only, so everything that it reads is held here.
+        # Compiled code only has addresses, so everything that it reads is kept alive here.
         self._held: list[object] = [cache_BL2KSH, scales_BL2KS]
         self._layers = self._described_layers(transformer, bits)
         self._model = self._described_model(transformer, cache_BL2KSH, length)
@@ -95,13 +94,14 @@ class CpuStep:
     def states(
         self, tokens_R: Tensor, positions_R: Tensor, tables: Sequence[int], shared: bool
     ) -> Tensor:
-        """States [R, D] in fp32 that the head reads, after storing keys and values of each token.
+        """The head's input [R, D] in fp32, after storing keys and values of each token.
 
         `tables` are the addresses of each row's block numbers, int64 like tokens and positions.
-        With `shared` some rows are of one sequence, at consecutive positions; those of others must
-        not store into one block.
+        With `shared` some rows are of one sequence, at consecutive positions; rows of other
+        sequences must not store into the same block.
         """
         x_RD = self._embedding[tokens_R].float()
+        # C++ gets a bare address and would read any other strides as garbage.
         positions_R = positions_R.contiguous()
         self._library.earlyfusion_step(
             ctypes.byref(self._model),
@@ -117,6 +117,7 @@ class CpuStep:
     def product(self, weight_OI: Tensor) -> Callable[[Tensor], Tensor]:
         """x [R, I] -> x W^T [R, O] in fp32, with the weight rounded to the step's bits."""
         packed = pack(weight_OI, self.bits)
+        # The closure below keeps `packed` alive, into which `matrix` points.
         matrix, multiply = _matrix(packed), self._library.earlyfusion_multiply
 
         def product(x_RI: Tensor) -> Tensor:
@@ -135,9 +136,9 @@ class CpuStep:
         return product
 
     def draw(self, choices: Sequence[Choice]) -> list[int]:
-        """The column drawn for each, by guidance, mask, penalty, then `warp` and `pick`.
+        """The column drawn for each choice: guidance, mask, penalty, then `warp` and `pick`.
 
-        At temperature 0 it is the largest. -1 means that the logits are not finite.
+        At temperature 0, the largest. -1 if the logits are not finite.
         """
         drawn = (ctypes.c_int64 * len(choices))()
         rows = (_Choice * len(choices))(*(_Choice(*choice) for choice in choices))
@@ -164,7 +165,7 @@ class CpuStep:
         assert cache.is_contiguous()
         config = transformer.config
         rotary, half = rotary_tables(config, torch.arange(length)[None]), config.head_dim // 2
-        # Both halves of a table are alike, but for the sign of the sine: the second is positive.
+        # The halves of a table are equal except for the sign of the sine: take the positive one.
         cos, sin = rotary.cos[0, :, 0, :half], rotary.sin[0, :, 0, half:]
         return _Model(
             layer_count=config.num_hidden_layers,
@@ -185,14 +186,14 @@ class CpuStep:
         )
 
     def _vector(self, values: Tensor) -> int:
-        """The address of a copy in fp32."""
+        """The address of an fp32 copy, which is kept alive."""
         copy = values.detach().float().contiguous().clone()
         self._held.append(copy)
         return copy.data_ptr()
 
 
 def own_bits(transformer: Transformer) -> int | None:
-    """Bits that the model's matrices have already; None if the step cannot read them so."""
+    """The bits that the model's matrices already have; None if the step cannot read them."""
     packed = [m.bits for m in _linears(transformer) if isinstance(m, PackedLinear)]
     dense = {torch.float32: 32, torch.bfloat16: 16}
     return packed[0] if packed else dense.get(transformer.lm_head.weight.dtype)
@@ -262,7 +263,7 @@ class _Choice(ctypes.Structure):
 
 
 def _matrix(packed: PackedMatrix) -> _Matrix:
-    """Points into the packed matrix, which the caller has to hold."""
+    """Points into the packed matrix, which the caller must keep alive."""
     return _Matrix(
         data=packed.data.data_ptr(),
         scales=None if packed.scales is None else packed.scales.data_ptr(),

@@ -1,12 +1,12 @@
 """The operations of a decode step over the paged cache, in torch: what the Triton kernels compute.
 
-These are the definitions; `kernels/operations.py` chooses between the two. Sums are made in fp32
-and rounded once, to the dtype of the input. Nothing here waits for the device or depends on the
-values of a tensor.
+These are the definitions; `kernels/operations.py` chooses between the two. Sums are in fp32,
+rounded once to the dtype of the input. Nothing here waits for the device or branches on a tensor's
+values.
 
 Shapes: R rows of one token each, N query heads, K key and value heads, G = N / K, M = N + 2 K, H
-head width, B blocks of the cache, T tokens of a block, W blocks of a row's table, P positions,
-D model width, O x I a weight, F inner width of the feed-forward.
+head width, B blocks of the cache, T tokens of a block, W blocks of a row's table, P positions, D
+model width, O x I a weight, F inner width of the feed-forward.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch import Tensor
 from earlyfusion.model.quantise import PackedMatrix, unpack
 
 EPS = 1e-5
-"""Of the LayerNorm over a head's queries and keys."""
+"""eps of the LayerNorm over a head's queries and keys."""
 
 
 class LayerBlocks(NamedTuple):
-    """Keys (0) and values (1) of one layer [B, 2, K, T, H]; in int8, a scale per head of a token
-    [B, 2, K, T] in fp32."""
+    """Keys (0) and values (1) of one layer [B, 2, K, T, H]; in int8, a scale per token and head [B,
+    2, K, T] in fp32."""
 
     kv_B2KTH: Tensor
     scales_B2KT: Tensor | None = None
@@ -48,7 +48,7 @@ class Angles(NamedTuple):
 def attend(q_RNH: Tensor, blocks: LayerBlocks, table_RW: Tensor, lengths_R: Tensor) -> Tensor:
     """Attention of one token per row over the first `lengths` tokens of its blocks: [R, N, H].
 
-    Lengths are at least 1 and count the new token, whose key and value are stored already.
+    Lengths are at least 1 and count the new token, whose key and value are already stored.
     """
     kv_RW2KTH = blocks.kv_B2KTH[table_RW].float()
     if blocks.scales_B2KT is not None:
@@ -59,7 +59,7 @@ def attend(q_RNH: Tensor, blocks: LayerBlocks, table_RW: Tensor, lengths_R: Tens
     positions_P = torch.arange(k_RKPH.shape[2], device=q_RNH.device)
     beyond_RP = positions_P >= lengths_R[:, None]
     shares_RKGP = scores_RKGP.masked_fill(beyond_RP[:, None, None], -torch.inf).softmax(-1)
-    # Places beyond a row's end may hold anything, also what is not finite.
+    # Beyond a row's end the cache may hold NaN, and 0 * NaN is NaN.
     v_RKPH = v_RKPH.masked_fill(beyond_RP[:, None, :, None], 0)
     return (shares_RKGP @ v_RKPH).flatten(1, 2).to(q_RNH.dtype)
 
@@ -78,6 +78,7 @@ def norm_rotate_store(
     normed = F.layer_norm(qkv_RMH[:, :heads].float(), (width,), eps=EPS)
     normed = torch.addcmul(norms.bias, normed, norms.weight)
     cos_R1H, sin_R1H = angles.cos_PH[at_R][:, None], angles.sin_PH[at_R][:, None]
+    # The pair of entry h is h + H/2; the table's negated half of the sine makes `roll` enough.
     rotated = torch.addcmul(normed * cos_R1H, normed.roll(width // 2, -1), sin_R1H)
     rotated = rotated.to(qkv_RMH.dtype)
     new_R2KH = torch.stack((rotated[:, heads - keys :], qkv_RMH[:, heads:]), 1)
@@ -90,6 +91,7 @@ def _store(new_R2KH: Tensor, at_R: Tensor, blocks: LayerBlocks, table_RW: Tensor
     numbers_R = table_RW.gather(1, (at_R // size)[:, None])[:, 0].long()
     if blocks.scales_B2KT is not None:
         new_R2KH = new_R2KH.float()
+        # As `_int8` of engine/cache.py: the largest entry becomes 127 or -127.
         scales_R2K = new_R2KH.abs().amax(-1) / 127
         new_R2KH = (new_R2KH / scales_R2K.clamp_min(1e-30)[..., None]).round()
         blocks.scales_B2KT[numbers_R, :, :, at_R % size] = scales_R2K
@@ -99,7 +101,8 @@ def _store(new_R2KH: Tensor, at_R: Tensor, blocks: LayerBlocks, table_RW: Tensor
 def product(x_RI: Tensor, matrix: PackedMatrix) -> Tensor:
     """x W^T [R, O] with packed weights (model/quantise.py).
 
-    At 8 bits the scale multiplies the sum; at 4 bits each weight is rounded to the dtype of `x`.
+    At 8 bits the scale multiplies the sum; at 4 bits each weight is first rounded to the dtype of
+    `x`.
     """
     weight_OI = unpack(matrix)
     if matrix.bits == 4:

@@ -1,11 +1,11 @@
 """Training on a CPU: RMSNorm and packed attention with gradients written by hand.
 
 They give what `RMSNorm` and `CausalAttend` of `model/` give, with fewer passes over memory:
-`fused_rms_norm` in fp32, `attend_documents` in bf16 with scores rounded to bf16, as transformers'
-eager attention does. The twins at the end use them while gradients are wanted of plain tensors on a
-CPU. Elsewhere (GPUs, split layers, no gradients, traced code, torch.func's transforms, forward-mode
-AD) they call the original; a backward pass that is to be differentiated again takes the gradient of
-the plain formula.
+`fused_rms_norm` in fp32, `attend_documents` in bf16 with scores rounded to bf16, as in
+transformers' eager attention. The twins at the end use them when gradients of plain tensors on a
+CPU are needed. Otherwise (GPUs, split layers, no gradients, traced code, torch.func's transforms,
+forward-mode AD) they call the original. A backward pass that is to be differentiated again takes
+the gradient of the plain formula.
 
 Shapes: B batch, T tokens, N query heads, K key and value heads, S tokens of all rows, H head width;
 Q queries and J keys of a tile.
@@ -28,11 +28,11 @@ from earlyfusion.model.attention import attend_each
 from earlyfusion.model.transformer import autocast_dtype
 
 _QUERIES = 128  # of a tile
-_LONG_DOCUMENT = 112  # mean tokens per document from which on tiles of queries are faster
+_LONG_DOCUMENT = 112  # from this mean number of tokens per document, tiles are faster (measured)
 
 
 class Tile(NamedTuple):
-    """Queries `first` to `last` look at keys `start` to `last`.
+    """Queries `first` to `last` attend to keys `start` to `last`.
 
     `bias_QJ` is -inf for the keys of other documents and of later tokens, else 0.
     """
@@ -44,7 +44,7 @@ class Tile(NamedTuple):
 
 
 def is_cpu_training(*inputs: Tensor) -> bool:
-    """Whether gradients written by hand may serve: they are wanted of plain tensors on a CPU."""
+    """Whether gradients written by hand may be used: plain tensors on a CPU need gradients."""
     return (
         torch.is_grad_enabled()
         and any(x.requires_grad for x in inputs)
@@ -55,7 +55,7 @@ def is_cpu_training(*inputs: Tensor) -> bool:
 
 
 def is_transformed(*inputs: Tensor) -> bool:
-    """Whether torch.func or forward-mode AD is active: it needs more than a written gradient."""
+    """Whether torch.func or forward-mode AD is active: a hand-written gradient is not enough."""
     return bool(torch._C._are_functorch_transforms_active()) or any(
         forward_ad.unpack_dual(x).tangent is not None for x in inputs
     )
@@ -64,22 +64,21 @@ def is_transformed(*inputs: Tensor) -> bool:
 def through_the_formula(
     formula: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of `formula(*inputs)` along `grad` that can be differentiated again.
-
-    For a backward pass that autograd runs with gradients on, as it does for `create_graph`.
-    """
+    """Gradients of `formula(*inputs)` along `grad` that can be differentiated again: for backward
+    passes with `create_graph`."""
     wanted = [x for x in inputs if x.requires_grad]
     found = iter(torch.autograd.grad(formula(*inputs), wanted, grad, create_graph=True))
     return tuple(next(found) if x.requires_grad else None for x in inputs)
 
 
 def document_tiles(lengths: list[int]) -> list[Tile]:
-    """Tiles over documents of these lengths, one after another: causal within each of them."""
+    """Tiles over documents of these lengths in order: causal within each document."""
     counts = torch.tensor(lengths)
     start_S = (counts.cumsum(0) - counts).repeat_interleave(counts)
     tiles = []
     for first in range(0, len(start_S), _QUERIES):
         queries_Q = torch.arange(first, min(first + _QUERIES, len(start_S)))
+        # From the beginning of the first query's document: earlier keys are all hidden.
         start, last = int(start_S[first]), int(queries_Q[-1]) + 1
         keys_J = torch.arange(start, last)
         hidden_QJ = (keys_J < start_S[queries_Q, None]) | (keys_J > queries_Q[:, None])
@@ -95,7 +94,7 @@ def attend_documents(q_NSH: Tensor, k_NSH: Tensor, v_NSH: Tensor, tiles: list[Ti
 
 
 class _DocumentAttention(torch.autograd.Function):
-    """Products of matrices and torch's own softmax, in either direction; no scores are kept."""
+    """Matrix products and torch's own softmax in both directions; no scores are kept."""
 
     @staticmethod
     def forward(ctx: Any, q_NSH: Tensor, k_NSH: Tensor, v_NSH: Tensor, tiles: list[Tile]) -> Tensor:
@@ -104,6 +103,7 @@ class _DocumentAttention(torch.autograd.Function):
             first, last, start, _ = tile
             shares_NQJ = _shares(q_NSH, k_NSH, tile)
             out_NSH[:, first:last] = torch.bmm(shares_NQJ, v_NSH[:, start:last])
+        # The backward pass computes the shares again: kept, they would be the peak of memory.
         ctx.save_for_backward(q_NSH, k_NSH, v_NSH)
         ctx.tiles = tiles
         return out_NSH
@@ -116,6 +116,7 @@ class _DocumentAttention(torch.autograd.Function):
             return *through_the_formula(partial(_attended, ctx.tiles), heads, grads[0]), None
         grad_NSH, scale = grads[0], 1 / math.sqrt(q_NSH.shape[-1])
         grad_q = torch.empty_like(q_NSH)
+        # Keys and values get sums over several tiles, which bf16 would round each time.
         grad_k, grad_v = (torch.zeros_like(x, dtype=torch.float32) for x in (k_NSH, v_NSH))
         for tile in ctx.tiles:
             queries, keys = slice(tile.first, tile.last), slice(tile.start, tile.last)
@@ -129,7 +130,7 @@ class _DocumentAttention(torch.autograd.Function):
 
 
 def _shares(q_NSH: Tensor, k_NSH: Tensor, tile: Tile) -> Tensor:
-    """How each query of a tile divides itself over the keys: bf16 (N, Q, J)."""
+    """The softmax of each query of a tile over its keys: bf16 (N, Q, J)."""
     first, last, start, bias_QJ = tile
     k_NHJ = k_NSH[:, start:last].transpose(1, 2)
     scale = 1 / math.sqrt(q_NSH.shape[-1])
@@ -196,7 +197,7 @@ class CausalAttend(attention.CausalAttend):
         if lengths is None or v_BTKH.dtype is not torch.bfloat16 or not is_cpu_training(*heads):
             return super().__call__(*heads)
         if sum(lengths) < _LONG_DOCUMENT * len(lengths):
-            # torch's attention, whose backward pass is faster in fp32 than in bf16.
+            # Short documents: torch's attention, whose backward pass is faster in fp32.
             q_BTNH, k_BTKH, v_BTKH = (x.float() for x in heads)
             return attend_each(q_BTNH, k_BTKH, v_BTKH, lengths).bfloat16()
         self._tiles = self._tiles or document_tiles(lengths)
@@ -207,6 +208,7 @@ class CausalAttend(attention.CausalAttend):
         if group > 1:
             k_BTKH, v_BTKH = (x.repeat_interleave(group, 2) for x in (k_BTKH, v_BTKH))
         heads = (q_BTNH, k_BTKH, v_BTKH)
+        # The dtypes below are chosen by hand: autocast must not change them.
         with torch.autocast("cpu", enabled=False):
             q_NSH, k_NSH, v_NSH = (x.flatten(0, 1).transpose(0, 1) for x in heads)
             out_NSH = attend_documents(q_NSH, k_NSH, v_NSH, self._tiles)

@@ -1,8 +1,8 @@
-"""C++ files beside their modules, built for this processor when they are first needed.
+"""C++ files of this folder, built for this processor when they are first needed.
 
-Libraries are kept in `~/.cache/earlyfusion` (or under XDG_CACHE_HOME), one for each source, its
-headers, compiler and processor. Without a compiler (`$CXX`, `g++` or `clang++`), or with
-EARLYFUSION_NATIVE=0, there are none, and torch's own operators do the work.
+Libraries are cached in `~/.cache/earlyfusion` (or under XDG_CACHE_HOME), one per source, headers,
+compiler and processor. Without a compiler (`$CXX`, `g++` or `clang++`), or with
+EARLYFUSION_NATIVE=0, torch's own operators do the work.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _FLAGS = ("-O3", "-march=native", "-fopenmp", "-std=c++17", "-shared", "-fPIC", 
 
 
 def load(source: Path) -> ctypes.CDLL | None:
-    """The library of a C++ file, built if it is not there yet; None if it cannot be built."""
+    """The library of a C++ file, built if needed; None if it cannot be built."""
     if os.environ.get("EARLYFUSION_NATIVE") == "0":
         return None
     try:
@@ -44,7 +44,7 @@ def _built(source: Path) -> Path:
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=folder) as work:
-            # Renamed when it is whole: another process may build or load the same library.
+            # Renamed once complete: another process may build or load the same library.
             made = Path(work) / target.name
             command = [compiler, *_FLAGS, str(source), "-o", str(made)]
             subprocess.run(command, capture_output=True, check=True, timeout=300)
@@ -53,9 +53,9 @@ def _built(source: Path) -> Path:
 
 
 def sources(source: Path) -> list[Path]:
-    """A C++ file and the headers beside it that it includes, those of headers too."""
+    """A C++ file and the headers that it includes from its folder, directly or through others."""
     found = [source]
-    for path in found:  # grows while it is read
+    for path in found:  # grows during the loop
         names = (name.decode() for name in _INCLUDE.findall(path.read_bytes()))
         headers = (source.with_name(name) for name in names)
         found += [header for header in dict.fromkeys(headers) if header not in found]
@@ -63,7 +63,7 @@ def sources(source: Path) -> list[Path]:
 
 
 def _processor() -> bytes:
-    """What `-march=native` depends on: a home folder may be shared by different machines."""
+    """What `-march=native` depends on: several machines may share a home folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next((line for line in lines if line.startswith("flags")), "").encode()

@@ -25,7 +25,7 @@ class Operations(NamedTuple):
 
 
 def operations(device: torch.device) -> Operations:
-    """Triton's kernels on a CUDA device where Triton is installed, else the definitions."""
+    """Triton's kernels on a CUDA device with Triton installed, else the definitions."""
     if device.type == "cuda" and find_spec("triton") is not None:
         return triton_operations()
     return Operations(
@@ -38,7 +38,7 @@ def operations(device: torch.device) -> Operations:
 
 
 def triton_operations() -> Operations:
-    """The kernels, whatever the device: Triton's interpreter runs them on CPU tensors."""
+    """The kernels on any device: Triton's interpreter runs them on CPU tensors."""
     from earlyfusion.kernels.triton import attention, heads, norms, products
 
     return Operations(

@@ -1,10 +1,10 @@
-"""Where the fast twins of `model/`'s modules are put in: `accelerate`, by their classes.
+"""Where the fast twins of `model/`'s modules are put in: `accelerate` swaps their classes.
 
-A twin derives from the class that it stands in for, has its name, its parameters and its results,
-and decides in each call whether it serves. So a model keeps its state dict, can be copied, pickled,
-moved, trained, hooked, compiled and exported as before, and `isinstance` still holds.
+A twin derives from the class that it replaces, has its name, parameters and results, and decides in
+each call whether it can serve. So a model keeps its state dict, can be copied, pickled, moved,
+trained, hooked, compiled and exported as before, and `isinstance` still holds.
 
-`CausalAttend` is no module: training takes its twin from `fused.py`.
+`CausalAttend` is not a module: training takes its twin from `fused.py`.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ _ORIGINALS = {twin: original for original, twin in TWINS.items()}
 
 
 def accelerate(model: Model) -> Model:
-    """The same model with twins in place of the modules that have one.
+    """The same model, with twins in place of the modules that have one.
 
-    Modules of other classes, also derived ones, stay as they are. Call it again for modules that
-    were put in afterwards.
+    Modules of other classes, even derived ones, do not change. Call it again for modules that are
+    put in later.
     """
     for module in model.modules():
-        # Not a new module: hooks, buffers and references to this one stay valid.
+        # No new module: hooks, buffers and references to this one stay valid.
         module.__class__ = TWINS.get(type(module), type(module))
     return model
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class of `model/` for which a module's class is the twin; else the module's class."""
+    """The class of `model/` that a twin replaces; for other modules, their own class."""
     return _ORIGINALS.get(type(module), type(module))

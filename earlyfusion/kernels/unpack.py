@@ -1,8 +1,6 @@
 """Packed weights back to fp32 or bf16 on a CPU by compiled code, `unpack.cpp`.
 
-It gives the bits of `unpack` in `model/quantise.py` in one pass over the rows. `native.py` says
-where it is built and how it is left out.
-
+Gives the bits of `unpack` in `model/quantise.py`, in one pass over the rows. `native.py` builds it.
 Shapes: O rows and I columns of a matrix.
 """
 
@@ -28,7 +26,7 @@ class PackedLinear(quantise.PackedLinear):
 
 
 def dense(matrix: PackedMatrix, dtype: torch.dtype) -> Tensor:
-    """`unpack` in a dtype, [O, I]: in compiled code where there is some, else in torch."""
+    """`unpack` in a dtype, [O, I]: in compiled code if possible, else in torch."""
     data, scales = matrix.data, matrix.scales
     takes = scales is not None and data.device.type == "cpu" and dtype in _DTYPES
     library = _library() if takes and not torch.compiler.is_compiling() else None

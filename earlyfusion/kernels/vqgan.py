@@ -1,12 +1,11 @@
 """Twins of the VQ-GAN's modules for inference in fp32 on a CPU; `twins.py` puts them in.
 
-There everything is channels-last, and the 3 x 3 convolutions run in the compiled code of `conv.py`,
-together with the norm, swish, enlargement or sum beside them. For anything else (training, GPUs,
-other dtypes, autocast, traced code, `left_out`) a twin calls the module that it derives from. It
-decides so in each call, as a model may be moved or trained between two of them. A convolution that
-somebody has replaced by a module of another class is called as it is.
-
-The twins carry the names of their originals, which libraries look for.
+They keep everything channels-last, and run the 3 x 3 convolutions in the compiled code of
+`conv.py`, fused with the adjacent norm, swish, enlargement or sum. For anything else (training,
+GPUs, other dtypes, autocast, traced code, `left_out`) a twin calls the module that it derives from;
+it decides in each call, as a model may be moved or trained in between. A convolution replaced by a
+module of another class is called as it is. Twins carry the names of their originals, which
+libraries look for.
 
 Shapes: B batch, Y X height and width, C K channels in and out, N pixels.
 """
@@ -30,7 +29,7 @@ from earlyfusion.kernels.conv import (
 )
 from earlyfusion.model import vqgan
 
-_FEWEST_TILES = 64  # below this number of 4 x 4 tiles a direct convolution is as fast
+_FEWEST_TILES = 64  # with fewer 4 x 4 tiles a direct convolution is as fast
 
 
 class ResBlock(vqgan.ResBlock):
@@ -39,9 +38,11 @@ class ResBlock(vqgan.ResBlock):
             return super().forward(x_BCYX)
         h = _swish_conv(x_BCYX, self.norm1, self.conv1)
         short = _conv1x1(x_BCYX, self.nin_shortcut) if hasattr(self, "nin_shortcut") else x_BCYX
-        if self.training and self.dropout.p:  # training mode without gradients
+        if (
+            self.training and self.dropout.p
+        ):  # training mode without gradients: dropout is still active
             return self.conv2(self.dropout(F.silu(self.norm2(h)))) + short
-        # `h` is this block's own, so the second convolution may write over it.
+        # Nobody else uses `h`, so the second convolution may overwrite it.
         return _swish_conv(h, self.norm2, self.conv2, short, in_place=True)
 
 
@@ -51,8 +52,8 @@ class Downsample(vqgan.Downsample):
         plain = type(conv) is nn.Conv2d and conv.weight.device == x_BCYX.device
         if not (_infers(x_BCYX) and even and plain):
             return super().forward(x_BCYX)
-        # Two pixels on each side instead of one on the right and at the bottom: the results that
-        # are not wanted are the first row and column, and no padded copy is made.
+        # Two pixels on each side instead of one on the right and at the bottom, without the first
+        # row and column of the result: the same values, but no padded copy is made.
         return F.conv2d(x_BCYX, conv.weight, conv.bias, 2, padding=2)[:, :, 1:, 1:]
 
 
@@ -78,7 +79,7 @@ class Decoder(vqgan.Decoder):
     def forward(self, latents_BCyx: Tensor) -> Tensor:
         if not _infers(latents_BCyx):
             return super().forward(latents_BCyx)
-        # The operators after it keep the layout.
+        # Set the layout once: the operators after it keep it.
         h = self.mid(self.conv_in(latents_BCyx.to(memory_format=torch.channels_last)))
         for module in _steps(reversed(self.up)):
             h = module(h)
@@ -96,7 +97,7 @@ class VQGAN(vqgan.VQGAN):
         if not _infers(codewords_BCyx):
             return super().pixels(codewords_BCyx)
         with reusing():
-            # A copy: what leaves must not hold the much larger memory that was reused.
+            # A copy, so that the result does not keep the much larger reused memory alive.
             return super().pixels(codewords_BCyx).clone()
 
 
@@ -111,10 +112,8 @@ def _infers(x: Tensor) -> bool:
 
 
 def _is_compiled(x_BCYX: Tensor, conv: nn.Module, scale: int = 1, missing: int = 0) -> bool:
-    """Whether `conv3x3` takes this convolution, of `x` enlarged `scale` times.
-
-    `missing` channels are to be added to `x`.
-    """
+    """Whether `conv3x3` can run this convolution of `x`, enlarged `scale` times and with `missing`
+    channels added."""
     if type(conv) is not nn.Conv2d or not _infers(x_BCYX):
         return False
     b, c, y, x = x_BCYX.shape
@@ -126,10 +125,8 @@ def _is_compiled(x_BCYX: Tensor, conv: nn.Module, scale: int = 1, missing: int =
 
 
 def _steps(levels: Iterable[nn.Module]) -> Iterator[nn.Module]:
-    """The parts of each level and what changes the size after it, in the order they run.
-
-    Parts instead of levels, so that the input of one is free before the next one runs.
-    """
+    """The parts of each level and its change of size, in the order they run. Parts instead of
+    levels, so that the input of each is freed before the next runs."""
     for level in levels:
         yield from level.parts() if isinstance(level, vqgan.Level) else (level,)
         yield from (child for name, child in level.named_children() if name.endswith("sample"))
@@ -158,12 +155,13 @@ def _swish_conv(
         plus_BYXC = None if plus_BCYX is None else _last(plus_BCYX)
         before, bias_K = swish_after(norm, x_BYXC), cast("Tensor", conv.bias)
         return _first(conv3x3(x_BYXC, conv.weight, bias_K, before, plus_BYXC, in_place=in_place))
+    # In place is safe below: the convolution's result is new.
     out = conv(F.silu(norm(x_BCYX)))
     return out if plus_BCYX is None else out.add_(plus_BCYX)
 
 
 def _conv1x1(x_BCYX: Tensor, conv: nn.Conv2d) -> Tensor:
-    """A 1 x 1 convolution: one matrix product where channels come last."""
+    """A 1 x 1 convolution: one matrix product if channels come last."""
     if not _is_compiled(x_BCYX, conv):
         return conv(x_BCYX)
     x_BYXC = _last(x_BCYX)
@@ -174,7 +172,7 @@ def _conv1x1(x_BCYX: Tensor, conv: nn.Conv2d) -> Tensor:
 
 
 def _pixel_conv(pixels_BCYX: Tensor, conv: nn.Conv2d) -> Tensor:
-    """The first convolution: 3 channels are filled up with zeros to the 16 of a vector."""
+    """The first convolution: 3 channels are padded with zeros to the 16 of a vector."""
     missing = -pixels_BCYX.shape[1] % 16
     if not _is_compiled(pixels_BCYX, conv, missing=missing):
         return conv(pixels_BCYX.to(memory_format=torch.channels_last))

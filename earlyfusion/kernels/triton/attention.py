@@ -1,11 +1,11 @@
 """Attention of one token per row over the paged cache, in two Triton kernels.
 
-The first has a program per row, key head and stretch of `KEYS` keys; the second joins the
-stretches of a row. A row's stretches depend on its own length only, so that the order of its sums
-does not depend on the rows beside it. Grids do not depend on values: they can be captured.
+The first has one program per row, key head and stretch of `KEYS` keys; the second joins the
+stretches of a row. A row's stretches depend only on its own length, so its sums have the same order
+whatever the other rows are. Grids do not depend on values, so the kernels can be captured.
 
-Shapes: R rows, N query heads, K key and value heads, G = N / K, H head width, B blocks, T tokens
-of a block, W blocks of a table, S stretches.
+Shapes: R rows, N query heads, K key and value heads, G = N / K, H head width, B blocks, T tokens of
+a block, W blocks of a table, S stretches.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def attend(q_RNH: Tensor, blocks: LayerBlocks, table_RW: Tensor, lengths_R: Tens
     totals = torch.empty_like(peaks)
     q_RNH = q_RNH.contiguous()
     group, padded = heads // keys, triton.next_power_of_2(width)
-    # A single query multiplies and adds; several share a product of matrices, of 16 rows at least.
+    # One query multiplies and adds; several share a matrix product, which takes at least 16 rows.
     kernel = _single if group == 1 else _grouped
     shape = {} if group == 1 else {"QUERIES": max(16, triton.next_power_of_2(group))}
     kernel[rows, keys, stretches](
@@ -80,7 +80,7 @@ def attend(q_RNH: Tensor, blocks: LayerBlocks, table_RW: Tensor, lengths_R: Tens
 
 @triton.jit
 def _places(table, row, table_stride, at, valid, block_stride, token_stride, BLOCK: tl.constexpr):
-    """Where the tokens at these positions begin in the cache, head 0; in 64 bits."""
+    """The offsets in the cache, for head 0, of the tokens at these positions; in 64 bits."""
     number = tl.load(table + row.to(tl.int64) * table_stride + at // BLOCK, mask=valid, other=0)
     return number.to(tl.int64) * block_stride + (at % BLOCK).to(tl.int64) * token_stride
 
@@ -112,8 +112,8 @@ def _single(
     TILE_KEYS: tl.constexpr,
     SCALED: tl.constexpr,
 ):
-    """One query per key head. Each place of the tile has a softmax of its own until the end, so
-    that the loop needs no exchange between threads but the sum over a head's width."""
+    """One query per key head. Each position of the tile keeps a separate softmax until the end, so
+    that threads only communicate to sum over a head's width."""
     row, head, stretch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + row)
     first = stretch * STRETCH
@@ -146,7 +146,7 @@ def _single(
                 weight = tl.load(scales + where + scale_kind_stride, mask=valid, other=0)
             score = tl.where(valid, score, float("-inf"))
             higher = tl.maximum(peak, score)
-            # A place that has seen no key yet has the peak -inf, and -inf less itself is NaN.
+            # A position that has seen no key yet has the peak -inf, and -inf minus -inf is NaN.
             safe = tl.where(higher == float("-inf"), 0.0, higher)
             shrink = tl.exp(peak - safe)
             share = tl.exp(score - safe)
@@ -158,6 +158,7 @@ def _single(
     part = query * tl.num_programs(2) + stretch
     tl.store(peaks + part, top)
     tl.store(totals + part, tl.sum(total * shrink, 0))
+    # Not divided by the total yet: `_join` does so once, for all stretches.
     out_h = tl.sum(out * shrink[:, None], 0)
     tl.store(parts + part.to(tl.int64) * WIDTH + h, out_h, mask=inside)
 
@@ -190,7 +191,7 @@ def _grouped(
     SCALED: tl.constexpr,
     QUERIES: tl.constexpr,
 ):
-    """Several queries per key head, as rows of a product of matrices in the queries' dtype."""
+    """Several queries per key head, as rows of a matrix product in the queries' dtype."""
     row, head, stretch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + row)
     first = stretch * STRETCH
@@ -214,7 +215,7 @@ def _grouped(
             place = _places(table, row, table_stride, at, valid, block_stride, token_stride, BLOCK)
             mask = valid[:, None] & inside[None, :]
             pointers = keys + place[:, None] + h[None, :]
-            # Levels of int8 are exact in every dtype of a query.
+            # int8 levels are exact in every dtype of a query.
             k = tl.load(pointers, mask=mask, other=0).to(tl.float32).to(x.dtype)
             v = tl.load(pointers + kind_stride, mask=mask, other=0).to(tl.float32).to(x.dtype)
             score = dot(x, tl.trans(k), tl.zeros((QUERIES, TILE_KEYS), tl.float32)) * factor
@@ -228,6 +229,7 @@ def _grouped(
             share = tl.exp(score - higher[:, None])
             total = total * shrink + tl.sum(share, 1)
             if SCALED:
+                # The values' scales come after the sum of shares, which must not contain them.
                 share *= tl.load(scales + where + scale_kind_stride, mask=valid, other=0)[None, :]
             out = dot(share.to(x.dtype), v, out * shrink[:, None])
             peak = higher
@@ -250,7 +252,7 @@ def _join(
     STRETCH: tl.constexpr,
     STRETCHES: tl.constexpr,
 ):
-    """The stretches of one query, those that hold keys, into one output."""
+    """Joins those stretches of one query that hold keys into one output."""
     row = tl.program_id(0)
     query = row * tl.num_programs(1) + tl.program_id(1)
     h, s = tl.arange(0, PADDED), tl.arange(0, STRETCHES)

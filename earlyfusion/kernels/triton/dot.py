@@ -12,6 +12,6 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 def dot(a, b, total):
     """`total` + a b, summed in fp32; fp32 factors are not rounded to fewer bits."""
     if INTERPRETED:
-        # The interpreter keeps bf16 as integers and would multiply these.
+        # The interpreter stores bf16 as integers, which it would multiply.
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, total, input_precision="ieee")

@@ -58,8 +58,8 @@ def norm_rotate_store(
 
 @triton.jit
 def _nearest(x):
-    """To the nearest integer, halves to the even one; exact below 2^22."""
-    # fp32 has no bits for halves at 1.5 * 2^23, so the addition itself rounds.
+    """To the nearest integer, halves to even; exact below 2^22."""
+    # Near 1.5 * 2^23 fp32 has no fractional bits, so the addition itself rounds.
     return (x + 12582912.0) - 12582912.0
 
 
@@ -101,7 +101,7 @@ def _heads(
         mean = tl.sum(x, 0) / WIDTH
         centred = tl.where(inside, x - mean, 0.0)
         inverse = tl.rsqrt(tl.sum(centred * centred, 0) / WIDTH + NORM_EPS)
-        # The other entry of each pair is loaded and normed once more.
+        # Rotation needs the other entry of each pair: load and norm it again.
         other = tl.where(h < WIDTH // 2, h + WIDTH // 2, h - WIDTH // 2)
         x_other = tl.load(x_pointer + other, mask=inside, other=0).to(tl.float32)
         w, b = weight + head * WIDTH, bias + head * WIDTH
@@ -112,6 +112,7 @@ def _heads(
         angle = at.to(tl.int64) * WIDTH + h
         x *= tl.load(cos + angle, mask=inside, other=0)
         x += x_other * tl.load(sin + angle, mask=inside, other=0)
+    # Rounded before it is quantised, as the definition does.
     rounded = x.to(out.dtype.element_ty)
     if head < HEADS - 2 * KEY_HEADS:
         place = (row.to(tl.int64) * (HEADS - 2 * KEY_HEADS) + head) * WIDTH

@@ -1,7 +1,5 @@
-"""What stands between two products of a layer, a kernel each: sum and RMSNorm; SwiGLU.
-
-Shapes: R rows, D model width, F inner width of the feed-forward.
-"""
+"""The operations between two products of a layer, a kernel each: sum and RMSNorm; SwiGLU. Shapes: R
+rows, D model width, F inner width of the feed-forward."""
 
 from __future__ import annotations
 
@@ -51,7 +49,7 @@ def _add_norm(x, y, weight, total, normed, eps, WIDTH: tl.constexpr, PADDED: tl.
     at = tl.program_id(0).to(tl.int64) * WIDTH + d
     z = tl.load(x + at, mask=inside, other=0).to(tl.float32)
     z += tl.load(y + at, mask=inside, other=0).to(tl.float32)
-    # The sum is rounded before it is normed, as it is where the two are computed one by one.
+    # The sum is rounded before it is normed, as if the two were computed one after the other.
     rounded = z.to(total.dtype.element_ty)
     tl.store(total + at, rounded, mask=inside)
     z = rounded.to(tl.float32)

@@ -1,7 +1,5 @@
 """Products of few rows with packed weights, which are read once: int8, int4, and dense ones.
-
-Shapes: R rows, O x I a weight.
-"""
+Shapes: R rows, O x I a weight."""
 
 from __future__ import annotations
 
@@ -17,8 +15,8 @@ from earlyfusion.model.quantise import PackedMatrix
 
 
 class Tile(NamedTuple):
-    """What a program multiplies: `outs` rows of the weight, `columns` at a time (at 4 bits, bytes),
-    with `stages` of loads under way."""
+    """What a program multiplies: `outs` rows of the weight, `columns` (at 4 bits: bytes) at a time,
+    with `stages` loads in flight."""
 
     outs: int
     columns: int
@@ -26,7 +24,7 @@ class Tile(NamedTuple):
 
 
 TILES = {
-    32: Tile(32, 64, 3),  # for tests: fp32 is not multiplied here otherwise
+    32: Tile(32, 64, 3),  # for tests only
     16: Tile(32, 128, 4),
     8: Tile(32, 256, 4),
     4: Tile(32, 256, 4),
@@ -39,10 +37,10 @@ def product(x_RI: Tensor, matrix: PackedMatrix) -> Tensor:
     x_RI = x_RI.contiguous()
     rows, tile = x_RI.shape[0], TILES[matrix.bits]
     block_rows = min(64, max(16, triton.next_power_of_2(rows)))
-    # Many rows need room for their inputs, and registers for their sums.
+    # Many rows need space for their inputs, and registers for their sums.
     columns, warps = (tile.columns, 4) if block_rows == 16 else (tile.columns // 2, 8)
     out_RO = torch.empty(rows, matrix.rows, dtype=x_RI.dtype, device=x_RI.device)
-    # The lengths of rows are known when a kernel is compiled; a model has few of them.
+    # Compile-time constants: a model has few different shapes.
     shape = {
         "WIDTH": matrix.columns,
         "STRIDE": matrix.data.shape[1],
@@ -76,7 +74,7 @@ def _by_row(
     OUTS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Weights as they are, or int8 with a scale per row."""
+    """Dense weights, or int8 with a scale per row."""
     o = tl.program_id(0) * OUTS + tl.arange(0, OUTS)
     r = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     in_o, in_r = o < outs, r < rows
@@ -121,7 +119,7 @@ def _int4(
     for start in range(0, STRIDE, COLUMNS):
         byte = start + tl.arange(0, COLUMNS)
         both = tl.load(weights + byte, mask=in_o[:, None] & (byte < STRIDE)[None, :], other=0)
-        # Two scales for 32 bytes: of the low nibbles, and of the high ones.
+        # Each 32 bytes have two scales: that of the low nibbles, then that of the high ones.
         half = start // 16 + tl.arange(0, COLUMNS // 16)
         scale = tl.load(pairs + half, mask=in_o[:, None] & (half < STRIDE // 16)[None, :], other=0)
         scale_a, scale_b = tl.split(tl.reshape(scale, (OUTS, COLUMNS // 32, 2)))
@@ -141,6 +139,6 @@ def _int4(
 
 @triton.jit
 def _rounded(nibbles, scale, dtype: tl.constexpr):
-    """int4 weights in a dtype, rounded once; a scale for the last dimension."""
+    """int4 weights in a dtype, rounded once; one scale per run of the last dimension."""
     level = nibbles.to(tl.float32) - 8
     return (level * scale.to(tl.float32)[:, :, None]).to(dtype)
