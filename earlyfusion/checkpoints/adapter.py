@@ -1,7 +1,7 @@
 """Low-rank adapters in PEFT's files: `adapter_config.json` and `adapter_model.safetensors`.
 
-A layer becomes W + scale B A, where scale is alpha / rank, or alpha / sqrt(rank) with `use_rslora`.
-The files name a layer as the model does, behind `base_model.model.`.
+A layer becomes W + scale B A; scale is alpha / rank, or alpha / sqrt(rank) with `use_rslora`. The
+files name a layer as the model does, behind `base_model.model.`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from earlyfusion.model.transformer import Transformer
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _KEY = re.compile(rf"{re.escape(_PREFIX)}(.+)\.lora_([AB])(?:\.\w+)?\.weight")
-# Settings under which an adapter is more than a product of two matrices: each must be off.
+# With any of these settings an adapter is more than a product of two matrices.
 _UNSUPPORTED = (
     "use_dora",
     "lora_bias",
@@ -51,7 +51,7 @@ class LowRank:
 def save_adapter(folder: Path, layers: Mapping[str, LowRank], base: str) -> None:
     """Write adapters of one rank and scale, by layer name; the folder appears whole or not at all.
 
-    A folder that holds an adapter is replaced; any other that is not empty is refused.
+    A folder that holds an adapter is replaced; any other non-empty folder is refused.
     """
     if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG).is_file():
         raise CheckpointError(
@@ -86,7 +86,9 @@ def read_adapter(folder: Path) -> dict[str, LowRank]:
     _check_plain_lora(folder, config)
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, value in _tensors(folder / WEIGHTS).items():
-        if key.endswith(".base_layer.weight"):  # PEFT also stores the weight of an adapted head
+        if key.endswith(
+            ".base_layer.weight"
+        ):  # PEFT also stores the frozen weight of an adapted head
             continue
         found = _KEY.fullmatch(key)
         if found is None:
@@ -106,21 +108,16 @@ def read_adapter(folder: Path) -> dict[str, LowRank]:
 
 
 def merge_adapter(model: Transformer, folder: Path) -> None:
-    """Add the adapters of a folder to the weights of a model, whose dtypes stay.
-
-    Raises `CheckpointError` for adapters of another model.
-    """
+    """Add the adapters of a folder to a model's weights, whose dtypes stay. Raises
+    `CheckpointError` for adapters of another model."""
     for name, weight in merged_weights(model, folder):
         _linear(model, name).weight = nn.Parameter(weight)
 
 
 @torch.no_grad()
 def merged_weights(model: Transformer, folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Layer names, and the weights that a model has there with the adapters of a folder, in its
-    dtypes.
-
-    Raises `CheckpointError` for adapters of another model.
-    """
+    """The layers that a folder adapts, and their weights with the adapters merged, in the model's
+    dtypes. Raises `CheckpointError` for adapters of another model."""
     layers = read_adapter(folder)
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     for name, layer in layers.items():
@@ -143,8 +140,8 @@ def merged_weights(model: Transformer, folder: Path) -> Iterator[tuple[str, Tens
 
 @torch.no_grad()
 def with_weights(model: Transformer, weights: Iterable[tuple[str, Tensor]]) -> Transformer:
-    """The same model with other weights in some of its layers, rounded as its own are. All other
-    tensors are those of `model`."""
+    """The same model with other weights in some layers, rounded as its own are. All other tensors
+    are shared with `model`."""
     tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
     copied = deepcopy(model, {id(tensor): _shared(tensor) for tensor in tensors})
     for name, weight in weights:
@@ -168,7 +165,7 @@ def _linear(model: Transformer, name: str) -> nn.Linear:
 
 
 def _shared(tensor: Tensor) -> Tensor:
-    """The same numbers in an object of its own, as a back end may replace what an object holds."""
+    """The same numbers in another tensor object, as a back end may replace a tensor's data."""
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(tensor.detach(), tensor.requires_grad)
     return tensor.detach()

@@ -1,9 +1,9 @@
 """Anole (arXiv 2407.06135): files of its early fork of transformers, under today's names and order.
 
 That fork stores one QK-norm for all heads of a layer, a vector as wide as a head, and keeps Meta's
-order of the rotary pairs, which it swaps while it runs. The shape of the norm identifies such a
-file: transformers itself never released it. Facts from github.com/GAIR-NLP/anole, whose other files
-are in Meta's layout.
+order of the rotary pairs, which it swaps at run time. The norm's shape identifies such a file, as
+transformers never released one. Facts from github.com/GAIR-NLP/anole, whose other files are in
+Meta's layout.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def modern(tensors: Mapping[str, Stored], config: ModelConfig) -> dict[str, Stor
 
 
 def unrotate(rows: Tensor, head_dim: int) -> Tensor:
-    """Reorder the rows of each head from neighbouring rotary pairs to halves: 0 2 4 … 1 3 5 …"""
+    """Reorder the rows of each head from adjacent rotary pairs to halves: 0 2 4 … 1 3 5 …"""
     pairs = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
     return pairs.transpose(1, 2).reshape(rows.shape)
 

@@ -1,7 +1,7 @@
 """An open checkpoint into modules: names and shapes are checked, then each tensor is read.
 
-The transformer keeps the dtype of its file unless another is asked for. The VQ-GAN is always fp32
-in memory: in bf16 some codes would differ.
+The transformer keeps its file's dtype unless another is requested. The VQ-GAN is always fp32 in
+memory: in bf16 some codes would differ.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def assemble(
 ) -> Loaded:
     """Read an open checkpoint into modules; `dtype` None keeps that of the file.
 
-    Weights in 8 or 4 bits are refused unless `packed` is True and `dtype` is None. Raises
+    8- and 4-bit weights are refused unless `packed` is True and `dtype` None. Raises
     `CheckpointError`.
     """
     config, folder = source.config, source.folder
@@ -81,7 +81,7 @@ def checked(source: Source) -> Source:
 
 
 def check_not_packed(source: Source) -> None:
-    """Raise `CheckpointError` where the weights are in 8 or 4 bits."""
+    """Raise `CheckpointError` if the weights have 8 or 4 bits."""
     if source.bits is not None:
         raise CheckpointError(
             f"{source.folder} holds weights in {source.bits} bits, which only Chameleon.load reads,"
@@ -93,8 +93,8 @@ def open_processor(source: Source) -> Processor:
     """The processor of an open checkpoint; `CheckpointError` if the tokenizer does not fit it."""
     processor = Processor(source.tokenizer, source.layout)
     vocabulary, config = processor.vocabulary, source.config
-    source.layout.template(vocabulary)  # raises where a token of the layout is missing
-    if source.is_shard:  # its config counts the tokens of the shard; the whole was checked
+    source.layout.template(vocabulary)  # raises if a token of the layout is missing
+    if source.is_shard:  # its config counts the shard's tokens; the whole was checked before
         return processor
     if vocabulary.size > config.vocab_size:
         raise CheckpointError(
@@ -117,10 +117,8 @@ def build_transformer(
     dtype: torch.dtype | None = None,
     bits: int | None = None,
 ) -> Transformer:
-    """A transformer in eval mode with the values of `tensors`, in `bits` bits if they are packed.
-
-    `folder` is where they come from, for the error.
-    """
+    """A transformer in eval mode with the values of `tensors`, packed if `bits` is 8 or 4. `folder`
+    is their source, for errors."""
     if config.tie_word_embeddings and EMBEDDING in tensors:
         tensors = {**tensors, HEAD: tensors[EMBEDDING]}
     transformer = _empty_transformer(config, bits)
@@ -130,7 +128,7 @@ def build_transformer(
 
 
 def vqgan_of(source: Source, device: torch.device | str = "cpu") -> VQGAN | MissingVQGAN:
-    """The VQ-GAN of an open checkpoint, or what takes its place where there is none."""
+    """The VQ-GAN of an open checkpoint, or a stand-in without one."""
     config = source.config.vq_config
     if not source.vq:
         return MissingVQGAN(config).to(device).eval()
@@ -143,7 +141,7 @@ def build_vqgan(
     folder: Path,
     device: torch.device | str = "cpu",
 ) -> VQGAN:
-    """A VQ-GAN in eval mode and fp32, without a decoder where `tensors` have none."""
+    """A VQ-GAN in eval mode and fp32, without a decoder if `tensors` have none."""
     vqgan = _empty_vqgan(config, tensors)
     _fill(vqgan, tensors, folder, device, torch.float32)
     return accelerate(vqgan.eval())

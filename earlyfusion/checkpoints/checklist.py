@@ -19,7 +19,7 @@ from earlyfusion.files import write_whole
 
 CHECKLIST = "checklist.chk"
 _LINE = re.compile(r"([0-9a-f]{32}) [ *](\S+)")
-# Files below this number of bytes are summed again each time: that is quick.
+# Files below this number of bytes are summed again each time, which is fast.
 _CACHED_FROM = 2**24
 _MAX_CACHED = 1000
 
@@ -27,8 +27,7 @@ _MAX_CACHED = 1000
 def verify_checklist(folder: Path) -> None:
     """Compare the files of a folder with its checklist.chk, if it has one.
 
-    Raises `CheckpointError` for the first file that differs. Files that are missing or not listed
-    are passed over.
+    Raises `CheckpointError` for the first file that differs. Missing or unlisted files are skipped.
     """
     path = folder / CHECKLIST
     if not path.is_file():
@@ -44,14 +43,14 @@ def verify_checklist(folder: Path) -> None:
 
 
 def write_checklist(folder: Path) -> None:
-    """List the files of a folder as `md5sum -c` reads them."""
+    """List the files of a folder in the format of `md5sum -c`."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
     lines = [f"{_md5(path)}  {path.name}\n" for path in files]
     (folder / CHECKLIST).write_text("".join(lines), encoding="utf-8")
 
 
 def _known_md5(path: Path) -> str:
-    """The sum of a file, from the cache if the file has not changed since it was summed."""
+    """The sum of a file, from the cache if the file has not changed since."""
     state = path.stat()
     if state.st_size < _CACHED_FROM:
         return _md5(path)
@@ -78,7 +77,7 @@ def _cached() -> dict[str, Any]:
 
 
 def _cache(key: str, entry: list[Any]) -> None:
-    # Of two processes that do this at once, one loses its entry and will sum its file again.
+    # If two processes do this at once, one entry is lost, and its file is summed again later.
     entries = _cached() | {key: entry}
     text = json.dumps(dict([*entries.items()][-_MAX_CACHED:]))
     with suppress(SettingError, RuntimeError):  # not writable, no home folder

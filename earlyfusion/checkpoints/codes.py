@@ -13,7 +13,7 @@ from earlyfusion.errors import CheckpointError
 from earlyfusion.files import write_whole
 
 _KEY = "codes"
-# Names of other formats, which people would expect to hold something else.
+# Suffixes of other formats, in which nobody expects codes.
 _FOREIGN = {".npz", ".pt", ".pth", ".pkl", ".json", ".csv", ".png", ".jpg", ".jpeg"}
 
 
@@ -28,7 +28,7 @@ def check_name(path: Path) -> None:
 def save_codes(path: Path, codes: npt.NDArray[np.int64], overwrite: bool = False) -> None:
     """Write codes [n, h, w], as .npy or else as safetensors; the file is whole or not there.
 
-    Raises `SettingError` where it cannot be written, or exists and `overwrite` is False.
+    Raises `SettingError` if it cannot be written, or exists and `overwrite` is False.
     """
     check_name(path)
     array = np.ascontiguousarray(codes, dtype=np.int64)

@@ -1,7 +1,7 @@
 """Converts a model of any supported layout to transformers' or Meta's, one tensor at a time.
 
-Files that are read are mapped into memory. Writing holds one tensor in transformers' layout and one
-shard in Meta's, however large the model is.
+Input files are memory-mapped. Writing holds one tensor in transformers' layout and one shard in
+Meta's, whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Progress = Callable[[int, int], None]
 
 _WRITERS = {"hf": copy_to_hf, "meta": copy_to_meta}
 _CODEBOOK = "quantize.embedding.weight"
-# bf16 has 8 significant bits: two copies of one codebook differ by no more than that.
+# bf16 has 8 significant bits: copies of one codebook differ by rounding to them at most.
 _ROUNDING = 2**-7
 
 
@@ -55,13 +55,13 @@ def convert(
 ) -> None:
     """Write the model `name` into the new folder `target`, which appears whole or not at all.
 
-    `tokenizer` is a folder with a tokenizer file for a model that lacks one. `image_tokenizer`
-    is a VQ-GAN to add: Meta's tokenizer folder, its vqgan.ckpt, or another model. `shards` is the
-    number of weight files; None keeps Meta's number or takes the fewest possible. `dtype` is the
-    transformer's new one, None for the old; the VQ-GAN is never narrowed. `verify` compares files
-    with their checklist and refuses NaN and infinite weights. `progress` is called with the bytes
-    done and their total. Raises `CheckpointError` before anything is written for a wrong key, size
-    or tokenizer or too little room, and before `target` appears for a wrong value.
+    `tokenizer` is a folder with a tokenizer file for a model that lacks one. `image_tokenizer` is a
+    VQ-GAN to add: Meta's tokenizer folder, its vqgan.ckpt, or another model. `shards` is the number
+    of weight files (None: Meta's number, or the fewest possible). `dtype` is the transformer's new
+    one (None: the old); the VQ-GAN is never narrowed. `verify` compares files with their checklist
+    and refuses NaN and infinite weights. `progress` is called with the bytes done and their total.
+    Raises `CheckpointError`: for a wrong key, size or tokenizer or too little room before anything
+    is written, for a wrong value before `target` appears.
     """
     if to not in _WRITERS:
         raise SettingError(f"to={to!r} is unknown: use one of {', '.join(get_args(Layout))}")
@@ -107,7 +107,7 @@ class _Cast:
 
 
 def with_image_tokenizer(source: Source, path: Path) -> Source:
-    """The checkpoint with the VQ-GAN at `path`; `CheckpointError` where its codes would differ."""
+    """The checkpoint with the VQ-GAN at `path`; `CheckpointError` if its codes would differ."""
     config, vq = _open_image_tokenizer(path)
     expected = source.config.vq_config
     known = source.vq.get(_CODEBOOK)
@@ -116,7 +116,7 @@ def with_image_tokenizer(source: Source, path: Path) -> Source:
             f"{path} is not the image tokenizer that {source.folder} was trained with: "
             "their codebooks differ"
         )
-    # The network takes pictures of any size: the model's config says which.
+    # The network accepts any size of pictures: the model's config decides it.
     config = replace(config, resolution=expected.resolution)
     if config.grid != expected.grid or config.num_embeddings != expected.num_embeddings:
         raise CheckpointError(
@@ -139,7 +139,7 @@ def _open_image_tokenizer(path: Path) -> tuple[VQConfig, dict[str, Stored]]:
 
 
 def _same(one: Stored, other: Stored) -> bool:
-    """Whether two codebooks are equal but for rounding."""
+    """Whether two codebooks are equal except for rounding."""
     if one.shape != other.shape:
         return False
     return torch.allclose(one.read().float(), other.read().float(), rtol=_ROUNDING, atol=1e-6)
@@ -186,7 +186,9 @@ def _write(
 
 def _check_room(target: Path, total: int) -> None:
     nearest = next(p for p in target.absolute().parents if p.exists())
-    tempfile.TemporaryDirectory(dir=nearest).cleanup()  # `OSError` if that folder is read-only
+    tempfile.TemporaryDirectory(
+        dir=nearest
+    ).cleanup()  # raises `OSError` if that folder is read-only
     free = shutil.disk_usage(nearest).free
     if total > free:
         raise CheckpointError(
@@ -196,7 +198,7 @@ def _check_room(target: Path, total: int) -> None:
 
 
 def _size(count: int) -> str:
-    """Bytes in words: 12.3 GB."""
+    """Bytes as text: 12.3 GB."""
     units = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
     unit, size = next((pair for pair in units if count >= pair[1]), ("bytes", 1))
     return f"{count / size:.1f} {unit}" if size > 1 else f"{count} {unit}"

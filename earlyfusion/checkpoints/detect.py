@@ -1,4 +1,4 @@
-"""Finds a named model, tells the layout of its folder, and opens or loads it."""
+"""Finds a model by name, detects the layout of its folder, and opens or loads it."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def load(
 def open_source(folder: Path, tokenizer: Path | None = None, verify: bool = True) -> Source:
     """Open a folder in any supported layout without reading its tensors.
 
-    `tokenizer` is the folder with the tokenizer file (in Meta's layout with the VQ-GAN too) where
-    the model's own folder lacks it. `verify` compares files with the checklist beside them.
+    `tokenizer` is the folder with the tokenizer file (in Meta's layout also with the VQ-GAN) if the
+    model's own lacks it. `verify` compares files with the folder's checklist.
     """
     source = _OPENERS[detect(folder)](folder, tokenizer)
     for checklist_folder in {folder, source.tokenizer.parent} if verify else ():
@@ -68,7 +68,7 @@ def detect(folder: Path) -> str:
     if (folder / "config.json").is_file() and _has(folder, WEIGHTS, INDEX, PICKLE, PICKLE_INDEX):
         config = read_json(folder / "config.json")
         _check_quantiser(folder, config)
-        if lumina.is_lumina(config):  # whose norms may be of any shape
+        if lumina.is_lumina(config):  # first, as its norms may have any shape
             return "lumina"
         return "anole" if anole.is_early(open_tensors(folder)) else "hf"
     if (folder / "params.json").is_file() or _has(folder, "consolidated*.pth"):
@@ -89,7 +89,7 @@ def _check_quantiser(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def _not_a_model(folder: Path) -> str:
-    """What a folder is instead of a model, and what to give in its place."""
+    """What a folder is instead of a model, and which folder to give."""
     if (folder / "adapter_config.json").is_file():
         name = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
         base = f"its base model {name}" if name else "its base model"
@@ -119,7 +119,7 @@ def locate(name: str | Path) -> Path:
     if str(name) in EMBEDDED:
         return _PRETRAINED / str(name)
     folder = Path(name).expanduser()
-    # org/name may be a folder here as well, which then counts.
+    # org/name may also be a folder here, which takes precedence.
     if folder.is_dir() or not is_hub_id(str(name)):
         return folder
     return download_model(str(name))

@@ -1,7 +1,7 @@
-"""Transformers' layout: config.json, safetensors and tokenizer.json, read and written.
+"""transformers' layout: config.json, safetensors and tokenizer.json, read and written.
 
-The transformer's parameters carry the names they have in these files. The VQ-GAN's are found behind
-`model.vqmodel.`, with the decoder that transformers leaves out.
+The transformer's parameters have the names of these files. The VQ-GAN's are under `model.vqmodel.`,
+with the decoder that transformers leaves out.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def open_hf(folder: Path, tokenizer: Path | None = None) -> Source:
     tensors = open_tensors(folder)
     vq_names = [name for name in tensors if name.startswith(VQ_PREFIX)]
     vq = {name.removeprefix(VQ_PREFIX): tensors.pop(name) for name in vq_names}
-    # Old versions of transformers stored the rotary frequencies, which are computed here.
+    # Old versions of transformers stored the rotary frequencies; here they are computed.
     tensors = {k: v for k, v in tensors.items() if not k.endswith("rotary_emb.inv_freq")}
     if anole.is_early(tensors):
         tensors = _modern(tensors, config, folder)
@@ -119,10 +119,9 @@ def save_hf(
 ) -> None:
     """Write modules as a model folder, which appears whole or not at all.
 
-    `resize_mode` is the `mode` of the model's `ImageTokenizer`, `family` that of its `Source`.
-    Weights in 8 or 4 bits stay as they are, whatever `dtype` is, and transformers cannot read them.
-    A folder that holds a model is replaced. Raises `CheckpointError` for any other that is not
-    empty.
+    `resize_mode` is the `mode` of the model's `ImageTokenizer`, `family` that of its `Source`. 8-
+    and 4-bit weights are written as they are, whatever `dtype` is; transformers cannot read them. A
+    folder that holds a model is replaced. Raises `CheckpointError` for any other non-empty folder.
     """
     if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").is_file():
         raise CheckpointError(
@@ -150,7 +149,7 @@ def save_hf(
 def copy_to_hf(source: Source, folder: Path, shards: int | None, on_bytes: OnBytes) -> None:
     """Write an open checkpoint into an empty folder, one tensor after the other.
 
-    `shards` is the number of weight files; None takes as few as keep each under 5 GB.
+    `shards` is the number of weight files (None: as few as keep each under 5 GB).
     """
     files = _config_files(
         source.config,
@@ -217,7 +216,7 @@ def _open_safetensors(path: Path) -> dict[str, Stored]:
 def _in_file(
     config: ModelConfig, tensors: Mapping[str, Stored], vq: Mapping[str, Stored]
 ) -> dict[str, Stored]:
-    """All tensors under the names that they have in the files; a tied head is left out."""
+    """All tensors under their names in the files; a tied head is left out."""
     tied = {HEAD} if config.tie_word_embeddings else set()
     stored = {name: tensor for name, tensor in tensors.items() if name not in tied}
     return stored | {VQ_PREFIX + name: tensor for name, tensor in vq.items()}
@@ -244,13 +243,13 @@ def _write_weights(
 
 
 def _write_texts(folder: Path, texts: Mapping[str, str]) -> None:
-    # config.json is the last: without it nothing takes the folder for a model.
+    # config.json comes last: without it, nothing takes the folder for a model.
     for name, text in sorted(texts.items(), key=lambda entry: entry[0] == "config.json"):
         (folder / name).write_text(text, encoding="utf-8")
 
 
 def _sharded(tensors: Mapping[str, Stored], count: int | None) -> list[dict[str, Stored]]:
-    """The tensors in their order, in `count` shards of about equal size, or under 5 GB each."""
+    """The tensors in order, in `count` shards of about equal size, or under 5 GB each."""
     if count is not None and not 1 <= count <= len(tensors):
         raise CheckpointError(
             f"{count} files cannot hold {len(tensors)} tensors: choose 1 to {len(tensors)}"
@@ -263,7 +262,7 @@ def _sharded(tensors: Mapping[str, Stored], count: int | None) -> list[dict[str,
         if count is None:
             full = in_shard > 0 and in_shard + stored.nbytes > limit
         else:
-            # Each of the shards to come needs a tensor.
+            # Leave at least one tensor for each remaining shard.
             few = len(tensors) - number <= count - len(shards)
             on_schedule = few or done >= limit * len(shards)
             full = bool(shards[-1]) and len(shards) < count and on_schedule
@@ -277,7 +276,7 @@ def _sharded(tensors: Mapping[str, Stored], count: int | None) -> list[dict[str,
 
 
 def _write_safetensors(path: Path, tensors: Mapping[str, Stored], on_bytes: OnBytes) -> None:
-    # The format is written by hand, as the library's writer holds all tensors of a file twice:
+    # Written by hand, because the library's writer holds all tensors of a file twice. The format:
     # 8 bytes with the length of a JSON header, the header, the values.
     ordered = sorted(tensors.items(), key=lambda entry: (-entry[1].dtype.itemsize, entry[0]))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -290,7 +289,7 @@ def _write_safetensors(path: Path, tensors: Mapping[str, Stored], on_bytes: OnBy
         }
         offset += stored.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # values begin at a multiple of 8 bytes
+    text += b" " * (-len(text) % 8)  # values must begin at a multiple of 8 bytes
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for _, stored in ordered:
@@ -300,13 +299,13 @@ def _write_safetensors(path: Path, tensors: Mapping[str, Stored], on_bytes: OnBy
 
 
 def _generation_config(given: Mapping[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
-    """The given settings with the ids without which transformers' `generate` does not stop."""
+    """The given settings, and the ids that transformers' `generate` needs in order to stop."""
     ids = {
         "bos_token_id": vocabulary.bos,
         "eos_token_id": vocabulary.eos,
         "pad_token_id": vocabulary.pad,
     }
-    # Once the file has an eos_token_id, this package reads its settings from "chameleon" alone.
+    # Once the file has an eos_token_id, this package only reads its settings from "chameleon".
     bare = bool(given) and not given.keys() & {"chameleon", "eos_token_id"}
     copied = {"chameleon": dict(given)} if bare else {}
     return ids | {k: v for k, v in given.items() if v is not None} | copied
@@ -327,7 +326,7 @@ def _packed_bits(folder: Path, config: Mapping[str, Any]) -> int | None:
 
 def read_resize_mode(folder: Path) -> Mode:
     """How pictures become squares: "crop" unless a file of the folder says "fit"."""
-    # transformers writes the image processor's settings into either of two files.
+    # transformers writes the image processor's settings into one of two files.
     settings = read_json(folder / PROCESSOR, needed=False).get("image_processor")
     older = read_json(folder / "preprocessor_config.json", needed=False)
     mode = (settings if isinstance(settings, dict) else older).get("resize_mode", "crop")
@@ -349,7 +348,7 @@ def _config_files(
 ) -> dict[str, str]:
     """The texts of the JSON files, by name."""
     placeholder = next((n for n in IMAGE_PLACEHOLDERS if n in vocabulary.names), None)
-    # transformers embeds pictures by these names; it cannot build a model without them.
+    # transformers embeds pictures by these names and cannot build a model without them.
     images = {n: i for n, i in vocabulary.names.items() if n.startswith(IMAGE_PREFIX)}
     if vocabulary.image_placeholder is not None:
         images["<image>"] = vocabulary.image_placeholder
@@ -380,7 +379,7 @@ def _tokenizer_config(config: ModelConfig, placeholder: str | None) -> dict[str,
         "boi_token": BEGIN_IMAGE,
         "eoi_token": END_IMAGE,
         "clean_up_tokenization_spaces": False,
-        # `generate` continues at the end of each row, so a batch is padded at the start.
+        # `generate` continues at the end of each row, so batches are padded at the start.
         "padding_side": "left",
     }
 

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: which names are hub ids, and files of models and data sets downloaded."""
+"""The Hugging Face hub: which names are hub ids, and downloads of models and data sets."""
 
 from __future__ import annotations
 
@@ -14,15 +14,13 @@ _MODEL_FILES = ["*.json", "*.safetensors", "README.md", "NOTICE*", "LICENSE*"]
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name has the form org/name; it may be a relative path as well."""
+    """Whether a name has the form org/name; it may also be a relative path."""
     return _HUB_ID.fullmatch(name) is not None
 
 
 def download_model(hub_id: str) -> Path:
-    """The folder of a model's files, downloaded unless they are here already.
-
-    Raises `CheckpointError` where that fails.
-    """
+    """The folder of a model's files, downloaded unless they are here already; `CheckpointError` if
+    that fails."""
     try:
         return _download(hub_id, "model", _MODEL_FILES)
     except ImportError:
@@ -38,12 +36,15 @@ def download_model(hub_id: str) -> Path:
 
 
 def download_dataset(hub_id: str, patterns: Sequence[str], revision: str | None = None) -> Path:
-    """The folder of a data set's files that match `patterns`, downloaded unless they are here.
-
-    Raises `DataError` where that fails.
-    """
+    """The folder of a data set's files that match `patterns`, downloaded unless they are here;
+    `DataError` if that fails."""
     try:
         return _download(hub_id, "dataset", patterns, revision)
+    except ImportError:
+        raise DataError(
+            f"{hub_id} is not a file or folder here, and downloading it needs huggingface_hub: "
+            "pip install huggingface_hub"
+        ) from None
     except (OSError, ValueError, RuntimeError):
         raise DataError(
             f"{hub_id} is not a file or folder here and could not be downloaded from the hub: "

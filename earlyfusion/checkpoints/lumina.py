@@ -1,8 +1,8 @@
 """Lumina-mGPT (arXiv 2408.02657): Chameleon in transformers' layout with its own image layout.
 
 A picture is spelled: begin, a token for the height, one for the width, rows of codes each followed
-by a line end, end. That is 1,060 tokens for 512 x 512. Size tokens count blocks of two codes, which
-are 32 pixels. Facts from github.com/Alpha-VLLM/Lumina-mGPT; docs/checkpoints.md says more.
+by a line end, end: 1,060 tokens for 512 x 512. Size tokens count blocks of two codes, which are 32
+pixels. Facts from github.com/Alpha-VLLM/Lumina-mGPT; more in docs/checkpoints.md.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from earlyfusion.vocabulary import BEGIN_IMAGE, END_IMAGE, ImageLayout, Vocabula
 
 FAMILY = "lumina"
 CONFIG_KEY = "image_layout"  # in the config.json of a folder that this package wrote
-# The authors' settings. Two equal guidance weights are their guidance by one scale.
+# The authors' settings. Their guidance has one scale: two equal weights here.
 SAMPLING: dict[str, Any] = {
     "text": {"temperature": 1.0, "top_p": 1.0, "top_k": 10, "repetition_penalty": 1.0},
     "image": {"temperature": 1.0, "top_p": 1.0, "top_k": 2000},
     "guidance": {"text": 3.0, "image": 3.0},
 }
 _LINE_END = "<reserved08799>"
-_SIZE_ZERO = 8800  # the token <reserved08804> says four blocks
+_SIZE_ZERO = 8800  # the token <reserved08804> means four blocks
 _SIZE_NAME = re.compile(r"<reserved0(\d{4})>")
 _BLOCK = 2  # codes along one side
 _MAX_RATIO = 4
@@ -51,8 +51,8 @@ def layout(height: int, width: int | None = None) -> ImageLayout:
             f"a picture of {height} x {width} codes has no size token: "
             "choose vq_config.resolution so that the number is even"
         )
-    # The unconditional branch of guidance begins at the begin token: nothing stands before it. The
-    # authors draw the size tokens too, unguided; here they are set, so guidance begins in time.
+    # The unconditional branch of guidance begins with the begin token. The authors draw the size
+    # tokens, too, unguided; here they are fixed, so guidance begins with the first code.
     head = (BEGIN_IMAGE, *(f"<reserved{_SIZE_ZERO + n // _BLOCK:05}>" for n in (height, width)))
     return ImageLayout(height, width, head, (_LINE_END,), (END_IMAGE,), before=(), other=layout)
 
@@ -95,7 +95,7 @@ def read_layout(tokens: Sequence[int], vocabulary: Vocabulary) -> ImageLayout:
 
 
 def _staircase(area: int) -> Iterator[tuple[int, int]]:
-    """(height, width) in blocks: adds a row while that keeps to the area, else drops a column."""
+    """(height, width) in blocks: add a row if that keeps to the area, else drop a column."""
     height, width = 1, area
     while width > 0:
         yield height, width

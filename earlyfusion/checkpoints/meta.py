@@ -1,10 +1,10 @@
 """Meta's own layout: consolidated*.pth with params.json, and a tokenizer folder with the VQ-GAN.
 
-The 34B comes in four shards, one per GPU. They are joined to one model here, and a model is cut
-into any possible number of them: the tables below say how. In Meta's files the two numbers of a
-rotary pair are neighbours, here they are half a head apart, so the rows of queries, keys and their
-norms are reordered. A shard has one QK-norm for all of its heads, here each head has a copy. Facts
-from github.com/facebookresearch/chameleon.
+The 34B comes in four shards, one per GPU. The tables below say how they are joined into one model,
+and how a model is cut into shards. In Meta's files the two numbers of a rotary pair are adjacent;
+here they are half a head apart, so the rows of queries, keys and their norms are reordered. A shard
+has one QK-norm for all of its heads; here each head has a copy. Facts from
+github.com/facebookresearch/chameleon.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def _join_columns(shards: list[Tensor], config: ModelConfig) -> Tensor:
 
 
 def _join_copies(shards: list[Tensor], config: ModelConfig) -> Tensor:
-    # All shards hold the same values. Should training have let them drift apart, the mean is the
-    # fair reading; in fp64 the mean of equal values is that value, to the bit.
+    # All shards should hold the same values. If training let them drift apart, take the mean; in
+    # fp64 the mean of equal values is that value to the bit.
     return torch.stack(shards).double().mean(0).to(shards[0].dtype)
 
 
@@ -99,7 +99,7 @@ def _cut_rotary(whole: Tensor, shard: Shard, config: ModelConfig) -> Tensor:
 
 
 def _cut_norms(whole: Tensor, shard: Shard, config: ModelConfig) -> Tensor:
-    # The norms of a shard's heads are equal: `_shard_count` has checked that.
+    # The norms of a shard's heads are equal, as `_shard_count` has checked.
     return rotate(whole.chunk(shard.total, 0)[shard.rank][0], config.head_dim)
 
 
@@ -144,7 +144,7 @@ _LAYER: dict[str, Rule] = {
 def open_meta(folder: Path, tokenizer: Path | None = None) -> Source:
     """Open a model folder as Meta and Anole publish it, whole or in shards.
 
-    `tokenizer` is the folder of tokenizer and VQ-GAN; None takes the nearest.
+    `tokenizer` is the folder of tokenizer and VQ-GAN (None: the nearest).
     """
     tokenizer_folder = tokenizer or find_tokenizer(folder)
     vq_config, vq = open_vqgan(tokenizer_folder)
@@ -164,8 +164,8 @@ def open_meta(folder: Path, tokenizer: Path | None = None) -> Source:
 def copy_to_meta(source: Source, folder: Path, shards: int | None, on_bytes: OnBytes) -> None:
     """Write an open checkpoint into an empty folder in Meta's layout, with tokenizer/ inside.
 
-    `shards` None takes as many as the model came in, or the fewest that can hold it. One shard at a
-    time is in memory. Raises `CheckpointError` for what the layout cannot hold.
+    `shards` None means the number that the model came in, or the fewest that can hold it. One shard
+    at a time is in memory. Raises `CheckpointError` for a model that the layout cannot hold.
     """
     config, count = source.config, _shard_count(source, shards)
     tokenizer_folder = folder / "tokenizer"
@@ -173,14 +173,14 @@ def copy_to_meta(source: Source, folder: Path, shards: int | None, on_bytes: OnB
     for rank in range(count):
         _write_shard(source, folder, Shard(rank, count), on_bytes)
     _write_tokenizer(source, tokenizer_folder, on_bytes)
-    # As in Meta's own folders, only the second file has the size of the vocabulary.
+    # As in Meta's own folders, only the second file has the vocabulary's size.
     params = {"model_parallel_size": count, "model": _model_params(config)}
     overruling = {"model_parallel_size": count, "vocab_size": config.vocab_size}
     files = {"params.json": params, "consolidate_params.json": overruling}
     if source.generation_defaults:
         files["generation_config.json"] = source.generation_defaults
     if source.resize_mode != "crop":
-        # Meta's code always crops and has no such file: only this package reads it.
+        # Only this package reads this file: Meta's code always crops.
         files[PROCESSOR] = {"image_processor": {"resize_mode": source.resize_mode}}
     for name, data in files.items():
         (folder / name).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
@@ -189,7 +189,8 @@ def copy_to_meta(source: Source, folder: Path, shards: int | None, on_bytes: OnB
 
 
 def find_tokenizer(folder: Path) -> Path:
-    """The nearest folder with a text_tokenizer.json: this one, tokenizer/ in it or in two above."""
+    """The nearest folder with a text_tokenizer.json: this one, or tokenizer/ in it or its two
+    parents."""
     above = (parent / "tokenizer" for parent in folder.absolute().parents[:2])
     for candidate in (folder, folder / "tokenizer", *above):
         if (candidate / META_TOKENIZER).is_file():
@@ -200,16 +201,17 @@ def find_tokenizer(folder: Path) -> Path:
 
 
 def open_vqgan(path: Path) -> tuple[VQConfig, dict[str, Stored]]:
-    """The VQ-GAN of a tokenizer folder, or of a .ckpt file with vqgan.yaml beside it."""
+    """The VQ-GAN of a tokenizer folder, or of a .ckpt file with a vqgan.yaml in its folder."""
     folder, weights = (path, path / VQ_WEIGHTS) if path.is_dir() else (path.parent, path)
     config = _vq_config(folder / VQ_CONFIG)
     stored = open_torch_file(weights)
-    # Checkpoints of training hold the networks of the loss too.
+    # Checkpoints of training also hold the networks of the loss.
     return config, {k: v for k, v in stored.items() if not k.startswith("loss.")}
 
 
 def read_config(folder: Path, vq_config: VQConfig | None = None) -> ModelConfig:
-    """The model's shape: params.json, its "model" entry, then consolidate_params.json, if there."""
+    """The model's shape from params.json, its "model" entry, and consolidate_params.json if
+    present."""
     params = _read_params(folder / "params.json")
     overruling = folder / "consolidate_params.json"
     merged = params | dict(params.get("model") or {})
@@ -246,7 +248,7 @@ def open_tensors(folder: Path, config: ModelConfig) -> dict[str, Stored]:
     if any(other != names[0] for other in names):
         raise CheckpointError(f"the shards in {folder} hold different keys: download them again")
     files = [MappedFile(partial(_lookup, path)) for path in paths]
-    # Names that no rule knows are opened too: `checked` will list them as unknown.
+    # Also open names without a rule: `checked` will list them as unknown.
     table = _table(config.num_hidden_layers)
     in_order = [name for name in table if name in names[0]]
     joined: dict[str, Stored] = {}
@@ -271,7 +273,7 @@ def _lookup(path: Path) -> Callable[[str], Tensor]:
 
 
 def _joined(shards: Sequence[Stored], join: Join, config: ModelConfig) -> Stored:
-    # Tried on tensors without memory, for the shape of the whole.
+    # Run on meta tensors, to learn the shape of the whole.
     blanks = [torch.empty(s.shape, dtype=s.dtype, device="meta") for s in shards]
     whole = join(blanks, config)
     return Stored(whole.dtype, tuple(whole.shape), lambda: join([s.read() for s in shards], config))
@@ -338,7 +340,7 @@ def _vq_config(path: Path) -> VQConfig:
 
 
 def _generation_defaults(folder: Path) -> dict[str, Any]:
-    """Sampling defaults: only a folder that this package wrote has them."""
+    """Sampling defaults; only folders that this package wrote have them."""
     path = folder / "generation_config.json"
     return _read_params(path) if path.is_file() else {}
 
@@ -356,7 +358,7 @@ def _write_shard(source: Source, folder: Path, shard: Shard, on_bytes: OnBytes) 
     config, tensors = source.config, {}
     for name, rule in _table(config.num_hidden_layers).items():
         cut = rule.cut(source.tensors[rule.name].read(), shard, config)
-        # A copy: torch would write the whole tensor that a view belongs to.
+        # A copy: for a view, torch would write the whole tensor that it belongs to.
         tensors[name] = cut.clone(memory_format=torch.contiguous_format)
         on_bytes(cut.nbytes)
     tensors[_FREQUENCIES] = _frequencies(config)
@@ -372,7 +374,7 @@ def _write_tokenizer(source: Source, folder: Path, on_bytes: OnBytes) -> None:
 
 
 def save_vqgan(folder: Path, vqgan: VQGAN) -> None:
-    """Write vqgan.yaml and vqgan.ckpt, as `convert` takes them for `image_tokenizer`."""
+    """Write vqgan.yaml and vqgan.ckpt, which `convert` accepts as `image_tokenizer`."""
     with new_folder(folder) as unfinished:
         _write_vqgan(unfinished, vqgan.config, vqgan.state_dict())
 
@@ -390,7 +392,8 @@ def _frequencies(config: ModelConfig) -> Tensor:
 
 
 def check_meta(source: Source) -> None:
-    """Raise `CheckpointError` for what Meta's layout cannot hold in any number of shards."""
+    """Raise `CheckpointError` for a model that Meta's layout cannot hold in any number
+    of shards."""
     config = source.config
     reasons = {
         "attention_bias": config.attention_bias,
@@ -412,7 +415,7 @@ def check_meta(source: Source) -> None:
 
 
 def _shard_count(source: Source, wanted: int | None) -> int:
-    """How many shards to write; `CheckpointError` where that number cannot hold the model."""
+    """How many shards to write; `CheckpointError` if that number cannot hold the model."""
     config, possible = source.config, _possible_shards(source)
     count = wanted or config.model_parallel_size
     if count in possible:
@@ -463,7 +466,7 @@ def _model_params(config: ModelConfig) -> dict[str, Any]:
         "rope_theta": config.rope_theta,
         "qk_normalization": True,
         "swin_norm": config.swin_norm,
-        # Meta's code has no such field and skips it.
+        # Meta's code ignores this field.
         "max_position_embeddings": config.max_position_embeddings,
     }
 
@@ -473,7 +476,7 @@ def width_params(dim: int, width: int) -> dict[str, Any]:
     for multiple in (256, 128, 64, 32, 16, 8, 4, 2, 1):
         if inner_width({"dim": dim, "multiple_of": multiple}) == width:
             return {"multiple_of": multiple}
-    # No multiple gives this width: take 1 and a factor, with 0.5 against rounding down.
+    # No multiple gives this width: use 1 and a factor; 0.5 guards against rounding down.
     factor = (width + 0.5) / int(2 * (4 * dim) / 3)
     return {"multiple_of": 1, "ffn_dim_multiplier": factor}
 

@@ -1,6 +1,6 @@
 """An open checkpoint: names, shapes and dtypes are known, and no tensor has been read yet.
 
-Every layout is opened as a `Source`. A conversion reads one `Stored` tensor of it after the other,
+Every layout is opened as a `Source`. A conversion reads its `Stored` tensors one after the other,
 so its memory does not grow with the model.
 """
 
@@ -28,12 +28,12 @@ OnBytes = Callable[[int], None]
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TOKENIZER, META_TOKENIZER = "tokenizer.json", "text_tokenizer.json"
-# The model card, and the notices that licences ask copies to keep.
+# The model card, and the notices that licences require copies to keep.
 CARD_FILES = ("README.md", "NOTICE*", "LICEN[CS]E*", "COPYING*", "USE_POLICY*")
 
 _SHOWN_KEYS = 10
 _SHOWN_TENSORS = 3
-# A file is mapped again after this many bytes were read, so that the system drops the pages.
+# After reading this many bytes a file is mapped anew, so that the system drops the pages.
 _MAPPED_BYTES = 2**26
 
 
@@ -61,7 +61,7 @@ class Stored:
 
     def then(self, change: Callable[[Tensor], Tensor]) -> Stored:
         """The tensor after `change`."""
-        # Tried on a tensor without memory, for the shape and dtype after it.
+        # Run on a meta tensor, to learn the new shape and dtype.
         after = change(torch.empty(self.shape, dtype=self.dtype, device="meta"))
         return Stored(after.dtype, tuple(after.shape), lambda: change(self.read()))
 
@@ -70,9 +70,9 @@ class Stored:
 class Source:
     """An open checkpoint, under the parameter names of this package.
 
-    `vq` holds the tensors of the VQ-GAN, none where the checkpoint has none. `family` is
-    "chameleon" or "lumina", `bits` 8 or 4 for packed weights. `is_shard`: the tensors are those of
-    one process of several that share the model.
+    `vq` holds the tensors of the VQ-GAN, if there is one. `family` is "chameleon" or "lumina",
+    `bits` 8 or 4 for packed weights. `is_shard`: the tensors are those of one of several processes
+    that share the model.
     """
 
     folder: Path
@@ -95,7 +95,8 @@ class FiniteCheck:
         self._counts: dict[str, int] = {}
 
     def watch(self, tensors: Mapping[str, Stored], prefix: str = "") -> dict[str, Stored]:
-        """The same tensors, checked whenever one is read; `prefix` is put before their names."""
+        """The same tensors, checked when they are read; `prefix` is put before their names in
+        reports."""
         return {name: self._watched(prefix + name, stored) for name, stored in tensors.items()}
 
     def _watched(self, name: str, stored: Stored) -> Stored:
@@ -121,10 +122,8 @@ class FiniteCheck:
 
 
 class MappedFile:
-    """A file of named tensors that is mapped into memory, a stretch at a time.
-
-    `open_file` maps the file and returns the function that gives a tensor by its name.
-    """
+    """A file of named tensors that is memory-mapped in stretches. `open_file` maps it and returns
+    the function that gives a tensor by name."""
 
     def __init__(self, open_file: Callable[[], Callable[[str], Tensor]]) -> None:
         self._open, self._get, self._bytes_read = open_file, open_file(), 0
@@ -162,9 +161,9 @@ def check_names(
 
 
 def torch_load(path: Path) -> dict[str, Any]:
-    """The dict of a file that torch wrote; only tensors and plain values are unpickled."""
+    """The dict in a file that torch wrote; only tensors and plain values are unpickled."""
     try:
-        # Files from before torch 1.6 are no zip archives and cannot be mapped.
+        # Files from before torch 1.6 are not zip archives and cannot be mapped.
         mapped = zipfile.is_zipfile(path)
         with warnings.catch_warnings(action="ignore"):
             return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=mapped))
@@ -187,7 +186,7 @@ def open_torch_file(path: Path) -> dict[str, Stored]:
 
 
 def read_json(path: Path, needed: bool = True) -> dict[str, Any]:
-    """The object in a JSON file; {} where the file is missing and not `needed`."""
+    """The object in a JSON file; {} if the file is missing and not `needed`."""
     if not needed and not path.exists():
         return {}
     try:
@@ -212,13 +211,12 @@ def find_tokenizer_file(path: Path) -> Path:
 
 
 def card_files(folder: Path) -> list[Path]:
-    """The model card of a folder, and the notices that licences ask copies to keep."""
+    """A folder's model card, and the notices that licences require copies to keep."""
     found = (path for pattern in CARD_FILES for path in sorted(folder.glob(pattern)))
     return [path for path in found if path.is_file()]
 
 
 def read_card(folder: Path | None) -> dict[str, str]:
-    """The texts of `card_files` by file name."""
     paths = [] if folder is None else card_files(folder)
     return {path.name: path.read_text(encoding="utf-8", errors="replace") for path in paths}
 

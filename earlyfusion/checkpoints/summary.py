@@ -1,7 +1,7 @@
-"""What `info` says: the contents of a model folder and the memory that running it takes.
+"""The output of `info`: the contents of a model folder and the memory that running it takes.
 
 The networks are built without memory for their weights and the files are checked against them, so a
-summary also means that the files are complete.
+summary implies that the files are complete.
 """
 
 from __future__ import annotations
@@ -26,11 +26,8 @@ _BYTES = {"float32": 4, "bfloat16": 2}
 @dataclass(frozen=True)
 class Summary:
     """Sizes of a model. `memory` and `kv_bytes_per_token` are bytes by dtype of the transformer;
-    the image tokenizer always runs in float32.
-
-    `finite` is "yes", "no: …" with the tensors that hold NaN or infinite values, or None where the
-    weights were not read.
-    """
+    the image tokenizer always runs in float32. `finite` is "yes", "no: …" with the tensors that
+    hold NaN or infinite values, or None if the weights were not read."""
 
     folder: str
     layout: str
@@ -46,7 +43,7 @@ class Summary:
 
 
 def summarize(name: str | Path, verify: bool = True) -> Summary:
-    """Describe a model by name, folder or hub id; `CheckpointError` where it is incomplete.
+    """Describe a model by name, folder or hub id; `CheckpointError` if it is incomplete.
 
     `verify` compares files with their checklist and reads all weights once.
     """
