@@ -1,8 +1,5 @@
 """transformers' seven Chameleon classes, on transformers' base classes and this package's modules.
-
-They run the same blocks and VQ-GAN as the rest of the package. transformers' Auto classes only know
-them after `register()`.
-"""
+transformers' Auto classes only know them after `register()`."""
 
 from __future__ import annotations
 
@@ -66,13 +63,13 @@ def register() -> None:
     transformers.AutoModel.register(ChameleonVQVAEConfig, ChameleonVQVAE, exist_ok=True)
     for auto in generative:
         auto.register(ChameleonConfig, ChameleonForConditionalGeneration, exist_ok=True)
-    # Some releases only export this class if torchvision is installed; the module always has it.
+    # Some releases export this class only with torchvision installed; the module always has it.
     image_processing_auto.AutoImageProcessor.register(
         ChameleonConfig,
         image_processor_classes=dict(IMAGE_PROCESSORS),
         exist_ok=True,
     )
-    # transformers looks up a processor by name, in its own table first.
+    # transformers looks up a processor by name, first in its own table.
     processing_auto.PROCESSOR_MAPPING_NAMES.pop(ChameleonConfig.model_type, None)
     transformers.AutoProcessor.register(ChameleonConfig, ChameleonProcessor, exist_ok=True)
     route_pipeline()

@@ -20,7 +20,7 @@ from earlyfusion.vocabulary import IMAGE_PLACEHOLDERS
 
 @strict
 class ChameleonVQVAEConfig(PreTrainedConfig):
-    """Shape of the VQ-GAN. `attn_type` None leaves out all attention, as in transformers' docs."""
+    """Shape of the VQ-GAN. `attn_type` None removes all attention, as in transformers' docs."""
 
     model_type = "chameleon_vqgan"
     base_config_key = "vq_config"
@@ -44,12 +44,12 @@ class ChameleonVQVAEConfig(PreTrainedConfig):
 class ChameleonConfig(PreTrainedConfig):
     """Shape of the transformer with that of its VQ-GAN.
 
-    `vocabulary_map` (token name to id) names the ids of images. It may be left out if the model's
+    `vocabulary_map` (token name to id) names the ids of images; it may be omitted if the model's
     folder has a tokenizer file. `num_key_value_heads` None means one per query head.
     """
 
     model_type = "chameleon"
-    # transformers before 5.23 reads the first of these, later ones the second.
+    # transformers before 5.23 reads the first of these, later versions the second.
     sub_configs: ClassVar[dict[str, Any]] = {"vq_config": ChameleonVQVAEConfig}
     sub_configs_defaults: ClassVar[dict[str, Any]] = {"vq_config": ChameleonVQVAEConfig}
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]

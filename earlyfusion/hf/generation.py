@@ -28,13 +28,13 @@ _OUTPUTS: dict[str, Output] = {
     "image-only": "image",
     "interleaved-text-image": "interleaved",
 }
-# The names of transformers' any-to-any pipeline.
+# The modes' names in transformers' any-to-any pipeline.
 _PIPELINE_MODES = {"text": None, "image": "image-only"}
 
 
 @dataclass(frozen=True)
 class _Rules:
-    """What one call of `generate` may give: at most `images` pictures and `room` tokens."""
+    """The limits of one call of `generate`: at most `images` pictures and `room` tokens."""
 
     output: Output
     images: int
@@ -48,7 +48,7 @@ class _Rules:
 
 
 class MultimodalGeneration:
-    """`generate` of the transformers face, laid over transformers' own."""
+    """`generate` of the model classes, on top of transformers' own."""
 
     config: Any
     generation_config: Any
@@ -57,7 +57,7 @@ class MultimodalGeneration:
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """All token ids; `CheckpointError` where neither config nor folder names them."""
+        """All token ids; `CheckpointError` if neither config nor folder names them."""
         vocabulary: Vocabulary = self.model.vocabulary
         return vocabulary
 
@@ -88,13 +88,13 @@ class MultimodalGeneration:
         max_images: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As transformers' `generate`, in a mode that says what may be drawn.
+        """transformers' `generate`, in a mode that says what may be drawn.
 
         None: any token but an image's, as in transformers' own class. "text-only": text until it
         ends. "image-only": one picture. "interleaved-text-image": text and at most `max_images`
         whole pictures. "free": any token. `guidance_text` and `guidance_image` are the weights of
         Meta's three-branch guidance for pictures; 1 is off. In "text-only", "image-only" and
-        "interleaved-text-image" the prompt comes back with its pictures' own tokens in place of
+        "interleaved-text-image" the prompt is returned with its pictures' own tokens in place of
         placeholders.
         """
         mode = self._mode(multimodal_generation_mode, generation_mode, generation_config)
@@ -110,7 +110,7 @@ class MultimodalGeneration:
         return parent.generate(ids_BT, **more, **self._lengths(rules, generation_config, kwargs))
 
     def _sample(self, input_ids: Tensor, logits_processor: Any, *args: Any, **kwargs: Any) -> Any:
-        """transformers' loop of greedy search and sampling, in which rows keep their places."""
+        """transformers' loop of greedy search and sampling, in which rows do not move."""
         for processor in logits_processor:
             if isinstance(processor, GrammarLogits):
                 processor.rows_stay = True
@@ -168,7 +168,7 @@ class MultimodalGeneration:
         return _Rules(output, images, room, text, image)
 
     def _room(self, output: Output, prompt_tokens: int, kwargs: Mapping[str, Any]) -> int:
-        """How many new tokens may come: as asked for, else one picture or the whole context."""
+        """The number of new tokens: as requested, else one picture or the whole context."""
         limit = self.config.max_position_embeddings
         left, room = limit - prompt_tokens, kwargs.get("max_new_tokens")
         if room is None and kwargs.get("max_length") is not None:
@@ -205,7 +205,7 @@ class MultimodalGeneration:
         """The arguments of transformers' `generate`, with the length and the ids that end a row."""
         settings = generation_config or self.generation_config
         kwargs.pop("max_length", None)
-        # Without an end token a reply would only end at its greatest length.
+        # Without an end token a reply would only end at its maximum length.
         if settings.eos_token_id is None:
             kwargs.setdefault("eos_token_id", self.vocabulary.eos)
         if settings.pad_token_id is None:
@@ -228,9 +228,9 @@ def _check_unguided(text: float, image: float) -> None:
 class GrammarLogits(LogitsProcessor):
     """Forbids the tokens that the grammar does not allow after those drawn so far.
 
-    The states of the rows of the last call are kept. Beams may reorder and repeat rows, and other
-    searches go back, so a row looks for the one that it continues, for which the host waits;
-    `rows_stay` says that each continues the one in its place.
+    Keeps the rows' states of the last call. Beams may reorder and repeat rows, and other searches
+    go back, so each row looks for the one that it continues, for which the host waits; `rows_stay`
+    says that rows never move.
     """
 
     def __init__(
@@ -246,7 +246,9 @@ class GrammarLogits(LogitsProcessor):
         if self._guide is not None:
             in_image_B = self._grammar.in_image(state_BF)
             starts_B = state_BF[:, SLOT] == 1  # the last token began a picture
-            in_image, starts = torch.stack((in_image_B, starts_B)).tolist()  # one wait for both
+            in_image, starts = torch.stack(
+                (in_image_B, starts_B)
+            ).tolist()  # one wait for the device
             scores = self._guide(input_ids, scores, in_image, starts)
         return scores.masked_fill(~self._grammar.mask(state_BF), -torch.inf)
 
@@ -260,7 +262,7 @@ class GrammarLogits(LogitsProcessor):
         return state_BF
 
     def _before(self, new_BT: Tensor) -> Tensor | None:
-        """The states of all rows before their last token; None where they are not known."""
+        """The states of all rows before their last token; None if they are not known."""
         if self._state_BF is None:
             return None
         if self.rows_stay:
@@ -269,7 +271,8 @@ class GrammarLogits(LogitsProcessor):
         return None if parents_B is None else self._state_BF[parents_B]
 
     def _parents(self, new_BT: Tensor) -> Tensor | None:
-        """For each row the row of the last call that it continues by one token, if all have one."""
+        """For each row the row of the last call that it continues by one token; None unless all
+        have one."""
         old_BT = self._new_BT
         if old_BT is None or new_BT.shape[1] != old_BT.shape[1] + 1:
             return None
@@ -287,7 +290,7 @@ class GrammarLogits(LogitsProcessor):
 
 
 class _Guide:
-    """The further conditions of guided rows: read where a picture begins, dropped at its end."""
+    """The other conditions of guided rows: read when a picture begins, dropped at its end."""
 
     def __init__(self, owner: Any, rules: _Rules, attention_mask: Tensor | None) -> None:
         self._owner, self._rules, self._mask_BT = owner, rules, attention_mask
@@ -298,7 +301,7 @@ class _Guide:
     ) -> Tensor:
         rows = list(scores_BV.unbind(0))
         for row, (inside, first) in enumerate(zip(in_image, starts, strict=True)):
-            if not inside:  # guidance acts on pictures only
+            if not inside:  # guidance only affects pictures
                 self._branches.pop(row, None)
                 continue
             logits: dict[guidance.Condition, Tensor] = {"full": rows[row]}
@@ -331,14 +334,14 @@ class _Guide:
         if self._mask_BT is None:
             return list(ids_T.tolist())
         prompts, prompt_tokens = self._mask_BT.shape
-        # transformers repeats a prompt for each of its return sequences.
+        # transformers repeats a prompt for each return sequence.
         mask_T = self._mask_BT[row // max(1, len(ids_BT) // prompts)].bool().to(ids_T.device)
         without_padding = torch.cat((ids_T[:prompt_tokens][mask_T], ids_T[prompt_tokens:]))
         return list(without_padding.tolist())
 
 
 class _Branch:
-    """One condition of one row, with a cache of its own."""
+    """One condition of one row, with its own cache."""
 
     def __init__(self, owner: Any) -> None:
         self._owner, self._cache = owner, DynamicCache(config=owner.config)

@@ -1,12 +1,12 @@
 """Pictures to pixels: Meta's steps to the bit, or transformers' on request.
 
-transformers rounds the longer side down, Meta rounds it to the nearest pixel; transformers rescales
-by 0.0078, Meta by 2 / 255. For about half of all pictures a quarter or more of the codes differ.
+transformers rounds the longer side down, Meta to the nearest pixel; transformers rescales by
+0.0078, Meta by 2 / 255. For about half of all pictures a quarter or more of the codes differ.
 
-As in transformers there are two back ends: `ChameleonImageProcessorPil` gives arrays,
+As in transformers there are two back ends: `ChameleonImageProcessorPil` returns arrays,
 `ChameleonImageProcessor` tensors on any device. In Meta's steps they are equal to the bit, since a
-pixel stays one of 256 levels until a table gives its value.
-Shapes: n pictures, C channels, Y X height and width in pixels.
+pixel stays one of 256 levels until a table gives its value. Shapes: n pictures, C channels, Y X
+height and width in pixels.
 """
 
 import os
@@ -37,8 +37,8 @@ class ChameleonImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[
     """transformers' image arguments, and three of this package.
 
     `exact`: Meta's steps (the default) or transformers'. `resize_mode`: "crop" keeps the centre of
-    a picture, "fit" all of it on white. `deep`: pictures of Pillow with more than 8 bits are
-    scaled to 8 bits ("scale"), or cut at 255 as in Meta's code ("clip").
+    a picture, "fit" all of it on white. `deep`: Pillow's pictures with more than 8 bits are scaled
+    to 8 bits ("scale"), or cut at 255 as in Meta's code ("clip").
     """
 
     exact: bool
@@ -49,8 +49,8 @@ class ChameleonImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[
 class _Steps(BaseImageProcessor):
     """The settings and Meta's steps, which both back ends share.
 
-    `exact=True` runs Meta's steps to the bit: Lanczos to the nearest whole size, centre crop,
-    u8 / 255 * 2 - 1 in float64; a file's `rescale_factor` of 0.0078 is then read as 2 / 255. Whole
+    `exact=True` runs Meta's steps to the bit: Lanczos to the nearest whole size, centre crop, u8 /
+    255 * 2 - 1 in float64; a file's `rescale_factor` of 0.0078 is then read as 2 / 255. Whole
     numbers are 0 to 255, 16-bit ones 0 to 65535, floats 0 to 1. `exact=False` gives the pixels of
     transformers' own PIL class, with 0.0078 unless set.
     """
@@ -83,7 +83,7 @@ class _Steps(BaseImageProcessor):
         super().__init__(**kwargs)
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Pictures of files and addresses; other pictures, and lists, are returned as given."""
+        """Pictures of files and addresses; pictures and lists are returned unchanged."""
         if isinstance(image_url_or_urls, str) and os.path.isfile(image_url_or_urls):
             return Image.open(image_url_or_urls).pil
         return super().fetch_images(image_url_or_urls)
@@ -114,7 +114,7 @@ class _Steps(BaseImageProcessor):
     def _in_groups(
         self, planes: list[Tensor], settings: dict[str, Any], mode: Mode
     ) -> list[Tensor]:
-        """Pixels [C, Y, X] of each picture; those of one shape are processed as a batch."""
+        """Pixels [C, Y, X] of each picture; pictures of one shape are processed as a batch."""
         groups: dict[Any, list[int]] = {}
         for number, plane in enumerate(planes):
             alone = number if settings["disable_grouping"] else None
@@ -140,7 +140,7 @@ class _Steps(BaseImageProcessor):
             return _resized(batch_nCYX, size, resample, (range(size[0]), range(size[1])))
         rows, above, below = _centre(size[0], _crop(settings, "height"))
         columns, left, right = _centre(size[1], _crop(settings, "width"))
-        # Only the rows and columns that the crop keeps are computed.
+        # Compute only the rows and columns that the crop keeps.
         crop_nCYX = _resized(batch_nCYX, size, resample, (rows, columns))
         return F.pad(crop_nCYX, (left, right, above, below))
 
@@ -221,7 +221,7 @@ def _resized(
     batch_nCYX: Tensor, size: tuple[int, int], resample: int, window: tuple[range, range]
 ) -> Tensor:
     """A window of the resized pictures: by Pillow on a CPU, where that is faster."""
-    # Pillow resizes all of a picture, which is too much for a long strip.
+    # Pillow resizes the whole picture, which is too much for a long strip.
     too_large = size[0] * size[1] > MAX_PIXELS
     if batch_nCYX.device.type != "cpu" or too_large:
         return resized(batch_nCYX, size, resample, window)
@@ -253,7 +253,7 @@ def _planes(picture: Any, settings: dict[str, Any], deep: Deep) -> Tensor:
     rgb = settings["do_convert_rgb"]
     if isinstance(picture, np.ndarray | Tensor):
         planes = _as_bytes(_channels_first(_as_tensor(picture), settings["input_data_format"]))
-        # A mean of four values means that the fourth channel is not opacity.
+        # If the mean has four values, the fourth channel is not opacity.
         if not rgb or len(planes) in (len("RGB"), np.size(settings["image_mean"])):
             return planes
         if len(planes) == 1:
@@ -270,7 +270,7 @@ def _planes(picture: Any, settings: dict[str, Any], deep: Deep) -> Tensor:
 def _as_tensor(array: Any) -> Tensor:
     if isinstance(array, Tensor):
         return array.detach()
-    # torch refuses foreign byte orders and negative strides, and warns of read-only arrays.
+    # torch refuses foreign byte orders and negative strides, and warns about read-only arrays.
     native = array.astype(array.dtype.newbyteorder("="), copy=not array.flags.writeable)
     return torch.from_numpy(np.ascontiguousarray(native))
 
@@ -286,7 +286,7 @@ def _picture(planes_CYX: Tensor) -> PIL.Image.Image:
 
 
 def _channels_first(array: Tensor, order: Any) -> Tensor:
-    """[C, Y, X] from [C, Y, X] or [Y, X, C]; where both fit, the channels are first."""
+    """[C, Y, X] from [C, Y, X] or [Y, X, C]; if both are possible, the channels come first."""
     if array.ndim == 3 and order is None:
         found = [axis for axis in (0, 2) if array.shape[axis] in _CHANNELS]
         order = "channels_last" if found == [2] else "channels_first" if found else None
@@ -308,14 +308,14 @@ def _as_bytes(planes: Tensor) -> Tensor:
     wide = planes.double() if planes.is_floating_point() else planes.to(torch.int64)
     low, high = wide.min().item(), wide.max().item()
     limit = 1 if planes.is_floating_point() else 65535 if dtype == torch.uint16 else 255
-    if not (low >= 0 and high <= limit):  # also false for NaN
+    if not (low >= 0 and high <= limit):  # NaN fails this as well
         raise ImageError(
             f"the picture has values from {low} to {high}, and {str(dtype)[6:]} pictures have 0 to "
             f"{limit}: rescale it, or give it as uint8 or uint16"
         )
     if planes.is_floating_point():
         return (wide * 255).round().to(torch.uint8)
-    # Whole numbers up to 255 are taken as 8 bits, whatever type holds them.
+    # Whole numbers up to 255 count as 8 bits, whatever their type.
     return (wide if high <= 255 else (wide + 128) // 257).to(torch.uint8)
 
 
@@ -388,7 +388,7 @@ def _padded(pixels: list[Tensor], size: Any) -> list[Tensor]:
     return [F.pad(p, (0, width - p.shape[2], 0, height - p.shape[1])) for p in pixels]
 
 
-# transformers' names of back ends; "torchvision" is the one that works on tensors.
+# transformers' names of back ends; it calls the one that works on tensors "torchvision".
 IMAGE_PROCESSORS: dict[str, type[_Steps]] = {
     "torchvision": ChameleonImageProcessor,
     "pil": ChameleonImageProcessorPil,

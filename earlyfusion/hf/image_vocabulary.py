@@ -24,10 +24,8 @@ _TOKENIZER = "tokenizer.json"
 
 
 class ImageVocabulary:
-    """Codes <-> token ids, from token names, with the attributes of transformers' own mapping.
-
-    A code that no name has becomes id 0, as in transformers.
-    """
+    """Codes <-> token ids, from token names, with the attributes of transformers' own mapping. A
+    code without a name becomes id 0, as in transformers."""
 
     def __init__(self, names: Mapping[str, int]) -> None:
         self.vocab_map = dict(names)
@@ -53,7 +51,7 @@ class ImageVocabulary:
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """All token ids, for generation; `CheckpointError` where only images are known."""
+        """All token ids, for generation; `CheckpointError` if only images are known."""
         try:
             return self._vocabulary
         except CheckpointError:
@@ -79,11 +77,11 @@ class ImageVocabulary:
 
     @cached_property
     def bpe2img_mapping_tensor(self) -> Tensor:
-        """Codes by token id, int64; `CODE` where an id is not an image."""
+        """Codes by token id, int64; `CODE` for ids that are not images."""
         return _table(self.bpe2img, CODE)
 
     def convert_img2bpe(self, img_batch: Tensor) -> Tensor:
-        """Token ids of codes, int32 in any shape, on their device; no synchronisation."""
+        """Token ids of codes, int32 in any shape, on their device; does not wait for the device."""
         if not self.img2bpe:
             raise CheckpointError(
                 "the config has no vocabulary_map and the model's folder no tokenizer.json, so "
@@ -92,7 +90,7 @@ class ImageVocabulary:
         return self._on("img2bpe", self.img2bpe_mapping_tensor, img_batch.device)[img_batch]
 
     def convert_bpe2img(self, tokens: Tensor) -> Tensor:
-        """Codes of token ids, any shape; `ImageError` where an id is not an image token."""
+        """Codes of token ids, any shape; `ImageError` if an id is not an image token."""
         table = self._on("bpe2img", self.bpe2img_mapping_tensor, tokens.device)
         inside = (tokens >= 0) & (tokens < len(table))
         codes = torch.where(inside, table[tokens.clamp(0, len(table) - 1)], CODE)
@@ -104,11 +102,10 @@ class ImageVocabulary:
         return codes
 
     def is_image(self, tokens: Tensor) -> Tensor:
-        """True where an id is an image token."""
         return torch.isin(tokens, self._ids(tokens.device))
 
     def image_columns(self, device: torch.device) -> Tensor:
-        """Sorted ids of the image codes, a tensor made once per device."""
+        """Sorted ids of the image codes; the tensor is made once per device."""
         return self._ids(device)
 
     @cached_property
@@ -124,16 +121,16 @@ class ImageVocabulary:
         key = f"{name} {device}"
         if key in self._moved:
             return self._moved[key]
-        if torch.compiler.is_compiling():  # tensors made while tracing must not be cached
+        if torch.compiler.is_compiling():  # a tensor made while tracing must not be cached
             return values.to(device)
-        # Training may need it too, and keeps no tensor of inference mode for a backward pass.
+        # Training may use it, too, and cannot save tensors of inference mode for a backward pass.
         with torch.inference_mode(False):
             self._moved[key] = values.to(device)
         return self._moved[key]
 
     def prepare(self, device: torch.device | None = None) -> None:
-        """Make the tables now, and put them on a device: those made while a model is traced could
-        not be cached, and a graph that reads tensors of the CPU cannot be a CUDA graph."""
+        """Make the tables now, on a device: tables made while tracing could not be cached, and a
+        graph that reads CPU tensors cannot become a CUDA graph."""
         tables = self.bpe2img_search_tensors[0], self.img2bpe_mapping_tensor
         if device is not None:
             for name, table in zip(("ids", "img2bpe"), tables, strict=True):
@@ -141,7 +138,7 @@ class ImageVocabulary:
 
 
 def _int64(values: Sequence[int]) -> Tensor:
-    # On the CPU even where a model is being built on the meta device.
+    # On the CPU, even while a model is being built on the meta device.
     return torch.tensor(values, dtype=torch.int64, device="cpu")
 
 

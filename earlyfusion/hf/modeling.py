@@ -1,7 +1,7 @@
 """transformers' model classes, on the blocks and the VQ-GAN of `earlyfusion.model`.
 
 Arguments, outputs and state dicts are those of transformers' own classes, plus the keys of the VQ
-decoder. The differences are meant:
+decoder. The differences are intended:
 
 - image logits are real, so a label on an image token has a finite loss. `generate` still leaves
   image tokens out unless a `multimodal_generation_mode` asks for them, and so does the loss of a
@@ -10,8 +10,8 @@ decoder. The differences are meant:
 - the image tokenizer stays frozen, in eval mode and in fp32, and never builds a graph;
 - `decode_image_tokens` turns image tokens into pictures.
 
-Shapes: B batch, T tokens, D model width, N query heads, K key and value heads, H head width,
-V vocabulary, C channels, Y X height and width in pixels, y x in codes.
+Shapes: B batch, T tokens, D model width, N query heads, K key and value heads, H head width, V
+vocabulary, C channels, Y X height and width in pixels, y x in codes.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention in plain steps, which also gives its weights: (out_BTNH, weights_BNTT)."""
-    # query is [B, N, T, H]; key and value are [B, K, T, H].
+    """Attention step by step, which also returns its weights: (out_BTNH, weights_BNTT)."""
+    # Here query is [B, N, T, H]; key and value are [B, K, T, H].
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
     scores_BNTT = query @ key.transpose(2, 3) * scaling
@@ -101,10 +101,8 @@ def eager_attention_forward(
 
 
 class InterfaceAttend:
-    """The `Attend` of one layer, through transformers' attention interface and cache.
-
-    `weights` are those of the last call, or None where the interface gives none.
-    """
+    """The `Attend` of one layer, through transformers' attention interface and cache. `weights` are
+    those of the last call, or None if the interface gives none."""
 
     def __init__(self, layer: Any, mask: Any, cache: Cache | None, kwargs: Mapping[str, Any]):
         self._layer, self._mask, self._cache, self._kwargs = layer, mask, cache, kwargs
@@ -112,7 +110,7 @@ class InterfaceAttend:
 
     def __call__(self, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
         layer = self._layer
-        # transformers' attention functions and caches have the heads before the tokens.
+        # In transformers' attention functions and caches, heads come before tokens.
         q, k, v = (x.transpose(1, 2) for x in (q_BTNH, k_BTKH, v_BTKH))
         if self._cache is not None:
             k, v = self._cache.update(k, v, layer.layer_idx)
@@ -129,7 +127,7 @@ class InterfaceAttend:
 
 
 def _complete_ends(generation: Any, config: ChameleonConfig) -> None:
-    """Fill missing special ids from the model's config: without them no reply would end."""
+    """Fill in missing special ids from the model's config: without them no reply would end."""
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(generation, name) is None:
             setattr(generation, name, getattr(config, name))
@@ -138,8 +136,9 @@ def _complete_ends(generation: Any, config: ChameleonConfig) -> None:
 class ChameleonRotaryEmbedding(nn.Module):
     """Cosines and sines of positions in fp32, each [B, T, H].
 
-    In the dynamic variants all rows use one length, the largest position of the call plus one. A
-    length beyond the trained one is remembered until a call fits that again, as in transformers.
+    In the dynamic variants all rows use one length, the largest position of the call plus one. As
+    in transformers, a length beyond the trained one is remembered until a call fits the trained one
+    again.
     """
 
     inv_freq: Tensor
@@ -173,7 +172,7 @@ class ChameleonRotaryEmbedding(nn.Module):
         if not is_dynamic(self._shape):
             return self.inv_freq
         length = position_ids.max() + 1
-        # A traced graph may neither read a number back nor write an attribute.
+        # A traced graph can neither read a number back nor write an attribute.
         traced = torch.compiler.is_compiling()
         if self.rope_type == "dynamic" and not traced:
             length = torch.tensor(self._remembered(int(length)), device=length.device)
@@ -191,7 +190,7 @@ class ChameleonRotaryEmbedding(nn.Module):
 
 
 class ChameleonAttention(Attention):
-    """The core's attention under transformers' arguments."""
+    """The core's attention with transformers' arguments."""
 
     def __init__(self, config: ChameleonConfig, core: ModelConfig, layer_idx: int) -> None:
         super().__init__(core)
@@ -212,10 +211,10 @@ class ChameleonAttention(Attention):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention's output [B, T, D], and its weights where the implementation gives them."""
+        """Attention's output [B, T, D], and its weights if the implementation returns them."""
         assert position_embeddings is not None
         cos, sin = position_embeddings
-        # The core takes sines whose first half has the sign of the rotation.
+        # The core expects the sign of the rotation in the first half of the sines.
         half = sin.shape[-1] // 2
         signed = torch.cat((-sin[..., :half], sin[..., half:]), -1)
         rotary = Rotary(cos[:, :, None], signed[:, :, None])
@@ -225,7 +224,7 @@ class ChameleonAttention(Attention):
 
 
 class ChameleonDecoderLayer(GradientCheckpointingLayer, Block):  # type: ignore[misc]
-    """The core's block under transformers' arguments."""
+    """The core's block with transformers' arguments."""
 
     def __init__(self, config: ChameleonConfig, core: ModelConfig, layer_idx: int) -> None:
         super().__init__(core, 0.0, ChameleonAttention(config, core, layer_idx))
@@ -281,7 +280,7 @@ class ChameleonPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' own; a checkpoint without a VQ decoder gives a model without one."""
+        """As in transformers; a checkpoint without a VQ decoder gives a model without one."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         for module in model.modules():
@@ -297,9 +296,8 @@ class ChameleonPreTrainedModel(PreTrainedModel):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """As torch's own. Transformers' checkpoints have a VQ-GAN without a decoder: with `strict`
-        such a state dict removes the model's decoder too.
-        """
+        """As in torch, but with `strict` a state dict whose VQ-GAN has no decoder, as in
+        transformers' checkpoints, also removes the model's decoder."""
         keys = [key for key in state_dict if _VQ_KEY.match(key)]
         if strict and keys and not any(_DECODER_KEY.match(key) for key in keys):
             self._drop_decoder()
@@ -315,13 +313,13 @@ class ChameleonPreTrainedModel(PreTrainedModel):
         return footprint(self, return_buffers)
 
     def dequantize(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' own, and also right after a forward on the CPU."""
+        """As in transformers, and also correct after a forward on the CPU."""
         restore_layout(self)
         return super().dequantize(*args, **kwargs)
 
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
         super()._adjust_missing_and_unexpected_keys(loading_info)
-        # Only the decoder is missing: a checkpoint of transformers', which is complete in its way.
+        # Only the decoder is missing: a complete checkpoint of transformers'.
         missing = {key for key in loading_info.missing_keys if _DECODER_KEY.match(key)}
         no_pictures = any(_VQ_KEY.match(key) for key in loading_info.missing_keys - missing)
         if missing and not no_pictures:
@@ -346,9 +344,7 @@ class ChameleonPreTrainedModel(PreTrainedModel):
 
 class ChameleonVQVAE(ChameleonPreTrainedModel):
     """The VQ-GAN: pictures to codes and back. Alone it can be trained; inside a model it is frozen.
-
-    `decoder` is None where the checkpoint had none.
-    """
+    `decoder` is None if the checkpoint had none."""
 
     config: ChameleonVQVAEConfig
     config_class = ChameleonVQVAEConfig
@@ -365,7 +361,7 @@ class ChameleonVQVAE(ChameleonPreTrainedModel):
         core = accelerate(VQGAN(vq_shape(config)))
         for name, child in core.named_children():
             self.add_module(name, child)
-        # The same modules with the core's methods; not registered, or each key would come twice.
+        # The same modules with the core's methods; unregistered, or each key would appear twice.
         self.__dict__["vqgan"] = core
         self.quantize.beta = getattr(config, "beta", 0.25)
         self.eval()
@@ -377,7 +373,7 @@ class ChameleonVQVAE(ChameleonPreTrainedModel):
         """Codes of pictures [B, C, Y, X] in [-1, 1], of any float type; no graph while frozen."""
         if any(p.requires_grad for p in self.parameters()):
             return self._encode(pixel_values)
-        # Rounded arithmetic gives other codes, so autocast only counts while the VQ-GAN trains.
+        # Rounded arithmetic gives other codes, so autocast only applies while the VQ-GAN trains.
         with torch.no_grad(), torch.autocast(pixel_values.device.type, enabled=False):
             return self._encode(pixel_values)
 
@@ -393,7 +389,7 @@ class ChameleonVQVAE(ChameleonPreTrainedModel):
         )
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Pictures of codes [B, y, x]: [B, C, Y, X], about [-1, 1] and not clamped.
+        """Pictures of codes [B, y, x]: [B, C, Y, X], in about [-1, 1] and not clamped.
 
         Raises `ImageError` for a code outside the codebook, `CheckpointError` without a decoder.
         """
@@ -418,7 +414,8 @@ class ChameleonVQVAE(ChameleonPreTrainedModel):
             module.decoder = None
 
     def keep_codebook(self) -> None:
-        """Take the codebook out of accelerate's offloading, which loads a module when called."""
+        """Exclude the codebook from accelerate's offloading, which loads a module only when it is
+        called."""
         embedding = self.quantize.embedding
         if embedding.weight.is_meta:
             from accelerate.hooks import remove_hook_from_module  # type: ignore
@@ -472,7 +469,7 @@ class ChameleonModel(ChameleonPreTrainedModel):
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """All token ids; `CheckpointError` where neither config nor folder names them."""
+        """All token ids; `CheckpointError` if neither config nor folder names them."""
         try:
             return self.vocabulary_mapping.vocabulary
         except CheckpointError:
@@ -487,7 +484,7 @@ class ChameleonModel(ChameleonPreTrainedModel):
         self._mapping = ImageVocabulary(names)
 
     def freeze_image_tokenizer(self) -> None:
-        """Freeze the image tokenizer; no gradient would pass through its codes anyway."""
+        """Freeze the image tokenizer; its codes pass no gradient anyway."""
         self.vqmodel.requires_grad_(False)
         self.vqmodel.eval()
 
@@ -507,10 +504,10 @@ class ChameleonModel(ChameleonPreTrainedModel):
     def decode_image_tokens(
         self, image_tokens: Tensor, height: int | None = None, width: int | None = None
     ) -> Tensor:
-        """Pictures [B, C, Y, X], about [-1, 1], of image tokens [B, n].
+        """Pictures [B, C, Y, X], in about [-1, 1], of image tokens [B, n].
 
         Other tokens in a row are ignored; of several pictures the last one is taken. `height` and
-        `width` count codes; by default a picture has the model's own size.
+        `width` count codes (default: the model's own size).
         """
         if height is None or width is None:
             grid = self.shape.vq_config.grid
@@ -521,7 +518,7 @@ class ChameleonModel(ChameleonPreTrainedModel):
             return self.vqmodel.decode(codes.view(-1, height, width))
 
     def fill_image_tokens(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
-        """`input_ids` with the pictures' own tokens in the place of the placeholders."""
+        """`input_ids` with the pictures' own tokens in place of the placeholders."""
         return self.put_tokens(input_ids, self.get_image_tokens(pixel_values))
 
     def get_placeholder_mask(
@@ -529,7 +526,7 @@ class ChameleonModel(ChameleonPreTrainedModel):
     ) -> Tensor:
         """True at placeholders, [B, T, 1]; `ImageError` unless pictures and placeholders match."""
         if input_ids is None:
-            # Placeholders are found by their embedding.
+            # Without ids, placeholders are found by their embedding.
             token = torch.tensor(self._placeholder(), device=inputs_embeds.device)
             mask_BT = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
         else:
@@ -553,13 +550,13 @@ class ChameleonModel(ChameleonPreTrainedModel):
     ) -> Any:
         """Hidden states [B, T, D] after the final norm, as `BaseModelOutputWithPast`.
 
-        Exactly one of `input_ids` and `inputs_embeds`; pictures take the places of placeholders.
+        Takes exactly one of `input_ids` and `inputs_embeds`; pictures replace placeholders.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         x_BTD = self._with_pictures(input_ids, x_BTD, pixel_values, mm_encoder_outputs)
-        traced = cast("Any", torch.jit).is_tracing()  # traced outputs cannot hold a cache
+        traced = cast("Any", torch.jit).is_tracing()  # outputs of a trace cannot hold a cache
         if use_cache and past_key_values is None and not traced:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
@@ -642,7 +639,7 @@ class ChameleonForConditionalGeneration(
 
     output_modalities = ("text", "image")
     image_logits = True
-    # Quantisers leave these modules alone; they are matched by their whole names.
+    # Quantisers skip these modules, which they match by full name.
     _keep_in_fp32_modules: ClassVar[list[str]] = ["model.vqmodel"]
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan: ClassVar[dict[str, str]] = HEAD
@@ -660,16 +657,16 @@ class ChameleonForConditionalGeneration(
             value = self._with_tokens(value)
             if self.model._mapping is not None or self.config.name_or_path:
                 with contextlib.suppress(CheckpointError):  # raised again when a picture comes
-                    # A compiled forward could not keep the tables that it makes.
+                    # Made now, as a compiled forward could not keep tables that it makes.
                     self.model.vocabulary_mapping.prepare(self.device)
         super().__setattr__(name, value)
 
     def _with_tokens(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """`forward` with the pictures' own tokens in its ids and labels.
 
-        TRL assigns a forward of its own that computes the loss itself, past `forward` below.
+        Needed because TRL assigns its own forward, which computes the loss without `forward` below.
         """
-        # accelerate unwraps methods, so a method of this model has to stay one.
+        # accelerate unwraps methods, so a method of this model must stay a method.
         if getattr(forward, "__self__", None) is self:
             function = cast("Any", forward).__func__
             return MethodType(_filling(function), self)
@@ -721,15 +718,15 @@ class ChameleonForConditionalGeneration(
     ) -> Any:
         """Logits [B, T, V], or of the last `logits_to_keep` positions, as `CausalLMOutputWithPast`.
 
-        `labels` may name image tokens. Where labels and `input_ids` both hold the placeholder, the
+        `labels` may name image tokens. If labels and `input_ids` both hold the placeholder, the
         label is the picture's own token. A row without image labels has the loss of transformers'
-        own class, which leaves image tokens out of the softmax. `image_logits=True` takes the whole
-        vocabulary for every row; False is transformers' class in logits and loss; None takes the
-        attribute of that name.
+        own class, which leaves image tokens out of the softmax. `image_logits=True` uses the whole
+        vocabulary for every row; False matches transformers' class in logits and loss; None takes
+        the attribute of that name.
         """
         draws = self.image_logits if image_logits is None else image_logits
         if pixel_values is not None and labels is not None and mm_encoder_outputs is None:
-            # The labels need the pictures' tokens too: encode once, for both.
+            # The labels need the pictures' tokens, too: encode once for both.
             mm_encoder_outputs = {"image": self.get_image_features(pixel_values, return_dict=True)}
             pixel_values = None
         outputs = self.model(
@@ -769,7 +766,7 @@ class ChameleonForConditionalGeneration(
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As transformers' own; pictures are only passed on with the prompt."""
+        """As in transformers; pictures are only passed on with the prompt."""
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
             input_ids,
             pixel_values=pixel_values,
@@ -778,7 +775,7 @@ class ChameleonForConditionalGeneration(
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
-        if not is_first_iteration and use_cache:  # they are in the cache
+        if not is_first_iteration and use_cache:  # pictures are in the cache
             inputs["pixel_values"] = None
         return inputs
 
@@ -796,7 +793,7 @@ class ChameleonForConditionalGeneration(
 
     def _text_in_reach(self, logits_BTV: Tensor, shifted: Tensor | None, labels: Tensor) -> Tensor:
         """Logits for the loss: without image tokens in rows that have no image label."""
-        # Per row, so that the loss of a row does not depend on the others of its batch.
+        # Per row, so that a row's loss does not depend on its batch.
         mapping, device = self.model.vocabulary_mapping, logits_BTV.device
         if not mapping.image_tokens:
             return logits_BTV
@@ -845,7 +842,7 @@ def _own_tokens(labels: Tensor, ids: Tensor, full: Tensor) -> Tensor:
 
 def _check_count(mask_BT: Tensor, features: int) -> None:
     if torch.compiler.is_compiling():
-        # The count is unknown while tracing: the graph checks it when it runs.
+        # While tracing the count is unknown: the graph checks it at run time.
         torch._check_tensor_all(mask_BT.sum() == features)
         return
     tokens = int(mask_BT.sum())

@@ -1,6 +1,6 @@
 """transformers' pipeline "any-to-any" for these classes, without torchvision.
 
-transformers demands torchvision for every model that reads pictures, since most of its image
+transformers requires torchvision for every model that reads pictures, since most of its image
 processors need it. The one here does not.
 """
 
@@ -21,7 +21,7 @@ class ChameleonPipeline(AnyToAnyPipeline):
     """Turns or texts with pictures in; text out, or a picture with `generation_mode="image"`.
 
     Use it as `transformers.pipeline("any-to-any", …, pipeline_class=ChameleonPipeline)`, or without
-    that argument after `register()`. It serves other models as transformers' own class does.
+    that argument after `register()`. Other models are served as by transformers' own class.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -36,7 +36,7 @@ class ChameleonPipeline(AnyToAnyPipeline):
         settings = dict(generate_kwargs or {})
         ours = isinstance(self.model, ChameleonForConditionalGeneration)
         if ours and settings.get("generation_mode") == "image":
-            # The pipeline's default of 256 new tokens may be less than a picture.
+            # The pipeline's default of 256 new tokens may not be enough for a picture.
             settings.setdefault("max_new_tokens", self.model.picture_tokens)
         return super()._forward(model_inputs, settings)
 

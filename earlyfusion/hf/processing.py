@@ -52,11 +52,11 @@ _FLAGS = (
     "return_text_replacement_offsets",
 )
 _OFFSETS = "text_replacement_offsets"
-# transformers' `sanitize_control_tokens` puts this sign before what users write as control tokens.
+# transformers' `sanitize_control_tokens` puts this sign before control tokens in users' text.
 _UNMARKED = "(?<!\U000f0000)"
 
-# Turns as the model is trained on them: their parts joined, then end of turn; a last answer ends
-# with eos. `generation` blocks hold what a model is trained on.
+# Turns as in training: their parts joined, then end of turn; a last answer ends with eos.
+# `generation` blocks hold the parts that are learned.
 CHAT_TEMPLATE = (
     "{% macro said(message) %}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -82,9 +82,9 @@ class _SectionKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
 class ChameleonProcessorKwargs(_SectionKwargs, total=False):  # type: ignore[call-arg]
     """Arguments of a call, of the tokenizer, and of the image processor.
 
-    `return_for_text_completion`: no end-of-turn token closes the text.
-    `return_mm_token_type_ids`: 1 for each token of a picture, 0 for others.
-    `return_text_replacement_offsets`: where `<image>` was in each text, and where its picture is.
+    `return_for_text_completion`: no end-of-turn token closes the text. `return_mm_token_type_ids`:
+    1 for each token of a picture, 0 for others. `return_text_replacement_offsets`: where `<image>`
+    was in each text, and where its picture is.
     """
 
     return_for_text_completion: bool
@@ -93,7 +93,7 @@ class ChameleonProcessorKwargs(_SectionKwargs, total=False):  # type: ignore[cal
 
 
 class ChameleonProcessor(ProcessorMixin):
-    """One tokenizer and one image processor, with the arguments and files of transformers' own."""
+    """One tokenizer and one image processor, with transformers' arguments and files."""
 
     valid_processor_kwargs = ChameleonProcessorKwargs
     text_kwargs = {"return_tensors": "pt"}  # noqa: RUF012
@@ -139,7 +139,6 @@ class ChameleonProcessor(ProcessorMixin):
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """The tokenizer's ids: text, image and control."""
         return Vocabulary(self.tokenizer.get_vocab())
 
     def __call__(
@@ -151,9 +150,9 @@ class ChameleonProcessor(ProcessorMixin):
         """`input_ids` and `attention_mask` of the texts, `pixel_values` of all their pictures.
 
         Further arguments are those of `ChameleonProcessorKwargs`, the tokenizer and the image
-        processor, flat or in `text_kwargs`, `images_kwargs` and `common_kwargs`; the default of an
-        argument is the tokenizer's setting. Raises `PromptError` where the numbers of marks and
-        pictures differ or a truncation cuts a picture, `SettingError` for an argument given twice.
+        processor, flat or in `text_kwargs`, `images_kwargs` and `common_kwargs`; by default the
+        tokenizer's settings. Raises `PromptError` if the numbers of marks and pictures differ or a
+        truncation cuts a picture, `SettingError` for an argument given twice.
         """
         flags, for_text, for_images = self._split_kwargs(dict(kwargs))
         tensor_type = for_text.pop("return_tensors")
@@ -170,7 +169,7 @@ class ChameleonProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        """The keys that `__call__` gives."""
+        """The keys that `__call__` returns."""
         names = [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
         return list(dict.fromkeys(names))
 
@@ -216,7 +215,7 @@ class ChameleonProcessor(ProcessorMixin):
         if "image_layout" not in settings:
             try:
                 config, _ = PreTrainedConfig.get_config_dict(path, **kwargs)
-            except OSError:  # a folder of a processor alone
+            except OSError:  # a folder with only a processor
                 config = {}
             settings["image_layout"] = lumina.FAMILY if lumina.is_lumina(config) else "chameleon"
         return settings, rest
@@ -265,7 +264,7 @@ class ChameleonProcessor(ProcessorMixin):
                         "give it once"
                     )
                 given[name] = kwargs[name]
-        # The base class warns of arguments that nobody knows.
+        # The base class warns about unknown arguments.
         rest = {k: v for k, v in kwargs.items() if not any(k in names for names in known.values())}
         merged = self._merge_kwargs(
             _SectionKwargs,
@@ -293,7 +292,7 @@ class ChameleonProcessor(ProcessorMixin):
         return names | set(of_processor.__annotations__ if of_processor else ())
 
     def _pictures(self, images: Any) -> list[Any]:
-        """All pictures in order; transformers fetches those that are addresses."""
+        """All pictures in order; transformers fetches those given as addresses."""
         return make_flat_list_of_images(self.image_processor.fetch_images(images))
 
     def _pixels(self, pictures: list[Any], settings: dict[str, Any]) -> dict[str, Any]:
@@ -326,7 +325,7 @@ class ChameleonProcessor(ProcessorMixin):
             for text, found in zip(texts, marks, strict=True)
         ]
         data = dict(self.tokenizer([text for text, _ in whole], **settings))
-        # `max_length` may have cut a picture, and half of one has no meaning.
+        # `max_length` may have cut a picture, and half a picture is useless.
         wanted = sum(picture.count(self.image_token) for picture in spelled)
         found_tokens = sum(list(row).count(self.image_token_id) for row in data["input_ids"])
         if found_tokens != wanted:
@@ -350,7 +349,7 @@ class ChameleonProcessor(ProcessorMixin):
     def _whole_text(
         self, text: str, marks: list[tuple[re.Match[str], str]], completion: bool, add_bos: bool
     ) -> tuple[str, list[dict[str, Any]]]:
-        """A text with its pictures spelled, bos where `add_bos`, and the end of the turn.
+        """A text with its pictures spelled, bos if `add_bos`, and the end of the turn.
 
         Also the replacements: each with its `span` in the text and its `new_span` in the result.
         """
@@ -358,7 +357,7 @@ class ChameleonProcessor(ProcessorMixin):
         templated = bool(bos and text.startswith(bos)) or bool(eos and text.endswith(eos))
         changes = [("image", mark.span(), mark.group(), spelled) for mark, spelled in marks]
         if add_bos and bos and not templated:
-            # Reported too: whoever maps positions of the text must move past it.
+            # Also reported, because it shifts the positions of the text behind it.
             changes.insert(0, ("text", (0, 0), "", bos))
         result, offsets = _replaced(text, changes)
         end = "" if completion or templated else self.tokenizer.sep_token or END_OF_TURN
@@ -369,10 +368,8 @@ class ChameleonProcessor(ProcessorMixin):
         return self.tokenizer.bos_token_id in self.tokenizer("")["input_ids"]
 
     def replace_image_token(self, image_inputs: Any = None, image_idx: int = 0, **_: Any) -> str:
-        """A spelled picture: begin, a placeholder for each code, end.
-
-        For Lumina-mGPT also the picture's size tokens and line ends.
-        """
+        """A spelled picture: begin, a placeholder for each code, end; for Lumina-mGPT also its size
+        tokens and line ends."""
         if not self._is_lumina:
             inner = self.image_token * self.image_seq_length
             return f"{self.image_start_token}{inner}{self.image_end_token}"
@@ -412,7 +409,7 @@ class ChameleonProcessor(ProcessorMixin):
             )
 
     def _layout_at(self, row: list[int], vocabulary: Vocabulary) -> ImageLayout | None:
-        """The layout of the picture at the start of `row`; None without its size tokens."""
+        """The layout of the picture at the start of `row`; None if its size tokens are missing."""
         if not self._is_lumina:
             return self._layout()
         try:
@@ -442,14 +439,14 @@ class ChameleonProcessor(ProcessorMixin):
             start = end
 
     def _is_whole(self, tokens: list[int], layout: ImageLayout) -> bool:
-        """Whether a picture is complete and drawn, not a prompt's placeholders."""
+        """Whether a picture is complete and drawn, rather than a prompt's placeholders."""
         return len(tokens) == layout.num_tokens and self.image_token_id not in tokens
 
 
 def _replaced(
     text: str, changes: list[tuple[str, tuple[int, int], str, str]]
 ) -> tuple[str, list[dict[str, Any]]]:
-    """A text after (type, span, old, new) changes in order, and what became of each."""
+    """A text after (type, span, old, new) changes in order, and the resulting spans."""
     result, last = "", 0
     offsets: list[dict[str, Any]] = []
     for change, span, old, new in changes:

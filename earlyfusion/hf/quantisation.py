@@ -1,9 +1,9 @@
 """Quantised weights: the memory that they take, and files and merges that equal the model.
 
 On a CPU with AVX512-BF16, bitsandbytes (0.50) repacks a 4-bit weight at the first forward without
-gradients, and rounds its scales. That is fast, but a saved file, a merged adapter and a training
-step then read other values, and no gradient passes. Here a weight's scales are remembered, it is
-put back before its state dict is read, and it is not repacked while it has an adapter.
+gradients, and rounds its scales. That is fast, but saved files, merged adapters and training steps
+then read other values, and gradients do not pass. Here a weight's scales are remembered, it is
+restored before its state dict is read, and it is not repacked while it has an adapter.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-# The repacked layout holds rows in blocks of 32 and whole blocks of scales in a row.
+# The repacked layout needs rows in blocks of 32 and a whole number of scales per row.
 _ROWS = 32
 
 
@@ -26,7 +26,8 @@ def footprint(model: nn.Module, buffers: bool = True) -> int:
 
 
 def choose_layout(model: nn.Module) -> None:
-    """Before a forward on a CPU: say which 4-bit weights it may repack, remember their scales."""
+    """Before a forward on a CPU: mark the 4-bit weights that may be repacked, and remember their
+    scales."""
     modules = list(model.modules())
     adapted = {id(m.base_layer) for m in modules if hasattr(m, "base_layer")}
     for module in modules:
@@ -44,7 +45,7 @@ def choose_layout(model: nn.Module) -> None:
 
 
 def restore_layout(model: nn.Module, *args: Any, **kwargs: Any) -> None:
-    """Put every repacked weight back as it was. The further arguments are those of hooks."""
+    """Restore every repacked weight. The further arguments are those of hooks."""
     for module in model.modules():
         _put_back(module)
 
@@ -53,7 +54,7 @@ def _put_back(module: nn.Module) -> None:
     state: Any = _state(module)
     if state is None or not _repacked(state):
         return
-    module.state_dict()  # bitsandbytes' way back; it leaves scales rounded, or in wrong order
+    module.state_dict()  # bitsandbytes restores it, but leaves scales rounded or in wrong order
     original = module.__dict__.pop("_scales_as_loaded", None)
     if original is not None:
         weight: Any = module.weight
@@ -74,7 +75,7 @@ def _fits(state: Any) -> bool:
 
 
 def _scales(module: nn.Module) -> Iterator[Tensor]:
-    """The scales of a weight of bitsandbytes: the states of 4-bit, the row scales of 8-bit."""
+    """The scales of a bitsandbytes weight: the states of 4-bit, the row scales of 8-bit."""
     state, weight = _state(module), module._parameters.get("weight")
     if state is not None:
         original = module.__dict__.get("_scales_as_loaded") if _repacked(state) else None
@@ -88,6 +89,6 @@ def _scales(module: nn.Module) -> Iterator[Tensor]:
 
 def _bytes(tensor: Tensor) -> int:
     flatten = getattr(tensor, "__tensor_flatten__", None)
-    if flatten is not None:  # torchao's weights are made of several tensors
+    if flatten is not None:  # torchao's weights consist of several tensors
         return sum(_bytes(getattr(tensor, name)) for name in flatten()[0])
     return tensor.nelement() * tensor.element_size()

@@ -2,8 +2,8 @@
 
 Pillow resizes along one axis, rounds to 8 bits, and resizes along the other. A new pixel is a
 weighted sum of old ones. Its weights are a filter stretched to the scale, normalised to 1 and
-rounded to multiples of 2 ** -22, so all arithmetic is on 32-bit integers, equal on any device.
-Shapes: n pictures, C channels, Y X height and width in pixels.
+rounded to multiples of 2 ** -22, so all arithmetic is on 32-bit integers and the same on any
+device. Shapes: n pictures, C channels, Y X height and width in pixels.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def resized(
 ) -> Tensor:
     """uint8 [n, C, Y, X] resized to `size` (height, width), as by `PIL.Image.resize`.
 
-    `window`: the rows and columns of the result to compute, all by default. Raises `SettingError`
+    `window`: the rows and columns of the result to compute (default: all). Raises `SettingError`
     for an unknown filter.
     """
     rows, columns = window or (range(size[0]), range(size[1]))
@@ -51,8 +51,8 @@ def resized(
 
 @lru_cache(maxsize=1)
 def _turns_round() -> bool:
-    """Whether the installed Pillow resizes along y first where that saves work, as new ones do."""
-    # The order shows in the last bits of a small picture.
+    """Whether the installed Pillow resizes along y first if that saves work, as new versions do."""
+    # The order changes the last bits of a small picture.
     probe = np.random.default_rng(0).integers(0, 256, (32, 16), dtype=np.uint8)
     found = np.asarray(PIL.Image.fromarray(probe).resize((15, 8), Resampling.LANCZOS))
     pixels = torch.from_numpy(probe)
@@ -63,7 +63,7 @@ def _turns_round() -> bool:
 
 def _along(pixels: Tensor, axis: int, size: int, wanted: range, resample: int) -> Tensor:
     """uint8 pixels with `axis` resized to `size`, of which the `wanted` positions are computed."""
-    # With the axis in front whole rows are copied, which is the fast way through memory.
+    # With the axis in front whole rows are copied, which is the fastest way through memory.
     lines = pixels.movedim(axis, 0)
     length = len(lines)
     if size == length:
@@ -80,10 +80,10 @@ def _along(pixels: Tensor, axis: int, size: int, wanted: range, resample: int) -
 def _summed(lines: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
     starts, weights = starts.to(lines.device), weights.to(lines.device)
     shape = (len(starts), lines.shape[1])
-    # Half of the last bit is added first: the shift then rounds to the nearest.
+    # Half of the last bit is added first, so that the shift rounds to nearest.
     sums = torch.full(shape, 1 << (_BITS - 1), dtype=torch.int32, device=lines.device)
     for tap in range(weights.shape[1]):
-        # A tap past the edge has weight 0: it may read any pixel.
+        # A tap past the edge has weight 0, so it may read any pixel.
         read = (starts + tap).clamp(max=len(lines) - 1)
         sums.addcmul_(lines.index_select(0, read), weights[:, tap, None])
     return (sums >> _BITS).clamp_(0, 255).to(torch.uint8)
@@ -116,7 +116,7 @@ def _row(
 ) -> tuple[int, list[int]]:
     start = max(int(centre - support + 0.5), 0)
     stop = min(int(centre + support + 0.5), length)
-    # Term by term in Pillow's order: another one would round differently.
+    # Term by term in Pillow's order: any other would round differently.
     reciprocal = 1.0 / stretch
     values = [shape((x - centre + 0.5) * reciprocal) for x in range(start, stop)]
     total = 0.0

@@ -1,7 +1,11 @@
 """The plan by which transformers' tensor parallelism splits the model over processes.
 
 Each process holds some attention heads of every layer with their QK-norms, some columns of every
-feed-forward, and some of the output head's vocabulary. The image tokenizer is whole in each.
+feed-forward, and some of the output head's vocabulary; the image tokenizer is whole in each. This
+table is separate from that of parallel.py (torch's styles, for training) and of
+engine/tensor_parallel.py (cuts tensors as they are read), because each is in the form that its
+library takes: the shards differ (in the engine, embedding and head are whole), and this one must
+follow transformers' versions.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ def _cuts_norms() -> bool:
 
 
 def _split_norm(norm: str) -> dict[str, str]:
-    """A QK-norm [heads, width] by heads: "colwise" cuts the dimension before the last."""
+    """A QK-norm [heads, width] by heads: "colwise" cuts the second-to-last dimension."""
     if not _cuts_norms():
         return {}
     if "local_params" in ALL_PARALLEL_STYLES:
@@ -50,7 +54,7 @@ LAYERS = {
 
 
 def check_processes(shape: ModelConfig, processes: int) -> None:
-    """`SettingError` unless all processes get the same number of heads, with their norms."""
+    """Raise `SettingError` unless all processes get the same number of heads, with their norms."""
     if processes > 1 and not _cuts_norms():
         raise SettingError(
             f"transformers {transformers.__version__} cannot share the norms of heads between "
