@@ -1,4 +1,4 @@
-"""What all measurements share: a clock, contenders that take turns, and Markdown tables."""
+"""Shared by all measurements: a clock, contenders that take turns, and Markdown tables."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Measured = TypeVar("Measured")
 
 OURS = "earlyfusion"
 RATES = ("tokens/s", "GB/s", "TFLOP/s")
-"""Units of which more is better; of others, which are times, less."""
+"""Units of which more is better; all others are times, of which less is better."""
 
 
 def seconds(
@@ -26,7 +26,7 @@ def seconds(
     device: torch.device | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> float:
-    """How long a call takes, with all that it started on a GPU."""
+    """The duration of a call, including everything that it started on a GPU."""
     _synchronize(device)
     start = clock()
     call()
@@ -42,10 +42,8 @@ def _synchronize(device: torch.device | None) -> None:
 def take_turns(
     contenders: Mapping[Name, Callable[[], Measured]], rounds: int, warmup: int = 1
 ) -> dict[Name, list[Measured]]:
-    """What each contender returns in each round, without the first `warmup` rounds.
-
-    In every round all measure, one after another: a busy machine then slows all of them alike.
-    """
+    """What each contender returns in each round, without the first `warmup` rounds. In every round
+    all measure, one after another, so that a busy machine slows all of them alike."""
     found: dict[Name, list[Measured]] = {name: [] for name in contenders}
     for number in range(warmup + rounds):
         for name, measure in contenders.items():
@@ -72,10 +70,8 @@ def line(*cells: object) -> str:
 
 @dataclass
 class Row:
-    """One thing that was measured: a value for each contender, the first of them ours.
-
-    `floor` is what the machine's limits allow, in the unit of the values.
-    """
+    """One measured thing: a value for each contender, ours first. `floor` is the best that the
+    machine's limits allow, in the unit of the values."""
 
     what: str
     unit: str
@@ -85,7 +81,7 @@ class Row:
 
     @property
     def ratio(self) -> float:
-        """Ours as a share of the floor: 1 is all that the machine can do."""
+        """Ours as a share of the floor: 1 is the most that the machine can do."""
         ours = next(iter(self.values.values()))
         if not ours or not self.floor:
             return 0.0
@@ -93,7 +89,7 @@ class Row:
 
 
 def table(rows: Iterable[Row]) -> str:
-    """Markdown; "times as fast" is ours against each of the others, in their order."""
+    """Markdown; "times as fast" compares ours with each of the others, in order."""
     lines = [heading("what", OURS, "others", "times as fast", "note")]
     for row in rows:
         (_, ours), *others = row.values.items()
@@ -111,7 +107,7 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def short(value: float) -> str:
-    """Three digits, or all before the point of a large number."""
+    """Three digits, or all before the decimal point of a large number."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 

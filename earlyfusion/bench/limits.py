@@ -1,4 +1,4 @@
-"""What a device can do at most: bytes and operations per second, measured."""
+"""The most that a device can do: bytes and operations per second, measured."""
 
 from __future__ import annotations
 
@@ -11,34 +11,33 @@ from torch import Tensor
 from earlyfusion.bench.harness import seconds
 
 _SETS = 3
-"""Inputs that take turns, so that none is still in the device's cache."""
+"""Inputs used in turn, so that none is still in the device's cache."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """`copy` counts bytes read and written, `read` bytes read; `products` are operations of bf16
-    products of matrices. Per second."""
+    """Per second: `copy` counts bytes read and written, `read` bytes read; `products` are
+    operations of bf16 matrix products."""
 
     copy: float
     read: float
     products: float
 
     def milliseconds(self, num_bytes: float, operations: float = 0.0) -> float:
-        """The shortest time to copy so many bytes and to multiply, of which one waits."""
+        """The shortest time to copy `num_bytes` and to multiply, one of which waits for
+        the other."""
         return 1e3 * max(num_bytes / self.copy, operations / self.products)
 
 
 def measure_limits(device: torch.device, small: bool = False) -> Limits:
-    """The best of several trials, for which a GPU needs 5 GB.
-
-    `small` inputs take no time, and stay in a cache.
-    """
+    """The best of several trials, for which a GPU needs 5 GB. `small` inputs take no time, and stay
+    in a cache."""
     size, side = (2**30, 8192) if device.type == "cuda" else (2**28, 512)
     if small:
         size, side = 2**20, 64
     source = [torch.ones(size // 4, device=device) for _ in range(_SETS)]
     target = torch.empty_like(source[0])
-    # Products of zeros or ones take less power, and so are faster than those of a model.
+    # Products of zeros or ones take less power, and so run faster than those of a model.
     factors = [torch.randn(side, side, device=device).bfloat16() for _ in range(2 * _SETS)]
     out = torch.empty_like(factors[0])
 

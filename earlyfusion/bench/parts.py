@@ -1,8 +1,8 @@
-"""Parts of a long measurement: each in a process of its own, within its seconds.
+"""Parts of a long measurement: each in a separate process, with a time limit.
 
 A crash, a hang or a lack of memory ends one part only. Every row is sent to the first process as
-soon as it is measured, which writes all that is known so far, so that a machine may be taken away
-at any time.
+soon as it is measured, which writes all that is known so far, so the machine may be lost at any
+time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Measure = Callable[[Any], Iterable[Row]]
 
 _LEAST_SECONDS = 5.0
 _LONGEST_ERROR = 6000  # characters
-_DUMP_BEFORE = 2.0  # seconds before its end, in which a part that hangs still tells where
+_DUMP_BEFORE = 2.0  # seconds before its end at which a hanging part prints its stack
 
 
 class Skipped(Exception):
@@ -40,7 +40,7 @@ class Skipped(Exception):
 
 @dataclass(frozen=True)
 class Part:
-    """What is measured together; `seconds` are the most that it may take."""
+    """One thing to measure; `seconds` are the most that it may take."""
 
     name: str
     what: str
@@ -50,7 +50,7 @@ class Part:
 
 @dataclass
 class Outcome:
-    """What became of a part; `error` says why it is not done."""
+    """The result of a part; `error` says why it is not done."""
 
     part: str
     status: Status = "done"
@@ -60,7 +60,7 @@ class Outcome:
 
     @property
     def why(self) -> str:
-        """The line of `error` that says most: the last one of a traceback."""
+        """The most informative line of `error`: the last one of a traceback."""
         lines = self.error.strip().splitlines() or [""]
         return lines[-1 if self.status == "failed" and lines[0].startswith("Trace") else 0]
 
@@ -75,9 +75,9 @@ def run_parts(
 ) -> list[Outcome]:
     """Run the parts in order, until `minutes` are over.
 
-    A part may take, besides its own seconds, those that are left beyond what the parts after it
-    need. `method` is how processes start: "spawn", or "fork" where no device is in use. What they
-    print goes to the file `log`. `keep` is called with all outcomes after every row.
+    Besides its own seconds, a part may take those that later parts do not need. `method` is how
+    processes start: "spawn", or "fork" if no device is in use. Their output goes to the file `log`.
+    `keep` is called with all outcomes after every row.
     """
     end, outcomes = time.monotonic() + 60 * minutes, list[Outcome]()
     for number, part in enumerate(parts):
@@ -126,7 +126,7 @@ def _run(
 
 
 def _messages(receiver: Connection, end: float) -> Iterator[Any]:
-    """What a part sends, until it ends or its time is over."""
+    """The messages of a part, until it ends or its time is over."""
     while (left := end - time.monotonic()) > 0:
         if receiver.poll(min(left, 0.5)):
             try:
@@ -136,8 +136,8 @@ def _messages(receiver: Connection, end: float) -> Iterator[Any]:
 
 
 def _measure(part: Part, settings: Any, seconds: float, log: Path, sender: Connection) -> None:
-    """What the process of a part does."""
-    os.setsid()  # it is ended with all processes that it has started
+    """The main function of a part's process."""
+    os.setsid()  # so that it can be ended with all processes that it started
     with log.open("a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -159,7 +159,7 @@ def _measure(part: Part, settings: Any, seconds: float, log: Path, sender: Conne
     sender.send(status)
     sender.close()
     sys.stdout.flush()
-    os._exit(0)  # whatever a library wants to do at the end may hang
+    os._exit(0)  # a library's clean-up at exit may hang
 
 
 def _end(process: BaseProcess) -> None:
@@ -183,7 +183,7 @@ def _tail(log: Path) -> str:
 
 
 def told(outcome: Outcome) -> str:
-    """A part in a few lines: what became of it, and its rows."""
+    """A part in a few lines: its outcome, and its rows."""
     head = f"{outcome.part}: {outcome.status}, {outcome.seconds:.0f} s"
     head += f": {outcome.why}" if outcome.why else ""
     return "\n".join([head, *(f"    {_told(row)}" for row in outcome.rows)])
@@ -196,7 +196,7 @@ def _told(row: Row) -> str:
 
 
 def joined(outcomes: Iterable[Outcome]) -> list[Row]:
-    """All rows in order; what several parts measured of the same thing is one row."""
+    """All rows in order; rows of several parts about the same thing become one."""
     rows: dict[tuple[str, str], Row] = {}
     for row in (row for outcome in outcomes for row in outcome.rows):
         known = rows.setdefault((row.what, row.unit), Row(row.what, row.unit, {}))
@@ -211,7 +211,7 @@ def as_json(outcomes: Iterable[Outcome], **more: Any) -> str:
 
 
 def as_markdown(outcomes: Sequence[Outcome]) -> str:
-    """A table of what became of the parts, and one of all rows."""
+    """A table of the parts' outcomes, and one of all rows."""
     lines = [line("part", "seconds", "became"), line("---", "---", "---")]
     for outcome in outcomes:
         words = f"{outcome.status}: {outcome.why}" if outcome.why else outcome.status

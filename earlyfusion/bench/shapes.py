@@ -66,10 +66,8 @@ def write_random(shape: str, folder: Path) -> ModelConfig:
 
 
 def random_model(shape: str, device: torch.device, dtype: str, folder: Path) -> Chameleon:
-    """A model of a shape that is made on its device, without files of its weights.
-
-    `folder` exists and takes its tokenizer. int8 and int4 are rounded from bf16.
-    """
+    """A model of a shape, made on its device, without files of its weights. `folder` exists and
+    gets its tokenizer. int8 and int4 are rounded from bf16."""
     config = SHAPES[shape]
     weights = torch.bfloat16 if dtype in PACKED_BITS else torch_dtype(dtype)
     transformer = random_transformer(config, device, weights)
@@ -87,7 +85,7 @@ def random_model(shape: str, device: torch.device, dtype: str, folder: Path) -> 
 def random_transformer(
     config: ModelConfig, device: torch.device, dtype: torch.dtype
 ) -> Transformer:
-    """A transformer that is made on its device, in eval mode, without gradients."""
+    """A transformer made on its device, in eval mode, without gradients."""
     with torch.device("meta"):
         transformer = Transformer(config).to(dtype)
     transformer.to_empty(device=device).init_weights(torch.Generator(device).manual_seed(0))
@@ -125,7 +123,7 @@ def random_pictures(count: int, side: int, seed: int = 0) -> torch.Tensor:
 
 
 def _defaults() -> dict[str, dict[str, float]]:
-    """Sampling from the whole distribution, with which a text seldom ends."""
+    """Sampling from the whole distribution, with which a text rarely ends."""
     return {"chameleon": {"temperature": 1.0, "guidance_text": 3.0, "guidance_image": 1.2}}
 
 

@@ -1,12 +1,11 @@
 """How fast a model is on this machine: what `earlyfusion bench` measures.
 
-Text is made of random tokens and pictures of random pixels, new ones in each round, so that no
-prompt is in the cache unless that is measured; figures are medians of the rounds. Some are compared
-with a limit of the machine. A decoded token has to read the weights of the layers, the part of the
-head that may be drawn, and the keys and values of its context: these bytes, over the bandwidth of a
-sum over a large tensor, are the limit. Small weights fit into the processor's cache; the share of
-the limit then exceeds 1. Reading a prompt takes operations: these, over the speed of a product of
-square matrices, are the limit.
+Text is random tokens and pictures are random pixels, new in each round, so that no prompt is in the
+cache unless that is measured; figures are medians of the rounds. Some are compared with a limit of
+the machine. Decoding a token must read the weights of the layers, the part of the head that may be
+drawn, and the keys and values of its context: these bytes, over the bandwidth of a sum over a large
+tensor, are the limit. (Small weights fit into the processor's cache, and exceed it.) The limit of
+reading a prompt is its operations over the speed of a product of square matrices.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ from earlyfusion.train.monitor import matmul_peak
 
 SHORT, LONG = 32, 1000
 TOKENS = 24
-"""Tokens that are decoded to time one."""
+"""Tokens decoded to time one."""
 MOST_CODES = 64
 """Tokens of a picture that are drawn; the time of a larger picture is extrapolated."""
 
@@ -99,7 +98,7 @@ def bench(
     imports: float = 0.0,
     announce: Callable[[str], None] = lambda _: None,
 ) -> Report:
-    """Measure a model by name or folder ("mini" if not set), or random weights of a `shape`.
+    """Measure a model by name or folder (default: "mini"), or random weights of a `shape`.
 
     `imports` are the seconds that importing this module took, a part of the cold start. `announce`
     is called before each part. Raises `SettingError` and `CheckpointError`.
@@ -190,14 +189,14 @@ class Meter:
         self._draw = random.Random(0)
 
     def texts(self) -> list[Figure]:
-        """First token and tokens after it, at a short and at a long context."""
+        """The first token and those after it, at a short and at a long context."""
         long = max(min(LONG, self.config.max_position_embeddings - TOKENS - 2), 2)
         figures = []
         for name, context in (("short", min(SHORT, long)), ("long", long)):
             times = take_turns({name: partial(self.reply, context)}, self.rounds)[name]
             first, step = map(median, zip(*times, strict=True))
             reading = None
-            if name == "long":  # a short prompt is bound by reading the weights, not by operations
+            if name == "long":  # the limit of a short prompt is reading the weights, not operations
                 reading = self.operations(context) / first / self.peak
             decoding = self.token_bytes(context) / self.bandwidth / step
             where = f"context {context:,}"
@@ -298,10 +297,8 @@ class Meter:
         return matmul_peak(self.device, self.model.transformer.lm_head.weight.dtype)
 
     def token_bytes(self, context: int, image: bool = False) -> float:
-        """Bytes that decoding one token of text, or of an image, reads, after `context` others.
-
-        Several rows of a step read the weights once: then `context` is the sum of theirs.
-        """
+        """Bytes read to decode one token of text, or of an image, after `context` others. For
+        several rows of a step, which read the weights once, `context` is the sum of theirs."""
         transformer, config = self.model.transformer, self.config
         head = transformer.lm_head.weight
         grammar = Grammar(self.model.processor.vocabulary, self.layout)
@@ -333,9 +330,9 @@ class Meter:
         return median(firsts), rest / max(number, 1)
 
     def crowd(self, number: int, context: int) -> tuple[float, float]:
-        """Tokens per second of so many texts that all stand at about this context, and what that
-        context came to be."""
-        # The first to be read go on while the last are read.
+        """Tokens per second of `number` texts at about this context, and the context
+        that they had."""
+        # The first texts draw already while the last prompts are read.
         room = min(TOKENS * 2 + 4 * number, self.config.max_position_embeddings // 2)
         context = max(2, min(context, self.config.max_position_embeddings - room))
         handles = [self.engine.add(self._request(context, room, GREEDY)) for _ in range(number)]
@@ -350,7 +347,8 @@ class Meter:
         return drawn / took, context + (before + drawn / 2) / max(len(left), 1)
 
     def _first_token(self, prompt: Any, seed: int) -> float:
-        """Seconds to the first token of a reply, with what the pictures of the prompt take."""
+        """Seconds to the first token of a reply, including the encoding of the prompt's
+        pictures."""
 
         def reply() -> None:
             handle = self.engine.add(self.model.request(prompt, "text", seed=seed))
@@ -424,11 +422,8 @@ class Meter:
 
 
 class Compilations:
-    """Counts what warm steps must not do while it is open.
-
-    That is: graphs that torch compiles, programs that are started (a compiler is one), and
-    libraries that are loaded.
-    """
+    """Counts what warm steps must not do while it is open: graphs compiled by torch, programs
+    started (such as a compiler), libraries loaded."""
 
     _EVENTS = ("subprocess.Popen", "ctypes.dlopen")
     _seen: ClassVar[Counter[str]] = Counter()

@@ -3,15 +3,15 @@
     python -m earlyfusion.evals.emoji --model mini --data DIR --limit 300 --seed 0 --out report.json
 
 Prints the model card's table in markdown and writes the numbers as JSON. Text is greedy; pictures
-are drawn with the model's own settings, one seed each. Splits: `train` pictures were trained on,
-`val-pair` pictures were not but the same thing in another style was, `val-concept` things were not
-trained on at all.
+are drawn with the model's own settings, one seed each. Splits: `train` pictures were trained on;
+`val-pair` pictures were not, but the same things in other styles were; `val-concept` things were
+not trained on at all.
 
 Retrieval asks whether a drawing is nearer to the requested concept than to others of its style.
 Every picture becomes two blocks of numbers: RGB at 16 x 16 after a light blur, and the mean edge
 strength of its grey version in 16 x 16 cells. Each block is divided by its standard deviation over
-the pictures of the style; pictures compare by the mean squared difference, edges counting half. The
-ceiling is what the metric gives the image tokenizer's reconstructions of the true pictures.
+the style's pictures; pictures compare by the mean squared difference, edges counting half. The
+ceiling is the score of the image tokenizer's reconstructions of the true pictures.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ ANSWER_TOKENS = 64
 
 
 class Model(Protocol):
-    """The model that is measured: `earlyfusion.Chameleon`, or anything with the same methods."""
+    """The model to be measured: `earlyfusion.Chameleon`, or anything with these methods."""
 
     @property
     def image_tokenizer(self) -> Any: ...
@@ -68,7 +68,7 @@ class Model(Protocol):
 def measure(model: Model, data: EmojiData, limit: int = 300, seed: int = 0) -> Numbers:
     """All measurements; `limit` bounds the pictures or questions of each.
 
-    Shares are between 0 and 1, PSNR is in dB. Raises SettingError where the limit is below 1.
+    Shares are between 0 and 1, PSNR is in dB. Raises SettingError for a limit below 1.
     """
     if limit < 1:
         raise SettingError(f"limit is {limit}: give at least 1")
@@ -174,11 +174,8 @@ def _exact(answers: Sequence[str], accepted: Sequence[set[str]]) -> Numbers:
 
 
 def reconstruction(model: Model, data: EmojiData, limit: int, seed: int) -> Numbers:
-    """PSNR of pictures that went through codes and back, at the model's resolution.
-
-    {n, psnr_median, psnr_tenth}: the median over validation pictures, and the decibels that nine
-    tenths of them exceed.
-    """
+    """PSNR of pictures that went through codes and back, at the model's resolution: {n,
+    psnr_median, psnr_tenth}. Nine tenths of the validation pictures exceed the last."""
     pictures = data.images(_chosen(data, "val", limit, seed))
     pairs = zip(pictures, _reconstructed(model, pictures), strict=True)
     values = [psnr(_resized(before, after.size), after) for before, after in pairs]
@@ -190,7 +187,7 @@ def reconstruction(model: Model, data: EmojiData, limit: int, seed: int) -> Numb
 
 
 def psnr(one: PIL.Image.Image, other: PIL.Image.Image) -> float:
-    """Peak signal-to-noise ratio of two pictures of one size in dB; 99 where they are equal."""
+    """Peak signal-to-noise ratio of two pictures of one size in dB; 99 if they are equal."""
     difference = np.asarray(one, np.float64) - np.asarray(other, np.float64)
     error = float((difference**2).mean())
     return 99.0 if error == 0 else float(10 * np.log10(255**2 / error))
@@ -200,8 +197,8 @@ def retrieval(model: Model, data: EmojiData, limit: int, seed: int) -> Numbers:
     """Ranks of drawings among the pictures of their style.
 
     {"usual" | "train" | "val-pair" | "ceiling": {n, top1, top5, top10}}. Half of the requests are
-    in English and half in Korean. They give name and style, or, in "usual", the name alone: then
-    the first style is compared that has the thing among the training pictures.
+    in English and half in Korean. They give name and style, or, in "usual", only the name, which is
+    then compared in the first style that has the thing among the training pictures.
     """
     galleries: dict[str, Gallery] = {}
     report: Numbers = {}
@@ -311,7 +308,7 @@ def _chosen(data: EmojiData, split: str, limit: int, seed: int) -> list[str]:
 
 
 def _dialogues(data: EmojiData) -> list[Sample]:
-    """The published validation dialogues, made again."""
+    """The published validation dialogues, generated again."""
     return generate(data, "val", DIALOGUES, seed=0, further=0)
 
 

@@ -56,7 +56,7 @@ class FinetuneConfig(LanguageConfig):
     lora: int = 0
     """Rank of low-rank adapters; 0: none. They are written to `adapter/`, in PEFT's format."""
     merge: bool = True
-    """Whether adapters are merged into `model/` too."""
+    """Whether adapters are also merged into `model/`."""
     alpha: float = 0.0
     """The adapters are scaled by this over the rank; 0: twice the rank."""
     workers: int = 2
@@ -123,7 +123,7 @@ def main(config: FinetuneConfig) -> None:
         config.held_out,
     )
     _check_data(config, corpus)
-    # Documents are functions of their numbers: threads may prepare them in any order.
+    # A document depends only on its number, so threads may prepare them in any order.
     stream = Ahead(corpus.stream, config.workers) if config.workers else corpus.stream
     try:
         task = config.task(model, stream, length, loaded.processor.vocabulary.pad)
@@ -137,7 +137,7 @@ def main(config: FinetuneConfig) -> None:
     for sentence in corpus.report():
         print(sentence, file=sys.stderr)
     saved = best_of(run.out) if config.held_out.is_on else run.out
-    if processes.count() > 1:  # the first process holds a shard of the model only
+    if processes.count() > 1:  # the first process only holds a shard of the model
         model = prepared(assemble(source), config)
     if saved != run.out or processes.count() > 1:
         tensors, state = checkpoint.load(saved, only="model")
@@ -166,7 +166,7 @@ def _samples(
     image_tokenizer: ImageTokenizer,
     corpus: Corpus,
 ) -> PromptedPictures | None:
-    """What draws pictures during the run; None if the model or the data has none to draw."""
+    """Draws pictures during the run; None if the model or the data has none to draw."""
     processor = loaded.processor
     if not loaded.can_draw:
         return None
@@ -178,11 +178,9 @@ def _samples(
 
 
 def prepared(loaded: Loaded, config: FinetuneConfig) -> Transformer:
-    """The model with dropout, and with the weights that are trained: these in fp32.
-
-    With `precision=bf16`, frozen products of the blocks that are stored in bf16 stay in bf16: the
-    result is the same, in half of the memory.
-    """
+    """The model with dropout; weights that are trained are fp32. With `precision=bf16`, frozen
+    products of the blocks that are stored in bf16 stay in bf16: the same result in half of the
+    memory."""
     torch.manual_seed(config.run.seed)
     model = loaded.transformer
     keeps_bf16 = config.trains != "all" and config.run.precision == "bf16"
@@ -225,7 +223,7 @@ def save(
 
 
 def _card(config: FinetuneConfig, corpus: Corpus, folder: Path) -> str:
-    """What the model was tuned on, before the card of the model that it began with."""
+    """What the model was tuned on, followed by the card of the model that it began with."""
     run, names = config.run, {"all": "all weights", "image_head": "the head's image rows"}
     facts = {
         "began with": config.model,

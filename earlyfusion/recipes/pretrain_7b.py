@@ -48,7 +48,7 @@ class PretrainConfig(LanguageConfig):
     second_stage: float = 0.8
     """Share of the run after which the sources in `added` join."""
     documents_a_row: float = 3.0
-    """How many documents of the corpus fill a row: needed to find where the second stage begins."""
+    """How many documents of the corpus fill a row, to find where the second stage begins."""
     model: ModelConfig = field(default_factory=ModelConfig)
 
     def __post_init__(self) -> None:
@@ -73,7 +73,7 @@ def main(config: PretrainConfig) -> None:
     corpus = open_corpus(
         with_second_stage(config), processor, image_tokenizer, length, config.notes, run.seed
     )
-    with torch.device("meta"):  # `train` gives each process memory for its shard, and weights
+    with torch.device("meta"):  # `train` gives each process memory and weights for its shard only
         model = Transformer(_shape(config, source), config.dropout)
     task = config.task(model, corpus.stream, length, processor.vocabulary.pad)
     train(task, run, config.optim)
@@ -88,7 +88,7 @@ def _shape(config: PretrainConfig, source: Source) -> ModelConfig:
 
 
 def with_second_stage(config: PretrainConfig) -> CorpusConfig:
-    """The corpus whose added sources join at their share of the run."""
+    """The corpus, whose added sources join at their share of the run."""
     rows = config.run.steps * config.rows * config.second_stage
     start = config.corpus.added_from or int(rows * config.documents_a_row)
     return replace(config.corpus, added_from=start)

@@ -51,7 +51,7 @@ RECIPES = {
 
 
 class Recipe(Protocol):
-    """What a module has to have; `config` is a dataclass."""
+    """What a module must have to be a recipe; `config` is a dataclass."""
 
     config: Any
 
@@ -60,7 +60,7 @@ class Recipe(Protocol):
 
 @runtime_checkable
 class Plannable(Protocol):
-    """A config that says what its run takes: `LanguageConfig` is one."""
+    """A config that can say what its run takes, such as `LanguageConfig`."""
 
     def job(self) -> Job: ...
 
@@ -96,7 +96,7 @@ def _run(recipe: Recipe, config: Any, name: str, overrides: list[str]) -> None:
 
 
 def _folder_and_steps(config: Any) -> tuple[Path | None, int]:
-    """The folder that a recipe trains in, and the steps of its run: 0 if it runs others."""
+    """The folder that a recipe trains in, and the steps of its run (0 if it runs others)."""
     from earlyfusion.train.trainer import RunConfig
 
     run = getattr(config, "run", None)
@@ -119,7 +119,7 @@ def _end(config: Any, out: Path, steps: int, command: str) -> None:
 
 
 def _named(config: Any) -> dict[str, str]:
-    """Every field by its whole name, as text."""
+    """Every field by its full name, as text."""
     return {".".join(path): str(_value(config, path)) for path in _leaves(config)}
 
 
@@ -132,7 +132,7 @@ def _value(config: Any, path: tuple[str, ...]) -> Any:
 def plan(name: str, overrides: list[str]) -> str:
     """Memory, speed and days of a recipe on 64 to 3,072 GPUs, as text; nothing is run.
 
-    Raises `SettingError` where `run` would, and for a recipe that does not train a transformer.
+    Raises `SettingError` as `run` does, and for a recipe that does not train a transformer.
     """
     config = override(load(name).config, overrides)
     if not isinstance(config, Plannable):
@@ -144,7 +144,7 @@ def plan(name: str, overrides: list[str]) -> str:
 
 
 def override(config: Any, overrides: list[str]) -> Any:
-    """A copy of `config` with all of `field=value` or `group.field=value` applied at once."""
+    """A copy of `config` with all `field=value` or `group.field=value` applied at once."""
     changes: dict[tuple[str, ...], str] = {}
     for item in overrides:
         path, found, text = item.partition("=")
@@ -173,13 +173,13 @@ def load(name: str) -> Recipe:
 
 
 def _executed(path: Path) -> ModuleType:
-    """The module of a file, which may import the files beside it."""
+    """The module of a file, which may import other files of its folder."""
     folder, name = str(path.parent.resolve()), _module_name(path)
     if folder not in sys.path:
         sys.path.insert(0, folder)
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
-    # Dataclasses look their module up in `sys.modules`.
+    # Dataclasses look up their module in `sys.modules`.
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -190,7 +190,7 @@ def _executed(path: Path) -> ModuleType:
 
 
 def _module_name(path: Path) -> str:
-    """A name that neither a file of the same name in another folder has, nor any library."""
+    """A name that differs from those of libraries and of files with the same name elsewhere."""
     return f"recipe_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
 
 
@@ -234,7 +234,7 @@ def _changed(config: Any, changes: dict[tuple[str, ...], str]) -> Any:
 
 def _parse(wanted: Any, name: str, text: str) -> Any:
     """The text as a value of the type `wanted`."""
-    if get_origin(wanted) is UnionType:  # X | None
+    if get_origin(wanted) is UnionType:  # X | None: the only unions that configs use
         if text.lower() == "none":
             return None
         wanted = next(t for t in get_args(wanted) if t is not NoneType)
@@ -250,7 +250,7 @@ def _parse(wanted: Any, name: str, text: str) -> Any:
 
 
 def summary(name: str) -> str:
-    """The first line of the docstring of a recipe of this package, which is not imported."""
+    """The first line of the docstring of a recipe of this package, without importing it."""
     spec = importlib.util.find_spec(RECIPES[name])
     assert spec is not None and spec.origin is not None
     source = Path(spec.origin).read_text(encoding="utf-8")
@@ -258,10 +258,8 @@ def summary(name: str) -> str:
 
 
 def described(name: str) -> str:
-    """The docstring of a recipe, and its fields with types, defaults and meanings.
-
-    Raises `SettingError` for an unknown recipe.
-    """
+    """The docstring of a recipe, and its fields with types, defaults and meanings. Raises
+    `SettingError` for an unknown recipe."""
     recipe = load(name)
     lines = [
         f"  {field:<28} {type_} = {value}" + (f"\n      {meaning}" if meaning else "")
@@ -271,7 +269,7 @@ def described(name: str) -> str:
 
 
 def fields_of(name: str) -> dict[str, tuple[str, Any, str]]:
-    """`settable` of a recipe's config; {} where the recipe cannot be loaded."""
+    """`settable` of a recipe's config; {} if the recipe cannot be loaded."""
     try:
         return settable(load(name).config)
     except SettingError:
@@ -279,7 +277,7 @@ def fields_of(name: str) -> dict[str, tuple[str, Any, str]]:
 
 
 def settable(config: Any) -> dict[str, tuple[str, Any, str]]:
-    """The fields of a config by the shortest name that is unique: type, default and meaning."""
+    """The fields of a config by their shortest unique name: type, default and meaning."""
     leaves = _leaves(config)
     found = {}
     for path in leaves:
