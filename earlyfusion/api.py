@@ -1,4 +1,5 @@
-"""Chameleon: the object that a user holds. Text and images in, in any order, and out likewise."""
+"""Chameleon: the object that a user holds. Text and images go in, in any order, and come out
+likewise."""
 
 from __future__ import annotations
 
@@ -76,9 +77,9 @@ Answer: TypeAlias = Part | Sequence[Part]
 Watch = Callable[[Event, Image | None], None]
 Codes = np.ndarray[Any, np.dtype[np.int64]]
 
-# Of `generate`, besides the sampling fields.
+# Arguments of `generate` besides the sampling fields.
 _KEYWORDS = ("output", "sampling", "seed", "size", "adapter")
-_MAX_CACHED_IMAGES = 1024  # their codes are kept; the oldest goes first
+_MAX_CACHED_IMAGES = 1024  # whose codes are kept
 _GREY = (128, 128, 128)
 
 
@@ -87,8 +88,8 @@ class Reply:
     """The model's answer: `segments` in order, images decoded and with their codes.
 
     The same request with `seed` gives the same reply. `logprobs` has an entry per drawn token, if
-    the request asked for them. Where the prompt ends with an assistant's turn, the reply holds only
-    its continuation.
+    the request asked for them. If the prompt ends with an assistant's turn, the reply is only its
+    continuation.
     """
 
     segments: list[Segment]
@@ -116,7 +117,7 @@ class Reply:
 class Score:
     """How likely an answer is: natural logarithms of the model's probabilities.
 
-    `tokens` and `token_logprobs` have one entry per token; the end of the reply is one if it
+    `tokens` and `token_logprobs` have one entry per token; the end of the reply has one if it
     counts.
     """
 
@@ -138,8 +139,8 @@ class Chameleon:
     """A model in memory: transformer, image tokenizer and processor.
 
     `defaults` are the model's sampling settings, as in its `generation_config.json`; `folder` is
-    the folder that it was loaded from. One `engine` answers all requests, from any thread. Copies
-    and pickles hold the model without the engine.
+    where it was loaded from. One `engine` answers all requests, from any thread. Copies and pickles
+    hold the model without the engine.
     """
 
     def __init__(
@@ -156,9 +157,11 @@ class Chameleon:
         self.processor = processor
         self.defaults = dict(defaults or {})
         self.name, self.folder = name, folder
-        self.adapters: dict[str, Transformer] = {}  # the transformer with them, by name
+        self.adapters: dict[
+            str, Transformer
+        ] = {}  # transformers with an adapter merged, by its name
         self._engine: Engine | None = None
-        self.cache_bytes: int | None = None  # of the engine that is made next
+        self.cache_bytes: int | None = None  # for the next engine that is made
         self._cached_codes: OrderedDict[bytes, Codes] = OrderedDict()
         self._lock = Lock()
 
@@ -181,11 +184,11 @@ class Chameleon:
         layers and the head (model/quantise.py) and compute as "auto" does. `tensor_parallel` is the
         number of processes that share each layer, all started by `torchrun`: only the first returns
         from this call, the others serve it and end with it (docs/engine.md). `verify` compares the
-        files with the checklist beside them, if there is one; large files only once. `adapter` is a
+        files with the folder's checklist, if there is one; large files only once. `adapter` is a
         folder in PEFT's format that is added to the weights. `cache_bytes` is the size of the
-        engine's cache, by default a share of the free memory (docs/engine.md). `adapters` are
-        folders of adapters by names of your choice: `generate(…, adapter=name)` answers as the
-        model loaded with `adapter` does. Each takes the memory of the layers once more. Raises
+        engine's cache (default: a share of the free memory, docs/engine.md). `adapters` maps names
+        of your choice to folders of adapters: `generate(…, adapter=name)` answers as the model
+        loaded with `adapter` does. Each takes the memory of the layers once more. Raises
         `CheckpointError` and `SettingError`.
         """
         for folder in (adapter, *(adapters or {}).values()):
@@ -201,7 +204,7 @@ class Chameleon:
             else _load_share(name, target, wanted, tensor_parallel, verify)
         )
         transformer = loaded.transformer
-        # Before the model itself is changed or rounded.
+        # First, before the model itself is changed or rounded.
         changes = {name: _changes(transformer, name, at) for name, at in (adapters or {}).items()}
         if adapter is not None:
             _refuse_packed(transformer, adapter)
@@ -230,7 +233,7 @@ class Chameleon:
     def engine(self) -> Engine:
         """Made when first needed; assign your own for a cache of another size."""
         with self._lock:
-            # Somebody may have assigned another transformer.
+            # The caller may have assigned another transformer.
             if self._engine is None or self._engine.transformer is not self.transformer:
                 self._engine = Engine(
                     self.transformer, self.processor, self.cache_bytes, adapters=self.adapters
@@ -259,10 +262,8 @@ class Chameleon:
         self._lock = Lock()
 
     def to(self, device: str | torch.device) -> Chameleon:
-        """Move the model to another device, in place; it keeps its dtype. Returns itself.
-
-        Raises `SettingError` for a device that this machine lacks, and while requests are running.
-        """
+        """Move the model to another device, in place; it keeps its dtype. Returns itself. Raises
+        `SettingError` for a device that this machine lacks, and while requests are running."""
         target = resolve_device(str(device))
         if peers_of(self.transformer) is not None:
             raise SettingError("a model on several processes cannot be moved: load it again")
@@ -287,8 +288,8 @@ class Chameleon:
 
         Loaded in the same dtype, it gives the same replies. The folder appears whole or not at all.
         It holds weights, VQ-GAN, tokenizer, settings, and the model card and notices of the folder
-        that the model came from; transformers reads it too, except for int8 and int4. A folder that
-        is not empty is refused; `overwrite` replaces a model. Raises `CheckpointError`.
+        that the model came from; transformers can read it, except for int8 and int4. `overwrite`
+        replaces a model; any other non-empty folder is refused. Raises `CheckpointError`.
         """
         if peers_of(self.transformer) is not None:
             raise CheckpointError(
@@ -338,16 +339,15 @@ class Chameleon:
         """Answer a prompt: a text, a list of parts, or messages.
 
         Messages end with the user's turn, or with an assistant's turn, which the reply continues.
-        `output` says what may come: "text" only; "image", which is `max_images` images (1 if not
-        set) and nothing else; or both in the order of the model's choice ("interleaved", "auto").
+        `output` says what may come: "text" only; "image", which is `max_images` images (default: 1)
+        and nothing else; or both in the order that the model chooses ("interleaved", "auto").
         `size` is the width and height of images in pixels, for models that draw several sizes.
-        `adapter` is the name of one that the model was loaded with.
-        Fields of `SamplingParams` may be given by name (`temperature=0`); they and `seed` take
-        precedence over `sampling`. The same seed gives the same reply. Raises an
-        `EarlyFusionError`.
+        `adapter` is the name of one that the model was loaded with. Fields of `SamplingParams` may
+        be given by name (`temperature=0`); they and `seed` override `sampling`. The same seed gives
+        the same reply. Raises an `EarlyFusionError`.
         """
         request = self.request(prompt, output, sampling, seed, size, adapter, **fields)
-        # `collect` decodes the images of a reply together, which is faster.
+        # Without pixels here: `collect` decodes all images of a reply together, which is faster.
         return self.collect(self._events(request, decode=False))
 
     def stream(
@@ -365,13 +365,14 @@ class Chameleon:
 
         The request starts when the first event is taken, and ends when the iterator is closed. An
         `ImageDone` is decoded when it is taken. After every `preview_every` codes of an image there
-        is an `ImagePreview`, decoded when it is taken, unless a later one has come by then.
+        is an `ImagePreview`, also decoded when it is taken, and dropped if a newer one exists by
+        then.
         """
         every = _checked_every(preview_every)
         check_names(fields, [*_KEYWORDS, "preview_every"])
         request = self._request(prompt, output, sampling, seed, size, adapter, fields)
         request = replace(request, preview_every=every)
-        self.engine.check(request)  # `add` checks too, but not before the first event is taken
+        self.engine.check(request)  # `add` checks as well, but not before the first event is taken
         return self._events(request)
 
     def _events(self, request: Request, decode: bool = True) -> Iterator[Event]:
@@ -382,14 +383,14 @@ class Chameleon:
                     yield self.with_pixels(event)
                 elif not isinstance(event, ImagePreview):
                     yield event
-                # A preview that a later one has overtaken is not worth decoding.
+                # Do not decode a preview that is outdated already.
                 elif not any(isinstance(e, ImagePreview | ImageDone) for e in [*handle.events]):
                     yield self.with_pixels(event)
         finally:
             handle.cancel()
 
     def with_pixels(self, event: Event) -> Event:
-        """An `ImageDone` or `ImagePreview` with its codes decoded, any other event as it is."""
+        """An `ImageDone` or `ImagePreview` with its codes decoded; any other event unchanged."""
         if isinstance(event, ImagePreview):
             return replace(event, pil=self._sketch(event))
         if isinstance(event, ImageDone):
@@ -414,11 +415,8 @@ class Chameleon:
         adapter: str | None = None,
         **fields: Unpack[SamplingFields],
     ) -> list[Reply]:
-        """Answer all prompts at once, each as `generate` would.
-
-        `output`, `sampling` and `seed` may be lists. With one `seed`, prompt number i has the seed
-        `seed + i`.
-        """
+        """Answer all prompts at once, each as `generate` would. `output`, `sampling` and `seed` may
+        be lists. With one `seed`, prompt number i has the seed `seed + i`."""
         check_names(fields, [*_KEYWORDS, "prompts"])
         if isinstance(prompts, str) or not isinstance(prompts, Sequence):
             raise PromptError(
@@ -431,7 +429,7 @@ class Chameleon:
         requests = [self._request(*row, size, adapter, fields) for row in rows]
         handles: list[Handle] = []
         try:
-            # `add` checks but runs nothing: one bad request stops all of them before any work.
+            # `add` checks but runs nothing, so a bad request stops the batch before any work.
             for request in requests:
                 handles.append(self.engine.add(request))
             return self._replies([list(handle) for handle in handles])
@@ -450,9 +448,7 @@ class Chameleon:
         **fields: Unpack[SamplingFields],
     ) -> Request:
         """The request that `generate` answers: checked, with images encoded and a seed chosen.
-
-        Raises an `EarlyFusionError`.
-        """
+        Raises an `EarlyFusionError`."""
         check_names(fields, _KEYWORDS)
         return self._request(prompt, output, sampling, seed, size, adapter, fields)
 
@@ -480,7 +476,7 @@ class Chameleon:
         self._check_constraint(output, resolved)
         messages = as_messages(prompt)
         draft = self.processor.draft(messages)
-        # The draft has the prompt's length already. Encoding pictures is the slow part.
+        # Check the draft's length, which is the prompt's, before the slow part: encoding pictures.
         self._check_length(draft, layout.num_tokens if output == "image" else 0)
         room, images = self._bounds(output, values, resolved, len(draft), layout.num_tokens)
         ids = self._filled(draft, messages)
@@ -508,7 +504,7 @@ class Chameleon:
         constraint.check(self.processor, sampling)
 
     def _check_negative_prompt(self, request: Request, layout: ImageLayout) -> None:
-        """`SettingError` for a negative prompt that has no effect or does not fit."""
+        """Raise `SettingError` for a negative prompt that has no effect or does not fit."""
         negative = guidance.negative_ids(self.processor, request.sampling)
         if not negative:
             return
@@ -525,7 +521,7 @@ class Chameleon:
                 f"negative_prompt has no effect with {name}=1: set {name} to another number, such "
                 "as 3, or leave it out"
             )
-        # No branch may need more of the engine's cache than prompt and reply together.
+        # A branch must not need more of the engine's cache than prompt and reply together.
         taken, limit = len(negative) + layout.num_tokens, len(request.ids) + request.room
         if taken > limit:
             raise ContextError(
@@ -538,7 +534,7 @@ class Chameleon:
 
         An answer is a text, an image or a list of both. The log-probabilities are the model's, over
         its whole vocabulary, without guidance, temperature or grammar. With `end` the end of the
-        reply counts as a token, so that an answer is not likelier for being the beginning of
+        reply counts as a token, so that an answer does not gain from being the beginning of
         another. A prompt that ends with an assistant's turn is continued. Raises an
         `EarlyFusionError`.
         """
@@ -576,7 +572,7 @@ class Chameleon:
         reader = Reader(self.transformer, len(ids) + max(map(len, rows)))
         first_1V = reader.read(ids)
         for row in rows:
-            # The last token predicts nothing that is scored.
+            # What follows the last token is not scored.
             rest = [reader.read((), row[:-1])] if len(row) > 1 else []
             logprobs_TV = torch.cat([first_1V, *rest]).log_softmax(-1)
             token_T1 = torch.tensor(row, device=logprobs_TV.device)[:, None]
@@ -599,7 +595,7 @@ class Chameleon:
         return possible[wanted]
 
     def _check_length(self, draft: TokenSequence, drawn_tokens: int) -> None:
-        """`ContextError` where a prompt leaves no room for a token, or for the image to draw."""
+        """Raise `ContextError` if a prompt leaves no room for a token, or for the image to draw."""
         length, limit = len(draft), self.config.max_position_embeddings
         if length + max(drawn_tokens, 1) > limit:
             images = [end - start for start, end, modality in draft.spans if modality == "image"]
@@ -613,14 +609,14 @@ class Chameleon:
         length: int,
         image_tokens: int,
     ) -> tuple[int, int]:
-        """The most tokens, and the most images, of a reply to a prompt of this length."""
+        """The most tokens and images of a reply to a prompt of this length."""
         free = self.config.max_position_embeddings - length
         if output != "image":
             room = min(free, resolved.max_tokens or free)
             fitting = room // image_tokens if self.can_draw else 0
             most = fitting if resolved.max_images is None else resolved.max_images
             return room, min(fitting, most)
-        # Only the caller's limits: the model's own are meant for replies with text.
+        # Only the caller's limits count: the model's own are meant for replies with text.
         room, images = min(free, int(values.get("max_tokens", free))), values.get("max_images", 1)
         if images == 0:
             raise SettingError("max_images=0 allows no image: leave it out or ask for text")
@@ -651,7 +647,8 @@ class Chameleon:
         return [codes_of[key] for key in keys]
 
     def _keys(self, images: Sequence[Image]) -> list[bytes]:
-        """Hashes of all that codes depend on: pixels, weights, and how a picture is made square."""
+        """Hashes of everything that codes depend on: pixels, weights, and how a picture is made
+        square."""
         tokenizer = self.image_tokenizer
         how = tokenizer.mode, tokenizer.resolution, fingerprint([tokenizer.vqgan])
         pils = [image.pil for image in images if image.pil is not None]
@@ -664,7 +661,7 @@ class Chameleon:
                 self._cached_codes.popitem(last=False)
 
     def collect(self, events: Iterable[Event], watch: Watch | None = None) -> Reply:
-        """The reply that the events of `stream` make, its images decoded.
+        """The reply made of the events of `stream`, its images decoded.
 
         `watch` is called with each event as it comes, and with the image of an `ImageDone`.
         """
@@ -685,7 +682,7 @@ class Chameleon:
         return [_reply(events, images) for events in events_of]
 
     def _decoded(self, done: Sequence[ImageDone]) -> list[Image]:
-        """Their images. Those without pixels are decoded, all of one size in one batch."""
+        """The images of these events; those without pixels are decoded, one batch per size."""
         pils = {number: event.pil for number, event in enumerate(done)}
         shapes = {event.codes.shape for event in done if event.pil is None}
         for shape in shapes:
@@ -696,7 +693,7 @@ class Chameleon:
 
 
 def _reply(events: Sequence[Event], images: Iterable[Image]) -> Reply:
-    """Text and images in their order; `images` gives one for each `ImageDone`."""
+    """Text and images in order; `images` gives one for each `ImageDone`."""
     continues = any(isinstance(event, Finished) and event.continues for event in events)
     segments, logprobs = list[Segment](), list[TokenLogprob]()
     text, images = "", iter(images)
@@ -705,7 +702,7 @@ def _reply(events: Sequence[Event], images: Iterable[Image]) -> Reply:
             text += event.text
         if isinstance(event, ImageStarted | Finished):
             if text.strip():
-                # What continues a turn keeps the blank between the two.
+                # A continuation keeps the blank between it and the turn that it continues.
                 leads = continues and not segments
                 segments.append(Text(text.rstrip() if leads else text.strip()))
             text = ""
@@ -728,14 +725,14 @@ def _checked_every(codes: object) -> int:
 
 
 def _num_weights(transformer: Transformer) -> int:
-    """The number of weights, those of packed matrices included."""
+    """The number of weights, including those of packed matrices."""
     packed = [m for m in transformer.modules() if isinstance(m, PackedLinear)]
     plain = sum(parameter.numel() for parameter in transformer.parameters())
     return plain + sum(m.in_features * m.out_features for m in packed)
 
 
 def _check_own_gpu(device: str) -> None:
-    """Refuse the number of a GPU where several processes share a model."""
+    """Refuse a GPU's number if several processes share a model."""
     if device.startswith("cuda:"):
         raise SettingError(
             f"device={device!r} is one GPU, and each process of a shared model takes its own: "
@@ -752,7 +749,7 @@ def _check_adapter(adapter: str | Path | None, tensor_parallel: int) -> None:
 
 
 def _changes(transformer: Transformer, name: str, folder: str | Path) -> list[tuple[str, Tensor]]:
-    """The weights of a model with the adapter of this name."""
+    """The weights of a model with the adapter of this name merged."""
     if not name:
         raise SettingError(f"the adapter {str(folder)!r} has no name: give one, as short=FOLDER")
     _refuse_packed(transformer, folder)
@@ -791,11 +788,11 @@ def _load_share(
 
 
 def _seeds(seed: Any, count: int) -> list[int | None]:
-    """The seed of each prompt, None where one is to be drawn."""
+    """The seed of each prompt; None means to draw one."""
     listed: Any = seed.tolist() if isinstance(seed, np.ndarray) else seed
     if isinstance(listed, list | tuple):
         return _each("seed", listed, count)
-    first = SamplingParams(seed=listed).seed  # checks it, and takes numpy's numbers
+    first = SamplingParams(seed=listed).seed  # checks it, and accepts numpy's numbers
     return [None if first is None else first + i for i in range(count)]
 
 

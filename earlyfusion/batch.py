@@ -40,14 +40,14 @@ if TYPE_CHECKING:
     from earlyfusion.api import Chameleon, Reply
     from earlyfusion.engine.handle import Handle
 
-# Fields of SamplingParams that JSON can express and whose effect a line of replies shows.
+# Fields of SamplingParams that JSON can express and whose effect a reply's line shows.
 _SETTINGS = {field.name for field in fields(SamplingParams)} - {"logprobs", "logits_processors"}
 _KEYS = {"id", "prompt", "images", "output"} | _SETTINGS
 
 
 @dataclass(frozen=True)
 class Job:
-    """One line of the file. `digest` is another for any other prompt or setting."""
+    """One line of the file. `digest` changes with the prompt and with every setting."""
 
     line: int
     id: str | int
@@ -163,7 +163,7 @@ def _check(turns: Sequence[tuple[Any, list[Part]]]) -> None:
 class Replies:
     """The folder of a batch: replies.jsonl, errors.jsonl and pictures/; locked by one process.
 
-    Raises `SettingError` for a folder with other content, and one that another process writes to.
+    Raises `SettingError` for a folder with other content, or one that another process writes to.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -183,7 +183,7 @@ class Replies:
                 f"{self.folder} is not a folder that can be written to: choose another with --out"
             ) from None
         try:
-            # The lock ends with the process, so that a killed run blocks nobody.
+            # The lock ends with the process, so a killed run blocks nobody.
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._file.close()
@@ -199,13 +199,11 @@ class Replies:
         self._file.close()
 
     def left(self, jobs: Sequence[Job]) -> list[Job]:
-        """The jobs without a reply; a line that a killed run left unfinished is removed.
-
-        Raises `SettingError` where the folder holds replies to other requests.
-        """
+        """The jobs without a reply; an unfinished line of a killed run is removed. Raises
+        `SettingError` if the folder holds replies to other requests."""
         self._file.seek(0)
         data = self._file.read()
-        whole = data[: data.rfind(b"\n") + 1]  # without a last line that was cut short
+        whole = data[: data.rfind(b"\n") + 1]  # without an incomplete last line
         done = dict(map(self._done, whole.splitlines()))
         for job in jobs:
             if done.get(str(job.id), job.digest) != job.digest:
@@ -231,7 +229,7 @@ class Replies:
         names: dict[int, str] = {}
         for number, image in enumerate(reply.message.images, 1):
             name = f"pictures/{job.line:05}-{job.digest[:8]}-{number}.png"
-            # A file of this name was left by a run that was killed before it wrote the line.
+            # An existing file of this name is from a run that was killed before it wrote the line.
             write_whole(self.folder / name, png(image), overwrite=True)
             names[id(image)] = name
         row = {"id": job.id, "request": job.digest, "output": job.output, "seed": seed}
@@ -250,7 +248,7 @@ class Replies:
         self._failed.append({"id": job.id, "line": job.line, "error": str(error)})
 
     def close(self) -> None:
-        """Write errors.jsonl anew, or delete that of an earlier run."""
+        """Write errors.jsonl anew, or delete an earlier run's."""
         path = self.folder / "errors.jsonl"
         if self._failed:
             text = b"".join(map(_line, self._failed))
@@ -274,7 +272,7 @@ def answer_all(
         while waiting or running:
             while waiting and len(running) < chameleon.engine.most_running:
                 _start(chameleon, waiting.popleft(), running, replies, progress)
-            # A request whose tokens are all forced finishes without a step.
+            # A request whose tokens are all forced finishes without any step.
             if running and not any(handle.finished for _, handle in running):
                 chameleon.engine.step()
             for job, handle in [pair for pair in running if pair[1].finished]:

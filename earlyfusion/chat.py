@@ -1,8 +1,5 @@
-"""A conversation on standard input: lines in, replies out.
-
-A mistake costs one line. If the input is a pipe, the chat also ends with exit code 2, so that a
-script notices.
-"""
+"""A conversation on standard input: lines in, replies out. A mistake costs one line; if the input
+is a pipe, the chat then also ends with exit code 2, so that scripts notice."""
 
 from __future__ import annotations
 
@@ -92,10 +89,8 @@ class Conversation:
             print("Stopped.", file=sys.stderr)
 
     def _read(self) -> str | None:
-        """The next line, or None at the end of the chat.
-
-        Unsaved turns are reported first; at a terminal the user can then still save them.
-        """
+        """The next line, or None at the end of the chat. Unsaved turns are reported first, so that
+        at a terminal the user can still save them."""
         while True:
             line = self._line()
             if line not in (None, "/quit"):
@@ -120,12 +115,12 @@ class Conversation:
 
     @property
     def _unsaved(self) -> int:
-        """The number of user's turns that no folder holds."""
+        """The number of the user's turns that are not saved."""
         saved = {id(turn) for turn in self._saved}
         return sum(turn.role == "user" and id(turn) not in saved for turn in self._turns)
 
     def _warn_of_unsaved(self) -> bool:
-        """Say, once, how many turns would be lost. Returns whether there are any."""
+        """Say, once, how many turns would be lost; whether there are any."""
         if not self._unsaved:
             return False
         if not self._warned:
@@ -155,7 +150,7 @@ class Conversation:
         self._change([*turns, reply.message], [])
 
     def _change(self, turns: list[Message], images: list[Image]) -> None:
-        # Lists of turns are never changed in place: the past may share them.
+        # Lists of turns are never changed in place, as earlier states share them.
         self._past = [*self._past[1 - _MAX_UNDO :], (self._turns, self._images)]
         self._turns, self._images = turns, images
 
@@ -202,7 +197,7 @@ class Conversation:
         self._screen.line(f"saved in {folder}")
 
     def _default_folder(self) -> Path:
-        """The folder that this conversation was saved to before, or a new one."""
+        """The folder that this conversation was last saved to, or a new one."""
         if self._notebook is not None:
             return self._notebook.folder
         if not os.path.lexists("conversation"):
@@ -211,10 +206,10 @@ class Conversation:
 
 
 class Notebook:
-    """A folder with one conversation: conversation.json, and the images that it names.
+    """A folder with one conversation: conversation.json, and its images.
 
-    A drawn image is saved with its codes, so that the conversation continues as if it had not been
-    left. `codebook` names the codewords of the model's image tokenizer: codes of another one are
+    Drawn images are saved with their codes, so that the conversation continues as if it had not
+    been left. `codebook` identifies the image tokenizer's codewords: codes for another one are
     ignored.
     """
 
@@ -248,9 +243,8 @@ class Notebook:
         return messages
 
     def write(self, turns: list[Message]) -> None:
-        """Write the turns, whole or not at all. Only a file that this object has read or written,
-        and nobody has changed since, is replaced. Raises `SettingError`.
-        """
+        """Write the turns, whole or not at all. Only replaces a file that this object has read or
+        written, and that nobody has changed since. Raises `SettingError`."""
         unchanged = self._text is not None and _text_of(self._path) == self._text
         if not unchanged:
             self._check_free()
@@ -323,7 +317,7 @@ def _without_codes(turns: Any) -> None:
 
 
 def _codebook(chameleon: Chameleon) -> str:
-    """A name for the image tokenizer's codewords, the same for float32 and bfloat16 copies."""
+    """An identifier of the codewords, the same for float32 and bfloat16 copies."""
     import torch
 
     words = chameleon.image_tokenizer.vqgan.codewords.detach()

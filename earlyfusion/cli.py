@@ -1,7 +1,7 @@
 """The command line: each command turns its options into calls of the public API.
 
-Only Typer is imported here. torch, Rich and the model are imported inside the commands, once the
-options are known to be good, so that `--help`, completion and mistakes answer at once.
+Only Typer is imported here. Commands import torch, Rich and the model once their options are known
+to be valid, so `--help`, completion and mistakes are answered at once.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _starting_with(incomplete: str, words: Iterable[str]) -> list[str]:
 
 
 def _complete_models(incomplete: str) -> list[str]:
-    """mini, and the folders that the path could continue with."""
+    """mini, and the folders that the typed path could continue with."""
     start = Path(incomplete if incomplete.endswith("/") else os.path.dirname(incomplete))
     try:
         folders = [f"{path}/" for path in sorted(start.expanduser().iterdir()) if path.is_dir()]
@@ -93,11 +93,11 @@ def _complete_recipes(incomplete: str) -> list[str]:
 
 
 def _complete_fields(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Fields of the recipe that was named; after = the values that one can have."""
+    """Fields of the recipe on the command line; after = the possible values of a field."""
     from earlyfusion.recipes.run import fields_of
 
     known, before = fields_of(ctx.params["recipe"]), ctx.params.get("fields") or []
-    # bash splits words at =, other shells do not; a lone = arrives as an empty word.
+    # bash, unlike other shells, splits words at =; a lone = arrives as an empty word.
     if not incomplete and before[-1:] and before[-1] in known:
         return list(_values_of(before[-1], known))
     if before[-1:] == ["="]:
@@ -231,10 +231,10 @@ def main(arguments: list[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return _INTERRUPTED
     except (BrokenPipeError, SystemExit) as end:
-        # Typer turns a broken pipe into SystemExit(1), and ends a completion with SystemExit too.
+        # Typer turns a broken pipe into SystemExit(1), and also ends a completion with SystemExit.
         if isinstance(end, SystemExit) and end.code != 1:
             return int(end.code or 0)
-        # Python flushes stdout once more at its end: that must not fail again.
+        # Python flushes stdout once more when it exits: that must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _READER_GONE
     return code if isinstance(code, int) else 0
@@ -374,7 +374,7 @@ def batch(
 
 
 def _report_batch(out: Path, jobs: int, new: int, failed: int, as_json: bool) -> int:
-    """Print what a batch did, and return its exit code."""
+    """Print the results of a batch, and return its exit code."""
     from earlyfusion.content import counted
 
     if as_json:
@@ -483,7 +483,7 @@ def decode(
 
 @dataclass
 class Conversion:
-    """The options of what a converted model is made of."""
+    """The options for the parts of a converted model."""
 
     tokenizer: Annotated[
         Path | None,
@@ -802,7 +802,7 @@ def serve(
         image_delivery=image_delivery,
     )
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        # Processes that torchrun started already share the model: it is not loaded elsewhere.
+        # Under torchrun the processes already share the model: do not load it in others.
         if adapters or replicas != 1 or ray:
             raise SettingError(
                 "--adapter, --replicas and --ray are not possible under torchrun: merge the "
@@ -825,7 +825,7 @@ def serve(
 
 
 def _starter(ray: bool, replicas: int) -> Callable[[LoadPlan], Child]:
-    """What starts an engine's process."""
+    """The function that starts an engine's process."""
     if ray:
         from earlyfusion.serve.on_ray import starter
 
@@ -836,13 +836,13 @@ def _starter(ray: bool, replicas: int) -> Callable[[LoadPlan], Child]:
 
 
 def _serve_apart(plans: Sequence[LoadPlan], options: ServeOptions, ray: bool) -> None:
-    """Serve a model that is loaded in processes of their own, one for each plan."""
+    """Serve a model that is loaded in separate processes, one for each plan."""
     from earlyfusion.terminal import busy
 
     start = _starter(ray, len(plans))
     children = [start(plan) for plan in plans]
     with busy(f"loading {plans[0].name}"):
-        # While the children load the model, this process imports what it needs.
+        # Import what this process needs while its children load the model.
         from earlyfusion.serve.process import RemoteEngine
         from earlyfusion.serve.run import serve as run
 
@@ -870,7 +870,7 @@ def _load(
 ) -> Chameleon:
     from earlyfusion.terminal import busy
 
-    # Processes that torchrun started share one model; only the first of them prints.
+    # Under torchrun several processes share one model; only the first prints.
     shared = "TORCHELASTIC_RUN_ID" in os.environ
     processes = int(os.environ["WORLD_SIZE"]) if shared else 1
     with busy(f"loading {model}", quiet or (shared and os.environ["RANK"] != "0")):
@@ -910,7 +910,7 @@ def _check_pipe(names: list[str]) -> None:
 
 
 def _prompt(words: str | None, file: Path | None) -> str:
-    """The prompt: an argument, a file or a pipe."""
+    """The prompt, from an argument, a file or a pipe."""
     if words is not None and file is not None:
         raise PromptError(f"a prompt and --prompt-file {file} are given: leave one out")
     if words is not None and words != "-":
@@ -942,7 +942,7 @@ def _image(name: str) -> Image:
 
 
 def _seeded(sampling: dict[str, Any]) -> SamplingParams:
-    """The settings of the options; a seed is drawn here so that it can be printed."""
+    """The settings given by options; the seed is drawn here, so that it can be printed."""
     seed = sampling.get("seed")
     return SamplingParams(**sampling | {"seed": secrets.randbits(31) if seed is None else seed})
 
@@ -953,7 +953,7 @@ def _mistake(sentence: str) -> int:
 
 
 def _misuse(error: typer.TyperException) -> int:
-    """Print Typer's message as one sentence; it is empty where Typer has shown the help instead."""
+    """Print Typer's message as one sentence; it is empty if Typer has shown the help instead."""
     command = getattr(getattr(error, "ctx", None), "command_path", "earlyfusion")
     message = error.format_message().rstrip(".?").replace(". ", "; ")
     return _mistake(f"{message}; see '{command} --help'") if message else 2

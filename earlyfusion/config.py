@@ -1,7 +1,7 @@
-"""Shapes of the two networks, read from and written to a `config.json` of transformers.
+"""Shapes of the two networks, read from and written to a transformers `config.json`.
 
-Field names equal those of transformers' `ChameleonConfig` and `ChameleonVQVAEConfig`, so that files
-need no translation. Paper: arXiv 2405.09818, sections 2.1 (image tokenizer) and 2.3 (stability).
+Field names are those of transformers' `ChameleonConfig` and `ChameleonVQVAEConfig`, so files need
+no translation. Paper: arXiv 2405.09818, sections 2.1 (image tokenizer) and 2.3 (stability).
 """
 
 from __future__ import annotations
@@ -58,10 +58,8 @@ class VQConfig:
 
     @property
     def grid(self) -> int:
-        """Codes along one side of a picture of the configured resolution.
-
-        Raises `SettingError` if the stride does not divide it; pictures of other sizes may do.
-        """
+        """Codes along one side of a picture of the configured resolution; `SettingError` if the
+        stride does not divide it."""
         _require(
             self.resolution % self.stride == 0,
             "resolution",
@@ -86,7 +84,7 @@ class ModelConfig:
 
     `hidden_act` is one of transformers' names. `rope_scaling` holds `rope_type` and the other
     `rope_parameters` of transformers, except `rope_theta`. A config may describe a model that
-    cannot be built: `check` finds that, and so does building it.
+    cannot be built; `check`, and building it, raise then.
     """
 
     vocab_size: int = 65536
@@ -151,10 +149,10 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ModelConfig:
-        """Read a `config.json` of transformers; other names in it are ignored."""
+        """Read transformers' `config.json`; other names in it are ignored."""
         known = _known(cls, data)
         known["vq_config"] = VQConfig.from_dict(data.get("vq_config") or {})
-        # Older files have `rope_scaling`, which takes precedence in transformers too.
+        # Older files have `rope_scaling`, which also takes precedence in transformers.
         rope = known.get("rope_scaling") or data.get("rope_parameters") or {}
         known["rope_theta"] = rope.get("rope_theta") or known.get("rope_theta", cls.rope_theta)
         known["rope_scaling"] = _scaling(rope, data)
@@ -186,12 +184,12 @@ class ModelConfig:
 
 
 def _scaling(rope: dict[str, Any], data: dict[str, Any]) -> dict[str, Any] | None:
-    """The rotary parameters of a file except `rope_theta`, None for plain RoPE."""
+    """The rotary parameters of a file except `rope_theta`; None for plain RoPE."""
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
     if rope_type == "default":
         return None
     scaling = dict(rope) | {"rope_type": rope_type}
-    # transformers takes two of them from the top of the file, too.
+    # transformers also accepts two of them at the top level of the file.
     trained = data.get("original_max_position_embeddings")
     if trained is not None and rope_type in ("llama3", "yarn", "longrope"):
         scaling["original_max_position_embeddings"] = trained
@@ -226,7 +224,7 @@ def _fits(value: object, expected: Any) -> bool:
         return isinstance(value, list | tuple) and all(_fits(v, int) for v in value)
     if expected is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
-    # To isinstance a bool is an int; in a config it is not.
+    # For isinstance a bool is an int; in a config it is not.
     is_same = (expected is bool) == isinstance(value, bool)
     return is_same and isinstance(value, get_origin(expected) or expected)
 

@@ -1,11 +1,11 @@
 """Content before it is tokens: `Text`, `Image`, `Message`, and the ways to write a prompt.
 
-Pictures are read here, safely: format and size are checked in the header before any pixel is
+Pictures are read safely here: format and size are checked in the header before any pixel is
 decoded. The result is RGB, upright and blended on white, as in Meta's code
-(github.com/facebookresearch/chameleon, chameleon/inference/image_tokenizer.py), with two
-exceptions, where Meta's code would lose the picture: values of more than 8 bits are scaled instead
-of cut off at 255 (`deep="clip"` cuts them off), and pictures over 25 megapixels are scaled down
-while they are read. Reading the largest picture takes about 1 GB of memory, 2 GB as AVIF or WEBP.
+(github.com/facebookresearch/chameleon, chameleon/inference/image_tokenizer.py), with two exceptions
+where Meta's code would lose the picture: values of more than 8 bits are scaled instead of cut off
+at 255 (`deep="clip"` cuts them off), and pictures over 25 megapixels are scaled down while being
+read. Reading the largest picture takes about 1 GB of memory, 2 GB as AVIF or WEBP.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from earlyfusion.errors import ImageError, PromptError
 MAX_FILE_BYTES = 200_000_000
 MAX_SIDE = 16_384
 MAX_FILE_PIXELS = 200_000_000
-MAX_PIXELS = 25_000_000  # of a picture in memory; a larger one is scaled down while it is read
+MAX_PIXELS = 25_000_000  # of a picture in memory; larger ones are scaled down while being read
 PLACEHOLDER = "<image>"
 
-# Readers by first bytes. PIL.Image.open would try every format it knows and warn about large ones.
+# Readers by first bytes. PIL.Image.open would try every format, and warn about large files.
 _READERS: dict[bytes, type[ImageFile]] = {
     b"\x89PNG\r\n\x1a\n": PngImageFile,
     b"\xff\xd8\xff": JpegImageFile,
@@ -53,9 +53,9 @@ _READERS: dict[bytes, type[ImageFile]] = {
 _AVIF_BRANDS = {b"avif", b"avis"}
 _HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 _FORMATS = "PNG, JPEG, WEBP, GIF, BMP, TIFF or AVIF"
-_BAND_ROWS = 128  # rows of a large picture that are scaled down together
+_BAND_ROWS = 128  # rows of a large picture scaled down at a time
 
-# Pillow's modes of more than 8 bits.
+# Pillow's modes with more than 8 bits.
 _16_BITS = {"I;16", "I;16L", "I;16B", "I;16N"}
 _DEEP_MODES = _16_BITS | {"I", "F"}
 _ORIENTATION = 0x0112  # the EXIF tag
@@ -77,11 +77,11 @@ class Text:
 
 @dataclass(eq=False)
 class Image:
-    """A picture: its pixels, its codes, or both.
+    """A picture: its pixels, its codes, or both. Raises `ImageError`.
 
-    `pil` is upright RGB of at most 25 megapixels, None for a drawn picture that is not decoded yet.
-    `codes` is int64 [h, w], None for a picture that is not encoded yet. Grey pictures are scaled to
-    8 bits from 16 bits, from 32 bits up to 65,535 and from floats of 0 to 1. Raises `ImageError`.
+    `pil` is upright RGB of at most 25 megapixels, or None for a drawn picture that is not decoded
+    yet. `codes` is int64 [h, w], or None for a picture that is not encoded yet. Grey pictures are
+    scaled to 8 bits from 16 bits, from 32 bits up to 65,535, and from floats of 0 to 1.
     """
 
     pil: PIL.Image.Image | None = None
@@ -146,8 +146,8 @@ Part: TypeAlias = str | Text | Image | PIL.Image.Image | Path | npt.NDArray[Any]
 
 @dataclass(init=False)
 class Message:
-    """One turn: the speaker and the parts, in order. A part may also be given as str, PIL image,
-    path, array or tensor."""
+    """One turn: the speaker and the parts, in order. A part may also be a str, PIL image, path,
+    array or tensor."""
 
     role: Role
     parts: list[Segment]
@@ -172,10 +172,10 @@ Prompt: TypeAlias = Part | Turn | Sequence[Part] | Sequence[Turn]
 def as_messages(prompt: Prompt) -> list[Message]:
     """The turns of a prompt: a text, a list of parts, or messages.
 
-    A message may be a dict of "role" and "content", as chat templates and servers have it. The last
-    is the user's, or the assistant's as the beginning of the answer. A system message is joined to
-    the user's turn beside it by a line end, as in training data. Raises `PromptError` if the prompt
-    is empty, holds another type, or its turns do not alternate.
+    A message may be a dict of "role" and "content", as in chat templates. The last is the user's,
+    or the assistant's as the beginning of the reply. A system message is joined to the adjacent
+    user's turn by a line end, as in training data. Raises `PromptError` if the prompt is empty,
+    holds another type, or its turns do not alternate.
     """
     if isinstance(prompt, Message | Mapping):
         prompt = [prompt]
@@ -216,10 +216,8 @@ def fill_places(text: str, pictures: Sequence[Picture]) -> list[str | Picture]:
 
 
 def read_turns(data: Any, folder: Path) -> list[tuple[str, list[Part]]]:
-    """Roles and parts of turns in JSON: [{"role": …, "content": …}, …].
-
-    Pictures are not opened. Raises `PromptError` for any other form.
-    """
+    """Roles and parts of turns in JSON: [{"role": …, "content": …}, …]. Pictures are not opened.
+    Raises `PromptError` for any other form."""
     if not isinstance(data, list) or not data:
         raise PromptError("messages are a list of objects with role and content")
     return [_read_turn(turn, number, folder) for number, turn in enumerate(data, 1)]
@@ -228,8 +226,8 @@ def read_turns(data: Any, folder: Path) -> list[tuple[str, list[Part]]]:
 def read_parts(content: Any, folder: Path) -> list[Part]:
     """Parts of a prompt in JSON: a text, or a list of texts and typed objects.
 
-    These are {"type": "text", "text": …} and {"type": "image", "image": file}, where the file is
-    relative to `folder`, and "codes" may be given too. Raises `PromptError` for any other form.
+    These are {"type": "text", "text": …} and {"type": "image", "image": file}, with the file
+    relative to `folder`, and optional "codes". Raises `PromptError` for any other form.
     """
     items = content if isinstance(content, list) else [content]
     return [_read_part(item, folder) for item in items]
@@ -347,7 +345,7 @@ def _unpacked(text: str) -> bytes:
 
 
 def _by_two_speakers(messages: Sequence[Message]) -> list[Message]:
-    """System messages become part of the user's turn beside them, joined by a line end."""
+    """Join system messages to the adjacent user's turn with a line end."""
     turns: list[Message] = []
     last = ""
     for message in messages:
@@ -387,7 +385,7 @@ def _read_file(source: str | Path, name: str) -> bytes:
         if not path.exists():
             raise ImageError(f"there is no file {name}: check the path of the picture")
         _check_bytes(path.stat().st_size, name)
-        # A pipe has no size to check, so no more than the limit is read.
+        # The size of a pipe cannot be checked, so read no more than the limit.
         with path.open("rb") as file:
             return file.read(MAX_FILE_BYTES + 1)
     except ImageError:
@@ -411,7 +409,7 @@ def _decode(data: bytes, name: str, deep: Deep) -> PIL.Image.Image:
         picture = reader(BytesIO(data))
     except PIL.Image.DecompressionBombError:
         raise _oversized(name) from None
-    # A parser of untrusted bytes may raise anything, and its reason helps nobody.
+    # A parser of untrusted bytes may raise anything, and its message helps nobody.
     except Exception:
         raise _broken(name) from None
     if isinstance(picture, JpegImageFile):
@@ -488,7 +486,7 @@ def _upright_rgb(picture: PIL.Image.Image, name: str, deep: Deep = "scale") -> P
 
 
 def _reduced(picture: PIL.Image.Image, white: int | None) -> PIL.Image.Image:
-    """RGB of at most MAX_PIXELS: means of step x step pixels, computed a band of rows at a time."""
+    """RGB of at most MAX_PIXELS: means of step x step pixels, a band of rows at a time."""
     width, height = picture.size
     step = next(s for s in range(2, MAX_SIDE) if -(-width // s) * -(-height // s) <= MAX_PIXELS)
     small = PIL.Image.new("RGB", (-(-width // step), -(-height // step)))
@@ -502,12 +500,12 @@ def _reduced(picture: PIL.Image.Image, white: int | None) -> PIL.Image.Image:
 def _orientation(picture: PIL.Image.Image) -> int:
     try:
         return int(picture.getexif().get(_ORIENTATION, 1))
-    except Exception:  # the pixels may be fine where the metadata is damaged
+    except Exception:  # the pixels may be fine even if the metadata is damaged
         return 1
 
 
 def _white(picture: PIL.Image.Image, name: str) -> int:
-    """The value that means white in a picture of more than 8 bits."""
+    """The value that means white in a picture with more than 8 bits."""
     if picture.mode in _16_BITS:
         return 65_535
     low, high = cast("tuple[float, float]", picture.getextrema())
@@ -559,7 +557,7 @@ def _on_white(picture: PIL.Image.Image) -> PIL.Image.Image:
     rgba = np.asarray(picture.convert("RGBA"))
     if rgba[..., 3].min() == 255:
         return _without_transparency(picture).convert("RGB")
-    # Row by row, because the index arrays of a whole picture would take eight times its memory.
+    # Row by row: the index arrays of a whole picture would take eight times its memory.
     rows = [_OVER_WHITE[row[:, 3:], row[:, :3]] for row in rgba]
     return PIL.Image.fromarray(np.stack(rows))
 
@@ -597,7 +595,7 @@ def _as_uint8(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
         )
     limit = 1 if array.dtype.kind == "f" else 255
     low, high = array.min(), array.max()
-    if not (low >= 0 and high <= limit):  # also false for NaN
+    if not (low >= 0 and high <= limit):  # NaN fails this as well
         raise ImageError(
             f"the array has values from {low} to {high}, "
             f"a picture of {array.dtype} has 0 to {limit}: rescale it"

@@ -1,7 +1,5 @@
-"""Names of devices and dtypes, understood in the same way by every option that takes one.
-
-torch is imported inside the functions, so that the command line can list the names without it.
-"""
+"""Names of devices and dtypes, understood in the same way by every option that takes one. torch is
+imported inside the functions, so that the command line can list the names without it."""
 
 from __future__ import annotations
 
@@ -19,16 +17,16 @@ DEVICES = ("auto", "cpu", "cuda")
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 PACKED_BITS = {"int8": 8, "int4": 4}
 WEIGHT_DTYPES = ("auto", *FLOAT_DTYPES, *PACKED_BITS)
-_UNKNOWN_FREE_BYTES = 4_000_000_000  # taken as free where the system does not say
+_UNKNOWN_FREE_BYTES = 4_000_000_000  # assumed to be free if the system does not say
 _LONG_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
-# A CPU computes in float32 faster than in bfloat16 as long as the weights stay in its cache.
+# A CPU is faster in float32 than in bfloat16 as long as the weights fit into its cache.
 _MAX_SMALL_PARAMETERS = 500_000_000
 
 
 def dtype_name(option: str, name: object, choices: Sequence[str]) -> str:
-    """The one of `choices` that `name` means, whichever of the two uses the short form: "bf16" is
-    "bfloat16". Raises `SettingError`, which calls the setting `option`."""
+    """The one of `choices` that `name` means, in its short or long form: "bf16" is "bfloat16".
+    Raises `SettingError`, which calls the setting `option`."""
     for choice in choices:
         if isinstance(name, str) and _long(name) == _long(choice):
             return choice
@@ -36,7 +34,7 @@ def dtype_name(option: str, name: object, choices: Sequence[str]) -> str:
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """torch's dtype of a name that `dtype_name` has checked."""
+    """torch's dtype for a name that `dtype_name` has checked."""
     import torch
 
     dtype: torch.dtype = getattr(torch, _long(name))
@@ -44,7 +42,7 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def auto_dtype(num_parameters: int, device: torch.device) -> torch.dtype:
-    """What "auto" means for weights: bfloat16, except for small models on a CPU."""
+    """The meaning of "auto" for weights: bfloat16, except for small models on a CPU."""
     import torch
 
     small_on_cpu = device.type == "cpu" and num_parameters <= _MAX_SMALL_PARAMETERS
@@ -52,17 +50,15 @@ def auto_dtype(num_parameters: int, device: torch.device) -> torch.dtype:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device that this process uses; "auto" is a GPU where there is one.
-
-    Raises `SettingError` for an unknown name, and for a device that this machine does not have.
-    """
+    """The device that this process uses; "auto" is a GPU if there is one. Raises `SettingError` for
+    an unknown name or a missing device."""
     import torch
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     local_rank = os.environ.get("LOCAL_RANK")
     if name == "cuda" and local_rank:
-        name = f"cuda:{local_rank}"  # torchrun starts one process for each GPU of a machine
+        name = f"cuda:{local_rank}"  # torchrun starts one process per GPU of a machine
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError):
@@ -73,8 +69,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free on a device: of a GPU, or of this machine within the limit of a
-    container."""
+    """Free memory of a GPU, or of this machine within the limit of a container."""
     import torch
 
     if device.type == "cuda":
@@ -83,27 +78,27 @@ def free_bytes(device: torch.device) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, of a device or of this machine."""
+    """Whether the error means that memory ran out, on a device or on this machine."""
     import torch
 
-    # torch says it of a CPU in words only.
+    # For a CPU, torch only says so in the message.
     words = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     return words or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
 def _available_bytes() -> int:
-    # Linux counts memory that holds copies of files as available, the system's call does not.
+    # Linux counts the file cache as available memory; sysconf does not.
     for line in _lines("/proc/meminfo"):
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not every system has these
+    except (AttributeError, ValueError, OSError):  # not all systems have these
         return _UNKNOWN_FREE_BYTES
 
 
 def _container_bytes() -> int:
-    """What is left of a control group's limit (version 2)."""
+    """The memory left within a control group's limit (version 2)."""
     limit, used = (_lines(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
     if not limit or not used or limit[0] == "max":
         return sys.maxsize
@@ -122,13 +117,13 @@ def _is_on_this_machine(device: torch.device) -> bool:
     import torch
 
     if device.type == "cuda":
-        # Asks the driver only: a tensor would start a context, which takes memory on the GPU.
+        # Only asks the driver: a tensor would start a context, which takes memory on the GPU.
         return (device.index or 0) < torch.cuda.device_count()
     try:
         torch.empty(1, device=device)
     except (RuntimeError, NotImplementedError, AssertionError):
         return False
-    return device.type != "meta"  # tensors without values
+    return device.type != "meta"  # meta tensors have no values
 
 
 def _long(name: str) -> str:

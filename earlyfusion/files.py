@@ -1,9 +1,9 @@
 """Files and folders that are written whole or not at all.
 
-Each is written under a hidden name beside its own and then renamed or linked to it, so that a full
-disk, a crash or a kill leaves nothing half written under the name. `replacing` and `new_folder`
-replace what is there. `write_whole` and `write_next` are for files that a person asked for: they
-never overwrite unasked, and report errors of the disk as `SettingError`, one sentence with path,
+Each is written under a hidden name in the same folder and then renamed or linked, so that a full
+disk, a crash or a kill leaves nothing half written under the final name. `replacing` and
+`new_folder` replace what is there. `write_whole` and `write_next` are for files that a person asked
+for: they never overwrite unasked, and report disk errors as `SettingError`, one sentence with path,
 reason and remedy.
 """
 
@@ -35,12 +35,12 @@ Write = Callable[[BinaryIO], object]
 
 @contextmanager
 def replacing(path: Path, flush: bool = False) -> Iterator[Path]:
-    """A hidden path to write to, which takes the place of `path` if the block ends well.
+    """A hidden path to write to, which replaces `path` if the block succeeds.
 
-    `flush` waits until the file is on the disk, so that it also survives a power cut. The folder
-    must exist. Errors of the disk are raised as they are.
+    `flush` waits until the file is on disk, so that it survives a power cut. The folder must exist.
+    Disk errors are raised as they are.
     """
-    # Readers that look for `*.json` must not find it: the suffix comes last.
+    # The suffix comes last, so that readers looking for `*.json` do not find it.
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         yield partial
@@ -52,11 +52,11 @@ def replacing(path: Path, flush: bool = False) -> Iterator[Path]:
 
 
 def replace_folder(partial: Path, folder: Path) -> None:
-    """Give a finished folder its name; one that is there steps aside and is then removed."""
+    """Give a finished folder its name; an existing one is moved aside first, then removed."""
     if not folder.exists():
         os.replace(partial, folder)
         return
-    # A folder cannot be renamed onto one that is not empty.
+    # A folder cannot be renamed onto a non-empty one.
     old = partial.with_name(f"{partial.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     os.replace(folder, old)
@@ -65,7 +65,7 @@ def replace_folder(partial: Path, folder: Path) -> None:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Wait until a file, or the list of names of a folder, is on the disk."""
+    """Wait until a file, or the list of names of a folder, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -86,10 +86,8 @@ def write_whole(path: Path, write: Write, overwrite: bool = False) -> None:
 
 
 def write_next(folder: Path, stem: str, suffix: str, write: Write, first: int = 1) -> Path:
-    """Write `folder/stem-N.suffix` with the next free number N, from `first` up; its path.
-
-    Safe beside other processes that write there: each gets a number of its own.
-    """
+    """Write `folder/stem-N.suffix` with the next free number N, from `first` up; returns its path.
+    Safe with other processes that write there: each gets a different number."""
     number = first
     with _beside(folder / f"{stem}{suffix}", write) as part:
         while not _placed(part, path := folder / f"{stem}-{number}{suffix}"):
@@ -115,7 +113,7 @@ def taken(path: Path) -> SettingError:
 
 
 def check_writable(folder: Path) -> None:
-    """Raise `SettingError` unless files can be made in the folder, or the folder itself can."""
+    """Raise `SettingError` unless files, or the folder itself, can be created."""
     try:
         nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
         good = nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
@@ -143,9 +141,8 @@ def unwritten_on_failure() -> Iterator[list[Path]]:
 def new_folder(folder: Path) -> Iterator[Path]:
     """A folder to write into, which becomes `folder` at the end, or is removed on failure.
 
-    SIGTERM counts as a failure. A process that is killed leaves a hidden folder beside `folder`;
-    nothing takes that for a model, and the next call for the same `folder` removes it and says so
-    on stderr.
+    SIGTERM counts as a failure. A killed process leaves a hidden folder next to `folder`; nothing
+    takes it for a model, and the next call for the same `folder` removes it and says so on stderr.
     """
     prefix = f".{folder.name}.earlyfusion-{_machine()}."
     with _ended_by_sigterm(), _parents_of(folder) as parent:
@@ -166,7 +163,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def _parents_of(path: Path) -> Iterator[Path]:
-    """The folder above `path`, made where it is missing; what was made is removed on failure."""
+    """Create the missing parents of `path`; those created are removed on failure."""
     missing = list(takewhile(lambda folder: not folder.exists(), path.absolute().parents))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -179,12 +176,12 @@ def _parents_of(path: Path) -> Iterator[Path]:
 
 
 def _machine() -> str:
-    """A name for this machine: processes and locks of another cannot be seen from here."""
+    """A name for this machine, as processes and locks of others cannot be seen from here."""
     return blake2b(platform.node().encode(), digest_size=4).hexdigest()
 
 
 def _lock(handle: int) -> bool:
-    """Lock an open folder until this process closes it or ends; False where that is impossible."""
+    """Lock an open folder until this process closes it or ends; False if that is impossible."""
     if sys.platform == "win32":
         return False
     import fcntl
@@ -196,9 +193,9 @@ def _lock(handle: int) -> bool:
 
 
 def _remove_leftovers(folder: Path, prefix: str) -> None:
-    """Remove hidden folders of runs that were killed: those with our prefix that nobody locks."""
+    """Remove hidden folders of killed runs: those with our prefix that nobody locks."""
     for left in folder.parent.glob(f"{glob.escape(prefix)}*"):
-        # Killed between two renames: this is the only copy of the old folder.
+        # If it was killed between two renames, this is the only copy of the old folder.
         if left.suffix == ".old" and not folder.exists():
             continue
         with suppress(OSError):
@@ -220,7 +217,7 @@ def _ended_by_sigterm() -> Iterator[None]:
         return
 
     def end(number: int, frame: FrameType | None) -> NoReturn:
-        signal.signal(number, signal.SIG_IGN)  # a second one would cut the cleaning up short
+        signal.signal(number, signal.SIG_IGN)  # a second one would interrupt the clean-up
         raise SystemExit(128 + number)
 
     signal.signal(signal.SIGTERM, end)
@@ -254,7 +251,7 @@ def _beside(path: Path, write: Write) -> Iterator[Path]:
 
 
 def _placed(part: Path, path: Path) -> bool:
-    """Give a finished file its name, unless that is taken."""
+    """Give a finished file its name, unless the name is taken."""
     try:
         os.link(part, path)
         return True
@@ -265,7 +262,7 @@ def _placed(part: Path, path: Path) -> bool:
 
 
 def _claimed(part: Path, path: Path) -> bool:
-    """`_placed` on a disk without hard links: the name is taken first, then filled."""
+    """`_placed` on a disk without hard links: take the name first, then fill the file."""
     try:
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     except FileExistsError:
@@ -293,5 +290,5 @@ def full_disk_reported(folder: Path) -> Iterator[None]:
 
 
 def is_full_disk(error: BaseException) -> bool:
-    # numpy reports a short write without an error number.
+    # numpy reports a short write without an errno.
     return isinstance(error, OSError) and (error.errno in _NO_ROOM or "requested and" in str(error))

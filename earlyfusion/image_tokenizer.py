@@ -33,7 +33,7 @@ _BATCH_PIXELS_GPU = 8 * 512 * 512
 
 
 class MissingVQGAN(nn.Module):
-    """Takes the place of the VQ-GAN that a checkpoint lacks: text works, pictures raise."""
+    """Stands in for a VQ-GAN that a checkpoint lacks: text works, pictures raise."""
 
     codewords: Tensor
     decoder = None
@@ -41,7 +41,7 @@ class MissingVQGAN(nn.Module):
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
         self.config = config
-        # No codeword, but a device and a dtype; its state dict stays empty.
+        # No codewords, but a device and a dtype; its state dict stays empty.
         self.register_buffer("codewords", torch.empty(0, config.embed_dim), persistent=False)
 
     def encode(self, pixels_BCYX: Tensor) -> Tensor:
@@ -61,11 +61,11 @@ class ImageTokenizer:
     """Encodes pictures to codes and draws codes as pictures, on the device of its VQ-GAN.
 
     `mode` says how a picture becomes a square: "crop" keeps the centre, as Meta's code does; "fit"
-    keeps the whole picture on a white square. A model that was trained on fitted pictures says so
-    in its `processor_config.json`; set `mode` to overrule it. `precision` is that of the
-    convolutions of `decode`, `encode_precision` of those of `encode`, where bf16 changes some codes
-    (docs/gpu.md). `compiled` has torch compile the network, which takes tens of seconds at the
-    first picture, for fewer and faster kernels on a GPU.
+    keeps the whole picture on a white square. The `processor_config.json` of a model trained on
+    fitted pictures says so; set `mode` to override it. `precision` is that of the convolutions of
+    `decode`, `encode_precision` of those of `encode`, where bf16 changes some codes (docs/gpu.md).
+    `compiled` has torch compile the network, which takes tens of seconds at the first picture, for
+    fewer and faster kernels on a GPU.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class ImageTokenizer:
         return self.vqgan.codewords.device
 
     def __getstate__(self) -> dict[str, Any]:
-        # Compiled code cannot be pickled, and a copy of the network needs its own.
+        # Compiled code cannot be pickled, and a copied network must be compiled anew.
         return self.__dict__ | {"_network": None}
 
     @property
@@ -104,9 +104,7 @@ class ImageTokenizer:
 
     def encode(self, images: Any, mode: Mode | None = None) -> Tensor:
         """Codes int64 [n, h, w] of pictures, or [1, h, w] of one: anything that `Image.of` takes.
-
-        Raises `ImageError` if one cannot be read, or has codes but no pixels.
-        """
+        Raises `ImageError` if one cannot be read, or has codes but no pixels."""
         images = [images] if _is_one(images) else images
         if len(images) == 0:
             return torch.empty(0, self.grid, self.grid, dtype=torch.int64, device=self.device)
@@ -130,7 +128,7 @@ class ImageTokenizer:
         return torch.from_numpy((pixels_CYX / 255.0 * 2.0 - 1.0).astype(np.float32))
 
     def square(self, image: Any, mode: Mode | None = None) -> PIL.Image.Image:
-        """The part of a picture that the model sees, `resolution` pixels a side."""
+        """The part of a picture that the model sees, `resolution` pixels on each side."""
         picture = Image.of(image).pil
         if picture is None:
             raise ImageError("the image has codes but no pixels: decode it, or use its codes")
@@ -174,7 +172,7 @@ class ImageTokenizer:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16")
 
     def _parts(self, vqgan: VQGAN) -> VQGAN | _Compiled:
-        """What gives latents and pixels: the network, or its compiled form."""
+        """The network, or its compiled form."""
         if not self.compiled:
             return vqgan
         if self._network is None or self._network.vqgan is not vqgan:
@@ -183,7 +181,7 @@ class ImageTokenizer:
 
 
 class _Compiled:
-    """Both directions of a network as torch compiles them, each as one graph."""
+    """Both directions of a network, each compiled by torch as one graph."""
 
     def __init__(self, vqgan: VQGAN) -> None:
         self.vqgan = vqgan
@@ -199,7 +197,7 @@ def _checked(mode: Any) -> Mode:
 
 
 def _is_one(images: Any) -> bool:
-    """Whether this is one picture and not several: an array or tensor of four axes is several."""
+    """Whether this is one picture: an array or tensor of four axes is several."""
     if isinstance(images, np.ndarray | Tensor):
         return images.ndim < 4
     return not isinstance(images, Sequence) or isinstance(images, str | bytes | bytearray)

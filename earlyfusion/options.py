@@ -1,8 +1,8 @@
 """Options of commands, made from the fields of dataclasses.
 
 The name, type, default and meaning of an option stand in one place, its field; the meaning is the
-text below the field. Fields are read from the source of a class, because `--help` and completion
-would have to wait for modules that import torch.
+text below the field. Fields are read from source, because `--help` and completion would otherwise
+wait for modules that import torch.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Field(NamedTuple):
 class FieldsOf:
     """Options for the fields of the dataclass `name` in the file `source` of this package.
 
-    The parameter `Annotated[dict[str, Any], FieldsOf(...)]` of a command stands for all of them and
-    gets the values that are set. `flags`, `choices` and `hidden` name the fields whose option has
+    A command's parameter `Annotated[dict[str, Any], FieldsOf(...)]` stands for all of them and gets
+    the values that are set. `flags`, `choices` and `hidden` name the fields whose option has
     another name, a few possible values, or no line in the help. For a field whose default is None
     the help shows its entry in `shown_defaults`, or else `unset`.
     """
@@ -92,10 +92,8 @@ def fields_in_source(path: Path, name: str) -> Iterator[Field]:
 
 
 def with_options(command: Callable[..., object]) -> Callable[..., object]:
-    """A command as Typer takes it, for one with parameters that stand for several options.
-
-    Such a parameter is annotated with `FieldsOf`, or is a dataclass of annotated options itself.
-    """
+    """A command in the form that Typer needs, for one with parameters that stand for several
+    options: parameters annotated with `FieldsOf`, or dataclasses of annotated options."""
     signature = inspect.signature(command, eval_str=True)
     parameters: list[Parameter] = []
     groups: dict[str, tuple[list[str], Callable[[dict[str, Any]], Any]]] = {}
@@ -113,14 +111,15 @@ def with_options(command: Callable[..., object]) -> Callable[..., object]:
             given[name] = made_of({option: given.pop(option) for option in options})
         return command(**given)
 
-    # Typer reads both.
+    # Typer reads both attributes.
     call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {option.name: option.annotation for option in parameters}
     return call
 
 
 def _group(annotation: Any) -> tuple[list[Parameter], Callable[[dict[str, Any]], Any]] | None:
-    """The options that a parameter stands for, and what makes its value of theirs."""
+    """The options that a parameter stands for, and the function that makes its value
+    from theirs."""
     if is_dataclass(annotation) and isinstance(annotation, type):
         hints = get_type_hints(annotation, include_extras=True)
         options = [
@@ -133,12 +132,12 @@ def _group(annotation: Any) -> tuple[list[Parameter], Callable[[dict[str, Any]],
 
 
 def whole_option(help: str, unset: str = "") -> Any:
-    """An option that takes a whole number; `unset` is shown as the default where it is None."""
+    """An option for a whole number; `unset` is shown as the default if it is None."""
     return typer.Option(help=help, show_default=unset or True, **_NUMBERS["int"])
 
 
 def bytes_option(help: str, unset: str) -> Any:
-    """An option that takes a number of bytes, also as "2GB" or "512MiB"."""
+    """An option for a number of bytes, also as "2GB" or "512MiB"."""
     return typer.Option(help=help, show_default=unset, parser=parse_bytes, metavar="BYTES")
 
 
@@ -166,7 +165,7 @@ def _whole(text: str) -> int:
         raise typer.BadParameter(f"{text!r} is not a whole number") from None
 
 
-# Typer's own numbers leave the wrong value out of the message.
+# The errors of Typer's own numbers do not contain the wrong value.
 _NUMBERS: dict[str, dict[str, Any]] = {
     "float": {"parser": _number, "metavar": "NUMBER"},
     "int": {"parser": _whole, "metavar": "WHOLE"},

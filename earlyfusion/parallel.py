@@ -5,11 +5,13 @@
 The mesh has three axes, `replicas` x `shard` x `tensor`. Parameters are cut over `tensor` by heads,
 columns and vocabulary (with the states between the branches cut over the sequence), and over
 `shard` by rows (FSDP2); `replicas` hold the same weights (HSDP). The first two axes are the data
-ranks: each reads its own rows of the global batch. Plain `python` and `torchrun` with one process
-have no mesh, and nothing here has an effect. Generation cuts a model in another way, into plain
-modules that need no gradients: `engine/tensor_parallel.py`.
+ranks: each reads its own rows of the global batch. Plain `python`, and `torchrun` with one process,
+have no mesh, and nothing here has an effect.
 
-Shapes: B rows, T tokens, D model width, V vocabulary, P positions.
+Two other files say how a model is cut, because they need other cuts in other forms:
+`engine/tensor_parallel.py` cuts checkpoints into plain modules for generation, and
+`hf/tensor_parallel.py` has transformers' plan. Shapes: B rows, T tokens, D model width, V
+vocabulary, P positions.
 """
 
 from __future__ import annotations
@@ -65,7 +67,7 @@ class ParallelConfig:
             )
 
     def sizes(self, processes: int) -> tuple[int, int, int]:
-        """(replicas, shard, tensor) of this number of processes."""
+        """(replicas, shard, tensor) for this number of processes."""
         per_copy = self.tensor * (self.shard or max(1, processes // self.tensor))
         if processes % per_copy:
             raise SettingError(
@@ -76,7 +78,7 @@ class ParallelConfig:
 
 
 def launch(config: ParallelConfig, device: torch.device) -> DeviceMesh | None:
-    """The mesh of this run, or None for a single process; joins the group `torchrun` names."""
+    """The mesh of this run, or None for a single process; joins `torchrun`'s process group."""
     sizes = config.sizes(processes.count())
     if processes.count() == 1:
         return None
@@ -85,7 +87,7 @@ def launch(config: ParallelConfig, device: torch.device) -> DeviceMesh | None:
     processes.join(device)
     mesh = init_device_mesh(device.type, sizes, mesh_dim_names=AXES)
     if config.tensor > 1:
-        # A norm over one copy of the weights is then one all-reduce instead of two.
+        # With this flat axis, a norm over one copy of the weights is one all-reduce instead of two.
         mesh[SHARD, TENSOR]._flatten("copy")
     return mesh
 
@@ -127,23 +129,22 @@ def parallelize(
     compiled: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Put the model on the mesh, in place; weights stay fp32 and are gathered in `dtype`.
-
-    Without a mesh the first and the last call do nothing.
-    """
-    # The order matters: each call wraps what the calls before it made.
+    """Put the model on the mesh, in place; weights stay fp32 and are gathered in `dtype`. Without a
+    mesh the first and the last call do nothing."""
+    # The order matters: each call wraps the result of the previous ones.
     split_tensors(model, mesh)
     recompute(model, config.checkpointing)
-    # A CPU attends document by document, in other pieces each time; branches of a cut layer meet.
+    # Not one graph per block on a CPU, where attention loops over documents of changing number, nor
+    # with cut layers, whose branches communicate.
     compile_blocks(model, compiled, _is_on_gpu(model, mesh) and config.tensor == 1)
     shard_rows(model, mesh, dtype)
 
 
 def tensor_plan() -> dict[str, ParallelStyle]:
-    """How each module is cut over the axis `tensor`, by its name.
+    """How each module is cut over the axis `tensor`, by name.
 
-    Between the branches states [B, T, D] are cut along T (sequence parallelism), within a branch by
-    heads or columns.
+    Between the branches, states [B, T, D] are cut along T (sequence parallelism); within a branch,
+    by heads or columns.
     """
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.parallel import (
@@ -154,12 +155,12 @@ def tensor_plan() -> dict[str, ParallelStyle]:
     )
 
     by_token, whole = Shard(1), Replicate()
-    gathered = PrepareModuleInput(  # states; the tables of the rotation and `attend` are not cut
+    gathered = PrepareModuleInput(  # gathers states; the rotary tables and `attend` are not cut
         input_layouts=(by_token, None, None), desired_input_layouts=(whole, None, None)
     )
     block = "model.layers.*."
     return {
-        # Each process looks up the tokens of its part of the vocabulary; the sum is scattered.
+        # Each process looks up the tokens in its part of the vocabulary; the sum is scattered.
         "model.embed_tokens": RowwiseParallel(input_layouts=whole, output_layouts=by_token),
         block + "input_layernorm": SequenceParallel(use_local_output=True),
         block + "self_attn": gathered,
@@ -175,7 +176,7 @@ def tensor_plan() -> dict[str, ParallelStyle]:
         block + "mlp.up_proj": ColwiseParallel(),
         block + "mlp.down_proj": RowwiseParallel(output_layouts=by_token),
         "model.norm": SequenceParallel(),
-        # In training only its weight is read, by `head_inputs`.
+        # Training only reads its weight, in `head_inputs`.
         "lm_head": ColwiseParallel(input_layouts=by_token, output_layouts=whole),
     }
 
@@ -190,7 +191,7 @@ def _by_heads() -> ParallelStyle:
             shard = distribute_tensor(parameter, mesh, [Shard(0)])
             module.register_parameter(name, nn.Parameter(shard, parameter.requires_grad))
 
-    # The queries [B, T, N, H] that come in are this process's heads: dimension 2 of the whole.
+    # The incoming queries [B, T, N, H] are this process's heads: dimension 2 of the whole.
     def from_local(_: nn.Module, inputs: Any, mesh: DeviceMesh) -> Tensor:
         return DTensor.from_local(inputs[0], mesh, [Shard(2)], run_check=False)
 
@@ -199,7 +200,7 @@ def _by_heads() -> ParallelStyle:
 
     class ByHeads(ParallelStyle):
         def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-            # torch annotates both hooks as returning None, but uses what they return.
+            # torch annotates both hooks as returning None, but uses their results.
             before, after = cast(Any, from_local), cast(Any, to_local)
             return distribute_module(module, device_mesh, split, before, after)
 
@@ -231,7 +232,7 @@ def check_split(config: ModelConfig, count: int) -> None:
 
 
 def recompute(model: Transformer, how: str) -> None:
-    """Activation checkpointing: the backward pass computes blocks again instead of keeping them."""
+    """Activation checkpointing: the backward pass recomputes blocks instead of keeping them."""
     if how == "none":
         return
     for block in model.model.layers:
@@ -267,10 +268,10 @@ def _policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPoli
 
 
 def compile_blocks(model: Transformer, compiled: bool, whole: bool = False) -> None:
-    """Compile each block by itself; `whole` refuses a block that would be more than one graph."""
+    """Compile each block by itself; `whole` refuses a block that would take more than one graph."""
     if compiled:
-        # One graph serves all blocks, as none knows its number: an attribute `layer_idx` would be
-        # a constant of the graph, and compiled anew for each block.
+        # One graph serves all blocks, as none knows its number: an attribute `layer_idx` would be a
+        # constant of the graph, which would then be compiled anew for each block.
         for block in model.model.layers:
             block.forward = torch.compile(block.forward, fullgraph=whole)
 
@@ -295,7 +296,7 @@ def shard_rows(model: Transformer, mesh: DeviceMesh | None, dtype: torch.dtype) 
     policy = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype,
         reduce_dtype=torch.float32,
-        cast_forward_inputs=False,  # the tables of the rotation stay fp32
+        cast_forward_inputs=False,  # the rotary tables stay fp32
     )
     has_replicas = mesh[REPLICAS].size() > 1
     axes = mesh[REPLICAS, SHARD] if has_replicas else mesh[SHARD]
@@ -303,7 +304,7 @@ def shard_rows(model: Transformer, mesh: DeviceMesh | None, dtype: torch.dtype) 
     for block in model.model.layers:
         fully_shard(block, mesh=axes, mp_policy=policy)
     fully_shard(model, mesh=axes, mp_policy=policy, ignored_params=unsharded)
-    # FSDP gathers weights in a hook of `forward`, and training calls `states`.
+    # FSDP gathers weights in a hook of `forward`, but training calls `states`.
     register_fsdp_forward_method(model, "states")
 
 
@@ -313,7 +314,7 @@ def _unsharded(model: Transformer, mesh: DeviceMesh) -> set[nn.Parameter]:
         return set()
     trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
     for parameter in trained:
-        # FSDP reduces gradients in the backward pass of the states, which a frozen backbone lacks.
+        # FSDP reduces gradients in the backward pass of the states; a frozen backbone has none.
         parameter.register_hook(lambda grad: data_sum(grad, mesh) / data_rank(mesh)[1])
     return trained
 
@@ -334,10 +335,8 @@ class VocabularySlice(NamedTuple):
 
 
 def head_inputs(x_BTD: Tensor, head_VD: Tensor) -> tuple[Tensor, Tensor, VocabularySlice | None]:
-    """States of all positions, this process's rows of the head, and which rows these are.
-
-    The last is None if the head is whole.
-    """
+    """States of all positions, this process's rows of the head, and which rows these are (None:
+    all)."""
     if processes.count() == 1:
         return x_BTD, head_VD, None
     from torch.distributed.tensor import DTensor, Partial, Replicate
@@ -345,7 +344,7 @@ def head_inputs(x_BTD: Tensor, head_VD: Tensor) -> tuple[Tensor, Tensor, Vocabul
     if not (isinstance(x_BTD, DTensor) and isinstance(head_VD, DTensor)):
         return x_BTD, head_VD, None
     mesh = head_VD.device_mesh
-    # The gradient of the states is the sum of what the slices of the head contribute.
+    # The gradient of the states is the sum of the contributions of the head's slices.
     whole_BTD = x_BTD.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
     rows_VD = head_VD.to_local()
     cut = VocabularySlice(mesh.get_local_rank() * len(rows_VD), mesh.get_group())
@@ -353,7 +352,7 @@ def head_inputs(x_BTD: Tensor, head_VD: Tensor) -> tuple[Tensor, Tensor, Vocabul
 
 
 def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
-    """`clip_grad_norm_`, whose norm is that of the whole gradient on every process."""
+    """`clip_grad_norm_` with the norm of the whole gradient on every process."""
     if processes.count() == 1:
         return nn.utils.clip_grad_norm_(parameters, limit)
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -363,11 +362,9 @@ def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
 
 
 def materialize(model: Transformer, device: torch.device) -> None:
-    """Give a model on the meta device memory and first weights.
-
-    Each process draws every parameter whole, one at a time, and keeps its own shard: the weights do
-    not depend on the number of processes.
-    """
+    """Give a model on the meta device memory and first weights. Each process draws every parameter
+    whole, one at a time, and keeps its own shard, so the weights do not depend on the number of
+    processes."""
     if not any(p.is_meta for p in model.parameters()):
         return
     model.to_empty(device=device)
@@ -375,7 +372,7 @@ def materialize(model: Transformer, device: torch.device) -> None:
 
 
 def _whole_parameters(model: Transformer) -> Iterator[tuple[str, Tensor]]:
-    """Whole parameters to fill; when the next one is asked for, the model has taken its shard."""
+    """Whole parameters to fill; when the next one is requested, the model has taken its shard."""
     for name, parameter in model.named_parameters():
         whole = torch.empty(parameter.shape, device=parameter.device, dtype=parameter.dtype)
         yield name, whole
@@ -390,14 +387,12 @@ def copy_shard(parameter: Tensor, whole: Tensor) -> None:
 
 def local(tensor: Tensor) -> Tensor:
     """This process's shard of a tensor, which shares its memory; the tensor itself if it is whole.
-
-    Without gradients: for an optimizer and for reading.
-    """
+    Without gradients: for an optimizer and for reading."""
     return cast(Tensor, tensor.to_local()) if hasattr(tensor, "to_local") else tensor
 
 
 def gathered(parameter: Tensor, shard: Tensor) -> Tensor:
-    """The whole of which each process has a shard that is cut as `parameter` is."""
+    """The whole tensor of which each process has a shard, cut as `parameter` is."""
     from torch.distributed.tensor import DTensor
 
     if not isinstance(parameter, DTensor):
@@ -414,7 +409,7 @@ def gathered(parameter: Tensor, shard: Tensor) -> Tensor:
 
 
 def shard_of(parameter: Tensor, whole: Tensor) -> Tensor:
-    """The part of `whole` that this process holds of `parameter`."""
+    """This process's part of `whole`, cut as `parameter` is."""
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 

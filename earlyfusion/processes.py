@@ -1,9 +1,9 @@
 """The processes that `torchrun` started: their number, the rank of this one, how they meet.
 
-`torchrun` keeps one key-value store through its restarts. There a new process could read the
-address that a dead one of the same rank left behind. So all keys of a start get a prefix that is
-new with each start: the first process draws it, and gives it to each of the others in answer to a
-token that only the living process of that rank can have drawn.
+`torchrun` keeps one key-value store through its restarts, where a new process could read the
+address of a dead one of the same rank. So all keys of a start get a new prefix: the first process
+draws it, and sends it to each of the others in reply to a token that only the living process of
+that rank can have drawn.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _hand_out_prefix(store: Store, world_size: int) -> str:
     waiting = set(range(1, world_size))
     while waiting:
         for rank in sorted(waiting):
-            # May be the token of a dead process: then the answer is overwritten in the next round.
+            # This may be a dead process's token: then the answer is overwritten in the next round.
             token = store.get(f"token-{rank}").decode()
             store.set(f"prefix-{rank}", f"{token} {prefix}")
         waiting -= {n for n in waiting if _value(store, f"confirmed-{n}") == prefix}
@@ -70,7 +70,7 @@ def _receive_prefix(store: Store, rank: int) -> str:
 
 
 def _value(store: Store, key: str) -> str:
-    # `get` waits for a key that is not there.
+    # `get` would wait for a key that does not exist.
     return store.get(key).decode() if store.check([key]) else ""
 
 
@@ -80,10 +80,8 @@ def _leave() -> None:
 
 
 def agree(value: Callable[[], Any]) -> Any:
-    """What `value()` returns in the first process, on all of them.
-
-    A shared disk may show the others a later state.
-    """
+    """What `value()` returns in the first process, on all of them, as others may see a later state
+    of a shared disk."""
     if count() == 1:
         return value()
     shared = [value() if rank() == 0 else None]

@@ -1,8 +1,8 @@
 """Messages <-> tokens: the prompt format, the roles of tokens in training, and text as it streams.
 
 Format (arXiv 2405.09818, section 3, and Meta's released code): bos once; the parts of a turn in
-order, nothing between them; `end_of_turn` after every turn, except that eos closes an answer at the
-end of a training document. A picture is spelled by its `ImageLayout`.
+order, with nothing in between; `end_of_turn` after every turn, except that eos closes an answer at
+the end of a training document. A picture is spelled by its `ImageLayout`.
 
 Users cannot forge control tokens: a text that contains `<racm3:break>` is encoded as plain text,
 and only an `Image` makes an image.
@@ -33,7 +33,7 @@ from earlyfusion.vocabulary import (
     read_tokenizer_json,
 )
 
-# What a token of a document is; END is the eos that closes the last answer.
+# The roles of a document's tokens; END is the eos that closes the last answer.
 CONTROL, PROMPT_TEXT, PROMPT_IMAGE, ANSWER_TEXT, ANSWER_IMAGE, END = range(6)
 LEARNED = (ANSWER_TEXT, ANSWER_IMAGE, END)  # the roles that count in the loss
 Modality: TypeAlias = Literal["text", "image"]
@@ -47,10 +47,8 @@ _ROLE_OF = {
 
 @dataclass
 class TokenSequence:
-    """One document: an id and a role per token, a span (start, end, modality) per segment.
-
-    The markers of a picture have the role of the picture.
-    """
+    """One document: an id and a role per token, a span (start, end, modality) per segment. The
+    markers of a picture have the picture's role."""
 
     ids: list[int] = field(default_factory=list)
     role: list[int] = field(default_factory=list)
@@ -69,7 +67,6 @@ class TokenSequence:
         self._extend([token], role)
 
     def segment(self, tokens: list[int], speaker: str, modality: Modality) -> None:
-        """Append the tokens of one segment of a turn."""
         start = len(self.ids)
         self._extend(tokens, _ROLE_OF[speaker, modality])
         self.spans.append((start, len(self.ids), modality))
@@ -87,7 +84,7 @@ class Processor:
         self.layout = layout
         data = read_tokenizer_json(self.tokenizer_file)
         self.vocabulary = Vocabulary.from_dict(data)
-        # The only tokenizer: control tokens are placed by the code below, never by a text.
+        # This tokenizer knows no control tokens: only the code below places them, never a text.
         self._text_tokenizer = _load(_text_only(data, self.vocabulary))
         self._bytes = _token_bytes(self.vocabulary)
 
@@ -100,11 +97,11 @@ class Processor:
     def encode(
         self, messages: Sequence[Message], codes: Sequence[npt.ArrayLike] | None = None
     ) -> TokenSequence:
-        """The prompt for an answer: every turn, each closed by `end_of_turn`. If the last turn is
-        the assistant's, it is left open, as the beginning of the answer.
+        """The prompt: every turn, each closed by `end_of_turn`, except an assistant's at the end,
+        which the reply continues.
 
-        `codes` are [h, w] per picture of the messages, in order; None takes those that the pictures
-        carry. Raises `PromptError`, and `ImageError` for codes of another model.
+        `codes` are [h, w] per picture of the messages, in order (None: those that the pictures
+        carry). Raises `PromptError`, and `ImageError` for codes of another model.
         """
         if not messages:
             raise PromptError("a prompt needs the user's turn: add the user's message")
@@ -112,9 +109,9 @@ class Processor:
         return self._prompt(messages, _codes_in_order(messages, codes))
 
     def draft(self, messages: Sequence[Message]) -> TokenSequence:
-        """`encode` before the pictures are encoded: one without codes takes up its tokens, to be
-        spelled by `fill`. So the length is known early, and text is tokenised once. The turns are
-        those of `as_messages`."""
+        """`encode` before the pictures are encoded: a picture without codes takes up its tokens,
+        which `fill` spells later. So the length is known early, and text is tokenised once. The
+        turns are those of `as_messages`."""
         return self._prompt(messages, [i.codes for message in messages for i in message.images])
 
     def draft_turn(self, message: Message) -> TokenSequence:
@@ -127,7 +124,7 @@ class Processor:
         """The ids of a draft, with these codes spelled as its pictures, in order."""
         ids, codes_of = list(draft.ids), iter(codes)
         for start, end, _ in draft.spans:
-            if ids[start] == CODE:  # markers and all: `_spelled` fills the whole span with it
+            if ids[start] == CODE:  # `_spelled` fills the whole span with it, markers included
                 ids[start:end] = self.layout.spell(next(codes_of), self.vocabulary)
         return ids
 
@@ -145,21 +142,20 @@ class Processor:
         return sequence
 
     def decode_text(self, ids: Iterable[int]) -> str:
-        """The text of `ids` up to the first eos; control and image tokens have no text.
-
-        Bytes that are not UTF-8 become U+FFFD; a last character that is cut short is left out.
-        """
+        """The text of `ids` up to the first eos, without control and image tokens. Bytes that are
+        not UTF-8 become U+FFFD; an incomplete last character is dropped."""
         tokens = takewhile(lambda token: token != self.vocabulary.eos, ids)
         return _utf8_decoder().decode(b"".join(self._bytes.get(int(t), b"") for t in tokens))
 
     def token_bytes(self, token: int) -> bytes:
-        """The UTF-8 bytes of a text token, maybe a part of a character; b"" for other tokens."""
+        """The UTF-8 bytes of a text token, maybe only a part of a character; b"" for
+        other tokens."""
         return self._bytes.get(token, b"")
 
     def token_text(self, token: int) -> str:
-        """A token as people read it: its text, or the name of a control or image token."""
+        """A token in readable form: its text, or the name of a control or image token."""
         data = self._bytes.get(token)
-        # "replace", because a token may be a part of a character.
+        # "replace", as a token may be only a part of a character.
         return self._names.get(token, "") if data is None else data.decode("utf-8", "replace")
 
     def text_stream(self) -> TextStream:
@@ -181,7 +177,7 @@ class Processor:
     def _turns(
         self, messages: Sequence[Message], codes: Iterable[npt.ArrayLike | None]
     ) -> TokenSequence:
-        """bos and all turns with `end_of_turn` between them; the last turn is left open."""
+        """bos and all turns with `end_of_turn` in between; the last turn is left open."""
         sequence, codes_of = TokenSequence(), iter(codes)
         sequence.control(self.vocabulary.bos)
         for number, message in enumerate(messages):
@@ -201,7 +197,7 @@ class Processor:
 
     def _spelled(self, codes: npt.ArrayLike | None) -> list[int]:
         if codes is None:
-            # The image tokenizer makes every picture as large as the model's own layout.
+            # The image tokenizer makes every picture the size of the model's own layout.
             return [CODE] * self.layout.num_tokens
         return self.layout.spell(codes, self.vocabulary)
 
@@ -218,7 +214,7 @@ class TextStream:
         return self._decoder.decode(self._bytes.get(int(token), b""))
 
     def flush(self) -> str:
-        """The end of the text: a character that was cut short is left out."""
+        """The end of the text; an incomplete character is dropped."""
         self._decoder.reset()  # a final decode would turn its bytes into U+FFFD
         return ""
 
@@ -231,8 +227,8 @@ def train_tokenizer(texts: Iterable[str], num_codes: int, vocab_size: int) -> st
     """Train a byte-level BPE on `texts`; returns the JSON text of a tokenizer file.
 
     Ids: bos, pad, eos, unk, the image codes, the image markers, end of turn, the placeholder, then
-    text, which begins with the 256 bytes. There are at most `vocab_size` ids, fewer if the texts
-    yield no more merges. The same texts in the same order give the same file.
+    text, starting with the 256 bytes. At most `vocab_size` ids, fewer if the texts yield no more
+    merges. The same texts in the same order give the same file.
     """
     control, alphabet = family_names(num_codes), pre_tokenizers.ByteLevel.alphabet()
     smallest = len(control) + len(alphabet)
@@ -246,7 +242,7 @@ def train_tokenizer(texts: Iterable[str], num_codes: int, vocab_size: int) -> st
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=control,  # get the first ids, in this order
+        special_tokens=control,  # these get the first ids, in this order
         initial_alphabet=alphabet,
         show_progress=False,
     )
@@ -255,8 +251,8 @@ def train_tokenizer(texts: Iterable[str], num_codes: int, vocab_size: int) -> st
 
 
 def _pre_tokenizer() -> Any:
-    """Splits words as GPT-2 does; digits, punctuation and line ends are tokens of their own."""
-    # Runs of blanks are cut into fours and twos, so that indentation takes few tokens.
+    """Splits words as GPT-2 does; each digit, punctuation mark and line end is a separate token."""
+    # Runs of blanks are cut into fours and twos, so that indentation needs few tokens.
     blanks = Regex(r"[\t\n]|    |  ")
     return pre_tokenizers.Sequence(
         [
@@ -291,7 +287,7 @@ def _check_utf8(text: str) -> None:
 
 def _load(data: dict[str, Any]) -> Tokenizer:
     try:
-        # A file may carry settings of a past training, which would cut or pad prompts.
+        # A file may carry settings from training, which would cut or pad prompts.
         return Tokenizer.from_str(json.dumps(data | {"truncation": None, "padding": None}))
     except Exception:  # the library raises bare Exception
         raise CheckpointError(
@@ -302,9 +298,9 @@ def _load(data: dict[str, Any]) -> Tokenizer:
 def _text_only(data: dict[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
     """The tokenizer without control and image tokens, so that no text can give their ids."""
     text = set(vocabulary.text_tokens.tolist())
-    # Added words stay in the model too: the library would give unknown ones new ids.
+    # Added words stay in the model as well: the library would give unknown ones new ids.
     vocab = {name: token for name, token in vocabulary.names.items() if token in text}
-    # The 256 bytes spell any text, so nothing is unknown; the name of unk is gone from `vocab`.
+    # The 256 bytes spell any text, so unk is never needed; its name is no longer in `vocab`.
     model = data["model"] | {"vocab": vocab, "unk_token": None}
     added = [entry for entry in data.get("added_tokens") or () if entry["id"] in text]
     return data | {"model": model, "added_tokens": added, "post_processor": None}

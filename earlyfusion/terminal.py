@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from earlyfusion.generation.settings import Output, SamplingParams
 
 _MAX_COLUMNS = 40  # of an image in half-blocks
-# Escape sequences would let a model move the cursor, set colours or change the title.
+# With escape sequences a model could move the cursor, set colours or change the title.
 _CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
@@ -50,7 +50,7 @@ class Album:
         """Write an image under a new name; the same pixels give the same bytes."""
         first = next_number(self.folder, "image", ".png")
         path = write_next(self.folder, "image", ".png", png(image), first)
-        self._images.append(image)  # keeps its id from being used again
+        self._images.append(image)  # alive, so that its id is not reused
         self._paths[id(image)] = path
         return path
 
@@ -107,7 +107,7 @@ def reply_json(reply: Reply, path_of: Callable[[Image], Path | str]) -> dict[str
 
 
 def decoded(chameleon: Chameleon, codes_nhw: npt.NDArray[np.int64]) -> list[Image]:
-    """Images of codes, which they keep."""
+    """Images of these codes, with the codes."""
     import torch
 
     pils = chameleon.image_tokenizer.decode(torch.from_numpy(codes_nhw))
@@ -160,7 +160,6 @@ class Screen:
             self._progress = None
 
     def end(self) -> None:
-        """End the reply."""
         self.end_drawing()
         self._close_line()
 
@@ -203,7 +202,7 @@ def busy(what: str, quiet: bool = False) -> Iterator[Callable[[str], None]]:
 
 
 def half_blocks(pil: PIL.Image.Image, columns: int) -> Characters:
-    """An image as lines of at most `columns` characters; each shows a pixel above another."""
+    """An image as lines of at most `columns` characters, each of which shows two pixels."""
     width = min(columns, pil.width)
     rows = max(1, round(pil.height * width / pil.width / 2))
     small = pil.convert("RGB").resize((width, 2 * rows), PIL.Image.Resampling.LANCZOS)

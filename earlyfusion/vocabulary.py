@@ -24,7 +24,7 @@ Ids = npt.NDArray[np.int64]
 BOS, PAD, EOS, UNK = "<s>", "<pad>", "</s>", "<unk>"
 BEGIN_IMAGE, END_IMAGE = "<racm3:break>", "<eoss>"
 END_OF_TURN = "<reserved08706>"
-# Meta's file has the first name; transformers' converter renames it to the second.
+# Meta's file has the first name; transformers' converter changes it to the second.
 IMAGE_PLACEHOLDERS = ("<reserved08707>", "<image>")
 IMAGE_PREFIX = "IMGIMG"
 CODE = -1  # stands for any image code; no token has this id
@@ -90,7 +90,7 @@ class Vocabulary:
     @cached_property
     def control_tokens(self) -> Ids:
         """Sorted ids of all names that begin with an angle bracket, reserved ones included."""
-        # "<" alone is text: punctuation is split, so that no text token is "<" and more.
+        # "<" alone is text: punctuation is split off, so no longer text token begins with "<".
         return _sorted_ids(i for n, i in self.names.items() if n.startswith("<") and n != "<")
 
     @cached_property
@@ -142,8 +142,8 @@ class ImageLayout:
     """How a picture of `height` x `width` codes is spelled: `head`, rows in raster order, `tail`.
 
     Markers are token names, by default Chameleon's. Lumina-mGPT closes each row with `line_end` and
-    has size tokens in `head`, so that `other` gives the layout of another height and width.
-    `before` precedes a picture without a prompt, which guidance draws from.
+    has size tokens in `head`, so `other` gives the layout of another height and width. `before`
+    precedes a picture without a prompt, which guidance draws from.
     """
 
     height: int
@@ -182,7 +182,7 @@ class ImageLayout:
     def spell(self, codes_hw: npt.ArrayLike, vocabulary: Vocabulary) -> list[int]:
         """Tokens of a picture, markers included; `ImageError` for a wrong shape or code."""
         codes = np.asarray(codes_hw, dtype=np.int64)
-        # The other layout is exact: without `other` it does not look for yet another one.
+        # The other layout fits exactly: without `other` it cannot recurse.
         if self.other is not None and codes.ndim == 2 and codes.shape != (self.height, self.width):
             return replace(self.other(*codes.shape), other=None).spell(codes, vocabulary)
         if codes.shape != (self.height, self.width):
@@ -196,7 +196,7 @@ class ImageLayout:
         return spelled
 
     def parse(self, tokens: Sequence[int], vocabulary: Vocabulary) -> Ids:
-        """Codes [height, width] of one spelled picture; `ImageError` if the spelling is another."""
+        """Codes [height, width] of one spelled picture; `ImageError` for another spelling."""
         ids = np.asarray(tokens, dtype=np.int64)
         template = self.template(vocabulary)
         if ids.shape != template.shape:
@@ -248,7 +248,7 @@ def _code_to_token(names: Mapping[str, int]) -> Ids:
     for name, token in names.items():
         if name.startswith(IMAGE_PREFIX):
             codes[code_of(name)] = token
-    # A gap would shift all codes behind it, and every picture with them.
+    # A gap would shift all later codes, and damage every picture.
     if sorted(codes) != list(range(len(codes))) or not codes:
         missing = next(code for code in range(len(codes) + 1) if code not in codes)
         raise CheckpointError(
@@ -261,7 +261,7 @@ def _code_to_token(names: Mapping[str, int]) -> Ids:
 def code_of(name: str) -> int:
     """The code of an image token's name, the inverse of `code_name`."""
     digits = "".join(_DIGITS.get(letter, "?") for letter in name[len(IMAGE_PREFIX) : -1])
-    # Spelled again, because leading zeros and a missing Z would pass the first test.
+    # Spell it again, because leading zeros or a missing Z would pass the first test.
     if not digits.isdecimal() or code_name(int(digits)) != name:
         raise CheckpointError(
             f"{name!r} is not the name of an image token: that is {IMAGE_PREFIX}, "
