@@ -7,29 +7,20 @@ wait for modules that import torch.
 
 from __future__ import annotations
 
-import ast
 import functools
 import inspect
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from inspect import Parameter
-from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import typer
 
+from earlyfusion.fields import Field, fields_in_source
+
 _PACKAGE = Path(__file__).parent
-
-
-class Field(NamedTuple):
-    """A field of a dataclass, as its source says."""
-
-    name: str
-    type: str
-    default: Any
-    meaning: str
 
 
 @dataclass(frozen=True)
@@ -76,19 +67,6 @@ class FieldsOf:
             value = Literal[self.choices[each.name]]
         annotation = Annotated[value | None, option]
         return Parameter(each.name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-
-
-def fields_in_source(path: Path, name: str) -> Iterator[Field]:
-    """The fields with a default of a dataclass; nothing is imported."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    [body] = [n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name]
-    for node, below in pairwise([*body, ast.Pass()]):
-        if not isinstance(node, ast.AnnAssign) or node.value is None:
-            continue
-        text = below.value if isinstance(below, ast.Expr) else None
-        meaning = str(text.value) if isinstance(text, ast.Constant) else ""
-        type_name, default = ast.unparse(node.annotation), ast.literal_eval(node.value)
-        yield Field(ast.unparse(node.target), type_name, default, " ".join(meaning.split()))
 
 
 def with_options(command: Callable[..., object]) -> Callable[..., object]:

@@ -25,7 +25,7 @@ LAYERS = [
     {"data", "generation", "checkpoints", "parallel"},
     {"kernels"},
     {"devices", "model", "image_tokenizer", "processes", "processor"},
-    {"content", "vocabulary", "config", "files", "errors"},
+    {"content", "vocabulary", "config", "fields", "files", "errors"},
 ]
 STRANGERS = {("engine", "train"), ("train", "engine")}
 OWNERS = {

@@ -14,8 +14,9 @@ from earlyfusion import cli, options
 from earlyfusion.data.encoding import EncodingSettings
 from earlyfusion.data.rows import RowSettings
 from earlyfusion.data.tokenize import Job
+from earlyfusion.fields import fields_in_source
 from earlyfusion.generation.settings import SamplingParams
-from earlyfusion.options import FieldsOf, fields_in_source, with_options
+from earlyfusion.options import FieldsOf, with_options
 
 CLASSES = [
     (cli.Sampling, SamplingParams),

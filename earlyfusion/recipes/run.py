@@ -17,16 +17,15 @@ import importlib.util
 import inspect
 import shlex
 import sys
-import textwrap
 from dataclasses import fields, is_dataclass, replace
 from importlib import import_module
-from itertools import pairwise
 from pathlib import Path
 from types import ModuleType, NoneType, UnionType
 from typing import Any, Protocol, cast, get_args, get_origin, get_type_hints, runtime_checkable
 
 from earlyfusion import files
 from earlyfusion.errors import SettingError
+from earlyfusion.fields import meanings
 from earlyfusion.train.plan import Job, table
 
 RECIPES = {
@@ -288,23 +287,6 @@ def settable(config: Any) -> dict[str, tuple[str, Any, str]]:
             owner = getattr(owner, name)
         wanted = get_type_hints(type(owner))[path[-1]]
         shown = getattr(wanted, "__name__", str(wanted)) if not get_args(wanted) else str(wanted)
-        meaning = _meanings(type(owner)).get(path[-1], "")
+        meaning = meanings(type(owner)).get(path[-1], "")
         found[".".join((alone or [path])[0])] = (shown, getattr(owner, path[-1]), meaning)
-    return found
-
-
-def _meanings(config: type) -> dict[str, str]:
-    """The texts below the fields of a dataclass, also of those that it inherits."""
-    found: dict[str, str] = {}
-    for cls in reversed(config.__mro__[:-1]):
-        try:
-            [body] = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-        except (OSError, TypeError):  # a class without a source file
-            continue
-        rows = body.body if isinstance(body, ast.ClassDef) else []
-        for field, text in pairwise(rows):
-            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-                value = text.value if isinstance(text, ast.Expr) else None
-                if isinstance(value, ast.Constant):
-                    found[field.target.id] = " ".join(str(value.value).split())
     return found
