@@ -74,9 +74,9 @@ def flush_to_disk(path: Path) -> None:
 
 
 def write_whole(path: Path, write: Write, overwrite: bool = False) -> None:
-    """Write a file with `write(file)`; the folders above it are made.
+    """Write a file with `write(file)`, creating missing folders, which are removed on failure.
 
-    Raises `SettingError` where it cannot be written, or is there already without `overwrite`.
+    Raises `SettingError` if it cannot be written, or exists and `overwrite` is False.
     """
     with _beside(path, write) as part:
         if overwrite:
@@ -229,19 +229,19 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 @contextmanager
 def _beside(path: Path, write: Write) -> Iterator[Path]:
-    """The finished contents under a hidden name beside `path`, which is gone after the block.
+    """The finished contents under a hidden name in the folder of `path`, removed after the block.
 
     An `OSError`, also one of the block, becomes a `SettingError` about `path`.
     """
     part = path.with_name(f".{secrets.token_hex(8)}.part")
     try:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("xb") as file:
-                write(file)
-            yield part
-        finally:
-            part.unlink(missing_ok=True)
+        with _parents_of(path):
+            try:
+                with part.open("xb") as file:
+                    write(file)
+                yield part
+            finally:
+                part.unlink(missing_ok=True)
     except OSError as error:
         reason = error.strerror or "the disk refuses it"
         raise SettingError(

@@ -46,10 +46,10 @@ def contents(folder: Path) -> dict[str, str]:
 
 @pytest.mark.usefixtures("disk")
 def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "a.txt"
+    path = tmp_path / "new" / "deep" / "a.txt"
     with pytest.raises(SettingError, match=r"a\.txt cannot be written \(no space left"):
         write_whole(path, full)
-    assert contents(path.parent) == {}
+    assert contents(tmp_path) == {}, "folders made for it are removed"
     write_whole(path, text("one"))
     with pytest.raises(SettingError, match=r"a\.txt is there already: .*--overwrite"):
         write_whole(path, text("two"))
