@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from time import monotonic
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from serve_case import mini, picture_file
@@ -26,6 +26,7 @@ from earlyfusion.serve.protocol import (
     EditRequest,
     GenerationRequest,
     ResponseRequest,
+    Sampling,
     Wire,
     read,
 )
@@ -521,3 +522,12 @@ def test_options_are_checked() -> None:
     for wrong in impossible:
         with pytest.raises(SettingError):
             ServeOptions(**wrong)
+
+
+def test_sampling_fields_of_requests_are_those_of_the_model() -> None:
+    ours = get_type_hints(SamplingParams)
+    theirs = {name: field.annotation for name, field in Sampling.model_fields.items()}
+    # Some routes take these in OpenAI's form, or not at all: they are declared there.
+    elsewhere = {"max_tokens", "max_images", "stop", "bad_words", "allowed_words", "logprobs"}
+    elsewhere |= {"json_schema", "regex", "grammar", "logits_processors"}
+    assert theirs == {name: wanted for name, wanted in ours.items() if name not in elsewhere}

@@ -4,6 +4,7 @@ import csv
 import io
 import itertools
 import json
+import sys
 import threading
 from collections import Counter
 from pathlib import Path
@@ -17,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import CONFIG, tiny_processor
 
-from earlyfusion.checkpoints.hub import is_hub_id
+from earlyfusion.checkpoints.hub import download_dataset, is_hub_id
 from earlyfusion.content import Text
 from earlyfusion.data import tables
 from earlyfusion.data.corpus import CorpusConfig, open_corpus
@@ -809,6 +810,12 @@ def test_what_open_corpus_refuses(tmp_path: Path, processor: Processor) -> None:
     none = jsonl(tmp_path / "b.jsonl", [{"x": n} for n in range(3)])
     with pytest.raises(DataError, match=r"no usable|are broken"):
         corpus_of(processor, tmp_path, data=(str(none),)).stream(0)
+
+
+def test_a_data_set_of_the_hub_needs_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(DataError, match=r"org/name is not .*: pip install huggingface_hub"):
+        download_dataset("org/name", ["*.jsonl"])
 
 
 def test_the_hub_id_pattern_is_no_path() -> None:
