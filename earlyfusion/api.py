@@ -496,7 +496,9 @@ class Chameleon:
 
     def _check_constraint(self, output: Output, sampling: SamplingParams) -> None:
         named = sampling.constrained
-        if named and output == "image":
+        if not named:
+            return
+        if output == "image":
             raise SettingError(
                 f"{named} is for text, and this reply can have none: leave it out, or let the "
                 "reply have text"
@@ -505,9 +507,9 @@ class Chameleon:
 
     def _check_negative_prompt(self, request: Request, layout: ImageLayout) -> None:
         """Raise `SettingError` for a negative prompt that has no effect or does not fit."""
-        negative = guidance.negative_ids(self.processor, request.sampling)
-        if not negative:
+        if request.sampling.negative_prompt is None:
             return
+        negative = guidance.negative_ids(self.processor, request.sampling)
         if request.output == "text" or request.images == 0:
             raise SettingError(
                 "negative_prompt is for images, and this reply can have none: leave it out, or let "

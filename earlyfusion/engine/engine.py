@@ -34,7 +34,7 @@ from earlyfusion.errors import (
 from earlyfusion.generation.grammar import Grammar
 from earlyfusion.generation.request import Event, Request
 from earlyfusion.generation.sampler import NOT_FINITE
-from earlyfusion.model.kv_cache import kept_in
+from earlyfusion.model.kv_cache import dtype_and_device
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.processor import Processor
 from earlyfusion.vocabulary import ImageLayout
@@ -78,7 +78,7 @@ class Engine:
         self.context_tokens = context_tokens or transformer.config.max_position_embeddings
         known = tuple(DTYPES)
         self._cache_dtype = cache_dtype and dtype_name("cache_dtype", cache_dtype, known)
-        model_dtype, device = kept_in(transformer)
+        model_dtype, device = dtype_and_device(transformer)
         dtype = dtype_of_cache(cache_dtype, model_dtype)
         token_bytes = Cache.token_bytes(transformer.config, dtype)
         self.cache_size = cache_size(token_bytes, self.context_tokens, device, cache_bytes)
@@ -285,7 +285,7 @@ class Engine:
         layout = layout or self.processor.layout
         if (stops, layout) not in self._grammars:
             vocabulary, size = self.processor.vocabulary, self.transformer.config.vocab_size
-            device = kept_in(self.transformer)[1]
+            device = dtype_and_device(self.transformer)[1]
             self._grammars[stops, layout] = Grammar(vocabulary, layout, stops, size, device)
         return self._grammars[stops, layout]
 

@@ -22,7 +22,7 @@ from earlyfusion.generation.sampler import (
     image_settings,
     text_settings,
 )
-from earlyfusion.generation.steering import Steering, steering
+from earlyfusion.generation.steering import Steering
 from earlyfusion.processor import Processor
 
 _UNIFORMS = 64  # drawn in one call, which gives the same numbers as 64 calls
@@ -56,12 +56,12 @@ class Handle:
         self.walk = Walk(grammar, request.output, request.images, request.room)
         self.branches = [Branch(list(request.ids), adapter=request.adapter)]
         self.window: Window | None = None
-        self._steering = steering(processor, request)
+        steered = bool(request.sampling.steered)
+        self._steering = Steering(processor, request) if steered else None
         self.guidance, self._seed = request.guidance, request.seed
-        self._negative = guidance.negative_ids(processor, request.sampling)
         self._text_settings = text_settings(request.sampling)
         self._image_settings = image_settings(request.sampling)
-        self._vocabulary, self._layout = processor.vocabulary, request.layout or processor.layout
+        self._processor, self._layout = processor, request.layout or processor.layout
         self._narrator = Narrator(processor, request, self.walk)
         self._uniforms = _Uniforms(self._seed)
         lookup = request.sampling.prompt_lookup
@@ -223,7 +223,7 @@ class Handle:
             return
         for branch in self.branches:
             branch.tokens.append(token)
-        if token == self._vocabulary.begin_image:
+        if token == self._processor.vocabulary.begin_image:
             self._open_branches()
         elif len(self.branches) > 1 and not self.walk.in_image:
             self.branches = self.branches[:1]
@@ -235,9 +235,11 @@ class Handle:
 
     def _open_branches(self) -> None:
         full, history = self.branches[0], self.branches[0].tokens
-        has_images = guidance.has_images(history, self._vocabulary)
+        vocabulary = self._processor.vocabulary
+        has_images = guidance.has_images(history, vocabulary)
+        negative = guidance.negative_ids(self._processor, self.request.sampling)
         prompts = (
-            guidance.prompt(condition, history, self._vocabulary, self._layout, self._negative)
+            guidance.prompt(condition, history, vocabulary, self._layout, negative)
             for condition in guidance.needed(*self.guidance, has_images)[1:]
         )
         self.branches = [full, *(Branch(ids, adapter=full.adapter) for ids in prompts)]

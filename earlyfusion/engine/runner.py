@@ -25,7 +25,7 @@ from earlyfusion.engine.scheduler import Plan
 from earlyfusion.engine.static.bursts import Bursts, serves
 from earlyfusion.engine.step import Step
 from earlyfusion.generation.grammar import Grammar
-from earlyfusion.model.kv_cache import kept_in
+from earlyfusion.model.kv_cache import dtype_and_device
 from earlyfusion.model.rotary import changes_at
 from earlyfusion.model.transformer import Transformer
 
@@ -49,7 +49,7 @@ class ModelRunner:
         static: bool | None = None,
         adapters: Mapping[str, Transformer] | None = None,
     ) -> None:
-        model_dtype, self.device = kept_in(transformer)
+        model_dtype, self.device = dtype_and_device(transformer)
         dtype = cache_dtype(dtype_name, model_dtype)
         # One block more: idle rows of a static step write into it.
         self._cache = Cache(transformer.config, blocks + 1, length, dtype, self.device)

@@ -31,8 +31,8 @@ from earlyfusion.generation.sampler import (
     uniforms,
     warp,
 )
-from earlyfusion.generation.steering import steering
-from earlyfusion.model.kv_cache import KVCache, kept_in
+from earlyfusion.generation.steering import Steering
+from earlyfusion.model.kv_cache import KVCache, dtype_and_device
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.processor import Processor
 
@@ -76,7 +76,7 @@ def _drawn(
 
 
 def _grammar(transformer: Transformer, processor: Processor, request: Request) -> Grammar:
-    device, size = kept_in(transformer)[1], transformer.config.vocab_size
+    device, size = dtype_and_device(transformer)[1], transformer.config.vocab_size
     layout = request.layout or processor.layout
     return Grammar(processor.vocabulary, layout, request.stops, size, device)
 
@@ -85,7 +85,7 @@ class Reader:
     """One sequence: its cache, and the logits behind the tokens it has read."""
 
     def __init__(self, transformer: Transformer, length: int) -> None:
-        dtype, self._device = kept_in(transformer)
+        dtype, self._device = dtype_and_device(transformer)
         self._transformer = transformer
         self._cache = KVCache(transformer.config, 1, length, dtype, self._device)
         self._read = 0
@@ -117,7 +117,8 @@ class Run:
         self._request = request
         self._layout = request.layout or processor.layout
         self._sampling = request.sampling
-        self._steering = steering(processor, request)
+        steered = bool(request.sampling.steered)
+        self._steering = Steering(processor, request) if steered else None
         self._negative = guidance.negative_ids(processor, request.sampling)
         self.logprob: TokenLogprob | None = None
         self._grammar = _grammar(transformer, processor, request)

@@ -101,11 +101,6 @@ class Steering:
         )
 
 
-def steering(processor: Processor, request: Request) -> Steering | None:
-    """The steering of a request; None if it needs none."""
-    return Steering(processor, request) if request.sampling.steered else None
-
-
 def _processed(processor: LogitsProcessor, ids: list[int], logits_V: Tensor) -> Tensor:
     name = getattr(processor, "__name__", type(processor).__name__)
     try:

@@ -49,7 +49,7 @@ class KVCache:
         ]
 
 
-def kept_in(transformer: nn.Module) -> tuple[torch.dtype, torch.device]:
+def dtype_and_device(transformer: nn.Module) -> tuple[torch.dtype, torch.device]:
     """The dtype and device of a model's keys and values: those of its head's weight."""
     weight = getattr(transformer.lm_head, "weight", None)
     if not isinstance(weight, Tensor):  # a head of another class: take the first parameter's
