@@ -115,11 +115,8 @@ class Reply:
 
 @dataclass(frozen=True)
 class Score:
-    """How likely an answer is: natural logarithms of the model's probabilities.
-
-    `tokens` and `token_logprobs` have one entry per token; the end of the reply has one if it
-    counts.
-    """
+    """How likely an answer is: natural logarithms of the model's probabilities. `tokens` and
+    `token_logprobs` have one entry per token; the end of the reply has one if it counts."""
 
     tokens: list[int]
     token_logprobs: list[float]
@@ -663,10 +660,8 @@ class Chameleon:
                 self._cached_codes.popitem(last=False)
 
     def collect(self, events: Iterable[Event], watch: Watch | None = None) -> Reply:
-        """The reply made of the events of `stream`, its images decoded.
-
-        `watch` is called with each event as it comes, and with the image of an `ImageDone`.
-        """
+        """The reply made of the events of `stream`, its images decoded. `watch` is called with each
+        event as it comes, and with the image of an `ImageDone`."""
         if watch is None:
             return self._replies([list(events)])[0]
         seen, images = list[Event](), list[Image]()

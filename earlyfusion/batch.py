@@ -63,11 +63,9 @@ class Job:
 
 
 def read_jobs(path: Path, output: Output, sampling: Mapping[str, Any], model: str) -> list[Job]:
-    """The jobs of a file; `output` and `sampling` are for lines without their own.
-
-    With a seed in `sampling`, job number i has the seed `seed + i`, unless its line has one. Raises
-    an `EarlyFusionError` that names the line.
-    """
+    """The jobs of a file; `output` and `sampling` are for lines without their own. With a seed in
+    `sampling`, job number i has the seed `seed + i`, unless its line has one. Raises an
+    `EarlyFusionError` that names the line."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError):
@@ -162,9 +160,7 @@ def _check(turns: Sequence[tuple[Any, list[Part]]]) -> None:
 
 class Replies:
     """The folder of a batch: replies.jsonl, errors.jsonl and pictures/; locked by one process.
-
-    Raises `SettingError` for a folder with other content, or one that another process writes to.
-    """
+    Raises `SettingError` for a folder with other content, or one that another process writes to."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.errors = folder, 0

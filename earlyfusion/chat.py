@@ -206,12 +206,9 @@ class Conversation:
 
 
 class Notebook:
-    """A folder with one conversation: conversation.json, and its images.
-
-    Drawn images are saved with their codes, so that the conversation continues as if it had not
-    been left. `codebook` identifies the image tokenizer's codewords: codes for another one are
-    ignored.
-    """
+    """A folder with one conversation: conversation.json, and its images. Drawn images are saved
+    with their codes, so that the conversation continues as if it had not been left. `codebook`
+    identifies the image tokenizer's codewords: codes for another one are ignored."""
 
     def __init__(self, folder: Path, codebook: str) -> None:
         self.folder, self._codebook = folder, codebook

@@ -282,10 +282,8 @@ def generate(
     out: ImageFolder = Path("out"),
     as_json: AsJson = False,
 ) -> None:
-    """Answer one prompt: print the text, and write images to new PNG files.
-
-    Of an image that is not square the model sees the square in its centre, unless it is fitted.
-    """
+    """Answer one prompt: print the text, and write images to new PNG files. Of an image that is not
+    square the model sees the square in its centre, unless it is fitted."""
     from earlyfusion.content import as_messages, fill_placeholders
     from earlyfusion.terminal import Album, Screen, answer, reply_json
 
@@ -351,11 +349,9 @@ def batch(
     output: Annotated[Output, typer.Option(help="For lines without an output.")] = "auto",
     as_json: AsJson = False,
 ) -> int:
-    """Answer many prompts at once; run again, it continues. A line's own settings come first.
-
-    A line has a prompt (a text, a list of parts, or a list of messages), and optionally id, images,
-    output, seed and other sampling fields. Image paths are relative to the folder of the file.
-    """
+    """Answer many prompts at once; run again, it continues. A line's own settings come first. A
+    line has a prompt (a text, a list of parts, or a list of messages), and optionally id, images,
+    output, seed and other sampling fields. Image paths are relative to the folder of the file."""
     from earlyfusion.batch import Replies, answer_all, read_jobs
     from earlyfusion.terminal import progress_bar
 

@@ -110,11 +110,9 @@ class Image:
 
     @classmethod
     def from_array(cls, array: npt.NDArray[Any]) -> Image:
-        """A picture from [Y, X], [Y, X, C] or [C, Y, X] with C = 1, 3 or 4 (grey, RGB, RGBA).
-
-        The last axis is the channel if its length is 1, 3 or 4, else the first is. Whole numbers
-        are 0 to 255, floats 0 to 1.
-        """
+        """A picture from [Y, X], [Y, X, C] or [C, Y, X] with C = 1, 3 or 4 (grey, RGB, RGBA). The
+        last axis is the channel if its length is 1, 3 or 4, else the first is. Whole numbers are 0
+        to 255, floats 0 to 1."""
         pixels = _as_uint8(_channels_last(array))
         return cls(PIL.Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels))
 
@@ -188,11 +186,8 @@ def as_messages(prompt: Prompt) -> list[Message]:
 
 
 def fill_placeholders(text: str, images: Sequence[Any]) -> list[Segment]:
-    """Parts of a text in which `<image>` marks the place of each picture.
-
-    Without any mark the pictures come first. Raises `PromptError` if the numbers of marks and
-    pictures differ.
-    """
+    """Parts of a text in which `<image>` marks the place of each picture. Without any mark the
+    pictures come first. Raises `PromptError` if the numbers of marks and pictures differ."""
     return _segments(fill_places(text, [Image.of(image) for image in images]))
 
 
@@ -224,11 +219,9 @@ def read_turns(data: Any, folder: Path) -> list[tuple[str, list[Part]]]:
 
 
 def read_parts(content: Any, folder: Path) -> list[Part]:
-    """Parts of a prompt in JSON: a text, or a list of texts and typed objects.
-
-    These are {"type": "text", "text": …} and {"type": "image", "image": file}, with the file
-    relative to `folder`, and optional "codes". Raises `PromptError` for any other form.
-    """
+    """Parts of a prompt in JSON: a text, or a list of texts and typed objects. These are {"type":
+    "text", "text": …} and {"type": "image", "image": file}, with the file relative to `folder`, and
+    optional "codes". Raises `PromptError` for any other form."""
     items = content if isinstance(content, list) else [content]
     return [_read_part(item, folder) for item in items]
 

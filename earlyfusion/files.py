@@ -35,11 +35,9 @@ Write = Callable[[BinaryIO], object]
 
 @contextmanager
 def replacing(path: Path, flush: bool = False) -> Iterator[Path]:
-    """A hidden path to write to, which replaces `path` if the block succeeds.
-
-    `flush` waits until the file is on disk, so that it survives a power cut. The folder must exist.
-    Disk errors are raised as they are.
-    """
+    """A hidden path to write to, which replaces `path` if the block succeeds. `flush` waits until
+    the file is on disk, so that it survives a power cut. The folder must exist. Disk errors are
+    raised as they are."""
     # The suffix comes last, so that readers looking for `*.json` do not find it.
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
@@ -75,9 +73,7 @@ def flush_to_disk(path: Path) -> None:
 
 def write_whole(path: Path, write: Write, overwrite: bool = False) -> None:
     """Write a file with `write(file)`, creating missing folders, which are removed on failure.
-
-    Raises `SettingError` if it cannot be written, or exists and `overwrite` is False.
-    """
+    Raises `SettingError` if it cannot be written, or exists and `overwrite` is False."""
     with _beside(path, write) as part:
         if overwrite:
             os.replace(part, path)
@@ -139,11 +135,9 @@ def unwritten_on_failure() -> Iterator[list[Path]]:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `folder` at the end, or is removed on failure.
-
-    SIGTERM counts as a failure. A killed process leaves a hidden folder next to `folder`; nothing
-    takes it for a model, and the next call for the same `folder` removes it and says so on stderr.
-    """
+    """A folder to write into, which becomes `folder` at the end, or is removed on failure. SIGTERM
+    counts as a failure. A killed process leaves a hidden folder next to `folder`; nothing takes it
+    for a model, and the next call for the same `folder` removes it and says so on stderr."""
     prefix = f".{folder.name}.earlyfusion-{_machine()}."
     with _ended_by_sigterm(), _parents_of(folder) as parent:
         _remove_leftovers(folder, prefix)
@@ -230,9 +224,7 @@ def _ended_by_sigterm() -> Iterator[None]:
 @contextmanager
 def _beside(path: Path, write: Write) -> Iterator[Path]:
     """The finished contents under a hidden name in the folder of `path`, removed after the block.
-
-    An `OSError`, also one of the block, becomes a `SettingError` about `path`.
-    """
+    An `OSError`, also one of the block, becomes a `SettingError` about `path`."""
     part = path.with_name(f".{secrets.token_hex(8)}.part")
     try:
         with _parents_of(path):

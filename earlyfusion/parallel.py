@@ -141,11 +141,8 @@ def parallelize(
 
 
 def tensor_plan() -> dict[str, ParallelStyle]:
-    """How each module is cut over the axis `tensor`, by name.
-
-    Between the branches, states [B, T, D] are cut along T (sequence parallelism); within a branch,
-    by heads or columns.
-    """
+    """How each module is cut over the axis `tensor`, by name. Between the branches, states [B, T,
+    D] are cut along T (sequence parallelism); within a branch, by heads or columns."""
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,

@@ -44,11 +44,8 @@ def family_names(num_codes: int) -> list[str]:
 
 
 class Vocabulary:
-    """The text, image and control tokens of one tokenizer file.
-
-    Raises `CheckpointError` if a control token is missing, two names share an id, or the image
-    codes are not 0..n-1.
-    """
+    """The text, image and control tokens of one tokenizer file. Raises `CheckpointError` if a
+    control token is missing, two names share an id, or the image codes are not 0..n-1."""
 
     def __init__(self, names: Mapping[str, int]) -> None:
         self.names = dict(names)

@@ -48,11 +48,9 @@ SHAPES: dict[str, ModelConfig] = {
 
 
 def write_random(shape: str, folder: Path) -> ModelConfig:
-    """Write a model of a shape into a new folder, in bf16 from 500 million parameters on.
-
-    Its tokenizer is trained on made-up words until the vocabulary is full, so that as many rows of
-    the head score text as in a real model. Raises `SettingError` for an unknown shape.
-    """
+    """Write a model of a shape into a new folder, in bf16 from 500 million parameters on. Its
+    tokenizer is trained on made-up words until the vocabulary is full, so that as many rows of the
+    head score text as in a real model. Raises `SettingError` for an unknown shape."""
     if shape not in SHAPES:
         raise SettingError(f"shape={shape!r} is unknown: use one of {', '.join(SHAPES)}")
     config = SHAPES[shape]

@@ -99,10 +99,8 @@ def bench(
     announce: Callable[[str], None] = lambda _: None,
 ) -> Report:
     """Measure a model by name or folder (default: "mini"), or random weights of a `shape`.
-
     `imports` are the seconds that importing this module took, a part of the cold start. `announce`
-    is called before each part. Raises `SettingError` and `CheckpointError`.
-    """
+    is called before each part. Raises `SettingError` and `CheckpointError`."""
     if name is not None and shape is not None:
         raise SettingError(f"model {name!r} and shape {shape!r} are both given: choose one of them")
     if rounds < 1:

@@ -50,9 +50,7 @@ class LowRank:
 
 def save_adapter(folder: Path, layers: Mapping[str, LowRank], base: str) -> None:
     """Write adapters of one rank and scale, by layer name; the folder appears whole or not at all.
-
-    A folder that holds an adapter is replaced; any other non-empty folder is refused.
-    """
+    A folder that holds an adapter is replaced; any other non-empty folder is refused."""
     if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG).is_file():
         raise CheckpointError(
             f"{folder} is not empty and does not hold an adapter: choose another folder"

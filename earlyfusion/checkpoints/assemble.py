@@ -49,11 +49,8 @@ def assemble(
     dtype: torch.dtype | None = None,
     packed: bool = False,
 ) -> Loaded:
-    """Read an open checkpoint into modules; `dtype` None keeps that of the file.
-
-    8- and 4-bit weights are refused unless `packed` is True and `dtype` None. Raises
-    `CheckpointError`.
-    """
+    """Read an open checkpoint into modules; `dtype` None keeps that of the file. 8- and 4-bit
+    weights are refused unless `packed` is True and `dtype` None. Raises `CheckpointError`."""
     config, folder = source.config, source.folder
     if not packed or dtype is not None:
         check_not_packed(source)

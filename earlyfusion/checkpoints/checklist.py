@@ -25,10 +25,8 @@ _MAX_CACHED = 1000
 
 
 def verify_checklist(folder: Path) -> None:
-    """Compare the files of a folder with its checklist.chk, if it has one.
-
-    Raises `CheckpointError` for the first file that differs. Missing or unlisted files are skipped.
-    """
+    """Compare the files of a folder with its checklist.chk, if it has one. Raises `CheckpointError`
+    for the first file that differs. Missing or unlisted files are skipped."""
     path = folder / CHECKLIST
     if not path.is_file():
         return

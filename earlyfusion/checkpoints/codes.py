@@ -26,10 +26,8 @@ def check_name(path: Path) -> None:
 
 
 def save_codes(path: Path, codes: npt.NDArray[np.int64], overwrite: bool = False) -> None:
-    """Write codes [n, h, w], as .npy or else as safetensors; the file is whole or not there.
-
-    Raises `SettingError` if it cannot be written, or exists and `overwrite` is False.
-    """
+    """Write codes [n, h, w], as .npy or else as safetensors; the file is whole or not there. Raises
+    `SettingError` if it cannot be written, or exists and `overwrite` is False."""
     check_name(path)
     array = np.ascontiguousarray(codes, dtype=np.int64)
     if path.suffix.lower() == ".npy":

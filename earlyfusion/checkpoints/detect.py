@@ -47,11 +47,9 @@ def load(
 
 
 def open_source(folder: Path, tokenizer: Path | None = None, verify: bool = True) -> Source:
-    """Open a folder in any supported layout without reading its tensors.
-
-    `tokenizer` is the folder with the tokenizer file (in Meta's layout also with the VQ-GAN) if the
-    model's own lacks it. `verify` compares files with the folder's checklist.
-    """
+    """Open a folder in any supported layout without reading its tensors. `tokenizer` is the folder
+    with the tokenizer file (in Meta's layout also with the VQ-GAN) if the model's own lacks it.
+    `verify` compares files with the folder's checklist."""
     source = _OPENERS[detect(folder)](folder, tokenizer)
     for checklist_folder in {folder, source.tokenizer.parent} if verify else ():
         verify_checklist(checklist_folder)
@@ -59,10 +57,8 @@ def open_source(folder: Path, tokenizer: Path | None = None, verify: bool = True
 
 
 def detect(folder: Path) -> str:
-    """The layout of a folder: "hf", "meta", "anole" (an early form of hf) or "lumina".
-
-    Raises `CheckpointError` for any other folder.
-    """
+    """The layout of a folder: "hf", "meta", "anole" (an early form of hf) or "lumina". Raises
+    `CheckpointError` for any other folder."""
     if not folder.is_dir():
         raise CheckpointError(f"there is no model folder {folder}: {_ACCEPTED}")
     if (folder / "config.json").is_file() and _has(folder, WEIGHTS, INDEX, PICKLE, PICKLE_INDEX):

@@ -73,10 +73,8 @@ _DTYPE_NAMES = {
 
 
 def open_hf(folder: Path, tokenizer: Path | None = None) -> Source:
-    """Open a folder in transformers' layout, today's or that of its early versions.
-
-    `tokenizer` is a tokenizer file, or a folder with one, to use instead of the folder's own.
-    """
+    """Open a folder in transformers' layout, today's or that of its early versions. `tokenizer` is
+    a tokenizer file, or a folder with one, to use instead of the folder's own."""
     data = read_json(folder / "config.json")
     config = ModelConfig.from_dict(data)
     config.check()
@@ -147,10 +145,8 @@ def save_hf(
 
 
 def copy_to_hf(source: Source, folder: Path, shards: int | None, on_bytes: OnBytes) -> None:
-    """Write an open checkpoint into an empty folder, one tensor after the other.
-
-    `shards` is the number of weight files (None: as few as keep each under 5 GB).
-    """
+    """Write an open checkpoint into an empty folder, one tensor after the other. `shards` is the
+    number of weight files (None: as few as keep each under 5 GB)."""
     files = _config_files(
         source.config,
         Vocabulary.from_dict(read_tokenizer_json(source.tokenizer)),

@@ -68,10 +68,8 @@ def layouts(grid: int) -> list[ImageLayout]:
 
 
 def sizes(grid: int) -> list[tuple[int, int]]:
-    """(height, width) in codes of the pictures that a model of `grid` x `grid` was trained on.
-
-    From the widest to the tallest, none larger than the square or over four times as long as wide.
-    """
+    """(height, width) in codes of the pictures that a model of `grid` x `grid` was trained on. From
+    the widest to the tallest, none larger than the square or over four times as long as wide."""
     blocks = [pair for pair in _staircase((grid // _BLOCK) ** 2) if _is_shapely(*pair)]
     return [(height * _BLOCK, width * _BLOCK) for height, width in blocks]
 

@@ -142,10 +142,8 @@ _LAYER: dict[str, Rule] = {
 
 
 def open_meta(folder: Path, tokenizer: Path | None = None) -> Source:
-    """Open a model folder as Meta and Anole publish it, whole or in shards.
-
-    `tokenizer` is the folder of tokenizer and VQ-GAN (None: the nearest).
-    """
+    """Open a model folder as Meta and Anole publish it, whole or in shards. `tokenizer` is the
+    folder of tokenizer and VQ-GAN (None: the nearest)."""
     tokenizer_folder = tokenizer or find_tokenizer(folder)
     vq_config, vq = open_vqgan(tokenizer_folder)
     config = read_config(folder, vq_config)
@@ -163,10 +161,8 @@ def open_meta(folder: Path, tokenizer: Path | None = None) -> Source:
 
 def copy_to_meta(source: Source, folder: Path, shards: int | None, on_bytes: OnBytes) -> None:
     """Write an open checkpoint into an empty folder in Meta's layout, with tokenizer/ inside.
-
     `shards` None means the number that the model came in, or the fewest that can hold it. One shard
-    at a time is in memory. Raises `CheckpointError` for a model that the layout cannot hold.
-    """
+    at a time is in memory. Raises `CheckpointError` for a model that the layout cannot hold."""
     config, count = source.config, _shard_count(source, shards)
     tokenizer_folder = folder / "tokenizer"
     tokenizer_folder.mkdir()

@@ -68,12 +68,9 @@ class Stored:
 
 @dataclass
 class Source:
-    """An open checkpoint, under the parameter names of this package.
-
-    `vq` holds the tensors of the VQ-GAN, if there is one. `family` is "chameleon" or "lumina",
-    `bits` 8 or 4 for packed weights. `is_shard`: the tensors are those of one of several processes
-    that share the model.
-    """
+    """An open checkpoint, under the parameter names of this package. `vq` holds the tensors of the
+    VQ-GAN, if there is one. `family` is "chameleon" or "lumina", `bits` 8 or 4 for packed weights.
+    `is_shard`: the tensors are those of one of several processes that share the model."""
 
     folder: Path
     config: ModelConfig

@@ -43,10 +43,8 @@ class Summary:
 
 
 def summarize(name: str | Path, verify: bool = True) -> Summary:
-    """Describe a model by name, folder or hub id; `CheckpointError` if it is incomplete.
-
-    `verify` compares files with their checklist and reads all weights once.
-    """
+    """Describe a model by name, folder or hub id; `CheckpointError` if it is incomplete. `verify`
+    compares files with their checklist and reads all weights once."""
     folder = locate(name)
     source = checked(open_source(folder, verify=verify))
     config, vocabulary = source.config, Vocabulary.from_file(source.tokenizer)

@@ -138,11 +138,9 @@ def open_corpus(
     seed: int = 0,
     validation: ValidationConfig | None = None,
 ) -> Corpus:
-    """Open the sources of `config` for rows of `length` tokens.
-
-    Rows that `validation` holds out are not in the stream. The quarantine and the files' indices
-    are written to the folder `run`. Raises `DataError` and `SettingError`.
-    """
+    """Open the sources of `config` for rows of `length` tokens. Rows that `validation` holds out
+    are not in the stream. The quarantine and the files' indices are written to the folder `run`.
+    Raises `DataError` and `SettingError`."""
     _check(config, processor, length)
     quarantine = Quarantine(run / "quarantine.jsonl", config.max_broken)
     paths = [_weighted(source)[0] for source in (*config.data, *config.added)]
@@ -183,10 +181,8 @@ def open_corpus(
 
 
 def _one_mode(encoding: EncodingSettings, paths: Sequence[str]) -> EncodingSettings:
-    """The settings with the resize mode of the token shards among the sources, if any.
-
-    Raises `SettingError` if two modes would meet, as the model can have only one.
-    """
+    """The settings with the resize mode of the token shards among the sources, if any. Raises
+    `SettingError` if two modes would meet, as the model can have only one."""
     modes = {path: mode for path in paths if (mode := shards_mode(Path(path).expanduser()))}
     given = encoding.resize_mode or encoding.prompt_images
     for path, mode in modes.items():

@@ -63,9 +63,7 @@ _CAPTIONS = ("caption", "text", "txt", "captions")
 
 def example_of(row: Mapping[str, Any], picture_first: bool, plain_pairs: bool = False) -> Example:
     """Read a row. A pair becomes a prompt and its answer, or with `plain_pairs` a plain document.
-
-    Raises `DataError` with the reason if the row has no known form, or breaks its rules.
-    """
+    Raises `DataError` with the reason if the row has no known form, or breaks its rules."""
     form = form_of(row)
     if form == "pair":
         return _pair(row, picture_first, plain_pairs)
@@ -178,9 +176,7 @@ _READERS: dict[str, Callable[[Mapping[str, Any]], list[Turn]]] = {
 
 def _filled(messages: Sequence[Any], pictures: Sequence[Picture]) -> list[Turn]:
     """Turns with their pictures at their marks, or all at the beginning of the first turn.
-
-    Consecutive turns of one role are joined by a line end; a system's text counts as the user's.
-    """
+    Consecutive turns of one role are joined by a line end; a system's text counts as the user's."""
     # Marks take the pictures in order, over all turns.
     rest = iter(pictures)
     spoken = [(_role(message), _parts(_content(message), rest)) for message in messages]

@@ -66,10 +66,8 @@ class Stage:
 def two_stages(
     first: Mapping[str, float], added: Mapping[str, float], start: int
 ) -> tuple[Stage, ...]:
-    """From `start` on, the sources of `first` and of `added` have half of the weight each.
-
-    This is how the paper adds data of higher quality (arXiv 2405.09818, section 2.2).
-    """
+    """From `start` on, the sources of `first` and of `added` have half of the weight each. This is
+    how the paper adds data of higher quality (arXiv 2405.09818, section 2.2)."""
     if not added:
         return (Stage(0, first),)
     # A source may be in both: then it gets a share of each half.
@@ -137,10 +135,8 @@ class Schedule:
 
 
 class Mixture:
-    """The stream of all sources: `mixture(number)` is a document.
-
-    A row that is broken or does not fit is replaced by the next one of its epoch.
-    """
+    """The stream of all sources: `mixture(number)` is a document. A row that is broken or does not
+    fit is replaced by the next one of its epoch."""
 
     def __init__(self, sources: Mapping[str, Order], stages: Sequence[Stage], seed: int) -> None:
         self._sources, self._schedule = sources, Schedule(stages, seed)
@@ -199,10 +195,8 @@ class Epochs:
         raise AssertionError("a pool is the sum of its groups")
 
     def _new_pools(self, epoch: int) -> tuple[Joined, np.ndarray, np.ndarray, np.ndarray]:
-        """An epoch's pools: joined, their sizes; the groups in their order; where each starts.
-
-        A pool has as many groups as a Parquet file keeps decoded.
-        """
+        """An epoch's pools: joined, their sizes; the groups in their order; where each starts. A
+        pool has as many groups as a Parquet file keeps decoded."""
         groups = np.asarray(self._groups)
         order = np.random.default_rng([self._key, epoch]).permutation(len(groups))
         sizes = np.add.reduceat(groups[order], np.arange(0, len(groups), DECODED_GROUPS))
@@ -269,9 +263,7 @@ Made = TypeVar("Made")
 
 class Ahead(Generic[Made]):
     """A stream whose next items (documents, batches) are made by threads while the network learns.
-
-    Items and order are those of the stream, for any number of workers.
-    """
+    Items and order are those of the stream, for any number of workers."""
 
     def __init__(self, stream: Callable[[int], Made], workers: int, depth: int = 64) -> None:
         self._stream, self._depth = stream, depth

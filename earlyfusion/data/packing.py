@@ -85,11 +85,9 @@ class Rows(Protocol):
 
 
 class Packer:
-    """Fills batches from a stream, in order; `cursor` is the number of the next document.
-
-    All processes go through the same documents and each keeps its own block of rows, its `share`,
-    so a step's contents do not depend on the number of processes.
-    """
+    """Fills batches from a stream, in order; `cursor` is the number of the next document. All
+    processes go through the same documents and each keeps its own block of rows, its `share`, so a
+    step's contents do not depend on the number of processes."""
 
     def __init__(
         self,
@@ -120,10 +118,8 @@ class Packer:
         return self._packed(rows[which * size : (which + 1) * size])
 
     def batches(self, documents: Sequence[TokenSequence], rows: int) -> Iterator[PackedBatch]:
-        """These documents, each once, `rows` rows at a time: this process's share of them.
-
-        Every process gets equally many batches: rows of padding fill up.
-        """
+        """These documents, each once, `rows` rows at a time: this process's share of them. Every
+        process gets equally many batches: rows of padding fill up."""
         which, count = self.share
         # In order, so that a measurement does not depend on the number of rows.
         packed, free = list[list[TokenSequence]](), 0

@@ -223,10 +223,8 @@ def to_pixels(pictures: Sequence[PIL.Image.Image]) -> Tensor:
 
 
 class PictureBatches:
-    """Batches of cropped pictures; batch k depends only on the seed and k.
-
-    `share` (which process, of how many) says which block of each batch is made.
-    """
+    """Batches of cropped pictures; batch k depends only on the seed and k. `share` (which process,
+    of how many) says which block of each batch is made."""
 
     def __init__(
         self,

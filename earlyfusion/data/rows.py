@@ -156,10 +156,8 @@ def _fingerprint(root: Path, paths: Sequence[Path]) -> str:
 
 
 class Quarantine:
-    """Counts unusable rows and writes each down once; too many of them end the run.
-
-    Without a `path` nothing is written. Thread-safe.
-    """
+    """Counts unusable rows and writes each down once; too many of them end the run. Without a
+    `path` nothing is written. Thread-safe."""
 
     def __init__(self, path: Path | None, max_broken: float) -> None:
         self.path, self._limit = path, max_broken

@@ -118,11 +118,9 @@ class Lines:
 
 
 class TarRows:
-    """Samples of a WebDataset tar: members of one name make a row, their suffixes its keys.
-
-    The fields of a `json` member become keys of the row. If a dialogue names no pictures, the
-    picture members are its pictures, in the order of their names.
-    """
+    """Samples of a WebDataset tar: members of one name make a row, their suffixes its keys. The
+    fields of a `json` member become keys of the row. If a dialogue names no pictures, the picture
+    members are its pictures, in the order of their names."""
 
     is_random = True
 
@@ -245,9 +243,7 @@ class ParquetRows:
 
 class Columns(Lines):
     """Rows of CSV or TSV, whose first row names the columns; an empty cell counts as missing.
-
-    Messages and other lists are written as JSON in a cell.
-    """
+    Messages and other lists are written as JSON in a cell."""
 
     def __init__(self, path: Path, index: Index, pictures: PictureFolder) -> None:
         super().__init__(path, index, pictures)
@@ -321,10 +317,8 @@ SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", 
 
 
 def open_table(path: Path, cache: Path, pictures: PictureFolder) -> Table:
-    """Open a file by its suffix, indexing it unless its index is in the cache folder.
-
-    Raises `DataError` for another suffix, or a file that is damaged as a whole.
-    """
+    """Open a file by its suffix, indexing it unless its index is in the cache folder. Raises
+    `DataError` for another suffix, or a file that is damaged as a whole."""
     if path.suffix == ".parquet":
         return ParquetRows(path, pictures)
     if path.suffix == ".arrow":
@@ -572,10 +566,8 @@ _ARROW_BATCH = 1024
 
 
 def _without_bytes(pyarrow: Any, column: Any) -> Any:
-    """An Arrow array with one byte in place of each that is not empty.
-
-    Only the offsets are read, so that the bytes of a mapped file stay on disk.
-    """
+    """An Arrow array with one byte in place of each that is not empty. Only the offsets are read,
+    so that the bytes of a mapped file stay on disk."""
     dtype, types = column.type, pyarrow.types
     if types.is_binary(dtype) or types.is_large_binary(dtype):
         filled = pyarrow.compute.greater(pyarrow.compute.binary_length(column), 0)

@@ -53,10 +53,8 @@ def tokenize(
     job: Job, workers: int = 1, on_ray: bool = False, progress: Progress = lambda done, total: None
 ) -> Summary:
     """Make the missing shards of `job`; `progress` is called with the rows done and all rows.
-
     Raises `DataError` if the folder holds another corpus, too many rows are broken, or none can be
-    used, and `SettingError` if the disk is full.
-    """
+    used, and `SettingError` if the disk is full."""
     if workers < 1:
         raise SettingError(f"workers={workers} must be at least 1")
     with full_disk_reported(job.out):

@@ -29,10 +29,8 @@ _CANDIDATES = 64  # at most so many blocks behind one prefix are compared, the n
 @dataclass(eq=False)
 class Branch:
     """One condition of a request: `tokens` to read, the first `read` of which are in `blocks`.
-
     `keys` are the hashes of its full blocks. `adapter` names the weights that read it, "" for the
-    model's own.
-    """
+    model's own."""
 
     tokens: list[int]
     blocks: array[int] = field(default_factory=lambda: array("q"))
@@ -138,11 +136,9 @@ class BlockPool:
         branch.read = len(prefix.blocks) * self.size
 
     def extend(self, branch: Branch, tokens: int) -> Copy | None:
-        """Give a branch new blocks until it has room for this number of tokens.
-
-        Behind a prefix of full blocks, the first new block is a copy of the one that agrees longest
-        with the rest of the prompt, if any does.
-        """
+        """Give a branch new blocks until it has room for this number of tokens. Behind a prefix of
+        full blocks, the first new block is a copy of the one that agrees longest with the rest of
+        the prompt, if any does."""
         number = len(branch.blocks)
         source, shared = None, 0
         if self.shares and branch.read == number * self.size:

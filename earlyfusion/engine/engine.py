@@ -93,10 +93,8 @@ class Engine:
         self._load()
 
     def add(self, request: Request, priority: int = 0) -> Handle:
-        """Take a request in; the smaller `priority` runs first. Raises as `check` does.
-
-        If the transformer has changed, requests under way read their tokens again.
-        """
+        """Take a request in; the smaller `priority` runs first. Raises as `check` does. If the
+        transformer has changed, requests under way read their tokens again."""
         self.check(request)
         if request.adapter and request.adapter not in self.adapters:
             raise SettingError.unknown("adapter", request.adapter, tuple(self.adapters))
@@ -152,11 +150,9 @@ class Engine:
         return self._scheduler.preemptions
 
     def warm_up(self, told: Callable[[int, int], None] | None = None) -> int:
-        """Capture the steps of a CUDA device now instead of at their first use.
-
-        `told` is called with the number captured so far and the number of all. Returns the bytes of
-        device memory that this took; 0 if nothing is captured.
-        """
+        """Capture the steps of a CUDA device now instead of at their first use. `told` is called
+        with the number captured so far and the number of all. Returns the bytes of device memory
+        that this took; 0 if nothing is captured."""
         with self._turn:
             return 0 if self.runner.bursts is None else self.runner.bursts.warm_up(told)
 

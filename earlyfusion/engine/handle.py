@@ -144,18 +144,14 @@ class Handle:
 
     @property
     def conditions(self) -> tuple[Branch, Branch, Branch]:
-        """The branches of the three conditions of guidance: full, image-only, unconditional.
-
-        For a condition that cancels out: a branch with equal tokens, or any, as its weight is 0.
-        """
+        """The branches of the three conditions of guidance: full, image-only, unconditional. For a
+        condition that cancels out: a branch with equal tokens, or any, as its weight is 0."""
         full, *others = self.branches
         return (full, others[0], others[-1]) if others else (full, full, full)
 
     def take(self, tokens: Sequence[int]) -> list[Branch]:
-        """Accept drawn tokens, and those that the grammar forces after them.
-
-        Returns the branches that have ended, whose blocks can be released.
-        """
+        """Accept drawn tokens, and those that the grammar forces after them. Returns the branches
+        that have ended, whose blocks can be released."""
         if self.error is not None:
             self.finished = True
             return []

@@ -37,10 +37,8 @@ _FORWARDS = [module_class.forward for module_class in _CLASSES]
 
 def fingerprint(modules: Iterable[nn.Module]) -> int:
     """A number that changes whenever a parameter or buffer is replaced or written to, and when a
-    module is replaced, wrapped, hooked or given another `forward`.
-
-    Modules are known by their ids, so the caller must keep them alive.
-    """
+    module is replaced, wrapped, hooked or given another `forward`. Modules are known by their ids,
+    so the caller must keep them alive."""
     seen: list[object] = [bool(_has_any_global_hook()), *(c.forward for c in _CLASSES)]
     left = list(modules)
     # Runs for each request, so it is one loop without function calls: half the time of `modules()`,

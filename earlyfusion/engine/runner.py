@@ -74,11 +74,9 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, plan: Plan, handles: Sequence[Handle], steps: int = 0) -> list[list[int]]:
-        """Read the pieces of a plan, and draw for the handles that are ready.
-
-        Returns the tokens of each handle: one per position of its window, or up to `steps`.
-        `NOTHING` stands for a token whose logits are not finite.
-        """
+        """Read the pieces of a plan, and draw for the handles that are ready. Returns the tokens of
+        each handle: one per position of its window, or up to `steps`. `NOTHING` stands for a token
+        whose logits are not finite."""
         for copied in plan.copies:
             self._cache.copy(copied)
         if not plan.pieces:

@@ -71,11 +71,9 @@ class Plan:
 
 
 class Scheduler:
-    """Shares the blocks of the cache among at most `most_running` requests.
-
-    A step reads at most `chunk` tokens of prompts if other requests draw in it, so that these do
-    not wait long, and ALONE times as many if none does.
-    """
+    """Shares the blocks of the cache among at most `most_running` requests. A step reads at most
+    `chunk` tokens of prompts if other requests draw in it, so that these do not wait long, and
+    ALONE times as many if none does."""
 
     def __init__(self, pool: BlockPool, chunk: int, most_running: int = 256) -> None:
         if chunk < 2 or most_running < 1:

@@ -15,11 +15,9 @@ from earlyfusion.engine.scheduler import Piece
 
 
 class Step:
-    """The tokens of a plan's pieces: single tokens first, by length, then longer pieces.
-
-    `drawing` are the rows that may be drawn from: the last token of each piece, and its drafts.
-    `row_of` is the index, among these, of a branch's first row.
-    """
+    """The tokens of a plan's pieces: single tokens first, by length, then longer pieces. `drawing`
+    are the rows that may be drawn from: the last token of each piece, and its drafts. `row_of` is
+    the index, among these, of a branch's first row."""
 
     def __init__(self, pieces: Sequence[Piece], device: torch.device) -> None:
         self.singles = [p for p in pieces if p.size == 1 and not p.drafts]

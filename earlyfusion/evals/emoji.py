@@ -66,10 +66,8 @@ class Model(Protocol):
 
 
 def measure(model: Model, data: EmojiData, limit: int = 300, seed: int = 0) -> Numbers:
-    """All measurements; `limit` bounds the pictures or questions of each.
-
-    Shares are between 0 and 1, PSNR is in dB. Raises SettingError for a limit below 1.
-    """
+    """All measurements; `limit` bounds the pictures or questions of each. Shares are between 0 and
+    1, PSNR is in dB. Raises SettingError for a limit below 1."""
     if limit < 1:
         raise SettingError(f"limit is {limit}: give at least 1")
     measures: dict[str, Callable[[], Numbers]] = {
@@ -111,11 +109,9 @@ def questions(model: Model, data: EmojiData, limit: int) -> Numbers:
 
 
 def lists(model: Model, data: EmojiData, limit: int, seed: int) -> Numbers:
-    """Interleaved lists: {n, well_formed, right_items}.
-
-    Well formed: "1. name", picture, "2. name", picture, as many as requested. Right items: the
-    share of the requested items whose name, counted once, belongs to the requested subgroup.
-    """
+    """Interleaved lists: {n, well_formed, right_items}. Well formed: "1. name", picture, "2. name",
+    picture, as many as requested. Right items: the share of the requested items whose name, counted
+    once, belongs to the requested subgroup."""
     samples = [s for s in _dialogues(data) if s["check"] == "images+names"][:limit]
     prompts = [_messages(data, s["messages"][:-1]) for s in samples]
     replies = _replies(model, prompts, "interleaved", _drawn_with(len(prompts), seed, max_images=5))

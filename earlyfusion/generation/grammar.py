@@ -26,10 +26,8 @@ SLOT, IMAGES, ROOM, TEXT = range(4)
 
 class Grammar:
     """The rules of one vocabulary and one image layout; rows of a batch may differ in their output.
-
     `stops` are ids besides eos that end the reply. `size` is the width of the logits, if the model
-    has more rows than the tokenizer has tokens.
-    """
+    has more rows than the tokenizer has tokens."""
 
     def __init__(
         self,
@@ -124,10 +122,7 @@ class Grammar:
 
 class Walk:
     """One row of the automaton in plain integers, for loops that see every token on the host. Same
-    rules as `Grammar`.
-
-    `slot` is the slot of the next token: 0 outside of an image.
-    """
+    rules as `Grammar`. `slot` is the slot of the next token: 0 outside of an image."""
 
     def __init__(self, grammar: Grammar, output: Output, images: int, room: int) -> None:
         self.grammar = grammar

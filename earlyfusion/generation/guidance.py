@@ -32,11 +32,9 @@ def combine(
 
 
 def needed(text: float, image: float, has_images: bool) -> tuple[Condition, ...]:
-    """The fewest conditions that give the formula's value, in the formula's order.
-
-    Without images in the history, image_only equals unconditional. A weight of 1, or two equal
-    weights, cancel one condition or both.
-    """
+    """The fewest conditions that give the formula's value, in the formula's order. Without images
+    in the history, image_only equals unconditional. A weight of 1, or two equal weights, cancel one
+    condition or both."""
     # The formula again, by condition: text * full + (image - text) * image_only + (1 - image) *
     # unconditional. Conditions with factor 0 are not needed; full always is.
     if not has_images:
@@ -65,10 +63,8 @@ def prompt(
     negative: Sequence[int] = (),
 ) -> list[int]:
     """The tokens read under a condition when an image begins; `history` ends with begin_image.
-
     `layout` (None: Chameleon's) names the tokens before an image without a prompt, and the marks
-    within an image. `negative` are the tokens of a negative prompt, if any.
-    """
+    within an image. `negative` are the tokens of a negative prompt, if any."""
     if condition == "full":
         return list(history)
     if condition == "unconditional" and negative:

@@ -34,11 +34,9 @@ NO_DRAFT = -1
 
 
 class Window:
-    """The drafts of one picture between two passes, at most `size` positions.
-
-    Its random numbers come from the request's seed and from `start`, the number of tokens before
-    the picture, so a seed always gives the same picture.
-    """
+    """The drafts of one picture between two passes, at most `size` positions. Its random numbers
+    come from the request's seed and from `start`, the number of tokens before the picture, so a
+    seed always gives the same picture."""
 
     def __init__(self, size: int, seed: int, start: int) -> None:
         self.drafts: list[int] = []
@@ -58,10 +56,8 @@ class Window:
         return [(a, b) for a, b in self._numbers.random((self.positions, 2)).tolist()]
 
     def settle(self, tokens: Sequence[int], left: int) -> list[int]:
-        """The tokens of a pass that are final; the others become drafts.
-
-        `left` is the number of codes, `tokens` included, until a fixed token.
-        """
+        """The tokens of a pass that are final; the others become drafts. `left` is the number of
+        codes, `tokens` included, until a fixed token."""
         # The token after the last draft has nothing to be compared with.
         same = (new == old for new, old in zip(tokens, self.drafts, strict=False))
         final = next((n for n, is_kept in enumerate(same, 1) if not is_kept), len(tokens))
@@ -73,11 +69,8 @@ class Window:
 
 
 def draw(windows: Sequence[Window], columns: Sequence[Sequence[int]], logits_RV: Tensor) -> Tensor:
-    """The columns drawn at all positions of some windows.
-
-    `columns` are those of the windows' drafts; the logits already have temperature and cuts
-    applied.
-    """
+    """The columns drawn at all positions of some windows. `columns` are those of the windows'
+    drafts; the logits already have temperature and cuts applied."""
     new_RV = logits_RV.double().softmax(-1)
     device = new_RV.device
     positions = [window.positions for window in windows]
@@ -112,10 +105,7 @@ def draft_distributions(
 
 def revise(draft_R: Tensor, old_RV: Tensor, new_RV: Tensor, uniform_R2: Tensor) -> Tensor:
     """Draws from `new_RV` that equal as many as possible of the drafts, which were drawn from
-    `old_RV`.
-
-    A row without a draft has `NO_DRAFT`, and zeros in `old_RV`.
-    """
+    `old_RV`. A row without a draft has `NO_DRAFT`, and zeros in `old_RV`."""
     new_R, old_R = (
         of_RV.gather(-1, draft_R.clamp(min=0)[:, None])[:, 0] for of_RV in (new_RV, old_RV)
     )

@@ -38,10 +38,8 @@ from earlyfusion.processor import Processor
 
 
 def generate(transformer: Transformer, processor: Processor, request: Request) -> Iterator[Event]:
-    """The events of one reply. Closing the iterator early frees its caches.
-
-    Raises `WeightsError` if the weights give numbers that are not finite.
-    """
+    """The events of one reply. Closing the iterator early frees its caches. Raises `WeightsError`
+    if the weights give numbers that are not finite."""
     grammar = _grammar(transformer, processor, request)
     walk = Walk(grammar, request.output, request.images, request.room)
     narrator = Narrator(processor, request, walk)
@@ -91,10 +89,8 @@ class Reader:
         self._read = 0
 
     def read(self, tokens: Sequence[int], drafts: Sequence[int] = ()) -> Tensor:
-        """Append tokens to the sequence; logits [1, V] in fp32 of the next token.
-
-        Drafts are read behind them, each adding a row of logits, but not appended: the next tokens
-        overwrite them.
+        """Append tokens to the sequence; logits [1, V] in fp32 of the next token. Drafts are read
+        behind them, each adding a row of logits, but not appended: the next tokens overwrite them.
         """
         # This reader's cache has one slot.
         tokens_BT = torch.tensor([[*tokens, *drafts]], device=self._device)

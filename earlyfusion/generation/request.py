@@ -95,11 +95,9 @@ class ImageProgress:
 
 @dataclass(frozen=True, eq=False)
 class ImagePreview:
-    """An image in the making, sent if the request asks for it.
-
-    Of its codes, int64 [h, w], the first `codes_done` in raster order are drawn; the others repeat
-    the last one. In events of a `Chameleon`, `pil` has its pixels, grey where nothing is drawn yet.
-    """
+    """An image in the making, sent if the request asks for it. Of its codes, int64 [h, w], the
+    first `codes_done` in raster order are drawn; the others repeat the last one. In events of a
+    `Chameleon`, `pil` has its pixels, grey where nothing is drawn yet."""
 
     index: int
     codes_done: int
@@ -123,11 +121,9 @@ class ImageDone:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A drawn token and the natural logarithm of its probability.
-
-    `text` is its text, with U+FFFD for parts of a character, or the name of a control or image
-    token. `top` holds the likeliest tokens, in descending order.
-    """
+    """A drawn token and the natural logarithm of its probability. `text` is its text, with U+FFFD
+    for parts of a character, or the name of a control or image token. `top` holds the likeliest
+    tokens, in descending order."""
 
     id: int
     text: str

@@ -213,11 +213,9 @@ class SamplingParams:
         )
 
     def resolved(self, defaults: Mapping[str, Any]) -> SamplingParams:
-        """Fill None fields from a model's `generation_config.json`, then from `meta()`.
-
-        `defaults` is that file's dict, or only its "chameleon" part. Fields that neither sets, such
-        as `max_tokens`, `stop` and `seed`, stay None.
-        """
+        """Fill None fields from a model's `generation_config.json`, then from `meta()`. `defaults`
+        is that file's dict, or only its "chameleon" part. Fields that neither sets, such as
+        `max_tokens`, `stop` and `seed`, stay None."""
         given = {k: v for k, v in _values(self).items() if v is not None}
         return replace(SamplingParams.meta(), **(_flat(defaults) | given))
 
@@ -282,10 +280,8 @@ def check_names(names: Iterable[str], others: Iterable[str]) -> None:
 
 
 def given(sampling: SamplingParams | None, by_name: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that a caller has set: those of `sampling`, overridden by those in `by_name`.
-
-    None sets nothing. Values in `by_name` are checked by `resolve`, not here.
-    """
+    """The values that a caller has set: those of `sampling`, overridden by those in `by_name`. None
+    sets nothing. Values in `by_name` are checked by `resolve`, not here."""
     if not isinstance(sampling, SamplingParams | None):
         raise SettingError(
             f"sampling is a {type(sampling).__name__}: give SamplingParams or leave it out"

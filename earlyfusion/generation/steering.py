@@ -44,11 +44,9 @@ class Steering:
         return not self._processors and self._top is None
 
     def change(self, ids: Sequence[int], logits_V: Tensor, allowed_V: Tensor) -> Tensor:
-        """The logits to draw from instead of `logits_V`.
-
-        `ids` are the tokens of prompt and reply; `allowed_V` is the grammar's mask. Raises
-        `SettingError` if a processor fails or no token is left.
-        """
+        """The logits to draw from instead of `logits_V`. `ids` are the tokens of prompt and reply;
+        `allowed_V` is the grammar's mask. Raises `SettingError` if a processor fails or no token is
+        left."""
         for processor in self._processors:
             logits_V = _processed(processor, list(ids), logits_V)
         if self._words is not None:

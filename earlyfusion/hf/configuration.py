@@ -42,11 +42,9 @@ class ChameleonVQVAEConfig(PreTrainedConfig):
 
 @strict
 class ChameleonConfig(PreTrainedConfig):
-    """Shape of the transformer with that of its VQ-GAN.
-
-    `vocabulary_map` (token name to id) names the ids of images; it may be omitted if the model's
-    folder has a tokenizer file. `num_key_value_heads` None means one per query head.
-    """
+    """Shape of the transformer with that of its VQ-GAN. `vocabulary_map` (token name to id) names
+    the ids of images; it may be omitted if the model's folder has a tokenizer file.
+    `num_key_value_heads` None means one per query head."""
 
     model_type = "chameleon"
     # transformers before 5.23 reads the first of these, later versions the second.

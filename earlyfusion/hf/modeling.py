@@ -134,12 +134,9 @@ def _complete_ends(generation: Any, config: ChameleonConfig) -> None:
 
 
 class ChameleonRotaryEmbedding(nn.Module):
-    """Cosines and sines of positions in fp32, each [B, T, H].
-
-    In the dynamic variants all rows use one length, the largest position of the call plus one. As
-    in transformers, a length beyond the trained one is remembered until a call fits the trained one
-    again.
-    """
+    """Cosines and sines of positions in fp32, each [B, T, H]. In the dynamic variants all rows use
+    one length, the largest position of the call plus one. As in transformers, a length beyond the
+    trained one is remembered until a call fits the trained one again."""
 
     inv_freq: Tensor
     original_inv_freq: Tensor
@@ -389,10 +386,8 @@ class ChameleonVQVAE(ChameleonPreTrainedModel):
         )
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Pictures of codes [B, y, x]: [B, C, Y, X], in about [-1, 1] and not clamped.
-
-        Raises `ImageError` for a code outside the codebook, `CheckpointError` without a decoder.
-        """
+        """Pictures of codes [B, y, x]: [B, C, Y, X], in about [-1, 1] and not clamped. Raises
+        `ImageError` for a code outside the codebook, `CheckpointError` without a decoder."""
         return self.core.decode(codes)
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> ChameleonVQVAEModelOutput:
@@ -504,11 +499,9 @@ class ChameleonModel(ChameleonPreTrainedModel):
     def decode_image_tokens(
         self, image_tokens: Tensor, height: int | None = None, width: int | None = None
     ) -> Tensor:
-        """Pictures [B, C, Y, X], in about [-1, 1], of image tokens [B, n].
-
-        Other tokens in a row are ignored; of several pictures the last one is taken. `height` and
-        `width` count codes (default: the model's own size).
-        """
+        """Pictures [B, C, Y, X], in about [-1, 1], of image tokens [B, n]. Other tokens in a row
+        are ignored; of several pictures the last one is taken. `height` and `width` count codes
+        (default: the model's own size)."""
         if height is None or width is None:
             grid = self.shape.vq_config.grid
             height, width = height or grid, width or grid
@@ -548,10 +541,8 @@ class ChameleonModel(ChameleonPreTrainedModel):
         mm_encoder_outputs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Hidden states [B, T, D] after the final norm, as `BaseModelOutputWithPast`.
-
-        Takes exactly one of `input_ids` and `inputs_embeds`; pictures replace placeholders.
-        """
+        """Hidden states [B, T, D] after the final norm, as `BaseModelOutputWithPast`. Takes exactly
+        one of `input_ids` and `inputs_embeds`; pictures replace placeholders."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -662,10 +653,8 @@ class ChameleonForConditionalGeneration(
         super().__setattr__(name, value)
 
     def _with_tokens(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """`forward` with the pictures' own tokens in its ids and labels.
-
-        Needed because TRL assigns its own forward, which computes the loss without `forward` below.
-        """
+        """`forward` with the pictures' own tokens in its ids and labels. Needed because TRL assigns
+        its own forward, which computes the loss without `forward` below."""
         # accelerate unwraps methods, so a method of this model must stay a method.
         if getattr(forward, "__self__", None) is self:
             function = cast("Any", forward).__func__

@@ -18,11 +18,9 @@ TASK = "any-to-any"
 
 
 class ChameleonPipeline(AnyToAnyPipeline):
-    """Turns or texts with pictures in; text out, or a picture with `generation_mode="image"`.
-
-    Use it as `transformers.pipeline("any-to-any", …, pipeline_class=ChameleonPipeline)`, or without
-    that argument after `register()`. Other models are served as by transformers' own class.
-    """
+    """Turns or texts with pictures in; text out, or a picture with `generation_mode="image"`. Use
+    it as `transformers.pipeline("any-to-any", …, pipeline_class=ChameleonPipeline)`, or without
+    that argument after `register()`. Other models are served as by transformers' own class."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         model = kwargs.get("model", args[0] if args else None)

@@ -190,11 +190,9 @@ class ChameleonProcessor(ProcessorMixin):
         generation_mode: str | None = None,
         **kwargs: Any,
     ) -> list[Any]:
-        """The output of `generate` or `decode_image_tokens` as texts and pictures.
-
-        "text" (or None): a str for each row of ids. "image": a PIL picture for each row of pixels.
-        "interleaved": for each row of ids, its `Text`s and `Image`s in order; images hold codes.
-        """
+        """The output of `generate` or `decode_image_tokens` as texts and pictures. "text" (or
+        None): a str for each row of ids. "image": a PIL picture for each row of pixels.
+        "interleaved": for each row of ids, its `Text`s and `Image`s in order; images hold codes."""
         if generation_mode in (None, "text"):
             return self.post_process_image_text_to_text(
                 generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs
@@ -349,10 +347,8 @@ class ChameleonProcessor(ProcessorMixin):
     def _whole_text(
         self, text: str, marks: list[tuple[re.Match[str], str]], completion: bool, add_bos: bool
     ) -> tuple[str, list[dict[str, Any]]]:
-        """A text with its pictures spelled, bos if `add_bos`, and the end of the turn.
-
-        Also the replacements: each with its `span` in the text and its `new_span` in the result.
-        """
+        """A text with its pictures spelled, bos if `add_bos`, and the end of the turn. Also the
+        replacements: each with its `span` in the text and its `new_span` in the result."""
         bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token
         templated = bool(bos and text.startswith(bos)) or bool(eos and text.endswith(eos))
         changes = [("image", mark.span(), mark.group(), spelled) for mark, spelled in marks]

@@ -29,11 +29,9 @@ def resized(
     resample: int = Resampling.LANCZOS,
     window: tuple[range, range] | None = None,
 ) -> Tensor:
-    """uint8 [n, C, Y, X] resized to `size` (height, width), as by `PIL.Image.resize`.
-
-    `window`: the rows and columns of the result to compute (default: all). Raises `SettingError`
-    for an unknown filter.
-    """
+    """uint8 [n, C, Y, X] resized to `size` (height, width), as by `PIL.Image.resize`. `window`: the
+    rows and columns of the result to compute (default: all). Raises `SettingError` for an unknown
+    filter."""
     rows, columns = window or (range(size[0]), range(size[1]))
     if resample != Resampling.NEAREST and resample not in _FILTERS:
         raise SettingError(

@@ -136,10 +136,8 @@ class CpuStep:
         return product
 
     def draw(self, choices: Sequence[Choice]) -> list[int]:
-        """The column drawn for each choice: guidance, mask, penalty, then `warp` and `pick`.
-
-        At temperature 0, the largest. -1 if the logits are not finite.
-        """
+        """The column drawn for each choice: guidance, mask, penalty, then `warp` and `pick`. At
+        temperature 0, the largest. -1 if the logits are not finite."""
         drawn = (ctypes.c_int64 * len(choices))()
         rows = (_Choice * len(choices))(*(_Choice(*choice) for choice in choices))
         self._library.earlyfusion_draw(rows, len(choices), drawn, torch.get_num_threads())

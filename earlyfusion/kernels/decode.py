@@ -47,9 +47,7 @@ class Angles(NamedTuple):
 
 def attend(q_RNH: Tensor, blocks: LayerBlocks, table_RW: Tensor, lengths_R: Tensor) -> Tensor:
     """Attention of one token per row over the first `lengths` tokens of its blocks: [R, N, H].
-
-    Lengths are at least 1 and count the new token, whose key and value are already stored.
-    """
+    Lengths are at least 1 and count the new token, whose key and value are already stored."""
     kv_RW2KTH = blocks.kv_B2KTH[table_RW].float()
     if blocks.scales_B2KT is not None:
         kv_RW2KTH = kv_RW2KTH * blocks.scales_B2KT[table_RW][..., None]
@@ -99,11 +97,8 @@ def _store(new_R2KH: Tensor, at_R: Tensor, blocks: LayerBlocks, table_RW: Tensor
 
 
 def product(x_RI: Tensor, matrix: PackedMatrix) -> Tensor:
-    """x W^T [R, O] with packed weights (model/quantise.py).
-
-    At 8 bits the scale multiplies the sum; at 4 bits each weight is first rounded to the dtype of
-    `x`.
-    """
+    """x W^T [R, O] with packed weights (model/quantise.py). At 8 bits the scale multiplies the sum;
+    at 4 bits each weight is first rounded to the dtype of `x`."""
     weight_OI = unpack(matrix)
     if matrix.bits == 4:
         weight_OI = weight_OI.to(x_RI.dtype).float()

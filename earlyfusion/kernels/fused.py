@@ -32,10 +32,8 @@ _LONG_DOCUMENT = 112  # from this mean number of tokens per document, tiles are 
 
 
 class Tile(NamedTuple):
-    """Queries `first` to `last` attend to keys `start` to `last`.
-
-    `bias_QJ` is -inf for the keys of other documents and of later tokens, else 0.
-    """
+    """Queries `first` to `last` attend to keys `start` to `last`. `bias_QJ` is -inf for the keys of
+    other documents and of later tokens, else 0."""
 
     first: int
     last: int

@@ -33,11 +33,8 @@ _ORIGINALS = {twin: original for original, twin in TWINS.items()}
 
 
 def accelerate(model: Model) -> Model:
-    """The same model, with twins in place of the modules that have one.
-
-    Modules of other classes, even derived ones, do not change. Call it again for modules that are
-    put in later.
-    """
+    """The same model, with twins in place of the modules that have one. Modules of other classes,
+    even derived ones, do not change. Call it again for modules that are put in later."""
     for module in model.modules():
         # No new module: hooks, buffers and references to this one stay valid.
         module.__class__ = TWINS.get(type(module), type(module))

@@ -206,10 +206,8 @@ def sources(config: TransformerConfig, data: EmojiData) -> list[tuple[float, lis
 
 
 def prepare(config: TransformerConfig) -> tuple[VQGAN, Processor, Documents]:
-    """The image tokenizer, the processor and the stream of documents.
-
-    Writes the tokenizer and the pictures' codes, made or taken from `start`, into the run's folder.
-    """
+    """The image tokenizer, the processor and the stream of documents. Writes the tokenizer and the
+    pictures' codes, made or taken from `start`, into the run's folder."""
     config.run.out.mkdir(parents=True, exist_ok=True)
     data = EmojiData(config.data)
     mixed = sources(config, data)

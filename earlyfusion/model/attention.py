@@ -51,10 +51,8 @@ def dot_product_attention(
 
 class CausalAttend:
     """Every token attends to itself and to those before it, within its document if given.
-
     `document_BT` numbers the documents packed into each row; each is one run of tokens.
-    `kernels/fused.py` has a twin for training in bf16 on a CPU.
-    """
+    `kernels/fused.py` has a twin for training in bf16 on a CPU."""
 
     def __init__(self, document_BT: Tensor | None = None) -> None:
         self.document_BT = document_BT
@@ -82,10 +80,8 @@ class CausalAttend:
 
 
 def document_attends(document_BT: Tensor) -> tuple[Attend | None, Attend | None]:
-    """Attention within documents on a GPU: one `Attend` for bf16 and fp16, one for any dtype.
-
-    The first is None if torch's does not work here, the second if autocast makes it unneeded.
-    """
+    """Attention within documents on a GPU: one `Attend` for bf16 and fp16, one for any dtype. The
+    first is None if torch's does not work here, the second if autocast makes it unneeded."""
     device_type = document_BT.device.type
     varlen = packed_attention(device_type)
     half = VarlenAttend(document_BT, varlen) if varlen is not None else None
@@ -145,11 +141,9 @@ class VarlenAttend:
 
 @cache
 def packed_attention(device_type: str) -> Varlen | None:
-    """torch's attention for documents packed one after another; None if it does not work here.
-
-    Its argument names differ between versions, and some devices lack the kernels, so its values and
-    gradients are compared once with those of a mask.
-    """
+    """torch's attention for documents packed one after another; None if it does not work here. Its
+    argument names differ between versions, and some devices lack the kernels, so its values and
+    gradients are compared once with those of a mask."""
     if device_type != "cuda":
         return None
     for grouped in (True, False):
@@ -184,10 +178,8 @@ def _causal_varlen(grouped: bool = True) -> Varlen:
 
 
 class FlexAttend:
-    """Attention over documents by flex attention, in any dtype.
-
-    Only blocks of keys that some query of a block sees are computed; no token mask is made.
-    """
+    """Attention over documents by flex attention, in any dtype. Only blocks of keys that some query
+    of a block sees are computed; no token mask is made."""
 
     def __init__(self, document_BT: Tensor, flex: Callable[..., Tensor]) -> None:
         self.blocks, self._flex = document_blocks(document_BT), flex
@@ -207,10 +199,8 @@ def _compiled_flex() -> Callable[..., Tensor]:
 
 
 def document_blocks(document_BT: Tensor, size: int = 128) -> BlockMask:
-    """Which blocks of `size` keys each block of queries sees: wholly, partly, or not at all.
-
-    Each document is one run of tokens, so the documents at the ends of the blocks decide.
-    """
+    """Which blocks of `size` keys each block of queries sees: wholly, partly, or not at all. Each
+    document is one run of tokens, so the documents at the ends of the blocks decide."""
     from torch.nn.attention.flex_attention import BlockMask
 
     def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -38,10 +38,8 @@ class KVCache:
         self, slots_B: Tensor, lengths_B: Tensor, valid_BT: Tensor | None = None
     ) -> list[Attend]:
         """An `Attend` per layer, which stores the new tokens after `lengths_B` and attends to all.
-
         Shorter rows are padded on the right, with False in `valid_BT`; padding is not stored.
-        Raises `ContextError` if a row outgrows its slot.
-        """
+        Raises `ContextError` if a row outgrows its slot."""
         window = _Window(slots_B, lengths_B, valid_BT, self.length)
         return [
             _CachedAttend(k_SPKH, v_SPKH, window)

@@ -21,11 +21,9 @@ _DENSE = {32: torch.float32, 16: torch.bfloat16}
 
 
 class PackedMatrix(NamedTuple):
-    """A weight matrix in the compiled step's layout; `rows` and `columns` do not count padding.
-
-    At 4 bits a byte holds two columns: 32 bytes have columns 0 to 31 of a group of 64 in the low
-    nibbles, 32 to 63 in the high ones, as levels plus 8.
-    """
+    """A weight matrix in the compiled step's layout; `rows` and `columns` do not count padding. At
+    4 bits a byte holds two columns: 32 bytes have columns 0 to 31 of a group of 64 in the low
+    nibbles, 32 to 63 in the high ones, as levels plus 8."""
 
     data: Tensor
     scales: Tensor | None
@@ -39,10 +37,8 @@ class PackedMatrix(NamedTuple):
 
 
 def pack(weight_OI: Tensor, bits: int) -> PackedMatrix:
-    """Round a matrix to `bits` per weight: 32 fp32, 16 bf16, 8 and 4 integers with scales.
-
-    fp32 and bf16 matrices that need no padding are not copied.
-    """
+    """Round a matrix to `bits` per weight: 32 fp32, 16 bf16, 8 and 4 integers with scales. fp32 and
+    bf16 matrices that need no padding are not copied."""
     rows, columns = weight_OI.shape
     if weight_OI.dtype == _DENSE.get(bits) and rows % 4 == columns % 64 == 0:
         return PackedMatrix(weight_OI.detach().contiguous(), None, bits, rows, columns)
@@ -89,10 +85,8 @@ def _int4(full: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class PackedLinear(nn.Module):
-    """A linear layer with packed weights, which are unpacked for each product.
-
-    `kernels/unpack.py` has a twin that unpacks in compiled code.
-    """
+    """A linear layer with packed weights, which are unpacked for each product. `kernels/unpack.py`
+    has a twin that unpacks in compiled code."""
 
     data: Tensor
     scales: Tensor | None
@@ -134,11 +128,9 @@ def packed_bits(transformer: Transformer) -> int | None:
 
 @torch.no_grad()
 def quantise(transformer: Transformer, bits: int) -> Transformer:
-    """Round a model's matrices to 8 or 4 bits, in place.
-
-    The layers' matrices become `PackedLinear`. Norms and embedding stay as they are; the head is
-    rounded but stays dense, in its dtype. Raises `SettingError` for other numbers of bits.
-    """
+    """Round a model's matrices to 8 or 4 bits, in place. The layers' matrices become
+    `PackedLinear`. Norms and embedding stay as they are; the head is rounded but stays dense, in
+    its dtype. Raises `SettingError` for other numbers of bits."""
     if bits not in (8, 4):
         raise SettingError(f"bits={bits} is not possible: choose 8 or 4")
     packed = packed_bits(transformer)

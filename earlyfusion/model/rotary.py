@@ -36,10 +36,8 @@ def rotate(x_BTNH: Tensor, rotary: Rotary) -> Tensor:
 
 
 def rotary_tables(config: ModelConfig, positions_BT: Tensor) -> Rotary:
-    """Cosines and sines of every position and pair, in fp32.
-
-    Types that depend on a row's length take its largest position plus one.
-    """
+    """Cosines and sines of every position and pair, in fp32. Types that depend on a row's length
+    take its largest position plus one."""
     lengths_B11 = positions_BT.amax(1)[:, None, None] + 1 if is_dynamic(config) else None
     frequencies = rotary_frequencies(config, positions_BT.device, lengths_B11)
     angles = (positions_BT.float()[:, :, None] * frequencies)[:, :, None]
@@ -51,10 +49,8 @@ def rotary_tables(config: ModelConfig, positions_BT: Tensor) -> Rotary:
 def rotary_frequencies(
     config: ModelConfig, device: torch.device, length: Tensor | None = None
 ) -> Tensor:
-    """Radians per position of each of the H/2 pairs, in fp32.
-
-    `length` counts the tokens of a sequence, any shape ending in 1 (None: the trained length).
-    """
+    """Radians per position of each of the H/2 pairs, in fp32. `length` counts the tokens of a
+    sequence, any shape ending in 1 (None: the trained length)."""
     return _FREQUENCIES[config.rope_type](config, config.rope_scaling or {}, device, length)
 
 

@@ -88,10 +88,8 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution, each followed by attention if the config asks for it.
-
-    All levels of the encoder but the last have a `downsample`; in the decoder, an `upsample`.
-    """
+    """The blocks of one resolution, each followed by attention if the config asks for it. All
+    levels of the encoder but the last have a `downsample`; in the decoder, an `upsample`."""
 
     downsample: Downsample
     upsample: Upsample
@@ -218,10 +216,8 @@ class Quantizer(nn.Module):
         return self.embedding(codes_Byx).permute(0, 3, 1, 2)
 
     def forward(self, latents_BCyx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Codewords with a straight-through gradient; loss; codes, flat [B * y * x].
-
-        The loss is van den Oord et al.'s (2017), with `beta` on the codebook.
-        """
+        """Codewords with a straight-through gradient; loss; codes, flat [B * y * x]. The loss is
+        van den Oord et al.'s (2017), with `beta` on the codebook."""
         codes_Byx = self.codes(latents_BCyx.detach())
         nearest = self.embed(codes_Byx)
         commitment = (nearest.detach() - latents_BCyx).square().mean()
@@ -259,10 +255,8 @@ class VQGAN(nn.Module):
         return self.quantize.embedding.weight
 
     def latents(self, pixels_BCYX: Tensor) -> Tensor:
-        """Encoder output after `quant_conv`, [B, embed_dim, y, x]; pixels are in [-1, 1].
-
-        Raises `ImageError` unless height and width are multiples of the stride.
-        """
+        """Encoder output after `quant_conv`, [B, embed_dim, y, x]; pixels are in [-1, 1]. Raises
+        `ImageError` unless height and width are multiples of the stride."""
         stride, (height, width) = self.config.stride, pixels_BCYX.shape[-2:]
         if height % stride or width % stride or not height or not width:
             raise ImageError(
@@ -280,10 +274,8 @@ class VQGAN(nn.Module):
         return self.quantize.embed(codes_Byx)
 
     def decode(self, codes_Byx: Tensor) -> Tensor:
-        """Pictures of codes, in about [-1, 1], not clamped: [B, 3, Y, X].
-
-        Raises `ImageError` for a code outside the codebook, `CheckpointError` without a decoder.
-        """
+        """Pictures of codes, in about [-1, 1], not clamped: [B, 3, Y, X]. Raises `ImageError` for a
+        code outside the codebook, `CheckpointError` without a decoder."""
         self.check_codes(codes_Byx)
         return self.pixels(self.embed(codes_Byx.to(self.codewords.device)))
 
@@ -298,10 +290,8 @@ class VQGAN(nn.Module):
 
     def forward(self, pixels_BCYX: Tensor, blend: Tensor | float = 1.0) -> Quantized:
         """Reconstruct pictures, with a straight-through gradient from the codewords to the encoder.
-
         The decoder reads latents moved by the share `blend` towards their codewords: 0 bypasses the
-        codebook, 1 uses codewords only.
-        """
+        codebook, 1 uses codewords only."""
         latents = self.latents(pixels_BCYX)
         with torch.autocast(latents.device.type, enabled=False):  # bf16 might miss the nearest
             codes = self.nearest_codes(latents.detach().float())

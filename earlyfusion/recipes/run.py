@@ -65,10 +65,8 @@ class Plannable(Protocol):
 
 
 def run(name: str, overrides: list[str]) -> None:
-    """Run a recipe of this package, or a recipe file, with `field=value` overrides.
-
-    Raises `SettingError` for an unknown recipe or field, or a value of the wrong type.
-    """
+    """Run a recipe of this package, or a recipe file, with `field=value` overrides. Raises
+    `SettingError` for an unknown recipe or field, or a value of the wrong type."""
     recipe = load(name)
     from earlyfusion.train import folder  # after the name is checked: it imports torch
 
@@ -129,10 +127,8 @@ def _value(config: Any, path: tuple[str, ...]) -> Any:
 
 
 def plan(name: str, overrides: list[str]) -> str:
-    """Memory, speed and days of a recipe on 64 to 3,072 GPUs, as text; nothing is run.
-
-    Raises `SettingError` as `run` does, and for a recipe that does not train a transformer.
-    """
+    """Memory, speed and days of a recipe on 64 to 3,072 GPUs, as text; nothing is run. Raises
+    `SettingError` as `run` does, and for a recipe that does not train a transformer."""
     config = override(load(name).config, overrides)
     if not isinstance(config, Plannable):
         raise SettingError(
@@ -154,10 +150,8 @@ def override(config: Any, overrides: list[str]) -> Any:
 
 
 def load(name: str) -> Recipe:
-    """The module of a recipe, by its name or by the path of a Python file.
-
-    Raises `SettingError` for an unknown name, or a file that is not a recipe.
-    """
+    """The module of a recipe, by its name or by the path of a Python file. Raises `SettingError`
+    for an unknown name, or a file that is not a recipe."""
     if name in RECIPES:
         return cast(Recipe, import_module(RECIPES[name]))
     path = Path(name)

@@ -42,10 +42,8 @@ AVERAGE = "average"
 
 class Saver:
     """Writes the checkpoints of a run, from one process or from all, at once or `beside` the run.
-
     Keeps the newest `keep`. A checkpoint written beside the run counts once `poll` or `finish`
-    found it complete.
-    """
+    found it complete."""
 
     def __init__(self, run: Path, keep: int, beside: bool) -> None:
         self._run, self._keep, self._beside = run, keep, beside
@@ -122,11 +120,8 @@ def steps(run: Path) -> list[int]:
 
 
 def newest_whole(run: Path) -> tuple[int, list[str]]:
-    """The step of the newest undamaged checkpoint (0: none), and sentences to print.
-
-    Newer, damaged ones are set aside as `damaged-step-...`. Raises `CheckpointError` if all are
-    damaged.
-    """
+    """The step of the newest undamaged checkpoint (0: none), and sentences to print. Newer, damaged
+    ones are set aside as `damaged-step-...`. Raises `CheckpointError` if all are damaged."""
     sentences: list[str] = []
     there = steps(run)
     for step in reversed(there):
@@ -213,11 +208,9 @@ def _writer(folder: Path) -> Any:
 def load(
     run: Path, step: int | None = None, only: str = ""
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Whole tensors, and the state, of this step, by default of the newest checkpoint.
-
-    `only` is a key such as "model": nothing else is read from shards. If the state has `began_with`
-    (a `fingerprint`), "model" lacks the frozen weights.
-    """
+    """Whole tensors, and the state, of this step, by default of the newest checkpoint. `only` is a
+    key such as "model": nothing else is read from shards. If the state has `began_with` (a
+    `fingerprint`), "model" lacks the frozen weights."""
     folder, state = _find(run, step)
     if (folder / SHARDS).is_dir():
         return _read_shards(folder / SHARDS, f"{only}/" if only else ""), state
@@ -243,7 +236,6 @@ def frozen(model: nn.Module) -> set[str]:
 
 def fingerprint(model: nn.Module) -> str:
     """A hash of a model's frozen weights; "" if none is frozen, or the model is on the meta device.
-
     Covers names, shapes and the sums of the bits of each column in fp32; the same on every device.
     """
     names, found = frozen(model), hashlib.sha256()
@@ -260,9 +252,7 @@ def fingerprint(model: nn.Module) -> str:
 
 def load_model(model: nn.Module, tensors: Mapping[str, Tensor], run: Path) -> None:
     """Fill a model with the "model" that `load` returns, from which frozen weights may be missing.
-
-    Raises `CheckpointError` for a model of another shape.
-    """
+    Raises `CheckpointError` for a model of another shape."""
     try:
         missing, others = model.load_state_dict(tensors, strict=False)
     except RuntimeError:
@@ -274,10 +264,8 @@ def load_model(model: nn.Module, tensors: Mapping[str, Tensor], run: Path) -> No
 
 
 def load_into(tensors: dict[str, Any], run: Path, step: int | None = None) -> dict[str, Any]:
-    """Fill `tensors` in place, which may be shards of a process; returns the state.
-
-    Raises `CheckpointError` if one is missing or has another shape.
-    """
+    """Fill `tensors` in place, which may be shards of a process; returns the state. Raises
+    `CheckpointError` if one is missing or has another shape."""
     folder, state = _find(run, step)
     flat = dict(_flat(tensors))
     if not (folder / SHARDS).is_dir():

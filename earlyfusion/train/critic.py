@@ -66,11 +66,8 @@ class Critic:
 
 
 def weight_of(others: Tensor, fooled: Tensor, last: Tensor) -> Tensor:
-    """The weight of the adversarial term (Esser et al. 2021, eq. 7).
-
-    It gives the term's gradient at the weight `last` of the last layer the norm of the other
-    terms'.
-    """
+    """The weight of the adversarial term (Esser et al. 2021, eq. 7). It gives the term's gradient
+    at the weight `last` of the last layer the norm of the other terms'."""
     (other_gradient,) = torch.autograd.grad(others, last, retain_graph=True)
     (gradient,) = torch.autograd.grad(fooled, last, retain_graph=True)
     return (other_gradient.norm() / (gradient.norm() + 1e-4)).clamp(0, 1e4).detach()

@@ -61,10 +61,8 @@ def templates(
     weights: RoleWeights,
 ) -> Templates:
     """Templates of documents: tokens, the numbers of their pictures in order, and whether plain.
-
     `codes` is the number of codes of a picture; `is_code` says for each token id whether it is a
-    code. Raises `DataError` if a document's codes do not match its pictures.
-    """
+    code. Raises `DataError` if a document's codes do not match its pictures."""
     blocks: list[Columns] = []
     lengths = [0]
     stream = iter(documents)
@@ -131,11 +129,9 @@ class CutConfig:
 
 
 class DeviceRows:
-    """Fills batches from templates, in a new random order each epoch.
-
-    `codes_PVC` are picture codes on the device. The first `plain` ways of cutting keep the colours,
-    and way 0 is exact. `tokens_K` are the tokens of the codes, `near_KN` the codes nearest to each.
-    """
+    """Fills batches from templates, in a new random order each epoch. `codes_PVC` are picture codes
+    on the device. The first `plain` ways of cutting keep the colours, and way 0 is exact.
+    `tokens_K` are the tokens of the codes, `near_KN` the codes nearest to each."""
 
     def __init__(
         self,

@@ -64,9 +64,7 @@ _held: set[Path] = set()
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep other runs out of the folder; of several processes the first holds the lock for all.
-
-    Raises `SettingError` with the process that holds it, or if the folder is not writable.
-    """
+    Raises `SettingError` with the process that holds it, or if the folder is not writable."""
     path = folder.absolute()
     if fcntl is None or path in _held or processes.rank():
         yield
@@ -137,10 +135,8 @@ def end(folder: Path, fields: Mapping[str, str], finished: bool) -> None:
 
 
 def check_same_data(folder: Path, fingerprint: str, subject: str) -> None:
-    """Refuse to continue with other data; `subject` names the data, with its verb.
-
-    Raises `DataError`. A new run writes the fingerprint to `data.json`.
-    """
+    """Refuse to continue with other data; `subject` names the data, with its verb. Raises
+    `DataError`. A new run writes the fingerprint to `data.json`."""
     path = folder / "data.json"
     if checkpoint.steps(folder) and path.exists():
         if json.loads(path.read_text(encoding="utf-8"))["fingerprint"] != fingerprint:

@@ -177,9 +177,7 @@ def count_micro_batches(batch: int, micro_batch: int) -> int:
 
 def begin_with(model: VQGAN, start: str) -> VQGAN:
     """Load the weights of an image tokenizer's run, a model folder or a hub id into the model.
-
-    Raises `CheckpointError` if there are none, or their shape differs.
-    """
+    Raises `CheckpointError` if there are none, or their shape differs."""
     tensors = {name: tensor.float() for name, tensor in _weights_of(start).items()}
     try:
         model.load_state_dict(tensors)
@@ -212,11 +210,9 @@ class _Seen(NamedTuple):
 
 
 class ImageTokenizerTask(Task):
-    """Trains a `VQGAN` on pictures (its units), the batch of a step in `micro_batches`.
-
-    `trainable` is "all", or "decoder" to leave codebook and encoder as they are. `head` is trained
-    with the network if `config.naming` is not 0; the batches then have labels.
-    """
+    """Trains a `VQGAN` on pictures (its units), the batch of a step in `micro_batches`. `trainable`
+    is "all", or "decoder" to leave codebook and encoder as they are. `head` is trained with the
+    network if `config.naming` is not 0; the batches then have labels."""
 
     def __init__(
         self,
@@ -486,10 +482,8 @@ class _MovingCodebook:
 
 class HeldOut:
     """Measures and draws pictures that the network is not trained on (`trainer.DrawSamples`).
-
     `pictures_BCYX` are on the CPU, in [-1, 1]. The grid has the originals above their
-    reconstructions; the figures are means over all pictures, in fp32.
-    """
+    reconstructions; the figures are means over all pictures, in fp32."""
 
     def __init__(self, model: VQGAN, pictures_BCYX: Tensor, shown: int = 8, batch: int = 4) -> None:
         self._model, self._pictures_BCYX = model, pictures_BCYX

@@ -130,10 +130,8 @@ class SideStream:
 
 
 class Ahead:
-    """The batches of a packer, each packed and sent while the previous one is computed.
-
-    `cursor` is the one after the last batch handed out: a prepared batch does not count.
-    """
+    """The batches of a packer, each packed and sent while the previous one is computed. `cursor` is
+    the one after the last batch handed out: a prepared batch does not count."""
 
     def __init__(self, packer: Rows, transfer: Transfer) -> None:
         self.cursor = packer.cursor
@@ -162,11 +160,9 @@ class Ahead:
 
 
 class LanguageTask(Task):
-    """Next-token prediction over text and image tokens alike; its units are tokens.
-
-    The packer's rows are those of a whole step, over all processes. `micro_rows` of them go through
-    the network at a time (0: all that this process has).
-    """
+    """Next-token prediction over text and image tokens alike; its units are tokens. The packer's
+    rows are those of a whole step, over all processes. `micro_rows` of them go through the network
+    at a time (0: all that this process has)."""
 
     def __init__(
         self, model: Transformer, packer: Rows, z_weight: float = 1e-5, micro_rows: int = 0
@@ -243,10 +239,8 @@ class LanguageTask(Task):
 
     @torch.no_grad()
     def measure(self, documents: Sequence[TokenSequence]) -> dict[str, float]:
-        """Mean nats per token of the answers, weighted as in training, and by modality.
-
-        All processes call it with the same documents, and each computes its share.
-        """
+        """Mean nats per token of the answers, weighted as in training, and by modality. All
+        processes call it with the same documents, and each computes its share."""
         device = next(self.model.parameters()).device
         sums = torch.zeros(2, 2, device=device)  # text, image x nats, weight
         if not isinstance(self._packer, Packer):

@@ -28,11 +28,9 @@ def psnr(a_BCYX: Tensor, b_BCYX: Tensor) -> Tensor:
 
 
 def ssim(a_BCYX: Tensor, b_BCYX: Tensor) -> Tensor:
-    """Structural similarity of each pair (Wang et al. 2004), [B]; 1 for equal pictures.
-
-    The mean over channels and over all positions of the window within the picture; the window
-    shrinks for smaller pictures.
-    """
+    """Structural similarity of each pair (Wang et al. 2004), [B]; 1 for equal pictures. The mean
+    over channels and over all positions of the window within the picture; the window shrinks for
+    smaller pictures."""
     side = min(_WINDOW, *a_BCYX.shape[-2:])
     side -= 1 - side % 2  # odd, so that the window has a middle
     offset = torch.arange(side, device=a_BCYX.device) - side // 2

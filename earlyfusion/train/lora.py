@@ -55,10 +55,8 @@ class Adapted(nn.Linear):
 
 
 def adapt(model: Transformer, rank: int, alpha: float | None = None) -> None:
-    """Freeze a model and give every linear layer of its blocks an adapter of `rank`.
-
-    `alpha` defaults to twice the rank. Raises `SettingError` for an impossible rank.
-    """
+    """Freeze a model and give every linear layer of its blocks an adapter of `rank`. `alpha`
+    defaults to twice the rank. Raises `SettingError` for an impossible rank."""
     narrowest = min(min(linear.weight.shape) for _, _, linear in _linears(model))
     if not 1 <= rank <= narrowest:
         raise SettingError(
@@ -103,10 +101,8 @@ class TrainedRows(nn.Module):
 
 
 def train_image_head(model: Transformer, image_tokens: Ids) -> None:
-    """Freeze a model except for the rows of its head that score `image_tokens`.
-
-    Raises `SettingError` if the head is tied to the embedding.
-    """
+    """Freeze a model except for the rows of its head that score `image_tokens`. Raises
+    `SettingError` if the head is tied to the embedding."""
     if model.config.tie_word_embeddings:
         raise SettingError(
             "trainable=image_head needs a separate head, and the head of this model is tied to its "

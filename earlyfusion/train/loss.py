@@ -37,10 +37,8 @@ class TokenLoss(NamedTuple):
 def next_token_loss(
     logits_BTV: Tensor, targets_BT: Tensor, weight_BT: Tensor, z_weight: float = 1e-5
 ) -> TokenLoss:
-    """Weighted mean over positions of cross-entropy + z_weight * log^2 Z, in fp32.
-
-    Targets are already shifted: `targets_BT[b, t]` follows the token at position t.
-    """
+    """Weighted mean over positions of cross-entropy + z_weight * log^2 Z, in fp32. Targets are
+    already shifted: `targets_BT[b, t]` follows the token at position t."""
     logits_BTV = logits_BTV.float()
     nats_BT = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="none")
     nats_BT = nats_BT.view_as(weight_BT)

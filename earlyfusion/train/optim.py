@@ -96,10 +96,8 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
 
 
 def learning_rate_at(config: OptimConfig, step: int, share: float) -> float:
-    """The rate of step `step` (from 0) at `share` of a run whose number of steps is unknown.
-
-    The warm-up is counted in steps, the decay in shares of the run; the lower rate counts.
-    """
+    """The rate of step `step` (from 0) at `share` of a run whose number of steps is unknown. The
+    warm-up is counted in steps, the decay in shares of the run; the lower rate counts."""
     warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
     return config.lr * min(warm, _DECAYS[config.decay](min(1.0, share), config.final_ratio))
 
@@ -123,11 +121,9 @@ def _is_matrix_of_block(name: str, parameter: Tensor) -> bool:
 
 
 def adamw(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW without weight decay on vectors (the norms of the model's width, and biases).
-
-    Norms of queries and keys have a row per head and decay as matrices do. The paper gives the
-    decay, but not what it applies to.
-    """
+    """AdamW without weight decay on vectors (the norms of the model's width, and biases). Norms of
+    queries and keys have a row per head and decay as matrices do. The paper gives the decay, but
+    not what it applies to."""
     trained = [p for p in parameters if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
@@ -191,9 +187,7 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonal(matrices_NRC: Tensor, rounds: int = 5) -> Tensor:
     """Matrices with the same singular vectors, and singular values near 1 (0.7 to 1.2).
-
-    Newton-Schulz iteration of fifth degree with Jordan's coefficients.
-    """
+    Newton-Schulz iteration of fifth degree with Jordan's coefficients."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices_NRC.shape[1] > matrices_NRC.shape[2]
     x = matrices_NRC.bfloat16() if matrices_NRC.device.type == "cuda" else matrices_NRC.float()
@@ -207,10 +201,8 @@ def orthogonal(matrices_NRC: Tensor, rounds: int = 5) -> Tensor:
 
 
 class MuonAndAdamW:
-    """Muon for `matrices` and AdamW for all else, used as one optimizer.
-
-    A group's `peak` is its highest rate, so that one schedule serves both.
-    """
+    """Muon for `matrices` and AdamW for all else, used as one optimizer. A group's `peak` is its
+    highest rate, so that one schedule serves both."""
 
     def __init__(
         self, matrices: list[nn.Parameter], others: list[nn.Parameter], config: OptimConfig

@@ -12,10 +12,8 @@ from collections.abc import Callable
 
 
 class Pace:
-    """The progress of a run of at most `steps` steps and, if not 0, of `minutes`.
-
-    `spent` are seconds before a resume; `now` returns seconds.
-    """
+    """The progress of a run of at most `steps` steps and, if not 0, of `minutes`. `spent` are
+    seconds before a resume; `now` returns seconds."""
 
     def __init__(
         self,

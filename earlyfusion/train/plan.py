@@ -173,10 +173,8 @@ def activation_bytes(
 
 
 def lines(job: Job) -> list[Line | str]:
-    """A line for each number of GPUs, or the sentence that says why it is impossible.
-
-    Once a step has too few rows, one sentence covers all larger numbers.
-    """
+    """A line for each number of GPUs, or the sentence that says why it is impossible. Once a step
+    has too few rows, one sentence covers all larger numbers."""
     found: list[Line | str] = []
     for gpus in job.gpus:
         try:
@@ -245,10 +243,8 @@ def _activations(job: Job, tokens: int, tensor: int) -> dict[str, float]:
 
 
 def table(job: Job) -> str:
-    """The plan as text: sizes, a line for each number of GPUs, and the assumptions.
-
-    Time is in days, with `FEW_GPUS` in hours.
-    """
+    """The plan as text: sizes, a line for each number of GPUs, and the assumptions. Time is in
+    days, with `FEW_GPUS` in hours."""
     time, hours = ("hours", 1.0) if job.gpus == FEW_GPUS else ("days", 24.0)
     found = (_cells(x, hours) if isinstance(x, Line) else (x,) for x in lines(job))
     rows = [(*_HEADINGS, time), *found]

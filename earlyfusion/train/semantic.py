@@ -24,9 +24,7 @@ UNKNOWN = -100
 
 class SemanticHead(nn.Module):
     """From quantised latents to the logits of several questions, each with its number of answers.
-
-    Convolutions of stride 2 down to 4 x 4, their mean, and one linear layer per question.
-    """
+    Convolutions of stride 2 down to 4 x 4, their mean, and one linear layer per question."""
 
     def __init__(self, channels: int, grid: int, answers: Sequence[int], width: int = 256) -> None:
         super().__init__()
@@ -51,9 +49,7 @@ class SemanticHead(nn.Module):
 
 def naming_loss(logits: Sequence[Tensor], labels_BL: Tensor) -> tuple[Tensor, Tensor]:
     """The mean cross-entropy over the questions, and how often the first is answered correctly.
-
-    Labels that are `UNKNOWN` do not count; if none counts, both are 0.
-    """
+    Labels that are `UNKNOWN` do not count; if none counts, both are 0."""
     losses = [
         F.cross_entropy(x.float(), y, ignore_index=UNKNOWN, label_smoothing=_SMOOTHING)
         for x, y in zip(logits, labels_BL.unbind(1), strict=True)

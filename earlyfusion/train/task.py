@@ -28,9 +28,7 @@ class Task:
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor], float]:
         """The loss of a micro batch, figures to log, and its number of units (tokens or pictures).
-
-        The losses of all micro batches and all data ranks add up to the loss of the step.
-        """
+        The losses of all micro batches and all data ranks add up to the loss of the step."""
         raise NotImplementedError
 
     @property

@@ -40,10 +40,8 @@ EPOCH = (1980, 1, 1, 0, 0, 0)  # a fixed time, so that archives can be compared
 
 
 def build(out: Path, packages: Path, manifest: dict[str, Any], workers: int) -> int:
-    """Write the data to `out`, downloading to `packages`; returns the number of images.
-
-    Raises DataError if a package cannot be fetched or lacks a picture that the manifest lists.
-    """
+    """Write the data to `out`, downloading to `packages`; returns the number of images. Raises
+    DataError if a package cannot be fetched or lacks a picture that the manifest lists."""
     versions: dict[str, str] = manifest["packages"]
     splits: dict[str, str] = manifest["images"]
     for name, version in versions.items():
@@ -193,9 +191,7 @@ def nearest_in_train(
     rendered: list[Rendered], splits: dict[str, str]
 ) -> dict[str, tuple[float, str]]:
     """For every image outside train: the distance to the nearest image of train, and its id.
-
-    Distance: mean absolute RGB difference, 0 to 1, of the 32 x 32 thumbnails.
-    """
+    Distance: mean absolute RGB difference, 0 to 1, of the 32 x 32 thumbnails."""
     train = [r for r in rendered if splits[r.source.id] == "train"]
     fine = np.stack([r.thumbnail.ravel() for r in train])
     coarse = np.stack([_coarse(r.thumbnail) for r in train])

@@ -275,11 +275,9 @@ def characters(concept: str) -> str:
 
 
 def load_concepts(emojibase: Path, annotations: list[tuple[Path, str]]) -> dict[str, Concept]:
-    """All concepts in emojibase's order, by id.
-
-    `annotations` are the unpacked CLDR packages with the name of their inner folder; later ones
-    win. `label` is emojibase's own name, which the packages' file names follow.
-    """
+    """All concepts in emojibase's order, by id. `annotations` are the unpacked CLDR packages with
+    the name of their inner folder; later ones win. `label` is emojibase's own name, which the
+    packages' file names follow."""
     groups = json.loads((emojibase / "meta/groups.json").read_text(encoding="utf-8"))
     entries = json.loads((emojibase / "en/data.json").read_text(encoding="utf-8"))
     named = {locale: _annotations(annotations, locale) for locale in LOCALES}

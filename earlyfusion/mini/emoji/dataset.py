@@ -68,11 +68,9 @@ def spoken_name(name: str, lang: str) -> str:
 
 
 class EmojiData:
-    """The data of one folder. Raises DataError if the folder, a file or a field is missing.
-
-    `rows` has the order of metadata.jsonl; `concepts` is keyed by id. Archives are read into memory
-    at first use (30 MB for all ten), so that threads and forked workers share no file position.
-    """
+    """The data of one folder. Raises DataError if the folder, a file or a field is missing. `rows`
+    has the order of metadata.jsonl; `concepts` is keyed by id. Archives are read into memory at
+    first use (30 MB for all ten), so that threads and forked workers share no file position."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)

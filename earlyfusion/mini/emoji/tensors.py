@@ -25,10 +25,8 @@ def opened(folder: Path) -> EmojiData:
 
 @lru_cache(maxsize=4)
 def pictures(folder: Path, split: str, side: int, device: str) -> Tensor:
-    """All pictures of a split in file order, on the device: uint8 [pictures, side, side, 3].
-
-    They stay in memory for later calls: 534 MB for the training pictures at 128 pixels.
-    """
+    """All pictures of a split in file order, on the device: uint8 [pictures, side, side, 3]. They
+    stay in memory for later calls: 534 MB for the training pictures at 128 pixels."""
     data = opened(folder)
     with ThreadPoolExecutor(_THREADS) as pool:
         rows = list(pool.map(partial(_square, data, side), data.split(split)))
