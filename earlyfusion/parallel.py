@@ -10,9 +10,10 @@ have no mesh, and nothing here has an effect.
 
 Two other files say how a model is cut, because they need other cuts in other forms:
 `engine/tensor_parallel.py` cuts checkpoints into plain modules for generation, and
-`hf/tensor_parallel.py` has transformers' plan. Shapes: B rows, T tokens, D model width, V
-vocabulary, P positions.
+`hf/tensor_parallel.py` has transformers' plan.
 """
+
+# Shapes: B rows, T tokens, D model width, V vocabulary, P positions.
 
 from __future__ import annotations
 

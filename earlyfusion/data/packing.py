@@ -3,9 +3,10 @@
     document number -> rows of `length` tokens, each of several whole documents -> PackedBatch
 
 A stream of documents is a function from a number to a document, so its whole state is the number of
-the next document. Documents are never cut, and attend to themselves only. Shapes: B rows of a
-batch, T tokens of a row.
+the next document. Documents are never cut, and attend to themselves only.
 """
+
+# Shapes: B rows of a batch, T tokens of a row.
 
 from __future__ import annotations
 

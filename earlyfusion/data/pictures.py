@@ -3,8 +3,10 @@
     number -> source -> a picture file, or a row and one of its pictures
 
 A picture that cannot be read goes to the quarantine and is replaced by the next one. A step's batch
-depends only on the seed and the step's number. Shapes: B batch, Y X pixels.
+depends only on the seed and the step's number.
 """
+
+# Shapes: B batch, Y X pixels.
 
 from __future__ import annotations
 

@@ -2,10 +2,10 @@
 
 Their dtype is the model's or a smaller one: bf16, or int8 with one fp32 scale per token and head,
 separately for keys and values.
-
-Shapes: B blocks, L layers, K key and value heads, S tokens of a block, H head width, T new tokens,
-R rows that look back, P positions.
 """
+
+# Shapes: B blocks, L layers, K key and value heads, S tokens of a block, H head width, T new
+# tokens, R rows that look back, P positions.
 
 from __future__ import annotations
 

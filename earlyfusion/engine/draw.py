@@ -3,10 +3,10 @@
 The head is used in two parts, one for codes and one for text: each row is multiplied only with the
 part that it may draw from. Requests with equal settings are drawn together; each keeps its own
 uniform number, so the result is the same as alone.
-
-Shapes: B rows to draw (several per window of codes), R rows of states, V columns of a head, D width
-of a state.
 """
+
+# Shapes: B rows to draw (several per window of codes), R rows of states, V columns of a head, D
+# width of a state.
 
 from __future__ import annotations
 

@@ -5,8 +5,10 @@ begins, and any number after it is complete. A grammar that names `<image>` has 
 and nowhere else, with text on both sides.
 
 llguidance works on bytes: it gets the bytes of each text token, and one special token for the
-beginning of a picture. It does not see the codes. Shapes: V vocabulary.
+beginning of a picture. It does not see the codes.
 """
+
+# Shapes: V vocabulary.
 
 from __future__ import annotations
 

@@ -3,8 +3,10 @@
 The state is one integer tensor with a row per sequence, so a step costs a few device operations and
 never waits for the device. The layout's template spells an image: one slot per token, for a code or
 for a fixed id, begin_image first. Outside of an image, text may come, or begin_image if a whole
-image still fits. Shapes: B rows, V vocabulary, F fields of the state, K classes of slots.
+image still fits.
 """
+
+# Shapes: B rows, V vocabulary, F fields of the state, K classes of slots.
 
 from __future__ import annotations
 

@@ -16,9 +16,9 @@ positions, which changes fewer drafts per pass.
 Why it is exact: a position depends on the positions before it and on its own random numbers. Given
 the former, each pass turns a draw from one known distribution into a draw from the next. Once the
 positions before it are final, its newest distribution is the model's own.
-
-Shapes: W positions of a window, R rows (positions of several windows), V codes.
 """
+
+# Shapes: W positions of a window, R rows (positions of several windows), V codes.
 
 from __future__ import annotations
 

@@ -3,9 +3,10 @@
 `draw_tokens` gives tokens, `Narrator` turns them into events, `generate` joins the two. The reader
 of the whole history keeps its cache through every change of modality. A guided image opens readers
 for the other conditions where it begins, and drops them where it ends. With `jacobi`, several codes
-of an image are drawn at a time (generation/jacobi.py). Shapes: B rows (one here), T tokens, W
-positions of a window of codes, V vocabulary.
+of an image are drawn at a time (generation/jacobi.py).
 """
+
+# Shapes: B rows (one here), T tokens, W positions of a window of codes, V vocabulary.
 
 from __future__ import annotations
 

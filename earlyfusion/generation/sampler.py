@@ -2,8 +2,10 @@
 
 The chain is Meta's: allowed tokens, repetition penalty, temperature, top-k, top-p, min-p, draw.
 Each row has its own settings, and each new token takes one uniform number from its request's own
-generator, so a row's result does not depend on the rest of the batch. Shapes: B rows, V vocabulary.
+generator, so a row's result does not depend on the rest of the batch.
 """
+
+# Shapes: B rows, V vocabulary.
 
 from __future__ import annotations
 

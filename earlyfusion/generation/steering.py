@@ -6,8 +6,10 @@ cannot break the grammar. Tokens that the grammar forces (the marks of a picture
 if nothing else may come) are not drawn and never get here.
 
 Words are matched in the bytes of the text, so it does not matter how the tokenizer splits them. A
-new stretch of text begins after each picture. Shapes: V vocabulary.
+new stretch of text begins after each picture.
 """
+
+# Shapes: V vocabulary.
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """`generate` with pictures: its modes, the grammar as a logits processor, and guidance.
 
 Grammar and guidance are those of `earlyfusion.generation`; search and sampling are transformers'.
-Shapes: B rows, T tokens, V vocabulary, F fields of the grammar's state.
 """
+
+# Shapes: B rows, T tokens, V vocabulary, F fields of the grammar's state.
 
 from __future__ import annotations
 

@@ -5,9 +5,10 @@ transformers rounds the longer side down, Meta to the nearest pixel; transformer
 
 As in transformers there are two back ends: `ChameleonImageProcessorPil` returns arrays,
 `ChameleonImageProcessor` tensors on any device. In Meta's steps they are equal to the bit, since a
-pixel stays one of 256 levels until a table gives its value. Shapes: n pictures, C channels, Y X
-height and width in pixels.
+pixel stays one of 256 levels until a table gives its value.
 """
+
+# Shapes: n pictures, C channels, Y X height and width in pixels.
 
 import os
 from typing import Any, Literal, TypeAlias, get_args

@@ -9,10 +9,10 @@ decoder. The differences are intended:
 - a label on a placeholder means the picture's own token;
 - the image tokenizer stays frozen, in eval mode and in fp32, and never builds a graph;
 - `decode_image_tokens` turns image tokens into pictures.
-
-Shapes: B batch, T tokens, D model width, N query heads, K key and value heads, H head width, V
-vocabulary, C channels, Y X height and width in pixels, y x in codes.
 """
+
+# Shapes: B batch, T tokens, D model width, N query heads, K key and value heads, H head width, V
+# vocabulary, C channels, Y X height and width in pixels, y x in codes.
 
 from __future__ import annotations
 

@@ -3,8 +3,10 @@
 Pillow resizes along one axis, rounds to 8 bits, and resizes along the other. A new pixel is a
 weighted sum of old ones. Its weights are a filter stretched to the scale, normalised to 1 and
 rounded to multiples of 2 ** -22, so all arithmetic is on 32-bit integers and the same on any
-device. Shapes: n pictures, C channels, Y X height and width in pixels.
+device.
 """
+
+# Shapes: n pictures, C channels, Y X height and width in pixels.
 
 from __future__ import annotations
 

@@ -12,9 +12,11 @@ inference on a CPU in fp32, in compiled code (`conv.cpp`). Choices:
 - within `reusing`, new results take the memory of freed ones: in fresh memory each page costs a
   fault.
 
-`native.py` builds it; `vqgan.py` uses it. Shapes: B batch, Y X height and width, N pixels of a
-chunk, C K channels in and out, G groups of channels.
+`native.py` builds it; `vqgan.py` uses it.
 """
+
+# Shapes: B batch, Y X height and width, N pixels of a chunk, C K channels in and out, G groups of
+# channels.
 
 from __future__ import annotations
 

@@ -5,10 +5,10 @@ rows, in fp32, bf16, int8 (one scale per row) or int4 (one bf16 scale per 32 col
 time between operations. It also reads prompts, so that a token's result is the same to the bit
 however its prompt is cut and whatever else is in the step. `native.py` builds it; `available()` is
 False without a C++ compiler, or with EARLYFUSION_NATIVE=0.
-
-Shapes: R rows of a step, D model width, O rows and I columns of a matrix, B blocks of the cache, L
-layers, K key and value heads, S tokens of a block, H head width.
 """
+
+# Shapes: R rows of a step, D model width, O rows and I columns of a matrix, B blocks of the cache,
+# L layers, K key and value heads, S tokens of a block, H head width.
 
 from __future__ import annotations
 

@@ -3,11 +3,11 @@
 These are the definitions; `kernels/operations.py` chooses between the two. Sums are in fp32,
 rounded once to the dtype of the input. Nothing here waits for the device or branches on a tensor's
 values.
-
-Shapes: R rows of one token each, N query heads, K key and value heads, G = N / K, M = N + 2 K, H
-head width, B blocks of the cache, T tokens of a block, W blocks of a row's table, P positions, D
-model width, O x I a weight, F inner width of the feed-forward.
 """
+
+# Shapes: R rows of one token each, N query heads, K key and value heads, G = N / K, M = N + 2 K, H
+# head width, B blocks of the cache, T tokens of a block, W blocks of a row's table, P positions, D
+# model width, O x I a weight, F inner width of the feed-forward.
 
 from __future__ import annotations
 

@@ -6,10 +6,10 @@ transformers' eager attention. The twins at the end use them when gradients of p
 CPU are needed. Otherwise (GPUs, split layers, no gradients, traced code, torch.func's transforms,
 forward-mode AD) they call the original. A backward pass that is to be differentiated again takes
 the gradient of the plain formula.
-
-Shapes: B batch, T tokens, N query heads, K key and value heads, S tokens of all rows, H head width;
-Q queries and J keys of a tile.
 """
+
+# Shapes: B batch, T tokens, N query heads, K key and value heads, S tokens of all rows, H head
+# width; Q queries and J keys of a tile.
 
 from __future__ import annotations
 

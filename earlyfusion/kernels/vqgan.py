@@ -6,9 +6,9 @@ GPUs, other dtypes, autocast, traced code, `left_out`) a twin calls the module t
 it decides in each call, as a model may be moved or trained in between. A convolution replaced by a
 module of another class is called as it is. Twins carry the names of their originals, which
 libraries look for.
-
-Shapes: B batch, Y X height and width, C K channels in and out, N pixels.
 """
+
+# Shapes: B batch, Y X height and width, C K channels in and out, N pixels.
 
 from __future__ import annotations
 

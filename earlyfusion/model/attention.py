@@ -4,10 +4,10 @@ An `Attend` owns the mask and the cache of one layer, so the transformer knows n
 documents on a GPU use torch's variable-length attention (bf16 and fp16, where it works), else flex
 attention with a block mask, or without Triton a token mask. On a CPU there is one call per
 document.
-
-Shapes: B batch, T tokens, S tokens of all rows, N query heads, K key and value heads, H head width,
-I blocks of tokens.
 """
+
+# Shapes: B batch, T tokens, S tokens of all rows, N query heads, K key and value heads, H head
+# width, I blocks of tokens.
 
 from __future__ import annotations
 

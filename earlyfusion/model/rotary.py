@@ -5,9 +5,9 @@ divided by `factor`); proportional (only some pairs are rotated); llama3, yarn (
 and longrope (arXiv 2402.13753), which slow the slow pairs; dynamic, which slows all pairs beyond
 the trained length. The angles of dynamic and longrope depend on the length of the sequence at the
 time of the call; cached keys keep the rotation they got.
-
-Shapes: B batch, T tokens, H head width.
 """
+
+# Shapes: B batch, T tokens, H head width.
 
 from __future__ import annotations
 

@@ -14,10 +14,10 @@ Choices, with the section of the paper (arXiv 2405.09818):
 Parameter names are transformers'. Attention is passed in, one `Attend` per layer, so layers know
 neither their number nor a cache or a mask. The forward returns plain logits: the grammar decides
 which token may come next.
-
-Shapes: B batch, T tokens, D model width, N query heads, K key and value heads, H head width, V
-vocabulary.
 """
+
+# Shapes: B batch, T tokens, D model width, N query heads, K key and value heads, H head width, V
+# vocabulary.
 
 from __future__ import annotations
 

@@ -8,9 +8,11 @@ Choices that let released weights load without translation:
 - the decoder ends without an activation: pixels are meant for [-1, 1] and clamped by the caller.
 
 `kernels/vqgan.py` has faster twins of these modules for inference on a CPU. Height and width are
-any multiples of the stride. Shapes: B batch, C channels, Y X height and width in pixels, y x in
-codes, K codebook size, N vectors.
+any multiples of the stride.
 """
+
+# Shapes: B batch, C channels, Y X height and width in pixels, y x in codes, K codebook size, N
+# vectors.
 
 from __future__ import annotations
 

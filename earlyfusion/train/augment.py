@@ -1,9 +1,10 @@
 """Augmentation of pictures on their device: moved, scaled, turned, in other colours, grey.
 
 All pictures of a batch are changed at once, each with its own random numbers from one generator.
-Whatever comes in from outside a picture is white. Pixels are float32 in [-1, 1]. Shapes: B batch, C
-channels, Y X pixels.
+Whatever comes in from outside a picture is white. Pixels are float32 in [-1, 1].
 """
+
+# Shapes: B batch, C channels, Y X pixels.
 
 from __future__ import annotations
 

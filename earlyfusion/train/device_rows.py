@@ -5,10 +5,10 @@ integers per position; the codes of the pictures are looked up on the device, ea
 of the crops of that picture, and some input codes are replaced while the targets stay clean.
 `DeviceRows` is a `data.packing.Rows`, like `Packer`. A batch depends only on the seed and the
 number of its first document.
-
-Shapes: B rows, T tokens of a row, M positions of all templates, P pictures, V crops of each, C
-codes of one, K codebook.
 """
+
+# Shapes: B rows, T tokens of a row, M positions of all templates, P pictures, V crops of each, C
+# codes of one, K codebook.
 
 from __future__ import annotations
 

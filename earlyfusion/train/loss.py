@@ -3,9 +3,9 @@
 `next_token_loss` is the formula. `head_loss` computes the same value and gradients from the states
 before the head, one block of positions at a time, so that the logits of all positions are never in
 memory together.
-
-Shapes: B rows, T tokens of a row, N counted positions of all rows, D model width, V vocabulary.
 """
+
+# Shapes: B rows, T tokens of a row, N counted positions of all rows, D model width, V vocabulary.
 
 from __future__ import annotations
 

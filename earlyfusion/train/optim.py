@@ -1,9 +1,10 @@
 """Optimizer and learning rate (arXiv 2405.09818, section 2.3: AdamW, warm-up, decay, clip).
 
 Also Muon for the matrices of the blocks (Jordan et al. 2024: the momentum of a matrix is replaced
-by a nearly orthogonal matrix), and a moving average of the weights. Shapes: N matrices of one
-shape, R rows, C columns.
+by a nearly orthogonal matrix), and a moving average of the weights.
 """
+
+# Shapes: N matrices of one shape, R rows, C columns.
 
 from __future__ import annotations
 

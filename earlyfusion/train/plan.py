@@ -1,8 +1,9 @@
 """What a training run takes on a number of GPUs: memory, speed and days, from the run's config.
 
 Computed from shapes alone. The assumptions are in `ASSUMED`, which is printed with the table.
-Shapes: D model width, K key and value heads, H head width, F inner width, L layers, T row length.
 """
+
+# Shapes: D model width, K key and value heads, H head width, F inner width, L layers, T row length.
 
 from __future__ import annotations
 

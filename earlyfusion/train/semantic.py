@@ -5,8 +5,10 @@ head has to name from the codewords what the picture shows, the codes carry this
 that reads them learns names faster. (UniTok, arXiv 2502.20321, and VILA-U, arXiv 2409.04429,
 contrast pictures with captions; here names are few, so a class per name is enough.) The head's
 gradient passes the codewords straight through to the encoder. The head is not part of the VQ-GAN,
-whose files and speed do not change. Shapes: B batch, C channels, y x in codes, L labels.
+whose files and speed do not change.
 """
+
+# Shapes: B batch, C channels, y x in codes, L labels.
 
 from __future__ import annotations
 

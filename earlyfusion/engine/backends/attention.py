@@ -3,10 +3,10 @@
 Keys and values are gathered from their blocks. Rows that read one token attend together, on a CPU
 in groups of about the same length, padded to the longest of the group. A piece of a prompt, or a
 window of drafts, attends alone.
-
-Shapes: T tokens of the step, R rows that attend together, N query heads, K key and value heads, G =
-N / K, P positions, H head width.
 """
+
+# Shapes: T tokens of the step, R rows that attend together, N query heads, K key and value heads, G
+# = N / K, P positions, H head width.
 
 from __future__ import annotations
 

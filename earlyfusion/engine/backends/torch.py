@@ -4,10 +4,10 @@ All tokens of a step are concatenated, so each layer does one matmul for all req
 and values come from one fused matrix, gate and up from another. On a CPU the weights are packed
 once for oneDNN, whose products of few rows are up to three times as fast as `F.linear`; they stay
 unpacked if memory is short. Packed linear modules and PEFT's adapters are called as they are.
-
-Shapes: T tokens of a step, R of them drawn from, D model width, N query heads, K key and value
-heads, M = N + K, H head width, I inner width of the feed-forward, O x I a weight, P positions.
 """
+
+# Shapes: T tokens of a step, R of them drawn from, D model width, N query heads, K key and value
+# heads, M = N + K, H head width, I inner width of the feed-forward, O x I a weight, P positions.
 
 from __future__ import annotations
 

@@ -3,10 +3,10 @@
 The first has one program per row, key head and stretch of `KEYS` keys; the second joins the
 stretches of a row. A row's stretches depend only on its own length, so its sums have the same order
 whatever the other rows are. Grids do not depend on values, so the kernels can be captured.
-
-Shapes: R rows, N query heads, K key and value heads, G = N / K, H head width, B blocks, T tokens of
-a block, W blocks of a table, S stretches.
 """
+
+# Shapes: R rows, N query heads, K key and value heads, G = N / K, H head width, B blocks, T tokens
+# of a block, W blocks of a table, S stretches.
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""The operations between two products of a layer, a kernel each: sum and RMSNorm; SwiGLU. Shapes: R
-rows, D model width, F inner width of the feed-forward."""
+"""The operations between two products of a layer, a kernel each: sum and RMSNorm; SwiGLU."""
+
+# Shapes: R rows, D model width, F inner width of the feed-forward.
 
 from __future__ import annotations
 

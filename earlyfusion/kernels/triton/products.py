@@ -1,5 +1,6 @@
-"""Products of few rows with packed weights, which are read once: int8, int4, and dense ones.
-Shapes: R rows, O x I a weight."""
+"""Products of few rows with packed weights, which are read once: int8, int4, and dense ones."""
+
+# Shapes: R rows, O x I a weight.
 
 from __future__ import annotations
 
