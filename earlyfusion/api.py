@@ -85,12 +85,10 @@ _GREY = (128, 128, 128)
 
 @dataclass(frozen=True, eq=False)
 class Reply:
-    """The model's answer: `segments` in order, images decoded and with their codes.
-
-    The same request with `seed` gives the same reply. `logprobs` has an entry per drawn token, if
-    the request asked for them. If the prompt ends with an assistant's turn, the reply is only its
-    continuation.
-    """
+    """The model's answer: `segments` in order, images decoded and with their codes. The same
+    request with `seed` gives the same reply. `logprobs` has an entry per drawn token, if the
+    request asked for them. If the prompt ends with an assistant's turn, the reply is only its
+    continuation."""
 
     segments: list[Segment]
     finish_reason: Reason
@@ -133,12 +131,10 @@ class Score:
 
 
 class Chameleon:
-    """A model in memory: transformer, image tokenizer and processor.
-
-    `defaults` are the model's sampling settings, as in its `generation_config.json`; `folder` is
-    where it was loaded from. One `engine` answers all requests, from any thread. Copies and pickles
-    hold the model without the engine.
-    """
+    """A model in memory: transformer, image tokenizer and processor. `defaults` are the model's
+    sampling settings, as in its `generation_config.json`; `folder` is where it was loaded from. One
+    `engine` answers all requests, from any thread. Copies and pickles hold the model without the
+    engine."""
 
     def __init__(
         self,
@@ -444,8 +440,7 @@ class Chameleon:
         adapter: str | None = None,
         **fields: Unpack[SamplingFields],
     ) -> Request:
-        """The request that `generate` answers: checked, with images encoded and a seed chosen.
-        Raises an `EarlyFusionError`."""
+        """The request that `generate` answers: checked, with images encoded. Raises as it does."""
         check_names(fields, _KEYWORDS)
         return self._request(prompt, output, sampling, seed, size, adapter, fields)
 
@@ -646,8 +641,7 @@ class Chameleon:
         return [codes_of[key] for key in keys]
 
     def _keys(self, images: Sequence[Image]) -> list[bytes]:
-        """Hashes of everything that codes depend on: pixels, weights, and how a picture is made
-        square."""
+        """Hashes of what codes depend on: pixels, weights, and how a picture is made square."""
         tokenizer = self.image_tokenizer
         how = tokenizer.mode, tokenizer.resolution, fingerprint([tokenizer.vqgan])
         pils = [image.pil for image in images if image.pil is not None]

@@ -239,7 +239,6 @@ class Replies:
             ) from None
 
     def fail(self, job: Job, error: EarlyFusionError) -> None:
-        """Note the error of a job."""
         self.errors += 1
         self._failed.append({"id": job.id, "line": job.line, "error": str(error)})
 

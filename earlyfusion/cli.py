@@ -1,8 +1,6 @@
-"""The command line: each command turns its options into calls of the public API.
-
-Only Typer is imported here. Commands import torch, Rich and the model once their options are known
-to be valid, so `--help`, completion and mistakes are answered at once.
-"""
+"""The command line: each command turns its options into calls of the public API. Only Typer is
+imported here. Commands import torch, Rich and the model once their options are known to be valid,
+so `--help`, completion and mistakes are answered at once."""
 
 from __future__ import annotations
 

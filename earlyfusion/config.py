@@ -1,8 +1,6 @@
-"""Shapes of the two networks, read from and written to a transformers `config.json`.
-
-Field names are those of transformers' `ChameleonConfig` and `ChameleonVQVAEConfig`, so files need
-no translation. Paper: arXiv 2405.09818, sections 2.1 (image tokenizer) and 2.3 (stability).
-"""
+"""Shapes of the two networks, read from and written to a transformers `config.json`. Field names
+are those of transformers' `ChameleonConfig` and `ChameleonVQVAEConfig`, so files need no
+translation. Paper: arXiv 2405.09818, sections 2.1 (image tokenizer) and 2.3 (stability)."""
 
 from __future__ import annotations
 
@@ -58,8 +56,8 @@ class VQConfig:
 
     @property
     def grid(self) -> int:
-        """Codes along one side of a picture of the configured resolution; `SettingError` if the
-        stride does not divide it."""
+        """Codes along one side of a picture; `SettingError` if the stride does not
+        divide its side."""
         _require(
             self.resolution % self.stride == 0,
             "resolution",
@@ -81,11 +79,9 @@ class VQConfig:
 @dataclass(frozen=True)
 class ModelConfig:
     """Shape of the transformer. `swin_norm` norms the outputs of attention and MLP, as in the 34B.
-
     `hidden_act` is one of transformers' names. `rope_scaling` holds `rope_type` and the other
     `rope_parameters` of transformers, except `rope_theta`. A config may describe a model that
-    cannot be built; `check`, and building it, raise then.
-    """
+    cannot be built; `check`, and building it, raise then."""
 
     vocab_size: int = 65536
     hidden_size: int = 4096

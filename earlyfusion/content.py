@@ -77,12 +77,10 @@ class Text:
 
 @dataclass(eq=False)
 class Image:
-    """A picture: its pixels, its codes, or both. Raises `ImageError`.
-
-    `pil` is upright RGB of at most 25 megapixels, or None for a drawn picture that is not decoded
-    yet. `codes` is int64 [h, w], or None for a picture that is not encoded yet. Grey pictures are
-    scaled to 8 bits from 16 bits, from 32 bits up to 65,535, and from floats of 0 to 1.
-    """
+    """A picture: its pixels, its codes, or both. Raises `ImageError`. `pil` is upright RGB of at
+    most 25 megapixels, or None for a drawn picture that is not decoded yet. `codes` is int64 [h,
+    w], or None for a picture that is not encoded yet. Grey pictures are scaled to 8 bits from 16
+    bits, from 32 bits up to 65,535, and from floats of 0 to 1."""
 
     pil: PIL.Image.Image | None = None
     codes: npt.NDArray[np.int64] | None = None
@@ -144,8 +142,7 @@ Part: TypeAlias = str | Text | Image | PIL.Image.Image | Path | npt.NDArray[Any]
 
 @dataclass(init=False)
 class Message:
-    """One turn: the speaker and the parts, in order. A part may also be a str, PIL image, path,
-    array or tensor."""
+    """One turn: the speaker and the parts, which may also be str, PIL images, paths or arrays."""
 
     role: Role
     parts: list[Segment]

@@ -1,8 +1,6 @@
-"""Errors. Every mistake that a caller can make is an `EarlyFusionError`.
-
-Its text is one sentence that names the value, the limit and the remedy. The command line turns it
-into exit code 2, a server into a 4xx reply.
-"""
+"""Errors. Every mistake that a caller can make is an `EarlyFusionError`. Its text is one sentence
+that names the value, the limit and the remedy. The command line turns it into exit code 2, a server
+into a 4xx reply."""
 
 from __future__ import annotations
 

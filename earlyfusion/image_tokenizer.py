@@ -1,8 +1,6 @@
-"""Pictures <-> codes around the VQ-GAN (arXiv 2405.09818, section 2.1).
-
-The steps are those of Meta's released code, to the bit: Lanczos to a shorter side of `resolution`,
-centre crop, and u8 / 255 * 2 - 1 in float64 before float32.
-"""
+"""Pictures <-> codes around the VQ-GAN (arXiv 2405.09818, section 2.1). The steps are those of
+Meta's released code, to the bit: Lanczos to a shorter side of `resolution`, centre crop, and u8 /
+255 * 2 - 1 in float64 before float32."""
 
 # Shapes: n pictures, C channels, Y X height and width in pixels, h w in codes.
 

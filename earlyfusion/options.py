@@ -1,9 +1,6 @@
-"""Options of commands, made from the fields of dataclasses.
-
-The name, type, default and meaning of an option stand in one place, its field; the meaning is the
-text below the field. Fields are read from source, because `--help` and completion would otherwise
-wait for modules that import torch.
-"""
+"""Options of commands, made from the fields of dataclasses. The name, type, default and meaning of
+an option stand in one place, its field; the meaning is the text below the field. Fields are read
+from source, because `--help` and completion would otherwise wait for modules that import torch."""
 
 from __future__ import annotations
 
@@ -96,8 +93,7 @@ def with_options(command: Callable[..., object]) -> Callable[..., object]:
 
 
 def _group(annotation: Any) -> tuple[list[Parameter], Callable[[dict[str, Any]], Any]] | None:
-    """The options that a parameter stands for, and the function that makes its value
-    from theirs."""
+    """The options that a parameter stands for, and what makes its value from theirs."""
     if is_dataclass(annotation) and isinstance(annotation, type):
         hints = get_type_hints(annotation, include_extras=True)
         options = [

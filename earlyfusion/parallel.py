@@ -94,7 +94,6 @@ def launch(config: ParallelConfig, device: torch.device) -> DeviceMesh | None:
 
 
 def data_rank(mesh: DeviceMesh | None) -> tuple[int, int]:
-    """The data rank of this process, and the number of data ranks."""
     if mesh is None:
         return 0, 1
     shards = mesh[SHARD].size()
@@ -333,8 +332,7 @@ class VocabularySlice(NamedTuple):
 
 
 def head_inputs(x_BTD: Tensor, head_VD: Tensor) -> tuple[Tensor, Tensor, VocabularySlice | None]:
-    """States of all positions, this process's rows of the head, and which rows these are (None:
-    all)."""
+    """States of all positions, this process's rows of the head, and which these are (None: all)."""
     if processes.count() == 1:
         return x_BTD, head_VD, None
     from torch.distributed.tensor import DTensor, Partial, Replicate

@@ -80,8 +80,7 @@ def _leave() -> None:
 
 
 def agree(value: Callable[[], Any]) -> Any:
-    """What `value()` returns in the first process, on all of them, as others may see a later state
-    of a shared disk."""
+    """What `value()` returns in the first process, on all; disks may show others a later state."""
     if count() == 1:
         return value()
     shared = [value() if rank() == 0 else None]

@@ -98,11 +98,9 @@ class Processor:
         self, messages: Sequence[Message], codes: Sequence[npt.ArrayLike] | None = None
     ) -> TokenSequence:
         """The prompt: every turn, each closed by `end_of_turn`, except an assistant's at the end,
-        which the reply continues.
-
-        `codes` are [h, w] per picture of the messages, in order (None: those that the pictures
-        carry). Raises `PromptError`, and `ImageError` for codes of another model.
-        """
+        which the reply continues. `codes` are [h, w] per picture of the messages, in order (None:
+        those that the pictures carry). Raises `PromptError`, and `ImageError` for codes of another
+        model."""
         if not messages:
             raise PromptError("a prompt needs the user's turn: add the user's message")
         check_alternation(messages)
@@ -148,8 +146,7 @@ class Processor:
         return _utf8_decoder().decode(b"".join(self._bytes.get(int(t), b"") for t in tokens))
 
     def token_bytes(self, token: int) -> bytes:
-        """The UTF-8 bytes of a text token, maybe only a part of a character; b"" for
-        other tokens."""
+        """The UTF-8 bytes of a text token, maybe a part of a character; b"" for other tokens."""
         return self._bytes.get(token, b"")
 
     def token_text(self, token: int) -> str:
@@ -224,12 +221,10 @@ def _utf8_decoder() -> codecs.IncrementalDecoder:
 
 
 def train_tokenizer(texts: Iterable[str], num_codes: int, vocab_size: int) -> str:
-    """Train a byte-level BPE on `texts`; returns the JSON text of a tokenizer file.
-
-    Ids: bos, pad, eos, unk, the image codes, the image markers, end of turn, the placeholder, then
-    text, starting with the 256 bytes. At most `vocab_size` ids, fewer if the texts yield no more
-    merges. The same texts in the same order give the same file.
-    """
+    """Train a byte-level BPE on `texts`; returns the JSON text of a tokenizer file. Ids: bos, pad,
+    eos, unk, the image codes, the image markers, end of turn, the placeholder, then text, starting
+    with the 256 bytes. At most `vocab_size` ids, fewer if the texts yield no more merges. The same
+    texts in the same order give the same file."""
     control, alphabet = family_names(num_codes), pre_tokenizers.ByteLevel.alphabet()
     smallest = len(control) + len(alphabet)
     if vocab_size < smallest:
@@ -307,8 +302,7 @@ def _text_only(data: dict[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
 
 
 def _token_bytes(vocabulary: Vocabulary) -> dict[int, bytes]:
-    """The UTF-8 bytes of each text token. Added words are not in the byte alphabet: their names are
-    their text."""
+    """The bytes of each text token. Added words are not in the byte alphabet: take their names."""
     byte_of = _byte_alphabet()
     text = set(vocabulary.text_tokens.tolist())
     table = {}

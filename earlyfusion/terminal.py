@@ -1,8 +1,6 @@
 """Replies on a terminal: text as it comes, images as files and as half-block characters.
-
 Half-blocks and progress bars are for people: on a terminal, and not with `--json`. Half-blocks also
-need colours (so not with NO_COLOR or TERM=dumb) and an encoding that has the character.
-"""
+need colours (so not with NO_COLOR or TERM=dumb) and an encoding that has the character."""
 
 from __future__ import annotations
 
@@ -107,7 +105,6 @@ def reply_json(reply: Reply, path_of: Callable[[Image], Path | str]) -> dict[str
 
 
 def decoded(chameleon: Chameleon, codes_nhw: npt.NDArray[np.int64]) -> list[Image]:
-    """Images of these codes, with the codes."""
     import torch
 
     pils = chameleon.image_tokenizer.decode(torch.from_numpy(codes_nhw))

@@ -137,11 +137,9 @@ class Vocabulary:
 @dataclass(frozen=True)
 class ImageLayout:
     """How a picture of `height` x `width` codes is spelled: `head`, rows in raster order, `tail`.
-
     Markers are token names, by default Chameleon's. Lumina-mGPT closes each row with `line_end` and
     has size tokens in `head`, so `other` gives the layout of another height and width. `before`
-    precedes a picture without a prompt, which guidance draws from.
-    """
+    precedes a picture without a prompt, which guidance draws from."""
 
     height: int
     width: int

@@ -24,13 +24,12 @@ class Limits:
     products: float
 
     def milliseconds(self, num_bytes: float, operations: float = 0.0) -> float:
-        """The shortest time to copy `num_bytes` and to multiply, one of which waits for
-        the other."""
+        """The shortest time to copy `num_bytes` and to multiply, whichever takes longer."""
         return 1e3 * max(num_bytes / self.copy, operations / self.products)
 
 
 def measure_limits(device: torch.device, small: bool = False) -> Limits:
-    """The best of several trials, for which a GPU needs 5 GB. `small` inputs take no time, and stay
+    """The best of several trials; a GPU needs 5 GB, unless inputs are `small` and stay
     in a cache."""
     size, side = (2**30, 8192) if device.type == "cuda" else (2**28, 512)
     if small:

@@ -1,9 +1,6 @@
-"""Parts of a long measurement: each in a separate process, with a time limit.
-
-A crash, a hang or a lack of memory ends one part only. Every row is sent to the first process as
-soon as it is measured, which writes all that is known so far, so the machine may be lost at any
-time.
-"""
+"""Parts of a long measurement: each in a separate process, with a time limit. A crash, a hang or a
+lack of memory ends one part only. Every row is sent to the first process as soon as it is measured,
+which writes all that is known so far, so the machine may be lost at any time."""
 
 from __future__ import annotations
 
@@ -73,12 +70,10 @@ def run_parts(
     log: Path,
     keep: Callable[[list[Outcome]], None],
 ) -> list[Outcome]:
-    """Run the parts in order, until `minutes` are over.
-
-    Besides its own seconds, a part may take those that later parts do not need. `method` is how
-    processes start: "spawn", or "fork" if no device is in use. Their output goes to the file `log`.
-    `keep` is called with all outcomes after every row.
-    """
+    """Run the parts in order, until `minutes` are over. Besides its own seconds, a part may take
+    those that later parts do not need. `method` is how processes start: "spawn", or "fork" if no
+    device is in use. Their output goes to the file `log`. `keep` is called with all outcomes after
+    every row."""
     end, outcomes = time.monotonic() + 60 * minutes, list[Outcome]()
     for number, part in enumerate(parts):
         outcome = Outcome(part.name)
@@ -163,7 +158,6 @@ def _measure(part: Part, settings: Any, seconds: float, log: Path, sender: Conne
 
 
 def _end(process: BaseProcess) -> None:
-    """End a process and all that it has started."""
     process.join(0.2)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid or 0, signal.SIGKILL)

@@ -328,8 +328,7 @@ class Meter:
         return median(firsts), rest / max(number, 1)
 
     def crowd(self, number: int, context: int) -> tuple[float, float]:
-        """Tokens per second of `number` texts at about this context, and the context
-        that they had."""
+        """Tokens per second of `number` texts at about this context, and their exact context."""
         # The first texts draw already while the last prompts are read.
         room = min(TOKENS * 2 + 4 * number, self.config.max_position_embeddings // 2)
         context = max(2, min(context, self.config.max_position_embeddings - room))
@@ -345,8 +344,7 @@ class Meter:
         return drawn / took, context + (before + drawn / 2) / max(len(left), 1)
 
     def _first_token(self, prompt: Any, seed: int) -> float:
-        """Seconds to the first token of a reply, including the encoding of the prompt's
-        pictures."""
+        """Seconds to the first token of a reply, with the encoding of the prompt's pictures."""
 
         def reply() -> None:
             handle = self.engine.add(self.model.request(prompt, "text", seed=seed))

@@ -1,8 +1,6 @@
-"""Low-rank adapters in PEFT's files: `adapter_config.json` and `adapter_model.safetensors`.
-
-A layer becomes W + scale B A; scale is alpha / rank, or alpha / sqrt(rank) with `use_rslora`. The
-files name a layer as the model does, behind `base_model.model.`.
-"""
+"""Low-rank adapters in PEFT's files: `adapter_config.json` and `adapter_model.safetensors`. A layer
+becomes W + scale B A; scale is alpha / rank, or alpha / sqrt(rank) with `use_rslora`. The files
+name a layer as the model does, behind `base_model.model.`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
-"""An open checkpoint into modules: names and shapes are checked, then each tensor is read.
-
-The transformer keeps its file's dtype unless another is requested. The VQ-GAN is always fp32 in
-memory: in bf16 some codes would differ.
-"""
+"""An open checkpoint into modules: names and shapes are checked, then each tensor is read. The
+transformer keeps its file's dtype unless another is requested. The VQ-GAN is always fp32 in memory:
+in bf16 some codes would differ."""
 
 from __future__ import annotations
 
@@ -114,8 +112,8 @@ def build_transformer(
     dtype: torch.dtype | None = None,
     bits: int | None = None,
 ) -> Transformer:
-    """A transformer in eval mode with the values of `tensors`, packed if `bits` is 8 or 4. `folder`
-    is their source, for errors."""
+    """A transformer in eval mode with the values of `tensors`; `folder` is their source, for
+    errors."""
     if config.tie_word_embeddings and EMBEDDING in tensors:
         tensors = {**tensors, HEAD: tensors[EMBEDDING]}
     transformer = _empty_transformer(config, bits)

@@ -1,8 +1,6 @@
-"""Meta's checklist.chk, the md5 sums of a model's files: written, and verified once per file.
-
-The sum of a large file is cached in the user's cache folder, with the file's size and time of
-change: summing 14 GB takes longer than loading them.
-"""
+"""Meta's checklist.chk, the md5 sums of a model's files: written, and verified once per file. The
+sum of a large file is cached in the user's cache folder, with the file's size and time of change:
+summing 14 GB takes longer than loading them."""
 
 from __future__ import annotations
 

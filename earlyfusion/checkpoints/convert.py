@@ -1,8 +1,6 @@
-"""Converts a model of any supported layout to transformers' or Meta's, one tensor at a time.
-
-Input files are memory-mapped. Writing holds one tensor in transformers' layout and one shard in
-Meta's, whatever the size of the model.
-"""
+"""Converts a model of any supported layout to transformers' or Meta's, one tensor at a time. Input
+files are memory-mapped. Writing holds one tensor in transformers' layout and one shard in Meta's,
+whatever the size of the model."""
 
 from __future__ import annotations
 

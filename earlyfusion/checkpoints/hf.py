@@ -1,8 +1,6 @@
-"""transformers' layout: config.json, safetensors and tokenizer.json, read and written.
-
-The transformer's parameters have the names of these files. The VQ-GAN's are under `model.vqmodel.`,
-with the decoder that transformers leaves out.
-"""
+"""transformers' layout: config.json, safetensors and tokenizer.json, read and written. The
+transformer's parameters have the names of these files. The VQ-GAN's are under `model.vqmodel.`,
+with the decoder that transformers leaves out."""
 
 from __future__ import annotations
 
@@ -115,12 +113,10 @@ def save_hf(
     resize_mode: Mode = "crop",
     family: str = "chameleon",
 ) -> None:
-    """Write modules as a model folder, which appears whole or not at all.
-
-    `resize_mode` is the `mode` of the model's `ImageTokenizer`, `family` that of its `Source`. 8-
-    and 4-bit weights are written as they are, whatever `dtype` is; transformers cannot read them. A
-    folder that holds a model is replaced. Raises `CheckpointError` for any other non-empty folder.
-    """
+    """Write modules as a model folder, which appears whole or not at all. `resize_mode` is the
+    `mode` of the model's `ImageTokenizer`, `family` that of its `Source`. 8- and 4-bit weights are
+    written as they are, whatever `dtype` is; transformers cannot read them. A folder that holds a
+    model is replaced. Raises `CheckpointError` for any other non-empty folder."""
     if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").is_file():
         raise CheckpointError(
             f"{folder} is not empty and does not hold a model: choose another folder"

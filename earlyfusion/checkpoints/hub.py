@@ -19,8 +19,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def download_model(hub_id: str) -> Path:
-    """The folder of a model's files, downloaded unless they are here already; `CheckpointError` if
-    that fails."""
+    """The folder of a model's files, downloaded if needed; `CheckpointError` if that fails."""
     try:
         return _download(hub_id, "model", _MODEL_FILES)
     except ImportError:
@@ -36,8 +35,7 @@ def download_model(hub_id: str) -> Path:
 
 
 def download_dataset(hub_id: str, patterns: Sequence[str], revision: str | None = None) -> Path:
-    """The folder of a data set's files that match `patterns`, downloaded unless they are here;
-    `DataError` if that fails."""
+    """The folder of a data set's files that match `patterns`; `DataError` if a download fails."""
     try:
         return _download(hub_id, "dataset", patterns, revision)
     except ImportError:

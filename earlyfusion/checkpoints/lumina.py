@@ -63,7 +63,6 @@ def is_layout(spelled: ImageLayout) -> bool:
 
 
 def layouts(grid: int) -> list[ImageLayout]:
-    """The layouts of all `sizes`."""
     return [layout(*size) for size in sizes(grid)]
 
 

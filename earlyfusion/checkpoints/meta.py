@@ -185,8 +185,7 @@ def copy_to_meta(source: Source, folder: Path, shards: int | None, on_bytes: OnB
 
 
 def find_tokenizer(folder: Path) -> Path:
-    """The nearest folder with a text_tokenizer.json: this one, or tokenizer/ in it or its two
-    parents."""
+    """The nearest folder with a text_tokenizer.json: this, or tokenizer/ here or in two parents."""
     above = (parent / "tokenizer" for parent in folder.absolute().parents[:2])
     for candidate in (folder, folder / "tokenizer", *above):
         if (candidate / META_TOKENIZER).is_file():
@@ -206,8 +205,7 @@ def open_vqgan(path: Path) -> tuple[VQConfig, dict[str, Stored]]:
 
 
 def read_config(folder: Path, vq_config: VQConfig | None = None) -> ModelConfig:
-    """The model's shape from params.json, its "model" entry, and consolidate_params.json if
-    present."""
+    """The model's shape from params.json, its "model" entry, and consolidate_params.json."""
     params = _read_params(folder / "params.json")
     overruling = folder / "consolidate_params.json"
     merged = params | dict(params.get("model") or {})
@@ -388,8 +386,7 @@ def _frequencies(config: ModelConfig) -> Tensor:
 
 
 def check_meta(source: Source) -> None:
-    """Raise `CheckpointError` for a model that Meta's layout cannot hold in any number
-    of shards."""
+    """Raise `CheckpointError` for a model that Meta's layout cannot hold in any number of files."""
     config = source.config
     reasons = {
         "attention_bias": config.attention_bias,
@@ -445,7 +442,6 @@ def _possible_shards(source: Source) -> list[int]:
 
 
 def _shared(norms: Sequence[Tensor], shards: int) -> bool:
-    """Whether the heads of each shard have the same norm."""
     per_shard = chain.from_iterable(norm.chunk(shards, 0) for norm in norms)
     return all(torch.equal(norm, norm[:1].expand_as(norm)) for norm in per_shard)
 

@@ -1,8 +1,6 @@
-"""An open checkpoint: names, shapes and dtypes are known, and no tensor has been read yet.
-
-Every layout is opened as a `Source`. A conversion reads its `Stored` tensors one after the other,
-so its memory does not grow with the model.
-"""
+"""An open checkpoint: names, shapes and dtypes are known, and no tensor has been read yet. Every
+layout is opened as a `Source`. A conversion reads its `Stored` tensors one after the other, so its
+memory does not grow with the model."""
 
 from __future__ import annotations
 
@@ -60,7 +58,6 @@ class Stored:
         return self.then(lambda tensor: tensor.to(dtype))
 
     def then(self, change: Callable[[Tensor], Tensor]) -> Stored:
-        """The tensor after `change`."""
         # Run on a meta tensor, to learn the new shape and dtype.
         after = change(torch.empty(self.shape, dtype=self.dtype, device="meta"))
         return Stored(after.dtype, tuple(after.shape), lambda: change(self.read()))
@@ -92,8 +89,7 @@ class FiniteCheck:
         self._counts: dict[str, int] = {}
 
     def watch(self, tensors: Mapping[str, Stored], prefix: str = "") -> dict[str, Stored]:
-        """The same tensors, checked when they are read; `prefix` is put before their names in
-        reports."""
+        """The same tensors, checked when read; reports put `prefix` before their names."""
         return {name: self._watched(prefix + name, stored) for name, stored in tensors.items()}
 
     def _watched(self, name: str, stored: Stored) -> Stored:

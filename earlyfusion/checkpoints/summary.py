@@ -1,8 +1,6 @@
-"""The output of `info`: the contents of a model folder and the memory that running it takes.
-
-The networks are built without memory for their weights and the files are checked against them, so a
-summary implies that the files are complete.
-"""
+"""The output of `info`: the contents of a model folder and the memory that running it takes. The
+networks are built without memory for their weights and the files are checked against them, so a
+summary implies that the files are complete."""
 
 from __future__ import annotations
 

@@ -128,8 +128,7 @@ class Encoder:
         return Read(form, answers, turns)
 
     def encode(self, batch: Sequence[Read]) -> list[TokenSequence | None]:
-        """Documents of rows; None for those in the quarantine. The pictures of all rows go through
-        the network together."""
+        """Documents of rows, None for the quarantine; the pictures of all rows are one batch."""
         codes = iter(self._codes([image for read in batch for image in read.images]))
         return [None if read.turns is None else self._document(read, codes) for read in batch]
 
@@ -154,7 +153,6 @@ class Encoder:
         return found
 
     def _document(self, read: Read, codes: Iterator[np.ndarray]) -> TokenSequence:
-        """The document of a row, which takes the codes of its pictures from `codes`."""
         assert read.turns is not None
         mine = list(islice(codes, len(read.images)))
         if len(read.turns) == 1:
@@ -203,12 +201,9 @@ def _image(picture: Picture, read: Callable[[str], bytes]) -> Image:
 
 class Fit:
     """Makes documents fit rows of `limit` tokens, and remembers the numbers of those that did not
-    fit.
-
-    A dialogue keeps its first exchanges that fit, as one piece. A plain document is cut between its
-    segments, and within a text that is longer than a piece; a picture is never cut. A document of
-    which no piece fits is dropped.
-    """
+    fit. A dialogue keeps its first exchanges that fit, as one piece. A plain document is cut
+    between its segments, and within a text that is longer than a piece; a picture is never cut. A
+    document of which no piece fits is dropped."""
 
     def __init__(self, limit: int, vocabulary: Vocabulary) -> None:
         self._limit, self._vocabulary = limit, vocabulary

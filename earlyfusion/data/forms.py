@@ -76,8 +76,7 @@ def example_of(row: Mapping[str, Any], picture_first: bool, plain_pairs: bool = 
 
 
 def pictures_of(row: Mapping[str, Any]) -> list[Picture]:
-    """The pictures of a row of any form, or of a row that has only pictures; `DataError` if there
-    are none."""
+    """The pictures of a row of any form, or of pictures only; `DataError` if it has none."""
     column = next((key for key in ("images", *_PICTURES) if row.get(key) is not None), None)
     if column is not None:
         value = row[column]

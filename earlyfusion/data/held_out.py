@@ -17,8 +17,8 @@ MOST_DOCUMENTS = 500
 
 @dataclass
 class ValidationConfig:
-    """Which rows are held out, and how often their loss is measured. The weights of the lowest loss
-    become the model of the run."""
+    """Held-out rows, and how often their loss is measured; the run's model is that of
+    the lowest."""
 
     validation: float = 0.0
     """Share of each source's rows that is held out; 0: none."""
@@ -59,8 +59,8 @@ def held_out_numbers(size: int, share: float, seed: int, source: int) -> np.ndar
 
 
 def held_out_documents(held: Sequence[tuple[Documents, np.ndarray]]) -> list[TokenSequence]:
-    """The documents of these rows of sources, at most about `MOST_DOCUMENTS`; `DataError` if none
-    can be used."""
+    """The documents of these rows, at most about `MOST_DOCUMENTS`; `DataError` if none
+    is usable."""
     rows = [(documents, int(number)) for documents, numbers in held for number in numbers]
     # Evenly spread over the sources, whose rows are joined.
     chosen = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), MOST_DOCUMENTS)).round())

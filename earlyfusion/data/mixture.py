@@ -40,8 +40,6 @@ class Numbered(Protocol):
 
 
 class Documents(Numbered, Protocol):
-    """A source of documents."""
-
     name: str
     fingerprint: str
     fit: Fit
@@ -160,12 +158,10 @@ class Mixture:
 
 
 class Epochs:
-    """The numbers of a source, epoch after epoch, each in a different order.
-
-    Groups of rows are shuffled, then the rows within pools of groups, so that a Parquet file is
-    read group by group; if any row is cheap to read, one pool holds all. `chosen` are the numbers
-    to use, ascending (None: all).
-    """
+    """The numbers of a source, epoch after epoch, each in a different order. Groups of rows are
+    shuffled, then the rows within pools of groups, so that a Parquet file is read group by group;
+    if any row is cheap to read, one pool holds all. `chosen` are the numbers to use, ascending
+    (None: all)."""
 
     def __init__(
         self, source: Numbered, seed: int, key: str, chosen: np.ndarray | None = None

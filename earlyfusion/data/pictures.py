@@ -62,8 +62,6 @@ class PicturesConfig:
 
 
 class Pictures(Protocol):
-    """Pictures by number."""
-
     fingerprint: str
     groups: list[int]
     is_random: bool
@@ -103,8 +101,6 @@ class PictureFiles:
 
 
 class RowPictures:
-    """The pictures of rows."""
-
     def __init__(self, rows: Rows) -> None:
         self._rows = rows
         self.groups, self.is_random = rows.groups, rows.is_random
@@ -276,8 +272,7 @@ def read_or_refuse(
 
 
 def hold_out(pictures: Pictures, wanted: int, most: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers to check on (at most that share of all) and the others, the same for every seed of a
-    run."""
+    """Numbers to check on, at most this share, and the others; the same for every run's seed."""
     # A fixed seed, so that runs of other seeds are measured on the same pictures.
     count = len(pictures)
     held = min(wanted, int(most * count))

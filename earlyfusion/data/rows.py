@@ -1,7 +1,5 @@
-"""The rows of a source: a file, a folder, a glob or a hub id, opened as one numbered list.
-
-Unusable rows go to the quarantine: a JSONL file of their file, number and reason.
-"""
+"""The rows of a source: a file, a folder, a glob or a hub id, opened as one numbered list. Unusable
+rows go to the quarantine: a JSONL file of their file, number and reason."""
 
 from __future__ import annotations
 
@@ -63,7 +61,6 @@ class Rows:
         return len(self._numbers)
 
     def find(self, number: int) -> tuple[Table, int]:
-        """The table of a row, and its number there."""
         table, at = self._numbers.find(number)
         return self.tables[table], at
 
@@ -73,8 +70,7 @@ class Rows:
 
 
 def open_rows(source: str, cache: Path, settings: RowSettings) -> Rows:
-    """Open a file, the tables in a folder, a glob, or a hub id. `cache` is the folder of the files'
-    indices. Raises `DataError`."""
+    """Open a file, a folder, a glob or a hub id; `cache` is for indices. Raises `DataError`."""
     if not settings.patterns and (captioned := _captioned(source)) is not None:
         return captioned
     root, paths, from_hub = find_files(source, settings.patterns)
@@ -142,8 +138,7 @@ def _matches(path: Path, root: Path, patterns: Sequence[str]) -> bool:
 
 
 def _fingerprint(root: Path, paths: Sequence[Path]) -> str:
-    """Digest of the name, size, and first and last bytes of each file: fast for large
-    files, too."""
+    """Digest of the name, size, and first and last bytes of each file, which is fast."""
     digest = hashlib.sha256()
     for path in paths:
         size = path.stat().st_size

@@ -54,9 +54,7 @@ class Table(Protocol):
         """All rows in order, with one byte in place of each picture's; None for a damaged row."""
         ...
 
-    def read(self, row: Mapping[str, Any], name: str) -> bytes:
-        """The bytes of a picture that `row` names."""
-        ...
+    def read(self, row: Mapping[str, Any], name: str) -> bytes: ...
 
 
 class PictureFolder:
@@ -353,8 +351,7 @@ def _indexed(path: Path, cache: Path, make: Callable[[Path], Index]) -> Index:
 
 
 def cached_arrays(path: Path, make: Callable[[], Index]) -> Index:
-    """The arrays of an .npz file; if it is missing or damaged, those of `make`, which are written
-    to it."""
+    """The arrays of an .npz file; if it cannot be read, those of `make`, written to it."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return dict(file)

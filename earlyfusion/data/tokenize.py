@@ -1,8 +1,6 @@
-"""A corpus -> token shards, by any number of processes; `shards` describes the files.
-
-Every shard is a run of rows and depends on nothing else, so it can be made anywhere and in any
-order. A repeated command only makes the missing shards.
-"""
+"""A corpus -> token shards, by any number of processes; `shards` describes the files. Every shard
+is a run of rows and depends on nothing else, so it can be made anywhere and in any order. A
+repeated command only makes the missing shards."""
 
 from __future__ import annotations
 

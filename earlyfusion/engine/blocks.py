@@ -230,7 +230,6 @@ class BlockPool:
             self._behind.setdefault(parent, {})[block] = None
 
     def _begin(self, branch: Branch) -> None:
-        """Register the block that a branch is filling."""
         number = branch.read // self.size
         block = branch.blocks[number]
         content = self._content[block]
@@ -252,8 +251,7 @@ class BlockPool:
             del self._behind[content.parent]
 
     def _longest(self, branch: Branch) -> tuple[int | None, int]:
-        """The block that agrees longest with the tokens behind the branch's last block, and the
-        number of tokens that agree."""
+        """The block that agrees longest with the next tokens of a branch, and with how many."""
         start = len(branch.blocks) * self.size
         tokens = branch.tokens[start : min(start + self.size, len(branch.tokens) - 1)]
         behind = self._behind.get(branch.parent, {})

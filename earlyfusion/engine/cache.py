@@ -1,8 +1,6 @@
-"""The engine's keys and values: blocks of tokens, each holding those of all layers.
-
-Their dtype is the model's or a smaller one: bf16, or int8 with one fp32 scale per token and head,
-separately for keys and values.
-"""
+"""The engine's keys and values: blocks of tokens, each holding those of all layers. Their dtype is
+the model's or a smaller one: bf16, or int8 with one fp32 scale per token and head, separately for
+keys and values."""
 
 # Shapes: B blocks, L layers, K key and value heads, S tokens of a block, H head width, T new
 # tokens, R rows that look back, P positions.
@@ -58,12 +56,10 @@ class LayerCache(NamedTuple):
 
 
 class Cache:
-    """Keys and values of all blocks: `kv_BL2KSH` and, in int8, `scales_BL2KS`.
-
-    A sequence has at most `length` tokens. On a CPU the memory of a block is only taken when it is
-    first written. Within a block the positions of one head are adjacent, so that attention of one
-    token reads memory in order.
-    """
+    """Keys and values of all blocks: `kv_BL2KSH` and, in int8, `scales_BL2KS`. A sequence has at
+    most `length` tokens. On a CPU the memory of a block is only taken when it is first written.
+    Within a block the positions of one head are adjacent, so that attention of one token reads
+    memory in order."""
 
     def __init__(
         self,
@@ -142,11 +138,9 @@ def cache_size(
     reserved: int = 0,
 ) -> CacheSize:
     """The cache that fits into `budget` bytes, or into a share of the free memory less `reserved`
-    bytes (a quarter on a CPU, 80% on a GPU).
-
-    Without a budget it has room for at least the three branches of a guided image at full context,
-    and for at most MOST_CONTEXTS contexts. Raises `SettingError` if a budget holds no block.
-    """
+    bytes (a quarter on a CPU, 80% on a GPU). Without a budget it has room for at least the three
+    branches of a guided image at full context, and for at most MOST_CONTEXTS contexts. Raises
+    `SettingError` if a budget holds no block."""
     block_bytes = BLOCK_SIZE * token_bytes
     context = -(-context_tokens // BLOCK_SIZE)
     if budget is None:

@@ -287,8 +287,7 @@ class Engine:
 
 
 class _Turns:
-    """A fair lock: first come, first served. With a plain lock, a thread that steps in a loop could
-    keep the others out."""
+    """A fair lock. With a plain one, a thread that steps in a loop could keep the others out."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()

@@ -31,12 +31,9 @@ _NUMBERS = count()
 
 class Handle:
     """A request in the engine. Iterating over it gives its events as they come, and drives the
-    engine while there are none.
-
-    The scheduler sees it as an `Entry`. `branches` are in the order full, image-only,
-    unconditional; a condition that cancels out has none. A draw with `steering` sets `logprob`, or
-    the `error` that ends the request.
-    """
+    engine while there are none. The scheduler sees it as an `Entry`. `branches` are in the order
+    full, image-only, unconditional; a condition that cancels out has none. A draw with `steering`
+    sets `logprob`, or the `error` that ends the request."""
 
     def __init__(
         self,
@@ -101,8 +98,7 @@ class Handle:
 
     @property
     def uniforms(self) -> list[float]:
-        """Numbers in [0, 1) for the next draws, one per position. Each token of the reply has its
-        own."""
+        """Numbers in [0, 1) for the next draws, one per position; each token has its own."""
         return self._uniforms.of(len(self.tokens), self.positions)
 
     def uniforms_of(self, count: int) -> list[float]:
@@ -243,7 +239,6 @@ class Handle:
 
 
 def most_branches(request: Request) -> int:
-    """The most branches that this request may need at once."""
     if request.images == 0 or request.output == "text":
         return 1
     return max(len(guidance.needed(*request.guidance, has)) for has in (False, True))

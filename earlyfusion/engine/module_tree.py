@@ -1,8 +1,6 @@
-"""Checks of a module tree: hooks, modules of other classes, and whether anything has changed.
-
-Back ends with their own forward pass take the weights out of the modules. That is valid only if
-calling the modules would give the same (`is_plain`), and until something changes (`fingerprint`).
-"""
+"""Checks of a module tree: hooks, modules of other classes, and whether anything has changed. Back
+ends with their own forward pass take the weights out of the modules. That is valid only if calling
+the modules would give the same (`is_plain`), and until something changes (`fingerprint`)."""
 
 from __future__ import annotations
 

@@ -31,13 +31,10 @@ from earlyfusion.model.transformer import Transformer
 
 
 class ModelRunner:
-    """Owns the cache, the back end and the drawer; `run` is a whole step.
-
-    The cache has `blocks` blocks, for sequences of at most `length` tokens, with the dtype that
-    `dtype_name` names (None: the model's). `static` asks for bursts of static steps (None: on a
-    CUDA device). `adapters` are models with other weights in their layers, by name; with them no
-    step is static.
-    """
+    """Owns the cache, the back end and the drawer; `run` is a whole step. The cache has `blocks`
+    blocks, for sequences of at most `length` tokens, with the dtype that `dtype_name` names (None:
+    the model's). `static` asks for bursts of static steps (None: on a CUDA device). `adapters` are
+    models with other weights in their layers, by name; with them no step is static."""
 
     def __init__(
         self,

@@ -21,12 +21,10 @@ ALONE = 4
 
 
 class Entry(Protocol):
-    """The scheduler's view of a request (`engine/handle.py`).
-
-    The smaller `priority` runs first, then the smaller `number`. `drafts` are read behind the last
-    token of each branch, but never count as read. `reserve` is the number of tokens that are sure
-    to come: within an image, the rest of its codes.
-    """
+    """The scheduler's view of a request (`engine/handle.py`). The smaller `priority` runs first,
+    then the smaller `number`. `drafts` are read behind the last token of each branch, but never
+    count as read. `reserve` is the number of tokens that are sure to come: within an image, the
+    rest of its codes."""
 
     @property
     def branches(self) -> list[Branch]: ...
@@ -120,8 +118,8 @@ class Scheduler:
         return plan
 
     def grow(self, entries: Iterable[Entry], tokens: int) -> None:
-        """Give these requests blocks for `tokens` further tokens, as long as each running request
-        could still get one more block."""
+        """Give requests blocks for `tokens` more tokens, while each running one could
+        get one more."""
         for entry in entries:
             for branch in entry.branches:
                 size = len(branch.tokens) + tokens
@@ -165,8 +163,7 @@ class Scheduler:
             self._assign(entry, plan)
 
     def _admit(self, plan: Plan) -> None:
-        """Admit waiting requests in order. Only requests of a lower priority are preempted for
-        them."""
+        """Admit waiting requests in order, preempting only those of lower priority."""
         self.waiting.sort(key=_order)
         while self.waiting:
             first = self.waiting[0]

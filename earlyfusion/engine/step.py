@@ -1,8 +1,6 @@
 """The tokens of one step in one row: which they are, their positions, and the rows drawn from.
-
 Follows from the scheduler's plan alone and is the same for all back ends; how each looks back in
-the cache is its own concern (`backends/attention.py`).
-"""
+the cache is its own concern (`backends/attention.py`)."""
 
 from __future__ import annotations
 

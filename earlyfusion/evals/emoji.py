@@ -190,12 +190,10 @@ def psnr(one: PIL.Image.Image, other: PIL.Image.Image) -> float:
 
 
 def retrieval(model: Model, data: EmojiData, limit: int, seed: int) -> Numbers:
-    """Ranks of drawings among the pictures of their style.
-
-    {"usual" | "train" | "val-pair" | "ceiling": {n, top1, top5, top10}}. Half of the requests are
-    in English and half in Korean. They give name and style, or, in "usual", only the name, which is
-    then compared in the first style that has the thing among the training pictures.
-    """
+    """Ranks of drawings among the pictures of their style. {"usual" | "train" | "val-pair" |
+    "ceiling": {n, top1, top5, top10}}. Half of the requests are in English and half in Korean. They
+    give name and style, or, in "usual", only the name, which is then compared in the first style
+    that has the thing among the training pictures."""
     galleries: dict[str, Gallery] = {}
     report: Numbers = {}
     chosen = {"usual": _first_pictures(data, limit, seed)}

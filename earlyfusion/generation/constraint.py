@@ -56,7 +56,6 @@ def check(processor: Processor, sampling: SamplingParams) -> None:
 
 
 def constraint(processor: Processor, request: Request) -> Constraint | None:
-    """The constraint of a request; None if it has none."""
     source = _source(request.sampling)
     return None if source is None else Constraint(processor, request, source)
 
@@ -83,16 +82,15 @@ class Constraint:
         self._in_picture = self._drawn = self._begun = self._closed = False
 
     def __call__(self, ids: Sequence[int], logits_V: Tensor) -> Tensor:
-        """The logits, with -inf for tokens that may not come. `ids` are those of prompt
-        and reply."""
+        """The logits, with -inf for tokens that may not come; `ids` include the prompt's."""
         allowed_V = self.allowed(ids, len(logits_V))
         if allowed_V is None:
             return logits_V
         return logits_V.masked_fill(~allowed_V.to(logits_V.device), -torch.inf)
 
     def allowed(self, ids: Sequence[int], size: int) -> Tensor | None:
-        """The tokens that may come: bool [V] on the CPU, None in a picture. Raises `SettingError`
-        if the matcher gives up."""
+        """The tokens that may come: bool [V], None in a picture; `SettingError` if llguidance gives
+        up."""
         for token in ids[self._read :]:
             self._follow(token)
         self._read = len(ids)

@@ -73,8 +73,7 @@ class Grammar:
         return torch.tensor(rows, dtype=torch.int64).to(self.device)
 
     def mask(self, state_BF: Tensor) -> Tensor:
-        """True where a token may come next. A row that is done allows only the ids that end a
-        reply."""
+        """True where a token may come next; after a reply, only ids that end one."""
         allowed_BV = self._classes_KV[self._class_of[state_BF[:, SLOT]]]
         outside_B = state_BF[:, SLOT] == 0
         begins_B = outside_B & (state_BF[:, IMAGES] > 0) & (state_BF[:, ROOM] >= self.image_tokens)
@@ -110,7 +109,6 @@ class Grammar:
         return (state_BF[:, SLOT] > 0) & ~self.done(state_BF)
 
     def start_row(self, output: Output, images: int, room: int) -> list[int]:
-        """One row of `start` as integers."""
         if output == "text":
             images = 0
         elif output == "image" and (images < 1 or room < self.image_tokens):

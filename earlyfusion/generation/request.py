@@ -133,8 +133,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class TokenDrawn:
-    """A drawn token, if the request asks for `logprobs`; sent before the token's other events.
-    Forced tokens are not drawn."""
+    """A drawn, unforced token, if the request asks for `logprobs`; sent before its other events."""
 
     logprob: TokenLogprob
 

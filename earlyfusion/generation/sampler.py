@@ -145,8 +145,7 @@ def invert(weights_BV: Tensor, uniform_B: Tensor) -> Tensor:
 
 
 def generator(seed: int) -> torch.Generator:
-    """A request's own source of random numbers; on the CPU, so that a seed means the
-    same anywhere."""
+    """A request's random numbers; on the CPU, so that a seed means the same anywhere."""
     return torch.Generator().manual_seed(seed)
 
 

@@ -269,8 +269,7 @@ class SamplingFields(TypedDict, total=False):
 
 
 def check_names(names: Iterable[str], others: Iterable[str]) -> None:
-    """Raise `SettingError` for a name that is neither a field nor one of `others`; suggests the
-    nearest."""
+    """Raise `SettingError` for a name that is neither a field nor one of `others`."""
     known = [*others, *SamplingFields.__annotations__]
     for name in names:
         if name not in known:

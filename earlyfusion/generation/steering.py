@@ -41,8 +41,7 @@ class Steering:
 
     @property
     def only_forbids(self) -> bool:
-        """Whether it only forbids text tokens. Then `allowed` is all that `change` does, and codes
-        may be drawn without it."""
+        """Whether `allowed` is all that `change` does; codes may then be drawn without it."""
         return not self._processors and self._top is None
 
     def change(self, ids: Sequence[int], logits_V: Tensor, allowed_V: Tensor) -> Tensor:
@@ -121,12 +120,10 @@ def _processed(processor: LogitsProcessor, ids: list[int], logits_V: Tensor) -> 
 
 
 class Words:
-    """The text tokens that may come, given the words that a request forbids or allows.
-
-    Only text after the prompt counts. Bad words: no token may complete one. Allowed words: a
-    stretch of text is one or more of them, with one blank or line end in between and at most one in
-    front. Which tokens may come depends only on the end of the text, so they are cached by it.
-    """
+    """The text tokens that may come, given the words that a request forbids or allows. Only text
+    after the prompt counts. Bad words: no token may complete one. Allowed words: a stretch of text
+    is one or more of them, with one blank or line end in between and at most one in front. Which
+    tokens may come depends only on the end of the text, so they are cached by it."""
 
     def __init__(self, processor: Processor, request: Request) -> None:
         vocabulary, sampling = processor.vocabulary, request.sampling

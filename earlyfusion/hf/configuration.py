@@ -1,9 +1,7 @@
 # Copyright 2026 the authors of earlyfusion. Licensed under the Apache License 2.0.
-"""The two configs, with the fields, defaults and files of transformers' own.
-
-As in transformers, making a config only checks the types of its values. A value that no network can
-have raises when a model is built, with the name of the field.
-"""
+"""The two configs, with the fields, defaults and files of transformers' own. As in transformers,
+making a config only checks the types of its values. A value that no network can have raises when a
+model is built, with the name of the field."""
 
 # No `from __future__ import annotations`: transformers checks fields by their annotations.
 

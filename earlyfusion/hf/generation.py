@@ -1,7 +1,5 @@
-"""`generate` with pictures: its modes, the grammar as a logits processor, and guidance.
-
-Grammar and guidance are those of `earlyfusion.generation`; search and sampling are transformers'.
-"""
+"""`generate` with pictures: its modes, the grammar as a logits processor, and guidance. Grammar and
+guidance are those of `earlyfusion.generation`; search and sampling are transformers'."""
 
 # Shapes: B rows, T tokens, V vocabulary, F fields of the grammar's state.
 
@@ -227,12 +225,10 @@ def _check_unguided(text: float, image: float) -> None:
 
 
 class GrammarLogits(LogitsProcessor):
-    """Forbids the tokens that the grammar does not allow after those drawn so far.
-
-    Keeps the rows' states of the last call. Beams may reorder and repeat rows, and other searches
-    go back, so each row looks for the one that it continues, for which the host waits; `rows_stay`
-    says that rows never move.
-    """
+    """Forbids the tokens that the grammar does not allow after those drawn so far. Keeps the rows'
+    states of the last call. Beams may reorder and repeat rows, and other searches go back, so each
+    row looks for the one that it continues, for which the host waits; `rows_stay` says that rows
+    never move."""
 
     def __init__(
         self, grammar: Grammar, rules: _Rules, prompt_tokens: int, guide: _Guide | None = None
@@ -272,8 +268,8 @@ class GrammarLogits(LogitsProcessor):
         return None if parents_B is None else self._state_BF[parents_B]
 
     def _parents(self, new_BT: Tensor) -> Tensor | None:
-        """For each row the row of the last call that it continues by one token; None unless all
-        have one."""
+        """The row of the last call that each row continues by one token; None unless
+        all have one."""
         old_BT = self._new_BT
         if old_BT is None or new_BT.shape[1] != old_BT.shape[1] + 1:
             return None

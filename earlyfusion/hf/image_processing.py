@@ -35,12 +35,10 @@ _CHANNELS = (1, 3, 4)
 
 
 class ChameleonImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
-    """transformers' image arguments, and three of this package.
-
-    `exact`: Meta's steps (the default) or transformers'. `resize_mode`: "crop" keeps the centre of
-    a picture, "fit" all of it on white. `deep`: Pillow's pictures with more than 8 bits are scaled
-    to 8 bits ("scale"), or cut at 255 as in Meta's code ("clip").
-    """
+    """transformers' image arguments, and three of this package. `exact`: Meta's steps (the default)
+    or transformers'. `resize_mode`: "crop" keeps the centre of a picture, "fit" all of it on white.
+    `deep`: Pillow's pictures with more than 8 bits are scaled to 8 bits ("scale"), or cut at 255 as
+    in Meta's code ("clip")."""
 
     exact: bool
     resize_mode: Mode
@@ -180,12 +178,10 @@ class ChameleonImageProcessorPil(_Steps, PilBackend):
 
 
 class ChameleonImageProcessor(_Steps):
-    """Pictures to `pixel_values` [n, 3, Y, X] in -1 to 1, as tensors on any device.
-
-    A tensor stays on its device unless `device` is given; pictures of one size are a batch. On a
-    CPU Pillow resizes them, elsewhere torch, with the same bits. torchvision is not needed.
-    `exact=False` is computed on the CPU.
-    """
+    """Pictures to `pixel_values` [n, 3, Y, X] in -1 to 1, as tensors on any device. A tensor stays
+    on its device unless `device` is given; pictures of one size are a batch. On a CPU Pillow
+    resizes them, elsewhere torch, with the same bits. torchvision is not needed. `exact=False` is
+    computed on the CPU."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)

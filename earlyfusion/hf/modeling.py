@@ -409,8 +409,7 @@ class ChameleonVQVAE(ChameleonPreTrainedModel):
             module.decoder = None
 
     def keep_codebook(self) -> None:
-        """Exclude the codebook from accelerate's offloading, which loads a module only when it is
-        called."""
+        """Exclude the codebook from accelerate's offloading, which only loads called modules."""
         embedding = self.quantize.embedding
         if embedding.weight.is_meta:
             from accelerate.hooks import remove_hook_from_module  # type: ignore
@@ -577,7 +576,6 @@ class ChameleonModel(ChameleonPreTrainedModel):
         return self.vocabulary_mapping.convert_img2bpe(encoded.image_tokens)
 
     def put_tokens(self, input_ids: Tensor, tokens: Tensor) -> Tensor:
-        """`input_ids` with `tokens` in place of the placeholders, in order."""
         mask_BT = input_ids == self._placeholder()
         _check_count(mask_BT, tokens.numel())
         return input_ids.masked_scatter(mask_BT, tokens.to(input_ids))
@@ -670,23 +668,18 @@ class ChameleonForConditionalGeneration(
         return kwargs
 
     def use_vocabulary(self, source: Any) -> None:
-        """As `ChameleonModel.use_vocabulary`."""
         self.model.use_vocabulary(source)
 
     def get_image_tokens(self, pixel_values: Tensor) -> Tensor:
-        """As `ChameleonModel.get_image_tokens`."""
         return self.model.get_image_tokens(pixel_values)
 
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> Any:
-        """As `ChameleonModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
     def decode_image_tokens(self, image_tokens: Tensor, **kwargs: Any) -> Tensor:
-        """As `ChameleonModel.decode_image_tokens`."""
         return self.model.decode_image_tokens(image_tokens, **kwargs)
 
     def fill_image_tokens(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
-        """As `ChameleonModel.fill_image_tokens`."""
         return self.model.fill_image_tokens(input_ids, pixel_values)
 
     @can_return_tuple
@@ -801,7 +794,6 @@ class ChameleonForConditionalGeneration(
 
 
 def _positions(x_BTD: Tensor, cache: Cache | None) -> Tensor:
-    """Positions [1, T] behind those in the cache."""
     past = cache.get_seq_length() if cache is not None else 0
     return (torch.arange(x_BTD.shape[1], device=x_BTD.device) + past)[None]
 

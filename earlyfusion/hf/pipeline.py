@@ -1,8 +1,6 @@
-"""transformers' pipeline "any-to-any" for these classes, without torchvision.
-
-transformers requires torchvision for every model that reads pictures, since most of its image
-processors need it. The one here does not.
-"""
+"""transformers' pipeline "any-to-any" for these classes, without torchvision. transformers requires
+torchvision for every model that reads pictures, since most of its image processors need it. The one
+here does not."""
 
 from __future__ import annotations
 

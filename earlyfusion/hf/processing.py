@@ -81,11 +81,9 @@ class _SectionKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
 
 class ChameleonProcessorKwargs(_SectionKwargs, total=False):  # type: ignore[call-arg]
     """Arguments of a call, of the tokenizer, and of the image processor.
-
     `return_for_text_completion`: no end-of-turn token closes the text. `return_mm_token_type_ids`:
     1 for each token of a picture, 0 for others. `return_text_replacement_offsets`: where `<image>`
-    was in each text, and where its picture is.
-    """
+    was in each text, and where its picture is."""
 
     return_for_text_completion: bool
     return_mm_token_type_ids: bool  # type: ignore[misc]
@@ -364,8 +362,7 @@ class ChameleonProcessor(ProcessorMixin):
         return self.tokenizer.bos_token_id in self.tokenizer("")["input_ids"]
 
     def replace_image_token(self, image_inputs: Any = None, image_idx: int = 0, **_: Any) -> str:
-        """A spelled picture: begin, a placeholder for each code, end; for Lumina-mGPT also its size
-        tokens and line ends."""
+        """A spelled picture: begin, placeholders, end; for Lumina-mGPT also sizes and line ends."""
         if not self._is_lumina:
             inner = self.image_token * self.image_seq_length
             return f"{self.image_start_token}{inner}{self.image_end_token}"

@@ -26,8 +26,7 @@ def footprint(model: nn.Module, buffers: bool = True) -> int:
 
 
 def choose_layout(model: nn.Module) -> None:
-    """Before a forward on a CPU: mark the 4-bit weights that may be repacked, and remember their
-    scales."""
+    """Before a forward on a CPU: mark 4-bit weights that may be repacked, remember their scales."""
     modules = list(model.modules())
     adapted = {id(m.base_layer) for m in modules if hasattr(m, "base_layer")}
     for module in modules:

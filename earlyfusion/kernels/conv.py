@@ -85,7 +85,6 @@ def available() -> bool:
 
 
 def is_left_out() -> bool:
-    """Whether this thread is within `left_out`."""
     return _thread.left_out
 
 
@@ -126,12 +125,10 @@ def conv3x3(
     upsample: bool = False,
     in_place: bool = False,
 ) -> Tensor:
-    """A convolution with a border of one pixel of zeros, [B, Y, X, K], in fp32.
-
-    C must be a multiple of 16, height and width of the result of 4. `upsample` first doubles each
-    pixel, so the result is [B, 2Y, 2X, K]; it excludes `before`. `plus` is added to the result.
-    `in_place` writes the result over `x`, which needs C = K and no `upsample`.
-    """
+    """A convolution with a border of one pixel of zeros, [B, Y, X, K], in fp32. C must be a
+    multiple of 16, height and width of the result of 4. `upsample` first doubles each pixel, so the
+    result is [B, 2Y, 2X, K]; it excludes `before`. `plus` is added to the result. `in_place` writes
+    the result over `x`, which needs C = K and no `upsample`."""
     library = _library()
     assert library is not None, "available() says whether this can be called"
     b, y, x, c = x_BYXC.shape

@@ -32,12 +32,10 @@ _CACHE_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # `Format
 
 
 class Choice(NamedTuple):
-    """What one token is drawn from; pointers are addresses of rows of `columns` entries.
-
-    The first three are guidance's fp32 logits, all the same row without guidance. `blocked` (may
-    not be drawn) and `seen` (gets the penalty) are bools, or None. `text` and `image` are the
-    strengths of guidance.
-    """
+    """What one token is drawn from; pointers are addresses of rows of `columns` entries. The first
+    three are guidance's fp32 logits, all the same row without guidance. `blocked` (may not be
+    drawn) and `seen` (gets the penalty) are bools, or None. `text` and `image` are the strengths of
+    guidance."""
 
     full: int
     image_only: int
@@ -94,12 +92,10 @@ class CpuStep:
     def states(
         self, tokens_R: Tensor, positions_R: Tensor, tables: Sequence[int], shared: bool
     ) -> Tensor:
-        """The head's input [R, D] in fp32, after storing keys and values of each token.
-
-        `tables` are the addresses of each row's block numbers, int64 like tokens and positions.
-        With `shared` some rows are of one sequence, at consecutive positions; rows of other
-        sequences must not store into the same block.
-        """
+        """The head's input [R, D] in fp32, after storing keys and values of each token. `tables`
+        are the addresses of each row's block numbers, int64 like tokens and positions. With
+        `shared` some rows are of one sequence, at consecutive positions; rows of other sequences
+        must not store into the same block."""
         x_RD = self._embedding[tokens_R].float()
         # C++ gets a bare address and would read any other strides as garbage.
         positions_R = positions_R.contiguous()

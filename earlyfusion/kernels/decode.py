@@ -24,8 +24,7 @@ EPS = 1e-5
 
 
 class LayerBlocks(NamedTuple):
-    """Keys (0) and values (1) of one layer [B, 2, K, T, H]; in int8, a scale per token and head [B,
-    2, K, T] in fp32."""
+    """Keys (0) and values (1) of one layer; in int8 with fp32 scales per token and head."""
 
     kv_B2KTH: Tensor
     scales_B2KT: Tensor | None = None

@@ -62,8 +62,7 @@ def is_transformed(*inputs: Tensor) -> bool:
 def through_the_formula(
     formula: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of `formula(*inputs)` along `grad` that can be differentiated again: for backward
-    passes with `create_graph`."""
+    """Gradients of `formula(*inputs)` along `grad` that can be differentiated again."""
     wanted = [x for x in inputs if x.requires_grad]
     found = iter(torch.autograd.grad(formula(*inputs), wanted, grad, create_graph=True))
     return tuple(next(found) if x.requires_grad else None for x in inputs)

@@ -1,7 +1,5 @@
-"""Packed weights back to fp32 or bf16 on a CPU by compiled code, `unpack.cpp`.
-
-Gives the bits of `unpack` in `model/quantise.py`, in one pass over the rows. `native.py` builds it.
-"""
+"""Packed weights back to fp32 or bf16 on a CPU by compiled code, `unpack.cpp`. Gives the bits of
+`unpack` in `model/quantise.py`, in one pass over the rows. `native.py` builds it."""
 
 # Shapes: O rows and I columns of a matrix.
 

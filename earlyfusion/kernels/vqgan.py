@@ -112,8 +112,7 @@ def _infers(x: Tensor) -> bool:
 
 
 def _is_compiled(x_BCYX: Tensor, conv: nn.Module, scale: int = 1, missing: int = 0) -> bool:
-    """Whether `conv3x3` can run this convolution of `x`, enlarged `scale` times and with `missing`
-    channels added."""
+    """Whether `conv3x3` can run this, with `x` enlarged and `missing` channels added."""
     if type(conv) is not nn.Conv2d or not _infers(x_BCYX):
         return False
     b, c, y, x = x_BCYX.shape

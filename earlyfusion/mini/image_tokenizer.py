@@ -81,13 +81,10 @@ def batch_of(step: int, batch: int, count: int, seed: int) -> list[int]:
 
 
 class Pictures:
-    """Batches of augmented training pictures: batch k depends only on the seed and k.
-
-    Each of several processes takes its block of a batch. This is not a
-    `data.pictures.PictureBatches`, because that draws random numbers for each picture separately;
-    here one generator changes all pictures of a batch in turn, and another order would change the
-    losses of the shipped recipe.
-    """
+    """Batches of augmented training pictures: batch k depends only on the seed and k. Each of
+    several processes takes its block of a batch. This is not a `data.pictures.PictureBatches`,
+    because that draws random numbers for each picture separately; here one generator changes all
+    pictures of a batch in turn, and another order would change the losses of the shipped recipe."""
 
     def __init__(self, data: EmojiData, config: EmojiImageTokenizerConfig) -> None:
         self._pictures = data.images(data.split("train"))

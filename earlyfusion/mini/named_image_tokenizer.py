@@ -59,8 +59,7 @@ class NamedImageTokenizerConfig(ImageTokenizerConfig):
 
 
 class DevicePictures:
-    """Batches of training pictures, changed on the device; batch k depends only on the
-    seed and k."""
+    """Batches of pictures, changed on the device; batch k depends only on the seed and k."""
 
     def __init__(self, data: EmojiData, config: NamedImageTokenizerConfig) -> None:
         device = resolve_device(config.run.device)
@@ -79,8 +78,7 @@ class DevicePictures:
 
 
 class Checks:
-    """The figures of `HeldOut`, and the share of val-pair pictures that the head names
-    correctly."""
+    """The figures of `HeldOut`, and the share of val-pair pictures that the head names right."""
 
     def __init__(
         self,

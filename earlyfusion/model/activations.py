@@ -1,7 +1,5 @@
-"""The feed-forward's activations, by the names of a transformers `config.json`.
-
-Two have parameters, under transformers' names: `prelu` one slope, `xielu` (arXiv 2411.13010) two.
-"""
+"""The feed-forward's activations, by the names of a transformers `config.json`. Two have
+parameters, under transformers' names: `prelu` one slope, `xielu` (arXiv 2411.13010) two."""
 
 from __future__ import annotations
 

@@ -247,12 +247,10 @@ def agrees_with_mask(attend: Callable[[Tensor], Attend], device: torch.device) -
 
 
 def _sequence_ends(document_BT: Tensor) -> Tensor:
-    """Offsets at which the documents of all rows begin, and the end of the last one: int32.
-
-    Padded with empty documents, so that a compiled block sees one shape for each shape of
-    `document_BT` while documents have 32 tokens on average; for shorter ones there is room for
-    twice as many, then four times.
-    """
+    """Offsets at which the documents of all rows begin, and the end of the last one: int32. Padded
+    with empty documents, so that a compiled block sees one shape for each shape of `document_BT`
+    while documents have 32 tokens on average; for shorter ones there is room for twice as many,
+    then four times."""
     begins_S = _begins(document_BT).flatten()
     # An empty document costs the kernel little, but one for every token would be too many.
     room, count = -(-max(1, len(begins_S) // 32) // 128) * 128, int(begins_S.sum())

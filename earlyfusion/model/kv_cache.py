@@ -1,7 +1,5 @@
-"""Keys and values of past tokens, preallocated: a slot per sequence, each with its own length.
-
-Keys are stored after norm and rotation. The caller knows how many tokens each slot holds.
-"""
+"""Keys and values of past tokens, preallocated: a slot per sequence, each with its own length. Keys
+are stored after norm and rotation. The caller knows how many tokens each slot holds."""
 
 # Shapes: L layers, S slots, B rows of one call, T their new tokens, P positions of a slot, N query
 # heads, K key and value heads, H head width.

@@ -74,8 +74,7 @@ def _int8(full: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _int4(full: Tensor) -> tuple[Tensor, Tensor]:
-    """Levels -8 to 7. The entry of largest absolute value gets -8, whatever its sign, so that all
-    sixteen levels are used."""
+    """Levels -8 to 7, all in use: the entry of largest absolute value always gets -8."""
     groups = full.unflatten(1, (-1, 32))
     largest = groups.gather(2, groups.abs().argmax(2, keepdim=True))
     scales = (largest / -8).bfloat16()
@@ -121,7 +120,6 @@ def packed_weight(linear: nn.Module, bits: int) -> PackedMatrix:
 
 
 def packed_bits(transformer: Transformer) -> int | None:
-    """The bits of a model's packed matrices; None if they are not packed."""
     packed = (m.bits for m in transformer.modules() if isinstance(m, PackedLinear))
     return next(packed, None)
 

@@ -128,8 +128,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks and final norm. Takes embedded tokens, so that callers may mix
-    in others."""
+    """Embedding, blocks and final norm; its input is embedded, so callers may mix in others."""
 
     def __init__(self, config: ModelConfig, dropout: float) -> None:
         super().__init__()

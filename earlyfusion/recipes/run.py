@@ -226,7 +226,6 @@ def _changed(config: Any, changes: dict[tuple[str, ...], str]) -> Any:
 
 
 def _parse(wanted: Any, name: str, text: str) -> Any:
-    """The text as a value of the type `wanted`."""
     if get_origin(wanted) is UnionType:  # X | None: the only unions that configs use
         if text.lower() == "none":
             return None

@@ -1,8 +1,6 @@
-"""Augmentation of pictures on their device: moved, scaled, turned, in other colours, grey.
-
-All pictures of a batch are changed at once, each with its own random numbers from one generator.
-Whatever comes in from outside a picture is white. Pixels are float32 in [-1, 1].
-"""
+"""Augmentation of pictures on their device: moved, scaled, turned, in other colours, grey. All
+pictures of a batch are changed at once, each with its own random numbers from one generator.
+Whatever comes in from outside a picture is white. Pixels are float32 in [-1, 1]."""
 
 # Shapes: B batch, C channels, Y X pixels.
 

@@ -40,8 +40,7 @@ class Critic:
         share: float,
         mesh: DeviceMesh | None,
     ) -> float:
-        """One optimizer step on (real, reconstructed) pairs of batches, each loss weighted by
-        `share`; returns the loss."""
+        """One step on (real, reconstructed) batches, each loss weighted by `share`; the loss."""
         self._adam.zero_grad(set_to_none=True)
         total = 0.0
         with torch.enable_grad():

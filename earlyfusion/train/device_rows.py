@@ -30,12 +30,10 @@ _AT_ONCE = 1000  # documents per computation of columns
 
 
 class Columns(NamedTuple):
-    """One entry per position of all documents in order; arrays, or device tensors.
-
-    If the position holds a code, `picture_M` is the number of its picture (elsewhere `NONE`),
-    `offset_M` the index of the code in the picture, and `slot_M` the index of the picture in its
-    document. `plain_M`: the picture may only be cut in plain ways. `answer_M`: it is to be drawn.
-    """
+    """One entry per position of all documents in order; arrays, or device tensors. If the position
+    holds a code, `picture_M` is the number of its picture (elsewhere `NONE`), `offset_M` the index
+    of the code in the picture, and `slot_M` the index of the picture in its document. `plain_M`:
+    the picture may only be cut in plain ways. `answer_M`: it is to be drawn."""
 
     ids_M: Any
     picture_M: Any

@@ -112,7 +112,6 @@ def begin(
     folder: Path, config_class: str, fields: Mapping[str, str], holds_runs: bool = False
 ) -> None:
     """Write into the folder which run it belongs to, or check that it belongs to this one.
-
     `holds_runs`: it holds the folders of several runs. Raises `SettingError` if it holds anything
     else, or a finished run with other fields. Changed fields of a run that continues are printed.
     """

@@ -123,8 +123,7 @@ class ImageTokenizerConfig:
         count_micro_batches(self.batch, self.micro_batch)
 
     def build(self) -> VQGAN:
-        """The network on its device, with weights drawn from the run's seed or taken
-        from `start`."""
+        """The network on its device, with weights drawn from the seed or taken from `start`."""
         torch.manual_seed(self.run.seed)
         model = accelerate(VQGAN(self.model))
         if self.start:

@@ -274,8 +274,7 @@ class LanguageTask(Task):
         self._waiting = []
 
     def _fetch(self) -> None:
-        """This process's rows of a step as micro batches, and the weight of all rows of
-        the step."""
+        """This process's rows of a step as micro batches; the weight of all rows of the step."""
         whole = self._next_batch(next(self.model.parameters()).device)
         size = self._micro_rows or len(whole.tokens_BT)
         columns = [column.split(size) for column in whole]
@@ -290,8 +289,7 @@ class LanguageTask(Task):
         return self._ahead.next()
 
     def _measure_norm(self, _: nn.Module, inputs: tuple[Tensor]) -> None:
-        """The norm of the last block's output: its growth is the paper's early sign of
-        divergence."""
+        """The norm of the last block's output, whose growth is an early sign of divergence."""
         x_BTD = inputs[0].detach()
         local = x_BTD.to_local() if hasattr(x_BTD, "to_local") else x_BTD
         self._output_norm = local.float().norm(dim=-1).mean()

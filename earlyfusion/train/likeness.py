@@ -61,12 +61,10 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Perceptual:
-    """The distance of pictures in the features of VGG-16, mean over the batch.
-
-    `weights` is a state dict's file: torchvision's VGG-16 (`features.0.weight`), or a whole LPIPS
+    """The distance of pictures in the features of VGG-16, mean over the batch. `weights` is a state
+    dict's file: torchvision's VGG-16 (`features.0.weight`), or a whole LPIPS
     (`net.slice1.0.weight`, `lin0.model.1.weight`); `linear` has only LPIPS's weights per channel.
-    Raises `CheckpointError`.
-    """
+    Raises `CheckpointError`."""
 
     def __init__(self, weights: Path, linear: Path | None, device: torch.device) -> None:
         state = torch_load(weights)

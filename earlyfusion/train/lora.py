@@ -68,7 +68,6 @@ def adapt(model: Transformer, rank: int, alpha: float | None = None) -> None:
 
 
 def adapters(model: Transformer) -> dict[str, LowRank]:
-    """The adapters of a model by the names of their layers."""
     return {
         name: LowRank(layer.lora_a, layer.lora_b, layer.scale)
         for name, layer in model.named_modules()

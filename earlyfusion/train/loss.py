@@ -1,9 +1,6 @@
-"""Next-token loss with z-loss (arXiv 2405.09818, section 2.3).
-
-`next_token_loss` is the formula. `head_loss` computes the same value and gradients from the states
-before the head, one block of positions at a time, so that the logits of all positions are never in
-memory together.
-"""
+"""Next-token loss with z-loss (arXiv 2405.09818, section 2.3). `next_token_loss` is the formula.
+`head_loss` computes the same value and gradients from the states before the head, one block of
+positions at a time, so that the logits of all positions are never in memory together."""
 
 # Shapes: B rows, T tokens of a row, N counted positions of all rows, D model width, V vocabulary.
 

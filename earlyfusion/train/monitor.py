@@ -1,8 +1,6 @@
 """What a run reports: a progress bar, a JSONL file, TensorBoard if it is installed, W&B on request.
-
 Speed is logged in tokens or pictures per second, as a share of the devices' peak (`mfu`), and as
-the seconds left.
-"""
+the seconds left."""
 
 from __future__ import annotations
 
@@ -25,12 +23,10 @@ _SECONDS_A_LINE = 60.0
 
 
 class Monitor:
-    """Writes one line of `metrics.jsonl` per call of `log`, and moves the progress bar.
-
-    `flops` are the operations of one unit and `peak()` those of the devices per second; `left(each,
-    done)` are the seconds left if a step takes `each` and `done` steps are done. A `quiet` monitor
-    does nothing: of several processes only the first reports.
-    """
+    """Writes one line of `metrics.jsonl` per call of `log`, and moves the progress bar. `flops` are
+    the operations of one unit and `peak()` those of the devices per second; `left(each, done)` are
+    the seconds left if a step takes `each` and `done` steps are done. A `quiet` monitor does
+    nothing: of several processes only the first reports."""
 
     def __init__(
         self,

@@ -1,8 +1,6 @@
-"""Optimizer and learning rate (arXiv 2405.09818, section 2.3: AdamW, warm-up, decay, clip).
-
-Also Muon for the matrices of the blocks (Jordan et al. 2024: the momentum of a matrix is replaced
-by a nearly orthogonal matrix), and a moving average of the weights.
-"""
+"""Optimizer and learning rate (arXiv 2405.09818, section 2.3: AdamW, warm-up, decay, clip). Also
+Muon for the matrices of the blocks (Jordan et al. 2024: the momentum of a matrix is replaced by a
+nearly orthogonal matrix), and a moving average of the weights."""
 
 # Shapes: N matrices of one shape, R rows, C columns.
 
@@ -68,8 +66,7 @@ class OptimConfig:
 
 
 def check_warmup(config: OptimConfig, steps: int) -> str:
-    """A sentence to print if the warm-up takes the whole run, so that the rate never
-    reaches `lr`."""
+    """A sentence to print if the warm-up takes the whole run and the rate never reaches `lr`."""
     if config.warmup_steps < steps:
         return ""
     highest = learning_rate(config, steps - 1, steps)
@@ -236,8 +233,7 @@ def set_rate(optimizer: Any, rate: float, config: OptimConfig) -> None:
 
 
 def allocate_moments(optimizer: torch.optim.Optimizer | MuonAndAdamW) -> None:
-    """Create the moments that the optimizer's first step would create, to be filled from a
-    checkpoint."""
+    """Create the moments of the optimizer's first step, to be filled from a checkpoint."""
     if isinstance(optimizer, MuonAndAdamW):
         for group in optimizer.muon.param_groups:
             for parameter in group["params"]:

@@ -36,7 +36,6 @@ class Pace:
         return min(1.0, max(by_steps, by_clock))
 
     def is_over(self, step: int) -> bool:
-        """Whether no step or no time is left after `step` steps."""
         return step >= self._steps or bool(self._budget and self.seconds >= self._budget)
 
     def seconds_left(self, each: float, step: int) -> float:

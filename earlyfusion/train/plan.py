@@ -1,7 +1,5 @@
 """What a training run takes on a number of GPUs: memory, speed and days, from the run's config.
-
-Computed from shapes alone. The assumptions are in `ASSUMED`, which is printed with the table.
-"""
+Computed from shapes alone. The assumptions are in `ASSUMED`, which is printed with the table."""
 
 # Shapes: D model width, K key and value heads, H head width, F inner width, L layers, T row length.
 
@@ -244,8 +242,7 @@ def _activations(job: Job, tokens: int, tensor: int) -> dict[str, float]:
 
 
 def table(job: Job) -> str:
-    """The plan as text: sizes, a line for each number of GPUs, and the assumptions. Time is in
-    days, with `FEW_GPUS` in hours."""
+    """The plan as text, with its assumptions. Time is in days, with `FEW_GPUS` in hours."""
     time, hours = ("hours", 1.0) if job.gpus == FEW_GPUS else ("days", 24.0)
     found = (_cells(x, hours) if isinstance(x, Line) else (x,) for x in lines(job))
     rows = [(*_HEADINGS, time), *found]

@@ -1,8 +1,6 @@
 """Sample pictures of a run: the same prompts, drawn again and again as the model learns.
-
 `PromptedPictures` is a `trainer.DrawSamples`. It draws with the modules in training, in the plain
-loop of `generation/reference.py`, so adapters and other replaced modules take part.
-"""
+loop of `generation/reference.py`, so adapters and other replaced modules take part."""
 
 from __future__ import annotations
 
@@ -32,11 +30,9 @@ _LEAST_SIDE = 128  # smaller pictures are enlarged by a whole factor
 
 class PromptedPictures:
     """Draws one picture for each prompt and saves them as a grid, with the prompts in a JSON file.
-
     `prompts` are pairs of a text to show and tokens. `defaults` are the model's own sampling
     settings. Prompt number i always has the seed `seed + i`, so only the model changes. Raises
-    `SettingError` for a prompt that leaves no room for a picture.
-    """
+    `SettingError` for a prompt that leaves no room for a picture."""
 
     def __init__(
         self,

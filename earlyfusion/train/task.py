@@ -1,7 +1,5 @@
-"""What a run trains: the interface between the loop in `train/trainer.py` and a network.
-
-A new kind of training is one more subclass of `Task` with a `model` and a `loss`.
-"""
+"""What a run trains: the interface between the loop in `train/trainer.py` and a network. A new kind
+of training is one more subclass of `Task` with a `model` and a `loss`."""
 
 from __future__ import annotations
 
@@ -43,8 +41,7 @@ class Task:
 
     @property
     def frozen_fingerprint(self) -> str:
-        """`checkpoint.fingerprint` of frozen weights, which checkpoints then omit; ""
-        to save all."""
+        """`fingerprint` of the frozen weights that checkpoints omit; "" to save all."""
         return ""
 
     def parameters(self) -> Iterator[nn.Parameter]:

@@ -107,7 +107,6 @@ def train(
     validation: Validation | None = None,
 ) -> None:
     """Train to `run.steps`, from the newest checkpoint under `run.out` if there is one.
-
     `draw_samples` is called every `run.sample_every` steps and at the end, with the folder
     `samples/`. The weights of the best `validation` are kept in `best/`; it may end the run early.
     """

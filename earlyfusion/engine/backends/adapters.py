@@ -1,8 +1,6 @@
-"""Adapters by name: one back end for each, on one cache.
-
-A step reads the rows of each adapter with that adapter's weights, one group after the other, so it
-costs as much as one step per group. Scheduler, cache and draw are shared.
-"""
+"""Adapters by name: one back end for each, on one cache. A step reads the rows of each adapter with
+that adapter's weights, one group after the other, so it costs as much as one step per group.
+Scheduler, cache and draw are shared."""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
 """Calls the transformer's own modules, as the plain loop does: slow, but right with any module.
-
 Used if there are hooks or modules of other classes in the module tree: these see one sequence at a
-time as (1, T), and every prompt whole.
-"""
+time as (1, T), and every prompt whole."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
-"""Norm and rotation of queries and keys, and the store of new keys and values, in one kernel.
-
-A program has one head of one row.
-"""
+"""Norm and rotation of queries and keys, and the store of new keys and values, in one kernel. A
+program has one head of one row."""
 
 # Shapes: R rows, M heads of queries, keys and values together, N query heads, K key and value
 # heads, H head width, W blocks of a table.

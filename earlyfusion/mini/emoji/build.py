@@ -69,7 +69,6 @@ def build(out: Path, packages: Path, manifest: dict[str, Any], workers: int) -> 
 
 
 def package_folder(packages: Path, versions: dict[str, str], name: str) -> Path:
-    """The folder that a package is unpacked to."""
     return packages / f"{name.replace('@', '').replace('/', '-')}-{versions[name]}"
 
 

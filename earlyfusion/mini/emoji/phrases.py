@@ -513,8 +513,7 @@ PROMPTS: dict[str, dict[str, Prompts]] = {
 
 
 def normalise(text: str) -> str:
-    """The form that an exact match compares: without case, outer space, final stops,
-    curly quotes."""
+    """The form that an exact match compares: no case, outer space, final stops, curly quotes."""
     text = text.strip().lower().replace("’", "'").replace("“", '"').replace("”", '"')
     return re.sub(r"[\s.!?。]+$", "", re.sub(r"\s+", " ", text))
 
@@ -574,8 +573,7 @@ _SOUNDS_CLOSED = re.compile(r"(?:ewe|eu|one\b|one-|ufo)", re.IGNORECASE)
 
 @cache
 def with_article(name: str) -> str:
-    """The name as English refers to one such thing: "a cat", "an egg", "grapes", "the flag of
-    Peru"."""
+    """The name of one such thing: "a cat", "an egg", "grapes", "the flag of Peru"."""
     if name in _THE or name.startswith("flag of "):
         return "the " + name
     first, head = name.split()[0], _AFTER_HEAD.sub("", name)

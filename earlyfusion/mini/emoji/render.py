@@ -86,8 +86,7 @@ def on_white(picture: Image.Image) -> tuple[Image.Image, Image.Image]:
 
 
 def colour_words(pixels: Pixels, alpha: Pixels) -> list[tuple[str, float]]:
-    """At most three colours of the opaque pixels with their shares of 12% or more,
-    largest first."""
+    """At most three colours of the opaque pixels with their shares, 12% or more, largest first."""
     opaque = alpha >= 128
     if opaque.sum() < 32:
         return []
@@ -98,8 +97,7 @@ def colour_words(pixels: Pixels, alpha: Pixels) -> list[tuple[str, float]]:
 
 
 def _colour_classes(pixels: Pixels) -> npt.NDArray[np.int64]:
-    """Index into COLOURS of each pixel [N, 3], by hue, saturation and value; the first
-    rule wins."""
+    """Index into COLOURS of each pixel [N, 3], by hue, saturation, value; first rule wins."""
     h, s, v = _hue_saturation_value(pixels.astype(np.float32) / np.float32(255))
     rules = [
         ("black", (v < 0.22) | ((v < 0.36) & (s < 0.40))),

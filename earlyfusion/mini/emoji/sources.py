@@ -118,8 +118,7 @@ class Source:
 
 
 def find_sources(concepts: Concepts, package: Callable[[str], Path]) -> Iterator[Source]:
-    """One source for each style, concept and variant. `package` returns the folder of an unpacked
-    package."""
+    """One source for each style, concept and variant; `package` returns a package's folder."""
     index = _name_index(concepts)
     for style, find in _FINDERS.items():
         seen: set[str] = set()
