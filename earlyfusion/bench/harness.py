@@ -27,6 +27,7 @@ def seconds(
     clock: Callable[[], float] = time.perf_counter,
 ) -> float:
     """The duration of a call, including everything that it started on a GPU."""
+    # A GPU's work is only queued when a call returns: wait for it before and after.
     _synchronize(device)
     start = clock()
     call()

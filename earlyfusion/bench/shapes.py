@@ -97,6 +97,7 @@ def random_vqgan(config: VQConfig, device: torch.device) -> VQGAN:
     with device:
         vqgan = accelerate(VQGAN(config).eval())
     pixels = random_pictures(1, config.resolution, seed=1).to(device)
+    # Random codewords would be so far from the latents that a few were nearest to all of them.
     vectors = vqgan.latents(pixels).permute(0, 2, 3, 1).flatten(0, 2)
     pick = torch.randint(len(vectors), (config.num_embeddings,)).to(device)
     noise = torch.randn(len(pick), config.embed_dim).to(device)
@@ -108,6 +109,7 @@ def random_pictures(count: int, side: int, seed: int = 0) -> torch.Tensor:
     """Pictures [n, 3, side, side] in -1 to 1: soft colours behind rectangles of one colour."""
     generator = torch.Generator().manual_seed(seed)
     y, x = torch.meshgrid(torch.fft.fftfreq(side), torch.fft.fftfreq(side), indexing="ij")
+    # The spectrum of photographs falls with frequency.
     falling = 1 / (x.square() + y.square()).sqrt().clamp_min(1 / side)
     noise = torch.randn(count, 3, side, side, generator=generator)
     smooth = torch.fft.ifft2(torch.fft.fft2(noise) * falling).real

@@ -159,6 +159,7 @@ def _validate(model: Transformer, batches: list[PackedBatch]) -> dict[str, float
     probe = AttentionProbe(batches[0].document_BT)
     nats, image = [], []
     for number, batch in enumerate(batches):
+        # Scores are only measured in the first batch: the probe computes whole score matrices.
         attend = CausalAttend(batch.document_BT) if number else probe
         attends = [attend] * model.config.num_hidden_layers
         logits_BTV = model(batch.tokens_BT, batch.positions_BT, attends)
@@ -215,6 +216,7 @@ def build(trial: Trial, config: AblationsConfig, words: int) -> Transformer:
         for block in model.model.layers:
             assert isinstance(block, Block)
             for name in ("q_norm", "k_norm"):
+                # After the first weights are drawn, which are thus equal in all variants.
                 setattr(block.self_attn, name, nn.Identity())
     return model
 
@@ -242,6 +244,7 @@ def _train(
     blocks = sum(p.numel() for p in model.model.layers.parameters())
     result = {"name": trial.name, "rate": trial.rate, "parameters": blocks, "ended": ended}
     (run.out / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    # `result.json` marks the variant as finished; its weights are not needed any more.
     for checkpoint in run.out.glob("step-*"):
         shutil.rmtree(checkpoint)
 

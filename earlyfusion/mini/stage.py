@@ -61,6 +61,7 @@ def load_image_tokenizer(run: Path, config: ModelConfig) -> VQGAN:
     """The newest weights of an image tokenizer's run, rounded to fp16, as they are shipped."""
     tensors = checkpoint.weights(run)
     vqgan = VQGAN(config.vq_config)
+    # Codes must be those of the shipped image tokenizer, which is fp16.
     vqgan.load_state_dict({k: v.half().float() for k, v in tensors.items()})
     return accelerate(vqgan.eval().requires_grad_(False))
 

@@ -162,11 +162,13 @@ class Documents:
 
     def __call__(self, number: int) -> TokenSequence:
         cfg, seed = self._config.documents, self._config.run.seed
+        # A separate generator per document: any can be made at any time, by any thread.
         rng = np.random.default_rng([seed, 7, number])
         source = self._sources[int(rng.choice(len(self._sources), p=self._shares))]
         sample = source[int(rng.integers(len(source)))]
         messages = messages_of(sample["messages"], partial(self._picture, rng))
         answer = messages[-1]
+        # A drawing without its request teaches the unconditional branch of guidance.
         if isinstance(answer.parts[0], Image) and rng.random() < cfg.bare:
             codes = answer.parts[0].codes
             assert codes is not None

@@ -61,6 +61,7 @@ def unpack(matrix: PackedMatrix) -> Tensor:
         full = full * matrix.scales[:, None]
     if matrix.bits == 4:
         assert matrix.scales is not None
+        # C groups of 64 columns, B bytes of each: low nibbles first, then high ones.
         bytes_OCB = matrix.data.unflatten(1, (-1, 32))
         levels = torch.stack((bytes_OCB & 15, bytes_OCB >> 4), 2).flatten(1, 2).float() - 8
         full = (levels * matrix.scales.float()[..., None]).flatten(1)
@@ -69,6 +70,7 @@ def unpack(matrix: PackedMatrix) -> Tensor:
 
 def _int8(full: Tensor) -> tuple[Tensor, Tensor]:
     scales = full.abs().amax(1) / 127
+    # A row of zeros, such as padding, has scale 0: do not divide by it.
     levels = (full / scales.clamp_min(1e-30)[:, None]).round()
     return levels.to(torch.int8), scales
 
@@ -78,6 +80,8 @@ def _int4(full: Tensor) -> tuple[Tensor, Tensor]:
     groups = full.unflatten(1, (-1, 32))
     largest = groups.gather(2, groups.abs().argmax(2, keepdim=True))
     scales = (largest / -8).bfloat16()
+    # Divide by the scale as it is stored, in bf16. An entry of nearly the largest size but the
+    # opposite sign would become level 8, which does not exist.
     levels = (groups / torch.where(scales == 0, 1.0, scales.float())).round().clamp(-8, 7) + 8
     low, high = levels.to(torch.uint8).unflatten(1, (-1, 2)).unbind(2)
     return (low | high << 4).flatten(1).contiguous(), scales[..., 0].contiguous()

@@ -132,6 +132,7 @@ def main(config: FinetuneConfig) -> None:
     finally:
         if isinstance(stream, Ahead):
             stream.close()
+    # From here on the first process works alone: no collective may follow.
     if processes.rank():
         return
     for sentence in corpus.report():
@@ -181,12 +182,13 @@ def prepared(loaded: Loaded, config: FinetuneConfig) -> Transformer:
     """The model with dropout; weights that are trained are fp32. With `precision=bf16`, frozen
     products of the blocks that are stored in bf16 stay in bf16: the same result in half of the
     memory."""
-    torch.manual_seed(config.run.seed)
+    torch.manual_seed(config.run.seed)  # the first weights of adapters are drawn below
     model = loaded.transformer
     keeps_bf16 = config.trains != "all" and config.run.precision == "bf16"
     frozen = lora.products(model) if keeps_bf16 else []
     stay_bf16 = {id(x.weight) for x in frozen if x.weight.dtype == torch.bfloat16}
     for parameter in model.parameters():
+        # AdamW in bf16 would lose updates smaller than a weight's last bit.
         if id(parameter) not in stay_bf16:
             parameter.data = parameter.data.float()
     for block in model.modules():

@@ -85,10 +85,12 @@ def open_batches(
     def crop(picture: PIL.Image.Image, rng: np.random.Generator) -> PIL.Image.Image:
         return random_crop(picture, side, config.crop, rng)
 
+    # Each process makes its block of every batch; all know the same order of pictures.
     share = processes.rank(), processes.count()
     batches = PictureBatches(
         pictures, chosen, config.batch, crop, config.run.seed, quarantine, share
     )
+    # The number of processes is not part of it: a run may continue on another number of GPUs.
     if processes.rank() == 0:
         data_is = (pictures.fingerprint, config.batch, config.crop, data.checked, config.run.seed)
         fingerprint = hashlib.sha256(repr(data_is).encode()).hexdigest()
@@ -129,7 +131,7 @@ config = SquaresConfig(
         perceptual_weights=Path("vgg16.pth"),
         adversarial=0.8,
         adversarial_from=250_000,
-        critic_lr=4.5e-6 * 32,
+        critic_lr=4.5e-6 * 32,  # the released settings scale the rate by the batch
     ),
     run=RunConfig(
         out=Path("runs/image_tokenizer_512"),

@@ -84,6 +84,7 @@ def main(config: PretrainConfig) -> None:
 def _shape(config: PretrainConfig, source: Source) -> ModelConfig:
     """The model's shape, with the image tokenizer and the control tokens of `tokenizer`."""
     names = ("vq_config", "bos_token_id", "eos_token_id", "pad_token_id")
+    # Everything that must agree with the tokenizer and the codes; the rest is the recipe's.
     return replace(config.model, **{name: getattr(source.config, name) for name in names})
 
 
@@ -128,8 +129,11 @@ config = PretrainConfig(
     length=4096,
     dropout=0.1,
     corpus=CorpusConfig(
-        balance=False, encoding=EncodingSettings(resize_mode="crop", pairs="document")
+        # Pre-training keeps the data's own shares: balance is for fine-tuning (section 3.1).
+        balance=False,
+        encoding=EncodingSettings(resize_mode="crop", pairs="document"),
     ),
+    # Plain documents have no prompt: every token is learned.
     weights=RoleWeights(prompt_text=1.0, prompt_image=1.0),
     run=RunConfig(
         out=Path("runs/pretrain_7b"),

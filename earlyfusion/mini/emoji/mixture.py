@@ -88,6 +88,7 @@ def samples(folder: Path, config: MixtureConfig) -> list[Sample]:
         count = round(config.documents * getattr(config, source) / whole)
         each = -(-count // config.workers)
         for worker in range(config.workers if count else 0):
+            # Each part has its own seed, so parts can be written in any process and order.
             seed = 1000 * config.seed + worker
             size = min(each, count - worker * each)
             if size > 0:
@@ -95,6 +96,7 @@ def samples(folder: Path, config: MixtureConfig) -> list[Sample]:
     if config.workers == 1:
         data = EmojiData(folder)
         return list(chain.from_iterable(_written(part, data) for part in parts))
+    # Not by fork: torch's threads and CUDA do not survive it. `map` keeps the order.
     with ProcessPoolExecutor(config.workers, get_context("spawn")) as pool:
         return list(chain.from_iterable(pool.map(_written, parts)))
 
@@ -118,6 +120,7 @@ def _written(part: _Part, data: EmojiData | None = None) -> list[Sample]:
         return list(studies(data, "train", part.count, part.seed, turns=3))
     rng = random.Random(f"{part.source}-{part.seed}")
     if part.source == "pairs":
+        # Requests for the usual pictures have their own source.
         found = [s for s in caption_pairs(data) if s["task"] != "usual"]
         return _repeated(found, part.count, rng)
     return list(islice(_drawings(part, data, rng), part.count))

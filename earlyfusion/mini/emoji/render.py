@@ -75,6 +75,7 @@ def on_white(picture: Image.Image) -> tuple[Image.Image, Image.Image]:
         side = max(width, height)
         square = Image.new("RGBA", (side, side), (255, 255, 255, 0))
         square.paste(picture, ((side - width) // 2, (side - height) // 2))
+        # Padding is transparent, so that it does not count among the picture's colours.
         picture = square
     white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
     flat = Image.alpha_composite(white, picture).convert("RGB")
@@ -155,12 +156,14 @@ def _draw_glyph(source: Source) -> Image.Image:
     """Black on transparent. ValueError if the font does not join the sequence into one glyph."""
     font = _font(source.font)
     left, top, right, bottom = font.getbbox(source.content)
+    # A sequence without a glyph is drawn as several emoji side by side, and so is wider than one.
     falls_apart = font.getlength(source.content) > 1.45 * font.getlength("\U0001f600")
     if right - left > 2 * _FONT_SIZE or right <= left or bottom <= top or falls_apart:
         raise ValueError("the font has no glyph for it")
     mask = Image.new("L", (4 * SIZE, 4 * SIZE), 0)
     corner = (2 * SIZE - (left + right) / 2, 2 * SIZE - (top + bottom) / 2)
     ImageDraw.Draw(mask).text(corner, source.content, font=font, fill=255)
+    # Drawn at four times the size and averaged: smoother than the font's own anti-aliasing.
     mask = mask.reduce(4)
     black = Image.new("L", mask.size, 0)
     return Image.merge("RGBA", (black, black, black, mask))
@@ -183,6 +186,7 @@ def _rasterised(svg: str) -> Image.Image:
         ) from None
     box = _VIEW_BOX.search(svg)
     width, height = (float(box[3]), float(box[4])) if box else (1.0, 1.0)
+    # Only the longer side is given, so that the picture keeps its shape.
     side: dict[str, Any] = {"width": SIZE} if width >= height else {"height": SIZE}
     png = resvg_py.svg_to_bytes(svg_string=svg, skip_system_fonts=True, **side)
     return Image.open(io.BytesIO(bytes(png)))
