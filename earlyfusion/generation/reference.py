@@ -1,9 +1,9 @@
 """The plain loop that defines correct: one request, one token at a time, no tricks.
 
-`draw_tokens` gives tokens, `Narrator` turns them into events, `generate` joins the two. The reader
-of the whole history keeps its cache through every change of modality. A guided image opens readers
-for the other conditions where it begins, and drops them where it ends. With `jacobi`, several codes
-of an image are drawn at a time (generation/jacobi.py).
+`draw_tokens` gives the tokens of a reply, `generate` the events that `Narrator` makes of them. The
+reader of the whole history keeps its cache through every change of modality. A guided image opens
+readers for the other conditions where it begins, and drops them where it ends. With `jacobi`,
+several codes of an image are drawn at a time (generation/jacobi.py).
 """
 
 # Shapes: B rows (one here), T tokens, W positions of a window of codes, V vocabulary.
