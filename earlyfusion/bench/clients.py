@@ -1,5 +1,5 @@
-"""Clients of a running server: many at once, on asyncio alone, so that they take little time of the
-processor from the server that is measured."""
+"""Light clients of a running server: many at once, in plain asyncio, so that they take little
+processor time from the measured server."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Answer:
 
     @property
     def tokens(self) -> int:
-        """Of the reply, from the usage at its end."""
+        """The reply's tokens, from the usage at its end."""
         found = _USAGE.findall(self.end)
         return int(json.loads(found[-1])["usage"]["completion_tokens"]) if found else 0
 
@@ -56,8 +56,8 @@ class Client(asyncio.Protocol):
     async def ask(
         self, path: str, body: Mapping[str, Any] | bytes, leave_after: float | None = None
     ) -> Answer:
-        """POST a body. With `leave_after` the connection is closed after so many seconds, whatever
-        has come. Raises ConnectionError where the server closes it first."""
+        """POST a body. `leave_after` closes the connection after this many seconds, whatever has
+        arrived. Raises ConnectionError if the server closes it first."""
         loop = asyncio.get_running_loop()
         if self._transport is None:
             await loop.create_connection(lambda: self, "127.0.0.1", self._port)
@@ -117,7 +117,7 @@ class Client(asyncio.Protocol):
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of request: where it goes, its body, and the status that is right."""
+    """One kind of request: its route, its body, and the expected status."""
 
     path: str
     body: dict[str, Any] | bytes
@@ -127,14 +127,14 @@ class Kind:
 
 @dataclass
 class Mixed:
-    """What came of a mixed load; `bytes` are samples of each process's memory, in order."""
+    """The results of a mixed load; `bytes` are samples of each process's memory, in order."""
 
     asked: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
     bytes: dict[int, list[int]] = field(default_factory=dict)
 
     def growth(self, process: int, warm: int) -> float:
-        """How much memory a process has won since the first `warm` samples, as a share."""
+        """The growth of a process's memory since the first `warm` samples, as a share."""
         samples = self.bytes[process][warm:]
         part = max(len(samples) // 5, 1)
         return median(samples[-part:]) / median(samples[:part]) - 1
@@ -177,7 +177,7 @@ def _said(content: Any, **fields: Any) -> dict[str, Any]:
 async def mixed_load(
     port: int, seconds: float, clients: int, picture: str, processes: list[int], pause: float = 1.0
 ) -> Mixed:
-    """Ask for everything at once for so long; memory is sampled every `pause` seconds."""
+    """Send all kinds of requests at once for `seconds`; sample memory every `pause` seconds."""
     told, end = Mixed(bytes={process: [] for process in processes}), perf_counter() + seconds
     known = kinds(picture)
 
