@@ -6,8 +6,9 @@
 #
 # DATA    the emoji data: a folder, or a .tar.gz that holds its files (make one with
 #         `tar -C DIR/emoji -czf runs/emoji.tar.gz .`)
-# OUT     folder of the results, at most 8 files of at most 15 MB: model.tar.00 …, scores.json,
-#         samples.png, results.tar.gz (metrics, reconstructions, notes), log
+# OUT     folder of the results, at most 8 files of at most 15 MB: model.tar.00 …, scores.json (those
+#         that were measured in time), samples.png, results.tar.gz (metrics, reconstructions, notes),
+#         log
 # MINUTES of training (7); LIMIT pictures or questions a measure (40); SECONDS_LEFT for scores (100)
 # FIELDS  more `field=value` for pretrain_mini
 set -uo pipefail
@@ -22,8 +23,17 @@ exec > >(tee "$OUT/log") 2>&1
 if [ -f "$DATA" ]; then
     mkdir -p "$RUN/emoji" && tar -C "$RUN/emoji" -xzf "$DATA" && DATA=$RUN/emoji
 fi
-python3 -c 'import torch; print("torch", torch.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU")'
-python3 -c 'from earlyfusion.model.attention import packed_attention as p; print("packed attention:", "of torch" if p("'"$DEVICE"'") else "by mask")'
+python3 - "$DEVICE" <<'PYTHON'
+import sys
+
+import torch
+
+from earlyfusion.model.attention import packed_attention
+
+print("torch", torch.__version__)
+print(torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU")
+print("packed attention:", "of torch" if packed_attention(sys.argv[1]) else "by mask")
+PYTHON
 
 # What there is comes back even where a stage fails: the newest model and all metrics.
 # shellcheck disable=SC2086
@@ -38,24 +48,13 @@ for stage in "$RUN"/*/; do
 done
 if [ -d "$model" ]; then
     tar -C "$(dirname "$model")" -cf - model | split -b 15000000 -d - "$OUT/model.tar."
-    timeout 60 python3 - "$model" "$DEVICE" "$OUT/samples.png" <<'PYTHON'
-import sys
-from pathlib import Path
-
-from earlyfusion import Chameleon, SamplingParams
-from earlyfusion.train.samples import save_grid
-
-model = Chameleon.load(sys.argv[1], device=sys.argv[2])
-asked = ["Draw a cat.", "Draw a house.", "Can you draw me an elephant?", "사과를 그려줘"]
-columns = []
-for prompt in asked:  # the first four seeds, unselected
-    several = [SamplingParams(seed=seed) for seed in range(4)]
-    replies = model.generate_batch([prompt] * 4, output="image", sampling=several)
-    columns.append([reply.images[0] for reply in replies])
-save_grid(Path(sys.argv[3]), columns)
-PYTHON
+    # The first seeds, unselected; beside the scores, which do not wait for it.
+    timeout 90 python3 -m earlyfusion gallery "Draw a cat." "Draw a house." \
+        "Can you draw me an elephant?" "사과를 그려줘" --count 8 \
+        --model "$model" --device "$DEVICE" --out "$OUT/samples.png" --overwrite &
     timeout "$SECONDS_LEFT" python3 -m earlyfusion.evals.emoji --model "$model" --data "$DATA" \
         --limit "$LIMIT" --device "$DEVICE" --out "$OUT/scores.json"
+    wait %% || true
 fi
 ls -l "$OUT"
 exit $status

@@ -68,6 +68,16 @@ def _complete_models(incomplete: str) -> list[str]:
     return _starting_with(incomplete, ["mini", *folders])
 
 
+_GALLERY = Path("gallery.png")
+_GALLERY_PROMPTS = (
+    "Draw a cat.",
+    "Draw a house.",
+    "Draw an elephant.",
+    "Draw a red apple.",
+    "Draw a rainbow.",
+    "해바라기를 그려 줘.",
+)
+_MOST_SEEDS = 64
 _DEVICE_EXAMPLES = (*DEVICES, "cuda:0", "cuda:1")
 
 
@@ -412,6 +422,51 @@ def demo(
     screen.line(f"\nThe images are in {out}. Next: earlyfusion chat")
     if as_json:
         _print_json({"steps": steps, "seed": params.seed, "out": str(out)})
+
+
+@app.command(
+    epilog=_examples(
+        "earlyfusion gallery",
+        'earlyfusion gallery "Draw a cat." "Draw a tent." --count 8 -o cats.webp',
+    )
+)
+@with_options
+def gallery(
+    loading: Loading,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(help="Requests, each a line of the sheet.", show_default="six of our own"),
+    ] = None,
+    count: Annotated[int, whole_option("Drawings of each request.")] = 8,
+    out: Annotated[Path, typer.Option("--out", "-o", help="A .png or .webp file.")] = _GALLERY,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Draw requests with the first seeds, unselected, on one sheet."""
+    from earlyfusion.files import check_writable, taken, write_whole
+    from earlyfusion.terminal import Screen, sheet, sheet_file
+
+    asked, first = list(prompts or _GALLERY_PROMPTS), 0 if seed is None else seed
+    if not 1 <= count <= _MOST_SEEDS:
+        raise SettingError(f"--count {count} is not possible: give 1 to {_MOST_SEEDS}")
+    write = sheet_file(out)
+    if os.path.lexists(out) and not overwrite:
+        raise taken(out)
+    check_writable(out.parent)
+    seeds = list(range(first, first + count))
+    chameleon, screen = _load(**asdict(loading), quiet=as_json), Screen(as_json)
+    rows = []
+    for words in asked:
+        several = [SamplingParams(seed=number) for number in seeds]
+        replies = chameleon.generate_batch([words] * count, output="image", sampling=several)
+        rows.append([reply.images[0] for reply in replies])
+        screen.line(f"\n> {words}")
+        screen.strip(sheet(rows[-1:]))
+    write_whole(out, write(sheet(rows)), overwrite)
+    screen.line(f"\n{out}: seeds {seeds[0]} to {seeds[-1]} from left to right")
+    if as_json:
+        _print_json({"path": str(out), "prompts": asked, "seeds": seeds, "model": loading.model})
 
 
 @app.command(

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -220,11 +220,17 @@ def _utf8_decoder() -> codecs.IncrementalDecoder:
     return codecs.getincrementaldecoder("utf-8")(errors="replace")
 
 
-def train_tokenizer(texts: Iterable[str], num_codes: int, vocab_size: int) -> str:
-    """Train a byte-level BPE on `texts`; returns the JSON text of a tokenizer file. Ids: bos, pad,
-    eos, unk, the image codes, the image markers, end of turn, the placeholder, then text, starting
-    with the 256 bytes. At most `vocab_size` ids, fewer if the texts yield no more merges. The same
-    texts in the same order give the same file."""
+def train_tokenizer(
+    texts: Iterable[str], num_codes: int, vocab_size: int, whole: Sequence[str] = ()
+) -> str:
+    """Train a byte-level BPE on `texts`; returns the JSON text of a tokenizer file.
+
+    Ids: bos, pad, eos, unk, the image codes, the image markers, end of turn, the placeholder, then
+    text, which begins with the 256 bytes. There are at most `vocab_size` ids, fewer if the texts
+    yield no more merges. The same texts in the same order give the same file. The words of `whole`
+    become one token each, in their order, until they have half of the text tokens: by merges that
+    come after all others, so that the file stays an ordinary one.
+    """
     control, alphabet = family_names(num_codes), pre_tokenizers.ByteLevel.alphabet()
     smallest = len(control) + len(alphabet)
     if vocab_size < smallest:
@@ -235,14 +241,54 @@ def train_tokenizer(texts: Iterable[str], num_codes: int, vocab_size: int) -> st
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = _pre_tokenizer()
     tokenizer.decoder = decoders.ByteLevel()
+    words = _words(tokenizer, whole)
+    kept = min(len(words), (vocab_size - smallest) // 2)
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=vocab_size - kept,
         special_tokens=control,  # these get the first ids, in this order
         initial_alphabet=alphabet,
         show_progress=False,
     )
     tokenizer.train_from_iterator(_clean(texts), trainer)
-    return str(tokenizer.to_str(pretty=False))
+    text = str(tokenizer.to_str(pretty=False))
+    return _with_whole(text, words, vocab_size) if words else text
+
+
+def _words(tokenizer: Tokenizer, texts: Iterable[str]) -> list[str]:
+    """The words of some texts as BPE sees them, at the beginning of a text and within one."""
+    split = tokenizer.pre_tokenizer.pre_tokenize_str
+    said = (form for text in texts for form in (" " + text, text))
+    return list(dict.fromkeys(word for text in said for word, _ in split(text)))
+
+
+def _with_whole(text: str, words: Sequence[str], vocab_size: int) -> str:
+    """A tokenizer file with a token for each of the words, in their order, while there is room.
+
+    The pieces of a word are merged from the left; earlier merges come first and do not change.
+    """
+    data = json.loads(text)
+    vocabulary, merges = data["model"]["vocab"], data["model"]["merges"]
+    ranks = {tuple(pair): rank for rank, pair in enumerate(merges)}
+    for word in words:
+        pieces = _merged(list(word), ranks)
+        if len(vocabulary) + len(pieces) - 1 > vocab_size:
+            continue
+        for number in range(1, len(pieces)):
+            pair = "".join(pieces[:number]), pieces[number]
+            vocabulary.setdefault("".join(pair), len(vocabulary))
+            ranks[pair] = len(merges)
+            merges.append(list(pair))
+    return json.dumps(data, ensure_ascii=False)
+
+
+def _merged(pieces: list[str], ranks: Mapping[tuple[str, ...], int]) -> list[str]:
+    """The pieces after all merges that apply, the earliest first, as BPE does it."""
+    while True:
+        known = [(ranks[pair], at) for at, pair in enumerate(pairwise(pieces)) if pair in ranks]
+        if not known:
+            return pieces
+        at = min(known)[1]
+        pieces = [*pieces[:at], pieces[at] + pieces[at + 1], *pieces[at + 2 :]]
 
 
 def _pre_tokenizer() -> Any:

@@ -5,7 +5,7 @@ need colours (so not with NO_COLOR or TERM=dumb) and an encoding that has the ch
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +21,7 @@ from rich.style import Style
 from rich.text import Text as Characters
 
 from earlyfusion.content import Image, Prompt, Text
+from earlyfusion.errors import SettingError
 from earlyfusion.files import Write, check_writable, next_number, write_next
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from earlyfusion.generation.settings import Output, SamplingParams
 
 _MAX_COLUMNS = 40  # of an image in half-blocks
+_GAP = 4  # pixels between the pictures of a sheet
+_FORMATS = {".png": "PNG", ".webp": "WEBP"}
 # With escape sequences a model could move the cursor, set colours or change the title.
 _CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
@@ -104,6 +107,29 @@ def reply_json(reply: Reply, path_of: Callable[[Image], Path | str]) -> dict[str
     }
 
 
+def sheet(rows: Sequence[Sequence[PIL.Image.Image]]) -> PIL.Image.Image:
+    """Rows of pictures of one size as one picture, on white."""
+    width, height = rows[0][0].size
+    across, down = width + _GAP, height + _GAP
+    size = (across * max(map(len, rows)) + _GAP, down * len(rows) + _GAP)
+    made = PIL.Image.new("RGB", size, "white")
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            made.paste(picture, (_GAP + x * across, _GAP + y * down))
+    return made
+
+
+def sheet_file(path: Path) -> Callable[[PIL.Image.Image], Write]:
+    """What makes a picture into a function that writes it to a file of that name.
+
+    Raises `SettingError` for a name of another format.
+    """
+    if path.suffix.lower() not in _FORMATS:
+        raise SettingError(f"{path} is no name of a sheet: end it in {' or '.join(_FORMATS)}")
+    name = _FORMATS[path.suffix.lower()]
+    return lambda made: lambda file: made.save(file, format=name)
+
+
 def decoded(chameleon: Chameleon, codes_nhw: npt.NDArray[np.int64]) -> list[Image]:
     import torch
 
@@ -150,6 +176,12 @@ class Screen:
             console.print(half_blocks(image.pil, min(_MAX_COLUMNS, console.width)))
         if path is not None:
             self.line(str(path))
+
+    def strip(self, picture: PIL.Image.Image) -> None:
+        """A wide picture, over the whole width of the terminal."""
+        if self._shows_images:
+            console = Console()
+            console.print(half_blocks(picture, console.width))
 
     def end_drawing(self) -> None:
         if self._progress is not None:

@@ -12,9 +12,11 @@ import pytest
 
 from earlyfusion import Image, Text
 from earlyfusion.errors import SettingError
-from earlyfusion.evals import emoji
+from earlyfusion.evals import emoji, free
+from earlyfusion.evals.gallery import different, frechet
 from earlyfusion.mini.emoji.dataset import EmojiData
 from earlyfusion.mini.emoji.dialogues import generate
+from earlyfusion.mini.emoji.wordings import FreeRequest
 
 FOLDER = Path(__file__).parent / "data"
 
@@ -87,9 +89,11 @@ def test_naming_and_drawing_of_one_who_knows(data: EmojiData) -> None:
     assert all(n[lang]["exact"] == 1 for n in named.values() for lang in ("en", "ko"))
     assert named["val-pair"]["en"]["n"] == len(data.split("val-pair"))
     found = emoji.retrieval(model, data, limit=20, seed=0)
+    distance = found.pop("distance")
     assert {k: v["top1"] for k, v in found.items()} == dict.fromkeys(
-        ("usual", "train", "val-pair", "ceiling"), 1
+        ("usual", "any style", "train", "val-pair", "ceiling"), 1
     )
+    assert distance == {"n": len(data.split("val-pair")), "drawings": 0, "reconstructions": 0}
     assert found["usual"]["n"] <= found["train"]["n"]
 
 
@@ -104,6 +108,7 @@ def test_wrong_answers_do_not_count(data: EmojiData) -> None:
     found = emoji.retrieval(model, data, limit=27, seed=0)
     assert found["train"]["top1"] < 0.2
     assert found["train"]["top1"] <= found["train"]["top5"] <= found["train"]["top10"] < 1
+    assert found["distance"]["drawings"] > 0 == found["distance"]["reconstructions"]
 
 
 def test_yes_is_right_where_the_dialogue_says_so(
@@ -162,7 +167,9 @@ def test_ranks_survive_small_damage(data: EmojiData) -> None:
     assert gallery.rank(data.image("noto/1f349"), "1f34c") > 0
 
 
-def test_report_and_its_table(data: EmojiData, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_and_its_table(
+    data: EmojiData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     samples = [
         s for s in generate(data, "val", 40) if s["task"] in ("colour", "category", "common")
     ]
@@ -178,6 +185,19 @@ def test_report_and_its_table(data: EmojiData, monkeypatch: pytest.MonkeyPatch) 
     assert all(line.count("|") == 5 for line in table)
     assert any("median PSNR | val | 4 | 99.0 dB" in line for line in table)
     assert any("naming, exact match, ko | val-pair" in line for line in table)
+    assert '| seeds 0 to 7 of "Draw a cat." | pictures | 8 | 1 different, 0 right |' in table
+    assert any("says that it does not know | unknown words" in line for line in table)
+    requests = emoji.requests_table(report)
+    assert all(line.count("|") == 5 for line in requests)
+    assert any("How about a banana?" in line for line in requests)
+    card = tmp_path / "README.md"
+    card.write_text("a\n\n| measure | on | n | score |\n| old |\n\nb\n\n" + requests[0] + "\n")
+    emoji.check_card(card)
+    emoji.into_card(card, [table, requests])
+    assert card.read_text() == "\n".join(["a", "", *table, "", "b", "", *requests, ""])
+    card.write_text("no table\n")
+    with pytest.raises(SettingError, match="where a table begins"):
+        emoji.check_card(card)
     with pytest.raises(SettingError, match="limit is 0"):
         emoji.measure(model, data, limit=0)
 
@@ -187,6 +207,82 @@ def test_command_wants_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[st
     error = capsys.readouterr().err
     assert error.startswith("error: no concepts.jsonl in")
     assert error.count("\n") == 1
+
+
+def test_free_requests_are_judged_by_kind_and_thing(data: EmojiData) -> None:
+    gallery = gallery_of(data)
+    first = {row["codepoints"]: row for row in data.rows if row["split"] == "train"}
+    banana, dog = (Image(data.image(first[c]["id"])) for c in ("1f34c", "1f415"))
+    pear = [Text("1. pear"), banana, Text("2. peach"), banana]
+
+    def judged(answer: str, wanted: str, *parts: Any, shown: tuple[str, ...] = ()) -> Any:
+        request = FreeRequest("en", answer, "", shown, (wanted,))
+        return free.judge(Reply(list(parts)), request, data, first, gallery)
+
+    assert judged("draw", "1f34c", banana) == (True, True)
+    assert judged("draw", "1f34c", dog) == (True, False)
+    assert judged("draw", "1f34c", Text("banana")) == (False, False)
+    assert judged("name", "1f34c", Text("Banana.")) == (True, True)
+    assert judged("name", "1f34c", Text("dog")) == (True, False)
+    assert judged("name", "1f34c", Text("Yes")) == judged("name", "1f34c", banana) == (False, False)
+    assert judged("yes", "1f34c", Text("Yes")) == judged("no", "1f34c", Text("No")) == (True, True)
+    assert judged("no", "1f34c", Text("Yes")) == (True, False)
+    both = ("1f34c", "1f415")
+    assert judged("which", "1f415", Text("The second"), shown=both) == (True, True)
+    assert judged("which", "1f34c", Text("The second"), shown=both) == (True, False)
+    assert (
+        judged("common", "1f34c", Text("fruits")) == judged("list", "food", *pear) == (True, True)
+    )
+    assert judged("list", "animal", *pear) == (True, False)
+    assert judged("list", "food", banana) == (False, False)
+    assert judged("unknown", "", Text("I do not know this one")) == (True, True)
+    assert judged("unknown", "", Text("banana")) == (False, False)
+
+
+def test_refusals_of_one_who_knows_what_it_knows(data: EmojiData) -> None:
+    model = Oracle(data, Tokenizer())
+    known = {word for row in data.rows for name in (row["en"], row["ko"]) for word in name.split()}
+
+    def reply(prompt: Any, output: str) -> Reply:
+        assert output == "auto"
+        if isinstance(prompt, str):
+            is_known = any(word in prompt for word in known)
+        else:
+            is_known = prompt[0].pil.tobytes() in model.by_bytes
+        return Reply([Text("ok" if is_known else "I do not know this one.")])
+
+    model.reply = reply  # type: ignore[method-assign]
+    ids = data.split("train")[:6]
+    found = free.refusals(model, data, ids, ids, limit=5)
+    assert {what: row["refused"] for what, row in found.items()} == {
+        "unknown words": 1,
+        "unknown pictures": 1,
+        "known words": 0,
+        "known pictures": 0,
+    }
+    assert all(row["n"] == 5 for row in found.values())
+
+
+def test_pictures_that_differ_are_counted(data: EmojiData) -> None:
+    gallery = gallery_of(data)
+    one, other = data.image("noto/1f349"), data.image("noto/1f415")
+    assert gallery.nearest(one)["codepoints"] == "1f349"
+    assert different(gallery, [one, one.resize((64, 64)), other, one]) == 2
+    several = [data.image(i) for i in data.split("train")]
+    assert frechet(gallery, several, several) == pytest.approx(0, abs=1e-3)
+    near, far = (frechet(gallery, several[k:], several) for k in (3, len(several) - 3))
+    assert 0 < near < far
+
+
+def test_scenes_that_are_answered_rightly(data: EmojiData) -> None:
+    model, answers = Oracle(data, Tokenizer()), iter(["two", "2", "넷"])
+    model.reply = lambda prompt, output: Reply([Text(next(answers))])  # type: ignore[method-assign]
+    found = free.scene_answers(model, data, 3)
+    assert found["n"] == 3 and found["exact"] < 1
+
+
+def gallery_of(data: EmojiData) -> emoji.Gallery:
+    return emoji.Gallery(data)
 
 
 def test_features_say_where_an_edge_is() -> None:

@@ -113,6 +113,25 @@ def test_demo(run: Run) -> None:
     assert (told["seed"], told["out"]) == (5, "earlyfusion-demo")
 
 
+def test_gallery_is_a_sheet_of_the_first_seeds(run: Run, model: Chameleon) -> None:
+    told = json.loads(run("gallery", "Draw a cat.", "Draw a tent.", "--count", 3, "--json"))
+    assert told["seeds"] == [0, 1, 2] and told["prompts"] == ["Draw a cat.", "Draw a tent."]
+    side, gap = 64, 4
+    with PIL.Image.open(told["path"]) as made:
+        assert made.size == (gap + 3 * (side + gap), gap + 2 * (side + gap))
+        x, y = gap + 2 * (side + gap), gap + side + gap
+        cell = made.crop((x, y, x + side, y + side))
+    alone = model.generate("Draw a tent.", output="image", seed=2).images[0]
+    assert np.array_equal(np.asarray(cell), np.asarray(alone))
+    assert "seeds 7 to 7" in run(
+        "gallery", "Draw a cat.", "--count", 1, "--seed", 7, "-o", "a.webp"
+    )
+    assert main(["gallery", "--count", "1"]) == 2  # gallery.png is there
+    assert main(["gallery", "--count", "0", "-o", "x.png"]) == 2
+    assert main(["gallery", "-o", "x.gif"]) == 2
+    assert not list(Path().glob("x.*"))
+
+
 def test_encode_then_decode_comes_near(run: Run, model: Chameleon) -> None:
     run("encode", "strawberry.png", "-o", "c.safetensors", "--device", "cpu")
     run("decode", "c.safetensors", "-o", "drawn", "--device", "cpu")

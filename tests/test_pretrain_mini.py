@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,46 @@ def test_a_chain_with_minutes_is_killed_goes_on_and_ends_in_a_model(
     assert capsys.readouterr().out.count(": done, in") == 4
 
 
+class AtOnce:
+    """A process that does its work when it is started."""
+
+    def __init__(self, target: Any, args: tuple[Any, ...]) -> None:
+        self._target, self._args = target, args
+
+    def start(self) -> None:
+        self._target(*self._args)
+
+
+def test_documents_are_made_ahead_by_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = [*TIMED, f"out={tmp_path}", "scale=0.001"]
+    whole, names = override(config, fields), list(TIMED_STAGES)
+    assert pretrain_mini.prepared_ahead(whole, names) is None  # one worker
+    context = type("Context", (), {"Process": AtOnce})
+    monkeypatch.setattr(pretrain_mini, "get_context", lambda _: context)
+    monkeypatch.setattr(pretrain_mini, "_workers", lambda _: 2)
+    with monkeypatch.context() as patch:  # its workers would take seconds
+        patch.setattr(
+            pretrain_mini,
+            "timed_config",
+            lambda *given: override(timed_config(*given), ["mixture.workers=1"]),
+        )
+        assert pretrain_mini.prepared_ahead(whole, names) is not None
+    for name in ("transformer", "chat"):
+        stage = timed_config(whole, name, None)
+        made = mini_packed_transformer.prepare(replace(stage, data=tmp_path / "not needed"))
+        assert len(made.starts) > 30 and (tmp_path / name / "tokenizer.json").is_file()
+        own = mini_packed_transformer.prepare(
+            override(stage, [f"out={tmp_path / 'own'}", "workers=1"])
+        )
+        assert all(map(np.array_equal, own.columns, made.columns))
+        (tmp_path / "own" / "tokenizer.json").unlink()
+    first, second = (tmp_path / n / "tokenizer.json" for n in ("transformer", "chat"))
+    assert first.read_text() == second.read_text()
+    assert pretrain_mini.prepared_ahead(whole, names) is None  # all is there
+
+
 def test_minutes_are_shared_out_over_what_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,6 +219,8 @@ def test_the_larger_mini_fits_forty_megabytes_and_the_longest_document() -> None
         (["minutes=5", "stages=answers"], "names 'answers': choose of image_tokenizer, decoder"),
         (["changes=chat.rows=8"], "needs minutes="),
         (["minutes=5", "changes=chats.rows=8"], "changes=chats.rows=8 must be STAGE.FIELD=VALUE"),
+        (["icons=x"], "icons=x needs minutes="),
+        (["workers=-1"], "workers=-1 must be 0 or more"),
         (["scale=0"], "scale=0 must be over 0"),
         (["scale=2"], "scale=2 must be over 0 and at most 1"),
     ],

@@ -284,6 +284,25 @@ def test_training_repeats_itself() -> None:
     assert Vocabulary.from_dict(json.loads(first)).num_codes == 8
 
 
+def test_whole_words_become_one_token_each(tmp_path: Path) -> None:
+    names, path = ["quokka", "빨간 사과", "red quokka"], tmp_path / "tokenizer.json"
+    counts = []
+    for whole in ((), names):
+        path.write_text(train_tokenizer(TEXTS, 8, 420, whole), encoding="utf-8")
+        processor = Processor(path, ImageLayout(2, 2))
+        assert processor.vocabulary.size <= 420
+        tokens = [processor.encode_text(name) for name in names]
+        assert [processor.decode_text(ids) for ids in tokens] == names
+        asked = processor.encode_text("A quokka! quokkas, 사과를")
+        assert processor.decode_text(asked) == "A quokka! quokkas, 사과를"
+        counts.append([len(ids) for ids in tokens])
+    assert counts[1] == [1, 2, 2] and counts[0] > counts[1]
+    before = json.loads(train_tokenizer(TEXTS, 8, 420, names))["model"]
+    assert sorted(before["vocab"].values()) == list(range(len(before["vocab"])))
+    room = len(family_names(8)) + 256 + 2
+    assert Vocabulary.from_dict(json.loads(train_tokenizer([], 8, room, names))).size <= room
+
+
 def test_training_errors() -> None:
     smallest = len(family_names(8)) + 256
     assert Vocabulary.from_dict(json.loads(train_tokenizer([], 8, smallest))).size == smallest

@@ -7,11 +7,12 @@ are drawn with the model's own settings, one seed each. Splits: `train` pictures
 `val-pair` pictures were not, but the same things in other styles were; `val-concept` things were
 not trained on at all.
 
-Retrieval asks whether a drawing is nearer to the requested concept than to others of its style.
-Every picture becomes two blocks of numbers: RGB at 16 x 16 after a light blur, and the mean edge
-strength of its grey version in 16 x 16 cells. Each block is divided by its standard deviation over
-the style's pictures; pictures compare by the mean squared difference, edges counting half. The
-ceiling is the score of the image tokenizer's reconstructions of the true pictures.
+Retrieval asks whether a drawing is nearer to the requested thing than to others: to those of the
+asked style or, where none was asked, also to those of all styles (`gallery.Gallery`). The ceiling
+is what the metric gives the image tokenizer's reconstructions of the true pictures. Requests in
+free words, unknown things, scenes and several seeds: see `evals.free`.
+
+`--card FILE` writes the table into a model card, in the place of its table.
 """
 
 from __future__ import annotations
@@ -24,63 +25,74 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import PIL.Image
-from PIL import ImageFilter
 
-from earlyfusion import Chameleon, Image, Message, SamplingParams, Text
+from earlyfusion import Chameleon, Image, Message, Text
 from earlyfusion.errors import EarlyFusionError, SettingError
+from earlyfusion.evals import free
+from earlyfusion.evals.asking import BATCH, Model, Numbers, drawn_with, greedy, replies, share
+from earlyfusion.evals.gallery import Gallery, features, frechet, resized
 from earlyfusion.mini.emoji.dataset import EmojiData
 from earlyfusion.mini.emoji.dialogues import Sample, generate, messages_of
 from earlyfusion.mini.emoji.phrases import PROMPTS, normalise, particle
 from earlyfusion.mini.emoji.pools import name_of, style_of
 
-Features: TypeAlias = npt.NDArray[np.float32]
-Numbers: TypeAlias = dict[str, Any]
+__all__ = ["Gallery", "features", "main", "markdown", "measure"]
 
-BATCH = 16
 LANGUAGES = ("en", "ko")
 NAMED_SPLITS = ("train", "val-pair", "val-concept")
 MAX_DRAWINGS = 100  # per split
 MAX_QUESTIONS = 100  # per task
 MAX_LISTS = 30  # the longest asks for four pictures
+MAX_REFUSALS = 40  # of each sort
 MAX_UNSEEN = 50  # things never trained on, per language
 DIALOGUES = 1500  # as many as the published val.jsonl
 TOPS = (1, 5, 10)
-ANSWER_TOKENS = 64
+HEAD = ("| measure | on | n | score |", "| --- | --- | --- | --- |")
+REQUESTS_HEAD = ("| request | wanted | reply | kind, thing |", "| --- | --- | --- | --- |")
 
 
-class Model(Protocol):
-    """The model to be measured: `earlyfusion.Chameleon`, or anything with these methods."""
+def measure(
+    model: Model,
+    data: EmojiData,
+    limit: int = 300,
+    seed: int = 0,
+    keep: Callable[[Numbers], None] | None = None,
+) -> Numbers:
+    """All measurements; `limit` bounds the pictures or questions of each.
 
-    @property
-    def image_tokenizer(self) -> Any: ...
-
-    def generate_batch(
-        self, prompts: Sequence[Any], *, output: Any, sampling: Any = None
-    ) -> list[Any]: ...
-
-
-def measure(model: Model, data: EmojiData, limit: int = 300, seed: int = 0) -> Numbers:
-    """All measurements; `limit` bounds the pictures or questions of each. Shares are between 0 and
-    1, PSNR is in dB. Raises SettingError for a limit below 1."""
+    `keep` gets the report so far after each of them, for a run that may be cut short. Shares are
+    between 0 and 1, PSNR is in dB. Raises SettingError where the limit is below 1.
+    """
     if limit < 1:
         raise SettingError(f"limit is {limit}: give at least 1")
+    galleries: dict[str | None, Gallery] = {None: Gallery(data)}
+    every = galleries[None]
+    some = min(limit, MAX_DRAWINGS)
+    known = _first_pictures(data, limit, seed), _chosen(data, "train", limit, seed)
+    # The most telling first: a run may be cut short.
     measures: dict[str, Callable[[], Numbers]] = {
         "naming": lambda: naming(model, data, limit, seed),
+        "retrieval": lambda: retrieval(model, data, some, seed, galleries),
+        "seeds": lambda: free.seeds(model, every),
+        "wordings": lambda: free.wordings(model, data, every),
         "questions": lambda: questions(model, data, min(limit, MAX_QUESTIONS)),
         "lists": lambda: lists(model, data, min(limit, MAX_LISTS), seed),
+        "refusals": lambda: free.refusals(model, data, *known, min(limit, MAX_REFUSALS)),
         "reconstruction": lambda: reconstruction(model, data, limit, seed),
-        "retrieval": lambda: retrieval(model, data, min(limit, MAX_DRAWINGS), seed),
+        "scenes": lambda: free.scene_answers(model, data, some),
     }
     report: Numbers = {"limit": limit, "seed": seed}
     started = time.monotonic()
     for name, run in measures.items():
         report[name] = run()
+        if keep is not None:
+            keep(report)
         print(f"{name}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
     report["seconds"] = round(time.monotonic() - started, 1)
     return report
@@ -114,13 +126,13 @@ def lists(model: Model, data: EmojiData, limit: int, seed: int) -> Numbers:
     once, belongs to the requested subgroup."""
     samples = [s for s in _dialogues(data) if s["check"] == "images+names"][:limit]
     prompts = [_messages(data, s["messages"][:-1]) for s in samples]
-    replies = _replies(model, prompts, "interleaved", _drawn_with(len(prompts), seed, max_images=5))
-    formed = [well_formed(r.segments, s["count"]) for r, s in zip(replies, samples, strict=True)]
-    right = [_right_items(data, r.segments, s) for r, s in zip(replies, samples, strict=True)]
+    found = replies(model, prompts, "interleaved", drawn_with(len(prompts), seed, max_images=5))
+    formed = [well_formed(r.segments, s["count"]) for r, s in zip(found, samples, strict=True)]
+    right = [_right_items(data, r.segments, s) for r, s in zip(found, samples, strict=True)]
     requested = sum(s["count"] for s in samples)
     return {
         "n": len(samples),
-        "well_formed": _share(formed),
+        "well_formed": share(formed),
         "right_items": round(sum(right) / requested, 4) if requested else None,
     }
 
@@ -147,23 +159,23 @@ def _right_items(data: EmojiData, segments: Sequence[Any], sample: Sample) -> in
 
 def _named(model: Model, data: EmojiData, ids: list[str], lang: str) -> Numbers:
     question = PROMPTS["caption"][lang].published[0]
-    replies = _replies(model, [[Image(data.image(i)), question] for i in ids], "text", _greedy(ids))
+    found = replies(model, [[Image(data.image(i)), question] for i in ids], "text", greedy(ids))
     rows = [data.row(i) for i in ids]
     listed = [r["name_en"] if lang == "en" else r["name_ko"] for r in rows]
     accepted = [{name_of(r, lang), n} for r, n in zip(rows, listed, strict=True)]
-    return _exact([r.text for r in replies], accepted)
+    return _exact([r.text for r in found], accepted)
 
 
 def _answered(model: Model, data: EmojiData, samples: list[Sample]) -> Numbers:
     prompts = [_messages(data, s["messages"][:-1]) for s in samples]
-    replies = _replies(model, prompts, "text", _greedy(prompts))
-    return _exact([r.text for r in replies], [set(s["accept"]) for s in samples])
+    found = replies(model, prompts, "text", greedy(prompts))
+    return _exact([r.text for r in found], [set(s["accept"]) for s in samples])
 
 
 def _exact(answers: Sequence[str], accepted: Sequence[set[str]]) -> Numbers:
     pairs = zip(answers, accepted, strict=True)
     right = [normalise(answer) in {normalise(a) for a in accept} for answer, accept in pairs]
-    return {"n": len(right), "exact": _share(right)}
+    return {"n": len(right), "exact": share(right)}
 
 
 # ---- pictures
@@ -174,7 +186,7 @@ def reconstruction(model: Model, data: EmojiData, limit: int, seed: int) -> Numb
     psnr_median, psnr_tenth}. Nine tenths of the validation pictures exceed the last."""
     pictures = data.images(_chosen(data, "val", limit, seed))
     pairs = zip(pictures, _reconstructed(model, pictures), strict=True)
-    values = [psnr(_resized(before, after.size), after) for before, after in pairs]
+    values = [psnr(resized(before, after.size), after) for before, after in pairs]
     return {
         "n": len(values),
         "psnr_median": round(float(np.median(values)), 2),
@@ -189,77 +201,75 @@ def psnr(one: PIL.Image.Image, other: PIL.Image.Image) -> float:
     return 99.0 if error == 0 else float(10 * np.log10(255**2 / error))
 
 
-def retrieval(model: Model, data: EmojiData, limit: int, seed: int) -> Numbers:
-    """Ranks of drawings among the pictures of their style. {"usual" | "train" | "val-pair" |
-    "ceiling": {n, top1, top5, top10}}. Half of the requests are in English and half in Korean. They
-    give name and style, or, in "usual", only the name, which is then compared in the first style
-    that has the thing among the training pictures."""
-    galleries: dict[str, Gallery] = {}
+def retrieval(
+    model: Model,
+    data: EmojiData,
+    limit: int,
+    seed: int,
+    galleries: dict[str | None, Gallery] | None = None,
+) -> Numbers:
+    """Ranks of drawings, and how far the drawings of val-pair are from its pictures.
+
+    {"usual" | "any style" | "train" | "val-pair" | "ceiling": {n, top1, top5, top10}, "distance":
+    {n, drawings, reconstructions}}. Half of the requests are in English and half in Korean. They
+    give name and style, and are compared with the pictures of that style; or the name alone. Then
+    "any style" compares with the training pictures of all styles, and "usual" with those of the
+    first style that has the thing. The distances are `gallery.frechet`.
+    """
+    galleries = {None: Gallery(data)} if galleries is None else galleries
     report: Numbers = {}
     chosen = {"usual": _first_pictures(data, limit, seed)}
     chosen |= {split: _chosen(data, split, limit, seed) for split in ("train", "val-pair")}
+    drawn: dict[str, list[PIL.Image.Image | None]] = {}
     for split, ids in chosen.items():
         table = "draw" if split == "usual" else "draw_styled"
         prompts = [_drawing_prompt(data, id_, LANGUAGES[i % 2], table) for i, id_ in enumerate(ids)]
-        replies = _replies(model, prompts, "image", _drawn_with(len(ids), seed))
-        drawn = [r.images[0] if r.images else None for r in replies]
-        report[split] = _ranks(data, ids, drawn, galleries)
-    ids = _chosen(data, "val-pair", limit, seed) or _chosen(data, "train", limit, seed)
+        found = replies(model, prompts, "image", drawn_with(len(ids), seed))
+        drawn[split] = [r.images[0] if r.images else None for r in found]
+        report[split] = _ranks(data, ids, drawn[split], galleries)
+        if split == "usual":
+            report["any style"] = _ranks(data, ids, drawn[split], galleries, any_style=True)
+    true = data.images(chosen["val-pair"])
+    report["distance"] = _distances(model, drawn["val-pair"], true, galleries[None])
+    ids = chosen["val-pair"] or chosen["train"]
     report["ceiling"] = _ranks(data, ids, _reconstructed(model, data.images(ids)), galleries)
     return report
 
 
-class Gallery:
-    """The pictures of one style, with which drawings are compared."""
-
-    def __init__(self, data: EmojiData, style: str) -> None:
-        rows = [r for r in data.rows if r["style"] == style]
-        self.concepts = np.array([r["codepoints"] for r in rows])
-        blocks = [features(data.image(r["id"])) for r in rows]
-        colours, edges = (np.stack(block) for block in zip(*blocks, strict=True))
-        self.scales = (float(colours.std()) or 1.0, float(edges.std()) or 1.0)
-        self.rows = np.stack([self._join(*block) for block in blocks])
-
-    def rank(self, picture: PIL.Image.Image, concept: str) -> int:
-        """How many other concepts are nearer to the picture than this one: 0 is a hit."""
-        distances = ((self.rows - self._join(*features(picture))) ** 2).sum(1)
-        nearest = distances[self.concepts == concept].min()
-        return len(set(self.concepts[distances < nearest].tolist()) - {concept})
-
-    def _join(self, colours: Features, edges: Features) -> Features:
-        weights = (
-            1 / self.scales[0] / colours.size**0.5,
-            0.5**0.5 / self.scales[1] / edges.size**0.5,
-        )
-        return np.concatenate([colours * weights[0], edges * weights[1]])
-
-
-def features(picture: PIL.Image.Image) -> tuple[Features, Features]:
-    """Colours [768] and edges [256] of a picture, each from 0 to 1: see the top of this file."""
-    small = _resized(picture.convert("RGB"), (64, 64))
-    blurred = small.filter(ImageFilter.GaussianBlur(2)).resize((16, 16), PIL.Image.Resampling.BOX)
-    grey = np.asarray(small.convert("L"), np.float32) / 255
-    down, right = np.gradient(grey)
-    edges = np.hypot(down, right).reshape(16, 4, 16, 4).mean((1, 3))
-    colours = np.asarray(blurred, np.float32).ravel() / np.float32(255)
-    return colours, edges.astype(np.float32).ravel()
+def _distances(
+    model: Model,
+    drawn: Sequence[PIL.Image.Image | None],
+    true: Sequence[PIL.Image.Image],
+    gallery: Gallery,
+) -> Numbers:
+    there = [picture for picture in drawn if picture]
+    if min(len(there), len(true)) < 2:  # a single picture has no spread
+        return {"n": len(true), "drawings": None, "reconstructions": None}
+    through = _reconstructed(model, true)
+    found = {
+        name: round(frechet(gallery, pictures, true), 3)
+        for name, pictures in (("drawings", there), ("reconstructions", through))
+    }
+    return {"n": len(true)} | found
 
 
 def _ranks(
     data: EmojiData,
     ids: Sequence[str],
     pictures: Sequence[PIL.Image.Image | None],
-    galleries: dict[str, Gallery],
+    galleries: dict[str | None, Gallery],
+    any_style: bool = False,
 ) -> Numbers:
     ranks = []
     for image_id, picture in zip(ids, pictures, strict=True):
         row = data.row(image_id)
-        if row["style"] not in galleries:
-            galleries[row["style"]] = Gallery(data, row["style"])
-        gallery = galleries[row["style"]]
+        style = None if any_style else row["style"]
+        if style not in galleries:
+            galleries[style] = Gallery(data, style)
+        gallery = galleries[style]
         missed = len(gallery.rows)
         ranks.append(gallery.rank(picture, row["codepoints"]) if picture else missed)
-    return {"n": len(ranks)} | {f"top{top}": _share([r < top for r in ranks]) for top in TOPS}
+    return {"n": len(ranks)} | {f"top{top}": share([r < top for r in ranks]) for top in TOPS}
 
 
 def _drawing_prompt(data: EmojiData, image_id: str, lang: str, table: str = "draw_styled") -> str:
@@ -286,12 +296,6 @@ def _reconstructed(model: Model, pictures: Sequence[PIL.Image.Image]) -> list[PI
     return done
 
 
-def _resized(picture: PIL.Image.Image, size: tuple[int, int]) -> PIL.Image.Image:
-    if picture.size == size:
-        return picture
-    return picture.resize(size, PIL.Image.Resampling.LANCZOS)
-
-
 # ---- asking
 
 
@@ -310,42 +314,23 @@ def _messages(data: EmojiData, turns: Iterable[dict[str, Any]]) -> list[Message]
     return messages_of(turns, lambda image_id, role: Image(data.image(image_id)))
 
 
-def _greedy(prompts: Sequence[Any]) -> list[SamplingParams]:
-    return [SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS)] * len(prompts)
-
-
-def _drawn_with(count: int, seed: int, max_images: int | None = None) -> list[SamplingParams]:
-    """The model's default settings for pictures, one seed per reply; text is greedy."""
-    seeds = range(seed, seed + count)
-    return [SamplingParams(temperature=0, max_images=max_images, seed=s) for s in seeds]
-
-
-def _replies(
-    model: Model, prompts: Sequence[Any], output: str, sampling: Sequence[SamplingParams]
-) -> list[Any]:
-    replies: list[Any] = []
-    for start in range(0, len(prompts), BATCH):
-        rows = slice(start, start + BATCH)
-        replies += model.generate_batch(
-            list(prompts[rows]), output=output, sampling=list(sampling[rows])
-        )
-    return replies
-
-
 def _pairs(segments: Sequence[Any]) -> Iterable[tuple[Any, Any]]:
     return zip(segments[::2], segments[1::2], strict=True)
-
-
-def _share(values: Sequence[bool]) -> float | None:
-    return round(sum(values) / len(values), 4) if values else None
 
 
 # ---- reporting
 
 
+_ON = {
+    "ceiling": "true pictures through the codes",
+    "usual": "train, no style asked, its first style",
+    "any style": "train, no style asked, all styles",
+}
+
+
 def markdown(report: Numbers) -> list[str]:
     """The report as the lines of a table for a model card."""
-    lines = ["| measure | on | n | score |", "| --- | --- | --- | --- |"]
+    lines = list(HEAD)
 
     def add(measure: str, on: str, n: int, *scores: float | None) -> None:
         shown = " / ".join("-" if s is None else f"{100 * s:.1f} %" for s in scores)
@@ -364,10 +349,69 @@ def markdown(report: Numbers) -> list[str]:
         f"| reconstruction, median PSNR | val | {found['n']} | {found['psnr_median']:.1f} dB |"
     )
     for split, found in report["retrieval"].items():
-        on = {"ceiling": "true pictures through the codes", "usual": "train, no style asked"}
+        if split == "distance":
+            continue
         scores = [found[f"top{top}"] for top in TOPS]
-        add("drawing retrieval, top 1 / 5 / 10", on.get(split, split), found["n"], *scores)
+        add("drawing retrieval, top 1 / 5 / 10", _ON.get(split, split), found["n"], *scores)
+    found = report["retrieval"]["distance"]
+    for of in ("drawings", "reconstructions"):
+        shown = "-" if found[of] is None else f"{found[of]:.2f}"
+        lines.append(
+            f"| distance to true pictures (Frechet) | val-pair, {of} | {found['n']} | {shown} |"
+        )
+    for prompt, found in report["seeds"].items():
+        shown = f"{found['different']} different, {found['right']} right"
+        lines.append(f'| seeds 0 to 7 of "{prompt}" | pictures | {found["n"]} | {shown} |')
+    found = report["wordings"]
+    add(
+        "free wordings: right kind / also right thing",
+        "held-out requests",
+        found["n"],
+        found["kind"],
+        found["right"],
+    )
+    for what, found in report["refusals"].items():
+        add("says that it does not know", what, found["n"], found["refused"])
+    found = report["scenes"]
+    add(
+        "questions about scenes (how many, where)",
+        "scenes not trained on",
+        found["n"],
+        found["exact"],
+    )
     return lines
+
+
+def requests_table(report: Numbers) -> list[str]:
+    """The held-out requests and their replies as the lines of a table."""
+    lines = list(REQUESTS_HEAD)
+    for row in report["wordings"]["replies"]:
+        marks = ", ".join("right" if row[name] else "wrong" for name in ("kind", "right"))
+        cells = (row["request"], row["wants"], row["reply"][:60] or "(nothing)", marks)
+        lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
+    return lines
+
+
+def into_card(path: Path, tables: Sequence[Sequence[str]]) -> None:
+    """Put tables into a card, each in the place of the table with the same first line."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for table in tables:
+        begins = ends = lines.index(table[0])
+        while ends < len(lines) and lines[ends].startswith("|"):
+            ends += 1
+        lines[begins:ends] = table
+    path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def check_card(path: Path) -> None:
+    """Raise `SettingError` where a card cannot take the tables."""
+    lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+    for heads in (HEAD, REQUESTS_HEAD):
+        if heads[0] not in lines:
+            raise SettingError(
+                f"--card {path} has no line {heads[0]!r}, where a table begins: add it, or give "
+                "another file"
+            )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -380,20 +424,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="JSON file for the numbers")
+    parser.add_argument("--card", type=Path, help="model card whose tables are written anew")
     args = parser.parse_args(arguments)
     try:
+        if args.card:
+            check_card(args.card)
         data = EmojiData(args.data)
         model = Chameleon.load(args.model, device=args.device)
-        report = measure(model, data, args.limit, args.seed)
+        keep = partial(_write, args.out, args.model) if args.out else None
+        report = measure(model, data, args.limit, args.seed, keep)
+        if args.card:
+            into_card(args.card, [markdown(report), requests_table(report)])
     except EarlyFusionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"model": args.model} | report, indent=1)
-        args.out.write_text(text + "\n", encoding="utf-8")
-    print("\n".join(markdown(report)))
+    if keep is not None:
+        keep(report)
+    print("\n".join([*markdown(report), "", *requests_table(report)]))
     return 0
+
+
+def _write(path: Path, model: str, report: Numbers) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"model": model} | report, indent=1, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -48,6 +48,8 @@ class NamedImageTokenizerConfig(ImageTokenizerConfig):
     checked: int = 64
     """Pictures of the validation split that are drawn and measured at `sample_every`."""
     change: ChangeConfig = field(default_factory=ChangeConfig)
+    icons: Path | None = None
+    """The folder of a set of icons (docs/mini.md) that join the training pictures."""
 
     def __post_init__(self) -> None:
         if processes.count() > 1:
@@ -63,7 +65,8 @@ class DevicePictures:
 
     def __init__(self, data: EmojiData, config: NamedImageTokenizerConfig) -> None:
         device = resolve_device(config.run.device)
-        self._pictures = pictures(config.data, "train", config.model.resolution, str(device))
+        side = config.model.resolution
+        self._pictures = pictures(config.data, "train", side, str(device), config.icons)
         self._labels = Labels(data).of(data.split("train")).to(device)
         self._config = config
 
@@ -113,7 +116,7 @@ class Checks:
 
 def main(config: NamedImageTokenizerConfig) -> None:
     check_terms(config.loss)
-    data, model = opened(config.data), config.build()
+    data, model = opened(config.data, config.icons), config.build()
     head = None
     if config.loss.naming:
         answers = Labels(data).answers

@@ -3,8 +3,8 @@
     earlyfusion train mini_packed_chat data=DIR/emoji device=cuda minutes=1 \\
         image_tokenizer=runs/mini_named_image_tokenizer start=runs/mini_packed_transformer
 
-It teaches the tasks of which `mini_packed_transformer` has seen little, at a lower rate, with
-pictures cut anew and fewer input codes replaced. A stage of `pretrain_mini`.
+It teaches the tasks of which `mini_packed_transformer` has seen little, at a lower rate, with its
+codes of the pictures and fewer input codes replaced. A stage of `pretrain_mini`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,10 @@ config = replace(
         requests=0.14,
         studies=0.1,
         bare=0.02,
+        scenes=0.06,
+        unknown=0.02,
+        wordings=0.5,
+        varied=True,
         tasks=dict(TASKS),
         seed=1,
     ),

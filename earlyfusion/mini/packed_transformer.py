@@ -32,9 +32,12 @@ from earlyfusion.devices import resolve_device
 from earlyfusion.errors import SettingError
 from earlyfusion.files import replacing
 from earlyfusion.mini import named_image_tokenizer as mini_named_image_tokenizer
+from earlyfusion.mini.emoji.dataset import ICON
 from earlyfusion.mini.emoji.dialogues import Sample, messages_of
-from earlyfusion.mini.emoji.mixture import MixtureConfig, is_plain, samples
-from earlyfusion.mini.emoji.tensors import opened, pictures
+from earlyfusion.mini.emoji.mixture import MixtureConfig, is_plain, made_ids, samples
+from earlyfusion.mini.emoji.pools import names_by_count
+from earlyfusion.mini.emoji.scenes import made_pictures
+from earlyfusion.mini.emoji.tensors import opened, pictures, pictures_of
 from earlyfusion.mini.stage import (
     StageConfig,
     first_model,
@@ -47,7 +50,13 @@ from earlyfusion.mini.transformer import TASKS
 from earlyfusion.model.vqgan import VQGAN
 from earlyfusion.processor import Processor, TokenSequence
 from earlyfusion.train.augment import ChangeConfig, changed, resized
-from earlyfusion.train.device_rows import CutConfig, DeviceRows, templates
+from earlyfusion.train.device_rows import (
+    CutConfig,
+    DeviceRows,
+    Templates,
+    load_templates,
+    templates,
+)
 from earlyfusion.train.image_tokenizer import nearest_codewords
 from earlyfusion.train.language import LanguageTask
 from earlyfusion.train.optim import OptimConfig
@@ -55,6 +64,7 @@ from earlyfusion.train.trainer import RunConfig, train
 from earlyfusion.vocabulary import ImageLayout, Vocabulary
 
 BATCH = 256  # pictures that are cut at once
+DOCUMENTS = "documents.npz"
 
 
 @dataclass
@@ -87,6 +97,9 @@ class PackedTransformerConfig(StageConfig):
         "Draw a cat face in Noto style.",
     )
     """Requests whose pictures are drawn at the end and at `run.sample_every`."""
+    whole_names: bool = False
+    """Whether the words of the names of things become whole tokens of a new tokenizer. It takes a
+    larger one: with vocab_size=5120 other words are cut into more pieces (docs/mini.md)."""
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     ways: WaysConfig = field(default_factory=WaysConfig)
     cut: CutConfig = field(default_factory=CutConfig)
@@ -105,23 +118,53 @@ def _blank(height: int, width: int, vocabulary: Vocabulary) -> list[int]:
     return ImageLayout(height, width).spell(np.zeros((height, width), np.int64), vocabulary)
 
 
-def cut_once(vqgan: VQGAN, config: PackedTransformerConfig) -> Tensor:
-    """The codes of `cut`, stored in `codes.npy` under the run: on a CPU they take minutes."""
+def cut_once(vqgan: VQGAN, config: PackedTransformerConfig, ids: list[str]) -> Tensor:
+    """The codes of `cut`, stored in `codes.npy` under the run: on a CPU they take minutes.
+
+    A run that begins with another one takes its codes, if they are of as many pictures and ways.
+    """
     path, device = config.run.out / "codes.npy", vqgan.quantize.embedding.weight.device
-    if path.is_file():
-        return torch.from_numpy(np.load(path)).to(device)
-    codes = cut(vqgan, config)
+    ways = config.ways.plain + config.ways.recoloured
+    wanted = (len(ids), ways, config.model.vq_config.grid**2)
+    for folder in (config.run.out, config.start):
+        if folder is not None and (folder / "codes.npy").is_file():
+            found = np.load(folder / "codes.npy")
+            if found.shape == wanted:
+                return torch.from_numpy(found).to(device)
+    codes = cut(vqgan, config, ids)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial, partial.open("wb") as file:
         np.save(file, codes.cpu().numpy())
     return codes
 
 
+def shown_pictures(config: PackedTransformerConfig) -> list[str]:
+    """Ids of all pictures that documents may show, in the order of their codes."""
+    data = opened(config.data, config.mixture.icons)
+    return list(dict.fromkeys([*data.split("train"), *made_ids(data, config.mixture)]))
+
+
+def _table(config: PackedTransformerConfig, ids: list[str], device: torch.device) -> Tensor:
+    """Their pixels on the device: uint8 [P, Y, X, C]."""
+    side, icons = config.model.vq_config.resolution, config.mixture.icons
+    table_PYXC = pictures(config.data, "train", side, str(device), icons)
+    if len(table_PYXC) == len(ids):
+        return table_PYXC
+    data, others = opened(config.data, icons), ids[len(table_PYXC) :]
+    numbers = {name: number for number, name in enumerate(ids)}
+    made_PYXC = made_pictures(others, table_PYXC, numbers)
+    icon = [n for n, name in enumerate(others) if name.startswith(f"{ICON}/")]
+    if icon:
+        unnamed = pictures_of(data, [others[n] for n in icon], side)
+        made_PYXC[torch.tensor(icon, device=device)] = unnamed.to(device)
+    return torch.cat((table_PYXC, made_PYXC))
+
+
 @torch.inference_mode()
-def cut(vqgan: VQGAN, config: PackedTransformerConfig) -> Tensor:
-    """Codes of every training picture in every way, on the device: int16 [P, V, C]."""
+def cut(vqgan: VQGAN, config: PackedTransformerConfig, ids: list[str]) -> Tensor:
+    """Codes of every picture in every way, on the device: int16 [P, V, C]."""
     side, device = config.model.vq_config.resolution, vqgan.quantize.embedding.weight.device
-    table_PYXC = pictures(config.data, "train", side, str(device))
+    table_PYXC = _table(config, ids, device)
     same_colours = replace(config.change, contrast=0.0, tint=0.0, grey=0.0, unchanged=0.0)
     every = [None, *[same_colours] * (config.ways.plain - 1)]
     every += [replace(config.change, unchanged=0.0)] * config.ways.recoloured
@@ -161,21 +204,34 @@ def documents(
         yield document, shown, is_plain(sample)
 
 
+def prepare(config: PackedTransformerConfig) -> Templates:
+    """The documents as templates; the text tokenizer is left in the run's folder.
+
+    Neither needs a device or an image tokenizer, so that `pretrain_mini` makes them in another
+    process while earlier stages train, and leaves them in `documents.npz`.
+    """
+    path = config.run.out / DOCUMENTS
+    if path.is_file() and (config.run.out / "tokenizer.json").is_file():
+        return load_templates(path)
+    data, grid = opened(config.data, config.mixture.icons), config.model.vq_config.grid
+    found = samples(config.data, config.mixture)
+    whole = list(names_by_count(data)) if config.whole_names else ()
+    tokenizer = text_tokenizer(config, found, whole)
+    blank = Processor(tokenizer, BlankLayout(grid, grid))
+    is_code = np.zeros(blank.vocabulary.size, bool)
+    is_code[blank.vocabulary.image_tokens] = True
+    numbers = {name: number for number, name in enumerate(shown_pictures(config))}
+    return templates(documents(found, blank, numbers), grid**2, is_code, config.weights)
+
+
 def rows_of(config: PackedTransformerConfig, vqgan: VQGAN) -> tuple[DeviceRows, Processor]:
     """The rows to learn from, and the processor of the model."""
-    data, grid = opened(config.data), config.model.vq_config.grid
-    found = samples(config.data, config.mixture)
-    path = text_tokenizer(config, found)
-    processor = Processor(path, ImageLayout(grid, grid))
+    made, grid = prepare(config), config.model.vq_config.grid
+    processor = Processor(config.run.out / "tokenizer.json", ImageLayout(grid, grid))
     vocabulary = processor.vocabulary
-    is_code = np.zeros(vocabulary.size, bool)
-    is_code[vocabulary.image_tokens] = True
-    numbers = {name: number for number, name in enumerate(data.split("train"))}
-    stream = documents(found, Processor(path, BlankLayout(grid, grid)), numbers)
-    made = templates(stream, grid**2, is_code, config.weights)
     rows = DeviceRows(
         made,
-        cut_once(vqgan, config),
+        cut_once(vqgan, config, shown_pictures(config)),
         config.ways.plain,
         torch.from_numpy(vocabulary.code_to_token),
         nearest_codewords(vqgan),
@@ -225,7 +281,7 @@ config = PackedTransformerConfig(
         muon_lr=0.02,
         average=0.995,
     ),
-    mixture=MixtureConfig(tasks=dict(TASKS)),
+    mixture=MixtureConfig(tasks=dict(TASKS), scenes=0.06, unknown=0.02, wordings=0.5, varied=True),
     weights=RoleWeights(prompt_image=0.05, answer_text=4.0, end=1.0),
     cut=CutConfig(replace=0.1, changed_answers=0.3),
     change=ChangeConfig(shift=0.08, scale=0.15, turn=10, contrast=0.3, tint=0.2, grey=0.15),

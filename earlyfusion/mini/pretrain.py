@@ -25,6 +25,8 @@ import os
 import time
 from dataclasses import dataclass, field, replace
 from importlib import import_module
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +34,11 @@ from earlyfusion.config import PRESETS, ModelConfig
 from earlyfusion.devices import resolve_device
 from earlyfusion.errors import SettingError
 from earlyfusion.mini.emoji.dataset import EmojiData
-from earlyfusion.mini.packed_transformer import PackedTransformerConfig
+from earlyfusion.mini.packed_transformer import DOCUMENTS, PackedTransformerConfig, prepare
 from earlyfusion.mini.stage import StageConfig
 from earlyfusion.recipes.run import RECIPES, override
 from earlyfusion.train import checkpoint
+from earlyfusion.train.device_rows import save_templates
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ TIMED_STAGES = {
 _UNSHARED = 0.08  # share of the minutes for the work between the stages and after the last
 _ENDLESS = 1_000_000  # never reached: the clock ends these runs
 _MOST_WORKERS = 12
+_PACKED = {"mini_packed_transformer", "mini_packed_chat"}
 
 # Fields that depend on the type of device, for recipes that have them.
 _ON_GPU = {"precision": "bf16", "plain": 10, "recoloured": 10}
@@ -91,6 +95,7 @@ _ON_CPU = {
     "plain": 3,
     "recoloured": 3,
     "documents": 40_000,
+    "made": 1_000,
     "warmup_steps": 50,
     "save_every": 200,
 }
@@ -108,6 +113,11 @@ class PretrainMiniConfig:
     """How long the whole may take (0: the chain of the shipped weights, which counts steps)."""
     changes: tuple[str, ...] = ()
     """With `minutes`, fields of stages: `transformer.muon_lr=0.03,image_tokenizer.naming=0.1`."""
+    workers: int = 0
+    """With `minutes`, processes that write documents; with more than one, the documents of all
+    stages are made ahead, while the first trains (0: up to 12 on a GPU's machine, 1 on others)."""
+    icons: Path | None = None
+    """With `minutes`, the folder of a set of icons (docs/mini.md) that join the pictures."""
     length: int = 2048
     device: str = "auto"
     model: ModelConfig = field(default_factory=lambda: PRESETS["mini"])
@@ -130,6 +140,10 @@ class PretrainMiniConfig:
                 f"changes={','.join(self.changes)} must be STAGE.FIELD=VALUE of "
                 f"{', '.join(TIMED_STAGES)}, and needs minutes="
             )
+        if self.workers < 0 or (self.icons and not self.minutes):
+            raise SettingError(
+                f"workers={self.workers} must be 0 or more, and icons={self.icons} needs minutes="
+            )
         if not 0 < self.scale <= 1:
             raise SettingError(f"scale={self.scale:g} must be over 0 and at most 1")
 
@@ -140,11 +154,14 @@ class PretrainMiniConfig:
 
 
 def main(config: PretrainMiniConfig) -> None:
-    EmojiData(config.data)  # refuse a wrong folder now, not at a later stage
+    EmojiData(config.data, config.icons)  # refuse a wrong folder now, not at a later stage
     chosen = [name for name in config.chain if name in config.stages]
     minutes = Minutes(config, chosen)
+    ahead = prepared_ahead(config, chosen)
     for number, name in enumerate(chosen, 1):
         stage = config.chain[name]
+        if ahead and stage.recipe in _PACKED:
+            ahead.join()  # where it failed, the stage makes its documents itself
         made = timed_config(config, name, minutes) if config.minutes else stage_config(config, name)
         head = f"stage {number} of {len(chosen)}, {name}:"
         if is_done(made):
@@ -153,6 +170,33 @@ def main(config: PretrainMiniConfig) -> None:
         print(f"{head} {' '.join(['earlyfusion train', stage.recipe, *stage.fields])}", flush=True)
         recipe(stage).main(made)
     print(f"the last stage's folder: {config.out / chosen[-1]}")
+
+
+def prepared_ahead(config: PretrainMiniConfig, chosen: list[str]) -> BaseProcess | None:
+    """A process that makes the documents of all stages while the first one trains.
+
+    None where there is one worker, which the training needs itself.
+    """
+    if not config.minutes or _workers(config) == 1:
+        return None
+    packed = [name for name in chosen if config.chain[name].recipe in _PACKED]
+    made = [timed_config(config, name, None) for name in packed]
+    waiting = [cfg for cfg in made if not (cfg.run.out / DOCUMENTS).is_file()]
+    if not waiting:
+        return None
+    process = get_context("spawn").Process(target=_prepare, args=(waiting,))
+    process.start()
+    return process
+
+
+def _prepare(configs: list[PackedTransformerConfig]) -> None:
+    for made in configs:
+        save_templates(made.run.out / DOCUMENTS, prepare(made))
+
+
+def _workers(config: PretrainMiniConfig) -> int:
+    on_gpu = resolve_device(config.device).type == "cuda"
+    return config.workers or (min(_MOST_WORKERS, os.cpu_count() or 1) if on_gpu else 1)
 
 
 def recipe(stage: Stage) -> Any:
@@ -214,15 +258,20 @@ def _seconds(run: Path) -> float:
     return float(checkpoint.load_state(run).get("seconds", 0.0)) if there else 0.0
 
 
-def timed_config(config: PretrainMiniConfig, name: str, minutes: Minutes) -> Any:
-    """The config of a stage that ends with its minutes, for this machine's device."""
+def timed_config(config: PretrainMiniConfig, name: str, minutes: Minutes | None) -> Any:
+    """The config of a stage that ends with its minutes, for the device of this machine.
+
+    Without `minutes` it is good for all but training.
+    """
     stage, on_gpu = config.chain[name], resolve_device(config.device).type == "cuda"
     base = recipe(stage).config
     before = config.out / stage.start
     fixed = _ON_GPU if on_gpu else _ON_CPU
     fields = [f"{k}={v}" for k, v in fixed.items() if _has(base, k)]
     fields += [*stage.fields, *([f"start={before}"] if stage.start else [])]
-    fields += [f"minutes={minutes.of(name)}", f"steps={_ENDLESS}", f"device={config.device}"]
+    fields += [f"minutes={minutes.of(name)}"] if minutes else []
+    fields += [f"steps={_ENDLESS}", f"device={config.device}"]
+    fields += [f"icons={config.icons}"] if config.icons else []
     fields += [c.removeprefix(f"{name}.") for c in config.changes if c.startswith(f"{name}.")]
     made = override(base, [*fields, f"out={config.out / name}", f"data={config.data}"])
     changed = config.model != PRESETS["mini"]
@@ -231,7 +280,7 @@ def timed_config(config: PretrainMiniConfig, name: str, minutes: Minutes) -> Any
     mixture = replace(
         made.mixture,
         documents=_scaled(made.mixture.documents, config.scale),
-        workers=min(_MOST_WORKERS, os.cpu_count() or 1) if on_gpu else 1,
+        workers=_workers(config),
     )
     return replace(
         made,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -66,8 +66,13 @@ def load_image_tokenizer(run: Path, config: ModelConfig) -> VQGAN:
     return accelerate(vqgan.eval().requires_grad_(False))
 
 
-def text_tokenizer(config: StageConfig, samples: Iterable[Sample]) -> Path:
-    """The tokenizer's file in the run's folder, copied from `start` or trained on the samples."""
+def text_tokenizer(
+    config: StageConfig, samples: Iterable[Sample], whole: Sequence[str] = ()
+) -> Path:
+    """The tokenizer's file in the run's folder, copied from `start` or trained on the samples.
+
+    The words of `whole` become whole tokens if it is trained.
+    """
     path = config.run.out / "tokenizer.json"
     if path.exists():
         return path
@@ -75,7 +80,7 @@ def text_tokenizer(config: StageConfig, samples: Iterable[Sample]) -> Path:
         text = file_of_start(config.start, path.name).read_text(encoding="utf-8")
     else:
         codebook = config.model.vq_config.num_embeddings
-        text = train_tokenizer(texts_of(samples), codebook, config.model.vocab_size)
+        text = train_tokenizer(texts_of(samples), codebook, config.model.vocab_size, whole)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     return path

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from earlyfusion.data.packing import PackedBatch, RoleWeights, Share
 from earlyfusion.errors import DataError, SettingError
+from earlyfusion.files import replacing
 from earlyfusion.processor import ANSWER_IMAGE, PROMPT_IMAGE, TokenSequence
 
 NONE = -1
@@ -72,6 +74,19 @@ def templates(
     return Templates(Columns(*map(np.concatenate, zip(*blocks, strict=True))), np.cumsum(lengths))
 
 
+def save_templates(path: Path, found: Templates) -> None:
+    """Write templates to a file, from which another process takes them with `load_templates`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial, partial.open("wb") as file:
+        np.savez(file, starts=found.starts, **found.columns._asdict())
+
+
+def load_templates(path: Path) -> Templates:
+    """The templates that `save_templates` wrote."""
+    with np.load(path) as held:
+        return Templates(Columns(*(held[name] for name in Columns._fields)), held["starts"])
+
+
 def _columns(
     documents: list[tuple[TokenSequence, Sequence[int], bool]],
     codes: int,
@@ -92,10 +107,11 @@ def _columns(
             "number of each picture, in order"
         )
     slots = [slot for _, shown, _ in documents for slot in range(len(shown))]
-    picture, offset, slot = np.full((3, len(ids)), NONE, np.int32)
+    picture = np.full(len(ids), NONE, np.int32)
+    offset, slot = np.full((2, len(ids)), NONE, np.int16)
     picture[held] = np.repeat(pictures, codes)
-    offset[held] = np.tile(np.arange(codes, dtype=np.int32), len(pictures))
-    slot[held] = np.repeat(np.asarray(slots, np.int32), codes)
+    offset[held] = np.tile(np.arange(codes, dtype=np.int16), len(pictures))
+    slot[held] = np.repeat(np.asarray(slots, np.int16), codes)
     lengths = [len(sequence) for sequence, _, _ in documents]
     return Columns(
         ids_M=ids,
@@ -159,6 +175,8 @@ class DeviceRows:
                 "it out"
             )
         self._columns = Columns(*(torch.from_numpy(c).to(device) for c in found.columns))
+        # Of the array: of the tensor, every batch would wait for the device.
+        self._slots = int(found.columns.slot_M.max()) + 1
         self._order: tuple[int, np.ndarray] = (NONE, np.zeros(0, np.int64))
 
     def for_share(self, share: Share) -> DeviceRows:
@@ -204,8 +222,7 @@ class DeviceRows:
     def _filled(self, where_BT: Tensor, document_BT: Tensor, first: int) -> PackedBatch:
         generator = torch.Generator(self._device)
         generator.manual_seed(self._seed * 1_000_003 + first)
-        slots = int(self._columns.slot_M.max()) + 1 if len(self._columns.slot_M) else 1
-        shape = (self.rows, self.length + 1, slots, 2)
+        shape = (self.rows, self.length + 1, self._slots, 2)
         chance = torch.rand(shape, generator=generator, device=self._device)
         fills = where_BT >= 0
         # Targets are the next entries: a document has one token more than positions in a row.

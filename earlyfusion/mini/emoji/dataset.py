@@ -19,6 +19,9 @@ from PIL import Image
 from earlyfusion.errors import DataError
 
 SPLITS = ("train", "val", "val-pair", "val-concept", "test", "test-pair", "test-concept")
+ICON = "icon"
+"""The style of icons; those of things without a name here are in the two splits `UNKNOWN`."""
+UNKNOWN = ("unknown-train", "unknown-val")
 
 
 class Row(TypedDict):
@@ -67,15 +70,29 @@ def spoken_name(name: str, lang: str) -> str:
     return name.replace("키 캡: ", "키캡 ")
 
 
-class EmojiData:
-    """The data of one folder. Raises DataError if the folder, a file or a field is missing. `rows`
-    has the order of metadata.jsonl; `concepts` is keyed by id. Archives are read into memory at
-    first use (30 MB for all ten), so that threads and forked workers share no file position."""
+def _words(names: Iterable[str]) -> set[str]:
+    """The words of some names, without case and the s of a plural."""
+    return {w.removesuffix("s") for n in names for w in n.lower().replace("-", " ").split()}
 
-    def __init__(self, folder: str | Path) -> None:
+
+class EmojiData:
+    """The data of one folder.
+
+    `rows` has the order of metadata.jsonl; `concepts` is keyed by their ids. Archives are read into
+    memory at first use (30 MB for all ten), so that threads and forked workers share no file
+    position. `icons` is the folder of a set of icons (docs/mini.md): those named as a training
+    thing join the training pictures, and those that share no word with any thing are `UNKNOWN`.
+
+    Raises DataError where the folder, a file of it or a field is missing.
+    """
+
+    def __init__(self, folder: str | Path, icons: str | Path | None = None) -> None:
         self.folder = Path(folder)
+        self.icons = None if icons is None else Path(icons)
         self.concepts = {c["id"]: c for c in self._lines("concepts.jsonl")}
         self.rows: list[Row] = [self._row(r) for r in self._lines("metadata.jsonl")]
+        if self.icons:
+            self.rows += self._icon_rows(self.icons)
         self._by_id = {r["id"]: r for r in self.rows}
         self._archives: dict[str, zipfile.ZipFile] = {}
         self._lock = threading.Lock()
@@ -83,8 +100,8 @@ class EmojiData:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __reduce__(self) -> tuple[type[EmojiData], tuple[Path]]:
-        return EmojiData, (self.folder,)
+    def __reduce__(self) -> tuple[type[EmojiData], tuple[Path, Path | None]]:
+        return EmojiData, (self.folder, self.icons)
 
     def row(self, image_id: str) -> Row:
         """The row of one image; DataError for an id that the folder does not have."""
@@ -97,7 +114,7 @@ class EmojiData:
 
     def split(self, name: str) -> list[str]:
         """Ids of one split in file order; "val" is val-pair and val-concept together."""
-        if name not in SPLITS:
+        if name not in SPLITS + UNKNOWN:
             raise DataError(f"split {name!r} is unknown: choose one of {', '.join(SPLITS)}")
         return [
             r["id"] for r in self.rows if r["split"] == name or r["split"].split("-")[0] == name
@@ -135,6 +152,32 @@ class EmojiData:
 
     def _text(self, name: str) -> str:
         return self._bytes(name).decode("utf-8")
+
+    def _icon_rows(self, folder: Path) -> list[Row]:
+        named = {r["en"].lower(): r for r in self.rows if r["split"] == "train"}
+        known = {word for r in self.rows for word in _words([r["en"], *r["keywords_en"]])}
+        found: list[Row] = []
+        for raw in self._lines(str(folder.resolve() / "metadata.jsonl")):
+            own = {
+                "id": f"{ICON}/{raw['id']}",
+                "style": ICON,
+                "file": str(folder.resolve() / raw["file"]),
+                "member": raw["member"],
+                "colours": [],
+                "colour_shares": [],
+                "colours_ko": [],
+                "licence": raw["licence"],
+                "source": raw["source"],
+            }
+            like = named.get(raw["name_en"].lower())
+            if like and raw["split"] == "train":
+                found.append({**like, **own})  # type: ignore[typeddict-item]
+            elif not _words([raw["name_en"], *raw["keywords_en"]]) & known:
+                name, split = raw["name_en"], f"unknown-{raw['split']}"
+                own |= {"split": split, "en": name, "ko": name, "subgroup": split}
+                own |= {"codepoints": own["id"], "family": own["id"]}
+                found.append({**self.rows[0], **own})  # type: ignore[typeddict-item]
+        return found
 
     def _lines(self, name: str) -> list[dict[str, Any]]:
         lines = self._text(name).split("\n")

@@ -40,6 +40,7 @@ from earlyfusion.mini.emoji.phrases import (
     with_article,
 )
 from earlyfusion.mini.emoji.pools import Pools, kind_of, main_colour, name_of, near, style_of
+from earlyfusion.mini.emoji.wordings import as_typed, composed
 
 Sample = dict[str, Any]
 Part = dict[str, str]
@@ -74,8 +75,16 @@ def assistant(*parts: Part) -> dict[str, Any]:
 class Writer:
     """Writes one sample per call; a task returns None if the rows it drew do not suit it."""
 
-    def __init__(self, pools: Pools, rng: random.Random, further: float) -> None:
+    def __init__(
+        self,
+        pools: Pools,
+        rng: random.Random,
+        further: float,
+        wordings: float = 0.0,
+        varied: bool = False,
+    ) -> None:
         self.pools, self.rng, self.further = pools, rng, further
+        self.wordings, self.varied = wordings, varied
         self.free = False
 
     def write(self, task: str, lang: str) -> Sample | None:
@@ -109,16 +118,21 @@ class Writer:
 
     def prompt(self, table: str, lang: str, **words: str) -> str:
         """A prompt of the table, its marks filled in."""
-        prompts = PROMPTS[table][lang]
-        choices = prompts.further if self.free else prompts.published
-        text = choices[0] if len(choices) == 1 else self.pick(choices)
         if name := words.get("n"):
-            words |= {
+            words = {
                 "a": with_article(name),
                 "no": particle(name, "을/를"),
                 "ng": particle(name, "은/는"),
                 "nya": particle(name, "이야/야"),
-            }
+            } | words
+        # No draw at all for wordings=0: see `write`.
+        if self.wordings and self.rng.random() < self.wordings:
+            template = composed(table, lang, self.rng)
+            if template is not None:
+                return as_typed(template.format(**words), self.rng)
+        prompts = PROMPTS[table][lang]
+        choices = prompts.further if self.free else prompts.published
+        text = choices[0] if len(choices) == 1 else self.pick(choices)
         text = text.format(**words)
         if self.free and self.rng.random() < 0.12:
             text = text[:1].lower() + text[1:].rstrip(".")
@@ -233,9 +247,10 @@ class Writer:
     def style_name(self, lang: str) -> Sample:
         row = self.row()
         words = STYLE_WORDS[lang]
-        options = [row["style"], *self.rng.sample([s for s in words if s != row["style"]], 3)]
+        others = self.rng.sample([s for s in words if s != row["style"]], 3)
+        options = [style_of(row, lang), *(words[s] for s in others)]
         self.rng.shuffle(options)
-        question = self.prompt("style_name", lang, options=", ".join(words[s] for s in options))
+        question = self.prompt("style_name", lang, options=", ".join(options))
         return self.exact([self.ask([row], question)], style_of(row, lang), [row])
 
     def study(self, row: Row, turns: int) -> Sample:
@@ -328,8 +343,12 @@ class Writer:
         return self.drawing([user(text_part(question))], row, styled, [row])
 
     def usual(self, row: Row) -> Row:
-        """The picture that a request without a style means: that of the thing's first style."""
-        return self.pools.by_concept[row["codepoints"]][0] if self.free else row
+        """The picture that a request without a style means: that of the thing's first style.
+
+        Where answers are to vary it is any picture of the thing, so that seeds differ.
+        """
+        first = self.free and not self.varied
+        return self.pools.by_concept[row["codepoints"]][0] if first else row
 
     def coloured(self, row: Row, lang: str) -> str:
         """The name; with wider prompts sometimes with the picture's clear colour: "yellow taxi"."""
@@ -479,8 +498,9 @@ class Dialogues:
     """An endless stream of samples; every `iter()` starts it again at the first.
 
     `korean` is the share of Korean samples, `further` the share written with the wider prompts,
-    `tasks` new weights of some tasks (0 leaves a task out). Samples may repeat; `generate` leaves
-    repeats out.
+    `tasks` new weights of some tasks (0 leaves a task out). `wordings` is the share of requests
+    that are composed and typed as people do (`wordings.composed`). With `varied`, any picture of a
+    thing may answer a request without a style. Samples may repeat; `generate` leaves repeats out.
 
     Raises SettingError for an unknown task or an impossible share, DataError for an empty split.
     """
@@ -493,17 +513,20 @@ class Dialogues:
         korean: float = 0.4,
         tasks: Mapping[str, float] | None = None,
         further: float = 0.5,
+        wordings: float = 0.0,
+        varied: bool = False,
     ) -> None:
-        for name, share in (("korean", korean), ("further", further)):
+        for name, share in (("korean", korean), ("further", further), ("wordings", wordings)):
             if not 0 <= share <= 1:
                 raise SettingError(f"{name} is {share}: give a share from 0 to 1")
         self.split, self.seed, self.korean, self.further = split, seed, korean, further
+        self.wordings, self.varied = wordings, varied
         self.weights = _weights(tasks or {})
         self.pools = Pools(data, split)
 
     def __iter__(self) -> Iterator[Sample]:
         rng = random.Random(f"{self.split}-{self.seed}")
-        writer = Writer(self.pools, rng, self.further)
+        writer = Writer(self.pools, rng, self.further, self.wordings, self.varied)
         names, weights = list(self.weights), list(self.weights.values())
         misses = 0
         while misses < 1000:
@@ -539,6 +562,8 @@ def generate(
     korean: float = 0.4,
     tasks: Mapping[str, float] | None = None,
     further: float = 0.5,
+    wordings: float = 0.0,
+    varied: bool = False,
 ) -> list[Sample]:
     """`n` different samples with ids; the arguments are those of `Dialogues`.
 
@@ -547,7 +572,7 @@ def generate(
     seen: set[str] = set()
     samples: list[Sample] = []
     repeats = 0
-    for sample in Dialogues(data, split, seed, korean, tasks, further):
+    for sample in Dialogues(data, split, seed, korean, tasks, further, wordings, varied):
         if len(samples) >= n or repeats > 1000:
             break
         key = json.dumps(sample["messages"], ensure_ascii=False)
@@ -592,7 +617,9 @@ def caption_pairs(data: EmojiData, split: str = "train") -> Iterator[Sample]:
                 yield {"task": task, **head, "messages": messages}
 
 
-def studies(data: EmojiData, split: str, n: int, seed: int, turns: int = 4) -> Iterator[Sample]:
+def studies(
+    data: EmojiData, split: str, n: int, seed: int, turns: int = 4, wordings: float = 0.0
+) -> Iterator[Sample]:
     """`n` dialogues with several questions about one picture, each picture equally often.
 
     The first question is for the name, in one of the languages; the others are for the name in the
@@ -600,7 +627,7 @@ def studies(data: EmojiData, split: str, n: int, seed: int, turns: int = 4) -> I
     takes many tokens and a question few, so this teaches to see at the lowest cost.
     """
     rng = random.Random(f"study-{split}-{seed}")
-    writer = Writer(Pools(data, split), rng, further=0.5)
+    writer = Writer(Pools(data, split), rng, 0.5, wordings)
     rows = [data.row(i) for i in data.split(split)]
     for number in range(n):
         if number % len(rows) == 0:

@@ -1,11 +1,13 @@
 """The documents of a training on the emoji data, and whether their pictures may change colour.
 
-A mixture has shares of five sources:
+A mixture has shares of seven sources:
   dialogues  the eighteen tasks of `dialogues.generate`
   pairs      a picture and its name, a name with a style and the picture (`dialogues.caption_pairs`)
   requests   a request in many wordings, without a style, answered by any picture of the thing
   studies    several questions about one picture (`dialogues.studies`)
   bare       a picture without a request, for guidance
+  scenes     several small pictures in one: how many, where, drawn (`scenes.scene_samples`)
+  unknown    things that the data does not have: "I do not know this one." (`scenes`)
 `workers` processes write the sources, each a part with its own seed.
 """
 
@@ -34,8 +36,9 @@ from earlyfusion.mini.emoji.dialogues import (
 )
 from earlyfusion.mini.emoji.phrases import COLOUR_IN_NAME
 from earlyfusion.mini.emoji.pools import Pools, name_of
+from earlyfusion.mini.emoji.scenes import scene_samples, scenes, strangers, unknown_samples
 
-SOURCES = ("dialogues", "pairs", "requests", "studies", "bare")
+SOURCES = ("dialogues", "pairs", "requests", "studies", "bare", "scenes", "unknown")
 _COLOURED = {"colour", "style_name", "caption_style", "study", "restyle"}
 
 
@@ -49,6 +52,16 @@ class MixtureConfig:
     requests: float = 0.2
     studies: float = 0.15
     bare: float = 0.05
+    scenes: float = 0.0
+    unknown: float = 0.0
+    wordings: float = 0.0
+    """Share of requests in composed words, typed as people type (`wordings.composed`)."""
+    varied: bool = False
+    """Whether any picture of a thing answers a request without a style, in dialogues too."""
+    made: int = 3000
+    """How many scenes there are for `scenes`; pictures of nothing known are a quarter of that."""
+    icons: Path | None = None
+    """The folder of a set of icons (docs/mini.md) that join the training pictures."""
     tasks: dict[str, float] = field(default_factory=dict)
     """Weights of tasks among the dialogues; of others, the published weights."""
     korean: float = 0.4
@@ -57,10 +70,13 @@ class MixtureConfig:
     """Processes that write the documents."""
 
     def __post_init__(self) -> None:
-        if self.documents < 1 or self.workers < 1:
+        if min(self.documents, self.workers, self.made) < 1:
             raise SettingError(
-                f"documents={self.documents} and workers={self.workers} must be at least 1"
+                f"documents={self.documents}, workers={self.workers} and made={self.made} must be "
+                "at least 1"
             )
+        if not 0 <= self.wordings <= 1:
+            raise SettingError(f"wordings={self.wordings} must be a share from 0 to 1")
         shares = [getattr(self, name) for name in SOURCES]
         if min(shares) < 0 or not sum(shares):
             raise SettingError(
@@ -76,8 +92,14 @@ class _Part:
     source: str
     count: int
     seed: int
-    korean: float
-    tasks: dict[str, float]
+    config: MixtureConfig
+
+
+def made_ids(data: EmojiData, config: MixtureConfig) -> list[str]:
+    """Ids of the made pictures that documents may show; every seed of a mixture has the same."""
+    found = [scene.id for scene in scenes(data, config.made)] if config.scenes else []
+    found += strangers(data, -(-config.made // 4)) if config.unknown else []
+    return list(dict.fromkeys(found))
 
 
 def samples(folder: Path, config: MixtureConfig) -> list[Sample]:
@@ -92,9 +114,9 @@ def samples(folder: Path, config: MixtureConfig) -> list[Sample]:
             seed = 1000 * config.seed + worker
             size = min(each, count - worker * each)
             if size > 0:
-                parts.append(_Part(folder, source, size, seed, config.korean, config.tasks))
+                parts.append(_Part(folder, source, size, seed, config))
     if config.workers == 1:
-        data = EmojiData(folder)
+        data = EmojiData(folder, config.icons)
         return list(chain.from_iterable(_written(part, data) for part in parts))
     # Not by fork: torch's threads and CUDA do not survive it. `map` keeps the order.
     with ProcessPoolExecutor(config.workers, get_context("spawn")) as pool:
@@ -113,11 +135,19 @@ def is_plain(sample: Sample) -> bool:
 
 
 def _written(part: _Part, data: EmojiData | None = None) -> list[Sample]:
-    data = data or EmojiData(part.folder)
+    cfg, count, seed = part.config, part.count, part.seed
+    data = data or EmojiData(part.folder, cfg.icons)
     if part.source == "dialogues":
-        return generate(data, "train", part.count, part.seed, part.korean, part.tasks or None)
+        tasks, mixed = cfg.tasks or None, (cfg.wordings, cfg.varied)
+        return generate(data, "train", count, seed, cfg.korean, tasks, 0.5, *mixed)
     if part.source == "studies":
-        return list(studies(data, "train", part.count, part.seed, turns=3))
+        return list(studies(data, "train", count, seed, turns=3, wordings=cfg.wordings))
+    if part.source == "scenes":
+        shown = scenes(data, cfg.made)
+        return list(scene_samples(data, shown, count, seed, cfg.korean, cfg.wordings))
+    if part.source == "unknown":
+        strange = strangers(data, -(-cfg.made // 4))
+        return list(unknown_samples(data, strange, count, seed, cfg.korean, cfg.wordings))
     rng = random.Random(f"{part.source}-{part.seed}")
     if part.source == "pairs":
         # Requests for the usual pictures have their own source.
@@ -128,12 +158,12 @@ def _written(part: _Part, data: EmojiData | None = None) -> list[Sample]:
 
 def _drawings(part: _Part, data: EmojiData, rng: random.Random) -> Iterator[Sample]:
     """Every training picture in turn, as the answer to a request or without one."""
-    writer = Writer(Pools(data, "train"), rng, further=0.7)
+    writer = Writer(Pools(data, "train"), rng, 0.7, part.config.wordings)
     rows = [data.row(i) for i in data.split("train")]
     while True:
         rng.shuffle(rows)
         for row in rows:
-            lang = "ko" if rng.random() < part.korean else "en"
+            lang = "ko" if rng.random() < part.config.korean else "en"
             writer.free = rng.random() < writer.further
             said = [text_part(writer.prompt("draw", lang, n=name_of(row, lang)))]
             request = [user(*said)] if part.source == "requests" else []

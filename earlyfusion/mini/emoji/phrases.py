@@ -40,6 +40,8 @@ STYLE_WORDS = {
         "fluent-mono": "고대비 플루언트",
     },
 }
+# Not one of the styles above, from which the published dialogues draw.
+ICON_WORDS = {"en": "icon", "ko": "아이콘"}
 ORDINALS = {
     "en": ["first", "second", "third", "fourth"],
     "ko": ["첫 번째", "두 번째", "세 번째", "네 번째"],

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 from earlyfusion.errors import DataError
-from earlyfusion.mini.emoji.dataset import EmojiData, Row
-from earlyfusion.mini.emoji.phrases import STYLE_WORDS, WIDE_KINDS
+from earlyfusion.mini.emoji.dataset import ICON, EmojiData, Row
+from earlyfusion.mini.emoji.phrases import ICON_WORDS, STYLE_WORDS, WIDE_KINDS
 
 NEAREST_IN_TRAIN = 0.015  # held-out pictures nearer than this to one of train are not used
-LINE_STYLES = {"openmoji-line", "noto-mono", "fluent-mono"}
+LINE_STYLES = {"openmoji-line", "noto-mono", "fluent-mono", ICON}
 COLOURS_ASKED = set("black white gray red orange yellow green blue purple pink brown".split())
 
 # Subgroups whose members do not visibly share a kind.
@@ -55,7 +55,7 @@ def kind_of(row: Row, lang: str) -> str:
 
 
 def style_of(row: Row, lang: str) -> str:
-    return STYLE_WORDS[lang][row["style"]]
+    return ICON_WORDS[lang] if row["style"] == ICON else STYLE_WORDS[lang][row["style"]]
 
 
 def main_colour(row: Row, lang: str) -> str | None:
@@ -66,6 +66,13 @@ def main_colour(row: Row, lang: str) -> str | None:
     if shares[0] < 0.6 or (len(shares) > 1 and shares[1] > 0.25):
         return None
     return row["colours"][0] if lang == "en" else row["colours_ko"][0]
+
+
+def names_by_count(data: EmojiData) -> dict[str, int]:
+    """Names of the training things in both languages, those with most pictures first."""
+    rows = [data.row(i) for i in data.split("train")]
+    counts = Counter(name_of(row, lang) for row in rows for lang in ("en", "ko"))
+    return dict(counts.most_common())
 
 
 class Pools:

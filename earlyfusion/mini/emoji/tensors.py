@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
@@ -18,20 +19,26 @@ _THREADS = 16  # decoding releases Python's lock
 
 
 @lru_cache(maxsize=1)
-def opened(folder: Path) -> EmojiData:
-    """The data of a folder, read once for all stages of a run."""
-    return EmojiData(folder)
+def opened(folder: Path, icons: Path | None = None) -> EmojiData:
+    """The data of a folder, with icons if their folder is given; read once for all stages."""
+    return EmojiData(folder, icons)
 
 
 @lru_cache(maxsize=4)
-def pictures(folder: Path, split: str, side: int, device: str) -> Tensor:
-    """All pictures of a split in file order, on the device: uint8 [pictures, side, side, 3]. They
-    stay in memory for later calls: 534 MB for the training pictures at 128 pixels."""
-    data = opened(folder)
+def pictures(folder: Path, split: str, side: int, device: str, icons: Path | None = None) -> Tensor:
+    """All pictures of a split in file order, on the device: uint8 [pictures, side, side, 3].
+
+    They stay in memory for further calls: 534 MB for the training pictures at 128 pixels.
+    """
+    data = opened(folder, icons)
+    return pictures_of(data, data.split(split), side).to(device)
+
+
+def pictures_of(data: EmojiData, ids: Sequence[str], side: int) -> Tensor:
+    """The pictures of some ids of the data: uint8 [len(ids), side, side, 3]."""
     with ThreadPoolExecutor(_THREADS) as pool:
-        rows = list(pool.map(partial(_square, data, side), data.split(split)))
-    table = np.stack(rows) if rows else np.zeros((0, side, side, 3), np.uint8)
-    return torch.from_numpy(table).to(device)
+        rows = list(pool.map(partial(_square, data, side), ids))
+    return torch.from_numpy(np.stack(rows) if rows else np.zeros((0, side, side, 3), np.uint8))
 
 
 def _square(data: EmojiData, side: int, image_id: str) -> np.ndarray:

@@ -1,0 +1,50 @@
+"""How a model is asked in an evaluation: in batches, greedily in text, one seed per picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeAlias
+
+from earlyfusion import SamplingParams
+
+Numbers: TypeAlias = dict[str, Any]
+
+BATCH = 16
+ANSWER_TOKENS = 64
+
+
+class Model(Protocol):
+    """The model that is measured: `earlyfusion.Chameleon`, or anything with the same methods."""
+
+    @property
+    def image_tokenizer(self) -> Any: ...
+
+    def generate_batch(
+        self, prompts: Sequence[Any], *, output: Any, sampling: Any = None
+    ) -> list[Any]: ...
+
+
+def replies(
+    model: Model, prompts: Sequence[Any], output: str, sampling: Sequence[SamplingParams]
+) -> list[Any]:
+    found: list[Any] = []
+    for start in range(0, len(prompts), BATCH):
+        rows = slice(start, start + BATCH)
+        found += model.generate_batch(
+            list(prompts[rows]), output=output, sampling=list(sampling[rows])
+        )
+    return found
+
+
+def greedy(prompts: Sequence[Any]) -> list[SamplingParams]:
+    return [SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS)] * len(prompts)
+
+
+def drawn_with(count: int, seed: int, max_images: int | None = None) -> list[SamplingParams]:
+    """The model's default settings for pictures, one seed per reply; text is greedy."""
+    seeds = range(seed, seed + count)
+    return [SamplingParams(temperature=0, max_images=max_images, seed=s) for s in seeds]
+
+
+def share(values: Sequence[bool]) -> float | None:
+    return round(sum(values) / len(values), 4) if values else None

@@ -1,0 +1,467 @@
+"""Pictures made from other pictures, and dialogues about them: counting, places, unknown things.
+
+The id of a made picture says how it is made, so that every holder of the data can make it:
+
+  scene/3x2:noto/1f34e,noto/1f34c,,,,   small pictures in 3 columns and 2 rows; "" is an empty cell
+  scrambled/7:noto/1f34e                its sixteenths in another order; 7 is the seed
+  noise/7                               patches of random colours
+
+`scene_samples` asks what is in a scene, how many and where, and wants scenes drawn. A drawing has
+its things in the order of their names, from the top left. `unknown_samples` ask for things that the
+data does not have, and for the names of pictures that show nothing known; the answer is
+`UNKNOWN_ANSWER`. Their share must stay small, and their wordings are those of requests for known
+things: what is refused must follow from the thing alone. `earlyfusion.evals.emoji` measures both
+sides, unknown things that are refused and known ones.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import PIL.Image
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from earlyfusion.mini.emoji.dataset import EmojiData, Row
+from earlyfusion.mini.emoji.dialogues import Sample, Writer, assistant, text_part, user
+from earlyfusion.mini.emoji.phrases import particle, with_article
+from earlyfusion.mini.emoji.pools import VAGUE, Pools, name_of
+
+UNKNOWN_ANSWER = {"en": "I do not know this one.", "ko": "이건 모르겠어."}
+ORDERED = 0.5  # share of scenes whose things are in the order of a drawing
+MOST_CELLS = 6
+TILES = 4  # a scrambled picture is cut into 4 x 4
+EMPTY = ""
+_GRIDS = {4: (2, 2), 6: (3, 2)}
+_COUNTED = {"animals-nature", "food-drink", "travel-places", "objects", "activities"}
+_NUMBERS = {
+    "en": ["", "one", "two", "three", "four", "five", "six"],
+    "ko": ["", "한", "두", "세", "네", "다섯", "여섯"],
+}
+_PLACES = {
+    (-1, 0): {"en": "left of", "ko": "왼쪽"},
+    (1, 0): {"en": "right of", "ko": "오른쪽"},
+    (0, -1): {"en": "above", "ko": "위"},
+    (0, 1): {"en": "below", "ko": "아래"},
+}
+_PLURALS = {
+    "mouse": "mice", "ox": "oxen", "goose": "geese", "leaf": "leaves", "wolf": "wolves",
+    "knife": "knives", "loaf": "loaves", "fish": "fish", "sheep": "sheep", "deer": "deer",
+    "bison": "bison", "squid": "squid", "shrimp": "shrimp", "tomato": "tomatoes",
+    "potato": "potatoes", "mango": "mangoes", "foot": "feet", "tooth": "teeth",
+}  # fmt: skip
+_ASKED: dict[str, dict[str, tuple[str, ...]]] = {
+    "count": {
+        "en": (
+            "How many {p} are there?",
+            "How many {p} do you see?",
+            "How many {p}?",
+            "Count the {p}.",
+        ),
+        "ko": ("{ng} 몇 {c}야?", "{n} 몇 {c}야?", "{ng} 몇 {c} 있어?", "{n}의 수를 세어 줘."),
+    },
+    "all": {
+        "en": ("How many things are there?", "How many things do you see?", "Count everything."),
+        "ko": ("모두 몇 개야?", "전부 몇 개 있어?", "모두 세어 줘."),
+    },
+    "place": {
+        "en": ("What is {where} the {n}?", "What's {where} the {n}?", "{where} the {n}?"),
+        "ko": ("{n} {where}에 뭐가 있어?", "{n} {where}에는?", "{n} {where}에 있는 건 뭐야?"),
+    },
+    "what": {
+        "en": ("What is in this picture?", "What do you see?", "Name what you see, with numbers."),
+        "ko": ("이 그림에 뭐가 있어?", "무엇이 몇 개 보여?", "뭐가 보여?"),
+    },
+}  # fmt: skip
+
+# Things that no emoji shows, in both languages; those of them that some data has are left out.
+UNKNOWN_THINGS = [
+    pair.split("/")
+    for pair in (
+        "carburettor/카뷰레터 colander/체반 trombone/트롬본 tuba/튜바 oboe/오보에 cello/첼로 "
+        "clarinet/클라리넷 xylophone/실로폰 metronome/메트로놈 forklift/지게차 excavator/굴착기 "
+        "bulldozer/불도저 hovercraft/호버크라프트 zeppelin/체펠린 gyroscope/자이로스코프 "
+        "sextant/육분의 astrolabe/아스트롤라베 oscilloscope/오실로스코프 voltmeter/전압계 "
+        "transistor/트랜지스터 capacitor/축전기 resistor/저항기 boiler/보일러 "
+        "dishwasher/식기세척기 toaster/토스터 blender/믹서기 whisk/거품기 funnel/깔때기 "
+        "corkscrew/코르크따개 thimble/골무 loom/베틀 wheelbarrow/손수레 lawnmower/잔디깎이 "
+        "scarecrow/허수아비 greenhouse/온실 aqueduct/수도교 drawbridge/도개교 igloo/이글루 "
+        "yurt/유르트 obelisk/오벨리스크 wardrobe/옷장 hammock/해먹 trampoline/트램펄린 "
+        "treadmill/러닝머신 javelin/투창 platypus/오리너구리 narwhal/일각돌고래 "
+        "axolotl/우파루파 capybara/카피바라 armadillo/아르마딜로 meerkat/미어캣 tapir/테이퍼 "
+        "anteater/개미핥기 manatee/매너티 stingray/가오리 pelican/펠리컨 puffin/퍼핀 "
+        "toucan/큰부리새 ostrich/타조 magpie/까치 woodpecker/딱따구리 quince/마르멜로 "
+        "papaya/파파야 persimmon/감 apricot/살구 gooseberry/구스베리 artichoke/아티초크 "
+        "asparagus/아스파라거스 celery/셀러리 cauliflower/콜리플라워 fennel/회향 rhubarb/대황 "
+        "parsnip/파스닙 crankshaft/크랭크축 flywheel/플라이휠 turbine/터빈 anemometer/풍속계 "
+        "periscope/잠망경 chariot/전차 gondola/곤돌라 raft/뗏목 chandelier/샹들리에 "
+        "bagpipes/백파이프 stapler/스테이플러 protractor/각도기 typewriter/타자기 quill/깃펜 "
+        "sundial/해시계 barometer/기압계 spatula/뒤집개 ladle/국자"
+    ).split()
+]
+HELD_OUT_THINGS = [
+    pair.split("/")
+    for pair in (
+        "harpsichord/하프시코드 crowbar/쇠지렛대 teleprompter/프롬프터 wolverine/울버린 "
+        "okapi/오카피 kumquat/금귤 turnip/순무 trebuchet/투석기 defibrillator/제세동기 "
+        "pergola/퍼걸러 weathervane/풍향계 caliper/캘리퍼스 bobsled/봅슬레이 "
+        "hydrant/소화전 gargoyle/가고일 zither/치터 spectrometer/분광기 "
+        "pangolin/천산갑 sarcophagus/석관 dulcimer/덜시머"
+    ).split()
+]
+"""For evaluation only."""
+
+
+class Scene(NamedTuple):
+    """Pictures in a grid, row by row; `EMPTY` where there is none."""
+
+    columns: int
+    rows: int
+    cells: tuple[str, ...]
+
+    @property
+    def id(self) -> str:
+        return f"scene/{self.columns}x{self.rows}:{','.join(self.cells)}"
+
+    @classmethod
+    def of(cls, picture_id: str) -> Scene:
+        size, cells = picture_id.removeprefix("scene/").split(":")
+        columns, rows = map(int, size.split("x"))
+        return cls(columns, rows, tuple(cells.split(",")))
+
+    def counts(self) -> dict[str, int]:
+        """How many of each picture there are, in the order of their first cells."""
+        shown = [cell for cell in self.cells if cell]
+        return {cell: shown.count(cell) for cell in dict.fromkeys(shown)}
+
+    def beside(self, cell: int, step: tuple[int, int]) -> str:
+        """The picture in the cell that is `step` columns and rows from another; or `EMPTY`."""
+        row, column = divmod(cell, self.columns)
+        column, row = column + step[0], row + step[1]
+        there = 0 <= column < self.columns and 0 <= row < self.rows
+        return self.cells[row * self.columns + column] if there else EMPTY
+
+
+# ---- which pictures are made
+
+
+def scenes(data: EmojiData, count: int, seed: int = 0) -> list[Scene]:
+    """`count` scenes of training pictures; the same seed gives the same. No thing fits: none."""
+    rng = random.Random(f"scenes-{seed}")
+    pool = [row for row in Pools(data, "train").rows if is_counted(row)]
+    if not pool:
+        return []
+    by_style: dict[str, list[Row]] = {}
+    for row in pool:
+        by_style.setdefault(row["style"], []).append(row)
+    return [_scene(pool, by_style, rng) for _ in range(count)]
+
+
+def _scene(pool: list[Row], by_style: dict[str, list[Row]], rng: random.Random) -> Scene:
+    first = rng.choice(pool)
+    other = rng.choice(by_style[first["style"]])
+    numbers = [rng.randint(1, 4), rng.randint(1, 2)]
+    one_kind = other["family"] == first["family"] or rng.random() < 0.35
+    shown = [first["id"]] * numbers[0] + ([] if one_kind else [other["id"]] * numbers[1])
+    columns, rows = _GRIDS[4 if len(shown) <= 4 else MOST_CELLS]
+    cells = shown + [EMPTY] * (columns * rows - len(shown))
+    if rng.random() >= ORDERED:
+        rng.shuffle(cells)
+    return Scene(columns, rows, tuple(cells))
+
+
+def is_counted(row: Row) -> bool:
+    """Whether one can say "two …s" of it: a thing with a short name and a plain plural."""
+    name = row["en"]
+    return (
+        row["group"] in _COUNTED
+        and row["subgroup"] not in VAGUE
+        and len(name.split()) <= 2
+        and with_article(name).startswith(("a ", "an "))
+        and name.replace(" ", "").isalpha()
+    )
+
+
+def strangers(data: EmojiData, count: int, seed: int = 0) -> list[str]:
+    """Ids of pictures that show nothing known: noise, scrambled ones, icons if there are any."""
+    rng = random.Random(f"strangers-{seed}")
+    known, icons = data.split("train"), data.split("unknown-train")
+    found = []
+    for number in range(count):
+        kind = rng.random()
+        if icons and kind < 0.5:
+            found.append(rng.choice(icons))
+        elif kind < 0.8:
+            found.append(f"scrambled/{seed * 100_000 + number}:{rng.choice(known)}")
+        else:
+            found.append(f"noise/{seed * 100_000 + number}")
+    return list(dict.fromkeys(found))
+
+
+# ---- their pixels
+
+
+def made_pictures(ids: Sequence[str], table_PYXC: Tensor, numbers: Mapping[str, int]) -> Tensor:
+    """The made pictures on the device of the table: uint8 [len(ids), Y, X, C].
+
+    `numbers` says where in the table the pictures are that they are made of.
+    """
+    side = table_PYXC.shape[1]
+    out = torch.full((len(ids), side, side, 3), 255, dtype=torch.uint8, device=table_PYXC.device)
+    for columns, rows in sorted(set(_GRIDS.values())):
+        head = f"scene/{columns}x{rows}:"
+        of_grid = [n for n, name in enumerate(ids) if name.startswith(head)]
+        if of_grid:
+            _paste(out, of_grid, [Scene.of(ids[n]) for n in of_grid], table_PYXC, numbers)
+    for n, name in enumerate(ids):
+        if name.startswith("scrambled/"):
+            seed, of = name.removeprefix("scrambled/").split(":")
+            out[n] = _scrambled(table_PYXC[numbers[of]], int(seed))
+        elif name.startswith("noise/"):
+            out[n] = _noise(side, int(name.removeprefix("noise/"))).to(out.device)
+    return out
+
+
+def _paste(
+    out: Tensor,
+    where: list[int],
+    found: list[Scene],
+    table_PYXC: Tensor,
+    numbers: Mapping[str, int],
+) -> None:
+    """Paste the pictures of scenes of one grid, cell by cell, for all scenes at once."""
+    columns, rows, device = found[0].columns, found[0].rows, table_PYXC.device
+    used = sorted({cell for scene in found for cell in scene.cells if cell})
+    place = {name: number for number, name in enumerate(used)}
+    side = table_PYXC.shape[1] // max(columns, rows)
+    top = (table_PYXC.shape[1] - rows * side) // 2
+    small = torch.cat(
+        [
+            _shrunk(
+                table_PYXC[torch.tensor([numbers[n] for n in used[k : k + 256]], device=device)],
+                side,
+            )
+            for k in range(0, len(used), 256)
+        ]
+    )
+    for cell in range(columns * rows):
+        row, column = divmod(cell, columns)
+        shown = [
+            (n, place[s.cells[cell]]) for n, s in zip(where, found, strict=True) if s.cells[cell]
+        ]
+        if shown:
+            to, of = torch.tensor(shown, device=device).T
+            y, x = top + row * side, column * side
+            out[to, y : y + side, x : x + side] = small[of]
+
+
+def _shrunk(pictures_BYXC: Tensor, side: int) -> Tensor:
+    pixels = pictures_BYXC.permute(0, 3, 1, 2).float()
+    small = F.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
+    return small.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def _scrambled(picture_YXC: Tensor, seed: int) -> Tensor:
+    side = picture_YXC.shape[0] // TILES
+    if not side:
+        return picture_YXC
+    order = list(range(TILES * TILES))
+    random.Random(f"tiles-{seed}").shuffle(order)
+    inner = picture_YXC[: side * TILES, : side * TILES]
+    tiles = inner.reshape(TILES, side, TILES, side, 3).transpose(1, 2).reshape(-1, side, side, 3)
+    mixed = tiles[torch.tensor(order, device=tiles.device)]
+    out = torch.full_like(picture_YXC, 255)
+    out[: side * TILES, : side * TILES] = (
+        mixed.reshape(TILES, TILES, side, side, 3).transpose(1, 2).reshape(inner.shape)
+    )
+    return out
+
+
+def _noise(side: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    patches = (2, 4, 8, 16)[seed % 4]
+    colours = torch.rand(1, 3, patches, patches, generator=generator) * 255
+    smooth = seed // 4 % 2 == 0
+    pixels = F.interpolate(colours, (side, side), mode="bilinear" if smooth else "nearest")
+    return pixels[0].round().to(torch.uint8).permute(1, 2, 0)
+
+
+def picture_of(data: EmojiData, picture_id: str) -> PIL.Image.Image:
+    """The picture of any id, of the data or made: RGB, 128 x 128."""
+    if picture_id.startswith("scene/"):
+        parts = list(Scene.of(picture_id).counts())
+    elif picture_id.startswith("scrambled/"):
+        parts = [picture_id.split(":", 1)[1]]
+    elif picture_id.startswith("noise/"):
+        parts = []
+    else:
+        return data.image(picture_id)
+    side = 128
+    table = [np.asarray(data.image(part)) for part in parts] or [
+        np.zeros((side, side, 3), np.uint8)
+    ]
+    numbers = {part: number for number, part in enumerate(parts)}
+    made = made_pictures([picture_id], torch.from_numpy(np.stack(table)), numbers)
+    return PIL.Image.fromarray(made[0].numpy())
+
+
+# ---- dialogues about scenes
+
+
+def plural(name: str) -> str:
+    """The plural of an English name that `is_counted`."""
+    *before, head = name.split()
+    if head in _PLURALS:
+        head = _PLURALS[head]
+    elif head.endswith(("s", "x", "z", "ch", "sh")):
+        head += "es"
+    elif head.endswith("y") and head[-2] not in "aeiou":
+        head = head[:-1] + "ies"
+    else:
+        head += "s"
+    return " ".join([*before, head])
+
+
+def counter(row: Row) -> str:
+    """The Korean word that counts such things."""
+    return "마리" if row["subgroup"].startswith("animal-") else "개"
+
+
+def counted(row: Row, count: int, lang: str) -> str:
+    """ "two apples", "a banana", "사과 두 개"."""
+    if lang == "ko":
+        return f"{row['ko']} {_NUMBERS['ko'][count]} {counter(row)}"
+    name = row["en"]
+    return with_article(name) if count == 1 else f"{_NUMBERS['en'][count]} {plural(name)}"
+
+
+def listed(data: EmojiData, scene: Scene, lang: str) -> str:
+    """What a scene shows: "two apples and a banana"."""
+    words = [counted(data.row(i), n, lang) for i, n in scene.counts().items()]
+    if lang == "en":
+        return " and ".join(words)
+    return " ".join([*(particle(word, "과/와") for word in words[:-1]), words[-1]])
+
+
+def is_ordered(scene: Scene) -> bool:
+    """Whether a drawing would have its things in these cells."""
+    shown = [name for name, count in scene.counts().items() for _ in range(count)]
+    return list(scene.cells[: len(shown)]) == shown
+
+
+def scene_samples(
+    data: EmojiData, found: Sequence[Scene], n: int, seed: int, korean: float, wordings: float
+) -> Iterator[Sample]:
+    """`n` dialogues about the scenes: drawn on request, or with up to three questions."""
+    rng = random.Random(f"scene-samples-{seed}")
+    writer = Writer(Pools(data, "train"), rng, further=0.7, wordings=wordings)
+    drawable = [scene for scene in found if is_ordered(scene)]
+    for _ in range(n if found else 0):
+        lang = "ko" if rng.random() < korean else "en"
+        writer.free = rng.random() < writer.further
+        head: Sample = {"task": "scene", "lang": lang, "split": "train"}
+        if drawable and rng.random() < 0.35:
+            scene = rng.choice(drawable)
+            words = listed(data, scene, lang)
+            said = writer.prompt("draw", lang, n=words, a=words)
+            while "하나" in said:  # "one", which would contradict the numbers
+                said = writer.prompt("draw", lang, n=words, a=words)
+            picture = {"type": "image", "image": scene.id}
+            yield head | {"messages": [user(text_part(said)), assistant(picture)]}
+        else:
+            scene = rng.choice(found)
+            asked = [q for q in scene_questions(data, scene, lang, rng) if q][: rng.randint(1, 3)]
+            picture, turns = {"type": "image", "image": scene.id}, list[dict[str, Any]]()
+            for number, (question, answer) in enumerate(asked):
+                parts = [text_part(question)] if number else [picture, text_part(question)]
+                turns += [user(*parts), assistant(text_part(answer))]
+            yield head | {"messages": turns}
+
+
+def scene_questions(
+    data: EmojiData, scene: Scene, lang: str, rng: random.Random
+) -> list[tuple[str, str]]:
+    """Questions about a scene and their answers, in random order."""
+    counts = scene.counts()
+    found: list[tuple[str, str]] = []
+    for picture_id, count in counts.items():
+        row = data.row(picture_id)
+        name = name_of(row, lang)
+        words = {
+            "n": name,
+            "p": plural(row["en"]),
+            "c": counter(row),
+            "ng": particle(name, "은/는"),
+        }
+        answer = _NUMBERS[lang][count] + (f" {counter(row)}" if lang == "ko" else "")
+        found.append((rng.choice(_ASKED["count"][lang]).format(**words), answer))
+        found += _places(data, scene, picture_id, lang, rng) if count == 1 else []
+    whole = sum(counts.values())
+    total = _NUMBERS[lang][whole] + (" 개" if lang == "ko" else "")
+    found.append((rng.choice(_ASKED["all"][lang]), total))
+    found.append((rng.choice(_ASKED["what"][lang]), listed(data, scene, lang)))
+    rng.shuffle(found)
+    return found
+
+
+def _places(
+    data: EmojiData, scene: Scene, picture_id: str, lang: str, rng: random.Random
+) -> list[tuple[str, str]]:
+    """Questions for what is beside a picture that is there once."""
+    at, found = scene.cells.index(picture_id), []
+    for step, words in _PLACES.items():
+        if other := scene.beside(at, step):
+            question = rng.choice(_ASKED["place"][lang])
+            asked = question.format(n=name_of(data.row(picture_id), lang), where=words[lang])
+            found.append((asked, name_of(data.row(other), lang)))
+    return found
+
+
+# ---- dialogues about what is unknown
+
+
+def unknown_samples(
+    data: EmojiData, found: Sequence[str], n: int, seed: int, korean: float, wordings: float
+) -> Iterator[Sample]:
+    """`n` dialogues that end in `UNKNOWN_ANSWER`: half about pictures, half about words."""
+    rng = random.Random(f"unknown-{seed}")
+    writer = Writer(Pools(data, "train"), rng, further=0.7, wordings=wordings)
+    things = unknown_things(data, UNKNOWN_THINGS)
+    for _ in range(n):
+        lang = "ko" if rng.random() < korean else "en"
+        writer.free = rng.random() < writer.further
+        if found and rng.random() < 0.5:
+            picture = {"type": "image", "image": rng.choice(found)}
+            turn = user(picture, text_part(writer.prompt("caption", lang)))
+        else:
+            known = rng.random() < 0.5
+            name = rng.choice(things)[lang == "ko"] if known else invented(lang, rng)
+            turn = user(text_part(writer.prompt("draw", lang, n=name)))
+        messages = [turn, assistant(text_part(UNKNOWN_ANSWER[lang]))]
+        yield {"task": "unknown", "lang": lang, "split": "train", "messages": messages}
+
+
+def unknown_things(data: EmojiData, things: Sequence[Sequence[str]]) -> list[tuple[str, str]]:
+    """English and Korean names of the things that share no word with a name of the data."""
+    words = {word for row in data.rows for word in f"{row['en']} {row['ko']}".lower().split()}
+    return [(english, korean) for english, korean in things if not words & {english, korean}]
+
+
+def invented(lang: str, rng: random.Random) -> str:
+    """A word that no language has: "blorvat", of the sounds of ordinary words."""
+    if lang == "ko":
+        return "".join(_syllable(rng) for _ in range(rng.randint(2, 4)))
+    starts, ends = "bl gr kr v z th sn dw pl m".split(), "t x n m p".split()
+    middles = "rv lt mp nk z x gg bb".split()
+    sounds = (starts, ["o", "a", "u", "ee", "i"], middles, ["a", "o", "u", "i"], ends)
+    return "".join(rng.choice(choices) for choices in sounds)
+
+
+def _syllable(rng: random.Random) -> str:
+    """A plain consonant, one of five vowels, and no final consonant or a soft one."""
+    consonant, vowel = rng.choice((0, 2, 3, 5, 6, 7, 9, 11, 12, 18)), rng.choice((0, 4, 8, 13, 20))
+    return chr(ord("가") + (consonant * 21 + vowel) * 28 + rng.choice((0, 0, 4, 8, 16, 21)))
