@@ -21,7 +21,8 @@ mkdir -p "$OUT" "$RUN"
 OUT=$(cd "$OUT" && pwd)
 exec > >(tee "$OUT/log") 2>&1
 if [ -f "$DATA" ]; then
-    mkdir -p "$RUN/emoji" && tar -C "$RUN/emoji" -xzf "$DATA" && DATA=$RUN/emoji
+    # Beside the run's folder, which has to be empty.
+    mkdir -p "$RUN.data" && tar -C "$RUN.data" -xzf "$DATA" && DATA=$RUN.data
 fi
 python3 - "$DEVICE" <<'PYTHON'
 import sys

@@ -73,7 +73,8 @@ class DevicePictures:
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         cfg = self._config
         chosen = batch_of(step, cfg.batch, len(self._pictures), cfg.run.seed)
-        where = torch.tensor(chosen, device=self._pictures.device)
+        # Not made on the device, which the host would wait for.
+        where = torch.tensor(chosen).to(self._pictures.device, non_blocking=True)
         generator = torch.Generator(self._pictures.device)
         generator.manual_seed(cfg.run.seed * 1_000_003 + step)
         pixels = resized(self._pictures[where], cfg.model.resolution)
