@@ -50,6 +50,8 @@ class Stage:
     fields: tuple[str, ...] = ()
     share: float = 0.0
     """Share of the minutes, in the chain with a budget of minutes."""
+    readying: float = 0.0
+    """Seconds that are kept for what a machine does before the first step of the stage."""
 
 
 STAGES = {
@@ -71,17 +73,19 @@ STAGES = {
 }
 
 TIMED_STAGES = {
-    "image_tokenizer": Stage("mini_named_image_tokenizer", share=0.3),
+    "image_tokenizer": Stage("mini_named_image_tokenizer", share=0.3, readying=10),
     "decoder": Stage(
         "mini_named_image_tokenizer",
         "image_tokenizer",
         ("trainable=decoder", "naming=0", "perturb=0.1", "lr=5e-4"),
         share=0.08,
+        readying=2,
     ),
-    "transformer": Stage("mini_packed_transformer", share=0.5, fields=("prompts=",)),
-    "chat": Stage("mini_packed_chat", "transformer", share=0.12, fields=("prompts=",)),
+    "transformer": Stage("mini_packed_transformer", "", ("prompts=",), share=0.5, readying=25),
+    "chat": Stage("mini_packed_chat", "transformer", ("prompts=",), share=0.12, readying=10),
 }
 _UNSHARED = 0.08  # share of the minutes for the work between the stages and after the last
+_MOST_KEPT = 0.2  # share of what is left that is kept for readying stages
 _ENDLESS = 1_000_000  # never reached: the clock ends these runs
 _MOST_WORKERS = 12
 _PACKED = {"mini_packed_transformer", "mini_packed_chat"}
@@ -247,6 +251,8 @@ class Minutes:
         share = chain[name].share / sum(chain[other].share for other in later)
         spent = (self._before + time.monotonic() - self._since) / 60
         left = self._config.minutes * (1 - _UNSHARED) - spent
+        # Without this the last stage would pay for the readying of all.
+        left -= min(sum(chain[other].readying for other in later) / 60, left * _MOST_KEPT)
         found = max(0.001, round(left * share, 4))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"{found}\n", encoding="utf-8")
