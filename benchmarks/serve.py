@@ -38,9 +38,10 @@ from statistics import median, quantiles
 from time import perf_counter, process_time
 from typing import Any
 
-from earlyfusion.bench.clients import Answer, Client, mixed_load
+from earlyfusion.bench.clients import Answer, Client, mixed_load, resident
 
 CHAT = "/v1/chat/completions"
+_PROBE_SECONDS = 10.0  # after which a client leaves that was let in
 
 
 @dataclass
@@ -117,7 +118,7 @@ def probe(port: int, seconds: float, told: Any) -> None:
         times, client, chance = list[float](), Client(port), Random(0)
         end = perf_counter() + seconds
         while perf_counter() < end:
-            answer = await client.ask(CHAT, body_of(10**6, 8), leave_after=60)
+            answer = await client.ask(CHAT, body_of(10**6, 8), leave_after=_PROBE_SECONDS)
             if answer.status == 429:
                 times.append(answer.seconds)
             await asyncio.sleep(chance.uniform(0.02, 0.08))
@@ -257,16 +258,22 @@ def measure_overload(model: str, arguments: argparse.Namespace) -> None:
     from earlyfusion.engine.engine import MOST_RUNNING
 
     context = multiprocessing.get_context("spawn")
-    with started(model, arguments.dtype, 0) as (port, _, _):
+    with started(model, arguments.dtype, 0) as (port, server, engine):
         told = context.SimpleQueue()
         asking = context.Process(target=probe, args=(port, arguments.seconds, told), daemon=True)
         asking.start()
+        before = worked(server), worked(engine), process_time()
         tally = asyncio.run(overload(port, 4 * MOST_RUNNING, arguments.tokens, arguments.seconds))
+        after = worked(server), worked(engine), process_time()
         alone = told.get()
+        shares = [100 * (b - a) / arguments.seconds for a, b in zip(before, after, strict=True)]
+        sizes = [resident(process) / 1e6 for process in (server, engine)]
     print(
         f"{len(tally.first)} answered, {len(tally.refused)} refused, {tally.lost} lost; refused "
         f"within {spread(tally.refused, 99)} ms (p50 / p99); a client by itself is refused within "
-        f"{spread(alone, 99)} ms ({len(alone)} times)"
+        f"{spread(alone, 99)} ms ({len(alone)} times); share of a core: server {shares[0]:.0f}%, "
+        f"engine {shares[1]:.0f}%, clients {shares[2]:.0f}%; memory: server {sizes[0]:.0f} MB, "
+        f"engine {sizes[1]:.0f} MB"
     )
 
 

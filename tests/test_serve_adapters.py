@@ -237,6 +237,9 @@ def test_the_model_field_chooses_on_every_route(server: Running, merged: Chamele
             for seed, name in enumerate(names)
         ]
         told = [text_of(reply.result()) for reply in replies]
+    page = server.get("/metrics").text
+    for name in ("drawn", "mini"):
+        assert f'e2e_request_latency_seconds_count{{model_name="{name}"}}' in page
     models = {"drawn": merged, "mini": mini()}
     wanted = [
         models[name].generate("Name a fruit.", "text", seed=seed, max_tokens=12).text

@@ -572,3 +572,33 @@ def test_errors_are_the_classes_of_the_sdk(client: openai.OpenAI) -> None:
             model="mini", messages=[{"role": "user", "content": "a " * 2000}]
         )
     assert told.value.code == "context_length_exceeded"
+
+
+def test_what_would_be_ignored_is_refused(server: Running) -> None:
+    end = server.service.model.config.vocab_size
+    beyond = server.post("/detokenize", {"tokens": [1, end]}).json()["error"]
+    assert beyond["param"] == "tokens[1]" and str(end - 1) in beyond["message"]
+    number = server.post("/v1/responses", {"input": "Name a fruit."}).json()["id"]
+    assert server.get(f"/v1/responses/{number}").status_code == 200
+    again = server.get(f"/v1/responses/{number}?stream=true")
+    assert again.status_code == 400 and again.json()["error"]["param"] == "stream"
+    assert server.post("/tokenize", {}).json()["error"]["param"] is None
+
+
+def test_helpers_of_the_sdk(client: openai.OpenAI) -> None:
+    asked: Any = {"model": "mini", "messages": [{"role": "user", "content": "Name a fruit."}]}
+    with client.chat.completions.stream(**asked, seed=1, max_tokens=20) as stream:
+        kinds = {event.type for event in stream}
+        said = stream.get_final_completion().choices[0].message.content
+    whole = client.chat.completions.create(**asked, seed=1, max_tokens=20)
+    assert said == whole.choices[0].message.content and "content.done" in kinds
+    tool: Any = [{"type": "image_generation", "partial_images": 2}]
+    with client.responses.stream(
+        model="mini", input="Show me two different fruits.", tools=tool
+    ) as events:
+        types = [event.type for event in events]
+        final = events.get_final_response()
+    assert types[-1] == "response.completed" and final.output
+    raw = client.chat.completions.with_raw_response.create(**asked, max_tokens=2)
+    assert raw.headers["x-request-id"] == raw.request_id and raw.parse().choices
+    assert client.models.retrieve("mini").id == "mini"

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from threading import Event, Thread
 from time import perf_counter, sleep
 from typing import Any
@@ -23,6 +24,8 @@ from serve_case import STRAWBERRY, Running, data_url, events, mini, picture_file
 
 from earlyfusion.cli import main
 from earlyfusion.errors import SettingError
+from earlyfusion.serve.options import ServeOptions
+from earlyfusion.serve.run import listener_of
 
 LONG: dict[str, Any] = {"modalities": ["image"], "max_images": 8, "seed": 0}
 KEY = "a-secret-key"
@@ -161,13 +164,15 @@ def test_a_full_queue_says_when_to_ask_again(
         asked = [pool.submit(ask, number) for number in range(limit)]
         while driver.waiting < limit:
             sleep(0.01)
-        times = []
+        times, waits = list[float](), set[str]()
         for _ in range(5):
             since = perf_counter()
             refused = ask(0)
             times.append(perf_counter() - since)
             assert refused.status_code == 429 and error_of(refused)["code"] == "queue_full"
             assert 1 <= int(refused.headers["retry-after"]) <= 60
+            waits.add(refused.headers["retry-after-ms"])
+        assert len(waits) > 1  # or they would all come back at once
         with (
             openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as client,
             pytest.raises(openai.RateLimitError),
@@ -344,6 +349,15 @@ def test_health_is_the_heartbeat_of_the_engine(
     assert server.get("/ready").json() == {"ready": True}
     monkeypatch.setattr("earlyfusion.serve.app.STALE_SECONDS", -1.0)
     assert server.get("/health").status_code == 503
+
+
+def test_replies_do_not_wait_for_acknowledgements() -> None:
+    with (
+        closing(listener_of(ServeOptions(port=0))) as listener,
+        closing(socket.create_connection(listener.getsockname())),
+        closing(listener.accept()[0]) as accepted,
+    ):
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_metrics_count(server: Running) -> None:

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any, NamedTuple, cast
@@ -23,6 +24,7 @@ from serve_case import Running, answer, data_url, events, mini, pixels, running
 
 from earlyfusion.api import Chameleon
 from earlyfusion.cli import main
+from earlyfusion.content import Message
 from earlyfusion.engine.cache import CacheSize
 from earlyfusion.errors import CheckpointError
 from earlyfusion.serve.process import Child, Front, RemoteEngine
@@ -72,6 +74,37 @@ def test_replies_are_those_of_generate(server: Running) -> None:
     streamed = events(server.chat("Name a fruit.", modalities=["text"], seed=5, stream=True).text)
     deltas = [event["choices"][0]["delta"].get("content", "") for _, event in streamed[:-1]]
     assert "".join(deltas) == texts[5]
+
+
+def test_pictures_are_decoded_in_a_process_that_may_end(server: Running) -> None:
+    expected = [answer("Draw a red apple.", "image", seed).images[0] for seed in (3, 4, 5)]
+    body, decoder = {"prompt": "Draw a red apple."}, server.service.decoder
+
+    def draw(seed: int) -> Any:
+        drawn = server.post("/v1/images/generations", body | {"seed": seed})
+        return pixels(drawn.json()["data"][0]["b64_json"])
+
+    def wait_for_process() -> list[BaseProcess]:
+        end = monotonic() + 60
+        while not decoder.apart:
+            assert monotonic() < end
+            sleep(0.02)
+        return [child for child in active_children() if child.name != "engine"]
+
+    assert draw(3) == expected[0]  # which starts the process
+    [first] = wait_for_process()
+    assert draw(4) == expected[1]
+    first.kill()
+    first.join()
+    assert draw(5) == expected[2]  # by a thread, or by the next process
+    drawn = server.post("/v1/images/generations", body | {"seed": 3}).json()["data"][0]["b64_json"]
+    picture = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{drawn}"}}
+    turns = [{"role": "user", "content": [picture]}]
+    tokens = server.post("/tokenize", {"messages": turns}).json()["tokens"]
+    codes = answer("Draw a red apple.", "image", 3).segments
+    assert tokens == list(mini().request([Message("user", codes)], "text", max_tokens=1).ids)
+    [second] = wait_for_process()
+    assert second.pid != first.pid
 
 
 def test_pictures_are_read_in_the_servers_process(server: Running) -> None:

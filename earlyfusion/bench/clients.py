@@ -25,7 +25,7 @@ class Answer:
 
     status: int = 0
     length: int | None = None
-    retry_after: int = 1
+    retry_after: float = 1.0
     received: int = 0
     end: bytes = b""
     first: float | None = None
@@ -109,7 +109,7 @@ class Client(asyncio.Protocol):
         fields = dict(re.findall(rb"([a-z-]+): (\d+)", head))
         if b"content-length" in fields:
             self._answer.length = int(fields[b"content-length"])
-        self._answer.retry_after = int(fields.get(b"retry-after", 1))
+        self._answer.retry_after = int(fields.get(b"retry-after-ms", 1000)) / 1000
 
 
 # ---- mixed load

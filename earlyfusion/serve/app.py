@@ -94,7 +94,7 @@ def make_app(
             allow_origins=list(service.options.cors_origins),
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["authorization", "content-type"],
-            expose_headers=["x-request-id", IGNORED, "retry-after"],
+            expose_headers=["x-request-id", IGNORED, "retry-after", "retry-after-ms"],
         )
     return app
 
@@ -278,6 +278,15 @@ class _Routes:
     async def detokenize(self, request: Request) -> Response:
         body, headers = await self._body(request, DetokenizeRequest)
         self._service.check_model(body.model)
+        last = self._service.model.config.vocab_size - 1
+        for i, token in enumerate(body.tokens):
+            if token > last:
+                raise ApiError(
+                    400,
+                    f"tokens[{i}]={token} is not in the vocabulary: use 0 to {last}",
+                    param=f"tokens[{i}]",
+                    code="invalid_value",
+                )
         text = self._service.model.processor.decode_text(body.tokens)
         return JsonReply({"prompt": text}, headers=headers)
 
@@ -307,7 +316,14 @@ class _Routes:
         self._service.files.delete(number)
         return JsonReply({"id": number, "object": "file", "deleted": True})
 
-    async def response(self, number: str) -> Response:
+    async def response(self, number: str, request: Request) -> Response:
+        for name in request.query_params:
+            raise ApiError(
+                400,
+                f"{name[:60]}: a stored response is given as it is, in one piece: leave it out",
+                param=name[:60],
+                code="unknown_field",
+            )
         return JsonReply(self._service.conversations.get(number).response)
 
     async def delete_response(self, number: str) -> Response:

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from random import uniform
 from threading import Condition, Thread
 from time import monotonic, sleep
 
@@ -34,7 +35,7 @@ MAX_PAUSE = 30.0  # seconds between two attempts to start the engine's process
 class FullError(Exception):
     """The queue has no room for a request; `seconds` is when to ask again."""
 
-    def __init__(self, limit: int, seconds: int) -> None:
+    def __init__(self, limit: int, seconds: float) -> None:
         super().__init__(f"{limit} requests are under way or waiting, the limit")
         self.limit, self.seconds = limit, seconds
 
@@ -139,7 +140,7 @@ class Batch:
             unfinished = self._left > 0
             self._driver.release(self, unfinished)
             if unfinished and self._error is None:
-                self._driver.observe_cancel()
+                self._driver.observe_cancel(self)
 
     def receive(self, news: _News) -> None:
         """Take what a step brought; called on the event loop."""
@@ -199,7 +200,7 @@ class Driver:
         self.draining = self.ready = False
         self.failures = 0
         self.observe: Callable[[Batch, Event], None] = lambda batch, event: None
-        self.observe_cancel: Callable[[], None] = lambda: None
+        self.observe_cancel: Callable[[Batch], None] = lambda batch: None
         self._admitted = 0
         self._batches: dict[Batch, None] = {}  # that hold room, the oldest first
         self._seconds = 1.0  # a moving mean of how long a batch holds its room
@@ -255,7 +256,7 @@ class Driver:
         """How many engines take requests: this one, or none."""
         return int(self.ready and not self.draining)
 
-    def watch(self, event: Callable[[Batch, Event], None], cancel: Callable[[], None]) -> None:
+    def watch(self, event: Callable[[Batch, Event], None], cancel: Callable[[Batch], None]) -> None:
         """Call these with each event that arrives, and when a client has gone."""
         self.observe, self.observe_cancel = event, cancel
 
@@ -338,12 +339,14 @@ class Driver:
         if self.remote is not None:
             self.remote.wake()
 
-    def _retry_seconds(self) -> int:
+    def _retry_seconds(self) -> float:
         ahead = max(self._admitted, 1) / self.engine.most_running
         oldest = next(iter(self._batches), None)
         # What runs longer than the mean shows that the mean is too small by now.
         age = 0.0 if oldest is None else monotonic() - oldest.admitted
-        return min(max(round(max(self._seconds, age) * ahead), 1), 60)
+        seconds = min(max(max(self._seconds, age) * ahead, 1), 40)
+        # Clients that are refused together must not come back together.
+        return seconds * uniform(0.5, 1.5)
 
     def _run(self) -> None:
         try:

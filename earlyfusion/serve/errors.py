@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from math import ceil
 from typing import Any
 
 from earlyfusion.errors import ContextError, EarlyFusionError, OutOfMemoryError, WeightsError
@@ -51,7 +52,7 @@ def as_api_error(error: BaseException) -> ApiError:
     if isinstance(error, FullError):
         message = (
             f"the server is full: {error.limit} requests are under way or waiting, the limit; "
-            f"ask again in {error.seconds} s"
+            f"ask again in {ceil(error.seconds)} s"
         )
         return ApiError(429, message, code="queue_full", headers=_retry(error.seconds))
     if isinstance(error, ClosedError):
@@ -86,5 +87,6 @@ def _mistake(error: EarlyFusionError) -> ApiError:
     return ApiError(400, str(error), param=field and field[1], code=code)
 
 
-def _retry(seconds: int) -> dict[str, str]:
-    return {"Retry-After": str(seconds)}
+def _retry(seconds: float) -> dict[str, str]:
+    # OpenAI's SDKs wait for the milliseconds, others for the whole seconds.
+    return {"Retry-After": str(ceil(seconds)), "Retry-After-Ms": str(round(1000 * seconds))}

@@ -9,8 +9,8 @@ import asyncio
 import hmac
 import logging
 import re
-import secrets
 from hashlib import sha256
+from random import getrandbits
 from time import monotonic
 from urllib.parse import parse_qs, urlsplit
 
@@ -139,7 +139,7 @@ class _Visit:
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
         fits = _CLIENTS_ID.fullmatch(given) is not None
-        self.id = given if fits else f"req_{secrets.token_hex(12)}"
+        self.id = given if fits else f"req_{getrandbits(96):024x}"
         self.status, self.began = 0, monotonic()
         self._left, self._whole = max_bytes, False
         self._max_bytes = max_bytes

@@ -27,13 +27,15 @@ class Metrics:
 
         def counter(name: str, help: str) -> Counter:
             made = Counter(f"earlyfusion:{name}", help, names, registry=self._registry)
-            return made.labels(**labels)
+            made.labels(**labels)  # is there with 0 before the first request
+            return made
 
         def seconds(name: str, help: str) -> Histogram:
             made = Histogram(
                 f"earlyfusion:{name}", help, names, buckets=_SECONDS, registry=self._registry
             )
-            return made.labels(**labels)
+            made.labels(**labels)
+            return made
 
         gauge("num_requests_running", "Requests that draw tokens.").set_function(
             lambda: driver.running
@@ -77,23 +79,28 @@ class Metrics:
         self._model = model
 
     def observe(self, batch: Batch, event: Event) -> None:
-        """Count one event."""
-        now = monotonic()
+        """Count one event, under the name of the adapter or the model that answers."""
+        now, name = monotonic(), batch.requests[0].adapter or self._model
         if isinstance(event, TextDelta | ImageStarted) and not batch.spoken:
             batch.spoken = True
-            self.first_token.observe(now - batch.admitted)
+            self.first_token.labels(name).observe(now - batch.admitted)
         if isinstance(event, ImageStarted):
-            self.images_started.inc()
+            self.images_started.labels(name).inc()
             batch.drawing_since = now
         if isinstance(event, ImageDone):
-            self.images_done.inc()
-            self.image_codes.inc(event.codes.size)
-            self.picture.observe(now - batch.drawing_since)
+            self.images_done.labels(name).inc()
+            self.image_codes.labels(name).inc(event.codes.size)
+            self.picture.labels(name).observe(now - batch.drawing_since)
         if isinstance(event, Finished):
-            self.prompt_tokens.inc(event.usage.prompt_tokens)
-            self.generation_tokens.inc(event.usage.completion_tokens)
-            self.whole.observe(now - batch.admitted)
-            self._success.labels(self._model, event.reason).inc()
+            self.prompt_tokens.labels(name).inc(event.usage.prompt_tokens)
+            self.generation_tokens.labels(name).inc(event.usage.completion_tokens)
+            self.whole.labels(name).observe(now - batch.admitted)
+            self._success.labels(name, event.reason).inc()
+
+    def cancel(self, batch: Batch) -> None:
+        """Count a request whose client went away."""
+        answering = batch.requests[0].adapter if batch.requests else ""
+        self.cancelled.labels(answering or self._model).inc()
 
     def refuse(self, status: int) -> None:
         """Count an error reply."""

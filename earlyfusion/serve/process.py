@@ -8,6 +8,7 @@ Messages are pickles over a socket pair that no other process can open.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -32,6 +33,7 @@ from earlyfusion.errors import CheckpointError, EarlyFusionError
 from earlyfusion.generation.request import Event, Request
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.serve.logs import log_as_json
+from earlyfusion.serve.niceness import yield_to_others
 
 log = logging.getLogger("earlyfusion.serve")
 BEAT_SECONDS = 0.5  # between two messages of a busy child, at least one
@@ -242,6 +244,7 @@ def serve_engine(connection: Connection, load: Callable[[], Chameleon]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     log_as_json()
+    yield_to_others()  # before there are other threads, which inherit it
     try:
         model = load()
         engine = model.engine
@@ -250,6 +253,7 @@ def serve_engine(connection: Connection, load: Callable[[], Chameleon]) -> None:
         connection.send(error)
         return
     connection.send(_front(model, engine))
+    gc.freeze()  # a full collection would look at all objects of torch, for as long as many steps
     try:
         _Child(connection, engine).run()
     except Exception:

@@ -659,7 +659,8 @@ def _refusal(model: type[Wire], error: ValidationError, data: Any) -> ApiError:
         message = f"{path} has the type {_shown(first['input'])}, which is unknown on this route"
     elif first["type"] == "value_error":
         message = str(first["ctx"]["error"])
-        field = message.split()[0].rstrip(":")
+        named = message.split()[0].rstrip(":")
+        field = named if named in model.model_fields else None
     else:
         shown = _shown(first["input"])
         message = f"{path}={shown} is not possible: {_lower(first['msg'])}"

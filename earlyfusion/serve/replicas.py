@@ -131,7 +131,7 @@ class Replicas:
     def restarts(self) -> int:
         return sum(driver.restarts for driver in self.drivers)
 
-    def watch(self, event: Callable[[Batch, Event], None], cancel: Callable[[], None]) -> None:
+    def watch(self, event: Callable[[Batch, Event], None], cancel: Callable[[Batch], None]) -> None:
         for driver in self.drivers:
             driver.watch(event, cancel)
 

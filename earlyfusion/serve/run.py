@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 import sys
 from types import FrameType
@@ -34,7 +35,7 @@ def serve(
     The engine runs in a thread of this process, or it is `remote`, which may be several, and
     `model` its front. Raises `SettingError` where the port is taken.
     """
-    listener = _listener(options)
+    listener = listener_of(options)
     log_as_json()
     sys.setswitchinterval(_SWITCH_INTERVAL)
     app = make_app(model, options, remote)
@@ -45,11 +46,15 @@ def serve(
         access_log=False,
         server_header=False,
         ws="none",
+        http="h11",  # httptools, which uvicorn would prefer, knows no limit of the headers
         lifespan="on",
         h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
         timeout_graceful_shutdown=max(int(options.drain_seconds), 1),
     )
     server = Server(config, app.state.service, quiet)
+    # A full collection looks at all objects of the imported modules, for 0.2 s and more. What is
+    # there by now stays, so none needs to look at it again.
+    gc.freeze()
     try:
         server.run(sockets=[listener])
     finally:
@@ -78,10 +83,11 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def _listener(options: ServeOptions) -> socket.socket:
+def listener_of(options: ServeOptions) -> socket.socket:
+    """The socket on which the server listens. Raises `SettingError` where the port is taken."""
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     try:
-        return socket.create_server(
+        listener = socket.create_server(
             (options.host.strip("[]"), options.port), family=family, backlog=_BACKLOG
         )
     except OSError as error:
@@ -89,3 +95,7 @@ def _listener(options: ServeOptions) -> socket.socket:
             f"cannot listen on {options.host} port {options.port} ({error.strerror}): "
             "choose another with --port"
         ) from None
+    # asyncio sets it only where the socket names TCP as its protocol, which this one does not. The
+    # second write of a reply would wait 40 ms for the client's delayed acknowledgement.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener

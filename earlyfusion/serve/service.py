@@ -1,5 +1,5 @@
 """What the routes share: the model behind its driver, the stores, and the steps from a body to
-requests. Decoding and encoding of pictures, and reading of prompts, run in a few worker threads."""
+requests. Prompts are read, and their pictures, in a few worker threads."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ from earlyfusion.content import Image, Prompt
 from earlyfusion.errors import SettingError
 from earlyfusion.generation.request import ImageDone, ImagePreview, Request
 from earlyfusion.generation.settings import Output
+from earlyfusion.serve.decoder import Decoder
 from earlyfusion.serve.driver import Batch
 from earlyfusion.serve.errors import ApiError
 from earlyfusion.serve.metrics import Metrics
+from earlyfusion.serve.niceness import yield_to_others
 from earlyfusion.serve.options import ServeOptions
-from earlyfusion.serve.pictures import PictureLimits, encoded
+from earlyfusion.serve.pictures import PictureLimits
 from earlyfusion.serve.prompts import PromptReader
 from earlyfusion.serve.protocol import ChatMessage, Format
 from earlyfusion.serve.replicas import Remotes, drivers_of
@@ -73,10 +75,12 @@ class Service:
         self.created = int(time())
         self.driver = drivers_of(model, options.max_queue, remote)
         self.metrics = Metrics(self.driver, self.name)
-        self.driver.watch(self.metrics.observe, self.metrics.cancelled.inc)
+        self.driver.watch(self.metrics.observe, self.metrics.cancel)
         self.files = Files(options.file_bytes)
         self.conversations = Conversations()
-        self._workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="pictures")
+        self._workers = ThreadPoolExecutor(_WORKERS, "pictures", initializer=yield_to_others)
+        apart = remote is not None and model.image_tokenizer.device.type == "cpu"
+        self.decoder = Decoder(model, self._workers, apart)
 
     async def start(self) -> None:
         self.driver.start()
@@ -85,6 +89,7 @@ class Service:
     async def stop(self) -> None:
         await self.driver.drain(self.options.drain_seconds)
         await asyncio.to_thread(self.driver.stop)
+        self.decoder.close()
         self._workers.shutdown(wait=False, cancel_futures=True)
 
     async def work(self, task: Callable[..., Result], *arguments: Any) -> Result:
@@ -183,25 +188,13 @@ class Service:
         self, event: ImageDone, form: Format, compression: int, number: str | None = None
     ) -> StoredFile:
         """Decode a drawn picture, and keep its file with its codes."""
-        return await self.work(self._stored, event, form, compression, number)
-
-    def _stored(
-        self, event: ImageDone, form: Format, compression: int, number: str | None
-    ) -> StoredFile:
-        shown = self.model.with_pixels(event)
-        assert isinstance(shown, ImageDone) and shown.pil is not None
-        data, image = encoded(shown.pil, form, compression), Image(shown.pil, event.codes)
-        media_type, name = MEDIA_TYPES[form], f"image.{form}"
-        return self.files.add(data, media_type, image, name, "assistants_output", number)
+        data, pixels = await self.decoder.file(event, form, compression)
+        media_type, name, image = MEDIA_TYPES[form], f"image.{form}", Image(codes=event.codes)
+        return self.files.add(data, media_type, image, name, "assistants_output", number, pixels)
 
     async def preview(self, event: ImagePreview, form: Format, compression: int) -> bytes:
         """The file of a picture in the making."""
-        return await self.work(self._previewed, event, form, compression)
-
-    def _previewed(self, event: ImagePreview, form: Format, compression: int) -> bytes:
-        shown = self.model.with_pixels(event)
-        assert isinstance(shown, ImagePreview) and shown.pil is not None
-        return encoded(shown.pil, form, compression)
+        return (await self.decoder.file(event, form, compression)).data
 
     def shape(self, size: str | None) -> str:
         """The size of the pictures that are drawn, as "64x64"."""

@@ -46,6 +46,9 @@ class LoadPlan:
         )
         if self.fit is not None:
             model.image_tokenizer.mode = "fit" if self.fit else "crop"
+        on_cpu = model.image_tokenizer.device.type == "cpu"
+        if self.replicas > 1 and self.cache_bytes is None and on_cpu:
+            model.cache_bytes = cache_share(model, self.replicas)
         return model
 
     def _device(self) -> str:
@@ -66,6 +69,19 @@ class LoadPlan:
                 f"{found if self.device in ('auto', 'cuda') else 1}: use fewer"
             )
         return f"cuda:{self.replica}"
+
+
+def cache_share(model: Chameleon, replicas: int) -> int:
+    """Bytes of the cache of one of several engines of a machine, which share its free memory."""
+    from earlyfusion.devices import free_bytes
+    from earlyfusion.engine.cache import Cache, cache_dtype, cache_size
+    from earlyfusion.model.kv_cache import kept_in
+
+    dtype, device = kept_in(model.transformer)
+    token_bytes = Cache.token_bytes(model.config, cache_dtype(None, dtype))
+    free = free_bytes(device)
+    context = model.config.max_position_embeddings
+    return cache_size(token_bytes, context, device, reserved=free - free // replicas).bytes
 
 
 def start(plan: LoadPlan) -> tuple[BaseProcess, Connection]:

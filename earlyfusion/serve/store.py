@@ -87,14 +87,12 @@ class Files:
         name: str,
         purpose: str,
         number: str | None = None,
+        pixels: bytes = b"",
     ) -> StoredFile:
         """Keep a picture, under a new id that cannot be guessed unless `number` is one already.
 
-        One with codes and pixels was drawn here; only its codes are kept."""
+        `pixels` is their digest for one that was drawn here."""
         number = number or f"file-{new_key()}"
-        pixels = b""
-        if image.codes is not None and image.pil is not None:
-            pixels, image = _pixels_digest(image.pil), Image(codes=image.codes)
         file = StoredFile(number, data, media_type, name, purpose, int(time()), image, pixels)
         with self._lock:
             self._files[number] = file
@@ -129,7 +127,7 @@ class Files:
 
     def drawn_pixels(self, image: Image) -> Image | None:
         """The picture with codes that has the same pixels, if it was drawn here."""
-        return None if image.pil is None else self._drawn(_pixels_digest(image.pil))
+        return None if image.pil is None else self._drawn(pixels_digest(image.pil))
 
     def _drawn(self, digest: bytes) -> Image | None:
         with self._lock:
@@ -236,7 +234,8 @@ def _digest(data: bytes) -> bytes:
     return blake2b(data, digest_size=16).digest()
 
 
-def _pixels_digest(pil: PIL.Image.Image) -> bytes:
+def pixels_digest(pil: PIL.Image.Image) -> bytes:
+    """Sixteen bytes that are the same for the same pixels."""
     return _digest(repr(pil.size).encode() + pil.convert("RGB").tobytes())
 
 
