@@ -39,7 +39,8 @@ from earlyfusion.devices import (
 from earlyfusion.engine.engine import Engine
 from earlyfusion.engine.handle import Handle
 from earlyfusion.engine.module_tree import fingerprint
-from earlyfusion.engine.tensor_parallel import open_shard, peers_of, share
+from earlyfusion.engine.peers import peers_of
+from earlyfusion.engine.tensor_parallel import open_shard, share
 from earlyfusion.errors import CheckpointError, ContextError, PromptError, SettingError
 from earlyfusion.generation import constraint, guidance
 from earlyfusion.generation.reference import Reader

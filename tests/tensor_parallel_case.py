@@ -29,8 +29,9 @@ from earlyfusion.engine.cache import Cache
 from earlyfusion.engine.engine import Engine
 from earlyfusion.engine.handle import Handle
 from earlyfusion.engine.peers import Peers
+from earlyfusion.engine.static import bursts, graphs
 from earlyfusion.engine.tensor_parallel import follow, split
-from earlyfusion.errors import SettingError
+from earlyfusion.errors import SettingError, WeightsError
 from earlyfusion.generation.request import Request
 from earlyfusion.generation.settings import SamplingParams
 from earlyfusion.model.transformer import Transformer
@@ -47,7 +48,6 @@ ODD = replace(
 )
 
 
-# Of one part of the tiny model, which holds one key and value head of two.
 # Of one process of two, which has half of the heads.
 BLOCK = BLOCK_SIZE * Cache.token_bytes(CONFIG, torch.float32) // 2
 
@@ -87,6 +87,7 @@ def requests(processor: Processor) -> list[Request]:
 def answers(engine: Engine, asked: Sequence[Request]) -> list[list[int]]:
     """Tokens of all requests, run together; one joins late, and of many the last is cancelled."""
     handles: list[Handle] = []
+    engine.step()  # nothing is asked yet
     for number, one in enumerate(asked):
         handles.append(engine.add(one))
         if number == 2:
@@ -102,26 +103,41 @@ def answers(engine: Engine, asked: Sequence[Request]) -> list[list[int]]:
 
 @dataclass
 class Case:
-    """A model shared by all processes; the first answers requests, and may break on the way."""
+    """A model shared by all processes; the first answers requests, and may break on the way.
+
+    With `spoils` a request fails before the others are asked,
+    as tokens of its prompt have no finite state. With `captured` the steps are called as if they
+    were captured on a CUDA device.
+    """
 
     config: ModelConfig = CONFIG
     options: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
     breaks: Callable[[Engine, Path], None] | None = None
+    spoils: bool = False
+    captured: bool = False
 
     def run(self, out: Path) -> None:
         own = out / os.environ["RANK"]
         own.mkdir(parents=True)
         processor = tiny_processor(own)
         peers = Peers(torch.device("cpu"))
-        part = split(random_model(self.config, processor).to(self.dtype), peers)
+        part = split(self.model(processor), peers)
+        if self.captured:
+            act_captured(peers, 2 + 2 * self.config.num_hidden_layers)
         (own / "held.json").write_text(json.dumps(held(part)))
         (own / "pid").write_text(str(os.getpid()))
         if not peers.leads:
             follow(part, peers)
             return
         engine = Engine(part, processor, **self.options)
-        asked = requests(processor)
+        asked = self.asked(processor)
+        if self.captured:
+            engine.warm_up()
+            told = len(engine.runner.bursts._graphs.shapes)
+            (out / "warm.json").write_text(json.dumps(told))
+        if self.spoils:
+            spoil(engine, part, asked[0])
         if self.breaks is not None:
             engine.add(asked[1])
             engine.step()
@@ -129,11 +145,56 @@ class Case:
             asked = asked[:1]
         (out / "tokens.json").write_text(json.dumps(answers(engine, asked)))
         (out / "preemptions.json").write_text(json.dumps(engine.preemptions))
+        made = engine.runner.bursts
+        (out / "shapes.json").write_text(json.dumps(len(made._graphs.shapes) if made else 0))
+
+    def asked(self, processor: Processor) -> list[Request]:
+        """Static steps have no windows."""
+        found = requests(processor)
+        if not self.options.get("static"):
+            return found
+        return [replace(one, sampling=replace(one.sampling, jacobi=None)) for one in found]
+
+    def model(self, processor: Processor) -> Transformer:
+        """The whole model, as one process runs it."""
+        return random_model(self.config, processor).to(self.dtype)
 
 
 def held(part: Transformer) -> dict[str, int]:
     """Bytes that each parameter keeps in this process's memory."""
     return {name: p.untyped_storage().nbytes() for name, p in part.named_parameters()}
+
+
+def spoil(engine: Engine, part: Transformer, asked: Request) -> None:
+    """Ask for a reply to a prompt that ends with tokens whose states are not finite."""
+    token = engine.processor.vocabulary.pad
+    with torch.no_grad():
+        part.model.embed_tokens.weight[token] = torch.nan
+    try:
+        list(engine.add(replace(asked, ids=[*asked.ids, *[token] * 90])))
+    except WeightsError:
+        return
+    raise AssertionError("a state that is not finite was drawn from")
+
+
+def act_captured(peers: Peers, collectives: int) -> None:
+    """Calls in the place of graphs: as many before the first use, and replays that are not heard
+    of."""
+
+    def capture(run: Any, idle: Any, device: torch.device, pool: Any) -> tuple[Any, Any]:
+        for _ in range(graphs.WARM_UP + 1):
+            idle()
+            run()
+
+        def replay() -> None:
+            peers.begin(peers.left + collectives)
+            run()
+
+        return replay, None
+
+    bursts.BUCKETS = (1, 2, 3, 6, 12)  # fewer to capture
+    graphs.capture = capture
+    graphs.Graphs.captures = property(lambda _: True)  # type: ignore[assignment]
 
 
 # ---- what breaks
@@ -223,9 +284,12 @@ class Script:
 
 GOLDEN = Path(__file__).parent / "golden" / "models" / "tiny_mp2_swin_gqa"
 CASES: dict[str, Case | Script] = {
-    "tiny": Case(CONFIG, {"chunk": 5, "cache_bytes": 18 * BLOCK}),
+    "tiny": Case(CONFIG, {"chunk": 5, "cache_bytes": 18 * BLOCK}, spoils=True),
     "swin": Case(SWIN),
     "odd": Case(ODD),
+    "static": Case(CONFIG, {"static": True, "chunk": 5, "cache_bytes": 18 * BLOCK}, spoils=True),
+    "static swin": Case(SWIN, {"static": True}, captured=True),
+    "static odd": Case(ODD, {"static": True}),
     "half": Case(CONFIG, {"cache_dtype": "int8"}, torch.bfloat16),
     "draw": Case(breaks=in_the_draw),
     "between": Case(breaks=between),

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from tensor_parallel_case import CASES, GOLDEN, ODD, SWIN, Case, answers, random_model, requests
+from tensor_parallel_case import CASES, GOLDEN, ODD, SWIN, Case, answers, random_model
 from tiny import CONFIG, tiny_processor
 
 from earlyfusion import Chameleon, SamplingParams
@@ -25,6 +25,7 @@ from earlyfusion.engine.engine import Engine
 from earlyfusion.engine.peers import from_tensors, to_tensors
 from earlyfusion.engine.tensor_parallel import cut, shard_config, split
 from earlyfusion.errors import SettingError
+from earlyfusion.generation.reference import draw_tokens
 from earlyfusion.model.quantise import pack, unpack
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.processor import Processor
@@ -165,7 +166,7 @@ def test_messages_of_any_length_arrive() -> None:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("two")
-    run(out, 2, "tiny", "swin", "draw", "caught", "between", "script")
+    run(out, 2, "tiny", "static", "static swin", "swin", "draw", "caught", "between", "script")
     return out
 
 
@@ -173,8 +174,8 @@ def one(case: str, processor: Processor) -> list[list[int]]:
     """The tokens of a single process."""
     asked = CASES[case]
     assert isinstance(asked, Case)
-    whole = random_model(asked.config, processor).to(asked.dtype)
-    return answers(Engine(whole, processor), requests(processor))
+    whole = asked.model(processor)
+    return answers(Engine(whole, processor), asked.asked(processor))
 
 
 def check_tokens(out: Path, case: str, processor: Processor) -> None:
@@ -185,12 +186,30 @@ def check_tokens(out: Path, case: str, processor: Processor) -> None:
     assert len(cancelled) >= 20 and cancelled[:20] == cut_off[:20]
 
 
-@pytest.mark.parametrize("case", ["tiny", "swin"])
+@pytest.mark.parametrize("case", ["tiny", "swin", "static", "static swin"])
 def test_two_processes_give_the_tokens_of_one(two: Path, processor: Processor, case: str) -> None:
-    """Mixed requests, one cancelled; `tiny` reads prompts in pieces, and requests step back."""
+    """Mixed requests, one cancelled; where the cache is small prompts are read in pieces, requests
+    step back, and blocks are taken that another has left spoilt."""
+    assert read(two / case / "ended.json") == [0, 0], said(two, case, 0) + said(two, case, 1)
     check_tokens(two, case, processor)
-    assert (read(two / case / "preemptions.json") > 0) == (case == "tiny")
-    assert read(two / case / "ended.json") == [0, 0]
+    assert (read(two / case / "preemptions.json") > 0) == (case in ("tiny", "static"))
+    assert (read(two / case / "shapes.json") > 2) == case.startswith("static")
+
+
+def test_static_steps_of_two_processes_equal_the_plain_loop(
+    two: Path, processor: Processor
+) -> None:
+    asked = CASES["static"]
+    assert isinstance(asked, Case)
+    whole, found = asked.model(processor), read(two / "static" / "tokens.json")
+    wanted = [list(draw_tokens(whole, processor, one)) for one in asked.asked(processor)]
+    assert found[:-1] == wanted[:-1] and found[-1] == wanted[-1][: len(found[-1])]
+
+
+def test_all_shapes_are_captured_before_the_first_request(two: Path) -> None:
+    """The processes make as many calls before each capture; five numbers of rows of four kinds."""
+    assert read(two / "static swin" / "warm.json") == 20
+    assert read(two / "static swin" / "shapes.json") == 20
 
 
 @pytest.mark.parametrize("case", ["tiny", "swin"])
@@ -258,13 +277,25 @@ def test_a_script_goes_on_in_the_first_process(two: Path) -> None:
 @pytest.fixture(scope="module")
 def more(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("more")
-    run(out, 2, "odd", "half", "int8", "inside", "interrupted", "killed", "peer killed")
+    run(
+        out,
+        2,
+        "odd",
+        "static odd",
+        "half",
+        "int8",
+        "inside",
+        "interrupted",
+        "killed",
+        "peer killed",
+    )
     return out
 
 
 @pytest.mark.slow
 def test_shapes_and_dtypes(more: Path, processor: Processor) -> None:
     check_tokens(more, "odd", processor)
+    check_tokens(more, "static odd", processor)
     found = read(more / "half" / "tokens.json")
     assert [len(tokens) for tokens in found[:2]] == [20, 66]
 

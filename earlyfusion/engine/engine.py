@@ -21,9 +21,10 @@ from earlyfusion.engine.cache import cache_dtype as dtype_of_cache
 from earlyfusion.engine.draw import NOTHING
 from earlyfusion.engine.handle import Handle, most_branches
 from earlyfusion.engine.module_tree import fingerprint
+from earlyfusion.engine.peers import peers_of
 from earlyfusion.engine.runner import ModelRunner
 from earlyfusion.engine.scheduler import Scheduler
-from earlyfusion.engine.tensor_parallel import LeadingRunner, peers_of
+from earlyfusion.engine.tensor_parallel import LeadingRunner
 from earlyfusion.errors import (
     ContextError,
     EarlyFusionError,
@@ -154,7 +155,7 @@ class Engine:
         with the number captured so far and the number of all. Returns the bytes of device memory
         that this took; 0 if nothing is captured."""
         with self._turn:
-            return 0 if self.runner.bursts is None else self.runner.bursts.warm_up(told)
+            return self.runner.warm_up(told)
 
     @property
     def used_blocks(self) -> int:
@@ -259,7 +260,7 @@ class Engine:
         self.runner = (
             ModelRunner(*arguments, self._static, self.adapters)
             if peers_of(self.transformer) is None
-            else LeadingRunner(*arguments)
+            else LeadingRunner(*arguments, self._static)
         )
         whole = self.runner.backend.whole_prompts
         self._scheduler.pool.shares = not whole

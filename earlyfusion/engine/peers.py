@@ -1,4 +1,5 @@
-"""The processes that share one model for generation, and how they talk to each other."""
+"""The processes that share one model for generation, how they talk to each other, and the two
+modules in which they do while the model runs."""
 
 from __future__ import annotations
 
@@ -10,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from earlyfusion import processes
 from earlyfusion.errors import SettingError
+from earlyfusion.model.transformer import Transformer
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh as DeviceMesh
@@ -57,6 +60,10 @@ class Peers:
     def begin(self, collectives: int) -> None:
         self.left = collectives
 
+    def replay(self, collectives: int) -> None:
+        """A captured graph makes so many collectives, of which Python does not hear."""
+        self._count_down(collectives)
+
     def broadcast(self, x: Tensor) -> Tensor:
         """The leader's values, in place, on all."""
         self._count_down()
@@ -99,13 +106,48 @@ class Peers:
             raise ConnectionError(_GONE) from error
         return x
 
-    def _count_down(self) -> None:
-        if self.left == 0:
+    def _count_down(self, collectives: int = 1) -> None:
+        if self.left < collectives:
             raise SettingError(
                 f"this model is shared by {self.count} processes and cannot be called by itself: "
                 "ask it through generate, stream or its engine"
             )
-        self.left -= 1
+        self.left -= collectives
+
+
+class SharedEmbedding(nn.Embedding):
+    """The first process looks tokens up and broadcasts their states; the others ignore theirs."""
+
+    pointwise = True
+
+    def __init__(self, weight_VD: nn.Parameter, peers: Peers) -> None:
+        size, width = weight_VD.shape
+        super().__init__(size, width, _weight=weight_VD)
+        self.weight, self.peers = weight_VD, peers
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if self.peers.leads:
+            return self.peers.broadcast(F.embedding(tokens, self.weight))
+        return self.peers.broadcast(self.weight.new_empty(*tokens.shape, self.embedding_dim))
+
+
+class Summed(nn.Module):
+    """A linear module of which each process has some columns: the sum of all outputs."""
+
+    pointwise = True
+
+    def __init__(self, linear: nn.Module, peers: Peers) -> None:
+        super().__init__()
+        self.linear, self.peers = linear, peers
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.peers.all_reduce(self.linear(x))
+
+
+def peers_of(transformer: Transformer) -> Peers | None:
+    """The processes that a model is shared with; None for a model of one process."""
+    embedding = transformer.model.embed_tokens
+    return embedding.peers if isinstance(embedding, SharedEmbedding) else None
 
 
 def to_tensors(numbers: Sequence[int]) -> Iterator[Tensor]:

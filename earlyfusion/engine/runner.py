@@ -8,7 +8,7 @@ that read no prompt run in bursts (`static/bursts.py`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
@@ -83,6 +83,10 @@ class ModelRunner:
         step = Step(plan.pieces, self.device)
         x_RD = self.backend.states(step)
         return self.drawer.draw(x_RD, step, handles) if handles else []
+
+    def warm_up(self, told: Callable[[int, int], None] | None = None) -> int:
+        """As `Engine.warm_up`."""
+        return 0 if self.bursts is None else self.bursts.warm_up(told)
 
     def clear(self, blocks: Iterable[int]) -> None:
         """Zero these blocks. Masked attention multiplies their values by 0, and 0 * NaN is NaN."""

@@ -24,14 +24,14 @@ import math
 import os
 import sys
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import islice
 from typing import NoReturn, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from earlyfusion import processes
@@ -43,15 +43,17 @@ from earlyfusion.engine.blocks import Branch, Copy
 from earlyfusion.engine.cache import DTYPES, Cache, cache_dtype
 from earlyfusion.engine.handle import Handle
 from earlyfusion.engine.module_tree import is_plain
-from earlyfusion.engine.peers import Peers
+from earlyfusion.engine.peers import Peers, SharedEmbedding, Summed, peers_of
 from earlyfusion.engine.runner import ModelRunner
 from earlyfusion.engine.scheduler import Piece, Plan
+from earlyfusion.engine.static.bursts import serves
+from earlyfusion.engine.static.followed import Burst, FollowedBursts
 from earlyfusion.engine.step import Step
 from earlyfusion.errors import SettingError
 from earlyfusion.generation.grammar import Grammar
 from earlyfusion.model.transformer import Block, Transformer
 
-_OPEN, _READ = range(2)  # the first number of a message
+_OPEN, _READ, _BURST, _CLEAR = range(4)  # the first number of a message
 _CACHE_DTYPES = (None, *DTYPES)
 
 
@@ -162,36 +164,7 @@ def _cut_named(name: str, config: ModelConfig, rank: int, count: int, whole: Ten
     return cut(name, whole, config, rank, count)
 
 
-# ---- modules of a shard
-
-
-class SharedEmbedding(nn.Embedding):
-    """The first process looks tokens up and broadcasts their states; the others ignore theirs."""
-
-    pointwise = True
-
-    def __init__(self, weight_VD: nn.Parameter, peers: Peers) -> None:
-        size, width = weight_VD.shape
-        super().__init__(size, width, _weight=weight_VD)
-        self.weight, self.peers = weight_VD, peers
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        if self.peers.leads:
-            return self.peers.broadcast(F.embedding(tokens, self.weight))
-        return self.peers.broadcast(self.weight.new_empty(*tokens.shape, self.embedding_dim))
-
-
-class Summed(nn.Module):
-    """A linear module of which each process has some columns: the sum of all outputs."""
-
-    pointwise = True
-
-    def __init__(self, linear: nn.Module, peers: Peers) -> None:
-        super().__init__()
-        self.linear, self.peers = linear, peers
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.peers.all_reduce(self.linear(x))
+# ---- a shard among the others
 
 
 def connect(shard: Transformer, peers: Peers) -> Transformer:
@@ -206,12 +179,6 @@ def connect(shard: Transformer, peers: Peers) -> Transformer:
                 linear.bias = None  # the sum must contain it once
             setattr(owner, name, Summed(linear, peers))
     return shard
-
-
-def peers_of(transformer: Transformer) -> Peers | None:
-    """The processes that a model is shared with; None for a model of one process."""
-    embedding = transformer.model.embed_tokens
-    return embedding.peers if isinstance(embedding, SharedEmbedding) else None
 
 
 def split(whole: Transformer, peers: Peers) -> Transformer:
@@ -275,6 +242,7 @@ class LeadingRunner(ModelRunner):
         blocks: int,
         length: int,
         dtype_name: str | None = None,
+        static: bool | None = None,
     ) -> None:
         peers = peers_of(transformer)
         assert peers is not None
@@ -286,10 +254,32 @@ class LeadingRunner(ModelRunner):
         self._peers, self._collectives = peers, _collectives(transformer)
         peers.engines += 1
         self._engine = peers.engines
-        peers.send([_OPEN, blocks, length, _CACHE_DTYPES.index(dtype_name)], 0)
-        super().__init__(transformer, grammar, blocks, length, dtype_name, static=False)
+        static = serves(transformer.lm_head.weight.device) if static is None else static
+        peers.send([_OPEN, blocks, length, _CACHE_DTYPES.index(dtype_name), static], 0)
+        super().__init__(transformer, grammar, blocks, length, dtype_name, static)
+        if self.bursts is not None:
+            self.bursts.announce = self._announce
 
     def run(self, plan: Plan, handles: Sequence[Handle], steps: int = 0) -> list[list[int]]:
+        with self._leading():
+            if not steps:
+                self._peers.send(_message(plan), self._collectives if plan.pieces else 0)
+            elif plan.copies:
+                self._peers.send(_message(Plan(plan.copies)), 0)
+            return super().run(plan, handles, steps)
+
+    def warm_up(self, told: Callable[[int, int], None] | None = None) -> int:
+        with self._leading():
+            return super().warm_up(told)
+
+    def clear(self, blocks: Iterable[int]) -> None:
+        blocks = list(blocks)
+        with self._leading():
+            self._peers.send([_CLEAR, *blocks], 0)
+            super().clear(blocks)
+
+    @contextmanager
+    def _leading(self) -> Iterator[None]:
         peers = self._peers
         # The others have one cache: that of the engine opened last.
         if self._engine != peers.engines:
@@ -297,12 +287,14 @@ class LeadingRunner(ModelRunner):
                 "another engine has been made on this shared model since: use that one"
             )
         try:
-            peers.send(_message(plan), self._collectives if plan.pieces else 0)
-            return super().run(plan, handles, steps)
+            yield
         except BaseException:
             if peers.left:
                 peers.close()  # the others wait for collectives that will not come
             raise
+
+    def _announce(self, burst: Burst, collectives: int) -> None:
+        self._peers.send([_BURST, *burst.numbers], collectives)
 
 
 def follow(shard: Transformer, peers: Peers) -> None:
@@ -315,7 +307,7 @@ def follow(shard: Transformer, peers: Peers) -> None:
             follower = _Follower(shard, peers, *numbers)
             continue
         assert follower is not None
-        follower.run(numbers)
+        follower.run(subject, numbers)
     peers.close()
 
 
@@ -323,18 +315,40 @@ class _Follower:
     """The part of a runner without the draw: back end and cache."""
 
     def __init__(
-        self, shard: Transformer, peers: Peers, blocks: int, length: int, dtype_number: int
+        self,
+        shard: Transformer,
+        peers: Peers,
+        blocks: int,
+        length: int,
+        dtype_number: int,
+        static: int,
     ) -> None:
         weight = shard.lm_head.weight
         dtype = cache_dtype(_CACHE_DTYPES[dtype_number], weight.dtype)
         self._peers, self._collectives = peers, _collectives(shard)
-        self._cache = Cache(shard.config, blocks, length, dtype, weight.device)
+        # The one block more is the spare one of static steps.
+        self._cache = Cache(shard.config, blocks + 1, length, dtype, weight.device)
+        self._bursts: FollowedBursts | None = None
         with torch.no_grad():
             self._backend = FusedTransformer(shard, self._cache)
+            if static:
+                self._bursts = FollowedBursts(shard, self._backend, self._cache)
 
     @torch.inference_mode()
-    def run(self, numbers: Sequence[int]) -> None:
-        plan = _plan(numbers)
+    def run(self, subject: int, numbers: Sequence[int]) -> None:
+        if subject == _CLEAR:
+            self._cache.clear(numbers)
+        elif subject == _BURST:
+            self._burst(Burst.of(numbers))
+        else:
+            self._read(_plan(numbers))
+
+    def _burst(self, burst: Burst) -> None:
+        assert self._bursts is not None
+        self._peers.begin(self._bursts.collectives(burst))
+        self._bursts.run(burst)
+
+    def _read(self, plan: Plan) -> None:
         for copied in plan.copies:
             self._cache.copy(copied)
         if plan.pieces:
@@ -343,7 +357,7 @@ class _Follower:
 
 
 def _collectives(transformer: Transformer) -> int:
-    """Collectives per step: the broadcast of the embedding, and two sums per layer."""
+    """Collectives of a step that is not static: the embedded tokens, and two sums per layer."""
     return 1 + 2 * transformer.config.num_hidden_layers
 
 

@@ -1,26 +1,30 @@
 """Bursts of static steps: several tokens for each row before the host looks again.
 
 The host writes the rows, starts the steps one behind the other, and reads all their tokens at once:
-it waits for the device once a burst, and the device for the host as rarely. On a CUDA device the
-step is captured as a graph for each number of rows (BUCKETS) and kind; elsewhere it is called.
+it waits for the device once a burst, and the device for the host as rarely. A step is captured for
+each number of rows (BUCKETS) and kind (`graphs.py`). Where several processes share the model, this
+is the part of the first; the others hear of each burst once (`followed.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import product
-from typing import Any
 
 import torch
 
+from earlyfusion.devices import free_bytes
 from earlyfusion.engine.backends.torch import FusedTransformer
 from earlyfusion.engine.cache import Cache
 from earlyfusion.engine.draw import NOTHING
 from earlyfusion.engine.handle import Handle
 from earlyfusion.engine.scheduler import Plan
+from earlyfusion.engine.static.followed import Burst
 from earlyfusion.engine.static.grammars import Grammars
-from earlyfusion.engine.static.rows import MOST_STEPS, SKIPPED, Rows, rows_of
-from earlyfusion.engine.static.step import Kind, StaticStep
+from earlyfusion.engine.static.graphs import Graphs, Kind, Shape
+from earlyfusion.engine.static.layers import StaticLayers
+from earlyfusion.engine.static.rows import MOST_STEPS, SKIPPED, Rows, rows_of, table_blocks
+from earlyfusion.engine.static.step import StaticStep
 from earlyfusion.generation.grammar import Grammar
 from earlyfusion.kernels.operations import operations
 from earlyfusion.model.transformer import Transformer
@@ -32,11 +36,13 @@ TEXT_STEPS, SHARED_STEPS = 8, 16
 """Steps of a burst in which text is drawn, and of one in which several requests draw images: a new
 request waits for as long."""
 
-_WARM_UP = 3  # calls before a capture: Triton compiles, and libraries take their workspaces
-
 
 class Bursts:
-    """The static steps of one model over one cache, whose last block is the spare one."""
+    """The static steps of one model over one cache, whose last block is the spare one.
+
+    `announce` is called before a burst, and before a capture, with the number of its collectives,
+    where other processes take part.
+    """
 
     def __init__(
         self, transformer: Transformer, fused: FusedTransformer, cache: Cache, grammar: Grammar
@@ -44,15 +50,15 @@ class Bursts:
         config, device = transformer.config, cache.device
         self._device, self._spare = device, len(cache.kv_BL2KSH) - 1
         self._vocabulary = config.vocab_size
-        self._table_blocks = -(-cache.length // cache.block_size) + 1
+        self._table_blocks = table_blocks(cache)
         slots = max(grammar.image_tokens, cache.length)
         self._grammars = Grammars(config.vocab_size, slots, grammar.begin, device)
         codes_V = torch.tensor(sorted(grammar.code_ids), device=device)
-        ways = operations(device)
-        self._step = StaticStep(transformer, fused, cache, ways, self._grammars, codes_V)
+        layers = StaticLayers(transformer, fused, cache, operations(device))
+        self._step = StaticStep(transformer, fused, layers, self._grammars, codes_V)
         self._rows: dict[int, Rows] = {}
-        self._graphs: dict[tuple[int, Kind], Callable[[], None]] = {}
-        self._pool: Any = None
+        self._graphs = Graphs(device, layers)
+        self.announce: Callable[[Burst, int], None] = lambda burst, collectives: None
 
     def length(self, plan: Plan, handles: Sequence[Handle]) -> int:
         """How many tokens the handles of a plan may draw before the host looks; 0: not this plan.
@@ -81,8 +87,8 @@ class Bursts:
         kind = Kind(_only_codes(handles), all(_is_greedy(handle) for handle in handles))
         burst = rows_of(handles, numbers, kind.only_codes)
         bucket = next(size for size in BUCKETS if size >= len(burst))
-        rows = self._rows_of(bucket)
-        step = self._prepared(bucket, kind)
+        rows, shape = self._rows_of(bucket), Shape(bucket, kind)
+        step = self._begun(Burst(shape, steps, [row.branch.blocks for row in burst]))
         rows.write(burst, self._spare, steps)
         self._mark_seen(rows, handles)
         for _ in range(steps):
@@ -96,17 +102,17 @@ class Bursts:
     def warm_up(self, told: Callable[[int, int], None] | None = None) -> int:
         """Capture every step; `told` gets how many are done, and of how many. Returns the bytes of
         the device's memory that this took."""
-        if self._device.type != "cuda":
+        if not self._graphs.captures:
             return 0
-        before = torch.cuda.mem_get_info(self._device)[0]
+        before = free_bytes(self._device)
         kinds = [Kind(*flags) for flags in product((True, False), repeat=2)]
         # The largest first: the others then find its memory in the pool.
         needed = [(rows, kind) for rows in reversed(BUCKETS) for kind in kinds]
         for number, (rows, kind) in enumerate(needed, 1):
-            self._prepared(rows, kind)
+            self._begun(Burst(Shape(rows, kind), 0))
             if told is not None:
                 told(number, len(needed))
-        return before - torch.cuda.mem_get_info(self._device)[0]
+        return before - free_bytes(self._device)
 
     def _rows_of(self, bucket: int) -> Rows:
         if bucket not in self._rows:
@@ -115,32 +121,15 @@ class Bursts:
             self._rows[bucket] = made
         return self._rows[bucket]
 
-    def _prepared(self, bucket: int, kind: Kind) -> Callable[[], None]:
-        key = (bucket, kind)
-        if key not in self._graphs:
-            rows = self._rows_of(bucket)
-            captured = self._device.type == "cuda"
-            self._graphs[key] = self._capture(rows, kind) if captured else self._called(rows, kind)
-        return self._graphs[key]
-
-    def _called(self, rows: Rows, kind: Kind) -> Callable[[], None]:
-        return lambda: self._step.run(rows, kind)
-
-    def _capture(self, rows: Rows, kind: Kind) -> Callable[[], None]:
-        """The step as a CUDA graph."""
-        stream = torch.cuda.Stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UP):
-                rows.write([], self._spare, 1)
-                self._step.run(rows, kind)
-        torch.cuda.current_stream(self._device).wait_stream(stream)
-        torch.cuda.synchronize(self._device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            self._step.run(rows, kind)
-        self._pool = graph.pool()
-        return graph.replay
+    def _begun(self, burst: Burst) -> Callable[[], None]:
+        """The step of a burst, of which all processes now know."""
+        shape, rows = burst.shape, self._rows_of(burst.shape.rows)
+        self.announce(burst, self._graphs.collectives(shape, burst.steps))
+        return self._graphs.prepared(
+            shape,
+            lambda: self._step.run(rows, shape.kind),
+            lambda: rows.write([], self._spare, 1),
+        )
 
     def _mark_seen(self, rows: Rows, handles: Sequence[Handle]) -> None:
         """The history of each request with a repetition penalty, which marks its full row."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from earlyfusion.engine.blocks import BLOCK_SIZE, Branch
+from earlyfusion.engine.cache import Cache
 from earlyfusion.engine.handle import Handle
 from earlyfusion.generation.grammar import Grammar
 from earlyfusion.generation.sampler import DrawSettings, Warp
@@ -145,11 +146,11 @@ class Rows:
             ints.append(idle)
             floats.append([0.0] * _FLOATS)
             uniforms.append([0.0] * steps)
-        self.ints_RI.copy_(_staged(torch.tensor(ints), self.ints_RI.device), non_blocking=True)
+        self.ints_RI.copy_(staged(torch.tensor(ints), self.ints_RI.device), non_blocking=True)
         given = torch.tensor(floats, dtype=torch.float64)
-        self.floats_RF.copy_(_staged(given, self.ints_RI.device), non_blocking=True)
+        self.floats_RF.copy_(staged(given, self.ints_RI.device), non_blocking=True)
         given = torch.tensor(uniforms, dtype=torch.float64).T.contiguous()
-        self.uniforms_NR[:steps].copy_(_staged(given, self.ints_RI.device), non_blocking=True)
+        self.uniforms_NR[:steps].copy_(staged(given, self.ints_RI.device), non_blocking=True)
         self.step_1.zero_()
 
 
@@ -212,6 +213,11 @@ def _warp(floats_R4: Tensor, top_k_R: Tensor) -> Warp:
     return Warp(temperature_R, top_k_R, top_p_R, min_p_R, penalty_R)
 
 
-def _staged(values: Tensor, device: torch.device) -> Tensor:
+def table_blocks(cache: Cache) -> int:
+    """The blocks of a row's table: those of the longest sequence, and the spare one."""
+    return -(-cache.length // cache.block_size) + 1
+
+
+def staged(values: Tensor, device: torch.device) -> Tensor:
     """In memory from which a GPU can copy while the host goes on."""
     return values.pin_memory() if device.type == "cuda" else values

@@ -1,0 +1,97 @@
+"""Static steps that are ready to run: captured as graphs on a CUDA device, called elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from earlyfusion.engine.static.layers import StaticLayers
+
+
+class Kind(NamedTuple):
+    """What is captured apart: rows that draw codes alone read a small part of the head, and greedy
+    rows need no order of the logits."""
+
+    only_codes: bool
+    greedy: bool
+
+
+class Shape(NamedTuple):
+    """What a graph is captured for: the number of rows, and their kind."""
+
+    rows: int
+    kind: Kind
+
+
+class Graphs:
+    """The steps of one model by their shape.
+
+    Processes that share the model capture the same shapes in the same order, as the calls before a
+    capture, and the capture itself, make collectives too.
+    """
+
+    def __init__(self, device: torch.device, layers: StaticLayers) -> None:
+        self._device, self._peers, self._each = device, layers.peers, layers.collectives
+        self._steps: dict[Shape, Callable[[], None]] = {}
+        self._pool: Any = None
+
+    @property
+    def shapes(self) -> set[Shape]:
+        """Those that are ready."""
+        return set(self._steps)
+
+    @property
+    def captures(self) -> bool:
+        """Whether steps are captured before they run."""
+        return self._device.type == "cuda"
+
+    def collectives(self, shape: Shape, steps: int) -> int:
+        """How many so many steps make, with the calls before them if the shape is new."""
+        new = self.captures and shape not in self._steps
+        return self._each * (steps + (WARM_UP + 1 if new else 0))
+
+    def prepared(
+        self, shape: Shape, run: Callable[[], None], idle: Callable[[], None]
+    ) -> Callable[[], None]:
+        """The step `run`; before each call that warms it up, `idle` makes all rows idle."""
+        if shape not in self._steps:
+            self._steps[shape] = self._captured(run, idle) if self.captures else run
+        return self._steps[shape]
+
+    def _captured(self, run: Callable[[], None], idle: Callable[[], None]) -> Callable[[], None]:
+        replay, self._pool = capture(run, idle, self._device, self._pool)
+        peers, each = self._peers, self._each
+        if peers is None:
+            return replay
+
+        def counted() -> None:
+            peers.replay(each)
+            replay()
+
+        return counted
+
+
+WARM_UP = 3
+"""Calls before a capture: Triton compiles, and libraries take their workspaces."""
+
+
+def capture(
+    run: Callable[[], None], idle: Callable[[], None], device: torch.device, pool: Any
+) -> tuple[Callable[[], None], Any]:
+    """`run` as a CUDA graph, and the pool of its memory, which graphs that never run at the same
+    time share."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            idle()
+            run()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    # Other threads of the program, and NCCL's own, may ask the device for something meanwhile.
+    with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+        run()
+    return graph.replay, graph.pool()
