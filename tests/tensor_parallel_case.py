@@ -181,7 +181,7 @@ def act_captured(peers: Peers, collectives: int) -> None:
     """Calls in the place of graphs: as many before the first use, and replays that are not heard
     of."""
 
-    def capture(run: Any, idle: Any, device: torch.device, pool: Any) -> tuple[Any, Any]:
+    def capture(run: Any, idle: Any, stream: Any, pool: Any) -> tuple[Any, Any]:
         for _ in range(graphs.WARM_UP + 1):
             idle()
             run()

@@ -176,8 +176,11 @@ def test_prompt_lookup_changes_no_token(
     mixed: list[Request],
     size: int,
     blocks: int | None,
+    step: str,
 ) -> None:
     """Greedy and not, with a penalty, where an image may begin, beside others, with few blocks."""
+    if step == "static" and size != 4:
+        pytest.skip("steps with guesses are not static")
     texts = [one for one in mixed if one.output != "image"]
     texts += [
         request(processor, 20, "text", room=120, temperature=0.3, repetition_penalty=1.0),
@@ -684,6 +687,10 @@ CHANGES = {
 }
 
 
+CHANGES_OF_STATIC = ("a hook on a block", "a head of another class", "forward assigned")
+"""Enough to see static steps give way to the modules, and come back."""
+
+
 def with_bias(linear: nn.Linear) -> nn.Linear:
     other = nn.Linear(linear.in_features, linear.out_features)
     other.weight = linear.weight
@@ -698,7 +705,10 @@ def test_changes_of_the_module_tree_count(
     wanted: list[list[int]],
     name: str,
     device: torch.device,
+    step: str,
 ) -> None:
+    if step == "static" and name not in CHANGES_OF_STATIC:
+        pytest.skip("a changed tree has no static steps, whatever was changed")
     plain = tiny_transformer(processor, 1.0, device)
     asked = [replace(mixed[0], room=8), request(processor, 3, "interleaved", True, 12)]
     engine = Engine(plain, processor)

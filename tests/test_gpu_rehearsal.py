@@ -169,12 +169,12 @@ def test_a_part_that_hangs_is_stopped_with_what_it_started(tmp_path: Path) -> No
 
 
 def test_where_a_part_hung_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "_DUMP_BEFORE", 1.0)
+    monkeypatch.setattr(parts, "_DUMP_BEFORE", 0.5)
     (tmp_path / "log").touch()
     (found,) = run_parts(
-        [Part("hangs", "", 3.0, hangs)],
+        [Part("hangs", "", 1.2, hangs)],
         tmp_path,
-        3.0 / 60,
+        1.2 / 60,
         "fork",
         tmp_path / "log",
         lambda _: None,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from tiny import CONFIG, request, tiny_processor, tiny_transformer
 
@@ -104,9 +104,14 @@ def told(transformer: Transformer, processor: Processor, asked: Request) -> list
     return tokens[: last.usage.completion_tokens]
 
 
-def check_equality(transformer: Transformer, processor: Processor, examples: int) -> None:
+def check_equality(
+    transformer: Transformer, processor: Processor, examples: int, number: int | None = None
+) -> None:
+    """So many crowds; a `number` always gives the same."""
     chosen = settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
+    seeded = seed(number) if number is not None else lambda test: test
 
+    @seeded
     @chosen
     @given(crowds(processor))
     def equals(crowd: tuple[list[Request], list[int], int]) -> None:
@@ -119,15 +124,16 @@ def check_equality(transformer: Transformer, processor: Processor, examples: int
 
 
 def test_any_crowd_equals_the_plain_loop(transformer: Transformer, processor: Processor) -> None:
-    check_equality(transformer, processor, 40)
+    check_equality(transformer, processor, 16)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(7200)
-def test_any_crowd_equals_the_plain_loop_5000_times(
-    transformer: Transformer, processor: Processor
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("number", range(8))
+def test_5000_crowds_equal_the_plain_loop(
+    transformer: Transformer, processor: Processor, number: int
 ) -> None:
-    check_equality(transformer, processor, 5000)
+    check_equality(transformer, processor, 625, number)
 
 
 # --- grammars ---------------------------------------------------------------------------------
@@ -173,10 +179,10 @@ def test_tables_say_what_each_grammar_says(processor: Processor) -> None:
                 forced_R >= 0, only_R | ((state_RF[:, 3] == 0) & (state_RF[:, 0] == 0))
             )
             assert torch.equal(forced_R[only_R], allowed_RV[only_R].int().argmax(1))
-            for row, token in (allowed_RV & ~done_R[:, None]).nonzero()[::7].tolist():
-                one, which = state_RF[row][None], grammar_R[row][None]
-                after = grammar.advance(one, torch.tensor([token]))
-                assert torch.equal(tables.advance(one, torch.tensor([token]), which), after)
+            row_N, token_N = (allowed_RV & ~done_R[:, None]).nonzero().unbind(1)
+            before_NF, which_N = state_RF[row_N], grammar_R[row_N]
+            after_NF = grammar.advance(before_NF, token_N)
+            assert torch.equal(tables.advance(before_NF, token_N, which_N), after_NF)
 
 
 def test_tables_that_do_not_fit_in(processor: Processor) -> None:
@@ -267,11 +273,13 @@ def test_captured_steps_equal_called_ones(processor: Processor) -> None:
     engine = Engine(transformer, processor)
     assert engine.runner.bursts is not None
     engine.warm_up()
-    captured = dict(engine.runner.bursts._graphs)
+    captured = engine.runner.bursts._graphs.shapes
+    assert len(captured) == 48
     asked = [request(processor, seed, "interleaved", seed % 2 == 1, room=70) for seed in range(8)]
     asked += [request(processor, seed, "image", seed % 2 == 1, **GREEDY) for seed in range(4)]
     wanted = [list(draw_tokens(transformer, processor, one)) for one in asked]
+    assert drawn(engine, asked, [0] * 12) == wanted
     before = torch.cuda.memory_stats()["num_device_alloc"]
     assert drawn(engine, asked, [0] * 12) == wanted
-    assert engine.runner.bursts._graphs.keys() == captured.keys()
+    assert engine.runner.bursts._graphs.shapes == captured
     assert torch.cuda.memory_stats()["num_device_alloc"] == before

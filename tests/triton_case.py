@@ -344,6 +344,15 @@ def test_attention_compiles(lines: list[str], queries: int, keys: int, dtype: to
 
 
 @needs_compiler
+def test_attention_over_narrow_heads_compiles(lines: list[str]) -> None:
+    """Sides of a product of matrices have at least 16 entries."""
+    blocks = LayerBlocks(torch.empty(3, 2, 2, 4, 8, dtype=torch.bfloat16))
+    table, lengths = torch.zeros(2, 3, dtype=torch.int32), torch.ones(2, dtype=torch.int32)
+    KERNEL.attend(torch.empty(2, 6, 8, dtype=torch.bfloat16), blocks, table, lengths)
+    assert len(lines) == 2 * 2
+
+
+@needs_compiler
 @pytest.mark.parametrize("rows", [1, 32, 64])
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_products_compile(lines: list[str], bits: int, rows: int) -> None:

@@ -75,9 +75,9 @@ def cache_share(model: Chameleon, replicas: int) -> int:
     """Bytes of the cache of one of several engines of a machine, which share its free memory."""
     from earlyfusion.devices import free_bytes
     from earlyfusion.engine.cache import Cache, cache_dtype, cache_size
-    from earlyfusion.model.kv_cache import kept_in
+    from earlyfusion.model.kv_cache import dtype_and_device
 
-    dtype, device = kept_in(model.transformer)
+    dtype, device = dtype_and_device(model.transformer)
     token_bytes = Cache.token_bytes(model.config, cache_dtype(None, dtype))
     free = free_bytes(device)
     context = model.config.max_position_embeddings

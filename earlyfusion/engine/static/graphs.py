@@ -35,6 +35,7 @@ class Graphs:
     def __init__(self, device: torch.device, layers: StaticLayers) -> None:
         self._device, self._peers, self._each = device, layers.peers, layers.collectives
         self._steps: dict[Shape, Callable[[], None]] = {}
+        self._stream: Any = None
         self._pool: Any = None
 
     @property
@@ -61,7 +62,10 @@ class Graphs:
         return self._steps[shape]
 
     def _captured(self, run: Callable[[], None], idle: Callable[[], None]) -> Callable[[], None]:
-        replay, self._pool = capture(run, idle, self._device, self._pool)
+        if self._stream is None and self._device.type == "cuda":
+            # One for all, as libraries keep a workspace for each.
+            self._stream = torch.cuda.Stream(self._device)
+        replay, self._pool = capture(run, idle, self._stream, self._pool)
         peers, each = self._peers, self._each
         if peers is None:
             return replay
@@ -78,18 +82,18 @@ WARM_UP = 3
 
 
 def capture(
-    run: Callable[[], None], idle: Callable[[], None], device: torch.device, pool: Any
+    run: Callable[[], None], idle: Callable[[], None], stream: Any, pool: Any
 ) -> tuple[Callable[[], None], Any]:
     """`run` as a CUDA graph, and the pool of its memory, which graphs that never run at the same
     time share."""
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
+    current = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(current)
     with torch.cuda.stream(stream):
         for _ in range(WARM_UP):
             idle()
             run()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    torch.cuda.synchronize(device)
+    current.wait_stream(stream)
+    torch.cuda.synchronize(stream.device)
     graph = torch.cuda.CUDAGraph()
     # Other threads of the program, and NCCL's own, may ask the device for something meanwhile.
     with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):

@@ -34,8 +34,8 @@ def attend(q_RNH: Tensor, blocks: LayerBlocks, table_RW: Tensor, lengths_R: Tens
     peaks = torch.empty(rows, heads, stretches, dtype=torch.float32, device=q_RNH.device)
     totals = torch.empty_like(peaks)
     q_RNH = q_RNH.contiguous()
-    group, padded = heads // keys, triton.next_power_of_2(width)
-    # One query multiplies and adds; several share a matrix product, which takes at least 16 rows.
+    # One query multiplies and adds; several share a matrix product, whose sides are at least 16.
+    group, padded = heads // keys, max(16, triton.next_power_of_2(width))
     kernel = _single if group == 1 else _grouped
     shape = {} if group == 1 else {"QUERIES": max(16, triton.next_power_of_2(group))}
     kernel[rows, keys, stretches](
