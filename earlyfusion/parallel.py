@@ -54,12 +54,24 @@ class ParallelConfig:
     """Processes that share one copy of the weights, times `tensor` (0: all that there are)."""
     checkpointing: str = "none"
     """What the backward pass computes again: none, selective (all but products) or full (all)."""
+    checkpointing_every: int = 1
+    """Only in one of so many blocks, the first of them; the others keep everything."""
 
     def __post_init__(self) -> None:
         if self.checkpointing not in CHECKPOINTING:
             raise SettingError(
                 f"checkpointing={self.checkpointing!r} is unknown: "
                 f"choose one of {', '.join(CHECKPOINTING)}"
+            )
+        if self.checkpointing_every < 1:
+            raise SettingError(
+                f"checkpointing_every={self.checkpointing_every} must be at least 1: "
+                f"1 is every block, 2 every other one"
+            )
+        if self.checkpointing_every > 1 and self.checkpointing == "none":
+            raise SettingError(
+                f"checkpointing_every={self.checkpointing_every} has no effect with "
+                f"checkpointing=none: choose selective or full"
             )
         if self.tensor < 1 or self.shard < 0:
             raise SettingError(
@@ -133,7 +145,7 @@ def parallelize(
     mesh the first and the last call do nothing."""
     # The order matters: each call wraps the result of the previous ones.
     split_tensors(model, mesh)
-    recompute(model, config.checkpointing)
+    recompute(model, config.checkpointing, config.checkpointing_every)
     # Not one graph per block on a CPU, where attention loops over documents of changing number, nor
     # with cut layers, whose branches communicate.
     compile_blocks(model, compiled, _is_on_gpu(model, mesh) and config.tensor == 1)
@@ -228,11 +240,12 @@ def check_split(config: ModelConfig, count: int) -> None:
         )
 
 
-def recompute(model: Transformer, how: str) -> None:
-    """Activation checkpointing: the backward pass recomputes blocks instead of keeping them."""
+def recompute(model: Transformer, how: str, every: int = 1) -> None:
+    """Activation checkpointing: the backward pass recomputes one in `every` blocks instead of
+    keeping what is within it."""
     if how == "none":
         return
-    for block in model.model.layers:
+    for block in model.model.layers[::every]:
         selective: dict[str, Any] = {}
         if how == "selective":
             selective["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)

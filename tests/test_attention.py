@@ -211,6 +211,23 @@ def test_a_model_learns_the_same_in_every_way(way: str, checkpointing: str, piec
         assert_close(found[name], gradient, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("checkpointing", ["selective", "full"])
+@pytest.mark.parametrize("every", [1, 2, 3, 9])
+def test_blocks_that_are_computed_again_change_no_bit(checkpointing: str, every: int) -> None:
+    """One in every n of five: gradients of each are equal to the bit, and so many run twice."""
+    torch.manual_seed(0)
+    model = Transformer(replace(TINY, num_hidden_layers=5))
+    model.init_weights()
+    expected, calls = model_gradients(model, attention._masked), list[int]()
+    for number, block in enumerate(model.model.layers):
+        block.mlp.register_forward_pre_hook(lambda *_, number=number: calls.append(number))
+    parallel.recompute(model, checkpointing, every)
+    found = model_gradients(model, attention._masked)
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+    again = {number for number in range(5) if calls.count(number) == 2}
+    assert again == set(range(0, 5, every))
+
+
 @pytest.mark.parametrize("grouped", [True, False])
 def test_torchs_packed_attention_is_called_as_this_version_names_it(grouped: bool) -> None:
     """Traced without numbers, as a compiled block would: its kernels need a GPU."""

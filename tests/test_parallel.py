@@ -292,6 +292,10 @@ def test_the_mesh_is_cut_as_asked_or_refused() -> None:
         ParallelConfig(tensor=2, shard=3).sizes(8)
     with pytest.raises(SettingError, match="selective"):
         ParallelConfig(checkpointing="some")
+    with pytest.raises(SettingError, match="checkpointing_every=0 must be at least 1"):
+        ParallelConfig(checkpointing="full", checkpointing_every=0)
+    with pytest.raises(SettingError, match="checkpointing_every=2 has no effect"):
+        ParallelConfig(checkpointing_every=2)
     with pytest.raises(SettingError, match="at least 1"):
         ParallelConfig(tensor=0)
     with pytest.raises(SettingError, match="2 kv_heads"):

@@ -40,6 +40,8 @@ class Layout(Protocol):
 
     @property
     def tensor(self) -> int: ...
+    @property
+    def checkpointing_every(self) -> int: ...
     def sizes(self, processes: int) -> tuple[int, int, int]: ...
 
 
@@ -236,6 +238,9 @@ def _cast(job: Job) -> int:
 def _activations(job: Job, tokens: int, tensor: int) -> dict[str, float]:
     """Bytes by `checkpointing`; if no block is trained, those of one block at a time."""
     found = activation_bytes(job.model, tokens, tensor, job.dropout)
+    blocks = job.model.num_hidden_layers
+    again = -(-blocks // job.layout.checkpointing_every) / blocks
+    found = {how: again * size + (1 - again) * found["none"] for how, size in found.items()}
     if job.trainable == "image_head":
         return dict.fromkeys(found, found["none"] / job.model.num_hidden_layers)
     return found
