@@ -32,7 +32,7 @@ from earlyfusion.processor import (
 from earlyfusion.recipes.run import override
 from earlyfusion.train import checkpoint
 from earlyfusion.train.image_tokenizer import ImageTokenizerTask, VQLossConfig
-from earlyfusion.train.language import Ahead, LanguageTask
+from earlyfusion.train.language import Ahead, LanguageTask, mean_of
 from earlyfusion.train.loss import head_loss, next_token_loss
 from earlyfusion.train.monitor import read_metrics
 from earlyfusion.train.optim import OptimConfig, learning_rate
@@ -161,6 +161,15 @@ def test_a_loss_that_is_no_number_ends_the_run_with_a_sentence(
         task.model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(SettingError, match=r"step 0 is nan: lower lr=0\.01"):
         train(task, RunConfig(tmp_path, device=str(device)), OPTIM)
+
+
+def test_figures_of_a_step_do_not_wait_for_the_device(device: torch.device) -> None:
+    values, chosen = torch.rand(3, 5).to(device), (torch.arange(15).view(3, 5) % 3 == 0).to(device)
+    values[0, 1] = torch.nan  # not chosen
+    assert_close(mean_of(values, chosen), values[chosen].mean())
+    assert mean_of(values, torch.zeros_like(chosen)).isnan()
+    # On the meta device there are no values, so that a look at one fails.
+    assert mean_of(values.to("meta"), chosen.to("meta")).shape == ()
 
 
 def test_loss_is_weighted_cross_entropy_plus_z_loss(device: torch.device) -> None:

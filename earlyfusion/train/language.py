@@ -220,8 +220,8 @@ class LanguageTask(Task):
         share = batch.weight_BT.sum().clamp_min(1e-8) / self._step_weight
         counted_BT = batch.weight_BT > 0
         figures = {
-            "text_nats": loss.nats_BT[counted_BT & ~batch.image_BT].mean(),
-            "image_nats": loss.nats_BT[counted_BT & batch.image_BT].mean(),
+            "text_nats": mean_of(loss.nats_BT, counted_BT & ~batch.image_BT),
+            "image_nats": mean_of(loss.nats_BT, counted_BT & batch.image_BT),
             "log_z_squared": loss.z,
             "output_norm": self._output_norm,
             "top_logit": loss.top,
@@ -301,3 +301,8 @@ class LanguageTask(Task):
                 f"rows={rows} cannot be shared by {data_ranks} data ranks that compute "
                 f"micro_rows={max(1, self._micro_rows)} at a time: choose a multiple of {at_once}"
             )
+
+
+def mean_of(values: Tensor, chosen: Tensor) -> Tensor:
+    """The mean of the chosen values, NaN without any; an index would wait for the device."""
+    return torch.where(chosen, values, 0).sum() / chosen.sum()
