@@ -303,7 +303,7 @@ def test_a_compiled_step_reads_no_tensor_of_another_device(unreal: Any, assigned
 
 
 def waits(model: Any, tokens: int, **how: Any) -> int:
-    inputs = {"input_ids": torch.tensor([[0, 50, 60, 61, 62]] * 2)}
+    inputs = {"input_ids": torch.tensor([[0, 50, 60, 61, 62]] * 2, device=model.device)}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     with Waits() as waiting:
         model.generate(

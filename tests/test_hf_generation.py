@@ -57,8 +57,8 @@ def folder(tmp_path_factory: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(folder: Path) -> Any:
-    return ChameleonForConditionalGeneration.from_pretrained(folder).eval()
+def model(folder: Path, device: torch.device) -> Any:
+    return ChameleonForConditionalGeneration.from_pretrained(folder).eval().to(device)
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +67,8 @@ def processor(folder: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def loaded(folder: Path) -> Loaded:
-    return load(folder)
+def loaded(folder: Path, device: torch.device) -> Loaded:
+    return load(folder, device)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ class TestModes:
     def test_equal_to_the_reference_loop(
         self, model: Any, loaded: Loaded, processor: Any, mode: Any, text: float, image: float
     ) -> None:
-        inputs = processor(images=[picture(1)], text="What is this? <image>")
+        inputs = processor(images=[picture(1)], text="What is this? <image>").to(model.device)
         ids = model.fill_image_tokens(inputs["input_ids"], inputs["pixel_values"])[0].tolist()
         room = 40 if mode == "text-only" else IMAGE_TOKENS + 30
         out = model.generate(
@@ -130,6 +130,7 @@ class TestModes:
 
     def test_image_only_is_one_whole_picture(self, model: Any, processor: Any) -> None:
         inputs = processor(text=["Draw a pear.", "Draw a red apple, please."], padding=True)
+        inputs = inputs.to(model.device)
         out = model.generate(**inputs, do_sample=True, generation_mode="image", guidance_text=2.0)
         assert out.shape[1] == inputs["input_ids"].shape[1] + IMAGE_TOKENS
         pixels = model.decode_image_tokens(out)
@@ -152,10 +153,10 @@ class TestModes:
             "guidance_text": 2.0,
             "guidance_image": 1.5,
         }
-        both = processor(text=texts, padding=True, padding_side="left")
+        both = processor(text=texts, padding=True, padding_side="left").to(model.device)
         out = model.generate(**both, **settings)
         for row, text in enumerate(texts):
-            single = processor(text=text)
+            single = processor(text=text).to(model.device)
             alone = new_tokens(model.generate(**single, **settings), single)
             assert new_tokens(out, both, row)[: len(alone)] == alone
 
@@ -165,7 +166,7 @@ class TestModes:
     def test_searches_obey_the_grammar(
         self, model: Any, own: Processor, processor: Any, how: dict[str, Any]
     ) -> None:
-        inputs = processor(text="Draw a pear.")
+        inputs = processor(text="Draw a pear.").to(model.device)
         out = model.generate(
             **inputs,
             **({"do_sample": False} | how),
@@ -199,7 +200,7 @@ class TestModes:
     def test_default_draws_no_image_tokens(
         self, model: Any, own: Processor, processor: Any
     ) -> None:
-        inputs = processor(text="Draw a pear.")
+        inputs = processor(text="Draw a pear.").to(model.device)
         drawn = {}
         for mode in (None, "free"):
             torch.manual_seed(0)
@@ -216,7 +217,7 @@ class TestModes:
         assert drawn["free"]
 
     def test_mode_of_the_generation_config(self, model: Any, processor: Any) -> None:
-        inputs = processor(text="Draw a pear.")
+        inputs = processor(text="Draw a pear.").to(model.device)
         config = transformers.GenerationConfig(do_sample=False, pad_token_id=1, eos_token_id=2)
         config.multimodal_generation_mode = "image-only"
         out = model.generate(**inputs, generation_config=config)
@@ -249,18 +250,20 @@ class TestModes:
         self, model: Any, processor: Any, settings: dict[str, Any], error: Any, sentence: str
     ) -> None:
         with pytest.raises(error, match=sentence):
-            model.generate(**processor(text="Draw a pear."), **settings)
+            model.generate(**processor(text="Draw a pear.").to(model.device), **settings)
 
 
 class TestProcessor:
     def test_ids_equal_the_packages_own(self, processor: Any, own: Processor, model: Any) -> None:
         pictures = [picture(1), picture(2)]
         text = "What is <image> this? <image>"
-        inputs = processor(images=pictures, text=text)
+        inputs = processor(images=pictures, text=text).to(model.device)
         ids = model.fill_image_tokens(inputs["input_ids"], inputs["pixel_values"])
         tokenizer = ImageTokenizer(model.model.vqmodel.core, 16)
         parts = [Text("What is "), pictures[0], Text(" this? "), pictures[1]]
-        wanted = own.encode([Message("user", parts)], list(tokenizer.encode(pictures).numpy()))
+        wanted = own.encode(
+            [Message("user", parts)], list(tokenizer.encode(pictures).cpu().numpy())
+        )
         assert ids[0].tolist() == wanted.ids
 
     def test_completion_padding_and_types(self, processor: Any, own: Processor) -> None:
@@ -443,11 +446,12 @@ class TestProcessor:
         prompts = ["What do these two have in common?<image><image>", "<image>What is this?"]
         pictures = [picture(1), picture(2), picture(3)]
         both = processor(images=pictures, text=prompts, padding=True, return_tensors="pt")
+        both = both.to(model.device)
         out = model.generate(**both, max_new_tokens=6, do_sample=False)
         for row, (text, given) in enumerate(
             zip(prompts, [pictures[:2], pictures[2:]], strict=True)
         ):
-            single = processor(images=given, text=text, return_tensors="pt")
+            single = processor(images=given, text=text, return_tensors="pt").to(model.device)
             alone = model.generate(**single, max_new_tokens=6, do_sample=False)
             assert new_tokens(out, both, row) == new_tokens(alone, single)
 

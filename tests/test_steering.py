@@ -34,11 +34,18 @@ PLAIN = SamplingParams(max_tokens=30, repetition_penalty=1.3)
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Chameleon:
+def model(tmp_path_factory: pytest.TempPathFactory, device: torch.device) -> Chameleon:
     processor = tiny_processor(tmp_path_factory.mktemp("tiny"))
     torch.manual_seed(0)
-    tokenizer = ImageTokenizer(VQGAN(CONFIG.vq_config).eval(), CONFIG.vq_config.resolution)
-    return Chameleon(tiny_transformer(processor, begin_image=1.0), tokenizer, processor)
+    vqgan = VQGAN(CONFIG.vq_config).eval().to(device)
+    tokenizer = ImageTokenizer(vqgan, CONFIG.vq_config.resolution)
+    return Chameleon(tiny_transformer(processor, 1.0, device), tokenizer, processor)
+
+
+def forced(logits: Tensor, low: float, high: float, *tokens: int) -> Tensor:
+    """`high` for these tokens, `low` for all others."""
+    ids = torch.tensor(tokens, device=logits.device)
+    return torch.full_like(logits, low).index_fill(0, ids, high)
 
 
 def same(ids: list[int], logits: Tensor) -> Tensor:
@@ -83,7 +90,7 @@ def test_a_processor_sees_all_tokens_and_has_the_last_word_but_for_the_grammar(
         seen.append(list(ids))
         ids.clear()  # a copy: what it does to it changes nothing
         assert logits.shape == (CONFIG.vocab_size,) and logits.dtype == torch.float32
-        return torch.full_like(logits, -1.0).index_fill(0, torch.tensor([wanted, code]), 99.0)
+        return forced(logits, -1.0, 99.0, wanted, code)
 
     text = model.generate("x", "text", max_tokens=4, temperature=0, logits_processors=[force])
     ids = list(model.request("x", "text").ids)
@@ -177,7 +184,7 @@ def test_bad_words_never_come_however_they_are_spelled(model: Chameleon) -> None
     [a], [b] = model.processor.encode_text("q"), model.processor.encode_text("z")
 
     def qz(ids: list[int], logits: Tensor) -> Tensor:
-        return torch.full_like(logits, -50.0).index_fill(0, torch.tensor([a, b]), 0.0)
+        return forced(logits, -50.0, 0.0, a, b)
 
     text = model.generate(
         "x", "text", seed=0, max_tokens=60, logits_processors=qz, bad_words=["zzqq", "qzqzq"]
@@ -216,8 +223,9 @@ def test_a_word_is_whole_before_a_picture(model: Chameleon) -> None:
 
 
 def logprobs_by_hand(model: Chameleon, ids: list[int], tokens: list[int]) -> list[float]:
+    device = model.transformer.lm_head.weight.device
     with torch.no_grad():
-        logits = model.transformer(torch.tensor([[*ids, *tokens]]))[0].float()
+        logits = model.transformer(torch.tensor([[*ids, *tokens]], device=device))[0].float()
     table = logits.log_softmax(-1)
     return [float(table[len(ids) - 1 + at, token]) for at, token in enumerate(tokens)]
 
@@ -292,8 +300,10 @@ def test_probabilities_of_all_one_token_answers_sum_to_one(model: Chameleon) -> 
     assert len(single) > 100
     scores = model.score("x", single, end=False)
     ids = list(model.request("x", "text").ids)
+    device = model.transformer.lm_head.weight.device
     with torch.no_grad():
-        probabilities = model.transformer(torch.tensor([ids]))[0, -1].float().softmax(-1)
+        logits = model.transformer(torch.tensor([ids], device=device))[0, -1]
+    probabilities = logits.float().softmax(-1)
     tokens = [score.tokens[0] for score in scores]
     assert sum(math.exp(score.logprob) for score in scores) == pytest.approx(
         float(probabilities[tokens].sum()), abs=1e-4
@@ -305,9 +315,7 @@ def test_a_reply_has_the_score_of_its_logprobs(model: Chameleon) -> None:
     tokens = [*model.processor.encode_text("This is a pear."), model.processor.vocabulary.eos]
 
     def dictate(history: list[int], logits: Tensor) -> Tensor:
-        return torch.full_like(logits, -9.0).index_fill(
-            0, torch.tensor(tokens[len(history) - len(ids)]), 9.0
-        )
+        return forced(logits, -9.0, 9.0, tokens[len(history) - len(ids)])
 
     reply = model.generate("a pear", "text", temperature=0, logprobs=0, logits_processors=dictate)
     [score] = model.score("a pear", ["This is a pear."])
