@@ -298,18 +298,20 @@ def finetune_here(model: str, data: str, out: str, *more: str) -> None:
     run("finetune", [*fields, *more])
 
 
-def test_dropout_is_set_on_every_block(model: Path) -> None:
-    transformer = prepared(detect.load(model), FinetuneConfig(dropout=0.5)).train()
-    tokens = torch.randint(0, CONFIG.vocab_size, (1, 9))
+def test_dropout_is_set_on_every_block(model: Path, device: torch.device) -> None:
+    transformer = prepared(detect.load(model, device), FinetuneConfig(dropout=0.5)).train()
+    tokens = torch.randint(0, CONFIG.vocab_size, (1, 9)).to(device)
     assert not torch.equal(transformer(tokens), transformer(tokens))
     transformer.eval()
     assert torch.equal(transformer(tokens), transformer(tokens))
 
 
-def test_products_that_are_not_trained_stay_small_and_give_the_same(tmp_path: Path) -> None:
+def test_products_that_are_not_trained_stay_small_and_give_the_same(
+    tmp_path: Path, device: torch.device
+) -> None:
     """Of a model stored in bf16 and computed in it, frozen weights of blocks are not widened."""
-    loaded = detect.load(tiny_model(tmp_path / "tiny"), dtype=torch.bfloat16)
-    tokens = torch.randint(0, CONFIG.vocab_size, (2, 9))
+    loaded = detect.load(tiny_model(tmp_path / "tiny"), device, torch.bfloat16)
+    tokens = torch.randint(0, CONFIG.vocab_size, (2, 9)).to(device)
     for changes in ({"lora": 2}, {"trainable": "image_head"}):
         widths, logits = [], []
         for precision in ("bf16", "fp32"):
@@ -318,7 +320,7 @@ def test_products_that_are_not_trained_stay_small_and_give_the_same(tmp_path: Pa
             kinds = {n: p.dtype for n, p in model.named_parameters()}
             widths.append({kinds[n] for n in kinds if n.endswith("proj.weight")})
             assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(device.type, torch.bfloat16):
                 logits.append(model(tokens))
         assert widths == [{torch.bfloat16}, {torch.float32}]
         assert torch.equal(*logits)

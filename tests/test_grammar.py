@@ -20,6 +20,11 @@ def allowed(grammar: Grammar, state: torch.Tensor) -> list[set[int]]:
     return [set(row.nonzero()[:, 0].tolist()) for row in grammar.mask(state)]
 
 
+@pytest.fixture
+def grammar(device: torch.device) -> Grammar:
+    return Grammar(VOCABULARY, LAYOUT, device=device)
+
+
 def walk(grammar: Grammar, state: torch.Tensor, seed: int, begin: float = 1.0) -> list[list[int]]:
     """Random replies that obey the mask; `begin` is the weight of begin_image against a token."""
     source = torch.Generator().manual_seed(seed)
@@ -28,12 +33,12 @@ def walk(grammar: Grammar, state: torch.Tensor, seed: int, begin: float = 1.0) -
         done = grammar.done(state)
         if done.all():
             return replies
-        weights = grammar.mask(state).float()
+        weights = grammar.mask(state).float().cpu()
         weights[:, BEGIN] *= begin
         token = torch.multinomial(weights, 1, generator=source)[:, 0]
         for reply, t, ended in zip(replies, token.tolist(), done.tolist(), strict=True):
             reply += [] if ended else [t]
-        state = grammar.advance(state, token)
+        state = grammar.advance(state, token.to(state.device))
     raise AssertionError("a reply never ended")
 
 
@@ -50,31 +55,29 @@ def pictures(reply: list[int]) -> int:
     return count
 
 
-def test_what_may_come_first() -> None:
-    grammar = Grammar(VOCABULARY, LAYOUT)
+def test_what_may_come_first(grammar: Grammar) -> None:
     outputs: list[Output] = ["text", "image", "interleaved", "interleaved", "interleaved"]
     state = grammar.start(outputs, [3, 1, 1, 1, 0], [50, IMAGE, IMAGE, IMAGE - 1, 50])
     text = TEXT | {EOS}
     assert allowed(grammar, state) == [text, {BEGIN}, text | {BEGIN}, text, text]
 
 
-def test_an_image_has_its_codes_then_its_end() -> None:
-    grammar = Grammar(VOCABULARY, LAYOUT)
+def test_an_image_has_its_codes_then_its_end(grammar: Grammar) -> None:
     state = grammar.start(["image"], [1], [99])
     code = VOCABULARY.code_to_token[7]
     for token, may in [(BEGIN, {BEGIN}), *[(code, CODE_IDS)] * 6, (END, {END})]:
         assert not grammar.done(state).item()
         assert allowed(grammar, state) == [may]
         assert grammar.in_image(state).item() == (token != BEGIN)
-        state = grammar.advance(state, torch.tensor([token]))
+        state = grammar.advance(state, torch.tensor([token], device=state.device))
     assert grammar.done(state).item() and not grammar.in_image(state).item()
     assert allowed(grammar, state) == [{EOS}]
-    assert torch.equal(grammar.advance(state, torch.tensor([EOS])), state)
+    eos = torch.tensor([EOS], device=state.device)
+    assert torch.equal(grammar.advance(state, eos), state)
 
 
 @pytest.mark.parametrize("images", [0, 1, 3])
-def test_interleaved_replies_are_whole_and_bounded(images: int) -> None:
-    grammar = Grammar(VOCABULARY, LAYOUT)
+def test_interleaved_replies_are_whole_and_bounded(grammar: Grammar, images: int) -> None:
     counts = set()
     for room in range(1, 4 * IMAGE):
         rows = 8
@@ -86,8 +89,7 @@ def test_interleaved_replies_are_whole_and_bounded(images: int) -> None:
     assert counts == set(range(images + 1))
 
 
-def test_text_replies_have_no_image_and_image_replies_no_text() -> None:
-    grammar = Grammar(VOCABULARY, LAYOUT)
+def test_text_replies_have_no_image_and_image_replies_no_text(grammar: Grammar) -> None:
     state = grammar.start(["text", "image", "image"], [9, 1, 3], [40, 40, 2 * IMAGE + 1])
     text, one, two = walk(grammar, state, seed=0)
     assert pictures(text) == 0 and EOS in text
@@ -95,15 +97,14 @@ def test_text_replies_have_no_image_and_image_replies_no_text() -> None:
     assert pictures(two) == 2 and len(two) == 2 * IMAGE, "the third one does not fit"
 
 
-def test_rows_of_a_batch_walk_as_they_would_alone() -> None:
-    grammar = Grammar(VOCABULARY, LAYOUT)
+def test_rows_of_a_batch_walk_as_they_would_alone(grammar: Grammar) -> None:
     outputs: list[Output] = ["interleaved", "text", "image"]
     state = grammar.start(outputs, [2, 0, 1], [30, 5, 8])
     alone = [state[i : i + 1].clone() for i in range(3)]
     source = torch.Generator().manual_seed(2)
     for _ in range(40):
         mask = grammar.mask(state)
-        token = torch.multinomial(mask.float(), 1, generator=source)[:, 0]
+        token = torch.multinomial(mask.float().cpu(), 1, generator=source)[:, 0].to(state.device)
         for i in range(3):
             assert torch.equal(grammar.mask(alone[i])[0], mask[i])
             alone[i] = grammar.advance(alone[i], token[i : i + 1])
@@ -112,23 +113,22 @@ def test_rows_of_a_batch_walk_as_they_would_alone() -> None:
     assert grammar.done(state).all()
 
 
-def test_further_stops_may_be_drawn_and_end_the_reply() -> None:
+def test_further_stops_may_be_drawn_and_end_the_reply(device: torch.device) -> None:
     turn = VOCABULARY.end_of_turn
-    grammar = Grammar(VOCABULARY, LAYOUT, stops=[turn])
+    grammar = Grammar(VOCABULARY, LAYOUT, stops=[turn], device=device)
     state = grammar.start(["text"], [0], [9])
     assert allowed(grammar, state) == [TEXT | {EOS, turn}]
-    assert grammar.done(grammar.advance(state, torch.tensor([turn]))).item()
+    assert grammar.done(grammar.advance(state, torch.tensor([turn], device=device))).item()
 
 
-def test_begin_image_as_a_stop_ends_where_an_image_would_begin() -> None:
-    grammar = Grammar(VOCABULARY, LAYOUT, stops=[BEGIN])
+def test_begin_image_as_a_stop_ends_where_an_image_would_begin(device: torch.device) -> None:
+    grammar = Grammar(VOCABULARY, LAYOUT, stops=[BEGIN], device=device)
     state = grammar.start(["interleaved", "text"], [1, 0], [20, 20])
     assert allowed(grammar, state) == [TEXT | {EOS, BEGIN}, TEXT | {EOS}]
-    assert grammar.done(grammar.advance(state, torch.tensor([BEGIN, EOS]))).all()
+    assert grammar.done(grammar.advance(state, torch.tensor([BEGIN, EOS], device=device))).all()
 
 
-def test_no_room_is_done_at_once() -> None:
-    grammar = Grammar(VOCABULARY, LAYOUT)
+def test_no_room_is_done_at_once(grammar: Grammar) -> None:
     assert grammar.done(grammar.start(["text", "interleaved"], [0, 1], [0, 0])).all()
 
 
@@ -138,18 +138,18 @@ def test_an_impossible_image_is_refused(images: int, room: int) -> None:
         Grammar(VOCABULARY, LAYOUT).start(["image"], [images], [room])
 
 
-def test_a_layout_with_size_tokens_and_line_ends_is_obeyed() -> None:
+def test_a_layout_with_size_tokens_and_line_ends_is_obeyed(device: torch.device) -> None:
     layout = ImageLayout(
         2, 3, head=("<racm3:break>", "<reserved08706>"), line_end=("<reserved08799>",)
     )
-    grammar = Grammar(VOCABULARY, layout)
+    grammar = Grammar(VOCABULARY, layout, device=device)
     state = grammar.start(["image"] * 4, [1] * 4, [99] * 4)
     for reply in walk(grammar, state, seed=1):
         assert layout.parse(reply, VOCABULARY).shape == (2, 3)
 
 
-def test_logits_may_be_wider_than_the_vocabulary() -> None:
-    grammar = Grammar(VOCABULARY, LAYOUT, size=VOCABULARY.size + 13)
+def test_logits_may_be_wider_than_the_vocabulary(device: torch.device) -> None:
+    grammar = Grammar(VOCABULARY, LAYOUT, size=VOCABULARY.size + 13, device=device)
     mask = grammar.mask(grammar.start(["interleaved"], [1], [99]))
     assert mask.shape == (1, VOCABULARY.size + 13)
     assert not mask[:, VOCABULARY.size :].any()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from serve_case import STRAWBERRY, mini
 from tiny import request, tiny_processor, tiny_transformer
+from tolerances import assert_close
 
 from earlyfusion import EarlyFusionError, Image
 from earlyfusion.generation import guidance
@@ -26,16 +27,16 @@ PICTURE = [BEGIN, 5, 6, 4, END]
 
 
 @pytest.mark.parametrize(("text", "image"), [(3.0, 1.2), (1.0, 1.0)])
-def test_combine_is_metas(golden: Path, text: float, image: float) -> None:
+def test_combine_is_metas(golden: Path, text: float, image: float, device: torch.device) -> None:
     with np.load(golden / "expected" / "processors.npz") as file:
-        full, image_only, unconditional = torch.from_numpy(file["logits"]).chunk(3)
+        full, image_only, unconditional = torch.from_numpy(file["logits"]).to(device).chunk(3)
         want = torch.from_numpy(file[f"cfg3_text{text}_image{image}"])
     got = guidance.combine(full, image_only, unconditional, text, image)
-    torch.testing.assert_close(got.repeat(3, 1), want, atol=1e-5, rtol=0)
+    assert_close(got.repeat(3, 1), want, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["tiny_1", "tiny_mp2_swin_gqa"])
-def test_mix_gives_metas_recorded_logits(golden: Path, name: str) -> None:
+def test_mix_gives_metas_recorded_logits(golden: Path, name: str, device: torch.device) -> None:
     cases = {"image_greedy": (3.0, 1.2), "image_greedy_after_image": (2.0, 1.7)}
     checked = 0
     with np.load(golden / "expected" / f"{name}.generation_logits.npz") as file:
@@ -44,13 +45,13 @@ def test_mix_gives_metas_recorded_logits(golden: Path, name: str) -> None:
             if case not in cases or not step.startswith("cfg_in"):
                 continue
             text, image = cases[case]
-            rows = torch.from_numpy(file[key]).split(1)
+            rows = torch.from_numpy(file[key]).to(device).split(1)
             names: tuple[Condition, ...] = ("full", "image_only", "unconditional")
             kept = guidance.needed(text, image, has_images=case != "image_greedy")
             logits = {n: r for n, r in zip(names, rows, strict=True) if n in kept}
             want = torch.from_numpy(file[key.replace("cfg_in", "cfg_out")])[:1]
             got = guidance.mix(logits, text, image)
-            torch.testing.assert_close(got, want, atol=5e-4, rtol=0)
+            assert_close(got, want, atol=5e-4, rtol=0)
             checked += 1
     assert checked >= 5
 
@@ -103,10 +104,12 @@ def test_a_negative_prompt_takes_the_place_of_the_unconditional_branch_alone() -
 
 
 @pytest.mark.parametrize("picture", [False, True], ids=["words", "picture"])
-def test_a_negative_prompt_draws_by_the_formula(tmp_path: Path, picture: bool) -> None:
+def test_a_negative_prompt_draws_by_the_formula(
+    tmp_path: Path, picture: bool, device: torch.device
+) -> None:
     """Written out once more: whole sequences through the transformer, no branches that cancel."""
     processor = tiny_processor(tmp_path)
-    transformer, vocabulary = tiny_transformer(processor), processor.vocabulary
+    transformer, vocabulary = tiny_transformer(processor, device=device), processor.vocabulary
     asked = request(
         processor, 1, "image", picture, negative_prompt="배 a pear", image_temperature=0
     )

@@ -175,10 +175,10 @@ def test_moments_of_another_layout_are_laid_as_their_weights() -> None:
     torch.testing.assert_close(conv.weight.detach(), plain.weight.detach(), rtol=1e-4, atol=1e-5)
 
 
-def test_held_out_figures_are_those_of_codes(tmp_path: Path) -> None:
+def test_held_out_figures_are_those_of_codes(tmp_path: Path, device: torch.device) -> None:
     torch.manual_seed(0)
-    model = VQGAN(PRESETS["tiny"].vq_config).eval()
-    pictures = torch.rand(5, 3, 16, 16) * 2 - 1
+    model = VQGAN(PRESETS["tiny"].vq_config).eval().to(device)
+    pictures = (torch.rand(5, 3, 16, 16) * 2 - 1).to(device)
     figures = HeldOut(model, pictures, shown=3, batch=2)(9, tmp_path)
     with torch.no_grad():
         codes = model.encode(pictures)
@@ -196,10 +196,11 @@ def test_held_out_figures_are_those_of_codes(tmp_path: Path) -> None:
     assert HeldOut(model, pictures[:0])(1, tmp_path) == {}
 
 
-def test_the_critic_learns_to_tell_and_its_weight_balances() -> None:
+def test_the_critic_learns_to_tell_and_its_weight_balances(device: torch.device) -> None:
     torch.manual_seed(0)
-    critic = Critic(layers=1, width=8, rate=2e-3, device=torch.device("cpu"))
+    critic = Critic(layers=1, width=8, rate=2e-3, device=device)
     reals, fakes = torch.rand(4, 3, 16, 16) * 0.2 + 0.5, torch.rand(4, 3, 16, 16) * 0.2 - 0.7
+    reals, fakes = reals.to(device), fakes.to(device)
     found = [critic.learn([(reals, fakes)], 1.0, None) for _ in range(40)]
     assert found[0] == pytest.approx(1.0, abs=0.3) and found[-1] < 0.3
     halves = [(reals[:2], fakes[:2]), (reals[2:], fakes[2:])]
@@ -210,13 +211,14 @@ def test_the_critic_learns_to_tell_and_its_weight_balances() -> None:
 
 
 @pytest.mark.parametrize(("step", "share"), [(0, 0.0), (5, 0.5), (20, 1.0)])
-def test_the_commitment_grows_over_the_ramp(step: int, share: float) -> None:
-    pictures = torch.rand(2, 3, 16, 16) * 2 - 1
+def test_the_commitment_grows_over_the_ramp(step: int, share: float, device: torch.device) -> None:
+    pictures = (torch.rand(2, 3, 16, 16) * 2 - 1).to(device)
     losses = {}
     for commitment in (0.0, 0.25):
         torch.manual_seed(0)
         terms = VQLossConfig(commitment=commitment, ramp_steps=10, revive_until=0.0)
-        task = ImageTokenizerTask(VQGAN(PRESETS["tiny"].vq_config), terms, lambda _: pictures, 30)
+        model = VQGAN(PRESETS["tiny"].vq_config).to(device)
+        task = ImageTokenizerTask(model, terms, lambda _: pictures, 30)
         losses[commitment], figures, _ = task.loss(step)
     added = float((losses[0.25] - losses[0.0]).detach())
     assert added == pytest.approx(0.25 * share * float(figures["commit"]), rel=1e-3, abs=1e-6)

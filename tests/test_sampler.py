@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tolerances import assert_close
 
 from earlyfusion.errors import SettingError
 from earlyfusion.generation.sampler import Sampler, Warp, generator, penalise, pick, uniforms, warp
@@ -19,20 +20,21 @@ V = 64
 
 
 @pytest.fixture(scope="module")
-def recorded(golden: Path) -> dict[str, torch.Tensor]:
+def recorded(golden: Path, device: torch.device) -> dict[str, torch.Tensor]:
     with np.load(golden / "expected" / "processors.npz") as file:
-        return {name: torch.from_numpy(file[name]) for name in file}
+        return {name: torch.from_numpy(file[name]).to(device) for name in file}
 
 
-def settings(rows: int, **changes: float) -> Warp:
+def settings(recorded: dict[str, torch.Tensor], **changes: float) -> Warp:
+    """The same for all six rows that were recorded."""
     names = ("temperature", "top_k", "top_p", "min_p", "penalty")
     row = tuple(changes.get(name, off) for name, off in zip(names, OFF, strict=True))
-    return Warp.of([row] * rows)
+    return Warp.of([row] * 6, recorded["logits"].device)
 
 
 def assert_same(got: torch.Tensor, want: torch.Tensor) -> None:
     assert torch.equal(got.isinf(), want.isinf())
-    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+    assert_close(got, want, atol=1e-5, rtol=0)
 
 
 def seen(recorded: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -48,7 +50,9 @@ def allowed(recorded: dict[str, torch.Tensor]) -> torch.Tensor:
 
 @pytest.mark.parametrize("penalty", [1.2, 0.8])
 def test_repetition_penalty_is_metas(recorded: dict[str, torch.Tensor], penalty: float) -> None:
-    got = penalise(recorded["logits"], seen(recorded), settings(6, penalty=penalty).penalty_B)
+    got = penalise(
+        recorded["logits"], seen(recorded), settings(recorded, penalty=penalty).penalty_B
+    )
     assert_same(got, recorded[f"rep_penalty_{penalty}"])
 
 
@@ -56,25 +60,27 @@ def test_repetition_penalty_is_metas(recorded: dict[str, torch.Tensor], penalty:
 def test_one_warp_is_metas(recorded: dict[str, torch.Tensor], name: str) -> None:
     setting, value = name.rsplit("_", 1)
     setting = {"temp": "temperature"}.get(setting, setting)
-    assert_same(warp(recorded["logits"], settings(6, **{setting: float(value)})), recorded[name])
+    assert_same(
+        warp(recorded["logits"], settings(recorded, **{setting: float(value)})), recorded[name]
+    )
 
 
 def test_allowed_tokens_are_metas(recorded: dict[str, torch.Tensor]) -> None:
-    got = warp(recorded["logits"].masked_fill(~allowed(recorded), -math.inf), settings(6))
+    got = warp(recorded["logits"].masked_fill(~allowed(recorded), -math.inf), settings(recorded))
     assert_same(got, recorded["allow_only"])
 
 
 def test_text_chain_is_metas(recorded: dict[str, torch.Tensor]) -> None:
-    chosen = settings(6, temperature=0.7, top_p=0.9, penalty=1.2)
+    chosen = settings(recorded, temperature=0.7, top_p=0.9, penalty=1.2)
     logits = recorded["logits"].masked_fill(~allowed(recorded), -math.inf)
     got = warp(penalise(logits, seen(recorded), chosen.penalty_B), chosen)
     assert_same(got, recorded["text_chain"])
-    torch.testing.assert_close(got.softmax(-1), recorded["text_chain_probs"], atol=1e-5, rtol=0)
+    assert_close(got.softmax(-1), recorded["text_chain_probs"], atol=1e-5, rtol=0)
 
 
 def test_rows_keep_their_own_settings(recorded: dict[str, torch.Tensor]) -> None:
     rows = [(1.0, 0, 0.5, 0.0, 1.0), (0.7, 0, 1.0, 0.0, 1.0), (1.0, 0, 0.9, 0.0, 1.0)]
-    got = warp(recorded["logits"][:3], Warp.of(rows))
+    got = warp(recorded["logits"][:3], Warp.of(rows, recorded["logits"].device))
     for row, name in enumerate(("top_p_0.5", "temp_0.7", "top_p_0.9")):
         assert_same(got[row], recorded[name][row])
 
@@ -84,36 +90,39 @@ def test_top_k_and_min_p_are_transformers(recorded: dict[str, torch.Tensor]) -> 
 
     ids, logits = recorded["input_ids"], recorded["logits"]
     for k in (1, 5, 200, 900):
-        assert_same(warp(logits, settings(6, top_k=k)), TopKLogitsWarper(k)(ids, logits))
+        assert_same(warp(logits, settings(recorded, top_k=k)), TopKLogitsWarper(k)(ids, logits))
     for p in (0.05, 0.3, 1.0):
-        assert_same(warp(logits, settings(6, min_p=p)), MinPLogitsWarper(p)(ids, logits))
+        assert_same(warp(logits, settings(recorded, min_p=p)), MinPLogitsWarper(p)(ids, logits))
 
 
-def test_pick_inverts_the_cumulative_probability() -> None:
+def test_pick_inverts_the_cumulative_probability(device: torch.device) -> None:
     logits = torch.tensor([[-math.inf, math.log(0.25), -math.inf, math.log(0.75), -math.inf]])
+    logits = logits.to(device)
     points = {0.0: 1, 0.2499: 1, 0.2501: 3, 0.999: 3, math.nextafter(1.0, 0.0): 3}
     for uniform, token in points.items():
-        assert pick(logits, torch.tensor([uniform], dtype=torch.float64)).tolist() == [token]
+        uniform_1 = torch.tensor([uniform], dtype=torch.float64, device=device)
+        assert pick(logits, uniform_1).tolist() == [token]
 
 
-def test_pick_follows_the_distribution() -> None:
+def test_pick_follows_the_distribution(device: torch.device) -> None:
     probabilities = torch.tensor([0.1, 0.0, 0.6, 0.3])
     uniform = torch.rand(20_000, dtype=torch.float64, generator=generator(0))
-    drawn = pick(probabilities.log().expand(20_000, 4), uniform)
+    drawn = pick(probabilities.log().to(device).expand(20_000, 4), uniform.to(device)).cpu()
     shares = torch.bincount(drawn, minlength=4) / 20_000
     torch.testing.assert_close(shares, probabilities, atol=0.02, rtol=0)
     assert shares[1] == 0
 
 
-def batch(size: int) -> dict[str, torch.Tensor]:
+def batch(size: int, device: torch.device) -> dict[str, torch.Tensor]:
     source = generator(5)
-    return {
+    made = {
         "logits_BV": torch.randn(size, V, generator=source) * 4,
         "allowed_BV": torch.rand(size, V, generator=source) < 0.7,
         "seen_BV": torch.rand(size, V, generator=source) < 0.2,
         "in_image_B": torch.arange(size) % 2 == 0,
         "uniform_B": uniforms([generator(seed) for seed in range(size)]),
     }
+    return {name: values.to(device) for name, values in made.items()}
 
 
 def mixed_rows(size: int) -> list[SamplingParams]:
@@ -126,17 +135,18 @@ def mixed_rows(size: int) -> list[SamplingParams]:
     return [SamplingParams(**kinds[i % 4]).resolved({}) for i in range(size)]
 
 
-def test_a_row_does_not_depend_on_its_batch() -> None:
-    inputs, rows = batch(64), mixed_rows(64)
-    together = Sampler(rows).draw(**inputs)
+def test_a_row_does_not_depend_on_its_batch(device: torch.device) -> None:
+    inputs, rows = batch(64, device), mixed_rows(64)
+    together = Sampler(rows, device).draw(**inputs)
     alone = [
-        Sampler([rows[i]]).draw(**{k: v[i : i + 1] for k, v in inputs.items()}) for i in range(64)
+        Sampler([rows[i]], device).draw(**{k: v[i : i + 1] for k, v in inputs.items()})
+        for i in range(64)
     ]
     assert torch.equal(together, torch.cat(alone))
     assert inputs["allowed_BV"].gather(1, together[:, None]).all()
 
 
-def test_temperature_0_is_the_best_token_after_the_penalty() -> None:
+def test_temperature_0_is_the_best_token_after_the_penalty(device: torch.device) -> None:
     logits = torch.tensor([[1.0, 1.1, 0.2]])
     inputs: dict[str, Any] = {
         "logits_BV": logits,
@@ -144,22 +154,25 @@ def test_temperature_0_is_the_best_token_after_the_penalty() -> None:
         "seen_BV": torch.tensor([[False, True, False]]),
         "uniform_B": torch.tensor([0.999]),
     }
-    sampler = Sampler([SamplingParams(temperature=0, image_temperature=0).resolved({})])
-    assert sampler.draw(**inputs, in_image_B=torch.tensor([False])).tolist() == [0]
+    inputs = {name: values.to(device) for name, values in inputs.items()}
+    sampler = Sampler([SamplingParams(temperature=0, image_temperature=0).resolved({})], device)
+    no, yes = torch.tensor([[False], [True]], device=device)
+    assert sampler.draw(**inputs, in_image_B=no).tolist() == [0]
     # Images know no repetition penalty.
-    assert sampler.draw(**inputs, in_image_B=torch.tensor([True])).tolist() == [1]
+    assert sampler.draw(**inputs, in_image_B=yes).tolist() == [1]
 
 
-def test_lowest_temperature_does_not_overflow() -> None:
-    sampler = Sampler([SamplingParams(temperature=0.01).resolved({})])
+def test_lowest_temperature_does_not_overflow(device: torch.device) -> None:
+    sampler = Sampler([SamplingParams(temperature=0.01).resolved({})], device)
     logits = torch.tensor([[3e4, -3e4, 2.9e4]])
-    token = sampler.draw(
+    given = (
         logits,
         torch.ones(1, 3, dtype=torch.bool),
         torch.zeros(1, 3, dtype=torch.bool),
         torch.tensor([False]),
         torch.tensor([0.5]),
     )
+    token = sampler.draw(*(values.to(device) for values in given))
     assert token.tolist() == [0]
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from tolerances import assert_same_losses
 
 from earlyfusion.config import PRESETS
 from earlyfusion.errors import SettingError
@@ -30,22 +32,28 @@ TINY = PRESETS["tiny"].vq_config
 GENTLE = OptimConfig(lr=2e-3, warmup_steps=2, decay="constant", eps=1e-8)
 
 
-def four() -> tuple[torch.Tensor, torch.Tensor]:
+def four(device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(1)
-    return torch.rand(4, 3, 16, 16) * 2 - 1, torch.tensor([[0, 0], [1, 0], [2, 1], [3, 1]])
+    pixels, labels = (
+        torch.rand(4, 3, 16, 16) * 2 - 1,
+        torch.tensor([[0, 0], [1, 0], [2, 1], [3, 1]]),
+    )
+    return pixels.to(device), labels.to(device)
 
 
-def task_of(naming: float, steps: int) -> ImageTokenizerTask:
+def task_of(naming: float, steps: int, device: torch.device) -> ImageTokenizerTask:
     torch.manual_seed(0)
-    model, batch = VQGAN(TINY), four()
-    head = SemanticHead(TINY.embed_dim, TINY.grid, [4, 2], width=32) if naming else None
+    model, batch = VQGAN(TINY).to(device), four(device)
+    head = SemanticHead(TINY.embed_dim, TINY.grid, [4, 2], width=32).to(device) if naming else None
     config = VQLossConfig(naming=naming, revive_every=2, ramp_steps=4)
     return ImageTokenizerTask(model, config, lambda _: batch, steps, head=head)
 
 
-def test_naming_is_learnt_from_codewords_and_leaves_the_files_as_they_are(tmp_path: Path) -> None:
-    task = task_of(0.5, 40)
-    run_config = RunConfig(tmp_path / "named", steps=40, log_every=1, save_every=40)
+def test_naming_is_learnt_from_codewords_and_leaves_the_files_as_they_are(
+    tmp_path: Path, device: torch.device
+) -> None:
+    task, run = task_of(0.5, 40, device), tmp_path / "named"
+    run_config = RunConfig(run, device=str(device), steps=40, log_every=1, save_every=40)
     train(task, run_config, GENTLE)
     rows = read_metrics(tmp_path / "named")
     assert rows[-1]["naming"] < 0.75 * rows[0]["naming"] and rows[-1]["named"] >= 0.75
@@ -58,38 +66,39 @@ def test_naming_is_learnt_from_codewords_and_leaves_the_files_as_they_are(tmp_pa
     begin_with(VQGAN(TINY), str(tmp_path / "named"))
 
 
-def test_the_names_reach_the_encoder_through_the_codewords() -> None:
+def test_the_names_reach_the_encoder_through_the_codewords(device: torch.device) -> None:
     gradients = []
     for naming in (0.0, 0.5):
-        task = task_of(naming, 10)
+        task = task_of(naming, 10, device)
         task.loss(5)[0].backward()
         weight = task.model.quant_conv.weight.grad
         assert weight is not None
         gradients.append(weight.clone())
     assert not torch.allclose(gradients[0], gradients[1], rtol=1e-3)
-    head = SemanticHead(8, 16, [4])
-    latents = torch.randn(2, 8, 16, 16, requires_grad=True)
-    naming_loss(head(latents), torch.tensor([[0], [1]]))[0].backward()
+    head = SemanticHead(8, 16, [4]).to(device)
+    latents = torch.randn(2, 8, 16, 16).to(device).requires_grad_()
+    naming_loss(head(latents), torch.tensor([[0], [1]], device=device))[0].backward()
     assert latents.grad is not None and latents.grad.abs().sum() > 0
 
 
-def test_a_run_with_a_head_goes_on_to_the_bit(tmp_path: Path) -> None:
-    whole = RunConfig(tmp_path / "whole", steps=6, log_every=1)
-    train(task_of(0.5, 6), whole, GENTLE)
-    part = RunConfig(tmp_path / "part", steps=6, log_every=1, stop_after=3)
-    train(task_of(0.5, 6), part, GENTLE)
+def test_a_run_with_a_head_goes_on_to_the_bit(tmp_path: Path, device: torch.device) -> None:
+    whole = RunConfig(tmp_path / "whole", device=str(device), steps=6, log_every=1)
+    train(task_of(0.5, 6, device), whole, GENTLE)
+    part = replace(whole, out=tmp_path / "part", stop_after=3)
+    train(task_of(0.5, 6, device), part, GENTLE)
     part.stop_after = 0
-    train(task_of(0.5, 6), part, GENTLE)
+    train(task_of(0.5, 6, device), part, GENTLE)
     first, second = ([r["loss"] for r in read_metrics(r.out)] for r in (whole, part))
-    assert first == second
+    assert_same_losses(second, first, device)
 
 
-def test_labels_that_are_unknown_do_not_count() -> None:
-    logits = [torch.tensor([[5.0, 0.0], [0.0, 5.0]])]
-    right = naming_loss(logits, torch.tensor([[0], [UNKNOWN]]))
+def test_labels_that_are_unknown_do_not_count(device: torch.device) -> None:
+    logits = [torch.tensor([[5.0, 0.0], [0.0, 5.0]], device=device)]
+    right = naming_loss(logits, torch.tensor([[0], [UNKNOWN]], device=device))
     assert right[1] == 1.0 and right[0] < 0.5
-    assert naming_loss(logits, torch.tensor([[UNKNOWN], [UNKNOWN]])) == (0.0, 0.0)
-    wrong = naming_loss(logits, torch.tensor([[1], [0]]))
+    none = torch.tensor([[UNKNOWN], [UNKNOWN]], device=device)
+    assert naming_loss(logits, none) == (0.0, 0.0)
+    wrong = naming_loss(logits, torch.tensor([[1], [0]], device=device))
     assert wrong[1] == 0.0 and wrong[0] > 2
 
 
@@ -100,9 +109,11 @@ def test_a_head_and_its_weight_go_together() -> None:
         VQLossConfig(perturb=2)
 
 
-def test_perturbed_codes_are_near_ones_and_only_the_drawing_sees_them() -> None:
+def test_perturbed_codes_are_near_ones_and_only_the_drawing_sees_them(
+    device: torch.device,
+) -> None:
     torch.manual_seed(0)
-    model, (pixels, _) = VQGAN(TINY), four()
+    model, (pixels, _) = VQGAN(TINY).to(device), four(device)
     near = nearest_codewords(model, 3)
     distances = torch.cdist(model.quantize.embedding.weight, model.quantize.embedding.weight)
     assert torch.equal(near, distances.fill_diagonal_(torch.inf).topk(3, largest=False).indices)
@@ -119,12 +130,12 @@ def test_perturbed_codes_are_near_ones_and_only_the_drawing_sees_them() -> None:
     assert torch.equal(task._seen[0].codes_N, codes.flatten())
 
 
-def test_in_bf16_the_codes_are_still_the_nearest() -> None:
+def test_in_bf16_the_codes_are_still_the_nearest(device: torch.device) -> None:
     torch.manual_seed(0)
-    model, (pixels, _) = VQGAN(TINY), four()
+    model, (pixels, _) = VQGAN(TINY).to(device), four(device)
     with torch.no_grad():
         model.quantize.embedding.weight.mul_(0.02).add_(1.0)  # codewords close to each other
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         out = model(pixels)
     assert torch.equal(out.codes, model.nearest_codes(out.latents.detach().float()))
 
@@ -140,9 +151,11 @@ def test_pictures_and_labels_of_the_data() -> None:
     assert (held_out[:, 0] == UNKNOWN).all()
 
 
-def test_the_recipe_names_held_out_pictures_and_its_decoder_goes_on(tmp_path: Path) -> None:
-    small = [f"data={DATA}", "resolution=16", "steps=3", "log_every=1", "batch=2", "device=cpu"]
-    small.append("precision=fp32")
+def test_the_recipe_names_held_out_pictures_and_its_decoder_goes_on(
+    tmp_path: Path, device: torch.device
+) -> None:
+    small = [f"data={DATA}", "resolution=16", "steps=3", "log_every=1", "batch=2"]
+    small += [f"device={device}", "precision=fp32"]
     run("mini_named_image_tokenizer", [*small, f"out={tmp_path / 'first'}"])
     last = read_metrics(tmp_path / "first")[-1]
     assert 0 <= last["held_out_named"] <= 1 and last["held_out_psnr"] > 0
