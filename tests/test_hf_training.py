@@ -42,7 +42,7 @@ def inputs(folder: Path) -> Any:
     return example(folder)
 
 
-def load(folder: Path, nf4: bool = False) -> Any:
+def load(folder: Path, nf4: bool = False, device: Any = "cpu") -> Any:
     settings: dict[str, Any] = {}
     if nf4:
         pytest.importorskip("bitsandbytes")
@@ -53,7 +53,8 @@ def load(folder: Path, nf4: bool = False) -> Any:
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
         settings = {"quantization_config": quantised, "dtype": torch.bfloat16}
-    return ChameleonForConditionalGeneration.from_pretrained(folder, **settings)
+    model = ChameleonForConditionalGeneration.from_pretrained(folder, **settings)
+    return model if nf4 else model.to(device)  # bitsandbytes chooses the device itself
 
 
 def adapters(targets: Any = SEVEN, **more: Any) -> Any:
@@ -61,9 +62,9 @@ def adapters(targets: Any = SEVEN, **more: Any) -> Any:
     return peft.LoraConfig(r=4, target_modules=targets, **more)
 
 
-def with_adapters(folder: Path, nf4: bool, **more: Any) -> Any:
+def with_adapters(folder: Path, nf4: bool, device: Any = "cpu", **more: Any) -> Any:
     """Adapters that change something from the first step on."""
-    model = load(folder, nf4)
+    model = load(folder, nf4, device)
     if nf4:
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     torch.manual_seed(0)
@@ -96,9 +97,16 @@ class TestAdapters:
     # bf16 matrices: what was computed in two steps is rounded in other places than in one.
     @pytest.mark.parametrize(("nf4", "tolerance"), [(False, 1e-5), (True, 0.02)])
     def test_train_save_merge(
-        self, folder: Path, nf4: bool, tolerance: float, inputs: Any, tmp_path: Path
+        self,
+        folder: Path,
+        nf4: bool,
+        tolerance: float,
+        inputs: Any,
+        tmp_path: Path,
+        device: torch.device,
     ) -> None:
-        model = with_adapters(folder, nf4)
+        inputs = inputs.to(device)
+        model = with_adapters(folder, nf4, device)
         before = logits(model, inputs)
         losses = [step(model, inputs) for _ in range(3)]
         assert torch.isfinite(torch.stack(losses)).all()
@@ -106,11 +114,11 @@ class TestAdapters:
         trained = logits(model, inputs)
         assert (trained - before).norm() > 0.3 * before.norm()
         model.save_pretrained(tmp_path)
-        base = load(folder, nf4)
+        base = load(folder, nf4, device)
         logits(base, inputs)
         again = peft.PeftModel.from_pretrained(base, tmp_path)
         assert gap(logits(again, inputs), trained) < tolerance
-        base = load(folder, nf4)
+        base = load(folder, nf4, device)
         logits(base, inputs)
         base = base.dequantize() if nf4 else base
         merged = peft.PeftModel.from_pretrained(base, tmp_path).merge_and_unload()
@@ -147,11 +155,11 @@ class TestAdapters:
         assert all("layers" in name and name.endswith(SEVEN) for name in adapted)
 
     def test_rows_of_pictures_can_be_trained_beside_adapters(
-        self, folder: Path, inputs: Any
+        self, folder: Path, inputs: Any, device: torch.device
     ) -> None:
         """Anole's recipe: only the rows of image tokens, in embedding and head."""
         rows = load(folder).model.vocabulary_mapping.image_tokens
-        whole = load(folder)
+        whole, inputs = load(folder, device=device), inputs.to(device)
         whole.requires_grad_(False)
         model = peft.get_peft_model(
             whole, adapters(["q_proj"], trainable_token_indices={"lm_head": rows})
@@ -289,7 +297,7 @@ class TestMixedPrecision:
 
 class TestTrainer:
     def test_a_step_with_pictures_in_the_loss(
-        self, folder: Path, inputs: Any, tmp_path: Path
+        self, folder: Path, inputs: Any, tmp_path: Path, device: torch.device
     ) -> None:
         model = load(folder)
         row = {name: value[0] for name, value in inputs.items()}
@@ -299,14 +307,21 @@ class TestTrainer:
             scores = model(input_ids=full).logits[0, :-1]
         wanted = torch.nn.functional.cross_entropy(scores, full[0, 1:])
         before = model.lm_head.weight.detach().clone()
-        out = Trainer(model, arguments(tmp_path), train_dataset=[row, row]).train()  # type: ignore[arg-type]
+        settings = arguments(tmp_path, device=device)
+        out = Trainer(model, settings, train_dataset=[row, row]).train()  # type: ignore[arg-type]
+        model.cpu()
         assert out.training_loss == pytest.approx(float(wanted), rel=1e-5)
         drawn = torch.tensor(model.model.vocabulary_mapping.image_tokens)
         assert ((model.lm_head.weight - before)[drawn] != 0).any(1).all()
         assert not any(p.requires_grad for p in model.model.vqmodel.parameters())
 
 
-def arguments(folder: Path, kind: Callable[..., Any] = TrainingArguments, **more: Any) -> Any:
+def arguments(
+    folder: Path,
+    kind: Callable[..., Any] = TrainingArguments,
+    device: torch.device | None = None,
+    **more: Any,
+) -> Any:
     return kind(
         output_dir=str(folder),
         per_device_train_batch_size=2,
@@ -314,7 +329,7 @@ def arguments(folder: Path, kind: Callable[..., Any] = TrainingArguments, **more
         learning_rate=1e-3,
         report_to="none",
         save_strategy="no",
-        use_cpu=True,
+        use_cpu=device is None or device.type == "cpu",
         disable_tqdm=True,
         **more,
     )
