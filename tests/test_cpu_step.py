@@ -243,7 +243,7 @@ def test_products_of_many_rows_are_those_of_one(bits: int, outputs: int, inputs:
     # Inputs are rounded to bf16 beside weights of 16 and 4 bits; their errors add up as a root.
     close = (1e-4, 1e-3) if bits in (32, 8) else (0.02, 0.006 * inputs**0.5)
     torch.testing.assert_close(alone_RO, x_RI @ rounded_OI.T, rtol=close[0], atol=close[1])
-    for rows in (90, 61, 29, 24, 23, 12, 11, 8, 7, 5, 4, 3, 2):
+    for rows in (90, 61, 36, 35, 29, 22, 21, 12, 11, 8, 7, 5, 4, 3, 2):
         assert torch.equal(multiply(x_RI[:rows]), alone_RO[:rows])
 
 

@@ -1,8 +1,8 @@
 // Products of a few rows of input for processors whose registers hold eight floats (AVX2 with FMA), in the
 // order of sums of products.h.
 //
-// All rows of input pass by one block of columns of four rows of weights, which stays in the first-level
-// cache, and the next block is fetched meanwhile: so reading memory and computing overlap.
+// All rows of input pass by one block of columns of four rows of weights, which stays as floats in the
+// first-level cache, and the next block is fetched meanwhile: so reading memory and computing overlap.
 
 #pragma once
 
@@ -19,8 +19,8 @@ const int64_t BLOCK = 512;  // columns that all rows of input pass by before the
 // Adds the products of X rows of input with four rows of weights, in one block of columns, to their sums
 // [X, side, row of weights, 8]; at the `beginning` these are nothing. Meanwhile it fetches a row of the next
 // block for each side.
-template <int X, class W>
-inline void block4(const W* w, int64_t stride, const float* x, int64_t x_stride, int64_t columns,
+template <int X>
+inline void block4(const float* w, int64_t stride, const float* x, int64_t x_stride, int64_t columns,
                    bool beginning, const char* const* ahead, int64_t bits, float* sums) {
   for (int side = 0; side < 2; side++) {
     __m256 sum[X][4];
@@ -34,11 +34,11 @@ inline void block4(const W* w, int64_t stride, const float* x, int64_t x_stride,
       _mm_prefetch(ahead[side] + c * bits / 8, _MM_HINT_T0);
       __m256 entries[X];
 #pragma GCC unroll 3
-      for (int i = 0; i < X; i++) entries[i] = eight(x + i * x_stride + c);
+      for (int i = 0; i < X; i++) hold(entries[i] = eight(x + i * x_stride + c));
 #pragma GCC unroll 4
       for (int r = 0; r < 4; r++) {
         __m256 v = eight(w + r * stride + c);
-        if (X > 1) hold(v);
+        hold(v);
 #pragma GCC unroll 3
         for (int i = 0; i < X; i++) sum[i][r] = _mm256_fmadd_ps(v, entries[i], sum[i][r]);
       }
@@ -50,45 +50,40 @@ inline void block4(const W* w, int64_t stride, const float* x, int64_t x_stride,
   }
 }
 
-// Four rows of weights from row `n` on, and one block of their columns: where it lies and how it is read.
+// Four rows of weights from row `n` on, and one block of their columns.
 template <Format F>
 struct Block4 {
   static const int64_t bits = F == FP32 ? 32 : F == BF16 ? 16 : F == INT8 ? 8 : 4;
-  typedef std::conditional_t<F == BF16, uint16_t, std::conditional_t<F == INT8, int8_t, float>> W;
+  typedef std::conditional_t<F == BF16, uint16_t, int8_t> Packed;
+  const Matrix& m;
+  const int64_t n, first;
   const char* row[4];
-  const W* weights;
-  int64_t stride;
 
-  // `unpacked`: room for 4 * BLOCK floats, where int4 is unpacked to.
-  Block4(const Matrix& m, int64_t n, int64_t first, int64_t columns, float* unpacked) {
+  Block4(const Matrix& matrix, int64_t n, int64_t first) : m(matrix), n(n), first(first) {
     for (int r = 0; r < 4; r++)
       row[r] = static_cast<const char*>(m.data) + ((n + r) * m.stride + first) * bits / 8;
-    stride = F == INT4 ? BLOCK : m.stride;
-    weights = F == INT4 ? reinterpret_cast<const W*>(unpacked) : reinterpret_cast<const W*>(row[0]);
-    if (F != INT4 || unpacked == nullptr) return;
+  }
+
+  // Other weights than fp32 as floats, BLOCK of room for each row.
+  void unpack(int64_t columns, float* out) const {
     const uint16_t* scales = static_cast<const uint16_t*>(m.scales) + (n * m.stride + first) / 32;
-    for (int r = 0; r < 4; r++)
-      unpack_int4(reinterpret_cast<const uint8_t*>(row[r]), scales + r * m.stride / 32, columns,
-                  unpacked + r * BLOCK);
+    for (int r = 0; r < 4; r++, out += BLOCK) {
+      if (F == INT4) {
+        unpack_int4(reinterpret_cast<const uint8_t*>(row[r]), scales + r * m.stride / 32, columns, out);
+        continue;
+      }
+      const Packed* packed = reinterpret_cast<const Packed*>(row[r]);
+      for (int64_t c = 0; c < columns; c += 8) _mm256_store_ps(out + c, eight(packed + c));
+    }
   }
 };
-
-template <class W>
-void tile4(int64_t X, const W* w, int64_t stride, const float* x, int64_t x_stride, int64_t columns,
-           bool beginning, const char* const* ahead, int64_t bits, float* sums) {
-  switch (X) {
-    case 1: return block4<1>(w, stride, x, x_stride, columns, beginning, ahead, bits, sums);
-    case 2: return block4<2>(w, stride, x, x_stride, columns, beginning, ahead, bits, sums);
-    default: return block4<3>(w, stride, x, x_stride, columns, beginning, ahead, bits, sums);
-  }
-}
 
 // `multiply` for few rows of input.
 template <Format F>
 void put_few(const Matrix& m, Range mine, const Input& in, int64_t R, float* y, int64_t y_stride) {
   const float* x = F == BF16 || F == INT4 ? in.rounded : in.fp32;
   const int64_t tiles = (R + TILE - 1) / TILE;
-  Aligned<float> sums(R * 64), unpacked(F == INT4 ? 4 * BLOCK : 0);
+  Aligned<float> sums(R * 64), unpacked(F == FP32 ? 0 : 4 * BLOCK);
   // The input, block by block: rows far apart would push each other out of the cache.
   Aligned<float> blocks(R * m.stride);
   for (int64_t first = 0; first < m.stride; first += BLOCK) {
@@ -99,18 +94,21 @@ void put_few(const Matrix& m, Range mine, const Input& in, int64_t R, float* y, 
   for (int64_t n = mine.first; n < mine.last; n += 4) {
     for (int64_t first = 0; first < m.stride; first += BLOCK) {
       const int64_t columns = std::min(BLOCK, m.stride - first);
-      const Block4<F> here(m, n, first, columns, unpacked.data());
       const bool ends = first + BLOCK >= m.stride;
-      const Block4<F> next(m, ends ? std::min(n + 4, m.rows - 4) : n, ends ? 0 : first + BLOCK, 0, nullptr);
+      const Block4<F> here(m, n, first);
+      const Block4<F> next(m, ends ? std::min(n + 4, m.rows - 4) : n, ends ? 0 : first + BLOCK);
+      if (F != FP32) here.unpack(columns, unpacked.data());
+      const float* w = F == FP32 ? reinterpret_cast<const float*>(here.row[0]) : unpacked.data();
+      const int64_t stride = F == FP32 ? m.stride : BLOCK;
       int64_t row = 0;
       for (int64_t t = 0; t < tiles; t++) {
-        const int64_t X = (R - row + tiles - t - 1) / (tiles - t);  // as even as possible
+        const int64_t X = (R - row + tiles - t - 1) / (tiles - t);  // 2 or 3, as even as possible
         // Each tile passes twice, once for each side; the four rows of `next` are spread over these.
         const char* ahead[2];
         for (int side = 0; side < 2; side++) ahead[side] = t < 2 ? next.row[2 * t + side] : here.row[0];
         const float* block = blocks.data() + R * first + row * columns;
-        tile4(X, here.weights, here.stride, block, columns, columns, first == 0, ahead, here.bits,
-              sums.data() + row * 64);
+        (X == 2 ? block4<2> : block4<3>)(w, stride, block, columns, columns, first == 0, ahead,
+                                         here.bits, sums.data() + row * 64);
         row += X;
       }
     }

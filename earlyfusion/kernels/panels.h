@@ -24,7 +24,7 @@ const int64_t PANEL = 16;    // rows of weights of a panel
 const int64_t ROWS = 6;      // rows of input whose sums fit into the registers: 2 * 6 of 16
 
 // Rows of input from which on this pays: turning weights of fewer bits around takes longer.
-inline int64_t many(const Matrix& m) { return m.format == FP32 || m.format == BF16 ? 12 : 24; }
+inline int64_t many(const Matrix& m) { return m.format == FP32 || m.format == BF16 ? 22 : 36; }
 
 #define INLINE inline __attribute__((always_inline))
 
