@@ -120,12 +120,12 @@ def sheet(rows: Sequence[Sequence[PIL.Image.Image]]) -> PIL.Image.Image:
 
 
 def sheet_file(path: Path) -> Callable[[PIL.Image.Image], Write]:
-    """What makes a picture into a function that writes it to a file of that name.
+    """A function from a picture to what writes it to a file of that name.
 
     Raises `SettingError` for a name of another format.
     """
     if path.suffix.lower() not in _FORMATS:
-        raise SettingError(f"{path} is no name of a sheet: end it in {' or '.join(_FORMATS)}")
+        raise SettingError(f"{path} is not a picture file: end its name in {' or '.join(_FORMATS)}")
     name = _FORMATS[path.suffix.lower()]
     return lambda made: lambda file: made.save(file, format=name)
 
