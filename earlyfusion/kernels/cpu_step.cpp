@@ -335,7 +335,9 @@ void blend_tile(const CachedHead<T>& v, const float* weights, int64_t weights_st
       const T* here = at + p * H + column;
       const float* weight = weights + first + p;
 #if defined(VECTORS_OF_EIGHT)
-      const __m256 low = eight(here), high = eight(here + 8);
+      __m256 low = eight(here), high = eight(here + 8);
+      hold(low);
+      hold(high);
 #pragma GCC unroll 4
       for (int x = 0; x < TILE_ROWS; x++) {
         const __m256 w = _mm256_broadcast_ss(weight + x * weights_stride);
@@ -418,8 +420,15 @@ float soften(float* scores, int64_t n) {
   float top = most[0];
   for (int i = 1; i < 16; i++) top = std::max(top, most[i]);
   floats16 total = {};
-  for (int64_t i = 0; i < n; i += 16) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const floats16 e = exp16(load(scores + i) - top);
+    store(scores + i, e);
+    total += e;
+  }
+  if (i < n) {
     floats16 e = exp16(load(scores + i) - top);
+    // Not in the loop above: entries that are set one by one would keep a vector in memory.
     for (int64_t j = n - i; j < 16; j++) e[j] = 0;
     store(scores + i, e);
     total += e;
