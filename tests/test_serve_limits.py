@@ -400,7 +400,7 @@ def test_only_this_machine_without_keys(server: Running) -> None:
 
 def test_keys_cors_and_deadlines() -> None:
     with running(
-        api_keys=("another-key", KEY), cors_origins=("http://page.example",), timeout=0.3
+        api_keys=("another-key", KEY), cors_origins=("http://page.example",), timeout=0.02
     ) as server:
         for wrong in ({}, {"authorization": "Bearer nope"}, {"authorization": KEY}):
             reply = server.get("/v1/models", **wrong)
