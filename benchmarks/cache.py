@@ -31,8 +31,7 @@ from earlyfusion.engine.blocks import BLOCK_SIZE, Branch
 from earlyfusion.engine.cache import DTYPES, Cache
 from earlyfusion.engine.engine import Engine
 from earlyfusion.engine.runner import ModelRunner
-from earlyfusion.engine.scheduler import Piece, Plan
-from earlyfusion.engine.step import Step
+from earlyfusion.engine.scheduler import Piece, Plan, Step
 from earlyfusion.generation.request import Request
 from earlyfusion.kernels.cpu_step import CpuStep
 from earlyfusion.mini.emoji.dataset import EmojiData
@@ -74,7 +73,7 @@ def distributions(runner: ModelRunner, ids: Sequence[int], answer: Sequence[int]
     runner.run(Plan([], [Piece(branch, 0, len(ids) - 1)], []), [])
     logits = []
     for place in range(len(ids) - 1, len(ids) + len(answer) - 1):
-        step = Step([Piece(branch, place, 1)], runner.device)
+        step = Step([Piece(branch, place, 1)])
         x_TD = runner.backend.states(step)
         logits.append(runner.drawer.text_head.logits(x_TD)[0].float())
     return torch.stack(logits).log_softmax(-1)

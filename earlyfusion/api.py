@@ -36,9 +36,8 @@ from earlyfusion.devices import (
     resolve_device,
     torch_dtype,
 )
-from earlyfusion.engine.engine import Engine
+from earlyfusion.engine.engine import Engine, fingerprint
 from earlyfusion.engine.handle import Handle
-from earlyfusion.engine.module_tree import fingerprint
 from earlyfusion.engine.peers import peers_of
 from earlyfusion.engine.tensor_parallel import open_shard, share
 from earlyfusion.errors import CheckpointError, ContextError, PromptError, SettingError
@@ -63,6 +62,7 @@ from earlyfusion.generation.settings import (
     SamplingParams,
     check_names,
     given,
+    guidance_weights,
     resolve,
 )
 from earlyfusion.image_tokenizer import ImageTokenizer
@@ -510,7 +510,7 @@ class Chameleon:
             )
         vocabulary = self.processor.vocabulary
         has_images = guidance.has_images([*request.ids, vocabulary.begin_image], vocabulary)
-        if "unconditional" not in guidance.needed(*request.guidance, has_images):
+        if "unconditional" not in guidance.needed(*guidance_weights(request.sampling), has_images):
             name = "guidance_image" if has_images else "guidance_text"
             raise SettingError(
                 f"negative_prompt has no effect with {name}=1: set {name} to another number, such "

@@ -156,11 +156,11 @@ class ImageLayout:
                 "both sides need at least 1 code"
             )
 
-    @property
+    @cached_property
     def num_codes(self) -> int:
         return self.height * self.width
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
         markers = len(self.head) + self.height * len(self.line_end) + len(self.tail)
         return self.num_codes + markers

@@ -19,8 +19,7 @@ from earlyfusion.engine.cache import FREE_SHARE, Cache
 from earlyfusion.engine.engine import Engine
 from earlyfusion.engine.handle import Handle
 from earlyfusion.engine.runner import ModelRunner
-from earlyfusion.engine.scheduler import Piece, Plan
-from earlyfusion.engine.step import Step
+from earlyfusion.engine.scheduler import Piece, Plan, Step
 from earlyfusion.errors import SettingError
 from earlyfusion.generation.grammar import Grammar
 from earlyfusion.generation.request import Request
@@ -71,7 +70,7 @@ def states(
     for more in range(8):
         pieces = [Piece(b, n + more, 1) for b, n in zip(branches, lengths, strict=True)]
         with torch.inference_mode():
-            seen.append(model.backend.states(Step(pieces, transformer.lm_head.weight.device)))
+            seen.append(model.backend.states(Step(pieces)))
     return torch.stack(seen)
 
 

@@ -29,11 +29,11 @@ from earlyfusion.engine.cache import Cache
 from earlyfusion.engine.engine import Engine
 from earlyfusion.engine.handle import Handle, most_branches
 from earlyfusion.engine.runner import ModelRunner
-from earlyfusion.engine.scheduler import Piece
-from earlyfusion.engine.step import Step
+from earlyfusion.engine.scheduler import Piece, Step
 from earlyfusion.errors import ContextError, OutOfMemoryError, SettingError, WeightsError
-from earlyfusion.generation.grammar import Grammar, Walk
+from earlyfusion.generation.grammar import Grammar
 from earlyfusion.generation.lookup import Lookup
+from earlyfusion.generation.narrator import Walk
 from earlyfusion.generation.reference import draw_tokens, generate
 from earlyfusion.generation.request import Event, Finished, ImageDone, Request
 from earlyfusion.generation.sampler import generator, uniforms
@@ -336,7 +336,7 @@ def test_hidden_states_equal_the_modules(transformer: Transformer, device: torch
     with torch.inference_mode():
         for width in (4, 1, 3, 1, 1, 99):
             pieces = [Piece(b, b.read, min(width, b.pending)) for b in branches if b.pending]
-            step = Step(pieces, cache.device)
+            step = Step(pieces)
             x_TD = transformer.model.norm(fused.hidden(step))
             rows = x_TD.split([piece.size for piece in step.pieces])
             for piece, states in zip(step.pieces, rows, strict=True):
@@ -393,7 +393,7 @@ def read_tokens(engine: Engine, asked: Request, monkeypatch: pytest.MonkeyPatch)
     states = engine.runner.backend.states
 
     def counted(step: Step) -> torch.Tensor:
-        counts.append(len(step.tokens_T))
+        counts.append(len(step.tokens))
         return states(step)
 
     with monkeypatch.context() as patch:

@@ -16,6 +16,7 @@ from earlyfusion import EarlyFusionError, Image
 from earlyfusion.generation import guidance
 from earlyfusion.generation.guidance import Condition
 from earlyfusion.generation.reference import Reader, draw_tokens
+from earlyfusion.generation.settings import guidance_weights
 from earlyfusion.vocabulary import Vocabulary
 
 BOS, BEGIN, END, TURN = 0, 17, 16, 18
@@ -124,7 +125,7 @@ def test_a_negative_prompt_draws_by_the_formula(
         with torch.inference_mode():
             return Reader(transformer, len(ids)).read(ids)[0]
 
-    text, image = asked.guidance
+    text, image = guidance_weights(asked.sampling)
     assert drawn[0] == vocabulary.begin_image
     for at in range(1, 65):
         tail = drawn[1:at]

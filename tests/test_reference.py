@@ -15,8 +15,8 @@ from tolerances import assert_close
 
 from earlyfusion.checkpoints.detect import load
 from earlyfusion.generation import reference
-from earlyfusion.generation.grammar import Grammar, Walk
-from earlyfusion.generation.narrator import Narrator
+from earlyfusion.generation.grammar import Grammar
+from earlyfusion.generation.narrator import Narrator, Walk
 from earlyfusion.generation.reference import Reader, draw_tokens, generate
 from earlyfusion.generation.request import (
     Event,

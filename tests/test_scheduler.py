@@ -343,6 +343,32 @@ def test_a_request_takes_blocks_as_it_grows() -> None:
     assert sizes == [1, 1, 2, 2, 2, 2, 3, 3, 3]
 
 
+def test_a_block_is_found_as_soon_as_it_is_full() -> None:
+    scheduler = scheduler_of(9, 8)
+    branch = Branch([0, 1, 0])
+    scheduler.add(Entry([branch]))
+    found = []
+    for _ in range(7):
+        drawn(scheduler, 1)
+        found.append(len(scheduler.pool.find([*branch.tokens, 9]).blocks))
+    assert found == [0, 1, 1, 1, 1, 2, 2]
+    scheduler.restart()
+    drawn(scheduler, 1)
+    assert len(scheduler.pool.find([*branch.tokens, 9]).blocks) == 2
+
+
+def test_the_last_request_in_order_waits_for_a_block() -> None:
+    scheduler = scheduler_of(2, 8)
+    first, last = Entry([Branch([0])], reserve=3), Entry([Branch([1] * 4)])
+    scheduler.add(first)
+    scheduler.add(last)
+    rows = []
+    for first.reserve in (3, 2, 1, 0):
+        rows += drawn(scheduler, 1)
+    assert rows == [[first.number, last.number], *[[first.number]] * 3]
+    assert last in scheduler.running and scheduler.preemptions == 0
+
+
 def test_drafts_are_read_behind_the_last_token_only() -> None:
     scheduler = scheduler_of(3, 2)
     scheduler.add(Entry([Branch(list(range(10)))], drafts=[18, 19]))

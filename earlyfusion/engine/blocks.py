@@ -30,13 +30,14 @@ _CANDIDATES = 64  # at most so many blocks behind one prefix are compared, the n
 class Branch:
     """One condition of a request: `tokens` to read, the first `read` of which are in `blocks`.
     `keys` are the hashes of its full blocks. `adapter` names the weights that read it, "" for the
-    model's own."""
+    model's own. `filling_to` is where the block ends that the pool knows it to be filling."""
 
     tokens: list[int]
     blocks: array[int] = field(default_factory=lambda: array("q"))
     read: int = 0
     keys: list[bytes] = field(default_factory=list)
     adapter: str = ""
+    filling_to: int = 0
 
     @property
     def pending(self) -> int:
@@ -169,7 +170,7 @@ class BlockPool:
             if self.references[block] == 0:
                 self._leave(block)
         del branch.blocks[:]
-        branch.keys, branch.read = [], 0
+        branch.keys, branch.read, branch.filling_to = [], 0, 0
 
     def drop(self, branch: Branch) -> list[int]:
         """Release a branch and forget what only it has read. Returns those blocks."""
@@ -231,6 +232,7 @@ class BlockPool:
 
     def _begin(self, branch: Branch) -> None:
         number = branch.read // self.size
+        branch.filling_to = (number + 1) * self.size
         block = branch.blocks[number]
         content = self._content[block]
         if content is None or content.branch is not branch:

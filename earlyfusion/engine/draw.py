@@ -20,12 +20,11 @@ from torch import Tensor
 
 from earlyfusion.engine.backends.interface import Backend
 from earlyfusion.engine.handle import Handle
-from earlyfusion.engine.step import Step
+from earlyfusion.engine.scheduler import Step
 from earlyfusion.errors import EarlyFusionError
 from earlyfusion.generation import guidance, jacobi
 from earlyfusion.generation.grammar import Grammar
 from earlyfusion.generation.sampler import (
-    DrawSettings,
     Sampler,
     Warp,
     penalise,
@@ -33,6 +32,7 @@ from earlyfusion.generation.sampler import (
     sound,
     warp,
 )
+from earlyfusion.generation.settings import DrawSettings
 from earlyfusion.generation.steering import Steering
 from earlyfusion.kernels.cpu_step import Choice
 

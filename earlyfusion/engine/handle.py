@@ -11,15 +11,16 @@ import torch
 
 from earlyfusion.engine.blocks import Branch
 from earlyfusion.generation import guidance
-from earlyfusion.generation.grammar import Grammar, Walk
+from earlyfusion.generation.grammar import Grammar
 from earlyfusion.generation.jacobi import Window
 from earlyfusion.generation.lookup import Lookup
-from earlyfusion.generation.narrator import Narrator
+from earlyfusion.generation.narrator import Narrator, Walk
 from earlyfusion.generation.request import Event, Finished, Request, TokenLogprob
-from earlyfusion.generation.sampler import (
+from earlyfusion.generation.settings import (
     DrawSettings,
-    generator,
+    guidance_weights,
     image_settings,
+    seed_of,
     text_settings,
 )
 from earlyfusion.generation.steering import Steering
@@ -32,8 +33,9 @@ _NUMBERS = count()
 class Handle:
     """A request in the engine. Iterating over it gives its events as they come, and drives the
     engine while there are none. The scheduler sees it as an `Entry`. `branches` are in the order
-    full, image-only, unconditional; a condition that cancels out has none. A draw with `steering`
-    sets `logprob`, or the `error` that ends the request."""
+    full, image-only, unconditional; a condition that cancels out has none. `positions` is the
+    number of tokens drawn next: one, and one behind each draft. A draw with `steering` sets
+    `logprob`, or the `error` that ends the request."""
 
     def __init__(
         self,
@@ -55,7 +57,7 @@ class Handle:
         self.window: Window | None = None
         steered = bool(request.sampling.steered)
         self._steering = Steering(processor, request) if steered else None
-        self.guidance, self._seed = request.guidance, request.seed
+        self.guidance, self._seed = guidance_weights(request.sampling), seed_of(request.sampling)
         self._text_settings = text_settings(request.sampling)
         self._image_settings = image_settings(request.sampling)
         self._processor, self._layout = processor, request.layout or processor.layout
@@ -63,7 +65,7 @@ class Handle:
         self._uniforms = _Uniforms(self._seed)
         lookup = request.sampling.prompt_lookup
         self._lookup = Lookup(lookup) if lookup else None
-        self._guesses: list[int] = []
+        self.drafts: Sequence[int] = ()
         self._wait, self._leave = wait, leave
         self._go_on()
 
@@ -92,11 +94,6 @@ class Handle:
         return self._steering if needed else None
 
     @property
-    def drafts(self) -> Sequence[int]:
-        """Tokens to be read behind the last one of each branch."""
-        return self._guesses if self.window is None else self.window.drafts
-
-    @property
     def uniforms(self) -> list[float]:
         """Numbers in [0, 1) for the next draws, one per position; each token has its own."""
         return self._uniforms.of(len(self.tokens), self.positions)
@@ -104,11 +101,6 @@ class Handle:
     def uniforms_of(self, count: int) -> list[float]:
         """The numbers of the next `count` tokens."""
         return self._uniforms.of(len(self.tokens), count)
-
-    @property
-    def reserve(self) -> int:
-        """The number of codes still to come in the image that is being drawn."""
-        return self.walk.codes_left
 
     @property
     def settings(self) -> DrawSettings:
@@ -134,11 +126,6 @@ class Handle:
         return at_begin, steered or self._lookup is not None or len(self.branches) > 1
 
     @property
-    def positions(self) -> int:
-        """The number of tokens drawn next: one, and one behind each draft."""
-        return 1 + len(self.drafts)
-
-    @property
     def conditions(self) -> tuple[Branch, Branch, Branch]:
         """The branches of the three conditions of guidance: full, image-only, unconditional. For a
         condition that cancels out: a branch with equal tokens, or any, as its weight is 0."""
@@ -152,10 +139,12 @@ class Handle:
             self.finished = True
             return []
         before = self.branches
-        if self.window is not None or self._guesses:
+        if self.window is not None or self.drafts:
             tokens = self._settled(tokens)
-        else:
-            self._have_read(len(tokens) - 1)
+        # All but the last stood behind the last token that was read: their keys and values are in
+        # the blocks already.
+        for branch in before:
+            branch.read += len(tokens) - 1
         for token in tokens:
             if not self.finished:
                 self._accept(token, self.logprob)
@@ -168,22 +157,13 @@ class Handle:
     def _settled(self, tokens: Sequence[int]) -> list[int]:
         """The tokens that are final, of those drawn at all positions."""
         if self.window is not None:
-            final = self.window.settle(tokens, self.walk.codes_left)
-        else:
-            pairs = enumerate(zip(tokens, self._guesses, strict=False))
-            wrong = next((n for n, (new, guess) in pairs if new != guess), len(tokens) - 1)
-            final = list(tokens[: wrong + 1])
-        # All but the last were drafts, whose keys and values are right already.
-        self._have_read(len(final) - 1)
-        return final
-
-    def _have_read(self, count: int) -> None:
-        """Count `count` more tokens of all branches as read: they are in the blocks already."""
-        for branch in self.branches:
-            branch.read += count
+            return self.window.settle(tokens, self.walk.codes_left)
+        pairs = enumerate(zip(tokens, self.drafts, strict=False))
+        wrong = next((n for n, (new, guess) in pairs if new != guess), len(tokens) - 1)
+        return list(tokens[: wrong + 1])
 
     def _go_on(self) -> None:
-        """Accept forced tokens up to the next token that must be drawn."""
+        """Accept forced tokens up to the next token that must be drawn, and plan its draw."""
         # A forced token needs no logits, but uses up its uniform number, as in the plain loop.
         while not self.finished and (token := self.walk.forced) is not None:
             self._accept(token)
@@ -194,7 +174,11 @@ class Handle:
             self.window = None
         elif jacobi and self.window is None:
             self.window = Window(jacobi, self._seed, len(self.tokens))
-        self._guesses = [] if self._lookup is None else self._guess(self._lookup)
+        if self.window is not None:
+            self.drafts = self.window.drafts
+        else:
+            self.drafts = () if self._lookup is None else self._guess(self._lookup)
+        self.positions, self.reserve = 1 + len(self.drafts), self.walk.codes_left
 
     def _guess(self, lookup: Lookup) -> list[int]:
         """Text tokens that may come next and do not change what the grammar allows."""
@@ -241,14 +225,16 @@ class Handle:
 def most_branches(request: Request) -> int:
     if request.images == 0 or request.output == "text":
         return 1
-    return max(len(guidance.needed(*request.guidance, has)) for has in (False, True))
+    weights = guidance_weights(request.sampling)
+    return max(len(guidance.needed(*weights, has)) for has in (False, True))
 
 
 class _Uniforms:
     """The uniform numbers of a request, one per token of its reply."""
 
     def __init__(self, seed: int) -> None:
-        self._source = generator(seed)
+        # On the CPU, as in `generation/sampler.py`.
+        self._source = torch.Generator().manual_seed(seed)
         self._numbers: list[float] = []
 
     def of(self, start: int, count: int) -> list[float]:

@@ -1,11 +1,10 @@
-"""Checks of a module tree: hooks, modules of other classes, and whether anything has changed. Back
-ends with their own forward pass take the weights out of the modules. That is valid only if calling
-the modules would give the same (`is_plain`), and until something changes (`fingerprint`)."""
+"""Checks of a module tree: hooks, and modules of other classes. Back ends with their own forward
+pass take the weights out of the modules. That is valid only if calling the modules would give the
+same (`is_plain`), and until something changes (`fingerprint` in `engine.py`)."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,40 +24,20 @@ from earlyfusion.model.transformer import (
 )
 
 _NORMS = ("input_layernorm", "post_attention_layernorm")
-_CLASSES: tuple[Any, ...] = (
+CLASSES: tuple[Any, ...] = (
     Transformer, Decoder, Block, Attention, FeedForward, RMSNorm, HeadNorm,
     nn.Embedding, nn.Linear, PackedLinear, *TWINS.values(),
 )  # fmt: skip
+"""The classes of a transformer that back ends know."""
 # Taken at import, so that a `forward` that is patched in a class later is noticed.
-_FORWARDS = [module_class.forward for module_class in _CLASSES]
-
-
-def fingerprint(modules: Iterable[nn.Module]) -> int:
-    """A number that changes whenever a parameter or buffer is replaced or written to, and when a
-    module is replaced, wrapped, hooked or given another `forward`. Modules are known by their ids,
-    so the caller must keep them alive."""
-    seen: list[object] = [bool(_has_any_global_hook()), *(c.forward for c in _CLASSES)]
-    left = list(modules)
-    # Runs for each request, so it is one loop without function calls: half the time of `modules()`,
-    # which builds names and looks for duplicates.
-    while left:
-        module = left.pop()
-        hooked = bool(module._forward_hooks or module._forward_pre_hooks)
-        seen += (id(module), type(module), hooked or "forward" in module.__dict__)
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None:
-                # An inference tensor has no version counter.
-                version = 0 if tensor.is_inference() else tensor._version
-                seen += (tensor.data_ptr(), version)
-        left += [child for child in module._modules.values() if child is not None]
-    return hash(tuple(seen))
+_FORWARDS = [module_class.forward for module_class in CLASSES]
 
 
 def is_plain(transformer: Transformer) -> bool:
     """Whether a forward pass on the weights alone gives the same as calling the modules: only
     classes of `model/`, linear modules that treat each token alone, and no hooks."""
     untouched = not _has_any_global_hook() and not any(map(_is_touched, transformer.modules()))
-    unpatched = [module_class.forward for module_class in _CLASSES] == _FORWARDS
+    unpatched = [module_class.forward for module_class in CLASSES] == _FORWARDS
     return (
         untouched
         and unpatched

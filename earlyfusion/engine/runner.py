@@ -21,9 +21,8 @@ from earlyfusion.engine.cache import Cache, cache_dtype
 from earlyfusion.engine.draw import Drawer
 from earlyfusion.engine.handle import Handle
 from earlyfusion.engine.module_tree import check_blocks, is_plain
-from earlyfusion.engine.scheduler import Plan
+from earlyfusion.engine.scheduler import Plan, Step
 from earlyfusion.engine.static.bursts import Bursts, serves
-from earlyfusion.engine.step import Step
 from earlyfusion.generation.grammar import Grammar
 from earlyfusion.model.kv_cache import dtype_and_device
 from earlyfusion.model.rotary import changes_at
@@ -80,7 +79,7 @@ class ModelRunner:
             return []
         if self.bursts is not None and steps:
             return self.bursts.draw(handles, steps)
-        step = Step(plan.pieces, self.device)
+        step = Step(plan.pieces)
         x_RD = self.backend.states(step)
         return self.drawer.draw(x_RD, step, handles) if handles else []
 

@@ -4,7 +4,8 @@ end.
 A request reads through branches: one for text, two or three while it draws a guided image. A branch
 lists the tokens to be read, and how many of them its blocks hold. So a prompt read in pieces, a
 single new token and a return after preemption are the same case. Requests are served by priority,
-then by arrival. No tensor appears here.
+then by arrival. A `Plan` is what one step reads, and a `Step` puts its tokens in one row, the same
+for all back ends. No tensor appears here.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import NamedTuple, Protocol
 
 from earlyfusion.engine.blocks import BlockPool, Branch, Copy
@@ -68,6 +70,31 @@ class Plan:
     ready: list[Entry] = field(default_factory=list)
 
 
+class Step:
+    """The tokens of a plan's pieces in one row: single tokens first, by length, then longer pieces.
+    `drawing` are the rows that may be drawn from: the last token of each piece, and its drafts.
+    `row_of` is the index, among these, of a branch's first row."""
+
+    def __init__(self, pieces: Iterable[Piece]) -> None:
+        self.singles: list[Piece] = []
+        self.longer: list[Piece] = []
+        for piece in pieces:
+            (self.longer if piece.size > 1 or piece.drafts else self.singles).append(piece)
+        self.singles.sort(key=attrgetter("start"))
+        self.pieces = [*self.singles, *self.longer]
+        self.tokens: list[int] = []
+        self.positions: list[int] = []
+        self.row_of: dict[Branch, int] = {}
+        self.drawing: list[int] = []
+        for piece in self.pieces:
+            last = len(self.tokens) + piece.size - 1
+            self.tokens += piece.tokens
+            self.positions += range(piece.start, piece.start + piece.rows)
+            self.row_of[piece.branch] = len(self.drawing)
+            self.drawing += range(last, len(self.tokens))
+        self.draws_all = len(self.drawing) == len(self.tokens)
+
+
 class Scheduler:
     """Shares the blocks of the cache among at most `most_running` requests. A step reads at most
     `chunk` tokens of prompts if other requests draw in it, so that these do not wait long, and
@@ -106,15 +133,21 @@ class Scheduler:
     def schedule(self) -> Plan:
         """The next step. The tokens of its pieces count as read from now on."""
         plan = Plan()
-        for entry in list(self.running):
-            if self._missing(entry):
-                self._serve(entry, plan)
+        lacking = [entry for entry in self.running if self._missing(entry)]
+        for entry in lacking:
+            self._serve(entry, plan)
         if self.waiting:
             self._admit(plan)
-        drawing = any(_pending(entry) == len(entry.branches) for entry in self.running)
+        unread = [sum(len(b.tokens) - b.read for b in entry.branches) for entry in self.running]
+        drawing = any(
+            number == len(entry.branches)
+            for entry, number in zip(self.running, unread, strict=True)
+        )
         left = self.chunk if drawing else ALONE * self.chunk
-        for entry in self.running:
-            left -= self._feed(entry, plan, left)
+        for entry, number in zip(self.running, unread, strict=True):
+            # Only `_serve` can leave a running request without the blocks that it needs.
+            if not (entry in lacking and self._missing(entry)):
+                left -= self._feed(entry, number, plan, left)
         return plan
 
     def grow(self, entries: Iterable[Entry], tokens: int) -> None:
@@ -233,35 +266,33 @@ class Scheduler:
         self.waiting.append(entry)
         self.waiting.sort(key=_order)
 
-    def _feed(self, entry: Entry, plan: Plan, left: int) -> int:
-        """Plan the pieces of one request; the number of tokens they take of the step's `chunk`."""
-        if self._missing(entry):
-            return 0
+    def _feed(self, entry: Entry, unread: int, plan: Plan, left: int) -> int:
+        """Plan the pieces of one request with this many unread tokens; the number of tokens that
+        they take of the step's `chunk`."""
         branches, drafts = entry.branches, entry.drafts
-        pending = _pending(entry)
-        single = pending == len(branches)
-        if single or pending <= left:
-            plan.pieces += [self._read(b, len(b.tokens) - b.read, drafts) for b in branches]
+        single = unread == len(branches)
+        if single or unread <= left:
+            for branch in branches:
+                self._read(plan, branch, len(branch.tokens) - branch.read, drafts)
             plan.ready.append(entry)
-            return 0 if single else pending
+            return 0 if single else unread
         # Guidance mixes the logits of all branches, so the last token of each must be read in the
         # same step.
         taken = 0
         for branch in branches:
             number = min(branch.pending - 1, left - taken)
             if number > 0:
-                plan.pieces.append(self._read(branch, number))
+                self._read(plan, branch, number)
                 taken += number
         return taken
 
-    def _read(self, branch: Branch, number: int, drafts: Sequence[int] = ()) -> Piece:
-        piece = Piece(branch, branch.read, number, drafts)
-        self.pool.read(branch, number)
-        return piece
-
-
-def _pending(entry: Entry) -> int:
-    return sum(len(branch.tokens) - branch.read for branch in entry.branches)
+    def _read(self, plan: Plan, branch: Branch, number: int, drafts: Sequence[int] = ()) -> None:
+        plan.pieces.append(Piece(branch, branch.read, number, drafts))
+        # Within the block that the pool knows it to be filling, there is nothing to note.
+        if branch.read + number < branch.filling_to:
+            branch.read += number
+        else:
+            self.pool.read(branch, number)
 
 
 def _order(entry: Entry) -> tuple[int, int]:

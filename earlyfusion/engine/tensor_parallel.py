@@ -45,10 +45,9 @@ from earlyfusion.engine.handle import Handle
 from earlyfusion.engine.module_tree import is_plain
 from earlyfusion.engine.peers import Peers, SharedEmbedding, Summed, peers_of
 from earlyfusion.engine.runner import ModelRunner
-from earlyfusion.engine.scheduler import Piece, Plan
+from earlyfusion.engine.scheduler import Piece, Plan, Step
 from earlyfusion.engine.static.bursts import serves
 from earlyfusion.engine.static.followed import Burst, FollowedBursts
-from earlyfusion.engine.step import Step
 from earlyfusion.errors import SettingError
 from earlyfusion.generation.grammar import Grammar
 from earlyfusion.model.transformer import Block, Transformer
@@ -353,7 +352,7 @@ class _Follower:
             self._cache.copy(copied)
         if plan.pieces:
             self._peers.begin(self._collectives)
-            self._backend.hidden(Step(plan.pieces, self._cache.device))
+            self._backend.hidden(Step(plan.pieces))
 
 
 def _collectives(transformer: Transformer) -> int:

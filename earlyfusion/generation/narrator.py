@@ -1,10 +1,10 @@
-"""Turns the tokens of one reply into events."""
+"""One reply on the host, token by token: `Walk` follows the grammar, `Narrator` makes events."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from earlyfusion.generation.grammar import Walk
+from earlyfusion.generation.grammar import Grammar
 from earlyfusion.generation.request import (
     Event,
     Finished,
@@ -19,8 +19,73 @@ from earlyfusion.generation.request import (
     TokenLogprob,
     Usage,
 )
+from earlyfusion.generation.settings import Output
 from earlyfusion.processor import Processor, TextStream
 from earlyfusion.vocabulary import CODE
+
+
+class Walk:
+    """One row of the grammar's automaton in plain integers, for loops that see every token on the
+    host. Same rules as `Grammar`. `slot` is the slot of the next token: 0 outside of an image.
+    `codes_left` is the number of image codes that must come next."""
+
+    def __init__(self, grammar: Grammar, output: Output, images: int, room: int) -> None:
+        self.grammar = grammar
+        slot, self._images, self._room, self._text = grammar.start_row(output, images, room)
+        self._stand_at(slot)
+
+    @property
+    def state(self) -> list[int]:
+        """This row as `Grammar.mask` takes it."""
+        return [self.slot, self._images, self._room, self._text]
+
+    @property
+    def may_begin(self) -> bool:
+        return self.slot == 0 and self._images > 0 and self._room >= self.grammar.image_tokens
+
+    @property
+    def tokens_left(self) -> int:
+        """The number of tokens that may still come: within an image those of the image."""
+        if self.done:
+            return 0
+        return min(self._room, self.grammar.image_tokens - self.slot) if self.slot else self._room
+
+    @property
+    def text_left(self) -> int:
+        """The number of text tokens that may come before the mask can change: until the end, or
+        until an image that may begin now no longer fits."""
+        if self.in_image or self.done:
+            return 0
+        return self._room - (self.grammar.image_tokens - 1 if self.may_begin else 0)
+
+    @property
+    def forced(self) -> int | None:
+        """The only token that may come; None if there are several."""
+        if self.done:
+            return None
+        if self.in_image:
+            return self.grammar.fixed[self.slot]
+        return None if self._text else self.grammar.begin
+
+    def advance(self, token: int) -> None:
+        """As `Grammar.advance`."""
+        grammar, slot = self.grammar, self.slot
+        begins = slot == 0 and token == grammar.begin
+        stops = slot == 0 and token in grammar.ends
+        if slot or begins:
+            slot = (slot + 1) % grammar.image_tokens
+        self._images -= begins
+        self._room -= 1
+        fits = self._images > 0 and self._room >= grammar.image_tokens
+        stuck = slot == 0 and not self._text and not fits
+        ends = stops or stuck or self._room == 0
+        self._stand_at(grammar.image_tokens if ends else slot)
+
+    def _stand_at(self, slot: int) -> None:
+        self.slot = slot
+        self.done = slot == self.grammar.image_tokens
+        self.in_image = slot > 0 and not self.done
+        self.codes_left = self.grammar.codes_from[slot]
 
 
 class Narrator:

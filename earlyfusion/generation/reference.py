@@ -18,9 +18,9 @@ from torch import Tensor
 
 from earlyfusion.errors import WeightsError
 from earlyfusion.generation import guidance, jacobi
-from earlyfusion.generation.grammar import SLOT, Grammar, Walk
+from earlyfusion.generation.grammar import SLOT, Grammar
 from earlyfusion.generation.jacobi import Window
-from earlyfusion.generation.narrator import Narrator
+from earlyfusion.generation.narrator import Narrator, Walk
 from earlyfusion.generation.request import Event, Request, TokenLogprob
 from earlyfusion.generation.sampler import (
     NEVER,
@@ -32,6 +32,7 @@ from earlyfusion.generation.sampler import (
     uniforms,
     warp,
 )
+from earlyfusion.generation.settings import guidance_weights, seed_of
 from earlyfusion.generation.steering import Steering
 from earlyfusion.model.kv_cache import KVCache, dtype_and_device
 from earlyfusion.model.transformer import Transformer
@@ -122,7 +123,9 @@ class Run:
         device = self._grammar.device
         self._state = self._grammar.start([request.output], [request.images], [request.room])
         self._sampler = Sampler([request.sampling], device)
-        self._generator = generator(request.seed)
+        self._seed = seed_of(request.sampling)
+        self._guidance = guidance_weights(request.sampling)
+        self._generator = generator(self._seed)
         self._window: Window | None = None
         self._history = list(request.ids)
         self._drawn_from = len(self._history)
@@ -142,7 +145,7 @@ class Run:
 
     def draw(self) -> list[int]:
         """The next tokens: one, or those that a window of codes settles."""
-        logits_WV = guidance.mix(self.logits, *self._request.guidance)
+        logits_WV = guidance.mix(self.logits, *self._guidance)
         allowed_BV = self._grammar.mask(self._state)
         if not sound(logits_WV.masked_fill(~allowed_BV, NEVER)).all():
             raise WeightsError(NOT_FINITE)
@@ -177,7 +180,7 @@ class Run:
     def _draw_codes(self, logits_WV: Tensor) -> list[int]:
         if self._window is None:
             start = len(self._history) - self._drawn_from
-            self._window = Window(self._sampling.jacobi or 0, self._request.seed, start)
+            self._window = Window(self._sampling.jacobi or 0, self._seed, start)
         window, left = self._window, self._codes_left
         # Greedy: `settle` keeps the drafts that equal the likeliest codes.
         if self._sampling.image_temperature == 0:
@@ -203,7 +206,7 @@ class Run:
 
     def _open_branches(self) -> None:
         has_images = guidance.has_images(self._history, self._vocabulary)
-        for name in guidance.needed(*self._request.guidance, has_images)[1:]:
+        for name in guidance.needed(*self._guidance, has_images)[1:]:
             prompt = guidance.prompt(
                 name, self._history, self._vocabulary, self._layout, self._negative
             )

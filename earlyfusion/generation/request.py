@@ -37,24 +37,6 @@ class Request:
     layout: ImageLayout | None = None
     adapter: str = ""
 
-    # TypeError: these are mistakes in the calling code, not in what a user gave.
-
-    @property
-    def seed(self) -> int:
-        if self.sampling.seed is None:
-            raise TypeError("a request needs a seed: the caller draws one where the user gave none")
-        return self.sampling.seed
-
-    @property
-    def guidance(self) -> tuple[float, float]:
-        """The weights of guidance: text, image."""
-        text, image = self.sampling.guidance_text, self.sampling.guidance_image
-        if text is None or image is None:
-            raise TypeError(
-                "a request takes resolved SamplingParams: call .resolved(defaults) first"
-            )
-        return text, image
-
 
 @dataclass(frozen=True)
 class Usage:

@@ -11,13 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from earlyfusion.generation.settings import SamplingParams
+from earlyfusion.generation.settings import (
+    DrawSettings,
+    SamplingParams,
+    image_settings,
+    text_settings,
+)
 
 NEVER = -torch.inf
 
@@ -25,21 +29,6 @@ NOT_FINITE = (
     "the weights give numbers that are not finite (NaN or infinite): run `earlyfusion info MODEL` "
     "to see whether its file is damaged, and load what was float16 as bfloat16 or float32"
 )
-
-
-class DrawSettings(NamedTuple):
-    """How one row draws in one modality: 0 turns `top_k` and `min_p` off, 1 the others."""
-
-    temperature: float
-    top_k: float
-    top_p: float
-    min_p: float
-    penalty: float
-
-    @property
-    def cuts(self) -> bool:
-        """Whether any setting cuts the tail of the distribution."""
-        return self.top_k != 0 or self.top_p != 1 or self.min_p != 0
 
 
 @dataclass(frozen=True)
@@ -201,18 +190,3 @@ def _min_p(ascending_BV: Tensor, p_B: Tensor) -> Tensor:
         return ascending_BV
     floor_B1 = ascending_BV[:, -1:] + p_B.log().to(ascending_BV.dtype)[:, None]
     return ascending_BV.masked_fill(ascending_BV < floor_B1, NEVER)
-
-
-def text_settings(p: SamplingParams) -> DrawSettings:
-    return _given(p.temperature, p.top_k, p.top_p, p.min_p, p.repetition_penalty)
-
-
-def image_settings(p: SamplingParams) -> DrawSettings:
-    # Meta's settings of images have neither min-p nor a penalty.
-    return _given(p.image_temperature, p.image_top_k, p.image_top_p, 0.0, 1.0)
-
-
-def _given(*values: float | None) -> DrawSettings:
-    if any(v is None for v in values):
-        raise TypeError("a Sampler takes resolved SamplingParams: call .resolved(defaults) first")
-    return DrawSettings(*(v for v in values if v is not None))

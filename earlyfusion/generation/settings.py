@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from functools import cache
 from numbers import Integral, Real
-from typing import Any, Literal, TypeAlias, TypedDict
+from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict
 
 from earlyfusion.errors import SettingError
 
@@ -178,7 +178,8 @@ class SamplingParams:
         if self.json_schema is not None:
             object.__setattr__(self, "json_schema", _schema(self.json_schema))
         for name in ("json_schema", "regex", "grammar"):
-            _check_shape(name, getattr(self, name))
+            if getattr(self, name) is not None:
+                _check_shape(name, getattr(self, name))
         named = [name for name in _SHAPES if getattr(self, name)]
         if len(named) > 1:
             raise SettingError(f"{named[0]} and {named[1]} both say what text may be: give one")
@@ -222,6 +223,50 @@ class SamplingParams:
     @property
     def stop_strings(self) -> tuple[str, ...]:
         return tuple(self.stop or ())
+
+
+class DrawSettings(NamedTuple):
+    """How one row draws in one modality: 0 turns `top_k` and `min_p` off, 1 the others."""
+
+    temperature: float
+    top_k: float
+    top_p: float
+    min_p: float
+    penalty: float
+
+    @property
+    def cuts(self) -> bool:
+        """Whether any setting cuts the tail of the distribution."""
+        return self.top_k != 0 or self.top_p != 1 or self.min_p != 0
+
+
+def text_settings(p: SamplingParams) -> DrawSettings:
+    return DrawSettings(*_resolved(p.temperature, p.top_k, p.top_p, p.min_p, p.repetition_penalty))
+
+
+def image_settings(p: SamplingParams) -> DrawSettings:
+    # Meta's settings of images have neither min-p nor a penalty.
+    return DrawSettings(*_resolved(p.image_temperature, p.image_top_k, p.image_top_p, 0.0, 1.0))
+
+
+def guidance_weights(p: SamplingParams) -> tuple[float, float]:
+    """The weights of guidance: text, image."""
+    text, image = _resolved(p.guidance_text, p.guidance_image)
+    return text, image
+
+
+def seed_of(p: SamplingParams) -> int:
+    if p.seed is None:
+        raise TypeError("a request needs a seed: the caller draws one where the user gave none")
+    return p.seed
+
+
+def _resolved(*values: float | None) -> list[float]:
+    # TypeError: a mistake in the calling code, not in what a user gave.
+    numbers = [value for value in values if value is not None]
+    if len(numbers) < len(values):
+        raise TypeError("these SamplingParams are not resolved: call .resolved(defaults) first")
+    return numbers
 
 
 def _values(params: SamplingParams) -> dict[str, Any]:
@@ -314,9 +359,9 @@ def _schema(value: Any) -> str:
 
 
 def _check_shape(name: str, value: object) -> None:
-    if value is not None and not (isinstance(value, str) and value):
+    if not isinstance(value, str) or not value:
         raise SettingError(f"{name}={_shown(value)} is not possible: use a text, or leave it out")
-    if isinstance(value, str) and len(value) > _MAX_SHAPE:
+    if len(value) > _MAX_SHAPE:
         raise SettingError(
             f"{name} has {len(value):,} characters, limit {_MAX_SHAPE:,}: shorten it"
         )

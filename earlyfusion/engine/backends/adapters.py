@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from earlyfusion.engine.backends.interface import Backend, Product
-from earlyfusion.engine.scheduler import Piece
-from earlyfusion.engine.step import Step
+from earlyfusion.engine.scheduler import Piece, Step
 from earlyfusion.kernels.cpu_step import Choice
 
 
@@ -39,7 +38,7 @@ class ByAdapter:
         rows: list[int] = []
         parts: list[Tensor] = []
         for name, pieces in groups.items():
-            part = Step(pieces, step.tokens_T.device)
+            part = Step(pieces)
             parts.append(self._backends[name].states(part))
             for piece in part.pieces:
                 first = step.row_of[piece.branch]

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from earlyfusion.engine.blocks import Branch
 from earlyfusion.engine.cache import Cache, LayerCache
-from earlyfusion.engine.scheduler import Piece
-from earlyfusion.engine.step import Step
+from earlyfusion.engine.scheduler import Piece, Step
 
 LookBack: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q_TNH, k_TKH, v_TKH) -> out_TNH of one layer: stores the new keys and values, then attends."""
@@ -60,8 +59,8 @@ class StepAttention:
             for piece in step.pieces
             for position in range(piece.start, piece.start + piece.rows)
         ]
-        self._blocks_T = self._tensor(blocks)
-        self._offsets_T = step.positions_T % size
+        offsets = [position % size for position in step.positions]
+        self._blocks_T, self._offsets_T = self._tensor([blocks, offsets])
         self._groups = list(self._grouped(step.singles))
         self._segments = list(self._segmented(step.longer, len(step.singles)))
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from earlyfusion.engine.backends.head import head_product, whole_logits
-from earlyfusion.engine.backends.interface import Product
+from earlyfusion.engine.backends.interface import Product, head_product, whole_logits
 from earlyfusion.engine.cache import Cache
-from earlyfusion.engine.step import Step
+from earlyfusion.engine.scheduler import Step
 from earlyfusion.kernels.cpu_step import CpuStep, available, fits, own_bits
 from earlyfusion.model.transformer import Transformer
 
@@ -27,7 +27,8 @@ class CompiledTransformer:
         for piece in step.pieces:
             # Compiled code gets the addresses of the block tables: no copy of a table per step.
             tables += [piece.branch.blocks.buffer_info()[0]] * piece.rows
-        x_TD = self._step.states(step.tokens_T, step.positions_T, tables, bool(step.longer))
+        tokens_T, positions_T = torch.tensor([step.tokens, step.positions])
+        x_TD = self._step.states(tokens_T, positions_T, tables, bool(step.longer))
         return x_TD if step.draws_all else x_TD[step.drawing]
 
     def product(self, ids_V: Tensor) -> Product:

@@ -1,13 +1,15 @@
-"""What a back end must do: run the transformer on the tokens of a step, and perhaps draw."""
+"""What a back end must do: run the transformer on the tokens of a step, and perhaps draw. Most use
+`head_product` and `whole_logits` for the head."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from earlyfusion.engine.step import Step
+from earlyfusion.engine.scheduler import Step
 from earlyfusion.kernels.cpu_step import Choice
 
 Product: TypeAlias = Callable[[Tensor], Tensor]
@@ -32,3 +34,28 @@ class Backend(Protocol):
     @property
     def draw(self) -> Callable[[Sequence[Choice]], list[int]] | None:
         """Draws a column per choice, -1 if its logits are not finite. None: torch draws."""
+
+
+def head_product(head: nn.Module, ids_V: Tensor, product: Callable[[Tensor], Product]) -> Product:
+    """States [R, D] -> logits [R, V] of these ids; `product` makes a product of a weight [V, D]."""
+    first, last = int(ids_V[0]), int(ids_V[-1])
+    adjacent = last - first + 1 == len(ids_V)
+    # A slice is a view of the weight, an index a copy.
+    rows = slice(first, last + 1) if adjacent else ids_V
+    if type(head) is nn.Linear:
+        return product(head.weight[rows].detach())
+    # Packed, or with an adapter: only calling the head gives its logits.
+    dtype = _dtype(head)
+    return lambda x_RD: head(x_RD.to(dtype))[:, rows]
+
+
+def whole_logits(head: nn.Module, x_RD: Tensor) -> Tensor:
+    """Logits [R, V] in fp32 of the whole vocabulary."""
+    logits_RV: Tensor = head(x_RD.to(_dtype(head)))
+    return logits_RV.float()
+
+
+def _dtype(head: nn.Module) -> torch.dtype:
+    weight: Any = head.weight
+    dtype: torch.dtype = weight.dtype
+    return dtype

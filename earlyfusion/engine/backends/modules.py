@@ -12,8 +12,7 @@ from torch import Tensor
 from earlyfusion.engine.backends.attention import LookBack, StepAttention
 from earlyfusion.engine.backends.interface import Product
 from earlyfusion.engine.cache import Cache
-from earlyfusion.engine.scheduler import Piece
-from earlyfusion.engine.step import Step
+from earlyfusion.engine.scheduler import Piece, Step
 from earlyfusion.model.transformer import Transformer
 
 
@@ -37,11 +36,14 @@ class CalledTransformer:
 
     def _logits(self, piece: Piece) -> Tensor:
         """Logits after a piece's last token and after each of its drafts."""
-        step = Step([piece], self._cache.device)
+        step = Step([piece])
+        tokens_1T, positions_1T = torch.tensor([[step.tokens], [step.positions]]).to(
+            self._cache.device
+        )
         look_backs = StepAttention(step, self._cache).of_layers()
         attends = [partial(_with_batch, look_back) for look_back in look_backs]
         logits_BTV: Tensor = self._transformer(
-            step.tokens_T[None], step.positions_T[None], attends, last_only=not piece.drafts
+            tokens_1T, positions_1T, attends, last_only=not piece.drafts
         )
         return logits_BTV[0, -1 - len(piece.drafts) :]
 

@@ -21,10 +21,9 @@ from torch import Tensor, nn
 
 from earlyfusion.devices import free_bytes
 from earlyfusion.engine.backends.attention import StepAttention
-from earlyfusion.engine.backends.head import head_product, whole_logits
-from earlyfusion.engine.backends.interface import Product
+from earlyfusion.engine.backends.interface import Product, head_product, whole_logits
 from earlyfusion.engine.cache import Cache
-from earlyfusion.engine.step import Step
+from earlyfusion.engine.scheduler import Step
 from earlyfusion.model.rotary import rotary_tables
 from earlyfusion.model.transformer import Block, RMSNorm, Transformer
 
@@ -74,8 +73,9 @@ class FusedTransformer:
 
     def hidden(self, step: Step) -> Tensor:
         """States [T, D] of all tokens, before the final norm."""
-        positions_T = step.positions_T
-        x_TD = self._embedding(step.tokens_T)
+        # One tensor for both, so that there is one copy to the device.
+        tokens_T, positions_T = torch.tensor([step.tokens, step.positions]).to(self._cache.device)
+        x_TD = self._embedding(tokens_T)
         cos_T1H, sin_T1H = self._cos_P1H[positions_T], self._sin_P1H[positions_T]
         attends = StepAttention(step, self._cache).of_layers()
         for layer, attend in zip(self.layers, attends, strict=True):

@@ -22,7 +22,8 @@ from earlyfusion.engine.blocks import BLOCK_SIZE, Branch
 from earlyfusion.engine.cache import Cache
 from earlyfusion.engine.handle import Handle
 from earlyfusion.generation.grammar import Grammar
-from earlyfusion.generation.sampler import DrawSettings, Warp
+from earlyfusion.generation.sampler import Warp
+from earlyfusion.generation.settings import DrawSettings
 
 MOST_STEPS = 32
 SKIPPED = -2

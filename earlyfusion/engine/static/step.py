@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from earlyfusion.engine.backends.head import whole_logits
+from earlyfusion.engine.backends.interface import whole_logits
 from earlyfusion.engine.backends.torch import FusedTransformer
 from earlyfusion.engine.draw import NOTHING
 from earlyfusion.engine.static.grammars import Grammars
