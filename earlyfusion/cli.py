@@ -32,11 +32,11 @@ from earlyfusion.devices import (
 from earlyfusion.errors import EarlyFusionError, PromptError, SettingError
 from earlyfusion.generation.settings import Output, SamplingParams
 from earlyfusion.options import FieldsOf, bytes_option, whole_option, with_options
+from earlyfusion.serve.options import DELIVERIES, ServeOptions
 
 if TYPE_CHECKING:
     from earlyfusion.api import Chameleon
     from earlyfusion.content import Image, Prompt
-    from earlyfusion.serve.options import ServeOptions
     from earlyfusion.serve.process import Child
     from earlyfusion.serve.spawn import LoadPlan
 
@@ -761,10 +761,12 @@ def bench(
 )
 def serve(
     model: ModelName = "mini",
-    host: Annotated[str, typer.Option(help="Others than this machine need an API key.")] = (
-        "127.0.0.1"
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; other machines need an API key.")
+    ] = ServeOptions.host,
+    port: Annotated[int, whole_option("Port to listen on; 0 takes any free one.")] = (
+        ServeOptions.port
     ),
-    port: Annotated[int, whole_option("0 takes any free one.")] = 8000,
     api_key: Annotated[
         list[str] | None,
         typer.Option(
@@ -775,31 +777,34 @@ def serve(
     ] = None,
     name: Annotated[
         str, typer.Option(help="The model's name for clients; if not given, that of --model.")
-    ] = "",
+    ] = ServeOptions.name,
     lenient: Annotated[
         bool, typer.Option("--lenient", help="Ignore unknown fields, and list them in a header.")
-    ] = False,
-    max_queue: Annotated[int, whole_option("Most requests that wait; more get 429.")] = 256,
+    ] = ServeOptions.lenient,
+    max_queue: Annotated[int, whole_option("Most requests that wait; others get 429.")] = (
+        ServeOptions.max_queue
+    ),
     allow_image_urls: Annotated[
         bool, typer.Option("--allow-image-urls", help="Fetch pictures from public addresses.")
-    ] = False,
+    ] = ServeOptions.allow_image_urls,
     cors_origin: Annotated[
-        list[str] | None, typer.Option(help="A web page that may ask; may be repeated.")
+        list[str] | None,
+        typer.Option(help="Origin of a web page that may call the server; may be repeated."),
     ] = None,
     public_url: Annotated[
-        str, typer.Option(help="Where clients reach the server, for addresses of pictures.")
-    ] = "",
+        str, typer.Option(help="The server's address for clients, in addresses of pictures.")
+    ] = ServeOptions.public_url,
     image_delivery: Annotated[
         str,
         typer.Option(
-            metavar="images|markdown|both",
-            help="How chats get pictures, where the request does not say; markdown keeps them in "
-            "their place in Open WebUI.",
+            metavar="|".join(DELIVERIES),
+            help="How chats get pictures if the request does not say; with markdown, Open WebUI "
+            "shows them between the texts.",
         ),
-    ] = "images",
+    ] = ServeOptions.image_delivery,
     step_timeout: Annotated[
         int, whole_option("Seconds after which a step of the engine counts as hung.")
-    ] = 300,
+    ] = int(ServeOptions.step_timeout),
     adapter: Annotated[
         list[str] | None,
         typer.Option(
@@ -812,16 +817,16 @@ def serve(
     replicas: Annotated[
         int,
         whole_option(
-            "Engines behind this server, each with the weights and a cache of its own: on a CPU "
-            "they share the cores, else each takes a GPU."
+            "Number of engines, each with its own weights and cache: on a CPU they share the "
+            "cores, else each takes a GPU."
         ),
     ] = 1,
     ray: Annotated[
         bool,
         typer.Option(
             "--ray",
-            help="Run the engines on the machines of a Ray cluster, that of RAY_ADDRESS, or else "
-            "on this one.",
+            help="Run the engines on the Ray cluster at RAY_ADDRESS; without an address, on this "
+            "machine.",
         ),
     ] = False,
     fit: Fit = None,
@@ -832,7 +837,7 @@ def serve(
 ) -> None:
     """Serve OpenAI's API, with pictures in and out: chat, responses, images, completions, files."""
     from earlyfusion.serve import check_installed
-    from earlyfusion.serve.options import ServeOptions, adapters_of, check_replicas
+    from earlyfusion.serve.options import adapters_of, check_replicas
 
     check_installed()
     check_replicas(replicas)

@@ -49,7 +49,7 @@ from earlyfusion.serve.responses import ResponseReply
 from earlyfusion.serve.service import Service
 
 Body = TypeVar("Body", bound=Wire)
-STALE_SECONDS = 10.0  # of an engine that makes no step
+STALE_SECONDS = 10.0  # without a step, after which the engine counts as stuck
 IGNORED = "x-ignored-fields"
 _LARGE_JSON = 1_000_000
 _MOST_FORM_FIELDS = 100
@@ -58,8 +58,8 @@ _MOST_FORM_FIELDS = 100
 def make_app(
     model: Chameleon, options: ServeOptions | None = None, remote: Remotes = None
 ) -> FastAPI:
-    """The application that serves a model; its `state.service` holds what it runs on. With
-    `remote` the engine is there, or the engines are, and `model` is its front."""
+    """The application that serves a model; its `Service` is `state.service`. With `remote` one
+    engine or several run in other processes, and `model` is the front of one."""
     service = Service(model, options or ServeOptions(), remote)
 
     @asynccontextmanager
@@ -74,7 +74,7 @@ def make_app(
         title="earlyfusion",
         version=__version__,
         lifespan=lifespan,
-        docs_url=None,  # both would load scripts from elsewhere
+        docs_url=None,  # both pages would load scripts from other servers
         redoc_url=None,
         default_response_class=JsonReply,
     )
@@ -346,7 +346,7 @@ class _Routes:
         return JsonReply(content, 200 if well else 503)
 
     async def ready(self) -> Response:
-        """Whether requests are taken in."""
+        """Whether requests are accepted."""
         driver = self._service.driver
         well = driver.ready and not driver.draining and driver.healthy
         return JsonReply({"ready": well}, 200 if well else 503)
@@ -357,7 +357,7 @@ class _Routes:
     # --- bodies ---
 
     async def _body(self, request: Request, model: type[Body]) -> tuple[Body, dict[str, str]]:
-        """The body, and a header that lists what was ignored of it."""
+        """The body, and a header that lists its ignored fields."""
         content = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         # A browser sends other types to foreign servers without asking them first.
         if content != "application/json":
@@ -454,7 +454,7 @@ _ERROR = {
 
 
 def _answers(path: str, streams: bool) -> dict[str, Any]:
-    """What a route answers, as OpenAPI says it: its reply, and errors."""
+    """The replies and errors of a route, in OpenAPI's terms."""
     plain: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
     if path == "/metrics":
         good: dict[str, Any] = {"text/plain": {}}
@@ -476,8 +476,8 @@ def _component(name: str) -> str:
 
 
 def _described(app: FastAPI, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The OpenAPI file, with the definitions of bodies where their references look for them, and
-    the one form of all errors."""
+    """The OpenAPI file. Adds the definitions of the bodies under the names that refer to them, and
+    the schema that all errors share."""
     described = make()
     schemas = described.setdefault("components", {})["schemas"] = {"Error": _ERROR}
     for path, methods in described["paths"].items():

@@ -35,7 +35,7 @@ from earlyfusion.serve.store import StoredFile
 
 
 def spec_of(body: ChatRequest) -> GenerationSpec:
-    """What a body asks of the model."""
+    """The request that a body makes, without its prompt."""
     sampling = body.sampling()
     for limit in (body.max_completion_tokens, body.max_tokens):  # two names, one of them given
         if limit is not None:
@@ -62,7 +62,7 @@ def _output(body: ChatRequest) -> Output:
 
 
 class ChatReply:
-    """Renders the replies to one body. `base` is where the server is reached."""
+    """Renders the replies to one body. `base` is the address of the server."""
 
     def __init__(self, service: Service, body: ChatRequest, prepared: Prepared, base: str) -> None:
         self._service, self._body, self._prepared, self._base = service, body, prepared, base
@@ -151,7 +151,7 @@ class ChatReply:
 
     @property
     def delivery(self) -> str:
-        """How pictures are sent."""
+        """Where pictures are sent: in `images`, in the text as markdown, or both."""
         return self._body.image_delivery or self._service.options.image_delivery
 
     @property
@@ -167,7 +167,7 @@ class ChatReply:
 
 
 class _Choice:
-    """Events of one choice to deltas; `parts` is the order of what was shown."""
+    """Turns the events of one choice into deltas; `parts` lists its segments in order."""
 
     def __init__(self, reply: ChatReply, index: int) -> None:
         self.index, self.parts = index, list[dict[str, Any]]()
@@ -177,7 +177,7 @@ class _Choice:
         self._logprobs: list[dict[str, Any]] = []
 
     async def deltas(self, event: Event) -> AsyncIterator[dict[str, Any]]:
-        """What an event adds to the message."""
+        """The deltas of one event."""
         body = self._reply.body
         if isinstance(event, TokenDrawn):
             entry = logprob_entry(self._reply.service.model, event.logprob)
@@ -210,7 +210,7 @@ class _Choice:
         return self._gap(text=True) + shown
 
     def _gap(self, text: bool) -> str:
-        """What parts a segment from the one before it, where both stand in `content`."""
+        """The separator between two segments that are both in `content`."""
         first, self._anything = not self._anything, True
         if first:
             return ""

@@ -14,7 +14,7 @@ from earlyfusion.serve.service import GenerationSpec, Prepared, Service
 
 
 def spec_of(body: CompletionRequest) -> GenerationSpec:
-    """What a body asks of the model."""
+    """The request that a body makes, without its prompt."""
     sampling = body.sampling()
     if body.max_tokens is not None:
         sampling["max_tokens"] = body.max_tokens
@@ -24,7 +24,7 @@ def spec_of(body: CompletionRequest) -> GenerationSpec:
 
 
 def prompts_of(body: CompletionRequest) -> list[str]:
-    """Its prompts, of which each gets `n` choices."""
+    """The prompts of a body, each of which gets `n` choices."""
     return [body.prompt] if isinstance(body.prompt, str) else body.prompt
 
 
@@ -85,7 +85,7 @@ class CompletionReply:
 
 
 class _Choice:
-    """Text and log-probabilities of one choice; the offsets are those in its text."""
+    """Text and log-probabilities of one choice; offsets count the characters of its text."""
 
     def __init__(self, service: Service) -> None:
         self._model, self._trimmer = service.model, Trimmer()

@@ -1,9 +1,9 @@
-"""Files of drawn pictures: their codes decoded and encoded as PNG, WEBP or JPEG.
+"""Files of drawn pictures: codes are decoded, and the pixels encoded as PNG, WEBP or JPEG.
 
-Where the engine has a process of its own, and the model is on a CPU, this work has one too. In a
-thread beside the event loop it would take Python's lock hundreds of times a picture, and every
-client would wait for it. The process starts with the first picture; until it is there, and if it
-ends, threads do the work.
+If the engine runs in another process and the model is on a CPU, pictures are decoded in a third
+process. A thread beside the event loop would take Python's lock hundreds of times per picture, and
+every client would wait for it. The process starts with the first picture. Until it has started, and
+if it ends, threads decode.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Drawn(NamedTuple):
 
 
 class Decoder:
-    """Makes the files of one server. `threads` work where there is no process."""
+    """Makes the files of one server. Without a process, `threads` decode."""
 
     def __init__(self, model: Chameleon, threads: Executor, apart: bool) -> None:
         self._model, self._threads, self._apart = model, threads, apart
@@ -44,7 +44,7 @@ class Decoder:
         self._starting = self._closed = False
 
     async def file(self, event: ImageDone | ImagePreview, form: Format, compression: int) -> Drawn:
-        """The file of a picture, or of one in the making."""
+        """The file of a whole or an unfinished picture."""
         loop = asyncio.get_running_loop()
         pool = self._started()
         if pool is not None:
@@ -67,7 +67,7 @@ class Decoder:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _started(self) -> ProcessPoolExecutor | None:
-        """The process, which is started if there is none and none is on its way."""
+        """The process; None until it has started. Starts it if none is starting."""
         if self._apart and self._pool is None and not self._starting:
             self._starting = True
             Thread(target=self._start, name="start decoder", daemon=True).start()
@@ -99,7 +99,7 @@ class Decoder:
 def drawn(
     model: Chameleon, event: ImageDone | ImagePreview, form: Format, compression: int
 ) -> Drawn:
-    """The same, here and now."""
+    """As `Decoder.file`, in the calling thread."""
     shown = model.with_pixels(event)
     assert isinstance(shown, ImageDone | ImagePreview) and shown.pil is not None
     return Drawn(encoded(shown.pil, form, compression), pixels_digest(shown.pil))
@@ -109,7 +109,7 @@ _there: list[Chameleon] = []  # in the decoder's process: its model
 
 
 def _begin(model: Chameleon) -> None:
-    # A signal for the whole group is for the server, which then ends this process.
+    # A signal to the process group is meant for the server, which then ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     Thread(target=_end_with_server, name="watch", daemon=True).start()

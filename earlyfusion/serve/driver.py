@@ -27,13 +27,13 @@ from earlyfusion.serve.process import MAX_FAILURES, GoneError, RemoteEngine, Rem
 
 log = logging.getLogger("earlyfusion.serve")
 
-IDLE_SECONDS = 1.0  # between two heartbeats of an idle engine
-REPLIES_AT_ONCE = 8  # that the loop wakes before it looks at its sockets again
+IDLE_SECONDS = 1.0  # between two heartbeats of an idle driver
+REPLIES_AT_ONCE = 8  # woken before the event loop looks at its sockets again
 MAX_PAUSE = 30.0  # seconds between two attempts to start the engine's process
 
 
 class FullError(Exception):
-    """The queue has no room for a request; `seconds` is when to ask again."""
+    """The queue is full; ask again in `seconds`."""
 
     def __init__(self, limit: int, seconds: float) -> None:
         super().__init__(f"{limit} requests are under way or waiting, the limit")
@@ -64,7 +64,7 @@ class _Job:
 
 @dataclass
 class _News:
-    """What a step brought to one job."""
+    """The events of one step for one job, or the error that ended it."""
 
     job: _Job
     events: list[Event] = field(default_factory=list)
@@ -81,7 +81,7 @@ class Batch:
         self.count, self.admitted = count, monotonic()
         self.requests: list[Request] = []
         self.cancelled = False
-        self.spoken, self.drawing_since = False, self.admitted  # for the metrics
+        self.spoken, self.drawing_since = False, self.admitted  # for metrics.py
         self._driver, self._left = driver, 0
         self._news: deque[tuple[int, Event]] = deque()
         self._error: BaseException | None = None
@@ -91,11 +91,11 @@ class Batch:
 
     @property
     def goes_on(self) -> bool:
-        """Whether what comes next is here already: `events` will not wait for the engine."""
+        """Whether `events` can go on without waiting for the engine."""
         return bool(self._news) or self._left == 0
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """Hand the requests to the engine. Raises where one of them can never run."""
+        """Hand the requests to the engine. Raises an `EarlyFusionError` if one can never run."""
         for request in requests:
             self._driver.engine.check(request)
         self.requests, self._left = list(requests), len(requests)
@@ -106,7 +106,7 @@ class Batch:
     ) -> AsyncIterator[tuple[int, Event] | None]:
         """(number of the request, event) as they come; None after `tick` seconds without any.
 
-        Raises what ended one of the requests, or `LateError` after `timeout` seconds.
+        Raises the error that ended a request, or `LateError` after `timeout` seconds.
         """
         end = None if timeout is None else self.admitted + timeout
         while self._left:
@@ -132,7 +132,8 @@ class Batch:
         return replies
 
     def close(self) -> None:
-        """Leave the queue, and end the requests that still run. May be called twice."""
+        """Give the room in the queue back, and end the requests that still run. May be called
+        twice."""
         if not self.cancelled:
             self.cancelled = True
             if self._alarm is not None:
@@ -143,13 +144,13 @@ class Batch:
                 self._driver.observe_cancel(self)
 
     def receive(self, news: _News) -> None:
-        """Take what a step brought; called on the event loop."""
+        """Take the news of a step; called on the event loop."""
         self._news.extend((news.job.index, event) for event in news.events)
         self._error = self._error or news.error
         self._wake(True)
 
     async def _more(self, seconds: float | None) -> bool:
-        """Whether anything came within so many seconds."""
+        """Whether anything came within `seconds`; None waits without limit."""
         if self._news or self._error is not None:
             return True
         loop = asyncio.get_running_loop()
@@ -164,8 +165,8 @@ class Batch:
             self._waiter = None
 
     def _set_alarm(self, loop: asyncio.AbstractEventLoop) -> None:
-        # One timer for many waits, as most of them end long before it: each would cost as much as
-        # the event that it waits for.
+        # One timer serves many waits, since most end long before it: a timer per wait would cost as
+        # much as the event.
         if self._alarm is not None:
             self._alarm.cancel()
         self._alarm = loop.call_at(self._due, self._ring, loop)
@@ -187,9 +188,8 @@ class Batch:
 class Driver:
     """The thread that steps the engine of a model, and the queue before it.
 
-    At most `max_queue` requests wait beside those that run. `observe` is called on the event
-    loop with each (batch, event) as it arrives. With `remote` the engine is in a process of its
-    own, which is started again whenever it ends; without, it is the model's.
+    At most `max_queue` requests wait beside those that run. With `remote` the engine runs in
+    another process, which is started again whenever it ends; without, it is the model's engine.
     """
 
     def __init__(
@@ -202,9 +202,9 @@ class Driver:
         self.observe: Callable[[Batch, Event], None] = lambda batch, event: None
         self.observe_cancel: Callable[[Batch], None] = lambda batch: None
         self._admitted = 0
-        self._batches: dict[Batch, None] = {}  # that hold room, the oldest first
-        self._seconds = 1.0  # a moving mean of how long a batch holds its room
-        self._arrived: dict[_Job, _News] = {}  # on their way to the replies
+        self._batches: dict[Batch, None] = {}  # that have room in the queue, the oldest first
+        self._seconds = 1.0  # moving mean of the time from admission to `close`
+        self._arrived: dict[_Job, _News] = {}  # news that the replies have not been given yet
         self._inbox: list[_Job] = []
         self._jobs: list[_Job] = []
         self._wake = Condition()
@@ -243,7 +243,7 @@ class Driver:
 
     @property
     def silent_seconds(self) -> float:
-        """How long ago the thread last made a step, or looked whether there was one to make."""
+        """Seconds since the thread last made a step, or found nothing to do."""
         return monotonic() - self._beat
 
     @property
@@ -257,7 +257,8 @@ class Driver:
         return int(self.ready and not self.draining)
 
     def watch(self, event: Callable[[Batch, Event], None], cancel: Callable[[Batch], None]) -> None:
-        """Call these with each event that arrives, and when a client has gone."""
+        """On the event loop, call `event` with each event that arrives, and `cancel` when a client
+        leaves early."""
         self.observe, self.observe_cancel = event, cancel
 
     def start(self) -> None:
@@ -267,7 +268,8 @@ class Driver:
         self._thread.start()
 
     async def warm_up(self) -> None:
-        """Answer one request, so that the first client does not wait for what is built once."""
+        """Answer one request, so that everything that is built once is ready for the first
+        client."""
         batch = self.admit(1, warming=True)
         try:
             request = await asyncio.to_thread(
@@ -311,14 +313,14 @@ class Driver:
                 self._notify()
 
     async def drain(self, seconds: float) -> None:
-        """Take nothing in any more, and wait until everything is answered."""
+        """Admit nothing more, and wait until everything is answered."""
         self.draining = True
         end = monotonic() + seconds
         while self._admitted and monotonic() < end:
             await asyncio.sleep(0.02)
 
     def stop(self) -> None:
-        """End the thread after the step that it is in, and what is still under way."""
+        """End the thread after its present step, and all requests under way."""
         self.draining = True
         with self._wake:
             self._stopping = True
@@ -329,7 +331,7 @@ class Driver:
             if job.handle is not None:
                 job.handle.cancel()
         if self.remote is None:
-            _ = self.model.engine.busy  # lets go of what was cancelled
+            _ = self.model.engine.busy  # ends cancelled requests
         else:
             self.remote.close()
 
@@ -342,17 +344,17 @@ class Driver:
     def _retry_seconds(self) -> float:
         ahead = max(self._admitted, 1) / self.engine.most_running
         oldest = next(iter(self._batches), None)
-        # What runs longer than the mean shows that the mean is too small by now.
+        # A batch that has run longer than the mean shows that the mean is too small.
         age = 0.0 if oldest is None else monotonic() - oldest.admitted
         seconds = min(max(max(self._seconds, age) * ahead, 1), 40)
-        # Clients that are refused together must not come back together.
+        # So that clients refused together do not come back together.
         return seconds * uniform(0.5, 1.5)
 
     def _run(self) -> None:
         try:
             self._drive()
         except Exception as error:
-            # Nothing above should raise; if it does, nobody may wait for a thread that is gone.
+            # Nothing above should raise; if it does, nobody may wait for a thread that has ended.
             log.exception("the engine's thread ended")
             self.draining = True
             waiting = [*self._jobs, *self._inbox]
@@ -364,7 +366,7 @@ class Driver:
             engine = self.engine
             self._admit_inbox(engine)
             self._drop_cancelled()
-            # `busy` lets go of what was cancelled, so that its blocks are free before the step.
+            # `busy` ends cancelled requests, so that their blocks are free before the step.
             if engine.busy:
                 self._step(engine)
             self._hand_over([news for job in self._jobs if (news := self._news_of(job))])
@@ -372,7 +374,7 @@ class Driver:
             self._beat = monotonic()
 
     def _await_work(self) -> bool:
-        """Wait until there is something to do; False when the thread shall end."""
+        """Wait until there is something to do; False if the thread must end."""
         while not self._wait_for_work():
             self._listen()
         if self._has_died and not self._stopping:
@@ -392,7 +394,7 @@ class Driver:
         return bool(self._inbox or self._jobs) or self._stopping or self._has_died
 
     def _listen(self) -> None:
-        """Hear what the engine's process says while it is idle."""
+        """Read the messages of an idle engine's process."""
         if self.remote is not None and not self.remote.busy:
             try:
                 self.remote.listen()
@@ -404,8 +406,7 @@ class Driver:
         return self.remote is not None and not self.remote.alive
 
     def _restart(self) -> None:
-        """Start the engine's process again, however often that takes; nothing is admitted
-        meanwhile."""
+        """Start the engine's process again, as often as needed; nothing is admitted meanwhile."""
         assert self.remote is not None
         self.ready, pause = False, 1.0
         self._fail_all(GoneError("the engine's process ended"))
@@ -414,7 +415,7 @@ class Driver:
             self.remote.end()
             log.error("the engine's process is started again")
             try:
-                # The same model: its pictures' part, with a file per tensor, is here already.
+                # Keep the model: the image tokenizer is here already, with an open file per tensor.
                 self.remote.front = replace(self.remote.start(), model=self.model)
             except Exception:
                 log.exception("the engine's process did not start")
@@ -440,7 +441,7 @@ class Driver:
     def _drop_cancelled(self) -> None:
         left: list[_Job] = []
         for job in self._jobs:
-            # Looked at once: the event loop may cancel a batch at any time.
+            # Read once: the event loop may cancel a batch at any time.
             if not job.batch.cancelled:
                 left.append(job)
             elif job.handle is not None:
@@ -464,7 +465,7 @@ class Driver:
             self.failures = 0
 
     def _fail_all(self, error: Exception) -> None:
-        """End all requests, whether or not the engine has ended them: what it holds is unknown."""
+        """End all requests. Which ones the engine has ended itself is unknown."""
         for job in self._jobs:
             if job.handle is not None:
                 job.handle.cancel()
@@ -474,7 +475,7 @@ class Driver:
     def _news_of(self, job: _Job) -> _News | None:
         handle = job.handle
         assert handle is not None
-        # First whether it is over, then its events: another thread may step the engine, too.
+        # Read `over` before the events, as another thread may step the engine too.
         job.over = handle.finished or handle.error is not None
         job.started = job.started or bool(handle.tokens)
         if not handle.events and handle.error is None:
@@ -495,14 +496,14 @@ class Driver:
             known = self._arrived.get(one.job)
             if known is None:
                 self._arrived[one.job] = one
-            else:  # the loop is behind: one wake-up will do for both
+            else:  # the loop has not read the last news: one call delivers both
                 known.events += one.events
                 known.error = known.error or one.error
         if idle:
             self._deliver()
 
     def _deliver(self) -> None:
-        """Wake a few of the replies that have news; go on after a look at the sockets."""
+        """Wake a few of the replies that have news; the rest after a look at the sockets."""
         for job in [*islice(self._arrived, REPLIES_AT_ONCE)]:
             news = self._arrived.pop(job)
             if not job.batch.cancelled:
@@ -514,7 +515,7 @@ class Driver:
 
 
 def _public(error: BaseException) -> BaseException:
-    """The error that a client may see: its mistake as it is, anything else without details."""
+    """The error that a client may see: a mistake of its own unchanged, others without details."""
     if isinstance(error, EarlyFusionError):
         return error
     broken = BrokenError("a step of the engine failed")

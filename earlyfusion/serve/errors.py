@@ -1,4 +1,5 @@
-"""Errors as a client sees them, in OpenAI's shape. Texts are fixed: nothing of the inside leaks."""
+"""Errors as a client sees them, in OpenAI's form. Their texts are fixed, so that no details
+leak."""
 
 from __future__ import annotations
 
@@ -74,7 +75,7 @@ def as_api_error(error: BaseException) -> ApiError:
 
 
 def reported(error: BaseException) -> ApiError:
-    """The same; what nobody foresaw is logged."""
+    """As `as_api_error`; logs an error that nobody foresaw."""
     wire = as_api_error(error)
     if wire.code == "internal":
         log.error("a request failed", exc_info=error)

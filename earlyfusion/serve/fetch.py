@@ -1,4 +1,4 @@
-"""Pictures at foreign addresses, for servers that are started with --allow-image-urls.
+"""Fetches pictures from addresses, for servers that are started with --allow-image-urls.
 
 An address is read by one parser and resolved once; the connection goes to the address that was
 checked, so a name that resolves differently the second time changes nothing. Only public addresses
@@ -28,8 +28,8 @@ REDIRECTS = 3
 _PORTS = {"http": 80, "https": 443}
 _CHUNK = 65_536
 _HOST = re.compile(r"[A-Za-z0-9.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\]")
-# Ranges that ipaddress calls global, but that lead back inside: NAT64, 6to4 and Teredo carry an
-# IPv4 address of anyone's choice.
+# ipaddress calls these ranges global, but they can lead to a private network: NAT64, 6to4 and
+# Teredo addresses contain an IPv4 address of anyone's choice.
 _TUNNELS = [
     ipaddress.ip_network(n) for n in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32")
 ]
@@ -50,8 +50,8 @@ def fetched(address: str, resolve: Resolve | None = None) -> bytes:
 
 
 def checked(address: str, resolve: Resolve | None = None) -> tuple[SplitResult, str]:
-    """The parts of an address and the public IP address that its host has. Raises `ApiError`."""
-    # What parsers read differently is refused before any of them sees it.
+    """The parts of an address, and a public IP address of its host. Raises `ApiError`."""
+    # Refuse what different parsers read differently.
     if not address.isascii() or re.search(r"[\x00-\x20\x7f\\]", address):
         raise _refused("it holds blanks, control characters, backslashes or letters beyond ASCII")
     try:
@@ -79,7 +79,7 @@ def _public(host: str, port: int, resolve: Resolve) -> str:
         found = []
     if not found:
         raise _refused("its host has no address")
-    # All of them: which one a name has first may change.
+    # All of them: their order may change.
     if not all(_is_public(one) for one in found):
         raise _refused("its host is not on the public internet")
     return found[0]
@@ -104,10 +104,10 @@ def _is_public(text: str) -> bool:
 
 
 def _get(parts: SplitResult, target: str, end: float) -> bytes | str:
-    """The body, or where a redirect leads to."""
+    """The body, or the address that a redirect leads to."""
     connection = _Pinned(parts, target, end)
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    # A server that sends a byte now and then never runs into the socket's own timeout.
+    # The socket's own timeout never ends a server that sends a byte now and then.
     timer = Timer(max(end - monotonic(), 0), connection.abort)
     timer.start()
     try:
@@ -137,7 +137,7 @@ def _body(reply: http.client.HTTPResponse, end: float) -> bytes:
 
 
 class _Pinned(http.client.HTTPConnection):
-    """A connection to one IP address, for the host of an address."""
+    """A connection to a given IP address of a host."""
 
     def __init__(self, parts: SplitResult, target: str, end: float) -> None:
         super().__init__(parts.hostname or "", _PORTS[parts.scheme])
@@ -151,7 +151,7 @@ class _Pinned(http.client.HTTPConnection):
             self.sock = context.wrap_socket(self.sock, server_hostname=self.host)
 
     def abort(self) -> None:
-        """End whatever the connection waits for; called from another thread."""
+        """End the connection, even while it waits; called from another thread."""
         if self.sock is not None:
             with suppress(OSError):
                 self.sock.shutdown(socket.SHUT_RDWR)

@@ -1,4 +1,4 @@
-"""What every HTTP request passes: request ids, keys, the limit of bodies, the log and its count.
+"""Every HTTP request passes here: request ids, API keys, the limit of bodies, log and metrics.
 
 Plain ASGI, so that streams and disconnections pass through untouched.
 """
@@ -25,7 +25,7 @@ from earlyfusion.serve.service import Service
 
 log = logging.getLogger("earlyfusion.serve")
 BODY_SECONDS = 30.0  # between two pieces of a body
-# Routes that take room in the queue: when it is full, their bodies are not even read.
+# Routes that need room in the queue: if it is full, their bodies are not even read.
 _GENERATES = {
     "/v1/chat/completions",
     "/v1/completions",
@@ -84,8 +84,8 @@ class Gate:
         )
 
     def _foreign_host(self, host: str) -> ApiError | None:
-        """Without keys only this machine may ask: a page of the web whose name was pointed here
-        (DNS rebinding) sends the name of its site as the host."""
+        """The error for a Host that is not this machine, on a server without keys. A web page whose
+        name was pointed here (DNS rebinding) sends the name of its site."""
         try:
             name = urlsplit(f"//{host}").hostname or ""
         except ValueError:
@@ -101,7 +101,7 @@ class Gate:
         )
 
     def _is_open(self, scope: Scope) -> bool:
-        """Whether this needs no key: health, and pictures at signed addresses."""
+        """Whether a path needs no key: health, and pictures at signed addresses."""
         if scope["path"] in _OPEN:
             return True
         found = _CONTENT.fullmatch(scope["path"])
@@ -111,7 +111,7 @@ class Gate:
     def _has_key(self, header: str) -> bool:
         scheme, _, key = header.partition(" ")
         digest = sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
-        # All of them are compared, whichever fits.
+        # Compare all of them, so that the time does not show which one fits.
         fits = [hmac.compare_digest(digest, known) for known in self._keys]
         return scheme.lower() == "bearer" and any(fits)
 
@@ -132,7 +132,7 @@ class Gate:
 
 
 class _Visit:
-    """One HTTP request: its id, its status, and how much of its body came."""
+    """One HTTP request: its id, its status, and the bytes that its body may still have."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, max_bytes: int) -> None:
         self.scope, self._receive, self._send = scope, receive, send
@@ -150,7 +150,7 @@ class _Visit:
         """The body, up to the limit. Raises `ApiError` with status 413."""
         if self._announced > self._max_bytes:
             raise self._too_large()
-        # Once the body is whole, this waits for the client to leave, which may take long.
+        # Behind the body this waits for the client to leave, which may take long: no time limit.
         try:
             async with asyncio.timeout(None if self._whole else BODY_SECONDS):
                 message = await self._receive()
@@ -172,7 +172,7 @@ class _Visit:
 
     def _too_large(self) -> ApiError:
         self._announced = 0
-        self._left = 2**62  # what still comes is thrown away
+        self._left = 2**62  # the rest of the body is thrown away
         return ApiError(
             413,
             f"the body has over {self._max_bytes:,} bytes, the limit: send smaller pictures, or "

@@ -16,7 +16,7 @@ from earlyfusion.serve.service import GenerationSpec, Prepared, Service
 
 
 def spec_of(body: ImageOptions) -> GenerationSpec:
-    """What a body asks of the model."""
+    """The request that a body makes, without its prompt."""
     return GenerationSpec(
         "image",
         body.sampling(),
@@ -29,7 +29,7 @@ def spec_of(body: ImageOptions) -> GenerationSpec:
 
 
 def prompt_of(pictures: Sequence[Image], words: str) -> Prompt:
-    """Pictures, then the words about them: one turn of the user's."""
+    """One turn of the user: pictures, then the words about them."""
     parts: list[Part] = [*pictures, Text(words)]
     return [Message("user", parts)]
 
@@ -58,8 +58,8 @@ class ImagesReply:
         }
 
     async def stream(self) -> AsyncIterator[bytes]:
-        """`partial_image` events, and a `completed` one for each picture. Of several pictures
-        `image_index`, which is ours, says which one it is."""
+        """`partial_image` events, and a `completed` one for each picture. `image_index`, an
+        addition to OpenAI's fields, numbers the pictures."""
         options, body = self._service.options, self._body
         partials, files = [0] * body.n, dict[int, bytes]()
         async for news in self._prepared.batch.events(options.keepalive, options.timeout):

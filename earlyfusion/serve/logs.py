@@ -12,7 +12,7 @@ _FIELDS = ("request_id", "method", "path", "status", "ms", "failures", "reason")
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object per record. Prompts and replies are in none."""
+    """One JSON object per record, without prompts and replies."""
 
     def format(self, record: logging.LogRecord) -> str:
         entry: dict[str, Any] = {
@@ -29,8 +29,8 @@ class JsonLines(logging.Formatter):
 
 
 def log_as_json() -> None:
-    """Write the records of this process, of the server and of uvicorn, to standard error, one JSON
-    object a line."""
+    """Write this process's records, uvicorn's included, to standard error, one JSON object per
+    line."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     for name, level in (("earlyfusion.serve", logging.INFO), ("uvicorn", logging.WARNING)):

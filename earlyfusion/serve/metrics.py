@@ -1,4 +1,4 @@
-"""What Prometheus reads at /metrics: vLLM's names where they fit, and pictures beside them."""
+"""The metrics at /metrics for Prometheus: vLLM's names where they fit, and those of pictures."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Metrics:
 
         def counter(name: str, help: str) -> Counter:
             made = Counter(f"earlyfusion:{name}", help, names, registry=self._registry)
-            made.labels(**labels)  # is there with 0 before the first request
+            made.labels(**labels)  # so that it is 0, not missing, before the first request
             return made
 
         def seconds(name: str, help: str) -> Histogram:

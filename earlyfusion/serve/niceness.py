@@ -1,4 +1,4 @@
-"""What runs beside the event loop lets it have a core first."""
+"""Threads beside the event loop run with a lower priority."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ _NICENESS = 5
 
 
 def yield_to_others() -> None:
-    """Let the event loop have a core before this thread, and those that it starts (Linux; elsewhere
-    all threads are alike)."""
+    """Lower the priority of this thread and of those that it starts, so that the event loop gets a
+    core first (on Linux; elsewhere nothing changes)."""
     if sys.platform == "linux":
         thread = get_native_id()
         nice = min(os.getpriority(os.PRIO_PROCESS, thread) + _NICENESS, 19)

@@ -22,8 +22,8 @@ from earlyfusion.serve.spawn import LoadPlan, start
 
 
 def starter(replicas: int) -> Callable[[LoadPlan], tuple[BaseProcess, Connection]]:
-    """What starts an engine on the cluster at `RAY_ADDRESS`, or else on this machine, as
-    `spawn.start` does here. Raises `SettingError` without Ray, or where the cluster is too small.
+    """A function like `spawn.start` that starts an engine on the cluster at `RAY_ADDRESS`; without
+    an address, on this machine. Raises `SettingError` without Ray, or if the cluster is too small.
     """
     try:
         import ray
@@ -45,22 +45,22 @@ def starter(replicas: int) -> Callable[[LoadPlan], tuple[BaseProcess, Connection
     actor = ray.remote(
         num_cpus=share,
         num_gpus=int(kind == "GPU"),
-        # A thread for each direction, so that what is told stays in order.
+        # One thread per direction, so that messages stay in order.
         concurrency_groups={"there": 1, "back": 1},
     )(_Actor)
 
     def start_there(plan: LoadPlan) -> tuple[BaseProcess, Connection]:
         ours, theirs = Pipe()
         engine = _RemoteProcess(ray, actor.remote(_for_any_folder(plan)), theirs)
-        # It has what `RemoteEngine` uses of a process.
+        # It has the methods of a process that `RemoteEngine` uses.
         return cast(BaseProcess, engine), ours
 
     return start_there
 
 
 def _for_any_folder(plan: LoadPlan) -> LoadPlan:
-    """The plan of an engine that has its machine's share to itself; actors run in folders of their
-    own."""
+    """The plan with absolute paths, as actors run in other folders, and without other replicas on
+    the machine."""
     adapters = {
         name: str(Path(folder).expanduser().absolute()) for name, folder in plan.adapters.items()
     }
@@ -89,7 +89,7 @@ class _Actor:
 
 
 class _RemoteProcess:
-    """An engine's process at an actor; two threads carry its messages."""
+    """An engine's process on an actor's machine; two threads carry its messages."""
 
     pid, exitcode = 0, 1
 
@@ -117,7 +117,7 @@ class _RemoteProcess:
             pass  # the actor has ended, or the server has closed its end
         finally:
             self._over.set()
-            # Wakes both who reads here and who reads at the other end; `close` would not.
+            # Wakes the readers at both ends; `close` would not.
             with socket.socket(fileno=socket.dup(self._connection.fileno())) as end:
                 end.shutdown(socket.SHUT_RDWR)
 

@@ -16,13 +16,12 @@ DELIVERIES = ("images", "markdown", "both")
 class ServeOptions:
     """Where to listen, who may ask, and the limits of what is read.
 
-    `name` is the model's name on the wire, that of the loaded model where it is empty. Without
-    `api_keys` the server only listens on this machine. `max_queue` requests wait beside those that
-    run. `keepalive` is the time in seconds after which a silent stream gets a comment, `timeout`
-    the time that a reply may take, `drain_seconds` the time that replies have to end after SIGTERM,
-    `step_timeout` the time of one step of the engine, after which its process is started again.
-    `image_delivery` is how chats get pictures that do not say it: images, markdown or both.
-    Raises `SettingError`.
+    `name` is the model's name for clients; if empty, that of the loaded model. Without `api_keys`
+    the server only listens on this machine. At most `max_queue` requests wait beside those that
+    run. In seconds: a stream that is silent for `keepalive` gets a comment, a reply may take
+    `timeout`, replies may go on for `drain_seconds` after SIGTERM, and an engine whose step takes
+    longer than `step_timeout` is started again. `image_delivery` says where chats get pictures
+    whose request does not say it: images, markdown or both. Raises `SettingError`.
     """
 
     host: str = "127.0.0.1"
@@ -66,7 +65,7 @@ class ServeOptions:
 
 
 def adapters_of(given: Sequence[str], model: str) -> dict[str, str]:
-    """Folders of adapters by name, from NAME=FOLDER each; `model` is the name of their base.
+    """Folders of adapters by name, from texts NAME=FOLDER; `model` is the name of their base.
     Raises `SettingError`."""
     found: dict[str, str] = {}
     for text in given:

@@ -31,7 +31,7 @@ _POLICY = "; ".join(
     )
 )
 _HEADERS = {
-    "Cache-Control": "no-cache",  # the browser asks each time; unchanged files are a 304
+    "Cache-Control": "no-cache",  # the browser asks each time, and gets a 304 for unchanged files
     "Content-Security-Policy": _POLICY,
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",

@@ -1,4 +1,4 @@
-"""Pictures on the wire: files to `Image` within limits, `PIL` pictures to files and data URLs."""
+"""Pictures of requests and replies: files -> `Image`, within limits; pixels -> files, data URLs."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from earlyfusion.serve.options import ServeOptions
 from earlyfusion.serve.protocol import Format
 from earlyfusion.serve.store import MEDIA_TYPES
 
-# First bytes -> media type and the reader of the header. Only formats that every client has; what
-# is behind the header is read by `Image.from_bytes`.
+# First bytes -> media type, and the class that reads the header; `Image.from_bytes` reads the rest.
+# Only formats that every client has.
 _FORMATS: dict[bytes, tuple[str, type[ImageFile]]] = {
     b"\x89PNG\r\n\x1a\n": ("image/png", PngImageFile),
     b"\xff\xd8\xff": ("image/jpeg", JpegImageFile),
@@ -34,14 +34,14 @@ _FORMATS: dict[bytes, tuple[str, type[ImageFile]]] = {
 
 @dataclass
 class PictureLimits:
-    """What the pictures of one request may take together; `read` counts."""
+    """The limits of all pictures of one request together; `read` counts."""
 
     options: ServeOptions
     pictures: int = 0
     pixels: int = 0
 
     def count(self) -> None:
-        """Note one more picture. Raises `ApiError`."""
+        """Count one more picture. Raises `ApiError`."""
         self.pictures += 1
         if self.pictures > self.options.max_images:
             raise ApiError(
@@ -72,7 +72,7 @@ class PictureLimits:
 
 
 def media_type(data: bytes) -> str:
-    """Of a picture's file, by its first bytes. Raises `ApiError`."""
+    """The media type of a picture's file, by its first bytes. Raises `ApiError`."""
     return _header(data)[0]
 
 

@@ -1,9 +1,9 @@
-"""The engine in a process of its own, so that the server outlives it.
+"""The engine in another process, the child, so that the server survives its end.
 
-The child loads the weights and steps the engine. It sends a `Front` first: the model without its
-transformer, for prompts, tokens and pictures, which are this process's work; the interpreter lock
-of the child then belongs to the engine alone. After that it sends the events of each step.
-Messages are pickles over a socket pair that no other process can open.
+The child loads the weights and steps the engine; its interpreter lock belongs to the engine alone.
+First it sends a `Front`, the model without its transformer: prompts, tokens and pictures are the
+server's work. Then it sends the events of each step. Messages are pickles over a socket pair that
+no other process can open.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from earlyfusion.serve.logs import log_as_json
 from earlyfusion.serve.niceness import yield_to_others
 
 log = logging.getLogger("earlyfusion.serve")
-BEAT_SECONDS = 0.5  # between two messages of a busy child, at least one
-MAX_FAILURES = 3  # failed steps in a row, after which the engine is made anew
+BEAT_SECONDS = 0.5  # the longest time between two messages of a busy child
+MAX_FAILURES = 3  # failed steps in a row, after which the engine is made again
 _END_SECONDS = 10.0
 
 
@@ -47,7 +47,8 @@ class GoneError(Exception):
 
 @dataclass(frozen=True)
 class Front:
-    """What the server's process knows of the model and its engine; the transformer has no data."""
+    """The model and the sizes of its engine for the server's process; the transformer has no
+    data."""
 
     model: Chameleon
     context_tokens: int
@@ -56,7 +57,7 @@ class Front:
 
 
 class News(NamedTuple):
-    """What a step brought to one request. A tuple, as it is pickled once a token."""
+    """The events of one step for one request. A tuple, as it is pickled once per token."""
 
     number: int
     events: Sequence[Event] = ()
@@ -67,18 +68,18 @@ class News(NamedTuple):
 
 Child: TypeAlias = tuple[BaseProcess, Connection]
 
-# To the child: a request with its number, or the number of one to end. From it: the front or an
-# error of loading at first, then news, the engine's count of preemptions, and its blocks in use.
+# To the child: a request with its number, or the number of a request to end. From the child: first
+# the front or an error of loading, then news, the number of preemptions, and the blocks in use.
 Command: TypeAlias = tuple[int, Request | None]
 Message: TypeAlias = tuple[list[News], int, int]
 
 
 class RemoteHandle:
-    """A request in the child, with what the driver uses of a `Handle`."""
+    """A request in the child, with the members of a `Handle` that the driver uses."""
 
     def __init__(self, number: int, leave: Callable[[int], None]) -> None:
         self.number, self.events = number, deque[Event]()
-        self.tokens = self.finished = False  # whether it has drawn one, and is done
+        self.tokens = self.finished = False  # whether it has drawn a token; whether it has ended
         self.error: BaseException | None = None
         self._leave = leave
 
@@ -151,7 +152,7 @@ class RemoteEngine:
         return bool(self._handles)
 
     def check(self, request: Request) -> None:
-        """As `Engine.check`, which looks at nothing but these two sizes."""
+        """As `Engine.check`, which needs nothing but these two sizes."""
         Engine.check(cast(Engine, self), request)
 
     def add(self, request: Request) -> RemoteHandle:
@@ -163,7 +164,7 @@ class RemoteEngine:
         return handle
 
     def step(self) -> None:
-        """Wait for what the next step brings, or for `wake`."""
+        """Wait for the news of the next step, or for `wake`."""
         left = self._heard + self._step_timeout - monotonic()
         ready = wait([self._connection, self._woken], max(left, 0))
         if left <= 0 and self._connection not in ready:
@@ -174,14 +175,14 @@ class RemoteEngine:
             self._receive()
 
     def wake(self) -> None:
-        """Let `step` return, as there is something to send."""
+        """Make `step` return, as there is something to send."""
         try:
             self._waker.send(b"\0")
         except OSError:
             pass  # full of wakes already, or closed
 
     def listen(self) -> None:
-        """Take what an idle child has still sent. Raises `GoneError` as `step` does."""
+        """Read the messages of an idle child. Raises `GoneError` as `step` does."""
         while not self._connection.closed and self._connection.poll():
             self._receive()
 
@@ -192,7 +193,7 @@ class RemoteEngine:
         self.used_blocks = 0
 
     def close(self) -> None:
-        """The same for good. May be called twice."""
+        """End the child for good. May be called twice."""
         self.end()
         self._close_wakes()
 
@@ -214,7 +215,7 @@ class RemoteEngine:
             self._send((number, None))
 
     def _send(self, command: Command) -> None:
-        # If the child is gone, `step` notices.
+        # If the child has ended, `step` notices.
         try:
             self._connection.send(command)
         except OSError:
@@ -239,12 +240,13 @@ class RemoteEngine:
 
 
 def serve_engine(connection: Connection, load: Callable[[], Chameleon]) -> None:
-    """The child's life."""
-    # A signal for the whole group is for the server, which drains and then ends this process.
+    """Load the model and serve its engine until the server ends: the main function of the child."""
+    # A signal to the process group is meant for the server, which drains and then ends this
+    # process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     log_as_json()
-    yield_to_others()  # before there are other threads, which inherit it
+    yield_to_others()  # first, as later threads inherit it
     try:
         model = load()
         engine = model.engine
@@ -253,7 +255,8 @@ def serve_engine(connection: Connection, load: Callable[[], Chameleon]) -> None:
         connection.send(error)
         return
     connection.send(_front(model, engine))
-    gc.freeze()  # a full collection would look at all objects of torch, for as long as many steps
+    # A full collection would visit all objects of torch, which takes as long as many steps.
+    gc.freeze()
     try:
         _Child(connection, engine).run()
     except Exception:
@@ -304,7 +307,7 @@ class _Child:
                 news += self._step()
             news += [one for one in map(self._news, [*self._handles]) if one is not None]
             state = self._state
-            # An idle child says once more what is in use.
+            # A child that becomes idle sends its figures once more.
             last = not self._handles and state != self._told
             if news or last or monotonic() - self._sent > BEAT_SECONDS:
                 self._connection.send((news, *state))
@@ -317,12 +320,12 @@ class _Child:
         return self._engine.preemptions, self._engine.used_blocks
 
     def _listen(self) -> None:
-        # Reads at all times, so that neither side ever waits for the other to read.
+        # Reads all the time, so that neither process ever waits for the other to read.
         while True:
             try:
                 command = self._connection.recv()
             except (EOFError, OSError):
-                os._exit(0)  # the server is gone
+                os._exit(0)  # the server has ended
             with self._changed:
                 self._commands.append(command)
                 self._changed.notify()

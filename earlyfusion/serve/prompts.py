@@ -1,9 +1,8 @@
 """Wire messages to `Message`s: pictures found, read and put where they belong.
 
-A picture that was drawn here and comes back stands in the prompt by its codes: in any turn as a
-file, a data URL, our address or its id; in an assistant's also as `images` or `parts` of a reply,
-or as markdown in the text. Runs in a worker thread: pictures are decoded here, and foreign ones
-fetched.
+A picture that this server drew comes back with its codes. Any turn may hold it as a file, a data
+URL, an address of this server or an id; an assistant's turn also in `images` or `parts` of a reply,
+or as markdown in the text. Runs in a worker thread, as it decodes pictures and fetches others.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ class PromptReader:
         return [self._chat_turn(message) for message in messages]
 
     def items(self, items: str | Sequence[InputItem]) -> list[Message]:
-        """The turns of /v1/responses; neighbours of the assistant are one turn."""
+        """The turns of /v1/responses; adjacent items of the assistant are one turn."""
         if isinstance(items, str):
             return [Message("user", items)]
         turns: list[Message] = []
@@ -66,7 +65,7 @@ class PromptReader:
         return self._named(image.image_url, image.file_id)
 
     def file(self, data: bytes) -> Image:
-        """A picture that was sent as a file: with its codes, where it was drawn here."""
+        """The picture of a file, with its codes if this server drew it."""
         drawn = self._files.drawn(data)
         if drawn is not None:
             self._limits.count()
@@ -92,8 +91,8 @@ class PromptReader:
         return Message(role, [self._part(part) for part in content])
 
     def _reply_of(self, message: ChatMessage) -> Iterator[Segment]:
-        """An assistant's turn: `parts` say the order; else pictures in markdown stand where they
-        are, and `images` behind the text."""
+        """The segments of an assistant's turn, in the order of `parts`. Without `parts`, pictures
+        in markdown stay where they are, and `images` follow the text."""
         images = message.images or []
         if message.parts:
             for part in message.parts:
@@ -113,7 +112,7 @@ class PromptReader:
         pieces = [TextPart(type="text", text=content)] if isinstance(content, str) else content
         read = [segment for piece in pieces for segment in self._said(piece)]
         yield from read
-        # With image_delivery "both" the pictures stand in the text and in `images`.
+        # With image_delivery "both", the pictures are in the text and in `images`.
         if not any(isinstance(segment, Image) for segment in read):
             yield from (self._named(image.image_url.url, None) for image in images)
 
@@ -125,8 +124,8 @@ class PromptReader:
         return [self._named(part.image_url.url, None)]
 
     def _markdown(self, text: str) -> list[Segment]:
-        """A text whose pictures from here, and data URLs, are pictures again. Blank lines around
-        them are ours, not the model's; other addresses stay text."""
+        """A text with the pictures of its data URLs and of this server's addresses; other addresses
+        stay text. Removes the blank lines that this server puts around a picture."""
         segments: list[Segment] = []
         start = 0
         for found in _MARKDOWN.finditer(text):

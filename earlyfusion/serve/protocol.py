@@ -1,10 +1,10 @@
 """Request bodies: OpenAI's fields and this server's additions, checked strictly.
 
 Every field is honoured, refused with its name, limit and remedy, or listed here as accepted without
-effect (`user`, `metadata`, `detail` and the like). OpenAI's fields that this server has no use for
-are accepted at the values that change nothing (`neutral`), so that clients which always send them
-work; `why_not` says what is wrong with any other value. `unused` are lists that a client offers and
-the model may leave alone: they are left out, and the reply's header names them.
+effect (`user`, `metadata`, `detail` and the like). OpenAI's fields that this server cannot honour
+are accepted with values that change nothing (`neutral`), as some clients always send them;
+`why_not` is the error for any other value. `unused` are offers that a model need not use, such as
+tools: they are dropped, and a header of the reply names them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from earlyfusion.serve.errors import ApiError
 Format: TypeAlias = Literal["png", "webp", "jpeg"]
 Modality: TypeAlias = Literal["text", "image"]
 MAX_CHOICES = 10
-MAX_ITEMS = 10_000  # of a list; longer ones would hold up the event loop while they are checked
+MAX_ITEMS = 10_000  # of a list: checking a longer one would hold up the event loop
 
 
 class Wire(BaseModel):
@@ -53,7 +53,8 @@ _Strings = Annotated[
 
 
 class Sampling(Wire):
-    """The fields of `SamplingParams` that JSON can say; their limits are checked there."""
+    """The fields of `SamplingParams` that JSON can express; `SamplingParams` checks their
+    limits."""
 
     temperature: float | None = None
     top_p: float | None = None
@@ -71,7 +72,7 @@ class Sampling(Wire):
     seed: int | None = None
 
     def sampling(self) -> dict[str, Any]:
-        """Those that are set, but for the seed."""
+        """The fields that are set, without the seed."""
         names = set(Sampling.model_fields) - {"seed"}
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
@@ -93,7 +94,7 @@ class AnyObject(Wire):
 
 
 class Schema(Wire):
-    """`name`, `description` and `strict` are accepted without effect: what is drawn always fits."""
+    """`name`, `description` and `strict` have no effect: a reply always fits its schema."""
 
     model_config = ConfigDict(serialize_by_alias=True)
 
@@ -139,7 +140,7 @@ class LarkGrammar(Wire):
 
 
 def _tagged(key: str) -> Any:
-    """A discriminator by the field `type`; tags look unlike field names (see `_path`)."""
+    """A discriminator by the field `key`; its tags cannot be field names (see `_path`)."""
 
     def tag(value: Any) -> str:
         found = value.get(key) if isinstance(value, dict) else getattr(value, key, None)
@@ -168,7 +169,7 @@ TextShape: TypeAlias = AnyObject | NamedSchema | FlatSchema | Pattern | LarkGram
 
 
 class TextSampling(Sampling):
-    """The same with what only replies with text can have."""
+    """`Sampling`, and the fields that only replies with text can have."""
 
     max_images: int | None = None
     stop: _Strings | None = None
@@ -181,7 +182,7 @@ class TextSampling(Sampling):
         return super().sampling() | fields | self._shape_fields()
 
     def _shape(self) -> PlainText | TextShape | None:
-        """What the text must fit."""
+        """The shape that the text must fit, if any."""
         return None
 
     def _shape_fields(self) -> dict[str, Any]:
@@ -250,8 +251,8 @@ OrderedPart = Annotated[
 
 
 class ChatMessage(Wire):
-    """A turn. `images` and `parts` are those of a reply of ours, or of any OpenRouter-like server;
-    what else an assistant's turn of OpenAI has must be empty."""
+    """A turn. `images` and `parts` are those of an earlier reply of this server, or of one like
+    OpenRouter's; the other fields of OpenAI's assistant turns must be empty."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Content | None = None
@@ -304,8 +305,8 @@ class ChatRequest(TextSampling, Bookkeeping):
 
     neutral = _CHAT_NEUTRAL
     why_not = _CHAT_WHY_NOT
-    # Open WebUI always sends some. With tool_choice "auto", which is the default, a model may call
-    # none, and this one never does.
+    # Open WebUI always sends some. With tool_choice "auto", the default, a model may call none, and
+    # this one never calls any.
     unused = ("tools", "functions")
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_ITEMS)]
@@ -375,7 +376,7 @@ class CompletionRequest(TextSampling, Bookkeeping):
 
 
 class ImageOptions(Sampling, Bookkeeping):
-    """What generations and edits share."""
+    """The fields that generations, edits and variations share."""
 
     neutral: ClassVar[Mapping[str, Sequence[Any]]] = {
         "quality": ("auto",),
@@ -428,7 +429,8 @@ class EditImage(Wire):
 
 
 class VariationRequest(ImageOptions):
-    """/v1/images/variations. `prompt` is ours: the words beside the picture."""
+    """/v1/images/variations. `prompt`, an addition to OpenAI's fields, is the text after the
+    picture."""
 
     prompt: str = "Draw the same thing again."
 
@@ -585,7 +587,7 @@ class ResponseRequest(TextSampling, Bookkeeping):
 
 
 class TokenizeRequest(Wire):
-    """/tokenize: of a text, or of the whole prompt that messages make."""
+    """/tokenize: the tokens of a text, or of the whole prompt made of messages."""
 
     model: str | None = None
     prompt: str | None = None
@@ -614,9 +616,9 @@ AnyRequest = TypeVar("AnyRequest", bound=Wire)
 def read(
     model: type[AnyRequest], data: Any, lenient: bool = False, text: bool = False
 ) -> tuple[AnyRequest, list[str]]:
-    """The request that a JSON value stands for, and the names of the fields that were left out:
-    `unused` ones, and with `lenient` unknown ones. `text` says that numbers come as text, as in a
-    form. Raises `ApiError` with status 400."""
+    """The request in a JSON value, and the names of the fields that were dropped: `unused` ones,
+    and with `lenient` unknown ones. With `text`, numbers come as text, as in a form. Raises
+    `ApiError` with status 400."""
     if not isinstance(data, dict):
         raise ApiError(400, "the body is not a JSON object: send one", code="invalid_json")
     fields = {
@@ -630,7 +632,7 @@ def read(
             return model.model_validate(fields, strict=not text), ignored
         except ValidationError as error:
             unknown = [e["loc"] for e in error.errors() if e["type"] == "extra_forbidden"]
-            # With the unknown fields gone the rest is checked again: its errors still count.
+            # Check the rest again without the unknown fields: its errors still count.
             if not (lenient and unknown):
                 raise _refusal(model, error, data) from None
             for path in unknown:
@@ -678,7 +680,7 @@ def _unknown(model: type[Wire], loc: tuple[int | str, ...], path: str) -> str:
 
 
 def _path(data: Any, loc: tuple[int | str, ...]) -> str:
-    """A path such as messages[0].content; the tags of unions, in <>, are no part of it."""
+    """A path such as messages[0].content, without the tags of unions, which are in <>."""
     path = ""
     for step in loc:
         if isinstance(step, int):

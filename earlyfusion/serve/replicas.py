@@ -1,8 +1,8 @@
-"""Several engines behind one server, each in a process of its own with a driver of its own.
+"""Several engines behind one server, each in its own process and with its own driver.
 
-A request goes to the engine with the least work, all of its choices to the same one. What the
-server remembers (files, responses) is not in the engines, so any of them may answer what follows.
-An engine that ends is started again alone, while the others go on.
+A request, with all its choices, goes to the engine with the least work. The stores of files and
+responses are not in the engines, so any engine can answer the next request of a conversation. If an
+engine ends, it alone is started again, while the others go on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Remotes: TypeAlias = RemoteEngine | Sequence[RemoteEngine] | None
 
 
 def drivers_of(model: Chameleon, max_queue: int, remotes: Remotes) -> Drivers:
-    """The driver of one engine, or those of several, which share the room of the queue."""
+    """The driver of one engine, or drivers of several, which share `max_queue`."""
     if not isinstance(remotes, Sequence):
         return Driver(model, max_queue, remotes)
     share = -(-max_queue // len(remotes))  # rounded up
@@ -30,7 +30,7 @@ def drivers_of(model: Chameleon, max_queue: int, remotes: Remotes) -> Drivers:
 
 
 class Replicas:
-    """Drivers, with what the routes use of one."""
+    """Several drivers, with the methods of one that the routes use."""
 
     def __init__(self, drivers: Sequence[Driver]) -> None:
         self.drivers = drivers
@@ -39,7 +39,7 @@ class Replicas:
 
     @property
     def limit(self) -> int:
-        """How many requests one HTTP request may ask for: they run on one engine."""
+        """The most requests of one HTTP request, as they all run on one engine."""
         return max(driver.limit for driver in self.drivers)
 
     def admit(self, count: int) -> Batch:
@@ -59,7 +59,7 @@ class Replicas:
             raise ClosedError
         least = min(ready, key=_work)
         if _work(least) + count > least.limit:
-            self.admit(count).close()  # raises with the time to wait
+            self.admit(count).close()  # raises `FullError` with the time to wait
 
     @property
     def _ready(self) -> list[Driver]:

@@ -1,4 +1,4 @@
-"""What every route's replies share: text as `Reply` shows it while it streams, usage, logprobs."""
+"""Parts of all routes' replies: text as `Reply` shows it, streams of events, usage, logprobs."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ DONE = b"data: [DONE]\n\n"
 class Trimmer:
     """Deltas of one text segment, without the blanks at its ends that `Reply` leaves out.
 
-    With `keep_lead` those at its beginning stay: it goes on with a begun answer.
+    With `keep_lead` those at its beginning stay, as it continues an assistant's turn.
     """
 
     def __init__(self, keep_lead: bool = False) -> None:
         self._begun, self._held = keep_lead, ""
 
     def push(self, delta: str) -> str:
-        """What can be shown now; a blank waits for what comes behind it."""
+        """The text to show now; blanks wait for the text that follows."""
         text = self._held + delta
         text = text if self._begun else text.lstrip()
         shown = text.rstrip()
@@ -49,8 +49,8 @@ class JsonReply(Response):
 class EventStream(Response):
     """Server-sent events of a batch, which is closed however the stream ends.
 
-    Instead of starlette's StreamingResponse: chunks that are there together are sent together, as
-    each message costs more than the text in it.
+    Not starlette's StreamingResponse, as chunks that are ready together are sent together: each
+    message costs more than the text in it.
     """
 
     media_type = "text/event-stream"
@@ -88,8 +88,8 @@ class GoneError(Exception):
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
-    """What `work` gives. If the client closes the connection first, `work` is cancelled; then
-    raises `GoneError`."""
+    """The result of `work`. If the client closes the connection first, `work` is cancelled, and
+    `GoneError` raised."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnected(receive))
     try:
@@ -112,7 +112,7 @@ def _body(pieces: list[bytes], more: bool) -> Message:
     return {"type": "http.response.body", "body": b"".join(pieces), "more_body": more}
 
 
-# Kept, as json.dumps makes a new one at each call with such options.
+# Made once: json.dumps would make a new encoder at each call with these options.
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
@@ -176,6 +176,6 @@ def logprob_entry(model: Chameleon, drawn: TokenLogprob) -> dict[str, Any] | Non
 
 
 def _entry(bytes_of: Callable[[int], bytes], drawn: TokenLogprob) -> dict[str, Any]:
-    # JSON has no minus infinity; OpenAI writes -9999 for what cannot come.
+    # JSON has no minus infinity; OpenAI writes -9999 for an impossible token.
     logprob = max(drawn.logprob, -9999.0)
     return {"token": drawn.text, "logprob": logprob, "bytes": list(bytes_of(drawn.id))}

@@ -33,7 +33,7 @@ _LOGPROBS = "message.output_text.logprobs"
 
 
 def spec_of(body: ResponseRequest) -> GenerationSpec:
-    """What a body asks of the model."""
+    """The request that a body makes, without its prompt."""
     sampling, tool = body.sampling(), _tool(body)
     if body.max_output_tokens is not None:
         sampling["max_tokens"] = body.max_output_tokens
@@ -46,14 +46,14 @@ def spec_of(body: ResponseRequest) -> GenerationSpec:
         sampling,
         body.seed,
         size=drawing.size if drawing else None,
-        # Without a stream nobody sees them.
+        # Without a stream nobody would see them.
         partial_images=drawing.partial_images if drawing and body.stream else 0,
         model=body.model,
     )
 
 
 def check_models(service: Service, body: ResponseRequest) -> None:
-    """Raises `ApiError` for a model that is not served, and for a tool with another one."""
+    """Raise `ApiError` for a model that is not served, and for a tool with another model."""
     service.check_model(body.model)
     tool = _tool(body)
     if tool is not None and tool.model is not None:
@@ -84,7 +84,7 @@ def _format(body: ResponseRequest) -> Json:
 
 
 def with_instructions(body: ResponseRequest, turns: Sequence[Message]) -> list[Message]:
-    """The whole prompt. `instructions` hold for this response only, as in OpenAI's API."""
+    """The whole prompt. As in OpenAI's API, `instructions` are for this response only."""
     return [Message("system", body.instructions), *turns] if body.instructions else list(turns)
 
 
@@ -113,7 +113,7 @@ class ResponseReply:
         return response
 
     async def stream(self) -> AsyncIterator[bytes]:
-        """Server-sent events; one that ends in an error says so with `response.failed`."""
+        """Server-sent events; after an error the last one is `response.failed`."""
         try:
             async for sent in self._events(self._service.options.keepalive):
                 yield KEEPALIVE if sent is None else sse(sent, sent["type"])
@@ -133,7 +133,7 @@ class ResponseReply:
                 yield sent
 
     async def _of(self, event: Event) -> AsyncIterator[Json]:
-        """What one event of the model is on the wire."""
+        """The events for the client of one event of the model."""
         if isinstance(event, TextDelta | TokenDrawn):
             for sent in self._text(event):
                 yield sent
@@ -154,7 +154,7 @@ class ResponseReply:
             self._item = _TextItem(self._lead)
             self._lead = False
         item = self._item
-        if isinstance(event, TokenDrawn):  # comes before the text that it makes visible
+        if isinstance(event, TokenDrawn):  # comes before the text of the token
             item.note(logprob_entry(self._service.model, event.logprob))
             return []
         shown = item.trimmer.push(event.text)
@@ -262,7 +262,8 @@ class ResponseReply:
         return self._event(f"response.{status}", response=response)
 
     def _all_turns(self) -> list[Message]:
-        """The conversation with this reply; a begun answer that it continues is the same turn."""
+        """The conversation with this reply, which is one turn with the turn that it continues, if
+        any."""
         turns = list(self._turns)
         begun = turns.pop().parts if turns[-1].role == "assistant" else []
         return [*turns, Message("assistant", [*begun, *self._segments])]
@@ -320,14 +321,14 @@ class ResponseReply:
 
     def _usage(self, end: Finished) -> Json:
         usage = image_usage(self._prepared.prompt_tokens, self._prepared.prompt_images, [end.usage])
-        # OpenAI's SDK expects these; nothing is billed by them here.
+        # OpenAI's SDK expects these fields; here they have no meaning.
         usage["input_tokens_details"] |= {"cached_tokens": 0, "cache_write_tokens": 0}
         usage["output_tokens_details"] |= {"reasoning_tokens": 0}
         return usage
 
 
 class _TextItem:
-    """A message item in the making: one segment of text."""
+    """An unfinished message item: one segment of text."""
 
     def __init__(self, keep_lead: bool) -> None:
         self.id, self.text = f"msg_{secrets.token_hex(12)}", ""

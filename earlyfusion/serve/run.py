@@ -19,8 +19,8 @@ from earlyfusion.serve.service import Service
 
 _MAX_HEADER_BYTES = 32_768
 _BACKLOG = 1024
-# Seconds that a thread keeps the interpreter while others wait: Python's 5 ms, once for each worker
-# thread, would be most of what a client waits for a refusal.
+# Seconds that a thread keeps the interpreter while others wait. With Python's 5 ms for each worker
+# thread, a client would wait mostly for them before it is refused.
 _SWITCH_INTERVAL = 0.0005
 
 
@@ -30,30 +30,30 @@ def serve(
     quiet: bool = False,
     remote: Remotes = None,
 ) -> None:
-    """Answer requests until SIGTERM or Ctrl-C, then let those that run end.
+    """Answer requests until SIGTERM or Ctrl-C, then finish those that run.
 
-    The engine runs in a thread of this process, or it is `remote`, which may be several, and
-    `model` its front. Raises `SettingError` where the port is taken.
+    The engine runs in a thread of this process; or `remote` is one engine or several in other
+    processes, and `model` the front of one. Raises `SettingError` if the port is taken.
     """
     listener = listener_of(options)
     log_as_json()
     sys.setswitchinterval(_SWITCH_INTERVAL)
     app = make_app(model, options, remote)
-    # Bound before the model warms up: who connects early waits instead of being refused.
+    # Bound before the model warms up, so that early clients wait instead of being refused.
     config = uvicorn.Config(
         app,
         log_config=None,
         access_log=False,
         server_header=False,
         ws="none",
-        http="h11",  # httptools, which uvicorn would prefer, knows no limit of the headers
+        http="h11",  # httptools, which uvicorn would prefer, cannot limit the headers
         lifespan="on",
         h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
         timeout_graceful_shutdown=max(int(options.drain_seconds), 1),
     )
     server = Server(config, app.state.service, quiet)
-    # A full collection looks at all objects of the imported modules, for 0.2 s and more. What is
-    # there by now stays, so none needs to look at it again.
+    # A full collection visits all objects of the imported modules, which takes 0.2 s or more. These
+    # live as long as the process, so leave them out from now on.
     gc.freeze()
     try:
         server.run(sockets=[listener])
@@ -62,7 +62,7 @@ def serve(
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server; a signal closes the door at once, and ends the process with 0."""
+    """uvicorn's server. A signal stops admission at once, and the process exits with 0."""
 
     def __init__(self, config: uvicorn.Config, service: Service, quiet: bool) -> None:
         super().__init__(config)
@@ -77,14 +77,15 @@ class Server(uvicorn.Server):
             print(f"{name} is served at http://{host}:{port}/v1 (Ctrl-C ends)", flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        # uvicorn's own would raise the signal again behind the shutdown, and so lose the exit code.
+        # uvicorn's own method raises the signal again after the shutdown, which changes the exit
+        # code.
         self._service.driver.draining = True
         self.force_exit = self.should_exit
         self.should_exit = True
 
 
 def listener_of(options: ServeOptions) -> socket.socket:
-    """The socket on which the server listens. Raises `SettingError` where the port is taken."""
+    """The socket on which the server listens. Raises `SettingError` if the port is taken."""
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     try:
         listener = socket.create_server(
@@ -95,7 +96,7 @@ def listener_of(options: ServeOptions) -> socket.socket:
             f"cannot listen on {options.host} port {options.port} ({error.strerror}): "
             "choose another with --port"
         ) from None
-    # asyncio sets it only where the socket names TCP as its protocol, which this one does not. The
-    # second write of a reply would wait 40 ms for the client's delayed acknowledgement.
+    # Without it, the second write of a reply waits 40 ms for the client's delayed acknowledgement.
+    # asyncio sets it only for sockets made with TCP as their protocol, which this one is not.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener

@@ -1,5 +1,5 @@
-"""What the routes share: the model behind its driver, the stores, and the steps from a body to
-requests. Prompts are read, and their pictures, in a few worker threads."""
+"""Everything that the routes share: the model behind its driver, the stores, and the way from a
+body to requests. A few worker threads read prompts and their pictures."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
 
 @dataclass(frozen=True)
 class GenerationSpec:
-    """What a route asks of the model, beside the prompt."""
+    """The settings of a request, without its prompt."""
 
     output: Output
     sampling: dict[str, Any]
@@ -52,7 +52,7 @@ class GenerationSpec:
 
 @dataclass
 class Prepared:
-    """The requests of one HTTP request, and what their usage needs to know of the prompts."""
+    """The requests of one HTTP request, and the tokens of their prompts for `usage`."""
 
     batch: Batch
     prompt_tokens: int
@@ -62,7 +62,7 @@ class Prepared:
 
 
 class Service:
-    """One model, served; with `remote` by one engine in a process of its own, or by several."""
+    """One model and its routes' state; with `remote`, its engines run in other processes."""
 
     def __init__(self, model: Chameleon, options: ServeOptions, remote: Remotes = None) -> None:
         self.model, self.options = model, options
@@ -93,17 +93,17 @@ class Service:
         self._workers.shutdown(wait=False, cancel_futures=True)
 
     async def work(self, task: Callable[..., Result], *arguments: Any) -> Result:
-        """Run something that takes long, or waits, in a worker thread."""
+        """Run a slow or waiting task in a worker thread."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._workers, task, *arguments)
 
     def reader(self) -> PromptReader:
-        """For the prompt of one request."""
+        """A reader for the prompt of one request."""
         limits = PictureLimits(self.options)
         return PromptReader(self.files, limits, self.options.allow_image_urls)
 
     def check_model(self, name: str | None) -> None:
-        """Raises `ApiError` with status 404 for a model that is not served."""
+        """Raise `ApiError` with status 404 for a model that is not served."""
         served = [self.name, *self.model.adapters]
         if name is not None and name not in served:
             known = ", ".join(map(repr, served[:5])) + (", …" if len(served) > 5 else "")
@@ -119,8 +119,8 @@ class Service:
     ) -> Prepared:
         """Admit, read the prompts in a worker thread, and hand all requests to the engine.
 
-        Each prompt is answered `spec.n` times; `count` is how many requests that makes, if
-        there is more than one prompt.
+        Each prompt is answered `spec.n` times; with several prompts, `count` is the number of
+        requests in all.
         """
         count = count or spec.n
         if count > self.driver.limit:
@@ -130,7 +130,7 @@ class Service:
                 f"{self.driver.limit}: ask for fewer",
                 param="n",
             )
-        # Admission comes first: a full server does not even look at the pictures.
+        # Admission comes first: a full server does not even read the pictures.
         batch = self.driver.admit(count)
         try:
             requests, read = await self.work(self._requests, prompts, spec)
@@ -187,13 +187,13 @@ class Service:
     async def store_picture(
         self, event: ImageDone, form: Format, compression: int, number: str | None = None
     ) -> StoredFile:
-        """Decode a drawn picture, and keep its file with its codes."""
+        """Decode a drawn picture, and store its file with its codes."""
         data, pixels = await self.decoder.file(event, form, compression)
         media_type, name, image = MEDIA_TYPES[form], f"image.{form}", Image(codes=event.codes)
         return self.files.add(data, media_type, image, name, "assistants_output", number, pixels)
 
     async def preview(self, event: ImagePreview, form: Format, compression: int) -> bytes:
-        """The file of a picture in the making."""
+        """The file of an unfinished picture."""
         return (await self.decoder.file(event, form, compression)).data
 
     def shape(self, size: str | None) -> str:
@@ -209,8 +209,8 @@ class Service:
         return [self.describe(name) for name in (self.name, *self.model.adapters)]
 
     def describe(self, name: str) -> dict[str, Any]:
-        """A model object, with the modalities where OpenRouter's clients and ours look. `parent` is
-        the model that an adapter is of, as in vLLM."""
+        """A model object, with modalities under the names of OpenRouter and of this server.
+        `parent` is the base model of an adapter, as in vLLM."""
         given, made = ["text", "image"], ["text", *(["image"] if self.model.can_draw else [])]
         architecture = {"input_modalities": given, "output_modalities": made}
         return {
@@ -227,7 +227,7 @@ class Service:
         }
 
     def base(self, request: HttpRequest) -> str:
-        """Where this server is reached, for addresses of files."""
+        """The address of this server, as the beginning of files' addresses."""
         return (self.options.public_url or str(request.base_url)).rstrip("/")
 
 

@@ -1,4 +1,4 @@
-"""Starts the engine's process. Imports little: it loads while the server imports the rest."""
+"""Starts the engine's process. Imports little, so that the child loads while the server imports."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class LoadPlan:
     """How a child loads its model: arguments of `Chameleon.load`, and `--fit`.
 
-    It is number `replica` of `replicas`, which share the cores of a CPU, and have a GPU each.
+    The child is number `replica` of `replicas`, which share the cores of a CPU or have a GPU each.
     """
 
     name: str = "mini"
@@ -72,7 +72,7 @@ class LoadPlan:
 
 
 def cache_share(model: Chameleon, replicas: int) -> int:
-    """Bytes of the cache of one of several engines of a machine, which share its free memory."""
+    """Bytes of the cache of each of several engines that share the free memory of a machine."""
     from earlyfusion.devices import free_bytes
     from earlyfusion.engine.cache import Cache, cache_dtype, cache_size
     from earlyfusion.model.kv_cache import dtype_and_device
@@ -85,8 +85,7 @@ def cache_share(model: Chameleon, replicas: int) -> int:
 
 
 def start(plan: LoadPlan) -> tuple[BaseProcess, Connection]:
-    """A process that loads the model and then serves its engine (process.py), and the socket to
-    it."""
+    """A process that loads the model and serves its engine (process.py), and the socket to it."""
     context = get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_run, args=(theirs, plan), name="engine", daemon=True)

@@ -1,8 +1,8 @@
-"""What the server remembers, in memory and bounded: pictures with their codes, and conversations.
+"""The server's stores, in memory and of limited size: pictures with codes, and conversations.
 
-A picture that was drawn here keeps its codes, so that it can stand in a later prompt as the model
-drew it, without being encoded again. It is found by its id, by its signed address, by the bytes of
-its file, or by its pixels. The oldest go first.
+A picture that the model drew keeps its codes, so that a later prompt holds exactly what was drawn
+and nothing is encoded again. It is found by its id, its signed address, the bytes of its file, or
+its pixels. If a store is full, the oldest entries go first.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ _CONVERSATION_BYTES = 64_000_000
 
 
 def new_key() -> str:
-    """Sixteen letters that nobody guesses."""
+    """Sixteen letters that nobody can guess."""
     return secrets.token_urlsafe(12)
 
 
 @dataclass(frozen=True, eq=False)
 class StoredFile:
-    """A picture's file; `image` has codes where the model drew it, and pixels where it was sent.
+    """A picture's file. `image` has codes if the model drew it, or pixels if a client sent it.
 
-    `pixels` is the digest of the pixels that were drawn, b"" for a picture that was sent."""
+    `pixels` is the digest of drawn pixels, b"" for a picture that a client sent."""
 
     id: str
     data: bytes
@@ -75,7 +75,7 @@ class Files:
         self.max_bytes = max_bytes
         self._secret = secrets.token_bytes(32)
         self._files: OrderedDict[str, StoredFile] = OrderedDict()
-        self._by_digest: dict[bytes, str] = {}  # of the bytes of a file, and of drawn pixels
+        self._by_digest: dict[bytes, str] = {}  # digests of files' bytes and of drawn pixels
         self._bytes = 0
         self._lock = Lock()
 
@@ -89,9 +89,9 @@ class Files:
         number: str | None = None,
         pixels: bytes = b"",
     ) -> StoredFile:
-        """Keep a picture, under a new id that cannot be guessed unless `number` is one already.
+        """Store a picture under `number`, or under a new id that cannot be guessed.
 
-        `pixels` is their digest for one that was drawn here."""
+        `pixels` is the digest of the pixels, for a picture that the model drew."""
         number = number or f"file-{new_key()}"
         file = StoredFile(number, data, media_type, name, purpose, int(time()), image, pixels)
         with self._lock:
@@ -122,11 +122,11 @@ class Files:
             self._forget(number)
 
     def drawn(self, data: bytes) -> Image | None:
-        """The picture with codes whose file has these bytes, if it was drawn here."""
+        """The drawn picture, with its codes, whose file has these bytes, if any."""
         return self._drawn(_digest(data))
 
     def drawn_pixels(self, image: Image) -> Image | None:
-        """The picture with codes that has the same pixels, if it was drawn here."""
+        """The drawn picture, with its codes, that has the same pixels, if any."""
         return None if image.pil is None else self._drawn(pixels_digest(image.pil))
 
     def _drawn(self, digest: bytes) -> Image | None:
@@ -142,8 +142,8 @@ class Files:
         return hmac.compare_digest(self._signature(number).encode(), signature.encode())
 
     def at(self, address: str) -> StoredFile | None:
-        """The file at a signed address of ours, whatever name the server is reached by; None for
-        any other address. Raises `ApiError` where the file is gone."""
+        """The file at a signed address of this server, under any host name; None for any other
+        address. Raises `ApiError` if the file has been dropped."""
         try:
             parts = urlsplit(address)
         except ValueError:
@@ -182,7 +182,7 @@ class Conversations:
         self._bytes = 0
 
     def add(self, conversation: Conversation) -> None:
-        # The picture's file is large and in `Files` already, or was sent to the client.
+        # Without the picture's file, which is large and in `Files`, or with the client.
         turns = [_slim(turn) for turn in conversation.turns]
         size = sum(_turn_size(turn) for turn in turns) + len(str(conversation.response))
         self._known[conversation.response["id"]] = replace(conversation, turns=turns), size
@@ -193,7 +193,7 @@ class Conversations:
             self._bytes -= self._known.popitem(last=False)[1][1]
 
     def get(self, number: str, param: str | None = None) -> Conversation:
-        """Raises `ApiError`: 404, or 400 where a request names it in `param`."""
+        """Raises `ApiError`: status 404, or 400 if a request named it in `param`."""
         if number in self._known:
             self._known.move_to_end(number)
             return self._known[number][0]
@@ -211,7 +211,7 @@ class Conversations:
 
 
 def _slim(turn: Message) -> Message:
-    """Pictures that have codes need no pixels in a prompt."""
+    """The turn without the pixels of pictures that have codes: prompts need none."""
     parts = [
         Image(codes=part.codes) if isinstance(part, Image) and part.codes is not None else part
         for part in turn.parts
@@ -235,7 +235,7 @@ def _digest(data: bytes) -> bytes:
 
 
 def pixels_digest(pil: PIL.Image.Image) -> bytes:
-    """Sixteen bytes that are the same for the same pixels."""
+    """A digest of sixteen bytes of a picture's pixels."""
     return _digest(repr(pil.size).encode() + pil.convert("RGB").tobytes())
 
 

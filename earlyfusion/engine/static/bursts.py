@@ -1,9 +1,9 @@
-"""Bursts of static steps: several tokens for each row before the host looks again.
+"""Bursts of static steps: several tokens for each row before the host reads any.
 
-The host writes the rows, starts the steps one behind the other, and reads all their tokens at once:
-it waits for the device once a burst, and the device for the host as rarely. A step is captured for
-each number of rows (BUCKETS) and kind (`graphs.py`). Where several processes share the model, this
-is the part of the first; the others hear of each burst once (`followed.py`).
+The host writes the rows, starts the steps one after the other, and reads all their tokens at once.
+So host and device wait for each other once per burst. A step is captured for each number of rows
+(BUCKETS) and kind (`graphs.py`). If several processes share the model, this file is the first
+process's side; it sends the others one message per burst (`followed.py`).
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Numbers of rows; 3 and 6 are those of one and two guided images."""
 
 TEXT_STEPS, SHARED_STEPS = 8, 16
-"""Steps of a burst in which text is drawn, and of one in which several requests draw images: a new
-request waits for as long."""
+"""Steps of a burst with text, and of one in which several requests draw images. A new request waits
+for the end of a burst."""
 
 
 class Bursts:
     """The static steps of one model over one cache, whose last block is the spare one.
 
-    `announce` is called before a burst, and before a capture, with the number of its collectives,
-    where other processes take part.
+    With other processes, `announce` is called before each burst and each capture, with the number
+    of its collectives.
     """
 
     def __init__(
@@ -61,9 +61,9 @@ class Bursts:
         self.announce: Callable[[Burst, int], None] = lambda burst, collectives: None
 
     def length(self, plan: Plan, handles: Sequence[Handle]) -> int:
-        """How many tokens the handles of a plan may draw before the host looks; 0: not this plan.
+        """The number of steps for the handles of a plan; 0 if the plan needs another step.
 
-        A plan fits if all that it reads are the single last tokens of requests that draw.
+        A static step only reads one token of each branch, of requests that draw.
         """
         rows = sum(len(handle.branches) for handle in handles)
         if not rows or rows != len(plan.pieces) or rows > BUCKETS[-1]:
@@ -81,7 +81,8 @@ class Bursts:
         return min(most, max(handle.walk.tokens_left for handle in handles))
 
     def draw(self, handles: Sequence[Handle], steps: int) -> list[list[int]]:
-        """The next tokens of each handle, `steps` or fewer; `NOTHING` alone where there is none."""
+        """The next tokens of each handle, at most `steps`; only `NOTHING` if none could be
+        drawn."""
         numbers = self._grammars.numbers_of(handle.walk.grammar for handle in handles)
         assert numbers is not None
         kind = Kind(_only_codes(handles), all(_is_greedy(handle) for handle in handles))
@@ -100,13 +101,13 @@ class Bursts:
 
     @torch.inference_mode()
     def warm_up(self, told: Callable[[int, int], None] | None = None) -> int:
-        """Capture every step; `told` gets how many are done, and of how many. Returns the bytes of
-        the device's memory that this took."""
+        """Capture every step. `told` is called with the number captured so far and the number of
+        all. Returns the bytes of device memory that this took."""
         if not self._graphs.captures:
             return 0
         before = free_bytes(self._device)
         kinds = [Kind(*flags) for flags in product((True, False), repeat=2)]
-        # The largest first: the others then find its memory in the pool.
+        # The largest first, so that the others can use its memory in the pool.
         needed = [(rows, kind) for rows in reversed(BUCKETS) for kind in kinds]
         for number, (rows, kind) in enumerate(needed, 1):
             self._begun(Burst(Shape(rows, kind), 0))
@@ -122,7 +123,7 @@ class Bursts:
         return self._rows[bucket]
 
     def _begun(self, burst: Burst) -> Callable[[], None]:
-        """The step of a burst, of which all processes now know."""
+        """The step of a burst, after all processes have been sent the burst."""
         shape, rows = burst.shape, self._rows_of(burst.shape.rows)
         self.announce(burst, self._graphs.collectives(shape, burst.steps))
         return self._graphs.prepared(
@@ -132,7 +133,7 @@ class Bursts:
         )
 
     def _mark_seen(self, rows: Rows, handles: Sequence[Handle]) -> None:
-        """The history of each request with a repetition penalty, which marks its full row."""
+        """Mark the history of each request with a repetition penalty, in all of its rows."""
         number = 0
         for handle in handles:
             if handle.both_settings[0].penalty != 1:
@@ -157,7 +158,8 @@ def _is_greedy(handle: Handle) -> bool:
 
 
 def _drawn(tokens: list[int]) -> list[int]:
-    """What was drawn before the row froze; what could not be drawn comes up again, first."""
+    """The tokens drawn before the row froze. A `NOTHING` behind others is left out: the next burst
+    draws it first."""
     end = tokens.index(SKIPPED) if SKIPPED in tokens else len(tokens)
     drawn = tokens[:end]
     return drawn[:-1] if NOTHING in drawn[1:] else drawn

@@ -1,7 +1,7 @@
-"""Bursts of a model on several processes: what the first tells the others, and what these do.
+"""Bursts of a model on several processes: the message of the first, and the steps of the others.
 
-The first process decides every draw. The others need the tables of the rows, once a burst: tokens
-and positions reach them within each step (`layers.py`), so that no message is sent while it runs.
+Only the first process draws. The message of a burst holds the block tables of its rows. Each step
+then broadcasts tokens and positions (`layers.py`), so the host sends nothing during a burst.
 
 Shapes: R rows, W blocks of a table.
 """
@@ -25,7 +25,7 @@ from earlyfusion.model.transformer import Transformer
 
 
 class Burst(NamedTuple):
-    """So many steps of one shape, over these tables; 0 steps only capture the shape."""
+    """`steps` steps of one shape over these block tables; 0 steps only capture the shape."""
 
     shape: Shape
     steps: int
@@ -47,8 +47,8 @@ class Burst(NamedTuple):
 
 
 class FollowedBursts:
-    """The static steps of a shard whose process follows; the last block of its cache is the spare
-    one."""
+    """The static steps of a process that follows the first. The last block of its cache is the
+    spare one."""
 
     def __init__(self, transformer: Transformer, fused: FusedTransformer, cache: Cache) -> None:
         self._device, self._spare = cache.device, len(cache.kv_BL2KSH) - 1
@@ -77,7 +77,7 @@ class FollowedBursts:
             step()
 
     def _step(self, table_RW: Tensor) -> None:
-        # Stands for tokens and positions, which come from the first process.
+        # In place of tokens and positions, which come from the first process.
         zeros_R = torch.zeros(len(table_RW), dtype=torch.int64, device=self._device)
         self._layers.states(zeros_R, zeros_R, table_RW)
 

@@ -1,7 +1,7 @@
 """Several grammars as tensors of fixed shape, with one row of state per request.
 
-`generation/grammar.py` defines the rules; there a batch shares one grammar, and here each row names
-its own, so that requests with other stop tokens or image sizes can share a step. No method waits
+`generation/grammar.py` defines the rules for one grammar. Here each row has the number of its
+grammar, so that requests with different stop tokens or image sizes share a step. No method waits
 for the device.
 
 Shapes: R rows, F fields of the state, G grammars, C classes of slots, S slots, V vocabulary.
@@ -35,9 +35,9 @@ class Grammars:
         self._done_G = torch.ones(MOST_GRAMMARS, dtype=torch.int64, device=device)
 
     def numbers_of(self, grammars: Iterable[Grammar]) -> dict[Grammar, int] | None:
-        """Which of the tables are those of each of these grammars; None if they do not fit in.
+        """The number of each grammar's tables; None if there is no room for all of them.
 
-        Tables that none of them needs make room, the least recently used first.
+        Replaces the tables of other grammars if needed, the least recently used first.
         """
         needed = dict.fromkeys(grammars)
         if len(needed) > MOST_GRAMMARS or not all(map(self._fits, needed)):
@@ -83,7 +83,7 @@ class Grammars:
         return allowed_RV
 
     def forced(self, state_RF: Tensor, grammar_R: Tensor) -> Tensor:
-        """As `Walk.forced`: the only token that may come, -1 where there are several or none."""
+        """As `Walk.forced`: the only token that may come; -1 if there are several or none."""
         slot_R = state_RF[:, SLOT]
         only_image_R = (slot_R == 0) & (state_RF[:, TEXT] == 0)
         return torch.where(only_image_R, self._begin, self._forced_GS[grammar_R, slot_R])
@@ -97,7 +97,7 @@ class Grammars:
         slot_R = torch.where((slot_R > 0) | begins_R, (slot_R + 1) % done_R, slot_R)
         images_R = images_R - begins_R.long()
         room_R = room_R - 1
-        # Without text, a reply ends where no further image may begin or fit.
+        # Without text, a reply ends once no further image may begin or fit.
         fits_R = (images_R > 0) & (room_R >= done_R)
         stuck_R = (text_R == 0) & ~fits_R & (slot_R == 0)
         slot_R = torch.where(stops_R | stuck_R | (room_R == 0), done_R, slot_R)

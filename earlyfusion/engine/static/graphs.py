@@ -1,4 +1,4 @@
-"""Static steps that are ready to run: captured as graphs on a CUDA device, called elsewhere."""
+"""Static steps ready to run: graphs on a CUDA device, plain calls elsewhere."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from earlyfusion.engine.static.layers import StaticLayers
 
 
 class Kind(NamedTuple):
-    """What is captured apart: rows that draw codes alone read a small part of the head, and greedy
-    rows need no order of the logits."""
+    """Kinds of steps, each with its own graph: rows that only draw codes read a small part of the
+    head, and greedy rows do not sort their logits."""
 
     only_codes: bool
     greedy: bool
 
 
 class Shape(NamedTuple):
-    """What a graph is captured for: the number of rows, and their kind."""
+    """The number of rows of a graph, and its kind."""
 
     rows: int
     kind: Kind
@@ -28,8 +28,8 @@ class Shape(NamedTuple):
 class Graphs:
     """The steps of one model by their shape.
 
-    Processes that share the model capture the same shapes in the same order, as the calls before a
-    capture, and the capture itself, make collectives too.
+    Processes that share the model capture the same shapes in the same order, since a capture and
+    the calls before it contain collectives.
     """
 
     def __init__(self, device: torch.device, layers: StaticLayers) -> None:
@@ -40,7 +40,7 @@ class Graphs:
 
     @property
     def shapes(self) -> set[Shape]:
-        """Those that are ready."""
+        """The shapes that are ready."""
         return set(self._steps)
 
     @property
@@ -49,21 +49,22 @@ class Graphs:
         return self._device.type == "cuda"
 
     def collectives(self, shape: Shape, steps: int) -> int:
-        """How many so many steps make, with the calls before them if the shape is new."""
+        """The number of collectives of `steps` steps, with those of a capture if the shape is
+        new."""
         new = self.captures and shape not in self._steps
         return self._each * (steps + (WARM_UP + 1 if new else 0))
 
     def prepared(
         self, shape: Shape, run: Callable[[], None], idle: Callable[[], None]
     ) -> Callable[[], None]:
-        """The step `run`; before each call that warms it up, `idle` makes all rows idle."""
+        """The step `run`. `idle` makes all rows idle before each warm-up call."""
         if shape not in self._steps:
             self._steps[shape] = self._captured(run, idle) if self.captures else run
         return self._steps[shape]
 
     def _captured(self, run: Callable[[], None], idle: Callable[[], None]) -> Callable[[], None]:
         if self._stream is None and self._device.type == "cuda":
-            # One for all, as libraries keep a workspace for each.
+            # One stream for all, as libraries keep a workspace per stream.
             self._stream = torch.cuda.Stream(self._device)
         replay, self._pool = capture(run, idle, self._stream, self._pool)
         peers, each = self._peers, self._each
@@ -78,14 +79,14 @@ class Graphs:
 
 
 WARM_UP = 3
-"""Calls before a capture: Triton compiles, and libraries take their workspaces."""
+"""Warm-up calls before a capture: Triton compiles, and libraries take their workspaces."""
 
 
 def capture(
     run: Callable[[], None], idle: Callable[[], None], stream: Any, pool: Any
 ) -> tuple[Callable[[], None], Any]:
-    """`run` as a CUDA graph, and the pool of its memory, which graphs that never run at the same
-    time share."""
+    """`run` as a CUDA graph, and its memory pool, which can be shared by graphs that never run at
+    the same time."""
     current = torch.cuda.current_stream(stream.device)
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
@@ -95,7 +96,7 @@ def capture(
     current.wait_stream(stream)
     torch.cuda.synchronize(stream.device)
     graph = torch.cuda.CUDAGraph()
-    # Other threads of the program, and NCCL's own, may ask the device for something meanwhile.
+    # "thread_local", as other threads, also NCCL's, may call CUDA meanwhile.
     with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
         run()
     return graph.replay, graph.pool()

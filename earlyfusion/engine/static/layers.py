@@ -1,8 +1,8 @@
 """The transformer of a decode step over tensors of fixed shape: the host reads nothing.
 
-Every shape follows from the bucket alone and no value is looked at. Where several processes share
-the model, each makes the same step over its own heads and columns: the first one's positions and
-embedded tokens reach the others within it, so that these need nothing else of what was drawn.
+Every shape follows from the bucket alone, and no code depends on a value. If several processes
+share the model, each runs the step over its own heads and columns. The first process broadcasts its
+positions and embedded tokens within the step; the others need to know nothing else of the draws.
 
 Shapes: R rows, D model width, M = N + 2 K heads of queries, keys and values, H head width, W blocks
 of a table.
@@ -29,7 +29,7 @@ from earlyfusion.model.transformer import Block, RMSNorm, Transformer
 
 
 class Layer(NamedTuple):
-    """One block: its products, norms and keys and values."""
+    """The products, norms, keys and values of one block."""
 
     qkv: Product
     head_norms: HeadNorms
@@ -43,7 +43,7 @@ class Layer(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """Where each row's new token is stored, and what it sees."""
+    """The block and offset of each row's new token, and the tokens that it sees."""
 
     position_R: Tensor
     length_R: Tensor
@@ -74,13 +74,13 @@ class StaticLayers:
 
     @property
     def collectives(self) -> int:
-        """How many a step makes: positions, embedded tokens, and two sums per layer."""
+        """The number of collectives of a step: positions, embedded tokens, two sums per layer."""
         return 0 if self.peers is None else 2 + 2 * len(self._layers)
 
     def states(self, token_R: Tensor, position_R: Tensor, table_RW: Tensor) -> Tensor:
-        """The input of the head [R, D]. Of several processes the first one's tokens and positions
-        count."""
-        # The kernels want their integers next to each other.
+        """The input of the head [R, D]. With several processes, those of the first are used for
+        tokens and positions."""
+        # The kernels need contiguous integers.
         position_R = position_R.contiguous()
         if self.peers is not None:
             position_R = self.peers.broadcast(position_R)
@@ -96,7 +96,7 @@ class StaticLayers:
             return normed_RD
         add_norm = self._operations.add_norm
         normed_RD = self._layers[0].attention_norm(x_RD)
-        # The norm behind each sum is that of the next part.
+        # The norm after each sum is that of the following attention or feed-forward.
         nexts = [*(layer.attention_norm for layer in self._layers[1:]), self._norm]
         for layer, norm in zip(self._layers, nexts, strict=True):
             y_RD, norm_y = self._attention(layer, normed_RD, at), layer.feed_forward_norm
@@ -134,7 +134,7 @@ class StaticLayers:
         )
 
     def _product(self, fused: Product, *linears: nn.Module) -> Product:
-        """The product of these layers, which reads packed weights as they are."""
+        """The product of these linear modules; packed weights stay packed."""
         if isinstance(linears[0], Summed):
             return self._summed(linears[0])
         if not all(type(linear) is PackedLinear for linear in linears):
@@ -166,5 +166,6 @@ def _activated(activation: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def _and_one_more(table_P1H: Tensor) -> Tensor:
-    """The angles [P + 1, H]: a frozen row may stand one behind the longest sequence."""
+    """The angles [P + 1, H]: the position of a frozen row may be one beyond the longest
+    sequence."""
     return F.pad(table_P1H[:, 0], (0, 0, 0, 1))

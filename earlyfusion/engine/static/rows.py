@@ -1,9 +1,9 @@
-"""The rows of a burst of static steps: what the host writes before it and reads after it.
+"""The rows of a burst of static steps: the host writes them before the burst and reads them after.
 
-Each branch of a request is a row. All rows of a request draw the same token, from the logits of its
-full row, so a row says which rows are those of the three conditions of its guidance. A row freezes
-where the host has to look first: at the end of the reply, where branches open or close, and where
-its blocks are full. A frozen row is computed on, and its results are left out.
+Each branch of a request is a row. All rows of a request draw the same token, from the guided logits
+of its conditions, so each row has the numbers of those rows. A row freezes if the host must act
+first: at the end of the reply, when branches open or close, and when its blocks are full. A frozen
+row is still computed, and its results are ignored.
 
 Shapes: R rows of a bucket, I integers and F floats of a row, W blocks of a table, N steps of a
 burst, V vocabulary.
@@ -40,7 +40,7 @@ _FLOATS = 2 + 2 * 4
 
 
 class Conditions(NamedTuple):
-    """The rows of the three conditions of each row's guidance."""
+    """The numbers of the rows of the three conditions of guidance, for each row."""
 
     full_R: Tensor
     image_only_R: Tensor
@@ -49,10 +49,10 @@ class Conditions(NamedTuple):
 
 @dataclass
 class Rows:
-    """The tensors of a bucket of R rows; their places in memory never change.
+    """The tensors of a bucket of R rows; their addresses never change.
 
-    `ints_RI` and `floats_RF` hold what the host writes; token, position, state and whether a row is
-    alive change on the device. `step_1` counts the steps of the burst.
+    The host writes `ints_RI` and `floats_RF`. Steps change token, position, state and `alive_R` on
+    the device. `step_1` counts the steps of the burst.
     """
 
     ints_RI: Tensor
@@ -84,7 +84,7 @@ class Rows:
 
     @property
     def alive_R(self) -> Tensor:
-        """0 or 1."""
+        """0 for a frozen or idle row, else 1."""
         return self.ints_RI[:, _ALIVE]
 
     @property
@@ -98,17 +98,17 @@ class Rows:
 
     @property
     def capacity_R(self) -> Tensor:
-        """How many tokens the blocks of a row hold."""
+        """The number of tokens for which a row has blocks."""
         return self.ints_RI[:, _CAPACITY]
 
     @property
     def stops_at_begin_R(self) -> Tensor:
-        """Whether a row freezes where an image begins, 0 or 1."""
+        """Whether a row freezes when an image begins, 0 or 1."""
         return self.ints_RI[:, _STOPS_AT_BEGIN]
 
     @property
     def stops_at_end_R(self) -> Tensor:
-        """Whether a row freezes where an image ends, 0 or 1."""
+        """Whether a row freezes when an image ends, 0 or 1."""
         return self.ints_RI[:, _STOPS_AT_END]
 
     @property
@@ -132,7 +132,7 @@ class Rows:
         return _warp(text, top_k_R2[:, 0]), _warp(image, top_k_R2[:, 1])
 
     def write(self, burst: Sequence[Row], spare: int, steps: int) -> None:
-        """Fill the rows for a burst of `steps` steps; what is left over are idle rows.
+        """Fill the rows for a burst of `steps` steps; the remaining rows are idle.
 
         Tables are filled up with the block `spare`, into which idle and frozen rows may write.
         """
@@ -143,7 +143,7 @@ class Rows:
         for number in range(len(burst), len(self.ints_RI)):
             idle = [0] * _TABLE + [spare] * blocks
             idle[_CONDITIONS] = [number] * 3
-            idle[3] = 1  # a slot within an image: any that is not text has an only token or codes
+            idle[3] = 1  # a slot within an image, where the next token is fixed or a code
             ints.append(idle)
             floats.append([0.0] * _FLOATS)
             uniforms.append([0.0] * steps)
@@ -193,7 +193,7 @@ class Row:
 def rows_of(
     handles: Sequence[Handle], numbers: dict[Grammar, int], ends_with_image: bool
 ) -> list[Row]:
-    """A row per branch, those of a request next to each other, the full one first."""
+    """A row per branch; those of a request are adjacent, the full one first."""
     rows: list[Row] = []
     for handle in handles:
         row_of = {id(branch): len(rows) + n for n, branch in enumerate(handle.branches)}
@@ -215,10 +215,10 @@ def _warp(floats_R4: Tensor, top_k_R: Tensor) -> Warp:
 
 
 def table_blocks(cache: Cache) -> int:
-    """The blocks of a row's table: those of the longest sequence, and the spare one."""
+    """The length of a row's block table: that of the longest sequence, and the spare block."""
     return -(-cache.length // cache.block_size) + 1
 
 
 def staged(values: Tensor, device: torch.device) -> Tensor:
-    """In memory from which a GPU can copy while the host goes on."""
+    """The values in memory from which a GPU can copy while the host goes on."""
     return values.pin_memory() if device.type == "cuda" else values

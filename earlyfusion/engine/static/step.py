@@ -1,9 +1,9 @@
 """One decode step, token to next token, over tensors of fixed shape: the host reads nothing.
 
 Embedding, layers (`layers.py`), head, guidance, grammar, cuts, draw, and the next state, for rows
-of text and of images together. Every shape follows from the bucket alone and no value is looked at,
-so the step can be captured as a CUDA graph; run plainly, it is the same step on any device. Which
-token a row gets is defined by `generation/reference.py`.
+of text and of images together. Every shape follows from the bucket alone, and no code depends on a
+value, so the step can be captured as a CUDA graph; it also runs without, on any device. The tokens
+equal those of `generation/reference.py`.
 
 Shapes: R rows, D model width, V vocabulary or codes.
 """
@@ -79,7 +79,7 @@ class StaticStep:
         text, image = rows.warps
         settings = image
         if not kind.only_codes:
-            # Codes have no penalty.
+            # No penalty for codes.
             settings = image.where(rows.state_RF[:, SLOT] > 0, text)
             logits_RV = penalise(logits_RV, rows.seen_RV, settings.penalty_B)
         best_R = logits_RV.argmax(-1)
@@ -103,7 +103,7 @@ class StaticStep:
         ends_R = self._grammars.done(after_RF, rows.grammar_R)
         ends_R |= (was_R == 0) & (slot_R > 0) & (rows.stops_at_begin_R > 0)
         ends_R |= (was_R > 0) & (slot_R == 0) & (rows.stops_at_end_R > 0)
-        ends_R |= rows.position_R + 2 > rows.capacity_R  # no place for the token behind this one
+        ends_R |= rows.position_R + 2 > rows.capacity_R  # no room for another token
         rows.state_RF.copy_(torch.where(moves_R[:, None], after_RF, before_RF))
         rows.token_R.copy_(torch.where(moves_R, token_R, rows.token_R))
         rows.position_R.add_(moves_R)
