@@ -50,15 +50,12 @@ struct Buffer {
 };
 
 // x / (1 + e^-x), e^-x to two units in the last place.
-inline floats16 swish(floats16 x) {
-  const floats16 low = floats16{} - 87.0f, high = floats16{} + 87.0f;
-  floats16 y = -x;
+inline floats swish(floats x) {
+  const floats low = floats{} - 87.0f, high = floats{} + 87.0f;
+  floats y = -x;
   y = y < low ? low : y;
   y = y > high ? high : y;
-  // Adding 1.5 * 2^23 leaves no bits for a fraction: it rounds to a whole number.
-  const float magic = 12582912.0f;
-  floats16 n = (y * 1.44269504088896341f + magic) - magic;
-  return x / (1.0f + exp_of(y, n, __builtin_convertvector(n, ints16)));
+  return x / (1.0f + exp_of(y, whole_number(y * 1.44269504088896341f)));
 }
 
 // ---- one dimension of the transforms, at the points 0, +-kA, +-kB and infinity; `step` is the
@@ -274,9 +271,9 @@ void fill_line(const Job& job, const float* source, int64_t b, float* line) {
     std::memcpy(line + C, source, job.X * C * 4);
   } else {
     for (int64_t x = 0; x < job.X; ++x)
-      for (int64_t c = 0; c < C; c += kLanes) {
-        floats16 v = load(source + x * C + c) * load(job.scale + b * C + c) + load(job.shift + b * C + c);
-        store(line + (x + 1) * C + c, swish(v));
+      for (int64_t c = 0; c < C; c += LANES) {
+        const floats scale = read<floats>(job.scale + b * C + c), shift = read<floats>(job.shift + b * C + c);
+        write(line + (x + 1) * C + c, swish(read<floats>(source + x * C + c) * scale + shift));
       }
   }
 }

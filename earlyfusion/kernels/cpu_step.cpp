@@ -410,30 +410,25 @@ void blend(const CachedHead<T>& v, const float* weights, int64_t length, float* 
 
 // scores -> e^(score - max); returns their sum. The buffer is padded to sixteens, and what it holds
 // after the last score counts as -inf.
-float soften(float* scores, int64_t n) {
+ONE_COPY float soften(float* scores, int64_t n) {
+  const int parts = 16 / LANES;
   for (int64_t i = n; i % 16; i++) scores[i] = -INFINITY;
-  floats16 most = load(scores);
-  for (int64_t i = 16; i < n; i += 16) {
-    const floats16 here = load(scores + i);
-    most = here > most ? here : most;
-  }
-  float top = most[0];
-  for (int i = 1; i < 16; i++) top = std::max(top, most[i]);
-  floats16 total = {};
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16) {
-    const floats16 e = exp16(load(scores + i) - top);
-    store(scores + i, e);
-    total += e;
-  }
-  if (i < n) {
-    floats16 e = exp16(load(scores + i) - top);
-    // Not in the loop above: entries that are set one by one would keep a vector in memory.
-    for (int64_t j = n - i; j < 16; j++) e[j] = 0;
-    store(scores + i, e);
-    total += e;
-  }
-  return sum(total);
+  floats most[parts], total[parts] = {};
+  for (int j = 0; j < parts; j++) most[j] = read<floats>(scores + LANES * j);
+  for (int64_t i = 16; i < n; i += 16)
+    for (int j = 0; j < parts; j++) {
+      const floats here = read<floats>(scores + i + LANES * j);
+      most[j] = here > most[j] ? here : most[j];
+    }
+  float top = most[0][0];
+  for (int i = 1; i < 16; i++) top = std::max(top, most[i / LANES][i % LANES]);
+  for (int64_t i = 0; i < n; i += 16)
+    for (int j = 0; j < parts; j++) {
+      const floats e = exponential(read<floats>(scores + i + LANES * j) - top);
+      write(scores + i + LANES * j, e);
+      total[j] += e;
+    }
+  return sum(read<floats16>(total));
 }
 
 // One key head of one row: its queries against the `length` keys so far, that of the new token among
@@ -485,16 +480,17 @@ ONE_COPY void attend_tile(const Model& m, const CachedHead<T>& k, const CachedHe
 // silu(gate) * up, for the columns of one thread.
 ONE_COPY void activate(const float* gates, const float* ups, Range mine, const Input& inner,
                        int64_t row) {
-  for (int64_t n = mine.first; n < mine.last; n += 16) {
-    const int64_t count = std::min<int64_t>(16, mine.last - n);
-    floats16 gate = {}, up = {};
-    std::memcpy(&gate, gates + n, count * sizeof(float));
-    std::memcpy(&up, ups + n, count * sizeof(float));
-    const floats16 out = gate / (1.0f + exp16(-gate)) * up;
-    float here[16];
-    store(here, out);
-    inner.put(row, n, here, count);
+  float* out = inner.fp32 + row * inner.stride;
+  for (int64_t n = mine.first; n < mine.last; n += LANES) {
+    const int64_t bytes = std::min<int64_t>(LANES, mine.last - n) * sizeof(float);
+    floats gate = {}, up = {};
+    std::memcpy(&gate, gates + n, bytes);
+    std::memcpy(&up, ups + n, bytes);
+    const floats y = gate / (1.0f + exponential(-gate)) * up;
+    std::memcpy(out + n, &y, bytes);
   }
+  if (inner.rounded)
+    Input::round(inner.rounded + row * inner.stride + mine.first, out + mine.first, mine.last - mine.first);
 }
 
 // The new tokens of a step. Row r is at position positions[r] of the sequence whose blocks are listed

@@ -13,25 +13,23 @@
 
 namespace {
 
-typedef double doubles8 __attribute__((vector_size(64)));
-typedef int64_t longs8 __attribute__((vector_size(64)));
-typedef float floats8 __attribute__((vector_size(32)));
+const int HALF = LANES / 2;  // doubles in a register
+typedef double doubles __attribute__((vector_size(8 * HALF)));
+typedef int64_t longs __attribute__((vector_size(8 * HALF)));
+typedef float few_floats __attribute__((vector_size(4 * HALF)));
 
 // e^x to the precision of doubles, 0 below -700.
-inline doubles8 exp8(doubles8 x) {
-  const longs8 none = x < -700.0;
-  x = none ? doubles8{} - 700.0 : x;
-  const doubles8 scaled = x * 1.4426950408889634;
-  const doubles8 nudge = scaled < 0.0 ? doubles8{} - 0.5 : doubles8{} + 0.5;
-  const longs8 whole = __builtin_convertvector(scaled + nudge, longs8);
-  const doubles8 n = __builtin_convertvector(whole, doubles8);
-  const doubles8 r = (x - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10;
-  doubles8 p = doubles8{} + 1.0;
+inline doubles exponential(doubles x) {
+  const longs none = x < -700.0;
+  x = none ? doubles{} - 700.0 : x;
+  // Adding 1.5 * 2^52 leaves no bits for a fraction; the last bits are then those of the whole number.
+  const double magic = 6755399441055744.0;
+  const doubles moved = x * 1.4426950408889634 + magic, n = moved - magic;
+  const doubles r = (x - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10;
+  doubles p = doubles{} + 1.0;
   for (int k = 13; k > 0; k--) p = p * r * (1.0 / k) + 1.0;
-  const longs8 bits = (whole + 1023) << 52;
-  doubles8 power;
-  std::memcpy(&power, &bits, 64);
-  return none ? doubles8{} : p * power;
+  const longs bits = (read<longs>(&moved) + 1023) << 52;
+  return none ? doubles{} : p * read<doubles>(&bits);
 }
 
 // The float whose place among all floats is `order`: a float's bits as an integer, with those of
@@ -86,15 +84,16 @@ struct Choice {
   }
 };
 
-// Whether a token can be drawn: no NaN, no +inf, and not everything blocked.
-bool is_drawable(const float* z, int64_t n) {
-  float top = -INFINITY;
-  bool all = true;
-  for (int64_t i = 0; i < n; i++) {
-    all &= z[i] <= 3.402823466e+38f;  // false for NaN too
-    top = z[i] > top ? z[i] : top;
+// The largest of n floats, a multiple of LANES; NaN counts as nothing.
+inline float largest_of(const float* z, int64_t n) {
+  floats most = floats{} - INFINITY;
+  for (int64_t i = 0; i < n; i += LANES) {
+    const floats here = read<floats>(z + i);
+    most = here > most ? here : most;
   }
-  return all && top > -INFINITY;
+  float top = most[0];
+  for (int i = 1; i < LANES; i++) top = std::max(top, most[i]);
+  return top;
 }
 
 // One row of logits in z, which like the scratch e is padded to sixteens.
@@ -103,19 +102,25 @@ struct Draw {
   float* z;
   double* e;
   float top;
+  bool drawable;  // not everything is blocked, and all is finite
 
   Draw(int64_t count, float temperature, float* z, double* e)
       : count(count), n((count + 15) / 16 * 16), z(z), e(e) {
     for (int64_t i = count; i < n; i++) z[i] = -INFINITY;
-    if (temperature != 0)
-      for (int64_t i = 0; i < count; i++) z[i] /= temperature;
-    floats16 most = load(z);
-    for (int64_t i = 16; i < n; i += 16) {
-      const floats16 here = load(z + i);
-      most = here > most ? here : most;
-    }
-    top = most[0];
-    for (int i = 1; i < 16; i++) top = std::max(top, most[i]);
+    top = largest_of(z, n);
+    drawable = top > -INFINITY && is_finite();
+    if (temperature == 0) return;
+    for (int64_t i = 0; i < count; i++) z[i] /= temperature;
+    top /= temperature;
+  }
+
+  // Whether there is no NaN and no +inf.
+  bool is_finite() const {
+    ints finite = ints{} - 1;  // a comparison gives -1 where it holds; false for NaN
+    for (int64_t i = 0; i < n; i += LANES) finite &= read<floats>(z + i) <= 3.402823466e+38f;
+    bool all = true;
+    for (int i = 0; i < LANES; i++) all &= finite[i] != 0;
+    return all;
   }
 
   int64_t greedy() const { return std::find(z, z + count - 1, top) - z; }
@@ -127,11 +132,10 @@ struct Draw {
   // Those that equal the least of the k largest stay too.
   void top_k(int64_t k) {
     drop_below(largest(top, [&](float least) {
-      ints16 count = {};
-      // A comparison gives -1 where it holds.
-      for (int64_t i = 0; i < n; i += 16) count -= load(z + i) >= least;
+      ints count = {};
+      for (int64_t i = 0; i < n; i += LANES) count -= read<floats>(z + i) >= least;
       int64_t total = 0;
-      for (int i = 0; i < 16; i++) total += count[i];
+      for (int i = 0; i < LANES; i++) total += count[i];
       return total >= k;
     }));
   }
@@ -140,19 +144,25 @@ struct Draw {
   void top_p(float tail) {
     // Each e^(z - top) is needed once per step of the search; `e` has room for them.
     float* powers = reinterpret_cast<float*>(e);
-    for (int64_t i = 0; i < n; i += 16) store(powers + i, exp16(load(z + i) - top));
+    for (int64_t i = 0; i < n; i += LANES)
+      write(powers + i, exponential(read<floats>(z + i) - top));
     auto below = [&](float least) {
-      floats16 mass = {};
-      for (int64_t i = 0; i < n; i += 16)
-        mass += load(z + i) < least ? load(powers + i) : floats16{};
-      return sum(mass);
+      floats mass[2] = {};  // two, as an addition takes longer than the rest of a turn
+      for (int64_t i = 0; i < n; i += 2 * LANES)
+        for (int j = 0; j < 2; j++) {
+          const int64_t at = i + LANES * j;
+          mass[j] += read<floats>(z + at) < least ? read<floats>(powers + at) : floats{};
+        }
+      float total = 0;
+      for (int i = 0; i < LANES; i++) total += mass[0][i] + mass[1][i];
+      return total;
     };
     const float limit = tail * below(INFINITY);
     const float least = largest(top, [&](float x) { return below(x) <= limit; });
     // Of those equal to the threshold, as many go as still fit into the tail; one always stays.
     int64_t equal = 0;
     for (int64_t i = 0; i < n; i++) equal += z[i] == least;
-    const float each = exp16(splat(least - top))[0], rest = std::max(0.0f, limit - below(least));
+    const float each = exponential(floats{} + (least - top))[0], rest = std::max(0.0f, limit - below(least));
     int64_t more = std::min<int64_t>(equal - 1, int64_t(rest / each));
     drop_below(least);
     for (int64_t i = 0; more > 0; i++)
@@ -184,24 +194,19 @@ struct Draw {
 
   // e = e^(z - top), and their sum.
   double soften(int64_t first, int64_t last) {
-    for (int64_t i = first; i < std::min(last, n); i += 8) {
-      floats8 here;
-      std::memcpy(&here, z + i, 32);
-      const doubles8 value = exp8(__builtin_convertvector(here, doubles8) - double(top));
-      std::memcpy(e + i, &value, 64);
+    for (int64_t i = first; i < std::min(last, n); i += HALF) {
+      const doubles here = __builtin_convertvector(read<few_floats>(z + i), doubles);
+      write(e + i, exponential(here - double(top)));
     }
     return mass(first, last);
   }
 
   double mass(int64_t first, int64_t last) const {
-    doubles8 total = {};
-    for (int64_t i = first; i < std::min(last, n); i += 8) {
-      doubles8 here;
-      std::memcpy(&here, e + i, 64);
-      total += here;
-    }
+    doubles total[2] = {};
+    for (int64_t i = first; i < std::min(last, n); i += LANES)
+      for (int j = 0; j < 2; j++) total[j] += read<doubles>(e + i + HALF * j);
     double sum = 0;
-    for (int i = 0; i < 8; i++) sum += total[i];
+    for (int i = 0; i < HALF; i++) sum += total[0][i] + total[1][i];
     return sum;
   }
 };
@@ -209,8 +214,8 @@ struct Draw {
 // The column drawn from a choice, -1 where its logits are not finite; z and e are room for them.
 int64_t drawn_column(const Choice& c, float* z, double* e) {
   c.mix(z);
-  if (!is_drawable(z, c.columns)) return -1;
   Draw row(c.columns, float(c.temperature), z, e);
+  if (!row.drawable) return -1;
   if (c.temperature == 0) return row.greedy();
   if (c.top_k > 0 && c.top_k < c.columns) row.top_k(c.top_k);
   if (c.top_p < 1) row.top_p(float(1 - c.top_p));

@@ -14,11 +14,21 @@
 #if defined(__AVX2__) && defined(__FMA__) && !defined(__AVX512F__)
 #define VECTORS_OF_EIGHT  // registers hold eight floats, so a vector of sixteen takes two of them
 #endif
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(VECTORS_OF_EIGHT)
+#define LANES 8
+#else
+#define LANES 4
+#endif
 
 namespace {
 
 typedef float floats16 __attribute__((vector_size(64)));
 typedef int32_t ints16 __attribute__((vector_size(64)));
+// What fits into one register: compilers compare and convert wider vectors entry by entry.
+typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 
 // ---- bf16: the upper two bytes of a float
 
@@ -67,6 +77,19 @@ inline floats16 load(const int8_t* p) {
 }
 
 inline void store(float* p, floats16 v) { std::memcpy(p, &v, 64); }
+
+// The same for vectors of any type.
+template <class V>
+inline V read(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(V));
+  return v;
+}
+
+template <class V>
+inline void write(void* p, V v) {
+  std::memcpy(p, &v, sizeof(V));
+}
 
 inline floats16 splat(float x) { return floats16{} + x; }
 
@@ -165,31 +188,33 @@ inline __m128 four_sums(const __m256* low, const __m256* high) {
 }
 #endif
 
-// e^x for x = n * ln 2 + r, where n is x / ln 2 rounded and `whole` is n as an integer; 2^n has to be
-// a normal number.
-inline floats16 exp_of(floats16 x, floats16 n, ints16 whole) {
+// e^x for x = n * ln 2 + r, where n is x / ln 2 rounded; 2^n has to be a normal number.
+inline floats exp_of(floats x, floats n) {
   // ln 2 in two parts: n times the first one is exact.
-  floats16 r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  floats16 p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  const floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  ints16 bits = (whole + 127) << 23;  // 2^n: n in a float's exponent
-  floats16 power;
-  std::memcpy(&power, &bits, 64);
-  return p * power;
+  const ints bits = (__builtin_convertvector(n, ints) + 127) << 23;  // 2^n: n in a float's exponent
+  return p * read<floats>(&bits);
 }
 
-// e^x to about one part in 10^7; x is clamped to the range of normal numbers.
-inline floats16 exp16(floats16 x) {
-  x = x < -87.0f ? splat(-87.0f) : x;
-  x = x > 88.0f ? splat(88.0f) : x;
-  floats16 scaled = x * 1.44269504f;
-  floats16 nudge = scaled < 0.0f ? splat(-0.5f) : splat(0.5f);
-  ints16 whole = __builtin_convertvector(scaled + nudge, ints16);
-  return exp_of(x, __builtin_convertvector(whole, floats16), whole);
+inline floats whole_number(floats x) {
+  // Adding 1.5 * 2^23 leaves no bits for a fraction.
+  const float magic = 12582912.0f;
+  return (x + magic) - magic;
+}
+
+// e^x to about one part in 10^7: 0 below -87, and no more than e^88.
+inline floats exponential(floats x) {
+  const ints none = x < -87.0f;
+  x = none ? floats{} - 87.0f : x;
+  x = x > 88.0f ? floats{} + 88.0f : x;
+  const floats e = exp_of(x, whole_number(x * 1.44269504f));
+  return none ? floats{} : e;
 }
 
 }  // namespace
