@@ -259,6 +259,33 @@ def test_a_long_prompt_does_not_hold_up_the_others() -> None:
     assert [long.number in row for row in rows] == [False] * 3 + [True] * 3
 
 
+@pytest.mark.parametrize(
+    ("drawing", "waiting", "read"),
+    [
+        (0, 1, 32),
+        (1, 1, 8),
+        (2, 2, 9),
+        (1, 2, 16),
+        (1, 5, 32),
+        (9, 1, 16),
+        (33, 1, 32),
+        (9, 12, 21),
+    ],
+)
+def test_pieces_grow_with_those_that_draw_and_those_that_wait(
+    drawing: int, waiting: int, read: int
+) -> None:
+    scheduler = scheduler_of(1000, 8)
+    for _ in range(drawing):
+        scheduler.add(Entry([Branch([0])]))
+    drawn(scheduler, 1)
+    for number in range(waiting):
+        scheduler.add(Entry([Branch([number + 1] * 100)]))
+    plan = scheduler.schedule()
+    assert sum(piece.size for piece in plan.pieces if piece.size > 1) == read
+    assert len(plan.ready) == drawing
+
+
 def test_a_prompt_is_read_in_larger_pieces_where_nobody_draws() -> None:
     scheduler = scheduler_of(20, 8)
     scheduler.add(Entry([Branch([1] * 70)]))
@@ -270,7 +297,7 @@ def test_a_prompt_is_read_in_larger_pieces_where_nobody_draws() -> None:
 def test_equal_prompts_that_come_together_are_read_once() -> None:
     scheduler = scheduler_of(30, 8)
     entries = [Entry([Branch([*range(70), 100 + n])]) for n in range(4)]
-    other = Entry([Branch([5] * 9)])
+    other = Entry([Branch([5] * 20)])
     for entry in [*entries, other]:
         scheduler.add(entry)
     read = [sum(piece.size for piece in scheduler.schedule().pieces) for _ in range(3)]
@@ -278,7 +305,7 @@ def test_equal_prompts_that_come_together_are_read_once() -> None:
     entries[0].branches[0].tokens.append(1)
     # Of the others only the last token, behind whole blocks and a copied one.
     plan = scheduler.schedule()
-    assert [piece.size for piece in plan.pieces] == [1, 1, 1, 1, 8]
+    assert [piece.size for piece in plan.pieces] == [1, 1, 1, 1, 11]
     assert plan.ready == entries and len(plan.copies) == 3
 
 

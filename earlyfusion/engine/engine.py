@@ -52,8 +52,9 @@ class Engine:
 
     `cache_bytes` is the size of the cache (default: a share of the free memory, see `cache_size`).
     A prompt with its reply has at most `context_tokens` tokens (default: the model's limit). A step
-    reads at most `chunk` tokens of prompts beside requests that draw, and four times as many if
-    none draws (default: 64 on a CPU, 512 on a GPU). At most `most_running` requests run at once.
+    reads at most `chunk` tokens of prompts beside one request that draws, more beside several, and
+    four times as many if none draws (default: 64 on a CPU, 512 on a GPU; see `Scheduler`). At most
+    `most_running` requests run at once.
     `cache_dtype` is the dtype of keys and values: "fp32", "bf16" or "int8" (default: the model's).
     With `static`, steps that read no prompt draw several tokens at a time (default: on a CUDA
     device, where these steps are captured graphs). `adapters` maps names that requests may ask for

@@ -20,6 +20,9 @@ from earlyfusion.engine.blocks import BlockPool, Branch, Copy
 from earlyfusion.errors import SettingError
 
 ALONE = 4
+"""Times `chunk` that a step reads of prompts if no request draws in it."""
+_STEP_ROWS = 8
+"""Rows whose products take about as long as reading the weights, which every step does."""
 
 
 class Entry(Protocol):
@@ -96,9 +99,9 @@ class Step:
 
 
 class Scheduler:
-    """Shares the blocks of the cache among at most `most_running` requests. A step reads at most
-    `chunk` tokens of prompts if other requests draw in it, so that these do not wait long, and
-    ALONE times as many if none does."""
+    """Shares the blocks of the cache among at most `most_running` requests. Beside one request that
+    draws, a step reads at most `chunk` tokens of prompts, so that this one does not wait long.
+    Beside several it reads more, see `_most_read`, up to ALONE times `chunk`."""
 
     def __init__(self, pool: BlockPool, chunk: int, most_running: int = 256) -> None:
         if chunk < 2 or most_running < 1:
@@ -139,11 +142,7 @@ class Scheduler:
         if self.waiting:
             self._admit(plan)
         unread = [sum(len(b.tokens) - b.read for b in entry.branches) for entry in self.running]
-        drawing = any(
-            number == len(entry.branches)
-            for entry, number in zip(self.running, unread, strict=True)
-        )
-        left = self.chunk if drawing else ALONE * self.chunk
+        left = self._most_read(unread)
         for entry, number in zip(self.running, unread, strict=True):
             # Only `_serve` can leave a running request without the blocks that it needs.
             if not (entry in lacking and self._missing(entry)):
@@ -160,6 +159,22 @@ class Scheduler:
                 if missing > 0 and self.pool.free - missing >= len(self.running):
                     # `extend` copies nothing here, as the branch has read all its tokens.
                     self.pool.extend(branch, size)
+
+    def _most_read(self, unread: Sequence[int]) -> int:
+        """The most tokens of prompts that the next step reads; `unread` are the unread tokens of
+        the running requests. The more rows are drawn, the longer
+        a step takes anyway, and the more requests wait for their first token for each one that
+        draws, the more of them a larger piece helps. Depends on counts only, not on time, so that
+        the same requests are always cut alike."""
+        requests = zip(self.running, unread, strict=True)
+        drawing = [entry for entry, number in requests if number == len(entry.branches)]
+        if not drawing:
+            return ALONE * self.chunk
+        rows = sum(len(entry.branches) * (1 + len(entry.drafts)) for entry in drawing)
+        waiting = max(len(self.running) - len(drawing), len(drawing))
+        # chunk * (1 + (rows - 1) / _STEP_ROWS) * (waiting / drawing), in whole numbers.
+        most = self.chunk * (_STEP_ROWS + rows - 1) * waiting // (_STEP_ROWS * len(drawing))
+        return min(most, ALONE * self.chunk)
 
     def _size(self, entry: Entry, branch: Branch) -> int:
         """The tokens that a branch needs room for: its own, and those sure to come or tried."""
