@@ -78,27 +78,29 @@ struct Block4 {
   }
 };
 
-// `multiply` for few rows of input.
-template <Format F>
-void put_few(const Matrix& m, Range mine, const Input& in, int64_t R, float* y, int64_t y_stride) {
-  const float* x = F == BF16 || F == INT4 ? in.rounded : in.fp32;
-  const int64_t tiles = (R + TILE - 1) / TILE;
-  Aligned<float> sums(R * 64), unpacked(F == FP32 ? 0 : 4 * BLOCK);
-  // The input, block by block: rows far apart would push each other out of the cache.
-  Aligned<float> blocks(R * m.stride);
-  for (int64_t first = 0; first < m.stride; first += BLOCK) {
-    const int64_t columns = std::min(BLOCK, m.stride - first);
+// The input, block by block: rows far apart would push each other out of the cache.
+void order_blocks(const float* x, int64_t x_stride, int64_t R, int64_t stride, float* blocks) {
+  for (int64_t first = 0; first < stride; first += BLOCK) {
+    const int64_t columns = std::min(BLOCK, stride - first);
     for (int64_t row = 0; row < R; row++)
-      std::memcpy(blocks.data() + R * first + row * columns, x + row * in.stride + first, 4 * columns);
+      std::memcpy(blocks + R * first + row * columns, x + row * x_stride + first, 4 * columns);
   }
+}
+
+// `multiply` for few rows of input, in `blocks`; `memory` is room for sums and unpacked weights.
+template <Format F>
+void put_few(const Matrix& m, Range mine, const float* blocks, int64_t R, Room& memory, float* y,
+             int64_t y_stride) {
+  const int64_t tiles = (R + TILE - 1) / TILE;
+  float *sums = memory.of(R * 64 + 4 * BLOCK), *unpacked = sums + R * 64;
   for (int64_t n = mine.first; n < mine.last; n += 4) {
     for (int64_t first = 0; first < m.stride; first += BLOCK) {
       const int64_t columns = std::min(BLOCK, m.stride - first);
       const bool ends = first + BLOCK >= m.stride;
       const Block4<F> here(m, n, first);
       const Block4<F> next(m, ends ? std::min(n + 4, m.rows - 4) : n, ends ? 0 : first + BLOCK);
-      if (F != FP32) here.unpack(columns, unpacked.data());
-      const float* w = F == FP32 ? reinterpret_cast<const float*>(here.row[0]) : unpacked.data();
+      if (F != FP32) here.unpack(columns, unpacked);
+      const float* w = F == FP32 ? reinterpret_cast<const float*>(here.row[0]) : unpacked;
       const int64_t stride = F == FP32 ? m.stride : BLOCK;
       int64_t row = 0;
       for (int64_t t = 0; t < tiles; t++) {
@@ -106,15 +108,15 @@ void put_few(const Matrix& m, Range mine, const Input& in, int64_t R, float* y, 
         // Each tile passes twice, once for each side; the four rows of `next` are spread over these.
         const char* ahead[2];
         for (int side = 0; side < 2; side++) ahead[side] = t < 2 ? next.row[2 * t + side] : here.row[0];
-        const float* block = blocks.data() + R * first + row * columns;
+        const float* block = blocks + R * first + row * columns;
         (X == 2 ? block4<2> : block4<3>)(w, stride, block, columns, columns, first == 0, ahead,
-                                         here.bits, sums.data() + row * 64);
+                                         here.bits, sums + row * 64);
         row += X;
       }
     }
     for (int64_t row = 0; row < R; row++) {
       __m256 all[2][4];
-      for (int i = 0; i < 8; i++) all[i / 4][i % 4] = _mm256_load_ps(sums.data() + 64 * row + 8 * i);
+      for (int i = 0; i < 8; i++) all[i / 4][i % 4] = _mm256_load_ps(sums + 64 * row + 8 * i);
       __m128 out = four_sums(all[0], all[1]);
       if (F == INT8) out = _mm_mul_ps(out, _mm_loadu_ps(static_cast<const float*>(m.scales) + n));
       _mm_storeu_ps(y + row * y_stride + n, out);
@@ -122,13 +124,13 @@ void put_few(const Matrix& m, Range mine, const Input& in, int64_t R, float* y, 
   }
 }
 
-void put_few(const Matrix& m, Range mine, const Input& in, int64_t R, float* y, int64_t y_stride) {
-  switch (m.format) {
-    case FP32: return put_few<FP32>(m, mine, in, R, y, y_stride);
-    case BF16: return put_few<BF16>(m, mine, in, R, y, y_stride);
-    case INT8: return put_few<INT8>(m, mine, in, R, y, y_stride);
-    default: return put_few<INT4>(m, mine, in, R, y, y_stride);
-  }
+void put_few(const Matrix& m, Range mine, const float* blocks, int64_t R, Room& memory, float* y,
+             int64_t y_stride) {
+  const auto put = m.format == FP32   ? put_few<FP32>
+                   : m.format == BF16 ? put_few<BF16>
+                   : m.format == INT8 ? put_few<INT8>
+                                      : put_few<INT4>;
+  put(m, mine, blocks, R, memory, y, y_stride);
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 // One step of the transformer on a CPU: every layer inside one parallel region.
 //
 // A step has R rows, one new token each, which share each read of the weights. The rows of a prompt
-// have one block table and consecutive positions. Threads own ranges of weight rows; each has its own copy
+// have one block table and consecutive positions. Threads share the rows of weights (`Shares`); each has its own copy
 // of the residual stream and of the inputs of a product, so that a layer needs five barriers: after
 // the queries, the attention, its output, the gates and the end (six if rows share a sequence).
 //
@@ -477,7 +477,7 @@ ONE_COPY void attend_tile(const Model& m, const CachedHead<T>& k, const CachedHe
   }
 }
 
-// silu(gate) * up, for the columns of one thread.
+// silu(gate) * up, for some columns.
 ONE_COPY void activate(const float* gates, const float* ups, Range mine, const Input& inner,
                        int64_t row) {
   float* out = inner.fp32 + row * inner.stride;
@@ -605,6 +605,19 @@ struct Heads {
   }
 };
 
+// The products of a layer, shared among threads.
+struct LayerShares {
+  Shares q, k, v, o, gate_up, down;
+
+  LayerShares(const Layer& l, int64_t R, int64_t threads)
+      : q(shares(l.q_proj, R, threads)),
+        k(shares(l.k_proj, R, threads)),
+        v(shares(l.v_proj, R, threads)),
+        o(shares(l.o_proj, R, threads)),
+        gate_up(shares(l.gate_proj, R, threads)),
+        down(shares(l.down_proj, R, threads)) {}
+};
+
 template <class T>
 void attention(const Model& m, int64_t layer, const Rows& rows, float* qkv, int64_t qkv_width,
                const Input& attended, Barrier& barrier, float* scratch) {
@@ -645,6 +658,8 @@ void earlyfusion_step(const Model* model, int64_t R, float* x_RD, const int64_t*
   Buffers attended_buffer(R, m.N * m.H, bf16), inner_buffer(R, m.F, bf16);
   const Input attended = attended_buffer.input(), inner = inner_buffer.input();
   Aligned<float> qkv(R * qkv_width), gates(R * m.F), ups(R * m.F), y(R * D);
+  std::vector<LayerShares> shared_work;
+  for (int64_t i = 0; i < m.layer_count; i++) shared_work.emplace_back(m.layers[i], R, threads);
   Barrier barrier;
   const auto attention_in_format = m.cache_format == FP32   ? attention<float>
                                    : m.cache_format == BF16 ? attention<uint16_t>
@@ -667,24 +682,40 @@ void earlyfusion_step(const Model* model, int64_t R, float* x_RD, const int64_t*
     };
     for (int64_t i = 0; i < m.layer_count; i++) {
       const Layer& l = m.layers[i];
+      LayerShares& work = shared_work[i];
       before_branch(l.attention_norm);
-      multiply(l.q_proj, in, R, qkv.data(), qkv_width);
-      multiply(l.k_proj, in, R, qkv.data() + m.N * m.H, qkv_width);
-      multiply(l.v_proj, in, R, qkv.data() + (m.N + m.K) * m.H, qkv_width);
+      {
+        const Operand x(l.q_proj, in, R);
+        float *k = qkv.data() + m.N * m.H, *v = k + m.K * m.H;
+        work.q.each([&](Range range) { x.multiply(l.q_proj, range, qkv.data(), qkv_width); });
+        work.k.each([&](Range range) { x.multiply(l.k_proj, range, k, qkv_width); });
+        work.v.each([&](Range range) { x.multiply(l.v_proj, range, v, qkv_width); });
+      }
       barrier.wait();
       attention_in_format(m, i, rows, qkv.data(), qkv_width, attended, barrier, scratch.data());
       barrier.wait();
-      multiply(l.o_proj, attended, R, y.data(), D);
+      {
+        const Operand x(l.o_proj, attended, R);
+        work.o.each([&](Range range) { x.multiply(l.o_proj, range, y.data(), D); });
+      }
       barrier.wait();
       after_branch(l.attention_norm);
 
       before_branch(l.feed_forward_norm);
-      const Range mine = multiply(l.gate_proj, in, R, gates.data(), m.F);
-      multiply(l.up_proj, in, R, ups.data(), m.F);  // the same rows of this thread
-      for (int64_t row = 0; row < R; row++)
-        activate(gates.data() + row * m.F, ups.data() + row * m.F, mine, inner, row);
+      {
+        const Operand x(l.gate_proj, in, R);
+        work.gate_up.each([&](Range range) {
+          x.multiply(l.gate_proj, range, gates.data(), m.F);
+          x.multiply(l.up_proj, range, ups.data(), m.F);
+          for (int64_t row = 0; row < R; row++)
+            activate(gates.data() + row * m.F, ups.data() + row * m.F, range, inner, row);
+        });
+      }
       barrier.wait();
-      multiply(l.down_proj, inner, R, y.data(), D);
+      {
+        const Operand x(l.down_proj, inner, R);
+        work.down.each([&](Range range) { x.multiply(l.down_proj, range, y.data(), D); });
+      }
       barrier.wait();
       after_branch(l.feed_forward_norm);
     }
@@ -700,7 +731,11 @@ void earlyfusion_multiply(const Matrix* matrix, int64_t R, const float* x, int64
   Buffers buffers(R, columns, reads_bf16(*matrix));
   const Input in = buffers.input();
   copy_rounded(x, R, columns, in);
+  Shares work = shares(*matrix, R, threads);
 #pragma omp parallel num_threads(threads)
-  multiply(*matrix, in, R, y, matrix->rows);
+  {
+    const Operand operand(*matrix, in, R);
+    work.each([&](Range range) { operand.multiply(*matrix, range, y, matrix->rows); });
+  }
 }
 }

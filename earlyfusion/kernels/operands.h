@@ -5,6 +5,8 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <atomic>
+#include <memory>
 #include <type_traits>
 
 #include "simd.h"
@@ -54,11 +56,50 @@ struct Range {
   int64_t first, last;  // last: one past the end
 };
 
-// This thread's share of the rows of weights, in fours: matrices are padded to a multiple of four.
-Range share(int64_t rows) {
-  const int64_t fours = rows / 4, thread = omp_get_thread_num(), threads = omp_get_num_threads();
-  return {fours * thread / threads * 4, fours * (thread + 1) / threads * 4};
-}
+// The rows of weights of one product, in parts of `size`, shared among threads. Each begins with a run of its
+// own, and takes from the ends of the others' runs when that is done: on a shared machine one core may be slower
+// than another.
+class Shares {
+ public:
+  Shares(int64_t rows, int64_t size, int64_t threads)
+      : rows_(rows), size_(size), threads_(threads), runs_(new std::atomic<uint64_t>[threads]) {
+    const uint64_t parts = (rows + size - 1) / size;
+    for (uint64_t t = 0; t < uint64_t(threads); t++)
+      runs_[t] = parts * t / threads << 32 | parts * (t + 1) / threads;
+  }
+
+  // Calls `work` with ranges of rows until all have been given to some thread.
+  template <class Work>
+  void each(Work work) {
+    const int64_t thread = omp_get_thread_num();
+    for (int64_t other = 0; other < threads_; other++) {
+      std::atomic<uint64_t>& run = runs_[(thread + other) % threads_];
+      for (uint64_t now = run; now >> 32 < uint32_t(now);) {
+        const uint64_t one = uint64_t(1), next = other ? now - one : now + (one << 32);
+        if (!run.compare_exchange_weak(now, next)) continue;
+        const int64_t first = size_ * (other ? uint32_t(next) : now >> 32);
+        work(Range{first, std::min(first + size_, rows_)});
+        now = run;
+      }
+    }
+  }
+
+ private:
+  int64_t rows_, size_, threads_;
+  std::unique_ptr<std::atomic<uint64_t>[]> runs_;  // first and last part of each, in the halves of a number
+};
+
+// Memory that a thread uses again and again: new pages would have to be cleared first.
+class Room {
+ public:
+  float* of(int64_t floats) {
+    if (int64_t(memory_.size()) < floats) memory_.resize(floats);
+    return memory_.data();
+  }
+
+ private:
+  Aligned<float> memory_;
+};
 
 int64_t padded(int64_t n) { return (n + 63) / 64 * 64; }
 

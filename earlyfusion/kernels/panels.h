@@ -6,9 +6,9 @@
 // weights and is multiplied with an entry of the input. The sixteen sums of an output are kept apart
 // and are added up in the same order, so that it does not depend, to the bit, on which way is taken.
 //
-// Weights lie by rows, as the model stores them. PANEL rows and up to DEPTH columns are turned around into
-// a panel of floats, which stays in the second-level cache while all rows of input pass by. Meanwhile the
-// weights of the next panel are fetched from memory.
+// Weights lie by rows, as the model stores them. PANEL rows are turned around into a panel of floats, which stays
+// in the second-level cache while all rows of input pass by; the part of one sum, in the first-level cache, passes
+// GROUP tiles of input. Meanwhile the weights of the next panel are fetched from memory.
 
 #pragma once
 
@@ -18,10 +18,10 @@
 
 namespace {
 
-const int64_t SUMS = 16;     // of an output
-const int64_t DEPTH = 2048;  // columns of a block, at most: a panel of them takes 128 KB
-const int64_t PANEL = 16;    // rows of weights of a panel
-const int64_t ROWS = 6;      // rows of input whose sums fit into the registers: 2 * 6 of 16
+const int64_t SUMS = 16;   // of an output
+const int64_t PANEL = 16;  // rows of weights of a panel
+const int64_t ROWS = 6;    // rows of input, a tile, whose sums fit into the registers: 2 * 6 of 16
+const int64_t GROUP = 8;   // tiles
 
 // Rows of input from which on this pays: turning weights of fewer bits around takes longer.
 inline int64_t many(const Matrix& m) { return m.format == FP32 || m.format == BF16 ? 22 : 36; }
@@ -147,178 +147,196 @@ struct Unit<INT4> {
   }
 };
 
-// Where column `sum` + 16 * `step` of a block begins in a panel: the columns of a sum follow each other. A
-// line is left free between sums, as the caches have few places for addresses that differ by a power of two.
-INLINE int64_t place(int64_t sum, int64_t step, int64_t steps) {
-  return (sum * (steps + 1) + step) * PANEL;
-}
+// Where the columns of sum `sum` begin in a panel of whole rows. A line is left free between sums, as the caches
+// have few places for addresses that differ by a power of two.
+INLINE int64_t place(int64_t sum, int64_t steps) { return sum * (steps + 1) * PANEL; }
 
-// Columns `first` to `last` of the rows n to n + 15 of a matrix.
+// Rows n to n + 15 of a matrix, turned around: [SUMS, steps + 1, PANEL].
 template <Format F>
-void pack(const Matrix& m, int64_t n, int64_t first, int64_t last, float* panel) {
-  const int64_t steps = (last - first) / SUMS;
+void pack(const Matrix& m, int64_t n, float* panel) {
+  const int64_t steps = m.stride / SUMS;
   for (int g = 0; g < 2; g++) {
     const Eight weights(m, n + 8 * g);
-    for (int64_t c = first; c < last; c += Unit<F>::columns)
+    for (int64_t c = 0; c < m.stride; c += Unit<F>::columns)
       Unit<F>::each(weights, c, [&](int k, __m256 column) __attribute__((always_inline)) {
-        const int64_t at = c - first + k;
-        _mm256_store_ps(panel + place(at % SUMS, at / SUMS, steps) + 8 * g, column);
+        _mm256_store_ps(panel + place((c + k) % SUMS, steps) + (c + k) / SUMS * PANEL + 8 * g, column);
       });
   }
 }
 
-// X rows of input from `first` to `last`, turned around as the panels are: [SUMS, steps, X].
-template <int X>
-void pack_rows(const float* x, int64_t x_stride, int64_t first, int64_t last, float* out) {
-  const int64_t steps = (last - first) / SUMS;
-  for (int64_t step = 0; step < steps; step++)
-    for (int64_t number = 0; number < SUMS; number++)
-#pragma GCC unroll 6
-      for (int i = 0; i < X; i++)
-        out[(number * steps + step) * X + i] = x[i * x_stride + first + step * SUMS + number];
-}
+// The rows of input, at least twenty, in tiles of five or six.
+struct Tiles {
+  int64_t R, count;
+
+  explicit Tiles(int64_t R) : R(R), count((R + ROWS - 1) / ROWS) {}
+  int64_t first(int64_t tile) const { return R * tile / count; }
+};
+
+// The input turned around as the panels are: for each group [SUMS, tile, steps, row of the tile].
+struct Turned {
+  Tiles tiles;
+  int64_t steps;
+  float* data;
+
+  float* at(int64_t group, int64_t end, int64_t sum, int64_t tile) const {
+    const int64_t first = tiles.first(group), rows = tiles.first(end) - first;
+    return data + steps * (SUMS * first + sum * rows + tiles.first(tile) - first);
+  }
+
+  void fill(const float* x, int64_t x_stride) const {
+    for (int64_t group = 0; group < tiles.count; group += GROUP) {
+      const int64_t end = std::min(group + GROUP, tiles.count);
+      for (int64_t tile = group; tile < end; tile++) {
+        const int64_t row = tiles.first(tile), X = tiles.first(tile + 1) - row;
+        for (int64_t sum = 0; sum < SUMS; sum += 8) {
+          float* out[8];
+          for (int i = 0; i < 8; i++) out[i] = at(group, end, sum + i, tile);
+          const float* from = x + row * x_stride + sum;
+          (X == 6 ? columns<6> : columns<5>)(from, x_stride, steps, out);
+        }
+      }
+    }
+  }
+
+  // Eight columns of X rows, sixteen apart at each step; the rows of a column come together.
+  template <int X>
+  static void columns(const float* x, int64_t x_stride, int64_t steps, float* const* out) {
+    for (int64_t step = 0; step < steps; step++, x += SUMS) {
+      __m256 v[8], a[8];
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; i++) v[i] = i < X ? _mm256_loadu_ps(x + i * x_stride) : _mm256_setzero_ps();
+#pragma GCC unroll 4
+      for (int i = 0; i < 8; i += 2) {  // of columns 0 1 4 5 and 2 3 6 7
+        a[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
+        a[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
+      }
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; i++) {
+        const __m256d even = _mm256_castps_pd(a[i]), odd = _mm256_castps_pd(a[i + 2]);
+        v[2 * i] = _mm256_castpd_ps(_mm256_unpacklo_pd(even, odd));  // four rows of columns 2 i and 2 i + 4
+        v[2 * i + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(even, odd));
+      }
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; k++) {
+        const __m256 rest = a[4 + k / 2];  // of two rows
+        const __m128 low = _mm256_castps256_ps128(rest), high = _mm256_extractf128_ps(rest, 1);
+        put<X>(out[k] + step * X, _mm256_castps256_ps128(v[k]), k % 2 ? _mm_movehl_ps(low, low) : low);
+        put<X>(out[k + 4] + step * X, _mm256_extractf128_ps(v[k], 1), k % 2 ? _mm_movehl_ps(high, high) : high);
+      }
+    }
+  }
+
+  template <int X>
+  static INLINE void put(float* at, __m128 four, __m128 two) {
+    _mm_storeu_ps(at, four);
+    if (X == 6)
+      _mm_storel_pi(reinterpret_cast<__m64*>(at + 4), two);
+    else
+      _mm_store_ss(at + 4, two);
+  }
+};
 
 // Fetches a part of a matrix that is needed next into the second-level cache, one line at a time.
 struct Ahead {
   const char* at;
-  int64_t left, lines, skip;  // lines left in this row and of a row; from its end to the next row, in bytes
-  int64_t rows;               // left
-
-  Ahead(const Matrix& m, int64_t n, int64_t first, int64_t last) {
-    const int64_t bytes = row_bytes(m), begin = bytes * first / m.stride, end = bytes * last / m.stride;
-    rows = std::min(PANEL, m.rows - n);
-    at = static_cast<const char*>(m.data) + n * bytes + begin;
-    left = lines = (end - begin + 63) / 64;
-    skip = bytes - 64 * lines;
-  }
+  int64_t left;  // lines
 
   INLINE void fetch() {
-    if (rows <= 0) return;
+    if (left-- <= 0) return;
     _mm_prefetch(at, _MM_HINT_T1);
     at += 64;
-    if (--left == 0) {
-      at += skip;
-      left = lines;
-      rows--;
-    }
   }
 };
 
-// Adds the products of X rows of input with a block of weights to their sums [X, SUMS, PANEL]; at the
-// `beginning` these are nothing. After every fourth step `each` lines are fetched `ahead`.
+// The sixteen sums of an output are added up in the order of `four_sums`: sum i and i + 8, then these of i and i + 4,
+// and so on. Computed in this order, each can be added to what is there already: the k-th one to as many
+// sums of sums as k ends with ones in binary.
+const int ORDER[SUMS] = {0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15};
+
+// One sum of the products of X rows of input and a panel. `kept` holds sums of sums, [level, X, PANEL]; level 4 is
+// the whole. After every fourth step `each` lines are fetched `ahead`.
 template <int X>
-void tile(const float* panel, int64_t steps, const float* x, bool beginning, float* sums, Ahead& ahead,
+void tile(const float* weights, int64_t steps, const float* input, int k, float* kept, Ahead& ahead,
           int64_t each) {
-  for (int64_t number = 0; number < SUMS; number++) {
-    const float *weights = panel + place(number, 0, steps), *input = x + number * steps * X;
-    float* kept = sums + number * PANEL;
-    __m256 sum[X][2];
+  __m256 sum[X][2];
+#pragma GCC unroll 6
+  for (int i = 0; i < X; i++) sum[i][0] = sum[i][1] = _mm256_setzero_ps();
+  for (int64_t step = 0; step < steps; step += 4, weights += 4 * PANEL, input += 4 * X) {
+    for (int64_t line = 0; line < each; line++) ahead.fetch();
+#pragma GCC unroll 4
+    for (int s = 0; s < 4; s++) {
+      __m256 low = _mm256_load_ps(weights + s * PANEL), high = _mm256_load_ps(weights + s * PANEL + 8);
+      hold(low);
+      hold(high);
+#pragma GCC unroll 6
+      for (int i = 0; i < X; i++) {
+        const __m256 entry = _mm256_broadcast_ss(input + s * X + i);
+        sum[i][0] = _mm256_fmadd_ps(low, entry, sum[i][0]);
+        sum[i][1] = _mm256_fmadd_ps(high, entry, sum[i][1]);
+      }
+    }
+  }
+  for (; k % 2; k /= 2, kept += X * PANEL)
 #pragma GCC unroll 6
     for (int i = 0; i < X; i++)
 #pragma GCC unroll 2
-      for (int g = 0; g < 2; g++) {
-        const float* before = kept + i * SUMS * PANEL + 8 * g;
-        sum[i][g] = beginning ? _mm256_setzero_ps() : _mm256_load_ps(before);
-      }
-    for (int64_t step = 0; step < steps; step += 4) {
-      for (int64_t line = 0; line < each; line++) ahead.fetch();
-#pragma GCC unroll 4
-      for (int64_t s = step; s < step + 4; s++) {
-        const __m256 low = _mm256_load_ps(weights + s * PANEL);
-        const __m256 high = _mm256_load_ps(weights + s * PANEL + 8);
+      for (int g = 0; g < 2; g++)
+        sum[i][g] = _mm256_add_ps(_mm256_load_ps(kept + i * PANEL + 8 * g), sum[i][g]);
 #pragma GCC unroll 6
-        for (int i = 0; i < X; i++) {
-          const __m256 entry = _mm256_broadcast_ss(input + s * X + i);
-          sum[i][0] = _mm256_fmadd_ps(low, entry, sum[i][0]);
-          sum[i][1] = _mm256_fmadd_ps(high, entry, sum[i][1]);
-        }
-      }
-    }
-#pragma GCC unroll 6
-    for (int i = 0; i < X; i++)
+  for (int i = 0; i < X; i++)
 #pragma GCC unroll 2
-      for (int g = 0; g < 2; g++) _mm256_store_ps(kept + i * SUMS * PANEL + 8 * g, sum[i][g]);
+    for (int g = 0; g < 2; g++) _mm256_store_ps(kept + i * PANEL + 8 * g, sum[i][g]);
+}
+
+// Sixteen outputs of a row, or the first `count` of them, for the rows of weights from n on.
+INLINE void put(const Matrix& m, int64_t n, int64_t count, const float* out, float* y) {
+  __m256 v[2] = {_mm256_load_ps(out), _mm256_load_ps(out + 8)};
+  if (m.format == INT8) {
+    alignas(32) float scales[PANEL] = {};
+    std::memcpy(scales, static_cast<const float*>(m.scales) + n, count * sizeof(float));
+    for (int g = 0; g < 2; g++) v[g] = _mm256_mul_ps(v[g], _mm256_load_ps(scales + 8 * g));
   }
+  if (count == PANEL)
+    std::memcpy(y, v, sizeof(v));
+  else
+    std::memcpy(y, v, count * sizeof(float));
 }
 
-// The sum of sixteen sums, for eight outputs, in the order of `four_sums`.
-INLINE __m256 whole(const float* sums) {
-  __m256 v[SUMS];
-#pragma GCC unroll 16
-  for (int i = 0; i < SUMS; i++) v[i] = _mm256_load_ps(sums + i * PANEL);
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; i++) v[i] = _mm256_add_ps(v[i], v[i + 8]);
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) v[i] = _mm256_add_ps(v[i], v[i + 4]);
-  return _mm256_add_ps(_mm256_add_ps(v[0], v[2]), _mm256_add_ps(v[1], v[3]));
-}
-
-// Calls `work.run<X>(row)` for tiles of X rows.
-template <class Work>
-void each_tile(int64_t R, Work work) {
-  for (int64_t row = 0; row < R; row += ROWS) {
-    switch (std::min(ROWS, R - row)) {
-      case 1: work(row, std::integral_constant<int, 1>()); break;
-      case 2: work(row, std::integral_constant<int, 2>()); break;
-      case 3: work(row, std::integral_constant<int, 3>()); break;
-      case 4: work(row, std::integral_constant<int, 4>()); break;
-      case 5: work(row, std::integral_constant<int, 5>()); break;
-      default: work(row, std::integral_constant<int, 6>());
-    }
-  }
-}
-
+// Outputs n to n + count - 1 of all rows of input; `memory` is room for a panel and for sums.
 template <Format F>
-void put_panels(const Matrix& m, Range mine, const Input& in, int64_t R, float* y, int64_t y_stride) {
-  const float* x = F == BF16 || F == INT4 ? in.rounded : in.fp32;
-  const int64_t blocks = (m.stride + DEPTH - 1) / DEPTH, depth = padded((m.stride + blocks - 1) / blocks);
-  Aligned<float> panel(place(SUMS, 0, depth / SUMS)), turned(R * m.stride);
-  Aligned<float> sums((blocks > 1 ? R : ROWS) * SUMS * PANEL);
-  for (int64_t first = 0; first < m.stride; first += depth) {
-    const int64_t last = std::min(first + depth, m.stride);
-    each_tile(R, [&](int64_t row, auto X) {
-      float* out = turned.data() + R * first + row * (last - first);
-      pack_rows<X>(x + row * in.stride, in.stride, first, last, out);
-    });
-  }
-  for (int64_t n = mine.first; n < mine.last; n += PANEL) {
-    const int64_t count = std::min(PANEL, mine.last - n);
-    for (int64_t first = 0; first < m.stride; first += depth) {
-      const int64_t last = std::min(first + depth, m.stride), steps = (last - first) / SUMS;
-      pack<F>(m, n, first, last, panel.data());
-      const bool ends = last == m.stride;  // then the next panel begins
-      const int64_t next_n = ends ? n + PANEL : n, next = ends ? 0 : last;
-      Ahead ahead(m, next_n, next, std::min(next + depth, m.stride));
-      if (next_n >= mine.last) ahead.rows = 0;
-      const int64_t calls = (R + ROWS - 1) / ROWS * SUMS * steps / 4;
-      const int64_t each = (ahead.rows * ahead.lines + calls - 1) / calls;
-      each_tile(R, [&](int64_t row, auto X) {
-        float* kept = sums.data() + (blocks > 1 ? row : 0) * SUMS * PANEL;
-        const float* input = turned.data() + R * first + row * (last - first);
-        tile<X>(panel.data(), steps, input, first == 0, kept, ahead, each);
-        if (!ends) return;
-        for (int64_t i = 0; i < X; i++) {
-          alignas(32) float out[PANEL];
-          for (int g = 0; g < 2; g++)
-            _mm256_store_ps(out + 8 * g, whole(kept + i * SUMS * PANEL + 8 * g));
-          for (int64_t k = 0; k < count; k++) {
-            const float scale = F == INT8 ? static_cast<const float*>(m.scales)[n + k] : 1.0f;
-            y[(row + i) * y_stride + n + k] = out[k] * scale;
-          }
-        }
-      });
+void put_panel(const Matrix& m, int64_t n, int64_t count, const Turned& input, Room& memory, float* y,
+               int64_t y_stride) {
+  const int64_t steps = input.steps, size = place(SUMS, steps), levels = 5 * ROWS * PANEL;
+  float *panel = memory.of(size + GROUP * levels), *kept = panel + size;
+  pack<F>(m, n, panel);
+  const int64_t bytes = row_bytes(m), next = std::max<int64_t>(0, std::min(PANEL, m.rows - n - PANEL));
+  Ahead ahead{static_cast<const char*>(m.data) + (n + PANEL) * bytes, next * bytes / 64};
+  const Tiles& tiles = input.tiles;
+  const int64_t calls = tiles.count * SUMS * steps / 4, each = (ahead.left + calls - 1) / calls;
+  for (int64_t group = 0; group < tiles.count; group += GROUP) {
+    const int64_t end = std::min(group + GROUP, tiles.count);
+    for (int k = 0; k < SUMS; k++)
+      for (int64_t t = group; t < end; t++) {
+        const bool six = tiles.first(t + 1) - tiles.first(t) == 6;
+        (six ? tile<6> : tile<5>)(panel + place(ORDER[k], steps), steps, input.at(group, end, ORDER[k], t), k,
+                                  kept + (t - group) * levels, ahead, each);
+      }
+    for (int64_t t = group; t < end; t++) {
+      const int64_t row = tiles.first(t), X = tiles.first(t + 1) - row;
+      const float* out = kept + (t - group) * levels + 4 * X * PANEL;
+      for (int64_t i = 0; i < X; i++) put(m, n, count, out + i * PANEL, y + (row + i) * y_stride + n);
     }
   }
 }
 
 // y[row, n] = in[row] . m[n] for all rows and the n of `mine`.
-void put_panels(const Matrix& m, Range mine, const Input& in, int64_t R, float* y, int64_t y_stride) {
-  switch (m.format) {
-    case FP32: return put_panels<FP32>(m, mine, in, R, y, y_stride);
-    case BF16: return put_panels<BF16>(m, mine, in, R, y, y_stride);
-    case INT8: return put_panels<INT8>(m, mine, in, R, y, y_stride);
-    default: return put_panels<INT4>(m, mine, in, R, y, y_stride);
-  }
+void put_panels(const Matrix& m, Range mine, const Turned& input, Room& memory, float* y, int64_t y_stride) {
+  const auto put = m.format == FP32   ? put_panel<FP32>
+                   : m.format == BF16 ? put_panel<BF16>
+                   : m.format == INT8 ? put_panel<INT8>
+                                      : put_panel<INT4>;
+  for (int64_t n = mine.first; n < mine.last; n += PANEL)
+    put(m, n, std::min(PANEL, mine.last - n), input, memory, y, y_stride);
 }
 
 }  // namespace

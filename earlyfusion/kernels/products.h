@@ -242,31 +242,61 @@ int64_t panel(const Matrix& m, int64_t R) {
   return R <= 16 || unpacks ? 4 : std::max<int64_t>(4, (int64_t(1) << 17) / row_bytes(m) / 4 * 4);
 }
 
-// y[row, n] = in[row] . m[n] for all rows and the n of this thread.
-Range multiply(const Matrix& m, const Input& in, int64_t R, float* y, int64_t y_stride) {
-  const Range mine = share(m.rows);
+// R rows of input, in the order in which the products with matrices like `m` read them. A thread has one at a
+// time, as they share its memory.
+class Operand {
+ public:
+  Operand(const Matrix& m, const Input& in, int64_t R) : in_(in), R_(R) {
 #if defined(VECTORS_OF_EIGHT)
-  if (R >= FEW) {
+    if (R < FEW) return;
+    const float* x = reads_bf16(m) ? in.rounded : in.fp32;
+    static thread_local Room memory;
+    ordered_ = memory.of(R * m.stride);
     if (R < many(m))
-      put_few(m, mine, in, R, y, y_stride);
+      order_blocks(x, in.stride, R, m.stride, ordered_);
     else
-      put_panels(m, mine, in, R, y, y_stride);
-    return mine;
-  }
+      turned(m).fill(x, in.stride);
 #endif
-  const int64_t width = panel(m, R);
-  const bool unpacks = m.format == INT4 && UNPACKS_INT4;
-  Aligned<float> unpacked(unpacks ? 4 * m.stride : 0);
-  for (int64_t first = mine.first; first < mine.last; first += width) {
-    const int64_t last = std::min(first + width, mine.last), at = first * m.stride;
-    if (unpacks)
-      unpack_int4(static_cast<const uint8_t*>(m.data) + at / 2,
-                  static_cast<const uint16_t*>(m.scales) + at / 32, 4 * m.stride, unpacked.data());
-    for (int64_t row = 0; row < R; row += TILE)
-      for (int64_t n = first; n < last; n += 4)
-        put_tile(m, n, in, row, R, unpacks ? unpacked.data() : nullptr, y, y_stride);
   }
-  return mine;
+
+  // y[row, n] = in[row] . m[n] for all rows and the n of `range`.
+  void multiply(const Matrix& m, Range range, float* y, int64_t y_stride) const {
+#if defined(VECTORS_OF_EIGHT)
+    static thread_local Room memory;
+    if (R_ >= many(m)) return put_panels(m, range, turned(m), memory, y, y_stride);
+    if (R_ >= FEW) return put_few(m, range, ordered_, R_, memory, y, y_stride);
+#endif
+    const int64_t width = panel(m, R_);
+    const bool unpacks = m.format == INT4 && UNPACKS_INT4;
+    Aligned<float> unpacked(unpacks ? 4 * m.stride : 0);
+    for (int64_t first = range.first; first < range.last; first += width) {
+      const int64_t last = std::min(first + width, range.last), at = first * m.stride;
+      if (unpacks)
+        unpack_int4(static_cast<const uint8_t*>(m.data) + at / 2,
+                    static_cast<const uint16_t*>(m.scales) + at / 32, 4 * m.stride, unpacked.data());
+      for (int64_t row = 0; row < R_; row += TILE)
+        for (int64_t n = first; n < last; n += 4)
+          put_tile(m, n, in_, row, R_, unpacks ? unpacked.data() : nullptr, y, y_stride);
+    }
+  }
+
+ private:
+#if defined(VECTORS_OF_EIGHT)
+  Turned turned(const Matrix& m) const { return {Tiles(R_), m.stride / SUMS, ordered_}; }
+  float* ordered_ = nullptr;
+#endif
+  const Input& in_;
+  int64_t R_;
+};
+
+// The rows of a matrix, shared among threads for a product with R rows of input: in fours, as matrices are padded
+// to a multiple of four, and in panels.
+Shares shares(const Matrix& m, int64_t R, int64_t threads) {
+  int64_t size = std::max<int64_t>(4, std::min<int64_t>(64, m.rows / threads / 8 / 4 * 4));
+#if defined(VECTORS_OF_EIGHT)
+  if (R >= many(m)) size = PANEL;
+#endif
+  return Shares(m.rows, size, threads);
 }
 
 }  // namespace
