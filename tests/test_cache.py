@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from types import SimpleNamespace
 
@@ -31,8 +32,8 @@ from earlyfusion.model.transformer import Transformer
 from earlyfusion.processor import Processor
 
 # Of the largest logit: a key or value is off by at most 1 / 256 (bf16) or 1 / 254 (int8) of its
-# vector's largest entry.
-TOLERANCE = {"fp32": 1e-5, "bf16": 0.05, "int8": 0.05}
+# vector's largest entry; in fp8 by at most 1 / 16 of itself.
+TOLERANCE = {"fp32": 1e-5, "bf16": 0.05, "int8": 0.05, "fp8": 0.3}
 
 
 @pytest.fixture(params=["compiled", "torch"])
@@ -135,6 +136,34 @@ def test_guided_preempted_and_from_a_prefix(
     room = 20 * engine.cache_size.block_bytes
     small = Engine(transformer, processor, cache_bytes=room, cache_dtype=kept)
     assert agreement(run(small, asked, apart=4), alone) > 0.6 and small.preemptions > 0
+
+
+def test_fp8_is_near_the_whole_cache_in_both_kinds_of_steps(
+    transformer: Transformer, processor: Processor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "available", lambda: False)
+    lengths = [3, 17, 2, 40, 9]
+    own = states(transformer, processor, None, lengths)
+    error = (states(transformer, processor, "fp8", lengths) - own).abs()
+    assert 1e-3 < error.max() / own.abs().max() < TOLERANCE["fp8"]
+    monkeypatch.setattr(cache, "has_fp8", lambda _: True)
+    asked = [request(processor, 0, "image", True, 66), request(processor, 1, "text", False, 30)]
+    one, two = (
+        run(Engine(transformer, processor, cache_dtype="fp8", static=static), asked)
+        for static in (False, True)
+    )
+    assert one == two
+
+
+def test_fp8_keeps_what_it_can_and_is_refused_elsewhere(
+    transformer: Transformer, processor: Processor, device: torch.device
+) -> None:
+    kept = decode.kept_as(torch.tensor([1e4, -1e4, 448.0, 0.3, math.nan]), decode.FP8).float()
+    assert kept[:3].tolist() == [448.0, -448.0, 448.0] and kept[4].isnan()
+    assert kept[3] == pytest.approx(0.3, rel=1 / 16)
+    if not cache.has_fp8(device):
+        with pytest.raises(SettingError, match=f"cache_dtype='fp8' needs a GPU .* not {device}"):
+            Engine(transformer, processor, cache_dtype="fp8")
 
 
 def test_a_copied_block_holds_the_same(device: torch.device) -> None:

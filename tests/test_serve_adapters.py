@@ -20,11 +20,13 @@ from torch import nn
 from earlyfusion import Chameleon
 from earlyfusion.checkpoints.adapter import LowRank, save_adapter
 from earlyfusion.cli import main
+from earlyfusion.engine import runner
 from earlyfusion.engine.backends import cpu
 from earlyfusion.engine.backends import torch as torch_backend
 from earlyfusion.engine.backends.adapters import ByAdapter
 from earlyfusion.engine.engine import Engine
 from earlyfusion.engine.handle import Handle
+from earlyfusion.engine.static.bursts import Bursts
 from earlyfusion.errors import CheckpointError, SettingError
 from earlyfusion.generation.reference import draw_tokens
 from earlyfusion.generation.request import Request
@@ -54,13 +56,14 @@ def adapter(folder: Path, model: Transformer, seed: int, only: str = "proj", ran
 # --- in one engine ---------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["compiled", "torch", "fused in place"])
+@pytest.fixture(params=["compiled", "torch", "fused in place", "static"])
 def step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the compiled step, where there is a compiler, and without; then also with parameters
-    that become views of fused ones, as on a GPU."""
+    that become views of fused ones, and in static steps, as on a GPU."""
+    monkeypatch.setattr(runner, "serves", lambda _: request.param == "static")
     if request.param != "compiled":
         monkeypatch.setattr(cpu, "available", lambda: False)
-        in_place = request.param == "fused in place"
+        in_place = request.param in ("fused in place", "static")
         monkeypatch.setattr(torch_backend, "has_room", lambda _: not in_place)
     elif not cpu.available():
         pytest.skip("no C++ compiler here")
@@ -129,6 +132,25 @@ def test_requests_side_by_side_get_the_replies_of_the_merged_models(
     assert run(model.engine, requests) == wanted
     # Again in another order, one after the other: now the cache holds prefixes of all of them.
     assert run(model.engine, requests[::-1], 1000 if dtype == "fp32" else 3) == wanted[::-1]
+
+
+def test_one_burst_draws_for_several_adapters(
+    base: Path, folders: dict[str, Path], wanted: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each group by the weights of its own adapter, several tokens at a time."""
+    monkeypatch.setattr(runner, "serves", lambda _: True)
+    model, seen = Chameleon.load(base, "cpu", "fp32", adapters=folders), set[tuple[int, int]]()
+    draw = Bursts.draw
+
+    def noted(self: Bursts, handles: Sequence[Handle], steps: int) -> list[list[int]]:
+        tokens = draw(self, handles, steps)
+        seen.add((len({handle.request.adapter for handle in handles}), max(map(len, tokens))))
+        return tokens
+
+    monkeypatch.setattr(Bursts, "draw", noted)
+    requests = mixed(model)[:6]  # of the two kinds that have no drafts
+    assert run(model.engine, requests) == wanted[:6]
+    assert {(3, 8), (3, 16)} <= seen
 
 
 def test_a_hook_on_one_of_them_is_called(base: Path, folders: dict[str, Path]) -> None:

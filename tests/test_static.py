@@ -17,13 +17,14 @@ from earlyfusion.engine.blocks import BLOCK_SIZE
 from earlyfusion.engine.cache import Cache
 from earlyfusion.engine.engine import Engine
 from earlyfusion.engine.scheduler import Scheduler
-from earlyfusion.engine.static.bursts import Bursts
+from earlyfusion.engine.static.bursts import BUCKETS, Bursts
 from earlyfusion.engine.static.grammars import MOST_GRAMMARS, Grammars
 from earlyfusion.engine.static.rows import Rows
 from earlyfusion.engine.static.step import Kind
 from earlyfusion.generation.grammar import Grammar
 from earlyfusion.generation.reference import draw_tokens, generate
 from earlyfusion.generation.request import Finished, Request
+from earlyfusion.kernels.decode import FP8
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.processor import Processor
 from earlyfusion.vocabulary import ImageLayout
@@ -196,7 +197,7 @@ def test_tables_that_do_not_fit_in(processor: Processor) -> None:
 
 
 @pytest.mark.parametrize("swin_norm", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, FP8], ids=str)
 def test_no_value_is_read(
     processor: Processor, swin_norm: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,7 +212,7 @@ def test_no_value_is_read(
         monkeypatch.setattr(
             fused, "product", lambda ids: lambda x_RD: transformer.lm_head(x_RD)[:, ids]
         )
-        burst = Bursts(transformer, fused, cache, grammar)
+        burst = Bursts({"": (transformer, fused)}, cache, grammar)
         rows = Rows.of(3, 3, config.vocab_size, device)
         for only_codes in (False, True):
             for greedy in (False, True):
@@ -238,11 +239,18 @@ def test_one_burst_draws_a_whole_row_of_an_image(
         assert lengths[: len(expected)] == expected
 
 
-def test_more_rows_than_the_largest_bucket(transformer: Transformer, processor: Processor) -> None:
-    asked = [request(processor, seed % 3, "text", room=5) for seed in range(70)]
+@pytest.mark.parametrize("number", [150, 200])
+def test_crowds_of_the_largest_bucket_and_beyond(
+    transformer: Transformer, processor: Processor, number: int
+) -> None:
+    asked = [request(processor, seed % 3, "text", room=5) for seed in range(number)]
     wanted = [list(draw_tokens(transformer, processor, one)) for one in asked[:3]]
-    got = drawn(Engine(transformer, processor, static=True), asked, [0] * 70)
-    assert got == [wanted[number % 3] for number in range(70)]
+    engine = Engine(transformer, processor, static=True, chunk=10_000)  # all begin together
+    got = drawn(engine, asked, [0] * number)
+    assert got == [wanted[which % 3] for which in range(number)]
+    assert engine.runner.bursts is not None
+    rows = {shape.rows for shape in engine.runner.bursts._graphs.shapes}
+    assert (max(rows, default=0) == BUCKETS[-1]) == (number < BUCKETS[-1])
 
 
 def test_rows_freeze_where_their_blocks_end(
@@ -274,7 +282,7 @@ def test_captured_steps_equal_called_ones(processor: Processor) -> None:
     assert engine.runner.bursts is not None
     engine.warm_up()
     captured = engine.runner.bursts._graphs.shapes
-    assert len(captured) == 48
+    assert len(captured) == 60
     asked = [request(processor, seed, "interleaved", seed % 2 == 1, room=70) for seed in range(8)]
     asked += [request(processor, seed, "image", seed % 2 == 1, **GREEDY) for seed in range(4)]
     wanted = [list(draw_tokens(transformer, processor, one)) for one in asked]

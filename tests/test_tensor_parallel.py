@@ -152,6 +152,15 @@ def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         Chameleon.load("mini", "cuda:1", tensor_parallel=3)
 
 
+def test_angles_that_change_with_the_length_are_refused(processor: Processor) -> None:
+    """Before anything is sent: the others do not know how long a sequence is."""
+    scaling = {"rope_type": "dynamic", "factor": 2.0}
+    config = replace(CONFIG, rope_scaling=scaling, max_position_embeddings=64)
+    shard = split(random_model(config, processor), Threads(2).of(0))
+    with pytest.raises(SettingError, match=r"context_tokens=96: .* change beyond 64 tokens"):
+        Engine(shard, processor, context_tokens=96)
+
+
 def test_messages_of_any_length_arrive() -> None:
     for size in (0, 1, 510, 511, 512, 513, 3000):
         numbers = torch.randint(0, 2**40, (size,)).tolist()

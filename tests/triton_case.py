@@ -23,10 +23,12 @@ from hypothesis import strategies as st
 from tiny import request, tiny_processor, tiny_transformer
 from torch import Tensor
 
+from earlyfusion.engine import cache
+from earlyfusion.engine.cache import has_fp8
 from earlyfusion.engine.engine import Engine
 from earlyfusion.engine.static import bursts
 from earlyfusion.kernels import operations
-from earlyfusion.kernels.decode import Angles, HeadNorms, LayerBlocks
+from earlyfusion.kernels.decode import FP8, Angles, HeadNorms, LayerBlocks
 from earlyfusion.kernels.triton import attention, heads, norms, products
 from earlyfusion.model.quantise import PackedMatrix, pack
 from earlyfusion.vocabulary import ImageLayout
@@ -45,7 +47,8 @@ needs_values = pytest.mark.skipif(not RUNS, reason="needs the interpreter or a C
 needs_compiler = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ERROR = {torch.float32: 3e-6, torch.bfloat16: 2**-6, torch.float16: 2**-10}
+FP8_HERE = [FP8] if INTERPRETED or (RUNS and has_fp8(DEVICE)) else []
+ERROR = {torch.float32: 3e-6, torch.bfloat16: 2**-6, torch.float16: 2**-10, FP8: 2**-3}
 """Of the largest value: sums in another order; in 16 bits, roundings that fall otherwise. The
 interpreter rounds bf16 towards zero."""
 
@@ -63,8 +66,10 @@ class Case:
 
     def __init__(self, draw: Callable[..., Any]) -> None:
         self.source = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-        self.dtype = draw(st.sampled_from([*DTYPES, torch.int8]))
-        self.model_dtype = draw(st.sampled_from(DTYPES)) if self.packed else self.dtype
+        self.dtype = draw(st.sampled_from([*DTYPES, torch.int8, *FP8_HERE]))
+        self.model_dtype = self.dtype
+        if self.dtype not in DTYPES:
+            self.model_dtype = draw(st.sampled_from(DTYPES))
         self.rows, self.keys = draw(st.integers(1, 3)), draw(st.integers(1, 2))
         self.heads = self.keys * draw(st.sampled_from([1, 1, 2, 3, 8]))
         self.width = 2 * draw(st.integers(1, 36))
@@ -158,7 +163,7 @@ def test_norm_rotation_and_store(case: Case) -> None:
     queries = TWIN.norm_rotate_store(qkv, norms_, angles, case.lengths_R - 1, wanted, case.table_RW)
     close(found, queries)
     if not case.packed:
-        close(on_device.kv_B2KTH, wanted.kv_B2KTH)
+        close(on_device.kv_B2KTH, wanted.kv_B2KTH, None if case.dtype in DTYPES else FP8)
         return
     assert on_device.scales_B2KT is not None and wanted.scales_B2KT is not None
     # A key that rounds to another number of 16 bits may get the next level.
@@ -220,6 +225,7 @@ NAMES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.int8: "i8",
+    FP8: "fp8e4nv",
     torch.uint8: "u8",
     torch.int32: "i32",
     torch.int64: "i64",
@@ -227,7 +233,7 @@ NAMES = {
 
 
 @needs_values
-@pytest.mark.parametrize("dtype", [None, "int8"])
+@pytest.mark.parametrize("dtype", [None, "int8", *(["fp8"] if FP8_HERE else [])])
 def test_the_static_step_of_the_engine(
     dtype: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,6 +244,7 @@ def test_the_static_step_of_the_engine(
     asked = [request(processor, 1, "text", room=3), request(processor, 2, "image", True)]
     asked[1] = replace(asked[1], layout=ImageLayout(1, 2), room=5)
     drawn = []
+    monkeypatch.setattr(cache, "has_fp8", lambda _: True)
     for ways in (TWIN, KERNEL):
         monkeypatch.setattr(bursts, "operations", lambda device, ways=ways: ways)
         engine = Engine(transformer, processor, context_tokens=192, cache_dtype=dtype, static=True)
@@ -264,6 +271,8 @@ class Compiled:
             self.kernel, *self._signature(values, constants), attrs=self._attributes(values)
         )
         for capability, limit in SHARED_BYTES.items():
+            if capability < 89 and any(isinstance(v, Tensor) and v.dtype == FP8 for v in values):
+                continue
             made = triton.compile(
                 source,
                 target=triton.backends.compiler.GPUTarget("cuda", capability, 32),
@@ -325,11 +334,11 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int8], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int8, FP8], ids=str)
 @pytest.mark.parametrize(("queries", "keys"), [(32, 32), (64, 8)], ids=["7b", "34b"])
 def test_attention_compiles(lines: list[str], queries: int, keys: int, dtype: torch.dtype) -> None:
     packed = dtype == torch.int8
-    model_dtype = torch.bfloat16 if packed else dtype
+    model_dtype = torch.bfloat16 if packed or dtype == FP8 else dtype
     kv = torch.empty(3, 2, 2, keys, 32, 128, dtype=dtype)
     scales = torch.empty(3, 2, 2, keys, 32) if packed else None
     blocks = LayerBlocks(kv[:, 1], None if scales is None else scales[:, 1])
@@ -340,7 +349,7 @@ def test_attention_compiles(lines: list[str], queries: int, keys: int, dtype: to
     head_norms, angles = HeadNorms(numbers, numbers), Angles(torch.empty(4096, 128), numbers)
     KERNEL.norm_rotate_store(qkv, head_norms, angles, lengths, blocks, table)
     print("\n".join(lines))
-    assert len(lines) == 2 * 3
+    assert len(lines) == (4 if dtype == FP8 else 6)  # of an A100 only the joining one
 
 
 @needs_compiler

@@ -1,6 +1,6 @@
 """The engine's keys and values: blocks of tokens, each holding those of all layers. Their dtype is
-the model's or a smaller one: bf16, or int8 with one fp32 scale per token and head, separately for
-keys and values."""
+the model's or a smaller one: bf16; int8 with one fp32 scale per token and head, separately for keys
+and values; or fp8 (e4m3), without scales, on GPUs that compute with it."""
 
 # Shapes: B blocks, L layers, K key and value heads, S tokens of a block, H head width, T new
 # tokens, R rows that look back, P positions.
@@ -20,8 +20,9 @@ from earlyfusion.config import ModelConfig
 from earlyfusion.devices import dtype_name, free_bytes
 from earlyfusion.engine.blocks import BLOCK_SIZE, Copy
 from earlyfusion.errors import SettingError
+from earlyfusion.kernels.decode import FP8, kept_as
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "fp8": FP8}
 """dtypes of keys and values, besides the model's own."""
 
 FREE_SHARE = {"cpu": 0.25, "cuda": 0.8}
@@ -43,7 +44,7 @@ class LayerCache(NamedTuple):
             if self.scales_B2KS is not None:
                 new_TKH, scales_TK = _int8(new_TKH)
                 self.scales_B2KS[blocks_T, number, :, offsets_T] = scales_TK
-            self.kv_B2KSH[blocks_T, number, :, offsets_T] = new_TKH.to(self.kv_B2KSH.dtype)
+            self.kv_B2KSH[blocks_T, number, :, offsets_T] = kept_as(new_TKH, self.kv_B2KSH.dtype)
 
     def read(self, blocks_RN: Tensor, end: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The first `end` keys and values [R, K, P, H] of block tables [R, N]."""
@@ -107,6 +108,19 @@ def cache_dtype(name: str | None, model_dtype: torch.dtype) -> torch.dtype:
     if name is None:
         return model_dtype
     return DTYPES[dtype_name("cache_dtype", name, tuple(DTYPES))]
+
+
+def check_fp8(dtype: torch.dtype, device: torch.device) -> None:
+    """Raise `SettingError` for fp8 on a device that does not compute with it."""
+    if dtype == FP8 and not has_fp8(device):
+        raise SettingError(
+            "cache_dtype='fp8' needs a GPU of compute capability 8.9 or later (RTX 40, L4, H100), "
+            f"not {device}: use int8, which takes about as little memory"
+        )
+
+
+def has_fp8(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 @dataclass(frozen=True)

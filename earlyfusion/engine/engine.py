@@ -19,7 +19,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from earlyfusion.devices import dtype_name, is_out_of_memory
 from earlyfusion.engine.blocks import BLOCK_SIZE, BlockPool
-from earlyfusion.engine.cache import DTYPES, Cache, cache_size
+from earlyfusion.engine.cache import DTYPES, Cache, cache_size, check_fp8
 from earlyfusion.engine.cache import cache_dtype as dtype_of_cache
 from earlyfusion.engine.draw import NOTHING
 from earlyfusion.engine.handle import Handle, most_branches
@@ -54,12 +54,11 @@ class Engine:
     A prompt with its reply has at most `context_tokens` tokens (default: the model's limit). A step
     reads at most `chunk` tokens of prompts beside one request that draws, more beside several, and
     four times as many if none draws (default: 64 on a CPU, 512 on a GPU; see `Scheduler`). At most
-    `most_running` requests run at once.
-    `cache_dtype` is the dtype of keys and values: "fp32", "bf16" or "int8" (default: the model's).
+    `most_running` requests run at once. `cache_dtype` is the dtype of keys and values: "fp32",
+    "bf16", "int8", or on newer GPUs "fp8" (default: the model's).
     With `static`, steps that read no prompt draw several tokens at a time (default: on a CUDA
     device, where these steps are captured graphs). `adapters` maps names that requests may ask for
-    to transformers with other weights in their layers; with them no step is static. Raises
-    `SettingError`.
+    to transformers with other weights in their layers. Raises `SettingError`.
     """
 
     def __init__(
@@ -85,6 +84,7 @@ class Engine:
         self._cache_dtype = cache_dtype and dtype_name("cache_dtype", cache_dtype, known)
         model_dtype, device = dtype_and_device(transformer)
         dtype = dtype_of_cache(cache_dtype, model_dtype)
+        check_fp8(dtype, device)
         token_bytes = Cache.token_bytes(transformer.config, dtype)
         self.cache_size = cache_size(token_bytes, self.context_tokens, device, cache_bytes)
         self.transformer, self.processor = transformer, processor

@@ -33,7 +33,7 @@ class ModelRunner:
     """Owns the cache, the back end and the drawer; `run` is a whole step. The cache has `blocks`
     blocks, for sequences of at most `length` tokens, with the dtype that `dtype_name` names (None:
     the model's). `static` asks for bursts of static steps (None: on a CUDA device). `adapters` are
-    models with other weights in their layers, by name; with them no step is static."""
+    models with other weights in their layers, by name."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class ModelRunner:
         # inference mode, or the model could never be trained again.
         with torch.inference_mode(False), torch.no_grad():
             check_blocks(transformer)
-            static = (serves(self.device) if static is None else static) and not adapters
+            static = serves(self.device) if static is None else static
             models = {"": transformer, **(adapters or {})}
             # The head is the model's own, so the back ends must all give states of one kind.
             make = _backend if all(map(is_plain, models.values())) else _called
@@ -61,8 +61,13 @@ class ModelRunner:
             self.backend: Backend = ByAdapter(backends) if adapters else backends[""]
             self.drawer = Drawer(self.backend, grammar, self.device)
             self.bursts: Bursts | None = None
-            if static and isinstance(self.backend, FusedTransformer):
-                self.bursts = Bursts(transformer, self.backend, self._cache, grammar)
+            fused = {
+                name: (models[name], backend)
+                for name, backend in backends.items()
+                if isinstance(backend, FusedTransformer)
+            }
+            if static and len(fused) == len(models):
+                self.bursts = Bursts(fused, self._cache, grammar)
 
     def steps(self, plan: Plan, handles: Sequence[Handle]) -> int:
         """How many static steps the plan may take; 0 if none."""

@@ -50,6 +50,7 @@ from earlyfusion.engine.static.bursts import serves
 from earlyfusion.engine.static.followed import Burst, FollowedBursts
 from earlyfusion.errors import SettingError
 from earlyfusion.generation.grammar import Grammar
+from earlyfusion.model.rotary import changes_at
 from earlyfusion.model.transformer import Block, Transformer
 
 _OPEN, _READ, _BURST, _CLEAR = range(4)  # the first number of a message
@@ -249,6 +250,14 @@ class LeadingRunner(ModelRunner):
             raise SettingError(
                 "a model that several processes share cannot have hooks or modules of other "
                 "classes: load it with tensor_parallel=1, or remove them"
+            )
+        limit = changes_at(transformer.config)
+        if limit is not None and length > limit:
+            # The other processes do not know how long a sequence is.
+            raise SettingError(
+                f"a model that several processes share cannot have context_tokens={length:,}: its "
+                f"rotary angles change beyond {limit:,} tokens; make an Engine with "
+                f"context_tokens={limit}, or load it with tensor_parallel=1"
             )
         self._peers, self._collectives = peers, _collectives(transformer)
         peers.engines += 1

@@ -22,9 +22,13 @@ from earlyfusion.model.quantise import PackedMatrix, unpack
 EPS = 1e-5
 """eps of the LayerNorm over a head's queries and keys."""
 
+FP8 = torch.float8_e4m3fn
+FP8_LARGEST = 448.0
+
 
 class LayerBlocks(NamedTuple):
-    """Keys (0) and values (1) of one layer; in int8 with fp32 scales per token and head."""
+    """Keys (0) and values (1) of one layer; in int8 with fp32 scales per token and head, in fp8
+    without."""
 
     kv_B2KTH: Tensor
     scales_B2KT: Tensor | None = None
@@ -92,7 +96,15 @@ def _store(new_R2KH: Tensor, at_R: Tensor, blocks: LayerBlocks, table_RW: Tensor
         scales_R2K = new_R2KH.abs().amax(-1) / 127
         new_R2KH = (new_R2KH / scales_R2K.clamp_min(1e-30)[..., None]).round()
         blocks.scales_B2KT[numbers_R, :, :, at_R % size] = scales_R2K
-    blocks.kv_B2KTH[numbers_R, :, :, at_R % size] = new_R2KH.to(blocks.kv_B2KTH.dtype)
+    blocks.kv_B2KTH[numbers_R, :, :, at_R % size] = kept_as(new_R2KH, blocks.kv_B2KTH.dtype)
+
+
+def kept_as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Keys or values in a cache's dtype."""
+    if dtype == FP8:
+        # fp8 has no infinity: torch makes NaN of what is larger than its largest number.
+        x = x.clamp(-FP8_LARGEST, FP8_LARGEST)
+    return x.to(dtype)
 
 
 def product(x_RI: Tensor, matrix: PackedMatrix) -> Tensor:

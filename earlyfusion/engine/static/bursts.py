@@ -8,7 +8,7 @@ process's side; it sends the others one message per burst (`followed.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 
 import torch
@@ -29,8 +29,8 @@ from earlyfusion.generation.grammar import Grammar
 from earlyfusion.kernels.operations import operations
 from earlyfusion.model.transformer import Transformer
 
-BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-"""Numbers of rows; 3 and 6 are those of one and two guided images."""
+BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)
+"""Numbers of rows; 3, 6 and 192 are those of one, two and 64 guided images."""
 
 TEXT_STEPS, SHARED_STEPS = 8, 16
 """Steps of a burst with text, and of one in which several requests draw images. A new request waits
@@ -40,13 +40,17 @@ for the end of a burst."""
 class Bursts:
     """The static steps of one model over one cache, whose last block is the spare one.
 
-    With other processes, `announce` is called before each burst and each capture, with the number
-    of its collectives.
+    `models` are by adapter, that of "" without one. With other processes, `announce` is called
+    before each burst and each capture, with the number of its collectives.
     """
 
     def __init__(
-        self, transformer: Transformer, fused: FusedTransformer, cache: Cache, grammar: Grammar
+        self,
+        models: Mapping[str, tuple[Transformer, FusedTransformer]],
+        cache: Cache,
+        grammar: Grammar,
     ) -> None:
+        transformer, fused = models[""]
         config, device = transformer.config, cache.device
         self._device, self._spare = device, len(cache.kv_BL2KSH) - 1
         self._vocabulary = config.vocab_size
@@ -54,10 +58,12 @@ class Bursts:
         slots = max(grammar.image_tokens, cache.length)
         self._grammars = Grammars(config.vocab_size, slots, grammar.begin, device)
         codes_V = torch.tensor(sorted(grammar.code_ids), device=device)
-        layers = StaticLayers(transformer, fused, cache, operations(device))
+        ways = operations(device)
+        layers = {name: StaticLayers(*model, cache, ways) for name, model in models.items()}
+        self._adapters = list(layers)
         self._step = StaticStep(transformer, fused, layers, self._grammars, codes_V)
         self._rows: dict[int, Rows] = {}
-        self._graphs = Graphs(device, layers)
+        self._graphs = Graphs(device, layers[""])
         self.announce: Callable[[Burst, int], None] = lambda burst, collectives: None
 
     def length(self, plan: Plan, handles: Sequence[Handle]) -> int:
@@ -81,14 +87,26 @@ class Bursts:
         return min(most, max(handle.walk.tokens_left for handle in handles))
 
     def draw(self, handles: Sequence[Handle], steps: int) -> list[list[int]]:
-        """The next tokens of each handle, at most `steps`; only `NOTHING` if none could be
-        drawn."""
+        """The next tokens of each handle, at most `steps`; only `NOTHING` if none could be drawn.
+
+        Requests of different adapters draw one group after the other.
+        """
+        groups: dict[str, list[Handle]] = {}
+        for handle in handles:
+            groups.setdefault(handle.request.adapter, []).append(handle)
+        drawn: dict[int, list[int]] = {}
+        for name, group in groups.items():
+            tokens = self._draw_group(name, group, steps)
+            drawn |= {handle.number: one for handle, one in zip(group, tokens, strict=True)}
+        return [drawn[handle.number] for handle in handles]
+
+    def _draw_group(self, adapter: str, handles: Sequence[Handle], steps: int) -> list[list[int]]:
         numbers = self._grammars.numbers_of(handle.walk.grammar for handle in handles)
         assert numbers is not None
         kind = Kind(_only_codes(handles), all(_is_greedy(handle) for handle in handles))
         burst = rows_of(handles, numbers, kind.only_codes)
         bucket = next(size for size in BUCKETS if size >= len(burst))
-        rows, shape = self._rows_of(bucket), Shape(bucket, kind)
+        rows, shape = self._rows_of(bucket), Shape(bucket, kind, adapter)
         step = self._begun(Burst(shape, steps, [row.branch.blocks for row in burst]))
         rows.write(burst, self._spare, steps)
         self._mark_seen(rows, handles)
@@ -108,9 +126,9 @@ class Bursts:
         before = free_bytes(self._device)
         kinds = [Kind(*flags) for flags in product((True, False), repeat=2)]
         # The largest first, so that the others can use its memory in the pool.
-        needed = [(rows, kind) for rows in reversed(BUCKETS) for kind in kinds]
-        for number, (rows, kind) in enumerate(needed, 1):
-            self._begun(Burst(Shape(rows, kind), 0))
+        needed = [Shape(*one) for one in product(reversed(BUCKETS), kinds, self._adapters)]
+        for number, shape in enumerate(needed, 1):
+            self._begun(Burst(shape, 0))
             if told is not None:
                 told(number, len(needed))
         return before - free_bytes(self._device)
@@ -128,7 +146,7 @@ class Bursts:
         self.announce(burst, self._graphs.collectives(shape, burst.steps))
         return self._graphs.prepared(
             shape,
-            lambda: self._step.run(rows, shape.kind),
+            lambda: self._step.run(rows, shape.kind, shape.adapter),
             lambda: rows.write([], self._spare, 1),
         )
 

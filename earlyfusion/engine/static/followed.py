@@ -33,7 +33,8 @@ class Burst(NamedTuple):
 
     @property
     def numbers(self) -> list[int]:
-        (rows, kind), found = self.shape, list[int]()
+        # A model that processes share has no adapters by name.
+        (rows, kind, _), found = self.shape, list[int]()
         for table in self.tables:
             found += [len(table), *table]
         return [rows, *kind, self.steps, *found]

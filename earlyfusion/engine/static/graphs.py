@@ -19,10 +19,12 @@ class Kind(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """The number of rows of a graph, and its kind."""
+    """What a graph is captured for: the number of rows, their kind, and the adapter whose weights
+    read them, "" for the model's own."""
 
     rows: int
     kind: Kind
+    adapter: str = ""
 
 
 class Graphs:

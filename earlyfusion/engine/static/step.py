@@ -10,6 +10,8 @@ Shapes: R rows, D model width, V vocabulary or codes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -27,22 +29,24 @@ from earlyfusion.model.transformer import Transformer
 
 
 class StaticStep:
-    """The step of one model. `codes_V` are the ids of the codes, in order."""
+    """The step of one model. `layers` are by adapter, those of "" the model's own; the head is the
+    same for all. `codes_V` are the ids of the codes, in order."""
 
     def __init__(
         self,
         transformer: Transformer,
         fused: FusedTransformer,
-        layers: StaticLayers,
+        layers: Mapping[str, StaticLayers],
         grammars: Grammars,
         codes_V: Tensor,
     ) -> None:
         self._layers, self._grammars, self._head = layers, grammars, transformer.lm_head
         self._codes_V, self._code_logits = codes_V, fused.product(codes_V)
 
-    def run(self, rows: Rows, kind: Kind) -> None:
+    def run(self, rows: Rows, kind: Kind, adapter: str = "") -> None:
         """Read each row's token, draw the next, and write it to `rows.tokens_NR`."""
-        x_RD = self._layers.states(rows.token_R, rows.position_R, rows.table_RW)
+        layers = self._layers[adapter]
+        x_RD = layers.states(rows.token_R, rows.position_R, rows.table_RW)
         token_R, drawn_R = self._draw(rows, x_RD, kind)
         self._advance(rows, token_R, drawn_R)
 

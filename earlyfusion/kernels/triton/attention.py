@@ -135,8 +135,8 @@ def _single(
             place = _places(table, row, table_stride, at, valid, block_stride, token_stride, BLOCK)
             mask = valid[:, None] & inside[None, :]
             pointers = keys + place[:, None] + h[None, :]
-            k = tl.load(pointers, mask=mask, other=0).to(tl.float32)
-            v = tl.load(pointers + kind_stride, mask=mask, other=0).to(tl.float32)
+            k = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+            v = tl.load(pointers + kind_stride, mask=mask, other=0.0).to(tl.float32)
             score = tl.sum(k * x[None, :], 1)
             weight = tl.full((TILE_KEYS,), 1.0, tl.float32)
             if SCALED:
@@ -215,9 +215,9 @@ def _grouped(
             place = _places(table, row, table_stride, at, valid, block_stride, token_stride, BLOCK)
             mask = valid[:, None] & inside[None, :]
             pointers = keys + place[:, None] + h[None, :]
-            # int8 levels are exact in every dtype of a query.
-            k = tl.load(pointers, mask=mask, other=0).to(tl.float32).to(x.dtype)
-            v = tl.load(pointers + kind_stride, mask=mask, other=0).to(tl.float32).to(x.dtype)
+            # Levels of int8 and numbers of fp8 are exact in every dtype of a query.
+            k = tl.load(pointers, mask=mask, other=0.0).to(tl.float32).to(x.dtype)
+            v = tl.load(pointers + kind_stride, mask=mask, other=0.0).to(tl.float32).to(x.dtype)
             score = dot(x, tl.trans(k), tl.zeros((QUERIES, TILE_KEYS), tl.float32)) * factor
             if SCALED:
                 where = _places(table, row, table_stride, at, valid, scale_block_stride, 1, BLOCK)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from earlyfusion.kernels.decode import EPS, Angles, HeadNorms, LayerBlocks
+from earlyfusion.kernels.decode import EPS, FP8, FP8_LARGEST, Angles, HeadNorms, LayerBlocks
 
 
 def norm_rotate_store(
@@ -51,6 +51,7 @@ def norm_rotate_store(
         BLOCK=kv.shape[3],
         NORM_EPS=EPS,
         SCALED=scales is not None,
+        LARGEST=FP8_LARGEST if kv.dtype == FP8 else 0.0,
         num_warps=1,
     )
     return out_RNH
@@ -90,6 +91,7 @@ def _heads(
     BLOCK: tl.constexpr,
     NORM_EPS: tl.constexpr,
     SCALED: tl.constexpr,
+    LARGEST: tl.constexpr,
 ):
     row, head = tl.program_id(0), tl.program_id(1)
     h = tl.arange(0, PADDED)
@@ -132,4 +134,8 @@ def _heads(
             where += key_head * scale_head_stride + at % BLOCK
             tl.store(scales + where, scale)
         else:
-            tl.store(kv + place + h, rounded.to(kv.dtype.element_ty), mask=inside)
+            y = rounded.to(tl.float32)
+            if LARGEST > 0:
+                # Comparisons, as `tl.clamp` may lose NaN.
+                y = tl.where(y > LARGEST, LARGEST, tl.where(y < -LARGEST, -LARGEST, y))
+            tl.store(kv + place + h, y.to(kv.dtype.element_ty), mask=inside)
