@@ -26,6 +26,7 @@ from earlyfusion.mini.pretrain import (
     stage_config,
     timed_config,
 )
+from earlyfusion.mini.stage import first_model, load_image_tokenizer, text_tokenizer
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.model.vqgan import VQGAN
 from earlyfusion.recipes.run import override, run
@@ -213,6 +214,24 @@ def test_the_larger_mini_fits_forty_megabytes_and_the_longest_document() -> None
     weights = sum(p.numel() for part in parts for p in part.parameters())
     assert 18e6 < weights and 2 * weights < 39e6
     assert mini_packed_transformer.config.length <= shape.max_position_embeddings
+
+
+def test_a_stage_begins_with_a_model_by_name_or_folder(tmp_path: Path) -> None:
+    model, shape = Chameleon.load("mini", device="cpu"), PRESETS["mini"]
+    for name in ("mini", str(model.folder)):
+        fields = [f"start={name}", f"image_tokenizer={name}", f"out={tmp_path}", "device=cpu"]
+        made = replace(override(mini_packed_transformer.config, fields), model=shape)
+        weights = first_model(made, shape.vocab_size).state_dict()
+        assert all(torch.equal(v, weights[k]) for k, v in model.transformer.state_dict().items())
+        codec = load_image_tokenizer(made.image_tokenizer, shape).state_dict()
+        own = model.image_tokenizer.vqgan.state_dict()
+        assert codec.keys() == own.keys() and all(torch.equal(v, codec[k]) for k, v in own.items())
+        tokenizer = text_tokenizer(made, ()).read_bytes()
+        assert tokenizer == (model.folder / "tokenizer.json").read_bytes()
+    with pytest.raises(
+        SettingError, match="cuts pictures of 64 pixels, and this recipe is for 128"
+    ):
+        load_image_tokenizer(Path("mini"), mini_packed_transformer.config.model)
 
 
 @pytest.mark.parametrize(

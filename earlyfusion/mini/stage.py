@@ -8,11 +8,13 @@ from pathlib import Path
 
 import torch
 
+from earlyfusion.checkpoints import detect
+from earlyfusion.checkpoints.assemble import assemble, vqgan_of
 from earlyfusion.checkpoints.hf import save_hf
 from earlyfusion.config import ModelConfig
 from earlyfusion.data.packing import RoleWeights
 from earlyfusion.devices import resolve_device
-from earlyfusion.errors import DataError
+from earlyfusion.errors import DataError, SettingError
 from earlyfusion.image_tokenizer import ImageTokenizer
 from earlyfusion.kernels.twins import accelerate
 from earlyfusion.mini.emoji.dialogues import Sample, texts_of
@@ -41,7 +43,8 @@ class StageConfig:
     data: Path = Path("data/emoji")
     image_tokenizer: Path = Path("runs/mini_image_tokenizer")
     start: Path | None = None
-    """The run whose newest weights and tokenizer this one begins with."""
+    """The run whose newest weights and tokenizer this one begins with, or a model's folder, or
+    `mini`. `image_tokenizer` may name a model as well."""
     rows: int = 2
     length: int = 2048
     dropout: float = 0.0
@@ -58,8 +61,19 @@ class StageConfig:
 
 
 def load_image_tokenizer(run: Path, config: ModelConfig) -> VQGAN:
-    """The newest weights of an image tokenizer's run, rounded to fp16, as they are shipped."""
-    tensors = checkpoint.weights(run)
+    """The newest weights of an image tokenizer's run, rounded to fp16, as they are shipped, or
+    those of a model's folder. Raises `SettingError` for a model with another one than `config`."""
+    if (folder := model_folder(run)) is not None:
+        source = detect.open_source(folder)
+        if source.config.vq_config != config.vq_config:
+            raise SettingError(
+                f"image_tokenizer={run} cuts pictures of {source.config.vq_config.resolution} "
+                f"pixels, and this recipe is for {config.vq_config.resolution} or for another "
+                "shape: set the fields of model.vq_config to those of the model's config.json"
+            )
+        tensors = vqgan_of(source).state_dict()
+    else:
+        tensors = checkpoint.weights(run)
     vqgan = VQGAN(config.vq_config)
     # Codes must be those of the shipped image tokenizer, which is fp16.
     vqgan.load_state_dict({k: v.half().float() for k, v in tensors.items()})
@@ -77,13 +91,20 @@ def text_tokenizer(
     if path.exists():
         return path
     if config.start is not None:
-        text = file_of_start(config.start, path.name).read_text(encoding="utf-8")
+        start = model_folder(config.start) or config.start
+        text = file_of_start(start, path.name).read_text(encoding="utf-8")
     else:
         codebook = config.model.vq_config.num_embeddings
         text = train_tokenizer(texts_of(samples), codebook, config.model.vocab_size, whole)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def model_folder(start: Path) -> Path | None:
+    """The folder of a model that `start` names, "mini" included; None if it names a run."""
+    folder = detect.locate(start) if str(start) in detect.EMBEDDED else start
+    return folder if (folder / "config.json").is_file() else None
 
 
 def file_of_start(start: Path, name: str) -> Path:
@@ -100,7 +121,12 @@ def first_model(config: StageConfig, vocab_size: int) -> Transformer:
     model = model.to(resolve_device(config.run.device))
     model.init_weights()
     if config.start is not None:
-        checkpoint.load_model(model, checkpoint.weights(config.start), config.start)
+        folder = model_folder(config.start)
+        if folder is None:
+            tensors = checkpoint.weights(config.start)
+        else:
+            tensors = assemble(detect.open_source(folder)).transformer.state_dict()
+        checkpoint.load_model(model, tensors, config.start)
     return model
 
 

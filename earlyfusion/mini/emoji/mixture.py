@@ -3,7 +3,8 @@
 A mixture has shares of seven sources:
   dialogues  the eighteen tasks of `dialogues.generate`
   pairs      a picture and its name, a name with a style and the picture (`dialogues.caption_pairs`)
-  requests   a request in many wordings, without a style, answered by any picture of the thing
+  requests   a request in many wordings, without a style, and the first picture of the thing in the
+             data; with `varied`, any picture of it
   studies    several questions about one picture (`dialogues.studies`)
   bare       a picture without a request, for guidance
   scenes     several small pictures in one: how many, where, drawn (`scenes.scene_samples`)
@@ -157,9 +158,14 @@ def _written(part: _Part, data: EmojiData | None = None) -> list[Sample]:
 
 
 def _drawings(part: _Part, data: EmojiData, rng: random.Random) -> Iterator[Sample]:
-    """Every training picture in turn, as the answer to a request or without one."""
-    writer = Writer(Pools(data, "train"), rng, 0.7, part.config.wordings)
-    rows = [data.row(i) for i in data.split("train")]
+    """Training pictures in turn, as the answers to requests or without one. Requests get the first
+    picture of each thing, as in the dialogues, unless answers are to vary."""
+    pools = Pools(data, "train")
+    writer = Writer(pools, rng, 0.7, part.config.wordings)
+    if part.source == "requests" and not part.config.varied:
+        rows = [pictures[0] for pictures in pools.by_concept.values()]
+    else:
+        rows = [data.row(i) for i in data.split("train")]
     while True:
         rng.shuffle(rows)
         for row in rows:
