@@ -8,7 +8,8 @@ current batch. The patch GAN and its adaptive weight follow Esser et al. 2021. `
 leaves encoder and codebook as they are, so that transformers trained on their codes stay valid.
 With `perturb` the decoder also learns to draw pictures with some wrong codewords, as a
 transformer's sometimes are (RobusTok). With `naming` a separate head must name what is shown from
-the codewords.
+the codewords. `trainable="encoder"` leaves codebook and decoder as they are: pictures are cut into
+other codes, which are still drawn as before.
 
 Several processes hold copies: gradients are averaged, statistics of the codebook added up. Shapes:
 B batch, C channels, Y X pixels, K codebook, N vectors.
@@ -17,10 +18,11 @@ B batch, C channels, Y X pixels, K codebook, N vectors.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -48,8 +50,8 @@ from earlyfusion.train.trainer import RunConfig
 if TYPE_CHECKING:
     from earlyfusion.parallel import DeviceMesh
 
-TRAINABLE = ("all", "decoder")
-_DECODER = ("decoder.", "post_quant_conv.")
+TRAINABLE = ("all", "decoder", "encoder")
+_DECODER, _ENCODER = ("decoder.", "post_quant_conv."), ("encoder.", "quant_conv.")
 
 Batches = Callable[[int], Tensor | tuple[Tensor, Tensor]]
 """This process's pictures of a step: float32 [B, 3, Y, X] in [-1, 1]; for a head that names them
@@ -83,6 +85,13 @@ class VQLossConfig:
     """Weight of the head that names what the codewords show; see `train.semantic`."""
     perturb: float = 0.0
     """With `trainable=decoder`, share of the codes that are replaced by one of the nearest."""
+    match: float = 0.0
+    """With `trainable=encoder`, weight of the squared distance from the latents of the encoder that
+    the run began with, in units of their variance."""
+    drawn: float = 1.0
+    """With `trainable=encoder`, share of the pictures that are also drawn and compared."""
+    first_level: int = 0
+    """With `trainable=encoder`, levels of the encoder before this one stay as they are, too."""
 
     def __post_init__(self) -> None:
         if self.codebook not in ("ema", "gradient"):
@@ -95,6 +104,11 @@ class VQLossConfig:
             raise SettingError(
                 f"naming={self.naming} must be 0 or more and perturb={self.perturb} a share from 0 "
                 "to 1"
+            )
+        if self.match < 0 or not 0 < self.drawn <= 1 or self.first_level < 0:
+            raise SettingError(
+                f"match={self.match} and first_level={self.first_level} must be 0 or more, and "
+                f"drawn={self.drawn} a share above 0 and at most 1"
             )
         for name in ("revive_every", "critic_width"):
             if getattr(self, name) < 1:
@@ -112,14 +126,15 @@ class ImageTokenizerConfig:
     start: str = ""
     """A run, a model folder or a hub id whose image tokenizer this run begins with."""
     trainable: str = "all"
-    """"all", or "decoder": encoder and codebook stay as they are, to the bit."""
+    """"all"; "decoder": encoder and codebook stay as they are, to the bit; "encoder": codebook and
+    decoder stay."""
     run: RunConfig = field(default_factory=RunConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     model: VQConfig = field(default_factory=VQConfig)
     loss: VQLossConfig = field(default_factory=VQLossConfig)
 
     def __post_init__(self) -> None:
-        check_trainable(self.trainable, self.start)
+        check_trainable(self.trainable, self.start, self.loss)
         count_micro_batches(self.batch, self.micro_batch)
 
     def build(self) -> VQGAN:
@@ -151,14 +166,22 @@ def check_terms(config: VQLossConfig) -> None:
             )
 
 
-def check_trainable(trainable: str, start: str) -> None:
-    """Refuse an unknown `trainable`, and a decoder trained alone without a `start`."""
+def check_trainable(trainable: str, start: str, loss: VQLossConfig) -> None:
+    """Refuse an unknown `trainable`, a part trained alone without a `start`, and terms of the loss
+    that are of another part."""
     if trainable not in TRAINABLE:
         raise SettingError(f"trainable={trainable!r} is unknown: choose {' or '.join(TRAINABLE)}")
-    if trainable == "decoder" and not start:
+    if trainable != "encoder" and (loss.match or loss.drawn < 1 or loss.first_level):
+        raise SettingError("match, drawn and first_level need trainable=encoder")
+    if trainable == "encoder" and loss.adversarial:
         raise SettingError(
-            "trainable=decoder needs an image tokenizer to begin with: give start=, a run or a "
-            "model folder"
+            f"adversarial={loss.adversarial:g} needs a decoder that learns: leave it out, or "
+            "trainable=encoder"
+        )
+    if trainable != "all" and not start:
+        raise SettingError(
+            f"trainable={trainable} needs an image tokenizer to begin with: give start=, a run or "
+            "a model folder"
         )
 
 
@@ -199,6 +222,21 @@ def _weights_of(start: str) -> dict[str, Tensor]:
     return {name: entry.read() for name, entry in stored.items()}
 
 
+def _is_trained(name: str, trainable: str, first_level: int) -> bool:
+    """Whether a parameter of the network learns."""
+    if trainable == "encoder":
+        before = ("encoder.conv_in.", *(f"encoder.down.{n}." for n in range(first_level)))
+        return name.startswith(_ENCODER) and not (first_level and name.startswith(before))
+    return trainable == "all" or name.startswith(_DECODER)
+
+
+def _with_gradient(module: nn.Module, inputs: Any, output: Tensor) -> None:
+    # torch 2.13 crashes on a CPU in the backward pass of a group norm in channels_last whose input
+    # needs no gradient, as the output of frozen levels does not.
+    if torch.is_grad_enabled():
+        output.requires_grad_()
+
+
 class _Seen(NamedTuple):
     """What `after` needs from a micro batch once its gradients are computed."""
 
@@ -210,8 +248,8 @@ class _Seen(NamedTuple):
 
 class ImageTokenizerTask(Task):
     """Trains a `VQGAN` on pictures (its units), the batch of a step in `micro_batches`. `trainable`
-    is "all", or "decoder" to leave codebook and encoder as they are. `head` is trained with the
-    network if `config.naming` is not 0; the batches then have labels."""
+    is "all", or "decoder" or "encoder" to leave the rest of the network as it is. `head` is trained
+    with the network if `config.naming` is not 0; the batches then have labels."""
 
     def __init__(
         self,
@@ -230,17 +268,31 @@ class ImageTokenizerTask(Task):
             )
         self.head = head
         assert model.decoder is not None
+        levels = len(model.config.channel_multiplier)
+        if config.first_level >= levels:
+            raise SettingError(
+                f"first_level={config.first_level} leaves nothing of the encoder's {levels} levels "
+                f"to learn: give at most {levels - 1}"
+            )
         self.model: VQGAN = model
         self.config, self.steps, self._micro_batches = config, steps, micro_batches
         self._batches, self._trainable = batches, trainable
         self._decoder_only = trainable == "decoder"
         self._last_layer = model.decoder.conv_out.weight
         self._device = device = self._last_layer.device
-        moves = config.codebook == "ema" and not self._decoder_only
+        self._encoder_only = trainable == "encoder"
+        moves = config.codebook == "ema" and trainable == "all"
         self._ema = _MovingCodebook(model, config.ema_decay) if moves else None
         for name, parameter in model.named_parameters():
-            if self._decoder_only and not name.startswith(_DECODER):
+            if not _is_trained(name, trainable, config.first_level):
                 parameter.requires_grad_(False)
+        self._first_encoder: nn.Module | None = None  # that of the start, also after a resume
+        if self._encoder_only and config.match:
+            first = nn.Sequential(deepcopy(model.encoder), deepcopy(model.quant_conv))
+            self._first_encoder = first.requires_grad_(False)
+        if self._encoder_only and config.first_level:
+            below = cast("Level", model.encoder.down[config.first_level - 1])
+            below.downsample.register_forward_hook(_with_gradient)
         self._uses_K = torch.zeros(model.config.num_embeddings, device=device)
         self._vgg, self._critic = _perceptual(config, device), _critic(config, model, device)
         self._mesh: DeviceMesh | None = None
@@ -266,7 +318,10 @@ class ImageTokenizerTask(Task):
             encoder = counter.get_total_flops()
             model.decoder(model.post_quant_conv(model.embed(codes)))  # type: ignore[misc]
         whole = counter.get_total_flops()
-        # A backward pass takes twice what its forward pass does.
+        # A backward pass takes twice what its forward pass does, half of it without weights.
+        if self._encoder_only:
+            drawn = 2 * (whole - encoder) * self.config.drawn
+            return float((4 if self._first_encoder is not None else 3) * encoder + drawn)
         return float(3 * whole - 2 * encoder if self._decoder_only else 3 * whole)
 
     def distribute(
@@ -292,9 +347,14 @@ class ImageTokenizerTask(Task):
             self._fetch(step)
         (x, labels), cfg = self._waiting.pop(0), self.config
         # Without this ramp the codebook collapses onto a few codewords.
-        blend = torch.tensor(min(1.0, step / max(1, cfg.ramp_steps)), device=self._device)
-        out = self._decoded(x) if self._decoder_only else self.model(x, blend)
-        pixels = out.pixels.float()
+        share = 1.0 if self._encoder_only else min(1.0, step / max(1, cfg.ramp_steps))
+        blend = torch.tensor(share, device=self._device)
+        if self._decoder_only:
+            out = self._decoded(x)
+        else:
+            out = self._encoded(x) if self._encoder_only else self.model(x, blend)
+        pixels, whole = out.pixels.float(), x
+        x = x[: len(pixels)]
         self._seen.append(_Seen(x, pixels.detach(), *_vectors(out)))
         l2 = F.mse_loss(pixels, x)
         figures = {"psnr": 10 * torch.log10(4 / l2.detach())}  # pixels have a range of 2
@@ -310,6 +370,11 @@ class ImageTokenizerTask(Task):
             total = total + weight * figures["fooled"]
         if not self._decoder_only:
             total = total + self._codebook_loss(out, blend, figures)
+        if self._first_encoder is not None:
+            with torch.no_grad():
+                before = self._first_encoder(whole).float()
+            figures["match"] = F.mse_loss(out.latents.float(), before) / before.var()
+            total = total + cfg.match * figures["match"]
         if self.head is not None and labels is not None:
             # Straight-through: the value of the codewords, the gradient of the latents.
             through = out.latents + blend * (out.nearest - out.latents).detach()
@@ -317,7 +382,7 @@ class ImageTokenizerTask(Task):
             total = total + cfg.naming * figures["naming"]
         figures = {name: value.detach() for name, value in figures.items()}
         figures |= self._usage(out.codes)
-        return total / (self._micro_batches * self._data_ranks), figures, float(len(x))
+        return total / (self._micro_batches * self._data_ranks), figures, float(len(whole))
 
     @torch.no_grad()
     def after(self, step: int) -> dict[str, float]:
@@ -326,7 +391,7 @@ class ImageTokenizerTask(Task):
         codes_N = torch.cat([micro.codes_N for micro in seen])
         if self._ema is not None:
             self._ema.update(vectors_NC, codes_N, self._mesh)
-        revives = step % self.config.revive_every == 0 and not self._decoder_only
+        revives = step % self.config.revive_every == 0 and self._trainable == "all"
         if revives and max(self.progress, step / self.steps) < self.config.revive_until:
             self._revive(vectors_NC)
         self._uses_K *= 1 - 1 / self.config.revive_every  # forgets over about that many steps
@@ -390,6 +455,16 @@ class ImageTokenizerTask(Task):
         drawn = self.model.decode(self._perturbed(codes))
         return Quantized(drawn, latents, self.model.embed(codes), codes)
 
+    def _encoded(self, x_BCYX: Tensor) -> Quantized:
+        """The codewords of all pictures, and the drawings of the first `drawn` of them."""
+        latents = self.model.latents(x_BCYX)
+        with torch.autocast(self._device.type, enabled=False):
+            codes = self.model.nearest_codes(latents.detach().float())
+        nearest = self.model.embed(codes)
+        drawn = max(1, round(self.config.drawn * len(x_BCYX)))
+        through = latents[:drawn] + (nearest - latents)[:drawn].detach()
+        return Quantized(self.model.pixels(through), latents, nearest, codes)
+
     def _perturbed(self, codes: Tensor) -> Tensor:
         """The codes, a share of them replaced by one of their nearest others."""
         if self._near_KN is None:
@@ -403,7 +478,9 @@ class ImageTokenizerTask(Task):
         latents, nearest = out.latents.float(), out.nearest.float()
         figures["commit"] = F.mse_loss(latents, nearest.detach())
         total = self.config.commitment * blend * figures["commit"]
-        return total if self._ema is not None else total + F.mse_loss(nearest, latents.detach())
+        if self._ema is not None or not nearest.requires_grad:
+            return total
+        return total + F.mse_loss(nearest, latents.detach())
 
     def _usage(self, codes: Tensor) -> dict[str, Tensor]:
         """Over the last steps: perplexity, and the share of codes used at least once."""
