@@ -62,10 +62,10 @@ struct Range {
 class Shares {
  public:
   Shares(int64_t rows, int64_t size, int64_t threads)
-      : rows_(rows), size_(size), threads_(threads), runs_(new std::atomic<uint64_t>[threads]) {
+      : rows_(rows), size_(size), threads_(threads), runs_(new Run[threads]) {
     const uint64_t parts = (rows + size - 1) / size;
     for (uint64_t t = 0; t < uint64_t(threads); t++)
-      runs_[t] = parts * t / threads << 32 | parts * (t + 1) / threads;
+      runs_[t].ends = parts * t / threads << 32 | parts * (t + 1) / threads;
   }
 
   // Calls `work` with ranges of rows until all have been given to some thread.
@@ -73,7 +73,7 @@ class Shares {
   void each(Work work) {
     const int64_t thread = omp_get_thread_num();
     for (int64_t other = 0; other < threads_; other++) {
-      std::atomic<uint64_t>& run = runs_[(thread + other) % threads_];
+      std::atomic<uint64_t>& run = runs_[(thread + other) % threads_].ends;
       for (uint64_t now = run; now >> 32 < uint32_t(now);) {
         const uint64_t one = uint64_t(1), next = other ? now - one : now + (one << 32);
         if (!run.compare_exchange_weak(now, next)) continue;
@@ -85,8 +85,13 @@ class Shares {
   }
 
  private:
+  // First part and one past the last, in the halves of a number; on a line of its own, as each thread writes its own.
+  struct alignas(64) Run {
+    std::atomic<uint64_t> ends;
+  };
+
   int64_t rows_, size_, threads_;
-  std::unique_ptr<std::atomic<uint64_t>[]> runs_;  // first and last part of each, in the halves of a number
+  std::unique_ptr<Run[]> runs_;
 };
 
 // Memory that a thread uses again and again: new pages would have to be cleared first.

@@ -289,10 +289,10 @@ class Operand {
   int64_t R_;
 };
 
-// The rows of a matrix, shared among threads for a product with R rows of input: in fours, as matrices are padded
-// to a multiple of four, and in panels.
+// The rows of a matrix, shared among threads for a product with R rows of input: panels, or at least four parts for
+// each thread, in fours, as matrices are padded to a multiple of four.
 Shares shares(const Matrix& m, int64_t R, int64_t threads) {
-  int64_t size = std::max<int64_t>(4, std::min<int64_t>(64, m.rows / threads / 8 / 4 * 4));
+  int64_t size = std::max<int64_t>(4, std::min<int64_t>(64, m.rows / threads / 4 / 4 * 4));
 #if defined(VECTORS_OF_EIGHT)
   if (R >= many(m)) size = PANEL;
 #endif
