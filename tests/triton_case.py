@@ -53,6 +53,23 @@ ERROR = {torch.float32: 3e-6, torch.bfloat16: 2**-6, torch.float16: 2**-10, FP8:
 interpreter rounds bf16 towards zero."""
 
 
+if INTERPRETED:
+    from triton.runtime import interpreter
+
+    _converted = interpreter._convert_float
+
+    def converted(x: Any, source: Any, target: Any, rounding: Any) -> Any:
+        """The interpreter loses carries and NaN of fp8 (Triton 3.6): torch rounds as a GPU does."""
+        if triton.language.float8e4nv not in (source, target):
+            return _converted(x, source, target, rounding)
+        bits = torch.from_numpy(x.copy())
+        if source == triton.language.float8e4nv:
+            return bits.view(FP8).float().numpy()
+        return bits.view(torch.float32).to(FP8).view(torch.uint8).numpy()
+
+    interpreter._convert_float = converted
+
+
 def close(found: Tensor, wanted: Tensor, dtype: torch.dtype | None = None) -> None:
     """Within the error of a dtype, that of the values if not set."""
     limit = ERROR[dtype or wanted.dtype]
@@ -169,6 +186,25 @@ def test_norm_rotation_and_store(case: Case) -> None:
     # A key that rounds to another number of 16 bits may get the next level.
     assert (on_device.kv_B2KTH.cpu().int() - wanted.kv_B2KTH.int()).abs().max() <= 1
     close(on_device.scales_B2KT, wanted.scales_B2KT, case.model_dtype)
+
+
+@needs_values
+@pytest.mark.skipif(not FP8_HERE, reason="the card has no fp8")
+def test_fp8_keeps_its_largest_number() -> None:
+    """Also in bf16, where halves between two numbers of fp8 are common."""
+    kv, ones = torch.zeros(1, 1, 2, 1, 4, 8).to(FP8), torch.ones(2, 8)
+    qkv = torch.tensor([1e4, -1e4, 448, 460, -1.0625, 1.1875, 1e-3, torch.nan]).expand(1, 3, 8)
+    found, wanted = LayerBlocks(kv[:, 0].clone()), LayerBlocks(kv[:, 0].clone())
+    rest = (HeadNorms(ones, ones), Angles(ones, ones), torch.zeros(1, dtype=torch.int32))
+    table = torch.zeros(1, 1, dtype=torch.int32)
+    TWIN.norm_rotate_store(qkv.bfloat16(), *rest, wanted, table)
+    on_device = on(DEVICE, found)
+    KERNEL.norm_rotate_store(
+        *(on(DEVICE, one) for one in (qkv.bfloat16(), *rest)), on_device, table.to(DEVICE)
+    )
+    values = on_device.kv_B2KTH[0, 1, 0, 0].float().cpu()
+    assert torch.equal(values[:7], wanted.kv_B2KTH[0, 1, 0, 0].float()[:7]) and values[7].isnan()
+    assert values[:4].tolist() == [448.0, -448.0, 448.0, 448.0]
 
 
 @needs_values
