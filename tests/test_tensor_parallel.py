@@ -22,7 +22,7 @@ from tiny import CONFIG, tiny_processor
 from earlyfusion import Chameleon, SamplingParams
 from earlyfusion.config import PRESETS, ModelConfig
 from earlyfusion.engine.engine import Engine
-from earlyfusion.engine.peers import from_tensors, to_tensors
+from earlyfusion.engine.peers import Peers, from_tensors, to_tensors
 from earlyfusion.engine.tensor_parallel import cut, shard_config, split
 from earlyfusion.errors import SettingError
 from earlyfusion.generation.reference import draw_tokens
@@ -159,6 +159,17 @@ def test_angles_that_change_with_the_length_are_refused(processor: Processor) ->
     shard = split(random_model(config, processor), Threads(2).of(0))
     with pytest.raises(SettingError, match=r"context_tokens=96: .* change beyond 64 tokens"):
         Engine(shard, processor, context_tokens=96)
+
+
+def test_replayed_collectives_that_never_end_are_an_error() -> None:
+    """As those of a graph do when another process has ended."""
+    peers, asked = Peers.__new__(Peers), iter([False, False, True])
+    peers.left = 0
+    peers.wait(lambda: next(asked), seconds=5)
+    assert peers.left == 0
+    with pytest.raises(ConnectionError, match="a process that shares the model has ended"):
+        peers.wait(lambda: False, seconds=0.01)
+    assert peers.left == 1  # closing aborts what is pending instead of waiting for it
 
 
 def test_messages_of_any_length_arrive() -> None:

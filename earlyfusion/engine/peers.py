@@ -4,6 +4,7 @@ modules in which they do while the model runs."""
 from __future__ import annotations
 
 import atexit
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -20,6 +21,12 @@ from earlyfusion.model.transformer import Transformer
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh as DeviceMesh
+
+_ANY_TIME = timedelta(days=365)
+
+_STEP_TIME = timedelta(minutes=10)
+
+_GONE = "a process that shares the model has ended: start the program again"
 
 
 class Peers:
@@ -63,6 +70,21 @@ class Peers:
     def replay(self, collectives: int) -> None:
         """A captured graph makes so many collectives, of which Python does not hear."""
         self._count_down(collectives)
+
+    def wait(
+        self, is_done: Callable[[], bool], seconds: float = _STEP_TIME.total_seconds()
+    ) -> None:
+        """Return as soon as the device has done what was replayed; ConnectionError after `seconds`.
+
+        NCCL watches no collectives of a captured graph: those of a process that has ended stay
+        pending for ever, and the host would wait with them.
+        """
+        end = time.monotonic() + seconds
+        while not is_done():
+            if time.monotonic() > end:
+                self.left = 1  # so that closing aborts them
+                raise ConnectionError(_GONE)
+            time.sleep(1e-4)
 
     def broadcast(self, x: Tensor) -> Tensor:
         """The leader's values, in place, on all."""
@@ -171,9 +193,3 @@ def from_tensors(receive: Callable[[Tensor], Tensor]) -> list[int]:
 
 # Numbers of the first tensor: enough for a step of some 160 rows.
 _FIRST = 512
-
-_ANY_TIME = timedelta(days=365)
-
-_STEP_TIME = timedelta(minutes=10)
-
-_GONE = "a process that shares the model has ended: start the program again"

@@ -112,6 +112,7 @@ class Bursts:
         self._mark_seen(rows, handles)
         for _ in range(steps):
             step()
+        self._graphs.wait()
         # The host waits for the device here.
         columns = rows.tokens_NR[:steps].T.tolist()
         firsts = [row.conditions[0] for row in burst if row.branch is row.handle.branches[0]]

@@ -56,6 +56,15 @@ class Graphs:
         new = self.captures and shape not in self._steps
         return self._each * (steps + (WARM_UP + 1 if new else 0))
 
+    def wait(self) -> None:
+        """Where processes share captured steps, return when the started ones are done, or raise
+        ConnectionError if they never are."""
+        if self._peers is None or self._device.type != "cuda":
+            return
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        self._peers.wait(event.query)
+
     def prepared(
         self, shape: Shape, run: Callable[[], None], idle: Callable[[], None]
     ) -> Callable[[], None]:
