@@ -17,7 +17,6 @@ TINY = [
     "base_channels=32",
     "channel_multiplier=1,1",
     "num_res_blocks=1",
-    "device=cpu",
     "precision=fp32",
     "perceptual=0",
     "adversarial=0",
@@ -29,8 +28,8 @@ TINY = [
 ]
 
 
-def train(*fields: str) -> None:
-    run("image_tokenizer_512", [*TINY, *fields])
+def train(*fields: str, device: object = "cpu") -> None:
+    run("image_tokenizer_512", [*TINY, f"device={device}", *fields])
 
 
 if __name__ == "__main__":

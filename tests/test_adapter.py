@@ -14,6 +14,7 @@ from corpora import pairs, tiny_model
 from safetensors.torch import load_file, save_file
 from test_finetune import finetune
 from tiny import CONFIG
+from tolerances import assert_close
 
 from earlyfusion import Chameleon, ChameleonForConditionalGeneration
 from earlyfusion.checkpoints.adapter import merge_adapter
@@ -67,11 +68,13 @@ def test_peft_reads_what_a_run_leaves(model: Path, tuned: Path) -> None:
     assert config["base_model_name_or_path"] == str(model)
 
 
-def test_an_adapter_loads_beside_its_base_as_the_merged_model(model: Path, tuned: Path) -> None:
+def test_an_adapter_loads_beside_its_base_as_the_merged_model(
+    model: Path, tuned: Path, device: torch.device
+) -> None:
     merged = load(tuned / "model").transformer.state_dict()
-    loaded = Chameleon.load(model, device="cpu", dtype="float32", adapter=str(tuned / "adapter"))
+    loaded = Chameleon.load(model, str(device), dtype="float32", adapter=str(tuned / "adapter"))
     for name, tensor in loaded.transformer.state_dict().items():
-        torch.testing.assert_close(tensor, merged[name].float(), atol=1e-6, rtol=1e-5)
+        assert_close(tensor, merged[name].float(), atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -83,18 +86,20 @@ def test_an_adapter_loads_beside_its_base_as_the_merged_model(model: Path, tuned
         {"target_modules": ["v_proj", "k_proj"], "rank_pattern": {"k_proj": 1}},
     ],
 )
-def test_an_adapter_of_peft_is_read(model: Path, tmp_path: Path, more: dict[str, Any]) -> None:
+def test_an_adapter_of_peft_is_read(
+    model: Path, tmp_path: Path, more: dict[str, Any], device: torch.device
+) -> None:
     torch.manual_seed(0)
     config = peft.LoraConfig(r=4, lora_alpha=7, init_lora_weights=False, **more)
     adapted = peft.get_peft_model(theirs(model), config).eval()
     adapted.save_pretrained(tmp_path)
-    ours = Chameleon.load(model, device="cpu", dtype="float32", adapter=tmp_path)
+    ours = Chameleon.load(model, str(device), dtype="float32", adapter=tmp_path)
     base = logits_of(theirs(model))
     with torch.no_grad():
-        found = ours.transformer(TOKENS).where(base != 0, 0)
+        found = ours.transformer(TOKENS.to(device)).where(base.to(device) != 0, 0)
     expected = logits_of(adapted)
     assert (expected - base).abs().max() > 1e-2
-    torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)
+    assert_close(found, expected, atol=2e-4, rtol=2e-4)
 
 
 def test_merging_is_optional(model: Path, tmp_path: Path) -> None:

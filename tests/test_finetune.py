@@ -74,11 +74,16 @@ def losses(out: Path) -> list[float]:
 
 
 def test_finetuning_ends_in_a_model_that_answers_and_draws(
-    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    device: torch.device,
 ) -> None:
-    before, after = weights(model), finetune(model, data, tmp_path / "out")
+    before = weights(model)
+    after = finetune(model, data, tmp_path / "out", f"device={device}")
     assert all(not torch.equal(before[name], after[name]) for name in before if "proj" in name)
-    tuned = Chameleon.load(str(tmp_path / "out" / "model"), device="cpu")
+    tuned = Chameleon.load(str(tmp_path / "out" / "model"), device=str(device))
     assert len(tuned.generate("Draw a pear.", output="image", seed=0).images) == 1
     assert losses(tmp_path / "out")[-1] < losses(tmp_path / "out")[0]
     assert list((tmp_path / "out" / "samples").glob("*.png")), "prompts of the data are drawn"

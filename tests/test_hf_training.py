@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tolerances import tolerance
 from torch import Tensor
 from transformers import BitsAndBytesConfig, Trainer, TrainingArguments
 from wide import SEVEN, WIDE, example, picture, wide_folder
@@ -243,8 +244,8 @@ def as_documents(rows: list[dict[str, Any]]) -> list[list[Message]]:
 
 def filled(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
     """Ids and labels with the pictures' own tokens, by the tables alone."""
-    ids, labels = batch["input_ids"], batch["labels"].clone()
-    full = model.fill_image_tokens(ids, batch["pixel_values"])
+    ids, labels = (batch[name].to(model.device).clone() for name in ("input_ids", "labels"))
+    full = model.fill_image_tokens(ids, batch["pixel_values"].to(model.device))
     labels[labels == ids] = full[labels == ids]
     return full, labels
 
@@ -262,12 +263,14 @@ class TestMixedPrecision:
         AcceleratorState._reset_state(reset_partial_state=True)
 
     @pytest.mark.parametrize("kind", ["bf16", "fp16"])
-    def test_accelerate_prepares_and_unwraps(self, folder: Path, inputs: Any, kind: str) -> None:
+    def test_accelerate_prepares_and_unwraps(
+        self, folder: Path, inputs: Any, kind: str, device: torch.device
+    ) -> None:
         from accelerate import Accelerator
 
-        model = load(folder)
+        model, inputs = load(folder, device=device), inputs.to(device)
         wanted = logits(model, inputs)
-        accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+        accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="bf16")
         # fp16 needs a GPU; the class that a CPU cannot have is told its name only.
         accelerator.state._mixed_precision = kind
         optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
@@ -282,12 +285,12 @@ class TestMixedPrecision:
             plain = ChameleonForConditionalGeneration.forward(back.eval(), **inputs).logits
         assert torch.equal(logits(back, inputs), plain)
 
-    def test_trainer(self, folder: Path, inputs: Any, tmp_path: Path) -> None:
+    def test_trainer(self, folder: Path, inputs: Any, tmp_path: Path, device: torch.device) -> None:
         model = load(folder)
         row = {name: value[0] for name, value in inputs.items()}
         row["labels"] = row["input_ids"]
         before = model.lm_head.weight.detach().clone()
-        settings = arguments(tmp_path, bf16=True)
+        settings = arguments(tmp_path, device=device, bf16=True)
         out = Trainer(model, settings, train_dataset=[row, row]).train()  # type: ignore[arg-type]
         with torch.no_grad():
             wanted = float(load(folder)(**inputs, labels=inputs["input_ids"]).loss)
@@ -341,7 +344,7 @@ def sft(model: Any, processor: Any, rows: Any, folder: Path, **more: Any) -> Any
     settings = {"max_length": None, "bf16": False} | more
     return trl.SFTTrainer(
         model=model,
-        args=arguments(folder, trl.SFTConfig, **settings),
+        args=arguments(folder, trl.SFTConfig, model.device, **settings),
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=processor,
         **extra,
@@ -367,30 +370,38 @@ class TestSFTTrainer:
 
     @pytest.mark.parametrize("only_answers", [False, True])
     def test_a_step_with_pictures_in_the_loss(
-        self, folder: Path, processor: Any, tmp_path: Path, only_answers: bool
+        self,
+        folder: Path,
+        processor: Any,
+        tmp_path: Path,
+        only_answers: bool,
+        device: torch.device,
     ) -> None:
-        model, rows = load(folder), ROWS[:2]
+        model, rows = load(folder, device=device), ROWS[:2]
         trainer = sft(model, processor, rows, tmp_path, assistant_only_loss=only_answers)
         ids, labels = filled(model, batch := trainer.data_collator([dict(row) for row in rows]))
         with torch.no_grad():
-            scores = load(folder)(input_ids=ids, attention_mask=batch["attention_mask"]).logits
+            mask = batch["attention_mask"].to(device)
+            scores = load(folder, device=device)(input_ids=ids, attention_mask=mask).logits
         wanted = torch.nn.functional.cross_entropy(
             scores[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
         )
         before = model.lm_head.weight.detach().clone()
         out = trainer.train()
-        assert out.training_loss == pytest.approx(float(wanted), rel=1e-5)
+        assert out.training_loss == pytest.approx(float(wanted), rel=tolerance(1e-5, device))
         drawn = torch.tensor(model.model.vocabulary_mapping.image_tokens)
         assert ((model.lm_head.weight - before)[drawn] != 0).any(1).all()
 
-    def test_prompt_and_completion(self, folder: Path, processor: Any, tmp_path: Path) -> None:
+    def test_prompt_and_completion(
+        self, folder: Path, processor: Any, tmp_path: Path, device: torch.device
+    ) -> None:
         """Pictures in the prompt; the loss is on the completion and its end."""
         row = {
             "images": [picture("red")],
             "prompt": [{"role": "user", "content": "What is this?"}],
             "completion": [{"role": "assistant", "content": "a pear"}],
         }
-        model = load(folder)
+        model = load(folder, device=device)
         trainer = sft(model, processor, [row], tmp_path)
         ids, labels = filled(model, trainer.data_collator([dict(row)]))
         turns = [Message("user", [Image.of(picture("red")), Text("What is this?")])]

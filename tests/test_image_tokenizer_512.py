@@ -11,6 +11,7 @@ import PIL.Image
 import pytest
 import torch
 from image_tokenizer_case import TINY, train
+from tolerances import assert_same_losses, tolerance
 from torch import Tensor, nn
 
 from earlyfusion.checkpoints.assemble import build_vqgan
@@ -75,13 +76,13 @@ def differ(a: dict[str, Tensor], b: dict[str, Tensor]) -> set[str]:
 
 
 def test_it_learns_resumes_exactly_and_ends_in_a_folder_that_loads(
-    tmp_path: Path, photos: Path, vgg16: Path
+    tmp_path: Path, photos: Path, vgg16: Path, device: torch.device
 ) -> None:
     """With all terms, in parts, by threads: critic and its optimizer are resumed too."""
     fields = [f"data={photos}", "steps=12", "batch=4", "micro_batch=2", "workers=2", "keep=9"]
     fields += ["perceptual=1", f"perceptual_weights={vgg16}", "sample_every=6", "save_every=100"]
     fields += ["adversarial=0.8", "adversarial_from=3", "critic_layers=1", "critic_width=8"]
-    train(*fields, f"out={tmp_path / 'whole'}")
+    train(*fields, f"out={tmp_path / 'whole'}", device=device)
     rows = read_metrics(tmp_path / "whole")
     known = {"loss", "psnr", "ssim", "perceptual", "perplexity", "usage", "commit", "mfu"}
     assert known <= rows[0].keys() and "critic" not in rows[2]
@@ -91,17 +92,18 @@ def test_it_learns_resumes_exactly_and_ends_in_a_folder_that_loads(
     assert {"held_out_ssim", "held_out_usage", "held_out_perplexity"} <= rows[5].keys()
     with PIL.Image.open(tmp_path / "whole" / "samples" / "step-00000012.png") as grid:
         assert grid.size == (4 * 132 + 4, 2 * 132 + 4)
-    train(*fields, f"out={tmp_path / 'part'}", "stop_after=7")
+    train(*fields, f"out={tmp_path / 'part'}", "stop_after=7", device=device)
     alone = ["trainable=decoder", f"start={tmp_path / 'part'}"]
     with pytest.raises(CheckpointError, match="trainable=all, not decoder"):
-        train(*fields, f"out={tmp_path / 'part'}", *alone)
+        train(*fields, f"out={tmp_path / 'part'}", *alone, device=device)
     with pytest.raises(DataError, match="another out folder"):
-        train(*fields, f"out={tmp_path / 'part'}", "smallest=0.7")
-    train(*fields, f"out={tmp_path / 'part'}")
-    assert losses(tmp_path / "part") == losses(tmp_path / "whole")
+        train(*fields, f"out={tmp_path / 'part'}", "smallest=0.7", device=device)
+    train(*fields, f"out={tmp_path / 'part'}", device=device)
+    assert_same_losses(losses(tmp_path / "part"), losses(tmp_path / "whole"), device)
     (whole, _), (part, _) = (checkpoint.load(tmp_path / name) for name in ("whole", "part"))
-    assert not differ(whole["model"], part["model"])
-    assert not differ(whole["critic"]["net"], part["critic"]["net"])
+    if device.type == "cpu":  # a GPU adds gradients in no fixed order
+        assert not differ(whole["model"], part["model"])
+        assert not differ(whole["critic"]["net"], part["critic"]["net"])
     model = build_vqgan(*open_vqgan(tmp_path / "whole" / "model"), tmp_path)
     assert not differ(whole["model"], model.state_dict())
     begun = begin_with(VQGAN(model.config), str(tmp_path / "whole" / "model"))
@@ -109,9 +111,11 @@ def test_it_learns_resumes_exactly_and_ends_in_a_folder_that_loads(
 
 
 def test_it_learns_and_counts_what_is_broken(
-    tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str], device: torch.device
 ) -> None:
-    train(f"data={photos}", "steps=40", "batch=8", "micro_batch=0", f"out={tmp_path}")
+    train(
+        f"data={photos}", "steps=40", "batch=8", "micro_batch=0", f"out={tmp_path}", device=device
+    )
     rows = read_metrics(tmp_path)
     assert rows[-1]["psnr"] > rows[0]["psnr"] + 0.8
     assert rows[-1]["held_out_psnr"] > rows[0]["psnr"]
@@ -119,12 +123,19 @@ def test_it_learns_and_counts_what_is_broken(
     assert "broken.png" in (tmp_path / "quarantine.jsonl").read_text()
 
 
-def test_a_step_in_parts_is_the_step(tmp_path: Path, photos: Path) -> None:
+def test_a_step_in_parts_is_the_step(tmp_path: Path, photos: Path, device: torch.device) -> None:
     for micro in (0, 2):
         out = tmp_path / str(micro)
-        train(f"data={photos}", "steps=5", "batch=8", f"micro_batch={micro}", f"out={out}")
+        train(
+            f"data={photos}",
+            "steps=5",
+            "batch=8",
+            f"micro_batch={micro}",
+            f"out={out}",
+            device=device,
+        )
     whole, parts = (losses(tmp_path / name) for name in ("0", "2"))
-    assert max(abs(a - b) for a, b in zip(whole, parts, strict=True)) < 1e-5
+    assert max(abs(a - b) for a, b in zip(whole, parts, strict=True)) < tolerance(1e-5, device)
 
 
 @pytest.mark.parametrize("codebook", ["gradient", "ema"])

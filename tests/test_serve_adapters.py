@@ -108,9 +108,9 @@ def run(engine: Engine, requests: Sequence[Request], apart: int = 0) -> list[lis
 
 
 @pytest.fixture(scope="module")
-def wanted(base: Path, folders: dict[str, Path]) -> list[list[int]]:
+def wanted(base: Path, folders: dict[str, Path], device: torch.device) -> list[list[int]]:
     """What the plain loop draws with the merged models."""
-    alone = {n: Chameleon.load(base, "cpu", "fp32", adapter=folders.get(n)) for n in NAMES}
+    alone = {n: Chameleon.load(base, str(device), "fp32", adapter=folders.get(n)) for n in NAMES}
     tokens = [
         list(draw_tokens(alone[asked.adapter].transformer, alone[""].processor, asked))
         for asked in mixed(alone[""])
@@ -122,12 +122,12 @@ def wanted(base: Path, folders: dict[str, Path]) -> list[list[int]]:
 @pytest.mark.usefixtures("step")
 @pytest.mark.parametrize("dtype", ["fp32", "int8"])
 def test_requests_side_by_side_get_the_replies_of_the_merged_models(
-    base: Path, folders: dict[str, Path], wanted: list[list[int]], dtype: str
+    base: Path, folders: dict[str, Path], wanted: list[list[int]], dtype: str, device: torch.device
 ) -> None:
-    model = Chameleon.load(base, "cpu", dtype, adapters=folders)
+    model = Chameleon.load(base, str(device), dtype, adapters=folders)
     requests = mixed(model)
     if dtype == "int8":  # rounded weights are compared with engines of their own
-        alone = {n: Chameleon.load(base, "cpu", dtype, adapter=folders.get(n)) for n in NAMES}
+        alone = {n: Chameleon.load(base, str(device), dtype, adapter=folders.get(n)) for n in NAMES}
         wanted = [run(alone[r.adapter].engine, [replace(r, adapter="")])[0] for r in requests]
     assert run(model.engine, requests) == wanted
     # Again in another order, one after the other: now the cache holds prefixes of all of them.
@@ -135,11 +135,18 @@ def test_requests_side_by_side_get_the_replies_of_the_merged_models(
 
 
 def test_one_burst_draws_for_several_adapters(
-    base: Path, folders: dict[str, Path], wanted: list[list[int]], monkeypatch: pytest.MonkeyPatch
+    base: Path,
+    folders: dict[str, Path],
+    wanted: list[list[int]],
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each group by the weights of its own adapter, several tokens at a time."""
     monkeypatch.setattr(runner, "serves", lambda _: True)
-    model, seen = Chameleon.load(base, "cpu", "fp32", adapters=folders), set[tuple[int, int]]()
+    model, seen = (
+        Chameleon.load(base, str(device), "fp32", adapters=folders),
+        set[tuple[int, int]](),
+    )
     draw = Bursts.draw
 
     def noted(self: Bursts, handles: Sequence[Handle], steps: int) -> list[list[int]]:
