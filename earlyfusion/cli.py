@@ -447,7 +447,7 @@ def gallery(
     from earlyfusion.files import check_writable, taken, write_whole
     from earlyfusion.terminal import Screen, sheet, sheet_file
 
-    asked, first = list(prompts or _GALLERY_PROMPTS), 0 if seed is None else seed
+    requests, first = list(prompts or _GALLERY_PROMPTS), 0 if seed is None else seed
     if not 1 <= count <= _MOST_SEEDS:
         raise SettingError(f"--count {count} is not possible: give 1 to {_MOST_SEEDS}")
     write = sheet_file(out)
@@ -457,7 +457,7 @@ def gallery(
     seeds = list(range(first, first + count))
     chameleon, screen = _load(**asdict(loading), quiet=as_json), Screen(as_json)
     rows = []
-    for words in asked:
+    for words in requests:
         several = [SamplingParams(seed=number) for number in seeds]
         replies = chameleon.generate_batch([words] * count, output="image", sampling=several)
         rows.append([reply.images[0] for reply in replies])
@@ -466,7 +466,7 @@ def gallery(
     write_whole(out, write(sheet(rows)), overwrite)
     screen.line(f"\n{out}: seeds {seeds[0]} to {seeds[-1]} from left to right")
     if as_json:
-        _print_json({"path": str(out), "prompts": asked, "seeds": seeds, "model": loading.model})
+        _print_json({"path": str(out), "prompts": requests, "seeds": seeds, "model": loading.model})
 
 
 @app.command(

@@ -154,12 +154,12 @@ class Engine:
         """How often a request has given up its blocks for another one."""
         return self._scheduler.preemptions
 
-    def warm_up(self, told: Callable[[int, int], None] | None = None) -> int:
-        """Capture the steps of a CUDA device now instead of at their first use. `told` is called
-        with the number captured so far and the number of all. Returns the bytes of device memory
-        that this took; 0 if nothing is captured."""
+    def warm_up(self, progress: Callable[[int, int], None] | None = None) -> int:
+        """Capture the steps of a CUDA device now instead of at their first use. `progress` is
+        called with the number captured so far and the number of all. Returns the bytes of device
+        memory that this took; 0 if nothing is captured."""
         with self._turn:
-            return self.runner.warm_up(told)
+            return self.runner.warm_up(progress)
 
     @property
     def used_blocks(self) -> int:

@@ -88,9 +88,9 @@ class ModelRunner:
         x_RD = self.backend.states(step)
         return self.drawer.draw(x_RD, step, handles) if handles else []
 
-    def warm_up(self, told: Callable[[int, int], None] | None = None) -> int:
+    def warm_up(self, progress: Callable[[int, int], None] | None = None) -> int:
         """As `Engine.warm_up`."""
-        return 0 if self.bursts is None else self.bursts.warm_up(told)
+        return 0 if self.bursts is None else self.bursts.warm_up(progress)
 
     def clear(self, blocks: Iterable[int]) -> None:
         """Zero these blocks. Masked attention multiplies their values by 0, and 0 * NaN is NaN."""

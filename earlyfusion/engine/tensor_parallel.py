@@ -276,9 +276,9 @@ class LeadingRunner(ModelRunner):
                 self._peers.send(_message(Plan(plan.copies)), 0)
             return super().run(plan, handles, steps)
 
-    def warm_up(self, told: Callable[[int, int], None] | None = None) -> int:
+    def warm_up(self, progress: Callable[[int, int], None] | None = None) -> int:
         with self._leading():
-            return super().warm_up(told)
+            return super().warm_up(progress)
 
     def clear(self, blocks: Iterable[int]) -> None:
         blocks = list(blocks)

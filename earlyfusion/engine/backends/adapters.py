@@ -36,14 +36,14 @@ class ByAdapter:
             [name] = groups
             return self._backends[name].states(step)
         rows: list[int] = []
-        parts: list[Tensor] = []
+        states: list[Tensor] = []
         for name, pieces in groups.items():
-            part = Step(pieces)
-            parts.append(self._backends[name].states(part))
-            for piece in part.pieces:
+            group = Step(pieces)
+            states.append(self._backends[name].states(group))
+            for piece in group.pieces:
                 first = step.row_of[piece.branch]
                 rows += range(first, first + 1 + len(piece.drafts))
-        joined_RD = torch.cat(parts)
+        joined_RD = torch.cat(states)
         x_RD = torch.empty_like(joined_RD)
         x_RD[rows] = joined_RD
         return x_RD
