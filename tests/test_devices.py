@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,6 +38,20 @@ def test_short_and_long_names_are_one() -> None:
 def test_an_unknown_dtype_is_refused_with_the_known_ones(name: Any) -> None:
     with pytest.raises(SettingError, match=r"precision=.* is unknown: use one of fp32, bf16"):
         dtype_name("precision", name, ("fp32", "bf16"))
+
+
+def test_the_tests_take_a_device_that_is_there() -> None:
+    """`scripts/test --device NAME`; meta tensors have no values to compare."""
+    script = Path(__file__).parents[1] / "scripts" / "test"
+    options = ["--collect-only", "-q", "-n0", "-p", "no:cacheprovider", __file__]
+    ends = {}
+    for name in ("cpu", "meta", "tpu"):
+        command = ["bash", str(script), "--device", name, *options]
+        ends[name] = subprocess.run(command, capture_output=True, text=True)
+    assert ends["cpu"].returncode == 0
+    assert ends["meta"].returncode == ends["tpu"].returncode == pytest.ExitCode.USAGE_ERROR
+    assert "--device: device='meta' is not on this machine: use auto or cpu" in ends["meta"].stderr
+    assert "device='tpu' is unknown" in ends["tpu"].stderr
 
 
 def test_every_option_understands_both_names() -> None:

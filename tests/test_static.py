@@ -40,8 +40,8 @@ def processor(tmp_path_factory: pytest.TempPathFactory) -> Processor:
 
 
 @pytest.fixture(scope="module")
-def transformer(processor: Processor) -> Transformer:
-    return tiny_transformer(processor, begin_image=1.0)
+def transformer(processor: Processor, device: torch.device) -> Transformer:
+    return tiny_transformer(processor, begin_image=1.0, device=device)
 
 
 @st.composite

@@ -102,7 +102,7 @@ def _store(new_R2KH: Tensor, at_R: Tensor, blocks: LayerBlocks, table_RW: Tensor
 def kept_as(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Keys or values in a cache's dtype."""
     if dtype == FP8:
-        # fp8 has no infinity: torch makes NaN of what is larger than its largest number.
+        # Up to 2.11 torch makes NaN of what is larger than the largest number of fp8.
         x = x.clamp(-FP8_LARGEST, FP8_LARGEST)
     return x.to(dtype)
 
