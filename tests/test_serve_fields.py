@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 from serve_case import STRAWBERRY, Running, data_url, events, running
 
+from earlyfusion.serve.errors import ApiError
 from earlyfusion.serve.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -21,6 +24,7 @@ from earlyfusion.serve.protocol import (
     TokenizeRequest,
     VariationRequest,
     Wire,
+    read,
 )
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "serve.md"
@@ -255,6 +259,34 @@ def test_the_tables_name_every_field(path: str) -> None:
     kind, table = ROUTES[path]
     without = WITHOUT_EFFECT if "/v1" in path else set()
     assert set(table) | {"model"} | without == set(kind.model_fields)
+
+
+OPENAI = openai.OpenAI(base_url="http://127.0.0.1", api_key="none")
+SDK: dict[str, tuple[Callable[..., Any], ...]] = {
+    "/v1/chat/completions": (OPENAI.chat.completions.create, OPENAI.chat.completions.parse),
+    "/v1/completions": (OPENAI.completions.create,),
+    "/v1/responses": (OPENAI.responses.create, OPENAI.responses.parse),
+    "/v1/images/generations": (OPENAI.images.generate,),
+    "/v1/images/edits": (OPENAI.images.edit,),
+    "/v1/images/variations": (OPENAI.images.create_variation,),
+}
+
+
+@pytest.mark.parametrize("path", SDK)
+def test_every_parameter_of_the_sdk_is_known(path: str) -> None:
+    kind = ROUTES[path][0]
+    # The client's own, a file of a form, and what `parse` makes a format of.
+    own = {"extra_headers", "extra_query", "extra_body", "timeout", "text_format", "parse_as"}
+    own |= {"image"} if path.endswith(("edits", "variations")) else set()
+    names = {name for method in SDK[path] for name in inspect.signature(method).parameters} - own
+    assert names - set(kind.model_fields) - set(kind.neutral) - set(kind.why_not) == set()
+    # Both values of this one change nothing; any other is refused with a reason of its own.
+    refused = names - set(kind.model_fields) - {"parallel_tool_calls"}
+    for name in sorted(refused):
+        body = ROUTES[path][1]["seed"][0] | {name: "no such value"}
+        with pytest.raises(ApiError) as told:
+            read(kind, body)
+        assert told.value.param == name and told.value.message.startswith(f"{name}: ")
 
 
 @pytest.mark.slow

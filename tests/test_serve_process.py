@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import pickle
@@ -29,6 +30,7 @@ from earlyfusion.engine.cache import CacheSize
 from earlyfusion.errors import CheckpointError
 from earlyfusion.serve.process import Child, Front, RemoteEngine
 from earlyfusion.serve.spawn import LoadPlan, start
+from earlyfusion.vocabulary import Vocabulary
 
 DRAWING: dict[str, Any] = {"modalities": ["image"], "max_images": 8, "seed": 0}
 
@@ -166,6 +168,50 @@ def test_an_idle_engine_that_is_lost_is_noticed(server: Running) -> None:
     assert server.chat("Hi", max_tokens=2).status_code == 200
 
 
+def test_files_that_are_broken_or_of_another_model_are_told(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver, remote = server.service.driver, remote_of(server)
+    other = copy.copy(server.service.model)
+    other.processor = copy.copy(other.processor)
+    other.processor.vocabulary = Vocabulary(other.processor.vocabulary.names | {"new": 9999})
+    hellos: dict[str, Any] = {
+        "does not start again": CheckpointError("model.safetensors is cut short"),
+        "files are not those": replace(remote.front, model=other),
+    }
+    before = remote.pid
+    for words, hello in hellos.items():  # the second at an attempt that the driver makes by itself
+        monkeypatch.setattr(remote, "_spawn", partial(idle, pickle.dumps(hello)))
+        if remote.pid == before and not driver.trouble:
+            os.kill(before, signal.SIGKILL)
+        end = monotonic() + 30
+        while words not in driver.trouble:
+            assert monotonic() < end
+            sleep(0.01)
+        health = server.get("/health")
+        assert health.status_code == 503 and words in health.json()["reason"]
+        assert server.get("/ready").status_code == 503
+        refused = server.chat("Hi")
+        assert refused.status_code == 503 and refused.json()["error"]["code"] == "not_ready"
+        assert words in refused.json()["error"]["message"] and "retry-after" in refused.headers
+        assert driver.restarts < 20
+    monkeypatch.undo()
+    wait_until_ready(server)
+    assert server.get("/health").status_code == 200 and not driver.trouble
+    said = server.chat("Name a fruit.", modalities=["text"], seed=1)
+    assert text_of(said) == answer("Name a fruit.", "text", 1).text
+
+
+def idle(hello: bytes) -> Child:
+    """A child that says hello and waits."""
+    context = get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=idle_child.run, args=(theirs, hello), daemon=True)
+    process.start()
+    theirs.close()
+    return process, ours
+
+
 class Held(NamedTuple):
     """What a process holds."""
 
@@ -227,16 +273,7 @@ def test_clients_that_leave_leave_nothing_behind(count: int) -> None:
 @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="reads Linux's /proc")
 def test_twenty_restarts_leave_no_file_open() -> None:
     front = Front(mini(), 100, CacheSize(1, 32), 4)
-    hello = pickle.dumps(replace(front, model=cast(Chameleon, None)))
-    context = get_context("spawn")
-
-    def spawn() -> Child:
-        ours, theirs = context.Pipe()
-        process = context.Process(target=idle_child.run, args=(theirs, hello), daemon=True)
-        process.start()
-        theirs.close()
-        return process, ours
-
+    spawn = partial(idle, pickle.dumps(replace(front, model=cast(Chameleon, None))))
     RemoteEngine(spawn, step_timeout=60).close()  # opens what Python's own helper needs
     files = Held.by(os.getpid()).files
     remote = RemoteEngine(spawn, step_timeout=60)

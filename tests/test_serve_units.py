@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from multiprocessing.connection import Connection
 from time import monotonic
 from types import SimpleNamespace
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 import pytest
 from serve_case import mini, picture_file
@@ -13,7 +14,7 @@ from serve_case import mini, picture_file
 from earlyfusion.content import Image, Message, Text
 from earlyfusion.engine.cache import BLOCK_SIZE
 from earlyfusion.errors import ContextError, OutOfMemoryError, SettingError
-from earlyfusion.generation.request import Request, TextDelta
+from earlyfusion.generation.request import Event, Finished, Request, TextDelta
 from earlyfusion.generation.settings import SamplingParams
 from earlyfusion.serve import fetch
 from earlyfusion.serve.driver import BrokenError, ClosedError, FullError
@@ -21,6 +22,7 @@ from earlyfusion.serve.errors import ApiError, as_api_error
 from earlyfusion.serve.fetch import checked
 from earlyfusion.serve.options import ServeOptions
 from earlyfusion.serve.pictures import PictureLimits, unpacked
+from earlyfusion.serve.process import _Child
 from earlyfusion.serve.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -31,7 +33,7 @@ from earlyfusion.serve.protocol import (
     Wire,
     read,
 )
-from earlyfusion.serve.replies import Trimmer, to_json
+from earlyfusion.serve.replies import Trimmer, json_text, to_json
 from earlyfusion.serve.spawn import cache_share
 from earlyfusion.serve.store import MAX_CONVERSATIONS, Conversation, Conversations, Files
 
@@ -496,10 +498,47 @@ def test_half_characters_become_escapes() -> None:
     assert to_json({"a": "\ud800é"}) == '{"a":"\\ud800é"}'.encode()
 
 
+@pytest.mark.parametrize("text", ["", 'a "b"\n\\', "é🍎\u2028\x7f\x00", "\ud800é"])
+def test_a_text_is_escaped_as_in_a_whole_object(text: str) -> None:
+    assert json_text(text) == to_json(text)
+
+
+class NoConnection:
+    def send(self, message: Any) -> None:
+        raise AssertionError
+
+
+def test_events_of_short_steps_go_together() -> None:
+    request = mini().request("Name a fruit.", "text", seed=1, bad_words=["z"])
+    expected = mini().generate("Name a fruit.", "text", seed=1, bad_words=["z"])
+
+    def messages(waited: float) -> list[list[Event]]:
+        child = _Child(cast(Connection, NoConnection()), mini().engine)
+        child._commands.append((0, request))
+        told = [list[Event]()]
+        assert not child._obey()
+        while child._handles:
+            child._gathered = monotonic() - waited
+            assert not child._step()
+            told += [[*news.events] for n in child._due() if (news := child._news(n)) is not None]
+        assert not child._silent
+        return [events for events in told if events]
+
+    def text(events: list[Event]) -> str:
+        return "".join(event.text for event in events if isinstance(event, TextDelta))
+
+    each, together = messages(waited=10), messages(waited=-10)
+    assert len(each) > len(together) == 2  # the first, and the others with the last
+    assert len(together[-1]) == 2 and isinstance(together[-1][-1], Finished)
+    for told in (each, together):
+        assert "".join(map(text, told)).strip() == expected.text
+
+
 def test_errors_have_a_status_a_remedy_and_no_inside() -> None:
     cases = [
         (FullError(44, 3), 429, "queue_full", "ask again in 3 s"),
         (ClosedError(), 503, "not_ready", "ask again"),
+        (ClosedError("no engine"), 503, "not_ready", "no engine"),
         (BrokenError("x"), 503, "engine_failed", "ask it again"),
         (ContextError("prompt is 9 tokens"), 400, "context_length_exceeded", "9 tokens"),
         (SettingError("top_p=2 is not possible"), 400, "invalid_value", "top_p=2"),

@@ -338,11 +338,12 @@ class _Routes:
         return JsonReply(self._service.describe(name))
 
     async def health(self) -> Response:
-        """Whether the engine's thread is alive and not stuck in a step."""
+        """Whether the engine's thread is alive and not stuck in a step, and the engine starts."""
         driver = self._service.driver
-        silent = round(driver.silent_seconds, 3)
-        well = driver.healthy and silent < STALE_SECONDS
+        silent, trouble = round(driver.silent_seconds, 3), driver.trouble
+        well = driver.healthy and silent < STALE_SECONDS and not trouble
         content = {"status": "ok" if well else "failing", "engine_silent_seconds": silent}
+        content |= {"reason": trouble} if trouble else {}
         return JsonReply(content, 200 if well else 503)
 
     async def ready(self) -> Response:

@@ -26,6 +26,7 @@ from earlyfusion.serve.replies import (
     KEEPALIVE,
     Trimmer,
     chat_usage,
+    json_text,
     logprob_entry,
     sse,
     to_json,
@@ -132,10 +133,17 @@ class ChatReply:
         reason: str | None = None,
         seed: int | None = None,
     ) -> bytes:
+        if delta.keys() == {"content"} and logprobs is None and reason is None:
+            return self._text_chunk(index, delta["content"])
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         if seed is not None:
             choice["seed"] = seed
         return self._before + to_json(choice) + b"]}\n\n"
+
+    def _text_chunk(self, index: int, text: str) -> bytes:
+        """The same bytes for the most frequent chunk: only its text needs to be escaped."""
+        middle = b'{"index":%d,"delta":{"content":%b},"logprobs":null,"finish_reason":null}'
+        return self._before + middle % (index, json_text(text)) + b"]}\n\n"
 
     def _envelope(self, object_type: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         name = self._body.model or self._service.name

@@ -16,20 +16,28 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from random import uniform
 from threading import Condition, Thread
-from time import monotonic, sleep
+from time import monotonic
 
 from earlyfusion.api import Chameleon
 from earlyfusion.engine.engine import Engine
 from earlyfusion.engine.handle import Handle
-from earlyfusion.errors import EarlyFusionError
+from earlyfusion.errors import CheckpointError, EarlyFusionError
 from earlyfusion.generation.request import Event, Finished, Request
-from earlyfusion.serve.process import MAX_FAILURES, GoneError, RemoteEngine, RemoteHandle
+from earlyfusion.serve.process import MAX_FAILURES, GoneError, RemoteEngine, RemoteHandle, differ
 
 log = logging.getLogger("earlyfusion.serve")
 
 IDLE_SECONDS = 1.0  # between two heartbeats of an idle driver
 REPLIES_AT_ONCE = 8  # woken before the event loop looks at its sockets again
 MAX_PAUSE = 30.0  # seconds between two attempts to start the engine's process
+_NO_START = (
+    "the engine's process has ended and does not start again, which is tried every half minute: "
+    "the server's log says why"
+)
+_CHANGED = (
+    "the model's files are not those of the model that is served: put them back, or restart the "
+    "server to serve what is there now"
+)
 
 
 class FullError(Exception):
@@ -41,7 +49,8 @@ class FullError(Exception):
 
 
 class ClosedError(Exception):
-    """The server is shutting down, or has not started."""
+    """The server is shutting down, or has not started, or its engine does not start again: then
+    the message says so."""
 
 
 class BrokenError(Exception):
@@ -199,6 +208,7 @@ class Driver:
         self.restarts = 0
         self.draining = self.ready = False
         self.failures = 0
+        self.trouble = ""  # why the engine's process did not start again, for clients
         self.observe: Callable[[Batch, Event], None] = lambda batch, event: None
         self.observe_cancel: Callable[[Batch], None] = lambda batch: None
         self._admitted = 0
@@ -295,7 +305,7 @@ class Driver:
     def check_room(self, count: int = 1, warming: bool = False) -> None:
         """Raise what `admit` would raise now."""
         if self.draining or not (self.ready or warming):
-            raise ClosedError
+            raise ClosedError(self.trouble)
         if self._admitted + count > self.limit:
             raise FullError(self.limit, self._retry_seconds())
 
@@ -406,7 +416,8 @@ class Driver:
         return self.remote is not None and not self.remote.alive
 
     def _restart(self) -> None:
-        """Start the engine's process again, as often as needed; nothing is admitted meanwhile."""
+        """Start the engine's process again, as often as needed, less and less often; nothing is
+        admitted meanwhile."""
         assert self.remote is not None
         self.ready, pause = False, 1.0
         self._fail_all(GoneError("the engine's process ended"))
@@ -414,16 +425,27 @@ class Driver:
             self.restarts += 1
             self.remote.end()
             log.error("the engine's process is started again")
+            trouble = _NO_START
             try:
+                front = self.remote.start()
+                if differ(self.model, front.model):
+                    trouble = _CHANGED
+                    raise CheckpointError(trouble)
                 # Keep the model: the image tokenizer is here already, with an open file per tensor.
-                self.remote.front = replace(self.remote.start(), model=self.model)
+                self.remote.front = replace(front, model=self.model)
             except Exception:
+                self.trouble = trouble
                 log.exception("the engine's process did not start")
-                sleep(pause)
+                self._rest(pause)
                 pause = min(2 * pause, MAX_PAUSE)
             else:
-                self.ready, self.failures = True, 0
+                self.ready, self.failures, self.trouble = True, 0, ""
                 return
+
+    def _rest(self, seconds: float) -> None:
+        """Wait, unless the thread shall end."""
+        with self._wake:
+            self._wake.wait_for(lambda: self._stopping, seconds)
 
     def _admit_inbox(self, engine: Engine | RemoteEngine) -> None:
         with self._wake:

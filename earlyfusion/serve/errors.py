@@ -57,7 +57,7 @@ def as_api_error(error: BaseException) -> ApiError:
         )
         return ApiError(429, message, code="queue_full", headers=_retry(error.seconds))
     if isinstance(error, ClosedError):
-        message = "the server is starting or shutting down: ask again in a moment"
+        message = str(error) or "the server is starting or shutting down: ask again in a moment"
         return ApiError(503, message, code="not_ready", headers=_retry(5))
     if isinstance(error, LateError):
         message = "the reply took longer than the server allows: ask for fewer tokens or pictures"

@@ -2,8 +2,9 @@
 
 The child loads the weights and steps the engine; its interpreter lock belongs to the engine alone.
 First it sends a `Front`, the model without its transformer: prompts, tokens and pictures are the
-server's work. Then it sends the events of each step. Messages are pickles over a socket pair that
-no other process can open.
+server's work. Then it sends the events of its steps. A message costs both processes as much as a
+step of a small model with few requests, so the events of short steps are sent together. Messages
+are pickles over a socket pair that no other process can open.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import signal
 import socket
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
 from multiprocessing.connection import Connection, wait
@@ -30,13 +31,14 @@ from earlyfusion.engine.cache import CacheSize
 from earlyfusion.engine.engine import Engine
 from earlyfusion.engine.handle import Handle
 from earlyfusion.errors import CheckpointError, EarlyFusionError
-from earlyfusion.generation.request import Event, Request
+from earlyfusion.generation.request import Event, Request, TextDelta
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.serve.logs import log_as_json
 from earlyfusion.serve.niceness import yield_to_others
 
 log = logging.getLogger("earlyfusion.serve")
 BEAT_SECONDS = 0.5  # the longest time between two messages of a busy child
+GATHER_SECONDS = 0.01  # that events may wait for those of the next steps
 MAX_FAILURES = 3  # failed steps in a row, after which the engine is made again
 _END_SECONDS = 10.0
 
@@ -57,7 +59,7 @@ class Front:
 
 
 class News(NamedTuple):
-    """The events of one step for one request. A tuple, as it is pickled once per token."""
+    """The events of one or several steps for one request. A tuple, as it is pickled often."""
 
     number: int
     events: Sequence[Event] = ()
@@ -286,12 +288,25 @@ def _front(model: Chameleon, engine: Engine) -> Front:
     return Front(shown, engine.context_tokens, engine.cache_size, engine.most_running)
 
 
+def differ(served: Chameleon, loaded: Chameleon) -> bool:
+    """Whether prompts, tokens or pictures of the one are not those of the other."""
+    return (
+        served.config != loaded.config
+        or served.processor.vocabulary.names != loaded.processor.vocabulary.names
+        or not torch.equal(
+            served.image_tokenizer.vqgan.codewords, loaded.image_tokenizer.vqgan.codewords
+        )
+    )
+
+
 class _Child:
     """The loop of the child: commands in, one step, news out."""
 
     def __init__(self, connection: Connection, engine: Engine) -> None:
         self._connection, self._engine = connection, engine
         self._handles: dict[int, Handle] = {}
+        self._silent: set[int] = set()  # of these: the requests without any news so far
+        self._gathered = monotonic()  # when the news of all requests were last sent
         self._commands: deque[Command] = deque()
         self._changed = threading.Condition()
         self._sent, self._told, self._failures = monotonic(), self._state, 0
@@ -305,7 +320,7 @@ class _Child:
             news = self._obey()
             if self._engine.busy:
                 news += self._step()
-            news += [one for one in map(self._news, [*self._handles]) if one is not None]
+            news += [one for one in map(self._news, self._due()) if one is not None]
             state = self._state
             # A child that becomes idle sends its figures once more.
             last = not self._handles and state != self._told
@@ -336,11 +351,13 @@ class _Child:
         while self._commands:
             number, request = self._commands.popleft()
             if request is None:
+                self._silent.discard(number)
                 if (handle := self._handles.pop(number, None)) is not None:
                     handle.cancel()
                 continue
             try:
                 self._handles[number] = self._engine.add(request)
+                self._silent.add(number)
             except Exception as error:
                 refused.append(News(number, error=_sendable(error)))
         return refused
@@ -351,23 +368,54 @@ class _Child:
         except Exception as error:
             self._failures += 1
             log.exception("a step of the engine failed", extra={"failures": self._failures})
-            failed = [News(number, error=_sendable(error)) for number in self._handles]
+            failed = [
+                News(number, [*handle.events], error=_sendable(error))
+                for number, handle in self._handles.items()
+            ]
             for handle in self._handles.values():
                 handle.cancel()
             self._handles.clear()
+            self._silent.clear()
             return failed
         self._failures = 0
         return []
 
+    def _due(self) -> list[int]:
+        """The requests whose news are sent now: all of them every `GATHER_SECONDS`, between that
+        those that are over, and those with their first."""
+        now = monotonic()
+        if now - self._gathered >= GATHER_SECONDS:
+            self._gathered = now
+            return [*self._handles]
+        return [
+            number
+            for number, handle in self._handles.items()
+            if handle.finished or handle.error is not None or number in self._silent
+        ]
+
     def _news(self, number: int) -> News | None:
         handle = self._handles[number]
-        events = [handle.events.popleft() for _ in range(len(handle.events))]
+        events = _joined(handle.events)
+        handle.events.clear()
         error = None if handle.error is None else _sendable(handle.error)
         if handle.finished or error is not None:
             del self._handles[number]
         elif not events:
             return None
+        self._silent.discard(number)
         return News(number, events, bool(handle.tokens), handle.finished, error)
+
+
+def _joined(events: Iterable[Event]) -> list[Event]:
+    """The events; pieces of text that follow each other are one."""
+    joined: list[Event] = []
+    for event in events:
+        last = joined[-1] if joined else None
+        if isinstance(event, TextDelta) and isinstance(last, TextDelta):
+            joined[-1] = TextDelta(last.text + event.text)
+        else:
+            joined.append(event)
+    return joined
 
 
 def _sendable(error: BaseException) -> BaseException:

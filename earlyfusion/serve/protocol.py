@@ -283,6 +283,9 @@ _CHAT_NEUTRAL: dict[str, Sequence[Any]] = {
     "parallel_tool_calls": (True, False),
     "store": (False,),
     "service_tier": ("auto", "default"),
+    "verbosity": ("medium",),
+    "prompt_cache_retention": ("in_memory",),
+    "prompt_cache_options": ({}, {"mode": "implicit"}),
 }
 _CHAT_WHY_NOT = {
     "tools": _NO_TOOLS,
@@ -295,6 +298,14 @@ _CHAT_WHY_NOT = {
     "structured_outputs": "use response_format, with the type json_schema, regex or grammar",
     "reasoning_effort": "this model does not reason: leave it out",
     "audio": "this model has text and pictures only: leave it out",
+    "verbosity": "only medium is possible: say in the prompt how long the reply should be",
+    "prompt_cache_retention": "only in_memory is possible: prefixes stay while there is room",
+    "prompt_cache_options": 'only {"mode": "implicit"} is possible: prefixes that prompts share '
+    "are found by themselves, and stay while there is room",
+    "prediction": "predicted texts are not used: leave it out, or use prompt_lookup",
+    "web_search_options": "this model cannot search: leave it out",
+    "moderation": "nothing is moderated: leave it out",
+    "service_tier": "only auto and default are possible: requests run in order of arrival",
     "store": "nothing is stored: use false, or /v1/responses",
     "size": "size is a field of /v1/images/generations: leave it out here",
 }
@@ -389,7 +400,13 @@ class ImageOptions(Sampling, Bookkeeping):
         "background": "only auto and opaque are possible: pictures are not transparent",
         "style": "the model knows no styles by name: say it in the prompt",
         "mask": "a part of a picture cannot be masked: say in the prompt what to change",
+        "markup": "a picture cannot be marked: say in the prompt what to change",
         "input_fidelity": "only low is possible: a picture is read as its codes",
+        "moderation": "only auto and low are possible: nothing is moderated",
+        "complexity": "the model draws in one way: leave it out",
+        "frame_count": "pictures do not move: leave it out",
+        "frame_duration_ms": "pictures do not move: leave it out",
+        "svg": "pictures are png, webp or jpeg: leave it out",
     }
 
     model: str | None = None
@@ -526,6 +543,7 @@ class ToolName(Wire):
 
 class TextFormat(Wire):
     format: ResponseFormat | None = None
+    verbosity: Literal["medium"] | None = None
 
 
 class PlainStreamOptions(Wire):
@@ -545,7 +563,13 @@ class ResponseRequest(TextSampling, Bookkeeping):
         "truncation": "only disabled is possible: shorten the input yourself",
         "background": "only false is possible: use stream",
         "reasoning": "this model does not reason: leave it out",
+        "background_options": "nothing runs in the background: use stream",
+        "context_management": "only [] is possible: shorten the input yourself",
         "conversation": "it is not offered: use previous_response_id",
+        "prompt": "prompts are not stored here: send the text as input",
+        "max_tool_calls": "it is not offered: use max_images",
+        "image": "use the fields of the tool image_generation",
+        "access_programs": "there are none here: leave it out",
         "include": 'only "message.output_text.logprobs" can be included: leave others out',
     }
 

@@ -46,7 +46,7 @@ class Replicas:
         """Reserve room at the engine with the least work. Raises `FullError` or `ClosedError`."""
         ready = self._ready
         if not ready:
-            raise ClosedError
+            raise ClosedError(self.trouble)
         try:
             return min(ready, key=_work).admit(count)
         except FullError as full:
@@ -56,7 +56,7 @@ class Replicas:
         """Raise what `admit` would raise now."""
         ready = self._ready
         if not ready:
-            raise ClosedError
+            raise ClosedError(self.trouble)
         least = min(ready, key=_work)
         if _work(least) + count > least.limit:
             self.admit(count).close()  # raises `FullError` with the time to wait
@@ -103,6 +103,11 @@ class Replicas:
     @property
     def healthy(self) -> bool:
         return any(driver.healthy for driver in self.drivers)
+
+    @property
+    def trouble(self) -> str:
+        """Why no engine takes requests, where one does not start again."""
+        return "" if self._ready else next(filter(None, (d.trouble for d in self.drivers)), "")
 
     # --- figures ---
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+from json.encoder import encode_basestring
 from typing import Any, TypeVar
 
 from starlette.responses import Response
@@ -118,6 +119,11 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan
 
 def to_json(content: Any) -> bytes:
     return _ENCODER.encode(content).encode("utf-8", "backslashreplace")
+
+
+def json_text(text: str) -> bytes:
+    """A string as `to_json` writes it, several times as fast."""
+    return encode_basestring(text).encode("utf-8", "backslashreplace")
 
 
 def sse(data: Any, event: str | None = None) -> bytes:
