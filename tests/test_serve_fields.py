@@ -272,6 +272,12 @@ SDK: dict[str, tuple[Callable[..., Any], ...]] = {
 }
 
 
+def test_defaults_of_the_sdk_s_parameters_change_nothing() -> None:
+    defaults = {"verbosity": "medium", "prompt_cache_retention": "in_memory"}
+    for kind, body in ((ChatRequest, FRUIT_TEXT), (ResponseRequest, FRUIT_INPUT)):
+        assert read(kind, body | defaults)[0] == read(kind, body)[0]
+
+
 @pytest.mark.parametrize("path", SDK)
 def test_every_parameter_of_the_sdk_is_known(path: str) -> None:
     kind = ROUTES[path][0]
