@@ -253,7 +253,8 @@ def test_clients_that_leave_leave_nothing_behind(count: int) -> None:
     remote = RemoteEngine(partial(start, plan), step_timeout=60)
     with running(remote) as server, ThreadPoolExecutor(4) as pool:
         driver, pids = server.service.driver, (os.getpid(), remote.pid)
-        list(pool.map(partial(leave, server), range(60)))
+        # The server's memory levels off after some 500; after 60 it still grows by 3%.
+        list(pool.map(partial(leave, server), range(max(60, count // 2))))
         server.wait_until_idle()
         before = [Held.by(pid) for pid in pids]
         list(pool.map(partial(leave, server), range(count)))
