@@ -282,8 +282,9 @@ def measure_mixed(model: str, arguments: argparse.Namespace) -> None:
 
     shown = Path(earlyfusion.__file__).parent / "pretrained/mini/examples/strawberry.png"
     picture = "data:image/png;base64," + b64encode(shown.read_bytes()).decode()
-    # A small cache, so that it is full when the server is warm; it takes no more memory then.
-    with started(model, arguments.dtype, 256, "--cache-bytes", "32MB") as (port, server, engine):
+    # Small stores, so that they are full when the server is warm; they take no more memory then.
+    small = ["--cache-bytes", "32MB", "--file-bytes", "1MB"]
+    with started(model, arguments.dtype, 256, *small) as (port, server, engine):
         processes = [server, engine]
         told = asyncio.run(mixed_load(port, arguments.seconds, 8, picture, processes))
     warm = len(told.bytes[server]) // 5

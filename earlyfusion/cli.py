@@ -802,6 +802,13 @@ def serve(
             "shows them between the texts.",
         ),
     ] = ServeOptions.image_delivery,
+    file_bytes: Annotated[
+        int | None,
+        bytes_option(
+            "Memory for pictures that were drawn or uploaded; the oldest are dropped first.",
+            unset=f"{ServeOptions.file_bytes // 10**6}MB",
+        ),
+    ] = None,
     step_timeout: Annotated[
         int, whole_option("Seconds after which a step of the engine counts as hung.")
     ] = int(ServeOptions.step_timeout),
@@ -852,6 +859,7 @@ def serve(
         allow_image_urls=allow_image_urls,
         cors_origins=tuple(cors_origin or ()),
         public_url=public_url,
+        file_bytes=ServeOptions.file_bytes if file_bytes is None else file_bytes,
         step_timeout=step_timeout,
         image_delivery=image_delivery,
     )

@@ -557,6 +557,8 @@ def test_errors_have_a_status_a_remedy_and_no_inside() -> None:
 
 
 def test_options_are_checked() -> None:
+    with pytest.raises(SettingError, match="file_bytes=0 is not possible: use 1 or more"):
+        ServeOptions(file_bytes=0)
     with pytest.raises(SettingError, match="there is no API key"):
         ServeOptions(host="0.0.0.0")
     assert ServeOptions(host="0.0.0.0", api_keys=("a-long-key",)).host == "0.0.0.0"

@@ -20,8 +20,9 @@ class ServeOptions:
     the server only listens on this machine. At most `max_queue` requests wait beside those that
     run. In seconds: a stream that is silent for `keepalive` gets a comment, a reply may take
     `timeout`, replies may go on for `drain_seconds` after SIGTERM, and an engine whose step takes
-    longer than `step_timeout` is started again. `image_delivery` says where chats get pictures
-    whose request does not say it: images, markdown or both. Raises `SettingError`.
+    longer than `step_timeout` is started again. Pictures that were drawn or uploaded take at most
+    `file_bytes`; the oldest are dropped first. `image_delivery` says where chats get pictures whose
+    request does not say it: images, markdown or both. Raises `SettingError`.
     """
 
     host: str = "127.0.0.1"
@@ -50,6 +51,8 @@ class ServeOptions:
             raise SettingError(f"port={self.port} is not possible: use 0 (any free one) to 65,535")
         if self.max_queue < 0:
             raise SettingError(f"max_queue={self.max_queue} is not possible: use 0 or more")
+        if self.file_bytes < 1:
+            raise SettingError(f"file_bytes={self.file_bytes} is not possible: use 1 or more")
         if not self.step_timeout > 0:
             raise SettingError(f"step_timeout={self.step_timeout:g} is not possible: use above 0")
         if self.image_delivery not in DELIVERIES:
