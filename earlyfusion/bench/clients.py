@@ -178,12 +178,12 @@ async def mixed_load(
     port: int, seconds: float, clients: int, picture: str, processes: list[int], pause: float = 1.0
 ) -> Mixed:
     """Send all kinds of requests at once for `seconds`; sample memory every `pause` seconds."""
-    told, end = Mixed(bytes={process: [] for process in processes}), perf_counter() + seconds
+    mixed, end = Mixed(bytes={process: [] for process in processes}), perf_counter() + seconds
     known = kinds(picture)
 
     async def watch() -> None:
         while perf_counter() < end:
-            for process, samples in told.bytes.items():
+            for process, samples in mixed.bytes.items():
                 samples.append(resident(process))
             await asyncio.sleep(pause)
 
@@ -191,27 +191,27 @@ async def mixed_load(
         client, chance = Client(port), Random(number)
         while perf_counter() < end:
             name = chance.choice([*known])
-            await _ask(client, name, known[name], chance, told)
+            await _ask(client, name, known[name], chance, mixed)
         client.close()
 
     await asyncio.gather(watch(), *(one(number) for number in range(clients)))
-    return told
+    return mixed
 
 
-async def _ask(client: Client, name: str, kind: Kind, chance: Random, told: Mixed) -> None:
+async def _ask(client: Client, name: str, kind: Kind, chance: Random, mixed: Mixed) -> None:
     body = kind.body
     if isinstance(body, dict) and kind.status == 200:
         body = body | {"seed": chance.randrange(2**31)}
-    told.asked[name] += 1
+    mixed.asked[name] += 1
     try:
         answer = await client.ask(kind.path, body, chance.random() / 3 if kind.leaves else None)
     except ConnectionError as error:
-        told.wrong.append(f"{name}: {error}")
+        mixed.wrong.append(f"{name}: {error}")
         return
     if kind.leaves and not answer.complete:
         return
     if answer.status != kind.status or b'data: {"error"' in answer.end:
-        told.wrong.append(f"{name}: status {answer.status}, {answer.end[-300:]!r}")
+        mixed.wrong.append(f"{name}: status {answer.status}, {answer.end[-300:]!r}")
 
 
 def resident(process: int) -> int:

@@ -87,7 +87,7 @@ def run_parts(
             for _ in _run(part, settings, seconds, method, log, outcome):
                 keep(outcomes)
         keep(outcomes)
-        print(told(outcome), flush=True)
+        print(line_of(outcome), flush=True)
     return outcomes
 
 
@@ -176,7 +176,7 @@ def _tail(log: Path) -> str:
     return log.read_text(encoding="utf-8", errors="replace")[-_LONGEST_ERROR:]
 
 
-def told(outcome: Outcome) -> str:
+def line_of(outcome: Outcome) -> str:
     """A part in a few lines: its outcome, and its rows."""
     head = f"{outcome.part}: {outcome.status}, {outcome.seconds:.0f} s"
     head += f": {outcome.why}" if outcome.why else ""

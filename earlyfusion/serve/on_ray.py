@@ -34,17 +34,17 @@ def starter(replicas: int) -> Callable[[LoadPlan], tuple[BaseProcess, Connection
     if not ray.is_initialized():
         ray.init(log_to_driver=False, logging_level="ERROR")
     found = ray.cluster_resources()
-    kind = "GPU" if found.get("GPU", 0) else "CPU"
-    if replicas > found.get(kind, 0):
+    resource = "GPU" if found.get("GPU", 0) else "CPU"
+    if replicas > found.get(resource, 0):
         raise SettingError(
-            f"replicas={replicas} need a {kind} each, and the Ray cluster has "
-            f"{int(found.get(kind, 0))}: use fewer, or add machines"
+            f"replicas={replicas} need a {resource} each, and the Ray cluster has "
+            f"{int(found.get(resource, 0))}: use fewer, or add machines"
         )
     largest = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
-    share = 1 if kind == "GPU" else max(min(int(found["CPU"]) // replicas, largest), 1)
+    share = 1 if resource == "GPU" else max(min(int(found["CPU"]) // replicas, largest), 1)
     actor = ray.remote(
         num_cpus=share,
-        num_gpus=int(kind == "GPU"),
+        num_gpus=int(resource == "GPU"),
         # One thread per direction, so that messages stay in order.
         concurrency_groups={"there": 1, "back": 1},
     )(_Actor)

@@ -269,11 +269,11 @@ def serve_engine(connection: Connection, load: Callable[[], Chameleon]) -> None:
 def _capture(engine: Engine) -> None:
     """Capture the steps of a GPU, so that no request waits for one; the log says how far it is."""
 
-    def told(done: int, number: int) -> None:
+    def progress(done: int, number: int) -> None:
         if done % 12 == 0:
             log.info("capturing the steps of the GPU", extra={"done": done, "of": number})
 
-    if taken := engine.warm_up(told):
+    if taken := engine.warm_up(progress):
         log.info("the steps of the GPU are captured", extra={"bytes": taken})
 
 

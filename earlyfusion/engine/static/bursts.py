@@ -119,9 +119,9 @@ class Bursts:
         return [_drawn(columns[first]) for first in firsts]
 
     @torch.inference_mode()
-    def warm_up(self, told: Callable[[int, int], None] | None = None) -> int:
-        """Capture every step. `told` is called with the number captured so far and the number of
-        all. Returns the bytes of device memory that this took."""
+    def warm_up(self, progress: Callable[[int, int], None] | None = None) -> int:
+        """Capture every step. `progress` is called with the number captured so far and the number
+        of all. Returns the bytes of device memory that this took."""
         if not self._graphs.captures:
             return 0
         before = free_bytes(self._device)
@@ -130,8 +130,8 @@ class Bursts:
         needed = [Shape(*one) for one in product(reversed(BUCKETS), kinds, self._adapters)]
         for number, shape in enumerate(needed, 1):
             self._begun(Burst(shape, 0))
-            if told is not None:
-                told(number, len(needed))
+            if progress is not None:
+                progress(number, len(needed))
         return before - free_bytes(self._device)
 
     def _rows_of(self, bucket: int) -> Rows:

@@ -153,8 +153,8 @@ class StaticLayers:
 
     def _summed(self, summed: Summed) -> Product:
         """The sum of the products of all processes."""
-        own, all_reduce = self._product(summed.linear, summed.linear), summed.peers.all_reduce
-        return lambda x: all_reduce(own(x))
+        local, all_reduce = self._product(summed.linear, summed.linear), summed.peers.all_reduce
+        return lambda x: all_reduce(local(x))
 
 
 def _activated(activation: nn.Module) -> Callable[[Tensor], Tensor]:
