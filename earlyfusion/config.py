@@ -36,9 +36,9 @@ class VQConfig:
 
     def check(self) -> None:
         """Raise `SettingError` naming a field with which no network can be built."""
-        sizes = ("embed_dim", "num_embeddings", "latent_channels", "resolution", "base_channels")
-        for name in sizes:
-            _require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
+        _require_positive(
+            self, "embed_dim", "num_embeddings", "latent_channels", "resolution", "base_channels"
+        )
         _require(
             bool(self.channel_multiplier), "channel_multiplier", (), "needs one entry per level"
         )
@@ -69,7 +69,10 @@ class VQConfig:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> VQConfig:
         """Read transformers' `vq_config`; other names in it are ignored."""
-        return cls(**_known(cls, data))
+        known = _known(cls, data)
+        if data.get("attn_type", "") is None:  # as the transformers classes write "no attention"
+            known["attn_type"] = "none"
+        return cls(**known)
 
     def to_dict(self) -> dict[str, Any]:
         data = asdict(self) | {"model_type": "chameleon_vqgan"}
@@ -101,15 +104,23 @@ class ModelConfig:
     hidden_act: str = "silu"
     model_parallel_size: int = 1
     bos_token_id: int = 0
-    eos_token_id: int = 2
+    eos_token_id: int | list[int] = 2
     pad_token_id: int | None = 1
     vq_config: VQConfig = field(default_factory=VQConfig)
 
     def check(self) -> None:
         """Raise `SettingError` naming a field with which no model can be built."""
         heads, kv = self.num_attention_heads, self.kv_heads
-        _require(heads > 0, "num_attention_heads", heads, "must be positive")
-        _require(self.vocab_size > 0, "vocab_size", self.vocab_size, "must be positive")
+        _require_positive(
+            self,
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "max_position_embeddings",
+            "rope_theta",
+        )
         _require(
             self.hidden_size % heads == 0,
             "hidden_size",
@@ -123,7 +134,7 @@ class ModelConfig:
             f"gives heads of odd width {self.head_dim}, which rotary positions cannot pair",
         )
         _require(
-            heads % kv == 0,
+            kv > 0 and heads % kv == 0,
             "num_key_value_heads",
             kv,
             f"must divide the {heads} attention heads",
@@ -147,10 +158,11 @@ class ModelConfig:
     def from_dict(cls, data: dict[str, Any]) -> ModelConfig:
         """Read transformers' `config.json`; other names in it are ignored."""
         known = _known(cls, data)
-        known["vq_config"] = VQConfig.from_dict(data.get("vq_config") or {})
+        known["vq_config"] = VQConfig.from_dict(_object(data, "vq_config"))
         # Older files have `rope_scaling`, which also takes precedence in transformers.
-        rope = known.get("rope_scaling") or data.get("rope_parameters") or {}
-        known["rope_theta"] = rope.get("rope_theta") or known.get("rope_theta", cls.rope_theta)
+        rope = known.get("rope_scaling") or _object(data, "rope_parameters")
+        if rope.get("rope_theta") is not None:
+            known["rope_theta"] = _typed(rope, "rope_theta", float)
         known["rope_scaling"] = _scaling(rope, data)
         return cls(**known)
 
@@ -199,18 +211,33 @@ def _require(good: bool, name: str, value: object, why: str) -> None:
         raise SettingError(f"{name}={value} {why}")
 
 
+def _require_positive(config: ModelConfig | VQConfig, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value > 0, name, value, "must be positive")
+
+
 def _known(cls: type[ModelConfig] | type[VQConfig], data: dict[str, Any]) -> dict[str, Any]:
     """The fields of `cls` that a file gives; null leaves the default."""
     types = get_type_hints(cls)
-    given = {f.name: data[f.name] for f in fields(cls) if data.get(f.name) is not None}
-    given.pop("vq_config", None)
-    for name, value in given.items():
-        if not _fits(value, types[name]):
-            raise CheckpointError(
-                f"{name}={value!r} in config.json is of the wrong type: it must be "
-                f"{getattr(types[name], '__name__', types[name])}"
-            )
-    return given
+    names = [f.name for f in fields(cls) if f.name != "vq_config"]
+    return {name: _typed(data, name, types[name]) for name in names if data.get(name) is not None}
+
+
+def _object(data: dict[str, Any], name: str) -> dict[str, Any]:
+    """The JSON object of this name, empty if there is none."""
+    found: dict[str, Any] = _typed(data, name, dict) if data.get(name) is not None else {}
+    return found
+
+
+def _typed(data: dict[str, Any], name: str, expected: Any) -> Any:
+    value = data[name]
+    if not _fits(value, expected):
+        raise CheckpointError(
+            f"{name}={value!r} in config.json is of the wrong type: it must be "
+            f"{getattr(expected, '__name__', expected)}"
+        )
+    return value
 
 
 def _fits(value: object, expected: Any) -> bool:

@@ -35,6 +35,12 @@ def test_leftovers_of_older_files_are_ignored_and_null_is_the_default() -> None:
     assert ModelConfig.from_dict({"rope_theta": 123.0}).rope_theta == 123.0
 
 
+def test_values_that_transformers_also_writes() -> None:
+    assert ModelConfig.from_dict({"eos_token_id": [2, 3]}).to_dict()["eos_token_id"] == [2, 3]
+    # null is no attention in the transformers classes, not their default.
+    assert VQConfig.from_dict({"attn_type": None}).attn_type == "none"
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -45,13 +51,17 @@ def test_leftovers_of_older_files_are_ignored_and_null_is_the_default() -> None:
         {"hidden_act": 3},
         {"rope_scaling": 3},
         {"vq_config": {"channel_multiplier": [1, "2"]}},
+        {"vq_config": "small"},
+        {"rope_parameters": "linear"},
+        {"rope_parameters": {"rope_theta": "1e4"}},
+        {"eos_token_id": "</s>"},
     ],
 )
 def test_wrong_kinds_name_the_field(data: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError) as error:
         ModelConfig.from_dict(data)
-    inner = data.get("vq_config", data)
-    assert next(iter(inner)) in str(error.value)
+    name, value = next(iter(data.items()))
+    assert (next(iter(value)) if isinstance(value, dict) else name) in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +72,9 @@ def test_wrong_kinds_name_the_field(data: dict[str, Any]) -> None:
         ({"num_key_value_heads": 5}, "num_key_value_heads=5"),
         ({"vocab_size": 0}, "vocab_size=0"),
         ({"num_attention_heads": 0}, "num_attention_heads=0"),
+        ({"num_key_value_heads": -1}, "num_key_value_heads=-1"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0"),
+        ({"rope_parameters": {"rope_theta": 0}}, "rope_theta=0"),
         ({"vq_config": {"base_channels": 33}}, "base_channels=33"),
         ({"vq_config": {"channel_multiplier": []}}, "channel_multiplier="),
     ],
