@@ -145,6 +145,11 @@ class TestRoundTrips:
         one, two = load(tmp_path / "tied"), load(tmp_path / "meta")
         assert torch.equal(one.transformer(tokens_BT), two.transformer(tokens_BT))
 
+    def test_an_image_tokenizer_without_attention(self, tmp_path: Path) -> None:
+        save_tiny(tmp_path / "tiny", vq_config=replace(CONFIG.vq_config, attn_type="none"))
+        convert(tmp_path / "tiny", tmp_path / "meta", "meta")
+        assert_same_model(load(tmp_path / "meta"), load(tmp_path / "tiny"))
+
     def test_another_dtype_leaves_the_vqgan(self, tiny: Path, tmp_path: Path) -> None:
         convert(tiny, tmp_path / "narrow", "hf", dtype=torch.bfloat16)
         tensors = load_file(tmp_path / "narrow" / "model.safetensors")

@@ -101,6 +101,8 @@ def test_attention_stands_where_the_config_asks() -> None:
     assert {n.split(".")[2] for n in names if n.startswith("encoder") and ".attn.0." in n} == {"1"}
     assert any(n.startswith("decoder.up.1.attn.0.q") for n in names)
     assert not any(n.startswith("decoder.up.0.attn") for n in names)
+    without = VQGAN(replace(TINY, attn_resolutions=(8,), attn_type="none")).state_dict()
+    assert not any("attn" in name for name in without)  # as in transformers
 
 
 @pytest.mark.parametrize(

@@ -326,6 +326,7 @@ def _vq_config(path: Path) -> VQConfig:
             num_res_blocks=shape["num_res_blocks"],
             attn_resolutions=shape["attn_resolutions"],
             dropout=shape["dropout"],
+            attn_type=shape.get("attn_type", "vanilla"),  # Meta's own files leave it out
         )
     except (OSError, yaml.YAMLError, KeyError, TypeError):
         raise CheckpointError(
@@ -488,5 +489,6 @@ def _vq_params(config: VQConfig) -> dict[str, Any]:
             "num_res_blocks": config.num_res_blocks,
             "attn_resolutions": list(config.attn_resolutions),
             "dropout": config.dropout,
-        },
+        }
+        | ({} if config.attn_type == "vanilla" else {"attn_type": config.attn_type}),
     }

@@ -113,7 +113,6 @@ def shape(config: ChameleonConfig) -> ModelConfig:
 
 def vq_shape(config: ChameleonVQVAEConfig) -> VQConfig:
     """The same shape for the core VQ-GAN; `SettingError` names an impossible field."""
-    vanilla = config.attn_type == "vanilla"
     return VQConfig(
         embed_dim=config.embed_dim,
         num_embeddings=config.num_embeddings,
@@ -124,7 +123,7 @@ def vq_shape(config: ChameleonVQVAEConfig) -> VQConfig:
         base_channels=config.base_channels,
         channel_multiplier=tuple(config.channel_multiplier),
         num_res_blocks=config.num_res_blocks,
-        attn_resolutions=tuple(config.attn_resolutions or ()) if vanilla else (),
+        attn_resolutions=tuple(config.attn_resolutions or ()),
         dropout=config.dropout,
         attn_type=config.attn_type or "none",
     )

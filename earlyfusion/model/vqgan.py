@@ -4,7 +4,8 @@ Choices that let released weights load without translation:
 - parameter names are those of the original checkpoints (`encoder.down.0.block.0.conv1.weight`);
 - group norm with 32 groups and eps 1e-6, swish, nearest-neighbour upsampling, and a downsampling
   convolution that pads one pixel on the right and at the bottom only;
-- the middle always has an attention block, a level has them if `attn_resolutions` lists its side;
+- the middle has an attention block, a level has them if `attn_resolutions` lists its side, and with
+  another `attn_type` than "vanilla" neither has one;
 - the decoder ends without an activation: pixels are meant for [-1, 1] and clamped by the caller.
 
 `kernels/vqgan.py` has faster twins of these modules for inference on a CPU. Height and width are
@@ -118,12 +119,20 @@ class Middle(nn.Module):
     def __init__(self, channels: int, config: VQConfig) -> None:
         super().__init__()
         self.block_1 = ResBlock(channels, channels, config.dropout)
-        vanilla = config.attn_type == "vanilla"
-        self.attn_1 = SpatialAttention(channels) if vanilla else nn.Identity()
+        self.attn_1 = SpatialAttention(channels) if _has_attention(config) else nn.Identity()
         self.block_2 = ResBlock(channels, channels, config.dropout)
 
     def forward(self, x_BCYX: Tensor) -> Tensor:
         return self.block_2(self.attn_1(self.block_1(x_BCYX)))
+
+
+def _has_attention(config: VQConfig) -> bool:
+    return config.attn_type == "vanilla"
+
+
+def _attends(config: VQConfig, side: int) -> bool:
+    """Whether the blocks of a level with maps of this side have attention."""
+    return _has_attention(config) and side in config.attn_resolutions
 
 
 class Encoder(nn.Module):
@@ -135,7 +144,7 @@ class Encoder(nn.Module):
         side, inputs = config.resolution, config.base_channels
         for depth, width in enumerate(widths):
             channels = [inputs] + [width] * config.num_res_blocks
-            level = Level(channels, side in config.attn_resolutions, config.dropout)
+            level = Level(channels, _attends(config, side), config.dropout)
             inputs = channels[-1]  # without blocks a level keeps its width
             if depth < len(widths) - 1:
                 level.downsample = Downsample(inputs)
@@ -167,7 +176,7 @@ class Decoder(nn.Module):
         levels: list[Level] = []
         for depth in reversed(range(len(widths))):
             channels = [inputs] + [widths[depth]] * (config.num_res_blocks + 1)
-            level = Level(channels, side in config.attn_resolutions, config.dropout)
+            level = Level(channels, _attends(config, side), config.dropout)
             if depth > 0:
                 level.upsample = Upsample(widths[depth])
                 side *= 2
