@@ -376,6 +376,12 @@ class TestMistakes:
         with pytest.raises(CheckpointError, match=r"00002\.safetensors is missing"):
             load(saved)
 
+    @pytest.mark.parametrize("names", [["model.safetensors"], {"lm_head.weight": 1}, None])
+    def test_an_index_without_files(self, saved: Path, names: Any) -> None:
+        (saved / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+        with pytest.raises(CheckpointError, match=r"index\.json names no weight file for each"):
+            load(saved)
+
     @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json"])
     def test_a_file_that_is_no_json(self, saved: Path, name: str) -> None:
         (saved / name).write_text("{")

@@ -187,8 +187,12 @@ def _per_head(name: str, stored: Stored, config: ModelConfig) -> Stored:
 def _weight_files(folder: Path) -> list[Path]:
     for single, index in ((WEIGHTS, INDEX), (PICKLE, PICKLE_INDEX)):
         if (folder / index).is_file():
-            names = read_json(folder / index).get("weight_map", {}).values()
-            return [folder / name for name in sorted(set(names))]
+            names = read_json(folder / index).get("weight_map")
+            if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
+                raise CheckpointError(
+                    f"{folder / index} names no weight file for each tensor: get the file again"
+                )
+            return [folder / name for name in sorted(set(names.values()))]
         if (folder / single).is_file():
             return [folder / single]
     return [folder / WEIGHTS]
