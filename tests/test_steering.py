@@ -136,8 +136,16 @@ def test_a_processor_that_fails_ends_its_own_request_only(model: Chameleon) -> N
     def empty(ids: list[int], logits: Tensor) -> Tensor:
         return logits.fill_(-torch.inf)
 
+    def reentrant(ids: list[int], logits: Tensor) -> Tensor:
+        model.generate("a", "text", max_tokens=1)  # would wait for this very step
+        return logits
+
     neighbour = model.engine.add(model.request("a pear", "text", PLAIN, seed=1))
-    cases = [(broken, "broken failed with KeyError"), (narrow, r"narrow returned \(5,\)")]
+    cases = [
+        (broken, "broken failed with KeyError"),
+        (narrow, r"narrow returned \(5,\)"),
+        (reentrant, "the model is asked from within its own step"),
+    ]
     for processor, sentence in [*cases, (empty, "logits_processors left no possible token")]:
         with pytest.raises(SettingError, match=sentence) as caught:
             model.generate("a", "text", max_tokens=3, logits_processors=processor)

@@ -313,14 +313,21 @@ def fingerprint(modules: Iterable[nn.Module]) -> int:
 
 
 class _Turns:
-    """A fair lock. With a plain one, a thread that steps in a loop could keep the others out."""
+    """A fair lock. With a plain one, a thread that steps in a loop could keep the others out. A
+    thread that holds it and takes it again gets a `SettingError` instead of waiting for itself."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
+        self._holder: int | None = None
         self._given = self._ended = 0  # tickets handed out, and served
         self._given_up: set[int] = set()  # tickets of threads interrupted while waiting
 
     def __enter__(self) -> None:
+        if self._holder == threading.get_ident():
+            raise SettingError(
+                "the model is asked from within its own step, as by a logits processor: ask a copy "
+                "of the model, or call its transformer"
+            )
         with self._changed:
             mine, self._given = self._given, self._given + 1
             try:
@@ -329,6 +336,7 @@ class _Turns:
                 self._given_up.add(mine)
                 self._skip()
                 raise
+            self._holder = threading.get_ident()
 
     def __exit__(
         self,
@@ -337,6 +345,7 @@ class _Turns:
         trace: TracebackType | None,
     ) -> None:
         with self._changed:
+            self._holder = None
             self._ended += 1
             self._skip()
 
