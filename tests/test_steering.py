@@ -160,6 +160,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"logits_processors": [same, "x"]}, "logits_processors holds a str"),
     ({"bad_words": ["a", ""]}, "bad_words='' is not a word"),
     ({"allowed_words": 7}, "allowed_words=7 is not possible"),
+    ({"bad_words": "a\ud83c"}, "bad_words='a\\ud83c' holds half a character"),
+    ({"allowed_words": ["a", "\udf53"]}, "allowed_words='\\udf53' holds half a character"),
     ({"bad_words": ["x"] * 257}, "bad_words has 257 strings, limit 256"),
     ({"logprobs": -1}, "logprobs=-1 is not possible"),
     ({"logprobs": 101}, "logprobs=101 is not possible"),

@@ -376,11 +376,25 @@ def _strings(name: str, value: object) -> tuple[str, ...]:
     if "" in strings:
         ends = "would end every reply at once" if name == "stop" else "is not a word"
         raise SettingError(f"{name}='' {ends}: leave it out")
+    for string in strings:
+        if not _is_utf8(string):
+            raise SettingError(
+                f"{name}={_shown(string)} holds half a character (a lone surrogate): "
+                "read it again as UTF-8"
+            )
     if len(strings) > _MOST[name]:
         raise SettingError(
             f"{name} has {len(strings)} strings, limit {_MOST[name]}: leave some out"
         )
     return tuple(strings)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _processors(value: Any) -> tuple[LogitsProcessor, ...]:
