@@ -580,14 +580,16 @@ class Chameleon:
         usual, stride = self.processor.layout, self.config.vq_config.stride
         layouts = lumina.layouts(usual.height) if lumina.is_layout(usual) else [usual]
         possible = {(each.width * stride, each.height * stride): each for each in layouts}
-        wanted = tuple(size) if isinstance(size, list | tuple) else size
-        if wanted not in possible:
-            shown = "x".join(map(str, wanted)) if isinstance(wanted, tuple) else repr(wanted)
+        listed: Any = size.tolist() if isinstance(size, np.ndarray) else size
+        wanted = tuple(listed) if isinstance(listed, list | tuple) else None
+        layout = next((layout for each, layout in possible.items() if each == wanted), None)
+        if layout is None:
+            shown = repr(listed) if wanted is None else "x".join(map(str, wanted))
             sizes = ", ".join(f"{width}x{height}" for width, height in possible)
             raise SettingError(
                 f"size={shown[:40]} is not drawn by this model: use (width, height) of {sizes}"
             )
-        return possible[wanted]
+        return layout
 
     def _check_length(self, draft: TokenSequence, drawn_tokens: int) -> None:
         """Raise `ContextError` if a prompt leaves no room for a token, or for the image to draw."""

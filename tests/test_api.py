@@ -249,6 +249,10 @@ def test_numbers_of_numpy(model: Chameleon) -> None:
     assert sum(isinstance(event, ImagePreview) for event in events) == 1
     with pytest.raises(SettingError, match="seed="):
         model.generate("a", seed=np.float64(4))  # type: ignore[arg-type]
+    request = model.request("a", "image", size=np.array([16, 16]))  # type: ignore[arg-type]
+    assert request.layout == model.processor.layout
+    with pytest.raises(SettingError, match="size=8x16 is not drawn"):
+        model.request("a", "image", size=np.array([8, 16]))  # type: ignore[arg-type]
 
 
 def test_settings_by_name(model: Chameleon) -> None:
