@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar, cast, get_args
+from urllib.parse import unquote
 
 import numpy as np
 import numpy.typing as npt
@@ -317,7 +318,10 @@ def _typed_image(part: Mapping[str, Any]) -> Image:
         raise PromptError(f"{source[:60]} is not fetched: download the picture and give its path")
     if "base64" in part or source.startswith("data:"):
         return Image.from_bytes(_unpacked(source))
-    return Image.open(source.removeprefix("file://"))
+    if source.startswith("file://"):
+        # An address spells blanks and all but ASCII as %20 and the like, as `Path.as_uri` does.
+        source = unquote(source.removeprefix("file://").removeprefix("localhost"))
+    return Image.open(source)
 
 
 _PICTURE_KEYS = ("image", "image_url", "url", "path", "base64")
@@ -329,7 +333,8 @@ def _unpacked(text: str) -> bytes:
     if comma and not head.endswith(";base64"):
         raise ImageError("a data URL of a picture must be in base64: data:image/png;base64,…")
     try:
-        return base64.b64decode(body if comma else text, validate=True)
+        # Many tools break the lines of base64.
+        return base64.b64decode("".join((body if comma else text).split()), validate=True)
     except (binascii.Error, ValueError):
         raise ImageError("the base64 of a picture is damaged: encode its bytes again") from None
 
@@ -600,9 +605,14 @@ def _is_tensor(source: Any) -> bool:
 
 
 def _tensor_to_array(tensor: Any) -> npt.NDArray[Any]:
-    tensor = tensor.detach().cpu()
-    tensor = tensor.float() if tensor.is_floating_point() else tensor  # numpy has no bfloat16
-    return np.asarray(tensor.numpy())
+    try:
+        tensor = tensor.detach().cpu()
+        tensor = tensor.float() if tensor.is_floating_point() else tensor  # numpy has no bfloat16
+        return np.asarray(tensor.numpy())
+    except (NotImplementedError, RuntimeError, TypeError):  # on the meta device, or sparse
+        raise ImageError(
+            "a tensor without plain values is not a picture: give a dense one of a real device"
+        ) from None
 
 
 def _checked_codes(codes: Any) -> npt.NDArray[np.int64]:

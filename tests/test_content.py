@@ -466,14 +466,18 @@ def test_a_system_text_is_part_of_the_turn_beside_it() -> None:
 def test_dicts_are_messages(tmp_path: Path) -> None:
     picture = PIL.Image.fromarray(RGB)
     picture.save(tmp_path / "a.png")
-    data = base64.b64encode((tmp_path / "a.png").read_bytes()).decode()
+    picture.save(tmp_path / "사과 1.png")
+    data_bytes = (tmp_path / "a.png").read_bytes()
+    data = base64.b64encode(data_bytes).decode()
     url = f"data:image/png;base64,{data}"
     sources: list[dict[str, Any]] = [
         {"type": "image", "image": picture},
         {"type": "image", "image": RGB},
         {"type": "image", "path": str(tmp_path / "a.png")},
         {"type": "image", "url": f"file://{tmp_path / 'a.png'}"},
+        {"type": "image", "url": (tmp_path / "사과 1.png").as_uri()},
         {"type": "image", "base64": data},
+        {"type": "image", "base64": base64.encodebytes(data_bytes).decode()},
         {"type": "image_url", "image_url": {"url": url}},
         {"type": "image_url", "image_url": url},
     ]
@@ -481,7 +485,7 @@ def test_dicts_are_messages(tmp_path: Path) -> None:
     for prompt in ({"role": "user", "content": content}, [{"role": "user", "content": content}]):
         [message] = as_messages(prompt)  # type: ignore[arg-type]
         assert message.role == "user" and message.parts[0] == Text("What? <image>")
-        assert [np.asarray(i.pil).tolist() for i in message.images] == [RGB.tolist()] * 7
+        assert [np.asarray(i.pil).tolist() for i in message.images] == [RGB.tolist()] * len(sources)
     turns = [{"role": "user", "content": "Hi"}, Message("assistant", "Hey")]
     assert as_messages(turns) == [Message("user", "Hi"), turns[1]]
     for damaged in ("data:image/png,abc", "data:image/png;base64,@@"):
@@ -495,6 +499,9 @@ def test_arrays_and_tensors_are_parts() -> None:
     assert len(as_messages(RGB)[0].images) == 1
     with pytest.raises(ImageError, match="has 0 to 1"):
         as_messages([RGB.astype(np.float32)])
+    for tensor in (torch.zeros(3, 4, 4, device="meta"), torch.zeros(4, 4).to_sparse()):
+        with pytest.raises(ImageError, match="a tensor without plain values is not a picture"):
+            as_messages([tensor])  # type: ignore[list-item]
 
 
 def test_placeholders() -> None:
