@@ -432,6 +432,14 @@ def test_overrides_reach_nested_fields_and_name_what_is_wrong() -> None:
         ("decay=steps", "choose one of"),
         ("precision=fp8", "use one of fp32, bf16"),
         ("perceptual=1", "perceptual_weights"),
+        ("lr=nan", "lr='nan' cannot be read as float"),
+        ("clip=inf", "clip='inf' cannot be read as float"),
+        ("eps=0", "eps=0.0 must be positive"),
+        ("seed=-1", "seed=-1 must be a whole number from 0"),
+        ("seed=9223372036854775808", "must be a whole number from 0"),
     ]:
         with pytest.raises(SettingError, match=words):
             override(config, [item])
+    for weight in (-1.0, float("nan")):
+        with pytest.raises(SettingError, match=r"end=.* is not a weight of the loss"):
+            RoleWeights(end=weight)

@@ -10,15 +10,16 @@ the next document. Documents are never cut, and attend to themselves only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from earlyfusion.errors import DataError
+from earlyfusion.errors import DataError, SettingError
 from earlyfusion.processor import (
     ANSWER_IMAGE,
     ANSWER_TEXT,
@@ -58,6 +59,11 @@ class RoleWeights:
     answer_image: float = 1.0
     end: float = 1.0
     """The eos that closes the last answer."""
+
+    def __post_init__(self) -> None:
+        for name, weight in asdict(self).items():
+            if not 0 <= weight < math.inf:
+                raise SettingError(f"{name}={weight} is not a weight of the loss: give 0 or more")
 
     def of(self, role: Sequence[int] | np.ndarray) -> np.ndarray:
         """Weights of tokens by their roles: float32 [n]."""

@@ -15,6 +15,7 @@ import ast
 import hashlib
 import importlib.util
 import inspect
+import math
 import shlex
 import sys
 from dataclasses import fields, is_dataclass, replace
@@ -235,7 +236,10 @@ def _parse(wanted: Any, name: str, text: str) -> Any:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
         if get_origin(wanted) is tuple:
             return tuple(get_args(wanted)[0](t) for t in text.split(",") if t)
-        return wanted(text)
+        value = wanted(text)
+        if wanted is float and not math.isfinite(value):  # no comparison would refuse nan
+            raise ValueError
+        return value
     except (KeyError, ValueError, TypeError):
         shown = getattr(wanted, "__name__", str(wanted))
         raise SettingError(f"{name}={text!r} cannot be read as {shown}") from None

@@ -57,7 +57,9 @@ class OptimConfig:
                 f"lr={self.lr} and final_ratio={self.final_ratio}: lr must be positive and "
                 f"final_ratio within (0, 1]"
             )
-        for name in ("warmup_steps", "weight_decay", "clip", "eps"):
+        if self.eps <= 0:  # a weight whose gradient is 0 would become 0 / 0
+            raise SettingError(f"eps={self.eps} must be positive")
+        for name in ("warmup_steps", "weight_decay", "clip"):
             if getattr(self, name) < 0:
                 raise SettingError(f"{name}={getattr(self, name)} must be 0 or more")
         for name in ("beta1", "beta2"):

@@ -82,6 +82,8 @@ class RunConfig:
         for name in ("steps", "save_every", "keep", "log_every"):
             if getattr(self, name) < 1:
                 raise SettingError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise SettingError(f"seed={self.seed} must be a whole number from 0 to 2^63 - 1")
         if self.minutes < 0:
             raise SettingError(f"minutes={self.minutes} must be 0 (no limit) or more")
         if self.sample_every < 0:
