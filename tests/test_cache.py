@@ -166,16 +166,18 @@ def test_fp8_keeps_what_it_can_and_is_refused_elsewhere(
             Engine(transformer, processor, cache_dtype="fp8")
 
 
-def test_a_copied_block_holds_the_same(device: torch.device) -> None:
+def test_a_copied_block_begins_with_the_same(device: torch.device) -> None:
     cache = Cache(CONFIG, 3, 64, torch.int8, device)
     scales = cache.scales_BL2KS
     assert scales is not None
     cache.kv_BL2KSH.copy_(torch.randint(-127, 128, cache.kv_BL2KSH.shape))
     scales.uniform_()
     before = cache.kv_BL2KSH.clone(), scales.clone()
-    cache.copy(Copy(0, 2))
+    cache.copy(Copy(0, 2, 5))
     for now, old in ((cache.kv_BL2KSH, before[0]), (scales, before[1])):
-        assert torch.equal(now[2], old[0]) and torch.equal(now[:2], old[:2])
+        assert torch.equal(now[:2], old[:2])
+        assert torch.equal(now[2, :, :, :, :5], old[0, :, :, :, :5])
+        assert torch.equal(now[2, :, :, :, 5:], old[2, :, :, :, 5:])
     cache.clear([1])
     assert not cache.kv_BL2KSH[1].any() and not scales[1].any() and cache.kv_BL2KSH[0].any()
 

@@ -133,9 +133,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             self._end(entry)
 
     def _run(self, plan: Plan) -> None:
-        for source, target in plan.copies:
+        for source, target, tokens in plan.copies:
             assert self.pool.references[target] <= 1  # 0: its request has stepped back meanwhile
-            self.cache[target] = list(self.cache[source])
+            self.cache[target][:tokens] = self.cache[source][:tokens]
         prompts = sum(piece.size for piece in plan.pieces if piece.size > 1)
         assert prompts <= CHUNK * ALONE
         written: set[tuple[int, int]] = set()
@@ -423,10 +423,10 @@ def test_a_prompt_that_begins_like_another_shares_its_blocks() -> None:
     assert copied is None and list(first.blocks) == [0, 1, 2]
     # Two whole blocks are shared; of the third, one token is copied.
     other, copied = started(pool, [*range(9), 99, 98, 97, 96], 0)
-    assert list(other.blocks) == [0, 1, 3, 4] and copied == Copy(2, 3) and other.read == 9
+    assert list(other.blocks) == [0, 1, 3, 4] and copied == Copy(2, 3, 1) and other.read == 9
     # The same prompt again: its last token is read anew, for the logits.
     again, copied = started(pool, list(range(8)), 0)
-    assert list(again.blocks) == [0, 5] and copied == Copy(1, 5) and again.read == 7
+    assert list(again.blocks) == [0, 5] and copied == Copy(1, 5, 3) and again.read == 7
     for branch in (first, other, again):
         pool.release(branch)
     assert pool.free == 9

@@ -50,10 +50,11 @@ class Branch:
 
 
 class Copy(NamedTuple):
-    """Copy the content of block `source` to block `target`."""
+    """Copy the first `tokens` tokens of block `source` to block `target`."""
 
     source: int
     target: int
+    tokens: int
 
 
 class Prefix(NamedTuple):
@@ -138,8 +139,8 @@ class BlockPool:
 
     def extend(self, branch: Branch, tokens: int) -> Copy | None:
         """Give a branch new blocks until it has room for this number of tokens. Behind a prefix of
-        full blocks, the first new block is a copy of the one that agrees longest with the rest of
-        the prompt, if any does."""
+        full blocks, the first new block begins with a copy of what the one that agrees longest with
+        the rest of the prompt has in common with it."""
         number = len(branch.blocks)
         source, shared = None, 0
         if self.shares and branch.read == number * self.size:
@@ -152,7 +153,7 @@ class BlockPool:
         self._begin(branch)
         target = branch.blocks[number]
         # If the source itself was the next free block, it is simply filled further.
-        return None if source == target else Copy(source, target)
+        return None if source == target else Copy(source, target, shared)
 
     def read(self, branch: Branch, number: int) -> None:
         """Count the branch's next tokens as read."""

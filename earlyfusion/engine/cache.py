@@ -81,8 +81,9 @@ class Cache:
         self.layers = [self._layer(number) for number in range(layers)]
 
     def copy(self, copied: Copy) -> None:
+        tokens = slice(copied.tokens)
         for tensor in self._tensors():
-            tensor[copied.target] = tensor[copied.source]
+            tensor[copied.target, :, :, :, tokens] = tensor[copied.source, :, :, :, tokens]
 
     def clear(self, blocks: Iterable[int]) -> None:
         for tensor in self._tensors():

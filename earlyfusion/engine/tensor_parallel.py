@@ -383,7 +383,7 @@ def _message(plan: Plan) -> list[int]:
 def _plan(numbers: Sequence[int]) -> Plan:
     """The plan of a message, with zeros for its tokens."""
     left = iter(numbers)
-    copies = [Copy(next(left), next(left)) for _ in range(next(left))]
+    copies = [Copy(next(left), next(left), next(left)) for _ in range(next(left))]
     pieces = []
     for start, size, drafts, count in iter(lambda: tuple(islice(left, 4)), ()):
         branch = Branch([0] * (start + size), array("q", islice(left, count)))

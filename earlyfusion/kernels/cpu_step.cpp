@@ -109,10 +109,10 @@ void norm_rounded(const float* x, const float* weight, int64_t R, int64_t D, flo
 }
 
 // x += y, or x += norm(y) with a `weight`: where norms come after the branches.
-void add(float* x, const float* y, const float* weight, int64_t R, int64_t D, float eps,
+void add(float* x, const float* y, int64_t y_stride, const float* weight, int64_t R, int64_t D, float eps,
          float* scratch) {
   for (int64_t row = 0; row < R; row++) {
-    const float* branch = y + row * D;
+    const float* branch = y + row * y_stride;
     if (weight) {
       rms_norm(branch, weight, D, eps, scratch);
       branch = scratch;
@@ -185,11 +185,9 @@ float dot(const float* q, const T* k, int64_t H) {
   return s;
 }
 
-// The products of one query and the keys of sixteen consecutive positions; `next` are the sixteen
-// after these.
+// The products of one query and the keys of sixteen consecutive positions.
 template <class T>
-floats16 dots16(const float* q, const T* k, const T* next, int64_t H) {
-  for (int64_t i = 0; i < 16 * H; i += 64 / sizeof(T)) fetch(next + i, 0);
+floats16 dots16(const float* q, const T* k, int64_t H) {
 #if defined(VECTORS_OF_EIGHT)
   float out[16];
   for (int p = 0; p < 16; p += 4) {
@@ -215,6 +213,19 @@ floats16 dots16(const float* q, const T* k, const T* next, int64_t H) {
 #endif
 }
 
+// `count` vectors that are read soon.
+template <class T>
+struct Following {
+  const T* at;
+  int64_t count, H;
+
+  // Those from the p-th one on, `number` at most.
+  void fetch(int64_t p, int64_t number) const {
+    const T *line = at + p * H, *end = at + std::min(p + number, count) * H;
+    for (; line < end; line += 64 / sizeof(T)) ::fetch(line, 0);
+  }
+};
+
 // Keys or values of one head of a sequence, which lie in the blocks of its table; `scales`, one per
 // position, only in int8.
 template <class T>
@@ -223,6 +234,7 @@ struct CachedHead {
   float* scales;
   const int64_t* table;
   int64_t stride, size, H;  // stride: vectors from one block to the next; size: tokens of a block
+  const T* next = nullptr;  // what is read after these, fetched with the last block
 
   T* block(int64_t number) const { return data + table[number] * stride * H; }
   float* scales_of(int64_t number) const { return scales + table[number] * stride; }
@@ -246,14 +258,15 @@ struct CachedHead {
     }
   }
 
-  // Positions are read one block after the other: `read(first, count, at, after)` gets the vectors
-  // of `count` positions from `first` on, and those of the block after it.
+  // Positions are read one block after the other: `read(first, count, at, ahead)` gets the vectors
+  // of `count` positions from `first` on, and what is to be fetched meanwhile.
   template <class Read>
   void each_block(int64_t length, Read read) const {
     for (int64_t first = 0; first < length; first += size) {
-      const int64_t number = first / size;
-      const T* at = block(number);
-      read(first, std::min(size, length - first), at, first + size < length ? block(number + 1) : at);
+      const int64_t number = first / size, left = length - first - size;
+      const Following<T> ahead = left > 0 ? Following<T>{block(number + 1), std::min(size, left), H}
+                                          : Following<T>{next, next ? std::min(size, length) : 0, H};
+      read(first, std::min(size, length - first), block(number), ahead);
     }
   }
 };
@@ -262,12 +275,12 @@ struct CachedHead {
 template <class T>
 void score(const CachedHead<T>& k, const float* q, int64_t length, float scale, float* scores) {
   const int64_t H = k.H;
-  k.each_block(length, [&](int64_t first, int64_t count, const T* at, const T* after) {
+  k.each_block(length, [&](int64_t first, int64_t count, const T* at, const Following<T>& ahead) {
     int64_t p = 0;
     // The last sixteen may be stale keys past `length`: `soften` sets their scores to -inf.
     for (; H % 16 == 0 && p < count; p += 16) {
-      const T* next = after + p * H;
-      store(scores + first + p, dots16(q, at + p * H, next, H) * scale);
+      ahead.fetch(p, p + 16 < count ? 16 : k.size);
+      store(scores + first + p, dots16(q, at + p * H, H) * scale);
     }
     for (; p < count; p++) scores[first + p] = dot(q, at + p * H, H) * scale;
   });
@@ -281,7 +294,7 @@ template <class T>
 void score_tile(const CachedHead<T>& k, const float* q, int64_t q_stride, int64_t length, float scale,
                 float* scores, int64_t scores_stride) {
   const int64_t H = k.H;
-  k.each_block(length, [&](int64_t first, int64_t count, const T* at, const T*) {
+  k.each_block(length, [&](int64_t first, int64_t count, const T* at, const Following<T>&) {
 #if defined(VECTORS_OF_EIGHT)
     for (int64_t p = 0; p < count; p++) {
       __m256 low[TILE_ROWS] = {}, high[TILE_ROWS] = {};
@@ -328,7 +341,7 @@ void blend_tile(const CachedHead<T>& v, const float* weights, int64_t weights_st
 #else
   floats16 total[TILE_ROWS] = {};
 #endif
-  v.each_block(length, [&](int64_t first, int64_t count, const T* at, const T*) {
+  v.each_block(length, [&](int64_t first, int64_t count, const T* at, const Following<T>&) {
     std::remove_reference_t<decltype(total)> acc;  // in registers
     std::memcpy(acc, total, sizeof(total));
     for (int64_t p = 0; p < count; p++) {
@@ -365,12 +378,13 @@ void blend(const CachedHead<T>& v, const float* weights, int64_t length, int64_t
 #else
   floats16 total[W] = {};
 #endif
-  v.each_block(length, [&](int64_t first, int64_t count, const T* at, const T* after) {
+  v.each_block(length, [&](int64_t first, int64_t count, const T* at, const Following<T>& ahead) {
     std::remove_reference_t<decltype(total)> acc;  // in registers
     std::memcpy(acc, total, sizeof(total));
     for (int64_t p = 0; p < count; p++) {
       const T* here = at + p * H + column;
-      for (size_t i = 0; i < 16 * W; i += 64 / sizeof(T)) fetch(after + p * H + column + i, 0);
+      if (p < ahead.count)
+        for (size_t i = 0; i < 16 * W; i += 64 / sizeof(T)) fetch(ahead.at + p * H + column + i, 0);
 #if defined(VECTORS_OF_EIGHT)
       const __m256 weight = _mm256_broadcast_ss(weights + first + p);
 #pragma GCC unroll 16
@@ -401,7 +415,7 @@ void blend(const CachedHead<T>& v, const float* weights, int64_t length, float* 
   for (; i + 16 <= H; i += 16) blend<1>(v, weights, length, i, out + i);
   for (; i < H; i++) {
     float total = 0;
-    v.each_block(length, [&](int64_t first, int64_t count, const T* at, const T*) {
+    v.each_block(length, [&](int64_t first, int64_t count, const T* at, const Following<T>&) {
       for (int64_t p = 0; p < count; p++) total += weights[first + p] * value(at[p * H + i]);
     });
     out[i] = total;
@@ -477,20 +491,27 @@ ONE_COPY void attend_tile(const Model& m, const CachedHead<T>& k, const CachedHe
   }
 }
 
-// silu(gate) * up, for some columns.
-ONE_COPY void activate(const float* gates, const float* ups, Range mine, const Input& inner,
-                       int64_t row) {
-  float* out = inner.fp32 + row * inner.stride;
-  for (int64_t n = mine.first; n < mine.last; n += LANES) {
-    const int64_t bytes = std::min<int64_t>(LANES, mine.last - n) * sizeof(float);
-    floats gate = {}, up = {};
-    std::memcpy(&gate, gates + n, bytes);
-    std::memcpy(&up, ups + n, bytes);
-    const floats y = gate / (1.0f + exponential(-gate)) * up;
-    std::memcpy(out + n, &y, bytes);
+// silu(gate) * up, for some columns of all rows; gates and ups have rows of `stride`.
+ONE_COPY void activate(const float* gates, const float* ups, int64_t stride, Range mine, int64_t R,
+                       const Input& inner) {
+  for (int64_t row = 0; row < R; row++, gates += stride, ups += stride) {
+    float* out = inner.fp32 + row * inner.stride;
+    for (int64_t n = mine.first; n < mine.last; n += LANES) {
+      float last[3][LANES] = {};  // where fewer than LANES columns are left
+      const int64_t bytes = (mine.last - n) * sizeof(float);
+      const bool whole = n + LANES <= mine.last;
+      if (!whole) {
+        std::memcpy(last[0], gates + n, bytes);
+        std::memcpy(last[1], ups + n, bytes);
+      }
+      const floats gate = read<floats>(whole ? gates + n : last[0]);
+      const floats up = read<floats>(whole ? ups + n : last[1]);
+      write(whole ? out + n : last[2], gate / (1.0f + exponential(-gate)) * up);
+      if (!whole) std::memcpy(out + n, last[2], bytes);
+    }
+    if (inner.rounded)
+      Input::round(inner.rounded + row * inner.stride + mine.first, out + mine.first, mine.last - mine.first);
   }
-  if (inner.rounded)
-    Input::round(inner.rounded + row * inner.stride + mine.first, out + mine.first, mine.last - mine.first);
 }
 
 // The new tokens of a step. Row r is at position positions[r] of the sequence whose blocks are listed
@@ -553,8 +574,14 @@ struct Heads {
   void look_back(int64_t row, int64_t head, float* scratch) const {
     const int64_t n = head * (m.N / m.K) * m.H;
     const float* q = qkv + row * qkv_width + n;
-    attend(m, cached(row, head, 0), cached(row, head, 1), rows.positions[row] + 1, q, scratch + m.H,
-           scratch, attended, row, n);
+    CachedHead<T> k = cached(row, head, 0), v = cached(row, head, 1);
+    k.next = v.block(0);
+    // Values are followed by the keys of the next task.
+    if (head + 1 < m.K)
+      v.next = cached(row, head + 1, 0).block(0);
+    else if (row + 1 < rows.count)
+      v.next = cached(row + 1, 0, 0).block(0);
+    attend(m, k, v, rows.positions[row] + 1, q, scratch + m.H, scratch, attended, row, n);
   }
 
   void look_back_tile(int64_t row, int64_t head, float* scratch) const {
@@ -653,11 +680,12 @@ void earlyfusion_step(const Model* model, int64_t R, float* x_RD, const int64_t*
                       const int64_t* positions, int64_t shared, int64_t threads) {
   const Model& m = *model;
   const Rows rows{R, tables, positions, shared != 0, *std::max_element(positions, positions + R) + 1};
-  const int64_t D = m.D, qkv_width = (m.N + 2 * m.K) * m.H;
+  const int64_t D = m.D, qkv_width = apart((m.N + 2 * m.K) * m.H), y_width = apart(D), inner_width = apart(m.F);
   const bool bf16 = reads_bf16(m.layers[0].q_proj);  // all matrices have one format
-  Buffers attended_buffer(R, m.N * m.H, bf16), inner_buffer(R, m.F, bf16);
-  const Input attended = attended_buffer.input(), inner = inner_buffer.input();
-  Aligned<float> qkv(R * qkv_width), gates(R * m.F), ups(R * m.F), y(R * D);
+  Lease memory;
+  const Input attended = memory.input(R, m.N * m.H, bf16), inner = memory.input(R, m.F, bf16);
+  float *qkv = memory->of<float>(R * qkv_width), *y = memory->of<float>(R * y_width);
+  float *gates = memory->of<float>(R * inner_width), *ups = memory->of<float>(R * inner_width);
   std::vector<LayerShares> shared_work;
   for (int64_t i = 0; i < m.layer_count; i++) shared_work.emplace_back(m.layers[i], R, threads);
   Barrier barrier;
@@ -667,69 +695,69 @@ void earlyfusion_step(const Model* model, int64_t R, float* x_RD, const int64_t*
 #pragma omp parallel num_threads(threads)
   {
     // Each thread has its own x and computes the same norms and sums: that needs no barrier.
-    Buffers in_buffer(R, D, bf16);
-    const Input in = in_buffer.input();
-    Aligned<float> x(x_RD, x_RD + R * D), norm_scratch(D);
-    Aligned<float> scratch(TILE_ROWS * (m.H + padded(rows.longest)));
+    Lease own;
+    const Input in = own.input(R, D, bf16);
+    float *x = own->of<float>(R * D), *norm_scratch = own->of<float>(D);
+    float* scratch = own->of<float>(TILE_ROWS * (m.H + padded(rows.longest)));
+    std::memcpy(x, x_RD, R * D * sizeof(float));
     const auto before_branch = [&](const float* norm) {
       if (m.norm_after)
-        copy_rounded(x.data(), R, D, in);
+        copy_rounded(x, R, D, in);
       else
-        norm_rounded(x.data(), norm, R, D, m.eps, in);
+        norm_rounded(x, norm, R, D, m.eps, in);
     };
     const auto after_branch = [&](const float* norm) {
-      add(x.data(), y.data(), m.norm_after ? norm : nullptr, R, D, m.eps, norm_scratch.data());
+      add(x, y, y_width, m.norm_after ? norm : nullptr, R, D, m.eps, norm_scratch);
     };
     for (int64_t i = 0; i < m.layer_count; i++) {
       const Layer& l = m.layers[i];
       LayerShares& work = shared_work[i];
       before_branch(l.attention_norm);
       {
-        const Operand x(l.q_proj, in, R);
-        float *k = qkv.data() + m.N * m.H, *v = k + m.K * m.H;
-        work.q.each([&](Range range) { x.multiply(l.q_proj, range, qkv.data(), qkv_width); });
-        work.k.each([&](Range range) { x.multiply(l.k_proj, range, k, qkv_width); });
-        work.v.each([&](Range range) { x.multiply(l.v_proj, range, v, qkv_width); });
+        const Operand operand(l.q_proj, in, R);
+        float *k = qkv + m.N * m.H, *v = k + m.K * m.H;
+        work.q.each([&](Range range) { operand.multiply(l.q_proj, range, qkv, qkv_width); });
+        work.k.each([&](Range range) { operand.multiply(l.k_proj, range, k, qkv_width); });
+        work.v.each([&](Range range) { operand.multiply(l.v_proj, range, v, qkv_width); });
       }
       barrier.wait();
-      attention_in_format(m, i, rows, qkv.data(), qkv_width, attended, barrier, scratch.data());
+      attention_in_format(m, i, rows, qkv, qkv_width, attended, barrier, scratch);
       barrier.wait();
       {
-        const Operand x(l.o_proj, attended, R);
-        work.o.each([&](Range range) { x.multiply(l.o_proj, range, y.data(), D); });
+        const Operand operand(l.o_proj, attended, R);
+        work.o.each([&](Range range) { operand.multiply(l.o_proj, range, y, y_width); });
       }
       barrier.wait();
       after_branch(l.attention_norm);
 
       before_branch(l.feed_forward_norm);
       {
-        const Operand x(l.gate_proj, in, R);
+        const Operand operand(l.gate_proj, in, R);
         work.gate_up.each([&](Range range) {
-          x.multiply(l.gate_proj, range, gates.data(), m.F);
-          x.multiply(l.up_proj, range, ups.data(), m.F);
-          for (int64_t row = 0; row < R; row++)
-            activate(gates.data() + row * m.F, ups.data() + row * m.F, range, inner, row);
+          operand.multiply(l.gate_proj, range, gates, inner_width);
+          operand.multiply(l.up_proj, range, ups, inner_width);
+          activate(gates, ups, inner_width, range, R, inner);
         });
       }
       barrier.wait();
       {
-        const Operand x(l.down_proj, inner, R);
-        work.down.each([&](Range range) { x.multiply(l.down_proj, range, y.data(), D); });
+        const Operand operand(l.down_proj, inner, R);
+        work.down.each([&](Range range) { operand.multiply(l.down_proj, range, y, y_width); });
       }
       barrier.wait();
       after_branch(l.feed_forward_norm);
     }
 #pragma omp single nowait
     for (int64_t row = 0; row < R; row++)
-      rms_norm(x.data() + row * D, m.final_norm, D, m.eps, x_RD + row * D);
+      rms_norm(x + row * D, m.final_norm, D, m.eps, x_RD + row * D);
   }
 }
 
 // y[R, rows] = x[R, columns] . matrix
 void earlyfusion_multiply(const Matrix* matrix, int64_t R, const float* x, int64_t columns,
                           float* y, int64_t threads) {
-  Buffers buffers(R, columns, reads_bf16(*matrix));
-  const Input in = buffers.input();
+  Lease memory;
+  const Input in = memory.input(R, columns, reads_bf16(*matrix));
   copy_rounded(x, R, columns, in);
   Shares work = shares(*matrix, R, threads);
 #pragma omp parallel num_threads(threads)

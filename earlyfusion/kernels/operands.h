@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <memory>
+#include <mutex>
 #include <type_traits>
 
 #include "simd.h"
@@ -108,17 +109,72 @@ class Room {
 
 int64_t padded(int64_t n) { return (n + 63) / 64 * 64; }
 
-// Memory for an `Input`.
-struct Buffers {
-  Aligned<float> fp32;
-  Aligned<rounded_t> bf16;
-  int64_t stride;
+// From one row of a buffer to the next: one or two lines more than the columns take, as the caches have few places
+// for addresses that differ by a power of two.
+int64_t apart(int64_t columns) { return padded(columns) + 32; }
 
-  Buffers(int64_t R, int64_t columns, bool rounded)
-      : fp32(R * padded(columns)),
-        bf16(rounded ? R * padded(columns) : 0),
-        stride(padded(columns)) {}
-  Input input() { return {fp32.data(), bf16.empty() ? nullptr : bf16.data(), stride}; }
+// The memory of a step, given piece by piece and used again by the next step: new pages would have to be cleared
+// first. It holds whatever it held before.
+class Arena {
+ public:
+  template <class T>
+  T* of(int64_t count) {
+    const size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
+    if (chunks_.empty() || used_ + bytes > chunks_.back().size()) {
+      chunks_.emplace_back(std::max<size_t>(bytes, size_t(1) << 20));
+      used_ = 0;
+    }
+    used_ += bytes;
+    return reinterpret_cast<T*>(chunks_.back().data() + used_ - bytes);
+  }
+
+  // For the next step: one chunk of the size of all.
+  void clear() {
+    size_t total = 0;
+    for (const Aligned<char>& chunk : chunks_) total += chunk.size();
+    if (chunks_.size() > 1) {
+      chunks_.clear();
+      chunks_.emplace_back(total);
+    }
+    used_ = 0;
+  }
+
+ private:
+  std::vector<Aligned<char>> chunks_;
+  size_t used_ = 0;
+};
+
+// An arena for one call. Several threads may make calls at once, and each gets another one.
+class Lease {
+ public:
+  Lease() {
+    const std::lock_guard<std::mutex> guard(lock_);
+    if (free_.empty()) free_.push_back(std::make_unique<Arena>());
+    arena_ = std::move(free_.back());
+    free_.pop_back();
+  }
+  ~Lease() {
+    arena_->clear();
+    const std::lock_guard<std::mutex> guard(lock_);
+    free_.push_back(std::move(arena_));
+  }
+  Lease(const Lease&) = delete;
+  Arena* operator->() { return arena_.get(); }
+
+  Input input(int64_t R, int64_t columns, bool rounded) {
+    const int64_t stride = apart(columns), used = padded(columns);
+    const Input in{arena_->of<float>(R * stride), rounded ? arena_->of<rounded_t>(R * stride) : nullptr, stride};
+    for (int64_t at = columns; at < R * stride; at += stride) {
+      std::fill_n(in.fp32 + at, used - columns, 0);
+      if (rounded) std::fill_n(in.rounded + at, used - columns, 0);
+    }
+    return in;
+  }
+
+ private:
+  static inline std::mutex lock_;
+  static inline std::vector<std::unique_ptr<Arena>> free_;
+  std::unique_ptr<Arena> arena_;
 };
 
 // int4: 32 bytes hold 64 columns, the first 32 in the low nibbles, the others in the high ones; each

@@ -7,8 +7,8 @@
 // and are added up in the same order, so that it does not depend, to the bit, on which way is taken.
 //
 // Weights lie by rows, as the model stores them. PANEL rows are turned around into a panel of floats, which stays
-// in the second-level cache while all rows of input pass by; the part of one sum, in the first-level cache, passes
-// GROUP tiles of input. Meanwhile the weights of the next panel are fetched from memory.
+// in the second-level cache while all rows of input pass by; the part of one or some sums, in the first-level
+// cache, passes GROUP tiles of input. Meanwhile the weights of the next panel are fetched from memory.
 
 #pragma once
 
@@ -22,6 +22,12 @@ const int64_t SUMS = 16;   // of an output
 const int64_t PANEL = 16;  // rows of weights of a panel
 const int64_t ROWS = 6;    // rows of input, a tile, whose sums fit into the registers: 2 * 6 of 16
 const int64_t GROUP = 8;   // tiles
+const int64_t FETCH = 32;  // steps after which weights are fetched ahead
+
+// The sixteen sums of an output are added up in the order of `four_sums`: sum i and i + 8, then these of i and i + 4,
+// and so on. Computed in this order, each can be added to what is there already: the k-th one to as many
+// sums of sums as k ends with ones in binary. Panels and inputs hold them in this order too.
+const int ORDER[SUMS] = {0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15};
 
 // Rows of input from which on this pays: turning weights of fewer bits around takes longer.
 inline int64_t many(const Matrix& m) { return m.format == FP32 || m.format == BF16 ? 22 : 36; }
@@ -147,9 +153,9 @@ struct Unit<INT4> {
   }
 };
 
-// Where the columns of sum `sum` begin in a panel of whole rows. A line is left free between sums, as the caches
+// Where the columns of the k-th sum begin in a panel of whole rows. A line is left free between sums, as the caches
 // have few places for addresses that differ by a power of two.
-INLINE int64_t place(int64_t sum, int64_t steps) { return sum * (steps + 1) * PANEL; }
+INLINE int64_t place(int64_t k, int64_t steps) { return k * (steps + 1) * PANEL; }
 
 // Rows n to n + 15 of a matrix, turned around: [SUMS, steps + 1, PANEL].
 template <Format F>
@@ -159,7 +165,8 @@ void pack(const Matrix& m, int64_t n, float* panel) {
     const Eight weights(m, n + 8 * g);
     for (int64_t c = 0; c < m.stride; c += Unit<F>::columns)
       Unit<F>::each(weights, c, [&](int k, __m256 column) __attribute__((always_inline)) {
-        _mm256_store_ps(panel + place((c + k) % SUMS, steps) + (c + k) / SUMS * PANEL + 8 * g, column);
+        const int64_t at = place(ORDER[(c + k) % SUMS], steps) + (c + k) / SUMS * PANEL;
+        _mm256_store_ps(panel + at + 8 * g, column);
       });
   }
 }
@@ -172,28 +179,34 @@ struct Tiles {
   int64_t first(int64_t tile) const { return R * tile / count; }
 };
 
-// The input turned around as the panels are: for each group [SUMS, tile, steps, row of the tile].
+// How many sums are computed at a time, so that their weights and the input of a tile stay in the first-level cache.
+inline int sums_together(int64_t steps) { return steps <= 16 ? SUMS : steps <= 64 ? 4 : steps <= 128 ? 2 : 1; }
+
+// The input turned around as the panels are, in the order in which a panel passes it: for each group of tiles
+// [sums at a time, tile, sum, step, row of the tile].
 struct Turned {
   Tiles tiles;
   int64_t steps;
   float* data;
+  int together = sums_together(steps);
 
-  float* at(int64_t group, int64_t end, int64_t sum, int64_t tile) const {
-    const int64_t first = tiles.first(group), rows = tiles.first(end) - first;
-    return data + steps * (SUMS * first + sum * rows + tiles.first(tile) - first);
+  // Of the sums from the k-th one on that are computed at a time.
+  float* at(int64_t group, int64_t tile, int64_t k) const {
+    const int64_t first = tiles.first(group), rows = tiles.first(std::min(group + GROUP, tiles.count)) - first;
+    return data + steps * (SUMS * first + k * rows + together * (tiles.first(tile) - first));
   }
 
   void fill(const float* x, int64_t x_stride) const {
-    for (int64_t group = 0; group < tiles.count; group += GROUP) {
-      const int64_t end = std::min(group + GROUP, tiles.count);
-      for (int64_t tile = group; tile < end; tile++) {
-        const int64_t row = tiles.first(tile), X = tiles.first(tile + 1) - row;
-        for (int64_t sum = 0; sum < SUMS; sum += 8) {
-          float* out[8];
-          for (int i = 0; i < 8; i++) out[i] = at(group, end, sum + i, tile);
-          const float* from = x + row * x_stride + sum;
-          (X == 6 ? columns<6> : columns<5>)(from, x_stride, steps, out);
+    for (int64_t tile = 0; tile < tiles.count; tile++) {
+      const int64_t row = tiles.first(tile), X = tiles.first(tile + 1) - row;
+      for (int64_t sum = 0; sum < SUMS; sum += 8) {
+        float* out[8];
+        for (int i = 0; i < 8; i++) {
+          const int k = ORDER[sum + i];  // the order is its own inverse
+          out[i] = at(tile / GROUP * GROUP, tile, k / together * together) + k % together * steps * X;
         }
+        const float* from = x + row * x_stride + sum;
+        (X == 6 ? columns<6> : columns<5>)(from, x_stride, steps, out);
       }
     }
   }
@@ -236,70 +249,75 @@ struct Turned {
   }
 };
 
-// Fetches a part of a matrix that is needed next into the second-level cache, one line at a time.
+// Fetches a part of a matrix that is needed next into the second-level cache, some lines at a time.
 struct Ahead {
   const char* at;
   int64_t left;  // lines
 
-  INLINE void fetch() {
-    if (left-- <= 0) return;
-    _mm_prefetch(at, _MM_HINT_T1);
-    at += 64;
+  INLINE void fetch(int64_t lines) {
+    lines = std::min(lines, left);
+    left -= lines;
+    for (; lines > 0; lines--, at += 64) _mm_prefetch(at, _MM_HINT_T1);
   }
 };
 
-// The sixteen sums of an output are added up in the order of `four_sums`: sum i and i + 8, then these of i and i + 4,
-// and so on. Computed in this order, each can be added to what is there already: the k-th one to as many
-// sums of sums as k ends with ones in binary.
-const int ORDER[SUMS] = {0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15};
-
-// One sum of the products of X rows of input and a panel. `kept` holds sums of sums, [level, X, PANEL]; level 4 is
-// the whole. After every fourth step `each` lines are fetched `ahead`.
+// `count` sums, from the k-th one on, of the products of X rows of input and a panel. `kept` holds sums of sums,
+// [level, X, PANEL]; level 4 is the whole. After FETCH steps `each` lines are fetched `ahead`.
 template <int X>
-void tile(const float* weights, int64_t steps, const float* input, int k, float* kept, Ahead& ahead,
+void tile(const float* panel, int64_t steps, const float* input, int k, int count, float* kept, Ahead& ahead,
           int64_t each) {
-  __m256 sum[X][2];
+  for (const int last = k + count; k < last; k++) {
+    __m256 sum[X][2];
 #pragma GCC unroll 6
-  for (int i = 0; i < X; i++) sum[i][0] = sum[i][1] = _mm256_setzero_ps();
-  for (int64_t step = 0; step < steps; step += 4, weights += 4 * PANEL, input += 4 * X) {
-    for (int64_t line = 0; line < each; line++) ahead.fetch();
+    for (int i = 0; i < X; i++) sum[i][0] = sum[i][1] = _mm256_setzero_ps();
+    const float* w = panel + place(k, steps);
+    for (int64_t step = 0; step < steps; step += 4, w += 4 * PANEL, input += 4 * X) {
+      if (step % FETCH == 0) ahead.fetch(each);
 #pragma GCC unroll 4
-    for (int s = 0; s < 4; s++) {
-      __m256 low = _mm256_load_ps(weights + s * PANEL), high = _mm256_load_ps(weights + s * PANEL + 8);
-      hold(low);
-      hold(high);
+      for (int s = 0; s < 4; s++) {
+        __m256 low = _mm256_load_ps(w + s * PANEL), high = _mm256_load_ps(w + s * PANEL + 8);
+        hold(low);
+        hold(high);
 #pragma GCC unroll 6
-      for (int i = 0; i < X; i++) {
-        const __m256 entry = _mm256_broadcast_ss(input + s * X + i);
-        sum[i][0] = _mm256_fmadd_ps(low, entry, sum[i][0]);
-        sum[i][1] = _mm256_fmadd_ps(high, entry, sum[i][1]);
+        for (int i = 0; i < X; i++) {
+          const __m256 entry = _mm256_broadcast_ss(input + s * X + i);
+          sum[i][0] = _mm256_fmadd_ps(low, entry, sum[i][0]);
+          sum[i][1] = _mm256_fmadd_ps(high, entry, sum[i][1]);
+        }
       }
     }
-  }
-  for (; k % 2; k /= 2, kept += X * PANEL)
+    float* level = kept;
+    for (int ones = k; ones % 2; ones /= 2, level += X * PANEL)
+#pragma GCC unroll 6
+      for (int i = 0; i < X; i++)
+#pragma GCC unroll 2
+        for (int g = 0; g < 2; g++)
+          sum[i][g] = _mm256_add_ps(_mm256_load_ps(level + i * PANEL + 8 * g), sum[i][g]);
 #pragma GCC unroll 6
     for (int i = 0; i < X; i++)
 #pragma GCC unroll 2
-      for (int g = 0; g < 2; g++)
-        sum[i][g] = _mm256_add_ps(_mm256_load_ps(kept + i * PANEL + 8 * g), sum[i][g]);
-#pragma GCC unroll 6
-  for (int i = 0; i < X; i++)
-#pragma GCC unroll 2
-    for (int g = 0; g < 2; g++) _mm256_store_ps(kept + i * PANEL + 8 * g, sum[i][g]);
+      for (int g = 0; g < 2; g++) _mm256_store_ps(level + i * PANEL + 8 * g, sum[i][g]);
+  }
 }
 
 // Sixteen outputs of a row, or the first `count` of them, for the rows of weights from n on.
 INLINE void put(const Matrix& m, int64_t n, int64_t count, const float* out, float* y) {
-  __m256 v[2] = {_mm256_load_ps(out), _mm256_load_ps(out + 8)};
+  __m256 low = _mm256_load_ps(out), high = _mm256_load_ps(out + 8);
   if (m.format == INT8) {
     alignas(32) float scales[PANEL] = {};
     std::memcpy(scales, static_cast<const float*>(m.scales) + n, count * sizeof(float));
-    for (int g = 0; g < 2; g++) v[g] = _mm256_mul_ps(v[g], _mm256_load_ps(scales + 8 * g));
+    low = _mm256_mul_ps(low, _mm256_load_ps(scales));
+    high = _mm256_mul_ps(high, _mm256_load_ps(scales + 8));
   }
-  if (count == PANEL)
-    std::memcpy(y, v, sizeof(v));
-  else
-    std::memcpy(y, v, count * sizeof(float));
+  if (count < PANEL) {
+    float some[PANEL];
+    _mm256_storeu_ps(some, low);
+    _mm256_storeu_ps(some + 8, high);
+    std::memcpy(y, some, count * sizeof(float));
+    return;
+  }
+  _mm256_storeu_ps(y, low);
+  _mm256_storeu_ps(y + 8, high);
 }
 
 // Outputs n to n + count - 1 of all rows of input; `memory` is room for a panel and for sums.
@@ -312,13 +330,13 @@ void put_panel(const Matrix& m, int64_t n, int64_t count, const Turned& input, R
   const int64_t bytes = row_bytes(m), next = std::max<int64_t>(0, std::min(PANEL, m.rows - n - PANEL));
   Ahead ahead{static_cast<const char*>(m.data) + (n + PANEL) * bytes, next * bytes / 64};
   const Tiles& tiles = input.tiles;
-  const int64_t calls = tiles.count * SUMS * steps / 4, each = (ahead.left + calls - 1) / calls;
+  const int64_t times = tiles.count * SUMS * ((steps + FETCH - 1) / FETCH), each = (ahead.left + times - 1) / times;
   for (int64_t group = 0; group < tiles.count; group += GROUP) {
     const int64_t end = std::min(group + GROUP, tiles.count);
-    for (int k = 0; k < SUMS; k++)
+    for (int k = 0; k < SUMS; k += input.together)
       for (int64_t t = group; t < end; t++) {
         const bool six = tiles.first(t + 1) - tiles.first(t) == 6;
-        (six ? tile<6> : tile<5>)(panel + place(ORDER[k], steps), steps, input.at(group, end, ORDER[k], t), k,
+        (six ? tile<6> : tile<5>)(panel, steps, input.at(group, t, k), k, input.together,
                                   kept + (t - group) * levels, ahead, each);
       }
     for (int64_t t = group; t < end; t++) {
