@@ -286,31 +286,153 @@ void score(const CachedHead<T>& k, const float* q, int64_t length, float scale, 
   });
 }
 
-// `score` for the queries of TILE_ROWS rows: each key is read once for all of them. `q` and `scores`
-// advance by the strides from row to row. A score is added up in the same order as by `score`.
-const int TILE_ROWS = 4;
+// ---- rows of one sequence at consecutive positions, which read each key and value together. Scores and results
+// are added up in the order of `score` and `blend`; rows of `q` and `scores` are a stride apart.
 
-template <class T>
-void score_tile(const CachedHead<T>& k, const float* q, int64_t q_stride, int64_t length, float scale,
-                float* scores, int64_t scores_stride) {
-  const int64_t H = k.H;
-  k.each_block(length, [&](int64_t first, int64_t count, const T* at, const Following<T>&) {
 #if defined(VECTORS_OF_EIGHT)
-    for (int64_t p = 0; p < count; p++) {
-      __m256 low[TILE_ROWS] = {}, high[TILE_ROWS] = {};
-      for (int64_t i = 0; i < H; i += 16) {
-        const __m256 k_low = eight(at + p * H + i), k_high = eight(at + p * H + i + 8);
+const int TILE_ROWS = 24, LEAST_ROWS = 3;  // at most, and from which on this pays
+
+// The products of N keys and 8 V queries, out: [N, 8 V]. A lane is a query here: the sixteen sums of a score are
+// kept apart and added up in their order, as in panels.h, of which two are computed at a time.
+template <int V, int N>
+ONE_COPY void scores_of(const float* queries_HV, const float* keys, int64_t H, float scale, float* out) {
+  const int width = 8 * V;
+  __m256 kept[4][N][V];  // sums of sums, by level
+#pragma GCC unroll 8
+  for (int pair = 0; pair < SUMS / 2; pair++) {
+    __m256 sum[2][N][V] = {};
+    for (int64_t i = 0; i < H; i += SUMS) {
+#pragma GCC unroll 2
+      for (int side = 0; side < 2; side++) {
+        const int64_t at = i + ORDER[2 * pair + side];
+        __m256 entry[N];
 #pragma GCC unroll 4
-        for (int x = 0; x < TILE_ROWS; x++) {
-          low[x] = _mm256_fmadd_ps(eight(q + x * q_stride + i), k_low, low[x]);
-          high[x] = _mm256_fmadd_ps(eight(q + x * q_stride + i + 8), k_high, high[x]);
+        for (int j = 0; j < N; j++) hold(entry[j] = _mm256_broadcast_ss(keys + j * H + at));
+#pragma GCC unroll 3
+        for (int g = 0; g < V; g++) {
+          __m256 query = _mm256_load_ps(queries_HV + at * width + 8 * g);
+          hold(query);
+#pragma GCC unroll 4
+          for (int j = 0; j < N; j++) sum[side][j][g] = _mm256_fmadd_ps(query, entry[j], sum[side][j][g]);
         }
       }
-      float out[TILE_ROWS];
-      _mm_storeu_ps(out, four_sums(low, high));
-      for (int x = 0; x < TILE_ROWS; x++) scores[x * scores_stride + first + p] = out[x] * scale;
     }
+    const int level = pair == 7 ? 3 : pair % 4 == 3 ? 2 : pair % 2;  // ones at the end of `pair`
+#pragma GCC unroll 4
+    for (int j = 0; j < N; j++)
+#pragma GCC unroll 3
+      for (int g = 0; g < V; g++) {
+        __m256 total = _mm256_add_ps(sum[0][j][g], sum[1][j][g]);
+#pragma GCC unroll 3
+        for (int l = 0; l < level; l++) total = _mm256_add_ps(kept[l][j][g], total);
+        kept[level][j][g] = total;
+      }
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < N; j++)
+#pragma GCC unroll 3
+    for (int g = 0; g < V; g++)
+      _mm256_store_ps(out + j * width + 8 * g, _mm256_mul_ps(kept[3][j][g], _mm256_set1_ps(scale)));
+}
+
+inline const float* as_floats(const float* x, int64_t, float*) { return x; }
+
+template <class T>
+const float* as_floats(const T* x, int64_t n, float* room) {
+  for (int64_t i = 0; i < n; i += 8) _mm256_store_ps(room + i, eight(x + i));
+  return room;
+}
+
+// `score` for `count` queries, at most 8 V; `room` is for TILE_SCRATCH * H floats. The last keys of sixteen may be
+// stale, as in `score`.
+const int TILE_SCRATCH = TILE_ROWS + 8 + 12;
+
+template <int V, class T>
+void score_tile(const CachedHead<T>& k, const float* q, int64_t q_stride, int64_t count, int64_t length,
+                float scale, float* scores, int64_t scores_stride, float* room) {
+  const int64_t H = k.H;
+  const int width = 8 * V, keys = V == 1 ? 4 : 2;
+  float *queries_HV = room, *floats = room + H * width, *out = floats + 8 * H;
+  __m256i turned_rows[8];
+  for (int g = 0; g < V; g++) {
+    const Eight rows(q + 8 * g * q_stride, q_stride, std::min<int64_t>(8, count - 8 * g));
+    for (int64_t i = 0; i < H; i += 8) {
+      turned(rows, 4 * i, turned_rows);
+      for (int r = 0; r < 8; r++)
+        _mm256_store_ps(queries_HV + (i + r) * width + 8 * g, _mm256_castsi256_ps(turned_rows[r]));
+    }
+  }
+  k.each_block(length, [&](int64_t first, int64_t here, const T* at, const Following<T>&) {
+    for (int64_t p = 0; p < here; p += 8) {
+      const float* vectors = as_floats(at + p * H, 8 * H, floats);
+      for (int j = 0; j < 8; j += keys)
+        scores_of<V, keys>(queries_HV, vectors + j * H, H, scale, out + j * width);
+      for (int g = 0; g < V; g++) {
+        turned(Eight(out + 8 * g, width, 8), 0, turned_rows);
+        for (int r = 0; r < 8; r++)
+          write(scores + (8 * g + r) * scores_stride + first + p, turned_rows[r]);
+      }
+    }
+  });
+}
+
+template <class T>
+void score_tile(const CachedHead<T>& k, const float* q, int64_t q_stride, int64_t count, int64_t length,
+                float scale, float* scores, int64_t scores_stride, float* room) {
+  const auto score = count > 16 ? score_tile<3, T> : count > 8 ? score_tile<2, T> : score_tile<1, T>;
+  score(k, q, q_stride, count, length, scale, scores, scores_stride, room);
+}
+
+// `blend` for X rows and sixteen columns: each value is read once for all of them.
+template <int X, class T>
+void blend_tile(const CachedHead<T>& v, const float* weights, int64_t weights_stride, int64_t length,
+                int64_t column, float* out) {
+  const int64_t H = v.H;
+  __m256 total[X][2] = {};
+  v.each_block(length, [&](int64_t first, int64_t count, const T* at, const Following<T>&) {
+    __m256 acc[X][2];  // in registers
+    std::memcpy(acc, total, sizeof(total));
+    for (int64_t p = 0; p < count; p++) {
+      const T* here = at + p * H + column;
+      const float* weight = weights + first + p;
+      __m256 low = eight(here), high = eight(here + 8);
+      hold(low);
+      hold(high);
+#pragma GCC unroll 6
+      for (int x = 0; x < X; x++) {
+        const __m256 w = _mm256_broadcast_ss(weight + x * weights_stride);
+        acc[x][0] = _mm256_fmadd_ps(w, low, acc[x][0]);
+        acc[x][1] = _mm256_fmadd_ps(w, high, acc[x][1]);
+      }
+    }
+    std::memcpy(total, acc, sizeof(total));
+  });
+  for (int x = 0; x < X; x++) std::memcpy(out + x * H + column, total[x], 64);
+}
+
+template <class T>
+void blend_rows(const CachedHead<T>& v, const float* weights, int64_t weights_stride, int64_t count,
+                int64_t length, float* out) {
+  for (int64_t x = 0, X; x < count; x += X) {
+    X = std::min<int64_t>(6, count - x);
+    const auto blend = X == 6   ? blend_tile<6, T>
+                       : X == 5 ? blend_tile<5, T>
+                       : X == 4 ? blend_tile<4, T>
+                       : X == 3 ? blend_tile<3, T>
+                       : X == 2 ? blend_tile<2, T>
+                                : blend_tile<1, T>;
+    for (int64_t column = 0; column < v.H; column += 16)
+      blend(v, weights + x * weights_stride, weights_stride, length, column, out + x * v.H);
+  }
+}
 #else
+const int TILE_ROWS = 4, LEAST_ROWS = TILE_ROWS, TILE_SCRATCH = 0;
+
+template <class T>
+void score_tile(const CachedHead<T>& k, const float* q, int64_t q_stride, int64_t, int64_t length, float scale,
+                float* scores, int64_t scores_stride, float*) {
+  const int64_t H = k.H;
+  k.each_block(length, [&](int64_t first, int64_t count, const T* at, const Following<T>&) {
     // Four keys at a time: the last ones may be stale, as in `score`.
     for (int64_t p = 0; p < count; p += 4) {
       floats16 products[16] = {};
@@ -327,47 +449,29 @@ void score_tile(const CachedHead<T>& k, const float* q, int64_t q_stride, int64_
       for (int x = 0; x < TILE_ROWS; x++)
         std::memcpy(scores + x * scores_stride + first + p, out + 4 * x, 16);
     }
-#endif
   });
 }
 
-// `blend` for TILE_ROWS rows and sixteen columns: each value is read once for all of them.
 template <class T>
-void blend_tile(const CachedHead<T>& v, const float* weights, int64_t weights_stride, int64_t length,
-                int64_t column, float* out) {
+void blend_rows(const CachedHead<T>& v, const float* weights, int64_t weights_stride, int64_t, int64_t length,
+                float* out) {
   const int64_t H = v.H;
-#if defined(VECTORS_OF_EIGHT)
-  __m256 total[2 * TILE_ROWS] = {};
-#else
-  floats16 total[TILE_ROWS] = {};
-#endif
-  v.each_block(length, [&](int64_t first, int64_t count, const T* at, const Following<T>&) {
-    std::remove_reference_t<decltype(total)> acc;  // in registers
-    std::memcpy(acc, total, sizeof(total));
-    for (int64_t p = 0; p < count; p++) {
-      const T* here = at + p * H + column;
-      const float* weight = weights + first + p;
-#if defined(VECTORS_OF_EIGHT)
-      __m256 low = eight(here), high = eight(here + 8);
-      hold(low);
-      hold(high);
-#pragma GCC unroll 4
-      for (int x = 0; x < TILE_ROWS; x++) {
-        const __m256 w = _mm256_broadcast_ss(weight + x * weights_stride);
-        acc[2 * x] = _mm256_fmadd_ps(w, low, acc[2 * x]);
-        acc[2 * x + 1] = _mm256_fmadd_ps(w, high, acc[2 * x + 1]);
+  for (int64_t column = 0; column < H; column += 16) {
+    floats16 total[TILE_ROWS] = {};
+    v.each_block(length, [&](int64_t first, int64_t count, const T* at, const Following<T>&) {
+      floats16 acc[TILE_ROWS];  // in registers
+      std::memcpy(acc, total, sizeof(total));
+      for (int64_t p = 0; p < count; p++) {
+        const floats16 values = load(at + p * H + column);
+        for (int x = 0; x < TILE_ROWS; x++)
+          acc[x] = fused(splat(weights[x * weights_stride + first + p]), values, acc[x]);
       }
-#else
-      const floats16 values = load(here);
-      for (int x = 0; x < TILE_ROWS; x++)
-        acc[x] = fused(splat(weight[x * weights_stride]), values, acc[x]);
-#endif
-    }
-    std::memcpy(total, acc, sizeof(total));
-  });
-  for (int x = 0; x < TILE_ROWS; x++)
-    std::memcpy(out + x * H + column, reinterpret_cast<float*>(total) + 16 * x, 64);
+      std::memcpy(total, acc, sizeof(total));
+    });
+    for (int x = 0; x < TILE_ROWS; x++) store(out + x * H + column, total[x]);
+  }
 }
+#endif
 
 // out = sum over `length` positions of weight * v, for 16 W columns of the head from `column` on.
 template <int W, class T>
@@ -464,27 +568,27 @@ ONE_COPY void attend(const Model& m, const CachedHead<T>& k, const CachedHead<T>
   }
 }
 
-// `attend` for TILE_ROWS rows of one sequence at consecutive positions, the first of which sees
+// `attend` for `count` rows of one sequence at consecutive positions, the first of which sees
 // `length` keys. Scores have `scores_stride` floats per row, and so has `q` its own stride.
 template <class T>
-ONE_COPY void attend_tile(const Model& m, const CachedHead<T>& k, const CachedHead<T>& v,
-                          int64_t length, const float* q, int64_t q_stride, float* scores,
-                          int64_t scores_stride, float* out, const Input& in, int64_t row,
+ONE_COPY void attend_tile(const Model& m, const CachedHead<T>& k, const CachedHead<T>& v, int64_t length,
+                          int64_t count, const float* q, int64_t q_stride, float* scores,
+                          int64_t scores_stride, float* out, float* room, const Input& in, int64_t row,
                           int64_t column) {
-  const int64_t H = m.H, last = length + TILE_ROWS - 1;
+  const int64_t H = m.H, last = length + count - 1;
   const float scale = 1.0f / std::sqrt(float(H));
   for (int64_t g = 0; g < m.N / m.K; g++) {
-    score_tile(k, q + g * H, q_stride, last, scale, scores, scores_stride);
+    score_tile(k, q + g * H, q_stride, count, last, scale, scores, scores_stride, room);
     float totals[TILE_ROWS];
-    for (int x = 0; x < TILE_ROWS; x++) {
+    for (int64_t x = 0; x < count; x++) {
       float* here = scores + x * scores_stride;
       k.scale(here, length + x);
       totals[x] = soften(here, length + x);
       v.scale(here, length + x);
       for (int64_t p = length + x; p < last; p++) here[p] = 0;  // keys of later rows
     }
-    for (int64_t i = 0; i < H; i += 16) blend_tile(v, scores, scores_stride, last, i, out);
-    for (int x = 0; x < TILE_ROWS; x++) {
+    blend_rows(v, scores, scores_stride, count, last, out);
+    for (int64_t x = 0; x < count; x++) {
       for (int64_t i = 0; i < H; i++) out[x * H + i] /= totals[x];
       in.put(row + x, column + g * H, out + x * H, H);
     }
@@ -524,13 +628,9 @@ struct Rows {
 
   int64_t longest;  // keys that the last of all positions sees
 
-  // Whether the TILE_ROWS rows from `row` on are of one sequence, at consecutive positions.
-  bool is_tile(int64_t row) const {
-    for (int64_t x = 1; x < TILE_ROWS; x++)
-      if (row + x >= count || tables[row + x] != tables[row] ||
-          positions[row + x] != positions[row] + x)
-        return false;
-    return true;
+  // Whether row + x continues the sequence of `row`.
+  bool follows(int64_t row, int64_t x) const {
+    return row + x < count && tables[row + x] == tables[row] && positions[row + x] == positions[row] + x;
   }
 };
 
@@ -584,11 +684,16 @@ struct Heads {
     attend(m, k, v, rows.positions[row] + 1, q, scratch + m.H, scratch, attended, row, n);
   }
 
-  void look_back_tile(int64_t row, int64_t head, float* scratch) const {
-    const int64_t n = head * (m.N / m.K) * m.H, stride = padded(rows.longest);
-    attend_tile(m, cached(row, head, 0), cached(row, head, 1), rows.positions[row] + 1,
-                qkv + row * qkv_width + n, qkv_width, scratch + TILE_ROWS * m.H, stride, scratch,
-                attended, row, n);
+  // The same for `count` rows of one sequence.
+  void look_back_tile(int64_t row, int64_t count, int64_t head, float* scratch) const {
+    const int64_t n = head * (m.N / m.K) * m.H, stride = apart(rows.longest);
+    float *out = scratch, *room = out + TILE_ROWS * m.H, *scores = room + TILE_SCRATCH * m.H;
+    attend_tile(m, cached(row, head, 0), cached(row, head, 1), rows.positions[row] + 1, count,
+                qkv + row * qkv_width + n, qkv_width, scores, stride, out, room, attended, row, n);
+  }
+
+  static int64_t scratch_size(int64_t H, int64_t longest) {
+    return (TILE_ROWS + TILE_SCRATCH) * H + TILE_ROWS * apart(longest);
   }
 
   // Work that a row takes, in keys read; preparing it counts as some.
@@ -620,13 +725,15 @@ struct Heads {
       done = head * total;
       for (int64_t row = 0; row < R && done < last;) {
         // A row's result is the same in a tile and alone, so threads may cut them anywhere.
-        const bool mine = done >= first, tile = mine && m.H % 16 == 0 && rows.is_tile(row) &&
-                                                done + TILE_ROWS * work(row + TILE_ROWS - 1) <= last;
-        if (tile)
-          look_back_tile(row, head, scratch);
+        const bool mine = done >= first;
+        int64_t count = 0;  // rows of one sequence that are all of this thread, or of none
+        do done += work(row + count++);
+        while (count < TILE_ROWS && rows.follows(row, count) && done < last && mine == (done >= first));
+        if (mine && count >= LEAST_ROWS && m.H % 16 == 0)
+          look_back_tile(row, count, head, scratch);
         else if (mine)
-          look_back(row, head, scratch);
-        for (int64_t end = row + (tile ? TILE_ROWS : 1); row < end; row++) done += work(row);
+          for (int64_t x = 0; x < count; x++) look_back(row + x, head, scratch);
+        row += count;
       }
     }
   }
@@ -698,7 +805,7 @@ void earlyfusion_step(const Model* model, int64_t R, float* x_RD, const int64_t*
     Lease own;
     const Input in = own.input(R, D, bf16);
     float *x = own->of<float>(R * D), *norm_scratch = own->of<float>(D);
-    float* scratch = own->of<float>(TILE_ROWS * (m.H + padded(rows.longest)));
+    float* scratch = own->of<float>(Heads<float>::scratch_size(m.H, rows.longest));
     std::memcpy(x, x_RD, R * D * sizeof(float));
     const auto before_branch = [&](const float* norm) {
       if (m.norm_after)

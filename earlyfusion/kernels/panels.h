@@ -48,6 +48,12 @@ struct Eight {
         scales[r] = static_cast<const char*>(m.scales) + number * m.stride / 32 * 2;
     }
   }
+
+  // `count` rows of floats; the last one stands for those that are missing.
+  Eight(const float* first, int64_t stride, int64_t count) {
+    for (int64_t r = 0; r < 8; r++)
+      row[r] = reinterpret_cast<const char*>(first + std::min(r, count - 1) * stride);
+  }
 };
 
 // 16 bytes of rows r and r + 4, side by side.
