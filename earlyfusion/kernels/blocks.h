@@ -17,11 +17,11 @@ const int64_t FEW = 4;      // rows of input from which on this pays
 const int64_t BLOCK = 512;  // columns that all rows of input pass by before the next ones are read
 
 // Adds the products of X rows of input with four rows of weights, in one block of columns, to their sums
-// [X, side, row of weights, 8]; at the `beginning` these are nothing. Meanwhile it fetches a row of the next
-// block for each side.
+// [X, side, row of weights, 8]; at the `beginning` these are nothing. Meanwhile it fetches `each` bytes per sixteen
+// columns for each side.
 template <int X>
 inline void block4(const float* w, int64_t stride, const float* x, int64_t x_stride, int64_t columns,
-                   bool beginning, const char* const* ahead, int64_t bits, float* sums) {
+                   bool beginning, const char* const* ahead, int64_t each, float* sums) {
   for (int side = 0; side < 2; side++) {
     __m256 sum[X][4];
     float* kept = sums + 32 * side;
@@ -31,7 +31,7 @@ inline void block4(const float* w, int64_t stride, const float* x, int64_t x_str
       for (int r = 0; r < 4; r++)
         sum[i][r] = beginning ? _mm256_setzero_ps() : _mm256_load_ps(kept + 64 * i + 8 * r);
     for (int64_t c = 8 * side; c < columns; c += 16) {
-      _mm_prefetch(ahead[side] + c * bits / 8, _MM_HINT_T0);
+      _mm_prefetch(ahead[side] + c / 16 * each, _MM_HINT_T0);
       __m256 entries[X];
 #pragma GCC unroll 3
       for (int i = 0; i < X; i++) hold(entries[i] = eight(x + i * x_stride + c));
@@ -91,7 +91,7 @@ void order_blocks(const float* x, int64_t x_stride, int64_t R, int64_t stride, f
 template <Format F>
 void put_few(const Matrix& m, Range mine, const float* blocks, int64_t R, Room& memory, float* y,
              int64_t y_stride) {
-  const int64_t tiles = (R + TILE - 1) / TILE;
+  const int64_t tiles = (R + TILE - 1) / TILE, parts = tiles < 4 ? 1 : 2;
   float *sums = memory.of(R * 64 + 4 * BLOCK), *unpacked = sums + R * 64;
   for (int64_t n = mine.first; n < mine.last; n += 4) {
     for (int64_t first = 0; first < m.stride; first += BLOCK) {
@@ -105,12 +105,16 @@ void put_few(const Matrix& m, Range mine, const float* blocks, int64_t R, Room& 
       int64_t row = 0;
       for (int64_t t = 0; t < tiles; t++) {
         const int64_t X = (R - row + tiles - t - 1) / (tiles - t);  // 2 or 3, as even as possible
-        // Each tile passes twice, once for each side; the four rows of `next` are spread over these.
+        // Each tile passes twice, once for each side; the four rows of `next` are spread over four or eight passes.
         const char* ahead[2];
-        for (int side = 0; side < 2; side++) ahead[side] = t < 2 ? next.row[2 * t + side] : here.row[0];
+        for (int side = 0; side < 2; side++) {
+          const int64_t pass = 2 * t + side;
+          ahead[side] = pass / parts < 4 ? next.row[pass / parts] + pass % parts * (columns / parts) * here.bits / 8
+                                         : here.row[0];
+        }
         const float* block = blocks + R * first + row * columns;
         (X == 2 ? block4<2> : block4<3>)(w, stride, block, columns, columns, first == 0, ahead,
-                                         here.bits, sums + row * 64);
+                                         2 * here.bits / parts, sums + row * 64);
         row += X;
       }
     }
