@@ -96,8 +96,9 @@ def work(contender: str, file: str, threads: int) -> None:
         print(json.dumps(model.measure(int(line))), flush=True)
 
 
-def write_gguf(file: str, bits: str, shape: dict[str, Any]) -> None:
-    """A file of random weights; matrices of one size are the same, which does not change speed."""
+def write_gguf(file: str, bits: str, shape: dict[str, Any], tokenizer: str | None) -> None:
+    """A file of random weights; matrices of one size are the same, which does not change speed.
+    `tokenizer` is a tokenizer.json, which servers need."""
     import gguf
     import numpy as np
 
@@ -121,7 +122,10 @@ def write_gguf(file: str, bits: str, shape: dict[str, Any]) -> None:
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(shape["words"])
     writer.add_rope_dimension_count(H)
-    writer.add_tokenizer_model("no_vocab")
+    if tokenizer is None:
+        writer.add_tokenizer_model("no_vocab")
+    else:
+        add_tokenizer(writer, Path(tokenizer), shape["words"])
     writer.add_bool("chameleon.swin_norm", False)
     head_norm = np.ones((N, H), np.float32)
     tensors: dict[str, Any] = {
@@ -146,6 +150,26 @@ def write_gguf(file: str, bits: str, shape: dict[str, Any]) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def add_tokenizer(writer: Any, file: Path, words: int) -> None:
+    """The byte-level BPE of a tokenizer.json. Control tokens and codes are no text."""
+    import gguf
+
+    known = json.loads(file.read_text("utf-8"))
+    plain, added = known["model"]["vocab"], {t["content"]: t["id"] for t in known["added_tokens"]}
+    names = {i: f"<unused {i}>" for i in range(words)} | {i: n for n, i in plain.items()}
+    names |= {i: n for n, i in added.items()}
+    text, control = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL
+    special = {i for n, i in plain.items() if n.startswith(("IMGIMG", "<"))} | set(added.values())
+    merges = [m if isinstance(m, str) else " ".join(m) for m in known["model"]["merges"]]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("chameleon")
+    writer.add_token_list([names[i] for i in range(words)])
+    writer.add_token_types([control if i in special else text for i in range(words)])
+    writer.add_token_merges(merges)
+    for name, add in (("<s>", writer.add_bos_token_id), ("</s>", writer.add_eos_token_id)):
+        add((plain | added)[name])
 
 
 # ---- the process that asks them
@@ -219,13 +243,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
-    for name in ("--work", "--write", "--file", "--sizes"):
+    for name in ("--work", "--write", "--file", "--sizes", "--tokenizer"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
         work(options.work, options.file, options.threads)
     elif options.write:
-        write_gguf(options.file, options.write, json.loads(options.sizes))
+        sizes = json.loads(options.sizes)
+        write_gguf(options.file, options.write, sizes, options.tokenizer)
     else:
         with tempfile.TemporaryDirectory() as folder:
             compare(options, Path(folder))

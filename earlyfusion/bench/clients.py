@@ -14,7 +14,7 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
-_TOLD = re.compile(rb'"content":"[^"]|"images?[_"]')
+_TOLD = re.compile(rb'"(?:content|text)":"[^"]|"images?[_"]')
 _USAGE = re.compile(rb'data: (\{.*"usage":\{.*\})')
 _KEPT = 4096  # bytes of the end of a reply
 
