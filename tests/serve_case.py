@@ -22,9 +22,9 @@ import earlyfusion
 from earlyfusion import Chameleon, Reply
 from earlyfusion.api import Output
 from earlyfusion.serve.app import make_app
-from earlyfusion.serve.options import ServeOptions
+from earlyfusion.serve.options import MAX_HEAD_BYTES, ServeOptions
 from earlyfusion.serve.process import RemoteEngine
-from earlyfusion.serve.run import Server
+from earlyfusion.serve.run import Server, http_parser
 from earlyfusion.serve.service import Service
 
 STRAWBERRY = (
@@ -80,7 +80,15 @@ def running(
     model = model or (mini() if first is None else first.front.model)
     app = make_app(model, ServeOptions(port=0, **options), remote)
     config = uvicorn.Config(
-        app, host="127.0.0.1", port=0, log_config=None, access_log=False, ws="none", lifespan="on"
+        app,
+        host="127.0.0.1",
+        port=0,
+        log_config=None,
+        access_log=False,
+        ws="none",
+        lifespan="on",
+        http=http_parser(),
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
     )
     server = Server(config, app.state.service, quiet=True)
     thread = Thread(target=server.run)

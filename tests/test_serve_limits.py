@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from threading import Event, Thread
 from time import perf_counter, sleep
 from typing import Any
@@ -92,6 +92,42 @@ def test_large_bodies_are_refused(server: Running) -> None:
         reply = client.post(f"{server.url}/v1/images/edits", data={"prompt": "a"}, files=files)
         assert reply.status_code == 413
     assert server.get("/health").status_code == 200
+
+
+_POST = b"POST /health HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        b"GET /health?",
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Long: ",
+        _POST + b"1\r\n{\r\n0\r\nX: ",
+    ],
+    ids=["line", "header", "behind the body"],
+)
+def test_endless_heads_are_refused(server: Running, start: bytes) -> None:
+    if start.startswith(_POST):
+        pytest.importorskip("httptools")  # with the other parser uvicorn closes without a reply
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as client:
+        client.sendall(start)
+        sent, told = 0, b""
+        while b" 400 " not in told:
+            sent += client.send(b"x" * 4096)
+            assert sent < 10_000_000
+            client.settimeout(0.05)
+            with suppress(TimeoutError):
+                told += client.recv(65_536)
+        assert sent > 20_000
+
+
+def test_heads_that_come_whole_are_limited_too(server: Running) -> None:
+    pytest.importorskip("httptools")
+    assert server.get("/health", **{"x-long": "x" * 20_000}).status_code == 200
+    assert server.get("/health", **{"x-long": "x" * 40_000}).status_code == 400
+    assert server.get("/health", **{f"x-{i}": "x" * 400 for i in range(100)}).status_code == 400
+    assert server.get("/health?" + "x" * 40_000).status_code == 400
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from earlyfusion.serve.chat import ChatReply
 from earlyfusion.serve.completions import CompletionReply
 from earlyfusion.serve.driver import Batch, BrokenError, ClosedError, FullError, LateError
 from earlyfusion.serve.errors import ApiError, reported
-from earlyfusion.serve.gate import Gate
+from earlyfusion.serve.gate import Answer, Gate
 from earlyfusion.serve.images import ImagesReply
 from earlyfusion.serve.metrics import CONTENT_TYPE
 from earlyfusion.serve.options import ServeOptions
@@ -44,9 +44,9 @@ from earlyfusion.serve.protocol import (
     read,
 )
 from earlyfusion.serve.replicas import Remotes
-from earlyfusion.serve.replies import EventStream, GoneError, JsonReply, sse, unless_gone
+from earlyfusion.serve.replies import EventStream, GoneError, JsonReply, unless_gone
 from earlyfusion.serve.responses import ResponseReply
-from earlyfusion.serve.service import Service
+from earlyfusion.serve.service import QUICK_LETTERS, Service
 
 Body = TypeVar("Body", bound=Wire)
 STALE_SECONDS = 10.0  # without a step, after which the engine counts as stuck
@@ -85,9 +85,9 @@ def make_app(
     app.add_exception_handler(404, _no_route)
     app.add_exception_handler(405, _no_route)
     app.add_exception_handler(RequestValidationError, _no_route)
-    _Routes(service).add(app)
+    direct = _Routes(service).add(app)
     app.include_router(page_routes())
-    app.add_middleware(Gate, service=service)
+    app.add_middleware(Gate, service=service, direct=direct)
     if service.options.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -120,9 +120,9 @@ class _Routes:
     def __init__(self, service: Service) -> None:
         self._service, self._options = service, service.options
 
-    def add(self, app: FastAPI) -> None:
-        """Give the application its routes."""
-        bodies: list[tuple[str, Callable[[Request], Awaitable[Response]], type[Wire]]] = [
+    def add(self, app: FastAPI) -> dict[str, Answer]:
+        """Give the application its routes. Returns those that read a JSON body, by path."""
+        bodies: list[tuple[str, Answer, type[Wire]]] = [
             ("/v1/chat/completions", self.chat, ChatRequest),
             ("/v1/completions", self.completions, CompletionRequest),
             ("/v1/responses", self.responses, ResponseRequest),
@@ -155,6 +155,7 @@ class _Routes:
         app.delete("/v1/files/{number}")(self.delete_file)
         app.delete("/v1/responses/{number}")(self.delete_response)
         app.openapi = partial(_described, app, app.openapi)  # type: ignore[method-assign]
+        return {path: answer for path, answer, _ in bodies}
 
     # --- generation ---
 
@@ -166,8 +167,9 @@ class _Routes:
         def prompts() -> list[Prompt]:
             return [reader.chat(body.messages)]
 
-        prepared = await self._service.begin(prompts, chat.spec_of(body))
-        reply = ChatReply(self._service, body, prepared, self._service.base(request))
+        quick = chat.is_quick(body)
+        prepared = await self._service.begin(prompts, chat.spec_of(body), quick=quick)
+        reply = ChatReply(self._service, body, prepared, partial(self._service.base, request))
         return await self._reply(request, reply, body.stream, prepared.batch, headers)
 
     async def completions(self, request: Request) -> Response:
@@ -199,7 +201,8 @@ class _Routes:
     async def generations(self, request: Request) -> Response:
         body, headers = await self._body(request, GenerationRequest)
         words = body.prompt
-        return await self._draw(request, body, lambda: words, headers, "image_generation")
+        quick = len(words) <= QUICK_LETTERS
+        return await self._draw(request, body, lambda: words, headers, "image_generation", quick)
 
     async def edits(self, request: Request) -> Response:
         if _is_form(request):
@@ -239,9 +242,11 @@ class _Routes:
         prompt: Callable[[], Prompt],
         headers: dict[str, str],
         family: str,
+        quick: bool = False,
     ) -> Response:
         self._service.check_model(body.model)
-        prepared = await self._service.begin(lambda: [prompt()], images.spec_of(body))
+        spec = images.spec_of(body)
+        prepared = await self._service.begin(lambda: [prompt()], spec, quick=quick)
         base = self._service.base(request)
         reply = ImagesReply(self._service, body, prepared, base, family)
         return await self._reply(request, reply, body.stream, prepared.batch, headers)
@@ -255,7 +260,7 @@ class _Routes:
         headers: dict[str, str],
     ) -> Response:
         if stream:
-            return EventStream(_with_errors(reply.stream()), batch, headers)
+            return EventStream(reply.stream(), batch, headers)
         try:
             return JsonReply(await unless_gone(request.receive, reply.whole()), headers=headers)
         except GoneError:  # nobody reads this reply; its status is for the log
@@ -425,15 +430,6 @@ async def _closing(form: FormData) -> AsyncIterator[None]:
 
 def _header(ignored: list[str]) -> dict[str, str]:
     return {IGNORED: ", ".join(ignored)[:1000]} if ignored else {}
-
-
-async def _with_errors(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The stream; an error in the middle of it is its last event."""
-    try:
-        async for chunk in chunks:
-            yield chunk
-    except Exception as error:
-        yield sse(reported(error).body)
 
 
 _ERROR = {

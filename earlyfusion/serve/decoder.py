@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import multiprocessing
-import os
+import pickle
 import signal
-from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
+import socket
+import struct
+from collections import deque
+from concurrent.futures import Executor
 from multiprocessing import get_context
-from threading import Thread
-from typing import NamedTuple
+from multiprocessing.process import BaseProcess
+from typing import BinaryIO, NamedTuple, TypeAlias
 
 from earlyfusion.api import Chameleon
 from earlyfusion.generation.request import ImageDone, ImagePreview
@@ -26,6 +28,7 @@ from earlyfusion.serve.protocol import Format
 from earlyfusion.serve.store import pixels_digest
 
 log = logging.getLogger("earlyfusion.serve")
+_LENGTH = struct.Struct("<Q")  # before each pickle between the two processes
 
 
 class Drawn(NamedTuple):
@@ -35,23 +38,30 @@ class Drawn(NamedTuple):
     pixels: bytes
 
 
+Task: TypeAlias = tuple[ImageDone | ImagePreview, Format, int]
+
+
+class _EndedError(Exception):
+    """The decoder's process has ended."""
+
+
 class Decoder:
     """Makes the files of one server. Without a process, `threads` decode."""
 
     def __init__(self, model: Chameleon, threads: Executor, apart: bool) -> None:
         self._model, self._threads, self._apart = model, threads, apart
-        self._pool: ProcessPoolExecutor | None = None
-        self._starting = self._closed = False
+        self._process: _Process | None = None
+        self._starting: asyncio.Task[None] | None = None
 
     async def file(self, event: ImageDone | ImagePreview, form: Format, compression: int) -> Drawn:
         """The file of a whole or an unfinished picture."""
-        loop = asyncio.get_running_loop()
-        pool = self._started()
-        if pool is not None:
+        process = self._started()
+        if process is not None:
             try:
-                return await loop.run_in_executor(pool, _drawn_there, event, form, compression)
-            except BrokenExecutor:
-                self._lose(pool)
+                return await process.ask((event, form, compression))
+            except _EndedError:
+                self._lose(process)
+        loop = asyncio.get_running_loop()
         return await loop.run_in_executor(
             self._threads, drawn, self._model, event, form, compression
         )
@@ -59,41 +69,91 @@ class Decoder:
     @property
     def apart(self) -> bool:
         """Whether a process decodes now."""
-        return self._pool is not None
+        return self._process is not None
 
-    def close(self) -> None:
-        self._closed = True
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+    async def close(self) -> None:
+        self._apart = False
+        if self._starting is not None:
+            await self._starting
+        if self._process is not None:
+            self._process.close()
 
-    def _started(self) -> ProcessPoolExecutor | None:
+    def _started(self) -> _Process | None:
         """The process; None until it has started. Starts it if none is starting."""
-        if self._apart and self._pool is None and not self._starting:
-            self._starting = True
-            Thread(target=self._start, name="start decoder", daemon=True).start()
-        return self._pool
+        if self._apart and self._process is None and self._starting is None:
+            self._starting = asyncio.create_task(self._start())
+        return self._process
 
-    def _start(self) -> None:
-        pool = ProcessPoolExecutor(
-            1, get_context("spawn"), initializer=_begin, initargs=(self._model,)
-        )
+    async def _start(self) -> None:
         try:
-            pool.submit(os.getpid).result()
+            self._process = await _Process.started(self._model)
         except Exception:
             log.exception("the decoder's process did not start: threads decode pictures")
             self._apart = False
-            pool.shutdown(wait=False)
-        else:
-            self._pool = pool
-        self._starting = False
-        if self._closed:
-            self.close()
+        self._starting = None
 
-    def _lose(self, pool: ProcessPoolExecutor) -> None:
-        log.error("the decoder's process ended: it is started again")
-        if self._pool is pool:
-            self._pool = None
-        pool.shutdown(wait=False)
+    def _lose(self, process: _Process) -> None:
+        if self._process is process:
+            log.error("the decoder's process ended: it is started again")
+            self._process = None
+
+
+class _Process:
+    """The decoder's process. It answers in order, one picture after the other."""
+
+    def __init__(self, process: BaseProcess, writer: asyncio.StreamWriter) -> None:
+        self._process, self._writer = process, writer
+        self._asked: deque[asyncio.Future[Drawn]] = deque()
+        self._ended = False
+        self._reading: asyncio.Task[None] | None = None  # kept, as the loop does not keep it
+
+    @classmethod
+    async def started(cls, model: Chameleon) -> _Process:
+        """A process that is ready. Raises what hindered it."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = get_context("spawn").Process(target=_run, args=(theirs, model), daemon=True)
+            await asyncio.to_thread(process.start)
+        reader, writer = await asyncio.open_connection(sock=ours)
+        await reader.readexactly(1)  # it has loaded
+        there = cls(process, writer)
+        there._reading = asyncio.create_task(there._read(reader))
+        return there
+
+    async def ask(self, task: Task) -> Drawn:
+        """The answer. Raises the error of a picture that cannot be decoded, or `_EndedError`."""
+        if self._ended:
+            raise _EndedError
+        future = asyncio.get_running_loop().create_future()
+        self._asked.append(future)
+        self._writer.write(_message(task))
+        return await future
+
+    def close(self) -> None:
+        self._writer.close()
+        self._process.kill()
+        self._process.join()
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        try:
+            while True:
+                [length] = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
+                answer = pickle.loads(await reader.readexactly(length))
+                future = self._asked.popleft()
+                if future.done():  # its client has left
+                    continue
+                if isinstance(answer, Drawn):
+                    future.set_result(answer)
+                else:
+                    future.set_exception(answer)
+        except (asyncio.IncompleteReadError, OSError):
+            pass
+        finally:
+            self._ended = True
+            self._writer.close()
+            for future in self._asked:
+                if not future.done():
+                    future.set_exception(_EndedError())
 
 
 def drawn(
@@ -105,24 +165,37 @@ def drawn(
     return Drawn(encoded(shown.pil, form, compression), pixels_digest(shown.pil))
 
 
-_there: list[Chameleon] = []  # in the decoder's process: its model
+def _message(content: object) -> bytes:
+    data = pickle.dumps(content)
+    return _LENGTH.pack(len(data)) + data
 
 
-def _begin(model: Chameleon) -> None:
+def _run(connection: socket.socket, model: Chameleon) -> None:
+    """The main function of the process: it ends with the connection, so with the server."""
     # A signal to the process group is meant for the server, which then ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    Thread(target=_end_with_server, name="watch", daemon=True).start()
     yield_to_others()
-    _there.append(model)
+    try:
+        with connection, connection.makefile("rb") as stream:
+            connection.sendall(b"\0")
+            while (task := _next(stream)) is not None:
+                connection.sendall(_message(_answer(model, task)))
+    except OSError:
+        pass  # the server has ended
 
 
-def _end_with_server() -> None:
-    server = multiprocessing.parent_process()
-    assert server is not None
-    server.join()
-    os._exit(0)
+def _next(stream: BinaryIO) -> Task | None:
+    head = stream.read(_LENGTH.size)
+    if len(head) < _LENGTH.size:
+        return None
+    task: Task = pickle.loads(stream.read(_LENGTH.unpack(head)[0]))
+    return task
 
 
-def _drawn_there(event: ImageDone | ImagePreview, form: Format, compression: int) -> Drawn:
-    return drawn(_there[0], event, form, compression)
+def _answer(model: Chameleon, task: Task) -> Drawn | Exception:
+    try:
+        return drawn(model, *task)
+    except Exception as error:
+        log.exception("a picture could not be decoded")
+        return RuntimeError(f"{type(error).__name__} in the decoder's process")

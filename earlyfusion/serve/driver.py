@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -92,7 +91,7 @@ class Batch:
         self.cancelled = False
         self.spoken, self.drawing_since = False, self.admitted  # for metrics.py
         self._driver, self._left = driver, 0
-        self._news: deque[tuple[int, Event]] = deque()
+        self._news: list[tuple[int, Event]] = []
         self._error: BaseException | None = None
         self._waiter: asyncio.Future[bool] | None = None
         self._alarm: asyncio.TimerHandle | None = None
@@ -113,16 +112,28 @@ class Batch:
     async def events(
         self, tick: float | None = None, timeout: float | None = None
     ) -> AsyncIterator[tuple[int, Event] | None]:
-        """(number of the request, event) as they come; None after `tick` seconds without any.
+        """The same as `groups`, one by one."""
+        async for group in self.groups(tick, timeout):
+            if group is None:
+                yield None
+            for news in group or ():
+                yield news
+
+    async def groups(
+        self, tick: float | None = None, timeout: float | None = None
+    ) -> AsyncIterator[Sequence[tuple[int, Event]] | None]:
+        """(number of the request, event) of all that has come; None after `tick` seconds without
+        any.
 
         Raises the error that ended a request, or `LateError` after `timeout` seconds.
         """
         end = None if timeout is None else self.admitted + timeout
         while self._left:
-            while self._news:
-                index, event = self._news.popleft()
-                self._left -= isinstance(event, Finished)
-                yield index, event
+            if self._news:
+                group, self._news = self._news, []
+                self._left -= sum(isinstance(event, Finished) for _, event in group)
+                yield group
+                continue
             if self._error is not None:
                 raise self._error
             if not self._left:
@@ -154,7 +165,7 @@ class Batch:
 
     def receive(self, news: _News) -> None:
         """Take the news of a step; called on the event loop."""
-        self._news.extend((news.job.index, event) for event in news.events)
+        self._news += [(news.job.index, event) for event in news.events]
         self._error = self._error or news.error
         self._wake(True)
 
@@ -387,7 +398,8 @@ class Driver:
         """Wait until there is something to do; False if the thread must end."""
         while not self._wait_for_work():
             self._listen()
-        if self._has_died and not self._stopping:
+        # While requests run, `step` notices; asking costs a call of the system.
+        if not self._jobs and self._has_died and not self._stopping:
             self._restart()
         return not self._stopping
 

@@ -9,12 +9,16 @@ import asyncio
 import hmac
 import logging
 import re
+from collections.abc import Awaitable, Callable, Mapping
 from hashlib import sha256
 from random import getrandbits
 from time import monotonic
+from typing import TypeAlias
 from urllib.parse import parse_qs, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from earlyfusion.serve.errors import ApiError, reported
@@ -39,11 +43,20 @@ _CONTENT = re.compile(r"/v1/files/([^/]+)/content")
 _CLIENTS_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
-class Gate:
-    """ASGI middleware around the whole application."""
+Answer: TypeAlias = Callable[[Request], Awaitable[Response]]
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
+
+class Gate:
+    """ASGI middleware around the whole application.
+
+    POST requests whose path is in `direct` are answered by that function. FastAPI, which has the
+    same routes for its description of them, would solve dependencies that they do not have.
+    """
+
+    def __init__(self, app: ASGIApp, service: Service, direct: Mapping[str, Answer]) -> None:
         self._app, self._service, self._options = app, service, service.options
+        self._direct = direct
+        self._names = {self._options.host, urlsplit(self._options.public_url).hostname}
         self._keys = [sha256(key.encode()).digest() for key in self._options.api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -58,13 +71,22 @@ class Gate:
                 return
             if scope["method"] == "POST" and scope["path"] in _GENERATES:
                 self._service.driver.check_room()
-            await self._app(scope, visit.receive, visit.send)
+            await self._pass_on(visit)
         except Exception as error:
             wire = reported(error)
             if not visit.status:
                 await self._answer(wire, visit)
         finally:
             self._note(visit)
+
+    async def _pass_on(self, visit: _Visit) -> None:
+        scope, receive, send = visit.scope, visit.receive, visit.send
+        answer = self._direct.get(scope["path"]) if scope["method"] == "POST" else None
+        if answer is None:
+            await self._app(scope, receive, send)
+        else:
+            reply = await answer(Request(scope, receive, send))
+            await reply(scope, receive, send)
 
     async def _answer(self, error: ApiError, visit: _Visit) -> None:
         reply = JsonReply(error.body, error.status, error.headers)
@@ -90,8 +112,7 @@ class Gate:
             name = urlsplit(f"//{host}").hostname or ""
         except ValueError:
             name = ""
-        public = urlsplit(self._options.public_url).hostname
-        if is_loopback(name) or name in (self._options.host, public):
+        if is_loopback(name) or name in self._names:
             return None
         return ApiError(
             403,

@@ -6,7 +6,14 @@ from time import monotonic
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from earlyfusion.generation.request import Event, Finished, ImageDone, ImageStarted, TextDelta
+from earlyfusion.generation.request import (
+    Event,
+    Finished,
+    ImageDone,
+    ImageProgress,
+    ImageStarted,
+    TextDelta,
+)
 from earlyfusion.serve.driver import Batch
 from earlyfusion.serve.replicas import Drivers
 
@@ -80,6 +87,8 @@ class Metrics:
 
     def observe(self, batch: Batch, event: Event) -> None:
         """Count one event, under the name of the adapter or the model that answers."""
+        if isinstance(event, ImageProgress) or (batch.spoken and isinstance(event, TextDelta)):
+            return  # most events
         now, name = monotonic(), batch.requests[0].adapter or self._model
         if isinstance(event, TextDelta | ImageStarted) and not batch.spoken:
             batch.spoken = True

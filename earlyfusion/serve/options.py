@@ -5,9 +5,11 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from earlyfusion.errors import SettingError
 
+MAX_HEAD_BYTES = 32_768  # of the line and the headers of a request
 MAX_REPLICAS = 64
 DELIVERIES = ("images", "markdown", "both")
 
@@ -93,6 +95,7 @@ def check_replicas(number: int) -> None:
         raise SettingError(f"replicas={number} is not possible: use 1 to {MAX_REPLICAS}")
 
 
+@lru_cache(64)
 def is_loopback(host: str) -> bool:
     """Whether a host's name or address means this machine only."""
     if host.lower() == "localhost":

@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import selectors
 import signal
 import socket
 import threading
@@ -19,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from time import monotonic
 from typing import NamedTuple, TypeAlias, cast
@@ -38,7 +39,9 @@ from earlyfusion.serve.niceness import yield_to_others
 
 log = logging.getLogger("earlyfusion.serve")
 BEAT_SECONDS = 0.5  # the longest time between two messages of a busy child
-GATHER_SECONDS = 0.01  # that events may wait for those of the next steps
+# Seconds that events may wait for those of the next steps: of one request, more for each further
+# one, and at most. Each piece that is sent costs the server as much as several tokens the engine.
+GATHER_SECONDS, GATHER_MORE, GATHER_MOST = 0.015, 0.0008, 0.04
 MAX_FAILURES = 3  # failed steps in a row, after which the engine is made again
 _END_SECONDS = 10.0
 
@@ -104,6 +107,9 @@ class RemoteEngine:
         self._woken, self._waker = socket.socketpair()
         self._woken.setblocking(False)
         self._waker.setblocking(False)
+        # Kept, as a selector made for each message would cost as much as reading it.
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._woken, selectors.EVENT_READ)
         self._numbers = count()
         self._handles: dict[int, RemoteHandle] = {}
         self.preemptions, self.used_blocks, self._heard = 0, 0, 0.0
@@ -125,6 +131,7 @@ class RemoteEngine:
                 "this machine more memory, or choose a smaller --dtype"
             ) from None
         if isinstance(first, Front):
+            self._selector.register(self._connection, selectors.EVENT_READ)
             return first
         self.kill()
         raise first
@@ -168,7 +175,7 @@ class RemoteEngine:
     def step(self) -> None:
         """Wait for the news of the next step, or for `wake`."""
         left = self._heard + self._step_timeout - monotonic()
-        ready = wait([self._connection, self._woken], max(left, 0))
+        ready = [key.fileobj for key, _ in self._selector.select(max(left, 0))]
         if left <= 0 and self._connection not in ready:
             raise GoneError(f"a step of the engine took over {self._step_timeout:g} s")
         if self._woken in ready:
@@ -200,13 +207,17 @@ class RemoteEngine:
         self._close_wakes()
 
     def _close_wakes(self) -> None:
+        self._selector.close()
         self._woken.close()
         self._waker.close()
 
     def kill(self) -> None:
         self._process.kill()
         self._process.join(_END_SECONDS)
-        self._connection.close()
+        if not self._connection.closed:
+            if self._connection.fileno() in self._selector.get_map():
+                self._selector.unregister(self._connection)
+            self._connection.close()
 
     def _ending(self) -> str:
         code = self._process.exitcode or 0
@@ -381,10 +392,11 @@ class _Child:
         return []
 
     def _due(self) -> list[int]:
-        """The requests whose news are sent now: all of them every `GATHER_SECONDS`, between that
-        those that are over, and those with their first."""
+        """The requests whose news are sent now: all of them after the time that events may wait,
+        before that those that are over, and those with their first."""
         now = monotonic()
-        if now - self._gathered >= GATHER_SECONDS:
+        wait = min(GATHER_SECONDS + GATHER_MORE * (len(self._handles) - 1), GATHER_MOST)
+        if now - self._gathered >= wait:
             self._gathered = now
             return [*self._handles]
         return [

@@ -14,6 +14,7 @@ from starlette.types import Message, Receive, Scope, Send
 from earlyfusion.api import Chameleon
 from earlyfusion.generation.request import TokenLogprob, Usage
 from earlyfusion.serve.driver import Batch
+from earlyfusion.serve.errors import reported
 
 Result = TypeVar("Result")
 KEEPALIVE = b": keepalive\n\n"
@@ -76,11 +77,14 @@ class EventStream(Response):
         start = {"type": "http.response.start", "status": self.status_code}
         await send(start | {"headers": self.raw_headers})
         pieces: list[bytes] = []
-        async for chunk in self._chunks:
-            pieces.append(chunk)
-            if not self._batch.goes_on:
-                await send(_body(pieces, more=True))
-                pieces = []
+        try:
+            async for chunk in self._chunks:
+                pieces.append(chunk)
+                if not self._batch.goes_on:
+                    await send(_body(pieces, more=True))
+                    pieces = []
+        except Exception as error:  # in the middle of the stream: it is its last event
+            pieces.append(sse(reported(error).body))
         await send(_body(pieces, more=False))
 
 
@@ -91,17 +95,26 @@ class GoneError(Exception):
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
     """The result of `work`. If the client closes the connection first, `work` is cancelled, and
     `GoneError` raised."""
-    task = asyncio.ensure_future(work)
+    task, over, left = asyncio.current_task(), False, False
+    assert task is not None
     gone = asyncio.ensure_future(_disconnected(receive))
+
+    def leave(_: object) -> None:
+        nonlocal left
+        if not over:
+            left = True
+            task.cancel()
+
+    gone.add_done_callback(leave)
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise GoneError
-        return task.result()
+        return await work
+    except asyncio.CancelledError:
+        if left and not task.uncancel():
+            raise GoneError from None
+        raise
     finally:
-        for future in (task, gone):
-            future.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        over = True
+        gone.cancel()
 
 
 async def _disconnected(receive: Receive) -> None:

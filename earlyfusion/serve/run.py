@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import socket
 import sys
+from importlib.util import find_spec
 from types import FrameType
+from typing import Literal
 
 import uvicorn
 
@@ -13,11 +16,10 @@ from earlyfusion.api import Chameleon
 from earlyfusion.errors import SettingError
 from earlyfusion.serve.app import make_app
 from earlyfusion.serve.logs import log_as_json
-from earlyfusion.serve.options import ServeOptions
+from earlyfusion.serve.options import MAX_HEAD_BYTES, ServeOptions
 from earlyfusion.serve.replicas import Remotes
 from earlyfusion.serve.service import Service
 
-_MAX_HEADER_BYTES = 32_768
 _BACKLOG = 1024
 # Seconds that a thread keeps the interpreter while others wait. With Python's 5 ms for each worker
 # thread, a client would wait mostly for them before it is refused.
@@ -46,9 +48,9 @@ def serve(
         access_log=False,
         server_header=False,
         ws="none",
-        http="h11",  # httptools, which uvicorn would prefer, cannot limit the headers
+        http=http_parser(),
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         lifespan="on",
-        h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
         timeout_graceful_shutdown=max(int(options.drain_seconds), 1),
     )
     server = Server(config, app.state.service, quiet)
@@ -59,6 +61,15 @@ def serve(
         server.run(sockets=[listener])
     finally:
         listener.close()
+
+
+def http_parser() -> type[asyncio.Protocol] | Literal["h11"]:
+    """How HTTP is parsed: by httptools, or by Python where that is not installed."""
+    if find_spec("httptools") is None:
+        return "h11"
+    from earlyfusion.serve.http import LimitedHttp
+
+    return LimitedHttp
 
 
 class Server(uvicorn.Server):

@@ -34,6 +34,8 @@ from earlyfusion.serve.store import MEDIA_TYPES, Conversations, Files, StoredFil
 
 Result = TypeVar("Result")
 _WORKERS = 2
+# Texts up to this length are read at once: two switches of threads take longer.
+QUICK_LETTERS = 500
 _SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
 
 
@@ -89,7 +91,7 @@ class Service:
     async def stop(self) -> None:
         await self.driver.drain(self.options.drain_seconds)
         await asyncio.to_thread(self.driver.stop)
-        self.decoder.close()
+        await self.decoder.close()
         self._workers.shutdown(wait=False, cancel_futures=True)
 
     async def work(self, task: Callable[..., Result], *arguments: Any) -> Result:
@@ -115,12 +117,17 @@ class Service:
             )
 
     async def begin(
-        self, prompts: Callable[[], list[Prompt]], spec: GenerationSpec, count: int | None = None
+        self,
+        prompts: Callable[[], list[Prompt]],
+        spec: GenerationSpec,
+        count: int | None = None,
+        quick: bool = False,
     ) -> Prepared:
-        """Admit, read the prompts in a worker thread, and hand all requests to the engine.
+        """Admit, read the prompts, and hand all requests to the engine.
 
         Each prompt is answered `spec.n` times; with several prompts, `count` is the number of
-        requests in all.
+        requests in all. A worker thread reads the prompts, unless they are `quick`: short, and
+        without pictures and constraints.
         """
         count = count or spec.n
         if count > self.driver.limit:
@@ -133,7 +140,10 @@ class Service:
         # Admission comes first: a full server does not even read the pictures.
         batch = self.driver.admit(count)
         try:
-            requests, read = await self.work(self._requests, prompts, spec)
+            if quick:
+                requests, read = self._requests(prompts, spec)
+            else:
+                requests, read = await self.work(self._requests, prompts, spec)
             batch.submit([request for several in requests for request in several])
         except BaseException:
             batch.close()

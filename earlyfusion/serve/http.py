@@ -1,0 +1,57 @@
+"""HTTP/1.1 by httptools, which parses in C; uvicorn's other parser takes as long as the rest of a
+small request. Unlike that one, httptools takes headers of any length, so this file limits them."""
+
+from __future__ import annotations
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from earlyfusion.serve.options import MAX_HEAD_BYTES
+
+_TOO_LARGE = "The request line and headers are too large."
+
+
+class _TooLargeError(Exception):
+    """Raised in a callback of the parser, which gives up on the connection."""
+
+
+class LimitedHttp(HttpToolsProtocol):
+    """uvicorn's protocol, with at most `MAX_HEAD_BYTES` of request line and headers."""
+
+    _head = 0  # bytes of the request line and headers so far, those behind the body included
+    _unread = 0  # bytes since the parser has last told of a head or a part of a body
+
+    def data_received(self, data: bytes) -> None:
+        self._unread += len(data)
+        super().data_received(data)
+        # A name or a value is only told when it is whole.
+        if self._unread > MAX_HEAD_BYTES and not self.transport.is_closing():
+            self.send_400_response(_TOO_LARGE)
+
+    def on_message_begin(self) -> None:
+        self._head = 0
+        super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count(len(name) + len(value) + len(b": \r\n"))
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._unread = 0
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._unread = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._unread = 0
+        super().on_message_complete()
+
+    def _count(self, size: int) -> None:
+        self._head += size
+        if self._head > MAX_HEAD_BYTES:
+            raise _TooLargeError(_TOO_LARGE)
