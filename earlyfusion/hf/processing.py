@@ -469,8 +469,8 @@ def _texts(text: Any, images: Any) -> list[str] | None:
         raise PromptError("nothing is given: pass a text, images, or both")
     if text is None:
         return None
-    texts = [text] if isinstance(text, str) else list(text)
-    if not all(isinstance(item, str) for item in texts):
+    texts = list(text) if isinstance(text, list | tuple) else [text]
+    if not texts or not all(isinstance(item, str) for item in texts):
         raise PromptError("a text must be a string or a list of strings")
     return texts
 
