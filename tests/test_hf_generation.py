@@ -223,12 +223,41 @@ class TestModes:
         out = model.generate(**inputs, generation_config=config)
         assert len(new_tokens(out, inputs)) == IMAGE_TOKENS
 
+    @pytest.mark.parametrize("where", ["argument", "model"])
+    def test_limits_and_ends_of_the_generation_config(
+        self, model: Any, processor: Any, where: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        inputs = processor(text="Draw a pear.").to(model.device)
+        how: dict[str, Any] = {"multimodal_generation_mode": "text-only", "do_sample": False}
+
+        def drawn(**settings: Any) -> list[int]:
+            config = transformers.GenerationConfig(
+                **{"pad_token_id": 1, "eos_token_id": 2} | settings
+            )
+            if where == "argument":
+                return new_tokens(model.generate(**inputs, generation_config=config, **how), inputs)
+            monkeypatch.setattr(model, "generation_config", config)
+            return new_tokens(model.generate(**inputs, **how), inputs)
+
+        free = drawn(max_new_tokens=6)
+        assert len(free) == 6
+        assert drawn(max_length=inputs["input_ids"].shape[1] + 4) == free[:4]
+        assert drawn(max_new_tokens=6, eos_token_id=[2, free[2]])[:3] == free[:3]
+        how |= {"multimodal_generation_mode": "image-only"}
+        assert len(drawn(max_new_tokens=6)) == IMAGE_TOKENS  # such a limit is meant for text
+        how |= {"guidance_text": 3.0}
+        with pytest.raises(SettingError, match="set num_beams=1"):
+            drawn(num_beams=2)
+
     @pytest.mark.parametrize(
         ("settings", "error", "sentence"),
         [
             ({"multimodal_generation_mode": "pictures"}, SettingError, "'pictures' is unknown"),
             ({"generation_mode": "audio"}, SettingError, "'audio' is unknown"),
             ({"guidance_text": 3.0}, SettingError, "need a mode that draws"),
+            ({"guidance_text": "3"}, SettingError, "guidance_text='3' is not possible"),
+            ({"guidance_image": float("nan")}, SettingError, "guidance_image=nan is not possible"),
+            ({"max_images": -1}, SettingError, "max_images=-1 is not possible"),
             (
                 {"multimodal_generation_mode": "image-only", "max_new_tokens": 9},
                 SettingError,
@@ -254,6 +283,11 @@ class TestModes:
 
 
 class TestProcessor:
+    @pytest.mark.parametrize("text", [[], 5, ["a", 5]])
+    def test_what_is_no_text(self, processor: Any, text: Any) -> None:
+        with pytest.raises(PromptError, match="a text must be a string or a list of strings"):
+            processor(text=text)
+
     def test_ids_equal_the_packages_own(self, processor: Any, own: Processor, model: Any) -> None:
         pictures = [picture(1), picture(2)]
         text = "What is <image> this? <image>"

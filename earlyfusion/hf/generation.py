@@ -18,7 +18,7 @@ from earlyfusion.checkpoints import lumina
 from earlyfusion.errors import ContextError, PromptError, SettingError
 from earlyfusion.generation import guidance
 from earlyfusion.generation.grammar import SLOT, Grammar
-from earlyfusion.generation.settings import Output
+from earlyfusion.generation.settings import Output, SamplingParams
 from earlyfusion.vocabulary import ImageLayout, Vocabulary
 
 Mode = Literal["text-only", "image-only", "interleaved-text-image", "free"]
@@ -96,6 +96,9 @@ class MultimodalGeneration:
         "interleaved-text-image" the prompt is returned with its pictures' own tokens in place of
         placeholders.
         """
+        SamplingParams(  # raises for an impossible value
+            guidance_text=guidance_text, guidance_image=guidance_image, max_images=max_images
+        )
         mode = self._mode(multimodal_generation_mode, generation_mode, generation_config)
         more = {"generation_config": generation_config, "logits_processor": logits_processor}
         parent: Any = super()
@@ -104,8 +107,12 @@ class MultimodalGeneration:
             kwargs.setdefault("image_logits", mode == "free")
             return parent.generate(inputs, **more, **kwargs)
         ids_BT = self._ids(inputs, kwargs)
-        rules = self._rules_of(mode, ids_BT, guidance_text, guidance_image, max_images, kwargs)
-        more["logits_processor"] = self._processors(rules, ids_BT, kwargs, logits_processor)
+        configs = [c for c in (generation_config, self.generation_config) if c is not None]
+        room = self._room(_OUTPUTS[mode], ids_BT.shape[1], kwargs, configs)
+        rules = self._rules_of(mode, room, guidance_text, guidance_image, max_images)
+        more["logits_processor"] = self._processors(
+            rules, ids_BT, kwargs, configs, logits_processor
+        )
         return parent.generate(ids_BT, **more, **self._lengths(rules, generation_config, kwargs))
 
     def _sample(self, input_ids: Tensor, logits_processor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -149,14 +156,12 @@ class MultimodalGeneration:
     def _rules_of(
         self,
         mode: str,
-        ids_BT: Tensor,
+        room: int,
         text: float,
         image: float,
         max_images: int | None,
-        kwargs: Mapping[str, Any],
     ) -> _Rules:
         output, tokens = _OUTPUTS[mode], self.picture_tokens
-        room = self._room(output, ids_BT.shape[1], kwargs)
         most = 1 if output == "image" else room // tokens
         images = most if max_images is None else max_images
         if output == "image" and (images < 1 or room < tokens):
@@ -166,12 +171,20 @@ class MultimodalGeneration:
             )
         return _Rules(output, images, room, text, image)
 
-    def _room(self, output: Output, prompt_tokens: int, kwargs: Mapping[str, Any]) -> int:
-        """The number of new tokens: as requested, else one picture or the whole context."""
+    def _room(
+        self,
+        output: Output,
+        prompt_tokens: int,
+        kwargs: Mapping[str, Any],
+        configs: Sequence[Any],
+    ) -> int:
+        """The number of new tokens: as requested, else one picture or the whole context. Limits of
+        a generation config are meant for replies with text: pipelines set one of 256 tokens."""
         limit = self.config.max_position_embeddings
-        left, room = limit - prompt_tokens, kwargs.get("max_new_tokens")
-        if room is None and kwargs.get("max_length") is not None:
-            room = kwargs["max_length"] - prompt_tokens
+        left, room = limit - prompt_tokens, _most_new(kwargs, prompt_tokens)
+        if room is None and output != "image":
+            most = (_most_new(vars(config), prompt_tokens) for config in configs)
+            room = next((min(number, left) for number in most if number is not None), None)
         if room is None:
             room = self.picture_tokens if output == "image" else left
         if room > left or room < 1:
@@ -182,15 +195,21 @@ class MultimodalGeneration:
         return int(room)
 
     def _processors(
-        self, rules: _Rules, ids_BT: Tensor, kwargs: Mapping[str, Any], given: Any
+        self,
+        rules: _Rules,
+        ids_BT: Tensor,
+        kwargs: Mapping[str, Any],
+        configs: Sequence[Any],
+        given: Any,
     ) -> LogitsProcessorList:
-        if rules.guided and (kwargs.get("num_beams") or self.generation_config.num_beams or 1) > 1:
+        beams = kwargs.get("num_beams") or next((c.num_beams for c in configs if c.num_beams), 1)
+        if rules.guided and beams > 1:
             raise SettingError("guidance does not work with beams: set num_beams=1")
         vocabulary = self.vocabulary
         grammar = Grammar(
             vocabulary,
             self.image_layout,
-            self._stops(kwargs),
+            self._stops(kwargs, configs),
             self.config.vocab_size,
             ids_BT.device,
         )
@@ -211,9 +230,19 @@ class MultimodalGeneration:
             kwargs.setdefault("pad_token_id", self.vocabulary.pad)
         return kwargs | {"max_new_tokens": rules.room, "image_logits": True}
 
-    def _stops(self, kwargs: Mapping[str, Any]) -> list[int]:
-        given = kwargs.get("eos_token_id", self.generation_config.eos_token_id)
+    def _stops(self, kwargs: Mapping[str, Any], configs: Sequence[Any]) -> list[int]:
+        known = (c.eos_token_id for c in configs if c.eos_token_id is not None)
+        given = kwargs.get("eos_token_id", next(known, None))
         return [] if given is None else [given] if isinstance(given, int) else list(given)
+
+
+def _most_new(settings: Mapping[str, Any], prompt_tokens: int) -> int | None:
+    """The most new tokens that these settings of transformers allow; None without a limit."""
+    if settings.get("max_new_tokens") is not None:
+        return int(settings["max_new_tokens"])
+    if settings.get("max_length") is not None:
+        return int(settings["max_length"]) - prompt_tokens
+    return None
 
 
 def _check_unguided(text: float, image: float) -> None:
