@@ -126,6 +126,8 @@ def damaged(adapter: Path, place: Path, **changes: Any) -> Path:
         ({"peft_type": "LOHA"}, "of type LOHA"),
         ({"use_dora": True}, "with use_dora"),
         ({"modules_to_save": ["lm_head"]}, "with modules_to_save"),
+        ({"init_lora_weights": "pissa"}, "with init_lora_weights='pissa'"),
+        ({"alora_invocation_tokens": [5]}, "with alora_invocation_tokens"),
         ({"bias": "all"}, "with biases"),
         ({"lora_alpha": None}, "no lora_alpha"),
         (

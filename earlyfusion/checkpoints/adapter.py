@@ -27,14 +27,24 @@ from earlyfusion.model.transformer import Transformer
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _KEY = re.compile(rf"{re.escape(_PREFIX)}(.+)\.lora_([AB])(?:\.\w+)?\.weight")
-# With any of these settings an adapter is more than a product of two matrices.
+# With any of these settings an adapter is more than a product of two matrices for all tokens.
 _UNSUPPORTED = (
     "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "layer_replication",
     "lora_bias",
     "modules_to_save",
     "trainable_token_indices",
     "target_parameters",
 )
+# Ways to begin an adapter that leave the model's weights as they are. Others, such as "pissa" and
+# "olora", first take the adapter's beginning off the weights that it is added to.
+_PLAIN_BEGINNINGS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 @dataclass(frozen=True)
@@ -177,6 +187,9 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 def _check_plain_lora(folder: Path, config: Mapping[str, Any]) -> None:
     peft_type = config.get("peft_type")
     used = [name for name in _UNSUPPORTED if config.get(name)]
+    begun = config.get("init_lora_weights")
+    begun = begun.lower() if isinstance(begun, str) else begun
+    used += [] if begun in _PLAIN_BEGINNINGS else [f"init_lora_weights={begun!r}"]
     if peft_type != "LORA" or used or config.get("bias", "none") != "none":
         plain = f"with {', '.join(used) or 'biases'}"
         found = plain if peft_type == "LORA" else f"of type {peft_type}"
