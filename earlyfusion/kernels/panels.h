@@ -169,11 +169,15 @@ void pack(const Matrix& m, int64_t n, float* panel) {
   const int64_t steps = m.stride / SUMS;
   for (int g = 0; g < 2; g++) {
     const Eight weights(m, n + 8 * g);
-    for (int64_t c = 0; c < m.stride; c += Unit<F>::columns)
+    float* sums[SUMS];
+    for (int sum = 0; sum < SUMS; sum++) sums[sum] = panel + place(ORDER[sum], steps) + 8 * g;
+    for (int64_t c = 0; c < m.stride; c += Unit<F>::columns) {
+      float* const* out = sums + c % SUMS;
+      const int64_t at = c / SUMS * PANEL;
       Unit<F>::each(weights, c, [&](int k, __m256 column) __attribute__((always_inline)) {
-        const int64_t at = place(ORDER[(c + k) % SUMS], steps) + (c + k) / SUMS * PANEL;
-        _mm256_store_ps(panel + at + 8 * g, column);
+        _mm256_store_ps(out[k % SUMS] + at + k / SUMS * PANEL, column);
       });
+    }
   }
 }
 
