@@ -118,12 +118,13 @@ class CpuStep:
 
         def product(x_RI: Tensor) -> Tensor:
             x_RI = x_RI.float().contiguous()
-            y_RO = torch.empty(len(x_RI), len(packed.data))
+            rows, columns = x_RI.shape
+            y_RO = torch.empty(rows, packed.data.shape[0])
             multiply(
                 ctypes.byref(matrix),
-                len(x_RI),
+                rows,
                 x_RI.data_ptr(),
-                x_RI.shape[1],
+                columns,
                 y_RO.data_ptr(),
                 torch.get_num_threads(),
             )
