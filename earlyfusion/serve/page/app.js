@@ -207,14 +207,31 @@ function later(reply) {
   waiting.add(reply);
 }
 
+// The thread stays at its end while it grows, until somebody scrolls up.
+const scrolled = { follows: true, top: 0 };
+
+function followReplies() {
+  const thread = $("thread");
+  thread.addEventListener("scroll", () => {
+    const near = thread.scrollHeight - thread.scrollTop - thread.clientHeight < 80;
+    // What grows below is no reason to stay behind.
+    if (near || thread.scrollTop < scrolled.top) scrolled.follows = near;
+    scrolled.top = thread.scrollTop;
+  });
+  // A picture has its height only when it is decoded.
+  const grown = new ResizeObserver(() => scrolled.follows && !act.editing && scrollDown());
+  grown.observe($("turns"));
+}
+
 /** Change the thread. If it was scrolled to the end it stays at the end, else where it was. */
 function atTheEnd(change) {
-  const { scrollHeight, scrollTop, clientHeight } = $("thread");
+  const { scrollTop } = $("thread");
   change();
-  $("thread").scrollTop = scrollHeight - scrollTop - clientHeight < 80 ? $("thread").scrollHeight : scrollTop;
+  $("thread").scrollTop = scrolled.follows ? $("thread").scrollHeight : scrollTop;
 }
 
 function scrollDown() {
+  scrolled.follows = true;
   $("thread").scrollTop = $("thread").scrollHeight;
 }
 
@@ -505,6 +522,7 @@ async function start() {
   const known = JSON.parse(store.recall("settings") ?? "{}");
   for (const input of inputs) input.value = known[input.name] ?? "";
   showSchema();
+  followReplies();
   $("key-button").hidden = !key;
   listen();
   setLanguage(store.recall("language") ?? navigator.language);
