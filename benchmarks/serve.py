@@ -35,13 +35,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from statistics import median, quantiles
-from time import perf_counter, process_time
+from time import perf_counter, process_time, sleep
 from typing import Any
 
 from earlyfusion.bench.clients import Answer, Client, mixed_load, resident
 
 CHAT = "/v1/chat/completions"
 _PROBE_SECONDS = 10.0  # after which a client leaves that was let in
+_DECODER_SECONDS = 8.0  # in which the decoder's process starts, which begins with the first picture
 
 
 @dataclass
@@ -230,6 +231,7 @@ def measure(model: str, arguments: argparse.Namespace) -> None:
     print(heading(*names, "processor, µs a token"))
     with started(model, arguments.dtype, 256) as (port, server, engine):
         asyncio.run(load(port, 4, [body_of(n, 8) for n in range(4)]))
+        sleep(_DECODER_SECONDS)
         for i, clients in enumerate(arguments.clients):
             rows: list[tuple[float, ...]] = []
             tally = Tally()
