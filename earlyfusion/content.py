@@ -11,7 +11,6 @@ read. Reading the largest picture takes about 1 GB of memory, 2 GB as AVIF or WE
 from __future__ import annotations
 
 import base64
-import binascii
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -333,10 +332,14 @@ def _unpacked(text: str) -> bytes:
     if comma and not head.endswith(";base64"):
         raise ImageError("a data URL of a picture must be in base64: data:image/png;base64,…")
     try:
-        # Many tools break the lines of base64.
-        return base64.b64decode("".join((body if comma else text).split()), validate=True)
-    except (binascii.Error, ValueError):
+        return base64_bytes(body if comma else text)
+    except ValueError:
         raise ImageError("the base64 of a picture is damaged: encode its bytes again") from None
+
+
+def base64_bytes(text: str) -> bytes:
+    """The bytes of base64, whose lines may be broken, as many tools do. Raises `ValueError`."""
+    return base64.b64decode("".join(text.split()), validate=True)
 
 
 def _by_two_speakers(messages: Sequence[Message]) -> list[Message]:

@@ -337,6 +337,7 @@ def test_sizes_are_checked_before_a_pixel_is_decoded() -> None:
 
 def test_data_urls_are_of_pictures_in_base64() -> None:
     assert unpacked("data:image/png;base64,YQ==") == b"a"
+    assert unpacked("data:image/png;base64,YQ\n==\r\n") == b"a"
     for wrong in ("data:image/png,abc", "data:text/html;base64,YQ==", "data:image/png;base64,a"):
         with pytest.raises(ApiError):
             unpacked(wrong)

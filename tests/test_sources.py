@@ -410,6 +410,7 @@ def test_pictures_of_the_net_and_outside_of_a_hub_data_set_are_not_read(tmp_path
     with pytest.raises(DataError, match="is not in"):
         open_folder.read("none.png")
     assert open_folder.read("data:image/png;base64,UE5H") == b"PNG"
+    assert open_folder.read("data:image/png;base64,UE5\nH\n") == b"PNG"
 
 
 def test_outlines_are_the_rows_with_a_byte_in_place_of_each_picture(tmp_path: Path) -> None:

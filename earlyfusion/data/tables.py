@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from earlyfusion.content import MAX_FILE_BYTES
+from earlyfusion.content import MAX_FILE_BYTES, base64_bytes
 from earlyfusion.data.joined import Joined
 from earlyfusion.errors import DataError
 from earlyfusion.files import replacing
@@ -602,14 +602,11 @@ def _decoded(data: bytes) -> str:
 
 
 def _data_url(name: str) -> bytes:
-    import base64
-    import binascii
-
     # data:image/png;base64,… is the only kind that chat protocols use.
     head, _, data = name.partition(",")
     try:
-        return base64.b64decode(data, validate=True) if head.endswith(";base64") else b""
-    except (binascii.Error, ValueError):
+        return base64_bytes(data) if head.endswith(";base64") else b""
+    except ValueError:
         raise DataError("the data URL of an image is damaged: write it as base64") from None
 
 

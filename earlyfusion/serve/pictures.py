@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 from dataclasses import dataclass
 from io import BytesIO
 
@@ -15,7 +14,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from earlyfusion.content import Image
+from earlyfusion.content import Image, base64_bytes
 from earlyfusion.serve.errors import ApiError
 from earlyfusion.serve.options import ServeOptions
 from earlyfusion.serve.protocol import Format
@@ -112,8 +111,8 @@ def unpacked(address: str) -> bytes:
 def decoded(text: str) -> bytes:
     """The bytes of base64. Raises `ApiError`."""
     try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
+        return base64_bytes(text)
+    except ValueError:
         raise ApiError(
             400, "the base64 of a picture is damaged: encode its bytes again", code="invalid_image"
         ) from None
