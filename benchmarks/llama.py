@@ -196,12 +196,9 @@ class Contender:
         self._process.wait()
 
 
-def compare(options: argparse.Namespace, folder: Path) -> None:
-    from earlyfusion.bench.harness import OURS, Row, medians, save, table, take_turns
-    from earlyfusion.bench.shapes import write_random
-
-    config = write_random(options.shape, folder / "model")
-    shape = {
+def sizes_of(config: Any) -> dict[str, int]:
+    """The sizes of a ModelConfig, as `--sizes` takes them."""
+    return {
         "width": config.hidden_size,
         "inner": config.intermediate_size,
         "heads": config.num_attention_heads,
@@ -209,6 +206,14 @@ def compare(options: argparse.Namespace, folder: Path) -> None:
         "layers": config.num_hidden_layers,
         "words": config.vocab_size,
     }
+
+
+def compare(options: argparse.Namespace, folder: Path) -> None:
+    from earlyfusion.bench.harness import OURS, Row, medians, save, table, take_turns
+    from earlyfusion.bench.shapes import write_random
+
+    config = write_random(options.shape, folder / "model")
+    shape = sizes_of(config)
     rows = []
     for dtype in options.dtypes:
         bits, file = BITS[dtype], str(folder / f"{dtype}.gguf")

@@ -35,6 +35,8 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+from llama import sizes_of
+
 from earlyfusion.bench.clients import Client
 
 ROUTE = "/v1/completions"
@@ -135,15 +137,7 @@ def gguf_file(options: argparse.Namespace, folder: Path, python: str) -> Path:
 
     file = folder.with_name("model.gguf")
     command = [python, str(Path(__file__).with_name("llama.py")), "--write", _BITS[options.dtype]]
-    config = SHAPES[options.shape]
-    sizes = {
-        "width": config.hidden_size,
-        "inner": config.intermediate_size,
-        "heads": config.num_attention_heads,
-        "head_width": config.head_dim,
-        "layers": config.num_hidden_layers,
-        "words": config.vocab_size,
-    }
+    sizes = sizes_of(SHAPES[options.shape])
     tokenizer = str(folder / "tokenizer.json")
     command += ["--file", str(file), "--sizes", json.dumps(sizes), "--tokenizer", tokenizer]
     subprocess.run(command, check=True)
