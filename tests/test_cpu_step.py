@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -24,8 +25,9 @@ from earlyfusion.model.transformer import Transformer
 
 needs_compiler = pytest.mark.skipif(not cpu_step.available(), reason="no C++ compiler here")
 
-# At 16 and 4 bits a product reads activations rounded to bf16; the sums stay in fp32.
-TOLERANCE = {32: 1e-5, 16: 3e-2, 8: 1e-5, 4: 3e-2}
+# A product reads activations rounded to bf16 at 16 bits, and at 8 and 4 bits, on some processors,
+# rounded to 16 bits with a scale for each 512 columns.
+TOLERANCE = {32: 1e-5, 16: 3e-2, 8: 5e-4, 4: 3e-2}
 
 
 def config(width: int, heads: int, key_heads: int, inner: int, swin: bool = False) -> ModelConfig:
@@ -240,11 +242,29 @@ def test_products_of_many_rows_are_those_of_one(bits: int, outputs: int, inputs:
     multiply = step.product(weight_OI)
     alone_RO = torch.cat([multiply(row) for row in x_RI.split(1)])
     rounded_OI = unpack(pack(weight_OI, bits))
-    # Inputs are rounded to bf16 beside weights of 16 and 4 bits; their errors add up as a root.
-    close = (1e-4, 1e-3) if bits in (32, 8) else (0.02, 0.006 * inputs**0.5)
+    # Errors of rounded inputs add up as a root.
+    close = (1e-4, 1e-3) if bits == 32 else (2e-3, {8: 1e-4}.get(bits, 0.006) * inputs**0.5)
     torch.testing.assert_close(alone_RO, x_RI @ rounded_OI.T, rtol=close[0], atol=close[1])
     for rows in (90, 61, 36, 35, 29, 22, 21, 12, 11, 8, 7, 5, 4, 3, 2):
         assert torch.equal(multiply(x_RI[:rows]), alone_RO[:rows])
+
+
+@needs_compiler
+@pytest.mark.parametrize("bits", [8, 4])
+def test_an_odd_input_does_not_spoil_the_rest(bits: int) -> None:
+    """A large entry, tiny ones, zeros; what is not finite stays so, in its row only."""
+    weight_OI, x_RI = torch.randn(20, 1200), torch.randn(7, 1200)
+    x_RI[1, 3], x_RI[2, 700], x_RI[4, 1199] = 3000.0, math.nan, -math.inf
+    x_RI[5] = 0.0
+    x_RI[6] *= 1e-20
+    small = config(64, 4, 4, 100)
+    y_RO = Paged(small, 1, 8).step(random_model(small, 1), bits).product(weight_OI)(x_RI)
+    expected_RO = x_RI @ unpack(pack(weight_OI, bits)).T
+    assert y_RO.isfinite().all(1).tolist() == [True, True, False, True, False, True, True]
+    assert not y_RO[5].any()
+    for row in (0, 1, 3, 6):
+        error = (y_RO[row] - expected_RO[row]).abs().max() / expected_RO[row].abs().max()
+        assert error < {8: 1e-3, 4: 6e-3}[bits]
 
 
 @needs_compiler
@@ -446,6 +466,7 @@ def test_a_changed_header_is_built_anew(tmp_path: Path, monkeypatch: pytest.Monk
         "products.h",
         "simd.h",
         "blocks.h",
+        "integers.h",
         "operands.h",
         "panels.h",
     ]

@@ -1,5 +1,5 @@
-// Products of a few rows of input for processors whose registers hold eight floats (AVX2 with FMA), in the
-// order of sums of products.h.
+// Products of a few rows of input with fp32 and bf16 weights, for processors whose registers hold eight floats (AVX2
+// with FMA), in the order of sums of products.h.
 //
 // All rows of input pass by one block of columns of four rows of weights, which stays as floats in the
 // first-level cache, and the next block is fetched meanwhile: so reading memory and computing overlap.
@@ -87,13 +87,6 @@ struct Block4 {
     for (int r = 0; r < 4; r++)
       row[r] = static_cast<const char*>(m.data) + ((n + r) * m.stride + first) * bits / 8;
   }
-
-  // Weights of int4 as floats, BLOCK of room for each row.
-  void unpack(int64_t columns, float* out) const {
-    const uint16_t* scales = static_cast<const uint16_t*>(m.scales) + (n * m.stride + first) / 32;
-    for (int r = 0; r < 4; r++)
-      unpack_int4(reinterpret_cast<const uint8_t*>(row[r]), scales + r * m.stride / 32, columns, out + r * BLOCK);
-  }
 };
 
 // The input, block by block: rows far apart would push each other out of the cache.
@@ -109,7 +102,6 @@ void order_blocks(const float* x, int64_t x_stride, int64_t R, int64_t stride, f
 template <Format F>
 void put_few(const Matrix& m, Range mine, const float* blocks, int64_t R, Room& memory, float* y,
              int64_t y_stride) {
-  typedef std::conditional_t<F == BF16, uint16_t, int8_t> Packed;
   const int64_t tiles = (R + TILE - 1) / TILE;
   float *sums = memory.of(R * 64 + 4 * BLOCK), *unpacked = sums + R * 64;
   for (int64_t n = mine.first; n < mine.last; n += 4) {
@@ -118,11 +110,9 @@ void put_few(const Matrix& m, Range mine, const float* blocks, int64_t R, Room& 
       const bool ends = first + BLOCK >= m.stride;
       const Block4<F> here(m, n, first);
       const Block4<F> next(m, ends ? std::min(n + 4, m.rows - 4) : n, ends ? 0 : first + BLOCK);
-      if (F == INT4) here.unpack(columns, unpacked);
       const float* w = F == FP32 ? reinterpret_cast<const float*>(here.row[0]) : unpacked;
       const int64_t stride = F == FP32 ? m.stride : BLOCK;
-      // Each tile makes two passes, one for each side. Many bytes are fetched evenly in all of them; few are fetched
-      // in the first ones, as the last would be too late for the memory's latency.
+      // Each tile makes two passes, one for each side, in which the next block is fetched evenly.
       Following4 following(next.row, columns * here.bits / 8);
       const int64_t each = 128 * here.bits / (here.bits > 8 ? 2 * tiles : tiles < 4 ? 4 : 8);
       int64_t row = 0;
@@ -130,9 +120,9 @@ void put_few(const Matrix& m, Range mine, const float* blocks, int64_t R, Room& 
         const int64_t X = (R - row + tiles - t - 1) / (tiles - t);  // 2 or 3, as even as possible
         const float* block = blocks + R * first + row * columns;
         float* out = sums + row * 64;
-        if ((F == BF16 || F == INT8) && t == 0) {
-          const auto pass = X == 2 ? block4<2, Packed> : block4<3, Packed>;
-          pass(reinterpret_cast<const Packed*>(here.row[0]), m.stride, unpacked, block, columns, first == 0,
+        if (F == BF16 && t == 0) {
+          const auto pass = X == 2 ? block4<2, uint16_t> : block4<3, uint16_t>;
+          pass(reinterpret_cast<const uint16_t*>(here.row[0]), m.stride, unpacked, block, columns, first == 0,
                following, each, out);
         } else {
           const auto pass = X == 2 ? block4<2, float> : block4<3, float>;
@@ -144,19 +134,14 @@ void put_few(const Matrix& m, Range mine, const float* blocks, int64_t R, Room& 
     for (int64_t row = 0; row < R; row++) {
       __m256 all[2][4];
       for (int i = 0; i < 8; i++) all[i / 4][i % 4] = _mm256_load_ps(sums + 64 * row + 8 * i);
-      __m128 out = four_sums(all[0], all[1]);
-      if (F == INT8) out = _mm_mul_ps(out, _mm_loadu_ps(static_cast<const float*>(m.scales) + n));
-      _mm_storeu_ps(y + row * y_stride + n, out);
+      _mm_storeu_ps(y + row * y_stride + n, four_sums(all[0], all[1]));
     }
   }
 }
 
 void put_few(const Matrix& m, Range mine, const float* blocks, int64_t R, Room& memory, float* y,
              int64_t y_stride) {
-  const auto put = m.format == FP32   ? put_few<FP32>
-                   : m.format == BF16 ? put_few<BF16>
-                   : m.format == INT8 ? put_few<INT8>
-                                      : put_few<INT4>;
+  const auto put = m.format == FP32 ? put_few<FP32> : put_few<BF16>;
   put(m, mine, blocks, R, memory, y, y_stride);
 }
 

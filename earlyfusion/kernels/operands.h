@@ -185,26 +185,18 @@ inline void unpack_int4(const uint8_t* w, const uint16_t* scales, int64_t n, flo
   for (int64_t c = 0; c < n; c += 64) {
     const float scale_1 = as_float(scales[c / 32]), scale_2 = as_float(scales[c / 32 + 1]);
     const uint8_t* at = w + c / 2;
-#if defined(VECTORS_OF_EIGHT)
-    const __m256i nibble = _mm256_set1_epi32(15), middle = _mm256_set1_epi32(8);
-    const __m256 first = _mm256_set1_ps(scale_1), second = _mm256_set1_ps(scale_2);
-#pragma GCC unroll 4
-    for (int i = 0; i < 32; i += 8) {
-      const __m128i raw = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(at + i));
-      const __m256i bytes = _mm256_cvtepu8_epi32(raw);
-      const __m256i low = _mm256_sub_epi32(_mm256_and_si256(bytes, nibble), middle);
-      const __m256i high = _mm256_sub_epi32(_mm256_srli_epi32(bytes, 4), middle);
-      _mm256_store_ps(out + c + i, _mm256_mul_ps(_mm256_cvtepi32_ps(low), first));
-      _mm256_store_ps(out + c + 32 + i, _mm256_mul_ps(_mm256_cvtepi32_ps(high), second));
-    }
-#else
     for (int i = 0; i < 32; i++) out[c + i] = float(int(at[i] & 15) - 8) * scale_1;
     for (int i = 0; i < 32; i++) out[c + 32 + i] = float(int(at[i] >> 4) - 8) * scale_2;
-#endif
   }
 }
 
 // Whether a product with such a matrix reads its input in bf16.
-bool reads_bf16(const Matrix& m) { return m.format == BF16 || m.format == INT4; }
+bool reads_bf16(const Matrix& m) {
+#if defined(VECTORS_OF_EIGHT)
+  return m.format == BF16;  // integers.h rounds the input for int4 and int8 by itself
+#else
+  return m.format == BF16 || m.format == INT4;
+#endif
+}
 
 }  // namespace

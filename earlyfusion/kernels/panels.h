@@ -1,4 +1,5 @@
-// Products of many rows of input for processors whose registers hold eight floats (AVX2 with FMA).
+// Products of many rows of input with fp32 and bf16 weights, for processors whose registers hold eight floats (AVX2
+// with FMA).
 //
 // products.h adds up each output in sixteen sums: of the columns 0, 16, 32 ..., of 1, 17, 33 ..., and so
 // on, a lane of a vector for each. That reads weights at the speed of the memory, but for many rows it
@@ -29,23 +30,19 @@ const int64_t FETCH = 32;  // steps after which weights are fetched ahead
 // sums of sums as k ends with ones in binary. Panels and inputs hold them in this order too.
 const int ORDER[SUMS] = {0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15};
 
-// Rows of input from which on this pays: turning weights of fewer bits around takes longer.
-inline int64_t many(const Matrix& m) { return m.format == FP32 || m.format == BF16 ? 22 : 36; }
+const int64_t MANY = 22;  // rows of input from which on this pays
 
 #define INLINE inline __attribute__((always_inline))
 
 // Eight rows of a matrix. Behind the last row of the matrix it is repeated; nobody uses the results.
 struct Eight {
   const char* row[8];
-  const char* scales[8];  // of int4
 
   Eight(const Matrix& m, int64_t first) {
     const int64_t bytes = row_bytes(m);
     for (int64_t r = 0; r < 8; r++) {
       const int64_t number = std::min(first + r, m.rows - 1);
       row[r] = static_cast<const char*>(m.data) + number * bytes;
-      if (m.format == INT4)
-        scales[r] = static_cast<const char*>(m.scales) + number * m.stride / 32 * 2;
     }
   }
 
@@ -111,50 +108,6 @@ struct Unit<BF16> {
     for (int i = 0; i < 8; i++) {
       take(2 * i, _mm256_castsi256_ps(_mm256_slli_epi32(v[i], 16)));
       take(2 * i + 1, _mm256_castsi256_ps(_mm256_and_si256(v[i], upper)));
-    }
-  }
-};
-
-template <>
-struct Unit<INT8> {
-  static const int64_t columns = 32;
-  template <class Take>
-  static INLINE void each(const Eight& w, int64_t c, Take take) {
-    __m256i v[8];
-    turned(w, c, v);
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; i++)
-#pragma GCC unroll 4
-      for (int b = 0; b < 4; b++) {
-        const __m256i level = _mm256_srai_epi32(_mm256_slli_epi32(v[i], 24 - 8 * b), 24);
-        take(4 * i + b, _mm256_cvtepi32_ps(level));
-      }
-  }
-};
-
-template <>
-struct Unit<INT4> {
-  static const int64_t columns = 64;
-  template <class Take>
-  static INLINE void each(const Eight& w, int64_t c, Take take) {
-    __m256i v[8];
-    turned(w, c / 2, v);
-    const __m256i nibble = _mm256_set1_epi32(15), eight = _mm256_set1_epi32(8);
-    alignas(32) int32_t pair[8];  // the scales of both halves, side by side
-    for (int r = 0; r < 8; r++) std::memcpy(pair + r, w.scales[r] + c / 32 * 2, 4);
-    const __m256i both = _mm256_load_si256(reinterpret_cast<const __m256i*>(pair));
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; half++) {  // columns 0 to 31 in low nibbles, 32 to 63 in high ones
-      const __m256i bits = half ? _mm256_srli_epi32(both, 16) : both;
-      const __m256 scale = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
-#pragma GCC unroll 8
-      for (int i = 0; i < 8; i++)
-#pragma GCC unroll 4
-        for (int b = 0; b < 4; b++) {
-          const __m256i raw = _mm256_and_si256(_mm256_srli_epi32(v[i], 8 * b + 4 * half), nibble);
-          const __m256 level = _mm256_cvtepi32_ps(_mm256_sub_epi32(raw, eight));
-          take(32 * half + 4 * i + b, _mm256_mul_ps(level, scale));  // exact in fp32
-        }
     }
   }
 };
@@ -310,26 +263,6 @@ void tile(const float* panel, int64_t steps, const float* input, int k, int coun
   }
 }
 
-// Sixteen outputs of a row, or the first `count` of them, for the rows of weights from n on.
-INLINE void put(const Matrix& m, int64_t n, int64_t count, const float* out, float* y) {
-  __m256 low = _mm256_load_ps(out), high = _mm256_load_ps(out + 8);
-  if (m.format == INT8) {
-    alignas(32) float scales[PANEL] = {};
-    std::memcpy(scales, static_cast<const float*>(m.scales) + n, count * sizeof(float));
-    low = _mm256_mul_ps(low, _mm256_load_ps(scales));
-    high = _mm256_mul_ps(high, _mm256_load_ps(scales + 8));
-  }
-  if (count < PANEL) {
-    float some[PANEL];
-    _mm256_storeu_ps(some, low);
-    _mm256_storeu_ps(some + 8, high);
-    std::memcpy(y, some, count * sizeof(float));
-    return;
-  }
-  _mm256_storeu_ps(y, low);
-  _mm256_storeu_ps(y + 8, high);
-}
-
 // Outputs n to n + count - 1 of all rows of input; `memory` is room for a panel and for sums.
 template <Format F>
 void put_panel(const Matrix& m, int64_t n, int64_t count, const Turned& input, Room& memory, float* y,
@@ -352,17 +285,15 @@ void put_panel(const Matrix& m, int64_t n, int64_t count, const Turned& input, R
     for (int64_t t = group; t < end; t++) {
       const int64_t row = tiles.first(t), X = tiles.first(t + 1) - row;
       const float* out = kept + (t - group) * levels + 4 * X * PANEL;
-      for (int64_t i = 0; i < X; i++) put(m, n, count, out + i * PANEL, y + (row + i) * y_stride + n);
+      for (int64_t i = 0; i < X; i++)
+        std::memcpy(y + (row + i) * y_stride + n, out + i * PANEL, count * sizeof(float));
     }
   }
 }
 
 // y[row, n] = in[row] . m[n] for all rows and the n of `mine`.
 void put_panels(const Matrix& m, Range mine, const Turned& input, Room& memory, float* y, int64_t y_stride) {
-  const auto put = m.format == FP32   ? put_panel<FP32>
-                   : m.format == BF16 ? put_panel<BF16>
-                   : m.format == INT8 ? put_panel<INT8>
-                                      : put_panel<INT4>;
+  const auto put = m.format == FP32 ? put_panel<FP32> : put_panel<BF16>;
   for (int64_t n = mine.first; n < mine.last; n += PANEL)
     put(m, n, std::min(PANEL, mine.last - n), input, memory, y, y_stride);
 }

@@ -1,12 +1,13 @@
 // Products of a step's inputs and weight matrices, for cpu_step.cpp.
 //
-// Weights are fp32, bf16, int8 (one scale per row) or int4 (one bf16 scale per 32 columns). A table
-// turns nibbles into bf16, so that int4 costs one shuffle more than bf16 and activations need not be
-// quantised. Columns are padded with zeros to a multiple of 64.
+// Weights are fp32, bf16, int8 (one scale per row) or int4 (one bf16 scale per 32 columns). Columns are
+// padded with zeros to a multiple of 64. Processors with AVX2 multiply int8 and int4 in whole numbers
+// (integers.h); others in fp32, or int4 in bf16, into which a table turns the nibbles.
 
 #pragma once
 
 #include "blocks.h"
+#include "integers.h"
 #include "operands.h"
 #include "panels.h"
 
@@ -15,7 +16,11 @@ namespace {
 // How far ahead to prefetch in a row of weights: to the same columns of the next four rows where rows
 // are too short for the processor to prefetch by itself, else `bytes` further on.
 inline int64_t prefetch_distance(int64_t row_bytes, int64_t bytes) {
+#if defined(VECTORS_OF_EIGHT)
+  return 4 * row_bytes;
+#else
   return row_bytes <= 4096 ? 4 * row_bytes : bytes;
+#endif
 }
 
 #if defined(VECTORS_OF_EIGHT)
@@ -242,18 +247,30 @@ int64_t panel(const Matrix& m, int64_t R) {
   return R <= 16 || unpacks ? 4 : std::max<int64_t>(4, (int64_t(1) << 17) / row_bytes(m) / 4 * 4);
 }
 
+#if defined(VECTORS_OF_EIGHT)
+bool in_whole_numbers(const Matrix& m) { return m.format == INT8 || m.format == INT4; }
+#endif
+
 // R rows of input, in the order in which the products with matrices like `m` read them. A thread has one at a
 // time, as they share its memory.
 class Operand {
  public:
   Operand(const Matrix& m, const Input& in, int64_t R) : in_(in), R_(R) {
 #if defined(VECTORS_OF_EIGHT)
+    if (in_whole_numbers(m)) {
+      static thread_local Room memory;
+      ordered_ = memory.of(Whole::floats(R, m.stride));
+      const Whole whole(ordered_, R, m.stride);
+      m.format == INT8 ? whole.fill<INT8>(in.fp32, in.stride, m.stride)
+                       : whole.fill<INT4>(in.fp32, in.stride, m.stride);
+      return;
+    }
     if (R < FEW) return;
     const float* x = reads_bf16(m) ? in.rounded : in.fp32;
     static thread_local Room memory;
-    ordered_ = memory.of(R * m.stride);
-    if (R < many(m))
-      order_blocks(x, in.stride, R, m.stride, ordered_);
+    ordered_ = memory.of(R * m.stride + 8);
+    if (R < MANY)
+      order_blocks(x, in.stride, R, m.stride, ordered_ += 8);
     else
       turned(m).fill(x, in.stride);
 #endif
@@ -263,7 +280,12 @@ class Operand {
   void multiply(const Matrix& m, Range range, float* y, int64_t y_stride) const {
 #if defined(VECTORS_OF_EIGHT)
     static thread_local Room memory;
-    if (R_ >= many(m)) return put_panels(m, range, turned(m), memory, y, y_stride);
+    if (in_whole_numbers(m)) {
+      const int64_t width = R_ >= 32 ? 16 : 4;
+      const Whole whole(ordered_, R_, m.stride);
+      return (m.format == INT8 ? put_whole<INT8> : put_whole<INT4>)(m, range, whole, width, memory, y, y_stride);
+    }
+    if (R_ >= MANY) return put_panels(m, range, turned(m), memory, y, y_stride);
     if (R_ >= FEW) return put_few(m, range, ordered_, R_, memory, y, y_stride);
 #endif
     const int64_t width = panel(m, R_);
@@ -294,7 +316,7 @@ class Operand {
 Shares shares(const Matrix& m, int64_t R, int64_t threads) {
   int64_t size = std::max<int64_t>(4, std::min<int64_t>(64, m.rows / threads / 4 / 4 * 4));
 #if defined(VECTORS_OF_EIGHT)
-  if (R >= many(m)) size = PANEL;
+  if (in_whole_numbers(m) ? R >= 32 : R >= MANY) size = PANEL;
 #endif
   return Shares(m.rows, size, threads);
 }

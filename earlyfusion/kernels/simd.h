@@ -129,6 +129,7 @@ inline floats16 fused(floats16 a, floats16 b, floats16 c) {
 inline void hold(floats16& v) { asm("" : "+v"(v)); }
 #elif defined(VECTORS_OF_EIGHT)
 inline void hold(__m256& v) { asm("" : "+x"(v)); }
+inline void hold(__m256i& v) { asm("" : "+x"(v)); }
 #endif
 
 inline void fetch(const void* at, int64_t distance) {
@@ -185,6 +186,14 @@ inline __m128 four_sums(const __m256* low, const __m256* high) {
   }
   _MM_TRANSPOSE4_PS(t[0], t[1], t[2], t[3]);
   return _mm_add_ps(_mm_add_ps(t[0], t[2]), _mm_add_ps(t[1], t[3]));
+}
+
+// Four vectors of eight to the sums of their entries.
+inline __m128 four_sums(const __m256* v) {
+  const __m256 a = _mm256_add_ps(_mm256_unpacklo_ps(v[0], v[1]), _mm256_unpackhi_ps(v[0], v[1]));
+  const __m256 b = _mm256_add_ps(_mm256_unpacklo_ps(v[2], v[3]), _mm256_unpackhi_ps(v[2], v[3]));
+  const __m256 all = _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee));
+  return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
 }
 #endif
 
