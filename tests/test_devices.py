@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import os
+import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +105,26 @@ def test_each_process_of_torchrun_has_a_gpu_of_its_own(monkeypatch: pytest.Monke
     monkeypatch.setenv("LOCAL_RANK", "4")
     with pytest.raises(SettingError, match="device='cuda:4' is not on this machine"):
         resolve_device("cuda")
+
+
+_HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(
+    not _HUGE.exists() or "[madvise]" not in _HUGE.read_text(),
+    reason="huge pages are not given to those who ask",
+)
+@pytest.mark.parametrize("chosen", [None, "0"])
+def test_large_tensors_lie_on_huge_pages_unless_switched_off(chosen: str | None) -> None:
+    code = (
+        "import torch, earlyfusion\n"
+        "x = torch.ones(16 << 20)\n"
+        "print(open('/proc/self/smaps_rollup').read())"
+    )
+    known = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}
+    env = known if chosen is None else known | {"THP_MEM_ALLOC_ENABLE": chosen}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+    )
+    (kilobytes,) = re.findall(r"AnonHugePages:\s+(\d+) kB", run.stdout)
+    assert (int(kilobytes) > 0) == (chosen is None)
