@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 import PIL.Image
 import pytest
@@ -520,6 +521,16 @@ class TestProcessor:
             processor(images=[picture(1)], text=written)["input_ids"],
         )
         assert inputs["pixel_values"].shape == (1, 3, 16, 16)
+
+    def test_chat_template_refuses_what_it_cannot_say(self, processor: Any) -> None:
+        film = [{"type": "video", "path": "a.mp4"}]
+        for role, content, sentence in (
+            ("user", film, "a part of type video is unknown"),
+            ("tool", "3", "role tool is unknown"),
+        ):
+            turns = [{"role": role, "content": content}, {"role": "user", "content": "Hi"}]
+            with pytest.raises(jinja2.TemplateError, match=sentence):
+                processor.apply_chat_template(turns)
 
     def test_save_and_load(self, processor: Any, tmp_path: Path) -> None:
         processor.save_pretrained(tmp_path)
