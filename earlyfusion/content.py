@@ -552,6 +552,8 @@ def _upright(picture: PIL.Image.Image) -> PIL.Image.Image:
 def _on_white(picture: PIL.Image.Image) -> PIL.Image.Image:
     if picture.mode == "RGB":
         return picture
+    if picture.mode == "La":  # Pillow converts this mode to no other
+        picture = picture.convert("LA")
     rgba = np.asarray(picture.convert("RGBA"))
     if rgba[..., 3].min() == 255:
         return _without_transparency(picture).convert("RGB")

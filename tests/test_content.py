@@ -91,6 +91,7 @@ def test_modes_and_transparency() -> None:
     assert pixels(Image.from_array(np.array([[True, False]]))).tolist() == [[[255] * 3, [0] * 3]]
     grey = PIL.Image.new("LA", (1, 1), (10, 51))
     assert pixels(Image.of(grey)).tolist() == [[[int(0.8 * 255 + 0.2 * 10)] * 3]]
+    assert pixels(Image.of(grey.convert("La"))).tolist() == pixels(Image.of(grey)).tolist()
     assert pixels(Image.of(PIL.Image.new("RGBA", (1, 1), (1, 2, 3, 0)))).tolist() == [[[255] * 3]]
     palette = PIL.Image.new("P", (2, 1))
     palette.putpalette([1, 2, 3, 4, 5, 6])
