@@ -585,9 +585,9 @@ class Chameleon:
         layout = next((layout for each, layout in possible.items() if each == wanted), None)
         if layout is None:
             shown = repr(listed) if wanted is None else "x".join(map(str, wanted))
-            sizes = ", ".join(f"{width}x{height}" for width, height in possible)
+            sizes = ", ".join(map(str, possible))
             raise SettingError(
-                f"size={shown[:40]} is not drawn by this model: use (width, height) of {sizes}"
+                f"size={shown[:40]} is not drawn by this model: give (width, height) as {sizes}"
             )
         return layout
 
