@@ -610,6 +610,20 @@ class TestMistakes:
         theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
         assert theirs("a 사과나무.", add_special_tokens=False)["input_ids"] == ids
 
+    def test_ids_of_a_tokenizer_in_another_order(self, tiny: Path, tmp_path: Path) -> None:
+        data = json.loads((tiny / "tokenizer.json").read_text())
+        vocab = data["model"]["vocab"]
+        swapped = {"<s>": vocab["</s>"], "</s>": vocab["<pad>"], "<pad>": vocab["<s>"]}
+        vocab |= swapped
+        for entry in data["added_tokens"]:
+            entry["id"] = swapped.get(entry["content"], entry["id"])
+        (tiny / "tokenizer.json").write_text(json.dumps(data))
+        convert(tiny, tmp_path / "meta", "meta")
+        convert(tmp_path / "meta", tmp_path / "hf", "hf")
+        config = load(tmp_path / "hf").config
+        ids = (config.bos_token_id, config.eos_token_id, config.pad_token_id)
+        assert ids == (swapped["<s>"], swapped["</s>"], swapped["<pad>"])
+
     def test_papers_go_along(self, tiny: Path, tmp_path: Path) -> None:
         papers = {"README.md": "# Tiny", "NOTICE.md": "Made of", "LICENSE": "Apache"}
         for name, text in papers.items():

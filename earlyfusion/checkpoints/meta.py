@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -38,7 +39,7 @@ from earlyfusion.config import ModelConfig, VQConfig
 from earlyfusion.errors import CheckpointError
 from earlyfusion.files import new_folder
 from earlyfusion.model.vqgan import VQGAN
-from earlyfusion.vocabulary import ImageLayout
+from earlyfusion.vocabulary import ImageLayout, Vocabulary
 
 
 class Shard(NamedTuple):
@@ -146,13 +147,20 @@ def open_meta(folder: Path, tokenizer: Path | None = None) -> Source:
     folder of tokenizer and VQ-GAN (None: the nearest)."""
     tokenizer_folder = tokenizer or find_tokenizer(folder)
     vq_config, vq = open_vqgan(tokenizer_folder)
-    config = read_config(folder, vq_config)
+    tokenizer_file = find_tokenizer_file(tokenizer_folder / META_TOKENIZER)
+    ids = Vocabulary.from_file(tokenizer_file)
+    config = replace(
+        read_config(folder, vq_config),
+        bos_token_id=ids.bos,
+        eos_token_id=ids.eos,
+        pad_token_id=ids.pad,
+    )
     return Source(
         folder=folder,
         config=config,
         tensors=open_tensors(folder, config),
         vq=vq,
-        tokenizer=find_tokenizer_file(tokenizer_folder / META_TOKENIZER),
+        tokenizer=tokenizer_file,
         layout=ImageLayout(vq_config.grid, vq_config.grid),
         generation_defaults=_generation_defaults(folder),
         resize_mode=read_resize_mode(folder),
