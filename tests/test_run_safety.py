@@ -113,6 +113,12 @@ def test_a_bad_step_is_skipped_and_counted(
     assert checkpoint.load(tmp_path)[1]["watch"]["skipped"] == 1
 
 
+def test_a_run_whose_last_steps_change_nothing_says_so(tmp_path: Path) -> None:
+    task = Spoiled(lambda step, _: math.nan if step >= 2 else 1.0)
+    train(task, RunConfig(tmp_path, 4, device="cpu"), OPTIM)
+    assert "ends with the weights of step 2: since then the loss" in notes(tmp_path)[-1]
+
+
 def test_a_spike_is_skipped_once_the_mean_is_known() -> None:
     watch = Watch(WatchConfig(spike=2.0))
     assert watch.judge(0, 100.0, 1.0)

@@ -175,6 +175,8 @@ class _Training:
             more |= self._sample(ends)
             if self.step % run.log_every == 0 or ends or more:
                 self._log(figures | more)
+            if ends and self.watch.in_row:
+                self.monitor.note(self.step, self.watch.ended_badly())
             self.step += 1
             if self.step % run.save_every == 0 or ends:
                 self._save()

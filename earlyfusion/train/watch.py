@@ -75,6 +75,14 @@ class Watch:
     def must_roll_back(self) -> bool:
         return self.in_row >= self.config.roll_back_after
 
+    def ended_badly(self) -> str:
+        """A sentence for a run whose last steps changed no weight."""
+        step, value = self.first_bad
+        return (
+            f"the run ends with the weights of step {step}: since then the loss or its gradient "
+            f"was {value:g}, and no weight was changed; lower lr, or look at the data"
+        )
+
     def rolled_back(self) -> None:
         self.in_row, self.roll_backs = 0, self.roll_backs + 1
 
