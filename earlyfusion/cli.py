@@ -30,6 +30,7 @@ from earlyfusion.devices import (
     torch_dtype,
 )
 from earlyfusion.errors import EarlyFusionError, PromptError, SettingError
+from earlyfusion.files import is_full_disk
 from earlyfusion.generation.settings import Output, SamplingParams
 from earlyfusion.options import FieldsOf, bytes_option, whole_option, with_options
 from earlyfusion.serve.options import DELIVERIES, ServeOptions
@@ -226,6 +227,7 @@ app = typer.Typer(
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 for a user's mistake, 130 if the user stopped
     it, 141 if the reader of its output has gone."""
+    _replace_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -242,10 +244,26 @@ def main(arguments: list[str] | None = None) -> int:
         # Typer turns a broken pipe into SystemExit(1), and also ends a completion with SystemExit.
         if isinstance(end, SystemExit) and end.code != 1:
             return int(end.code or 0)
-        # Python flushes stdout once more when it exits: that must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return _READER_GONE
+    except OSError as error:
+        if not is_full_disk(error):
+            raise
+        _discard_output()
+        return _mistake("the output cannot be written, as the disk is full: make room")
     return code if isinstance(code, int) else 0
+
+
+def _replace_closed_streams() -> None:
+    """A stream that was closed before the start (`<&-`) is None in Python: it becomes empty."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+
+
+def _discard_output() -> None:
+    # Python flushes stdout once more when it exits: that must not fail again.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _version(wanted: bool) -> None:

@@ -719,6 +719,25 @@ def test_reader_that_goes_away() -> None:
     assert done.returncode in (0, 141) and done.stderr == "" and done.stdout.count("\n") == 1
 
 
+def test_closed_streams_are_empty(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+    for name in ("stdin", "stdout"):
+        monkeypatch.setattr(sys, name, None)
+    assert main(["chat", "--model", str(model)]) == 0
+    assert main(["generate", "-", "--model", str(model)]) == 2
+    sys.stdin.close()
+    sys.stdout.close()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a full device")
+def test_a_full_disk_under_the_output(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(["info"]) == 2
+    assert "Error: the output cannot be written, as the disk is full" in capsys.readouterr().err
+
+
 def test_terminal_without_utf8(model: Path) -> None:
     asked = f'earlyfusion generate Say. --output text --seed 3 --model "{model}"'
     plain = in_shell(asked, PYTHONIOENCODING="ascii")
