@@ -8,6 +8,7 @@ that it names, since a tar contains its own.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import io
@@ -373,6 +374,8 @@ def _index_key(path: Path) -> str:
 def _index_json(path: Path) -> Index:
     # The first character tells an array from lines of objects.
     with path.open("rb") as file:
+        if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+            file.seek(0)
         while (first := file.read(1)).isspace():
             pass
     spans = _array_spans(path) if first == b"[" else _line_spans(path)
