@@ -118,6 +118,11 @@ def test_a_folder_of_pictures_with_texts_beside_them(tmp_path: Path) -> None:
     (folder / "b.txt").write_text("Another pear")
     changed = open_rows(str(folder), tmp_path / "cache", RowSettings())
     assert changed.fingerprint != opened.fingerprint
+    (folder / "gone.png").symlink_to("nowhere")
+    (folder / "gone.txt").write_text("Gone")
+    table, at = open_rows(str(folder), tmp_path / "cache", RowSettings()).find(3)
+    with pytest.raises(DataError, match=r"gone\.png is not in"):
+        table.read(table.row(at), "gone.png")
     for text in folder.rglob("*.txt"):
         text.unlink()
     with pytest.raises(DataError, match=r"nor pictures with a \.txt beside"):
@@ -275,7 +280,8 @@ def test_rows_of_jsonl_and_of_a_json_array(tmp_path: Path) -> None:
     lines.write_text("\n" + lines.read_text().replace("\n", "\n\n", 2))
     (tmp_path / "b.json").write_text(" " + json.dumps(ROWS, indent=2, ensure_ascii=False))
     (tmp_path / "c.json").write_text(json.dumps(ROWS))
-    for name in ("a.jsonl", "b.json", "c.json"):
+    (tmp_path / "bom.json").write_text(json.dumps(ROWS), encoding="utf-8-sig")
+    for name in ("a.jsonl", "b.json", "c.json", "bom.json"):
         assert open_all(tmp_path / name, tmp_path / "cache") == ROWS, name
     (tmp_path / "d.json").write_text(json.dumps(ROWS)[:-3])
     with pytest.raises(DataError, match="not a whole JSON array after 6 rows"):

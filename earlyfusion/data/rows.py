@@ -95,7 +95,9 @@ def _captioned(source: str) -> Rows | None:
     if not names:
         return None
     texts = [p for name in names if (p := (folder / name).with_suffix(".txt")).is_file()]
-    mark = _fingerprint(folder, [*(folder / name for name in names), *texts])
+    # A link to a missing file is a broken row, which is reported when it is read.
+    pictures = [p for name in names if (p := folder / name).is_file()]
+    mark = _fingerprint(folder, [*pictures, *texts])
     return Rows(source, [Captioned(folder, names, PictureFolder(folder, confined=False))], mark)
 
 
