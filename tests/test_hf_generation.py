@@ -185,6 +185,23 @@ class TestModes:
             allowed = {*vocabulary.text_tokens.tolist(), vocabulary.eos, vocabulary.pad}
             assert outside <= allowed
 
+    @pytest.mark.parametrize("mode", ["text-only", "image-only", "interleaved-text-image"])
+    @pytest.mark.filterwarnings("ignore")  # transformers' own, about its configs
+    def test_assisted_is_as_without(
+        self, model: Any, folder: Path, processor: Any, mode: str, device: torch.device
+    ) -> None:
+        inputs = processor(text="Draw a pear.").to(device)
+        helper = ChameleonForConditionalGeneration.from_pretrained(folder).eval().to(device)
+        torch.nn.init.normal_(helper.model.layers[-1].mlp.down_proj.weight)
+        how = {"multimodal_generation_mode": mode, "max_new_tokens": IMAGE_TOKENS + 8}
+        wanted = model.generate(**inputs, **how, do_sample=False)
+        for way in ({"assistant_model": helper}, {"prompt_lookup_num_tokens": 3}):
+            found = model.generate(**inputs, **how, **way, do_sample=False)
+            assert torch.equal(found, wanted)
+            with pytest.raises(SettingError, match="guidance does not work with assisted"):
+                model.generate(**inputs, **how, **way, guidance_text=3.0)
+        model.generate(**inputs, **how, assistant_model=helper, do_sample=True)
+
     def test_the_grammar_adds_no_wait_where_rows_stay(self, model: Any) -> None:
         """Each wait is an idle GPU; transformers' own loop has one per token."""
         how = {"multimodal_generation_mode": "text-only", "do_sample": False, "eos_token_id": -1}

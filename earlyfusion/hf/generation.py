@@ -117,11 +117,16 @@ class MultimodalGeneration:
 
     def _sample(self, input_ids: Tensor, logits_processor: Any, *args: Any, **kwargs: Any) -> Any:
         """transformers' loop of greedy search and sampling, in which rows do not move."""
-        for processor in logits_processor:
-            if isinstance(processor, GrammarLogits):
-                processor.rows_stay = True
+        grammatical = [p for p in logits_processor if isinstance(p, GrammarLogits)]
         parent: Any = super()
-        return parent._sample(input_ids, logits_processor, *args, **kwargs)
+        # An assistant model draws with the processors of the model that it assists.
+        for processor in grammatical:
+            processor.begin(rows_stay=True)
+        try:
+            return parent._sample(input_ids, logits_processor, *args, **kwargs)
+        finally:
+            for processor in grammatical:
+                processor.begin(rows_stay=False)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' continuous batching; as in plain `generate`, no image tokens are drawn."""
@@ -205,6 +210,11 @@ class MultimodalGeneration:
         beams = kwargs.get("num_beams") or next((c.num_beams for c in configs if c.num_beams), 1)
         if rules.guided and beams > 1:
             raise SettingError("guidance does not work with beams: set num_beams=1")
+        if rules.guided and _is_assisted(kwargs, configs):
+            raise SettingError(
+                "guidance does not work with assisted generation: leave assistant_model and "
+                "prompt_lookup_num_tokens out"
+            )
         vocabulary = self.vocabulary
         grammar = Grammar(
             vocabulary,
@@ -245,6 +255,14 @@ def _most_new(settings: Mapping[str, Any], prompt_tokens: int) -> int | None:
     return None
 
 
+def _is_assisted(kwargs: Mapping[str, Any], configs: Sequence[Any]) -> bool:
+    lookups = (
+        kwargs.get("prompt_lookup_num_tokens"),
+        *(c.prompt_lookup_num_tokens for c in configs),
+    )
+    return kwargs.get("assistant_model") is not None or any(lookups)
+
+
 def _check_unguided(text: float, image: float) -> None:
     if (text, image) != (1.0, 1.0):
         raise SettingError(
@@ -256,14 +274,19 @@ def _check_unguided(text: float, image: float) -> None:
 class GrammarLogits(LogitsProcessor):
     """Forbids the tokens that the grammar does not allow after those drawn so far. Keeps the rows'
     states of the last call. Beams may reorder and repeat rows, and other searches go back, so each
-    row looks for the one that it continues, for which the host waits; `rows_stay` says that rows
-    never move."""
+    row looks for the one that it continues, for which the host waits. Between `begin` with
+    `rows_stay` and the next `begin`, rows never move."""
 
     def __init__(
         self, grammar: Grammar, rules: _Rules, prompt_tokens: int, guide: _Guide | None = None
     ) -> None:
         self._grammar, self._rules, self._prompt_tokens = grammar, rules, prompt_tokens
-        self._guide, self.rows_stay = guide, False
+        self._guide = guide
+        self.begin(rows_stay=False)
+
+    def begin(self, rows_stay: bool) -> None:
+        """Forget the rows of the last call."""
+        self._rows_stay = rows_stay
         self._new_BT: Tensor | None = None
         self._state_BF: Tensor | None = None
 
@@ -291,7 +314,7 @@ class GrammarLogits(LogitsProcessor):
         """The states of all rows before their last token; None if they are not known."""
         if self._state_BF is None:
             return None
-        if self.rows_stay:
+        if self._rows_stay:
             return self._state_BF
         parents_B = self._parents(new_BT)
         return None if parents_B is None else self._state_BF[parents_B]
