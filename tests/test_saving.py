@@ -20,6 +20,7 @@ from earlyfusion.checkpoints.assemble import assemble
 from earlyfusion.checkpoints.convert import convert
 from earlyfusion.checkpoints.detect import open_source
 from earlyfusion.checkpoints.summary import summarize
+from earlyfusion.hf import ChameleonForConditionalGeneration
 from earlyfusion.image_tokenizer import ImageTokenizer
 from earlyfusion.model.quantise import quantise
 from earlyfusion.model.vqgan import VQGAN
@@ -119,6 +120,8 @@ def test_packed_weights_are_read_by_load_alone(model: Chameleon, tmp_path: Path)
         "bits": 4,
     }
     sentence = "holds weights in 4 bits, which only Chameleon.load reads"
+    with pytest.raises(CheckpointError, match=f"packed {sentence}"):
+        ChameleonForConditionalGeneration.from_pretrained(place)
     with pytest.raises(CheckpointError, match=sentence):
         assemble(open_source(place))
     with pytest.raises(CheckpointError, match=sentence):

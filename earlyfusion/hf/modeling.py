@@ -41,6 +41,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from earlyfusion.checkpoints.hf import PACKED
 from earlyfusion.config import ModelConfig
 from earlyfusion.errors import CheckpointError, ImageError, SettingError
 from earlyfusion.hf.configuration import ChameleonConfig, ChameleonVQVAEConfig, shape, vq_shape
@@ -430,6 +431,7 @@ class ChameleonModel(ChameleonPreTrainedModel):
 
     def __init__(self, config: ChameleonConfig) -> None:
         super().__init__(config)
+        _check_not_packed(config)
         self.shape = shape(config)
         self.shape.check()
         check_rope(self.shape)
@@ -819,6 +821,16 @@ def _filling(forward: Callable[..., Any], owner: Any = None) -> Callable[..., An
 def _own_tokens(labels: Tensor, ids: Tensor, full: Tensor) -> Tensor:
     """Labels with the tokens of `full` where labels and `ids` both hold the placeholder."""
     return torch.where((labels == ids) & (full != ids), full, labels)
+
+
+def _check_not_packed(config: ChameleonConfig) -> None:
+    """Without this, transformers would make random weights in place of those it cannot read."""
+    packed = getattr(config, "quantization_config", None)
+    if isinstance(packed, dict) and packed.get("quant_method") == PACKED:
+        raise CheckpointError(
+            f"{config.name_or_path} holds weights in {packed.get('bits')} bits, which only "
+            "Chameleon.load reads: give the model that they were made from"
+        )
 
 
 def _check_count(mask_BT: Tensor, features: int) -> None:
