@@ -350,6 +350,30 @@ class TestValues:
         kept = load(tmp_path / "out").transformer.state_dict()
         assert kept["model.layers.0.mlp.up_proj.weight"].isnan().sum() == 1
 
+    @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+    def test_floats_of_8_bits_become_bf16(
+        self, tiny: Path, tmp_path: Path, dtype: torch.dtype
+    ) -> None:
+        tensors = load_file(tiny / "model.safetensors")
+        name = "model.layers.0.mlp.up_proj.weight"
+        tensors[name] = tensors[name].to(dtype)
+        save_file(tensors, tiny / "model.safetensors")
+        assert main(["info", str(tiny)]) == 0
+        convert(tiny, tmp_path / "hf", "hf")
+        kept = load_file(tmp_path / "hf" / "model.safetensors")[name]
+        assert kept.dtype == torch.bfloat16 and torch.equal(kept.to(dtype), tensors[name])
+
+    @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+    def test_what_is_no_type_of_weights(
+        self, tiny: Path, tmp_path: Path, dtype: torch.dtype
+    ) -> None:
+        tensors = load_file(tiny / "model.safetensors")
+        tensors["model.norm.weight"] = tensors["model.norm.weight"].to(dtype)
+        save_file(tensors, tiny / "model.safetensors")
+        for read in (lambda: load(tiny), lambda: convert(tiny, tmp_path / "hf", "hf")):
+            with pytest.raises(CheckpointError, match=r"holds model\.norm\.weight as torch"):
+                read()
+
     def test_a_dtype_that_is_too_narrow(self, tiny: Path, tmp_path: Path) -> None:
         tensors = load_file(tiny / "model.safetensors")
         tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = 70_000

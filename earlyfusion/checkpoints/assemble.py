@@ -158,6 +158,12 @@ def _empty_vqgan(config: VQConfig, names: Mapping[str, object]) -> VQGAN:
 def _check_fits(module: nn.Module, tensors: Mapping[str, Stored], folder: Path) -> None:
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     check_names(wanted, {name: stored.shape for name, stored in tensors.items()}, folder)
+    for name, tensor in module.state_dict().items():
+        if tensor.is_floating_point() and not tensors[name].dtype.is_floating_point:
+            raise CheckpointError(
+                f"{folder} holds {name} as {tensors[name].dtype}, which is no type of weights: get "
+                "it again, or give the model that it was made from"
+            )
 
 
 def _fill(

@@ -163,7 +163,13 @@ def open_tensors(folder: Path) -> dict[str, Stored]:
             opened |= open_torch_file(path)
         else:
             opened |= _open_safetensors(path)
-    return opened
+    return {name: _at_least_16_bits(stored) for name, stored in opened.items()}
+
+
+def _at_least_16_bits(stored: Stored) -> Stored:
+    """Floats of 8 bits as bf16, which holds each of them exactly and has every operation."""
+    is_narrow = stored.dtype.is_floating_point and stored.dtype.itemsize == 1
+    return stored.to(torch.bfloat16) if is_narrow else stored
 
 
 def _modern(tensors: Mapping[str, Stored], config: ModelConfig, folder: Path) -> dict[str, Stored]:
