@@ -122,6 +122,22 @@ def test_endless_heads_are_refused(server: Running, start: bytes) -> None:
         assert sent > 20_000
 
 
+def test_clients_that_never_ask_are_closed(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    http = pytest.importorskip("earlyfusion.serve.http")
+    monkeypatch.setattr(http, "HEAD_SECONDS", 0.05)
+    host, port = server.url.removeprefix("http://").split(":")
+    whole = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    for start in (b"", b"GET /health HTTP/1.1\r\nHost:", whole + b"GET /health"):
+        with socket.create_connection((host, int(port)), timeout=4) as client:
+            client.sendall(start)
+            told = b""
+            while piece := client.recv(65_536):  # until the server closes
+                told += piece
+            assert told.count(b" 200 OK") == (start.startswith(whole))
+
+
 def test_heads_that_come_whole_are_limited_too(server: Running) -> None:
     pytest.importorskip("httptools")
     assert server.get("/health", **{"x-long": "x" * 20_000}).status_code == 200
@@ -155,7 +171,13 @@ def test_other_types_and_routes(server: Running) -> None:
         url = f"{server.url}/v1/chat/completions"
         assert client.post(url, content="{}").status_code == 415
         assert client.post(f"{server.url}/v1/images/variations", json={}).status_code == 415
-        assert client.get(url).status_code == 405
+        refused = client.get(url)
+        assert refused.status_code == 405 and refused.headers["allow"] == "POST"
+        packed = {"content-type": "application/json", "content-encoding": "gzip"}
+        reply = client.post(url, content=b"\x1f\x8b", headers=packed)
+        assert reply.status_code == 415 and "'gzip' is not read" in error_of(reply)["message"]
+        reply = client.head(f"{server.url}/health")
+        assert reply.status_code == 200 and not reply.content
         reply = client.post(f"{server.url}/v1/embeddings", json={})
     assert reply.status_code == 404 and error_of(reply)["code"] == "unknown_route"
     reply = server.get("/v1/files/file-x/content?sig=\u00e9")
@@ -457,8 +479,10 @@ def test_keys_cors_and_deadlines() -> None:
         assert server.get(signed).status_code == 200
         assert server.get(signed[:-1] + "-").status_code == 401
         asked = {"origin": "http://page.example", "access-control-request-method": "POST"}
+        asked["access-control-request-headers"] = "authorization, x-stainless-lang"  # of OpenAI's
         with httpx.Client() as client:
             answer = client.options(f"{server.url}/v1/chat/completions", headers=asked)
+        assert answer.status_code == 200
         assert answer.headers["access-control-allow-origin"] == "http://page.example"
         late = server.post("/v1/images/generations", body | {"n": 10}, **right)
         assert late.status_code == 504 and error_of(late)["code"] == "timeout"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from multiprocessing.connection import Connection
 from time import monotonic
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from earlyfusion.errors import ContextError, OutOfMemoryError, SettingError
 from earlyfusion.generation.request import Event, Finished, Request, TextDelta
 from earlyfusion.generation.settings import SamplingParams
 from earlyfusion.serve import fetch
-from earlyfusion.serve.driver import BrokenError, ClosedError, FullError
+from earlyfusion.serve.driver import Batch, BrokenError, ClosedError, FullError
 from earlyfusion.serve.errors import ApiError, as_api_error
 from earlyfusion.serve.fetch import checked
 from earlyfusion.serve.options import ServeOptions
@@ -33,7 +34,7 @@ from earlyfusion.serve.protocol import (
     Wire,
     read,
 )
-from earlyfusion.serve.replies import Trimmer, json_text, to_json
+from earlyfusion.serve.replies import EventStream, Trimmer, json_text, to_json
 from earlyfusion.serve.spawn import cache_share
 from earlyfusion.serve.store import MAX_CONVERSATIONS, Conversation, Conversations, Files
 
@@ -156,9 +157,11 @@ def test_values_that_change_nothing_are_accepted() -> None:
         "metadata": {"a": "b"},
         "temperature": None,
         "functions": None,
+        "reasoning_effort": "none",
     }
     plain, ignored = read(ChatRequest, body)
     assert (plain.user, ignored) == ("u", [])
+    read(ResponseRequest, {"input": "a", "reasoning": {"effort": "none"}})
     # False is no 0, and 0 is not False.
     assert refused(ChatRequest, CHAT | {"frequency_penalty": False}).param == "frequency_penalty"
     assert refused(ChatRequest, CHAT | {"store": 0}).param == "store"
@@ -493,6 +496,25 @@ def test_deltas_have_no_blanks_at_the_ends() -> None:
     ]
     begun = Trimmer(keep_lead=True)
     assert begun.push(" ") + begun.push("pear ") == " pear"
+
+
+def test_a_client_that_reads_nothing_gives_its_room_back() -> None:
+    async def chunks() -> AsyncIterator[bytes]:
+        yield b"a"
+
+    async def never(*_: Any) -> Any:
+        await asyncio.Event().wait()
+
+    class Room:
+        goes_on, closed = False, False
+
+        def close(self) -> None:
+            self.closed = True
+
+    room = Room()
+    stream = EventStream(chunks(), cast(Batch, room), seconds=0.01)
+    asyncio.run(asyncio.wait_for(stream({}, never, never), 10))
+    assert room.closed
 
 
 def test_half_characters_become_escapes() -> None:

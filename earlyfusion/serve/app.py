@@ -44,7 +44,7 @@ from earlyfusion.serve.protocol import (
     read,
 )
 from earlyfusion.serve.replicas import Remotes
-from earlyfusion.serve.replies import EventStream, GoneError, JsonReply, unless_gone
+from earlyfusion.serve.replies import UNREAD_SECONDS, EventStream, GoneError, JsonReply, unless_gone
 from earlyfusion.serve.responses import ResponseReply
 from earlyfusion.serve.service import QUICK_LETTERS, Service
 
@@ -93,7 +93,9 @@ def make_app(
             CORSMiddleware,
             allow_origins=list(service.options.cors_origins),
             allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["authorization", "content-type"],
+            # All: OpenAI's SDK sends headers about itself, which differ from version to version.
+            # Without cookies, a page can send no secret that it does not have.
+            allow_headers=["*"],
             expose_headers=["x-request-id", IGNORED, "retry-after", "retry-after-ms"],
         )
     return app
@@ -113,7 +115,8 @@ async def _no_route(request: Request, error: Exception) -> Response:
         f"{request.method} {path} is not a route of this server: see docs/serve.md",
         code="unknown_route",
     )
-    return JsonReply(wire.body, wire.status)
+    allowed = (getattr(error, "headers", None) or {}).get("Allow")
+    return JsonReply(wire.body, wire.status, {"Allow": allowed} if allowed else None)
 
 
 class _Routes:
@@ -260,7 +263,8 @@ class _Routes:
         headers: dict[str, str],
     ) -> Response:
         if stream:
-            return EventStream(reply.stream(), batch, headers)
+            seconds = self._options.timeout + UNREAD_SECONDS
+            return EventStream(reply.stream(), batch, headers, seconds)
         try:
             return JsonReply(await unless_gone(request.receive, reply.whole()), headers=headers)
         except GoneError:  # nobody reads this reply; its status is for the log
@@ -368,6 +372,7 @@ class _Routes:
         # A browser sends other types to foreign servers without asking them first.
         if content != "application/json":
             raise ApiError(415, "the body is not JSON: send Content-Type: application/json")
+        _check_encoding(request)
         raw = await request.body()
         data = await self._service.work(_parsed, raw) if len(raw) > _LARGE_JSON else _parsed(raw)
         body, ignored = read(model, data, self._options.lenient)
@@ -407,6 +412,16 @@ def _no_number(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
 
 
+def _check_encoding(request: Request) -> None:
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.strip().lower() != "identity":
+        raise ApiError(
+            415,
+            f"Content-Encoding {encoding[:40]!r} is not read: send the body uncompressed",
+            code="content_encoding",
+        )
+
+
 def _is_form(request: Request) -> bool:
     return request.headers.get("content-type", "").lower().startswith("multipart/form-data")
 
@@ -414,6 +429,7 @@ def _is_form(request: Request) -> bool:
 async def _read_form(request: Request) -> FormData:
     if not _is_form(request):
         raise ApiError(415, "the file is sent as a form: use multipart/form-data")
+    _check_encoding(request)
     try:
         return await request.form(max_files=_MOST_FORM_FIELDS, max_fields=_MOST_FORM_FIELDS)
     except HTTPException:

@@ -83,6 +83,9 @@ class Gate:
         scope, receive, send = visit.scope, visit.receive, visit.send
         answer = self._direct.get(scope["path"]) if scope["method"] == "POST" else None
         if answer is None:
+            if scope["method"] == "HEAD":
+                # uvicorn, which has the scope itself, leaves out the body of the reply.
+                scope = {**scope, "method": "GET"}
             await self._app(scope, receive, send)
         else:
             reply = await answer(Request(scope, receive, send))

@@ -3,10 +3,14 @@ small request. Unlike that one, httptools takes headers of any length, so this f
 
 from __future__ import annotations
 
+import asyncio
+from typing import cast
+
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from earlyfusion.serve.options import MAX_HEAD_BYTES
 
+HEAD_SECONDS = 30.0  # that the request line and headers may take, and the first of them
 _TOO_LARGE = "The request line and headers are too large."
 
 
@@ -15,10 +19,21 @@ class _TooLargeError(Exception):
 
 
 class LimitedHttp(HttpToolsProtocol):
-    """uvicorn's protocol, with at most `MAX_HEAD_BYTES` of request line and headers."""
+    """uvicorn's protocol, with at most `MAX_HEAD_BYTES` of request line and headers, which may
+    take `HEAD_SECONDS`: else clients that never ask could hold all files that a process may open.
+    """
 
     _head = 0  # bytes of the request line and headers so far, those behind the body included
     _unread = 0  # bytes since the parser has last told of a head or a part of a body
+    _alarm: asyncio.TimerHandle | None = None  # while a head is awaited
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(cast(asyncio.Transport, transport))
+        self._set_alarm()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._cancel_alarm()
+        super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         self._unread += len(data)
@@ -29,6 +44,8 @@ class LimitedHttp(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         self._head = 0
+        # After a reply uvicorn itself closes the connection, if nothing comes.
+        self._set_alarm()
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
@@ -41,6 +58,7 @@ class LimitedHttp(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._unread = 0
+        self._cancel_alarm()
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -50,6 +68,15 @@ class LimitedHttp(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self._unread = 0
         super().on_message_complete()
+
+    def _set_alarm(self) -> None:
+        if self._alarm is None:
+            self._alarm = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def _cancel_alarm(self) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
 
     def _count(self, size: int) -> None:
         self._head += size

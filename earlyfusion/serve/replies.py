@@ -17,6 +17,8 @@ from earlyfusion.serve.driver import Batch
 from earlyfusion.serve.errors import reported
 
 Result = TypeVar("Result")
+# A stream may take these seconds more than its reply, whose last event may say that it was late.
+UNREAD_SECONDS = 30.0
 KEEPALIVE = b": keepalive\n\n"
 DONE = b"data: [DONE]\n\n"
 
@@ -49,7 +51,8 @@ class JsonReply(Response):
 
 
 class EventStream(Response):
-    """Server-sent events of a batch, which is closed however the stream ends.
+    """Server-sent events of a batch, which is closed however the stream ends: by itself, as the
+    client leaves, or after `seconds`, as a client that reads nothing would hold it forever.
 
     Not starlette's StreamingResponse, as chunks that are ready together are sent together: each
     message costs more than the text in it.
@@ -58,17 +61,22 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self, chunks: AsyncIterator[bytes], batch: Batch, headers: Mapping[str, str] | None = None
+        self,
+        chunks: AsyncIterator[bytes],
+        batch: Batch,
+        headers: Mapping[str, str] | None = None,
+        seconds: float | None = None,
     ) -> None:
-        self._chunks, self._batch = chunks, batch
+        self._chunks, self._batch, self._seconds = chunks, batch, seconds
         self.status_code, self.background = 200, None
         defaults = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         self.init_headers(defaults | dict(headers or {}))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await unless_gone(receive, self._stream(send))
-        except GoneError:
+            async with asyncio.timeout(self._seconds):
+                await unless_gone(receive, self._stream(send))
+        except (GoneError, TimeoutError):
             pass
         finally:
             self._batch.close()
