@@ -57,16 +57,27 @@ class Client(asyncio.Protocol):
         self, path: str, body: Mapping[str, Any] | bytes, leave_after: float | None = None
     ) -> Answer:
         """POST a body. `leave_after` closes the connection after this many seconds, whatever has
-        arrived. Raises ConnectionError if the server closes it first."""
+        arrived. Raises ConnectionError if the server closes it first; one that was kept from a
+        request before, and is closed without a byte, is opened again."""
+        raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+        head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        message = f"{head}Content-Length: {len(raw)}\r\n\r\n".encode() + raw
+        was_kept = self._transport is not None
+        try:
+            return await self._exchange(message, leave_after)
+        except ConnectionError:
+            if not was_kept or self._head:
+                raise
+            return await self._exchange(message, leave_after)
+
+    async def _exchange(self, message: bytes, leave_after: float | None) -> Answer:
         loop = asyncio.get_running_loop()
         if self._transport is None:
             await loop.create_connection(lambda: self, "127.0.0.1", self._port)
         assert self._transport is not None
-        raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-        head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
         self._answer, self._head, self._began = Answer(), b"", perf_counter()
         self._done = loop.create_future()
-        self._transport.write(f"{head}Content-Length: {len(raw)}\r\n\r\n".encode() + raw)
+        self._transport.write(message)
         try:
             async with asyncio.timeout(leave_after):
                 await self._done
