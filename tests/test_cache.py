@@ -221,6 +221,12 @@ def test_the_default_size_is_a_share_of_the_free_memory(
     assert on_gpu.blocks == max(24, min(int(0.8 * free) // 32_000, 64 * 8))
 
 
+@pytest.mark.parametrize("blocks", [10**12, 10**18])
+def test_a_cache_that_no_memory_holds_is_refused(transformer: Transformer, blocks: int) -> None:
+    with pytest.raises(SettingError, match=r"takes [\d,]+ bytes, but cpu has .*cache_bytes"):
+        cache.Cache(transformer.config, blocks, 256, torch.float32, torch.device("cpu"))
+
+
 def test_many_requests_hold_only_what_they_have_read(
     transformer: Transformer, processor: Processor
 ) -> None:

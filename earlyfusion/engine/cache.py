@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from earlyfusion.config import ModelConfig
-from earlyfusion.devices import dtype_name, free_bytes
+from earlyfusion.devices import dtype_name, free_bytes, is_out_of_memory
 from earlyfusion.engine.blocks import BLOCK_SIZE, Copy
 from earlyfusion.errors import SettingError
 from earlyfusion.kernels.decode import FP8, kept_as
@@ -180,6 +180,21 @@ def _int8(x_TKH: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    size = math.prod(shape) * dtype.itemsize
+    try:
+        return _allocated(shape, dtype, device)
+    except (RuntimeError, MemoryError, ValueError) as error:
+        # numpy raises ValueError for more bytes than an address can name.
+        if not is_out_of_memory(error) and size <= np.iinfo(np.intp).max:
+            raise
+        raise SettingError(
+            f"the cache of keys and values takes {size:,} bytes, but {device} has "
+            f"{free_bytes(device):,} bytes free: give a smaller cache_bytes, or a smaller "
+            "max_position_embeddings in config.json"
+        ) from error
+
+
+def _allocated(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     # numpy's zeros take memory page by page on first write; torch's take all at once.
