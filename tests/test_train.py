@@ -440,8 +440,6 @@ def test_overrides_reach_nested_fields_and_name_what_is_wrong() -> None:
     ]:
         with pytest.raises(SettingError, match=words):
             override(config, [item])
-    with pytest.raises(SettingError, match=r"field run\.steps is given twice"):
-        override(config, ["steps=7", "run.steps=8"])
     for weight in (-1.0, float("nan")):
         with pytest.raises(SettingError, match=r"end=.* is not a weight of the loss"):
             RoleWeights(end=weight)

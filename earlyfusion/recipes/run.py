@@ -146,10 +146,7 @@ def override(config: Any, overrides: list[str]) -> Any:
         path, found, text = item.partition("=")
         if not found:
             raise SettingError(f"{item!r} is not of the form field=value")
-        field = _resolve(config, path.strip())
-        if field in changes:
-            raise SettingError(f"field {'.'.join(field)} is given twice: give it once")
-        changes[field] = text
+        changes[_resolve(config, path.strip())] = text
     return _changed(config, changes) if changes else config
 
 
