@@ -190,7 +190,7 @@ def test_sizes_of_a_model_that_has_one(model: Chameleon, tmp_path: Path) -> None
     square = Chameleon(tiny_transformer(plain), model.image_tokenizer, plain)
     drawn = square.generate("a pear", "image", seed=1)
     assert square.generate("a pear", "image", seed=1, size=(16, 16)).images == drawn.images
-    with pytest.raises(SettingError, match=r"use \(width, height\) of 16x16$"):
+    with pytest.raises(SettingError, match=r"give \(width, height\) as \(16, 16\)$"):
         square.generate("a pear", "image", size=(32, 8))
     with pytest.raises(SettingError, match="output='text' has none"):
         square.generate("a pear", "text", size=(16, 16))
