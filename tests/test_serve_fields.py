@@ -307,6 +307,17 @@ def test_a_field_changes_the_reply(server: Running, path: str, name: str) -> Non
         assert changed[0] == 400 and changed[1]["error"]["message"]
 
 
+@pytest.mark.parametrize("name", ["\ud800", "a\udfffb", "<b>", "<b"])
+def test_a_field_of_any_name_is_named(name: str) -> None:
+    message = {"role": "user", "content": "Hi"}
+    for body in ({"messages": [message], name: 1}, {"messages": [message | {name: 1}]}):
+        with pytest.raises(ApiError) as caught:
+            read(ChatRequest, body)
+        assert caught.value.code == "unknown_field" and repr(name) in caught.value.message
+        assert repr(name) in str(caught.value.param)
+        assert repr(name) in read(ChatRequest, body, lenient=True)[1][0]
+
+
 @pytest.mark.slow
 def test_a_model_that_is_not_served_is_refused(server: Running) -> None:
     for path, (_, table) in ROUTES.items():

@@ -184,6 +184,46 @@ def test_other_types_and_routes(server: Running) -> None:
     assert reply.status_code == 404
 
 
+def test_a_slash_at_the_end_changes_nothing(server: Running) -> None:
+    for path in ("/v1/models", "/health", "/v1/models/mini"):
+        assert server.get(path + "/").json().keys() == server.get(path).json().keys()
+    asked = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
+    assert server.post("/v1/chat/completions/", asked).status_code == 200
+    assert error_of(server.get("/health//"))["code"] == "unknown_route"
+
+
+def test_all_methods_of_a_path_are_allowed(server: Running) -> None:
+    with httpx.Client() as client:
+        refused = client.put(f"{server.url}/v1/files/file-x")
+        assert refused.status_code == 405 and refused.headers["allow"] == "DELETE, GET, HEAD"
+        assert client.post(server.url).headers["allow"] == "GET, HEAD"
+
+
+def test_streams_in_http_1_0_end_with_the_connection(server: Running) -> None:
+    fields = {"stream": True, "max_tokens": 3, "modalities": ["text"], "seed": 0}
+    asked = {"messages": [{"role": "user", "content": "Hi"}]} | fields
+    for method, path, body in (
+        ("POST", "/v1/chat/completions", json.dumps(asked).encode()),
+        ("GET", "/v1/models", b""),
+        ("HEAD", "/v1/models", b""),
+    ):
+        lines = [f"{method} {path} HTTP/1.0", "Host: localhost", "Content-Type: application/json"]
+        lines += [f"Content-Length: {len(body)}", "", ""]
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as client:
+            client.sendall("\r\n".join(lines).encode() + body)
+            told = b""
+            while piece := client.recv(65_536):
+                told += piece
+        head, _, reply = told.partition(b"\r\n\r\n")
+        assert b" 200 " in head and b"transfer-encoding" not in head.lower()
+        if method == "POST":
+            assert [event for _, event in events(reply.decode())][-1] == "[DONE]"
+            assert reply.startswith(b"data: ") and reply.count(b"\n\n") >= 3
+        else:
+            assert bool(reply) == (method == "GET")
+
+
 def test_pictures_have_limits(server: Running) -> None:
     large = "data:image/png;base64," + base64.b64encode(picture_file(301, 10)).decode()
     part = {"type": "image_url", "image_url": {"url": large}}
@@ -203,6 +243,8 @@ def test_lenient_servers_list_what_they_ignored(server: Running) -> None:
     assert reply.status_code == 200
     assert sorted(reply.headers["x-ignored-fields"].split(", ")) == ["tools", "zzzz"]
     assert "x-ignored-fields" not in server.chat("Name a fruit.", max_tokens=2).headers
+    reply = server.chat("Name a fruit.", max_tokens=2, 한=1)
+    assert reply.status_code == 200 and reply.headers["x-ignored-fields"] == "\\ud55c"
 
 
 # --- a full queue, and clients that leave ---

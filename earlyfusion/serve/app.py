@@ -14,6 +14,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
+from starlette.routing import Match
 
 from earlyfusion import __version__
 from earlyfusion.api import Chameleon
@@ -74,6 +75,7 @@ def make_app(
         title="earlyfusion",
         version=__version__,
         lifespan=lifespan,
+        redirect_slashes=False,  # the gate drops a slash at the end
         docs_url=None,  # both pages would load scripts from other servers
         redoc_url=None,
         default_response_class=JsonReply,
@@ -115,8 +117,22 @@ async def _no_route(request: Request, error: Exception) -> Response:
         f"{request.method} {path} is not a route of this server: see docs/serve.md",
         code="unknown_route",
     )
-    allowed = (getattr(error, "headers", None) or {}).get("Allow")
-    return JsonReply(wire.body, wire.status, {"Allow": allowed} if allowed else None)
+    headers = {"Allow": ", ".join(_allowed(request))} if wire.status == 405 else None
+    return JsonReply(wire.body, wire.status, headers)
+
+
+def _allowed(request: Request) -> list[str]:
+    """The methods of all routes at a path; starlette names those of the first."""
+    return [
+        method
+        for method in ("DELETE", "GET", "HEAD", "POST")
+        # The gate answers HEAD by the routes of GET.
+        if any(
+            route.matches({**request.scope, "method": method.replace("HEAD", "GET")})[0]
+            is Match.FULL
+            for route in request.app.routes
+        )
+    ]
 
 
 class _Routes:
@@ -445,7 +461,8 @@ async def _closing(form: FormData) -> AsyncIterator[None]:
 
 
 def _header(ignored: list[str]) -> dict[str, str]:
-    return {IGNORED: ", ".join(ignored)[:1000]} if ignored else {}
+    names = ", ".join(ignored).encode("ascii", "backslashreplace").decode()  # headers are ASCII
+    return {IGNORED: names[:1000]} if ignored else {}
 
 
 _ERROR = {

@@ -63,6 +63,9 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["path"].endswith("/") and scope["path"] != "/":
+            # Not by a redirect: behind a TLS proxy the server does not know its own address.
+            scope = {**scope, "path": scope["path"][:-1]}
         visit = _Visit(scope, receive, send, self._options.max_body_bytes)
         try:
             refusal = self._refusal(scope)

@@ -6,7 +6,8 @@ from __future__ import annotations
 import asyncio
 from typing import cast
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn._types import ASGISendEvent
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from earlyfusion.serve.options import MAX_HEAD_BYTES
 
@@ -60,6 +61,8 @@ class LimitedHttp(HttpToolsProtocol):
         self._unread = 0
         self._cancel_alarm()
         super().on_headers_complete()
+        if self.scope["http_version"] == "1.0":
+            _end_with_connection(self.cycle)
 
     def on_body(self, body: bytes) -> None:
         self._unread = 0
@@ -82,3 +85,23 @@ class LimitedHttp(HttpToolsProtocol):
         self._head += size
         if self._head > MAX_HEAD_BYTES:
             raise _TooLargeError(_TOO_LARGE)
+
+
+def _end_with_connection(cycle: RequestResponseCycle) -> None:
+    """Send a reply without a length as it is: HTTP/1.0 has no chunks, and such a reply ends with
+    its connection (RFC 9112, section 6.3), which uvicorn closes."""
+    send, unmeasured = cycle.send, False
+
+    async def send_plain(message: ASGISendEvent) -> None:
+        nonlocal unmeasured
+        if message["type"] == "http.response.start":
+            names = {name.lower() for name, _ in message.get("headers", [])}
+            unmeasured = b"content-length" not in names
+            if unmeasured:
+                cycle.chunked_encoding = False
+        elif message["type"] == "http.response.body" and unmeasured:
+            # uvicorn compares each part with what is left of the announced length.
+            cycle.expected_content_length = len(message.get("body", b""))
+        await send(message)
+
+    cycle.send = send_plain  # type: ignore[method-assign]

@@ -22,6 +22,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 
 from earlyfusion.serve.errors import ApiError
 
@@ -657,10 +658,11 @@ def read(
         try:
             return model.model_validate(fields, strict=not text), ignored
         except ValidationError as error:
-            unknown = [e["loc"] for e in error.errors() if e["type"] == "extra_forbidden"]
+            wrong = [_with_name(e, fields) for e in error.errors(include_url=False)]
+            unknown = [e["loc"] for e in wrong if e["type"] == "extra_forbidden"]
             # Check the rest again without the unknown fields: its errors still count.
             if not (lenient and unknown):
-                raise _refusal(model, error, data) from None
+                raise _refusal(model, wrong[0], data) from None
             for path in unknown:
                 ignored.append(_remove(fields, path))
 
@@ -675,8 +677,18 @@ def _changes_nothing(model: type[Wire], name: str, value: Any) -> bool:
     return name not in model.model_fields and value in plain
 
 
-def _refusal(model: type[Wire], error: ValidationError, data: Any) -> ApiError:
-    first = error.errors(include_url=False)[0]
+def _with_name(error: ErrorDetails, data: Any) -> ErrorDetails:
+    """The error. pydantic cannot read a name with a lone surrogate, and tells of the object around
+    it; no field has such a name, so this becomes the error of an unknown field."""
+    around = data
+    for step in error["loc"]:
+        around = _enter(around, step)
+    if error["type"] == "string_unicode" and isinstance(around, dict):
+        return {**error, "type": "extra_forbidden", "loc": (*error["loc"], error["input"])}
+    return error
+
+
+def _refusal(model: type[Wire], first: ErrorDetails, data: Any) -> ApiError:
     path, code = _path(data, first["loc"]), "invalid_value"
     field = str(first["loc"][0]) if first["loc"] else None
     if first["type"] == "extra_forbidden":
@@ -707,24 +719,31 @@ def _unknown(model: type[Wire], loc: tuple[int | str, ...], path: str) -> str:
 
 def _path(data: Any, loc: tuple[int | str, ...]) -> str:
     """A path such as messages[0].content, without the tags of unions, which are in <>."""
-    path = ""
+    path, at = "", data
     for step in loc:
         if isinstance(step, int):
             path += f"[{step}]"
-        elif not (step.startswith("<") and step.endswith(">")) and step.isidentifier():
-            path += f".{step[:60]}" if path else step[:60]
-        elif not step.startswith("<"):
-            path += f".{step[:60]!r}" if path else repr(step[:60])
+        elif not step.startswith("<") or (isinstance(at, dict) and step in at):
+            name = step[:60] if step.isidentifier() else repr(step[:60])
+            path += f".{name}" if path else name
+        at = _enter(at, step)
     return path
+
+
+def _enter(at: Any, step: int | str) -> Any:
+    """The value at a step of a path; `at` itself if the step is the tag of a union, or missing."""
+    if isinstance(step, int):
+        return at[step] if isinstance(at, list) and step < len(at) else at
+    return at[step] if isinstance(at, dict) and step in at else at
 
 
 def _remove(data: Any, loc: tuple[int | str, ...]) -> str:
     at = data
     for step in loc[:-1]:
-        if isinstance(step, int) or (isinstance(at, dict) and step in at):
-            at = at[step]
+        at = _enter(at, step)
+    path = _path(data, loc)
     del at[loc[-1]]
-    return _path(data, loc)
+    return path
 
 
 def _shown(value: Any) -> str:
