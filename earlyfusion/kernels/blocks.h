@@ -38,8 +38,8 @@ class Following4 {
 
 // Adds the products of X rows of input with four rows of weights, in one block of columns, to their sums
 // [X, side, row of weights, 8]; at the `beginning` these are nothing. Meanwhile it fetches `each` / 256 lines of
-// the `next` weights per 64 columns and side. Weights of bf16 or int8 are left in `unpacked` as floats, for the
-// tiles after this one.
+// the `next` weights per 64 columns and side. Weights of bf16 are left in `unpacked` as floats, for the tiles
+// after this one.
 template <int X, class T>
 inline void block4(const T* w, int64_t stride, float* unpacked, const float* x, int64_t columns, bool beginning,
                    Following4& next, int64_t each, float* sums) {
@@ -114,7 +114,7 @@ void put_few(const Matrix& m, Range mine, const float* blocks, int64_t R, Room& 
       const int64_t stride = F == FP32 ? m.stride : BLOCK;
       // Each tile makes two passes, one for each side, in which the next block is fetched evenly.
       Following4 following(next.row, columns * here.bits / 8);
-      const int64_t each = 128 * here.bits / (here.bits > 8 ? 2 * tiles : tiles < 4 ? 4 : 8);
+      const int64_t each = 128 * here.bits / (2 * tiles);
       int64_t row = 0;
       for (int64_t t = 0; t < tiles; t++) {
         const int64_t X = (R - row + tiles - t - 1) / (tiles - t);  // 2 or 3, as even as possible

@@ -22,6 +22,7 @@
 
 namespace {
 
+const int64_t WIDE = 32;    // rows of input from which on sixteen rows of weights are unpacked at a time, not four
 const int64_t PASSING = 8;  // rows of input that stay in the first-level cache beside a panel of weights
 
 // A lane adds up 64 products in a block. In int4 they are of 16,000 and 2,048 at most: that fits into 32 bits.

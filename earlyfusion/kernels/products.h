@@ -268,9 +268,9 @@ class Operand {
     if (R < FEW) return;
     const float* x = reads_bf16(m) ? in.rounded : in.fp32;
     static thread_local Room memory;
-    ordered_ = memory.of(R * m.stride + 8);
+    ordered_ = memory.of(R * m.stride);
     if (R < MANY)
-      order_blocks(x, in.stride, R, m.stride, ordered_ += 8);
+      order_blocks(x, in.stride, R, m.stride, ordered_);
     else
       turned(m).fill(x, in.stride);
 #endif
@@ -281,7 +281,7 @@ class Operand {
 #if defined(VECTORS_OF_EIGHT)
     static thread_local Room memory;
     if (in_whole_numbers(m)) {
-      const int64_t width = R_ >= 32 ? 16 : 4;
+      const int64_t width = R_ >= WIDE ? PANEL : 4;
       const Whole whole(ordered_, R_, m.stride);
       return (m.format == INT8 ? put_whole<INT8> : put_whole<INT4>)(m, range, whole, width, memory, y, y_stride);
     }
@@ -316,7 +316,7 @@ class Operand {
 Shares shares(const Matrix& m, int64_t R, int64_t threads) {
   int64_t size = std::max<int64_t>(4, std::min<int64_t>(64, m.rows / threads / 4 / 4 * 4));
 #if defined(VECTORS_OF_EIGHT)
-  if (in_whole_numbers(m) ? R >= 32 : R >= MANY) size = PANEL;
+  if (in_whole_numbers(m) ? R >= WIDE : R >= MANY) size = PANEL;
 #endif
   return Shares(m.rows, size, threads);
 }
