@@ -243,9 +243,9 @@ def test_products_of_many_rows_are_those_of_one(bits: int, outputs: int, inputs:
     alone_RO = torch.cat([multiply(row) for row in x_RI.split(1)])
     rounded_OI = unpack(pack(weight_OI, bits))
     # Errors of rounded inputs add up as a root.
-    close = (1e-4, 1e-3) if bits == 32 else (2e-3, {8: 1e-4}.get(bits, 0.006) * inputs**0.5)
+    close = (1e-4, 1e-3) if bits == 32 else (2e-3, {8: 2.5e-4}.get(bits, 0.006) * inputs**0.5)
     torch.testing.assert_close(alone_RO, x_RI @ rounded_OI.T, rtol=close[0], atol=close[1])
-    for rows in (90, 61, 36, 35, 29, 22, 21, 12, 11, 8, 7, 5, 4, 3, 2):
+    for rows in (90, 61, 45, 44, 43, 36, 35, 29, 28, 27, 22, 21, 13, 12, 11, 8, 7, 6, 5, 4, 3, 2):
         assert torch.equal(multiply(x_RI[:rows]), alone_RO[:rows])
 
 
@@ -465,6 +465,7 @@ def test_a_changed_header_is_built_anew(tmp_path: Path, monkeypatch: pytest.Monk
         "draw.h",
         "products.h",
         "simd.h",
+        "avx512.h",
         "blocks.h",
         "integers.h",
         "operands.h",

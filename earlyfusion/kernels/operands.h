@@ -8,6 +8,7 @@
 #include <atomic>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <type_traits>
 
 #include "simd.h"
@@ -192,8 +193,8 @@ inline void unpack_int4(const uint8_t* w, const uint16_t* scales, int64_t n, flo
 
 // Whether a product with such a matrix reads its input in bf16.
 bool reads_bf16(const Matrix& m) {
-#if defined(VECTORS_OF_EIGHT)
-  return m.format == BF16;  // integers.h rounds the input for int4 and int8 by itself
+#if defined(VECTORS_OF_EIGHT) || defined(VECTORS_OF_SIXTEEN)
+  return m.format == BF16;  // where int4 and int8 are multiplied in whole numbers, these round the input themselves
 #else
   return m.format == BF16 || m.format == INT4;
 #endif

@@ -1,11 +1,13 @@
 // Products of a step's inputs and weight matrices, for cpu_step.cpp.
 //
 // Weights are fp32, bf16, int8 (one scale per row) or int4 (one bf16 scale per 32 columns). Columns are
-// padded with zeros to a multiple of 64. Processors with AVX2 multiply int8 and int4 in whole numbers
-// (integers.h); others in fp32, or int4 in bf16, into which a table turns the nibbles.
+// padded with zeros to a multiple of 64. Processors with AVX-512 have products of their own (avx512.h), those with AVX2
+// others (blocks.h, panels.h, integers.h). What is left to this file are one to three rows of input on AVX2, other
+// processors, and bf16 weights where AVX-512 cannot multiply bf16.
 
 #pragma once
 
+#include "avx512.h"
 #include "blocks.h"
 #include "integers.h"
 #include "operands.h"
@@ -70,14 +72,6 @@ inline floats16 eights4(const W* w, int64_t stride, const A* input, int64_t inpu
 
 // ---- products
 
-// `hold` where a vector is used more than once, for X > 1: with one row, reading is part of that use.
-template <int X>
-inline void hold_for(floats16& v) {
-#if defined(__AVX512F__)
-  if (X > 1) hold(v);
-#endif
-}
-
 // The products of X rows of input and four rows of weights: each vector of weights feeds X sums.
 // Entries 4 * x to 4 * x + 3 of the result are those of row x. Each is added up over the columns in
 // the same order whatever X is, so that a row does not depend on the rows beside it.
@@ -89,11 +83,10 @@ floats16 plain4(const W* w, int64_t stride, const A* input, int64_t input_stride
   floats16 acc[4 * X] = {};
   for (int64_t c = 0; c < stride; c += 16) {
     floats16 x[X];
-    for (int i = 0; i < X; i++) hold_for<X>(x[i] = load(input + i * input_stride + c));
+    for (int i = 0; i < X; i++) x[i] = load(input + i * input_stride + c);
     for (int r = 0; r < 4; r++) {
       if (distance) fetch(w + r * stride + c, distance);
-      floats16 v = load(w + r * stride + c);
-      hold_for<X>(v);
+      const floats16 v = load(w + r * stride + c);
       for (int i = 0; i < X; i++) acc[4 * i + r] = fused(v, x[i], acc[4 * i + r]);
     }
   }
@@ -115,88 +108,12 @@ floats16 dots4(const int8_t* w, const float* scale, int64_t stride, const Input&
   return plain4<X>(w, stride, input, in.stride, prefetch_distance(stride, 1024)) * scales;
 }
 
-// Thirty-two bf16 in a register, for the instruction that multiplies sixteen pairs at once.
-inline floats16 pairs(const uint16_t* p) {
-  floats16 v;
-  std::memcpy(&v, p, 64);
-  return v;
-}
-
 template <int X>
 floats16 dots4(const uint16_t* w, int64_t stride, const Input& in, int64_t row) {
-  const int64_t distance = prefetch_distance(2 * stride, 1024);
-  const rounded_t* input = in.rounded + row * in.stride;
-#if defined(__AVX512BF16__)
-  floats16 acc[4 * X] = {};
-  for (int64_t c = 0; c < stride; c += 32) {
-    floats16 x[X];
-    for (int i = 0; i < X; i++) hold_for<X>(x[i] = pairs(input + i * in.stride + c));
-    for (int r = 0; r < 4; r++) {
-      fetch(w + r * stride + c, distance);
-      floats16 v = pairs(w + r * stride + c);
-      hold_for<X>(v);
-      for (int i = 0; i < X; i++)
-        acc[4 * i + r] =
-            floats16(_mm512_dpbf16_ps(__m512(acc[4 * i + r]), __m512bh(v), __m512bh(x[i])));
-    }
-  }
-  return sums<4 * X>(acc);
-#else
-  return plain4<X>(w, stride, input, in.stride, distance);
-#endif
+  return plain4<X>(w, stride, in.rounded + row * in.stride, in.stride, prefetch_distance(2 * stride, 1024));
 }
 
-// int4: 32 bytes hold 64 columns, the first 32 in the low nibbles, the others in the high ones; each
-// 32 columns have a bf16 scale.
-#if defined(__AVX512BF16__) && defined(__AVX512BW__)
-template <int X>
-floats16 dots4(const uint8_t* w, const uint16_t* scales, int64_t stride, const Input& in,
-               int64_t row) {
-  alignas(64) uint16_t levels[32];
-  for (int i = 0; i < 32; i++) levels[i] = as_bf16(float(i % 16 - 8));
-  // The level of a nibble as bf16: what `permutexvar` looks up.
-  const __m512i table = _mm512_load_si512(levels), nibble = _mm512_set1_epi16(15);
-  const __m512 none = _mm512_setzero_ps();
-  floats16 acc[4 * X] = {};
-  const int64_t distance = prefetch_distance(stride / 2, 512);
-  for (int64_t c = 0; c < stride; c += 64) {
-    __m512bh low[X], high[X];
-    for (int x = 0; x < X; x++) {
-      low[x] = (__m512bh)_mm512_loadu_si512(in.rounded + (row + x) * in.stride + c);
-      high[x] = (__m512bh)_mm512_loadu_si512(in.rounded + (row + x) * in.stride + c + 32);
-    }
-    for (int r = 0; r < 4; r++) {
-      const uint8_t* at = w + (r * stride + c) / 2;
-      fetch(at, distance);
-      __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)at));
-      __m512bh first =
-          (__m512bh)_mm512_permutexvar_epi16(_mm512_and_si512(bytes, nibble), table);
-      __m512bh second = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table);
-      uint32_t pair;  // the scales of both, side by side
-      std::memcpy(&pair, scales + (r * stride + c) / 32, 4);
-      __m512 scale_1 = _mm512_castsi512_ps(_mm512_set1_epi32(int32_t(pair << 16)));
-      __m512 scale_2 = _mm512_castsi512_ps(_mm512_set1_epi32(int32_t(pair & 0xffff0000u)));
-      for (int x = 0; x < X; x++) {
-        __m512 total = __m512(acc[4 * x + r]);
-        total = _mm512_fmadd_ps(_mm512_dpbf16_ps(none, first, low[x]), scale_1, total);
-        total = _mm512_fmadd_ps(_mm512_dpbf16_ps(none, second, high[x]), scale_2, total);
-        acc[4 * x + r] = floats16(total);
-      }
-    }
-  }
-  return sums<4 * X>(acc);
-}
-const bool UNPACKS_INT4 = false;
-#else
-// Other processors unpack four rows first; a level times its scale is exact in fp32.
-template <int X>
-floats16 dots4(const uint8_t*, const uint16_t*, int64_t, const Input&, int64_t) {
-  return floats16{};
-}
-const bool UNPACKS_INT4 = true;
-#endif
-
-// `unpacked` holds the four rows of an int4 matrix as floats, or is null.
+// `unpacked` holds the four rows of an int4 matrix as floats: a level times its scale is exact in fp32.
 template <int X>
 floats16 four_rows(const Matrix& m, int64_t first, const Input& in, int64_t row,
                    const float* unpacked) {
@@ -207,12 +124,9 @@ floats16 four_rows(const Matrix& m, int64_t first, const Input& in, int64_t row,
       return dots4<X>(static_cast<const float*>(m.data) + at, m.stride, in, row);
     case BF16:
       return dots4<X>(static_cast<const uint16_t*>(m.data) + at, m.stride, in, row);
-    case INT8:
+    default:
       return dots4<X>(static_cast<const int8_t*>(m.data) + at,
                       static_cast<const float*>(m.scales) + first, m.stride, in, row);
-    default:
-      return dots4<X>(static_cast<const uint8_t*>(m.data) + at / 2,
-                      static_cast<const uint16_t*>(m.scales) + at / 32, m.stride, in, row);
   }
 }
 
@@ -243,8 +157,7 @@ void put_tile(const Matrix& m, int64_t first, const Input& in, int64_t row, int6
 // stay in the first-level cache, else what fits into 128 KB, half of a second-level cache, so that
 // the inputs are read less often.
 int64_t panel(const Matrix& m, int64_t R) {
-  const bool unpacks = m.format == INT4 && UNPACKS_INT4;
-  return R <= 16 || unpacks ? 4 : std::max<int64_t>(4, (int64_t(1) << 17) / row_bytes(m) / 4 * 4);
+  return R <= 16 || m.format == INT4 ? 4 : std::max<int64_t>(4, (int64_t(1) << 17) / row_bytes(m) / 4 * 4);
 }
 
 #if defined(VECTORS_OF_EIGHT)
@@ -256,6 +169,10 @@ bool in_whole_numbers(const Matrix& m) { return m.format == INT8 || m.format == 
 class Operand {
  public:
   Operand(const Matrix& m, const Input& in, int64_t R) : in_(in), R_(R) {
+#if defined(VECTORS_OF_SIXTEEN)
+    static thread_local Room memory, scratch;
+    if (in_words(m)) words_.emplace(m, in, R, memory, scratch);
+#endif
 #if defined(VECTORS_OF_EIGHT)
     if (in_whole_numbers(m)) {
       static thread_local Room memory;
@@ -278,6 +195,10 @@ class Operand {
 
   // y[row, n] = in[row] . m[n] for all rows and the n of `range`.
   void multiply(const Matrix& m, Range range, float* y, int64_t y_stride) const {
+#if defined(VECTORS_OF_SIXTEEN)
+    static thread_local Room room;
+    if (words_) return words_->multiply(m, range, room, y, y_stride);
+#endif
 #if defined(VECTORS_OF_EIGHT)
     static thread_local Room memory;
     if (in_whole_numbers(m)) {
@@ -289,7 +210,7 @@ class Operand {
     if (R_ >= FEW) return put_few(m, range, ordered_, R_, memory, y, y_stride);
 #endif
     const int64_t width = panel(m, R_);
-    const bool unpacks = m.format == INT4 && UNPACKS_INT4;
+    const bool unpacks = m.format == INT4;
     Aligned<float> unpacked(unpacks ? 4 * m.stride : 0);
     for (int64_t first = range.first; first < range.last; first += width) {
       const int64_t last = std::min(first + width, range.last), at = first * m.stride;
@@ -303,6 +224,9 @@ class Operand {
   }
 
  private:
+#if defined(VECTORS_OF_SIXTEEN)
+  std::optional<WordOperand> words_;
+#endif
 #if defined(VECTORS_OF_EIGHT)
   Turned turned(const Matrix& m) const { return {Tiles(R_), m.stride / SUMS, ordered_}; }
   float* ordered_ = nullptr;
@@ -315,6 +239,9 @@ class Operand {
 // each thread, in fours, as matrices are padded to a multiple of four.
 Shares shares(const Matrix& m, int64_t R, int64_t threads) {
   int64_t size = std::max<int64_t>(4, std::min<int64_t>(64, m.rows / threads / 4 / 4 * 4));
+#if defined(VECTORS_OF_SIXTEEN)
+  if (in_words(m) && R >= many(m)) size = PANEL;
+#endif
 #if defined(VECTORS_OF_EIGHT)
   if (in_whole_numbers(m) ? R >= WIDE : R >= MANY) size = PANEL;
 #endif

@@ -14,6 +14,9 @@
 #if defined(__AVX2__) && defined(__FMA__) && !defined(__AVX512F__)
 #define VECTORS_OF_EIGHT  // registers hold eight floats, so a vector of sixteen takes two of them
 #endif
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define VECTORS_OF_SIXTEEN  // registers hold sixteen floats, or as many words of any kind
+#endif
 #if defined(__AVX512F__)
 #define LANES 16
 #elif defined(VECTORS_OF_EIGHT)
@@ -127,6 +130,7 @@ inline floats16 fused(floats16 a, floats16 b, floats16 c) {
 // products with several rows of input are bound by reading.
 #if defined(__AVX512F__)
 inline void hold(floats16& v) { asm("" : "+v"(v)); }
+inline void hold(__m512i& v) { asm("" : "+v"(v)); }
 #elif defined(VECTORS_OF_EIGHT)
 inline void hold(__m256& v) { asm("" : "+x"(v)); }
 inline void hold(__m256i& v) { asm("" : "+x"(v)); }
@@ -138,17 +142,17 @@ inline void fetch(const void* at, int64_t distance) {
 
 // The sums of N vectors, at most sixteen: entry i of the result is the sum of vector i. Each step
 // adds halves of two vectors and packs the results into one, so that four steps do all of them.
-template <int N>
-inline __attribute__((always_inline)) floats16 sums(floats16* v) {
+template <int N, class V>
+inline __attribute__((always_inline)) V sums(V* v) {
   // Which entries of the pair (a, b) come first: the lower 8, 4, 2, 1 of each run of that length.
   const ints16 low_8 = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
   const ints16 low_4 = {0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27};
   const ints16 low_2 = {0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29};
   const ints16 low_1 = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
-  const floats16 none = {};
+  const V none = {};
   auto fold = [&](int i, int n, ints16 low, int32_t step) __attribute__((always_inline)) {
     if (2 * i >= n) return;
-    const floats16 a = v[2 * i], b = 2 * i + 1 < n ? v[2 * i + 1] : none;
+    const V a = v[2 * i], b = 2 * i + 1 < n ? v[2 * i + 1] : none;
     v[i] = __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, low + step);
   };
 #pragma GCC unroll 8
