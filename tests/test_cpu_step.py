@@ -264,7 +264,7 @@ def test_an_odd_input_does_not_spoil_the_rest(bits: int) -> None:
     assert not y_RO[5].any()
     for row in (0, 1, 3, 6):
         error = (y_RO[row] - expected_RO[row]).abs().max() / expected_RO[row].abs().max()
-        assert error < {8: 1e-3, 4: 6e-3}[bits]
+        assert error < {8: 1e-3, 4: 8e-3}[bits]
 
 
 @needs_compiler

@@ -14,7 +14,7 @@
 //
 // Whole numbers: the input is rounded with one scale for each block of columns of a row. Weights of int8 are whole
 // numbers already; a weight of int4 becomes its level times the scale of its 32 columns, as a part of the largest scale
-// of the row and block, in 11 bits. A sum over a block is exact and fits into 32 bits; sums of blocks are floats.
+// of the row and block, at most 800. A sum over a block is exact and fits into 32 bits; sums of blocks are floats.
 
 #pragma once
 
@@ -30,7 +30,7 @@ const int64_t PANEL = 32;      // rows of weights of a panel
 const int64_t ROWS = 12;       // rows of input of a tile: 2 * 12 of 32 registers hold its sums
 const int64_t GROUP = 4;       // tiles that pass by a part of a panel together
 const int64_t FEW_ROWS = 6;    // rows of input whose sums fit into the registers: 6 * 4 of 32
-const int64_t FEW_WORDS = 512; // words of a row of weights that all rows of input pass by before the next are read
+const int64_t FEW_WORDS = 512;  // words of a row of weights that all rows of input pass by before the next are read
 
 // Rows of input from which on panels pay.
 inline int64_t many(const Matrix& m) { return m.format == INT4 ? 28 : 44; }
@@ -112,10 +112,10 @@ INLINE void turn(__m512i* v) {
 
 // ---- whole numbers
 
-// Columns of a sum of whole numbers. It fits into 32 bits: 127 * 16,000 for each column of int8, 1,023 * 4,095 of int4.
-inline constexpr int64_t block_of(int64_t format) { return format == INT8 ? 1024 : 512; }
-inline float largest_input(int64_t format) { return format == INT8 ? 16000 : 4095; }
-const float LARGEST_WEIGHT = 1023;  // of int4
+// A sum over a block fits into 32 bits: 127 * 16,000 for each column of int8, 800 * 2,620 of int4.
+const int64_t BLOCK = 1024;  // columns
+inline float largest_input(int64_t format) { return format == INT8 ? 16000 : 2620; }
+const float LARGEST_WEIGHT = 800;  // of int4
 
 // The largest entry without its sign; infinite or NaN if an entry is.
 inline float largest(const float* x, int64_t columns) {
@@ -147,7 +147,8 @@ template <Format F>
 struct WholeRow {
   const char* at;
   float scale;
-  alignas(32) int16_t parts[16];  // of int4: the scales as parts of the largest
+    alignas(32) int16_t parts[32];
+  // of int4: the scales as parts of the largest
 
   WholeRow() = default;
   WholeRow(const Matrix& m, int64_t n, int64_t first, int64_t columns) {
@@ -160,13 +161,18 @@ struct WholeRow {
 
   // The scales are those of `count` times 32 columns.
   void divide(const uint16_t* scales, int64_t count) {
-    const __mmask16 some = __mmask16((1u << count) - 1);
-    const __m256i raw = _mm256_maskz_loadu_epi16(some, scales);
-    const __m512 all = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
-    const float top = _mm512_reduce_max_ps(_mm512_abs_ps(all));
+    __m512 all[2];
+    for (int i = 0; i < 2; i++) {
+      const int64_t left = std::min<int64_t>(16, std::max<int64_t>(0, count - 16 * i));
+      const __m256i raw = _mm256_maskz_loadu_epi16(__mmask16((1u << left) - 1), scales + 16 * i);
+      all[i] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+    }
+    const float top = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(all[0]), _mm512_abs_ps(all[1])));
     const __m512 factor = _mm512_set1_ps(top > 0 ? LARGEST_WEIGHT / top : 0);
-    const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(all, factor));
-    write(parts, _mm512_cvtsepi32_epi16(whole));
+    for (int i = 0; i < 2; i++) {
+      const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(all[i], factor));
+      write(parts + 16 * i, _mm512_cvtsepi32_epi16(whole));
+    }
     scale = top * 8 / LARGEST_WEIGHT;
   }
 
@@ -304,18 +310,18 @@ struct WholeInput {
   float* scales;     // [blocks, R]
   int64_t R;
 
-  static int64_t floats(int64_t R, int64_t stride) { return R * stride / 2 + R * (stride / block_of(INT4) + 1); }
+  static int64_t floats(int64_t R, int64_t stride) { return R * stride / 2 + R * (stride / BLOCK + 1); }
 
   WholeInput(float* room, int64_t R, int64_t stride)
       : entries(reinterpret_cast<int16_t*>(room)), scales(room + R * stride / 2), R(R) {}
 };
 
-// `pass4` of the first X rows: it unpacks the weights, and leaves them in `unpacked` [4, columns of a block] for the others (KEEP).
-// It fetches the same columns of the next four rows, `distance` bytes further on.
+// `pass4` of the first X rows: it unpacks the weights, and leaves them in `unpacked` [4, columns of a block] for the
+// others (KEEP). It fetches the same columns of the next four rows, `distance` bytes further on.
 template <Format F, int X, bool KEEP>
 void first_pass(const WholeRow<F>* rows, int16_t* unpacked, const int16_t* x, int64_t columns, int64_t distance,
                 ints16* sums) {
-  const int64_t block = block_of(F), line = F == INT8 ? 64 : 128;  // columns
+  const int64_t line = F == INT8 ? 64 : 128;  // columns
   ints16 sum[X][4] = {};
   for (int64_t begin = 0; begin < columns; begin += 64) {
     if (begin % line == 0)
@@ -330,7 +336,7 @@ void first_pass(const WholeRow<F>* rows, int16_t* unpacked, const int16_t* x, in
       for (int r = 0; r < 4; r++) {
         __m512i v = rows[r].unpack(c);
         hold(v);
-        if (KEEP) _mm512_storeu_si512(unpacked + r * block + c, v);
+        if (KEEP) _mm512_storeu_si512(unpacked + r * BLOCK + c, v);
 #pragma GCC unroll 6
         for (int i = 0; i < X; i++) sum[i][r] = WholePairs::add(sum[i][r], v, entries[i]);
       }
@@ -352,15 +358,15 @@ template <Format F>
 void put_few_whole(const Matrix& m, Range mine, const WholeInput& input, Room& memory, float* y, int64_t y_stride) {
   const decltype(&first_pass_of<F, 1>) first_passes[] = {first_pass_of<F, 1>, first_pass_of<F, 2>, first_pass_of<F, 3>,
                                                          first_pass_of<F, 4>, first_pass_of<F, 5>, first_pass_of<F, 6>};
-  const int64_t block = block_of(F), R = input.R, bytes = row_bytes(m), tiles = (R + FEW_ROWS - 1) / FEW_ROWS;
-  float* room = memory.of(R * 64 + R * 16 + 2 * block);
+  const int64_t R = input.R, bytes = row_bytes(m), tiles = (R + FEW_ROWS - 1) / FEW_ROWS;
+  float* room = memory.of(R * 64 + R * 16 + 2 * BLOCK);
   ints16* sums = reinterpret_cast<ints16*>(room);
   float* totals = room + R * 64;  // [R, 4], of blocks
   int16_t* unpacked = tiles > 1 ? reinterpret_cast<int16_t*>(totals + R * 16) : nullptr;
   for (int64_t n = mine.first; n < mine.last; n += 4) {
     std::fill_n(totals, R * 4 + 16, 0.0f);
-    for (int64_t first = 0; first < m.stride; first += block) {
-      const int64_t columns = std::min(block, m.stride - first);
+    for (int64_t first = 0; first < m.stride; first += BLOCK) {
+      const int64_t columns = std::min(BLOCK, m.stride - first);
       WholeRow<F> rows[4];
       for (int r = 0; r < 4; r++) rows[r] = WholeRow<F>(m, n + r, first, columns);
       const int16_t* x = input.entries + R * first;
@@ -370,13 +376,13 @@ void put_few_whole(const Matrix& m, Range mine, const WholeInput& input, Room& m
         if (t == 0)
           first_passes[X - 1](rows, unpacked, x, columns, 4 * bytes, sums);
         else
-          pass_of<WholePairs>(X)(reinterpret_cast<const uint32_t*>(unpacked), block / 2,
+          pass_of<WholePairs>(X)(reinterpret_cast<const uint32_t*>(unpacked), BLOCK / 2,
                                  reinterpret_cast<const uint32_t*>(x + row * columns), columns / 2, columns / 2, true,
                                  sums + 4 * row, nothing, 0);
         row += X;
       }
       const __m512 scale = _mm512_setr4_ps(rows[0].scale, rows[1].scale, rows[2].scale, rows[3].scale);
-      const float* x_scales = input.scales + first / block * R;
+      const float* x_scales = input.scales + first / BLOCK * R;
       each_four(sums, R, [&](int64_t row, ints16 four) {
         const __mmask16 some = __mmask16((1u << std::min<int64_t>(4, R - row)) - 1);
         const __m512i of_row = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
@@ -489,10 +495,10 @@ struct Turned {
 };
 
 // `count` sums, from the k-th one on, of the products of X rows of input and a panel. `kept` holds sums of sums,
-// [level, X, PANEL]; level 4 is the whole. After each sum `each` lines are fetched `ahead`.
+// [level, X, PANEL]; the whole goes to y. After each sum `each` lines are fetched `ahead`.
 template <class Word, int X>
-void tile_of(const uint32_t* panel, const uint32_t* x, int64_t steps, int k, int count, float* kept, Ahead& ahead,
-             int64_t each) {
+void tile_of(const uint32_t* panel, const uint32_t* x, int64_t steps, int k, int count, float* kept, float* y,
+             int64_t y_stride, Ahead& ahead, int64_t each) {
   for (const int last = k + count; k < last; k++, x += steps * X) {
     ahead.fetch(each);
     floats16 sum[X][2];
@@ -503,10 +509,12 @@ void tile_of(const uint32_t* panel, const uint32_t* x, int64_t steps, int k, int
       for (int i = 0; i < X; i++)
 #pragma GCC unroll 2
         for (int g = 0; g < 2; g++) sum[i][g] = load(level + i * PANEL + 16 * g) + sum[i][g];
+    float* to = k == SUMS - 1 ? y : level;
+    const int64_t to_stride = k == SUMS - 1 ? y_stride : PANEL;
 #pragma GCC unroll 12
     for (int i = 0; i < X; i++)
 #pragma GCC unroll 2
-      for (int g = 0; g < 2; g++) store(level + i * PANEL + 16 * g, sum[i][g]);
+      for (int g = 0; g < 2; g++) store(to + i * to_stride + 16 * g, sum[i][g]);
   }
 }
 
@@ -527,7 +535,7 @@ void whole_tile(const uint32_t* panel, const uint32_t* x, int64_t steps, const f
 }
 
 template <class Word>
-using Tile = void (*)(const uint32_t*, const uint32_t*, int64_t, int, int, float*, Ahead&, int64_t);
+using Tile = void (*)(const uint32_t*, const uint32_t*, int64_t, int, int, float*, float*, int64_t, Ahead&, int64_t);
 using WholeTile = void (*)(const uint32_t*, const uint32_t*, int64_t, const float*, const float*, float*);
 
 template <class Word>
@@ -566,11 +574,14 @@ inline void pack(const Matrix& m, int64_t n, int64_t steps, uint32_t* panel) {
 template <class Word>
 void put_many_words(const Matrix& m, Range mine, const Turned& input, Room& memory, float* y, int64_t y_stride) {
   const Tiles& tiles = input.tiles;
-  const int64_t steps = input.steps, size = place(SUMS, steps), levels = 5 * ROWS * PANEL;
-  float *room = memory.of(size + GROUP * levels), *kept = room + size;
+  const int64_t steps = input.steps, size = place(SUMS, steps), levels = 4 * ROWS * PANEL;
+  float *room = memory.of(size + GROUP * levels + tiles.R * PANEL), *kept = room + size;
+  float* last = kept + GROUP * levels;  // [R, PANEL], of a panel that is not full
   uint32_t* panel = reinterpret_cast<uint32_t*>(room);
   for (int64_t n = mine.first; n < mine.last; n += PANEL) {
-    const int64_t here = std::min(PANEL, mine.last - n);
+    const bool full = n + PANEL <= mine.last;
+    float* out = full ? y + n : last;
+    const int64_t out_stride = full ? y_stride : PANEL;
     pack(m, n, steps, panel);
     Ahead ahead = next_panel(m, n);
     const int64_t times = tiles.count * SUMS, each = (ahead.left + times - 1) / times;
@@ -579,14 +590,12 @@ void put_many_words(const Matrix& m, Range mine, const Turned& input, Room& memo
       for (int k = 0; k < SUMS; k += input.together)
         for (int64_t t = group; t < end; t++)
           tile_for<Word>(tiles.rows(t))(panel, input.at(group, t, k), steps, k, input.together,
-                                        kept + (t - group) * levels, ahead, each);
-      for (int64_t t = group; t < end; t++) {
-        const int64_t row = tiles.first(t), X = tiles.rows(t);
-        const float* out = kept + (t - group) * levels + 4 * X * PANEL;
-        for (int64_t i = 0; i < X; i++)
-          std::memcpy(y + (row + i) * y_stride + n, out + i * PANEL, here * sizeof(float));
-      }
+                                        kept + (t - group) * levels, out + tiles.first(t) * out_stride, out_stride,
+                                        ahead, each);
     }
+    if (!full)
+      for (int64_t row = 0; row < tiles.R; row++)
+        std::memcpy(y + row * y_stride + n, last + row * PANEL, (mine.last - n) * sizeof(float));
   }
 }
 
@@ -594,16 +603,15 @@ void put_many_words(const Matrix& m, Range mine, const Turned& input, Room& memo
 inline void fill_whole_tiles(const WholeInput& input, int64_t format, const float* x, int64_t x_stride, int64_t stride,
                              Room& memory) {
   const Tiles tiles(input.R);
-  const int64_t block = block_of(format);
-  int16_t* rounded = reinterpret_cast<int16_t*>(memory.of(ROWS * block / 2));
-  for (int64_t first = 0; first < stride; first += block) {
-    const int64_t columns = std::min(block, stride - first);
+  int16_t* rounded = reinterpret_cast<int16_t*>(memory.of(ROWS * BLOCK / 2));
+  for (int64_t first = 0; first < stride; first += BLOCK) {
+    const int64_t columns = std::min(BLOCK, stride - first);
     for (int64_t t = 0; t < tiles.count; t++) {
       const int64_t row = tiles.first(t), X = tiles.rows(t);
       const uint32_t* rows[16];
       for (int64_t i = 0; i < X; i++) {
-        int16_t* at = rounded + i * block;
-        input.scales[first / block * input.R + row + i] =
+        int16_t* at = rounded + i * BLOCK;
+        input.scales[first / BLOCK * input.R + row + i] =
             round_block(x + (row + i) * x_stride + first, columns, largest_input(format), at);
         rows[i] = reinterpret_cast<const uint32_t*>(at);
       }
@@ -617,11 +625,10 @@ inline void fill_whole_tiles(const WholeInput& input, int64_t format, const floa
 
 inline void fill_whole_rows(const WholeInput& input, int64_t format, const float* x, int64_t x_stride,
                             int64_t stride) {
-  const int64_t block = block_of(format);
-  for (int64_t first = 0; first < stride; first += block) {
-    const int64_t columns = std::min(block, stride - first);
+  for (int64_t first = 0; first < stride; first += BLOCK) {
+    const int64_t columns = std::min(BLOCK, stride - first);
     for (int64_t row = 0; row < input.R; row++)
-      input.scales[first / block * input.R + row] =
+      input.scales[first / BLOCK * input.R + row] =
           round_block(x + row * x_stride + first, columns, largest_input(format),
                       input.entries + input.R * first + row * columns);
   }
@@ -653,18 +660,17 @@ void pack_whole(const Matrix& m, int64_t n, int64_t first, int64_t columns, uint
 
 template <Format F>
 void put_many_whole(const Matrix& m, Range mine, const WholeInput& input, Room& memory, float* y, int64_t y_stride) {
-  const int64_t block = block_of(F);
   const int64_t R = input.R;
   const Tiles tiles(R);
-  float *room = memory.of(block / 2 * PANEL + R * PANEL), *totals = room + block / 2 * PANEL;
+  float *room = memory.of(BLOCK / 2 * PANEL + R * PANEL), *totals = room + BLOCK / 2 * PANEL;
   uint32_t* panel = reinterpret_cast<uint32_t*>(room);
   for (int64_t n = mine.first; n < mine.last; n += PANEL) {
     const int64_t here = std::min(PANEL, mine.last - n);
     Ahead ahead = next_panel(m, n);
-    const int64_t times = tiles.count * ((m.stride + block - 1) / block), each = (ahead.left + times - 1) / times;
+    const int64_t times = tiles.count * ((m.stride + BLOCK - 1) / BLOCK), each = (ahead.left + times - 1) / times;
     std::fill_n(totals, R * PANEL, 0.0f);
-    for (int64_t first = 0; first < m.stride; first += block) {
-      const int64_t columns = std::min(block, m.stride - first);
+    for (int64_t first = 0; first < m.stride; first += BLOCK) {
+      const int64_t columns = std::min(BLOCK, m.stride - first);
       alignas(64) float scales[PANEL];
       pack_whole<F>(m, n, first, columns, panel, scales);
       for (int64_t t = 0; t < tiles.count; t++) {
@@ -672,7 +678,7 @@ void put_many_whole(const Matrix& m, Range mine, const WholeInput& input, Room& 
         ahead.fetch(each);
         whole_tile_for(tiles.rows(t))(
             panel, reinterpret_cast<const uint32_t*>(input.entries + R * first + row * columns), columns / 2, scales,
-            input.scales + first / block * R + row, totals + row * PANEL);
+            input.scales + first / BLOCK * R + row, totals + row * PANEL);
       }
     }
     for (int64_t row = 0; row < R; row++)
@@ -696,7 +702,8 @@ class WordOperand {
       return;
     }
     const bool bf16 = m.format == BF16;
-    const uint32_t* x = bf16 ? reinterpret_cast<const uint32_t*>(in.rounded) : reinterpret_cast<const uint32_t*>(in.fp32);
+    const void* rows = bf16 ? static_cast<const void*>(in.rounded) : in.fp32;
+    const uint32_t* x = static_cast<const uint32_t*>(rows);
     const int64_t stride = row_bytes(m) / 4, x_stride = bf16 ? in.stride / 2 : in.stride;
     data_ = memory.of(R * stride);
     uint32_t* words = reinterpret_cast<uint32_t*>(data_);

@@ -426,49 +426,88 @@ void blend_rows(const CachedHead<T>& v, const float* weights, int64_t weights_st
   }
 }
 #else
-const int TILE_ROWS = 4, LEAST_ROWS = TILE_ROWS, TILE_SCRATCH = 0;
+const int TILE_ROWS = 24, LEAST_ROWS = 3, TILE_SCRATCH = 0;  // at most, and from which on this pays
 
+// The products of X queries and the keys of four consecutive positions.
+template <int X, class T>
+inline void score_four(const T* keys, int64_t H, const float* q, int64_t q_stride, float scale, float* scores,
+                       int64_t scores_stride) {
+  floats16 products[4 * X] = {};
+  for (int64_t i = 0; i < H; i += 16) {
+    floats16 key[4];
+    for (int j = 0; j < 4; j++) key[j] = load(keys + j * H + i);
+    for (int x = 0; x < X; x++) {
+      const floats16 here = load(q + x * q_stride + i);
+      for (int j = 0; j < 4; j++) products[4 * x + j] = fused(here, key[j], products[4 * x + j]);
+    }
+  }
+  float out[16];
+  store(out, sums<4 * X>(products) * scale);
+  for (int x = 0; x < X; x++) std::memcpy(scores + x * scores_stride, out + 4 * x, 16);
+}
+
+// `score` for `count` queries. The last four keys may be stale, as in `score`.
 template <class T>
-void score_tile(const CachedHead<T>& k, const float* q, int64_t q_stride, int64_t, int64_t length, float scale,
+void score_tile(const CachedHead<T>& k, const float* q, int64_t q_stride, int64_t count, int64_t length, float scale,
                 float* scores, int64_t scores_stride, float*) {
   const int64_t H = k.H;
-  k.each_block(length, [&](int64_t first, int64_t count, const T* at, const Following<T>&) {
-    // Four keys at a time: the last ones may be stale, as in `score`.
-    for (int64_t p = 0; p < count; p += 4) {
-      floats16 products[16] = {};
-      for (int64_t i = 0; i < H; i += 16) {
-        floats16 keys[4];
-        for (int j = 0; j < 4; j++) keys[j] = load(at + (p + j) * H + i);
-        for (int x = 0; x < TILE_ROWS; x++) {
-          const floats16 here = load(q + x * q_stride + i);
-          for (int j = 0; j < 4; j++) products[4 * x + j] = fused(here, keys[j], products[4 * x + j]);
-        }
-      }
-      float out[16];
-      store(out, sums<16>(products) * scale);
-      for (int x = 0; x < TILE_ROWS; x++)
-        std::memcpy(scores + x * scores_stride + first + p, out + 4 * x, 16);
+  k.each_block(length, [&](int64_t first, int64_t here, const T* at, const Following<T>&) {
+    for (int64_t x = 0; x < count; x += 4) {
+      const int64_t X = std::min<int64_t>(4, count - x);
+      const auto four = X == 4   ? score_four<4, T>
+                        : X == 3 ? score_four<3, T>
+                        : X == 2 ? score_four<2, T>
+                                 : score_four<1, T>;
+      for (int64_t p = 0; p < here; p += 4)
+        four(at + p * H, H, q + x * q_stride, q_stride, scale, scores + x * scores_stride + first + p, scores_stride);
     }
   });
 }
 
-template <class T>
-void blend_rows(const CachedHead<T>& v, const float* weights, int64_t weights_stride, int64_t, int64_t length,
+// `blend` for X rows and 16 W columns: each value is read once for all of them.
+template <int X, int W, class T>
+void blend_tile(const CachedHead<T>& v, const float* weights, int64_t weights_stride, int64_t length, int64_t column,
                 float* out) {
   const int64_t H = v.H;
-  for (int64_t column = 0; column < H; column += 16) {
-    floats16 total[TILE_ROWS] = {};
-    v.each_block(length, [&](int64_t first, int64_t count, const T* at, const Following<T>&) {
-      floats16 acc[TILE_ROWS];  // in registers
-      std::memcpy(acc, total, sizeof(total));
-      for (int64_t p = 0; p < count; p++) {
-        const floats16 values = load(at + p * H + column);
-        for (int x = 0; x < TILE_ROWS; x++)
-          acc[x] = fused(splat(weights[x * weights_stride + first + p]), values, acc[x]);
+  floats16 total[X][W] = {};
+  v.each_block(length, [&](int64_t first, int64_t count, const T* at, const Following<T>&) {
+    floats16 acc[X][W];  // in registers
+    std::memcpy(acc, total, sizeof(total));
+    for (int64_t p = 0; p < count; p++) {
+      floats16 values[W];
+#pragma GCC unroll 2
+      for (int j = 0; j < W; j++) values[j] = load(at + p * H + column + 16 * j);
+#pragma GCC unroll 12
+      for (int x = 0; x < X; x++) {
+        const floats16 weight = splat(weights[x * weights_stride + first + p]);
+#pragma GCC unroll 2
+        for (int j = 0; j < W; j++) acc[x][j] = fused(weight, values[j], acc[x][j]);
       }
-      std::memcpy(total, acc, sizeof(total));
-    });
-    for (int x = 0; x < TILE_ROWS; x++) store(out + x * H + column, total[x]);
+    }
+    std::memcpy(total, acc, sizeof(total));
+  });
+  for (int x = 0; x < X; x++)
+    for (int j = 0; j < W; j++) store(out + x * H + column + 16 * j, total[x][j]);
+}
+
+template <int X, class T>
+void blend_some(const CachedHead<T>& v, const float* weights, int64_t weights_stride, int64_t length, float* out) {
+  int64_t column = 0;
+  for (; column + 32 <= v.H; column += 32) blend_tile<X, 2>(v, weights, weights_stride, length, column, out);
+  if (column < v.H) blend_tile<X, 1>(v, weights, weights_stride, length, column, out);
+}
+
+template <class T>
+void blend_rows(const CachedHead<T>& v, const float* weights, int64_t weights_stride, int64_t count, int64_t length,
+                float* out) {
+  const int most = LANES == 16 ? 12 : 4;  // rows whose sums fit into the registers
+  for (int64_t x = 0, X; x < count; x += X) {
+    X = count - x >= most ? most : count - x >= 4 ? 4 : count - x >= 2 ? 2 : 1;
+    const auto blend = X == 12  ? blend_some<12, T>
+                       : X == 4 ? blend_some<4, T>
+                       : X == 2 ? blend_some<2, T>
+                                : blend_some<1, T>;
+    blend(v, weights + x * weights_stride, weights_stride, length, out + x * v.H);
   }
 }
 #endif
