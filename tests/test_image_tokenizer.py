@@ -80,9 +80,15 @@ def test_preprocessing_equals_metas_to_the_bit(metas: ImageTokenizer, name: str)
 def encoded(metas: ImageTokenizer) -> tuple[Tensor, Tensor]:
     """Codes of the four pictures, and the latents on the way."""
     latents: list[Tensor] = []
-    hook = metas.vqgan.quant_conv.register_forward_hook(lambda *call: latents.append(call[2]))
-    codes = metas.encode(VQ_IMAGES)
-    hook.remove()
+    search = metas.vqgan.nearest_codes
+
+    def kept(latents_BCyx: Tensor) -> Tensor:
+        latents.append(latents_BCyx)
+        return search(latents_BCyx)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metas.vqgan, "nearest_codes", kept)
+        codes = metas.encode(VQ_IMAGES)
     return codes, torch.cat(latents)
 
 

@@ -1,5 +1,8 @@
 // A 3 x 3 convolution by Winograd's F(4 x 4, 3 x 3), with the norm, swish, enlargement or sum beside
-// it; see conv.py.
+// it; a 1 x 1 convolution; the factors of a group norm; see conv.py.
+//
+// Each value is computed by the same instructions in the same order whatever the threads and the other
+// pictures are.
 //
 // Threads own ranges of tile rows. A group of tile rows is read once, swished or enlarged, into
 // `lines`; then each block of tiles is transformed, multiplied at its 36 points and transformed back
@@ -13,6 +16,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <new>
 #if defined(__linux__)
@@ -189,7 +193,7 @@ inline void multiply_piece(const float* a, const float* b, float* out, int64_t d
     for (int v = 0; v < kVectors; ++v) right[v] = load(b + v * kLanes);
     for (int r = 0; r < kRows; ++r) {
       const float left = a[r * depth + c];
-      for (int v = 0; v < kVectors; ++v) sum[r][v] += left * right[v];
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = fused(splat(left), right[v], sum[r][v]);
     }
   }
   for (int r = 0; r < kRows; ++r)
@@ -213,18 +217,20 @@ void multiply(const float* a, const float* b, float* out, int64_t count, const J
   }
 }
 
-void multiply(const float* tiles, const float* kernel, float* scores, int64_t count, const Job& job) {
-  const int64_t columns = job.columns();
-  for (int64_t q = 0; q < kPoints; ++q) {
-    const float *a = tiles + q * kBlock * job.C, *b = kernel + q * job.C * columns;
-    float* out = scores + q * kBlock * columns;
-    switch (job.panel() / kLanes) {
-      case 4: multiply<4>(a, b, out, count, job); break;
-      case 3: multiply<3>(a, b, out, count, job); break;
-      case 2: multiply<2>(a, b, out, count, job); break;
-      default: multiply<1>(a, b, out, count, job);
-    }
+void multiply(const float* a, const float* b, float* out, int64_t count, const Job& job) {
+  switch (job.panel() / kLanes) {
+    case 4: multiply<4>(a, b, out, count, job); break;
+    case 3: multiply<3>(a, b, out, count, job); break;
+    case 2: multiply<2>(a, b, out, count, job); break;
+    default: multiply<1>(a, b, out, count, job);
   }
+}
+
+void multiply_points(const float* tiles, const float* kernel, float* scores, int64_t count, const Job& job) {
+  const int64_t columns = job.columns();
+  for (int64_t q = 0; q < kPoints; ++q)
+    multiply(tiles + q * kBlock * job.C, kernel + q * job.C * columns, scores + q * kBlock * columns, count,
+             job);
 }
 
 // The first tile row of the group is `row`, counted over all pictures; kWhole: K is a multiple of 16.
@@ -311,7 +317,7 @@ void run(const Job& job, const float* kernel, int64_t from, int64_t to, float* e
     for (int64_t t = 0; t < rows * across; t += kBlock) {
       const int64_t count = std::min(kBlock, rows * across - t);
       transform_tiles(lines.data, job, t, count, tiles.data);
-      multiply(tiles.data, kernel, scores.data, count, job);
+      multiply_points(tiles.data, kernel, scores.data, count, job);
       if (job.K % kLanes == 0)
         write_tiles<true>(scores.data, job, row, t, count);
       else
@@ -322,7 +328,99 @@ void run(const Job& job, const float* kernel, int64_t from, int64_t to, float* e
   }
 }
 
+// ---- a 1 x 1 convolution
+
+// weight [K, C] to panels [panels, C, panel]
+void order_weight(const Job& job, float* panels) {
+  const int64_t panel = job.panel();
+#pragma omp for
+  for (int64_t first = 0; first < job.columns(); first += panel)
+    for (int64_t c = 0; c < job.C; ++c)
+      for (int64_t k = first; k < first + panel; ++k)
+        panels[first * job.C + c * panel + k - first] = k < job.K ? job.weight[k * job.C + c] : 0;
+}
+
+void multiply_pixels(const Job& job, const float* panels, float* scores, int64_t first, int64_t count) {
+  multiply(job.x + first * job.C, panels, scores, count, job);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t at = (first + i) * job.K;
+    for (int64_t k = 0; k < job.K; ++k) {
+      const float value = scores[i * job.columns() + k] + job.bias[k];
+      job.out[at + k] = job.plus ? value + job.plus[at + k] : value;
+    }
+  }
+}
+
+// ---- the factors of a group norm
+
+constexpr int64_t kRun = 64, kPiece = 1024;  // pixels summed in floats; in doubles, by one thread
+
+// The sums of the values and of their squares [2, C] of `count` pixels.
+void sum_pixels(const float* x, int64_t count, int64_t C, float* run, double* sums) {
+  std::fill(sums, sums + 2 * C, 0.0);
+  for (int64_t first = 0; first < count; first += kRun) {
+    std::fill(run, run + 2 * C, 0.0f);
+    for (int64_t i = first; i < std::min(first + kRun, count); ++i)
+      for (int64_t c = 0; c < C; c += kLanes) {
+        const floats16 value = load(x + i * C + c);
+        store(run + c, load(run + c) + value);
+        store(run + C + c, fused(value, value, load(run + C + c)));
+      }
+    for (int64_t c = 0; c < 2 * C; ++c) sums[c] += run[c];
+  }
+}
+
 }  // namespace
+
+// out [N, K] = x [N, C] x weight [K, C] + bias + plus, where `plus` may be null; C is a multiple of 16.
+// `panels` is room for C * K floats, K rounded up to a multiple of 16.
+extern "C" void earlyfusion_conv1x1(const float* x, const float* weight, const float* bias,
+                                    const float* plus, float* out, float* panels, int64_t N, int64_t C,
+                                    int64_t K, int64_t threads) {
+  const Job job{x, weight, bias, plus, nullptr, nullptr, out, 1, N, 1, C, K, 0};
+#pragma omp parallel num_threads(threads)
+  {
+    Buffer scores(kBlock * job.columns());
+    order_weight(job, panels);
+#pragma omp for
+    for (int64_t first = 0; first < N; first += kBlock)
+      multiply_pixels(job, panels, scores.data, first, std::min(kBlock, N - first));
+  }
+}
+
+// A group norm of x [B, N, C] as one factor and one term per picture and channel [B, C]; `sums` is room
+// for 2 * B * C doubles for every 1024 pixels of a picture, or part of them.
+extern "C" void earlyfusion_norm(const float* x, const float* weight, const float* bias, float* scale,
+                                 float* shift, double* sums, double eps, int64_t B, int64_t N, int64_t C,
+                                 int64_t groups, int64_t threads) {
+  const int64_t pieces = (N + kPiece - 1) / kPiece, members = C / groups;
+#pragma omp parallel num_threads(threads)
+  {
+    Buffer run(2 * C);
+#pragma omp for
+    for (int64_t i = 0; i < B * pieces; ++i) {
+      const int64_t b = i / pieces, first = i % pieces * kPiece;
+      sum_pixels(x + (b * N + first) * C, std::min(kPiece, N - first), C, run.data, sums + i * 2 * C);
+    }
+#pragma omp for
+    for (int64_t b = 0; b < B; ++b) {
+      double* all = sums + b * pieces * 2 * C;
+      for (int64_t i = 1; i < pieces; ++i)
+        for (int64_t c = 0; c < 2 * C; ++c) all[c] += all[i * 2 * C + c];
+      for (int64_t g = 0; g < groups; ++g) {
+        double mean = 0, square = 0;
+        for (int64_t c = g * members; c < (g + 1) * members; ++c) mean += all[c], square += all[C + c];
+        mean /= N * members, square /= N * members;
+        // Mean square minus squared mean: cancellation does no harm in doubles.
+        const double factor = 1 / std::sqrt(std::max(square - mean * mean, 0.0) + eps);
+        for (int64_t c = g * members; c < (g + 1) * members; ++c) {
+          scale[b * C + c] = float(factor * weight[c]);
+          shift[b * C + c] = float(bias[c] - mean * factor * weight[c]);
+        }
+      }
+    }
+  }
+}
 
 // `kernel` is room for 36 * C * K floats, K rounded up to a multiple of 16. `plus` may be null, and
 // so may `scale` and `shift` [B, C], whose swish comes before the convolution.

@@ -9,14 +9,16 @@ inference on a CPU in fp32, in compiled code (`conv.cpp`). Choices:
   upsampling and the sum with the shortcut need no extra pass over memory, and the result may
   overwrite the input;
 - the kernel is transformed in each call: weights may be trained or loaded in place;
+- a value depends neither on the number of threads nor on the other pictures, so that the same codes
+  always give the same pixels; therefore 1 x 1 convolutions and the sums of norms are here too:
+  torch's differ in the last bit;
 - within `reusing`, new results take the memory of freed ones: in fresh memory each page costs a
   fault.
 
 `native.py` builds it; `vqgan.py` uses it.
 """
 
-# Shapes: B batch, Y X height and width, N pixels of a chunk, C K channels in and out, G groups of
-# channels.
+# Shapes: B batch, Y X height and width, C K channels in and out.
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ import ctypes
 import math
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -36,11 +38,11 @@ from torch import Tensor, nn
 from earlyfusion.kernels import native
 
 _POINTS, _LANES = 36, 16  # points of a tile, floats of a vector
-_CHUNK = 1 << 18  # elements summed at once: 1 MB fits into the processor's cache
+_PIECE = 1024  # pixels of a picture that share one sum, as in conv.cpp
 
 
-class Swish(NamedTuple):
-    """Applied before the convolution: silu(x * scale + shift), per picture and channel."""
+class Factors(NamedTuple):
+    """A norm as x * scale + shift, per picture and channel."""
 
     scale_BC: Tensor
     shift_BC: Tensor
@@ -120,44 +122,59 @@ def conv3x3(
     x_BYXC: Tensor,
     weight_KC33: Tensor,
     bias_K: Tensor,
-    before: Swish | None = None,
+    before: Factors | None = None,
     plus_BYXK: Tensor | None = None,
     upsample: bool = False,
     in_place: bool = False,
 ) -> Tensor:
     """A convolution with a border of one pixel of zeros, [B, Y, X, K], in fp32. C must be a
     multiple of 16, height and width of the result of 4. `upsample` first doubles each pixel, so the
-    result is [B, 2Y, 2X, K]; it excludes `before`. `plus` is added to the result. `in_place` writes
-    the result over `x`, which needs C = K and no `upsample`."""
-    library = _library()
-    assert library is not None, "available() says whether this can be called"
+    result is [B, 2Y, 2X, K]. `before` and a swish come before the convolution; not with `upsample`.
+    `plus` is added to the result. `in_place` writes the result over `x`, which needs C = K and no
+    `upsample`."""
     b, y, x, c = x_BYXC.shape
     y, x = (2 * y, 2 * x) if upsample else (y, x)
     k = len(weight_KC33)
     out_BYXK = x_BYXC if in_place else empty(b, y, x, k)
     inputs = (x_BYXC, weight_KC33, bias_K, plus_BYXK, *(before or (None, None)))
     kernel = empty(_POINTS * c * -(-k // _LANES) * _LANES)
-    # Keeps copies alive until the call returns, as it only gets addresses.
-    contiguous = [None if t is None else t.contiguous() for t in inputs]
-    pointers = [None if t is None else t.data_ptr() for t in contiguous]
-    sizes = (b, y, x, c, k, int(upsample), torch.get_num_threads())
-    library.earlyfusion_conv3x3(*pointers, out_BYXK.data_ptr(), kernel.data_ptr(), *sizes)
+    sizes = (b, y, x, c, k, int(upsample))
+    _call("conv3x3", inputs, (out_BYXK, kernel), *sizes)
     return out_BYXK
 
 
-def swish_after(norm: nn.GroupNorm, x_BYXC: Tensor) -> Swish:
-    """A group norm and swish as one factor and one term per picture and channel."""
-    b, c, g = len(x_BYXC), x_BYXC.shape[3], norm.num_groups
-    sums_2BC = x_BYXC.new_zeros(2, b, c, dtype=torch.float64)
-    for chunk_BNC in x_BYXC.view(b, -1, c).split(max(1, _CHUNK // (b * c)), 1):
-        sums_2BC[0] += chunk_BNC.sum(1)
-        sums_2BC[1] += chunk_BNC.square().sum(1)
-    mean_BG, square_BG = sums_2BC.view(2, b, g, -1).sum(3) / (x_BYXC[0].numel() // g)
-    # Mean square minus squared mean: cancellation does no harm in fp64.
-    scale_BG = (square_BG - mean_BG.square()).clamp_min(0).add(norm.eps).rsqrt()
-    scale_BC, mean_BC = (t.repeat_interleave(c // g, 1) for t in (scale_BG, mean_BG))
-    scale_BC = scale_BC * norm.weight
-    return Swish(scale_BC.to(x_BYXC.dtype), (norm.bias - mean_BC * scale_BC).to(x_BYXC.dtype))
+def conv1x1(
+    x_BYXC: Tensor, weight_KC11: Tensor, bias_K: Tensor, plus_BYXK: Tensor | None = None
+) -> Tensor:
+    """A 1 x 1 convolution, plus `plus`: [B, Y, X, K], in fp32. C must be a multiple of 16."""
+    *size, c = x_BYXC.shape
+    k = len(weight_KC11)
+    out_BYXK, panels = empty(*size, k), empty(c * -(-k // _LANES) * _LANES)
+    _call("conv1x1", (x_BYXC, weight_KC11, bias_K, plus_BYXK), (out_BYXK, panels),
+          math.prod(size), c, k)  # fmt: skip
+    return out_BYXK
+
+
+def norm_factors(norm: nn.GroupNorm, x_BYXC: Tensor) -> Factors:
+    """A group norm as one factor and one term per picture and channel. C must be a multiple of
+    16."""
+    b, y, x, c = x_BYXC.shape
+    factors = Factors(torch.empty(b, c), torch.empty(b, c))
+    sums = torch.empty(b, -(-y * x // _PIECE), 2, c, dtype=torch.float64)
+    _call("norm", (x_BYXC, norm.weight, norm.bias), (*factors, sums),
+          norm.eps, b, y * x, c, norm.num_groups)  # fmt: skip
+    return factors
+
+
+def _call(
+    name: str, inputs: Sequence[Tensor | None], results: Sequence[Tensor], *sizes: int | float
+) -> None:
+    library = _library()
+    assert library is not None, "available() says whether this can be called"
+    # Keeps copies alive until the call returns, as it only gets addresses.
+    contiguous = [None if t is None else t.contiguous() for t in inputs]
+    pointers = [None if t is None else t.data_ptr() for t in (*contiguous, *results)]
+    getattr(library, f"earlyfusion_{name}")(*pointers, *sizes, torch.get_num_threads())
 
 
 @cache
@@ -166,5 +183,8 @@ def _library() -> ctypes.CDLL | None:
     if library is not None:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         library.earlyfusion_conv3x3.argtypes = [pointer] * 8 + [number] * 7
-        library.earlyfusion_conv3x3.restype = None
+        library.earlyfusion_conv1x1.argtypes = [pointer] * 6 + [number] * 4
+        library.earlyfusion_norm.argtypes = [pointer] * 6 + [ctypes.c_double] + [number] * 5
+        for function in ("conv3x3", "conv1x1", "norm"):
+            getattr(library, f"earlyfusion_{function}").restype = None
     return library

@@ -24,6 +24,7 @@ TWINS: dict[type[nn.Module], type[nn.Module]] = {
     vqgan.Encoder: fast_vqgan.Encoder,
     vqgan.Decoder: fast_vqgan.Decoder,
     vqgan.ResBlock: fast_vqgan.ResBlock,
+    vqgan.SpatialAttention: fast_vqgan.SpatialAttention,
     vqgan.Downsample: fast_vqgan.Downsample,
     vqgan.Upsample: fast_vqgan.Upsample,
     transformer.RMSNorm: fused.RMSNorm,

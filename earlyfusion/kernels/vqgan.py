@@ -1,7 +1,8 @@
 """Twins of the VQ-GAN's modules for inference in fp32 on a CPU; `twins.py` puts them in.
 
-They keep everything channels-last, and run the 3 x 3 convolutions in the compiled code of
-`conv.py`, fused with the adjacent norm, swish, enlargement or sum. For anything else (training,
+They keep everything channels-last, and run the convolutions in the compiled code of `conv.py`,
+fused with the adjacent norm, swish, enlargement or sum. What torch computes it computes one picture
+after the other, as its results differ with the batch in the last bit. For anything else (training,
 GPUs, other dtypes, autocast, traced code, `left_out`) a twin calls the module that it derives from;
 it decides in each call, as a model may be moved or trained in between. A convolution replaced by a
 module of another class is called as it is. Twins carry the names of their originals, which
@@ -12,7 +13,7 @@ libraries look for.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import cast
 
 import torch
@@ -21,15 +22,13 @@ from torch import Tensor, nn
 
 from earlyfusion.kernels.conv import (
     available,
+    conv1x1,
     conv3x3,
-    empty,
     is_left_out,
+    norm_factors,
     reusing,
-    swish_after,
 )
 from earlyfusion.model import vqgan
-
-_FEWEST_TILES = 64  # with fewer 4 x 4 tiles a direct convolution is as fast
 
 
 class ResBlock(vqgan.ResBlock):
@@ -46,21 +45,41 @@ class ResBlock(vqgan.ResBlock):
         return _swish_conv(h, self.norm2, self.conv2, short, in_place=True)
 
 
+class SpatialAttention(vqgan.SpatialAttention):
+    def forward(self, x_BCYX: Tensor) -> Tensor:
+        if not _infers(x_BCYX):
+            return super().forward(x_BCYX)
+        convs = (self.q, self.k, self.v, self.proj_out)
+        if not (_is_plain(self.norm) and all(_fits(x_BCYX, conv) for conv in convs)):
+            return _each(super().forward, x_BCYX)
+        x_BYXC = _last(x_BCYX)
+        scale_B11C, shift_B11C = (t[:, None, None] for t in norm_factors(self.norm, x_BYXC))
+        h_BYXC = x_BYXC * scale_B11C + shift_B11C
+        q, k, v = (_conv1(h_BYXC, conv).flatten(1, 2).unsqueeze(1) for conv in convs[:3])
+        pictures = zip(q.split(1), k.split(1), v.split(1), strict=True)
+        out = torch.cat([F.scaled_dot_product_attention(*qkv) for qkv in pictures])
+        return _first(_conv1(out.view(x_BYXC.shape), self.proj_out, x_BYXC))
+
+
 class Downsample(vqgan.Downsample):
     def forward(self, x_BCYX: Tensor) -> Tensor:
         conv, even = self.conv, not (x_BCYX.shape[2] % 2 or x_BCYX.shape[3] % 2)
         plain = type(conv) is nn.Conv2d and conv.weight.device == x_BCYX.device
-        if not (_infers(x_BCYX) and even and plain):
+        if not _infers(x_BCYX):
             return super().forward(x_BCYX)
+        if not (even and plain):
+            return _each(super().forward, x_BCYX)
         # Two pixels on each side instead of one on the right and at the bottom, without the first
         # row and column of the result: the same values, but no padded copy is made.
-        return F.conv2d(x_BCYX, conv.weight, conv.bias, 2, padding=2)[:, :, 1:, 1:]
+        return _each(lambda x: F.conv2d(x, conv.weight, conv.bias, 2, 2)[:, :, 1:, 1:], x_BCYX)
 
 
 class Upsample(vqgan.Upsample):
     def forward(self, x_BCYX: Tensor) -> Tensor:
-        if not _is_compiled(x_BCYX, self.conv, scale=2):
+        if not _infers(x_BCYX):
             return super().forward(x_BCYX)
+        if not _is_compiled(x_BCYX, self.conv, scale=2):
+            return _each(super().forward, x_BCYX)
         bias_K = cast("Tensor", self.conv.bias)
         return _first(conv3x3(_last(x_BCYX), self.conv.weight, bias_K, upsample=True))
 
@@ -69,7 +88,7 @@ class Encoder(vqgan.Encoder):
     def forward(self, pixels_BCYX: Tensor) -> Tensor:
         if not _infers(pixels_BCYX):
             return super().forward(pixels_BCYX)
-        h = _pixel_conv(pixels_BCYX, self.conv_in)
+        h = _conv3x3(pixels_BCYX, self.conv_in)
         for module in _steps(self.down):
             h = module(h)
         return _swish_conv(self.mid(h), self.norm_out, self.conv_out)
@@ -79,8 +98,7 @@ class Decoder(vqgan.Decoder):
     def forward(self, latents_BCyx: Tensor) -> Tensor:
         if not _infers(latents_BCyx):
             return super().forward(latents_BCyx)
-        # Set the layout once: the operators after it keep it.
-        h = self.mid(self.conv_in(latents_BCyx.to(memory_format=torch.channels_last)))
+        h = self.mid(_conv3x3(latents_BCyx, self.conv_in))
         for module in _steps(reversed(self.up)):
             h = module(h)
         return _swish_conv(h, self.norm_out, self.conv_out)
@@ -90,15 +108,16 @@ class VQGAN(vqgan.VQGAN):
     def latents(self, pixels_BCYX: Tensor) -> Tensor:
         if not _infers(pixels_BCYX):
             return super().latents(pixels_BCYX)
-        with reusing():
-            return super().latents(pixels_BCYX)
-
-    def pixels(self, codewords_BCyx: Tensor) -> Tensor:
-        if not _infers(codewords_BCyx):
-            return super().pixels(codewords_BCyx)
+        self.check_size(pixels_BCYX)
         with reusing():
             # A copy, so that the result does not keep the much larger reused memory alive.
-            return super().pixels(codewords_BCyx).clone()
+            return _conv1x1(self.encoder(pixels_BCYX), self.quant_conv).clone()
+
+    def pixels(self, codewords_BCyx: Tensor) -> Tensor:
+        if self.decoder is None or not _infers(codewords_BCyx):
+            return super().pixels(codewords_BCyx)
+        with reusing():
+            return self.decoder(_conv1x1(codewords_BCyx, self.post_quant_conv)).clone()
 
 
 # ---- whether a twin serves, and what it does then
@@ -111,16 +130,28 @@ def _infers(x: Tensor) -> bool:
     return fp32_on_cpu and not torch.is_grad_enabled() and not traced and not is_left_out()
 
 
-def _is_compiled(x_BCYX: Tensor, conv: nn.Module, scale: int = 1, missing: int = 0) -> bool:
-    """Whether `conv3x3` can run this, with `x` enlarged and `missing` channels added."""
-    if type(conv) is not nn.Conv2d or not _infers(x_BCYX):
+def _fits(x_BCYX: Tensor, conv: nn.Module, missing: int = 0) -> bool:
+    """Whether the compiled code can multiply by this kernel, with `missing` channels added."""
+    if type(conv) is not nn.Conv2d or not _infers(x_BCYX) or conv.bias is None:
         return False
-    b, c, y, x = x_BCYX.shape
-    # conv.cpp reads channels in vectors of 16 and writes tiles of 4 x 4.
-    whole = not ((c + missing) % 16 or y * scale % 4 or x * scale % 4)
-    enough = b * y * x * scale**2 >= 16 * _FEWEST_TILES
     plain = conv.weight.device.type == "cpu" and conv.weight.dtype == torch.float32
-    return whole and enough and plain and available()
+    # conv.cpp reads channels in vectors of 16.
+    return (x_BCYX.shape[1] + missing) % 16 == 0 and plain and available()
+
+
+def _is_compiled(x_BCYX: Tensor, conv: nn.Module, scale: int = 1, missing: int = 0) -> bool:
+    """Whether `conv3x3` can run this, with `x` enlarged: it writes tiles of 4 x 4."""
+    y, x = x_BCYX.shape[2:]
+    return not (y * scale % 4 or x * scale % 4) and _fits(x_BCYX, conv, missing)
+
+
+def _is_plain(norm: nn.Module) -> bool:
+    return type(norm) is nn.GroupNorm and norm.weight.device.type == "cpu"
+
+
+def _each(run: Callable[[Tensor], Tensor], x_BCYX: Tensor) -> Tensor:
+    """The results of single pictures."""
+    return run(x_BCYX) if len(x_BCYX) == 1 else torch.cat([run(x) for x in x_BCYX.split(1)])
 
 
 def _steps(levels: Iterable[nn.Module]) -> Iterator[nn.Module]:
@@ -148,33 +179,33 @@ def _swish_conv(
     in_place: bool = False,
 ) -> Tensor:
     """`conv(silu(norm(x)))`, plus the shortcut; `in_place` may overwrite `x`."""
-    on_cpu = isinstance(norm, nn.GroupNorm) and norm.weight.device.type == "cpu"
-    if on_cpu and _is_compiled(x_BCYX, conv):
+    if _is_plain(norm) and _is_compiled(x_BCYX, conv):
         x_BYXC = _last(x_BCYX)
         plus_BYXC = None if plus_BCYX is None else _last(plus_BCYX)
-        before, bias_K = swish_after(norm, x_BYXC), cast("Tensor", conv.bias)
+        before, bias_K = norm_factors(norm, x_BYXC), cast("Tensor", conv.bias)
         return _first(conv3x3(x_BYXC, conv.weight, bias_K, before, plus_BYXC, in_place=in_place))
     # In place is safe below: the convolution's result is new.
-    out = conv(F.silu(norm(x_BCYX)))
+    out = _each(lambda x: conv(F.silu(norm(x))), x_BCYX)
     return out if plus_BCYX is None else out.add_(plus_BCYX)
+
+
+def _conv1(x_BYXC: Tensor, conv: nn.Conv2d, plus_BYXK: Tensor | None = None) -> Tensor:
+    return conv1x1(x_BYXC, conv.weight, cast("Tensor", conv.bias), plus_BYXK)
 
 
 def _conv1x1(x_BCYX: Tensor, conv: nn.Conv2d) -> Tensor:
     """A 1 x 1 convolution: one matrix product if channels come last."""
-    if not _is_compiled(x_BCYX, conv):
-        return conv(x_BCYX)
-    x_BYXC = _last(x_BCYX)
-    out_BYXK = empty(*x_BYXC.shape[:3], conv.out_channels)
-    x_NC, out_NK = x_BYXC.flatten(0, 2), out_BYXK.flatten(0, 2)
-    torch.addmm(cast("Tensor", conv.bias), x_NC, conv.weight.flatten(1).T, out=out_NK)
-    return _first(out_BYXK)
+    if not _fits(x_BCYX, conv):
+        return _each(conv, x_BCYX)
+    return _first(_conv1(_last(x_BCYX), conv))
 
 
-def _pixel_conv(pixels_BCYX: Tensor, conv: nn.Conv2d) -> Tensor:
-    """The first convolution: 3 channels are padded with zeros to the 16 of a vector."""
-    missing = -pixels_BCYX.shape[1] % 16
-    if not _is_compiled(pixels_BCYX, conv, missing=missing):
-        return conv(pixels_BCYX.to(memory_format=torch.channels_last))
-    x_BYXC = F.pad(pixels_BCYX.permute(0, 2, 3, 1), (0, missing))
+def _conv3x3(x_BCYX: Tensor, conv: nn.Conv2d) -> Tensor:
+    """The first convolution: 3 channels of pixels are padded with zeros to the 16 of a vector."""
+    missing = -x_BCYX.shape[1] % 16
+    if not _is_compiled(x_BCYX, conv, missing=missing):
+        # Set the layout once: the operators after it keep it.
+        return _each(conv, x_BCYX.to(memory_format=torch.channels_last))
+    x_BYXC = F.pad(x_BCYX.permute(0, 2, 3, 1), (0, missing))
     weight_KC33 = F.pad(conv.weight, (0, 0, 0, 0, 0, missing))
     return _first(conv3x3(x_BYXC, weight_KC33, cast("Tensor", conv.bias)))

@@ -268,13 +268,17 @@ class VQGAN(nn.Module):
     def latents(self, pixels_BCYX: Tensor) -> Tensor:
         """Encoder output after `quant_conv`, [B, embed_dim, y, x]; pixels are in [-1, 1]. Raises
         `ImageError` unless height and width are multiples of the stride."""
+        self.check_size(pixels_BCYX)
+        return self.quant_conv(self.encoder(pixels_BCYX))
+
+    def check_size(self, pixels_BCYX: Tensor) -> None:
+        """Raise `ImageError` unless height and width are multiples of the stride."""
         stride, (height, width) = self.config.stride, pixels_BCYX.shape[-2:]
         if height % stride or width % stride or not height or not width:
             raise ImageError(
                 f"a picture of {width} x {height} pixels cannot be cut into codes: "
                 f"both sides must be multiples of {stride}"
             )
-        return self.quant_conv(self.encoder(pixels_BCYX))
 
     def encode(self, pixels_BCYX: Tensor) -> Tensor:
         """Codes of pictures in [-1, 1]: int64 [B, y, x]."""
