@@ -35,8 +35,10 @@ class _Limit:
     zero: bool = False
 
     def allows(self, value: object) -> bool:
+        # Most values are plain numbers, which the abstract types check slowly.
+        plain = type(value) is int or (type(value) is float and self.number_type is Real)
         # In Python True is an int.
-        if isinstance(value, bool) or not isinstance(value, self.number_type):
+        if not plain and (isinstance(value, bool) or not isinstance(value, self.number_type)):
             return False
         number: Any = value
         return bool((self.zero and number == 0) or self.low <= number <= self.high)
@@ -270,11 +272,13 @@ def _resolved(*values: float | None) -> list[float]:
 
 
 def _values(params: SamplingParams) -> dict[str, Any]:
-    return {f.name: getattr(params, f.name) for f in fields(params)}
+    return {name: getattr(params, name) for name in _NAMES}
+
+
+_NAMES = tuple(f.name for f in fields(SamplingParams))
 
 
 def _flat(defaults: Mapping[str, Any]) -> dict[str, Any]:
-    known = {f.name for f in fields(SamplingParams)}
     # A generation_config.json without our part holds transformers' settings, which do not describe
     # Chameleon's draw.
     source = defaults.get("chameleon", {} if "eos_token_id" in defaults else defaults)
@@ -282,7 +286,7 @@ def _flat(defaults: Mapping[str, Any]) -> dict[str, Any]:
     for group, prefix in _GROUPS.items():
         if isinstance(source.get(group), Mapping):
             found |= {prefix + name: value for name, value in source[group].items()}
-    return {k: v for k, v in found.items() if k in known and v is not None}
+    return {k: v for k, v in found.items() if k in _NAMES and v is not None}
 
 
 class SamplingFields(TypedDict, total=False):

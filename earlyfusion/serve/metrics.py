@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from time import monotonic
+from typing import Any, TypeVar, cast
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -18,6 +19,7 @@ from earlyfusion.serve.driver import Batch
 from earlyfusion.serve.replicas import Drivers
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+Metric = TypeVar("Metric", Counter, Histogram)
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 150, 600)
 
 
@@ -84,6 +86,14 @@ class Metrics:
             "earlyfusion:http_errors", "Error replies.", ("status",), registry=self._registry
         )
         self._model = model
+        self._labelled: dict[tuple[object, ...], Any] = {}
+
+    def _of(self, metric: Metric, *labels: str) -> Metric:
+        """The metric with these labels; prometheus_client looks them up slowly."""
+        found = self._labelled.get((metric, *labels))
+        if found is None:
+            found = self._labelled[metric, *labels] = metric.labels(*labels)
+        return cast(Metric, found)
 
     def observe(self, batch: Batch, event: Event) -> None:
         """Count one event, under the name of the adapter or the model that answers."""
@@ -92,19 +102,19 @@ class Metrics:
         now, name = monotonic(), batch.requests[0].adapter or self._model
         if isinstance(event, TextDelta | ImageStarted) and not batch.spoken:
             batch.spoken = True
-            self.first_token.labels(name).observe(now - batch.admitted)
+            self._of(self.first_token, name).observe(now - batch.admitted)
         if isinstance(event, ImageStarted):
-            self.images_started.labels(name).inc()
+            self._of(self.images_started, name).inc()
             batch.drawing_since = now
         if isinstance(event, ImageDone):
-            self.images_done.labels(name).inc()
-            self.image_codes.labels(name).inc(event.codes.size)
-            self.picture.labels(name).observe(now - batch.drawing_since)
+            self._of(self.images_done, name).inc()
+            self._of(self.image_codes, name).inc(event.codes.size)
+            self._of(self.picture, name).observe(now - batch.drawing_since)
         if isinstance(event, Finished):
-            self.prompt_tokens.labels(name).inc(event.usage.prompt_tokens)
-            self.generation_tokens.labels(name).inc(event.usage.completion_tokens)
-            self.whole.labels(name).observe(now - batch.admitted)
-            self._success.labels(name, event.reason).inc()
+            self._of(self.prompt_tokens, name).inc(event.usage.prompt_tokens)
+            self._of(self.generation_tokens, name).inc(event.usage.completion_tokens)
+            self._of(self.whole, name).observe(now - batch.admitted)
+            self._of(self._success, name, event.reason).inc()
 
     def cancel(self, batch: Batch) -> None:
         """Count a request whose client went away."""
