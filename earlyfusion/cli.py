@@ -7,15 +7,18 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from typer.core import TyperCommand
@@ -38,7 +41,7 @@ from earlyfusion.serve.options import DELIVERIES, ServeOptions
 if TYPE_CHECKING:
     from earlyfusion.api import Chameleon
     from earlyfusion.content import Image, Prompt
-    from earlyfusion.serve.process import Child
+    from earlyfusion.serve.process import Child, RemoteEngine
     from earlyfusion.serve.spawn import LoadPlan
 
 Mode = Literal["crop", "fit"]
@@ -920,23 +923,47 @@ def _serve_apart(plans: Sequence[LoadPlan], options: ServeOptions, ray: bool) ->
     from earlyfusion.terminal import busy
 
     start = _starter(ray, len(plans))
-    children = [start(plan) for plan in plans]
-    with busy(f"loading {plans[0].name}"):
-        # Import what this process needs while its children load the model.
-        from earlyfusion.serve.process import RemoteEngine
-        from earlyfusion.serve.run import serve as run
-
+    children: list[Child] = []
     remotes: list[RemoteEngine] = []
+    before = _on_sigterm(_stop)  # until the server runs, which first finishes what it has begun
     try:
+        with _without_sigterm():
+            children += [start(plan) for plan in plans]
+        with busy(f"loading {plans[0].name}"):
+            # Import what this process needs while its children load the model.
+            from earlyfusion.serve.process import RemoteEngine
+            from earlyfusion.serve.run import serve as run
         with busy(f"loading {plans[0].name}"):
             for plan, child in zip(plans, children, strict=True):
                 remotes.append(RemoteEngine(partial(start, plan), options.step_timeout, child))
         run(remotes[0].front.model, options, remote=remotes if len(remotes) > 1 else remotes[0])
     finally:
+        _on_sigterm(before)
         for remote in remotes:
             remote.close()
         for process, _ in children[len(remotes) :]:
             process.kill()
+
+
+def _on_sigterm(handler: Any) -> Any:
+    """Sets the handler, and returns the one before; only the main thread can have one."""
+    main = threading.current_thread() is threading.main_thread()
+    return signal.signal(signal.SIGTERM, handler) if main else None
+
+
+@contextmanager
+def _without_sigterm() -> Iterator[None]:
+    """SIGTERM waits for the end of the block: a child that is half started would complain."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    print("stopped before the server was ready", file=sys.stderr)
+    raise SystemExit(0)
 
 
 def _load(

@@ -13,8 +13,9 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
+from pathlib import Path
 from threading import Event, Thread
-from time import perf_counter, sleep
+from time import monotonic, perf_counter, sleep
 from typing import Any
 
 import httpx
@@ -166,6 +167,32 @@ def test_damaged_forms(server: Running, path: str) -> None:
     assert reply.json()["error"]["message"].startswith("the form is malformed")
 
 
+def _form(*fields: tuple[str, bytes]) -> bytes:
+    """A form whose fields have no filenames."""
+    head = b'--x\r\nContent-Disposition: form-data; name="%b"\r\n\r\n%b\r\n'
+    return b"".join(head % (name.encode(), value) for name, value in fields) + b"--x--\r\n"
+
+
+def test_forms_whose_picture_is_no_file_or_that_are_too_large() -> None:
+    picture = STRAWBERRY.read_bytes()
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    with running() as server, httpx.Client() as client:
+        for path, field in {
+            "/v1/files": "file",
+            "/v1/images/edits": "image",
+            "/v1/images/variations": "image[]",
+        }.items():
+            bodies = {
+                f"the field {field} has no filename": _form((field, picture)),
+                "the form has over 100 fields or files": _form(*[("user", b"a")] * 101),
+                "a field of the form has over 1,048,576 bytes": _form((field, bytes(1_048_577))),
+            }
+            for words, body in bodies.items():
+                reply = client.post(server.url + path, content=body, headers=headers)
+                assert reply.status_code == 400
+                assert error_of(reply)["message"].startswith(words)
+
+
 def test_other_types_and_routes(server: Running) -> None:
     with httpx.Client() as client:
         url = f"{server.url}/v1/chat/completions"
@@ -190,6 +217,14 @@ def test_a_slash_at_the_end_changes_nothing(server: Running) -> None:
     asked = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
     assert server.post("/v1/chat/completions/", asked).status_code == 200
     assert error_of(server.get("/health//"))["code"] == "unknown_route"
+
+
+def test_a_model_whose_name_ends_with_a_slash() -> None:
+    with running(name="mine/") as server:
+        assert server.get("/v1/models/mine/").json()["id"] == "mine/"
+        assert server.get("/v1/models/").json()["data"][0]["id"] == "mine/"
+        assert server.chat("Hi", model="mine/", max_tokens=1).status_code == 200
+        assert error_of(server.get("/v1/models/mine"))["code"] == "model_not_found"
 
 
 def test_all_methods_of_a_path_are_allowed(server: Running) -> None:
@@ -557,7 +592,8 @@ def test_a_taken_port_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> Non
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(SettingError, match=f"port {port}"):
+        words = rf"cannot listen on 127\.0\.0\.1 port {port} \(Address already in use\): choose"
+        with pytest.raises(SettingError, match=words):
             serve(mini(), ServeOptions(port=port))
     assert main(["serve", "--host", "0.0.0.0"]) == 2
     assert "there is no API key" in capsys.readouterr().err
@@ -576,3 +612,52 @@ def test_the_command_serves_and_ends_on_sigterm() -> None:
     _, logged = process.communicate(timeout=60)
     assert process.returncode == 0
     assert '"path": "/v1/chat/completions", "status": 200' in logged and "fruit" not in logged
+
+
+def _started(*options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-W", "error", "-m", "earlyfusion", "serve", "--port", "0", *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_sigterm_while_the_model_loads() -> None:
+    process = _started()
+    end = monotonic() + 60
+    while not Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text():
+        assert monotonic() < end
+        sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    shown, logged = process.communicate(timeout=60)
+    assert (process.returncode, shown) == (0, "")
+    assert logged == "stopped before the server was ready\n"
+
+
+@pytest.mark.parametrize("signals", [2, 3])
+def test_a_second_signal_ends_what_runs(signals: int) -> None:
+    process = _started()
+    assert process.stdout is not None
+    url = process.stdout.readline().split()[4]
+    body = {"messages": [{"role": "user", "content": "Draw a red apple."}], "n": 4, "seed": 1}
+    ends: list[str] = []
+
+    def ask(stream: bool) -> None:
+        asked = body | {"stream": stream, "modalities": ["image"]}
+        with httpx.Client(timeout=60) as client, suppress(httpx.HTTPError):
+            ends.append(client.post(f"{url}/chat/completions", json=asked).text)
+
+    threads = [Thread(target=ask, args=(number % 2 == 0,)) for number in range(24)]
+    for thread in threads:
+        thread.start()
+    with httpx.Client(timeout=60) as client:
+        metrics = url.removesuffix("/v1") + "/metrics"
+        while 'requests_running{model_name="mini"} 0.0' in client.get(metrics).text:
+            sleep(0.01)
+    for _ in range(signals):
+        process.send_signal(signal.SIGINT)
+        sleep(0.05)
+    _, logged = process.communicate(timeout=60)
+    for thread in threads:
+        thread.join()
+    assert process.returncode in ((0,) if signals == 2 else (0, 130))
+    assert "Traceback" not in logged
+    if signals == 2:
+        assert any("not_ready" in end for end in ends)

@@ -54,6 +54,8 @@ STALE_SECONDS = 10.0  # without a step, after which the engine counts as stuck
 IGNORED = "x-ignored-fields"
 _LARGE_JSON = 1_000_000
 _MOST_FORM_FIELDS = 100
+_PICTURES = ("image", "image[]")  # fields of a form
+_MOST_FIELD_BYTES = 1_048_576  # without a filename
 
 
 def make_app(
@@ -320,6 +322,8 @@ class _Routes:
         async with _closing(form):
             files = [value for value in form.values() if isinstance(value, UploadFile)]
             unknown = set(form) - {"file", "purpose"}
+            if isinstance(form.get("file"), str):
+                raise _no_filename("file")
             if len(files) != 1 or unknown:
                 raise ApiError(400, "an upload is one file, and its purpose: send nothing else")
             data, name = await files[0].read(), files[0].filename or "picture"
@@ -403,10 +407,12 @@ class _Routes:
             fields: dict[str, Any] = {}
             files: list[bytes] = []
             for name, value in form.multi_items():
-                if isinstance(value, UploadFile) and name in ("image", "image[]"):
+                if isinstance(value, UploadFile) and name in _PICTURES:
                     files.append(await value.read())
                 elif isinstance(value, UploadFile):
                     fields[name] = "a file"
+                elif name in _PICTURES:
+                    raise _no_filename(name)
                 elif name in fields:
                     raise ApiError(400, f"the field {name[:60]} came twice: send it once")
                 else:
@@ -447,9 +453,30 @@ async def _read_form(request: Request) -> FormData:
         raise ApiError(415, "the file is sent as a form: use multipart/form-data")
     _check_encoding(request)
     try:
-        return await request.form(max_files=_MOST_FORM_FIELDS, max_fields=_MOST_FORM_FIELDS)
-    except HTTPException:
-        raise ApiError(400, "the form is malformed: send multipart/form-data") from None
+        return await request.form(
+            max_files=_MOST_FORM_FIELDS,
+            max_fields=_MOST_FORM_FIELDS,
+            max_part_size=_MOST_FIELD_BYTES,
+        )
+    except HTTPException as error:
+        raise ApiError(400, _form_error(str(error.detail))) from None
+
+
+def _form_error(detail: str) -> str:
+    """What is wrong with a form, by starlette's words for it."""
+    if detail.startswith("Too many"):
+        return f"the form has over {_MOST_FORM_FIELDS} fields or files, the limit: leave some out"
+    if detail.startswith("Part exceeded"):
+        return (
+            f"a field of the form has over {_MOST_FIELD_BYTES:,} bytes, the limit: send a picture "
+            "as a file, with a filename"
+        )
+    return "the form is malformed: send multipart/form-data"
+
+
+def _no_filename(field: str) -> ApiError:
+    words = f"the field {field} has no filename: send the picture as a file, with one"
+    return ApiError(400, words, param=field)
 
 
 @asynccontextmanager

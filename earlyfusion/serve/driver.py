@@ -169,6 +169,11 @@ class Batch:
         self._error = self._error or news.error
         self._wake(True)
 
+    def fail(self, error: BaseException) -> None:
+        """End the replies with an error; called on the event loop."""
+        self._error = self._error or error
+        self._wake(True)
+
     async def _more(self, seconds: float | None) -> bool:
         """Whether anything came within `seconds`; None waits without limit."""
         if self._news or self._error is not None:
@@ -332,6 +337,12 @@ class Driver:
         if unfinished:
             with self._wake:  # the thread sees batch.cancelled
                 self._notify()
+
+    def give_up(self) -> None:
+        """End all requests, as `ClosedError`; called on the event loop."""
+        self.draining = True
+        for batch in self._batches:
+            batch.fail(ClosedError())
 
     async def drain(self, seconds: float) -> None:
         """Admit nothing more, and wait until everything is answered."""

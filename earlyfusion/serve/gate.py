@@ -63,7 +63,7 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if scope["path"].endswith("/") and scope["path"] != "/":
+        if self._has_slash_too_many(scope["path"]):
             # Not by a redirect: behind a TLS proxy the server does not know its own address.
             scope = {**scope, "path": scope["path"][:-1]}
         visit = _Visit(scope, receive, send, self._options.max_body_bytes)
@@ -81,6 +81,10 @@ class Gate:
                 await self._answer(wire, visit)
         finally:
             self._note(visit)
+
+    def _has_slash_too_many(self, path: str) -> bool:
+        ends = path.endswith("/") and path != "/"
+        return ends and not self._service.serves(path.removeprefix("/v1/models/"))
 
     async def _pass_on(self, visit: _Visit) -> None:
         scope, receive, send = visit.scope, visit.receive, visit.send

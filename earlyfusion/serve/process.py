@@ -264,10 +264,15 @@ def serve_engine(connection: Connection, load: Callable[[], Chameleon]) -> None:
         model = load()
         engine = model.engine
         _capture(engine)
+        first: Front | EarlyFusionError = _front(model, engine)
     except EarlyFusionError as error:
-        connection.send(error)
+        first = error
+    try:
+        connection.send(first)
+    except OSError:
+        return  # the server has ended
+    if isinstance(first, EarlyFusionError):
         return
-    connection.send(_front(model, engine))
     # A full collection would visit all objects of torch, which takes as long as many steps.
     gc.freeze()
     try:

@@ -77,6 +77,10 @@ class Replicas:
     async def drain(self, seconds: float) -> None:
         await asyncio.gather(*(driver.drain(seconds) for driver in self.drivers))
 
+    def give_up(self) -> None:
+        for driver in self.drivers:
+            driver.give_up()
+
     def stop(self) -> None:
         self.draining = True
         for driver in self.drivers:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
+import os
 import socket
 import sys
 from importlib.util import find_spec
@@ -73,13 +75,16 @@ def http_parser() -> type[asyncio.Protocol] | Literal["h11"]:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server. A signal stops admission at once, and the process exits with 0."""
+    """uvicorn's server. A signal stops admission at once, and the process exits with 0. A second
+    signal ends the requests that run, a third one does not wait for their clients."""
 
     def __init__(self, config: uvicorn.Config, service: Service, quiet: bool) -> None:
         super().__init__(config)
-        self._service, self._quiet = service, quiet
+        self._service, self._quiet, self._hurried = service, quiet, False
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         if not self._quiet and sockets and self.started:
             host, port = sockets[0].getsockname()[:2]
@@ -90,9 +95,14 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # uvicorn's own method raises the signal again after the shutdown, which changes the exit
         # code.
-        self._service.driver.draining = True
-        self.force_exit = self.should_exit
-        self.should_exit = True
+        driver = self._service.driver
+        if self._hurried:
+            logging.getLogger("uvicorn.error").disabled = True  # it tells of each cancelled request
+            self.force_exit = True
+        elif self.should_exit and self._loop is not None:
+            self._hurried = True
+            self._loop.call_soon_threadsafe(driver.give_up)
+        driver.draining = self.should_exit = True
 
 
 def listener_of(options: ServeOptions) -> socket.socket:
@@ -104,10 +114,17 @@ def listener_of(options: ServeOptions) -> socket.socket:
         )
     except OSError as error:
         raise SettingError(
-            f"cannot listen on {options.host} port {options.port} ({error.strerror}): "
+            f"cannot listen on {options.host} port {options.port} ({_reason(error)}): "
             "choose another with --port"
         ) from None
     # Without it, the second write of a reply waits 40 ms for the client's delayed acknowledgement.
     # asyncio sets it only for sockets made with TCP as their protocol, which this one is not.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
+
+
+def _reason(error: OSError) -> str:
+    """What is wrong, without the address, which Python adds for some errors."""
+    if isinstance(error, socket.gaierror) or error.errno is None:
+        return str(error.strerror)
+    return os.strerror(error.errno)

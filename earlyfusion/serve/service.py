@@ -104,10 +104,14 @@ class Service:
         limits = PictureLimits(self.options)
         return PromptReader(self.files, limits, self.options.allow_image_urls)
 
+    def serves(self, name: str) -> bool:
+        """Whether this is the name of the model or of an adapter."""
+        return name == self.name or name in self.model.adapters
+
     def check_model(self, name: str | None) -> None:
         """Raise `ApiError` with status 404 for a model that is not served."""
-        served = [self.name, *self.model.adapters]
-        if name is not None and name not in served:
+        if name is not None and not self.serves(name):
+            served = [self.name, *self.model.adapters]
             known = ", ".join(map(repr, served[:5])) + (", …" if len(served) > 5 else "")
             raise ApiError(
                 404,
@@ -178,6 +182,8 @@ class Service:
             layout = first.layout or self.model.processor.layout
             rows = -(-layout.height // (spec.partial_images + 1))  # whole rows, rounded up
             first = replace(first, preview_every=rows * layout.width)
+        if spec.n == 1:
+            return [first]
         seed = first.sampling.seed or 0
         return [
             replace(first, sampling=replace(first.sampling, seed=(seed + i) % 2**63))
