@@ -2,8 +2,10 @@
 
 A `Batch` holds the requests of one HTTP request (`n` choices are `n` requests) and one queue of
 their events. The thread takes batches in, steps while there is work, and hands the events of each
-step over to the event loop in one call, so the loop never waits for the engine. The loop gives them
-to the replies a few at a time, so that a step of many replies keeps no other client waiting.
+step over to the event loop in one call, so the loop never waits for the engine. If the engine runs
+in another process, that process steps: the loop reads its messages, and the thread only sends
+requests and starts the process again. The loop gives the events to the replies a few at a time, so
+that a step of many replies keeps no other client waiting.
 """
 
 from __future__ import annotations
@@ -11,11 +13,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from random import uniform
-from threading import Condition, Thread
+from threading import Condition, Thread, get_ident
+from threading import Event as ThreadEvent
 from time import monotonic
+from typing import cast
 
 from earlyfusion.api import Chameleon
 from earlyfusion.engine.engine import Engine
@@ -236,7 +241,11 @@ class Driver:
         self._wake = Condition()
         self._stopping = False
         self._beat = monotonic()
+        self._stirred = False  # whether a request was cancelled since the thread last looked
+        self._lost = ""  # why the engine's process is of no use any more
+        self._socket: int | None = None  # that the event loop watches
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._loops_thread = 0
         self._thread: Thread | None = None
 
     @property
@@ -251,7 +260,7 @@ class Driver:
     @property
     def running(self) -> int:
         """Requests that draw tokens."""
-        return sum(job.started for job in list(self._jobs))
+        return sum(job.started and not job.over for job in list(self._jobs))
 
     @property
     def waiting(self) -> int:
@@ -289,7 +298,9 @@ class Driver:
 
     def start(self) -> None:
         """Start the thread; events go to the running loop."""
-        self._loop = asyncio.get_running_loop()
+        self._loop, self._loops_thread = asyncio.get_running_loop(), get_ident()
+        if self.remote is not None:
+            self._listen()
         self._thread = Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -365,13 +376,64 @@ class Driver:
         if self.remote is None:
             _ = self.model.engine.busy  # ends cancelled requests
         else:
+            self._on_loop(self._stop_listening)
             self.remote.close()
 
     def _notify(self) -> None:
-        """Wake the thread, wherever it waits."""
+        """Wake the thread."""
+        self._stirred = True
         self._wake.notify()
-        if self.remote is not None:
-            self.remote.wake()
+
+    # ---- the socket to the engine's process, on the event loop
+
+    def _listen(self) -> None:
+        assert self._loop is not None and self.remote is not None
+        self._socket = self.remote.fileno()
+        self._loop.add_reader(self._socket, self._read)
+
+    def _stop_listening(self) -> None:
+        if self._socket is not None and self._loop is not None:
+            self._loop.remove_reader(self._socket)
+            self._socket = None
+
+    def _read(self) -> None:
+        assert self.remote is not None
+        try:
+            told = self.remote.receive()
+        except GoneError as error:
+            self._stop_listening()
+            with self._wake:
+                self._lost = str(error)
+                self._notify()
+            return
+        self._beat, news = monotonic(), list[_News]()
+        for handle in told:
+            job = cast(_Job, handle.owner)
+            job.handle = handle
+            if (one := self._news_of(job)) is not None:
+                news.append(one)
+            if job.over:
+                with suppress(ValueError):  # the thread may not have noted it yet
+                    self._jobs.remove(job)
+        if news:
+            self._receive(news)
+
+    def _on_loop(self, call: Callable[[], None]) -> None:
+        """Have the event loop do this, and wait for it."""
+        if self._loop is None or get_ident() == self._loops_thread:
+            call()
+            return
+        done = ThreadEvent()
+
+        def run() -> None:
+            call()
+            done.set()
+
+        with suppress(RuntimeError):  # the loop has closed, and watches nothing
+            self._loop.call_soon_threadsafe(run)
+            done.wait(10)
+
+    # ---- the thread
 
     def _retry_seconds(self) -> float:
         ahead = max(self._admitted, 1) / self.engine.most_running
@@ -398,51 +460,56 @@ class Driver:
             engine = self.engine
             self._admit_inbox(engine)
             self._drop_cancelled()
-            # `busy` ends cancelled requests, so that their blocks are free before the step.
-            if engine.busy:
-                self._step(engine)
-            self._hand_over([news for job in self._jobs if (news := self._news_of(job))])
+            if isinstance(engine, Engine):
+                # `busy` ends cancelled requests, so that their blocks are free before the step.
+                if engine.busy:
+                    self._step(engine)
+                self._hand_over([news for job in self._jobs if (news := self._news_of(job))])
+                self._beat = monotonic()
             self._jobs = [job for job in self._jobs if not job.over]
-            self._beat = monotonic()
 
     def _await_work(self) -> bool:
         """Wait until there is something to do; False if the thread must end."""
-        while not self._wait_for_work():
-            self._listen()
-        # While requests run, `step` notices; asking costs a call of the system.
-        if not self._jobs and self._has_died and not self._stopping:
-            self._restart()
+        if self.remote is None:
+            while not self._wait_for_work():
+                pass
+        else:
+            self._await_commands(self.remote)
         return not self._stopping
 
     def _wait_for_work(self) -> bool:
         """Whether there is something to do, now or after a while."""
         with self._wake:
-            if not self._has_work:
+            if not (self._inbox or self._jobs or self._stopping):
                 self._beat = monotonic()
                 self._wake.wait(IDLE_SECONDS)
-            return self._has_work
+            return bool(self._inbox or self._jobs or self._stopping)
 
-    @property
-    def _has_work(self) -> bool:
-        return bool(self._inbox or self._jobs) or self._stopping or self._has_died
-
-    def _listen(self) -> None:
-        """Read the messages of an idle engine's process."""
-        if self.remote is not None and not self.remote.busy:
-            try:
-                self.remote.listen()
-            except GoneError as error:
-                log.error("the engine is lost", extra={"reason": str(error)})
-
-    @property
-    def _has_died(self) -> bool:
-        return self.remote is not None and not self.remote.alive
+    def _await_commands(self, remote: RemoteEngine) -> None:
+        """Wait until there is something to send, or for a while. Starts an engine's process again
+        that has ended or is stuck."""
+        with self._wake:
+            if not (self._inbox or self._stirred or self._stopping or self._lost):
+                self._wake.wait(IDLE_SECONDS)
+            self._stirred = False
+        if not remote.busy:
+            self._beat = monotonic()
+        if self._stopping:
+            return
+        if self._lost or not remote.alive:
+            self._lost = f"the engine's process ended ({remote.ending})"
+        elif remote.silent_seconds > remote.step_timeout:
+            self._lost = f"a step of the engine took over {remote.step_timeout:g} s"
+        if self._lost:
+            log.error("the engine is lost", extra={"reason": self._lost})
+            self._restart()
 
     def _restart(self) -> None:
         """Start the engine's process again, as often as needed, less and less often; nothing is
         admitted meanwhile."""
         assert self.remote is not None
         self.ready, pause = False, 1.0
+        self._on_loop(self._stop_listening)
         self._fail_all(GoneError("the engine's process ended"))
         while not self._stopping:
             self.restarts += 1
@@ -462,6 +529,8 @@ class Driver:
                 self._rest(pause)
                 pause = min(2 * pause, MAX_PAUSE)
             else:
+                self._lost = ""
+                self._on_loop(self._listen)
                 self.ready, self.failures, self.trouble = True, 0, ""
                 return
 
@@ -477,7 +546,10 @@ class Driver:
             if job.batch.cancelled:
                 continue
             try:
-                job.handle = engine.add(job.request)
+                if isinstance(engine, Engine):
+                    job.handle = engine.add(job.request)
+                else:
+                    job.handle = engine.add(job.request, job)
             except Exception as error:
                 self._hand_over([_News(job, error=_public(error))])
             else:
@@ -493,12 +565,9 @@ class Driver:
                 job.handle.cancel()
         self._jobs = left
 
-    def _step(self, engine: Engine | RemoteEngine) -> None:
+    def _step(self, engine: Engine) -> None:
         try:
             engine.step()
-        except GoneError as error:
-            log.error("the engine is lost", extra={"reason": str(error)})
-            self._restart()
         except Exception as error:
             self.failures += 1
             log.exception("a step of the engine failed", extra={"failures": self.failures})
@@ -514,7 +583,8 @@ class Driver:
         for job in self._jobs:
             if job.handle is not None:
                 job.handle.cancel()
-        self._hand_over([_News(job, error=_public(error)) for job in self._jobs])
+        ended = [_News(job, error=_public(error)) for job in self._jobs if not job.over]
+        self._hand_over(ended)
         self._jobs = []
 
     def _news_of(self, job: _Job) -> _News | None:

@@ -12,9 +12,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import selectors
 import signal
-import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -82,7 +80,8 @@ Message: TypeAlias = tuple[list[News], int, int]
 class RemoteHandle:
     """A request in the child, with the members of a `Handle` that the driver uses."""
 
-    def __init__(self, number: int, leave: Callable[[int], None]) -> None:
+    def __init__(self, number: int, leave: Callable[[int], None], owner: object) -> None:
+        self.owner = owner
         self.number, self.events = number, deque[Event]()
         self.tokens = self.finished = False  # whether it has drawn a token; whether it has ended
         self.error: BaseException | None = None
@@ -95,29 +94,19 @@ class RemoteHandle:
 class RemoteEngine:
     """The child, with the methods of an `Engine` that the driver uses.
 
-    All but `check`, `wake` and the properties belong to the driver's thread. `step` raises
-    `GoneError` if the child ends, or sends nothing for `step_timeout` seconds while it has work.
+    The event loop calls `receive`; all else but `check` and the properties belongs to the driver's
+    thread. A child that has work and sends nothing for `step_timeout` seconds counts as stuck.
     `spawn` starts a child (spawn.py); `child` is the first one, if it has been started already.
     """
 
     def __init__(
         self, spawn: Callable[[], Child], step_timeout: float, child: Child | None = None
     ) -> None:
-        self._spawn, self._step_timeout = spawn, step_timeout
-        self._woken, self._waker = socket.socketpair()
-        self._woken.setblocking(False)
-        self._waker.setblocking(False)
-        # Kept, as a selector made for each message would cost as much as reading it.
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._woken, selectors.EVENT_READ)
+        self._spawn, self.step_timeout = spawn, step_timeout
         self._numbers = count()
         self._handles: dict[int, RemoteHandle] = {}
         self.preemptions, self.used_blocks, self._heard = 0, 0, 0.0
-        try:
-            self.front = self.start(child)
-        except BaseException:
-            self._close_wakes()
-            raise
+        self.front = self.start(child)
 
     def start(self, child: Child | None = None) -> Front:
         """Start a child and wait until it has loaded. Raises an `EarlyFusionError`."""
@@ -131,7 +120,6 @@ class RemoteEngine:
                 "this machine more memory, or choose a smaller --dtype"
             ) from None
         if isinstance(first, Front):
-            self._selector.register(self._connection, selectors.EVENT_READ)
             return first
         self.kill()
         raise first
@@ -164,36 +152,45 @@ class RemoteEngine:
         """As `Engine.check`, which needs nothing but these two sizes."""
         Engine.check(cast(Engine, self), request)
 
-    def add(self, request: Request) -> RemoteHandle:
+    def add(self, request: Request, owner: object = None) -> RemoteHandle:
+        """Hand a request to the child. The `owner` stands in its handle, which may have news before
+        this returns."""
         if not self._handles:
             self._heard = monotonic()
-        handle = RemoteHandle(next(self._numbers), self._cancel)
+        handle = RemoteHandle(next(self._numbers), self._cancel, owner)
         self._handles[handle.number] = handle
         self._send((handle.number, request))
         return handle
 
-    def step(self) -> None:
-        """Wait for the news of the next step, or for `wake`."""
-        left = self._heard + self._step_timeout - monotonic()
-        ready = [key.fileobj for key, _ in self._selector.select(max(left, 0))]
-        if left <= 0 and self._connection not in ready:
-            raise GoneError(f"a step of the engine took over {self._step_timeout:g} s")
-        if self._woken in ready:
-            self._woken.recv(65_536)
-        if self._connection in ready:
-            self._receive()
+    @property
+    def silent_seconds(self) -> float:
+        """Seconds without a message while there is work."""
+        return monotonic() - self._heard if self._handles else 0.0
 
-    def wake(self) -> None:
-        """Make `step` return, as there is something to send."""
+    def fileno(self) -> int:
+        """Can be read when `receive` would not wait."""
+        return self._connection.fileno()
+
+    def receive(self) -> list[RemoteHandle]:
+        """Read one message. Returns the requests that have news; raises `GoneError` if the child
+        has ended."""
         try:
-            self._waker.send(b"\0")
-        except OSError:
-            pass  # full of wakes already, or closed
-
-    def listen(self) -> None:
-        """Read the messages of an idle child. Raises `GoneError` as `step` does."""
-        while not self._connection.closed and self._connection.poll():
-            self._receive()
+            message = cast(Message, self._connection.recv())
+        except (EOFError, OSError):
+            raise GoneError("the engine's process ended") from None
+        news, self.preemptions, self.used_blocks = message
+        self._heard = monotonic()
+        told: list[RemoteHandle] = []
+        for one in news:
+            # Without a handle it was cancelled meanwhile.
+            if (handle := self._handles.get(one.number)) is not None:
+                handle.events += one.events
+                handle.tokens, handle.error = one.drawn, one.error
+                handle.finished = one.finished
+                told.append(handle)
+                if one.finished or one.error is not None:
+                    self._handles.pop(one.number, None)
+        return told
 
     def end(self) -> None:
         """End the child and all requests in it; `start` can follow."""
@@ -204,20 +201,17 @@ class RemoteEngine:
     def close(self) -> None:
         """End the child for good. May be called twice."""
         self.end()
-        self._close_wakes()
-
-    def _close_wakes(self) -> None:
-        self._selector.close()
-        self._woken.close()
-        self._waker.close()
 
     def kill(self) -> None:
         self._process.kill()
         self._process.join(_END_SECONDS)
-        if not self._connection.closed:
-            if self._connection.fileno() in self._selector.get_map():
-                self._selector.unregister(self._connection)
-            self._connection.close()
+        self._connection.close()
+
+    @property
+    def ending(self) -> str:
+        """How a child that has ended did so."""
+        self._process.join(_END_SECONDS)
+        return self._ending()
 
     def _ending(self) -> str:
         code = self._process.exitcode or 0
@@ -228,28 +222,11 @@ class RemoteEngine:
             self._send((number, None))
 
     def _send(self, command: Command) -> None:
-        # If the child has ended, `step` notices.
+        # If the child has ended, `receive` notices.
         try:
             self._connection.send(command)
         except OSError:
             log.debug("the engine's process does not listen")
-
-    def _receive(self) -> None:
-        try:
-            message = cast(Message, self._connection.recv())
-        except (EOFError, OSError):
-            self._process.join(_END_SECONDS)
-            raise GoneError(f"the engine's process ended ({self._ending()})") from None
-        news, self.preemptions, self.used_blocks = message
-        self._heard = monotonic()
-        for one in news:
-            handle = self._handles.get(one.number)
-            if handle is not None:
-                handle.events += one.events
-                handle.tokens, handle.error = one.drawn, one.error
-                handle.finished = one.finished
-                if one.finished or one.error is not None:
-                    del self._handles[one.number]
 
 
 def serve_engine(connection: Connection, load: Callable[[], Chameleon]) -> None:
