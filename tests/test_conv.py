@@ -182,6 +182,22 @@ def test_weights_changed_in_place_count_at_once(monkeypatch: pytest.MonkeyPatch)
 
 @needs_compiler
 @torch.no_grad()
+@pytest.mark.parametrize("change", ["double", "plain"])
+def test_other_norms_take_torchs_own(change: str) -> None:
+    block = accelerate(VQGAN(MINI).eval()).encoder.mid.block_1
+    x = torch.randn(2, 128, 8, 8)
+    expected = block(x)
+    if change == "double":  # torch refuses these dtypes together
+        block.norm1.double()
+        with pytest.raises(RuntimeError):
+            block(x)
+    else:
+        block.norm1 = nn.GroupNorm(32, 128, eps=1e-6, affine=False)
+        assert alike(block(x), expected)
+
+
+@needs_compiler
+@torch.no_grad()
 def test_blocks_leave_their_input_alone() -> None:
     block = accelerate(VQGAN(MINI).eval()).encoder.mid.block_1
     x = torch.randn(2, 128, 32, 32).to(memory_format=torch.channels_last)

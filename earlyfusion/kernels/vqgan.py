@@ -146,7 +146,10 @@ def _is_compiled(x_BCYX: Tensor, conv: nn.Module, scale: int = 1, missing: int =
 
 
 def _is_plain(norm: nn.Module) -> bool:
-    return type(norm) is nn.GroupNorm and norm.weight.device.type == "cpu"
+    """Whether the compiled code can compute this norm."""
+    if type(norm) is not nn.GroupNorm or not norm.affine:
+        return False
+    return norm.weight.device.type == "cpu" and norm.weight.dtype == torch.float32
 
 
 def _each(run: Callable[[Tensor], Tensor], x_BCYX: Tensor) -> Tensor:
