@@ -302,7 +302,7 @@ class Chameleon:
                 target,
                 self.transformer,
                 self.image_tokenizer.vqgan,
-                tokenizer.read_text(encoding="utf-8"),
+                tokenizer.read_text(encoding="utf-8-sig"),
                 self.defaults,
                 extra_files=read_card(self.folder),
                 resize_mode=self.image_tokenizer.mode,

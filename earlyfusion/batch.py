@@ -32,7 +32,7 @@ from earlyfusion.content import (
     read_turns,
 )
 from earlyfusion.errors import EarlyFusionError, PromptError, SettingError
-from earlyfusion.files import write_whole
+from earlyfusion.files import DuplicateKeyError, parse_json, write_whole
 from earlyfusion.generation.settings import Output, SamplingParams
 from earlyfusion.terminal import png, reply_json
 
@@ -116,7 +116,9 @@ def _job(
 
 def _entry(line: str) -> dict[str, Any]:
     try:
-        entry = json.loads(line)
+        entry = parse_json(line)
+    except DuplicateKeyError as error:
+        raise PromptError(f"{error}: keep one") from None
     except (ValueError, RecursionError):
         entry = None
     if not isinstance(entry, dict):

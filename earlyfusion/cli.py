@@ -317,6 +317,8 @@ def generate(
     from earlyfusion.terminal import Album, Screen, answer, reply_json
 
     images = image or []
+    if "" in images:
+        raise SettingError("--image is empty: give a picture file, or leave the option out")
     _check_pipe([prompt or "", *images])
     words = _prompt(prompt, prompt_file)
     messages = as_messages(fill_placeholders(words, [_image(name) for name in images]))
@@ -543,10 +545,10 @@ def decode(
     album, codes_nhw = Album(out), load_codes(codes)
     album.check()
     chameleon, screen = _load(model, device, as_json), Screen(as_json)
-    images = decoded(chameleon, codes_nhw)
-    paths = [album.save(image) for image in images]
-    for image, path in zip(images, paths, strict=True):
-        screen.picture(image, path)
+    paths = []
+    for image in decoded(chameleon, codes_nhw):
+        paths.append(album.save(image))
+        screen.picture(image, paths[-1])
     if as_json:
         _print_json({"images": [str(path) for path in paths]})
 
@@ -1067,4 +1069,6 @@ def _misuse(error: typer.TyperException) -> int:
 
 
 def _print_json(data: dict[str, Any]) -> None:
-    print(json.dumps(data, ensure_ascii=sys.stdout.encoding.lower() != "utf-8"))
+    # A stream in memory has no encoding.
+    encoding = (sys.stdout.encoding or "ascii").lower()
+    print(json.dumps(data, ensure_ascii=encoding not in ("utf-8", "utf8")))

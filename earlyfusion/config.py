@@ -4,13 +4,13 @@ translation. Paper: arXiv 2405.09818, sections 2.1 (image tokenizer) and 2.3 (st
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from earlyfusion.errors import CheckpointError, SettingError
+from earlyfusion.files import read_json_object
 
 
 @dataclass(frozen=True)
@@ -168,13 +168,7 @@ class ModelConfig:
 
     @classmethod
     def from_file(cls, path: Path) -> ModelConfig:
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            raise CheckpointError(
-                f"{path} is missing or not JSON: a model folder needs a config.json"
-            ) from None
-        config = cls.from_dict(data)
+        config = cls.from_dict(read_json_object(path, "a model folder needs a config.json"))
         config.check()
         return config
 

@@ -378,6 +378,8 @@ def _read_file(source: str | Path, name: str) -> bytes:
         raise ImageError(f"{name} is an address: download the picture and give its file")
     path = Path(source)
     try:
+        if not name:
+            raise ImageError("the name of a picture is empty: give a picture file")
         if path.is_dir():
             raise ImageError(f"{name} is a folder: give a picture file")
         if not path.exists():

@@ -4,13 +4,15 @@ Each is written under a hidden name in the same folder and then renamed or linke
 disk, a crash or a kill leaves nothing half written under the final name. `replacing` and
 `new_folder` replace what is there. `write_whole` and `write_next` are for files that a person asked
 for: they never overwrite unasked, and report disk errors as `SettingError`, one sentence with path,
-reason and remedy.
+reason and remedy. JSON is read here too: Python's reader silently keeps the last value of a key
+that is given twice, `parse_json` refuses it.
 """
 
 from __future__ import annotations
 
 import errno
 import glob
+import json
 import os
 import platform
 import re
@@ -20,15 +22,16 @@ import signal
 import sys
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import blake2b
 from itertools import takewhile
 from pathlib import Path
 from types import FrameType
-from typing import BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
-from earlyfusion.errors import SettingError
+from earlyfusion.errors import CheckpointError, SettingError
 
 Write = Callable[[BinaryIO], object]
 
@@ -284,3 +287,34 @@ def full_disk_reported(folder: Path) -> Iterator[None]:
 def is_full_disk(error: BaseException) -> bool:
     # numpy reports a short write without an errno.
     return isinstance(error, OSError) and (error.errno in _NO_ROOM or "requested and" in str(error))
+
+
+class DuplicateKeyError(ValueError):
+    """An object has a key twice; `str(error)` says which."""
+
+
+def parse_json(data: str | bytes) -> Any:
+    """`json.loads`, but raises `DuplicateKeyError` for a key given twice."""
+    return json.loads(data, object_pairs_hook=_unique)
+
+
+def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
+    """The object in a file of a model; `CheckpointError` if it is missing or anything else. A
+    byte-order mark is skipped."""
+    try:
+        data = parse_json(path.read_text(encoding="utf-8-sig"))
+    except DuplicateKeyError as error:
+        raise CheckpointError(f"{path} is ambiguous: {error}, keep one") from None
+    except (OSError, ValueError, RecursionError):
+        raise CheckpointError(f"{path} is missing or not JSON: {remedy}") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} is not a JSON object: {remedy}")
+    return data
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise DuplicateKeyError(f"the key {twice[:80]!r} is given twice")
+    return made

@@ -29,6 +29,8 @@ MAX_SQUARE = math.isqrt(MAX_PIXELS)
 # Pixels through the network at once: one or eight pictures of 512 x 512, or more smaller ones.
 _BATCH_PIXELS = 512 * 512
 _BATCH_PIXELS_GPU = 8 * 512 * 512
+# Pixels of a drawn picture: for each, the small network of mini takes 500 bytes.
+MAX_DRAWN_PIXELS = 2048 * 2048
 
 
 class MissingVQGAN(nn.Module):
@@ -114,6 +116,7 @@ class ImageTokenizer:
     def decode(self, codes_nhw: Tensor) -> list[PIL.Image.Image]:
         """Pictures of codes int64 [n, h, w]; values are truncated to 8 bits, as in Meta's code."""
         codes, step = _checked_codes(codes_nhw), self._batch_size
+        self._check_size(*codes.shape[1:])
         return [
             PIL.Image.fromarray(pixels)
             for at in range(0, len(codes), step)
@@ -133,6 +136,15 @@ class ImageTokenizer:
             raise ImageError("the image has codes but no pixels: decode it, or use its codes")
         crop = _checked(mode or self.mode) == "crop"
         return (cropped if crop else fitted)(picture, self.resolution)
+
+    def _check_size(self, height: int, width: int) -> None:
+        stride = self.vqgan.config.stride
+        if height * width * stride**2 > MAX_DRAWN_PIXELS:
+            raise ImageError(
+                f"{height:,} x {width:,} codes make a picture of {height * stride:,} x "
+                f"{width * stride:,} pixels, the limit is {MAX_DRAWN_PIXELS:,} in all: draw it in "
+                "pieces"
+            )
 
     @property
     def _batch_size(self) -> int:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from earlyfusion.generation.settings import Output, SamplingParams
 
 _MAX_COLUMNS = 40  # of an image in half-blocks
+_DRAWN_TOGETHER = 64  # codes of a file
 _GAP = 4  # pixels between the pictures of a sheet
 _FORMATS = {".png": "PNG", ".webp": "WEBP"}
 # With escape sequences a model could move the cursor, set colours or change the title.
@@ -41,7 +42,6 @@ class Album:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._paths: dict[int, Path] = {}
-        self._images: list[Image] = []
 
     def check(self) -> None:
         """Raise `SettingError` now if no image could be written later; creates nothing."""
@@ -51,11 +51,11 @@ class Album:
         """Write an image under a new name; the same pixels give the same bytes."""
         first = next_number(self.folder, "image", ".png")
         path = write_next(self.folder, "image", ".png", png(image), first)
-        self._images.append(image)  # alive, so that its id is not reused
         self._paths[id(image)] = path
         return path
 
     def path_of(self, image: Image) -> Path:
+        """The path of an image that was saved, and is still in memory: others may take its id."""
         return self._paths[id(image)]
 
 
@@ -130,11 +130,14 @@ def sheet_file(path: Path) -> Callable[[PIL.Image.Image], Write]:
     return lambda made: lambda file: made.save(file, format=name)
 
 
-def decoded(chameleon: Chameleon, codes_nhw: npt.NDArray[np.int64]) -> list[Image]:
+def decoded(chameleon: Chameleon, codes_nhw: npt.NDArray[np.int64]) -> Iterator[Image]:
+    """The pictures of any number of codes, a few in memory at a time."""
     import torch
 
-    pils = chameleon.image_tokenizer.decode(torch.from_numpy(codes_nhw))
-    return [Image(pil, codes_hw) for pil, codes_hw in zip(pils, codes_nhw, strict=True)]
+    for at in range(0, len(codes_nhw), _DRAWN_TOGETHER):
+        some = codes_nhw[at : at + _DRAWN_TOGETHER]
+        pils = chameleon.image_tokenizer.decode(torch.from_numpy(some))
+        yield from map(Image, pils, some)
 
 
 class Screen:

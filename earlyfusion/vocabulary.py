@@ -7,7 +7,6 @@ Meta's release (github.com/facebookresearch/chameleon).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from earlyfusion.errors import CheckpointError, ImageError
+from earlyfusion.files import read_json_object
 
 Ids = npt.NDArray[np.int64]
 
@@ -211,15 +211,7 @@ class ImageLayout:
 
 def read_tokenizer_json(path: Path) -> dict[str, Any]:
     """The JSON of a tokenizer file; `CheckpointError` if it is missing or not an object."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise CheckpointError(
-            f"{path} is missing or not JSON: a model needs its tokenizer file"
-        ) from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} is not a tokenizer file: its JSON is not an object")
-    return data
+    return read_json_object(path, "a model needs its tokenizer file")
 
 
 def _sorted_ids(ids: Any) -> Ids:

@@ -384,9 +384,34 @@ class TestMistakes:
 
     @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json"])
     def test_a_file_that_is_no_json(self, saved: Path, name: str) -> None:
+        text = (saved / name).read_text()
         (saved / name).write_text("{")
         with pytest.raises(CheckpointError, match=rf"{name} is missing or not JSON"):
             load(saved)
+        (saved / name).write_text('{"bos_token_id": 1, "bos_token_id": 0,' + text.lstrip()[1:])
+        with pytest.raises(CheckpointError, match=rf"{name} is ambiguous: the key 'bos_token_id'"):
+            load(saved)
+
+    def test_one_tensor_in_two_files(self, saved: Path) -> None:
+        tensors = load_file(saved / "model.safetensors")
+        save_file({"lm_head.weight": tensors["lm_head.weight"]}, saved / "b.safetensors")
+        (saved / "model.safetensors").rename(saved / "a.safetensors")
+        names = dict.fromkeys(tensors, "a.safetensors") | {"lm_head.weight": "b.safetensors"}
+        (saved / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+        with pytest.raises(CheckpointError, match=r"b\.safetensors holds lm_head\.weight, as anot"):
+            load(saved)
+
+    def test_a_byte_order_mark_is_skipped(self, saved: Path, tmp_path: Path) -> None:
+        files = [path for path in saved.iterdir() if path.suffix == ".json"]
+        for path in files:
+            path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+        model = Chameleon.load(saved)
+        model.save(tmp_path / "copy")
+        convert(saved, tmp_path / "meta", "meta")
+        for copy in (tmp_path / "copy", tmp_path / "meta"):
+            assert_same_weights(load(copy).transformer, model.transformer)
+        for path in [*tmp_path.glob("copy/*.json"), *tmp_path.glob("meta/**/*.json")]:
+            assert not path.read_bytes().startswith(b"\xef")
 
 
 class TestFormats:
@@ -451,6 +476,17 @@ class TestOtherFolders:
         said = self.refused(saved)
         assert f"weights that {method} has quantised" in said
         assert "from_pretrained" in said and "dtype='int4'" in said
+
+    def test_a_folder_of_the_hub_s_cache(self, saved: Path, tmp_path: Path) -> None:
+        cache = tmp_path / "models--org--name"
+        shutil.copytree(saved, cache / "snapshots" / "0a1b")
+        said = self.refused(cache)
+        assert "where the hub's files of a model are cached: give its hub id" in said
+        assert said.endswith(f"as {cache / 'snapshots' / '0a1b'}")
+
+    def test_no_name(self) -> None:
+        with pytest.raises(CheckpointError, match="the name of the model is empty: give 'mini'"):
+            Chameleon.load("")
 
     def test_a_trainer_s_run(self, saved: Path, tmp_path: Path) -> None:
         run = tmp_path / "run"

@@ -17,7 +17,7 @@ import termios
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import fields as dataclass_fields
 from dataclasses import replace
 from io import BytesIO, StringIO, TextIOWrapper
@@ -608,6 +608,11 @@ def test_codes_as_npy(run: Run, model: Path, picture: Path) -> None:
         assert not Path(name).exists()
     Path("bad.npy").write_bytes(b"\x93NUMPY")
     assert_refused(run("decode", "bad.npy"), "bad.npy")
+    with BytesIO() as file:
+        header = {"descr": "<i8", "fortran_order": False, "shape": (10**6, 10**5, 100)}
+        np.lib.format.write_array_header_1_0(file, header)
+        Path("giant.npy").write_bytes(file.getvalue() + bytes(800))
+    assert_refused(run("decode", "giant.npy"), "giant.npy")
 
 
 @pytest.mark.parametrize(
@@ -626,6 +631,15 @@ def test_bad_picture(run: Run, tmp_path: Path, make: Callable[[Path], object], w
     make(path)
     assert_refused(run("generate", "What is this?", "--image", path), "bad.png", word)
     assert_refused(run("encode", path, "-o", "c.safetensors"), "bad.png", word)
+
+
+def test_empty_names(run: Run) -> None:
+    """As an unset variable of a shell gives them."""
+    assert_refused(run("generate", "What is this?", "--image", ""), "--image is empty")
+    assert_refused(run("encode", "", "-o", "c.npy"), "name of a picture is empty")
+    for command in ("info", "bench"):
+        assert_refused(run(command, ""), "the name of the model is empty")
+    assert_refused(run("tokenize", "", "-o", "shards"), "the name of a source is empty")
 
 
 @pytest.mark.parametrize("prompt", ["", "  \n"])
@@ -684,6 +698,19 @@ def test_codes_that_are_none(run: Run, model: Path, picture: Path) -> None:
     assert_refused(run("decode", picture), "red.png", "encode")
     save_codes(Path("far.safetensors"), torch.full((1, 8, 8), 64).numpy())
     assert_refused(run("decode", "far.safetensors", "--model", model), "63")
+
+
+def test_many_codes_are_drawn_some_at_a_time(
+    run: Run, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes = np.random.default_rng(0).integers(0, 64, (5, 8, 8))
+    save_codes(Path("five.npy"), codes)
+    told = run("decode", "five.npy", "-o", "at-once", "--model", model, "--json").json
+    monkeypatch.setattr("earlyfusion.terminal._DRAWN_TOGETHER", 2)
+    parts = run("decode", "five.npy", "-o", "in-parts", "--model", model, "--json").json
+    assert len(told["images"]) == 5
+    for one, two in zip(told["images"], parts["images"], strict=True):
+        assert Path(one).read_bytes() == Path(two).read_bytes()
 
 
 def test_codes_are_written_whole(tmp_path: Path) -> None:
@@ -745,6 +772,12 @@ def test_terminal_without_utf8(model: Path) -> None:
     told = [in_shell(f"{asked} --json", PYTHONIOENCODING=name) for name in ("ascii", "utf-8")]
     assert told[0].stdout.isascii()
     assert json.loads(told[0].stdout) == json.loads(told[1].stdout)
+
+
+def test_json_to_a_stream_without_an_encoding() -> None:
+    with redirect_stdout(StringIO()) as told:
+        assert main(["info", "--json"]) == 0
+    assert json.loads(told.getvalue())["model"] == "mini"
 
 
 def test_no_command_shows_the_help(run: Run) -> None:
@@ -910,6 +943,7 @@ def test_batch_answers_as_generate_does(run: Run, batch: Batch, model: Path, pic
         ({"prompt": "a", "output": "video"}, ["video", "interleaved"]),
         ({"prompt": "a", "top_p": 3}, ["top_p=3", "at most 1"]),
         ({"prompt": "a", "id": 1.5}, ["id"]),
+        ('{"prompt": "a", "prompt": "b"}', ["the key 'prompt' is given twice"]),
         ({"prompt": "a", "id": "first"}, ["'first'", "line 1"]),
         ({"prompt": [{"type": "image", "image": "no.png"}]}, ["there is no file in/no.png"]),
         ({"prompt": "a", "images": ["no.png"]}, ["there is no file in/no.png"]),

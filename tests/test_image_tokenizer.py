@@ -264,6 +264,8 @@ def test_errors(small: ImageTokenizer) -> None:
     for codes in (torch.zeros(8, 8, dtype=torch.int64), torch.zeros(1, 8, 8)):
         with pytest.raises(ImageError, match="cannot be drawn"):
             small.decode(codes)
+    with pytest.raises(ImageError, match=r"2,000 x 2,000 codes make .* the limit is 4,194,304"):
+        small.decode(torch.zeros(1, 1, 1, dtype=torch.int64).expand(1, 2000, 2000))
     for value in (-1, 32):
         with pytest.raises(ImageError, match="codebook"):
             small.decode(torch.full((1, 8, 8), value))

@@ -97,6 +97,13 @@ def test_columns_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
         path.write_bytes(data)
         with pytest.raises(DataError, match="cannot be read after 0 rows"):
             opened_rows(path, tmp_path / "cache")
+    for name, mark in (("rows.csv", ","), ("rows.tsv", "\t")):
+        twice = tmp_path / name
+        twice.write_text(mark.join(["text", "image", "text"]) + "\n" + mark.join("abc") + "\n")
+        with pytest.raises(DataError, match=rf"{name} has the column 'text' twice: rename"):
+            opened_rows(twice, tmp_path / "cache")
+    path.write_text("text,image,,\na,b,,\n")  # as spreadsheets fill up rows
+    assert opened_rows(path, tmp_path / "cache") == [{"text": "a", "image": "b"}]
     path.write_text("text\n")
     with pytest.raises(DataError, match="holds no rows"):
         opened_rows(path, tmp_path / "cache")
@@ -286,6 +293,29 @@ def test_rows_of_jsonl_and_of_a_json_array(tmp_path: Path) -> None:
     (tmp_path / "d.json").write_text(json.dumps(ROWS)[:-3])
     with pytest.raises(DataError, match="not a whole JSON array after 6 rows"):
         open_all(tmp_path / "d.json", tmp_path / "cache")
+
+
+def test_a_key_or_column_given_twice_is_no_row(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a", "text": "b"}\n{"text": "c"}\n')
+    broken, whole = opened_rows(path, tmp_path / "cache")
+    assert broken == "in the row the key 'text' is given twice: keep one"
+    assert whole == {"text": "c"}
+    path = tmp_path / "rows.csv"
+    path.write_text('messages\n"[{""role"": ""user"", ""role"": ""assistant""}]"\n')
+    [broken] = opened_rows(path, tmp_path / "cache")
+    assert broken == "in the cell messages the key 'role' is given twice: keep one"
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, ["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    with pyarrow.OSFile(str(tmp_path / "rows.arrow"), "wb") as file:
+        with pyarrow.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+    for name in ("rows.parquet", "rows.arrow"):
+        with pytest.raises(DataError, match=rf"{name} has the column 'text' twice"):
+            opened_rows(tmp_path / name, tmp_path / "cache")
 
 
 def test_rows_of_parquet_are_those_of_pyarrow(tmp_path: Path) -> None:

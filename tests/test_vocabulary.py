@@ -110,7 +110,7 @@ def test_bad_files(tmp_path: Path) -> None:
         ("no.json", None, "no.json is missing or not JSON"),
         ("cut.json", "{", "cut.json is missing or not JSON"),
         ("half.json", b"\xff{}", "half.json is missing or not JSON"),
-        ("list.json", "[]", "list.json is not a tokenizer file: its JSON is not an object"),
+        ("list.json", "[]", "list.json is not a JSON object: a model needs its tokenizer file"),
         ("empty.json", "{}", "the tokenizer file has no model.vocab"),
         ("none.json", '{"model": null}', "the tokenizer file has no model.vocab"),
         ("added.json", json.dumps(added), "the tokenizer file has no model.vocab"),

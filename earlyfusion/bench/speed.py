@@ -110,7 +110,7 @@ def bench(
         if shape is not None:
             announce(f"drawing random weights of shape {shape}")
             write_random(shape, Path(folder) / "model")
-        source = str(Path(folder) / "model") if shape else name or "mini"
+        source = str(Path(folder) / "model") if shape else "mini" if name is None else name
         announce("loading and starting")
         model, figures = _started(source, device, dtype, imports)
     meter = Meter(model, rounds)

@@ -40,7 +40,8 @@ def load_codes(path: Path) -> npt.NDArray[np.int64]:
     """Read codes [n, h, w] of any whole-number type; their range is not checked."""
     try:
         if path.suffix.lower() == ".npy":
-            codes = np.load(path, allow_pickle=False)
+            # Mapped, so that no memory is taken for the shape that a header claims.
+            codes = np.load(path, mmap_mode="r", allow_pickle=False)
         else:
             codes = load_file(path).get(_KEY)
     except (OSError, EOFError, ValueError, SafetensorError, TypeError, AttributeError, KeyError):

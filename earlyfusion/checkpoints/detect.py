@@ -93,6 +93,12 @@ def _not_a_model(folder: Path) -> str:
             f"{folder} holds an adapter and not a whole model: load {base} with "
             f"adapter={str(folder)!r}, or merge the two with PEFT's merge_and_unload and save them"
         )
+    snapshots = sorted(folder.glob("snapshots/*/"), key=lambda path: path.stat().st_mtime)
+    if snapshots:
+        return (
+            f"{folder} is where the hub's files of a model are cached: give its hub id, or one of "
+            f"its versions, as {snapshots[-1]}"
+        )
     if (folder / "model" / "config.json").is_file():
         return f"{folder} is the folder of a training run: give its model, {folder / 'model'}"
     if _has(folder, "step-*/state.json"):
@@ -112,6 +118,8 @@ def _not_a_model(folder: Path) -> str:
 
 def locate(name: str | Path) -> Path:
     """The folder of a model: embedded, on this machine, or downloaded from the hub."""
+    if not str(name):
+        raise CheckpointError(f"the name of the model is empty: {_ACCEPTED}")
     if str(name) in EMBEDDED:
         return _PRETRAINED / str(name)
     folder = Path(name).expanduser()

@@ -152,17 +152,20 @@ def copy_to_hf(source: Source, folder: Path, shards: int | None, on_bytes: OnByt
         source.resize_mode,
     )
     _write_weights(folder, _in_file(source.config, source.tensors, source.vq), shards, on_bytes)
-    _write_texts(folder, files | {TOKENIZER: source.tokenizer.read_text(encoding="utf-8")})
+    _write_texts(folder, files | {TOKENIZER: source.tokenizer.read_text(encoding="utf-8-sig")})
 
 
 def open_tensors(folder: Path) -> dict[str, Stored]:
     """All tensors of a folder: of its one file or those in its index, safetensors or pickles."""
     opened: dict[str, Stored] = {}
     for path in _weight_files(folder):
-        if path.suffix == ".bin":
-            opened |= open_torch_file(path)
-        else:
-            opened |= _open_safetensors(path)
+        found = open_torch_file(path) if path.suffix == ".bin" else _open_safetensors(path)
+        if twice := sorted(opened.keys() & found.keys()):
+            raise CheckpointError(
+                f"{path} holds {twice[0]}, as another weight file does: which is meant is "
+                "unknown, so take it out of one of them"
+            )
+        opened |= found
     return {name: _at_least_16_bits(stored) for name, stored in opened.items()}
 
 

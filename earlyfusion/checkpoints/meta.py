@@ -33,6 +33,7 @@ from earlyfusion.checkpoints.source import (
     Stored,
     find_tokenizer_file,
     open_torch_file,
+    read_json,
     torch_load,
 )
 from earlyfusion.config import ModelConfig, VQConfig
@@ -214,11 +215,11 @@ def open_vqgan(path: Path) -> tuple[VQConfig, dict[str, Stored]]:
 
 def read_config(folder: Path, vq_config: VQConfig | None = None) -> ModelConfig:
     """The model's shape from params.json, its "model" entry, and consolidate_params.json."""
-    params = _read_params(folder / "params.json")
+    params = read_json(folder / "params.json")
     overruling = folder / "consolidate_params.json"
     merged = params | dict(params.get("model") or {})
     if overruling.exists():
-        merged |= _read_params(overruling)
+        merged |= read_json(overruling)
     missing = [n for n in ("dim", "n_layers", "n_heads", "vocab_size") if merged.get(n, -1) <= 0]
     if missing:
         raise CheckpointError(
@@ -344,17 +345,7 @@ def _vq_config(path: Path) -> VQConfig:
 
 def _generation_defaults(folder: Path) -> dict[str, Any]:
     """Sampling defaults; only folders that this package wrote have them."""
-    path = folder / "generation_config.json"
-    return _read_params(path) if path.is_file() else {}
-
-
-def _read_params(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        raise CheckpointError(
-            f"{path} is missing or not a JSON object: download it again"
-        ) from None
+    return read_json(folder / "generation_config.json", needed=False)
 
 
 def _write_shard(source: Source, folder: Path, shard: Shard, on_bytes: OnBytes) -> None:
@@ -370,7 +361,7 @@ def _write_shard(source: Source, folder: Path, shard: Shard, on_bytes: OnBytes) 
 
 
 def _write_tokenizer(source: Source, folder: Path, on_bytes: OnBytes) -> None:
-    text = source.tokenizer.read_text(encoding="utf-8")
+    text = source.tokenizer.read_text(encoding="utf-8-sig")
     (folder / META_TOKENIZER).write_text(text, encoding="utf-8")
     _write_vqgan(folder, source.config.vq_config, {k: s.read() for k, s in source.vq.items()})
     on_bytes(sum(stored.nbytes for stored in source.vq.values()))

@@ -4,7 +4,6 @@ memory does not grow with the model."""
 
 from __future__ import annotations
 
-import json
 import pickle
 import warnings
 import zipfile
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from earlyfusion.config import ModelConfig
 from earlyfusion.errors import CheckpointError
+from earlyfusion.files import read_json_object
 from earlyfusion.image_tokenizer import Mode
 from earlyfusion.vocabulary import ImageLayout
 
@@ -182,13 +182,7 @@ def read_json(path: Path, needed: bool = True) -> dict[str, Any]:
     """The object in a JSON file; {} if the file is missing and not `needed`."""
     if not needed and not path.exists():
         return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise CheckpointError(f"{path} is missing or not JSON: get the file again") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} is not a JSON object: get the file again")
-    return data
+    return read_json_object(path, "get the file again")
 
 
 def find_tokenizer_file(path: Path) -> Path:

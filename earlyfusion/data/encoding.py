@@ -277,7 +277,7 @@ def fingerprints(processor: Processor, image_tokenizer: ImageTokenizer) -> dict[
 
 
 def _tokenizer_digest(processor: Processor) -> str:
-    data = json.loads(processor.tokenizer_file.read_text(encoding="utf-8"))
+    data = json.loads(processor.tokenizer_file.read_text(encoding="utf-8-sig"))
     # The file's other keys (truncation, padding …) do not change the tokens of a text.
     meaning = {k: data.get(k) for k in ("model", "normalizer", "pre_tokenizer", "added_tokens")}
     return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()

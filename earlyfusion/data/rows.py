@@ -71,7 +71,7 @@ class Rows:
 
 def open_rows(source: str, cache: Path, settings: RowSettings) -> Rows:
     """Open a file, a folder, a glob or a hub id; `cache` is for indices. Raises `DataError`."""
-    if not settings.patterns and (captioned := _captioned(source)) is not None:
+    if source and not settings.patterns and (captioned := _captioned(source)) is not None:
         return captioned
     root, paths, from_hub = find_files(source, settings.patterns)
     # A data set of the hub is a stranger's: its rows may only name files of its folder.
@@ -104,6 +104,8 @@ def _captioned(source: str) -> Rows | None:
 def find_files(source: str, patterns: Sequence[str] = ()) -> tuple[Path, list[Path], bool]:
     """A source's folder and files, sorted by name, and whether they are from the hub."""
     path = Path(source).expanduser()
+    if not source:
+        raise DataError("the name of a source is empty: give a file, a folder, a glob or a hub id")
     if path.is_file():
         return path.parent, [path], False
     from_hub = False

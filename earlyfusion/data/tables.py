@@ -28,7 +28,7 @@ import numpy.typing as npt
 from earlyfusion.content import MAX_FILE_BYTES, base64_bytes
 from earlyfusion.data.joined import Joined
 from earlyfusion.errors import DataError
-from earlyfusion.files import replacing
+from earlyfusion.files import DuplicateKeyError, parse_json, replacing
 
 Index = dict[str, npt.NDArray[Any]]
 _PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
@@ -187,6 +187,7 @@ class ParquetRows:
     def __init__(self, path: Path, pictures: PictureFolder) -> None:
         self.path, self._pictures = path, pictures
         self._file = _open_parquet(path)
+        _check_columns(path, self._file.schema_arrow.names)
         metadata = self._file.metadata
         self.groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
         self._rows = Joined(self.groups)
@@ -247,6 +248,7 @@ class Columns(Lines):
     def __init__(self, path: Path, index: Index, pictures: PictureFolder) -> None:
         super().__init__(path, index, pictures)
         self._names = [str(name) for name in index["names"]]
+        _check_columns(path, self._names)
 
     def _parsed(self, data: bytes) -> dict[str, Any]:
         # newline="": line ends within quotes belong to the cell.
@@ -269,6 +271,7 @@ class ArrowRows:
     def __init__(self, path: Path, pictures: PictureFolder) -> None:
         self.path, self._pictures = path, pictures
         self._table = _open_arrow(path)
+        _check_columns(path, self._table.column_names)
         self.groups = [self._table.num_rows]
 
     def row(self, number: int) -> dict[str, Any]:
@@ -437,11 +440,20 @@ def _index_csv(path: Path) -> Index:
     }
 
 
+def _check_columns(path: Path, names: Sequence[str]) -> None:
+    # Spreadsheets write several empty names after the last column.
+    twice = next((n for at, n in enumerate(names) if n and n in names[:at]), None)
+    if twice is not None:
+        raise DataError(f"{path} has the column {twice!r} twice: rename or remove one")
+
+
 def _cell(name: str, cell: str) -> Any:
     if name not in _LISTS or not cell.lstrip().startswith("["):
         return cell
     try:
-        return json.loads(cell)
+        return parse_json(cell)
+    except DuplicateKeyError as error:
+        raise DataError(f"in the cell {name} {error}: keep one") from None
     except (ValueError, RecursionError):
         raise DataError(f"the cell {name} is not a whole JSON list: write it again") from None
 
@@ -589,7 +601,9 @@ def _open_parquet(path: Path) -> Any:
 
 def _json_object(data: bytes) -> dict[str, Any]:
     try:
-        row = json.loads(data)
+        row = parse_json(data)
+    except DuplicateKeyError as error:
+        raise DataError(f"in the row {error}: keep one") from None
     except (ValueError, RecursionError):
         raise DataError("the row is not whole JSON: write one object per line") from None
     if not isinstance(row, dict):

@@ -215,7 +215,7 @@ def save(
         folder,
         model.eval(),
         loaded.vqgan,
-        loaded.processor.tokenizer_file.read_text(encoding="utf-8"),
+        loaded.processor.tokenizer_file.read_text(encoding="utf-8-sig"),
         loaded.generation_defaults,
         dtype=source.tensors["model.embed_tokens.weight"].dtype,
         vq_dtype=next((stored.dtype for stored in source.vq.values()), None),

@@ -107,7 +107,7 @@ def save_model(
         config.run.out / "model",
         model.eval(),
         image_tokenizer.vqgan,
-        source.tokenizer.read_text(encoding="utf-8"),
+        source.tokenizer.read_text(encoding="utf-8-sig"),
         source.generation_defaults,
         dtype=torch.bfloat16,
         resize_mode=mode,
