@@ -484,6 +484,24 @@ class TestOtherFolders:
         assert "where the hub's files of a model are cached: give its hub id" in said
         assert said.endswith(f"as {cache / 'snapshots' / '0a1b'}")
 
+    def test_a_folder_around_a_model(self, saved: Path, tmp_path: Path) -> None:
+        release = tmp_path / "Anole-7b"
+        convert(saved, release / "models" / "7b", "meta")
+        (release / "models" / "7b" / "tokenizer").rename(release / "tokenizer")
+        for folder in (release, release / "models"):
+            said = self.refused(folder)
+            assert said.endswith(f"no model itself: give a folder in it, as {release}/models/7b")
+        assert_same_weights(load(release / "models/7b").transformer, load(saved).transformer)
+
+    def test_a_hub_id_of_another_layout(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import huggingface_hub
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(tmp_path))
+        with pytest.raises(CheckpointError, match=r"org/name has no config\.json, so it is not in"):
+            load("org/name")
+
     def test_no_name(self) -> None:
         with pytest.raises(CheckpointError, match="the name of the model is empty: give 'mini'"):
             Chameleon.load("")

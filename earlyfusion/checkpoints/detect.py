@@ -113,6 +113,11 @@ def _not_a_model(folder: Path) -> str:
         return (
             f"{folder} is the folder of a Trainer's run: give one of its checkpoints, as {newest}"
         )
+    # Releases in Meta's layout, as Anole's, have the model in models/7b beside tokenizer/.
+    below = (p for sign in _SIGNS for depth in ("*", "*/*") for p in folder.glob(f"{depth}/{sign}"))
+    inside = sorted({path.parent for path in below})
+    if inside:
+        return f"the folder {folder} holds no model itself: give a folder in it, as {inside[0]}"
     return f"the folder {folder} holds no model: {_ACCEPTED}"
 
 
@@ -133,6 +138,9 @@ _ACCEPTED = (
     f"give {EMBEDDED[0]!r}, a folder with config.json and {WEIGHTS}, "
     "a folder with params.json and consolidated.pth, or a hub id such as org/name"
 )
+
+
+_SIGNS = (WEIGHTS, INDEX, "params.json")
 
 
 def _has(folder: Path, *patterns: str) -> bool:

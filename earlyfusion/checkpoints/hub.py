@@ -21,7 +21,7 @@ def is_hub_id(name: str) -> bool:
 def download_model(hub_id: str) -> Path:
     """The folder of a model's files, downloaded if needed; `CheckpointError` if that fails."""
     try:
-        return _download(hub_id, "model", _MODEL_FILES)
+        folder = _download(hub_id, "model", _MODEL_FILES)
     except ImportError:
         raise CheckpointError(
             f"{hub_id} is not a folder here, and downloading it needs huggingface_hub: "
@@ -32,6 +32,12 @@ def download_model(hub_id: str) -> Path:
             f"{hub_id} is not a folder here and could not be downloaded from the hub: "
             "check the name, the network and access to it"
         ) from None
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{hub_id} has no config.json, so it is not in transformers' layout: download all of "
+            f"it (hf download {hub_id} --local-dir FOLDER) and give the folder with its model"
+        )
+    return folder
 
 
 def download_dataset(hub_id: str, patterns: Sequence[str], revision: str | None = None) -> Path:
