@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
+import numpy as np
 import openai
 import pytest
 from serve_case import STRAWBERRY, Running, answer, data_url, events, mini, pixels, running
@@ -302,7 +303,9 @@ def test_the_same_reply_alone_and_in_a_crowd(server: Running, model: Chameleon) 
         expected = model.generate(prompts[number % 4], seed=number, temperature=1)
         assert told[number]["content"] == expected.text
         shown = [pixels(one["image_url"]["url"]) for one in told[number].get("images", [])]
-        assert len(shown) == len(expected.images) and all(map(same, shown, expected.images))
+        for picture, other in zip(shown, expected.images, strict=True):
+            # Of several pictures decoded together torch adds some convolutions in another order.
+            assert np.abs(np.asarray(picture, int) - np.asarray(other, int)).max() <= 1
 
 
 # --- images ---
