@@ -22,7 +22,7 @@ from earlyfusion.cli import main
 from earlyfusion.errors import CheckpointError, SettingError
 from earlyfusion.recipes.run import run
 from earlyfusion.train import checkpoint, folder
-from earlyfusion.train.monitor import read_metrics
+from earlyfusion.train.monitor import Monitor, read_metrics
 
 SMALL = ["length=100", "warmup_steps=1", "log_every=1", "save_every=2", "device=cpu", "workers=0"]
 
@@ -263,6 +263,35 @@ def test_a_full_disk_ends_tokenize_with_a_sentence_and_it_goes_on(
     assert f"{tmp_path / 'out'} cannot be written to" in done.stderr.replace("\n", " ")
     assert not list((tmp_path / "out").glob(".*.part"))
     assert main(command) == 0
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_until_the_figures_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: signal.Signals
+) -> None:
+    """Raised in between, it could keep the thread of TensorBoard waiting for two minutes."""
+    written: list[str] = []
+
+    class Board:
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            if not written:
+                signal.raise_signal(sent)
+            written.append(name)
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr("earlyfusion.train.monitor._summary_writer", lambda run, first: Board())
+    monitor = Monitor(tmp_path, 0, 2)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        with folder.termination_raises():
+            with pytest.raises((KeyboardInterrupt, folder.Terminated)):
+                monitor.log(0, {"loss": 1.0})
+            assert written == ["loss", "per_second", "eta_seconds"]
+            monitor.log(1, {"loss": 1.0})
+    finally:
+        monitor.close()
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -19,6 +19,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from earlyfusion.train.folder import signals_wait
+
 _SECONDS_A_LINE = 60.0
 
 
@@ -77,11 +79,12 @@ class Monitor:
         known = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         self._lines.write(json.dumps({"step": step} | known | speed) + "\n")
         self._lines.flush()
-        for name, value in (metrics | speed).items():
-            if self._board is not None:
-                self._board.add_scalar(name, value, step)
-        if self._wandb is not None:
-            self._wandb.log(metrics | speed, step=step)
+        with signals_wait():
+            for name, value in (metrics | speed).items():
+                if self._board is not None:
+                    self._board.add_scalar(name, value, step)
+            if self._wandb is not None:
+                self._wandb.log(metrics | speed, step=step)
         shown = "  ".join(f"{k} {v:.4g}" for k, v in list(metrics.items())[:3])
         share = f"  {speed['mfu']:.0%} of peak" if "mfu" in speed else ""
         status = f"{shown}  {speed['per_second']:,.0f}/s{share}"
