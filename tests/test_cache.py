@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -219,6 +220,23 @@ def test_the_default_size_is_a_share_of_the_free_memory(
     assert blocks or 3 * 8 < size.blocks < 64 * 8
     on_gpu = cache.cache_size(1000, 256, torch.device("cuda"))  # blocks of 32,000 bytes
     assert on_gpu.blocks == max(24, min(int(0.8 * free) // 32_000, 64 * 8))
+
+
+def test_a_context_that_no_memory_holds_is_cut_to_what_is_free(
+    processor: Processor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Transformer(replace(CONFIG, max_position_embeddings=10**9)).eval()
+    model.init_weights(torch.Generator().manual_seed(0))
+    asked = request(processor, 3, "text", False, 20)
+    bytes_of_block = BLOCK_SIZE * Cache.token_bytes(CONFIG, torch.float32)
+    monkeypatch.setattr(cache, "free_bytes", lambda device: 500 * bytes_of_block)
+    for given, blocks in ((None, 500), (40 * bytes_of_block, 40)):
+        engine = Engine(model, processor, cache_bytes=given)
+        assert engine.cache_size.blocks == blocks
+        assert run(engine, [asked])[0]
+    long = replace(asked, room=10**6)
+    with pytest.raises(SettingError, match=r"the cache has 1,280: give it .* smaller max_tokens"):
+        engine.add(long)
 
 
 @pytest.mark.parametrize("blocks", [10**12, 10**18])

@@ -31,6 +31,8 @@ FREE_SHARE = {"cpu": 0.25, "cuda": 0.8}
 MOST_CONTEXTS = 64
 """Sequences as long as the context for which a cache of the default size has room at most."""
 
+LONG_CONTEXT = 4096
+
 
 class LayerCache(NamedTuple):
     """Keys and values of one layer; `scales` in int8 only."""
@@ -154,14 +156,18 @@ def cache_size(
 ) -> CacheSize:
     """The cache that fits into `budget` bytes, or into a share of the free memory less `reserved`
     bytes (a quarter on a CPU, 80% on a GPU). Without a budget it has room for at least the three
-    branches of a guided image at full context, and for at most MOST_CONTEXTS contexts. Raises
-    `SettingError` if a budget holds no block."""
+    branches of a guided image at full context, unless a context of over LONG_CONTEXT tokens is more
+    than memory holds, and for at most MOST_CONTEXTS contexts. Raises `SettingError` if a budget
+    holds no block."""
     block_bytes = BLOCK_SIZE * token_bytes
     context = -(-context_tokens // BLOCK_SIZE)
     if budget is None:
         left = max(free_bytes(device) - reserved, 0)
         share = int(FREE_SHARE.get(device.type, 0.25) * left) // block_bytes
-        return CacheSize(max(3 * context, min(share, MOST_CONTEXTS * context)), block_bytes)
+        # A CPU's memory is only taken as blocks are used.
+        fitting = left // block_bytes if device.type == "cpu" else share
+        least = min(3 * context, max(fitting, 3 * LONG_CONTEXT // BLOCK_SIZE))
+        return CacheSize(max(least, min(share, MOST_CONTEXTS * context)), block_bytes)
     if budget < block_bytes:
         raise SettingError(
             f"cache_bytes={budget:,} holds no block of {BLOCK_SIZE} tokens: "

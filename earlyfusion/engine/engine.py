@@ -259,7 +259,9 @@ class Engine:
         """Read the transformer, at first and after a change of it."""
         self._grammars: dict[tuple[tuple[int, ...], ImageLayout], Grammar] = {}
         self._scheduler.restart()
-        shape = self.cache_size.blocks, self.context_tokens, self._cache_dtype
+        # No sequence is longer than the cache, and tables of all positions are made.
+        longest = min(self.context_tokens, self.cache_size.tokens)
+        shape = self.cache_size.blocks, longest, self._cache_dtype
         arguments = self.transformer, self.grammar(()), *shape
         self.runner = (
             ModelRunner(*arguments, self._static, self.adapters)
