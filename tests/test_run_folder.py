@@ -9,9 +9,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from io import FileIO
 from multiprocessing import get_context
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -292,6 +294,27 @@ def test_a_signal_waits_until_the_figures_are_written(
     finally:
         monitor.close()
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("write", [2, 4, 7])
+def test_a_signal_amid_a_checkpoint_is_no_error_of_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: signal.Signals, write: int
+) -> None:
+    class Interrupted(FileIO):
+        written = 0
+
+        def write(self, data: Any) -> int:
+            self.written += 1
+            if self.written == write:
+                signal.raise_signal(sent)
+            return super().write(data)
+
+    saver = checkpoint.Saver(tmp_path, keep=1, beside=False)
+    monkeypatch.setattr(checkpoint.Path, "open", lambda path, mode: Interrupted(path, mode))
+    with folder.termination_raises(), pytest.raises((KeyboardInterrupt, folder.Terminated)):
+        saver.save(1, {"model": {"x": torch.zeros(1000), "y": torch.zeros(10)}}, {})
+    assert checkpoint.steps(tmp_path) == []
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -80,7 +80,7 @@ class Saver:
         assert self._waiting is not None
         written, step, state = self._waiting
         self._waiting = None
-        with _disk_errors_bare():
+        with _causes_bare():
             written.result()
         if self._first:
             _commit(self._run, step, state, self._keep)
@@ -102,7 +102,7 @@ class Saver:
         if self._beside:
             written = async_save(flat, storage_writer=writer, process_group=self._group)
             return cast(Future[Any], written)
-        with _disk_errors_bare():
+        with _causes_bare():
             save(flat, storage_writer=writer, process_group=self._group)
         return _done()
 
@@ -323,30 +323,30 @@ def _begin(run: Path, step: int) -> None:
 
 
 def _write(partial: Path, tensors: dict[str, Any]) -> None:
-    with _disk_errors_bare(), (partial / TENSORS).open("wb") as file:
+    with _causes_bare(), (partial / TENSORS).open("wb") as file:
         torch.save(tensors, file)
     flush_to_disk(partial / TENSORS)
 
 
 @contextmanager
-def _disk_errors_bare() -> Iterator[None]:
-    """Raise the `OSError` of the disk instead of the error in which torch wraps it."""
+def _causes_bare() -> Iterator[None]:
+    """Raise the disk's `OSError`, or what a signal raised, instead of torch's error about it."""
     try:
         yield
     except BaseException as error:
-        found = _disk_error(error)
+        found = _cause(error)
         if found is None or found is error:
             raise
         raise found from None
 
 
-def _disk_error(error: BaseException | None) -> OSError | None:
-    """The `OSError` behind an error, also if another process sent it."""
-    if error is None or isinstance(error, OSError):
+def _cause(error: BaseException | None) -> BaseException | None:
+    """The cause of an error that `_causes_bare` raises, also if another process sent it."""
+    if isinstance(error, OSError) or not isinstance(error, Exception):  # as KeyboardInterrupt
         return error
     others = [error.__cause__, error.__context__]
     others += [failure[0] for failure in getattr(error, "failures", {}).values()]
-    return next((found for other in others if (found := _disk_error(other))), None)
+    return next((found for other in others if (found := _cause(other))), None)
 
 
 def _commit(run: Path, step: int, state: dict[str, Any], keep: int) -> None:
