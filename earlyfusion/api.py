@@ -41,6 +41,7 @@ from earlyfusion.engine.handle import Handle
 from earlyfusion.engine.peers import peers_of
 from earlyfusion.engine.tensor_parallel import open_shard, share
 from earlyfusion.errors import CheckpointError, ContextError, PromptError, SettingError
+from earlyfusion.files import expanded
 from earlyfusion.generation import constraint, guidance
 from earlyfusion.generation.reference import Reader
 from earlyfusion.generation.request import (
@@ -202,7 +203,7 @@ class Chameleon:
         changes = {name: _changes(transformer, name, at) for name, at in (adapters or {}).items()}
         if adapter is not None:
             _refuse_packed(transformer, adapter)
-            merge_adapter(transformer, Path(adapter).expanduser())
+            merge_adapter(transformer, expanded(adapter))
         if alone and wanted is None and packed_bits(transformer) is None:
             size = sum(parameter.numel() for parameter in transformer.parameters())
             transformer = transformer.to(auto_dtype(size, target))
@@ -290,7 +291,7 @@ class Chameleon:
                 "a model on several processes cannot be saved, as each holds only a share: "
                 "load it with tensor_parallel=1"
             )
-        target, tokenizer = Path(folder).expanduser(), self.processor.tokenizer_file
+        target, tokenizer = expanded(folder), self.processor.tokenizer_file
         if not tokenizer.is_file():
             raise CheckpointError(f"{tokenizer} is gone: a saved model needs its tokenizer file")
         try:
@@ -754,7 +755,7 @@ def _changes(transformer: Transformer, name: str, folder: str | Path) -> list[tu
             f"adapter={name!r} needs the layers once more, {needed / 1e9:,.1f} GB, and "
             f"{free / 1e9:,.1f} GB are free: load fewer adapters, or another dtype"
         )
-    changes = list(merged_weights(transformer, Path(folder).expanduser()))
+    changes = list(merged_weights(transformer, expanded(folder)))
     if any(layer == "lm_head" for layer, _ in changes):
         raise CheckpointError(
             f"{folder} adapts the head, which adapters by name share: load it with adapter= into "

@@ -33,7 +33,7 @@ from earlyfusion.devices import (
     torch_dtype,
 )
 from earlyfusion.errors import EarlyFusionError, PromptError, SettingError
-from earlyfusion.files import is_full_disk
+from earlyfusion.files import expanded, is_full_disk
 from earlyfusion.generation.settings import Output, SamplingParams
 from earlyfusion.options import FieldsOf, bytes_option, whole_option, with_options
 from earlyfusion.serve.options import DELIVERIES, ServeOptions
@@ -66,7 +66,7 @@ def _complete_models(incomplete: str) -> list[str]:
     """mini, and the folders that the typed path could continue with."""
     start = Path(incomplete if incomplete.endswith("/") else os.path.dirname(incomplete))
     try:
-        folders = [f"{path}/" for path in sorted(start.expanduser().iterdir()) if path.is_dir()]
+        folders = [f"{path}/" for path in sorted(expanded(start).iterdir()) if path.is_dir()]
     except OSError:
         folders = []
     return _starting_with(incomplete, ["mini", *folders])

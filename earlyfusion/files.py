@@ -289,6 +289,11 @@ def is_full_disk(error: BaseException) -> bool:
     return isinstance(error, OSError) and (error.errno in _NO_ROOM or "requested and" in str(error))
 
 
+def expanded(path: str | Path) -> Path:
+    """A path with its ~ replaced; that of a user who has no home folder stays as it is."""
+    return Path(os.path.expanduser(path))
+
+
 class DuplicateKeyError(ValueError):
     """An object has a key twice; `str(error)` says which."""
 

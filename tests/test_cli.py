@@ -642,6 +642,19 @@ def test_empty_names(run: Run) -> None:
     assert_refused(run("tokenize", "", "-o", "shards"), "the name of a source is empty")
 
 
+def test_the_home_of_nobody(run: Run) -> None:
+    path = "~no-such-user/x"
+    for arguments in (
+        ["info", path],
+        ["generate", "Hello", "--model", path],
+        ["convert", path, "y", "--to", "hf"],
+        ["tokenize", path, "-o", "y"],
+        ["train", "finetune", f"data={path}"],
+        ["train", "finetune", f"model={path}"],
+    ):
+        assert_refused(run(*arguments), path)
+
+
 @pytest.mark.parametrize("prompt", ["", "  \n"])
 def test_empty_prompt(run: Run, prompt: str) -> None:
     assert_refused(run("generate", prompt), "empty")

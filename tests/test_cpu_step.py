@@ -527,3 +527,14 @@ def test_without_a_compiler_weights_are_unpacked_by_torch(monkeypatch: pytest.Mo
     monkeypatch.setattr(compiled, "_library", lambda: None)
     matrix = pack(torch.randn(8, 64), 4)
     assert torch.equal(dense(matrix, torch.bfloat16), unpack(matrix).bfloat16())
+
+
+def test_without_a_home_folder_torch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs under a number without a name."""
+
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(native.Path, "home", home)
+    assert native.load(Path(cpu_step.__file__).with_suffix(".cpp")) is None

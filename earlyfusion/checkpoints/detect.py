@@ -24,6 +24,7 @@ from earlyfusion.checkpoints.hub import download_model, is_hub_id
 from earlyfusion.checkpoints.meta import open_meta
 from earlyfusion.checkpoints.source import Source, read_json
 from earlyfusion.errors import CheckpointError
+from earlyfusion.files import expanded
 
 EMBEDDED = ("mini",)
 _PRETRAINED = Path(__file__).parent.parent / "pretrained"
@@ -127,7 +128,7 @@ def locate(name: str | Path) -> Path:
         raise CheckpointError(f"the name of the model is empty: {_ACCEPTED}")
     if str(name) in EMBEDDED:
         return _PRETRAINED / str(name)
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     # org/name may also be a folder here, which takes precedence.
     if folder.is_dir() or not is_hub_id(str(name)):
         return folder

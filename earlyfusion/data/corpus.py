@@ -18,6 +18,7 @@ from earlyfusion.data.rows import Quarantine, Rows, RowSettings, open_rows
 from earlyfusion.data.shards import TokenShards, is_shards, shards_mode
 from earlyfusion.data.tables import cached_arrays
 from earlyfusion.errors import SettingError
+from earlyfusion.files import expanded
 from earlyfusion.image_tokenizer import ImageTokenizer, Mode
 from earlyfusion.processor import Modality, Processor, TokenSequence
 
@@ -151,7 +152,7 @@ def open_corpus(
 
     def opened(path: str) -> Documents:
         # A row of `length` positions takes one more token, as the last is only a target.
-        folder, fit = Path(path).expanduser(), Fit(length + 1, processor.vocabulary)
+        folder, fit = expanded(path), Fit(length + 1, processor.vocabulary)
         if is_shards(folder):
             return TokenShards(folder, marks, fit)
         rows = open_rows(path, run / "index", config.rows)
@@ -183,7 +184,7 @@ def open_corpus(
 def _one_mode(encoding: EncodingSettings, paths: Sequence[str]) -> EncodingSettings:
     """The settings with the resize mode of the token shards among the sources, if any. Raises
     `SettingError` if two modes would meet, as the model can have only one."""
-    modes = {path: mode for path in paths if (mode := shards_mode(Path(path).expanduser()))}
+    modes = {path: mode for path in paths if (mode := shards_mode(expanded(path)))}
     given = encoding.resize_mode or encoding.prompt_images
     for path, mode in modes.items():
         other = given or next(iter(modes.values()))

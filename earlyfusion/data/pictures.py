@@ -29,6 +29,7 @@ from earlyfusion.data.mixture import Epochs
 from earlyfusion.data.rows import Quarantine, Rows, RowSettings, open_rows
 from earlyfusion.data.tables import SUFFIXES
 from earlyfusion.errors import DataError, ImageError, SettingError
+from earlyfusion.files import expanded
 from earlyfusion.image_tokenizer import cropped
 
 _PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
@@ -161,7 +162,7 @@ def open_pictures(sources: Sequence[str], cache: Path, settings: RowSettings) ->
 
 def _picture_files(source: str) -> list[Path]:
     """The picture files of a source, sorted by name; none for tables or a hub id."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_file():
         found = [] if path.suffix in SUFFIXES else [path]
     elif path.is_dir():

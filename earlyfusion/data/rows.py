@@ -26,6 +26,7 @@ from earlyfusion.data.tables import (
     open_table,
 )
 from earlyfusion.errors import DataError, SettingError
+from earlyfusion.files import expanded
 
 _HUB_PATTERNS = [f"*{s}" for s in (*SUFFIXES, ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")]
 _DIGESTED = 4096  # bytes at each end of a file
@@ -87,7 +88,7 @@ def open_rows(source: str, cache: Path, settings: RowSettings) -> Rows:
 
 def _captioned(source: str) -> Rows | None:
     """A folder of pictures with text files, if it has no file of rows."""
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     # A file of rows wins: text files beside its pictures may be anything.
     if not folder.is_dir() or any(p.suffix in SUFFIXES for p in folder.rglob("*")):
         return None
@@ -103,7 +104,7 @@ def _captioned(source: str) -> Rows | None:
 
 def find_files(source: str, patterns: Sequence[str] = ()) -> tuple[Path, list[Path], bool]:
     """A source's folder and files, sorted by name, and whether they are from the hub."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     if not source:
         raise DataError("the name of a source is empty: give a file, a folder, a glob or a hub id")
     if path.is_file():

@@ -27,8 +27,8 @@ def load(source: Path) -> ctypes.CDLL | None:
         return None
     try:
         return ctypes.CDLL(str(_built(source)))
-    except (OSError, subprocess.SubprocessError):
-        return None
+    except (OSError, RuntimeError, subprocess.SubprocessError):
+        return None  # RuntimeError: neither XDG_CACHE_HOME nor a home folder
 
 
 def _built(source: Path) -> Path:

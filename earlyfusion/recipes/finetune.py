@@ -35,6 +35,7 @@ from earlyfusion.data.held_out import ValidationConfig, held_out_documents
 from earlyfusion.data.mixture import Ahead
 from earlyfusion.devices import resolve_device
 from earlyfusion.errors import DataError, SettingError
+from earlyfusion.files import expanded
 from earlyfusion.image_tokenizer import ImageTokenizer, Mode
 from earlyfusion.model.transformer import Block, Transformer
 from earlyfusion.train import checkpoint, lora
@@ -90,7 +91,7 @@ class FinetuneConfig(LanguageConfig):
         return "adapters" if self.lora else self.trainable
 
     def shape(self) -> ModelConfig:
-        if self.model in detect.EMBEDDED or Path(self.model).expanduser().is_dir():
+        if self.model in detect.EMBEDDED or expanded(self.model).is_dir():
             return detect.open_source(detect.locate(self.model)).config
         name = Path(self.model).name
         if name not in PRESETS:

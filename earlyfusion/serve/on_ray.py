@@ -13,11 +13,11 @@ from dataclasses import replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from threading import Event, Thread
 from typing import Any, cast
 
 from earlyfusion.errors import SettingError
+from earlyfusion.files import expanded
 from earlyfusion.serve.spawn import LoadPlan, start
 
 
@@ -61,10 +61,8 @@ def starter(replicas: int) -> Callable[[LoadPlan], tuple[BaseProcess, Connection
 def _for_any_folder(plan: LoadPlan) -> LoadPlan:
     """The plan with absolute paths, as actors run in other folders, and without other replicas on
     the machine."""
-    adapters = {
-        name: str(Path(folder).expanduser().absolute()) for name, folder in plan.adapters.items()
-    }
-    model = Path(plan.name).expanduser()
+    adapters = {name: str(expanded(folder).absolute()) for name, folder in plan.adapters.items()}
+    model = expanded(plan.name)
     name = str(model.absolute()) if model.is_dir() else plan.name
     return replace(plan, name=name, adapters=adapters, replica=0, replicas=1)
 

@@ -35,6 +35,7 @@ from earlyfusion.checkpoints.meta import VQ_CONFIG, open_vqgan
 from earlyfusion.config import VQConfig
 from earlyfusion.devices import resolve_device
 from earlyfusion.errors import CheckpointError, DataError, SettingError
+from earlyfusion.files import expanded
 from earlyfusion.kernels.twins import accelerate
 from earlyfusion.model.vqgan import VQGAN, Level, Quantized
 from earlyfusion.parallel import ParallelConfig
@@ -212,7 +213,7 @@ def begin_with(model: VQGAN, start: str) -> VQGAN:
 
 
 def _weights_of(start: str) -> dict[str, Tensor]:
-    folder = Path(start).expanduser()
+    folder = expanded(start)
     if checkpoint.steps(folder):
         return checkpoint.weights(folder)
     if (folder / VQ_CONFIG).is_file():
