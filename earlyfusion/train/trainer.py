@@ -355,13 +355,13 @@ class _Training:
         return state
 
     def _check(self, state: dict[str, Any]) -> None:
-        names, known = ("seed", "steps", "minutes"), _plain(RunConfig()) | state["run"]
-        changed = [k for k in names if known[k] != getattr(self.run, k)]
-        if changed or _plain(OptimConfig()) | state["optim"] != _plain(self.optim):
+        began = _fixed(_plain(RunConfig()) | state["run"], _plain(OptimConfig()) | state["optim"])
+        now = _fixed(_plain(self.run), _plain(self.optim))
+        changed = [f"{k}={began.get(k)} (not {v})" for k, v in now.items() if began.get(k) != v]
+        if changed:
             raise CheckpointError(
-                f"{self.run.out} holds a run with another "
-                f"{' and '.join(changed) or 'optimizer setting'}: "
-                f"give the same values or another out folder"
+                f"{self.run.out} holds a run with other settings: give {', '.join(changed)}, or "
+                "another out folder"
             )
         before = state.get("began_with", "")
         if before and before != self.frozen_fingerprint:
@@ -433,6 +433,13 @@ def _peak(run: RunConfig, device: torch.device) -> float:
 def autocast(model: nn.Module, precision: str) -> contextlib.AbstractContextManager[Any]:
     device = next(model.parameters()).device.type
     return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
+
+
+def _fixed(run: dict[str, Any], optim: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a run cannot continue with others of."""
+    return {f"run.{k}": run[k] for k in ("seed", "steps", "minutes")} | {
+        f"optim.{k}": value for k, value in optim.items()
+    }
 
 
 def _plain(config: Any) -> dict[str, Any]:
