@@ -10,7 +10,13 @@ import pytest
 import torch
 from tolerances import tolerance
 from torch import Tensor
-from transformers import BitsAndBytesConfig, Trainer, TrainingArguments
+from transformers import (
+    BitsAndBytesConfig,
+    DataCollatorWithFlattening,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.trainer_utils import SaveStrategy
 from wide import SEVEN, WIDE, example, picture, wide_folder
 
 from earlyfusion.checkpoints import detect
@@ -317,6 +323,40 @@ class TestTrainer:
         drawn = torch.tensor(model.model.vocabulary_mapping.image_tokens)
         assert ((model.lm_head.weight - before)[drawn] != 0).any(1).all()
         assert not any(p.requires_grad for p in model.model.vqmodel.parameters())
+
+
+class TestPackedRows:
+    TEXTS = ("a red pear", "Draw a red apple, please.", "What is this?", "This is a pear.")
+
+    def documents(self, processor: Any) -> list[list[int]]:
+        return [processor(text=text)["input_ids"][0].tolist() for text in self.TEXTS]
+
+    def test_documents_do_not_see_each_other(self, folder: Path, processor: Any) -> None:
+        model, documents = load(folder).eval(), self.documents(processor)
+        ids = torch.tensor([[token for document in documents for token in document]])
+        positions = torch.cat([torch.arange(len(document)) for document in documents])[None]
+        with torch.no_grad():
+            packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+            alone = [model(input_ids=torch.tensor([each])).logits for each in documents]
+        assert gap(packed, torch.cat(alone, 1)) < 1e-5
+
+    def test_a_resumed_trainer_goes_on_as_if_never_stopped(
+        self, folder: Path, processor: Any, tmp_path: Path
+    ) -> None:
+        rows = [{"input_ids": ids, "labels": ids} for ids in self.documents(processor)]
+
+        def trained(**more: Any) -> dict[str, Tensor]:
+            settings = arguments(tmp_path, num_train_epochs=2, save_steps=1)
+            settings.max_steps, settings.save_strategy = 4, SaveStrategy.STEPS
+            model = load(folder)
+            collate = DataCollatorWithFlattening()
+            trainer = Trainer(model, settings, train_dataset=rows, data_collator=collate)  # type: ignore[arg-type]
+            trainer.train(**more)
+            return {name: value.clone() for name, value in model.state_dict().items()}
+
+        whole = trained()
+        resumed = trained(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        assert all(torch.equal(whole[name], value) for name, value in resumed.items())
 
 
 def arguments(
