@@ -956,11 +956,15 @@ def _on_sigterm(handler: Any) -> Any:
 @contextmanager
 def _without_sigterm() -> Iterator[None]:
     """SIGTERM waits for the end of the block: a child that is half started would complain."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    # Not blocked, as the system would then give it to another thread, and children inherit that.
+    sent: list[int] = []
+    before = _on_sigterm(lambda number, frame: sent.append(number))
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        _on_sigterm(before)
+    for number in sent:
+        signal.raise_signal(number)
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:

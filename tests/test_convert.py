@@ -587,7 +587,7 @@ class TestMistakes:
         ("text", "sentence"),
         [
             ("{}", "no model.vocab"),
-            ("[]", "JSON is not an object"),
+            ("[]", "is not a JSON object"),
             ('{"model": {"type": "BPE", "vocab": {}, "merges": []}}', "has no token <s>"),
             ("mini", "4,096 tokens and the model knows"),
         ],

@@ -47,7 +47,9 @@ class TestDeviceMap:
         assert torch.equal(outputs.logits, wanted.logits)
         assert torch.equal(outputs.loss, wanted.loss)
         codes = model.get_image_tokens(inputs["pixel_values"])
-        assert torch.equal(model.decode_image_tokens(codes), whole.decode_image_tokens(codes))
+        # Weights on a disk leave the pictures to torch, which rounds differently.
+        pixels, others = (m.decode_image_tokens(codes) for m in (model, whole))
+        torch.testing.assert_close(pixels, others, rtol=1e-4, atol=1e-4)
 
     def test_the_image_tokenizer_stays_on_one_device(self, folder: Path, tmp_path: Path) -> None:
         model = ChameleonForConditionalGeneration.from_pretrained(

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from io import FileIO
 from multiprocessing import get_context
 from multiprocessing.synchronize import Event
@@ -269,6 +269,15 @@ def test_a_full_disk_ends_tokenize_with_a_sentence_and_it_goes_on(
     assert main(command) == 0
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT as in a terminal: a shell's job in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_waits_until_the_figures_are_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: signal.Signals
@@ -298,6 +307,7 @@ def test_a_signal_waits_until_the_figures_are_written(
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("write", [2, 4, 7])
 def test_a_signal_amid_a_checkpoint_is_no_error_of_torch(

@@ -22,6 +22,7 @@ from earlyfusion.checkpoints.detect import open_source
 from earlyfusion.checkpoints.summary import summarize
 from earlyfusion.hf import ChameleonForConditionalGeneration
 from earlyfusion.image_tokenizer import ImageTokenizer
+from earlyfusion.kernels.twins import accelerate
 from earlyfusion.model.quantise import quantise
 from earlyfusion.model.vqgan import VQGAN
 from earlyfusion.processor import Processor
@@ -31,7 +32,9 @@ from earlyfusion.processor import Processor
 def model(tmp_path: Path) -> Chameleon:
     processor = tiny_processor(tmp_path)
     torch.manual_seed(0)
-    tokenizer = ImageTokenizer(VQGAN(CONFIG.vq_config).eval(), CONFIG.vq_config.resolution)
+    # With the compiled code of a loaded model, whose pixels torch gives but for rounding.
+    vqgan = accelerate(VQGAN(CONFIG.vq_config).eval())
+    tokenizer = ImageTokenizer(vqgan, CONFIG.vq_config.resolution)
     transformer = tiny_transformer(processor, begin_image=1.0)
     return Chameleon(transformer, tokenizer, processor, {"top_k": 30}, "tiny")
 

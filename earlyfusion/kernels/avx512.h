@@ -214,7 +214,7 @@ class Following4 {
 };
 
 // Adds the products of X rows of input with four rows of weights, in `count` words, to their sums [X, 4]; at the
-// `beginning` these are nothing. Meanwhile it fetches `each` / 256 lines of the `next` weights per 64 words.
+// `beginning` these are nothing. Meanwhile it fetches `each` / 256 lines of the `next` weights per 32 words.
 template <class Word, int X>
 INLINE void pass4(const uint32_t* w, int64_t w_stride, const uint32_t* x, int64_t x_stride, int64_t count,
                   bool beginning, typename Word::Sum* sums, Following4& next, int64_t each) {
@@ -304,9 +304,9 @@ void put_few_words(const Matrix& m, Range mine, const uint32_t* blocks, int64_t 
   }
 }
 
-// The same for int8 and int4 weights; the input is that of `WholeInput`.
+// The input of products with int8 and int4 weights, as whole numbers.
 struct WholeInput {
-  int16_t* entries;  // for few rows: for each block [R, columns of the block]
+  int16_t* entries;  // for each block [R, columns of the block], or, for many rows, as `fill_whole_tiles` leaves it
   float* scales;     // [blocks, R]
   int64_t R;
 
