@@ -234,7 +234,9 @@ def test_a_token_does_not_depend_on_what_is_read_with_it(
 
 @needs_compiler
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize(("outputs", "inputs"), [(36, 1100), (4, 512), (52, 70), (20, 4200)])
+@pytest.mark.parametrize(
+    ("outputs", "inputs"), [(36, 1100), (4, 512), (52, 70), (20, 4200), (40, 1900)]
+)
 def test_products_of_many_rows_are_those_of_one(bits: int, outputs: int, inputs: int) -> None:
     """To the bit, over several blocks of columns and panels of rows that are not full."""
     step = Paged(config(64, 4, 4, 100), 1, 8).step(random_model(config(64, 4, 4, 100), 1), bits)

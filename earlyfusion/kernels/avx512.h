@@ -1,16 +1,18 @@
 // Products for processors whose registers hold sixteen floats (AVX-512), of any number of rows of input.
 //
 // Everything is multiplied in words of 32 bits: a float, a pair of bf16 (where an instruction multiplies them), or a
-// pair of whole numbers of 16 bits, for int8 and int4 weights. There are two ways, and an output is the same to the
-// bit in both:
+// pair of whole numbers of 16 bits, for int8 and int4 weights. There are three ways, and an output is the same to the
+// bit in all of them:
 //
-// Few rows of input (`put_few`): a lane is one of sixteen sums of an output. Four rows of weights are read as they lie
-// in memory; all rows of input pass by one block of their columns, which stays in the first-level cache, while the
-// next block is fetched.
+// In registers (`put_in_registers`): a lane is one of sixteen sums of an output. Four rows of weights are multiplied
+// with up to four rows of input, from their first to their last column.
 //
-// Many rows (`put_many`): a lane is an output. PANEL rows of weights are turned around, so that a vector holds one
-// word of sixteen rows, and stay in the second-level cache while tiles of up to ROWS rows of input pass by. The
-// sixteen sums of an output are computed one after the other and added up in the order of `sums`.
+// By blocks (`put_few_words`, `put_few_whole`): the same, but all rows of input pass by one block of columns of four
+// rows of weights, which stays in the first-level cache, while the next four are fetched evenly.
+//
+// By panels (`put_many_words`, `put_many_whole`): a lane is an output. PANEL rows of weights are turned around, so that
+// a vector holds one word of sixteen rows, and stay in the second-level cache while tiles of up to ROWS rows of input
+// pass by. The sixteen sums of an output are computed one after the other and added up in the order of `sums`.
 //
 // Whole numbers: the input is rounded with one scale for each block of columns of a row. Weights of int8 are whole
 // numbers already; a weight of int4 becomes its level times the scale of its 32 columns, as a part of the largest scale
@@ -32,10 +34,16 @@ const int64_t GROUP = 4;       // tiles that pass by a part of a panel together
 const int64_t FEW_ROWS = 6;    // rows of input whose sums fit into the registers: 6 * 4 of 32
 const int64_t FEW_WORDS = 512;  // words of a row of weights that all rows of input pass by before the next are read
 
-// Rows of input from which on panels pay.
-inline int64_t many(const Matrix& m) { return m.format == INT4 ? 28 : 44; }
-
 bool in_whole_numbers(const Matrix& m) { return m.format == INT8 || m.format == INT4; }
+
+// How R rows of input are multiplied with a matrix: the fastest way for its size.
+enum Way { REGISTERS, BLOCKS, PANELS };
+inline Way way(const Matrix& m, int64_t R) {
+  if (in_whole_numbers(m)) return R < (m.format == INT4 ? 28 : 44) ? BLOCKS : PANELS;
+  const int64_t words = row_bytes(m) / 4;
+  if (R <= 2 || words <= 704) return REGISTERS;
+  return R < 44 ? BLOCKS : words <= 1024 ? REGISTERS : PANELS;
+}
 
 // Whether this processor's products with such a matrix are those of this file.
 bool in_words(const Matrix& m) {
@@ -301,6 +309,57 @@ void put_few_words(const Matrix& m, Range mine, const uint32_t* blocks, int64_t 
       store(out, four);
       for (int64_t i = row; i < std::min(R, row + 4); i++) std::memcpy(y + i * y_stride + n, out + 4 * (i - row), 16);
     });
+  }
+}
+
+// The products of X rows of input and four rows of weights, `bytes` apart. The sums stay in registers. With FETCH it
+// fetches what lies `ahead` bytes further on.
+template <class Word, int X, bool FETCH>
+INLINE void put_four_words(const char* w, int64_t bytes, const uint32_t* x, int64_t x_stride, int64_t ahead, float* y,
+                           int64_t y_stride) {
+  floats16 sum[4 * X] = {};
+  for (int64_t at = 0; at < bytes; at += 64, x += 16) {
+    __m512i entries[X];
+#pragma GCC unroll 4
+    for (int i = 0; i < X; i++) hold(entries[i] = words(x + i * x_stride));
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; r++) {
+      if (FETCH) _mm_prefetch(w + r * bytes + at + ahead, _MM_HINT_T1);
+      __m512i v = words(w + r * bytes + at);
+      if (X > 1) hold(v);
+#pragma GCC unroll 4
+      for (int i = 0; i < X; i++) sum[4 * i + r] = Word::add(sum[4 * i + r], v, entries[i]);
+    }
+  }
+  float out[16];
+  store(out, sums<4 * X>(sum));
+  for (int i = 0; i < X; i++) std::memcpy(y + i * y_stride, out + 4 * i, 16);
+}
+
+template <class Word, int X, bool FETCH>
+void put_rows(const char* w, int64_t bytes, int64_t count, const uint32_t* x, int64_t x_stride, int64_t ahead, float* y,
+              int64_t y_stride) {
+  for (int64_t n = 0; n < count; n += 4)
+    put_four_words<Word, X, FETCH>(w + n * bytes, bytes, x, x_stride, ahead, y + n, y_stride);
+}
+
+// y[row, n] = x[row] . m[n] for all rows and the n of `mine`, four by four: floats, and bf16 with bf16 inputs.
+template <class Word>
+void put_in_registers(const Matrix& m, Range mine, const uint32_t* x, int64_t x_stride, int64_t R, float* y,
+                      int64_t y_stride) {
+  const decltype(&put_rows<Word, 1, true>) puts[] = {
+      put_rows<Word, 1, false>, put_rows<Word, 2, false>, put_rows<Word, 3, false>, put_rows<Word, 4, false>,
+      put_rows<Word, 1, true>,  put_rows<Word, 2, true>,  put_rows<Word, 3, true>,  put_rows<Word, 4, true>};
+  const int64_t bytes = row_bytes(m);
+  // Many rows of input pass by 128 KB of weights, which stay in the second-level cache.
+  const int64_t width = R <= 16 ? 4 : std::max<int64_t>(4, (int64_t(1) << 17) / bytes / 4 * 4);
+  for (int64_t n = mine.first; n < mine.last; n += width) {
+    const char* w = static_cast<const char*>(m.data) + n * bytes;
+    for (int64_t row = 0; row < R; row += 4) {
+      const int64_t X = std::min<int64_t>(4, R - row), fetches = row == 0;
+      puts[4 * fetches + X - 1](w, bytes, std::min(width, mine.last - n), x + row * x_stride, x_stride, width * bytes,
+                                y + row * y_stride + n, y_stride);
+    }
   }
 }
 
@@ -691,11 +750,11 @@ void put_many_whole(const Matrix& m, Range mine, const WholeInput& input, Room& 
 // R rows of input, in the order in which the products with matrices like `m` read them.
 class WordOperand {
  public:
-  WordOperand(const Matrix& m, const Input& in, int64_t R, Room& memory, Room& scratch) : R_(R) {
+  WordOperand(const Matrix& m, const Input& in, int64_t R, Room& memory, Room& scratch) : R_(R), way_(way(m, R)) {
     if (in_whole_numbers(m)) {
       data_ = memory.of(WholeInput::floats(R, m.stride));
       const WholeInput input(data_, R, m.stride);
-      if (R >= many(m))
+      if (way_ == PANELS)
         fill_whole_tiles(input, m.format, in.fp32, in.stride, m.stride, scratch);
       else
         fill_whole_rows(input, m.format, in.fp32, in.stride, m.stride);
@@ -703,41 +762,46 @@ class WordOperand {
     }
     const bool bf16 = m.format == BF16;
     const void* rows = bf16 ? static_cast<const void*>(in.rounded) : in.fp32;
-    const uint32_t* x = static_cast<const uint32_t*>(rows);
-    const int64_t stride = row_bytes(m) / 4, x_stride = bf16 ? in.stride / 2 : in.stride;
+    x_ = static_cast<const uint32_t*>(rows);
+    x_stride_ = bf16 ? in.stride / 2 : in.stride;
+    if (way_ == REGISTERS) return;
+    const int64_t stride = row_bytes(m) / 4;
     data_ = memory.of(R * stride);
-    uint32_t* words = reinterpret_cast<uint32_t*>(data_);
-    if (R >= many(m)) {
-      Turned{Tiles(R), stride / SUMS, words}.fill(x, x_stride);
+    uint32_t* ordered = reinterpret_cast<uint32_t*>(data_);
+    if (way_ == PANELS) {
+      Turned{Tiles(R), stride / SUMS, ordered}.fill(x_, x_stride_);
       return;
     }
-    const int64_t size = FEW_WORDS;
-    for (int64_t first = 0; first < stride; first += size) {
-      const int64_t count = std::min(size, stride - first);
+    for (int64_t first = 0; first < stride; first += FEW_WORDS) {
+      const int64_t count = std::min(FEW_WORDS, stride - first);
       for (int64_t row = 0; row < R; row++)
-        std::memcpy(words + R * first + row * count, x + row * x_stride + first, 4 * count);
+        std::memcpy(ordered + R * first + row * count, x_ + row * x_stride_ + first, 4 * count);
     }
   }
 
   void multiply(const Matrix& m, Range range, Room& memory, float* y, int64_t y_stride) const {
     if (in_whole_numbers(m)) {
       const WholeInput input(data_, R_, m.stride);
-      const auto put = m.format == INT8 ? (R_ >= many(m) ? put_many_whole<INT8> : put_few_whole<INT8>)
-                                        : (R_ >= many(m) ? put_many_whole<INT4> : put_few_whole<INT4>);
+      const auto put = m.format == INT8 ? (way_ == PANELS ? put_many_whole<INT8> : put_few_whole<INT8>)
+                                        : (way_ == PANELS ? put_many_whole<INT4> : put_few_whole<INT4>);
       return put(m, range, input, memory, y, y_stride);
     }
-    const int64_t stride = row_bytes(m) / 4;
-    uint32_t* words = reinterpret_cast<uint32_t*>(data_);
-    if (R_ >= many(m)) {
-      const auto put = m.format == BF16 ? put_many_words<Pairs> : put_many_words<Floats>;
-      return put(m, range, Turned{Tiles(R_), stride / SUMS, words}, memory, y, y_stride);
-    }
-    const auto put = m.format == BF16 ? put_few_words<Pairs> : put_few_words<Floats>;
-    put(m, range, words, R_, memory, y, y_stride);
+    m.format == BF16 ? multiply<Pairs>(m, range, memory, y, y_stride) : multiply<Floats>(m, range, memory, y, y_stride);
   }
 
  private:
+  template <class Word>
+  void multiply(const Matrix& m, Range range, Room& memory, float* y, int64_t y_stride) const {
+    uint32_t* ordered = reinterpret_cast<uint32_t*>(data_);
+    if (way_ == REGISTERS) return put_in_registers<Word>(m, range, x_, x_stride_, R_, y, y_stride);
+    if (way_ == BLOCKS) return put_few_words<Word>(m, range, ordered, R_, memory, y, y_stride);
+    put_many_words<Word>(m, range, Turned{Tiles(R_), row_bytes(m) / 4 / SUMS, ordered}, memory, y, y_stride);
+  }
+
   int64_t R_;
+  Way way_;
+  const uint32_t* x_ = nullptr;
+  int64_t x_stride_ = 0;
   float* data_ = nullptr;
 };
 

@@ -240,7 +240,7 @@ class Operand {
 Shares shares(const Matrix& m, int64_t R, int64_t threads) {
   int64_t size = std::max<int64_t>(4, std::min<int64_t>(64, m.rows / threads / 4 / 4 * 4));
 #if defined(VECTORS_OF_SIXTEEN)
-  if (in_words(m) && R >= many(m)) size = PANEL;
+  if (in_words(m) && way(m, R) == PANELS) size = PANEL;
 #endif
 #if defined(VECTORS_OF_EIGHT)
   if (in_whole_numbers(m) ? R >= WIDE : R >= MANY) size = PANEL;
