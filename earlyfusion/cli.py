@@ -10,8 +10,8 @@ import secrets
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from io import TextIOWrapper
@@ -33,7 +33,7 @@ from earlyfusion.devices import (
     torch_dtype,
 )
 from earlyfusion.errors import EarlyFusionError, PromptError, SettingError
-from earlyfusion.files import expanded, is_full_disk
+from earlyfusion.files import expanded, is_full_disk, signals_wait
 from earlyfusion.generation.settings import Output, SamplingParams
 from earlyfusion.options import FieldsOf, bytes_option, whole_option, with_options
 from earlyfusion.serve.options import DELIVERIES, ServeOptions
@@ -929,13 +929,13 @@ def _serve_apart(plans: Sequence[LoadPlan], options: ServeOptions, ray: bool) ->
     remotes: list[RemoteEngine] = []
     before = _on_sigterm(_stop)  # until the server runs, which first finishes what it has begun
     try:
-        with _without_sigterm():
+        with signals_wait():
             children += [start(plan) for plan in plans]
         with busy(f"loading {plans[0].name}"):
             # Import what this process needs while its children load the model.
             from earlyfusion.serve.process import RemoteEngine
             from earlyfusion.serve.run import serve as run
-        with busy(f"loading {plans[0].name}"):
+
             for plan, child in zip(plans, children, strict=True):
                 remotes.append(RemoteEngine(partial(start, plan), options.step_timeout, child))
         run(remotes[0].front.model, options, remote=remotes if len(remotes) > 1 else remotes[0])
@@ -951,20 +951,6 @@ def _on_sigterm(handler: Any) -> Any:
     """Sets the handler, and returns the one before; only the main thread can have one."""
     main = threading.current_thread() is threading.main_thread()
     return signal.signal(signal.SIGTERM, handler) if main else None
-
-
-@contextmanager
-def _without_sigterm() -> Iterator[None]:
-    """SIGTERM waits for the end of the block: a child that is half started would complain."""
-    # Not blocked, as the system would then give it to another thread, and children inherit that.
-    sent: list[int] = []
-    before = _on_sigterm(lambda number, frame: sent.append(number))
-    try:
-        yield
-    finally:
-        _on_sigterm(before)
-    for number in sent:
-        signal.raise_signal(number)
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:

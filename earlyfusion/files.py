@@ -323,3 +323,25 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise DuplicateKeyError(f"the key {twice[:80]!r} is given twice")
     return made
+
+
+@contextmanager
+def signals_wait() -> Iterator[None]:
+    """SIGINT and SIGTERM wait for the end of the block. An exception amid the locks of another
+    library's queue can lose a wake-up or leave a lock taken, so that the library never ends; a
+    child process that is half started would complain."""
+    # Not blocked, as the system would then give them to another thread, and children inherit that.
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda n, _: came.append(n)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            with suppress(TypeError):  # a handler that Python did not set
+                signal.signal(number, handler)
+        for one in came:
+            signal.raise_signal(one)

@@ -26,8 +26,6 @@
 
 namespace {
 
-#define INLINE inline __attribute__((always_inline))
-
 const int64_t PANEL = 32;      // rows of weights of a panel
 const int64_t ROWS = 12;       // rows of input of a tile: 2 * 12 of 32 registers hold its sums
 const int64_t GROUP = 4;       // tiles that pass by a part of a panel together
@@ -224,7 +222,7 @@ class Following4 {
 // Adds the products of X rows of input with four rows of weights, in `count` words, to their sums [X, 4]; at the
 // `beginning` these are nothing. Meanwhile it fetches `each` / 256 lines of the `next` weights per 32 words.
 template <class Word, int X>
-INLINE void pass4(const uint32_t* w, int64_t w_stride, const uint32_t* x, int64_t x_stride, int64_t count,
+void pass4(const uint32_t* w, int64_t w_stride, const uint32_t* x, int64_t x_stride, int64_t count,
                   bool beginning, typename Word::Sum* sums, Following4& next, int64_t each) {
   typename Word::Sum sum[X][4];
 #pragma GCC unroll 6
@@ -257,16 +255,10 @@ template <class Word>
 using Pass4 = void (*)(const uint32_t*, int64_t, const uint32_t*, int64_t, int64_t, bool, typename Word::Sum*,
                        Following4&, int64_t);
 
-template <class Word, int X>
-void pass4_of(const uint32_t* w, int64_t w_stride, const uint32_t* x, int64_t x_stride, int64_t count, bool beginning,
-              typename Word::Sum* sums, Following4& next, int64_t each) {
-  pass4<Word, X>(w, w_stride, x, x_stride, count, beginning, sums, next, each);
-}
-
 template <class Word>
 Pass4<Word> pass_of(int64_t X) {
-  static const Pass4<Word> all[] = {pass4_of<Word, 1>, pass4_of<Word, 2>, pass4_of<Word, 3>,
-                                    pass4_of<Word, 4>, pass4_of<Word, 5>, pass4_of<Word, 6>};
+  static const Pass4<Word> all[] = {pass4<Word, 1>, pass4<Word, 2>, pass4<Word, 3>,
+                                    pass4<Word, 4>, pass4<Word, 5>, pass4<Word, 6>};
   return all[X - 1];
 }
 
@@ -288,12 +280,11 @@ template <class Word>
 void put_few_words(const Matrix& m, Range mine, const uint32_t* blocks, int64_t R, Room& memory, float* y,
                    int64_t y_stride) {
   const int64_t bytes = row_bytes(m), stride = bytes / 4, tiles = (R + FEW_ROWS - 1) / FEW_ROWS;
-  const int64_t size = FEW_WORDS;
   floats16* sums = reinterpret_cast<floats16*>(memory.of(R * 64));
   const char* data = static_cast<const char*>(m.data);
   for (int64_t n = mine.first; n < mine.last; n += 4) {
-    for (int64_t first = 0; first < stride; first += size) {
-      const int64_t count = std::min(size, stride - first);
+    for (int64_t first = 0; first < stride; first += FEW_WORDS) {
+      const int64_t count = std::min(FEW_WORDS, stride - first);
       Following4 following(data + std::min(n + 4, m.rows - 4) * bytes + 4 * first, bytes, 4 * count);
       const uint32_t* w = reinterpret_cast<const uint32_t*>(data + n * bytes) + first;
       const int64_t each = 2 * 4 * 256 / tiles;  // 32 words of four rows are eight lines
@@ -456,20 +447,7 @@ void put_few_whole(const Matrix& m, Range mine, const WholeInput& input, Room& m
 
 // ---- many rows of input
 
-// The sixteen sums of an output are added up in the order of `sums`: sum i and i + 8, then these of i and i + 4,
-// and so on. Computed in this order, each can be added to what is there already: the k-th one to as many
-// sums of sums as k ends with ones in binary. Panels and inputs hold them in this order too.
-const int SUMS = 16;
-const int ORDER[SUMS] = {0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15};
-
-// The rows of input in tiles of about the same number of rows.
-struct Tiles {
-  int64_t R, count;
-
-  explicit Tiles(int64_t R) : R(R), count((R + ROWS - 1) / ROWS) {}
-  int64_t first(int64_t tile) const { return R * tile / count; }
-  int64_t rows(int64_t tile) const { return first(tile + 1) - first(tile); }
-};
+typedef TilesOf<ROWS> Tiles;
 
 // Adds the products of X rows of input, [steps, X], and two vectors of weights, [steps, 2], to their sums.
 template <class Word, int X>
@@ -504,18 +482,6 @@ INLINE void turn_rows(const uint32_t* const* row, int64_t rows, int64_t at, uint
       _mm512_mask_storeu_epi32(out[j] + to, some, v[j]);
 }
 
-// Fetches what is needed next into the second-level cache, some lines at a time.
-struct Ahead {
-  const char* at;
-  int64_t left;  // lines
-
-  INLINE void fetch(int64_t lines) {
-    lines = std::min(lines, left);
-    left -= lines;
-    for (; lines > 0; lines--, at += 64) _mm_prefetch(at, _MM_HINT_T1);
-  }
-};
-
 // How many sums are computed at a time, so that their weights stay in the first-level cache.
 inline int sums_together(int64_t steps) { return steps <= 16 ? 8 : steps <= 32 ? 4 : steps <= 64 ? 2 : 1; }
 
@@ -523,19 +489,12 @@ inline int sums_together(int64_t steps) { return steps <= 16 ? 8 : steps <= 32 ?
 // for addresses that differ by a power of two.
 INLINE int64_t place(int64_t k, int64_t steps) { return k * (steps * PANEL + 16); }
 
-// The input turned around as the panels are, in the order in which a panel passes it: for each group of tiles [sums at
-// a time, tile, sum, step, row of the tile].
+// The input turned around as the panels are.
 struct Turned {
   Tiles tiles;
   int64_t steps;
   uint32_t* data;
-  int together = sums_together(steps);
-
-  // Of the sums from the k-th one on that are computed at a time.
-  uint32_t* at(int64_t group, int64_t tile, int64_t k) const {
-    const int64_t first = tiles.first(group), rows = tiles.first(std::min(group + GROUP, tiles.count)) - first;
-    return data + steps * (SUMS * first + k * rows + together * (tiles.first(tile) - first));
-  }
+  PlacesOf<Tiles, GROUP> places{tiles, steps, sums_together(steps)};
 
   // Rows of words, `stride` words apart.
   void fill(const uint32_t* x, int64_t stride) const {
@@ -544,10 +503,7 @@ struct Turned {
       const uint32_t* row[16];
       for (int64_t i = 0; i < X; i++) row[i] = x + (tiles.first(tile) + i) * stride;
       uint32_t* out[SUMS];
-      for (int sum = 0; sum < SUMS; sum++) {
-        const int k = ORDER[sum];  // the order is its own inverse
-        out[sum] = at(tile / GROUP * GROUP, tile, k / together * together) + k % together * steps * X;
-      }
+      for (int sum = 0; sum < SUMS; sum++) out[sum] = data + places.of_sum(tile, sum);
       for (int64_t step = 0; step < steps; step++) turn_rows(row, X, 16 * step, out, step * X);
     }
   }
@@ -637,6 +593,7 @@ void put_many_words(const Matrix& m, Range mine, const Turned& input, Room& memo
   float *room = memory.of(size + GROUP * levels + tiles.R * PANEL), *kept = room + size;
   float* last = kept + GROUP * levels;  // [R, PANEL], of a panel that is not full
   uint32_t* panel = reinterpret_cast<uint32_t*>(room);
+  const int together = input.places.together;
   for (int64_t n = mine.first; n < mine.last; n += PANEL) {
     const bool full = n + PANEL <= mine.last;
     float* out = full ? y + n : last;
@@ -646,9 +603,9 @@ void put_many_words(const Matrix& m, Range mine, const Turned& input, Room& memo
     const int64_t times = tiles.count * SUMS, each = (ahead.left + times - 1) / times;
     for (int64_t group = 0; group < tiles.count; group += GROUP) {
       const int64_t end = std::min(group + GROUP, tiles.count);
-      for (int k = 0; k < SUMS; k += input.together)
+      for (int k = 0; k < SUMS; k += together)
         for (int64_t t = group; t < end; t++)
-          tile_for<Word>(tiles.rows(t))(panel, input.at(group, t, k), steps, k, input.together,
+          tile_for<Word>(tiles.rows(t))(panel, input.data + input.places.at(group, t, k), steps, k, together,
                                         kept + (t - group) * levels, out + tiles.first(t) * out_stride, out_stride,
                                         ahead, each);
     }

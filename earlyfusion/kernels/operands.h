@@ -178,6 +178,59 @@ class Lease {
   std::unique_ptr<Arena> arena_;
 };
 
+#define INLINE inline __attribute__((always_inline))
+
+// ---- for panels of weights that are turned around
+
+// An output has sixteen sums, a lane of a vector each, which are added up in the order of `sums`: sum i and i + 8, then
+// these of i and i + 4, and so on. Computed in this order, each can be added to what is there already: the k-th one to
+// as many sums of sums as k ends with ones in binary. Panels and inputs hold them in this order too.
+const int64_t SUMS = 16;
+const int ORDER[SUMS] = {0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15};
+
+// The rows of input in tiles of at most MOST rows, as even as possible.
+template <int64_t MOST>
+struct TilesOf {
+  int64_t R, count;
+
+  explicit TilesOf(int64_t R) : R(R), count((R + MOST - 1) / MOST) {}
+  int64_t first(int64_t tile) const { return R * tile / count; }
+  int64_t rows(int64_t tile) const { return first(tile + 1) - first(tile); }
+};
+
+// Where the input of a tile lies that is turned around as the panels are, in the order in which a panel passes it: for
+// each group of tiles [sums at a time, tile, sum, step, row of the tile].
+template <class Tiles, int64_t GROUP>
+struct PlacesOf {
+  Tiles tiles;
+  int64_t steps;
+  int together;  // sums at a time
+
+  // Of the sums from the k-th one on that are computed at a time.
+  int64_t at(int64_t group, int64_t tile, int64_t k) const {
+    const int64_t first = tiles.first(group), rows = tiles.first(std::min(group + GROUP, tiles.count)) - first;
+    return steps * (SUMS * first + k * rows + together * (tiles.first(tile) - first));
+  }
+
+  // Of one sum, in the order of columns, of a tile.
+  int64_t of_sum(int64_t tile, int sum) const {
+    const int k = ORDER[sum];  // the order is its own inverse
+    return at(tile / GROUP * GROUP, tile, k / together * together) + k % together * steps * tiles.rows(tile);
+  }
+};
+
+// Fetches what is needed next into the second-level cache, some lines at a time.
+struct Ahead {
+  const char* at;
+  int64_t left;  // lines
+
+  INLINE void fetch(int64_t lines) {
+    lines = std::min(lines, left);
+    left -= lines;
+    for (; lines > 0; lines--, at += 64) __builtin_prefetch(at, 0, 2);
+  }
+};
+
 // int4: 32 bytes hold 64 columns, the first 32 in the low nibbles, the others in the high ones; each
 // 32 columns have a bf16 scale. A level times its scale is exact in fp32.
 //

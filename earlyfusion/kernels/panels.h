@@ -19,20 +19,12 @@
 
 namespace {
 
-const int64_t SUMS = 16;   // of an output
 const int64_t PANEL = 16;  // rows of weights of a panel
 const int64_t ROWS = 6;    // rows of input, a tile, whose sums fit into the registers: 2 * 6 of 16
 const int64_t GROUP = 8;   // tiles
 const int64_t FETCH = 32;  // steps after which weights are fetched ahead
 
-// The sixteen sums of an output are added up in the order of `four_sums`: sum i and i + 8, then these of i and i + 4,
-// and so on. Computed in this order, each can be added to what is there already: the k-th one to as many
-// sums of sums as k ends with ones in binary. Panels and inputs hold them in this order too.
-const int ORDER[SUMS] = {0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15};
-
 const int64_t MANY = 22;  // rows of input from which on this pays
-
-#define INLINE inline __attribute__((always_inline))
 
 // Eight rows of a matrix. Behind the last row of the matrix it is repeated; nobody uses the results.
 struct Eight {
@@ -134,40 +126,24 @@ void pack(const Matrix& m, int64_t n, float* panel) {
   }
 }
 
-// The rows of input, at least twenty, in tiles of five or six.
-struct Tiles {
-  int64_t R, count;
-
-  explicit Tiles(int64_t R) : R(R), count((R + ROWS - 1) / ROWS) {}
-  int64_t first(int64_t tile) const { return R * tile / count; }
-};
+typedef TilesOf<ROWS> Tiles;  // of five or six rows, as there are at least twenty
 
 // How many sums are computed at a time, so that their weights and the input of a tile stay in the first-level cache.
 inline int sums_together(int64_t steps) { return steps <= 16 ? SUMS : steps <= 64 ? 4 : steps <= 128 ? 2 : 1; }
 
-// The input turned around as the panels are, in the order in which a panel passes it: for each group of tiles
-// [sums at a time, tile, sum, step, row of the tile].
+// The input turned around as the panels are.
 struct Turned {
   Tiles tiles;
   int64_t steps;
   float* data;
-  int together = sums_together(steps);
-
-  // Of the sums from the k-th one on that are computed at a time.
-  float* at(int64_t group, int64_t tile, int64_t k) const {
-    const int64_t first = tiles.first(group), rows = tiles.first(std::min(group + GROUP, tiles.count)) - first;
-    return data + steps * (SUMS * first + k * rows + together * (tiles.first(tile) - first));
-  }
+  PlacesOf<Tiles, GROUP> places{tiles, steps, sums_together(steps)};
 
   void fill(const float* x, int64_t x_stride) const {
     for (int64_t tile = 0; tile < tiles.count; tile++) {
-      const int64_t row = tiles.first(tile), X = tiles.first(tile + 1) - row;
+      const int64_t row = tiles.first(tile), X = tiles.rows(tile);
       for (int64_t sum = 0; sum < SUMS; sum += 8) {
         float* out[8];
-        for (int i = 0; i < 8; i++) {
-          const int k = ORDER[sum + i];  // the order is its own inverse
-          out[i] = at(tile / GROUP * GROUP, tile, k / together * together) + k % together * steps * X;
-        }
+        for (int i = 0; i < 8; i++) out[i] = data + places.of_sum(tile, sum + i);
         const float* from = x + row * x_stride + sum;
         (X == 6 ? columns<6> : columns<5>)(from, x_stride, steps, out);
       }
@@ -209,18 +185,6 @@ struct Turned {
       _mm_storel_pi(reinterpret_cast<__m64*>(at + 4), two);
     else
       _mm_store_ss(at + 4, two);
-  }
-};
-
-// Fetches a part of a matrix that is needed next into the second-level cache, some lines at a time.
-struct Ahead {
-  const char* at;
-  int64_t left;  // lines
-
-  INLINE void fetch(int64_t lines) {
-    lines = std::min(lines, left);
-    left -= lines;
-    for (; lines > 0; lines--, at += 64) _mm_prefetch(at, _MM_HINT_T1);
   }
 };
 
@@ -276,14 +240,15 @@ void put_panel(const Matrix& m, int64_t n, int64_t count, const Turned& input, R
   const int64_t times = tiles.count * SUMS * ((steps + FETCH - 1) / FETCH), each = (ahead.left + times - 1) / times;
   for (int64_t group = 0; group < tiles.count; group += GROUP) {
     const int64_t end = std::min(group + GROUP, tiles.count);
-    for (int k = 0; k < SUMS; k += input.together)
+    const int together = input.places.together;
+    for (int k = 0; k < SUMS; k += together)
       for (int64_t t = group; t < end; t++) {
-        const bool six = tiles.first(t + 1) - tiles.first(t) == 6;
-        (six ? tile<6> : tile<5>)(panel, steps, input.at(group, t, k), k, input.together,
+        const bool six = tiles.rows(t) == 6;
+        (six ? tile<6> : tile<5>)(panel, steps, input.data + input.places.at(group, t, k), k, together,
                                   kept + (t - group) * levels, ahead, each);
       }
     for (int64_t t = group; t < end; t++) {
-      const int64_t row = tiles.first(t), X = tiles.first(t + 1) - row;
+      const int64_t row = tiles.first(t), X = tiles.rows(t);
       const float* out = kept + (t - group) * levels + 4 * X * PANEL;
       for (int64_t i = 0; i < X; i++)
         std::memcpy(y + (row + i) * y_stride + n, out + i * PANEL, count * sizeof(float));

@@ -271,23 +271,3 @@ def termination_raises() -> Iterator[None]:
     finally:
         with suppress(TypeError):  # a handler that Python did not set
             signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def signals_wait() -> Iterator[None]:
-    """SIGINT and SIGTERM wait for the end of the block. An exception amid the locks of another
-    library's queue can lose a wake-up or leave a lock taken, so that the library never ends."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    came: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda n, _: came.append(n)) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            with suppress(TypeError):  # a handler that Python did not set
-                signal.signal(number, handler)
-        for one in came:
-            signal.raise_signal(one)

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from earlyfusion.train.folder import signals_wait
+from earlyfusion.files import signals_wait
 
 _SECONDS_A_LINE = 60.0
 
