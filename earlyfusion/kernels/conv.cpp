@@ -1,17 +1,19 @@
-// A 3 x 3 convolution by Winograd's F(4 x 4, 3 x 3), with the norm, swish, enlargement or sum beside
-// it; a 1 x 1 convolution; the factors of a group norm; see conv.py.
+// Convolutions and norms of the VQ-GAN for conv.py: 3 x 3 by Winograd's F(4 x 4, 3 x 3), with the
+// norm and swish or upsampling before it and the sum with the shortcut after it; 1 x 1 as a GEMM;
+// and the factors of a group norm.
 //
-// Each value is computed by the same instructions in the same order whatever the threads and the other
-// pictures are.
+// Each value is computed by the same instructions in the same order, whatever the number of threads
+// and the other pictures are.
 //
-// Threads own ranges of tile rows. A group of tile rows is read once, swished or enlarged, into
-// `lines`; then each block of tiles is transformed, multiplied at its 36 points and transformed back
-// while it is in the processor's cache. Rows at the edge of a range are copied before anybody writes,
-// so that the result may overwrite the input.
+// 3 x 3: a thread has a range of tile rows. A group of tile rows is read once, with norm and swish
+// or upsampling, into `padded_rows`. Then each block of tiles goes through the input transform, the
+// 36 GEMMs of the transformed domain, and the output transform while it is in the cache. The rows
+// around a range (its halo) are copied before any thread writes, so that the result may overwrite
+// the input.
 //
-// Layouts: x [B, Y, X, C], out and plus [B, Y, X, K], weight [K, C, 3, 3], the kernel at its points
-// [36, panels, C, panel]; C is a multiple of 16. A panel is 1 to 4 vectors of output channels: those
-// whose sums a product has in registers at once.
+// Layouts: x [B, Y, X, C], out and plus [B, Y, X, K], weight [K, C, 3, 3], transformed filters [36,
+// panels, C, panel]; C is a multiple of 16. A panel is 1 to 4 vectors of output channels, whose
+// sums the microkernel has in registers.
 
 #include <omp.h>
 
@@ -27,14 +29,17 @@
 
 namespace {
 
-constexpr int64_t kLanes = 16, kPoints = 36, kBlock = 48;  // kBlock: tiles in the cache at once
-constexpr float kA = 0.70710678118654752f, kB = 1.41421356237309505f;  // two of the points
+// POINTS: elements of a transformed tile; TILE_BLOCK: tiles in the cache at once.
+constexpr int64_t VECTOR = 16, POINTS = 36, TILE_BLOCK = 48;
+// Two of the interpolation points, sqrt(1/2) and sqrt(2).
+constexpr float POINT_A = 0.70710678118654752f, POINT_B = 1.41421356237309505f;
 
-// Each page of fresh memory costs a fault; large pages are 512 times fewer.
+// Fresh memory costs a page fault per page; huge pages are 512 times fewer.
 void use_large_pages(float* data, int64_t floats) {
 #if defined(MADV_HUGEPAGE)
   const uintptr_t page = 1 << 21, start = reinterpret_cast<uintptr_t>(data);
-  const uintptr_t first = (start + page - 1) / page * page, end = (start + floats * 4) / page * page;
+  const uintptr_t first = (start + page - 1) / page * page,
+                  end = (start + floats * 4) / page * page;
   if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
 #else
   (void)data, (void)floats;
@@ -53,23 +58,23 @@ struct Buffer {
   Buffer& operator=(const Buffer&) = delete;
 };
 
-// x / (1 + e^-x), e^-x to two units in the last place.
+// x / (1 + e^-x), with e^-x to two units in the last place.
 inline floats swish(floats x) {
   const floats low = floats{} - 87.0f, high = floats{} + 87.0f;
   floats y = -x;
   y = y < low ? low : y;
   y = y > high ? high : y;
-  return x / (1.0f + exp_of(y, whole_number(y * 1.44269504088896341f)));
+  return x / (1.0f + exp_split(y, round_to_integer(y * 1.44269504088896341f)));
 }
 
-// ---- one dimension of the transforms, at the points 0, +-kA, +-kB and infinity; `step` is the
-// distance between the values of an input
+// ---- the transforms in one dimension, for the interpolation points 0, +-POINT_A, +-POINT_B and
+// infinity; `step` is the distance between the values of the input
 
-// 6 values of a tile to their 6 points.
-inline void into_points(const floats16* d, int64_t step, floats16* r) {
+// Input transform B^T d: 6 values of a tile to 6 transformed ones.
+inline void input_transform(const floats16* d, int64_t step, floats16* r) {
   floats16 d1 = d[step], d2 = d[2 * step], d3 = d[3 * step], d4 = d[4 * step];
-  floats16 even = d4 - 2.0f * d2, odd = kA * d3 - kB * d1;
-  floats16 even2 = d4 - 0.5f * d2, odd2 = kB * d3 - kA * d1;
+  floats16 even = d4 - 2.0f * d2, odd = POINT_A * d3 - POINT_B * d1;
+  floats16 even2 = d4 - 0.5f * d2, odd2 = POINT_B * d3 - POINT_A * d1;
   r[0] = d[0] - 2.5f * d2 + d4;
   r[1] = even + odd;
   r[2] = even - odd;
@@ -78,21 +83,21 @@ inline void into_points(const floats16* d, int64_t step, floats16* r) {
   r[5] = d1 - 2.5f * d3 + d[5 * step];
 }
 
-// 6 points to the 4 results of a tile.
-inline void from_points(const floats16* m, int64_t step, floats16* y) {
+// Output transform A^T m: 6 transformed values to the 4 results of a tile.
+inline void output_transform(const floats16* m, int64_t step, floats16* y) {
   floats16 s1 = m[step] + m[2 * step], t1 = m[step] - m[2 * step];
   floats16 s2 = m[3 * step] + m[4 * step], t2 = m[3 * step] - m[4 * step];
   y[0] = m[0] + s1 + s2;
-  y[1] = kA * t1 + kB * t2;
+  y[1] = POINT_A * t1 + POINT_B * t2;
   y[2] = 0.5f * s1 + 2.0f * s2;
-  y[3] = 0.5f * kA * t1 + 2.0f * kB * t2 + m[5 * step];
+  y[3] = 0.5f * POINT_A * t1 + 2.0f * POINT_B * t2 + m[5 * step];
 }
 
-// 3 values of a kernel to their 6 points.
-inline void kernel_points(const floats16* w, int64_t step, floats16* r) {
+// Filter transform G w: 3 weights to 6 transformed ones.
+inline void filter_transform(const floats16* w, int64_t step, floats16* r) {
   floats16 w0 = w[0], w1 = w[step], w2 = w[2 * step];
-  floats16 even = (-2.0f / 3) * w0 - (1.0f / 3) * w2, odd = (-2.0f / 3 * kA) * w1;
-  floats16 even2 = (1.0f / 6) * w0 + (1.0f / 3) * w2, odd2 = (kB / 6) * w1;
+  floats16 even = (-2.0f / 3) * w0 - (1.0f / 3) * w2, odd = (-2.0f / 3 * POINT_A) * w1;
+  floats16 even2 = (1.0f / 6) * w0 + (1.0f / 3) * w2, odd2 = (POINT_B / 6) * w1;
   r[0] = w0;
   r[1] = even + odd;
   r[2] = even - odd;
@@ -101,164 +106,173 @@ inline void kernel_points(const floats16* w, int64_t step, floats16* r) {
   r[5] = w2;
 }
 
-struct Job {
+struct Conv {
   const float *x, *weight, *bias, *plus, *scale, *shift;
   float* out;
-  int64_t B, Y, X, C, K, enlarge;  // Y, X of the result; enlarge: twice the input's
+  int64_t B, Y, X, C, K;  // Y, X: of the result
+  int64_t upsample;       // 1 if the input has half of Y and X, else 0
 
-  int64_t columns() const { return (K + kLanes - 1) / kLanes * kLanes; }
-  // Columns per panel: as many of 4, 3, 2 vectors as divide all of them. Registers of eight floats
-  // hold the sums of one.
+  int64_t columns() const { return (K + VECTOR - 1) / VECTOR * VECTOR; }
+  // Output channels of a panel: the largest of 4, 3, 2 vectors that divides all of them. On AVX2
+  // the registers hold the sums of one.
   int64_t panel() const {
-#if defined(VECTORS_OF_EIGHT)
-    return kLanes;
+#if defined(USE_AVX2)
+    return VECTOR;
 #endif
-    int64_t vectors = columns() / kLanes;
+    int64_t vectors = columns() / VECTOR;
     for (int64_t n : {4, 3, 2})
-      if (vectors % n == 0) return n * kLanes;
-    return kLanes;
+      if (vectors % n == 0) return n * VECTOR;
+    return VECTOR;
   }
-  int64_t pitch() const { return (X + 2) * C; }  // of one padded row
+  int64_t pitch() const { return (X + 2) * C; }  // floats of a padded row
 };
 
-// ---- the kernel at its 36 points
+// ---- filter transform
 
-void transform_kernel(const Job& job, float* kernel) {
-  const int64_t panel = job.panel(), panels = job.columns() / panel, vectors = panel / kLanes;
+void transform_filters(const Conv& conv, float* filters) {
+  const int64_t panel = conv.panel(), panels = conv.columns() / panel, vectors = panel / VECTOR;
 #pragma omp for collapse(2)
   for (int64_t p = 0; p < panels; ++p)
     for (int64_t v = 0; v < vectors; ++v)
-      for (int64_t c = 0; c < job.C; ++c) {
-        floats16 w[9] = {}, rows[18], points[kPoints];
-        const int64_t k = p * panel + v * kLanes, lanes = std::min(kLanes, job.K - k);
-        const float* from = job.weight + (k * job.C + c) * 9;
+      for (int64_t c = 0; c < conv.C; ++c) {
+        floats16 w[9] = {}, rows[18], points[POINTS];
+        const int64_t k = p * panel + v * VECTOR, lanes = std::min(VECTOR, conv.K - k);
+        const float* from = conv.weight + (k * conv.C + c) * 9;
         for (int64_t i = 0; i < lanes; ++i)
-          for (int64_t s = 0; s < 9; ++s) w[s][i] = from[i * job.C * 9 + s];
-        // rows: [column of the kernel][point]
-        for (int64_t s = 0; s < 3; ++s) kernel_points(w + s, 3, rows + 6 * s);
-        for (int64_t y = 0; y < 6; ++y) kernel_points(rows + y, 6, points + 6 * y);
-        for (int64_t q = 0; q < kPoints; ++q)
-          store(kernel + ((q * panels + p) * job.C + c) * panel + v * kLanes, points[q]);
+          for (int64_t s = 0; s < 9; ++s) w[s][i] = from[i * conv.C * 9 + s];
+        // rows: transformed along y, [column of the filter][6]
+        for (int64_t s = 0; s < 3; ++s) filter_transform(w + s, 3, rows + 6 * s);
+        for (int64_t y = 0; y < 6; ++y) filter_transform(rows + y, 6, points + 6 * y);
+        for (int64_t q = 0; q < POINTS; ++q)
+          store(filters + ((q * panels + p) * conv.C + c) * panel + v * VECTOR, points[q]);
       }
 }
 
-// ---- one block of tiles
+// ---- a block of tiles
 
-void transform_tiles(const float* lines, const Job& job, int64_t first, int64_t count, float* tiles) {
-  const int64_t across = job.X / 4, pitch = job.pitch();
+// Input transform of `count` tiles, from the group's tile `first` on: [36, TILE_BLOCK, C].
+void transform_inputs(const float* padded_rows, const Conv& conv, int64_t first, int64_t count,
+                      float* tiles) {
+  const int64_t tiles_x = conv.X / 4, pitch = conv.pitch();
   for (int64_t t = 0; t < count; ++t) {
-    const float* corner = lines + (first + t) / across * 4 * pitch + (first + t) % across * 4 * job.C;
-    for (int64_t c = 0; c < job.C; c += kLanes) {
-      floats16 column[6], columns[36], points[6];  // columns: transformed along y
+    const float* corner =
+        padded_rows + (first + t) / tiles_x * 4 * pitch + (first + t) % tiles_x * 4 * conv.C;
+    for (int64_t c = 0; c < conv.C; c += VECTOR) {
+      floats16 column[6], columns_y[36], transformed[6];  // columns_y: transformed along y
       for (int64_t x = 0; x < 6; ++x) {
-        for (int64_t y = 0; y < 6; ++y) column[y] = load(corner + y * pitch + x * job.C + c);
-        into_points(column, 1, columns + 6 * x);
+        for (int64_t y = 0; y < 6; ++y) column[y] = load(corner + y * pitch + x * conv.C + c);
+        input_transform(column, 1, columns_y + 6 * x);
       }
       for (int64_t y = 0; y < 6; ++y) {
-        into_points(columns + y, 6, points);
+        input_transform(columns_y + y, 6, transformed);
         for (int64_t x = 0; x < 6; ++x)
-          store(tiles + ((y * 6 + x) * kBlock + t) * job.C + c, points[x]);
+          store(tiles + ((y * 6 + x) * TILE_BLOCK + t) * conv.C + c, transformed[x]);
       }
     }
   }
 }
 
-#if defined(VECTORS_OF_EIGHT)
-template <int kRows, int>
-inline void multiply_piece(const float* a, const float* b, float* out, int64_t depth, int64_t pitch) {
-  __m256 low[kRows], high[kRows];
+// out [MR, NV * VECTOR] = a [MR, depth] . b [depth, NV * VECTOR], whose sums stay in registers;
+// rows of `out` are `pitch` floats apart. On AVX2 NV is 1.
+#if defined(USE_AVX2)
+template <int MR, int>
+inline void microkernel(const float* a, const float* b, float* out, int64_t depth, int64_t pitch) {
+  __m256 low[MR], high[MR];
 #pragma GCC unroll 6
-  for (int r = 0; r < kRows; ++r) low[r] = high[r] = _mm256_setzero_ps();
-  for (int64_t c = 0; c < depth; ++c, b += kLanes) {
+  for (int r = 0; r < MR; ++r) low[r] = high[r] = _mm256_setzero_ps();
+  for (int64_t c = 0; c < depth; ++c, b += VECTOR) {
     const __m256 right_low = _mm256_load_ps(b), right_high = _mm256_load_ps(b + 8);
 #pragma GCC unroll 6
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < MR; ++r) {
       const __m256 left = _mm256_broadcast_ss(a + r * depth + c);
       low[r] = _mm256_fmadd_ps(left, right_low, low[r]);
       high[r] = _mm256_fmadd_ps(left, right_high, high[r]);
     }
   }
 #pragma GCC unroll 6
-  for (int r = 0; r < kRows; ++r) {
+  for (int r = 0; r < MR; ++r) {
     _mm256_store_ps(out + r * pitch, low[r]);
     _mm256_store_ps(out + r * pitch + 8, high[r]);
   }
 }
 #else
-template <int kRows, int kVectors>
-inline void multiply_piece(const float* a, const float* b, float* out, int64_t depth, int64_t pitch) {
-  floats16 sum[kRows][kVectors] = {};
-  for (int64_t c = 0; c < depth; ++c, b += kVectors * kLanes) {
-    floats16 right[kVectors];
-    for (int v = 0; v < kVectors; ++v) right[v] = load(b + v * kLanes);
-    for (int r = 0; r < kRows; ++r) {
+template <int MR, int NV>
+inline void microkernel(const float* a, const float* b, float* out, int64_t depth, int64_t pitch) {
+  floats16 sum[MR][NV] = {};
+  for (int64_t c = 0; c < depth; ++c, b += NV * VECTOR) {
+    floats16 right[NV];
+    for (int v = 0; v < NV; ++v) right[v] = load(b + v * VECTOR);
+    for (int r = 0; r < MR; ++r) {
       const float left = a[r * depth + c];
-      for (int v = 0; v < kVectors; ++v) sum[r][v] = fused(splat(left), right[v], sum[r][v]);
+      for (int v = 0; v < NV; ++v) sum[r][v] = fmadd(broadcast(left), right[v], sum[r][v]);
     }
   }
-  for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < kVectors; ++v) store(out + r * pitch + v * kLanes, sum[r][v]);
+  for (int r = 0; r < MR; ++r)
+    for (int v = 0; v < NV; ++v) store(out + r * pitch + v * VECTOR, sum[r][v]);
 }
 #endif
 
-// out [count, columns] = a [count, depth] x b [panels, depth, panel]
-template <int kVectors>
-void multiply(const float* a, const float* b, float* out, int64_t count, const Job& job) {
-  const int64_t columns = job.columns(), depth = job.C;
-  for (int64_t k = 0; k < columns; k += kVectors * kLanes) {
+// out [count, columns] = a [count, depth] . b [panels, depth, panel]
+template <int NV>
+void gemm(const float* a, const float* b, float* out, int64_t count, const Conv& conv) {
+  const int64_t columns = conv.columns(), depth = conv.C;
+  for (int64_t k = 0; k < columns; k += NV * VECTOR) {
     const float* panel = b + k * depth;
     int64_t t = 0;
     for (; t + 6 <= count; t += 6)
-      multiply_piece<6, kVectors>(a + t * depth, panel, out + t * columns + k, depth, columns);
+      microkernel<6, NV>(a + t * depth, panel, out + t * columns + k, depth, columns);
     for (; t + 2 <= count; t += 2)
-      multiply_piece<2, kVectors>(a + t * depth, panel, out + t * columns + k, depth, columns);
-    if (t < count)
-      multiply_piece<1, kVectors>(a + t * depth, panel, out + t * columns + k, depth, columns);
+      microkernel<2, NV>(a + t * depth, panel, out + t * columns + k, depth, columns);
+    if (t < count) microkernel<1, NV>(a + t * depth, panel, out + t * columns + k, depth, columns);
   }
 }
 
-void multiply(const float* a, const float* b, float* out, int64_t count, const Job& job) {
-  switch (job.panel() / kLanes) {
-    case 4: multiply<4>(a, b, out, count, job); break;
-    case 3: multiply<3>(a, b, out, count, job); break;
-    case 2: multiply<2>(a, b, out, count, job); break;
-    default: multiply<1>(a, b, out, count, job);
+void gemm(const float* a, const float* b, float* out, int64_t count, const Conv& conv) {
+  switch (conv.panel() / VECTOR) {
+    case 4: gemm<4>(a, b, out, count, conv); break;
+    case 3: gemm<3>(a, b, out, count, conv); break;
+    case 2: gemm<2>(a, b, out, count, conv); break;
+    default: gemm<1>(a, b, out, count, conv);
   }
 }
 
-void multiply_points(const float* tiles, const float* kernel, float* scores, int64_t count, const Job& job) {
-  const int64_t columns = job.columns();
-  for (int64_t q = 0; q < kPoints; ++q)
-    multiply(tiles + q * kBlock * job.C, kernel + q * job.C * columns, scores + q * kBlock * columns, count,
-             job);
+// The 36 products of the transformed domain: [36, TILE_BLOCK, columns].
+void batched_gemm(const float* tiles, const float* filters, float* products, int64_t count,
+                  const Conv& conv) {
+  const int64_t columns = conv.columns();
+  for (int64_t q = 0; q < POINTS; ++q)
+    gemm(tiles + q * TILE_BLOCK * conv.C, filters + q * conv.C * columns,
+         products + q * TILE_BLOCK * columns, count, conv);
 }
 
-// The first tile row of the group is `row`, counted over all pictures; kWhole: K is a multiple of 16.
-template <bool kWhole>
-void write_tiles(const float* scores, const Job& job, int64_t row, int64_t first, int64_t count) {
-  const int64_t across = job.X / 4, columns = job.columns();
+// Output transform of a block of tiles, plus bias and `plus`. `row` is the group's first tile row,
+// counted over all pictures. FULL: K is a multiple of 16.
+template <bool FULL>
+void transform_outputs(const float* products, const Conv& conv, int64_t row, int64_t first,
+                       int64_t count) {
+  const int64_t tiles_x = conv.X / 4, columns = conv.columns();
   for (int64_t t = 0; t < count; ++t) {
-    const int64_t y0 = (row + (first + t) / across) * 4, x0 = (first + t) % across * 4;
-    for (int64_t k = 0; k < job.K; k += kLanes) {
-      const int64_t lanes = kWhole ? kLanes : std::min(kLanes, job.K - k);
-      floats16 columns_back[24], result[4], bias = {};  // columns_back: transformed along y
-      std::memcpy(&bias, job.bias + k, lanes * 4);
+    const int64_t y0 = (row + (first + t) / tiles_x) * 4, x0 = (first + t) % tiles_x * 4;
+    for (int64_t k = 0; k < conv.K; k += VECTOR) {
+      const int64_t lanes = FULL ? VECTOR : std::min(VECTOR, conv.K - k);
+      floats16 columns_y[24], result[4], bias = {};  // columns_y: transformed along y
+      std::memcpy(&bias, conv.bias + k, lanes * 4);
       for (int64_t x = 0; x < 6; ++x) {
         floats16 column[6];
         for (int64_t y = 0; y < 6; ++y)
-          column[y] = load(scores + ((y * 6 + x) * kBlock + t) * columns + k);
-        from_points(column, 1, columns_back + 4 * x);
+          column[y] = load(products + ((y * 6 + x) * TILE_BLOCK + t) * columns + k);
+        output_transform(column, 1, columns_y + 4 * x);
       }
       for (int64_t y = 0; y < 4; ++y) {
-        from_points(columns_back + y, 4, result);
+        output_transform(columns_y + y, 4, result);
         for (int64_t x = 0; x < 4; ++x) {
-          const int64_t at = ((y0 + y) * job.X + x0 + x) * job.K + k;
+          const int64_t at = ((y0 + y) * conv.X + x0 + x) * conv.K + k;
           floats16 value = result[x] + bias, other = {};
-          if (job.plus) {
-            std::memcpy(&other, job.plus + at, lanes * 4);
+          if (conv.plus) {
+            std::memcpy(&other, conv.plus + at, lanes * 4);
             value += other;
           }
-          std::memcpy(job.out + at, &value, lanes * 4);
+          std::memcpy(conv.out + at, &value, lanes * 4);
         }
       }
     }
@@ -267,153 +281,164 @@ void write_tiles(const float* scores, const Job& job, int64_t row, int64_t first
 
 // ---- rows of pixels
 
-// A row of pixels of picture `b`, swished or enlarged, after one pixel of zeros.
-void fill_line(const Job& job, const float* source, int64_t b, float* line) {
-  const int64_t C = job.C;
-  if (job.enlarge) {
-    for (int64_t x = 0; x < job.X; ++x)
-      std::memcpy(line + (x + 1) * C, source + x / 2 * C, C * 4);
-  } else if (!job.scale) {
-    std::memcpy(line + C, source, job.X * C * 4);
+// Fills a padded row with a row of pixels of picture `b`, after norm and swish or upsampling,
+// behind one pixel of zeros.
+void prepare_row(const Conv& conv, const float* source, int64_t b, float* padded_row) {
+  const int64_t C = conv.C;
+  if (conv.upsample) {
+    for (int64_t x = 0; x < conv.X; ++x)
+      std::memcpy(padded_row + (x + 1) * C, source + x / 2 * C, C * 4);
+  } else if (!conv.scale) {
+    std::memcpy(padded_row + C, source, conv.X * C * 4);
   } else {
-    for (int64_t x = 0; x < job.X; ++x)
+    for (int64_t x = 0; x < conv.X; ++x)
       for (int64_t c = 0; c < C; c += LANES) {
-        const floats scale = read<floats>(job.scale + b * C + c), shift = read<floats>(job.shift + b * C + c);
-        write(line + (x + 1) * C + c, swish(read<floats>(source + x * C + c) * scale + shift));
+        const floats scale = load_vector<floats>(conv.scale + b * C + c),
+                     shift = load_vector<floats>(conv.shift + b * C + c);
+        store_vector(padded_row + (x + 1) * C + c,
+                     swish(load_vector<floats>(source + x * C + c) * scale + shift));
       }
   }
 }
 
-// The row of the input that row `y` of the result's height reads.
-const float* source_row(const Job& job, int64_t b, int64_t y) {
-  return job.enlarge ? job.x + (b * job.Y / 2 + y / 2) * (job.X / 2) * job.C
-                     : job.x + (b * job.Y + y) * job.X * job.C;
+// The row of the input that becomes row `y`, after upsampling if there is any.
+const float* source_row(const Conv& conv, int64_t b, int64_t y) {
+  return conv.upsample ? conv.x + (b * conv.Y / 2 + y / 2) * (conv.X / 2) * conv.C
+                       : conv.x + (b * conv.Y + y) * conv.X * conv.C;
 }
 
-// All tiles of the rows `from` to `to`; `edges` holds the input's row above and the one below.
-void run(const Job& job, const float* kernel, int64_t from, int64_t to, float* edges) {
-  const int64_t C = job.C, pitch = job.pitch(), across = job.X / 4, down = job.Y / 4;
-  const int64_t size = job.X * C, most = std::max<int64_t>(1, kBlock / across);
-  Buffer lines((4 * most + 2) * pitch), tiles(kPoints * kBlock * C);
-  Buffer scores(kPoints * kBlock * job.columns());
-  std::memset(lines.data, 0, (4 * most + 2) * pitch * 4);
-  int64_t ready = 0;  // lines at the top that the previous group has filled
+// Convolves the tile rows `from` to `to`; `halo` holds the input's row above them and the one
+// below.
+void convolve(const Conv& conv, const float* filters, int64_t from, int64_t to, float* halo) {
+  const int64_t C = conv.C, pitch = conv.pitch(), tiles_x = conv.X / 4, tiles_y = conv.Y / 4;
+  const int64_t row_size = conv.X * C, max_rows = std::max<int64_t>(1, TILE_BLOCK / tiles_x);
+  Buffer padded_rows((4 * max_rows + 2) * pitch), tiles(POINTS * TILE_BLOCK * C);
+  Buffer products(POINTS * TILE_BLOCK * conv.columns());
+  std::memset(padded_rows.data, 0, (4 * max_rows + 2) * pitch * 4);
+  int64_t ready = 0;  // rows at the top that the previous group has filled
   for (int64_t row = from, rows; row < to; row += rows) {
-    const int64_t b = row / down, top = row % down;
-    rows = std::min({most, to - row, down - top});
+    const int64_t b = row / tiles_y, top = row % tiles_y;
+    rows = std::min({max_rows, to - row, tiles_y - top});
     for (int64_t i = ready; i < 4 * rows + 2; ++i) {
       const int64_t y = 4 * top - 1 + i;
-      float* line = lines.data + i * pitch;
-      if (y < 0 || y >= job.Y) {
-        std::memset(line, 0, pitch * 4);
+      float* padded_row = padded_rows.data + i * pitch;
+      if (y < 0 || y >= conv.Y) {
+        std::memset(padded_row, 0, pitch * 4);
       } else if (row == from && i == 0) {
-        fill_line(job, edges, b, line);
+        prepare_row(conv, halo, b, padded_row);
       } else if (row + rows == to && i == 4 * rows + 1) {
-        fill_line(job, edges + size, b, line);
+        prepare_row(conv, halo + row_size, b, padded_row);
       } else {
-        fill_line(job, source_row(job, b, y), b, line);
+        prepare_row(conv, source_row(conv, b, y), b, padded_row);
       }
     }
-    for (int64_t t = 0; t < rows * across; t += kBlock) {
-      const int64_t count = std::min(kBlock, rows * across - t);
-      transform_tiles(lines.data, job, t, count, tiles.data);
-      multiply_points(tiles.data, kernel, scores.data, count, job);
-      if (job.K % kLanes == 0)
-        write_tiles<true>(scores.data, job, row, t, count);
+    for (int64_t t = 0; t < rows * tiles_x; t += TILE_BLOCK) {
+      const int64_t count = std::min(TILE_BLOCK, rows * tiles_x - t);
+      transform_inputs(padded_rows.data, conv, t, count, tiles.data);
+      batched_gemm(tiles.data, filters, products.data, count, conv);
+      if (conv.K % VECTOR == 0)
+        transform_outputs<true>(products.data, conv, row, t, count);
       else
-        write_tiles<false>(scores.data, job, row, t, count);
+        transform_outputs<false>(products.data, conv, row, t, count);
     }
-    ready = top + rows < down ? 2 : 0;
-    if (ready) std::memmove(lines.data, lines.data + 4 * rows * pitch, 2 * pitch * 4);
+    ready = top + rows < tiles_y ? 2 : 0;
+    if (ready) std::memmove(padded_rows.data, padded_rows.data + 4 * rows * pitch, 2 * pitch * 4);
   }
 }
 
 // ---- a 1 x 1 convolution
 
-// weight [K, C] to panels [panels, C, panel]
-void order_weight(const Job& job, float* panels) {
-  const int64_t panel = job.panel();
+// Packs weight [K, C] into panels [panels, C, panel].
+void pack_weights(const Conv& conv, float* panels) {
+  const int64_t panel = conv.panel();
 #pragma omp for
-  for (int64_t first = 0; first < job.columns(); first += panel)
-    for (int64_t c = 0; c < job.C; ++c)
+  for (int64_t first = 0; first < conv.columns(); first += panel)
+    for (int64_t c = 0; c < conv.C; ++c)
       for (int64_t k = first; k < first + panel; ++k)
-        panels[first * job.C + c * panel + k - first] = k < job.K ? job.weight[k * job.C + c] : 0;
+        panels[first * conv.C + c * panel + k - first] =
+            k < conv.K ? conv.weight[k * conv.C + c] : 0;
 }
 
-void multiply_pixels(const Job& job, const float* panels, float* scores, int64_t first, int64_t count) {
-  multiply(job.x + first * job.C, panels, scores, count, job);
+void conv1x1_block(const Conv& conv, const float* panels, float* products, int64_t first,
+                   int64_t count) {
+  gemm(conv.x + first * conv.C, panels, products, count, conv);
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t at = (first + i) * job.K;
-    for (int64_t k = 0; k < job.K; ++k) {
-      const float value = scores[i * job.columns() + k] + job.bias[k];
-      job.out[at + k] = job.plus ? value + job.plus[at + k] : value;
+    const int64_t at = (first + i) * conv.K;
+    for (int64_t k = 0; k < conv.K; ++k) {
+      const float value = products[i * conv.columns() + k] + conv.bias[k];
+      conv.out[at + k] = conv.plus ? value + conv.plus[at + k] : value;
     }
   }
 }
 
-// ---- the factors of a group norm
+// ---- group norm
 
-constexpr int64_t kRun = 64, kPiece = 1024;  // pixels summed in floats; in doubles, by one thread
+// FLOAT_PIXELS: pixels summed in floats; SUM_PIXELS: pixels summed in doubles by one thread.
+constexpr int64_t FLOAT_PIXELS = 64, SUM_PIXELS = 1024;
 
-// The sums of the values and of their squares [2, C] of `count` pixels.
-void sum_pixels(const float* x, int64_t count, int64_t C, float* run, double* sums) {
+// The sums of the values and of their squares [2, C] of `count` pixels; `partial` is scratch for 2
+// * C floats.
+void sum_moments(const float* x, int64_t count, int64_t C, float* partial, double* sums) {
   std::fill(sums, sums + 2 * C, 0.0);
-  for (int64_t first = 0; first < count; first += kRun) {
-    std::fill(run, run + 2 * C, 0.0f);
-    for (int64_t i = first; i < std::min(first + kRun, count); ++i)
-      for (int64_t c = 0; c < C; c += kLanes) {
+  for (int64_t first = 0; first < count; first += FLOAT_PIXELS) {
+    std::fill(partial, partial + 2 * C, 0.0f);
+    for (int64_t i = first; i < std::min(first + FLOAT_PIXELS, count); ++i)
+      for (int64_t c = 0; c < C; c += VECTOR) {
         const floats16 value = load(x + i * C + c);
-        store(run + c, load(run + c) + value);
-        store(run + C + c, fused(value, value, load(run + C + c)));
+        store(partial + c, load(partial + c) + value);
+        store(partial + C + c, fmadd(value, value, load(partial + C + c)));
       }
-    for (int64_t c = 0; c < 2 * C; ++c) sums[c] += run[c];
+    for (int64_t c = 0; c < 2 * C; ++c) sums[c] += partial[c];
   }
 }
 
 }  // namespace
 
-// out [N, K] = x [N, C] x weight [K, C] + bias + plus, where `plus` may be null; C is a multiple of 16.
-// `panels` is room for C * K floats, K rounded up to a multiple of 16.
+// out [N, K] = x [N, C] . weight [K, C]^T + bias + plus, where `plus` may be null; C is a multiple
+// of 16. `panels` is scratch for C * K floats, K rounded up to a multiple of 16.
 extern "C" void earlyfusion_conv1x1(const float* x, const float* weight, const float* bias,
-                                    const float* plus, float* out, float* panels, int64_t N, int64_t C,
-                                    int64_t K, int64_t threads) {
-  const Job job{x, weight, bias, plus, nullptr, nullptr, out, 1, N, 1, C, K, 0};
+                                    const float* plus, float* out, float* panels, int64_t N,
+                                    int64_t C, int64_t K, int64_t threads) {
+  const Conv conv{x, weight, bias, plus, nullptr, nullptr, out, 1, N, 1, C, K, 0};
 #pragma omp parallel num_threads(threads)
   {
-    Buffer scores(kBlock * job.columns());
-    order_weight(job, panels);
+    Buffer products(TILE_BLOCK * conv.columns());
+    pack_weights(conv, panels);
 #pragma omp for
-    for (int64_t first = 0; first < N; first += kBlock)
-      multiply_pixels(job, panels, scores.data, first, std::min(kBlock, N - first));
+    for (int64_t first = 0; first < N; first += TILE_BLOCK)
+      conv1x1_block(conv, panels, products.data, first, std::min(TILE_BLOCK, N - first));
   }
 }
 
-// A group norm of x [B, N, C] as one factor and one term per picture and channel [B, C]; `sums` is room
-// for 2 * B * C doubles for every 1024 pixels of a picture, or part of them.
-extern "C" void earlyfusion_norm(const float* x, const float* weight, const float* bias, float* scale,
-                                 float* shift, double* sums, double eps, int64_t B, int64_t N, int64_t C,
-                                 int64_t groups, int64_t threads) {
-  const int64_t pieces = (N + kPiece - 1) / kPiece, members = C / groups;
+// A group norm of x [B, N, C] as scale and shift [B, C] per picture and channel. `sums` is scratch
+// for 2 * B * C doubles per SUM_PIXELS pixels of a picture, rounded up.
+extern "C" void earlyfusion_group_norm(const float* x, const float* weight, const float* bias,
+                                       float* scale, float* shift, double* sums, double eps,
+                                       int64_t B, int64_t N, int64_t C, int64_t groups,
+                                       int64_t threads) {
+  const int64_t parts = (N + SUM_PIXELS - 1) / SUM_PIXELS, group_size = C / groups;
 #pragma omp parallel num_threads(threads)
   {
-    Buffer run(2 * C);
+    Buffer partial(2 * C);
 #pragma omp for
-    for (int64_t i = 0; i < B * pieces; ++i) {
-      const int64_t b = i / pieces, first = i % pieces * kPiece;
-      sum_pixels(x + (b * N + first) * C, std::min(kPiece, N - first), C, run.data, sums + i * 2 * C);
+    for (int64_t i = 0; i < B * parts; ++i) {
+      const int64_t b = i / parts, first = i % parts * SUM_PIXELS;
+      sum_moments(x + (b * N + first) * C, std::min(SUM_PIXELS, N - first), C, partial.data,
+                  sums + i * 2 * C);
     }
 #pragma omp for
     for (int64_t b = 0; b < B; ++b) {
-      double* all = sums + b * pieces * 2 * C;
-      for (int64_t i = 1; i < pieces; ++i)
+      double* all = sums + b * parts * 2 * C;
+      for (int64_t i = 1; i < parts; ++i)
         for (int64_t c = 0; c < 2 * C; ++c) all[c] += all[i * 2 * C + c];
       for (int64_t g = 0; g < groups; ++g) {
         double mean = 0, square = 0;
-        for (int64_t c = g * members; c < (g + 1) * members; ++c) mean += all[c], square += all[C + c];
-        mean /= N * members, square /= N * members;
-        // Mean square minus squared mean: cancellation does no harm in doubles.
+        for (int64_t c = g * group_size; c < (g + 1) * group_size; ++c)
+          mean += all[c], square += all[C + c];
+        mean /= N * group_size, square /= N * group_size;
+        // Mean square minus squared mean: its cancellation does no harm in doubles.
         const double factor = 1 / std::sqrt(std::max(square - mean * mean, 0.0) + eps);
-        for (int64_t c = g * members; c < (g + 1) * members; ++c) {
+        for (int64_t c = g * group_size; c < (g + 1) * group_size; ++c) {
           scale[b * C + c] = float(factor * weight[c]);
           shift[b * C + c] = float(bias[c] - mean * factor * weight[c]);
         }
@@ -422,30 +447,32 @@ extern "C" void earlyfusion_norm(const float* x, const float* weight, const floa
   }
 }
 
-// `kernel` is room for 36 * C * K floats, K rounded up to a multiple of 16. `plus` may be null, and
-// so may `scale` and `shift` [B, C], whose swish comes before the convolution.
+// A 3 x 3 convolution with a border of zeros. `filters` is scratch for 36 * C * K floats, K rounded
+// up to a multiple of 16. `plus` may be null, and so may `scale` and `shift` [B, C], the norm that
+// comes with a swish before the convolution.
 extern "C" void earlyfusion_conv3x3(const float* x, const float* weight, const float* bias,
                                     const float* plus, const float* scale, const float* shift,
-                                    float* out, float* kernel, int64_t B, int64_t Y, int64_t X, int64_t C,
-                                    int64_t K, int64_t enlarge, int64_t threads) {
-  const Job job{x, weight, bias, plus, scale, shift, out, B, Y, X, C, K, enlarge};
-  const int64_t rows = B * Y / 4, size = X * C;
-  Buffer edges(threads * 2 * size);
-  use_large_pages(kernel, kPoints * C * job.columns());
+                                    float* out, float* filters, int64_t B, int64_t Y, int64_t X,
+                                    int64_t C, int64_t K, int64_t upsample, int64_t threads) {
+  const Conv conv{x, weight, bias, plus, scale, shift, out, B, Y, X, C, K, upsample};
+  const int64_t rows = B * Y / 4, row_size = X * C;
+  Buffer halo(threads * 2 * row_size);
+  use_large_pages(filters, POINTS * C * conv.columns());
   if (out != x) use_large_pages(out, B * Y * X * K);
 #pragma omp parallel num_threads(threads)
   {
     const int64_t id = omp_get_thread_num(), all = omp_get_num_threads();
     const int64_t from = rows * id / all, to = rows * (id + 1) / all;
-    float* own_edges = edges.data + 2 * size * id;
+    float* own_halo = halo.data + 2 * row_size * id;
     if (from < to) {
       const int64_t b = from / (Y / 4), end = (to - 1) / (Y / 4);
       const int64_t above = from % (Y / 4) * 4 - 1, below = ((to - 1) % (Y / 4) + 1) * 4;
-      const int64_t bytes = (enlarge ? size / 2 : size) * 4;
-      if (above >= 0) std::memcpy(own_edges, source_row(job, b, above), bytes);
-      if (below < Y) std::memcpy(own_edges + size, source_row(job, end, below), bytes);
+      const int64_t bytes = (upsample ? row_size / 2 : row_size) * 4;
+      if (above >= 0) std::memcpy(own_halo, source_row(conv, b, above), bytes);
+      if (below < Y) std::memcpy(own_halo + row_size, source_row(conv, end, below), bytes);
     }
-    transform_kernel(job, kernel);  // ends with a barrier, so that edges are copied before writes
-    run(job, kernel, from, to, own_edges);
+    // Ends with a barrier, so that all halos are copied before anybody writes.
+    transform_filters(conv, filters);
+    convolve(conv, filters, from, to, own_halo);
   }
 }

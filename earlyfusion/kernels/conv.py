@@ -3,12 +3,13 @@
 F(4 x 4, 3 x 3): a tile of 6 x 6 values gives 4 x 4 results through 36 products instead of 144. For
 inference on a CPU in fp32, in compiled code (`conv.cpp`). Choices:
 
-- the points are 0, +-sqrt(1/2), +-sqrt(2) and infinity: with them fp32 errs as little as a direct
-  convolution does (1.1 to 1.3e-6 of the norm; with 0, +-1, +-2 it is 2.4 to 2.8e-6);
+- the interpolation points are 0, +-sqrt(1/2), +-sqrt(2) and infinity: with them fp32 errs as
+  little as a direct convolution does (1.1 to 1.3e-6 of the norm; with 0, +-1, +-2 it is 2.4 to
+  2.8e-6);
 - a block of tiles goes through all steps while it is in the processor's cache, so that norm, swish,
   upsampling and the sum with the shortcut need no extra pass over memory, and the result may
   overwrite the input;
-- the kernel is transformed in each call: weights may be trained or loaded in place;
+- the filters are transformed in each call: weights may be trained or loaded in place;
 - a value depends neither on the number of threads nor on the other pictures, so that the same codes
   always give the same pixels; therefore 1 x 1 convolutions and the sums of norms are here too:
   torch's differ in the last bit;
@@ -37,8 +38,8 @@ from torch import Tensor, nn
 
 from earlyfusion.kernels import native
 
-_POINTS, _LANES = 36, 16  # points of a tile, floats of a vector
-_PIECE = 1024  # pixels of a picture that share one sum, as in conv.cpp
+_POINTS, _VECTOR = 36, 16  # elements of a transformed tile, floats of a vector
+_SUM_PIXELS = 1024  # pixels of a picture that share one sum, as in conv.cpp
 
 
 class Factors(NamedTuple):
@@ -137,9 +138,9 @@ def conv3x3(
     k = len(weight_KC33)
     out_BYXK = x_BYXC if in_place else empty(b, y, x, k)
     inputs = (x_BYXC, weight_KC33, bias_K, plus_BYXK, *(before or (None, None)))
-    kernel = empty(_POINTS * c * -(-k // _LANES) * _LANES)
+    filters = empty(_POINTS * c * -(-k // _VECTOR) * _VECTOR)
     sizes = (b, y, x, c, k, int(upsample))
-    _call("conv3x3", inputs, (out_BYXK, kernel), *sizes)
+    _call("conv3x3", inputs, (out_BYXK, filters), *sizes)
     return out_BYXK
 
 
@@ -149,7 +150,7 @@ def conv1x1(
     """A 1 x 1 convolution, plus `plus`: [B, Y, X, K], in fp32. C must be a multiple of 16."""
     *size, c = x_BYXC.shape
     k = len(weight_KC11)
-    out_BYXK, panels = empty(*size, k), empty(c * -(-k // _LANES) * _LANES)
+    out_BYXK, panels = empty(*size, k), empty(c * -(-k // _VECTOR) * _VECTOR)
     _call("conv1x1", (x_BYXC, weight_KC11, bias_K, plus_BYXK), (out_BYXK, panels),
           math.prod(size), c, k)  # fmt: skip
     return out_BYXK
@@ -160,8 +161,8 @@ def norm_factors(norm: nn.GroupNorm, x_BYXC: Tensor) -> Factors:
     16."""
     b, y, x, c = x_BYXC.shape
     factors = Factors(torch.empty(b, c), torch.empty(b, c))
-    sums = torch.empty(b, -(-y * x // _PIECE), 2, c, dtype=torch.float64)
-    _call("norm", (x_BYXC, norm.weight, norm.bias), (*factors, sums),
+    sums = torch.empty(b, -(-y * x // _SUM_PIXELS), 2, c, dtype=torch.float64)
+    _call("group_norm", (x_BYXC, norm.weight, norm.bias), (*factors, sums),
           norm.eps, b, y * x, c, norm.num_groups)  # fmt: skip
     return factors
 
@@ -184,7 +185,7 @@ def _library() -> ctypes.CDLL | None:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         library.earlyfusion_conv3x3.argtypes = [pointer] * 8 + [number] * 7
         library.earlyfusion_conv1x1.argtypes = [pointer] * 6 + [number] * 4
-        library.earlyfusion_norm.argtypes = [pointer] * 6 + [ctypes.c_double] + [number] * 5
-        for function in ("conv3x3", "conv1x1", "norm"):
+        library.earlyfusion_group_norm.argtypes = [pointer] * 6 + [ctypes.c_double] + [number] * 5
+        for function in ("conv3x3", "conv1x1", "group_norm"):
             getattr(library, f"earlyfusion_{function}").restype = None
     return library

@@ -1,14 +1,15 @@
-// One step of the transformer on a CPU: every layer inside one parallel region.
+// One step of the transformer on a CPU: all layers inside one parallel region.
 //
 // A step has R rows, one new token each, which share each read of the weights. The rows of a prompt
-// have one block table and consecutive positions. Threads share the rows of weights (`Shares`); each has its own copy
-// of the residual stream and of the inputs of a product, so that a layer needs five barriers: after
-// the queries, the attention, its output, the gates and the end (six if rows share a sequence).
+// have one block table and consecutive positions. Threads share the rows of weights
+// (`RowPartition`). Each has its own copy of the residual stream and of the input of a product, so
+// that a layer needs five barriers: after the products of q, k and v, after attention, its output
+// projection, SwiGLU and the down projection (six if rows share a sequence).
 //
-// The result of a row depends, to the bit, on its token, its position and the keys and values before
-// it: not on the rows beside it, on how a prompt was cut, or on the number of threads. For this
-// every sum is added up in one order, and every function that rounds is compiled once (ONE_COPY) or
-// says how it rounds (`fused`). Products are in products.h.
+// The result of a row depends, to the bit, on its token, its position and the keys and values
+// before it: not on the rows beside it, on how a prompt was cut, or on the number of threads. For
+// this every sum is added up in one order, and every function that rounds is compiled once
+// (NOINLINE) or says how it rounds (`fmadd`). The products are in gemm.h.
 //
 // Names: R rows, D width, N query heads, K key heads, H head width, F inner width.
 
@@ -21,7 +22,7 @@
 #include <type_traits>
 
 #include "draw.h"
-#include "products.h"
+#include "gemm.h"
 #include "simd.h"
 
 namespace {
@@ -31,22 +32,22 @@ namespace {
 struct Layer {
   Matrix q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj;
   const float *attention_norm, *feed_forward_norm;
-  const float *q_weight, *q_bias, *k_weight, *k_bias;  // norms of the heads
+  const float *q_weight, *q_bias, *k_weight, *k_bias;  // norms over a head
 };
 
 struct Model {
   int64_t layer_count, D, N, K, H, F;
-  int64_t norm_after;  // 1: norms of the branches' outputs (the 34B), 0: of their inputs
+  int64_t norm_after;  // 1: norms of the sublayers' outputs (the 34B), 0: of their inputs
   int64_t cache_format, block_size;  // block_size: tokens, a multiple of 16
   float eps;
   const Layer* layers;
   const float *final_norm, *cos, *sin;  // cos, sin: [positions, H / 2]
   void* kv;                             // [blocks, layer_count, 2, K, block_size, H]
-  float* kv_scales;                     // of an int8 cache: the same without H
+  float* kv_scales;  // of an int8 cache: one per vector, the same shape without H
 };
 
-// A barrier. OpenMP's own keeps spinning, which costs whole time slices where a thread shares its
-// core with another process; this one yields the core after a while.
+// A barrier. OpenMP's own spins for long, which costs whole time slices where a thread shares its
+// core with another process; this one soon yields the core.
 class Barrier {
  public:
   void wait() {
@@ -60,7 +61,8 @@ class Barrier {
     for (int64_t spins = 0; round_.load(std::memory_order_acquire) == round; spins++) {
       if (spins > 10000) std::this_thread::yield();
 #if defined(__x86_64__)
-      else __builtin_ia32_pause();
+      else
+        __builtin_ia32_pause();
 #endif
     }
   }
@@ -71,70 +73,71 @@ class Barrier {
 
 // ---- the steps of a layer
 
-// Inlined in two places, a function may round in two ways (see `fused`).
-#define ONE_COPY __attribute__((noinline))
+// For functions that round: inlined in two places, one might round in two ways (see `fmadd`).
+#define NOINLINE __attribute__((noinline))
 
 // The sum of (x - mean)^2.
-float squares(const float* x, int64_t n, float mean) {
+float squared_deviations(const float* x, int64_t n, float mean) {
   floats16 total = {};
   int64_t i = 0;
   for (; i + 16 <= n; i += 16) {
     const floats16 off = load(x + i) - mean;
     total += off * off;
   }
-  float s = sum(total);
+  float s = horizontal_sum(total);
   for (; i < n; i++) s += (x[i] - mean) * (x[i] - mean);
   return s;
 }
 
-ONE_COPY void rms_norm(const float* __restrict x, const float* __restrict weight, int64_t n,
+NOINLINE void rms_norm(const float* __restrict x, const float* __restrict weight, int64_t n,
                        float eps, float* __restrict y) {
-  const float scale = 1.0f / std::sqrt(squares(x, n, 0) / n + eps);
+  const float scale = 1.0f / std::sqrt(squared_deviations(x, n, 0) / n + eps);
   for (int64_t i = 0; i < n; i++) y[i] = x[i] * scale * weight[i];
 }
 
-// The input of a product: rows as they are.
-void copy_rounded(const float* x, int64_t R, int64_t D, const Input& in) {
-  for (int64_t row = 0; row < R; row++) in.put(row, 0, x + row * D, D);
+// Stores rows as the input of a product.
+void store_input(const float* x, int64_t R, int64_t D, const Input& in) {
+  for (int64_t row = 0; row < R; row++) in.store(row, 0, x + row * D, D);
 }
 
-// The input of a product: rows after their norm.
-void norm_rounded(const float* x, const float* weight, int64_t R, int64_t D, float eps,
-                  const Input& in) {
+// Stores rows after their norm as the input of a product.
+void store_normed_input(const float* x, const float* weight, int64_t R, int64_t D, float eps,
+                        const Input& in) {
   for (int64_t row = 0; row < R; row++) {
     float* y = in.fp32 + row * in.stride;
     rms_norm(x + row * D, weight, D, eps, y);
-    if (in.rounded) Input::round(in.rounded + row * in.stride, y, D);
+    if (in.bf16) Input::to_bf16(in.bf16 + row * in.stride, y, D);
   }
 }
 
-// x += y, or x += norm(y) with a `weight`: where norms come after the branches.
-void add(float* x, const float* y, int64_t y_stride, const float* weight, int64_t R, int64_t D, float eps,
-         float* scratch) {
+// x += y, or x += norm(y) with a `weight`, for models whose norms come after the sublayers.
+void add_residual(float* x, const float* y, int64_t y_stride, const float* weight, int64_t R,
+                  int64_t D, float eps, float* scratch) {
   for (int64_t row = 0; row < R; row++) {
-    const float* branch = y + row * y_stride;
+    const float* sublayer = y + row * y_stride;
     if (weight) {
-      rms_norm(branch, weight, D, eps, scratch);
-      branch = scratch;
+      rms_norm(sublayer, weight, D, eps, scratch);
+      sublayer = scratch;
     }
-    for (int64_t i = 0; i < D; i++) x[row * D + i] += branch[i];
+    for (int64_t i = 0; i < D; i++) x[row * D + i] += sublayer[i];
   }
 }
 
-float total(const float* x, int64_t n) {
+float sum_of(const float* x, int64_t n) {
   floats16 parts = {};
   int64_t i = 0;
   for (; i + 16 <= n; i += 16) parts += load(x + i);
-  float s = sum(parts);
+  float s = horizontal_sum(parts);
   for (; i < n; i++) s += x[i];
   return s;
 }
 
-// LayerNorm over one head, then rotation of the pairs (i, i + H / 2); its eps is fixed.
-ONE_COPY void head_norm_and_rotate(const float* x, const float* weight, const float* bias,
-                                   const float* cos, const float* sin, int64_t H,
-                                   float* __restrict y) {
-  const float mean = total(x, H) / H, scale = 1.0f / std::sqrt(squares(x, H, mean) / H + 1e-5f);
+// LayerNorm over one head, then RoPE on the pairs (i, i + H / 2); the eps of the norm is fixed.
+NOINLINE void layer_norm_and_rope(const float* x, const float* weight, const float* bias,
+                                  const float* cos, const float* sin, int64_t H,
+                                  float* __restrict y) {
+  const float mean = sum_of(x, H) / H,
+              scale = 1.0f / std::sqrt(squared_deviations(x, H, mean) / H + 1e-5f);
   const int64_t half = H / 2;
   for (int64_t i = 0; i < half; i++) {
     const float a = (x[i] - mean) * scale * weight[i] + bias[i];
@@ -144,112 +147,112 @@ ONE_COPY void head_norm_and_rotate(const float* x, const float* weight, const fl
   }
 }
 
-// Entries of the cache in its dtype.
-inline void store_rounded(float* at, const float* x, int64_t n) {
+// Stores a key or value in the dtype of the cache.
+inline void store_in_cache(float* at, const float* x, int64_t n) {
   std::memcpy(at, x, n * sizeof(float));
 }
-inline void store_rounded(uint16_t* at, const float* x, int64_t n) {
-  for (int64_t i = 0; i < n; i++) at[i] = as_bf16(x[i]);
+inline void store_in_cache(uint16_t* at, const float* x, int64_t n) {
+  for (int64_t i = 0; i < n; i++) at[i] = float_to_bf16(x[i]);
 }
 
-// Returns the scale: the largest entry becomes +-127.
-inline float store_rounded(int8_t* at, const float* x, int64_t n) {
-  float most = 0;
-  for (int64_t i = 0; i < n; i++) most = std::max(most, std::fabs(x[i]));
-  const float scale = most / 127, inverse = scale > 0 ? 1 / scale : 0;
+// Returns the scale: the element of largest absolute value becomes +-127.
+inline float store_in_cache(int8_t* at, const float* x, int64_t n) {
+  float largest = 0;
+  for (int64_t i = 0; i < n; i++) largest = std::max(largest, std::fabs(x[i]));
+  const float scale = largest / 127, inverse = scale > 0 ? 1 / scale : 0;
   for (int64_t i = 0; i < n; i++) at[i] = int8_t(std::nearbyint(x[i] * inverse));
   return scale;
 }
 
-inline float value(int8_t x) { return x; }
-inline float value(float x) { return x; }
-inline float value(uint16_t x) { return as_float(x); }
+inline float to_float(int8_t x) { return x; }
+inline float to_float(float x) { return x; }
+inline float to_float(uint16_t x) { return bf16_to_float(x); }
 
 template <class T>
 float dot(const float* q, const T* k, int64_t H) {
   floats16 total = {};
   int64_t i = 0;
-#if defined(VECTORS_OF_EIGHT)
+#if defined(USE_AVX2)
   __m256 low = _mm256_setzero_ps(), high = low;
   for (; i + 16 <= H; i += 16) {
-    low = _mm256_fmadd_ps(eight(q + i), eight(k + i), low);
-    high = _mm256_fmadd_ps(eight(q + i + 8), eight(k + i + 8), high);
+    low = _mm256_fmadd_ps(load8(q + i), load8(k + i), low);
+    high = _mm256_fmadd_ps(load8(q + i + 8), load8(k + i + 8), high);
   }
   std::memcpy(&total, &low, 32);
   std::memcpy(reinterpret_cast<char*>(&total) + 32, &high, 32);
 #else
-  for (; i + 16 <= H; i += 16) total = fused(load(q + i), load(k + i), total);
+  for (; i + 16 <= H; i += 16) total = fmadd(load(q + i), load(k + i), total);
 #endif
-  float s = sum(total);
-  for (; i < H; i++) s += q[i] * value(k[i]);
+  float s = horizontal_sum(total);
+  for (; i < H; i++) s += q[i] * to_float(k[i]);
   return s;
 }
 
-// The products of one query and the keys of sixteen consecutive positions.
+// The dot products of one query with the keys of 16 consecutive positions.
 template <class T>
 floats16 dots16(const float* q, const T* k, int64_t H) {
-#if defined(VECTORS_OF_EIGHT)
+#if defined(USE_AVX2)
   float out[16];
   for (int p = 0; p < 16; p += 4) {
     __m256 low[4] = {}, high[4] = {};
     for (int64_t i = 0; i < H; i += 16) {
-      const __m256 q_low = eight(q + i), q_high = eight(q + i + 8);
+      const __m256 q_low = load8(q + i), q_high = load8(q + i + 8);
 #pragma GCC unroll 4
       for (int j = 0; j < 4; j++) {
-        low[j] = _mm256_fmadd_ps(q_low, eight(k + (p + j) * H + i), low[j]);
-        high[j] = _mm256_fmadd_ps(q_high, eight(k + (p + j) * H + i + 8), high[j]);
+        low[j] = _mm256_fmadd_ps(q_low, load8(k + (p + j) * H + i), low[j]);
+        high[j] = _mm256_fmadd_ps(q_high, load8(k + (p + j) * H + i + 8), high[j]);
       }
     }
-    _mm_storeu_ps(out + p, four_sums(low, high));
+    _mm_storeu_ps(out + p, horizontal_sums4(low, high));
   }
   return load(out);
 #else
   floats16 products[16] = {};
   for (int64_t i = 0; i < H; i += 16) {
     const floats16 here = load(q + i);
-    for (int p = 0; p < 16; p++) products[p] = fused(here, load(k + p * H + i), products[p]);
+    for (int p = 0; p < 16; p++) products[p] = fmadd(here, load(k + p * H + i), products[p]);
   }
-  return sums<16>(products);
+  return horizontal_sums<16>(products);
 #endif
 }
 
-// `count` vectors that are read soon.
+// `count` keys or values that are read next, for prefetching.
 template <class T>
-struct Following {
+struct NextKV {
   const T* at;
   int64_t count, H;
 
-  // Those from the p-th one on, `number` at most.
-  void fetch(int64_t p, int64_t number) const {
+  // Prefetches at most `number` of them from the p-th on.
+  void prefetch(int64_t p, int64_t number) const {
     const T *line = at + p * H, *end = at + std::min(p + number, count) * H;
-    for (; line < end; line += 64 / sizeof(T)) ::fetch(line, 0);
+    for (; line < end; line += 64 / sizeof(T)) ::prefetch(line, 0);
   }
 };
 
-// Keys or values of one head of a sequence, which lie in the blocks of its table; `scales`, one per
-// position, only in int8.
+// The keys or the values of one head of a sequence, which lie in the blocks of its table. `scales`,
+// one per position, only in int8.
 template <class T>
 struct CachedHead {
   T* data;  // of block 0
   float* scales;
   const int64_t* table;
   int64_t stride, size, H;  // stride: vectors from one block to the next; size: tokens of a block
-  const T* next = nullptr;  // what is read after these, fetched with the last block
+  const T* next = nullptr;  // a block to prefetch with the last one
 
   T* block(int64_t number) const { return data + table[number] * stride * H; }
   float* scales_of(int64_t number) const { return scales + table[number] * stride; }
 
-  void put(int64_t position, const float* x) const {
+  void store(int64_t position, const float* x) const {
     const int64_t number = position / size, offset = position % size;
     T* at = block(number) + offset * H;
     if constexpr (std::is_same_v<T, int8_t>)
-      scales_of(number)[offset] = store_rounded(at, x, H);
+      scales_of(number)[offset] = store_in_cache(at, x, H);
     else
-      store_rounded(at, x, H);
+      store_in_cache(at, x, H);
   }
 
-  // An int8 vector's scale is a factor of its score, or of its share in the result.
-  void scale(float* __restrict weights, int64_t length) const {
+  // Multiplies scores with the scales of int8 keys, or softmax weights with those of int8 values.
+  void apply_scales(float* __restrict weights, int64_t length) const {
     if (!scales) return;
     for (int64_t first = 0; first < length; first += size) {
       const float* here = scales_of(first / size);
@@ -258,148 +261,162 @@ struct CachedHead {
     }
   }
 
-  // Positions are read one block after the other: `read(first, count, at, ahead)` gets the vectors
-  // of `count` positions from `first` on, and what is to be fetched meanwhile.
-  template <class Read>
-  void each_block(int64_t length, Read read) const {
+  // Visits the blocks in order: `visit(first, count, at, ahead)` gets the vectors of `count`
+  // positions from `first` on, and the next block for prefetching.
+  template <class Visit>
+  void for_each_block(int64_t length, Visit visit) const {
     for (int64_t first = 0; first < length; first += size) {
       const int64_t number = first / size, left = length - first - size;
-      const Following<T> ahead = left > 0 ? Following<T>{block(number + 1), std::min(size, left), H}
-                                          : Following<T>{next, next ? std::min(size, length) : 0, H};
-      read(first, std::min(size, length - first), block(number), ahead);
+      const NextKV<T> ahead = left > 0 ? NextKV<T>{block(number + 1), std::min(size, left), H}
+                                       : NextKV<T>{next, next ? std::min(size, length) : 0, H};
+      visit(first, std::min(size, length - first), block(number), ahead);
     }
   }
 };
 
 // scores[p] = q . k[p] * scale, for `length` positions.
 template <class T>
-void score(const CachedHead<T>& k, const float* q, int64_t length, float scale, float* scores) {
+void attention_scores(const CachedHead<T>& k, const float* q, int64_t length, float scale,
+                      float* scores) {
   const int64_t H = k.H;
-  k.each_block(length, [&](int64_t first, int64_t count, const T* at, const Following<T>& ahead) {
+  k.for_each_block(length, [&](int64_t first, int64_t count, const T* at, const NextKV<T>& ahead) {
     int64_t p = 0;
-    // The last sixteen may be stale keys past `length`: `soften` sets their scores to -inf.
+    // The last 16 keys may be stale beyond `length`: `softmax_numerators` sets their scores to
+    // -inf.
     for (; H % 16 == 0 && p < count; p += 16) {
-      ahead.fetch(p, p + 16 < count ? 16 : k.size);
+      ahead.prefetch(p, p + 16 < count ? 16 : k.size);
       store(scores + first + p, dots16(q, at + p * H, H) * scale);
     }
     for (; p < count; p++) scores[first + p] = dot(q, at + p * H, H) * scale;
   });
 }
 
-// ---- rows of one sequence at consecutive positions, which read each key and value together. Scores and results
-// are added up in the order of `score` and `blend`; rows of `q` and `scores` are a stride apart.
+// ---- a tile of queries: rows of one sequence at consecutive positions
+//
+// Each key and value is read once for the whole tile. Sums are in the order of `attention_scores`
+// and `weighted_values`. Rows of `q`, `scores` and `weights` are a stride apart.
 
-#if defined(VECTORS_OF_EIGHT)
-const int TILE_ROWS = 24, LEAST_ROWS = 3;  // at most, and from which on this pays
+#if defined(USE_AVX2)
+const int MAX_QUERIES = 24, MIN_QUERIES = 3;  // of a tile; with fewer, single rows are faster
 
-// The products of N keys and 8 V queries, out: [N, 8 V]. A lane is a query here: the sixteen sums of a score are
-// kept apart and added up in their order, as in panels.h, of which two are computed at a time.
-template <int V, int N>
-ONE_COPY void scores_of(const float* queries_HV, const float* keys, int64_t H, float scale, float* out) {
-  const int width = 8 * V;
-  __m256 kept[4][N][V];  // sums of sums, by level
+// out [NK, 8 NV] = keys [NK, H] . queries [H, 8 NV] * scale. A lane is a query. The 16 partial sums
+// of a score are computed two at a time and added up in the order of all kernels, as in
+// gemm_avx2_packed.h.
+template <int NV, int NK>
+NOINLINE void scores_microkernel(const float* queries_HV, const float* keys, int64_t H, float scale,
+                                 float* out) {
+  const int width = 8 * NV;
+  __m256 subtotals[4][NK][NV];  // subtotals by level
 #pragma GCC unroll 8
-  for (int pair = 0; pair < SUMS / 2; pair++) {
-    __m256 sum[2][N][V] = {};
-    for (int64_t i = 0; i < H; i += SUMS) {
+  for (int pair = 0; pair < PARTIALS / 2; pair++) {
+    __m256 sum[2][NK][NV] = {};
+    for (int64_t i = 0; i < H; i += PARTIALS) {
 #pragma GCC unroll 2
-      for (int side = 0; side < 2; side++) {
-        const int64_t at = i + ORDER[2 * pair + side];
-        __m256 entry[N];
+      for (int s = 0; s < 2; s++) {
+        const int64_t at = i + BIT_REVERSED[2 * pair + s];
+        __m256 key[NK];
 #pragma GCC unroll 4
-        for (int j = 0; j < N; j++) hold(entry[j] = _mm256_broadcast_ss(keys + j * H + at));
+        for (int j = 0; j < NK; j++)
+          keep_in_register(key[j] = _mm256_broadcast_ss(keys + j * H + at));
 #pragma GCC unroll 3
-        for (int g = 0; g < V; g++) {
+        for (int g = 0; g < NV; g++) {
           __m256 query = _mm256_load_ps(queries_HV + at * width + 8 * g);
-          hold(query);
+          keep_in_register(query);
 #pragma GCC unroll 4
-          for (int j = 0; j < N; j++) sum[side][j][g] = _mm256_fmadd_ps(query, entry[j], sum[side][j][g]);
+          for (int j = 0; j < NK; j++) sum[s][j][g] = _mm256_fmadd_ps(query, key[j], sum[s][j][g]);
         }
       }
     }
-    const int level = pair == 7 ? 3 : pair % 4 == 3 ? 2 : pair % 2;  // ones at the end of `pair`
+    const int level = pair == 7 ? 3 : pair % 4 == 3 ? 2 : pair % 2;  // trailing ones of `pair`
 #pragma GCC unroll 4
-    for (int j = 0; j < N; j++)
+    for (int j = 0; j < NK; j++)
 #pragma GCC unroll 3
-      for (int g = 0; g < V; g++) {
+      for (int g = 0; g < NV; g++) {
         __m256 total = _mm256_add_ps(sum[0][j][g], sum[1][j][g]);
 #pragma GCC unroll 3
-        for (int l = 0; l < level; l++) total = _mm256_add_ps(kept[l][j][g], total);
-        kept[level][j][g] = total;
+        for (int l = 0; l < level; l++) total = _mm256_add_ps(subtotals[l][j][g], total);
+        subtotals[level][j][g] = total;
       }
   }
 #pragma GCC unroll 4
-  for (int j = 0; j < N; j++)
+  for (int j = 0; j < NK; j++)
 #pragma GCC unroll 3
-    for (int g = 0; g < V; g++)
-      _mm256_store_ps(out + j * width + 8 * g, _mm256_mul_ps(kept[3][j][g], _mm256_set1_ps(scale)));
+    for (int g = 0; g < NV; g++)
+      _mm256_store_ps(out + j * width + 8 * g,
+                      _mm256_mul_ps(subtotals[3][j][g], _mm256_set1_ps(scale)));
 }
 
-inline const float* as_floats(const float* x, int64_t, float*) { return x; }
+inline const float* to_floats(const float* x, int64_t, float*) { return x; }
 
 template <class T>
-const float* as_floats(const T* x, int64_t n, float* room) {
-  for (int64_t i = 0; i < n; i += 8) _mm256_store_ps(room + i, eight(x + i));
-  return room;
+const float* to_floats(const T* x, int64_t n, float* scratch) {
+  for (int64_t i = 0; i < n; i += 8) _mm256_store_ps(scratch + i, load8(x + i));
+  return scratch;
 }
 
-// `score` for `count` queries, at most 8 V; `room` is for TILE_SCRATCH * H floats. The last keys of sixteen may be
-// stale, as in `score`.
-const int TILE_SCRATCH = TILE_ROWS + 8 + 12;
+// Queries, keys as floats, and scores of 8 keys, in vectors of H floats; H is at least 16.
+const int SCRATCH_VECTORS = MAX_QUERIES + 8 + 12;
 
-template <int V, class T>
-void score_tile(const CachedHead<T>& k, const float* q, int64_t q_stride, int64_t count, int64_t length,
-                float scale, float* scores, int64_t scores_stride, float* room) {
+// `attention_scores` for `count` queries, at most 8 NV. The last 16 keys may be stale, as there.
+
+template <int NV, class T>
+void attention_scores_tile(const CachedHead<T>& k, const float* q, int64_t q_stride, int64_t count,
+                           int64_t length, float scale, float* scores, int64_t scores_stride,
+                           float* scratch) {
   const int64_t H = k.H;
-  const int width = 8 * V, keys = V == 1 ? 4 : 2;
-  float *queries_HV = room, *floats = room + H * width, *out = floats + 8 * H;
-  __m256i turned_rows[8];
-  for (int g = 0; g < V; g++) {
-    const Eight rows(q + 8 * g * q_stride, q_stride, std::min<int64_t>(8, count - 8 * g));
+  const int width = 8 * NV, keys = NV == 1 ? 4 : 2;
+  float *queries_HV = scratch, *floats = scratch + H * width, *out = floats + 8 * H;
+  __m256i transposed[8];
+  for (int g = 0; g < NV; g++) {
+    const EightRows rows(q + 8 * g * q_stride, q_stride, std::min<int64_t>(8, count - 8 * g));
     for (int64_t i = 0; i < H; i += 8) {
-      turned(rows, 4 * i, turned_rows);
+      transpose8x8(rows, 4 * i, transposed);
       for (int r = 0; r < 8; r++)
-        _mm256_store_ps(queries_HV + (i + r) * width + 8 * g, _mm256_castsi256_ps(turned_rows[r]));
+        _mm256_store_ps(queries_HV + (i + r) * width + 8 * g, _mm256_castsi256_ps(transposed[r]));
     }
   }
-  k.each_block(length, [&](int64_t first, int64_t here, const T* at, const Following<T>&) {
+  k.for_each_block(length, [&](int64_t first, int64_t here, const T* at, const NextKV<T>&) {
     for (int64_t p = 0; p < here; p += 8) {
-      const float* vectors = as_floats(at + p * H, 8 * H, floats);
+      const float* vectors = to_floats(at + p * H, 8 * H, floats);
       for (int j = 0; j < 8; j += keys)
-        scores_of<V, keys>(queries_HV, vectors + j * H, H, scale, out + j * width);
-      for (int g = 0; g < V; g++) {
-        turned(Eight(out + 8 * g, width, 8), 0, turned_rows);
+        scores_microkernel<NV, keys>(queries_HV, vectors + j * H, H, scale, out + j * width);
+      for (int g = 0; g < NV; g++) {
+        transpose8x8(EightRows(out + 8 * g, width, 8), 0, transposed);
         for (int r = 0; r < 8; r++)
-          write(scores + (8 * g + r) * scores_stride + first + p, turned_rows[r]);
+          store_vector(scores + (8 * g + r) * scores_stride + first + p, transposed[r]);
       }
     }
   });
 }
 
 template <class T>
-void score_tile(const CachedHead<T>& k, const float* q, int64_t q_stride, int64_t count, int64_t length,
-                float scale, float* scores, int64_t scores_stride, float* room) {
-  const auto score = count > 16 ? score_tile<3, T> : count > 8 ? score_tile<2, T> : score_tile<1, T>;
-  score(k, q, q_stride, count, length, scale, scores, scores_stride, room);
+void attention_scores_tile(const CachedHead<T>& k, const float* q, int64_t q_stride, int64_t count,
+                           int64_t length, float scale, float* scores, int64_t scores_stride,
+                           float* scratch) {
+  const auto kernel = count > 16  ? attention_scores_tile<3, T>
+                      : count > 8 ? attention_scores_tile<2, T>
+                                  : attention_scores_tile<1, T>;
+  kernel(k, q, q_stride, count, length, scale, scores, scores_stride, scratch);
 }
 
-// `blend` for X rows and sixteen columns: each value is read once for all of them.
-template <int X, class T>
-void blend_tile(const CachedHead<T>& v, const float* weights, int64_t weights_stride, int64_t length,
-                int64_t column, float* out) {
+// `weighted_values` for NQ queries and 16 columns: each value is read once for all of them.
+template <int NQ, class T>
+void weighted_values_microkernel(const CachedHead<T>& v, const float* weights,
+                                 int64_t weights_stride, int64_t length, int64_t column,
+                                 float* out) {
   const int64_t H = v.H;
-  __m256 total[X][2] = {};
-  v.each_block(length, [&](int64_t first, int64_t count, const T* at, const Following<T>&) {
-    __m256 acc[X][2];  // in registers
+  __m256 total[NQ][2] = {};
+  v.for_each_block(length, [&](int64_t first, int64_t count, const T* at, const NextKV<T>&) {
+    __m256 acc[NQ][2];  // in registers
     std::memcpy(acc, total, sizeof(total));
     for (int64_t p = 0; p < count; p++) {
       const T* here = at + p * H + column;
       const float* weight = weights + first + p;
-      __m256 low = eight(here), high = eight(here + 8);
-      hold(low);
-      hold(high);
+      __m256 low = load8(here), high = load8(here + 8);
+      keep_in_register(low);
+      keep_in_register(high);
 #pragma GCC unroll 6
-      for (int x = 0; x < X; x++) {
+      for (int x = 0; x < NQ; x++) {
         const __m256 w = _mm256_broadcast_ss(weight + x * weights_stride);
         acc[x][0] = _mm256_fmadd_ps(w, low, acc[x][0]);
         acc[x][1] = _mm256_fmadd_ps(w, high, acc[x][1]);
@@ -407,285 +424,299 @@ void blend_tile(const CachedHead<T>& v, const float* weights, int64_t weights_st
     }
     std::memcpy(total, acc, sizeof(total));
   });
-  for (int x = 0; x < X; x++) std::memcpy(out + x * H + column, total[x], 64);
+  for (int x = 0; x < NQ; x++) std::memcpy(out + x * H + column, total[x], 64);
 }
 
 template <class T>
-void blend_rows(const CachedHead<T>& v, const float* weights, int64_t weights_stride, int64_t count,
-                int64_t length, float* out) {
-  for (int64_t x = 0, X; x < count; x += X) {
-    X = std::min<int64_t>(6, count - x);
-    const auto blend = X == 6   ? blend_tile<6, T>
-                       : X == 5 ? blend_tile<5, T>
-                       : X == 4 ? blend_tile<4, T>
-                       : X == 3 ? blend_tile<3, T>
-                       : X == 2 ? blend_tile<2, T>
-                                : blend_tile<1, T>;
+void weighted_values_tile(const CachedHead<T>& v, const float* weights, int64_t weights_stride,
+                          int64_t count, int64_t length, float* out) {
+  for (int64_t x = 0, nq; x < count; x += nq) {
+    nq = std::min<int64_t>(6, count - x);
+    const auto kernel = nq == 6   ? weighted_values_microkernel<6, T>
+                        : nq == 5 ? weighted_values_microkernel<5, T>
+                        : nq == 4 ? weighted_values_microkernel<4, T>
+                        : nq == 3 ? weighted_values_microkernel<3, T>
+                        : nq == 2 ? weighted_values_microkernel<2, T>
+                                  : weighted_values_microkernel<1, T>;
     for (int64_t column = 0; column < v.H; column += 16)
-      blend(v, weights + x * weights_stride, weights_stride, length, column, out + x * v.H);
+      kernel(v, weights + x * weights_stride, weights_stride, length, column, out + x * v.H);
   }
 }
 #else
-const int TILE_ROWS = 24, LEAST_ROWS = 3, TILE_SCRATCH = 0;  // at most, and from which on this pays
+const int MAX_QUERIES = 24, MIN_QUERIES = 3;  // of a tile; with fewer, single rows are faster
+const int SCRATCH_VECTORS = 0;
 
-// The products of X queries and the keys of four consecutive positions.
-template <int X, class T>
-inline void score_four(const T* keys, int64_t H, const float* q, int64_t q_stride, float scale, float* scores,
-                       int64_t scores_stride) {
-  floats16 products[4 * X] = {};
+// The scores of NQ queries and the keys of four consecutive positions.
+template <int NQ, class T>
+inline void scores_microkernel(const T* keys, int64_t H, const float* q, int64_t q_stride,
+                               float scale, float* scores, int64_t scores_stride) {
+  floats16 products[4 * NQ] = {};
   for (int64_t i = 0; i < H; i += 16) {
     floats16 key[4];
     for (int j = 0; j < 4; j++) key[j] = load(keys + j * H + i);
-    for (int x = 0; x < X; x++) {
+    for (int x = 0; x < NQ; x++) {
       const floats16 here = load(q + x * q_stride + i);
-      for (int j = 0; j < 4; j++) products[4 * x + j] = fused(here, key[j], products[4 * x + j]);
+      for (int j = 0; j < 4; j++) products[4 * x + j] = fmadd(here, key[j], products[4 * x + j]);
     }
   }
   float out[16];
-  store(out, sums<4 * X>(products) * scale);
-  for (int x = 0; x < X; x++) std::memcpy(scores + x * scores_stride, out + 4 * x, 16);
+  store(out, horizontal_sums<4 * NQ>(products) * scale);
+  for (int x = 0; x < NQ; x++) std::memcpy(scores + x * scores_stride, out + 4 * x, 16);
 }
 
-// `score` for `count` queries. The last four keys may be stale, as in `score`.
+// `attention_scores` for `count` queries. The last four keys may be stale, as there.
 template <class T>
-void score_tile(const CachedHead<T>& k, const float* q, int64_t q_stride, int64_t count, int64_t length, float scale,
-                float* scores, int64_t scores_stride, float*) {
+void attention_scores_tile(const CachedHead<T>& k, const float* q, int64_t q_stride, int64_t count,
+                           int64_t length, float scale, float* scores, int64_t scores_stride,
+                           float*) {
   const int64_t H = k.H;
-  k.each_block(length, [&](int64_t first, int64_t here, const T* at, const Following<T>&) {
+  k.for_each_block(length, [&](int64_t first, int64_t here, const T* at, const NextKV<T>&) {
     for (int64_t x = 0; x < count; x += 4) {
-      const int64_t X = std::min<int64_t>(4, count - x);
-      const auto four = X == 4   ? score_four<4, T>
-                        : X == 3 ? score_four<3, T>
-                        : X == 2 ? score_four<2, T>
-                                 : score_four<1, T>;
+      const int64_t nq = std::min<int64_t>(4, count - x);
+      const auto kernel = nq == 4   ? scores_microkernel<4, T>
+                          : nq == 3 ? scores_microkernel<3, T>
+                          : nq == 2 ? scores_microkernel<2, T>
+                                    : scores_microkernel<1, T>;
       for (int64_t p = 0; p < here; p += 4)
-        four(at + p * H, H, q + x * q_stride, q_stride, scale, scores + x * scores_stride + first + p, scores_stride);
+        kernel(at + p * H, H, q + x * q_stride, q_stride, scale,
+               scores + x * scores_stride + first + p, scores_stride);
     }
   });
 }
 
-// `blend` for X rows and 16 W columns: each value is read once for all of them.
-template <int X, int W, class T>
-void blend_tile(const CachedHead<T>& v, const float* weights, int64_t weights_stride, int64_t length, int64_t column,
-                float* out) {
+// `weighted_values` for NQ queries and 16 NV columns: each value is read once for all of them.
+template <int NQ, int NV, class T>
+void weighted_values_microkernel(const CachedHead<T>& v, const float* weights,
+                                 int64_t weights_stride, int64_t length, int64_t column,
+                                 float* out) {
   const int64_t H = v.H;
-  floats16 total[X][W] = {};
-  v.each_block(length, [&](int64_t first, int64_t count, const T* at, const Following<T>&) {
-    floats16 acc[X][W];  // in registers
+  floats16 total[NQ][NV] = {};
+  v.for_each_block(length, [&](int64_t first, int64_t count, const T* at, const NextKV<T>&) {
+    floats16 acc[NQ][NV];  // in registers
     std::memcpy(acc, total, sizeof(total));
     for (int64_t p = 0; p < count; p++) {
-      floats16 values[W];
+      floats16 values[NV];
 #pragma GCC unroll 2
-      for (int j = 0; j < W; j++) values[j] = load(at + p * H + column + 16 * j);
+      for (int j = 0; j < NV; j++) values[j] = load(at + p * H + column + 16 * j);
 #pragma GCC unroll 12
-      for (int x = 0; x < X; x++) {
-        const floats16 weight = splat(weights[x * weights_stride + first + p]);
+      for (int x = 0; x < NQ; x++) {
+        const floats16 weight = broadcast(weights[x * weights_stride + first + p]);
 #pragma GCC unroll 2
-        for (int j = 0; j < W; j++) acc[x][j] = fused(weight, values[j], acc[x][j]);
+        for (int j = 0; j < NV; j++) acc[x][j] = fmadd(weight, values[j], acc[x][j]);
       }
     }
     std::memcpy(total, acc, sizeof(total));
   });
-  for (int x = 0; x < X; x++)
-    for (int j = 0; j < W; j++) store(out + x * H + column + 16 * j, total[x][j]);
+  for (int x = 0; x < NQ; x++)
+    for (int j = 0; j < NV; j++) store(out + x * H + column + 16 * j, total[x][j]);
 }
 
-template <int X, class T>
-void blend_some(const CachedHead<T>& v, const float* weights, int64_t weights_stride, int64_t length, float* out) {
+template <int NQ, class T>
+void weighted_values_rows(const CachedHead<T>& v, const float* weights, int64_t weights_stride,
+                          int64_t length, float* out) {
   int64_t column = 0;
-  for (; column + 32 <= v.H; column += 32) blend_tile<X, 2>(v, weights, weights_stride, length, column, out);
-  if (column < v.H) blend_tile<X, 1>(v, weights, weights_stride, length, column, out);
+  for (; column + 32 <= v.H; column += 32)
+    weighted_values_microkernel<NQ, 2>(v, weights, weights_stride, length, column, out);
+  if (column < v.H)
+    weighted_values_microkernel<NQ, 1>(v, weights, weights_stride, length, column, out);
 }
 
 template <class T>
-void blend_rows(const CachedHead<T>& v, const float* weights, int64_t weights_stride, int64_t count, int64_t length,
-                float* out) {
-  const int most = LANES == 16 ? 12 : 4;  // rows whose sums fit into the registers
-  for (int64_t x = 0, X; x < count; x += X) {
-    X = count - x >= most ? most : count - x >= 4 ? 4 : count - x >= 2 ? 2 : 1;
-    const auto blend = X == 12  ? blend_some<12, T>
-                       : X == 4 ? blend_some<4, T>
-                       : X == 2 ? blend_some<2, T>
-                                : blend_some<1, T>;
-    blend(v, weights + x * weights_stride, weights_stride, length, out + x * v.H);
+void weighted_values_tile(const CachedHead<T>& v, const float* weights, int64_t weights_stride,
+                          int64_t count, int64_t length, float* out) {
+  const int max_nq = LANES == 16 ? 12 : 4;  // queries whose sums fit into the registers
+  for (int64_t x = 0, nq; x < count; x += nq) {
+    nq = count - x >= max_nq ? max_nq : count - x >= 4 ? 4 : count - x >= 2 ? 2 : 1;
+    const auto kernel = nq == 12  ? weighted_values_rows<12, T>
+                        : nq == 4 ? weighted_values_rows<4, T>
+                        : nq == 2 ? weighted_values_rows<2, T>
+                                  : weighted_values_rows<1, T>;
+    kernel(v, weights + x * weights_stride, weights_stride, length, out + x * v.H);
   }
 }
 #endif
 
-// out = sum over `length` positions of weight * v, for 16 W columns of the head from `column` on.
-template <int W, class T>
-void blend(const CachedHead<T>& v, const float* weights, int64_t length, int64_t column, float* out) {
+// out = sum of weights[p] * v[p] over `length` positions, for 16 NV columns from `column` on.
+template <int NV, class T>
+void weighted_values(const CachedHead<T>& v, const float* weights, int64_t length, int64_t column,
+                     float* out) {
   const int64_t H = v.H;
-#if defined(VECTORS_OF_EIGHT)
-  __m256 total[2 * W] = {};
+#if defined(USE_AVX2)
+  __m256 total[2 * NV] = {};
 #else
-  floats16 total[W] = {};
+  floats16 total[NV] = {};
 #endif
-  v.each_block(length, [&](int64_t first, int64_t count, const T* at, const Following<T>& ahead) {
+  v.for_each_block(length, [&](int64_t first, int64_t count, const T* at, const NextKV<T>& ahead) {
     std::remove_reference_t<decltype(total)> acc;  // in registers
     std::memcpy(acc, total, sizeof(total));
     for (int64_t p = 0; p < count; p++) {
       const T* here = at + p * H + column;
       if (p < ahead.count)
-        for (size_t i = 0; i < 16 * W; i += 64 / sizeof(T)) fetch(ahead.at + p * H + column + i, 0);
-#if defined(VECTORS_OF_EIGHT)
+        for (size_t i = 0; i < 16 * NV; i += 64 / sizeof(T))
+          prefetch(ahead.at + p * H + column + i, 0);
+#if defined(USE_AVX2)
       const __m256 weight = _mm256_broadcast_ss(weights + first + p);
 #pragma GCC unroll 16
-      for (int j = 0; j < 2 * W; j++) acc[j] = _mm256_fmadd_ps(weight, eight(here + 8 * j), acc[j]);
+      for (int j = 0; j < 2 * NV; j++)
+        acc[j] = _mm256_fmadd_ps(weight, load8(here + 8 * j), acc[j]);
 #else
-      const floats16 weight = splat(weights[first + p]);
-      for (int j = 0; j < W; j++) acc[j] = fused(weight, load(here + 16 * j), acc[j]);
+      const floats16 weight = broadcast(weights[first + p]);
+      for (int j = 0; j < NV; j++) acc[j] = fmadd(weight, load(here + 16 * j), acc[j]);
 #endif
     }
     std::memcpy(total, acc, sizeof(total));
   });
-#if defined(VECTORS_OF_EIGHT)
+#if defined(USE_AVX2)
 #pragma GCC unroll 16
-  for (int j = 0; j < 2 * W; j++) _mm256_storeu_ps(out + 8 * j, total[j]);
+  for (int j = 0; j < 2 * NV; j++) _mm256_storeu_ps(out + 8 * j, total[j]);
 #else
-  for (int j = 0; j < W; j++) store(out + 16 * j, total[j]);
+  for (int j = 0; j < NV; j++) store(out + 16 * j, total[j]);
 #endif
 }
 
 template <class T>
-void blend(const CachedHead<T>& v, const float* weights, int64_t length, float* out) {
+void weighted_values(const CachedHead<T>& v, const float* weights, int64_t length, float* out) {
   const int64_t H = v.H;
   int64_t i = 0;
-#if !defined(VECTORS_OF_EIGHT)
-  for (; i + 128 <= H; i += 128) blend<8>(v, weights, length, i, out + i);
+#if !defined(USE_AVX2)
+  for (; i + 128 <= H; i += 128) weighted_values<8>(v, weights, length, i, out + i);
 #endif
-  for (; i + 64 <= H; i += 64) blend<4>(v, weights, length, i, out + i);
-  for (; i + 16 <= H; i += 16) blend<1>(v, weights, length, i, out + i);
+  for (; i + 64 <= H; i += 64) weighted_values<4>(v, weights, length, i, out + i);
+  for (; i + 16 <= H; i += 16) weighted_values<1>(v, weights, length, i, out + i);
   for (; i < H; i++) {
     float total = 0;
-    v.each_block(length, [&](int64_t first, int64_t count, const T* at, const Following<T>&) {
-      for (int64_t p = 0; p < count; p++) total += weights[first + p] * value(at[p * H + i]);
+    v.for_each_block(length, [&](int64_t first, int64_t count, const T* at, const NextKV<T>&) {
+      for (int64_t p = 0; p < count; p++) total += weights[first + p] * to_float(at[p * H + i]);
     });
     out[i] = total;
   }
 }
 
-// scores -> e^(score - max); returns their sum. The buffer is padded to sixteens, and what it holds
-// after the last score counts as -inf.
-ONE_COPY float soften(float* scores, int64_t n) {
+// The numerators of softmax, in place: scores[p] = e^(scores[p] - max). Returns their sum. The
+// buffer is padded to a multiple of 16; the padding counts as -inf.
+NOINLINE float softmax_numerators(float* scores, int64_t n) {
   const int parts = 16 / LANES;
   for (int64_t i = n; i % 16; i++) scores[i] = -INFINITY;
-  floats most[parts], total[parts] = {};
-  for (int j = 0; j < parts; j++) most[j] = read<floats>(scores + LANES * j);
+  floats max_parts[parts], total[parts] = {};
+  for (int j = 0; j < parts; j++) max_parts[j] = load_vector<floats>(scores + LANES * j);
   for (int64_t i = 16; i < n; i += 16)
     for (int j = 0; j < parts; j++) {
-      const floats here = read<floats>(scores + i + LANES * j);
-      most[j] = here > most[j] ? here : most[j];
+      const floats here = load_vector<floats>(scores + i + LANES * j);
+      max_parts[j] = here > max_parts[j] ? here : max_parts[j];
     }
-  float top = most[0][0];
-  for (int i = 1; i < 16; i++) top = std::max(top, most[i / LANES][i % LANES]);
+  float max_score = max_parts[0][0];
+  for (int i = 1; i < 16; i++) max_score = std::max(max_score, max_parts[i / LANES][i % LANES]);
   for (int64_t i = 0; i < n; i += 16)
     for (int j = 0; j < parts; j++) {
-      const floats e = exponential(read<floats>(scores + i + LANES * j) - top);
-      write(scores + i + LANES * j, e);
+      const floats e = vector_exp(load_vector<floats>(scores + i + LANES * j) - max_score);
+      store_vector(scores + i + LANES * j, e);
       total[j] += e;
     }
-  return sum(read<floats16>(total));
+  return horizontal_sum(load_vector<floats16>(total));
 }
 
-// One key head of one row: its queries against the `length` keys so far, that of the new token among
-// them.
+// Attention of one row, for the queries that share one key head, over `length` keys, that of the
+// new token included.
 template <class T>
-ONE_COPY void attend(const Model& m, const CachedHead<T>& k, const CachedHead<T>& v, int64_t length,
+NOINLINE void attend(const Model& m, const CachedHead<T>& k, const CachedHead<T>& v, int64_t length,
                      const float* q, float* scores, float* out, const Input& in, int64_t row,
                      int64_t column) {
   const int64_t H = m.H;
   const float scale = 1.0f / std::sqrt(float(H));
   for (int64_t g = 0; g < m.N / m.K; g++) {
-    score(k, q + g * H, length, scale, scores);
-    k.scale(scores, length);
-    const float total = soften(scores, length);
-    v.scale(scores, length);
-    blend(v, scores, length, out);
+    attention_scores(k, q + g * H, length, scale, scores);
+    k.apply_scales(scores, length);
+    const float total = softmax_numerators(scores, length);
+    v.apply_scales(scores, length);
+    weighted_values(v, scores, length, out);
     for (int64_t i = 0; i < H; i++) out[i] /= total;
-    in.put(row, column + g * H, out, H);
+    in.store(row, column + g * H, out, H);
   }
 }
 
 // `attend` for `count` rows of one sequence at consecutive positions, the first of which sees
-// `length` keys. Scores have `scores_stride` floats per row, and so has `q` its own stride.
+// `length` keys.
 template <class T>
-ONE_COPY void attend_tile(const Model& m, const CachedHead<T>& k, const CachedHead<T>& v, int64_t length,
-                          int64_t count, const float* q, int64_t q_stride, float* scores,
-                          int64_t scores_stride, float* out, float* room, const Input& in, int64_t row,
-                          int64_t column) {
+NOINLINE void attend_tile(const Model& m, const CachedHead<T>& k, const CachedHead<T>& v,
+                          int64_t length, int64_t count, const float* q, int64_t q_stride,
+                          float* scores, int64_t scores_stride, float* out, float* scratch,
+                          const Input& in, int64_t row, int64_t column) {
   const int64_t H = m.H, last = length + count - 1;
   const float scale = 1.0f / std::sqrt(float(H));
   for (int64_t g = 0; g < m.N / m.K; g++) {
-    score_tile(k, q + g * H, q_stride, count, last, scale, scores, scores_stride, room);
-    float totals[TILE_ROWS];
+    attention_scores_tile(k, q + g * H, q_stride, count, last, scale, scores, scores_stride,
+                          scratch);
+    float totals[MAX_QUERIES];
     for (int64_t x = 0; x < count; x++) {
       float* here = scores + x * scores_stride;
-      k.scale(here, length + x);
-      totals[x] = soften(here, length + x);
-      v.scale(here, length + x);
+      k.apply_scales(here, length + x);
+      totals[x] = softmax_numerators(here, length + x);
+      v.apply_scales(here, length + x);
       for (int64_t p = length + x; p < last; p++) here[p] = 0;  // keys of later rows
     }
-    blend_rows(v, scores, scores_stride, count, last, out);
+    weighted_values_tile(v, scores, scores_stride, count, last, out);
     for (int64_t x = 0; x < count; x++) {
       for (int64_t i = 0; i < H; i++) out[x * H + i] /= totals[x];
-      in.put(row + x, column + g * H, out + x * H, H);
+      in.store(row + x, column + g * H, out + x * H, H);
     }
   }
 }
 
-// silu(gate) * up, for some columns of all rows; gates and ups have rows of `stride`.
-ONE_COPY void activate(const float* gates, const float* ups, int64_t stride, Range mine, int64_t R,
-                       const Input& inner) {
+// silu(gate) * up, for some columns of all rows; rows of `gates` and `ups` are `stride` floats
+// apart.
+NOINLINE void swiglu(const float* gates, const float* ups, int64_t stride, Range range, int64_t R,
+                     const Input& inner) {
   for (int64_t row = 0; row < R; row++, gates += stride, ups += stride) {
     float* out = inner.fp32 + row * inner.stride;
-    for (int64_t n = mine.first; n < mine.last; n += LANES) {
-      float last[3][LANES] = {};  // where fewer than LANES columns are left
-      const int64_t bytes = (mine.last - n) * sizeof(float);
-      const bool whole = n + LANES <= mine.last;
+    for (int64_t n = range.begin; n < range.end; n += LANES) {
+      float last[3][LANES] = {};  // the last columns, if they are fewer than LANES
+      const int64_t bytes = (range.end - n) * sizeof(float);
+      const bool whole = n + LANES <= range.end;
       if (!whole) {
         std::memcpy(last[0], gates + n, bytes);
         std::memcpy(last[1], ups + n, bytes);
       }
-      const floats gate = read<floats>(whole ? gates + n : last[0]);
-      const floats up = read<floats>(whole ? ups + n : last[1]);
-      write(whole ? out + n : last[2], gate / (1.0f + exponential(-gate)) * up);
+      const floats gate = load_vector<floats>(whole ? gates + n : last[0]);
+      const floats up = load_vector<floats>(whole ? ups + n : last[1]);
+      store_vector(whole ? out + n : last[2], gate / (1.0f + vector_exp(-gate)) * up);
       if (!whole) std::memcpy(out + n, last[2], bytes);
     }
-    if (inner.rounded)
-      Input::round(inner.rounded + row * inner.stride + mine.first, out + mine.first, mine.last - mine.first);
+    if (inner.bf16)
+      Input::to_bf16(inner.bf16 + row * inner.stride + range.begin, out + range.begin,
+                     range.end - range.begin);
   }
 }
 
-// The new tokens of a step. Row r is at position positions[r] of the sequence whose blocks are listed
-// at tables[r].
+// The rows of a step: one new token each. Row r is at position positions[r] of the sequence whose
+// blocks are listed at tables[r].
 struct Rows {
   int64_t count;
   const int64_t* const* tables;
   const int64_t* positions;
   bool shared;  // whether some rows are of one sequence, at consecutive positions
 
-  int64_t longest;  // keys that the last of all positions sees
+  int64_t max_length;  // keys that the row at the last position sees
 
   // Whether row + x continues the sequence of `row`.
   bool follows(int64_t row, int64_t x) const {
-    return row + x < count && tables[row + x] == tables[row] && positions[row + x] == positions[row] + x;
+    return row + x < count && tables[row + x] == tables[row] &&
+           positions[row + x] == positions[row] + x;
   }
 };
 
-// One layer's keys, values and attention for the rows of a step.
+// Attention of one layer for the rows of a step, and the store of their keys and values.
 template <class T>
-struct Heads {
+struct AttentionLayer {
   const Model& m;
   const Layer& l;
   int64_t layer;
   const Rows& rows;
   float* qkv;
   int64_t qkv_width;
-  const Input& attended;
+  const Input& attention_out;
 
   // `values`: 0 for keys, 1 for values.
-  CachedHead<T> cached(int64_t row, int64_t head, int64_t values) const {
+  CachedHead<T> cached_head(int64_t row, int64_t head, int64_t values) const {
     const int64_t first = ((layer * 2 + values) * m.K + head) * m.block_size;
     return {static_cast<T*>(m.kv) + first * m.H,
             m.kv_scales ? m.kv_scales + first : nullptr,
@@ -695,106 +726,110 @@ struct Heads {
             m.H};
   }
 
-  // Stores the key and value of one key head of a row, and rotates the queries that read it.
-  void prepare(int64_t row, int64_t head, float* rotated) const {
+  // Stores a row's key and value of one key head, and applies norm and RoPE to the queries that
+  // share it.
+  void store_kv_and_rotate(int64_t row, int64_t head, float* rotated) const {
     const int64_t H = m.H, group = m.N / m.K, position = rows.positions[row];
     const float *cos = m.cos + position * (H / 2), *sin = m.sin + position * (H / 2);
     float* q = qkv + row * qkv_width;  // of this row: queries, keys, values
     for (int64_t n = head * group * H; n < (head + 1) * group * H; n += H) {
-      head_norm_and_rotate(q + n, l.q_weight + n, l.q_bias + n, cos, sin, H, rotated);
+      layer_norm_and_rope(q + n, l.q_weight + n, l.q_bias + n, cos, sin, H, rotated);
       std::memcpy(q + n, rotated, H * sizeof(float));
     }
     const float *new_k = q + (m.N + head) * H, *new_v = new_k + m.K * H;
-    head_norm_and_rotate(new_k, l.k_weight + head * H, l.k_bias + head * H, cos, sin, H, rotated);
-    cached(row, head, 0).put(position, rotated);
-    cached(row, head, 1).put(position, new_v);
+    layer_norm_and_rope(new_k, l.k_weight + head * H, l.k_bias + head * H, cos, sin, H, rotated);
+    cached_head(row, head, 0).store(position, rotated);
+    cached_head(row, head, 1).store(position, new_v);
   }
 
-  void look_back(int64_t row, int64_t head, float* scratch) const {
+  void attend_row(int64_t row, int64_t head, float* scratch) const {
     const int64_t n = head * (m.N / m.K) * m.H;
     const float* q = qkv + row * qkv_width + n;
-    CachedHead<T> k = cached(row, head, 0), v = cached(row, head, 1);
+    CachedHead<T> k = cached_head(row, head, 0), v = cached_head(row, head, 1);
     k.next = v.block(0);
-    // Values are followed by the keys of the next task.
+    // After the values, the keys of the next task are read.
     if (head + 1 < m.K)
-      v.next = cached(row, head + 1, 0).block(0);
+      v.next = cached_head(row, head + 1, 0).block(0);
     else if (row + 1 < rows.count)
-      v.next = cached(row + 1, 0, 0).block(0);
-    attend(m, k, v, rows.positions[row] + 1, q, scratch + m.H, scratch, attended, row, n);
+      v.next = cached_head(row + 1, 0, 0).block(0);
+    attend(m, k, v, rows.positions[row] + 1, q, scratch + m.H, scratch, attention_out, row, n);
   }
 
-  // The same for `count` rows of one sequence.
-  void look_back_tile(int64_t row, int64_t count, int64_t head, float* scratch) const {
-    const int64_t n = head * (m.N / m.K) * m.H, stride = apart(rows.longest);
-    float *out = scratch, *room = out + TILE_ROWS * m.H, *scores = room + TILE_SCRATCH * m.H;
-    attend_tile(m, cached(row, head, 0), cached(row, head, 1), rows.positions[row] + 1, count,
-                qkv + row * qkv_width + n, qkv_width, scores, stride, out, room, attended, row, n);
+  // `attend_row` for `count` rows of one sequence.
+  void attend_rows(int64_t row, int64_t count, int64_t head, float* scratch) const {
+    const int64_t n = head * (m.N / m.K) * m.H, stride = leading_dimension(rows.max_length);
+    float *out = scratch, *tile_scratch = out + MAX_QUERIES * m.H,
+          *scores = tile_scratch + SCRATCH_VECTORS * m.H;
+    attend_tile(m, cached_head(row, head, 0), cached_head(row, head, 1), rows.positions[row] + 1,
+                count, qkv + row * qkv_width + n, qkv_width, scores, stride, out, tile_scratch,
+                attention_out, row, n);
   }
 
-  static int64_t scratch_size(int64_t H, int64_t longest) {
-    return (TILE_ROWS + TILE_SCRATCH) * H + TILE_ROWS * apart(longest);
+  static int64_t scratch_size(int64_t H, int64_t max_length) {
+    return (MAX_QUERIES + SCRATCH_VECTORS) * H + MAX_QUERIES * leading_dimension(max_length);
   }
 
-  // Work that a row takes, in keys read; preparing it counts as some.
-  int64_t work(int64_t row) const { return rows.positions[row] + 16; }
+  // The cost of a row, in keys read; storing and rotating counts as some.
+  int64_t cost(int64_t row) const { return rows.positions[row] + 16; }
 
-  // Tasks are pairs of a row and a key head. Each thread has a run of them with its share of the
-  // work. If rows share a sequence, later ones look back at keys that other threads store, so all
-  // are stored first; then the tasks of one head follow each other, so that its keys stay in the
-  // processor's cache.
+  // A task is a row and a key head. Each thread has consecutive tasks of about equal total cost. If
+  // rows share a sequence, later ones read keys that other threads store: so all are stored first,
+  // and the tasks of one head follow each other, so that its keys stay in the cache.
   void run(Barrier& barrier, float* scratch) const {
     const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads(), R = rows.count;
     int64_t total = 0;  // of one head
-    for (int64_t row = 0; row < R; row++) total += work(row);
+    for (int64_t row = 0; row < R; row++) total += cost(row);
     const int64_t first = total * m.K * thread / team, last = total * m.K * (thread + 1) / team;
-    int64_t done = 0;  // work before a task: the thread in whose range it begins has the task
+    int64_t done = 0;  // cost before a task: a thread has the tasks that begin in its range
     if (!rows.shared) {
       for (int64_t row = 0; row < R && done < last; row++)
-        for (int64_t head = 0; head < m.K; head++, done += work(row))
+        for (int64_t head = 0; head < m.K; head++, done += cost(row))
           if (done >= first && done < last) {
-            prepare(row, head, scratch);
-            look_back(row, head, scratch);
+            store_kv_and_rotate(row, head, scratch);
+            attend_row(row, head, scratch);
           }
       return;
     }
     for (int64_t task = thread; task < R * m.K; task += team)
-      prepare(task / m.K, task % m.K, scratch);
+      store_kv_and_rotate(task / m.K, task % m.K, scratch);
     barrier.wait();
     for (int64_t head = first / total; head < m.K && head * total < last; head++) {
       done = head * total;
       for (int64_t row = 0; row < R && done < last;) {
-        // A row's result is the same in a tile and alone, so threads may cut them anywhere.
+        // A row's result is the same in a tile and alone, so tiles may be cut anywhere.
         const bool mine = done >= first;
-        int64_t count = 0;  // rows of one sequence that are all of this thread, or of none
-        do done += work(row + count++);
-        while (count < TILE_ROWS && rows.follows(row, count) && done < last && mine == (done >= first));
-        if (mine && count >= LEAST_ROWS && m.H % 16 == 0)
-          look_back_tile(row, count, head, scratch);
+        int64_t count = 0;  // rows of one sequence that are all this thread's, or all not
+        do done += cost(row + count++);
+        while (count < MAX_QUERIES && rows.follows(row, count) && done < last &&
+               mine == (done >= first));
+        if (mine && count >= MIN_QUERIES && m.H % 16 == 0)
+          attend_rows(row, count, head, scratch);
         else if (mine)
-          for (int64_t x = 0; x < count; x++) look_back(row + x, head, scratch);
+          for (int64_t x = 0; x < count; x++) attend_row(row + x, head, scratch);
         row += count;
       }
     }
   }
 };
 
-// The products of a layer, shared among threads.
-struct LayerShares {
-  Shares q, k, v, o, gate_up, down;
+// The products of a layer, partitioned among threads.
+struct LayerPartitions {
+  RowPartition q, k, v, o, gate_up, down;
 
-  LayerShares(const Layer& l, int64_t R, int64_t threads)
-      : q(shares(l.q_proj, R, threads)),
-        k(shares(l.k_proj, R, threads)),
-        v(shares(l.v_proj, R, threads)),
-        o(shares(l.o_proj, R, threads)),
-        gate_up(shares(l.gate_proj, R, threads)),
-        down(shares(l.down_proj, R, threads)) {}
+  LayerPartitions(const Layer& l, int64_t R, int64_t threads)
+      : q(partition(l.q_proj, R, threads)),
+        k(partition(l.k_proj, R, threads)),
+        v(partition(l.v_proj, R, threads)),
+        o(partition(l.o_proj, R, threads)),
+        gate_up(partition(l.gate_proj, R, threads)),
+        down(partition(l.down_proj, R, threads)) {}
 };
 
 template <class T>
 void attention(const Model& m, int64_t layer, const Rows& rows, float* qkv, int64_t qkv_width,
-               const Input& attended, Barrier& barrier, float* scratch) {
-  Heads<T>{m, m.layers[layer], layer, rows, qkv, qkv_width, attended}.run(barrier, scratch);
+               const Input& attention_out, Barrier& barrier, float* scratch) {
+  AttentionLayer<T>{m, m.layers[layer], layer, rows, qkv, qkv_width, attention_out}.run(barrier,
+                                                                                        scratch);
 }
 
 }  // namespace
@@ -813,85 +848,90 @@ void earlyfusion_draw(const Choice* choices, int64_t B, int64_t* drawn, int64_t 
   for (int64_t b = 0; b < B; b++) widest = std::max(widest, choices[b].columns);
 #pragma omp parallel num_threads(std::min(threads, B))
   {
-    Aligned<float> z(widest + 15);
-    Aligned<double> e(widest + 15);
+    AlignedVector<float> z(widest + 15);
+    AlignedVector<double> e(widest + 15);
 #pragma omp for
-    for (int64_t b = 0; b < B; b++) drawn[b] = drawn_column(choices[b], z.data(), e.data());
+    for (int64_t b = 0; b < B; b++) drawn[b] = draw_column(choices[b], z.data(), e.data());
   }
 }
 
-// x_RD: embedded tokens in, states after the final norm out. Each row's token is stored at its
-// position and sees all up to there, what other rows of this call store included.
+// x_RD: embedded tokens in, states after the final norm out. Stores each row's key and value at its
+// position; a row sees all up to there, also what other rows of this call store.
 void earlyfusion_step(const Model* model, int64_t R, float* x_RD, const int64_t* const* tables,
                       const int64_t* positions, int64_t shared, int64_t threads) {
   const Model& m = *model;
-  const Rows rows{R, tables, positions, shared != 0, *std::max_element(positions, positions + R) + 1};
-  const int64_t D = m.D, qkv_width = apart((m.N + 2 * m.K) * m.H), y_width = apart(D), inner_width = apart(m.F);
-  const bool bf16 = reads_bf16(m.layers[0].q_proj);  // all matrices have one format
-  Lease memory;
-  const Input attended = memory.input(R, m.N * m.H, bf16), inner = memory.input(R, m.F, bf16);
-  float *qkv = memory->of<float>(R * qkv_width), *y = memory->of<float>(R * y_width);
-  float *gates = memory->of<float>(R * inner_width), *ups = memory->of<float>(R * inner_width);
-  std::vector<LayerShares> shared_work;
-  for (int64_t i = 0; i < m.layer_count; i++) shared_work.emplace_back(m.layers[i], R, threads);
+  const Rows rows{R, tables, positions, shared != 0,
+                  *std::max_element(positions, positions + R) + 1};
+  const int64_t D = m.D, qkv_width = leading_dimension((m.N + 2 * m.K) * m.H),
+                y_width = leading_dimension(D), inner_width = leading_dimension(m.F);
+  const bool bf16 = takes_bf16_input(m.layers[0].q_proj);  // all matrices have one format
+  ScopedArena arena;
+  const Input attention_out = arena.allocate_input(R, m.N * m.H, bf16),
+              inner = arena.allocate_input(R, m.F, bf16);
+  float *qkv = arena->allocate<float>(R * qkv_width), *y = arena->allocate<float>(R * y_width);
+  float *gates = arena->allocate<float>(R * inner_width),
+        *ups = arena->allocate<float>(R * inner_width);
+  std::vector<LayerPartitions> partitions;
+  for (int64_t i = 0; i < m.layer_count; i++) partitions.emplace_back(m.layers[i], R, threads);
   Barrier barrier;
   const auto attention_in_format = m.cache_format == FP32   ? attention<float>
                                    : m.cache_format == BF16 ? attention<uint16_t>
                                                             : attention<int8_t>;
 #pragma omp parallel num_threads(threads)
   {
-    // Each thread has its own x and computes the same norms and sums: that needs no barrier.
-    Lease own;
-    const Input in = own.input(R, D, bf16);
-    float *x = own->of<float>(R * D), *norm_scratch = own->of<float>(D);
-    float* scratch = own->of<float>(Heads<float>::scratch_size(m.H, rows.longest));
+    // Each thread has its own x and computes the same norms and residual sums: that saves barriers.
+    ScopedArena local_arena;
+    const Input in = local_arena.allocate_input(R, D, bf16);
+    float *x = local_arena->allocate<float>(R * D), *norm_scratch = local_arena->allocate<float>(D);
+    float* scratch =
+        local_arena->allocate<float>(AttentionLayer<float>::scratch_size(m.H, rows.max_length));
     std::memcpy(x, x_RD, R * D * sizeof(float));
-    const auto before_branch = [&](const float* norm) {
+    const auto sublayer_input = [&](const float* norm) {
       if (m.norm_after)
-        copy_rounded(x, R, D, in);
+        store_input(x, R, D, in);
       else
-        norm_rounded(x, norm, R, D, m.eps, in);
+        store_normed_input(x, norm, R, D, m.eps, in);
     };
-    const auto after_branch = [&](const float* norm) {
-      add(x, y, y_width, m.norm_after ? norm : nullptr, R, D, m.eps, norm_scratch);
+    const auto add_sublayer_output = [&](const float* norm) {
+      add_residual(x, y, y_width, m.norm_after ? norm : nullptr, R, D, m.eps, norm_scratch);
     };
     for (int64_t i = 0; i < m.layer_count; i++) {
       const Layer& l = m.layers[i];
-      LayerShares& work = shared_work[i];
-      before_branch(l.attention_norm);
+      LayerPartitions& work = partitions[i];
+      sublayer_input(l.attention_norm);
       {
-        const Operand operand(l.q_proj, in, R);
+        const Gemm gemm(l.q_proj, in, R);
         float *k = qkv + m.N * m.H, *v = k + m.K * m.H;
-        work.q.each([&](Range range) { operand.multiply(l.q_proj, range, qkv, qkv_width); });
-        work.k.each([&](Range range) { operand.multiply(l.k_proj, range, k, qkv_width); });
-        work.v.each([&](Range range) { operand.multiply(l.v_proj, range, v, qkv_width); });
+        work.q.for_each([&](Range range) { gemm.multiply(l.q_proj, range, qkv, qkv_width); });
+        work.k.for_each([&](Range range) { gemm.multiply(l.k_proj, range, k, qkv_width); });
+        work.v.for_each([&](Range range) { gemm.multiply(l.v_proj, range, v, qkv_width); });
       }
       barrier.wait();
-      attention_in_format(m, i, rows, qkv, qkv_width, attended, barrier, scratch);
+      attention_in_format(m, i, rows, qkv, qkv_width, attention_out, barrier, scratch);
       barrier.wait();
       {
-        const Operand operand(l.o_proj, attended, R);
-        work.o.each([&](Range range) { operand.multiply(l.o_proj, range, y, y_width); });
+        const Gemm gemm(l.o_proj, attention_out, R);
+        work.o.for_each([&](Range range) { gemm.multiply(l.o_proj, range, y, y_width); });
       }
       barrier.wait();
-      after_branch(l.attention_norm);
+      add_sublayer_output(l.attention_norm);
 
-      before_branch(l.feed_forward_norm);
+      sublayer_input(l.feed_forward_norm);
       {
-        const Operand operand(l.gate_proj, in, R);
-        work.gate_up.each([&](Range range) {
-          operand.multiply(l.gate_proj, range, gates, inner_width);
-          operand.multiply(l.up_proj, range, ups, inner_width);
-          activate(gates, ups, inner_width, range, R, inner);
+        const Gemm gemm(l.gate_proj, in, R);
+        work.gate_up.for_each([&](Range range) {
+          gemm.multiply(l.gate_proj, range, gates, inner_width);
+          gemm.multiply(l.up_proj, range, ups, inner_width);
+          swiglu(gates, ups, inner_width, range, R, inner);
         });
       }
       barrier.wait();
       {
-        const Operand operand(l.down_proj, inner, R);
-        work.down.each([&](Range range) { operand.multiply(l.down_proj, range, y, y_width); });
+        const Gemm gemm(l.down_proj, inner, R);
+        work.down.for_each([&](Range range) { gemm.multiply(l.down_proj, range, y, y_width); });
       }
       barrier.wait();
-      after_branch(l.feed_forward_norm);
+      add_sublayer_output(l.feed_forward_norm);
     }
 #pragma omp single nowait
     for (int64_t row = 0; row < R; row++)
@@ -899,17 +939,17 @@ void earlyfusion_step(const Model* model, int64_t R, float* x_RD, const int64_t*
   }
 }
 
-// y[R, rows] = x[R, columns] . matrix
-void earlyfusion_multiply(const Matrix* matrix, int64_t R, const float* x, int64_t columns,
-                          float* y, int64_t threads) {
-  Lease memory;
-  const Input in = memory.input(R, columns, reads_bf16(*matrix));
-  copy_rounded(x, R, columns, in);
-  Shares work = shares(*matrix, R, threads);
+// y [R, rows] = x [R, columns] W^T.
+void earlyfusion_gemm(const Matrix* matrix, int64_t R, const float* x, int64_t columns, float* y,
+                      int64_t threads) {
+  ScopedArena arena;
+  const Input in = arena.allocate_input(R, columns, takes_bf16_input(*matrix));
+  store_input(x, R, columns, in);
+  RowPartition work = partition(*matrix, R, threads);
 #pragma omp parallel num_threads(threads)
   {
-    const Operand operand(*matrix, in, R);
-    work.each([&](Range range) { operand.multiply(*matrix, range, y, matrix->rows); });
+    const Gemm gemm(*matrix, in, R);
+    work.for_each([&](Range range) { gemm.multiply(*matrix, range, y, matrix->rows); });
   }
 }
 }

@@ -28,13 +28,13 @@ from earlyfusion.model.rotary import rotary_tables
 from earlyfusion.model.transformer import Block, Transformer
 
 _LINEARS = (nn.Linear, PackedLinear)
-_CACHE_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # `Format` in cpu_step.cpp
+_CACHE_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # `Format` in operands.h
 
 
 class Choice(NamedTuple):
     """What one token is drawn from; pointers are addresses of rows of `columns` entries. The first
     three are guidance's fp32 logits, all the same row without guidance. `blocked` (may not be
-    drawn) and `seen` (gets the penalty) are bools, or None. `text` and `image` are the strengths of
+    drawn) and `seen` (gets the penalty) are bools, or None. `text` and `image` are the scales of
     guidance."""
 
     full: int
@@ -111,16 +111,16 @@ class CpuStep:
         return x_RD
 
     def product(self, weight_OI: Tensor) -> Callable[[Tensor], Tensor]:
-        """x [R, I] -> x W^T [R, O] in fp32, with the weight rounded to the step's bits."""
+        """x [R, I] -> x W^T [R, O] in fp32, with the weight quantised to the step's bits."""
         packed = pack(weight_OI, self.bits)
         # The closure below keeps `packed` alive, into which `matrix` points.
-        matrix, multiply = _matrix(packed), self._library.earlyfusion_multiply
+        matrix, gemm = _matrix(packed), self._library.earlyfusion_gemm
 
         def product(x_RI: Tensor) -> Tensor:
             x_RI = x_RI.float().contiguous()
             rows, columns = x_RI.shape
             y_RO = torch.empty(rows, packed.data.shape[0])
-            multiply(
+            gemm(
                 ctypes.byref(matrix),
                 rows,
                 x_RI.data_ptr(),
@@ -220,7 +220,7 @@ def _projections(block: Block) -> Iterator[tuple[str, nn.Module]]:
         yield from (pair for pair in parent.named_children() if pair[0].endswith("_proj"))
 
 
-# ---- the structures of cpu_step.cpp: same names, same order
+# ---- the structures of cpu_step.cpp and its headers: same names, same order
 
 _POINTER, _NUMBER, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 
@@ -264,7 +264,7 @@ def _matrix(packed: PackedMatrix) -> _Matrix:
         scales=None if packed.scales is None else packed.scales.data_ptr(),
         rows=len(packed.data),
         stride=-(-packed.columns // 64) * 64,
-        format=BITS.index(packed.bits),  # `Format` in cpu_step.cpp has the same order
+        format=BITS.index(packed.bits),  # `Format` in operands.h has the same order
     )
 
 
@@ -276,8 +276,8 @@ def _library() -> ctypes.CDLL | None:
     p, n = _POINTER, _NUMBER
     library.earlyfusion_step.argtypes = [p, n, p, p, p, n, n]
     library.earlyfusion_step.restype = None
-    library.earlyfusion_multiply.argtypes = [p, n, p, n, p, n]
-    library.earlyfusion_multiply.restype = None
+    library.earlyfusion_gemm.argtypes = [p, n, p, n, p, n]
+    library.earlyfusion_gemm.restype = None
     library.earlyfusion_draw.argtypes = [p, n, p, n]
     library.earlyfusion_draw.restype = None
     library.earlyfusion_abi.argtypes = []

@@ -1,4 +1,9 @@
-// A weight matrix and the input of its products, for products.h, panels.h and cpu_step.cpp.
+// What all kernels of gemm.h share: the weight matrix, the input, the partition of work among
+// threads, memory, and the layout of packed operands.
+//
+// A product is y [R, rows] = x [R, columns] W^T: R rows of input, and a weight matrix stored by
+// rows. Names follow BLIS: a microkernel computes a tile of MR rows of input by NR rows of weights,
+// KC is a block of columns.
 
 #pragma once
 
@@ -15,13 +20,13 @@
 
 namespace {
 
-// A weight matrix, as in cpu_step.py.
 enum Format : int64_t { FP32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };  // of weights and of the cache
 
+// A weight matrix, as in cpu_step.py.
 struct Matrix {
   const void* data;
-  const void* scales;            // of int8 and int4
-  int64_t rows, stride, format;  // stride: padded columns
+  const void* scales;            // int8: one fp32 per row; int4: one bf16 per 32 columns of a row
+  int64_t rows, stride, format;  // rows: a multiple of 4; stride: columns, padded to 64
 };
 
 inline int64_t row_bytes(const Matrix& m) {
@@ -29,97 +34,103 @@ inline int64_t row_bytes(const Matrix& m) {
   return m.stride * bits[m.format] / 8;
 }
 
-// How inputs that are rounded to bf16 are stored: where no instruction multiplies bf16, as floats.
-#if defined(VECTORS_OF_EIGHT)
-typedef float rounded_t;
-inline float rounded(float x) { return as_float(as_bf16(x)); }
+// An input element rounded to bf16. On AVX2, which has no product of bf16, it is stored as a float.
+#if defined(USE_AVX2)
+typedef float bf16_operand_t;
+inline float to_bf16_operand(float x) { return bf16_to_float(float_to_bf16(x)); }
 #else
-typedef uint16_t rounded_t;
-inline uint16_t rounded(float x) { return as_bf16(x); }
+typedef uint16_t bf16_operand_t;
+inline uint16_t to_bf16_operand(float x) { return float_to_bf16(x); }
 #endif
 
-// The input of a product in fp32 and rounded to bf16, R rows, zero after the last column.
+// The input of a product, R rows in fp32 and, where the weights call for it, also rounded to bf16.
+// Columns are padded with zeros to a multiple of 64.
 struct Input {
   float* fp32;
-  rounded_t* rounded;  // null where the weights are fp32 or int8
+  bf16_operand_t* bf16;  // null if `takes_bf16_input` is false
   int64_t stride;
 
-  void put(int64_t row, int64_t column, const float* x, int64_t n) const {
+  // Stores n columns of a row.
+  void store(int64_t row, int64_t column, const float* x, int64_t n) const {
     std::memcpy(fp32 + row * stride + column, x, n * sizeof(float));
-    if (rounded) round(rounded + row * stride + column, x, n);
+    if (bf16) to_bf16(bf16 + row * stride + column, x, n);
   }
 
-  static void round(rounded_t* __restrict y, const float* __restrict x, int64_t n) {
-    for (int64_t i = 0; i < n; i++) y[i] = ::rounded(x[i]);
+  static void to_bf16(bf16_operand_t* __restrict y, const float* __restrict x, int64_t n) {
+    for (int64_t i = 0; i < n; i++) y[i] = to_bf16_operand(x[i]);
   }
 };
 
+// Rows `begin` to `end` - 1 of weights, which are columns of y.
 struct Range {
-  int64_t first, last;  // last: one past the end
+  int64_t begin, end;
 };
 
-// The rows of weights of one product, in parts of `size`, shared among threads. Each begins with a run of its
-// own, and takes from the ends of the others' runs when that is done: on a shared machine one core may be slower
-// than another.
-class Shares {
+// The rows of weights of one product, in chunks, partitioned among threads with work stealing. A
+// thread takes chunks from the front of its own queue, then from the back of the others': on a
+// shared machine one core may be slower than another.
+class RowPartition {
  public:
-  Shares(int64_t rows, int64_t size, int64_t threads)
-      : rows_(rows), size_(size), threads_(threads), runs_(new Run[threads]) {
-    const uint64_t parts = (rows + size - 1) / size;
+  RowPartition(int64_t rows, int64_t chunk, int64_t threads)
+      : rows_(rows), chunk_(chunk), threads_(threads), queues_(new Queue[threads]) {
+    const uint64_t chunks = (rows + chunk - 1) / chunk;
     for (uint64_t t = 0; t < uint64_t(threads); t++)
-      runs_[t].ends = parts * t / threads << 32 | parts * (t + 1) / threads;
+      queues_[t].chunks = chunks * t / threads << 32 | chunks * (t + 1) / threads;
   }
 
-  // Calls `work` with ranges of rows until all have been given to some thread.
+  // Every thread calls this once. Calls `work` with ranges of rows until no queue has any left.
   template <class Work>
-  void each(Work work) {
+  void for_each(Work work) {
     const int64_t thread = omp_get_thread_num();
     for (int64_t other = 0; other < threads_; other++) {
-      std::atomic<uint64_t>& run = runs_[(thread + other) % threads_].ends;
-      for (uint64_t now = run; now >> 32 < uint32_t(now);) {
+      std::atomic<uint64_t>& queue = queues_[(thread + other) % threads_].chunks;
+      for (uint64_t now = queue; now >> 32 < uint32_t(now);) {
         const uint64_t one = uint64_t(1), next = other ? now - one : now + (one << 32);
-        if (!run.compare_exchange_weak(now, next)) continue;
-        const int64_t first = size_ * (other ? uint32_t(next) : now >> 32);
-        work(Range{first, std::min(first + size_, rows_)});
-        now = run;
+        if (!queue.compare_exchange_weak(now, next)) continue;
+        const int64_t begin = chunk_ * (other ? uint32_t(next) : now >> 32);
+        work(Range{begin, std::min(begin + chunk_, rows_)});
+        now = queue;
       }
     }
   }
 
  private:
-  // First part and one past the last, in the halves of a number; on a line of its own, as each thread writes its own.
-  struct alignas(64) Run {
-    std::atomic<uint64_t> ends;
+  // The first chunk in the upper 32 bits, one past the last in the lower ones. Aligned to a cache
+  // line against false sharing.
+  struct alignas(64) Queue {
+    std::atomic<uint64_t> chunks;
   };
 
-  int64_t rows_, size_, threads_;
-  std::unique_ptr<Run[]> runs_;
+  int64_t rows_, chunk_, threads_;
+  std::unique_ptr<Queue[]> queues_;
 };
 
-// Memory that a thread uses again and again: new pages would have to be cleared first.
-class Room {
+// Memory that one thread reuses from call to call: the system clears each fresh page.
+class Workspace {
  public:
-  float* of(int64_t floats) {
+  // Uninitialised; a larger request may move it.
+  float* reserve(int64_t floats) {
     if (int64_t(memory_.size()) < floats) memory_.resize(floats);
     return memory_.data();
   }
 
  private:
-  Aligned<float> memory_;
+  AlignedVector<float> memory_;
 };
 
+// Columns with their padding.
 int64_t padded(int64_t n) { return (n + 63) / 64 * 64; }
 
-// From one row of a buffer to the next: one or two lines more than the columns take, as the caches have few places
-// for addresses that differ by a power of two.
-int64_t apart(int64_t columns) { return padded(columns) + 32; }
+// The distance between rows of a buffer: the padded columns and one or two cache lines more, as
+// addresses that differ by a power of two compete for the same few places of a cache.
+int64_t leading_dimension(int64_t columns) { return padded(columns) + 32; }
 
-// The memory of a step, given piece by piece and used again by the next step: new pages would have to be cleared
-// first. It holds whatever it held before.
+// A bump allocator for the buffers of one call, whose memory the next call reuses.
 class Arena {
  public:
+  // Uninitialised, and aligned to a cache line.
   template <class T>
-  T* of(int64_t count) {
+  T* allocate(int64_t count) {
     const size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
     if (chunks_.empty() || used_ + bytes > chunks_.back().size()) {
       chunks_.emplace_back(std::max<size_t>(bytes, size_t(1) << 20));
@@ -129,10 +140,10 @@ class Arena {
     return reinterpret_cast<T*>(chunks_.back().data() + used_ - bytes);
   }
 
-  // For the next step: one chunk of the size of all.
+  // Frees everything. Several chunks become one of their total size.
   void clear() {
     size_t total = 0;
-    for (const Aligned<char>& chunk : chunks_) total += chunk.size();
+    for (const AlignedVector<char>& chunk : chunks_) total += chunk.size();
     if (chunks_.size() > 1) {
       chunks_.clear();
       chunks_.emplace_back(total);
@@ -141,33 +152,35 @@ class Arena {
   }
 
  private:
-  std::vector<Aligned<char>> chunks_;
+  std::vector<AlignedVector<char>> chunks_;
   size_t used_ = 0;
 };
 
-// An arena for one call. Several threads may make calls at once, and each gets another one.
-class Lease {
+// Borrows an arena from a pool while it is in scope. Several threads may call at once, and each
+// gets another one.
+class ScopedArena {
  public:
-  Lease() {
+  ScopedArena() {
     const std::lock_guard<std::mutex> guard(lock_);
     if (free_.empty()) free_.push_back(std::make_unique<Arena>());
     arena_ = std::move(free_.back());
     free_.pop_back();
   }
-  ~Lease() {
+  ~ScopedArena() {
     arena_->clear();
     const std::lock_guard<std::mutex> guard(lock_);
     free_.push_back(std::move(arena_));
   }
-  Lease(const Lease&) = delete;
+  ScopedArena(const ScopedArena&) = delete;
   Arena* operator->() { return arena_.get(); }
 
-  Input input(int64_t R, int64_t columns, bool rounded) {
-    const int64_t stride = apart(columns), used = padded(columns);
-    const Input in{arena_->of<float>(R * stride), rounded ? arena_->of<rounded_t>(R * stride) : nullptr, stride};
+  Input allocate_input(int64_t R, int64_t columns, bool bf16) {
+    const int64_t stride = leading_dimension(columns), used = padded(columns);
+    const Input in{arena_->allocate<float>(R * stride),
+                   bf16 ? arena_->allocate<bf16_operand_t>(R * stride) : nullptr, stride};
     for (int64_t at = columns; at < R * stride; at += stride) {
       std::fill_n(in.fp32 + at, used - columns, 0);
-      if (rounded) std::fill_n(in.rounded + at, used - columns, 0);
+      if (bf16) std::fill_n(in.bf16 + at, used - columns, 0);
     }
     return in;
   }
@@ -178,76 +191,86 @@ class Lease {
   std::unique_ptr<Arena> arena_;
 };
 
-#define INLINE inline __attribute__((always_inline))
+#define ALWAYS_INLINE inline __attribute__((always_inline))
 
-// ---- for panels of weights that are turned around
+// ---- the layout of packed operands
+//
+// Every kernel adds up an output in the same order, so that it does not depend, to the bit, on the
+// kernel. There are 16 partial sums: of columns 0, 16, 32 ..., of columns 1, 17, 33 ..., and so on.
+// `horizontal_sums` then adds them pairwise: i and i + 8, these pairs i and i + 4, and so on.
+//
+// Kernels with packed operands compute partial sums one after the other, in bit-reversed order.
+// Then each can be added at once to a pending subtotal: the k-th partial sum is added to as many
+// subtotals as k has trailing ones in binary, as in pairwise summation. Packed operands hold the
+// columns of a partial sum together, and the partial sums in this order.
+const int64_t PARTIALS = 16;
+const int BIT_REVERSED[PARTIALS] = {0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15};
 
-// An output has sixteen sums, a lane of a vector each, which are added up in the order of `sums`: sum i and i + 8, then
-// these of i and i + 4, and so on. Computed in this order, each can be added to what is there already: the k-th one to
-// as many sums of sums as k ends with ones in binary. Panels and inputs hold them in this order too.
-const int64_t SUMS = 16;
-const int ORDER[SUMS] = {0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15};
-
-// The rows of input in tiles of at most MOST rows, as even as possible.
-template <int64_t MOST>
-struct TilesOf {
+// R rows of input in tiles of at most MAX_MR rows, as even as possible.
+template <int64_t MAX_MR>
+struct RowTiles {
   int64_t R, count;
 
-  explicit TilesOf(int64_t R) : R(R), count((R + MOST - 1) / MOST) {}
+  explicit RowTiles(int64_t R) : R(R), count((R + MAX_MR - 1) / MAX_MR) {}
   int64_t first(int64_t tile) const { return R * tile / count; }
   int64_t rows(int64_t tile) const { return first(tile + 1) - first(tile); }
 };
 
-// Where the input of a tile lies that is turned around as the panels are, in the order in which a panel passes it: for
-// each group of tiles [sums at a time, tile, sum, step, row of the tile].
+// Offsets into the packed input. GROUP tiles are multiplied with the columns of `per_pass` partial
+// sums of a panel before the next columns; a group is stored in this order: [PARTIALS / per_pass,
+// tile, per_pass, steps, rows of the tile]. A step is one column (on AVX-512 one word) of each
+// partial sum.
 template <class Tiles, int64_t GROUP>
-struct PlacesOf {
+struct PackedInputLayout {
   Tiles tiles;
   int64_t steps;
-  int together;  // sums at a time
+  int per_pass;
 
-  // Of the sums from the k-th one on that are computed at a time.
-  int64_t at(int64_t group, int64_t tile, int64_t k) const {
-    const int64_t first = tiles.first(group), rows = tiles.first(std::min(group + GROUP, tiles.count)) - first;
-    return steps * (SUMS * first + k * rows + together * (tiles.first(tile) - first));
+  // Of the pass that begins with the k-th partial sum.
+  int64_t offset(int64_t group, int64_t tile, int64_t k) const {
+    const int64_t first = tiles.first(group),
+                  rows = tiles.first(std::min(group + GROUP, tiles.count)) - first;
+    return steps * (PARTIALS * first + k * rows + per_pass * (tiles.first(tile) - first));
   }
 
-  // Of one sum, in the order of columns, of a tile.
-  int64_t of_sum(int64_t tile, int sum) const {
-    const int k = ORDER[sum];  // the order is its own inverse
-    return at(tile / GROUP * GROUP, tile, k / together * together) + k % together * steps * tiles.rows(tile);
+  // Of the columns `partial`, `partial` + 16, ... of a tile.
+  int64_t offset_of_partial(int64_t tile, int partial) const {
+    const int k = BIT_REVERSED[partial];  // the order is its own inverse
+    return offset(tile / GROUP * GROUP, tile, k / per_pass * per_pass) +
+           k % per_pass * steps * tiles.rows(tile);
   }
 };
 
-// Fetches what is needed next into the second-level cache, some lines at a time.
-struct Ahead {
+// Prefetches a range of memory into the L2 cache, some cache lines at a time.
+struct LinearPrefetch {
   const char* at;
-  int64_t left;  // lines
+  int64_t left;  // cache lines
 
-  INLINE void fetch(int64_t lines) {
+  ALWAYS_INLINE void prefetch(int64_t lines) {
     lines = std::min(lines, left);
     left -= lines;
     for (; lines > 0; lines--, at += 64) __builtin_prefetch(at, 0, 2);
   }
 };
 
-// int4: 32 bytes hold 64 columns, the first 32 in the low nibbles, the others in the high ones; each
-// 32 columns have a bf16 scale. A level times its scale is exact in fp32.
-//
-// n columns of a row, a multiple of 64.
-inline void unpack_int4(const uint8_t* w, const uint16_t* scales, int64_t n, float* __restrict out) {
+// n int4 weights of a row to fp32, n a multiple of 64. 32 bytes hold 64 columns as levels plus 8:
+// the first 32 in the low nibbles, the next 32 in the high ones. A level times its bf16 scale is
+// exact.
+inline void dequantise_int4(const uint8_t* w, const uint16_t* scales, int64_t n,
+                            float* __restrict out) {
   for (int64_t c = 0; c < n; c += 64) {
-    const float scale_1 = as_float(scales[c / 32]), scale_2 = as_float(scales[c / 32 + 1]);
+    const float scale_1 = bf16_to_float(scales[c / 32]),
+                scale_2 = bf16_to_float(scales[c / 32 + 1]);
     const uint8_t* at = w + c / 2;
     for (int i = 0; i < 32; i++) out[c + i] = float(int(at[i] & 15) - 8) * scale_1;
     for (int i = 0; i < 32; i++) out[c + 32 + i] = float(int(at[i] >> 4) - 8) * scale_2;
   }
 }
 
-// Whether a product with such a matrix reads its input in bf16.
-bool reads_bf16(const Matrix& m) {
-#if defined(VECTORS_OF_EIGHT) || defined(VECTORS_OF_SIXTEEN)
-  return m.format == BF16;  // where int4 and int8 are multiplied in whole numbers, these round the input themselves
+// Whether products with this matrix read the input in bf16.
+bool takes_bf16_input(const Matrix& m) {
+#if defined(USE_AVX2) || defined(USE_AVX512)
+  return m.format == BF16;  // the kernels for int8 and int4 quantise the fp32 input themselves
 #else
   return m.format == BF16 || m.format == INT4;
 #endif

@@ -1,6 +1,6 @@
-// Vectors of sixteen floats, bf16, sums of vectors, e^x: shared by cpu_step.cpp, conv.cpp and
-// unpack.cpp. Written with the compiler's vector types, so that one source serves every processor;
-// intrinsics stand only where compilers do not find the instruction by themselves.
+// Vectors of 16 floats, conversion to and from bf16, horizontal sums, exp: shared by cpu_step.cpp,
+// conv.cpp and unpack.cpp. They are the compiler's vector types, so that one source serves every
+// processor. Intrinsics stand only where compilers do not find the instruction themselves.
 
 #pragma once
 
@@ -12,14 +12,14 @@
 #include <immintrin.h>
 #endif
 #if defined(__AVX2__) && defined(__FMA__) && !defined(__AVX512F__)
-#define VECTORS_OF_EIGHT  // registers hold eight floats, so a vector of sixteen takes two of them
+#define USE_AVX2  // registers hold 8 floats, so a vector of 16 takes two of them
 #endif
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-#define VECTORS_OF_SIXTEEN  // registers hold sixteen floats, or as many words of any kind
+#define USE_AVX512  // registers hold 16 floats, or 16 other elements of 32 bits
 #endif
 #if defined(__AVX512F__)
 #define LANES 16
-#elif defined(VECTORS_OF_EIGHT)
+#elif defined(USE_AVX2)
 #define LANES 8
 #else
 #define LANES 4
@@ -29,27 +29,27 @@ namespace {
 
 typedef float floats16 __attribute__((vector_size(64)));
 typedef int32_t ints16 __attribute__((vector_size(64)));
-// What fits into one register: compilers compare and convert wider vectors entry by entry.
+// One register of the processor. Compilers compare and convert wider vectors element by element.
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 
 // ---- bf16: the upper two bytes of a float
 
-inline float as_float(uint16_t v) {
+inline float bf16_to_float(uint16_t v) {
   uint32_t bits = uint32_t(v) << 16;
   float f;
   std::memcpy(&f, &bits, 4);
   return f;
 }
 
-// To the nearest, ties to even. A NaN may become infinite: callers pass finite values.
-inline uint16_t as_bf16(float f) {
+// Rounds to nearest, ties to even. A NaN may become infinite: callers pass finite values.
+inline uint16_t float_to_bf16(float f) {
   uint32_t bits;
   std::memcpy(&bits, &f, 4);
   return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-// ---- reading and writing, at any address
+// ---- load and store, at any address
 
 inline floats16 load(const float* p) {
   floats16 v;
@@ -63,7 +63,7 @@ inline floats16 load(const uint16_t* p) {
   return floats16(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16)));
 #else
   floats16 v;
-  for (int i = 0; i < 16; i++) v[i] = as_float(p[i]);
+  for (int i = 0; i < 16; i++) v[i] = bf16_to_float(p[i]);
   return v;
 #endif
 }
@@ -83,42 +83,48 @@ inline void store(float* p, floats16 v) { std::memcpy(p, &v, 64); }
 
 // The same for vectors of any type.
 template <class V>
-inline V read(const void* p) {
+inline V load_vector(const void* p) {
   V v;
   std::memcpy(&v, p, sizeof(V));
   return v;
 }
 
 template <class V>
-inline void write(void* p, V v) {
+inline void store_vector(void* p, V v) {
   std::memcpy(p, &v, sizeof(V));
 }
 
-inline floats16 splat(float x) { return floats16{} + x; }
+inline floats16 broadcast(float x) { return floats16{} + x; }
 
-// Vectors that begin on a line of the processor's cache: then no read of sixteen floats takes two.
+// A std::vector that begins at a cache line, so that no load of 16 floats touches two lines.
 template <class T>
-struct LineAllocator {
+struct CacheLineAllocator {
   typedef T value_type;
-  LineAllocator() = default;
+  CacheLineAllocator() = default;
   template <class U>
-  LineAllocator(const LineAllocator<U>&) {}
-  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(64))); }
+  CacheLineAllocator(const CacheLineAllocator<U>&) {}
+  T* allocate(size_t n) {
+    return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(64)));
+  }
   void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
   template <class U>
-  bool operator==(const LineAllocator<U>&) const { return true; }
+  bool operator==(const CacheLineAllocator<U>&) const {
+    return true;
+  }
   template <class U>
-  bool operator!=(const LineAllocator<U>&) const { return false; }
+  bool operator!=(const CacheLineAllocator<U>&) const {
+    return false;
+  }
 };
 
 template <class T>
-using Aligned = std::vector<T, LineAllocator<T>>;
+using AlignedVector = std::vector<T, CacheLineAllocator<T>>;
 
 // ---- arithmetic
 
-// a * b + c, rounded once. Left to the compiler, it may be rounded twice in one instance of a
-// template and once in another; then a row would depend on how many others a step has.
-inline floats16 fused(floats16 a, floats16 b, floats16 c) {
+// a * b + c, rounded once. Left to the compiler, one instance of a template may round twice and
+// another once; then the result of a row would depend on how many other rows a step has.
+inline floats16 fmadd(floats16 a, floats16 b, floats16 c) {
 #if defined(__AVX512F__)
   return floats16(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c)));
 #else
@@ -126,33 +132,35 @@ inline floats16 fused(floats16 a, floats16 b, floats16 c) {
 #endif
 }
 
-// Keeps a vector in its register: compilers would read it from memory again for each use, and loops of
-// products with several rows of input are bound by reading.
+// Forces a vector into a register. Otherwise compilers turn each use into a memory operand, and
+// microkernels with several rows of input are bound by loads.
 #if defined(__AVX512F__)
-inline void hold(floats16& v) { asm("" : "+v"(v)); }
-inline void hold(__m512i& v) { asm("" : "+v"(v)); }
-#elif defined(VECTORS_OF_EIGHT)
-inline void hold(__m256& v) { asm("" : "+x"(v)); }
-inline void hold(__m256i& v) { asm("" : "+x"(v)); }
+inline void keep_in_register(floats16& v) { asm("" : "+v"(v)); }
+inline void keep_in_register(__m512i& v) { asm("" : "+v"(v)); }
+#elif defined(USE_AVX2)
+inline void keep_in_register(__m256& v) { asm("" : "+x"(v)); }
+inline void keep_in_register(__m256i& v) { asm("" : "+x"(v)); }
 #endif
 
-inline void fetch(const void* at, int64_t distance) {
+inline void prefetch(const void* at, int64_t distance) {
   __builtin_prefetch(static_cast<const char*>(at) + distance);
 }
 
-// The sums of N vectors, at most sixteen: entry i of the result is the sum of vector i. Each step
-// adds halves of two vectors and packs the results into one, so that four steps do all of them.
+// The horizontal sums of N vectors, at most 16: element i of the result is the sum of vector i.
+// Each of four steps adds the two halves of every vector and packs the results of two vectors into
+// one.
 template <int N, class V>
-inline __attribute__((always_inline)) V sums(V* v) {
-  // Which entries of the pair (a, b) come first: the lower 8, 4, 2, 1 of each run of that length.
+inline __attribute__((always_inline)) V horizontal_sums(V* v) {
+  // Shuffle indices into the pair (a, b): the lower 8, 4, 2 or 1 elements of each run of 16, 8, 4
+  // or 2.
   const ints16 low_8 = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
   const ints16 low_4 = {0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27};
   const ints16 low_2 = {0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29};
   const ints16 low_1 = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
-  const V none = {};
+  const V zero = {};
   auto fold = [&](int i, int n, ints16 low, int32_t step) __attribute__((always_inline)) {
     if (2 * i >= n) return;
-    const V a = v[2 * i], b = 2 * i + 1 < n ? v[2 * i + 1] : none;
+    const V a = v[2 * i], b = 2 * i + 1 < n ? v[2 * i + 1] : zero;
     v[i] = __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, low + step);
   };
 #pragma GCC unroll 8
@@ -165,24 +173,25 @@ inline __attribute__((always_inline)) V sums(V* v) {
   return v[0];
 }
 
-// In the order of `sums`, so that a vector has the same sum alone and among others.
-inline float sum(floats16 v) { return sums<1>(&v)[0]; }
+// Adds in the order of `horizontal_sums`, so that a vector has the same sum alone and among others.
+inline float horizontal_sum(floats16 v) { return horizontal_sums<1>(&v)[0]; }
 
-#if defined(VECTORS_OF_EIGHT)
-inline __m256 eight(const float* p) { return _mm256_loadu_ps(p); }
+#if defined(USE_AVX2)
+inline __m256 load8(const float* p) { return _mm256_loadu_ps(p); }
 
-inline __m256 eight(const uint16_t* p) {
+inline __m256 load8(const uint16_t* p) {
   const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
 }
 
-inline __m256 eight(const int8_t* p) {
+inline __m256 load8(const int8_t* p) {
   const __m128i raw = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(raw));
 }
 
-// Four vectors of sixteen to the sums of their entries, added up in the order of `sums`.
-inline __m128 four_sums(const __m256* low, const __m256* high) {
+// The sums of four vectors of 16, each given as its low and high half; added in the order of
+// `horizontal_sums`.
+inline __m128 horizontal_sums4(const __m256* low, const __m256* high) {
   __m128 t[4];
   for (int r = 0; r < 4; r++) {
     const __m256 v = _mm256_add_ps(low[r], high[r]);
@@ -192,8 +201,8 @@ inline __m128 four_sums(const __m256* low, const __m256* high) {
   return _mm_add_ps(_mm_add_ps(t[0], t[2]), _mm_add_ps(t[1], t[3]));
 }
 
-// Four vectors of eight to the sums of their entries.
-inline __m128 four_sums(const __m256* v) {
+// The sums of four vectors of 8.
+inline __m128 horizontal_sums4(const __m256* v) {
   const __m256 a = _mm256_add_ps(_mm256_unpacklo_ps(v[0], v[1]), _mm256_unpackhi_ps(v[0], v[1]));
   const __m256 b = _mm256_add_ps(_mm256_unpacklo_ps(v[2], v[3]), _mm256_unpackhi_ps(v[2], v[3]));
   const __m256 all = _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee));
@@ -201,9 +210,9 @@ inline __m128 four_sums(const __m256* v) {
 }
 #endif
 
-// e^x for x = n * ln 2 + r, where n is x / ln 2 rounded; 2^n has to be a normal number.
-inline floats exp_of(floats x, floats n) {
-  // ln 2 in two parts: n times the first one is exact.
+// e^x for x = n * ln 2 + r, where n is x / ln 2 rounded to an integer and 2^n is a normal number.
+inline floats exp_split(floats x, floats n) {
+  // ln 2 in two parts, so that the product of n and the first one is exact.
   const floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
@@ -212,22 +221,22 @@ inline floats exp_of(floats x, floats n) {
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
   const ints bits = (__builtin_convertvector(n, ints) + 127) << 23;  // 2^n: n in a float's exponent
-  return p * read<floats>(&bits);
+  return p * load_vector<floats>(&bits);
 }
 
-inline floats whole_number(floats x) {
+inline floats round_to_integer(floats x) {
   // Adding 1.5 * 2^23 leaves no bits for a fraction.
   const float magic = 12582912.0f;
   return (x + magic) - magic;
 }
 
-// e^x to about one part in 10^7: 0 below -87, and no more than e^88.
-inline floats exponential(floats x) {
-  const ints none = x < -87.0f;
-  x = none ? floats{} - 87.0f : x;
+// e^x to about one part in 10^7; 0 below -87, and at most e^88.
+inline floats vector_exp(floats x) {
+  const ints underflow = x < -87.0f;
+  x = underflow ? floats{} - 87.0f : x;
   x = x > 88.0f ? floats{} + 88.0f : x;
-  const floats e = exp_of(x, whole_number(x * 1.44269504f));
-  return none ? floats{} : e;
+  const floats e = exp_split(x, round_to_integer(x * 1.44269504f));
+  return underflow ? floats{} : e;
 }
 
 }  // namespace

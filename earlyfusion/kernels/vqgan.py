@@ -1,7 +1,7 @@
 """Twins of the VQ-GAN's modules for inference in fp32 on a CPU; `twins.py` puts them in.
 
 They keep everything channels-last, and run the convolutions in the compiled code of `conv.py`,
-fused with the adjacent norm, swish, enlargement or sum. What torch computes it computes one picture
+fused with the adjacent norm, swish, upsampling or sum. What torch computes it computes one picture
 after the other, as its results differ with the batch in the last bit. For anything else (training,
 GPUs, other dtypes, autocast, traced code, `left_out`) a twin calls the module that it derives from;
 it decides in each call, as a model may be moved or trained in between. A convolution replaced by a
@@ -140,7 +140,7 @@ def _fits(x_BCYX: Tensor, conv: nn.Module, missing: int = 0) -> bool:
 
 
 def _is_compiled(x_BCYX: Tensor, conv: nn.Module, scale: int = 1, missing: int = 0) -> bool:
-    """Whether `conv3x3` can run this, with `x` enlarged: it writes tiles of 4 x 4."""
+    """Whether `conv3x3` can run this, with `x` upsampled: it writes tiles of 4 x 4."""
     y, x = x_BCYX.shape[2:]
     return not (y * scale % 4 or x * scale % 4) and _fits(x_BCYX, conv, missing)
 
