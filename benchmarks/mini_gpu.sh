@@ -29,11 +29,11 @@ import sys
 
 import torch
 
-from earlyfusion.model.attention import packed_attention
+from earlyfusion.model.attention import varlen_kernel
 
 print("torch", torch.__version__)
 print(torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU")
-print("packed attention:", "of torch" if packed_attention(sys.argv[1]) else "by mask")
+print("packed attention:", "of torch" if varlen_kernel(sys.argv[1]) else "by mask")
 PYTHON
 
 # What there is comes back even where a stage fails: the newest model and all metrics.

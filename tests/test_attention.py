@@ -27,7 +27,7 @@ from earlyfusion.model.attention import (
     CausalAttend,
     FlexAttend,
     VarlenAttend,
-    document_blocks,
+    document_block_mask,
 )
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.processor import ANSWER_TEXT, CONTROL, END, TokenSequence
@@ -69,7 +69,7 @@ def by_document(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, most: int) -> Ten
 
 
 WAYS: dict[str, Callable[[Tensor], Attend]] = {
-    "varlen": partial(VarlenAttend, varlen=by_document),
+    "varlen": partial(VarlenAttend, kernel=by_document),
     "flex": partial(FlexAttend, flex=flex_attention),
     "cpu": CausalAttend,
 }
@@ -117,7 +117,7 @@ def test_documents_equal_a_mask_with_their_gradients(
     shape, generator = document_BT.shape, torch.Generator().manual_seed(len(rows))
     heads = [torch.randn(*shape, n, 16, generator=generator) for n in (4, 4 // groups, 4 // groups)]
     found = with_gradients(WAYS[way](document_BT), heads)
-    wanted = with_gradients(attention._masked(document_BT), heads)
+    wanted = with_gradients(attention._masked_attend(document_BT), heads)
     for one, other in zip(found, wanted, strict=True):
         assert_close(one, other, atol=1e-5, rtol=1e-5)
 
@@ -126,7 +126,7 @@ def test_documents_equal_a_mask_with_their_gradients(
 @given(rows=PACKINGS, size=st.sampled_from([4, 16, 128]))
 def test_blocks_are_those_of_the_mask(rows: list[list[int]], size: int) -> None:
     document_BT = packed(rows)
-    blocks = document_blocks(document_BT, size)
+    blocks = document_block_mask(document_BT, size)
     mask_BTT = attention._document_mask(document_BT)[:, 0]
     beyond = -mask_BTT.shape[-1] % size
     tiles = (
@@ -143,11 +143,11 @@ def test_blocks_are_those_of_the_mask(rows: list[list[int]], size: int) -> None:
 
 
 def test_the_ends_of_documents_have_one_length_for_all_packings() -> None:
-    few = attention._sequence_ends(packed([[5, 3], [8]]))
+    few = attention._cu_seqlens(packed([[5, 3], [8]]))
     assert len(few) == 128 and few[:4].tolist() == [0, 5, 8, 16]
-    assert {len(attention._sequence_ends(packed([[4096 // n] * n]))) for n in (1, 2, 64)} == {128}
-    assert len(attention._sequence_ends(packed([[2] * 128]))) == 256
-    assert attention._sequence_ends(packed([[1] * 300]))[:301].tolist() == list(range(301))
+    assert {len(attention._cu_seqlens(packed([[4096 // n] * n]))) for n in (1, 2, 64)} == {128}
+    assert len(attention._cu_seqlens(packed([[2] * 128]))) == 256
+    assert attention._cu_seqlens(packed([[1] * 300]))[:301].tolist() == list(range(301))
 
 
 def test_a_kernel_that_is_wrong_is_not_taken() -> None:
@@ -157,21 +157,21 @@ def test_a_kernel_that_is_wrong_is_not_taken() -> None:
     def skewed(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, most: int) -> Tensor:
         return by_document(q, k, v, ends, most) * 1.1
 
-    assert not attention.agrees_with_mask(partial(VarlenAttend, varlen=skewed), CPU)
-    assert attention.packed_attention("cpu") is None
+    assert not attention.agrees_with_mask(partial(VarlenAttend, kernel=skewed), CPU)
+    assert attention.varlen_kernel("cpu") is None
 
 
 def test_half_precision_takes_the_kernel_and_fp32_the_other(monkeypatch: Any) -> None:
     document_BT = packed([[5, 3], [8]])
     q, k = torch.randn(2, 8, 4, 16), torch.randn(2, 8, 2, 16)
     expected = CausalAttend(document_BT)(q, k, k)
-    monkeypatch.setattr(attention, "packed_attention", lambda _: by_document)
+    monkeypatch.setattr(attention, "varlen_kernel", lambda _: by_document)
     half, rest = attention.document_attends(document_BT)
     assert isinstance(half, VarlenAttend) and rest is not None
     torch.testing.assert_close(rest(q, k, k), expected)
     with torch.autocast("cpu", torch.bfloat16):
         assert attention.document_attends(document_BT)[1] is None
-    monkeypatch.setattr(attention, "packed_attention", lambda _: None)
+    monkeypatch.setattr(attention, "varlen_kernel", lambda _: None)
     with torch.autocast("cpu", torch.bfloat16):
         half, rest = attention.document_attends(document_BT)
     assert half is None and rest is not None
@@ -204,7 +204,7 @@ def test_a_model_learns_the_same_in_every_way(way: str, checkpointing: str, piec
     torch.manual_seed(0)
     model = Transformer(replace(TINY, num_key_value_heads=2), 0.1 if pieces == 1 else 0.0)
     model.init_weights()
-    expected = model_gradients(model, lambda d: attention._masked(d))
+    expected = model_gradients(model, lambda d: attention._masked_attend(d))
     parallel.recompute(model, checkpointing)
     found = model_gradients(model, WAYS[way], pieces)
     for name, gradient in expected.items():
@@ -218,11 +218,11 @@ def test_blocks_that_are_computed_again_change_no_bit(checkpointing: str, every:
     torch.manual_seed(0)
     model = Transformer(replace(TINY, num_hidden_layers=5))
     model.init_weights()
-    expected, calls = model_gradients(model, attention._masked), list[int]()
+    expected, calls = model_gradients(model, attention._masked_attend), list[int]()
     for number, block in enumerate(model.model.layers):
         block.mlp.register_forward_pre_hook(lambda *_, number=number: calls.append(number))
     parallel.recompute(model, checkpointing, every)
-    found = model_gradients(model, attention._masked)
+    found = model_gradients(model, attention._masked_attend)
     assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
     again = {number for number in range(5) if calls.count(number) == 2}
     assert again == set(range(0, 5, every))
@@ -231,7 +231,7 @@ def test_blocks_that_are_computed_again_change_no_bit(checkpointing: str, every:
 @pytest.mark.parametrize("grouped", [True, False])
 def test_torchs_packed_attention_is_called_as_this_version_names_it(grouped: bool) -> None:
     """Traced without numbers, as a compiled block would: its kernels need a GPU."""
-    attend, counter = attention._causal_varlen(grouped), CompileCounter()
+    attend, counter = attention._causal_varlen_kernel(grouped), CompileCounter()
 
     def summed(q: Tensor, k: Tensor, ends: Tensor) -> Tensor:
         return attend(q.flatten(0, 1), k.flatten(0, 1), k.flatten(0, 1), ends, 64).sum()
@@ -271,7 +271,7 @@ def summed(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, most: int) -> Tensor:
     return q + k.repeat_interleave(q.shape[1] // k.shape[1], 1) * ends.sum() / most
 
 
-TRACED = {"varlen": partial(VarlenAttend, varlen=summed), "flex": WAYS["flex"]}
+TRACED = {"varlen": partial(VarlenAttend, kernel=summed), "flex": WAYS["flex"]}
 
 
 def document(number: int) -> TokenSequence:

@@ -25,7 +25,7 @@ from earlyfusion.engine.scheduler import Plan, Step
 from earlyfusion.engine.static.bursts import Bursts, serves
 from earlyfusion.generation.grammar import Grammar
 from earlyfusion.model.kv_cache import dtype_and_device
-from earlyfusion.model.rotary import changes_at
+from earlyfusion.model.rotary import rotary_change_length
 from earlyfusion.model.transformer import Transformer
 
 
@@ -104,7 +104,7 @@ def _called(transformer: Transformer, cache: Cache, compiled: bool) -> Backend:
 def _backend(transformer: Transformer, cache: Cache, compiled: bool) -> Backend:
     # Beyond `limit` the rotary angles of all positions depend on the length of a sequence, so its
     # tokens cannot share a table with those of others.
-    limit = changes_at(transformer.config)
+    limit = rotary_change_length(transformer.config)
     if not is_plain(transformer) or (limit is not None and cache.length > limit):
         return CalledTransformer(transformer, cache)
     found = compiled_transformer(transformer, cache) if compiled else None

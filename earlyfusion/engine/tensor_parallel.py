@@ -50,7 +50,7 @@ from earlyfusion.engine.static.bursts import serves
 from earlyfusion.engine.static.followed import Burst, FollowedBursts
 from earlyfusion.errors import SettingError
 from earlyfusion.generation.grammar import Grammar
-from earlyfusion.model.rotary import changes_at
+from earlyfusion.model.rotary import rotary_change_length
 from earlyfusion.model.transformer import Block, Transformer
 
 _OPEN, _READ, _BURST, _CLEAR = range(4)  # the first number of a message
@@ -251,7 +251,7 @@ class LeadingRunner(ModelRunner):
                 "a model that several processes share cannot have hooks or modules of other "
                 "classes: load it with tensor_parallel=1, or remove them"
             )
-        limit = changes_at(transformer.config)
+        limit = rotary_change_length(transformer.config)
         if limit is not None and length > limit:
             # The other processes do not know how long a sequence is.
             raise SettingError(

@@ -240,8 +240,8 @@ class ChameleonDecoderLayer(GradientCheckpointingLayer, Block):  # type: ignore[
             weights_seen.append(weights)
             return cast("Tensor", out)
 
-        x_BTD = hidden_states + self._branch(attention, self.input_layernorm, hidden_states)
-        x_BTD = x_BTD + self._branch(self.mlp, self.post_attention_layernorm, x_BTD)
+        x_BTD = hidden_states + self._sublayer(attention, self.input_layernorm, hidden_states)
+        x_BTD = x_BTD + self._sublayer(self.mlp, self.post_attention_layernorm, x_BTD)
         return (x_BTD, *weights_seen) if output_attentions else (x_BTD,)
 
 

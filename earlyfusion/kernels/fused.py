@@ -24,7 +24,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from earlyfusion.model import attention, transformer
-from earlyfusion.model.attention import attend_each
+from earlyfusion.model.attention import attend_per_document
 from earlyfusion.model.transformer import autocast_dtype
 
 _QUERIES = 128  # of a tile
@@ -196,7 +196,7 @@ class CausalAttend(attention.CausalAttend):
         if sum(lengths) < _LONG_DOCUMENT * len(lengths):
             # Short documents: torch's attention, whose backward pass is faster in fp32.
             q_BTNH, k_BTKH, v_BTKH = (x.float() for x in heads)
-            return attend_each(q_BTNH, k_BTKH, v_BTKH, lengths).bfloat16()
+            return attend_per_document(q_BTNH, k_BTKH, v_BTKH, lengths).bfloat16()
         self._tiles = self._tiles or document_tiles(lengths)
         return self._attend_tiles(q_BTNH, k_BTKH, v_BTKH)
 

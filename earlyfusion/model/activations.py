@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from earlyfusion.errors import SettingError
 
-_ROOT = math.sqrt(2.0 / math.pi)
+_SQRT_2_OVER_PI = math.sqrt(2.0 / math.pi)
 
 
 class Elementwise(nn.Module):
@@ -31,13 +31,15 @@ class Elementwise(nn.Module):
 
 
 class XIELU(nn.Module):
-    """A parabola for positive x, an integrated ELU for negative x; both slopes are learned."""
+    """A parabola for positive x, an integrated ELU for negative x; both have a learned factor."""
 
-    def __init__(self, right: float = 0.8, left: float = 0.8, beta: float = 0.5) -> None:
+    def __init__(
+        self, alpha_p_init: float = 0.8, alpha_n_init: float = 0.8, beta: float = 0.5
+    ) -> None:
         super().__init__()
-        # The slopes are softplus(alpha_p) and beta + softplus(alpha_n), so they stay positive.
-        self.alpha_p = nn.Parameter(_before_softplus(right))
-        self.alpha_n = nn.Parameter(_before_softplus(left - beta))
+        # The factors are softplus(alpha_p) and beta + softplus(alpha_n), so they stay positive.
+        self.alpha_p = nn.Parameter(_inverse_softplus(alpha_p_init))
+        self.alpha_n = nn.Parameter(_inverse_softplus(alpha_n_init - beta))
         self.register_buffer("beta", torch.tensor(beta, dtype=torch.bfloat16))
         self.register_buffer("eps", torch.tensor(-1e-6, dtype=torch.bfloat16))
 
@@ -45,18 +47,18 @@ class XIELU(nn.Module):
     eps: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        right, left = F.softplus(self.alpha_p), self.beta + F.softplus(self.alpha_n)
-        below = (torch.expm1(torch.minimum(x, self.eps)) - x) * left
-        return torch.where(x > 0, right * x * x, below) + self.beta * x
+        alpha_p, alpha_n = F.softplus(self.alpha_p), self.beta + F.softplus(self.alpha_n)
+        negative = (torch.expm1(torch.minimum(x, self.eps)) - x) * alpha_n
+        return torch.where(x > 0, alpha_p * x * x, negative) + self.beta * x
 
 
-def _before_softplus(value: float) -> Tensor:
+def _inverse_softplus(value: float) -> Tensor:
     # bf16 as in transformers, so that its checkpoints load to the bit.
     return torch.tensor([value], dtype=torch.bfloat16).expm1().log()
 
 
-def _gelu_by_tanh(x: Tensor) -> Tensor:
-    return 0.5 * x * (1.0 + torch.tanh(_ROOT * (x + 0.044715 * x**3)))
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return 0.5 * x * (1.0 + torch.tanh(_SQRT_2_OVER_PI * (x + 0.044715 * x**3)))
 
 
 def _quick_gelu(x: Tensor) -> Tensor:
@@ -76,11 +78,11 @@ def _relu_squared(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
-def _root_softplus(x: Tensor) -> Tensor:
+def _sqrt_softplus(x: Tensor) -> Tensor:
     return F.softplus(x).sqrt()
 
 
-def _unchanged(x: Tensor) -> Tensor:
+def _identity(x: Tensor) -> Tensor:
     return x
 
 
@@ -89,23 +91,23 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swish": F.silu,
     "gelu": F.gelu,
     "gelu_10": _clipped_gelu,
-    "gelu_accurate": _gelu_by_tanh,
-    "gelu_fast": _gelu_by_tanh,
-    "gelu_new": _gelu_by_tanh,
+    "gelu_accurate": _gelu_tanh,
+    "gelu_fast": _gelu_tanh,
+    "gelu_new": _gelu_tanh,
     "gelu_python": F.gelu,
-    "gelu_python_tanh": _gelu_by_tanh,
+    "gelu_python_tanh": _gelu_tanh,
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
     "hardswish": F.hardswish,
     "laplace": _laplace,
     "leaky_relu": F.leaky_relu,
-    "linear": _unchanged,
+    "linear": _identity,
     "mish": F.mish,
     "quick_gelu": _quick_gelu,
     "relu": F.relu,
     "relu2": _relu_squared,
     "relu6": F.relu6,
     "sigmoid": torch.sigmoid,
-    "sqrtsoftplus": _root_softplus,
+    "sqrtsoftplus": _sqrt_softplus,
     "tanh": torch.tanh,
 }
 _LEARNED: dict[str, type[nn.Module]] = {"prelu": nn.PReLU, "xielu": XIELU}

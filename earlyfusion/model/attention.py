@@ -24,7 +24,7 @@ from torch.utils._triton import has_triton
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-_HALF = (torch.bfloat16, torch.float16)
+_HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q_BTNH, k_BTKH, v_BTKH) -> out_BTNH; query head n reads key head n // (N / K)."""
@@ -57,53 +57,56 @@ class CausalAttend:
     def __init__(self, document_BT: Tensor | None = None) -> None:
         self.document_BT = document_BT
         self.lengths: list[int] | None = None  # of the documents, on a CPU
-        # Made here, not in the call, where a compiled block would trace their construction.
-        self._half: Attend | None = None
-        self._any: Attend | None = None
+        # Built here and not in the call, where a compiled block would trace their construction.
+        self._varlen_attend: Attend | None = None
+        self._fallback: Attend | None = None
         if document_BT is None:
             return
         if document_BT.device.type == "cpu":
             self.lengths = _run_lengths(document_BT)
         else:
-            self._half, self._any = document_attends(document_BT)
+            self._varlen_attend, self._fallback = document_attends(document_BT)
 
     def __call__(self, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
-        if self._half is not None and v_BTKH.dtype in _HALF:
-            return self._half(q_BTNH, k_BTKH, v_BTKH)
+        if self._varlen_attend is not None and v_BTKH.dtype in _HALF_DTYPES:
+            return self._varlen_attend(q_BTNH, k_BTKH, v_BTKH)
         if self.lengths is not None:
-            return attend_each(q_BTNH, k_BTKH, v_BTKH, self.lengths)
-        if self._any is None and self.document_BT is not None:
-            self._any = _any_attend(self.document_BT)
-        if self._any is not None:
-            return self._any(q_BTNH, k_BTKH, v_BTKH)
+            return attend_per_document(q_BTNH, k_BTKH, v_BTKH, self.lengths)
+        if self._fallback is None and self.document_BT is not None:
+            self._fallback = _fallback_attend(self.document_BT)
+        if self._fallback is not None:
+            return self._fallback(q_BTNH, k_BTKH, v_BTKH)
         return dot_product_attention(q_BTNH, k_BTKH, v_BTKH, causal=True)
 
 
 def document_attends(document_BT: Tensor) -> tuple[Attend | None, Attend | None]:
-    """Attention within documents on a GPU: one `Attend` for bf16 and fp16, one for any dtype. The
-    first is None if torch's does not work here, the second if autocast makes it unneeded."""
+    """Attention within documents on a GPU: torch's variable-length kernel for bf16 and fp16 (None
+    if it does not work here), and a fallback for any dtype (None if autocast never needs it)."""
     device_type = document_BT.device.type
-    varlen = packed_attention(device_type)
-    half = VarlenAttend(document_BT, varlen) if varlen is not None else None
+    kernel = varlen_kernel(device_type)
+    half = VarlenAttend(document_BT, kernel) if kernel is not None else None
     autocasts = torch.is_autocast_enabled(device_type)
-    if half is not None and autocasts and torch.get_autocast_dtype(device_type) in _HALF:
+    if half is not None and autocasts and torch.get_autocast_dtype(device_type) in _HALF_DTYPES:
         return half, None
-    return half, _any_attend(document_BT)
+    return half, _fallback_attend(document_BT)
 
 
-def _any_attend(document_BT: Tensor) -> Attend:
+def _fallback_attend(document_BT: Tensor) -> Attend:
     if document_BT.is_cuda and has_triton():
         return FlexAttend(document_BT, _compiled_flex())
-    return _masked(document_BT)
+    return _masked_attend(document_BT)
 
 
-def _masked(document_BT: Tensor) -> Attend:
+def _masked_attend(document_BT: Tensor) -> Attend:
     return partial(dot_product_attention, mask=_document_mask(document_BT))
 
 
-def attend_each(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, lengths: list[int]) -> Tensor:
+def attend_per_document(
+    q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, lengths: list[int]
+) -> Tensor:
     """Causal attention within each document; `lengths` are those of all rows in order."""
-    # On a CPU a call per document beats a mask, which computes every pair of tokens in the row.
+    # On a CPU a call per document is faster than a mask, with which the scores of all pairs of
+    # tokens in a row are computed.
     rows = (x.to(v_BTKH.dtype).flatten(0, 1)[None] for x in (q_BTNH, k_BTKH, v_BTKH))
     documents = zip(*(torch.split(row, lengths, 1) for row in rows), strict=True)
     with torch.autocast("cpu", enabled=False):
@@ -123,66 +126,79 @@ def _document_mask(document_BT: Tensor) -> Tensor:
     return same_BTT.tril()[:, None]
 
 
-Varlen = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
-"""(q_SNH, k_SKH, v_SKH, ends, most) -> out_SNH: documents one after another, of `most` tokens."""
+VarlenKernel = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
+"""(q_SNH, k_SKH, v_SKH, cu_seqlens, max_seqlen) -> out_SNH, for concatenated documents."""
 
 
 class VarlenAttend:
-    """Attention over documents by their ends, in torch's kernel for bf16 and fp16."""
+    """Attention within documents in torch's variable-length kernel, for bf16 and fp16."""
 
-    def __init__(self, document_BT: Tensor, varlen: Varlen) -> None:
-        self.ends, self._varlen = _sequence_ends(document_BT), varlen
+    def __init__(self, document_BT: Tensor, kernel: VarlenKernel) -> None:
+        self.cu_seqlens, self._kernel = _cu_seqlens(document_BT), kernel
 
     def __call__(self, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
         q_SNH, k_SKH, v_SKH = (x.flatten(0, 1) for x in (q_BTNH, k_BTKH, v_BTKH))
-        out_SNH = self._varlen(q_SNH, k_SKH, v_SKH, self.ends, q_BTNH.shape[1])
+        out_SNH = self._kernel(q_SNH, k_SKH, v_SKH, self.cu_seqlens, q_BTNH.shape[1])
         return out_SNH.view(q_BTNH.shape)
 
 
 @cache
-def packed_attention(device_type: str) -> Varlen | None:
-    """torch's attention for documents packed one after another; None if it does not work here. Its
-    argument names differ between versions, and some devices lack the kernels, so its values and
-    gradients are compared once with those of a mask."""
+def varlen_kernel(device_type: str) -> VarlenKernel | None:
+    """torch's attention for concatenated documents; None if it does not work here. Its arguments
+    differ between versions and some devices lack the kernels, so once per process its values and
+    gradients are compared with those of masked attention."""
     if device_type != "cuda":
         return None
     for grouped in (True, False):
         try:
-            found = _causal_varlen(grouped)
-            if agrees_with_mask(partial(VarlenAttend, varlen=found), torch.device(device_type)):
-                return found
+            kernel = _causal_varlen_kernel(grouped)
+            if agrees_with_mask(partial(VarlenAttend, kernel=kernel), torch.device(device_type)):
+                return kernel
         except Exception:  # versions and kernels fail in many ways: fall back
             continue
     return None
 
 
-def _causal_varlen(grouped: bool = True) -> Varlen:
-    """torch's kernel; `grouped`: let it share key heads among query heads itself."""
+def _causal_varlen_kernel(grouped: bool = True) -> VarlenKernel:
+    """torch's kernel. With `grouped`, the kernel itself shares a key head among query heads;
+    without, keys and values are repeated before the call."""
     from torch.nn.attention.varlen import varlen_attn
 
-    named = inspect.signature(varlen_attn).parameters
-    how: dict[str, Any] = (
-        {"window_size": (-1, 0)} if "window_size" in named else {"is_causal": True}
+    parameters = inspect.signature(varlen_attn).parameters
+    causal_argument: dict[str, Any] = (
+        {"window_size": (-1, 0)} if "window_size" in parameters else {"is_causal": True}
     )
-    grouped = grouped and "enable_gqa" in named
+    grouped = grouped and "enable_gqa" in parameters
 
-    def attend(q_SNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, ends: Tensor, most: int) -> Tensor:
+    def attend(
+        q_SNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, cu_seqlens: Tensor, max_seqlen: int
+    ) -> Tensor:
         group = q_SNH.shape[1] // k_SKH.shape[1]
-        more: dict[str, Any] = {"enable_gqa": True} if grouped and group > 1 else {}
+        gqa_argument: dict[str, Any] = {"enable_gqa": True} if grouped and group > 1 else {}
         if group > 1 and not grouped:
             k_SKH, v_SKH = (x.repeat_interleave(group, 1) for x in (k_SKH, v_SKH))
-        found = varlen_attn(q_SNH, k_SKH, v_SKH, ends, ends, most, most, **how, **more)
-        return cast("Tensor", found)
+        out_SNH = varlen_attn(
+            q_SNH,
+            k_SKH,
+            v_SKH,
+            cu_seqlens,
+            cu_seqlens,
+            max_seqlen,
+            max_seqlen,
+            **causal_argument,
+            **gqa_argument,
+        )
+        return cast("Tensor", out_SNH)
 
     return attend
 
 
 class FlexAttend:
-    """Attention over documents by flex attention, in any dtype. Only blocks of keys that some query
-    of a block sees are computed; no token mask is made."""
+    """Attention within documents by flex attention, in any dtype. Blocks of keys that no query of a
+    block sees are skipped, and no mask over tokens is allocated."""
 
     def __init__(self, document_BT: Tensor, flex: Callable[..., Tensor]) -> None:
-        self.blocks, self._flex = document_blocks(document_BT), flex
+        self.blocks, self._flex = document_block_mask(document_BT), flex
 
     def __call__(self, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
         heads = (x.transpose(1, 2) for x in (q_BTNH, k_BTKH, v_BTKH))
@@ -194,49 +210,54 @@ class FlexAttend:
 def _compiled_flex() -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    # Uncompiled, it would compute and keep all scores.
+    # Uncompiled flex attention computes and keeps all scores.
     return torch.compile(flex_attention, dynamic=False)
 
 
-def document_blocks(document_BT: Tensor, size: int = 128) -> BlockMask:
-    """Which blocks of `size` keys each block of queries sees: wholly, partly, or not at all. Each
-    document is one run of tokens, so the documents at the ends of the blocks decide."""
+def document_block_mask(document_BT: Tensor, size: int = 128) -> BlockMask:
+    """Which blocks of `size` keys each block of queries sees: fully, partially, or not at all. The
+    tokens of a document are adjacent, so the first and last document of each block decide."""
     from torch.nn.attention.flex_attention import BlockMask
 
-    def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def causal_in_document(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         same: Tensor = document_BT[b, query] == document_BT[b, key]
         return same & (key <= query)
 
     tokens = document_BT.shape[1]
-    run_BT = _begins(document_BT).cumsum(1)
-    first_BI = run_BT[:, ::size]
-    last_BI = run_BT[:, torch.arange(size - 1, tokens + size - 1, size).clamp_max(tokens - 1)]
-    before_II = torch.ones(2 * first_BI.shape[1:], device=run_BT.device, dtype=torch.bool).tril(-1)
-    some_BII = (last_BI[:, None] >= first_BI[:, :, None]) & before_II
-    whole_BII = (first_BI[:, None] == last_BI[:, :, None]) & before_II
-    part_BII = (some_BII & ~whole_BII) | torch.eye(len(before_II), device=run_BT.device).bool()
+    number_BT = _document_starts(document_BT).cumsum(1)
+    first_BI = number_BT[:, ::size]
+    last_BI = number_BT[:, torch.arange(size - 1, tokens + size - 1, size).clamp_max(tokens - 1)]
+    before_II = torch.ones(2 * first_BI.shape[1:], device=number_BT.device, dtype=torch.bool).tril(
+        -1
+    )
+    visible_BII = (last_BI[:, None] >= first_BI[:, :, None]) & before_II
+    full_BII = (first_BI[:, None] == last_BI[:, :, None]) & before_II
+    partial_BII = (visible_BII & ~full_BII) | torch.eye(
+        len(before_II), device=number_BT.device
+    ).bool()
     return BlockMask.from_kv_blocks(
-        *_listed(part_BII[:, None]),
-        *_listed(whole_BII[:, None]),
+        *_kv_block_lists(partial_BII[:, None]),
+        *_kv_block_lists(full_BII[:, None]),
         BLOCK_SIZE=size,
-        mask_mod=sees,
+        mask_mod=causal_in_document,
         seq_lengths=(tokens, tokens),
     )
 
 
-def _listed(seen: Tensor) -> tuple[Tensor, Tensor]:
-    """Per block of queries: how many blocks of keys it sees, and their numbers, those first."""
-    indices = seen.int().argsort(dim=-1, descending=True, stable=True)
-    return seen.sum(-1).int(), indices.int()
+def _kv_block_lists(visible: Tensor) -> tuple[Tensor, Tensor]:
+    """Per block of queries, the number of visible blocks of keys, and the indices of all blocks of
+    keys, the visible ones first."""
+    indices = visible.int().argsort(dim=-1, descending=True, stable=True)
+    return visible.sum(-1).int(), indices.int()
 
 
 def agrees_with_mask(attend: Callable[[Tensor], Attend], device: torch.device) -> bool:
-    """Whether attention over documents gives the values and gradients of a mask, in bf16."""
+    """Whether this attention has the values and gradients of masked attention, in bf16."""
     document_BT = torch.tensor([[0] * 40 + [1] * 24, [0] * 3 + [1] * 61], device=device)
     heads = [torch.randn(2, 64, n, 64, device=device, dtype=torch.bfloat16) for n in (4, 2, 2)]
     results = []
     with torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        for way in (attend(document_BT), _masked(document_BT)):
+        for way in (attend(document_BT), _masked_attend(document_BT)):
             q, k, v = (h.detach().clone().requires_grad_() for h in heads)
             out = way(q, k, v)
             out.float().square().sum().backward()
@@ -246,23 +267,26 @@ def agrees_with_mask(attend: Callable[[Tensor], Attend], device: torch.device) -
     )
 
 
-def _sequence_ends(document_BT: Tensor) -> Tensor:
-    """Offsets at which the documents of all rows begin, and the end of the last one: int32. Padded
-    with empty documents, so that a compiled block sees one shape for each shape of `document_BT`
-    while documents have 32 tokens on average; for shorter ones there is room for twice as many,
-    then four times."""
-    begins_S = _begins(document_BT).flatten()
-    # An empty document costs the kernel little, but one for every token would be too many.
-    room, count = -(-max(1, len(begins_S) // 32) // 128) * 128, int(begins_S.sum())
-    while room <= count:
-        room *= 2
-    ends = torch.full((room,), len(begins_S), dtype=torch.int32, device=begins_S.device)
-    ends[:count] = begins_S.nonzero()[:, 0].int()
-    return ends
+def _cu_seqlens(document_BT: Tensor) -> Tensor:
+    """Offsets at which the documents of all rows begin, then the end of the last one, as int32.
+
+    Padded with empty documents to a length that depends only on the shape of `document_BT`, so
+    that a compiled block is not compiled again for each number of documents. The length allows for
+    documents of 32 tokens on average; if there are more documents, it is doubled until they fit.
+    """
+    starts_S = _document_starts(document_BT).flatten()
+    # An empty document costs the kernel little, but an entry for every token would be too many.
+    count = int(starts_S.sum())
+    capacity = -(-max(1, len(starts_S) // 32) // 128) * 128  # rounded up to a multiple of 128
+    while capacity <= count:
+        capacity *= 2
+    cu_seqlens = torch.full((capacity,), len(starts_S), dtype=torch.int32, device=starts_S.device)
+    cu_seqlens[:count] = starts_S.nonzero()[:, 0].int()
+    return cu_seqlens
 
 
-def _begins(document_BT: Tensor) -> Tensor:
+def _document_starts(document_BT: Tensor) -> Tensor:
     """Whether a document begins at each token; one begins at the first token of a row."""
-    begins_BT = torch.ones_like(document_BT, dtype=torch.bool)
-    begins_BT[:, 1:] = document_BT[:, 1:] != document_BT[:, :-1]
-    return begins_BT
+    starts_BT = torch.ones_like(document_BT, dtype=torch.bool)
+    starts_BT[:, 1:] = document_BT[:, 1:] != document_BT[:, :-1]
+    return starts_BT

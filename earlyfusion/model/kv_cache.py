@@ -39,9 +39,9 @@ class KVCache:
         """An `Attend` per layer, which stores the new tokens after `lengths_B` and attends to all.
         Shorter rows are padded on the right, with False in `valid_BT`; padding is not stored.
         Raises `ContextError` if a row outgrows its slot."""
-        window = _Window(slots_B, lengths_B, valid_BT, self.length)
+        call = _CacheCall(slots_B, lengths_B, valid_BT, self.length)
         return [
-            _CachedAttend(k_SPKH, v_SPKH, window)
+            _CachedAttend(k_SPKH, v_SPKH, call)
             for k_SPKH, v_SPKH in zip(self.k_LSPKH, self.v_LSPKH, strict=True)
         ]
 
@@ -54,73 +54,73 @@ def dtype_and_device(transformer: nn.Module) -> tuple[torch.dtype, torch.device]
     return weight.dtype, weight.device
 
 
-class _Window:
-    """The slots of one call and their lengths; its views are shared by all layers."""
+class _CacheCall:
+    """The slots that one call of the model reads and writes, and their lengths before it. All
+    layers share its metadata."""
 
     def __init__(
         self, slots_B: Tensor, lengths_B: Tensor, valid_BT: Tensor | None, limit: int
     ) -> None:
         self.slots_B, self.lengths_B, self.valid_BT = slots_B, lengths_B, valid_BT
         self.limit = limit
-        self._views: dict[int, _View] = {}
+        self._metadata: dict[int, _AttentionMetadata] = {}
 
-    def view(self, new: int) -> _View:
-        """The view for `new` tokens per row."""
-        if new not in self._views:
-            self._views[new] = self._make(new)
-        return self._views[new]
+    def metadata(self, new: int) -> _AttentionMetadata:
+        """The metadata for `new` tokens per row."""
+        if new not in self._metadata:
+            self._metadata[new] = self._build(new)
+        return self._metadata[new]
 
-    def _make(self, new: int) -> _View:
+    def _build(self, new: int) -> _AttentionMetadata:
         known, added = self.lengths_B.tolist(), [new] * len(self.lengths_B)
         positions_BT = self.lengths_B[:, None] + torch.arange(new, device=self.lengths_B.device)
-        stored: tuple[Tensor, ...] | EllipsisType = ...
+        sources: tuple[Tensor, ...] | EllipsisType = ...
         targets = (self.slots_B[:, None], positions_BT)
         if self.valid_BT is not None:
             added = self.valid_BT.sum(1).tolist()
-            stored = self.valid_BT.nonzero(as_tuple=True)
-            targets = (self.slots_B[stored[0]], positions_BT[stored])
+            sources = self.valid_BT.nonzero(as_tuple=True)
+            targets = (self.slots_B[sources[0]], positions_BT[sources])
         end = max(k + a for k, a in zip(known, added, strict=True))
         if end > self.limit:
             raise ContextError(
                 f"{end} tokens do not fit into the context of {self.limit}: shorten the prompt"
             )
-        # Two cases need no mask: all rows begin at 0, or each adds one token at the same position.
+        # Two cases need no mask: all rows begin at 0, or all add one token at the same position.
         from_start = not any(known) and end == new
-        latest = new == 1 and set(known) == {end - 1}
+        same_length = new == 1 and set(known) == {end - 1}
         mask = None
-        if not from_start and not latest:
-            mask = (torch.arange(end, device=positions_BT.device) <= positions_BT[..., None])[
-                :, None
-            ]
-        return _View(stored, targets, _as_slice(self.slots_B), end, mask, from_start)
+        if not from_start and not same_length:
+            seen_BTP = torch.arange(end, device=positions_BT.device) <= positions_BT[..., None]
+            mask = seen_BTP[:, None]
+        return _AttentionMetadata(sources, targets, _as_slice(self.slots_B), end, mask, from_start)
 
 
-class _View(NamedTuple):
+class _AttentionMetadata(NamedTuple):
     """Where the tokens of one call are stored and what they see."""
 
-    stored: tuple[Tensor, ...] | EllipsisType  # (row, token) without padding
+    sources: tuple[Tensor, ...] | EllipsisType  # (row, token) without padding
     targets: tuple[Tensor, Tensor]  # slot and position of each
-    rows: Tensor | slice  # the slots
+    slots: Tensor | slice
     end: int  # attention sees the positions before it
     mask: Tensor | None
     causal: bool
 
 
 def _as_slice(slots_B: Tensor) -> Tensor | slice:
-    # Consecutive slots are read in place; others must be copied together.
+    # A slice of consecutive slots is read in place; an index would copy them.
     first, count = int(slots_B[0]), len(slots_B)
     consecutive = slots_B.tolist() == list(range(first, first + count))
     return slice(first, first + count) if consecutive else slots_B
 
 
 class _CachedAttend:
-    def __init__(self, k_SPKH: Tensor, v_SPKH: Tensor, window: _Window) -> None:
-        self.k_SPKH, self.v_SPKH, self.window = k_SPKH, v_SPKH, window
+    def __init__(self, k_SPKH: Tensor, v_SPKH: Tensor, call: _CacheCall) -> None:
+        self.k_SPKH, self.v_SPKH, self.call = k_SPKH, v_SPKH, call
 
     def __call__(self, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
-        view = self.window.view(q_BTNH.shape[1])
-        self.k_SPKH[view.targets] = k_BTKH[view.stored].to(self.k_SPKH.dtype)
-        self.v_SPKH[view.targets] = v_BTKH[view.stored].to(self.v_SPKH.dtype)
-        k_BPKH = self.k_SPKH[view.rows, : view.end].to(q_BTNH.dtype)
-        v_BPKH = self.v_SPKH[view.rows, : view.end].to(q_BTNH.dtype)
-        return dot_product_attention(q_BTNH, k_BPKH, v_BPKH, view.mask, view.causal)
+        metadata = self.call.metadata(q_BTNH.shape[1])
+        self.k_SPKH[metadata.targets] = k_BTKH[metadata.sources].to(self.k_SPKH.dtype)
+        self.v_SPKH[metadata.targets] = v_BTKH[metadata.sources].to(self.v_SPKH.dtype)
+        k_BPKH = self.k_SPKH[metadata.slots, : metadata.end].to(q_BTNH.dtype)
+        v_BPKH = self.v_SPKH[metadata.slots, : metadata.end].to(q_BTNH.dtype)
+        return dot_product_attention(q_BTNH, k_BPKH, v_BPKH, metadata.mask, metadata.causal)

@@ -17,7 +17,7 @@ from earlyfusion.errors import SettingError
 from earlyfusion.model.transformer import Block, Transformer
 
 BITS = (32, 16, 8, 4)
-_DENSE = {32: torch.float32, 16: torch.bfloat16}
+_DENSE_DTYPES = {32: torch.float32, 16: torch.bfloat16}
 
 
 class PackedMatrix(NamedTuple):
@@ -40,7 +40,7 @@ def pack(weight_OI: Tensor, bits: int) -> PackedMatrix:
     """Round a matrix to `bits` per weight: 32 fp32, 16 bf16, 8 and 4 integers with scales. fp32 and
     bf16 matrices that need no padding are not copied."""
     rows, columns = weight_OI.shape
-    if weight_OI.dtype == _DENSE.get(bits) and rows % 4 == columns % 64 == 0:
+    if weight_OI.dtype == _DENSE_DTYPES.get(bits) and rows % 4 == columns % 64 == 0:
         return PackedMatrix(weight_OI.detach().contiguous(), None, bits, rows, columns)
     padded = (-(-rows // 4) * 4, -(-columns // 64) * 64)
     full = torch.zeros(padded, device=weight_OI.device)

@@ -55,19 +55,23 @@ def rotary_frequencies(
 
 
 def attention_factor(config: ModelConfig) -> float:
-    """A factor of cosines and sines that keeps attention sharp in longer contexts."""
+    """The factor by which cosines and sines grow, which keeps attention sharp in long contexts."""
     scaling = config.rope_scaling or {}
     if config.rope_type not in ("yarn", "longrope"):
         return 1.0
     if scaling.get("attention_factor") is not None:
         return float(scaling["attention_factor"])
-    factor = _factor(config, scaling)
+    factor = _context_factor(config, scaling)
     if config.rope_type == "longrope":
-        return math.sqrt(1 + math.log(factor) / math.log(_trained(config))) if factor > 1 else 1.0
-    over, under = scaling.get("mscale"), scaling.get("mscale_all_dim")
-    if over and under:
-        return _sharpened(factor, over) / _sharpened(factor, under)
-    return _sharpened(factor, 1.0)
+        return (
+            math.sqrt(1 + math.log(factor) / math.log(_trained_length(config)))
+            if factor > 1
+            else 1.0
+        )
+    mscale, mscale_all_dim = scaling.get("mscale"), scaling.get("mscale_all_dim")
+    if mscale and mscale_all_dim:
+        return _yarn_mscale(factor, mscale) / _yarn_mscale(factor, mscale_all_dim)
+    return _yarn_mscale(factor, 1.0)
 
 
 def is_dynamic(config: ModelConfig) -> bool:
@@ -75,11 +79,13 @@ def is_dynamic(config: ModelConfig) -> bool:
     return config.rope_type in ("dynamic", "longrope")
 
 
-def changes_at(config: ModelConfig) -> int | None:
-    """The length beyond which angles change; None if they never do."""
+def rotary_change_length(config: ModelConfig) -> int | None:
+    """The length of a sequence beyond which its angles change; None if they never do."""
     if not is_dynamic(config):
         return None
-    return config.max_position_embeddings if config.rope_type == "dynamic" else _trained(config)
+    return (
+        config.max_position_embeddings if config.rope_type == "dynamic" else _trained_length(config)
+    )
 
 
 def check_rope(config: ModelConfig) -> None:
@@ -89,7 +95,7 @@ def check_rope(config: ModelConfig) -> None:
         raise SettingError(
             f"rope_scaling type {rope_type!r} is unknown: use one of {', '.join(_FREQUENCIES)}"
         )
-    missing = [name for name in _NEEDED.get(rope_type, ()) if scaling.get(name) is None]
+    missing = [name for name in _REQUIRED.get(rope_type, ()) if scaling.get(name) is None]
     if missing:
         raise SettingError(f"rope_scaling type {rope_type!r} needs {', '.join(missing)}")
     rotated_share = scaling.get("partial_rotary_factor", 1.0)
@@ -111,7 +117,7 @@ def check_rope(config: ModelConfig) -> None:
 Frequencies = Callable[[ModelConfig, dict[str, Any], torch.device, Tensor | None], Tensor]
 
 
-def _plain(
+def _default(
     config: ModelConfig, scaling: dict[str, Any], device: torch.device, length: Tensor | None
 ) -> Tensor:
     return torch.reciprocal(torch.pow(config.rope_theta, _exponents(config, device)))
@@ -120,14 +126,14 @@ def _plain(
 def _linear(
     config: ModelConfig, scaling: dict[str, Any], device: torch.device, length: Tensor | None
 ) -> Tensor:
-    return _plain(config, scaling, device, length) / float(scaling["factor"])
+    return _default(config, scaling, device, length) / float(scaling["factor"])
 
 
 def _proportional(
     config: ModelConfig, scaling: dict[str, Any], device: torch.device, length: Tensor | None
 ) -> Tensor:
     rotated = int(scaling.get("partial_rotary_factor", 1.0) * config.head_dim // 2)
-    frequencies = _plain(config, scaling, device, length) / float(scaling.get("factor") or 1.0)
+    frequencies = _default(config, scaling, device, length) / float(scaling.get("factor") or 1.0)
     pairs = torch.arange(config.head_dim // 2, device=device)
     return torch.where(pairs < rotated, frequencies, 0.0)
 
@@ -135,22 +141,22 @@ def _proportional(
 def _dynamic(
     config: ModelConfig, scaling: dict[str, Any], device: torch.device, length: Tensor | None
 ) -> Tensor:
-    plain = _plain(config, scaling, device, length)
+    frequencies = _default(config, scaling, device, length)
     if length is None:
-        return plain
+        return frequencies
     trained, factor, width = config.max_position_embeddings, scaling["factor"], config.head_dim
     stretch = factor * length.clamp(min=trained) / trained - (factor - 1)
     base = config.rope_theta * stretch ** (width / (width - 2))
-    return torch.where(length > trained, 1.0 / base ** _exponents(config, device), plain)
+    return torch.where(length > trained, 1.0 / base ** _exponents(config, device), frequencies)
 
 
 def _llama3(
     config: ModelConfig, scaling: dict[str, Any], device: torch.device, length: Tensor | None
 ) -> Tensor:
     """Slow pairs are slowed by `factor`, fast ones stay, those between are blended."""
-    frequencies = _plain(config, scaling, device, length)
+    frequencies = _default(config, scaling, device, length)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = frequencies * (_trained(config) / (2 * math.pi))  # within the trained length
+    turns = frequencies * (_trained_length(config) / (2 * math.pi))  # within the trained length
     unchanged = ((turns - low) / (high - low)).clamp(0.0, 1.0)
     return frequencies * (unchanged + (1.0 - unchanged) / scaling["factor"])
 
@@ -159,31 +165,31 @@ def _yarn(
     config: ModelConfig, scaling: dict[str, Any], device: torch.device, length: Tensor | None
 ) -> Tensor:
     """Like llama3, but blended linearly over the pairs, with limits given in turns."""
-    frequencies = _plain(config, scaling, device, length)
-    first = _pair_of_turns(config, scaling.get("beta_fast") or 32)
-    last = _pair_of_turns(config, scaling.get("beta_slow") or 1)
+    frequencies = _default(config, scaling, device, length)
+    first = _pair_with_turns(config, scaling.get("beta_fast") or 32)
+    last = _pair_with_turns(config, scaling.get("beta_slow") or 1)
     if scaling.get("truncate", True):
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, config.head_dim - 1)
     last += 0.001 if first == last else 0.0  # no division by zero
     pairs = torch.arange(config.head_dim // 2, dtype=torch.float32, device=device)
     slow = ((pairs - first) / (last - first)).clamp(0.0, 1.0)
-    return frequencies / _factor(config, scaling) * slow + frequencies * (1.0 - slow)
+    return frequencies / _context_factor(config, scaling) * slow + frequencies * (1.0 - slow)
 
 
 def _longrope(
     config: ModelConfig, scaling: dict[str, Any], device: torch.device, length: Tensor | None
 ) -> Tensor:
-    plain = torch.pow(config.rope_theta, _exponents(config, device))
+    wavelengths = torch.pow(config.rope_theta, _exponents(config, device))
     short, long = (
-        1.0 / (torch.tensor(scaling[name], dtype=torch.float32, device=device) * plain)
+        1.0 / (torch.tensor(scaling[name], dtype=torch.float32, device=device) * wavelengths)
         for name in ("short_factor", "long_factor")
     )
-    return short if length is None else torch.where(length > _trained(config), long, short)
+    return short if length is None else torch.where(length > _trained_length(config), long, short)
 
 
 _FREQUENCIES: dict[str, Frequencies] = {
-    "default": _plain,
+    "default": _default,
     "linear": _linear,
     "dynamic": _dynamic,
     "yarn": _yarn,
@@ -191,7 +197,7 @@ _FREQUENCIES: dict[str, Frequencies] = {
     "llama3": _llama3,
     "proportional": _proportional,
 }
-_NEEDED = {
+_REQUIRED = {
     "linear": ("factor",),
     "dynamic": ("factor",),
     "yarn": (),
@@ -205,22 +211,24 @@ def _exponents(config: ModelConfig, device: torch.device) -> Tensor:
     return torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
 
 
-def _trained(config: ModelConfig) -> int:
+def _trained_length(config: ModelConfig) -> int:
     scaling = config.rope_scaling or {}
     return scaling.get("original_max_position_embeddings") or config.max_position_embeddings
 
 
-def _factor(config: ModelConfig, scaling: dict[str, Any]) -> float:
-    """How much longer the context became."""
+def _context_factor(config: ModelConfig, scaling: dict[str, Any]) -> float:
+    """How many times longer than the trained context the model's context is."""
     given = scaling.get("factor")
-    return config.max_position_embeddings / _trained(config) if given is None else float(given)
+    return (
+        config.max_position_embeddings / _trained_length(config) if given is None else float(given)
+    )
 
 
-def _pair_of_turns(config: ModelConfig, turns: float) -> float:
-    """The pair, as a fraction, that makes `turns` turns within the trained length."""
-    wavelengths = math.log(_trained(config) / (turns * 2 * math.pi))
+def _pair_with_turns(config: ModelConfig, turns: float) -> float:
+    """The index, as a float, of the pair that makes `turns` turns within the trained length."""
+    wavelengths = math.log(_trained_length(config) / (turns * 2 * math.pi))
     return config.head_dim * wavelengths / (2 * math.log(config.rope_theta))
 
 
-def _sharpened(factor: float, scale: float) -> float:
+def _yarn_mscale(factor: float, scale: float) -> float:
     return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0

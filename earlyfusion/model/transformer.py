@@ -6,7 +6,8 @@ Choices, with the section of the paper (arXiv 2405.09818):
 - Llama-2's block: RMSNorm, rotary positions, SwiGLU, no biases; grouped keys in the 34B (2.3);
 - QK-norm: a LayerNorm with weight and bias over each head's queries and keys, before rotation, so
   that the modalities cannot drive each other's norms out of the range of bf16 (2.3);
-- `swin_norm` norms the output of a branch instead of its input, as the 34B does (2.3);
+- with `swin_norm` attention and feed-forward are normed at their output instead of their input, as
+  in the 34B (2.3);
 - the feed-forward's gate is SiLU; a config may name another of transformers' activations;
 - dropout after attention and after feed-forward, 0.1 in the 7B, none in the 34B (2.3);
 - norms and rotation are computed in fp32 and rounded once, as Meta's kernels do.
@@ -119,16 +120,19 @@ class Block(nn.Module):
             out: Tensor = self.self_attn(y_BTD, rotary, attend)
             return out
 
-        x_BTD = x_BTD + self._branch(attention, self.input_layernorm, x_BTD)
-        return x_BTD + self._branch(self.mlp, self.post_attention_layernorm, x_BTD)
+        x_BTD = x_BTD + self._sublayer(attention, self.input_layernorm, x_BTD)
+        return x_BTD + self._sublayer(self.mlp, self.post_attention_layernorm, x_BTD)
 
-    def _branch(self, branch: Callable[[Tensor], Tensor], norm: nn.Module, x_BTD: Tensor) -> Tensor:
-        y_BTD = norm(branch(x_BTD)) if self.norm_after else branch(norm(x_BTD))
+    def _sublayer(
+        self, sublayer: Callable[[Tensor], Tensor], norm: nn.Module, x_BTD: Tensor
+    ) -> Tensor:
+        y_BTD = norm(sublayer(x_BTD)) if self.norm_after else sublayer(norm(x_BTD))
         return F.dropout(y_BTD, self.dropout, self.training)
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks and final norm; its input is embedded, so callers may mix in others."""
+    """Embedding, blocks and final norm. `forward` takes embedded tokens, so that callers may pass
+    embeddings of their own."""
 
     def __init__(self, config: ModelConfig, dropout: float) -> None:
         super().__init__()

@@ -4,8 +4,8 @@ Choices that let released weights load without translation:
 - parameter names are those of the original checkpoints (`encoder.down.0.block.0.conv1.weight`);
 - group norm with 32 groups and eps 1e-6, swish, nearest-neighbour upsampling, and a downsampling
   convolution that pads one pixel on the right and at the bottom only;
-- the middle has an attention block, a level has them if `attn_resolutions` lists its side, and with
-  another `attn_type` than "vanilla" neither has one;
+- with `attn_type` "vanilla" the middle has an attention block, and so has each block of the levels
+  whose side `attn_resolutions` lists; with any other type there is none;
 - the decoder ends without an activation: pixels are meant for [-1, 1] and clamped by the caller.
 
 `kernels/vqgan.py` has faster twins of these modules for inference on a CPU. Height and width are
@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from earlyfusion.config import VQConfig
 from earlyfusion.errors import CheckpointError, ImageError
 
-# Scores held at once by the codebook search: 4 MB in fp32, 256 MB on a GPU, where launches cost.
+# Scores that the codebook search computes at a time: 4 MB in fp32 on a CPU; 256 MB on a GPU, where
+# fewer and larger launches are faster.
 _SEARCH_ELEMENTS, _SEARCH_ELEMENTS_GPU = 1 << 20, 1 << 26
 
 
@@ -52,8 +53,8 @@ class ResBlock(nn.Module):
     def forward(self, x_BCYX: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x_BCYX)))
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        short = self.nin_shortcut(x_BCYX) if hasattr(self, "nin_shortcut") else x_BCYX
-        return h + short
+        shortcut = self.nin_shortcut(x_BCYX) if hasattr(self, "nin_shortcut") else x_BCYX
+        return h + shortcut
 
 
 class SpatialAttention(nn.Module):
@@ -233,8 +234,8 @@ class Quantizer(nn.Module):
         nearest = self.embed(codes_Byx)
         commitment = (nearest.detach() - latents_BCyx).square().mean()
         codebook = (nearest - latents_BCyx.detach()).square().mean()
-        through = latents_BCyx + (nearest - latents_BCyx).detach()
-        return through, commitment + self.beta * codebook, codes_Byx.flatten()
+        straight_through = latents_BCyx + (nearest - latents_BCyx).detach()
+        return straight_through, commitment + self.beta * codebook, codes_Byx.flatten()
 
 
 class Quantized(NamedTuple):
@@ -311,8 +312,8 @@ class VQGAN(nn.Module):
         with torch.autocast(latents.device.type, enabled=False):  # bf16 might miss the nearest
             codes = self.nearest_codes(latents.detach().float())
         nearest = self.embed(codes)
-        through = latents + blend * (nearest - latents).detach()
-        return Quantized(self.pixels(through), latents, nearest, codes)
+        straight_through = latents + blend * (nearest - latents).detach()
+        return Quantized(self.pixels(straight_through), latents, nearest, codes)
 
     def nearest_codes(self, latents_BCyx: Tensor) -> Tensor:
         return self.quantize.codes(latents_BCyx)
