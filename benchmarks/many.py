@@ -209,14 +209,14 @@ def memory(model: Any, number: int, seconds: float) -> list[str]:
     from earlyfusion.engine.blocks import BLOCK_SIZE
     from earlyfusion.generation.request import Request
 
-    prompt, room = 200, 100
+    prompt, max_tokens = 200, 100
     words = model.processor.vocabulary.text_tokens.tolist()
     sampling = SamplingParams(temperature=0, seed=0).resolved({})
     engine, size = model.engine, model.engine.cache_size
     engine_call(model)([random.choices(words, k=prompt) for _ in range(2)], 2)  # warms up
     before = resident_bytes() or 0
     handles = [
-        engine.add(Request(random.choices(words, k=prompt), "text", sampling, 0, room))
+        engine.add(Request(random.choices(words, k=prompt), "text", sampling, 0, max_tokens))
         for _ in range(number)
     ]
     most, since = before, time.perf_counter()
@@ -225,7 +225,7 @@ def memory(model: Any, number: int, seconds: float) -> list[str]:
         most = max(most, resident_bytes() or 0)
     drawing = sum(bool(handle.tokens) for handle in handles)
     held = engine.used_blocks * size.block_bytes
-    counted = number * -(-(prompt + room) // BLOCK_SIZE) * size.block_bytes
+    counted = number * -(-(prompt + max_tokens) // BLOCK_SIZE) * size.block_bytes
     for handle in handles:
         handle.cancel()
     figures = {

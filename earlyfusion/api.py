@@ -472,9 +472,11 @@ class Chameleon:
         draft = self.processor.draft(messages)
         # Check the draft's length, which is the prompt's, before the slow part: encoding pictures.
         self._check_length(draft, layout.num_tokens if output == "image" else 0)
-        room, images = self._bounds(output, values, resolved, len(draft), layout.num_tokens)
+        max_tokens, images = self._bounds(output, values, resolved, len(draft), layout.num_tokens)
         ids = self._filled(draft, messages)
-        request = Request(ids, output, resolved, images, room, layout=layout, adapter=adapter or "")
+        request = Request(
+            ids, output, resolved, images, max_tokens, layout=layout, adapter=adapter or ""
+        )
         self._check_negative_prompt(request, layout)
         return request
 
@@ -503,22 +505,24 @@ class Chameleon:
         """Raise `SettingError` for a negative prompt that has no effect or does not fit."""
         if request.sampling.negative_prompt is None:
             return
-        negative = guidance.negative_ids(self.processor, request.sampling)
-        if request.output == "text" or request.images == 0:
+        negative = guidance.negative_prompt_ids(self.processor, request.sampling)
+        if request.output == "text" or request.max_images == 0:
             raise SettingError(
                 "negative_prompt is for images, and this reply can have none: leave it out, or let "
                 "the reply have images"
             )
         vocabulary = self.processor.vocabulary
         has_images = guidance.has_images([*request.ids, vocabulary.begin_image], vocabulary)
-        if "unconditional" not in guidance.needed(*guidance_weights(request.sampling), has_images):
+        if "unconditional" not in guidance.needed_conditions(
+            *guidance_weights(request.sampling), has_images
+        ):
             name = "guidance_image" if has_images else "guidance_text"
             raise SettingError(
                 f"negative_prompt has no effect with {name}=1: set {name} to another number, such "
                 "as 3, or leave it out"
             )
         # A branch must not need more of the engine's cache than prompt and reply together.
-        taken, limit = len(negative) + layout.num_tokens, len(request.ids) + request.room
+        taken, limit = len(negative) + layout.num_tokens, len(request.ids) + request.max_tokens
         if taken > limit:
             raise ContextError(
                 f"negative_prompt and an image are {taken:,} tokens, limit {limit:,}, those of "
@@ -610,20 +614,23 @@ class Chameleon:
         """The most tokens and images of a reply to a prompt of this length."""
         free = self.config.max_position_embeddings - length
         if output != "image":
-            room = min(free, resolved.max_tokens or free)
-            fitting = room // image_tokens if self.can_draw else 0
+            max_tokens = min(free, resolved.max_tokens or free)
+            fitting = max_tokens // image_tokens if self.can_draw else 0
             most = fitting if resolved.max_images is None else resolved.max_images
-            return room, min(fitting, most)
+            return max_tokens, min(fitting, most)
         # Only the caller's limits count: the model's own are meant for replies with text.
-        room, images = min(free, int(values.get("max_tokens", free))), values.get("max_images", 1)
+        max_tokens, images = (
+            min(free, int(values.get("max_tokens", free))),
+            values.get("max_images", 1),
+        )
         if images == 0:
             raise SettingError("max_images=0 allows no image: leave it out or ask for text")
-        if room < image_tokens:
+        if max_tokens < image_tokens:
             raise SettingError(
-                f"max_tokens={room:,} cannot hold an image of {image_tokens:,} tokens: "
+                f"max_tokens={max_tokens:,} cannot hold an image of {image_tokens:,} tokens: "
                 "raise it or leave it out"
             )
-        return room, int(images)
+        return max_tokens, int(images)
 
     def _filled(self, draft: TokenSequence, messages: Sequence[Message]) -> list[int]:
         """The ids of a draft of these messages, with their pictures encoded and spelled."""

@@ -67,7 +67,7 @@ def random_model(config: ModelConfig, processor: Processor) -> Transformer:
 
 
 def request(processor: Processor, seed: int, output: Any, **more: Any) -> Request:
-    return tiny.request(processor, seed, output, room=20 if output == "text" else 80, **more)
+    return tiny.request(processor, seed, output, max_tokens=20 if output == "text" else 80, **more)
 
 
 def requests(processor: Processor) -> list[Request]:

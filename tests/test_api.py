@@ -402,7 +402,7 @@ def test_a_prompt_of_just_the_context_still_gets_a_token(model: Chameleon) -> No
     count = (CONFIG.max_position_embeddings - 1 - len(base)) // len(token)
     prompt = "b" + " c" * count
     request = model.request(prompt, "text")
-    assert request.room == CONFIG.max_position_embeddings - len(request.ids) == 1
+    assert request.max_tokens == CONFIG.max_position_embeddings - len(request.ids) == 1
     assert model.generate(prompt, "text").usage.completion_tokens == 1
     with pytest.raises(ContextError):
         model.request(prompt + " c", "text")
@@ -446,7 +446,7 @@ def test_mistakes_in_a_batch(model: Chameleon) -> None:
 def test_a_model_without_a_decoder_answers_in_text(model: Chameleon) -> None:
     blind = ImageTokenizer(VQGAN(CONFIG.vq_config, with_decoder=False).eval(), 16)
     reader = Chameleon(model.transformer, blind, model.processor)
-    assert reader.request("x").images == 0
+    assert reader.request("x").max_images == 0
     assert reader.generate(["x", picture()], sampling=SHORT, seed=0).images == []
     with pytest.raises(CheckpointError, match="no VQ decoder"):
         reader.generate("x", output="image")

@@ -96,14 +96,14 @@ def test_states_are_near_those_of_the_whole_cache(
     assert (plain - small).abs().mean() < 1e-3 * largest
 
 
-def request(processor: Processor, seed: int, output: str, shown: bool, room: int) -> Request:
+def request(processor: Processor, seed: int, output: str, shown: bool, max_tokens: int) -> Request:
     vocabulary, ids = processor.vocabulary, [processor.vocabulary.bos]
     if shown:
         codes = np.random.default_rng(seed).integers(0, 64, (8, 8))
         ids += processor.layout.spell(codes, vocabulary)
     ids += [*processor.encode_text(TEXTS[seed % 3][:12]), vocabulary.end_of_turn]
     sampling = SamplingParams(seed=seed).resolved({})
-    return Request(ids, output, sampling, int(output != "text"), room)  # type: ignore[arg-type]
+    return Request(ids, output, sampling, int(output != "text"), max_tokens)  # type: ignore[arg-type]
 
 
 def run(engine: Engine, requests: list[Request], apart: int = 0) -> list[list[int]]:
@@ -234,7 +234,7 @@ def test_a_context_that_no_memory_holds_is_cut_to_what_is_free(
         engine = Engine(model, processor, cache_bytes=given)
         assert engine.cache_size.blocks == blocks
         assert run(engine, [asked])[0]
-    long = replace(asked, room=10**6)
+    long = replace(asked, max_tokens=10**6)
     with pytest.raises(SettingError, match=r"the cache has 1,280: give it .* smaller max_tokens"):
         engine.add(long)
 

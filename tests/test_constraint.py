@@ -315,11 +315,11 @@ def test_compiled_texts_are_kept_and_bounded(tmp_path: Path) -> None:
     processor = tiny_processor(tmp_path)
     for number in range(100):
         constraint.check(processor, SamplingParams(regex=f"a{{{number + 1}}}"))
-    compiler = constraint._compilers._of[processor]
-    assert len(compiler._kept) == 64
+    compiler = constraint._compilers._by_processor[processor]
+    assert len(compiler._matchers) == 64
     for _ in range(2):
         constraint.check(processor, SamplingParams(regex="a{100}"))
-    assert len(compiler._kept) == 64
+    assert len(compiler._matchers) == 64
 
 
 def test_without_the_library_the_extra_is_named(

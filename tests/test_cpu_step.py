@@ -13,7 +13,7 @@ import torch
 from earlyfusion.config import PRESETS, ModelConfig
 from earlyfusion.engine.cache import Cache
 from earlyfusion.generation import guidance
-from earlyfusion.generation.sampler import Warp, penalise, pick, warp
+from earlyfusion.generation.sampler import SamplingTensors, penalise, pick, warp
 from earlyfusion.kernels import cpu_step, native
 from earlyfusion.kernels import unpack as compiled
 from earlyfusion.kernels.cpu_step import Choice, CpuStep, fits
@@ -292,8 +292,12 @@ def test_nothing_is_drawn_from_logits_that_are_not_finite() -> None:
     logits[4] = -torch.inf
     uniform = torch.full((6,), 0.5, dtype=torch.float64)
     for temperature in (0.0, 1.0):
-        drawn = draw(step, logits, Warp.of([(temperature, 0, 0.9, 0.0, 1.0)] * 6), uniform)
-        alone = draw(step, good, Warp.of([(temperature, 0, 0.9, 0.0, 1.0)] * 2), uniform[:2])
+        drawn = draw(
+            step, logits, SamplingTensors.of([(temperature, 0, 0.9, 0.0, 1.0)] * 6), uniform
+        )
+        alone = draw(
+            step, good, SamplingTensors.of([(temperature, 0, 0.9, 0.0, 1.0)] * 2), uniform[:2]
+        )
         assert drawn.tolist() == [alone[0], -1, -1, -1, -1, alone[1]]
     blocked = torch.zeros(100, dtype=torch.bool)
     blocked[99] = True  # what may not come may be anything
@@ -316,7 +320,7 @@ def test_a_part_of_the_head_is_that_part_of_the_logits(bits: int) -> None:
 
 
 def draw(
-    step: CpuStep, logits: torch.Tensor, settings: Warp, uniform: torch.Tensor
+    step: CpuStep, logits: torch.Tensor, settings: SamplingTensors, uniform: torch.Tensor
 ) -> torch.Tensor:
     """One draw a row, without guidance or a mask."""
     row_bytes, columns = 4 * logits.stride(0), logits.shape[1]
@@ -340,7 +344,9 @@ def test_a_draw_mixes_branches_then_masks_then_penalises() -> None:
         full, image_only, unconditional = (rows[:, :columns] for rows in wide)
         blocked, seen = (torch.rand(2, 24, columns) < 0.4).unbind()
         blocked[:, -1] = False
-        settings = Warp.of([(0.0 if n % 3 else 0.7, 0, 0.9, 0.0, 1.0 + n / 20) for n in range(24)])
+        settings = SamplingTensors.of(
+            [(0.0 if n % 3 else 0.7, 0, 0.9, 0.0, 1.0 + n / 20) for n in range(24)]
+        )
         uniform = torch.rand(24, dtype=torch.float64)
         mixed = guidance.combine(full, image_only, unconditional, 1.5, 2.5)
         mixed = penalise(mixed.masked_fill(blocked, -torch.inf), seen, settings.penalty_B)
@@ -391,7 +397,7 @@ def test_draws_equal_the_samplers(levels: int) -> None:
         if size > 5:
             logits[:, :3] = -torch.inf
             logits[torch.rand(logits.shape) < 0.2] = -torch.inf
-        settings, uniform = Warp.of(rows), torch.rand(len(rows), dtype=torch.float64)
+        settings, uniform = SamplingTensors.of(rows), torch.rand(len(rows), dtype=torch.float64)
         uniform[::50], uniform[1::50] = 0, 1 - 2**-53
         drawn = draw(step, logits, settings, uniform)
         left = warp(logits, settings)
@@ -400,9 +406,9 @@ def test_draws_equal_the_samplers(levels: int) -> None:
         total += len(rows)
     # The two add up in different orders: where top_p cuts exactly at a sum, one token may differ.
     assert equal >= 0.99 * total
-    greedy = draw(step, logits, Warp.of([(0.0, *row[1:]) for row in rows]), uniform)
+    greedy = draw(step, logits, SamplingTensors.of([(0.0, *row[1:]) for row in rows]), uniform)
     assert torch.equal(greedy, logits.argmax(-1))
-    plain = Warp.of([(1.0, 0, 1.0, 0.0, 1.0)] * 500)
+    plain = SamplingTensors.of([(1.0, 0, 1.0, 0.0, 1.0)] * 500)
     logits, uniform = torch.randn(500, 700), torch.rand(500, dtype=torch.float64)
     assert torch.equal(draw(step, logits, plain, uniform), pick(logits, uniform))
 

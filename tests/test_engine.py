@@ -31,9 +31,9 @@ from earlyfusion.engine.handle import Handle, most_branches
 from earlyfusion.engine.runner import ModelRunner
 from earlyfusion.engine.scheduler import Piece, Step
 from earlyfusion.errors import ContextError, OutOfMemoryError, SettingError, WeightsError
+from earlyfusion.generation.event_builder import GrammarState
 from earlyfusion.generation.grammar import Grammar
 from earlyfusion.generation.lookup import Lookup
-from earlyfusion.generation.narrator import Walk
 from earlyfusion.generation.reference import draw_tokens, generate
 from earlyfusion.generation.request import Event, Finished, ImageDone, Request
 from earlyfusion.generation.sampler import generator, uniforms
@@ -76,11 +76,13 @@ def mixed(processor: Processor) -> list[Request]:
     """Ten requests that differ in everything."""
     shaped = {"top_p": 0.8, "top_k": 40, "min_p": 0.01, "image_top_k": 20}
     return [
-        request(processor, 0, "text", room=30, **GREEDY),
+        request(processor, 0, "text", max_tokens=30, **GREEDY),
         request(processor, 1, "image"),
-        request(processor, 2, "interleaved", images=2, room=150, repetition_penalty=1.0, **OFF),
+        request(
+            processor, 2, "interleaved", images=2, max_tokens=150, repetition_penalty=1.0, **OFF
+        ),
         request(processor, 3, "image", picture=True, guidance_image=1, **GREEDY),
-        request(processor, 4, "text", picture=True, room=25, **shaped),
+        request(processor, 4, "text", picture=True, max_tokens=25, **shaped),
         request(processor, 5, "image", picture=True, **shaped),
         request(processor, 6, "interleaved", top_p=1, image_top_p=1, temperature=1.5),
         request(processor, 7, "image", guidance_text=2, guidance_image=2, image_top_p=1),
@@ -183,9 +185,11 @@ def test_prompt_lookup_changes_no_token(
         pytest.skip("steps with guesses are not static")
     texts = [one for one in mixed if one.output != "image"]
     texts += [
-        request(processor, 20, "text", room=120, temperature=0.3, repetition_penalty=1.0),
-        request(processor, 21, "text", room=120, repetition_penalty=1.3, **GREEDY),
-        request(processor, 22, "interleaved", room=150, temperature=0.1, repetition_penalty=1.0),
+        request(processor, 20, "text", max_tokens=120, temperature=0.3, repetition_penalty=1.0),
+        request(processor, 21, "text", max_tokens=120, repetition_penalty=1.3, **GREEDY),
+        request(
+            processor, 22, "interleaved", max_tokens=150, temperature=0.1, repetition_penalty=1.0
+        ),
     ]
     want = [list(draw_tokens(transformer, processor, asked)) for asked in texts]
     guessing = [replace(a, sampling=replace(a.sampling, prompt_lookup=size)) for a in texts]
@@ -198,11 +202,11 @@ def test_prompt_lookup_changes_no_token(
 def test_prompt_lookup_takes_fewer_steps(
     transformer: Transformer, processor: Processor, step: str
 ) -> None:
-    free = request(processor, 0, "text", room=100, repetition_penalty=1.0, **GREEDY)
+    free = request(processor, 0, "text", max_tokens=100, repetition_penalty=1.0, **GREEDY)
     text = "".join(e.text for e in generate(transformer, processor, free) if hasattr(e, "text"))
     for changes in ({}, {"stop": text[-len(text) // 3 :][:4]}):
         settings = {"repetition_penalty": 1.0, **GREEDY, **changes}
-        asked = request(processor, 0, "text", room=100, **settings)
+        asked = request(processor, 0, "text", max_tokens=100, **settings)
         told, steps = values(list(generate(transformer, processor, asked))), []
         for size in (None, 8):
             sampling = replace(asked.sampling, prompt_lookup=size)
@@ -369,7 +373,9 @@ def test_a_reply_does_not_depend_on_how_it_was_read(
     if step != "compiled":
         pytest.skip("torch adds in another order for another number of rows")
     model, threads = in_dtype(processor, dtype, device), torch.get_num_threads()
-    asked = [replace(one, room=min(one.room, 70)) for one in (mixed[4], mixed[3], mixed[6])]
+    asked = [
+        replace(one, max_tokens=min(one.max_tokens, 70)) for one in (mixed[4], mixed[3], mixed[6])
+    ]
     alone = [run(Engine(model, processor), [one])[0] for one in asked]
     again = Engine(model, processor)
     for _ in range(2):
@@ -566,7 +572,7 @@ def test_what_can_never_run_is_refused(transformer: Transformer, processor: Proc
     with pytest.raises(SettingError, match="3 x"):
         small.add(request(processor, 1, "interleaved"))
     with pytest.raises(ContextError, match=r"limit 256: shorten"):
-        small.add(request(processor, 1, "text", room=256))
+        small.add(request(processor, 1, "text", max_tokens=256))
     with pytest.raises(SettingError, match="holds no block"):
         Engine(transformer, processor, cache_bytes=10)
 
@@ -574,19 +580,19 @@ def test_what_can_never_run_is_refused(transformer: Transformer, processor: Proc
 def test_text_runs_in_one_branch(transformer: Transformer, processor: Processor) -> None:
     """Guidance takes no blocks where no picture may come, whatever its weights are."""
     small = Engine(transformer, processor, cache_bytes=4 * BLOCK)
-    text = request(processor, 0, "text", room=5, guidance_text=3, guidance_image=2, **GREEDY)
-    without = request(processor, 0, "interleaved", room=5, images=0, **GREEDY)
-    for asked in (text, replace(text, images=1), without):
+    text = request(processor, 0, "text", max_tokens=5, guidance_text=3, guidance_image=2, **GREEDY)
+    without = request(processor, 0, "interleaved", max_tokens=5, images=0, **GREEDY)
+    for asked in (text, replace(text, max_images=1), without):
         assert run(small, [asked]) == [list(draw_tokens(transformer, processor, asked))]
 
 
 def test_nothing_is_drawn_behind_a_stop_string(
     transformer: Transformer, processor: Processor
 ) -> None:
-    free = request(processor, 0, "text", room=30, **GREEDY)
+    free = request(processor, 0, "text", max_tokens=30, **GREEDY)
     text = "".join(e.text for e in generate(transformer, processor, free) if hasattr(e, "text"))
     stop = text[len(text) // 3 :][:3]
-    asked = request(processor, 0, "text", room=30, stop=stop, **GREEDY)
+    asked = request(processor, 0, "text", max_tokens=30, stop=stop, **GREEDY)
     told = list(generate(transformer, processor, asked))
     engine = Engine(transformer, processor)
     handle = engine.add(asked)
@@ -710,7 +716,7 @@ def test_changes_of_the_module_tree_count(
     if step == "static" and name not in CHANGES_OF_STATIC:
         pytest.skip("a changed tree has no static steps, whatever was changed")
     plain = tiny_transformer(processor, 1.0, device)
-    asked = [replace(mixed[0], room=8), request(processor, 3, "interleaved", True, 12)]
+    asked = [replace(mixed[0], max_tokens=8), request(processor, 3, "interleaved", True, 12)]
     engine = Engine(plain, processor)
     untouched = run(engine, asked)
     assert untouched[0] == wanted[0][:8]
@@ -748,7 +754,7 @@ def test_hooks_see_what_the_plain_loop_shows_them(
     """Every prompt whole, though the cache holds it already and chunks are short."""
     plain = tiny_transformer(processor, 1.0, device)
     engine, seen = Engine(plain, processor, chunk=5), list[tuple[int, ...]]()
-    asked = replace(mixed[4], room=4)
+    asked = replace(mixed[4], max_tokens=4)
     run(engine, [asked])
     plain.model.layers[0].register_forward_hook(lambda m, i, o: seen.append(tuple(o.shape)))
     list(draw_tokens(plain, processor, asked))
@@ -849,22 +855,25 @@ def test_a_walk_is_a_row_of_the_grammar(processor: Processor) -> None:
     rng = random.Random(0)
     outputs: list[Any] = ["text", "image", "interleaved", "interleaved"]
     for output in outputs * 3:
-        images, room = rng.randrange(1, 3), rng.randrange(66, 200)
-        walk, state = Walk(grammar, output, images, room), grammar.start([output], [images], [room])
+        images, max_tokens = rng.randrange(1, 3), rng.randrange(66, 200)
+        grammar_state, state = (
+            GrammarState(grammar, output, images, max_tokens),
+            grammar.start([output], [images], [max_tokens]),
+        )
         while True:
-            assert walk.state == state[0].tolist()
-            assert walk.done == bool(grammar.done(state))
-            assert walk.in_image == bool(grammar.in_image(state))
-            if walk.done:
+            assert grammar_state.row == state[0].tolist()
+            assert grammar_state.done == bool(grammar.done(state))
+            assert grammar_state.in_image == bool(grammar.in_image(state))
+            if grammar_state.done:
                 break
             [allowed] = grammar.mask(state)
             choices = allowed.nonzero()[:, 0].tolist()
-            assert walk.forced == (choices[0] if len(choices) == 1 else None)
-            if not walk.in_image:
-                assert walk.may_begin == bool(allowed[vocabulary.begin_image])
-            begin = walk.may_begin and rng.random() < 0.1
+            assert grammar_state.forced == (choices[0] if len(choices) == 1 else None)
+            if not grammar_state.in_image:
+                assert grammar_state.may_begin_image == bool(allowed[vocabulary.begin_image])
+            begin = grammar_state.may_begin_image and rng.random() < 0.1
             token = vocabulary.begin_image if begin else rng.choice(choices)
-            walk.advance(token)
+            grammar_state.advance(token)
             state = grammar.advance(state, torch.tensor([token]))
 
 
@@ -890,7 +899,7 @@ def test_rope_that_depends_on_the_length_equals_the_plain_loop(
     transformer = Transformer(config).eval()
     transformer.load_state_dict(tiny_transformer(processor, 1.0).state_dict())
     transformer.to(device)
-    texts = [replace(asked, room=60) for asked in (mixed[0], mixed[4]) if len(asked.ids) < 90]
+    texts = [replace(asked, max_tokens=60) for asked in (mixed[0], mixed[4]) if len(asked.ids) < 90]
     want = [list(draw_tokens(transformer, processor, asked)) for asked in texts]
     assert max(len(asked.ids) + len(t) for asked, t in zip(texts, want, strict=True)) > trained
     context = CONFIG.max_position_embeddings

@@ -79,12 +79,12 @@ def test_an_image_has_its_codes_then_its_end(grammar: Grammar) -> None:
 @pytest.mark.parametrize("images", [0, 1, 3])
 def test_interleaved_replies_are_whole_and_bounded(grammar: Grammar, images: int) -> None:
     counts = set()
-    for room in range(1, 4 * IMAGE):
+    for max_tokens in range(1, 4 * IMAGE):
         rows = 8
-        state = grammar.start(["interleaved"] * rows, [images] * rows, [room] * rows)
-        for reply in walk(grammar, state, seed=room, begin=5.0):
-            assert len(reply) <= room
-            assert reply[-1] == EOS or len(reply) == room
+        state = grammar.start(["interleaved"] * rows, [images] * rows, [max_tokens] * rows)
+        for reply in walk(grammar, state, seed=max_tokens, begin=5.0):
+            assert len(reply) <= max_tokens
+            assert reply[-1] == EOS or len(reply) == max_tokens
             counts.add(pictures(reply))
     assert counts == set(range(images + 1))
 
@@ -132,10 +132,10 @@ def test_no_room_is_done_at_once(grammar: Grammar) -> None:
     assert grammar.done(grammar.start(["text", "interleaved"], [0, 1], [0, 0])).all()
 
 
-@pytest.mark.parametrize(("images", "room"), [(0, 99), (1, IMAGE - 1)])
-def test_an_impossible_image_is_refused(images: int, room: int) -> None:
+@pytest.mark.parametrize(("images", "max_tokens"), [(0, 99), (1, IMAGE - 1)])
+def test_an_impossible_image_is_refused(images: int, max_tokens: int) -> None:
     with pytest.raises(SettingError, match=rf"{IMAGE} tokens does not fit"):
-        Grammar(VOCABULARY, LAYOUT).start(["image"], [images], [room])
+        Grammar(VOCABULARY, LAYOUT).start(["image"], [images], [max_tokens])
 
 
 def test_a_layout_with_size_tokens_and_line_ends_is_obeyed(device: torch.device) -> None:

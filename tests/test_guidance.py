@@ -48,10 +48,10 @@ def test_mix_gives_metas_recorded_logits(golden: Path, name: str, device: torch.
             text, image = cases[case]
             rows = torch.from_numpy(file[key]).to(device).split(1)
             names: tuple[Condition, ...] = ("full", "image_only", "unconditional")
-            kept = guidance.needed(text, image, has_images=case != "image_greedy")
+            kept = guidance.needed_conditions(text, image, has_images=case != "image_greedy")
             logits = {n: r for n, r in zip(names, rows, strict=True) if n in kept}
             want = torch.from_numpy(file[key.replace("cfg_in", "cfg_out")])[:1]
-            got = guidance.mix(logits, text, image)
+            got = guidance.combine_needed(logits, text, image)
             assert_close(got, want, atol=5e-4, rtol=0)
             checked += 1
     assert checked >= 5
@@ -69,19 +69,23 @@ def test_fewer_branches_give_the_same_logits(has_images: bool) -> None:
     }
     counts = set()
     for text, image in product((0.0, 1.0, 1.2, 3.0), repeat=2):
-        kept = guidance.needed(text, image, has_images)
+        kept = guidance.needed_conditions(text, image, has_images)
         assert kept[0] == "full"
         want = guidance.combine(full, image_only, unconditional, text, image)
-        got = guidance.mix({name: every[name] for name in kept}, text, image)
+        got = guidance.combine_needed({name: every[name] for name in kept}, text, image)
         torch.testing.assert_close(got, want)
         counts.add(len(kept))
     assert counts == ({1, 2, 3} if has_images else {1, 2})
 
 
 def test_metas_settings_need_two_branches_after_text_and_three_after_an_image() -> None:
-    assert guidance.needed(3.0, 1.2, has_images=False) == ("full", "unconditional")
-    assert guidance.needed(3.0, 1.2, True) == ("full", "image_only", "unconditional")
-    assert guidance.needed(1.0, 1.0, True) == guidance.needed(1.0, 7.0, False) == ("full",)
+    assert guidance.needed_conditions(3.0, 1.2, has_images=False) == ("full", "unconditional")
+    assert guidance.needed_conditions(3.0, 1.2, True) == ("full", "image_only", "unconditional")
+    assert (
+        guidance.needed_conditions(1.0, 1.0, True)
+        == guidance.needed_conditions(1.0, 7.0, False)
+        == ("full",)
+    )
 
 
 def test_branch_prompts() -> None:
@@ -92,7 +96,7 @@ def test_branch_prompts() -> None:
         "unconditional": [BOS, BEGIN],
     }
     for branch, want in prompts.items():
-        assert guidance.prompt(branch, history, VOCABULARY) == want
+        assert guidance.condition_prompt(branch, history, VOCABULARY) == want
     assert guidance.has_images(history, VOCABULARY)
     assert not guidance.has_images([BOS, 30, TURN, BEGIN], VOCABULARY)
 
@@ -100,7 +104,7 @@ def test_branch_prompts() -> None:
 def test_a_negative_prompt_takes_the_place_of_the_unconditional_branch_alone() -> None:
     history, negative = [BOS, 30, *PICTURE, TURN, BEGIN], [BOS, 40, 41, TURN]
     asked: tuple[Condition, ...] = ("full", "image_only", "unconditional")
-    prompts = [guidance.prompt(c, history, VOCABULARY, negative=negative) for c in asked]
+    prompts = [guidance.condition_prompt(c, history, VOCABULARY, negative=negative) for c in asked]
     assert prompts == [history, [BOS, *PICTURE, BEGIN], [*negative, BEGIN]]
 
 

@@ -83,12 +83,12 @@ def picture(seed: int, size: tuple[int, int] = (40, 30)) -> PIL.Image.Image:
 
 
 def reference(
-    loaded: Loaded, ids: list[int], output: Any, room: int, text: float, image: float
+    loaded: Loaded, ids: list[int], output: Any, max_tokens: int, text: float, image: float
 ) -> list[int]:
     """The same request through the package's own loop."""
     sampling = replace(GREEDY, seed=0, guidance_text=text, guidance_image=image).resolved({})
-    images = 1 if output == "image" else room // IMAGE_TOKENS
-    request = Request(ids, output, sampling, images, room)
+    images = 1 if output == "image" else max_tokens // IMAGE_TOKENS
+    request = Request(ids, output, sampling, images, max_tokens)
     return list(draw_tokens(loaded.transformer, loaded.processor, request))
 
 
@@ -113,17 +113,17 @@ class TestModes:
     ) -> None:
         inputs = processor(images=[picture(1)], text="What is this? <image>").to(model.device)
         ids = model.fill_image_tokens(inputs["input_ids"], inputs["pixel_values"])[0].tolist()
-        room = 40 if mode == "text-only" else IMAGE_TOKENS + 30
+        max_tokens = 40 if mode == "text-only" else IMAGE_TOKENS + 30
         out = model.generate(
             **inputs,
             do_sample=False,
-            max_new_tokens=room,
+            max_new_tokens=max_tokens,
             multimodal_generation_mode=mode,
             guidance_text=text,
             guidance_image=image,
         )
         output = {"image-only": "image", "text-only": "text"}.get(mode, "interleaved")
-        wanted = reference(loaded, ids, output, room, text, image)
+        wanted = reference(loaded, ids, output, max_tokens, text, image)
         drawn = new_tokens(out, inputs)
         assert drawn[: len(wanted)] == wanted
         assert set(drawn[len(wanted) :]) <= {loaded.processor.vocabulary.eos}

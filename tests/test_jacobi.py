@@ -21,10 +21,10 @@ from earlyfusion.engine.cache import Cache
 from earlyfusion.engine.engine import Engine
 from earlyfusion.errors import SettingError
 from earlyfusion.generation import jacobi
-from earlyfusion.generation.jacobi import NO_DRAFT, Window, revise
+from earlyfusion.generation.jacobi import NO_DRAFT, Window, resample
 from earlyfusion.generation.reference import draw_tokens, generate
 from earlyfusion.generation.request import Event, Finished, ImageDone, ImagePreview, Request
-from earlyfusion.generation.sampler import Warp, warp
+from earlyfusion.generation.sampler import SamplingTensors, warp
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.processor import Processor, train_tokenizer
 from earlyfusion.vocabulary import ImageLayout
@@ -38,13 +38,13 @@ OFF: dict[str, Any] = {"guidance_text": 1, "guidance_image": 1}
 
 
 def enumerated(asked_V: torch.Tensor, wanted_V: torch.Tensor, grid: int) -> torch.Tensor:
-    """What `revise` gives for a draft from `asked_V`, over a grid of both its uniform numbers."""
+    """What `resample` gives for a draft from `asked_V`, over a grid of both its uniform numbers."""
     size = len(asked_V)
     ticks = (torch.arange(grid, dtype=torch.float64) + 0.5) / grid
     uniform_R2 = torch.cartesian_prod(ticks, ticks).repeat(size, 1)
     draft_R = torch.arange(size).repeat_interleave(grid**2)
     rows = len(draft_R)
-    drawn_R = revise(draft_R, asked_V.expand(rows, -1), wanted_V.expand(rows, -1), uniform_R2)
+    drawn_R = resample(draft_R, asked_V.expand(rows, -1), wanted_V.expand(rows, -1), uniform_R2)
     counts_VV = torch.zeros(size, size, dtype=torch.float64)
     counts_VV.index_put_((draft_R, drawn_R), torch.ones(rows).double(), accumulate=True)
     return counts_VV / grid**2
@@ -70,27 +70,27 @@ def test_a_fixed_draft_and_none_are_cases_of_the_rule() -> None:
     uniform_R2 = torch.stack([torch.zeros(100).double(), ticks], 1)
     none_R = torch.full((100,), NO_DRAFT)
     zeros = torch.zeros(100, 4).double()
-    drawn_R = revise(none_R, zeros, wanted.expand(100, -1), uniform_R2)
+    drawn_R = resample(none_R, zeros, wanted.expand(100, -1), uniform_R2)
     assert torch.bincount(drawn_R).tolist() == [10, 20, 30, 40]
 
 
 def test_equal_distributions_keep_every_draft() -> None:
     wanted_RV = torch.rand(50, 7).double().softmax(-1)
     draft_R = torch.randint(0, 7, (50,))
-    assert torch.equal(revise(draft_R, wanted_RV, wanted_RV, torch.rand(50, 2).double()), draft_R)
+    assert torch.equal(resample(draft_R, wanted_RV, wanted_RV, torch.rand(50, 2).double()), draft_R)
 
 
 def test_a_window_settles_up_to_the_first_change() -> None:
     window = Window(4, seed=0, start=0)
-    assert window.settle([7], left=9) == [7] and window.drafts == [7, 7, 7]
+    assert window.accept([7], left=9) == [7] and window.drafts == [7, 7, 7]
     window.new_WV = torch.arange(4.0)[:, None]
-    assert window.settle([7, 5, 6, 8], left=8) == [7, 5]
+    assert window.accept([7, 5, 6, 8], left=8) == [7, 5]
     assert window.drafts == [6, 8, 8] and window.old_WV is not None
     assert window.old_WV[:, 0].tolist() == [2, 3]
     # All kept: all final, with the one behind them.
-    assert window.settle([6, 8, 8, 1], left=6) == [6, 8, 8, 1]
+    assert window.accept([6, 8, 8, 1], left=6) == [6, 8, 8, 1]
     assert window.drafts == [1], "two codes are left, and the last place needs no draft"
-    assert window.settle([1, 3], left=2) == [1, 3] and window.drafts == []
+    assert window.accept([1, 3], left=2) == [1, 3] and window.drafts == []
 
 
 def test_numbers_come_from_the_seed_and_the_place() -> None:
@@ -126,7 +126,9 @@ def guided(text: float, **changes: float) -> Toy:
         mixed = bare(history) + text * (full(history) - bare(history))
         rows = mixed.reshape(-1, CODES)
         row = SamplingParams(**settings).resolved({})  # type: ignore[arg-type]
-        return warp(rows, Warp.image([row]).of_rows(torch.zeros(len(rows)).long())).view_as(mixed)
+        return warp(
+            rows, SamplingTensors.image([row]).select(torch.zeros(len(rows)).long())
+        ).view_as(mixed)
 
     return logits
 
@@ -140,7 +142,7 @@ def joint_of(model: Toy) -> torch.Tensor:
 
 
 def pictures_by_windows(
-    model: Toy, size: int, rule: Callable[..., torch.Tensor] = revise
+    model: Toy, size: int, rule: Callable[..., torch.Tensor] = resample
 ) -> tuple[torch.Tensor, float]:
     """Codes [MANY, 4] of pictures drawn in windows, all at once, and passes a picture."""
     rng = np.random.default_rng(size)
@@ -189,15 +191,15 @@ def distance(codes: torch.Tensor, joint: torch.Tensor) -> float:
 
 def always(draft: torch.Tensor, old: torch.Tensor, new: torch.Tensor, u: Any) -> torch.Tensor:
     """A wrong rule: keep every draft."""
-    return torch.where(draft != NO_DRAFT, draft, revise(draft, old, new, u))
+    return torch.where(draft != NO_DRAFT, draft, resample(draft, old, new, u))
 
 
 def without_residual(
     draft: torch.Tensor, old: torch.Tensor, new: torch.Tensor, u: Any
 ) -> torch.Tensor:
     """A wrong rule: draw from the whole of the new distribution after a refusal."""
-    kept = revise(draft, old, new, u) == draft
-    fresh = revise(torch.full_like(draft, NO_DRAFT), torch.zeros_like(old), new, u)
+    kept = resample(draft, old, new, u) == draft
+    fresh = resample(torch.full_like(draft, NO_DRAFT), torch.zeros_like(old), new, u)
     return torch.where(kept, draft, fresh)
 
 
@@ -257,9 +259,9 @@ def request(processor: Processor, seed: int, output: Any = "image", **more: Any)
 def mixed(processor: Processor) -> list[Request]:
     """Windows of several sizes, greedy and not, one to three branches, beside other requests."""
     return [
-        request(processor, 0, "text", room=30, **GREEDY),
-        request(processor, 1, jacobi=4, image_temperature=2.0, images=2, room=140),
-        request(processor, 2, "interleaved", images=2, room=150, jacobi=8, **OFF),
+        request(processor, 0, "text", max_tokens=30, **GREEDY),
+        request(processor, 1, jacobi=4, image_temperature=2.0, images=2, max_tokens=140),
+        request(processor, 2, "interleaved", images=2, max_tokens=150, jacobi=8, **OFF),
         request(processor, 3, picture=True, guidance_image=1, jacobi=3, **GREEDY),
         request(processor, 4, picture=True, jacobi=64, image_top_p=1, image_temperature=3.0),
         request(processor, 5, image_top_k=20),
@@ -305,7 +307,7 @@ def test_greedy_pictures_are_those_of_one_code_at_a_time(
 ) -> None:
     """Drawn text, greedy pictures: the text behind a picture finds the same uniform numbers too."""
     asked = request(
-        processor, 4, "interleaved", room=150, images=2, image_temperature=0, **guidance
+        processor, 4, "interleaved", max_tokens=150, images=2, image_temperature=0, **guidance
     )
     want = list(draw_tokens(transformer, processor, asked))
     assert processor.vocabulary.end_image in want[:-1]
@@ -388,7 +390,7 @@ def test_rows_that_end_with_a_mark(tmp_path: Path, device: torch.device) -> None
     layout = ImageLayout(4, 5, line_end=("<reserved08707>",))
     processor = Processor(tmp_path / "tokenizer.json", layout)
     transformer = tiny_transformer(plain, device=device)
-    asked = request(processor, 2, room=60, images=2, jacobi=8, image_temperature=0)
+    asked = request(processor, 2, max_tokens=60, images=2, jacobi=8, image_temperature=0)
     want = list(draw_tokens(transformer, processor, one_by_one(asked)))
     assert list(draw_tokens(transformer, processor, asked)) == want
     drawn = replace(asked, sampling=replace(asked.sampling, image_temperature=1.0))
@@ -433,7 +435,7 @@ def exact_joint(transformer: Transformer, processor: Processor, asked: Request) 
     text = asked.sampling.guidance_text
     bare = logits([vocabulary.bos])
     mixed = bare + text * (logits(list(asked.ids)) - bare)
-    settings = Warp.image([asked.sampling]).of_rows(torch.zeros(3 * len(pictures)).long())
+    settings = SamplingTensors.image([asked.sampling]).select(torch.zeros(3 * len(pictures)).long())
     steps = warp(mixed.view(-1, 5), settings).double().softmax(-1).view(-1, 3, 5)
     index = torch.cartesian_prod(*[torch.arange(5)] * 3)
     return steps.gather(-1, index[..., None])[..., 0].prod(1)

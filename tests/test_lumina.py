@@ -108,7 +108,7 @@ def test_a_picture_of_another_size_is_drawn(
     wide = Processor(processor.tokenizer_file, lumina.layout(*size))
     sampling = SamplingParams(seed=0, guidance_text=3.0, guidance_image=3.0).resolved({})
     ids = [wide.vocabulary.bos, *wide.encode_text("a pear"), wide.vocabulary.end_of_turn]
-    request = Request(ids, "image", sampling, images=1, room=wide.layout.num_tokens)
+    request = Request(ids, "image", sampling, max_images=1, max_tokens=wide.layout.num_tokens)
     events = list(generate(transformer, wide, request))
     [done] = [event for event in events if isinstance(event, ImageDone)]
     assert done.codes.shape == size
@@ -201,7 +201,7 @@ def test_the_image_only_branch_keeps_pictures_of_another_size(processor: Process
     shown = lumina.layout(4, 6).spell(np.zeros((4, 6), dtype=np.int64), vocabulary)
     text = processor.encode_text("a pear")
     history = [vocabulary.bos, *text, *shown, *text, vocabulary.begin_image]
-    branch = guidance.prompt("image_only", history, vocabulary, lumina.layout(8, 8))
+    branch = guidance.condition_prompt("image_only", history, vocabulary, lumina.layout(8, 8))
     assert branch == [vocabulary.bos, *shown, vocabulary.begin_image]
 
 
@@ -212,7 +212,7 @@ def test_guidance_begins_at_the_picture(processor: Processor) -> None:
     history = [vocabulary.bos, *text, *picture, *text, vocabulary.begin_image]
 
     def prompt(condition: guidance.Condition) -> list[int]:
-        return guidance.prompt(condition, history, vocabulary, layout)
+        return guidance.condition_prompt(condition, history, vocabulary, layout)
 
     assert prompt("full") == history
     assert prompt("unconditional") == [vocabulary.begin_image]
@@ -221,10 +221,12 @@ def test_guidance_begins_at_the_picture(processor: Processor) -> None:
     text_weight, image_weight = sampling.guidance_text, sampling.guidance_image
     assert text_weight is not None and image_weight is not None
     for has_images in (False, True):
-        names = guidance.needed(text_weight, image_weight, has_images)
+        names = guidance.needed_conditions(text_weight, image_weight, has_images)
         assert names == ("full", "unconditional")
     conditional, alone = torch.randn(2, 9)
-    mixed = guidance.mix({"full": conditional, "unconditional": alone}, text_weight, image_weight)
+    mixed = guidance.combine_needed(
+        {"full": conditional, "unconditional": alone}, text_weight, image_weight
+    )
     torch.testing.assert_close(mixed, alone + 3.0 * (conditional - alone))
 
 

@@ -15,8 +15,8 @@ from tolerances import assert_close
 
 from earlyfusion.checkpoints.detect import load
 from earlyfusion.generation import reference
+from earlyfusion.generation.event_builder import EventBuilder, GrammarState
 from earlyfusion.generation.grammar import Grammar
-from earlyfusion.generation.narrator import Narrator, Walk
 from earlyfusion.generation.reference import Reader, draw_tokens, generate
 from earlyfusion.generation.request import (
     Event,
@@ -46,10 +46,12 @@ def transformer(processor: Processor, device: torch.device) -> Transformer:
 
 
 def request(processor: Processor, output: Any = "interleaved", **changes: Any) -> Request:
-    size = {name: changes.pop(name) for name in ("images", "room", "stops") if name in changes}
+    size = {
+        name: changes.pop(name) for name in ("max_images", "max_tokens", "stops") if name in changes
+    }
     ids = [processor.vocabulary.bos, *processor.encode_text("Draw a red apple, please.")]
     settings = SamplingParams(**({"seed": 0} | changes)).resolved({})
-    defaults = {"images": 2, "room": 200}
+    defaults = {"max_images": 2, "max_tokens": 200}
     return Request([*ids, processor.vocabulary.end_of_turn], output, settings, **(defaults | size))
 
 
@@ -69,7 +71,7 @@ def naive_greedy(transformer: Transformer, ids: list[int], allowed: list[int], n
 def test_cached_greedy_text_equals_plain_forwards(
     transformer: Transformer, processor: Processor
 ) -> None:
-    asked = request(processor, "text", temperature=0, room=30, **OFF)
+    asked = request(processor, "text", temperature=0, max_tokens=30, **OFF)
     allowed = [*processor.vocabulary.text_tokens.tolist(), processor.vocabulary.eos]
     got = list(draw_tokens(transformer, processor, asked))
     assert got == naive_greedy(transformer, list(asked.ids), allowed, len(got))
@@ -87,7 +89,7 @@ def test_guided_greedy_image_equals_plain_forwards(
     image_only = [vocabulary.bos, *shown, vocabulary.begin_image]
     unconditional = [vocabulary.bos, vocabulary.begin_image]
     settings = SamplingParams(image_temperature=0, seed=0).resolved({})
-    asked = Request(full[:-1], "image", settings, images=1, room=layout.num_tokens)
+    asked = Request(full[:-1], "image", settings, max_images=1, max_tokens=layout.num_tokens)
     codes = vocabulary.image_tokens.tolist()
     want = []
     for _ in range(layout.num_codes):
@@ -141,13 +143,13 @@ def test_every_image_of_100_interleaved_replies_is_whole(
 ) -> None:
     counts = []
     for seed in range(100):
-        asked = request(processor, seed=seed, room=17 * seed % 150 + 1, **OFF)
+        asked = request(processor, seed=seed, max_tokens=17 * seed % 150 + 1, **OFF)
         tokens = list(draw_tokens(transformer, processor, asked))
         events, _ = narrated(processor, asked, tokens)
         counts.append(check_events(events, processor, tokens))
-        assert len(tokens) <= asked.room
+        assert len(tokens) <= asked.max_tokens
         ended = tokens[-1] == processor.vocabulary.eos
-        assert ended or len(tokens) == asked.room
+        assert ended or len(tokens) == asked.max_tokens
         assert events[-1].reason == ("stop" if ended else "length")  # type: ignore[union-attr]
     assert set(counts) == {0, 1, 2}
 
@@ -167,7 +169,7 @@ def test_generate_gives_the_events_of_the_tokens(
 def test_an_image_reply_is_an_image_and_stops(
     transformer: Transformer, processor: Processor
 ) -> None:
-    events = list(generate(transformer, processor, request(processor, "image", images=1)))
+    events = list(generate(transformer, processor, request(processor, "image", max_images=1)))
     assert check_events(events, processor, list_tokens(events, processor)) == 1
     assert isinstance(events[0], ImageStarted)
     assert isinstance(events[-1], Finished) and events[-1].reason == "stop"
@@ -189,7 +191,7 @@ def test_the_full_branch_keeps_its_cache_and_the_others_come_and_go(
             super().__init__(config, slots, length, *rest)
 
     monkeypatch.setattr(reference, "KVCache", Counted)
-    asked = request(processor, "image", images=3, room=200)
+    asked = request(processor, "image", max_images=3, max_tokens=200)
     assert len(list(draw_tokens(transformer, processor, asked))) == 198
     image, full = processor.layout.num_tokens, len(asked.ids) + 200
     # Text-only prompt: one further branch. Second and third image: image-only and unconditional.
@@ -198,7 +200,7 @@ def test_the_full_branch_keeps_its_cache_and_the_others_come_and_go(
 
 
 def test_closing_early_frees_the_caches(transformer: Transformer, processor: Processor) -> None:
-    events = generate(transformer, processor, request(processor, "image", images=1))
+    events = generate(transformer, processor, request(processor, "image", max_images=1))
     next(events)
     alive = [weakref.ref(o) for o in gc.get_objects() if type(o) is Reader]
     assert alive
@@ -218,15 +220,15 @@ def narrate(processor: Processor, tokens: list[int], **changes: Any) -> tuple[li
 def narrated(processor: Processor, asked: Request, tokens: list[int]) -> tuple[list[Event], bool]:
     """The events of these tokens, and whether no further one is wanted."""
     grammar = Grammar(processor.vocabulary, processor.layout, asked.stops)
-    walk = Walk(grammar, asked.output, asked.images, asked.room)
-    narrator = Narrator(processor, asked, walk)
+    grammar_state = GrammarState(grammar, asked.output, asked.max_images, asked.max_tokens)
+    event_builder = EventBuilder(processor, asked, grammar_state)
     events: list[Event] = []
     for token in tokens:
-        events += narrator.push(token)
-        if narrator.ended:
+        events += event_builder.push(token)
+        if event_builder.ended:
             break
-        walk.advance(token)
-    return [*events, *narrator.finish()], narrator.ended
+        grammar_state.advance(token)
+    return [*events, *event_builder.finish()], event_builder.ended
 
 
 def texts(events: list[Event]) -> str:
@@ -285,9 +287,11 @@ def test_a_stop_string_does_not_reach_over_an_image(processor: Processor) -> Non
 
 
 def test_a_stop_string_ends_the_loop(transformer: Transformer, processor: Processor) -> None:
-    plain = texts(list(generate(transformer, processor, request(processor, "text", room=60))))
+    plain = texts(list(generate(transformer, processor, request(processor, "text", max_tokens=60))))
     stop = plain[len(plain) // 2 :][:3]
-    events = list(generate(transformer, processor, request(processor, "text", room=60, stop=stop)))
+    events = list(
+        generate(transformer, processor, request(processor, "text", max_tokens=60, stop=stop))
+    )
     assert texts(events) == plain[: plain.find(stop)]
     assert isinstance(events[-1], Finished) and events[-1].reason == "stop"
     assert events[-1].usage.completion_tokens < 60
@@ -302,8 +306,8 @@ def test_requests_must_be_resolved(transformer: Transformer, processor: Processo
 
 # --- Meta's recorded runs --------------------------------------------------------------------
 # In the original a batch is one run and max_gen_len counts each text segment; here a request is
-# one row and `room` counts everything. The three sampled cases are left out: the original draws
-# with torch's multinomial, which no other sampler can follow.
+# one row and `max_tokens` counts everything. The three sampled cases are left out: the original
+# draws with torch's multinomial, which no other sampler can follow.
 
 MODELS = ("tiny_1", "tiny_mp2_swin_gqa")
 
@@ -332,27 +336,29 @@ class Recorded:
             guidance_image=image["cfg"]["guidance_scale_image"] if image else None,
             seed=0,
         ).resolved({})
-        room = options["max_seq_len"] - len(prompt)
+        max_tokens = options["max_seq_len"] - len(prompt)
         if not image:
             return self._request(
-                prompt, "text", settings, 0, min(room, options["max_gen_len"]), name
+                prompt, "text", settings, 0, min(max_tokens, options["max_gen_len"]), name
             )
         if not text:
             return self._request(prompt, "image", settings, 1, 1026, name)
         # The original wants one place more than an image takes before it begins one.
         return self._request(
-            prompt, "interleaved", settings, 9, room - (name != "mixed_greedy"), name
+            prompt, "interleaved", settings, 9, max_tokens - (name != "mixed_greedy"), name
         )
 
     def _request(
         self, prompt: list[int], output: Any, settings: SamplingParams, *rest: Any
     ) -> Request:
-        images, room, name = rest
+        images, max_tokens, name = rest
         case = self.cases[name]
         stops = case.get("extra_eos_tokens", case.get("options", {}).get("extra_eos_tokens", ["i"]))
         begin = self.processor.vocabulary.begin_image
         ids = tuple(begin if isinstance(stop, str) else stop for stop in stops)
-        return Request(prompt, output, settings, images, room, ids if output != "image" else ())
+        return Request(
+            prompt, output, settings, images, max_tokens, ids if output != "image" else ()
+        )
 
     def draw(self, name: str, prompt: list[int], count: int) -> list[int]:
         tokens = draw_tokens(self.transformer, self.processor, self.request(name, prompt))

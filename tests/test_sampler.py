@@ -12,7 +12,15 @@ import torch
 from tolerances import assert_close
 
 from earlyfusion.errors import SettingError
-from earlyfusion.generation.sampler import Sampler, Warp, generator, penalise, pick, uniforms, warp
+from earlyfusion.generation.sampler import (
+    Sampler,
+    SamplingTensors,
+    generator,
+    penalise,
+    pick,
+    uniforms,
+    warp,
+)
 from earlyfusion.generation.settings import SamplingParams
 
 OFF = (1.0, 0, 1.0, 0.0, 1.0)
@@ -25,11 +33,11 @@ def recorded(golden: Path, device: torch.device) -> dict[str, torch.Tensor]:
         return {name: torch.from_numpy(file[name]).to(device) for name in file}
 
 
-def settings(recorded: dict[str, torch.Tensor], **changes: float) -> Warp:
+def settings(recorded: dict[str, torch.Tensor], **changes: float) -> SamplingTensors:
     """The same for all six rows that were recorded."""
     names = ("temperature", "top_k", "top_p", "min_p", "penalty")
     row = tuple(changes.get(name, off) for name, off in zip(names, OFF, strict=True))
-    return Warp.of([row] * 6, recorded["logits"].device)
+    return SamplingTensors.of([row] * 6, recorded["logits"].device)
 
 
 def assert_same(got: torch.Tensor, want: torch.Tensor) -> None:
@@ -80,7 +88,7 @@ def test_text_chain_is_metas(recorded: dict[str, torch.Tensor]) -> None:
 
 def test_rows_keep_their_own_settings(recorded: dict[str, torch.Tensor]) -> None:
     rows = [(1.0, 0, 0.5, 0.0, 1.0), (0.7, 0, 1.0, 0.0, 1.0), (1.0, 0, 0.9, 0.0, 1.0)]
-    got = warp(recorded["logits"][:3], Warp.of(rows, recorded["logits"].device))
+    got = warp(recorded["logits"][:3], SamplingTensors.of(rows, recorded["logits"].device))
     for row, name in enumerate(("top_p_0.5", "temp_0.7", "top_p_0.9")):
         assert_same(got[row], recorded[name][row])
 

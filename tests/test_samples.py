@@ -108,7 +108,9 @@ def test_the_pictures_are_those_that_the_reference_draws(
     side = CONFIG.vq_config.resolution
     for number, (_, ids) in enumerate(encoded_prompts(processor, PROMPTS)):
         sampling = SamplingParams(seed=3 + number).resolved(DEFAULTS)
-        request = Request(ids, "image", sampling, images=1, room=processor.layout.num_tokens)
+        request = Request(
+            ids, "image", sampling, max_images=1, max_tokens=processor.layout.num_tokens
+        )
         events = generate(transformer, processor, request)
         codes = next(event.codes for event in events if isinstance(event, ImageDone))
         picture = tokenizer.decode(torch.from_numpy(codes)[None])[0]

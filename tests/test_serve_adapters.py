@@ -87,10 +87,10 @@ def mixed(model: Chameleon) -> list[Request]:
     """Requests of which three each differ in the adapter only: they begin alike."""
     one = model.processor
     asked = [
-        request(one, 0, "text", room=40),
+        request(one, 0, "text", max_tokens=40),
         request(one, 1, "image"),
         request(one, 5, "image", picture=True, jacobi=3, negative_prompt="a pear"),
-        request(one, 2, "text", picture=True, room=40, temperature=0, prompt_lookup=4),
+        request(one, 2, "text", picture=True, max_tokens=40, temperature=0, prompt_lookup=4),
     ]
     return [replace(each, adapter=name) for each in asked for name in NAMES]
 

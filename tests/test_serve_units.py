@@ -40,7 +40,7 @@ from earlyfusion.serve.store import MAX_CONVERSATIONS, Conversation, Conversatio
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
 DRAW: dict[str, Any] = {"prompt": "Draw a cat."}
-REQUEST = Request([0], "text", SamplingParams(), images=0, room=1)
+REQUEST = Request([0], "text", SamplingParams(), max_images=0, max_tokens=1)
 
 
 def refused(kind: type[Wire], body: Any, lenient: bool = False) -> ApiError:

@@ -178,7 +178,7 @@ def test_warm_steps_build_and_load_nothing(folder: Path) -> None:
 
 def test_prompts_of_a_short_context_fit(meter: Meter) -> None:
     for request in meter._eight():
-        assert len(request.ids) + request.room <= meter.config.max_position_embeddings
+        assert len(request.ids) + request.max_tokens <= meter.config.max_position_embeddings
     assert len(meter._request(SHORT, 5, {}).ids) == SHORT
 
 

@@ -70,8 +70,8 @@ def requests(draw: st.DrawFn, processor: Processor) -> Request:
     }[steered]
     output = draw(st.sampled_from(["text", "image", "interleaved"]))
     seed, picture = draw(st.integers(0, 12)), draw(st.booleans())
-    room, images = draw(st.integers(12, 45)), draw(st.integers(1, 3))
-    made = request(processor, seed, output, picture, room, images, **chosen)
+    max_tokens, images = draw(st.integers(12, 45)), draw(st.integers(1, 3))
+    made = request(processor, seed, output, picture, max_tokens, images, **chosen)
     stops = draw(st.sampled_from([(), (), (processor.vocabulary.pad,), tuple(range(40, 90))]))
     return replace(made, stops=stops, layout=LAYOUTS[0])
 
@@ -154,8 +154,8 @@ def states(grammar: Grammar) -> Iterator[list[int]]:
     slots = range(grammar.image_tokens + 1)
     for slot in slots:
         for images in (0, 1):
-            for room in (1, grammar.image_tokens, grammar.image_tokens + 1):
-                yield from ([slot, images, room, text] for text in (0, 1))
+            for max_tokens in (1, grammar.image_tokens, grammar.image_tokens + 1):
+                yield from ([slot, images, max_tokens, text] for text in (0, 1))
 
 
 def test_tables_say_what_each_grammar_says(processor: Processor) -> None:
@@ -234,7 +234,9 @@ def test_one_burst_draws_a_whole_row_of_an_image(
     monkeypatch.setattr(Bursts, "draw", counted)
     for number, expected in ((1, [32, 32]), (2, [16, 16, 16, 16])):
         lengths.clear()
-        asked = [request(processor, seed, "image", seed > 0, room=66) for seed in range(number)]
+        asked = [
+            request(processor, seed, "image", seed > 0, max_tokens=66) for seed in range(number)
+        ]
         drawn(Engine(transformer, processor, static=True), asked, [0] * number)
         assert lengths[: len(expected)] == expected
 
@@ -243,7 +245,7 @@ def test_one_burst_draws_a_whole_row_of_an_image(
 def test_crowds_of_the_largest_bucket_and_beyond(
     transformer: Transformer, processor: Processor, number: int
 ) -> None:
-    asked = [request(processor, seed % 3, "text", room=5) for seed in range(number)]
+    asked = [request(processor, seed % 3, "text", max_tokens=5) for seed in range(number)]
     wanted = [list(draw_tokens(transformer, processor, one)) for one in asked[:3]]
     engine = Engine(transformer, processor, static=True, chunk=10_000)  # all begin together
     got = drawn(engine, asked, [0] * number)
@@ -258,14 +260,14 @@ def test_rows_freeze_where_their_blocks_end(
 ) -> None:
     """A frozen row writes where nobody reads, while the others go on."""
     monkeypatch.setattr(Scheduler, "grow", lambda *_: None)
-    asked = [request(processor, seed, "text", room=90) for seed in range(5)]
+    asked = [request(processor, seed, "text", max_tokens=90) for seed in range(5)]
     wanted = [list(draw_tokens(transformer, processor, one)) for one in asked]
     assert drawn(Engine(transformer, processor, static=True), asked, [0] * 5) == wanted
 
 
 def test_a_full_cache_takes_no_blocks_early(transformer: Transformer, processor: Processor) -> None:
     """Bursts never preempt: there are as few preemptions as without them."""
-    asked = [request(processor, seed, "text", room=60, **GREEDY) for seed in range(6)]
+    asked = [request(processor, seed, "text", max_tokens=60, **GREEDY) for seed in range(6)]
     counts = []
     for static in (False, True):
         engine = Engine(transformer, processor, cache_bytes=14 * BLOCK, static=static)
@@ -283,7 +285,9 @@ def test_captured_steps_equal_called_ones(processor: Processor) -> None:
     engine.warm_up()
     captured = engine.runner.bursts._graphs.shapes
     assert len(captured) == 60
-    asked = [request(processor, seed, "interleaved", seed % 2 == 1, room=70) for seed in range(8)]
+    asked = [
+        request(processor, seed, "interleaved", seed % 2 == 1, max_tokens=70) for seed in range(8)
+    ]
     asked += [request(processor, seed, "image", seed % 2 == 1, **GREEDY) for seed in range(4)]
     wanted = [list(draw_tokens(transformer, processor, one)) for one in asked]
     assert drawn(engine, asked, [0] * 12) == wanted

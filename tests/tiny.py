@@ -47,7 +47,7 @@ def request(
     seed: int,
     output: Any = "interleaved",
     picture: bool = False,
-    room: int = 80,
+    max_tokens: int = 80,
     images: int = 1,
     **settings: Any,
 ) -> Request:
@@ -59,4 +59,4 @@ def request(
     text = processor.encode_text(TEXTS[seed % 3][: 4 + 3 * seed])
     ids = [vocabulary.bos, *shown, *text, vocabulary.end_of_turn]
     sampling = SamplingParams(seed=seed, **settings).resolved({})
-    return Request(ids, output, sampling, 0 if output == "text" else images, room)
+    return Request(ids, output, sampling, 0 if output == "text" else images, max_tokens)

@@ -277,8 +277,8 @@ def test_the_static_step_of_the_engine(
     their definitions: the same tokens."""
     processor = tiny_processor(tmp_path)
     transformer = tiny_transformer(processor).to(DEVICE)
-    asked = [request(processor, 1, "text", room=3), request(processor, 2, "image", True)]
-    asked[1] = replace(asked[1], layout=ImageLayout(1, 2), room=5)
+    asked = [request(processor, 1, "text", max_tokens=3), request(processor, 2, "image", True)]
+    asked[1] = replace(asked[1], layout=ImageLayout(1, 2), max_tokens=5)
     drawn = []
     monkeypatch.setattr(cache, "has_fp8", lambda _: True)
     for ways in (TWIN, KERNEL):

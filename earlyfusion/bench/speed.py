@@ -330,9 +330,11 @@ class Meter:
     def crowd(self, number: int, context: int) -> tuple[float, float]:
         """Tokens per second of `number` texts at about this context, and their exact context."""
         # The first texts draw already while the last prompts are read.
-        room = min(TOKENS * 2 + 4 * number, self.config.max_position_embeddings // 2)
-        context = max(2, min(context, self.config.max_position_embeddings - room))
-        handles = [self.engine.add(self._request(context, room, GREEDY)) for _ in range(number)]
+        max_tokens = min(TOKENS * 2 + 4 * number, self.config.max_position_embeddings // 2)
+        context = max(2, min(context, self.config.max_position_embeddings - max_tokens))
+        handles = [
+            self.engine.add(self._request(context, max_tokens, GREEDY)) for _ in range(number)
+        ]
         while not all(handle.tokens or handle.finished for handle in handles):
             self.engine.step()
         left = [handle for handle in handles if not handle.finished]
@@ -380,12 +382,14 @@ class Meter:
         self, context: int, tokens: int, settings: dict[str, float], output: Output = "text"
     ) -> Request:
         vocabulary, most = self.model.processor.vocabulary, self.config.max_position_embeddings
-        room = self.layout.num_tokens if output == "image" else tokens
-        context = max(min(context, most - room), 2)
+        max_tokens = self.layout.num_tokens if output == "image" else tokens
+        context = max(min(context, most - max_tokens), 2)
         ids = [vocabulary.bos, *self._draw.choices(vocabulary.text_tokens.tolist(), k=context - 1)]
         sampling = SamplingParams(seed=self._draw.randrange(2**31), **settings)  # type: ignore[arg-type]
         resolved = sampling.resolved(self.model.defaults | {"repetition_penalty": 1.0})
-        return Request(ids, output, replace(resolved, stop=None), int(output == "image"), room)
+        return Request(
+            ids, output, replace(resolved, stop=None), int(output == "image"), max_tokens
+        )
 
     def _all(self, requests: Sequence[Request] | Iterator[Request]) -> tuple[float, int]:
         """Seconds of requests that run together, to `MOST_CODES` tokens each; and all tokens."""

@@ -26,10 +26,10 @@ from earlyfusion.generation import guidance, jacobi
 from earlyfusion.generation.grammar import Grammar
 from earlyfusion.generation.sampler import (
     Sampler,
-    Warp,
+    SamplingTensors,
+    can_draw,
     penalise,
     pick,
-    sound,
     warp,
 )
 from earlyfusion.generation.settings import DrawSettings
@@ -67,7 +67,7 @@ class Drawer:
         self._allowed = {grammar}
         self._text_of: dict[tuple[Grammar, bool], Tensor] = {}
         self._forbidden: dict[Handle, Tensor] = {}  # columns, in this step only
-        self._warps: dict[DrawGroup, tuple[list[DrawSettings], Warp]] = {}
+        self._warps: dict[DrawGroup, tuple[list[DrawSettings], SamplingTensors]] = {}
         self._load_text_head(grammar.text_ids)
 
     @torch.no_grad()
@@ -123,7 +123,7 @@ class Drawer:
 
     def _draw_steered(self, x_RD: Tensor, step: Step, handle: Handle) -> list[int]:
         """One token from the whole vocabulary; none if the steering fails."""
-        steering, grammar = handle.steering, handle.walk.grammar
+        steering, grammar = handle.steering, handle.grammar_state.grammar
         assert steering is not None
         ids, branches = handle.branches[0].tokens, handle.branches
         rows_RV = self._backend.whole_logits(x_RD[[step.row_of[branch] for branch in branches]])
@@ -131,9 +131,9 @@ class Drawer:
         if len(branches) > 1:
             _, image_only_V, bare_V = (rows_RV[branches.index(b)] for b in handle.conditions)
             logits_V = guidance.combine(full_V, image_only_V, bare_V, *handle.guidance)
-        state_1F = torch.tensor([handle.walk.state], device=self._device)
+        state_1F = torch.tensor([handle.grammar_state.row], device=self._device)
         allowed_1V = grammar.mask(state_1F)
-        if not sound(logits_V.masked_fill(~allowed_1V, -torch.inf)).all():
+        if not can_draw(logits_V.masked_fill(~allowed_1V, -torch.inf)).all():
             return [NOTHING]
         try:
             changed_V = steering.change(ids, logits_V, allowed_1V[0])
@@ -160,19 +160,19 @@ class Drawer:
     ) -> dict[Handle, list[int]]:
         rows: dict[bool, _LogitRows] = {}
         for in_image, head in ((False, self.text_head), (True, self.image_head)):
-            if alike := [handle for handle in handles if handle.walk.in_image is in_image]:
+            if alike := [handle for handle in handles if handle.grammar_state.in_image is in_image]:
                 rows[in_image] = _LogitRows(head, x_RD, step, alike)
         # The choices hold raw addresses of logits in `rows`: keep it alive until after the draw.
-        choices = [self._choices(handle, rows[handle.walk.in_image]) for handle in handles]
+        choices = [self._choices(handle, rows[handle.grammar_state.in_image]) for handle in handles]
         columns = iter(draw(list(chain.from_iterable(choices))))
         drawn: dict[Handle, list[int]] = {}
         for handle in handles:
-            ids, mine = rows[handle.walk.in_image].ids, islice(columns, handle.positions)
+            ids, mine = rows[handle.grammar_state.in_image].ids, islice(columns, handle.positions)
             drawn[handle] = [ids[column] if column >= 0 else NOTHING for column in mine]
         return drawn
 
     def _choices(self, handle: Handle, rows: _LogitRows) -> list[Choice]:
-        settings, in_image = handle.settings, handle.walk.in_image
+        settings, in_image = handle.settings, handle.grammar_state.in_image
         # Guesses of text are copied from the history, so they add nothing to what is seen.
         seen_V = None if in_image else self._seen_by(handle)
         text, image = handle.guidance
@@ -217,9 +217,9 @@ class Drawer:
         logits_BV = self._guided(x_RD, step, handles, head)
         if not group.in_image:
             logits_BV = self._masked(logits_BV, group, handles)
-        sound_B = sound(logits_BV)
-        logits_BV = torch.where(sound_B[:, None], logits_BV, 0)
-        return torch.where(sound_B, self._pick(logits_BV, group, handles, head), NOTHING)
+        can_draw_B = can_draw(logits_BV)
+        logits_BV = torch.where(can_draw_B[:, None], logits_BV, 0)
+        return torch.where(can_draw_B, self._pick(logits_BV, group, handles, head), NOTHING)
 
     def _guided(self, x_RD: Tensor, step: Step, handles: list[Handle], head: Head) -> Tensor:
         """Guided logits [B, V] in fp32: one row per position of each handle."""
@@ -242,7 +242,10 @@ class Drawer:
         return guidance.combine(full, image_only, unconditional, text_B1, image_B1)
 
     def _masked(self, logits_BV: Tensor, group: DrawGroup, handles: list[Handle]) -> Tensor:
-        rules = {(handle.walk.grammar, handle.walk.may_begin) for handle in handles}
+        rules = {
+            (handle.grammar_state.grammar, handle.grammar_state.may_begin_image)
+            for handle in handles
+        }
         alike = len(rules) == 1 and self._forbidden.keys().isdisjoint(handles)
         logits_BV = logits_BV.masked_fill(
             self._blocked_for(handles[0])
@@ -276,20 +279,20 @@ class Drawer:
         uniform_B = torch.tensor(uniforms, dtype=torch.float64)
         return head.ids_V[pick(logits_BV, uniform_B.to(self._device))]
 
-    def _settings(self, group: DrawGroup, handles: list[Handle]) -> Warp:
+    def _settings(self, group: DrawGroup, handles: list[Handle]) -> SamplingTensors:
         """The settings, one row per position of these handles."""
         settings = self._warp(group, handles)
         rows = [n for n, handle in enumerate(handles) for _ in range(handle.positions)]
         if len(rows) == len(handles):
             return settings
-        return settings.of_rows(torch.tensor(rows).to(self._device))
+        return settings.select(torch.tensor(rows).to(self._device))
 
-    def _warp(self, group: DrawGroup, handles: list[Handle]) -> Warp:
+    def _warp(self, group: DrawGroup, handles: list[Handle]) -> SamplingTensors:
         """The settings of these handles as tensors, rebuilt only when they change."""
         rows = [handle.settings for handle in handles]
         known = self._warps.get(group)
         if known is None or known[0] != rows:
-            known = self._warps[group] = rows, Warp.of(rows, self._device)
+            known = self._warps[group] = rows, SamplingTensors.of(rows, self._device)
         return known[1]
 
     # ---- columns of the text head
@@ -298,19 +301,19 @@ class Drawer:
         """Columns that the grammar, or what steers the request, forbids."""
         if handle in self._forbidden:
             return self._forbidden[handle]
-        key = handle.walk.grammar, handle.walk.may_begin
+        key = handle.grammar_state.grammar, handle.grammar_state.may_begin_image
         if key not in self._blocked:
             self._blocked[key] = ~self._allowed_for(handle)[self.text_head.ids_V]
         return self._blocked[key]
 
     def _allowed_for(self, handle: Handle) -> Tensor:
         """Text ids that the grammar allows, as a mask over the whole vocabulary."""
-        walk = handle.walk
-        # In text, `may_begin` is the only part of the grammar's state that changes the mask.
-        key = walk.grammar, walk.may_begin
+        grammar_state = handle.grammar_state
+        # In text, `may_begin_image` is the only part of the grammar's state that changes the mask.
+        key = grammar_state.grammar, grammar_state.may_begin_image
         if key not in self._text_of:
-            state_1F = torch.tensor([walk.state], device=self._device)
-            self._text_of[key] = walk.grammar.mask(state_1F)[0]
+            state_1F = torch.tensor([grammar_state.row], device=self._device)
+            self._text_of[key] = grammar_state.grammar.mask(state_1F)[0]
         return self._text_of[key]
 
     def _seen_by(self, handle: Handle) -> Tensor | None:
@@ -383,4 +386,4 @@ def _picked(x_RD: Tensor, rows: list[int]) -> Tensor:
 
 def _group_of(handle: Handle) -> DrawGroup:
     greedy = handle.settings.temperature == 0
-    return DrawGroup(handle.walk.in_image, greedy, handle.window is not None)
+    return DrawGroup(handle.grammar_state.in_image, greedy, handle.window is not None)

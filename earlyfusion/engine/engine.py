@@ -118,7 +118,7 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Raise `ContextError` or `SettingError` for a request that can never run."""
-        length, branches = len(request.ids) + request.room, most_branches(request)
+        length, branches = len(request.ids) + request.max_tokens, most_branches(request)
         if length > self.context_tokens:
             raise ContextError(
                 f"prompt and reply are {length:,} tokens, limit {self.context_tokens:,}: "
@@ -272,8 +272,8 @@ class Engine:
         self._scheduler.pool.shares = not whole
         self._scheduler.chunk = sys.maxsize if whole else self._chunk
         for handle in self._handles.values():
-            handle.walk.grammar = self.grammar(handle.request.stops, handle.request.layout)
-            self.runner.drawer.allow(handle.walk.grammar)
+            handle.grammar_state.grammar = self.grammar(handle.request.stops, handle.request.layout)
+            self.runner.drawer.allow(handle.grammar_state.grammar)
         # Only now: making the runner may have replaced parameters by views of fused ones.
         self._weights = fingerprint(self._models)
         # Keeps the modules alive: the fingerprint knows them by id, and Python reuses ids.

@@ -11,10 +11,10 @@ import torch
 
 from earlyfusion.engine.blocks import Branch
 from earlyfusion.generation import guidance
+from earlyfusion.generation.event_builder import EventBuilder, GrammarState
 from earlyfusion.generation.grammar import Grammar
 from earlyfusion.generation.jacobi import Window
 from earlyfusion.generation.lookup import Lookup
-from earlyfusion.generation.narrator import Narrator, Walk
 from earlyfusion.generation.request import Event, Finished, Request, TokenLogprob
 from earlyfusion.generation.settings import (
     DrawSettings,
@@ -52,7 +52,9 @@ class Handle:
         self.finished = False
         self.error: BaseException | None = None
         self.logprob: TokenLogprob | None = None
-        self.walk = Walk(grammar, request.output, request.images, request.room)
+        self.grammar_state = GrammarState(
+            grammar, request.output, request.max_images, request.max_tokens
+        )
         self.branches = [Branch(list(request.ids), adapter=request.adapter)]
         self.window: Window | None = None
         steered = bool(request.sampling.steered)
@@ -61,7 +63,7 @@ class Handle:
         self._text_settings = text_settings(request.sampling)
         self._image_settings = image_settings(request.sampling)
         self._processor, self._layout = processor, request.layout or processor.layout
-        self._narrator = Narrator(processor, request, self.walk)
+        self._event_builder = EventBuilder(processor, request, self.grammar_state)
         self._uniforms = _Uniforms(self._seed)
         lookup = request.sampling.prompt_lookup
         self._lookup = Lookup(lookup) if lookup else None
@@ -89,7 +91,7 @@ class Handle:
     def steering(self) -> Steering | None:
         """Changes to the logits of the next token; None if there are none."""
         needed = self._steering is not None and not (
-            self.walk.in_image and self._steering.only_forbids
+            self.grammar_state.in_image and self._steering.only_forbids
         )
         return self._steering if needed else None
 
@@ -104,7 +106,7 @@ class Handle:
 
     @property
     def settings(self) -> DrawSettings:
-        return self._image_settings if self.walk.in_image else self._text_settings
+        return self._image_settings if self.grammar_state.in_image else self._text_settings
 
     @property
     def both_settings(self) -> tuple[DrawSettings, DrawSettings]:
@@ -114,7 +116,7 @@ class Handle:
     @property
     def alone_draws(self) -> bool:
         """Whether the next token needs nothing but its logits: no drafts and no steering."""
-        guesses = self._lookup is not None and not self.walk.in_image
+        guesses = self._lookup is not None and not self.grammar_state.in_image
         return self.steering is None and not self.drafts and self.window is None and not guesses
 
     @property
@@ -157,7 +159,7 @@ class Handle:
     def _settled(self, tokens: Sequence[int]) -> list[int]:
         """The tokens that are final, of those drawn at all positions."""
         if self.window is not None:
-            return self.window.settle(tokens, self.walk.codes_left)
+            return self.window.accept(tokens, self.grammar_state.codes_left)
         pairs = enumerate(zip(tokens, self.drafts, strict=False))
         wrong = next((n for n, (new, guess) in pairs if new != guess), len(tokens) - 1)
         return list(tokens[: wrong + 1])
@@ -165,12 +167,12 @@ class Handle:
     def _go_on(self) -> None:
         """Accept forced tokens up to the next token that must be drawn, and plan its draw."""
         # A forced token needs no logits, but uses up its uniform number, as in the plain loop.
-        while not self.finished and (token := self.walk.forced) is not None:
+        while not self.finished and (token := self.grammar_state.forced) is not None:
             self._accept(token)
-        if self.walk.done:
+        if self.grammar_state.done:
             self._finish()
         jacobi = self.request.sampling.jacobi
-        if not self.walk.in_image:
+        if not self.grammar_state.in_image:
             self.window = None
         elif jacobi and self.window is None:
             self.window = Window(jacobi, self._seed, len(self.tokens))
@@ -178,55 +180,55 @@ class Handle:
             self.drafts = self.window.drafts
         else:
             self.drafts = () if self._lookup is None else self._guess(self._lookup)
-        self.positions, self.reserve = 1 + len(self.drafts), self.walk.codes_left
+        self.positions, self.reserve = 1 + len(self.drafts), self.grammar_state.codes_left
 
     def _guess(self, lookup: Lookup) -> list[int]:
         """Text tokens that may come next and do not change what the grammar allows."""
-        if self.finished or self.walk.in_image:
+        if self.finished or self.grammar_state.in_image:
             return []
-        guesses, walk = lookup.guess(self.branches[0].tokens), self.walk
-        most = walk.text_left - 1
-        plain = itertools.takewhile(walk.grammar.plain_ids.__contains__, guesses[:most])
+        guesses, grammar_state = lookup.guess(self.branches[0].tokens), self.grammar_state
+        most = grammar_state.text_left - 1
+        plain = itertools.takewhile(grammar_state.grammar.plain_ids.__contains__, guesses[:most])
         return list(plain)
 
     def _accept(self, token: int, logprob: TokenLogprob | None = None) -> None:
         self.tokens.append(token)
-        self.events += self._narrator.push(token, logprob)
-        self.walk.advance(token)
+        self.events += self._event_builder.push(token, logprob)
+        self.grammar_state.advance(token)
         # A token that ends the reply is never read, so the branches do not get it.
-        if self._narrator.ended or self.walk.done:
+        if self._event_builder.ended or self.grammar_state.done:
             self._finish()
             return
         for branch in self.branches:
             branch.tokens.append(token)
         if token == self._processor.vocabulary.begin_image:
             self._open_branches()
-        elif len(self.branches) > 1 and not self.walk.in_image:
+        elif len(self.branches) > 1 and not self.grammar_state.in_image:
             self.branches = self.branches[:1]
 
     def _finish(self) -> None:
         if not self.finished:
             self.finished = True
-            self.events += self._narrator.finish()
+            self.events += self._event_builder.finish()
 
     def _open_branches(self) -> None:
         full, history = self.branches[0], self.branches[0].tokens
         vocabulary = self._processor.vocabulary
         has_images = guidance.has_images(history, vocabulary)
-        negative = guidance.negative_ids(self._processor, self.request.sampling)
+        negative = guidance.negative_prompt_ids(self._processor, self.request.sampling)
         prompts = (
-            guidance.prompt(condition, history, vocabulary, self._layout, negative)
-            for condition in guidance.needed(*self.guidance, has_images)[1:]
+            guidance.condition_prompt(condition, history, vocabulary, self._layout, negative)
+            for condition in guidance.needed_conditions(*self.guidance, has_images)[1:]
         )
         self.branches = [full, *(Branch(ids, adapter=full.adapter) for ids in prompts)]
         self.window = None
 
 
 def most_branches(request: Request) -> int:
-    if request.images == 0 or request.output == "text":
+    if request.max_images == 0 or request.output == "text":
         return 1
     weights = guidance_weights(request.sampling)
-    return max(len(guidance.needed(*weights, has)) for has in (False, True))
+    return max(len(guidance.needed_conditions(*weights, has)) for has in (False, True))
 
 
 class _Uniforms:

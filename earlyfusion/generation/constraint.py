@@ -32,18 +32,18 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 IMAGE = "<image>"
-"""What a grammar calls the place of a picture."""
-_MAX_KEPT = 64  # compiled schemas, expressions and grammars of one model
+"""The token that marks the place of a picture in a grammar."""
+_MAX_COMPILED = 64  # compiled schemas, expressions and grammars of one model
 # llguidance follows rules and references by recursion, and some thousands in a chain overflow the
 # stack, which ends the process. (what is counted, its name, the limit)
-_CHAINS = {"grammar": (":", "colons", 1000), "json_schema": ('"$ref"', "references", 500)}
+_CHAIN_LIMITS = {"grammar": (":", "colons", 1000), "json_schema": ('"$ref"', "references", 500)}
 # Only the blanks of Python's json.dumps: if any blanks were allowed, a model might draw them
 # forever.
-_JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class _Source(NamedTuple):
-    """What a request asks for: the name of the field, and its value as text."""
+    """A schema, expression or grammar: the name of its field in the request, and its text."""
 
     name: str
     text: str
@@ -66,12 +66,12 @@ def _source(sampling: SamplingParams) -> _Source | None:
 
 
 class Constraint:
-    """The text tokens that may come in one reply, which it follows token by token."""
+    """Follows one reply token by token, and gives the text tokens that may come next."""
 
     def __init__(self, processor: Processor, request: Request, source: _Source) -> None:
         vocabulary = processor.vocabulary
         self.name, self._matcher = source.name, _compilers.matcher(processor, source)
-        self._names_images = source.name == "grammar" and IMAGE in source.text
+        self._grammar_places_images = source.name == "grammar" and IMAGE in source.text
         self._begin, self._end, self._eos = (
             vocabulary.begin_image,
             vocabulary.end_image,
@@ -79,7 +79,7 @@ class Constraint:
         )
         self._ends = sorted({vocabulary.eos, *request.stops})
         self._read = len(request.ids)
-        self._in_picture = self._drawn = self._begun = self._closed = False
+        self._in_image = self._image_drawn = self._text_begun = self._text_closed = False
 
     def __call__(self, ids: Sequence[int], logits_V: Tensor) -> Tensor:
         """The logits, with -inf for tokens that may not come; `ids` include the prompt's."""
@@ -89,24 +89,24 @@ class Constraint:
         return logits_V.masked_fill(~allowed_V.to(logits_V.device), -torch.inf)
 
     def allowed(self, ids: Sequence[int], size: int) -> Tensor | None:
-        """The tokens that may come: bool [V], None in a picture; `SettingError` if llguidance gives
-        up."""
+        """The tokens that may come next, bool [V]; None in a picture. Raises `SettingError` if
+        llguidance gives up."""
         for token in ids[self._read :]:
             self._follow(token)
         self._read = len(ids)
-        return None if self._in_picture else torch.from_numpy(self._allowed(size))
+        return None if self._in_image else torch.from_numpy(self._allowed(size))
 
     def _follow(self, token: int) -> None:
-        if self._in_picture:
-            self._in_picture = token != self._end
+        if self._in_image:
+            self._in_image = token != self._end
             return
         if token == self._begin:
-            self._in_picture = self._drawn = True
+            self._in_image = self._image_drawn = True
             # After a picture that follows the text, no more text may come.
-            self._closed = self._begun and not self._names_images
-            if not self._names_images:
+            self._text_closed = self._text_begun and not self._grammar_places_images
+            if not self._grammar_places_images:
                 return
-        self._begun = True
+        self._text_begun = True
         self._matcher.consume_token(token)
 
     def _allowed(self, size: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
@@ -116,15 +116,15 @@ class Constraint:
                 f"{self.name} takes too long to follow after {self._read:,} tokens: simplify it"
             )
         allowed = np.zeros(size, dtype=np.bool_)
-        known = np.unpackbits(bits, bitorder="little")[:size]
-        allowed[: len(known)] = known
+        unpacked = np.unpackbits(bits, bitorder="little")[:size]
+        allowed[: len(unpacked)] = unpacked
         complete = bool(allowed[self._eos])
-        if self._closed:
+        if self._text_closed:
             allowed[:] = False
         allowed[self._ends] = complete
-        if not self._names_images:
+        if not self._grammar_places_images:
             # Only one before the text, or a model that wants to end might draw pictures forever.
-            allowed[self._begin] = complete or not (self._begun or self._drawn)
+            allowed[self._begin] = complete or not (self._text_begun or self._image_drawn)
         return allowed
 
 
@@ -132,15 +132,15 @@ class _Compilers:
     """Tokenizers and compiled sources of the models in use. Thread-safe."""
 
     def __init__(self) -> None:
-        self._of: WeakKeyDictionary[Processor, _Compiler] = WeakKeyDictionary()
+        self._by_processor: WeakKeyDictionary[Processor, _Compiler] = WeakKeyDictionary()
         self._lock = Lock()
 
     def matcher(self, processor: Processor, source: _Source) -> LLMatcher:
         """A fresh matcher at the beginning of a text. Raises `SettingError`."""
         with self._lock:
-            if processor not in self._of:
-                self._of[processor] = _Compiler(processor)
-            return self._of[processor].matcher(source)
+            if processor not in self._by_processor:
+                self._by_processor[processor] = _Compiler(processor)
+            return self._by_processor[processor].matcher(source)
 
 
 _compilers = _Compilers()
@@ -157,45 +157,45 @@ class _Compiler:
             ) from None
         self._library = llguidance
         self._tokenizer = self._read(processor)
-        self._kept: OrderedDict[_Source, LLMatcher] = OrderedDict()
+        self._matchers: OrderedDict[_Source, LLMatcher] = OrderedDict()
 
     def _read(self, processor: Processor) -> LLTokenizer:
-        wrapper = self._library.TokenizerWrapper(_Tokens(processor))
+        wrapper = self._library.TokenizerWrapper(_LLGuidanceVocabulary(processor))
         return self._library.LLTokenizer(wrapper, eos_token=processor.vocabulary.eos)
 
     def matcher(self, source: _Source) -> LLMatcher:
-        if source not in self._kept:
-            self._kept[source] = self._compiled(source)
-            if len(self._kept) > _MAX_KEPT:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(source)
-        return self._kept[source].deep_copy()
+        if source not in self._matchers:
+            self._matchers[source] = self._compile(source)
+            if len(self._matchers) > _MAX_COMPILED:
+                self._matchers.popitem(last=False)
+        self._matchers.move_to_end(source)
+        return self._matchers[source].deep_copy()
 
-    def _compiled(self, source: _Source) -> LLMatcher:
+    def _compile(self, source: _Source) -> LLMatcher:
         _check_chains(source)
         limits = self._library.LLParserLimits(verbose_errors=False)
         try:
             grammar = self._grammar(source)
         except ValueError as error:  # numbers beyond 64 bits, for one
-            raise _impossible(source, str(error)) from None
+            raise _invalid(source, str(error)) from None
         matcher = self._library.LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
         if matcher.is_error():
-            raise _impossible(source, matcher.get_error())
+            raise _invalid(source, matcher.get_error())
         return matcher
 
     def _grammar(self, source: _Source) -> str:
         matcher_class = self._library.LLMatcher
         if source.name == "json_schema":
-            schema = {"x-guidance": _JSON} | json.loads(source.text)
+            schema = {"x-guidance": _JSON_OPTIONS} | json.loads(source.text)
             return str(matcher_class.grammar_from_json_schema(schema))
         if source.name == "regex":
             return str(matcher_class.grammar_from_regex(source.text))
         return str(matcher_class.grammar_from_lark(source.text))
 
 
-class _Tokens:
-    """The vocabulary in llguidance's form. Tokens that are neither text nor a mark used here have
-    no bytes, so no grammar can name them."""
+class _LLGuidanceVocabulary:
+    """The vocabulary in llguidance's form. Only text, eos and begin_image have bytes, so a grammar
+    cannot name any other token."""
 
     def __init__(self, processor: Processor) -> None:
         vocabulary = processor.vocabulary
@@ -213,23 +213,23 @@ class _Tokens:
 
 
 def _check_chains(source: _Source) -> None:
-    if source.name in _CHAINS:
-        part, name, limit = _CHAINS[source.name]
+    if source.name in _CHAIN_LIMITS:
+        part, name, limit = _CHAIN_LIMITS[source.name]
         if (count := source.text.count(part)) > limit:
             raise SettingError(
                 f"{source.name} has {count:,} {name}, limit {limit:,}: make it smaller"
             )
 
 
-def _impossible(source: _Source, error: str) -> SettingError:
-    return SettingError(f"{source.name} is not possible: {_sentence(error)}; correct it")
+def _invalid(source: _Source, error: str) -> SettingError:
+    return SettingError(f"{source.name} is not possible: {_first_error_line(error)}; correct it")
 
 
-def _sentence(error: str) -> str:
+def _first_error_line(error: str) -> str:
     """The first line of the library's message; the others point into the source."""
     lines = [line.strip() for line in error.splitlines() if line.strip()]
-    said = lines[0] if lines else "it is not valid"
-    for line in lines:  # of a regular expression only this line says what is wrong
+    message = lines[0] if lines else "it is not valid"
+    for line in lines:  # for a regular expression only this line says what is wrong
         if line.startswith("error: "):
-            said = line.removeprefix("error: ")
-    return said.split("; following special tokens")[0][:200].rstrip(".")
+            message = line.removeprefix("error: ")
+    return message.split("; following special tokens")[0][:200].rstrip(".")

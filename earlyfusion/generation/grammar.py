@@ -23,7 +23,7 @@ from earlyfusion.vocabulary import CODE, ImageLayout, Vocabulary
 # Fields of the state: the slot of the template that comes next (0 outside of an image, the length
 # of the template when the reply has ended), how many images may still begin, how many tokens may
 # still come, and whether text may come at all.
-SLOT, IMAGES, ROOM, TEXT = range(4)
+SLOT, IMAGES_LEFT, TOKENS_LEFT, TEXT_ALLOWED = range(4)
 
 
 class Grammar:
@@ -41,63 +41,67 @@ class Grammar:
     ) -> None:
         template = layout.template(vocabulary).tolist()
         ends = sorted({vocabulary.eos, *stops})
-        classes_KV, class_of = _classes(vocabulary, template, ends, size or vocabulary.size)
+        classes_KV, class_of_slot = _slot_classes(
+            vocabulary, template, ends, size or vocabulary.size
+        )
         self.device = torch.device(device)
         self.template = template
         self.image_tokens = len(template)
-        self.ends = frozenset(ends)
+        self.end_ids = frozenset(ends)
         self.text_ids = frozenset([*vocabulary.text_tokens.tolist(), *ends, vocabulary.begin_image])
-        self.plain_ids = frozenset(vocabulary.text_tokens.tolist()) - self.ends
+        self.plain_ids = frozenset(vocabulary.text_tokens.tolist()) - self.end_ids
         self.code_ids = vocabulary.image_tokens.tolist()
-        self.begin = vocabulary.begin_image
-        # Per slot: how many codes come before it, how many follow in a row from it on, and the
-        # only id that may stand there, if it is fixed.
+        self.begin_image = vocabulary.begin_image
+        # Per slot: the number of codes before it, the number of consecutive codes from it on, and
+        # its id if it is fixed.
         self.codes_before = [0, *accumulate(token == CODE for token in template)]
-        self.codes_from = _runs(template)
+        self.codes_ahead = _consecutive_codes(template)
         self.fixed = [None if token == CODE else token for token in template]
         self._done = len(template)
         self._stops = torch.tensor(ends).to(device)
-        self._classes_KV, self._class_of = classes_KV.to(device), class_of.to(device)
+        self._classes_KV, self._class_of_slot = classes_KV.to(device), class_of_slot.to(device)
 
     @property
     def tables(self) -> tuple[Tensor, Tensor]:
         """The ids that each class of slots allows, bool [K, V], and the class of each slot. The
         last slot stands for the end of the reply."""
-        return self._classes_KV, self._class_of
+        return self._classes_KV, self._class_of_slot
 
     def start(
-        self, outputs: Sequence[Output], images: Sequence[int], room: Sequence[int]
+        self, outputs: Sequence[Output], max_images: Sequence[int], max_tokens: Sequence[int]
     ) -> Tensor:
-        """States of rows that may draw `images` images each, in at most `room` tokens."""
-        rows = [self.start_row(*row) for row in zip(outputs, images, room, strict=True)]
+        """States of rows that may draw `max_images` images each, in at most `max_tokens` tokens."""
+        rows = [self.start_row(*row) for row in zip(outputs, max_images, max_tokens, strict=True)]
         return torch.tensor(rows, dtype=torch.int64).to(self.device)
 
     def mask(self, state_BF: Tensor) -> Tensor:
         """True where a token may come next; after a reply, only ids that end one."""
-        allowed_BV = self._classes_KV[self._class_of[state_BF[:, SLOT]]]
+        allowed_BV = self._classes_KV[self._class_of_slot[state_BF[:, SLOT]]]
         outside_B = state_BF[:, SLOT] == 0
-        begins_B = outside_B & (state_BF[:, IMAGES] > 0) & (state_BF[:, ROOM] >= self.image_tokens)
-        only_image_B = outside_B & (state_BF[:, TEXT] == 0)
+        fits_B = state_BF[:, TOKENS_LEFT] >= self.image_tokens
+        begins_B = outside_B & (state_BF[:, IMAGES_LEFT] > 0) & fits_B
+        only_image_B = outside_B & (state_BF[:, TEXT_ALLOWED] == 0)
         allowed_BV = allowed_BV & ~only_image_B[:, None]
-        # The class of slot 0 is text; whether begin_image may come depends on the room, too.
-        allowed_BV[:, self.begin] = torch.where(outside_B, begins_B, allowed_BV[:, self.begin])
+        # The class of slot 0 only has text: whether begin_image may come depends on what is left.
+        begin_image_B = torch.where(outside_B, begins_B, allowed_BV[:, self.begin_image])
+        allowed_BV[:, self.begin_image] = begin_image_B
         return allowed_BV
 
     def advance(self, state_BF: Tensor, token_B: Tensor) -> Tensor:
         """The states after these tokens, which `mask` allowed. Rows that are done do not change."""
-        slot_B, images_B, room_B, text_B = state_BF.unbind(-1)
+        slot_B, images_left_B, tokens_left_B, text_allowed_B = state_BF.unbind(-1)
         done_B = slot_B == self._done
-        begins_B = (slot_B == 0) & (token_B == self.begin)
+        begins_B = (slot_B == 0) & (token_B == self.begin_image)
         stops_B = (slot_B == 0) & torch.isin(token_B, self._stops)
         slot_B = torch.where((slot_B > 0) | begins_B, (slot_B + 1) % self._done, slot_B)
-        images_B = images_B - begins_B.long()
-        room_B = room_B - 1
+        images_left_B = images_left_B - begins_B.long()
+        tokens_left_B = tokens_left_B - 1
         # Without text, a reply ends once no further image may begin or fit.
-        stuck_B = (text_B == 0) & ((images_B == 0) | (room_B < self.image_tokens)) & (slot_B == 0)
-        ends_B = stops_B | stuck_B | (room_B == 0)
-        after_BF = torch.stack(
-            [slot_B.masked_fill(ends_B, self._done), images_B, room_B, text_B], dim=-1
-        )
+        no_image_B = (images_left_B == 0) | (tokens_left_B < self.image_tokens)
+        exhausted_B = (text_allowed_B == 0) & no_image_B & (slot_B == 0)
+        ends_B = stops_B | exhausted_B | (tokens_left_B == 0)
+        slot_B = slot_B.masked_fill(ends_B, self._done)
+        after_BF = torch.stack([slot_B, images_left_B, tokens_left_B, text_allowed_B], dim=-1)
         return torch.where(done_B[:, None], state_BF, after_BF)
 
     def done(self, state_BF: Tensor) -> Tensor:
@@ -108,27 +112,28 @@ class Grammar:
         """True for rows whose next token belongs to an image that has begun."""
         return (state_BF[:, SLOT] > 0) & ~self.done(state_BF)
 
-    def start_row(self, output: Output, images: int, room: int) -> list[int]:
+    def start_row(self, output: Output, max_images: int, max_tokens: int) -> list[int]:
         if output == "text":
-            images = 0
-        elif output == "image" and (images < 1 or room < self.image_tokens):
+            max_images = 0
+        elif output == "image" and (max_images < 1 or max_tokens < self.image_tokens):
             raise SettingError(
-                f"an image of {self.image_tokens} tokens does not fit: max_images is {images} and "
-                f"{room} tokens are left; raise max_tokens or max_images, or shorten the prompt"
+                f"an image of {self.image_tokens} tokens does not fit: max_images is {max_images} "
+                f"and {max_tokens} tokens are left; raise max_tokens or max_images, or shorten the "
+                "prompt"
             )
-        slot = 0 if room > 0 else self._done
-        return [slot, images, room, int(output != "image")]
+        slot = 0 if max_tokens > 0 else self._done
+        return [slot, max_images, max_tokens, int(output != "image")]
 
 
-def _runs(template: Sequence[int]) -> list[int]:
+def _consecutive_codes(template: Sequence[int]) -> list[int]:
     """The number of consecutive codes from each slot on; the last entry is that of "done"."""
-    runs = [0]
+    counts = [0]
     for token in reversed(template):
-        runs.append(runs[-1] + 1 if token == CODE else 0)
-    return runs[::-1]
+        counts.append(counts[-1] + 1 if token == CODE else 0)
+    return counts[::-1]
 
 
-def _classes(
+def _slot_classes(
     vocabulary: Vocabulary, template: Sequence[int], stops: Sequence[int], size: int
 ) -> tuple[Tensor, Tensor]:
     """Allowed ids per class of slots, and the class of each slot; the last is "done"."""
@@ -140,8 +145,8 @@ def _classes(
     for token in template[1:]:
         ids.setdefault(token, [token])
     classes_KV = torch.zeros(len(ids), size, dtype=torch.bool)
-    for row, allowed in enumerate(ids.values()):
-        classes_KV[row, allowed] = True
-    row_of = {name: row for row, name in enumerate(ids)}
+    for index, allowed in enumerate(ids.values()):
+        classes_KV[index, allowed] = True
+    index_of = {name: index for index, name in enumerate(ids)}
     slots: list[str | int] = ["text", *template[1:], "done"]
-    return classes_KV, torch.tensor([row_of[name] for name in slots])
+    return classes_KV, torch.tensor([index_of[name] for name in slots])

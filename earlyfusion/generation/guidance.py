@@ -31,12 +31,11 @@ def combine(
     return unconditional + image * (image_only - unconditional) + text * (full - image_only)
 
 
-def needed(text: float, image: float, has_images: bool) -> tuple[Condition, ...]:
-    """The fewest conditions that give the formula's value, in the formula's order. Without images
-    in the history, image_only equals unconditional. A weight of 1, or two equal weights, cancel one
-    condition or both."""
-    # The formula again, by condition: text * full + (image - text) * image_only + (1 - image) *
-    # unconditional. Conditions with factor 0 are not needed; full always is.
+def needed_conditions(text: float, image: float, has_images: bool) -> tuple[Condition, ...]:
+    """The conditions that the formula depends on, in its order; full is always one of them.
+    Without images in the history, image_only equals unconditional."""
+    # The formula ordered by condition: text * full + (image - text) * image_only + (1 - image) *
+    # unconditional. A condition with factor 0 is not needed.
     if not has_images:
         return ("full",) if text == 1 else ("full", "unconditional")
     if text == image:
@@ -44,27 +43,27 @@ def needed(text: float, image: float, has_images: bool) -> tuple[Condition, ...]
     return ("full", "image_only") if image == 1 else ("full", "image_only", "unconditional")
 
 
-def mix(logits: Mapping[Condition, Tensor], text: float, image: float) -> Tensor:
-    """`combine` over the conditions that `needed` names; a missing one cancels out."""
+def combine_needed(logits: Mapping[Condition, Tensor], text: float, image: float) -> Tensor:
+    """`combine` with the logits of the `needed_conditions` only."""
     full = logits["full"]
     if len(logits) == 1:
         return full
-    # If one of the other two is missing, it equals the one that is there, or its value does not
-    # matter, as its weight is 0.
+    # A missing condition either equals the other one or has factor 0, so the other one's logits
+    # may stand in for it.
     image_only = logits["image_only"] if "image_only" in logits else logits["unconditional"]
     return combine(full, image_only, logits.get("unconditional", image_only), text, image)
 
 
-def prompt(
+def condition_prompt(
     condition: Condition,
     history: Sequence[int],
     vocabulary: Vocabulary,
     layout: ImageLayout | None = None,
     negative: Sequence[int] = (),
 ) -> list[int]:
-    """The tokens read under a condition when an image begins; `history` ends with begin_image.
-    `layout` (None: Chameleon's) names the tokens before an image without a prompt, and the marks
-    within an image. `negative` are the tokens of a negative prompt, if any."""
+    """The tokens that the model reads under a condition to draw an image; `history` ends with
+    begin_image. `layout` (None: Chameleon's) gives the tokens that precede an unconditional image,
+    and the marks within an image. `negative` are the tokens of a negative prompt, if any."""
     if condition == "full":
         return list(history)
     if condition == "unconditional" and negative:
@@ -75,18 +74,18 @@ def prompt(
     marks = {vocabulary.bos, vocabulary.begin_image, vocabulary.end_image}
     if layout is not None:
         marks |= {vocabulary.id_of(n) for n in (*layout.head, *layout.line_end, *layout.tail)}
-    of_images = marks | set(vocabulary.image_tokens.tolist())
+    image_ids = marks | set(vocabulary.image_tokens.tolist())
     # Size tokens follow begin_image. Pictures in the history may have another size than this
     # layout's, so they are found by position, not by id.
-    sizes, begin = 0 if layout is None else len(layout.head) - 1, vocabulary.begin_image
+    num_size_tokens, begin = 0 if layout is None else len(layout.head) - 1, vocabulary.begin_image
     return [
         token
         for at, token in enumerate(history)
-        if token in of_images or begin in history[max(at - sizes, 0) : at]
+        if token in image_ids or begin in history[max(at - num_size_tokens, 0) : at]
     ]
 
 
-def negative_ids(processor: Processor, sampling: SamplingParams) -> list[int]:
+def negative_prompt_ids(processor: Processor, sampling: SamplingParams) -> list[int]:
     """The tokens of a negative prompt: bos, its words, end of turn. Empty without one."""
     if sampling.negative_prompt is None:
         return []
@@ -95,5 +94,5 @@ def negative_ids(processor: Processor, sampling: SamplingParams) -> list[int]:
 
 def has_images(history: Sequence[int], vocabulary: Vocabulary) -> bool:
     """Whether image_only has more to read than unconditional; `history` ends with begin_image."""
-    unconditional = prompt("unconditional", history, vocabulary)
-    return prompt("image_only", history, vocabulary) != unconditional
+    unconditional = condition_prompt("unconditional", history, vocabulary)
+    return condition_prompt("image_only", history, vocabulary) != unconditional

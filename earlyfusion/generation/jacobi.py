@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from earlyfusion.generation.sampler import invert
+from earlyfusion.generation.sampler import invert_cdf
 
 NO_DRAFT = -1
 
@@ -55,22 +55,24 @@ class Window:
         """Per position, a number that decides whether to keep the draft, and one to draw with."""
         return [(a, b) for a, b in self._numbers.random((self.positions, 2)).tolist()]
 
-    def settle(self, tokens: Sequence[int], left: int) -> list[int]:
-        """The tokens of a pass that are final; the others become drafts. `left` is the number of
-        codes, `tokens` included, until a fixed token."""
-        # The token after the last draft has nothing to be compared with.
-        same = (new == old for new, old in zip(tokens, self.drafts, strict=False))
-        final = next((n for n, is_kept in enumerate(same, 1) if not is_kept), len(tokens))
-        size = min(self._size, left - final) - 1
-        # New drafts repeat the last token. They are certain, so nothing is drawn for them.
-        self.drafts = [*tokens[final:], *[tokens[-1]] * self._size][: max(size, 0)]
+    def accept(self, tokens: Sequence[int], codes_left: int) -> list[int]:
+        """The tokens of a pass that are final; the others become the next drafts. `codes_left` is
+        the number of codes, `tokens` included, until a fixed token."""
+        final = 1  # all drafts that were kept, and the token after them
+        for new, draft in zip(tokens, self.drafts, strict=False):
+            if new != draft:
+                break
+            final += 1
+        size = max(0, min(self._size, codes_left - final) - 1)
+        # New drafts repeat the last token: their distribution has all weight on that token.
+        self.drafts = [*tokens[final:], *[tokens[-1]] * self._size][:size]
         self.old_WV = None if self.new_WV is None else self.new_WV[final:]
         return list(tokens[:final])
 
 
 def draw(windows: Sequence[Window], columns: Sequence[Sequence[int]], logits_RV: Tensor) -> Tensor:
-    """The columns drawn at all positions of some windows. `columns` are those of the windows'
-    drafts; the logits already have temperature and cuts applied."""
+    """The columns drawn at all positions of these windows. `columns` are those of the windows'
+    drafts. Temperature and truncation are already applied to the logits."""
     new_RV = logits_RV.double().softmax(-1)
     device = new_RV.device
     positions = [window.positions for window in windows]
@@ -81,7 +83,7 @@ def draw(windows: Sequence[Window], columns: Sequence[Sequence[int]], logits_RV:
         [pair for window in windows for pair in window.uniforms()], dtype=torch.float64
     )
     old_RV = draft_distributions(windows, columns, new_RV)
-    return revise(draft_R.to(device), old_RV, new_RV, uniform_R2.to(device))
+    return resample(draft_R.to(device), old_RV, new_RV, uniform_R2.to(device))
 
 
 def draft_distributions(
@@ -90,29 +92,28 @@ def draft_distributions(
     """The distributions [R, V] that these windows' drafts were drawn from; 0 without a draft.
     `like_RV` gives dtype, device and size."""
     old_RV = torch.zeros_like(like_RV)
-    rows, ones, start = list[int](), list[int](), 0
+    rows, certain, start = list[int](), list[int](), 0
     for window, drafts in zip(windows, columns, strict=True):
         drawn = 0 if window.old_WV is None else min(len(window.old_WV), len(drafts))
         if window.old_WV is not None and drawn:
             old_RV[start : start + drawn] = window.old_WV[:drawn]
-        # Drafts beyond those repeat the last token: they are certain.
+        # The other drafts repeat the last token.
         rows += range(start + drawn, start + len(drafts))
-        ones += drafts[drawn:]
+        certain += drafts[drawn:]
         start += window.positions
-    old_RV[rows, ones] = 1
+    old_RV[rows, certain] = 1
     return old_RV
 
 
-def revise(draft_R: Tensor, old_RV: Tensor, new_RV: Tensor, uniform_R2: Tensor) -> Tensor:
+def resample(draft_R: Tensor, old_RV: Tensor, new_RV: Tensor, uniform_R2: Tensor) -> Tensor:
     """Draws from `new_RV` that equal as many as possible of the drafts, which were drawn from
     `old_RV`. A row without a draft has `NO_DRAFT`, and zeros in `old_RV`."""
-    new_R, old_R = (
-        of_RV.gather(-1, draft_R.clamp(min=0)[:, None])[:, 0] for of_RV in (new_RV, old_RV)
-    )
+    column_R1 = draft_R.clamp(min=0)[:, None]
+    new_R, old_R = new_RV.gather(-1, column_R1)[:, 0], old_RV.gather(-1, column_R1)[:, 0]
     # uniform < new / old, without the division: old may be 0.
     keep_R = (draft_R != NO_DRAFT) & (uniform_R2[:, 0] * old_R < new_R)
-    more_RV = (new_RV - old_RV).clamp(min=0)
-    # Equal distributions leave only rounding errors, or nothing at all.
-    none_R1 = more_RV.sum(-1, keepdim=True) == 0
-    drawn_R = invert(torch.where(none_R1, new_RV, more_RV), uniform_R2[:, 1])
+    residual_RV = (new_RV - old_RV).clamp(min=0)
+    # Two nearly equal distributions may have a residual of zeros, from which nothing can be drawn.
+    is_zero_R1 = residual_RV.sum(-1, keepdim=True) == 0
+    drawn_R = invert_cdf(torch.where(is_zero_R1, new_RV, residual_RV), uniform_R2[:, 1])
     return torch.where(keep_R, draft_R, drawn_R)

@@ -13,30 +13,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-_LONGEST, _SHORTEST = 4, 2
-"""How many of the last tokens must have come before, at most and at least."""
+_MAX_NGRAM, _MIN_NGRAM = 4, 2
+"""The lengths of the n-grams at the end of the sequence that are looked up, longest first."""
 
 
 class Lookup:
-    """What followed each run of tokens of one sequence when the run last occurred."""
+    """Finds the last earlier occurrence of the n-gram at the end of one sequence."""
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._end_of: dict[tuple[int, ...], int] = {}  # runs, and the index behind each
+        self._end_of_ngram: dict[tuple[int, ...], int] = {}  # index behind its last occurrence
         self._indexed = 0
 
     def guess(self, history: Sequence[int]) -> list[int]:
-        """Up to `size` tokens that may follow; none if the last ones are new."""
+        """The tokens, at most `size`, that followed the n-gram; none if it has not occurred."""
         self._index(history)
-        for length in range(_LONGEST, _SHORTEST - 1, -1):
-            end = self._end_of.get(tuple(history[-length:]))
+        for length in range(_MAX_NGRAM, _MIN_NGRAM - 1, -1):
+            end = self._end_of_ngram.get(tuple(history[-length:]))
             if end is not None:
                 return list(history[end : end + self._size])
         return []
 
     def _index(self, history: Sequence[int]) -> None:
-        # Not the runs that end the sequence, as nothing follows them yet.
+        # Not the n-grams at the end of the sequence, as nothing follows them yet.
         for end in range(self._indexed + 1, len(history)):
-            for length in range(_SHORTEST, min(_LONGEST, end) + 1):
-                self._end_of[tuple(history[end - length : end])] = end
+            for length in range(_MIN_NGRAM, min(_MAX_NGRAM, end) + 1):
+                self._end_of_ngram[tuple(history[end - length : end])] = end
         self._indexed = max(self._indexed, len(history) - 1)

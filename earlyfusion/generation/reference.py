@@ -1,9 +1,10 @@
-"""The plain loop that defines correct: one request, one token at a time, no tricks.
+"""The plain loop that defines what is correct: one request, one token at a time. The engine must
+draw the same tokens.
 
-`draw_tokens` gives the tokens of a reply, `generate` the events that `Narrator` makes of them. The
-reader of the whole history keeps its cache through every change of modality. A guided image opens
-readers for the other conditions where it begins, and drops them where it ends. With `jacobi`,
-several codes of an image are drawn at a time (generation/jacobi.py).
+`draw_tokens` gives the tokens of a reply, `generate` its events. The reader of the whole history
+keeps its cache through every change of modality. A guided image opens readers for the other
+conditions where it begins, and drops them where it ends. With `jacobi`, several codes of an image
+are drawn at a time (generation/jacobi.py).
 """
 
 # Shapes: B rows (one here), T tokens, W positions of a window of codes, V vocabulary.
@@ -18,17 +19,17 @@ from torch import Tensor
 
 from earlyfusion.errors import WeightsError
 from earlyfusion.generation import guidance, jacobi
+from earlyfusion.generation.event_builder import EventBuilder, GrammarState
 from earlyfusion.generation.grammar import SLOT, Grammar
 from earlyfusion.generation.jacobi import Window
-from earlyfusion.generation.narrator import Narrator, Walk
 from earlyfusion.generation.request import Event, Request, TokenLogprob
 from earlyfusion.generation.sampler import (
-    NEVER,
+    NEG_INF,
     NOT_FINITE,
     Sampler,
-    Warp,
+    SamplingTensors,
+    can_draw,
     generator,
-    sound,
     uniforms,
     warp,
 )
@@ -43,28 +44,28 @@ def generate(transformer: Transformer, processor: Processor, request: Request) -
     """The events of one reply. Closing the iterator early frees its caches. Raises `WeightsError`
     if the weights give numbers that are not finite."""
     grammar = _grammar(transformer, processor, request)
-    walk = Walk(grammar, request.output, request.images, request.room)
-    narrator = Narrator(processor, request, walk)
-    with closing(_drawn(transformer, processor, request)) as drawn:
+    grammar_state = GrammarState(grammar, request.output, request.max_images, request.max_tokens)
+    event_builder = EventBuilder(processor, request, grammar_state)
+    with closing(_draw_with_logprobs(transformer, processor, request)) as drawn:
         for token, logprob in drawn:
-            yield from narrator.push(token, logprob)
-            if narrator.ended:
+            yield from event_builder.push(token, logprob)
+            if event_builder.ended:
                 break
-            walk.advance(token)
-    yield from narrator.finish()
+            grammar_state.advance(token)
+    yield from event_builder.finish()
 
 
 def draw_tokens(
     transformer: Transformer, processor: Processor, request: Request
 ) -> Generator[int, None, None]:
     """The new tokens of one reply, including marks and the closing stop token."""
-    with closing(_drawn(transformer, processor, request)) as drawn:
+    with closing(_draw_with_logprobs(transformer, processor, request)) as drawn:
         for token, _ in drawn:
             yield token
 
 
 @torch.inference_mode()
-def _drawn(
+def _draw_with_logprobs(
     transformer: Transformer, processor: Processor, request: Request
 ) -> Generator[tuple[int, TokenLogprob | None], None, None]:
     run = Run(transformer, processor, request)
@@ -117,23 +118,25 @@ class Run:
         self._sampling = request.sampling
         steered = bool(request.sampling.steered)
         self._steering = Steering(processor, request) if steered else None
-        self._negative = guidance.negative_ids(processor, request.sampling)
+        self._negative = guidance.negative_prompt_ids(processor, request.sampling)
         self.logprob: TokenLogprob | None = None
         self._grammar = _grammar(transformer, processor, request)
         device = self._grammar.device
-        self._state = self._grammar.start([request.output], [request.images], [request.room])
+        self._state = self._grammar.start(
+            [request.output], [request.max_images], [request.max_tokens]
+        )
         self._sampler = Sampler([request.sampling], device)
         self._seed = seed_of(request.sampling)
         self._guidance = guidance_weights(request.sampling)
         self._generator = generator(self._seed)
         self._window: Window | None = None
         self._history = list(request.ids)
-        self._drawn_from = len(self._history)
+        self._prompt_length = len(self._history)
         size = transformer.config.vocab_size
         self._seen_BV = torch.zeros(1, size, dtype=torch.bool, device=device)
         self._seen_BV[:, self._history] = True
         self._readers: dict[guidance.Condition, Reader] = {
-            "full": Reader(transformer, len(request.ids) + request.room)
+            "full": Reader(transformer, len(request.ids) + request.max_tokens)
         }
         self.logits: dict[guidance.Condition, Tensor] = {
             "full": self._readers["full"].read(self._history)
@@ -145,14 +148,15 @@ class Run:
 
     def draw(self) -> list[int]:
         """The next tokens: one, or those that a window of codes settles."""
-        logits_WV = guidance.mix(self.logits, *self._guidance)
+        logits_WV = guidance.combine_needed(self.logits, *self._guidance)
         allowed_BV = self._grammar.mask(self._state)
-        if not sound(logits_WV.masked_fill(~allowed_BV, NEVER)).all():
+        if not can_draw(logits_WV.masked_fill(~allowed_BV, NEG_INF)).all():
             raise WeightsError(NOT_FINITE)
-        # One number per token, even a forced one, so that windows do not shift those of later text.
+        # Each token uses up one number, even if it is forced or drawn in a window, so that later
+        # text gets the same numbers in all cases.
         uniform_B = uniforms([self._generator]).to(self._seen_BV.device)
         if self._sampling.jacobi and self._codes_left:
-            tokens = self._draw_codes(logits_WV.masked_fill(~allowed_BV, NEVER))
+            tokens = self._draw_codes(logits_WV.masked_fill(~allowed_BV, NEG_INF))
             for _ in tokens[1:]:
                 uniforms([self._generator])
         else:
@@ -175,19 +179,19 @@ class Run:
 
     @property
     def _codes_left(self) -> int:
-        return self._grammar.codes_from[int(self._state[0, SLOT])]
+        return self._grammar.codes_ahead[int(self._state[0, SLOT])]
 
     def _draw_codes(self, logits_WV: Tensor) -> list[int]:
         if self._window is None:
-            start = len(self._history) - self._drawn_from
+            start = len(self._history) - self._prompt_length
             self._window = Window(self._sampling.jacobi or 0, self._seed, start)
         window, left = self._window, self._codes_left
-        # Greedy: `settle` keeps the drafts that equal the likeliest codes.
+        # Greedy: `accept` keeps the drafts that equal the likeliest codes.
         if self._sampling.image_temperature == 0:
-            return window.settle(logits_WV.argmax(-1).tolist(), left)
-        settings = Warp.image([self._sampling] * window.positions, logits_WV.device)
+            return window.accept(logits_WV.argmax(-1).tolist(), left)
+        settings = SamplingTensors.image([self._sampling] * window.positions, logits_WV.device)
         tokens_W = jacobi.draw([window], [window.drafts], warp(logits_WV, settings))
-        return window.settle(tokens_W.tolist(), left)
+        return window.accept(tokens_W.tolist(), left)
 
     def read(self, tokens: Sequence[int]) -> None:
         """Read what was drawn, to get the logits of the next token."""
@@ -206,8 +210,8 @@ class Run:
 
     def _open_branches(self) -> None:
         has_images = guidance.has_images(self._history, self._vocabulary)
-        for name in guidance.needed(*self._guidance, has_images)[1:]:
-            prompt = guidance.prompt(
+        for name in guidance.needed_conditions(*self._guidance, has_images)[1:]:
+            prompt = guidance.condition_prompt(
                 name, self._history, self._vocabulary, self._layout, self._negative
             )
             length = len(prompt) + self._grammar.image_tokens

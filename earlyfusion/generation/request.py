@@ -21,17 +21,18 @@ Reason = Literal["stop", "length"]
 class Request:
     """A prompt's tokens, and how to continue them.
 
-    `sampling` is resolved and has a seed. The reply has at most `images` images and `room` tokens.
-    `stops` are ids besides eos that end it. An `ImagePreview` is sent after every `preview_every`
-    codes of an image, never if 0. `layout` spells the pictures to be drawn, None for the model's
-    own. `adapter` names the weights that answer, "" for the model's own.
+    `sampling` is resolved and has a seed; `max_images` and `max_tokens` here, not those of
+    `sampling`, are the limits of the reply. `stops` are ids besides eos that end it. An
+    `ImagePreview` is sent after every `preview_every` codes of an image, never if 0. `layout`
+    spells the pictures to be drawn, None for the model's own. `adapter` names the weights that
+    answer, "" for the model's own.
     """
 
     ids: Sequence[int]
     output: Output
     sampling: SamplingParams
-    images: int
-    room: int
+    max_images: int
+    max_tokens: int
     stops: tuple[int, ...] = ()
     preview_every: int = 0
     layout: ImageLayout | None = None

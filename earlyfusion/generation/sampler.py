@@ -23,7 +23,7 @@ from earlyfusion.generation.settings import (
     text_settings,
 )
 
-NEVER = -torch.inf
+NEG_INF = -torch.inf
 
 NOT_FINITE = (
     "the weights give numbers that are not finite (NaN or infinite): run `earlyfusion info MODEL` "
@@ -32,8 +32,8 @@ NOT_FINITE = (
 
 
 @dataclass(frozen=True)
-class Warp:
-    """`DrawSettings` of several rows, as tensors."""
+class SamplingTensors:
+    """`DrawSettings` as tensors, with an entry per row."""
 
     temperature_B: Tensor
     top_k_B: Tensor
@@ -42,7 +42,9 @@ class Warp:
     penalty_B: Tensor
 
     @classmethod
-    def of(cls, rows: Sequence[DrawSettings], device: torch.device | str = "cpu") -> Warp:
+    def of(
+        cls, rows: Sequence[DrawSettings], device: torch.device | str = "cpu"
+    ) -> SamplingTensors:
         temperature, top_k, top_p, min_p, penalty = zip(*rows, strict=True)
         floats = [
             torch.tensor(v, dtype=torch.float64).to(device)
@@ -52,30 +54,37 @@ class Warp:
         return cls(floats[0], k, floats[1], floats[2], floats[3])
 
     @classmethod
-    def text(cls, rows: Sequence[SamplingParams], device: torch.device | str = "cpu") -> Warp:
+    def text(
+        cls, rows: Sequence[SamplingParams], device: torch.device | str = "cpu"
+    ) -> SamplingTensors:
         """The text settings of resolved `SamplingParams`."""
         return cls.of([text_settings(r) for r in rows], device)
 
     @classmethod
-    def image(cls, rows: Sequence[SamplingParams], device: torch.device | str = "cpu") -> Warp:
+    def image(
+        cls, rows: Sequence[SamplingParams], device: torch.device | str = "cpu"
+    ) -> SamplingTensors:
         """The image settings of resolved `SamplingParams`."""
         return cls.of([image_settings(r) for r in rows], device)
 
-    def of_rows(self, rows_R: Tensor) -> Warp:
+    def select(self, rows_R: Tensor) -> SamplingTensors:
         """The settings of these rows, which may repeat."""
-        return Warp(*(getattr(self, f.name)[rows_R] for f in fields(self)))
+        return SamplingTensors(*(getattr(self, f.name)[rows_R] for f in fields(self)))
 
-    def where(self, chosen_B: Tensor, other: Warp) -> Warp:
+    def where(self, chosen_B: Tensor, other: SamplingTensors) -> SamplingTensors:
         """These settings in the chosen rows, the other's elsewhere."""
         pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
-        return Warp(*(torch.where(chosen_B, mine, others) for mine, others in pairs))
+        return SamplingTensors(*(torch.where(chosen_B, mine, others) for mine, others in pairs))
 
 
 class Sampler:
     """Draws for a batch of requests with resolved `SamplingParams`, one per row."""
 
     def __init__(self, rows: Sequence[SamplingParams], device: torch.device | str = "cpu") -> None:
-        self._text, self._image = Warp.text(rows, device), Warp.image(rows, device)
+        self._text, self._image = (
+            SamplingTensors.text(rows, device),
+            SamplingTensors.image(rows, device),
+        )
 
     def draw(
         self,
@@ -87,15 +96,15 @@ class Sampler:
     ) -> Tensor:
         """One token per row. `seen` marks each row's history; `uniform` is in [0, 1)."""
         settings = self._image.where(in_image_B, self._text)
-        logits_BV = logits_BV.float().masked_fill(~allowed_BV, NEVER)
+        logits_BV = logits_BV.float().masked_fill(~allowed_BV, NEG_INF)
         logits_BV = penalise(logits_BV, seen_BV, settings.penalty_B)
         greedy_B = settings.temperature_B == 0
         drawn_B = pick(warp(logits_BV, settings), uniform_B)
         return torch.where(greedy_B, logits_BV.argmax(-1), drawn_B)
 
 
-def sound(logits_BV: Tensor) -> Tensor:
-    """Whether each row can be drawn from: no NaN, no +inf, and not -inf only."""
+def can_draw(logits_BV: Tensor) -> Tensor:
+    """Whether a token can be drawn from each row: no NaN, no +inf, and not -inf only."""
     # amax is NaN if any entry is.
     return logits_BV.amax(-1).isfinite()
 
@@ -103,11 +112,11 @@ def sound(logits_BV: Tensor) -> Tensor:
 def penalise(logits_BV: Tensor, seen_BV: Tensor, penalty_B: Tensor) -> Tensor:
     """Divide the positive logits of seen tokens by the penalty, multiply the others by it."""
     penalty_B1 = penalty_B.to(logits_BV.dtype)[:, None]
-    punished_BV = torch.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
-    return torch.where(seen_BV, punished_BV, logits_BV)
+    penalised_BV = torch.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
+    return torch.where(seen_BV, penalised_BV, logits_BV)
 
 
-def warp(logits_BV: Tensor, settings: Warp) -> Tensor:
+def warp(logits_BV: Tensor, settings: SamplingTensors) -> Tensor:
     """Temperature; then top-k, top-p and min-p set columns to -inf, but never all."""
     t_B1 = settings.temperature_B.to(logits_BV.dtype)[:, None]
     # Rows of temperature 0 are greedy: the caller takes their argmax.
@@ -115,15 +124,15 @@ def warp(logits_BV: Tensor, settings: Warp) -> Tensor:
     ascending_BV = _top_k(_ascending(logits_BV), settings.top_k_B)
     ascending_BV = _top_p(ascending_BV, settings.top_p_B)
     ascending_BV = _min_p(ascending_BV, settings.min_p_B)
-    return _without_least(logits_BV, ascending_BV.isneginf().sum(-1, keepdim=True), ascending_BV)
+    return _drop_smallest(logits_BV, ascending_BV.isneginf().sum(-1, keepdim=True), ascending_BV)
 
 
 def pick(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """The column where the cumulative probability, in the order of ids, passes `uniform`."""
-    return invert(logits_BV.double().softmax(-1), uniform_B)
+    return invert_cdf(logits_BV.double().softmax(-1), uniform_B)
 
 
-def invert(weights_BV: Tensor, uniform_B: Tensor) -> Tensor:
+def invert_cdf(weights_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """The column where the cumulative weight, in fp64, passes `uniform` times its total."""
     cdf_BV = weights_BV.double().cumsum(-1)
     total_B1 = cdf_BV[:, -1:]
@@ -150,43 +159,42 @@ def _ascending(logits_BV: Tensor) -> Tensor:
     return logits_BV.sort(dim=-1).values
 
 
-def _without_least(logits_BV: Tensor, count_B1: Tensor, ascending_BV: Tensor) -> Tensor:
+def _drop_smallest(logits_BV: Tensor, count_B1: Tensor, ascending_BV: Tensor) -> Tensor:
     """Set the `count` smallest logits of each row to -inf; of equal ones, lower ids first."""
     least_B1 = ascending_BV.gather(-1, count_B1)
-    stays_BV = logits_BV >= least_B1
-    surplus_B1 = stays_BV.sum(-1, keepdim=True) - (logits_BV.shape[-1] - count_B1)
+    kept_BV = logits_BV >= least_B1
+    surplus_B1 = kept_BV.sum(-1, keepdim=True) - (logits_BV.shape[-1] - count_B1)
     equal_BV = logits_BV == least_B1
-    stays_BV &= ~(equal_BV & (equal_BV.cumsum(-1) <= surplus_B1))
-    return logits_BV.masked_fill(~stays_BV, NEVER)
+    kept_BV &= ~(equal_BV & (equal_BV.cumsum(-1) <= surplus_B1))
+    return logits_BV.masked_fill(~kept_BV, NEG_INF)
 
 
-def _unused(values_B: Tensor, off: int) -> bool:
-    """Whether a setting is known to be off in all rows."""
-    # On a GPU, finding out would make the host wait for the device.
+def _is_off(values_B: Tensor, off: int) -> bool:
+    """Whether a setting is off in all rows, as far as is known without waiting for the device."""
     return values_B.device.type == "cpu" and bool((values_B == off).all())
 
 
 def _top_k(ascending_BV: Tensor, k_B: Tensor) -> Tensor:
-    if _unused(k_B, 0):
+    if _is_off(k_B, 0):
         return ascending_BV
     size = ascending_BV.shape[-1]
     k_B = torch.where(k_B == 0, size, k_B).clamp(max=size)
     least_B1 = ascending_BV.gather(-1, (size - k_B)[:, None])
-    return ascending_BV.masked_fill(ascending_BV < least_B1, NEVER)
+    return ascending_BV.masked_fill(ascending_BV < least_B1, NEG_INF)
 
 
 def _top_p(ascending_BV: Tensor, p_B: Tensor) -> Tensor:
-    if _unused(p_B, 1):
+    if _is_off(p_B, 1):
         return ascending_BV
     # From the smallest up: the probabilities cut off sum to at most 1 - p.
     tail_B1 = torch.where(p_B >= 1, -1.0, 1 - p_B).to(ascending_BV.dtype)[:, None]
     dropped_BV = ascending_BV.softmax(-1).cumsum(-1) <= tail_B1
     dropped_BV[:, -1] = False
-    return ascending_BV.masked_fill(dropped_BV, NEVER)
+    return ascending_BV.masked_fill(dropped_BV, NEG_INF)
 
 
 def _min_p(ascending_BV: Tensor, p_B: Tensor) -> Tensor:
-    if _unused(p_B, 0):
+    if _is_off(p_B, 0):
         return ascending_BV
     floor_B1 = ascending_BV[:, -1:] + p_B.log().to(ascending_BV.dtype)[:, None]
-    return ascending_BV.masked_fill(ascending_BV < floor_B1, NEVER)
+    return ascending_BV.masked_fill(ascending_BV < floor_B1, NEG_INF)

@@ -67,11 +67,11 @@ _LIMITS = {
     "seed": _Limit(Integral, 0, 2**63 - 1, "a whole number from 0 to 2^63 - 1"),
     "logprobs": _Limit(Integral, 0, 100, "a whole number from 0 (only the drawn token's) to 100"),
 }
-# Settings that are lists of strings, and the most strings that each may have.
-_MOST = {"stop": 16, "bad_words": 256, "allowed_words": 256}
-# Fields that restrict all text of a reply; a request may set one of them.
-_SHAPES = ("json_schema", "regex", "grammar", "allowed_words")
-_MAX_SHAPE = 100_000  # characters
+# Settings that are lists of strings, and the most strings of each.
+_MAX_STRINGS = {"stop": 16, "bad_words": 256, "allowed_words": 256}
+# Fields that constrain all text of a reply; a request may set only one of them.
+_TEXT_CONSTRAINTS = ("json_schema", "regex", "grammar", "allowed_words")
+_MAX_CONSTRAINT_LENGTH = 100_000  # characters
 # Groups of a "chameleon" part of generation_config.json, and the prefix of their settings here.
 _GROUPS = {"text": "", "image": "image_", "guidance": "guidance_"}
 
@@ -155,17 +155,19 @@ class SamplingParams:
         for name, limit in _LIMITS.items():
             value = getattr(self, name)
             if value is not None and not limit.allows(value):
-                raise SettingError(f"{name}={_shown(value)} is not possible: use {limit.remedy}")
+                raise SettingError(
+                    f"{name}={_short_repr(value)} is not possible: use {limit.remedy}"
+                )
             # numpy's numbers become Python's, which JSON and compiled code can take.
             if value is not None and type(value) not in (int, float):
                 plain = int(value) if limit.number_type is Integral else float(value)
                 object.__setattr__(self, name, plain)
         if self.negative_prompt is not None:
             _check_negative_prompt(self.negative_prompt)
-        for name in _MOST:
+        for name in _MAX_STRINGS:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _strings(name, getattr(self, name)))
-        self._check_shapes()
+        self._check_constraints()
         if self.logits_processors is not None:
             processors = _processors(self.logits_processors)
             object.__setattr__(self, "logits_processors", processors)
@@ -176,27 +178,28 @@ class SamplingParams:
                     f"{self.steered} cannot follow: set {name} to 0 or leave the other out"
                 )
 
-    def _check_shapes(self) -> None:
+    def _check_constraints(self) -> None:
         if self.json_schema is not None:
-            object.__setattr__(self, "json_schema", _schema(self.json_schema))
+            object.__setattr__(self, "json_schema", _schema_text(self.json_schema))
         for name in ("json_schema", "regex", "grammar"):
             if getattr(self, name) is not None:
-                _check_shape(name, getattr(self, name))
-        named = [name for name in _SHAPES if getattr(self, name)]
+                _check_constraint(name, getattr(self, name))
+        named = [name for name in _TEXT_CONSTRAINTS if getattr(self, name)]
         if len(named) > 1:
             raise SettingError(f"{named[0]} and {named[1]} both say what text may be: give one")
 
     @property
     def constrained(self) -> str:
-        """The name of the field that all text of the reply must fit, or ""."""
-        return next((name for name in _SHAPES[:3] if getattr(self, name)), "")
+        """The name of the set field among `json_schema`, `regex` and `grammar`, or ""."""
+        return next((name for name in _TEXT_CONSTRAINTS[:3] if getattr(self, name)), "")
 
     @property
     def steered(self) -> str:
-        """The name of the field that has a request drawn by itself, or ""."""
-        names = ("bad_words", *_SHAPES, "logits_processors")
-        found = [name for name in names if getattr(self, name)]
-        return found[0] if found else "" if self.logprobs is None else "logprobs"
+        """The name of a set field for which a request needs a `Steering`, or ""."""
+        for name in ("bad_words", *_TEXT_CONSTRAINTS, "logits_processors"):
+            if getattr(self, name):
+                return name
+        return "" if self.logprobs is None else "logprobs"
 
     @classmethod
     @cache
@@ -220,7 +223,7 @@ class SamplingParams:
         is that file's dict, or only its "chameleon" part. Fields that neither sets, such as
         `max_tokens`, `stop` and `seed`, stay None."""
         given = {k: v for k, v in _values(self).items() if v is not None}
-        return replace(SamplingParams.meta(), **(_flat(defaults) | given))
+        return replace(SamplingParams.meta(), **(_flatten_groups(defaults) | given))
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -264,7 +267,7 @@ def seed_of(p: SamplingParams) -> int:
 
 
 def _resolved(*values: float | None) -> list[float]:
-    # TypeError: a mistake in the calling code, not in what a user gave.
+    # TypeError, as this is a mistake of the calling code, not of the user.
     numbers = [value for value in values if value is not None]
     if len(numbers) < len(values):
         raise TypeError("these SamplingParams are not resolved: call .resolved(defaults) first")
@@ -278,7 +281,7 @@ def _values(params: SamplingParams) -> dict[str, Any]:
 _NAMES = tuple(f.name for f in fields(SamplingParams))
 
 
-def _flat(defaults: Mapping[str, Any]) -> dict[str, Any]:
+def _flatten_groups(defaults: Mapping[str, Any]) -> dict[str, Any]:
     # A generation_config.json without our part holds transformers' settings, which do not describe
     # Chameleon's draw.
     source = defaults.get("chameleon", {} if "eos_token_id" in defaults else defaults)
@@ -324,7 +327,7 @@ def check_names(names: Iterable[str], others: Iterable[str]) -> None:
         if name not in known:
             near = get_close_matches(name, known, n=1)
             remedy = f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}"
-            raise SettingError(f"there is no setting {_shown(name)}: {remedy}")
+            raise SettingError(f"there is no setting {_short_repr(name)}: {remedy}")
 
 
 def given(sampling: SamplingParams | None, by_name: Mapping[str, Any]) -> dict[str, Any]:
@@ -340,17 +343,17 @@ def given(sampling: SamplingParams | None, by_name: Mapping[str, Any]) -> dict[s
 
 def resolve(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> SamplingParams:
     """`SamplingParams.resolved` for values by name, which are all checked once."""
-    return replace(SamplingParams.meta(), **(_flat(defaults) | dict(values)))
+    return replace(SamplingParams.meta(), **(_flatten_groups(defaults) | dict(values)))
 
 
 def _check_negative_prompt(value: object) -> None:
     if not isinstance(value, str) or not value.strip():
         raise SettingError(
-            f"negative_prompt={_shown(value)} is not possible: use words, or leave it out"
+            f"negative_prompt={_short_repr(value)} is not possible: use words, or leave it out"
         )
 
 
-def _schema(value: Any) -> str:
+def _schema_text(value: Any) -> str:
     try:
         schema = json.loads(value) if isinstance(value, str) else value
         if not isinstance(schema, dict):
@@ -358,16 +361,18 @@ def _schema(value: Any) -> str:
         return json.dumps(schema, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError):
         raise SettingError(
-            f"json_schema={_shown(value)} is not possible: use a JSON schema that is an object"
+            f"json_schema={_short_repr(value)} is not possible: use a JSON schema that is an object"
         ) from None
 
 
-def _check_shape(name: str, value: object) -> None:
+def _check_constraint(name: str, value: object) -> None:
     if not isinstance(value, str) or not value:
-        raise SettingError(f"{name}={_shown(value)} is not possible: use a text, or leave it out")
-    if len(value) > _MAX_SHAPE:
         raise SettingError(
-            f"{name} has {len(value):,} characters, limit {_MAX_SHAPE:,}: shorten it"
+            f"{name}={_short_repr(value)} is not possible: use a text, or leave it out"
+        )
+    if len(value) > _MAX_CONSTRAINT_LENGTH:
+        raise SettingError(
+            f"{name} has {len(value):,} characters, limit {_MAX_CONSTRAINT_LENGTH:,}: shorten it"
         )
 
 
@@ -375,7 +380,7 @@ def _strings(name: str, value: object) -> tuple[str, ...]:
     strings = (value,) if isinstance(value, str) else value
     if not isinstance(strings, tuple | list) or not all(isinstance(s, str) for s in strings):
         raise SettingError(
-            f"{name}={_shown(value)} is not possible: use a string or a list of them"
+            f"{name}={_short_repr(value)} is not possible: use a string or a list of them"
         )
     if "" in strings:
         ends = "would end every reply at once" if name == "stop" else "is not a word"
@@ -383,12 +388,12 @@ def _strings(name: str, value: object) -> tuple[str, ...]:
     for string in strings:
         if not _is_utf8(string):
             raise SettingError(
-                f"{name}={_shown(string)} holds half a character (a lone surrogate): "
+                f"{name}={_short_repr(string)} holds half a character (a lone surrogate): "
                 "read it again as UTF-8"
             )
-    if len(strings) > _MOST[name]:
+    if len(strings) > _MAX_STRINGS[name]:
         raise SettingError(
-            f"{name} has {len(strings)} strings, limit {_MOST[name]}: leave some out"
+            f"{name} has {len(strings)} strings, limit {_MAX_STRINGS[name]}: leave some out"
         )
     return tuple(strings)
 
@@ -412,7 +417,7 @@ def _processors(value: Any) -> tuple[LogitsProcessor, ...]:
     return tuple(processors)
 
 
-def _shown(value: Any) -> str:
+def _short_repr(value: Any) -> str:
     if isinstance(value, int) and value.bit_length() > 128:  # too long for str()
         return "<a huge number>"
     if not isinstance(value, str | Real):

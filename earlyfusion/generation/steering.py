@@ -1,9 +1,9 @@
 """Words, constraints, logits processors and log-probabilities of one request.
 
-One `Steering` serves one request, in the plain loop and in the engine. It gets guided fp32 logits
-of the whole vocabulary before the grammar's mask, the repetition penalty and the temperature, so it
-cannot break the grammar. Tokens that the grammar forces (the marks of a picture, or its beginning
-if nothing else may come) are not drawn and never get here.
+One `Steering` serves one request, in the plain loop and in the engine. It changes the guided fp32
+logits of the whole vocabulary before the grammar's mask, the repetition penalty and the
+temperature, so it cannot break the grammar. It does not see tokens that the grammar forces (the
+marks of a picture, or its beginning if nothing else may come), as these are not drawn.
 
 Words are matched in the bytes of the text, so it does not matter how the tokenizer splits them. A
 new stretch of text begins after each picture.
@@ -29,7 +29,7 @@ _BLANKS = (b" ", b"\n")
 
 
 class Steering:
-    """What changes the logits of one request, its words included, and its log-probabilities."""
+    """Changes the logits of one request, and computes its log-probabilities."""
 
     def __init__(self, processor: Processor, request: Request) -> None:
         sampling = request.sampling
@@ -37,19 +37,19 @@ class Steering:
         has_words = sampling.bad_words or sampling.allowed_words
         self._words = Words(processor, request) if has_words else None
         self._constraint = constraint(processor, request)
-        self._processor, self._top = processor, sampling.logprobs
+        self._processor, self._num_logprobs = processor, sampling.logprobs
 
     @property
     def only_forbids(self) -> bool:
-        """Whether `allowed` is all that `change` does; codes may then be drawn without it."""
-        return not self._processors and self._top is None
+        """Whether it only forbids text tokens (`allowed`): codes can then be drawn without it."""
+        return not self._processors and self._num_logprobs is None
 
     def change(self, ids: Sequence[int], logits_V: Tensor, allowed_V: Tensor) -> Tensor:
         """The logits to draw from instead of `logits_V`. `ids` are the tokens of prompt and reply;
         `allowed_V` is the grammar's mask. Raises `SettingError` if a processor fails or no token is
         left."""
         for processor in self._processors:
-            logits_V = _processed(processor, list(ids), logits_V)
+            logits_V = _apply_processor(processor, list(ids), logits_V)
         if self._words is not None:
             logits_V = self._words(ids, logits_V)
         if self._constraint is not None:
@@ -57,7 +57,7 @@ class Steering:
         # Only logits of tokens that the grammar allows need to be valid.
         left_V = logits_V[allowed_V]
         if bool(left_V.isnan().any()) or not bool(left_V.isfinite().any()):
-            raise SettingError(self._nothing_left(len(ids)))
+            raise SettingError(self._no_token_message(len(ids)))
         return logits_V
 
     def allowed(self, ids: Sequence[int], allowed_V: Tensor) -> Tensor:
@@ -70,10 +70,10 @@ class Steering:
             if fits_V is not None:
                 allowed_V = allowed_V & fits_V.to(allowed_V.device)
         if not bool(allowed_V.any()):
-            raise SettingError(self._nothing_left(len(ids)))
+            raise SettingError(self._no_token_message(len(ids)))
         return allowed_V
 
-    def _nothing_left(self, length: int) -> str:
+    def _no_token_message(self, length: int) -> str:
         if self._constraint is not None:
             return (
                 f"{self._constraint.name} left no possible token after {length:,} tokens: see that "
@@ -87,10 +87,10 @@ class Steering:
     def logprob(self, logits_V: Tensor, token: int) -> TokenLogprob | None:
         """The log-probability of a token under the model's own logits [V] for the whole prompt:
         without guidance or any change. None unless the request asks for `logprobs`."""
-        if self._top is None:
+        if self._num_logprobs is None:
             return None
         logprobs_V = logits_V.float().log_softmax(-1)
-        top = logprobs_V.topk(min(self._top, len(logprobs_V)))
+        top = logprobs_V.topk(min(self._num_logprobs, len(logprobs_V)))
         likeliest = zip(top.indices.tolist(), top.values.tolist(), strict=True)
         return TokenLogprob(
             token,
@@ -100,7 +100,7 @@ class Steering:
         )
 
 
-def _processed(processor: LogitsProcessor, ids: list[int], logits_V: Tensor) -> Tensor:
+def _apply_processor(processor: LogitsProcessor, ids: list[int], logits_V: Tensor) -> Tensor:
     name = getattr(processor, "__name__", type(processor).__name__)
     try:
         # A processor may write to the logits it gets, and keep them.
@@ -121,8 +121,8 @@ def _processed(processor: LogitsProcessor, ids: list[int], logits_V: Tensor) -> 
 
 class Words:
     """The text tokens that may come, given the words that a request forbids or allows. Only text
-    after the prompt counts. Bad words: no token may complete one. Allowed words: a stretch of text
-    is one or more of them, with one blank or line end in between and at most one in front. Which
+    after the prompt counts. No token may complete a bad word. With allowed words, each stretch of
+    text consists of them, with one blank or line end in between and at most one in front. Which
     tokens may come depends only on the end of the text, so they are cached by it."""
 
     def __init__(self, processor: Processor, request: Request) -> None:
@@ -135,7 +135,7 @@ class Words:
         # Tokens without bytes cannot complete or begin a word.
         tokens = vocabulary.text_tokens.tolist()
         self._bytes = {token: data for token in tokens if (data := processor.token_bytes(token))}
-        self._further = frozenset(blank + word for blank in _BLANKS for word in self._allowed)
+        self._next_words = frozenset(blank + word for blank in _BLANKS for word in self._allowed)
         self._blocked_by: dict[object, Tensor] = {}
 
     def __call__(self, ids: Sequence[int], logits_V: Tensor) -> Tensor:
@@ -153,9 +153,11 @@ class Words:
         if text is None:
             return None
         # The blocked tokens depend on nothing else.
-        key = self._open_end(text), self._to_come(text), bool(text), self._begin in reply
+        key = self._begun_bad_word(text), self._rest_of_word(text), bool(text), self._begin in reply
         if key not in self._blocked_by:
-            blocked = torch.tensor(sorted({*self._bad_tokens(key[0]), *self._others(*key[1:])}))
+            blocked = torch.tensor(
+                sorted({*self._bad_tokens(key[0]), *self._tokens_outside_words(*key[1:])})
+            )
             self._blocked_by[key] = blocked.long()
         return self._blocked_by[key]
 
@@ -170,8 +172,8 @@ class Words:
             pieces.append(self._bytes.get(token, b""))
         return b"".join(reversed(pieces))
 
-    def _open_end(self, text: bytes) -> bytes:
-        """The longest end of the text with which a bad word begins."""
+    def _begun_bad_word(self, text: bytes) -> bytes:
+        """The longest end of the text that is the beginning of a bad word."""
         lengths = (n for word in self._bad for n in range(1, len(word)) if text.endswith(word[:n]))
         longest = max(lengths, default=0)
         return text[len(text) - longest :]
@@ -184,28 +186,31 @@ class Words:
             if data.startswith(rests) or any(word in data for word in self._bad):
                 yield token
 
-    def _to_come(self, text: bytes) -> frozenset[bytes] | None:
-        """What may complete the last word of the text; b"" if it may be complete."""
+    def _rest_of_word(self, text: bytes) -> frozenset[bytes] | None:
+        """The ways to complete the last word of the text, b"" among them if it may be complete;
+        None without allowed words."""
         if not self._allowed:
             return None
-        return self._after(self._further | {*self._allowed}, text)
+        return self._rests_after(self._next_words | {*self._allowed}, text)
 
-    def _after(self, rests: frozenset[bytes], text: bytes) -> frozenset[bytes]:
-        """What is still to come of these rests after a text; empty if the text fits none."""
-        found = {rest[len(text) :] for rest in rests if rest.startswith(text)}
+    def _rests_after(self, rests: frozenset[bytes], text: bytes) -> frozenset[bytes]:
+        """What is left of each of these rests after a text; empty if the text fits none of them."""
+        rests_left = {rest[len(text) :] for rest in rests if rest.startswith(text)}
         # A text longer than a rest continues with another word.
-        over = {text[len(rest) :] for rest in rests if text.startswith(rest) and rest != text}
-        for more in over:
-            found |= self._after(self._further, more)
-        return frozenset(found)
+        overruns = {text[len(rest) :] for rest in rests if text.startswith(rest) and rest != text}
+        for overrun in overruns:
+            rests_left |= self._rests_after(self._next_words, overrun)
+        return frozenset(rests_left)
 
-    def _others(self, rests: frozenset[bytes] | None, begun: bool, drawn: bool) -> Iterator[int]:
+    def _tokens_outside_words(
+        self, rests: frozenset[bytes] | None, begun: bool, drawn: bool
+    ) -> Iterator[int]:
         """The tokens that allowed words forbid."""
         if rests is None:
             return
-        first = {rest[:1] for rest in (rests | self._further if b"" in rests else rests)}
+        first = {rest[:1] for rest in (rests | self._next_words if b"" in rests else rests)}
         for token, data in self._bytes.items():
-            if data[:1] not in first or not self._after(rests, data):
+            if data[:1] not in first or not self._rests_after(rests, data):
                 yield token
         # A stretch that has begun must end in a whole word before a picture or the end.
         complete = b"" in rests

@@ -359,17 +359,19 @@ class _Guide:
             else:
                 last_1T = ids_BT[row, None, -1:]
                 logits |= {n: b.read(last_1T) for n, b in self._branches[row].items()}
-            rows[row] = guidance.mix(logits, self._rules.text_weight, self._rules.image_weight)
+            rows[row] = guidance.combine_needed(
+                logits, self._rules.text_weight, self._rules.image_weight
+            )
         return torch.stack(rows)
 
     def _open(self, row: int, history: list[int]) -> dict[guidance.Condition, Tensor]:
         vocabulary = self._owner.vocabulary
         text, image = self._rules.text_weight, self._rules.image_weight
         has_images = guidance.has_images(history, vocabulary)
-        names = guidance.needed(text, image, has_images)[1:]  # "full" is the row itself
+        names = guidance.needed_conditions(text, image, has_images)[1:]  # "full" is the row itself
         self._branches[row] = {name: _Branch(self._owner) for name in names}
         prompts = {
-            name: guidance.prompt(name, history, vocabulary, self._owner.image_layout)
+            name: guidance.condition_prompt(name, history, vocabulary, self._owner.image_layout)
             for name in names
         }
         return {

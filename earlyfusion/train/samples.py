@@ -46,16 +46,16 @@ class PromptedPictures:
         self._transformer, self._processor = transformer, processor
         self._image_tokenizer = image_tokenizer
         self._names = [name for name, _ in prompts]
-        room, limit = processor.layout.num_tokens, transformer.config.max_position_embeddings
+        max_tokens, limit = processor.layout.num_tokens, transformer.config.max_position_embeddings
         for name, ids in prompts:
-            if len(ids) + room > limit:
+            if len(ids) + max_tokens > limit:
                 raise SettingError(
                     f"the sample prompt {name[:40]!r} has {len(ids)} tokens, which leave no room "
-                    f"for a picture of {room} in {limit}: shorten it"
+                    f"for a picture of {max_tokens} in {limit}: shorten it"
                 )
         settings = [SamplingParams(seed=seed + i).resolved(defaults) for i in range(len(prompts))]
         self._requests = [
-            Request(ids, "image", sampling, images=1, room=room)
+            Request(ids, "image", sampling, max_images=1, max_tokens=max_tokens)
             for (_, ids), sampling in zip(prompts, settings, strict=True)
         ]
 

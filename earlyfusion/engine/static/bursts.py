@@ -56,7 +56,7 @@ class Bursts:
         self._vocabulary = config.vocab_size
         self._table_blocks = table_blocks(cache)
         slots = max(grammar.image_tokens, cache.length)
-        self._grammars = Grammars(config.vocab_size, slots, grammar.begin, device)
+        self._grammars = Grammars(config.vocab_size, slots, grammar.begin_image, device)
         codes_V = torch.tensor(sorted(grammar.code_ids), device=device)
         ways = operations(device)
         layers = {name: StaticLayers(*model, cache, ways) for name, model in models.items()}
@@ -78,13 +78,13 @@ class Bursts:
             return 0
         if not all(handle.alone_draws for handle in handles):
             return 0
-        if self._grammars.numbers_of(handle.walk.grammar for handle in handles) is None:
+        if self._grammars.numbers_of(handle.grammar_state.grammar for handle in handles) is None:
             return 0
         if not _only_codes(handles):
             most = TEXT_STEPS
         else:
             most = MOST_STEPS if len(handles) == 1 else SHARED_STEPS
-        return min(most, max(handle.walk.tokens_left for handle in handles))
+        return min(most, max(handle.grammar_state.tokens_until_end for handle in handles))
 
     def draw(self, handles: Sequence[Handle], steps: int) -> list[list[int]]:
         """The next tokens of each handle, at most `steps`; only `NOTHING` if none could be drawn.
@@ -101,7 +101,7 @@ class Bursts:
         return [drawn[handle.number] for handle in handles]
 
     def _draw_group(self, adapter: str, handles: Sequence[Handle], steps: int) -> list[list[int]]:
-        numbers = self._grammars.numbers_of(handle.walk.grammar for handle in handles)
+        numbers = self._grammars.numbers_of(handle.grammar_state.grammar for handle in handles)
         assert numbers is not None
         kind = Kind(_only_codes(handles), all(_is_greedy(handle) for handle in handles))
         burst = rows_of(handles, numbers, kind.only_codes)
@@ -169,7 +169,7 @@ def serves(device: torch.device) -> bool:
 
 
 def _only_codes(handles: Sequence[Handle]) -> bool:
-    return all(handle.walk.in_image for handle in handles)
+    return all(handle.grammar_state.in_image for handle in handles)
 
 
 def _is_greedy(handle: Handle) -> bool:

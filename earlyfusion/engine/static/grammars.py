@@ -14,7 +14,7 @@ from collections.abc import Container, Iterable
 import torch
 from torch import Tensor
 
-from earlyfusion.generation.grammar import SLOT, TEXT, Grammar
+from earlyfusion.generation.grammar import SLOT, TEXT_ALLOWED, Grammar
 
 MOST_GRAMMARS, MOST_CLASSES = 8, 64
 
@@ -68,40 +68,40 @@ class Grammars:
         fixed = [-1, *(-1 if token is None else token for token in grammar.fixed[1:]), -1]
         self._forced_GS[number, : slots + 1] = torch.tensor(fixed)
         self._ends_GV[number] = False
-        self._ends_GV[number, sorted(grammar.ends)] = True
+        self._ends_GV[number, sorted(grammar.end_ids)] = True
         self._done_G[number] = slots
 
     def mask(self, state_RF: Tensor, grammar_R: Tensor) -> Tensor:
         """As `Grammar.mask`: True where a token may come next [R, V]."""
-        slot_R, images_R, room_R, text_R = state_RF.unbind(-1)
+        slot_R, images_left_R, tokens_left_R, text_allowed_R = state_RF.unbind(-1)
         outside_R = slot_R == 0
-        begins_R = outside_R & (images_R > 0) & (room_R >= self._done_G[grammar_R])
+        begins_R = outside_R & (images_left_R > 0) & (tokens_left_R >= self._done_G[grammar_R])
         allowed_RV = self._allowed_GCV[grammar_R, self._class_GS[grammar_R, slot_R]]
-        allowed_RV &= ~(outside_R & (text_R == 0))[:, None]
+        allowed_RV &= ~(outside_R & (text_allowed_R == 0))[:, None]
         begin_R = torch.where(outside_R, begins_R, allowed_RV[:, self._begin])
         allowed_RV[:, self._begin] = begin_R
         return allowed_RV
 
     def forced(self, state_RF: Tensor, grammar_R: Tensor) -> Tensor:
-        """As `Walk.forced`: the only token that may come; -1 if there are several or none."""
+        """As `GrammarState.forced`: the only token that may come, -1 if there is not just one."""
         slot_R = state_RF[:, SLOT]
-        only_image_R = (slot_R == 0) & (state_RF[:, TEXT] == 0)
+        only_image_R = (slot_R == 0) & (state_RF[:, TEXT_ALLOWED] == 0)
         return torch.where(only_image_R, self._begin, self._forced_GS[grammar_R, slot_R])
 
     def advance(self, state_RF: Tensor, token_R: Tensor, grammar_R: Tensor) -> Tensor:
         """As `Grammar.advance`, for rows that have not ended."""
-        slot_R, images_R, room_R, text_R = state_RF.unbind(-1)
+        slot_R, images_left_R, tokens_left_R, text_allowed_R = state_RF.unbind(-1)
         done_R = self._done_G[grammar_R]
         begins_R = (slot_R == 0) & (token_R == self._begin)
         stops_R = (slot_R == 0) & self._ends_GV[grammar_R, token_R]
         slot_R = torch.where((slot_R > 0) | begins_R, (slot_R + 1) % done_R, slot_R)
-        images_R = images_R - begins_R.long()
-        room_R = room_R - 1
+        images_left_R = images_left_R - begins_R.long()
+        tokens_left_R = tokens_left_R - 1
         # Without text, a reply ends once no further image may begin or fit.
-        fits_R = (images_R > 0) & (room_R >= done_R)
-        stuck_R = (text_R == 0) & ~fits_R & (slot_R == 0)
-        slot_R = torch.where(stops_R | stuck_R | (room_R == 0), done_R, slot_R)
-        return torch.stack([slot_R, images_R, room_R, text_R], -1)
+        fits_R = (images_left_R > 0) & (tokens_left_R >= done_R)
+        exhausted_R = (text_allowed_R == 0) & ~fits_R & (slot_R == 0)
+        slot_R = torch.where(stops_R | exhausted_R | (tokens_left_R == 0), done_R, slot_R)
+        return torch.stack([slot_R, images_left_R, tokens_left_R, text_allowed_R], -1)
 
     def done(self, state_RF: Tensor, grammar_R: Tensor) -> Tensor:
         """True for rows whose reply has ended."""

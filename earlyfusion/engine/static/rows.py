@@ -22,7 +22,7 @@ from earlyfusion.engine.blocks import BLOCK_SIZE, Branch
 from earlyfusion.engine.cache import Cache
 from earlyfusion.engine.handle import Handle
 from earlyfusion.generation.grammar import Grammar
-from earlyfusion.generation.sampler import Warp
+from earlyfusion.generation.sampler import SamplingTensors
 from earlyfusion.generation.settings import DrawSettings
 
 MOST_STEPS = 32
@@ -125,7 +125,7 @@ class Rows:
         return self.floats_RF[:, _GUIDANCE].float().T[..., None]
 
     @property
-    def warps(self) -> tuple[Warp, Warp]:
+    def warps(self) -> tuple[SamplingTensors, SamplingTensors]:
         """The settings of text and of codes."""
         text, image = self.floats_RF[:, _SETTINGS:].unflatten(1, (2, 4)).unbind(1)
         top_k_R2 = self.ints_RI[:, _TOP_K]
@@ -172,7 +172,7 @@ class Row:
             tokens[-1],
             len(tokens) - 1,
             1,
-            *handle.walk.state,
+            *handle.grammar_state.row,
             self.grammar,
             len(held) * BLOCK_SIZE,
             int(at_begin),
@@ -200,7 +200,7 @@ def rows_of(
         full, image_only, unconditional = (row_of[id(branch)] for branch in handle.conditions)
         for branch in handle.branches:
             conditions = (full, image_only, unconditional)
-            number = numbers[handle.walk.grammar]
+            number = numbers[handle.grammar_state.grammar]
             rows.append(Row(handle, branch, conditions, number, ends_with_image))
     return rows
 
@@ -209,9 +209,9 @@ def _floats_of(settings: DrawSettings) -> tuple[float, float, float, float]:
     return settings.temperature, settings.top_p, settings.min_p, settings.penalty
 
 
-def _warp(floats_R4: Tensor, top_k_R: Tensor) -> Warp:
+def _warp(floats_R4: Tensor, top_k_R: Tensor) -> SamplingTensors:
     temperature_R, top_p_R, min_p_R, penalty_R = floats_R4.unbind(1)
-    return Warp(temperature_R, top_k_R, top_p_R, min_p_R, penalty_R)
+    return SamplingTensors(temperature_R, top_k_R, top_p_R, min_p_R, penalty_R)
 
 
 def table_blocks(cache: Cache) -> int:

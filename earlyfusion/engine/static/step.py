@@ -24,7 +24,7 @@ from earlyfusion.engine.static.layers import StaticLayers
 from earlyfusion.engine.static.rows import SKIPPED, Rows
 from earlyfusion.generation import guidance
 from earlyfusion.generation.grammar import SLOT
-from earlyfusion.generation.sampler import NEVER, penalise, pick, sound, warp
+from earlyfusion.generation.sampler import NEG_INF, can_draw, penalise, pick, warp
 from earlyfusion.model.transformer import Transformer
 
 
@@ -59,15 +59,15 @@ class StaticStep:
         else:
             logits_RV = self._guided(rows, whole_logits(self._head, x_RD))
             allowed_RV = self._grammars.mask(rows.state_RF, rows.grammar_R)
-            logits_RV = logits_RV.masked_fill(~allowed_RV, NEVER)
-        sound_R = sound(logits_RV)
-        logits_RV = torch.where(sound_R[:, None], logits_RV, 0)
+            logits_RV = logits_RV.masked_fill(~allowed_RV, NEG_INF)
+        can_draw_R = can_draw(logits_RV)
+        logits_RV = torch.where(can_draw_R[:, None], logits_RV, 0)
         column_R = self._columns(rows, logits_RV, kind)
         token_R = self._codes_V[column_R] if kind.only_codes else column_R
         forced_R = self._grammars.forced(rows.state_RF, rows.grammar_R)
         token_R = torch.where(forced_R >= 0, forced_R, token_R)
         full_R = rows.conditions.full_R
-        return token_R[full_R], (sound_R | (forced_R >= 0))[full_R]
+        return token_R[full_R], (can_draw_R | (forced_R >= 0))[full_R]
 
     def _guided(self, rows: Rows, logits_RV: Tensor) -> Tensor:
         full_R, image_only_R, unconditional_R = rows.conditions

@@ -1,4 +1,5 @@
-"""One reply on the host, token by token: `Walk` follows the grammar, `Narrator` makes events."""
+"""One reply on the host, token by token: `GrammarState` follows the grammar, and `EventBuilder`
+turns tokens into events."""
 
 from __future__ import annotations
 
@@ -24,39 +25,46 @@ from earlyfusion.processor import Processor, TextStream
 from earlyfusion.vocabulary import CODE
 
 
-class Walk:
-    """One row of the grammar's automaton in plain integers, for loops that see every token on the
-    host. Same rules as `Grammar`. `slot` is the slot of the next token: 0 outside of an image.
-    `codes_left` is the number of image codes that must come next."""
+class GrammarState:
+    """The state of one row of a `Grammar` in plain integers, by the same rules, for loops that see
+    every token on the host. `slot` is that of the next token, 0 outside of an image. `codes_left`
+    is the number of image codes that must come next."""
 
-    def __init__(self, grammar: Grammar, output: Output, images: int, room: int) -> None:
+    def __init__(self, grammar: Grammar, output: Output, max_images: int, max_tokens: int) -> None:
         self.grammar = grammar
-        slot, self._images, self._room, self._text = grammar.start_row(output, images, room)
-        self._stand_at(slot)
+        row = grammar.start_row(output, max_images, max_tokens)
+        slot, self._images_left, self._tokens_left, self._text_allowed = row
+        self._set_slot(slot)
 
     @property
-    def state(self) -> list[int]:
-        """This row as `Grammar.mask` takes it."""
-        return [self.slot, self._images, self._room, self._text]
+    def row(self) -> list[int]:
+        """The state as a row of the tensor that `Grammar.mask` takes."""
+        return [self.slot, self._images_left, self._tokens_left, self._text_allowed]
 
     @property
-    def may_begin(self) -> bool:
-        return self.slot == 0 and self._images > 0 and self._room >= self.grammar.image_tokens
+    def _image_fits(self) -> bool:
+        return self._images_left > 0 and self._tokens_left >= self.grammar.image_tokens
 
     @property
-    def tokens_left(self) -> int:
-        """The number of tokens that may still come: within an image those of the image."""
+    def may_begin_image(self) -> bool:
+        return self.slot == 0 and self._image_fits
+
+    @property
+    def tokens_until_end(self) -> int:
+        """The most tokens until the image ends, or outside of an image until the reply ends."""
         if self.done:
             return 0
-        return min(self._room, self.grammar.image_tokens - self.slot) if self.slot else self._room
+        if self.slot == 0:
+            return self._tokens_left
+        return min(self._tokens_left, self.grammar.image_tokens - self.slot)
 
     @property
     def text_left(self) -> int:
-        """The number of text tokens that may come before the mask can change: until the end, or
+        """The number of text tokens that may come before the mask changes: until the reply ends, or
         until an image that may begin now no longer fits."""
         if self.in_image or self.done:
             return 0
-        return self._room - (self.grammar.image_tokens - 1 if self.may_begin else 0)
+        return self._tokens_left - (self.grammar.image_tokens - 1 if self.may_begin_image else 0)
 
     @property
     def forced(self) -> int | None:
@@ -65,47 +73,47 @@ class Walk:
             return None
         if self.in_image:
             return self.grammar.fixed[self.slot]
-        return None if self._text else self.grammar.begin
+        return None if self._text_allowed else self.grammar.begin_image
 
     def advance(self, token: int) -> None:
         """As `Grammar.advance`."""
         grammar, slot = self.grammar, self.slot
-        begins = slot == 0 and token == grammar.begin
-        stops = slot == 0 and token in grammar.ends
+        begins = slot == 0 and token == grammar.begin_image
+        stops = slot == 0 and token in grammar.end_ids
         if slot or begins:
             slot = (slot + 1) % grammar.image_tokens
-        self._images -= begins
-        self._room -= 1
-        fits = self._images > 0 and self._room >= grammar.image_tokens
-        stuck = slot == 0 and not self._text and not fits
-        ends = stops or stuck or self._room == 0
-        self._stand_at(grammar.image_tokens if ends else slot)
+        self._images_left -= begins
+        self._tokens_left -= 1
+        exhausted = slot == 0 and not self._text_allowed and not self._image_fits
+        ends = stops or exhausted or self._tokens_left == 0
+        self._set_slot(grammar.image_tokens if ends else slot)
 
-    def _stand_at(self, slot: int) -> None:
+    def _set_slot(self, slot: int) -> None:
         self.slot = slot
         self.done = slot == self.grammar.image_tokens
         self.in_image = slot > 0 and not self.done
-        self.codes_left = self.grammar.codes_from[slot]
+        self.codes_left = self.grammar.codes_ahead[slot]
 
 
-class Narrator:
-    """The events of one reply. `walk` is the state of the grammar before the token of `push`."""
+class EventBuilder:
+    """The events of one reply. The caller advances `grammar_state` after each `push`, so that here
+    it is the state before the token."""
 
-    def __init__(self, processor: Processor, request: Request, walk: Walk) -> None:
+    def __init__(self, processor: Processor, request: Request, grammar_state: GrammarState) -> None:
         self.ended = False
         self._vocabulary, self._layout = processor.vocabulary, request.layout or processor.layout
-        self._request, self._walk = request, walk
-        self._text = _Text(processor, request.sampling.stop_strings)
+        self._request, self._grammar_state = request, grammar_state
+        self._text = _SegmentText(processor, request.sampling.stop_strings)
         self._picture: list[int] = []  # tokens of the picture being drawn
         self._drawn = self._images = 0
 
     def push(self, token: int, logprob: TokenLogprob | None = None) -> list[Event]:
-        """The events of one token. Sets `ended` when no further token is wanted."""
+        """The events of one token. Sets `ended` if the reply ends with it."""
         events: list[Event] = [] if logprob is None else [TokenDrawn(logprob)]
         self._drawn += 1
-        if self._walk.in_image:
+        if self._grammar_state.in_image:
             events += self._continue_image(token)
-        elif token in self._walk.grammar.ends:
+        elif token in self._grammar_state.grammar.end_ids:
             self.ended = True
         elif token == self._vocabulary.begin_image:
             events += self._begin_image(token)
@@ -115,14 +123,15 @@ class Narrator:
 
     def finish(self) -> list[Event]:
         """The rest of the text, then `Finished`."""
-        complete = self._request.output == "image" and self._images == self._request.images
+        complete = self._request.output == "image" and self._images == self._request.max_images
         rest = self._deltas(self._text.flush())
         reason: Reason = "stop" if self.ended or complete else "length"
-        image_tokens = self._images * self._walk.grammar.image_tokens + len(self._picture)
+        image_tokens = self._images * self._grammar_state.grammar.image_tokens + len(self._picture)
         usage = Usage(len(self._request.ids), self._drawn, image_tokens)
         seed, last = self._request.sampling.seed, self._request.ids[-1]
-        # A prompt without an end of turn holds the beginning of the reply.
-        return [*rest, Finished(reason, usage, seed, last != self._vocabulary.end_of_turn)]
+        # A prompt that does not end a turn ends with the beginning of the reply.
+        continues = last != self._vocabulary.end_of_turn
+        return [*rest, Finished(reason, usage, seed, continues)]
 
     def _deltas(self, text: str) -> list[Event]:
         self.ended = self.ended or self._text.stopped
@@ -130,14 +139,14 @@ class Narrator:
 
     def _begin_image(self, token: int) -> list[Event]:
         rest = self._deltas(self._text.flush())
-        # The text that was held back may end in a stop string.
+        # The text that `flush` releases may end in a stop string.
         if self.ended:
             return rest
         self._picture = [token]
         return [*rest, ImageStarted(self._images)]
 
     def _continue_image(self, token: int) -> list[Event]:
-        grammar, slot = self._walk.grammar, self._walk.slot
+        grammar, slot = self._grammar_state.grammar, self._grammar_state.slot
         self._picture.append(token)
         if slot + 1 == grammar.image_tokens:
             codes = self._layout.parse(self._picture, self._vocabulary)
@@ -155,21 +164,21 @@ class Narrator:
 
     def _preview(self, done: int) -> ImagePreview:
         # An unfinished picture is shorter than its template.
-        pairs = zip(self._picture, self._walk.grammar.template, strict=False)
+        pairs = zip(self._picture, self._grammar_state.grammar.template, strict=False)
         drawn = [token for token, slot in pairs if slot == CODE]
         tokens = np.array(drawn + drawn[-1:] * (self._layout.num_codes - done))
         codes = self._vocabulary.token_to_code(tokens)
         return ImagePreview(self._images, done, codes.reshape(self._layout.height, -1))
 
 
-class _Text:
+class _SegmentText:
     """Text of one segment, held back while it may still become a stop string."""
 
     def __init__(self, processor: Processor, stops: tuple[str, ...]) -> None:
         self.stopped = False
         self._processor, self._stops = processor, stops
         self._stream: TextStream | None = None
-        self._held = ""
+        self._pending = ""
 
     def push(self, token: int) -> str:
         if self._stream is None:
@@ -179,19 +188,23 @@ class _Text:
     def flush(self) -> str:
         """The text still held back at the end of a segment; the next segment starts afresh."""
         rest = "" if self._stream is None else self._stream.flush()
-        text = self._release(rest) + ("" if self.stopped else self._held)
-        self._stream, self._held = None, ""
+        text = self._release(rest) + ("" if self.stopped else self._pending)
+        self._stream, self._pending = None, ""
         return text
 
     def _release(self, delta: str) -> str:
         if self.stopped:
             return ""
-        self._held += delta
+        self._pending += delta
         # The earliest stop string ends the text; an end that may become one is held back.
-        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
-        self.stopped = bool(found)
-        end = min(found) if found else len(self._held) - _overlap(self._held, self._stops)
-        released, self._held = self._held[:end], self._held[end:]
+        stop_positions = [at for stop in self._stops if (at := self._pending.find(stop)) >= 0]
+        self.stopped = bool(stop_positions)
+        end = (
+            min(stop_positions)
+            if stop_positions
+            else len(self._pending) - _overlap(self._pending, self._stops)
+        )
+        released, self._pending = self._pending[:end], self._pending[end:]
         return released
 
 
