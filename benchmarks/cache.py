@@ -28,7 +28,7 @@ from earlyfusion import Chameleon, Image, SamplingParams
 from earlyfusion.bench.harness import heading, line, medians, seconds, take_turns
 from earlyfusion.config import PRESETS
 from earlyfusion.engine.blocks import BLOCK_SIZE, Branch
-from earlyfusion.engine.cache import DTYPES, Cache
+from earlyfusion.engine.cache import DTYPES, PagedCache
 from earlyfusion.engine.engine import Engine
 from earlyfusion.engine.runner import ModelRunner
 from earlyfusion.engine.scheduler import Piece, Plan, Step
@@ -74,7 +74,7 @@ def distributions(runner: ModelRunner, ids: Sequence[int], answer: Sequence[int]
     logits = []
     for place in range(len(ids) - 1, len(ids) + len(answer) - 1):
         step = Step([Piece(branch, place, 1)])
-        x_TD = runner.backend.states(step)
+        x_TD = runner.backend.hidden_states(step)
         logits.append(runner.drawer.text_head.logits(x_TD)[0].float())
     return torch.stack(logits).log_softmax(-1)
 
@@ -107,7 +107,7 @@ def quality(folder: str | None, pictures: int) -> None:
         equal = [i < len(y) and y[i] == token for x, y in pairs for i, token in enumerate(x)]
         whole = mean(x == y for x, y in zip(wanted, given, strict=True))
         cells = f"{mean(divergences):.2e}", f"{mean(differences):.2e}", f"{mean(equal):.4f}"
-        print(line(kept, f"{Cache.token_bytes(config, dtype):,}", *cells, f"{whole:.3f}"))
+        print(line(kept, f"{PagedCache.token_bytes(config, dtype):,}", *cells, f"{whole:.3f}"))
 
 
 def median_seconds(call: Callable[[], object], repeats: int) -> float:
@@ -123,7 +123,7 @@ def speed(rounds: int) -> None:
     model.init_weights(torch.Generator().manual_seed(0))
     steps: dict[str, CpuStep] = {}
     for kept, dtype in DTYPES.items():
-        cache = Cache(config, 3 * BLOCKS, 1200, dtype, torch.device("cpu"))
+        cache = PagedCache(config, 3 * BLOCKS, 1200, dtype, torch.device("cpu"))
         for layer in cache.layers:
             tokens = torch.arange(3 * BLOCKS * BLOCK_SIZE)
             new = torch.randn(2, len(tokens), config.kv_heads, config.head_dim)

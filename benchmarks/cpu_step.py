@@ -22,7 +22,7 @@ from contenders import THEIRS, stock_of
 from earlyfusion.bench.harness import OURS, Row, medians, save, seconds, table, take_turns
 from earlyfusion.bench.shapes import SHAPES, random_transformer
 from earlyfusion.engine.blocks import BLOCK_SIZE
-from earlyfusion.engine.cache import Cache
+from earlyfusion.engine.cache import PagedCache
 from earlyfusion.kernels.cpu_step import CpuStep
 
 CONTEXTS, BITS, PLACES = (32, 1057), (16, 8, 4), 1200
@@ -69,7 +69,7 @@ def main() -> None:
     model = random_transformer(SHAPES[options.shape], torch.device("cpu"), torch.bfloat16)
     config, stock = model.config, stock_of(model.config, model)
     blocks = 3 * -(-PLACES // BLOCK_SIZE)
-    cache_BL2KSH = Cache(config, blocks, PLACES, torch.bfloat16, torch.device("cpu")).kv_BL2KSH
+    cache_BL2KSH = PagedCache(config, blocks, PLACES, torch.bfloat16, torch.device("cpu")).kv_BL2KSH
     cache_BL2KSH.normal_()
     steps = {bits: CpuStep(model, cache_BL2KSH, PLACES, bits) for bits in BITS}
     heads = {bits: step.product(model.lm_head.weight) for bits, step in steps.items()}

@@ -314,8 +314,8 @@ def shard_rows(model: Transformer, mesh: DeviceMesh | None, dtype: torch.dtype) 
     for block in model.model.layers:
         fully_shard(block, mesh=axes, mp_policy=policy)
     fully_shard(model, mesh=axes, mp_policy=policy, ignored_params=unsharded)
-    # FSDP gathers weights in a hook of `forward`, but training calls `states`.
-    register_fsdp_forward_method(model, "states")
+    # FSDP gathers weights in a hook of `forward`, but training calls `hidden_states`.
+    register_fsdp_forward_method(model, "hidden_states")
 
 
 def _unsharded(model: Transformer, mesh: DeviceMesh) -> set[nn.Parameter]:

@@ -25,7 +25,7 @@ from tiny import CONFIG, tiny_processor
 from earlyfusion import Chameleon
 from earlyfusion.config import ModelConfig
 from earlyfusion.engine.blocks import BLOCK_SIZE
-from earlyfusion.engine.cache import Cache
+from earlyfusion.engine.cache import PagedCache
 from earlyfusion.engine.engine import Engine
 from earlyfusion.engine.handle import Handle
 from earlyfusion.engine.peers import Peers
@@ -49,7 +49,7 @@ ODD = replace(
 
 
 # Of one process of two, which has half of the heads.
-BLOCK = BLOCK_SIZE * Cache.token_bytes(CONFIG, torch.float32) // 2
+BLOCK = BLOCK_SIZE * PagedCache.token_bytes(CONFIG, torch.float32) // 2
 
 
 def random_model(config: ModelConfig, processor: Processor) -> Transformer:
@@ -187,7 +187,7 @@ def act_captured(peers: Peers, collectives: int) -> None:
             run()
 
         def replay() -> None:
-            peers.begin(peers.left + collectives)
+            peers.begin(peers.collectives_left + collectives)
             run()
 
         return replay, None

@@ -188,7 +188,7 @@ def model_gradients(
     for row in torch.arange(2).chunk(pieces):
         torch.manual_seed(5)  # dropout
         attends = [attend(document_BT[row])] * model.config.num_hidden_layers
-        x_BTD = model.states(tokens_BT[row], attends=attends)
+        x_BTD = model.hidden_states(tokens_BT[row], attends=attends)
         weight_BT = torch.ones(x_BTD.shape[:2])
         targets_BT = tokens_BT[row].roll(-1, 1)
         loss = head_loss(x_BTD, model.lm_head.weight, targets_BT, weight_BT, 0.01)

@@ -17,7 +17,7 @@ from earlyfusion.engine import cache
 from earlyfusion.engine.backends import attention, cpu
 from earlyfusion.engine.backends import torch as torch_backend
 from earlyfusion.engine.blocks import BLOCK_SIZE, Branch, Copy
-from earlyfusion.engine.cache import FREE_SHARE, Cache
+from earlyfusion.engine.cache import MEMORY_SHARE, PagedCache
 from earlyfusion.engine.engine import Engine
 from earlyfusion.engine.handle import Handle
 from earlyfusion.engine.runner import ModelRunner
@@ -72,7 +72,7 @@ def states(
     for more in range(8):
         pieces = [Piece(b, n + more, 1) for b, n in zip(branches, lengths, strict=True)]
         with torch.inference_mode():
-            seen.append(model.backend.states(Step(pieces)))
+            seen.append(model.backend.hidden_states(Step(pieces)))
     return torch.stack(seen)
 
 
@@ -168,7 +168,7 @@ def test_fp8_keeps_what_it_can_and_is_refused_elsewhere(
 
 
 def test_a_copied_block_begins_with_the_same(device: torch.device) -> None:
-    cache = Cache(CONFIG, 3, 64, torch.int8, device)
+    cache = PagedCache(CONFIG, 3, 64, torch.int8, device)
     scales = cache.scales_BL2KS
     assert scales is not None
     cache.kv_BL2KSH.copy_(torch.randint(-127, 128, cache.kv_BL2KSH.shape))
@@ -198,9 +198,9 @@ def test_smaller_entries_make_more_blocks(
     assert size.tokens == 160 * BLOCK_SIZE and size.bytes == budget
     assert [size.requests(tokens) for tokens in (32, 33, 300)] == [160, 80, 16]
     for kept, dtype in (("fp32", torch.float32), ("int8", torch.int8)):
-        cache = Cache(CONFIG, 2, 50, dtype, device)
+        cache = PagedCache(CONFIG, 2, 50, dtype, device)
         held = cache.kv_BL2KSH.nbytes + (0 if (s := cache.scales_BL2KS) is None else s.nbytes)
-        assert held == 2 * BLOCK_SIZE * Cache.token_bytes(CONFIG, dtype), kept
+        assert held == 2 * BLOCK_SIZE * PagedCache.token_bytes(CONFIG, dtype), kept
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_the_default_size_is_a_share_of_the_free_memory(
     """Of a context of 256 tokens: 8 blocks. At least three of them, at most 64."""
     monkeypatch.setattr(cache, "free_bytes", lambda device: free)
     size = Engine(transformer, processor).cache_size
-    assert size.blocks == (blocks or int(free * FREE_SHARE["cpu"]) // size.block_bytes)
+    assert size.blocks == (blocks or int(free * MEMORY_SHARE["cpu"]) // size.block_bytes)
     assert blocks or 3 * 8 < size.blocks < 64 * 8
     on_gpu = cache.cache_size(1000, 256, torch.device("cuda"))  # blocks of 32,000 bytes
     assert on_gpu.blocks == max(24, min(int(0.8 * free) // 32_000, 64 * 8))
@@ -228,7 +228,7 @@ def test_a_context_that_no_memory_holds_is_cut_to_what_is_free(
     model = Transformer(replace(CONFIG, max_position_embeddings=10**9)).eval()
     model.init_weights(torch.Generator().manual_seed(0))
     asked = request(processor, 3, "text", False, 20)
-    bytes_of_block = BLOCK_SIZE * Cache.token_bytes(CONFIG, torch.float32)
+    bytes_of_block = BLOCK_SIZE * PagedCache.token_bytes(CONFIG, torch.float32)
     monkeypatch.setattr(cache, "free_bytes", lambda device: 500 * bytes_of_block)
     for given, blocks in ((None, 500), (40 * bytes_of_block, 40)):
         engine = Engine(model, processor, cache_bytes=given)
@@ -242,7 +242,7 @@ def test_a_context_that_no_memory_holds_is_cut_to_what_is_free(
 @pytest.mark.parametrize("blocks", [10**12, 10**18])
 def test_a_cache_that_no_memory_holds_is_refused(transformer: Transformer, blocks: int) -> None:
     with pytest.raises(SettingError, match=r"takes [\d,]+ bytes, but cpu has .*cache_bytes"):
-        cache.Cache(transformer.config, blocks, 256, torch.float32, torch.device("cpu"))
+        cache.PagedCache(transformer.config, blocks, 256, torch.float32, torch.device("cpu"))
 
 
 def test_many_requests_hold_only_what_they_have_read(
@@ -268,7 +268,7 @@ def test_the_definitions_of_kernels_are_what_the_torch_back_end_does(
 ) -> None:
     """kernels/decode.py over the engine's cache: norm, rotation and store to the bit; attention."""
     torch.manual_seed(0)
-    caches = [Cache(CONFIG, 6, 64, dtype, device) for _ in range(2)]
+    caches = [PagedCache(CONFIG, 6, 64, dtype, device) for _ in range(2)]
     for tensors in zip(*(one._tensors() for one in caches), strict=True):
         fresh = torch.randn(tensors[0].shape)
         for tensor in tensors:
@@ -300,7 +300,7 @@ def test_the_definitions_of_kernels_are_what_the_torch_back_end_does(
 
 
 def test_zeros_stay_zeros(device: torch.device) -> None:
-    layer = Cache(CONFIG, 1, 32, torch.int8, device).layers[0]
+    layer = PagedCache(CONFIG, 1, 32, torch.int8, device).layers[0]
     zero = torch.zeros(1, CONFIG.kv_heads, CONFIG.head_dim, device=device)
     block = torch.tensor([0], device=device)
     layer.store(block, block + 3, zero, zero)
@@ -336,9 +336,9 @@ def test_rows_of_the_plain_cache_may_be_ragged(device: torch.device) -> None:
                 tokens_BT[row, :new] = tokens[int(read_B[row]) :][:new]
             positions_BT = read_B[:, None] + places_T
             attends = cache.attends(slots_B, read_B, valid_BT)
-            states_BTD = model.states(tokens_BT, positions_BT, attends)
+            states_BTD = model.hidden_states(tokens_BT, positions_BT, attends)
             for row, new in enumerate(news):
                 got[row].append(states_BTD[row, :new])
             read_B = read_B + news_B
         for tokens, parts in zip(mine, got, strict=True):
-            assert_close(torch.cat(parts), model.states(tokens[None])[0])
+            assert_close(torch.cat(parts), model.hidden_states(tokens[None])[0])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from earlyfusion.config import PRESETS, ModelConfig
-from earlyfusion.engine.cache import Cache
+from earlyfusion.engine.cache import PagedCache
 from earlyfusion.generation import guidance
 from earlyfusion.generation.sampler import SamplingTensors, penalise, pick, warp
 from earlyfusion.kernels import cpu_step, native
@@ -66,7 +66,7 @@ class Paged:
     ) -> None:
         each = -(-length // block_size)
         self.length, number = length, sequences * each
-        self.cache = Cache(shape, number, length, dtype, torch.device("cpu"), block_size)
+        self.cache = PagedCache(shape, number, length, dtype, torch.device("cpu"), block_size)
         self.tables_QN = torch.randperm(number).view(sequences, each)
 
     def step(self, model: Transformer, bits: int) -> CpuStep:

@@ -25,9 +25,9 @@ from earlyfusion.engine.backends import attention, cpu
 from earlyfusion.engine.backends import torch as torch_backend
 from earlyfusion.engine.backends.torch import FusedTransformer
 from earlyfusion.engine.blocks import BLOCK_SIZE, Branch
-from earlyfusion.engine.cache import Cache
+from earlyfusion.engine.cache import PagedCache
 from earlyfusion.engine.engine import Engine
-from earlyfusion.engine.handle import Handle, most_branches
+from earlyfusion.engine.handle import Handle, max_branches
 from earlyfusion.engine.runner import ModelRunner
 from earlyfusion.engine.scheduler import Piece, Step
 from earlyfusion.errors import ContextError, OutOfMemoryError, SettingError, WeightsError
@@ -42,7 +42,7 @@ from earlyfusion.model.quantise import quantise
 from earlyfusion.model.transformer import FeedForward, Transformer
 from earlyfusion.processor import Processor
 
-BLOCK = BLOCK_SIZE * Cache.token_bytes(CONFIG, torch.float32)
+BLOCK = BLOCK_SIZE * PagedCache.token_bytes(CONFIG, torch.float32)
 GREEDY: dict[str, Any] = {"temperature": 0, "image_temperature": 0}
 OFF: dict[str, Any] = {"guidance_text": 1, "guidance_image": 1}
 
@@ -55,7 +55,7 @@ def step(
     static step that a GPU captures."""
     if request.param != "compiled":
         monkeypatch.setattr(cpu, "available", lambda: False)
-        monkeypatch.setattr(runner, "serves", lambda device: request.param == "static")
+        monkeypatch.setattr(runner, "uses_bursts", lambda device: request.param == "static")
     elif device.type != "cpu" or not cpu.available():
         pytest.skip("the compiled step is for CPUs that have a C++ compiler")
     return str(request.param)
@@ -94,7 +94,7 @@ def mixed(processor: Processor) -> list[Request]:
 @pytest.fixture(scope="module")
 def wanted(transformer: Transformer, processor: Processor, mixed: list[Request]) -> list[list[int]]:
     tokens = [list(draw_tokens(transformer, processor, asked)) for asked in mixed]
-    assert {most_branches(asked) for asked in mixed} == {1, 2, 3}
+    assert {max_branches(asked) for asked in mixed} == {1, 2, 3}
     return tokens
 
 
@@ -259,7 +259,7 @@ def test_weights_that_are_not_packed(
     step: str,
     device: torch.device,
 ) -> None:
-    monkeypatch.setattr(torch_backend, "has_room", lambda transformer: False)
+    monkeypatch.setattr(torch_backend, "fits_second_copy", lambda transformer: False)
     plain = tiny_transformer(processor, 1.0, device)
     before = {name: value.clone() for name, value in plain.state_dict().items()}
     engine = Engine(plain, processor)
@@ -333,19 +333,19 @@ def test_the_embedded_model(device: torch.device) -> None:
 def test_hidden_states_equal_the_modules(transformer: Transformer, device: torch.device) -> None:
     """Whole prompts, pieces and single tokens of several sequences in one step; fp32, 1e-5."""
     rows = [torch.randint(0, CONFIG.vocab_size, (n,)).tolist() for n in (9, 1, 14, 5)]
-    cache = Cache(CONFIG, 6, 32, torch.float32, device)
+    cache = PagedCache(CONFIG, 6, 32, torch.float32, device)
     fused = FusedTransformer(transformer, cache)
     branches = [Branch(row, array("q", [n])) for row, n in zip(rows, (4, 1, 0, 5), strict=True)]
     got: dict[int, list[torch.Tensor]] = {}
     with torch.inference_mode():
         for width in (4, 1, 3, 1, 1, 99):
-            pieces = [Piece(b, b.read, min(width, b.pending)) for b in branches if b.pending]
+            pieces = [Piece(b, b.num_read, min(width, b.pending)) for b in branches if b.pending]
             step = Step(pieces)
-            x_TD = transformer.model.norm(fused.hidden(step))
+            x_TD = transformer.model.norm(fused.run_layers(step))
             rows = x_TD.split([piece.size for piece in step.pieces])
             for piece, states in zip(step.pieces, rows, strict=True):
                 got.setdefault(id(piece.branch), []).append(states @ transformer.lm_head.weight.T)
-                piece.branch.read = piece.end
+                piece.branch.num_read = piece.end
         for branch in branches:
             want = transformer(torch.tensor([branch.tokens], device=device))[0]
             assert_close(torch.cat(got[id(branch)]), want, atol=1e-5, rtol=1e-5)
@@ -396,14 +396,14 @@ def test_a_reply_does_not_depend_on_how_it_was_read(
 def read_tokens(engine: Engine, asked: Request, monkeypatch: pytest.MonkeyPatch) -> int:
     """How many tokens the model reads for a request."""
     counts: list[int] = []
-    states = engine.runner.backend.states
+    states = engine.runner.backend.hidden_states
 
     def counted(step: Step) -> torch.Tensor:
         counts.append(len(step.tokens))
         return states(step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.runner.backend, "states", counted)
+        patch.setattr(engine.runner.backend, "hidden_states", counted)
         run(engine, [asked])
     return sum(counts)
 
@@ -558,7 +558,7 @@ def test_a_reply_that_cannot_be_told_ends_alone(
 ) -> None:
     engine = Engine(transformer, processor)
     good, bad = engine.add(mixed[0]), engine.add(mixed[1])
-    monkeypatch.setattr(bad, "take", lambda tokens: 1 / 0)
+    monkeypatch.setattr(bad, "accept", lambda tokens: 1 / 0)
     while engine.busy:
         engine.step()
     assert good.tokens == wanted[0] and isinstance(bad.error, ZeroDivisionError)
@@ -800,7 +800,7 @@ def test_adapters_of_peft_count_and_run_in_batches(
     plain.eval()
     want = [list(draw_tokens(plain, processor, one)) for one in mixed[:4]]
     assert run(engine, mixed[:4]) == want and want[:2] != wanted[:2]
-    assert not engine.runner.backend.whole_prompts
+    assert not engine.runner.backend.needs_whole_prompts
 
 
 # --- weights that are not finite -------------------------------------------------------------

@@ -103,7 +103,7 @@ def test_a_step_of_packed_long_documents_in_bf16_is_near_fp32(heads: int) -> Non
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             attends = [CausalAttend(document_BT)] * config.num_hidden_layers
-            states = model.states(tokens_BT, None, attends)
+            states = model.hidden_states(tokens_BT, None, attends)
         (states.float()[..., :8]).square().mean().backward()
         found[bf16] = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     for name, exact in found[False].items():
@@ -213,7 +213,7 @@ def test_a_model_in_bf16_is_differentiated_twice_as_in_fp32(length: int) -> None
     for bf16 in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16), sdpa_kernel(SDPBackend.MATH):
             attends = [CausalAttend(document_BT)] * PRESETS["tiny"].num_hidden_layers
-            loss = model.states(tokens_BT, None, attends).float().pow(2).mean()
+            loss = model.hidden_states(tokens_BT, None, attends).float().pow(2).mean()
             first = torch.autograd.grad(loss, weights, create_graph=True)
             found.append(torch.autograd.grad(sum(g.square().sum() for g in first), weights))
     for exact, ours in zip(*found, strict=True):

@@ -17,7 +17,7 @@ from earlyfusion import Chameleon, SamplingParams
 from earlyfusion.config import ModelConfig
 from earlyfusion.engine.backends import cpu
 from earlyfusion.engine.blocks import BLOCK_SIZE
-from earlyfusion.engine.cache import Cache
+from earlyfusion.engine.cache import PagedCache
 from earlyfusion.engine.engine import Engine
 from earlyfusion.errors import SettingError
 from earlyfusion.generation import jacobi
@@ -29,7 +29,7 @@ from earlyfusion.model.transformer import Transformer
 from earlyfusion.processor import Processor, train_tokenizer
 from earlyfusion.vocabulary import ImageLayout
 
-BLOCK = BLOCK_SIZE * Cache.token_bytes(CONFIG, torch.float32)
+BLOCK = BLOCK_SIZE * PagedCache.token_bytes(CONFIG, torch.float32)
 GREEDY: dict[str, Any] = {"temperature": 0, "image_temperature": 0}
 OFF: dict[str, Any] = {"guidance_text": 1, "guidance_image": 1}
 

@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 )
 
 from earlyfusion.engine.blocks import BlockPool, Branch, Copy
-from earlyfusion.engine.scheduler import ALONE, Plan, Scheduler
+from earlyfusion.engine.scheduler import PREFILL_ONLY_FACTOR, Plan, Scheduler
 from earlyfusion.errors import SettingError
 
 # Few kinds of tokens, so that many requests begin alike.
@@ -123,7 +123,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             right = list(entry.drafts[:-1])
             for branch in entry.branches:
                 branch.tokens += [*right, token]
-                branch.read += len(right)
+                branch.num_read += len(right)
             entry.reserve = max(0, entry.reserve - len(right) - 1)
             self._end_if_too_long(entry)
         return plan
@@ -137,7 +137,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert self.pool.references[target] <= 1  # 0: its request has stepped back meanwhile
             self.cache[target][:tokens] = self.cache[source][:tokens]
         prompts = sum(piece.size for piece in plan.pieces if piece.size > 1)
-        assert prompts <= CHUNK * ALONE
+        assert prompts <= CHUNK * PREFILL_ONLY_FACTOR
         written: set[tuple[int, int]] = set()
         for piece in plan.pieces:
             branch = piece.branch
@@ -168,9 +168,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     def only_full_blocks_are_shared(self) -> None:
         for branch in (branch for entry in self.alive for branch in entry.branches):
             for number, block in enumerate(branch.blocks):
-                full = branch.read >= (number + 1) * SIZE
+                full = branch.num_read >= (number + 1) * SIZE
                 assert self.pool.references[block] == 1 or full
-            assert self._held(branch, branch.read) == histories(branch.tokens[: branch.read])
+            read = branch.tokens[: branch.num_read]
+            assert self._held(branch, branch.num_read) == histories(read)
 
     @invariant()
     def blocks_hold_what_they_are_said_to_hold(self) -> None:
@@ -182,10 +183,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert all(a == b[:-1] for a, b in pairwise(stored))
             content = self.pool._content[block]
             if content is not None:
-                assert block in self.pool._behind[content.parent]
+                assert block in self.pool._children[content.parent]
                 assert content.key is None or self.pool._by_key[content.key] == block
-        assert all(self.pool._behind.values())
-        assert sum(map(len, self.pool._behind.values())) == sum(
+        assert all(self.pool._children.values())
+        assert sum(map(len, self.pool._children.values())) == sum(
             content is not None for content in self.pool._content
         )
 
@@ -194,7 +195,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         queued = [*self.scheduler.waiting, *self.scheduler.running]
         assert len(queued) == len(self.alive) and set(queued) == self.alive
         assert len(self.scheduler.running) <= MOST
-        assert all(not b.blocks and not b.read for e in self.scheduler.waiting for b in e.branches)
+        waiting = [branch for entry in self.scheduler.waiting for branch in entry.branches]
+        assert all(not branch.blocks and not branch.num_read for branch in waiting)
 
     def teardown(self) -> None:
         """Left alone, every request gets its turn and ends; then nothing is held."""
@@ -289,7 +291,7 @@ def test_pieces_grow_with_those_that_draw_and_those_that_wait(
 def test_a_prompt_is_read_in_larger_pieces_where_nobody_draws() -> None:
     scheduler = scheduler_of(20, 8)
     scheduler.add(Entry([Branch([1] * 70)]))
-    assert [len(piece.tokens) for piece in scheduler.schedule().pieces] == [8 * ALONE]
+    assert [len(piece.tokens) for piece in scheduler.schedule().pieces] == [8 * PREFILL_ONLY_FACTOR]
     scheduler.add(Entry([Branch([0])]))
     assert [len(piece.tokens) for piece in scheduler.schedule().pieces] == [8, 1]
 
@@ -377,11 +379,11 @@ def test_a_block_is_found_as_soon_as_it_is_full() -> None:
     found = []
     for _ in range(7):
         drawn(scheduler, 1)
-        found.append(len(scheduler.pool.find([*branch.tokens, 9]).blocks))
+        found.append(len(scheduler.pool.find_prefix([*branch.tokens, 9]).blocks))
     assert found == [0, 1, 1, 1, 1, 2, 2]
     scheduler.restart()
     drawn(scheduler, 1)
-    assert len(scheduler.pool.find([*branch.tokens, 9]).blocks) == 2
+    assert len(scheduler.pool.find_prefix([*branch.tokens, 9]).blocks) == 2
 
 
 def test_the_last_request_in_order_waits_for_a_block() -> None:
@@ -411,9 +413,9 @@ def test_drafts_are_read_behind_the_last_token_only() -> None:
 def started(pool: BlockPool, tokens: list[int], read: int) -> tuple[Branch, Copy | None]:
     """A branch in the cache, which reads its first tokens."""
     branch = Branch(tokens)
-    pool.give(branch, pool.find(tokens))
+    pool.attach(branch, pool.find_prefix(tokens))
     copied = pool.extend(branch, len(tokens))
-    pool.read(branch, max(0, read - branch.read))
+    pool.mark_read(branch, max(0, read - branch.num_read))
     return branch, copied
 
 
@@ -423,22 +425,22 @@ def test_a_prompt_that_begins_like_another_shares_its_blocks() -> None:
     assert copied is None and list(first.blocks) == [0, 1, 2]
     # Two whole blocks are shared; of the third, one token is copied.
     other, copied = started(pool, [*range(9), 99, 98, 97, 96], 0)
-    assert list(other.blocks) == [0, 1, 3, 4] and copied == Copy(2, 3, 1) and other.read == 9
+    assert list(other.blocks) == [0, 1, 3, 4] and copied == Copy(2, 3, 1) and other.num_read == 9
     # The same prompt again: its last token is read anew, for the logits.
     again, copied = started(pool, list(range(8)), 0)
-    assert list(again.blocks) == [0, 5] and copied == Copy(1, 5, 3) and again.read == 7
+    assert list(again.blocks) == [0, 5] and copied == Copy(1, 5, 3) and again.num_read == 7
     for branch in (first, other, again):
         pool.release(branch)
     assert pool.free == 9
     last, copied = started(pool, list(range(11)), 0)
-    assert list(last.blocks[:2]) == [0, 1] and copied is not None and last.read == 10
+    assert list(last.blocks[:2]) == [0, 1] and copied is not None and last.num_read == 10
 
 
 def test_equal_tokens_behind_other_ones_are_not_shared() -> None:
     pool = BlockPool(8, 2)
     started(pool, [1, 2, 5, 6, 7], 5)
     other, copied = started(pool, [3, 4, 5, 6, 7], 0)
-    assert other.read == 0 and copied is None
+    assert other.num_read == 0 and copied is None
 
 
 def test_the_least_recently_read_blocks_go_first_and_ends_before_beginnings() -> None:
@@ -448,8 +450,8 @@ def test_the_least_recently_read_blocks_go_first_and_ends_before_beginnings() ->
     pool.release(old)
     pool.release(new)
     started(pool, [9, 9, 9], 3)  # the empty block, and the end of the old branch
-    assert len(pool.find([1, 2, 3, 4, 0]).blocks) == 1
-    assert len(pool.find([5, 6, 7, 8, 0]).blocks) == 2
+    assert len(pool.find_prefix([1, 2, 3, 4, 0]).blocks) == 1
+    assert len(pool.find_prefix([5, 6, 7, 8, 0]).blocks) == 2
 
 
 def test_the_block_to_be_copied_is_filled_on_in_place_where_it_is_the_next_free_one() -> None:
@@ -457,7 +459,7 @@ def test_the_block_to_be_copied_is_filled_on_in_place_where_it_is_the_next_free_
     first, _ = started(pool, [1, 2], 2)
     pool.release(first)
     again, copied = started(pool, [1, 2, 3], 0)
-    assert copied is None and again.read == 2 and list(again.blocks) == [0]
+    assert copied is None and again.num_read == 2 and list(again.blocks) == [0]
     assert pool.content(0) == [1, 2]
 
 
@@ -467,27 +469,27 @@ def test_what_a_failed_request_alone_has_read_is_not_found_again() -> None:
     failed, _ = started(pool, [1, 2, 7, 8, 9], 5)
     alone = list(failed.blocks[1:])
     assert pool.drop(failed) == alone and pool.free == 4
-    assert len(pool.find([1, 2, 7, 8, 9]).blocks) == 1
-    assert neighbour.read == 3 and pool.content(0) == [1, 2]
+    assert len(pool.find_prefix([1, 2, 7, 8, 9]).blocks) == 1
+    assert neighbour.num_read == 3 and pool.content(0) == [1, 2]
 
 
 def test_without_sharing_every_prompt_is_read_whole() -> None:
     pool = BlockPool(6, 2)
-    pool.shares = False
+    pool.prefix_caching = False
     running, _ = started(pool, [1, 2, 3], 3)
     other, copied = started(pool, [1, 2, 3, 4], 0)
-    assert other.read == 0 and copied is None
+    assert other.num_read == 0 and copied is None
     pool.release(running)
-    assert pool.find([1, 2, 3]).blocks == []
+    assert pool.find_prefix([1, 2, 3]).blocks == []
 
 
 def test_forgotten_blocks_give_nothing_back() -> None:
     pool = BlockPool(4, 2)
     branch, _ = started(pool, [1, 2, 3], 3)
     pool.release(branch)
-    pool.forget()
+    pool.forget_all()
     again, copied = started(pool, [1, 2, 3], 0)
-    assert again.read == 0 and copied is None and pool.free == 2
+    assert again.num_read == 0 and copied is None and pool.free == 2
 
 
 def test_impossible_sizes() -> None:

@@ -60,11 +60,11 @@ def adapter(folder: Path, model: Transformer, seed: int, only: str = "proj", ran
 def step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the compiled step, where there is a compiler, and without; then also with parameters
     that become views of fused ones, and in static steps, as on a GPU."""
-    monkeypatch.setattr(runner, "serves", lambda _: request.param == "static")
+    monkeypatch.setattr(runner, "uses_bursts", lambda _: request.param == "static")
     if request.param != "compiled":
         monkeypatch.setattr(cpu, "available", lambda: False)
         in_place = request.param in ("fused in place", "static")
-        monkeypatch.setattr(torch_backend, "has_room", lambda _: not in_place)
+        monkeypatch.setattr(torch_backend, "fits_second_copy", lambda _: not in_place)
     elif not cpu.available():
         pytest.skip("no C++ compiler here")
 
@@ -142,7 +142,7 @@ def test_one_burst_draws_for_several_adapters(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each group by the weights of its own adapter, several tokens at a time."""
-    monkeypatch.setattr(runner, "serves", lambda _: True)
+    monkeypatch.setattr(runner, "uses_bursts", lambda _: True)
     model, seen = (
         Chameleon.load(base, str(device), "fp32", adapters=folders),
         set[tuple[int, int]](),

@@ -14,11 +14,11 @@ from tiny import CONFIG, request, tiny_processor, tiny_transformer
 
 from earlyfusion.engine.backends.torch import FusedTransformer
 from earlyfusion.engine.blocks import BLOCK_SIZE
-from earlyfusion.engine.cache import Cache
+from earlyfusion.engine.cache import PagedCache
 from earlyfusion.engine.engine import Engine
 from earlyfusion.engine.scheduler import Scheduler
 from earlyfusion.engine.static.bursts import BUCKETS, Bursts
-from earlyfusion.engine.static.grammars import MOST_GRAMMARS, Grammars
+from earlyfusion.engine.static.grammars import MAX_GRAMMARS, Grammars
 from earlyfusion.engine.static.rows import Rows
 from earlyfusion.engine.static.step import Kind
 from earlyfusion.generation.grammar import Grammar
@@ -29,7 +29,7 @@ from earlyfusion.model.transformer import Transformer
 from earlyfusion.processor import Processor
 from earlyfusion.vocabulary import ImageLayout
 
-BLOCK = BLOCK_SIZE * Cache.token_bytes(CONFIG, torch.float32)
+BLOCK = BLOCK_SIZE * PagedCache.token_bytes(CONFIG, torch.float32)
 GREEDY: dict[str, Any] = {"temperature": 0, "image_temperature": 0}
 LAYOUTS = [ImageLayout(2, 3), ImageLayout(8, 8), ImageLayout(1, 1)]
 
@@ -162,7 +162,7 @@ def test_tables_say_what_each_grammar_says(processor: Processor) -> None:
     """All states, and all tokens that may follow: masks, forced tokens, next states, ends."""
     tables, all_grammars = tables_of(processor), grammars_of(processor)
     # Each group is larger than the last, and takes the place of tables that are there.
-    for several in (all_grammars[:3], all_grammars[2:], all_grammars[: MOST_GRAMMARS - 1]):
+    for several in (all_grammars[:3], all_grammars[2:], all_grammars[: MAX_GRAMMARS - 1]):
         numbers = tables.numbers_of(several)
         assert numbers is not None
         for grammar in several:
@@ -188,7 +188,7 @@ def test_tables_say_what_each_grammar_says(processor: Processor) -> None:
 
 def test_tables_that_do_not_fit_in(processor: Processor) -> None:
     tables, several = tables_of(processor), grammars_of(processor)
-    assert tables.numbers_of(several) is None and len(several) > MOST_GRAMMARS
+    assert tables.numbers_of(several) is None and len(several) > MAX_GRAMMARS
     assert tables.numbers_of([Grammar(processor.vocabulary, ImageLayout(11, 11))]) is None
     assert tables.numbers_of(several[:1]) is not None
 
@@ -204,7 +204,7 @@ def test_no_value_is_read(
     """On the meta device there are no values, so a step that looks at one fails."""
     config, device = replace(CONFIG, swin_norm=swin_norm), torch.device("meta")
     transformer = Transformer(config).eval().to(device)
-    cache = Cache(config, 4, 64, dtype, device)
+    cache = PagedCache(config, 4, 64, dtype, device)
     grammar = Grammar(processor.vocabulary, processor.layout, device=device)
     with torch.no_grad():
         fused = FusedTransformer(transformer, cache)

@@ -164,12 +164,12 @@ def test_angles_that_change_with_the_length_are_refused(processor: Processor) ->
 def test_replayed_collectives_that_never_end_are_an_error() -> None:
     """As those of a graph do when another process has ended."""
     peers, asked = Peers.__new__(Peers), iter([False, False, True])
-    peers.left = 0
+    peers.collectives_left = 0
     peers.wait(lambda: next(asked), seconds=5)
-    assert peers.left == 0
+    assert peers.collectives_left == 0
     with pytest.raises(ConnectionError, match="a process that shares the model has ended"):
         peers.wait(lambda: False, seconds=0.01)
-    assert peers.left == 1  # closing aborts what is pending instead of waiting for it
+    assert peers.collectives_left == 1  # closing aborts what is pending instead of waiting for it
 
 
 def test_messages_of_any_length_arrive() -> None:

@@ -1,12 +1,12 @@
-"""Blocks of the cache: which branches read them, what they hold, which is taken next. Without
-tensors.
+"""Blocks of the paged cache: which branches use them, what they hold, which is evicted next. No
+tensors here.
 
 The keys and values of a branch lie in blocks of `size` tokens, listed in its block table. A full
-block never changes, so any number of branches may read it; a block that is being filled belongs to
-one branch. Blocks that no branch reads keep their content until they are needed, the least recently
-read going first, and serve later prompts that begin alike: full ones are shared, the beginning of
-another one is copied. A full block is found by a hash of its tokens, of everything before them, and
-of the adapter that read them, since another adapter's keys and values differ.
+block never changes, so any number of branches may share it; a partial block belongs to one branch.
+Blocks that no branch uses keep their content until they are needed, the least recently used being
+evicted first, and serve later prompts with the same beginning: full blocks are shared, the matching
+part of a partial one is copied. A full block is found by a hash of its tokens, of all tokens before
+them, and of the adapter, whose keys and values differ from those of other weights.
 """
 
 from __future__ import annotations
@@ -23,30 +23,31 @@ from earlyfusion.errors import SettingError
 BLOCK_SIZE = 32
 """Tokens per block. The compiled step reads sixteen at a time, so it is a multiple of sixteen."""
 
-_CANDIDATES = 64  # at most so many blocks behind one prefix are compared, the newest first
+_MAX_CANDIDATES = 64  # blocks compared behind one prefix, the newest first
 
 
 @dataclass(eq=False)
 class Branch:
-    """One condition of a request: `tokens` to read, the first `read` of which are in `blocks`.
+    """One condition of a request: `tokens` to read, the first `num_read` of which are in `blocks`.
     `keys` are the hashes of its full blocks. `adapter` names the weights that read it, "" for the
-    model's own. `filling_to` is where the block ends that the pool knows it to be filling."""
+    model's own. `partial_end` is the end, in tokens, of the block that it is filling, if the pool
+    has registered that block."""
 
     tokens: list[int]
     blocks: array[int] = field(default_factory=lambda: array("q"))
-    read: int = 0
+    num_read: int = 0
     keys: list[bytes] = field(default_factory=list)
     adapter: str = ""
-    filling_to: int = 0
+    partial_end: int = 0
 
     @property
     def pending(self) -> int:
-        return len(self.tokens) - self.read
+        return len(self.tokens) - self.num_read
 
     @property
     def parent(self) -> bytes:
         """The key of everything before its first block that is not full."""
-        return self.keys[-1] if self.keys else _root(self.adapter)
+        return self.keys[-1] if self.keys else _root_key(self.adapter)
 
 
 class Copy(NamedTuple):
@@ -66,45 +67,46 @@ class Prefix(NamedTuple):
 
 @dataclass(eq=False)
 class _Content:
-    """Tokens of a block behind the prefix `parent`. A full block has a `key`. A block being filled
-    belongs to a `branch`, of which it holds the tokens from `start` on."""
+    """The tokens of a block behind the prefix `parent`. A full block has a `key`. A partial block
+    that a `branch` is filling holds that branch's tokens from `start` on, any other block its
+    `kept_tokens`."""
 
     parent: bytes
     branch: Branch | None
     start: int
-    sealed: list[int] = field(default_factory=list)
+    kept_tokens: list[int] = field(default_factory=list)
     key: bytes | None = None
 
     def tokens(self, size: int) -> list[int]:
         if self.branch is None:
-            return self.sealed
-        return self.branch.tokens[self.start : min(self.branch.read, self.start + size)]
+            return self.kept_tokens
+        return self.branch.tokens[self.start : min(self.branch.num_read, self.start + size)]
 
 
 class BlockPool:
-    """`number` blocks of `size` tokens. Without `shares`, no prompt reuses blocks of another."""
+    """`number` blocks of `size` tokens. Without `prefix_caching`, prompts share no blocks."""
 
     def __init__(self, number: int, size: int = BLOCK_SIZE) -> None:
         if number < 1 or size < 1:
             raise SettingError(f"{number} blocks of {size} tokens: at least 1 of 1 is needed")
-        self.size, self.shares = size, True
+        self.size, self.prefix_caching = size, True
         self.references = [0] * number
         self._empty = list(range(number - 1, -1, -1))  # the last one is taken first
         # Dicts without values serve as ordered sets.
         self._cached: dict[int, None] = {}  # unread blocks with content, least recently read first
         self._content: list[_Content | None] = [None] * number
         self._by_key: dict[bytes, int] = {}
-        self._behind: dict[bytes, dict[int, None]] = {}  # blocks with content, by their parent
+        self._children: dict[bytes, dict[int, None]] = {}  # blocks with content, by their parent
 
     def __len__(self) -> int:
         return len(self.references)
 
     @property
     def free(self) -> int:
-        """The number of blocks that no branch reads."""
+        """The number of blocks that no branch uses."""
         return len(self._empty) + len(self._cached)
 
-    def needed(self, tokens: int) -> int:
+    def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.size)
 
     def content(self, block: int) -> Sequence[int]:
@@ -112,161 +114,163 @@ class BlockPool:
         content = self._content[block]
         return [] if content is None else content.tokens(self.size)
 
-    def find(self, tokens: list[int], adapter: str = "") -> Prefix:
+    def find_prefix(self, tokens: list[int], adapter: str = "") -> Prefix:
         """The full blocks that the cache holds of a prompt. The prompt's last token is never among
         them: it must be read to get the logits behind it."""
-        found = Prefix([], [])
-        while self.shares and (end := (len(found.blocks) + 1) * self.size) < len(tokens):
-            parent = found.keys[-1] if found.keys else _root(adapter)
+        prefix = Prefix([], [])
+        while self.prefix_caching and (end := (len(prefix.blocks) + 1) * self.size) < len(tokens):
+            parent = prefix.keys[-1] if prefix.keys else _root_key(adapter)
             key = _key(parent, tokens[end - self.size : end])
             if key not in self._by_key:
                 break
-            found.blocks.append(self._by_key[key])
-            found.keys.append(key)
-        return found
+            prefix.blocks.append(self._by_key[key])
+            prefix.keys.append(key)
+        return prefix
 
-    def unread(self, prefixes: Iterable[Prefix]) -> int:
+    def count_free(self, prefixes: Iterable[Prefix]) -> int:
         """The number of free blocks among these prefixes."""
         return len({b for prefix in prefixes for b in prefix.blocks if not self.references[b]})
 
-    def give(self, branch: Branch, prefix: Prefix) -> None:
+    def attach(self, branch: Branch, prefix: Prefix) -> None:
         for block in prefix.blocks:
             self._cached.pop(block, None)
             self.references[block] += 1
         branch.blocks.extend(prefix.blocks)
         branch.keys += prefix.keys
-        branch.read = len(prefix.blocks) * self.size
+        branch.num_read = len(prefix.blocks) * self.size
 
     def extend(self, branch: Branch, tokens: int) -> Copy | None:
-        """Give a branch new blocks until it has room for this number of tokens. Behind a prefix of
-        full blocks, the first new block begins with a copy of what the one that agrees longest with
-        the rest of the prompt has in common with it."""
+        """Give a branch new blocks until it has room for this number of tokens. If it has read
+        exactly its full blocks, its next tokens are compared with the cached blocks behind the same
+        prefix, and the part that the best match has in common is to be copied into the first new
+        block."""
         number = len(branch.blocks)
         source, shared = None, 0
-        if self.shares and branch.read == number * self.size:
-            source, shared = self._longest(branch)
-        while len(branch.blocks) < self.needed(tokens):
-            branch.blocks.append(self._take())
+        if self.prefix_caching and branch.num_read == number * self.size:
+            source, shared = self._longest_match(branch)
+        while len(branch.blocks) < self.blocks_for(tokens):
+            branch.blocks.append(self._allocate())
         if source is None:
             return None
-        branch.read += shared
-        self._begin(branch)
+        branch.num_read += shared
+        self._register_partial(branch)
         target = branch.blocks[number]
-        # If the source itself was the next free block, it is simply filled further.
+        # If the source itself was allocated as the new block, nothing needs to be copied.
         return None if source == target else Copy(source, target, shared)
 
-    def read(self, branch: Branch, number: int) -> None:
+    def mark_read(self, branch: Branch, number: int) -> None:
         """Count the branch's next tokens as read."""
-        branch.read += number
-        if self.shares:
-            self._index(branch)
+        branch.num_read += number
+        if self.prefix_caching:
+            self._register(branch)
 
     def release(self, branch: Branch) -> None:
-        """Take a branch's blocks away. They keep their content until they are needed."""
-        if self.shares:
-            self._index(branch)
+        """Take a branch's blocks away. They keep their content until they are evicted."""
+        if self.prefix_caching:
+            self._register(branch)
         # Last block first, so that the beginning of a prompt is evicted last.
         for block in reversed(branch.blocks):
             self.references[block] -= 1
             if self.references[block] == 0:
-                self._leave(block)
+                self._free(block)
         del branch.blocks[:]
-        branch.keys, branch.read, branch.filling_to = [], 0, 0
+        branch.keys, branch.num_read, branch.partial_end = [], 0, 0
 
     def drop(self, branch: Branch) -> list[int]:
-        """Release a branch and forget what only it has read. Returns those blocks."""
-        alone = [block for block in branch.blocks if self.references[block] == 1]
-        for block in alone:
-            self._forget(block)
-        branch.keys, branch.read = [], 0
+        """Release a branch and forget the content of the blocks that only it uses. Returns them."""
+        exclusive = [block for block in branch.blocks if self.references[block] == 1]
+        for block in exclusive:
+            self._unregister(block)
+        branch.keys, branch.num_read = [], 0
         self.release(branch)
-        return alone
+        return exclusive
 
-    def forget(self) -> None:
-        """Forget the content of all blocks, as the weights have changed."""
+    def forget_all(self) -> None:
+        """Forget the content of all blocks: after a change of the weights, or a failed step."""
         for block in range(len(self)):
-            self._forget(block)
+            self._unregister(block)
         self._empty += reversed(self._cached)
         self._cached.clear()
 
-    def _take(self) -> int:
+    def _allocate(self) -> int:
         if self._empty:
             block = self._empty.pop()
         else:
             block = next(iter(self._cached))
             del self._cached[block]
-            self._forget(block)
+            self._unregister(block)
         self.references[block] = 1
         return block
 
-    def _leave(self, block: int) -> None:
+    def _free(self, block: int) -> None:
         content = self._content[block]
-        # The branch will change or go: keep a copy of the tokens of its last block.
+        # The branch will change or end: keep a copy of the tokens of its last block.
         if content is not None and content.branch is not None:
-            content.sealed, content.branch = content.tokens(self.size), None
-        if content is None or not content.sealed:
-            self._forget(block)
+            content.kept_tokens, content.branch = content.tokens(self.size), None
+        if content is None or not content.kept_tokens:
+            self._unregister(block)
             self._empty.append(block)
         else:
             self._cached[block] = None
 
-    def _index(self, branch: Branch) -> None:
-        """Register the blocks of a branch that are full, and the one it is filling."""
+    def _register(self, branch: Branch) -> None:
+        """Register the new full blocks of a branch, and the partial one."""
         size = self.size
-        while (end := (len(branch.keys) + 1) * size) <= branch.read:
+        while (end := (len(branch.keys) + 1) * size) <= branch.num_read:
             number = len(branch.keys)
             parent = branch.parent
             tokens = branch.tokens[end - size : end]
             key = _key(parent, tokens)
             branch.keys.append(key)
-            self._fill(branch.blocks[number], parent, key, tokens)
-        if branch.read % size:
-            self._begin(branch)
+            self._register_full(branch.blocks[number], parent, key, tokens)
+        if branch.num_read % size:
+            self._register_partial(branch)
 
-    def _fill(self, block: int, parent: bytes, key: bytes, tokens: list[int]) -> None:
-        """Register a full block. Of several with the same content only the first can be found."""
-        self._forget(block)
+    def _register_full(self, block: int, parent: bytes, key: bytes, tokens: list[int]) -> None:
+        """Register a full block, unless one with the same content is registered already."""
+        self._unregister(block)
         if key not in self._by_key:
             self._content[block] = _Content(parent, None, 0, tokens, key)
             self._by_key[key] = block
-            self._behind.setdefault(parent, {})[block] = None
+            self._children.setdefault(parent, {})[block] = None
 
-    def _begin(self, branch: Branch) -> None:
-        number = branch.read // self.size
-        branch.filling_to = (number + 1) * self.size
+    def _register_partial(self, branch: Branch) -> None:
+        number = branch.num_read // self.size
+        branch.partial_end = (number + 1) * self.size
         block = branch.blocks[number]
         content = self._content[block]
         if content is None or content.branch is not branch:
-            self._forget(block)
+            self._unregister(block)
             parent = branch.parent
             self._content[block] = _Content(parent, branch, number * self.size)
-            self._behind.setdefault(parent, {})[block] = None
+            self._children.setdefault(parent, {})[block] = None
 
-    def _forget(self, block: int) -> None:
+    def _unregister(self, block: int) -> None:
         content, self._content[block] = self._content[block], None
         if content is None:
             return
         if content.key is not None:
             del self._by_key[content.key]
-        behind = self._behind[content.parent]
-        del behind[block]
-        if not behind:
-            del self._behind[content.parent]
+        children = self._children[content.parent]
+        del children[block]
+        if not children:
+            del self._children[content.parent]
 
-    def _longest(self, branch: Branch) -> tuple[int | None, int]:
-        """The block that agrees longest with the next tokens of a branch, and with how many."""
+    def _longest_match(self, branch: Branch) -> tuple[int | None, int]:
+        """The block with the longest common beginning with the next tokens of a branch, and the
+        number of these tokens."""
         start = len(branch.blocks) * self.size
         tokens = branch.tokens[start : min(start + self.size, len(branch.tokens) - 1)]
-        behind = self._behind.get(branch.parent, {})
+        children = self._children.get(branch.parent, {})
         best: tuple[int | None, int] = None, 0
-        for block in islice(reversed(behind), _CANDIDATES):
-            shared = _shared(self.content(block), tokens)
+        for block in islice(reversed(children), _MAX_CANDIDATES):
+            shared = _common_length(self.content(block), tokens)
             if shared > best[1]:
                 best = block, shared
         return best
 
 
-def _root(adapter: str) -> bytes:
+def _root_key(adapter: str) -> bytes:
     return blake2b(adapter.encode(), digest_size=16).digest() if adapter else b""
 
 
@@ -275,7 +279,7 @@ def _key(parent: bytes, tokens: Sequence[int]) -> bytes:
     return blake2b(array("q", tokens).tobytes(), digest_size=16, key=parent).digest()
 
 
-def _shared(held: Sequence[int], tokens: Sequence[int]) -> int:
+def _common_length(held: Sequence[int], tokens: Sequence[int]) -> int:
     """The number of tokens that two lists have in common at their beginning."""
     for number, (one, other) in enumerate(zip(held, tokens, strict=False)):
         if one != other:

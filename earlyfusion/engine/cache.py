@@ -25,10 +25,10 @@ from earlyfusion.kernels.decode import FP8, kept_as
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "fp8": FP8}
 """dtypes of keys and values, besides the model's own."""
 
-FREE_SHARE = {"cpu": 0.25, "cuda": 0.8}
+MEMORY_SHARE = {"cpu": 0.25, "cuda": 0.8}
 """The share of the free memory that the cache takes where no size is given, by type of device."""
 
-MOST_CONTEXTS = 64
+MAX_CONTEXTS = 64
 """Sequences as long as the context for which a cache of the default size has room at most."""
 
 LONG_CONTEXT = 4096
@@ -58,7 +58,7 @@ class LayerCache(NamedTuple):
         return k_RKPH, v_RKPH
 
 
-class Cache:
+class PagedCache:
     """Keys and values of all blocks: `kv_BL2KSH` and, in int8, `scales_BL2KS`. A sequence has at
     most `length` tokens. On a CPU the memory of a block is only taken when it is first written.
     Within a block the positions of one head are adjacent, so that attention of one token reads
@@ -163,11 +163,11 @@ def cache_size(
     context = -(-context_tokens // BLOCK_SIZE)
     if budget is None:
         left = max(free_bytes(device) - reserved, 0)
-        share = int(FREE_SHARE.get(device.type, 0.25) * left) // block_bytes
+        share = int(MEMORY_SHARE.get(device.type, 0.25) * left) // block_bytes
         # A CPU's memory is only taken as blocks are used.
         fitting = left // block_bytes if device.type == "cpu" else share
         least = min(3 * context, max(fitting, 3 * LONG_CONTEXT // BLOCK_SIZE))
-        return CacheSize(max(least, min(share, MOST_CONTEXTS * context)), block_bytes)
+        return CacheSize(max(least, min(share, MAX_CONTEXTS * context)), block_bytes)
     if budget < block_bytes:
         raise SettingError(
             f"cache_bytes={budget:,} holds no block of {BLOCK_SIZE} tokens: "

@@ -36,7 +36,7 @@ from earlyfusion.generation.settings import DrawSettings
 from earlyfusion.generation.steering import Steering
 from earlyfusion.kernels.cpu_step import Choice
 
-NOTHING = -1
+INVALID_TOKEN = -1
 """Stands for a token whose logits are not finite."""
 
 
@@ -64,17 +64,17 @@ class Drawer:
     def __init__(self, backend: Backend, grammar: Grammar, device: torch.device) -> None:
         self._backend, self._device = backend, device
         self.image_head = Head(backend, grammar.code_ids, device)
-        self._allowed = {grammar}
-        self._text_of: dict[tuple[Grammar, bool], Tensor] = {}
-        self._forbidden: dict[Handle, Tensor] = {}  # columns, in this step only
-        self._warps: dict[DrawGroup, tuple[list[DrawSettings], SamplingTensors]] = {}
+        self._grammars = {grammar}
+        self._allowed_text: dict[tuple[Grammar, bool], Tensor] = {}
+        self._blocked_by_steering: dict[Handle, Tensor] = {}  # columns, in this step only
+        self._settings_cache: dict[DrawGroup, tuple[list[DrawSettings], SamplingTensors]] = {}
         self._load_text_head(grammar.text_ids)
 
     @torch.no_grad()
     def allow(self, grammar: Grammar) -> None:
         """Extend the text head to all ids that this grammar allows."""
-        if grammar not in self._allowed:
-            self._allowed.add(grammar)
+        if grammar not in self._grammars:
+            self._grammars.add(grammar)
             if not grammar.text_ids <= self._text_ids:
                 self._load_text_head(self._text_ids | grammar.text_ids)
 
@@ -82,41 +82,41 @@ class Drawer:
         self._text_ids = ids
         self.text_head = Head(self._backend, ids, self._device)
         # These refer to columns of the old head.
-        self._blocked: dict[tuple[Grammar, bool], Tensor] = {}
-        self._seen: WeakKeyDictionary[Handle, _Seen] = WeakKeyDictionary()
-        self._none_seen_V = _Seen(self.text_head, self._device).marks_V
+        self._blocked_by_grammar: dict[tuple[Grammar, bool], Tensor] = {}
+        self._seen: WeakKeyDictionary[Handle, _SeenColumns] = WeakKeyDictionary()
+        self._none_seen_V = _SeenColumns(self.text_head, self._device).marks_V
 
     def draw(self, x_RD: Tensor, step: Step, handles: Sequence[Handle]) -> list[list[int]]:
         """The tokens of each handle: one, or one per position of its window of codes."""
         drawn: dict[Handle, list[int]] = {}
-        left: list[Handle] = []
-        self._forbidden = {}
+        remaining: list[Handle] = []
+        self._blocked_by_steering = {}
         for handle in handles:
             steering = handle.steering
             if steering is not None and not steering.only_forbids:
                 drawn[handle] = self._draw_steered(x_RD, step, handle)
-            elif steering is None or self._forbid(handle, steering):
-                left.append(handle)
+            elif steering is None or self._block_columns(handle, steering):
+                remaining.append(handle)
             else:
                 drawn[handle] = []
         if self._backend.draw is not None:
-            singles = [handle for handle in left if handle.window is None]
-            left = [handle for handle in left if handle.window is not None]
+            singles = [handle for handle in remaining if handle.window is None]
+            remaining = [handle for handle in remaining if handle.window is not None]
             if singles:
                 drawn |= self._draw_compiled(self._backend.draw, x_RD, step, singles)
-        if left:
-            drawn |= self._draw_grouped(x_RD, step, left)
+        if remaining:
+            drawn |= self._draw_grouped(x_RD, step, remaining)
         return [drawn[handle] for handle in handles]
 
-    def _forbid(self, handle: Handle, steering: Steering) -> bool:
-        """Note the columns of the text head that a request may not draw from in this step. If none
-        is left, returns False and sets the handle's error."""
+    def _block_columns(self, handle: Handle, steering: Steering) -> bool:
+        """Block the columns of the text head that steering forbids to a request in this step. If
+        none is left, sets the handle's error and returns False."""
         try:
             allowed_V = steering.allowed(handle.branches[0].tokens, self._allowed_for(handle))
         except EarlyFusionError as error:
             handle.error = error
             return False
-        self._forbidden[handle] = ~allowed_V[self.text_head.ids_V]
+        self._blocked_by_steering[handle] = ~allowed_V[self.text_head.ids_V]
         return True
 
     # ---- one request at a time, as in the plain loop
@@ -126,15 +126,17 @@ class Drawer:
         steering, grammar = handle.steering, handle.grammar_state.grammar
         assert steering is not None
         ids, branches = handle.branches[0].tokens, handle.branches
-        rows_RV = self._backend.whole_logits(x_RD[[step.row_of[branch] for branch in branches]])
+        rows_RV = self._backend.vocab_logits(x_RD[[step.row_of[branch] for branch in branches]])
         logits_V = full_V = rows_RV[0]
         if len(branches) > 1:
-            _, image_only_V, bare_V = (rows_RV[branches.index(b)] for b in handle.conditions)
-            logits_V = guidance.combine(full_V, image_only_V, bare_V, *handle.guidance)
+            _, image_only_V, unconditional_V = (
+                rows_RV[branches.index(b)] for b in handle.conditions
+            )
+            logits_V = guidance.combine(full_V, image_only_V, unconditional_V, *handle.guidance)
         state_1F = torch.tensor([handle.grammar_state.row], device=self._device)
         allowed_1V = grammar.mask(state_1F)
         if not can_draw(logits_V.masked_fill(~allowed_1V, -torch.inf)).all():
-            return [NOTHING]
+            return [INVALID_TOKEN]
         try:
             changed_V = steering.change(ids, logits_V, allowed_1V[0])
         except EarlyFusionError as error:
@@ -160,21 +162,22 @@ class Drawer:
     ) -> dict[Handle, list[int]]:
         rows: dict[bool, _LogitRows] = {}
         for in_image, head in ((False, self.text_head), (True, self.image_head)):
-            if alike := [handle for handle in handles if handle.grammar_state.in_image is in_image]:
-                rows[in_image] = _LogitRows(head, x_RD, step, alike)
+            members = [one for one in handles if one.grammar_state.in_image is in_image]
+            if members:
+                rows[in_image] = _LogitRows(head, x_RD, step, members)
         # The choices hold raw addresses of logits in `rows`: keep it alive until after the draw.
         choices = [self._choices(handle, rows[handle.grammar_state.in_image]) for handle in handles]
         columns = iter(draw(list(chain.from_iterable(choices))))
         drawn: dict[Handle, list[int]] = {}
         for handle in handles:
             ids, mine = rows[handle.grammar_state.in_image].ids, islice(columns, handle.positions)
-            drawn[handle] = [ids[column] if column >= 0 else NOTHING for column in mine]
+            drawn[handle] = [ids[column] if column >= 0 else INVALID_TOKEN for column in mine]
         return drawn
 
     def _choices(self, handle: Handle, rows: _LogitRows) -> list[Choice]:
         settings, in_image = handle.settings, handle.grammar_state.in_image
         # Guesses of text are copied from the history, so they add nothing to what is seen.
-        seen_V = None if in_image else self._seen_by(handle)
+        seen_V = None if in_image else self._seen_columns(handle)
         text, image = handle.guidance
         return [
             Choice(
@@ -202,7 +205,7 @@ class Drawer:
         groups: dict[DrawGroup, list[Handle]] = {}
         for handle in handles:
             groups.setdefault(_group_of(handle), []).append(handle)
-        drawn = [self._draw_group(x_RD, step, group, alike) for group, alike in groups.items()]
+        drawn = [self._draw_group(x_RD, step, group, members) for group, members in groups.items()]
         # The host waits for the device here, once per step.
         tokens = iter((drawn[0] if len(drawn) == 1 else torch.cat(drawn)).tolist())
         in_order = chain.from_iterable(groups.values())
@@ -214,59 +217,59 @@ class Drawer:
     ) -> Tensor:
         """Tokens [B] of a group; those of one handle are adjacent."""
         head = self.image_head if group.in_image else self.text_head
-        logits_BV = self._guided(x_RD, step, handles, head)
+        logits_BV = self._guided_logits(x_RD, step, handles, head)
         if not group.in_image:
-            logits_BV = self._masked(logits_BV, group, handles)
+            logits_BV = self._mask_text(logits_BV, group, handles)
         can_draw_B = can_draw(logits_BV)
         logits_BV = torch.where(can_draw_B[:, None], logits_BV, 0)
-        return torch.where(can_draw_B, self._pick(logits_BV, group, handles, head), NOTHING)
+        tokens_B = self._draw_tokens(logits_BV, group, handles, head)
+        return torch.where(can_draw_B, tokens_B, INVALID_TOKEN)
 
-    def _guided(self, x_RD: Tensor, step: Step, handles: list[Handle], head: Head) -> Tensor:
+    def _guided_logits(self, x_RD: Tensor, step: Step, handles: list[Handle], head: Head) -> Tensor:
         """Guided logits [B, V] in fp32: one row per position of each handle."""
-        mixes = [
+        rows_of_draws = [
             tuple(step.row_of[branch] + position for branch in handle.conditions)
             for handle in handles
             for position in range(handle.positions)
         ]
-        rows = list(dict.fromkeys(chain.from_iterable(mixes)))
-        logits_RV = head.logits(_picked(x_RD, rows)).float()
-        # As many rows as draws: no request has a second branch, so there is nothing to mix.
-        if len(rows) == len(mixes):
+        rows = list(dict.fromkeys(chain.from_iterable(rows_of_draws)))
+        logits_RV = head.logits(_select_rows(x_RD, rows)).float()
+        # As many rows as draws: no request has a second branch, so there is nothing to combine.
+        if len(rows) == len(rows_of_draws):
             return logits_RV
-        number_of = {row: number for number, row in enumerate(rows)}
-        numbers = ([number_of[mix[i]] for mix in mixes] for i in range(3))
+        index_of = {row: number for number, row in enumerate(rows)}
+        numbers = ([index_of[mix[i]] for mix in rows_of_draws] for i in range(3))
         full, image_only, unconditional = (logits_RV[of_condition] for of_condition in numbers)
         weights = [handle.guidance for handle in handles for _ in range(handle.positions)]
         weights_2B = torch.tensor([*zip(*weights, strict=True)])
         text_B1, image_B1 = weights_2B.to(self._device)[..., None]
         return guidance.combine(full, image_only, unconditional, text_B1, image_B1)
 
-    def _masked(self, logits_BV: Tensor, group: DrawGroup, handles: list[Handle]) -> Tensor:
+    def _mask_text(self, logits_BV: Tensor, group: DrawGroup, handles: list[Handle]) -> Tensor:
         rules = {
             (handle.grammar_state.grammar, handle.grammar_state.may_begin_image)
             for handle in handles
         }
-        alike = len(rules) == 1 and self._forbidden.keys().isdisjoint(handles)
-        logits_BV = logits_BV.masked_fill(
-            self._blocked_for(handles[0])
-            if alike
-            else torch.stack([self._blocked_for(handle) for handle in _each_position(handles)]),
-            -torch.inf,
-        )
+        by_position = _repeat_per_position(handles)
+        if len(rules) == 1 and self._blocked_by_steering.keys().isdisjoint(handles):
+            blocked = self._blocked_for(handles[0])  # the same for all
+        else:
+            blocked = torch.stack([self._blocked_for(handle) for handle in by_position])
+        logits_BV = logits_BV.masked_fill(blocked, -torch.inf)
         # Guesses of text are copied from the history, so they add nothing to what is seen.
-        seen = [self._seen_by(handle) for handle in _each_position(handles)]
+        seen = [self._seen_columns(handle) for handle in by_position]
         if all(seen_V is None for seen_V in seen):
             return logits_BV
         seen_BV = torch.stack([self._none_seen_V if one_V is None else one_V for one_V in seen])
-        return penalise(logits_BV, seen_BV, self._settings(group, handles).penalty_B)
+        return penalise(logits_BV, seen_BV, self._settings_per_position(group, handles).penalty_B)
 
-    def _pick(
+    def _draw_tokens(
         self, logits_BV: Tensor, group: DrawGroup, handles: list[Handle], head: Head
     ) -> Tensor:
         if group.greedy:
-            # Neither temperature nor cuts move the largest logit.
+            # Neither temperature nor truncation changes which logit is the largest.
             return head.ids_V[logits_BV.argmax(-1)]
-        settings = self._settings(group, handles)
+        settings = self._settings_per_position(group, handles)
         windows = [handle.window for handle in handles if handle.window is not None]
         if any(handle.settings.cuts for handle in handles):
             logits_BV = warp(logits_BV, settings)
@@ -279,67 +282,68 @@ class Drawer:
         uniform_B = torch.tensor(uniforms, dtype=torch.float64)
         return head.ids_V[pick(logits_BV, uniform_B.to(self._device))]
 
-    def _settings(self, group: DrawGroup, handles: list[Handle]) -> SamplingTensors:
-        """The settings, one row per position of these handles."""
-        settings = self._warp(group, handles)
+    def _settings_per_position(self, group: DrawGroup, handles: list[Handle]) -> SamplingTensors:
+        """The settings of these handles as tensors, with a row per position."""
+        settings = self._settings_per_handle(group, handles)
         rows = [n for n, handle in enumerate(handles) for _ in range(handle.positions)]
         if len(rows) == len(handles):
             return settings
         return settings.select(torch.tensor(rows).to(self._device))
 
-    def _warp(self, group: DrawGroup, handles: list[Handle]) -> SamplingTensors:
-        """The settings of these handles as tensors, rebuilt only when they change."""
+    def _settings_per_handle(self, group: DrawGroup, handles: list[Handle]) -> SamplingTensors:
+        """The settings of these handles as tensors, with a row per handle; cached until they
+        change."""
         rows = [handle.settings for handle in handles]
-        known = self._warps.get(group)
+        known = self._settings_cache.get(group)
         if known is None or known[0] != rows:
-            known = self._warps[group] = rows, SamplingTensors.of(rows, self._device)
+            known = self._settings_cache[group] = rows, SamplingTensors.of(rows, self._device)
         return known[1]
 
     # ---- columns of the text head
 
     def _blocked_for(self, handle: Handle) -> Tensor:
-        """Columns that the grammar, or what steers the request, forbids."""
-        if handle in self._forbidden:
-            return self._forbidden[handle]
+        """The columns that the grammar or the request's steering forbids."""
+        if handle in self._blocked_by_steering:
+            return self._blocked_by_steering[handle]
         key = handle.grammar_state.grammar, handle.grammar_state.may_begin_image
-        if key not in self._blocked:
-            self._blocked[key] = ~self._allowed_for(handle)[self.text_head.ids_V]
-        return self._blocked[key]
+        if key not in self._blocked_by_grammar:
+            self._blocked_by_grammar[key] = ~self._allowed_for(handle)[self.text_head.ids_V]
+        return self._blocked_by_grammar[key]
 
     def _allowed_for(self, handle: Handle) -> Tensor:
         """Text ids that the grammar allows, as a mask over the whole vocabulary."""
         grammar_state = handle.grammar_state
         # In text, `may_begin_image` is the only part of the grammar's state that changes the mask.
         key = grammar_state.grammar, grammar_state.may_begin_image
-        if key not in self._text_of:
+        if key not in self._allowed_text:
             state_1F = torch.tensor([grammar_state.row], device=self._device)
-            self._text_of[key] = grammar_state.grammar.mask(state_1F)[0]
-        return self._text_of[key]
+            self._allowed_text[key] = grammar_state.grammar.mask(state_1F)[0]
+        return self._allowed_text[key]
 
-    def _seen_by(self, handle: Handle) -> Tensor | None:
+    def _seen_columns(self, handle: Handle) -> Tensor | None:
         """Columns whose tokens are in the request's history; None without a penalty."""
         if handle.settings.penalty == 1:
             return None
         seen = self._seen.get(handle)
         if seen is None:
-            seen = self._seen[handle] = _Seen(self.text_head, self._device)
+            seen = self._seen[handle] = _SeenColumns(self.text_head, self._device)
         seen.mark(handle.branches[0].tokens)
         return seen.marks_V
 
 
-class _Seen:
+class _SeenColumns:
     """Marks the columns of a head whose tokens are in a request's history."""
 
     def __init__(self, head: Head, device: torch.device) -> None:
         self.marks_V = torch.zeros(len(head.ids), dtype=torch.bool, device=device)
-        # The same memory: numpy writes an entry in a twentieth of the time.
+        # The same memory as an array: numpy writes an entry in a twentieth of the time.
         self._marks = self.marks_V.numpy() if device.type == "cpu" else self.marks_V
         self._column_of, self._marked = head.column_of, 0
 
     def mark(self, history: Sequence[int]) -> None:
         """Mark the tokens added since the last call."""
-        news, self._marked = history[self._marked :], len(history)
-        columns = [self._column_of[token] for token in news if token in self._column_of]
+        new_tokens, self._marked = history[self._marked :], len(history)
+        columns = [self._column_of[token] for token in new_tokens if token in self._column_of]
         if len(columns) == 1:
             self._marks[columns[0]] = True
         elif columns:
@@ -357,28 +361,28 @@ class _LogitRows:
             for position in range(handle.positions)
         ]
         self.ids = head.ids
-        self._number_of = {row: number for number, row in enumerate(rows)}
+        self._index_of = {row: number for number, row in enumerate(rows)}
         self._row_of = step.row_of
-        self._logits_RV = head.logits(_picked(x_RD, rows)).float()
+        self._logits_RV = head.logits(_select_rows(x_RD, rows)).float()
         self.columns = self._logits_RV.shape[1]
 
     def addresses(self, handle: Handle, position: int) -> tuple[int, int, int]:
         """The memory addresses of the rows of the three conditions."""
         start, row_bytes = self._logits_RV.data_ptr(), 4 * self._logits_RV.stride(0)
         full, image_only, unconditional = (
-            start + row_bytes * self._number_of[self._row_of[branch] + position]
+            start + row_bytes * self._index_of[self._row_of[branch] + position]
             for branch in handle.conditions
         )
         return full, image_only, unconditional
 
 
-def _each_position(handles: Sequence[Handle]) -> list[Handle]:
+def _repeat_per_position(handles: Sequence[Handle]) -> list[Handle]:
     """Each handle, repeated once per position that it draws."""
     return [handle for handle in handles for _ in range(handle.positions)]
 
 
-def _picked(x_RD: Tensor, rows: list[int]) -> Tensor:
-    """These rows; no copy if they are all of them, in order."""
+def _select_rows(x_RD: Tensor, rows: list[int]) -> Tensor:
+    """These rows; not a copy if they are all rows in order."""
     if rows == list(range(x_RD.shape[0])):  # `len` of a tensor is slow
         return x_RD
     return x_RD.index_select(0, torch.tensor(rows).to(x_RD.device))

@@ -19,10 +19,10 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from earlyfusion.devices import dtype_name, is_out_of_memory
 from earlyfusion.engine.blocks import BLOCK_SIZE, BlockPool
-from earlyfusion.engine.cache import DTYPES, Cache, cache_size, check_fp8
+from earlyfusion.engine.cache import DTYPES, PagedCache, cache_size, check_fp8
 from earlyfusion.engine.cache import cache_dtype as dtype_of_cache
-from earlyfusion.engine.draw import NOTHING
-from earlyfusion.engine.handle import Handle, most_branches
+from earlyfusion.engine.draw import INVALID_TOKEN
+from earlyfusion.engine.handle import Handle, max_branches
 from earlyfusion.engine.module_tree import CLASSES
 from earlyfusion.engine.peers import peers_of
 from earlyfusion.engine.runner import ModelRunner
@@ -85,7 +85,7 @@ class Engine:
         model_dtype, device = dtype_and_device(transformer)
         dtype = dtype_of_cache(cache_dtype, model_dtype)
         check_fp8(dtype, device)
-        token_bytes = Cache.token_bytes(transformer.config, dtype)
+        token_bytes = PagedCache.token_bytes(transformer.config, dtype)
         self.cache_size = cache_size(token_bytes, self.context_tokens, device, cache_bytes)
         self.transformer, self.processor = transformer, processor
         default_chunk = CPU_CHUNK if device.type == "cpu" else GPU_CHUNK
@@ -93,8 +93,8 @@ class Engine:
         self.most_running = most_running
         self._scheduler = Scheduler(BlockPool(self.cache_size.blocks), self._chunk, most_running)
         self._handles: dict[int, Handle] = {}  # of requests under way, by number
-        self._leaving: deque[Handle] = deque()
-        self._turn = _Turns()
+        self._cancelled: deque[Handle] = deque()
+        self._lock = _FairLock()
         self._load()
 
     def add(self, request: Request, priority: int = 0) -> Handle:
@@ -103,14 +103,14 @@ class Engine:
         self.check(request)
         if request.adapter and request.adapter not in self.adapters:
             raise SettingError.unknown("adapter", request.adapter, tuple(self.adapters))
-        with self._turn:
-            self._let_go()
-            if fingerprint(self._models) != self._weights:
+        with self._lock:
+            self._remove_cancelled()
+            if fingerprint(self._models) != self._fingerprint:
                 self._load()
             grammar = self.grammar(request.stops, request.layout)
             self.runner.drawer.allow(grammar)
-            leave = self._leaving.append
-            handle = Handle(request, self.processor, grammar, priority, self._wait, leave)
+            on_cancel = self._cancelled.append
+            handle = Handle(request, self.processor, grammar, priority, self._wait, on_cancel)
             if not handle.finished:
                 self._handles[handle.number] = handle
                 self._scheduler.add(handle)
@@ -118,7 +118,7 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Raise `ContextError` or `SettingError` for a request that can never run."""
-        length, branches = len(request.ids) + request.max_tokens, most_branches(request)
+        length, branches = len(request.ids) + request.max_tokens, max_branches(request)
         if length > self.context_tokens:
             raise ContextError(
                 f"prompt and reply are {length:,} tokens, limit {self.context_tokens:,}: "
@@ -139,14 +139,15 @@ class Engine:
 
     def close(self) -> None:
         """End the requests under way; threads that wait for one get a `SettingError`."""
-        with self._turn:
-            self._fail(SettingError("the model was closed while this request ran: ask it again"))
+        with self._lock:
+            closed = "the model was closed while this request ran: ask it again"
+            self._abort_all(SettingError(closed))
 
     @property
     def busy(self) -> bool:
         """Whether any request has not ended."""
-        with self._turn:
-            self._let_go()
+        with self._lock:
+            self._remove_cancelled()
             return bool(self._handles)
 
     @property
@@ -158,7 +159,7 @@ class Engine:
         """Capture the steps of a CUDA device now instead of at their first use. `progress` is
         called with the number captured so far and the number of all. Returns the bytes of device
         memory that this took; 0 if nothing is captured."""
-        with self._turn:
+        with self._lock:
             return self.runner.warm_up(progress)
 
     @property
@@ -168,42 +169,43 @@ class Engine:
 
     def step(self) -> None:
         """Schedule, run, deliver: one or more tokens per request that has read its prompt."""
-        with self._turn:
+        with self._lock:
             self._step()
 
     def _step(self) -> None:
-        if self._leaving:
-            self._let_go()
+        if self._cancelled:
+            self._remove_cancelled()
         try:
             plan = self._scheduler.schedule()
             handles = [self._handles[entry.number] for entry in plan.ready]
-            steps = self.runner.steps(plan, handles)
+            steps = self.runner.burst_length(plan, handles)
             if steps > 1:
                 self._scheduler.grow(plan.ready, steps)
             drawn = self.runner.run(plan, handles, steps)
         except BaseException as error:
             if is_out_of_memory(error) and self._scheduler.running:
-                return self._give_up_newest(error)
-            self._fail(error)
+                return self._abort_newest(error)
+            self._abort_all(error)
             raise
         for handle, tokens in zip(handles, drawn, strict=True):
-            if NOTHING in tokens:
-                self._give_up(handle, WeightsError(NOT_FINITE))
+            if INVALID_TOKEN in tokens:
+                self._abort(handle, WeightsError(NOT_FINITE))
                 continue
             try:
                 self._deliver(handle, tokens)
             except Exception as error:
-                self._give_up(handle, error)
+                self._abort(handle, error)
 
-    def _give_up(self, handle: Handle, error: BaseException) -> None:
+    def _abort(self, handle: Handle, error: BaseException) -> None:
         """End one request with an error, and drop the keys and values that it has written."""
         handle.error = error
         for branch in handle.branches:
             self.runner.clear(self._scheduler.pool.drop(branch))
-        self._end(handle)
+        self._remove(handle)
 
-    def _give_up_newest(self, error: BaseException) -> None:
-        """Memory has run out: end the last request in order and let the others read again."""
+    def _abort_newest(self, error: BaseException) -> None:
+        """After running out of memory: end the last request in order, and have the others read
+        their tokens again."""
         shortage = OutOfMemoryError(
             f"there was no memory for {len(self._scheduler.running)} requests at once, so this one "
             "ended: ask for fewer at once, or give the cache fewer bytes"
@@ -211,20 +213,20 @@ class Engine:
         shortage.__cause__ = error
         newest = self._handles[self._scheduler.running[-1].number]
         newest.error = shortage
-        self._end(newest)
+        self._remove(newest)
         # The failed step may have written only some of its keys and values.
         self._scheduler.restart()
 
     def _deliver(self, handle: Handle, tokens: Sequence[int]) -> None:
-        if ended := handle.take(tokens):
+        if ended := handle.accept(tokens):
             self._scheduler.release(ended)
         if handle.finished:
-            self._end(handle)
+            self._remove(handle)
 
     def _wait(self, handle: Handle) -> None:
-        """Return when a handle has an event. Threads that wait make the steps, in turn."""
+        """Return when a handle has an event. The threads that wait make the steps in turn."""
         while not handle.events:
-            with self._turn:
+            with self._lock:
                 # Another thread may have made the step meanwhile.
                 if handle.events:
                     return
@@ -236,30 +238,30 @@ class Engine:
                     raise RuntimeError("this request was cancelled")
                 self._step()
 
-    def _let_go(self) -> None:
+    def _remove_cancelled(self) -> None:
         """End cancelled requests."""
         # `cancel` only appends to a queue: the garbage collector may close an iterator at any
         # time, also within a step.
-        while self._leaving:
-            self._end(self._leaving.popleft())
+        while self._cancelled:
+            self._remove(self._cancelled.popleft())
 
-    def _end(self, handle: Handle) -> None:
+    def _remove(self, handle: Handle) -> None:
         if self._handles.pop(handle.number, None) is not None:
             self._scheduler.remove(handle)
 
-    def _fail(self, error: BaseException) -> None:
+    def _abort_all(self, error: BaseException) -> None:
         """End all requests with an error, and forget all prefixes."""
         # The failed step may have written only some of its keys and values.
         for handle in list(self._handles.values()):
             handle.error = error
-            self._end(handle)
-        self._scheduler.pool.forget()
+            self._remove(handle)
+        self._scheduler.pool.forget_all()
 
     def _load(self) -> None:
-        """Read the transformer, at first and after a change of it."""
+        """Build the runner from the transformer's modules, at first and whenever they changed."""
         self._grammars: dict[tuple[tuple[int, ...], ImageLayout], Grammar] = {}
         self._scheduler.restart()
-        # No sequence is longer than the cache, and tables of all positions are made.
+        # The runner makes rotary tables of all positions, and no sequence is longer than the cache.
         longest = min(self.context_tokens, self.cache_size.tokens)
         shape = self.cache_size.blocks, longest, self._cache_dtype
         arguments = self.transformer, self.grammar(()), *shape
@@ -268,15 +270,15 @@ class Engine:
             if peers_of(self.transformer) is None
             else LeadingRunner(*arguments, self._static)
         )
-        whole = self.runner.backend.whole_prompts
-        self._scheduler.pool.shares = not whole
+        whole = self.runner.backend.needs_whole_prompts
+        self._scheduler.pool.prefix_caching = not whole
         self._scheduler.chunk = sys.maxsize if whole else self._chunk
         for handle in self._handles.values():
             handle.grammar_state.grammar = self.grammar(handle.request.stops, handle.request.layout)
             self.runner.drawer.allow(handle.grammar_state.grammar)
-        # Only now: making the runner may have replaced parameters by views of fused ones.
-        self._weights = fingerprint(self._models)
-        # Keeps the modules alive: the fingerprint knows them by id, and Python reuses ids.
+        # After the runner is built, which may replace parameters by views of fused ones.
+        self._fingerprint = fingerprint(self._models)
+        # Keep the modules alive: the fingerprint contains their ids, which Python would reuse.
         self._modules = [module for model in self._models for module in model.modules()]
 
     @property
@@ -314,15 +316,15 @@ def fingerprint(modules: Iterable[nn.Module]) -> int:
     return hash(tuple(seen))
 
 
-class _Turns:
+class _FairLock:
     """A fair lock. With a plain one, a thread that steps in a loop could keep the others out. A
     thread that holds it and takes it again gets a `SettingError` instead of waiting for itself."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._holder: int | None = None
-        self._given = self._ended = 0  # tickets handed out, and served
-        self._given_up: set[int] = set()  # tickets of threads interrupted while waiting
+        self._tickets = self._served = 0  # numbers of tickets handed out, and served
+        self._abandoned: set[int] = set()  # tickets of threads that were interrupted while waiting
 
     def __enter__(self) -> None:
         if self._holder == threading.get_ident():
@@ -331,11 +333,11 @@ class _Turns:
                 "of the model, or call its transformer"
             )
         with self._changed:
-            mine, self._given = self._given, self._given + 1
+            mine, self._tickets = self._tickets, self._tickets + 1
             try:
-                self._changed.wait_for(lambda: self._ended == mine)
+                self._changed.wait_for(lambda: self._served == mine)
             except BaseException:
-                self._given_up.add(mine)
+                self._abandoned.add(mine)
                 self._skip()
                 raise
             self._holder = threading.get_ident()
@@ -348,11 +350,11 @@ class _Turns:
     ) -> None:
         with self._changed:
             self._holder = None
-            self._ended += 1
+            self._served += 1
             self._skip()
 
     def _skip(self) -> None:
-        while self._ended in self._given_up:
-            self._given_up.remove(self._ended)
-            self._ended += 1
+        while self._served in self._abandoned:
+            self._abandoned.remove(self._served)
+            self._served += 1
         self._changed.notify_all()

@@ -33,9 +33,9 @@ _NUMBERS = count()
 class Handle:
     """A request in the engine. Iterating over it gives its events as they come, and drives the
     engine while there are none. The scheduler sees it as an `Entry`. `branches` are in the order
-    full, image-only, unconditional; a condition that cancels out has none. `positions` is the
-    number of tokens drawn next: one, and one behind each draft. A draw with `steering` sets
-    `logprob`, or the `error` that ends the request."""
+    full, image-only, unconditional; a condition that cancels out has no branch. `positions` is the
+    number of tokens in the next draw: one, and one more behind each draft. A draw with `steering`
+    sets `logprob`, or the `error` that ends the request."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class Handle:
         grammar: Grammar,
         priority: int,
         wait: Callable[[Handle], None],
-        leave: Callable[[Handle], None],
+        on_cancel: Callable[[Handle], None],
     ) -> None:
         self.request, self.priority, self.number = request, priority, next(_NUMBERS)
         self.tokens: list[int] = []
@@ -68,8 +68,8 @@ class Handle:
         lookup = request.sampling.prompt_lookup
         self._lookup = Lookup(lookup) if lookup else None
         self.drafts: Sequence[int] = ()
-        self._wait, self._leave = wait, leave
-        self._go_on()
+        self._wait, self._on_cancel = wait, on_cancel
+        self._plan_draw()
 
     def __iter__(self) -> Iterator[Event]:
         try:
@@ -85,7 +85,7 @@ class Handle:
 
     def cancel(self) -> None:
         """End the request; no further events come. Any thread may call it at any time."""
-        self._leave(self)
+        self._on_cancel(self)
 
     @property
     def steering(self) -> Steering | None:
@@ -100,7 +100,7 @@ class Handle:
         """Numbers in [0, 1) for the next draws, one per position; each token has its own."""
         return self._uniforms.of(len(self.tokens), self.positions)
 
-    def uniforms_of(self, count: int) -> list[float]:
+    def next_uniforms(self, count: int) -> list[float]:
         """The numbers of the next `count` tokens."""
         return self._uniforms.of(len(self.tokens), count)
 
@@ -114,17 +114,17 @@ class Handle:
         return self._text_settings, self._image_settings
 
     @property
-    def alone_draws(self) -> bool:
+    def draws_from_logits_alone(self) -> bool:
         """Whether the next token needs nothing but its logits: no drafts and no steering."""
         guesses = self._lookup is not None and not self.grammar_state.in_image
         return self.steering is None and not self.drafts and self.window is None and not guesses
 
     @property
-    def changes_branches(self) -> tuple[bool, bool]:
-        """Whether tokens are drawn differently once an image begins, and once it ends."""
+    def changes_at_image(self) -> tuple[bool, bool]:
+        """Whether the way tokens are drawn changes when an image begins, and when it ends."""
         steered = self._steering is not None
         at_begin = steered or bool(self.request.sampling.jacobi)
-        at_begin = at_begin or most_branches(self.request) > 1
+        at_begin = at_begin or max_branches(self.request) > 1
         return at_begin, steered or self._lookup is not None or len(self.branches) > 1
 
     @property
@@ -134,7 +134,7 @@ class Handle:
         full, *others = self.branches
         return (full, others[0], others[-1]) if others else (full, full, full)
 
-    def take(self, tokens: Sequence[int]) -> list[Branch]:
+    def accept(self, tokens: Sequence[int]) -> list[Branch]:
         """Accept drawn tokens, and those that the grammar forces after them. Returns the branches
         that have ended, whose blocks can be released."""
         if self.error is not None:
@@ -142,33 +142,34 @@ class Handle:
             return []
         before = self.branches
         if self.window is not None or self.drafts:
-            tokens = self._settled(tokens)
-        # All but the last stood behind the last token that was read: their keys and values are in
-        # the blocks already.
+            tokens = self._verified(tokens)
+        # All but the last of these tokens were read as drafts, so their keys and values are in the
+        # blocks already.
         for branch in before:
-            branch.read += len(tokens) - 1
+            branch.num_read += len(tokens) - 1
         for token in tokens:
             if not self.finished:
-                self._accept(token, self.logprob)
+                self._append(token, self.logprob)
         # A stop string may have ended the reply before the last of these tokens.
         for branch in before:
-            branch.read = min(branch.read, len(branch.tokens))
-        self._go_on()
+            branch.num_read = min(branch.num_read, len(branch.tokens))
+        self._plan_draw()
         return [] if self.branches is before else [b for b in before if b not in self.branches]
 
-    def _settled(self, tokens: Sequence[int]) -> list[int]:
-        """The tokens that are final, of those drawn at all positions."""
+    def _verified(self, tokens: Sequence[int]) -> list[int]:
+        """The tokens, of those drawn at all positions, that follow final tokens only."""
         if self.window is not None:
             return self.window.accept(tokens, self.grammar_state.codes_left)
-        pairs = enumerate(zip(tokens, self.drafts, strict=False))
-        wrong = next((n for n, (new, guess) in pairs if new != guess), len(tokens) - 1)
-        return list(tokens[: wrong + 1])
+        for number, (new, guess) in enumerate(zip(tokens, self.drafts, strict=False)):
+            if new != guess:
+                return list(tokens[: number + 1])
+        return list(tokens)
 
-    def _go_on(self) -> None:
+    def _plan_draw(self) -> None:
         """Accept forced tokens up to the next token that must be drawn, and plan its draw."""
         # A forced token needs no logits, but uses up its uniform number, as in the plain loop.
         while not self.finished and (token := self.grammar_state.forced) is not None:
-            self._accept(token)
+            self._append(token)
         if self.grammar_state.done:
             self._finish()
         jacobi = self.request.sampling.jacobi
@@ -183,19 +184,19 @@ class Handle:
         self.positions, self.reserve = 1 + len(self.drafts), self.grammar_state.codes_left
 
     def _guess(self, lookup: Lookup) -> list[int]:
-        """Text tokens that may come next and do not change what the grammar allows."""
+        """Tokens of text that may come next, up to one after which the grammar's mask changes."""
         if self.finished or self.grammar_state.in_image:
             return []
         guesses, grammar_state = lookup.guess(self.branches[0].tokens), self.grammar_state
-        most = grammar_state.text_left - 1
-        plain = itertools.takewhile(grammar_state.grammar.plain_ids.__contains__, guesses[:most])
+        limit = grammar_state.text_left - 1
+        plain = itertools.takewhile(grammar_state.grammar.plain_ids.__contains__, guesses[:limit])
         return list(plain)
 
-    def _accept(self, token: int, logprob: TokenLogprob | None = None) -> None:
+    def _append(self, token: int, logprob: TokenLogprob | None = None) -> None:
         self.tokens.append(token)
         self.events += self._event_builder.push(token, logprob)
         self.grammar_state.advance(token)
-        # A token that ends the reply is never read, so the branches do not get it.
+        # A token that ends the reply is not appended to the branches, as it is never read.
         if self._event_builder.ended or self.grammar_state.done:
             self._finish()
             return
@@ -224,7 +225,7 @@ class Handle:
         self.window = None
 
 
-def most_branches(request: Request) -> int:
+def max_branches(request: Request) -> int:
     if request.max_images == 0 or request.output == "text":
         return 1
     weights = guidance_weights(request.sampling)

@@ -22,11 +22,11 @@ from earlyfusion.model.transformer import Transformer
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh as DeviceMesh
 
-_ANY_TIME = timedelta(days=365)
+_NO_TIMEOUT = timedelta(days=365)
 
-_STEP_TIME = timedelta(minutes=10)
+_STEP_TIMEOUT = timedelta(minutes=10)
 
-_GONE = "a process that shares the model has ended: start the program again"
+_PEER_GONE = "a process that shares the model has ended: start the program again"
 
 
 class Peers:
@@ -34,16 +34,16 @@ class Peers:
 
     Messages go over the CPU, and the next one may take any time; a process that has ended is
     noticed, as its connection closes. A message announces how many collectives (`broadcast` or
-    `all_reduce`) belong to it: `left` of them are still to come, and more are refused, as the
-    other processes would not take part.
+    `all_reduce`) belong to it; `collectives_left` of them are still to come. Others are refused, as
+    the other processes would not take part in them.
     """
 
     def __init__(self, device: torch.device) -> None:
         processes.join(device)
-        self.rank, self.count, self.left = dist.get_rank(), dist.get_world_size(), 0
+        self.rank, self.count, self.collectives_left = dist.get_rank(), dist.get_world_size(), 0
         self.engines = 0  # made on the shared model so far
-        self._messages: Any = dist.new_group(backend="gloo", timeout=_ANY_TIME)
-        self._collectives: Any = dist.new_group(timeout=_STEP_TIME)
+        self._messages: Any = dist.new_group(backend="gloo", timeout=_NO_TIMEOUT)
+        self._collectives: Any = dist.new_group(timeout=_STEP_TIMEOUT)
         self._open, self._on_gpu = True, device.type == "cuda"
         atexit.register(self.close)
 
@@ -52,27 +52,27 @@ class Peers:
         return self.rank == 0
 
     def send(self, numbers: Sequence[int], collectives: int) -> None:
-        """Send the next message to all, and begin its collectives. An empty one is the end."""
+        """Send the next message, and expect its collectives. An empty message ends the others."""
         if not self._open:
-            raise ConnectionError(_GONE)
-        # An error here leaves `left` above 0: the others then wait within a step.
-        self.left = collectives + 1
+            raise ConnectionError(_PEER_GONE)
+        # If sending fails, the count stays above 0: the others may be waiting within a step.
+        self.collectives_left = collectives + 1
         self._send(numbers)
-        self.left -= 1
+        self.collectives_left -= 1
 
     def receive(self) -> list[int]:
         """The next message of the leader; empty at the end."""
         return from_tensors(lambda tensor: self._from_leader(tensor, self._messages))
 
     def begin(self, collectives: int) -> None:
-        self.left = collectives
+        self.collectives_left = collectives
 
     def replay(self, collectives: int) -> None:
-        """A captured graph makes so many collectives, of which Python does not hear."""
+        """Count the collectives of a captured graph, which run without a call of this class."""
         self._count_down(collectives)
 
     def wait(
-        self, is_done: Callable[[], bool], seconds: float = _STEP_TIME.total_seconds()
+        self, is_done: Callable[[], bool], seconds: float = _STEP_TIMEOUT.total_seconds()
     ) -> None:
         """Return as soon as the device has done what was replayed; ConnectionError after `seconds`.
 
@@ -82,8 +82,8 @@ class Peers:
         end = time.monotonic() + seconds
         while not is_done():
             if time.monotonic() > end:
-                self.left = 1  # so that closing aborts them
-                raise ConnectionError(_GONE)
+                self.collectives_left = 1  # so that `close` aborts them
+                raise ConnectionError(_PEER_GONE)
             time.sleep(1e-4)
 
     def broadcast(self, x: Tensor) -> Tensor:
@@ -97,20 +97,20 @@ class Peers:
         try:
             dist.all_reduce(x, group=self._collectives)
         except RuntimeError as error:
-            raise ConnectionError(_GONE) from error
+            raise ConnectionError(_PEER_GONE) from error
         return x
 
     def close(self) -> None:
-        """Let the others go: they end at once, or are cut off in the middle of a step."""
+        """End the other processes, if need be in the middle of a step."""
         if not self._open:
             return
-        if self.leads and self.left == 0:
+        if self.leads and self.collectives_left == 0:
             with suppress(ConnectionError):
                 self._send([])
         self._open = False
         atexit.unregister(self.close)
         dist.destroy_process_group(self._messages)
-        if self.left and self._on_gpu:
+        if self.collectives_left and self._on_gpu:
             # Destroying the group would wait for pending collectives.
             self._collectives.abort()
         else:
@@ -125,20 +125,20 @@ class Peers:
         try:
             dist.broadcast(x, 0, group=group)
         except RuntimeError as error:
-            raise ConnectionError(_GONE) from error
+            raise ConnectionError(_PEER_GONE) from error
         return x
 
     def _count_down(self, collectives: int = 1) -> None:
-        if self.left < collectives:
+        if self.collectives_left < collectives:
             raise SettingError(
                 f"this model is shared by {self.count} processes and cannot be called by itself: "
                 "ask it through generate, stream or its engine"
             )
-        self.left -= collectives
+        self.collectives_left -= collectives
 
 
-class SharedEmbedding(nn.Embedding):
-    """The first process looks tokens up and broadcasts their states; the others ignore theirs."""
+class BroadcastEmbedding(nn.Embedding):
+    """The first process embeds the tokens and broadcasts the result; the others receive it."""
 
     pointwise = True
 
@@ -153,8 +153,8 @@ class SharedEmbedding(nn.Embedding):
         return self.peers.broadcast(self.weight.new_empty(*tokens.shape, self.embedding_dim))
 
 
-class Summed(nn.Module):
-    """A linear module of which each process has some columns: the sum of all outputs."""
+class RowParallelLinear(nn.Module):
+    """A linear module whose input features are split over the processes: sums their outputs."""
 
     pointwise = True
 
@@ -169,27 +169,27 @@ class Summed(nn.Module):
 def peers_of(transformer: Transformer) -> Peers | None:
     """The processes that a model is shared with; None for a model of one process."""
     embedding = transformer.model.embed_tokens
-    return embedding.peers if isinstance(embedding, SharedEmbedding) else None
+    return embedding.peers if isinstance(embedding, BroadcastEmbedding) else None
 
 
 def to_tensors(numbers: Sequence[int]) -> Iterator[Tensor]:
     """The tensors of a message: its length and first numbers, padded; then the rest, if any."""
-    padded = [len(numbers), *numbers, *[0] * (_FIRST - 1 - len(numbers))]
+    padded = [len(numbers), *numbers, *[0] * (_FIRST_LENGTH - 1 - len(numbers))]
     message = torch.tensor(padded, dtype=torch.int64, device="cpu")
-    yield message[:_FIRST]
-    if len(padded) > _FIRST:
-        yield message[_FIRST:]
+    yield message[:_FIRST_LENGTH]
+    if len(padded) > _FIRST_LENGTH:
+        yield message[_FIRST_LENGTH:]
 
 
 def from_tensors(receive: Callable[[Tensor], Tensor]) -> list[int]:
     """The numbers of a message; `receive` fills an empty tensor with the next of its tensors."""
-    first = receive(torch.empty(_FIRST, dtype=torch.int64, device="cpu")).tolist()
+    first = receive(torch.empty(_FIRST_LENGTH, dtype=torch.int64, device="cpu")).tolist()
     size = first[0]
-    if size < _FIRST:
+    if size < _FIRST_LENGTH:
         return first[1 : size + 1]
-    rest = torch.empty(size + 1 - _FIRST, dtype=torch.int64, device="cpu")
+    rest = torch.empty(size + 1 - _FIRST_LENGTH, dtype=torch.int64, device="cpu")
     return [*first[1:], *receive(rest).tolist()]
 
 
 # Numbers of the first tensor: enough for a step of some 160 rows.
-_FIRST = 512
+_FIRST_LENGTH = 512

@@ -17,12 +17,12 @@ from earlyfusion.engine.backends.cpu import compiled_transformer
 from earlyfusion.engine.backends.interface import Backend
 from earlyfusion.engine.backends.modules import CalledTransformer
 from earlyfusion.engine.backends.torch import FusedTransformer
-from earlyfusion.engine.cache import Cache, cache_dtype
+from earlyfusion.engine.cache import PagedCache, cache_dtype
 from earlyfusion.engine.draw import Drawer
 from earlyfusion.engine.handle import Handle
 from earlyfusion.engine.module_tree import check_blocks, is_plain
 from earlyfusion.engine.scheduler import Plan, Step
-from earlyfusion.engine.static.bursts import Bursts, serves
+from earlyfusion.engine.static.bursts import Bursts, uses_bursts
 from earlyfusion.generation.grammar import Grammar
 from earlyfusion.model.kv_cache import dtype_and_device
 from earlyfusion.model.rotary import rotary_change_length
@@ -32,7 +32,7 @@ from earlyfusion.model.transformer import Transformer
 class ModelRunner:
     """Owns the cache, the back end and the drawer; `run` is a whole step. The cache has `blocks`
     blocks, for sequences of at most `length` tokens, with the dtype that `dtype_name` names (None:
-    the model's). `static` asks for bursts of static steps (None: on a CUDA device). `adapters` are
+    the model's). With `static`, steps may run in bursts (None: on a CUDA device). `adapters` are
     models with other weights in their layers, by name."""
 
     def __init__(
@@ -47,16 +47,16 @@ class ModelRunner:
     ) -> None:
         model_dtype, self.device = dtype_and_device(transformer)
         dtype = cache_dtype(dtype_name, model_dtype)
-        # One block more: idle rows of a static step write into it.
-        self._cache = Cache(transformer.config, blocks + 1, length, dtype, self.device)
+        # One spare block, into which the idle rows of a static step write.
+        self._cache = PagedCache(transformer.config, blocks + 1, length, dtype, self.device)
         # Parameters may become views of tensors made here, so these must not be tensors of
         # inference mode, or the model could never be trained again.
         with torch.inference_mode(False), torch.no_grad():
             check_blocks(transformer)
-            static = serves(self.device) if static is None else static
+            static = uses_bursts(self.device) if static is None else static
             models = {"": transformer, **(adapters or {})}
             # The head is the model's own, so the back ends must all give states of one kind.
-            make = _backend if all(map(is_plain, models.values())) else _called
+            make = _backend if all(map(is_plain, models.values())) else _module_backend
             backends = {n: make(m, self._cache, not static) for n, m in models.items()}
             self.backend: Backend = ByAdapter(backends) if adapters else backends[""]
             self.drawer = Drawer(self.backend, grammar, self.device)
@@ -69,23 +69,23 @@ class ModelRunner:
             if static and len(fused) == len(models):
                 self.bursts = Bursts(fused, self._cache, grammar)
 
-    def steps(self, plan: Plan, handles: Sequence[Handle]) -> int:
-        """How many static steps the plan may take; 0 if none."""
-        return 0 if self.bursts is None else self.bursts.length(plan, handles)
+    def burst_length(self, plan: Plan, handles: Sequence[Handle]) -> int:
+        """The number of static steps that the plan can be run with; 0 if it needs another step."""
+        return 0 if self.bursts is None else self.bursts.burst_length(plan, handles)
 
     @torch.inference_mode()
-    def run(self, plan: Plan, handles: Sequence[Handle], steps: int = 0) -> list[list[int]]:
+    def run(self, plan: Plan, handles: Sequence[Handle], burst_length: int = 0) -> list[list[int]]:
         """Read the pieces of a plan, and draw for the handles that are ready. Returns the tokens of
-        each handle: one per position of its window, or up to `steps`. `NOTHING` stands for a token
-        whose logits are not finite."""
+        each handle: one per position of its window, or up to `burst_length`. `INVALID_TOKEN` stands
+        for a token whose logits are not finite."""
         for copied in plan.copies:
             self._cache.copy(copied)
         if not plan.pieces:
             return []
-        if self.bursts is not None and steps:
-            return self.bursts.draw(handles, steps)
+        if self.bursts is not None and burst_length:
+            return self.bursts.draw(handles, burst_length)
         step = Step(plan.pieces)
-        x_RD = self.backend.states(step)
+        x_RD = self.backend.hidden_states(step)
         return self.drawer.draw(x_RD, step, handles) if handles else []
 
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> int:
@@ -97,11 +97,11 @@ class ModelRunner:
         self._cache.clear(blocks)
 
 
-def _called(transformer: Transformer, cache: Cache, compiled: bool) -> Backend:
+def _module_backend(transformer: Transformer, cache: PagedCache, compiled: bool) -> Backend:
     return CalledTransformer(transformer, cache)
 
 
-def _backend(transformer: Transformer, cache: Cache, compiled: bool) -> Backend:
+def _backend(transformer: Transformer, cache: PagedCache, compiled: bool) -> Backend:
     # Beyond `limit` the rotary angles of all positions depend on the length of a sequence, so its
     # tokens cannot share a table with those of others.
     limit = rotary_change_length(transformer.config)

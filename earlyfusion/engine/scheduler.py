@@ -1,11 +1,11 @@
-"""Who runs next: requests take blocks of the cache, read their prompts in pieces, are preempted,
-end.
+"""Which requests run next, and which of their tokens a step reads (chunked prefill). No tensors
+here.
 
 A request reads through branches: one for text, two or three while it draws a guided image. A branch
-lists the tokens to be read, and how many of them its blocks hold. So a prompt read in pieces, a
-single new token and a return after preemption are the same case. Requests are served by priority,
-then by arrival. A `Plan` is what one step reads, and a `Step` puts its tokens in one row, the same
-for all back ends. No tensor appears here.
+lists its tokens, and how many of them its blocks hold. So a prompt read in pieces, a single new
+token, and a request that was preempted are the same case: there are tokens to be read. Requests are
+served by priority, then by arrival. A `Plan` is what one step reads; a `Step` concatenates its
+tokens, in the same way for all back ends.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from typing import NamedTuple, Protocol
 from earlyfusion.engine.blocks import BlockPool, Branch, Copy
 from earlyfusion.errors import SettingError
 
-ALONE = 4
-"""Times `chunk` that a step reads of prompts if no request draws in it."""
-_STEP_ROWS = 8
-"""Rows whose products take about as long as reading the weights, which every step does."""
+PREFILL_ONLY_FACTOR = 4
+"""A step in which no request draws reads this many times `chunk` tokens of prompts."""
+_CHEAP_ROWS = 8
+"""The number of rows up to which a step takes about as long as one row, as it must read all
+weights."""
 
 
 class Entry(Protocol):
@@ -75,8 +76,8 @@ class Plan:
 
 class Step:
     """The tokens of a plan's pieces in one row: single tokens first, by length, then longer pieces.
-    `drawing` are the rows that may be drawn from: the last token of each piece, and its drafts.
-    `row_of` is the index, among these, of a branch's first row."""
+    `logits_indices` are the tokens whose logits are needed: the last one of each piece, and its
+    drafts. `row_of` is the index, among these, of a branch's first row."""
 
     def __init__(self, pieces: Iterable[Piece]) -> None:
         self.singles: list[Piece] = []
@@ -88,20 +89,20 @@ class Step:
         self.tokens: list[int] = []
         self.positions: list[int] = []
         self.row_of: dict[Branch, int] = {}
-        self.drawing: list[int] = []
+        self.logits_indices: list[int] = []
         for piece in self.pieces:
             last = len(self.tokens) + piece.size - 1
             self.tokens += piece.tokens
             self.positions += range(piece.start, piece.start + piece.rows)
-            self.row_of[piece.branch] = len(self.drawing)
-            self.drawing += range(last, len(self.tokens))
-        self.draws_all = len(self.drawing) == len(self.tokens)
+            self.row_of[piece.branch] = len(self.logits_indices)
+            self.logits_indices += range(last, len(self.tokens))
+        self.needs_all_logits = len(self.logits_indices) == len(self.tokens)
 
 
 class Scheduler:
-    """Shares the blocks of the cache among at most `most_running` requests. Beside one request that
-    draws, a step reads at most `chunk` tokens of prompts, so that this one does not wait long.
-    Beside several it reads more, see `_most_read`, up to ALONE times `chunk`."""
+    """Shares the blocks of the cache among at most `most_running` requests. A step in which one
+    request draws reads at most `chunk` tokens of prompts, so that this request does not wait long.
+    A step in which several draw, or none, may read more (`_prompt_budget`)."""
 
     def __init__(self, pool: BlockPool, chunk: int, most_running: int = 256) -> None:
         if chunk < 2 or most_running < 1:
@@ -110,7 +111,7 @@ class Scheduler:
             )
         self.pool, self.chunk, self.most_running = pool, chunk, most_running
         self.waiting: list[Entry] = []
-        self.running: list[Entry] = []  # always in the order of `_order`
+        self.running: list[Entry] = []  # always in the order of `_sort_key`
         self.preemptions = 0
 
     def add(self, entry: Entry) -> None:
@@ -130,23 +131,23 @@ class Scheduler:
     def restart(self) -> None:
         """Have all requests read their tokens again, as the weights have changed."""
         for entry in list(self.running):
-            self._step_back(entry)
-        self.pool.forget()
+            self._requeue(entry)
+        self.pool.forget_all()
 
     def schedule(self) -> Plan:
         """The next step. The tokens of its pieces count as read from now on."""
         plan = Plan()
-        lacking = [entry for entry in self.running if self._missing(entry)]
+        lacking = [entry for entry in self.running if self._missing_blocks(entry)]
         for entry in lacking:
-            self._serve(entry, plan)
+            self._allocate(entry, plan)
         if self.waiting:
             self._admit(plan)
-        unread = [sum(len(b.tokens) - b.read for b in entry.branches) for entry in self.running]
-        left = self._most_read(unread)
+        unread = [sum(len(b.tokens) - b.num_read for b in entry.branches) for entry in self.running]
+        left = self._prompt_budget(unread)
         for entry, number in zip(self.running, unread, strict=True):
-            # Only `_serve` can leave a running request without the blocks that it needs.
-            if not (entry in lacking and self._missing(entry)):
-                left -= self._feed(entry, number, plan, left)
+            # Only `_allocate` can leave a running request without the blocks that it needs.
+            if not (entry in lacking and self._missing_blocks(entry)):
+                left -= self._plan_pieces(entry, number, plan, left)
         return plan
 
     def grow(self, entries: Iterable[Entry], tokens: int) -> None:
@@ -155,32 +156,34 @@ class Scheduler:
         for entry in entries:
             for branch in entry.branches:
                 size = len(branch.tokens) + tokens
-                missing = self.pool.needed(size) - len(branch.blocks)
+                missing = self.pool.blocks_for(size) - len(branch.blocks)
                 if missing > 0 and self.pool.free - missing >= len(self.running):
                     # `extend` copies nothing here, as the branch has read all its tokens.
                     self.pool.extend(branch, size)
 
-    def _most_read(self, unread: Sequence[int]) -> int:
-        """The most tokens of prompts that the next step reads; `unread` are the unread tokens of
-        the running requests. The more rows are drawn, the longer
-        a step takes anyway, and the more requests wait for their first token for each one that
-        draws, the more of them a larger piece helps. Depends on counts only, not on time, so that
-        the same requests are always cut alike."""
+    def _prompt_budget(self, unread: Sequence[int]) -> int:
+        """The most tokens of prompts that the next step reads; `unread` are the numbers of unread
+        tokens of the running requests.
+
+        The budget grows with the rows that are drawn, which make the step longer anyway, and with
+        the requests that wait for their first token for each one that draws. It depends on counts
+        only, not on time, so that the same requests are always read in the same pieces.
+        """
         requests = zip(self.running, unread, strict=True)
         drawing = [entry for entry, number in requests if number == len(entry.branches)]
         if not drawing:
-            return ALONE * self.chunk
+            return PREFILL_ONLY_FACTOR * self.chunk
         rows = sum(len(entry.branches) * (1 + len(entry.drafts)) for entry in drawing)
         waiting = max(len(self.running) - len(drawing), len(drawing))
         # chunk * (1 + (rows - 1) / _STEP_ROWS) * (waiting / drawing), in whole numbers.
-        most = self.chunk * (_STEP_ROWS + rows - 1) * waiting // (_STEP_ROWS * len(drawing))
-        return min(most, ALONE * self.chunk)
+        budget = self.chunk * (_CHEAP_ROWS + rows - 1) * waiting // (_CHEAP_ROWS * len(drawing))
+        return min(budget, PREFILL_ONLY_FACTOR * self.chunk)
 
     def _size(self, entry: Entry, branch: Branch) -> int:
-        """The tokens that a branch needs room for: its own, and those sure to come or tried."""
+        """The tokens that a branch needs blocks for: its own, and its reserve or its drafts."""
         return len(branch.tokens) + max(entry.reserve, len(entry.drafts))
 
-    def _missing(self, entry: Entry) -> int:
+    def _missing_blocks(self, entry: Entry) -> int:
         """The number of blocks that a request lacks, shared prefixes not considered."""
         size = self.pool.size
         extra = max(entry.reserve, len(entry.drafts)) + size - 1
@@ -191,15 +194,15 @@ class Scheduler:
 
     def _fits(self, entry: Entry, spare: int = 0) -> bool:
         """Whether the free blocks are enough for a request and `spare` more."""
-        missing = self._missing(entry)
+        missing = self._missing_blocks(entry)
         if missing + spare <= self.pool.free:
             return True
         unread = [branch for branch in entry.branches if not branch.blocks]
-        prefixes = [self.pool.find(branch.tokens, branch.adapter) for branch in unread]
+        prefixes = [self.pool.find_prefix(branch.tokens, branch.adapter) for branch in unread]
         shared = sum(len(prefix.blocks) for prefix in prefixes)
-        return missing - shared + spare <= self.pool.free - self.pool.unread(prefixes)
+        return missing - shared + spare <= self.pool.free - self.pool.count_free(prefixes)
 
-    def _serve(self, entry: Entry, plan: Plan) -> None:
+    def _allocate(self, entry: Entry, plan: Plan) -> None:
         """Give a running request its blocks, preempting requests behind it in order if needed."""
         # A request served earlier in this step may have preempted it.
         while entry in self.running and not self._fits(entry):
@@ -212,13 +215,14 @@ class Scheduler:
 
     def _admit(self, plan: Plan) -> None:
         """Admit waiting requests in order, preempting only those of lower priority."""
-        self.waiting.sort(key=_order)
+        self.waiting.sort(key=_sort_key)
         while self.waiting:
             first = self.waiting[0]
             # A running request earlier in order that lacks blocks comes first.
-            if any(_order(e) < _order(first) and self._missing(e) for e in self.running):
+            earlier = [entry for entry in self.running if _sort_key(entry) < _sort_key(first)]
+            if any(self._missing_blocks(entry) for entry in earlier):
                 return
-            if self._shares_soon(first):
+            if self._prefix_being_read(first):
                 return
             lower = [e for e in self.running if e.priority > first.priority]
             if not self._has_room(first, lower):
@@ -229,20 +233,20 @@ class Scheduler:
                 self._preempt(lower.pop())
             self.waiting.remove(first)
             self.running.append(first)
-            self.running.sort(key=_order)
+            self.running.sort(key=_sort_key)
             self._assign(first, plan)
 
-    def _shares_soon(self, entry: Entry) -> bool:
-        """Whether an earlier request is still reading blocks that this one begins with. Waiting for
-        it means that many requests with one prompt read it once."""
+    def _prefix_being_read(self, entry: Entry) -> bool:
+        """Whether an earlier request is still reading the first block that this one could share.
+        Waiting for it lets many requests with the same prompt read the prompt once."""
         tokens, adapter = entry.branches[0].tokens, entry.branches[0].adapter
-        end = (len(self.pool.find(tokens, adapter).blocks) + 1) * self.pool.size
-        if not self.pool.shares or end >= len(tokens):
+        end = (len(self.pool.find_prefix(tokens, adapter).blocks) + 1) * self.pool.size
+        if not self.pool.prefix_caching or end >= len(tokens):
             return False
-        before = (e for e in self.running if _order(e) < _order(entry))
+        before = (e for e in self.running if _sort_key(e) < _sort_key(entry))
         return any(
             branch.adapter == adapter
-            and branch.read < end < len(branch.tokens)
+            and branch.num_read < end < len(branch.tokens)
             and branch.tokens[:end] == tokens[:end]
             for other in before
             for branch in other.branches
@@ -253,10 +257,10 @@ class Scheduler:
             return False
         # Earlier running requests may each need a block soon, and would take it from this one,
         # which would then have read its prompt for nothing.
-        spare = sum(_order(e) < _order(entry) and not e.reserve for e in self.running)
-        return self._fits(entry, spare - self._held_alone(without))
+        spare = sum(_sort_key(e) < _sort_key(entry) and not e.reserve for e in self.running)
+        return self._fits(entry, spare - self._exclusive_blocks(without))
 
-    def _held_alone(self, entries: Sequence[Entry]) -> int:
+    def _exclusive_blocks(self, entries: Sequence[Entry]) -> int:
         """The number of blocks that only these requests hold."""
         reads = Counter(block for e in entries for b in e.branches for block in b.blocks)
         return sum(self.pool.references[block] == number for block, number in reads.items())
@@ -265,7 +269,7 @@ class Scheduler:
         # Prefixes of all branches first, so that `extend` does not evict one of their blocks.
         for branch in entry.branches:
             if not branch.blocks:
-                self.pool.give(branch, self.pool.find(branch.tokens, branch.adapter))
+                self.pool.attach(branch, self.pool.find_prefix(branch.tokens, branch.adapter))
         for branch in entry.branches:
             copied = self.pool.extend(branch, self._size(entry, branch))
             if copied is not None:
@@ -273,22 +277,22 @@ class Scheduler:
 
     def _preempt(self, entry: Entry) -> None:
         self.preemptions += 1
-        self._step_back(entry)
+        self._requeue(entry)
 
-    def _step_back(self, entry: Entry) -> None:
+    def _requeue(self, entry: Entry) -> None:
         self.running.remove(entry)
         self.release(entry.branches)
         self.waiting.append(entry)
-        self.waiting.sort(key=_order)
+        self.waiting.sort(key=_sort_key)
 
-    def _feed(self, entry: Entry, unread: int, plan: Plan, left: int) -> int:
-        """Plan the pieces of one request with this many unread tokens; the number of tokens that
-        they take of the step's `chunk`."""
+    def _plan_pieces(self, entry: Entry, unread: int, plan: Plan, left: int) -> int:
+        """Plan the pieces of one request with this many unread tokens. Returns the number of tokens
+        that they take of the step's budget."""
         branches, drafts = entry.branches, entry.drafts
         single = unread == len(branches)
         if single or unread <= left:
             for branch in branches:
-                self._read(plan, branch, len(branch.tokens) - branch.read, drafts)
+                self._add_piece(plan, branch, len(branch.tokens) - branch.num_read, drafts)
             plan.ready.append(entry)
             return 0 if single else unread
         # Guidance mixes the logits of all branches, so the last token of each must be read in the
@@ -297,18 +301,20 @@ class Scheduler:
         for branch in branches:
             number = min(branch.pending - 1, left - taken)
             if number > 0:
-                self._read(plan, branch, number)
+                self._add_piece(plan, branch, number)
                 taken += number
         return taken
 
-    def _read(self, plan: Plan, branch: Branch, number: int, drafts: Sequence[int] = ()) -> None:
-        plan.pieces.append(Piece(branch, branch.read, number, drafts))
-        # Within the block that the pool knows it to be filling, there is nothing to note.
-        if branch.read + number < branch.filling_to:
-            branch.read += number
+    def _add_piece(
+        self, plan: Plan, branch: Branch, number: int, drafts: Sequence[int] = ()
+    ) -> None:
+        plan.pieces.append(Piece(branch, branch.num_read, number, drafts))
+        # Within a registered partial block there is nothing new to register.
+        if branch.num_read + number < branch.partial_end:
+            branch.num_read += number
         else:
-            self.pool.read(branch, number)
+            self.pool.mark_read(branch, number)
 
 
-def _order(entry: Entry) -> tuple[int, int]:
+def _sort_key(entry: Entry) -> tuple[int, int]:
     return entry.priority, entry.number

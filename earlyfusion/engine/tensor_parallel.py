@@ -8,12 +8,12 @@ module (cache, back end, rounding to fewer bits) takes a shard as it is. Queries
 with their norms. So are keys and values; where these have fewer heads than there are processes,
 several processes hold the same ones.
 
-Embedding and head are whole, in the first process only. It runs the scheduler, embeds the tokens,
-broadcasts their states, and draws from its own logits. The others know the positions of tokens but
-not the tokens, so nothing they do can differ from what it decided. This reads more than a cut head
-would: of the bytes of a step with one row 0.5% in a picture, whose codes are an eighth of the
-vocabulary, and 4% in text (7B on two, 34B on four; 1% and 10% for 34B on eight). With a cut head
-each step would gather logits, and an error in the draw would reach all processes.
+Embedding and head are in the first process only, and not cut. It runs the scheduler, embeds the
+tokens, broadcasts the result, and draws from its own logits. The others know the positions of
+tokens but not the tokens, so they cannot decide anything differently. The first process reads more
+weights than it would of a cut head: in a step with one row, 0.5% of all bytes in a picture, whose
+codes are an eighth of the vocabulary, and 4% in text (7B on two, 34B on four; 1% and 10% for 34B on
+eight). But with a cut head each step would have to gather logits.
 
 Shapes: T tokens of a step, D model width, N query heads, K key and value heads, H head width.
 """
@@ -40,13 +40,13 @@ from earlyfusion.checkpoints.source import Source
 from earlyfusion.config import ModelConfig
 from earlyfusion.engine.backends.torch import FusedTransformer
 from earlyfusion.engine.blocks import Branch, Copy
-from earlyfusion.engine.cache import DTYPES, Cache, cache_dtype
+from earlyfusion.engine.cache import DTYPES, PagedCache, cache_dtype
 from earlyfusion.engine.handle import Handle
 from earlyfusion.engine.module_tree import is_plain
-from earlyfusion.engine.peers import Peers, SharedEmbedding, Summed, peers_of
+from earlyfusion.engine.peers import BroadcastEmbedding, Peers, RowParallelLinear, peers_of
 from earlyfusion.engine.runner import ModelRunner
 from earlyfusion.engine.scheduler import Piece, Plan, Step
-from earlyfusion.engine.static.bursts import serves
+from earlyfusion.engine.static.bursts import uses_bursts
 from earlyfusion.engine.static.followed import Burst, FollowedBursts
 from earlyfusion.errors import SettingError
 from earlyfusion.generation.grammar import Grammar
@@ -87,8 +87,8 @@ def shard_config(whole: ModelConfig, rank: int, count: int) -> ShardConfig:
     return ShardConfig(**values, head_width=whole.head_dim)
 
 
-def cut(name: str, whole: Tensor, config: ModelConfig, rank: int, count: int) -> Tensor:
-    """The share of one shard in a parameter of the whole model, in memory of its own.
+def shard_tensor(name: str, whole: Tensor, config: ModelConfig, rank: int, count: int) -> Tensor:
+    """The part of a parameter `whole` that one shard holds, as a copy.
 
     `config` is the whole model's. Shards after the first hold one row of embedding and head.
     """
@@ -122,8 +122,9 @@ def _query_heads(config: ModelConfig, rank: int, count: int) -> list[int]:
 
 
 def _kv_heads(config: ModelConfig, rank: int, count: int) -> list[int]:
-    """The heads that a shard's queries read, one per run of queries of the longest length that
-    fits all shards."""
+    """The key heads of a shard: one for each group of query heads that read it. A shard whose
+    number of query heads is not a multiple of the model's group has smaller groups, and then holds
+    a key head more than once."""
     queries = _query_heads(config, rank, count)
     group = config.num_attention_heads // config.kv_heads
     return [head // group for head in queries[:: math.gcd(len(queries), group)]]
@@ -152,7 +153,7 @@ def open_shard(source: Source, count: int) -> Source:
         checked(source),
         config=config,
         tensors={
-            name: stored.then(partial(_cut_named, name, whole, rank, count))
+            name: stored.then(partial(_shard_named, name, whole, rank, count))
             for name, stored in source.tensors.items()
         },
         vq=source.vq if rank == 0 else {},
@@ -160,24 +161,25 @@ def open_shard(source: Source, count: int) -> Source:
     )
 
 
-def _cut_named(name: str, config: ModelConfig, rank: int, count: int, whole: Tensor) -> Tensor:
-    return cut(name, whole, config, rank, count)
+def _shard_named(name: str, config: ModelConfig, rank: int, count: int, whole: Tensor) -> Tensor:
+    return shard_tensor(name, whole, config, rank, count)
 
 
 # ---- a shard among the others
 
 
 def connect(shard: Transformer, peers: Peers) -> Transformer:
-    """Let a shard work with the others, in place. Quantise it before, if at all."""
+    """Connect a shard with those of the other processes, in place. Quantise it before, if at
+    all."""
     embedding = shard.model.embed_tokens
     assert isinstance(embedding, nn.Embedding)
-    shard.model.embed_tokens = SharedEmbedding(cast(nn.Parameter, embedding.weight), peers)
+    shard.model.embed_tokens = BroadcastEmbedding(cast(nn.Parameter, embedding.weight), peers)
     for block in cast("Iterable[Block]", shard.model.layers):
         for owner, name in ((block.self_attn, "o_proj"), (block.mlp, "down_proj")):
             linear = getattr(owner, name)
             if peers.rank > 0:
                 linear.bias = None  # the sum must contain it once
-            setattr(owner, name, Summed(linear, peers))
+            setattr(owner, name, RowParallelLinear(linear, peers))
     return shard
 
 
@@ -186,7 +188,7 @@ def split(whole: Transformer, peers: Peers) -> Transformer:
     config = shard_config(whole.config, peers.rank, peers.count)
     shard = Transformer(config).to(whole.lm_head.weight.dtype).eval()
     tensors = {
-        name: cut(name, tensor, whole.config, peers.rank, peers.count)
+        name: shard_tensor(name, tensor, whole.config, peers.rank, peers.count)
         for name, tensor in whole.state_dict().items()
     }
     shard.load_state_dict(tensors, assign=True)
@@ -203,7 +205,7 @@ def share(shard: Transformer) -> None:
 
     Raises `SettingError` if this program shares a model already.
     """
-    if _SHARED:
+    if _connected:
         raise SettingError(
             "this program shares a model already: start it again for another, "
             "or load that one with tensor_parallel=1"
@@ -211,17 +213,17 @@ def share(shard: Transformer) -> None:
     device = shard.lm_head.weight.device
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    _SHARED.append(Peers(device))
-    [peers] = _SHARED
+    _connected.append(Peers(device))
+    [peers] = _connected
     connect(shard, peers)
     if not peers.leads:
-        _follow_to_the_end(shard, peers)
+        _follow_and_exit(shard, peers)
 
 
-_SHARED: list[Peers] = []
+_connected: list[Peers] = []
 
 
-def _follow_to_the_end(shard: Transformer, peers: Peers) -> NoReturn:
+def _follow_and_exit(shard: Transformer, peers: Peers) -> NoReturn:
     try:
         follow(shard, peers)
     except ConnectionError as error:
@@ -262,7 +264,7 @@ class LeadingRunner(ModelRunner):
         self._peers, self._collectives = peers, _collectives(transformer)
         peers.engines += 1
         self._engine = peers.engines
-        static = serves(transformer.lm_head.weight.device) if static is None else static
+        static = uses_bursts(transformer.lm_head.weight.device) if static is None else static
         peers.send([_OPEN, blocks, length, _CACHE_DTYPES.index(dtype_name), static], 0)
         super().__init__(transformer, grammar, blocks, length, dtype_name, static)
         if self.bursts is not None:
@@ -297,7 +299,7 @@ class LeadingRunner(ModelRunner):
         try:
             yield
         except BaseException:
-            if peers.left:
+            if peers.collectives_left:
                 peers.close()  # the others wait for collectives that will not come
             raise
 
@@ -309,13 +311,13 @@ def follow(shard: Transformer, peers: Peers) -> None:
     """Run the plans of the leader until it closes; ConnectionError if it has gone."""
     follower: _Follower | None = None
     while message := peers.receive():
-        subject, *numbers = message
-        if subject == _OPEN:
+        kind, *numbers = message
+        if kind == _OPEN:
             follower = None  # frees its cache before the next takes memory
             follower = _Follower(shard, peers, *numbers)
             continue
         assert follower is not None
-        follower.run(subject, numbers)
+        follower.run(kind, numbers)
     peers.close()
 
 
@@ -334,8 +336,8 @@ class _Follower:
         weight = shard.lm_head.weight
         dtype = cache_dtype(_CACHE_DTYPES[dtype_number], weight.dtype)
         self._peers, self._collectives = peers, _collectives(shard)
-        # The one block more is the spare one of static steps.
-        self._cache = Cache(shard.config, blocks + 1, length, dtype, weight.device)
+        # One more, as in `ModelRunner`: the spare block of static steps.
+        self._cache = PagedCache(shard.config, blocks + 1, length, dtype, weight.device)
         self._bursts: FollowedBursts | None = None
         with torch.no_grad():
             self._backend = FusedTransformer(shard, self._cache)
@@ -343,10 +345,10 @@ class _Follower:
                 self._bursts = FollowedBursts(shard, self._backend, self._cache)
 
     @torch.inference_mode()
-    def run(self, subject: int, numbers: Sequence[int]) -> None:
-        if subject == _CLEAR:
+    def run(self, kind: int, numbers: Sequence[int]) -> None:
+        if kind == _CLEAR:
             self._cache.clear(numbers)
-        elif subject == _BURST:
+        elif kind == _BURST:
             self._burst(Burst.of(numbers))
         else:
             self._read(_plan(numbers))
@@ -361,7 +363,7 @@ class _Follower:
             self._cache.copy(copied)
         if plan.pieces:
             self._peers.begin(self._collectives)
-            self._backend.hidden(Step(plan.pieces))
+            self._backend.run_layers(Step(plan.pieces))
 
 
 def _collectives(transformer: Transformer) -> int:
@@ -381,7 +383,7 @@ def _message(plan: Plan) -> list[int]:
 
 
 def _plan(numbers: Sequence[int]) -> Plan:
-    """The plan of a message, with zeros for its tokens."""
+    """The plan of a message, with 0 for each token."""
     left = iter(numbers)
     copies = [Copy(next(left), next(left), next(left)) for _ in range(next(left))]
     pieces = []

@@ -174,11 +174,11 @@ class Transformer(nn.Module):
         """Logits (B, T, V), or (B, 1, V) with `last_only`, in the dtype of the computation. By
         default positions count from 0, and attention is causal; `attends` has one entry per layer.
         """
-        x_BTD = self.states(tokens_BT, positions_BT, attends)
+        x_BTD = self.hidden_states(tokens_BT, positions_BT, attends)
         logits_BTV: Tensor = self.lm_head(x_BTD[:, -1:] if last_only else x_BTD)
         return logits_BTV
 
-    def states(
+    def hidden_states(
         self,
         tokens_BT: Tensor,
         positions_BT: Tensor | None = None,

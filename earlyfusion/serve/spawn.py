@@ -74,11 +74,11 @@ class LoadPlan:
 def cache_share(model: Chameleon, replicas: int) -> int:
     """Bytes of the cache of each of several engines that share the free memory of a machine."""
     from earlyfusion.devices import free_bytes
-    from earlyfusion.engine.cache import Cache, cache_dtype, cache_size
+    from earlyfusion.engine.cache import PagedCache, cache_dtype, cache_size
     from earlyfusion.model.kv_cache import dtype_and_device
 
     dtype, device = dtype_and_device(model.transformer)
-    token_bytes = Cache.token_bytes(model.config, cache_dtype(None, dtype))
+    token_bytes = PagedCache.token_bytes(model.config, cache_dtype(None, dtype))
     free = free_bytes(device)
     context = model.config.max_position_embeddings
     return cache_size(token_bytes, context, device, reserved=free - free // replicas).bytes

@@ -231,7 +231,7 @@ class LanguageTask(Task):
     def _loss_of(self, batch: PackedBatch) -> TokenLoss:
         # One object can serve all layers, as it only holds the mask.
         attends = [CausalAttend(batch.document_BT)] * self.model.config.num_hidden_layers
-        x_BTD = self.model.states(batch.tokens_BT, batch.positions_BT, attends)
+        x_BTD = self.model.hidden_states(batch.tokens_BT, batch.positions_BT, attends)
         x_BTD, head_VD, cut = parallel.head_inputs(x_BTD, self.model.lm_head.weight)
         targets = (batch.targets_BT, batch.weight_BT)
         block = head_block(len(head_VD)) if x_BTD.device.type == "cuda" else _BLOCK

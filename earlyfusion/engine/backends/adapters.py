@@ -21,29 +21,29 @@ class ByAdapter:
         self._backends, self._own = backends, backends[""]
 
     @property
-    def whole_prompts(self) -> bool:
-        return self._own.whole_prompts
+    def needs_whole_prompts(self) -> bool:
+        return self._own.needs_whole_prompts
 
     @property
     def draw(self) -> Callable[[Sequence[Choice]], list[int]] | None:
         return self._own.draw
 
-    def states(self, step: Step) -> Tensor:
+    def hidden_states(self, step: Step) -> Tensor:
         groups: dict[str, list[Piece]] = {}
         for piece in step.pieces:
             groups.setdefault(piece.branch.adapter, []).append(piece)
         if len(groups) == 1:
             [name] = groups
-            return self._backends[name].states(step)
+            return self._backends[name].hidden_states(step)
         rows: list[int] = []
-        states: list[Tensor] = []
+        hidden_states: list[Tensor] = []
         for name, pieces in groups.items():
             group = Step(pieces)
-            states.append(self._backends[name].states(group))
+            hidden_states.append(self._backends[name].hidden_states(group))
             for piece in group.pieces:
                 first = step.row_of[piece.branch]
                 rows += range(first, first + 1 + len(piece.drafts))
-        joined_RD = torch.cat(states)
+        joined_RD = torch.cat(hidden_states)
         x_RD = torch.empty_like(joined_RD)
         x_RD[rows] = joined_RD
         return x_RD
@@ -51,5 +51,5 @@ class ByAdapter:
     def product(self, ids_V: Tensor) -> Product:
         return self._own.product(ids_V)
 
-    def whole_logits(self, x_RD: Tensor) -> Tensor:
-        return self._own.whole_logits(x_RD)
+    def vocab_logits(self, x_RD: Tensor) -> Tensor:
+        return self._own.vocab_logits(x_RD)

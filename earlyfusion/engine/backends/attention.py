@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from earlyfusion.engine.blocks import Branch
-from earlyfusion.engine.cache import Cache, LayerCache
+from earlyfusion.engine.cache import LayerCache, PagedCache
 from earlyfusion.engine.scheduler import Piece, Step
 
-LookBack: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+StepAttend: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q_TNH, k_TKH, v_TKH) -> out_TNH of one layer: stores the new keys and values, then attends."""
 
 # Reading this much padding (bytes per layer) still costs less than one more call of attention.
@@ -51,7 +51,7 @@ class _Segment(NamedTuple):
 class StepAttention:
     """Where a step's keys and values are stored, and which positions each row sees."""
 
-    def __init__(self, step: Step, cache: Cache) -> None:
+    def __init__(self, step: Step, cache: PagedCache) -> None:
         self._cache = cache
         size = cache.block_size
         blocks = [
@@ -61,10 +61,10 @@ class StepAttention:
         ]
         offsets = [position % size for position in step.positions]
         self._blocks_T, self._offsets_T = self._tensor([blocks, offsets])
-        self._groups = list(self._grouped(step.singles))
-        self._segments = list(self._segmented(step.longer, len(step.singles)))
+        self._groups = list(self._make_groups(step.singles))
+        self._segments = list(self._make_segments(step.longer, len(step.singles)))
 
-    def of_layers(self) -> list[LookBack]:
+    def per_layer(self) -> list[StepAttend]:
         return [partial(self._attend, layer) for layer in self._cache.layers]
 
     def _attend(self, layer: LayerCache, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
@@ -73,18 +73,18 @@ class StepAttention:
         out += [_attend_segment(layer, q_TNH[one.rows], one) for one in self._segments]
         return out[0] if len(out) == 1 else torch.cat(out)
 
-    def _grouped(self, singles: Sequence[Piece]) -> Iterator[_Group]:
+    def _make_groups(self, singles: Sequence[Piece]) -> Iterator[_Group]:
         if not singles:
             return
         ends = [piece.end for piece in singles]
         # On a GPU a launch costs more than reading padding, so all rows are one group.
-        cuts = self._cuts(ends) if self._cache.device.type == "cpu" else [(0, len(ends))]
+        cuts = self._group_bounds(ends) if self._cache.device.type == "cpu" else [(0, len(ends))]
         for first, last in cuts:
             rows, end = slice(first, last), max(ends[first:last])
             blocks_RN = self._table([piece.branch for piece in singles[rows]], end)
             yield _Group(rows, blocks_RN, end, self._padding(ends[rows]))
 
-    def _cuts(self, ends: Sequence[int]) -> Iterator[tuple[int, int]]:
+    def _group_bounds(self, ends: Sequence[int]) -> Iterator[tuple[int, int]]:
         """Cut rows in ascending length into groups where padding would cost more than a call."""
         kv = self._cache.kv_BL2KSH
         token_bytes = 2 * kv.shape[3] * kv.shape[5] * kv.element_size()
@@ -97,7 +97,7 @@ class StepAttention:
                 first = row
         yield first, len(ends)
 
-    def _segmented(self, longer: Sequence[Piece], row: int) -> Iterator[_Segment]:
+    def _make_segments(self, longer: Sequence[Piece], row: int) -> Iterator[_Segment]:
         for piece in longer:
             mask, end = None, piece.start + piece.rows
             # is_causal aligns queries with the first keys, so it serves only from position 0 on.

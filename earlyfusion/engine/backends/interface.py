@@ -1,5 +1,5 @@
 """What a back end must do: run the transformer on the tokens of a step, and perhaps draw. Most use
-`head_product` and `whole_logits` for the head."""
+`head_product` and `vocab_logits` for the head."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ Product: TypeAlias = Callable[[Tensor], Tensor]
 
 
 class Backend(Protocol):
-    """With `whole_prompts`, a prompt must be read in one piece, from its first token."""
+    """With `needs_whole_prompts`, a prompt must be read in one piece, from its first token."""
 
     @property
-    def whole_prompts(self) -> bool: ...
+    def needs_whole_prompts(self) -> bool: ...
 
-    def states(self, step: Step) -> Tensor:
-        """The head's input [R, D] for the rows of `step.drawing`. Writes the cache."""
+    def hidden_states(self, step: Step) -> Tensor:
+        """The head's input [R, D] for the rows of `step.logits_indices`. Writes the cache."""
 
     def product(self, ids_V: Tensor) -> Product:
-        """A function from `states` to logits [R, V] of these ids, which are in ascending order."""
+        """A function from `hidden_states` to logits [R, V] of these ids, which must ascend."""
 
-    def whole_logits(self, x_RD: Tensor) -> Tensor:
-        """From `states` to fp32 logits of the whole vocabulary."""
+    def vocab_logits(self, x_RD: Tensor) -> Tensor:
+        """From `hidden_states` to fp32 logits of the whole vocabulary."""
 
     @property
     def draw(self) -> Callable[[Sequence[Choice]], list[int]] | None:
@@ -49,7 +49,7 @@ def head_product(head: nn.Module, ids_V: Tensor, product: Callable[[Tensor], Pro
     return lambda x_RD: head(x_RD.to(dtype))[:, rows]
 
 
-def whole_logits(head: nn.Module, x_RD: Tensor) -> Tensor:
+def vocab_logits(head: nn.Module, x_RD: Tensor) -> Tensor:
     """Logits [R, V] in fp32 of the whole vocabulary."""
     logits_RV: Tensor = head(x_RD.to(_dtype(head)))
     return logits_RV.float()

@@ -9,9 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from earlyfusion.engine.backends.attention import LookBack, StepAttention
+from earlyfusion.engine.backends.attention import StepAttend, StepAttention
 from earlyfusion.engine.backends.interface import Product
-from earlyfusion.engine.cache import Cache
+from earlyfusion.engine.cache import PagedCache
 from earlyfusion.engine.scheduler import Piece, Step
 from earlyfusion.model.transformer import Transformer
 
@@ -19,19 +19,19 @@ from earlyfusion.model.transformer import Transformer
 class CalledTransformer:
     """Its states are already logits of the whole vocabulary, as the head may be any module."""
 
-    whole_prompts = True
+    needs_whole_prompts = True
     draw = None
 
-    def __init__(self, transformer: Transformer, cache: Cache) -> None:
+    def __init__(self, transformer: Transformer, cache: PagedCache) -> None:
         self._transformer, self._cache = transformer, cache
 
-    def states(self, step: Step) -> Tensor:
+    def hidden_states(self, step: Step) -> Tensor:
         return torch.cat([self._logits(piece) for piece in step.pieces])
 
     def product(self, ids_V: Tensor) -> Product:
         return lambda logits_RV: logits_RV[:, ids_V]
 
-    def whole_logits(self, logits_RV: Tensor) -> Tensor:
+    def vocab_logits(self, logits_RV: Tensor) -> Tensor:
         return logits_RV.float()
 
     def _logits(self, piece: Piece) -> Tensor:
@@ -40,13 +40,13 @@ class CalledTransformer:
         tokens_1T, positions_1T = torch.tensor([[step.tokens], [step.positions]]).to(
             self._cache.device
         )
-        look_backs = StepAttention(step, self._cache).of_layers()
-        attends = [partial(_with_batch, look_back) for look_back in look_backs]
+        step_attends = StepAttention(step, self._cache).per_layer()
+        attends = [partial(_with_batch, attend) for attend in step_attends]
         logits_BTV: Tensor = self._transformer(
             tokens_1T, positions_1T, attends, last_only=not piece.drafts
         )
         return logits_BTV[0, -1 - len(piece.drafts) :]
 
 
-def _with_batch(look_back: LookBack, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
-    return look_back(q_BTNH[0], k_BTKH[0], v_BTKH[0])[None]
+def _with_batch(attend: StepAttend, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
+    return attend(q_BTNH[0], k_BTKH[0], v_BTKH[0])[None]

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from earlyfusion.devices import free_bytes
 from earlyfusion.engine.backends.attention import StepAttention
-from earlyfusion.engine.backends.interface import Product, head_product, whole_logits
-from earlyfusion.engine.cache import Cache
+from earlyfusion.engine.backends.interface import Product, head_product, vocab_logits
+from earlyfusion.engine.cache import PagedCache
 from earlyfusion.engine.scheduler import Step
 from earlyfusion.model.rotary import rotary_tables
 from earlyfusion.model.transformer import Block, RMSNorm, Transformer
@@ -43,13 +43,13 @@ class Layer(NamedTuple):
 class FusedTransformer:
     """Fused products in torch, on any device."""
 
-    whole_prompts = False
+    needs_whole_prompts = False
     draw = None
 
-    def __init__(self, transformer: Transformer, cache: Cache) -> None:
+    def __init__(self, transformer: Transformer, cache: PagedCache) -> None:
         config, weight = transformer.config, transformer.lm_head.weight
         self._cache, self._head = cache, transformer.lm_head
-        self._packs = weight.device.type == "cpu" and has_room(transformer)
+        self._prepacks = weight.device.type == "cpu" and fits_second_copy(transformer)
         self._embedding = transformer.model.embed_tokens
         self._norm = transformer.model.norm
         self._norm_after = config.swin_norm
@@ -66,24 +66,24 @@ class FusedTransformer:
         """Cosines and sines of all positions [P, 1, H]."""
         return self._cos_P1H, self._sin_P1H
 
-    def states(self, step: Step) -> Tensor:
-        x_TD = self.hidden(step)
-        normed_RD: Tensor = self._norm(x_TD if step.draws_all else x_TD[step.drawing])
+    def hidden_states(self, step: Step) -> Tensor:
+        x_TD = self.run_layers(step)
+        normed_RD: Tensor = self._norm(x_TD if step.needs_all_logits else x_TD[step.logits_indices])
         return normed_RD
 
-    def hidden(self, step: Step) -> Tensor:
+    def run_layers(self, step: Step) -> Tensor:
         """States [T, D] of all tokens, before the final norm."""
         # One tensor for both, so that there is one copy to the device.
         tokens_T, positions_T = torch.tensor([step.tokens, step.positions]).to(self._cache.device)
         x_TD = self._embedding(tokens_T)
         cos_T1H, sin_T1H = self._cos_P1H[positions_T], self._sin_P1H[positions_T]
-        attends = StepAttention(step, self._cache).of_layers()
+        attends = StepAttention(step, self._cache).per_layer()
         for layer, attend in zip(self.layers, attends, strict=True):
             # Norms before attention and feed-forward (7B), or after them (34B, swin_norm).
             y_TD = x_TD if self._norm_after else layer.attention_norm(x_TD)
             qkv_TMH = layer.qkv(y_TD).view(self._shape)
             values_TKH = qkv_TMH[:, self._values_from :]
-            rotated_TMH = _rotated(qkv_TMH[:, : self._values_from], layer, cos_T1H, sin_T1H)
+            rotated_TMH = _norm_and_rotate(qkv_TMH[:, : self._values_from], layer, cos_T1H, sin_T1H)
             rotated_TMH = rotated_TMH.to(values_TKH.dtype)
             queries_TNH = rotated_TMH[:, : self._keys_from]
             keys_TKH = rotated_TMH[:, self._keys_from :]
@@ -98,8 +98,8 @@ class FusedTransformer:
     def product(self, ids_V: Tensor) -> Product:
         return head_product(self._head, ids_V, self._product)
 
-    def whole_logits(self, x_RD: Tensor) -> Tensor:
-        return whole_logits(self._head, x_RD)
+    def vocab_logits(self, x_RD: Tensor) -> Tensor:
+        return vocab_logits(self._head, x_RD)
 
     def _product(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> Product:
         """x -> x W^T + b, with packed weights if possible."""
@@ -107,7 +107,7 @@ class FusedTransformer:
         def plain(x: Tensor) -> Tensor:
             return F.linear(x, weight_OI, bias_O)
 
-        if not self._packs or not can_pack(weight_OI.dtype):
+        if not self._prepacks or not can_prepack(weight_OI.dtype):
             return plain
         operator = torch.ops.mkldnn._linear_pointwise
         packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI)
@@ -117,7 +117,7 @@ class FusedTransformer:
 
         return product
 
-    def _fused(self, *linears: nn.Module) -> Product:
+    def _fused_product(self, *linears: nn.Module) -> Product:
         """One product for several linear modules with the same input; outputs side by side."""
         if any(type(linear) is not nn.Linear for linear in linears):
             return lambda x: torch.cat([linear(x) for linear in linears], -1)
@@ -125,27 +125,27 @@ class FusedTransformer:
         weight_OI = torch.cat([linear.weight.detach() for linear in plain])
         biased = any(linear.bias is not None for linear in plain)
         bias_O = torch.cat([_bias(linear) for linear in plain]) if biased else None
-        if not self._packs:
-            _share(plain, weight_OI, bias_O)
+        if not self._prepacks:
+            _share_memory(plain, weight_OI, bias_O)
         return self._product(weight_OI, bias_O)
 
     def _layer(self, block: Block) -> Layer:
         attention, mlp = block.self_attn, block.mlp
         norms = (attention.q_norm, attention.k_norm)
         return Layer(
-            self._fused(attention.q_proj, attention.k_proj, attention.v_proj),
+            self._fused_product(attention.q_proj, attention.k_proj, attention.v_proj),
             torch.cat([norm.weight.detach() for norm in norms]).float(),
             torch.cat([norm.bias.detach() for norm in norms]).float(),
-            self._fused(attention.o_proj),
-            self._fused(mlp.gate_proj, mlp.up_proj),
-            self._fused(mlp.down_proj),
+            self._fused_product(attention.o_proj),
+            self._fused_product(mlp.gate_proj, mlp.up_proj),
+            self._fused_product(mlp.down_proj),
             mlp.act_fn,
             block.input_layernorm,
             block.post_attention_layernorm,
         )
 
 
-def _rotated(x_TMH: Tensor, layer: Layer, cos_T1H: Tensor, sin_T1H: Tensor) -> Tensor:
+def _norm_and_rotate(x_TMH: Tensor, layer: Layer, cos_T1H: Tensor, sin_T1H: Tensor) -> Tensor:
     """Head norm, then rotation, in fp32, for queries and keys together."""
     width = x_TMH.shape[-1]
     normed = F.layer_norm(x_TMH.float(), (width,), eps=1e-5)
@@ -154,7 +154,7 @@ def _rotated(x_TMH: Tensor, layer: Layer, cos_T1H: Tensor, sin_T1H: Tensor) -> T
 
 
 @cache
-def can_pack(dtype: torch.dtype) -> bool:
+def can_prepack(dtype: torch.dtype) -> bool:
     """Whether oneDNN's packed products serve weights of this dtype on this machine."""
     if dtype not in (torch.float32, torch.bfloat16):
         return False
@@ -167,13 +167,13 @@ def can_pack(dtype: torch.dtype) -> bool:
     return True
 
 
-def has_room(transformer: Transformer) -> bool:
+def fits_second_copy(transformer: Transformer) -> bool:
     """Whether a second copy of the weights fits into half of the free memory."""
     size = sum(p.numel() * p.element_size() for p in transformer.parameters())
     return size < free_bytes(transformer.lm_head.weight.device) // 2
 
 
-def _share(linears: Sequence[nn.Linear], weight_OI: Tensor, bias_O: Tensor | None) -> None:
+def _share_memory(linears: Sequence[nn.Linear], weight_OI: Tensor, bias_O: Tensor | None) -> None:
     """Make the modules' parameters views of the fused weight, so that it is held once."""
     sizes = [linear.out_features for linear in linears]
     for linear, weight in zip(linears, weight_OI.split(sizes), strict=True):

@@ -15,15 +15,15 @@ import torch
 
 from earlyfusion.devices import free_bytes
 from earlyfusion.engine.backends.torch import FusedTransformer
-from earlyfusion.engine.cache import Cache
-from earlyfusion.engine.draw import NOTHING
+from earlyfusion.engine.cache import PagedCache
+from earlyfusion.engine.draw import INVALID_TOKEN
 from earlyfusion.engine.handle import Handle
 from earlyfusion.engine.scheduler import Plan
 from earlyfusion.engine.static.followed import Burst
 from earlyfusion.engine.static.grammars import Grammars
 from earlyfusion.engine.static.graphs import Graphs, Kind, Shape
 from earlyfusion.engine.static.layers import StaticLayers
-from earlyfusion.engine.static.rows import MOST_STEPS, SKIPPED, Rows, rows_of, table_blocks
+from earlyfusion.engine.static.rows import FROZEN, MAX_STEPS, Rows, branch_rows, table_blocks
 from earlyfusion.engine.static.step import StaticStep
 from earlyfusion.generation.grammar import Grammar
 from earlyfusion.kernels.operations import operations
@@ -47,7 +47,7 @@ class Bursts:
     def __init__(
         self,
         models: Mapping[str, tuple[Transformer, FusedTransformer]],
-        cache: Cache,
+        cache: PagedCache,
         grammar: Grammar,
     ) -> None:
         transformer, fused = models[""]
@@ -58,15 +58,15 @@ class Bursts:
         slots = max(grammar.image_tokens, cache.length)
         self._grammars = Grammars(config.vocab_size, slots, grammar.begin_image, device)
         codes_V = torch.tensor(sorted(grammar.code_ids), device=device)
-        ways = operations(device)
-        layers = {name: StaticLayers(*model, cache, ways) for name, model in models.items()}
+        kernels = operations(device)
+        layers = {name: StaticLayers(*model, cache, kernels) for name, model in models.items()}
         self._adapters = list(layers)
         self._step = StaticStep(transformer, fused, layers, self._grammars, codes_V)
         self._rows: dict[int, Rows] = {}
         self._graphs = Graphs(device, layers[""])
         self.announce: Callable[[Burst, int], None] = lambda burst, collectives: None
 
-    def length(self, plan: Plan, handles: Sequence[Handle]) -> int:
+    def burst_length(self, plan: Plan, handles: Sequence[Handle]) -> int:
         """The number of steps for the handles of a plan; 0 if the plan needs another step.
 
         A static step only reads one token of each branch, of requests that draw.
@@ -76,18 +76,18 @@ class Bursts:
             return 0
         if not all(piece.size == 1 for piece in plan.pieces):
             return 0
-        if not all(handle.alone_draws for handle in handles):
+        if not all(handle.draws_from_logits_alone for handle in handles):
             return 0
         if self._grammars.numbers_of(handle.grammar_state.grammar for handle in handles) is None:
             return 0
         if not _only_codes(handles):
             most = TEXT_STEPS
         else:
-            most = MOST_STEPS if len(handles) == 1 else SHARED_STEPS
+            most = MAX_STEPS if len(handles) == 1 else SHARED_STEPS
         return min(most, max(handle.grammar_state.tokens_until_end for handle in handles))
 
     def draw(self, handles: Sequence[Handle], steps: int) -> list[list[int]]:
-        """The next tokens of each handle, at most `steps`; only `NOTHING` if none could be drawn.
+        """The next tokens of each handle, at most `steps`; `INVALID_TOKEN` if none could be drawn.
 
         Requests of different adapters draw one group after the other.
         """
@@ -104,10 +104,10 @@ class Bursts:
         numbers = self._grammars.numbers_of(handle.grammar_state.grammar for handle in handles)
         assert numbers is not None
         kind = Kind(_only_codes(handles), all(_is_greedy(handle) for handle in handles))
-        burst = rows_of(handles, numbers, kind.only_codes)
+        burst = branch_rows(handles, numbers, kind.only_codes)
         bucket = next(size for size in BUCKETS if size >= len(burst))
-        rows, shape = self._rows_of(bucket), Shape(bucket, kind, adapter)
-        step = self._begun(Burst(shape, steps, [row.branch.blocks for row in burst]))
+        rows, shape = self._bucket_rows(bucket), Shape(bucket, kind, adapter)
+        step = self._announced_step(Burst(shape, steps, [row.branch.blocks for row in burst]))
         rows.write(burst, self._spare, steps)
         self._mark_seen(rows, handles)
         for _ in range(steps):
@@ -116,7 +116,7 @@ class Bursts:
         # The host waits for the device here.
         columns = rows.tokens_NR[:steps].T.tolist()
         firsts = [row.conditions[0] for row in burst if row.branch is row.handle.branches[0]]
-        return [_drawn(columns[first]) for first in firsts]
+        return [_before_freezing(columns[first]) for first in firsts]
 
     @torch.inference_mode()
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> int:
@@ -129,23 +129,23 @@ class Bursts:
         # The largest first, so that the others can use its memory in the pool.
         needed = [Shape(*one) for one in product(reversed(BUCKETS), kinds, self._adapters)]
         for number, shape in enumerate(needed, 1):
-            self._begun(Burst(shape, 0))
+            self._announced_step(Burst(shape, 0))
             if progress is not None:
                 progress(number, len(needed))
         return before - free_bytes(self._device)
 
-    def _rows_of(self, bucket: int) -> Rows:
+    def _bucket_rows(self, bucket: int) -> Rows:
         if bucket not in self._rows:
-            made = Rows.of(bucket, self._table_blocks, self._vocabulary, self._device)
-            made.write([], self._spare, 1)
-            self._rows[bucket] = made
+            rows = Rows.of(bucket, self._table_blocks, self._vocabulary, self._device)
+            rows.write([], self._spare, 1)
+            self._rows[bucket] = rows
         return self._rows[bucket]
 
-    def _begun(self, burst: Burst) -> Callable[[], None]:
+    def _announced_step(self, burst: Burst) -> Callable[[], None]:
         """The step of a burst, after all processes have been sent the burst."""
-        shape, rows = burst.shape, self._rows_of(burst.shape.rows)
+        shape, rows = burst.shape, self._bucket_rows(burst.shape.rows)
         self.announce(burst, self._graphs.collectives(shape, burst.steps))
-        return self._graphs.prepared(
+        return self._graphs.captured_step(
             shape,
             lambda: self._step.run(rows, shape.kind, shape.adapter),
             lambda: rows.write([], self._spare, 1),
@@ -163,7 +163,7 @@ class Bursts:
             number += len(handle.branches)
 
 
-def serves(device: torch.device) -> bool:
+def uses_bursts(device: torch.device) -> bool:
     """Whether models on this device draw in bursts."""
     return device.type == "cuda"
 
@@ -176,9 +176,9 @@ def _is_greedy(handle: Handle) -> bool:
     return all(settings.temperature == 0 for settings in handle.both_settings)
 
 
-def _drawn(tokens: list[int]) -> list[int]:
-    """The tokens drawn before the row froze. A `NOTHING` behind others is left out: the next burst
-    draws it first."""
-    end = tokens.index(SKIPPED) if SKIPPED in tokens else len(tokens)
+def _before_freezing(tokens: list[int]) -> list[int]:
+    """The tokens drawn before the row froze. An `INVALID_TOKEN` behind others is left out: the next
+    burst draws it first."""
+    end = tokens.index(FROZEN) if FROZEN in tokens else len(tokens)
     drawn = tokens[:end]
-    return drawn[:-1] if NOTHING in drawn[1:] else drawn
+    return drawn[:-1] if INVALID_TOKEN in drawn[1:] else drawn

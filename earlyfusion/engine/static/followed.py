@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from earlyfusion.engine.backends.torch import FusedTransformer
-from earlyfusion.engine.cache import Cache
+from earlyfusion.engine.cache import PagedCache
 from earlyfusion.engine.static.graphs import Graphs, Kind, Shape
 from earlyfusion.engine.static.layers import StaticLayers
-from earlyfusion.engine.static.rows import staged, table_blocks
+from earlyfusion.engine.static.rows import pinned, table_blocks
 from earlyfusion.kernels.operations import operations
 from earlyfusion.model.transformer import Transformer
 
@@ -51,7 +51,9 @@ class FollowedBursts:
     """The static steps of a process that follows the first. The last block of its cache is the
     spare one."""
 
-    def __init__(self, transformer: Transformer, fused: FusedTransformer, cache: Cache) -> None:
+    def __init__(
+        self, transformer: Transformer, fused: FusedTransformer, cache: PagedCache
+    ) -> None:
         self._device, self._spare = cache.device, len(cache.kv_BL2KSH) - 1
         self._blocks = table_blocks(cache)
         self._layers = StaticLayers(transformer, fused, cache, operations(cache.device))
@@ -68,7 +70,7 @@ class FollowedBursts:
                 rows, self._blocks, dtype=torch.int64, device=self._device
             )
         table_RW = self._tables[rows]
-        step = self._graphs.prepared(
+        step = self._graphs.captured_step(
             burst.shape,
             lambda: self._step(table_RW),
             lambda: self._write(table_RW, ()),
@@ -80,10 +82,10 @@ class FollowedBursts:
     def _step(self, table_RW: Tensor) -> None:
         # In place of tokens and positions, which come from the first process.
         zeros_R = torch.zeros(len(table_RW), dtype=torch.int64, device=self._device)
-        self._layers.states(zeros_R, zeros_R, table_RW)
+        self._layers.hidden_states(zeros_R, zeros_R, table_RW)
 
     def _write(self, table_RW: Tensor, tables: Sequence[Sequence[int]]) -> None:
         rows, blocks = table_RW.shape
         filled = [[*table, *[self._spare] * (blocks - len(table))] for table in tables]
         filled += [[self._spare] * blocks] * (rows - len(filled))
-        table_RW.copy_(staged(torch.tensor(filled), self._device), non_blocking=True)
+        table_RW.copy_(pinned(torch.tensor(filled), self._device), non_blocking=True)

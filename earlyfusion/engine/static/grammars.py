@@ -16,23 +16,23 @@ from torch import Tensor
 
 from earlyfusion.generation.grammar import SLOT, TEXT_ALLOWED, Grammar
 
-MOST_GRAMMARS, MOST_CLASSES = 8, 64
+MAX_GRAMMARS, MAX_CLASSES = 8, 64
 
 
 class Grammars:
     """The tables of at most MOST_GRAMMARS grammars whose images have at most `slots` tokens."""
 
     def __init__(self, vocabulary: int, slots: int, begin: int, device: torch.device) -> None:
-        shape_GS = (MOST_GRAMMARS, slots + 1)
+        shape_GS = (MAX_GRAMMARS, slots + 1)
         self._number_of: dict[Grammar, int] = {}  # the least recently used first
         self._begin, self._slots = begin, slots
         self._allowed_GCV = torch.zeros(
-            MOST_GRAMMARS, MOST_CLASSES, vocabulary, dtype=torch.bool, device=device
+            MAX_GRAMMARS, MAX_CLASSES, vocabulary, dtype=torch.bool, device=device
         )
         self._class_GS = torch.zeros(shape_GS, dtype=torch.int64, device=device)
         self._forced_GS = torch.full(shape_GS, -1, dtype=torch.int64, device=device)
-        self._ends_GV = torch.zeros(MOST_GRAMMARS, vocabulary, dtype=torch.bool, device=device)
-        self._done_G = torch.ones(MOST_GRAMMARS, dtype=torch.int64, device=device)
+        self._ends_GV = torch.zeros(MAX_GRAMMARS, vocabulary, dtype=torch.bool, device=device)
+        self._done_G = torch.ones(MAX_GRAMMARS, dtype=torch.int64, device=device)
 
     def numbers_of(self, grammars: Iterable[Grammar]) -> dict[Grammar, int] | None:
         """The number of each grammar's tables; None if there is no room for all of them.
@@ -40,7 +40,7 @@ class Grammars:
         Replaces the tables of other grammars if needed, the least recently used first.
         """
         needed = dict.fromkeys(grammars)
-        if len(needed) > MOST_GRAMMARS or not all(map(self._fits, needed)):
+        if len(needed) > MAX_GRAMMARS or not all(map(self._fits, needed)):
             return None
         for grammar in needed:
             number = self._number_of.pop(grammar, None)
@@ -51,10 +51,10 @@ class Grammars:
         return {grammar: self._number_of[grammar] for grammar in needed}
 
     def _fits(self, grammar: Grammar) -> bool:
-        return grammar.image_tokens <= self._slots and len(grammar.tables[0]) <= MOST_CLASSES
+        return grammar.image_tokens <= self._slots and len(grammar.tables[0]) <= MAX_CLASSES
 
     def _free_number(self, needed: Container[Grammar]) -> int:
-        if len(self._number_of) < MOST_GRAMMARS:
+        if len(self._number_of) < MAX_GRAMMARS:
             return len(self._number_of)
         oldest = next(grammar for grammar in self._number_of if grammar not in needed)
         return self._number_of.pop(oldest)

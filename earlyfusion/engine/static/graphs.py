@@ -35,7 +35,8 @@ class Graphs:
     """
 
     def __init__(self, device: torch.device, layers: StaticLayers) -> None:
-        self._device, self._peers, self._each = device, layers.peers, layers.collectives
+        self._device, self._peers = device, layers.peers
+        self._collectives_per_step = layers.collectives
         self._steps: dict[Shape, Callable[[], None]] = {}
         self._stream: Any = None
         self._pool: Any = None
@@ -54,7 +55,7 @@ class Graphs:
         """The number of collectives of `steps` steps, with those of a capture if the shape is
         new."""
         new = self.captures and shape not in self._steps
-        return self._each * (steps + (WARM_UP + 1 if new else 0))
+        return self._collectives_per_step * (steps + (WARM_UP + 1 if new else 0))
 
     def wait(self) -> None:
         """Where processes share captured steps, return when the started ones are done, or raise
@@ -65,20 +66,20 @@ class Graphs:
         event.record(torch.cuda.current_stream(self._device))
         self._peers.wait(event.query)
 
-    def prepared(
+    def captured_step(
         self, shape: Shape, run: Callable[[], None], idle: Callable[[], None]
     ) -> Callable[[], None]:
         """The step `run`. `idle` makes all rows idle before each warm-up call."""
         if shape not in self._steps:
-            self._steps[shape] = self._captured(run, idle) if self.captures else run
+            self._steps[shape] = self._capture(run, idle) if self.captures else run
         return self._steps[shape]
 
-    def _captured(self, run: Callable[[], None], idle: Callable[[], None]) -> Callable[[], None]:
+    def _capture(self, run: Callable[[], None], idle: Callable[[], None]) -> Callable[[], None]:
         if self._stream is None and self._device.type == "cuda":
             # One stream for all, as libraries keep a workspace per stream.
             self._stream = torch.cuda.Stream(self._device)
         replay, self._pool = capture(run, idle, self._stream, self._pool)
-        peers, each = self._peers, self._each
+        peers, each = self._peers, self._collectives_per_step
         if peers is None:
             return replay
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from earlyfusion.engine.backends.interface import Product
 from earlyfusion.engine.backends.torch import FusedTransformer
 from earlyfusion.engine.backends.torch import Layer as FusedLayer
-from earlyfusion.engine.cache import Cache
-from earlyfusion.engine.peers import Summed, peers_of
+from earlyfusion.engine.cache import PagedCache
+from earlyfusion.engine.peers import RowParallelLinear, peers_of
 from earlyfusion.kernels.decode import Angles, HeadNorms, LayerBlocks
 from earlyfusion.kernels.operations import Operations
 from earlyfusion.model.quantise import PackedLinear
@@ -42,7 +42,7 @@ class Layer(NamedTuple):
     blocks: LayerBlocks
 
 
-class _Place(NamedTuple):
+class _Positions(NamedTuple):
     """The block and offset of each row's new token, and the tokens that it sees."""
 
     position_R: Tensor
@@ -57,7 +57,7 @@ class StaticLayers:
         self,
         transformer: Transformer,
         fused: FusedTransformer,
-        cache: Cache,
+        cache: PagedCache,
         operations: Operations,
     ) -> None:
         config = transformer.config
@@ -65,11 +65,12 @@ class StaticLayers:
         self._embedding, self._norm = transformer.model.embed_tokens, transformer.model.norm
         self._norm_after = config.swin_norm
         self._shape = (-1, config.num_attention_heads + 2 * config.kv_heads, config.head_dim)
-        self._angles = Angles(*(_and_one_more(table) for table in fused.angles))
+        self._angles = Angles(*(_with_spare_position(table) for table in fused.angles))
         blocks = cast("Iterable[Block]", transformer.model.layers)
         layers = zip(blocks, fused.layers, cache.layers, strict=True)
         self._layers = [
-            self._layer(block, layer, LayerBlocks(*held)) for block, layer, held in layers
+            self._layer(block, layer, LayerBlocks(*layer_blocks))
+            for block, layer, layer_blocks in layers
         ]
 
     @property
@@ -77,16 +78,16 @@ class StaticLayers:
         """The number of collectives of a step: positions, embedded tokens, two sums per layer."""
         return 0 if self.peers is None else 2 + 2 * len(self._layers)
 
-    def states(self, token_R: Tensor, position_R: Tensor, table_RW: Tensor) -> Tensor:
+    def hidden_states(self, token_R: Tensor, position_R: Tensor, table_RW: Tensor) -> Tensor:
         """The input of the head [R, D]. With several processes, those of the first are used for
         tokens and positions."""
         # The kernels need contiguous integers.
         position_R = position_R.contiguous()
         if self.peers is not None:
             position_R = self.peers.broadcast(position_R)
-        return self._states(token_R, _Place(position_R, position_R + 1, table_RW))
+        return self._hidden_states(token_R, _Positions(position_R, position_R + 1, table_RW))
 
-    def _states(self, token_R: Tensor, at: _Place) -> Tensor:
+    def _hidden_states(self, token_R: Tensor, at: _Positions) -> Tensor:
         x_RD = self._embedding(token_R)
         if self._norm_after:
             for layer in self._layers:
@@ -105,7 +106,7 @@ class StaticLayers:
             x_RD, normed_RD = add_norm(x_RD, y_RD, norm.weight, norm.eps)
         return normed_RD
 
-    def _attention(self, layer: Layer, x_RD: Tensor, at: _Place) -> Tensor:
+    def _attention(self, layer: Layer, x_RD: Tensor, at: _Positions) -> Tensor:
         qkv_RMH = layer.qkv(x_RD).view(self._shape)
         q_RNH = self._operations.norm_rotate_store(
             qkv_RMH, layer.head_norms, self._angles, at.position_R, layer.blocks, at.table_RW
@@ -118,7 +119,7 @@ class StaticLayers:
 
     # ---- weights
 
-    def _layer(self, block: Block, fused: FusedLayer, held: LayerBlocks) -> Layer:
+    def _layer(self, block: Block, fused: FusedLayer, layer_blocks: LayerBlocks) -> Layer:
         attention, mlp = block.self_attn, block.mlp
         plain = isinstance(mlp.act_fn, nn.SiLU)
         return Layer(
@@ -130,12 +131,12 @@ class StaticLayers:
             self._operations.gated if plain else _activated(mlp.act_fn),
             block.input_layernorm,
             block.post_attention_layernorm,
-            held,
+            layer_blocks,
         )
 
     def _product(self, fused: Product, *linears: nn.Module) -> Product:
         """The product of these linear modules; packed weights stay packed."""
-        if isinstance(linears[0], Summed):
+        if isinstance(linears[0], RowParallelLinear):
             return self._summed(linears[0])
         if not all(type(linear) is PackedLinear for linear in linears):
             return fused
@@ -151,7 +152,7 @@ class StaticLayers:
 
         return products
 
-    def _summed(self, summed: Summed) -> Product:
+    def _summed(self, summed: RowParallelLinear) -> Product:
         """The sum of the products of all processes."""
         local, all_reduce = self._product(summed.linear, summed.linear), summed.peers.all_reduce
         return lambda x: all_reduce(local(x))
@@ -165,7 +166,7 @@ def _activated(activation: nn.Module) -> Callable[[Tensor], Tensor]:
     return activate
 
 
-def _and_one_more(table_P1H: Tensor) -> Tensor:
+def _with_spare_position(table_P1H: Tensor) -> Tensor:
     """The angles [P + 1, H]: the position of a frozen row may be one beyond the longest
     sequence."""
     return F.pad(table_P1H[:, 0], (0, 0, 0, 1))

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from earlyfusion.engine.blocks import BLOCK_SIZE, Branch
-from earlyfusion.engine.cache import Cache
+from earlyfusion.engine.cache import PagedCache
 from earlyfusion.engine.handle import Handle
 from earlyfusion.generation.grammar import Grammar
 from earlyfusion.generation.sampler import SamplingTensors
 from earlyfusion.generation.settings import DrawSettings
 
-MOST_STEPS = 32
-SKIPPED = -2
+MAX_STEPS = 32
+FROZEN = -2
 """Stands for the token of a frozen row."""
 
 _TOKEN, _POSITION, _ALIVE = 0, 1, 2
@@ -68,9 +68,9 @@ class Rows:
         return cls(
             torch.zeros(rows, _TABLE + blocks, dtype=torch.int64, device=device),
             torch.zeros(rows, _FLOATS, dtype=torch.float64, device=device),
-            torch.zeros(MOST_STEPS, rows, dtype=torch.float64, device=device),
+            torch.zeros(MAX_STEPS, rows, dtype=torch.float64, device=device),
             torch.zeros(rows, vocabulary, dtype=torch.bool, device=device),
-            torch.full((MOST_STEPS, rows), SKIPPED, dtype=torch.int64, device=device),
+            torch.full((MAX_STEPS, rows), FROZEN, dtype=torch.int64, device=device),
             torch.zeros(1, dtype=torch.int64, device=device),
         )
 
@@ -139,7 +139,7 @@ class Rows:
         blocks = self.table_RW.shape[1]
         ints = [row.ints(blocks, spare) for row in burst]
         floats = [row.floats() for row in burst]
-        uniforms = [row.handle.uniforms_of(steps) for row in burst]
+        uniforms = [row.handle.next_uniforms(steps) for row in burst]
         for number in range(len(burst), len(self.ints_RI)):
             idle = [0] * _TABLE + [spare] * blocks
             idle[_CONDITIONS] = [number] * 3
@@ -147,11 +147,11 @@ class Rows:
             ints.append(idle)
             floats.append([0.0] * _FLOATS)
             uniforms.append([0.0] * steps)
-        self.ints_RI.copy_(staged(torch.tensor(ints), self.ints_RI.device), non_blocking=True)
+        self.ints_RI.copy_(pinned(torch.tensor(ints), self.ints_RI.device), non_blocking=True)
         given = torch.tensor(floats, dtype=torch.float64)
-        self.floats_RF.copy_(staged(given, self.ints_RI.device), non_blocking=True)
+        self.floats_RF.copy_(pinned(given, self.ints_RI.device), non_blocking=True)
         given = torch.tensor(uniforms, dtype=torch.float64).T.contiguous()
-        self.uniforms_NR[:steps].copy_(staged(given, self.ints_RI.device), non_blocking=True)
+        self.uniforms_NR[:steps].copy_(pinned(given, self.ints_RI.device), non_blocking=True)
         self.step_1.zero_()
 
 
@@ -166,21 +166,21 @@ class Row:
     ends_with_image: bool
 
     def ints(self, blocks: int, spare: int) -> list[int]:
-        handle, tokens, held = self.handle, self.branch.tokens, self.branch.blocks.tolist()
-        at_begin, at_end = handle.changes_branches
+        handle, tokens, own_blocks = self.handle, self.branch.tokens, self.branch.blocks.tolist()
+        at_begin, at_end = handle.changes_at_image
         return [
             tokens[-1],
             len(tokens) - 1,
             1,
             *handle.grammar_state.row,
             self.grammar,
-            len(held) * BLOCK_SIZE,
+            len(own_blocks) * BLOCK_SIZE,
             int(at_begin),
             int(at_end or self.ends_with_image),
             *self.conditions,
             *(int(settings.top_k) for settings in handle.both_settings),
-            *held,
-            *[spare] * (blocks - len(held)),
+            *own_blocks,
+            *[spare] * (blocks - len(own_blocks)),
         ]
 
     def floats(self) -> list[float]:
@@ -190,7 +190,7 @@ class Row:
         return numbers
 
 
-def rows_of(
+def branch_rows(
     handles: Sequence[Handle], numbers: dict[Grammar, int], ends_with_image: bool
 ) -> list[Row]:
     """A row per branch; those of a request are adjacent, the full one first."""
@@ -214,11 +214,11 @@ def _warp(floats_R4: Tensor, top_k_R: Tensor) -> SamplingTensors:
     return SamplingTensors(temperature_R, top_k_R, top_p_R, min_p_R, penalty_R)
 
 
-def table_blocks(cache: Cache) -> int:
+def table_blocks(cache: PagedCache) -> int:
     """The length of a row's block table: that of the longest sequence, and the spare block."""
     return -(-cache.length // cache.block_size) + 1
 
 
-def staged(values: Tensor, device: torch.device) -> Tensor:
+def pinned(values: Tensor, device: torch.device) -> Tensor:
     """The values in memory from which a GPU can copy while the host goes on."""
     return values.pin_memory() if device.type == "cuda" else values

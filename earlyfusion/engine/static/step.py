@@ -15,13 +15,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from earlyfusion.engine.backends.interface import whole_logits
+from earlyfusion.engine.backends.interface import vocab_logits
 from earlyfusion.engine.backends.torch import FusedTransformer
-from earlyfusion.engine.draw import NOTHING
+from earlyfusion.engine.draw import INVALID_TOKEN
 from earlyfusion.engine.static.grammars import Grammars
 from earlyfusion.engine.static.graphs import Kind
 from earlyfusion.engine.static.layers import StaticLayers
-from earlyfusion.engine.static.rows import SKIPPED, Rows
+from earlyfusion.engine.static.rows import FROZEN, Rows
 from earlyfusion.generation import guidance
 from earlyfusion.generation.grammar import SLOT
 from earlyfusion.generation.sampler import NEG_INF, can_draw, penalise, pick, warp
@@ -46,7 +46,7 @@ class StaticStep:
     def run(self, rows: Rows, kind: Kind, adapter: str = "") -> None:
         """Read each row's token, draw the next, and write it to `rows.tokens_NR`."""
         layers = self._layers[adapter]
-        x_RD = layers.states(rows.token_R, rows.position_R, rows.table_RW)
+        x_RD = layers.hidden_states(rows.token_R, rows.position_R, rows.table_RW)
         token_R, drawn_R = self._draw(rows, x_RD, kind)
         self._advance(rows, token_R, drawn_R)
 
@@ -55,9 +55,9 @@ class StaticStep:
     def _draw(self, rows: Rows, x_RD: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
         """The next token of each row, and whether it could be drawn."""
         if kind.only_codes:
-            logits_RV = self._guided(rows, self._code_logits(x_RD).float())
+            logits_RV = self._guided_logits(rows, self._code_logits(x_RD).float())
         else:
-            logits_RV = self._guided(rows, whole_logits(self._head, x_RD))
+            logits_RV = self._guided_logits(rows, vocab_logits(self._head, x_RD))
             allowed_RV = self._grammars.mask(rows.state_RF, rows.grammar_R)
             logits_RV = logits_RV.masked_fill(~allowed_RV, NEG_INF)
         can_draw_R = can_draw(logits_RV)
@@ -69,7 +69,7 @@ class StaticStep:
         full_R = rows.conditions.full_R
         return token_R[full_R], (can_draw_R | (forced_R >= 0))[full_R]
 
-    def _guided(self, rows: Rows, logits_RV: Tensor) -> Tensor:
+    def _guided_logits(self, rows: Rows, logits_RV: Tensor) -> Tensor:
         full_R, image_only_R, unconditional_R = rows.conditions
         text_R1, image_R1 = rows.guidance_2R1
         full_RV = logits_RV[full_R]
@@ -97,19 +97,19 @@ class StaticStep:
 
     def _advance(self, rows: Rows, token_R: Tensor, drawn_R: Tensor) -> None:
         before_RF, alive_R = rows.state_RF, rows.alive_R > 0
-        shown_R = torch.where(drawn_R, token_R, NOTHING)
-        shown_R = torch.where(alive_R, shown_R, SKIPPED)
-        rows.tokens_NR.index_copy_(0, rows.step_1, shown_R[None])
+        reported_R = torch.where(drawn_R, token_R, INVALID_TOKEN)
+        reported_R = torch.where(alive_R, reported_R, FROZEN)
+        rows.tokens_NR.index_copy_(0, rows.step_1, reported_R[None])
         rows.step_1.add_(1)
-        moves_R = alive_R & drawn_R
+        advances_R = alive_R & drawn_R
         after_RF = self._grammars.advance(before_RF, token_R, rows.grammar_R)
-        slot_R, was_R = after_RF[:, SLOT], before_RF[:, SLOT]
+        slot_R, slot_before_R = after_RF[:, SLOT], before_RF[:, SLOT]
         ends_R = self._grammars.done(after_RF, rows.grammar_R)
-        ends_R |= (was_R == 0) & (slot_R > 0) & (rows.stops_at_begin_R > 0)
-        ends_R |= (was_R > 0) & (slot_R == 0) & (rows.stops_at_end_R > 0)
+        ends_R |= (slot_before_R == 0) & (slot_R > 0) & (rows.stops_at_begin_R > 0)
+        ends_R |= (slot_before_R > 0) & (slot_R == 0) & (rows.stops_at_end_R > 0)
         ends_R |= rows.position_R + 2 > rows.capacity_R  # no room for another token
-        rows.state_RF.copy_(torch.where(moves_R[:, None], after_RF, before_RF))
-        rows.token_R.copy_(torch.where(moves_R, token_R, rows.token_R))
-        rows.position_R.add_(moves_R)
+        rows.state_RF.copy_(torch.where(advances_R[:, None], after_RF, before_RF))
+        rows.token_R.copy_(torch.where(advances_R, token_R, rows.token_R))
+        rows.position_R.add_(advances_R)
         rows.seen_RV.scatter_(1, rows.token_R[:, None], True)
-        rows.alive_R.copy_(moves_R & ~ends_R)
+        rows.alive_R.copy_(advances_R & ~ends_R)
