@@ -62,7 +62,7 @@ from earlyfusion.generation.settings import (
     SamplingFields,
     SamplingParams,
     check_names,
-    given,
+    explicit_values,
     guidance_weights,
     resolve,
 )
@@ -76,7 +76,7 @@ from earlyfusion.vocabulary import ImageLayout
 Size: TypeAlias = tuple[int, int]
 """Width and height of an image in pixels."""
 Answer: TypeAlias = Part | Sequence[Part]
-Watch = Callable[[Event, Image | None], None]
+OnEvent = Callable[[Event, Image | None], None]
 Codes = np.ndarray[Any, np.dtype[np.int64]]
 
 # Arguments of `generate` besides the sampling fields.
@@ -87,10 +87,10 @@ _GREY = (128, 128, 128)
 
 @dataclass(frozen=True, eq=False)
 class Reply:
-    """The model's answer: `segments` in order, images decoded and with their codes. The same
-    request with `seed` gives the same reply. `logprobs` has an entry per drawn token, if the
-    request asked for them. If the prompt ends with an assistant's turn, the reply is only its
-    continuation."""
+    """The model's answer: `segments` in order, its images with both pixels and codes. The same
+    request with this `seed` gives the same reply. `logprobs` has an entry per drawn token, if the
+    request asked for them. If the prompt ends with an assistant's turn, the reply is only the
+    continuation of that turn."""
 
     segments: list[Segment]
     finish_reason: Reason
@@ -188,35 +188,37 @@ class Chameleon:
         """
         for folder in (adapter, *(adapters or {}).values()):
             _check_adapter(folder, tensor_parallel)
-        alone = tensor_parallel == 1
-        if not alone:
+        single_process = tensor_parallel == 1
+        if not single_process:
             _check_own_gpu(device)
         target, dtype = resolve_device(device), dtype_name("dtype", dtype, WEIGHT_DTYPES)
-        wanted = torch_dtype(dtype) if dtype in FLOAT_DTYPES else None
+        explicit_dtype = torch_dtype(dtype) if dtype in FLOAT_DTYPES else None
         loaded = (
-            detect.load(name, target, wanted, verify)
-            if alone
-            else _load_share(name, target, wanted, tensor_parallel, verify)
+            detect.load(name, target, explicit_dtype, verify)
+            if single_process
+            else _load_shard(name, target, explicit_dtype, tensor_parallel, verify)
         )
         transformer = loaded.transformer
-        # First, before the model itself is changed or rounded.
-        changes = {name: _changes(transformer, name, at) for name, at in (adapters or {}).items()}
+        # Before anything below changes or rounds the model's own weights.
+        weights_of_adapters = {
+            name: _adapter_weights(transformer, name, at) for name, at in (adapters or {}).items()
+        }
         if adapter is not None:
             _refuse_packed(transformer, adapter)
             merge_adapter(transformer, expanded(adapter))
-        if alone and wanted is None and packed_bits(transformer) is None:
+        if single_process and explicit_dtype is None and packed_bits(transformer) is None:
             size = sum(parameter.numel() for parameter in transformer.parameters())
             transformer = transformer.to(auto_dtype(size, target))
         if dtype in PACKED_BITS:
             transformer = accelerate(quantise(transformer, PACKED_BITS[dtype]))
-        if not alone:
+        if not single_process:
             share(transformer)  # returns in the first process only
         resolution, mode = loaded.config.vq_config.resolution, loaded.resize_mode
         image_tokenizer = ImageTokenizer(loaded.vqgan, resolution, mode)
         defaults, folder = loaded.generation_defaults, loaded.folder
         model = cls(transformer, image_tokenizer, loaded.processor, defaults, str(name), folder)
         model.cache_bytes = cache_bytes
-        for adapter_name, weights in changes.items():
+        for adapter_name, weights in weights_of_adapters.items():
             model.adapters[adapter_name] = with_weights(transformer, weights)
         return model
 
@@ -363,7 +365,7 @@ class Chameleon:
         is an `ImagePreview`, also decoded when it is taken, and dropped if a newer one exists by
         then.
         """
-        every = _checked_every(preview_every)
+        every = _check_preview_every(preview_every)
         check_names(fields, [*_KEYWORDS, "preview_every"])
         request = self._request(prompt, output, sampling, seed, size, adapter, fields)
         request = replace(request, preview_every=every)
@@ -387,12 +389,12 @@ class Chameleon:
     def with_pixels(self, event: Event) -> Event:
         """An `ImageDone` or `ImagePreview` with its codes decoded; any other event unchanged."""
         if isinstance(event, ImagePreview):
-            return replace(event, pil=self._sketch(event))
+            return replace(event, pil=self._preview_pixels(event))
         if isinstance(event, ImageDone):
-            return replace(event, pil=self._decoded([event])[0].pil)
+            return replace(event, pil=self._decode_images([event])[0].pil)
         return event
 
-    def _sketch(self, event: ImagePreview) -> PIL.Image.Image:
+    def _preview_pixels(self, event: ImagePreview) -> PIL.Image.Image:
         """The pixels of an unfinished image, grey where codes are still to come."""
         [pil] = self.image_tokenizer.decode(torch.from_numpy(event.codes)[None])
         drawn = np.arange(event.codes.size).reshape(event.codes.shape) < event.codes_done
@@ -418,8 +420,8 @@ class Chameleon:
                 f"prompts is a {type(prompts).__name__}: give a list of prompts, or use generate"
             )
         count = len(prompts)
-        outputs: list[Output] = _each("output", output, count)
-        samplings: list[SamplingParams | None] = _each("sampling", sampling, count)
+        outputs: list[Output] = _one_per_prompt("output", output, count)
+        samplings: list[SamplingParams | None] = _one_per_prompt("sampling", sampling, count)
         rows = zip(prompts, outputs, samplings, _seeds(seed, count), strict=True)
         requests = [self._request(*row, size, adapter, fields) for row in rows]
         handles: list[Handle] = []
@@ -465,15 +467,17 @@ class Chameleon:
             )
         self._check_adapter_name(adapter)
         layout = self.processor.layout if size is None else self._layout_of(size, output)
-        values = given(sampling, {**fields, "seed": seed})
+        values = explicit_values(sampling, {**fields, "seed": seed})
         resolved = resolve({"seed": secrets.randbits(63)} | values, self.defaults)
         self._check_constraint(output, resolved)
         messages = as_messages(prompt)
         draft = self.processor.draft(messages)
-        # Check the draft's length, which is the prompt's, before the slow part: encoding pictures.
+        # The draft has the prompt's length: check it before the slow encoding of pictures.
         self._check_length(draft, layout.num_tokens if output == "image" else 0)
-        max_tokens, images = self._bounds(output, values, resolved, len(draft), layout.num_tokens)
-        ids = self._filled(draft, messages)
+        max_tokens, images = self._reply_limits(
+            output, values, resolved, len(draft), layout.num_tokens
+        )
+        ids = self._fill_images(draft, messages)
         request = Request(
             ids, output, resolved, images, max_tokens, layout=layout, adapter=adapter or ""
         )
@@ -546,7 +550,7 @@ class Chameleon:
                 "load it with tensor_parallel=1"
             )
         messages = as_messages(prompt)
-        ids = self._filled(self.processor.draft(messages), messages)
+        ids = self._fill_images(self.processor.draft(messages), messages)
         rows = [self._answer_ids(answer, end) for answer in answers]
         longest, limit = max(map(len, rows), default=0), self.config.max_position_embeddings
         if len(ids) + longest > limit:
@@ -554,17 +558,17 @@ class Chameleon:
                 f"prompt and longest answer are {len(ids) + longest:,} tokens, limit {limit:,}: "
                 "shorten one of them"
             )
-        return [Score(row, logprobs) for row, logprobs in self._scored(ids, rows)]
+        return [Score(row, logprobs) for row, logprobs in self._score_answers(ids, rows)]
 
     def _answer_ids(self, answer: Answer, end: bool) -> list[int]:
         message = Message("assistant", answer)
         if not message.parts:
             raise PromptError("an answer to be scored is empty: give a text or an image")
-        ids = self._filled(self.processor.draft_turn(message), [message])
+        ids = self._fill_images(self.processor.draft_turn(message), [message])
         return [*ids, self.processor.vocabulary.eos] if end else ids
 
     @torch.inference_mode()
-    def _scored(
+    def _score_answers(
         self, ids: list[int], rows: Sequence[list[int]]
     ) -> Iterator[tuple[list[int], list[float]]]:
         if not rows:
@@ -582,8 +586,8 @@ class Chameleon:
         """The layout of images of this width and height in pixels."""
         if output == "text":
             raise SettingError("size is that of images, and output='text' has none: leave it out")
-        usual, stride = self.processor.layout, self.config.vq_config.stride
-        layouts = lumina.layouts(usual.height) if lumina.is_layout(usual) else [usual]
+        default, stride = self.processor.layout, self.config.vq_config.stride
+        layouts = lumina.layouts(default.height) if lumina.is_layout(default) else [default]
         possible = {(each.width * stride, each.height * stride): each for each in layouts}
         listed: Any = size.tolist() if isinstance(size, np.ndarray) else size
         wanted = tuple(listed) if isinstance(listed, list | tuple) else None
@@ -601,9 +605,11 @@ class Chameleon:
         length, limit = len(draft), self.config.max_position_embeddings
         if length + max(drawn_tokens, 1) > limit:
             images = [end - start for start, end, modality in draft.spans if modality == "image"]
-            raise ContextError(_too_long(length, limit, len(images), sum(images), drawn_tokens))
+            raise ContextError(
+                _too_long_message(length, limit, len(images), sum(images), drawn_tokens)
+            )
 
-    def _bounds(
+    def _reply_limits(
         self,
         output: Output,
         values: Mapping[str, Any],
@@ -616,9 +622,9 @@ class Chameleon:
         if output != "image":
             max_tokens = min(free, resolved.max_tokens or free)
             fitting = max_tokens // image_tokens if self.can_draw else 0
-            most = fitting if resolved.max_images is None else resolved.max_images
-            return max_tokens, min(fitting, most)
-        # Only the caller's limits count: the model's own are meant for replies with text.
+            max_images = fitting if resolved.max_images is None else resolved.max_images
+            return max_tokens, min(fitting, max_images)
+        # Only the caller's limits, as the model's defaults are meant for replies with text.
         max_tokens, images = (
             min(free, int(values.get("max_tokens", free))),
             values.get("max_images", 1),
@@ -632,14 +638,14 @@ class Chameleon:
             )
         return max_tokens, int(images)
 
-    def _filled(self, draft: TokenSequence, messages: Sequence[Message]) -> list[int]:
+    def _fill_images(self, draft: TokenSequence, messages: Sequence[Message]) -> list[int]:
         """The ids of a draft of these messages, with their pictures encoded and spelled."""
         images = [i for message in messages for i in message.images if i.codes is None]
-        return self.processor.fill(draft, self._encoded(images)) if images else draft.ids
+        return self.processor.fill(draft, self._encode_images(images)) if images else draft.ids
 
-    def _encoded(self, images: Sequence[Image]) -> list[Codes]:
+    def _encode_images(self, images: Sequence[Image]) -> list[Codes]:
         """Codes of images that carry none. The same pixels are encoded once for many requests."""
-        keys = self._keys(images)
+        keys = self._image_keys(images)
         codes_of = {
             key: codes for key in keys if (codes := self._cached_codes.get(key)) is not None
         }
@@ -647,24 +653,26 @@ class Chameleon:
         if new:
             encoded = self.image_tokenizer.encode(list(new.values())).cpu().numpy()
             fresh = dict(zip(new, encoded, strict=True))
-            self._cache(fresh)
+            self._remember_codes(fresh)
             codes_of |= fresh
         return [codes_of[key] for key in keys]
 
-    def _keys(self, images: Sequence[Image]) -> list[bytes]:
-        """Hashes of what codes depend on: pixels, weights, and how a picture is made square."""
+    def _image_keys(self, images: Sequence[Image]) -> list[bytes]:
+        """Hashes of what the codes depend on: pixels, weights, and how a picture is made square."""
         tokenizer = self.image_tokenizer
-        how = tokenizer.mode, tokenizer.resolution, fingerprint([tokenizer.vqgan])
+        settings = tokenizer.mode, tokenizer.resolution, fingerprint([tokenizer.vqgan])
         pils = [image.pil for image in images if image.pil is not None]
-        return [blake2b(pil.tobytes() + repr((pil.size, how)).encode()).digest() for pil in pils]
+        return [
+            blake2b(pil.tobytes() + repr((pil.size, settings)).encode()).digest() for pil in pils
+        ]
 
-    def _cache(self, fresh: Mapping[bytes, Codes]) -> None:
+    def _remember_codes(self, fresh: Mapping[bytes, Codes]) -> None:
         with self._lock:
             self._cached_codes.update(fresh)
             while len(self._cached_codes) > _MAX_CACHED_IMAGES:
                 self._cached_codes.popitem(last=False)
 
-    def collect(self, events: Iterable[Event], watch: Watch | None = None) -> Reply:
+    def collect(self, events: Iterable[Event], watch: OnEvent | None = None) -> Reply:
         """The reply made of the events of `stream`, its images decoded. `watch` is called with each
         event as it comes, and with the image of an `ImageDone`."""
         if watch is None:
@@ -672,18 +680,18 @@ class Chameleon:
         seen, images = list[Event](), list[Image]()
         for event in events:
             if isinstance(event, ImageDone):
-                images += self._decoded([event])
+                images += self._decode_images([event])
             watch(event, images[-1] if isinstance(event, ImageDone) else None)
             seen.append(event)
         return _reply(seen, images)
 
     def _replies(self, events_of: Sequence[Sequence[Event]]) -> list[Reply]:
-        """The replies to several requests; all their images are decoded together."""
+        """The reply of each list of events; all images are decoded together."""
         done = [event for events in events_of for event in events if isinstance(event, ImageDone)]
-        images = iter(self._decoded(done))
+        images = iter(self._decode_images(done))
         return [_reply(events, images) for events in events_of]
 
-    def _decoded(self, done: Sequence[ImageDone]) -> list[Image]:
+    def _decode_images(self, done: Sequence[ImageDone]) -> list[Image]:
         """The images of these events; those without pixels are decoded, one batch per size."""
         pils = {number: event.pil for number, event in enumerate(done)}
         shapes = {event.codes.shape for event in done if event.pil is None}
@@ -717,7 +725,7 @@ def _reply(events: Sequence[Event], images: Iterable[Image]) -> Reply:
     raise RuntimeError("the events of a reply ended without Finished")
 
 
-def _checked_every(codes: object) -> int:
+def _check_preview_every(codes: object) -> int:
     if not isinstance(codes, bool) and isinstance(codes, Integral) and int(codes) >= 0:
         return int(codes)
     shown = repr(codes)[:40]
@@ -750,7 +758,9 @@ def _check_adapter(adapter: str | Path | None, tensor_parallel: int) -> None:
         )
 
 
-def _changes(transformer: Transformer, name: str, folder: str | Path) -> list[tuple[str, Tensor]]:
+def _adapter_weights(
+    transformer: Transformer, name: str, folder: str | Path
+) -> list[tuple[str, Tensor]]:
     """The weights of a model with the adapter of this name merged."""
     if not name:
         raise SettingError(f"the adapter {str(folder)!r} has no name: give one, as short=FOLDER")
@@ -779,10 +789,10 @@ def _refuse_packed(transformer: Transformer, adapter: str | Path) -> None:
         )
 
 
-def _load_share(
+def _load_shard(
     name: str | Path, device: torch.device, dtype: torch.dtype | None, processes: int, verify: bool
 ) -> Loaded:
-    """This process's share of a model on several processes, in the dtype of the whole model."""
+    """This process's shard of a model, in the dtype that the whole model would have."""
     source = detect.open_source(detect.locate(name), verify=verify)
     check_not_packed(source)
     size = sum(torch.Size(stored.shape).numel() for stored in source.tensors.values())
@@ -793,12 +803,12 @@ def _seeds(seed: Any, count: int) -> list[int | None]:
     """The seed of each prompt; None means to draw one."""
     listed: Any = seed.tolist() if isinstance(seed, np.ndarray) else seed
     if isinstance(listed, list | tuple):
-        return _each("seed", listed, count)
+        return _one_per_prompt("seed", listed, count)
     first = SamplingParams(seed=listed).seed  # checks it, and accepts numpy's numbers
     return [None if first is None else first + i for i in range(count)]
 
 
-def _each(name: str, value: Any, count: int) -> list[Any]:
+def _one_per_prompt(name: str, value: Any, count: int) -> list[Any]:
     if not isinstance(value, list | tuple):
         return [value] * count
     if len(value) != count:
@@ -808,7 +818,9 @@ def _each(name: str, value: Any, count: int) -> list[Any]:
     return list(value)
 
 
-def _too_long(length: int, limit: int, images: int, image_tokens: int, drawn_tokens: int) -> str:
+def _too_long_message(
+    length: int, limit: int, images: int, image_tokens: int, drawn_tokens: int
+) -> str:
     causes = []
     if images:
         count = "1 image takes" if images == 1 else f"{images} images take"

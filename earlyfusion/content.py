@@ -89,7 +89,7 @@ class Image:
         if self.pil is None and self.codes is None:
             raise ImageError("an image needs pixels or codes: use Image.open, Image.of or codes=")
         if self.pil is not None:
-            self.pil = _upright_rgb(self.pil, "the picture")
+            self.pil = _to_upright_rgb(self.pil, "the picture")
         if self.codes is not None:
             self.codes = _checked_codes(self.codes)
 
@@ -120,7 +120,7 @@ class Image:
         if isinstance(source, Image):
             return source
         if isinstance(source, PIL.Image.Image):
-            return cls(_upright_rgb(source, "the picture", deep))
+            return cls(_to_upright_rgb(source, "the picture", deep))
         if isinstance(source, str | Path):
             return cls.open(source, deep=deep)
         if isinstance(source, bytes | bytearray | memoryview):
@@ -153,7 +153,7 @@ class Message:
                 f"role {role!r} is unknown: a message is by 'user', 'assistant' or 'system'"
             )
         self.role = role
-        self.parts = _segments(parts)
+        self.parts = _to_segments(parts)
 
     @property
     def images(self) -> list[Image]:
@@ -167,15 +167,15 @@ Prompt: TypeAlias = Part | Turn | Sequence[Part] | Sequence[Turn]
 def as_messages(prompt: Prompt) -> list[Message]:
     """The turns of a prompt: a text, a list of parts, or messages.
 
-    A message may be a dict of "role" and "content", as in chat templates. The last is the user's,
-    or the assistant's as the beginning of the reply. A system message is joined to the adjacent
-    user's turn by a line end, as in training data. Raises `PromptError` if the prompt is empty,
-    holds another type, or its turns do not alternate.
+    A message may be a dict of "role" and "content", as in chat templates. The last one is the
+    user's, or the assistant's, which the reply then continues. A system message becomes part of the
+    adjacent user's turn, separated by a line end, as in training data. Raises `PromptError` if the
+    prompt is empty, holds another type, or its turns do not alternate.
     """
     if isinstance(prompt, Message | Mapping):
         prompt = [prompt]
     if isinstance(prompt, list | tuple) and any(isinstance(i, Message | Mapping) for i in prompt):
-        messages = _by_two_speakers(_only_messages(prompt))
+        messages = _join_system_turns(_to_messages(prompt))
     else:
         messages = [Message("user", cast("Sequence[Part]", prompt))]
     _check_turns(messages)
@@ -185,10 +185,10 @@ def as_messages(prompt: Prompt) -> list[Message]:
 def fill_placeholders(text: str, images: Sequence[Any]) -> list[Segment]:
     """Parts of a text in which `<image>` marks the place of each picture. Without any mark the
     pictures come first. Raises `PromptError` if the numbers of marks and pictures differ."""
-    return _segments(fill_places(text, [Image.of(image) for image in images]))
+    return _to_segments(fill_unopened(text, [Image.of(image) for image in images]))
 
 
-def fill_places(text: str, pictures: Sequence[Picture]) -> list[str | Picture]:
+def fill_unopened(text: str, pictures: Sequence[Picture]) -> list[str | Picture]:
     """`fill_placeholders` for pictures of any type, which are not opened."""
     pieces = text.split(PLACEHOLDER)
     if len(pieces) == 1:
@@ -246,19 +246,19 @@ def _read_part(item: Any, folder: Path) -> Part:
     )
 
 
-def counted(number: int, noun: str, several: str = "") -> str:
+def counted(number: int, noun: str, plural: str = "") -> str:
     """A number and its noun: "1 image", "2,000 images"."""
-    return f"{number:,} {noun if number == 1 else several or noun + 's'}"
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
-def _segments(parts: Any) -> list[Segment]:
+def _to_segments(parts: Any) -> list[Segment]:
     if not isinstance(parts, list | tuple):
         parts = [parts]
-    segments = [_segment(part) for part in parts]
+    segments = [_to_segment(part) for part in parts]
     return [part for part in segments if not (isinstance(part, Text) and not part.text)]
 
 
-def _segment(part: Any) -> Segment:
+def _to_segment(part: Any) -> Segment:
     if isinstance(part, Text | Image):
         return part
     if isinstance(part, str):
@@ -271,11 +271,11 @@ def _segment(part: Any) -> Segment:
     )
 
 
-def _only_messages(items: Sequence[Any]) -> list[Message]:
-    return [_message(item) for item in items]
+def _to_messages(items: Sequence[Any]) -> list[Message]:
+    return [_to_message(item) for item in items]
 
 
-def _message(item: Any) -> Message:
+def _to_message(item: Any) -> Message:
     if isinstance(item, Message):
         return item
     if not isinstance(item, Mapping):
@@ -289,23 +289,25 @@ def _message(item: Any) -> Message:
         )
     content = item["content"]
     listed = content if isinstance(content, list | tuple) else [content]
-    return Message(item["role"], [_typed(p) if isinstance(p, Mapping) else p for p in listed])
+    return Message(
+        item["role"], [_part_from_dict(p) if isinstance(p, Mapping) else p for p in listed]
+    )
 
 
-def _typed(part: Mapping[str, Any]) -> Part:
+def _part_from_dict(part: Mapping[str, Any]) -> Part:
     """A part {"type": "text", "text": …} or {"type": "image", "image": …}."""
     part_type = part.get("type")
     if part_type == "text" and isinstance(part.get("text"), str):
         return Text(part["text"])
     if part_type in ("image", "image_url"):
-        return _typed_image(part)
+        return _image_from_dict(part)
     raise PromptError(
         f"a part of type {str(part_type)[:40]!r} is not known: "
         'write {"type": "text", "text": …} or {"type": "image", "image": …}'
     )
 
 
-def _typed_image(part: Mapping[str, Any]) -> Image:
+def _image_from_dict(part: Mapping[str, Any]) -> Image:
     source = next((part[k] for k in _PICTURE_KEYS if part.get(k) is not None), None)
     if isinstance(source, Mapping):
         source = source.get("url")
@@ -316,9 +318,9 @@ def _typed_image(part: Mapping[str, Any]) -> Image:
     if source.startswith(("http://", "https://")):
         raise PromptError(f"{source[:60]} is not fetched: download the picture and give its path")
     if "base64" in part or source.startswith("data:"):
-        return Image.from_bytes(_unpacked(source))
+        return Image.from_bytes(_decode_base64(source))
     if source.startswith("file://"):
-        # An address spells blanks and all but ASCII as %20 and the like, as `Path.as_uri` does.
+        # In an address blanks and all but ASCII are percent-encoded, as by `Path.as_uri`.
         source = unquote(source.removeprefix("file://").removeprefix("localhost"))
     return Image.open(source)
 
@@ -326,7 +328,7 @@ def _typed_image(part: Mapping[str, Any]) -> Image:
 _PICTURE_KEYS = ("image", "image_url", "url", "path", "base64")
 
 
-def _unpacked(text: str) -> bytes:
+def _decode_base64(text: str) -> bytes:
     """The bytes of a data URL, or of plain base64."""
     head, comma, body = text.partition(",")
     if comma and not head.endswith(";base64"):
@@ -342,7 +344,7 @@ def base64_bytes(text: str) -> bytes:
     return base64.b64decode("".join(text.split()), validate=True)
 
 
-def _by_two_speakers(messages: Sequence[Message]) -> list[Message]:
+def _join_system_turns(messages: Sequence[Message]) -> list[Message]:
     """Join system messages to the adjacent user's turn with a line end."""
     turns: list[Message] = []
     last = ""
@@ -408,14 +410,14 @@ def _decode(data: bytes, name: str, deep: Deep) -> PIL.Image.Image:
     try:
         picture = reader(BytesIO(data))
     except PIL.Image.DecompressionBombError:
-        raise _oversized(name) from None
-    # A parser of untrusted bytes may raise anything, and its message helps nobody.
+        raise _too_large_error(name) from None
+    # A parser of untrusted bytes may raise anything, with messages that a user cannot act on.
     except Exception:
-        raise _broken(name) from None
+        raise _damaged_error(name) from None
     if isinstance(picture, JpegImageFile):
         _check_size(*picture.size, name)
         _decode_smaller(picture)
-    return _upright_rgb(picture, name, deep)
+    return _to_upright_rgb(picture, name, deep)
 
 
 def _reader(data: bytes, name: str) -> type[ImageFile]:
@@ -450,49 +452,51 @@ def _heic_reader(name: str) -> type[ImageFile]:
 
 
 def _decode_smaller(picture: JpegImageFile) -> None:
-    """Have a large JPEG decoded 2, 4 or 8 times smaller, which saves memory and time."""
+    """Have the decoder scale a large JPEG down by 2, 4 or 8, which saves memory and time."""
     width, height = picture.size
     step = next(s for s in (1, 2, 4, 8) if width * height <= MAX_PIXELS * s**2)
     if step > 1:
         picture.draft(None, (width // step, height // step))
 
 
-def _broken(name: str) -> ImageError:
+def _damaged_error(name: str) -> ImageError:
     return ImageError(f"{name} is damaged or cut short: save or download it again as {_FORMATS}")
 
 
-def _oversized(name: str) -> ImageError:
+def _too_large_error(name: str) -> ImageError:
     return ImageError(
         f"{name} is larger than Pillow reads in its format: scale it down or save it as JPEG"
     )
 
 
-def _upright_rgb(picture: PIL.Image.Image, name: str, deep: Deep = "scale") -> PIL.Image.Image:
+def _to_upright_rgb(picture: PIL.Image.Image, name: str, deep: Deep = "scale") -> PIL.Image.Image:
     if deep not in get_args(Deep):
         raise ImageError(f"deep={deep!r} is unknown: choose 'scale' or 'clip'")
     _check_size(*picture.size, name)
     try:
         picture.load()
-        white = _white(picture, name) if deep == "scale" and picture.mode in _DEEP_MODES else None
+        white = (
+            _white_value(picture, name) if deep == "scale" and picture.mode in _DEEP_MODES else None
+        )
         if picture.width * picture.height > MAX_PIXELS:
-            return _upright(_reduced(picture, white))
-        return _rgb(_upright(picture), white)
+            return _apply_orientation(_downscale(picture, white))
+        return _to_rgb(_apply_orientation(picture), white)
     except ImageError:
         raise
     except PIL.Image.DecompressionBombError:
-        raise _oversized(name) from None
+        raise _too_large_error(name) from None
     except Exception:
-        raise _broken(name) from None
+        raise _damaged_error(name) from None
 
 
-def _reduced(picture: PIL.Image.Image, white: int | None) -> PIL.Image.Image:
+def _downscale(picture: PIL.Image.Image, white: int | None) -> PIL.Image.Image:
     """RGB of at most MAX_PIXELS: means of step x step pixels, a band of rows at a time."""
     width, height = picture.size
     step = next(s for s in range(2, MAX_SIDE) if -(-width // s) * -(-height // s) <= MAX_PIXELS)
     small = PIL.Image.new("RGB", (-(-width // step), -(-height // step)))
     for top in range(0, small.height, _BAND_ROWS):
         area = (0, top * step, width, min((top + _BAND_ROWS) * step, height))
-        small.paste(_rgb(picture.crop(area), white).reduce(step), (0, top))
+        small.paste(_to_rgb(picture.crop(area), white).reduce(step), (0, top))
     small.getexif()[_ORIENTATION] = _orientation(picture)
     return small
 
@@ -504,7 +508,7 @@ def _orientation(picture: PIL.Image.Image) -> int:
         return 1
 
 
-def _white(picture: PIL.Image.Image, name: str) -> int:
+def _white_value(picture: PIL.Image.Image, name: str) -> int:
     """The value that means white in a picture with more than 8 bits."""
     if picture.mode in _16_BITS:
         return 65_535
@@ -521,9 +525,9 @@ def _white(picture: PIL.Image.Image, name: str) -> int:
     return white
 
 
-def _rgb(picture: PIL.Image.Image, white: int | None) -> PIL.Image.Image:
+def _to_rgb(picture: PIL.Image.Image, white: int | None) -> PIL.Image.Image:
     if white is None:
-        return _on_white(picture)
+        return _blend_on_white(picture)
     values = np.asarray(picture, dtype=np.float64)
     if np.isnan(values).any():
         raise ImageError("the picture holds NaN: replace it by numbers from 0 to 1")
@@ -544,14 +548,14 @@ def _check_size(width: int, height: int, name: str) -> None:
         )
 
 
-def _upright(picture: PIL.Image.Image) -> PIL.Image.Image:
+def _apply_orientation(picture: PIL.Image.Image) -> PIL.Image.Image:
     try:
         return ImageOps.exif_transpose(picture)
     except Exception:  # as above
         return picture
 
 
-def _on_white(picture: PIL.Image.Image) -> PIL.Image.Image:
+def _blend_on_white(picture: PIL.Image.Image) -> PIL.Image.Image:
     if picture.mode == "RGB":
         return picture
     if picture.mode == "La":  # Pillow converts this mode to no other

@@ -78,12 +78,12 @@ class ImageTokenizer:
         encode_precision: Precision = "fp32",
         compiled: bool = False,
     ) -> None:
-        self.vqgan, self.resolution, self.mode = vqgan, resolution, _checked(mode)
+        self.vqgan, self.resolution, self.mode = vqgan, resolution, _check_mode(mode)
         known = get_args(Precision)
         self.precision = dtype_name("precision", precision, known)
         self.encode_precision = dtype_name("encode_precision", encode_precision, known)
         self.compiled = compiled
-        self._network: _Compiled | None = None
+        self._compiled_network: _Compiled | None = None
         stride = vqgan.config.stride
         if resolution < stride or resolution % stride:
             raise SettingError(
@@ -96,7 +96,7 @@ class ImageTokenizer:
 
     def __getstate__(self) -> dict[str, Any]:
         # Compiled code cannot be pickled, and a copied network must be compiled anew.
-        return self.__dict__ | {"_network": None}
+        return self.__dict__ | {"_compiled_network": None}
 
     @property
     def grid(self) -> int:
@@ -106,7 +106,7 @@ class ImageTokenizer:
     def encode(self, images: Any, mode: Mode | None = None) -> Tensor:
         """Codes int64 [n, h, w] of pictures, or [1, h, w] of one: anything that `Image.of` takes.
         Raises `ImageError` if one cannot be read, or has codes but no pixels."""
-        images = [images] if _is_one(images) else images
+        images = [images] if _is_single(images) else images
         if len(images) == 0:
             return torch.empty(0, self.grid, self.grid, dtype=torch.int64, device=self.device)
         step = self._batch_size
@@ -115,7 +115,7 @@ class ImageTokenizer:
 
     def decode(self, codes_nhw: Tensor) -> list[PIL.Image.Image]:
         """Pictures of codes int64 [n, h, w]; values are truncated to 8 bits, as in Meta's code."""
-        codes, step = _checked_codes(codes_nhw), self._batch_size
+        codes, step = _check_codes(codes_nhw), self._batch_size
         self._check_size(*codes.shape[1:])
         return [
             PIL.Image.fromarray(pixels)
@@ -134,7 +134,7 @@ class ImageTokenizer:
         picture = Image.of(image).pil
         if picture is None:
             raise ImageError("the image has codes but no pixels: decode it, or use its codes")
-        crop = _checked(mode or self.mode) == "crop"
+        crop = _check_mode(mode or self.mode) == "crop"
         return (cropped if crop else fitted)(picture, self.resolution)
 
     def _check_size(self, height: int, width: int) -> None:
@@ -167,12 +167,12 @@ class ImageTokenizer:
     @torch.no_grad()
     def _decode_batch(self, codes_nhw: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
         with self._autocast(self.precision):
-            pixels = self._decoded(codes_nhw.to(self.device))
+            pixels = self._decode(codes_nhw.to(self.device))
         pixels = pixels.float().clamp(-1, 1)
         pixels_nYXC = ((pixels + 1) / 2 * 255).to(torch.uint8).permute(0, 2, 3, 1)
         return np.ascontiguousarray(pixels_nYXC.cpu().numpy())
 
-    def _decoded(self, codes_nhw: Tensor) -> Tensor:
+    def _decode(self, codes_nhw: Tensor) -> Tensor:
         vqgan = self.vqgan
         if not self.compiled or isinstance(vqgan, MissingVQGAN):
             return vqgan.decode(codes_nhw)
@@ -186,9 +186,9 @@ class ImageTokenizer:
         """The network, or its compiled form."""
         if not self.compiled:
             return vqgan
-        if self._network is None or self._network.vqgan is not vqgan:
-            self._network = _Compiled(vqgan)
-        return self._network
+        if self._compiled_network is None or self._compiled_network.vqgan is not vqgan:
+            self._compiled_network = _Compiled(vqgan)
+        return self._compiled_network
 
 
 class _Compiled:
@@ -201,20 +201,20 @@ class _Compiled:
         self.pixels: Callable[[Tensor], Tensor] = compiled(vqgan.pixels)
 
 
-def _checked(mode: Any) -> Mode:
+def _check_mode(mode: Any) -> Mode:
     if mode not in get_args(Mode):
         raise SettingError(f"image mode {mode!r} is unknown: choose 'crop' or 'fit'")
     return mode
 
 
-def _is_one(images: Any) -> bool:
+def _is_single(images: Any) -> bool:
     """Whether this is one picture: an array or tensor of four axes is several."""
     if isinstance(images, np.ndarray | Tensor):
         return images.ndim < 4
     return not isinstance(images, Sequence) or isinstance(images, str | bytes | bytearray)
 
 
-def _checked_codes(codes: Any) -> Tensor:
+def _check_codes(codes: Any) -> Tensor:
     tensor: Tensor = torch.as_tensor(codes)
     if tensor.ndim != 3 or tensor.is_floating_point() or 0 in tensor.shape[1:]:
         raise ImageError(
@@ -230,11 +230,11 @@ def cropped(picture: PIL.Image.Image, side: int) -> PIL.Image.Image:
     left, top = (width - side) // 2, (height - side) // 2
     area = (left, top, left + side, top + side)
     if width * height > MAX_PIXELS:
-        return _narrow_crop(picture, side, area, (width, height))
+        return _crop_long_strip(picture, side, area, (width, height))
     return picture.resize((width, height), PIL.Image.Resampling.LANCZOS).crop(area)
 
 
-def _narrow_crop(
+def _crop_long_strip(
     picture: PIL.Image.Image, side: int, area: tuple[int, ...], size: tuple[int, int]
 ) -> PIL.Image.Image:
     """The crop of a long strip without resizing all of it; values may differ in the last bit."""

@@ -144,12 +144,12 @@ def parallelize(
     """Put the model on the mesh, in place; weights stay fp32 and are gathered in `dtype`. Without a
     mesh the first and the last call do nothing."""
     # The order matters: each call wraps the result of the previous ones.
-    split_tensors(model, mesh)
-    recompute(model, config.checkpointing, config.checkpointing_every)
+    apply_tensor_parallel(model, mesh)
+    checkpoint_activations(model, config.checkpointing, config.checkpointing_every)
     # Not one graph per block on a CPU, where attention loops over documents of changing number, nor
     # with cut layers, whose branches communicate.
     compile_blocks(model, compiled, _is_on_gpu(model, mesh) and config.tensor == 1)
-    shard_rows(model, mesh, dtype)
+    apply_fsdp(model, mesh, dtype)
 
 
 def tensor_plan() -> dict[str, ParallelStyle]:
@@ -216,7 +216,7 @@ def _by_heads() -> ParallelStyle:
     return ByHeads()
 
 
-def split_tensors(model: Transformer, mesh: DeviceMesh | None) -> None:
+def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh | None) -> None:
     """Cut layers, embedding and head over the axis `tensor`."""
     if mesh is None or mesh[TENSOR].size() == 1:
         return
@@ -240,14 +240,14 @@ def check_split(config: ModelConfig, count: int) -> None:
         )
 
 
-def recompute(model: Transformer, how: str, every: int = 1) -> None:
+def checkpoint_activations(model: Transformer, mode: str, every: int = 1) -> None:
     """Activation checkpointing: the backward pass recomputes one in `every` blocks instead of
     keeping what is within it."""
-    if how == "none":
+    if mode == "none":
         return
     for block in model.model.layers[::every]:
         selective: dict[str, Any] = {}
-        if how == "selective":
+        if mode == "selective":
             selective["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, **selective)
 
@@ -293,7 +293,7 @@ def _is_on_gpu(model: Transformer, mesh: DeviceMesh | None) -> bool:
     return device.type == "cuda" or (device.type == "meta" and torch.cuda.is_available())
 
 
-def shard_rows(model: Transformer, mesh: DeviceMesh | None, dtype: torch.dtype) -> None:
+def apply_fsdp(model: Transformer, mesh: DeviceMesh | None, dtype: torch.dtype) -> None:
     """FSDP2: each block gathers its weights when it runs; the rest of the model is one group."""
     if mesh is None:
         return
@@ -356,8 +356,8 @@ def head_inputs(x_BTD: Tensor, head_VD: Tensor) -> tuple[Tensor, Tensor, Vocabul
     # The gradient of the states is the sum of the contributions of the head's slices.
     whole_BTD = x_BTD.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
     rows_VD = head_VD.to_local()
-    cut = VocabularySlice(mesh.get_local_rank() * len(rows_VD), mesh.get_group())
-    return whole_BTD, rows_VD, cut
+    vocab_slice = VocabularySlice(mesh.get_local_rank() * len(rows_VD), mesh.get_group())
+    return whole_BTD, rows_VD, vocab_slice
 
 
 def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:

@@ -29,7 +29,7 @@ from earlyfusion.vocabulary import (
     CODE,
     ImageLayout,
     Vocabulary,
-    family_names,
+    control_and_image_names,
     read_tokenizer_json,
 )
 
@@ -62,11 +62,11 @@ class TokenSequence:
         """Which tokens count in the loss: those of answers and the closing eos."""
         return [role in LEARNED for role in self.role]
 
-    def control(self, token: int, role: int = CONTROL) -> None:
+    def add_control(self, token: int, role: int = CONTROL) -> None:
         """Append one control token; with the role END, the eos that closes an answer."""
         self._extend([token], role)
 
-    def segment(self, tokens: list[int], speaker: str, modality: Modality) -> None:
+    def add_segment(self, tokens: list[int], speaker: str, modality: Modality) -> None:
         start = len(self.ids)
         self._extend(tokens, _ROLE_OF[speaker, modality])
         self.spans.append((start, len(self.ids), modality))
@@ -85,7 +85,7 @@ class Processor:
         data = read_tokenizer_json(self.tokenizer_file)
         self.vocabulary = Vocabulary.from_dict(data)
         # This tokenizer knows no control tokens: only the code below places them, never a text.
-        self._text_tokenizer = _load(_text_only(data, self.vocabulary))
+        self._text_tokenizer = _load_tokenizer(_text_only(data, self.vocabulary))
         self._bytes = _token_bytes(self.vocabulary)
 
     def encode_text(self, text: str) -> list[int]:
@@ -107,9 +107,9 @@ class Processor:
         return self._prompt(messages, _codes_in_order(messages, codes))
 
     def draft(self, messages: Sequence[Message]) -> TokenSequence:
-        """`encode` before the pictures are encoded: a picture without codes takes up its tokens,
-        which `fill` spells later. So the length is known early, and text is tokenised once. The
-        turns are those of `as_messages`."""
+        """`encode` before the pictures are encoded: a picture without codes reserves its tokens,
+        which `fill` replaces. So the length is known early, and text is tokenised only once. The
+        turns must be those of `as_messages`."""
         return self._prompt(messages, [i.codes for message in messages for i in message.images])
 
     def draft_turn(self, message: Message) -> TokenSequence:
@@ -120,10 +120,12 @@ class Processor:
 
     def fill(self, draft: TokenSequence, codes: Sequence[npt.ArrayLike]) -> list[int]:
         """The ids of a draft, with these codes spelled as its pictures, in order."""
-        ids, codes_of = list(draft.ids), iter(codes)
+        ids, remaining_codes = list(draft.ids), iter(codes)
         for start, end, _ in draft.spans:
-            if ids[start] == CODE:  # `_spelled` fills the whole span with it, markers included
-                ids[start:end] = self.layout.spell(next(codes_of), self.vocabulary)
+            if (
+                ids[start] == CODE
+            ):  # `_spell_or_reserve` fills the whole span with it, markers included
+                ids[start:end] = self.layout.spell(next(remaining_codes), self.vocabulary)
         return ids
 
     def encode_document(
@@ -136,7 +138,7 @@ class Processor:
             )
         check_alternation(messages)
         sequence = self._turns(messages, _codes_in_order(messages, codes))
-        sequence.control(self.vocabulary.eos, END)
+        sequence.add_control(self.vocabulary.eos, END)
         return sequence
 
     def decode_text(self, ids: Iterable[int]) -> str:
@@ -168,31 +170,36 @@ class Processor:
     ) -> TokenSequence:
         sequence = self._turns(messages, codes)
         if messages[-1].role == "user":
-            sequence.control(self.vocabulary.end_of_turn)
+            sequence.add_control(self.vocabulary.end_of_turn)
         return sequence
 
     def _turns(
         self, messages: Sequence[Message], codes: Iterable[npt.ArrayLike | None]
     ) -> TokenSequence:
         """bos and all turns with `end_of_turn` in between; the last turn is left open."""
-        sequence, codes_of = TokenSequence(), iter(codes)
-        sequence.control(self.vocabulary.bos)
+        sequence, remaining_codes = TokenSequence(), iter(codes)
+        sequence.add_control(self.vocabulary.bos)
         for number, message in enumerate(messages):
             if number:
-                sequence.control(self.vocabulary.end_of_turn)
-            self._add_turn(sequence, message, codes_of)
+                sequence.add_control(self.vocabulary.end_of_turn)
+            self._add_turn(sequence, message, remaining_codes)
         return sequence
 
     def _add_turn(
-        self, sequence: TokenSequence, message: Message, codes_of: Iterator[npt.ArrayLike | None]
+        self,
+        sequence: TokenSequence,
+        message: Message,
+        remaining_codes: Iterator[npt.ArrayLike | None],
     ) -> None:
         for part in message.parts:
             if isinstance(part, Text):
-                sequence.segment(self.encode_text(part.text), message.role, "text")
+                sequence.add_segment(self.encode_text(part.text), message.role, "text")
             else:
-                sequence.segment(self._spelled(next(codes_of)), message.role, "image")
+                sequence.add_segment(
+                    self._spell_or_reserve(next(remaining_codes)), message.role, "image"
+                )
 
-    def _spelled(self, codes: npt.ArrayLike | None) -> list[int]:
+    def _spell_or_reserve(self, codes: npt.ArrayLike | None) -> list[int]:
         if codes is None:
             # The image tokenizer makes every picture the size of the model's own layout.
             return [CODE] * self.layout.num_tokens
@@ -221,17 +228,17 @@ def _utf8_decoder() -> codecs.IncrementalDecoder:
 
 
 def train_tokenizer(
-    texts: Iterable[str], num_codes: int, vocab_size: int, whole: Sequence[str] = ()
+    texts: Iterable[str], num_codes: int, vocab_size: int, whole_words: Sequence[str] = ()
 ) -> str:
     """Train a byte-level BPE on `texts`; returns the JSON text of a tokenizer file.
 
     Ids: bos, pad, eos, unk, the image codes, the image markers, end of turn, the placeholder, then
     text, which begins with the 256 bytes. There are at most `vocab_size` ids, fewer if the texts
-    yield no more merges. The same texts in the same order give the same file. The words of `whole`
-    become one token each, in their order, until they have half of the text tokens: by merges that
-    come after all others, so that the file stays an ordinary one.
+    yield no more merges. The same texts in the same order give the same file. The `whole_words`
+    become one token each, in their order, for at most half of the text tokens. Their merges come
+    after all others, so that the file stays an ordinary tokenizer file.
     """
-    control, alphabet = family_names(num_codes), pre_tokenizers.ByteLevel.alphabet()
+    control, alphabet = control_and_image_names(num_codes), pre_tokenizers.ByteLevel.alphabet()
     smallest = len(control) + len(alphabet)
     if vocab_size < smallest:
         raise SettingError(
@@ -241,27 +248,28 @@ def train_tokenizer(
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = _pre_tokenizer()
     tokenizer.decoder = decoders.ByteLevel()
-    words = _words(tokenizer, whole)
-    kept = min(len(words), (vocab_size - smallest) // 2)
+    words = _split_words(tokenizer, whole_words)
+    reserved = min(len(words), (vocab_size - smallest) // 2)
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - kept,
+        vocab_size=vocab_size - reserved,
         special_tokens=control,  # these get the first ids, in this order
         initial_alphabet=alphabet,
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_clean(texts), trainer)
+    tokenizer.train_from_iterator(_check_texts(texts), trainer)
     text = str(tokenizer.to_str(pretty=False))
-    return _with_whole(text, words, vocab_size) if words else text
+    return _add_whole_words(text, words, vocab_size) if words else text
 
 
-def _words(tokenizer: Tokenizer, texts: Iterable[str]) -> list[str]:
-    """The words of some texts as BPE sees them, at the beginning of a text and within one."""
+def _split_words(tokenizer: Tokenizer, texts: Iterable[str]) -> list[str]:
+    """The words of these texts as the pre-tokenizer splits them, with and without a blank in
+    front."""
     split = tokenizer.pre_tokenizer.pre_tokenize_str
-    said = (form for text in texts for form in (" " + text, text))
-    return list(dict.fromkeys(word for text in said for word, _ in split(text)))
+    spellings = (spelling for text in texts for spelling in (" " + text, text))
+    return list(dict.fromkeys(word for text in spellings for word, _ in split(text)))
 
 
-def _with_whole(text: str, words: Sequence[str], vocab_size: int) -> str:
+def _add_whole_words(text: str, words: Sequence[str], vocab_size: int) -> str:
     """A tokenizer file with a token for each of the words, in their order, while there is room.
 
     The pieces of a word are merged from the left; earlier merges come first and do not change.
@@ -270,7 +278,7 @@ def _with_whole(text: str, words: Sequence[str], vocab_size: int) -> str:
     vocabulary, merges = data["model"]["vocab"], data["model"]["merges"]
     ranks = {tuple(pair): rank for rank, pair in enumerate(merges)}
     for word in words:
-        pieces = _merged(list(word), ranks)
+        pieces = _apply_merges(list(word), ranks)
         if len(vocabulary) + len(pieces) - 1 > vocab_size:
             continue
         for number in range(1, len(pieces)):
@@ -281,7 +289,7 @@ def _with_whole(text: str, words: Sequence[str], vocab_size: int) -> str:
     return json.dumps(data, ensure_ascii=False)
 
 
-def _merged(pieces: list[str], ranks: Mapping[tuple[str, ...], int]) -> list[str]:
+def _apply_merges(pieces: list[str], ranks: Mapping[tuple[str, ...], int]) -> list[str]:
     """The pieces after all merges that apply, the earliest first, as BPE does it."""
     while True:
         known = [(ranks[pair], at) for at, pair in enumerate(pairwise(pieces)) if pair in ranks]
@@ -305,7 +313,7 @@ def _pre_tokenizer() -> Any:
     )
 
 
-def _clean(texts: Iterable[str]) -> Iterable[str]:
+def _check_texts(texts: Iterable[str]) -> Iterable[str]:
     for text in texts:
         try:
             text.encode("utf-8")
@@ -326,7 +334,7 @@ def _check_utf8(text: str) -> None:
         ) from None
 
 
-def _load(data: dict[str, Any]) -> Tokenizer:
+def _load_tokenizer(data: dict[str, Any]) -> Tokenizer:
     try:
         # A file may carry settings from training, which would cut or pad prompts.
         return Tokenizer.from_str(json.dumps(data | {"truncation": None, "padding": None}))

@@ -36,7 +36,7 @@ def code_name(code: int) -> str:
     return IMAGE_PREFIX + "".join("ABCDEFGHIJ"[int(digit)] for digit in str(code)) + "Z"
 
 
-def family_names(num_codes: int) -> list[str]:
+def control_and_image_names(num_codes: int) -> list[str]:
     """Control and image tokens of a new vocabulary, in the order of Meta's ids, from id 0."""
     codes = [code_name(code) for code in range(num_codes)]
     end, begin, turn = END_IMAGE, BEGIN_IMAGE, END_OF_TURN
@@ -103,7 +103,7 @@ class Vocabulary:
             )
         return self.names[name]
 
-    def token_to_code(self, tokens: npt.ArrayLike) -> Ids:
+    def tokens_to_codes(self, tokens: npt.ArrayLike) -> Ids:
         """Codes of image tokens, in the same shape; `ImageError` for any other token."""
         ids = np.asarray(tokens, dtype=np.int64)
         # Ids outside of the vocabulary must not index the table: negative ones would wrap around.
@@ -206,7 +206,7 @@ class ImageLayout:
                 f"token {int(ids[at])} at position {at} of a picture is not the marker "
                 f"{int(template[at])}: the picture is spelled in another layout"
             )
-        return vocabulary.token_to_code(ids[template == CODE]).reshape(self.height, self.width)
+        return vocabulary.tokens_to_codes(ids[template == CODE]).reshape(self.height, self.width)
 
 
 def read_tokenizer_json(path: Path) -> dict[str, Any]:

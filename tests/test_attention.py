@@ -205,7 +205,7 @@ def test_a_model_learns_the_same_in_every_way(way: str, checkpointing: str, piec
     model = Transformer(replace(TINY, num_key_value_heads=2), 0.1 if pieces == 1 else 0.0)
     model.init_weights()
     expected = model_gradients(model, lambda d: attention._masked_attend(d))
-    parallel.recompute(model, checkpointing)
+    parallel.checkpoint_activations(model, checkpointing)
     found = model_gradients(model, WAYS[way], pieces)
     for name, gradient in expected.items():
         assert_close(found[name], gradient, atol=1e-5, rtol=1e-4)
@@ -221,7 +221,7 @@ def test_blocks_that_are_computed_again_change_no_bit(checkpointing: str, every:
     expected, calls = model_gradients(model, attention._masked_attend), list[int]()
     for number, block in enumerate(model.model.layers):
         block.mlp.register_forward_pre_hook(lambda *_, number=number: calls.append(number))
-    parallel.recompute(model, checkpointing, every)
+    parallel.checkpoint_activations(model, checkpointing, every)
     found = model_gradients(model, attention._masked_attend)
     assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
     again = {number for number in range(5) if calls.count(number) == 2}
@@ -256,7 +256,7 @@ def test_a_training_compiles_one_graph_of_a_block(
     model = Transformer(TINY, 0.1)
     model.init_weights()
     task = language.LanguageTask(model, Packer(document, RoleWeights(), rows=2, length=64, pad=1))
-    parallel.recompute(model, checkpointing)
+    parallel.checkpoint_activations(model, checkpointing)
     parallel.compile_blocks(model, True, whole=True)
     for step in range(3):
         with torch.autocast("cpu", torch.bfloat16):

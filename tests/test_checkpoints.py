@@ -516,7 +516,9 @@ class TestOtherFolders:
 
     def test_a_run_of_this_package(self, saved: Path, tmp_path: Path) -> None:
         run = tmp_path / "run"
-        checkpoint.Saver(run, keep=1, beside=False).save(3, {"model": {"x": torch.zeros(1)}}, {})
+        checkpoint.Saver(run, keep=1, in_background=False).save(
+            3, {"model": {"x": torch.zeros(1)}}, {}
+        )
         assert "a training run that has not ended" in self.refused(run)
         assert self.refused(run).endswith(str(run / "model"))
         shutil.copytree(saved, run / "model")

@@ -144,7 +144,7 @@ def test_what_cannot_be_begun_with_is_refused(tmp_path: Path) -> None:
         run("mini_image_tokenizer", [*encoder, "drawn=0"])
     with pytest.raises(SettingError, match="give at most 1"):
         ImageTokenizerTask(VQGAN(TINY), VQLossConfig(first_level=2), lambda _: None, 1, "encoder")  # type: ignore[arg-type, return-value]
-    checkpoint.Saver(tmp_path / "other", keep=1, beside=False).save(
+    checkpoint.Saver(tmp_path / "other", keep=1, in_background=False).save(
         1, {"model": {"x": torch.ones(1)}}, {}
     )
     with pytest.raises(CheckpointError, match="no image tokenizer of this shape"):

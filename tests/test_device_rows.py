@@ -114,7 +114,7 @@ def pictures_in(batch: PackedBatch, processor: Processor) -> list[np.ndarray]:
     """Codes of every picture of the inputs, one after another."""
     tokens = batch.tokens_BT.flatten().numpy()
     codes = np.isin(tokens, processor.vocabulary.image_tokens)
-    return list(processor.vocabulary.token_to_code(tokens[codes]).reshape(-1, CODES))
+    return list(processor.vocabulary.tokens_to_codes(tokens[codes]).reshape(-1, CODES))
 
 
 def ways_of(found: list[np.ndarray]) -> list[tuple[int, int]]:
@@ -153,7 +153,7 @@ def test_inputs_are_replaced_and_targets_stay_clean(processor: Processor) -> Non
         assert torch.equal(a.targets_BT, b.targets_BT) and torch.equal(a.weight_BT, b.weight_BT)
         is_code = torch.from_numpy(np.isin(a.tokens_BT, vocabulary.image_tokens))
         assert torch.equal(a.tokens_BT[~is_code], b.tokens_BT[~is_code])
-        before, after = (vocabulary.token_to_code(x.tokens_BT[is_code]) for x in (a, b))
+        before, after = (vocabulary.tokens_to_codes(x.tokens_BT[is_code]) for x in (a, b))
         shares.append((before != after).mean())
         step = (after - before)[before != after] % 64
         near.append(((step >= 1) & (step <= 3)).mean())

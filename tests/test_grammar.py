@@ -5,10 +5,10 @@ import torch
 
 from earlyfusion.errors import SettingError
 from earlyfusion.generation.grammar import Grammar, Output
-from earlyfusion.vocabulary import ImageLayout, Vocabulary, family_names
+from earlyfusion.vocabulary import ImageLayout, Vocabulary, control_and_image_names
 
 CODES, LAYOUT = 12, ImageLayout(2, 3)
-NAMES = [*family_names(CODES), "<reserved08799>", "<", "a", "b", "c", "d"]
+NAMES = [*control_and_image_names(CODES), "<reserved08799>", "<", "a", "b", "c", "d"]
 VOCABULARY = Vocabulary({name: i for i, name in enumerate(NAMES)})
 IMAGE = LAYOUT.num_tokens
 TEXT = {VOCABULARY.id_of(name) for name in ("<", "a", "b", "c", "d")}

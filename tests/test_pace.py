@@ -19,11 +19,11 @@ from earlyfusion.train import checkpoint, lora, trainer
 from earlyfusion.train.language import LanguageTask
 from earlyfusion.train.monitor import read_metrics
 from earlyfusion.train.optim import (
-    Average,
     Muon,
     OptimConfig,
+    WeightAverage,
+    build_optimizer,
     learning_rate_at,
-    optimizer_of,
     orthogonal,
 )
 from earlyfusion.train.pace import Pace
@@ -172,7 +172,7 @@ def test_orthogonal_keeps_singular_vectors_and_evens_out_their_values(device: to
 
 def test_muon_takes_the_matrices_of_blocks_and_adamw_all_else() -> None:
     model = Transformer(TINY)
-    optimizer = optimizer_of(model, model.parameters(), replace(OPTIM, kind="muon"))
+    optimizer = build_optimizer(model, model.parameters(), replace(OPTIM, kind="muon"))
     names = {id(p): n for n, p in model.named_parameters()}
     muon = {names[id(p)] for p in optimizer.param_groups[0]["params"]}
     rest = {names[id(p)] for group in optimizer.param_groups[1:] for p in group["params"]}
@@ -180,11 +180,11 @@ def test_muon_takes_the_matrices_of_blocks_and_adamw_all_else() -> None:
     assert all(n.endswith("_proj.weight") for n in muon) and len(muon) == 7 * 2
     lora.adapt(model, rank=2)  # leaves no matrix of a block to be trained
     with pytest.raises(SettingError, match="no matrix"):
-        optimizer_of(model, model.parameters(), replace(OPTIM, kind="muon"))
+        build_optimizer(model, model.parameters(), replace(OPTIM, kind="muon"))
     with pytest.raises(SettingError, match="kind='sgd'"):
         OptimConfig(kind="sgd")
     with pytest.raises(SettingError, match="no matrix"):
-        optimizer_of(nn.Linear(2, 2), nn.Linear(2, 2).parameters(), OptimConfig(kind="muon"))
+        build_optimizer(nn.Linear(2, 2), nn.Linear(2, 2).parameters(), OptimConfig(kind="muon"))
 
 
 def untimed() -> LanguageTask:
@@ -215,16 +215,16 @@ def test_the_average_is_that_of_its_formula_and_is_only_lent() -> None:
     model = nn.Linear(1, 1, bias=False)
     with torch.no_grad():
         model.weight.fill_(0.0)
-        average, expected = Average(model, 0.5), 0.0
+        average, expected = WeightAverage(model, 0.5), 0.0
         for count in range(1, 6):
             model.weight.fill_(float(count))
             average.update()
             stays = min(0.5, (1 + count) / (10 + count))
             expected = stays * expected + (1 - stays) * count
-    with average.used():
+    with average.applied():
         assert float(model.weight.detach()) == pytest.approx(expected)
     assert float(model.weight.detach()) == 5.0
-    average.use()
+    average.apply()
     assert float(model.weight.detach()) == pytest.approx(expected)
 
 

@@ -171,16 +171,16 @@ def test_a_flipped_bit_in_a_shard_is_noticed(two: Path, tmp_path: Path) -> None:
     checkpoint_of_two(two, run := tmp_path / "run")
     folder = run / "step-00000010" / checkpoint.SHARDS
     assert len(list(folder.glob("*.crc32"))) == 2
-    assert checkpoint.newest_whole(run) == (10, [])
+    assert checkpoint.newest_undamaged(run) == (10, [])
     shard = next(folder.glob("*.distcp"))
     written = bytearray(shard.read_bytes())
     written[len(written) // 2] ^= 1
     shard.write_bytes(written)
     with pytest.raises(CheckpointError, match="is damaged"):
-        checkpoint.newest_whole(run)
+        checkpoint.newest_undamaged(run)
     for noted in folder.glob("*.crc32"):
         noted.unlink()
-    assert checkpoint.newest_whole(run) == (10, [])
+    assert checkpoint.newest_undamaged(run) == (10, [])
 
 
 @pytest.mark.slow
@@ -367,7 +367,7 @@ def test_the_tensor_plan_cuts_each_layer_and_only_norms_stay_whole() -> None:
     whole = {name: parameter.numel() for name, parameter in model.named_parameters()}
     with fake_processes(2):
         mesh = init_device_mesh("cpu", (1, 1, 2), mesh_dim_names=parallel.AXES)
-        parallel.split_tensors(model, mesh)
+        parallel.apply_tensor_parallel(model, mesh)
         parts = {n: cast(DTensor, p).to_local().numel() for n, p in model.named_parameters()}
     for name, part in parts.items():
         is_norm = name.endswith(("layernorm.weight", "model.norm.weight"))

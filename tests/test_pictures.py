@@ -12,7 +12,7 @@ import pytest
 import torch
 from corpora import jsonl, png, tar
 
-from earlyfusion.data.mixture import Ahead
+from earlyfusion.data.mixture import PrefetchedStream
 from earlyfusion.data.pictures import (
     CropConfig,
     JoinedPictures,
@@ -114,7 +114,7 @@ def test_a_batch_follows_from_seed_and_step(tmp_path: Path) -> None:
     assert not torch.equal(one(5), other(5))
     halves = [batches(tmp_path, found, share=(rank, 2))[0](5) for rank in range(2)]
     assert torch.equal(torch.cat(halves), one(5))
-    ahead = Ahead(one, workers=2, depth=3)
+    ahead = PrefetchedStream(one, workers=2, depth=3)
     assert all(torch.equal(ahead(step), one(step)) for step in (0, 1, 2, 7))
     ahead.close()
 

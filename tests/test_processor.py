@@ -30,7 +30,7 @@ from earlyfusion.processor import (
     TextStream,
     train_tokenizer,
 )
-from earlyfusion.vocabulary import CODE, ImageLayout, Vocabulary, family_names
+from earlyfusion.vocabulary import CODE, ImageLayout, Vocabulary, control_and_image_names
 
 GOLDEN = Path(__file__).parent / "golden"
 TOKENIZER = GOLDEN / "tokenizer/text_tokenizer.json"
@@ -240,7 +240,7 @@ def test_a_draft_becomes_the_prompt() -> None:
 
 
 def test_bad_tokenizer_files(tmp_path: Path) -> None:
-    names = {name: token for token, name in enumerate(family_names(4))}
+    names = {name: token for token, name in enumerate(control_and_image_names(4))}
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps({"model": {"type": "?", "vocab": names}}))
     with pytest.raises(CheckpointError, match="cannot be read"):
@@ -299,12 +299,12 @@ def test_whole_words_become_one_token_each(tmp_path: Path) -> None:
     assert counts[1] == [1, 2, 2] and counts[0] > counts[1]
     before = json.loads(train_tokenizer(TEXTS, 8, 420, names))["model"]
     assert sorted(before["vocab"].values()) == list(range(len(before["vocab"])))
-    room = len(family_names(8)) + 256 + 2
+    room = len(control_and_image_names(8)) + 256 + 2
     assert Vocabulary.from_dict(json.loads(train_tokenizer([], 8, room, names))).size <= room
 
 
 def test_training_errors() -> None:
-    smallest = len(family_names(8)) + 256
+    smallest = len(control_and_image_names(8)) + 256
     assert Vocabulary.from_dict(json.loads(train_tokenizer([], 8, smallest))).size == smallest
     with pytest.raises(SettingError, match=f"vocab_size={smallest - 1} is too small"):
         train_tokenizer(TEXTS, 8, smallest - 1)

@@ -96,7 +96,7 @@ def test_noise_swaps_codes_of_pictures_in_prompts_for_near_ones_and_of_no_other(
     processor = Processor(tokenizer, ImageLayout(8, 8))
     stream = Documents([(1.0, [{"messages": turns}])], data, codes, near, processor, config)
     rows = [[i for i in stream(k).ids if i in processor.vocabulary.image_tokens] for k in range(20)]
-    asked, drawn = processor.vocabulary.token_to_code(rows).reshape(20, 2, 64).swapaxes(0, 1)
+    asked, drawn = processor.vocabulary.tokens_to_codes(rows).reshape(20, 2, 64).swapaxes(0, 1)
     assert (drawn == 0).all()
     assert 0.4 < (asked != 0).mean() < 0.6 and set(asked.ravel()) <= {0, *near[0].tolist()}
 

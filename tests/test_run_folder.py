@@ -225,9 +225,9 @@ def test_shards_that_are_cut_short_do_not_count(
         tensors = {"model/x": torch.full((999,), float(step))}
         save_shards(tensors, checkpoint_id=place / checkpoint.SHARDS, no_dist=True)
         (place / checkpoint.STATE).write_text(json.dumps({"step": step}))
-    assert checkpoint.newest_whole(tmp_path) == (2, [])
+    assert checkpoint.newest_undamaged(tmp_path) == (2, [])
     damage(next((tmp_path / "step-00000002" / checkpoint.SHARDS).glob("*.distcp")))
-    step, told = checkpoint.newest_whole(tmp_path)
+    step, told = checkpoint.newest_undamaged(tmp_path)
     assert step == 1 and "step 1 is taken" in told[0]
 
 
@@ -322,7 +322,7 @@ def test_a_signal_amid_a_checkpoint_is_no_error_of_torch(
                 signal.raise_signal(sent)
             return super().write(data)
 
-    saver = checkpoint.Saver(tmp_path, keep=1, beside=False)
+    saver = checkpoint.Saver(tmp_path, keep=1, in_background=False)
     monkeypatch.setattr(checkpoint.Path, "open", lambda path, mode: Interrupted(path, mode))
     with folder.termination_raises(), pytest.raises((KeyboardInterrupt, folder.Terminated)):
         saver.save(1, {"model": {"x": torch.zeros(1000), "y": torch.zeros(10)}}, {})

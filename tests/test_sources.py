@@ -26,8 +26,8 @@ from earlyfusion.data.encoding import Encoder, EncodingSettings, Fit
 from earlyfusion.data.forms import BOTH, PICTURE, TEXT, Picture, example_of, form_of
 from earlyfusion.data.joined import Joined
 from earlyfusion.data.mixture import (
-    Ahead,
     Order,
+    PrefetchedStream,
     Schedule,
     Stage,
     balanced,
@@ -601,14 +601,14 @@ def test_too_many_broken_rows_end_the_run(tmp_path: Path) -> None:
 def plain(processor: Processor, *lengths: int) -> TokenSequence:
     """A plain document of texts; a length below 0 is a picture."""
     vocabulary, document = processor.vocabulary, TokenSequence()
-    document.control(vocabulary.bos)
+    document.add_control(vocabulary.bos)
     text = int(vocabulary.text_tokens[0])
     for length in lengths:
         codes = np.full((processor.layout.height, processor.layout.width), -length % 8)
         spelled = processor.layout.spell(codes, vocabulary)
         tokens, kind = ([text] * length, "text") if length > 0 else (spelled, "image")
-        document.segment(tokens, "assistant", kind)  # type: ignore[arg-type]
-    document.control(vocabulary.eos, END)
+        document.add_segment(tokens, "assistant", kind)  # type: ignore[arg-type]
+    document.add_control(vocabulary.eos, END)
     return document
 
 
@@ -742,7 +742,7 @@ def test_workers_change_nothing_but_the_time(workers: int) -> None:
         threads.add(threading.current_thread().name)
         return TokenSequence(ids=[number])
 
-    ahead = Ahead(stream, workers, depth=8)
+    ahead = PrefetchedStream(stream, workers, depth=8)
     order = [*range(30), 29, 30, 200, 201, 5, 6]  # a packer asks again for what did not fit
     assert [ahead(number).ids[0] for number in order] == order
     ahead.close()

@@ -32,7 +32,7 @@ from earlyfusion.processor import (
 from earlyfusion.recipes.run import override
 from earlyfusion.train import checkpoint
 from earlyfusion.train.image_tokenizer import ImageTokenizerTask, VQLossConfig
-from earlyfusion.train.language import Ahead, LanguageTask, mean_of
+from earlyfusion.train.language import BatchPrefetcher, LanguageTask, masked_mean
 from earlyfusion.train.loss import head_loss, next_token_loss
 from earlyfusion.train.monitor import read_metrics
 from earlyfusion.train.optim import OptimConfig, learning_rate
@@ -114,12 +114,14 @@ def test_a_killed_run_goes_on_to_the_same_losses(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_cut_short_does_not_count(tmp_path: Path) -> None:
-    checkpoint.Saver(tmp_path, keep=2, beside=False).save(1, {"x": torch.ones(2)}, {"note": 1})
+    checkpoint.Saver(tmp_path, keep=2, in_background=False).save(
+        1, {"x": torch.ones(2)}, {"note": 1}
+    )
     (tmp_path / ".partial-00000002").mkdir()
     tensors, state = checkpoint.load(tmp_path)
     assert state == {"note": 1, "step": 1} and torch.equal(tensors["x"], torch.ones(2))
     for step in (3, 4):
-        checkpoint.Saver(tmp_path, keep=2, beside=False).save(step, {}, {})
+        checkpoint.Saver(tmp_path, keep=2, in_background=False).save(step, {}, {})
     assert checkpoint.steps(tmp_path) == [3, 4]
     assert not list(tmp_path.glob(".partial*"))
 
@@ -166,10 +168,10 @@ def test_a_loss_that_is_no_number_ends_the_run_with_a_sentence(
 def test_figures_of_a_step_do_not_wait_for_the_device(device: torch.device) -> None:
     values, chosen = torch.rand(3, 5).to(device), (torch.arange(15).view(3, 5) % 3 == 0).to(device)
     values[0, 1] = torch.nan  # not chosen
-    assert_close(mean_of(values, chosen), values[chosen].mean())
-    assert mean_of(values, torch.zeros_like(chosen)).isnan()
+    assert_close(masked_mean(values, chosen), values[chosen].mean())
+    assert masked_mean(values, torch.zeros_like(chosen)).isnan()
     # On the meta device there are no values, so that a look at one fails.
-    assert mean_of(values.to("meta"), chosen.to("meta")).shape == ()
+    assert masked_mean(values.to("meta"), chosen.to("meta")).shape == ()
 
 
 def test_loss_is_weighted_cross_entropy_plus_z_loss(device: torch.device) -> None:
@@ -327,15 +329,15 @@ def test_batches_prepared_ahead_are_those_of_the_packer() -> None:
         return Packer(document, RoleWeights(), rows=2, length=32, pad=1)
 
     plain, noted = packer(), Noted()
-    ahead = Ahead(packer(), noted)
+    ahead = BatchPrefetcher(packer(), noted)
     for number in range(5):
         assert ahead.cursor == plain.cursor  # what is only prepared is not used up
         batches = ahead.next(), plain.next()
         assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
         if number == 2:
-            ahead.go_to(40)
+            ahead.seek(40)
             plain.cursor = 40
-    ahead.go_to(0)  # waits for the last one
+    ahead.seek(0)  # waits for the last one
     assert noted.sent == 5 + 2
 
 
@@ -345,7 +347,7 @@ def test_an_error_of_a_batch_ahead_is_raised_when_it_is_asked_for() -> None:
             raise DataError("no more")
         return document(number)
 
-    ahead = Ahead(Packer(stream, RoleWeights(), rows=1, length=32, pad=1), Noted())
+    ahead = BatchPrefetcher(Packer(stream, RoleWeights(), rows=1, length=32, pad=1), Noted())
     with pytest.raises(DataError, match="no more"):
         for _ in range(9):
             ahead.next()
@@ -358,8 +360,8 @@ def test_a_run_with_batches_ahead_goes_on_to_the_bit(
     train(language_task(device), whole, OPTIM)
 
     def next_batch(task: Any, device: torch.device) -> PackedBatch:
-        task._ahead = task._ahead or Ahead(task._packer, Noted())
-        return task._ahead.next()
+        task._prefetcher = task._prefetcher or BatchPrefetcher(task._packer, Noted())
+        return task._prefetcher.next()
 
     monkeypatch.setattr(LanguageTask, "_next_batch", next_batch)
     part = replace(whole, out=tmp_path / "part", stop_after=5)

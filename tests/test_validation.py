@@ -23,7 +23,7 @@ from earlyfusion.recipes.finetune import config as recipe
 from earlyfusion.recipes.run import override
 from earlyfusion.train import checkpoint
 from earlyfusion.train.monitor import read_metrics
-from earlyfusion.train.validation import Validation, best_of
+from earlyfusion.train.validation import Validation, best_folder
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +114,8 @@ def test_the_best_weights_are_kept_and_the_run_ends_early(
     losses = [row["validation_loss"] for row in rows]
     best = int(np.argmin(losses)) + 1
     assert len(rows) == best + 2 < 50 and checkpoint.steps(out)[-1] == best + 2
-    assert checkpoint.steps(best_of(out)) == [best]
-    kept = checkpoint.load(best_of(out), only="model")[0]["model"]
+    assert checkpoint.steps(best_folder(out)) == [best]
+    kept = checkpoint.load(best_folder(out), only="model")[0]["model"]
     saved = detect.load(out / "model").transformer.state_dict()
     newest = checkpoint.load(out, only="model")[0]["model"]
     name = "model.layers.0.mlp.up_proj.weight"
@@ -137,7 +137,7 @@ def test_a_run_that_was_stopped_goes_on_with_its_best(
     rows = [read_metrics(tmp_path / name) for name in ("whole", "part")]
     assert [r["validation_loss"] for r in rows[0]] == [r["validation_loss"] for r in rows[1]]
     states = [checkpoint.load_state(tmp_path / name)["validation"] for name in ("whole", "part")]
-    kept = [checkpoint.steps(best_of(tmp_path / name)) for name in ("whole", "part")]
+    kept = [checkpoint.steps(best_folder(tmp_path / name)) for name in ("whole", "part")]
     assert states[0] == states[1] and kept[0] == kept[1] == [states[0]["step"]]
 
 

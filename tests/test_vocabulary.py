@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from earlyfusion.errors import CheckpointError, ImageError
-from earlyfusion.vocabulary import CODE, ImageLayout, Vocabulary, code_name, family_names
+from earlyfusion.vocabulary import CODE, ImageLayout, Vocabulary, code_name, control_and_image_names
 
 
 def sha256(ids: np.ndarray[Any, Any]) -> str:
@@ -56,7 +56,7 @@ def test_kinds_and_codes(case: tuple[Vocabulary, dict[str, Any]]) -> None:
     assert sha256(vocabulary.control_tokens) == expected["sha256_special_tokens_i64"]
     assert sha256(vocabulary.text_tokens) == expected["sha256_text_tokens_i64"]
     assert sha256(vocabulary.code_to_token) == expected["sha256_img2bpe_tensor_i64"]
-    codes = vocabulary.token_to_code(vocabulary.image_tokens)
+    codes = vocabulary.tokens_to_codes(vocabulary.image_tokens)
     assert sha256(codes) == expected["sha256_convert_bpe2img_of_image_tokens_i64"]
     pairs = np.stack([vocabulary.image_tokens, codes], axis=1)
     assert sha256(pairs) == expected["sha256_bpe2img_pairs_i64"]
@@ -65,23 +65,23 @@ def test_kinds_and_codes(case: tuple[Vocabulary, dict[str, Any]]) -> None:
 
 
 def test_placeholder_by_its_name_in_transformers() -> None:
-    names = {name: token for token, name in enumerate(family_names(2))}
+    names = {name: token for token, name in enumerate(control_and_image_names(2))}
     placeholder = names.pop("<reserved08707>")
     assert Vocabulary(names).image_placeholder is None
     assert Vocabulary(names | {"<image>": placeholder}).image_placeholder == placeholder
 
 
 def test_shuffled_ids_of_codes_keep_their_names() -> None:
-    names = {name: token for token, name in enumerate(family_names(12))}
+    names = {name: token for token, name in enumerate(control_and_image_names(12))}
     names["IMGIMGBBZ"], names["IMGIMGAZ"] = names["IMGIMGAZ"], names["IMGIMGBBZ"]
     vocabulary = Vocabulary(names)
     assert vocabulary.code_to_token[[0, 11]].tolist() == [15, 4]
-    assert vocabulary.token_to_code([[15, 4]]).tolist() == [[0, 11]]
+    assert vocabulary.tokens_to_codes([[15, 4]]).tolist() == [[0, 11]]
     assert vocabulary.image_tokens.tolist() == list(range(4, 16))
 
 
 def without(name: str) -> dict[str, int]:
-    return {n: i for i, n in enumerate(family_names(12)) if n != name}
+    return {n: i for i, n in enumerate(control_and_image_names(12)) if n != name}
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def without(name: str) -> dict[str, int]:
         (without("<racm3:break>"), "the tokenizer has no token <racm3:break>"),
         (without("<reserved08706>"), "no token <reserved08706>"),
         (without("IMGIMGFZ"), "none for code 5"),
-        ({n: i for i, n in enumerate(family_names(0))}, "none for code 0"),
+        ({n: i for i, n in enumerate(control_and_image_names(0))}, "none for code 0"),
         (without("") | {"extra": 7}, "share the id 7"),
         (without("") | {"IMGIMGAFZ": 99}, "'IMGIMGAFZ' is not the name of an image token"),
         (without("") | {"IMGIMGKZ": 99}, "'IMGIMGKZ' is not the name of an image token"),
@@ -104,7 +104,7 @@ def test_bad_vocabularies(names: dict[str, int], sentence: str) -> None:
 
 
 def test_bad_files(tmp_path: Path) -> None:
-    names = {n: i for i, n in enumerate(family_names(12))}
+    names = {n: i for i, n in enumerate(control_and_image_names(12))}
     added = {"model": {"vocab": {}}, "added_tokens": [{"content": "<s>"}]}
     for name, text, sentence in (
         ("no.json", None, "no.json is missing or not JSON"),
@@ -127,7 +127,7 @@ def test_bad_files(tmp_path: Path) -> None:
 def test_tokens_and_codes_outside(vocabulary: Vocabulary) -> None:
     for token in (-1, 3, 516, 1280, 10**9):
         with pytest.raises(ImageError, match=f"token {token} is not an image token"):
-            vocabulary.token_to_code([4, token])
+            vocabulary.tokens_to_codes([4, token])
     for code in (-1, 512):
         with pytest.raises(ImageError, match=f"image code {code} is outside"):
             vocabulary.codes_to_tokens([0, code])

@@ -166,14 +166,14 @@ def plain_document(
 ) -> TokenSequence:
     """A document without a prompt, all of which is learned; `codes` are those of its pictures."""
     vocabulary, sequence, rest = processor.vocabulary, TokenSequence(), iter(codes)
-    sequence.control(vocabulary.bos)
+    sequence.add_control(vocabulary.bos)
     for part in parts:
         if isinstance(part, Text):
-            sequence.segment(processor.encode_text(part.text), "assistant", "text")
+            sequence.add_segment(processor.encode_text(part.text), "assistant", "text")
         else:
             tokens = processor.layout.spell(next(rest), vocabulary)
-            sequence.segment(tokens, "assistant", "image")
-    sequence.control(vocabulary.eos, END)
+            sequence.add_segment(tokens, "assistant", "image")
+    sequence.add_control(vocabulary.eos, END)
     return sequence
 
 
@@ -237,7 +237,7 @@ def _first_exchanges(
     at = ends[-1]
     spans = [span for span in document.spans if span[1] <= at]
     shorter = TokenSequence(document.ids[:at], role[:at], spans)
-    shorter.control(vocabulary.eos, END)
+    shorter.add_control(vocabulary.eos, END)
     return [shorter]
 
 
@@ -256,11 +256,11 @@ def _cut_between_segments(
     for tokens, modality in blocks:
         if not cut or len(cut[-1]) - 1 + len(tokens) > room:
             cut.append(TokenSequence())
-            cut[-1].control(vocabulary.bos)
-        cut[-1].segment(tokens, "assistant", modality)
+            cut[-1].add_control(vocabulary.bos)
+        cut[-1].add_segment(tokens, "assistant", modality)
     # Only the last piece ends with eos: after the others the document goes on.
     if cut:
-        cut[-1].control(vocabulary.eos, END)
+        cut[-1].add_control(vocabulary.eos, END)
     return cut
 
 

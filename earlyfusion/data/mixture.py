@@ -257,9 +257,9 @@ def _sizes(groups: Sequence[int], chosen: np.ndarray | None) -> list[int]:
 Made = TypeVar("Made")
 
 
-class Ahead(Generic[Made]):
-    """A stream whose next items (documents, batches) are made by threads while the network learns.
-    Items and order are those of the stream, for any number of workers."""
+class PrefetchedStream(Generic[Made]):
+    """A stream whose next items (documents, batches) are prepared by threads while the model
+    trains. Items and order are those of the stream, for any number of workers."""
 
     def __init__(self, stream: Callable[[int], Made], workers: int, depth: int = 64) -> None:
         self._stream, self._depth = stream, depth

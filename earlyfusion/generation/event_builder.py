@@ -167,7 +167,7 @@ class EventBuilder:
         pairs = zip(self._picture, self._grammar_state.grammar.template, strict=False)
         drawn = [token for token, slot in pairs if slot == CODE]
         tokens = np.array(drawn + drawn[-1:] * (self._layout.num_codes - done))
-        codes = self._vocabulary.token_to_code(tokens)
+        codes = self._vocabulary.tokens_to_codes(tokens)
         return ImagePreview(self._images, done, codes.reshape(self._layout.height, -1))
 
 

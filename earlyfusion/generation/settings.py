@@ -330,7 +330,7 @@ def check_names(names: Iterable[str], others: Iterable[str]) -> None:
             raise SettingError(f"there is no setting {_short_repr(name)}: {remedy}")
 
 
-def given(sampling: SamplingParams | None, by_name: Mapping[str, Any]) -> dict[str, Any]:
+def explicit_values(sampling: SamplingParams | None, by_name: Mapping[str, Any]) -> dict[str, Any]:
     """The values that a caller has set: those of `sampling`, overridden by those in `by_name`. None
     sets nothing. Values in `by_name` are checked by `resolve`, not here."""
     if not isinstance(sampling, SamplingParams | None):

@@ -32,7 +32,7 @@ from earlyfusion.checkpoints.source import Source, read_card
 from earlyfusion.config import PRESETS, ModelConfig
 from earlyfusion.data.corpus import Corpus, open_corpus
 from earlyfusion.data.held_out import ValidationConfig, held_out_documents
-from earlyfusion.data.mixture import Ahead
+from earlyfusion.data.mixture import PrefetchedStream
 from earlyfusion.devices import resolve_device
 from earlyfusion.errors import DataError, SettingError
 from earlyfusion.files import expanded
@@ -45,7 +45,7 @@ from earlyfusion.train.optim import OptimConfig
 from earlyfusion.train.plan import FEW_GPUS, Job
 from earlyfusion.train.samples import PromptedPictures, encoded_prompts, image_prompts
 from earlyfusion.train.trainer import RunConfig, train
-from earlyfusion.train.validation import LOSS, Validation, best_of
+from earlyfusion.train.validation import LOSS, Validation, best_folder
 
 
 @dataclass
@@ -125,20 +125,20 @@ def main(config: FinetuneConfig) -> None:
     )
     _check_data(config, corpus)
     # A document depends only on its number, so threads may prepare them in any order.
-    stream = Ahead(corpus.stream, config.workers) if config.workers else corpus.stream
+    stream = PrefetchedStream(corpus.stream, config.workers) if config.workers else corpus.stream
     try:
         task = config.task(model, stream, length, loaded.processor.vocabulary.pad)
         samples = _samples(config, model, loaded, image_tokenizer, corpus)
         train(task, run, config.optim, samples, _validation(config, task, corpus))
     finally:
-        if isinstance(stream, Ahead):
+        if isinstance(stream, PrefetchedStream):
             stream.close()
     # From here on the first process works alone: no collective may follow.
     if processes.rank():
         return
     for sentence in corpus.report():
         print(sentence, file=sys.stderr)
-    saved = best_of(run.out) if config.held_out.is_on else run.out
+    saved = best_folder(run.out) if config.held_out.is_on else run.out
     if processes.count() > 1:  # the first process only holds a shard of the model
         model = prepared(assemble(source), config)
     if saved != run.out or processes.count() > 1:

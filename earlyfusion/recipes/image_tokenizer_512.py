@@ -32,7 +32,7 @@ import torch
 from earlyfusion import processes
 from earlyfusion.checkpoints.meta import save_vqgan
 from earlyfusion.config import PRESETS
-from earlyfusion.data.mixture import Ahead
+from earlyfusion.data.mixture import PrefetchedStream
 from earlyfusion.data.pictures import (
     CropConfig,
     PictureBatches,
@@ -106,12 +106,13 @@ def main(config: SquaresConfig) -> None:
     quarantine = Quarantine(notes / "quarantine.jsonl", config.pictures.max_broken)
     batches, held_out = open_batches(config, quarantine, notes)
     model = config.build()
-    source = Ahead(batches, config.workers, depth=config.workers) if config.workers else batches
+    workers = config.workers
+    source = PrefetchedStream(batches, workers, depth=workers) if workers else batches
     task = config.task(model, source)
     try:
         train(task, run, config.optim, HeldOut(model, held_out))
     finally:
-        if isinstance(source, Ahead):
+        if isinstance(source, PrefetchedStream):
             source.close()
     if quarantine.broken:
         print(f"broken pictures: {quarantine.broken:,}, see {quarantine.path}", file=sys.stderr)

@@ -88,7 +88,7 @@ def _run(recipe: Recipe, config: Any, name: str, overrides: list[str]) -> None:
         try:
             recipe.main(config)
         except (KeyboardInterrupt, folder.Terminated):
-            folder.say(folder.farewell(out, command, stopped=True))
+            folder.say(folder.closing_message(out, command, stopped=True))
             raise
         _end(config, out, steps, command)
 
@@ -112,7 +112,7 @@ def _end(config: Any, out: Path, steps: int, command: str) -> None:
     folder.end(out, _named(config), finished=bool(there) and not early)
     if early:
         folder.say(f"step {there[-1]:,} of {steps:,}, as stop_after says: without it, {command}")
-    if sentence := folder.farewell(out, command, stopped=False):
+    if sentence := folder.closing_message(out, command, stopped=False):
         folder.say(sentence)
 
 

@@ -41,73 +41,77 @@ AVERAGE = "average"
 
 
 class Saver:
-    """Writes the checkpoints of a run, from one process or from all, at once or `beside` the run.
-    Keeps the newest `keep`. A checkpoint written beside the run counts once `poll` or `finish`
-    found it complete."""
+    """Writes the checkpoints of a run, from one process or from all, and keeps the newest `keep`.
+    With `in_background` the run goes on meanwhile, and a checkpoint counts once `poll` or `finish`
+    has found it complete."""
 
-    def __init__(self, run: Path, keep: int, beside: bool) -> None:
-        self._run, self._keep, self._beside = run, keep, beside
-        self._several = dist.is_initialized()
-        self._first = not self._several or dist.get_rank() == 0
+    def __init__(self, run: Path, keep: int, in_background: bool) -> None:
+        self._run, self._keep, self._in_background = run, keep, in_background
+        self._is_distributed = dist.is_initialized()
+        self._first = not self._is_distributed or dist.get_rank() == 0
         self._waiting: tuple[Future[Any], int, dict[str, Any]] | None = None
         # Its own group: its messages must not mix with those of the steps computed meanwhile.
-        self._group = dist.new_group(backend="gloo") if self._several else None
+        self._group = dist.new_group(backend="gloo") if self._is_distributed else None
         self._pool = ThreadPoolExecutor(1, "checkpoint")
 
     def save(self, step: int, tensors: dict[str, Any], state: dict[str, Any]) -> None:
         self.finish()
         if self._first:
-            _begin(self._run, step)
-        self._meet()
+            _make_partial(self._run, step)
+        self._barrier()
         partial = self._run / f"{_PARTIAL}{step:08d}"
-        written = self._shards(partial, tensors) if self._several else self._file(partial, tensors)
+        written = (
+            self._write_shards(partial, tensors)
+            if self._is_distributed
+            else self._write_file(partial, tensors)
+        )
         self._waiting = (written, step, state)
-        if not self._beside:
+        if not self._in_background:
             self.finish()
 
     def poll(self) -> None:
         """Commit a checkpoint once it is fully written."""
         if self._waiting is not None and self._waiting[0].done():
-            self._close()
+            self._commit_waiting()
 
     def finish(self) -> None:
         """Wait until all processes have written and committed everything."""
         if self._waiting is not None:
-            self._close()
-        self._meet()
+            self._commit_waiting()
+        self._barrier()
 
-    def _close(self) -> None:
+    def _commit_waiting(self) -> None:
         assert self._waiting is not None
         written, step, state = self._waiting
         self._waiting = None
-        with _causes_bare():
+        with _raise_root_cause():
             written.result()
         if self._first:
             _commit(self._run, step, state, self._keep)
 
-    def _meet(self) -> None:
-        if self._several:
+    def _barrier(self) -> None:
+        if self._is_distributed:
             dist.barrier(group=self._group)
 
-    def _file(self, partial: Path, tensors: dict[str, Any]) -> Future[Any]:
-        if self._beside:
-            return self._pool.submit(_write, partial, _copied(tensors))
+    def _write_file(self, partial: Path, tensors: dict[str, Any]) -> Future[Any]:
+        if self._in_background:
+            return self._pool.submit(_write, partial, _copy_to_cpu(tensors))
         _write(partial, tensors)
-        return _done()
+        return _finished_future()
 
-    def _shards(self, partial: Path, tensors: dict[str, Any]) -> Future[Any]:
+    def _write_shards(self, partial: Path, tensors: dict[str, Any]) -> Future[Any]:
         from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
-        flat, writer = dict(_flat(tensors)), _writer(partial / SHARDS)
-        if self._beside:
+        flat, writer = dict(_flatten(tensors)), _writer(partial / SHARDS)
+        if self._in_background:
             written = async_save(flat, storage_writer=writer, process_group=self._group)
             return cast(Future[Any], written)
-        with _causes_bare():
+        with _raise_root_cause():
             save(flat, storage_writer=writer, process_group=self._group)
-        return _done()
+        return _finished_future()
 
 
-def _done() -> Future[Any]:
+def _finished_future() -> Future[Any]:
     done: Future[Any] = Future()
     done.set_result(None)
     return done
@@ -119,21 +123,21 @@ def steps(run: Path) -> list[int]:
     return sorted(int(n) for n in names if n.isdigit())
 
 
-def newest_whole(run: Path) -> tuple[int, list[str]]:
+def newest_undamaged(run: Path) -> tuple[int, list[str]]:
     """The step of the newest undamaged checkpoint (0: none), and sentences to print. Newer, damaged
     ones are set aside as `damaged-step-...`. Raises `CheckpointError` if all are damaged."""
     sentences: list[str] = []
-    there = steps(run)
-    for step in reversed(there):
+    saved_steps = steps(run)
+    for step in reversed(saved_steps):
         folder = run / f"{_PREFIX}{step:08d}"
-        if _is_whole(folder):
-            for path in (run / f"{_PREFIX}{later:08d}" for later in there if later > step):
+        if _is_undamaged(folder):
+            for path in (run / f"{_PREFIX}{later:08d}" for later in saved_steps if later > step):
                 aside = path.with_name(f"damaged-{path.name}")
                 shutil.rmtree(aside, ignore_errors=True)
                 os.replace(path, aside)
                 sentences.append(f"{path} is damaged and now {aside.name}: step {step:,} is taken")
             return step, sentences
-    if there:
+    if saved_steps:
         raise CheckpointError(
             f"every checkpoint in {run} is damaged: restore one, or give another out folder"
         )
@@ -152,7 +156,7 @@ def drop_after(run: Path, step: int) -> None:
             _remove(run, later)
 
 
-def _is_whole(folder: Path) -> bool:
+def _is_undamaged(folder: Path) -> bool:
     """Whether state and tensors can be read: compares all bytes with their CRC-32."""
     try:
         if not isinstance(_read_state(folder), dict):
@@ -176,16 +180,16 @@ def _has_all_shards(folder: Path) -> bool:
         return all(pool.map(_matches, folder.glob(f"*{_CRC}")))
 
 
-def _matches(noted: Path) -> bool:
-    return noted.read_text(encoding="ascii") == _crc32(noted.with_suffix(""))
+def _matches(crc_file: Path) -> bool:
+    return crc_file.read_text(encoding="ascii") == _crc32(crc_file.with_suffix(""))
 
 
 def _crc32(path: Path) -> str:
-    found = 0
+    crc = 0
     with path.open("rb") as file:
         while block := file.read(1 << 22):
-            found = zlib.crc32(block, found)
-    return f"{found:08x}"
+            crc = zlib.crc32(block, crc)
+    return f"{crc:08x}"
 
 
 def _writer(folder: Path) -> Any:
@@ -197,9 +201,9 @@ def _writer(folder: Path) -> Any:
         def write_data(self, plan: Any, planner: Any) -> Any:
             written = super().write_data(plan, planner)
             for name in {result.storage_data.relative_path for result in written.value()}:
-                noted = folder / f"{name}{_CRC}"
-                noted.write_text(_crc32(folder / name), encoding="ascii")
-                flush_to_disk(noted)
+                crc_file = folder / f"{name}{_CRC}"
+                crc_file.write_text(_crc32(folder / name), encoding="ascii")
+                flush_to_disk(crc_file)
             return written
 
     return Writer(folder)
@@ -238,16 +242,16 @@ def fingerprint(model: nn.Module) -> str:
     """A hash of a model's frozen weights; "" if none is frozen, or the model is on the meta device.
     Covers names, shapes and the sums of the bits of each column in fp32; the same on every device.
     """
-    names, found = frozen(model), hashlib.sha256()
+    names, digest = frozen(model), hashlib.sha256()
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name in names}
     if not tensors or any(tensor.is_meta for tensor in tensors.values()):
         return ""
     for name, tensor in tensors.items():
-        found.update(f"{name} {tuple(tensor.shape)} ".encode())
+        digest.update(f"{name} {tuple(tensor.shape)} ".encode())
         for rows in torch.atleast_1d(tensor).split(64):  # these fit into a CPU's cache
             bits = rows.detach().float().view(torch.int32)
-            found.update(bits.sum(0, dtype=torch.int64).cpu().numpy().tobytes())
-    return found.hexdigest()
+            digest.update(bits.sum(0, dtype=torch.int64).cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_model(model: nn.Module, tensors: Mapping[str, Tensor], run: Path) -> None:
@@ -267,9 +271,9 @@ def load_into(tensors: dict[str, Any], run: Path, step: int | None = None) -> di
     """Fill `tensors` in place, which may be shards of a process; returns the state. Raises
     `CheckpointError` if one is missing or has another shape."""
     folder, state = _find(run, step)
-    flat = dict(_flat(tensors))
+    flat = dict(_flatten(tensors))
     if not (folder / SHARDS).is_dir():
-        whole = dict(_flat(_read_tensors(folder / TENSORS)))
+        whole = dict(_flatten(_read_tensors(folder / TENSORS)))
         _check(flat, {name: tuple(value.shape) for name, value in whole.items()}, run)
         for name, value in flat.items():
             parallel.copy_shard(value, whole[name])
@@ -284,10 +288,10 @@ def load_into(tensors: dict[str, Any], run: Path, step: int | None = None) -> di
 
 
 def _find(run: Path, step: int | None) -> tuple[Path, dict[str, Any]]:
-    found = steps(run)
-    if not found or (step is not None and step not in found):
+    saved_steps = steps(run)
+    if not saved_steps or (step is not None and step not in saved_steps):
         raise CheckpointError(f"{run} holds no checkpoint of step {step or 'any'}: train it first")
-    folder = run / f"{_PREFIX}{step or found[-1]:08d}"
+    folder = run / f"{_PREFIX}{step or saved_steps[-1]:08d}"
     try:
         return folder, _read_state(folder)
     except (OSError, ValueError):
@@ -313,7 +317,7 @@ def _damaged(folder: Path) -> CheckpointError:
     )
 
 
-def _begin(run: Path, step: int) -> None:
+def _make_partial(run: Path, step: int) -> None:
     run.mkdir(parents=True, exist_ok=True)
     # Left by a run that was killed while writing.
     for leftover in run.glob(f"{_PARTIAL}*"):
@@ -323,25 +327,26 @@ def _begin(run: Path, step: int) -> None:
 
 
 def _write(partial: Path, tensors: dict[str, Any]) -> None:
-    with _causes_bare(), (partial / TENSORS).open("wb") as file:
+    with _raise_root_cause(), (partial / TENSORS).open("wb") as file:
         torch.save(tensors, file)
     flush_to_disk(partial / TENSORS)
 
 
 @contextmanager
-def _causes_bare() -> Iterator[None]:
-    """Raise the disk's `OSError`, or what a signal raised, instead of torch's error about it."""
+def _raise_root_cause() -> Iterator[None]:
+    """Within the block, raise the `OSError` or the signal's exception that caused torch's error,
+    instead of that error."""
     try:
         yield
     except BaseException as error:
-        found = _cause(error)
-        if found is None or found is error:
+        cause = _cause(error)
+        if cause is None or cause is error:
             raise
-        raise found from None
+        raise cause from None
 
 
 def _cause(error: BaseException | None) -> BaseException | None:
-    """The cause of an error that `_causes_bare` raises, also if another process sent it."""
+    """The `OSError` or signal's exception behind an error, also if another process sent it."""
     if isinstance(error, OSError) or not isinstance(error, Exception):  # as KeyboardInterrupt
         return error
     others = [error.__cause__, error.__context__]
@@ -367,32 +372,35 @@ def _remove(run: Path, step: int) -> None:
     shutil.rmtree(gone, ignore_errors=True)
 
 
-def _flat(tensors: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, Tensor]]:
+def _flatten(tensors: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, Tensor]]:
     """The tensors of nested dictionaries by their path, such as `model/lm_head.weight`."""
     for name, value in tensors.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{path}{name}/")
+            yield from _flatten(value, f"{path}{name}/")
         elif isinstance(value, Tensor):  # the optimizer's settings come from the run's config
             yield f"{path}{name}", value
 
 
-def _nested(flat: Mapping[str, Tensor]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _unflatten(flat: Mapping[str, Tensor]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
     for path, value in flat.items():
         *folders, name = path.split("/")
-        at: dict[Any, Any] = found
+        at: dict[Any, Any] = nested
         # Parameters of an optimizer are numbered: `optimizer/state/0/exp_avg`.
         for folder in folders:
             at = at.setdefault(int(folder) if folder.isdigit() else folder, {})
         at[name] = value
-    return found
+    return nested
 
 
-def _check(wanted: Mapping[str, Tensor], there: Mapping[str, tuple[int, ...]], run: Path) -> None:
+def _check(
+    wanted: Mapping[str, Tensor], saved_shapes: Mapping[str, tuple[int, ...]], run: Path
+) -> None:
     for name, value in wanted.items():
-        if there.get(name) != tuple(value.shape):
+        saved = saved_shapes.get(name, "missing")
+        if saved != tuple(value.shape):
             raise CheckpointError(
-                f"{run} holds a model of another shape ({name} is {there.get(name, 'missing')}, "
+                f"{run} holds a model of another shape ({name} is {saved}, "
                 f"not {tuple(value.shape)}): give the same shape or another out folder"
             )
 
@@ -410,7 +418,7 @@ def _read_shards(folder: Path, begin: str) -> dict[str, Any]:
     with warnings.catch_warnings():  # torch warns that a single process reads: intended here
         warnings.simplefilter("ignore")
         load_shards(flat, storage_reader=reader, no_dist=True)
-    return _nested(flat)
+    return _unflatten(flat)
 
 
 def _reader(folder: Path) -> Any:
@@ -440,11 +448,11 @@ class _Unpickler(pickle.Unpickler):
     """Reads the index of shards; refuses every class that an index does not need."""
 
     def find_class(self, module: str, name: str) -> Any:
-        found = super().find_class(module, name) if module in _INDEX_MODULES else None
-        if module.endswith(".metadata") and isinstance(found, type):
-            return found
-        if isinstance(found, torch.dtype) or name in _INDEX_NAMES.get(module, ()):
-            return found
+        member = super().find_class(module, name) if module in _INDEX_MODULES else None
+        if module.endswith(".metadata") and isinstance(member, type):
+            return member
+        if isinstance(member, torch.dtype) or name in _INDEX_NAMES.get(module, ()):
+            return member
         if (module, name) == ("builtins", "getattr"):
             return _member
         raise pickle.UnpicklingError(f"{module}.{name} does not belong there")
@@ -468,13 +476,14 @@ _INDEX_NAMES = {
 _INDEX_MODULES = {*_INDEX_NAMES, "torch.distributed.checkpoint.metadata"}
 
 
-def _copied(tensors: Mapping[Any, Any]) -> dict[Any, Any]:
+def _copy_to_cpu(tensors: Mapping[Any, Any]) -> dict[Any, Any]:
     """Copies on the CPU, which can be written while the training continues."""
-    return {
-        name: _copied(value)
-        if isinstance(value, Mapping)
-        else value.detach().to("cpu", copy=True)
-        if isinstance(value, Tensor)
-        else value
-        for name, value in tensors.items()
-    }
+    copies: dict[Any, Any] = {}
+    for name, value in tensors.items():
+        if isinstance(value, Mapping):
+            copies[name] = _copy_to_cpu(value)
+        elif isinstance(value, Tensor):
+            copies[name] = value.detach().to("cpu", copy=True)
+        else:
+            copies[name] = value
+    return copies

@@ -32,14 +32,14 @@ except ImportError:  # a system without flock has no lock
 
 NOTE, _LOCK = "run.json", ".lock"
 # Files of runs from before `run.json` existed.
-_SIGNS = ("metrics.jsonl", "data.json", "codes.npy")
+_OLD_RUN_FILES = ("metrics.jsonl", "data.json", "codes.npy")
 # Former names of classes, in `run.json` of older runs, which can still be continued.
 _FORMER_NAMES = {
     "SquaresConfig": "ImageTokenizerConfig",
     "EmojiImageTokenizerConfig": "ImageTokenizerConfig",
 }
 # Fields, and groups of them, that do not change the result.
-_FREE = {
+_FREE_FIELDS = {
     "run.out",
     "run.device",
     "run.compile",
@@ -58,7 +58,7 @@ _FREE = {
 }
 _FREE_GROUPS = ("run.parallel.", "run.watch.")
 
-_held: set[Path] = set()
+_locked_here: set[Path] = set()
 
 
 @contextmanager
@@ -66,19 +66,19 @@ def locked(folder: Path) -> Iterator[None]:
     """Keep other runs out of the folder; of several processes the first holds the lock for all.
     Raises `SettingError` with the process that holds it, or if the folder is not writable."""
     path = folder.absolute()
-    if fcntl is None or path in _held or processes.rank():
+    if fcntl is None or path in _locked_here or processes.rank():
         yield
         return
     with _open_lock(folder) as file:
-        _take(file, folder)
-        _held.add(path)
+        _acquire(file, folder)
+        _locked_here.add(path)
         try:
             yield
         finally:
-            _held.discard(path)
+            _locked_here.discard(path)
 
 
-def _take(file: TextIO, folder: Path) -> None:
+def _acquire(file: TextIO, folder: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -169,7 +169,7 @@ def _check_is_free(folder: Path, holds_runs: bool) -> None:
 
 
 def _is_run(folder: Path) -> bool:
-    return any((folder / sign).exists() for sign in (NOTE, *_SIGNS)) or bool(
+    return any((folder / sign).exists() for sign in (NOTE, *_OLD_RUN_FILES)) or bool(
         checkpoint.steps(folder)
     )
 
@@ -198,7 +198,7 @@ def _compare(
 
 
 def _is_free(name: str) -> bool:
-    return name in _FREE or name.startswith(_FREE_GROUPS)
+    return name in _FREE_FIELDS or name.startswith(_FREE_GROUPS)
 
 
 def _note(folder: Path) -> dict[str, Any] | None:
@@ -221,7 +221,7 @@ def say(sentence: str) -> None:
         print(sentence, file=sys.stderr, flush=True)
 
 
-def farewell(folder: Path, command: str, stopped: bool) -> str:
+def closing_message(folder: Path, command: str, stopped: bool) -> str:
     """Where the results of a run are, and how to continue one that was `stopped`."""
     there = checkpoint.steps(folder)
     if stopped:

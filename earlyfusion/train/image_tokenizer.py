@@ -358,32 +358,32 @@ class ImageTokenizerTask(Task):
         x = x[: len(pixels)]
         self._seen.append(_Seen(x, pixels.detach(), *_vectors(out)))
         l2 = F.mse_loss(pixels, x)
-        figures = {"psnr": 10 * torch.log10(4 / l2.detach())}  # pixels have a range of 2
+        metrics = {"psnr": 10 * torch.log10(4 / l2.detach())}  # pixels have a range of 2
         with torch.no_grad():
-            figures["ssim"] = ssim(pixels.clamp(-1, 1), x).mean()
+            metrics["ssim"] = ssim(pixels.clamp(-1, 1), x).mean()
         total = cfg.l1 * F.l1_loss(pixels, x) + cfg.l2 * l2
         if self._vgg is not None:
-            figures["perceptual"] = self._vgg(pixels, x)
-            total = total + cfg.perceptual * figures["perceptual"]
+            metrics["perceptual"] = self._vgg(pixels, x)
+            total = total + cfg.perceptual * metrics["perceptual"]
         if self._critic is not None and step >= cfg.adversarial_from:
-            figures["fooled"] = self._critic.fooled(pixels)
-            weight = cfg.adversarial * weight_of(total, figures["fooled"], self._last_layer)
-            total = total + weight * figures["fooled"]
+            metrics["fooled"] = self._critic.fooled(pixels)
+            weight = cfg.adversarial * weight_of(total, metrics["fooled"], self._last_layer)
+            total = total + weight * metrics["fooled"]
         if not self._decoder_only:
-            total = total + self._codebook_loss(out, blend, figures)
+            total = total + self._codebook_loss(out, blend, metrics)
         if self._first_encoder is not None:
             with torch.no_grad():
                 before = self._first_encoder(whole).float()
-            figures["match"] = F.mse_loss(out.latents.float(), before) / before.var()
-            total = total + cfg.match * figures["match"]
+            metrics["match"] = F.mse_loss(out.latents.float(), before) / before.var()
+            total = total + cfg.match * metrics["match"]
         if self.head is not None and labels is not None:
             # Straight-through: the value of the codewords, the gradient of the latents.
             through = out.latents + blend * (out.nearest - out.latents).detach()
-            figures["naming"], figures["named"] = naming_loss(self.head(through), labels)
-            total = total + cfg.naming * figures["naming"]
-        figures = {name: value.detach() for name, value in figures.items()}
-        figures |= self._usage(out.codes)
-        return total / (self._micro_batches * self._data_ranks), figures, float(len(whole))
+            metrics["naming"], metrics["named"] = naming_loss(self.head(through), labels)
+            total = total + cfg.naming * metrics["naming"]
+        metrics = {name: value.detach() for name, value in metrics.items()}
+        metrics |= self._usage(out.codes)
+        return total / (self._micro_batches * self._data_ranks), metrics, float(len(whole))
 
     @torch.no_grad()
     def after(self, step: int) -> dict[str, float]:
@@ -474,11 +474,11 @@ class ImageTokenizerTask(Task):
         wrong = torch.rand(codes.shape, device=codes.device) < self.config.perturb
         return torch.where(wrong, self._near_KN[codes, pick], codes)
 
-    def _codebook_loss(self, out: Quantized, blend: Tensor, figures: dict[str, Tensor]) -> Tensor:
+    def _codebook_loss(self, out: Quantized, blend: Tensor, metrics: dict[str, Tensor]) -> Tensor:
         """Pulls latents to codewords, and codewords that have gradients to latents."""
         latents, nearest = out.latents.float(), out.nearest.float()
-        figures["commit"] = F.mse_loss(latents, nearest.detach())
-        total = self.config.commitment * blend * figures["commit"]
+        metrics["commit"] = F.mse_loss(latents, nearest.detach())
+        total = self.config.commitment * blend * metrics["commit"]
         if self._ema is not None or not nearest.requires_grad:
             return total
         return total + F.mse_loss(nearest, latents.detach())

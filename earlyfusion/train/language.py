@@ -32,8 +32,8 @@ from earlyfusion.train.trainer import RunConfig
 if TYPE_CHECKING:
     from earlyfusion.parallel import DeviceMesh
 
-# Positions whose logits are in memory together on a CPU: this many fit into its cache.
-_BLOCK = 256
+# Positions whose logits are computed at a time on a CPU: so many fit into its cache.
+_CPU_BLOCK = 256
 
 
 @dataclass
@@ -107,7 +107,7 @@ class Transfer(Protocol):
     def receive(self, batch: PackedBatch) -> PackedBatch: ...
 
 
-class SideStream:
+class CopyStream:
     """Copies from pinned memory to a GPU on a separate stream, while the GPU computes."""
 
     def __init__(self, device: torch.device) -> None:
@@ -129,9 +129,10 @@ class SideStream:
         return batch
 
 
-class Ahead:
-    """The batches of a packer, each packed and sent while the previous one is computed. `cursor` is
-    the one after the last batch handed out: a prepared batch does not count."""
+class BatchPrefetcher:
+    """The batches of a packer, each packed and sent to the device while the previous one is
+    computed. `cursor` is that of the packer after the last batch handed out; a batch that is only
+    prepared does not count."""
 
     def __init__(self, packer: Rows, transfer: Transfer) -> None:
         self.cursor = packer.cursor
@@ -141,13 +142,13 @@ class Ahead:
 
     def next(self) -> PackedBatch:
         future = self._next or self._pool.submit(self._prepare)
-        self._next = None  # an error is raised only once
+        self._next = None  # if the result is an error, it is raised only once
         batch, self.cursor = future.result()
         batch = self._transfer.receive(batch)
         self._next = self._pool.submit(self._prepare)
         return batch
 
-    def go_to(self, cursor: int) -> None:
+    def seek(self, cursor: int) -> None:
         """Continue with another document, dropping what is prepared."""
         if self._next is not None:
             wait([self._next])
@@ -170,8 +171,8 @@ class LanguageTask(Task):
         self.model: Transformer = accelerate(model)
         self._packer, self._z_weight, self._micro_rows = packer, z_weight, micro_rows
         self._mesh: DeviceMesh | None = None
-        self._waiting: list[PackedBatch] = []
-        self._ahead: Ahead | None = None
+        self._micro_batches: list[PackedBatch] = []
+        self._prefetcher: BatchPrefetcher | None = None
         self._trainable = lora.trainable(model)
         self._fingerprint = checkpoint.fingerprint(model)
         self._step_weight = torch.zeros(())
@@ -212,30 +213,30 @@ class LanguageTask(Task):
         parallel.materialize(self.model, device)
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor], float]:
-        if not self._waiting:
+        if not self._micro_batches:
             self._fetch()
-        batch = self._waiting.pop(0)
+        batch = self._micro_batches.pop(0)
         loss = self._loss_of(batch)
         # `head_loss` is a mean over the micro batch: scale it by its share of the step's weight.
         share = batch.weight_BT.sum().clamp_min(1e-8) / self._step_weight
         counted_BT = batch.weight_BT > 0
-        figures = {
-            "text_nats": mean_of(loss.nats_BT, counted_BT & ~batch.image_BT),
-            "image_nats": mean_of(loss.nats_BT, counted_BT & batch.image_BT),
+        metrics = {
+            "text_nats": masked_mean(loss.nats_BT, counted_BT & ~batch.image_BT),
+            "image_nats": masked_mean(loss.nats_BT, counted_BT & batch.image_BT),
             "log_z_squared": loss.z,
             "output_norm": self._output_norm,
             "top_logit": loss.top,
         }
-        return loss.total * share, figures, float(batch.tokens_BT.numel())
+        return loss.total * share, metrics, float(batch.tokens_BT.numel())
 
     def _loss_of(self, batch: PackedBatch) -> TokenLoss:
         # One object can serve all layers, as it only holds the mask.
         attends = [CausalAttend(batch.document_BT)] * self.model.config.num_hidden_layers
         x_BTD = self.model.hidden_states(batch.tokens_BT, batch.positions_BT, attends)
-        x_BTD, head_VD, cut = parallel.head_inputs(x_BTD, self.model.lm_head.weight)
+        x_BTD, head_VD, vocab_slice = parallel.head_inputs(x_BTD, self.model.lm_head.weight)
         targets = (batch.targets_BT, batch.weight_BT)
-        block = head_block(len(head_VD)) if x_BTD.device.type == "cuda" else _BLOCK
-        return head_loss(x_BTD, head_VD, *targets, self._z_weight, block, cut)
+        block = head_block(len(head_VD)) if x_BTD.device.type == "cuda" else _CPU_BLOCK
+        return head_loss(x_BTD, head_VD, *targets, self._z_weight, block, vocab_slice)
 
     @torch.no_grad()
     def measure(self, documents: Sequence[TokenSequence]) -> dict[str, float]:
@@ -261,32 +262,33 @@ class LanguageTask(Task):
 
     def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
         # Between two steps no micro batch waits, so the cursor is the whole state.
-        return {}, {"next_document": (self._ahead or self._packer).cursor}
+        return {}, {"next_document": (self._prefetcher or self._packer).cursor}
 
     def load_state(self, tensors: dict[str, Any], state: dict[str, Any]) -> None:
         self.skip_to(state)
 
     def skip_to(self, state: dict[str, Any]) -> None:
         cursor = int(state["next_document"])
-        if self._ahead is not None:
-            self._ahead.go_to(cursor)
+        if self._prefetcher is not None:
+            self._prefetcher.seek(cursor)
         self._packer.cursor = cursor
-        self._waiting = []
+        self._micro_batches = []
 
     def _fetch(self) -> None:
-        """This process's rows of a step as micro batches; the weight of all rows of the step."""
-        whole = self._next_batch(next(self.model.parameters()).device)
-        size = self._micro_rows or len(whole.tokens_BT)
-        columns = [column.split(size) for column in whole]
-        self._waiting = [PackedBatch(*pieces) for pieces in zip(*columns, strict=True)]
-        self._step_weight = parallel.data_sum(whole.weight_BT.sum(), self._mesh).clamp_min(1e-8)
+        """Split this process's rows of a step into micro batches, and sum the weight of all
+        processes' rows."""
+        batch = self._next_batch(next(self.model.parameters()).device)
+        size = self._micro_rows or len(batch.tokens_BT)
+        columns = [column.split(size) for column in batch]
+        self._micro_batches = [PackedBatch(*pieces) for pieces in zip(*columns, strict=True)]
+        self._step_weight = parallel.data_sum(batch.weight_BT.sum(), self._mesh).clamp_min(1e-8)
 
     def _next_batch(self, device: torch.device) -> PackedBatch:
         if device.type != "cuda" or not isinstance(self._packer, Packer):
             return self._packer.next().to(device)
-        if self._ahead is None:
-            self._ahead = Ahead(self._packer, SideStream(device))
-        return self._ahead.next()
+        if self._prefetcher is None:
+            self._prefetcher = BatchPrefetcher(self._packer, CopyStream(device))
+        return self._prefetcher.next()
 
     def _measure_norm(self, _: nn.Module, inputs: tuple[Tensor]) -> None:
         """The norm of the last block's output, whose growth is an early sign of divergence."""
@@ -295,14 +297,15 @@ class LanguageTask(Task):
         self._output_norm = local.float().norm(dim=-1).mean()
 
     def _check_rows(self, data_ranks: int) -> None:
-        rows, at_once = self._packer.rows, data_ranks * max(1, self._micro_rows)
-        if rows % at_once:
+        rows, micro_rows = self._packer.rows, max(1, self._micro_rows)
+        rows_at_once = data_ranks * micro_rows
+        if rows % rows_at_once:
             raise SettingError(
                 f"rows={rows} cannot be shared by {data_ranks} data ranks that compute "
-                f"micro_rows={max(1, self._micro_rows)} at a time: choose a multiple of {at_once}"
+                f"micro_rows={micro_rows} at a time: choose a multiple of {rows_at_once}"
             )
 
 
-def mean_of(values: Tensor, chosen: Tensor) -> Tensor:
+def masked_mean(values: Tensor, chosen: Tensor) -> Tensor:
     """The mean of the chosen values, NaN without any; an index would wait for the device."""
     return torch.where(chosen, values, 0).sum() / chosen.sum()

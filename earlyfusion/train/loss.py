@@ -106,27 +106,27 @@ class _HeadLoss(torch.autograd.Function):
         with torch.autocast(device_type, enabled=False):
             for x, grad_x, target, share in zip(*columns, strict=True):
                 logits = (x.to(dtype) @ head.T).float()
-                chosen, held = _rows_of(target, len(head), vocab_slice)
-                chosen_logit = logits.gather(1, chosen)[:, 0]
+                target_row, is_local = _local_rows(target, len(head), vocab_slice)
+                target_logit = logits.gather(1, target_row)[:, 0]
                 top = logits.amax(-1, keepdim=True)
                 highest = torch.cat((highest[None], top[:, 0])).amax()
-                shares = logits.sub_(top).exp_()  # in place: logits are the peak of memory
-                sums = shares.sum(-1)
+                exps = logits.sub_(top).exp_()  # in place: logits are the peak of memory
+                sums = exps.sum(-1)
                 log_z = sums.log() + top[:, 0]
                 if vocab_slice is not None:
                     slice_log_z = log_z
-                    log_z, chosen_logit = vocab_slice.combine(slice_log_z, chosen_logit * held)
+                    log_z, target_logit = vocab_slice.combine(slice_log_z, target_logit * is_local)
                     sums = sums * (log_z - slice_log_z).exp()
-                nats.append(log_z - chosen_logit)
+                nats.append(log_z - target_logit)
                 z += (share * log_z.square()).sum()
                 # d(nats) = softmax - onehot, d(log^2 Z) = 2 log Z softmax.
                 scale = share * (1 + 2 * z_weight * log_z)
-                grad = shares.mul_((scale / sums)[:, None])
-                grad = grad.scatter_add_(1, chosen, -(share * held)[:, None]).to(dtype)
+                grad = exps.mul_((scale / sums)[:, None])
+                grad = grad.scatter_add_(1, target_row, -(share * is_local)[:, None]).to(dtype)
                 grad_x.copy_(grad @ head)
                 grad_head_VD += grad.T @ x.to(dtype)
-        found = (grad_x_ND, grad_head_VD.to(head_VD.dtype))
-        ctx.save_for_backward(*found, x_ND, head_VD, targets_N, share_N)
+        gradients = (grad_x_ND, grad_head_VD.to(head_VD.dtype))
+        ctx.save_for_backward(*gradients, x_ND, head_VD, targets_N, share_N)
         ctx.z_weight, ctx.vocab_slice, ctx.dtype = z_weight, vocab_slice, dtype
         nats_N = torch.cat(nats) if nats else x_ND.new_zeros(0, dtype=torch.float32)
         ctx.mark_non_differentiable(nats_N, highest)
@@ -139,8 +139,8 @@ class _HeadLoss(torch.autograd.Function):
         if torch.is_grad_enabled():  # second derivatives are wanted
             _refuse_slice(ctx.vocab_slice)
             formula = partial(_total, targets_N, share_N, ctx.z_weight, ctx.dtype)
-            given = through_the_formula(formula, tuple(inputs), grad_total)
-            return *given, None, None, None, None, None
+            input_grads = through_the_formula(formula, tuple(inputs), grad_total)
+            return *input_grads, None, None, None, None, None
         return grad_x_ND * grad_total, grad_head_VD * grad_total, None, None, None, None, None
 
 
@@ -175,12 +175,12 @@ def _refuse_slice(vocab_slice: VocabularySlice | None) -> None:
         )
 
 
-def _rows_of(
+def _local_rows(
     target_N: Tensor, rows: int, vocab_slice: VocabularySlice | None
 ) -> tuple[Tensor, Tensor]:
     """The row of the head for each target, [N, 1], and 1 if that row is here, else 0."""
     if vocab_slice is None:
         return target_N[:, None], torch.ones_like(target_N)
     local_N = target_N - vocab_slice.first
-    held_N = (local_N >= 0) & (local_N < rows)
-    return local_N.clamp(0, rows - 1)[:, None], held_N
+    is_local_N = (local_N >= 0) & (local_N < rows)
+    return local_N.clamp(0, rows - 1)[:, None], is_local_N

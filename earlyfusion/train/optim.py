@@ -102,7 +102,9 @@ def learning_rate_at(config: OptimConfig, step: int, share: float) -> float:
     return config.lr * min(warm, _DECAYS[config.decay](min(1.0, share), config.final_ratio))
 
 
-def optimizer_of(model: nn.Module, parameters: Iterable[nn.Parameter], config: OptimConfig) -> Any:
+def build_optimizer(
+    model: nn.Module, parameters: Iterable[nn.Parameter], config: OptimConfig
+) -> Any:
     """The optimizer of a run: AdamW, or Muon for the matrices in the blocks of `model`."""
     trained = [p for p in parameters if p.requires_grad]
     if config.kind == "adamw":
@@ -159,21 +161,23 @@ class Muon(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     by_shape[parameter.shape].append(parameter)
-            for alike in by_shape.values():
-                self._move(alike, group)
+            for same_shape in by_shape.values():
+                self._update(same_shape, group)
 
-    def _move(self, alike: list[Tensor], group: dict[str, Any]) -> None:
-        gradients = [parallel.local(p.grad) for p in alike if p.grad is not None]
-        moments = [parallel.local(self.moment(p)) for p in alike]
+    def _update(self, same_shape: list[Tensor], group: dict[str, Any]) -> None:
+        gradients = [parallel.local(p.grad) for p in same_shape if p.grad is not None]
+        moments = [parallel.local(self.moment(p)) for p in same_shape]
         torch._foreach_lerp_(moments, gradients, 1 - group["momentum"])
         ahead = torch._foreach_lerp(gradients, moments, group["momentum"])
-        whole = [parallel.gathered(p, shard) for p, shard in zip(alike, ahead, strict=True)]
-        turned_NRC = orthogonal(torch.stack(whole)).to(alike[0].dtype)
-        steps = [parallel.shard_of(p, one) for p, one in zip(alike, turned_NRC, strict=True)]
-        rows, columns = alike[0].shape
+        whole = [parallel.gathered(p, shard) for p, shard in zip(same_shape, ahead, strict=True)]
+        orthogonal_NRC = orthogonal(torch.stack(whole)).to(same_shape[0].dtype)
+        steps = [
+            parallel.shard_of(p, one) for p, one in zip(same_shape, orthogonal_NRC, strict=True)
+        ]
+        rows, columns = same_shape[0].shape
         # Matrices with more rows than columns take longer steps, as in torch.optim.Muon.
         rate = group["lr"] * math.sqrt(max(1.0, rows / columns))
-        weights = [parallel.local(p) for p in alike]
+        weights = [parallel.local(p) for p in same_shape]
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(weights, steps, alpha=-rate)
 
@@ -265,7 +269,7 @@ def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
                 moments[name] = torch.empty_like(parameter).copy_(value)
 
 
-class Average:
+class WeightAverage:
     """A moving average of a model's weights; decays faster at first, to forget the beginning."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -282,13 +286,13 @@ class Average:
         torch._foreach_lerp_(self._means, [p.detach() for p in self._weights], 1 - decay)
 
     @torch.no_grad()
-    def use(self) -> None:
+    def apply(self) -> None:
         """Set the model to the averaged weights."""
         for weight, mean in zip(self._weights, self._means, strict=True):
             weight.copy_(mean)
 
     @contextmanager
-    def used(self) -> Iterator[None]:
+    def applied(self) -> Iterator[None]:
         """Within the block the model has the averaged weights."""
         self._swap()
         try:

@@ -207,7 +207,7 @@ def line(job: Job, gpus: int) -> Line:
         shard=shard,
         tensor=tensor,
         micro_batches=job.rows // (ranks * micro),
-        # Weight, gradient and two moments, 4 bytes each; `shard_rows` leaves the image head whole.
+        # Weight, gradient and two moments, 4 bytes each; FSDP does not shard the image head.
         states=16 * trained(job) / (1 if job.trainable == "image_head" else cut)
         + frozen_bytes(job) / cut,
         gathered=_gathered(job) / tensor if cut > 1 else _cast(job),

@@ -28,19 +28,19 @@ from earlyfusion.train.curves import draw_curves
 from earlyfusion.train.folder import locked, say
 from earlyfusion.train.monitor import Monitor, matmul_peak
 from earlyfusion.train.optim import (
-    Average,
     OptimConfig,
+    WeightAverage,
     allocate_moments,
+    build_optimizer,
     check_warmup,
     learning_rate,
     learning_rate_at,
     load_optimizer,
-    optimizer_of,
     set_rate,
 )
 from earlyfusion.train.pace import Pace
 from earlyfusion.train.task import Task
-from earlyfusion.train.validation import LOSS, Validation, best_of
+from earlyfusion.train.validation import LOSS, Validation, best_folder
 from earlyfusion.train.watch import Watch, WatchConfig
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class RunConfig:
-    """How long, where and how exactly. `precision` bf16 computes in bf16, with fp32 weights."""
+    """How long a run trains, where, and in which precision. With `precision` bf16 the weights stay
+    fp32 and the computation is in bf16."""
 
     out: Path = Path("runs/run")
     steps: int = 1000
@@ -115,7 +116,7 @@ def train(
     with locked(run.out):
         training = _Training(task, run, optim, draw_samples, validation)
         try:
-            training.go_on()
+            training.loop()
         finally:
             training.close()
         if processes.rank() == 0:
@@ -138,17 +139,19 @@ class _Training:
         self.data_ranks = parallel.data_rank(self.mesh)[1]
         # Several processes hold either copies of the model or a shard of it each.
         self.is_sharded = self.mesh is not None and _is_sharded(task.model)
-        self.has_copies = self.mesh is not None and not self.is_sharded
+        self.is_replicated = self.mesh is not None and not self.is_sharded
         if self.mesh is not None and (optim.average or run.minutes):
             raise SettingError(
                 "average= and minutes= are for a single process: leave them out, or start one"
             )
-        self.optimizer = optimizer_of(task.model, task.parameters(), optim)
-        self.average = Average(task.model, optim.average) if optim.average else None
+        self.optimizer = build_optimizer(task.model, task.parameters(), optim)
+        self.average = WeightAverage(task.model, optim.average) if optim.average else None
         self.watch = Watch(run.watch)
         self.saver = checkpoint.Saver(run.out, run.keep, run.save_beside)
         self.validation = validation
-        self.best = checkpoint.Saver(best_of(run.out), 1, beside=False) if validation else None
+        self.best = (
+            checkpoint.Saver(best_folder(run.out), 1, in_background=False) if validation else None
+        )
         self.frozen_fingerprint = task.frozen_fingerprint
         self._out_of_time = False
         state = self._restore()
@@ -159,22 +162,22 @@ class _Training:
         self.draw_samples = draw_samples if processes.rank() == 0 else None
         self._warn()
 
-    def go_on(self) -> None:
+    def loop(self) -> None:
         run = self.run
         last = min(run.steps, run.stop_after or run.steps)
-        # Even without time left one step is taken, so that the run leaves a checkpoint.
+        # A new run takes one step even if no time is left, so that it leaves a checkpoint.
         self._out_of_time = bool(self.step) and self.pace.is_over(self.step)
         while self.step < last and not self._has_ended:
-            figures = self._step(self.step)
+            metrics = self._step(self.step)
             if self.watch.must_roll_back:
                 self._roll_back()
                 continue
             self._out_of_time = self.pace.is_over(self.step + 1)
-            more = self._validate(self.step + 1 if self._out_of_time else last)
+            extra = self._validate(self.step + 1 if self._out_of_time else last)
             ends = self.step + 1 == last or self._has_ended
-            more |= self._sample(ends)
-            if self.step % run.log_every == 0 or ends or more:
-                self._log(figures | more)
+            extra |= self._sample(ends)
+            if self.step % run.log_every == 0 or ends or extra:
+                self._log(metrics | extra)
             if ends and self.watch.in_row:
                 self.monitor.note(self.step, self.watch.ended_badly())
             self.step += 1
@@ -183,7 +186,7 @@ class _Training:
             self.saver.poll()
         self.saver.finish()
         if self.average is not None:
-            self.average.use()
+            self.average.apply()
 
     def close(self) -> None:
         self.monitor.close()
@@ -207,7 +210,7 @@ class _Training:
         )
 
     def _warn(self) -> None:
-        """Note settings that will not have the effect that they seem to have."""
+        """Print a note about settings that will have no effect in this run."""
         if not self.step and (sentence := check_warmup(self.optim, self.run.steps)):
             self.monitor.note(0, sentence)
         if self.draw_samples is not None and self.is_sharded:
@@ -217,27 +220,27 @@ class _Training:
     # ---- one step
 
     def _step(self, step: int) -> dict[str, Any]:
-        # The first process draws what a single one would; the others need other dropout masks.
+        # The first process has the seed of a single process; others get other dropout masks.
         torch.manual_seed(self.run.seed * 1_000_003 + step + processes.rank() * 7_919_000_003)
         self.task.progress = self.pace.share(step)
         rate = self._rate(step)
         set_rate(self.optimizer, rate, self.optim)
         self.optimizer.zero_grad(set_to_none=True)
-        loss, figures, units = self._backward(step)
+        loss, metrics, units = self._backward(step)
         loss = parallel.data_sum(loss, self.mesh)
         parameters = list(self.task.parameters())
-        if self.has_copies:
+        if self.is_replicated:
             parallel.average_gradients(parameters, self.mesh)
         norm = parallel.clip_gradients(parameters, self.optim.clip or math.inf)
-        more: dict[str, float] = {}
+        extra: dict[str, float] = {}
         if self.watch.judge(step, float(loss), float(norm)):
             self.optimizer.step()
             if self.average is not None:
                 self.average.update()
-            more = self.task.after(step)
+            extra = self.task.after(step)
         self.monitor.advance(step, units * self.data_ranks)
         skipped = {"skipped": self.watch.skipped} if self.watch.skipped else {}
-        return {"loss": loss} | figures | more | {"grad_norm": norm, "lr": rate} | skipped
+        return {"loss": loss} | metrics | extra | {"grad_norm": norm, "lr": rate} | skipped
 
     def _rate(self, step: int) -> float:
         if self.run.minutes:
@@ -246,19 +249,19 @@ class _Training:
 
     def _backward(self, step: int) -> tuple[Tensor, dict[str, Tensor], float]:
         """Gradients of all micro batches; the sum of their losses and the mean of their figures."""
-        losses, figures, units = [], [], 0.0
+        losses, metrics, units = [], [], 0.0
         for _ in range(self.task.micro_batches):
             with self._autocast():
-                loss, found, covered = self.task.loss(step)
+                loss, micro_metrics, micro_units = self.task.loss(step)
             # FSDP averages gradients over the data ranks, but their losses must be added up.
             (loss * self.data_ranks if self.data_ranks > 1 else loss).backward()
             losses.append(loss.detach())
-            figures.append(found)
-            units += covered
+            metrics.append(micro_metrics)
+            units += micro_units
         if len(losses) == 1:
-            return losses[0], figures[0], units
+            return losses[0], metrics[0], units
         # A micro batch without pictures has NaN as the loss of pictures.
-        means = {k: torch.stack([f[k].float() for f in figures]).nanmean() for k in figures[0]}
+        means = {k: torch.stack([f[k].float() for f in metrics]).nanmean() for k in metrics[0]}
         return torch.stack(losses).sum(), means, units
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -274,9 +277,9 @@ class _Training:
         if validation is None or self.best is None or not validation.is_due(done, last):
             return {}
         with self.monitor.paused(), _evaluating(self.task.model), self._autocast():
-            figures = validation.measure()
-        if validation.is_best(done, figures[LOSS]):
-            state = {LOSS: figures[LOSS]} | self._frozen_state()
+            metrics = validation.measure()
+        if validation.is_best(done, metrics[LOSS]):
+            state = {LOSS: metrics[LOSS]} | self._frozen_state()
             self.best.save(done, {"model": self._tensors()["model"]}, state)
         if validation.ends:
             self.monitor.note(
@@ -284,7 +287,7 @@ class _Training:
                 f"the run ends, as {LOSS} has not fallen since step {validation.best_step}, where "
                 f"it was {validation.best_loss:.4g}",
             )
-        return figures
+        return metrics
 
     def _sample(self, ends: bool) -> dict[str, float]:
         """Draw samples of the present weights; figures about them."""
@@ -293,12 +296,12 @@ class _Training:
             return {}
         folder = self.run.out / "samples"
         folder.mkdir(parents=True, exist_ok=True)
-        averaged = self.average.used() if self.average else contextlib.nullcontext()
+        averaged = self.average.applied() if self.average else contextlib.nullcontext()
         with self.monitor.paused(), averaged, _evaluating(self.task.model), self._autocast():
             return self.draw_samples(done, folder)
 
-    def _log(self, figures: dict[str, Any]) -> None:
-        values = {k: float(v) for k, v in figures.items()}
+    def _log(self, metrics: dict[str, Any]) -> None:
+        values = {k: float(v) for k, v in metrics.items()}
         self.monitor.log(self.step, values)
         if self.step >= self.optim.warmup_steps:
             for sentence in self.watch.signs(values):
@@ -308,7 +311,7 @@ class _Training:
 
     def _save(self) -> None:
         tensors, state = self.task.state()
-        state |= {"run": _plain(self.run), "optim": _plain(self.optim)}
+        state |= {"run": _as_json(self.run), "optim": _as_json(self.optim)}
         state |= {"watch": self.watch.state(), "seconds": self.pace.seconds}
         state |= self._frozen_state()
         state |= {"averaged": self.average.count} if self.average else {}
@@ -329,11 +332,11 @@ class _Training:
 
     def _restore(self) -> dict[str, Any]:
         """Set model, optimizer and task to the newest checkpoint; its state, {} without one."""
-        step, sentences = processes.agree(lambda: checkpoint.newest_whole(self.run.out))
+        step, sentences = processes.agree(lambda: checkpoint.newest_undamaged(self.run.out))
         for sentence in sentences:
             say(sentence)
         if self.validation is not None and not processes.rank():
-            checkpoint.drop_after(best_of(self.run.out), step)
+            checkpoint.drop_after(best_folder(self.run.out), step)
         if not step:
             return {}
         state = checkpoint.load_state(self.run.out, step)
@@ -355,9 +358,13 @@ class _Training:
         return state
 
     def _check(self, state: dict[str, Any]) -> None:
-        began = _fixed(_plain(RunConfig()) | state["run"], _plain(OptimConfig()) | state["optim"])
-        now = _fixed(_plain(self.run), _plain(self.optim))
-        changed = [f"{k}={began.get(k)} (not {v})" for k, v in now.items() if began.get(k) != v]
+        at_start = _unchangeable(
+            _as_json(RunConfig()) | state["run"], _as_json(OptimConfig()) | state["optim"]
+        )
+        now = _unchangeable(_as_json(self.run), _as_json(self.optim))
+        changed = [
+            f"{k}={at_start.get(k)} (not {v})" for k, v in now.items() if at_start.get(k) != v
+        ]
         if changed:
             raise CheckpointError(
                 f"{self.run.out} holds a run with other settings: give {', '.join(changed)}, or "
@@ -376,8 +383,8 @@ class _Training:
         """Return to the newest checkpoint. Data seen since then is not seen again."""
         self.saver.finish()
         first, value = self.watch.first_bad
-        there = processes.agree(lambda: checkpoint.steps(self.run.out))
-        if not there or self.watch.roll_backs >= self.run.watch.max_roll_backs:
+        saved_steps = processes.agree(lambda: checkpoint.steps(self.run.out))
+        if not saved_steps or self.watch.roll_backs >= self.run.watch.max_roll_backs:
             raise SettingError(
                 f"the loss of step {first} is {value:g}: lower lr={self.optim.lr} and start "
                 f"again from the checkpoints in {self.run.out}"
@@ -435,13 +442,13 @@ def autocast(model: nn.Module, precision: str) -> contextlib.AbstractContextMana
     return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
 
 
-def _fixed(run: dict[str, Any], optim: dict[str, Any]) -> dict[str, Any]:
-    """The settings that a run cannot continue with others of."""
+def _unchangeable(run: dict[str, Any], optim: dict[str, Any]) -> dict[str, Any]:
+    """The settings that must not change when a run continues."""
     return {f"run.{k}": run[k] for k in ("seed", "steps", "minutes")} | {
         f"optim.{k}": value for k, value in optim.items()
     }
 
 
-def _plain(config: Any) -> dict[str, Any]:
+def _as_json(config: Any) -> dict[str, Any]:
     assert is_dataclass(config) and not isinstance(config, type)
     return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}

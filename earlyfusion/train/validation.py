@@ -48,6 +48,6 @@ class Validation:
         self.best_step, self._without_gain = int(state.get("step", 0)), int(state.get("in_vain", 0))
 
 
-def best_of(run: Path) -> Path:
+def best_folder(run: Path) -> Path:
     """The folder of the checkpoint with the lowest loss."""
     return run / BEST

@@ -86,11 +86,11 @@ class Watch:
     def rolled_back(self) -> None:
         self.in_row, self.roll_backs = 0, self.roll_backs + 1
 
-    def signs(self, figures: dict[str, float]) -> list[str]:
+    def signs(self, metrics: dict[str, float]) -> list[str]:
         """A sentence for each sign that has grown much since it was lowest, or last noted."""
         found = []
         for name in SIGNS:
-            value = abs(figures.get(name, math.nan))
+            value = abs(metrics.get(name, math.nan))
             if not math.isfinite(value):
                 continue
             smooth = self.smooth.get(name, value) * 0.8 + 0.2 * value
