@@ -283,7 +283,7 @@ def test_the_definitions_of_kernels_are_what_the_torch_back_end_does(
     qkv = torch.randn(3, heads + 2 * keys, width).to(device)
     layer = SimpleNamespace(head_weight=norms.weight, head_bias=norms.bias)
     positions = rotary.cos[0][places], rotary.sin[0][places]
-    rotated = torch_backend._rotated(qkv[:, : heads + keys], layer, *positions)  # type: ignore[arg-type]
+    rotated = torch_backend._norm_and_rotate(qkv[:, : heads + keys], layer, *positions)  # type: ignore[arg-type]
     in_block = table.gather(1, (places // 32)[:, None])[:, 0], places % 32
     theirs.store(*in_block, rotated[:, heads:], qkv[:, heads + keys :])
     blocks = decode.LayerBlocks(*ours)

@@ -27,7 +27,7 @@ from earlyfusion.config import PRESETS
 from earlyfusion.data.packing import Packer, RoleWeights
 from earlyfusion.errors import CheckpointError, SettingError
 from earlyfusion.model.transformer import Transformer
-from earlyfusion.parallel import ParallelConfig, check_split, recompute
+from earlyfusion.parallel import ParallelConfig, check_split, checkpoint_activations
 from earlyfusion.train import checkpoint
 from earlyfusion.train.language import LanguageTask
 from earlyfusion.train.loss import head_loss
@@ -215,7 +215,7 @@ def test_computing_again_changes_no_gradient_and_keeps_less(how: str) -> None:
         torch.manual_seed(0)
         model = Transformer(MODEL, dropout=0.1).train()
         model.init_weights()
-        recompute(model, again)
+        checkpoint_activations(model, again)
         kept: dict[int, int] = {}
 
         def keep(x: torch.Tensor) -> torch.Tensor:

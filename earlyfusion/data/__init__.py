@@ -3,6 +3,6 @@
     files -> tables -> rows -> forms -> encoding -> corpus -> mixture -> packing
              rows by number    turns    tokens      sources   documents  batches
 
-`tokenize` writes the tokens of a corpus to `shards`, which `corpus` opens like rows. This room does
-not know about losses or training loops.
+`tokenize` writes the tokens of a corpus to `shards`, which `corpus` opens like rows. This
+package does not know about losses or training loops.
 """
