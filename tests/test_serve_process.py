@@ -157,6 +157,21 @@ def test_an_engine_that_is_lost_is_started_again(
     assert server.service.driver.waiting == server.service.driver.running == 0
 
 
+def test_requests_wait_for_room_in_the_socket_to_the_engine(server: Running) -> None:
+    remote = remote_of(server)
+    large = {"type": "json_schema", "json_schema": {"schema": {"description": "a" * 90_000}}}
+    body: dict[str, Any] = {"response_format": large, "modalities": ["text"], "max_tokens": 2}
+    with ThreadPoolExecutor(8) as pool:
+        os.kill(remote.pid, signal.SIGSTOP)
+        try:
+            asked = [pool.submit(server.chat, "Hi", **body) for _ in range(8)]
+            sleep(2)  # until the socket is full
+        finally:
+            os.kill(remote.pid, signal.SIGCONT)
+        assert [one.result().status_code for one in asked] == [200] * len(asked)
+    assert os.get_blocking(remote.fileno())
+
+
 def test_an_idle_engine_that_is_lost_is_noticed(server: Running) -> None:
     before = remote_of(server).pid
     os.kill(before, signal.SIGKILL)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -390,6 +391,8 @@ class Driver:
         assert self._loop is not None and self.remote is not None
         self._socket = self.remote.fileno()
         self._loop.add_reader(self._socket, self._read)
+        # uvloop has made it non-blocking: half a message, or a full buffer, would be an error.
+        os.set_blocking(self._socket, True)
 
     def _stop_listening(self) -> None:
         if self._socket is not None and self._loop is not None:

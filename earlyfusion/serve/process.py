@@ -214,7 +214,9 @@ class RemoteEngine:
         return self._ending()
 
     def _ending(self) -> str:
-        code = self._process.exitcode or 0
+        code = self._process.exitcode
+        if code is None:
+            return "it closed its connection and still runs"
         return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
     def _cancel(self, number: int) -> None:
