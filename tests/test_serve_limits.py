@@ -142,20 +142,85 @@ def test_clients_that_never_ask_are_closed(
 def test_heads_that_come_whole_are_limited_too(server: Running) -> None:
     pytest.importorskip("httptools")
     assert server.get("/health", **{"x-long": "x" * 20_000}).status_code == 200
-    assert server.get("/health", **{"x-long": "x" * 40_000}).status_code == 400
+    refused = server.get("/health", **{"x-long": "x" * 40_000})
+    assert refused.status_code == 400 and "32,768 bytes, the limit" in error_of(refused)["message"]
     assert server.get("/health", **{f"x-{i}": "x" * 400 for i in range(100)}).status_code == 400
     assert server.get("/health?" + "x" * 40_000).status_code == 400
 
 
+def _raw(server: Running, data: bytes) -> bytes:
+    """What the server answers to these bytes, until it closes the connection."""
+    host, port = server.url.removeprefix("http://").split(":")
+    answer = b""
+    with socket.create_connection((host, int(port)), timeout=30) as client:
+        client.sendall(data)
+        while piece := client.recv(65_536):
+            answer += piece
+    return answer
+
+
+def test_what_is_not_http_is_told_in_the_form_of_all_errors(server: Running) -> None:
+    pytest.importorskip("httptools")
+    head, _, body = _raw(server, b"hello\r\n\r\n").partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ") and b"content-type: application/json" in head
+    assert json.loads(body)["error"]["code"] == "invalid_http"
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_an_offer_of_another_protocol_is_ignored(server: Running, pieces: int) -> None:
+    # As Java's HTTP client sends it. The parser would drop the body.
+    body = b'{"prompt": "Hi", "max_tokens": 1}'
+    request = (
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAI\r\n"
+        b"Content-Length: %d\r\n\r\n" % len(body)
+    )
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as client:
+        client.sendall(request + (body if pieces == 1 else b""))
+        if pieces == 2:
+            sleep(0.05)
+            client.sendall(body)
+        assert client.recv(65_536).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/files"])
+def test_a_client_that_leaves_amid_its_body_is_no_failure(
+    server: Running, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    kind = "application/json" if path == "/v1/completions" else "multipart/form-data; boundary=a"
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\n"
+    host, port = server.url.removeprefix("http://").split(":")
+    with caplog.at_level("INFO", "earlyfusion.serve"):
+        with socket.create_connection((host, int(port))) as client:
+            client.sendall(f"{head}Content-Length: 100\r\n\r\n--a\r\n".encode())
+        end = monotonic() + 30
+        while not (seen := [r for r in caplog.records if getattr(r, "path", "") == path]):
+            assert monotonic() < end
+            sleep(0.01)
+    assert [getattr(record, "status", 0) for record in seen] == [499]
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 @pytest.mark.parametrize(
-    "body",
-    [b"", b"{", b'{"messages": NaN}', b"[" * 100_000, b"\xff\xfe", b'{"a": ' + b"9" * 5000 + b"}"],
+    ("body", "words"),
+    [
+        (b"", "line 1, column 1"),
+        (b'{\n"prompt": "a", }', "line 2, column"),
+        (b'{"messages": NaN}', "NaN is not JSON: use a number"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'"\xff"', "not UTF-8"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "over 4,300 digits"),
+        (b'{"prompt": "a", "seed": 1, "seed": 2}', "the field seed came twice: send it once"),
+        (b'{"metadata": {"a": "1", "a": "1"}}', "the field a came twice"),
+    ],
 )
-def test_damaged_json(server: Running, body: bytes) -> None:
+def test_damaged_json(server: Running, body: bytes, words: str) -> None:
     headers = {"content-type": "application/json"}
     with httpx.Client() as client:
         reply = client.post(f"{server.url}/v1/completions", content=body, headers=headers)
     assert reply.status_code == 400 and error_of(reply)["code"] == "invalid_json"
+    assert words in error_of(reply)["message"]
 
 
 @pytest.mark.parametrize("path", ["/v1/files", "/v1/images/edits", "/v1/images/variations"])
@@ -629,6 +694,21 @@ def test_sigterm_while_the_model_loads() -> None:
     shown, logged = process.communicate(timeout=60)
     assert (process.returncode, shown) == (0, "")
     assert logged == "stopped before the server was ready\n"
+
+
+def test_sigterm_amid_the_imports() -> None:
+    code = """
+import os, runpy, signal, sys
+class Finder:
+    def find_spec(name, path, target=None):
+        if name == "typer":
+            os.kill(os.getpid(), signal.SIGTERM)
+sys.meta_path.insert(0, Finder)
+sys.argv = ["earlyfusion", "serve", "--port", "0"]
+runpy.run_module("earlyfusion", run_name="__main__")
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, b"", b"")
 
 
 @pytest.mark.parametrize("signals", [2, 3])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -13,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.routing import Match
 
@@ -56,6 +59,15 @@ _LARGE_JSON = 1_000_000
 _MOST_FORM_FIELDS = 100
 _PICTURES = ("image", "image[]")  # fields of a form
 _MOST_FIELD_BYTES = 1_048_576  # without a filename
+_ERRORS = (
+    ApiError,
+    EarlyFusionError,
+    FullError,
+    ClosedError,
+    BrokenError,
+    LateError,
+    ClientDisconnect,
+)
 
 
 def make_app(
@@ -83,7 +95,7 @@ def make_app(
         default_response_class=JsonReply,
     )
     app.state.service = service
-    for error_class in (ApiError, EarlyFusionError, FullError, ClosedError, BrokenError, LateError):
+    for error_class in _ERRORS:
         app.add_exception_handler(error_class, _error)
     app.add_exception_handler(HTTPException, _no_route)
     app.add_exception_handler(404, _no_route)
@@ -321,11 +333,12 @@ class _Routes:
         form = await _read_form(request)
         async with _closing(form):
             files = [value for value in form.values() if isinstance(value, UploadFile)]
-            unknown = set(form) - {"file", "purpose"}
             if isinstance(form.get("file"), str):
                 raise _no_filename("file")
-            if len(files) != 1 or unknown:
-                raise ApiError(400, "an upload is one file, and its purpose: send nothing else")
+            for field in sorted(form.keys() - {"file", "purpose"}):
+                raise _unknown_upload_field(field[:60])
+            if len(files) != 1:
+                raise ApiError(400, "an upload is one picture: send it as file", param="file")
             data, name = await files[0].read(), files[0].filename or "picture"
         purpose = str(form.get("purpose", "vision"))[:40]
         image = await self._service.work(self._service.reader().file, data)
@@ -414,7 +427,7 @@ class _Routes:
                 elif name in _PICTURES:
                     raise _no_filename(name)
                 elif name in fields:
-                    raise ApiError(400, f"the field {name[:60]} came twice: send it once")
+                    raise _twice(name)
                 else:
                     fields[name] = value
         body, ignored = read(model, fields, self._options.lenient, text=True)
@@ -423,15 +436,30 @@ class _Routes:
 
 def _parsed(raw: bytes) -> Any:
     try:
-        return json.loads(raw, parse_constant=_no_number)
-    except (ValueError, RecursionError):
-        raise ApiError(
-            400, "the body is not valid JSON: send an object", code="invalid_json"
-        ) from None
+        return json.loads(raw, parse_constant=_no_number, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        wrong = f"is not valid JSON at line {error.lineno}, column {error.colno}: correct it there"
+    except UnicodeDecodeError:
+        wrong = "is not UTF-8: encode it so"
+    except RecursionError:
+        wrong = "is nested too deeply: use fewer levels"
+    except ValueError:  # Python's limit
+        wrong = f"has a number of over {sys.get_int_max_str_digits():,} digits: use fewer"
+    raise ApiError(400, f"the body {wrong}", code="invalid_json")
 
 
 def _no_number(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")
+    raise ApiError(
+        400, f"{name} is not JSON: use a number, or leave the field out", code="invalid_json"
+    )
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):  # one of the two would be ignored
+        [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise _twice(name)
+    return fields
 
 
 def _check_encoding(request: Request) -> None:
@@ -472,6 +500,18 @@ def _form_error(detail: str) -> str:
             "as a file, with a filename"
         )
     return "the form is malformed: send multipart/form-data"
+
+
+def _twice(field: str) -> ApiError:
+    words = f"the field {field[:60]} came twice: send it once"
+    return ApiError(400, words, param=field[:60], code="invalid_json")
+
+
+def _unknown_upload_field(field: str) -> ApiError:
+    why = "it is unknown on this route: leave it out"
+    if field.startswith("expires_after"):
+        why = "files do not expire, but the oldest go when there is no room: delete it yourself"
+    return ApiError(400, f"{field}: {why}", param=field, code="unknown_field")
 
 
 def _no_filename(field: str) -> ApiError:

@@ -8,6 +8,8 @@ import re
 from math import ceil
 from typing import Any
 
+from starlette.requests import ClientDisconnect
+
 from earlyfusion.errors import ContextError, EarlyFusionError, OutOfMemoryError, WeightsError
 from earlyfusion.serve.driver import BrokenError, ClosedError, FullError, LateError
 
@@ -67,6 +69,8 @@ def as_api_error(error: BaseException) -> ApiError:
         return ApiError(503, message, code="engine_failed", headers=_retry(1))
     if isinstance(error, OutOfMemoryError):
         return ApiError(503, str(error), code="out_of_memory", headers=_retry(1))
+    if isinstance(error, ClientDisconnect):  # amid the body; the status is for the log
+        return ApiError(499, "the client has left")
     if isinstance(error, WeightsError):
         return ApiError(500, str(error), code="weights")
     if isinstance(error, EarlyFusionError):

@@ -1,18 +1,29 @@
 """HTTP/1.1 by httptools, which parses in C; uvicorn's other parser takes as long as the rest of a
-small request. Unlike that one, httptools takes headers of any length, so this file limits them."""
+small request. Unlike that one, httptools takes headers of any length, so this file limits them, and
+it drops the body of a request that offers another protocol, so such offers are not shown to it."""
 
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import cast
 
 from uvicorn._types import ASGISendEvent
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from earlyfusion.serve.errors import ApiError
 from earlyfusion.serve.options import MAX_HEAD_BYTES
+from earlyfusion.serve.replies import to_json
 
 HEAD_SECONDS = 30.0  # that the request line and headers may take, and the first of them
-_TOO_LARGE = "The request line and headers are too large."
+_MALFORMED = "the request is not valid HTTP/1.1: correct its first line, its headers or its length"
+_TOO_LARGE = (
+    f"the request line and headers have over {MAX_HEAD_BYTES:,} bytes, the limit: "
+    "send fewer or shorter headers"
+)
+_HEAD_ENDS = b"\r\n\r\n"
+# "Upgrade: h2c" of Java's HTTP client, for example. A server may ignore it (RFC 9110, section 7.8).
+_UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 
 
 class _TooLargeError(Exception):
@@ -24,6 +35,7 @@ class LimitedHttp(HttpToolsProtocol):
     take `HEAD_SECONDS`: else clients that never ask could hold all files that a process may open.
     """
 
+    _in_head = True  # whether the next bytes belong to a request line or headers
     _head = 0  # bytes of the request line and headers so far, those behind the body included
     _unread = 0  # bytes since the parser has last told of a head or a part of a body
     _alarm: asyncio.TimerHandle | None = None  # while a head is awaited
@@ -38,10 +50,25 @@ class LimitedHttp(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._unread += len(data)
-        super().data_received(data)
+        super().data_received(_without_upgrade(data) if self._in_head else data)
         # A name or a value is only told when it is whole.
         if self._unread > MAX_HEAD_BYTES and not self.transport.is_closing():
             self.send_400_response(_TOO_LARGE)
+
+    def send_400_response(self, msg: str) -> None:
+        """An error of the parser, in the form of all other errors."""
+        too_large = max(self._head, self._unread) > MAX_HEAD_BYTES
+        error = ApiError(400, _TOO_LARGE if too_large else _MALFORMED, code="invalid_http")
+        body = to_json(error.body)
+        headers = [
+            *self.server_state.default_headers,
+            (b"content-type", b"application/json"),
+            (b"content-length", b"%d" % len(body)),
+            (b"connection", b"close"),
+        ]
+        lines = [b"HTTP/1.1 400 Bad Request", *(b"%b: %b" % header for header in headers)]
+        self.transport.write(b"\r\n".join(lines) + _HEAD_ENDS + body)
+        self.transport.close()
 
     def on_message_begin(self) -> None:
         self._head = 0
@@ -58,7 +85,7 @@ class LimitedHttp(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        self._unread = 0
+        self._unread, self._in_head = 0, False
         self._cancel_alarm()
         super().on_headers_complete()
         if self.scope["http_version"] == "1.0":
@@ -69,7 +96,7 @@ class LimitedHttp(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        self._unread = 0
+        self._unread, self._in_head = 0, True
         super().on_message_complete()
 
     def _set_alarm(self) -> None:
@@ -85,6 +112,13 @@ class LimitedHttp(HttpToolsProtocol):
         self._head += size
         if self._head > MAX_HEAD_BYTES:
             raise _TooLargeError(_TOO_LARGE)
+
+
+def _without_upgrade(data: bytes) -> bytes:
+    """The bytes of a head under another name for the header Upgrade, if it has one."""
+    end = data.find(_HEAD_ENDS)
+    head = data if end < 0 else data[:end]
+    return _UPGRADE.sub(b"\r\nx-upgrade:", head, 1) + data[len(head) :]
 
 
 def _end_with_connection(cycle: RequestResponseCycle) -> None:
