@@ -231,9 +231,14 @@ def test_addresses_of_pictures_are_signed(server: Running) -> None:
     assert pixels(found.content).size == (64, 64)
     asked = user(image(address), text("What is this?"))
     assert server.chat(asked, max_tokens=8).status_code == 200
-    # A forged signature is no address of ours, and foreign ones are not fetched.
-    forged = server.chat(user(image(address[:-1] + "x"), text("What is this?")))
-    assert forged.json()["error"]["code"] == "image_url_refused"
+    # A signature of another server, or of this one before its last start.
+    stale = address[:-1] + "x"
+    seen = {"role": "assistant", "content": f"![image]({stale})"}
+    asked = user(image(stale), text("Is it big?"))
+    for turns in (asked, [*user("Draw a cat."), seen, *user("Is it big?")]):
+        error = server.chat(turns).json()["error"]
+        assert error["code"] == "image_url_refused"
+        assert "before it was started again: send the picture itself" in error["message"]
 
 
 def test_several_choices_have_seeds_of_their_own(server: Running, model: Chameleon) -> None:
@@ -550,6 +555,13 @@ def test_files(client: openai.OpenAI, server: Running, model: Chameleon) -> None
         client.files.content(file.id)
     with pytest.raises(openai.BadRequestError, match="no format that is read"):
         client.files.create(file=io.BytesIO(b"text"), purpose="vision")
+    with pytest.raises(openai.BadRequestError, match="files do not expire") as told:
+        client.files.create(
+            file=STRAWBERRY,
+            purpose="vision",
+            expires_after={"anchor": "created_at", "seconds": 3600},
+        )
+    assert told.value.param == "expires_after[anchor]"
 
 
 def test_tokenize_and_back(server: Running, model: Chameleon) -> None:

@@ -81,7 +81,7 @@ def refused(kind: type[Wire], body: Any, lenient: bool = False) -> ApiError:
         ),
         (ChatRequest, CHAT | {"reasoning_effort": "low"}, None, "does not reason"),
         (ChatRequest, CHAT | {"modalities": ["text", "audio"]}, "modalities[1]", "'audio'"),
-        (ChatRequest, CHAT | {"modalities": []}, "modalities", "not possible"),
+        (ChatRequest, CHAT | {"modalities": []}, "modalities", "modalities is empty"),
         (ChatRequest, CHAT | {"n": 0}, "n", "n=0 is not possible"),
         (ChatRequest, CHAT | {"n": 11}, "n", "less than or equal to 10"),
         (ChatRequest, CHAT | {"n": "2"}, "n", "n='2' is not possible"),
@@ -95,7 +95,14 @@ def refused(kind: type[Wire], body: Any, lenient: bool = False) -> ApiError:
         (ChatRequest, CHAT | {"partial_images": 4}, "partial_images", "less than or equal to 3"),
         (ChatRequest, CHAT | {"max_tokens": 1, "max_completion_tokens": 1}, None, "the same"),
         (ChatRequest, CHAT | {"stop": [1]}, "stop[0]", "stop[0]=1"),
-        (ChatRequest, {"messages": []}, "messages", "at least 1"),
+        (ChatRequest, {"messages": []}, "messages", "give at least one item"),
+        (CompletionRequest, {"prompt": ["a"] * 10_001}, "prompt", "over 10,000 items, the limit"),
+        (
+            ChatRequest,
+            {"messages": [{"role": "assistant", "content": "a", "tool_calls": [{}]}]},
+            "messages[0].tool_calls",
+            "tool_calls is not empty: leave it out",
+        ),
         (ChatRequest, {"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "tool"),
         (
             ChatRequest,
@@ -315,11 +322,22 @@ def test_five_formats_are_read(form: str) -> None:
     assert image.pil is not None and image.pil.size == (40, 30)
 
 
-@pytest.mark.parametrize("data", [b"", b"text", picture_file(form="TIFF"), b"%PDF-1.7", b"BM"])
-def test_other_files_are_refused_with_a_fixed_text(data: bytes) -> None:
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", "has no bytes"),
+        (b"text", "in no format that is read here"),
+        (picture_file(form="TIFF"), "send PNG, JPEG, WEBP, GIF or BMP"),
+        (b"%PDF-1.7", "in no format"),
+        (b"BM", "damaged or cut short: send the whole file"),
+        (picture_file(form="JPEG")[:-2], "damaged or cut short: send the whole file"),
+    ],
+)
+def test_other_files_are_refused_with_a_fixed_text(data: bytes, words: str) -> None:
     with pytest.raises(ApiError) as told:
         limits().read(data)
     assert told.value.code == "invalid_image" and "0x" not in told.value.message
+    assert words in told.value.message
 
 
 def test_sizes_are_checked_before_a_pixel_is_decoded() -> None:
@@ -341,6 +359,7 @@ def test_sizes_are_checked_before_a_pixel_is_decoded() -> None:
 def test_data_urls_are_of_pictures_in_base64() -> None:
     assert unpacked("data:image/png;base64,YQ==") == b"a"
     assert unpacked("data:image/png;base64,YQ\n==\r\n") == b"a"
+    assert unpacked("DATA:image/PNG;name=a.png;Base64,YQ==") == b"a"
     for wrong in ("data:image/png,abc", "data:text/html;base64,YQ==", "data:image/png;base64,a"):
         with pytest.raises(ApiError):
             unpacked(wrong)
@@ -367,7 +386,9 @@ def test_files_are_bounded_and_signed() -> None:
     assert files.at(address.replace("http://here", "https://elsewhere:9")) is last
     for other in (address[:-1] + "?", "http://a/b.png", "nonsense", "http://[", address[:20]):
         assert files.at(other) is None
-    assert Files(100).at(address) is None  # another server's secret
+    other_server = Files(100)  # has another secret
+    assert other_server.at(address) is None and other_server.is_stale(address)
+    assert not files.is_stale(address) and not files.is_stale("http://a/b.png?sig=a")
     files.delete(last.id)
     with pytest.raises(ApiError):
         files.at(address)

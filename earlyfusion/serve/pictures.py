@@ -15,6 +15,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from earlyfusion.content import Image, base64_bytes
+from earlyfusion.errors import ImageError
 from earlyfusion.serve.errors import ApiError
 from earlyfusion.serve.options import ServeOptions
 from earlyfusion.serve.protocol import Format
@@ -50,10 +51,8 @@ class PictureLimits:
             )
 
     def read(self, data: bytes) -> Image:
-        """The picture of a file, whose size is checked before a pixel is decoded.
-
-        Raises `ApiError` and `ImageError`.
-        """
+        """The picture of a file, whose size is checked before a pixel is decoded. Raises
+        `ApiError`."""
         self.count()
         width, height = _header(data)[1]
         limits = self.options
@@ -67,7 +66,10 @@ class PictureLimits:
             raise _too_large(
                 f"the pictures have over {limits.max_total_pixels:,} pixels together, the limit"
             )
-        return Image.from_bytes(data)
+        try:
+            return Image.from_bytes(data)
+        except ImageError:  # names formats that are not read here
+            raise _damaged() from None
 
 
 def media_type(data: bytes) -> str:
@@ -76,6 +78,8 @@ def media_type(data: bytes) -> str:
 
 
 def _header(data: bytes) -> tuple[str, tuple[int, int]]:
+    if not data:
+        raise ApiError(400, "a picture has no bytes: send the whole file", code="invalid_image")
     known = (entry for start, entry in _FORMATS.items() if data.startswith(start))
     name, reader = next(known, (None, None))
     if name is None or reader is None:
@@ -87,9 +91,13 @@ def _header(data: bytes) -> tuple[str, tuple[int, int]]:
     try:
         return name, reader(BytesIO(data)).size
     except Exception:  # a parser of foreign bytes may raise anything, and its text may leak
-        raise ApiError(
-            400, "a picture is damaged: send the whole file", code="invalid_image"
-        ) from None
+        raise _damaged() from None
+
+
+def _damaged() -> ApiError:
+    return ApiError(
+        400, "a picture is damaged or cut short: send the whole file", code="invalid_image"
+    )
 
 
 def _too_large(message: str) -> ApiError:
@@ -99,7 +107,8 @@ def _too_large(message: str) -> ApiError:
 def unpacked(address: str) -> bytes:
     """The bytes of a data URL. Raises `ApiError`."""
     head, comma, body = address.partition(",")
-    if not (comma and head.startswith("data:image/") and head.endswith(";base64")):
+    kind = head.lower()
+    if not (comma and kind.startswith("data:image/") and kind.endswith(";base64")):
         raise ApiError(
             400,
             "a data URL of a picture begins with data:image/png;base64, or another image type",

@@ -141,6 +141,9 @@ class PromptReader:
             return self._named(address, None)
         file = self._files.at(address)
         if file is None:
+            # As text it would only look like a picture to people.
+            if self._files.is_stale(address):
+                raise _stale()
             return None
         self._limits.count()
         return file.image
@@ -160,20 +163,33 @@ class PromptReader:
             self._limits.count()
             return self._files.get(file_id).image
         assert address is not None
-        if address.startswith("data:"):
+        if address[:5].lower() == "data:":
             return self.file(unpacked(address))
         file = self._files.at(address)
         if file is not None:
             self._limits.count()
             return file.image
         if not self._allow_urls:
-            raise ApiError(
-                400,
-                "pictures at foreign addresses are not fetched by this server: send a data URL, "
-                "upload to /v1/files, or start the server with --allow-image-urls",
-                code="image_url_refused",
-            )
+            raise self._refused(address)
         return self._limits.read(fetched(address))
+
+    def _refused(self, address: str) -> ApiError:
+        """Why a server that fetches no pictures has none at an address."""
+        if self._files.is_stale(address):
+            return _stale()
+        if not address.lower().startswith(("http://", "https://")):
+            return ApiError(
+                400,
+                f"image_url={address[:20]!r} is not an address: send a data URL, which begins with "
+                "data:image/png;base64, or another image type",
+                code="invalid_image",
+            )
+        return ApiError(
+            400,
+            "pictures at foreign addresses are not fetched by this server: send a data URL, "
+            "upload to /v1/files, or start the server with --allow-image-urls",
+            code="image_url_refused",
+        )
 
     def _item(self, item: InputItem) -> Message:
         if isinstance(item, InputDrawing):
@@ -195,6 +211,15 @@ class PromptReader:
         if isinstance(part, InputText):
             return Text(part.text)
         return self._named(part.image_url, part.file_id)
+
+
+def _stale() -> ApiError:
+    return ApiError(
+        400,
+        "the address of a picture is of another server, or of this one before it was started "
+        "again: send the picture itself, or leave it out",
+        code="image_url_refused",
+    )
 
 
 def _stripped(text: str) -> list[Segment]:

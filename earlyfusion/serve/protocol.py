@@ -697,6 +697,12 @@ def _refusal(model: type[Wire], first: ErrorDetails, data: Any) -> ApiError:
         message = f"{path} is missing: give it"
     elif first["type"] == "unknown_type":
         message = f"{path} has the type {_shown(first['input'])}, which is unknown on this route"
+    elif first["type"] == "too_short":  # all lists of a least length have 1
+        message = f"{path} is empty: give at least one item"
+    elif first["type"] == "too_long":
+        most = first["ctx"]["max_length"]
+        limit = f"has over {most:,} items, the limit" if most else "is not empty"
+        message = f"{path} {limit}: leave {'some' if most else 'it'} out"
     elif first["type"] == "value_error":
         message = str(first["ctx"]["error"])
         named = message.split()[0].rstrip(":")

@@ -144,15 +144,14 @@ class Files:
     def at(self, address: str) -> StoredFile | None:
         """The file at a signed address of this server, under any host name; None for any other
         address. Raises `ApiError` if the file has been dropped."""
-        try:
-            parts = urlsplit(address)
-        except ValueError:
-            return None
-        found = _PATH.match(parts.path)
-        signature = parse_qs(parts.query).get("sig", [""])[0]
-        if found is None or not self.is_signed(found[1], signature):
-            return None
-        return self.get(found[1])
+        number, signature = _id_and_signature(address)
+        return self.get(number) if number and self.is_signed(number, signature) else None
+
+    def is_stale(self, address: str) -> bool:
+        """Whether an address is like this server's, but signed by another one, or by this one
+        before it was started again."""
+        number, signature = _id_and_signature(address)
+        return bool(number and signature) and not self.is_signed(number, signature)
 
     def _signature(self, number: str) -> str:
         return hmac.new(self._secret, number.encode(), sha256).hexdigest()[:24]
@@ -228,6 +227,16 @@ def _turn_size(turn: Message) -> int:
 def _pixels_size(image: Image) -> int:
     pixels = 0 if image.pil is None else image.pil.width * image.pil.height * 3
     return pixels + (0 if image.codes is None else image.codes.nbytes)
+
+
+def _id_and_signature(address: str) -> tuple[str, str]:
+    """Of the address of a file; empty for an address of another form."""
+    try:
+        parts = urlsplit(address)
+    except ValueError:
+        return "", ""
+    found = _PATH.match(parts.path)
+    return ("", "") if found is None else (found[1], parse_qs(parts.query).get("sig", [""])[0])
 
 
 def _digest(data: bytes) -> bytes:
