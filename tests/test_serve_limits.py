@@ -25,6 +25,7 @@ from serve_case import STRAWBERRY, Running, data_url, events, mini, picture_file
 
 from earlyfusion.cli import main
 from earlyfusion.errors import SettingError
+from earlyfusion.serve.driver import FullError
 from earlyfusion.serve.options import ServeOptions
 from earlyfusion.serve.run import listener_of
 
@@ -384,6 +385,29 @@ def test_a_full_queue_says_when_to_ask_again(
     assert len({reply.json()["choices"][0]["message"]["content"] for reply in replies}) == 1
     too_many = server.post("/v1/completions", {"prompt": ["a"] * (limit + 1)})
     assert too_many.status_code == 400 and "ask for fewer" in error_of(too_many)["message"]
+
+
+def test_the_sdk_asks_again_when_it_was_told_to(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = server.service.driver
+    check, refused = driver.check_room, list[float]()
+
+    def full_twice(count: int = 1, warming: bool = False) -> None:
+        if len(refused) < 2:
+            refused.append(monotonic())
+            raise FullError(1, 0.3)
+        check(count, warming)
+
+    monkeypatch.setattr(driver, "check_room", full_twice)
+    asked = {"model": "mini", "prompt": "Hi", "max_tokens": 1}
+    url = f"{server.url}/v1"
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+        with pytest.raises(openai.RateLimitError, match="ask again in 1 s"):
+            client.completions.create(**asked)
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=1) as client:
+        client.completions.create(**asked)
+    assert len(refused) == 2 and monotonic() - refused[1] >= 0.3  # as in Retry-After-Ms
 
 
 def test_a_full_server_reads_no_body(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
