@@ -560,7 +560,7 @@ def test_events_of_short_steps_go_together() -> None:
         child = _Child(cast(Connection, NoConnection()), mini().engine)
         child._commands.append((0, request))
         told = [list[Event]()]
-        assert not child._obey()
+        assert not child._take_commands()
         while child._handles:
             child._gathered = monotonic() - waited
             assert not child._step()

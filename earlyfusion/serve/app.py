@@ -50,15 +50,15 @@ from earlyfusion.serve.protocol import (
 from earlyfusion.serve.replicas import Remotes
 from earlyfusion.serve.replies import UNREAD_SECONDS, EventStream, GoneError, JsonReply, unless_gone
 from earlyfusion.serve.responses import ResponseReply
-from earlyfusion.serve.service import QUICK_LETTERS, Service
+from earlyfusion.serve.service import QUICK_CHARACTERS, Service
 
 Body = TypeVar("Body", bound=Wire)
 STALE_SECONDS = 10.0  # without a step, after which the engine counts as stuck
 IGNORED = "x-ignored-fields"
 _LARGE_JSON = 1_000_000
-_MOST_FORM_FIELDS = 100
+_MAX_FORM_FIELDS = 100
 _PICTURES = ("image", "image[]")  # fields of a form
-_MOST_FIELD_BYTES = 1_048_576  # without a filename
+_MAX_FIELD_BYTES = 1_048_576  # without a filename
 _ERRORS = (
     ApiError,
     EarlyFusionError,
@@ -176,17 +176,17 @@ class _Routes:
         gets: list[tuple[str, Callable[..., Awaitable[Response]]]] = [
             ("/v1/models", self.models),
             ("/v1/models/{name:path}", self.model),
-            ("/v1/files/{number}", self.file),
-            ("/v1/files/{number}/content", self.content),
-            ("/v1/responses/{number}", self.response),
+            ("/v1/files/{file_id}", self.file),
+            ("/v1/files/{file_id}/content", self.content),
+            ("/v1/responses/{response_id}", self.response),
             ("/health", self.health),
             ("/ready", self.ready),
             ("/metrics", self.metrics),
         ]
         for path, get in gets:
             app.get(path)(get)
-        app.delete("/v1/files/{number}")(self.delete_file)
-        app.delete("/v1/responses/{number}")(self.delete_response)
+        app.delete("/v1/files/{file_id}")(self.delete_file)
+        app.delete("/v1/responses/{response_id}")(self.delete_response)
         app.openapi = partial(_described, app, app.openapi)  # type: ignore[method-assign]
         return {path: answer for path, answer, _ in bodies}
 
@@ -234,7 +234,7 @@ class _Routes:
     async def generations(self, request: Request) -> Response:
         body, headers = await self._body(request, GenerationRequest)
         words = body.prompt
-        quick = len(words) <= QUICK_LETTERS
+        quick = len(words) <= QUICK_CHARACTERS
         return await self._draw(request, body, lambda: words, headers, "image_generation", quick)
 
     async def edits(self, request: Request) -> Response:
@@ -346,19 +346,19 @@ class _Routes:
         file = self._service.files.add(data, media_type(data), image, name[:200], purpose)
         return JsonReply(file.described)
 
-    async def file(self, number: str) -> Response:
-        return JsonReply(self._service.files.get(number).described)
+    async def file(self, file_id: str) -> Response:
+        return JsonReply(self._service.files.get(file_id).described)
 
-    async def content(self, number: str) -> Response:
-        file = self._service.files.get(number)
+    async def content(self, file_id: str) -> Response:
+        file = self._service.files.get(file_id)
         headers = {"Cache-Control": "private, max-age=3600", "X-Content-Type-Options": "nosniff"}
         return Response(file.data, media_type=file.media_type, headers=headers)
 
-    async def delete_file(self, number: str) -> Response:
-        self._service.files.delete(number)
-        return JsonReply({"id": number, "object": "file", "deleted": True})
+    async def delete_file(self, file_id: str) -> Response:
+        self._service.files.delete(file_id)
+        return JsonReply({"id": file_id, "object": "file", "deleted": True})
 
-    async def response(self, number: str, request: Request) -> Response:
+    async def response(self, response_id: str, request: Request) -> Response:
         for name in request.query_params:
             raise ApiError(
                 400,
@@ -366,11 +366,11 @@ class _Routes:
                 param=name[:60],
                 code="unknown_field",
             )
-        return JsonReply(self._service.conversations.get(number).response)
+        return JsonReply(self._service.conversations.get(response_id).response)
 
-    async def delete_response(self, number: str) -> Response:
-        self._service.conversations.delete(number)
-        return JsonReply({"id": number, "object": "response", "deleted": True})
+    async def delete_response(self, response_id: str) -> Response:
+        self._service.conversations.delete(response_id)
+        return JsonReply({"id": response_id, "object": "response", "deleted": True})
 
     async def models(self) -> Response:
         return JsonReply({"object": "list", "data": self._service.described})
@@ -482,9 +482,9 @@ async def _read_form(request: Request) -> FormData:
     _check_encoding(request)
     try:
         return await request.form(
-            max_files=_MOST_FORM_FIELDS,
-            max_fields=_MOST_FORM_FIELDS,
-            max_part_size=_MOST_FIELD_BYTES,
+            max_files=_MAX_FORM_FIELDS,
+            max_fields=_MAX_FORM_FIELDS,
+            max_part_size=_MAX_FIELD_BYTES,
         )
     except HTTPException as error:
         raise ApiError(400, _form_error(str(error.detail))) from None
@@ -493,10 +493,10 @@ async def _read_form(request: Request) -> FormData:
 def _form_error(detail: str) -> str:
     """What is wrong with a form, by starlette's words for it."""
     if detail.startswith("Too many"):
-        return f"the form has over {_MOST_FORM_FIELDS} fields or files, the limit: leave some out"
+        return f"the form has over {_MAX_FORM_FIELDS} fields or files, the limit: leave some out"
     if detail.startswith("Part exceeded"):
         return (
-            f"a field of the form has over {_MOST_FIELD_BYTES:,} bytes, the limit: send a picture "
+            f"a field of the form has over {_MAX_FIELD_BYTES:,} bytes, the limit: send a picture "
             "as a file, with a filename"
         )
     return "the form is malformed: send multipart/form-data"

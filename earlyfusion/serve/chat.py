@@ -31,7 +31,7 @@ from earlyfusion.serve.replies import (
     sse,
     to_json,
 )
-from earlyfusion.serve.service import QUICK_LETTERS, GenerationSpec, Prepared, Service
+from earlyfusion.serve.service import QUICK_CHARACTERS, GenerationSpec, Prepared, Service
 from earlyfusion.serve.store import StoredFile
 
 _PROGRESS = ("index", "codes_done", "codes_total")
@@ -60,14 +60,14 @@ def is_quick(body: ChatRequest) -> bool:
     """Whether the prompt is short text, and nothing constrains the reply (see `Service.begin`)."""
     if body.response_format or body.allowed_words or body.bad_words or body.stop:
         return False
-    letters = len(body.negative_prompt or "")
+    characters = len(body.negative_prompt or "")
     for message in body.messages:
         content = message.content or ""
         # An assistant's text may have pictures in it.
         if not isinstance(content, str) or message.role == "assistant":
             return False
-        letters += len(content)
-    return letters <= QUICK_LETTERS and len(body.messages) <= 8
+        characters += len(content)
+    return characters <= QUICK_CHARACTERS and len(body.messages) <= 8
 
 
 def _output(body: ChatRequest) -> Output:

@@ -53,17 +53,19 @@ class Decoder:
         self._process: _Process | None = None
         self._starting: asyncio.Task[None] | None = None
 
-    async def file(self, event: ImageDone | ImagePreview, form: Format, compression: int) -> Drawn:
+    async def file(
+        self, event: ImageDone | ImagePreview, output_format: Format, compression: int
+    ) -> Drawn:
         """The file of a whole or an unfinished picture."""
         process = self._started()
         if process is not None:
             try:
-                return await process.ask((event, form, compression))
+                return await process.ask((event, output_format, compression))
             except _EndedError:
                 self._lose(process)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(
-            self._threads, drawn, self._model, event, form, compression
+            self._threads, drawn, self._model, event, output_format, compression
         )
 
     @property
@@ -157,12 +159,12 @@ class _Process:
 
 
 def drawn(
-    model: Chameleon, event: ImageDone | ImagePreview, form: Format, compression: int
+    model: Chameleon, event: ImageDone | ImagePreview, output_format: Format, compression: int
 ) -> Drawn:
     """As `Decoder.file`, in the calling thread."""
     shown = model.with_pixels(event)
     assert isinstance(shown, ImageDone | ImagePreview) and shown.pil is not None
-    return Drawn(encoded(shown.pil, form, compression), pixels_digest(shown.pil))
+    return Drawn(encoded(shown.pil, output_format, compression), pixels_digest(shown.pil))
 
 
 def _message(content: object) -> bytes:

@@ -242,7 +242,7 @@ class Driver:
         self._wake = Condition()
         self._stopping = False
         self._beat = monotonic()
-        self._stirred = False  # whether a request was cancelled since the thread last looked
+        self._notified = False  # whether `_notify` was called since the thread last looked
         self._lost = ""  # why the engine's process is of no use any more
         self._socket: int | None = None  # that the event loop watches
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -382,7 +382,7 @@ class Driver:
 
     def _notify(self) -> None:
         """Wake the thread."""
-        self._stirred = True
+        self._notified = True
         self._wake.notify()
 
     # ---- the socket to the engine's process, on the event loop
@@ -492,9 +492,9 @@ class Driver:
         """Wait until there is something to send, or for a while. Starts an engine's process again
         that has ended or is stuck."""
         with self._wake:
-            if not (self._inbox or self._stirred or self._stopping or self._lost):
+            if not (self._inbox or self._notified or self._stopping or self._lost):
                 self._wake.wait(IDLE_SECONDS)
-            self._stirred = False
+            self._notified = False
         if not remote.busy:
             self._beat = monotonic()
         if self._stopping:

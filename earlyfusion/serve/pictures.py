@@ -127,13 +127,13 @@ def decoded(text: str) -> bytes:
         ) from None
 
 
-def encoded(picture: PIL.Image.Image, form: Format, compression: int = 100) -> bytes:
+def encoded(picture: PIL.Image.Image, output_format: Format, compression: int = 100) -> bytes:
     """The file of a picture; `compression` is the quality of webp and jpeg, 0 to 100."""
     file = BytesIO()
-    if form == "png":
+    if output_format == "png":
         picture.save(file, "PNG")
     else:
-        picture.save(file, form.upper(), quality=compression)
+        picture.save(file, output_format.upper(), quality=compression)
     return file.getvalue()
 
 
@@ -142,5 +142,5 @@ def packed(data: bytes) -> str:
     return base64.b64encode(data).decode("ascii")
 
 
-def data_url(data: bytes, form: Format) -> str:
-    return f"data:{MEDIA_TYPES[form]};base64,{packed(data)}"
+def data_url(data: bytes, output_format: Format) -> str:
+    return f"data:{MEDIA_TYPES[output_format]};base64,{packed(data)}"

@@ -312,7 +312,7 @@ class _Child:
             with self._changed:
                 while not (self._commands or self._handles):
                     self._changed.wait()
-            news = self._obey()
+            news = self._take_commands()
             if self._engine.busy:
                 news += self._step()
             news += [one for one in map(self._news, self._due()) if one is not None]
@@ -340,7 +340,7 @@ class _Child:
                 self._commands.append(command)
                 self._changed.notify()
 
-    def _obey(self) -> list[News]:
+    def _take_commands(self) -> list[News]:
         """Add and cancel requests; news of those that cannot run."""
         refused: list[News] = []
         while self._commands:

@@ -207,10 +207,10 @@ class ResponseReply:
         return events
 
     def _begin_drawing(self) -> list[Json]:
-        number = f"ig_{new_key()}"
-        self._drawing = {"type": "image_generation_call", "id": number, "status": "in_progress"}
+        item_id = f"ig_{new_key()}"
+        self._drawing = {"type": "image_generation_call", "id": item_id, "status": "in_progress"}
         self._partials = 0
-        position, call = self._position(number), "response.image_generation_call"
+        position, call = self._position(item_id), "response.image_generation_call"
         return [
             self._event(
                 "response.output_item.added",
@@ -231,19 +231,20 @@ class ResponseReply:
             **self._position(self._drawing["id"]),
             partial_image_b64=packed(data),
             partial_image_index=number,
-            **self._look(),
+            **self._picture_fields(),
         )
 
     async def _end_drawing(self, event: ImageDone) -> list[Json]:
         assert self._drawing is not None
         tool, drawing = self._tool, self._drawing
         # A later request finds the picture's codes by the id of this item.
-        number = f"file-{drawing['id'].removeprefix('ig_')}"
+        file_id = f"file-{drawing['id'].removeprefix('ig_')}"
         file = await self._service.store_picture(
-            event, tool.output_format, tool.output_compression, number
+            event, tool.output_format, tool.output_compression, file_id
         )
         position = self._position(drawing["id"])
-        done = drawing | {"status": "completed", "result": packed(file.data)} | self._look()
+        done = drawing | {"status": "completed", "result": packed(file.data)}
+        done |= self._picture_fields()
         self._output.append(done)
         self._segments.append(file.image)
         self._drawing = None
@@ -280,10 +281,10 @@ class ResponseReply:
         number, self._number = self._number, self._number + 1
         return {"type": event_type, "sequence_number": number, **fields}
 
-    def _position(self, item: str) -> Json:
-        return {"item_id": item, "output_index": len(self._output)}
+    def _position(self, item_id: str) -> Json:
+        return {"item_id": item_id, "output_index": len(self._output)}
 
-    def _look(self) -> Json:
+    def _picture_fields(self) -> Json:
         size = self._service.shape(self._tool.size)
         look = {"output_format": self._tool.output_format, "size": size}
         return look | {"background": "opaque", "quality": "auto"}

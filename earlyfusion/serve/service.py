@@ -35,7 +35,7 @@ from earlyfusion.serve.store import MEDIA_TYPES, Conversations, Files, StoredFil
 Result = TypeVar("Result")
 _WORKERS = 2
 # Texts up to this length are read at once: two switches of threads take longer.
-QUICK_LETTERS = 500
+QUICK_CHARACTERS = 500
 _SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
 
 
@@ -201,16 +201,17 @@ class Service:
         return list(self.model.request(turns, "text", seed=0, max_tokens=1).ids)
 
     async def store_picture(
-        self, event: ImageDone, form: Format, compression: int, number: str | None = None
+        self, event: ImageDone, output_format: Format, compression: int, file_id: str | None = None
     ) -> StoredFile:
         """Decode a drawn picture, and store its file with its codes."""
-        data, pixels = await self.decoder.file(event, form, compression)
-        media_type, name, image = MEDIA_TYPES[form], f"image.{form}", Image(codes=event.codes)
-        return self.files.add(data, media_type, image, name, "assistants_output", number, pixels)
+        data, pixels = await self.decoder.file(event, output_format, compression)
+        media_type, name = MEDIA_TYPES[output_format], f"image.{output_format}"
+        image = Image(codes=event.codes)
+        return self.files.add(data, media_type, image, name, "assistants_output", file_id, pixels)
 
-    async def preview(self, event: ImagePreview, form: Format, compression: int) -> bytes:
+    async def preview(self, event: ImagePreview, output_format: Format, compression: int) -> bytes:
         """The file of an unfinished picture."""
-        return (await self.decoder.file(event, form, compression)).data
+        return (await self.decoder.file(event, output_format, compression)).data
 
     def shape(self, size: str | None) -> str:
         """The size of the pictures that are drawn, as "64x64"."""

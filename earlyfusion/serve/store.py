@@ -86,40 +86,40 @@ class Files:
         image: Image,
         name: str,
         purpose: str,
-        number: str | None = None,
+        file_id: str | None = None,
         pixels: bytes = b"",
     ) -> StoredFile:
-        """Store a picture under `number`, or under a new id that cannot be guessed.
+        """Store a picture under `file_id`, or under a new id that cannot be guessed.
 
         `pixels` is the digest of the pixels, for a picture that the model drew."""
-        number = number or f"file-{new_key()}"
-        file = StoredFile(number, data, media_type, name, purpose, int(time()), image, pixels)
+        file_id = file_id or f"file-{new_key()}"
+        file = StoredFile(file_id, data, media_type, name, purpose, int(time()), image, pixels)
         with self._lock:
-            self._files[number] = file
+            self._files[file_id] = file
             for digest in _digests(file):
-                self._by_digest[digest] = number
+                self._by_digest[digest] = file_id
             self._bytes += file.size
             while self._bytes > self.max_bytes and len(self._files) > 1:
                 self._forget(next(iter(self._files)))
         return file
 
-    def get(self, number: str) -> StoredFile:
+    def get(self, file_id: str) -> StoredFile:
         """Raises `ApiError` with status 404."""
         with self._lock:
-            if number in self._files:
-                self._files.move_to_end(number)
-                return self._files[number]
+            if file_id in self._files:
+                self._files.move_to_end(file_id)
+                return self._files[file_id]
         raise ApiError(
             404,
-            f"there is no file {number[:40]!r} here any more: send the picture itself",
+            f"there is no file {file_id[:40]!r} here any more: send the picture itself",
             code="file_not_found",
         )
 
-    def delete(self, number: str) -> None:
+    def delete(self, file_id: str) -> None:
         """Raises `ApiError` with status 404."""
-        self.get(number)
+        self.get(file_id)
         with self._lock:
-            self._forget(number)
+            self._forget(file_id)
 
     def drawn(self, data: bytes) -> Image | None:
         """The drawn picture, with its codes, whose file has these bytes, if any."""
@@ -134,34 +134,34 @@ class Files:
             file = self._files.get(self._by_digest.get(digest, ""))
         return file.image if file is not None and file.image.codes is not None else None
 
-    def address(self, number: str, base: str) -> str:
+    def address(self, file_id: str, base: str) -> str:
         """The signed address of a file, which needs no API key."""
-        return f"{base}/v1/files/{number}/content?sig={self._signature(number)}"
+        return f"{base}/v1/files/{file_id}/content?sig={self._signature(file_id)}"
 
-    def is_signed(self, number: str, signature: str) -> bool:
-        return hmac.compare_digest(self._signature(number).encode(), signature.encode())
+    def is_signed(self, file_id: str, signature: str) -> bool:
+        return hmac.compare_digest(self._signature(file_id).encode(), signature.encode())
 
     def at(self, address: str) -> StoredFile | None:
         """The file at a signed address of this server, under any host name; None for any other
         address. Raises `ApiError` if the file has been dropped."""
-        number, signature = _id_and_signature(address)
-        return self.get(number) if number and self.is_signed(number, signature) else None
+        file_id, signature = _id_and_signature(address)
+        return self.get(file_id) if file_id and self.is_signed(file_id, signature) else None
 
     def is_stale(self, address: str) -> bool:
         """Whether an address is like this server's, but signed by another one, or by this one
         before it was started again."""
-        number, signature = _id_and_signature(address)
-        return bool(number and signature) and not self.is_signed(number, signature)
+        file_id, signature = _id_and_signature(address)
+        return bool(file_id and signature) and not self.is_signed(file_id, signature)
 
-    def _signature(self, number: str) -> str:
-        return hmac.new(self._secret, number.encode(), sha256).hexdigest()[:24]
+    def _signature(self, file_id: str) -> str:
+        return hmac.new(self._secret, file_id.encode(), sha256).hexdigest()[:24]
 
-    def _forget(self, number: str) -> None:
-        file = self._files.pop(number, None)
+    def _forget(self, file_id: str) -> None:
+        file = self._files.pop(file_id, None)
         if file is not None:
             self._bytes -= file.size
             for digest in _digests(file):
-                if self._by_digest.get(digest) == number:
+                if self._by_digest.get(digest) == file_id:
                     del self._by_digest[digest]
 
 
@@ -191,22 +191,22 @@ class Conversations:
         ):
             self._bytes -= self._known.popitem(last=False)[1][1]
 
-    def get(self, number: str, param: str | None = None) -> Conversation:
+    def get(self, response_id: str, param: str | None = None) -> Conversation:
         """Raises `ApiError`: status 404, or 400 if a request named it in `param`."""
-        if number in self._known:
-            self._known.move_to_end(number)
-            return self._known[number][0]
+        if response_id in self._known:
+            self._known.move_to_end(response_id)
+            return self._known[response_id][0]
         raise ApiError(
             400 if param else 404,
-            f"there is no response {number[:60]!r} here any more: send the whole conversation",
+            f"there is no response {response_id[:60]!r} here any more: send the whole conversation",
             param=param,
             code="response_not_found",
         )
 
-    def delete(self, number: str) -> None:
+    def delete(self, response_id: str) -> None:
         """Raises `ApiError` with status 404."""
-        self.get(number)
-        self._bytes -= self._known.pop(number)[1]
+        self.get(response_id)
+        self._bytes -= self._known.pop(response_id)[1]
 
 
 def _slim(turn: Message) -> Message:
