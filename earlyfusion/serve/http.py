@@ -117,8 +117,10 @@ class LimitedHttp(HttpToolsProtocol):
 def _without_upgrade(data: bytes) -> bytes:
     """The bytes of a head under another name for the header Upgrade, if it has one."""
     end = data.find(_HEAD_ENDS)
-    head = data if end < 0 else data[:end]
-    return _UPGRADE.sub(b"\r\nx-upgrade:", head, 1) + data[len(head) :]
+    found = _UPGRADE.search(data, 0, len(data) if end < 0 else end)
+    if found is None:
+        return data
+    return data[: found.start()] + b"\r\nx-upgrade:" + data[found.end() :]
 
 
 def _end_with_connection(cycle: RequestResponseCycle) -> None:
