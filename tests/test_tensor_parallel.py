@@ -23,7 +23,7 @@ from earlyfusion import Chameleon, SamplingParams
 from earlyfusion.config import PRESETS, ModelConfig
 from earlyfusion.engine.engine import Engine
 from earlyfusion.engine.peers import Peers, from_tensors, to_tensors
-from earlyfusion.engine.tensor_parallel import cut, shard_config, split
+from earlyfusion.engine.tensor_parallel import shard_config, shard_tensor, split
 from earlyfusion.errors import SettingError
 from earlyfusion.generation.reference import draw_tokens
 from earlyfusion.model.quantise import pack, unpack
@@ -126,7 +126,7 @@ def test_a_shard_keeps_its_share_and_nothing_else(processor: Processor) -> None:
     whole = random_model(SWIN, processor)
     for name, tensor in whole.named_parameters():
         for rank in range(2):
-            own = cut(name, tensor, SWIN, rank, 2)
+            own = shard_tensor(name, tensor, SWIN, rank, 2)
             assert own.untyped_storage().nbytes() == own.nbytes
             if not any(part in name for part in WHOLE):
                 assert own.numel() * 2 == tensor.numel(), name
