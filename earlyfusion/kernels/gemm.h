@@ -6,7 +6,7 @@
 // same results to the bit (operands.h has the order of their sums):
 //
 // - streamed: the sums of a tile stay in registers while whole rows of weights are read; for few
-//   rows of input;
+//   rows of input, and on AVX-512 for short rows of weights;
 // - blocked: all rows of input are multiplied with one block of columns of four rows of weights
 //   before the next; for some rows of input;
 // - packed: panels of weights are packed for a microkernel, as in GotoBLAS; for many rows of input.
