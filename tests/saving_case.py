@@ -17,7 +17,7 @@ def contents(step: int) -> dict[str, torch.Tensor | dict[str, torch.Tensor]]:
 
 
 def save_for_ever(run: Path, beside: bool) -> None:
-    saver = checkpoint.Saver(run, keep=2, beside=beside)
+    saver = checkpoint.Saver(run, keep=2, in_background=beside)
     step = (checkpoint.steps(run) or [0])[-1]
     for more in count(step + 1):
         saver.save(more, contents(more), {"twice": 2 * more})

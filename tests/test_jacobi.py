@@ -82,15 +82,15 @@ def test_equal_distributions_keep_every_draft() -> None:
 
 def test_a_window_settles_up_to_the_first_change() -> None:
     window = Window(4, seed=0, start=0)
-    assert window.accept([7], left=9) == [7] and window.drafts == [7, 7, 7]
+    assert window.accept([7], codes_left=9) == [7] and window.drafts == [7, 7, 7]
     window.new_WV = torch.arange(4.0)[:, None]
-    assert window.accept([7, 5, 6, 8], left=8) == [7, 5]
+    assert window.accept([7, 5, 6, 8], codes_left=8) == [7, 5]
     assert window.drafts == [6, 8, 8] and window.old_WV is not None
     assert window.old_WV[:, 0].tolist() == [2, 3]
     # All kept: all final, with the one behind them.
-    assert window.accept([6, 8, 8, 1], left=6) == [6, 8, 8, 1]
+    assert window.accept([6, 8, 8, 1], codes_left=6) == [6, 8, 8, 1]
     assert window.drafts == [1], "two codes are left, and the last place needs no draft"
-    assert window.accept([1, 3], left=2) == [1, 3] and window.drafts == []
+    assert window.accept([1, 3], codes_left=2) == [1, 3] and window.drafts == []
 
 
 def test_numbers_come_from_the_seed_and_the_place() -> None:
