@@ -275,10 +275,12 @@ def test_clients_that_leave_leave_nothing_behind(count: int) -> None:
         list(pool.map(partial(leave, server), range(count)))
         server.wait_until_idle()
         end = monotonic() + 30
-        while remote.used_blocks:  # an idle child's last message is read within a second
+        # An idle child's last message is read within a second, and the driver's thread may not have
+        # seen yet that the last client has left.
+        while remote.used_blocks or driver._inbox or driver._jobs:
             assert monotonic() < end
             sleep(0.05)
-        assert not driver._jobs and not driver._inbox and not driver._arrived
+        assert not driver._arrived
         assert driver._admitted == 0 and not driver._batches and not remote._handles
         for old, new in zip(before, (Held.by(pid) for pid in pids), strict=True):
             assert new.threads <= old.threads and new.files <= old.files + 2
