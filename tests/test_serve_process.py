@@ -280,7 +280,7 @@ def test_clients_that_leave_leave_nothing_behind(count: int) -> None:
         while remote.used_blocks or driver._inbox or driver._jobs:
             assert monotonic() < end
             sleep(0.05)
-        assert not driver._arrived
+        assert not driver._jobs and not driver._inbox and not driver._arrived
         assert driver._admitted == 0 and not driver._batches and not remote._handles
         for old, new in zip(before, (Held.by(pid) for pid in pids), strict=True):
             assert new.threads <= old.threads and new.files <= old.files + 2
