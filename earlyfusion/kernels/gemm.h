@@ -9,6 +9,8 @@
 //   rows of input, and on AVX-512 for short rows of weights;
 // - blocked: all rows of input are multiplied with one block of columns of four rows of weights
 //   before the next; for some rows of input;
+// - tiled: a few rows of input are multiplied with a panel of weights before the next ones; for
+//   some rows of input and up;
 // - packed: panels of weights are packed for a microkernel, as in GotoBLAS; for many rows of input.
 //
 // AVX-512 has all three in gemm_avx512.h; AVX2 has the last two in gemm_avx2_*.h. The streamed
@@ -264,7 +266,11 @@ class Gemm {
 RowPartition partition(const Matrix& m, int64_t R, int64_t threads) {
   int64_t chunk = std::max<int64_t>(4, std::min<int64_t>(64, m.rows / threads / 4 / 4 * 4));
 #if defined(USE_AVX512)
-  if (has_avx512_kernel(m) && algorithm_for(m, R) == PACKED) chunk = NR;
+  if (has_avx512_kernel(m)) {
+    const Algorithm algorithm = algorithm_for(m, R);
+    if (algorithm == PACKED) chunk = NR;
+    if (algorithm == TILED) chunk = std::min(chunk, tiled_panel_rows(m));
+  }
 #endif
 #if defined(USE_AVX2)
   if (uses_int16(m) ? R >= WIDE_MIN_ROWS : R >= PACKED_MIN_ROWS) chunk = NR;

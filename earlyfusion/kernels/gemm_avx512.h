@@ -1,7 +1,7 @@
 // GEMM on AVX-512 for any number of rows of input and all formats of weights.
 //
 // Microkernels multiply words of 32 bits: a float, two bf16 (where the processor multiplies them),
-// or two int16 for int8 and int4 weights. An output is the same to the bit in all three kinds of
+// or two int16 for int8 and int4 weights. An output is the same to the bit in all four kinds of
 // kernels (see gemm.h):
 //
 // Streamed (`gemm_streamed`): a lane holds one of the 16 partial sums of an output. Four rows of
@@ -11,6 +11,10 @@
 // Blocked (`gemm_blocked`, `gemm_blocked_int16`): the same lanes, but all rows of input are
 // multiplied with one block of columns of four rows of weights, which stays in the L1 cache, while
 // the next four rows are prefetched evenly.
+//
+// Tiled (`gemm_tiled`): the same lanes and microkernel, but up to six rows of input stay in the L1
+// cache while they are multiplied with a panel of weights in the L2 cache, and the next panel is
+// prefetched evenly. Nothing is packed.
 //
 // Packed (`gemm_packed`, `gemm_packed_int16`): a lane is an output. NR rows of weights are packed
 // into a panel, in which a vector holds one word of 16 rows. It stays in the L2 cache for all tiles
@@ -35,9 +39,15 @@ const int64_t GROUP_TILES = 4;  // tiles multiplied with a part of a panel while
 const int64_t BLOCKED_MR = 6;   // rows of input of a blocked tile: 6 * 4 of 32 registers
 const int64_t KC_WORDS = 512;   // words of a row of weights in a block
 
+// Tiled kernels. A tile of input and four rows of weights, of 1,024 words each, take 40 KB of the
+// L1 cache; a panel and the next one take less than the L2 cache.
+const int64_t TILED_KC_WORDS = 1024;        // words of a row in a block
+const int64_t TILED_NR = 64;                // rows of weights of a panel, at most
+const int64_t TILED_PANEL_BYTES = 3 << 17;  // bytes of a panel, at most
+
 bool uses_int16(const Matrix& m) { return m.format == INT8 || m.format == INT4; }
 
-enum Algorithm { STREAMED, BLOCKED, PACKED };
+enum Algorithm { STREAMED, BLOCKED, TILED, PACKED };
 
 // The fastest kind of kernel for R rows of input and a matrix of this size, as measured.
 inline Algorithm algorithm_for(const Matrix& m, int64_t R) {
@@ -46,9 +56,8 @@ inline Algorithm algorithm_for(const Matrix& m, int64_t R) {
   if (R <= 2 || words <= 704) return STREAMED;
 #if defined(__AVX512VP2INTERSECT__)
   // Zen 5: loads and multiplications of 512 bits are twice as fast as on Zen 4, so that streamed
-  // kernels pay off for more rows and packed ones for fewer.
-  if (R <= 8 || (R <= 12 && words <= 2048)) return STREAMED;
-  return R < 44 && words > 2048 ? BLOCKED : PACKED;
+  // kernels pay off for more rows, and packing takes a larger share of the time.
+  return R <= 8 ? STREAMED : R <= 48 ? TILED : PACKED;
 #else
   return R < 44 ? BLOCKED : words <= 1024 ? STREAMED : PACKED;
 #endif
@@ -210,43 +219,61 @@ struct Int16Row {
 
 // ---- streamed and blocked kernels, for few rows of input
 
-// Prefetches a block of four rows of weights, cache line by cache line.
+// Prefetches a block of rows of weights into the L2 cache, cache line by cache line.
 class RowsPrefetch {
  public:
   RowsPrefetch() = default;  // prefetches nothing if the rate is 0
 
-  // `bytes` of each of four rows, which are `row_bytes` apart.
-  RowsPrefetch(const char* first, int64_t row_bytes, int64_t bytes)
-      : first_(first), row_bytes_(row_bytes), lines_((bytes + 63) / 64) {}
+  // `bytes` of each of `rows` rows, which are `row_bytes` apart. After the last row, it begins with
+  // the first one again.
+  RowsPrefetch(const char* first, int64_t rows, int64_t row_bytes, int64_t bytes)
+      : first_(first), rows_(rows), row_bytes_(row_bytes), lines_((bytes + 63) / 64) {}
 
   // Prefetches the next `rate` / 256 cache lines.
   ALWAYS_INLINE void prefetch(int64_t rate) {
     for (due_ += rate; due_ >= 256; due_ -= 256) {
       _mm_prefetch(first_ + r_ * row_bytes_ + 64 * line_, _MM_HINT_T1);
-      if (++line_ == lines_) line_ = 0, r_ = (r_ + 1) % 4;
+      if (++line_ == lines_) line_ = 0, r_ = r_ + 1 == rows_ ? 0 : r_ + 1;
     }
   }
 
  private:
   const char* first_ = nullptr;
-  int64_t row_bytes_ = 0, lines_ = 0, line_ = 0, r_ = 0, due_ = 0;
+  int64_t rows_ = 0, row_bytes_ = 0, lines_ = 0, line_ = 0, r_ = 0, due_ = 0;
 };
 
+// y [MR, 4] = the horizontal sums of `sum` [MR, 4].
+template <int MR>
+ALWAYS_INLINE void store_reduced(floats16 (&sum)[MR][4], float* y, int64_t y_stride) {
+#pragma GCC unroll 2
+  for (int first = 0; first < MR; first += 4) {
+    floats16 v[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++)
+      v[i] = first + i / 4 < MR ? sum[std::min(first + i / 4, MR - 1)][i % 4] : floats16{};
+    float out[16];
+    store(out, horizontal_sums<16>(v));
+    for (int i = first; i < std::min(MR, first + 4); i++)
+      std::memcpy(y + i * y_stride, out + 4 * (i - first), 16);
+  }
+}
+
 // sums [MR, 4] += x [MR, count] . w [4, count], in words, for one block; the `first_block`
-// overwrites them. For each 32 words, `rate` / 256 cache lines of the `next` weights are
-// prefetched.
+// overwrites them. The last block has a `y`, in which it stores the results instead. For each 32
+// words, `rate` / 256 cache lines of the `next` weights are prefetched.
 template <class Dot, int MR>
 void blocked_microkernel(const uint32_t* w, int64_t w_stride, const uint32_t* x, int64_t x_stride,
                          int64_t count, bool first_block, typename Dot::Accumulator* sums,
-                         RowsPrefetch& next, int64_t rate) {
+                         RowsPrefetch& next, int64_t rate, float* y, int64_t y_stride) {
   typename Dot::Accumulator sum[MR][4];
 #pragma GCC unroll 6
   for (int i = 0; i < MR; i++)
 #pragma GCC unroll 4
     for (int r = 0; r < 4; r++)
       sum[i][r] = first_block ? typename Dot::Accumulator{} : sums[4 * i + r];
+  RowsPrefetch ahead = next;  // a local copy, which compilers keep in registers
   for (int64_t begin = 0; begin < count; begin += 32) {
-    next.prefetch(rate);
+    ahead.prefetch(rate);
 #pragma GCC unroll 2
     for (int64_t c = begin; c < begin + 32; c += 16) {
       __m512i inputs[MR];
@@ -261,6 +288,9 @@ void blocked_microkernel(const uint32_t* w, int64_t w_stride, const uint32_t* x,
       }
     }
   }
+  next = ahead;
+  if constexpr (std::is_same_v<typename Dot::Accumulator, floats16>)
+    if (y) return store_reduced<MR>(sum, y, y_stride);
 #pragma GCC unroll 6
   for (int i = 0; i < MR; i++)
 #pragma GCC unroll 4
@@ -269,7 +299,8 @@ void blocked_microkernel(const uint32_t* w, int64_t w_stride, const uint32_t* x,
 
 template <class Dot>
 using BlockedMicrokernel = void (*)(const uint32_t*, int64_t, const uint32_t*, int64_t, int64_t,
-                                    bool, typename Dot::Accumulator*, RowsPrefetch&, int64_t);
+                                    bool, typename Dot::Accumulator*, RowsPrefetch&, int64_t,
+                                    float*, int64_t);
 
 template <class Dot>
 BlockedMicrokernel<Dot> blocked_microkernel_for(int64_t mr) {
@@ -297,28 +328,63 @@ ALWAYS_INLINE void reduce_rows(Accumulator* all, int64_t rows, Visit visit) {
 template <class Dot>
 void gemm_blocked(const Matrix& m, Range range, const uint32_t* blocks, int64_t R,
                   Workspace& workspace, float* y, int64_t y_stride) {
-  const int64_t bytes = row_bytes(m), stride = bytes / 4, tiles = (R + BLOCKED_MR - 1) / BLOCKED_MR;
+  const int64_t bytes = row_bytes(m), stride = bytes / 4;
+  const RowTiles<BLOCKED_MR> tiles(R);
   floats16* sums = reinterpret_cast<floats16*>(workspace.reserve(R * 64));
   const char* data = static_cast<const char*>(m.data);
-  for (int64_t n = range.begin; n < range.end; n += 4) {
+  for (int64_t n = range.begin; n < range.end; n += 4)
     for (int64_t k0 = 0; k0 < stride; k0 += KC_WORDS) {
       const int64_t count = std::min(KC_WORDS, stride - k0);
-      RowsPrefetch next_rows(data + std::min(n + 4, m.rows - 4) * bytes + 4 * k0, bytes, 4 * count);
+      const bool last_block = k0 + count == stride;
+      RowsPrefetch next_rows(data + std::min(n + 4, m.rows - 4) * bytes + 4 * k0, 4, bytes,
+                             4 * count);
       const uint32_t* w = reinterpret_cast<const uint32_t*>(data + n * bytes) + k0;
-      const int64_t rate = 2 * 4 * 256 / tiles;  // 32 words of four rows are 8 cache lines
-      for (int64_t t = 0, row = 0; t < tiles; t++) {
-        const int64_t mr = (R - row + tiles - t - 1) / (tiles - t);
-        blocked_microkernel_for<Dot>(mr)(w, stride, blocks + R * k0 + row * count, count, count,
-                                         k0 == 0, sums + 4 * row, next_rows, rate);
-        row += mr;
+      const int64_t rate = 2 * 4 * 256 / tiles.count;  // 32 words of four rows are 8 cache lines
+      for (int64_t t = 0; t < tiles.count; t++) {
+        const int64_t row = tiles.first(t);
+        blocked_microkernel_for<Dot>(tiles.rows(t))(
+            w, stride, blocks + R * k0 + row * count, count, count, k0 == 0, sums + 4 * row,
+            next_rows, rate, last_block ? y + row * y_stride + n : nullptr, y_stride);
       }
     }
-    reduce_rows(sums, R, [&](int64_t row, floats16 results) {
-      float out[16];
-      store(out, results);
-      for (int64_t i = row; i < std::min(R, row + 4); i++)
-        std::memcpy(y + i * y_stride + n, out + 4 * (i - row), 16);
-    });
+}
+
+// How many rows of weights are a panel of tiled kernels.
+inline int64_t tiled_panel_rows(const Matrix& m) {
+  return std::max<int64_t>(4, std::min(TILED_NR, TILED_PANEL_BYTES / row_bytes(m) / 4 * 4));
+}
+
+// The same as `gemm_blocked`, but x has rows of words, `x_stride` words apart.
+template <class Dot>
+void gemm_tiled(const Matrix& m, Range range, const uint32_t* x, int64_t x_stride, int64_t R,
+                Workspace& workspace, float* y, int64_t y_stride) {
+  const int64_t bytes = row_bytes(m), stride = bytes / 4, NR = tiled_panel_rows(m);
+  const RowTiles<BLOCKED_MR> tiles(R);
+  // Blocks of about equal size, in multiples of 32 words.
+  const int64_t blocks = (stride + TILED_KC_WORDS - 1) / TILED_KC_WORDS,
+                KC = (stride / 32 + blocks - 1) / blocks * 32;
+  // [tile, NR / 4, rows of the tile, 4]
+  floats16* sums =
+      reinterpret_cast<floats16*>(workspace.reserve(blocks > 1 ? R * NR * PARTIALS : 0));
+  const char* data = static_cast<const char*>(m.data);
+  for (int64_t begin = range.begin; begin < range.end; begin += NR) {
+    const int64_t end = std::min(begin + NR, range.end);
+    const int64_t lines = std::min(NR, m.rows - end) * bytes / 64;  // of the next panel
+    RowsPrefetch next_panel(data + end * bytes, 1, 0, 64 * lines);
+    const int64_t rate = 256 * lines / (tiles.count * ((end - begin) / 4) * (stride / 32));
+    for (int64_t k0 = 0; k0 < stride; k0 += KC) {
+      const int64_t count = std::min(KC, stride - k0);
+      const bool last_block = k0 + count == stride;
+      for (int64_t t = 0; t < tiles.count; t++) {
+        const int64_t row = tiles.first(t), mr = tiles.rows(t);
+        for (int64_t n = begin; n < end; n += 4)
+          blocked_microkernel_for<Dot>(mr)(
+              reinterpret_cast<const uint32_t*>(data + n * bytes) + k0, stride,
+              x + row * x_stride + k0, x_stride, count, k0 == 0,
+              sums + row * NR + (n - begin) * mr, next_panel, rate,
+              last_block ? y + row * y_stride + n : nullptr, y_stride);
+      }
+    }
   }
 }
 
@@ -462,7 +528,7 @@ void gemm_blocked_int16(const Matrix& m, Range range, const QuantisedInput& inpu
           blocked_microkernel_for<Int16Dot>(mr)(
               reinterpret_cast<const uint32_t*>(unpacked), KC / 2,
               reinterpret_cast<const uint32_t*>(x + row * columns), columns / 2, columns / 2, true,
-              sums + 4 * row, nothing, 0);
+              sums + 4 * row, nothing, 0, nullptr, 0);
         row += mr;
       }
       const __m512 scale =
@@ -787,7 +853,7 @@ class Avx512Gemm {
     const void* rows = bf16 ? static_cast<const void*>(in.bf16) : in.fp32;
     x_ = static_cast<const uint32_t*>(rows);
     x_stride_ = bf16 ? in.stride / 2 : in.stride;
-    if (algorithm_ == STREAMED) return;
+    if (algorithm_ == STREAMED || algorithm_ == TILED) return;
     const int64_t stride = row_bytes(m) / 4;
     data_ = workspace.reserve(R * stride);
     uint32_t* packed = reinterpret_cast<uint32_t*>(data_);
@@ -822,6 +888,8 @@ class Avx512Gemm {
                 int64_t y_stride) const {
     uint32_t* packed = reinterpret_cast<uint32_t*>(data_);
     if (algorithm_ == STREAMED) return gemm_streamed<Dot>(m, range, x_, x_stride_, R_, y, y_stride);
+    if (algorithm_ == TILED)
+      return gemm_tiled<Dot>(m, range, x_, x_stride_, R_, workspace, y, y_stride);
     if (algorithm_ == BLOCKED)
       return gemm_blocked<Dot>(m, range, packed, R_, workspace, y, y_stride);
     gemm_packed<Dot>(m, range, PackedInput{Tiles(R_), row_bytes(m) / 4 / PARTIALS, packed},
