@@ -413,12 +413,44 @@ ALWAYS_INLINE void streamed_microkernel(const char* w, int64_t bytes, const uint
   for (int i = 0; i < MR; i++) std::memcpy(y + i * y_stride, out + 4 * i, 16);
 }
 
+// The same for 5 to 8 rows of input and two rows of weights.
+template <class Dot, int MR, bool PREFETCH>
+ALWAYS_INLINE void streamed_microkernel_2(const char* w, int64_t bytes, const uint32_t* x,
+                                          int64_t x_stride, int64_t ahead, float* y,
+                                          int64_t y_stride) {
+  floats16 sum[16] = {};
+  for (int64_t at = 0; at < bytes; at += 64, x += 16) {
+    if (PREFETCH) {
+      _mm_prefetch(w + at + ahead, _MM_HINT_T1);
+      _mm_prefetch(w + bytes + at + ahead, _MM_HINT_T1);
+    }
+    __m512i first = load_words(w + at), second = load_words(w + bytes + at);
+    keep_in_register(first);
+    keep_in_register(second);
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; i++) {
+      __m512i input = load_words(x + i * x_stride);
+      keep_in_register(input);
+      sum[2 * i] = Dot::accumulate(sum[2 * i], first, input);
+      sum[2 * i + 1] = Dot::accumulate(sum[2 * i + 1], second, input);
+    }
+  }
+  float out[16];
+  store(out, horizontal_sums<2 * MR>(sum));
+  for (int i = 0; i < MR; i++) std::memcpy(y + i * y_stride, out + 2 * i, 8);
+}
+
 template <class Dot, int MR, bool PREFETCH>
 void streamed_rows(const char* w, int64_t bytes, int64_t count, const uint32_t* x, int64_t x_stride,
                    int64_t ahead, float* y, int64_t y_stride) {
-  for (int64_t n = 0; n < count; n += 4)
-    streamed_microkernel<Dot, MR, PREFETCH>(w + n * bytes, bytes, x, x_stride, ahead, y + n,
-                                            y_stride);
+  const int step = MR > 4 ? 2 : 4;
+  for (int64_t n = 0; n < count; n += step)
+    if constexpr (MR > 4)
+      streamed_microkernel_2<Dot, MR, PREFETCH>(w + n * bytes, bytes, x, x_stride, ahead, y + n,
+                                                y_stride);
+    else
+      streamed_microkernel<Dot, MR, PREFETCH>(w + n * bytes, bytes, x, x_stride, ahead, y + n,
+                                              y_stride);
 }
 
 // y[row, n] = x[row] . m[n] for all rows of input and the n of the range; fp32, or bf16 with input
@@ -428,16 +460,21 @@ void gemm_streamed(const Matrix& m, Range range, const uint32_t* x, int64_t x_st
                    float* y, int64_t y_stride) {
   const decltype(&streamed_rows<Dot, 1, true>) kernels[] = {
       streamed_rows<Dot, 1, false>, streamed_rows<Dot, 2, false>, streamed_rows<Dot, 3, false>,
-      streamed_rows<Dot, 4, false>, streamed_rows<Dot, 1, true>,  streamed_rows<Dot, 2, true>,
-      streamed_rows<Dot, 3, true>,  streamed_rows<Dot, 4, true>};
+      streamed_rows<Dot, 4, false>, streamed_rows<Dot, 5, false>, streamed_rows<Dot, 6, false>,
+      streamed_rows<Dot, 7, false>, streamed_rows<Dot, 8, false>, streamed_rows<Dot, 1, true>,
+      streamed_rows<Dot, 2, true>,  streamed_rows<Dot, 3, true>,  streamed_rows<Dot, 4, true>,
+      streamed_rows<Dot, 5, true>,  streamed_rows<Dot, 6, true>,  streamed_rows<Dot, 7, true>,
+      streamed_rows<Dot, 8, true>};
   const int64_t bytes = row_bytes(m);
+  // Up to eight rows of input are one tile if they stay in the L1 cache.
+  const int64_t most = R > 4 && R <= 8 && R * bytes <= 40 << 10 ? R : 4;
   // With many rows of input, 128 KB of weights stay in the L2 cache for all of them.
   const int64_t width = R <= 16 ? 4 : std::max<int64_t>(4, (int64_t(1) << 17) / bytes / 4 * 4);
   for (int64_t n = range.begin; n < range.end; n += width) {
     const char* w = static_cast<const char*>(m.data) + n * bytes;
-    for (int64_t row = 0; row < R; row += 4) {
-      const int64_t mr = std::min<int64_t>(4, R - row), fetches = row == 0;
-      kernels[4 * fetches + mr - 1](w, bytes, std::min(width, range.end - n), x + row * x_stride,
+    for (int64_t row = 0; row < R; row += most) {
+      const int64_t mr = std::min(most, R - row), fetches = row == 0;
+      kernels[8 * fetches + mr - 1](w, bytes, std::min(width, range.end - n), x + row * x_stride,
                                     x_stride, width * bytes, y + row * y_stride + n, y_stride);
     }
   }
