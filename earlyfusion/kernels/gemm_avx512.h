@@ -5,15 +5,15 @@
 // kernels (see gemm.h):
 //
 // Streamed (`gemm_streamed`): a lane holds one of the 16 partial sums of an output. Four rows of
-// weights are multiplied with up to four rows of input from their first to their last column, with
-// the sums in registers.
+// weights are multiplied with up to four rows of input, or two with up to eight, from their first
+// to their last column, with the sums in registers.
 //
 // Blocked (`gemm_blocked`, `gemm_blocked_int16`): the same lanes, but all rows of input are
 // multiplied with one block of columns of four rows of weights, which stays in the L1 cache, while
 // the next four rows are prefetched evenly.
 //
-// Tiled (`gemm_tiled`): the same lanes and microkernel, but up to six rows of input stay in the L1
-// cache while they are multiplied with a panel of weights in the L2 cache, and the next panel is
+// Tiled (`gemm_tiled`): the same lanes and microkernel, but up to eight rows of input stay in the
+// L1 cache while they are multiplied with a panel of weights in the L2 cache, and the next panel is
 // prefetched evenly. Nothing is packed.
 //
 // Packed (`gemm_packed`, `gemm_packed_int16`): a lane is an output. NR rows of weights are packed
@@ -39,6 +39,9 @@ const int64_t GROUP_TILES = 4;  // tiles multiplied with a part of a panel while
 const int64_t BLOCKED_MR = 6;   // rows of input of a blocked tile: 6 * 4 of 32 registers
 const int64_t KC_WORDS = 512;   // words of a row of weights in a block
 
+// 5 to 8 rows of input are multiplied at once by a streamed kernel if they are not larger.
+const int64_t STREAMED_L1_BYTES = 40 << 10;
+
 // Tiled kernels. A tile of input and four rows of weights, of 1,024 words each, take 40 KB of the
 // L1 cache; a panel and the next one take less than the L2 cache.
 const int64_t TILED_KC_WORDS = 1024;        // words of a row in a block
@@ -57,7 +60,9 @@ inline Algorithm algorithm_for(const Matrix& m, int64_t R) {
 #if defined(__AVX512VP2INTERSECT__)
   // Zen 5: loads and multiplications of 512 bits are twice as fast as on Zen 4, so that streamed
   // kernels pay off for more rows, and packing takes a larger share of the time.
-  return R <= 8 ? STREAMED : R <= 48 ? TILED : PACKED;
+  const bool input_in_l1 = R * row_bytes(m) <= STREAMED_L1_BYTES;
+  if (R <= 4 || (R <= 8 && input_in_l1)) return STREAMED;
+  return R <= 48 ? TILED : PACKED;
 #else
   return R < 44 ? BLOCKED : words <= 1024 ? STREAMED : PACKED;
 #endif
@@ -242,59 +247,80 @@ class RowsPrefetch {
   int64_t rows_ = 0, row_bytes_ = 0, lines_ = 0, line_ = 0, r_ = 0, due_ = 0;
 };
 
-// y [MR, 4] = the horizontal sums of `sum` [MR, 4].
-template <int MR>
-ALWAYS_INLINE void store_reduced(floats16 (&sum)[MR][4], float* y, int64_t y_stride) {
-#pragma GCC unroll 2
-  for (int first = 0; first < MR; first += 4) {
-    floats16 v[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i++)
-      v[i] = first + i / 4 < MR ? sum[std::min(first + i / 4, MR - 1)][i % 4] : floats16{};
-    float out[16];
-    store(out, horizontal_sums<16>(v));
-    for (int i = first; i < std::min(MR, first + 4); i++)
-      std::memcpy(y + i * y_stride, out + 4 * (i - first), 16);
+// sum [MR, NW] += x [MR, 16] . w [NW, 16], in words, lane by lane. The operand with fewer rows is in
+// registers.
+template <class Dot, int MR, int NW>
+ALWAYS_INLINE void accumulate_words(const uint32_t* w, int64_t w_stride, const uint32_t* x,
+                                    int64_t x_stride, typename Dot::Accumulator (&sum)[MR][NW]) {
+  if (MR > 6) {
+    __m512i weights[NW];
+#pragma GCC unroll 4
+    for (int r = 0; r < NW; r++) keep_in_register(weights[r] = load_words(w + r * w_stride));
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; i++) {
+      __m512i v = load_words(x + i * x_stride);
+      keep_in_register(v);
+#pragma GCC unroll 4
+      for (int r = 0; r < NW; r++) sum[i][r] = Dot::accumulate(sum[i][r], weights[r], v);
+    }
+    return;
+  }
+  __m512i inputs[MR];
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; i++) keep_in_register(inputs[i] = load_words(x + i * x_stride));
+#pragma GCC unroll 4
+  for (int r = 0; r < NW; r++) {
+    __m512i v = load_words(w + r * w_stride);
+    keep_in_register(v);
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; i++) sum[i][r] = Dot::accumulate(sum[i][r], v, inputs[i]);
   }
 }
 
-// sums [MR, 4] += x [MR, count] . w [4, count], in words, for one block; the `first_block`
+// y [MR, NW] = the horizontal sums of `sum` [MR, NW].
+template <int MR, int NW>
+ALWAYS_INLINE void store_reduced(floats16 (&sum)[MR][NW], float* y, int64_t y_stride) {
+  const int rows = 16 / NW;  // reduced at once
+#pragma GCC unroll 2
+  for (int first = 0; first < MR; first += rows) {
+    floats16 v[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++)
+      v[i] = first + i / NW < MR ? sum[std::min(first + i / NW, MR - 1)][i % NW] : floats16{};
+    float out[16];
+    store(out, horizontal_sums<16>(v));
+    for (int i = first; i < std::min(MR, first + rows); i++)
+      std::memcpy(y + i * y_stride, out + NW * (i - first), 4 * NW);
+  }
+}
+
+// sums [MR, NW] += x [MR, count] . w [NW, count], in words, for one block; the `first_block`
 // overwrites them. The last block has a `y`, in which it stores the results instead. For each 32
 // words, `rate` / 256 cache lines of the `next` weights are prefetched.
-template <class Dot, int MR>
+template <class Dot, int MR, int NW = 4>
 void blocked_microkernel(const uint32_t* w, int64_t w_stride, const uint32_t* x, int64_t x_stride,
                          int64_t count, bool first_block, typename Dot::Accumulator* sums,
                          RowsPrefetch& next, int64_t rate, float* y, int64_t y_stride) {
-  typename Dot::Accumulator sum[MR][4];
-#pragma GCC unroll 6
+  typename Dot::Accumulator sum[MR][NW];
+#pragma GCC unroll 8
   for (int i = 0; i < MR; i++)
 #pragma GCC unroll 4
-    for (int r = 0; r < 4; r++)
-      sum[i][r] = first_block ? typename Dot::Accumulator{} : sums[4 * i + r];
+    for (int r = 0; r < NW; r++)
+      sum[i][r] = first_block ? typename Dot::Accumulator{} : sums[NW * i + r];
   RowsPrefetch ahead = next;  // a local copy, which compilers keep in registers
   for (int64_t begin = 0; begin < count; begin += 32) {
     ahead.prefetch(rate);
 #pragma GCC unroll 2
-    for (int64_t c = begin; c < begin + 32; c += 16) {
-      __m512i inputs[MR];
-#pragma GCC unroll 6
-      for (int i = 0; i < MR; i++) keep_in_register(inputs[i] = load_words(x + i * x_stride + c));
-#pragma GCC unroll 4
-      for (int r = 0; r < 4; r++) {
-        __m512i v = load_words(w + r * w_stride + c);
-        keep_in_register(v);
-#pragma GCC unroll 6
-        for (int i = 0; i < MR; i++) sum[i][r] = Dot::accumulate(sum[i][r], v, inputs[i]);
-      }
-    }
+    for (int64_t c = begin; c < begin + 32; c += 16)
+      accumulate_words<Dot>(w + c, w_stride, x + c, x_stride, sum);
   }
   next = ahead;
   if constexpr (std::is_same_v<typename Dot::Accumulator, floats16>)
-    if (y) return store_reduced<MR>(sum, y, y_stride);
-#pragma GCC unroll 6
+    if (y) return store_reduced(sum, y, y_stride);
+#pragma GCC unroll 8
   for (int i = 0; i < MR; i++)
 #pragma GCC unroll 4
-    for (int r = 0; r < 4; r++) sums[4 * i + r] = sum[i][r];
+    for (int r = 0; r < NW; r++) sums[NW * i + r] = sum[i][r];
 }
 
 template <class Dot>
@@ -302,11 +328,13 @@ using BlockedMicrokernel = void (*)(const uint32_t*, int64_t, const uint32_t*, i
                                     bool, typename Dot::Accumulator*, RowsPrefetch&, int64_t,
                                     float*, int64_t);
 
+// For up to 6 rows of input and four rows of weights, or 7 or 8 and two.
 template <class Dot>
 BlockedMicrokernel<Dot> blocked_microkernel_for(int64_t mr) {
   static const BlockedMicrokernel<Dot> all[] = {
-      blocked_microkernel<Dot, 1>, blocked_microkernel<Dot, 2>, blocked_microkernel<Dot, 3>,
-      blocked_microkernel<Dot, 4>, blocked_microkernel<Dot, 5>, blocked_microkernel<Dot, 6>};
+      blocked_microkernel<Dot, 1>,    blocked_microkernel<Dot, 2>,   blocked_microkernel<Dot, 3>,
+      blocked_microkernel<Dot, 4>,    blocked_microkernel<Dot, 5>,   blocked_microkernel<Dot, 6>,
+      blocked_microkernel<Dot, 7, 2>, blocked_microkernel<Dot, 8, 2>};
   return all[mr - 1];
 }
 
@@ -359,11 +387,13 @@ template <class Dot>
 void gemm_tiled(const Matrix& m, Range range, const uint32_t* x, int64_t x_stride, int64_t R,
                 Workspace& workspace, float* y, int64_t y_stride) {
   const int64_t bytes = row_bytes(m), stride = bytes / 4, NR = tiled_panel_rows(m);
-  const RowTiles<BLOCKED_MR> tiles(R);
+  // 7 or 8 rows are one tile, so that weights are read once.
+  const bool wide = R > BLOCKED_MR && R <= 8;
+  const int64_t NW = wide ? 2 : 4, tile_count = wide ? 1 : RowTiles<BLOCKED_MR>(R).count;
   // Blocks of about equal size, in multiples of 32 words.
   const int64_t blocks = (stride + TILED_KC_WORDS - 1) / TILED_KC_WORDS,
                 KC = (stride / 32 + blocks - 1) / blocks * 32;
-  // [tile, NR / 4, rows of the tile, 4]
+  // [tile, NR / NW, rows of the tile, NW]
   floats16* sums =
       reinterpret_cast<floats16*>(workspace.reserve(blocks > 1 ? R * NR * PARTIALS : 0));
   const char* data = static_cast<const char*>(m.data);
@@ -371,13 +401,13 @@ void gemm_tiled(const Matrix& m, Range range, const uint32_t* x, int64_t x_strid
     const int64_t end = std::min(begin + NR, range.end);
     const int64_t lines = std::min(NR, m.rows - end) * bytes / 64;  // of the next panel
     RowsPrefetch next_panel(data + end * bytes, 1, 0, 64 * lines);
-    const int64_t rate = 256 * lines / (tiles.count * ((end - begin) / 4) * (stride / 32));
+    const int64_t rate = 256 * lines / (tile_count * ((end - begin) / NW) * (stride / 32));
     for (int64_t k0 = 0; k0 < stride; k0 += KC) {
       const int64_t count = std::min(KC, stride - k0);
       const bool last_block = k0 + count == stride;
-      for (int64_t t = 0; t < tiles.count; t++) {
-        const int64_t row = tiles.first(t), mr = tiles.rows(t);
-        for (int64_t n = begin; n < end; n += 4)
+      for (int64_t t = 0; t < tile_count; t++) {
+        const int64_t row = R * t / tile_count, mr = R * (t + 1) / tile_count - row;
+        for (int64_t n = begin; n < end; n += NW)
           blocked_microkernel_for<Dot>(mr)(
               reinterpret_cast<const uint32_t*>(data + n * bytes) + k0, stride,
               x + row * x_stride + k0, x_stride, count, k0 == 0,
@@ -467,7 +497,7 @@ void gemm_streamed(const Matrix& m, Range range, const uint32_t* x, int64_t x_st
       streamed_rows<Dot, 8, true>};
   const int64_t bytes = row_bytes(m);
   // Up to eight rows of input are one tile if they stay in the L1 cache.
-  const int64_t most = R > 4 && R <= 8 && R * bytes <= 40 << 10 ? R : 4;
+  const int64_t most = R > 4 && R <= 8 && R * bytes <= STREAMED_L1_BYTES ? R : 4;
   // With many rows of input, 128 KB of weights stay in the L2 cache for all of them.
   const int64_t width = R <= 16 ? 4 : std::max<int64_t>(4, (int64_t(1) << 17) / bytes / 4 * 4);
   for (int64_t n = range.begin; n < range.end; n += width) {
