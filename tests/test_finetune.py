@@ -21,7 +21,7 @@ from earlyfusion.cli import main
 from earlyfusion.config import PRESETS
 from earlyfusion.content import Image
 from earlyfusion.data.corpus import CorpusConfig, open_corpus
-from earlyfusion.data.encoding import EncodingSettings, Fit, fingerprints
+from earlyfusion.data.encoding import DocumentSplitter, EncodingSettings, fingerprints
 from earlyfusion.data.rows import RowSettings
 from earlyfusion.data.shard_maker import Job
 from earlyfusion.data.shards import TokenShards
@@ -472,7 +472,9 @@ def test_the_mode_of_token_shards_is_that_of_the_tuned_model(model: Path, tmp_pa
     asked, _ = asked_and_trained(tuned, row, picture, tmp_path / "index")
     loaded = detect.load(model)
     marks = fingerprints(loaded.processor, ImageTokenizer(loaded.vqgan, 16))
-    document = TokenShards(shards, marks, Fit(200, loaded.processor.vocabulary)).document(0)
+    document = TokenShards(
+        shards, marks, DocumentSplitter(200, loaded.processor.vocabulary)
+    ).document(0)
     assert document.ids[: len(asked)] == asked
     with pytest.raises(SettingError, match=r"made with resize_mode=fit, and crop is given"):
         finetune(model, shards, tmp_path / "other", "resize_mode=crop")

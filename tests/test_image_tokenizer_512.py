@@ -119,7 +119,7 @@ def test_it_learns_and_counts_what_is_broken(
     rows = read_metrics(tmp_path)
     assert rows[-1]["psnr"] > rows[0]["psnr"] + 0.8
     assert rows[-1]["held_out_psnr"] > rows[0]["psnr"]
-    assert "broken pictures: " in capsys.readouterr().err
+    assert "broken images: " in capsys.readouterr().err
     assert "broken.png" in (tmp_path / "quarantine.jsonl").read_text()
 
 
@@ -168,13 +168,13 @@ def test_moments_of_another_layout_are_laid_as_their_weights() -> None:
     torch.manual_seed(0)
     conv = nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     plain = nn.Conv2d(4, 8, 3)
-    pictures = torch.randn(2, 4, 9, 9)
+    images = torch.randn(2, 4, 9, 9)
     optimizers = [torch.optim.AdamW(m.parameters(), 1e-2, fused=True) for m in (conv, plain)]
     plain.load_state_dict(conv.state_dict())
     for step in range(3):
         for module, optimizer in zip((conv, plain), optimizers, strict=True):
             optimizer.zero_grad()
-            module(pictures).square().mean().backward()
+            module(images).square().mean().backward()
             if step < 2 or module is plain:
                 optimizer.step()
     saved = {
@@ -189,22 +189,22 @@ def test_moments_of_another_layout_are_laid_as_their_weights() -> None:
 def test_held_out_figures_are_those_of_codes(tmp_path: Path, device: torch.device) -> None:
     torch.manual_seed(0)
     model = VQGAN(PRESETS["tiny"].vq_config).eval().to(device)
-    pictures = (torch.rand(5, 3, 16, 16) * 2 - 1).to(device)
-    figures = HeldOut(model, pictures, shown=3, batch=2)(9, tmp_path)
+    images = (torch.rand(5, 3, 16, 16) * 2 - 1).to(device)
+    figures = HeldOut(model, images, shown=3, batch=2)(9, tmp_path)
     with torch.no_grad():
-        codes = model.encode(pictures)
+        codes = model.encode(images)
         drawn = model.decode(codes).clamp(-1, 1)
-    assert figures["held_out_psnr"] == pytest.approx(float(psnr(drawn, pictures).mean()), abs=1e-4)
-    assert figures["held_out_ssim"] == pytest.approx(float(ssim(drawn, pictures).mean()), abs=1e-4)
+    assert figures["held_out_psnr"] == pytest.approx(float(psnr(drawn, images).mean()), abs=1e-4)
+    assert figures["held_out_ssim"] == pytest.approx(float(ssim(drawn, images).mean()), abs=1e-4)
     assert figures["held_out_usage"] == pytest.approx(len(codes.unique()) / 64)
     shares = codes.flatten().bincount() / codes.numel()
     entropy = -(shares[shares > 0] * shares[shares > 0].log()).sum()
     assert figures["held_out_perplexity"] == pytest.approx(float(entropy.exp()), rel=1e-4)
     with PIL.Image.open(tmp_path / "step-00000009.png") as grid:
         first = grid.getpixel((4 + 132 + 3, 4 + 3))
-    expected = ((pictures[1, :, 0, 0] + 1) * 127.5).round().int().tolist()
+    expected = ((images[1, :, 0, 0] + 1) * 127.5).round().int().tolist()
     assert first == tuple(expected)
-    assert HeldOut(model, pictures[:0])(1, tmp_path) == {}
+    assert HeldOut(model, images[:0])(1, tmp_path) == {}
 
 
 def test_the_critic_learns_to_tell_and_its_weight_balances(device: torch.device) -> None:
@@ -223,13 +223,13 @@ def test_the_critic_learns_to_tell_and_its_weight_balances(device: torch.device)
 
 @pytest.mark.parametrize(("step", "share"), [(0, 0.0), (5, 0.5), (20, 1.0)])
 def test_the_commitment_grows_over_the_ramp(step: int, share: float, device: torch.device) -> None:
-    pictures = (torch.rand(2, 3, 16, 16) * 2 - 1).to(device)
+    images = (torch.rand(2, 3, 16, 16) * 2 - 1).to(device)
     losses = {}
     for commitment in (0.0, 0.25):
         torch.manual_seed(0)
         terms = VQLossConfig(commitment=commitment, ramp_steps=10, revive_until=0.0)
         model = VQGAN(PRESETS["tiny"].vq_config).to(device)
-        task = ImageTokenizerTask(model, terms, lambda _: pictures, 30)
+        task = ImageTokenizerTask(model, terms, lambda _: images, 30)
         losses[commitment], figures, _ = task.loss(step)
     added = float((losses[0.25] - losses[0.0]).detach())
     assert added == pytest.approx(0.25 * share * float(figures["commit"]), rel=1e-3, abs=1e-6)

@@ -1,4 +1,4 @@
-"""Pictures of any source in batches: found, read, quarantined, cut."""
+"""Images of any source in batches: found, read, quarantined, cut."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ import pytest
 import torch
 from corpora import jsonl, png, tar
 
-from earlyfusion.data.mixture import PrefetchedStream
-from earlyfusion.data.pictures import (
+from earlyfusion.data.images import (
     CropConfig,
-    JoinedPictures,
-    PictureBatches,
-    fixed_squares,
+    ImageBatches,
+    JoinedImages,
+    centre_crops,
     hold_out,
-    open_pictures,
+    open_images,
     random_crop,
     to_pixels,
 )
+from earlyfusion.data.mixture import PrefetchedStream
 from earlyfusion.data.rows import Quarantine, RowSettings
 from earlyfusion.errors import DataError, SettingError
 from earlyfusion.train.folder import check_same_data
 
 
-def opened(tmp_path: Path, *sources: object) -> JoinedPictures:
-    return open_pictures([str(s) for s in sources], tmp_path / "cache", RowSettings())
+def opened(tmp_path: Path, *sources: object) -> JoinedImages:
+    return open_images([str(s) for s in sources], tmp_path / "cache", RowSettings())
 
 
-def same(picture: PIL.Image.Image, seed: int) -> bool:
+def same(image: PIL.Image.Image, seed: int) -> bool:
     with PIL.Image.open(io.BytesIO(png(seed))) as file:
-        return np.array_equal(np.asarray(picture), np.asarray(file.convert("RGB")))
+        return np.array_equal(np.asarray(image), np.asarray(file.convert("RGB")))
 
 
 def folder_of(path: Path, count: int) -> Path:
@@ -94,16 +94,16 @@ def test_parquet_is_read_group_by_group(tmp_path: Path) -> None:
 
 def batches(
     tmp_path: Path,
-    found: JoinedPictures,
+    found: JoinedImages,
     size: int = 4,
     seed: int = 0,
     share: tuple[int, int] = (0, 1),
-) -> tuple[PictureBatches, Quarantine]:
-    def crop(picture: PIL.Image.Image, rng: np.random.Generator) -> PIL.Image.Image:
-        return random_crop(picture, 16, CropConfig(), rng)
+) -> tuple[ImageBatches, Quarantine]:
+    def crop(image: PIL.Image.Image, rng: np.random.Generator) -> PIL.Image.Image:
+        return random_crop(image, 16, CropConfig(), rng)
 
     quarantine = Quarantine(tmp_path / "quarantine.jsonl", 1.0)
-    return PictureBatches(found, None, size, crop, seed, quarantine, share), quarantine
+    return ImageBatches(found, None, size, crop, seed, quarantine, share), quarantine
 
 
 def test_a_batch_follows_from_seed_and_step(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_nothing_but_broken_pictures_ends_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"quarantine\.jsonl"):
         made(0)
     with pytest.raises(SettingError, match="data is empty"):
-        open_pictures([], tmp_path, RowSettings())
+        open_images([], tmp_path, RowSettings())
     with pytest.raises(DataError, match="there is no"):
         opened(tmp_path, tmp_path / "nothing")
 
@@ -162,7 +162,7 @@ def test_held_out_pictures_are_trained_on_by_no_run(tmp_path: Path) -> None:
     held, rest = hold_out(found, 64)
     assert len(held) == 4 and sorted([*held, *rest]) == list(range(40))
     quarantine = Quarantine(None, 1.0)
-    squares = fixed_squares(found, held, 8, quarantine)
+    squares = centre_crops(found, held, 8, quarantine)
     assert squares.shape == (4, 3, 8, 8) and squares.abs().max() <= 1
 
 
@@ -188,9 +188,9 @@ def test_crops_lie_within_and_do_not_enlarge() -> None:
 
 
 def test_other_pictures_in_the_same_run_are_refused(tmp_path: Path) -> None:
-    check_same_data(tmp_path, "a", "the pictures are")
-    check_same_data(tmp_path, "b", "the pictures are")  # nothing is trained yet
+    check_same_data(tmp_path, "a", "the images are")
+    check_same_data(tmp_path, "b", "the images are")  # nothing is trained yet
     (tmp_path / "step-00000001").mkdir()
-    check_same_data(tmp_path, "b", "the pictures are")
+    check_same_data(tmp_path, "b", "the images are")
     with pytest.raises(DataError, match="another out folder"):
-        check_same_data(tmp_path, "a", "the pictures are")
+        check_same_data(tmp_path, "a", "the images are")

@@ -22,15 +22,15 @@ from earlyfusion.checkpoints.hub import download_dataset, is_hub_id
 from earlyfusion.content import Text
 from earlyfusion.data import tables
 from earlyfusion.data.corpus import CorpusConfig, open_corpus
-from earlyfusion.data.encoding import Encoder, EncodingSettings, Fit
-from earlyfusion.data.forms import BOTH, PICTURE, TEXT, Picture, example_of, form_of
+from earlyfusion.data.encoding import DocumentSplitter, Encoder, EncodingSettings
+from earlyfusion.data.forms import BOTH, IMAGE, TEXT, ImageRef, example_of, form_of
 from earlyfusion.data.joined import Joined
 from earlyfusion.data.mixture import (
-    Order,
     PrefetchedStream,
     Schedule,
+    ShuffledDocuments,
     Stage,
-    balanced,
+    balance_answers,
     shuffled,
     two_stages,
 )
@@ -132,7 +132,7 @@ def test_a_folder_of_pictures_with_texts_beside_them(tmp_path: Path) -> None:
         table.read(table.row(at), "gone.png")
     for text in folder.rglob("*.txt"):
         text.unlink()
-    with pytest.raises(DataError, match=r"nor pictures with a \.txt beside"):
+    with pytest.raises(DataError, match=r"nor images with a \.txt beside"):
         opened_rows(folder, tmp_path / "cache")
 
 
@@ -150,17 +150,17 @@ def test_folders_that_datasets_saved(tmp_path: Path) -> None:
         assert [row["text"] for row in rows] == ["pear 2", "pear 0", "pear 1"]
         pixels = np.asarray(PIL.Image.open(io.BytesIO(rows[1]["image"]["bytes"])))
         assert (pixels == np.asarray(pictures[0])).all()
-        assert example_of(rows[0], picture_first=True).form == "pair"
+        assert example_of(rows[0], image_first=True).form == "pair"
     (tmp_path / "bad.arrow").write_bytes(b"no table")
     with pytest.raises(DataError, match="not an Arrow file"):
         opened_rows(tmp_path / "bad.arrow", tmp_path / "cache")
 
 
-def said(row: dict[str, Any], picture_first: bool = True) -> list[tuple[str, list[Any]]]:
+def said(row: dict[str, Any], image_first: bool = True) -> list[tuple[str, list[Any]]]:
     """Turns of a row in short: texts as they are, pictures as what names them."""
     return [
-        (role, [part.text if isinstance(part, Text) else part.where for part in parts])
-        for role, parts in example_of(row, picture_first).turns
+        (role, [part.text if isinstance(part, Text) else part.source for part in parts])
+        for role, parts in example_of(row, image_first).turns
     ]
 
 
@@ -218,9 +218,9 @@ def test_each_form_is_told_by_its_keys_and_read(form: str) -> None:
 
 def test_the_picture_of_a_pair_comes_first_or_second() -> None:
     row = FORMS["pair"][0]
-    assert said(row, picture_first=False) == [("user", ["pear"]), ("assistant", ["c.png"])]
+    assert said(row, image_first=False) == [("user", ["pear"]), ("assistant", ["c.png"])]
     plain = example_of(row, False, plain_pairs=True)
-    assert plain.turns == [("assistant", [Text("pear"), Picture("c.png")])]
+    assert plain.turns == [("assistant", [Text("pear"), ImageRef("c.png")])]
 
 
 def test_neighbours_of_one_role_and_the_system_are_joined() -> None:
@@ -236,10 +236,10 @@ def test_pictures_without_marks_go_before_the_first_prompt() -> None:
 
 
 def test_what_the_answers_hold() -> None:
-    kinds = {form: example_of(row, True).answers for form, (row, _) in FORMS.items()}
+    kinds = {form: example_of(row, True).answer_kind for form, (row, _) in FORMS.items()}
     assert kinds["conversations"] == kinds["text"] == TEXT
     assert kinds["messages"] == kinds["interleaved"] == BOTH
-    assert example_of(FORMS["pair"][0], False).answers == PICTURE
+    assert example_of(FORMS["pair"][0], False).answer_kind == IMAGE
 
 
 @pytest.mark.parametrize(
@@ -436,7 +436,7 @@ def test_a_source_that_is_none(
 def test_pictures_of_the_net_and_outside_of_a_hub_data_set_are_not_read(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "out.png").write_bytes(b"P")
-    open_folder, confined = (tables.PictureFolder(tmp_path / "in", c) for c in (False, True))
+    open_folder, confined = (tables.ImageFolder(tmp_path / "in", c) for c in (False, True))
     assert open_folder.read("../out.png") == b"P"
     for name in ("../out.png", str(tmp_path / "out.png")):
         with pytest.raises(DataError, match="outside the data set"):
@@ -547,7 +547,7 @@ def test_pictures_of_prompts_are_cut_as_told_and_those_of_answers_cropped(
     assert document.role.count(PROMPT_IMAGE) == document.role.count(ANSWER_IMAGE) == size
 
 
-def test_half_of_the_pairs_have_the_picture_first(tmp_path: Path, processor: Processor) -> None:
+def test_half_of_the_pairs_have_the_image_first(tmp_path: Path, processor: Processor) -> None:
     path = pairs(tmp_path, 60)
     made = documents(tiny_encoder(processor), path)
     first = [d.spans[0][2] for d in made if d is not None]
@@ -616,9 +616,9 @@ def test_a_plain_document_is_cut_between_its_segments(processor: Processor) -> N
     size = processor.layout.num_tokens
     limit = size + 12
     whole = plain(processor, 8, -1, 30, -2)
-    fit = Fit(limit, processor.vocabulary)
-    cut = fit.pieces(0, whole)
-    assert all(len(piece) <= limit for piece in cut) and len(cut) > 1 and fit.cut == {0}
+    splitter = DocumentSplitter(limit, processor.vocabulary)
+    cut = splitter.split(0, whole)
+    assert all(len(piece) <= limit for piece in cut) and len(cut) > 1 and splitter.shortened == {0}
     bos, eos = processor.vocabulary.bos, processor.vocabulary.eos
     inner = [i for piece in cut for i in piece.ids if i not in (bos, eos)]
     assert inner == whole.ids[1:-1]
@@ -627,10 +627,10 @@ def test_a_plain_document_is_cut_between_its_segments(processor: Processor) -> N
     begins = [piece.ids.count(processor.vocabulary.begin_image) for piece in cut]
     ends = [piece.ids.count(processor.vocabulary.end_image) for piece in cut]
     assert begins == ends and sum(begins) == 2
-    assert fit.pieces(1, plain(processor, 4)) == [plain(processor, 4)]
-    assert fit.pieces(2, TokenSequence()) == [] and fit.dropped == set()
-    narrow = Fit(size + 1, processor.vocabulary)
-    assert narrow.pieces(3, whole) == [] and narrow.dropped == {3}
+    assert splitter.split(1, plain(processor, 4)) == [plain(processor, 4)]
+    assert splitter.split(2, TokenSequence()) == [] and splitter.dropped == set()
+    narrow = DocumentSplitter(size + 1, processor.vocabulary)
+    assert narrow.split(3, whole) == [] and narrow.dropped == {3}
 
 
 def test_a_dialogue_keeps_the_exchanges_that_fit(tmp_path: Path, processor: Processor) -> None:
@@ -640,10 +640,10 @@ def test_a_dialogue_keeps_the_exchanges_that_fit(tmp_path: Path, processor: Proc
     whole, first = documents(tiny_encoder(processor), jsonl(tmp_path / "r.jsonl", [row, short]))
     assert whole is not None and first is not None
     for limit in range(len(first), len(whole)):
-        assert Fit(limit, processor.vocabulary).pieces(0, whole) == [first]
-    assert Fit(len(whole), processor.vocabulary).pieces(0, whole) == [whole]
-    fit = Fit(len(first) - 1, processor.vocabulary)
-    assert fit.pieces(5, whole) == [] and fit.dropped == {5}
+        assert DocumentSplitter(limit, processor.vocabulary).split(0, whole) == [first]
+    assert DocumentSplitter(len(whole), processor.vocabulary).split(0, whole) == [whole]
+    splitter = DocumentSplitter(len(first) - 1, processor.vocabulary)
+    assert splitter.split(5, whole) == [] and splitter.dropped == {5}
 
 
 # Mixing, shuffling, sharding.
@@ -657,7 +657,7 @@ class Numbers:
     ) -> None:
         self.name = self.fingerprint = "numbers"
         self.groups, self.is_random = groups or [count], groups is None
-        self.fit, self._count, self._empty = Fit(10, None), count, empty  # type: ignore[arg-type]
+        self.splitter, self._count, self._empty = DocumentSplitter(10, None), count, empty  # type: ignore[arg-type]
         self.reads: list[int] = []
 
     def __len__(self) -> int:
@@ -667,7 +667,7 @@ class Numbers:
         self.reads.append(number)
         return [] if number in self._empty else [TokenSequence(ids=[number])]
 
-    def answers(self) -> np.ndarray:
+    def answer_kinds(self) -> np.ndarray:
         return np.array([n % 3 == 0 for n in range(self._count)], np.uint8)
 
 
@@ -688,17 +688,21 @@ def test_shuffled_mixes_well() -> None:
 
 @pytest.mark.parametrize("groups", [None, [5, 0, 11, 20, 4, 1, 1, 30, 9, 2, 17]])
 def test_an_epoch_has_every_row_once_and_each_its_own_order(groups: list[int] | None) -> None:
-    order = Order(Numbers(100, groups), 1, "a")
+    order = ShuffledDocuments(Numbers(100, groups), 1, "a")
     epochs = [[order.number(epoch, place) for place in range(100)] for epoch in range(3)]
     assert all(sorted(epoch) == list(range(100)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != list(range(100))
-    assert epochs[0] == [Order(Numbers(100, groups), 1, "a").number(0, n) for n in range(100)]
-    assert epochs[0] != [Order(Numbers(100, groups), 2, "a").number(0, n) for n in range(100)]
+    assert epochs[0] == [
+        ShuffledDocuments(Numbers(100, groups), 1, "a").number(0, n) for n in range(100)
+    ]
+    assert epochs[0] != [
+        ShuffledDocuments(Numbers(100, groups), 2, "a").number(0, n) for n in range(100)
+    ]
 
 
 def test_row_groups_are_read_a_few_at_a_time() -> None:
     groups = [10] * 40
-    order = Order(Numbers(400, groups), 0, "a")
+    order = ShuffledDocuments(Numbers(400, groups), 0, "a")
     touched = [order.number(0, place) // 10 for place in range(400)]
     pool = 10 * tables.DECODED_GROUPS
     for start in range(0, 400, pool):
@@ -707,13 +711,13 @@ def test_row_groups_are_read_a_few_at_a_time() -> None:
 
 def test_sources_come_by_weight_and_none_repeats_before_its_epoch_ends() -> None:
     schedule = Schedule([Stage(0, {"a": 3.0, "b": 1.0})], seed=5)
-    draws = [schedule.draw(number) for number in range(10_000)]
+    places = [schedule.locate(number) for number in range(10_000)]
     for name, share in (("a", 0.75), ("b", 0.25)):
-        mine = [draw.turn for draw in draws if draw.source == name]
+        mine = [place.position for place in places if place.source == name]
         assert mine == list(range(len(mine)))
-        assert len([d for d in draws[:4096] if d.source == name]) == 4096 * share
+        assert len([d for d in places[:4096] if d.source == name]) == 4096 * share
     other = Schedule([Stage(0, {"a": 3.0, "b": 1.0})], seed=6)
-    assert [other.draw(n) for n in range(100)] != draws[:100]
+    assert [other.locate(n) for n in range(100)] != places[:100]
     with pytest.raises(SettingError, match="under 1 in 4096"):
         Schedule([Stage(0, {"a": 1e6, "b": 1.0})], 0)
     with pytest.raises(SettingError, match="weight 0"):
@@ -724,12 +728,12 @@ def test_the_second_stage_halves_the_first_and_goes_on_where_it_stopped() -> Non
     stages = two_stages({"a": 2.0, "b": 1.0}, {"good": 4.0}, start=5000)
     assert dict(stages[1].weights) == pytest.approx({"a": 1 / 3, "b": 1 / 6, "good": 0.5})
     schedule = Schedule(stages, seed=1)
-    draws = [schedule.draw(number) for number in range(5000 + 4096)]
-    counts = Counter(draw.source for draw in draws[5000:])
+    places = [schedule.locate(number) for number in range(5000 + 4096)]
+    counts = Counter(place.source for place in places[5000:])
     assert counts["good"] == 2048 and counts["a"] == pytest.approx(4096 / 3, abs=1)
-    assert "good" not in {draw.source for draw in draws[:5000]}
+    assert "good" not in {place.source for place in places[:5000]}
     for name in ("a", "b", "good"):
-        mine = [draw.turn for draw in draws if draw.source == name]
+        mine = [place.position for place in places if place.source == name]
         assert mine == list(range(len(mine)))
     assert two_stages({"a": 1.0}, {}, 10) == (Stage(0, {"a": 1.0}),)
 
@@ -749,15 +753,15 @@ def test_workers_change_nothing_but_the_time(workers: int) -> None:
     assert threading.current_thread().name not in threads
 
 
-def test_kinds_of_answers_are_balanced() -> None:
-    orders = balanced(Numbers(90, [30] * 3), 0, "a")
+def test_kinds_of_answers_are_balance_answers() -> None:
+    orders = balance_answers(Numbers(90, [30] * 3), 0, "a")
     kinds = {name: (share, len(order)) for name, (share, order) in orders.items()}
-    assert kinds == {"a (text)": (0.5, 60), "a (pictures)": (0.5, 30)}
-    numbers = [orders["a (pictures)"][1].number(0, place) for place in range(30)]
+    assert kinds == {"a (text)": (0.5, 60), "a (images)": (0.5, 30)}
+    numbers = [orders["a (images)"][1].number(0, place) for place in range(30)]
     assert sorted(numbers) == list(range(0, 90, 3))
     rare = Numbers(100)
-    rare.answers = lambda: np.array([n == 7 for n in range(100)], np.uint8)  # type: ignore[method-assign]
-    shares = [share for share, _ in balanced(rare, 0, "a").values()]
+    rare.answer_kinds = lambda: np.array([n == 7 for n in range(100)], np.uint8)  # type: ignore[method-assign]
+    shares = [share for share, _ in balance_answers(rare, 0, "a").values()]
     assert shares == pytest.approx([0.5 / 0.54, 0.04 / 0.54])
 
 
@@ -815,7 +819,7 @@ def test_what_the_answers_hold_is_found_once_for_a_run(
 ) -> None:
     path = pairs(tmp_path, 8)
     first = corpus_of(processor, tmp_path / "run", data=(str(path),))
-    monkeypatch.setattr(Encoder, "answers", None)
+    monkeypatch.setattr(Encoder, "answer_kinds", None)
     again = corpus_of(processor, tmp_path / "run", data=(str(path),))
     assert [again.stream(n) for n in range(20)] == [first.stream(n) for n in range(20)]
     with pytest.raises(TypeError):  # pairs that are turned around otherwise have other answers
@@ -833,14 +837,14 @@ def test_a_long_plain_document_is_gone_through_epoch_by_epoch(
     assert 1 < count < 40 and pieces[count:] == pieces[: 40 - count]
     texts = [processor.decode_text(piece.ids) for piece in pieces[:count]]
     assert "".join(texts) == "".join(f"<{n}>" for n in range(200))
-    assert corpus.report() == [f"documents of {path} too long for a row: 1 cut"]
+    assert corpus.report() == [f"documents of {path} too long for a row: 1 shortened"]
 
 
 def test_what_open_corpus_refuses(tmp_path: Path, processor: Processor) -> None:
     path = str(jsonl(tmp_path / "a.jsonl", [{"messages": MESSAGES["messages"][1:2]}]))
     with pytest.raises(SettingError, match="data=PATH"):
         corpus_of(processor, tmp_path)
-    with pytest.raises(SettingError, match="length=20 cannot hold a picture"):
+    with pytest.raises(SettingError, match="length=20 cannot hold an image"):
         corpus_of(processor, tmp_path, length=20, data=(path,))
     with pytest.raises(SettingError, match=r"weight -1\.0"):
         corpus_of(processor, tmp_path, data=(f"{path}@-1",))
@@ -862,7 +866,7 @@ def test_the_hub_id_pattern_is_no_path() -> None:
 
 
 def test_numbers_of_a_source_do_not_depend_on_the_way_they_are_asked() -> None:
-    order = Order(Numbers(50, [7] * 7 + [1]), 3, "a")
+    order = ShuffledDocuments(Numbers(50, [7] * 7 + [1]), 3, "a")
     asked = list(itertools.product(range(3), range(0, 50, 7)))
     forward = [order.number(*place) for place in asked]
     assert [order.number(*place) for place in asked[::-1]] == forward[::-1]

@@ -16,7 +16,7 @@ from tiny import CONFIG
 from earlyfusion.checkpoints import detect
 from earlyfusion.cli import main
 from earlyfusion.data.corpus import CorpusConfig, open_corpus
-from earlyfusion.data.encoding import Encoder, EncodingSettings, Fit, fingerprints
+from earlyfusion.data.encoding import DocumentSplitter, Encoder, EncodingSettings, fingerprints
 from earlyfusion.data.rows import Quarantine, RowSettings
 from earlyfusion.data.shard_maker import Job, ShardMaker, open_sources
 from earlyfusion.data.shards import TokenShards, is_shards, read_index, write_shard
@@ -62,7 +62,9 @@ def pieces(model: Path) -> tuple[Processor, ImageTokenizer]:
 
 def shards_of(folder: Path, model: Path, limit: int = 1000) -> TokenShards:
     processor, tokenizer = pieces(model)
-    return TokenShards(folder, fingerprints(processor, tokenizer), Fit(limit, processor.vocabulary))
+    return TokenShards(
+        folder, fingerprints(processor, tokenizer), DocumentSplitter(limit, processor.vocabulary)
+    )
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -178,11 +180,11 @@ def test_a_folder_of_another_corpus_or_model_is_refused(
     changed = tiny_vqgan()
     changed.quantize.embedding.weight[0, 0] += 1
     marks = fingerprints(processor, ImageTokenizer(changed, CONFIG.vq_config.resolution))
-    fit = Fit(100, processor.vocabulary)
+    splitter = DocumentSplitter(100, processor.vocabulary)
     with pytest.raises(DataError, match="another image tokenizer than this model's"):
-        TokenShards(out, marks, fit)
+        TokenShards(out, marks, splitter)
     with pytest.raises(DataError, match="another tokenizer"):
-        TokenShards(out, fingerprints(processor, tokenizer) | {"tokenizer": "x"}, fit)
+        TokenShards(out, fingerprints(processor, tokenizer) | {"tokenizer": "x"}, splitter)
     with pytest.raises(DataError, match="no token shards"):
         shards_of(tmp_path, model)
     assert is_shards(out) and not is_shards(tmp_path)

@@ -1,4 +1,4 @@
-"""Rows of text and pictures -> documents -> a stream of any mixture -> packed batches.
+"""Rows of text and images -> documents -> a stream of any mixture -> packed batches.
 
     files -> tables -> rows -> forms -> encoding -> corpus -> mixture -> packing
              rows by number    turns    tokens      sources   documents  batches

@@ -29,14 +29,16 @@ def make_on_ray(job: Job, shards: list[int], workers: int) -> Iterator[dict[str,
     ray.data.DataContext.get_current().enable_progress_bars = False
     # Each actor runs in a different folder, so paths must be absolute.
     job = replace(job, out=job.out.absolute(), model=job.model.absolute())
-    made = ray.data.from_items([{"shard": n} for n in shards], override_num_blocks=len(shards)).map(
+    notes = ray.data.from_items(
+        [{"shard": n} for n in shards], override_num_blocks=len(shards)
+    ).map(
         _Actor,
         fn_constructor_args=(job,),
         compute=ray.data.ActorPoolStrategy(size=min(workers, len(shards))),
         num_gpus=1 if job.device.startswith("cuda") else 0,
     )
     try:
-        for row in made.iter_rows():
+        for row in notes.iter_rows():
             yield _note(row)
     except ray.exceptions.RayError as error:
         raise DataError(
@@ -52,13 +54,13 @@ class _Actor:
     def __call__(self, row: dict[str, int]) -> dict[str, str]:
         # As text: Ray would turn a note into columns, and lose empty values.
         try:
-            return {"note": json.dumps(self._maker.make(int(row["shard"]))), "mistake": ""}
+            return {"note": json.dumps(self._maker.make(int(row["shard"]))), "error": ""}
         except EarlyFusionError as error:
-            return {"note": "", "mistake": str(error)}
+            return {"note": "", "error": str(error)}
 
 
 def _note(row: dict[str, str]) -> dict[str, Any]:
-    if row["mistake"]:
-        raise DataError(row["mistake"])
+    if row["error"]:
+        raise DataError(row["error"])
     note: dict[str, Any] = json.loads(row["note"])
     return note

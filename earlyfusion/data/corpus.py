@@ -11,9 +11,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from earlyfusion.data.encoding import Encoder, EncodingSettings, Fit, fingerprints
+from earlyfusion.data.encoding import DocumentSplitter, Encoder, EncodingSettings, fingerprints
 from earlyfusion.data.held_out import ValidationConfig, held_out_numbers
-from earlyfusion.data.mixture import Documents, Mixture, Order, balanced, two_stages
+from earlyfusion.data.mixture import (
+    Documents,
+    Mixture,
+    ShuffledDocuments,
+    balance_answers,
+    two_stages,
+)
 from earlyfusion.data.rows import Quarantine, Rows, RowSettings, open_rows
 from earlyfusion.data.shards import TokenShards, is_shards, shards_mode
 from earlyfusion.data.tables import cached_arrays
@@ -36,7 +42,7 @@ class CorpusConfig:
     """Sources that join from document `added_from` on, with half of the weight of all."""
     added_from: int = 0
     balance: bool = True
-    """Give answers of text, of pictures and of both the same share of a source."""
+    """Give answers of text, of images and of both the same share of a source."""
     patterns: tuple[str, ...] = ()
     images: Path | None = None
     max_broken: float = 0.1
@@ -62,29 +68,34 @@ class RowDocuments:
     """Raw rows as documents, each encoded when it is first asked for; `cache` is a folder."""
 
     def __init__(
-        self, rows: Rows, encoder: Encoder, quarantine: Quarantine, fit: Fit, cache: Path
+        self,
+        rows: Rows,
+        encoder: Encoder,
+        quarantine: Quarantine,
+        splitter: DocumentSplitter,
+        cache: Path,
     ) -> None:
         self.name, self.fingerprint = rows.name, rows.fingerprint
         self.groups, self.is_random = rows.groups, rows.is_random
         self._rows, self._encoder, self._quarantine = rows, encoder, quarantine
-        self.fit, self._cache = fit, cache
-        self._document = lru_cache(_CACHED_DOCUMENTS)(self._encoded)
+        self.splitter, self._cache = splitter, cache
+        self._document = lru_cache(_CACHED_DOCUMENTS)(self._encode)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def pieces(self, number: int) -> list[TokenSequence]:
-        found = self._document(number)
-        if found is None:
+        encoded = self._document(number)
+        if encoded is None:
             return []
-        document = TokenSequence(found.ids.tolist(), found.role.tolist(), found.spans)
-        return self.fit.pieces(number, document)
+        document = TokenSequence(encoded.ids.tolist(), encoded.role.tolist(), encoded.spans)
+        return self.splitter.split(number, document)
 
-    def answers(self) -> np.ndarray:
+    def answer_kinds(self) -> np.ndarray:
         # Balancing needs this for every row before the first document: computed once per run.
         path = self._cache / f"{self._answers_key()}.npz"
-        found = cached_arrays(path, lambda: {"answers": self._encoder.answers(self._rows)})
-        return found["answers"]
+        arrays = cached_arrays(path, lambda: {"answers": self._encoder.answer_kinds(self._rows)})
+        return arrays["answers"]
 
     def _answers_key(self) -> str:
         """A name that changes with the rows, and with which of their pairs are turned around."""
@@ -93,7 +104,7 @@ class RowDocuments:
         key = (self.fingerprint, times, settings.pairs, settings.image_first, settings.pair_seed)
         return f"answers-{hashlib.sha256(repr(key).encode()).hexdigest()[:24]}"
 
-    def _encoded(self, number: int) -> _Encoded | None:
+    def _encode(self, number: int) -> _Encoded | None:
         read = self._encoder.read(self._rows, number, self._quarantine)
         document = self._encoder.encode([read])[0]
         if document is None:
@@ -111,18 +122,19 @@ class Corpus:
     quarantine: Quarantine
     documents: list[Documents]
     resize_mode: Mode = "crop"
-    """How pictures of prompts are made square, in all of its sources."""
+    """How images of prompts are made square, in all of its sources."""
     held_out: list[tuple[Documents, np.ndarray]] = field(default_factory=list)
     """Sources with the numbers of their rows that are not in the stream."""
 
     def report(self) -> list[str]:
-        """Sentences on rows that were left out or cut."""
+        """Sentences on rows that were left out or shortened."""
         sentences = []
         if self.quarantine.broken:
             sentences.append(f"broken rows: {self.quarantine.broken:,}, see {self.quarantine.path}")
         for documents in self.documents:
-            fit = documents.fit
-            for numbers, what in ((fit.cut, "cut"), (fit.dropped, "dropped")):
+            splitter = documents.splitter
+            counted = ((splitter.shortened, "shortened"), (splitter.dropped, "dropped"))
+            for numbers, what in counted:
                 if numbers:
                     sentences.append(
                         f"documents of {documents.name} too long for a row: {len(numbers):,} {what}"
@@ -146,36 +158,36 @@ def open_corpus(
     quarantine = Quarantine(run / "quarantine.jsonl", config.max_broken)
     paths = [_weighted(source)[0] for source in (*config.data, *config.added)]
     paths += validation.validation_data if validation else ()
-    encoding = _one_mode(config.encoding, paths).of_model(image_tokenizer.mode)
+    encoding = _one_mode(config.encoding, paths).for_model(image_tokenizer.mode)
     encoder = Encoder(processor, image_tokenizer, encoding)
-    marks = fingerprints(processor, image_tokenizer)
+    digests = fingerprints(processor, image_tokenizer)
 
-    def opened(path: str) -> Documents:
+    def open_documents(path: str) -> Documents:
         # A row of `length` positions takes one more token, as the last is only a target.
-        folder, fit = expanded(path), Fit(length + 1, processor.vocabulary)
+        folder, splitter = expanded(path), DocumentSplitter(length + 1, processor.vocabulary)
         if is_shards(folder):
-            return TokenShards(folder, marks, fit)
+            return TokenShards(folder, digests, splitter)
         rows = open_rows(path, run / "index", config.rows)
-        return RowDocuments(rows, encoder, quarantine, fit, run / "index")
+        return RowDocuments(rows, encoder, quarantine, splitter, run / "index")
 
-    orders: dict[str, Order] = {}
+    shuffled: dict[str, ShuffledDocuments] = {}
     shares: dict[str, dict[str, float]] = {}
     documents, held_out = [], []
     watched = validation or ValidationConfig()
     # A source in both `data` and `added` is opened once, and gets a share of each.
     for number, source in enumerate(dict.fromkeys((*config.data, *config.added))):
         path, weight = _weighted(source)
-        documents.append(opened(path))
+        documents.append(open_documents(path))
         held = held_out_numbers(len(documents[-1]), watched.validation, seed, number)
         held_out.append((documents[-1], held))
         # By number, not by name, so that a corpus that was moved gives the same documents.
-        mine = _orders(documents[-1], config.balance, seed, f"source {number}", held)
-        orders |= {name: order for name, (_, order) in mine.items()}
-        shares[source] = {name: weight * share for name, (share, _) in mine.items()}
+        parts = _shuffle(documents[-1], config.balance, seed, f"source {number}", held)
+        shuffled |= {name: part for name, (_, part) in parts.items()}
+        shares[source] = {name: weight * share for name, (share, _) in parts.items()}
     first, added = (_shares_of(names, shares) for names in (config.data, config.added))
-    stream = Mixture(orders, two_stages(first, added, config.added_from), seed)
+    stream = Mixture(shuffled, two_stages(first, added, config.added_from), seed)
     for path in watched.validation_data:
-        other = opened(path)
+        other = open_documents(path)
         held_out.append((other, np.arange(len(other))))
     digest = _digest(replace(config, encoding=encoding), documents, seed, watched.validation)
     return Corpus(stream, digest, quarantine, documents, encoding.mode, held_out)
@@ -201,32 +213,32 @@ def _check(config: CorpusConfig, processor: Processor, length: int) -> None:
         raise SettingError("data is empty: give data=PATH, or data=PATH@WEIGHT,PATH@WEIGHT")
     needed = processor.layout.num_tokens + 2
     if needed > length:
-        raise SettingError(f"length={length} cannot hold a picture: raise it to {needed} or more")
+        raise SettingError(f"length={length} cannot hold an image: raise it to {needed} or more")
 
 
 def _digest(
     config: CorpusConfig, documents: Sequence[Documents], seed: int, held_out: float
 ) -> str:
     """Digest of everything that the stream depends on."""
-    ways = [config.encoding, seed, config.balance, config.added_from]
-    ways += [held_out] if held_out else []  # keeps the digest of runs from before this existed
+    settings = [config.encoding, seed, config.balance, config.added_from]
+    settings += [held_out] if held_out else []  # keeps the digest of runs from before this existed
     # Without names of files, as a corpus that was moved is the same.
     weights = [_weighted(source)[1] for source in (*config.data, *config.added)]
-    text = repr([ways, weights, [d.fingerprint for d in documents]])
+    text = repr([settings, weights, [d.fingerprint for d in documents]])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _orders(
+def _shuffle(
     documents: Documents, balance: bool, seed: int, key: str, held_out: np.ndarray
-) -> dict[str, tuple[float, Order]]:
+) -> dict[str, tuple[float, ShuffledDocuments]]:
     """The source without held-out rows, or one per kind of answer, with their shares."""
     rest = np.setdiff1d(np.arange(len(documents)), held_out) if len(held_out) else None
-    whole = {key: (1.0, Order(documents, seed, key, rest))}
-    return balanced(documents, seed, key, rest) if balance else whole
+    whole = {key: (1.0, ShuffledDocuments(documents, seed, key, rest))}
+    return balance_answers(documents, seed, key, rest) if balance else whole
 
 
 def _shares_of(names: Sequence[str], shares: Mapping[str, dict[str, float]]) -> dict[str, float]:
-    return {order: share for name in names for order, share in shares[name].items()}
+    return {part: share for name in names for part, share in shares[name].items()}
 
 
 def _weighted(source: str) -> tuple[str, float]:

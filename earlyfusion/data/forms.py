@@ -6,10 +6,10 @@
 | prompt | `prompt` and `completion`, each a text or messages: TRL's too |
 | conversations | `conversations` of `from` and `value`, with `<image>` marks: LLaVA's |
 | interleaved | `texts` and `images` of equal length, None where the other has an entry: OBELICS' |
-| pair | a picture (`image`, `jpg`, `file_name` …) and a caption (`caption`, `text`, `txt` …) |
+| pair | an image (`image`, `jpg`, `file_name` …) and a caption (`caption`, `text`, `txt` …) |
 | text | `text` |
 
-A row becomes an `Example`, which only names its pictures: they are read later.
+A row becomes an `Example`, which only names its images: they are read later.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from earlyfusion.content import PLACEHOLDER, Role, Text
 from earlyfusion.errors import DataError
 
 
-class Picture(NamedTuple):
-    """A picture that is not read yet: the bytes of its file, or the file's name."""
+class ImageRef(NamedTuple):
+    """Where an image is that is not read yet: the bytes of its file, or the file's name."""
 
-    where: bytes | str
+    source: bytes | str
 
 
-Part: TypeAlias = Text | Picture
+Part: TypeAlias = Text | ImageRef
 Turn: TypeAlias = tuple[Role, list[Part]]
-TEXT, PICTURE, BOTH = range(3)  # what answers hold
+TEXT, IMAGE, BOTH = range(3)  # what answers hold
 
 
 @dataclass
@@ -42,11 +42,11 @@ class Example:
     turns: list[Turn]
 
     @property
-    def answers(self) -> int:
-        """What the assistant's turns hold: TEXT, PICTURE or BOTH."""
+    def answer_kind(self) -> int:
+        """What the assistant's turns hold: TEXT, IMAGE or BOTH."""
         parts = [part for role, turn in self.turns if role == "assistant" for part in turn]
-        pictures = sum(isinstance(part, Picture) for part in parts)
-        return BOTH if 0 < pictures < len(parts) else PICTURE if pictures else TEXT
+        images = sum(isinstance(part, ImageRef) for part in parts)
+        return BOTH if 0 < images < len(parts) else IMAGE if images else TEXT
 
 
 _ROLES: dict[str, Role | None] = {
@@ -57,16 +57,16 @@ _ROLES: dict[str, Role | None] = {
     "model": "assistant",
     "system": None,  # joined to the user's turn
 }
-_PICTURES = ("image", "jpg", "jpeg", "png", "webp", "image_path", "file_name")
-_CAPTIONS = ("caption", "text", "txt", "captions")
+_IMAGE_KEYS = ("image", "jpg", "jpeg", "png", "webp", "image_path", "file_name")
+_CAPTION_KEYS = ("caption", "text", "txt", "captions")
 
 
-def example_of(row: Mapping[str, Any], picture_first: bool, plain_pairs: bool = False) -> Example:
+def example_of(row: Mapping[str, Any], image_first: bool, plain_pairs: bool = False) -> Example:
     """Read a row. A pair becomes a prompt and its answer, or with `plain_pairs` a plain document.
     Raises `DataError` with the reason if the row has no known form, or breaks its rules."""
     form = form_of(row)
     if form == "pair":
-        return _pair(row, picture_first, plain_pairs)
+        return _pair(row, image_first, plain_pairs)
     turns = _READERS[form](row)
     if not turns or turns[-1][0] != "assistant":
         raise DataError("the last turn is not the assistant's: add its answer")
@@ -75,18 +75,18 @@ def example_of(row: Mapping[str, Any], picture_first: bool, plain_pairs: bool = 
     return Example(form, turns)
 
 
-def pictures_of(row: Mapping[str, Any]) -> list[Picture]:
-    """The pictures of a row of any form, or of pictures only; `DataError` if it has none."""
-    column = next((key for key in ("images", *_PICTURES) if row.get(key) is not None), None)
+def image_refs_of(row: Mapping[str, Any]) -> list[ImageRef]:
+    """The images of a row of any form, or of images only; `DataError` if it has none."""
+    column = next((key for key in ("images", *_IMAGE_KEYS) if row.get(key) is not None), None)
     if column is not None:
         value = row[column]
-        found = [_picture(v) for v in (value if isinstance(value, list) else [value]) if v]
+        refs = [_image_ref(v) for v in (value if isinstance(value, list) else [value]) if v]
     else:
-        turns = example_of(row, picture_first=True).turns
-        found = [part for _, parts in turns for part in parts if isinstance(part, Picture)]
-    if not found:
-        raise DataError("the row has no picture: leave it out")
-    return found
+        turns = example_of(row, image_first=True).turns
+        refs = [part for _, parts in turns for part in parts if isinstance(part, ImageRef)]
+    if not refs:
+        raise DataError("the row has no image: leave it out")
+    return refs
 
 
 def form_of(row: Mapping[str, Any]) -> str:
@@ -97,12 +97,12 @@ def form_of(row: Mapping[str, Any]) -> str:
         if given.issuperset(keys):
             return form
     # Before plain text, as "text" may also be the key of a caption.
-    if given.intersection(_PICTURES) and given.intersection(_CAPTIONS):
+    if given.intersection(_IMAGE_KEYS) and given.intersection(_CAPTION_KEYS):
         return "pair"
     if "text" in given:
         return "text"
-    shown = ", ".join(sorted(map(str, row))[:8]) or "none"
-    raise DataError(f"the row's keys ({shown}) are of no known form: see docs/data.md for the six")
+    names = ", ".join(sorted(map(str, row))[:8]) or "none"
+    raise DataError(f"the row's keys ({names}) are of no known form: see docs/data.md for the six")
 
 
 # The order matters: rows of messages often have a text or an image column as well.
@@ -114,21 +114,21 @@ _KEYS = {
 }
 
 
-def _pair(row: Mapping[str, Any], picture_first: bool, plain: bool) -> Example:
-    picture = _picture(next(row[key] for key in _PICTURES if row.get(key) is not None))
-    caption = next(row[key] for key in _CAPTIONS if row.get(key) is not None)
-    # Of several captions of one picture, as in COCO, take the first.
+def _pair(row: Mapping[str, Any], image_first: bool, plain: bool) -> Example:
+    image = _image_ref(next(row[key] for key in _IMAGE_KEYS if row.get(key) is not None))
+    caption = next(row[key] for key in _CAPTION_KEYS if row.get(key) is not None)
+    # Of several captions of one image, as in COCO, take the first.
     if isinstance(caption, list) and caption:
         caption = caption[0]
-    parts = [picture, *_not_empty([Text(_text(caption, "the caption"))])]
-    first, second = parts if picture_first else parts[::-1]
+    parts = [image, *_checked_parts([Text(_as_text(caption, "the caption"))])]
+    first, second = parts if image_first else parts[::-1]
     if plain:
         return Example("pair", [("assistant", [first, second])])
     return Example("pair", [("user", [first]), ("assistant", [second])])
 
 
 def _messages(row: Mapping[str, Any]) -> list[Turn]:
-    return _filled(_listed(row["messages"], "messages"), _pictures(row))
+    return _build_turns(_as_list(row["messages"], "messages"), _image_refs(row))
 
 
 def _prompt(row: Mapping[str, Any]) -> list[Turn]:
@@ -140,28 +140,28 @@ def _prompt(row: Mapping[str, Any]) -> list[Turn]:
             row[key] if isinstance(row[key], list) else [{"role": role, "content": row[key]}]
         )
     ]
-    return _filled(messages, _pictures(row))
+    return _build_turns(messages, _image_refs(row))
 
 
 def _conversations(row: Mapping[str, Any]) -> list[Turn]:
-    return _filled(_listed(row["conversations"], "conversations"), _pictures(row))
+    return _build_turns(_as_list(row["conversations"], "conversations"), _image_refs(row))
 
 
 def _interleaved(row: Mapping[str, Any]) -> list[Turn]:
-    texts, images = _listed(row["texts"], "texts"), _listed(row["images"], "images")
+    texts, images = _as_list(row["texts"], "texts"), _as_list(row["images"], "images")
     if len(texts) != len(images):
         raise DataError(f"there are {len(texts)} texts but {len(images)} images: pad with null")
     parts: list[Part] = []
     for number, (text, image) in enumerate(zip(texts, images, strict=True)):
         if text is not None and image is not None:
             raise DataError(f"entry {number} has a text and an image: give null for one of them")
-        parts += [] if text is None else [Text(_text(text, f"text {number}"))]
-        parts += [] if image is None else [_picture(image)]
-    return [("assistant", _not_empty(parts))]
+        parts += [] if text is None else [Text(_as_text(text, f"text {number}"))]
+        parts += [] if image is None else [_image_ref(image)]
+    return [("assistant", _checked_parts(parts))]
 
 
 def _plain_text(row: Mapping[str, Any]) -> list[Turn]:
-    return [("assistant", _not_empty([Text(_text(row["text"], "the text"))]))]
+    return [("assistant", _checked_parts([Text(_as_text(row["text"], "the text"))]))]
 
 
 _READERS: dict[str, Callable[[Mapping[str, Any]], list[Turn]]] = {
@@ -173,18 +173,18 @@ _READERS: dict[str, Callable[[Mapping[str, Any]], list[Turn]]] = {
 }
 
 
-def _filled(messages: Sequence[Any], pictures: Sequence[Picture]) -> list[Turn]:
-    """Turns with their pictures at their marks, or all at the beginning of the first turn.
+def _build_turns(messages: Sequence[Any], images: Sequence[ImageRef]) -> list[Turn]:
+    """Turns with their images at their marks, or all at the beginning of the first turn.
     Consecutive turns of one role are joined by a line end; a system's text counts as the user's."""
-    # Marks take the pictures in order, over all turns.
-    rest = iter(pictures)
-    spoken = [(_role(message), _parts(_content(message), rest)) for message in messages]
+    # Marks take the images in order, over all turns.
+    rest = iter(images)
+    roles_and_parts = [(_role(message), _parts(_content(message), rest)) for message in messages]
     unused = list(rest)
-    marked = len(pictures) - len(unused)
-    if unused and (marked or not spoken):
-        raise DataError(f"{marked} images are marked but {len(pictures)} given: mark each, or none")
+    marked = len(images) - len(unused)
+    if unused and (marked or not roles_and_parts):
+        raise DataError(f"{marked} images are marked but {len(images)} given: mark each, or none")
     turns: list[Turn] = []
-    for role, parts in spoken:
+    for role, parts in roles_and_parts:
         if turns and turns[-1][0] == role:
             turns[-1][1].extend([Text("\n"), *parts])
         else:
@@ -194,7 +194,7 @@ def _filled(messages: Sequence[Any], pictures: Sequence[Picture]) -> list[Turn]:
     elif unused:
         raise DataError("no turn takes the images: mark them, or begin with the user's turn")
     for _, parts in turns:
-        _not_empty(parts)
+        _checked_parts(parts)
     return turns
 
 
@@ -211,79 +211,79 @@ def _content(message: Mapping[str, Any]) -> Any:
     return message.get("content", message.get("value"))
 
 
-def _parts(content: Any, pictures: Iterator[Picture]) -> list[Part]:
+def _parts(content: Any, images: Iterator[ImageRef]) -> list[Part]:
     if isinstance(content, str):
-        return list(_split(content, pictures))
+        return list(_split(content, images))
     parts: list[Part] = []
-    for item in _listed(content, "a message's content"):
-        parts += _part(item, pictures)
+    for item in _as_list(content, "a message's content"):
+        parts += _part(item, images)
     return parts
 
 
-def _split(text: str, pictures: Iterator[Picture]) -> Iterator[Part]:
+def _split(text: str, images: Iterator[ImageRef]) -> Iterator[Part]:
     for number, piece in enumerate(text.split(PLACEHOLDER)):
         if number:
-            yield _next(pictures)
+            yield _next_image(images)
         # LLaVA puts a mark on a separate line.
         piece = piece.strip("\n") if PLACEHOLDER in text else piece
         if piece:
             yield Text(piece)
 
 
-def _part(item: Any, pictures: Iterator[Picture]) -> list[Part]:
+def _part(item: Any, images: Iterator[ImageRef]) -> list[Part]:
     if isinstance(item, str):
-        return list(_split(item, pictures))
+        return list(_split(item, images))
     part_type = item.get("type") if isinstance(item, Mapping) else None
     if part_type == "text":
         # Typed parts have no marks: a text that spells one is plain text.
-        text = _text(item.get("text"), "a text part")
+        text = _as_text(item.get("text"), "a text part")
         return [Text(text)] if text else []
     if part_type in ("image", "image_url"):
         keys = ("image", "image_url", "url", "path")
         given = next((item[key] for key in keys if item.get(key)), None)
-        return [_next(pictures) if given is None else _picture(given)]
+        return [_next_image(images) if given is None else _image_ref(given)]
     raise DataError(f"a part of type {str(part_type)[:40]!r} is unknown: use text or image")
 
 
-def _next(pictures: Iterator[Picture]) -> Picture:
-    picture = next(pictures, None)
-    if picture is None:
+def _next_image(images: Iterator[ImageRef]) -> ImageRef:
+    image = next(images, None)
+    if image is None:
         raise DataError("more images are marked than given: give one for each mark")
-    return picture
+    return image
 
 
-def _pictures(row: Mapping[str, Any]) -> list[Picture]:
+def _image_refs(row: Mapping[str, Any]) -> list[ImageRef]:
     given = row.get("images")
     if given is None:
         given = row.get("image")
     if given is None:
         return []
-    return [_picture(item) for item in (given if isinstance(given, list) else [given])]
+    return [_image_ref(item) for item in (given if isinstance(given, list) else [given])]
 
 
-def _picture(value: Any) -> Picture:
-    """A picture given as bytes, a name, or a dict as `datasets` and chat protocols write it."""
+def _image_ref(value: Any) -> ImageRef:
+    """An image given as bytes, a name, or a dict as `datasets` and chat protocols write it."""
     if isinstance(value, Mapping):
         value = next((value[k] for k in ("bytes", "path", "url") if value.get(k)), None)
     if isinstance(value, bytes | str) and value:
-        return Picture(value)
+        return ImageRef(value)
     raise DataError("an image is neither a file name nor bytes: give one of them")
 
 
-def _text(value: Any, name: str) -> str:
+def _as_text(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"{name} is of type {type(value).__name__}: write it as a string")
     return value
 
 
-def _listed(value: Any, name: str) -> list[Any]:
+def _as_list(value: Any, name: str) -> list[Any]:
     if not isinstance(value, list):
         raise DataError(f"{name} is of type {type(value).__name__}: write it as a list")
     return value
 
 
-def _not_empty(parts: list[Part]) -> list[Part]:
-    """The same parts; `DataError` if none has a picture or a visible character."""
-    if not any(isinstance(part, Picture) or part.text.strip() for part in parts):
+def _checked_parts(parts: list[Part]) -> list[Part]:
+    """The same parts; `DataError` if none has an image or a visible character."""
+    if not any(isinstance(part, ImageRef) or part.text.strip() for part in parts):
         raise DataError("a turn is empty: give it a text or an image")
     return parts

@@ -1,4 +1,4 @@
-"""Which documents are held out of training, to measure the model on."""
+"""Which documents are held out of training, for validation."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ class ValidationConfig:
 
 def held_out_numbers(size: int, share: float, seed: int, source: int) -> np.ndarray:
     """Ascending numbers of the held-out rows of source number `source`; at least one of two."""
-    # Never all rows of a source. 11 keeps this draw apart from others with the same seed.
+    # Never all rows of a source. The number 11 gives other random numbers than elsewhere with the
+    # same seed.
     count = min(size - 1, max(1, round(share * size))) if share else 0
     chosen = np.random.default_rng([seed, 11, source]).permutation(size)[:count]
     return np.sort(chosen)
@@ -64,9 +65,9 @@ def held_out_documents(held: Sequence[tuple[Documents, np.ndarray]]) -> list[Tok
     rows = [(documents, int(number)) for documents, numbers in held for number in numbers]
     # Evenly spread over the sources, whose rows are joined.
     chosen = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), MOST_DOCUMENTS)).round())
-    found = [piece for at in chosen for piece in rows[int(at)][0].pieces(rows[int(at)][1])]
-    if not found:
+    pieces = [piece for at in chosen for piece in rows[int(at)][0].pieces(rows[int(at)][1])]
+    if not pieces:
         raise DataError(
             "no held-out row can be used: raise validation, or give validation_data of its own"
         )
-    return found
+    return pieces

@@ -17,7 +17,7 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from earlyfusion.data.encoding import Fit
+from earlyfusion.data.encoding import DocumentSplitter
 from earlyfusion.data.joined import Joined
 from earlyfusion.data.tables import DECODED_GROUPS
 from earlyfusion.errors import DataError, SettingError
@@ -42,14 +42,14 @@ class Numbered(Protocol):
 class Documents(Numbered, Protocol):
     name: str
     fingerprint: str
-    fit: Fit
+    splitter: DocumentSplitter
 
     def pieces(self, number: int) -> list[TokenSequence]:
         """Document `number` in pieces that fit a row; none if it is broken or too long."""
         ...
 
-    def answers(self) -> np.ndarray:
-        """What each document's answers hold (TEXT, PICTURE or BOTH): uint8 [n]."""
+    def answer_kinds(self) -> np.ndarray:
+        """What each document's answers hold (TEXT, IMAGE or BOTH): uint8 [n]."""
         ...
 
 
@@ -77,11 +77,11 @@ def two_stages(
     return (Stage(0, first), Stage(start, weights)) if start else (Stage(0, weights),)
 
 
-class Draw(NamedTuple):
-    """The next document of `source`, after `turn` earlier ones."""
+class SourcePosition(NamedTuple):
+    """Document number `position` of the shuffled documents of `source`."""
 
     source: str
-    turn: int
+    position: int
 
 
 class Schedule:
@@ -100,14 +100,15 @@ class Schedule:
         for number, stage in enumerate(self._stages[1:]):
             self._taken.append(self._taken_by(number, stage.start))
 
-    def draw(self, number: int) -> Draw:
+    def locate(self, number: int) -> SourcePosition:
+        """The source of document `number` of the mixture, and its position within that source."""
         stage = max(i for i, stage in enumerate(self._stages) if stage.start <= number)
         slots, within = self._slots[stage], number - self._stages[stage].start
         cycle, at = divmod(within, _CYCLE)
         order, ranks = self._cycle(stage, cycle)
         name = list(slots)[int(order[at])]
-        turn = self._taken[stage].get(name, 0) + cycle * slots[name] + int(ranks[at])
-        return Draw(name, turn)
+        position = self._taken[stage].get(name, 0) + cycle * slots[name] + int(ranks[at])
+        return SourcePosition(name, position)
 
     def _new_cycle(self, stage: int, cycle: int) -> tuple[np.ndarray, np.ndarray]:
         """The source of each slot, and how many earlier slots have that source."""
@@ -116,8 +117,8 @@ class Schedule:
         np.random.default_rng([self._seed, stage, cycle]).shuffle(order)
         ranks = np.zeros(_CYCLE, np.int64)
         for source in range(len(slots)):
-            mine = order == source
-            ranks[mine] = np.arange(mine.sum())
+            own = order == source
+            ranks[own] = np.arange(own.sum())
         return order, ranks
 
     def _taken_by(self, stage: int, end: int) -> dict[str, int]:
@@ -136,23 +137,25 @@ class Mixture:
     """The stream of all sources: `mixture(number)` is a document. A row that is broken or does not
     fit is replaced by the next one of its epoch."""
 
-    def __init__(self, sources: Mapping[str, Order], stages: Sequence[Stage], seed: int) -> None:
+    def __init__(
+        self, sources: Mapping[str, ShuffledDocuments], stages: Sequence[Stage], seed: int
+    ) -> None:
         self._sources, self._schedule = sources, Schedule(stages, seed)
         missing = {n for stage in stages for n in stage.weights} - sources.keys()
         if missing:
             raise SettingError(f"the mixture names {sorted(missing)[0]!r}, which is not a source")
 
     def __call__(self, number: int) -> TokenSequence:
-        draw = self._schedule.draw(number)
-        order = self._sources[draw.source]
+        name, position = self._schedule.locate(number)
+        documents = self._sources[name]
         for attempt in range(_TRIES):
-            # The replacement also comes in its own turn: skipping it there would need a state.
-            epoch, pieces = order.pieces(draw.turn + attempt)
+            # The replacement also comes at its own position: skipping it there would need a state.
+            epoch, pieces = documents.pieces(position + attempt)
             if pieces:
                 # Of a long document, each epoch takes another piece.
                 return pieces[epoch % len(pieces)]
         raise DataError(
-            f"{draw.source} gives no usable document in {_TRIES} rows: see the quarantine file, "
+            f"{name} gives no usable document in {_TRIES} rows: see the quarantine file, "
             "or raise the row length"
         )
 
@@ -199,8 +202,8 @@ class Epochs:
         return Joined(sizes.tolist()), sizes, order, np.cumsum([0, *groups[:-1]])
 
 
-class Order(Epochs):
-    """The documents of a source in the order of its epochs."""
+class ShuffledDocuments(Epochs):
+    """The documents of a source, epoch after epoch, each in a different order."""
 
     def __init__(
         self, documents: Documents, seed: int, key: str, chosen: np.ndarray | None = None
@@ -208,41 +211,41 @@ class Order(Epochs):
         super().__init__(documents, seed, key, chosen)
         self._documents = documents
 
-    def pieces(self, turn: int) -> tuple[int, list[TokenSequence]]:
-        """The epoch of draw number `turn`, and the pieces of its document."""
-        epoch, position = divmod(turn, len(self))
+    def pieces(self, index: int) -> tuple[int, list[TokenSequence]]:
+        """The epoch of document number `index`, and the pieces of that document."""
+        epoch, position = divmod(index, len(self))
         return epoch, self._documents.pieces(self.number(epoch, position))
 
 
-def balanced(
+def balance_answers(
     documents: Documents, seed: int, key: str, chosen: np.ndarray | None = None
-) -> dict[str, tuple[float, Order]]:
-    """A source split by what its answers hold (text, pictures, both), each part with its weight.
+) -> dict[str, tuple[float, ShuffledDocuments]]:
+    """A source split by what its answers hold (text, images, both), each part with its weight.
 
     Training on far more answers of one modality teaches a model to give that one, or to withhold
     it, whatever is asked (arXiv 2405.09818, section 3.1). So all parts have the same weight, but
     none repeats its rows more than 4 times as often as without balance. `chosen` are the numbers to
     use, ascending (None: all).
     """
-    # All rows are read here (without their pictures) before the first step. A sample would not do:
+    # All rows are read here (without their images) before the first step. A sample would not do:
     # each part's order is a permutation of exactly its rows, so even its first document depends on
     # how many there are. The result is stored in the run's folder, and a resumed run reads it.
-    every = documents.answers()
-    numbers = np.arange(len(every)) if chosen is None else chosen
-    answers = every[numbers]
-    # An Order is shuffled by its key, which has the number of the answer, not its name.
-    found, counts = np.unique(answers, return_counts=True)
-    weights = np.minimum(1 / len(found), _MOST_REPEATS * counts / counts.sum())
+    all_kinds = documents.answer_kinds()
+    numbers = np.arange(len(all_kinds)) if chosen is None else chosen
+    kind_of = all_kinds[numbers]
+    # The shuffle depends on its key, which has the number of the kind, not its name.
+    kinds, counts = np.unique(kind_of, return_counts=True)
+    weights = np.minimum(1 / len(kinds), _MOST_REPEATS * counts / counts.sum())
     return {
-        f"{key} ({_ANSWER_NAMES[answer]})": (
+        f"{key} ({_ANSWER_NAMES[kind]})": (
             float(weight / weights.sum()),
-            Order(documents, seed, f"{key} {answer}", numbers[answers == answer]),
+            ShuffledDocuments(documents, seed, f"{key} {kind}", numbers[kind_of == kind]),
         )
-        for answer, weight in zip(found.tolist(), weights, strict=True)
+        for kind, weight in zip(kinds.tolist(), weights, strict=True)
     }
 
 
-_ANSWER_NAMES = ("text", "pictures", "text and pictures")  # by TEXT, PICTURE, BOTH
+_ANSWER_NAMES = ("text", "images", "text and images")  # by TEXT, IMAGE, BOTH
 _MOST_REPEATS = 4
 
 
@@ -254,20 +257,20 @@ def _sizes(groups: Sequence[int], chosen: np.ndarray | None) -> list[int]:
     return [int(size) for size in np.diff(np.searchsorted(chosen, edges))]
 
 
-Made = TypeVar("Made")
+Item = TypeVar("Item")
 
 
-class PrefetchedStream(Generic[Made]):
+class PrefetchedStream(Generic[Item]):
     """A stream whose next items (documents, batches) are prepared by threads while the model
     trains. Items and order are those of the stream, for any number of workers."""
 
-    def __init__(self, stream: Callable[[int], Made], workers: int, depth: int = 64) -> None:
+    def __init__(self, stream: Callable[[int], Item], workers: int, depth: int = 64) -> None:
         self._stream, self._depth = stream, depth
         self._pool = ThreadPoolExecutor(workers, "ahead")
-        self._waiting: dict[int, Future[Made]] = {}
+        self._waiting: dict[int, Future[Item]] = {}
         self._lock = threading.Lock()
 
-    def __call__(self, number: int) -> Made:
+    def __call__(self, number: int) -> Item:
         with self._lock:
             # Drop those that were passed; after a roll-back, also those far ahead.
             for past in [n for n in self._waiting if not number <= n < number + self._depth]:
@@ -288,8 +291,11 @@ def shuffled(number: int, size: int, key: int) -> int:
     mask = (1 << bits) - 1
     while True:
         left, right = number >> bits, number & mask
-        for turn in range(4):
-            left, right = right, left ^ (_mixed(right + key + turn * 0x9E3779B97F4A7C15) & mask)
+        for step in range(4):
+            left, right = (
+                right,
+                left ^ (_mixed(right + key + step * 0x9E3779B97F4A7C15) & mask),
+            )
         number = left << bits | right
         # The network permutes all numbers of 2 * bits bits; those past the end go through it again.
         if number < size:

@@ -3,7 +3,7 @@
     document number -> rows of `length` tokens, each of several whole documents -> PackedBatch
 
 A stream of documents is a function from a number to a document, so its whole state is the number of
-the next document. Documents are never cut, and attend to themselves only.
+the next document. Documents are never split, and attend to themselves only.
 """
 
 # Shapes: B rows of a batch, T tokens of a row.
@@ -43,7 +43,7 @@ class PackedBatch(NamedTuple):
     weight_BT: Tensor
     """Loss weight of each target, float32."""
     image_BT: Tensor
-    """Whether the target belongs to a picture, bool."""
+    """Whether the target belongs to an image, bool."""
 
     def to(self, device: torch.device) -> PackedBatch:
         return PackedBatch(*(t.to(device, non_blocking=True) for t in self))
@@ -75,7 +75,7 @@ class RoleWeights:
 
 
 Stream = Callable[[int], TokenSequence]
-Share = tuple[int, int]  # which process, of how many
+Share = tuple[int, int]  # the rank of a process, and the number of processes
 
 
 class Rows(Protocol):
@@ -113,21 +113,21 @@ class Packer:
 
     def for_share(self, share: Share) -> Packer:
         """A packer of the same stream, at the same document, that keeps another share."""
-        made = Packer(self._stream, self._weights, self.rows, self.length, self._pad, share)
-        made.cursor = self.cursor
-        return made
+        packer = Packer(self._stream, self._weights, self.rows, self.length, self._pad, share)
+        packer.cursor = self.cursor
+        return packer
 
     def next(self) -> PackedBatch:
         # Rows of other processes are only passed over, not packed.
-        which, count = self.share
-        size = self.rows // count
+        rank, world_size = self.share
+        size = self.rows // world_size
         rows = [self._row() for _ in range(self.rows)]
-        return self._packed(rows[which * size : (which + 1) * size])
+        return self._packed(rows[rank * size : (rank + 1) * size])
 
     def batches(self, documents: Sequence[TokenSequence], rows: int) -> Iterator[PackedBatch]:
         """These documents, each once, `rows` rows at a time: this process's share of them. Every
         process gets equally many batches: rows of padding fill up."""
-        which, count = self.share
+        rank, world_size = self.share
         # In order, so that a measurement does not depend on the number of rows.
         packed, free = list[list[TokenSequence]](), 0
         for document in documents:
@@ -137,8 +137,8 @@ class Packer:
                 free = self.length
             packed[-1].append(document)
             free -= needed
-        packed += [[] for _ in range(-len(packed) % (count * rows))]
-        for at in range(which * rows, len(packed), count * rows):
+        packed += [[] for _ in range(-len(packed) % (world_size * rows))]
+        for at in range(rank * rows, len(packed), world_size * rows):
             yield self._packed(packed[at : at + rows])
 
     def _row(self) -> list[TokenSequence]:
@@ -181,13 +181,13 @@ def pack_rows(
     for at, documents in enumerate(rows):
         start = 0
         for number, document in enumerate(documents):
-            here = slice(start, start + len(document) - 1)
+            span = slice(start, start + len(document) - 1)
             ids, role = np.asarray(document.ids), np.asarray(document.role)
-            tokens_BT[at, here], targets_BT[at, here] = ids[:-1], ids[1:]
-            document_BT[at, here], positions_BT[at, here] = number, np.arange(len(ids) - 1)
-            weight_BT[at, here] = weights.of(role[1:])
-            image_BT[at, here] = (role[1:] == PROMPT_IMAGE) | (role[1:] == ANSWER_IMAGE)
-            start = here.stop
+            tokens_BT[at, span], targets_BT[at, span] = ids[:-1], ids[1:]
+            document_BT[at, span], positions_BT[at, span] = number, np.arange(len(ids) - 1)
+            weight_BT[at, span] = weights.of(role[1:])
+            image_BT[at, span] = (role[1:] == PROMPT_IMAGE) | (role[1:] == ANSWER_IMAGE)
+            start = span.stop
         # Padding is one more document, so that no real one attends to it.
         document_BT[at, start:], positions_BT[at, start:] = (
             len(documents),

@@ -18,11 +18,11 @@ from earlyfusion.checkpoints.hub import download_dataset, is_hub_id
 from earlyfusion.data.joined import Joined
 from earlyfusion.data.tables import (
     SUFFIXES,
-    Captioned,
+    CaptionedImages,
+    ImageFolder,
     Outlines,
-    PictureFolder,
     Table,
-    captioned_pictures,
+    captioned_images,
     open_table,
 )
 from earlyfusion.errors import DataError, SettingError
@@ -34,12 +34,12 @@ _DIGESTED = 4096  # bytes at each end of a file
 
 @dataclass(frozen=True)
 class RowSettings:
-    """Which files of a source are read, and where the pictures are that rows name."""
+    """Which files of a source are read, and where the images are that rows name."""
 
     patterns: tuple[str, ...] = ()
     """Files of a folder or hub data set to take, such as `train/*.parquet`; none given: all."""
     images: Path | None = None
-    """Folder of the pictures; None: beside the file of the row."""
+    """Folder of the images; None: beside the file of the row."""
     max_broken: float = 0.1
     """Largest share of rows that may be broken, once 100 are read."""
 
@@ -66,7 +66,7 @@ class Rows:
         return self.tables[table], at
 
     def outlines(self) -> Outlines:
-        """All rows in order, with one byte in place of each picture's; None for a damaged row."""
+        """All rows in order, with one byte in place of each image's; None for a damaged row."""
         return chain.from_iterable(table.outlines() for table in self.tables)
 
 
@@ -77,7 +77,7 @@ def open_rows(source: str, cache: Path, settings: RowSettings) -> Rows:
     root, paths, from_hub = find_files(source, settings.patterns)
     # A data set of the hub is a stranger's: its rows may only name files of its folder.
     tables = [
-        open_table(p, cache, PictureFolder(settings.images or p.parent, confined=from_hub))
+        open_table(p, cache, ImageFolder(settings.images or p.parent, confined=from_hub))
         for p in paths
     ]
     rows = Rows(source, tables, _fingerprint(root, paths))
@@ -87,19 +87,19 @@ def open_rows(source: str, cache: Path, settings: RowSettings) -> Rows:
 
 
 def _captioned(source: str) -> Rows | None:
-    """A folder of pictures with text files, if it has no file of rows."""
+    """A folder of images with text files, if it has no file of rows."""
     folder = expanded(source)
-    # A file of rows wins: text files beside its pictures may be anything.
+    # A file of rows wins: text files beside its images may be anything.
     if not folder.is_dir() or any(p.suffix in SUFFIXES for p in folder.rglob("*")):
         return None
-    names = captioned_pictures(folder)
+    names = captioned_images(folder)
     if not names:
         return None
     texts = [p for name in names if (p := (folder / name).with_suffix(".txt")).is_file()]
     # A link to a missing file is a broken row, which is reported when it is read.
-    pictures = [p for name in names if (p := folder / name).is_file()]
-    mark = _fingerprint(folder, [*pictures, *texts])
-    return Rows(source, [Captioned(folder, names, PictureFolder(folder, confined=False))], mark)
+    images = [p for name in names if (p := folder / name).is_file()]
+    mark = _fingerprint(folder, [*images, *texts])
+    return Rows(source, [CaptionedImages(folder, names, ImageFolder(folder, confined=False))], mark)
 
 
 def find_files(source: str, patterns: Sequence[str] = ()) -> tuple[Path, list[Path], bool]:
@@ -111,26 +111,26 @@ def find_files(source: str, patterns: Sequence[str] = ()) -> tuple[Path, list[Pa
         return path.parent, [path], False
     from_hub = False
     if path.is_dir():
-        root, found = path, list(path.rglob("*"))
+        root, files = path, list(path.rglob("*"))
     elif glob.has_magic(source):
         root = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
-        found = [Path(p) for p in glob.glob(str(path), recursive=True)]
+        files = [Path(p) for p in glob.glob(str(path), recursive=True)]
     elif is_hub_id(source):
         root, from_hub = download_dataset(source, patterns or _HUB_PATTERNS), True
-        found = list(root.rglob("*"))
+        files = list(root.rglob("*"))
     else:
         raise DataError(
             f"there is no {source}: give a file, a folder, a glob or a hub id such as org/name"
         )
-    wanted = [p for p in found if not patterns or _matches(p, root, patterns)]
-    tables = [p for p in wanted if p.suffix in SUFFIXES and p.is_file()]
+    matching = [p for p in files if not patterns or _matches(p, root, patterns)]
+    tables = [p for p in matching if p.suffix in SUFFIXES and p.is_file()]
     # `datasets` stores intermediate results beside the rows.
     tables = [p for p in tables if not p.name.startswith(("cache-", "indices-"))]
     # A JSON file beside other tables usually describes the data set.
     tables = [p for p in tables if p.suffix != ".json"] or tables
     if not tables:
         raise DataError(
-            f"{source} holds no {', '.join(SUFFIXES)} file, nor pictures with a .txt beside them: "
+            f"{source} holds no {', '.join(SUFFIXES)} file, nor images with a .txt beside them: "
             "give another source"
         )
     # The same order on every machine, as much depends on a row's number.

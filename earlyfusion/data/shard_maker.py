@@ -20,7 +20,7 @@ from earlyfusion.errors import SettingError
 from earlyfusion.image_tokenizer import ImageTokenizer
 from earlyfusion.processor import Processor, TokenSequence
 
-# Rows whose pictures go through the network together.
+# Rows whose images go through the network together.
 _BATCH = 64
 INDEX_FOLDER = ".index"
 
@@ -72,16 +72,16 @@ class ShardMaker:
         # The caller judges the share of broken rows, over all shards.
         quarantine, forms = Quarantine(None, 1.0), Counter[str]()
         documents: list[TokenSequence | None] = []
-        answers: list[int] = []
+        answer_kinds: list[int] = []
         for at in range(0, len(numbers), _BATCH):
-            found = [self._rows.find(number) for number in numbers[at : at + _BATCH]]
-            read = [self._encoder.read(self.sources[n], row, quarantine) for n, row in found]
+            places = [self._rows.find(number) for number in numbers[at : at + _BATCH]]
+            read = [self._encoder.read(self.sources[n], row, quarantine) for n, row in places]
             forms.update(row.form for row in read if row.turns is not None)
             documents += self._encoder.encode(read)
-            answers += [row.answers for row in read]
+            answer_kinds += [row.answer_kind for row in read]
         extra = {"forms": dict(forms), "quarantined": quarantine.entries}
         size = self._processor.vocabulary.size
-        return write_shard(self._job.out, shard, documents, answers, size, extra)
+        return write_shard(self._job.out, shard, documents, answer_kinds, size, extra)
 
 
 def open_sources(job: Job) -> list[Rows]:

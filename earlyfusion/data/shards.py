@@ -1,4 +1,4 @@
-"""Token shards: a corpus as tokens on disk, written once and read without a picture or a text.
+"""Token shards: a corpus as tokens on disk, written once and read without images or texts.
 
 A folder of `index.json` and, for each run of rows, two files:
 
@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from earlyfusion.data.encoding import Fit
+from earlyfusion.data.encoding import DocumentSplitter
 from earlyfusion.data.joined import Joined
 from earlyfusion.errors import DataError
 from earlyfusion.files import replacing
@@ -51,23 +51,23 @@ def write_shard(
     folder: Path,
     number: int,
     documents: Sequence[TokenSequence | None],
-    answers: Sequence[int],
+    answer_kinds: Sequence[int],
     vocabulary_size: int,
     extra: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Write one shard and its note, which is returned. The document of a broken row is None."""
-    found = [document or TokenSequence() for document in documents]
+    written = [document or TokenSequence() for document in documents]
     # An empty document in front, as a shard of broken rows alone has nothing to join.
-    tokens = np.concatenate([_tokens_of(d, vocabulary_size) for d in [TokenSequence(), *found]])
-    lengths = np.array([len(d) for d in found], np.int64)
-    table = np.stack([np.cumsum(lengths) - lengths, lengths, np.asarray(answers, np.int64)], 1)
+    tokens = np.concatenate([_tokens_of(d, vocabulary_size) for d in [TokenSequence(), *written]])
+    lengths = np.array([len(d) for d in written], np.int64)
+    table = np.stack([np.cumsum(lengths) - lengths, lengths, np.asarray(answer_kinds, np.int64)], 1)
     name = shard_name(number)
     files = {f"{name}.npy": tokens, f"{name}.documents.npy": table}
     for file, array in files.items():
         _write(folder / file, partial(np.save, arr=array))
     note = {
         "number": number,
-        "rows": len(found),
+        "rows": len(written),
         "documents": int((lengths > 0).sum()),
         "tokens": len(tokens),
         "files": {file: checksum(folder / file) for file in files},
@@ -90,9 +90,11 @@ class TokenShards:
 
     is_random = True
 
-    def __init__(self, folder: Path, fingerprints: Mapping[str, str], fit: Fit) -> None:
+    def __init__(
+        self, folder: Path, fingerprints: Mapping[str, str], splitter: DocumentSplitter
+    ) -> None:
         index = read_index(folder)
-        self.name, self._folder, self.fit = str(folder), folder, fit
+        self.name, self._folder, self.splitter = str(folder), folder, splitter
         _check(folder, index, fingerprints)
         self._shards: list[dict[str, Any]] = index["shards"]
         self._rows = Joined(shard["rows"] for shard in self._shards)
@@ -113,16 +115,16 @@ class TokenShards:
         return _document_of(tokens[start : start + length])
 
     def pieces(self, number: int) -> list[TokenSequence]:
-        return self.fit.pieces(number, self.document(number))
+        return self.splitter.split(number, self.document(number))
 
-    def answers(self) -> np.ndarray:
+    def answer_kinds(self) -> np.ndarray:
         tables = [self._open(shard)[1] for shard in range(len(self._shards))]
         return np.concatenate([table[:, 2].astype(np.uint8) for table in tables])
 
     def _open_shard(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
         # Checked at the first read, not at opening, which must not read a large corpus whole.
-        for file, wanted in self._shards[shard]["files"].items():
-            if not (self._folder / file).is_file() or checksum(self._folder / file) != wanted:
+        for file, expected in self._shards[shard]["files"].items():
+            if not (self._folder / file).is_file() or checksum(self._folder / file) != expected:
                 raise DataError(
                     f"{self._folder / file} is missing or not what was written: remove it and run "
                     "earlyfusion tokenize again"
@@ -137,7 +139,7 @@ def is_shards(folder: Path) -> bool:
 
 
 def shards_mode(folder: Path) -> str:
-    """The resize mode of prompts' pictures in a folder of shards; "" for any other folder."""
+    """The resize mode of prompts' images in a folder of shards; "" for any other folder."""
     if not is_shards(folder):
         return ""
     # Shards from before the setting was stored were made with "fit".
@@ -165,10 +167,10 @@ def checksum(path: Path) -> str:
 def _check(folder: Path, index: Mapping[str, Any], fingerprints: Mapping[str, str]) -> None:
     if not index.get("complete"):
         raise DataError(f"{folder} is not complete: run the same earlyfusion tokenize again")
-    for what, fingerprint in fingerprints.items():
-        if index["fingerprints"].get(what) != fingerprint:
+    for name, fingerprint in fingerprints.items():
+        if index["fingerprints"].get(name) != fingerprint:
             raise DataError(
-                f"{folder} was made with another {what.replace('_', ' ')} than this model's: "
+                f"{folder} was made with another {name.replace('_', ' ')} than this model's: "
                 "tokenize the corpus with this model"
             )
 

@@ -1,8 +1,8 @@
 """Files of rows, any of which can be read by its number: JSONL, JSON, CSV, TSV, Parquet, the Arrow
-files of `datasets`, WebDataset tar, and a folder of pictures with their texts.
+files of `datasets`, WebDataset tar, and a folder of images with their texts.
 
 The positions of rows in a file are found once and stored in a cache folder, under the file's size
-and time, so that a large file is not scanned again. A row is a dict; its table reads the pictures
+and time, so that a large file is not scanned again. A row is a dict; its table reads the images
 that it names, since a tar contains its own.
 """
 
@@ -31,11 +31,11 @@ from earlyfusion.errors import DataError
 from earlyfusion.files import DuplicateKeyError, parse_json, replacing
 
 Index = dict[str, npt.NDArray[Any]]
-_PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+_IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 _INDEX_VERSION = 1  # to be raised when an index holds other arrays
 # Row groups of a Parquet file that stay decoded; the rows of this many are shuffled together.
 DECODED_GROUPS = 8
-_PRESENT = b"\0"  # stands for the bytes of a picture in an outline
+_PLACEHOLDER = b"\0"  # in place of an image's bytes in an outline
 
 Outlines = Iterator[dict[str, Any] | None]
 
@@ -52,14 +52,14 @@ class Table(Protocol):
     def row(self, number: int) -> dict[str, Any]: ...
 
     def outlines(self) -> Outlines:
-        """All rows in order, with one byte in place of each picture's; None for a damaged row."""
+        """All rows in order, with one byte in place of each image's; None for a damaged row."""
         ...
 
     def read(self, row: Mapping[str, Any], name: str) -> bytes: ...
 
 
-class PictureFolder:
-    """The folder of picture files that rows name; if `confined`, nothing outside is read."""
+class ImageFolder:
+    """The folder of image files that rows name; if `confined`, nothing outside is read."""
 
     def __init__(self, folder: Path, confined: bool) -> None:
         self._folder, self._confined = folder, confined
@@ -85,13 +85,13 @@ class PictureFolder:
             raise DataError(f"the image {name[:80]} is not in {self._folder}") from None
 
 
-class Lines:
+class JsonRows:
     """Rows of JSONL, or of one JSON array, by their first and last byte."""
 
     is_random = True
 
-    def __init__(self, path: Path, index: Index, pictures: PictureFolder) -> None:
-        self.path, self._pictures = path, pictures
+    def __init__(self, path: Path, index: Index, images: ImageFolder) -> None:
+        self.path, self._images = path, images
         self._starts, self._ends = index["starts"], index["ends"]
         self.groups = [len(self._starts)]
 
@@ -102,7 +102,7 @@ class Lines:
     def outlines(self) -> Outlines:
         with self.path.open("rb") as file:
             for number in range(len(self._starts)):
-                yield _unless_damaged(partial(self._row, file, number))
+                yield _read_or_none(partial(self._row, file, number))
 
     def _row(self, file: BinaryIO, number: int) -> dict[str, Any]:
         start, end = int(self._starts[number]), int(self._ends[number])
@@ -113,18 +113,18 @@ class Lines:
         return _json_object(data)
 
     def read(self, row: Mapping[str, Any], name: str) -> bytes:
-        return self._pictures.read(name)
+        return self._images.read(name)
 
 
 class TarRows:
     """Samples of a WebDataset tar: members of one name make a row, their suffixes its keys. The
-    fields of a `json` member become keys of the row. If a dialogue names no pictures, the picture
-    members are its pictures, in the order of their names."""
+    fields of a `json` member become keys of the row. If a dialogue names no images, the image
+    members are its images, in the order of their names."""
 
     is_random = True
 
-    def __init__(self, path: Path, index: Index, pictures: PictureFolder) -> None:
-        self.path, self._index, self._pictures = path, index, pictures
+    def __init__(self, path: Path, index: Index, images: ImageFolder) -> None:
+        self.path, self._index, self._images = path, index, images
         self.groups = [len(index["first"]) - 1]
 
     def row(self, number: int) -> dict[str, Any]:
@@ -140,20 +140,20 @@ class TarRows:
                     return self._contents(file, member)
                 length = int(self._index["size"][member])
                 if int(self._index["offset"][member]) + length > size:
-                    raise DataError(_CUT_SHORT)
-                return _PRESENT if length else b""
+                    raise DataError(_TRUNCATED)
+                return _PLACEHOLDER if length else b""
 
             for number in range(self.groups[0]):
-                yield _unless_damaged(partial(self._row, number, contents))
+                yield _read_or_none(partial(self._row, number, contents))
 
     def read(self, row: Mapping[str, Any], name: str) -> bytes:
-        """A picture that a row names: one of its members, or a file in the tar's folder."""
+        """An image that a row names: one of its members, or a file in the tar's folder."""
         # Keys are suffixes: everything after the first dot of a member's name.
         base = PurePosixPath(name).name.lower()
         for key in (base, base.partition(".")[2]):
             if isinstance(row.get(key), bytes):
                 return bytes(row[key])
-        return self._pictures.read(name)
+        return self._images.read(name)
 
     def _row(self, number: int, contents: Callable[[int], bytes]) -> dict[str, Any]:
         first, last = (int(self._index["first"][n]) for n in (number, number + 1))
@@ -163,11 +163,11 @@ class TarRows:
             if suffix == "json":
                 row |= _json_object(data)
             else:
-                row[suffix] = _decoded(data) if _is_text(suffix) else data
-        # A dialogue in a tar rarely names its pictures: take the other members of its sample.
-        if {"messages", "conversations", "prompt"} & row.keys() and not _names_pictures(row):
-            pictures = [row[s] for s in sorted(members, key=_natural) if _is_picture(s)]
-            row |= {"images": pictures} if pictures else {}
+                row[suffix] = _decode_text(data) if _is_text(suffix) else data
+        # A dialogue in a tar rarely names its images: take the other members of its sample.
+        if {"messages", "conversations", "prompt"} & row.keys() and not _has_images(row):
+            images = [row[s] for s in sorted(members, key=_natural_key) if _is_image(s)]
+            row |= {"images": images} if images else {}
         return row
 
     def _contents(self, file: BinaryIO, member: int) -> bytes:
@@ -175,7 +175,7 @@ class TarRows:
         file.seek(offset)
         data = file.read(size)
         if len(data) < size:
-            raise DataError(_CUT_SHORT)
+            raise DataError(_TRUNCATED)
         return data
 
 
@@ -184,8 +184,8 @@ class ParquetRows:
 
     is_random = False
 
-    def __init__(self, path: Path, pictures: PictureFolder) -> None:
-        self.path, self._pictures = path, pictures
+    def __init__(self, path: Path, images: ImageFolder) -> None:
+        self.path, self._images = path, images
         self._file = _open_parquet(path)
         _check_columns(path, self._file.schema_arrow.names)
         metadata = self._file.metadata
@@ -213,7 +213,7 @@ class ParquetRows:
                 yield from [None] * size
 
     def read(self, row: Mapping[str, Any], name: str) -> bytes:
-        return self._pictures.read(name)
+        return self._images.read(name)
 
     def _group(self, group: int) -> Any:
         if group not in self._decoded:
@@ -230,7 +230,7 @@ class ParquetRows:
         full = [path for i, path in enumerate(paths) if _is_full_of_bytes(metadata.column(i))]
         read = [path for path in paths if path not in full]
         # The length of a list is only known from another column of its entries.
-        unread = [p for p in full if p.count(".") <= 1 or any(_are_beside(p, q) for q in read)]
+        unread = [p for p in full if p.count(".") <= 1 or any(_are_siblings(p, q) for q in read)]
         with self._lock:
             columns = [path for path in paths if path not in unread]
             table = self._file.read_row_group(group, columns=columns)
@@ -241,12 +241,12 @@ class ParquetRows:
         return rows
 
 
-class Columns(Lines):
+class CsvRows(JsonRows):
     """Rows of CSV or TSV, whose first row names the columns; an empty cell counts as missing.
     Messages and other lists are written as JSON in a cell."""
 
-    def __init__(self, path: Path, index: Index, pictures: PictureFolder) -> None:
-        super().__init__(path, index, pictures)
+    def __init__(self, path: Path, index: Index, images: ImageFolder) -> None:
+        super().__init__(path, index, images)
         self._names = [str(name) for name in index["names"]]
         _check_columns(path, self._names)
 
@@ -268,8 +268,8 @@ class ArrowRows:
 
     is_random = True
 
-    def __init__(self, path: Path, pictures: PictureFolder) -> None:
-        self.path, self._pictures = path, pictures
+    def __init__(self, path: Path, images: ImageFolder) -> None:
+        self.path, self._images = path, images
         self._table = _open_arrow(path)
         _check_columns(path, self._table.column_names)
         self.groups = [self._table.num_rows]
@@ -285,72 +285,72 @@ class ArrowRows:
             yield from pyarrow.RecordBatch.from_arrays(columns, batch.schema.names).to_pylist()
 
     def read(self, row: Mapping[str, Any], name: str) -> bytes:
-        return self._pictures.read(name)
+        return self._images.read(name)
 
 
-class Captioned:
-    """Pictures of a folder, each with its text in a .txt file of the same name."""
+class CaptionedImages:
+    """Images of a folder, each with its text in a .txt file of the same name."""
 
     is_random = True
 
-    def __init__(self, folder: Path, names: list[str], pictures: PictureFolder) -> None:
-        self.path, self._names, self._pictures = folder, names, pictures
+    def __init__(self, folder: Path, names: list[str], images: ImageFolder) -> None:
+        self.path, self._names, self._images = folder, names, images
         self.groups = [len(names)]
 
     def row(self, number: int) -> dict[str, Any]:
         text = (self.path / self._names[number]).with_suffix(".txt")
         try:
-            said = _decoded(text.read_bytes())
+            caption = _decode_text(text.read_bytes())
         except OSError:
             raise DataError(
                 f"{text.name} is missing beside {self._names[number]}: write its text there"
             ) from None
-        return {"image": self._names[number], "text": said}
+        return {"image": self._names[number], "text": caption}
 
     def outlines(self) -> Outlines:
         for number in range(len(self._names)):
-            yield _unless_damaged(partial(self.row, number))
+            yield _read_or_none(partial(self.row, number))
 
     def read(self, row: Mapping[str, Any], name: str) -> bytes:
-        return self._pictures.read(name)
+        return self._images.read(name)
 
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".tar")
 
 
-def open_table(path: Path, cache: Path, pictures: PictureFolder) -> Table:
+def open_table(path: Path, cache: Path, images: ImageFolder) -> Table:
     """Open a file by its suffix, indexing it unless its index is in the cache folder. Raises
     `DataError` for another suffix, or a file that is damaged as a whole."""
     if path.suffix == ".parquet":
-        return ParquetRows(path, pictures)
+        return ParquetRows(path, images)
     if path.suffix == ".arrow":
-        return ArrowRows(path, pictures)
+        return ArrowRows(path, images)
     if path.suffix in _DELIMITERS:
-        return Columns(path, _indexed(path, cache, _index_csv), pictures)
+        return CsvRows(path, _load_index(path, cache, _index_csv), images)
     if path.suffix == ".tar":
-        return TarRows(path, _indexed(path, cache, _index_tar), pictures)
+        return TarRows(path, _load_index(path, cache, _index_tar), images)
     if path.suffix in SUFFIXES:
-        return Lines(path, _indexed(path, cache, _index_json), pictures)
+        return JsonRows(path, _load_index(path, cache, _index_json), images)
     remedy = "unpack it" if path.suffix in (".gz", ".zst", ".zip") else "convert it"
     raise DataError(f"{path} is none of {', '.join(SUFFIXES)}: {remedy}")
 
 
-def captioned_pictures(folder: Path) -> list[str]:
-    """Names of the pictures under a folder, in order; none unless one has a text file."""
-    found = [p for p in folder.rglob("*") if p.suffix.lower().lstrip(".") in _PICTURE_SUFFIXES]
-    if not any(path.with_suffix(".txt").is_file() for path in found):
+def captioned_images(folder: Path) -> list[str]:
+    """Names of the images under a folder, in order; none unless one has a text file."""
+    images = [p for p in folder.rglob("*") if p.suffix.lower().lstrip(".") in _IMAGE_SUFFIXES]
+    if not any(path.with_suffix(".txt").is_file() for path in images):
         return []
-    return sorted(path.relative_to(folder).as_posix() for path in found)
+    return sorted(path.relative_to(folder).as_posix() for path in images)
 
 
-def _unless_damaged(read: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+def _read_or_none(read: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
     try:
         return read()
     except DataError:
         return None
 
 
-def _indexed(path: Path, cache: Path, make: Callable[[Path], Index]) -> Index:
+def _load_index(path: Path, cache: Path, make: Callable[[Path], Index]) -> Index:
     return cached_arrays(cache / f"{_index_key(path)}.npz", lambda: make(path))
 
 
@@ -375,7 +375,7 @@ def _index_key(path: Path) -> str:
 
 
 def _index_json(path: Path) -> Index:
-    # The first character tells an array from lines of objects.
+    # The first character tells a JSON array from JSONL.
     with path.open("rb") as file:
         if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
             file.seek(0)
@@ -401,7 +401,7 @@ _LISTS = ("messages", "conversations", "prompt", "completion", "texts", "images"
 
 
 def _csv_reader(path: Path, lines: Iterable[str]) -> Iterator[list[str]]:
-    csv.field_size_limit(MAX_FILE_BYTES)  # a cell may be a picture
+    csv.field_size_limit(MAX_FILE_BYTES)  # a cell may be an image
     return csv.reader(lines, delimiter=_DELIMITERS[path.suffix], strict=True)
 
 
@@ -506,8 +506,8 @@ def _array_spans(path: Path) -> list[tuple[int, int]]:
 
 
 def _end(pattern: re.Pattern[str], text: str, at: int) -> int:
-    found = pattern.match(text, at)
-    return found.end() if found else at
+    match = pattern.match(text, at)
+    return match.end() if match else at
 
 
 def _index_tar(path: Path) -> Index:
@@ -535,7 +535,7 @@ def _index_tar(path: Path) -> Index:
     }
 
 
-_CUT_SHORT = "the tar is cut short within this row: get it again"
+_TRUNCATED = "the tar is cut short within this row: get it again"
 
 
 def _is_text(suffix: str) -> bool:
@@ -560,7 +560,7 @@ def _is_full_of_bytes(column: Any) -> bool:
     )
 
 
-def _are_beside(path: str, other: str) -> bool:
+def _are_siblings(path: str, other: str) -> bool:
     return path.rpartition(".")[0] == other.rpartition(".")[0]
 
 
@@ -569,9 +569,9 @@ def _set_present(row: dict[str, Any], path: Sequence[str]) -> None:
     *outer, name = path
     if len(outer) > 1:
         for entry in row[outer[0]]:
-            entry[name] = _PRESENT
+            entry[name] = _PLACEHOLDER
     else:
-        (row.setdefault(outer[0], {}) if outer else row)[name] = _PRESENT
+        (row.setdefault(outer[0], {}) if outer else row)[name] = _PLACEHOLDER
 
 
 _ARROW_BATCH = 1024
@@ -583,7 +583,7 @@ def _without_bytes(pyarrow: Any, column: Any) -> Any:
     dtype, types = column.type, pyarrow.types
     if types.is_binary(dtype) or types.is_large_binary(dtype):
         filled = pyarrow.compute.greater(pyarrow.compute.binary_length(column), 0)
-        return pyarrow.compute.if_else(filled, _PRESENT, b"")
+        return pyarrow.compute.if_else(filled, _PLACEHOLDER, b"")
     if types.is_struct(dtype):
         fields = [_without_bytes(pyarrow, column.field(i)) for i in range(dtype.num_fields)]
         names = [dtype.field(i).name for i in range(dtype.num_fields)]
@@ -611,7 +611,7 @@ def _json_object(data: bytes) -> dict[str, Any]:
     return row
 
 
-def _decoded(data: bytes) -> str:
+def _decode_text(data: bytes) -> str:
     try:
         return data.decode("utf-8").strip()
     except UnicodeDecodeError:
@@ -627,14 +627,14 @@ def _data_url(name: str) -> bytes:
         raise DataError("the data URL of an image is damaged: write it as base64") from None
 
 
-def _names_pictures(row: Mapping[str, Any]) -> bool:
+def _has_images(row: Mapping[str, Any]) -> bool:
     return any(row.get(key) is not None for key in ("image", "images"))
 
 
-def _is_picture(suffix: str) -> bool:
-    return suffix.rpartition(".")[2] in _PICTURE_SUFFIXES
+def _is_image(suffix: str) -> bool:
+    return suffix.rpartition(".")[2] in _IMAGE_SUFFIXES
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def _natural_key(name: str) -> list[tuple[int, str]]:
     """Sorts 2.png before 10.png."""
     return [(int(d or 0), w) for d, w in re.findall(r"(\d*)(\D*)", name)]

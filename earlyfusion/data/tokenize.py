@@ -56,13 +56,13 @@ def tokenize(
     if workers < 1:
         raise SettingError(f"workers={workers} must be at least 1")
     with full_disk_reported(job.out):
-        made = _tokenize(job, workers, on_ray, progress)
-    if not made.documents:
+        summary = _tokenize(job, workers, on_ray, progress)
+    if not summary.documents:
         raise DataError(
-            f"none of the {made.rows:,} rows can be used: see {job.out / QUARANTINE}, and give "
+            f"none of the {summary.rows:,} rows can be used: see {job.out / QUARANTINE}, and give "
             "others in another --out"
         )
-    return made
+    return summary
 
 
 def _tokenize(job: Job, workers: int, on_ray: bool, progress: Progress) -> Summary:
@@ -77,7 +77,7 @@ def _tokenize(job: Job, workers: int, on_ray: bool, progress: Progress) -> Summa
     notes = {n: note for n in shards if (note := read_shard_note(job.out, n)) is not None}
     missing = [n for n in shards if n not in notes]
     progress(_rows_done(notes), total)
-    for note in _made(job, maker, missing, workers, on_ray):
+    for note in _make_shards(job, maker, missing, workers, on_ray):
         notes[note["number"]] = note
         _check_quarantine(notes.values(), job.rows.max_broken)
         progress(_rows_done(notes), total)
@@ -85,7 +85,7 @@ def _tokenize(job: Job, workers: int, on_ray: bool, progress: Progress) -> Summa
     return _summary(job.out, made_now=len(missing))
 
 
-def _made(
+def _make_shards(
     job: Job, maker: ShardMaker, shards: list[int], workers: int, on_ray: bool
 ) -> Iterator[dict[str, Any]]:
     """Notes of the shards in the order of completion; `maker` is that of this process."""
@@ -94,16 +94,16 @@ def _made(
     elif workers == 1 or len(shards) <= 1:
         yield from map(maker.make, shards)
     else:
-        yield from _made_by_processes(job, shards, min(workers, len(shards)))
+        yield from _make_in_processes(job, shards, min(workers, len(shards)))
 
 
-def _made_by_processes(job: Job, shards: list[int], workers: int) -> Iterator[dict[str, Any]]:
+def _make_in_processes(job: Job, shards: list[int], workers: int) -> Iterator[dict[str, Any]]:
     # Not by fork, which torch's threads do not survive.
     context = get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_start, initargs=(job,)) as pool:
+    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(job,)) as pool:
         try:
             # In any order: the index lists them by number at the end.
-            waiting = [pool.submit(_make, shard) for shard in shards]
+            waiting = [pool.submit(_make_shard, shard) for shard in shards]
             for done in as_completed(waiting):
                 yield done.result()
         except BrokenProcessPool:
@@ -118,23 +118,23 @@ def _made_by_processes(job: Job, shards: list[int], workers: int) -> Iterator[di
 _maker: ShardMaker | None = None  # of a worker process, which makes many shards
 
 
-def _start(job: Job) -> None:
+def _start_worker(job: Job) -> None:
     global _maker
     _maker = ShardMaker(job)
 
 
-def _make(shard: int) -> dict[str, Any]:
+def _make_shard(shard: int) -> dict[str, Any]:
     assert _maker is not None
     return _maker.make(shard)
 
 
 def _contents(
-    job: Job, sources: list[Rows], encoding: EncodingSettings, marks: dict[str, str]
+    job: Job, sources: list[Rows], encoding: EncodingSettings, digests: dict[str, str]
 ) -> dict[str, Any]:
     """The head of the index: everything that the shards depend on."""
     return {
         "format": FORMAT,
-        "fingerprints": marks,
+        "fingerprints": digests,
         "sources": [
             {"name": rows.name, "rows": len(rows), "fingerprint": rows.fingerprint}
             for rows in sources
@@ -151,14 +151,14 @@ def _begin(out: Path, contents: dict[str, Any]) -> bool:
             raise DataError(f"{out} is not empty and holds no token shards: choose another --out")
         write_json(out / INDEX, contents | {"complete": False})
         return False
-    found = read_index(out)
-    changed = [key.replace("_", " ") for key, value in contents.items() if found.get(key) != value]
+    index = read_index(out)
+    changed = [key.replace("_", " ") for key, value in contents.items() if index.get(key) != value]
     if changed:
         raise DataError(
             f"{out} holds shards with other {' and '.join(changed)}: choose another --out, or "
             "remove it"
         )
-    return bool(found["complete"])
+    return bool(index["complete"])
 
 
 def _finish(out: Path, contents: dict[str, Any], notes: list[dict[str, Any]]) -> None:

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from earlyfusion.config import PRESETS
 from earlyfusion.content import Image
+from earlyfusion.data.images import to_pixels
 from earlyfusion.data.packing import PackedBatch, Packer, RoleWeights
-from earlyfusion.data.pictures import to_pixels
 from earlyfusion.devices import resolve_device
 from earlyfusion.errors import SettingError
 from earlyfusion.mini.emoji.dataset import EmojiData

@@ -21,7 +21,7 @@ from PIL import Image
 
 from earlyfusion import processes
 from earlyfusion.config import PRESETS
-from earlyfusion.data.pictures import to_pixels
+from earlyfusion.data.images import to_pixels
 from earlyfusion.mini.emoji.dataset import EmojiData
 from earlyfusion.train.image_tokenizer import HeldOut, ImageTokenizerConfig, check_terms
 from earlyfusion.train.optim import OptimConfig
@@ -82,7 +82,7 @@ def batch_of(step: int, batch: int, count: int, seed: int) -> list[int]:
 
 class Pictures:
     """Batches of augmented training pictures: batch k depends only on the seed and k. Each of
-    several processes takes its block of a batch. This is not a `data.pictures.PictureBatches`,
+    several processes takes its block of a batch. This is not a `data.images.ImageBatches`,
     because that draws random numbers for each picture separately; here one generator changes all
     pictures of a batch in turn, and another order would change the losses of the shipped recipe."""
 

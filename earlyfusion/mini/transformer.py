@@ -22,8 +22,8 @@ import torch
 from earlyfusion.config import PRESETS
 from earlyfusion.content import Image
 from earlyfusion.data.encoding import plain_document
+from earlyfusion.data.images import to_pixels
 from earlyfusion.data.packing import Packer, RoleWeights
-from earlyfusion.data.pictures import to_pixels
 from earlyfusion.mini.emoji.dataset import EmojiData
 from earlyfusion.mini.emoji.dialogues import (
     Sample,

@@ -268,7 +268,9 @@ def _check_model(config: FinetuneConfig, source: Source) -> None:
 
 def _check_data(config: FinetuneConfig, corpus: Corpus) -> None:
     """Refuse data that cannot teach what is trained, and other data than a run began with."""
-    if config.trainable == "image_head" and not any(d.answers().any() for d in corpus.documents):
+    if config.trainable == "image_head" and not any(
+        d.answer_kinds().any() for d in corpus.documents
+    ):
         raise DataError(
             "trainable=image_head learns to draw, but no answer of the data has a picture: give "
             "data with pictures in answers"

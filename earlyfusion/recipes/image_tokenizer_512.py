@@ -7,14 +7,14 @@
 The numbers are those of the VQ-GAN (Esser et al. 2021, section 4 and its released settings): L1 and
 perceptual terms of weight 1, a codebook that learns by gradient with commitment 0.25, a patch
 discriminator of weight 0.8 that joins after half of the run, Adam 0.5 / 0.9 at 4.5e-6 times the
-batch, without decay. Chameleon's own data and steps are not public. Pictures are cut to random
+batch, without decay. Chameleon's own data and steps are not public. Images are cropped to random
 squares and mirrored.
 
 `perceptual_weights` is the state dict of torchvision's VGG-16 or of a whole LPIPS; with the first,
 `perceptual_linear` may name LPIPS's small file. `perceptual=0 l2=1` does without, at the price of
-blurred pictures. The run ends with `model/`, which `earlyfusion convert --image-tokenizer` and
+blurred images. The run ends with `model/`, which `earlyfusion convert --image-tokenizer` and
 `start=` take. Machine: `micro_batch` is meant for GPUs of 80 GB; the recipe has not been run at
-full size yet. Score: `held_out_psnr` and `held_out_ssim` in `metrics.jsonl`, and the pictures in
+full size yet. Score: `held_out_psnr` and `held_out_ssim` in `metrics.jsonl`, and the images in
 `samples/`.
 """
 
@@ -32,16 +32,16 @@ import torch
 from earlyfusion import processes
 from earlyfusion.checkpoints.meta import save_vqgan
 from earlyfusion.config import PRESETS
-from earlyfusion.data.mixture import PrefetchedStream
-from earlyfusion.data.pictures import (
+from earlyfusion.data.images import (
     CropConfig,
-    PictureBatches,
-    PicturesConfig,
-    fixed_squares,
+    ImageBatches,
+    ImagesConfig,
+    centre_crops,
     hold_out,
-    open_pictures,
+    open_images,
     random_crop,
 )
+from earlyfusion.data.mixture import PrefetchedStream
 from earlyfusion.data.rows import Quarantine
 from earlyfusion.errors import SettingError
 from earlyfusion.train.folder import check_same_data, notes_folder
@@ -60,7 +60,7 @@ class SquaresConfig(ImageTokenizerConfig):
     micro_batch: int = 4
     workers: int = 4
     """Threads that prepare the next batches while the network learns; 0: none."""
-    pictures: PicturesConfig = field(default_factory=PicturesConfig)
+    pictures: ImagesConfig = field(default_factory=ImagesConfig)
     crop: CropConfig = field(default_factory=CropConfig)
 
     def __post_init__(self) -> None:
@@ -71,31 +71,29 @@ class SquaresConfig(ImageTokenizerConfig):
 
 def open_batches(
     config: SquaresConfig, quarantine: Quarantine, notes: Path
-) -> tuple[PictureBatches, torch.Tensor]:
-    """The batches of the run, and the pictures that it is checked on, [B, 3, Y, X]."""
+) -> tuple[ImageBatches, torch.Tensor]:
+    """The batches of the run, and the images that it is checked on, [B, 3, Y, X]."""
     data, side, cache = config.pictures, config.model.resolution, notes / "index"
-    pictures = open_pictures(data.data, cache, data.rows)
+    images = open_images(data.data, cache, data.rows)
     if data.held_out:
-        others, chosen = open_pictures(data.held_out, cache, data.rows), None
-        check = fixed_squares(others, hold_out(others, data.checked, 1.0)[0], side, quarantine)
+        others, chosen = open_images(data.held_out, cache, data.rows), None
+        check = centre_crops(others, hold_out(others, data.checked, 1.0)[0], side, quarantine)
     else:
-        numbers, chosen = hold_out(pictures, data.checked)
-        check = fixed_squares(pictures, numbers, side, quarantine)
+        numbers, chosen = hold_out(images, data.checked)
+        check = centre_crops(images, numbers, side, quarantine)
 
-    def crop(picture: PIL.Image.Image, rng: np.random.Generator) -> PIL.Image.Image:
-        return random_crop(picture, side, config.crop, rng)
+    def crop(image: PIL.Image.Image, rng: np.random.Generator) -> PIL.Image.Image:
+        return random_crop(image, side, config.crop, rng)
 
-    # Each process makes its block of every batch; all know the same order of pictures.
+    # Each process makes its block of every batch; all know the same order of images.
     share = processes.rank(), processes.count()
-    batches = PictureBatches(
-        pictures, chosen, config.batch, crop, config.run.seed, quarantine, share
-    )
+    batches = ImageBatches(images, chosen, config.batch, crop, config.run.seed, quarantine, share)
     # The number of processes is not part of it: a run may continue on another number of GPUs.
     if processes.rank() == 0:
-        data_is = (pictures.fingerprint, config.batch, config.crop, data.checked, config.run.seed)
+        data_is = (images.fingerprint, config.batch, config.crop, data.checked, config.run.seed)
         fingerprint = hashlib.sha256(repr(data_is).encode()).hexdigest()
         check_same_data(
-            config.run.out, fingerprint, "the pictures, or how they are cut and batched, are"
+            config.run.out, fingerprint, "the images, or how they are cropped and batched, are"
         )
     return batches, check
 
@@ -115,7 +113,7 @@ def main(config: SquaresConfig) -> None:
         if isinstance(source, PrefetchedStream):
             source.close()
     if quarantine.broken:
-        print(f"broken pictures: {quarantine.broken:,}, see {quarantine.path}", file=sys.stderr)
+        print(f"broken images: {quarantine.broken:,}, see {quarantine.path}", file=sys.stderr)
     if processes.rank() == 0:
         save_vqgan(run.out / "model", model)
 

@@ -1,8 +1,8 @@
-"""Pictures of any source by number: files of pictures, or the rows of tables.
+"""Images of any source by number: files of images, or the rows of tables.
 
-    number -> source -> a picture file, or a row and one of its pictures
+    number -> source -> an image file, or a row and one of its images
 
-A picture that cannot be read goes to the quarantine and is replaced by the next one. A step's batch
+An image that cannot be read goes to the quarantine and is replaced by the next one. A step's batch
 depends only on the seed and the step's number.
 """
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from earlyfusion.content import Image
-from earlyfusion.data.forms import pictures_of
+from earlyfusion.data.forms import image_refs_of
 from earlyfusion.data.joined import Joined
 from earlyfusion.data.mixture import Epochs
 from earlyfusion.data.rows import Quarantine, Rows, RowSettings, open_rows
@@ -32,25 +32,25 @@ from earlyfusion.errors import DataError, ImageError, SettingError
 from earlyfusion.files import expanded
 from earlyfusion.image_tokenizer import cropped
 
-_PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+_IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 _TRIES = 1000
 
 
 @dataclass
-class PicturesConfig:
-    """Which pictures are read. A folder or glob with picture files gives those, else its rows."""
+class ImagesConfig:
+    """Which images are read. A folder or glob with image files gives those, else its rows."""
 
     data: tuple[str, ...] = ()
-    """Files, folders, globs or hub ids: pictures, JSONL, Parquet or tar."""
+    """Files, folders, globs or hub ids: images, JSONL, Parquet or tar."""
     held_out: tuple[str, ...] = ()
-    """Sources to check on; without them, some pictures of `data` are held out."""
+    """Sources to check on; without them, some images of `data` are held out."""
     checked: int = 64
-    """Pictures to check on."""
+    """Images to check on."""
     patterns: tuple[str, ...] = ()
     images: Path | None = None
-    """Folder of the pictures that rows name; None: beside the file of the row."""
+    """Folder of the images that rows name; None: beside the file of the row."""
     max_broken: float = 1.0
-    """Largest share of pictures that may be broken, once 100 are read; 1: any."""
+    """Largest share of images that may be broken, once 100 are read; 1: any."""
 
     def __post_init__(self) -> None:
         if self.checked < 1:
@@ -62,7 +62,7 @@ class PicturesConfig:
         return RowSettings(self.patterns, self.images, self.max_broken)
 
 
-class Pictures(Protocol):
+class Images(Protocol):
     fingerprint: str
     groups: list[int]
     is_random: bool
@@ -70,7 +70,7 @@ class Pictures(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, number: int, which: float) -> PIL.Image.Image:
-        """A picture; of several under one number, the one at `which`, a fraction from 0 to 1.
+        """An image; of several under one number, the one at `which`, a fraction from 0 to 1.
         Raises `DataError` or `ImageError`."""
         ...
 
@@ -79,8 +79,8 @@ class Pictures(Protocol):
         ...
 
 
-class PictureFiles:
-    """Files of one picture each."""
+class ImageFiles:
+    """Files of one image each."""
 
     is_random = True
 
@@ -95,13 +95,13 @@ class PictureFiles:
         return len(self._paths)
 
     def read(self, number: int, which: float) -> PIL.Image.Image:
-        return _pixels(Image.open(self._paths[number]))
+        return _pil(Image.open(self._paths[number]))
 
     def find(self, number: int) -> tuple[Path, int]:
         return self._paths[number], 0
 
 
-class RowPictures:
+class RowImages:
     def __init__(self, rows: Rows) -> None:
         self._rows = rows
         self.groups, self.is_random = rows.groups, rows.is_random
@@ -113,21 +113,20 @@ class RowPictures:
     def read(self, number: int, which: float) -> PIL.Image.Image:
         table, at = self._rows.find(number)
         row = table.row(at)
-        found = pictures_of(row)
-        where = found[int(which * len(found))].where
-        return _pixels(
-            Image.from_bytes(table.read(row, where) if isinstance(where, str) else where)
-        )
+        refs = image_refs_of(row)
+        source = refs[int(which * len(refs))].source
+        data = table.read(row, source) if isinstance(source, str) else source
+        return _pil(Image.from_bytes(data))
 
     def find(self, number: int) -> tuple[Path, int]:
         table, at = self._rows.find(number)
         return table.path, at
 
 
-class JoinedPictures:
+class JoinedImages:
     """Several sources, one after another."""
 
-    def __init__(self, sources: Sequence[Pictures]) -> None:
+    def __init__(self, sources: Sequence[Images]) -> None:
         self._sources = sources
         self._numbers = Joined(map(len, sources))
         self.groups = [group for source in sources for group in source.groups]
@@ -147,33 +146,31 @@ class JoinedPictures:
         return self._sources[source].find(at)
 
 
-def open_pictures(sources: Sequence[str], cache: Path, settings: RowSettings) -> JoinedPictures:
+def open_images(sources: Sequence[str], cache: Path, settings: RowSettings) -> JoinedImages:
     """Open all sources as one; `cache` is the folder of the tables' indices. Raises `DataError`."""
     if not sources:
-        raise SettingError("data is empty: give data=PATH, pictures or tables of them")
-    opened: list[Pictures] = []
+        raise SettingError("data is empty: give data=PATH, images or tables of them")
+    opened: list[Images] = []
     for source in sources:
-        files = _picture_files(source)
-        opened.append(
-            PictureFiles(files) if files else RowPictures(open_rows(source, cache, settings))
-        )
-    return JoinedPictures(opened)
+        files = _image_files(source)
+        opened.append(ImageFiles(files) if files else RowImages(open_rows(source, cache, settings)))
+    return JoinedImages(opened)
 
 
-def _picture_files(source: str) -> list[Path]:
-    """The picture files of a source, sorted by name; none for tables or a hub id."""
+def _image_files(source: str) -> list[Path]:
+    """The image files of a source, sorted by name; none for tables or a hub id."""
     path = expanded(source)
     if path.is_file():
-        found = [] if path.suffix in SUFFIXES else [path]
+        files = [] if path.suffix in SUFFIXES else [path]
     elif path.is_dir():
-        found = [p for p in path.rglob("*") if p.suffix.lower() in _PICTURE_SUFFIXES]
+        files = [p for p in path.rglob("*") if p.suffix.lower() in _IMAGE_SUFFIXES]
     else:
         names = glob.glob(str(path), recursive=True) if glob.has_magic(source) else []
-        found = [Path(n) for n in names if Path(n).suffix.lower() in _PICTURE_SUFFIXES]
-    return sorted((p for p in found if p.is_file()), key=lambda p: p.as_posix())
+        files = [Path(n) for n in names if Path(n).suffix.lower() in _IMAGE_SUFFIXES]
+    return sorted((p for p in files if p.is_file()), key=lambda p: p.as_posix())
 
 
-def _pixels(image: Image) -> PIL.Image.Image:
+def _pil(image: Image) -> PIL.Image.Image:
     assert image.pil is not None
     return image.pil
 
@@ -183,12 +180,12 @@ Crop = Callable[[PIL.Image.Image, np.random.Generator], PIL.Image.Image]
 
 @dataclass
 class CropConfig:
-    """A random square of a picture, resized."""
+    """A random square of an image, resized."""
 
     smallest: float = 0.5
-    """Shortest side of the square, as a share of the picture's shorter side."""
+    """Shortest side of the square, as a share of the image's shorter side."""
     mirror: float = 0.5
-    """Share of pictures that are mirrored."""
+    """Share of images that are mirrored."""
 
     def __post_init__(self) -> None:
         if not 0 < self.smallest <= 1 or not 0 <= self.mirror <= 1:
@@ -199,35 +196,35 @@ class CropConfig:
 
 
 def random_crop(
-    picture: PIL.Image.Image, side: int, config: CropConfig, rng: np.random.Generator
+    image: PIL.Image.Image, side: int, config: CropConfig, rng: np.random.Generator
 ) -> PIL.Image.Image:
-    """A random square, resized to `side` x `side`. It covers at least `side` pixels of the picture
+    """A random square, resized to `side` x `side`. It covers at least `side` pixels of the image
     if possible, so that nothing is enlarged."""
     # The box has fractional sides, so that cropping and resizing are one filter.
-    width, height = picture.size
+    width, height = image.size
     shorter = min(width, height)
     extent = max(rng.uniform(config.smallest, 1.0) * shorter, min(side, shorter))
     left, top = rng.uniform(0, width - extent), rng.uniform(0, height - extent)
     box = (left, top, left + extent, top + extent)
-    out = picture.resize((side, side), PIL.Image.Resampling.LANCZOS, box=box)
+    out = image.resize((side, side), PIL.Image.Resampling.LANCZOS, box=box)
     if rng.random() < config.mirror:
         out = out.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT)
     return out
 
 
-def to_pixels(pictures: Sequence[PIL.Image.Image]) -> Tensor:
-    """Pictures of equal size as float32 [B, 3, Y, X] in [-1, 1]."""
-    arrays = np.stack([np.asarray(p, np.uint8) for p in pictures])
+def to_pixels(images: Sequence[PIL.Image.Image]) -> Tensor:
+    """Images of equal size as float32 [B, 3, Y, X] in [-1, 1]."""
+    arrays = np.stack([np.asarray(p, np.uint8) for p in images])
     return torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 255 * 2 - 1
 
 
-class PictureBatches:
-    """Batches of cropped pictures; batch k depends only on the seed and k. `share` (which process,
+class ImageBatches:
+    """Batches of cropped images; batch k depends only on the seed and k. `share` (which process,
     of how many) says which block of each batch is made."""
 
     def __init__(
         self,
-        pictures: Pictures,
+        images: Images,
         chosen: np.ndarray | None,
         batch: int,
         crop: Crop,
@@ -236,55 +233,56 @@ class PictureBatches:
         share: tuple[int, int] = (0, 1),
     ) -> None:
         self._share = share
-        self._pictures, self._batch, self._crop = pictures, batch, crop
-        self._epochs = Epochs(pictures, seed, "pictures", chosen)
+        self._images, self._batch, self._crop = images, batch, crop
+        # The key decides the order of the images: with another one, runs could not be repeated.
+        self._epochs = Epochs(images, seed, "pictures", chosen)
         self._seed, self._quarantine = seed, quarantine
 
     def __call__(self, step: int) -> Tensor:
         # Every process knows the whole batch, so a step does not depend on their number.
-        which, count = self._share
-        size = self._batch // count
-        first = step * self._batch + which * size
-        return to_pixels([self._picture(number) for number in range(first, first + size)])
+        rank, world_size = self._share
+        size = self._batch // world_size
+        first = step * self._batch + rank * size
+        return to_pixels([self._image(number) for number in range(first, first + size)])
 
-    def _picture(self, number: int) -> PIL.Image.Image:
+    def _image(self, number: int) -> PIL.Image.Image:
         for turn in range(number, number + _TRIES):
-            # By the number in the batch, not the picture's, so that each epoch crops differently.
+            # By the number in the batch, not the image's, so that each epoch crops differently.
             rng = np.random.default_rng([self._seed, number, turn - number])
             at = self._epochs.number(*divmod(turn, len(self._epochs)))
-            picture = read_or_refuse(self._pictures, at, rng.random(), self._quarantine)
-            if picture is not None:
-                return self._crop(picture, rng)
-        raise DataError(f"none of {_TRIES} pictures is whole: see {self._quarantine.path}")
+            image = read_or_quarantine(self._images, at, rng.random(), self._quarantine)
+            if image is not None:
+                return self._crop(image, rng)
+        raise DataError(f"none of {_TRIES} images is whole: see {self._quarantine.path}")
 
 
-def read_or_refuse(
-    pictures: Pictures, number: int, which: float, quarantine: Quarantine
+def read_or_quarantine(
+    images: Images, number: int, which: float, quarantine: Quarantine
 ) -> PIL.Image.Image | None:
-    """A picture, or None if it went to the quarantine."""
+    """An image, or None if it went to the quarantine."""
     try:
-        picture = pictures.read(number, which)
+        image = images.read(number, which)
     except (DataError, ImageError) as error:
-        path, row = pictures.find(number)
+        path, row = images.find(number)
         quarantine.refuse(path, row + 1, str(error))
         return None
     quarantine.accept()
-    return picture
+    return image
 
 
-def hold_out(pictures: Pictures, wanted: int, most: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
+def hold_out(images: Images, wanted: int, most: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
     """Numbers to check on, at most this share, and the others; the same for every run's seed."""
-    # A fixed seed, so that runs of other seeds are measured on the same pictures.
-    count = len(pictures)
+    # A fixed seed, so that runs of other seeds are measured on the same images.
+    count = len(images)
     held = min(wanted, int(most * count))
     order = np.random.default_rng(0).permutation(count)
     return np.sort(order[:held]), np.sort(order[held:])
 
 
-def fixed_squares(
-    pictures: Pictures, numbers: Iterable[int], side: int, quarantine: Quarantine
+def centre_crops(
+    images: Images, numbers: Iterable[int], side: int, quarantine: Quarantine
 ) -> Tensor:
-    """The centres of the pictures that can be read: float32 [B, 3, side, side]."""
-    found = (read_or_refuse(pictures, int(number), 0.0, quarantine) for number in numbers)
-    squares = [cropped(picture, side) for picture in found if picture is not None]
+    """The centres of the images that can be read: float32 [B, 3, side, side]."""
+    read = (read_or_quarantine(images, int(number), 0.0, quarantine) for number in numbers)
+    squares = [cropped(image, side) for image in read if image is not None]
     return to_pixels(squares) if squares else torch.empty(0, 3, side, side)
