@@ -13,7 +13,7 @@ import pytest
 from earlyfusion import Image, Text
 from earlyfusion.errors import SettingError
 from earlyfusion.evals import emoji, free
-from earlyfusion.evals.gallery import different, frechet
+from earlyfusion.evals.gallery import count_different, frechet
 from earlyfusion.mini.emoji.dataset import EmojiData
 from earlyfusion.mini.emoji.dialogues import generate
 from earlyfusion.mini.emoji.wordings import FreeRequest
@@ -59,9 +59,9 @@ class Oracle:
         self.image_tokenizer, self.outputs = tokenizer, list[str]()
         self.by_bytes = {data.image(r["id"]).tobytes(): r for r in data.rows}
         asked = [(r["id"], "draw_styled") for r in data.rows]
-        asked += [(i, "draw") for i in emoji._first_pictures(data, 10_000, 0)]
+        asked += [(i, "draw") for i in emoji._first_images(data, 10_000, 0)]
         self.drawn = {
-            emoji._drawing_prompt(data, image_id, lang, table): data.image(image_id)
+            emoji._image_prompt(data, image_id, lang, table): data.image(image_id)
             for image_id, table in asked
             for lang in ("en", "ko")
         }
@@ -193,7 +193,7 @@ def test_report_and_its_table(
     card = tmp_path / "README.md"
     card.write_text("a\n\n| measure | on | n | score |\n| old |\n\nb\n\n" + requests[0] + "\n")
     emoji.check_card(card)
-    emoji.into_card(card, [table, requests])
+    emoji.update_card(card, [table, requests])
     assert card.read_text() == "\n".join(["a", "", *table, "", "b", "", *requests, ""])
     card.write_text("no table\n")
     with pytest.raises(SettingError, match="where a table begins"):
@@ -267,7 +267,7 @@ def test_pictures_that_differ_are_counted(data: EmojiData) -> None:
     gallery = gallery_of(data)
     one, other = data.image("noto/1f349"), data.image("noto/1f415")
     assert gallery.nearest(one)["codepoints"] == "1f349"
-    assert different(gallery, [one, one.resize((64, 64)), other, one]) == 2
+    assert count_different(gallery, [one, one.resize((64, 64)), other, one]) == 2
     several = [data.image(i) for i in data.split("train")]
     assert frechet(gallery, several, several) == pytest.approx(0, abs=1e-3)
     near, far = (frechet(gallery, several[k:], several) for k in (3, len(several) - 3))

@@ -21,7 +21,7 @@ from earlyfusion.mini.emoji.dataset import EmojiData
 from earlyfusion.mini.pretrain import (
     STAGES,
     TIMED_STAGES,
-    Minutes,
+    TimeBudget,
     config,
     stage_config,
     timed_config,
@@ -147,7 +147,7 @@ def test_documents_are_made_ahead_by_another_process(
 ) -> None:
     fields = [*TIMED, f"out={tmp_path}", "scale=0.001"]
     whole, names = override(config, fields), list(TIMED_STAGES)
-    assert pretrain_mini.prepared_ahead(whole, names) is None  # one worker
+    assert pretrain_mini.prepare_ahead(whole, names) is None  # one worker
     context = type("Context", (), {"Process": AtOnce})
     monkeypatch.setattr(pretrain_mini, "get_context", lambda _: context)
     monkeypatch.setattr(pretrain_mini, "_workers", lambda _: 2)
@@ -157,7 +157,7 @@ def test_documents_are_made_ahead_by_another_process(
             "timed_config",
             lambda *given: override(timed_config(*given), ["mixture.workers=1"]),
         )
-        assert pretrain_mini.prepared_ahead(whole, names) is not None
+        assert pretrain_mini.prepare_ahead(whole, names) is not None
     for name in ("transformer", "chat"):
         stage = timed_config(whole, name, None)
         made = mini_packed_transformer.prepare(replace(stage, data=tmp_path / "not needed"))
@@ -169,7 +169,7 @@ def test_documents_are_made_ahead_by_another_process(
         (tmp_path / "own" / "tokenizer.json").unlink()
     first, second = (tmp_path / n / "tokenizer.json" for n in ("transformer", "chat"))
     assert first.read_text() == second.read_text()
-    assert pretrain_mini.prepared_ahead(whole, names) is None  # all is there
+    assert pretrain_mini.prepare_ahead(whole, names) is None  # all is there
 
 
 def test_minutes_are_shared_out_over_what_is_left(
@@ -179,32 +179,32 @@ def test_minutes_are_shared_out_over_what_is_left(
     monkeypatch.setattr(pretrain_mini.time, "monotonic", lambda: now[0])
     whole = override(config, ["minutes=10", f"out={tmp_path}", f"data={DATA}", "device=cpu"])
     assert whole.stages == tuple(TIMED_STAGES)
-    minutes = Minutes(whole, list(TIMED_STAGES))
-    kept = [sum(s.readying for s in list(TIMED_STAGES.values())[n:]) / 60 for n in range(4)]
+    budget = TimeBudget(whole, list(TIMED_STAGES))
+    kept = [sum(s.setup_seconds for s in list(TIMED_STAGES.values())[n:]) / 60 for n in range(4)]
     assert kept[0] > kept[1] > kept[3] > 0
     first = pytest.approx((9.2 - kept[0]) * 0.3, abs=1e-4)
-    assert minutes.of("image_tokenizer") == first
+    assert budget.minutes("image_tokenizer") == first
     now[0] = 300.0
-    assert minutes.of("image_tokenizer") == first  # once and for all
-    assert minutes.of("decoder") == pytest.approx((4.2 - kept[1]) * 0.08 / 0.7, abs=1e-4)
+    assert budget.minutes("image_tokenizer") == first  # once and for all
+    assert budget.minutes("decoder") == pytest.approx((4.2 - kept[1]) * 0.08 / 0.7, abs=1e-4)
     now[0] = 60 * 8.9  # 0.3 minutes are left, of which at most a fifth is kept
-    assert minutes.of("transformer") == pytest.approx(0.3 * 0.8 * 0.5 / 0.62, abs=1e-4)
+    assert budget.minutes("transformer") == pytest.approx(0.3 * 0.8 * 0.5 / 0.62, abs=1e-4)
     now[0] = 1e6
-    assert minutes.of("chat") == 0.001
-    made = timed_config(whole, "transformer", minutes)
+    assert budget.minutes("chat") == 0.001
+    made = timed_config(whole, "transformer", budget)
     assert (made.rows, made.run.precision, made.run.compile) == (2, "fp32", False)
     assert made.image_tokenizer == tmp_path / "decoder" and made.prompts == ()
     assert made.model == mini_packed_transformer.config.model
     monkeypatch.setattr(pretrain_mini, "resolve_device", lambda _: torch.device("cuda"))
-    made = timed_config(whole, "transformer", minutes)
+    made = timed_config(whole, "transformer", budget)
     assert (made.rows, made.run.precision, made.run.compile) == (32, "bf16", True)
     assert (made.ways.plain, made.optim.kind, made.mixture.documents) == (10, "muon", 80_000)
     changed = override(whole, ["changes=transformer.muon_lr=0.03,chat.rows=8"])
-    assert timed_config(changed, "transformer", minutes).optim.muon_lr == 0.03
-    assert [timed_config(changed, n, minutes).rows for n in ("transformer", "chat")] == [32, 8]
+    assert timed_config(changed, "transformer", budget).optim.muon_lr == 0.03
+    assert [timed_config(changed, n, budget).rows for n in ("transformer", "chat")] == [32, 8]
     small = override(whole, ["max_position_embeddings=2048"])
-    assert timed_config(small, "transformer", minutes).model == small.model
-    assert timed_config(small, "image_tokenizer", minutes).model == PRESETS["mini"].vq_config
+    assert timed_config(small, "transformer", budget).model == small.model
+    assert timed_config(small, "image_tokenizer", budget).model == PRESETS["mini"].vq_config
 
 
 def test_the_larger_mini_fits_forty_megabytes_and_the_longest_document() -> None:

@@ -18,7 +18,7 @@ from earlyfusion.errors import DataError, SettingError
 from earlyfusion.mini import styles as mini_styles
 from earlyfusion.mini.emoji.dataset import EmojiData
 from earlyfusion.mini.stage import StageConfig, first_model
-from earlyfusion.mini.transformer import Documents, near_codes
+from earlyfusion.mini.transformer import Documents, nearest_codes
 from earlyfusion.model.vqgan import VQGAN
 from earlyfusion.processor import Processor, train_tokenizer
 from earlyfusion.recipes.run import RECIPES, load, override, run
@@ -80,7 +80,7 @@ def test_the_last_stage_cuts_the_pictures_in_more_ways(runs: Path) -> None:
 
 def test_noise_swaps_codes_of_pictures_in_prompts_for_near_ones_and_of_no_other(runs: Path) -> None:
     vqgan = VQGAN(mini_styles.config.model.vq_config)
-    near = near_codes(vqgan)
+    near = nearest_codes(vqgan)
     distances = torch.cdist(vqgan.quantize.embedding.weight, vqgan.quantize.embedding.weight)
     assert (near[:, 0] == distances.fill_diagonal_(torch.inf).argmin(1).numpy()).all()
     data = EmojiData(DATA)

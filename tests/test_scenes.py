@@ -21,9 +21,15 @@ from earlyfusion.mini.emoji.dataset import EmojiData
 from earlyfusion.mini.emoji.dialogues import Dialogues, generate
 from earlyfusion.mini.emoji.mixture import MixtureConfig, is_plain, made_ids, samples
 from earlyfusion.mini.emoji.phrases import PROMPTS, normalise
-from earlyfusion.mini.emoji.scenes import Scene, made_pictures, picture_of
+from earlyfusion.mini.emoji.scenes import Scene, image_of, made_pictures
 from earlyfusion.mini.emoji.tensors import opened, pictures
-from earlyfusion.mini.emoji.wordings import FORMS, HELD_OUT, as_typed, composed, every
+from earlyfusion.mini.emoji.wordings import (
+    FORMS,
+    HELD_OUT,
+    add_typing_noise,
+    all_templates,
+    compose_request,
+)
 from earlyfusion.model.vqgan import VQGAN
 from earlyfusion.recipes.run import override
 
@@ -55,7 +61,7 @@ def skeleton(template: str) -> str:
 
 def test_no_template_gives_a_held_out_request() -> None:
     for lang in ("en", "ko"):
-        known = {skeleton(t) for table in FORMS for t in every(table, lang)}
+        known = {skeleton(t) for table in FORMS for t in all_templates(table, lang)}
         for prompts in PROMPTS.values():
             known |= {skeleton(t) for t in (*prompts[lang].published, *prompts[lang].further)}
         assert skeleton("Draw {a}, please.") in known if lang == "en" else True
@@ -77,16 +83,16 @@ def test_composed_requests_have_the_marks_of_their_table(lang: str) -> None:
     for table in FORMS:
         marks = {m for p in PROMPTS[table][lang].further for m in re.findall(r"\{\w+\}", p)}
         marks |= {"{n}", "{a}"} if marks & {"{n}", "{a}", "{no}", "{ng}"} else set()
-        made = {composed(table, lang, rng) for _ in range(200)}
+        made = {compose_request(table, lang, rng) for _ in range(200)}
         assert len(made) > 30
         for template in made:
             assert template and set(re.findall(r"\{\w+\}", template)) <= marks, template
-    assert composed("odd", lang, rng) is None
+    assert compose_request("odd", lang, rng) is None
 
 
 def test_people_type_in_many_ways() -> None:
     rng = random.Random(0)
-    typed = [as_typed("Draw a banana.", rng) for _ in range(2000)]
+    typed = [add_typing_noise("Draw a banana.", rng) for _ in range(2000)]
     assert 0.15 < np.mean([t.startswith("draw a ") for t in typed]) < 0.35
     assert 0.15 < np.mean([not t.endswith(".") for t in typed]) < 0.35
     known = {"draw a banana", "DRAW A BANANA", "Draw a banana"}
@@ -118,7 +124,7 @@ def test_a_scene_is_told_by_its_id_and_made_of_its_pictures(data: EmojiData) -> 
     assert scene.counts() == {"noto/1f34c": 2, "noto/1f415": 1}
     assert scene.beside(0, (1, 0)) == "noto/1f34c" and scene.beside(1, (1, 0)) == ""
     assert scene.beside(3, (0, -1)) == "noto/1f34c"
-    pixels = np.asarray(picture_of(data, scene.id))
+    pixels = np.asarray(image_of(data, scene.id))
     assert pixels.shape == (128, 128, 3)
     assert (pixels[64:, :64] == 255).all()  # the empty cell
     assert np.array_equal(pixels[:64, :64], pixels[:64, 64:])
@@ -126,7 +132,7 @@ def test_a_scene_is_told_by_its_id_and_made_of_its_pictures(data: EmojiData) -> 
     assert np.abs(small - pixels[64:, 64:]).mean() < 8
     table = pictures(FOLDER, "train", 16, "cpu")
     numbers = {name: number for number, name in enumerate(data.split("train"))}
-    several = [s.id for s in scenes.scenes(data, 20)] + scenes.strangers(data, 20)
+    several = [s.id for s in scenes.scenes(data, 20)] + scenes.unknown_image_ids(data, 20)
     made = made_pictures(several, table, numbers)
     assert made.shape == (len(several), 16, 16, 3) and made.dtype == torch.uint8
     alone = made_pictures(several[3:4], table, numbers)
@@ -134,14 +140,14 @@ def test_a_scene_is_told_by_its_id_and_made_of_its_pictures(data: EmojiData) -> 
 
 
 def test_strangers_are_other_pictures(data: EmojiData) -> None:
-    found = scenes.strangers(data, 30)
-    assert found == scenes.strangers(data, 30) != scenes.strangers(data, 30, seed=1)
+    found = scenes.unknown_image_ids(data, 30)
+    assert found == scenes.unknown_image_ids(data, 30) != scenes.unknown_image_ids(data, 30, seed=1)
     mixed = next(i for i in found if i.startswith("scrambled/"))
     before = np.asarray(data.image(mixed.split(":")[1])).reshape(-1, 3)
-    after = np.asarray(picture_of(data, mixed)).reshape(-1, 3)
+    after = np.asarray(image_of(data, mixed)).reshape(-1, 3)
     assert not np.array_equal(before, after)
     assert np.array_equal(np.sort(before, 0), np.sort(after, 0))
-    noise = [np.asarray(picture_of(data, f"noise/{n}")) for n in (1, 2, 1)]
+    noise = [np.asarray(image_of(data, f"noise/{n}")) for n in (1, 2, 1)]
     assert np.array_equal(noise[0], noise[2]) and not np.array_equal(noise[0], noise[1])
 
 
@@ -168,14 +174,14 @@ def test_scenes_are_asked_about_truly(data: EmojiData) -> None:
                 placed += 1
     assert counted > 50 and placed > 10
     banana, dog = data.row("noto/1f34c"), data.row("noto/1f415")
-    assert (scenes.counted(banana, 2, "en"), scenes.counted(banana, 1, "en")) == (
+    assert (scenes.count_phrase(banana, 2, "en"), scenes.count_phrase(banana, 1, "en")) == (
         "two bananas",
         "a banana",
     )
-    assert scenes.counted(dog, 2, "ko") == "개 두 마리"
+    assert scenes.count_phrase(dog, 2, "ko") == "개 두 마리"
     scene = Scene(2, 2, ("noto/1f34c", "noto/1f34c", "noto/1f415", ""))
-    assert scenes.listed(data, scene, "en") == "two bananas and a dog"
-    assert scenes.listed(data, scene, "ko") == "바나나 두 개와 개 한 마리"
+    assert scenes.describe_scene(data, scene, "en") == "two bananas and a dog"
+    assert scenes.describe_scene(data, scene, "ko") == "바나나 두 개와 개 한 마리"
     assert [scenes.plural(n) for n in ("fox", "cherry", "wolf", "hot dog", "key")] == [
         "foxes",
         "cherries",
@@ -195,7 +201,7 @@ def test_drawn_scenes_have_their_things_in_order(data: EmojiData) -> None:
         scene = Scene.of(shown(sample)[0])
         assert scenes.is_ordered(scene)
         if sample["lang"] == "en":
-            words = scenes.listed(data, scene, "en").lower()
+            words = scenes.describe_scene(data, scene, "en").lower()
             asked = said(sample, "user")[0].lower()
             assert words in asked or abs(len(asked) - len(words)) < 60  # a slip of the fingers
     assert list(scenes.scene_samples(data, [], 5, 0, 0.4, 0.5)) == []
@@ -205,7 +211,7 @@ def test_drawn_scenes_have_their_things_in_order(data: EmojiData) -> None:
 
 
 def test_unknown_things_are_refused_and_are_unknown(data: EmojiData) -> None:
-    strange = scenes.strangers(data, 20)
+    strange = scenes.unknown_image_ids(data, 20)
     made = list(scenes.unknown_samples(data, strange, 200, 0, 0.5, 0.5))
     assert {said(s, "assistant")[-1] for s in made} == set(scenes.UNKNOWN_ANSWER.values())
     assert all(said(s, "assistant") == [scenes.UNKNOWN_ANSWER[s["lang"]]] for s in made)
@@ -216,8 +222,8 @@ def test_unknown_things_are_refused_and_are_unknown(data: EmojiData) -> None:
     kept = {english for english, _ in scenes.unknown_things(data, scenes.UNKNOWN_THINGS)}
     assert not kept & {english for english, _ in scenes.HELD_OUT_THINGS} and len(kept) > 80
     rng = random.Random(0)
-    assert len({scenes.invented("en", rng) for _ in range(100)}) > 90
-    assert all("가" <= c <= "힣" for _ in range(50) for c in scenes.invented("ko", rng))
+    assert len({scenes.invent_word("en", rng) for _ in range(100)}) > 90
+    assert all("가" <= c <= "힣" for _ in range(50) for c in scenes.invent_word("ko", rng))
 
 
 # ---- the mixture, and icons
@@ -273,7 +279,7 @@ def test_icons_join_where_their_things_are_known(data: EmojiData, icons: Path) -
     only = {name: float(name == "caption_style") for name in Dialogues(joined).weights}
     answers = {s["answer"] for s in islice(Dialogues(joined, tasks=only), 400)}
     assert "banana, icon style" in answers
-    assert any(i.startswith("icon/") for i in scenes.strangers(joined, 20))
+    assert any(i.startswith("icon/") for i in scenes.unknown_image_ids(joined, 20))
     assert generate(joined, n=30, tasks={n: float(n == "style_name") for n in only})
 
 

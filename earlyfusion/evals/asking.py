@@ -1,4 +1,4 @@
-"""How a model is asked in an evaluation: in batches, greedily in text, one seed per picture."""
+"""Requests of an evaluation: sent in batches, with greedy text and one seed per image."""
 
 from __future__ import annotations
 
@@ -24,24 +24,25 @@ class Model(Protocol):
     ) -> list[Any]: ...
 
 
-def replies(
+def generate_replies(
     model: Model, prompts: Sequence[Any], output: str, sampling: Sequence[SamplingParams]
 ) -> list[Any]:
-    found: list[Any] = []
+    """The replies to the prompts, in batches of `BATCH`; one set of settings for each prompt."""
+    generated: list[Any] = []
     for start in range(0, len(prompts), BATCH):
         rows = slice(start, start + BATCH)
-        found += model.generate_batch(
+        generated += model.generate_batch(
             list(prompts[rows]), output=output, sampling=list(sampling[rows])
         )
-    return found
+    return generated
 
 
-def greedy(prompts: Sequence[Any]) -> list[SamplingParams]:
+def greedy_sampling(prompts: Sequence[Any]) -> list[SamplingParams]:
     return [SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS)] * len(prompts)
 
 
-def drawn_with(count: int, seed: int, max_images: int | None = None) -> list[SamplingParams]:
-    """The model's default settings for pictures, one seed per reply; text is greedy."""
+def seeded_sampling(count: int, seed: int, max_images: int | None = None) -> list[SamplingParams]:
+    """The model's default settings for images, one seed per reply; text is greedy."""
     seeds = range(seed, seed + count)
     return [SamplingParams(temperature=0, max_images=max_images, seed=s) for s in seeds]
 

@@ -1,16 +1,16 @@
-"""Measures a model on the emoji data: names, answers, lists, reconstructions, drawings.
+"""Measures a model on the emoji data: names, answers, lists, reconstructed and generated images.
 
     python -m earlyfusion.evals.emoji --model mini --data DIR --limit 300 --seed 0 --out report.json
 
-Prints the model card's table in markdown and writes the numbers as JSON. Text is greedy; pictures
-are drawn with the model's own settings, one seed each. Splits: `train` pictures were trained on;
-`val-pair` pictures were not, but the same things in other styles were; `val-concept` things were
+Prints the model card's table in markdown and writes the numbers as JSON. Text is greedy; images
+are generated with the model's own settings, one seed each. Splits: `train` images were trained on;
+`val-pair` images were not, but the same things in other styles were; `val-concept` things were
 not trained on at all.
 
-Retrieval asks whether a drawing is nearer to the requested thing than to others: to those of the
-asked style or, where none was asked, also to those of all styles (`gallery.Gallery`). The ceiling
-is what the metric gives the image tokenizer's reconstructions of the true pictures. Requests in
-free words, unknown things, scenes and several seeds: see `evals.free`.
+Retrieval ranks things by their distance to a generated image: the requested thing should be the
+nearest among the images of the requested style or, if no style was requested, also among those of
+all styles (`gallery.Gallery`). The ceiling is the score of the image tokenizer's reconstructions of
+the true images. Requests in free words, unknown things, scenes and several seeds: see `evals.free`.
 
 `--card FILE` writes the table into a model card, in the place of its table.
 """
@@ -35,7 +35,15 @@ import PIL.Image
 from earlyfusion import Chameleon, Image, Message, Text
 from earlyfusion.errors import EarlyFusionError, SettingError
 from earlyfusion.evals import free
-from earlyfusion.evals.asking import BATCH, Model, Numbers, drawn_with, greedy, replies, share
+from earlyfusion.evals.asking import (
+    BATCH,
+    Model,
+    Numbers,
+    generate_replies,
+    greedy_sampling,
+    seeded_sampling,
+    share,
+)
 from earlyfusion.evals.gallery import Gallery, features, frechet, resized
 from earlyfusion.mini.emoji.dataset import EmojiData
 from earlyfusion.mini.emoji.dialogues import Sample, generate, messages_of
@@ -48,7 +56,7 @@ LANGUAGES = ("en", "ko")
 NAMED_SPLITS = ("train", "val-pair", "val-concept")
 MAX_DRAWINGS = 100  # per split
 MAX_QUESTIONS = 100  # per task
-MAX_LISTS = 30  # the longest asks for four pictures
+MAX_LISTS = 30  # the longest asks for four images
 MAX_REFUSALS = 40  # of each sort
 MAX_UNSEEN = 50  # things never trained on, per language
 DIALOGUES = 1500  # as many as the published val.jsonl
@@ -64,28 +72,28 @@ def measure(
     seed: int = 0,
     keep: Callable[[Numbers], None] | None = None,
 ) -> Numbers:
-    """All measurements; `limit` bounds the pictures or questions of each.
+    """All measurements; `limit` bounds the images or questions of each.
 
-    `keep` gets the report so far after each of them, for a run that may be cut short. Shares are
+    `keep` gets the report so far after each of them, as a run may be interrupted. Shares are
     between 0 and 1, PSNR is in dB. Raises SettingError where the limit is below 1.
     """
     if limit < 1:
         raise SettingError(f"limit is {limit}: give at least 1")
     galleries: dict[str | None, Gallery] = {None: Gallery(data)}
-    every = galleries[None]
-    some = min(limit, MAX_DRAWINGS)
-    known = _first_pictures(data, limit, seed), _chosen(data, "train", limit, seed)
-    # The most telling first: a run may be cut short.
+    all_styles = galleries[None]
+    num_images = min(limit, MAX_DRAWINGS)
+    known = _first_images(data, limit, seed), _sample_ids(data, "train", limit, seed)
+    # The most informative ones first: a run may be interrupted.
     measures: dict[str, Callable[[], Numbers]] = {
         "naming": lambda: naming(model, data, limit, seed),
-        "retrieval": lambda: retrieval(model, data, some, seed, galleries),
-        "seeds": lambda: free.seeds(model, every),
-        "wordings": lambda: free.wordings(model, data, every),
+        "retrieval": lambda: retrieval(model, data, num_images, seed, galleries),
+        "seeds": lambda: free.seeds(model, all_styles),
+        "wordings": lambda: free.wordings(model, data, all_styles),
         "questions": lambda: questions(model, data, min(limit, MAX_QUESTIONS)),
         "lists": lambda: lists(model, data, min(limit, MAX_LISTS), seed),
         "refusals": lambda: free.refusals(model, data, *known, min(limit, MAX_REFUSALS)),
         "reconstruction": lambda: reconstruction(model, data, limit, seed),
-        "scenes": lambda: free.scene_answers(model, data, some),
+        "scenes": lambda: free.scene_answers(model, data, num_images),
     }
     report: Numbers = {"limit": limit, "seed": seed}
     started = time.monotonic()
@@ -102,12 +110,12 @@ def measure(
 
 
 def naming(model: Model, data: EmojiData, limit: int, seed: int) -> Numbers:
-    """Share of pictures named exactly, by split and language: {split: {lang: {n, exact}}}."""
+    """Share of images named exactly, by split and language: {split: {lang: {n, exact}}}."""
     report: Numbers = {}
     for split in NAMED_SPLITS:
         most = min(limit, MAX_UNSEEN) if split == "val-concept" else limit
-        if ids := _chosen(data, split, most, seed):
-            report[split] = {lang: _named(model, data, ids, lang) for lang in LANGUAGES}
+        if ids := _sample_ids(data, split, most, seed):
+            report[split] = {lang: _naming_accuracy(model, data, ids, lang) for lang in LANGUAGES}
     return report
 
 
@@ -117,28 +125,34 @@ def questions(model: Model, data: EmojiData, limit: int) -> Numbers:
     for sample in _dialogues(data):
         if sample["check"] == "exact" and len(by_task[sample["task"]]) < limit:
             by_task[sample["task"]].append(sample)
-    return {task: _answered(model, data, samples) for task, samples in sorted(by_task.items())}
+    return {
+        task: _answer_accuracy(model, data, samples) for task, samples in sorted(by_task.items())
+    }
 
 
 def lists(model: Model, data: EmojiData, limit: int, seed: int) -> Numbers:
-    """Interleaved lists: {n, well_formed, right_items}. Well formed: "1. name", picture, "2. name",
-    picture, as many as requested. Right items: the share of the requested items whose name, counted
+    """Interleaved lists: {n, well_formed, right_items}. Well formed: "1. name", image, "2. name",
+    image, as many as requested. Right items: the share of the requested items whose name, counted
     once, belongs to the requested subgroup."""
     samples = [s for s in _dialogues(data) if s["check"] == "images+names"][:limit]
     prompts = [_messages(data, s["messages"][:-1]) for s in samples]
-    found = replies(model, prompts, "interleaved", drawn_with(len(prompts), seed, max_images=5))
-    formed = [well_formed(r.segments, s["count"]) for r, s in zip(found, samples, strict=True)]
-    right = [_right_items(data, r.segments, s) for r, s in zip(found, samples, strict=True)]
+    found = generate_replies(
+        model, prompts, "interleaved", seeded_sampling(len(prompts), seed, max_images=5)
+    )
+    correct_form = [
+        well_formed(r.segments, s["count"]) for r, s in zip(found, samples, strict=True)
+    ]
+    right = [_count_right_items(data, r.segments, s) for r, s in zip(found, samples, strict=True)]
     requested = sum(s["count"] for s in samples)
     return {
         "n": len(samples),
-        "well_formed": share(formed),
+        "well_formed": share(correct_form),
         "right_items": round(sum(right) / requested, 4) if requested else None,
     }
 
 
 def well_formed(segments: Sequence[Any], count: int) -> bool:
-    """Whether the segments are `count` pairs of a numbered name and a picture."""
+    """Whether the segments are `count` pairs of a numbered name and an image."""
     if len(segments) != 2 * count:
         return False
     return all(
@@ -149,7 +163,7 @@ def well_formed(segments: Sequence[Any], count: int) -> bool:
     )
 
 
-def _right_items(data: EmojiData, segments: Sequence[Any], sample: Sample) -> int:
+def _count_right_items(data: EmojiData, segments: Sequence[Any], sample: Sample) -> int:
     rows = [r for r in data.rows if r["subgroup"] == sample["subgroup"]]
     names = {normalise(name_of(r, sample["lang"])) for r in rows}
     texts = (s.text.strip() for s in segments if isinstance(s, Text))
@@ -157,18 +171,20 @@ def _right_items(data: EmojiData, segments: Sequence[Any], sample: Sample) -> in
     return min(len({normalise(i) for i in items} & names), int(sample["count"]))
 
 
-def _named(model: Model, data: EmojiData, ids: list[str], lang: str) -> Numbers:
+def _naming_accuracy(model: Model, data: EmojiData, ids: list[str], lang: str) -> Numbers:
     question = PROMPTS["caption"][lang].published[0]
-    found = replies(model, [[Image(data.image(i)), question] for i in ids], "text", greedy(ids))
+    found = generate_replies(
+        model, [[Image(data.image(i)), question] for i in ids], "text", greedy_sampling(ids)
+    )
     rows = [data.row(i) for i in ids]
     listed = [r["name_en"] if lang == "en" else r["name_ko"] for r in rows]
     accepted = [{name_of(r, lang), n} for r, n in zip(rows, listed, strict=True)]
     return _exact([r.text for r in found], accepted)
 
 
-def _answered(model: Model, data: EmojiData, samples: list[Sample]) -> Numbers:
+def _answer_accuracy(model: Model, data: EmojiData, samples: list[Sample]) -> Numbers:
     prompts = [_messages(data, s["messages"][:-1]) for s in samples]
-    found = replies(model, prompts, "text", greedy(prompts))
+    found = generate_replies(model, prompts, "text", greedy_sampling(prompts))
     return _exact([r.text for r in found], [set(s["accept"]) for s in samples])
 
 
@@ -178,14 +194,14 @@ def _exact(answers: Sequence[str], accepted: Sequence[set[str]]) -> Numbers:
     return {"n": len(right), "exact": share(right)}
 
 
-# ---- pictures
+# ---- images
 
 
 def reconstruction(model: Model, data: EmojiData, limit: int, seed: int) -> Numbers:
-    """PSNR of pictures that went through codes and back, at the model's resolution: {n,
-    psnr_median, psnr_tenth}. Nine tenths of the validation pictures exceed the last."""
-    pictures = data.images(_chosen(data, "val", limit, seed))
-    pairs = zip(pictures, _reconstructed(model, pictures), strict=True)
+    """PSNR of images that went through codes and back, at the model's resolution: {n,
+    psnr_median, psnr_tenth}. Nine tenths of the validation images exceed the last."""
+    images = data.images(_sample_ids(data, "val", limit, seed))
+    pairs = zip(images, _reconstruct(model, images), strict=True)
     values = [psnr(resized(before, after.size), after) for before, after in pairs]
     return {
         "n": len(values),
@@ -195,7 +211,7 @@ def reconstruction(model: Model, data: EmojiData, limit: int, seed: int) -> Numb
 
 
 def psnr(one: PIL.Image.Image, other: PIL.Image.Image) -> float:
-    """Peak signal-to-noise ratio of two pictures of one size in dB; 99 if they are equal."""
+    """Peak signal-to-noise ratio of two images of one size in dB; 99 if they are equal."""
     difference = np.asarray(one, np.float64) - np.asarray(other, np.float64)
     error = float((difference**2).mean())
     return 99.0 if error == 0 else float(10 * np.log10(255**2 / error))
@@ -208,79 +224,79 @@ def retrieval(
     seed: int,
     galleries: dict[str | None, Gallery] | None = None,
 ) -> Numbers:
-    """Ranks of drawings, and how far the drawings of val-pair are from its pictures.
+    """Ranks of generated images, and how far those of val-pair are from the true images.
 
     {"usual" | "any style" | "train" | "val-pair" | "ceiling": {n, top1, top5, top10}, "distance":
     {n, drawings, reconstructions}}. Half of the requests are in English and half in Korean. They
-    give name and style, and are compared with the pictures of that style; or the name alone. Then
-    "any style" compares with the training pictures of all styles, and "usual" with those of the
+    give name and style, and are compared with the images of that style; or the name alone. Then
+    "any style" compares with the training images of all styles, and "usual" with those of the
     first style that has the thing. The distances are `gallery.frechet`.
     """
     galleries = {None: Gallery(data)} if galleries is None else galleries
     report: Numbers = {}
-    chosen = {"usual": _first_pictures(data, limit, seed)}
-    chosen |= {split: _chosen(data, split, limit, seed) for split in ("train", "val-pair")}
-    drawn: dict[str, list[PIL.Image.Image | None]] = {}
+    chosen = {"usual": _first_images(data, limit, seed)}
+    chosen |= {split: _sample_ids(data, split, limit, seed) for split in ("train", "val-pair")}
+    generated: dict[str, list[PIL.Image.Image | None]] = {}
     for split, ids in chosen.items():
         table = "draw" if split == "usual" else "draw_styled"
-        prompts = [_drawing_prompt(data, id_, LANGUAGES[i % 2], table) for i, id_ in enumerate(ids)]
-        found = replies(model, prompts, "image", drawn_with(len(ids), seed))
-        drawn[split] = [r.images[0] if r.images else None for r in found]
-        report[split] = _ranks(data, ids, drawn[split], galleries)
+        prompts = [_image_prompt(data, id_, LANGUAGES[i % 2], table) for i, id_ in enumerate(ids)]
+        found = generate_replies(model, prompts, "image", seeded_sampling(len(ids), seed))
+        generated[split] = [r.images[0] if r.images else None for r in found]
+        report[split] = _ranks(data, ids, generated[split], galleries)
         if split == "usual":
-            report["any style"] = _ranks(data, ids, drawn[split], galleries, any_style=True)
+            report["any style"] = _ranks(data, ids, generated[split], galleries, any_style=True)
     true = data.images(chosen["val-pair"])
-    report["distance"] = _distances(model, drawn["val-pair"], true, galleries[None])
+    report["distance"] = _distances(model, generated["val-pair"], true, galleries[None])
     ids = chosen["val-pair"] or chosen["train"]
-    report["ceiling"] = _ranks(data, ids, _reconstructed(model, data.images(ids)), galleries)
+    report["ceiling"] = _ranks(data, ids, _reconstruct(model, data.images(ids)), galleries)
     return report
 
 
 def _distances(
     model: Model,
-    drawn: Sequence[PIL.Image.Image | None],
+    generated: Sequence[PIL.Image.Image | None],
     true: Sequence[PIL.Image.Image],
     gallery: Gallery,
 ) -> Numbers:
-    there = [picture for picture in drawn if picture]
-    if min(len(there), len(true)) < 2:  # a single picture has no spread
+    present = [image for image in generated if image]
+    if min(len(present), len(true)) < 2:  # a single image has no spread
         return {"n": len(true), "drawings": None, "reconstructions": None}
-    through = _reconstructed(model, true)
-    found = {
-        name: round(frechet(gallery, pictures, true), 3)
-        for name, pictures in (("drawings", there), ("reconstructions", through))
+    reconstructed = _reconstruct(model, true)
+    distances = {
+        name: round(frechet(gallery, images, true), 3)
+        for name, images in (("drawings", present), ("reconstructions", reconstructed))
     }
-    return {"n": len(true)} | found
+    return {"n": len(true)} | distances
 
 
 def _ranks(
     data: EmojiData,
     ids: Sequence[str],
-    pictures: Sequence[PIL.Image.Image | None],
+    images: Sequence[PIL.Image.Image | None],
     galleries: dict[str | None, Gallery],
     any_style: bool = False,
 ) -> Numbers:
     ranks = []
-    for image_id, picture in zip(ids, pictures, strict=True):
+    for image_id, image in zip(ids, images, strict=True):
         row = data.row(image_id)
         style = None if any_style else row["style"]
         if style not in galleries:
             galleries[style] = Gallery(data, style)
         gallery = galleries[style]
         missed = len(gallery.rows)
-        ranks.append(gallery.rank(picture, row["codepoints"]) if picture else missed)
+        ranks.append(gallery.rank(image, row["codepoints"]) if image else missed)
     return {"n": len(ranks)} | {f"top{top}": share([r < top for r in ranks]) for top in TOPS}
 
 
-def _drawing_prompt(data: EmojiData, image_id: str, lang: str, table: str = "draw_styled") -> str:
+def _image_prompt(data: EmojiData, image_id: str, lang: str, table: str = "draw_styled") -> str:
     row = data.row(image_id)
     name = name_of(row, lang)
     prompt = PROMPTS[table][lang].published[0]
     return prompt.format(n=name, no=particle(name, "을/를"), s=style_of(row, lang))
 
 
-def _first_pictures(data: EmojiData, limit: int, seed: int) -> list[str]:
-    """At most `limit` training pictures, each the first of its thing."""
+def _first_images(data: EmojiData, limit: int, seed: int) -> list[str]:
+    """At most `limit` training images, each the first of its thing."""
     first: dict[str, str] = {}
     for image_id in data.split("train"):
         first.setdefault(data.row(image_id)["codepoints"], image_id)
@@ -288,18 +304,18 @@ def _first_pictures(data: EmojiData, limit: int, seed: int) -> list[str]:
     return ids if len(ids) <= limit else random.Random(f"usual-{seed}").sample(ids, limit)
 
 
-def _reconstructed(model: Model, pictures: Sequence[PIL.Image.Image]) -> list[PIL.Image.Image]:
-    done: list[PIL.Image.Image] = []
-    for start in range(0, len(pictures), BATCH):
+def _reconstruct(model: Model, images: Sequence[PIL.Image.Image]) -> list[PIL.Image.Image]:
+    images_out: list[PIL.Image.Image] = []
+    for start in range(0, len(images), BATCH):
         tokenizer = model.image_tokenizer
-        done += tokenizer.decode(tokenizer.encode(list(pictures[start : start + BATCH])))
-    return done
+        images_out += tokenizer.decode(tokenizer.encode(list(images[start : start + BATCH])))
+    return images_out
 
 
-# ---- asking
+# ---- samples and prompts
 
 
-def _chosen(data: EmojiData, split: str, limit: int, seed: int) -> list[str]:
+def _sample_ids(data: EmojiData, split: str, limit: int, seed: int) -> list[str]:
     """At most `limit` ids, the same for the same seed."""
     ids = data.split(split)
     return ids if len(ids) <= limit else random.Random(f"{split}-{seed}").sample(ids, limit)
@@ -321,7 +337,7 @@ def _pairs(segments: Sequence[Any]) -> Iterable[tuple[Any, Any]]:
 # ---- reporting
 
 
-_ON = {
+_TESTED_ON = {
     "ceiling": "true pictures through the codes",
     "usual": "train, no style asked, its first style",
     "any style": "train, no style asked, all styles",
@@ -352,7 +368,7 @@ def markdown(report: Numbers) -> list[str]:
         if split == "distance":
             continue
         scores = [found[f"top{top}"] for top in TOPS]
-        add("drawing retrieval, top 1 / 5 / 10", _ON.get(split, split), found["n"], *scores)
+        add("drawing retrieval, top 1 / 5 / 10", _TESTED_ON.get(split, split), found["n"], *scores)
     found = report["retrieval"]["distance"]
     for of in ("drawings", "reconstructions"):
         shown = "-" if found[of] is None else f"{found[of]:.2f}"
@@ -370,8 +386,8 @@ def markdown(report: Numbers) -> list[str]:
         found["kind"],
         found["right"],
     )
-    for what, found in report["refusals"].items():
-        add("says that it does not know", what, found["n"], found["refused"])
+    for prompts, found in report["refusals"].items():
+        add("says that it does not know", prompts, found["n"], found["refused"])
     found = report["scenes"]
     add(
         "questions about scenes (how many, where)",
@@ -392,14 +408,14 @@ def requests_table(report: Numbers) -> list[str]:
     return lines
 
 
-def into_card(path: Path, tables: Sequence[Sequence[str]]) -> None:
+def update_card(path: Path, tables: Sequence[Sequence[str]]) -> None:
     """Put tables into a card, each in the place of the table with the same first line."""
     lines = path.read_text(encoding="utf-8").split("\n")
     for table in tables:
-        begins = ends = lines.index(table[0])
-        while ends < len(lines) and lines[ends].startswith("|"):
-            ends += 1
-        lines[begins:ends] = table
+        begin = end = lines.index(table[0])
+        while end < len(lines) and lines[end].startswith("|"):
+            end += 1
+        lines[begin:end] = table
     path.write_text("\n".join(lines), encoding="utf-8")
 
 
@@ -420,7 +436,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--model", default="mini", help="a model's name, folder or hub id")
     parser.add_argument("--data", required=True, help="folder of the emoji data")
-    parser.add_argument("--limit", type=int, default=300, help="pictures or questions a measure")
+    parser.add_argument("--limit", type=int, default=300, help="images or questions a measure")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="JSON file for the numbers")
@@ -434,7 +450,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         keep = partial(_write, args.out, args.model) if args.out else None
         report = measure(model, data, args.limit, args.seed, keep)
         if args.card:
-            into_card(args.card, [markdown(report), requests_table(report)])
+            update_card(args.card, [markdown(report), requests_table(report)])
     except EarlyFusionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

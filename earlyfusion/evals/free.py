@@ -1,7 +1,7 @@
-"""Requests in free words, things that are unknown, scenes, and what several seeds draw.
+"""Requests in free words, unknown things, scenes, and images of several seeds.
 
-In all of these but the seeds the model chooses itself whether to write or to draw (`auto`). The
-requests and the unknown things are those that training never shows
+In all of these but the seeds the model itself chooses between text and images (`auto`). The
+requests and the unknown things are those that training never uses
 (`earlyfusion.mini.emoji.wordings.HELD_OUT`, `scenes.HELD_OUT_THINGS`).
 """
 
@@ -12,18 +12,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from earlyfusion import Image, Text
-from earlyfusion.evals.asking import Model, Numbers, drawn_with, replies, share
-from earlyfusion.evals.gallery import Gallery, different
+from earlyfusion.evals.asking import Model, Numbers, generate_replies, seeded_sampling, share
+from earlyfusion.evals.gallery import Gallery, count_different
 from earlyfusion.mini.emoji.dataset import EmojiData, Row
 from earlyfusion.mini.emoji.phrases import ORDINALS, PROMPTS, normalise, particle, with_article
 from earlyfusion.mini.emoji.pools import kind_of, name_of
 from earlyfusion.mini.emoji.scenes import (
     HELD_OUT_THINGS,
     UNKNOWN_ANSWER,
-    picture_of,
+    image_of,
     scene_questions,
     scenes,
-    strangers,
+    unknown_image_ids,
     unknown_things,
 )
 from earlyfusion.mini.emoji.wordings import HELD_OUT, FreeRequest
@@ -31,23 +31,23 @@ from earlyfusion.mini.emoji.wordings import HELD_OUT, FreeRequest
 SEED_PROMPTS = {"Draw a cat.": "cat", "Draw a house.": "house", "Draw an elephant.": "elephant"}
 """A request, and the word that names of what it asks for have."""
 SEEDS = 8
-NOT_TRAINED = 1  # seed of the made pictures, of which training has those of seed 0
+NOT_TRAINED = 1  # seed of the made images, of which training has those of seed 0
 _YES = {"yes", "응", "네", "예"}
 _NO = {"no", "아니", "아니요", "아니오"}
 
 
 def seeds(model: Model, gallery: Gallery) -> dict[str, Numbers]:
-    """What `SEEDS` seeds draw: {prompt: {n, different, right}}.
+    """Images of `SEEDS` seeds: {prompt: {n, different, right}}.
 
-    Different: see `gallery.different`. Right: the nearest of all training pictures has a name with
-    the word that was asked for ("cat face" is a cat).
+    Different: see `gallery.count_different`. Right: the nearest of all training images has a name
+    with the requested word ("cat face" is a cat).
     """
     report = {}
     for prompt, word in SEED_PROMPTS.items():
-        found = replies(model, [prompt] * SEEDS, "image", drawn_with(SEEDS, 0))
-        drawn = [picture for reply in found for picture in reply.images[:1]]
-        right = sum(word in gallery.nearest(p)["en"].split() for p in drawn)
-        report[prompt] = {"n": SEEDS, "different": different(gallery, drawn), "right": right}
+        found = generate_replies(model, [prompt] * SEEDS, "image", seeded_sampling(SEEDS, 0))
+        images = [image for reply in found for image in reply.images[:1]]
+        right = sum(word in gallery.nearest(p)["en"].split() for p in images)
+        report[prompt] = {"n": SEEDS, "different": count_different(gallery, images), "right": right}
     return report
 
 
@@ -57,26 +57,28 @@ def seeds(model: Model, gallery: Gallery) -> dict[str, Numbers]:
 def wordings(model: Model, data: EmojiData, gallery: Gallery) -> Numbers:
     """The held-out requests: {n, kind, right, replies: [{lang, request, wants, reply, …}]}.
 
-    `kind` is the share whose answer is of the right kind (a drawing, a name, yes or no, …), `right`
+    `kind` is the share whose answer is of the right kind (an image, a name, yes or no, …), `right`
     of those that also have the right thing. Requests for things that the data lacks are left out.
     """
     first: dict[str, Row] = {}
     for image_id in data.split("train"):
         first.setdefault(data.row(image_id)["codepoints"], data.row(image_id))
-    asked = [r for r in HELD_OUT if _has(data, first, r)]
-    prompts = [[*(Image(data.image(first[c]["id"])) for c in r.shown), r.text] for r in asked]
-    found = replies(model, prompts, "auto", drawn_with(len(prompts), 0, max_images=5))
-    judged = [judge(reply, r, data, first, gallery) for reply, r in zip(found, asked, strict=True)]
-    listed = [
-        {"lang": r.lang, "request": r.text, "wants": r.answer, "reply": shown_as(reply)}
-        | {"kind": kind, "right": right}
-        for r, reply, (kind, right) in zip(asked, found, judged, strict=True)
+    requests = [r for r in HELD_OUT if _is_answerable(data, first, r)]
+    prompts = [[*(Image(data.image(first[c]["id"])) for c in r.shown), r.text] for r in requests]
+    found = generate_replies(model, prompts, "auto", seeded_sampling(len(prompts), 0, max_images=5))
+    verdicts = [
+        judge(reply, r, data, first, gallery) for reply, r in zip(found, requests, strict=True)
     ]
-    kinds, rights = [kind for kind, _ in judged], [right for _, right in judged]
-    return {"n": len(asked), "kind": share(kinds), "right": share(rights), "replies": listed}
+    listed = [
+        {"lang": r.lang, "request": r.text, "wants": r.answer, "reply": reply_line(reply)}
+        | {"kind": kind, "right": right}
+        for r, reply, (kind, right) in zip(requests, found, verdicts, strict=True)
+    ]
+    kinds, rights = [kind for kind, _ in verdicts], [right for _, right in verdicts]
+    return {"n": len(requests), "kind": share(kinds), "right": share(rights), "replies": listed}
 
 
-def _has(data: EmojiData, first: dict[str, Row], request: FreeRequest) -> bool:
+def _is_answerable(data: EmojiData, first: dict[str, Row], request: FreeRequest) -> bool:
     if request.answer == "list":
         return any(row["subgroup"].startswith(request.wanted) for row in data.rows)
     known = [c in first for c in request.wanted]
@@ -87,32 +89,32 @@ def judge(
     reply: Any, request: FreeRequest, data: EmojiData, first: dict[str, Row], gallery: Gallery
 ) -> tuple[bool, bool]:
     """Whether a reply is of the right kind, and whether it has the right thing too."""
-    answer, lang, said = request.answer, request.lang, normalise(reply.text)
+    answer, lang, text = request.answer, request.lang, normalise(reply.text)
     if answer == "draw":
         kind = len(reply.images) > 0
         return kind, kind and gallery.nearest(reply.images[0])["codepoints"] in request.wanted
     if answer == "list":
-        return _list_judged(reply, request, data)
+        return _judge_list(reply, request, data)
     if reply.images:
         return False, False
     if answer == "unknown":
         return is_refusal(reply), is_refusal(reply)
     if answer in ("yes", "no"):
-        return said in _YES | _NO, said in (_YES if answer == "yes" else _NO)
+        return text in _YES | _NO, text in (_YES if answer == "yes" else _NO)
     if answer == "which":
         words = [normalise(word) for word in ORDINALS[lang]]
         index = request.shown.index(request.wanted[0])
-        return said.removeprefix("the ") in words, said.removeprefix("the ") == words[index]
+        return text.removeprefix("the ") in words, text.removeprefix("the ") == words[index]
     row = first[request.wanted[0]]
     if answer == "name":
         names = {normalise(name_of(r, lang)) for r in data.rows}
-        return said in names, said == normalise(name_of(row, lang))
+        return text in names, text == normalise(name_of(row, lang))
     kinds = {normalise(kind_of(r, lang)) for r in data.rows}
-    return said in kinds, said == normalise(kind_of(row, lang))
+    return text in kinds, text == normalise(kind_of(row, lang))
 
 
-def _list_judged(reply: Any, request: FreeRequest, data: EmojiData) -> tuple[bool, bool]:
-    """Names before their pictures; right if all names are of the kind that was asked for."""
+def _judge_list(reply: Any, request: FreeRequest, data: EmojiData) -> tuple[bool, bool]:
+    """Names before their images; right if all names are of the requested kind."""
     rows = [r for r in data.rows if r["subgroup"].startswith(request.wanted)]
     names = {normalise(name_of(r, request.lang)) for r in rows}
     texts = [s.text for s in reply.segments if isinstance(s, Text)]
@@ -123,18 +125,18 @@ def _list_judged(reply: Any, request: FreeRequest, data: EmojiData) -> tuple[boo
 
 
 def is_refusal(reply: Any) -> bool:
-    """Whether a reply says that the thing is not known, and draws nothing."""
+    """Whether a reply says that the thing is not known, and has no image."""
     answers = {normalise(answer) for answer in UNKNOWN_ANSWER.values()}
     return not reply.images and normalise(reply.text) in answers
 
 
-def shown_as(reply: Any) -> str:
-    """A reply as one line; pictures are in brackets."""
+def reply_line(reply: Any) -> str:
+    """A reply as one line; images are in brackets."""
     parts = [s.text.strip() if isinstance(s, Text) else "[picture]" for s in reply.segments]
     return " ".join(" ".join(parts).split())
 
 
-# ---- what is unknown, and scenes
+# ---- unknown things, and scenes
 
 
 def refusals(
@@ -143,25 +145,29 @@ def refusals(
     """Shares of replies that say "I do not know this one": {what: {n, refused}}.
 
     "unknown words" and "unknown pictures" should all be refused (held-out words, and noise and
-    scrambled pictures that training did not have); "known words" and "known pictures" (`drawn` and
-    `named`, ids of training pictures) never. Half of the requests are in Korean.
+    scrambled images that training did not have); "known words" and "known pictures" (`drawn` and
+    `named`, ids of training images) never. Half of the requests are in Korean.
     """
     things = unknown_things(data, HELD_OUT_THINGS)[:limit]
     words = [pair[number % 2] for number, pair in enumerate(things)]
     known = [name_of(data.row(i), _lang(n)) for n, i in enumerate(drawn[:limit])]
-    odd = [picture_of(data, i) for i in strangers(data, min(limit, 20), NOT_TRAINED)]
-    seen = data.images(named[:limit])
-    asked: dict[str, list[Any]] = {
+    unknown_images = [
+        image_of(data, i) for i in unknown_image_ids(data, min(limit, 20), NOT_TRAINED)
+    ]
+    known_images = data.images(named[:limit])
+    prompts_by_kind: dict[str, list[Any]] = {
         "unknown words": [_request(name, _lang(n)) for n, name in enumerate(words)],
-        "unknown pictures": [[Image(p), _question(_lang(n))] for n, p in enumerate(odd)],
+        "unknown pictures": [[Image(p), _question(_lang(n))] for n, p in enumerate(unknown_images)],
         "known words": [_request(name, _lang(n)) for n, name in enumerate(known)],
-        "known pictures": [[Image(p), _question(_lang(n))] for n, p in enumerate(seen)],
+        "known pictures": [[Image(p), _question(_lang(n))] for n, p in enumerate(known_images)],
     }
     report = {}
-    for what, prompts in asked.items():
-        found = replies(model, prompts, "auto", drawn_with(len(prompts), 0, max_images=1))
+    for kind, prompts in prompts_by_kind.items():
+        found = generate_replies(
+            model, prompts, "auto", seeded_sampling(len(prompts), 0, max_images=1)
+        )
         refused = share([is_refusal(reply) for reply in found])
-        report[what] = {"n": len(prompts), "refused": refused}
+        report[kind] = {"n": len(prompts), "refused": refused}
     return report
 
 
@@ -180,11 +186,11 @@ def _question(lang: str) -> str:
 
 def scene_answers(model: Model, data: EmojiData, limit: int) -> Numbers:
     """Questions about scenes that training did not have: {n, exact}. Half are in Korean."""
-    rng, asked, wanted = random.Random(0), list[Any](), list[str]()
+    rng, prompts, expected = random.Random(0), list[Any](), list[str]()
     for number, scene in enumerate(scenes(data, limit, NOT_TRAINED)):
         question, answer = scene_questions(data, scene, _lang(number), rng)[0]
-        asked.append([Image(picture_of(data, scene.id)), question])
-        wanted.append(normalise(answer))
-    found = replies(model, asked, "text", drawn_with(len(asked), 0))
-    right = [normalise(r.text) == answer for r, answer in zip(found, wanted, strict=True)]
+        prompts.append([Image(image_of(data, scene.id)), question])
+        expected.append(normalise(answer))
+    found = generate_replies(model, prompts, "text", seeded_sampling(len(prompts), 0))
+    right = [normalise(r.text) == answer for r, answer in zip(found, expected, strict=True)]
     return {"n": len(right), "exact": share(right)}

@@ -1,9 +1,9 @@
-"""How much drawings look like pictures of the emoji data: features, nearest pictures, distances.
+"""How alike generated images and those of the emoji data are: features, nearest images, distances.
 
-Every picture becomes two blocks of numbers: RGB at 16 x 16 after a light blur, and the mean edge
+Every image becomes two blocks of numbers: RGB at 16 x 16 after a light blur, and the mean edge
 strength of its grey version in 16 x 16 cells. Each block is divided by its standard deviation over
-the pictures that are compared with; pictures compare by the mean squared difference, edges counting
-half. Nothing here is learnt, so that figures of years apart compare.
+the images that are compared with; images compare by the mean squared difference, edges counting
+half. Nothing here is learnt, so that results of different versions can be compared.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _PAIRS = 2000
 
 
 class Gallery:
-    """Pictures with which drawings are compared: those of one style, or all training pictures."""
+    """Images with which generated ones are compared: those of one style, or all training images."""
 
     def __init__(self, data: EmojiData, style: str | None = None) -> None:
         rows = [r for r in data.rows if r["style"] == style]
         if style is None:
             rows = [r for r in data.rows if r["split"] == "train" and r["style"] != ICON]
-        self.shown: list[Row] = rows
+        self.dataset_rows: list[Row] = rows
         self.concepts = np.array([r["codepoints"] for r in rows])
         with ThreadPoolExecutor(_THREADS) as pool:
             blocks = list(pool.map(lambda row: features(data.image(row["id"])), rows))
@@ -42,35 +42,35 @@ class Gallery:
         self.scales = (float(colours.std()) or 1.0, float(edges.std()) or 1.0)
         self.rows = np.stack([self._join(*block) for block in blocks])
 
-    def rank(self, picture: PIL.Image.Image, concept: str) -> int:
-        """How many other concepts are nearer to the picture than this one: 0 is a hit."""
-        distances = ((self.rows - self.place(picture)) ** 2).sum(1)
+    def rank(self, image: PIL.Image.Image, concept: str) -> int:
+        """How many other concepts are nearer to the image than this one: 0 is a hit."""
+        distances = ((self.rows - self.embed(image)) ** 2).sum(1)
         nearest = distances[self.concepts == concept].min()
         return len(set(self.concepts[distances < nearest].tolist()) - {concept})
 
-    def nearest(self, picture: PIL.Image.Image) -> Row:
-        """The row of the picture that is nearest."""
-        return self.shown[int(((self.rows - self.place(picture)) ** 2).sum(1).argmin())]
+    def nearest(self, image: PIL.Image.Image) -> Row:
+        """The row of the image that is nearest."""
+        return self.dataset_rows[int(((self.rows - self.embed(image)) ** 2).sum(1).argmin())]
 
-    def place(self, picture: PIL.Image.Image) -> Features:
-        """The picture's point, among those of `rows`."""
-        return self._join(*features(picture))
+    def embed(self, image: PIL.Image.Image) -> Features:
+        """The image's point, among those of `rows`."""
+        return self._join(*features(image))
 
     def between_styles(self) -> float:
-        """The median squared distance of two pictures of one thing in different styles."""
+        """The median squared distance of two images of one thing in different styles."""
         rng, by_concept = random.Random(0), dict[str, list[int]]()
         for number, concept in enumerate(self.concepts.tolist()):
             by_concept.setdefault(concept, []).append(number)
-        several = [numbers for numbers in by_concept.values() if len(numbers) > 1]
-        if not several:
+        with_several = [numbers for numbers in by_concept.values() if len(numbers) > 1]
+        if not with_several:
             return 1.0
-        pairs = [rng.sample(rng.choice(several), 2) for _ in range(_PAIRS)]
-        apart = [
+        pairs = [rng.sample(rng.choice(with_several), 2) for _ in range(_PAIRS)]
+        distances = [
             float(((self.rows[a] - self.rows[b]) ** 2).sum())
             for a, b in pairs
-            if self.shown[a]["style"] != self.shown[b]["style"]
+            if self.dataset_rows[a]["style"] != self.dataset_rows[b]["style"]
         ]
-        return float(np.median(apart)) if apart else 1.0
+        return float(np.median(distances)) if distances else 1.0
 
     def _join(self, colours: Features, edges: Features) -> Features:
         weights = (
@@ -80,9 +80,9 @@ class Gallery:
         return np.concatenate([colours * weights[0], edges * weights[1]])
 
 
-def features(picture: PIL.Image.Image) -> tuple[Features, Features]:
-    """Colours [768] and edges [256] of a picture, each from 0 to 1: see the top of this file."""
-    small = resized(picture.convert("RGB"), (64, 64))
+def features(image: PIL.Image.Image) -> tuple[Features, Features]:
+    """Colours [768] and edges [256] of an image, each from 0 to 1: see the top of this file."""
+    small = resized(image.convert("RGB"), (64, 64))
     blurred = small.filter(ImageFilter.GaussianBlur(2)).resize((16, 16), PIL.Image.Resampling.BOX)
     grey = np.asarray(small.convert("L"), np.float32) / 255
     down, right = np.gradient(grey)
@@ -91,38 +91,38 @@ def features(picture: PIL.Image.Image) -> tuple[Features, Features]:
     return colours, edges.astype(np.float32).ravel()
 
 
-def resized(picture: PIL.Image.Image, size: tuple[int, int]) -> PIL.Image.Image:
-    if picture.size == size:
-        return picture
-    return picture.resize(size, PIL.Image.Resampling.LANCZOS)
+def resized(image: PIL.Image.Image, size: tuple[int, int]) -> PIL.Image.Image:
+    if image.size == size:
+        return image
+    return image.resize(size, PIL.Image.Resampling.LANCZOS)
 
 
-def different(gallery: Gallery, pictures: Sequence[PIL.Image.Image]) -> int:
-    """How many of the pictures differ from each other.
+def count_different(gallery: Gallery, images: Sequence[PIL.Image.Image]) -> int:
+    """How many of the images differ from each other.
 
-    A picture counts if it is farther from all that count than half of `between_styles`.
+    An image counts if its distance to all that count already is over half of `between_styles`.
     """
-    apart, kept = gallery.between_styles() / 2, list[Features]()
-    for place in map(gallery.place, pictures):
-        if all(float(((place - other) ** 2).sum()) > apart for other in kept):
-            kept.append(place)
-    return len(kept)
+    threshold, counted = gallery.between_styles() / 2, list[Features]()
+    for point in map(gallery.embed, images):
+        if all(float(((point - other) ** 2).sum()) > threshold for other in counted):
+            counted.append(point)
+    return len(counted)
 
 
 def frechet(
     gallery: Gallery, one: Sequence[PIL.Image.Image], other: Sequence[PIL.Image.Image]
 ) -> float:
-    """The Frechet distance of two sets of pictures, as FID but in other features.
+    """The Frechet distance of two sets of images, as FID but in other features.
 
-    The features are the `COMPONENTS` first principal components of the gallery's pictures, in units
-    of the standard deviation of the first. Few pictures give a higher distance: compare figures of
+    The features are the `COMPONENTS` first principal components of the gallery's images, in units
+    of the standard deviation of the first. Few images give a higher distance: compare figures of
     equal numbers.
     """
     centre = gallery.rows.mean(0)
     _, sizes, axes = np.linalg.svd(gallery.rows - centre, full_matrices=False)
     unit = sizes[0] / len(gallery.rows) ** 0.5
     axes = axes[:COMPONENTS] / (unit or 1.0)
-    sets = [(np.stack([gallery.place(p) for p in s]) - centre) @ axes.T for s in (one, other)]
+    sets = [(np.stack([gallery.embed(p) for p in s]) - centre) @ axes.T for s in (one, other)]
     (mean_a, a), (mean_b, b) = ((x.mean(0), np.cov(x, rowvar=False)) for x in sets)
     root = _root(a)
     cross = np.trace(_root(root @ b @ root))

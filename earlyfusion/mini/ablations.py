@@ -1,13 +1,13 @@
-"""The paper's ablations at the scale of `mini`: what keeps a run stable, and what size changes.
+"""The paper's ablations at the scale of `mini`: which parts keep a run stable, and model sizes.
 
     earlyfusion train ablations data=DIR/emoji image_tokenizer=runs/mini_image_tokenizer \\
         start=runs/mini_transformer
 
 Every variant starts from the same weights and sees the same documents in the same order, once at a
-usual learning rate and once at one that strains it; then come two more sizes at the usual rate. All
-tokens are targets, as in pre-training. Each variant has a folder under the run's; a repeated
-command skips finished ones. The results are `ablations.md` and pictures of the curves. Tokenizer
-and codes are taken from the run `start`, or made. Results: docs/ablations.md.
+usual learning rate and once at a high one that makes training unstable. Two more sizes follow at
+the usual rate. All tokens are targets, as in pre-training. Each variant has a folder under the
+run's; a repeated command skips finished ones. The results are `ablations.md` and plots of the
+curves. Tokenizer and codes are copied from the run `start`, or made. Results: docs/ablations.md.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import torch
-from PIL import Image as Picture
 from torch import Tensor, nn
 
 from earlyfusion.config import PRESETS
@@ -34,7 +34,7 @@ from earlyfusion.devices import resolve_device
 from earlyfusion.errors import SettingError
 from earlyfusion.mini.emoji.dataset import EmojiData
 from earlyfusion.mini.emoji.dialogues import caption_pairs, messages_of
-from earlyfusion.mini.image_tokenizer import AugmentConfig, augmented
+from earlyfusion.mini.image_tokenizer import AugmentConfig, augment_image
 from earlyfusion.mini.transformer import DocumentsConfig, TransformerConfig, prepare
 from earlyfusion.model.attention import CausalAttend
 from earlyfusion.model.transformer import Block, Transformer
@@ -109,9 +109,9 @@ class Trial:
 
 def trials(config: AblationsConfig) -> list[Trial]:
     """The runs to train, those at the usual rate first."""
-    found = [Trial(n, v, rate) for rate in config.rates for n, v in VARIANTS.items()]
-    found += [Trial(n, v, config.rates[0]) for n, v in SIZES.items()]
-    return [t for t in found if not config.only or t.name in config.only]
+    all_trials = [Trial(n, v, rate) for rate in config.rates for n, v in VARIANTS.items()]
+    all_trials += [Trial(n, v, config.rates[0]) for n, v in SIZES.items()]
+    return [t for t in all_trials if not config.only or t.name in config.only]
 
 
 class AttentionProbe:
@@ -126,8 +126,8 @@ class AttentionProbe:
     def __call__(self, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
         k_BTNH = k_BTKH.repeat_interleave(q_BTNH.shape[2] // k_BTKH.shape[2], 2)
         scores_BNTT = torch.einsum("btnh,bsnh->bnts", q_BTNH, k_BTNH).float()
-        seen = scores_BNTT.masked_fill(~self._visible_BTT[:, None], -math.inf)
-        self.highest = max(self.highest, float(seen.amax()) / math.sqrt(q_BTNH.shape[3]))
+        visible = scores_BNTT.masked_fill(~self._visible_BTT[:, None], -math.inf)
+        self.highest = max(self.highest, float(visible.amax()) / math.sqrt(q_BTNH.shape[3]))
         return self._attend(q_BTNH, k_BTKH, v_BTKH)
 
 
@@ -176,14 +176,16 @@ def _validate(model: Transformer, batches: list[PackedBatch]) -> dict[str, float
     }
 
 
-def _held_out(config: AblationsConfig, vqgan: VQGAN, processor: Processor) -> list[PackedBatch]:
-    """Pairs of picture and name, in either order, of pictures that no training document shows."""
+def _held_out_batches(
+    config: AblationsConfig, vqgan: VQGAN, processor: Processor
+) -> list[PackedBatch]:
+    """Pairs of an image and its name, in either order, of images not in the training documents."""
     data = EmojiData(config.data)
     pairs = list(caption_pairs(data, "val"))
     chosen = pairs[:: len(pairs) // config.held_out or 1][: config.held_out]
-    picture = partial(_picture, data, vqgan)
+    load_image = partial(_encode_image, data, vqgan)
     documents = [
-        processor.encode_document(messages_of(pair["messages"], picture)) for pair in chosen
+        processor.encode_document(messages_of(pair["messages"], load_image)) for pair in chosen
     ]
     fitting = [d for d in documents if len(d) <= config.length + 1]
     packer = Packer(
@@ -200,23 +202,23 @@ def _held_out(config: AblationsConfig, vqgan: VQGAN, processor: Processor) -> li
 
 
 @torch.inference_mode()
-def _picture(data: EmojiData, vqgan: VQGAN, image_id: str, role: str) -> Image:
+def _encode_image(data: EmojiData, vqgan: VQGAN, image_id: str, role: str) -> Image:
     side, rng = vqgan.config.resolution, np.random.default_rng(0)
-    pixels = to_pixels([augmented(data.image(image_id), side, AugmentConfig(0.0), rng)])
+    pixels = to_pixels([augment_image(data.image(image_id), side, AugmentConfig(0.0), rng)])
     return Image(codes=vqgan.encode(pixels)[0].numpy())
 
 
-def build(trial: Trial, config: AblationsConfig, words: int) -> Transformer:
+def build(trial: Trial, config: AblationsConfig, vocab_size: int) -> Transformer:
     """The model of a trial: variants of one shape begin with the same weights."""
     torch.manual_seed(config.run.seed)
-    shape = replace(config.model, vocab_size=words, **trial.variant.shape)
+    shape = replace(config.model, vocab_size=vocab_size, **trial.variant.shape)
     model = Transformer(shape, trial.variant.dropout).to(resolve_device(config.run.device))
     model.init_weights()
     if not trial.variant.qk_norm:
         for block in model.model.layers:
             assert isinstance(block, Block)
             for name in ("q_norm", "k_norm"):
-                # After the first weights are drawn, which are thus equal in all variants.
+                # After the initial weights were made, so that they are equal in all variants.
                 setattr(block.self_attn, name, nn.Identity())
     return model
 
@@ -251,39 +253,39 @@ def _train(
 
 FIGURES = {
     "valid_text_nats": "text, nats",
-    "valid_image_nats": "pictures, nats",
+    "valid_image_nats": "images, nats",
     "output_norm": "output norm, first to last",
     "attention_score": "largest attention score",
     "top_logit": "largest logit",
     "grad_norm": "gradient norm, median and largest",
 }
 LOSSES = ("valid_text_nats", "valid_image_nats")
-SIGNS = ("output_norm", "attention_score", "top_logit", "grad_norm")
+DIAGNOSTICS = ("output_norm", "attention_score", "top_logit", "grad_norm")
 
 
 def report(config: AblationsConfig) -> Path:
-    """Write `ablations.md` and the pictures of the curves, for the runs that are finished."""
+    """Write `ablations.md` and the plots of the curves, for the runs that are finished."""
     out = config.run.out
     done = [t for t in trials(config) if (out / t.folder / "result.json").exists()]
     parts = []
     for rate in config.rates:
-        there = [t for t in done if t.rate == rate and t.name in VARIANTS]
-        if there:
+        finished = [t for t in done if t.rate == rate and t.name in VARIANTS]
+        if finished:
             name = f"rate-{rate:g}.png"
-            _draw(out, there, LOSSES + SIGNS).save(out / name, optimize=True)
-            parts.append(f"## Rate {rate:g}\n\n{_table(out, there)}\n\n![Curves]({name})\n")
+            _plot(out, finished, LOSSES + DIAGNOSTICS).save(out / name, optimize=True)
+            parts.append(f"## Rate {rate:g}\n\n{_table(out, finished)}\n\n![Curves]({name})\n")
     sizes = [t for t in done if t.rate == config.rates[0] and t.name in (*SIZES, "reference")]
     if len(sizes) > 2:
-        _draw(out, sizes, (*LOSSES, "output_norm")).save(out / "sizes.png", optimize=True)
+        _plot(out, sizes, (*LOSSES, "output_norm")).save(out / "sizes.png", optimize=True)
         parts.append(f"## Sizes\n\n{_sizes_table(out, sizes)}\n\n![Curves](sizes.png)\n")
     (out / "ablations.md").write_text("\n".join(parts), encoding="utf-8")
     return out / "ablations.md"
 
 
-def _draw(out: Path, group: list[Trial], figures: tuple[str, ...]) -> Picture.Image:
+def _plot(out: Path, group: list[Trial], figures: tuple[str, ...]) -> PIL.Image.Image:
     curves = {t.name: curves_of(read_metrics(out / t.folder)) for t in group}
-    charts = {f: {n: found[f] for n, found in curves.items() if f in found} for f in figures}
-    return draw_sheet({f: lines for f, lines in charts.items() if lines}, SIGNS)
+    charts = {f: {n: own[f] for n, own in curves.items() if f in own} for f in figures}
+    return draw_sheet({f: lines for f, lines in charts.items() if lines}, DIAGNOSTICS)
 
 
 def _table(out: Path, group: list[Trial]) -> str:
@@ -296,7 +298,7 @@ def _table(out: Path, group: list[Trial]) -> str:
 
 def _cells(rows: list[dict[str, Any]]) -> list[str]:
     values = {f: [r[f] for r in rows if r.get(f) is not None] for f in FIGURES}
-    cells = {f: f"{seen[-1]:.3f}" for f, seen in values.items()}
+    cells = {f: f"{series[-1]:.3f}" for f, series in values.items()}
     norms, gradients = values["output_norm"], values["grad_norm"]
     cells["output_norm"] = f"{norms[0]:.3g} to {norms[-1]:.3g}"
     cells["attention_score"] = f"{max(values['attention_score']):.3g}"
@@ -316,16 +318,16 @@ def _verdict(folder: Path) -> str:
 
 
 def _sizes_table(out: Path, group: list[Trial]) -> str:
-    found = []
+    rows = []
     for trial in group:
         folder = out / trial.folder
         count = json.loads((folder / "result.json").read_text(encoding="utf-8"))["parameters"]
         losses = [r["valid_nats"] for r in read_metrics(folder) if r.get("valid_nats") is not None]
-        found.append((count, losses[-1], _cells(read_metrics(folder))))
-    found.sort()
-    lines = ["| weights in blocks | all, nats | text, nats | pictures, nats |", "| --- " * 4 + "|"]
-    lines += [f"| {n:,} | {all_:.3f} | {cells[0]} | {cells[1]} |" for n, all_, cells in found]
-    return "\n".join(lines) + "\n\n" + power_law([(n, loss) for n, loss, _ in found])
+        rows.append((count, losses[-1], _cells(read_metrics(folder))))
+    rows.sort()
+    lines = ["| weights in blocks | all, nats | text, nats | images, nats |", "| --- " * 4 + "|"]
+    lines += [f"| {n:,} | {all_:.3f} | {cells[0]} | {cells[1]} |" for n, all_, cells in rows]
+    return "\n".join(lines) + "\n\n" + power_law([(n, loss) for n, loss, _ in rows])
 
 
 def power_law(points: list[tuple[float, float]]) -> str:
@@ -340,7 +342,7 @@ def power_law(points: list[tuple[float, float]]) -> str:
 
 def main(config: AblationsConfig) -> None:
     vqgan, processor, stream = prepare(config)
-    held_out = _held_out(config, vqgan, processor)
+    held_out = _held_out_batches(config, vqgan, processor)
     for trial in trials(config):
         if not (config.run.out / trial.folder / "result.json").exists():
             _train(trial, config, processor, stream, held_out)

@@ -1,11 +1,11 @@
-"""The second stage of `mini`: questions about pictures, so that it learns to name what it sees.
+"""The second stage of `mini`: questions about images, so that it learns to name things in them.
 
     earlyfusion train mini_answers data=DIR/emoji \\
         image_tokenizer=runs/mini_image_tokenizer start=runs/mini_transformer
 
-After the first stage the model knows the forms of the tasks and what pictures look like. Here most
-documents ask several questions about one picture, and the words of an answer weigh more in the loss
-than the codes of a drawing. Machine, run time and scores of the shipped weights are in the model
+After the first stage the model knows the forms of the tasks and what images look like. Here most
+documents ask several questions about one image, and text tokens of an answer have a higher loss
+weight than image tokens. Machine, run time and scores of the shipped weights are in the model
 card, earlyfusion/pretrained/mini/README.md.
 """
 

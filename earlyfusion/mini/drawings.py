@@ -1,13 +1,13 @@
-"""The third stage of `mini`: more of everything, and above all requests for pictures.
+"""The third stage of `mini`: more of all tasks, above all requests for images.
 
     earlyfusion train mini_drawings data=DIR/emoji \\
         image_tokenizer=runs/mini_image_tokenizer start=runs/mini_answers
 
-It teaches drawing. A third of the documents are a request without a style and the thing's first
-picture in the data, so that these pictures are seen often enough to be drawn; the rest are pairs in
-all styles, questions and lists. Before its final run, the shipped weights had two shorter runs of
-this recipe at a constant rate (`decay=hold`). These, and machine, run time and scores, are in the
-model card (earlyfusion/pretrained/mini/README.md).
+It teaches image generation. A third of the documents are a request without a style and the thing's
+first image in the data, so that the model sees these images often enough to generate them. The rest
+are pairs in all styles, questions and lists. Before its final run, the shipped weights had two
+shorter runs of this recipe at a constant rate (`decay=hold`). These, and machine, run time and
+scores, are in the model card (earlyfusion/pretrained/mini/README.md).
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     earlyfusion train mini_image_tokenizer data=DIR/emoji start=runs/mini_image_tokenizer \\
         trainable=decoder out=runs/mini_decoder
 
-The first stage of `mini`. Trains a VQ-GAN of 4 M parameters on the emoji pictures (docs/mini.md)
+The first stage of `mini`. Trains a VQ-GAN of 4 M parameters on the emoji images (docs/mini.md)
 with random shifts, scales and mirrors. Repeated, the command continues from the newest checkpoint.
 Machine, run time and scores of the shipped weights are in the model card,
 earlyfusion/pretrained/mini/README.md.
@@ -30,7 +30,7 @@ from earlyfusion.train.trainer import RunConfig, train
 
 @dataclass
 class AugmentConfig:
-    """The share of pictures that are changed, and how far; lengths as shares of the width."""
+    """The share of images that are changed, and how far; lengths as shares of the width."""
 
     share: float = 0.6
     shift: float = 0.12
@@ -44,22 +44,22 @@ class EmojiImageTokenizerConfig(ImageTokenizerConfig):
     data: Path = Path("data/emoji")
     batch: int = 12
     checked: int = 64
-    """Pictures of the validation split that are drawn and measured at `sample_every`."""
+    """Images of the validation split that are reconstructed and measured at `sample_every`."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
 
-def augmented(
-    picture: Image.Image, side: int, config: AugmentConfig, rng: np.random.Generator
+def augment_image(
+    image: Image.Image, side: int, config: AugmentConfig, rng: np.random.Generator
 ) -> Image.Image:
-    """The picture at `side` x `side`, often moved, scaled, mirrored or with channels swapped."""
+    """The image at `side` x `side`, often moved, scaled, mirrored or with channels swapped."""
     if rng.random() >= config.share:
-        return picture.resize((side, side), Image.Resampling.LANCZOS)
-    width = picture.width
+        return image.resize((side, side), Image.Resampling.LANCZOS)
+    width = image.width
     extent = width * (1 + rng.uniform(-config.scale, config.scale))
     left, top = ((width - extent) / 2 + rng.uniform(-1, 1, 2) * config.shift * width).tolist()
     margin = int(width * (config.shift + config.scale)) + 1
     canvas = Image.new("RGB", (width + 2 * margin,) * 2, "white")
-    canvas.paste(picture, (margin, margin))
+    canvas.paste(image, (margin, margin))
     box = (left + margin, top + margin, left + margin + extent, top + margin + extent)
     out = canvas.resize((side, side), Image.Resampling.LANCZOS, box=box)
     if rng.random() < config.mirror:
@@ -70,8 +70,8 @@ def augmented(
     return out
 
 
-def batch_of(step: int, batch: int, count: int, seed: int) -> list[int]:
-    """Numbers of the `batch` pictures of a step; each epoch has all `count` in a new order."""
+def batch_indices(step: int, batch: int, count: int, seed: int) -> list[int]:
+    """Indices of the `batch` images of a step; each epoch has all `count` in a new order."""
     epochs = [divmod(position, count) for position in range(step * batch, (step + 1) * batch)]
     orders = {
         epoch: np.random.default_rng([seed, 1_000_000 + epoch]).permutation(count)
@@ -80,39 +80,39 @@ def batch_of(step: int, batch: int, count: int, seed: int) -> list[int]:
     return [int(orders[epoch][position]) for epoch, position in epochs]
 
 
-class Pictures:
-    """Batches of augmented training pictures: batch k depends only on the seed and k. Each of
-    several processes takes its block of a batch. This is not a `data.images.ImageBatches`,
-    because that draws random numbers for each picture separately; here one generator changes all
-    pictures of a batch in turn, and another order would change the losses of the shipped recipe."""
+class AugmentedBatches:
+    """Batches of augmented training images: batch k depends only on the seed and k. Each of
+    several processes takes its block of a batch. This is not a `data.images.ImageBatches`, because
+    that has a random generator for each image; here one generator augments all images of a batch in
+    turn, and another order would change the losses of the shipped recipe."""
 
     def __init__(self, data: EmojiData, config: EmojiImageTokenizerConfig) -> None:
-        self._pictures = data.images(data.split("train"))
+        self._images = data.images(data.split("train"))
         self._config = config
 
     def __call__(self, step: int) -> torch.Tensor:
         cfg = self._config
         rng, side = np.random.default_rng([cfg.run.seed, step]), cfg.model.resolution
-        chosen = batch_of(step, cfg.batch, len(self._pictures), cfg.run.seed)
-        made = [augmented(self._pictures[number], side, cfg.augment, rng) for number in chosen]
+        chosen = batch_indices(step, cfg.batch, len(self._images), cfg.run.seed)
+        images = [augment_image(self._images[number], side, cfg.augment, rng) for number in chosen]
         size = cfg.batch // processes.count()
-        return to_pixels(made[processes.rank() * size : (processes.rank() + 1) * size])
+        return to_pixels(images[processes.rank() * size : (processes.rank() + 1) * size])
 
 
-def held_out(data: EmojiData, config: EmojiImageTokenizerConfig) -> torch.Tensor:
-    """Pictures of the validation split, evenly spread over it: float32 [B, 3, Y, X]."""
+def held_out_images(data: EmojiData, config: EmojiImageTokenizerConfig) -> torch.Tensor:
+    """Images of the validation split, evenly spread over it: float32 [B, 3, Y, X]."""
     ids, side = data.split("val"), config.model.resolution
     chosen = ids[:: max(1, len(ids) // config.checked)][: config.checked]
     rng, plain = np.random.default_rng(0), AugmentConfig(share=0.0)
-    made = [augmented(picture, side, plain, rng) for picture in data.images(chosen)]
-    return to_pixels(made) if made else torch.empty(0, 3, side, side)
+    images = [augment_image(image, side, plain, rng) for image in data.images(chosen)]
+    return to_pixels(images) if images else torch.empty(0, 3, side, side)
 
 
 def main(config: EmojiImageTokenizerConfig) -> None:
     check_terms(config.loss)
     data, model = EmojiData(config.data), config.build()
-    task = config.task(model, Pictures(data, config))
-    train(task, config.run, config.optim, HeldOut(model, held_out(data, config), batch=16))
+    task = config.task(model, AugmentedBatches(data, config))
+    train(task, config.run, config.optim, HeldOut(model, held_out_images(data, config), batch=16))
 
 
 # Also those of the larger mini's image tokenizer (named_image_tokenizer.py).

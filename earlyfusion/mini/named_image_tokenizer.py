@@ -1,4 +1,4 @@
-"""An image tokenizer whose codes name what they show; pictures are changed on the device.
+"""An image tokenizer whose codes carry the names of things; images are augmented on the device.
 
     earlyfusion train mini_named_image_tokenizer data=DIR/emoji device=cuda minutes=3
     earlyfusion train mini_named_image_tokenizer data=DIR/emoji device=cuda minutes=1 \\
@@ -6,10 +6,10 @@
         out=runs/decoder
 
 The first stage of the larger `mini`. Trains a VQ-GAN of 128 x 128 pixels and 16 x 16 codes on the
-emoji pictures (docs/mini.md), changed anew each time: shifted, scaled, turned a little, in other
-colours, grey. A separate head learns to name thing, kind and style from the codewords, and is
-dropped at the end. The second command then trains the decoder alone, on codes of which a tenth are
-wrong. On a CPU use `resolution=64`. A stage of `pretrain_mini`; measurements: docs/mini.md.
+emoji images (docs/mini.md), augmented anew each time: shifted, scaled, turned a little, in other
+colours, grey. A classification head learns thing, kind and style from the codewords, and is dropped
+at the end. The second command then trains the decoder alone, on codes of which a tenth are wrong.
+On a CPU use `resolution=64`. A stage of `pretrain_mini`; measurements: docs/mini.md.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from earlyfusion.devices import resolve_device
 from earlyfusion.errors import SettingError
 from earlyfusion.mini.emoji.dataset import EmojiData
 from earlyfusion.mini.emoji.tensors import Labels, opened, pictures
-from earlyfusion.mini.image_tokenizer import OPTIM, batch_of
+from earlyfusion.mini.image_tokenizer import OPTIM, batch_indices
 from earlyfusion.model.vqgan import VQGAN
 from earlyfusion.train.augment import ChangeConfig, changed, resized
 from earlyfusion.train.image_tokenizer import (
@@ -38,7 +38,7 @@ from earlyfusion.train.image_tokenizer import (
 from earlyfusion.train.semantic import SemanticHead
 from earlyfusion.train.trainer import RunConfig, train
 
-NAMED = 256  # pictures of val-pair that are named at once
+NAMING_BATCH = 256  # images of val-pair that are classified at once
 
 
 @dataclass
@@ -46,10 +46,10 @@ class NamedImageTokenizerConfig(ImageTokenizerConfig):
     data: Path = Path("data/emoji")
     batch: int = 128
     checked: int = 64
-    """Pictures of the validation split that are drawn and measured at `sample_every`."""
+    """Images of the validation split that are reconstructed and measured at `sample_every`."""
     change: ChangeConfig = field(default_factory=ChangeConfig)
     icons: Path | None = None
-    """The folder of a set of icons (docs/mini.md) that join the training pictures."""
+    """The folder of a set of icons (docs/mini.md) that join the training images."""
 
     def __post_init__(self) -> None:
         if processes.count() > 1:
@@ -60,29 +60,29 @@ class NamedImageTokenizerConfig(ImageTokenizerConfig):
         super().__post_init__()
 
 
-class DevicePictures:
-    """Batches of pictures, changed on the device; batch k depends only on the seed and k."""
+class DeviceBatches:
+    """Batches of images, augmented on the device; batch k depends only on the seed and k."""
 
     def __init__(self, data: EmojiData, config: NamedImageTokenizerConfig) -> None:
         device = resolve_device(config.run.device)
         side = config.model.resolution
-        self._pictures = pictures(config.data, "train", side, str(device), config.icons)
+        self._images = pictures(config.data, "train", side, str(device), config.icons)
         self._labels = Labels(data).of(data.split("train")).to(device)
         self._config = config
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         cfg = self._config
-        chosen = batch_of(step, cfg.batch, len(self._pictures), cfg.run.seed)
+        chosen = batch_indices(step, cfg.batch, len(self._images), cfg.run.seed)
         # Not made on the device, which the host would wait for.
-        where = torch.tensor(chosen).to(self._pictures.device, non_blocking=True)
-        generator = torch.Generator(self._pictures.device)
+        indices = torch.tensor(chosen).to(self._images.device, non_blocking=True)
+        generator = torch.Generator(self._images.device)
         generator.manual_seed(cfg.run.seed * 1_000_003 + step)
-        pixels = resized(self._pictures[where], cfg.model.resolution)
-        return changed(pixels, cfg.change, generator), self._labels[where]
+        pixels = resized(self._images[indices], cfg.model.resolution)
+        return changed(pixels, cfg.change, generator), self._labels[indices]
 
 
-class Checks:
-    """The figures of `HeldOut`, and the share of val-pair pictures that the head names right."""
+class Validation:
+    """The figures of `HeldOut`, and the share of val-pair images that the head classifies right."""
 
     def __init__(
         self,
@@ -92,22 +92,26 @@ class Checks:
         cfg: NamedImageTokenizerConfig,
     ) -> None:
         side, device = cfg.model.resolution, str(resolve_device(cfg.run.device))
-        whole = resized(pictures(cfg.data, "val", side, "cpu"), side)
-        held_out = whole[:: max(1, len(whole) // cfg.checked)][: cfg.checked]
-        self._shows = HeldOut(model, held_out, batch=16)
+        images = resized(pictures(cfg.data, "val", side, "cpu"), side)
+        held_out = images[:: max(1, len(images) // cfg.checked)][: cfg.checked]
+        self._held_out = HeldOut(model, held_out, batch=16)
         self._model, self._head = model, head
         self._pairs = pictures(cfg.data, "val-pair", side, device)
         self._labels = Labels(data).of(data.split("val-pair")).to(device)
 
     def __call__(self, step: int, folder: Path) -> dict[str, float]:
-        figures = self._shows(step, folder)
-        return figures | ({} if self._head is None else {"held_out_named": self._named(self._head)})
+        figures = self._held_out(step, folder)
+        if self._head is None:
+            return figures
+        return figures | {"held_out_named": self._naming_accuracy(self._head)}
 
     @torch.no_grad()
-    def _named(self, head: SemanticHead) -> float:
+    def _naming_accuracy(self, head: SemanticHead) -> float:
         right, device = 0.0, self._pairs.device
         with torch.autocast(device.type, enabled=False):
-            batches = zip(self._pairs.split(NAMED), self._labels.split(NAMED), strict=True)
+            batches = zip(
+                self._pairs.split(NAMING_BATCH), self._labels.split(NAMING_BATCH), strict=True
+            )
             for rows, labels in batches:
                 codes = self._model.encode(resized(rows, rows.shape[1]))
                 guesses = head(self._model.embed(codes))[0].argmax(1)
@@ -123,8 +127,8 @@ def main(config: NamedImageTokenizerConfig) -> None:
         answers = Labels(data).answers
         head = SemanticHead(config.model.embed_dim, config.model.grid, answers)
         head.to(resolve_device(config.run.device))
-    task = config.task(model, DevicePictures(data, config), head)
-    train(task, config.run, config.optim, Checks(data, model, head, config))
+    task = config.task(model, DeviceBatches(data, config), head)
+    train(task, config.run, config.optim, Validation(data, model, head, config))
 
 
 config = NamedImageTokenizerConfig(

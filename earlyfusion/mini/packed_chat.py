@@ -1,10 +1,10 @@
-"""The last stage of the larger `mini`: chats, lists and questions about several pictures.
+"""The last stage of the larger `mini`: chats, lists and questions about several images.
 
     earlyfusion train mini_packed_chat data=DIR/emoji device=cuda minutes=1 \\
         image_tokenizer=runs/mini_named_image_tokenizer start=runs/mini_packed_transformer
 
-It teaches the tasks of which `mini_packed_transformer` has seen little, at a lower rate, with its
-codes of the pictures and fewer input codes replaced. A stage of `pretrain_mini`.
+It trains the tasks that are rare in `mini_packed_transformer`, at a lower learning rate, with the
+image codes of that run and fewer input codes replaced. A stage of `pretrain_mini`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from earlyfusion.train.device_rows import CutConfig
 
 __all__ = ["config", "main"]
 
-_before = mini_packed_transformer.config
+_base = mini_packed_transformer.config
 
 config = replace(
-    _before,
+    _base,
     start=Path("runs/mini_packed_transformer"),
-    run=replace(_before.run, out=Path("runs/mini_packed_chat"), steps=1000),
-    optim=replace(_before.optim, lr=5e-4, muon_lr=0.005, warmup_steps=20, decay="linear"),
+    run=replace(_base.run, out=Path("runs/mini_packed_chat"), steps=1000),
+    optim=replace(_base.optim, lr=5e-4, muon_lr=0.005, warmup_steps=20, decay="linear"),
     mixture=MixtureConfig(
         documents=40_000,
         dialogues=0.6,

@@ -1,21 +1,22 @@
-"""All of `mini` trained again, by one command after the one that builds the data.
+"""Trains all of `mini` again, with one command after the one that builds the data.
 
     python -m earlyfusion.mini.emoji.build --out data/emoji
     earlyfusion train pretrain_mini data=data/emoji
 
 Runs the recipes of mini one after another, each in its own folder under `out`, and prints the
-command that would run each alone. If killed and started again, it continues in the stage where it
-was, and skips finished stages. `stages=answers,drawings` runs only these; `scale=0.01` takes a
-hundredth of the steps and of the documents. The result is `out/drawings/model/`. Machine, run time
-and scores of the shipped weights are in the model card, earlyfusion/pretrained/mini/README.md.
+command that would run each alone. Started again after an interruption, it skips finished stages and
+continues in the one that was interrupted. `stages=answers,drawings` runs only these; `scale=0.01`
+takes a hundredth of the steps and of the documents. The result is `out/drawings/model/`. Machine,
+run time and scores of the shipped weights are in the model card,
+earlyfusion/pretrained/mini/README.md.
 
     earlyfusion train pretrain_mini data=data/emoji device=cuda minutes=9
 
 With `minutes` another chain runs, for a larger model that has not been shipped: an image tokenizer
-that learns names, its decoder alone, the transformer on rows made on the device, and chats. Each
-stage gets a share of the minutes that are left when it begins, so the chain ends in time on any
-machine. The result is `out/chat/model/`. The shape is that of `mini_packed_transformer`; if a field
-of `model` is given (on a CPU: `max_position_embeddings=2048`), it is mini's with that change.
+that learns names, its decoder alone, the transformer on rows assembled on the device, and chats.
+Each stage gets a share of the minutes that are left when it begins, so the chain ends in time on
+any machine. The result is `out/chat/model/`. The shape is that of `mini_packed_transformer`; if a
+field of `model` is given (on a CPU: `max_position_embeddings=2048`), it is mini's with that change.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ class Stage:
     fields: tuple[str, ...] = ()
     share: float = 0.0
     """Share of the minutes, in the chain with a budget of minutes."""
-    readying: float = 0.0
-    """Seconds that are kept for what a machine does before the first step of the stage."""
+    setup_seconds: float = 0.0
+    """Seconds that are reserved for the work before the first step of the stage."""
 
 
 STAGES = {
@@ -73,21 +74,21 @@ STAGES = {
 }
 
 TIMED_STAGES = {
-    "image_tokenizer": Stage("mini_named_image_tokenizer", share=0.3, readying=10),
+    "image_tokenizer": Stage("mini_named_image_tokenizer", share=0.3, setup_seconds=10),
     "decoder": Stage(
         "mini_named_image_tokenizer",
         "image_tokenizer",
         ("trainable=decoder", "naming=0", "perturb=0.1", "lr=5e-4"),
         share=0.08,
-        readying=2,
+        setup_seconds=2,
     ),
-    "transformer": Stage("mini_packed_transformer", "", ("prompts=",), share=0.5, readying=25),
-    "chat": Stage("mini_packed_chat", "transformer", ("prompts=",), share=0.12, readying=10),
+    "transformer": Stage("mini_packed_transformer", "", ("prompts=",), share=0.5, setup_seconds=25),
+    "chat": Stage("mini_packed_chat", "transformer", ("prompts=",), share=0.12, setup_seconds=10),
 }
-_UNSHARED = 0.08  # share of the minutes for the work between the stages and after the last
-_MOST_KEPT = 0.2  # share of what is left that is kept for readying stages
+_OVERHEAD = 0.08  # share of the minutes for the work between the stages and after the last
+_MAX_SETUP = 0.2  # largest share of the remaining minutes that is reserved for setup
 _ENDLESS = 1_000_000  # never reached: the clock ends these runs
-_MOST_WORKERS = 12
+_MAX_WORKERS = 12
 _PACKED = {"mini_packed_transformer", "mini_packed_chat"}
 
 # Fields that depend on the type of device, for recipes that have them.
@@ -121,7 +122,7 @@ class PretrainMiniConfig:
     """With `minutes`, processes that write documents; with more than one, the documents of all
     stages are made ahead, while the first trains (0: up to 12 on a GPU's machine, 1 on others)."""
     icons: Path | None = None
-    """With `minutes`, the folder of a set of icons (docs/mini.md) that join the pictures."""
+    """With `minutes`, the folder of a set of icons (docs/mini.md) that join the images."""
     length: int = 2048
     device: str = "auto"
     model: ModelConfig = field(default_factory=lambda: PRESETS["mini"])
@@ -160,47 +161,50 @@ class PretrainMiniConfig:
 def main(config: PretrainMiniConfig) -> None:
     EmojiData(config.data, config.icons)  # refuse a wrong folder now, not at a later stage
     chosen = [name for name in config.chain if name in config.stages]
-    minutes = Minutes(config, chosen)
-    ahead = prepared_ahead(config, chosen)
+    budget = TimeBudget(config, chosen)
+    preparation = prepare_ahead(config, chosen)
     for number, name in enumerate(chosen, 1):
         stage = config.chain[name]
-        if ahead and stage.recipe in _PACKED:
-            ahead.join()  # where it failed, the stage makes its documents itself
-        made = timed_config(config, name, minutes) if config.minutes else stage_config(config, name)
+        if preparation and stage.recipe in _PACKED:
+            preparation.join()  # if it failed, the stage makes its documents itself
+        if config.minutes:
+            own = timed_config(config, name, budget)
+        else:
+            own = stage_config(config, name)
         head = f"stage {number} of {len(chosen)}, {name}:"
-        if is_done(made):
-            print(f"{head} done, in {made.run.out}", flush=True)
+        if is_done(own):
+            print(f"{head} done, in {own.run.out}", flush=True)
             continue
         print(f"{head} {' '.join(['earlyfusion train', stage.recipe, *stage.fields])}", flush=True)
-        recipe(stage).main(made)
+        recipe(stage).main(own)
     print(f"the last stage's folder: {config.out / chosen[-1]}")
 
 
-def prepared_ahead(config: PretrainMiniConfig, chosen: list[str]) -> BaseProcess | None:
-    """A process that makes the documents of all stages while the first one trains.
+def prepare_ahead(config: PretrainMiniConfig, chosen: list[str]) -> BaseProcess | None:
+    """Start a process that makes the documents of all stages while the first one trains.
 
-    None where there is one worker, which the training needs itself.
+    None if there is only one worker, which the training itself needs.
     """
     if not config.minutes or _workers(config) == 1:
         return None
     packed = [name for name in chosen if config.chain[name].recipe in _PACKED]
-    made = [timed_config(config, name, None) for name in packed]
-    waiting = [cfg for cfg in made if not (cfg.run.out / DOCUMENTS).is_file()]
-    if not waiting:
+    configs = [timed_config(config, name, None) for name in packed]
+    missing = [cfg for cfg in configs if not (cfg.run.out / DOCUMENTS).is_file()]
+    if not missing:
         return None
-    process = get_context("spawn").Process(target=_prepare, args=(waiting,))
+    process = get_context("spawn").Process(target=_prepare, args=(missing,))
     process.start()
     return process
 
 
 def _prepare(configs: list[PackedTransformerConfig]) -> None:
-    for made in configs:
-        save_templates(made.run.out / DOCUMENTS, prepare(made))
+    for config in configs:
+        save_templates(config.run.out / DOCUMENTS, prepare(config))
 
 
 def _workers(config: PretrainMiniConfig) -> int:
     on_gpu = resolve_device(config.device).type == "cuda"
-    return config.workers or (min(_MOST_WORKERS, os.cpu_count() or 1) if on_gpu else 1)
+    return config.workers or (min(_MAX_WORKERS, os.cpu_count() or 1) if on_gpu else 1)
 
 
 def recipe(stage: Stage) -> Any:
@@ -220,12 +224,12 @@ def stage_config(config: PretrainMiniConfig, name: str) -> Any:
         save_every=_scaled(base.run.save_every, config.scale),
     )
     warmup = int(base.optim.warmup_steps * config.scale)
-    made = replace(base, data=config.data, run=run, optim=replace(base.optim, warmup_steps=warmup))
+    own = replace(base, data=config.data, run=run, optim=replace(base.optim, warmup_steps=warmup))
     if name == "image_tokenizer":
-        return replace(made, model=config.model.vq_config)
+        return replace(own, model=config.model.vq_config)
     dialogues = _scaled(base.documents.dialogues, config.scale)
     return replace(
-        made,
+        own,
         model=config.model,
         length=config.length,
         image_tokenizer=config.out / "image_tokenizer",
@@ -234,14 +238,14 @@ def stage_config(config: PretrainMiniConfig, name: str) -> Any:
     )
 
 
-class Minutes:
-    """The minutes of each stage; those spent before a kill count."""
+class TimeBudget:
+    """The minutes of each stage; those spent before an interruption count."""
 
     def __init__(self, config: PretrainMiniConfig, chosen: list[str]) -> None:
         self._config, self._chosen, self._since = config, chosen, time.monotonic()
         self._before = sum(_seconds(config.out / name) for name in chosen)
 
-    def of(self, name: str) -> float:
+    def minutes(self, name: str) -> float:
         """The minutes of one stage: its share of those left when it begins, decided once."""
         path = self._config.out / name / "minutes.json"
         if path.is_file():
@@ -250,68 +254,70 @@ class Minutes:
         later = self._chosen[self._chosen.index(name) :]
         share = chain[name].share / sum(chain[other].share for other in later)
         spent = (self._before + time.monotonic() - self._since) / 60
-        left = self._config.minutes * (1 - _UNSHARED) - spent
-        # Without this the last stage would pay for the readying of all.
-        left -= min(sum(chain[other].readying for other in later) / 60, left * _MOST_KEPT)
-        found = max(0.001, round(left * share, 4))
+        left = self._config.minutes * (1 - _OVERHEAD) - spent
+        # Otherwise the last stage would lose the setup time of all stages.
+        left -= min(sum(chain[other].setup_seconds for other in later) / 60, left * _MAX_SETUP)
+        minutes = max(0.001, round(left * share, 4))
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"{found}\n", encoding="utf-8")
-        return found
+        path.write_text(f"{minutes}\n", encoding="utf-8")
+        return minutes
 
 
 def _seconds(run: Path) -> float:
-    there = checkpoint.steps(run)
-    return float(checkpoint.load_state(run).get("seconds", 0.0)) if there else 0.0
+    if not checkpoint.steps(run):
+        return 0.0
+    return float(checkpoint.load_state(run).get("seconds", 0.0))
 
 
-def timed_config(config: PretrainMiniConfig, name: str, minutes: Minutes | None) -> Any:
+def timed_config(config: PretrainMiniConfig, name: str, budget: TimeBudget | None) -> Any:
     """The config of a stage that ends with its minutes, for the device of this machine.
 
-    Without `minutes` it is good for all but training.
+    Without a `budget`, the config can be used for all but training.
     """
     stage, on_gpu = config.chain[name], resolve_device(config.device).type == "cuda"
     base = recipe(stage).config
-    before = config.out / stage.start
+    start = config.out / stage.start
     fixed = _ON_GPU if on_gpu else _ON_CPU
-    fields = [f"{k}={v}" for k, v in fixed.items() if _has(base, k)]
-    fields += [*stage.fields, *([f"start={before}"] if stage.start else [])]
-    fields += [f"minutes={minutes.of(name)}"] if minutes else []
+    fields = [f"{k}={v}" for k, v in fixed.items() if _has_field(base, k)]
+    fields += [*stage.fields, *([f"start={start}"] if stage.start else [])]
+    fields += [f"minutes={budget.minutes(name)}"] if budget else []
     fields += [f"steps={_ENDLESS}", f"device={config.device}"]
     fields += [f"icons={config.icons}"] if config.icons else []
     fields += [c.removeprefix(f"{name}.") for c in config.changes if c.startswith(f"{name}.")]
-    made = override(base, [*fields, f"out={config.out / name}", f"data={config.data}"])
+    own = override(base, [*fields, f"out={config.out / name}", f"data={config.data}"])
     changed = config.model != PRESETS["mini"]
-    if not isinstance(made, PackedTransformerConfig):
-        return replace(made, model=config.model.vq_config) if changed else made
+    if not isinstance(own, PackedTransformerConfig):
+        return replace(own, model=config.model.vq_config) if changed else own
     mixture = replace(
-        made.mixture,
-        documents=_scaled(made.mixture.documents, config.scale),
+        own.mixture,
+        documents=_scaled(own.mixture.documents, config.scale),
         workers=_workers(config),
     )
     return replace(
-        made,
-        model=config.model if changed else made.model,
+        own,
+        model=config.model if changed else own.model,
         image_tokenizer=config.out / "decoder",
         length=config.length,
         mixture=mixture,
-        run=replace(made.run, compile=on_gpu),
+        run=replace(own.run, compile=on_gpu),
     )
 
 
-def _has(config: Any, name: str) -> bool:
+def _has_field(config: Any, name: str) -> bool:
     """Whether a config, or a config within it, has a field of this name."""
     parts = [config, *(v for v in vars(config).values() if hasattr(v, "__dataclass_fields__"))]
     return any(name in part.__dataclass_fields__ for part in parts)
 
 
-def is_done(made: Any) -> bool:
+def is_done(config: Any) -> bool:
     """Whether a stage has its last checkpoint, and its model if it is to leave one."""
-    last = min(made.run.steps, made.run.stop_after or made.run.steps)
-    trained = checkpoint.steps(made.run.out)[-1:] == [last]
-    if made.run.minutes:
-        trained = trained or _seconds(made.run.out) >= 60 * made.run.minutes
-    leaves_model = isinstance(made, StageConfig)
-    return trained and (not leaves_model or (made.run.out / "model" / "config.json").is_file())
+    run = config.run
+    last = min(run.steps, run.stop_after or run.steps)
+    trained = checkpoint.steps(run.out)[-1:] == [last]
+    if run.minutes:
+        trained = trained or _seconds(run.out) >= 60 * run.minutes
+    leaves_model = isinstance(config, StageConfig)
+    return trained and (not leaves_model or (run.out / "model" / "config.json").is_file())
 
 
 def _scaled(count: int, scale: float) -> int:

@@ -1,12 +1,12 @@
-"""A fourth stage of `mini`, not shipped: naming in unseen styles, drawing in every style.
+"""A fourth stage of `mini`, not shipped: naming in unseen styles, images in every style.
 
     earlyfusion train mini_styles data=DIR/emoji \\
         image_tokenizer=runs/mini_image_tokenizer start=runs/mini_drawings
 
-The earlier stages learn pictures by heart, code for code. Here a picture in a prompt is cut in
-twelve ways, and a quarter of its codes are replaced by one of the nearest codewords, so that no
-exact sequence of codes gives the name away; and requests for a picture name its style. The result
-names better and draws worse: figures, machine and run time are in docs/mini.md.
+The earlier stages memorise images, code for code. Here an image in a prompt has twelve augmented
+variants, and a quarter of its codes are replaced by one of the nearest codewords, so that no exact
+sequence of codes identifies it; and requests for an image name its style. The result names better
+and generates worse images: figures, machine and run time are in docs/mini.md.
 """
 
 from __future__ import annotations

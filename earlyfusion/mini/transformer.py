@@ -1,9 +1,9 @@
-"""The transformer of `mini`, first stage: dialogues about pictures, in English and Korean.
+"""The transformer of `mini`, first stage: dialogues about images, in English and Korean.
 
     earlyfusion train mini_transformer data=DIR/emoji image_tokenizer=runs/mini_image_tokenizer
 
-It learns the form of all 18 kinds of task, what pictures look like, and both languages. The command
-cuts the pictures into codes, trains a text tokenizer and the transformer on packed dialogues, and
+It learns the form of all 18 kinds of task, what images look like, and both languages. The command
+encodes the images to codes, trains a text tokenizer and the transformer on packed dialogues, and
 writes `model/` under the run's folder in transformers' layout. Repeated, it continues from the
 newest checkpoint. Machine, run time and scores of the shipped weights are in the model card
 (earlyfusion/pretrained/mini/README.md).
@@ -32,7 +32,7 @@ from earlyfusion.mini.emoji.dialogues import (
     messages_of,
     studies,
 )
-from earlyfusion.mini.image_tokenizer import AugmentConfig, augmented
+from earlyfusion.mini.image_tokenizer import AugmentConfig, augment_image
 from earlyfusion.mini.stage import (
     StageConfig,
     file_of_start,
@@ -49,7 +49,7 @@ from earlyfusion.train.optim import OptimConfig
 from earlyfusion.train.trainer import RunConfig, train
 from earlyfusion.vocabulary import ImageLayout
 
-# Share of each kind of dialogue. All others build on naming and drawing, which come most often.
+# Share of each kind of dialogue. All others build on caption and draw, which come most often.
 TASKS = {
     "caption": 26.0,
     "draw": 26.0,
@@ -74,26 +74,26 @@ TASKS = {
 
 @dataclass
 class DocumentsConfig:
-    """Sources of the documents and their shares, and how pictures come into them."""
+    """Sources of the documents and their shares, and the codes of their images."""
 
     dialogues: int = 150_000
     tasks: dict[str, float] = field(default_factory=lambda: dict(TASKS))
     korean: float = 0.4
     seed: int = 100
     pairs: float = 0.35
-    """Share of plain pairs of picture and name among the documents."""
+    """Share of plain pairs of image and name among the documents."""
     usual: float = 0.0
-    """Share of requests without a style and the first picture of the thing, among the documents."""
+    """Share of requests without a style and the first image of the thing, among the documents."""
     studies: float = 0.0
-    """Share of dialogues with several questions about one picture."""
+    """Share of dialogues with several questions about one image."""
     unchanged: float = 0.0
-    """Share of the pictures in prompts that are surely the first variant; the others may be."""
+    """Share of the images in prompts that keep the first variant; the others get a random one."""
     bare: float = 0.1
-    """Share of drawings whose request is dropped, for guidance."""
+    """Share of answers with an image whose request is dropped, for guidance."""
     variants: int = 3
-    """Versions of each picture in codes: the first as it is, the others shifted and scaled."""
+    """Versions of each image in codes: the first as it is, the others shifted and scaled."""
     noise: float = 0.0
-    """Share of the codes of a changed picture in a prompt that are replaced by a near codeword."""
+    """Share of the codes of a changed image in a prompt that are replaced by a near codeword."""
 
 
 @dataclass
@@ -106,29 +106,29 @@ class TransformerConfig(StageConfig):
         "무지개를 그려 줘.",
         "Draw a cat face in Noto style.",
     )
-    """Requests whose pictures are drawn at the end and at `run.sample_every`."""
+    """Requests whose images are generated at the end and at `run.sample_every`."""
     documents: DocumentsConfig = field(default_factory=DocumentsConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
 
 @torch.inference_mode()
-def picture_codes(vqgan: VQGAN, data: EmojiData, config: TransformerConfig) -> np.ndarray:
-    """Codes of every training picture in every variant: int16 [pictures, variants, h, w]."""
+def encode_variants(vqgan: VQGAN, data: EmojiData, config: TransformerConfig) -> np.ndarray:
+    """Codes of every training image in every variant: int16 [images, variants, h, w]."""
     variants, side = config.documents.variants, config.model.vq_config.resolution
     plain, changed = replace(config.augment, share=0.0), replace(config.augment, share=1.0)
     ids, grid = data.split("train"), config.model.vq_config.grid
     table = np.zeros((len(ids), variants, grid, grid), np.int16)
     for start in range(0, len(ids), 32):
-        pictures = data.images(ids[start : start + 32])
+        images = data.images(ids[start : start + 32])
         for variant in range(variants):
             rng = np.random.default_rng([config.documents.seed, start, variant])
-            how = changed if variant else plain
-            pixels = to_pixels([augmented(p, side, how, rng) for p in pictures])
+            augment = changed if variant else plain
+            pixels = to_pixels([augment_image(image, side, augment, rng) for image in images])
             table[start : start + 32, variant] = vqgan.encode(pixels).numpy()
     return table
 
 
-def near_codes(vqgan: VQGAN, count: int = 8) -> np.ndarray:
+def nearest_codes(vqgan: VQGAN, count: int = 8) -> np.ndarray:
     """The `count` codewords nearest to each, without itself: int16 [codes, count]."""
     codewords = vqgan.quantize.embedding.weight.detach().float()
     # Not `nearest_codewords`, which orders equal codewords differently: the shipped stages were
@@ -138,11 +138,11 @@ def near_codes(vqgan: VQGAN, count: int = 8) -> np.ndarray:
 
 
 class Documents:
-    """The stream of documents: for each number a sample is drawn, and its pictures are cut, anew.
+    """The stream of documents: each number has a random sample, with random variants of its images.
 
-    `codes` are those of `picture_codes`, `near` those of `near_codes`. This is not a
-    `data.mixture.Mixture`, because that draws random numbers per row and in another order. Here the
-    number of the document decides which variant of a picture is shown and whether a request is
+    `codes` come from `encode_variants`, `nearest` from `nearest_codes`. This is not a
+    `data.mixture.Mixture`, whose random numbers depend on the row and come in another order. Here
+    the number of the document decides which variant of an image is used and whether a request is
     dropped; with any other order, the shipped stages could not be trained again to the same losses.
     """
 
@@ -151,12 +151,12 @@ class Documents:
         sources: list[tuple[float, list[Sample]]],
         data: EmojiData,
         codes: np.ndarray,
-        near: np.ndarray,
+        nearest: np.ndarray,
         processor: Processor,
         config: TransformerConfig,
     ) -> None:
         self._shares, self._sources = zip(*sources, strict=True)
-        self._codes, self._near = codes, near
+        self._codes, self._nearest = codes, nearest
         self._number_of = {name: i for i, name in enumerate(data.split("train"))}
         self._processor, self._config = processor, config
 
@@ -166,66 +166,67 @@ class Documents:
         rng = np.random.default_rng([seed, 7, number])
         source = self._sources[int(rng.choice(len(self._sources), p=self._shares))]
         sample = source[int(rng.integers(len(source)))]
-        messages = messages_of(sample["messages"], partial(self._picture, rng))
+        messages = messages_of(sample["messages"], partial(self._image, rng))
         answer = messages[-1]
-        # A drawing without its request teaches the unconditional branch of guidance.
+        # An image without its request trains the unconditional branch of guidance.
         if isinstance(answer.parts[0], Image) and rng.random() < cfg.bare:
             codes = answer.parts[0].codes
             assert codes is not None
             return plain_document(self._processor, answer.parts[:1], [codes])
         return self._processor.encode_document(messages)
 
-    def _picture(self, rng: np.random.Generator, image_id: str, role: str) -> Image:
-        # A drawing is always learned unchanged; only pictures in prompts vary.
+    def _image(self, rng: np.random.Generator, image_id: str, role: str) -> Image:
+        # Images in answers are always the first variant; only images in prompts vary.
         changes = role == "user" and rng.random() >= self._config.documents.unchanged
         variants = self._codes.shape[1] if changes else 1
         codes = self._codes[self._number_of[image_id], int(rng.integers(variants))]
         if changes:
-            codes = self._noisy(codes, rng)
+            codes = self._add_noise(codes, rng)
         return Image(codes=codes.astype(np.int64))
 
-    def _noisy(self, codes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def _add_noise(self, codes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         if not self._config.documents.noise:
             return codes
         swapped = rng.random(codes.shape) < self._config.documents.noise
-        other = self._near[codes, rng.integers(self._near.shape[1], size=codes.shape)]
+        other = self._nearest[codes, rng.integers(self._nearest.shape[1], size=codes.shape)]
         return np.where(swapped, other, codes)
 
 
 def sources(config: TransformerConfig, data: EmojiData) -> list[tuple[float, list[Sample]]]:
-    """Samples with their shares: dialogues, pairs, requests for usual pictures, and studies."""
+    """Samples with their shares: dialogues, pairs, requests for the first image of each thing, and
+    studies."""
     cfg = config.documents
     samples = generate(data, "train", cfg.dialogues, cfg.seed, cfg.korean, cfg.tasks)
     pairs = list(caption_pairs(data))
-    several = samples
+    study_samples = samples
     if cfg.studies:
-        several = list(studies(data, "train", cfg.dialogues, cfg.seed, turns=3))
+        study_samples = list(studies(data, "train", cfg.dialogues, cfg.seed, turns=3))
     usual = [pair for pair in pairs if pair["task"] == "usual"]
-    # If usual pictures have their own share, the pairs leave them out.
+    # If these requests have their own share, the pairs leave them out.
     plain = [pair for pair in pairs if pair["task"] != "usual"] if cfg.usual else pairs
     shares = (1 - cfg.pairs - cfg.usual - cfg.studies, cfg.pairs, cfg.usual, cfg.studies)
-    return list(zip(shares, (samples, plain, usual, several), strict=True))
+    return list(zip(shares, (samples, plain, usual, study_samples), strict=True))
 
 
 def prepare(config: TransformerConfig) -> tuple[VQGAN, Processor, Documents]:
     """The image tokenizer, the processor and the stream of documents. Writes the tokenizer and the
-    pictures' codes, made or taken from `start`, into the run's folder."""
+    images' codes, made or taken from `start`, into the run's folder."""
     config.run.out.mkdir(parents=True, exist_ok=True)
     data = EmojiData(config.data)
     mixed = sources(config, data)
     vqgan = load_image_tokenizer(config.image_tokenizer, config.model)
-    _take_codes(config)
+    _copy_codes(config)
     (_, samples), *_ = mixed
     tokenizer = text_tokenizer(config, [*samples, *caption_pairs(data)])
     table, grid = config.run.out / "codes.npy", config.model.vq_config.grid
     if not table.exists():
-        np.save(table, picture_codes(vqgan, data, config))
+        np.save(table, encode_variants(vqgan, data, config))
     processor = Processor(tokenizer, ImageLayout(grid, grid))
-    codes, near = np.load(table), near_codes(vqgan)
-    return vqgan, processor, Documents(mixed, data, codes, near, processor, config)
+    codes, nearest = np.load(table), nearest_codes(vqgan)
+    return vqgan, processor, Documents(mixed, data, codes, nearest, processor, config)
 
 
-def _take_codes(config: TransformerConfig) -> None:
+def _copy_codes(config: TransformerConfig) -> None:
     """Copy the codes of the run `start`, unless they exist or have another number of variants."""
     if config.start is None:
         return
@@ -238,8 +239,8 @@ def main(config: TransformerConfig) -> None:
     vqgan, processor, documents = prepare(config)
     model = first_model(config, processor.vocabulary.size)
     packer = Packer(documents, config.weights, config.rows, config.length, processor.vocabulary.pad)
-    shows = samples_of(config, model, processor, vqgan)
-    train(LanguageTask(model, packer, config.z_weight), config.run, config.optim, shows)
+    draw_samples = samples_of(config, model, processor, vqgan)
+    train(LanguageTask(model, packer, config.z_weight), config.run, config.optim, draw_samples)
     save_model(config, model, vqgan)
 
 

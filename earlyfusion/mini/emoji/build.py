@@ -41,7 +41,7 @@ EPOCH = (1980, 1, 1, 0, 0, 0)  # a fixed time, so that archives can be compared
 
 def build(out: Path, packages: Path, manifest: dict[str, Any], workers: int) -> int:
     """Write the data to `out`, downloading to `packages`; returns the number of images. Raises
-    DataError if a package cannot be fetched or lacks a picture that the manifest lists."""
+    DataError if a package cannot be fetched or lacks an image that the manifest lists."""
     versions: dict[str, str] = manifest["packages"]
     splits: dict[str, str] = manifest["images"]
     for name, version in versions.items():

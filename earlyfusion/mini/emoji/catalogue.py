@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 Concept: TypeAlias = dict[str, Any]
 NamesAndKeywords: TypeAlias = dict[str, tuple[str, list[str]]]
 
-# Styles with the same `design` render the same drawings.
+# Styles with the same `design` show the same drawings in another rendering.
 STYLES: dict[str, dict[str, Any]] = {
     "twemoji": {
         "package": "@discordapp/twemoji",

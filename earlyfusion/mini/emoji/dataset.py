@@ -1,4 +1,4 @@
-"""Reads a folder of the emoji data: rows, names, pictures.
+"""Reads a folder of the emoji data: rows, names, images.
 
 The folder holds `metadata.jsonl` (a row per image), `concepts.jsonl` (a row per concept) and
 `images/<style>.zip`. An image's id is `<style>/<member without .webp>`.
@@ -81,9 +81,9 @@ class EmojiData:
     `rows` has the order of metadata.jsonl; `concepts` is keyed by their ids. Archives are read into
     memory at first use (30 MB for all ten), so that threads and forked workers share no file
     position. `icons` is the folder of a set of icons (docs/mini.md): those named as a training
-    thing join the training pictures, and those that share no word with any thing are `UNKNOWN`.
+    thing join the training images, and those that share no word with any thing are `UNKNOWN`.
 
-    Raises DataError where the folder, a file of it or a field is missing.
+    Raises DataError if the folder, a file of it or a field is missing.
     """
 
     def __init__(self, folder: str | Path, icons: str | Path | None = None) -> None:
@@ -121,7 +121,7 @@ class EmojiData:
         ]
 
     def image(self, image_id: str) -> Image.Image:
-        """The picture, RGB 128 x 128 on white."""
+        """The image, RGB 128 x 128 on white."""
         row = self.row(image_id)
         try:
             data = self._archive(row["file"]).read(row["member"])
@@ -129,8 +129,8 @@ class EmojiData:
             raise DataError(
                 f"{row['member']} is missing from {self.folder / row['file']}: build the data again"
             ) from None
-        with Image.open(io.BytesIO(data)) as picture:
-            return picture.convert("RGB")
+        with Image.open(io.BytesIO(data)) as image:
+            return image.convert("RGB")
 
     def images(self, ids: Iterable[str]) -> list[Image.Image]:
         return [self.image(i) for i in ids]
@@ -154,11 +154,11 @@ class EmojiData:
         return self._bytes(name).decode("utf-8")
 
     def _icon_rows(self, folder: Path) -> list[Row]:
-        named = {r["en"].lower(): r for r in self.rows if r["split"] == "train"}
+        train_rows = {r["en"].lower(): r for r in self.rows if r["split"] == "train"}
         known = {word for r in self.rows for word in _words([r["en"], *r["keywords_en"]])}
-        found: list[Row] = []
+        rows: list[Row] = []
         for raw in self._lines(str(folder.resolve() / "metadata.jsonl")):
-            own = {
+            icon = {
                 "id": f"{ICON}/{raw['id']}",
                 "style": ICON,
                 "file": str(folder.resolve() / raw["file"]),
@@ -169,15 +169,15 @@ class EmojiData:
                 "licence": raw["licence"],
                 "source": raw["source"],
             }
-            like = named.get(raw["name_en"].lower())
-            if like and raw["split"] == "train":
-                found.append({**like, **own})  # type: ignore[typeddict-item]
+            match = train_rows.get(raw["name_en"].lower())
+            if match and raw["split"] == "train":
+                rows.append({**match, **icon})  # type: ignore[typeddict-item]
             elif not _words([raw["name_en"], *raw["keywords_en"]]) & known:
                 name, split = raw["name_en"], f"unknown-{raw['split']}"
-                own |= {"split": split, "en": name, "ko": name, "subgroup": split}
-                own |= {"codepoints": own["id"], "family": own["id"]}
-                found.append({**self.rows[0], **own})  # type: ignore[typeddict-item]
-        return found
+                icon |= {"split": split, "en": name, "ko": name, "subgroup": split}
+                icon |= {"codepoints": icon["id"], "family": icon["id"]}
+                rows.append({**self.rows[0], **icon})  # type: ignore[typeddict-item]
+        return rows
 
     def _lines(self, name: str) -> list[dict[str, Any]]:
         lines = self._text(name).split("\n")

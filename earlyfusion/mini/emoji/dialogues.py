@@ -1,4 +1,4 @@
-"""Chat samples with pictures on both sides, from the emoji data; a seed makes the same samples.
+"""Chat samples from the emoji data, with images in prompts and answers; reproducible by seed.
 
     python -m earlyfusion.mini.emoji.dialogues --data DIR --split train --n 20000 --seed 0 \
         --out train.jsonl
@@ -7,8 +7,8 @@ A sample is one JSON object:
   id, task, lang ("en" | "ko"), split
   messages  [{"role", "content": [{"type": "text", "text"} | {"type": "image", "image": id}]}]
   check     "exact"         the last answer is in `accept`, after `phrases.normalise`
-            "image"         the model draws; `targets` has concept, style or null, a reference
-            "images+names"  a list: every name belongs to `subgroup`, a picture follows it
+            "image"         the answer is an image; `targets`: concept, style or null, reference
+            "images+names"  a list: every name belongs to `subgroup`, an image follows it
   answer, accept, targets, subgroup, count, style where the check needs them
   kind      outside train: the hardest split among its images
 Eighteen tasks, three fifths in English. With `further=0` the samples are the published ones.
@@ -39,8 +39,8 @@ from earlyfusion.mini.emoji.phrases import (
     particle,
     with_article,
 )
-from earlyfusion.mini.emoji.pools import Pools, kind_of, main_colour, name_of, near, style_of
-from earlyfusion.mini.emoji.wordings import as_typed, composed
+from earlyfusion.mini.emoji.pools import Pools, kind_of, main_colour, name_of, style_of, too_similar
+from earlyfusion.mini.emoji.wordings import add_typing_noise, compose_request
 
 Sample = dict[str, Any]
 Part = dict[str, str]
@@ -73,7 +73,7 @@ def assistant(*parts: Part) -> dict[str, Any]:
 
 
 class Writer:
-    """Writes one sample per call; a task returns None if the rows it drew do not suit it."""
+    """Writes one sample per call; a task returns None if the rows that it chose do not suit it."""
 
     def __init__(
         self,
@@ -85,12 +85,12 @@ class Writer:
     ) -> None:
         self.pools, self.rng, self.further = pools, rng, further
         self.wordings, self.varied = wordings, varied
-        self.free = False
+        self.wider_prompts = False
 
     def write(self, task: str, lang: str) -> Sample | None:
         """One sample of the task, whose `rows` are those of its images."""
-        # No draw at all for further=0: the published samples come from that stream.
-        self.free = self.further > 0 and self.rng.random() < self.further
+        # No random number for further=0: the published samples were made without this one.
+        self.wider_prompts = self.further > 0 and self.rng.random() < self.further
         return TASKS[task][1](self, lang)
 
     # ---- choices
@@ -99,11 +99,12 @@ class Writer:
         return items[self.rng.randrange(len(items))]
 
     def find(self, items: Sequence[T], wanted: Callable[[T], bool]) -> T | None:
-        """The first of thirty draws that is wanted, or None."""
+        """The first of thirty random items that is wanted, or None."""
         return next((x for x in (self.pick(items) for _ in range(30)) if wanted(x)), None)
 
     def row(self) -> Row:
-        """Half of the time concept first, so that concepts with few styles are not rare."""
+        """A random row. Half of the time the concept is chosen first, so that concepts with few
+        styles are not rare."""
         if self.rng.random() < 0.5:
             return self.pick(self.pools.by_concept[self.pick(self.pools.concepts)])
         return self.pick(self.pools.rows)
@@ -125,29 +126,29 @@ class Writer:
                 "ng": particle(name, "은/는"),
                 "nya": particle(name, "이야/야"),
             } | words
-        # No draw at all for wordings=0: see `write`.
+        # No random number for wordings=0: see `write`.
         if self.wordings and self.rng.random() < self.wordings:
-            template = composed(table, lang, self.rng)
+            template = compose_request(table, lang, self.rng)
             if template is not None:
-                return as_typed(template.format(**words), self.rng)
+                return add_typing_noise(template.format(**words), self.rng)
         prompts = PROMPTS[table][lang]
-        choices = prompts.further if self.free else prompts.published
+        choices = prompts.further if self.wider_prompts else prompts.published
         text = choices[0] if len(choices) == 1 else self.pick(choices)
         text = text.format(**words)
-        if self.free and self.rng.random() < 0.12:
+        if self.wider_prompts and self.rng.random() < 0.12:
             text = text[:1].lower() + text[1:].rstrip(".")
         return text
 
     def ask(self, rows: Sequence[Row], question: str) -> dict[str, Any]:
         """The user's turn about some images; with wider prompts the question may come first."""
         images = [image_part(r) for r in rows]
-        if self.free and self.rng.random() < 0.2:
+        if self.wider_prompts and self.rng.random() < 0.2:
             return user(text_part(question), *images)
         return user(*images, text_part(question))
 
     # ---- forms of samples
 
-    def exact(
+    def text_sample(
         self, messages: list[Any], answer: str, rows: Sequence[Row], also: Sequence[str] = ()
     ) -> Sample:
         messages = [*messages, assistant(text_part(answer))]
@@ -159,17 +160,17 @@ class Writer:
             "rows": list(rows),
         }
 
-    def drawing(
+    def image_sample(
         self, messages: list[Any], row: Row, styled: bool, rows: Sequence[Row], before: str = ""
     ) -> Sample:
-        said = [text_part(before)] if before else []
+        text = [text_part(before)] if before else []
         target = {
             "concept": row["codepoints"],
             "style": row["style"] if styled else None,
             "reference": row["id"],
         }
         return {
-            "messages": [*messages, assistant(*said, image_part(row))],
+            "messages": [*messages, assistant(*text, image_part(row))],
             "check": "image",
             "targets": [target],
             "rows": list(rows),
@@ -180,12 +181,12 @@ class Writer:
             answer, also = ("Yes", ["yes"]) if yes else ("No", ["no"])
         else:
             answer, also = ("응", ["네", "예"]) if yes else ("아니", ["아니요", "아니오"])
-        return self.exact([self.ask(rows, question)], answer, rows, also)
+        return self.text_sample([self.ask(rows, question)], answer, rows, also)
 
     def ordinal(self, lang: str, rows: Sequence[Row], question: str, index: int) -> Sample:
         word = ORDINALS[lang][index]
         answer, also = ("The " + word, word) if lang == "en" else (word, f"{index + 1}번째")
-        return self.exact([self.ask(rows, question)], answer, rows, [also])
+        return self.text_sample([self.ask(rows, question)], answer, rows, [also])
 
     # ---- tasks with one image
 
@@ -195,12 +196,12 @@ class Writer:
         image = image_part(row)
         turn = user(image, question) if self.rng.random() < 0.7 else user(question, image)
         listed = row["name_en"] if lang == "en" else row["name_ko"]
-        return self.exact([turn], name_of(row, lang), [row], [listed])
+        return self.text_sample([turn], name_of(row, lang), [row], [listed])
 
     def caption_style(self, lang: str) -> Sample:
         row = self.row()
         question = self.prompt("caption_style", lang)
-        return self.exact([self.ask([row], question)], styled_name(row, lang), [row])
+        return self.text_sample([self.ask([row], question)], styled_name(row, lang), [row])
 
     def yesno_name(self, lang: str) -> Sample | None:
         row = self.row()
@@ -221,7 +222,9 @@ class Writer:
         subgroup = self.pick(self.pools.clear)
         row = self.pick(self.pools.by_subgroup[subgroup])
         yes = self.rng.random() < 0.5
-        named = subgroup if yes else self.find(self.pools.clear, lambda s: not near(subgroup, s))
+        named = (
+            subgroup if yes else self.find(self.pools.clear, lambda s: not too_similar(subgroup, s))
+        )
         if named is None:
             return None
         kind = kind_of(self.pools.by_subgroup[named][0], lang)
@@ -232,14 +235,14 @@ class Writer:
             return None
         row = self.pick(self.pools.by_subgroup[self.pick(self.pools.clear)])
         question = self.prompt("category", lang)
-        return self.exact([self.ask([row], question)], kind_of(row, lang), [row])
+        return self.text_sample([self.ask([row], question)], kind_of(row, lang), [row])
 
     def colour(self, lang: str) -> Sample | None:
         for _ in range(40):
             row = self.row()
             if answer := main_colour(row, lang):
                 question = self.prompt("colour", lang)
-                return self.exact(
+                return self.text_sample(
                     [self.ask([row], question)], answer, [row], COLOUR_SYNONYMS.get(answer, [])
                 )
         return None
@@ -251,7 +254,7 @@ class Writer:
         options = [style_of(row, lang), *(words[s] for s in others)]
         self.rng.shuffle(options)
         question = self.prompt("style_name", lang, options=", ".join(options))
-        return self.exact([self.ask([row], question)], style_of(row, lang), [row])
+        return self.text_sample([self.ask([row], question)], style_of(row, lang), [row])
 
     def study(self, row: Row, turns: int) -> Sample:
         """Several questions about one image; see `studies`."""
@@ -282,18 +285,18 @@ class Writer:
         if not rows:
             return None
         question = self.prompt("common", lang)
-        return self.exact([self.ask(rows, question)], kind_of(rows[0], lang), rows)
+        return self.text_sample([self.ask(rows, question)], kind_of(rows[0], lang), rows)
 
     def odd(self, lang: str) -> Sample | None:
         if not self.pools.clear:
             return None
         subgroup = self.pick(self.pools.clear)
-        other = self.find(self.pools.clear, lambda s: not near(subgroup, s))
+        other = self.find(self.pools.clear, lambda s: not too_similar(subgroup, s))
         rows = self.distinct(self.pools.by_subgroup[subgroup], 2)
         if not other or not rows:
             return None
-        stranger, index = self.pick(self.pools.by_subgroup[other]), self.rng.randrange(3)
-        rows.insert(index, stranger)
+        odd_row, index = self.pick(self.pools.by_subgroup[other]), self.rng.randrange(3)
+        rows.insert(index, odd_row)
         return self.ordinal(lang, rows, self.prompt("odd", lang), index)
 
     def which(self, lang: str) -> Sample | None:
@@ -329,31 +332,31 @@ class Writer:
             return None
         question = self.prompt("list_name", lang)
         answer = "\n".join(f"{i}. {name_of(r, lang)}" for i, r in enumerate(rows, 1))
-        return self.exact([self.ask(rows, question)], answer, rows)
+        return self.text_sample([self.ask(rows, question)], answer, rows)
 
-    # ---- drawing tasks
+    # ---- tasks answered by an image
 
     def draw(self, lang: str) -> Sample:
         row = self.row()
-        styled = self.rng.random() < (0.4 if self.free else 0.7)
+        styled = self.rng.random() < (0.4 if self.wider_prompts else 0.7)
         row = row if styled else self.usual(row)
         name = self.coloured(row, lang)
         table = "draw_styled" if styled else "draw"
         question = self.prompt(table, lang, n=name, s=style_of(row, lang))
-        return self.drawing([user(text_part(question))], row, styled, [row])
+        return self.image_sample([user(text_part(question))], row, styled, [row])
 
     def usual(self, row: Row) -> Row:
-        """The picture that a request without a style means: that of the thing's first style.
+        """The image that a request without a style means: that of the thing's first style.
 
-        Where answers are to vary it is any picture of the thing, so that seeds differ.
+        With `varied` it is any image of the thing, so that seeds give different images.
         """
-        first = self.free and not self.varied
+        first = self.wider_prompts and not self.varied
         return self.pools.by_concept[row["codepoints"]][0] if first else row
 
     def coloured(self, row: Row, lang: str) -> str:
-        """The name; with wider prompts sometimes with the picture's clear colour: "yellow taxi"."""
+        """The name; with wider prompts sometimes with the image's clear colour: "yellow taxi"."""
         name = name_of(row, lang)
-        if not self.free or row["group"] in UNCOLOURED_GROUPS or self.rng.random() > 0.3:
+        if not self.wider_prompts or row["group"] in UNCOLOURED_GROUPS or self.rng.random() > 0.3:
             return name
         colour = main_colour(row, lang)
         if not colour or COLOUR_IN_NAME.search(name) or COLOUR_IN_NAME.search(row["en"]):
@@ -370,7 +373,7 @@ class Writer:
         words = self.rng.sample(words, min(len(words), self.pick([2, 3, 4])))
         row = self.usual(row)
         question = self.prompt("keyword", lang, words=", ".join(words))
-        return self.drawing([user(text_part(question))], row, False, [row], before=name)
+        return self.image_sample([user(text_part(question))], row, False, [row], before=name)
 
     def restyle(self, lang: str) -> Sample | None:
         if not self.pools.in_two_styles:
@@ -381,10 +384,10 @@ class Writer:
         if other is None:
             return None
         question = self.prompt("restyle", lang, s=style_of(other, lang))
-        return self.drawing([self.ask([row], question)], other, True, [row, other])
+        return self.image_sample([self.ask([row], question)], other, True, [row, other])
 
     def list_draw(self, lang: str) -> Sample | None:
-        """ "three fruits": name, picture, name, picture, name, picture."""
+        """ "three fruits": name, image, name, image, name, image."""
         count = self.pick([2, 3, 3, 4])
         kind, pool, subgroup = self.listed_kind(lang)
         rows = self.distinct(pool, count) if pool else None
@@ -400,7 +403,7 @@ class Writer:
         style_word = style_of(rows[0], lang)
         with_style = f" in {style_word} style" if lang == "en" else f"{style_word} 스타일로 "
         number = NUMBERS[lang][count]
-        if self.free and self.rng.random() < 0.2:
+        if self.wider_prompts and self.rng.random() < 0.2:
             number = str(count)
         question = self.prompt(
             "list_draw", lang, kind=kind, num=number, st=with_style if styled else ""
@@ -419,7 +422,7 @@ class Writer:
 
     def listed_kind(self, lang: str) -> tuple[str, list[Row], str]:
         """The subgroup of a list: its name in the language, its rows, and its id."""
-        if self.free and self.rng.random() < 0.25:
+        if self.wider_prompts and self.rng.random() < 0.25:
             prefix = self.pick(list(WIDE_KINDS))
             return WIDE_KINDS[prefix][lang], self.pools.wide[prefix], prefix
         if not self.pools.large:
@@ -431,44 +434,44 @@ class Writer:
     # ---- tasks with several turns
 
     def chat_draw_ask(self, lang: str) -> Sample:
-        """A drawing, a question about it, then the thing in another style if there is one."""
+        """A request, a question about the image, then another style if there is one."""
         sample = self.draw(lang)
         row: Row = sample["rows"][0]
         table, answer = self.follow_up(row, lang)
-        asked = [*sample["messages"], user(text_part(self.prompt(table, lang)))]
+        messages = [*sample["messages"], user(text_part(self.prompt(table, lang)))]
         others = [r for r in self.pools.by_concept[row["codepoints"]] if r["style"] != row["style"]]
         if not others:
-            return self.exact(asked, answer, [row])
+            return self.text_sample(messages, answer, [row])
         other = self.pick(others)
         question = self.prompt("then_restyle", lang, s=style_of(other, lang))
-        turns = [*asked, assistant(text_part(answer)), user(text_part(question))]
-        return self.drawing(turns, other, True, [row, other])
+        turns = [*messages, assistant(text_part(answer)), user(text_part(question))]
+        return self.image_sample(turns, other, True, [row, other])
 
     def follow_up(self, row: Row, lang: str) -> tuple[str, str]:
-        """A question about what was drawn, and its answer."""
+        """A question about the image of the first turn, and its answer."""
         choices = [
             ("then_kind", kind_of(row, lang)),
             ("then_name", name_of(row, lang)),
             ("then_translate", name_of(row, "ko" if lang == "en" else "en")),
         ]
-        return self.pick(choices) if self.free else choices[0]
+        return self.pick(choices) if self.wider_prompts else choices[0]
 
     def chat_caption_follow(self, lang: str) -> Sample:
         """A name, then the same in the other language; with wider prompts also other questions."""
         sample = self.caption(lang)
         row: Row = sample["rows"][0]
         others = [r for r in self.pools.by_concept[row["codepoints"]] if r["style"] != row["style"]]
-        choice = self.rng.random() if self.free else 1.0
+        choice = self.rng.random() if self.wider_prompts else 1.0
         if choice < 0.25:
             turn = user(text_part(self.prompt("then_kind", lang)))
-            return self.exact([*sample["messages"], turn], kind_of(row, lang), [row])
+            return self.text_sample([*sample["messages"], turn], kind_of(row, lang), [row])
         if choice < 0.5 and others:
             other = self.pick(others)
             turn = user(text_part(self.prompt("then_restyle", lang, s=style_of(other, lang))))
-            return self.drawing([*sample["messages"], turn], other, True, [row, other])
+            return self.image_sample([*sample["messages"], turn], other, True, [row, other])
         turn = user(text_part(self.prompt("then_translate", lang)))
         answer = name_of(row, "ko" if lang == "en" else "en")
-        return self.exact([*sample["messages"], turn], answer, [row])
+        return self.text_sample([*sample["messages"], turn], answer, [row])
 
 
 # Task: its weight in the published mix, and its writer.
@@ -499,8 +502,8 @@ class Dialogues:
 
     `korean` is the share of Korean samples, `further` the share written with the wider prompts,
     `tasks` new weights of some tasks (0 leaves a task out). `wordings` is the share of requests
-    that are composed and typed as people do (`wordings.composed`). With `varied`, any picture of a
-    thing may answer a request without a style. Samples may repeat; `generate` leaves repeats out.
+    that are composed, with typing noise (`wordings.compose_request`). With `varied`, any image of
+    a thing may answer a request without a style. Samples may repeat; `generate` drops repeats.
 
     Raises SettingError for an unknown task or an impossible share, DataError for an empty split.
     """
@@ -592,7 +595,7 @@ def caption_pairs(data: EmojiData, split: str = "train") -> Iterator[Sample]:
     """The plain documents of every image: its name from it, and it from its name.
 
     Three per image and language: the question with the image, its name with the style, and the
-    request for it in that style. The first picture of a thing also has its name and the request
+    request for it in that style. The first image of a thing also has its name and the request
     without a style, as task "usual". They have the form of dialogues.
     """
     concepts: set[str] = set()
@@ -620,11 +623,11 @@ def caption_pairs(data: EmojiData, split: str = "train") -> Iterator[Sample]:
 def studies(
     data: EmojiData, split: str, n: int, seed: int, turns: int = 4, wordings: float = 0.0
 ) -> Iterator[Sample]:
-    """`n` dialogues with several questions about one picture, each picture equally often.
+    """`n` dialogues with several questions about one image, each image equally often.
 
     The first question is for the name, in one of the languages; the others are for the name in the
-    other one, the subgroup, a clear colour, and the name with the style, in any order. A picture
-    takes many tokens and a question few, so this teaches to see at the lowest cost.
+    other one, the subgroup, a clear colour, and the name with the style, in any order. An image
+    takes many tokens and a question few, so this teaches image understanding at the lowest cost.
     """
     rng = random.Random(f"study-{split}-{seed}")
     writer = Writer(Pools(data, split), rng, 0.5, wordings)
@@ -632,7 +635,7 @@ def studies(
     for number in range(n):
         if number % len(rows) == 0:
             rng.shuffle(rows)
-        writer.free = rng.random() < writer.further
+        writer.wider_prompts = rng.random() < writer.further
         yield {"task": "study", "split": split, **writer.study(rows[number % len(rows)], turns)}
 
 
@@ -645,17 +648,19 @@ def write_samples(samples: Sequence[Sample], path: Path) -> None:
 
 
 def messages_of(
-    turns: Iterable[Mapping[str, Any]], picture: Callable[[str, str], Image]
+    turns: Iterable[Mapping[str, Any]], load_image: Callable[[str, str], Image]
 ) -> list[Message]:
-    """Turns of a sample; `picture` gives an Image for an image's id and the role that shows it."""
+    """Turns of a sample; `load_image` maps an image's id and the role of its turn to an `Image`."""
     return [
-        Message(turn["role"], [_content(part, turn["role"], picture) for part in turn["content"]])
+        Message(
+            turn["role"], [_content(part, turn["role"], load_image) for part in turn["content"]]
+        )
         for turn in turns
     ]
 
 
-def _content(part: Part, role: str, picture: Callable[[str, str], Image]) -> Text | Image:
-    return Text(part["text"]) if part["type"] == "text" else picture(part["image"], role)
+def _content(part: Part, role: str, load_image: Callable[[str, str], Image]) -> Text | Image:
+    return Text(part["text"]) if part["type"] == "text" else load_image(part["image"], role)
 
 
 def texts_of(samples: Iterable[Sample]) -> Iterator[str]:

@@ -1,13 +1,13 @@
-"""The documents of a training on the emoji data, and whether their pictures may change colour.
+"""The training documents of the emoji data, and whether their images may change colour.
 
 A mixture has shares of seven sources:
   dialogues  the eighteen tasks of `dialogues.generate`
-  pairs      a picture and its name, a name with a style and the picture (`dialogues.caption_pairs`)
-  requests   a request in many wordings, without a style, and the first picture of the thing in the
-             data; with `varied`, any picture of it
-  studies    several questions about one picture (`dialogues.studies`)
-  bare       a picture without a request, for guidance
-  scenes     several small pictures in one: how many, where, drawn (`scenes.scene_samples`)
+  pairs      an image and its name, a name with a style and the image (`dialogues.caption_pairs`)
+  requests   a request in many wordings, without a style, and the first image of the thing in the
+             data; with `varied`, any image of it
+  studies    several questions about one image (`dialogues.studies`)
+  bare       an image without a request, for guidance
+  scenes     several small images in one: how many, where, on request (`scenes.scene_samples`)
   unknown    things that the data does not have: "I do not know this one." (`scenes`)
 `workers` processes write the sources, each a part with its own seed.
 """
@@ -37,7 +37,7 @@ from earlyfusion.mini.emoji.dialogues import (
 )
 from earlyfusion.mini.emoji.phrases import COLOUR_IN_NAME
 from earlyfusion.mini.emoji.pools import Pools, name_of
-from earlyfusion.mini.emoji.scenes import scene_samples, scenes, strangers, unknown_samples
+from earlyfusion.mini.emoji.scenes import scene_samples, scenes, unknown_image_ids, unknown_samples
 
 SOURCES = ("dialogues", "pairs", "requests", "studies", "bare", "scenes", "unknown")
 _COLOURED = {"colour", "style_name", "caption_style", "study", "restyle"}
@@ -56,13 +56,13 @@ class MixtureConfig:
     scenes: float = 0.0
     unknown: float = 0.0
     wordings: float = 0.0
-    """Share of requests in composed words, typed as people type (`wordings.composed`)."""
+    """Share of requests in composed words, with typing noise (`wordings.compose_request`)."""
     varied: bool = False
-    """Whether any picture of a thing answers a request without a style, in dialogues too."""
+    """Whether any image of a thing answers a request without a style, in dialogues too."""
     made: int = 3000
-    """How many scenes there are for `scenes`; pictures of nothing known are a quarter of that."""
+    """How many scenes there are for `scenes`; images of nothing known are a quarter of that."""
     icons: Path | None = None
-    """The folder of a set of icons (docs/mini.md) that join the training pictures."""
+    """The folder of a set of icons (docs/mini.md) that join the training images."""
     tasks: dict[str, float] = field(default_factory=dict)
     """Weights of tasks among the dialogues; of others, the published weights."""
     korean: float = 0.4
@@ -97,35 +97,35 @@ class _Part:
 
 
 def made_ids(data: EmojiData, config: MixtureConfig) -> list[str]:
-    """Ids of the made pictures that documents may show; every seed of a mixture has the same."""
-    found = [scene.id for scene in scenes(data, config.made)] if config.scenes else []
-    found += strangers(data, -(-config.made // 4)) if config.unknown else []
-    return list(dict.fromkeys(found))
+    """Ids of the synthetic images that documents may show; the same for every seed of a mixture."""
+    ids = [scene.id for scene in scenes(data, config.made)] if config.scenes else []
+    ids += unknown_image_ids(data, -(-config.made // 4)) if config.unknown else []
+    return list(dict.fromkeys(ids))
 
 
 def samples(folder: Path, config: MixtureConfig) -> list[Sample]:
     """All documents of an epoch; the same config, `workers` included, gives the same."""
-    whole = sum(getattr(config, name) for name in SOURCES)
+    total = sum(getattr(config, name) for name in SOURCES)
     parts = []
     for source in SOURCES:
-        count = round(config.documents * getattr(config, source) / whole)
-        each = -(-count // config.workers)
+        count = round(config.documents * getattr(config, source) / total)
+        per_worker = -(-count // config.workers)
         for worker in range(config.workers if count else 0):
             # Each part has its own seed, so parts can be written in any process and order.
             seed = 1000 * config.seed + worker
-            size = min(each, count - worker * each)
+            size = min(per_worker, count - worker * per_worker)
             if size > 0:
                 parts.append(_Part(folder, source, size, seed, config))
     if config.workers == 1:
         data = EmojiData(folder, config.icons)
-        return list(chain.from_iterable(_written(part, data) for part in parts))
+        return list(chain.from_iterable(_write_part(part, data) for part in parts))
     # Not by fork: torch's threads and CUDA do not survive it. `map` keeps the order.
     with ProcessPoolExecutor(config.workers, get_context("spawn")) as pool:
-        return list(chain.from_iterable(pool.map(_written, parts)))
+        return list(chain.from_iterable(pool.map(_write_part, parts)))
 
 
 def is_plain(sample: Sample) -> bool:
-    """Whether the colours of its pictures matter: a question or a name is about them."""
+    """Whether the colours of its images matter: a question or a name is about them."""
     words = (
         part["text"]
         for message in sample["messages"]
@@ -135,7 +135,7 @@ def is_plain(sample: Sample) -> bool:
     return sample["task"] in _COLOURED or any(COLOUR_IN_NAME.search(text) for text in words)
 
 
-def _written(part: _Part, data: EmojiData | None = None) -> list[Sample]:
+def _write_part(part: _Part, data: EmojiData | None = None) -> list[Sample]:
     cfg, count, seed = part.config, part.count, part.seed
     data = data or EmojiData(part.folder, cfg.icons)
     if part.source == "dialogues":
@@ -144,35 +144,35 @@ def _written(part: _Part, data: EmojiData | None = None) -> list[Sample]:
     if part.source == "studies":
         return list(studies(data, "train", count, seed, turns=3, wordings=cfg.wordings))
     if part.source == "scenes":
-        shown = scenes(data, cfg.made)
-        return list(scene_samples(data, shown, count, seed, cfg.korean, cfg.wordings))
+        made = scenes(data, cfg.made)
+        return list(scene_samples(data, made, count, seed, cfg.korean, cfg.wordings))
     if part.source == "unknown":
-        strange = strangers(data, -(-cfg.made // 4))
-        return list(unknown_samples(data, strange, count, seed, cfg.korean, cfg.wordings))
+        unknown = unknown_image_ids(data, -(-cfg.made // 4))
+        return list(unknown_samples(data, unknown, count, seed, cfg.korean, cfg.wordings))
     rng = random.Random(f"{part.source}-{part.seed}")
     if part.source == "pairs":
-        # Requests for the usual pictures have their own source.
-        found = [s for s in caption_pairs(data) if s["task"] != "usual"]
-        return _repeated(found, part.count, rng)
-    return list(islice(_drawings(part, data, rng), part.count))
+        # Requests for the first image of a thing have their own source.
+        pairs = [s for s in caption_pairs(data) if s["task"] != "usual"]
+        return _repeat(pairs, part.count, rng)
+    return list(islice(_image_answers(part, data, rng), part.count))
 
 
-def _drawings(part: _Part, data: EmojiData, rng: random.Random) -> Iterator[Sample]:
-    """Training pictures in turn, as the answers to requests or without one. Requests get the first
-    picture of each thing, as in the dialogues, unless answers are to vary."""
+def _image_answers(part: _Part, data: EmojiData, rng: random.Random) -> Iterator[Sample]:
+    """Training images in turn, as the answers to requests or without one. Requests get the first
+    image of each thing, as in the dialogues, unless answers are to vary."""
     pools = Pools(data, "train")
     writer = Writer(pools, rng, 0.7, part.config.wordings)
     if part.source == "requests" and not part.config.varied:
-        rows = [pictures[0] for pictures in pools.by_concept.values()]
+        rows = [images[0] for images in pools.by_concept.values()]
     else:
         rows = [data.row(i) for i in data.split("train")]
     while True:
         rng.shuffle(rows)
         for row in rows:
             lang = "ko" if rng.random() < part.config.korean else "en"
-            writer.free = rng.random() < writer.further
-            said = [text_part(writer.prompt("draw", lang, n=name_of(row, lang)))]
-            request = [user(*said)] if part.source == "requests" else []
+            writer.wider_prompts = rng.random() < writer.further
+            prompt = [text_part(writer.prompt("draw", lang, n=name_of(row, lang)))]
+            request = [user(*prompt)] if part.source == "requests" else []
             yield {
                 "task": part.source,
                 "lang": lang,
@@ -181,10 +181,10 @@ def _drawings(part: _Part, data: EmojiData, rng: random.Random) -> Iterator[Samp
             }
 
 
-def _repeated(found: list[Sample], count: int, rng: random.Random) -> list[Sample]:
+def _repeat(samples: list[Sample], count: int, rng: random.Random) -> list[Sample]:
     """`count` samples in random order, each repeated equally often, give or take one."""
     chosen: list[Sample] = []
     while len(chosen) < count:
-        rng.shuffle(found)
-        chosen += found[: count - len(chosen)]
+        rng.shuffle(samples)
+        chosen += samples[: count - len(chosen)]
     return chosen

@@ -1,7 +1,7 @@
-"""The words around the pictures: prompts in English and Korean, particles, articles, style names.
+"""The texts of the dialogues: prompts in English and Korean, particles, articles, style names.
 
 A prompt table has two columns per language. The first holds the prompts of the published dialogues;
-its number and order are fixed, since the seeded generator draws by index. The second may grow.
+its number and order are fixed, since the seeded generator chooses by index. The second may grow.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ STYLE_WORDS = {
         "fluent-mono": "고대비 플루언트",
     },
 }
-# Not one of the styles above, from which the published dialogues draw.
+# Not one of the styles above, which the published dialogues choose from.
 ICON_WORDS = {"en": "icon", "ko": "아이콘"}
 ORDINALS = {
     "en": ["first", "second", "third", "fourth"],

@@ -1,4 +1,4 @@
-"""The rows of a split that questions may be about, by concept and subgroup, and their names."""
+"""The rows of a split that questions may use, by concept and subgroup, and their names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from earlyfusion.errors import DataError
 from earlyfusion.mini.emoji.dataset import ICON, EmojiData, Row
 from earlyfusion.mini.emoji.phrases import ICON_WORDS, STYLE_WORDS, WIDE_KINDS
 
-NEAREST_IN_TRAIN = 0.015  # held-out pictures nearer than this to one of train are not used
+NEAREST_IN_TRAIN = 0.015  # held-out images nearer than this to one of train are not used
 LINE_STYLES = {"openmoji-line", "noto-mono", "fluent-mono", ICON}
 COLOURS_ASKED = set("black white gray red orange yellow green blue purple pink brown".split())
 
@@ -41,7 +41,7 @@ NEAR = [
 ]
 
 
-def near(one: str, other: str) -> bool:
+def too_similar(one: str, other: str) -> bool:
     """Whether two subgroups look too similar to be contrasted in a question."""
     return one == other or any(one in group and other in group for group in NEAR)
 
@@ -59,7 +59,7 @@ def style_of(row: Row, lang: str) -> str:
 
 
 def main_colour(row: Row, lang: str) -> str | None:
-    """The colour that a picture clearly has, or None."""
+    """The colour that an image clearly has, or None."""
     shares = row["colour_shares"]
     if row["style"] in LINE_STYLES or not shares or row["colours"][0] not in COLOURS_ASKED:
         return None
@@ -69,14 +69,14 @@ def main_colour(row: Row, lang: str) -> str | None:
 
 
 def names_by_count(data: EmojiData) -> dict[str, int]:
-    """Names of the training things in both languages, those with most pictures first."""
+    """Names of the training things in both languages, those with most images first."""
     rows = [data.row(i) for i in data.split("train")]
     counts = Counter(name_of(row, lang) for row in rows for lang in ("en", "ko"))
     return dict(counts.most_common())
 
 
 class Pools:
-    """The rows of one split that questions may be about. `clear` and `large` are subgroups of at
+    """The rows of one split that questions may use. `clear` and `large` are subgroups of at
     least four and six concepts, `wide` rows of several subgroups."""
 
     def __init__(self, data: EmojiData, split: str) -> None:

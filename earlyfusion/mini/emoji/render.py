@@ -1,5 +1,5 @@
-"""Draws one source at 128 x 128 on white, names its colours and encodes it. SVG goes through resvg,
-glyphs through Pillow with Raqm shaping at four times the size."""
+"""Renders one source at 128 x 128 on white, names its colours and encodes it as WebP. resvg renders
+SVG; Pillow, with Raqm shaping and at four times the size, renders glyphs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _VIEW_BOX = re.compile(r'viewBox="\s*([-\d.e]+)[ ,]+([-\d.e]+)[ ,]+([-\d.e]+)[ ,
 
 @dataclass(frozen=True)
 class Rendered:
-    """A picture ready to be written: a WebP file, its colours and a 32 x 32 thumbnail, 0 to 1."""
+    """An image ready to be written: a WebP file, its colours and a 32 x 32 thumbnail, 0 to 1."""
 
     source: Source
     webp: bytes
@@ -52,12 +52,12 @@ class Rendered:
 
 
 def render(source: Source) -> Rendered:
-    """Draw one source. Raises DataError if it cannot be drawn."""
+    """Render one source. Raises DataError if it cannot be rendered."""
     try:
-        picture = _DRAW[source.format](source)
+        image = _RENDERERS[source.format](source)
     except (OSError, ValueError, RuntimeError) as error:
-        raise DataError(f"{source.id} cannot be drawn: {error}") from error
-    flat, alpha = on_white(picture)
+        raise DataError(f"{source.id} cannot be rendered: {error}") from error
+    flat, alpha = on_white(image)
     pixels = np.asarray(flat)
     return Rendered(
         source,
@@ -67,20 +67,20 @@ def render(source: Source) -> Rendered:
     )
 
 
-def on_white(picture: Image.Image) -> tuple[Image.Image, Image.Image]:
+def on_white(image: Image.Image) -> tuple[Image.Image, Image.Image]:
     """RGB on white, and the alpha channel, both made square and scaled to 128 x 128."""
-    picture = picture.convert("RGBA")
-    width, height = picture.size
+    image = image.convert("RGBA")
+    width, height = image.size
     if width != height:
         side = max(width, height)
         square = Image.new("RGBA", (side, side), (255, 255, 255, 0))
-        square.paste(picture, ((side - width) // 2, (side - height) // 2))
-        # Padding is transparent, so that it does not count among the picture's colours.
-        picture = square
-    white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-    flat = Image.alpha_composite(white, picture).convert("RGB")
-    alpha = picture.getchannel("A")
-    if picture.size != (SIZE, SIZE):
+        square.paste(image, ((side - width) // 2, (side - height) // 2))
+        # Padding is transparent, so that it does not count among the image's colours.
+        image = square
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    flat = Image.alpha_composite(white, image).convert("RGB")
+    alpha = image.getchannel("A")
+    if image.size != (SIZE, SIZE):
         flat = flat.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
         alpha = alpha.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
     return flat, alpha
@@ -140,44 +140,44 @@ def _hue_saturation_value(
     return hue, saturation, high
 
 
-def _draw_svg(source: Source) -> Image.Image:
-    return _rasterised(source.content)
+def _render_svg(source: Source) -> Image.Image:
+    return _rasterise(source.content)
 
 
-def _draw_svg_file(source: Source) -> Image.Image:
-    return _rasterised(Path(source.content).read_text(encoding="utf-8"))
+def _render_svg_file(source: Source) -> Image.Image:
+    return _rasterise(Path(source.content).read_text(encoding="utf-8"))
 
 
-def _draw_image_file(source: Source) -> Image.Image:
+def _render_image_file(source: Source) -> Image.Image:
     return Image.open(source.content)
 
 
-def _draw_glyph(source: Source) -> Image.Image:
+def _render_glyph(source: Source) -> Image.Image:
     """Black on transparent. ValueError if the font does not join the sequence into one glyph."""
     font = _font(source.font)
     left, top, right, bottom = font.getbbox(source.content)
-    # A sequence without a glyph is drawn as several emoji side by side, and so is wider than one.
-    falls_apart = font.getlength(source.content) > 1.45 * font.getlength("\U0001f600")
-    if right - left > 2 * _FONT_SIZE or right <= left or bottom <= top or falls_apart:
+    # A sequence without a glyph is rendered as several emoji, and so is wider than one.
+    is_split = font.getlength(source.content) > 1.45 * font.getlength("\U0001f600")
+    if right - left > 2 * _FONT_SIZE or right <= left or bottom <= top or is_split:
         raise ValueError("the font has no glyph for it")
     mask = Image.new("L", (4 * SIZE, 4 * SIZE), 0)
     corner = (2 * SIZE - (left + right) / 2, 2 * SIZE - (top + bottom) / 2)
     ImageDraw.Draw(mask).text(corner, source.content, font=font, fill=255)
-    # Drawn at four times the size and averaged: smoother than the font's own anti-aliasing.
+    # At four times the size and averaged: smoother than the font's own anti-aliasing.
     mask = mask.reduce(4)
     black = Image.new("L", mask.size, 0)
     return Image.merge("RGBA", (black, black, black, mask))
 
 
-_DRAW = {
-    "svg": _draw_svg,
-    "svg-file": _draw_svg_file,
-    "image-file": _draw_image_file,
-    "glyph": _draw_glyph,
+_RENDERERS = {
+    "svg": _render_svg,
+    "svg-file": _render_svg_file,
+    "image-file": _render_image_file,
+    "glyph": _render_glyph,
 }
 
 
-def _rasterised(svg: str) -> Image.Image:
+def _rasterise(svg: str) -> Image.Image:
     try:
         import resvg_py
     except ImportError:
@@ -186,7 +186,7 @@ def _rasterised(svg: str) -> Image.Image:
         ) from None
     box = _VIEW_BOX.search(svg)
     width, height = (float(box[3]), float(box[4])) if box else (1.0, 1.0)
-    # Only the longer side is given, so that the picture keeps its shape.
+    # Only the longer side is given, so that the image keeps its shape.
     side: dict[str, Any] = {"width": SIZE} if width >= height else {"height": SIZE}
     png = resvg_py.svg_to_bytes(svg_string=svg, skip_system_fonts=True, **side)
     return Image.open(io.BytesIO(bytes(png)))
@@ -197,16 +197,16 @@ def _font(path: str) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(path, _FONT_SIZE, layout_engine=ImageFont.Layout.RAQM)
 
 
-def _encode(picture: Image.Image, lossless: bool) -> bytes:
-    """WebP: lossless, except for pictures that came lossy (above 40 dB, at a third of the size)."""
+def _encode(image: Image.Image, lossless: bool) -> bytes:
+    """WebP: lossless, except for images that came lossy (above 40 dB, at a third of the size)."""
     buffer = io.BytesIO()
     if lossless:
-        picture.save(buffer, "WEBP", lossless=True, quality=75, method=4)
+        image.save(buffer, "WEBP", lossless=True, quality=75, method=4)
     else:
-        picture.save(buffer, "WEBP", quality=95, method=4)
+        image.save(buffer, "WEBP", quality=95, method=4)
     return buffer.getvalue()
 
 
-def _thumbnail(picture: Image.Image) -> Thumbnail:
-    small = picture.resize((32, 32), Image.Resampling.BOX)
+def _thumbnail(image: Image.Image) -> Thumbnail:
+    small = image.resize((32, 32), Image.Resampling.BOX)
     return np.asarray(small, np.float32) / np.float32(255)

@@ -1,17 +1,17 @@
-"""Pictures made from other pictures, and dialogues about them: counting, places, unknown things.
+"""Synthetic images, and dialogues about them: counting, positions, unknown things.
 
-The id of a made picture says how it is made, so that every holder of the data can make it:
+The id of a synthetic image says how it is made, so that anyone with the data can make it:
 
-  scene/3x2:noto/1f34e,noto/1f34c,,,,   small pictures in 3 columns and 2 rows; "" is an empty cell
-  scrambled/7:noto/1f34e                its sixteenths in another order; 7 is the seed
+  scene/3x2:noto/1f34e,noto/1f34c,,,,   small images in 3 columns and 2 rows; "" is an empty cell
+  scrambled/7:noto/1f34e                its 16 tiles in random order; 7 is the seed
   noise/7                               patches of random colours
 
-`scene_samples` asks what is in a scene, how many and where, and wants scenes drawn. A drawing has
-its things in the order of their names, from the top left. `unknown_samples` ask for things that the
-data does not have, and for the names of pictures that show nothing known; the answer is
-`UNKNOWN_ANSWER`. Their share must stay small, and their wordings are those of requests for known
-things: what is refused must follow from the thing alone. `earlyfusion.evals.emoji` measures both
-sides, unknown things that are refused and known ones.
+`scene_samples` asks what is in a scene, how many and where, or requests a scene. A requested scene
+has its things in the order of their names, from the top left. `unknown_samples` requests things
+that the data does not have, and asks for the names of images that show nothing known; the answer is
+`UNKNOWN_ANSWER`. Their share must stay small. They are worded like requests for known things, so
+that a refusal depends on the thing alone. `earlyfusion.evals.emoji` measures both: how often
+unknown things are refused, and how often known ones.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from earlyfusion.mini.emoji.phrases import particle, with_article
 from earlyfusion.mini.emoji.pools import VAGUE, Pools, name_of
 
 UNKNOWN_ANSWER = {"en": "I do not know this one.", "ko": "이건 모르겠어."}
-ORDERED = 0.5  # share of scenes whose things are in the order of a drawing
+ORDERED = 0.5  # share of scenes whose things are in the order of a requested scene
 MOST_CELLS = 6
-TILES = 4  # a scrambled picture is cut into 4 x 4
+TILES = 4  # a scrambled image is split into 4 x 4 tiles
 EMPTY = ""
 _GRIDS = {4: (2, 2), 6: (3, 2)}
 _COUNTED = {"animals-nature", "food-drink", "travel-places", "objects", "activities"}
@@ -54,7 +54,7 @@ _PLURALS = {
     "bison": "bison", "squid": "squid", "shrimp": "shrimp", "tomato": "tomatoes",
     "potato": "potatoes", "mango": "mangoes", "foot": "feet", "tooth": "teeth",
 }  # fmt: skip
-_ASKED: dict[str, dict[str, tuple[str, ...]]] = {
+_QUESTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "count": {
         "en": (
             "How many {p} are there?",
@@ -117,7 +117,7 @@ HELD_OUT_THINGS = [
 
 
 class Scene(NamedTuple):
-    """Pictures in a grid, row by row; `EMPTY` where there is none."""
+    """Images in a grid, row by row; `EMPTY` where there is none."""
 
     columns: int
     rows: int
@@ -128,29 +128,29 @@ class Scene(NamedTuple):
         return f"scene/{self.columns}x{self.rows}:{','.join(self.cells)}"
 
     @classmethod
-    def of(cls, picture_id: str) -> Scene:
-        size, cells = picture_id.removeprefix("scene/").split(":")
+    def of(cls, image_id: str) -> Scene:
+        size, cells = image_id.removeprefix("scene/").split(":")
         columns, rows = map(int, size.split("x"))
         return cls(columns, rows, tuple(cells.split(",")))
 
     def counts(self) -> dict[str, int]:
-        """How many of each picture there are, in the order of their first cells."""
-        shown = [cell for cell in self.cells if cell]
-        return {cell: shown.count(cell) for cell in dict.fromkeys(shown)}
+        """How many of each image there are, in the order of their first cells."""
+        used = [cell for cell in self.cells if cell]
+        return {cell: used.count(cell) for cell in dict.fromkeys(used)}
 
     def beside(self, cell: int, step: tuple[int, int]) -> str:
-        """The picture in the cell that is `step` columns and rows from another; or `EMPTY`."""
+        """The image in the cell that is `step` columns and rows from another; or `EMPTY`."""
         row, column = divmod(cell, self.columns)
         column, row = column + step[0], row + step[1]
-        there = 0 <= column < self.columns and 0 <= row < self.rows
-        return self.cells[row * self.columns + column] if there else EMPTY
+        is_inside = 0 <= column < self.columns and 0 <= row < self.rows
+        return self.cells[row * self.columns + column] if is_inside else EMPTY
 
 
-# ---- which pictures are made
+# ---- ids of synthetic images
 
 
 def scenes(data: EmojiData, count: int, seed: int = 0) -> list[Scene]:
-    """`count` scenes of training pictures; the same seed gives the same. No thing fits: none."""
+    """`count` scenes of training images, reproducible by seed; none if no thing is suitable."""
     rng = random.Random(f"scenes-{seed}")
     pool = [row for row in Pools(data, "train").rows if is_counted(row)]
     if not pool:
@@ -166,16 +166,16 @@ def _scene(pool: list[Row], by_style: dict[str, list[Row]], rng: random.Random) 
     other = rng.choice(by_style[first["style"]])
     numbers = [rng.randint(1, 4), rng.randint(1, 2)]
     one_kind = other["family"] == first["family"] or rng.random() < 0.35
-    shown = [first["id"]] * numbers[0] + ([] if one_kind else [other["id"]] * numbers[1])
-    columns, rows = _GRIDS[4 if len(shown) <= 4 else MOST_CELLS]
-    cells = shown + [EMPTY] * (columns * rows - len(shown))
+    images = [first["id"]] * numbers[0] + ([] if one_kind else [other["id"]] * numbers[1])
+    columns, rows = _GRIDS[4 if len(images) <= 4 else MOST_CELLS]
+    cells = images + [EMPTY] * (columns * rows - len(images))
     if rng.random() >= ORDERED:
         rng.shuffle(cells)
     return Scene(columns, rows, tuple(cells))
 
 
 def is_counted(row: Row) -> bool:
-    """Whether one can say "two …s" of it: a thing with a short name and a plain plural."""
+    """Whether one can say "two …s" of it: a thing with a short name and a regular plural."""
     name = row["en"]
     return (
         row["group"] in _COUNTED
@@ -186,8 +186,8 @@ def is_counted(row: Row) -> bool:
     )
 
 
-def strangers(data: EmojiData, count: int, seed: int = 0) -> list[str]:
-    """Ids of pictures that show nothing known: noise, scrambled ones, icons if there are any."""
+def unknown_image_ids(data: EmojiData, count: int, seed: int = 0) -> list[str]:
+    """Ids of images that show nothing known: noise, scrambled ones, icons if there are any."""
     rng = random.Random(f"strangers-{seed}")
     known, icons = data.split("train"), data.split("unknown-train")
     found = []
@@ -202,13 +202,13 @@ def strangers(data: EmojiData, count: int, seed: int = 0) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-# ---- their pixels
+# ---- pixels of synthetic images
 
 
 def made_pictures(ids: Sequence[str], table_PYXC: Tensor, numbers: Mapping[str, int]) -> Tensor:
-    """The made pictures on the device of the table: uint8 [len(ids), Y, X, C].
+    """The synthetic images, on the device of the table: uint8 [len(ids), Y, X, C].
 
-    `numbers` says where in the table the pictures are that they are made of.
+    `numbers` are the rows of the table, by the ids of the images that they are made of.
     """
     side = table_PYXC.shape[1]
     out = torch.full((len(ids), side, side, 3), 255, dtype=torch.uint8, device=table_PYXC.device)
@@ -220,7 +220,7 @@ def made_pictures(ids: Sequence[str], table_PYXC: Tensor, numbers: Mapping[str, 
     for n, name in enumerate(ids):
         if name.startswith("scrambled/"):
             seed, of = name.removeprefix("scrambled/").split(":")
-            out[n] = _scrambled(table_PYXC[numbers[of]], int(seed))
+            out[n] = _scramble(table_PYXC[numbers[of]], int(seed))
         elif name.startswith("noise/"):
             out[n] = _noise(side, int(name.removeprefix("noise/"))).to(out.device)
     return out
@@ -228,20 +228,20 @@ def made_pictures(ids: Sequence[str], table_PYXC: Tensor, numbers: Mapping[str, 
 
 def _paste(
     out: Tensor,
-    where: list[int],
-    found: list[Scene],
+    indices: list[int],
+    scenes_of_grid: list[Scene],
     table_PYXC: Tensor,
     numbers: Mapping[str, int],
 ) -> None:
-    """Paste the pictures of scenes of one grid, cell by cell, for all scenes at once."""
-    columns, rows, device = found[0].columns, found[0].rows, table_PYXC.device
-    used = sorted({cell for scene in found for cell in scene.cells if cell})
-    place = {name: number for number, name in enumerate(used)}
+    """Paste the images of scenes of one grid, cell by cell, for all scenes at once."""
+    columns, rows, device = scenes_of_grid[0].columns, scenes_of_grid[0].rows, table_PYXC.device
+    used = sorted({cell for scene in scenes_of_grid for cell in scene.cells if cell})
+    index_of = {name: number for number, name in enumerate(used)}
     side = table_PYXC.shape[1] // max(columns, rows)
     top = (table_PYXC.shape[1] - rows * side) // 2
     small = torch.cat(
         [
-            _shrunk(
+            _shrink(
                 table_PYXC[torch.tensor([numbers[n] for n in used[k : k + 256]], device=device)],
                 side,
             )
@@ -250,31 +250,33 @@ def _paste(
     )
     for cell in range(columns * rows):
         row, column = divmod(cell, columns)
-        shown = [
-            (n, place[s.cells[cell]]) for n, s in zip(where, found, strict=True) if s.cells[cell]
+        pairs = [
+            (n, index_of[s.cells[cell]])
+            for n, s in zip(indices, scenes_of_grid, strict=True)
+            if s.cells[cell]
         ]
-        if shown:
-            to, of = torch.tensor(shown, device=device).T
+        if pairs:
+            to, of = torch.tensor(pairs, device=device).T
             y, x = top + row * side, column * side
             out[to, y : y + side, x : x + side] = small[of]
 
 
-def _shrunk(pictures_BYXC: Tensor, side: int) -> Tensor:
-    pixels = pictures_BYXC.permute(0, 3, 1, 2).float()
+def _shrink(images_BYXC: Tensor, side: int) -> Tensor:
+    pixels = images_BYXC.permute(0, 3, 1, 2).float()
     small = F.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
     return small.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
-def _scrambled(picture_YXC: Tensor, seed: int) -> Tensor:
-    side = picture_YXC.shape[0] // TILES
+def _scramble(image_YXC: Tensor, seed: int) -> Tensor:
+    side = image_YXC.shape[0] // TILES
     if not side:
-        return picture_YXC
+        return image_YXC
     order = list(range(TILES * TILES))
     random.Random(f"tiles-{seed}").shuffle(order)
-    inner = picture_YXC[: side * TILES, : side * TILES]
+    inner = image_YXC[: side * TILES, : side * TILES]
     tiles = inner.reshape(TILES, side, TILES, side, 3).transpose(1, 2).reshape(-1, side, side, 3)
     mixed = tiles[torch.tensor(order, device=tiles.device)]
-    out = torch.full_like(picture_YXC, 255)
+    out = torch.full_like(image_YXC, 255)
     out[: side * TILES, : side * TILES] = (
         mixed.reshape(TILES, TILES, side, side, 3).transpose(1, 2).reshape(inner.shape)
     )
@@ -290,22 +292,22 @@ def _noise(side: int, seed: int) -> Tensor:
     return pixels[0].round().to(torch.uint8).permute(1, 2, 0)
 
 
-def picture_of(data: EmojiData, picture_id: str) -> PIL.Image.Image:
-    """The picture of any id, of the data or made: RGB, 128 x 128."""
-    if picture_id.startswith("scene/"):
-        parts = list(Scene.of(picture_id).counts())
-    elif picture_id.startswith("scrambled/"):
-        parts = [picture_id.split(":", 1)[1]]
-    elif picture_id.startswith("noise/"):
+def image_of(data: EmojiData, image_id: str) -> PIL.Image.Image:
+    """The image of any id, from the data or synthetic: RGB, 128 x 128."""
+    if image_id.startswith("scene/"):
+        parts = list(Scene.of(image_id).counts())
+    elif image_id.startswith("scrambled/"):
+        parts = [image_id.split(":", 1)[1]]
+    elif image_id.startswith("noise/"):
         parts = []
     else:
-        return data.image(picture_id)
+        return data.image(image_id)
     side = 128
     table = [np.asarray(data.image(part)) for part in parts] or [
         np.zeros((side, side, 3), np.uint8)
     ]
     numbers = {part: number for number, part in enumerate(parts)}
-    made = made_pictures([picture_id], torch.from_numpy(np.stack(table)), numbers)
+    made = made_pictures([image_id], torch.from_numpy(np.stack(table)), numbers)
     return PIL.Image.fromarray(made[0].numpy())
 
 
@@ -331,7 +333,7 @@ def counter(row: Row) -> str:
     return "마리" if row["subgroup"].startswith("animal-") else "개"
 
 
-def counted(row: Row, count: int, lang: str) -> str:
+def count_phrase(row: Row, count: int, lang: str) -> str:
     """ "two apples", "a banana", "사과 두 개"."""
     if lang == "ko":
         return f"{row['ko']} {_NUMBERS['ko'][count]} {counter(row)}"
@@ -339,45 +341,47 @@ def counted(row: Row, count: int, lang: str) -> str:
     return with_article(name) if count == 1 else f"{_NUMBERS['en'][count]} {plural(name)}"
 
 
-def listed(data: EmojiData, scene: Scene, lang: str) -> str:
+def describe_scene(data: EmojiData, scene: Scene, lang: str) -> str:
     """What a scene shows: "two apples and a banana"."""
-    words = [counted(data.row(i), n, lang) for i, n in scene.counts().items()]
+    words = [count_phrase(data.row(i), n, lang) for i, n in scene.counts().items()]
     if lang == "en":
         return " and ".join(words)
     return " ".join([*(particle(word, "과/와") for word in words[:-1]), words[-1]])
 
 
 def is_ordered(scene: Scene) -> bool:
-    """Whether a drawing would have its things in these cells."""
-    shown = [name for name, count in scene.counts().items() for _ in range(count)]
-    return list(scene.cells[: len(shown)]) == shown
+    """Whether its things are in the cells of a requested scene."""
+    names = [name for name, count in scene.counts().items() for _ in range(count)]
+    return list(scene.cells[: len(names)]) == names
 
 
 def scene_samples(
-    data: EmojiData, found: Sequence[Scene], n: int, seed: int, korean: float, wordings: float
+    data: EmojiData, made: Sequence[Scene], n: int, seed: int, korean: float, wordings: float
 ) -> Iterator[Sample]:
-    """`n` dialogues about the scenes: drawn on request, or with up to three questions."""
+    """`n` dialogues about the scenes: a request for one, or up to three questions."""
     rng = random.Random(f"scene-samples-{seed}")
     writer = Writer(Pools(data, "train"), rng, further=0.7, wordings=wordings)
-    drawable = [scene for scene in found if is_ordered(scene)]
-    for _ in range(n if found else 0):
+    ordered = [scene for scene in made if is_ordered(scene)]
+    for _ in range(n if made else 0):
         lang = "ko" if rng.random() < korean else "en"
-        writer.free = rng.random() < writer.further
+        writer.wider_prompts = rng.random() < writer.further
         head: Sample = {"task": "scene", "lang": lang, "split": "train"}
-        if drawable and rng.random() < 0.35:
-            scene = rng.choice(drawable)
-            words = listed(data, scene, lang)
-            said = writer.prompt("draw", lang, n=words, a=words)
-            while "하나" in said:  # "one", which would contradict the numbers
-                said = writer.prompt("draw", lang, n=words, a=words)
-            picture = {"type": "image", "image": scene.id}
-            yield head | {"messages": [user(text_part(said)), assistant(picture)]}
+        if ordered and rng.random() < 0.35:
+            scene = rng.choice(ordered)
+            words = describe_scene(data, scene, lang)
+            prompt = writer.prompt("draw", lang, n=words, a=words)
+            while "하나" in prompt:  # "one", which would contradict the numbers
+                prompt = writer.prompt("draw", lang, n=words, a=words)
+            image = {"type": "image", "image": scene.id}
+            yield head | {"messages": [user(text_part(prompt)), assistant(image)]}
         else:
-            scene = rng.choice(found)
-            asked = [q for q in scene_questions(data, scene, lang, rng) if q][: rng.randint(1, 3)]
-            picture, turns = {"type": "image", "image": scene.id}, list[dict[str, Any]]()
-            for number, (question, answer) in enumerate(asked):
-                parts = [text_part(question)] if number else [picture, text_part(question)]
+            scene = rng.choice(made)
+            questions = [q for q in scene_questions(data, scene, lang, rng) if q][
+                : rng.randint(1, 3)
+            ]
+            image, turns = {"type": "image", "image": scene.id}, list[dict[str, Any]]()
+            for number, (question, answer) in enumerate(questions):
+                parts = [text_part(question)] if number else [image, text_part(question)]
                 turns += [user(*parts), assistant(text_part(answer))]
             yield head | {"messages": turns}
 
@@ -387,9 +391,9 @@ def scene_questions(
 ) -> list[tuple[str, str]]:
     """Questions about a scene and their answers, in random order."""
     counts = scene.counts()
-    found: list[tuple[str, str]] = []
-    for picture_id, count in counts.items():
-        row = data.row(picture_id)
+    questions: list[tuple[str, str]] = []
+    for image_id, count in counts.items():
+        row = data.row(image_id)
         name = name_of(row, lang)
         words = {
             "n": name,
@@ -398,48 +402,48 @@ def scene_questions(
             "ng": particle(name, "은/는"),
         }
         answer = _NUMBERS[lang][count] + (f" {counter(row)}" if lang == "ko" else "")
-        found.append((rng.choice(_ASKED["count"][lang]).format(**words), answer))
-        found += _places(data, scene, picture_id, lang, rng) if count == 1 else []
+        questions.append((rng.choice(_QUESTIONS["count"][lang]).format(**words), answer))
+        questions += _position_questions(data, scene, image_id, lang, rng) if count == 1 else []
     whole = sum(counts.values())
     total = _NUMBERS[lang][whole] + (" 개" if lang == "ko" else "")
-    found.append((rng.choice(_ASKED["all"][lang]), total))
-    found.append((rng.choice(_ASKED["what"][lang]), listed(data, scene, lang)))
-    rng.shuffle(found)
-    return found
+    questions.append((rng.choice(_QUESTIONS["all"][lang]), total))
+    questions.append((rng.choice(_QUESTIONS["what"][lang]), describe_scene(data, scene, lang)))
+    rng.shuffle(questions)
+    return questions
 
 
-def _places(
-    data: EmojiData, scene: Scene, picture_id: str, lang: str, rng: random.Random
+def _position_questions(
+    data: EmojiData, scene: Scene, image_id: str, lang: str, rng: random.Random
 ) -> list[tuple[str, str]]:
-    """Questions for what is beside a picture that is there once."""
-    at, found = scene.cells.index(picture_id), []
+    """Questions about the neighbours of an image that is in the scene once."""
+    at, questions = scene.cells.index(image_id), []
     for step, words in _PLACES.items():
         if other := scene.beside(at, step):
-            question = rng.choice(_ASKED["place"][lang])
-            asked = question.format(n=name_of(data.row(picture_id), lang), where=words[lang])
-            found.append((asked, name_of(data.row(other), lang)))
-    return found
+            question = rng.choice(_QUESTIONS["place"][lang])
+            text = question.format(n=name_of(data.row(image_id), lang), where=words[lang])
+            questions.append((text, name_of(data.row(other), lang)))
+    return questions
 
 
-# ---- dialogues about what is unknown
+# ---- dialogues about unknown things
 
 
 def unknown_samples(
-    data: EmojiData, found: Sequence[str], n: int, seed: int, korean: float, wordings: float
+    data: EmojiData, unknown_ids: Sequence[str], n: int, seed: int, korean: float, wordings: float
 ) -> Iterator[Sample]:
-    """`n` dialogues that end in `UNKNOWN_ANSWER`: half about pictures, half about words."""
+    """`n` dialogues that end in `UNKNOWN_ANSWER`: half about images, half about words."""
     rng = random.Random(f"unknown-{seed}")
     writer = Writer(Pools(data, "train"), rng, further=0.7, wordings=wordings)
     things = unknown_things(data, UNKNOWN_THINGS)
     for _ in range(n):
         lang = "ko" if rng.random() < korean else "en"
-        writer.free = rng.random() < writer.further
-        if found and rng.random() < 0.5:
-            picture = {"type": "image", "image": rng.choice(found)}
-            turn = user(picture, text_part(writer.prompt("caption", lang)))
+        writer.wider_prompts = rng.random() < writer.further
+        if unknown_ids and rng.random() < 0.5:
+            image = {"type": "image", "image": rng.choice(unknown_ids)}
+            turn = user(image, text_part(writer.prompt("caption", lang)))
         else:
             known = rng.random() < 0.5
-            name = rng.choice(things)[lang == "ko"] if known else invented(lang, rng)
+            name = rng.choice(things)[lang == "ko"] if known else invent_word(lang, rng)
             turn = user(text_part(writer.prompt("draw", lang, n=name)))
         messages = [turn, assistant(text_part(UNKNOWN_ANSWER[lang]))]
         yield {"task": "unknown", "lang": lang, "split": "train", "messages": messages}
@@ -451,8 +455,8 @@ def unknown_things(data: EmojiData, things: Sequence[Sequence[str]]) -> list[tup
     return [(english, korean) for english, korean in things if not words & {english, korean}]
 
 
-def invented(lang: str, rng: random.Random) -> str:
-    """A word that no language has: "blorvat", of the sounds of ordinary words."""
+def invent_word(lang: str, rng: random.Random) -> str:
+    """A word that does not exist, such as "blorvat", made of ordinary syllables."""
     if lang == "ko":
         return "".join(_syllable(rng) for _ in range(rng.randint(2, 4)))
     starts, ends = "bl gr kr v z th sn dw pl m".split(), "t x n m p".split()
@@ -462,6 +466,6 @@ def invented(lang: str, rng: random.Random) -> str:
 
 
 def _syllable(rng: random.Random) -> str:
-    """A plain consonant, one of five vowels, and no final consonant or a soft one."""
+    """A Korean syllable: plain consonant, one of five vowels, no final consonant or a soft one."""
     consonant, vowel = rng.choice((0, 2, 3, 5, 6, 7, 9, 11, 12, 18)), rng.choice((0, 4, 8, 13, 20))
     return chr(ord("가") + (consonant * 21 + vowel) * 28 + rng.choice((0, 0, 4, 8, 16, 21)))

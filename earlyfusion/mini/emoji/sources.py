@@ -1,4 +1,4 @@
-"""Where each picture comes from: files and icons of the unpacked packages, matched to concepts.
+"""Where each image comes from: files and icons of the unpacked packages, matched to concepts.
 
 Some packages name their icons by code points, others by names from various years; the tables below
 list what no rule matches.
@@ -99,7 +99,7 @@ for _hour in range(1, 13):
 
 @dataclass(frozen=True)
 class Source:
-    """One picture to render: SVG text, a file, or a character of a font."""
+    """One image to render: SVG text, a file, or a character of a font."""
 
     style: str
     concept: str
@@ -223,10 +223,10 @@ def _fxemoji(style: str, folder: Path, concepts: Concepts, index: Index) -> Iter
         squashed = _squash(name)
         return _FIREFOX_NAMES.get(name) or exact.get(squashed) or loose.get(squashed)
 
-    def sureness(name: str) -> tuple[bool, bool, str]:
+    def match_rank(name: str) -> tuple[bool, bool, str]:
         return name not in _FIREFOX_NAMES, _squash(name) not in exact, name
 
-    names = sorted(icons.names, key=sureness)
+    names = sorted(icons.names, key=match_rank)
     yield from icons.sources(style, [(n, match(n)) for n in names])
 
 

@@ -1,4 +1,4 @@
-"""The pictures of the emoji data as tensors on a device, with labels of what they show."""
+"""The images of the emoji data as tensors on a device, with labels of what they show."""
 
 from __future__ import annotations
 
@@ -26,31 +26,31 @@ def opened(folder: Path, icons: Path | None = None) -> EmojiData:
 
 @lru_cache(maxsize=4)
 def pictures(folder: Path, split: str, side: int, device: str, icons: Path | None = None) -> Tensor:
-    """All pictures of a split in file order, on the device: uint8 [pictures, side, side, 3].
+    """All images of a split in file order, on the device: uint8 [images, side, side, 3].
 
-    They stay in memory for further calls: 534 MB for the training pictures at 128 pixels.
+    They stay in memory for further calls: 534 MB for the training images at 128 pixels.
     """
     data = opened(folder, icons)
     return pictures_of(data, data.split(split), side).to(device)
 
 
 def pictures_of(data: EmojiData, ids: Sequence[str], side: int) -> Tensor:
-    """The pictures of some ids of the data: uint8 [len(ids), side, side, 3]."""
+    """The images of some ids of the data: uint8 [len(ids), side, side, 3]."""
     with ThreadPoolExecutor(_THREADS) as pool:
         rows = list(pool.map(partial(_square, data, side), ids))
     return torch.from_numpy(np.stack(rows) if rows else np.zeros((0, side, side, 3), np.uint8))
 
 
 def _square(data: EmojiData, side: int, image_id: str) -> np.ndarray:
-    picture = data.image(image_id)
-    if picture.size != (side, side):
-        picture = picture.resize((side, side), Image.Resampling.LANCZOS)
-    return np.asarray(picture)
+    image = data.image(image_id)
+    if image.size != (side, side):
+        image = image.resize((side, side), Image.Resampling.LANCZOS)
+    return np.asarray(image)
 
 
 class Labels:
-    """Labels of pictures: numbers of the thing, its subgroup and the style; `UNKNOWN` for things or
-    subgroups that no training picture shows."""
+    """Labels of images: numbers of the thing, its subgroup and the style; `UNKNOWN` for things or
+    subgroups that no training image shows."""
 
     def __init__(self, data: EmojiData) -> None:
         self._data = data
@@ -65,9 +65,9 @@ class Labels:
         return len(self._things), len(self._subgroups), len(self._styles)
 
     def of(self, ids: list[str]) -> Tensor:
-        """int64 [pictures, 3]."""
+        """int64 [images, 3]."""
         rows = [self._data.row(i) for i in ids]
-        found = [
+        labels = [
             (
                 self._things.get(r["codepoints"], UNKNOWN),
                 self._subgroups.get(r["subgroup"], UNKNOWN),
@@ -75,7 +75,7 @@ class Labels:
             )
             for r in rows
         ]
-        return torch.tensor(found, dtype=torch.long).view(-1, 3)
+        return torch.tensor(labels, dtype=torch.long).view(-1, 3)
 
 
 def _numbers(values: list[str]) -> dict[str, int]:

@@ -1,9 +1,9 @@
-"""Requests in a person's own words: composed of parts for training, fixed ones for evaluation.
+"""Requests in free wordings: composed of parts for training, fixed ones for evaluation.
 
-A composed request is an opening, a core (verb and object), a closing and a mark, each drawn on its
-own, and then typed as people type: without capitals, without the mark, with a slip of the fingers.
-`HELD_OUT` are free requests in wordings that no composition and no table of `phrases.PROMPTS` can
-make. They are for evaluation only (`earlyfusion.evals.free`): never train on them.
+A composed request is an opening, a core (verb and object), a closing and a mark, each chosen at
+random, with typing noise: other case, no mark, a typo. `HELD_OUT` are free requests in wordings
+that neither the composition nor a table of `phrases.PROMPTS` can produce. They are for evaluation
+only (`earlyfusion.evals.free`): never train on them.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from itertools import product
 from typing import NamedTuple, TypeVar
 
 LOWER, UPPER, UNMARKED, MISTYPED = 0.25, 0.02, 0.25, 0.04
-"""Shares of composed requests without capitals, in capitals, without the last mark, with a slip."""
+"""Shares of composed requests: in lower case, in capitals, without the last mark, with a typo."""
 T = TypeVar("T")
 
 
 class Form(NamedTuple):
-    """Parts that go together; each choice of one of each is a request."""
+    """Parts of a request: one choice of each, joined, is a request."""
 
     openings: Sequence[str]
     cores: Sequence[str]
@@ -312,26 +312,26 @@ FORMS: dict[str, dict[str, list[Form]]] = {
 }
 
 
-def composed(table: str, lang: str, rng: random.Random) -> str | None:
+def compose_request(table: str, lang: str, rng: random.Random) -> str | None:
     """A template of a request of the table, with the marks of `PROMPTS`; None where it has none."""
     if table not in FORMS:
         return None
     form = rng.choice(FORMS[table][lang])
-    return _joined([rng.choice(choices) for choices in form])
+    return _join([rng.choice(choices) for choices in form])
 
 
-def every(table: str, lang: str) -> Iterator[str]:
-    """All templates that `composed` can give."""
+def all_templates(table: str, lang: str) -> Iterator[str]:
+    """All templates that `compose_request` can return."""
     for form in FORMS[table][lang]:
-        yield from map(_joined, product(*(dict.fromkeys(choices) for choices in form)))
+        yield from map(_join, product(*(dict.fromkeys(choices) for choices in form)))
 
 
-def _joined(parts: Sequence[str]) -> str:
+def _join(parts: Sequence[str]) -> str:
     return re.sub(r"(?:^|(?<=! ))[a-z]", lambda found: found[0].upper(), "".join(parts))
 
 
-def as_typed(text: str, rng: random.Random) -> str:
-    """The request as somebody types it who does not mind capitals, marks and slips."""
+def add_typing_noise(text: str, rng: random.Random) -> str:
+    """The request with typing noise: other case, no final mark, a typo, by the shares above."""
     chance = rng.random()
     if chance < LOWER:
         text = text.lower()
@@ -339,11 +339,11 @@ def as_typed(text: str, rng: random.Random) -> str:
         text = text.upper()
     if rng.random() < UNMARKED:
         text = text.rstrip(".!?")
-    return _with_slip(text, rng) if rng.random() < MISTYPED else text
+    return _add_typo(text, rng) if rng.random() < MISTYPED else text
 
 
-def _with_slip(text: str, rng: random.Random) -> str:
-    """Two neighbouring letters of a word swapped, one left out, or one doubled."""
+def _add_typo(text: str, rng: random.Random) -> str:
+    """One typo: two neighbouring letters of a word swapped, one left out, or one doubled."""
     places = [i for i in range(1, len(text) - 2) if text[i - 1 : i + 2].isalpha()]
     if not places:
         return text
@@ -354,11 +354,11 @@ def _with_slip(text: str, rng: random.Random) -> str:
 
 
 class FreeRequest(NamedTuple):
-    """A request in free words. `shown` are the things of its pictures, `wanted` is what is right.
+    """A request in free words. `shown` are the things of its images, `wanted` are the right ones.
 
     `answer` is the kind of answer: draw, name, yes, no, which, kind, common, colour, list, unknown.
-    Things are ids of concepts. Of `which` the wanted one is one of those shown; of `list`, `wanted`
-    is the beginning of a subgroup; of `unknown` nothing is wanted but that it says so.
+    Things are ids of concepts. For `which`, the wanted one is one of those shown. For `list`,
+    `wanted` is the prefix of a subgroup. For `unknown` it is empty: the right answer is a refusal.
     """
 
     lang: str
