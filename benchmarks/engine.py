@@ -212,7 +212,7 @@ def batch(bench: Bench, rounds: int, number: int) -> list[Row]:
 
 
 def alone(meter: Meter) -> list[Row]:
-    figures = meter.texts() + meter.pictures() + meter.tokenizer() + meter.mixed() + meter.limits()
+    figures = meter.texts() + meter.images() + meter.tokenizer() + meter.mixed() + meter.limits()
     return [
         Row(f.what, f.unit, {OURS: f.value}, "" if f.of_limit is None else f"{f.of_limit:.0%}")
         for f in figures

@@ -34,7 +34,7 @@ from gpu_parts import checks, decode, kernels, machine, pictures, stock, trainin
 from gpu_parts.settings import Settings, rehearsal  # noqa: E402
 from plots import draw  # noqa: E402
 
-from earlyfusion.bench.parts import Outcome, Part, as_json, as_markdown, joined, run_parts  # noqa: E402
+from earlyfusion.bench.parts import Outcome, Part, as_json, as_markdown, merged_rows, run_parts  # noqa: E402
 
 MINUTES = 8.9
 
@@ -82,7 +82,7 @@ class Results:
     def picture(self, outcomes: Sequence[Outcome]) -> None:
         """Bars of all that has a floor or another contender."""
         rows = []
-        for row in joined(outcomes):
+        for row in merged_rows(outcomes):
             floor = {} if row.floor is None else {"floor": row.floor}
             if row.unit in ("ms", "µs", "s", "tokens/s"):
                 rows.append({"what": row.what, "unit": row.unit, "values": row.values | floor})

@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers import ChameleonVQVAE, ChameleonVQVAEConfig
 
 from earlyfusion.bench.harness import heading, line, medians, seconds, take_turns
-from earlyfusion.bench.shapes import random_pictures, random_vqgan
+from earlyfusion.bench.shapes import random_images, random_vqgan
 from earlyfusion.config import PRESETS
 from earlyfusion.kernels import vqgan as fast
 from earlyfusion.kernels.conv import left_out
@@ -107,7 +107,7 @@ def own_peak(what: str, name: str, options: argparse.Namespace) -> None:
     vqgan = accelerate(VQGAN(config).eval())
     if what == "encode":
         vqgan.decoder = None
-        call = encoders(vqgan, random_pictures(options.batch, side))[name]
+        call = encoders(vqgan, random_images(options.batch, side))[name]
     else:
         codes = torch.randint(100, (options.batch, *[side // config.stride] * 2))
         call = decoders(vqgan, codes)[name]
@@ -145,7 +145,7 @@ def main() -> None:
     side = options.resolution or config.resolution
     clock = time.process_time if options.cpu_time else time.perf_counter
     vqgan = random_vqgan(replace(config, resolution=side), torch.device("cpu"))
-    pixels = random_pictures(options.batch, side)
+    pixels = random_images(options.batch, side)
     codes = vqgan.encode(pixels)
     used = len(codes.unique())
     print(

@@ -152,9 +152,9 @@ def test_a_part_that_goes_wrong_ends_alone(tmp_path: Path) -> None:
     found = outcomes_of(tmp_path, raises=raises, crashes=crashes, lacks=lacks, well=well)
     assert [o.status for o in found] == ["failed", "failed", "skipped", "done"]
     assert [len(o.rows) for o in found] == [1, 1, 0, 2]
-    assert "in raises" in found[0].error and found[0].why.endswith("the card is full")
-    assert found[1].why == "its process was ended by SIGKILL"
-    assert found[2].why == "transformers is not installed"
+    assert "in raises" in found[0].error and found[0].reason.endswith("the card is full")
+    assert found[1].reason == "its process was ended by SIGKILL"
+    assert found[2].reason == "transformers is not installed"
     assert "== well" in (tmp_path / "log").read_text()
 
 
@@ -163,7 +163,7 @@ def test_a_part_that_hangs_is_stopped_with_what_it_started(tmp_path: Path) -> No
     (tmp_path / "log").touch()
     found = run_parts(listed, tmp_path, 4.5 / 60, "fork", tmp_path / "log", lambda _: None)
     assert [o.status for o in found] == ["stopped", "done"]
-    assert found[0].why == "it took more than 2 s" and len(found[0].rows) == 1
+    assert found[0].reason == "it took more than 2 s" and len(found[0].rows) == 1
     child = Path("/proc") / (tmp_path / "child").read_text() / "stat"
     assert not child.exists() or child.read_text().split()[2] == "Z"
 
@@ -194,7 +194,7 @@ def test_what_is_measured_is_kept_at_once(tmp_path: Path) -> None:
 
 def test_no_part_begins_after_the_last_minute(tmp_path: Path) -> None:
     found = outcomes_of(tmp_path, 0.0, well=well)
-    assert found[0].status == "skipped" and found[0].why == "there was no time left"
+    assert found[0].status == "skipped" and found[0].reason == "there was no time left"
 
 
 def test_time_that_is_left_goes_to_the_parts_that_need_it(tmp_path: Path) -> None:

@@ -165,9 +165,9 @@ def test_warm_steps_build_and_load_nothing(folder: Path) -> None:
         "    meter = Meter(Chameleon.load(sys.argv[1], device='cpu'), 1)\n"
         "    meter.mixed()\n"
         "with Compilations() as then:\n"
-        "    for _ in range(3): meter._all(meter._eight())\n"
+        "    for _ in range(3): meter._run_all(meter._mixed_requests())\n"
         "    second = Meter(Chameleon.load(sys.argv[1], device='cpu'), 1)\n"
-        "    second._all(second._eight())\n"
+        "    second._run_all(second._mixed_requests())\n"
         "print(first.number > 0, then.number, 'torch._inductor' in sys.modules)\n"
     )
     done = subprocess.run(
@@ -177,7 +177,7 @@ def test_warm_steps_build_and_load_nothing(folder: Path) -> None:
 
 
 def test_prompts_of_a_short_context_fit(meter: Meter) -> None:
-    for request in meter._eight():
+    for request in meter._mixed_requests():
         assert len(request.ids) + request.max_tokens <= meter.config.max_position_embeddings
     assert len(meter._request(SHORT, 5, {}).ids) == SHORT
 

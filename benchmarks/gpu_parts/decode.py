@@ -111,7 +111,7 @@ def _texts(meter: Meter, limits: Limits, name: str, settings: Settings) -> Itera
 
 def _images(meter: Meter, limits: Limits, name: str) -> Iterator[tuple[int, Row]]:
     """By number of branches: the tokens of a whole image, from the steps of a part of it."""
-    again: list[Any] = [meter.picture(), "Draw it again."]
+    again: list[Any] = [meter.random_image(), "Draw it again."]
     whole, half = meter.layout.num_tokens, meter.layout.num_tokens / 2
     cases: list[tuple[int, Any, dict[str, float], float]] = [
         (1, "Draw a red apple.", PLAIN, half),
@@ -121,8 +121,8 @@ def _images(meter: Meter, limits: Limits, name: str) -> Iterator[tuple[int, Row]
     one = whole * limits.milliseconds(meter.token_bytes(int(half), image=True))
     for branches, prompt, guidance, context in cases:
         seeds = count()
-        meter.drawing(prompt, guidance | GREEDY, seeds)
-        steps = [meter.drawing(prompt, guidance, seeds)[1] for _ in range(meter.rounds)]
+        meter.image_times(prompt, guidance | GREEDY, seeds)
+        steps = [meter.image_times(prompt, guidance, seeds)[1] for _ in range(meter.rounds)]
         floor = whole * limits.milliseconds(meter.token_bytes(int(context), image=True))
         took = 1e3 * whole * median(steps)
         what = f"{name}: {whole:,} tokens of an image, {branches} branches"
@@ -138,8 +138,8 @@ def _whole_image(meter: Meter, name: str) -> Row:
 
 
 def _crowd(meter: Meter, limits: Limits, name: str, number: int, context: int) -> Row:
-    meter.crowd(number, context)
-    found = [meter.crowd(number, context) for _ in range(max(1, meter.rounds - 1))]
+    meter.batch_throughput(number, context)
+    found = [meter.batch_throughput(number, context) for _ in range(max(1, meter.rounds - 1))]
     rate, stood = median(r for r, _ in found), median(c for _, c in found)
     step = limits.milliseconds(meter.token_bytes(int(number * stood)), number * meter.operations(1))
     return Row(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from earlyfusion.api import Chameleon
 from earlyfusion.bench.harness import OURS, Row, seconds
-from earlyfusion.bench.shapes import SHAPES, random_pictures, random_vqgan
+from earlyfusion.bench.shapes import SHAPES, random_images, random_vqgan
 from earlyfusion.model.vqgan import VQGAN
 from gpu_parts.kernels import captured
 from gpu_parts.settings import Settings
@@ -62,7 +62,7 @@ def vqgan(settings: Settings) -> Iterator[Row]:
 
 def _both(settings: Settings, name: str, fp32: VQGAN, batch: int) -> Iterator[Row]:
     device, side = settings.device, fp32.config.resolution
-    pixels = random_pictures(batch, side).to(device)
+    pixels = random_images(batch, side).to(device)
     real = side == 512
     peak = settings.limits().products
     times: dict[str, dict[str, float]] = {"encode": {}, "decode": {}}

@@ -14,7 +14,7 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
-_TOLD = re.compile(rb'"(?:content|text)":"[^"]|"images?[_"]')
+_FIRST_OUTPUT = re.compile(rb'"(?:content|text)":"[^"]|"images?[_"]')
 _USAGE = re.compile(rb'data: (\{.*"usage":\{.*\})')
 _KEPT = 4096  # bytes of the end of a reply
 
@@ -110,7 +110,7 @@ class Client(asyncio.Protocol):
             self._read(head.lower())
         answer.received += len(data)
         answer.end = (answer.end + data)[-_KEPT:]
-        if answer.first is None and _TOLD.search(data):
+        if answer.first is None and _FIRST_OUTPUT.search(data):
             answer.first = perf_counter() - self._began
         if answer.complete and self._done is not None and not self._done.done():
             self._done.set_result(None)
@@ -159,38 +159,45 @@ _SCHEMA = {
 }
 
 
-def kinds(picture: str) -> dict[str, Kind]:
-    """The requests of a mixed load; `picture` is a data URL."""
-    chat, shown = "/v1/chat/completions", {"type": "image_url", "image_url": {"url": picture}}
-    question = [shown, {"type": "text", "text": "What is this?"}]
+def kinds(image_url: str) -> dict[str, Kind]:
+    """The requests of a mixed load; `image_url` is a data URL."""
+    chat, image = "/v1/chat/completions", {"type": "image_url", "image_url": {"url": image_url}}
+    question = [image, {"type": "text", "text": "What is this?"}]
     form = {"type": "json_schema", "json_schema": {"name": "fruit", "schema": _SCHEMA}}
-    draw = {"modalities": ["image"], "stream": True}
+    as_image = {"modalities": ["image"], "stream": True}
     return {
-        "text": Kind(chat, _said("Name a fruit.", modalities=["text"], stream=True)),
-        "whole text": Kind(chat, _said("Name a fruit.", modalities=["text"], n=2)),
-        "picture": Kind(chat, _said("Draw a red apple.", **draw)),
+        "text": Kind(chat, _chat_body("Name a fruit.", modalities=["text"], stream=True)),
+        "whole text": Kind(chat, _chat_body("Name a fruit.", modalities=["text"], n=2)),
+        "image": Kind(chat, _chat_body("Draw a red apple.", **as_image)),
         "image route": Kind("/v1/images/generations", {"prompt": "Draw a cat."}),
         "response": Kind("/v1/responses", {"input": "Name a fruit.", "store": False}),
-        "question": Kind(chat, _said(question, modalities=["text"])),
-        "structured": Kind(chat, _said("Name a fruit.", response_format=form, modalities=["text"])),
-        "leaves": Kind(chat, _said("Draw a cat.", **draw), leaves=True),
-        "unknown field": Kind(chat, _said("Hi", temprature=1), 400),
-        "long prompt": Kind(chat, _said("a " * 3000), 400),
+        "question": Kind(chat, _chat_body(question, modalities=["text"])),
+        "structured": Kind(
+            chat, _chat_body("Name a fruit.", response_format=form, modalities=["text"])
+        ),
+        "leaves": Kind(chat, _chat_body("Draw a cat.", **as_image), leaves=True),
+        "unknown field": Kind(chat, _chat_body("Hi", temprature=1), 400),
+        "long prompt": Kind(chat, _chat_body("a " * 3000), 400),
         "no JSON": Kind(chat, b"{", 400),
-        "no picture": Kind("/v1/images/generations", {"prompt": "a", "size": "7x7"}, 400),
+        "no image": Kind("/v1/images/generations", {"prompt": "a", "size": "7x7"}, 400),
     }
 
 
-def _said(content: Any, **fields: Any) -> dict[str, Any]:
+def _chat_body(content: Any, **fields: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": content}], "max_tokens": 200, **fields}
 
 
 async def mixed_load(
-    port: int, seconds: float, clients: int, picture: str, processes: list[int], pause: float = 1.0
+    port: int,
+    seconds: float,
+    clients: int,
+    image_url: str,
+    processes: list[int],
+    pause: float = 1.0,
 ) -> Mixed:
     """Send all kinds of requests at once for `seconds`; sample memory every `pause` seconds."""
     mixed, end = Mixed(bytes={process: [] for process in processes}), perf_counter() + seconds
-    known = kinds(picture)
+    known = kinds(image_url)
 
     async def watch() -> None:
         while perf_counter() < end:
@@ -198,24 +205,24 @@ async def mixed_load(
                 samples.append(resident(process))
             await asyncio.sleep(pause)
 
-    async def one(number: int) -> None:
-        client, chance = Client(port), Random(number)
+    async def client_loop(number: int) -> None:
+        client, rng = Client(port), Random(number)
         while perf_counter() < end:
-            name = chance.choice([*known])
-            await _ask(client, name, known[name], chance, mixed)
+            name = rng.choice([*known])
+            await _ask(client, name, known[name], rng, mixed)
         client.close()
 
-    await asyncio.gather(watch(), *(one(number) for number in range(clients)))
+    await asyncio.gather(watch(), *(client_loop(number) for number in range(clients)))
     return mixed
 
 
-async def _ask(client: Client, name: str, kind: Kind, chance: Random, mixed: Mixed) -> None:
+async def _ask(client: Client, name: str, kind: Kind, rng: Random, mixed: Mixed) -> None:
     body = kind.body
     if isinstance(body, dict) and kind.status == 200:
-        body = body | {"seed": chance.randrange(2**31)}
+        body = body | {"seed": rng.randrange(2**31)}
     mixed.asked[name] += 1
     try:
-        answer = await client.ask(kind.path, body, chance.random() / 3 if kind.leaves else None)
+        answer = await client.ask(kind.path, body, rng.random() / 3 if kind.leaves else None)
     except ConnectionError as error:
         mixed.wrong.append(f"{name}: {error}")
         return

@@ -45,18 +45,18 @@ def take_turns(
 ) -> dict[Name, list[Measured]]:
     """What each contender returns in each round, without the first `warmup` rounds. In every round
     all measure, one after another, so that a busy machine slows all of them alike."""
-    found: dict[Name, list[Measured]] = {name: [] for name in contenders}
+    results: dict[Name, list[Measured]] = {name: [] for name in contenders}
     for number in range(warmup + rounds):
         for name, measure in contenders.items():
             value = measure()
             if number >= warmup:
-                found[name].append(value)
-    return found
+                results[name].append(value)
+    return results
 
 
-def medians(found: Mapping[Name, Iterable[float]], scale: float = 1.0) -> dict[Name, float]:
+def medians(results: Mapping[Name, Iterable[float]], scale: float = 1.0) -> dict[Name, float]:
     """The median of each contender, times `scale`: 1e3 for seconds as milliseconds."""
-    return {name: scale * median(values) for name, values in found.items()}
+    return {name: scale * median(values) for name, values in results.items()}
 
 
 def heading(*names: str) -> str:

@@ -40,12 +40,12 @@ def measure_limits(device: torch.device, small: bool = False) -> Limits:
     factors = [torch.randn(side, side, device=device).bfloat16() for _ in range(2 * _SETS)]
     out = torch.empty_like(factors[0])
 
-    def multiply(turn: int) -> Tensor:
-        return torch.mm(factors[2 * turn], factors[2 * turn + 1], out=out)
+    def multiply(index: int) -> Tensor:
+        return torch.mm(factors[2 * index], factors[2 * index + 1], out=out)
 
     return Limits(
-        copy=2 * size / _fastest(lambda turn: target.copy_(source[turn]), device),
-        read=size / _fastest(lambda turn: source[turn].sum(), device),
+        copy=2 * size / _fastest(lambda index: target.copy_(source[index]), device),
+        read=size / _fastest(lambda index: source[index].sum(), device),
         products=2 * side**3 / _fastest(multiply, device),
     )
 

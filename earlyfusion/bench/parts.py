@@ -56,7 +56,7 @@ class Outcome:
     rows: list[Row] = field(default_factory=list)
 
     @property
-    def why(self) -> str:
+    def reason(self) -> str:
         """The most informative line of `error`: the last one of a traceback."""
         lines = self.error.strip().splitlines() or [""]
         return lines[-1 if self.status == "failed" and lines[0].startswith("Trace") else 0]
@@ -111,13 +111,15 @@ def _run(
                 outcome.status, outcome.error = message
                 ended = True
     finally:
-        still = process.is_alive() and time.monotonic() >= since + seconds
+        timed_out = process.is_alive() and time.monotonic() >= since + seconds
         _end(process)
         outcome.seconds = round(time.monotonic() - since, 1)
     if not ended:
-        why = f"it took more than {seconds:.0f} s" if still else _last_words(process.exitcode)
-        outcome.status = "stopped" if still else "failed"
-        outcome.error = f"{why}\n{_tail(log)}"
+        reason = (
+            f"it took more than {seconds:.0f} s" if timed_out else _exit_reason(process.exitcode)
+        )
+        outcome.status = "stopped" if timed_out else "failed"
+        outcome.error = f"{reason}\n{_tail(log)}"
 
 
 def _messages(receiver: Connection, end: float) -> Iterator[Any]:
@@ -145,8 +147,8 @@ def _measure(part: Part, settings: Any, seconds: float, log: Path, sender: Conne
     try:
         for row in part.measure(settings):
             sender.send(row)
-    except Skipped as why:
-        status = "skipped", str(why)
+    except Skipped as reason:
+        status = "skipped", str(reason)
     except BaseException:
         text = traceback.format_exc()
         print(text, flush=True)
@@ -166,7 +168,7 @@ def _end(process: BaseProcess) -> None:
     process.join(5)
 
 
-def _last_words(exitcode: int | None) -> str:
+def _exit_reason(exitcode: int | None) -> str:
     if exitcode is not None and exitcode < 0:
         return f"its process was ended by {signal.Signals(-exitcode).name}"
     return f"its process ended by itself with status {exitcode}"
@@ -179,24 +181,24 @@ def _tail(log: Path) -> str:
 def line_of(outcome: Outcome) -> str:
     """A part in a few lines: its outcome, and its rows."""
     head = f"{outcome.part}: {outcome.status}, {outcome.seconds:.0f} s"
-    head += f": {outcome.why}" if outcome.why else ""
-    return "\n".join([head, *(f"    {_told(row)}" for row in outcome.rows)])
+    head += f": {outcome.reason}" if outcome.reason else ""
+    return "\n".join([head, *(f"    {_row_text(row)}" for row in outcome.rows)])
 
 
-def _told(row: Row) -> str:
+def _row_text(row: Row) -> str:
     values = ", ".join(f"{name} {short(value)}" for name, value in row.values.items())
     floor = "" if row.floor is None else f"; floor {short(row.floor)}, ratio {row.ratio:.2f}"
     return f"{row.what}: {values} {row.unit}{floor}{'; ' if row.note else ''}{row.note}"
 
 
-def joined(outcomes: Iterable[Outcome]) -> list[Row]:
+def merged_rows(outcomes: Iterable[Outcome]) -> list[Row]:
     """All rows in order; rows of several parts about the same thing become one."""
     rows: dict[tuple[str, str], Row] = {}
     for row in (row for outcome in outcomes for row in outcome.rows):
-        known = rows.setdefault((row.what, row.unit), Row(row.what, row.unit, {}))
-        known.values |= row.values
-        known.floor = row.floor if known.floor is None else known.floor
-        known.note = "; ".join(filter(None, dict.fromkeys([known.note, row.note])))
+        merged = rows.setdefault((row.what, row.unit), Row(row.what, row.unit, {}))
+        merged.values |= row.values
+        merged.floor = row.floor if merged.floor is None else merged.floor
+        merged.note = "; ".join(filter(None, dict.fromkeys([merged.note, row.note])))
     return list(rows.values())
 
 
@@ -208,10 +210,10 @@ def as_markdown(outcomes: Sequence[Outcome]) -> str:
     """A table of the parts' outcomes, and one of all rows."""
     lines = [line("part", "seconds", "became"), line("---", "---", "---")]
     for outcome in outcomes:
-        words = f"{outcome.status}: {outcome.why}" if outcome.why else outcome.status
+        words = f"{outcome.status}: {outcome.reason}" if outcome.reason else outcome.status
         lines.append(line(outcome.part, f"{outcome.seconds:.0f}", words.replace("|", "/")))
     lines += ["", line("what", "values", "floor", "ratio", "note"), line(*["---"] * 5)]
-    for row in joined(outcomes):
+    for row in merged_rows(outcomes):
         values = ", ".join(f"{name} {short(value)}" for name, value in row.values.items())
         floor = ("", "") if row.floor is None else (short(row.floor), f"{row.ratio:.2f}")
         lines.append(line(row.what, f"{values} {row.unit}", *floor, row.note.replace("|", "/")))

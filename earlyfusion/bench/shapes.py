@@ -25,7 +25,9 @@ from earlyfusion.vocabulary import ImageLayout
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
-def _sized(preset: str, width: int, inner: int, layers: int, heads: int, words: int) -> ModelConfig:
+def _config(
+    preset: str, width: int, inner: int, layers: int, heads: int, words: int
+) -> ModelConfig:
     return replace(
         PRESETS[preset],
         hidden_size=width,
@@ -41,8 +43,8 @@ def _sized(preset: str, width: int, inner: int, layers: int, heads: int, words: 
 SHAPES: dict[str, ModelConfig] = {
     "tiny": replace(PRESETS["tiny"], vq_config=replace(PRESETS["tiny"].vq_config, resolution=8)),
     "mini": replace(PRESETS["mini"], max_position_embeddings=2048),
-    "110m": _sized("mini", 768, 2048, 12, 12, 16384),
-    "1b": replace(_sized("mini", 2048, 5632, 16, 16, 65536), vq_config=VQConfig()),
+    "110m": _config("mini", 768, 2048, 12, 12, 16384),
+    "1b": replace(_config("mini", 2048, 5632, 16, 16, 65536), vq_config=VQConfig()),
     "7b": PRESETS["chameleon-7b"],
 }
 
@@ -92,11 +94,11 @@ def random_transformer(
 
 @torch.no_grad()
 def random_vqgan(config: VQConfig, device: torch.device) -> VQGAN:
-    """A VQ-GAN whose codewords lie among the latents of a picture, so that many are used."""
+    """A VQ-GAN whose codewords lie among the latents of an image, so that many are used."""
     torch.manual_seed(0)
     with device:
         vqgan = accelerate(VQGAN(config).eval())
-    pixels = random_pictures(1, config.resolution, seed=1).to(device)
+    pixels = random_images(1, config.resolution, seed=1).to(device)
     # Random codewords would be so far from the latents that a few were nearest to all of them.
     vectors = vqgan.latents(pixels).permute(0, 2, 3, 1).flatten(0, 2)
     pick = torch.randint(len(vectors), (config.num_embeddings,)).to(device)
@@ -105,8 +107,8 @@ def random_vqgan(config: VQConfig, device: torch.device) -> VQGAN:
     return vqgan
 
 
-def random_pictures(count: int, side: int, seed: int = 0) -> torch.Tensor:
-    """Pictures [n, 3, side, side] in -1 to 1: soft colours behind rectangles of one colour."""
+def random_images(count: int, side: int, seed: int = 0) -> torch.Tensor:
+    """Images [n, 3, side, side] in -1 to 1: soft colours behind rectangles of one colour."""
     generator = torch.Generator().manual_seed(seed)
     y, x = torch.meshgrid(torch.fft.fftfreq(side), torch.fft.fftfreq(side), indexing="ij")
     # The spectrum of photographs falls with frequency.
@@ -114,11 +116,11 @@ def random_pictures(count: int, side: int, seed: int = 0) -> torch.Tensor:
     noise = torch.randn(count, 3, side, side, generator=generator)
     smooth = torch.fft.ifft2(torch.fft.fft2(noise) * falling).real
     smooth = smooth / smooth.std((2, 3), keepdim=True) / 2
-    for picture in smooth:
+    for image in smooth:
         for _ in range(6):
             top, left, high, wide = (torch.rand(4, generator=generator) * side / 2).int().tolist()
             colour = torch.rand(3, 1, 1, generator=generator) * 2 - 1
-            picture[:, top : top + high + 1, left : left + wide + 1] = colour
+            image[:, top : top + high + 1, left : left + wide + 1] = colour
     return smooth.clamp(-1, 1)
 
 
@@ -128,9 +130,9 @@ def _defaults() -> dict[str, dict[str, float]]:
 
 
 def _tokenizer(config: ModelConfig) -> str:
-    draw = random.Random(0)
-    words = ("".join(draw.choices(_LETTERS, k=draw.randint(3, 9))) for _ in range(10**9))
+    rng = random.Random(0)
+    words = ("".join(rng.choices(_LETTERS, k=rng.randint(3, 9))) for _ in range(10**9))
     text = " ".join(next(words) for _ in range(config.vocab_size // 2))
-    made = train_tokenizer([text], config.vq_config.num_embeddings, config.vocab_size)
-    assert len(json.loads(made)["model"]["vocab"]) <= config.vocab_size
-    return made
+    tokenizer_json = train_tokenizer([text], config.vq_config.num_embeddings, config.vocab_size)
+    assert len(json.loads(tokenizer_json)["model"]["vocab"]) <= config.vocab_size
+    return tokenizer_json

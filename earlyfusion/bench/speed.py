@@ -1,11 +1,12 @@
 """How fast a model is on this machine: what `earlyfusion bench` measures.
 
-Text is random tokens and pictures are random pixels, new in each round, so that no prompt is in the
+Text is random tokens and images are random pixels, new in each round, so that no prompt is in the
 cache unless that is measured; figures are medians of the rounds. Some are compared with a limit of
-the machine. Decoding a token must read the weights of the layers, the part of the head that may be
-drawn, and the keys and values of its context: these bytes, over the bandwidth of a sum over a large
-tensor, are the limit. (Small weights fit into the processor's cache, and exceed it.) The limit of
-reading a prompt is its operations over the speed of a product of square matrices.
+the machine. Decoding a token must read the weights of the layers, the rows of the head for tokens
+that may come next, and the keys and values of its context. The limit is these bytes divided by the
+measured bandwidth of a sum over a large tensor. (Small weights fit into the processor's cache and
+exceed this limit.) The limit of the prefill is its operations divided by the speed of a product of
+square matrices.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ SHORT, LONG = 32, 1000
 TOKENS = 24
 """Tokens decoded to time one."""
 MOST_CODES = 64
-"""Tokens of a picture that are drawn; the time of a larger picture is extrapolated."""
+"""Image tokens that are generated; the time of a larger image is extrapolated."""
 
 GREEDY = {"temperature": 0.0, "image_temperature": 0.0}
 PLAIN = {"guidance_text": 1.0, "guidance_image": 1.0}
@@ -108,19 +109,19 @@ def bench(
     _use_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
         if shape is not None:
-            announce(f"drawing random weights of shape {shape}")
+            announce(f"initialising random weights of shape {shape}")
             write_random(shape, Path(folder) / "model")
         source = str(Path(folder) / "model") if shape else "mini" if name is None else name
         announce("loading and starting")
-        model, figures = _started(source, device, dtype, imports)
+        model, figures = _cold_start(source, device, dtype, imports)
     meter = Meter(model, rounds)
-    for measure in (meter.texts, meter.pictures, meter.tokenizer, meter.mixed):
+    for measure in (meter.texts, meter.images, meter.tokenizer, meter.mixed):
         announce(f"measuring {measure.__name__}")
         figures += measure()
     figures += meter.limits()
     return Report(
         model=name or (f"random weights, shape {shape}" if shape else "mini"),
-        dtype=dtype if dtype in ("int8", "int4") else _named(model.transformer.lm_head.weight),
+        dtype=dtype if dtype in ("int8", "int4") else _dtype_name(model.transformer.lm_head.weight),
         device=str(model.transformer.lm_head.weight.device),
         threads=torch.get_num_threads(),
         rounds=rounds,
@@ -129,10 +130,10 @@ def bench(
     )
 
 
-def _started(
+def _cold_start(
     source: str, device: str, dtype: str, imports: float
 ) -> tuple[Chameleon, list[Figure]]:
-    """Load the model and draw one token: time and memory of a cold start."""
+    """Load the model and generate one token: time and memory of a cold start."""
     before, since = resident_bytes(), time.perf_counter()
     model = Chameleon.load(source, device=device, dtype=dtype)
     loaded = time.perf_counter() - since
@@ -184,7 +185,7 @@ class Meter:
         self.engine, self.config = model.engine, model.config
         self.layout = model.processor.layout
         self.device = model.transformer.lm_head.weight.device
-        self._draw = random.Random(0)
+        self._rng = random.Random(0)
 
     def texts(self) -> list[Figure]:
         """The first token and those after it, at a short and at a long context."""
@@ -204,33 +205,33 @@ class Meter:
             ]
         return figures
 
-    def pictures(self) -> list[Figure]:
-        """First token of a question about a new and a known picture; drawing one."""
+    def images(self) -> list[Figure]:
+        """First token of a question about a new and a known image; generating an image."""
         cold, warm = [], []
         for number in range(self.rounds + 1):
-            picture = self.picture()
-            cold.append(self._first_token([picture, "What is this?"], number))
-            warm.append(self._first_token([picture, "What colour is it?"], number))
+            image = self.random_image()
+            cold.append(self._first_token([image, "What is this?"], number))
+            warm.append(self._first_token([image, "What colour is it?"], number))
         new, known = 1e3 * median(cold[1:]), 1e3 * median(warm[1:])
         figures = [
-            Figure("picture_new", "first token, new picture", new, "ms"),
-            Figure("picture_known", "first token, known picture", known, "ms"),
+            Figure("picture_new", "first token, new image", new, "ms"),
+            Figure("picture_known", "first token, known image", known, "ms"),
         ]
         if not self.model.can_draw:
             return figures
-        return figures + self._drawings()
+        return figures + self._image_figures()
 
-    def _drawings(self) -> list[Figure]:
-        """One and two guidance branches after a text, one and three after a picture."""
-        again: list[Any] = [self.picture(), "Draw it again."]
+    def _image_figures(self) -> list[Figure]:
+        """One and two guidance branches after a text, one and three after an image."""
+        again: list[Any] = [self.random_image(), "Draw it again."]
         cases: list[tuple[str, str, Any, dict[str, float]]] = [
-            ("plain", "unguided", "Draw a red apple.", PLAIN),
-            ("guided", "guided", "Draw a red apple.", GUIDED),
-            ("again", "of a picture, unguided", again, PLAIN),
-            ("again_guided", "of a picture, guided", again, GUIDED),
+            ("plain", "image, unguided", "Draw a red apple.", PLAIN),
+            ("guided", "image, guided", "Draw a red apple.", GUIDED),
+            ("again", "image after image, unguided", again, PLAIN),
+            ("again_guided", "image after image, guided", again, GUIDED),
         ]
         contenders = {
-            name: partial(self.drawing, prompt, settings, count())
+            name: partial(self.image_times, prompt, settings, count())
             for name, _, prompt, settings in cases
         }
         times = take_turns(contenders, self.rounds)
@@ -238,10 +239,7 @@ class Meter:
         step = medians({name: [t for _, t in found] for name, found in times.items()})
         two, three = step["guided"] / step["plain"], step["again_guided"] / step["again"]
         return [
-            *(
-                Figure(f"draw_{n}", f"codes of a drawing, {how}", whole[n], "ms")
-                for n, how, *_ in cases
-            ),
+            *(Figure(f"draw_{n}", f"codes of an {how}", whole[n], "ms") for n, how, *_ in cases),
             Figure("step_2_branches", "step of 2 branches over 1", two, "times"),
             Figure("step_3_branches", "step of 3 branches over 1", three, "times"),
         ]
@@ -250,22 +248,24 @@ class Meter:
         """Pixels to codes and back."""
         tokenizer, shape = self.model.image_tokenizer, (1, self.layout.height, self.layout.width)
         codes = torch.from_numpy(np.zeros(shape, dtype=np.int64))
-        encode = self._median(lambda: tokenizer.encode([self.picture()]))
-        figures = [Figure("encode", "a picture to codes", 1e3 * encode, "ms")]
+        encode = self._median(lambda: tokenizer.encode([self.random_image()]))
+        figures = [Figure("encode", "an image to codes", 1e3 * encode, "ms")]
         if self.model.can_draw:
             decode = self._median(lambda: tokenizer.decode(codes))
-            figures.append(Figure("decode", "codes to a picture", 1e3 * decode, "ms"))
+            figures.append(Figure("decode", "codes to an image", 1e3 * decode, "ms"))
         return figures
 
     def mixed(self) -> list[Figure]:
-        """Eight requests, texts and pictures, one by one and together; compilations meanwhile."""
+        """Eight requests, texts and images, one by one and together; compilations meanwhile."""
         alone, together = [], []
-        self._all(self._eight())
+        self._run_all(self._mixed_requests())
         with Compilations() as counted:
             for _ in range(self.rounds):
-                times, tokens = zip(*(self._all([one]) for one in self._eight()), strict=True)
+                times, tokens = zip(
+                    *(self._run_all([one]) for one in self._mixed_requests()), strict=True
+                )
                 alone.append(sum(tokens) / sum(times))
-                seconds, number = self._all(self._eight())
+                seconds, number = self._run_all(self._mixed_requests())
                 together.append(number / seconds)
         slow, fast = median(alone), median(together)
         return [
@@ -276,7 +276,10 @@ class Meter:
         ]
 
     def limits(self) -> list[Figure]:
-        weights, dtype = self.token_bytes(0) / 1e6, _named(self.model.transformer.lm_head.weight)
+        weights, dtype = (
+            self.token_bytes(0) / 1e6,
+            _dtype_name(self.model.transformer.lm_head.weight),
+        )
         return [
             Figure("bandwidth", "bandwidth of memory (limit)", self.bandwidth / 1e9, "GB/s"),
             Figure("matmul_peak", f"{dtype} products (limit)", self.peak / 1e9, "GFLOP/s"),
@@ -319,17 +322,17 @@ class Meter:
         firsts, rest, number = [], 0.0, 0
         for _ in range(8):  # a reply may end at any time
             handle = self.engine.add(self._request(context, TOKENS, GREEDY))
-            firsts.append(seconds(partial(self._until, handle, 1), self.device))
-            rest += seconds(partial(self._until, handle, TOKENS), self.device)
+            firsts.append(seconds(partial(self._run_until, handle, 1), self.device))
+            rest += seconds(partial(self._run_until, handle, TOKENS), self.device)
             number += len(handle.tokens) - 1
             handle.cancel()
             if number >= TOKENS - 1:
                 break
         return median(firsts), rest / max(number, 1)
 
-    def crowd(self, number: int, context: int) -> tuple[float, float]:
-        """Tokens per second of `number` texts at about this context, and their exact context."""
-        # The first texts draw already while the last prompts are read.
+    def batch_throughput(self, number: int, context: int) -> tuple[float, float]:
+        """Tokens per second of `number` texts at about this context, and their mean context."""
+        # The first texts are decoded already while the last prompts are prefilled.
         max_tokens = min(TOKENS * 2 + 4 * number, self.config.max_position_embeddings // 2)
         context = max(2, min(context, self.config.max_position_embeddings - max_tokens))
         handles = [
@@ -339,38 +342,39 @@ class Meter:
             self.engine.step()
         left = [handle for handle in handles if not handle.finished]
         before = sum(len(handle.tokens) for handle in left)
-        took = seconds(partial(self._until, left[-1], TOKENS), self.device) if left else 1.0
-        drawn = sum(len(handle.tokens) for handle in left) - before
+        took = seconds(partial(self._run_until, left[-1], TOKENS), self.device) if left else 1.0
+        generated = sum(len(handle.tokens) for handle in left) - before
         for handle in handles:
             handle.cancel()
-        return drawn / took, context + (before + drawn / 2) / max(len(left), 1)
+        mean_context = context + (before + generated / 2) / max(len(left), 1)
+        return generated / took, mean_context
 
     def _first_token(self, prompt: Any, seed: int) -> float:
-        """Seconds to the first token of a reply, with the encoding of the prompt's pictures."""
+        """Seconds to the first token of a reply, with the encoding of the prompt's images."""
 
         def reply() -> None:
             handle = self.engine.add(self.model.request(prompt, "text", seed=seed))
-            self._until(handle, 1)
+            self._run_until(handle, 1)
             handle.cancel()
 
         return seconds(reply)
 
-    def drawing(
+    def image_times(
         self, prompt: Any, settings: dict[str, float], seeds: Iterator[int]
     ) -> tuple[float, float]:
-        """Seconds from the prompt to all codes of a picture, and of one step of these."""
+        """Seconds from the prompt to all codes of an image, and of one step of these."""
         sampling = SamplingParams(**settings)  # type: ignore[arg-type]
         request = self.model.request(prompt, "image", sampling, next(seeds))
         handle, whole = self.engine.add(request), self.layout.num_tokens
-        first = seconds(partial(self._until, handle, 3), self.device)
+        first = seconds(partial(self._run_until, handle, 3), self.device)
         before = len(handle.tokens)
-        until = partial(self._until, handle, min(whole, before + MOST_CODES))
+        until = partial(self._run_until, handle, min(whole, before + MOST_CODES))
         rest = seconds(until, self.device)
         step = rest / max(len(handle.tokens) - before, 1)
         handle.cancel()
         return first + step * (whole - before), step
 
-    def _eight(self) -> Iterator[Request]:
+    def _mixed_requests(self) -> Iterator[Request]:
         for number in range(8):
             settings: dict[str, float] = {} if number % 2 else (PLAIN | GREEDY)
             image = number < 4 and self.model.can_draw
@@ -384,14 +388,14 @@ class Meter:
         vocabulary, most = self.model.processor.vocabulary, self.config.max_position_embeddings
         max_tokens = self.layout.num_tokens if output == "image" else tokens
         context = max(min(context, most - max_tokens), 2)
-        ids = [vocabulary.bos, *self._draw.choices(vocabulary.text_tokens.tolist(), k=context - 1)]
-        sampling = SamplingParams(seed=self._draw.randrange(2**31), **settings)  # type: ignore[arg-type]
+        ids = [vocabulary.bos, *self._rng.choices(vocabulary.text_tokens.tolist(), k=context - 1)]
+        sampling = SamplingParams(seed=self._rng.randrange(2**31), **settings)  # type: ignore[arg-type]
         resolved = sampling.resolved(self.model.defaults | {"repetition_penalty": 1.0})
         return Request(
             ids, output, replace(resolved, stop=None), int(output == "image"), max_tokens
         )
 
-    def _all(self, requests: Sequence[Request] | Iterator[Request]) -> tuple[float, int]:
+    def _run_all(self, requests: Sequence[Request] | Iterator[Request]) -> tuple[float, int]:
         """Seconds of requests that run together, to `MOST_CODES` tokens each; and all tokens."""
         handles: list[Any] = []
 
@@ -407,13 +411,13 @@ class Meter:
 
         return seconds(run), sum(len(handle.tokens) for handle in handles)
 
-    def _until(self, handle: Any, tokens: int) -> None:
+    def _run_until(self, handle: Any, tokens: int) -> None:
         while len(handle.tokens) < tokens and not handle.finished:
             self.engine.step()
 
-    def picture(self) -> Image:
+    def random_image(self) -> Image:
         side = self.model.image_tokenizer.resolution
-        pixels = np.frombuffer(self._draw.randbytes(3 * side * side), dtype=np.uint8)
+        pixels = np.frombuffer(self._rng.randbytes(3 * side * side), dtype=np.uint8)
         return Image(PIL.Image.fromarray(pixels.reshape(side, side, 3)))
 
     def _median(self, call: Callable[[], object]) -> float:
@@ -475,7 +479,7 @@ def _use_threads(threads: int | None) -> None:
     torch.set_num_threads(threads)
 
 
-def _named(weight: torch.Tensor) -> str:
+def _dtype_name(weight: torch.Tensor) -> str:
     return str(weight.dtype).removeprefix("torch.")
 
 
