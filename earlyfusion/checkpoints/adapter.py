@@ -42,9 +42,9 @@ _UNSUPPORTED = (
     "trainable_token_indices",
     "target_parameters",
 )
-# Ways to begin an adapter that leave the model's weights as they are. Others, such as "pissa" and
-# "olora", first take the adapter's beginning off the weights that it is added to.
-_PLAIN_BEGINNINGS = (True, False, None, "gaussian", "orthogonal", "eva")
+# Initialisations of an adapter that leave the model's weights as they are. Others, such as "pissa"
+# and "olora", subtract the initial adapter from the weights.
+_PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 @dataclass(frozen=True)
@@ -92,17 +92,16 @@ def read_adapter(folder: Path) -> dict[str, LowRank]:
     _check_plain_lora(folder, config)
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, value in _tensors(folder / WEIGHTS).items():
-        if key.endswith(
-            ".base_layer.weight"
-        ):  # PEFT also stores the frozen weight of an adapted head
+        # PEFT also stores the frozen weight of an adapted head.
+        if key.endswith(".base_layer.weight"):
             continue
-        found = _KEY.fullmatch(key)
-        if found is None:
+        match = _KEY.fullmatch(key)
+        if match is None:
             raise CheckpointError(
                 f"{folder / WEIGHTS} holds {key}, which does not adapt a linear layer: merge it "
                 "with PEFT and load the merged model"
             )
-        pairs.setdefault(found[1], {})[found[2]] = value
+        pairs.setdefault(match[1], {})[match[2]] = value
     if not pairs or any(set(pair) != {"A", "B"} for pair in pairs.values()):
         raise CheckpointError(
             f"{folder / WEIGHTS} lacks one of the two matrices of an adapter: save it again"
@@ -127,11 +126,11 @@ def merged_weights(model: Transformer, folder: Path) -> Iterator[tuple[str, Tens
     layers = read_adapter(folder)
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     for name, layer in layers.items():
-        wanted = tuple(linears[name].weight.shape) if name in linears else None
-        if wanted != (len(layer.b), layer.a.shape[1]) or layer.b.shape[1] != len(layer.a):
+        expected = tuple(linears[name].weight.shape) if name in linears else None
+        if expected != (len(layer.b), layer.a.shape[1]) or layer.b.shape[1] != len(layer.a):
             raise CheckpointError(
                 f"{folder} is an adapter of another model: {name} is {len(layer.b)} x "
-                f"{layer.a.shape[1]} there and {wanted or 'no linear layer'} here"
+                f"{layer.a.shape[1]} there and {expected or 'no linear layer'} here"
             )
         if name == "lm_head" and model.config.tie_word_embeddings:
             raise CheckpointError(
@@ -187,14 +186,14 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 def _check_plain_lora(folder: Path, config: Mapping[str, Any]) -> None:
     peft_type = config.get("peft_type")
     used = [name for name in _UNSUPPORTED if config.get(name)]
-    begun = config.get("init_lora_weights")
-    begun = begun.lower() if isinstance(begun, str) else begun
-    used += [] if begun in _PLAIN_BEGINNINGS else [f"init_lora_weights={begun!r}"]
+    start = config.get("init_lora_weights")
+    start = start.lower() if isinstance(start, str) else start
+    used += [] if start in _PLAIN_INITIALISATIONS else [f"init_lora_weights={start!r}"]
     if peft_type != "LORA" or used or config.get("bias", "none") != "none":
-        plain = f"with {', '.join(used) or 'biases'}"
-        found = plain if peft_type == "LORA" else f"of type {peft_type}"
+        features = f"with {', '.join(used) or 'biases'}"
+        kind = features if peft_type == "LORA" else f"of type {peft_type}"
         raise CheckpointError(
-            f"{folder} is an adapter {found}, and only plain LoRA is read: merge it with PEFT and "
+            f"{folder} is an adapter {kind}, and only plain LoRA is read: merge it with PEFT and "
             "load the merged model"
         )
 

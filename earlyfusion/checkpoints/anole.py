@@ -24,9 +24,9 @@ def is_early(tensors: Mapping[str, Stored]) -> bool:
     return any(len(s.shape) == 1 for n, s in tensors.items() if n.endswith("q_norm.weight"))
 
 
-def modern(tensors: Mapping[str, Stored], config: ModelConfig) -> dict[str, Stored]:
+def to_current(tensors: Mapping[str, Stored], config: ModelConfig) -> dict[str, Stored]:
     """The same tensors, with rotary pairs half a head apart and a QK-norm for each head."""
-    return {name: _modern(name, stored, config) for name, stored in tensors.items()}
+    return {name: _to_current(name, stored, config) for name, stored in tensors.items()}
 
 
 def unrotate(rows: Tensor, head_dim: int) -> Tensor:
@@ -41,7 +41,7 @@ def rotate(rows: Tensor, head_dim: int) -> Tensor:
     return halves.transpose(1, 2).reshape(rows.shape)
 
 
-def _modern(name: str, stored: Stored, config: ModelConfig) -> Stored:
+def _to_current(name: str, stored: Stored, config: ModelConfig) -> Stored:
     if name.endswith(_ROTARY):
         return stored.then(lambda rows: unrotate(rows, config.head_dim))
     if name.endswith(_NORMS):

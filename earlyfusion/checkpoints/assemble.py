@@ -37,7 +37,7 @@ class Loaded:
 
     @property
     def can_draw(self) -> bool:
-        """Whether codes can become pictures; transformers' own files have no VQ decoder."""
+        """Whether codes can become images; transformers' own files have no VQ decoder."""
         return self.vqgan.decoder is not None
 
 
@@ -156,8 +156,8 @@ def _empty_vqgan(config: VQConfig, names: Mapping[str, object]) -> VQGAN:
 
 
 def _check_fits(module: nn.Module, tensors: Mapping[str, Stored], folder: Path) -> None:
-    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    check_names(wanted, {name: stored.shape for name, stored in tensors.items()}, folder)
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    check_names(expected, {name: stored.shape for name, stored in tensors.items()}, folder)
     for name, tensor in module.state_dict().items():
         if tensor.is_floating_point() and not tensors[name].dtype.is_floating_point:
             raise CheckpointError(

@@ -29,9 +29,9 @@ def verify_checklist(folder: Path) -> None:
     if not path.is_file():
         return
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        found = _LINE.fullmatch(line.strip())
-        file = folder / found[2] if found else None
-        if found and file and file.is_file() and _known_md5(file) != found[1]:
+        match = _LINE.fullmatch(line.strip())
+        file = folder / match[2] if match else None
+        if match and file and file.is_file() and _cached_md5(file) != match[1]:
             raise CheckpointError(
                 f"{file} is not what {path.name} says: download it again, or load it as it is "
                 "with --no-verify (verify=False in Python)"
@@ -45,18 +45,18 @@ def write_checklist(folder: Path) -> None:
     (folder / CHECKLIST).write_text("".join(lines), encoding="utf-8")
 
 
-def _known_md5(path: Path) -> str:
+def _cached_md5(path: Path) -> str:
     """The sum of a file, from the cache if the file has not changed since."""
     state = path.stat()
     if state.st_size < _CACHED_FROM:
         return _md5(path)
     key, version = str(path.resolve()), [state.st_size, state.st_mtime_ns]
-    known = _cached().get(key)
-    if isinstance(known, list) and known[:2] == version and len(known) == 3:
-        return str(known[2])
-    found = _md5(path)
-    _cache(key, [*version, found])
-    return found
+    entry = _read_cache().get(key)
+    if isinstance(entry, list) and entry[:2] == version and len(entry) == 3:
+        return str(entry[2])
+    md5 = _md5(path)
+    _write_cache(key, [*version, md5])
+    return md5
 
 
 def _cache_file() -> Path:
@@ -64,7 +64,7 @@ def _cache_file() -> Path:
     return folder / "checklists.json"
 
 
-def _cached() -> dict[str, Any]:
+def _read_cache() -> dict[str, Any]:
     try:
         data = json.loads(_cache_file().read_text(encoding="utf-8"))
     except (OSError, ValueError, RuntimeError):  # no file, not JSON, no home folder
@@ -72,9 +72,9 @@ def _cached() -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def _cache(key: str, entry: list[Any]) -> None:
+def _write_cache(key: str, entry: list[Any]) -> None:
     # If two processes do this at once, one entry is lost, and its file is summed again later.
-    entries = _cached() | {key: entry}
+    entries = _read_cache() | {key: entry}
     text = json.dumps(dict([*entries.items()][-_MAX_CACHED:]))
     with suppress(SettingError, RuntimeError):  # not writable, no home folder
         write_whole(_cache_file(), lambda file: file.write(text.encode()), overwrite=True)

@@ -109,7 +109,7 @@ def with_image_tokenizer(source: Source, path: Path) -> Source:
     config, vq = _open_image_tokenizer(path)
     expected = source.config.vq_config
     known = source.vq.get(_CODEBOOK)
-    if known is not None and not _same(known, vq[_CODEBOOK]):
+    if known is not None and not _are_equal(known, vq[_CODEBOOK]):
         raise CheckpointError(
             f"{path} is not the image tokenizer that {source.folder} was trained with: "
             "their codebooks differ"
@@ -136,7 +136,7 @@ def _open_image_tokenizer(path: Path) -> tuple[VQConfig, dict[str, Stored]]:
     return model.config.vq_config, model.vq
 
 
-def _same(one: Stored, other: Stored) -> bool:
+def _are_equal(one: Stored, other: Stored) -> bool:
     """Whether two codebooks are equal except for rounding."""
     if one.shape != other.shape:
         return False
@@ -183,11 +183,10 @@ def _write(
 
 
 def _check_room(target: Path, total: int) -> None:
-    nearest = next(p for p in target.absolute().parents if p.exists())
-    tempfile.TemporaryDirectory(
-        dir=nearest
-    ).cleanup()  # raises `OSError` if that folder is read-only
-    free = shutil.disk_usage(nearest).free
+    parent = next(p for p in target.absolute().parents if p.exists())
+    # Raises `OSError` if that folder is read-only.
+    tempfile.TemporaryDirectory(dir=parent).cleanup()
+    free = shutil.disk_usage(parent).free
     if total > free:
         raise CheckpointError(
             f"{target} needs {_size(total)} and the disk has {_size(free)} left: "

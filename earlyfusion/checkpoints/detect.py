@@ -62,13 +62,15 @@ def detect(folder: Path) -> str:
     `CheckpointError` for any other folder."""
     if not folder.is_dir():
         raise CheckpointError(f"there is no model folder {folder}: {_ACCEPTED}")
-    if (folder / "config.json").is_file() and _has(folder, WEIGHTS, INDEX, PICKLE, PICKLE_INDEX):
+    if (folder / "config.json").is_file() and _has_file(
+        folder, WEIGHTS, INDEX, PICKLE, PICKLE_INDEX
+    ):
         config = read_json(folder / "config.json")
         _check_quantiser(folder, config)
         if lumina.is_lumina(config):  # first, as its norms may have any shape
             return "lumina"
         return "anole" if anole.is_early(open_tensors(folder)) else "hf"
-    if (folder / "params.json").is_file() or _has(folder, "consolidated*.pth"):
+    if (folder / "params.json").is_file() or _has_file(folder, "consolidated*.pth"):
         return "meta"
     raise CheckpointError(_not_a_model(folder))
 
@@ -102,7 +104,7 @@ def _not_a_model(folder: Path) -> str:
         )
     if (folder / "model" / "config.json").is_file():
         return f"{folder} is the folder of a training run: give its model, {folder / 'model'}"
-    if _has(folder, "step-*/state.json"):
+    if _has_file(folder, "step-*/state.json"):
         return (
             f"{folder} is the folder of a training run that has not ended: run it again to finish "
             f"it, its model will be {folder / 'model'}"
@@ -115,8 +117,8 @@ def _not_a_model(folder: Path) -> str:
             f"{folder} is the folder of a Trainer's run: give one of its checkpoints, as {newest}"
         )
     # Releases in Meta's layout, as Anole's, have the model in models/7b beside tokenizer/.
-    below = (p for sign in _SIGNS for depth in ("*", "*/*") for p in folder.glob(f"{depth}/{sign}"))
-    inside = sorted({path.parent for path in below})
+    files = (p for n in _MODEL_FILES for depth in ("*", "*/*") for p in folder.glob(f"{depth}/{n}"))
+    inside = sorted({path.parent for path in files})
     if inside:
         return f"the folder {folder} holds no model itself: give a folder in it, as {inside[0]}"
     return f"the folder {folder} holds no model: {_ACCEPTED}"
@@ -141,8 +143,8 @@ _ACCEPTED = (
 )
 
 
-_SIGNS = (WEIGHTS, INDEX, "params.json")
+_MODEL_FILES = (WEIGHTS, INDEX, "params.json")
 
 
-def _has(folder: Path, *patterns: str) -> bool:
+def _has_file(folder: Path, *patterns: str) -> bool:
     return any(next(folder.glob(pattern), None) is not None for pattern in patterns)

@@ -82,14 +82,14 @@ def open_hf(folder: Path, tokenizer: Path | None = None) -> Source:
     # Old versions of transformers stored the rotary frequencies; here they are computed.
     tensors = {k: v for k, v in tensors.items() if not k.endswith("rotary_emb.inv_freq")}
     if anole.is_early(tensors):
-        tensors = _modern(tensors, config, folder)
+        tensors = _to_current_names(tensors, config, folder)
     grid, is_lumina = config.vq_config.grid, lumina.is_lumina(data)
     defaults = {"chameleon": lumina.SAMPLING} if is_lumina else {}
     generation_config = read_json(folder / "generation_config.json", needed=False)
     return Source(
         folder=folder,
         config=config,
-        tensors={name: _per_head(name, s, config) for name, s in tensors.items()},
+        tensors={name: _expand_norm(name, s, config) for name, s in tensors.items()},
         vq=vq,
         tokenizer=find_tokenizer_file(tokenizer or folder),
         layout=lumina.layout(grid) if is_lumina else ImageLayout(grid, grid),
@@ -136,7 +136,7 @@ def save_hf(
     tensors = {k: Stored.of(v).to(new_dtype) for k, v in transformer.state_dict().items()}
     vq = {k: Stored.of(v).to(vq_dtype) for k, v in vqgan.state_dict().items()}
     with new_folder(folder) as unfinished:
-        _write_weights(unfinished, _in_file(config, tensors, vq))
+        _write_weights(unfinished, _all_tensors(config, tensors, vq))
         _write_texts(unfinished, {TOKENIZER: tokenizer_json} | files | dict(extra_files or {}))
 
 
@@ -151,22 +151,22 @@ def copy_to_hf(source: Source, folder: Path, shards: int | None, on_bytes: OnByt
         source.family,
         source.resize_mode,
     )
-    _write_weights(folder, _in_file(source.config, source.tensors, source.vq), shards, on_bytes)
+    _write_weights(folder, _all_tensors(source.config, source.tensors, source.vq), shards, on_bytes)
     _write_texts(folder, files | {TOKENIZER: source.tokenizer.read_text(encoding="utf-8-sig")})
 
 
 def open_tensors(folder: Path) -> dict[str, Stored]:
     """All tensors of a folder: of its one file or those in its index, safetensors or pickles."""
-    opened: dict[str, Stored] = {}
+    tensors: dict[str, Stored] = {}
     for path in _weight_files(folder):
-        found = open_torch_file(path) if path.suffix == ".bin" else _open_safetensors(path)
-        if twice := sorted(opened.keys() & found.keys()):
+        in_file = open_torch_file(path) if path.suffix == ".bin" else _open_safetensors(path)
+        if twice := sorted(tensors.keys() & in_file.keys()):
             raise CheckpointError(
                 f"{path} holds {twice[0]}, as another weight file does: which is meant is "
                 "unknown, so take it out of one of them"
             )
-        opened |= found
-    return {name: _at_least_16_bits(stored) for name, stored in opened.items()}
+        tensors |= in_file
+    return {name: _at_least_16_bits(stored) for name, stored in tensors.items()}
 
 
 def _at_least_16_bits(stored: Stored) -> Stored:
@@ -175,14 +175,16 @@ def _at_least_16_bits(stored: Stored) -> Stored:
     return stored.to(torch.bfloat16) if is_narrow else stored
 
 
-def _modern(tensors: Mapping[str, Stored], config: ModelConfig, folder: Path) -> dict[str, Stored]:
+def _to_current_names(
+    tensors: Mapping[str, Stored], config: ModelConfig, folder: Path
+) -> dict[str, Stored]:
     try:
-        return anole.modern(tensors, config)
+        return anole.to_current(tensors, config)
     except RuntimeError:
         raise CheckpointError(f"{folder} has heads of another width than its config.json") from None
 
 
-def _per_head(name: str, stored: Stored, config: ModelConfig) -> Stored:
+def _expand_norm(name: str, stored: Stored, config: ModelConfig) -> Stored:
     """transformers 4.43 and Lumina store one QK-norm for all heads of a shard: repeat it."""
     for norm, heads in (("q_norm", config.num_attention_heads), ("k_norm", config.kv_heads)):
         if f".{norm}." in name and len(stored.shape) == 2:
@@ -218,7 +220,7 @@ def _open_safetensors(path: Path) -> dict[str, Stored]:
         ) from None
 
 
-def _in_file(
+def _all_tensors(
     config: ModelConfig, tensors: Mapping[str, Stored], vq: Mapping[str, Stored]
 ) -> dict[str, Stored]:
     """All tensors under their names in the files; a tied head is left out."""
@@ -233,7 +235,7 @@ def _write_weights(
     count: int | None = None,
     on_bytes: OnBytes = lambda size: None,
 ) -> None:
-    shards = _sharded(tensors, count)
+    shards = _split_into_shards(tensors, count)
     if len(shards) == 1:
         _write_safetensors(folder / WEIGHTS, tensors, on_bytes)
         return
@@ -253,7 +255,7 @@ def _write_texts(folder: Path, texts: Mapping[str, str]) -> None:
         (folder / name).write_text(text, encoding="utf-8")
 
 
-def _sharded(tensors: Mapping[str, Stored], count: int | None) -> list[dict[str, Stored]]:
+def _split_into_shards(tensors: Mapping[str, Stored], count: int | None) -> list[dict[str, Stored]]:
     """The tensors in order, in `count` shards of about equal size, or under 5 GB each."""
     if count is not None and not 1 <= count <= len(tensors):
         raise CheckpointError(
@@ -268,8 +270,8 @@ def _sharded(tensors: Mapping[str, Stored], count: int | None) -> list[dict[str,
             full = in_shard > 0 and in_shard + stored.nbytes > limit
         else:
             # Leave at least one tensor for each remaining shard.
-            few = len(tensors) - number <= count - len(shards)
-            on_schedule = few or done >= limit * len(shards)
+            is_needed = len(tensors) - number <= count - len(shards)
+            on_schedule = is_needed or done >= limit * len(shards)
             full = bool(shards[-1]) and len(shards) < count and on_schedule
         if full:
             shards.append({})
@@ -330,7 +332,7 @@ def _packed_bits(folder: Path, config: Mapping[str, Any]) -> int | None:
 
 
 def read_resize_mode(folder: Path) -> Mode:
-    """How pictures become squares: "crop" unless a file of the folder says "fit"."""
+    """How images become squares: "crop" unless a file of the folder says "fit"."""
     # transformers writes the image processor's settings into one of two files.
     settings = read_json(folder / PROCESSOR, needed=False).get("image_processor")
     older = read_json(folder / "preprocessor_config.json", needed=False)
@@ -353,7 +355,7 @@ def _config_files(
 ) -> dict[str, str]:
     """The texts of the JSON files, by name."""
     placeholder = next((n for n in IMAGE_PLACEHOLDERS if n in vocabulary.names), None)
-    # transformers embeds pictures by these names and cannot build a model without them.
+    # transformers embeds images by these names and cannot build a model without them.
     images = {n: i for n, i in vocabulary.names.items() if n.startswith(IMAGE_PREFIX)}
     if vocabulary.image_placeholder is not None:
         images["<image>"] = vocabulary.image_placeholder

@@ -1,6 +1,6 @@
 """Lumina-mGPT (arXiv 2408.02657): Chameleon in transformers' layout with its own image layout.
 
-A picture is spelled: begin, a token for the height, one for the width, rows of codes each followed
+An image is spelled: begin, a token for the height, one for the width, rows of codes each followed
 by a line end, end: 1,060 tokens for 512 x 512. Size tokens count blocks of two codes, which are 32
 pixels. Facts from github.com/Alpha-VLLM/Lumina-mGPT; more in docs/checkpoints.md.
 """
@@ -44,21 +44,21 @@ def is_layout_token(name: str) -> bool:
 
 
 def layout(height: int, width: int | None = None) -> ImageLayout:
-    """How a picture of `height` x `width` codes is spelled; `width` None means a square."""
+    """How an image of `height` x `width` codes is spelled; `width` None means a square."""
     width = width or height
     if height % _BLOCK or width % _BLOCK:
         raise CheckpointError(
-            f"a picture of {height} x {width} codes has no size token: "
+            f"an image of {height} x {width} codes has no size token: "
             "choose vq_config.resolution so that the number is even"
         )
-    # The unconditional branch of guidance begins with the begin token. The authors draw the size
-    # tokens, too, unguided; here they are fixed, so guidance begins with the first code.
+    # The unconditional branch of guidance begins with the begin token. The authors also sample the
+    # size tokens, unguided; here they are fixed, so guidance begins with the first code.
     head = (BEGIN_IMAGE, *(f"<reserved{_SIZE_ZERO + n // _BLOCK:05}>" for n in (height, width)))
     return ImageLayout(height, width, head, (_LINE_END,), (END_IMAGE,), before=(), other=layout)
 
 
 def is_layout(spelled: ImageLayout) -> bool:
-    """Whether a layout is of this family, whose models draw several sizes."""
+    """Whether a layout is of this family, whose models generate several sizes."""
     return spelled.line_end == (_LINE_END,)
 
 
@@ -67,31 +67,31 @@ def layouts(grid: int) -> list[ImageLayout]:
 
 
 def sizes(grid: int) -> list[tuple[int, int]]:
-    """(height, width) in codes of the pictures that a model of `grid` x `grid` was trained on. From
+    """(height, width) in codes of the images that a model of `grid` x `grid` was trained on. From
     the widest to the tallest, none larger than the square or over four times as long as wide."""
-    blocks = [pair for pair in _staircase((grid // _BLOCK) ** 2) if _is_shapely(*pair)]
+    blocks = [pair for pair in _sizes_in_blocks((grid // _BLOCK) ** 2) if _has_allowed_ratio(*pair)]
     return [(height * _BLOCK, width * _BLOCK) for height, width in blocks]
 
 
 def instruction(text: str, height: int, width: int) -> str:
-    """The words that the model was trained to draw from; the size is in pixels."""
+    """The prompt that the model was trained to generate images from; the size is in pixels."""
     return f"Generate an image of {width}x{height} according to the following prompt:\n{text}"
 
 
 def read_layout(tokens: Sequence[int], vocabulary: Vocabulary) -> ImageLayout:
-    """The layout of a picture from its first tokens; `ImageError` if they have no size tokens."""
+    """The layout of an image from its first tokens; `ImageError` if they have no size tokens."""
     names = {token: name for name, token in vocabulary.names.items()}
-    found = [_SIZE_NAME.fullmatch(names.get(int(token), "")) for token in tokens[1:3]]
-    counts = [int(match[1]) - _SIZE_ZERO for match in found if match]
+    matches = [_SIZE_NAME.fullmatch(names.get(int(token), "")) for token in tokens[1:3]]
+    counts = [int(match[1]) - _SIZE_ZERO for match in matches if match]
     if len(counts) < 2 or min(counts) < 1:
         raise ImageError(
-            "a picture of Lumina-mGPT has its height and width after the begin mark: "
-            "these tokens have none, so give the whole picture"
+            "an image of Lumina-mGPT has its height and width after the begin mark: "
+            "these tokens have none, so give the whole image"
         )
     return layout(counts[0] * _BLOCK, counts[1] * _BLOCK)
 
 
-def _staircase(area: int) -> Iterator[tuple[int, int]]:
+def _sizes_in_blocks(area: int) -> Iterator[tuple[int, int]]:
     """(height, width) in blocks: add a row if that keeps to the area, else drop a column."""
     height, width = 1, area
     while width > 0:
@@ -102,5 +102,5 @@ def _staircase(area: int) -> Iterator[tuple[int, int]]:
             width -= 1
 
 
-def _is_shapely(height: int, width: int) -> bool:
+def _has_allowed_ratio(height: int, width: int) -> bool:
     return max(height, width) <= _MAX_RATIO * min(height, width)

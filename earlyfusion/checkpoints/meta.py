@@ -1,7 +1,7 @@
 """Meta's own layout: consolidated*.pth with params.json, and a tokenizer folder with the VQ-GAN.
 
 The 34B comes in four shards, one per GPU. The tables below say how they are joined into one model,
-and how a model is cut into shards. In Meta's files the two numbers of a rotary pair are adjacent;
+and how a model is split into shards. In Meta's files the two numbers of a rotary pair are adjacent;
 here they are half a head apart, so the rows of queries, keys and their norms are reordered. A shard
 has one QK-norm for all of its heads; here each head has a copy. Facts from
 github.com/facebookresearch/chameleon.
@@ -51,7 +51,7 @@ class Shard(NamedTuple):
 
 
 Join = Callable[[list[Tensor], ModelConfig], Tensor]
-Cut = Callable[[Tensor, Shard, ModelConfig], Tensor]
+Split = Callable[[Tensor, Shard, ModelConfig], Tensor]
 
 VQ_CONFIG, VQ_WEIGHTS = "vqgan.yaml", "vqgan.ckpt"
 _FREQUENCIES = "rope.freqs"
@@ -66,7 +66,7 @@ def _join_columns(shards: list[Tensor], config: ModelConfig) -> Tensor:
     return torch.cat(shards, 1)
 
 
-def _join_copies(shards: list[Tensor], config: ModelConfig) -> Tensor:
+def _join_replicas(shards: list[Tensor], config: ModelConfig) -> Tensor:
     # All shards should hold the same values. If training let them drift apart, take the mean; in
     # fp64 the mean of equal values is that value to the bit.
     return torch.stack(shards).double().mean(0).to(shards[0].dtype)
@@ -84,62 +84,62 @@ def _join_norms(heads: Callable[[ModelConfig], int]) -> Join:
     return join
 
 
-def _cut_rows(whole: Tensor, shard: Shard, config: ModelConfig) -> Tensor:
+def _split_rows(whole: Tensor, shard: Shard, config: ModelConfig) -> Tensor:
     return whole.chunk(shard.total, 0)[shard.rank]
 
 
-def _cut_columns(whole: Tensor, shard: Shard, config: ModelConfig) -> Tensor:
+def _split_columns(whole: Tensor, shard: Shard, config: ModelConfig) -> Tensor:
     return whole.chunk(shard.total, 1)[shard.rank]
 
 
-def _cut_copies(whole: Tensor, shard: Shard, config: ModelConfig) -> Tensor:
+def _replicate(whole: Tensor, shard: Shard, config: ModelConfig) -> Tensor:
     return whole
 
 
-def _cut_rotary(whole: Tensor, shard: Shard, config: ModelConfig) -> Tensor:
+def _split_rotary(whole: Tensor, shard: Shard, config: ModelConfig) -> Tensor:
     return rotate(whole.chunk(shard.total, 0)[shard.rank], config.head_dim)
 
 
-def _cut_norms(whole: Tensor, shard: Shard, config: ModelConfig) -> Tensor:
+def _split_norms(whole: Tensor, shard: Shard, config: ModelConfig) -> Tensor:
     # The norms of a shard's heads are equal, as `_shard_count` has checked.
     return rotate(whole.chunk(shard.total, 0)[shard.rank][0], config.head_dim)
 
 
 class Rule(NamedTuple):
-    """The name of a tensor in this package, how its shards are joined, and how one is cut out."""
+    """The name of a tensor in this package, how its shards are joined, and how it is split."""
 
     name: str
     join: Join
-    cut: Cut
+    split: Split
 
 
 def _q_norm(name: str) -> Rule:
-    return Rule(name, _join_norms(lambda config: config.num_attention_heads), _cut_norms)
+    return Rule(name, _join_norms(lambda config: config.num_attention_heads), _split_norms)
 
 
 def _k_norm(name: str) -> Rule:
-    return Rule(name, _join_norms(lambda config: config.kv_heads), _cut_norms)
+    return Rule(name, _join_norms(lambda config: config.kv_heads), _split_norms)
 
 
 _WHOLE: dict[str, Rule] = {
-    "tok_embeddings.weight": Rule("model.embed_tokens.weight", _join_columns, _cut_columns),
-    "norm.weight": Rule("model.norm.weight", _join_copies, _cut_copies),
-    "output.weight": Rule("lm_head.weight", _join_rows, _cut_rows),
+    "tok_embeddings.weight": Rule("model.embed_tokens.weight", _join_columns, _split_columns),
+    "norm.weight": Rule("model.norm.weight", _join_replicas, _replicate),
+    "output.weight": Rule("lm_head.weight", _join_rows, _split_rows),
 }
 _LAYER: dict[str, Rule] = {
-    "attention.wq.weight": Rule("self_attn.q_proj.weight", _join_rotary, _cut_rotary),
-    "attention.wk.weight": Rule("self_attn.k_proj.weight", _join_rotary, _cut_rotary),
-    "attention.wv.weight": Rule("self_attn.v_proj.weight", _join_rows, _cut_rows),
-    "attention.wo.weight": Rule("self_attn.o_proj.weight", _join_columns, _cut_columns),
+    "attention.wq.weight": Rule("self_attn.q_proj.weight", _join_rotary, _split_rotary),
+    "attention.wk.weight": Rule("self_attn.k_proj.weight", _join_rotary, _split_rotary),
+    "attention.wv.weight": Rule("self_attn.v_proj.weight", _join_rows, _split_rows),
+    "attention.wo.weight": Rule("self_attn.o_proj.weight", _join_columns, _split_columns),
     "attention.q_normalization.weight": _q_norm("self_attn.q_norm.weight"),
     "attention.q_normalization.bias": _q_norm("self_attn.q_norm.bias"),
     "attention.k_normalization.weight": _k_norm("self_attn.k_norm.weight"),
     "attention.k_normalization.bias": _k_norm("self_attn.k_norm.bias"),
-    "attention_norm.weight": Rule("input_layernorm.weight", _join_copies, _cut_copies),
-    "feed_forward.w1.weight": Rule("mlp.gate_proj.weight", _join_rows, _cut_rows),
-    "feed_forward.w2.weight": Rule("mlp.down_proj.weight", _join_columns, _cut_columns),
-    "feed_forward.w3.weight": Rule("mlp.up_proj.weight", _join_rows, _cut_rows),
-    "ffn_norm.weight": Rule("post_attention_layernorm.weight", _join_copies, _cut_copies),
+    "attention_norm.weight": Rule("input_layernorm.weight", _join_replicas, _replicate),
+    "feed_forward.w1.weight": Rule("mlp.gate_proj.weight", _join_rows, _split_rows),
+    "feed_forward.w2.weight": Rule("mlp.down_proj.weight", _join_columns, _split_columns),
+    "feed_forward.w3.weight": Rule("mlp.up_proj.weight", _join_rows, _split_rows),
+    "ffn_norm.weight": Rule("post_attention_layernorm.weight", _join_replicas, _replicate),
 }
 
 
@@ -180,8 +180,8 @@ def copy_to_meta(source: Source, folder: Path, shards: int | None, on_bytes: OnB
     _write_tokenizer(source, tokenizer_folder, on_bytes)
     # As in Meta's own folders, only the second file has the vocabulary's size.
     params = {"model_parallel_size": count, "model": _model_params(config)}
-    overruling = {"model_parallel_size": count, "vocab_size": config.vocab_size}
-    files = {"params.json": params, "consolidate_params.json": overruling}
+    override = {"model_parallel_size": count, "vocab_size": config.vocab_size}
+    files = {"params.json": params, "consolidate_params.json": override}
     if source.generation_defaults:
         files["generation_config.json"] = source.generation_defaults
     if source.resize_mode != "crop":
@@ -216,10 +216,10 @@ def open_vqgan(path: Path) -> tuple[VQConfig, dict[str, Stored]]:
 def read_config(folder: Path, vq_config: VQConfig | None = None) -> ModelConfig:
     """The model's shape from params.json, its "model" entry, and consolidate_params.json."""
     params = read_json(folder / "params.json")
-    overruling = folder / "consolidate_params.json"
+    override = folder / "consolidate_params.json"
     merged = params | dict(params.get("model") or {})
-    if overruling.exists():
-        merged |= read_json(overruling)
+    if override.exists():
+        merged |= read_json(override)
     missing = [n for n in ("dim", "n_layers", "n_heads", "vocab_size") if merged.get(n, -1) <= 0]
     if missing:
         raise CheckpointError(
@@ -256,7 +256,7 @@ def open_tensors(folder: Path, config: ModelConfig) -> dict[str, Stored]:
     in_order = [name for name in table if name in names[0]]
     joined: dict[str, Stored] = {}
     for name in [*in_order, *sorted(names[0] - table.keys())]:
-        rule = table.get(name, Rule(name, _join_copies, _cut_copies))
+        rule = table.get(name, Rule(name, _join_replicas, _replicate))
         try:
             joined[rule.name] = _joined([file.stored(name) for file in files], rule.join, config)
         except (RuntimeError, IndexError):
@@ -351,10 +351,10 @@ def _generation_defaults(folder: Path) -> dict[str, Any]:
 def _write_shard(source: Source, folder: Path, shard: Shard, on_bytes: OnBytes) -> None:
     config, tensors = source.config, {}
     for name, rule in _table(config.num_hidden_layers).items():
-        cut = rule.cut(source.tensors[rule.name].read(), shard, config)
+        part = rule.split(source.tensors[rule.name].read(), shard, config)
         # A copy: for a view, torch would write the whole tensor that it belongs to.
-        tensors[name] = cut.clone(memory_format=torch.contiguous_format)
-        on_bytes(cut.nbytes)
+        tensors[name] = part.clone(memory_format=torch.contiguous_format)
+        on_bytes(part.nbytes)
     tensors[_FREQUENCIES] = _frequencies(config)
     name = f"consolidated.{shard.rank:02}.pth" if shard.total > 1 else "consolidated.pth"
     torch.save(tensors, folder / name)
@@ -395,9 +395,9 @@ def check_meta(source: Source) -> None:
         f"hidden_act={config.hidden_act}": config.hidden_act not in ("silu", "swish"),
         "the size tokens of Lumina-mGPT": source.family != "chameleon",
     }
-    found = next((name for name, there in reasons.items() if there), None)
-    if found:
-        raise CheckpointError(f"Meta's layout has no place for {found}: convert to hf")
+    reason = next((name for name, applies in reasons.items() if applies), None)
+    if reason:
+        raise CheckpointError(f"Meta's layout has no place for {reason}: convert to hf")
     with torch.device("meta"):
         wanted = VQGAN(config.vq_config).state_dict()
     if not set(wanted) <= set(source.vq):
@@ -429,7 +429,7 @@ def _shard_count(source: Source, wanted: int | None) -> int:
 
 def _possible_shards(source: Source) -> list[int]:
     config = source.config
-    # Every cut dimension must be divisible.
+    # Every dimension that is split must be divisible.
     common = math.gcd(
         config.num_attention_heads,
         config.kv_heads,
@@ -438,10 +438,10 @@ def _possible_shards(source: Source) -> list[int]:
         config.vocab_size,
     )
     norms = [s.read() for n, s in source.tensors.items() if ".q_norm." in n or ".k_norm." in n]
-    return [n for n in range(1, common + 1) if common % n == 0 and _shared(norms, n)]
+    return [n for n in range(1, common + 1) if common % n == 0 and _can_share(norms, n)]
 
 
-def _shared(norms: Sequence[Tensor], shards: int) -> bool:
+def _can_share(norms: Sequence[Tensor], shards: int) -> bool:
     per_shard = chain.from_iterable(norm.chunk(shards, 0) for norm in norms)
     return all(torch.equal(norm, norm[:1].expand_as(norm)) for norm in per_shard)
 

@@ -134,15 +134,15 @@ class MappedFile:
 
 
 def check_names(
-    wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], source: Path
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], source: Path
 ) -> None:
     """Raise `CheckpointError` with the keys that are missing, unknown or of another shape."""
-    both = wanted.keys() & found.keys()
+    both = expected.keys() & found.keys()
     # (verb, adjective) -> keys, as in "it has the unknown key x"
     problems = {
-        ("lacks", ""): wanted.keys() - found.keys(),
-        ("has", "unknown "): found.keys() - wanted.keys(),
-        ("has wrong shapes for", ""): {name for name in both if wanted[name] != found[name]},
+        ("lacks", ""): expected.keys() - found.keys(),
+        ("has", "unknown "): found.keys() - expected.keys(),
+        ("has wrong shapes for", ""): {name for name in both if expected[name] != found[name]},
     }
     found_problems = [
         f"{verb} {_listed(keys, adjective)}" for (verb, adjective), keys in problems.items() if keys
@@ -188,19 +188,19 @@ def read_json(path: Path, needed: bool = True) -> dict[str, Any]:
 def find_tokenizer_file(path: Path) -> Path:
     """`path` if it is a file, else the tokenizer file in it, under transformers' or Meta's name."""
     names = [path, path / TOKENIZER, path / META_TOKENIZER]
-    found = next((name for name in names if name.is_file()), None)
-    if found is None:
+    file = next((name for name in names if name.is_file()), None)
+    if file is None:
         raise CheckpointError(
             f"{path / TOKENIZER} is missing: copy it there from the model that this one was made "
             "from, or write a whole copy with earlyfusion convert and --tokenizer"
         )
-    return found
+    return file
 
 
 def card_files(folder: Path) -> list[Path]:
     """A folder's model card, and the notices that licences require copies to keep."""
-    found = (path for pattern in CARD_FILES for path in sorted(folder.glob(pattern)))
-    return [path for path in found if path.is_file()]
+    paths = (path for pattern in CARD_FILES for path in sorted(folder.glob(pattern)))
+    return [path for path in paths if path.is_file()]
 
 
 def read_card(folder: Path | None) -> dict[str, str]:
