@@ -57,7 +57,7 @@ def test_snippets_run(
     for block in blocks:
         exec(block, said)
     assert (tmp_path / "apple.png").is_file()
-    assert said["pictures"][0].size == (16, 16)
+    assert said["generated"][0].size == (16, 16)
     assert torch.isfinite(said["loss"])
     made = said["model"].config
     assert made.hidden_act == config.hidden_act

@@ -272,14 +272,14 @@ class TestModes:
         [
             ({"multimodal_generation_mode": "pictures"}, SettingError, "'pictures' is unknown"),
             ({"generation_mode": "audio"}, SettingError, "'audio' is unknown"),
-            ({"guidance_text": 3.0}, SettingError, "need a mode that draws"),
+            ({"guidance_text": 3.0}, SettingError, "need a mode with images"),
             ({"guidance_text": "3"}, SettingError, "guidance_text='3' is not possible"),
             ({"guidance_image": float("nan")}, SettingError, "guidance_image=nan is not possible"),
             ({"max_images": -1}, SettingError, "max_images=-1 is not possible"),
             (
                 {"multimodal_generation_mode": "image-only", "max_new_tokens": 9},
                 SettingError,
-                "leave no room for a picture of 66 tokens",
+                "leave no room for an image of 66 tokens",
             ),
             (
                 {"multimodal_generation_mode": "image-only", "guidance_text": 3.0, "num_beams": 2},

@@ -121,7 +121,7 @@ def test_heads_are_shared_evenly() -> None:
 def test_a_transformers_that_cannot_cut_norms(monkeypatch: pytest.MonkeyPatch) -> None:
     """5.17 has neither of the two ways; one process needs none."""
     monkeypatch.setattr(tensor_parallel, "ALL_PARALLEL_STYLES", {"colwise": None})
-    assert tensor_parallel._split_norm("layers.*.self_attn.q_norm") == {}
+    assert tensor_parallel._norm_plan("layers.*.self_attn.q_norm") == {}
     tensor_parallel.check_processes(PRESETS["tiny"], 1)
     with pytest.raises(SettingError, match="cannot share the norms of heads between 2 processes"):
         tensor_parallel.check_processes(PRESETS["tiny"], 2)

@@ -75,7 +75,7 @@ class TestResampling:
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: Any) -> None:
     """torch resizes on the CPU too."""
-    monkeypatch.setattr("earlyfusion.hf.image_processing._resized", resized)
+    monkeypatch.setattr("earlyfusion.hf.image_processing._resize_window", resized)
 
 
 class TestBackEnds:
@@ -197,7 +197,7 @@ class TestBackEnds:
             seen.append(batch.shape[0])
             return resized(batch, *rest)
 
-        monkeypatch.setattr("earlyfusion.hf.image_processing._resized", watched)
+        monkeypatch.setattr("earlyfusion.hf.image_processing._resize_window", watched)
         pixels(ChameleonImageProcessor(**SMALL), torch.from_numpy(noise(0, 5, 3, 50, 64)))
         assert seen == [5]
 
@@ -262,11 +262,11 @@ class TestBackEnds:
         ("settings", "sentence"),
         [
             ({"size": {"shortest_edge": 48, "longest_edge": 90}}, "is not among Meta's steps"),
-            ({"image_mean": [1.0, 1.0]}, "image_mean has 2 values but the picture 3 channels"),
+            ({"image_mean": [1.0, 1.0]}, "image_mean has 2 values but the image 3 channels"),
             ({"resize_mode": "fit", "crop_size": {"height": 4, "width": 5}}, "makes squares"),
             (
                 {"do_center_crop": False, "do_pad": True, "pad_size": {"height": 9, "width": 9}},
-                "is smaller than a picture",
+                "is smaller than an image",
             ),
         ],
     )
@@ -324,10 +324,10 @@ class TestMoreThanEightBits:
             (PIL.Image.fromarray(np.full((4, 4), -1, np.int32)), "whose scale is unknown"),
             (PIL.Image.fromarray(np.full((4, 4), 2.5, np.float32)), "0 to 1"),
             (PIL.Image.fromarray(np.full((4, 4), np.nan, np.float32)), "0 to 1"),
-            (np.full((3, 4, 4), 300, np.int32), "and int32 pictures have 0 to 255"),
-            (torch.full((3, 4, 4), 1.5), "and float32 pictures have 0 to 1"),
-            (torch.full((3, 4, 4), -1), "and int64 pictures have 0 to 255"),
-            (np.zeros((5, 7, 9), np.uint8), "5x7x9 is not one picture"),
+            (np.full((3, 4, 4), 300, np.int32), "and int32 images have 0 to 255"),
+            (torch.full((3, 4, 4), 1.5), "and float32 images have 0 to 1"),
+            (torch.full((3, 4, 4), -1), "and int64 images have 0 to 255"),
+            (np.zeros((5, 7, 9), np.uint8), "5x7x9 is not one image"),
         ],
     )
     def test_what_cannot_be_told(self, image: Any, sentence: str) -> None:

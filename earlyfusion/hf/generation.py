@@ -1,4 +1,4 @@
-"""`generate` with pictures: its modes, the grammar as a logits processor, and guidance. Grammar and
+"""`generate` with images: its modes, the grammar as a logits processor, and guidance. Grammar and
 guidance are those of `earlyfusion.generation`; search and sampling are transformers'."""
 
 # Shapes: B rows, T tokens, V vocabulary, F fields of the grammar's state.
@@ -32,12 +32,12 @@ _PIPELINE_MODES = {"text": None, "image": "image-only"}
 
 
 @dataclass(frozen=True)
-class _Rules:
-    """The limits of one call of `generate`: at most `images` pictures and `room` tokens."""
+class _Limits:
+    """The limits of one call of `generate`: at most `images` images and `max_tokens` new tokens."""
 
     output: Output
     images: int
-    room: int
+    max_tokens: int
     text_weight: float
     image_weight: float
 
@@ -61,13 +61,13 @@ class MultimodalGeneration:
         return vocabulary
 
     @property
-    def picture_tokens(self) -> int:
-        """Tokens of one drawn picture, with begin and end."""
+    def tokens_per_image(self) -> int:
+        """Tokens of one generated image, with begin and end."""
         return self.image_layout.num_tokens
 
     @property
     def image_layout(self) -> ImageLayout:
-        """How a drawn picture is spelled in tokens."""
+        """How a generated image is spelled in tokens."""
         grid = self.model.shape.vq_config.grid
         if getattr(self.config, lumina.CONFIG_KEY, None) == lumina.FAMILY:
             return lumina.layout(grid)
@@ -87,13 +87,13 @@ class MultimodalGeneration:
         max_images: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """transformers' `generate`, in a mode that says what may be drawn.
+        """transformers' `generate`, in a mode that says what may be generated.
 
         None: any token but an image's, as in transformers' own class. "text-only": text until it
-        ends. "image-only": one picture. "interleaved-text-image": text and at most `max_images`
-        whole pictures. "free": any token. `guidance_text` and `guidance_image` are the weights of
-        Meta's three-branch guidance for pictures; 1 is off. In "text-only", "image-only" and
-        "interleaved-text-image" the prompt is returned with its pictures' own tokens in place of
+        ends. "image-only": one image. "interleaved-text-image": text and at most `max_images`
+        whole images. "free": any token. `guidance_text` and `guidance_image` are the weights of
+        Meta's three-branch guidance for images; 1 is off. In "text-only", "image-only" and
+        "interleaved-text-image" the prompt is returned with its images' own tokens in place of
         placeholders.
         """
         SamplingParams(  # raises for an impossible value
@@ -106,30 +106,32 @@ class MultimodalGeneration:
             _check_unguided(guidance_text, guidance_image)
             kwargs.setdefault("image_logits", mode == "free")
             return parent.generate(inputs, **more, **kwargs)
-        ids_BT = self._ids(inputs, kwargs)
+        ids_BT = self._prompt_ids(inputs, kwargs)
         configs = [c for c in (generation_config, self.generation_config) if c is not None]
-        room = self._room(_OUTPUTS[mode], ids_BT.shape[1], kwargs, configs)
-        rules = self._rules_of(mode, room, guidance_text, guidance_image, max_images)
+        max_tokens = self._new_tokens(_OUTPUTS[mode], ids_BT.shape[1], kwargs, configs)
+        limits = self._limits_of(mode, max_tokens, guidance_text, guidance_image, max_images)
         more["logits_processor"] = self._processors(
-            rules, ids_BT, kwargs, configs, logits_processor
+            limits, ids_BT, kwargs, configs, logits_processor
         )
-        return parent.generate(ids_BT, **more, **self._lengths(rules, generation_config, kwargs))
+        return parent.generate(
+            ids_BT, **more, **self._generate_kwargs(limits, generation_config, kwargs)
+        )
 
     def _sample(self, input_ids: Tensor, logits_processor: Any, *args: Any, **kwargs: Any) -> Any:
         """transformers' loop of greedy search and sampling, in which rows do not move."""
-        grammatical = [p for p in logits_processor if isinstance(p, GrammarLogits)]
+        grammar_processors = [p for p in logits_processor if isinstance(p, GrammarLogits)]
         parent: Any = super()
-        # An assistant model draws with the processors of the model that it assists.
-        for processor in grammatical:
+        # An assistant model samples with the processors of the model that it assists.
+        for processor in grammar_processors:
             processor.begin(rows_stay=True)
         try:
             return parent._sample(input_ids, logits_processor, *args, **kwargs)
         finally:
-            for processor in grammatical:
+            for processor in grammar_processors:
                 processor.begin(rows_stay=False)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' continuous batching; as in plain `generate`, no image tokens are drawn."""
+        """transformers' continuous batching; as in plain `generate`, without image tokens."""
         parent: Any = super()
         before, self.image_logits = self.image_logits, False
         try:
@@ -149,8 +151,8 @@ class MultimodalGeneration:
             raise SettingError(f"multimodal_generation_mode={mode!r} is unknown: use {names}")
         return mode
 
-    def _ids(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
-        """The prompt's ids, with the pictures' own tokens for the placeholders."""
+    def _prompt_ids(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
+        """The prompt's ids, with the images' own tokens for the placeholders."""
         ids_BT = kwargs.pop("input_ids", inputs)
         if ids_BT is None:
             raise PromptError("a multimodal_generation_mode needs a prompt: pass input_ids")
@@ -158,59 +160,59 @@ class MultimodalGeneration:
         kwargs.pop("mm_token_type_ids", None)
         return ids_BT if pixels is None else self.model.fill_image_tokens(ids_BT, pixels)
 
-    def _rules_of(
+    def _limits_of(
         self,
         mode: str,
-        room: int,
+        max_tokens: int,
         text: float,
         image: float,
         max_images: int | None,
-    ) -> _Rules:
-        output, tokens = _OUTPUTS[mode], self.picture_tokens
-        most = 1 if output == "image" else room // tokens
+    ) -> _Limits:
+        output, tokens = _OUTPUTS[mode], self.tokens_per_image
+        most = 1 if output == "image" else max_tokens // tokens
         images = most if max_images is None else max_images
-        if output == "image" and (images < 1 or room < tokens):
+        if output == "image" and (images < 1 or max_tokens < tokens):
             raise SettingError(
-                f"max_new_tokens={room} and max_images={images} leave no room for a picture of "
-                f"{tokens} tokens: raise them, or shorten the prompt"
+                f"max_new_tokens={max_tokens} and max_images={images} leave no room for an image "
+                f"of {tokens} tokens: raise them, or shorten the prompt"
             )
-        return _Rules(output, images, room, text, image)
+        return _Limits(output, images, max_tokens, text, image)
 
-    def _room(
+    def _new_tokens(
         self,
         output: Output,
         prompt_tokens: int,
         kwargs: Mapping[str, Any],
         configs: Sequence[Any],
     ) -> int:
-        """The number of new tokens: as requested, else one picture or the whole context. Limits of
+        """The number of new tokens: as requested, else one image or the whole context. Limits of
         a generation config are meant for replies with text: pipelines set one of 256 tokens."""
         limit = self.config.max_position_embeddings
-        left, room = limit - prompt_tokens, _most_new(kwargs, prompt_tokens)
-        if room is None and output != "image":
+        left, max_tokens = limit - prompt_tokens, _most_new(kwargs, prompt_tokens)
+        if max_tokens is None and output != "image":
             most = (_most_new(vars(config), prompt_tokens) for config in configs)
-            room = next((min(number, left) for number in most if number is not None), None)
-        if room is None:
-            room = self.picture_tokens if output == "image" else left
-        if room > left or room < 1:
+            max_tokens = next((min(number, left) for number in most if number is not None), None)
+        if max_tokens is None:
+            max_tokens = self.tokens_per_image if output == "image" else left
+        if max_tokens > left or max_tokens < 1:
             raise ContextError(
-                f"a prompt of {prompt_tokens} tokens and {room} new ones do not fit into the "
+                f"a prompt of {prompt_tokens} tokens and {max_tokens} new ones do not fit into the "
                 f"context of {limit}: shorten the prompt or set max_new_tokens"
             )
-        return int(room)
+        return int(max_tokens)
 
     def _processors(
         self,
-        rules: _Rules,
+        limits: _Limits,
         ids_BT: Tensor,
         kwargs: Mapping[str, Any],
         configs: Sequence[Any],
         given: Any,
     ) -> LogitsProcessorList:
         beams = kwargs.get("num_beams") or next((c.num_beams for c in configs if c.num_beams), 1)
-        if rules.guided and beams > 1:
+        if limits.guided and beams > 1:
             raise SettingError("guidance does not work with beams: set num_beams=1")
-        if rules.guided and _is_assisted(kwargs, configs):
+        if limits.guided and _is_assisted(kwargs, configs):
             raise SettingError(
                 "guidance does not work with assisted generation: leave assistant_model and "
                 "prompt_lookup_num_tokens out"
@@ -219,16 +221,17 @@ class MultimodalGeneration:
         grammar = Grammar(
             vocabulary,
             self.image_layout,
-            self._stops(kwargs, configs),
+            self._stop_ids(kwargs, configs),
             self.config.vocab_size,
             ids_BT.device,
         )
-        guide = _Guide(self, rules, kwargs.get("attention_mask")) if rules.guided else None
-        grammatical = GrammarLogits(grammar, rules, ids_BT.shape[1], guide)
-        return LogitsProcessorList([*(given or []), grammatical])
+        mask_BT = kwargs.get("attention_mask")
+        branches = _Guidance(self, limits, mask_BT) if limits.guided else None
+        grammar_processor = GrammarLogits(grammar, limits, ids_BT.shape[1], branches)
+        return LogitsProcessorList([*(given or []), grammar_processor])
 
-    def _lengths(
-        self, rules: _Rules, generation_config: Any, kwargs: dict[str, Any]
+    def _generate_kwargs(
+        self, limits: _Limits, generation_config: Any, kwargs: dict[str, Any]
     ) -> dict[str, Any]:
         """The arguments of transformers' `generate`, with the length and the ids that end a row."""
         settings = generation_config or self.generation_config
@@ -238,9 +241,9 @@ class MultimodalGeneration:
             kwargs.setdefault("eos_token_id", self.vocabulary.eos)
         if settings.pad_token_id is None:
             kwargs.setdefault("pad_token_id", self.vocabulary.pad)
-        return kwargs | {"max_new_tokens": rules.room, "image_logits": True}
+        return kwargs | {"max_new_tokens": limits.max_tokens, "image_logits": True}
 
-    def _stops(self, kwargs: Mapping[str, Any], configs: Sequence[Any]) -> list[int]:
+    def _stop_ids(self, kwargs: Mapping[str, Any], configs: Sequence[Any]) -> list[int]:
         known = (c.eos_token_id for c in configs if c.eos_token_id is not None)
         given = kwargs.get("eos_token_id", next(known, None))
         return [] if given is None else [given] if isinstance(given, int) else list(given)
@@ -266,22 +269,26 @@ def _is_assisted(kwargs: Mapping[str, Any], configs: Sequence[Any]) -> bool:
 def _check_unguided(text: float, image: float) -> None:
     if (text, image) != (1.0, 1.0):
         raise SettingError(
-            f"guidance_text={text} and guidance_image={image} need a mode that draws: set "
+            f"guidance_text={text} and guidance_image={image} need a mode with images: set "
             "multimodal_generation_mode to 'image-only' or 'interleaved-text-image'"
         )
 
 
 class GrammarLogits(LogitsProcessor):
-    """Forbids the tokens that the grammar does not allow after those drawn so far. Keeps the rows'
-    states of the last call. Beams may reorder and repeat rows, and other searches go back, so each
-    row looks for the one that it continues, for which the host waits. Between `begin` with
+    """Forbids the tokens that the grammar does not allow after those generated so far. Keeps the
+    rows' states of the last call. Beams may reorder and repeat rows, and other searches go back, so
+    each row looks for the one that it continues, for which the host waits. Between `begin` with
     `rows_stay` and the next `begin`, rows never move."""
 
     def __init__(
-        self, grammar: Grammar, rules: _Rules, prompt_tokens: int, guide: _Guide | None = None
+        self,
+        grammar: Grammar,
+        limits: _Limits,
+        prompt_tokens: int,
+        branches: _Guidance | None = None,
     ) -> None:
-        self._grammar, self._rules, self._prompt_tokens = grammar, rules, prompt_tokens
-        self._guide = guide
+        self._grammar, self._limits, self._prompt_tokens = grammar, limits, prompt_tokens
+        self._guidance = branches
         self.begin(rows_stay=False)
 
     def begin(self, rows_stay: bool) -> None:
@@ -292,25 +299,25 @@ class GrammarLogits(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         state_BF = self._state(input_ids[:, self._prompt_tokens :])
-        if self._guide is not None:
+        if self._guidance is not None:
             in_image_B = self._grammar.in_image(state_BF)
-            starts_B = state_BF[:, SLOT] == 1  # the last token began a picture
+            starts_B = state_BF[:, SLOT] == 1  # the last token began an image
             in_image, starts = torch.stack(
                 (in_image_B, starts_B)
             ).tolist()  # one wait for the device
-            scores = self._guide(input_ids, scores, in_image, starts)
+            scores = self._guidance(input_ids, scores, in_image, starts)
         return scores.masked_fill(~self._grammar.mask(state_BF), -torch.inf)
 
     def _state(self, new_BT: Tensor) -> Tensor:
-        before_BF = self._before(new_BT)
+        before_BF = self._states_before(new_BT)
         if before_BF is None:
-            state_BF = self._replayed(new_BT)
+            state_BF = self._replay(new_BT)
         else:
             state_BF = self._grammar.advance(before_BF, new_BT[:, -1])
         self._new_BT, self._state_BF = new_BT, state_BF
         return state_BF
 
-    def _before(self, new_BT: Tensor) -> Tensor | None:
+    def _states_before(self, new_BT: Tensor) -> Tensor | None:
         """The states of all rows before their last token; None if they are not known."""
         if self._state_BF is None:
             return None
@@ -328,21 +335,23 @@ class GrammarLogits(LogitsProcessor):
         same_BB = (new_BT[:, None, :-1] == old_BT[None]).all(-1)
         return same_BB.int().argmax(1) if bool(same_BB.any(1).all()) else None
 
-    def _replayed(self, new_BT: Tensor) -> Tensor:
+    def _replay(self, new_BT: Tensor) -> Tensor:
         count = len(new_BT)
         state_BF = self._grammar.start(
-            [self._rules.output] * count, [self._rules.images] * count, [self._rules.room] * count
+            [self._limits.output] * count,
+            [self._limits.images] * count,
+            [self._limits.max_tokens] * count,
         )
         for token_B in new_BT.unbind(1):
             state_BF = self._grammar.advance(state_BF, token_B)
         return state_BF
 
 
-class _Guide:
-    """The other conditions of guided rows: read when a picture begins, dropped at its end."""
+class _Guidance:
+    """The other conditions of guided rows: prefilled when an image begins, dropped at its end."""
 
-    def __init__(self, owner: Any, rules: _Rules, attention_mask: Tensor | None) -> None:
-        self._owner, self._rules, self._mask_BT = owner, rules, attention_mask
+    def __init__(self, owner: Any, limits: _Limits, attention_mask: Tensor | None) -> None:
+        self._owner, self._limits, self._mask_BT = owner, limits, attention_mask
         self._branches: dict[int, dict[guidance.Condition, _Branch]] = {}
 
     def __call__(
@@ -350,7 +359,7 @@ class _Guide:
     ) -> Tensor:
         rows = list(scores_BV.unbind(0))
         for row, (inside, first) in enumerate(zip(in_image, starts, strict=True)):
-            if not inside:  # guidance only affects pictures
+            if not inside:  # guidance only affects images
                 self._branches.pop(row, None)
                 continue
             logits: dict[guidance.Condition, Tensor] = {"full": rows[row]}
@@ -360,13 +369,13 @@ class _Guide:
                 last_1T = ids_BT[row, None, -1:]
                 logits |= {n: b.read(last_1T) for n, b in self._branches[row].items()}
             rows[row] = guidance.combine_needed(
-                logits, self._rules.text_weight, self._rules.image_weight
+                logits, self._limits.text_weight, self._limits.image_weight
             )
         return torch.stack(rows)
 
     def _open(self, row: int, history: list[int]) -> dict[guidance.Condition, Tensor]:
         vocabulary = self._owner.vocabulary
-        text, image = self._rules.text_weight, self._rules.image_weight
+        text, image = self._limits.text_weight, self._limits.image_weight
         has_images = guidance.has_images(history, vocabulary)
         names = guidance.needed_conditions(text, image, has_images)[1:]  # "full" is the row itself
         self._branches[row] = {name: _Branch(self._owner) for name in names}

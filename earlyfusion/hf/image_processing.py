@@ -1,14 +1,14 @@
-"""Pictures to pixels: Meta's steps to the bit, or transformers' on request.
+"""Images to pixels: Meta's steps to the bit, or transformers' on request.
 
 transformers rounds the longer side down, Meta to the nearest pixel; transformers rescales by
-0.0078, Meta by 2 / 255. For about half of all pictures a quarter or more of the codes differ.
+0.0078, Meta by 2 / 255. For about half of all images a quarter or more of the codes differ.
 
 As in transformers there are two back ends: `ChameleonImageProcessorPil` returns arrays,
 `ChameleonImageProcessor` tensors on any device. In Meta's steps they are equal to the bit, since a
 pixel stays one of 256 levels until a table gives its value.
 """
 
-# Shapes: n pictures, C channels, Y X height and width in pixels.
+# Shapes: n images, C channels, Y X height and width in pixels.
 
 import os
 from typing import Any, Literal, TypeAlias, get_args
@@ -36,8 +36,8 @@ _CHANNELS = (1, 3, 4)
 
 class ChameleonImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """transformers' image arguments, and three of this package. `exact`: Meta's steps (the default)
-    or transformers'. `resize_mode`: "crop" keeps the centre of a picture, "fit" all of it on white.
-    `deep`: Pillow's pictures with more than 8 bits are scaled to 8 bits ("scale"), or cut at 255 as
+    or transformers'. `resize_mode`: "crop" keeps the centre of an image, "fit" all of it on white.
+    `deep`: Pillow's images with more than 8 bits are scaled to 8 bits ("scale"), or cut at 255 as
     in Meta's code ("clip")."""
 
     exact: bool
@@ -45,7 +45,7 @@ class ChameleonImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[
     deep: Deep
 
 
-class _Steps(BaseImageProcessor):
+class _MetaSteps(BaseImageProcessor):
     """The settings and Meta's steps, which both back ends share.
 
     `exact=True` runs Meta's steps to the bit: Lanczos to the nearest whole size, centre crop, u8 /
@@ -82,7 +82,7 @@ class _Steps(BaseImageProcessor):
         super().__init__(**kwargs)
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Pictures of files and addresses; pictures and lists are returned unchanged."""
+        """Images of files and addresses; images and lists are returned unchanged."""
         if isinstance(image_url_or_urls, str) and os.path.isfile(image_url_or_urls):
             return Image.open(image_url_or_urls).pil
         return super().fetch_images(image_url_or_urls)
@@ -102,18 +102,18 @@ class _Steps(BaseImageProcessor):
                 settings["rescale_factor"] = TRANSFORMERS_RESCALE
             return self._as_transformers(images, **settings)
         planes = [
-            _planes(picture, settings, deep).to(self._device_of(picture, settings["device"]))
-            for picture in self._prepare_images_structure(images)
+            _to_planes(image, settings, deep).to(self._device_of(image, settings["device"]))
+            for image in self._prepare_images_structure(images)
         ]
-        pixels = self._in_groups(planes, settings, resize_mode)
+        pixels = self._process_in_groups(planes, settings, resize_mode)
         if settings["do_pad"]:
-            pixels = _padded(pixels, settings["pad_size"])
+            pixels = _pad(pixels, settings["pad_size"])
         return self._as_batch(pixels, settings["return_tensors"])
 
-    def _in_groups(
+    def _process_in_groups(
         self, planes: list[Tensor], settings: dict[str, Any], mode: Mode
     ) -> list[Tensor]:
-        """Pixels [C, Y, X] of each picture; pictures of one shape are processed as a batch."""
+        """Pixels [C, Y, X] of each image; images of one shape are processed as a batch."""
         groups: dict[Any, list[int]] = {}
         for number, plane in enumerate(planes):
             alone = number if settings["disable_grouping"] else None
@@ -121,42 +121,42 @@ class _Steps(BaseImageProcessor):
         pixels: dict[int, Tensor] = {}
         for numbers in groups.values():
             batch_nCYX = torch.stack([planes[number] for number in numbers])
-            values_nCYX = _valued(self._framed(batch_nCYX, settings, mode), settings)
+            values_nCYX = _to_values(self._resize_and_crop(batch_nCYX, settings, mode), settings)
             pixels |= dict(zip(numbers, values_nCYX, strict=True))
         return [pixels[number] for number in range(len(planes))]
 
-    def _framed(self, batch_nCYX: Tensor, settings: dict[str, Any], mode: Mode) -> Tensor:
-        """uint8 pictures resized and cropped as the settings say."""
+    def _resize_and_crop(self, batch_nCYX: Tensor, settings: dict[str, Any], mode: Mode) -> Tensor:
+        """uint8 images resized and cropped as the settings say."""
         resample = settings["resample"]
         resample = PILImageResampling.BILINEAR if resample is None else resample
         if settings["do_resize"] and mode == "fit":
-            return self._fitted(batch_nCYX, _fit_side(settings), resample)
+            return self._fit_on_white(batch_nCYX, _fit_side(settings), resample)
         height, width = batch_nCYX.shape[-2:]
         size = (height, width)
         if settings["do_resize"]:
             size = _new_size(height, width, dict(settings["size"]))
         if not settings["do_center_crop"]:
-            return _resized(batch_nCYX, size, resample, (range(size[0]), range(size[1])))
+            return _resize_window(batch_nCYX, size, resample, (range(size[0]), range(size[1])))
         rows, above, below = _centre(size[0], _crop(settings, "height"))
         columns, left, right = _centre(size[1], _crop(settings, "width"))
         # Compute only the rows and columns that the crop keeps.
-        crop_nCYX = _resized(batch_nCYX, size, resample, (rows, columns))
+        crop_nCYX = _resize_window(batch_nCYX, size, resample, (rows, columns))
         return F.pad(crop_nCYX, (left, right, above, below))
 
-    def _fitted(self, batch_nCYX: Tensor, side: int, resample: int) -> Tensor:
-        """The whole pictures in the middle of white squares, resized."""
+    def _fit_on_white(self, batch_nCYX: Tensor, side: int, resample: int) -> Tensor:
+        """The whole images in the middle of white squares, resized."""
         height, width = batch_nCYX.shape[-2:]
         edge = max(height, width)
         if edge > MAX_SQUARE and batch_nCYX.shape[1] == len("RGB"):
             # The white square would be too large: shrink first, as `ImageTokenizer` does.
-            squares = [_tensor(fitted(_picture(planes), side)) for planes in batch_nCYX]
+            squares = [_to_tensor(fitted(_to_pil(planes), side)) for planes in batch_nCYX]
             return torch.stack(squares).to(batch_nCYX.device)
         above, left = (edge - height) // 2, (edge - width) // 2
         border = (left, edge - width - left, above, edge - height - above)
         canvas_nCYX = F.pad(batch_nCYX, border, value=255)
-        return _resized(canvas_nCYX, (side, side), resample, (range(side), range(side)))
+        return _resize_window(canvas_nCYX, (side, side), resample, (range(side), range(side)))
 
-    def _device_of(self, picture: Any, given: Any) -> Any:
+    def _device_of(self, image: Any, given: Any) -> Any:
         return "cpu"
 
     def _as_transformers(self, images: Any, **settings: Any) -> BatchFeature:
@@ -166,20 +166,20 @@ class _Steps(BaseImageProcessor):
         raise NotImplementedError
 
 
-class ChameleonImageProcessorPil(_Steps, PilBackend):
-    """Pictures to `pixel_values` [n, 3, Y, X] in -1 to 1, as arrays and on the CPU."""
+class ChameleonImageProcessorPil(_MetaSteps, PilBackend):
+    """Images to `pixel_values` [n, 3, Y, X] in -1 to 1, as arrays and on the CPU."""
 
     def _as_transformers(self, images: Any, **settings: Any) -> BatchFeature:
         return PilBackend._preprocess_image_like_inputs(self, images, **settings)
 
     def _as_batch(self, pixels: list[Tensor], tensor_type: Any) -> BatchFeature:
-        arrays = [picture.numpy(force=True) for picture in pixels]
+        arrays = [image.numpy(force=True) for image in pixels]
         return BatchFeature({"pixel_values": arrays}, tensor_type=tensor_type)
 
 
-class ChameleonImageProcessor(_Steps):
-    """Pictures to `pixel_values` [n, 3, Y, X] in -1 to 1, as tensors on any device. A tensor stays
-    on its device unless `device` is given; pictures of one size are a batch. On a CPU Pillow
+class ChameleonImageProcessor(_MetaSteps):
+    """Images to `pixel_values` [n, 3, Y, X] in -1 to 1, as tensors on any device. A tensor stays
+    on its device unless `device` is given; images of one size are a batch. On a CPU Pillow
     resizes them, elsewhere torch, with the same bits. torchvision is not needed. `exact=False` is
     computed on the CPU."""
 
@@ -192,14 +192,14 @@ class ChameleonImageProcessor(_Steps):
         """transformers' name for the back end that works on tensors."""
         return "torchvision"
 
-    def _device_of(self, picture: Any, given: Any) -> Any:
-        return given or (picture.device if isinstance(picture, Tensor) else "cpu")
+    def _device_of(self, image: Any, given: Any) -> Any:
+        return given or (image.device if isinstance(image, Tensor) else "cpu")
 
     def _as_transformers(self, images: Any, **settings: Any) -> BatchFeature:
-        pictures = self._prepare_images_structure(images)
-        devices = [self._device_of(picture, settings["device"]) for picture in pictures]
+        images = self._prepare_images_structure(images)
+        devices = [self._device_of(image, settings["device"]) for image in images]
         tensor_type = settings.pop("return_tensors")
-        on_cpu = [p.cpu() if isinstance(p, Tensor) else p for p in pictures]
+        on_cpu = [p.cpu() if isinstance(p, Tensor) else p for p in images]
         done = ChameleonImageProcessorPil()._as_transformers(
             on_cpu, return_tensors=None, **settings
         )
@@ -209,25 +209,25 @@ class ChameleonImageProcessor(_Steps):
 
     def _as_batch(self, pixels: list[Tensor], tensor_type: Any) -> BatchFeature:
         if tensor_type is not None and str(getattr(tensor_type, "value", tensor_type)) != "pt":
-            arrays = [picture.numpy(force=True) for picture in pixels]
+            arrays = [image.numpy(force=True) for image in pixels]
             return BatchFeature({"pixel_values": arrays}, tensor_type=tensor_type)
         return BatchFeature({"pixel_values": pixels}, tensor_type=tensor_type)
 
 
-def _resized(
+def _resize_window(
     batch_nCYX: Tensor, size: tuple[int, int], resample: int, window: tuple[range, range]
 ) -> Tensor:
-    """A window of the resized pictures: by Pillow on a CPU, where that is faster."""
-    # Pillow resizes the whole picture, which is too much for a long strip.
+    """A window of the resized images: by Pillow on a CPU, where that is faster."""
+    # Pillow resizes the whole image, which is too much for a long strip.
     too_large = size[0] * size[1] > MAX_PIXELS
     if batch_nCYX.device.type != "cpu" or too_large:
         return resized(batch_nCYX, size, resample, window)
     rows, columns = (slice(wanted.start, wanted.stop) for wanted in window)
-    made = [
+    windows = [
         np.asarray(PIL.Image.fromarray(plane).resize(size[::-1], resample))[rows, columns]
         for plane in batch_nCYX.flatten(0, 1).numpy()
     ]
-    return torch.from_numpy(np.stack(made)).unflatten(0, batch_nCYX.shape[:2])
+    return torch.from_numpy(np.stack(windows)).unflatten(0, batch_nCYX.shape[:2])
 
 
 def _check(mode: Any, deep: Any, exact: Any) -> None:
@@ -241,27 +241,27 @@ def _check(mode: Any, deep: Any, exact: Any) -> None:
         )
 
 
-def _planes(picture: Any, settings: dict[str, Any], deep: Deep) -> Tensor:
-    """uint8 [C, Y, X] of a picture in any form; RGB on white if `do_convert_rgb` is set."""
-    if isinstance(picture, PIL.Image.Image) and picture.mode.startswith(("I", "F")):
-        picture = Image.of(picture, deep=deep).pil
-        assert picture is not None
-        picture = picture if settings["do_convert_rgb"] else picture.convert("L")
+def _to_planes(image: Any, settings: dict[str, Any], deep: Deep) -> Tensor:
+    """uint8 [C, Y, X] of an image in any form; RGB on white if `do_convert_rgb` is set."""
+    if isinstance(image, PIL.Image.Image) and image.mode.startswith(("I", "F")):
+        image = Image.of(image, deep=deep).pil
+        assert image is not None
+        image = image if settings["do_convert_rgb"] else image.convert("L")
     rgb = settings["do_convert_rgb"]
-    if isinstance(picture, np.ndarray | Tensor):
-        planes = _as_bytes(_channels_first(_as_tensor(picture), settings["input_data_format"]))
+    if isinstance(image, np.ndarray | Tensor):
+        planes = _as_bytes(_channels_first(_as_tensor(image), settings["input_data_format"]))
         # If the mean has four values, the fourth channel is not opacity.
         if not rgb or len(planes) in (len("RGB"), np.size(settings["image_mean"])):
             return planes
         if len(planes) == 1:
             return planes.expand(len("RGB"), -1, -1)
-        picture = _picture(planes)
-    elif not rgb and isinstance(picture, PIL.Image.Image):
-        return _tensor(picture)
-    pil = Image.of(picture).pil
+        image = _to_pil(planes)
+    elif not rgb and isinstance(image, PIL.Image.Image):
+        return _to_tensor(image)
+    pil = Image.of(image).pil
     if pil is None:
-        raise SettingError("the image has codes but no pixels: give its picture")
-    return _tensor(pil)
+        raise SettingError("the image has codes but no pixels: give its image")
+    return _to_tensor(pil)
 
 
 def _as_tensor(array: Any) -> Tensor:
@@ -272,13 +272,13 @@ def _as_tensor(array: Any) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(native))
 
 
-def _tensor(picture: PIL.Image.Image) -> Tensor:
-    array = np.array(picture)
+def _to_tensor(image: PIL.Image.Image) -> Tensor:
+    array = np.array(image)
     array = array[..., None] if array.ndim == 2 else array
     return _as_bytes(torch.from_numpy(array).permute(2, 0, 1))
 
 
-def _picture(planes_CYX: Tensor) -> PIL.Image.Image:
+def _to_pil(planes_CYX: Tensor) -> PIL.Image.Image:
     return PIL.Image.fromarray(planes_CYX.permute(1, 2, 0).contiguous().numpy(force=True))
 
 
@@ -289,7 +289,7 @@ def _channels_first(array: Tensor, order: Any) -> Tensor:
         order = "channels_last" if found == [2] else "channels_first" if found else None
     if array.ndim != 3 or 0 in array.shape or order is None:
         raise ImageError(
-            f"an array of shape {'x'.join(map(str, array.shape))} is not one picture: give "
+            f"an array of shape {'x'.join(map(str, array.shape))} is not one image: give "
             "[C, Y, X] or [Y, X, C] with 1, 3 or 4 channels"
         )
     return array.permute(2, 0, 1) if ChannelDimension(order) is ChannelDimension.LAST else array
@@ -307,7 +307,7 @@ def _as_bytes(planes: Tensor) -> Tensor:
     limit = 1 if planes.is_floating_point() else 65535 if dtype == torch.uint16 else 255
     if not (low >= 0 and high <= limit):  # NaN fails this as well
         raise ImageError(
-            f"the picture has values from {low} to {high}, and {str(dtype)[6:]} pictures have 0 to "
+            f"the image has values from {low} to {high}, and {str(dtype)[6:]} images have 0 to "
             f"{limit}: rescale it, or give it as uint8 or uint16"
         )
     if planes.is_floating_point():
@@ -350,7 +350,7 @@ def _centre(length: int, wanted: int) -> tuple[range, int, int]:
     return range(start, min(start + wanted, length)), before, missing - before
 
 
-def _valued(batch_nCYX: Tensor, settings: dict[str, Any]) -> Tensor:
+def _to_values(batch_nCYX: Tensor, settings: dict[str, Any]) -> Tensor:
     """float32 [n, C, Y, X]: the value of each level, from a table that is made in float64."""
     levels = np.arange(256, dtype=np.float64)
     if settings["do_rescale"]:
@@ -370,23 +370,23 @@ def _for_channels(settings: dict[str, Any], name: str, channels: int) -> Any:
     values = np.atleast_1d(np.asarray(settings[name], dtype=np.float64))
     if len(values) not in (1, channels):
         raise SettingError(
-            f"{name} has {len(values)} values but the picture {channels} channels: give one each"
+            f"{name} has {len(values)} values but the image {channels} channels: give one each"
         )
     return values[:, None]
 
 
-def _padded(pixels: list[Tensor], size: Any) -> list[Tensor]:
-    """Pictures with zeros below and to the right, up to `size` or the largest of them."""
+def _pad(pixels: list[Tensor], size: Any) -> list[Tensor]:
+    """Images with zeros below and to the right, up to `size` or the largest of them."""
     given = dict(size) if size else {}
-    height = given.get("height") or max(picture.shape[1] for picture in pixels)
-    width = given.get("width") or max(picture.shape[2] for picture in pixels)
-    if any(picture.shape[1] > height or picture.shape[2] > width for picture in pixels):
-        raise SettingError(f"pad_size={given} is smaller than a picture: raise it")
+    height = given.get("height") or max(image.shape[1] for image in pixels)
+    width = given.get("width") or max(image.shape[2] for image in pixels)
+    if any(image.shape[1] > height or image.shape[2] > width for image in pixels):
+        raise SettingError(f"pad_size={given} is smaller than an image: raise it")
     return [F.pad(p, (0, width - p.shape[2], 0, height - p.shape[1])) for p in pixels]
 
 
 # transformers' names of back ends; it calls the one that works on tensors "torchvision".
-IMAGE_PROCESSORS: dict[str, type[_Steps]] = {
+IMAGE_PROCESSORS: dict[str, type[_MetaSteps]] = {
     "torchvision": ChameleonImageProcessor,
     "pil": ChameleonImageProcessorPil,
 }

@@ -85,7 +85,7 @@ class ImageVocabulary:
         if not self.img2bpe:
             raise CheckpointError(
                 "the config has no vocabulary_map and the model's folder no tokenizer.json, so "
-                "pictures have no tokens: call model.use_vocabulary(processor)"
+                "images have no tokens: call model.use_vocabulary(processor)"
             )
         return self._on("img2bpe", self.img2bpe_mapping_tensor, img_batch.device)[img_batch]
 
@@ -97,7 +97,7 @@ class ImageVocabulary:
         if bool((codes == CODE).any()):
             raise ImageError(
                 f"token {int(tokens[codes == CODE][0])} is not an image token: "
-                "only image tokens can be drawn"
+                "only image tokens can be decoded"
             )
         return codes
 

@@ -6,9 +6,9 @@ decoder. The differences are intended:
 - image logits are real, so a label on an image token has a finite loss. `generate` still leaves
   image tokens out unless a `multimodal_generation_mode` asks for them, and so does the loss of a
   row without image labels;
-- a label on a placeholder means the picture's own token;
+- a label on a placeholder means the image's own token;
 - the image tokenizer stays frozen, in eval mode and in fp32, and never builds a graph;
-- `decode_image_tokens` turns image tokens into pictures.
+- `decode_image_tokens` turns image tokens into images.
 """
 
 # Shapes: B batch, T tokens, D model width, N query heads, K key and value heads, H head width, V
@@ -319,8 +319,10 @@ class ChameleonPreTrainedModel(PreTrainedModel):
         super()._adjust_missing_and_unexpected_keys(loading_info)
         # Only the decoder is missing: a complete checkpoint of transformers'.
         missing = {key for key in loading_info.missing_keys if _DECODER_KEY.match(key)}
-        no_pictures = any(_VQ_KEY.match(key) for key in loading_info.missing_keys - missing)
-        if missing and not no_pictures:
+        lacks_image_tokenizer = any(
+            _VQ_KEY.match(key) for key in loading_info.missing_keys - missing
+        )
+        if missing and not lacks_image_tokenizer:
             loading_info.missing_keys = set(loading_info.missing_keys) - missing
             self._drop_decoder()
 
@@ -341,7 +343,7 @@ class ChameleonPreTrainedModel(PreTrainedModel):
 
 
 class ChameleonVQVAE(ChameleonPreTrainedModel):
-    """The VQ-GAN: pictures to codes and back. Alone it can be trained; inside a model it is frozen.
+    """The VQ-GAN: images to codes and back. Alone it can be trained; inside a model it is frozen.
     `decoder` is None if the checkpoint had none."""
 
     config: ChameleonVQVAEConfig
@@ -368,7 +370,7 @@ class ChameleonVQVAE(ChameleonPreTrainedModel):
     @merge_with_config_defaults
     @capture_outputs
     def encode(self, pixel_values: Tensor, **kwargs: Any) -> ChameleonVQVAEModelOutput:
-        """Codes of pictures [B, C, Y, X] in [-1, 1], of any float type; no graph while frozen."""
+        """Codes of images [B, C, Y, X] in [-1, 1], of any float type; no graph while frozen."""
         if any(p.requires_grad for p in self.parameters()):
             return self._encode(pixel_values)
         # Rounded arithmetic gives other codes, so autocast only applies while the VQ-GAN trains.
@@ -387,7 +389,7 @@ class ChameleonVQVAE(ChameleonPreTrainedModel):
         )
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Pictures of codes [B, y, x]: [B, C, Y, X], in about [-1, 1] and not clamped. Raises
+        """Images of codes [B, y, x]: [B, C, Y, X], in about [-1, 1] and not clamped. Raises
         `ImageError` for a code outside the codebook, `CheckpointError` without a decoder."""
         return self.core.decode(codes)
 
@@ -427,7 +429,7 @@ class ChameleonVQVAE(ChameleonPreTrainedModel):
 
 
 class ChameleonModel(ChameleonPreTrainedModel):
-    """Embedding, blocks, final norm and image tokenizer: tokens and pictures to hidden states."""
+    """Embedding, blocks, final norm and image tokenizer: tokens and images to hidden states."""
 
     def __init__(self, config: ChameleonConfig) -> None:
         super().__init__(config)
@@ -449,7 +451,7 @@ class ChameleonModel(ChameleonPreTrainedModel):
         names = config.vocabulary_map
         self._mapping = ImageVocabulary(names) if names else None
         if self._mapping:
-            with contextlib.suppress(CheckpointError):  # raised again when a picture comes
+            with contextlib.suppress(CheckpointError):  # raised again when an image comes
                 self._mapping.prepare()
         self.register_state_dict_pre_hook(restore_layout)
         self.register_load_state_dict_pre_hook(restore_layout)
@@ -485,40 +487,40 @@ class ChameleonModel(ChameleonPreTrainedModel):
         self.vqmodel.eval()
 
     def get_image_tokens(self, pixel_values: Tensor) -> Tensor:
-        """Token ids [B, y * x] of pictures, without begin and end."""
+        """Token ids [B, y * x] of images, without begin and end."""
         codes = self.vqmodel.encode(pixel_values, return_dict=True).image_tokens
         return self.vocabulary_mapping.convert_img2bpe(codes).view(len(pixel_values), -1)
 
     @can_return_tuple
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> Any:
-        """The VQ-GAN's output; its `pooler_output` is the pictures' embeddings [B, y * x, D]."""
+        """The VQ-GAN's output; its `pooler_output` is the images' embeddings [B, y * x, D]."""
         outputs = self.vqmodel.encode(pixel_values, return_dict=True, **kwargs)
-        tokens = self.tokens_of(outputs).view(len(pixel_values), -1)
+        tokens = self.to_token_ids(outputs).view(len(pixel_values), -1)
         outputs.pooler_output = self.get_input_embeddings()(tokens)
         return outputs
 
     def decode_image_tokens(
         self, image_tokens: Tensor, height: int | None = None, width: int | None = None
     ) -> Tensor:
-        """Pictures [B, C, Y, X], in about [-1, 1], of image tokens [B, n]. Other tokens in a row
-        are ignored; of several pictures the last one is taken. `height` and `width` count codes
+        """Images [B, C, Y, X], in about [-1, 1], of image tokens [B, n]. Other tokens in a row
+        are ignored; of several images the last one is taken. `height` and `width` count codes
         (default: the model's own size)."""
         if height is None or width is None:
             grid = self.shape.vq_config.grid
             height, width = height or grid, width or grid
-        rows = [self._last_picture(row, height * width) for row in image_tokens]
+        rows = [self._last_image(row, height * width) for row in image_tokens]
         codes = self.vocabulary_mapping.convert_bpe2img(torch.stack(rows))
         with torch.no_grad():
             return self.vqmodel.decode(codes.view(-1, height, width))
 
     def fill_image_tokens(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
-        """`input_ids` with the pictures' own tokens in place of the placeholders."""
-        return self.put_tokens(input_ids, self.get_image_tokens(pixel_values))
+        """`input_ids` with the images' own tokens in place of the placeholders."""
+        return self.fill_placeholders(input_ids, self.get_image_tokens(pixel_values))
 
     def get_placeholder_mask(
         self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor
     ) -> Tensor:
-        """True at placeholders, [B, T, 1]; `ImageError` unless pictures and placeholders match."""
+        """True at placeholders, [B, T, 1]; `ImageError` unless images and placeholders match."""
         if input_ids is None:
             # Without ids, placeholders are found by their embedding.
             token = torch.tensor(self._placeholder(), device=inputs_embeds.device)
@@ -543,11 +545,11 @@ class ChameleonModel(ChameleonPreTrainedModel):
         **kwargs: Any,
     ) -> Any:
         """Hidden states [B, T, D] after the final norm, as `BaseModelOutputWithPast`. Takes exactly
-        one of `input_ids` and `inputs_embeds`; pictures replace placeholders."""
+        one of `input_ids` and `inputs_embeds`; images replace placeholders."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        x_BTD = self._with_pictures(input_ids, x_BTD, pixel_values, mm_encoder_outputs)
+        x_BTD = self._insert_image_features(input_ids, x_BTD, pixel_values, mm_encoder_outputs)
         traced = cast("Any", torch.jit).is_tracing()  # outputs of a trace cannot hold a cache
         if use_cache and past_key_values is None and not traced:
             past_key_values = DynamicCache(config=self.config)
@@ -573,11 +575,11 @@ class ChameleonModel(ChameleonPreTrainedModel):
             last_hidden_state=self.norm(x_BTD), past_key_values=past_key_values
         )
 
-    def tokens_of(self, encoded: Any) -> Tensor:
+    def to_token_ids(self, encoded: Any) -> Tensor:
         """Token ids of the VQ-GAN's output, flat [B * y * x]."""
         return self.vocabulary_mapping.convert_img2bpe(encoded.image_tokens)
 
-    def put_tokens(self, input_ids: Tensor, tokens: Tensor) -> Tensor:
+    def fill_placeholders(self, input_ids: Tensor, tokens: Tensor) -> Tensor:
         mask_BT = input_ids == self._placeholder()
         _check_count(mask_BT, tokens.numel())
         return input_ids.masked_scatter(mask_BT, tokens.to(input_ids))
@@ -587,7 +589,7 @@ class ChameleonModel(ChameleonPreTrainedModel):
         if quantised and device.type == "cpu" and not torch.compiler.is_compiling():
             choose_layout(self.layers)
 
-    def _with_pictures(
+    def _insert_image_features(
         self,
         input_ids: Tensor | None,
         x_BTD: Tensor,
@@ -608,16 +610,16 @@ class ChameleonModel(ChameleonPreTrainedModel):
         token = self.config.image_token_id if token is None else token
         if token is None:
             raise ImageError(
-                "the model has no placeholder token for pictures: give it a vocabulary_map with "
+                "the model has no placeholder token for images: give it a vocabulary_map with "
                 "'<image>', or call model.use_vocabulary(processor)"
             )
         return int(token)
 
-    def _last_picture(self, row_T: Tensor, count: int) -> Tensor:
+    def _last_image(self, row_T: Tensor, count: int) -> Tensor:
         tokens = row_T[self.vocabulary_mapping.is_image(row_T)]
         if len(tokens) < count:
             raise ImageError(
-                f"a picture of this model has {count} image tokens but a row holds {len(tokens)}: "
+                f"an image of this model has {count} image tokens but a row holds {len(tokens)}: "
                 "generate with multimodal_generation_mode='image-only'"
             )
         return tokens[-count:]
@@ -626,7 +628,7 @@ class ChameleonModel(ChameleonPreTrainedModel):
 class ChameleonForConditionalGeneration(
     MultimodalGeneration, ChameleonPreTrainedModel, GenerationMixin
 ):
-    """The model with its head: tokens and pictures to logits, and `generate`."""
+    """The model with its head: tokens and images to logits, and `generate`."""
 
     output_modalities = ("text", "image")
     image_logits = True
@@ -647,26 +649,26 @@ class ChameleonForConditionalGeneration(
         if name == "forward":
             value = self._with_tokens(value)
             if self.model._mapping is not None or self.config.name_or_path:
-                with contextlib.suppress(CheckpointError):  # raised again when a picture comes
+                with contextlib.suppress(CheckpointError):  # raised again when an image comes
                     # Made now, as a compiled forward could not keep tables that it makes.
                     self.model.vocabulary_mapping.prepare(self.device)
         super().__setattr__(name, value)
 
     def _with_tokens(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """`forward` with the pictures' own tokens in its ids and labels. Needed because TRL assigns
+        """`forward` with the images' own tokens in its ids and labels. Needed because TRL assigns
         its own forward, which computes the loss without `forward` below."""
         # accelerate unwraps methods, so a method of this model must stay a method.
         if getattr(forward, "__self__", None) is self:
             function = cast("Any", forward).__func__
-            return MethodType(_filling(function), self)
-        return _filling(forward, self)
+            return MethodType(_filling_forward(function), self)
+        return _filling_forward(forward, self)
 
-    def _filled(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _fill_placeholders(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         if kwargs.get("fused_lm_head") and kwargs.get("pixel_values") is not None:
             ids, pixels = kwargs["input_ids"], kwargs["pixel_values"]
-            full = self.model.fill_image_tokens(ids, pixels)
-            labels = _own_tokens(kwargs["labels"], ids, full)
-            return kwargs | {"input_ids": full, "labels": labels, "pixel_values": None}
+            filled_ids = self.model.fill_image_tokens(ids, pixels)
+            labels = _relabel_placeholders(kwargs["labels"], ids, filled_ids)
+            return kwargs | {"input_ids": filled_ids, "labels": labels, "pixel_values": None}
         return kwargs
 
     def use_vocabulary(self, source: Any) -> None:
@@ -703,14 +705,14 @@ class ChameleonForConditionalGeneration(
         """Logits [B, T, V], or of the last `logits_to_keep` positions, as `CausalLMOutputWithPast`.
 
         `labels` may name image tokens. If labels and `input_ids` both hold the placeholder, the
-        label is the picture's own token. A row without image labels has the loss of transformers'
+        label is the image's own token. A row without image labels has the loss of transformers'
         own class, which leaves image tokens out of the softmax. `image_logits=True` uses the whole
         vocabulary for every row; False matches transformers' class in logits and loss; None takes
         the attribute of that name.
         """
-        draws = self.image_logits if image_logits is None else image_logits
+        with_image_logits = self.image_logits if image_logits is None else image_logits
         if pixel_values is not None and labels is not None and mm_encoder_outputs is None:
-            # The labels need the pictures' tokens, too: encode once for both.
+            # The labels need the images' tokens, too: encode once for both.
             mm_encoder_outputs = {"image": self.get_image_features(pixel_values, return_dict=True)}
             pixel_values = None
         outputs = self.model(
@@ -726,13 +728,14 @@ class ChameleonForConditionalGeneration(
             **{k: v for k, v in kwargs.items() if k != "num_items_in_batch"},
         )
         logits_BTV = self.lm_head(_kept_positions(outputs.last_hidden_state, logits_to_keep))
-        if not draws:
+        if not with_image_logits:
             logits_BTV = self._without_images(logits_BTV)
         scored_BTV = logits_BTV
-        if labels is not None and draws:
-            labels = self._own_labels(labels, input_ids, mm_encoder_outputs)
+        if labels is not None and with_image_logits:
+            labels = self._image_labels(labels, input_ids, mm_encoder_outputs)
             if image_logits is None:
-                scored_BTV = self._text_in_reach(logits_BTV, kwargs.get("shift_labels"), labels)
+                shifted = kwargs.get("shift_labels")
+                scored_BTV = self._mask_image_logits_of_text_rows(logits_BTV, shifted, labels)
         return CausalLMOutputWithPast(
             loss=None if labels is None else self._loss(scored_BTV, labels, kwargs),
             logits=logits_BTV,
@@ -750,7 +753,7 @@ class ChameleonForConditionalGeneration(
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As in transformers; pictures are only passed on with the prompt."""
+        """As in transformers; images are only passed on with the prompt."""
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
             input_ids,
             pixel_values=pixel_values,
@@ -759,33 +762,37 @@ class ChameleonForConditionalGeneration(
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
-        if not is_first_iteration and use_cache:  # pictures are in the cache
+        if not is_first_iteration and use_cache:  # images are in the cache
             inputs["pixel_values"] = None
         return inputs
 
-    def _own_labels(
+    def _image_labels(
         self, labels: Tensor, input_ids: Tensor | None, encoded: dict[str, Any] | None
     ) -> Tensor:
         if input_ids is None or not encoded or encoded.get("image") is None:
             return labels
-        full = self.model.put_tokens(input_ids, self.model.tokens_of(encoded["image"]))
-        return _own_tokens(labels, input_ids, full)
+        filled_ids = self.model.fill_placeholders(
+            input_ids, self.model.to_token_ids(encoded["image"])
+        )
+        return _relabel_placeholders(labels, input_ids, filled_ids)
 
     def _without_images(self, logits_BTV: Tensor) -> Tensor:
         columns = self.model.vocabulary_mapping.image_columns(logits_BTV.device)
         return logits_BTV.index_fill(-1, columns, torch.finfo(logits_BTV.dtype).min)
 
-    def _text_in_reach(self, logits_BTV: Tensor, shifted: Tensor | None, labels: Tensor) -> Tensor:
+    def _mask_image_logits_of_text_rows(
+        self, logits_BTV: Tensor, shifted: Tensor | None, labels: Tensor
+    ) -> Tensor:
         """Logits for the loss: without image tokens in rows that have no image label."""
         # Per row, so that a row's loss does not depend on its batch.
         mapping, device = self.model.vocabulary_mapping, logits_BTV.device
         if not mapping.image_tokens:
             return logits_BTV
         learned = labels[:, 1:] if shifted is None else shifted.view(len(labels), -1)
-        draws_B = mapping.is_image(learned.to(device)).any(1)
+        has_image_label_B = mapping.is_image(learned.to(device)).any(1)
         image_V = torch.zeros(logits_BTV.shape[-1], dtype=torch.bool, device=device)
         image_V = image_V.index_fill(0, mapping.image_columns(device), True)
-        blocked_B1V = ~draws_B[:, None, None] & image_V
+        blocked_B1V = ~has_image_label_B[:, None, None] & image_V
         return logits_BTV.masked_fill(blocked_B1V, torch.finfo(logits_BTV.dtype).min)
 
     def _loss(self, logits_BTV: Tensor, labels: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
@@ -807,20 +814,20 @@ def _kept_positions(states_BTD: Tensor, logits_to_keep: int | Tensor) -> Tensor:
     return states_BTD[:, -logits_to_keep:] if logits_to_keep > 0 else states_BTD
 
 
-def _filling(forward: Callable[..., Any], owner: Any = None) -> Callable[..., Any]:
+def _filling_forward(forward: Callable[..., Any], owner: Any = None) -> Callable[..., Any]:
     """`forward` with filled labels, as a function of `owner` or as a method."""
 
     @functools.wraps(forward)
-    def filled(*args: Any, **kwargs: Any) -> Any:
+    def with_filled_placeholders(*args: Any, **kwargs: Any) -> Any:
         model = args[0] if owner is None else owner
-        return forward(*args, **model._filled(kwargs))
+        return forward(*args, **model._fill_placeholders(kwargs))
 
-    return filled
+    return with_filled_placeholders
 
 
-def _own_tokens(labels: Tensor, ids: Tensor, full: Tensor) -> Tensor:
-    """Labels with the tokens of `full` where labels and `ids` both hold the placeholder."""
-    return torch.where((labels == ids) & (full != ids), full, labels)
+def _relabel_placeholders(labels: Tensor, ids: Tensor, filled_ids: Tensor) -> Tensor:
+    """Labels with the tokens of `filled_ids` where labels and `ids` both hold the placeholder."""
+    return torch.where((labels == ids) & (filled_ids != ids), filled_ids, labels)
 
 
 def _check_not_packed(config: ChameleonConfig) -> None:

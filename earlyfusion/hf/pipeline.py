@@ -1,5 +1,5 @@
 """transformers' pipeline "any-to-any" for these classes, without torchvision. transformers requires
-torchvision for every model that reads pictures, since most of its image processors need it. The one
+torchvision for every model that reads images, since most of its image processors need it. The one
 here does not."""
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ TASK = "any-to-any"
 
 
 class ChameleonPipeline(AnyToAnyPipeline):
-    """Turns or texts with pictures in; text out, or a picture with `generation_mode="image"`. Use
+    """Turns or texts with images in; text out, or an image with `generation_mode="image"`. Use
     it as `transformers.pipeline("any-to-any", …, pipeline_class=ChameleonPipeline)`, or without
     that argument after `register()`. Other models are served as by transformers' own class."""
 
@@ -32,8 +32,8 @@ class ChameleonPipeline(AnyToAnyPipeline):
         settings = dict(generate_kwargs or {})
         ours = isinstance(self.model, ChameleonForConditionalGeneration)
         if ours and settings.get("generation_mode") == "image":
-            # The pipeline's default of 256 new tokens may not be enough for a picture.
-            settings.setdefault("max_new_tokens", self.model.picture_tokens)
+            # The pipeline's default of 256 new tokens may not be enough for an image.
+            settings.setdefault("max_new_tokens", self.model.tokens_per_image)
         return super()._forward(model_inputs, settings)
 
 

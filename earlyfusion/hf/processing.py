@@ -1,6 +1,6 @@
-"""Texts and pictures to the inputs of the model classes, and generated ids back to both.
+"""Texts and images to the inputs of the model classes, and generated ids back to both.
 
-`<image>` in a text is replaced by a spelled picture: begin, one placeholder per code, end. Every
+`<image>` in a text is replaced by a spelled image: begin, one placeholder per code, end. Every
 text is closed by the end-of-turn token unless `return_for_text_completion` is set, or it begins
 with bos or ends with eos, as chat templates make it. As in transformers, a text here may spell
 control tokens; the package's own `Processor` never allows that.
@@ -86,8 +86,8 @@ class _SectionKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
 class ChameleonProcessorKwargs(_SectionKwargs, total=False):  # type: ignore[call-arg]
     """Arguments of a call, of the tokenizer, and of the image processor.
     `return_for_text_completion`: no end-of-turn token closes the text. `return_mm_token_type_ids`:
-    1 for each token of a picture, 0 for others. `return_text_replacement_offsets`: where `<image>`
-    was in each text, and where its picture is."""
+    1 for each token of an image, 0 for others. `return_text_replacement_offsets`: where `<image>`
+    was in each text, and where its image is."""
 
     return_for_text_completion: bool
     return_mm_token_type_ids: bool  # type: ignore[misc]
@@ -132,7 +132,7 @@ class ChameleonProcessor(ProcessorMixin):
 
     @property
     def image_token_ids(self) -> list[int]:
-        """Ids of a picture in a prompt: placeholder, begin, end, and Lumina's layout tokens."""
+        """Ids of an image in a prompt: placeholder, begin, end, and Lumina's layout tokens."""
         ids = [self.image_token_id, self.image_start_token_id, self.image_end_token_id]
         if not self._is_lumina:
             return ids
@@ -149,23 +149,23 @@ class ChameleonProcessor(ProcessorMixin):
         text: TextInput | list[TextInput] | None = None,
         **kwargs: Unpack[ChameleonProcessorKwargs],
     ) -> BatchFeature:
-        """`input_ids` and `attention_mask` of the texts, `pixel_values` of all their pictures.
+        """`input_ids` and `attention_mask` of the texts, `pixel_values` of all their images.
 
         Further arguments are those of `ChameleonProcessorKwargs`, the tokenizer and the image
         processor, flat or in `text_kwargs`, `images_kwargs` and `common_kwargs`; by default the
-        tokenizer's settings. Raises `PromptError` if the numbers of marks and pictures differ or a
-        truncation cuts a picture, `SettingError` for an argument given twice.
+        tokenizer's settings. Raises `PromptError` if the numbers of marks and images differ or an
+        image is truncated, `SettingError` for an argument given twice.
         """
         flags, for_text, for_images = self._split_kwargs(dict(kwargs))
         tensor_type = for_text.pop("return_tensors")
         texts = _texts(text, images)
-        pictures = [] if images is None else self._pictures(images)
+        flat_images = [] if images is None else self._fetch_images(images)
         marks = [list(self._marks(text)) for text in texts or ()]
         if texts is not None:
-            _check_number(sum(map(len, marks)), len(pictures))
-        data = self._pixels(pictures, for_images) if pictures else {}
+            _check_image_count(sum(map(len, marks)), len(flat_images))
+        data = self._pixels(flat_images, for_images) if flat_images else {}
         if texts is not None:
-            spelled = [self.replace_image_token(data, number) for number in range(len(pictures))]
+            spelled = [self.replace_image_token(data, number) for number in range(len(flat_images))]
             data = self._tokens(texts, marks, spelled, flags, for_text) | data
         return BatchFeature(data, tensor_type=tensor_type, skip_tensor_conversion=[_OFFSETS])
 
@@ -192,15 +192,15 @@ class ChameleonProcessor(ProcessorMixin):
         generation_mode: str | None = None,
         **kwargs: Any,
     ) -> list[Any]:
-        """The output of `generate` or `decode_image_tokens` as texts and pictures. "text" (or
-        None): a str for each row of ids. "image": a PIL picture for each row of pixels.
+        """The output of `generate` or `decode_image_tokens` as texts and images. "text" (or
+        None): a str for each row of ids. "image": a PIL image for each row of pixels.
         "interleaved": for each row of ids, its `Text`s and `Image`s in order; images hold codes."""
         if generation_mode in (None, "text"):
             return self.post_process_image_text_to_text(
                 generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs
             )
         if generation_mode == "image":
-            return to_pictures(generated_outputs)
+            return to_images(generated_outputs)
         if generation_mode == "interleaved":
             vocabulary = self.vocabulary
             return [list(self._segments(row, vocabulary)) for row in _rows(generated_outputs)]
@@ -291,20 +291,20 @@ class ChameleonProcessor(ProcessorMixin):
         of_processor = getattr(self.image_processor, "valid_kwargs", None)
         return names | set(of_processor.__annotations__ if of_processor else ())
 
-    def _pictures(self, images: Any) -> list[Any]:
-        """All pictures in order; transformers fetches those given as addresses."""
+    def _fetch_images(self, images: Any) -> list[Any]:
+        """All images in order; transformers fetches those given as addresses."""
         return make_flat_list_of_images(self.image_processor.fetch_images(images))
 
-    def _pixels(self, pictures: list[Any], settings: dict[str, Any]) -> dict[str, Any]:
+    def _pixels(self, images: list[Any], settings: dict[str, Any]) -> dict[str, Any]:
         size = settings.get("size")
         if not self._is_lumina or not isinstance(size, dict) or set(size) != {"height", "width"}:
-            return dict(self.image_processor(pictures, **settings))
+            return dict(self.image_processor(images, **settings))
         self._check_size(size["height"], size["width"])
         pixels = [
             self.image_processor(
-                picture, **(settings | {"size": _covering(picture, size), "crop_size": size})
+                image, **(settings | {"size": _covering_size(image, size), "crop_size": size})
             )["pixel_values"]
-            for picture in pictures
+            for image in images
         ]
         join = torch.cat if isinstance(pixels[0], Tensor) else np.concatenate
         return {"pixel_values": join(pixels)}
@@ -319,18 +319,18 @@ class ChameleonProcessor(ProcessorMixin):
     ) -> dict[str, Any]:
         add_bos = bool(settings.get("add_special_tokens", True)) and not self._adds_bos
         completion = flags["return_for_text_completion"]
-        pictures = iter(spelled)
+        rest = iter(spelled)
         whole = [
-            self._whole_text(text, [(mark, next(pictures)) for mark in found], completion, add_bos)
+            self._spell_text(text, [(mark, next(rest)) for mark in found], completion, add_bos)
             for text, found in zip(texts, marks, strict=True)
         ]
         data = dict(self.tokenizer([text for text, _ in whole], **settings))
-        # `max_length` may have cut a picture, and half a picture is useless.
-        wanted = sum(picture.count(self.image_token) for picture in spelled)
+        # `max_length` may have truncated an image, and half an image is useless.
+        wanted = sum(image.count(self.image_token) for image in spelled)
         found_tokens = sum(list(row).count(self.image_token_id) for row in data["input_ids"])
         if found_tokens != wanted:
             raise PromptError(
-                f"truncation kept {found_tokens} of {wanted} picture tokens: raise max_length or "
+                f"truncation kept {found_tokens} of {wanted} image tokens: raise max_length or "
                 "leave truncation out"
             )
         if flags["return_mm_token_type_ids"]:
@@ -346,10 +346,10 @@ class ChameleonProcessor(ProcessorMixin):
         names = "|".join(map(re.escape, dict.fromkeys((_MARK, self.image_token))))
         return re.finditer(f"{_UNMARKED}(?:{names})", text)
 
-    def _whole_text(
+    def _spell_text(
         self, text: str, marks: list[tuple[re.Match[str], str]], completion: bool, add_bos: bool
     ) -> tuple[str, list[dict[str, Any]]]:
-        """A text with its pictures spelled, bos if `add_bos`, and the end of the turn. Also the
+        """A text with its images spelled, bos if `add_bos`, and the end of the turn. Also the
         replacements: each with its `span` in the text and its `new_span` in the result."""
         bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token
         templated = bool(bos and text.startswith(bos)) or bool(eos and text.endswith(eos))
@@ -357,7 +357,7 @@ class ChameleonProcessor(ProcessorMixin):
         if add_bos and bos and not templated:
             # Also reported, because it shifts the positions of the text behind it.
             changes.insert(0, ("text", (0, 0), "", bos))
-        result, offsets = _replaced(text, changes)
+        result, offsets = _apply_replacements(text, changes)
         end = "" if completion or templated else self.tokenizer.sep_token or END_OF_TURN
         return result + end, offsets
 
@@ -366,7 +366,7 @@ class ChameleonProcessor(ProcessorMixin):
         return self.tokenizer.bos_token_id in self.tokenizer("")["input_ids"]
 
     def replace_image_token(self, image_inputs: Any = None, image_idx: int = 0, **_: Any) -> str:
-        """A spelled picture: begin, placeholders, end; for Lumina-mGPT also sizes and line ends."""
+        """A spelled image: begin, placeholders, end; for Lumina-mGPT also sizes and line ends."""
         if not self._is_lumina:
             inner = self.image_token * self.image_seq_length
             return f"{self.image_start_token}{inner}{self.image_end_token}"
@@ -391,7 +391,7 @@ class ChameleonProcessor(ProcessorMixin):
         return math.isqrt(self.image_seq_length)
 
     def _layout(self, height: int | None = None, width: int | None = None) -> ImageLayout:
-        """How a picture of `height` x `width` codes is spelled; by default the model's square."""
+        """How an image of `height` x `width` codes is spelled; by default the model's square."""
         if self._is_lumina:
             return lumina.layout(height or self._side, width)
         return ImageLayout(self._side, self.image_seq_length // self._side)
@@ -406,7 +406,7 @@ class ChameleonProcessor(ProcessorMixin):
             )
 
     def _layout_at(self, row: list[int], vocabulary: Vocabulary) -> ImageLayout | None:
-        """The layout of the picture at the start of `row`; None if its size tokens are missing."""
+        """The layout of the image at the start of `row`; None if its size tokens are missing."""
         if not self._is_lumina:
             return self._layout()
         try:
@@ -436,11 +436,11 @@ class ChameleonProcessor(ProcessorMixin):
             start = end
 
     def _is_whole(self, tokens: list[int], layout: ImageLayout) -> bool:
-        """Whether a picture is complete and drawn, rather than a prompt's placeholders."""
+        """Whether an image is complete, and has codes instead of a prompt's placeholders."""
         return len(tokens) == layout.num_tokens and self.image_token_id not in tokens
 
 
-def _replaced(
+def _apply_replacements(
     text: str, changes: list[tuple[str, tuple[int, int], str, str]]
 ) -> tuple[str, list[dict[str, Any]]]:
     """A text after (type, span, old, new) changes in order, and the resulting spans."""
@@ -456,16 +456,16 @@ def _replaced(
     return result + text[last:], offsets
 
 
-def to_pictures(pixels: Any) -> list[PIL.Image.Image]:
-    """PIL pictures of pixels [n, 3, Y, X] in about [-1, 1], truncated to 8 bits as by Meta."""
+def to_images(pixels: Any) -> list[PIL.Image.Image]:
+    """PIL images of pixels [n, 3, Y, X] in about [-1, 1], truncated to 8 bits as by Meta."""
     pixels_nCYX = torch.as_tensor(pixels).detach().float().cpu().clamp(-1, 1)
     if pixels_nCYX.ndim != 4:
         raise SettingError(
-            f"pictures have shape [n, 3, height, width], not {tuple(pixels_nCYX.shape)}: pass the "
+            f"images have shape [n, 3, height, width], not {tuple(pixels_nCYX.shape)}: pass the "
             "output of model.decode_image_tokens"
         )
     pixels_nYXC = ((pixels_nCYX + 1) / 2 * 255).to(torch.uint8).permute(0, 2, 3, 1)
-    return [PIL.Image.fromarray(picture.contiguous().numpy()) for picture in pixels_nYXC]
+    return [PIL.Image.fromarray(image.contiguous().numpy()) for image in pixels_nYXC]
 
 
 def _texts(text: Any, images: Any) -> list[str] | None:
@@ -479,17 +479,17 @@ def _texts(text: Any, images: Any) -> list[str] | None:
     return texts
 
 
-def _check_number(marks: int, pictures: int) -> None:
-    if marks != pictures:
+def _check_image_count(marks: int, images: int) -> None:
+    if marks != images:
         raise PromptError(
             f"the number of {_MARK} tokens in the prompts should be the same as the number of "
-            f"images, but there are {marks} and {pictures}: give each image one {_MARK}"
+            f"images, but there are {marks} and {images}: give each image one {_MARK}"
         )
 
 
-def _covering(picture: Any, size: dict[str, int]) -> dict[str, int]:
-    """The size, by its shorter side, at which a picture just covers `size`."""
-    width, height = Image.of(picture).pil.size  # type: ignore[union-attr]
+def _covering_size(image: Any, size: dict[str, int]) -> dict[str, int]:
+    """The smallest size, given by its shorter side, at which the image covers `size`."""
+    width, height = Image.of(image).pil.size  # type: ignore[union-attr]
     scale = max(size["height"] / height, size["width"] / width)
     return {"shortest_edge": math.ceil(min(width, height) * scale)}
 
@@ -500,4 +500,4 @@ def _rows(ids: Any) -> list[list[int]]:
     return [list(row) for row in (ids if ids and not isinstance(ids[0], int) else [ids])]
 
 
-__all__ = ["CHAT_TEMPLATE", "ChameleonProcessor", "to_pictures"]
+__all__ = ["CHAT_TEMPLATE", "ChameleonProcessor", "to_images"]

@@ -33,23 +33,23 @@ def choose_layout(model: nn.Module) -> None:
         state = _state(module)
         if state is None or not hasattr(module, "support_avx512bf16_for_cpu"):
             continue
-        notes = module.__dict__
-        able = notes.setdefault("_able_to_repack", module.support_avx512bf16_for_cpu)
-        free = id(module) not in adapted and _fits(state)
-        if not free:
-            _put_back(module)
+        attributes = module.__dict__
+        can_repack = attributes.setdefault("_able_to_repack", module.support_avx512bf16_for_cpu)
+        may_repack = id(module) not in adapted and _can_be_repacked(state)
+        if not may_repack:
+            _restore(module)
         elif not _repacked(state):
-            notes["_scales_as_loaded"] = copy.copy(state)
-        notes["support_avx512bf16_for_cpu"] = bool(able and free)
+            attributes["_scales_as_loaded"] = copy.copy(state)
+        attributes["support_avx512bf16_for_cpu"] = bool(can_repack and may_repack)
 
 
 def restore_layout(model: nn.Module, *args: Any, **kwargs: Any) -> None:
     """Restore every repacked weight. The further arguments are those of hooks."""
     for module in model.modules():
-        _put_back(module)
+        _restore(module)
 
 
-def _put_back(module: nn.Module) -> None:
+def _restore(module: nn.Module) -> None:
     state: Any = _state(module)
     if state is None or not _repacked(state):
         return
@@ -68,7 +68,7 @@ def _repacked(state: Any) -> bool:
     return bool(getattr(state, "packing_format_for_cpu", False))
 
 
-def _fits(state: Any) -> bool:
+def _can_be_repacked(state: Any) -> bool:
     rows, columns = state.shape
     return rows % _ROWS == 0 and columns % state.blocksize == 0
 
@@ -78,8 +78,10 @@ def _scales(module: nn.Module) -> Iterator[Tensor]:
     state, weight = _state(module), module._parameters.get("weight")
     if state is not None:
         original = module.__dict__.get("_scales_as_loaded") if _repacked(state) else None
-        for one in filter(None, (state, original)):
-            yield from (value for value in one.as_dict().values() if isinstance(value, Tensor))
+        for quant_state in filter(None, (state, original)):
+            yield from (
+                value for value in quant_state.as_dict().values() if isinstance(value, Tensor)
+            )
     rows = getattr(weight, "SCB", None)
     rows = getattr(getattr(module, "state", None), "SCB", None) if rows is None else rows
     if isinstance(rows, Tensor):

@@ -1,4 +1,4 @@
-"""Pillow's resampling of 8-bit pictures in torch, on any device and equal to the bit.
+"""Pillow's resampling of 8-bit images in torch, on any device and equal to the bit.
 
 Pillow resizes along one axis, rounds to 8 bits, and resizes along the other. A new pixel is a
 weighted sum of old ones. Its weights are a filter stretched to the scale, normalised to 1 and
@@ -6,7 +6,7 @@ rounded to multiples of 2 ** -22, so all arithmetic is on 32-bit integers and th
 device.
 """
 
-# Shapes: n pictures, C channels, Y X height and width in pixels.
+# Shapes: n images, C channels, Y X height and width in pixels.
 
 from __future__ import annotations
 
@@ -42,42 +42,44 @@ def resized(
         )
     height, width = pixels_nCYX.shape[-2:]
     steps = [(-1, size[1], columns), (-2, size[0], rows)]
-    if _turns_round() and height > size[0] and height - size[0] > 2 * (width - size[1]):
+    if _resizes_rows_first() and height > size[0] and height - size[0] > 2 * (width - size[1]):
         steps.reverse()
-    for axis, length, wanted in steps:
-        pixels_nCYX = _along(pixels_nCYX, axis, length, wanted, int(resample))
+    for axis, length, window_range in steps:
+        pixels_nCYX = _resize_axis(pixels_nCYX, axis, length, window_range, int(resample))
     return pixels_nCYX
 
 
 @lru_cache(maxsize=1)
-def _turns_round() -> bool:
+def _resizes_rows_first() -> bool:
     """Whether the installed Pillow resizes along y first if that saves work, as new versions do."""
-    # The order changes the last bits of a small picture.
+    # The order changes the last bits of a small image.
     probe = np.random.default_rng(0).integers(0, 256, (32, 16), dtype=np.uint8)
-    found = np.asarray(PIL.Image.fromarray(probe).resize((15, 8), Resampling.LANCZOS))
+    by_pillow = np.asarray(PIL.Image.fromarray(probe).resize((15, 8), Resampling.LANCZOS))
     pixels = torch.from_numpy(probe)
     for axis, length in ((-2, 8), (-1, 15)):
-        pixels = _along(pixels, axis, length, range(length), Resampling.LANCZOS)
-    return bool((pixels.numpy() == found).all())
+        pixels = _resize_axis(pixels, axis, length, range(length), Resampling.LANCZOS)
+    return bool((pixels.numpy() == by_pillow).all())
 
 
-def _along(pixels: Tensor, axis: int, size: int, wanted: range, resample: int) -> Tensor:
-    """uint8 pixels with `axis` resized to `size`, of which the `wanted` positions are computed."""
+def _resize_axis(
+    pixels: Tensor, axis: int, size: int, window_range: range, resample: int
+) -> Tensor:
+    """uint8 pixels with `axis` resized to `size`; only positions in `window_range` are computed."""
     # With the axis in front whole rows are copied, which is the fastest way through memory.
     lines = pixels.movedim(axis, 0)
     length = len(lines)
     if size == length:
-        return lines[wanted.start : wanted.stop].movedim(0, axis)
+        return lines[window_range.start : window_range.stop].movedim(0, axis)
     lines, shape = lines.reshape(length, -1), lines.shape[1:]
     if resample == Resampling.NEAREST:
         read = torch.tensor(_nearest(length, size), device=pixels.device)
-        result = lines[read[wanted.start : wanted.stop]]
+        result = lines[read[window_range.start : window_range.stop]]
     else:
-        result = _summed(lines.int(), *_weights(length, size, wanted, resample))
+        result = _weighted_sum(lines.int(), *_weights(length, size, window_range, resample))
     return result.unflatten(-1, shape).movedim(0, axis)
 
 
-def _summed(lines: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
+def _weighted_sum(lines: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
     starts, weights = starts.to(lines.device), weights.to(lines.device)
     shape = (len(starts), lines.shape[1])
     # Half of the last bit is added first, so that the shift rounds to nearest.
@@ -99,12 +101,14 @@ def _nearest(length: int, size: int) -> list[int]:
 
 
 @lru_cache(maxsize=32)
-def _weights(length: int, size: int, wanted: range, resample: int) -> tuple[Tensor, Tensor]:
+def _weights(length: int, size: int, window_range: range, resample: int) -> tuple[Tensor, Tensor]:
     """First pixel read [x] and integer weights [x, tap] of each wanted position."""
     shape, support = _FILTERS[resample]
     scale = length / size
     stretch = max(scale, 1.0)
-    rows = [_row(shape, (x + 0.5) * scale, support * stretch, stretch, length) for x in wanted]
+    rows = [
+        _row(shape, (x + 0.5) * scale, support * stretch, stretch, length) for x in window_range
+    ]
     taps = max(len(row) for _, row in rows)
     starts = torch.tensor([start for start, _ in rows])
     padded = [row + [0] * (taps - len(row)) for _, row in rows]

@@ -3,7 +3,7 @@
 Each process holds some attention heads of every layer with their QK-norms, some columns of every
 feed-forward, and some of the output head's vocabulary; the image tokenizer is whole in each. This
 table is separate from that of parallel.py (torch's styles, for training) and of
-engine/tensor_parallel.py (cuts tensors as they are read), because each is in the form that its
+engine/tensor_parallel.py (splits tensors as they are read), because each is in the form that its
 library takes: the shards differ (in the engine, embedding and head are whole), and this one must
 follow transformers' versions.
 """
@@ -19,15 +19,15 @@ from earlyfusion.errors import SettingError
 HEAD = {"lm_head": "colwise_gather_output"}
 
 
-def _cuts_norms() -> bool:
-    """Whether this transformers can cut a QK-norm; versions between 5.7 and 5.23 cannot."""
+def _can_shard_norms() -> bool:
+    """Whether this transformers can shard a QK-norm; versions between 5.7 and 5.23 cannot."""
     register = getattr(ALL_PARALLEL_STYLES, "register_plan_to_weight_dim", None)
     return "local_params" in ALL_PARALLEL_STYLES or register is not None
 
 
-def _split_norm(norm: str) -> dict[str, str]:
-    """A QK-norm [heads, width] by heads: "colwise" cuts the second-to-last dimension."""
-    if not _cuts_norms():
+def _norm_plan(norm: str) -> dict[str, str]:
+    """A QK-norm [heads, width] by heads: "colwise" splits the second-to-last dimension."""
+    if not _can_shard_norms():
         return {}
     if "local_params" in ALL_PARALLEL_STYLES:
         return {f"{norm}.weight": "colwise", f"{norm}.bias": "colwise", norm: "local_params"}
@@ -45,8 +45,8 @@ LAYERS = {
     f"{_ATTENTION}.k_proj": "colwise",
     f"{_ATTENTION}.v_proj": "colwise",
     f"{_ATTENTION}.o_proj": "rowwise",
-    **_split_norm(f"{_ATTENTION}.q_norm"),
-    **_split_norm(f"{_ATTENTION}.k_norm"),
+    **_norm_plan(f"{_ATTENTION}.q_norm"),
+    **_norm_plan(f"{_ATTENTION}.k_norm"),
     f"{_MLP}.gate_proj": "colwise",
     f"{_MLP}.up_proj": "colwise",
     f"{_MLP}.down_proj": "rowwise",
@@ -55,7 +55,7 @@ LAYERS = {
 
 def check_processes(shape: ModelConfig, processes: int) -> None:
     """Raise `SettingError` unless all processes get the same number of heads, with their norms."""
-    if processes > 1 and not _cuts_norms():
+    if processes > 1 and not _can_shard_norms():
         raise SettingError(
             f"transformers {transformers.__version__} cannot share the norms of heads between "
             f"{processes} processes: install 5.23, or start one process"
