@@ -1,10 +1,10 @@
 """Which requests run next, and which of their tokens a step reads (chunked prefill). No tensors
 here.
 
-A request reads through branches: one for text, two or three while it draws a guided image. A branch
-lists its tokens, and how many of them its blocks hold. So a prompt read in pieces, a single new
-token, and a request that was preempted are the same case: there are tokens to be read. Requests are
-served by priority, then by arrival. A `Plan` is what one step reads; a `Step` concatenates its
+A request reads through branches: one for text, two or three while it generates a guided image. A
+branch lists its tokens, and how many of them its blocks hold. So a prompt read in pieces, a single
+new token, and a request that was preempted are the same case: there are tokens to be read. Requests
+are served by priority, then by arrival. A `Plan` is what one step reads; a `Step` concatenates its
 tokens, in the same way for all back ends.
 """
 

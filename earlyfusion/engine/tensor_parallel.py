@@ -11,7 +11,7 @@ several processes hold the same ones.
 Embedding and head are in the first process only, and not cut. It runs the scheduler, embeds the
 tokens, broadcasts the result, and draws from its own logits. The others know the positions of
 tokens but not the tokens, so they cannot decide anything differently. The first process reads more
-weights than it would of a cut head: in a step with one row, 0.5% of all bytes in a picture, whose
+weights than it would of a cut head: in a step with one row, 0.5% of all bytes in an image, whose
 codes are an eighth of the vocabulary, and 4% in text (7B on two, 34B on four; 1% and 10% for 34B on
 eight). But with a cut head each step would have to gather logits.
 

@@ -1,11 +1,11 @@
 """Text that must fit a JSON schema, a regular expression or a grammar (llguidance).
 
-A reply has exactly one text that fits, from beginning to end. One picture may come before that text
-begins, and any number after it is complete. A grammar that names `<image>` has its pictures there
+A reply has exactly one text that fits, from beginning to end. One image may come before that text
+begins, and any number after it is complete. A grammar that names `<image>` has its images there
 and nowhere else, with text on both sides.
 
 llguidance works on bytes: it gets the bytes of each text token, and one special token for the
-beginning of a picture. It does not see the codes.
+beginning of an image. It does not see the codes.
 """
 
 # Shapes: V vocabulary.
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 IMAGE = "<image>"
-"""The token that marks the place of a picture in a grammar."""
+"""The token that marks the place of an image in a grammar."""
 _MAX_COMPILED = 64  # compiled schemas, expressions and grammars of one model
 # llguidance follows rules and references by recursion, and some thousands in a chain overflow the
 # stack, which ends the process. (what is counted, its name, the limit)
 _CHAIN_LIMITS = {"grammar": (":", "colons", 1000), "json_schema": ('"$ref"', "references", 500)}
-# Only the blanks of Python's json.dumps: if any blanks were allowed, a model might draw them
+# Only the blanks of Python's json.dumps: if any blanks were allowed, a model might generate them
 # forever.
 _JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
@@ -89,7 +89,7 @@ class Constraint:
         return logits_V.masked_fill(~allowed_V.to(logits_V.device), -torch.inf)
 
     def allowed(self, ids: Sequence[int], size: int) -> Tensor | None:
-        """The tokens that may come next, bool [V]; None in a picture. Raises `SettingError` if
+        """The tokens that may come next, bool [V]; None in an image. Raises `SettingError` if
         llguidance gives up."""
         for token in ids[self._read :]:
             self._follow(token)
@@ -102,7 +102,7 @@ class Constraint:
             return
         if token == self._begin:
             self._in_image = self._image_drawn = True
-            # After a picture that follows the text, no more text may come.
+            # After an image that follows the text, no more text may come.
             self._text_closed = self._text_begun and not self._grammar_places_images
             if not self._grammar_places_images:
                 return
@@ -123,7 +123,7 @@ class Constraint:
             allowed[:] = False
         allowed[self._ends] = complete
         if not self._grammar_places_images:
-            # Only one before the text, or a model that wants to end might draw pictures forever.
+            # Only one before the text, or a model that wants to end might generate images forever.
             allowed[self._begin] = complete or not (self._text_begun or self._image_drawn)
         return allowed
 

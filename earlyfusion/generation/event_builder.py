@@ -104,7 +104,7 @@ class EventBuilder:
         self._vocabulary, self._layout = processor.vocabulary, request.layout or processor.layout
         self._request, self._grammar_state = request, grammar_state
         self._text = _SegmentText(processor, request.sampling.stop_strings)
-        self._picture: list[int] = []  # tokens of the picture being drawn
+        self._picture: list[int] = []  # tokens of the image being generated
         self._drawn = self._images = 0
 
     def push(self, token: int, logprob: TokenLogprob | None = None) -> list[Event]:
@@ -163,7 +163,7 @@ class EventBuilder:
         return events
 
     def _preview(self, done: int) -> ImagePreview:
-        # An unfinished picture is shorter than its template.
+        # An unfinished image is shorter than its template.
         pairs = zip(self._picture, self._grammar_state.grammar.template, strict=False)
         drawn = [token for token, slot in pairs if slot == CODE]
         tokens = np.array(drawn + drawn[-1:] * (self._layout.num_codes - done))

@@ -70,7 +70,7 @@ class Grammar:
     def start(
         self, outputs: Sequence[Output], max_images: Sequence[int], max_tokens: Sequence[int]
     ) -> Tensor:
-        """States of rows that may draw `max_images` images each, in at most `max_tokens` tokens."""
+        """States of rows with at most `max_images` images and `max_tokens` tokens each."""
         rows = [self.start_row(*row) for row in zip(outputs, max_images, max_tokens, strict=True)]
         return torch.tensor(rows, dtype=torch.int64).to(self.device)
 

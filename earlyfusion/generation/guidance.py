@@ -1,7 +1,7 @@
-"""Guidance: an image is drawn under up to three conditions of one request (Meta's formula).
+"""Guidance: an image is generated under up to three conditions of one request (Meta's formula).
 
 full: the whole history. image_only: its images without the words. unconditional: no history, or a
-negative prompt instead, from which the drawing then moves away. Guided logits = unconditional +
+negative prompt instead, from which the image then moves away. Guided logits = unconditional +
 image * (image_only - unconditional) + text * (full - image_only).
 """
 
@@ -61,7 +61,7 @@ def condition_prompt(
     layout: ImageLayout | None = None,
     negative: Sequence[int] = (),
 ) -> list[int]:
-    """The tokens that the model reads under a condition to draw an image; `history` ends with
+    """The tokens that the model reads under a condition to generate an image; `history` ends with
     begin_image. `layout` (None: Chameleon's) gives the tokens that precede an unconditional image,
     and the marks within an image. `negative` are the tokens of a negative prompt, if any."""
     if condition == "full":
@@ -75,7 +75,7 @@ def condition_prompt(
     if layout is not None:
         marks |= {vocabulary.id_of(n) for n in (*layout.head, *layout.line_end, *layout.tail)}
     image_ids = marks | set(vocabulary.image_tokens.tolist())
-    # Size tokens follow begin_image. Pictures in the history may have another size than this
+    # Size tokens follow begin_image. Images in the history may have another size than this
     # layout's, so they are found by position, not by id.
     num_size_tokens, begin = 0 if layout is None else len(layout.head) - 1, vocabulary.begin_image
     return [

@@ -1,4 +1,4 @@
-"""Speculative Jacobi decoding: several codes of a picture in one pass, from the same distribution.
+"""Speculative Jacobi decoding: several codes of an image in one pass, from the same distribution.
 
 A window holds drafts of the next codes. One pass reads all of them and gives, at each position, a
 new distribution of the next code given all codes before it. A draft that was drawn from an `old`
@@ -34,9 +34,9 @@ NO_DRAFT = -1
 
 
 class Window:
-    """The drafts of one picture between two passes, at most `size` positions. Its random numbers
-    come from the request's seed and from `start`, the number of tokens before the picture, so a
-    seed always gives the same picture."""
+    """The drafts of one image between two passes, at most `size` positions. Its random numbers
+    come from the request's seed and from `start`, the number of tokens before the image, so a
+    seed always gives the same image."""
 
     def __init__(self, size: int, seed: int, start: int) -> None:
         self.drafts: list[int] = []

@@ -24,7 +24,7 @@ class Request:
     `sampling` is resolved and has a seed; `max_images` and `max_tokens` here, not those of
     `sampling`, are the limits of the reply. `stops` are ids besides eos that end it. An
     `ImagePreview` is sent after every `preview_every` codes of an image, never if 0. `layout`
-    spells the pictures to be drawn, None for the model's own. `adapter` names the weights that
+    spells the images to be generated, None for the model's own. `adapter` names the weights that
     answer, "" for the model's own.
     """
 
@@ -79,8 +79,8 @@ class ImageProgress:
 @dataclass(frozen=True, eq=False)
 class ImagePreview:
     """An image in the making, sent if the request asks for it. Of its codes, int64 [h, w], the
-    first `codes_done` in raster order are drawn; the others repeat the last one. In events of a
-    `Chameleon`, `pil` has its pixels, grey where nothing is drawn yet."""
+    first `codes_done` in raster order are final; the others repeat the last one. In events of a
+    `Chameleon`, `pil` has its pixels, grey where there is nothing yet."""
 
     index: int
     codes_done: int
@@ -104,9 +104,9 @@ class ImageDone:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A drawn token and the natural logarithm of its probability. `text` is its text, with U+FFFD
-    for parts of a character, or the name of a control or image token. `top` holds the likeliest
-    tokens, in descending order."""
+    """A generated token and the natural logarithm of its probability. `text` is its text, with
+    U+FFFD for parts of a character, or the name of a control or image token. `top` holds the
+    likeliest tokens, in descending order."""
 
     id: int
     text: str
@@ -116,7 +116,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class TokenDrawn:
-    """A drawn, unforced token, if the request asks for `logprobs`; sent before its other events."""
+    """A sampled, unforced token, if the request asks for `logprobs`; before its other events."""
 
     logprob: TokenLogprob
 

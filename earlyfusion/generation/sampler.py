@@ -1,6 +1,6 @@
 """Sampler: from masked logits to one token per row, on the device of the logits.
 
-The chain is Meta's: allowed tokens, repetition penalty, temperature, top-k, top-p, min-p, draw.
+The chain is Meta's: allowed tokens, repetition penalty, temperature, top-k, top-p, min-p, sampling.
 Each row has its own settings, and each new token takes one uniform number from its request's own
 generator, so a row's result does not depend on the rest of the batch.
 """
@@ -78,7 +78,7 @@ class SamplingTensors:
 
 
 class Sampler:
-    """Draws for a batch of requests with resolved `SamplingParams`, one per row."""
+    """Samples for a batch of requests with resolved `SamplingParams`, one per row."""
 
     def __init__(self, rows: Sequence[SamplingParams], device: torch.device | str = "cpu") -> None:
         self._text, self._image = (
@@ -104,7 +104,7 @@ class Sampler:
 
 
 def can_draw(logits_BV: Tensor) -> Tensor:
-    """Whether a token can be drawn from each row: no NaN, no +inf, and not -inf only."""
+    """Whether a token can be sampled from each row: no NaN, no +inf, and not -inf only."""
     # amax is NaN if any entry is.
     return logits_BV.amax(-1).isfinite()
 

@@ -15,7 +15,7 @@ from earlyfusion.errors import SettingError
 
 Output: TypeAlias = Literal["text", "image", "interleaved", "auto"]
 """What a reply may hold: text, images, or both in the order that the model chooses. "auto" is
-"interleaved", or "text" for a model that cannot draw."""
+"interleaved", or "text" for a model that cannot generate images."""
 LogitsProcessor: TypeAlias = Callable[[list[int], Any], Any]
 """(ids, logits) -> logits. `ids` are all tokens so far, prompt included; `logits` are those of the
 next token, fp32 [V] on the model's device."""
@@ -65,7 +65,7 @@ _LIMITS = {
     "jacobi": _Limit(Integral, 2, 1024, "0 (off) or a whole number from 2 to 1,024", zero=True),
     "prompt_lookup": _Limit(Integral, 1, 64, "0 (off) or a whole number from 1 to 64", zero=True),
     "seed": _Limit(Integral, 0, 2**63 - 1, "a whole number from 0 to 2^63 - 1"),
-    "logprobs": _Limit(Integral, 0, 100, "a whole number from 0 (only the drawn token's) to 100"),
+    "logprobs": _Limit(Integral, 0, 100, "a whole number from 0 (only the sampled token's) to 100"),
 }
 # Settings that are lists of strings, and the most strings of each.
 _MAX_STRINGS = {"stop": 16, "bad_words": 256, "allowed_words": 256}
@@ -78,27 +78,27 @@ _GROUPS = {"text": "", "image": "image_", "guidance": "guidance_"}
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to draw tokens; None takes the model's own default. Raises `SettingError` for impossible
-    values.
+    """How to sample tokens; None takes the model's own default. Raises `SettingError` for
+    impossible values.
 
     `temperature` 0 is greedy: the likeliest token after the repetition penalty, which counts the
     whole history, prompt included. `top_p`, `top_k`, `min_p` and `repetition_penalty` apply to
     text, the `image_` fields to codes. `guidance_text` and `guidance_image` are the two weights of
     Meta's guidance under three conditions; both 1 is off. `max_tokens` counts every new token, of
     text and of images. `stop` ends the reply before the first of these strings. `jacobi` is the
-    number of codes of a picture that are drawn at once (generation/jacobi.py), `prompt_lookup` the
+    number of codes of an image that are sampled at once (generation/jacobi.py), `prompt_lookup` the
     number of text tokens that are guessed and read at once without changing the result
     (generation/lookup.py). `negative_prompt` replaces the unconditional branch of guidance, so
-    pictures move away from what it describes; it is refused without guidance, where it would have
+    images move away from what it describes; it is refused without guidance, where it would have
     no effect.
 
     `bad_words` never appear in the reply's text, however they are split into tokens. With
     `allowed_words` all text consists of these words, separated by a blank or a line end. With one
     of `json_schema`, `regex` and `grammar` (Lark, in llguidance's form) the reply has one text that
     fits it (generation/constraint.py); a schema is kept as JSON. `logits_processors` change the
-    logits of every drawn token after guidance and before the grammar's mask, the penalty and the
-    temperature. `logprobs` adds the log-probability of each drawn token, and those of the
-    `logprobs` likeliest (generation/steering.py). A request with any of these is drawn without
+    logits of every sampled token after guidance and before the grammar's mask, the penalty and the
+    temperature. `logprobs` adds the log-probability of each sampled token, and those of the
+    `logprobs` likeliest (generation/steering.py). A request with any of these is sampled without
     `jacobi` and `prompt_lookup`; with one of the last two, by itself and from the whole vocabulary.
     """
 
@@ -131,7 +131,7 @@ class SamplingParams:
     seed: int | None = None
     """The same seed gives the same bytes."""
     jacobi: int | None = None
-    """Image codes that are drawn at once; 0 is off."""
+    """Image codes that are sampled at once; 0 is off."""
     prompt_lookup: int | None = None
     """Tokens of text that are guessed from earlier text and read at once; 0 is off."""
     negative_prompt: str | None = None
@@ -174,7 +174,7 @@ class SamplingParams:
         for name, what in (("jacobi", "codes"), ("prompt_lookup", "tokens")):
             if getattr(self, name) and self.steered:
                 raise SettingError(
-                    f"{name}={getattr(self, name)} draws several {what} at once, which "
+                    f"{name}={getattr(self, name)} samples several {what} at once, which "
                     f"{self.steered} cannot follow: set {name} to 0 or leave the other out"
                 )
 
@@ -231,7 +231,7 @@ class SamplingParams:
 
 
 class DrawSettings(NamedTuple):
-    """How one row draws in one modality: 0 turns `top_k` and `min_p` off, 1 the others."""
+    """How one row is sampled in one modality: 0 turns `top_k` and `min_p` off, 1 the others."""
 
     temperature: float
     top_k: float
@@ -241,7 +241,7 @@ class DrawSettings(NamedTuple):
 
     @property
     def cuts(self) -> bool:
-        """Whether any setting cuts the tail of the distribution."""
+        """Whether any setting cuts off the tail of the distribution."""
         return self.top_k != 0 or self.top_p != 1 or self.min_p != 0
 
 
@@ -262,7 +262,7 @@ def guidance_weights(p: SamplingParams) -> tuple[float, float]:
 
 def seed_of(p: SamplingParams) -> int:
     if p.seed is None:
-        raise TypeError("a request needs a seed: the caller draws one where the user gave none")
+        raise TypeError("a request needs a seed: the caller chooses one if the user gave none")
     return p.seed
 
 
@@ -283,7 +283,7 @@ _NAMES = tuple(f.name for f in fields(SamplingParams))
 
 def _flatten_groups(defaults: Mapping[str, Any]) -> dict[str, Any]:
     # A generation_config.json without our part holds transformers' settings, which do not describe
-    # Chameleon's draw.
+    # Chameleon's sampling.
     source = defaults.get("chameleon", {} if "eos_token_id" in defaults else defaults)
     found = dict(source)
     for group, prefix in _GROUPS.items():

@@ -3,10 +3,10 @@
 One `Steering` serves one request, in the plain loop and in the engine. It changes the guided fp32
 logits of the whole vocabulary before the grammar's mask, the repetition penalty and the
 temperature, so it cannot break the grammar. It does not see tokens that the grammar forces (the
-marks of a picture, or its beginning if nothing else may come), as these are not drawn.
+marks of an image, or its beginning if nothing else may come), as these are not sampled.
 
 Words are matched in the bytes of the text, so it does not matter how the tokenizer splits them. A
-new stretch of text begins after each picture.
+new stretch of text begins after each image.
 """
 
 # Shapes: V vocabulary.
@@ -41,13 +41,13 @@ class Steering:
 
     @property
     def only_forbids(self) -> bool:
-        """Whether it only forbids text tokens (`allowed`): codes can then be drawn without it."""
+        """Whether it only forbids text tokens (`allowed`): codes can then be sampled without it."""
         return not self._processors and self._num_logprobs is None
 
     def change(self, ids: Sequence[int], logits_V: Tensor, allowed_V: Tensor) -> Tensor:
-        """The logits to draw from instead of `logits_V`. `ids` are the tokens of prompt and reply;
-        `allowed_V` is the grammar's mask. Raises `SettingError` if a processor fails or no token is
-        left."""
+        """The logits to sample from instead of `logits_V`. `ids` are the tokens of prompt and
+        reply; `allowed_V` is the grammar's mask. Raises `SettingError` if a processor fails or no
+        token is left."""
         for processor in self._processors:
             logits_V = _apply_processor(processor, list(ids), logits_V)
         if self._words is not None:
@@ -77,7 +77,7 @@ class Steering:
         if self._constraint is not None:
             return (
                 f"{self._constraint.name} left no possible token after {length:,} tokens: see that "
-                "what it asks for is possible here, its pictures and the words included"
+                "what it asks for is possible here, its images and the words included"
             )
         return (
             f"{'logits_processors' if self._processors else 'the words'} left no possible "
@@ -146,10 +146,10 @@ class Words:
         return logits_V.index_fill(0, blocked.to(logits_V.device), -torch.inf)
 
     def blocked(self, ids: Sequence[int]) -> Tensor | None:
-        """The tokens that may not come, on the CPU; None in a picture."""
+        """The tokens that may not come, on the CPU; None in an image."""
         reply = ids[self._prompt :]
         text = self._text(reply)
-        # Within a picture no text is drawn.
+        # Within an image no text is sampled.
         if text is None:
             return None
         # The blocked tokens depend on nothing else.
@@ -162,7 +162,7 @@ class Words:
         return self._blocked_by[key]
 
     def _text(self, reply: Sequence[int]) -> bytes | None:
-        """The current stretch of text; None in a picture."""
+        """The current stretch of text; None in an image."""
         pieces = []
         for token in reversed(reply):
             if token == self._end:
@@ -212,7 +212,7 @@ class Words:
         for token, data in self._bytes.items():
             if data[:1] not in first or not self._rests_after(rests, data):
                 yield token
-        # A stretch that has begun must end in a whole word before a picture or the end.
+        # A stretch that has begun must end in a whole word before an image or the end.
         complete = b"" in rests
         if not (complete or (drawn and not begun)):
             yield from self._ends

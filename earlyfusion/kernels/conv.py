@@ -10,7 +10,7 @@ inference on a CPU in fp32, in compiled code (`conv.cpp`). Choices:
   upsampling and the sum with the shortcut need no extra pass over memory, and the result may
   overwrite the input;
 - the filters are transformed in each call: weights may be trained or loaded in place;
-- a value depends neither on the number of threads nor on the other pictures, so that the same codes
+- a value depends neither on the number of threads nor on the other images, so that the same codes
   always give the same pixels; therefore 1 x 1 convolutions and the sums of norms are here too:
   torch's differ in the last bit;
 - within `reusing`, new results take the memory of freed ones: in fresh memory each page costs a
@@ -39,11 +39,11 @@ from torch import Tensor, nn
 from earlyfusion.kernels import native
 
 _POINTS, _VECTOR = 36, 16  # elements of a transformed tile, floats of a vector
-_SUM_PIXELS = 1024  # pixels of a picture that share one sum, as in conv.cpp
+_SUM_PIXELS = 1024  # pixels of an image that share one sum, as in conv.cpp
 
 
 class Factors(NamedTuple):
-    """A norm as x * scale + shift, per picture and channel."""
+    """A norm as x * scale + shift, per image and channel."""
 
     scale_BC: Tensor
     shift_BC: Tensor
@@ -157,7 +157,7 @@ def conv1x1(
 
 
 def norm_factors(norm: nn.GroupNorm, x_BYXC: Tensor) -> Factors:
-    """A group norm as one factor and one term per picture and channel. C must be a multiple of
+    """A group norm as one factor and one term per image and channel. C must be a multiple of
     16."""
     b, y, x, c = x_BYXC.shape
     factors = Factors(torch.empty(b, c), torch.empty(b, c))

@@ -1,7 +1,7 @@
 """Twins of the VQ-GAN's modules for inference in fp32 on a CPU; `twins.py` puts them in.
 
 They keep everything channels-last, and run the convolutions in the compiled code of `conv.py`,
-fused with the adjacent norm, swish, upsampling or sum. What torch computes it computes one picture
+fused with the adjacent norm, swish, upsampling or sum. What torch computes it computes one image
 after the other, as its results differ with the batch in the last bit. For anything else (training,
 GPUs, other dtypes, autocast, traced code, `left_out`) a twin calls the module that it derives from;
 it decides in each call, as a model may be moved or trained in between. A convolution replaced by a
@@ -56,8 +56,8 @@ class SpatialAttention(vqgan.SpatialAttention):
         scale_B11C, shift_B11C = (t[:, None, None] for t in norm_factors(self.norm, x_BYXC))
         h_BYXC = x_BYXC * scale_B11C + shift_B11C
         q, k, v = (_conv1(h_BYXC, conv).flatten(1, 2).unsqueeze(1) for conv in convs[:3])
-        pictures = zip(q.split(1), k.split(1), v.split(1), strict=True)
-        out = torch.cat([F.scaled_dot_product_attention(*qkv) for qkv in pictures])
+        images = zip(q.split(1), k.split(1), v.split(1), strict=True)
+        out = torch.cat([F.scaled_dot_product_attention(*qkv) for qkv in images])
         return _first(_conv1(out.view(x_BYXC.shape), self.proj_out, x_BYXC))
 
 
@@ -153,7 +153,7 @@ def _is_plain(norm: nn.Module) -> bool:
 
 
 def _each(run: Callable[[Tensor], Tensor], x_BCYX: Tensor) -> Tensor:
-    """The results of single pictures."""
+    """The results of single images."""
     return run(x_BCYX) if len(x_BCYX) == 1 else torch.cat([run(x) for x in x_BCYX.split(1)])
 
 

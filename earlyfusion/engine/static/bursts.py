@@ -33,8 +33,8 @@ BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)
 """Numbers of rows; 3, 6 and 192 are those of one, two and 64 guided images."""
 
 TEXT_STEPS, SHARED_STEPS = 8, 16
-"""Steps of a burst with text, and of one in which several requests draw images. A new request waits
-for the end of a burst."""
+"""Steps of a burst with text, and of one in which several requests generate images. A new request
+waits for the end of a burst."""
 
 
 class Bursts:
