@@ -238,7 +238,7 @@ def test_addresses_of_pictures_are_signed(server: Running) -> None:
     for turns in (asked, [*user("Draw a cat."), seen, *user("Is it big?")]):
         error = server.chat(turns).json()["error"]
         assert error["code"] == "image_url_refused"
-        assert "before it was started again: send the picture itself" in error["message"]
+        assert "before it was started again: send the image itself" in error["message"]
 
 
 def test_several_choices_have_seeds_of_their_own(server: Running, model: Chameleon) -> None:

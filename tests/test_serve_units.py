@@ -352,7 +352,7 @@ def test_sizes_are_checked_before_a_pixel_is_decoded() -> None:
         together.read(picture_file())
     few = limits(max_images=1)
     few.read(picture_file())
-    with pytest.raises(ApiError, match="over 1 pictures, the limit"):
+    with pytest.raises(ApiError, match="over 1 images, the limit"):
         few.read(picture_file())
 
 
@@ -376,7 +376,7 @@ def test_files_are_bounded_and_signed() -> None:
         files.add(bytes([i]) * 500, "image/png", Image(codes=np.zeros((8, 8), int)), "a", "b")
         for i in range(5)
     ]
-    with pytest.raises(ApiError, match="send the picture itself"):
+    with pytest.raises(ApiError, match="send the image itself"):
         files.get(made[0].id)
     last = made[-1]
     assert files.get(last.id) is last and files.drawn(last.data) is last.image

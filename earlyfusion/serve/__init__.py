@@ -1,4 +1,4 @@
-"""The server: OpenAI's API with text and pictures in any order, in and out.
+"""The server: OpenAI's API with text and images in any order, in and out.
 
 driver.py steps the engine; protocol.py and app.py are what clients see; the other files turn one
 into the other. No model code here: all work is done by a `Chameleon`.

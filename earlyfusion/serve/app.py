@@ -245,7 +245,7 @@ class _Routes:
             files = []
         named, reader = body.images or [], self._service.reader()
         if not (files or named):
-            raise ApiError(400, "an edit needs a picture: send it as image", param="image")
+            raise ApiError(400, "an edit needs an image: send it as image", param="image")
 
         def prompt() -> Prompt:
             pictures = [*map(reader.file, files), *map(reader.edit_image, named)]
@@ -255,11 +255,11 @@ class _Routes:
 
     async def variations(self, request: Request) -> Response:
         if not _is_form(request):
-            raise ApiError(415, "the picture is sent as a form: use multipart/form-data")
+            raise ApiError(415, "the image is sent as a form: use multipart/form-data")
         body, headers, files = await self._form(request, VariationRequest)
         if len(files) != 1:
             raise ApiError(
-                400, f"a variation is of one picture, and {len(files)} came: send one as image"
+                400, f"a variation is of one image, and {len(files)} came: send one as image"
             )
         reader = self._service.reader()
 
@@ -338,7 +338,7 @@ class _Routes:
             for field in sorted(form.keys() - {"file", "purpose"}):
                 raise _unknown_upload_field(field[:60])
             if len(files) != 1:
-                raise ApiError(400, "an upload is one picture: send it as file", param="file")
+                raise ApiError(400, "an upload is one image: send it as file", param="file")
             data, name = await files[0].read(), files[0].filename or "picture"
         purpose = str(form.get("purpose", "vision"))[:40]
         image = await self._service.work(self._service.reader().file, data)
@@ -414,7 +414,7 @@ class _Routes:
     async def _form(
         self, request: Request, model: type[Body]
     ) -> tuple[Body, dict[str, str], list[bytes]]:
-        """The fields of a form, a header as above, and its pictures in order."""
+        """The fields of a form, a header as above, and its images in order."""
         form = await _read_form(request)
         async with _closing(form):
             fields: dict[str, Any] = {}
@@ -496,7 +496,7 @@ def _form_error(detail: str) -> str:
         return f"the form has over {_MAX_FORM_FIELDS} fields or files, the limit: leave some out"
     if detail.startswith("Part exceeded"):
         return (
-            f"a field of the form has over {_MAX_FIELD_BYTES:,} bytes, the limit: send a picture "
+            f"a field of the form has over {_MAX_FIELD_BYTES:,} bytes, the limit: send an image "
             "as a file, with a filename"
         )
     return "the form is malformed: send multipart/form-data"
@@ -515,7 +515,7 @@ def _unknown_upload_field(field: str) -> ApiError:
 
 
 def _no_filename(field: str) -> ApiError:
-    words = f"the field {field} has no filename: send the picture as a file, with one"
+    words = f"the field {field} has no filename: send the image as a file, with one"
     return ApiError(400, words, param=field)
 
 

@@ -63,7 +63,7 @@ def is_quick(body: ChatRequest) -> bool:
     characters = len(body.negative_prompt or "")
     for message in body.messages:
         content = message.content or ""
-        # An assistant's text may have pictures in it.
+        # An assistant's text may have images in it.
         if not isinstance(content, str) or message.role == "assistant":
             return False
         characters += len(content)
@@ -194,7 +194,7 @@ class ChatReply:
 
     @property
     def delivery(self) -> str:
-        """Where pictures are sent: in `images`, in the text as markdown, or both."""
+        """Where images are sent: in `images`, in the text as markdown, or both."""
         return self._body.image_delivery or self._service.options.image_delivery
 
     @property
@@ -234,7 +234,7 @@ class _Choice:
         return None
 
     async def picture(self, event: ImagePreview | ImageDone) -> dict[str, Any]:
-        """The delta of a whole or an unfinished picture, which is decoded here."""
+        """The delta of a whole or an unfinished image, which is decoded here."""
         if isinstance(event, ImageDone):
             return await self._image(event)
         body = self._reply.body

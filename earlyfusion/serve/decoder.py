@@ -1,8 +1,8 @@
-"""Files of drawn pictures: codes are decoded, and the pixels encoded as PNG, WEBP or JPEG.
+"""Files of generated images: codes are decoded, and the pixels encoded as PNG, WEBP or JPEG.
 
-If the engine runs in another process and the model is on a CPU, pictures are decoded in a third
-process. A thread beside the event loop would take Python's lock hundreds of times per picture, and
-every client would wait for it. The process starts with the first picture. Until it has started, and
+If the engine runs in another process and the model is on a CPU, images are decoded in a third
+process. A thread beside the event loop would take Python's lock hundreds of times per image, and
+every client would wait for it. The process starts with the first image. Until it has started, and
 if it ends, threads decode.
 """
 
@@ -32,7 +32,7 @@ _LENGTH = struct.Struct("<Q")  # before each pickle between the two processes
 
 
 class Drawn(NamedTuple):
-    """The file of a picture, and the digest of its pixels."""
+    """The file of an image, and the digest of its pixels."""
 
     data: bytes
     pixels: bytes
@@ -56,7 +56,7 @@ class Decoder:
     async def file(
         self, event: ImageDone | ImagePreview, output_format: Format, compression: int
     ) -> Drawn:
-        """The file of a whole or an unfinished picture."""
+        """The file of a whole or an unfinished image."""
         process = self._started()
         if process is not None:
             try:
@@ -90,7 +90,7 @@ class Decoder:
         try:
             self._process = await _Process.started(self._model)
         except Exception:
-            log.exception("the decoder's process did not start: threads decode pictures")
+            log.exception("the decoder's process did not start: threads decode images")
             self._apart = False
         self._starting = None
 
@@ -101,7 +101,7 @@ class Decoder:
 
 
 class _Process:
-    """The decoder's process. It answers in order, one picture after the other."""
+    """The decoder's process. It answers in order, one image after the other."""
 
     def __init__(self, process: BaseProcess, writer: asyncio.StreamWriter) -> None:
         self._process, self._writer = process, writer
@@ -123,7 +123,7 @@ class _Process:
         return there
 
     async def ask(self, task: Task) -> Drawn:
-        """The answer. Raises the error of a picture that cannot be decoded, or `_EndedError`."""
+        """The answer. Raises the error of an image that cannot be decoded, or `_EndedError`."""
         if self._ended:
             raise _EndedError
         future = asyncio.get_running_loop().create_future()
@@ -199,5 +199,5 @@ def _answer(model: Chameleon, task: Task) -> Drawn | Exception:
     try:
         return drawn(model, *task)
     except Exception as error:
-        log.exception("a picture could not be decoded")
+        log.exception("an image could not be decoded")
         return RuntimeError(f"{type(error).__name__} in the decoder's process")

@@ -260,12 +260,12 @@ class Driver:
 
     @property
     def running(self) -> int:
-        """Requests that draw tokens."""
+        """Requests that generate tokens."""
         return sum(job.started and not job.over for job in list(self._jobs))
 
     @property
     def waiting(self) -> int:
-        """Admitted requests that have drawn no token yet."""
+        """Admitted requests that have no token yet."""
         return max(self._admitted - self.running, 0)
 
     @property

@@ -62,7 +62,7 @@ def as_api_error(error: BaseException) -> ApiError:
         message = str(error) or "the server is starting or shutting down: ask again in a moment"
         return ApiError(503, message, code="not_ready", headers=_retry(5))
     if isinstance(error, LateError):
-        message = "the reply took longer than the server allows: ask for fewer tokens or pictures"
+        message = "the reply took longer than the server allows: ask for fewer tokens or images"
         return ApiError(504, message, code="timeout")
     if isinstance(error, BrokenError):
         message = "the engine failed while this request ran: ask it again"

@@ -1,4 +1,4 @@
-"""Fetches pictures from addresses, for servers that are started with --allow-image-urls.
+"""Fetches images from addresses, for servers that are started with --allow-image-urls.
 
 An address is read by one parser and resolved once; the connection goes to the address that was
 checked, so a name that resolves differently the second time changes nothing. Only public addresses
@@ -160,6 +160,6 @@ class _Pinned(http.client.HTTPConnection):
 def _refused(why: str) -> ApiError:
     return ApiError(
         400,
-        f"the picture's address is not fetched, as {why}: send the picture as a data URL",
+        f"the image's address is not fetched, as {why}: send the image as a data URL",
         code="image_url_refused",
     )

@@ -132,7 +132,7 @@ class Gate:
         )
 
     def _is_open(self, scope: Scope) -> bool:
-        """Whether a path needs no key: health, and pictures at signed addresses."""
+        """Whether a path needs no key: health, and images at signed addresses."""
         if scope["path"] in _OPEN:
             return True
         found = _CONTENT.fullmatch(scope["path"])
@@ -206,7 +206,7 @@ class _Visit:
         self._left = 2**62  # the rest of the body is thrown away
         return ApiError(
             413,
-            f"the body has over {self._max_bytes:,} bytes, the limit: send smaller pictures, or "
+            f"the body has over {self._max_bytes:,} bytes, the limit: send smaller images, or "
             "upload them one by one to /v1/files",
             code="body_too_large",
             headers={"Connection": "close"},

@@ -1,4 +1,4 @@
-"""/v1/images/…: drawings, edits and variations, whole or with partial pictures."""
+"""/v1/images/…: generations, edits and variations, whole or with partial images."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def spec_of(body: ImageOptions) -> GenerationSpec:
 
 
 def prompt_of(pictures: Sequence[Image], words: str) -> Prompt:
-    """One turn of the user: pictures, then the words about them."""
+    """One turn of the user: images, then the words about them."""
     parts: list[Part] = [*pictures, Text(words)]
     return [Message("user", parts)]
 
 
 class ImagesReply:
-    """Renders the pictures that one body asks for. `family` names the events of a stream."""
+    """Renders the images that one body asks for. `family` names the events of a stream."""
 
     def __init__(
         self, service: Service, body: ImageOptions, prepared: Prepared, base: str, family: str
@@ -44,7 +44,7 @@ class ImagesReply:
         self._base, self._family, self._created = base, family, int(time())
 
     async def whole(self) -> dict[str, Any]:
-        """All pictures at once."""
+        """All images at once."""
         replies = await self._prepared.batch.collect(self._service.options.timeout)
         data = await asyncio.gather(*(self._entry(events) for events in replies))
         usages = [e.usage for events in replies for e in events if isinstance(e, Finished)]
@@ -58,8 +58,8 @@ class ImagesReply:
         }
 
     async def stream(self) -> AsyncIterator[bytes]:
-        """`partial_image` events, and a `completed` one for each picture. `image_index`, an
-        addition to OpenAI's fields, numbers the pictures."""
+        """`partial_image` events, and a `completed` one for each image. `image_index`, an
+        addition to OpenAI's fields, numbers the images."""
         options, body = self._service.options, self._body
         partials, files = [0] * body.n, dict[int, bytes]()
         async for news in self._prepared.batch.events(options.keepalive, options.timeout):

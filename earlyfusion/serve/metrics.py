@@ -1,4 +1,4 @@
-"""The metrics at /metrics for Prometheus: vLLM's names where they fit, and those of pictures."""
+"""The metrics at /metrics for Prometheus: vLLM's names where they fit, and those of images."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Metrics:
             made.labels(**labels)
             return made
 
-        gauge("num_requests_running", "Requests that draw tokens.").set_function(
+        gauge("num_requests_running", "Requests that generate tokens.").set_function(
             lambda: driver.running
         )
         gauge("num_requests_waiting", "Admitted requests without a token.").set_function(
@@ -69,13 +69,13 @@ class Metrics:
         )
         self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts.")
         self.generation_tokens = counter("generation_tokens", "Tokens of replies.")
-        self.images_started = counter("images_started", "Pictures begun.")
-        self.images_done = counter("images_done", "Pictures drawn.")
-        self.image_codes = counter("image_codes", "Codes of drawn pictures.")
+        self.images_started = counter("images_started", "Images begun.")
+        self.images_done = counter("images_done", "Images generated.")
+        self.image_codes = counter("image_codes", "Codes of generated images.")
         self.cancelled = counter("requests_cancelled", "Requests whose client went away.")
         self.first_token = seconds("time_to_first_token_seconds", "Admission to first output.")
         self.whole = seconds("e2e_request_latency_seconds", "Admission to the last token.")
-        self.picture = seconds("image_seconds", "A picture, from its first code to its last.")
+        self.picture = seconds("image_seconds", "An image, from its first code to its last.")
         self._success = Counter(
             "earlyfusion:request_success",
             "Requests that were answered.",

@@ -22,8 +22,8 @@ class ServeOptions:
     the server only listens on this machine. At most `max_queue` requests wait beside those that
     run. In seconds: a stream that is silent for `keepalive` gets a comment, a reply may take
     `timeout`, replies may go on for `drain_seconds` after SIGTERM, and an engine whose step takes
-    longer than `step_timeout` is started again. Pictures that were drawn or uploaded take at most
-    `file_bytes`; the oldest are dropped first. `image_delivery` says where chats get pictures whose
+    longer than `step_timeout` is started again. Images that were generated or uploaded take at most
+    `file_bytes`; the oldest are dropped first. `image_delivery` says where chats get images whose
     request does not say it: images, markdown or both. Raises `SettingError`.
     """
 

@@ -1,4 +1,4 @@
-"""Pictures of requests and replies: files -> `Image`, within limits; pixels -> files, data URLs."""
+"""Images of requests and replies: files -> `Image`, within limits; pixels -> files, data URLs."""
 
 from __future__ import annotations
 
@@ -34,24 +34,24 @@ _FORMATS: dict[bytes, tuple[str, type[ImageFile]]] = {
 
 @dataclass
 class PictureLimits:
-    """The limits of all pictures of one request together; `read` counts."""
+    """The limits of all images of one request together; `read` counts."""
 
     options: ServeOptions
     pictures: int = 0
     pixels: int = 0
 
     def count(self) -> None:
-        """Count one more picture. Raises `ApiError`."""
+        """Count one more image. Raises `ApiError`."""
         self.pictures += 1
         if self.pictures > self.options.max_images:
             raise ApiError(
                 400,
-                f"the request has over {self.options.max_images} pictures, the limit: drop some",
+                f"the request has over {self.options.max_images} images, the limit: drop some",
                 code="too_many_images",
             )
 
     def read(self, data: bytes) -> Image:
-        """The picture of a file, whose size is checked before a pixel is decoded. Raises
+        """The image of a file, whose size is checked before a pixel is decoded. Raises
         `ApiError`."""
         self.count()
         width, height = _header(data)[1]
@@ -59,12 +59,12 @@ class PictureLimits:
         self.pixels += width * height
         if max(width, height) > limits.max_image_side or width * height > limits.max_image_pixels:
             raise _too_large(
-                f"a picture has {width:,} x {height:,} pixels, the limit is "
+                f"an image has {width:,} x {height:,} pixels, the limit is "
                 f"{limits.max_image_side:,} a side and {limits.max_image_pixels:,} in all"
             )
         if self.pixels > limits.max_total_pixels:
             raise _too_large(
-                f"the pictures have over {limits.max_total_pixels:,} pixels together, the limit"
+                f"the images have over {limits.max_total_pixels:,} pixels together, the limit"
             )
         try:
             return Image.from_bytes(data)
@@ -73,19 +73,19 @@ class PictureLimits:
 
 
 def media_type(data: bytes) -> str:
-    """The media type of a picture's file, by its first bytes. Raises `ApiError`."""
+    """The media type of an image's file, by its first bytes. Raises `ApiError`."""
     return _header(data)[0]
 
 
 def _header(data: bytes) -> tuple[str, tuple[int, int]]:
     if not data:
-        raise ApiError(400, "a picture has no bytes: send the whole file", code="invalid_image")
+        raise ApiError(400, "an image has no bytes: send the whole file", code="invalid_image")
     known = (entry for start, entry in _FORMATS.items() if data.startswith(start))
     name, reader = next(known, (None, None))
     if name is None or reader is None:
         raise ApiError(
             400,
-            "a picture is in no format that is read here: send PNG, JPEG, WEBP, GIF or BMP",
+            "an image is in no format that is read here: send PNG, JPEG, WEBP, GIF or BMP",
             code="invalid_image",
         )
     try:
@@ -96,7 +96,7 @@ def _header(data: bytes) -> tuple[str, tuple[int, int]]:
 
 def _damaged() -> ApiError:
     return ApiError(
-        400, "a picture is damaged or cut short: send the whole file", code="invalid_image"
+        400, "an image is damaged or cut short: send the whole file", code="invalid_image"
     )
 
 
@@ -111,7 +111,7 @@ def unpacked(address: str) -> bytes:
     if not (comma and kind.startswith("data:image/") and kind.endswith(";base64")):
         raise ApiError(
             400,
-            "a data URL of a picture begins with data:image/png;base64, or another image type",
+            "a data URL of an image begins with data:image/png;base64, or another image type",
             code="invalid_image",
         )
     return decoded(body)
@@ -123,12 +123,12 @@ def decoded(text: str) -> bytes:
         return base64_bytes(text)
     except ValueError:
         raise ApiError(
-            400, "the base64 of a picture is damaged: encode its bytes again", code="invalid_image"
+            400, "the base64 of an image is damaged: encode its bytes again", code="invalid_image"
         ) from None
 
 
 def encoded(picture: PIL.Image.Image, output_format: Format, compression: int = 100) -> bytes:
-    """The file of a picture; `compression` is the quality of webp and jpeg, 0 to 100."""
+    """The file of an image; `compression` is the quality of webp and jpeg, 0 to 100."""
     file = BytesIO()
     if output_format == "png":
         picture.save(file, "PNG")

@@ -1,7 +1,7 @@
 """The engine in another process, the child, so that the server survives its end.
 
 The child loads the weights and steps the engine; its interpreter lock belongs to the engine alone.
-First it sends a `Front`, the model without its transformer: prompts, tokens and pictures are the
+First it sends a `Front`, the model without its transformer: prompts, tokens and images are the
 server's work. Then it sends the events of its steps. A message costs both processes as much as a
 step of a small model with few requests, so the events of short steps are sent together. Messages
 are pickles over a socket pair that no other process can open.
@@ -83,7 +83,7 @@ class RemoteHandle:
     def __init__(self, number: int, leave: Callable[[int], None], owner: object) -> None:
         self.owner = owner
         self.number, self.events = number, deque[Event]()
-        self.tokens = self.finished = False  # whether it has drawn a token; whether it has ended
+        self.tokens = self.finished = False  # whether it has a token; whether it has ended
         self.error: BaseException | None = None
         self._leave = leave
 
@@ -284,7 +284,7 @@ def _front(model: Chameleon, engine: Engine) -> Front:
 
 
 def differ(served: Chameleon, loaded: Chameleon) -> bool:
-    """Whether prompts, tokens or pictures of the one are not those of the other."""
+    """Whether prompts, tokens or images of the one are not those of the other."""
     return (
         served.config != loaded.config
         or served.processor.vocabulary.names != loaded.processor.vocabulary.names

@@ -1,8 +1,8 @@
-"""Wire messages to `Message`s: pictures found, read and put where they belong.
+"""Wire messages to `Message`s: images found, read and put where they belong.
 
-A picture that this server drew comes back with its codes. Any turn may hold it as a file, a data
-URL, an address of this server or an id; an assistant's turn also in `images` or `parts` of a reply,
-or as markdown in the text. Runs in a worker thread, as it decodes pictures and fetches others.
+An image that this server generated comes back with its codes. Any turn may hold it as a file, a
+data URL, an address of this server or an id; an assistant's turn also in `images` or `parts` of a
+reply, or as markdown in the text. Runs in a worker thread, as it decodes images and fetches others.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _ROLES: dict[str, Role] = {
 
 
 class PromptReader:
-    """Reads the messages of one request; `limits` counts its pictures."""
+    """Reads the messages of one request; `limits` counts its images."""
 
     def __init__(self, files: Files, limits: PictureLimits, allow_urls: bool) -> None:
         self._files, self._limits, self._allow_urls = files, limits, allow_urls
@@ -61,11 +61,11 @@ class PromptReader:
         return turns
 
     def edit_image(self, image: EditImage) -> Image:
-        """A picture that a JSON body of /v1/images/edits names."""
+        """An image that a JSON body of /v1/images/edits names."""
         return self._named(image.image_url, image.file_id)
 
     def file(self, data: bytes) -> Image:
-        """The picture of a file, with its codes if this server drew it."""
+        """The image of a file, with its codes if this server generated it."""
         drawn = self._files.drawn(data)
         if drawn is not None:
             self._limits.count()
@@ -80,7 +80,7 @@ class PromptReader:
             raise ApiError(
                 400,
                 f"images and parts belong to an assistant's message, not to a {message.role}'s: "
-                "put pictures into content",
+                "put images into content",
                 param="messages",
             )
         if role == "assistant":
@@ -91,7 +91,7 @@ class PromptReader:
         return Message(role, [self._part(part) for part in content])
 
     def _reply_of(self, message: ChatMessage) -> Iterator[Segment]:
-        """The segments of an assistant's turn, in the order of `parts`. Without `parts`, pictures
+        """The segments of an assistant's turn, in the order of `parts`. Without `parts`, images
         in markdown stay where they are, and `images` follow the text."""
         images = message.images or []
         if message.parts:
@@ -112,7 +112,7 @@ class PromptReader:
         pieces = [TextPart(type="text", text=content)] if isinstance(content, str) else content
         read = [segment for piece in pieces for segment in self._said(piece)]
         yield from read
-        # With image_delivery "both", the pictures are in the text and in `images`.
+        # With image_delivery "both", the images are in the text and in `images`.
         if not any(isinstance(segment, Image) for segment in read):
             yield from (self._named(image.image_url.url, None) for image in images)
 
@@ -124,8 +124,8 @@ class PromptReader:
         return [self._named(part.image_url.url, None)]
 
     def _markdown(self, text: str) -> list[Segment]:
-        """A text with the pictures of its data URLs and of this server's addresses; other addresses
-        stay text. Removes the blank lines that this server puts around a picture."""
+        """A text with the images of its data URLs and of this server's addresses; other addresses
+        stay text. Removes the blank lines that this server puts around an image."""
         segments: list[Segment] = []
         start = 0
         for found in _MARKDOWN.finditer(text):
@@ -141,7 +141,7 @@ class PromptReader:
             return self._named(address, None)
         file = self._files.at(address)
         if file is None:
-            # As text it would only look like a picture to people.
+            # As text it would only look like an image to people.
             if self._files.is_stale(address):
                 raise _stale()
             return None
@@ -156,9 +156,9 @@ class PromptReader:
         return self._named(None, part.file.file_id)
 
     def _named(self, address: str | None, file_id: str | None) -> Image:
-        """The picture at an address, or of an uploaded or drawn file."""
+        """The image at an address, or of an uploaded or generated file."""
         if (address is None) == (file_id is None):
-            raise ApiError(400, "a picture has image_url or file_id: give one of them")
+            raise ApiError(400, "an image has image_url or file_id: give one of them")
         if file_id is not None:
             self._limits.count()
             return self._files.get(file_id).image
@@ -174,7 +174,7 @@ class PromptReader:
         return self._limits.read(fetched(address))
 
     def _refused(self, address: str) -> ApiError:
-        """Why a server that fetches no pictures has none at an address."""
+        """Why a server that fetches no images has none at an address."""
         if self._files.is_stale(address):
             return _stale()
         if not address.lower().startswith(("http://", "https://")):
@@ -186,7 +186,7 @@ class PromptReader:
             )
         return ApiError(
             400,
-            "pictures at foreign addresses are not fetched by this server: send a data URL, "
+            "images at foreign addresses are not fetched by this server: send a data URL, "
             "upload to /v1/files, or start the server with --allow-image-urls",
             code="image_url_refused",
         )
@@ -216,8 +216,8 @@ class PromptReader:
 def _stale() -> ApiError:
     return ApiError(
         400,
-        "the address of a picture is of another server, or of this one before it was started "
-        "again: send the picture itself, or leave it out",
+        "the address of an image is of another server, or of this one before it was started "
+        "again: send the image itself, or leave it out",
         code="image_url_refused",
     )
 

@@ -299,7 +299,7 @@ _CHAT_WHY_NOT = {
     "logit_bias": "only {} is possible: use bad_words or allowed_words",
     "structured_outputs": "use response_format, with the type json_schema, regex or grammar",
     "reasoning_effort": "this model does not reason: use none, or leave it out",
-    "audio": "this model has text and pictures only: leave it out",
+    "audio": "this model has text and images only: leave it out",
     "verbosity": "only medium is possible: say in the prompt how long the reply should be",
     "prompt_cache_retention": "only in_memory is possible: prefixes stay while there is room",
     "prompt_cache_options": 'only {"mode": "implicit"} is possible: prefixes that prompts share '
@@ -398,17 +398,17 @@ class ImageOptions(Sampling, Bookkeeping):
         "input_fidelity": ("low",),
     }
     why_not: ClassVar[Mapping[str, str]] = {
-        "quality": "only auto is possible: the model draws in one quality",
-        "background": "only auto and opaque are possible: pictures are not transparent",
+        "quality": "only auto is possible: the model has one quality",
+        "background": "only auto and opaque are possible: images are not transparent",
         "style": "the model knows no styles by name: say it in the prompt",
-        "mask": "a part of a picture cannot be masked: say in the prompt what to change",
-        "markup": "a picture cannot be marked: say in the prompt what to change",
-        "input_fidelity": "only low is possible: a picture is read as its codes",
+        "mask": "a part of an image cannot be masked: say in the prompt what to change",
+        "markup": "an image cannot be marked: say in the prompt what to change",
+        "input_fidelity": "only low is possible: an image is read as its codes",
         "moderation": "only auto and low are possible: nothing is moderated",
-        "complexity": "the model draws in one way: leave it out",
-        "frame_count": "pictures do not move: leave it out",
-        "frame_duration_ms": "pictures do not move: leave it out",
-        "svg": "pictures are png, webp or jpeg: leave it out",
+        "complexity": "the model has one style: leave it out",
+        "frame_count": "images do not move: leave it out",
+        "frame_duration_ms": "images do not move: leave it out",
+        "svg": "images are png, webp or jpeg: leave it out",
     }
 
     model: str | None = None
@@ -436,7 +436,7 @@ class GenerationRequest(ImageOptions):
 
 
 class EditRequest(ImageOptions):
-    """/v1/images/edits; a JSON body names its pictures in `images`, a form has them as files."""
+    """/v1/images/edits; a JSON body names its images in `images`, a form has them as files."""
 
     prompt: str
     images: list[EditImage] | None = None
@@ -449,7 +449,7 @@ class EditImage(Wire):
 
 class VariationRequest(ImageOptions):
     """/v1/images/variations. `prompt`, an addition to OpenAI's fields, is the text after the
-    picture."""
+    image."""
 
     prompt: str = "Draw the same thing again."
 
@@ -495,7 +495,7 @@ class InputMessage(Wire):
 
 
 class InputDrawing(Wire):
-    """A picture that an earlier reply drew: by its id, or by its pixels."""
+    """An image of an earlier reply: by its id, or by its pixels."""
 
     type: Literal["image_generation_call"]
     id: str
@@ -524,7 +524,7 @@ InputItem = Annotated[
 
 
 class DrawingTool(Wire):
-    """The tool that lets a reply hold pictures."""
+    """The tool that lets a reply hold images."""
 
     type: Literal["image_generation"]
     model: str | None = None
@@ -553,7 +553,7 @@ class PlainStreamOptions(Wire):
 
 
 class ResponseRequest(TextSampling, Bookkeeping):
-    """/v1/responses. Pictures come where `tools` has image_generation."""
+    """/v1/responses. Images come where `tools` has image_generation."""
 
     neutral = _CHAT_NEUTRAL | {
         "truncation": ("disabled",),

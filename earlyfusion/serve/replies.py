@@ -154,7 +154,7 @@ def sse(data: Any, event: str | None = None) -> bytes:
 
 
 def image_tokens(model: Chameleon, ids: Iterable[int]) -> int:
-    """How many of a prompt's tokens spell pictures, their marks included."""
+    """How many of a prompt's tokens spell images, their marks included."""
     begin, end = model.processor.vocabulary.begin_image, model.processor.vocabulary.end_image
     count, inside = 0, False
     for token in ids:

@@ -61,8 +61,8 @@ def check_models(service: Service, body: ResponseRequest) -> None:
         if tool.model != (body.model or service.name):
             raise ApiError(
                 400,
-                f"tools[0].model={tool.model[:60]!r} is not the model of the request, which draws "
-                "its pictures itself: leave it out",
+                f"tools[0].model={tool.model[:60]!r} is not the model of the request, which "
+                "generates its images itself: leave it out",
                 param="tools[0].model",
                 code="invalid_value",
             )
@@ -188,7 +188,7 @@ class ResponseReply:
     def _end_text(self) -> list[Json]:
         item, self._item = self._item, None
         self._lead = False
-        if item is None or not item.text:  # blanks between two pictures are not an item
+        if item is None or not item.text:  # blanks between two images are not an item
             return []
         position = self._position(item.id)
         inside = position | {"content_index": 0}
@@ -237,7 +237,7 @@ class ResponseReply:
     async def _end_drawing(self, event: ImageDone) -> list[Json]:
         assert self._drawing is not None
         tool, drawing = self._tool, self._drawing
-        # A later request finds the picture's codes by the id of this item.
+        # A later request finds the image's codes by the id of this item.
         file_id = f"file-{drawing['id'].removeprefix('ig_')}"
         file = await self._service.store_picture(
             event, tool.output_format, tool.output_compression, file_id

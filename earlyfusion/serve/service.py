@@ -1,5 +1,5 @@
 """Everything that the routes share: the model behind its driver, the stores, and the way from a
-body to requests. A few worker threads read prompts and their pictures."""
+body to requests. A few worker threads read prompts and their images."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ class Service:
 
         Each prompt is answered `spec.n` times; with several prompts, `count` is the number of
         requests in all. A worker thread reads the prompts, unless they are `quick`: short, and
-        without pictures and constraints.
+        without images and constraints.
         """
         count = count or spec.n
         if count > self.driver.limit:
@@ -141,7 +141,7 @@ class Service:
                 f"{self.driver.limit}: ask for fewer",
                 param="n",
             )
-        # Admission comes first: a full server does not even read the pictures.
+        # Admission comes first: a full server does not even read the images.
         batch = self.driver.admit(count)
         try:
             if quick:
@@ -203,18 +203,18 @@ class Service:
     async def store_picture(
         self, event: ImageDone, output_format: Format, compression: int, file_id: str | None = None
     ) -> StoredFile:
-        """Decode a drawn picture, and store its file with its codes."""
+        """Decode a generated image, and store its file with its codes."""
         data, pixels = await self.decoder.file(event, output_format, compression)
         media_type, name = MEDIA_TYPES[output_format], f"image.{output_format}"
         image = Image(codes=event.codes)
         return self.files.add(data, media_type, image, name, "assistants_output", file_id, pixels)
 
     async def preview(self, event: ImagePreview, output_format: Format, compression: int) -> bytes:
-        """The file of an unfinished picture."""
+        """The file of an unfinished image."""
         return (await self.decoder.file(event, output_format, compression)).data
 
     def shape(self, size: str | None) -> str:
-        """The size of the pictures that are drawn, as "64x64"."""
+        """The size of generated images, as "64x64"."""
         if size not in (None, "auto"):
             return str(size)
         layout, stride = self.model.processor.layout, self.model.config.vq_config.stride

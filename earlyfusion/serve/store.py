@@ -1,6 +1,6 @@
-"""The server's stores, in memory and of limited size: pictures with codes, and conversations.
+"""The server's stores, in memory and of limited size: images with codes, and conversations.
 
-A picture that the model drew keeps its codes, so that a later prompt holds exactly what was drawn
+An image that the model generated keeps its codes, so that a later prompt has exactly these codes
 and nothing is encoded again. It is found by its id, its signed address, the bytes of its file, or
 its pixels. If a store is full, the oldest entries go first.
 """
@@ -37,9 +37,9 @@ def new_key() -> str:
 
 @dataclass(frozen=True, eq=False)
 class StoredFile:
-    """A picture's file. `image` has codes if the model drew it, or pixels if a client sent it.
+    """An image's file. `image` has codes if the model generated it, or pixels if a client sent it.
 
-    `pixels` is the digest of drawn pixels, b"" for a picture that a client sent."""
+    `pixels` is the digest of generated pixels, b"" for an image that a client sent."""
 
     id: str
     data: bytes
@@ -69,13 +69,13 @@ class StoredFile:
 
 
 class Files:
-    """Pictures, `max_bytes` in all. Safe in any thread."""
+    """Images, `max_bytes` in all. Safe in any thread."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self._secret = secrets.token_bytes(32)
         self._files: OrderedDict[str, StoredFile] = OrderedDict()
-        self._by_digest: dict[bytes, str] = {}  # digests of files' bytes and of drawn pixels
+        self._by_digest: dict[bytes, str] = {}  # digests of files' bytes and of generated pixels
         self._bytes = 0
         self._lock = Lock()
 
@@ -89,9 +89,9 @@ class Files:
         file_id: str | None = None,
         pixels: bytes = b"",
     ) -> StoredFile:
-        """Store a picture under `file_id`, or under a new id that cannot be guessed.
+        """Store an image under `file_id`, or under a new id that cannot be guessed.
 
-        `pixels` is the digest of the pixels, for a picture that the model drew."""
+        `pixels` is the digest of the pixels, for an image that the model generated."""
         file_id = file_id or f"file-{new_key()}"
         file = StoredFile(file_id, data, media_type, name, purpose, int(time()), image, pixels)
         with self._lock:
@@ -111,7 +111,7 @@ class Files:
                 return self._files[file_id]
         raise ApiError(
             404,
-            f"there is no file {file_id[:40]!r} here any more: send the picture itself",
+            f"there is no file {file_id[:40]!r} here any more: send the image itself",
             code="file_not_found",
         )
 
@@ -122,11 +122,11 @@ class Files:
             self._forget(file_id)
 
     def drawn(self, data: bytes) -> Image | None:
-        """The drawn picture, with its codes, whose file has these bytes, if any."""
+        """The generated image, with its codes, whose file has these bytes, if any."""
         return self._drawn(_digest(data))
 
     def drawn_pixels(self, image: Image) -> Image | None:
-        """The drawn picture, with its codes, that has the same pixels, if any."""
+        """The generated image, with its codes, that has the same pixels, if any."""
         return None if image.pil is None else self._drawn(pixels_digest(image.pil))
 
     def _drawn(self, digest: bytes) -> Image | None:
@@ -181,7 +181,7 @@ class Conversations:
         self._bytes = 0
 
     def add(self, conversation: Conversation) -> None:
-        # Without the picture's file, which is large and in `Files`, or with the client.
+        # Without the image's file, which is large and in `Files`, or with the client.
         turns = [_slim(turn) for turn in conversation.turns]
         size = sum(_turn_size(turn) for turn in turns) + len(str(conversation.response))
         self._known[conversation.response["id"]] = replace(conversation, turns=turns), size
@@ -210,7 +210,7 @@ class Conversations:
 
 
 def _slim(turn: Message) -> Message:
-    """The turn without the pixels of pictures that have codes: prompts need none."""
+    """The turn without the pixels of images that have codes: prompts need none."""
     parts = [
         Image(codes=part.codes) if isinstance(part, Image) and part.codes is not None else part
         for part in turn.parts
@@ -244,7 +244,7 @@ def _digest(data: bytes) -> bytes:
 
 
 def pixels_digest(pil: PIL.Image.Image) -> bytes:
-    """A digest of sixteen bytes of a picture's pixels."""
+    """A digest of sixteen bytes of an image's pixels."""
     return _digest(repr(pil.size).encode() + pil.convert("RGB").tobytes())
 
 
