@@ -88,8 +88,8 @@ _GREY = (128, 128, 128)
 @dataclass(frozen=True, eq=False)
 class Reply:
     """The model's answer: `segments` in order, its images with both pixels and codes. The same
-    request with this `seed` gives the same reply. `logprobs` has an entry per drawn token, if the
-    request asked for them. If the prompt ends with an assistant's turn, the reply is only the
+    request with this `seed` gives the same reply. `logprobs` has an entry per generated token, if
+    the request asked for them. If the prompt ends with an assistant's turn, the reply is only the
     continuation of that turn."""
 
     segments: list[Segment]
@@ -338,7 +338,7 @@ class Chameleon:
         Messages end with the user's turn, or with an assistant's turn, which the reply continues.
         `output` says what may come: "text" only; "image", which is `max_images` images (default: 1)
         and nothing else; or both in the order that the model chooses ("interleaved", "auto").
-        `size` is the width and height of images in pixels, for models that draw several sizes.
+        `size` is the width and height of images in pixels, for models that generate several sizes.
         `adapter` is the name of one that the model was loaded with. Fields of `SamplingParams` may
         be given by name (`temperature=0`); they and `seed` override `sampling`. The same seed gives
         the same reply. Raises an `EarlyFusionError`.
@@ -472,7 +472,7 @@ class Chameleon:
         self._check_constraint(output, resolved)
         messages = as_messages(prompt)
         draft = self.processor.draft(messages)
-        # The draft has the prompt's length: check it before the slow encoding of pictures.
+        # The draft has the prompt's length: check it before the slow encoding of images.
         self._check_length(draft, layout.num_tokens if output == "image" else 0)
         max_tokens, images = self._reply_limits(
             output, values, resolved, len(draft), layout.num_tokens
@@ -596,12 +596,12 @@ class Chameleon:
             shown = repr(listed) if wanted is None else "x".join(map(str, wanted))
             sizes = ", ".join(map(str, possible))
             raise SettingError(
-                f"size={shown[:40]} is not drawn by this model: give (width, height) as {sizes}"
+                f"size={shown[:40]} is not a size of this model: give (width, height) as {sizes}"
             )
         return layout
 
     def _check_length(self, draft: TokenSequence, drawn_tokens: int) -> None:
-        """Raise `ContextError` if a prompt leaves no room for a token, or for the image to draw."""
+        """Raise `ContextError` if a prompt leaves no room for a token, or for a requested image."""
         length, limit = len(draft), self.config.max_position_embeddings
         if length + max(drawn_tokens, 1) > limit:
             images = [end - start for start, end, modality in draft.spans if modality == "image"]
@@ -639,7 +639,7 @@ class Chameleon:
         return max_tokens, int(images)
 
     def _fill_images(self, draft: TokenSequence, messages: Sequence[Message]) -> list[int]:
-        """The ids of a draft of these messages, with their pictures encoded and spelled."""
+        """The ids of a draft of these messages, with their images encoded and spelled."""
         images = [i for message in messages for i in message.images if i.codes is None]
         return self.processor.fill(draft, self._encode_images(images)) if images else draft.ids
 
@@ -658,7 +658,7 @@ class Chameleon:
         return [codes_of[key] for key in keys]
 
     def _image_keys(self, images: Sequence[Image]) -> list[bytes]:
-        """Hashes of what the codes depend on: pixels, weights, and how a picture is made square."""
+        """Hashes of what the codes depend on: pixels, weights, and how an image is made square."""
         tokenizer = self.image_tokenizer
         settings = tokenizer.mode, tokenizer.resolution, fingerprint([tokenizer.vqgan])
         pils = [image.pil for image in images if image.pil is not None]
@@ -800,7 +800,7 @@ def _load_shard(
 
 
 def _seeds(seed: Any, count: int) -> list[int | None]:
-    """The seed of each prompt; None means to draw one."""
+    """The seed of each prompt; None means a random one."""
     listed: Any = seed.tolist() if isinstance(seed, np.ndarray) else seed
     if isinstance(listed, list | tuple):
         return _one_per_prompt("seed", listed, count)
@@ -826,6 +826,6 @@ def _too_long_message(
         count = "1 image takes" if images == 1 else f"{images} images take"
         causes.append(f"{count} {image_tokens:,}")
     if drawn_tokens:
-        causes.append(f"the image to draw takes {drawn_tokens:,}")
+        causes.append(f"the image to generate takes {drawn_tokens:,}")
     remedy = "drop an image or shorten the text" if images else "shorten it"
     return f"prompt is {length:,} tokens, limit {limit:,}: {'; '.join([*causes, remedy])}"

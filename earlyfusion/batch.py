@@ -161,7 +161,7 @@ def _check(turns: Sequence[tuple[Any, list[Part]]]) -> None:
 
 
 class Replies:
-    """The folder of a batch: replies.jsonl, errors.jsonl and pictures/; locked by one process.
+    """The folder of a batch: replies.jsonl, errors.jsonl and images/; locked by one process.
     Raises `SettingError` for a folder with other content, or one that another process writes to."""
 
     def __init__(self, folder: Path) -> None:

@@ -159,7 +159,7 @@ class Conversation:
             raise SettingError("/image needs a file: give one, as in /image cat.png")
         image = Image.open(typed_path(typed))
         self._change(self._turns, [*self._images, image])
-        self._screen.picture(image)
+        self._screen.show_image(image)
 
     def _undo(self, _: str) -> None:
         if not self._past:
@@ -206,7 +206,7 @@ class Conversation:
 
 
 class Notebook:
-    """A folder with one conversation: conversation.json, and its images. Drawn images are saved
+    """A folder with one conversation: conversation.json, and its images. Generated images are saved
     with their codes, so that the conversation continues as if it had not been left. `codebook`
     identifies the image tokenizer's codewords: codes for another one are ignored."""
 

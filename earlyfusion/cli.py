@@ -161,7 +161,7 @@ Verify = Annotated[
 ]
 Seed = Annotated[int | None, whole_option("The same seed gives the same bytes.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-ImageFolder = Annotated[Path, typer.Option("--out", "-o", help="Folder for drawn PNG files.")]
+ImageFolder = Annotated[Path, typer.Option("--out", "-o", help="Folder for generated PNG files.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")]
 
 _MODES = ("crop", "fit")
@@ -318,7 +318,7 @@ def generate(
 
     images = image or []
     if "" in images:
-        raise SettingError("--image is empty: give a picture file, or leave the option out")
+        raise SettingError("--image is empty: give an image file, or leave the option out")
     _check_pipe([prompt or "", *images])
     words = _prompt(prompt, prompt_file)
     messages = as_messages(fill_placeholders(words, [_image(name) for name in images]))
@@ -415,14 +415,14 @@ def _report_batch(out: Path, jobs: int, new: int, failed: int, as_json: bool) ->
     return 2 if failed else 0
 
 
-@app.command(epilog=_examples("earlyfusion demo", "earlyfusion demo --out pictures --seed 3"))
+@app.command(epilog=_examples("earlyfusion demo", "earlyfusion demo --out images --seed 3"))
 def demo(
     out: ImageFolder = Path("earlyfusion-demo"),
     seed: Seed = 0,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """A short tour with the embedded model: it names an image, draws one, and mixes both."""
+    """A short tour with the embedded model: it names an image, generates one, and mixes both."""
     from earlyfusion.content import Image, fill_placeholders
     from earlyfusion.terminal import Album, Screen, answer, reply_json
 
@@ -437,7 +437,7 @@ def demo(
         (_DEMO_LIST, _DEMO_LIST, "interleaved"),
     ]
     steps = []
-    screen.picture(image)
+    screen.show_image(image)
     for words, prompt, output in tour:
         screen.line(f"\n> {words}")
         reply = answer(chameleon, prompt, output, params, album, screen)
@@ -460,13 +460,13 @@ def gallery(
         list[str] | None,
         typer.Argument(help="Requests, each a line of the sheet.", show_default="six of our own"),
     ] = None,
-    count: Annotated[int, whole_option("Drawings of each request.")] = 8,
+    count: Annotated[int, whole_option("Images of each request.")] = 8,
     out: Annotated[Path, typer.Option("--out", "-o", help="A .png or .webp file.")] = _GALLERY,
     seed: Seed = 0,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Draw requests with the first seeds, unselected, on one sheet."""
+    """Generate images of requests with the first seeds, unselected, on one sheet."""
     from earlyfusion.files import check_writable, taken, write_whole
     from earlyfusion.terminal import Screen, sheet, sheet_file
 
@@ -530,7 +530,7 @@ def encode(
         print(f"{out}: {' x '.join(map(str, codes.shape))} codes")
 
 
-@app.command(epilog=_examples("earlyfusion decode codes.safetensors -o pictures"))
+@app.command(epilog=_examples("earlyfusion decode codes.safetensors -o images"))
 def decode(
     codes: Annotated[Path, typer.Argument(help="A file that `earlyfusion encode` wrote.")],
     out: ImageFolder = Path("out"),
@@ -538,7 +538,7 @@ def decode(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Draw the images of a file of codes."""
+    """Decode a file of codes to images."""
     from earlyfusion.checkpoints.codes import load_codes
     from earlyfusion.terminal import Album, Screen, decoded
 
@@ -548,7 +548,7 @@ def decode(
     paths = []
     for image in decoded(chameleon, codes_nhw):
         paths.append(album.save(image))
-        screen.picture(image, paths[-1])
+        screen.show_image(image, paths[-1])
     if as_json:
         _print_json({"images": [str(path) for path in paths]})
 
@@ -808,27 +808,27 @@ def serve(
         ServeOptions.max_queue
     ),
     allow_image_urls: Annotated[
-        bool, typer.Option("--allow-image-urls", help="Fetch pictures from public addresses.")
+        bool, typer.Option("--allow-image-urls", help="Fetch images from public addresses.")
     ] = ServeOptions.allow_image_urls,
     cors_origin: Annotated[
         list[str] | None,
         typer.Option(help="Origin of a web page that may call the server; may be repeated."),
     ] = None,
     public_url: Annotated[
-        str, typer.Option(help="The server's address for clients, in addresses of pictures.")
+        str, typer.Option(help="The server's address for clients, in addresses of images.")
     ] = ServeOptions.public_url,
     image_delivery: Annotated[
         str,
         typer.Option(
             metavar="|".join(DELIVERIES),
-            help="How chats get pictures if the request does not say; with markdown, Open WebUI "
+            help="How chats get images if the request does not say; with markdown, Open WebUI "
             "shows them between the texts.",
         ),
     ] = ServeOptions.image_delivery,
     file_bytes: Annotated[
         int | None,
         bytes_option(
-            "Memory for pictures that were drawn or uploaded; the oldest are dropped first.",
+            "Memory for images that were generated or uploaded; the oldest are dropped first.",
             unset=f"{ServeOptions.file_bytes // 10**6}MB",
         ),
     ] = None,
@@ -865,7 +865,7 @@ def serve(
     verify: Verify = True,
     cache_bytes: CacheBytes = None,
 ) -> None:
-    """Serve OpenAI's API, with pictures in and out: chat, responses, images, completions, files."""
+    """Serve OpenAI's API, with images in and out: chat, responses, images, completions, files."""
     from earlyfusion.serve import check_installed
     from earlyfusion.serve.options import adapters_of, check_replicas
 
@@ -1041,7 +1041,7 @@ def _image(name: str) -> Image:
 
 
 def _seeded(sampling: dict[str, Any]) -> SamplingParams:
-    """The settings given by options; the seed is drawn here, so that it can be printed."""
+    """The settings given by options; a random seed is chosen here, so that it can be printed."""
     seed = sampling.get("seed")
     return SamplingParams(**sampling | {"seed": secrets.randbits(31) if seed is None else seed})
 

@@ -15,7 +15,7 @@ from earlyfusion.files import read_json_object
 
 @dataclass(frozen=True)
 class VQConfig:
-    """Shape of the VQ-GAN. A picture of side `resolution` becomes (resolution / stride)^2 codes."""
+    """Shape of the VQ-GAN. An image of side `resolution` becomes (resolution / stride)^2 codes."""
 
     embed_dim: int = 256
     num_embeddings: int = 8192
@@ -56,7 +56,7 @@ class VQConfig:
 
     @property
     def grid(self) -> int:
-        """Codes along one side of a picture; `SettingError` if the stride does not
+        """Codes along one side of an image; `SettingError` if the stride does not
         divide its side."""
         _require(
             self.resolution % self.stride == 0,

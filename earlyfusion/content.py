@@ -1,11 +1,11 @@
 """Content before it is tokens: `Text`, `Image`, `Message`, and the ways to write a prompt.
 
-Pictures are read safely here: format and size are checked in the header before any pixel is
-decoded. The result is RGB, upright and blended on white, as in Meta's code
+Images are read safely here: format and size are checked in the header before any pixel is decoded.
+The result is RGB, upright and blended on white, as in Meta's code
 (github.com/facebookresearch/chameleon, chameleon/inference/image_tokenizer.py), with two exceptions
-where Meta's code would lose the picture: values of more than 8 bits are scaled instead of cut off
-at 255 (`deep="clip"` cuts them off), and pictures over 25 megapixels are scaled down while being
-read. Reading the largest picture takes about 1 GB of memory, 2 GB as AVIF or WEBP.
+where Meta's code would lose the image: values of more than 8 bits are scaled instead of clipped at
+255 (`deep="clip"` clips them), and images over 25 megapixels are scaled down while being read.
+Reading the largest image takes about 1 GB of memory, 2 GB as AVIF or WEBP.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from earlyfusion.errors import ImageError, PromptError
 MAX_FILE_BYTES = 200_000_000
 MAX_SIDE = 16_384
 MAX_FILE_PIXELS = 200_000_000
-MAX_PIXELS = 25_000_000  # of a picture in memory; larger ones are scaled down while being read
+MAX_PIXELS = 25_000_000  # of an image in memory; larger ones are scaled down while being read
 PLACEHOLDER = "<image>"
 
 # Readers by first bytes. PIL.Image.open would try every format, and warn about large files.
@@ -53,7 +53,7 @@ _READERS: dict[bytes, type[ImageFile]] = {
 _AVIF_BRANDS = {b"avif", b"avis"}
 _HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 _FORMATS = "PNG, JPEG, WEBP, GIF, BMP, TIFF or AVIF"
-_BAND_ROWS = 128  # rows of a large picture scaled down at a time
+_BAND_ROWS = 128  # rows of a large image scaled down at a time
 
 # Pillow's modes with more than 8 bits.
 _16_BITS = {"I;16", "I;16L", "I;16B", "I;16N"}
@@ -77,9 +77,9 @@ class Text:
 
 @dataclass(eq=False)
 class Image:
-    """A picture: its pixels, its codes, or both. Raises `ImageError`. `pil` is upright RGB of at
-    most 25 megapixels, or None for a drawn picture that is not decoded yet. `codes` is int64 [h,
-    w], or None for a picture that is not encoded yet. Grey pictures are scaled to 8 bits from 16
+    """An image: its pixels, its codes, or both. Raises `ImageError`. `pil` is upright RGB of at
+    most 25 megapixels, or None for a generated image that is not decoded yet. `codes` is int64 [h,
+    w], or None for an image that is not encoded yet. Grey images are scaled to 8 bits from 16
     bits, from 32 bits up to 65,535, and from floats of 0 to 1."""
 
     pil: PIL.Image.Image | None = None
@@ -89,26 +89,26 @@ class Image:
         if self.pil is None and self.codes is None:
             raise ImageError("an image needs pixels or codes: use Image.open, Image.of or codes=")
         if self.pil is not None:
-            self.pil = _to_upright_rgb(self.pil, "the picture")
+            self.pil = _to_upright_rgb(self.pil, "the image")
         if self.codes is not None:
             self.codes = _checked_codes(self.codes)
 
     @classmethod
     def open(cls, path: str | Path, *, deep: Deep = "scale") -> Image:
-        """Read a picture file: PNG, JPEG, WEBP, GIF, BMP, TIFF, AVIF, and HEIC with the extra
-        "heic". Of several frames the first is read. `deep="clip"` cuts values off at 255, as Meta's
+        """Read an image file: PNG, JPEG, WEBP, GIF, BMP, TIFF, AVIF, and HEIC with the extra
+        "heic". Of several frames the first is read. `deep="clip"` clips values at 255, as Meta's
         code does, instead of scaling them."""
         name = str(path)
         return cls(_decode(_read_file(path, name), name, deep))
 
     @classmethod
-    def from_bytes(cls, data: bytes, name: str = "the picture", *, deep: Deep = "scale") -> Image:
-        """Read a picture from the bytes of a file, which errors call `name`."""
+    def from_bytes(cls, data: bytes, name: str = "the image", *, deep: Deep = "scale") -> Image:
+        """Read an image from the bytes of a file, which errors call `name`."""
         return cls(_decode(data, name, deep))
 
     @classmethod
     def from_array(cls, array: npt.NDArray[Any]) -> Image:
-        """A picture from [Y, X], [Y, X, C] or [C, Y, X] with C = 1, 3 or 4 (grey, RGB, RGBA). The
+        """An image from [Y, X], [Y, X, C] or [C, Y, X] with C = 1, 3 or 4 (grey, RGB, RGBA). The
         last axis is the channel if its length is 1, 3 or 4, else the first is. Whole numbers are 0
         to 255, floats 0 to 1."""
         pixels = _as_uint8(_channels_last(array))
@@ -116,11 +116,11 @@ class Image:
 
     @classmethod
     def of(cls, source: Any, *, deep: Deep = "scale") -> Image:
-        """A picture from an Image, PIL image, path, bytes, numpy array or torch tensor."""
+        """An image from an Image, PIL image, path, bytes, numpy array or torch tensor."""
         if isinstance(source, Image):
             return source
         if isinstance(source, PIL.Image.Image):
-            return cls(_to_upright_rgb(source, "the picture", deep))
+            return cls(_to_upright_rgb(source, "the image", deep))
         if isinstance(source, str | Path):
             return cls.open(source, deep=deep)
         if isinstance(source, bytes | bytearray | memoryview):
@@ -130,13 +130,13 @@ class Image:
         if _is_tensor(source):
             return cls.from_array(_tensor_to_array(source))
         raise ImageError(
-            f"an object of type {type(source).__name__} is not a picture: "
+            f"an object of type {type(source).__name__} is not an image: "
             "give a PIL image, a path, bytes, a numpy array or a tensor"
         )
 
 
 Segment: TypeAlias = Text | Image
-Picture = TypeVar("Picture")
+ImageT = TypeVar("ImageT")
 Part: TypeAlias = str | Text | Image | PIL.Image.Image | Path | npt.NDArray[Any]
 
 
@@ -183,32 +183,32 @@ def as_messages(prompt: Prompt) -> list[Message]:
 
 
 def fill_placeholders(text: str, images: Sequence[Any]) -> list[Segment]:
-    """Parts of a text in which `<image>` marks the place of each picture. Without any mark the
-    pictures come first. Raises `PromptError` if the numbers of marks and pictures differ."""
+    """Parts of a text in which `<image>` marks the place of each image. Without any mark the
+    images come first. Raises `PromptError` if the numbers of marks and images differ."""
     return _to_segments(fill_unopened(text, [Image.of(image) for image in images]))
 
 
-def fill_unopened(text: str, pictures: Sequence[Picture]) -> list[str | Picture]:
-    """`fill_placeholders` for pictures of any type, which are not opened."""
+def fill_unopened(text: str, images: Sequence[ImageT]) -> list[str | ImageT]:
+    """`fill_placeholders` for images of any type, which are not opened."""
     pieces = text.split(PLACEHOLDER)
     if len(pieces) == 1:
-        pieces = [""] * len(pictures) + [text]
-    if len(pieces) != len(pictures) + 1:
-        marks, given = len(pieces) - 1, len(pictures)
+        pieces = [""] * len(images) + [text]
+    if len(pieces) != len(images) + 1:
+        marks, given = len(pieces) - 1, len(images)
         raise PromptError(
             f"the prompt marks {counted(marks, 'place')} with {PLACEHOLDER} but "
             f"{counted(given, 'image')} {'is' if given == 1 else 'are'} given: "
             "give each image a mark, or no mark at all"
         )
-    parts: list[str | Picture] = []
+    parts: list[str | ImageT] = []
     for number, piece in enumerate(pieces):
         parts += [piece] if piece else []
-        parts += pictures[number : number + 1]
+        parts += images[number : number + 1]
     return parts
 
 
 def read_turns(data: Any, folder: Path) -> list[tuple[str, list[Part]]]:
-    """Roles and parts of turns in JSON: [{"role": …, "content": …}, …]. Pictures are not opened.
+    """Roles and parts of turns in JSON: [{"role": …, "content": …}, …]. Images are not opened.
     Raises `PromptError` for any other form."""
     if not isinstance(data, list) or not data:
         raise PromptError("messages are a list of objects with role and content")
@@ -308,15 +308,15 @@ def _part_from_dict(part: Mapping[str, Any]) -> Part:
 
 
 def _image_from_dict(part: Mapping[str, Any]) -> Image:
-    source = next((part[k] for k in _PICTURE_KEYS if part.get(k) is not None), None)
+    source = next((part[k] for k in _IMAGE_KEYS if part.get(k) is not None), None)
     if isinstance(source, Mapping):
         source = source.get("url")
     if source is None:
-        raise PromptError(f"a part of type image has no picture: give it as {_PICTURE_KEYS[0]!r}")
+        raise PromptError(f"a part of type image has no source: give it as {_IMAGE_KEYS[0]!r}")
     if not isinstance(source, str):
         return Image.of(source)
     if source.startswith(("http://", "https://")):
-        raise PromptError(f"{source[:60]} is not fetched: download the picture and give its path")
+        raise PromptError(f"{source[:60]} is not fetched: download the image and give its path")
     if "base64" in part or source.startswith("data:"):
         return Image.from_bytes(_decode_base64(source))
     if source.startswith("file://"):
@@ -325,18 +325,18 @@ def _image_from_dict(part: Mapping[str, Any]) -> Image:
     return Image.open(source)
 
 
-_PICTURE_KEYS = ("image", "image_url", "url", "path", "base64")
+_IMAGE_KEYS = ("image", "image_url", "url", "path", "base64")
 
 
 def _decode_base64(text: str) -> bytes:
     """The bytes of a data URL, or of plain base64."""
     head, comma, body = text.partition(",")
     if comma and not head.endswith(";base64"):
-        raise ImageError("a data URL of a picture must be in base64: data:image/png;base64,…")
+        raise ImageError("a data URL of an image must be in base64: data:image/png;base64,…")
     try:
         return base64_bytes(body if comma else text)
     except ValueError:
-        raise ImageError("the base64 of a picture is damaged: encode its bytes again") from None
+        raise ImageError("the base64 of an image is damaged: encode its bytes again") from None
 
 
 def base64_bytes(text: str) -> bytes:
@@ -377,15 +377,15 @@ def check_alternation(messages: Sequence[Message]) -> None:
 
 def _read_file(source: str | Path, name: str) -> bytes:
     if "://" in name:
-        raise ImageError(f"{name} is an address: download the picture and give its file")
+        raise ImageError(f"{name} is an address: download the image and give its file")
     path = Path(source)
     try:
         if not name:
-            raise ImageError("the name of a picture is empty: give a picture file")
+            raise ImageError("the name of an image is empty: give an image file")
         if path.is_dir():
-            raise ImageError(f"{name} is a folder: give a picture file")
+            raise ImageError(f"{name} is a folder: give an image file")
         if not path.exists():
-            raise ImageError(f"there is no file {name}: check the path of the picture")
+            raise ImageError(f"there is no file {name}: check the path of the image")
         _check_bytes(path.stat().st_size, name)
         # The size of a pipe cannot be checked, so read no more than the limit.
         with path.open("rb") as file:
@@ -408,16 +408,16 @@ def _decode(data: bytes, name: str, deep: Deep) -> PIL.Image.Image:
     _check_bytes(len(data), name)
     reader = _reader(data, name)
     try:
-        picture = reader(BytesIO(data))
+        image = reader(BytesIO(data))
     except PIL.Image.DecompressionBombError:
         raise _too_large_error(name) from None
     # A parser of untrusted bytes may raise anything, with messages that a user cannot act on.
     except Exception:
         raise _damaged_error(name) from None
-    if isinstance(picture, JpegImageFile):
-        _check_size(*picture.size, name)
-        _decode_smaller(picture)
-    return _to_upright_rgb(picture, name, deep)
+    if isinstance(image, JpegImageFile):
+        _check_size(*image.size, name)
+        _decode_smaller(image)
+    return _to_upright_rgb(image, name, deep)
 
 
 def _reader(data: bytes, name: str) -> type[ImageFile]:
@@ -428,7 +428,7 @@ def _reader(data: bytes, name: str) -> type[ImageFile]:
         return _heic_reader(name)
     reader = next((cls for magic, cls in _READERS.items() if data.startswith(magic)), None)
     if reader is None:
-        raise ImageError(f"{name} is not a picture in a known format: save it as {_FORMATS}")
+        raise ImageError(f"{name} is not an image in a known format: save it as {_FORMATS}")
     return reader
 
 
@@ -445,18 +445,18 @@ def _heic_reader(name: str) -> type[ImageFile]:
         from pillow_heif import HeifImageFile
     except ImportError:
         raise ImageError(
-            f"{name} is a HEIC picture, for which a library is missing: "
+            f"{name} is a HEIC image, for which a library is missing: "
             f"pip install 'earlyfusion[heic]', or save it as {_FORMATS}"
         ) from None
     return cast("type[ImageFile]", HeifImageFile)
 
 
-def _decode_smaller(picture: JpegImageFile) -> None:
+def _decode_smaller(image: JpegImageFile) -> None:
     """Have the decoder scale a large JPEG down by 2, 4 or 8, which saves memory and time."""
-    width, height = picture.size
+    width, height = image.size
     step = next(s for s in (1, 2, 4, 8) if width * height <= MAX_PIXELS * s**2)
     if step > 1:
-        picture.draft(None, (width // step, height // step))
+        image.draft(None, (width // step, height // step))
 
 
 def _damaged_error(name: str) -> ImageError:
@@ -469,18 +469,16 @@ def _too_large_error(name: str) -> ImageError:
     )
 
 
-def _to_upright_rgb(picture: PIL.Image.Image, name: str, deep: Deep = "scale") -> PIL.Image.Image:
+def _to_upright_rgb(image: PIL.Image.Image, name: str, deep: Deep = "scale") -> PIL.Image.Image:
     if deep not in get_args(Deep):
         raise ImageError(f"deep={deep!r} is unknown: choose 'scale' or 'clip'")
-    _check_size(*picture.size, name)
+    _check_size(*image.size, name)
     try:
-        picture.load()
-        white = (
-            _white_value(picture, name) if deep == "scale" and picture.mode in _DEEP_MODES else None
-        )
-        if picture.width * picture.height > MAX_PIXELS:
-            return _apply_orientation(_downscale(picture, white))
-        return _to_rgb(_apply_orientation(picture), white)
+        image.load()
+        white = _white_value(image, name) if deep == "scale" and image.mode in _DEEP_MODES else None
+        if image.width * image.height > MAX_PIXELS:
+            return _apply_orientation(_downscale(image, white))
+        return _to_rgb(_apply_orientation(image), white)
     except ImageError:
         raise
     except PIL.Image.DecompressionBombError:
@@ -489,31 +487,31 @@ def _to_upright_rgb(picture: PIL.Image.Image, name: str, deep: Deep = "scale") -
         raise _damaged_error(name) from None
 
 
-def _downscale(picture: PIL.Image.Image, white: int | None) -> PIL.Image.Image:
+def _downscale(image: PIL.Image.Image, white: int | None) -> PIL.Image.Image:
     """RGB of at most MAX_PIXELS: means of step x step pixels, a band of rows at a time."""
-    width, height = picture.size
+    width, height = image.size
     step = next(s for s in range(2, MAX_SIDE) if -(-width // s) * -(-height // s) <= MAX_PIXELS)
     small = PIL.Image.new("RGB", (-(-width // step), -(-height // step)))
     for top in range(0, small.height, _BAND_ROWS):
         area = (0, top * step, width, min((top + _BAND_ROWS) * step, height))
-        small.paste(_to_rgb(picture.crop(area), white).reduce(step), (0, top))
-    small.getexif()[_ORIENTATION] = _orientation(picture)
+        small.paste(_to_rgb(image.crop(area), white).reduce(step), (0, top))
+    small.getexif()[_ORIENTATION] = _orientation(image)
     return small
 
 
-def _orientation(picture: PIL.Image.Image) -> int:
+def _orientation(image: PIL.Image.Image) -> int:
     try:
-        return int(picture.getexif().get(_ORIENTATION, 1))
+        return int(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # the pixels may be fine even if the metadata is damaged
         return 1
 
 
-def _white_value(picture: PIL.Image.Image, name: str) -> int:
-    """The value that means white in a picture with more than 8 bits."""
-    if picture.mode in _16_BITS:
+def _white_value(image: PIL.Image.Image, name: str) -> int:
+    """The value that means white in an image with more than 8 bits."""
+    if image.mode in _16_BITS:
         return 65_535
-    low, high = cast("tuple[float, float]", picture.getextrema())
-    if picture.mode == "F":
+    low, high = cast("tuple[float, float]", image.getextrema())
+    if image.mode == "F":
         white, numbers = 1, "floats"
     else:
         white, numbers = 255 if high <= 255 else 65_535, "32-bit numbers"
@@ -525,12 +523,12 @@ def _white_value(picture: PIL.Image.Image, name: str) -> int:
     return white
 
 
-def _to_rgb(picture: PIL.Image.Image, white: int | None) -> PIL.Image.Image:
+def _to_rgb(image: PIL.Image.Image, white: int | None) -> PIL.Image.Image:
     if white is None:
-        return _blend_on_white(picture)
-    values = np.asarray(picture, dtype=np.float64)
+        return _blend_on_white(image)
+    values = np.asarray(image, dtype=np.float64)
     if np.isnan(values).any():
-        raise ImageError("the picture holds NaN: replace it by numbers from 0 to 1")
+        raise ImageError("the image holds NaN: replace it by numbers from 0 to 1")
     return PIL.Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8)).convert("RGB")
 
 
@@ -548,32 +546,32 @@ def _check_size(width: int, height: int, name: str) -> None:
         )
 
 
-def _apply_orientation(picture: PIL.Image.Image) -> PIL.Image.Image:
+def _apply_orientation(image: PIL.Image.Image) -> PIL.Image.Image:
     try:
-        return ImageOps.exif_transpose(picture)
+        return ImageOps.exif_transpose(image)
     except Exception:  # as above
-        return picture
+        return image
 
 
-def _blend_on_white(picture: PIL.Image.Image) -> PIL.Image.Image:
-    if picture.mode == "RGB":
-        return picture
-    if picture.mode == "La":  # Pillow converts this mode to no other
-        picture = picture.convert("LA")
-    rgba = np.asarray(picture.convert("RGBA"))
+def _blend_on_white(image: PIL.Image.Image) -> PIL.Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode == "La":  # Pillow converts this mode to no other
+        image = image.convert("LA")
+    rgba = np.asarray(image.convert("RGBA"))
     if rgba[..., 3].min() == 255:
-        return _without_transparency(picture).convert("RGB")
-    # Row by row: the index arrays of a whole picture would take eight times its memory.
+        return _without_transparency(image).convert("RGB")
+    # Row by row: the index arrays of a whole image would take eight times its memory.
     rows = [_OVER_WHITE[row[:, 3:], row[:, :3]] for row in rgba]
     return PIL.Image.fromarray(np.stack(rows))
 
 
-def _without_transparency(picture: PIL.Image.Image) -> PIL.Image.Image:
-    if "transparency" not in picture.info:
-        return picture
-    picture = picture.copy()
-    del picture.info["transparency"]
-    return picture
+def _without_transparency(image: PIL.Image.Image) -> PIL.Image.Image:
+    if "transparency" not in image.info:
+        return image
+    image = image.copy()
+    del image.info["transparency"]
+    return image
 
 
 def _channels_last(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -584,7 +582,7 @@ def _channels_last(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         array = array.transpose(1, 2, 0)
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4):
         raise ImageError(
-            f"an array of shape {shape or 'scalar'} is not one picture: give [Y, X], [Y, X, C] or "
+            f"an array of shape {shape or 'scalar'} is not one image: give [Y, X], [Y, X, C] or "
             "[C, Y, X] with 1, 3 or 4 channels"
         )
     _check_size(array.shape[1], array.shape[0], "the array")
@@ -596,7 +594,7 @@ def _as_uint8(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
         return array.astype(np.uint8) * np.uint8(255)
     if array.dtype.kind not in "uif":
         raise ImageError(
-            f"an array of {array.dtype} is not a picture: "
+            f"an array of {array.dtype} is not an image: "
             "give whole numbers 0 to 255 or floats 0 to 1"
         )
     limit = 1 if array.dtype.kind == "f" else 255
@@ -604,7 +602,7 @@ def _as_uint8(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     if not (low >= 0 and high <= limit):  # NaN fails this as well
         raise ImageError(
             f"the array has values from {low} to {high}, "
-            f"a picture of {array.dtype} has 0 to {limit}: rescale it"
+            f"an image of {array.dtype} has 0 to {limit}: rescale it"
         )
     if limit == 1:
         array = np.rint(array.astype(np.float64) * 255)
@@ -622,7 +620,7 @@ def _tensor_to_array(tensor: Any) -> npt.NDArray[Any]:
         return np.asarray(tensor.numpy())
     except (NotImplementedError, RuntimeError, TypeError):  # on the meta device, or sparse
         raise ImageError(
-            "a tensor without plain values is not a picture: give a dense one of a real device"
+            "a tensor without plain values is not an image: give a dense one of a real device"
         ) from None
 
 
@@ -631,6 +629,6 @@ def _checked_codes(codes: Any) -> npt.NDArray[np.int64]:
     if array.ndim != 2 or array.size == 0 or array.dtype.kind not in "ui" or array.min() < 0:
         raise ImageError(
             f"image codes of shape {array.shape} and type {array.dtype} are not "
-            "[h, w] whole numbers from 0: give one picture's codes from the image tokenizer"
+            "[h, w] whole numbers from 0: give one image's codes from the image tokenizer"
         )
     return array.astype(np.int64)

@@ -20,7 +20,7 @@ class ContextError(PromptError):
 
 
 class ImageError(EarlyFusionError):
-    """A picture cannot be read, is too large, or has codes that the model does not know."""
+    """An image cannot be read, is too large, or has codes that the model does not know."""
 
 
 class SettingError(EarlyFusionError):
@@ -38,7 +38,7 @@ class CheckpointError(EarlyFusionError):
 
 
 class WeightsError(EarlyFusionError):
-    """The weights give NaN or infinite numbers, from which no token can be drawn."""
+    """The weights give NaN or infinite numbers, from which no token can be sampled."""
 
 
 class OutOfMemoryError(EarlyFusionError):

@@ -1,8 +1,8 @@
-"""Pictures <-> codes around the VQ-GAN (arXiv 2405.09818, section 2.1). The steps are those of
+"""Images <-> codes around the VQ-GAN (arXiv 2405.09818, section 2.1). The steps are those of
 Meta's released code, to the bit: Lanczos to a shorter side of `resolution`, centre crop, and u8 /
 255 * 2 - 1 in float64 before float32."""
 
-# Shapes: n pictures, C channels, Y X height and width in pixels, h w in codes.
+# Shapes: n images, C channels, Y X height and width in pixels, h w in codes.
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from earlyfusion.model.vqgan import VQGAN
 Mode: TypeAlias = Literal["crop", "fit"]
 Precision: TypeAlias = Literal["fp32", "bf16"]
 MAX_SQUARE = math.isqrt(MAX_PIXELS)
-# Pixels through the network at once: one or eight pictures of 512 x 512, or more smaller ones.
+# Pixels through the network at once: one or eight images of 512 x 512, or more smaller ones.
 _BATCH_PIXELS = 512 * 512
 _BATCH_PIXELS_GPU = 8 * 512 * 512
-# Pixels of a drawn picture: for each, the small network of mini takes 500 bytes.
+# Pixels of a decoded image: for each, the small network of mini takes 500 bytes.
 MAX_DRAWN_PIXELS = 2048 * 2048
 
 
 class MissingVQGAN(nn.Module):
-    """Stands in for a VQ-GAN that a checkpoint lacks: text works, pictures raise."""
+    """Stands in for a VQ-GAN that a checkpoint lacks: text works, images raise."""
 
     codewords: Tensor
     decoder = None
@@ -53,19 +53,19 @@ class MissingVQGAN(nn.Module):
 
 
 _NO_VQGAN = (
-    "this checkpoint has no image tokenizer, so pictures can be neither read nor drawn: "
+    "this checkpoint has no image tokenizer, so images can be neither read nor generated: "
     "add one with earlyfusion convert --image-tokenizer"
 )
 
 
 class ImageTokenizer:
-    """Encodes pictures to codes and draws codes as pictures, on the device of its VQ-GAN.
+    """Encodes images to codes and decodes codes to images, on the device of its VQ-GAN.
 
-    `mode` says how a picture becomes a square: "crop" keeps the centre, as Meta's code does; "fit"
-    keeps the whole picture on a white square. The `processor_config.json` of a model trained on
-    fitted pictures says so; set `mode` to override it. `precision` is that of the convolutions of
+    `mode` says how an image becomes a square: "crop" keeps the centre, as Meta's code does; "fit"
+    keeps the whole image on a white square. The `processor_config.json` of a model trained on
+    fitted images says so; set `mode` to override it. `precision` is that of the convolutions of
     `decode`, `encode_precision` of those of `encode`, where bf16 changes some codes (docs/gpu.md).
-    `compiled` has torch compile the network, which takes tens of seconds at the first picture, for
+    `compiled` has torch compile the network, which takes tens of seconds at the first image, for
     fewer and faster kernels on a GPU.
     """
 
@@ -100,11 +100,11 @@ class ImageTokenizer:
 
     @property
     def grid(self) -> int:
-        """Codes along one side of a picture."""
+        """Codes along one side of an image."""
         return self.resolution // self.vqgan.config.stride
 
     def encode(self, images: Any, mode: Mode | None = None) -> Tensor:
-        """Codes int64 [n, h, w] of pictures, or [1, h, w] of one: anything that `Image.of` takes.
+        """Codes int64 [n, h, w] of images, or [1, h, w] of one: anything that `Image.of` takes.
         Raises `ImageError` if one cannot be read, or has codes but no pixels."""
         images = [images] if _is_single(images) else images
         if len(images) == 0:
@@ -114,7 +114,7 @@ class ImageTokenizer:
         return torch.cat([self._encode_batch(batch, mode) for batch in batches])
 
     def decode(self, codes_nhw: Tensor) -> list[PIL.Image.Image]:
-        """Pictures of codes int64 [n, h, w]; values are truncated to 8 bits, as in Meta's code."""
+        """Images of codes int64 [n, h, w]; values are truncated to 8 bits, as in Meta's code."""
         codes, step = _check_codes(codes_nhw), self._batch_size
         self._check_size(*codes.shape[1:])
         return [
@@ -130,20 +130,20 @@ class ImageTokenizer:
         return torch.from_numpy((pixels_CYX / 255.0 * 2.0 - 1.0).astype(np.float32))
 
     def square(self, image: Any, mode: Mode | None = None) -> PIL.Image.Image:
-        """The part of a picture that the model sees, `resolution` pixels on each side."""
-        picture = Image.of(image).pil
-        if picture is None:
+        """The part of an image that the model sees, `resolution` pixels on each side."""
+        pil = Image.of(image).pil
+        if pil is None:
             raise ImageError("the image has codes but no pixels: decode it, or use its codes")
         crop = _check_mode(mode or self.mode) == "crop"
-        return (cropped if crop else fitted)(picture, self.resolution)
+        return (cropped if crop else fitted)(pil, self.resolution)
 
     def _check_size(self, height: int, width: int) -> None:
         stride = self.vqgan.config.stride
         if height * width * stride**2 > MAX_DRAWN_PIXELS:
             raise ImageError(
-                f"{height:,} x {width:,} codes make a picture of {height * stride:,} x "
-                f"{width * stride:,} pixels, the limit is {MAX_DRAWN_PIXELS:,} in all: draw it in "
-                "pieces"
+                f"{height:,} x {width:,} codes make an image of {height * stride:,} x "
+                f"{width * stride:,} pixels, the limit is {MAX_DRAWN_PIXELS:,} in all: decode it "
+                "in pieces"
             )
 
     @property
@@ -208,7 +208,7 @@ def _check_mode(mode: Any) -> Mode:
 
 
 def _is_single(images: Any) -> bool:
-    """Whether this is one picture: an array or tensor of four axes is several."""
+    """Whether this is one image: an array or tensor of four axes is several."""
     if isinstance(images, np.ndarray | Tensor):
         return images.ndim < 4
     return not isinstance(images, Sequence) or isinstance(images, str | bytes | bytearray)
@@ -218,38 +218,38 @@ def _check_codes(codes: Any) -> Tensor:
     tensor: Tensor = torch.as_tensor(codes)
     if tensor.ndim != 3 or tensor.is_floating_point() or 0 in tensor.shape[1:]:
         raise ImageError(
-            f"codes of shape {tuple(tensor.shape)} and type {tensor.dtype} cannot be drawn: "
+            f"codes of shape {tuple(tensor.shape)} and type {tensor.dtype} cannot be decoded: "
             "give whole numbers [n, h, w]"
         )
     return tensor.long()
 
 
-def cropped(picture: PIL.Image.Image, side: int) -> PIL.Image.Image:
-    scale = side / min(picture.size)
-    width, height = (round(scale * length) for length in picture.size)
+def cropped(image: PIL.Image.Image, side: int) -> PIL.Image.Image:
+    scale = side / min(image.size)
+    width, height = (round(scale * length) for length in image.size)
     left, top = (width - side) // 2, (height - side) // 2
     area = (left, top, left + side, top + side)
     if width * height > MAX_PIXELS:
-        return _crop_long_strip(picture, side, area, (width, height))
-    return picture.resize((width, height), PIL.Image.Resampling.LANCZOS).crop(area)
+        return _crop_long_strip(image, side, area, (width, height))
+    return image.resize((width, height), PIL.Image.Resampling.LANCZOS).crop(area)
 
 
 def _crop_long_strip(
-    picture: PIL.Image.Image, side: int, area: tuple[int, ...], size: tuple[int, int]
+    image: PIL.Image.Image, side: int, area: tuple[int, ...], size: tuple[int, int]
 ) -> PIL.Image.Image:
     """The crop of a long strip without resizing all of it; values may differ in the last bit."""
-    lengths, sizes = picture.size * 2, size * 2
+    lengths, sizes = image.size * 2, size * 2
     box = [min(edge * n / m, n) for edge, n, m in zip(area, lengths, sizes, strict=True)]
     resample = PIL.Image.Resampling.LANCZOS
-    return picture.resize((side, side), resample, box=(box[0], box[1], box[2], box[3]))
+    return image.resize((side, side), resample, box=(box[0], box[1], box[2], box[3]))
 
 
-def fitted(picture: PIL.Image.Image, side: int) -> PIL.Image.Image:
-    """The whole picture in the middle of a white square, resized."""
-    if max(picture.size) > MAX_SQUARE:
-        picture = picture.copy()
-        picture.thumbnail((MAX_SQUARE, MAX_SQUARE), PIL.Image.Resampling.LANCZOS)
-    edge = max(picture.size)
+def fitted(image: PIL.Image.Image, side: int) -> PIL.Image.Image:
+    """The whole image in the middle of a white square, resized."""
+    if max(image.size) > MAX_SQUARE:
+        image = image.copy()
+        image.thumbnail((MAX_SQUARE, MAX_SQUARE), PIL.Image.Resampling.LANCZOS)
+    edge = max(image.size)
     canvas = PIL.Image.new("RGB", (edge, edge), "white")
-    canvas.paste(picture, ((edge - picture.width) // 2, (edge - picture.height) // 2))
+    canvas.paste(image, ((edge - image.width) // 2, (edge - image.height) // 2))
     return canvas.resize((side, side), PIL.Image.Resampling.LANCZOS)

@@ -2,14 +2,14 @@
 
     torchrun --nproc-per-node 8 -m earlyfusion train pretrain_7b ...
 
-The mesh has three axes, `replicas` x `shard` x `tensor`. Parameters are cut over `tensor` by heads,
-columns and vocabulary (with the states between the branches cut over the sequence), and over
-`shard` by rows (FSDP2); `replicas` hold the same weights (HSDP). The first two axes are the data
-ranks: each reads its own rows of the global batch. Plain `python`, and `torchrun` with one process,
-have no mesh, and nothing here has an effect.
+The mesh has three axes, `replicas` x `shard` x `tensor`. Parameters are split over `tensor` by
+heads, columns and vocabulary (with the states between the branches split over the sequence), and
+over `shard` by rows (FSDP2); `replicas` hold the same weights (HSDP). The first two axes are the
+data ranks: each reads its own rows of the global batch. Plain `python`, and `torchrun` with one
+process, have no mesh, and nothing here has an effect.
 
-Two other files say how a model is cut, because they need other cuts in other forms:
-`engine/tensor_parallel.py` cuts checkpoints into plain modules for generation, and
+Two other files say how a model is split, because they need other splits in other forms:
+`engine/tensor_parallel.py` splits checkpoints into plain modules for generation, and
 `hf/tensor_parallel.py` has transformers' plan.
 """
 
@@ -147,14 +147,14 @@ def parallelize(
     apply_tensor_parallel(model, mesh)
     checkpoint_activations(model, config.checkpointing, config.checkpointing_every)
     # Not one graph per block on a CPU, where attention loops over documents of changing number, nor
-    # with cut layers, whose branches communicate.
+    # with split layers, whose branches communicate.
     compile_blocks(model, compiled, _is_on_gpu(model, mesh) and config.tensor == 1)
     apply_fsdp(model, mesh, dtype)
 
 
 def tensor_plan() -> dict[str, ParallelStyle]:
-    """How each module is cut over the axis `tensor`, by name. Between the branches, states [B, T,
-    D] are cut along T (sequence parallelism); within a branch, by heads or columns."""
+    """How each module is split over the axis `tensor`, by name. Between the branches, states [B, T,
+    D] are split along T (sequence parallelism); within a branch, by heads or columns."""
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
@@ -164,7 +164,7 @@ def tensor_plan() -> dict[str, ParallelStyle]:
     )
 
     by_token, whole = Shard(1), Replicate()
-    gathered = PrepareModuleInput(  # gathers states; the rotary tables and `attend` are not cut
+    gathered = PrepareModuleInput(  # gathers states; the rotary tables and `attend` are not split
         input_layouts=(by_token, None, None), desired_input_layouts=(whole, None, None)
     )
     block = "model.layers.*."
@@ -191,7 +191,7 @@ def tensor_plan() -> dict[str, ParallelStyle]:
 
 
 def _by_heads() -> ParallelStyle:
-    """Cuts norms that have a weight and a bias per head, [N, H], by heads."""
+    """Splits norms that have a weight and a bias per head, [N, H], by heads."""
     from torch.distributed.tensor import DTensor, Shard, distribute_module, distribute_tensor
     from torch.distributed.tensor.parallel import ParallelStyle
 
@@ -217,7 +217,7 @@ def _by_heads() -> ParallelStyle:
 
 
 def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh | None) -> None:
-    """Cut layers, embedding and head over the axis `tensor`."""
+    """Split layers, embedding and head over the axis `tensor`."""
     if mesh is None or mesh[TENSOR].size() == 1:
         return
     from torch.distributed.tensor.parallel import parallelize_module
@@ -236,7 +236,7 @@ def check_split(config: ModelConfig, count: int) -> None:
             )
     if config.tie_word_embeddings and count > 1:
         raise SettingError(
-            f"tensor={count} cannot cut a head tied to the embedding: use tensor=1 and shard"
+            f"tensor={count} cannot split a head tied to the embedding: use tensor=1 and shard"
         )
 
 
@@ -390,7 +390,7 @@ def _whole_parameters(model: Transformer) -> Iterator[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def copy_shard(parameter: Tensor, whole: Tensor) -> None:
-    """Fill this process's shard of a parameter, or all of one that is not cut."""
+    """Fill this process's shard of a parameter, or all of one that is not split."""
     local(parameter).copy_(shard_of(parameter, whole))
 
 
@@ -401,7 +401,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def gathered(parameter: Tensor, shard: Tensor) -> Tensor:
-    """The whole tensor of which each process has a shard, cut as `parameter` is."""
+    """The whole tensor of which each process has a shard, split as `parameter` is."""
     from torch.distributed.tensor import DTensor
 
     if not isinstance(parameter, DTensor):
@@ -418,7 +418,7 @@ def gathered(parameter: Tensor, shard: Tensor) -> Tensor:
 
 
 def shard_of(parameter: Tensor, whole: Tensor) -> Tensor:
-    """This process's part of `whole`, cut as `parameter` is."""
+    """This process's part of `whole`, split as `parameter` is."""
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 

@@ -2,7 +2,7 @@
 
 Format (arXiv 2405.09818, section 3, and Meta's released code): bos once; the parts of a turn in
 order, with nothing in between; `end_of_turn` after every turn, except that eos closes an answer at
-the end of a training document. A picture is spelled by its `ImageLayout`.
+the end of a training document. An image is spelled by its `ImageLayout`.
 
 Users cannot forge control tokens: a text that contains `<racm3:break>` is encoded as plain text,
 and only an `Image` makes an image.
@@ -48,7 +48,7 @@ _ROLE_OF = {
 @dataclass
 class TokenSequence:
     """One document: an id and a role per token, a span (start, end, modality) per segment. The
-    markers of a picture have the picture's role."""
+    markers of an image have the image's role."""
 
     ids: list[int] = field(default_factory=list)
     role: list[int] = field(default_factory=list)
@@ -77,7 +77,7 @@ class TokenSequence:
 
 
 class Processor:
-    """Messages to tokens and back, for one tokenizer file and one way to spell pictures."""
+    """Messages to tokens and back, for one tokenizer file and one way to spell images."""
 
     def __init__(self, tokenizer_file: str | Path, layout: ImageLayout) -> None:
         self.tokenizer_file = Path(tokenizer_file)
@@ -98,8 +98,8 @@ class Processor:
         self, messages: Sequence[Message], codes: Sequence[npt.ArrayLike] | None = None
     ) -> TokenSequence:
         """The prompt: every turn, each closed by `end_of_turn`, except an assistant's at the end,
-        which the reply continues. `codes` are [h, w] per picture of the messages, in order (None:
-        those that the pictures carry). Raises `PromptError`, and `ImageError` for codes of another
+        which the reply continues. `codes` are [h, w] per image of the messages, in order (None:
+        those that the images carry). Raises `PromptError`, and `ImageError` for codes of another
         model."""
         if not messages:
             raise PromptError("a prompt needs the user's turn: add the user's message")
@@ -107,7 +107,7 @@ class Processor:
         return self._prompt(messages, _codes_in_order(messages, codes))
 
     def draft(self, messages: Sequence[Message]) -> TokenSequence:
-        """`encode` before the pictures are encoded: a picture without codes reserves its tokens,
+        """`encode` before the images are encoded: an image without codes reserves its tokens,
         which `fill` replaces. So the length is known early, and text is tokenised only once. The
         turns must be those of `as_messages`."""
         return self._prompt(messages, [i.codes for message in messages for i in message.images])
@@ -119,7 +119,7 @@ class Processor:
         return sequence
 
     def fill(self, draft: TokenSequence, codes: Sequence[npt.ArrayLike]) -> list[int]:
-        """The ids of a draft, with these codes spelled as its pictures, in order."""
+        """The ids of a draft, with these codes spelled as its images, in order."""
         ids, remaining_codes = list(draft.ids), iter(codes)
         for start, end, _ in draft.spans:
             if (
@@ -201,7 +201,7 @@ class Processor:
 
     def _spell_or_reserve(self, codes: npt.ArrayLike | None) -> list[int]:
         if codes is None:
-            # The image tokenizer makes every picture the size of the model's own layout.
+            # The image tokenizer makes every image the size of the model's own layout.
             return [CODE] * self.layout.num_tokens
         return self.layout.spell(codes, self.vocabulary)
 
@@ -301,7 +301,7 @@ def _apply_merges(pieces: list[str], ranks: Mapping[tuple[str, ...], int]) -> li
 
 def _pre_tokenizer() -> Any:
     """Splits words as GPT-2 does; each digit, punctuation mark and line end is a separate token."""
-    # Runs of blanks are cut into fours and twos, so that indentation needs few tokens.
+    # Runs of blanks are split into fours and twos, so that indentation needs few tokens.
     blanks = Regex(r"[\t\n]|    |  ")
     return pre_tokenizers.Sequence(
         [
@@ -336,7 +336,7 @@ def _check_utf8(text: str) -> None:
 
 def _load_tokenizer(data: dict[str, Any]) -> Tokenizer:
     try:
-        # A file may carry settings from training, which would cut or pad prompts.
+        # A file may carry settings from training, which would truncate or pad prompts.
         return Tokenizer.from_str(json.dumps(data | {"truncation": None, "padding": None}))
     except Exception:  # the library raises bare Exception
         raise CheckpointError(

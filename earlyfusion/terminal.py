@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 
 _MAX_COLUMNS = 40  # of an image in half-blocks
 _DRAWN_TOGETHER = 64  # codes of a file
-_GAP = 4  # pixels between the pictures of a sheet
+_GAP = 4  # pixels between the images of a sheet
 _FORMATS = {".png": "PNG", ".webp": "WEBP"}
 # With escape sequences a model could move the cursor, set colours or change the title.
 _CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 class Album:
-    """The folder of drawn images: image-N.png, each with the next free number."""
+    """The folder of generated images: image-N.png, each with the next free number."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -83,7 +83,7 @@ def answer(
         elif isinstance(event, ImageProgress):
             screen.drawing(event.codes_done, event.codes_total)
         elif image is not None:
-            screen.picture(image, album.save(image))
+            screen.show_image(image, album.save(image))
 
     reply = chameleon.collect(chameleon.stream(prompt, output, sampling), watch)
     screen.end()
@@ -108,30 +108,30 @@ def reply_json(reply: Reply, path_of: Callable[[Image], Path | str]) -> dict[str
 
 
 def sheet(rows: Sequence[Sequence[PIL.Image.Image]]) -> PIL.Image.Image:
-    """Rows of pictures of one size as one picture, on white."""
+    """Rows of images of one size as one image, on white."""
     width, height = rows[0][0].size
     across, down = width + _GAP, height + _GAP
     size = (across * max(map(len, rows)) + _GAP, down * len(rows) + _GAP)
     made = PIL.Image.new("RGB", size, "white")
     for y, row in enumerate(rows):
-        for x, picture in enumerate(row):
-            made.paste(picture, (_GAP + x * across, _GAP + y * down))
+        for x, image in enumerate(row):
+            made.paste(image, (_GAP + x * across, _GAP + y * down))
     return made
 
 
 def sheet_file(path: Path) -> Callable[[PIL.Image.Image], Write]:
-    """A function from a picture to what writes it to a file of that name.
+    """A function from an image to what writes it to a file of that name.
 
     Raises `SettingError` for a name of another format.
     """
     if path.suffix.lower() not in _FORMATS:
-        raise SettingError(f"{path} is not a picture file: end its name in {' or '.join(_FORMATS)}")
+        raise SettingError(f"{path} is not an image file: end its name in {' or '.join(_FORMATS)}")
     name = _FORMATS[path.suffix.lower()]
     return lambda made: lambda file: made.save(file, format=name)
 
 
 def decoded(chameleon: Chameleon, codes_nhw: npt.NDArray[np.int64]) -> Iterator[Image]:
-    """The pictures of any number of codes, a few in memory at a time."""
+    """The images of any number of codes, a few in memory at a time."""
     import torch
 
     for at in range(0, len(codes_nhw), _DRAWN_TOGETHER):
@@ -170,7 +170,7 @@ class Screen:
             self._progress.start()
         self._progress.update(self._progress.task_ids[0], completed=done, total=total)
 
-    def picture(self, image: Image, path: Path | None = None) -> None:
+    def show_image(self, image: Image, path: Path | None = None) -> None:
         """A finished image, and the file that it was written to."""
         self.end_drawing()
         self._close_line()
@@ -180,11 +180,11 @@ class Screen:
         if path is not None:
             self.line(str(path))
 
-    def strip(self, picture: PIL.Image.Image) -> None:
-        """A wide picture, over the whole width of the terminal."""
+    def strip(self, image: PIL.Image.Image) -> None:
+        """A wide image, over the whole width of the terminal."""
         if self._shows_images:
             console = Console()
-            console.print(half_blocks(picture, console.width))
+            console.print(half_blocks(image, console.width))
 
     def end_drawing(self) -> None:
         if self._progress is not None:

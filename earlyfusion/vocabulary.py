@@ -1,4 +1,4 @@
-"""The meaning of ids: text, image and control tokens, code <-> token, and how pictures are spelled.
+"""The meaning of ids: text, image and control tokens, code <-> token, and how images are spelled.
 
 A *code* is an index into the codebook of the VQ-GAN, a *token* is an id of the vocabulary. Ids
 differ between checkpoints, so all are read by name from the tokenizer file. The names are those of
@@ -123,7 +123,7 @@ class Vocabulary:
         if bad.size:
             raise ImageError(
                 f"image code {int(bad.flat[0])} is outside this model's codebook of "
-                f"{self.num_codes} codes: encode the picture with the model's own image tokenizer"
+                f"{self.num_codes} codes: encode the image with the model's own image tokenizer"
             )
         return self.code_to_token[values]
 
@@ -136,10 +136,10 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class ImageLayout:
-    """How a picture of `height` x `width` codes is spelled: `head`, rows in raster order, `tail`.
+    """How an image of `height` x `width` codes is spelled: `head`, rows in raster order, `tail`.
     Markers are token names, by default Chameleon's. Lumina-mGPT closes each row with `line_end` and
     has size tokens in `head`, so `other` gives the layout of another height and width. `before`
-    precedes a picture without a prompt, which guidance draws from."""
+    precedes an image without a prompt, as in the unconditional branch of guidance."""
 
     height: int
     width: int
@@ -166,7 +166,7 @@ class ImageLayout:
         return self.num_codes + markers
 
     def template(self, vocabulary: Vocabulary) -> Ids:
-        """The spelling of any picture [num_tokens]: ids, with `CODE` in place of image codes."""
+        """The spelling of any image [num_tokens]: ids, with `CODE` in place of image codes."""
         head, line_end, tail = (
             [vocabulary.id_of(name) for name in names]
             for names in (self.head, self.line_end, self.tail)
@@ -175,7 +175,7 @@ class ImageLayout:
         return np.array(head + rows + tail, dtype=np.int64)
 
     def spell(self, codes_hw: npt.ArrayLike, vocabulary: Vocabulary) -> list[int]:
-        """Tokens of a picture, markers included; `ImageError` for a wrong shape or code."""
+        """Tokens of an image, markers included; `ImageError` for a wrong shape or code."""
         codes = np.asarray(codes_hw, dtype=np.int64)
         # The other layout fits exactly: without `other` it cannot recurse.
         if self.other is not None and codes.ndim == 2 and codes.shape != (self.height, self.width):
@@ -183,7 +183,7 @@ class ImageLayout:
         if codes.shape != (self.height, self.width):
             raise ImageError(
                 f"image codes have shape {'x'.join(map(str, codes.shape))}, "
-                f"this model's pictures have {self.height}x{self.width}: encode the picture again"
+                f"this model's images have {self.height}x{self.width}: encode the image again"
             )
         tokens = self.template(vocabulary)
         tokens[tokens == CODE] = vocabulary.codes_to_tokens(codes).ravel()
@@ -191,20 +191,20 @@ class ImageLayout:
         return spelled
 
     def parse(self, tokens: Sequence[int], vocabulary: Vocabulary) -> Ids:
-        """Codes [height, width] of one spelled picture; `ImageError` for another spelling."""
+        """Codes [height, width] of one spelled image; `ImageError` for another spelling."""
         ids = np.asarray(tokens, dtype=np.int64)
         template = self.template(vocabulary)
         if ids.shape != template.shape:
             raise ImageError(
-                f"a picture of {ids.size} tokens is not whole: "
+                f"an image of {ids.size} tokens is not whole: "
                 f"{self.height}x{self.width} codes take {self.num_tokens} tokens"
             )
         wrong = np.flatnonzero((template != CODE) & (template != ids))
         if wrong.size:
             at = int(wrong[0])
             raise ImageError(
-                f"token {int(ids[at])} at position {at} of a picture is not the marker "
-                f"{int(template[at])}: the picture is spelled in another layout"
+                f"token {int(ids[at])} at position {at} of an image is not the marker "
+                f"{int(template[at])}: the image is spelled in another layout"
             )
         return vocabulary.tokens_to_codes(ids[template == CODE]).reshape(self.height, self.width)
 
@@ -235,7 +235,7 @@ def _code_to_token(names: Mapping[str, int]) -> Ids:
     for name, token in names.items():
         if name.startswith(IMAGE_PREFIX):
             codes[code_of(name)] = token
-    # A gap would shift all later codes, and damage every picture.
+    # A gap would shift all later codes, and damage every image.
     if sorted(codes) != list(range(len(codes))) or not codes:
         missing = next(code for code in range(len(codes) + 1) if code not in codes)
         raise CheckpointError(

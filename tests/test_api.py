@@ -251,7 +251,7 @@ def test_numbers_of_numpy(model: Chameleon) -> None:
         model.generate("a", seed=np.float64(4))  # type: ignore[arg-type]
     request = model.request("a", "image", size=np.array([16, 16]))  # type: ignore[arg-type]
     assert request.layout == model.processor.layout
-    with pytest.raises(SettingError, match="size=8x16 is not drawn"):
+    with pytest.raises(SettingError, match="size=8x16 is not a size"):
         model.request("a", "image", size=np.array([8, 16]))  # type: ignore[arg-type]
 
 
@@ -391,7 +391,7 @@ def test_a_prompt_too_long_says_why(model: Chameleon) -> None:
     with pytest.raises(ContextError, match=r"limit 256: shorten it$"):
         model.generate("a" * 999, output="text")
     fits = ["a" * 20, picture(), picture(1), picture(2)]
-    with pytest.raises(ContextError, match="the image to draw takes 66; drop an image"):
+    with pytest.raises(ContextError, match="the image to generate takes 66; drop an image"):
         model.generate(fits, output="image")
     model.generate(fits, output="text", sampling=SHORT)
 

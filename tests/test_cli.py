@@ -636,7 +636,7 @@ def test_bad_picture(run: Run, tmp_path: Path, make: Callable[[Path], object], w
 def test_empty_names(run: Run) -> None:
     """As an unset variable of a shell gives them."""
     assert_refused(run("generate", "What is this?", "--image", ""), "--image is empty")
-    assert_refused(run("encode", "", "-o", "c.npy"), "name of a picture is empty")
+    assert_refused(run("encode", "", "-o", "c.npy"), "name of an image is empty")
     for command in ("info", "bench"):
         assert_refused(run(command, ""), "the name of the model is empty")
     assert_refused(run("tokenize", "", "-o", "shards"), "the name of a source is empty")

@@ -358,21 +358,21 @@ def test_extremes_that_are_allowed() -> None:
 @pytest.mark.parametrize(
     ("source", "sentence"),
     [
-        (np.zeros((5, 6, 2)), "array of shape 5x6x2 is not one picture"),
+        (np.zeros((5, 6, 2)), "array of shape 5x6x2 is not one image"),
         (np.zeros((1, 3, 8, 8)), "array of shape 1x3x8x8"),
         (np.zeros(3), "array of shape 3 is not"),
         (np.array(1.0), "array of shape scalar is not"),
         (np.zeros((0, 5, 3)), "at least 1x1"),
         (np.full((2, 2), np.nan), "values from nan to nan"),
         (np.array([[0.0, np.inf]]), "to inf"),
-        (np.full((2, 2), 1.5), "a picture of float64 has 0 to 1"),
+        (np.full((2, 2), 1.5), "an image of float64 has 0 to 1"),
         (np.full((2, 2), -0.1), "0 to 1: rescale it"),
-        (np.full((2, 2), 300), "a picture of int64 has 0 to 255"),
+        (np.full((2, 2), 300), "an image of int64 has 0 to 255"),
         (np.full((2, 2), 1j), "array of complex128"),
-        (np.array([["a"]]), "is not a picture"),
+        (np.array([["a"]]), "is not an image"),
         (torch.zeros(2, 3, 4, 4), "array of shape 2x3x4x4"),
-        (None, "type NoneType is not a picture"),
-        (7, "type int is not a picture"),
+        (None, "type NoneType is not an image"),
+        (7, "type int is not an image"),
     ],
 )
 def test_bad_sources(source: Any, sentence: str) -> None:
@@ -429,7 +429,7 @@ def test_prompts(tmp_path: Path) -> None:
         ([Message("user", "a"), "b"], "a list of messages cannot hold an object of type str"),
         ([{"role": "user"}], "it needs role and content"),
         ([{"role": "user", "content": [{"type": "audio"}]}], "a part of type 'audio' is not known"),
-        ([{"role": "user", "content": [{"type": "image"}]}], "has no picture"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "has no source"),
         ({"role": "user", "content": [{"type": "image", "url": "https://a/b"}]}, "not fetched"),
         ([{"role": "tool", "content": "a"}], "role 'tool' is unknown"),
         ([Message("user", ""), Message("assistant", "b")], "the prompt is empty"),
@@ -501,7 +501,7 @@ def test_arrays_and_tensors_are_parts() -> None:
     with pytest.raises(ImageError, match="has 0 to 1"):
         as_messages([RGB.astype(np.float32)])
     for tensor in (torch.zeros(3, 4, 4, device="meta"), torch.zeros(4, 4).to_sparse()):
-        with pytest.raises(ImageError, match="a tensor without plain values is not a picture"):
+        with pytest.raises(ImageError, match="a tensor without plain values is not an image"):
             as_messages([tensor])  # type: ignore[list-item]
 
 

@@ -196,7 +196,7 @@ def test_what_cannot_be_packed_is_refused(processor: Processor) -> None:
     with pytest.raises(DataError, match="0 documents"):
         templates([], CODES, np.zeros(8, bool), WEIGHTS)
     sequence = TokenSequence([0, 5, 2], [CONTROL, ANSWER_TEXT, END])
-    with pytest.raises(DataError, match="1 pictures of 64"):
+    with pytest.raises(DataError, match="1 images of 64"):
         templates([(sequence, [0], False)], CODES, np.zeros(8, bool), WEIGHTS)
     with pytest.raises(SettingError, match="replace"):
         CutConfig(replace=1.5)

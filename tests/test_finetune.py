@@ -384,8 +384,8 @@ def test_weights_of_adapters_are_counted_as_they_are(model: Path) -> None:
     ("changes", "words"),
     [
         (["alpha=8"], "alpha=8 scales adapters"),
-        (["lora=4", "tensor=2"], "tensor=2 cannot cut"),
-        (["trainable=image_head", "tensor=2"], "tensor=2 cannot cut"),
+        (["lora=4", "tensor=2"], "tensor=2 cannot split"),
+        (["trainable=image_head", "tensor=2"], "tensor=2 cannot split"),
         (["rows=8", "micro_rows=3"], "choose a multiple of 3"),
         (["dropout=1"], "dropout=1.0 must be"),
         (["trainable=head"], "choose all or image_head"),

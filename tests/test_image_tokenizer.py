@@ -262,7 +262,7 @@ def test_errors(small: ImageTokenizer) -> None:
     with pytest.raises(SettingError, match="resolution=30 must be"):
         ImageTokenizer(small.vqgan, 30)
     for codes in (torch.zeros(8, 8, dtype=torch.int64), torch.zeros(1, 8, 8)):
-        with pytest.raises(ImageError, match="cannot be drawn"):
+        with pytest.raises(ImageError, match="cannot be decoded"):
             small.decode(codes)
     with pytest.raises(ImageError, match=r"2,000 x 2,000 codes make .* the limit is 4,194,304"):
         small.decode(torch.zeros(1, 1, 1, dtype=torch.int64).expand(1, 2000, 2000))

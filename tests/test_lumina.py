@@ -181,7 +181,7 @@ def test_a_size_that_cannot_be_drawn_names_the_possible_ones(model: Chameleon, s
     with pytest.raises(SettingError) as caught:
         model.generate("a pear", "image", size=size)
     sentence = str(caught.value)
-    assert "is not drawn by this model: give (width, height) as" in sentence
+    assert "is not a size of this model: give (width, height) as" in sentence
     assert "(16, 16)" in sentence and "(32, 8)" in sentence and "\n" not in sentence
 
 

@@ -159,9 +159,9 @@ def test_layout_with_size_tokens_and_line_ends(vocabulary: Vocabulary) -> None:
 
 def test_layout_errors(vocabulary: Vocabulary) -> None:
     layout = ImageLayout(2, 3)
-    with pytest.raises(ImageError, match="shape 3x2, this model's pictures have 2x3"):
+    with pytest.raises(ImageError, match="shape 3x2, this model's images have 2x3"):
         layout.spell(np.zeros((3, 2)), vocabulary)
-    with pytest.raises(ImageError, match="a picture of 3 tokens is not whole"):
+    with pytest.raises(ImageError, match="an image of 3 tokens is not whole"):
         layout.parse([517, 4, 516], vocabulary)
     with pytest.raises(ImageError, match="token 4 at position 7"):
         layout.parse([517, 4, 4, 4, 4, 4, 4, 4], vocabulary)

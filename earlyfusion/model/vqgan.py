@@ -1,4 +1,4 @@
-"""The VQ-GAN: pictures <-> codes (arXiv 2405.09818, section 2.1; Esser et al. 2021).
+"""The VQ-GAN: images <-> codes (arXiv 2405.09818, section 2.1; Esser et al. 2021).
 
 Choices that let released weights load without translation:
 - parameter names are those of the original checkpoints (`encoder.down.0.block.0.conv1.weight`);
@@ -277,12 +277,12 @@ class VQGAN(nn.Module):
         stride, (height, width) = self.config.stride, pixels_BCYX.shape[-2:]
         if height % stride or width % stride or not height or not width:
             raise ImageError(
-                f"a picture of {width} x {height} pixels cannot be cut into codes: "
+                f"an image of {width} x {height} pixels cannot be encoded to codes: "
                 f"both sides must be multiples of {stride}"
             )
 
     def encode(self, pixels_BCYX: Tensor) -> Tensor:
-        """Codes of pictures in [-1, 1]: int64 [B, y, x]."""
+        """Codes of images in [-1, 1]: int64 [B, y, x]."""
         return self.nearest_codes(self.latents(pixels_BCYX))
 
     def embed(self, codes_Byx: Tensor) -> Tensor:
@@ -290,7 +290,7 @@ class VQGAN(nn.Module):
         return self.quantize.embed(codes_Byx)
 
     def decode(self, codes_Byx: Tensor) -> Tensor:
-        """Pictures of codes, in about [-1, 1], not clamped: [B, 3, Y, X]. Raises `ImageError` for a
+        """Images of codes, in about [-1, 1], not clamped: [B, 3, Y, X]. Raises `ImageError` for a
         code outside the codebook, `CheckpointError` without a decoder."""
         self.check_codes(codes_Byx)
         return self.pixels(self.embed(codes_Byx.to(self.codewords.device)))
@@ -305,7 +305,7 @@ class VQGAN(nn.Module):
             raise ImageError(f"image codes must lie in 0..{count - 1}, the codebook of this model")
 
     def forward(self, pixels_BCYX: Tensor, blend: Tensor | float = 1.0) -> Quantized:
-        """Reconstruct pictures, with a straight-through gradient from the codewords to the encoder.
+        """Reconstruct images, with a straight-through gradient from the codewords to the encoder.
         The decoder reads latents moved by the share `blend` towards their codewords: 0 bypasses the
         codebook, 1 uses codewords only."""
         latents = self.latents(pixels_BCYX)
@@ -319,10 +319,10 @@ class VQGAN(nn.Module):
         return self.quantize.codes(latents_BCyx)
 
     def pixels(self, codewords_BCyx: Tensor) -> Tensor:
-        """Pictures of codewords, [B, 3, Y, X]. Raises `CheckpointError` without a decoder."""
+        """Images of codewords, [B, 3, Y, X]. Raises `CheckpointError` without a decoder."""
         if self.decoder is None:
             raise CheckpointError(
-                "this checkpoint has no VQ decoder, so codes cannot become pictures: "
+                "this checkpoint has no VQ decoder, so codes cannot become images: "
                 "add one with earlyfusion convert --image-tokenizer"
             )
         return self.decoder(self.post_quant_conv(codewords_BCyx))

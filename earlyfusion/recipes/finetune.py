@@ -1,11 +1,11 @@
-"""Fine-tune any model on rows of text and pictures, or on token shards.
+"""Fine-tune any model on rows of text and images, or on token shards.
 
     earlyfusion train finetune data=captions.jsonl
     earlyfusion train finetune data=chats.parquet@2,shards model=./my-7b lora=16 steps=500
     earlyfusion train finetune data=pairs.tar trainable=image_head
 
 The paper's settings (arXiv 2405.09818, section 3.1): cosine decay from 1e-5, weight decay 0.1,
-dropout 0.05, z-loss, prompts masked from the loss, packed rows, modalities in balance. Pictures of
+dropout 0.05, z-loss, prompts masked from the loss, packed rows, modalities in balance. Images of
 prompts become squares in the way that the model was trained with (`resize_mode=fit` is the
 paper's), those of answers are cropped. The keys of a row say what it is (docs/data.md). The run
 ends with `model/` in its folder, which Chameleon.load takes. Machine: the embedded model trains on
@@ -63,7 +63,7 @@ class FinetuneConfig(LanguageConfig):
     workers: int = 2
     """Threads that prepare the next documents while the network learns; 0: none."""
     prompts: tuple[str, ...] = ()
-    """Requests whose pictures are drawn at `run.sample_every`; none: some from the data."""
+    """Requests whose images are generated at `run.sample_every`; none: some from the data."""
     held_out: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self) -> None:
@@ -81,8 +81,8 @@ class FinetuneConfig(LanguageConfig):
             raise SettingError("merge=false leaves adapters alone: give their rank, as lora=16")
         if self.trains != "all" and self.run.parallel.tensor > 1:
             raise SettingError(
-                f"tensor={self.run.parallel.tensor} cannot cut a model of which a part is trained: "
-                "use tensor=1, and shard"
+                f"tensor={self.run.parallel.tensor} cannot split a model of which a part is "
+                "trained: use tensor=1, and shard"
             )
 
     @property
@@ -168,7 +168,7 @@ def _samples(
     image_tokenizer: ImageTokenizer,
     corpus: Corpus,
 ) -> PromptedPictures | None:
-    """Draws pictures during the run; None if the model or the data has none to draw."""
+    """Generates images during the run; None if the model or the data has no images to generate."""
     processor = loaded.processor
     if not loaded.can_draw:
         return None
@@ -183,7 +183,7 @@ def prepared(loaded: Loaded, config: FinetuneConfig) -> Transformer:
     """The model with dropout; weights that are trained are fp32. With `precision=bf16`, frozen
     products of the blocks that are stored in bf16 stay in bf16: the same result in half of the
     memory."""
-    torch.manual_seed(config.run.seed)  # the first weights of adapters are drawn below
+    torch.manual_seed(config.run.seed)  # the initial weights of adapters are random numbers
     model = loaded.transformer
     keeps_bf16 = config.trains != "all" and config.run.precision == "bf16"
     frozen = lora.products(model) if keeps_bf16 else []
@@ -236,7 +236,7 @@ def _card(config: FinetuneConfig, corpus: Corpus, folder: Path) -> str:
         "held out": str(config.held_out.validation or ", ".join(config.held_out.validation_data)),
         "steps": f"{checkpoint.steps(run.out)[-1]:,}, {config.rows} packed rows each",
         "rate, seed": f"{config.optim.lr:g}, {run.seed}",
-        "pictures of prompts": f"{corpus.resize_mode} (resize_mode)",
+        "images of prompts": f"{corpus.resize_mode} (resize_mode)",
     }
     lines = [f"| {name} | {value} |" for name, value in facts.items()]
     head, old = _split_card(folder)
@@ -256,7 +256,7 @@ def _split_card(folder: Path) -> tuple[str, str]:
 def _check_model(config: FinetuneConfig, source: Source) -> None:
     if source.family != "chameleon":
         raise SettingError(
-            f"{config.model} is of the {source.family} family, which spells pictures in another "
+            f"{config.model} is of the {source.family} family, which spells images in another "
             "way: fine-tune a Chameleon model"
         )
     if config.length > source.config.max_position_embeddings:
@@ -272,8 +272,8 @@ def _check_data(config: FinetuneConfig, corpus: Corpus) -> None:
         d.answer_kinds().any() for d in corpus.documents
     ):
         raise DataError(
-            "trainable=image_head learns to draw, but no answer of the data has a picture: give "
-            "data with pictures in answers"
+            "trainable=image_head learns to generate images, but no answer of the data has one: "
+            "give data with images in answers"
         )
     check_same_data(config.run.out, corpus.fingerprint, "the data or its mixture is")
 

@@ -1,6 +1,6 @@
-"""Augmentation of pictures on their device: moved, scaled, turned, in other colours, grey. All
-pictures of a batch are changed at once, each with its own random numbers from one generator.
-Whatever comes in from outside a picture is white. Pixels are float32 in [-1, 1]."""
+"""Augmentation of images on their device: moved, scaled, turned, in other colours, grey. All
+images of a batch are changed at once, each with its own random numbers from one generator.
+Whatever comes in from outside an image is white. Pixels are float32 in [-1, 1]."""
 
 # Shapes: B batch, C channels, Y X pixels.
 
@@ -18,7 +18,7 @@ from earlyfusion.errors import SettingError
 
 @dataclass(frozen=True)
 class ChangeConfig:
-    """How far pictures are changed; all zero leaves them as they are."""
+    """How far images are changed; all zero leaves them as they are."""
 
     shift: float = 0.0
     """The largest shift, as a share of the side."""
@@ -31,9 +31,9 @@ class ChangeConfig:
     tint: float = 0.0
     """Each channel stronger or weaker by at most this share."""
     grey: float = 0.0
-    """Share of the pictures that lose their colours."""
+    """Share of the images that lose their colours."""
     unchanged: float = 0.0
-    """Share of the pictures that stay as they are."""
+    """Share of the images that stay as they are."""
 
     def __post_init__(self) -> None:
         for name in ("grey", "unchanged"):
@@ -46,9 +46,9 @@ class ChangeConfig:
             raise SettingError(f"turn={self.turn} must be 0 to 180 degrees")
 
 
-def resized(pictures_BYXC: Tensor, side: int) -> Tensor:
-    """Bytes of square pictures as pixels of another side: float32 [B, C, side, side]."""
-    pixels = pictures_BYXC.permute(0, 3, 1, 2).float() / 127.5 - 1
+def resized(images_BYXC: Tensor, side: int) -> Tensor:
+    """Bytes of square images as pixels of another side: float32 [B, C, side, side]."""
+    pixels = images_BYXC.permute(0, 3, 1, 2).float() / 127.5 - 1
     if pixels.shape[-1] == side:
         return pixels
     small = F.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
@@ -56,7 +56,7 @@ def resized(pictures_BYXC: Tensor, side: int) -> Tensor:
 
 
 def changed(pixels_BCYX: Tensor, config: ChangeConfig, generator: torch.Generator) -> Tensor:
-    """The pictures, changed by numbers of `generator`, which is on their device."""
+    """The images, changed by numbers of `generator`, which is on their device."""
     u_BN = torch.rand(len(pixels_BCYX), 11, generator=generator, device=pixels_BCYX.device)
     out = _recoloured(_moved(pixels_BCYX, config, u_BN[:, :4]), config, u_BN[:, 4:10])
     stays_B = u_BN[:, 10] < config.unchanged

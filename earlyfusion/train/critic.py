@@ -1,7 +1,7 @@
 """The adversary of an image tokenizer: a patch discriminator with hinge loss (Esser et al. 2021).
 
 The network of Isola et al. 2017: `layers` convolutions of stride 2, then two of stride 1. With
-group norms, a picture's score depends neither on the rest of the batch nor on the number of
+group norms, an image's score depends neither on the rest of the batch nor on the number of
 processes.
 """
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Critic:
-    """Scores each patch of a picture: high for real ones, low for reconstructions."""
+    """Scores each patch of an image: high for real ones, low for reconstructions."""
 
     def __init__(self, layers: int, width: int, rate: float, device: torch.device) -> None:
         self.net = _discriminator(layers, width).to(device)
@@ -73,10 +73,10 @@ def weight_of(others: Tensor, fooled: Tensor, last: Tensor) -> Tensor:
 
 
 def check_side(layers: int, side: int) -> None:
-    """Refuse pictures that are too small for this many convolutions of stride 2."""
+    """Refuse images that are too small for this many convolutions of stride 2."""
     if layers < 1 or side // 2**layers < 3:
         raise SettingError(
-            f"critic_layers={layers} is not possible for pictures of {side} pixels: give 1 to "
+            f"critic_layers={layers} is not possible for images of {side} pixels: give 1 to "
             f"{max(1, (side // 3).bit_length() - 1)}"
         )
 

@@ -1,13 +1,13 @@
 """Packed rows of fixed shape, put together on the device from documents that are kept there.
 
-Documents are templates: text as tokens, and for each picture only its number. The CPU sends two
-integers per position; the codes of the pictures are looked up on the device, each time with another
-of the crops of that picture, and some input codes are replaced while the targets stay clean.
+Documents are templates: text as tokens, and for each image only its number. The CPU sends two
+integers per position; the codes of the images are looked up on the device, each time with another
+of the crops of that image, and some input codes are replaced while the targets stay clean.
 `DeviceRows` is a `data.packing.Rows`, like `Packer`. A batch depends only on the seed and the
 number of its first document.
 """
 
-# Shapes: B rows, T tokens of a row, M positions of all templates, P pictures, V crops of each, C
+# Shapes: B rows, T tokens of a row, M positions of all templates, P images, V crops of each, C
 # codes of one, K codebook.
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _AT_ONCE = 1000  # documents per computation of columns
 
 class Columns(NamedTuple):
     """One entry per position of all documents in order; arrays, or device tensors. If the position
-    holds a code, `picture_M` is the number of its picture (elsewhere `NONE`), `offset_M` the index
-    of the code in the picture, and `slot_M` the index of the picture in its document. `plain_M`:
-    the picture may only be cut in plain ways. `answer_M`: it is to be drawn."""
+    holds a code, `picture_M` is the number of its image (elsewhere `NONE`), `offset_M` the index
+    of the code in the image, and `slot_M` the index of the image in its document. `plain_M`:
+    only variants in the image's own colours may be used. `answer_M`: it is in an answer."""
 
     ids_M: Any
     picture_M: Any
@@ -60,9 +60,9 @@ def templates(
     is_code: np.ndarray,
     weights: RoleWeights,
 ) -> Templates:
-    """Templates of documents: tokens, the numbers of their pictures in order, and whether plain.
-    `codes` is the number of codes of a picture; `is_code` says for each token id whether it is a
-    code. Raises `DataError` if a document's codes do not match its pictures."""
+    """Templates of documents: tokens, the numbers of their images in order, and whether plain.
+    `codes` is the number of codes of an image; `is_code` says for each token id whether it is a
+    code. Raises `DataError` if a document's codes do not match its images."""
     blocks: list[Columns] = []
     lengths = [0]
     stream = iter(documents)
@@ -103,8 +103,8 @@ def _columns(
     pictures = np.asarray([p for _, shown, _ in documents for p in shown], np.int32)
     if held.sum() != codes * len(pictures):
         raise DataError(
-            f"documents have {held.sum()} codes and {len(pictures)} pictures of {codes}: give the "
-            "number of each picture, in order"
+            f"documents have {held.sum()} codes and {len(pictures)} images of {codes}: give the "
+            "number of each image, in order"
         )
     slots = [slot for _, shown, _ in documents for slot in range(len(shown))]
     picture = np.full(len(ids), NONE, np.int32)
@@ -127,14 +127,14 @@ def _columns(
 
 @dataclass
 class CutConfig:
-    """How the pictures in rows vary."""
+    """How the images in rows vary."""
 
     replace: float = 0.0
     """Share of the input codes that are replaced by others; the targets stay."""
     near: float = 0.5
     """Share of these that become one of the nearest codewords; the rest become any."""
     changed_answers: float = 0.0
-    """Share of the pictures in answers that are cut in a plain way other than the exact one."""
+    """Share of the images in answers that are a variant in the same colours, not the exact one."""
 
     def __post_init__(self) -> None:
         for name in ("replace", "near", "changed_answers"):
@@ -143,8 +143,8 @@ class CutConfig:
 
 
 class DeviceRows:
-    """Fills batches from templates, in a new random order each epoch. `codes_PVC` are picture codes
-    on the device. The first `plain` ways of cutting keep the colours, and way 0 is exact.
+    """Fills batches from templates, in a new random order each epoch. `codes_PVC` are image codes
+    on the device. The first `plain` variants keep the colours, and variant 0 is exact.
     `tokens_K` are the tokens of the codes, `near_KN` the codes nearest to each."""
 
     def __init__(
@@ -242,10 +242,10 @@ class DeviceRows:
         )
 
     def _tokens(self, where_BT: Tensor, document_BT: Tensor, chance_BDS2: Tensor) -> Tensor:
-        """Tokens of template entries, each picture cut in the way drawn for it."""
+        """Tokens of template entries, each image in a random variant."""
         t = self._columns
         picture_BT, slot_BT = t.picture_M[where_BT], t.slot_M[where_BT].long()
-        # All codes of one picture share its two random numbers.
+        # All codes of one image share its two random numbers.
         row_BT = torch.arange(len(where_BT), device=self._device)[:, None].expand_as(where_BT)
         chance_BT, second_BT = chance_BDS2[row_BT, document_BT, slot_BT].unbind(-1)
         ways = torch.where(t.plain_M[where_BT], self._plain, self._codes_PVC.shape[1])

@@ -6,10 +6,10 @@ The codebook follows the latents by an exponential moving average, or by gradien
 (`codebook="gradient"`, van den Oord et al. 2017). Unused codewords are moved onto latents of the
 current batch. The patch GAN and its adaptive weight follow Esser et al. 2021. `trainable="decoder"`
 leaves encoder and codebook as they are, so that transformers trained on their codes stay valid.
-With `perturb` the decoder also learns to draw pictures with some wrong codewords, as a
+With `perturb` the decoder also learns to decode images with some wrong codewords, as a
 transformer's sometimes are (RobusTok). With `naming` a separate head must name what is shown from
-the codewords. `trainable="encoder"` leaves codebook and decoder as they are: pictures are cut into
-other codes, which are still drawn as before.
+the codewords. `trainable="encoder"` leaves codebook and decoder as they are: images are encoded to
+other codes, which are still decoded as before.
 
 Several processes hold copies: gradients are averaged, statistics of the codebook added up. Shapes:
 B batch, C channels, Y X pixels, K codebook, N vectors.
@@ -43,7 +43,7 @@ from earlyfusion.train import checkpoint
 from earlyfusion.train.critic import Critic, check_side, weight_of
 from earlyfusion.train.likeness import Perceptual, psnr, ssim
 from earlyfusion.train.optim import OptimConfig
-from earlyfusion.train.samples import save_grid, to_picture
+from earlyfusion.train.samples import save_grid, to_image
 from earlyfusion.train.semantic import SemanticHead, naming_loss
 from earlyfusion.train.task import Task
 from earlyfusion.train.trainer import RunConfig
@@ -55,7 +55,7 @@ TRAINABLE = ("all", "decoder", "encoder")
 _DECODER, _ENCODER = ("decoder.", "post_quant_conv."), ("encoder.", "quant_conv.")
 
 Batches = Callable[[int], Tensor | tuple[Tensor, Tensor]]
-"""This process's pictures of a step: float32 [B, 3, Y, X] in [-1, 1]; for a head that names them
+"""This process's images of a step: float32 [B, 3, Y, X] in [-1, 1]; for a head that names them
 also their labels, int64 [B, questions]."""
 
 
@@ -90,7 +90,7 @@ class VQLossConfig:
     """With `trainable=encoder`, weight of the squared distance from the latents of the encoder that
     the run began with, in units of their variance."""
     drawn: float = 1.0
-    """With `trainable=encoder`, share of the pictures that are also drawn and compared."""
+    """With `trainable=encoder`, share of the images that are also decoded and compared."""
     first_level: int = 0
     """With `trainable=encoder`, levels of the encoder before this one stay as they are, too."""
 
@@ -121,9 +121,9 @@ class ImageTokenizerConfig:
     """The fields that all trainings of an image tokenizer share."""
 
     batch: int = 32
-    """Pictures of a step, over all processes."""
+    """Images of a step, over all processes."""
     micro_batch: int = 0
-    """Pictures that one process computes at a time; 0: all that it has."""
+    """Images that one process computes at a time; 0: all that it has."""
     start: str = ""
     """A run, a model folder or a hub id whose image tokenizer this run begins with."""
     trainable: str = "all"
@@ -139,7 +139,7 @@ class ImageTokenizerConfig:
         count_micro_batches(self.batch, self.micro_batch)
 
     def build(self) -> VQGAN:
-        """The network on its device, with weights drawn from the seed or taken from `start`."""
+        """The network on its device, with random weights of the seed, or those of `start`."""
         torch.manual_seed(self.run.seed)
         model = accelerate(VQGAN(self.model))
         if self.start:
@@ -187,7 +187,7 @@ def check_trainable(trainable: str, start: str, loss: VQLossConfig) -> None:
 
 
 def count_micro_batches(batch: int, micro_batch: int) -> int:
-    """How many times per step this process computes `micro_batch` pictures (0: all)."""
+    """How many times per step this process computes `micro_batch` images (0: all)."""
     process_count = processes.count()
     at_once = process_count * max(1, micro_batch)
     if batch < 1 or micro_batch < 0 or batch % at_once:
@@ -248,7 +248,7 @@ class _Seen(NamedTuple):
 
 
 class ImageTokenizerTask(Task):
-    """Trains a `VQGAN` on pictures (its units), the batch of a step in `micro_batches`. `trainable`
+    """Trains a `VQGAN` on images (its units), the batch of a step in `micro_batches`. `trainable`
     is "all", or "decoder" or "encoder" to leave the rest of the network as it is. `head` is trained
     with the network if `config.naming` is not 0; the batches then have labels."""
 
@@ -331,7 +331,7 @@ class ImageTokenizerTask(Task):
         """Each of several processes holds a copy; `compiled` compiles the network."""
         if config.tensor > 1:
             raise SettingError(
-                f"tensor={config.tensor} cannot cut an image tokenizer: leave it at 1"
+                f"tensor={config.tensor} cannot split an image tokenizer: leave it at 1"
             )
         self._mesh, self._data_ranks = mesh, parallel.data_rank(mesh)[1]
         for module in self.model.modules() if compiled else ():
@@ -400,7 +400,7 @@ class ImageTokenizerTask(Task):
         self._uses_K += parallel.data_sum(uses_K, self._mesh)
         if self._critic is None or step < self.config.adversarial_from:
             return {}
-        # The critic learns from the pictures that were drawn before this step changed the decoder.
+        # The critic learns from the images that were decoded before this step changed the decoder.
         pairs = ((micro.reals_BCYX, micro.fakes_BCYX) for micro in seen)
         return {"critic": self._critic.learn(pairs, 1 / self._micro_batches, self._mesh)}
 
@@ -439,7 +439,7 @@ class ImageTokenizerTask(Task):
             self.head.load_state_dict(tensors["head"])
 
     def _fetch(self, step: int) -> None:
-        """The pictures of a step as micro batches, with their labels if any."""
+        """The images of a step as micro batches, with their labels if any."""
         batch = self._batches(step)
         pixels, labels = batch if isinstance(batch, tuple) else (batch, None)
         x = pixels.to(self._device, non_blocking=True)
@@ -449,7 +449,7 @@ class ImageTokenizerTask(Task):
         self._seen = []
 
     def _decoded(self, x_BCYX: Tensor) -> Quantized:
-        """The decoder's pictures of exact codes; the encoder runs in fp32."""
+        """The decoder's images of exact codes; the encoder runs in fp32."""
         with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
             latents = self.model.latents(x_BCYX)
             codes = self.model.nearest_codes(latents)
@@ -457,7 +457,7 @@ class ImageTokenizerTask(Task):
         return Quantized(drawn, latents, self.model.embed(codes), codes)
 
     def _encoded(self, x_BCYX: Tensor) -> Quantized:
-        """The codewords of all pictures, and the drawings of the first `drawn` of them."""
+        """The codewords of all images, and the decoded images of the first `drawn` of them."""
         latents = self.model.latents(x_BCYX)
         with torch.autocast(self._device.type, enabled=False):
             codes = self.model.nearest_codes(latents.detach().float())
@@ -558,16 +558,16 @@ class _MovingCodebook:
 
 
 class HeldOut:
-    """Measures and draws pictures that the network is not trained on (`trainer.DrawSamples`).
-    `pictures_BCYX` are on the CPU, in [-1, 1]. The grid has the originals above their
-    reconstructions; the figures are means over all pictures, in fp32."""
+    """Measures and decodes images that the network is not trained on (`trainer.DrawSamples`).
+    `images_BCYX` are on the CPU, in [-1, 1]. The grid has the originals above their
+    reconstructions; the figures are means over all images, in fp32."""
 
-    def __init__(self, model: VQGAN, pictures_BCYX: Tensor, shown: int = 8, batch: int = 4) -> None:
-        self._model, self._pictures_BCYX = model, pictures_BCYX
+    def __init__(self, model: VQGAN, images_BCYX: Tensor, shown: int = 8, batch: int = 4) -> None:
+        self._model, self._images_BCYX = model, images_BCYX
         self._shown, self._batch = shown, batch
 
     def __call__(self, step: int, folder: Path) -> dict[str, float]:
-        if not len(self._pictures_BCYX):
+        if not len(self._images_BCYX):
             return {}
         device = self._model.quantize.embedding.weight.device
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
@@ -576,7 +576,7 @@ class HeldOut:
     def _checked(self, grid: Path, device: torch.device) -> dict[str, float]:
         uses_K = torch.zeros(self._model.config.num_embeddings, device=device)
         quality, rows = [], []
-        for x in self._pictures_BCYX.split(self._batch):
+        for x in self._images_BCYX.split(self._batch):
             pixels = x.to(device)
             codes = self._model.encode(pixels)
             drawn = self._model.decode(codes).float().clamp(-1, 1)
@@ -584,8 +584,8 @@ class HeldOut:
             quality.append(torch.stack((psnr(drawn, pixels), ssim(drawn, pixels)), 1).cpu())
             rows.append(drawn.cpu())
         drawn = torch.cat(rows[: -(-self._shown // self._batch)])
-        pairs = zip(self._pictures_BCYX[: self._shown], drawn, strict=False)
-        columns = [[to_picture(x), to_picture(y)] for x, y in pairs]
+        pairs = zip(self._images_BCYX[: self._shown], drawn, strict=False)
+        columns = [[to_image(x), to_image(y)] for x, y in pairs]
         save_grid(grid, columns)
         mean_psnr, mean_ssim = torch.cat(quality).mean(0).tolist()
         return {

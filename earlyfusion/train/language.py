@@ -204,7 +204,7 @@ class LanguageTask(Task):
         if self._packer.length % config.tensor:
             raise SettingError(
                 f"length={self._packer.length} must be a multiple of tensor={config.tensor}: "
-                f"rows are cut over it"
+                f"rows are split over it"
             )
         parallel.parallelize(self.model, mesh, config, compiled, dtype)
         self._packer, self._mesh = self._packer.for_share(share), mesh

@@ -1,6 +1,6 @@
-"""How alike two pictures are: PSNR, SSIM, and the distance of their features in VGG-16.
+"""How alike two images are: PSNR, SSIM, and the distance of their features in VGG-16.
 
-Pictures are float32 [B, 3, Y, X] in [-1, 1]. The distance is that of Zhang et al. 2018 (LPIPS):
+Images are float32 [B, 3, Y, X] in [-1, 1]. The distance is that of Zhang et al. 2018 (LPIPS):
 squared differences of normalised features at five depths, weighted by channel if the file has such
 weights, else summed.
 """
@@ -28,9 +28,9 @@ def psnr(a_BCYX: Tensor, b_BCYX: Tensor) -> Tensor:
 
 
 def ssim(a_BCYX: Tensor, b_BCYX: Tensor) -> Tensor:
-    """Structural similarity of each pair (Wang et al. 2004), [B]; 1 for equal pictures. The mean
-    over channels and over all positions of the window within the picture; the window shrinks for
-    smaller pictures."""
+    """Structural similarity of each pair (Wang et al. 2004), [B]; 1 for equal images. The mean
+    over channels and over all positions of the window within the image; the window shrinks for
+    smaller images."""
     side = min(_WINDOW, *a_BCYX.shape[-2:])
     side -= 1 - side % 2  # odd, so that the window has a middle
     offset = torch.arange(side, device=a_BCYX.device) - side // 2
@@ -61,7 +61,7 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Perceptual:
-    """The distance of pictures in the features of VGG-16, mean over the batch. `weights` is a state
+    """The distance of images in the features of VGG-16, mean over the batch. `weights` is a state
     dict's file: torchvision's VGG-16 (`features.0.weight`), or a whole LPIPS
     (`net.slice1.0.weight`, `lin0.model.1.weight`); `linear` has only LPIPS's weights per channel.
     Raises `CheckpointError`."""

@@ -170,8 +170,8 @@ def _loss_of_logits(
 def _refuse_slice(vocab_slice: VocabularySlice | None) -> None:
     if vocab_slice is not None:
         raise SettingError(
-            "the head is cut over several processes, where its loss has neither second derivatives "
-            "nor transforms: use tensor=1"
+            "the head is split over several processes, where its loss has neither second "
+            "derivatives nor transforms: use tensor=1"
         )
 
 

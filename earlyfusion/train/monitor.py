@@ -1,5 +1,5 @@
 """What a run reports: a progress bar, a JSONL file, TensorBoard if it is installed, W&B on request.
-Speed is logged in tokens or pictures per second, as a share of the devices' peak (`mfu`), and as
+Speed is logged in tokens or images per second, as a share of the devices' peak (`mfu`), and as
 the seconds left."""
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Monitor:
         self._bar.start()
 
     def advance(self, step: int, units: float) -> None:
-        """Count a step that processed `units` tokens or pictures."""
+        """Count a step that processed `units` tokens or images."""
         self._units += units
         self._done += 1
         if not self._quiet:

@@ -26,7 +26,7 @@ _LOGITS_AT_ONCE = 2**26
 """Of the loss on a GPU: 256 MB in fp32, and products that are large enough for its full speed."""
 
 ASSUMED = (
-    "what is trained: weights, gradients and both moments of AdamW in fp32, cut over shard x "
+    "what is trained: weights, gradients and both moments of AdamW in fp32, split over shard x "
     "tensor; what is not: 4 bytes a weight, 2 in products of blocks; computing in bf16",
     "two blocks gathered at a time, and the embedding and head",
     "activations of one micro batch, without compile; attention keeps no scores",

@@ -1,6 +1,6 @@
-"""Sample pictures of a run: the same prompts, drawn again and again as the model learns.
-`PromptedPictures` is a `trainer.DrawSamples`. It draws with the modules in training, in the plain
-loop of `generation/reference.py`, so adapters and other replaced modules take part."""
+"""Sample images of a run: from the same prompts, again and again as the model learns.
+`PromptedPictures` is a `trainer.DrawSamples`. It generates with the modules in training, in the
+plain loop of `generation/reference.py`, so adapters and other replaced modules take part."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from earlyfusion.model.transformer import Transformer
 from earlyfusion.processor import ANSWER_IMAGE, Processor, TokenSequence
 
 _GAP = 4
-_LEAST_SIDE = 128  # smaller pictures are enlarged by a whole factor
+_LEAST_SIDE = 128  # smaller images are enlarged by a whole factor
 
 
 class PromptedPictures:
-    """Draws one picture for each prompt and saves them as a grid, with the prompts in a JSON file.
-    `prompts` are pairs of a text to show and tokens. `defaults` are the model's own sampling
+    """Generates one image for each prompt and saves them as a grid, with the prompts in a JSON
+    file. `prompts` are pairs of a text to show and tokens. `defaults` are the model's own sampling
     settings. Prompt number i always has the seed `seed + i`, so only the model changes. Raises
-    `SettingError` for a prompt that leaves no room for a picture."""
+    `SettingError` for a prompt that leaves no room for an image."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class PromptedPictures:
             if len(ids) + max_tokens > limit:
                 raise SettingError(
                     f"the sample prompt {name[:40]!r} has {len(ids)} tokens, which leave no room "
-                    f"for a picture of {max_tokens} in {limit}: shorten it"
+                    f"for an image of {max_tokens} in {limit}: shorten it"
                 )
         settings = [SamplingParams(seed=seed + i).resolved(defaults) for i in range(len(prompts))]
         self._requests = [
@@ -64,8 +64,8 @@ class PromptedPictures:
             return {}
         codes = np.stack([self._draw(request) for request in self._requests])
         with torch.autocast(self._image_tokenizer.device.type, enabled=False):
-            pictures = self._image_tokenizer.decode(torch.from_numpy(codes))
-        save_grid(folder / f"step-{step:08d}.png", [[picture] for picture in pictures])
+            images = self._image_tokenizer.decode(torch.from_numpy(codes))
+        save_grid(folder / f"step-{step:08d}.png", [[image] for image in images])
         caption = {"step": step, "prompts": self._names, "layout": "from left to right"}
         text = json.dumps(caption, ensure_ascii=False, indent=1) + "\n"
         with replacing(folder / f"step-{step:08d}.json") as path:
@@ -74,7 +74,7 @@ class PromptedPictures:
 
     def _draw(self, request: Request) -> np.ndarray[Any, np.dtype[np.int64]]:
         events = generate(self._transformer, self._processor, request)
-        # The grammar of "image" always completes its picture.
+        # The grammar of "image" always completes its image.
         return next(event.codes for event in events if isinstance(event, ImageDone))
 
 
@@ -88,7 +88,7 @@ def encoded_prompts(
 def image_prompts(
     processor: Processor, stream: Callable[[int], TokenSequence], count: int, among: int = 200
 ) -> list[tuple[str, Sequence[int]]]:
-    """`count` prompts of the first `among` training documents whose answer is a picture."""
+    """`count` prompts of the first `among` training documents whose answer is an image."""
     found: dict[str, Sequence[int]] = {}
     for number in range(among):
         if len(found) == count:
@@ -101,14 +101,14 @@ def image_prompts(
     return list(found.items())
 
 
-def to_picture(pixels_CYX: Tensor) -> PIL.Image.Image:
+def to_image(pixels_CYX: Tensor) -> PIL.Image.Image:
     """Pixels in [-1, 1], rounded to 8 bits."""
     scaled = ((pixels_CYX.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return PIL.Image.fromarray(np.ascontiguousarray(scaled.permute(1, 2, 0).cpu().numpy()))
 
 
 def save_grid(path: Path, columns: Sequence[Sequence[PIL.Image.Image]]) -> None:
-    """Write columns of pictures of equal size as one PNG."""
+    """Write columns of images of equal size as one PNG."""
     side = columns[0][0].width
     scale = max(1, -(-_LEAST_SIDE // side))
     wide, high = (side * scale for side in columns[0][0].size)
@@ -116,8 +116,8 @@ def save_grid(path: Path, columns: Sequence[Sequence[PIL.Image.Image]]) -> None:
     size = (len(columns) * (wide + _GAP) + _GAP, rows * (high + _GAP) + _GAP)
     sheet = PIL.Image.new("RGB", size, "white")
     for along, column in enumerate(columns):
-        for down, picture in enumerate(column):
-            shown = picture.resize((wide, high), PIL.Image.Resampling.NEAREST)
+        for down, image in enumerate(column):
+            shown = image.resize((wide, high), PIL.Image.Resampling.NEAREST)
             sheet.paste(shown, (_GAP + along * (wide + _GAP), _GAP + down * (high + _GAP)))
     with replacing(path) as partial:
         sheet.save(partial, "PNG")

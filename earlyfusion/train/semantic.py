@@ -1,9 +1,9 @@
 """A head that names what quantised latents show. It trains the image tokenizer and is then dropped.
 
-With reconstruction alone, two pictures of the same thing may have entirely different codes. If a
-head has to name from the codewords what the picture shows, the codes carry this, and a transformer
+With reconstruction alone, two images of the same thing may have entirely different codes. If a
+head has to name from the codewords what the image shows, the codes carry this, and a transformer
 that reads them learns names faster. (UniTok, arXiv 2502.20321, and VILA-U, arXiv 2409.04429,
-contrast pictures with captions; here names are few, so a class per name is enough.) The head's
+contrast images with captions; here names are few, so a class per name is enough.) The head's
 gradient passes the codewords straight through to the encoder. The head is not part of the VQ-GAN,
 whose files and speed do not change.
 """

@@ -25,7 +25,7 @@ class Task:
     """The share of the run that is done, set by the loop before each step."""
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor], float]:
-        """The loss of a micro batch, figures to log, and its number of units (tokens or pictures).
+        """The loss of a micro batch, figures to log, and its number of units (tokens or images).
         The losses of all micro batches and all data ranks add up to the loss of the step."""
         raise NotImplementedError
 

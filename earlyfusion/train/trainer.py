@@ -69,7 +69,7 @@ class RunConfig:
     stop_after: int = 0
     """Stop at this step, with the schedule of a run to `steps` (0: never)."""
     sample_every: int = 0
-    """Steps between sample pictures and checks on held-out data (0: only at the end)."""
+    """Steps between sample images and checks on held-out data (0: only at the end)."""
     wandb: bool = False
     """Log to Weights & Biases too, which must be installed."""
     peak_tflops: float = 0.0
@@ -96,9 +96,9 @@ class RunConfig:
 
 
 DrawSamples = Callable[[int, Path], dict[str, float]]
-"""Draws samples of the weights after this many steps: pictures into a folder, figures to log.
+"""Generates samples with the weights after this many steps: images into a folder, figures to log.
 
-It finds the model in eval mode and may draw random numbers: the training is not affected.
+It finds the model in eval mode and may use random numbers: the training is not affected.
 """
 
 
@@ -214,7 +214,7 @@ class _Training:
         if not self.step and (sentence := check_warmup(self.optim, self.run.steps)):
             self.monitor.note(0, sentence)
         if self.draw_samples is not None and self.is_sharded:
-            self.monitor.note(self.step, "no samples: the model is cut over several processes")
+            self.monitor.note(self.step, "no samples: the model is split over several processes")
             self.draw_samples = None
 
     # ---- one step
@@ -260,7 +260,7 @@ class _Training:
             units += micro_units
         if len(losses) == 1:
             return losses[0], metrics[0], units
-        # A micro batch without pictures has NaN as the loss of pictures.
+        # A micro batch without images has NaN as the loss of images.
         means = {k: torch.stack([f[k].float() for f in metrics]).nanmean() for k in metrics[0]}
         return torch.stack(losses).sum(), means, units
 
@@ -290,7 +290,7 @@ class _Training:
         return metrics
 
     def _sample(self, ends: bool) -> dict[str, float]:
-        """Draw samples of the present weights; figures about them."""
+        """Generate samples with the present weights; figures about them."""
         done, every = self.step + 1, self.run.sample_every
         if self.draw_samples is None or not (ends or (every and done % every == 0)):
             return {}
