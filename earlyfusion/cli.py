@@ -307,12 +307,12 @@ def generate(
     image: Annotated[
         list[str] | None, typer.Option(help="An image file, or - for a pipe. May be repeated.")
     ] = None,
-    output: Annotated[Output, typer.Option(help="What the reply may hold.")] = "auto",
+    output: Annotated[Output, typer.Option(help="What the reply may contain.")] = "auto",
     out: ImageFolder = Path("out"),
     as_json: AsJson = False,
 ) -> None:
-    """Answer one prompt: print the text, and write images to new PNG files. Of an image that is not
-    square the model sees the square in its centre, unless it is fitted."""
+    """Answer one prompt: print the text, and write images to new PNG files. An image that
+    is not square is cropped to its centre, or fitted with a border (--fit)."""
     from earlyfusion.content import as_messages, fill_placeholders
     from earlyfusion.terminal import Album, Screen, answer, reply_json
 
@@ -348,10 +348,10 @@ def chat(
     resume: Annotated[
         Path | None, typer.Option(help="A folder that /save wrote.", show_default=False)
     ] = None,
-    output: Annotated[Output, typer.Option(help="What a reply may hold.")] = "auto",
+    output: Annotated[Output, typer.Option(help="What a reply may contain.")] = "auto",
     out: ImageFolder = Path("out"),
 ) -> int:
-    """Talk with the model; it remembers. Commands: /image /undo /reset /save /load /quit."""
+    """Chat with the model in the terminal. Commands: /image /undo /reset /save /load /quit."""
     from earlyfusion.chat import Conversation
     from earlyfusion.terminal import Album
 
@@ -380,9 +380,10 @@ def batch(
     output: Annotated[Output, typer.Option(help="For lines without an output.")] = "auto",
     as_json: AsJson = False,
 ) -> int:
-    """Answer many prompts at once; run again, it continues. A line's own settings come first. A
-    line has a prompt (a text, a list of parts, or a list of messages), and optionally id, images,
-    output, seed and other sampling fields. Image paths are relative to the folder of the file."""
+    """Answer many prompts at once. An interrupted run continues if started again. Settings of a
+    line take precedence over options. A line has a prompt (a text, a list of parts, or a list of
+    messages), and optionally id, images, output, seed and other sampling fields. Image paths are
+    relative to the folder of the file."""
     from earlyfusion.batch import Replies, answer_all, read_jobs
     from earlyfusion.terminal import progress_bar
 
@@ -458,7 +459,9 @@ def gallery(
     loading: Loading,
     prompts: Annotated[
         list[str] | None,
-        typer.Argument(help="Requests, each a line of the sheet.", show_default="six of our own"),
+        typer.Argument(
+            help="Prompts, one for each row of the sheet.", show_default="six of our own"
+        ),
     ] = None,
     count: Annotated[int, whole_option("Images of each request.")] = 8,
     out: Annotated[Path, typer.Option("--out", "-o", help="A .png or .webp file.")] = _GALLERY,
@@ -466,7 +469,7 @@ def gallery(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Generate images of requests with the first seeds, unselected, on one sheet."""
+    """Generate images of several prompts with the first seeds, unselected, on one sheet."""
     from earlyfusion.files import check_writable, taken, write_whole
     from earlyfusion.terminal import Screen, sheet, sheet_file
 
@@ -504,13 +507,15 @@ def encode(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="A .safetensors or .npy file.")],
     fit: Fit = None,
-    mode: Annotated[Mode | None, typer.Option(help="The same by name.", hidden=True)] = None,
+    mode: Annotated[
+        Mode | None, typer.Option(help="crop or fit, as --crop and --fit.", hidden=True)
+    ] = None,
     model: ModelName = "mini",
     device: Device = "auto",
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Turn images into codes: one tensor "codes" of n x h x w whole numbers."""
+    """Encode images to codes: one tensor "codes" of n x h x w integers."""
     from earlyfusion.checkpoints.codes import check_name, save_codes
     from earlyfusion.files import check_writable, taken
 
@@ -654,7 +659,7 @@ def train(
         bool, typer.Option("--plan", help="Only estimate memory, speed and days on many GPUs.")
     ] = False,
 ) -> None:
-    """Run a training recipe; run it again to continue where it stopped."""
+    """Run a training recipe. An interrupted run continues if started again."""
     from earlyfusion.recipes.run import plan, run
 
     if plan_only:
@@ -684,7 +689,8 @@ def tokenize(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Turn a corpus of text and images into tokens for training; run again, it continues."""
+    """Tokenize a corpus of text and images for training. An interrupted run continues if started
+    again."""
     from earlyfusion.files import check_writable
     from earlyfusion.terminal import busy, progress_of
 
@@ -722,7 +728,7 @@ def info(
     verify: Verify = True,
     as_json: AsJson = False,
 ) -> None:
-    """Show a model's shape and what running it takes; check that its files are whole."""
+    """Show a model's shape and memory use, and check that its files are complete."""
     from earlyfusion.checkpoints.summary import summarize
     from earlyfusion.terminal import busy
 
@@ -760,7 +766,7 @@ def bench(
     dtype: Precision = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Measure start, memory, tokens and images on this machine, and their share of its limits."""
+    """Measure start-up, memory, tokens and images on this machine, and compare with its limits."""
     from earlyfusion.terminal import busy
 
     with busy("starting", as_json) as say:
@@ -793,8 +799,8 @@ def serve(
     api_key: Annotated[
         list[str] | None,
         typer.Option(
-            help="Clients must send it; may be repeated. The environment does not show it to "
-            "others on the machine.",
+            help="Key that clients must send; may be repeated. An environment variable hides it "
+            "from other users of the machine.",
             envvar="EARLYFUSION_API_KEY",
         ),
     ] = None,

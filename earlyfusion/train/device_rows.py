@@ -1,13 +1,13 @@
-"""Packed rows of fixed shape, put together on the device from documents that are kept there.
+"""Packed rows of fixed shape, assembled on the device from documents that are kept there.
 
 Documents are templates: text as tokens, and for each image only its number. The CPU sends two
-integers per position; the codes of the images are looked up on the device, each time with another
-of the crops of that image, and some input codes are replaced while the targets stay clean.
+integers per position. The device looks up the codes of a random variant of each image (an augmented
+version of it), and replaces some of the input codes; the targets stay unchanged.
 `DeviceRows` is a `data.packing.Rows`, like `Packer`. A batch depends only on the seed and the
 number of its first document.
 """
 
-# Shapes: B rows, T tokens of a row, M positions of all templates, P images, V crops of each, C
+# Shapes: B rows, T tokens of a row, M positions of all templates, P images, V variants of each, C
 # codes of one, K codebook.
 
 from __future__ import annotations
@@ -127,14 +127,14 @@ def _columns(
 
 @dataclass
 class CutConfig:
-    """How the images in rows vary."""
+    """Noise in the image codes of rows, and variants of the images in answers."""
 
     replace: float = 0.0
-    """Share of the input codes that are replaced by others; the targets stay."""
+    """Share of the input codes that are replaced by other codes; the targets stay."""
     near: float = 0.5
-    """Share of these that become one of the nearest codewords; the rest become any."""
+    """Share of the replaced codes that become one of the nearest codewords; the rest become any."""
     changed_answers: float = 0.0
-    """Share of the images in answers that are a variant in the same colours, not the exact one."""
+    """Share of the images in answers that are augmented in the same colours, instead of exact."""
 
     def __post_init__(self) -> None:
         for name in ("replace", "near", "changed_answers"):
@@ -143,13 +143,13 @@ class CutConfig:
 
 
 class DeviceRows:
-    """Fills batches from templates, in a new random order each epoch. `codes_PVC` are image codes
-    on the device. The first `plain` variants keep the colours, and variant 0 is exact.
-    `tokens_K` are the tokens of the codes, `near_KN` the codes nearest to each."""
+    """Fills batches from templates, in a new random order each epoch. `codes_PVC` are the codes of
+    all variants of the images, on the device: variant 0 is exact, the first `plain` ones keep the
+    colours. `tokens_K` are the tokens of the codes, `near_KN` the codes nearest to each."""
 
     def __init__(
         self,
-        found: Templates,
+        templates: Templates,
         codes_PVC: Tensor,
         plain: int,
         tokens_K: Tensor,
@@ -166,17 +166,17 @@ class DeviceRows:
         self._device = device = codes_PVC.device
         self._codes_PVC = codes_PVC
         self._tokens_K, self._near_KN = tokens_K.to(device), near_KN.to(device)
-        self._starts = found.starts
-        self._lengths = np.diff(found.starts) - 1  # targets of each document
+        self._starts = templates.starts
+        self._lengths = np.diff(templates.starts) - 1  # targets of each document
         longest = int(self._lengths.max())
         if longest > length:
             raise DataError(
                 f"a document has {longest + 1} tokens, limit {length + 1}: raise length or leave "
                 "it out"
             )
-        self._columns = Columns(*(torch.from_numpy(c).to(device) for c in found.columns))
+        self._columns = Columns(*(torch.from_numpy(c).to(device) for c in templates.columns))
         # Of the array: of the tensor, every batch would wait for the device.
-        self._slots = int(found.columns.slot_M.max()) + 1
+        self._slots = int(templates.columns.slot_M.max()) + 1
         self._order: tuple[int, np.ndarray] = (NONE, np.zeros(0, np.int64))
 
     def for_share(self, share: Share) -> DeviceRows:
@@ -192,7 +192,7 @@ class DeviceRows:
         where, documents = zip(*(self._row() for _ in range(self.rows)), strict=True)
         where_BT = torch.from_numpy(np.stack(where)).to(self._device, non_blocking=True)
         document_BT = torch.from_numpy(np.stack(documents)).to(self._device, non_blocking=True)
-        return self._filled(where_BT, document_BT, first)
+        return self._fill(where_BT, document_BT, first)
 
     def _row(self) -> tuple[np.ndarray, np.ndarray]:
         """The template entry of each position of a row (`NONE`: padding), and its document."""
@@ -219,59 +219,62 @@ class DeviceRows:
             self._order = epoch, rng.permutation(len(self._lengths))
         return int(self._order[1][rank])
 
-    def _filled(self, where_BT: Tensor, document_BT: Tensor, first: int) -> PackedBatch:
+    def _fill(self, where_BT: Tensor, document_BT: Tensor, first: int) -> PackedBatch:
         generator = torch.Generator(self._device)
         generator.manual_seed(self._seed * 1_000_003 + first)
         shape = (self.rows, self.length + 1, self._slots, 2)
-        chance = torch.rand(shape, generator=generator, device=self._device)
-        fills = where_BT >= 0
+        uniform_BDS2 = torch.rand(shape, generator=generator, device=self._device)
+        filled_BT = where_BT >= 0
         # Targets are the next entries: a document has one token more than positions in a row.
         inputs_BT, targets_BT = (
-            self._tokens(where_BT.clamp_min(0) + ahead, document_BT, chance) for ahead in (0, 1)
+            self._tokens(where_BT.clamp_min(0) + ahead, document_BT, uniform_BDS2)
+            for ahead in (0, 1)
         )
-        inputs_BT = self._replaced(inputs_BT, where_BT.clamp_min(0), generator)
+        inputs_BT = self._replace_codes(inputs_BT, where_BT.clamp_min(0), generator)
         weight_BT = self._columns.weight_M[where_BT.clamp_min(0) + 1]
         image_BT = self._columns.image_M[where_BT.clamp_min(0) + 1]
         return PackedBatch(
-            torch.where(fills, inputs_BT, self._pad),
-            torch.where(fills, targets_BT, self._pad),
+            torch.where(filled_BT, inputs_BT, self._pad),
+            torch.where(filled_BT, targets_BT, self._pad),
             document_BT,
             _positions(document_BT),
-            weight_BT * fills,
-            image_BT & fills,
+            weight_BT * filled_BT,
+            image_BT & filled_BT,
         )
 
-    def _tokens(self, where_BT: Tensor, document_BT: Tensor, chance_BDS2: Tensor) -> Tensor:
+    def _tokens(self, where_BT: Tensor, document_BT: Tensor, uniform_BDS2: Tensor) -> Tensor:
         """Tokens of template entries, each image in a random variant."""
         t = self._columns
         picture_BT, slot_BT = t.picture_M[where_BT], t.slot_M[where_BT].long()
         # All codes of one image share its two random numbers.
         row_BT = torch.arange(len(where_BT), device=self._device)[:, None].expand_as(where_BT)
-        chance_BT, second_BT = chance_BDS2[row_BT, document_BT, slot_BT].unbind(-1)
-        ways = torch.where(t.plain_M[where_BT], self._plain, self._codes_PVC.shape[1])
-        any_BT = (chance_BT * ways).long()
+        first_BT, second_BT = uniform_BDS2[row_BT, document_BT, slot_BT].unbind(-1)
+        variants_BT = torch.where(t.plain_M[where_BT], self._plain, self._codes_PVC.shape[1])
+        any_BT = (first_BT * variants_BT).long()
         others = max(1, self._plain - 1)
-        plain_BT = (1 + (chance_BT * others).long()).clamp_max(self._plain - 1)
+        plain_BT = (1 + (first_BT * others).long()).clamp_max(self._plain - 1)
         exact_BT = second_BT >= self._config.changed_answers
-        drawn_BT = torch.where(exact_BT, 0, plain_BT)
-        way_BT = torch.where(t.answer_M[where_BT], drawn_BT, any_BT)
+        in_answer_BT = torch.where(exact_BT, 0, plain_BT)
+        variant_BT = torch.where(t.answer_M[where_BT], in_answer_BT, any_BT)
         offset_BT = t.offset_M[where_BT].clamp_min(0).long()
-        code_BT = self._codes_PVC[picture_BT.clamp_min(0).long(), way_BT, offset_BT].long()
+        code_BT = self._codes_PVC[picture_BT.clamp_min(0).long(), variant_BT, offset_BT].long()
         return torch.where(picture_BT >= 0, self._tokens_K[code_BT], t.ids_M[where_BT].long())
 
-    def _replaced(self, tokens_BT: Tensor, where_BT: Tensor, generator: torch.Generator) -> Tensor:
-        """The tokens, with some codes replaced by near or arbitrary ones."""
+    def _replace_codes(
+        self, tokens_BT: Tensor, where_BT: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """The tokens, with some codes replaced by near or arbitrary codes."""
         if not self._config.replace:
             return tokens_BT
-        draws = torch.rand(4, *tokens_BT.shape, generator=generator, device=self._device)
+        uniform = torch.rand(4, *tokens_BT.shape, generator=generator, device=self._device)
         codes = len(self._tokens_K)
         code_BT = self._code_of_token[tokens_BT]
         near_BT = self._near_KN[
-            code_BT.clamp_min(0), (draws[0] * self._near_KN.shape[1]).long()
+            code_BT.clamp_min(0), (uniform[0] * self._near_KN.shape[1]).long()
         ].long()
-        other_BT = torch.where(draws[1] < self._config.near, near_BT, (draws[2] * codes).long())
-        swapped = (draws[3] < self._config.replace) & (self._columns.picture_M[where_BT] >= 0)
-        return torch.where(swapped, self._tokens_K[other_BT], tokens_BT)
+        other_BT = torch.where(uniform[1] < self._config.near, near_BT, (uniform[2] * codes).long())
+        replaced = (uniform[3] < self._config.replace) & (self._columns.picture_M[where_BT] >= 0)
+        return torch.where(replaced, self._tokens_K[other_BT], tokens_BT)
 
     @property
     def _code_of_token(self) -> Tensor:
