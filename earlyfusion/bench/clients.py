@@ -40,8 +40,8 @@ class Answer:
     @property
     def tokens(self) -> int:
         """The reply's tokens, from the usage at its end."""
-        found = _USAGE.findall(self.end)
-        return int(json.loads(found[-1])["usage"]["completion_tokens"]) if found else 0
+        usages = _USAGE.findall(self.end)
+        return int(json.loads(usages[-1])["usage"]["completion_tokens"]) if usages else 0
 
 
 class Client(asyncio.Protocol):

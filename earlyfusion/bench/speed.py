@@ -155,12 +155,12 @@ def _cold_start(
 
 def _cache(model: Chameleon) -> list[Figure]:
     size, context = model.engine.cache_size, model.engine.context_tokens
-    whole = size.requests(context)
+    full_requests = size.requests(context)
     return [
         Figure("cache", "cache of keys and values", size.bytes / 1e6, "MB"),
         Figure("cache_tokens", "tokens that it holds", size.tokens, ""),
         Figure("cache_requests_300", "requests of 300 tokens at once", size.requests(300), ""),
-        Figure("cache_requests", f"requests of {context:,} tokens at once", whole, ""),
+        Figure("cache_requests", f"requests of {context:,} tokens at once", full_requests, ""),
     ]
 
 
@@ -235,11 +235,11 @@ class Meter:
             for name, _, prompt, settings in cases
         }
         times = take_turns(contenders, self.rounds)
-        whole = medians({name: [t for t, _ in found] for name, found in times.items()}, 1e3)
-        step = medians({name: [t for _, t in found] for name, found in times.items()})
+        image_ms = medians({name: [t for t, _ in pairs] for name, pairs in times.items()}, 1e3)
+        step = medians({name: [t for _, t in pairs] for name, pairs in times.items()})
         two, three = step["guided"] / step["plain"], step["again_guided"] / step["again"]
         return [
-            *(Figure(f"draw_{n}", f"codes of an {how}", whole[n], "ms") for n, how, *_ in cases),
+            *(Figure(f"draw_{n}", f"codes of an {how}", image_ms[n], "ms") for n, how, *_ in cases),
             Figure("step_2_branches", "step of 2 branches over 1", two, "times"),
             Figure("step_3_branches", "step of 3 branches over 1", three, "times"),
         ]
@@ -365,14 +365,14 @@ class Meter:
         """Seconds from the prompt to all codes of an image, and of one step of these."""
         sampling = SamplingParams(**settings)  # type: ignore[arg-type]
         request = self.model.request(prompt, "image", sampling, next(seeds))
-        handle, whole = self.engine.add(request), self.layout.num_tokens
+        handle, total = self.engine.add(request), self.layout.num_tokens
         first = seconds(partial(self._run_until, handle, 3), self.device)
         before = len(handle.tokens)
-        until = partial(self._run_until, handle, min(whole, before + MOST_CODES))
+        until = partial(self._run_until, handle, min(total, before + MOST_CODES))
         rest = seconds(until, self.device)
         step = rest / max(len(handle.tokens) - before, 1)
         handle.cancel()
-        return first + step * (whole - before), step
+        return first + step * (total - before), step
 
     def _mixed_requests(self) -> Iterator[Request]:
         for number in range(8):

@@ -84,25 +84,25 @@ def _join_norms(heads: Callable[[ModelConfig], int]) -> Join:
     return join
 
 
-def _split_rows(whole: Tensor, shard: Shard, config: ModelConfig) -> Tensor:
-    return whole.chunk(shard.total, 0)[shard.rank]
+def _split_rows(tensor: Tensor, shard: Shard, config: ModelConfig) -> Tensor:
+    return tensor.chunk(shard.total, 0)[shard.rank]
 
 
-def _split_columns(whole: Tensor, shard: Shard, config: ModelConfig) -> Tensor:
-    return whole.chunk(shard.total, 1)[shard.rank]
+def _split_columns(tensor: Tensor, shard: Shard, config: ModelConfig) -> Tensor:
+    return tensor.chunk(shard.total, 1)[shard.rank]
 
 
-def _replicate(whole: Tensor, shard: Shard, config: ModelConfig) -> Tensor:
-    return whole
+def _replicate(tensor: Tensor, shard: Shard, config: ModelConfig) -> Tensor:
+    return tensor
 
 
-def _split_rotary(whole: Tensor, shard: Shard, config: ModelConfig) -> Tensor:
-    return rotate(whole.chunk(shard.total, 0)[shard.rank], config.head_dim)
+def _split_rotary(tensor: Tensor, shard: Shard, config: ModelConfig) -> Tensor:
+    return rotate(tensor.chunk(shard.total, 0)[shard.rank], config.head_dim)
 
 
-def _split_norms(whole: Tensor, shard: Shard, config: ModelConfig) -> Tensor:
+def _split_norms(tensor: Tensor, shard: Shard, config: ModelConfig) -> Tensor:
     # The norms of a shard's heads are equal, as `_shard_count` has checked.
-    return rotate(whole.chunk(shard.total, 0)[shard.rank][0], config.head_dim)
+    return rotate(tensor.chunk(shard.total, 0)[shard.rank][0], config.head_dim)
 
 
 class Rule(NamedTuple):
@@ -246,8 +246,8 @@ def read_config(folder: Path, vq_config: VQConfig | None = None) -> ModelConfig:
 def open_tensors(folder: Path, config: ModelConfig) -> dict[str, Stored]:
     """All tensors under this package's names; shards are joined when a tensor is read."""
     paths = _shard_paths(folder, config.model_parallel_size)
-    opened = [torch_load(path) for path in paths]
-    names = [set(shard) - _IGNORED for shard in opened]
+    states = [torch_load(path) for path in paths]
+    names = [set(shard) - _IGNORED for shard in states]
     if any(other != names[0] for other in names):
         raise CheckpointError(f"the shards in {folder} hold different keys: download them again")
     files = [MappedFile(partial(_lookup, path)) for path in paths]
@@ -278,8 +278,10 @@ def _lookup(path: Path) -> Callable[[str], Tensor]:
 def _joined(shards: Sequence[Stored], join: Join, config: ModelConfig) -> Stored:
     # Run on meta tensors, to learn the shape of the whole.
     blanks = [torch.empty(s.shape, dtype=s.dtype, device="meta") for s in shards]
-    whole = join(blanks, config)
-    return Stored(whole.dtype, tuple(whole.shape), lambda: join([s.read() for s in shards], config))
+    result = join(blanks, config)
+    return Stored(
+        result.dtype, tuple(result.shape), lambda: join([s.read() for s in shards], config)
+    )
 
 
 def _table(layers: int) -> dict[str, Rule]:
@@ -376,8 +378,8 @@ def save_vqgan(folder: Path, vqgan: VQGAN) -> None:
 def _write_vqgan(folder: Path, config: VQConfig, state: Mapping[str, Tensor]) -> None:
     shape = yaml.safe_dump({"model": {"params": _vq_params(config)}})
     (folder / VQ_CONFIG).write_text(shape, encoding="utf-8")
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    torch.save({"state_dict": whole}, folder / VQ_WEIGHTS)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    torch.save({"state_dict": tensors}, folder / VQ_WEIGHTS)
 
 
 def _frequencies(config: ModelConfig) -> Tensor:
@@ -399,21 +401,21 @@ def check_meta(source: Source) -> None:
     if reason:
         raise CheckpointError(f"Meta's layout has no place for {reason}: convert to hf")
     with torch.device("meta"):
-        wanted = VQGAN(config.vq_config).state_dict()
-    if not set(wanted) <= set(source.vq):
+        expected = VQGAN(config.vq_config).state_dict()
+    if not set(expected) <= set(source.vq):
         raise CheckpointError(
             f"Meta's layout needs a whole image tokenizer, which {source.folder} lacks: "
             "give one with --image-tokenizer"
         )
 
 
-def _shard_count(source: Source, wanted: int | None) -> int:
+def _shard_count(source: Source, requested: int | None) -> int:
     """How many shards to write; `CheckpointError` if that number cannot hold the model."""
     config, possible = source.config, _possible_shards(source)
-    count = wanted or config.model_parallel_size
+    count = requested or config.model_parallel_size
     if count in possible:
         return count
-    if possible and wanted is None:
+    if possible and requested is None:
         return min(possible)
     if not possible:
         raise CheckpointError(

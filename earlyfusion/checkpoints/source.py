@@ -209,8 +209,8 @@ def read_card(folder: Path | None) -> dict[str, str]:
 
 
 def _listed(keys: Collection[str], adjective: str) -> str:
-    shown = ", ".join(sorted(keys)[:_SHOWN_KEYS])
+    names = ", ".join(sorted(keys)[:_SHOWN_KEYS])
     more = f" and {len(keys) - _SHOWN_KEYS} more" if len(keys) > _SHOWN_KEYS else ""
     if len(keys) == 1:
-        return f"the {adjective}key {shown}"
-    return f"{len(keys)} {adjective}keys: {shown}{more}"
+        return f"the {adjective}key {names}"
+    return f"{len(keys)} {adjective}keys: {names}{more}"

@@ -150,11 +150,11 @@ def open_images(sources: Sequence[str], cache: Path, settings: RowSettings) -> J
     """Open all sources as one; `cache` is the folder of the tables' indices. Raises `DataError`."""
     if not sources:
         raise SettingError("data is empty: give data=PATH, images or tables of them")
-    opened: list[Images] = []
+    parts: list[Images] = []
     for source in sources:
         files = _image_files(source)
-        opened.append(ImageFiles(files) if files else RowImages(open_rows(source, cache, settings)))
-    return JoinedImages(opened)
+        parts.append(ImageFiles(files) if files else RowImages(open_rows(source, cache, settings)))
+    return JoinedImages(parts)
 
 
 def _image_files(source: str) -> list[Path]:
@@ -270,12 +270,12 @@ def read_or_quarantine(
     return image
 
 
-def hold_out(images: Images, wanted: int, most: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
+def hold_out(images: Images, count: int, most: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
     """Numbers to check on, at most this share, and the others; the same for every run's seed."""
     # A fixed seed, so that runs of other seeds are measured on the same images.
-    count = len(images)
-    held = min(wanted, int(most * count))
-    order = np.random.default_rng(0).permutation(count)
+    total = len(images)
+    held = min(count, int(most * total))
+    order = np.random.default_rng(0).permutation(total)
     return np.sort(order[:held]), np.sort(order[held:])
 
 

@@ -64,7 +64,7 @@ def wordings(model: Model, data: EmojiData, gallery: Gallery) -> Numbers:
     for image_id in data.split("train"):
         first.setdefault(data.row(image_id)["codepoints"], data.row(image_id))
     requests = [r for r in HELD_OUT if _is_answerable(data, first, r)]
-    prompts = [[*(Image(data.image(first[c]["id"])) for c in r.shown), r.text] for r in requests]
+    prompts = [[*(Image(data.image(first[c]["id"])) for c in r.images), r.text] for r in requests]
     found = generate_replies(model, prompts, "auto", seeded_sampling(len(prompts), 0, max_images=5))
     verdicts = [
         judge(reply, r, data, first, gallery) for reply, r in zip(found, requests, strict=True)
@@ -80,9 +80,9 @@ def wordings(model: Model, data: EmojiData, gallery: Gallery) -> Numbers:
 
 def _is_answerable(data: EmojiData, first: dict[str, Row], request: FreeRequest) -> bool:
     if request.answer == "list":
-        return any(row["subgroup"].startswith(request.wanted) for row in data.rows)
-    known = [c in first for c in request.wanted]
-    return all(c in first for c in request.shown) and (any(known) or not request.wanted)
+        return any(row["subgroup"].startswith(request.expected) for row in data.rows)
+    known = [c in first for c in request.expected]
+    return all(c in first for c in request.images) and (any(known) or not request.expected)
 
 
 def judge(
@@ -92,7 +92,7 @@ def judge(
     answer, lang, text = request.answer, request.lang, normalise(reply.text)
     if answer == "draw":
         kind = len(reply.images) > 0
-        return kind, kind and gallery.nearest(reply.images[0])["codepoints"] in request.wanted
+        return kind, kind and gallery.nearest(reply.images[0])["codepoints"] in request.expected
     if answer == "list":
         return _judge_list(reply, request, data)
     if reply.images:
@@ -103,9 +103,9 @@ def judge(
         return text in _YES | _NO, text in (_YES if answer == "yes" else _NO)
     if answer == "which":
         words = [normalise(word) for word in ORDINALS[lang]]
-        index = request.shown.index(request.wanted[0])
+        index = request.images.index(request.expected[0])
         return text.removeprefix("the ") in words, text.removeprefix("the ") == words[index]
-    row = first[request.wanted[0]]
+    row = first[request.expected[0]]
     if answer == "name":
         names = {normalise(name_of(r, lang)) for r in data.rows}
         return text in names, text == normalise(name_of(row, lang))
@@ -115,7 +115,7 @@ def judge(
 
 def _judge_list(reply: Any, request: FreeRequest, data: EmojiData) -> tuple[bool, bool]:
     """Names before their images; right if all names are of the requested kind."""
-    rows = [r for r in data.rows if r["subgroup"].startswith(request.wanted)]
+    rows = [r for r in data.rows if r["subgroup"].startswith(request.expected)]
     names = {normalise(name_of(r, request.lang)) for r in rows}
     texts = [s.text for s in reply.segments if isinstance(s, Text)]
     items = [normalise(line.lstrip("0123456789. ")) for t in texts for line in t.splitlines()]

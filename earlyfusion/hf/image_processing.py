@@ -285,8 +285,8 @@ def _to_pil(planes_CYX: Tensor) -> PIL.Image.Image:
 def _channels_first(array: Tensor, order: Any) -> Tensor:
     """[C, Y, X] from [C, Y, X] or [Y, X, C]; if both are possible, the channels come first."""
     if array.ndim == 3 and order is None:
-        found = [axis for axis in (0, 2) if array.shape[axis] in _CHANNELS]
-        order = "channels_last" if found == [2] else "channels_first" if found else None
+        axes = [axis for axis in (0, 2) if array.shape[axis] in _CHANNELS]
+        order = "channels_last" if axes == [2] else "channels_first" if axes else None
     if array.ndim != 3 or 0 in array.shape or order is None:
         raise ImageError(
             f"an array of shape {'x'.join(map(str, array.shape))} is not one image: give "
@@ -343,11 +343,11 @@ def _crop(settings: dict[str, Any], name: str) -> int:
     return int(crop[name])
 
 
-def _centre(length: int, wanted: int) -> tuple[range, int, int]:
-    """The middle `wanted` of `length`, and how many pixels are missing before and after it."""
-    start, missing = max((length - wanted) // 2, 0), max(wanted - length, 0)
+def _centre(length: int, size: int) -> tuple[range, int, int]:
+    """The middle `size` of `length`, and how many pixels are missing before and after it."""
+    start, missing = max((length - size) // 2, 0), max(size - length, 0)
     before = (missing + 1) // 2
-    return range(start, min(start + wanted, length)), before, missing - before
+    return range(start, min(start + size, length)), before, missing - before
 
 
 def _to_values(batch_nCYX: Tensor, settings: dict[str, Any]) -> Tensor:

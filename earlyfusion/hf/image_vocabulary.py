@@ -153,9 +153,9 @@ def find_names(given: Mapping[str, int] | None, folder: str | None) -> dict[str,
     path = _tokenizer_file(folder) if folder else None
     if path is None:
         return names
-    found = Vocabulary.from_dict(read_tokenizer_json(path)).names
-    known = set(found.values())
-    return found | {name: token for name, token in names.items() if token not in known}
+    in_file = Vocabulary.from_dict(read_tokenizer_json(path)).names
+    known = set(in_file.values())
+    return in_file | {name: token for name, token in names.items() if token not in known}
 
 
 def _tokenizer_file(folder: str) -> Path | None:
@@ -163,7 +163,7 @@ def _tokenizer_file(folder: str) -> Path | None:
         path = Path(folder) / _TOKENIZER
         return path if path.is_file() else None
     try:
-        found = cached_file(folder, _TOKENIZER, local_files_only=True)
+        path_in_cache = cached_file(folder, _TOKENIZER, local_files_only=True)
     except OSError:
         return None
-    return Path(found) if found else None
+    return Path(path_in_cache) if path_in_cache else None

@@ -320,25 +320,25 @@ class ChameleonProcessor(ProcessorMixin):
         add_bos = bool(settings.get("add_special_tokens", True)) and not self._adds_bos
         completion = flags["return_for_text_completion"]
         rest = iter(spelled)
-        whole = [
+        spelled_texts = [
             self._spell_text(text, [(mark, next(rest)) for mark in found], completion, add_bos)
             for text, found in zip(texts, marks, strict=True)
         ]
-        data = dict(self.tokenizer([text for text, _ in whole], **settings))
+        data = dict(self.tokenizer([text for text, _ in spelled_texts], **settings))
         # `max_length` may have truncated an image, and half an image is useless.
-        wanted = sum(image.count(self.image_token) for image in spelled)
+        expected_tokens = sum(image.count(self.image_token) for image in spelled)
         found_tokens = sum(list(row).count(self.image_token_id) for row in data["input_ids"])
-        if found_tokens != wanted:
+        if found_tokens != expected_tokens:
             raise PromptError(
-                f"truncation kept {found_tokens} of {wanted} image tokens: raise max_length or "
-                "leave truncation out"
+                f"truncation kept {found_tokens} of {expected_tokens} image tokens: raise "
+                "max_length or leave truncation out"
             )
         if flags["return_mm_token_type_ids"]:
             data["mm_token_type_ids"] = [
                 np.isin(row, self.image_token_ids).astype(int).tolist() for row in data["input_ids"]
             ]
         if flags["return_text_replacement_offsets"]:
-            data[_OFFSETS] = [offsets for _, offsets in whole]
+            data[_OFFSETS] = [offsets for _, offsets in spelled_texts]
         return data
 
     def _marks(self, text: str) -> Iterator[re.Match[str]]:

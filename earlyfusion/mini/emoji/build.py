@@ -52,15 +52,15 @@ def build(out: Path, packages: Path, manifest: dict[str, Any], workers: int) -> 
         (folder("cldr-annotations-full"), "annotations"),
     ]
     concepts = load_concepts(folder("emojibase-data"), annotations)
-    wanted = [s for s in find_sources(concepts, folder) if s.id in splits]
-    if len(wanted) < len(splits):
-        missing = sorted(set(splits) - {s.id for s in wanted})
+    sources = [s for s in find_sources(concepts, folder) if s.id in splits]
+    if len(sources) < len(splits):
+        missing = sorted(set(splits) - {s.id for s in sources})
         raise DataError(
             f"{len(missing)} of {len(splits)} images have no source, {missing[0]} first: "
             "use the package versions that the manifest was made with"
         )
     with ProcessPoolExecutor(workers) as pool:
-        rendered = list(pool.map(render, wanted, chunksize=32))
+        rendered = list(pool.map(render, sources, chunksize=32))
     write(out, rendered, concepts, manifest)
     return len(rendered)
 
@@ -194,12 +194,12 @@ def nearest_in_train(
     train = [r for r in rendered if splits[r.source.id] == "train"]
     fine = np.stack([r.thumbnail.ravel() for r in train])
     coarse = np.stack([_coarse(r.thumbnail) for r in train])
-    found = {}
+    neighbours = {}
     for item in rendered:
         if splits[item.source.id] != "train":
             distance, index = _nearest(fine, coarse, item.thumbnail)
-            found[item.source.id] = (round(distance, 4), train[index].source.id)
-    return found
+            neighbours[item.source.id] = (round(distance, 4), train[index].source.id)
+    return neighbours
 
 
 def _nearest(fine: Thumbnail, coarse: Thumbnail, thumbnail: Thumbnail) -> tuple[float, int]:
@@ -208,12 +208,12 @@ def _nearest(fine: Thumbnail, coarse: Thumbnail, thumbnail: Thumbnail) -> tuple[
     order = np.argsort(bounds, kind="stable")
     best, at = 9.0, -1
     for start in range(0, len(order), 64):
-        some = order[start : start + 64]
-        if bounds[some[0]] > best + 1e-6:
+        candidates = order[start : start + 64]
+        if bounds[candidates[0]] > best + 1e-6:
             break
-        distances = np.abs(fine[some] - thumbnail.ravel()).mean(1)
+        distances = np.abs(fine[candidates] - thumbnail.ravel()).mean(1)
         if distances.min() < best:
-            best, at = float(distances.min()), int(some[distances.argmin()])
+            best, at = float(distances.min()), int(candidates[distances.argmin()])
     return best, at
 
 

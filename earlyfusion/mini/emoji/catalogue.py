@@ -303,9 +303,9 @@ def _concept(
     names: dict[str, str] = {}
     keywords: dict[str, list[str]] = {}
     for locale, table in named.items():
-        if found := table.get(characters(concept)):
-            names[locale] = found[0]
-            keywords[locale] = [k for k in found[1] if k.lower() != found[0].lower()]
+        if annotation := table.get(characters(concept)):
+            names[locale] = annotation[0]
+            keywords[locale] = [k for k in annotation[1] if k.lower() != annotation[0].lower()]
     if "en" not in names:
         names["en"], keywords["en"] = entry["label"], entry.get("tags", [])
     return {
@@ -331,7 +331,7 @@ def _concept(
 
 def _annotations(packages: list[tuple[Path, str]], locale: str) -> NamesAndKeywords:
     """Name and keywords of every annotated string of one locale."""
-    found: NamesAndKeywords = {}
+    annotations: NamesAndKeywords = {}
     for folder, inner in packages:
         path = folder / inner / locale / "annotations.json"
         if not path.is_file():
@@ -340,8 +340,8 @@ def _annotations(packages: list[tuple[Path, str]], locale: str) -> NamesAndKeywo
         for text, entry in table.items():
             if name := (entry.get("tts") or [None])[0]:
                 keywords = list(dict.fromkeys(entry.get("default") or []))
-                found[text.replace("\ufe0f", "")] = (name, keywords)
-    return found
+                annotations[text.replace("\ufe0f", "")] = (name, keywords)
+    return annotations
 
 
 def family(concept: str, name: str, subgroup: str) -> str:

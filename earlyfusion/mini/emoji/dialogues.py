@@ -98,9 +98,9 @@ class Writer:
     def pick(self, items: Sequence[T]) -> T:
         return items[self.rng.randrange(len(items))]
 
-    def find(self, items: Sequence[T], wanted: Callable[[T], bool]) -> T | None:
-        """The first of thirty random items that is wanted, or None."""
-        return next((x for x in (self.pick(items) for _ in range(30)) if wanted(x)), None)
+    def find(self, items: Sequence[T], matches: Callable[[T], bool]) -> T | None:
+        """The first of thirty random items that matches, or None."""
+        return next((x for x in (self.pick(items) for _ in range(30)) if matches(x)), None)
 
     def row(self) -> Row:
         """A random row. Half of the time the concept is chosen first, so that concepts with few

@@ -190,16 +190,16 @@ def unknown_image_ids(data: EmojiData, count: int, seed: int = 0) -> list[str]:
     """Ids of images that show nothing known: noise, scrambled ones, icons if there are any."""
     rng = random.Random(f"strangers-{seed}")
     known, icons = data.split("train"), data.split("unknown-train")
-    found = []
+    ids = []
     for number in range(count):
         kind = rng.random()
         if icons and kind < 0.5:
-            found.append(rng.choice(icons))
+            ids.append(rng.choice(icons))
         elif kind < 0.8:
-            found.append(f"scrambled/{seed * 100_000 + number}:{rng.choice(known)}")
+            ids.append(f"scrambled/{seed * 100_000 + number}:{rng.choice(known)}")
         else:
-            found.append(f"noise/{seed * 100_000 + number}")
-    return list(dict.fromkeys(found))
+            ids.append(f"noise/{seed * 100_000 + number}")
+    return list(dict.fromkeys(ids))
 
 
 # ---- pixels of synthetic images
@@ -404,8 +404,8 @@ def scene_questions(
         answer = _NUMBERS[lang][count] + (f" {counter(row)}" if lang == "ko" else "")
         questions.append((rng.choice(_QUESTIONS["count"][lang]).format(**words), answer))
         questions += _position_questions(data, scene, image_id, lang, rng) if count == 1 else []
-    whole = sum(counts.values())
-    total = _NUMBERS[lang][whole] + (" 개" if lang == "ko" else "")
+    total_count = sum(counts.values())
+    total = _NUMBERS[lang][total_count] + (" 개" if lang == "ko" else "")
     questions.append((rng.choice(_QUESTIONS["all"][lang]), total))
     questions.append((rng.choice(_QUESTIONS["what"][lang]), describe_scene(data, scene, lang)))
     rng.shuffle(questions)

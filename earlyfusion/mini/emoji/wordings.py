@@ -327,7 +327,7 @@ def all_templates(table: str, lang: str) -> Iterator[str]:
 
 
 def _join(parts: Sequence[str]) -> str:
-    return re.sub(r"(?:^|(?<=! ))[a-z]", lambda found: found[0].upper(), "".join(parts))
+    return re.sub(r"(?:^|(?<=! ))[a-z]", lambda match: match[0].upper(), "".join(parts))
 
 
 def add_typing_noise(text: str, rng: random.Random) -> str:
@@ -354,34 +354,34 @@ def _add_typo(text: str, rng: random.Random) -> str:
 
 
 class FreeRequest(NamedTuple):
-    """A request in free words. `shown` are the things of its images, `wanted` are the right ones.
+    """A request in free words, the things in its images, and the things of a right answer.
 
     `answer` is the kind of answer: draw, name, yes, no, which, kind, common, colour, list, unknown.
-    Things are ids of concepts. For `which`, the wanted one is one of those shown. For `list`,
-    `wanted` is the prefix of a subgroup. For `unknown` it is empty: the right answer is a refusal.
+    Things are ids of concepts. For `which`, the expected one is one of those in `images`. For
+    `list`, `expected` is the prefix of a subgroup. For `unknown` it is empty: a refusal is right.
     """
 
     lang: str
     answer: str
     text: str
-    shown: tuple[str, ...] = ()
-    wanted: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
+    expected: tuple[str, ...] = ()
 
 
 # The things are ones that people know well. Each wording is also in another order of words, or has
 # other words, than everything that `FORMS` and `PROMPTS` can give; tests check that.
 HELD_OUT = (
-    FreeRequest("en", "draw", "i was hoping for a cat", wanted=("1f408", "1f431")),
-    FreeRequest("en", "draw", "Would you mind drawing a dog?", wanted=("1f415", "1f436")),
-    FreeRequest("en", "draw", "My little son wishes for a rocket!", wanted=("1f680",)),
-    FreeRequest("en", "draw", "got a drawing of an elephant?", wanted=("1f418",)),
-    FreeRequest("en", "draw", "How about a banana?", wanted=("1f34c",)),
-    FreeRequest("en", "draw", "rainbow pls", wanted=("1f308",)),
-    FreeRequest("en", "draw", "Surprise me with a guitar", wanted=("1f3b8",)),
-    FreeRequest("en", "draw", "Put a strawberry on the page.", wanted=("1f353",)),
-    FreeRequest("en", "draw", "one tent as a picture thank you", wanted=("26fa",)),
-    FreeRequest("en", "draw", "It would be great to have a sunflower here", wanted=("1f33b",)),
-    FreeRequest("en", "draw", "Illustrate the word bicycle.", wanted=("1f6b2",)),
+    FreeRequest("en", "draw", "i was hoping for a cat", expected=("1f408", "1f431")),
+    FreeRequest("en", "draw", "Would you mind drawing a dog?", expected=("1f415", "1f436")),
+    FreeRequest("en", "draw", "My little son wishes for a rocket!", expected=("1f680",)),
+    FreeRequest("en", "draw", "got a drawing of an elephant?", expected=("1f418",)),
+    FreeRequest("en", "draw", "How about a banana?", expected=("1f34c",)),
+    FreeRequest("en", "draw", "rainbow pls", expected=("1f308",)),
+    FreeRequest("en", "draw", "Surprise me with a guitar", expected=("1f3b8",)),
+    FreeRequest("en", "draw", "Put a strawberry on the page.", expected=("1f353",)),
+    FreeRequest("en", "draw", "one tent as a picture thank you", expected=("26fa",)),
+    FreeRequest("en", "draw", "It would be great to have a sunflower here", expected=("1f33b",)),
+    FreeRequest("en", "draw", "Illustrate the word bicycle.", expected=("1f6b2",)),
     FreeRequest("en", "name", "Hmm, what am I looking at?", ("1f353",), ("1f353",)),
     FreeRequest("en", "name", "any idea what this could be", ("1f680",), ("1f680",)),
     FreeRequest("en", "name", "Identify the object.", ("1f34c",), ("1f34c",)),
@@ -394,20 +394,20 @@ HELD_OUT = (
     FreeRequest("en", "common", "Find the thing that links both.", ("1f34c", "1f349"), ("1f34c",)),
     FreeRequest("en", "common", "these two belong together, why", ("1f418", "1f434"), ("1f418",)),
     FreeRequest("en", "kind", "How would you classify this?", ("1f34d",), ("1f34d",)),
-    FreeRequest("en", "list", "teach me three fruits, drawn and named", wanted=("food-fruit",)),
-    FreeRequest("en", "list", "two animals with what they are called", wanted=("animal",)),
+    FreeRequest("en", "list", "teach me three fruits, drawn and named", expected=("food-fruit",)),
+    FreeRequest("en", "list", "two animals with what they are called", expected=("animal",)),
     FreeRequest("en", "unknown", "i was hoping for a carburettor"),
-    FreeRequest("ko", "draw", "고양이가 있었으면 좋겠어", wanted=("1f408", "1f431")),
-    FreeRequest("ko", "draw", "강아지 한 마리 그려 볼까", wanted=("1f415", "1f436")),
-    FreeRequest("ko", "draw", "무지개 그림 있어?", wanted=("1f308",)),
-    FreeRequest("ko", "draw", "바나나를 그려 주시면 감사하겠습니다", wanted=("1f34c",)),
-    FreeRequest("ko", "draw", "우리 아이가 로켓을 좋아해, 그려 줄 거지?", wanted=("1f680",)),
-    FreeRequest("ko", "draw", "코끼리를 멋지게 표현해 봐", wanted=("1f418",)),
+    FreeRequest("ko", "draw", "고양이가 있었으면 좋겠어", expected=("1f408", "1f431")),
+    FreeRequest("ko", "draw", "강아지 한 마리 그려 볼까", expected=("1f415", "1f436")),
+    FreeRequest("ko", "draw", "무지개 그림 있어?", expected=("1f308",)),
+    FreeRequest("ko", "draw", "바나나를 그려 주시면 감사하겠습니다", expected=("1f34c",)),
+    FreeRequest("ko", "draw", "우리 아이가 로켓을 좋아해, 그려 줄 거지?", expected=("1f680",)),
+    FreeRequest("ko", "draw", "코끼리를 멋지게 표현해 봐", expected=("1f418",)),
     FreeRequest("ko", "name", "여기 보이는 게 도대체 뭘까", ("1f353",), ("1f353",)),
     FreeRequest("ko", "name", "이 물건을 부르는 말은?", ("1f34c",), ("1f34c",)),
     FreeRequest("ko", "yes", "이거 수박 맞지?", ("1f349",), ("1f349",)),
     FreeRequest("ko", "no", "지금 이게 로켓이라는 거야?", ("1f34c",), ("1f680",)),
     FreeRequest("ko", "which", "개는 어디에 있어?", ("1f415", "1f34c"), ("1f415",)),
     FreeRequest("ko", "common", "둘은 무슨 사이야?", ("1f34c", "1f349"), ("1f34c",)),
-    FreeRequest("ko", "list", "과일을 세 개쯤 배우고 싶어, 그림도 같이", wanted=("food-fruit",)),
+    FreeRequest("ko", "list", "과일을 세 개쯤 배우고 싶어, 그림도 같이", expected=("food-fruit",)),
 )
