@@ -2,11 +2,11 @@
 
     python benchmarks/cache.py --data emoji/data --pictures 40 --rounds 5 --threads 2
 
-The first table takes the embedded model: questions about pictures are answered greedily with each
+The first table takes the embedded model: questions about images are answered greedily with each
 cache, and the answer of the fp32 cache is then read through each. KL is that of the next token's
 distribution from the fp32 cache's, in nats, a mean over the answers' tokens; the agreement is the
 share of greedy tokens that stand where they stand with fp32, and of whole answers. Without --data
-pictures are random codes. The second is a step of one row and of three of the compiled step, mini's
+images are random codes. The second is a step of one row and of three of the compiled step, mini's
 shape, random weights; the caches take turns in each round, and the table gives medians.
 """
 

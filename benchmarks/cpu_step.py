@@ -4,8 +4,8 @@
 
 Random weights, greedy, one stream, the whole head (every row of the vocabulary) in both. All take
 turns in each round; the table gives medians. transformers runs bf16 with its dynamic cache; its
-time is that of many tokens less that of one, over their number. "3 rows" is what a step of a
-picture under three-branch guidance reads. Needs `pip install "earlyfusion[transformers]"` and g++.
+time is that of many tokens less that of one, over their number. "3 rows" is what a step of an
+image under three-branch guidance reads. Needs `pip install "earlyfusion[transformers]"` and g++.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ runs `generate`, greedy, with its dynamic and its static cache, and with `--comp
 under torch.compile too; for int8 and int4 it stays in bf16. `--only` takes some of the parts:
 
 - decode: a token at two contexts. read: the first token of a long prompt, and its share of what
-  products of square matrices reach. picture: the first token of a question about a new picture,
-  pixels to codes included, and about the same picture again.
+  products of square matrices reach. picture: the first token of a question about a new image,
+  pixels to codes included, and about the same image again.
 - batch: many texts at once beside transformers' continuous batching (`generate_batch`), which
   is given the size of its cache and keeps it between the rounds.
 - alone: the lines of `earlyfusion bench`, guidance and eight mixed requests among them.
@@ -146,7 +146,7 @@ def read(bench: Bench, meter: Meter, rounds: int) -> list[Row]:
 
 
 def picture(bench: Bench, rounds: int) -> list[Row]:
-    """The first token about a picture that is new, and about the same again."""
+    """The first token about an image that is new, and about the same again."""
     vocabulary, layout = bench.processor.vocabulary, bench.processor.layout
     assert vocabulary.image_placeholder is not None
     shown = [vocabulary.image_placeholder] * layout.num_codes

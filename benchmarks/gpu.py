@@ -63,7 +63,7 @@ PARTS = (
 
 
 class Results:
-    """The files of a run; written anew after every row, the picture at the end of a part."""
+    """The files of a run; written anew after every row, the chart at the end of a part."""
 
     def __init__(self, out: Path, title: str) -> None:
         out.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,11 @@
-"""Pictures to codes and back: the image tokenizer beside transformers' own, time and memory.
+"""Images to codes and back: the image tokenizer beside transformers' own, time and memory.
 
     python benchmarks/image_tokenizer.py --threads 2 --rounds 3
     python benchmarks/image_tokenizer.py --shape mini --batch 16 --threads 2 --rounds 5
     python benchmarks/image_tokenizer.py --resolution 128 --threads 1 --rounds 1
 
-Both have the same random weights, and a codebook of what the encoder makes of such pictures, moved
-by noise. Pictures are smooth colours with fine detail (1/f noise) under hard-edged shapes. All take
+Both have the same random weights, and a codebook of what the encoder makes of such images, moved
+by noise. Images are smooth colours with fine detail (1/f noise) under hard-edged shapes. All take
 turns in each round; figures are medians. transformers has no decoder: "torch" is our modules in
 torch's own operators, contiguous, as transformers writes them. "no compiler" is what remains
 without g++. Peak memory is what a process of its own takes for one call, beyond what it held before

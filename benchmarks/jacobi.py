@@ -1,10 +1,10 @@
-"""Steps and milliseconds of mini's pictures, one code at a time and in windows: tables in Markdown.
+"""Steps and milliseconds of mini's images, one code at a time and in windows: tables in Markdown.
 
     python benchmarks/jacobi.py                           # temperature 1, without guidance and with
     python benchmarks/jacobi.py --temperature 0.5 --top-p 0.9 --pictures 32 --threads 2
 
-All windows draw each picture (one prompt, one seed) before the next one, so that a busy machine
-slows all alike. Steps are means, milliseconds medians of whole pictures, prompt included.
+All windows draw each image (one prompt, one seed) before the next one, so that a busy machine
+slows all alike. Steps are means, milliseconds medians of whole images, prompt included.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ GUIDANCE = {"none": (1.0, 1.0), "text 1.5, image 1.2": (1.5, 1.2), "text 3, imag
 
 
 def drawn(model: Chameleon, request: Request) -> tuple[int, float]:
-    """Steps and milliseconds of one picture."""
+    """Steps and milliseconds of one image."""
     steps = 0
 
     def run() -> None:
@@ -53,7 +53,7 @@ def drawn(model: Chameleon, request: Request) -> tuple[int, float]:
 def compare(
     model: Chameleon, windows: list[int], pictures: int, settings: dict[str, Any]
 ) -> dict[int, list[tuple[int, float]]]:
-    """Steps and milliseconds of each picture, by window."""
+    """Steps and milliseconds of each image, by window."""
 
     def draw(window: int, numbers: Iterator[int]) -> tuple[int, float]:
         number = next(numbers)

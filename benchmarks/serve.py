@@ -5,7 +5,7 @@
     python benchmarks/serve.py --overload --seconds 60
     python benchmarks/serve.py --mixed --seconds 3600
 
-Half of the requests are for a text, half for a picture; all are streamed, with seeds of their own.
+Half of the requests are for a text, half for an image; all are streamed, with seeds of their own.
 Each client asks again as soon as it has its answer. The engine alone answers the same requests, as
 many at once, in a process of its own; server and engine take turns in `--rounds`. Wall clocks hold
 the clients' share of the processor too, so the processor time a token takes is told by process: the
@@ -15,7 +15,7 @@ engine's, the server's, the clients'.
 when the server said. One more client, in a process of its own, asks twenty times a second and tells
 how soon it is refused. `--mixed` asks for everything at once, with mistakes and clients that leave,
 and tells how the memory of both processes grew after the first fifth of the time; its server keeps
-few pictures and prefixes, so that these are as many as they can be by then.
+few images and prefixes, so that these are as many as they can be by then.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from earlyfusion.bench.clients import Answer, Client, mixed_load, resident
 
 CHAT = "/v1/chat/completions"
 _PROBE_SECONDS = 10.0  # after which a client leaves that was let in
-_DECODER_SECONDS = 8.0  # in which the decoder's process starts, which begins with the first picture
+_DECODER_SECONDS = 8.0  # in which the decoder's process starts, which begins with the first image
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Tally:
 
 
 def body_of(number: int, tokens: int) -> dict[str, Any]:
-    """Request number i: a text for even ones, a picture for odd ones."""
+    """Request number i: a text for even ones, an image for odd ones."""
     words = f"Draw a red apple {number}." if number % 2 else f"Name fruit {number}."
     body = {"messages": [{"role": "user", "content": words}], "seed": number}
     body |= {"stream": True, "stream_options": {"include_usage": True}}
@@ -159,7 +159,7 @@ def _alone(pipe: Any, model: str, dtype: str) -> None:
 
 def in_engine(model: Any, bodies: list[dict[str, Any]], at_once: int) -> tuple[int, float, float]:
     """Tokens, seconds and seconds of the processor of the same requests through the engine, always
-    `at_once` together; prompts are read and pictures decoded by others, as the server does."""
+    `at_once` together; prompts are read and images decoded by others, as the server does."""
     requests = [
         model.request(
             body["messages"][0]["content"],

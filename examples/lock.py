@@ -1,4 +1,4 @@
-"""A model that reads but cannot draw, like the released Chameleon, and pictures to unlock it with.
+"""A model that reads but cannot draw, like the released Chameleon, and images to unlock it with.
 
 python examples/lock.py data/emoji runs/unlock
 earlyfusion train image_head_7b model=runs/unlock/locked data=runs/unlock/learn.jsonl \
@@ -7,7 +7,7 @@ python examples/before_and_after.py runs/unlock/locked runs/unlock/run/model \
     runs/unlock/asked.jsonl unlock.png
 
 The first command copies mini with zeros for the rows of its head that score image tokens, and
-writes the first picture of each thing (data/emoji/NOTICE.md names their authors).
+writes the first image of each thing (data/emoji/NOTICE.md names their authors).
 """
 
 from __future__ import annotations

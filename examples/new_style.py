@@ -5,7 +5,7 @@ earlyfusion train finetune data=runs/cutout/learn.jsonl out=runs/cutout/run lora
     steps=120 length=512 warmup_steps=10
 python examples/before_and_after.py mini runs/cutout/run/model runs/cutout/asked.jsonl cutout.png
 
-The first command writes 40 pictures to learn from (`learn.jsonl`), and 24 pictures of other things
+The first command writes 40 images to learn from (`learn.jsonl`), and 24 images of other things
 to ask for (`asked.jsonl`). They are made from Noto Emoji, Copyright Google Inc., Apache-2.0.
 """
 
@@ -27,7 +27,7 @@ LEARNT, ASKED = 40, 24
 
 
 def cut_out(picture: PIL.Image.Image) -> PIL.Image.Image:
-    """The shape of a picture in white, on blue."""
+    """The shape of an image in white, on blue."""
     shape = picture.convert("L").point(lambda grey: 255 * (grey < 240))
     return ImageOps.colorize(shape, black="#1446a0", white="#ffffff")
 
@@ -41,7 +41,7 @@ def things(data: EmojiData) -> list[Row]:
 
 
 def write(path: Path, data: EmojiData, rows: Sequence[Row]) -> None:
-    """Write one request per line, and the pictures beside the file."""
+    """Write one request per line, and the images beside the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         for row in rows:

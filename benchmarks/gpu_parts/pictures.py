@@ -1,4 +1,4 @@
-"""The VQ-GAN: pictures to codes and back, in several precisions and batches, codes compared."""
+"""The VQ-GAN: images to codes and back, in several precisions and batches, codes compared."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gpu_parts.kernels import captured
 from gpu_parts.settings import Settings
 
 ENCODER_OPERATIONS, DECODER_OPERATIONS = 0.550e12, 1.005e12
-"""Of a picture of 512 x 512 pixels in the released VQ-GAN."""
+"""Of an image of 512 x 512 pixels in the released VQ-GAN."""
 
 
 class Way(NamedTuple):

@@ -98,8 +98,9 @@ class SamplingParams:
     fits it (generation/constraint.py); a schema is kept as JSON. `logits_processors` change the
     logits of every sampled token after guidance and before the grammar's mask, the penalty and the
     temperature. `logprobs` adds the log-probability of each sampled token, and those of the
-    `logprobs` likeliest (generation/steering.py). A request with any of these is sampled without
-    `jacobi` and `prompt_lookup`; with one of the last two, by itself and from the whole vocabulary.
+    `logprobs` likeliest (generation/steering.py). A request with any of these fields is sampled
+    without `jacobi` and `prompt_lookup`. With `logits_processors` or `logprobs` it is also sampled
+    apart from other requests, from the whole vocabulary.
     """
 
     temperature: float | None = None
