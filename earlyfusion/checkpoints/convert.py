@@ -114,7 +114,7 @@ def with_image_tokenizer(source: Source, path: Path) -> Source:
             f"{path} is not the image tokenizer that {source.folder} was trained with: "
             "their codebooks differ"
         )
-    # The network accepts any size of pictures: the model's config decides it.
+    # The network accepts images of any size: the model's config decides it.
     config = replace(config, resolution=expected.resolution)
     if config.grid != expected.grid or config.num_embeddings != expected.num_embeddings:
         raise CheckpointError(

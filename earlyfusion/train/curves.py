@@ -1,4 +1,4 @@
-"""Curves of one run or of several as one picture: a small chart per figure, drawn with Pillow."""
+"""Curves of one run or of several as one image: a small chart per figure, made with Pillow."""
 
 from __future__ import annotations
 

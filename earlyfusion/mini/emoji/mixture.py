@@ -7,7 +7,7 @@ A mixture has shares of seven sources:
              data; with `varied`, any image of it
   studies    several questions about one image (`dialogues.studies`)
   bare       an image without a request, for guidance
-  scenes     several small images in one: how many, where, on request (`scenes.scene_samples`)
+  scenes     several small images in one, requested or asked about (`scenes.scene_samples`)
   unknown    things that the data does not have: "I do not know this one." (`scenes`)
 `workers` processes write the sources, each a part with its own seed.
 """
