@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -604,6 +605,13 @@ def test_request_ids_come_back(server: Running) -> None:
     )
     odd = server.get("/v1/models", **{"x-request-id": "no good {}"}).headers["x-request-id"]
     assert odd.startswith("req_")
+
+
+def test_openapi_is_the_same_each_time_and_defines_what_it_refers_to(server: Running) -> None:
+    first, second = (server.get("/openapi.json") for _ in range(2))
+    named = set(re.findall(r'"#/components/schemas/([^"]+)"', first.text))
+    assert "ChatMessage" in named and named <= set(first.json()["components"]["schemas"])
+    assert second.text == first.text
 
 
 def test_openapi_describes_the_bodies(server: Running) -> None:

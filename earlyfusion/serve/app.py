@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -187,7 +187,8 @@ class _Routes:
             app.get(path)(get)
         app.delete("/v1/files/{file_id}")(self.delete_file)
         app.delete("/v1/responses/{response_id}")(self.delete_response)
-        app.openapi = partial(_described, app, app.openapi)  # type: ignore[method-assign]
+        # Once: FastAPI returns the same object at each call, and `_described` changes it.
+        app.openapi = cache(partial(_described, app.openapi))  # type: ignore[method-assign]
         return {path: answer for path, answer, _ in bodies}
 
     # --- generation ---
@@ -572,7 +573,7 @@ def _component(name: str) -> str:
     return f"#/components/schemas/{name}"
 
 
-def _described(app: FastAPI, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _described(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The OpenAPI file. Adds the definitions of the bodies under the names that refer to them, and
     the schema that all errors share."""
     described = make()
