@@ -24,7 +24,9 @@ from earlyfusion.serve.fetch import checked
 from earlyfusion.serve.options import ServeOptions
 from earlyfusion.serve.pictures import PictureLimits, unpacked
 from earlyfusion.serve.process import _Child
+from earlyfusion.serve.prompts import PromptReader
 from earlyfusion.serve.protocol import (
+    ChatMessage,
     ChatRequest,
     CompletionRequest,
     EditRequest,
@@ -366,6 +368,15 @@ def test_data_urls_are_of_pictures_in_base64() -> None:
 
 
 # --- stores ---
+
+
+def test_long_texts_are_searched_for_pictures_in_linear_time() -> None:
+    reader = PromptReader(Files(100), PictureLimits(ServeOptions()), allow_urls=False)
+    for piece in ("![", "![](", "![](a", "![a](data:image/"):
+        said = ChatMessage(role="assistant", content=piece * 50_000)
+        began = monotonic()
+        reader.chat([said])
+        assert monotonic() - began < 1
 
 
 def test_files_are_bounded_and_signed() -> None:

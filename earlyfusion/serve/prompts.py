@@ -29,7 +29,8 @@ from earlyfusion.serve.protocol import (
 )
 from earlyfusion.serve.store import Files
 
-_MARKDOWN = re.compile(r"!\[[^\]\n]*\]\(([^()\s]+)\)")
+# A text of many "![" would take quadratic time if the words in the brackets could hold another "[".
+_MARKDOWN = re.compile(r"!\[[^\[\]\n]*\]\(([^()\s]+)\)")
 _ROLES: dict[str, Role] = {
     "system": "system",
     "developer": "system",
