@@ -471,6 +471,7 @@ class Chameleon:
         resolved = resolve({"seed": secrets.randbits(63)} | values, self.defaults)
         self._check_constraint(output, resolved)
         messages = as_messages(prompt)
+        self._check_texts(messages)
         draft = self.processor.draft(messages)
         # The draft has the prompt's length: check it before the slow encoding of images.
         self._check_length(draft, layout.num_tokens if output == "image" else 0)
@@ -509,6 +510,7 @@ class Chameleon:
         """Raise `SettingError` for a negative prompt that has no effect or does not fit."""
         if request.sampling.negative_prompt is None:
             return
+        self._check_texts([Message("user", request.sampling.negative_prompt)], "negative_prompt")
         negative = guidance.negative_prompt_ids(self.processor, request.sampling)
         if request.output == "text" or request.max_images == 0:
             raise SettingError(
@@ -599,6 +601,17 @@ class Chameleon:
                 f"size={shown[:40]} is not a size of this model: give (width, height) as {sizes}"
             )
         return layout
+
+    def _check_texts(self, messages: Sequence[Message], name: str = "prompt") -> None:
+        """Raise `ContextError` for texts that are too long whatever their tokens are: encoding some
+        megabytes takes minutes, in which no other thread runs."""
+        texts = [part.text for each in messages for part in each.parts if isinstance(part, Text)]
+        fewest = sum(map(self.processor.fewest_tokens, texts))
+        limit = self.config.max_position_embeddings
+        if fewest > limit:
+            raise ContextError(
+                f"{name} has at least {fewest:,} tokens, limit {limit:,}: shorten its text"
+            )
 
     def _check_length(self, draft: TokenSequence, drawn_tokens: int) -> None:
         """Raise `ContextError` if a prompt leaves no room for a token, or for a requested image."""

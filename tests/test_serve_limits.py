@@ -97,6 +97,22 @@ def test_large_bodies_are_refused(server: Running) -> None:
     assert server.get("/health").status_code == 200
 
 
+def test_texts_far_beyond_the_context_are_refused_before_they_are_encoded(
+    server: Running,
+) -> None:
+    words = "1" * 150_000  # of the 200,000 bytes that a body of this server may have
+    bodies: dict[str, dict[str, Any]] = {
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": words}]},
+        "/v1/completions": {"prompt": words},
+        "/v1/images/generations": {"prompt": "Draw a cat.", "negative_prompt": words},
+        "/tokenize": {"prompt": words},
+    }
+    for path, body in bodies.items():
+        reply = server.post(path, body)
+        assert reply.status_code == 400
+        assert re.search("at least 9,375 tokens, limit 1,024|150,000", error_of(reply)["message"])
+
+
 _POST = b"POST /health HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 

@@ -30,6 +30,7 @@ Format: TypeAlias = Literal["png", "webp", "jpeg"]
 Modality: TypeAlias = Literal["text", "image"]
 MAX_CHOICES = 10
 MAX_ITEMS = 10_000  # of a list: checking a longer one would hold up the event loop
+MAX_CHARACTERS = 100_000  # of a text to tokenize, in which no other thread runs
 
 
 class Wire(BaseModel):
@@ -617,8 +618,8 @@ class TokenizeRequest(Wire):
     """/tokenize: the tokens of a text, or of the whole prompt made of messages."""
 
     model: str | None = None
-    prompt: str | None = None
-    messages: list[ChatMessage] | None = None
+    prompt: Annotated[str, Field(max_length=MAX_CHARACTERS)] | None = None
+    messages: Annotated[list[ChatMessage], Field(max_length=MAX_ITEMS)] | None = None
     return_token_strs: bool = False
 
     @model_validator(mode="after")
@@ -703,6 +704,9 @@ def _refusal(model: type[Wire], first: ErrorDetails, data: Any) -> ApiError:
         most = first["ctx"]["max_length"]
         limit = f"has over {most:,} items, the limit" if most else "is not empty"
         message = f"{path} {limit}: leave {'some' if most else 'it'} out"
+    elif first["type"] == "string_too_long":
+        count, most = len(first["input"]), first["ctx"]["max_length"]
+        message = f"{path} has {count:,} characters, limit {most:,}: send less at a time"
     elif first["type"] == "value_error":
         message = str(first["ctx"]["error"])
         named = message.split()[0].rstrip(":")
