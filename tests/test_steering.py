@@ -27,6 +27,7 @@ from earlyfusion import (
 )
 from earlyfusion.generation.reference import draw_tokens, generate
 from earlyfusion.generation.request import Event, Request
+from earlyfusion.generation.steering import Words
 from earlyfusion.image_tokenizer import ImageTokenizer
 from earlyfusion.model.vqgan import VQGAN
 
@@ -163,6 +164,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"bad_words": "a\ud83c"}, "bad_words='a\\ud83c' holds half a character"),
     ({"allowed_words": ["a", "\udf53"]}, "allowed_words='\\udf53' holds half a character"),
     ({"bad_words": ["x"] * 257}, "bad_words has 257 strings, limit 256"),
+    ({"stop": "x" * 1001}, "stop has a string of 1,001 characters, limit 1,000"),
+    ({"allowed_words": ["a", "x" * 1001]}, "allowed_words has a string of 1,001 characters"),
     ({"logprobs": -1}, "logprobs=-1 is not possible"),
     ({"logprobs": 101}, "logprobs=101 is not possible"),
     ({"jacobi": 4, "logprobs": 1}, "jacobi=4 draws several codes at once, which logprobs cannot"),
@@ -220,6 +223,21 @@ def test_allowed_words_are_all_that_text_holds(model: Chameleon) -> None:
     whole = [text for text in texts if shape.fullmatch(text)]
     assert len(whole) >= 4 and len({*texts}) > 2
     assert {word for text in whole for word in re.split("[ \n]", text)} >= {"red", "pear"}
+
+
+def test_words_that_can_be_read_in_many_ways_take_no_longer(model: Chameleon) -> None:
+    def blocked(words: list[str], text: str) -> list[int]:
+        settings = SamplingParams(allowed_words=words)
+        request = model.request("x", "text", settings, seed=0)
+        ids = [*request.ids, *model.processor.encode_text(text)]
+        found = Words(model.processor, request).blocked(ids)
+        assert found is not None
+        return list(found.tolist())
+
+    # "a a" can be one word or two.
+    for text in (" ".join("a" * 60), " ".join("a" * 60) + " "):
+        assert blocked(["a", "a a"], text) == blocked(["a"], text)
+    assert blocked(["ab", "a"], "a") != blocked(["a"], "a")
 
 
 def test_a_word_is_whole_before_a_picture(model: Chameleon) -> None:

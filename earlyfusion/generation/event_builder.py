@@ -210,5 +210,8 @@ class _SegmentText:
 
 def _overlap(text: str, stops: tuple[str, ...]) -> int:
     """The length of the longest end of `text` with which a stop string begins."""
-    lengths = (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
-    return max(lengths, default=0)
+    longest = min(max(map(len, stops), default=1) - 1, len(text))
+    for length in range(longest, 0, -1):
+        if any(len(stop) > length and text.endswith(stop[:length]) for stop in stops):
+            return length
+    return 0

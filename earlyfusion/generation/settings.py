@@ -69,6 +69,7 @@ _LIMITS = {
 }
 # Settings that are lists of strings, and the most strings of each.
 _MAX_STRINGS = {"stop": 16, "bad_words": 256, "allowed_words": 256}
+_MAX_STRING_LENGTH = 1000  # characters; each step compares the end of the text with all of them
 # Fields that constrain all text of a reply; a request may set only one of them.
 _TEXT_CONSTRAINTS = ("json_schema", "regex", "grammar", "allowed_words")
 _MAX_CONSTRAINT_LENGTH = 100_000  # characters
@@ -395,6 +396,12 @@ def _strings(name: str, value: object) -> tuple[str, ...]:
     if len(strings) > _MAX_STRINGS[name]:
         raise SettingError(
             f"{name} has {len(strings)} strings, limit {_MAX_STRINGS[name]}: leave some out"
+        )
+    longest = max(map(len, strings), default=0)
+    if longest > _MAX_STRING_LENGTH:
+        raise SettingError(
+            f"{name} has a string of {longest:,} characters, limit {_MAX_STRING_LENGTH:,}: "
+            "shorten it"
         )
     return tuple(strings)
 

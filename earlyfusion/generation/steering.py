@@ -13,6 +13,7 @@ new stretch of text begins after each image.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import cast
 
@@ -130,7 +131,7 @@ class Words:
         self._prompt = len(request.ids)
         self._begin, self._end = vocabulary.begin_image, vocabulary.end_image
         self._ends = {vocabulary.eos, *request.stops}
-        self._bad = [word.encode() for word in sampling.bad_words or ()]
+        self._bad = sorted(word.encode() for word in sampling.bad_words or ())
         self._allowed = [word.encode() for word in sampling.allowed_words or ()]
         # Tokens without bytes cannot complete or begin a word.
         tokens = vocabulary.text_tokens.tolist()
@@ -174,9 +175,14 @@ class Words:
 
     def _begun_bad_word(self, text: bytes) -> bytes:
         """The longest end of the text that is the beginning of a bad word."""
-        lengths = (n for word in self._bad for n in range(1, len(word)) if text.endswith(word[:n]))
-        longest = max(lengths, default=0)
-        return text[len(text) - longest :]
+        longest = max(map(len, self._bad), default=1) - 1
+        for start in range(max(len(text) - longest, 0), len(text)):
+            end = text[start:]
+            # In order, the words that begin with it and are longer stand right behind it.
+            at = bisect_right(self._bad, end)
+            if at < len(self._bad) and self._bad[at].startswith(end):
+                return end
+        return b""
 
     def _bad_tokens(self, end: bytes) -> Iterator[int]:
         # A token completes a bad word that the text has begun, or contains a whole one itself.
@@ -194,12 +200,21 @@ class Words:
         return self._rests_after(self._next_words | {*self._allowed}, text)
 
     def _rests_after(self, rests: frozenset[bytes], text: bytes) -> frozenset[bytes]:
-        """What is left of each of these rests after a text; empty if the text fits none of them."""
-        rests_left = {rest[len(text) :] for rest in rests if rest.startswith(text)}
-        # A text longer than a rest continues with another word.
-        overruns = {text[len(rest) :] for rest in rests if text.startswith(rest) and rest != text}
-        for overrun in overruns:
-            rests_left |= self._rests_after(self._next_words, overrun)
+        """What is left of each of these rests after a text, which may go on with other words; empty
+        if the text fits none of them."""
+        rests_left: set[bytes] = set()
+        # Where a word may begin: words such as "New", "York" and "New York" have several ways to
+        # each of these places, whose number grows exponentially.
+        begins = {0}
+        for at in range(len(text) or 1):
+            if at not in begins:
+                continue
+            words = self._next_words if at else rests
+            if text and b"" in words:
+                words |= self._next_words
+            end = text[at:]
+            rests_left |= {word[len(end) :] for word in words if word.startswith(end)}
+            begins |= {at + len(word) for word in words if end.startswith(word)}
         return frozenset(rests_left)
 
     def _tokens_outside_words(
