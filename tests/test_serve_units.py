@@ -29,6 +29,7 @@ from earlyfusion.serve.protocol import (
     ChatMessage,
     ChatRequest,
     CompletionRequest,
+    DetokenizeRequest,
     EditRequest,
     GenerationRequest,
     ResponseRequest,
@@ -180,6 +181,22 @@ def test_offered_tools_are_left_alone_and_named() -> None:
     tools = {"tools": [{"type": "function", "function": {"name": "search"}}], "functions": [{}]}
     plain, ignored = read(ChatRequest, CHAT | tools | {"tool_choice": "auto"})
     assert plain == read(ChatRequest, CHAT)[0] and ignored == ["tools", "functions"]
+
+
+def test_bodies_of_very_many_mistakes_are_refused_at_once() -> None:
+    many = 500_000
+    bodies: list[tuple[type[Wire], dict[str, Any]]] = [
+        (ChatRequest, CHAT | {"modalities": [1] * many}),
+        (ChatRequest, {"messages": [{"role": "user", "content": [{}] * 9000}] * (many // 9000)}),
+        (ResponseRequest, {"input": "Hi", "include": [""] * many}),
+        (CompletionRequest, {"prompt": "Hi"} | {f"x{number}": 0 for number in range(many)}),
+        (DetokenizeRequest, {"tokens": ["a"] * many}),
+    ]
+    for kind, body in bodies:
+        began = monotonic()
+        told = refused(kind, body)
+        assert monotonic() - began < 1
+        assert "over 50,000 values" in told.message or told.param == "tokens[0]"
 
 
 def test_lenient_ignores_what_is_unknown_and_says_so() -> None:

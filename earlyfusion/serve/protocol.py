@@ -30,6 +30,7 @@ Format: TypeAlias = Literal["png", "webp", "jpeg"]
 Modality: TypeAlias = Literal["text", "image"]
 MAX_CHOICES = 10
 MAX_ITEMS = 10_000  # of a list: checking a longer one would hold up the event loop
+MAX_VALUES = 50_000  # of a body: an error of pydantic about one of them takes a kilobyte
 MAX_CHARACTERS = 100_000  # of a text to tokenize, in which no other thread runs
 
 
@@ -40,6 +41,7 @@ class Wire(BaseModel):
     neutral: ClassVar[Mapping[str, Sequence[Any]]] = {}
     why_not: ClassVar[Mapping[str, str]] = {}
     unused: ClassVar[Sequence[str]] = ()
+    max_values: ClassVar[int] = MAX_VALUES
 
 
 def _form(value: Any) -> str:
@@ -632,8 +634,12 @@ class TokenizeRequest(Wire):
 class DetokenizeRequest(Wire):
     """/detokenize."""
 
+    max_values = 1_000_010
+
     model: str | None = None
-    tokens: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=1_000_000)]
+    tokens: Annotated[
+        list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=1_000_000, fail_fast=True)
+    ]
 
 
 EditRequest.model_rebuild()
@@ -649,6 +655,7 @@ def read(
     `ApiError` with status 400."""
     if not isinstance(data, dict):
         raise ApiError(400, "the body is not a JSON object: send one", code="invalid_json")
+    _check_size(data, model.max_values)
     fields = {
         name: value for name, value in data.items() if not _changes_nothing(model, name, value)
     }
@@ -666,6 +673,22 @@ def read(
                 raise _refusal(model, wrong[0], data) from None
             for path in unknown:
                 ignored.append(_remove(fields, path))
+
+
+def _check_size(data: Any, most: int) -> None:
+    """Raise `ApiError` for JSON of over `most` values, at whatever depth."""
+    count, containers = 0, [data]
+    while containers:
+        inside = containers.pop()
+        values = inside.values() if isinstance(inside, dict) else inside
+        count += len(values)
+        if count > most:
+            raise ApiError(
+                400,
+                f"the body has over {most:,} values, the limit: send fewer fields or shorter lists",
+                code="invalid_value",
+            )
+        containers += [value for value in values if isinstance(value, dict | list)]
 
 
 def _changes_nothing(model: type[Wire], name: str, value: Any) -> bool:
