@@ -21,9 +21,11 @@ _TOO_LARGE = (
     f"the request line and headers have over {MAX_HEAD_BYTES:,} bytes, the limit: "
     "send fewer or shorter headers"
 )
-_HEAD_ENDS = b"\r\n\r\n"
+_LINE_ENDS = b"\r\n"
+_HEAD_ENDS = _LINE_ENDS + _LINE_ENDS
 # "Upgrade: h2c" of Java's HTTP client, for example. A server may ignore it (RFC 9110, section 7.8).
 _UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
+_UPGRADE_SIZE = len(b"\r\nupgrade:")
 
 
 class _TooLargeError(Exception):
@@ -38,6 +40,7 @@ class LimitedHttp(HttpToolsProtocol):
     _in_head = True  # whether the next bytes belong to a request line or headers
     _head = 0  # bytes of the request line and headers so far, those behind the body included
     _unread = 0  # bytes since the parser has last told of a head or a part of a body
+    _before = b""  # the end of what the parser has got of a head
     _alarm: asyncio.TimerHandle | None = None  # while a head is awaited
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -50,7 +53,10 @@ class LimitedHttp(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._unread += len(data)
-        super().data_received(_without_upgrade(data) if self._in_head else data)
+        if self._in_head:
+            before, self._before = self._before, (self._before + data)[1 - _UPGRADE_SIZE :]
+            data = _without_upgrade(before, data)
+        super().data_received(data)
         # A name or a value is only told when it is whole.
         if self._unread > MAX_HEAD_BYTES and not self.transport.is_closing():
             self.send_400_response(_TOO_LARGE)
@@ -96,7 +102,7 @@ class LimitedHttp(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        self._unread, self._in_head = 0, True
+        self._unread, self._in_head, self._before = 0, True, b""
         super().on_message_complete()
 
     def _set_alarm(self) -> None:
@@ -114,13 +120,18 @@ class LimitedHttp(HttpToolsProtocol):
             raise _TooLargeError(_TOO_LARGE)
 
 
-def _without_upgrade(data: bytes) -> bytes:
-    """The bytes of a head under another name for the header Upgrade, if it has one."""
-    end = data.find(_HEAD_ENDS)
-    found = _UPGRADE.search(data, 0, len(data) if end < 0 else end)
-    if found is None:
-        return data
-    return data[: found.start()] + b"\r\nx-upgrade:" + data[found.end() :]
+def _without_upgrade(before: bytes, data: bytes) -> bytes:
+    """Bytes of a head under another name for the header Upgrade, if it has one. `before` are the
+    last bytes that the parser has already got: a name may be cut in two."""
+    text = before + data
+    end = text.find(_HEAD_ENDS)
+    begun, pieces = len(before), list[bytes]()
+    for found in _UPGRADE.finditer(text, 0, len(text) if end < 0 else end):
+        # Into the name, as it cannot go before what the parser has got.
+        at = max(found.start() + len(_LINE_ENDS), len(before))
+        pieces += [text[begun:at], b"x-"]
+        begun = at
+    return b"".join([*pieces, text[begun:]])
 
 
 def _end_with_connection(cycle: RequestResponseCycle) -> None:
