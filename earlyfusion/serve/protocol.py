@@ -56,6 +56,11 @@ _Strings = Annotated[
 ]
 
 
+def _check_compression(output_format: Format, compression: int) -> None:
+    if output_format == "png" and compression != 100:
+        raise ValueError("output_compression needs output_format: webp or jpeg")
+
+
 class Sampling(Wire):
     """The fields of `SamplingParams` that JSON can express; `SamplingParams` checks their
     limits."""
@@ -351,6 +356,7 @@ class ChatRequest(TextSampling, Bookkeeping):
             raise ValueError("stream_options needs stream: true")
         if self.partial_images and not self.stream:
             raise ValueError("partial_images needs stream: true")
+        _check_compression(self.output_format, self.output_compression)
         return self
 
     def _shape(self) -> PlainText | TextShape | None:
@@ -383,6 +389,12 @@ class CompletionRequest(TextSampling, Bookkeeping):
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     max_images: Literal[0] | None = None
     response_format: ChatFormat | None = None
+
+    @model_validator(mode="after")
+    def _streamed(self) -> CompletionRequest:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream: true")
+        return self
 
     def _shape(self) -> PlainText | TextShape | None:
         return self.response_format
@@ -429,6 +441,7 @@ class ImageOptions(Sampling, Bookkeeping):
             raise ValueError("partial_images needs stream: true")
         if self.stream and self.response_format == "url":
             raise ValueError("response_format: only b64_json is possible in a stream")
+        _check_compression(self.output_format, self.output_compression)
         return self
 
 
@@ -540,6 +553,11 @@ class DrawingTool(Wire):
     moderation: Literal["auto", "low"] | None = None
     action: Literal["auto"] | None = None
     input_fidelity: Literal["low"] | None = None
+
+    @model_validator(mode="after")
+    def _compressed(self) -> DrawingTool:
+        _check_compression(self.output_format, self.output_compression)
+        return self
 
 
 class ToolName(Wire):
