@@ -196,6 +196,18 @@ def test_values_that_change_nothing_are_accepted() -> None:
     assert refused(ChatRequest, CHAT | {"store": 0}).param == "store"
 
 
+def test_nulls_are_fields_that_are_not_set_at_any_depth() -> None:
+    call = {"type": "image_url", "image_url": {"url": "data:", "detail": None}, "index": None}
+    said = {"role": "assistant", "content": [call], "reasoning_content": None}
+    read(ChatRequest, {"messages": [*CHAT["messages"], said], "size": None})
+    tool = {"type": "image_generation", "partial_images": None, "input_image_mask": None}
+    body = {"input": [{"role": "user", "content": "a", "type": None}], "tools": [tool]}
+    assert read(ResponseRequest, body)[0].tools[0].partial_images == 0
+    error = refused(ChatRequest, {"messages": [{"role": "user", "contents": "a"}]})
+    assert error.param == "messages[0].contents"
+    assert refused(ChatRequest, {"messages": [{"role": None}]}).param == "messages[0].role"
+
+
 def test_offered_tools_are_left_alone_and_named() -> None:
     tools = {"tools": [{"type": "function", "function": {"name": "search"}}], "functions": [{}]}
     plain, ignored = read(ChatRequest, CHAT | tools | {"tool_choice": "auto"})

@@ -43,6 +43,14 @@ class Wire(BaseModel):
     unused: ClassVar[Sequence[str]] = ()
     max_values: ClassVar[int] = MAX_VALUES
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, data: Any) -> Any:
+        """A field that is null is not set, whatever its name."""
+        if isinstance(data, dict):
+            return {name: value for name, value in data.items() if value is not None}
+        return data
+
 
 def _form(value: Any) -> str:
     return "<text>" if isinstance(value, str) else "<list>"
@@ -528,8 +536,8 @@ class InputDrawing(Wire):
 
 
 def _item_type(value: Any) -> str:
-    found = value.get("type", "message") if isinstance(value, dict) else getattr(value, "type", "")
-    return f"<{found}>"
+    found = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return f"<{found or 'message'}>"
 
 
 InputItem = Annotated[
