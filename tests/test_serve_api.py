@@ -534,6 +534,30 @@ def test_completions(client: openai.OpenAI, model: Chameleon) -> None:
     assert streamed == model.generate("Name a fruit.", "text", max_tokens=6).text
 
 
+def test_offsets_of_tokens_are_those_in_the_text(server: Running) -> None:
+    # Tokens that are parts of Korean letters.
+    body = {"prompt": "사과를 그려 줘. 뭐야?", "temperature": 0, "max_tokens": 24, "logprobs": 0}
+    choice = server.post("/v1/completions", body).json()["choices"][0]
+    tokens, offsets = choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"]
+    assert "\ufffd" in "".join(tokens) and "\ufffd" not in choice["text"]
+    placed = list(zip(offsets, tokens, strict=True))
+    whole = [(at, token) for at, token in placed if "\ufffd" not in token]
+    assert whole and all(choice["text"].startswith(token, at) for at, token in whole)
+    assert offsets == sorted(offsets)
+
+
+def test_errors_name_the_limit_as_the_route_does(server: Running) -> None:
+    draw = {"messages": [{"role": "user", "content": "Draw a cat."}], "modalities": ["image"]}
+    tools = {"tools": [{"type": "image_generation"}], "tool_choice": "required"}
+    for path, body, field in (
+        ("/v1/chat/completions", draw, "max_tokens"),
+        ("/v1/chat/completions", draw, "max_completion_tokens"),
+        ("/v1/responses", {"input": "Draw a cat."} | tools, "max_output_tokens"),
+    ):
+        error = server.post(path, body | {field: 5}).json()["error"]
+        assert error["param"] == field and error["message"].startswith(f"{field}=5 cannot hold")
+
+
 def test_models(client: openai.OpenAI) -> None:
     [found] = client.models.list().data
     assert found.id == "mini" and client.models.retrieve("mini").id == "mini"

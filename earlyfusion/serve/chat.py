@@ -41,9 +41,10 @@ _PROGRESS_JSON = b'"image_progress":{"index":%d,"codes_done":%d,"codes_total":%d
 def spec_of(body: ChatRequest) -> GenerationSpec:
     """The request that a body makes, without its prompt."""
     sampling = body.sampling()
-    for limit in (body.max_completion_tokens, body.max_tokens):  # two names, one of them given
-        if limit is not None:
-            sampling["max_tokens"] = limit
+    limit_field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    limit = getattr(body, limit_field)
+    if limit is not None:
+        sampling["max_tokens"] = limit
     if body.logprobs:
         sampling["logprobs"] = body.top_logprobs or 0
     return GenerationSpec(
@@ -53,6 +54,7 @@ def spec_of(body: ChatRequest) -> GenerationSpec:
         body.n,
         partial_images=body.partial_images,
         model=body.model,
+        limit_field=limit_field,
     )
 
 

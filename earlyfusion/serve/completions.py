@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from time import time
@@ -90,6 +91,7 @@ class _Choice:
     def __init__(self, service: Service) -> None:
         self._model, self._trimmer = service.model, Trimmer()
         self._entries: list[dict[str, Any]] = []
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0
 
     def text(self, event: Event) -> str:
@@ -104,7 +106,9 @@ class _Choice:
         offsets = []
         for entry in entries:
             offsets.append(self._offset)
-            self._offset += len(entry["token"])
+            # A token may be a part of a character; blanks at the beginning are not in the text.
+            said = self._decoder.decode(bytes(entry["bytes"]))
+            self._offset += len(said if self._offset else said.lstrip())
         tops = [{top["token"]: top["logprob"] for top in e["top_logprobs"]} for e in entries]
         return {
             "tokens": [entry["token"] for entry in entries],

@@ -49,6 +49,7 @@ def spec_of(body: ResponseRequest) -> GenerationSpec:
         # Without a stream nobody would see them.
         partial_images=drawing.partial_images if drawing and body.stream else 0,
         model=body.model,
+        limit_field="max_output_tokens",
     )
 
 

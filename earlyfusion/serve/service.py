@@ -16,7 +16,7 @@ from starlette.requests import Request as HttpRequest
 
 from earlyfusion.api import Chameleon
 from earlyfusion.content import Image, Prompt
-from earlyfusion.errors import SettingError
+from earlyfusion.errors import EarlyFusionError, SettingError
 from earlyfusion.generation.request import ImageDone, ImagePreview, Request
 from earlyfusion.generation.settings import Output
 from earlyfusion.serve.decoder import Decoder
@@ -41,7 +41,8 @@ _SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
 
 @dataclass(frozen=True)
 class GenerationSpec:
-    """The settings of a request, without its prompt."""
+    """The settings of a request, without its prompt. `limit_field` is what the route calls
+    `max_tokens`."""
 
     output: Output
     sampling: dict[str, Any]
@@ -50,6 +51,7 @@ class GenerationSpec:
     size: str | None = None
     partial_images: int = 0
     model: str | None = None
+    limit_field: str = "max_tokens"
 
 
 @dataclass
@@ -170,14 +172,17 @@ class Service:
 
     def _choices(self, prompt: Prompt, spec: GenerationSpec) -> list[Request]:
         """The requests of one prompt; choice number i has the seed of the first plus i."""
-        first = self.model.request(
-            prompt,
-            spec.output,
-            seed=spec.seed,
-            size=_size(spec.size),
-            adapter=spec.model if spec.model in self.model.adapters else None,
-            **spec.sampling,
-        )
+        try:
+            first = self.model.request(
+                prompt,
+                spec.output,
+                seed=spec.seed,
+                size=_size(spec.size),
+                adapter=spec.model if spec.model in self.model.adapters else None,
+                **spec.sampling,
+            )
+        except EarlyFusionError as error:
+            raise type(error)(str(error).replace("max_tokens", spec.limit_field)) from None
         if spec.partial_images:
             layout = first.layout or self.model.processor.layout
             rows = -(-layout.height // (spec.partial_images + 1))  # whole rows, rounded up
