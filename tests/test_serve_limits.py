@@ -642,6 +642,30 @@ def test_openapi_describes_the_bodies(server: Running) -> None:
     assert "ChatMessage" in described["components"]["schemas"]
 
 
+def test_slow_servers_of_pictures_keep_nobody_else_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    go = Event()
+
+    def fetched(address: str, seconds: float) -> bytes:
+        assert go.wait(60) and seconds <= 30
+        return STRAWBERRY.read_bytes()
+
+    monkeypatch.setattr("earlyfusion.serve.prompts.fetched", fetched)
+
+    def ask(address: str) -> int:
+        part = {"type": "image_url", "image_url": {"url": address}}
+        return server.chat([{"role": "user", "content": [part]}], max_tokens=2).status_code
+
+    with running(allow_image_urls=True) as server, ThreadPoolExecutor() as pool:
+        slow = [pool.submit(ask, "http://slow.example/a.png") for _ in range(4)]
+        other = pool.submit(ask, data_url())
+        try:
+            assert other.result(timeout=20) == 200
+            assert not any(each.done() for each in slow)
+        finally:
+            go.set()
+        assert [each.result(timeout=60) for each in slow] == [200] * 4
+
+
 # --- who may ask ---
 
 

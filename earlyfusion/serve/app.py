@@ -202,7 +202,8 @@ class _Routes:
             return [reader.chat(body.messages)]
 
         quick = chat.is_quick(body)
-        prepared = await self._service.begin(prompts, chat.spec_of(body), quick=quick)
+        waits = self._service.waits(body)
+        prepared = await self._service.begin(prompts, chat.spec_of(body), quick=quick, waits=waits)
         reply = ChatReply(self._service, body, prepared, partial(self._service.base, request))
         return await self._reply(request, reply, body.stream, prepared.batch, headers)
 
@@ -228,7 +229,8 @@ class _Routes:
             turns.extend(reader.items(body.input))
             return [responses.with_instructions(body, turns)]
 
-        prepared = await self._service.begin(prompts, responses.spec_of(body))
+        spec, waits = responses.spec_of(body), self._service.waits(body)
+        prepared = await self._service.begin(prompts, spec, waits=waits)
         reply = ResponseReply(self._service, body, prepared, turns)
         return await self._reply(request, reply, body.stream, prepared.batch, headers)
 
@@ -280,7 +282,8 @@ class _Routes:
     ) -> Response:
         self._service.check_model(body.model)
         spec = images.spec_of(body)
-        prepared = await self._service.begin(lambda: [prompt()], spec, quick=quick)
+        waits = self._service.waits(body)
+        prepared = await self._service.begin(lambda: [prompt()], spec, quick=quick, waits=waits)
         base = self._service.base(request)
         reply = ImagesReply(self._service, body, prepared, base, family)
         return await self._reply(request, reply, body.stream, prepared.batch, headers)

@@ -24,6 +24,7 @@ from earlyfusion.serve.errors import ApiError
 
 MAX_BYTES = 20_000_000
 SECONDS = 10.0
+MAX_SECONDS = 30.0  # for all pictures of a request
 REDIRECTS = 3
 _PORTS = {"http": 80, "https": 443}
 _CHUNK = 65_536
@@ -37,9 +38,9 @@ _TUNNELS = [
 Resolve: TypeAlias = Callable[[str, int], list[str]]
 
 
-def fetched(address: str, resolve: Resolve | None = None) -> bytes:
-    """The bytes at an address. Raises `ApiError`."""
-    end = monotonic() + SECONDS
+def fetched(address: str, resolve: Resolve | None = None, seconds: float = SECONDS) -> bytes:
+    """The bytes at an address, if they come within `seconds` and `SECONDS`. Raises `ApiError`."""
+    end = monotonic() + min(seconds, SECONDS)
     for _ in range(REDIRECTS + 1):
         parts, target = checked(address, resolve)
         found = _get(parts, target, end)

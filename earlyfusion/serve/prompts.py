@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from time import monotonic
+from typing import Any
 
 from earlyfusion.content import Image, Message, Role, Segment, Text
 from earlyfusion.serve.errors import ApiError
-from earlyfusion.serve.fetch import fetched
+from earlyfusion.serve.fetch import MAX_SECONDS, fetched
 from earlyfusion.serve.pictures import PictureLimits, decoded, unpacked
 from earlyfusion.serve.protocol import (
     ChatMessage,
@@ -20,12 +22,14 @@ from earlyfusion.serve.protocol import (
     EditImage,
     FilePart,
     ImagePart,
+    ImageUrl,
     InputDrawing,
     InputImage,
     InputItem,
     InputMessage,
     InputText,
     TextPart,
+    Wire,
 )
 from earlyfusion.serve.store import Files
 
@@ -39,11 +43,26 @@ _ROLES: dict[str, Role] = {
 }
 
 
+def foreign_addresses(body: Any) -> Iterator[str]:
+    """The http addresses of pictures anywhere in a body or a part of it."""
+    if isinstance(body, list):
+        for each in body:
+            yield from foreign_addresses(each)
+    elif isinstance(body, ImageUrl | InputImage | EditImage):
+        address = body.url if isinstance(body, ImageUrl) else body.image_url
+        if address is not None and address[:4].lower() == "http":
+            yield address
+    elif isinstance(body, Wire):
+        for _, value in body:
+            yield from foreign_addresses(value)
+
+
 class PromptReader:
     """Reads the messages of one request; `limits` counts its images."""
 
     def __init__(self, files: Files, limits: PictureLimits, allow_urls: bool) -> None:
         self._files, self._limits, self._allow_urls = files, limits, allow_urls
+        self._seconds = MAX_SECONDS  # that are left for fetching
 
     def chat(self, messages: Sequence[ChatMessage]) -> list[Message]:
         """The turns of /v1/chat/completions."""
@@ -172,7 +191,10 @@ class PromptReader:
             return file.image
         if not self._allow_urls:
             raise self._refused(address)
-        return self._limits.read(fetched(address))
+        began = monotonic()
+        data = fetched(address, seconds=self._seconds)
+        self._seconds -= monotonic() - began
+        return self._limits.read(data)
 
     def _refused(self, address: str) -> ApiError:
         """Why a server that fetches no images has none at an address."""

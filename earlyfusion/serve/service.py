@@ -26,14 +26,15 @@ from earlyfusion.serve.metrics import Metrics
 from earlyfusion.serve.niceness import yield_to_others
 from earlyfusion.serve.options import ServeOptions
 from earlyfusion.serve.pictures import PictureLimits
-from earlyfusion.serve.prompts import PromptReader
-from earlyfusion.serve.protocol import ChatMessage, Format
+from earlyfusion.serve.prompts import PromptReader, foreign_addresses
+from earlyfusion.serve.protocol import ChatMessage, Format, Wire
 from earlyfusion.serve.replicas import Remotes, drivers_of
 from earlyfusion.serve.replies import image_tokens
 from earlyfusion.serve.store import MEDIA_TYPES, Conversations, Files, StoredFile
 
 Result = TypeVar("Result")
 _WORKERS = 2
+_FETCHERS = 32  # threads that read prompts with foreign addresses, as they wait for other servers
 # Texts up to this length are read at once: two switches of threads take longer.
 QUICK_CHARACTERS = 500
 _SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
@@ -83,6 +84,7 @@ class Service:
         self.files = Files(options.file_bytes)
         self.conversations = Conversations()
         self._workers = ThreadPoolExecutor(_WORKERS, "pictures", initializer=yield_to_others)
+        self._fetchers = ThreadPoolExecutor(_FETCHERS, "addresses", initializer=yield_to_others)
         apart = remote is not None and model.image_tokenizer.device.type == "cpu"
         self.decoder = Decoder(model, self._workers, apart)
 
@@ -94,12 +96,19 @@ class Service:
         await self.driver.drain(self.options.drain_seconds)
         await asyncio.to_thread(self.driver.stop)
         await self.decoder.close()
-        self._workers.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._workers, self._fetchers):
+            pool.shutdown(wait=False, cancel_futures=True)
 
-    async def work(self, task: Callable[..., Result], *arguments: Any) -> Result:
-        """Run a slow or waiting task in a worker thread."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._workers, task, *arguments)
+    async def work(
+        self, task: Callable[..., Result], *arguments: Any, waits: bool = False
+    ) -> Result:
+        """Run a slow task in a worker thread; with `waits` in one that may wait for others."""
+        pool = self._fetchers if waits else self._workers
+        return await asyncio.get_running_loop().run_in_executor(pool, task, *arguments)
+
+    def waits(self, body: Wire | list[ChatMessage] | None) -> bool:
+        """Whether reading a body may wait for other servers, which have its pictures."""
+        return self.options.allow_image_urls and any(foreign_addresses(body))
 
     def reader(self) -> PromptReader:
         """A reader for the prompt of one request."""
@@ -128,12 +137,13 @@ class Service:
         spec: GenerationSpec,
         count: int | None = None,
         quick: bool = False,
+        waits: bool = False,
     ) -> Prepared:
         """Admit, read the prompts, and hand all requests to the engine.
 
         Each prompt is answered `spec.n` times; with several prompts, `count` is the number of
         requests in all. A worker thread reads the prompts, unless they are `quick`: short, and
-        without images and constraints.
+        without images and constraints. For `waits` see `work`.
         """
         count = count or spec.n
         if count > self.driver.limit:
@@ -149,7 +159,7 @@ class Service:
             if quick:
                 requests, read = self._requests(prompts, spec)
             else:
-                requests, read = await self.work(self._requests, prompts, spec)
+                requests, read = await self.work(self._requests, prompts, spec, waits=waits)
             batch.submit([request for several in requests for request in several])
         except BaseException:
             batch.close()
@@ -195,9 +205,9 @@ class Service:
             for i in range(spec.n)
         ]
 
-    async def tokens(self, text: str | None, messages: Sequence[ChatMessage] | None) -> list[int]:
+    async def tokens(self, text: str | None, messages: list[ChatMessage] | None) -> list[int]:
         """Tokens of a text, or of the whole prompt that messages make."""
-        return await self.work(self._tokens, text, messages)
+        return await self.work(self._tokens, text, messages, waits=self.waits(messages))
 
     def _tokens(self, text: str | None, messages: Sequence[ChatMessage] | None) -> list[int]:
         if messages is None:
