@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from multiprocessing.connection import Connection
 from time import monotonic
@@ -37,7 +38,7 @@ from earlyfusion.serve.protocol import (
     Wire,
     read,
 )
-from earlyfusion.serve.replies import EventStream, Trimmer, json_text, to_json
+from earlyfusion.serve.replies import EventStream, Trimmer, json_text, sse, to_json
 from earlyfusion.serve.spawn import cache_share
 from earlyfusion.serve.store import MAX_CONVERSATIONS, Conversation, Conversations, Files
 
@@ -599,6 +600,12 @@ def test_a_client_that_reads_nothing_gives_its_room_back() -> None:
 
 def test_half_characters_become_escapes() -> None:
     assert to_json({"a": "\ud800é"}) == '{"a":"\\ud800é"}'.encode()
+
+
+def test_an_event_is_one_line_for_every_client() -> None:
+    told = {"a": "é\x85b\u2028c\u2029d\ne"}
+    [line, empty] = sse(told).decode().splitlines()  # as httpx reads lines
+    assert json.loads(line.removeprefix("data: ")) == told and not empty
 
 
 @pytest.mark.parametrize("text", ["", 'a "b"\n\\', "é🍎\u2028\x7f\x00", "\ud800é"])

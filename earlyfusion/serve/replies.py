@@ -138,13 +138,25 @@ def _body(pieces: list[bytes], more: bool) -> Message:
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
+# Python's `splitlines` ends a line at these letters too, and with it httpx's `iter_lines`, by which
+# some clients read streams: as escapes they are safe.
+_LINE_ENDS = {letter: f"\\u{ord(letter):04x}" for letter in "\x85\u2028\u2029"}
+
+
 def to_json(content: Any) -> bytes:
-    return _ENCODER.encode(content).encode("utf-8", "backslashreplace")
+    return _utf8(_ENCODER.encode(content))
 
 
 def json_text(text: str) -> bytes:
     """A string as `to_json` writes it, several times as fast."""
-    return encode_basestring(text).encode("utf-8", "backslashreplace")
+    return _utf8(encode_basestring(text))
+
+
+def _utf8(text: str) -> bytes:
+    if not text.isascii():
+        for letter, escape in _LINE_ENDS.items():
+            text = text.replace(letter, escape)
+    return text.encode("utf-8", "backslashreplace")
 
 
 def sse(data: Any, event: str | None = None) -> bytes:
