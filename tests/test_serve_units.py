@@ -449,9 +449,13 @@ def test_files_are_bounded_and_signed() -> None:
     other_server = Files(100)  # has another secret
     assert other_server.at(address) is None and other_server.is_stale(address)
     assert not files.is_stale(address) and not files.is_stale("http://a/b.png?sig=a")
+    upload = files.add(last.data, "image/png", last.image, "the same bytes", "vision")
+    files.delete(upload.id)
+    assert files.drawn(last.data) is last.image
     files.delete(last.id)
     with pytest.raises(ApiError):
         files.at(address)
+    assert files.drawn(last.data) is None
 
 
 def test_conversations_are_bounded() -> None:

@@ -75,7 +75,8 @@ class Files:
         self.max_bytes = max_bytes
         self._secret = secrets.token_bytes(32)
         self._files: OrderedDict[str, StoredFile] = OrderedDict()
-        self._by_digest: dict[bytes, str] = {}  # digests of files' bytes and of generated pixels
+        # Files by digests of their bytes and of generated pixels: a client may upload a generated image.
+        self._by_digest: dict[bytes, dict[str, None]] = {}
         self._bytes = 0
         self._lock = Lock()
 
@@ -97,7 +98,7 @@ class Files:
         with self._lock:
             self._files[file_id] = file
             for digest in _digests(file):
-                self._by_digest[digest] = file_id
+                self._by_digest.setdefault(digest, {})[file_id] = None
             self._bytes += file.size
             while self._bytes > self.max_bytes and len(self._files) > 1:
                 self._forget(next(iter(self._files)))
@@ -131,8 +132,8 @@ class Files:
 
     def _drawn(self, digest: bytes) -> Image | None:
         with self._lock:
-            file = self._files.get(self._by_digest.get(digest, ""))
-        return file.image if file is not None and file.image.codes is not None else None
+            images = (self._files[file_id].image for file_id in self._by_digest.get(digest, ()))
+            return next((image for image in images if image.codes is not None), None)
 
     def address(self, file_id: str, base: str) -> str:
         """The signed address of a file, which needs no API key."""
@@ -161,7 +162,8 @@ class Files:
         if file is not None:
             self._bytes -= file.size
             for digest in _digests(file):
-                if self._by_digest.get(digest) == file_id:
+                del self._by_digest[digest][file_id]
+                if not self._by_digest[digest]:
                     del self._by_digest[digest]
 
 
