@@ -455,6 +455,14 @@ def test_all_events_of_responses(client: openai.OpenAI) -> None:
     assert places == [0, 1, 2, 3]
 
 
+def test_a_text_that_the_limit_cut_is_incomplete(client: openai.OpenAI) -> None:
+    fields: dict[str, Any] = {"model": "mini", "input": "Name a fruit.", "temperature": 0}
+    cut = client.responses.create(**fields, max_output_tokens=1)
+    assert cut.status == "incomplete" and [item.status for item in cut.output] == ["incomplete"]
+    whole = client.responses.create(**fields)
+    assert whole.status == "completed" and [item.status for item in whole.output] == ["completed"]
+
+
 def test_a_response_goes_on_from_the_one_before(client: openai.OpenAI, model: Chameleon) -> None:
     first = client.responses.create(
         model="mini", input="Draw a cat.", tools=DRAWS, extra_body={"seed": 1}

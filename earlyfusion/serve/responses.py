@@ -147,7 +147,8 @@ class ResponseReply:
             for sent in await self._end_drawing(event):
                 yield sent
         if isinstance(event, Finished):
-            for sent in [*self._end_text(), self._finish(event)]:
+            status = "completed" if event.reason == "stop" else "incomplete"
+            for sent in [*self._end_text(status), self._finish(event, status)]:
                 yield sent
 
     def _text(self, event: TextDelta | TokenDrawn) -> list[Json]:
@@ -186,14 +187,14 @@ class ResponseReply:
             ),
         ]
 
-    def _end_text(self) -> list[Json]:
+    def _end_text(self, status: str = "completed") -> list[Json]:
         item, self._item = self._item, None
         self._lead = False
         if item is None or not item.text:  # blanks between two images are not an item
             return []
         position = self._position(item.id)
         inside = position | {"content_index": 0}
-        done = item.as_json("completed")
+        done = item.as_json(status)
         events = [
             self._event(
                 "response.output_text.done", **inside, text=item.text, logprobs=item.logprobs
@@ -256,8 +257,7 @@ class ResponseReply:
             ),
         ]
 
-    def _finish(self, event: Finished) -> Json:
-        status = "completed" if event.reason == "stop" else "incomplete"
+    def _finish(self, event: Finished, status: str) -> Json:
         response = self._response(status, event)
         if self._body.store:
             self._service.conversations.add(Conversation(response, self._all_turns()))
