@@ -651,6 +651,24 @@ class Chameleon:
             )
         return max_tokens, int(images)
 
+    def with_codes(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages with codes in place of pixels. They make the same prompt, and take a
+        thousandth of the memory."""
+        images = [i for message in messages for i in message.images if i.codes is None]
+        codes = iter(self._encode_images(images) if images else ())
+        return [
+            Message(
+                message.role,
+                [
+                    Image(codes=next(codes) if part.codes is None else part.codes)
+                    if isinstance(part, Image)
+                    else part
+                    for part in message.parts
+                ],
+            )
+            for message in messages
+        ]
+
     def _fill_images(self, draft: TokenSequence, messages: Sequence[Message]) -> list[int]:
         """The ids of a draft of these messages, with their images encoded and spelled."""
         images = [i for message in messages for i in message.images if i.codes is None]

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import numpy as np
 import openai
+import PIL.Image
 import pytest
 from serve_case import STRAWBERRY, Running, answer, data_url, events, mini, pixels, running
 
@@ -487,6 +488,27 @@ def test_a_response_goes_on_from_the_one_before(client: openai.OpenAI, model: Ch
     client.responses.delete(first.id)
     with pytest.raises(openai.BadRequestError, match="there is no response"):
         client.responses.create(model="mini", input="Hi", previous_response_id=first.id)
+
+
+def test_conversations_about_photographs_are_kept_as_long_as_others(
+    client: openai.OpenAI,
+) -> None:
+    def about(shade: int) -> Any:
+        photograph = PIL.Image.new("RGB", (3000, 3000), (shade, 90, 90))
+        file = io.BytesIO()
+        photograph.save(file, "PNG")
+        url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+        parts = [{"type": "input_image", "image_url": url}]
+        content: Any = [{"role": "user", "content": parts}]
+        return client.responses.create(model="mini", input=content, max_output_tokens=1)
+
+    first, *others = [about(shade) for shade in (10, 90, 170, 250)]
+    assert len(others) == 3
+    went_on = client.responses.create(
+        model="mini", input="Draw it.", previous_response_id=first.id, max_output_tokens=1
+    )
+    assert first.usage and went_on.usage
+    assert went_on.usage.input_tokens > first.usage.input_tokens > 64
 
 
 def test_a_begun_answer_is_one_turn_of_a_conversation(server: Running, model: Chameleon) -> None:

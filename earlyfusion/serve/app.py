@@ -229,8 +229,11 @@ class _Routes:
             turns.extend(reader.items(body.input))
             return [responses.with_instructions(body, turns)]
 
+        def keep_codes() -> None:
+            turns[:] = self._service.model.with_codes(turns)
+
         spec, waits = responses.spec_of(body), self._service.waits(body)
-        prepared = await self._service.begin(prompts, spec, waits=waits)
+        prepared = await self._service.begin(prompts, spec, waits=waits, after=keep_codes)
         reply = ResponseReply(self._service, body, prepared, turns)
         return await self._reply(request, reply, body.stream, prepared.batch, headers)
 

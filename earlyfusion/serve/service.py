@@ -7,7 +7,7 @@ import asyncio
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import time
 from typing import Any, TypeVar
@@ -63,7 +63,6 @@ class Prepared:
     prompt_tokens: int
     prompt_images: int
     continues: bool = False
-    prompts: list[Prompt] = field(default_factory=list)
 
 
 class Service:
@@ -138,12 +137,14 @@ class Service:
         count: int | None = None,
         quick: bool = False,
         waits: bool = False,
+        after: Callable[[], None] = lambda: None,
     ) -> Prepared:
         """Admit, read the prompts, and hand all requests to the engine.
 
         Each prompt is answered `spec.n` times; with several prompts, `count` is the number of
         requests in all. A worker thread reads the prompts, unless they are `quick`: short, and
-        without images and constraints. For `waits` see `work`.
+        without images and constraints. For `waits` see `work`; the same thread calls `after`
+        when the requests are made.
         """
         count = count or spec.n
         if count > self.driver.limit:
@@ -157,9 +158,9 @@ class Service:
         batch = self.driver.admit(count)
         try:
             if quick:
-                requests, read = self._requests(prompts, spec)
+                requests = self._requests(prompts, spec, after)
             else:
-                requests, read = await self.work(self._requests, prompts, spec, waits=waits)
+                requests = await self.work(self._requests, prompts, spec, after, waits=waits)
             batch.submit([request for several in requests for request in several])
         except BaseException:
             batch.close()
@@ -171,14 +172,17 @@ class Service:
             sum(len(request.ids) for request in firsts),
             sum(image_tokens(self.model, request.ids) for request in firsts),
             firsts[0].ids[-1] != end,
-            read,
         )
 
     def _requests(
-        self, prompts: Callable[[], list[Prompt]], spec: GenerationSpec
-    ) -> tuple[list[list[Request]], list[Prompt]]:
-        read = prompts()
-        return [self._choices(prompt, spec) for prompt in read], read
+        self,
+        prompts: Callable[[], list[Prompt]],
+        spec: GenerationSpec,
+        after: Callable[[], None],
+    ) -> list[list[Request]]:
+        requests = [self._choices(prompt, spec) for prompt in prompts()]
+        after()
+        return requests
 
     def _choices(self, prompt: Prompt, spec: GenerationSpec) -> list[Request]:
         """The requests of one prompt; choice number i has the seed of the first plus i."""

@@ -75,7 +75,7 @@ class Files:
         self.max_bytes = max_bytes
         self._secret = secrets.token_bytes(32)
         self._files: OrderedDict[str, StoredFile] = OrderedDict()
-        # Files by digests of their bytes and of generated pixels: a client may upload a generated image.
+        # By digests of the bytes and of generated pixels: a client may upload a generated image.
         self._by_digest: dict[bytes, dict[str, None]] = {}
         self._bytes = 0
         self._lock = Lock()
