@@ -576,7 +576,7 @@ def test_offsets_of_tokens_are_those_in_the_text(server: Running) -> None:
     assert offsets == sorted(offsets)
 
 
-def test_errors_name_the_limit_as_the_route_does(server: Running) -> None:
+def test_errors_have_the_names_and_the_ways_of_writing_of_the_route(server: Running) -> None:
     draw = {"messages": [{"role": "user", "content": "Draw a cat."}], "modalities": ["image"]}
     tools = {"tools": [{"type": "image_generation"}], "tool_choice": "required"}
     for path, body, field in (
@@ -586,6 +586,8 @@ def test_errors_name_the_limit_as_the_route_does(server: Running) -> None:
     ):
         error = server.post(path, body | {field: 5}).json()["error"]
         assert error["param"] == field and error["message"].startswith(f"{field}=5 cannot hold")
+    error = server.post("/v1/images/generations", {"prompt": "a", "size": "5x7"}).json()["error"]
+    assert error["message"] == "size=5x7 is not drawn by this model: use auto or 64x64"
 
 
 def test_models(client: openai.OpenAI) -> None:

@@ -37,6 +37,7 @@ _WORKERS = 2
 _FETCHERS = 32  # threads that read prompts with foreign addresses, as they wait for other servers
 # Texts up to this length are read at once: two switches of threads take longer.
 QUICK_CHARACTERS = 500
+_PYTHON_SIZE = re.compile(r"\((\d+), (\d+)\)")
 _SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
 
 
@@ -196,7 +197,7 @@ class Service:
                 **spec.sampling,
             )
         except EarlyFusionError as error:
-            raise type(error)(str(error).replace("max_tokens", spec.limit_field)) from None
+            raise type(error)(_for_clients(str(error), spec)) from None
         if spec.partial_images:
             layout = first.layout or self.model.processor.layout
             rows = -(-layout.height // (spec.partial_images + 1))  # whole rows, rounded up
@@ -265,6 +266,13 @@ class Service:
     def base(self, request: HttpRequest) -> str:
         """The address of this server, as the beginning of files' addresses."""
         return (self.options.public_url or str(request.base_url)).rstrip("/")
+
+
+def _for_clients(message: str, spec: GenerationSpec) -> str:
+    """An error of the Python API with a route's names and ways of writing."""
+    message = message.replace("max_tokens", spec.limit_field)
+    message = message.replace("give (width, height) as", "use auto or")
+    return _PYTHON_SIZE.sub(r"\1x\2", message)
 
 
 def _size(size: str | None) -> tuple[int, int] | None:
