@@ -675,6 +675,24 @@ def test_only_this_machine_without_keys(server: Running) -> None:
     assert "access-control-allow-origin" not in server.get("/v1/models", origin="http://a").headers
 
 
+def test_web_pages_of_other_servers_send_no_forms(server: Running) -> None:
+    def upload(server: Running, origin: str) -> int:
+        files = {"file": ("a.png", STRAWBERRY.read_bytes())}
+        headers = {"origin": origin}
+        return httpx.post(f"{server.url}/v1/files", files=files, headers=headers).status_code
+
+    for origin in ("http://evil.example", "null", "http://127.0.0.1:1", "http://[", ""):
+        assert upload(server, origin) == 403
+    assert upload(server, server.url) == 200
+    with running(cors_origins=("http://page.example",)) as friendly:
+        assert upload(friendly, "http://page.example") == 200
+        assert upload(friendly, "http://evil.example") == 403
+    with running(cors_origins=("*",)) as open_to_all:
+        assert upload(open_to_all, "http://evil.example") == 200
+    with running(public_url="https://pictures.example") as public:
+        assert upload(public, "https://pictures.example") == 200
+
+
 def test_keys_cors_and_deadlines() -> None:
     with running(
         api_keys=("another-key", KEY), cors_origins=("http://page.example",), timeout=0.02

@@ -105,7 +105,7 @@ class Gate:
     def _refusal(self, scope: Scope) -> ApiError | None:
         headers = Headers(scope=scope)
         if not self._keys:
-            return self._foreign_host(headers.get("host", ""))
+            return self._foreign_host(headers.get("host", "")) or self._foreign_form(headers)
         if self._is_open(scope) or self._has_key(headers.get("authorization", "")):
             return None
         return ApiError(
@@ -129,6 +129,22 @@ class Gate:
             "the Host of the request is not this machine: use 127.0.0.1, or start the server with "
             "--api-key or --public-url",
             code="host_refused",
+        )
+
+    def _foreign_form(self, headers: Headers) -> ApiError | None:
+        """The error for a form that a web page of another server sends, to a server without keys.
+        Browsers send forms, unlike JSON, without asking the server first."""
+        origin = headers.get("origin")
+        form = headers.get("content-type", "").lower().startswith("multipart/form-data")
+        if origin is None or not form or {origin, "*"} & {*self._options.cors_origins}:
+            return None
+        if origin.partition("://")[2] in (headers.get("host"), *self._names):
+            return None
+        return ApiError(
+            403,
+            "the form comes from a web page of another server: start this one with --api-key, or "
+            "with --cors-origin and the page's origin",
+            code="origin_refused",
         )
 
     def _is_open(self, scope: Scope) -> bool:
