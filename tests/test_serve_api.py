@@ -259,6 +259,16 @@ def test_several_choices_have_seeds_of_their_own(server: Running, model: Chamele
     assert content == texts
 
 
+def test_seeds_that_the_server_chooses_are_exact_in_javascript(server: Running) -> None:
+    seeds = []
+    for _ in range(2):
+        reply = server.chat("Name a fruit.", n=3, max_tokens=1, modalities=["text"]).json()
+        seeds += [choice["seed"] for choice in reply["choices"]]
+        reply = server.post("/v1/responses", {"input": "a", "max_output_tokens": 1}).json()
+        seeds.append(reply["seed"])
+    assert max(seeds) < 2**53 and len({*seeds}) == len(seeds) and max(seeds) > 2**32
+
+
 def test_stop_and_length(server: Running) -> None:
     stopped = server.chat("Name a fruit.", stop=["e"], modalities=["text"]).json()["choices"][0]
     assert "e" not in stopped["message"]["content"] and stopped["finish_reason"] == "stop"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -37,6 +38,7 @@ _WORKERS = 2
 _FETCHERS = 32  # threads that read prompts with foreign addresses, as they wait for other servers
 # Texts up to this length are read at once: two switches of threads take longer.
 QUICK_CHARACTERS = 500
+_SEED_BITS = 52  # JavaScript reads whole numbers exactly up to 53 bits, and choices add to the seed
 _PYTHON_SIZE = re.compile(r"\((\d+), (\d+)\)")
 _SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
 
@@ -191,7 +193,7 @@ class Service:
             first = self.model.request(
                 prompt,
                 spec.output,
-                seed=spec.seed,
+                seed=secrets.randbits(_SEED_BITS) if spec.seed is None else spec.seed,
                 size=_size(spec.size),
                 adapter=spec.model if spec.model in self.model.adapters else None,
                 **spec.sampling,
