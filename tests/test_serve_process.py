@@ -183,6 +183,18 @@ def test_an_idle_engine_that_is_lost_is_noticed(server: Running) -> None:
     assert server.chat("Hi", max_tokens=2).status_code == 200
 
 
+def test_an_engine_that_was_started_again_is_healthy_at_once(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("earlyfusion.serve.app.STALE_SECONDS", 0.3)  # which starting takes
+    os.kill(remote_of(server).pid, signal.SIGKILL)
+    while server.service.driver.ready:
+        sleep(0.001)
+    while not server.service.driver.ready:
+        sleep(0.001)
+    assert server.get("/health").status_code == 200
+
+
 def test_files_that_are_broken_or_of_another_model_are_told(
     server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:

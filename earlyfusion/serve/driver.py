@@ -534,6 +534,7 @@ class Driver:
             else:
                 self._lost = ""
                 self._on_loop(self._listen)
+                self._beat = monotonic()
                 self.ready, self.failures, self.trouble = True, 0, ""
                 return
 
