@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from io import BytesIO
 from multiprocessing.connection import Connection
 from time import monotonic
 from types import SimpleNamespace
 from typing import Any, cast, get_type_hints
 
+import PIL.Image
 import pytest
 from serve_case import mini, picture_file
 
@@ -405,6 +407,20 @@ def test_sizes_are_checked_before_a_pixel_is_decoded() -> None:
     few.read(picture_file())
     with pytest.raises(ApiError, match="over 1 images, the limit"):
         few.read(picture_file())
+
+
+def test_a_jpeg_of_very_many_scans_is_refused() -> None:
+    file = BytesIO()
+    PIL.Image.new("L", (64, 64), 128).save(file, "JPEG", progressive=True)
+    data = file.getvalue()
+    assert data.endswith(b"\xff\xd9")
+    scan = data[data.rindex(b"\xff\xda") : -2]
+    limits = PictureLimits(ServeOptions())
+    # Behind the end some cameras put a film, which may hold anything.
+    for good in (data, data[:-2] + 50 * scan + data[-2:], data + 200 * scan):
+        assert limits.read(good).pil is not None
+    with pytest.raises(ApiError, match="over 100 scans, the limit"):
+        limits.read(data[:-2] + 200 * scan + data[-2:])
 
 
 def test_data_urls_are_of_pictures_in_base64() -> None:

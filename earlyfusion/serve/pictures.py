@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from dataclasses import dataclass
 from io import BytesIO
 
@@ -32,6 +33,13 @@ _FORMATS: dict[bytes, tuple[str, type[ImageFile]]] = {
 }
 
 
+# Each scan of a progressive JPEG visits the whole picture, and may take only forty bytes. Usual
+# files have about ten.
+MAX_SCANS = 100
+_JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])", re.DOTALL)
+_BEGIN_SCAN, _END_OF_FILE = b"\xda", b"\xd9"
+
+
 @dataclass
 class PictureLimits:
     """The limits of all images of one request together; `read` counts."""
@@ -54,7 +62,7 @@ class PictureLimits:
         """The image of a file, whose size is checked before a pixel is decoded. Raises
         `ApiError`."""
         self.count()
-        width, height = _header(data)[1]
+        kind, (width, height) = _header(data)
         limits = self.options
         self.pixels += width * height
         if max(width, height) > limits.max_image_side or width * height > limits.max_image_pixels:
@@ -65,6 +73,12 @@ class PictureLimits:
         if self.pixels > limits.max_total_pixels:
             raise _too_large(
                 f"the images have over {limits.max_total_pixels:,} pixels together, the limit"
+            )
+        if kind == "image/jpeg" and _scans(data) > MAX_SCANS:
+            raise ApiError(
+                400,
+                f"a picture is a JPEG of over {MAX_SCANS} scans, the limit: save it again",
+                code="invalid_image",
             )
         try:
             return Image.from_bytes(data)
@@ -92,6 +106,18 @@ def _header(data: bytes) -> tuple[str, tuple[int, int]]:
         return name, reader(BytesIO(data)).size
     except Exception:  # a parser of foreign bytes may raise anything, and its text may leak
         raise _damaged() from None
+
+
+def _scans(data: bytes) -> int:
+    """The number of scans of a JPEG file, as far as the limit."""
+    count = at = 0
+    while count <= MAX_SCANS and (found := _JPEG_MARKER.search(data, at)) is not None:
+        if found[1] == _END_OF_FILE:  # behind it some cameras put a film
+            break
+        count += found[1] == _BEGIN_SCAN
+        # A segment begins with its length, which includes these two bytes.
+        at = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
+    return count
 
 
 def _damaged() -> ApiError:
