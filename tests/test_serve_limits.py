@@ -113,6 +113,25 @@ def test_texts_far_beyond_the_context_are_refused_before_they_are_encoded(
         assert re.search("at least 9,375 tokens, limit 1,024|150,000", error_of(reply)["message"])
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/images/generations"])
+def test_long_prompts_are_not_read_on_the_event_loop(
+    server: Running, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, called = server.service.work, 0
+
+    async def noted(*arguments: Any, **options: Any) -> Any:
+        nonlocal called
+        called += 1
+        return await work(*arguments, **options)
+
+    monkeypatch.setattr(server.service, "work", noted)
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": "Draw a cat."}]}
+    body = {"prompt": "Draw a cat."} if "images" in path else body | {"modalities": ["image"]}
+    for negative, expected in (("Draw a dog.", 0), ("Draw a dog. " * 50, 1)):
+        drawn = server.post(path, body | {"guidance_text": 3, "negative_prompt": negative})
+        assert drawn.status_code in (200, 400) and called == expected
+
+
 _POST = b"POST /health HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 

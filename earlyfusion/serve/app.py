@@ -240,7 +240,7 @@ class _Routes:
     async def generations(self, request: Request) -> Response:
         body, headers = await self._body(request, GenerationRequest)
         words = body.prompt
-        quick = len(words) <= QUICK_CHARACTERS
+        quick = len(words) + len(body.negative_prompt or "") <= QUICK_CHARACTERS
         return await self._draw(request, body, lambda: words, headers, "image_generation", quick)
 
     async def edits(self, request: Request) -> Response:
