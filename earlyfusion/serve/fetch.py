@@ -24,7 +24,7 @@ from earlyfusion.serve.errors import ApiError
 
 MAX_BYTES = 20_000_000
 SECONDS = 10.0
-MAX_SECONDS = 30.0  # for all pictures of a request
+MAX_SECONDS = 30.0  # for all images of a request
 REDIRECTS = 3
 _PORTS = {"http": 80, "https": 443}
 _CHUNK = 65_536

@@ -33,7 +33,7 @@ _FORMATS: dict[bytes, tuple[str, type[ImageFile]]] = {
 }
 
 
-# Each scan of a progressive JPEG visits the whole picture, and may take only forty bytes. Usual
+# Each scan of a progressive JPEG visits the whole image, and may take only forty bytes. Usual
 # files have about ten.
 MAX_SCANS = 100
 _JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])", re.DOTALL)
@@ -77,7 +77,7 @@ class PictureLimits:
         if kind == "image/jpeg" and _scans(data) > MAX_SCANS:
             raise ApiError(
                 400,
-                f"a picture is a JPEG of over {MAX_SCANS} scans, the limit: save it again",
+                f"an image is a JPEG of over {MAX_SCANS} scans, the limit: save it again",
                 code="invalid_image",
             )
         try:

@@ -44,7 +44,7 @@ _ROLES: dict[str, Role] = {
 
 
 def foreign_addresses(body: Any) -> Iterator[str]:
-    """The http addresses of pictures anywhere in a body or a part of it."""
+    """The http addresses of images anywhere in a body or a part of it."""
     if isinstance(body, list):
         for each in body:
             yield from foreign_addresses(each)

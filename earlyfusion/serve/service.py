@@ -109,7 +109,7 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(pool, task, *arguments)
 
     def waits(self, body: Wire | list[ChatMessage] | None) -> bool:
-        """Whether reading a body may wait for other servers, which have its pictures."""
+        """Whether reading a body may wait for other servers, which have its images."""
         return self.options.allow_image_urls and any(foreign_addresses(body))
 
     def reader(self) -> PromptReader:
