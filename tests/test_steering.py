@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import replace
+from time import process_time
 from typing import Any
 
 import numpy as np
@@ -238,6 +239,18 @@ def test_words_that_can_be_read_in_many_ways_take_no_longer(model: Chameleon) ->
     for text in (" ".join("a" * 60), " ".join("a" * 60) + " "):
         assert blocked(["a", "a a"], text) == blocked(["a"], text)
     assert blocked(["ab", "a"], "a") != blocked(["a"], "a")
+
+
+def test_many_bad_words_beside_a_large_vocabulary_take_little_time(model: Chameleon) -> None:
+    bad = [f"{number * 3:06d}" for number in range(256)]
+    request = model.request("x", "text", SamplingParams(bad_words=bad), seed=0)
+    words = Words(model.processor, request)
+    words._bytes = {token: f"{token % 999:08d}"[token % 5 :].encode() for token in range(56_000)}
+    expected = {token for token, data in words._bytes.items() if data[-6:].decode() in {*bad}}
+    began = process_time()
+    blocked = words.blocked(request.ids)
+    assert process_time() - began < 0.5
+    assert blocked is not None and expected and {*blocked.tolist()} >= expected
 
 
 def test_a_word_is_whole_before_a_picture(model: Chameleon) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -186,11 +187,22 @@ class Words:
 
     def _bad_tokens(self, end: bytes) -> Iterator[int]:
         # A token completes a bad word that the text has begun, or contains a whole one itself.
+        yield from self._tokens_with_bad_words
         ends = (end[at:] for at in range(len(end)))
         rests = tuple(w[len(e) :] for e in ends for w in self._bad if w.startswith(e))
-        for token, data in self._bytes.items():
-            if data.startswith(rests) or any(word in data for word in self._bad):
-                yield token
+        if rests:
+            yield from (t for t, data in self._bytes.items() if data.startswith(rests))
+
+    @cached_property
+    def _tokens_with_bad_words(self) -> list[int]:
+        # By lookups, as there may be 256 words, and 60,000 tokens to compare with each.
+        bad, lengths = {*self._bad}, sorted({*map(len, self._bad)})
+        return [
+            token
+            for token, data in self._bytes.items()
+            for size in lengths[: bisect_right(lengths, len(data))]
+            if any(data[at : at + size] in bad for at in range(len(data) - size + 1))
+        ]
 
     def _rest_of_word(self, text: bytes) -> frozenset[bytes] | None:
         """The ways to complete the last word of the text, b"" among them if it may be complete;
