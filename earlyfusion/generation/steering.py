@@ -235,9 +235,13 @@ class Words:
         """The tokens that allowed words forbid."""
         if rests is None:
             return
-        first = {rest[:1] for rest in (rests | self._next_words if b"" in rests else rests)}
+        words = rests | self._next_words if b"" in rests else rests
+        longest = max(map(len, self._bytes.values()))
+        begins = {word[:size] for word in words for size in range(1, min(len(word), longest) + 1)}
         for token, data in self._bytes.items():
-            if data[:1] not in first or not self._rests_after(rests, data):
+            # Lookups, as there may be 256 words: few tokens go beyond the end of one.
+            beyond = any(data[:size] in words for size in range(1, len(data)))
+            if not (data in begins or (beyond and self._rests_after(rests, data))):
                 yield token
         # A stretch that has begun must end in a whole word before an image or the end.
         complete = b"" in rests
