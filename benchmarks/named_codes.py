@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from earlyfusion.bench.harness import heading, line
 from earlyfusion.config import VQConfig
-from earlyfusion.mini.emoji.tensors import opened, pictures
+from earlyfusion.mini.emoji.tensors import load_emoji, load_split
 from earlyfusion.mini.named_image_tokenizer import config as recipe
 from earlyfusion.model.vqgan import VQGAN
 from earlyfusion.train.augment import changed, resized
@@ -48,11 +48,11 @@ BATCH, CUTS, READER_STEPS = 32, 3, 600
 
 def task_data(folder: Path, things: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Pixels and labels to learn from, then those held out: two images of each thing."""
-    data = opened(folder)
+    data = load_emoji(folder)
     ids = data.split("train")
     names = [data.row(i)["codepoints"] for i in ids]
     chosen = {name: n for n, (name, _) in enumerate(Counter(names).most_common(things))}
-    pixels = resized(pictures(folder, "train", SHAPE.resolution, "cpu"), SHAPE.resolution)
+    pixels = resized(load_split(folder, "train", SHAPE.resolution, "cpu"), SHAPE.resolution)
     seen: Counter[str] = Counter()
     known: list[int] = []
     held: list[int] = []

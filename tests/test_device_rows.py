@@ -14,11 +14,11 @@ from earlyfusion.content import Image, Message, Text
 from earlyfusion.data.packing import PackedBatch, Packer, RoleWeights
 from earlyfusion.errors import DataError, SettingError
 from earlyfusion.mini.emoji.dataset import EmojiData
-from earlyfusion.mini.emoji.mixture import MixtureConfig, is_plain, samples
-from earlyfusion.mini.packed_transformer import BlankLayout, documents
+from earlyfusion.mini.emoji.mixture import MixtureConfig, is_plain, load_samples
+from earlyfusion.mini.packed_transformer import BlankLayout, encode_documents
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.processor import ANSWER_TEXT, CONTROL, END, Processor, TokenSequence
-from earlyfusion.train.device_rows import CutConfig, DeviceRows, templates
+from earlyfusion.train.device_rows import CodeNoiseConfig, DeviceRows, templates
 from earlyfusion.train.language import LanguageTask
 
 DATA = Path(__file__).parent / "data"
@@ -51,7 +51,7 @@ def table() -> torch.Tensor:
 
 def rows_of(
     processor: Processor,
-    config: CutConfig,
+    config: CodeNoiseConfig,
     count: int = 4,
     plain: bool = False,
     seed: int = 0,
@@ -98,7 +98,7 @@ def by_hand(processor: Processor, rows: DeviceRows, way: int) -> Packer:
 
 
 def test_rows_are_those_of_the_packer(processor: Processor, device: torch.device) -> None:
-    rows = rows_of(processor, CutConfig(), plain=True, device=device)
+    rows = rows_of(processor, CodeNoiseConfig(), plain=True, device=device)
     rows._plain, rows._codes_PVC = 1, rows._codes_PVC[:, :1]
     packer = by_hand(processor, rows, 0)
     for _ in range(6):  # over more than two epochs
@@ -126,13 +126,13 @@ def ways_of(found: list[np.ndarray]) -> list[tuple[int, int]]:
 def test_pictures_come_whole_in_ways_that_they_may_be_cut(processor: Processor) -> None:
     seen: dict[bool, set[tuple[int, int]]] = {}
     for plain in (False, True):
-        rows = rows_of(processor, CutConfig(), plain=plain)
+        rows = rows_of(processor, CodeNoiseConfig(), plain=plain)
         found = [x for _ in range(60) for x in ways_of(pictures_in(rows.next(), processor))]
         seen[plain] = set(found)
     asked = {(p, v) for p in (0, 2) for v in range(WAYS)}
     assert seen[False] == asked | {(1, 0)}  # a picture to be drawn stays exact
     assert seen[True] == {(p, v) for p in (0, 2) for v in range(PLAIN)} | {(1, 0)}
-    rows = rows_of(processor, CutConfig(changed_answers=0.5))
+    rows = rows_of(processor, CodeNoiseConfig(changed_answers=0.5))
     drawn = [
         way
         for _ in range(60)
@@ -146,7 +146,10 @@ def test_pictures_come_whole_in_ways_that_they_may_be_cut(processor: Processor) 
 
 
 def test_inputs_are_replaced_and_targets_stay_clean(processor: Processor) -> None:
-    clean, noisy = rows_of(processor, CutConfig()), rows_of(processor, CutConfig(replace=0.2))
+    clean, noisy = (
+        rows_of(processor, CodeNoiseConfig()),
+        rows_of(processor, CodeNoiseConfig(replace=0.2)),
+    )
     vocabulary, shares, near = processor.vocabulary, [], []
     for _ in range(20):
         a, b = clean.next(), noisy.next()
@@ -162,7 +165,7 @@ def test_inputs_are_replaced_and_targets_stay_clean(processor: Processor) -> Non
 
 
 def test_a_batch_follows_from_the_seed_and_the_cursor(processor: Processor) -> None:
-    config = CutConfig(replace=0.1, changed_answers=0.5)
+    config = CodeNoiseConfig(replace=0.1, changed_answers=0.5)
     first, other = rows_of(processor, config), rows_of(processor, config, seed=1)
     batches = [first.next() for _ in range(5)]
     second = rows_of(processor, config)
@@ -179,7 +182,7 @@ def test_a_language_task_learns_from_them(processor: Processor, device: torch.de
     model = Transformer(replace(CONFIG, vocab_size=processor.vocabulary.size))
     model.init_weights()
     model.to(device)
-    task = LanguageTask(model, rows_of(processor, CutConfig(replace=0.1), device=device))
+    task = LanguageTask(model, rows_of(processor, CodeNoiseConfig(replace=0.1), device=device))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for step in range(12):
@@ -199,18 +202,18 @@ def test_what_cannot_be_packed_is_refused(processor: Processor) -> None:
     with pytest.raises(DataError, match="1 images of 64"):
         templates([(sequence, [0], False)], CODES, np.zeros(8, bool), WEIGHTS)
     with pytest.raises(SettingError, match="replace"):
-        CutConfig(replace=1.5)
+        CodeNoiseConfig(replace=1.5)
 
 
 def test_the_mixture_has_its_shares_and_tells_where_colours_matter() -> None:
     config = MixtureConfig(documents=200, tasks={"caption": 1.0, "colour": 5.0})
-    found = samples(DATA, config)
+    found = load_samples(DATA, config)
     tasks = [s["task"] for s in found]
     assert 195 <= len(found) <= 205
     assert tasks.count("requests") == 40 and tasks.count("bare") == 10
     assert tasks.count("study") == 30 and tasks.count("name") + tasks.count("picture") == 48
-    assert found == samples(DATA, config)
-    several = samples(DATA, replace(config, workers=2))
+    assert found == load_samples(DATA, config)
+    several = load_samples(DATA, replace(config, workers=2))
     assert sorted(s["task"] for s in several if s["task"] in ("bare", "study", "requests")) == (
         ["bare"] * 10 + ["requests"] * 40 + ["study"] * 30
     )
@@ -221,7 +224,7 @@ def test_the_mixture_has_its_shares_and_tells_where_colours_matter() -> None:
     train = data.split("train")
     firsts = {data.row(i)["codepoints"]: i for i in reversed(train)}.values()
     assert set(pictures) <= set(firsts) and len(set(pictures)) == min(len(firsts), 40)
-    varied = samples(DATA, replace(config, varied=True))
+    varied = load_samples(DATA, replace(config, varied=True))
     shown = {s["messages"][-1]["content"][0]["image"] for s in varied if s["task"] == "requests"}
     assert shown - set(firsts) and len(shown) == min(len(train), 40)
     assert len({s["messages"][0]["content"][0]["text"] for s in asked}) > 20
@@ -233,11 +236,13 @@ def test_the_mixture_has_its_shares_and_tells_where_colours_matter() -> None:
 
 
 def test_documents_hold_their_pictures_in_order(processor: Processor) -> None:
-    found = samples(DATA, MixtureConfig(documents=40))
+    found = load_samples(DATA, MixtureConfig(documents=40))
     data = EmojiData(DATA)
     place = {name: number for number, name in enumerate(data.split("train"))}
     blank = Processor(processor.tokenizer_file, BlankLayout(GRID, GRID))
-    for sample, (sequence, shown, _) in zip(found, documents(found, blank, place), strict=True):
+    for sample, (sequence, shown, _) in zip(
+        found, encode_documents(found, blank, place), strict=True
+    ):
         parts = [p for m in sample["messages"] for p in m["content"]]
         assert shown == [place[p["image"]] for p in parts if p["type"] == "image"]
         assert sum(1 for _, _, kind in sequence.spans if kind == "image") == len(shown)

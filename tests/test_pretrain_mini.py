@@ -229,7 +229,7 @@ def test_a_stage_begins_with_a_model_by_name_or_folder(tmp_path: Path) -> None:
         tokenizer = text_tokenizer(made, ()).read_bytes()
         assert tokenizer == (model.folder / "tokenizer.json").read_bytes()
     with pytest.raises(
-        SettingError, match="cuts pictures of 64 pixels, and this recipe is for 128"
+        SettingError, match="encodes images of 64 pixels, and this recipe is for 128"
     ):
         load_image_tokenizer(Path("mini"), mini_packed_transformer.config.model)
 

@@ -110,6 +110,14 @@ def test_the_second_stage_takes_over_tokenizer_and_codes(runs: Path, tmp_path: P
     model = first_model(StageConfig(start=runs / "first", model=small), vocab_size)
     first = checkpoint.weights(runs / "first")
     assert all(torch.equal(value, first[name]) for name, value in model.state_dict().items())
+    deeper = first_model(
+        StageConfig(start=runs / "first", model=replace(small, num_hidden_layers=5)), vocab_size
+    )
+    ids = torch.randint(vocab_size, (2, 9))
+    assert len(deeper.model.layers) == 5
+    torch.testing.assert_close(deeper.eval()(ids), model.eval()(ids))
+    added = [layer for layer in deeper.model.layers if not layer.self_attn.o_proj.weight.any()]
+    assert len(added) == 3 and all(layer.self_attn.q_proj.weight.any() for layer in added)
     with pytest.raises(DataError, match="start="):
         run(
             "mini_answers",

@@ -28,7 +28,7 @@ from earlyfusion.train import lora, trainer
 from earlyfusion.train.language import LanguageTask
 from earlyfusion.train.monitor import read_metrics
 from earlyfusion.train.optim import OptimConfig
-from earlyfusion.train.samples import PromptedPictures, encoded_prompts, image_prompts
+from earlyfusion.train.samples import PromptedImages, encoded_prompts, image_prompts
 from earlyfusion.train.trainer import RunConfig, train
 
 OPTIM = OptimConfig(lr=1e-2, warmup_steps=2, eps=1e-8)
@@ -64,9 +64,9 @@ def language_task(processor: Processor, rank: int = 0) -> LanguageTask:
     return LanguageTask(transformer, packer)
 
 
-def shows(processor: Processor, transformer: Transformer) -> PromptedPictures:
+def shows(processor: Processor, transformer: Transformer) -> PromptedImages:
     tokenizer = ImageTokenizer(tiny_vqgan(), CONFIG.vq_config.resolution)
-    return PromptedPictures(
+    return PromptedImages(
         transformer, processor, tokenizer, encoded_prompts(processor, PROMPTS), DEFAULTS, seed=3
     )
 
@@ -132,7 +132,7 @@ def test_a_prompt_without_room_for_a_picture_is_refused(processor: Processor) ->
     tokenizer = ImageTokenizer(tiny_vqgan(), CONFIG.vq_config.resolution)
     long = [("long", [5] * CONFIG.max_position_embeddings)]
     with pytest.raises(SettingError, match="leave no room"):
-        PromptedPictures(tiny_transformer(processor), processor, tokenizer, long, DEFAULTS)
+        PromptedImages(tiny_transformer(processor), processor, tokenizer, long, DEFAULTS)
 
 
 def test_figures_of_samples_go_to_the_metrics(tmp_path: Path, processor: Processor) -> None:

@@ -19,10 +19,15 @@ from earlyfusion.mini import packed_transformer
 from earlyfusion.mini.emoji import scenes
 from earlyfusion.mini.emoji.dataset import EmojiData
 from earlyfusion.mini.emoji.dialogues import Dialogues, generate
-from earlyfusion.mini.emoji.mixture import MixtureConfig, is_plain, made_ids, samples
+from earlyfusion.mini.emoji.mixture import (
+    MixtureConfig,
+    is_plain,
+    load_samples,
+    synthetic_image_ids,
+)
 from earlyfusion.mini.emoji.phrases import PROMPTS, normalise
-from earlyfusion.mini.emoji.scenes import Scene, image_of, made_pictures
-from earlyfusion.mini.emoji.tensors import opened, pictures
+from earlyfusion.mini.emoji.scenes import Scene, image_of, make_synthetic_images
+from earlyfusion.mini.emoji.tensors import load_emoji, load_split
 from earlyfusion.mini.emoji.wordings import (
     FORMS,
     HELD_OUT,
@@ -130,12 +135,12 @@ def test_a_scene_is_told_by_its_id_and_made_of_its_pictures(data: EmojiData) -> 
     assert np.array_equal(pixels[:64, :64], pixels[:64, 64:])
     small = np.asarray(data.image("noto/1f415").resize((64, 64)), np.float64)
     assert np.abs(small - pixels[64:, 64:]).mean() < 8
-    table = pictures(FOLDER, "train", 16, "cpu")
+    table = load_split(FOLDER, "train", 16, "cpu")
     numbers = {name: number for number, name in enumerate(data.split("train"))}
     several = [s.id for s in scenes.scenes(data, 20)] + scenes.unknown_image_ids(data, 20)
-    made = made_pictures(several, table, numbers)
+    made = make_synthetic_images(several, table, numbers)
     assert made.shape == (len(several), 16, 16, 3) and made.dtype == torch.uint8
-    alone = made_pictures(several[3:4], table, numbers)
+    alone = make_synthetic_images(several[3:4], table, numbers)
     assert torch.equal(alone[0], made[3])
 
 
@@ -235,11 +240,11 @@ MIXED = MixtureConfig(
 
 
 def test_the_mixture_has_scenes_and_unknown_things(data: EmojiData) -> None:
-    found = samples(FOLDER, MIXED)
+    found = load_samples(FOLDER, MIXED)
     tasks = [s["task"] for s in found]
     assert tasks.count("scene") == 31 and tasks.count("unknown") == 15
-    assert found == samples(FOLDER, MIXED)
-    known = {*data.split("train"), *made_ids(data, MIXED)}
+    assert found == load_samples(FOLDER, MIXED)
+    known = {*data.split("train"), *synthetic_image_ids(data, MIXED)}
     assert {i for s in found for i in shown(s)} <= known
     assert any(not is_plain(s) for s in found if s["task"] == "scene")
     with pytest.raises(SettingError, match="wordings=2"):
@@ -283,7 +288,7 @@ def test_icons_join_where_their_things_are_known(data: EmojiData, icons: Path) -
     assert generate(joined, n=30, tasks={n: float(n == "style_name") for n in only})
 
 
-def test_codes_are_cut_of_all_pictures_and_taken_by_the_next_stage(
+def test_all_images_are_encoded_and_the_next_stage_takes_their_codes(
     icons: Path, tmp_path: Path
 ) -> None:
     fields = [f"data={FOLDER}", f"icons={icons}", "resolution=16", "plain=1", "recoloured=1"]
@@ -291,16 +296,16 @@ def test_codes_are_cut_of_all_pictures_and_taken_by_the_next_stage(
     config = override(packed_transformer.config, fields)
     torch.manual_seed(0)
     vqgan = VQGAN(config.model.vq_config).eval()
-    ids = packed_transformer.shown_pictures(config)
-    table = packed_transformer._table(config, ids, torch.device("cpu"))
-    train = opened(FOLDER, icons).split("train")
+    ids = packed_transformer.training_image_ids(config)
+    table = packed_transformer._load_pixels(config, ids, torch.device("cpu"))
+    train = load_emoji(FOLDER, icons).split("train")
     assert ids[: len(train)] == train and len(table) == len(ids) > len(train) + 12
     strange = ids.index("icon/set/flux")
     assert torch.equal(table[strange], table[train.index("icon/set/banana")])
-    codes = packed_transformer.cut_once(vqgan, config, ids)
+    codes = packed_transformer.load_or_encode_variants(vqgan, config, ids)
     assert codes.shape == (len(ids), 2, config.model.vq_config.grid**2)
     after = override(config, [f"out={tmp_path / 'b'}", f"start={tmp_path / 'a'}"])
-    assert torch.equal(packed_transformer.cut_once(vqgan, after, ids), codes)
+    assert torch.equal(packed_transformer.load_or_encode_variants(vqgan, after, ids), codes)
     assert not (tmp_path / "b" / "codes.npy").exists()
     other = override(after, ["plain=2", "recoloured=1"])
-    assert packed_transformer.cut_once(vqgan, other, ids).shape[1] == 3
+    assert packed_transformer.load_or_encode_variants(vqgan, other, ids).shape[1] == 3

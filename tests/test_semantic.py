@@ -12,7 +12,7 @@ from tolerances import assert_same_losses
 from earlyfusion.config import PRESETS
 from earlyfusion.errors import SettingError
 from earlyfusion.mini.emoji.dataset import EmojiData
-from earlyfusion.mini.emoji.tensors import Labels, pictures
+from earlyfusion.mini.emoji.tensors import Labels, load_split
 from earlyfusion.model.vqgan import VQGAN
 from earlyfusion.recipes.run import run
 from earlyfusion.train import checkpoint
@@ -142,7 +142,7 @@ def test_in_bf16_the_codes_are_still_the_nearest(device: torch.device) -> None:
 
 def test_pictures_and_labels_of_the_data() -> None:
     data = EmojiData(DATA)
-    table = pictures(DATA, "train", 16, "cpu")
+    table = load_split(DATA, "train", 16, "cpu")
     assert table.shape == (len(data.split("train")), 16, 16, 3) and table.dtype == torch.uint8
     labels = Labels(data)
     found = labels.of(data.split("train"))

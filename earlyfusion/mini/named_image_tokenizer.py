@@ -25,7 +25,7 @@ from earlyfusion.config import VQConfig
 from earlyfusion.devices import resolve_device
 from earlyfusion.errors import SettingError
 from earlyfusion.mini.emoji.dataset import EmojiData
-from earlyfusion.mini.emoji.tensors import Labels, opened, pictures
+from earlyfusion.mini.emoji.tensors import Labels, load_emoji, load_split
 from earlyfusion.mini.image_tokenizer import OPTIM, batch_indices
 from earlyfusion.model.vqgan import VQGAN
 from earlyfusion.train.augment import ChangeConfig, changed, resized
@@ -66,7 +66,7 @@ class DeviceBatches:
     def __init__(self, data: EmojiData, config: NamedImageTokenizerConfig) -> None:
         device = resolve_device(config.run.device)
         side = config.model.resolution
-        self._images = pictures(config.data, "train", side, str(device), config.icons)
+        self._images = load_split(config.data, "train", side, str(device), config.icons)
         self._labels = Labels(data).of(data.split("train")).to(device)
         self._config = config
 
@@ -92,11 +92,11 @@ class Validation:
         cfg: NamedImageTokenizerConfig,
     ) -> None:
         side, device = cfg.model.resolution, str(resolve_device(cfg.run.device))
-        images = resized(pictures(cfg.data, "val", side, "cpu"), side)
+        images = resized(load_split(cfg.data, "val", side, "cpu"), side)
         held_out = images[:: max(1, len(images) // cfg.checked)][: cfg.checked]
         self._held_out = HeldOut(model, held_out, batch=16)
         self._model, self._head = model, head
-        self._pairs = pictures(cfg.data, "val-pair", side, device)
+        self._pairs = load_split(cfg.data, "val-pair", side, device)
         self._labels = Labels(data).of(data.split("val-pair")).to(device)
 
     def __call__(self, step: int, folder: Path) -> dict[str, float]:
@@ -121,7 +121,7 @@ class Validation:
 
 def main(config: NamedImageTokenizerConfig) -> None:
     check_terms(config.loss)
-    data, model = opened(config.data, config.icons), config.build()
+    data, model = load_emoji(config.data, config.icons), config.build()
     head = None
     if config.loss.naming:
         answers = Labels(data).answers

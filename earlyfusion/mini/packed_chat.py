@@ -16,7 +16,7 @@ from earlyfusion.mini import packed_transformer as mini_packed_transformer
 from earlyfusion.mini.drawings import TASKS
 from earlyfusion.mini.emoji.mixture import MixtureConfig
 from earlyfusion.mini.packed_transformer import main
-from earlyfusion.train.device_rows import CutConfig
+from earlyfusion.train.device_rows import CodeNoiseConfig
 
 __all__ = ["config", "main"]
 
@@ -41,5 +41,5 @@ config = replace(
         tasks=dict(TASKS),
         seed=1,
     ),
-    cut=CutConfig(replace=0.03, changed_answers=0.1),
+    cut=CodeNoiseConfig(replace=0.03, changed_answers=0.1),
 )

@@ -3,13 +3,16 @@
     earlyfusion train mini_packed_transformer data=DIR/emoji device=cuda minutes=4 \\
         image_tokenizer=runs/mini_named_image_tokenizer
 
-It learns all tasks of mini from pictures that never look quite the same. All training pictures are
-cut into codes on the device in many ways: moved, scaled, turned, and in other colours where no
-colour is asked about. Documents are on the device too, and every batch of fixed shape is filled
-anew (`train.device_rows`), with a tenth of the input codes replaced. Matrices learn by Muon; the
-weights that are saved are a moving average. It ends with `model/`. 10 layers of width 320 and an
-image tokenizer of 3.2 M weights: 18.8 M in all, 38 MB in fp16. For CPUs take `hidden_size=256
-num_hidden_layers=6 resolution=64`. A stage of `pretrain_mini`; measurements are in docs/mini.md.
+It learns all tasks of mini from augmented images. All training images are encoded to codes on the
+device in many variants: moved, scaled, turned, and in other colours where no colour is asked about.
+Documents are on the device too, and every batch of fixed shape is filled anew
+(`train.device_rows`), with a tenth of the input codes replaced. Muon trains the matrices; the saved
+weights are a moving average. It ends with `model/`. 10 layers of width 320 and an image tokenizer
+of 3.2 M weights: 18.8 M in all, 38 MB in fp16. For CPUs take `hidden_size=256 num_hidden_layers=6
+resolution=64`. A stage of `pretrain_mini`; measurements are in docs/mini.md.
+
+With `start=`, `num_hidden_layers` may be larger than that of the start: its layers are repeated
+(`stage.deepen`).
 """
 
 from __future__ import annotations
@@ -34,15 +37,20 @@ from earlyfusion.files import replacing
 from earlyfusion.mini import named_image_tokenizer as mini_named_image_tokenizer
 from earlyfusion.mini.emoji.dataset import ICON
 from earlyfusion.mini.emoji.dialogues import Sample, messages_of
-from earlyfusion.mini.emoji.mixture import MixtureConfig, is_plain, made_ids, samples
+from earlyfusion.mini.emoji.mixture import (
+    MixtureConfig,
+    is_plain,
+    load_samples,
+    synthetic_image_ids,
+)
 from earlyfusion.mini.emoji.pools import names_by_count
-from earlyfusion.mini.emoji.scenes import made_pictures
-from earlyfusion.mini.emoji.tensors import opened, pictures, pictures_of
+from earlyfusion.mini.emoji.scenes import make_synthetic_images
+from earlyfusion.mini.emoji.tensors import load_emoji, load_images, load_split
 from earlyfusion.mini.stage import (
     StageConfig,
     first_model,
     load_image_tokenizer,
-    samples_of,
+    prompted_images,
     save_model,
     text_tokenizer,
 )
@@ -51,7 +59,7 @@ from earlyfusion.model.vqgan import VQGAN
 from earlyfusion.processor import Processor, TokenSequence
 from earlyfusion.train.augment import ChangeConfig, changed, resized
 from earlyfusion.train.device_rows import (
-    CutConfig,
+    CodeNoiseConfig,
     DeviceRows,
     Templates,
     load_templates,
@@ -63,16 +71,16 @@ from earlyfusion.train.optim import OptimConfig
 from earlyfusion.train.trainer import RunConfig, train
 from earlyfusion.vocabulary import ImageLayout, Vocabulary
 
-BATCH = 256  # pictures that are cut at once
+BATCH = 256  # images that are encoded at once
 DOCUMENTS = "documents.npz"
 
 
 @dataclass
-class WaysConfig:
-    """In how many ways each picture is cut into codes."""
+class VariantsConfig:
+    """How many variants of each image are encoded."""
 
     plain: int = 12
-    """Ways that keep the colours; the first is exact."""
+    """Variants that keep the colours; the first is the image itself."""
     recoloured: int = 12
 
     def __post_init__(self) -> None:
@@ -96,18 +104,18 @@ class PackedTransformerConfig(StageConfig):
         "무지개를 그려 줘.",
         "Draw a cat face in Noto style.",
     )
-    """Requests whose pictures are drawn at the end and at `run.sample_every`."""
+    """Requests whose images are generated at the end and at `run.sample_every`."""
     whole_names: bool = False
     """Whether the words of the names of things become whole tokens of a new tokenizer. It takes a
-    larger one: with vocab_size=5120 other words are cut into more pieces (docs/mini.md)."""
+    larger one: with vocab_size=5120 other words take more tokens (docs/mini.md)."""
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
-    ways: WaysConfig = field(default_factory=WaysConfig)
-    cut: CutConfig = field(default_factory=CutConfig)
+    ways: VariantsConfig = field(default_factory=VariantsConfig)
+    cut: CodeNoiseConfig = field(default_factory=CodeNoiseConfig)
     change: ChangeConfig = field(default_factory=ChangeConfig)
 
 
 class BlankLayout(ImageLayout):
-    """Spells every picture with code 0 alone: its codes are looked up on the device later."""
+    """Fills every image with code 0: its codes are looked up on the device later."""
 
     def spell(self, codes_hw: npt.ArrayLike, vocabulary: Vocabulary) -> list[int]:
         return _blank(self.height, self.width, vocabulary)
@@ -118,90 +126,93 @@ def _blank(height: int, width: int, vocabulary: Vocabulary) -> list[int]:
     return ImageLayout(height, width).spell(np.zeros((height, width), np.int64), vocabulary)
 
 
-def cut_once(vqgan: VQGAN, config: PackedTransformerConfig, ids: list[str]) -> Tensor:
-    """The codes of `cut`, stored in `codes.npy` under the run: on a CPU they take minutes.
+def load_or_encode_variants(
+    vqgan: VQGAN, config: PackedTransformerConfig, ids: list[str]
+) -> Tensor:
+    """The codes of `encode_variants`, stored in `codes.npy` under the run: on a CPU they take
+    minutes.
 
-    A run that begins with another one takes its codes, if they are of as many pictures and ways.
+    A run that starts from another one takes its codes, if the numbers of images and variants match.
     """
     path, device = config.run.out / "codes.npy", vqgan.quantize.embedding.weight.device
-    ways = config.ways.plain + config.ways.recoloured
-    wanted = (len(ids), ways, config.model.vq_config.grid**2)
+    variants = config.ways.plain + config.ways.recoloured
+    shape = (len(ids), variants, config.model.vq_config.grid**2)
     for folder in (config.run.out, config.start):
         if folder is not None and (folder / "codes.npy").is_file():
-            found = np.load(folder / "codes.npy")
-            if found.shape == wanted:
-                return torch.from_numpy(found).to(device)
-    codes = cut(vqgan, config, ids)
+            stored = np.load(folder / "codes.npy")
+            if stored.shape == shape:
+                return torch.from_numpy(stored).to(device)
+    codes = encode_variants(vqgan, config, ids)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial, partial.open("wb") as file:
         np.save(file, codes.cpu().numpy())
     return codes
 
 
-def shown_pictures(config: PackedTransformerConfig) -> list[str]:
-    """Ids of all pictures that documents may show, in the order of their codes."""
-    data = opened(config.data, config.mixture.icons)
-    return list(dict.fromkeys([*data.split("train"), *made_ids(data, config.mixture)]))
+def training_image_ids(config: PackedTransformerConfig) -> list[str]:
+    """Ids of all images that documents may show, in the order of their codes."""
+    data = load_emoji(config.data, config.mixture.icons)
+    return list(dict.fromkeys([*data.split("train"), *synthetic_image_ids(data, config.mixture)]))
 
 
-def _table(config: PackedTransformerConfig, ids: list[str], device: torch.device) -> Tensor:
+def _load_pixels(config: PackedTransformerConfig, ids: list[str], device: torch.device) -> Tensor:
     """Their pixels on the device: uint8 [P, Y, X, C]."""
     side, icons = config.model.vq_config.resolution, config.mixture.icons
-    table_PYXC = pictures(config.data, "train", side, str(device), icons)
+    table_PYXC = load_split(config.data, "train", side, str(device), icons)
     if len(table_PYXC) == len(ids):
         return table_PYXC
-    data, others = opened(config.data, icons), ids[len(table_PYXC) :]
+    data, others = load_emoji(config.data, icons), ids[len(table_PYXC) :]
     numbers = {name: number for number, name in enumerate(ids)}
-    made_PYXC = made_pictures(others, table_PYXC, numbers)
-    icon = [n for n, name in enumerate(others) if name.startswith(f"{ICON}/")]
-    if icon:
-        unnamed = pictures_of(data, [others[n] for n in icon], side)
-        made_PYXC[torch.tensor(icon, device=device)] = unnamed.to(device)
-    return torch.cat((table_PYXC, made_PYXC))
+    synthetic_PYXC = make_synthetic_images(others, table_PYXC, numbers)
+    icons_at = [n for n, name in enumerate(others) if name.startswith(f"{ICON}/")]
+    if icons_at:
+        icon_pixels = load_images(data, [others[n] for n in icons_at], side)
+        synthetic_PYXC[torch.tensor(icons_at, device=device)] = icon_pixels.to(device)
+    return torch.cat((table_PYXC, synthetic_PYXC))
 
 
 @torch.inference_mode()
-def cut(vqgan: VQGAN, config: PackedTransformerConfig, ids: list[str]) -> Tensor:
-    """Codes of every picture in every way, on the device: int16 [P, V, C]."""
+def encode_variants(vqgan: VQGAN, config: PackedTransformerConfig, ids: list[str]) -> Tensor:
+    """Codes of all variants of the images, on the device: int16 [P, V, C]."""
     side, device = config.model.vq_config.resolution, vqgan.quantize.embedding.weight.device
-    table_PYXC = _table(config, ids, device)
+    table_PYXC = _load_pixels(config, ids, device)
     same_colours = replace(config.change, contrast=0.0, tint=0.0, grey=0.0, unchanged=0.0)
-    every = [None, *[same_colours] * (config.ways.plain - 1)]
-    every += [replace(config.change, unchanged=0.0)] * config.ways.recoloured
+    changes = [None, *[same_colours] * (config.ways.plain - 1)]
+    changes += [replace(config.change, unchanged=0.0)] * config.ways.recoloured
     codes = torch.empty(
         len(table_PYXC),
-        len(every),
+        len(changes),
         config.model.vq_config.grid**2,
         dtype=torch.int16,
         device=device,
     )
     generator = torch.Generator(device)
-    for way, how in enumerate(every):
-        generator.manual_seed(1_000 * config.run.seed + config.mixture.seed * 100 + way)
+    for variant, change in enumerate(changes):
+        generator.manual_seed(1_000 * config.run.seed + config.mixture.seed * 100 + variant)
         for first in range(0, len(table_PYXC), BATCH):
             pixels = resized(table_PYXC[first : first + BATCH], side)
-            pixels = changed(pixels, how, generator) if how else pixels
-            codes[first : first + BATCH, way] = vqgan.encode(pixels).flatten(1).short()
+            pixels = changed(pixels, change, generator) if change else pixels
+            codes[first : first + BATCH, variant] = vqgan.encode(pixels).flatten(1).short()
     return codes
 
 
-def documents(
-    found: list[Sample], processor: Processor, numbers: dict[str, int]
+def encode_documents(
+    samples: list[Sample], processor: Processor, numbers: dict[str, int]
 ) -> Iterator[tuple[TokenSequence, list[int], bool]]:
-    """Per sample: its tokens with blank pictures, the pictures' numbers, and whether it is plain.
+    """Per sample: its tokens with blank images, the images' numbers, and whether it is plain.
 
-    `numbers` are those of the pictures by their ids.
+    `numbers` are those of the images by their ids.
     """
     codes = np.zeros((1, 1), np.int64)
-    for sample in found:
+    for sample in samples:
         parts = [part for message in sample["messages"] for part in message["content"]]
-        shown = [numbers[part["image"]] for part in parts if part["type"] == "image"]
+        images = [numbers[part["image"]] for part in parts if part["type"] == "image"]
         messages = messages_of(sample["messages"], lambda image_id, role: Image(codes=codes))
         if sample["task"] == "bare":
             document = plain_document(processor, messages[-1].parts, [codes])
         else:
             document = processor.encode_document(messages)
-        yield document, shown, is_plain(sample)
+        yield document, images, is_plain(sample)
 
 
 def prepare(config: PackedTransformerConfig) -> Templates:
@@ -213,25 +224,25 @@ def prepare(config: PackedTransformerConfig) -> Templates:
     path = config.run.out / DOCUMENTS
     if path.is_file() and (config.run.out / "tokenizer.json").is_file():
         return load_templates(path)
-    data, grid = opened(config.data, config.mixture.icons), config.model.vq_config.grid
-    found = samples(config.data, config.mixture)
+    data, grid = load_emoji(config.data, config.mixture.icons), config.model.vq_config.grid
+    samples = load_samples(config.data, config.mixture)
     whole = list(names_by_count(data)) if config.whole_names else ()
-    tokenizer = text_tokenizer(config, found, whole)
+    tokenizer = text_tokenizer(config, samples, whole)
     blank = Processor(tokenizer, BlankLayout(grid, grid))
     is_code = np.zeros(blank.vocabulary.size, bool)
     is_code[blank.vocabulary.image_tokens] = True
-    numbers = {name: number for number, name in enumerate(shown_pictures(config))}
-    return templates(documents(found, blank, numbers), grid**2, is_code, config.weights)
+    numbers = {name: number for number, name in enumerate(training_image_ids(config))}
+    return templates(encode_documents(samples, blank, numbers), grid**2, is_code, config.weights)
 
 
-def rows_of(config: PackedTransformerConfig, vqgan: VQGAN) -> tuple[DeviceRows, Processor]:
+def build_rows(config: PackedTransformerConfig, vqgan: VQGAN) -> tuple[DeviceRows, Processor]:
     """The rows to learn from, and the processor of the model."""
-    made, grid = prepare(config), config.model.vq_config.grid
+    documents, grid = prepare(config), config.model.vq_config.grid
     processor = Processor(config.run.out / "tokenizer.json", ImageLayout(grid, grid))
     vocabulary = processor.vocabulary
     rows = DeviceRows(
-        made,
-        cut_once(vqgan, config, shown_pictures(config)),
+        documents,
+        load_or_encode_variants(vqgan, config, training_image_ids(config)),
         config.ways.plain,
         torch.from_numpy(vocabulary.code_to_token),
         nearest_codewords(vqgan),
@@ -247,10 +258,10 @@ def rows_of(config: PackedTransformerConfig, vqgan: VQGAN) -> tuple[DeviceRows, 
 def main(config: PackedTransformerConfig) -> None:
     vqgan = load_image_tokenizer(config.image_tokenizer, config.model)
     vqgan.to(resolve_device(config.run.device))
-    rows, processor = rows_of(config, vqgan)
+    rows, processor = build_rows(config, vqgan)
     model = first_model(config, processor.vocabulary.size)
-    shows = samples_of(config, model, processor, vqgan)
-    train(LanguageTask(model, rows, config.z_weight), config.run, config.optim, shows)
+    images = prompted_images(config, model, processor, vqgan)
+    train(LanguageTask(model, rows, config.z_weight), config.run, config.optim, images)
     save_model(config, model, vqgan)
 
 
@@ -283,6 +294,6 @@ config = PackedTransformerConfig(
     ),
     mixture=MixtureConfig(tasks=dict(TASKS), scenes=0.06, unknown=0.02, wordings=0.5, varied=True),
     weights=RoleWeights(prompt_image=0.05, answer_text=4.0, end=1.0),
-    cut=CutConfig(replace=0.1, changed_answers=0.3),
+    cut=CodeNoiseConfig(replace=0.1, changed_answers=0.3),
     change=ChangeConfig(shift=0.08, scale=0.15, turn=10, contrast=0.3, tint=0.2, grey=0.15),
 )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from earlyfusion.checkpoints import detect
 from earlyfusion.checkpoints.assemble import assemble, vqgan_of
@@ -25,7 +26,7 @@ from earlyfusion.train import checkpoint
 from earlyfusion.train.language import job_of
 from earlyfusion.train.optim import OptimConfig
 from earlyfusion.train.plan import Job
-from earlyfusion.train.samples import PromptedPictures, encoded_prompts
+from earlyfusion.train.samples import PromptedImages, encoded_prompts
 from earlyfusion.train.trainer import RunConfig
 
 # How a model folder samples by default.
@@ -50,7 +51,7 @@ class StageConfig:
     dropout: float = 0.0
     z_weight: float = 1e-5
     prompts: tuple[str, ...] = ()
-    """Requests whose pictures are drawn at the end and at `run.sample_every`."""
+    """Requests whose images are generated at the end and at `run.sample_every`."""
     run: RunConfig = field(default_factory=RunConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -67,7 +68,7 @@ def load_image_tokenizer(run: Path, config: ModelConfig) -> VQGAN:
         source = detect.open_source(folder)
         if source.config.vq_config != config.vq_config:
             raise SettingError(
-                f"image_tokenizer={run} cuts pictures of {source.config.vq_config.resolution} "
+                f"image_tokenizer={run} encodes images of {source.config.vq_config.resolution} "
                 f"pixels, and this recipe is for {config.vq_config.resolution} or for another "
                 "shape: set the fields of model.vq_config to those of the model's config.json"
             )
@@ -126,15 +127,41 @@ def first_model(config: StageConfig, vocab_size: int) -> Transformer:
             tensors = checkpoint.weights(config.start)
         else:
             tensors = assemble(detect.open_source(folder)).transformer.state_dict()
+        tensors = deepen(tensors, config.model.num_hidden_layers)
         checkpoint.load_model(model, tensors, config.start)
     return model
 
 
-def samples_of(
+def deepen(tensors: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
+    """The weights of a transformer of `layers` layers that computes what a shallower one does.
+
+    The layers of the shallower one are repeated, spread evenly. A repetition adds nothing at first,
+    because its output projections are zero (as in LLaMA Pro, arXiv 2401.02415). Weights of as many
+    layers or more are returned as they are.
+    """
+    prefix = "model.layers."
+    old_layers = 1 + max(
+        (int(name.split(".")[2]) for name in tensors if name.startswith(prefix)), default=-1
+    )
+    if not 0 < old_layers < layers:
+        return dict(tensors)
+    deeper = {name: value for name, value in tensors.items() if not name.startswith(prefix)}
+    for new in range(layers):
+        old = new * old_layers // layers
+        repeated = new > 0 and old == (new - 1) * old_layers // layers
+        for name, value in tensors.items():
+            if name.startswith(f"{prefix}{old}."):
+                silent = repeated and name.endswith(("o_proj.weight", "down_proj.weight"))
+                new_name = name.replace(f"{prefix}{old}.", f"{prefix}{new}.")
+                deeper[new_name] = torch.zeros_like(value) if silent else value.clone()
+    return deeper
+
+
+def prompted_images(
     config: StageConfig, model: Transformer, processor: Processor, vqgan: VQGAN
-) -> PromptedPictures:
-    """Draws `config.prompts` during the run."""
-    return PromptedPictures(
+) -> PromptedImages:
+    """Generates images for `config.prompts` during the run."""
+    return PromptedImages(
         model,
         processor,
         ImageTokenizer(vqgan, config.model.vq_config.resolution),

@@ -38,7 +38,7 @@ from earlyfusion.mini.stage import (
     file_of_start,
     first_model,
     load_image_tokenizer,
-    samples_of,
+    prompted_images,
     save_model,
     text_tokenizer,
 )
@@ -239,8 +239,8 @@ def main(config: TransformerConfig) -> None:
     vqgan, processor, documents = prepare(config)
     model = first_model(config, processor.vocabulary.size)
     packer = Packer(documents, config.weights, config.rows, config.length, processor.vocabulary.pad)
-    draw_samples = samples_of(config, model, processor, vqgan)
-    train(LanguageTask(model, packer, config.z_weight), config.run, config.optim, draw_samples)
+    images = prompted_images(config, model, processor, vqgan)
+    train(LanguageTask(model, packer, config.z_weight), config.run, config.optim, images)
     save_model(config, model, vqgan)
 
 

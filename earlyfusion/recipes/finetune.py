@@ -43,7 +43,7 @@ from earlyfusion.train.folder import check_same_data, say
 from earlyfusion.train.language import LanguageConfig, LanguageTask
 from earlyfusion.train.optim import OptimConfig
 from earlyfusion.train.plan import FEW_GPUS, Job
-from earlyfusion.train.samples import PromptedPictures, encoded_prompts, image_prompts
+from earlyfusion.train.samples import PromptedImages, encoded_prompts, image_prompts
 from earlyfusion.train.trainer import RunConfig, train
 from earlyfusion.train.validation import LOSS, Validation, best_folder
 
@@ -167,7 +167,7 @@ def _samples(
     loaded: Loaded,
     image_tokenizer: ImageTokenizer,
     corpus: Corpus,
-) -> PromptedPictures | None:
+) -> PromptedImages | None:
     """Generates images during the run; None if the model or the data has no images to generate."""
     processor = loaded.processor
     if not loaded.can_draw:
@@ -175,7 +175,7 @@ def _samples(
     from_data = image_prompts(processor, corpus.stream, count=4) if not config.prompts else []
     prompts = from_data or encoded_prompts(processor, config.prompts)
     defaults, seed = loaded.generation_defaults, config.run.seed
-    samples = PromptedPictures(model, processor, image_tokenizer, prompts, defaults, seed)
+    samples = PromptedImages(model, processor, image_tokenizer, prompts, defaults, seed)
     return samples if prompts else None
 
 

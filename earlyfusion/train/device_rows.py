@@ -126,7 +126,7 @@ def _columns(
 
 
 @dataclass
-class CutConfig:
+class CodeNoiseConfig:
     """Noise in the image codes of rows, and variants of the images in answers."""
 
     replace: float = 0.0
@@ -157,7 +157,7 @@ class DeviceRows:
         rows: int,
         length: int,
         pad: int,
-        config: CutConfig,
+        config: CodeNoiseConfig,
         seed: int = 0,
     ) -> None:
         self.cursor, self.share = 0, (0, 1)

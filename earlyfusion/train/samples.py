@@ -1,5 +1,5 @@
 """Sample images of a run: from the same prompts, again and again as the model learns.
-`PromptedPictures` is a `trainer.DrawSamples`. It generates with the modules in training, in the
+`PromptedImages` is a `trainer.DrawSamples`. It generates with the modules in training, in the
 plain loop of `generation/reference.py`, so adapters and other replaced modules take part."""
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _GAP = 4
 _LEAST_SIDE = 128  # smaller images are enlarged by a whole factor
 
 
-class PromptedPictures:
+class PromptedImages:
     """Generates one image for each prompt and saves them as a grid, with the prompts in a JSON
     file. `prompts` are pairs of a text to show and tokens. `defaults` are the model's own sampling
     settings. Prompt number i always has the seed `seed + i`, so only the model changes. Raises

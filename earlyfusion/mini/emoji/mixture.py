@@ -96,14 +96,14 @@ class _Part:
     config: MixtureConfig
 
 
-def made_ids(data: EmojiData, config: MixtureConfig) -> list[str]:
+def synthetic_image_ids(data: EmojiData, config: MixtureConfig) -> list[str]:
     """Ids of the synthetic images that documents may show; the same for every seed of a mixture."""
     ids = [scene.id for scene in scenes(data, config.made)] if config.scenes else []
     ids += unknown_image_ids(data, -(-config.made // 4)) if config.unknown else []
     return list(dict.fromkeys(ids))
 
 
-def samples(folder: Path, config: MixtureConfig) -> list[Sample]:
+def load_samples(folder: Path, config: MixtureConfig) -> list[Sample]:
     """All documents of an epoch; the same config, `workers` included, gives the same."""
     total = sum(getattr(config, name) for name in SOURCES)
     parts = []

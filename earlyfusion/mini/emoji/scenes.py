@@ -205,7 +205,9 @@ def unknown_image_ids(data: EmojiData, count: int, seed: int = 0) -> list[str]:
 # ---- pixels of synthetic images
 
 
-def made_pictures(ids: Sequence[str], table_PYXC: Tensor, numbers: Mapping[str, int]) -> Tensor:
+def make_synthetic_images(
+    ids: Sequence[str], table_PYXC: Tensor, numbers: Mapping[str, int]
+) -> Tensor:
     """The synthetic images, on the device of the table: uint8 [len(ids), Y, X, C].
 
     `numbers` are the rows of the table, by the ids of the images that they are made of.
@@ -307,7 +309,7 @@ def image_of(data: EmojiData, image_id: str) -> PIL.Image.Image:
         np.zeros((side, side, 3), np.uint8)
     ]
     numbers = {part: number for number, part in enumerate(parts)}
-    made = made_pictures([image_id], torch.from_numpy(np.stack(table)), numbers)
+    made = make_synthetic_images([image_id], torch.from_numpy(np.stack(table)), numbers)
     return PIL.Image.fromarray(made[0].numpy())
 
 

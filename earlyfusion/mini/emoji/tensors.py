@@ -19,22 +19,24 @@ _THREADS = 16  # decoding releases Python's lock
 
 
 @lru_cache(maxsize=1)
-def opened(folder: Path, icons: Path | None = None) -> EmojiData:
+def load_emoji(folder: Path, icons: Path | None = None) -> EmojiData:
     """The data of a folder, with icons if their folder is given; read once for all stages."""
     return EmojiData(folder, icons)
 
 
 @lru_cache(maxsize=4)
-def pictures(folder: Path, split: str, side: int, device: str, icons: Path | None = None) -> Tensor:
+def load_split(
+    folder: Path, split: str, side: int, device: str, icons: Path | None = None
+) -> Tensor:
     """All images of a split in file order, on the device: uint8 [images, side, side, 3].
 
     They stay in memory for further calls: 534 MB for the training images at 128 pixels.
     """
-    data = opened(folder, icons)
-    return pictures_of(data, data.split(split), side).to(device)
+    data = load_emoji(folder, icons)
+    return load_images(data, data.split(split), side).to(device)
 
 
-def pictures_of(data: EmojiData, ids: Sequence[str], side: int) -> Tensor:
+def load_images(data: EmojiData, ids: Sequence[str], side: int) -> Tensor:
     """The images of some ids of the data: uint8 [len(ids), side, side, 3]."""
     with ThreadPoolExecutor(_THREADS) as pool:
         rows = list(pool.map(partial(_square, data, side), ids))
