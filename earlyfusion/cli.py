@@ -311,8 +311,11 @@ def generate(
     out: ImageFolder = Path("out"),
     as_json: AsJson = False,
 ) -> None:
-    """Answer one prompt: print the text, and write images to new PNG files. An image that
-    is not square is cropped to its centre, or fitted with a border (--fit)."""
+    """Answer one prompt: print the text, and write images to new PNG files.
+
+    An image that is not square is cropped to its centre, or fitted with a border
+    (--fit).
+    """
     from earlyfusion.content import as_messages, fill_placeholders
     from earlyfusion.terminal import Album, Screen, answer, reply_json
 
@@ -380,10 +383,12 @@ def batch(
     output: Annotated[Output, typer.Option(help="For lines without an output.")] = "auto",
     as_json: AsJson = False,
 ) -> int:
-    """Answer many prompts at once. An interrupted run continues if started again. Settings of a
-    line take precedence over options. A line has a prompt (a text, a list of parts, or a list of
-    messages), and optionally id, images, output, seed and other sampling fields. Image paths are
-    relative to the folder of the file."""
+    """Answer many prompts at once. An interrupted run continues if started again.
+
+    A line has a prompt (a text, a list of parts, or a list of messages), and
+    optionally id, images, output, seed and other sampling fields, which take
+    precedence over options. Image paths are relative to the folder of the file.
+    """
     from earlyfusion.batch import Replies, answer_all, read_jobs
     from earlyfusion.terminal import progress_bar
 
@@ -689,8 +694,10 @@ def tokenize(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Tokenize a corpus of text and images for training. An interrupted run continues if started
-    again."""
+    """Tokenize a corpus of text and images for training.
+
+    An interrupted run continues if started again.
+    """
     from earlyfusion.files import check_writable
     from earlyfusion.terminal import busy, progress_of
 
