@@ -597,7 +597,7 @@ def test_errors_have_the_names_and_the_ways_of_writing_of_the_route(server: Runn
         error = server.post(path, body | {field: 5}).json()["error"]
         assert error["param"] == field and error["message"].startswith(f"{field}=5 cannot hold")
     error = server.post("/v1/images/generations", {"prompt": "a", "size": "5x7"}).json()["error"]
-    assert error["message"] == "size=5x7 is not drawn by this model: use auto or 64x64"
+    assert error["message"] == "size=5x7 is not a size of this model: use auto or 64x64"
 
 
 def test_models(client: openai.OpenAI) -> None:

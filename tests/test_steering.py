@@ -169,9 +169,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"allowed_words": ["a", "x" * 1001]}, "allowed_words has a string of 1,001 characters"),
     ({"logprobs": -1}, "logprobs=-1 is not possible"),
     ({"logprobs": 101}, "logprobs=101 is not possible"),
-    ({"jacobi": 4, "logprobs": 1}, "jacobi=4 draws several codes at once, which logprobs cannot"),
+    ({"jacobi": 4, "logprobs": 1}, "jacobi=4 samples several codes at once, which logprobs cannot"),
     ({"jacobi": 4, "bad_words": "x"}, "which bad_words cannot follow"),
-    ({"prompt_lookup": 4, "logprobs": 0}, "draws several tokens at once, which logprobs cannot"),
+    ({"prompt_lookup": 4, "logprobs": 0}, "samples several tokens at once, which logprobs cannot"),
 ]
 
 
