@@ -39,8 +39,6 @@ const int64_t GROUP_TILES = 4;  // tiles multiplied with a part of a panel while
 const int64_t BLOCKED_MR = 6;   // rows of input of a blocked tile: 6 * 4 of 32 registers
 const int64_t KC_WORDS = 512;   // words of a row of weights in a block
 
-// 5 to 8 rows of input are multiplied at once by a streamed kernel if they are not larger.
-const int64_t STREAMED_L1_BYTES = 40 << 10;
 
 // Tiled kernels. A tile of input and four rows of weights, of 1,024 words each, take 40 KB of the
 // L1 cache; a panel and the next one take less than the L2 cache.
@@ -60,8 +58,7 @@ inline Algorithm algorithm_for(const Matrix& m, int64_t R) {
 #if defined(__AVX512VP2INTERSECT__)
   // Zen 5: loads and multiplications of 512 bits are twice as fast as on Zen 4, so that streamed
   // kernels pay off for more rows, and packing takes a larger share of the time.
-  const bool input_in_l1 = R * row_bytes(m) <= STREAMED_L1_BYTES;
-  if (R <= 4 || (R <= 8 && input_in_l1)) return STREAMED;
+  if (R <= 6 || (R <= 8 && words <= 1024)) return STREAMED;
   return R <= 48 ? TILED : PACKED;
 #else
   return R < 44 ? BLOCKED : words <= 1024 ? STREAMED : PACKED;
@@ -496,8 +493,9 @@ void gemm_streamed(const Matrix& m, Range range, const uint32_t* x, int64_t x_st
       streamed_rows<Dot, 5, true>,  streamed_rows<Dot, 6, true>,  streamed_rows<Dot, 7, true>,
       streamed_rows<Dot, 8, true>};
   const int64_t bytes = row_bytes(m);
-  // Up to eight rows of input are one tile if they stay in the L1 cache.
-  const int64_t most = R > 4 && R <= 8 && R * bytes <= STREAMED_L1_BYTES ? R : 4;
+  // 5 to 8 rows of input are one tile if that was measured to be faster.
+  const bool one_tile = R > 4 && R <= 8 && bytes / 4 <= (R <= 6 ? 704 : 1024);
+  const int64_t most = one_tile ? R : 4;
   // With many rows of input, 128 KB of weights stay in the L2 cache for all of them.
   const int64_t width = R <= 16 ? 4 : std::max<int64_t>(4, (int64_t(1) << 17) / bytes / 4 * 4);
   for (int64_t n = range.begin; n < range.end; n += width) {
