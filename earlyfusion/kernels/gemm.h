@@ -2,18 +2,18 @@
 // left to every processor.
 //
 // Weights are fp32, bf16, int8 (one scale per row) or int4 (one bf16 scale per 32 columns), with
-// columns padded with zeros to a multiple of 64. On one processor, three kinds of kernels give the
+// columns padded with zeros to a multiple of 64. On one processor, all kinds of kernels give the
 // same results to the bit (operands.h has the order of their sums):
 //
 // - streamed: the sums of a tile stay in registers while whole rows of weights are read; for few
 //   rows of input, and on AVX-512 for short rows of weights;
 // - blocked: all rows of input are multiplied with one block of columns of four rows of weights
 //   before the next; for some rows of input;
-// - tiled: a few rows of input are multiplied with a panel of weights before the next ones; for
-//   some rows of input and up;
+// - tiled: up to eight rows of input are multiplied with a panel of weights before the next ones;
+//   for some rows of input on Zen 5;
 // - packed: panels of weights are packed for a microkernel, as in GotoBLAS; for many rows of input.
 //
-// AVX-512 has all three in gemm_avx512.h; AVX2 has the last two in gemm_avx2_*.h. The streamed
+// AVX-512 has all in gemm_avx512.h; AVX2 has blocked and packed ones in gemm_avx2_*.h. The streamed
 // kernels below are for one to three rows of input on AVX2, for other processors, and for bf16
 // weights where AVX-512 cannot multiply bf16.
 
