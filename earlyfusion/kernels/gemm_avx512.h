@@ -244,12 +244,12 @@ class RowsPrefetch {
   int64_t rows_ = 0, row_bytes_ = 0, lines_ = 0, line_ = 0, r_ = 0, due_ = 0;
 };
 
-// sum [MR, NW] += x [MR, 16] . w [NW, 16], in words, lane by lane. The operand with fewer rows is in
-// registers.
+// sum [MR, NW] += x [MR, 16] . w [NW, 16], in words, lane by lane. Two rows of weights are in
+// registers; with four, the input is.
 template <class Dot, int MR, int NW>
 ALWAYS_INLINE void accumulate_words(const uint32_t* w, int64_t w_stride, const uint32_t* x,
                                     int64_t x_stride, typename Dot::Accumulator (&sum)[MR][NW]) {
-  if (MR > 6) {
+  if (NW == 2) {
     __m512i weights[NW];
 #pragma GCC unroll 4
     for (int r = 0; r < NW; r++) keep_in_register(weights[r] = load_words(w + r * w_stride));
@@ -445,26 +445,15 @@ template <class Dot, int MR, bool PREFETCH>
 ALWAYS_INLINE void streamed_microkernel_2(const char* w, int64_t bytes, const uint32_t* x,
                                           int64_t x_stride, int64_t ahead, float* y,
                                           int64_t y_stride) {
-  floats16 sum[16] = {};
+  floats16 sum[MR][2] = {};
   for (int64_t at = 0; at < bytes; at += 64, x += 16) {
     if (PREFETCH) {
       _mm_prefetch(w + at + ahead, _MM_HINT_T1);
       _mm_prefetch(w + bytes + at + ahead, _MM_HINT_T1);
     }
-    __m512i first = load_words(w + at), second = load_words(w + bytes + at);
-    keep_in_register(first);
-    keep_in_register(second);
-#pragma GCC unroll 8
-    for (int i = 0; i < MR; i++) {
-      __m512i input = load_words(x + i * x_stride);
-      keep_in_register(input);
-      sum[2 * i] = Dot::accumulate(sum[2 * i], first, input);
-      sum[2 * i + 1] = Dot::accumulate(sum[2 * i + 1], second, input);
-    }
+    accumulate_words<Dot>(reinterpret_cast<const uint32_t*>(w + at), bytes / 4, x, x_stride, sum);
   }
-  float out[16];
-  store(out, horizontal_sums<2 * MR>(sum));
-  for (int i = 0; i < MR; i++) std::memcpy(y + i * y_stride, out + 2 * i, 8);
+  store_reduced(sum, y, y_stride);
 }
 
 template <class Dot, int MR, bool PREFETCH>
