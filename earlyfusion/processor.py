@@ -87,7 +87,7 @@ class Processor:
         # This tokenizer knows no control tokens: only the code below places them, never a text.
         self._text_tokenizer = _load_tokenizer(_text_only(data, self.vocabulary))
         self._bytes = _token_bytes(self.vocabulary)
-        self._longest = max(map(len, self._bytes.values()))  # in bytes
+        self.longest_token = max(map(len, self._bytes.values()))  # in bytes
 
     def encode_text(self, text: str) -> list[int]:
         """Tokens of a text, without bos or eos; names of control tokens in it are plain text."""
@@ -97,7 +97,7 @@ class Processor:
 
     def fewest_tokens(self, text: str) -> int:
         """A lower bound of the tokens of a text, without the time and memory of encoding it."""
-        return -(-len(text) // self._longest)
+        return -(-len(text) // self.longest_token)
 
     def encode(
         self, messages: Sequence[Message], codes: Sequence[npt.ArrayLike] | None = None

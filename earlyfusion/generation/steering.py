@@ -137,6 +137,7 @@ class Words:
         # Tokens without bytes cannot complete or begin a word.
         tokens = vocabulary.text_tokens.tolist()
         self._bytes = {token: data for token in tokens if (data := processor.token_bytes(token))}
+        self._longest_token = processor.longest_token
         self._next_words = frozenset(blank + word for blank in _BLANKS for word in self._allowed)
         self._blocked_by: dict[object, Tensor] = {}
 
@@ -236,8 +237,11 @@ class Words:
         if rests is None:
             return
         words = rests | self._next_words if b"" in rests else rests
-        longest = max(map(len, self._bytes.values()))
-        begins = {word[:size] for word in words for size in range(1, min(len(word), longest) + 1)}
+        begins = {
+            word[:size]
+            for word in words
+            for size in range(1, min(len(word), self._longest_token) + 1)
+        }
         for token, data in self._bytes.items():
             # Lookups, as there may be 256 words: few tokens go beyond the end of one.
             beyond = any(data[:size] in words for size in range(1, len(data)))
