@@ -3,6 +3,10 @@ turns tokens into events."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import AnyStr
+
 import numpy as np
 
 from earlyfusion.generation.grammar import Grammar
@@ -176,7 +180,7 @@ class _SegmentText:
 
     def __init__(self, processor: Processor, stops: tuple[str, ...]) -> None:
         self.stopped = False
-        self._processor, self._stops = processor, stops
+        self._processor, self._stops = processor, sorted(stops)
         self._stream: TextStream | None = None
         self._pending = ""
 
@@ -202,16 +206,19 @@ class _SegmentText:
         end = (
             min(stop_positions)
             if stop_positions
-            else len(self._pending) - _overlap(self._pending, self._stops)
+            else len(self._pending) - len(unfinished_word(self._pending, self._stops))
         )
         released, self._pending = self._pending[:end], self._pending[end:]
         return released
 
 
-def _overlap(text: str, stops: tuple[str, ...]) -> int:
-    """The length of the longest end of `text` with which a stop string begins."""
-    longest = min(max(map(len, stops), default=1) - 1, len(text))
-    for length in range(longest, 0, -1):
-        if any(len(stop) > length and text.endswith(stop[:length]) for stop in stops):
-            return length
-    return 0
+def unfinished_word(text: AnyStr, words: Sequence[AnyStr]) -> AnyStr:
+    """The longest end of a text with which a longer one of the sorted `words` begins."""
+    longest = max(map(len, words), default=1) - 1
+    for start in range(max(len(text) - longest, 0), len(text)):
+        end = text[start:]
+        # In order, the words that begin with it and are longer stand right behind it.
+        at = bisect_right(words, end)
+        if at < len(words) and words[at].startswith(end):
+            return end
+    return text[:0]

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from earlyfusion.errors import SettingError
 from earlyfusion.generation.constraint import constraint
+from earlyfusion.generation.event_builder import unfinished_word
 from earlyfusion.generation.request import Request, TokenLogprob
 from earlyfusion.generation.settings import LogitsProcessor
 from earlyfusion.processor import Processor
@@ -156,7 +157,8 @@ class Words:
         if text is None:
             return None
         # The blocked tokens depend on nothing else.
-        key = self._begun_bad_word(text), self._rest_of_word(text), bool(text), self._begin in reply
+        begun = unfinished_word(text, self._bad)
+        key = begun, self._rest_of_word(text), bool(text), self._begin in reply
         if key not in self._blocked_by:
             blocked = torch.tensor(
                 sorted({*self._bad_tokens(key[0]), *self._tokens_outside_words(*key[1:])})
@@ -174,17 +176,6 @@ class Words:
                 return None
             pieces.append(self._bytes.get(token, b""))
         return b"".join(reversed(pieces))
-
-    def _begun_bad_word(self, text: bytes) -> bytes:
-        """The longest end of the text that is the beginning of a bad word."""
-        longest = max(map(len, self._bad), default=1) - 1
-        for start in range(max(len(text) - longest, 0), len(text)):
-            end = text[start:]
-            # In order, the words that begin with it and are longer stand right behind it.
-            at = bisect_right(self._bad, end)
-            if at < len(self._bad) and self._bad[at].startswith(end):
-                return end
-        return b""
 
     def _bad_tokens(self, end: bytes) -> Iterator[int]:
         # A token completes a bad word that the text has begun, or contains a whole one itself.
