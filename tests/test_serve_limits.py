@@ -265,6 +265,17 @@ def test_damaged_json(server: Running, body: bytes, words: str) -> None:
     assert words in error_of(reply)["message"]
 
 
+def test_many_values_are_refused_before_they_are_parsed(server: Running) -> None:
+    body = b"[" + b"," * 150_001  # no JSON: parsing it would say so
+    headers = {"content-type": "application/json"}
+    with httpx.Client() as client:
+        reply = client.post(f"{server.url}/v1/completions", content=body, headers=headers)
+        texts = json.dumps({"prompt": "," * 100_000})
+        fits = client.post(f"{server.url}/tokenize", content=texts, headers=headers)
+    assert reply.status_code == 400 and "over 150,000 commas" in error_of(reply)["message"]
+    assert fits.status_code == 200
+
+
 @pytest.mark.parametrize("path", ["/v1/files", "/v1/images/edits", "/v1/images/variations"])
 def test_damaged_forms(server: Running, path: str) -> None:
     with httpx.Client() as client:

@@ -35,6 +35,7 @@ from earlyfusion.serve.options import ServeOptions
 from earlyfusion.serve.page import page_routes
 from earlyfusion.serve.pictures import media_type
 from earlyfusion.serve.protocol import (
+    MAX_CHARACTERS,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -414,6 +415,16 @@ class _Routes:
             raise ApiError(415, "the body is not JSON: send Content-Type: application/json")
         _check_encoding(request)
         raw = await request.body()
+        # Millions of values would be parsed for seconds, in which no other thread runs. Texts may
+        # have commas, too, but only so many can fit a prompt.
+        limit = model.max_values + MAX_CHARACTERS
+        if raw.count(b",") > limit:
+            raise ApiError(
+                400,
+                f"the body has over {limit:,} commas, the limit: send fewer values or shorter "
+                "texts",
+                code="invalid_value",
+            )
         data = await self._service.work(_parsed, raw) if len(raw) > _LARGE_JSON else _parsed(raw)
         body, ignored = read(model, data, self._options.lenient)
         return body, _header(ignored)
