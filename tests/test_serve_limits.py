@@ -559,7 +559,7 @@ def test_a_bad_request_does_not_touch_its_neighbours(server: Running) -> None:
     assert set(statuses) == {400}
     files = server.service.files
     url = good.result().json()["choices"][0]["message"]["images"][0]["image_url"]["url"]
-    drawn = files.drawn(base64.b64decode(url.partition(",")[2]))
+    drawn = files.generated(base64.b64decode(url.partition(",")[2]))
     assert drawn is not None and (drawn.codes == expected).all()
 
 

@@ -24,8 +24,8 @@ from earlyfusion.serve import fetch
 from earlyfusion.serve.driver import Batch, BrokenError, ClosedError, FullError
 from earlyfusion.serve.errors import ApiError, as_api_error
 from earlyfusion.serve.fetch import checked
+from earlyfusion.serve.image_io import ImageLimits, unpacked
 from earlyfusion.serve.options import ServeOptions
-from earlyfusion.serve.pictures import PictureLimits, unpacked
 from earlyfusion.serve.process import _Child
 from earlyfusion.serve.prompts import PromptReader
 from earlyfusion.serve.protocol import (
@@ -365,8 +365,8 @@ def test_redirects_are_checked_and_few(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- pictures ---
 
 
-def limits(**options: Any) -> PictureLimits:
-    return PictureLimits(ServeOptions(**options))
+def limits(**options: Any) -> ImageLimits:
+    return ImageLimits(ServeOptions(**options))
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
@@ -415,7 +415,7 @@ def test_a_jpeg_of_very_many_scans_is_refused() -> None:
     data = file.getvalue()
     assert data.endswith(b"\xff\xd9")
     scan = data[data.rindex(b"\xff\xda") : -2]
-    limits = PictureLimits(ServeOptions())
+    limits = ImageLimits(ServeOptions())
     # Behind the end some cameras put a film, which may hold anything.
     for good in (data, data[:-2] + 50 * scan + data[-2:], data + 200 * scan):
         assert limits.read(good).pil is not None
@@ -436,7 +436,7 @@ def test_data_urls_are_of_pictures_in_base64() -> None:
 
 
 def test_long_texts_are_searched_for_pictures_in_linear_time() -> None:
-    reader = PromptReader(Files(100), PictureLimits(ServeOptions()), allow_urls=False)
+    reader = PromptReader(Files(100), ImageLimits(ServeOptions()), allow_urls=False)
     for piece in ("![", "![](", "![](a", "![a](data:image/"):
         said = ChatMessage(role="assistant", content=piece * 50_000)
         began = monotonic()
@@ -455,8 +455,8 @@ def test_files_are_bounded_and_signed() -> None:
     with pytest.raises(ApiError, match="send the image itself"):
         files.get(made[0].id)
     last = made[-1]
-    assert files.get(last.id) is last and files.drawn(last.data) is last.image
-    assert files.drawn(made[0].data) is None
+    assert files.get(last.id) is last and files.generated(last.data) is last.image
+    assert files.generated(made[0].data) is None
     address = files.address(last.id, "http://here/v1/x")
     assert files.at(address) is last
     assert files.at(address.replace("http://here", "https://elsewhere:9")) is last
@@ -467,11 +467,11 @@ def test_files_are_bounded_and_signed() -> None:
     assert not files.is_stale(address) and not files.is_stale("http://a/b.png?sig=a")
     upload = files.add(last.data, "image/png", last.image, "the same bytes", "vision")
     files.delete(upload.id)
-    assert files.drawn(last.data) is last.image
+    assert files.generated(last.data) is last.image
     files.delete(last.id)
     with pytest.raises(ApiError):
         files.at(address)
-    assert files.drawn(last.data) is None
+    assert files.generated(last.data) is None
 
 
 def test_conversations_are_bounded() -> None:

@@ -29,11 +29,11 @@ from earlyfusion.serve.completions import CompletionReply
 from earlyfusion.serve.driver import Batch, BrokenError, ClosedError, FullError, LateError
 from earlyfusion.serve.errors import ApiError, reported
 from earlyfusion.serve.gate import Answer, Gate
+from earlyfusion.serve.image_io import media_type
 from earlyfusion.serve.images import ImagesReply
 from earlyfusion.serve.metrics import CONTENT_TYPE
 from earlyfusion.serve.options import ServeOptions
 from earlyfusion.serve.page import page_routes
-from earlyfusion.serve.pictures import media_type
 from earlyfusion.serve.protocol import (
     MAX_CHARACTERS,
     ChatRequest,
@@ -58,7 +58,7 @@ STALE_SECONDS = 10.0  # without a step, after which the engine counts as stuck
 IGNORED = "x-ignored-fields"
 _LARGE_JSON = 1_000_000
 _MAX_FORM_FIELDS = 100
-_PICTURES = ("image", "image[]")  # fields of a form
+_IMAGE_FIELDS = ("image", "image[]")  # fields of a form
 _MAX_FIELD_BYTES = 1_048_576  # without a filename
 _ERRORS = (
     ApiError,
@@ -242,7 +242,9 @@ class _Routes:
         body, headers = await self._body(request, GenerationRequest)
         words = body.prompt
         quick = len(words) + len(body.negative_prompt or "") <= QUICK_CHARACTERS
-        return await self._draw(request, body, lambda: words, headers, "image_generation", quick)
+        return await self._image_reply(
+            request, body, lambda: words, headers, "image_generation", quick
+        )
 
     async def edits(self, request: Request) -> Response:
         if _is_form(request):
@@ -255,10 +257,10 @@ class _Routes:
             raise ApiError(400, "an edit needs an image: send it as image", param="image")
 
         def prompt() -> Prompt:
-            pictures = [*map(reader.file, files), *map(reader.edit_image, named)]
-            return images.prompt_of(pictures, body.prompt)
+            sources = [*map(reader.file, files), *map(reader.edit_image, named)]
+            return images.prompt_of(sources, body.prompt)
 
-        return await self._draw(request, body, prompt, headers, "image_edit")
+        return await self._image_reply(request, body, prompt, headers, "image_edit")
 
     async def variations(self, request: Request) -> Response:
         if not _is_form(request):
@@ -273,9 +275,9 @@ class _Routes:
         def prompt() -> Prompt:
             return images.prompt_of([reader.file(files[0])], body.prompt)
 
-        return await self._draw(request, body, prompt, headers, "image_variation")
+        return await self._image_reply(request, body, prompt, headers, "image_variation")
 
-    async def _draw(
+    async def _image_reply(
         self,
         request: Request,
         body: ImageOptions,
@@ -438,11 +440,11 @@ class _Routes:
             fields: dict[str, Any] = {}
             files: list[bytes] = []
             for name, value in form.multi_items():
-                if isinstance(value, UploadFile) and name in _PICTURES:
+                if isinstance(value, UploadFile) and name in _IMAGE_FIELDS:
                     files.append(await value.read())
                 elif isinstance(value, UploadFile):
                     fields[name] = "a file"
-                elif name in _PICTURES:
+                elif name in _IMAGE_FIELDS:
                     raise _no_filename(name)
                 elif name in fields:
                     raise _twice(name)

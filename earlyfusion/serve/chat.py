@@ -19,7 +19,7 @@ from earlyfusion.generation.request import (
     Usage,
 )
 from earlyfusion.generation.settings import Output
-from earlyfusion.serve.pictures import data_url, packed
+from earlyfusion.serve.image_io import data_url, packed
 from earlyfusion.serve.protocol import ChatRequest
 from earlyfusion.serve.replies import (
     DONE,
@@ -128,7 +128,7 @@ class ChatReply:
         for event in events:
             delta = choice.delta(event)
             if isinstance(event, ImageDone):
-                delta = await choice.picture(event)
+                delta = await choice.image_delta(event)
             content += (delta or {}).get("content", "")
             images += (delta or {}).get("images", [])
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
@@ -153,7 +153,7 @@ class ChatReply:
             return self._chunk(choice.index, {}, last, event.reason, event.seed)
         delta = choice.delta(event)
         if delta is None and isinstance(event, ImagePreview | ImageDone):
-            delta = await choice.picture(event)
+            delta = await choice.image_delta(event)
         if delta is None:
             return None
         return self._chunk(choice.index, delta, choice.take_logprobs())
@@ -235,7 +235,7 @@ class _Choice:
             self._trimmer, self._in_text = Trimmer(), False
         return None
 
-    async def picture(self, event: ImagePreview | ImageDone) -> dict[str, Any]:
+    async def image_delta(self, event: ImagePreview | ImageDone) -> dict[str, Any]:
         """The delta of a whole or an unfinished image, which is decoded here."""
         if isinstance(event, ImageDone):
             return await self._image(event)
@@ -265,7 +265,7 @@ class _Choice:
 
     async def _image(self, event: ImageDone) -> dict[str, Any]:
         body = self._reply.body
-        file = await self._reply.service.store_picture(
+        file = await self._reply.service.store_image(
             event, body.output_format, body.output_compression
         )
         delta: dict[str, Any] = {}

@@ -22,8 +22,8 @@ from typing import BinaryIO, NamedTuple, TypeAlias
 
 from earlyfusion.api import Chameleon
 from earlyfusion.generation.request import ImageDone, ImagePreview
+from earlyfusion.serve.image_io import encoded
 from earlyfusion.serve.niceness import yield_to_others
-from earlyfusion.serve.pictures import encoded
 from earlyfusion.serve.protocol import Format
 from earlyfusion.serve.store import pixels_digest
 
@@ -31,7 +31,7 @@ log = logging.getLogger("earlyfusion.serve")
 _LENGTH = struct.Struct("<Q")  # before each pickle between the two processes
 
 
-class Drawn(NamedTuple):
+class ImageFile(NamedTuple):
     """The file of an image, and the digest of its pixels."""
 
     data: bytes
@@ -55,7 +55,7 @@ class Decoder:
 
     async def file(
         self, event: ImageDone | ImagePreview, output_format: Format, compression: int
-    ) -> Drawn:
+    ) -> ImageFile:
         """The file of a whole or an unfinished image."""
         process = self._started()
         if process is not None:
@@ -65,7 +65,7 @@ class Decoder:
                 self._lose(process)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(
-            self._threads, drawn, self._model, event, output_format, compression
+            self._threads, image_file, self._model, event, output_format, compression
         )
 
     @property
@@ -105,7 +105,7 @@ class _Process:
 
     def __init__(self, process: BaseProcess, writer: asyncio.StreamWriter) -> None:
         self._process, self._writer = process, writer
-        self._asked: deque[asyncio.Future[Drawn]] = deque()
+        self._asked: deque[asyncio.Future[ImageFile]] = deque()
         self._ended = False
         self._reading: asyncio.Task[None] | None = None  # kept, as the loop does not keep it
 
@@ -122,7 +122,7 @@ class _Process:
         there._reading = asyncio.create_task(there._read(reader))
         return there
 
-    async def ask(self, task: Task) -> Drawn:
+    async def ask(self, task: Task) -> ImageFile:
         """The answer. Raises the error of an image that cannot be decoded, or `_EndedError`."""
         if self._ended:
             raise _EndedError
@@ -144,7 +144,7 @@ class _Process:
                 future = self._asked.popleft()
                 if future.done():  # its client has left
                     continue
-                if isinstance(answer, Drawn):
+                if isinstance(answer, ImageFile):
                     future.set_result(answer)
                 else:
                     future.set_exception(answer)
@@ -158,13 +158,13 @@ class _Process:
                     future.set_exception(_EndedError())
 
 
-def drawn(
+def image_file(
     model: Chameleon, event: ImageDone | ImagePreview, output_format: Format, compression: int
-) -> Drawn:
+) -> ImageFile:
     """As `Decoder.file`, in the calling thread."""
     shown = model.with_pixels(event)
     assert isinstance(shown, ImageDone | ImagePreview) and shown.pil is not None
-    return Drawn(encoded(shown.pil, output_format, compression), pixels_digest(shown.pil))
+    return ImageFile(encoded(shown.pil, output_format, compression), pixels_digest(shown.pil))
 
 
 def _message(content: object) -> bytes:
@@ -195,9 +195,9 @@ def _next(stream: BinaryIO) -> Task | None:
     return task
 
 
-def _answer(model: Chameleon, task: Task) -> Drawn | Exception:
+def _answer(model: Chameleon, task: Task) -> ImageFile | Exception:
     try:
-        return drawn(model, *task)
+        return image_file(model, *task)
     except Exception as error:
         log.exception("an image could not be decoded")
         return RuntimeError(f"{type(error).__name__} in the decoder's process")

@@ -95,7 +95,7 @@ class Batch:
         self.count, self.admitted = count, monotonic()
         self.requests: list[Request] = []
         self.cancelled = False
-        self.spoken, self.drawing_since = False, self.admitted  # for metrics.py
+        self.spoken, self.image_since = False, self.admitted  # for metrics.py
         self._driver, self._left = driver, 0
         self._news: list[tuple[int, Event]] = []
         self._error: BaseException | None = None

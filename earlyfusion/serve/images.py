@@ -9,7 +9,7 @@ from typing import Any
 
 from earlyfusion.content import Image, Message, Part, Prompt, Text
 from earlyfusion.generation.request import Event, Finished, ImageDone, ImagePreview, Usage
-from earlyfusion.serve.pictures import packed
+from earlyfusion.serve.image_io import packed
 from earlyfusion.serve.protocol import ImageOptions
 from earlyfusion.serve.replies import KEEPALIVE, image_usage, sse
 from earlyfusion.serve.service import GenerationSpec, Prepared, Service
@@ -28,9 +28,9 @@ def spec_of(body: ImageOptions) -> GenerationSpec:
     )
 
 
-def prompt_of(pictures: Sequence[Image], words: str) -> Prompt:
+def prompt_of(images: Sequence[Image], words: str) -> Prompt:
     """One turn of the user: images, then the words about them."""
-    parts: list[Part] = [*pictures, Text(words)]
+    parts: list[Part] = [*images, Text(words)]
     return [Message("user", parts)]
 
 
@@ -74,7 +74,7 @@ class ImagesReply:
                 number, partials[index] = partials[index], partials[index] + 1
                 yield self._event("partial_image", index, data, {"partial_image_index": number})
             if isinstance(event, ImageDone):
-                file = await self._service.store_picture(
+                file = await self._service.store_image(
                     event, body.output_format, body.output_compression
                 )
                 files[index] = file.data
@@ -85,7 +85,7 @@ class ImagesReply:
     async def _entry(self, events: Sequence[Event]) -> dict[str, Any]:
         [done] = [event for event in events if isinstance(event, ImageDone)]
         body, end = self._body, events[-1]
-        file = await self._service.store_picture(done, body.output_format, body.output_compression)
+        file = await self._service.store_image(done, body.output_format, body.output_compression)
         seed = end.seed if isinstance(end, Finished) else None
         if body.response_format == "url":
             return {"url": self._service.files.address(file.id, self._base), "seed": seed}

@@ -75,7 +75,7 @@ class Metrics:
         self.cancelled = counter("requests_cancelled", "Requests whose client went away.")
         self.first_token = seconds("time_to_first_token_seconds", "Admission to first output.")
         self.whole = seconds("e2e_request_latency_seconds", "Admission to the last token.")
-        self.picture = seconds("image_seconds", "An image, from its first code to its last.")
+        self.image = seconds("image_seconds", "An image, from its first code to its last.")
         self._success = Counter(
             "earlyfusion:request_success",
             "Requests that were answered.",
@@ -105,11 +105,11 @@ class Metrics:
             self._of(self.first_token, name).observe(now - batch.admitted)
         if isinstance(event, ImageStarted):
             self._of(self.images_started, name).inc()
-            batch.drawing_since = now
+            batch.image_since = now
         if isinstance(event, ImageDone):
             self._of(self.images_done, name).inc()
             self._of(self.image_codes, name).inc(event.codes.size)
-            self._of(self.picture, name).observe(now - batch.drawing_since)
+            self._of(self.image, name).observe(now - batch.image_since)
         if isinstance(event, Finished):
             self._of(self.prompt_tokens, name).inc(event.usage.prompt_tokens)
             self._of(self.generation_tokens, name).inc(event.usage.completion_tokens)

@@ -64,7 +64,7 @@ class News(NamedTuple):
 
     number: int
     events: Sequence[Event] = ()
-    drawn: bool = False
+    sampled: bool = False
     finished: bool = False
     error: BaseException | None = None
 
@@ -185,7 +185,7 @@ class RemoteEngine:
             # Without a handle it was cancelled meanwhile.
             if (handle := self._handles.get(one.number)) is not None:
                 handle.events += one.events
-                handle.tokens, handle.error = one.drawn, one.error
+                handle.tokens, handle.error = one.sampled, one.error
                 handle.finished = one.finished
                 told.append(handle)
                 if one.finished or one.error is not None:

@@ -15,7 +15,7 @@ from typing import Any
 from earlyfusion.content import Image, Message, Role, Segment, Text
 from earlyfusion.serve.errors import ApiError
 from earlyfusion.serve.fetch import MAX_SECONDS, fetched
-from earlyfusion.serve.pictures import PictureLimits, decoded, unpacked
+from earlyfusion.serve.image_io import ImageLimits, decoded, unpacked
 from earlyfusion.serve.protocol import (
     ChatMessage,
     ContentPart,
@@ -23,8 +23,8 @@ from earlyfusion.serve.protocol import (
     FilePart,
     ImagePart,
     ImageUrl,
-    InputDrawing,
     InputImage,
+    InputImageCall,
     InputItem,
     InputMessage,
     InputText,
@@ -60,7 +60,7 @@ def foreign_addresses(body: Any) -> Iterator[str]:
 class PromptReader:
     """Reads the messages of one request; `limits` counts its images."""
 
-    def __init__(self, files: Files, limits: PictureLimits, allow_urls: bool) -> None:
+    def __init__(self, files: Files, limits: ImageLimits, allow_urls: bool) -> None:
         self._files, self._limits, self._allow_urls = files, limits, allow_urls
         self._seconds = MAX_SECONDS  # that are left for fetching
 
@@ -86,13 +86,13 @@ class PromptReader:
 
     def file(self, data: bytes) -> Image:
         """The image of a file, with its codes if this server generated it."""
-        drawn = self._files.drawn(data)
-        if drawn is not None:
+        generated = self._files.generated(data)
+        if generated is not None:
             self._limits.count()
-            return drawn
+            return generated
         sent = self._limits.read(data)
         # Another program may have written the same pixels in another way.
-        return self._files.drawn_pixels(sent) or sent
+        return self._files.generated_by_pixels(sent) or sent
 
     def _chat_turn(self, message: ChatMessage) -> Message:
         role = _ROLES[message.role]
@@ -215,11 +215,11 @@ class PromptReader:
         )
 
     def _item(self, item: InputItem) -> Message:
-        if isinstance(item, InputDrawing):
-            return Message("assistant", self._drawing(item))
+        if isinstance(item, InputImageCall):
+            return Message("assistant", self._image_of_call(item))
         return self._input_message(item)
 
-    def _drawing(self, item: InputDrawing) -> Image:
+    def _image_of_call(self, item: InputImageCall) -> Image:
         if item.result:
             return self.file(decoded(item.result))
         self._limits.count()

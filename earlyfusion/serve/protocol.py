@@ -518,7 +518,7 @@ class InputMessage(Wire):
     phase: None = None
 
 
-class InputDrawing(Wire):
+class InputImageCall(Wire):
     """An image of an earlier reply: by its id, or by its pixels."""
 
     type: Literal["image_generation_call"]
@@ -542,12 +542,12 @@ def _item_type(value: Any) -> str:
 
 InputItem = Annotated[
     Annotated[InputMessage, Tag("<message>")]
-    | Annotated[InputDrawing, Tag("<image_generation_call>")],
+    | Annotated[InputImageCall, Tag("<image_generation_call>")],
     Discriminator(_item_type, custom_error_type="unknown_type", custom_error_message="is unknown"),
 ]
 
 
-class DrawingTool(Wire):
+class ImageTool(Wire):
     """The tool that lets a reply hold images."""
 
     type: Literal["image_generation"]
@@ -563,7 +563,7 @@ class DrawingTool(Wire):
     input_fidelity: Literal["low"] | None = None
 
     @model_validator(mode="after")
-    def _compressed(self) -> DrawingTool:
+    def _compressed(self) -> ImageTool:
         _check_compression(self.output_format, self.output_compression)
         return self
 
@@ -617,7 +617,7 @@ class ResponseRequest(TextSampling, Bookkeeping):
     max_output_tokens: int | None = None
     stream: bool = False
     stream_options: PlainStreamOptions | None = None
-    tools: Annotated[list[DrawingTool], Field(max_length=1)] = []
+    tools: Annotated[list[ImageTool], Field(max_length=1)] = []
     tool_choice: Annotated[
         Annotated[Literal["auto", "none", "required"], Tag("<text>")]
         | Annotated[ToolName, Tag("<list>")],

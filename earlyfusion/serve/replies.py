@@ -179,13 +179,13 @@ def image_tokens(model: Chameleon, ids: Iterable[int]) -> int:
 def chat_usage(prompt_tokens: int, prompt_images: int, usages: Sequence[Usage]) -> dict[str, Any]:
     """Usage by modality; several choices of one prompt read it once."""
     done = sum(usage.completion_tokens for usage in usages)
-    drawn = sum(usage.image_tokens for usage in usages)
+    image_tokens = sum(usage.image_tokens for usage in usages)
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": done,
         "total_tokens": prompt_tokens + done,
         "prompt_tokens_details": _by_modality(prompt_tokens, prompt_images),
-        "completion_tokens_details": _by_modality(done, drawn),
+        "completion_tokens_details": _by_modality(done, image_tokens),
     }
 
 
@@ -205,16 +205,16 @@ def _by_modality(tokens: int, images: int) -> dict[str, int]:
     return {"text_tokens": tokens - images, "image_tokens": images}
 
 
-def logprob_entry(model: Chameleon, drawn: TokenLogprob) -> dict[str, Any] | None:
+def logprob_entry(model: Chameleon, token: TokenLogprob) -> dict[str, Any] | None:
     """A text token's entry of `logprobs`; None for the others (codes, marks, the end)."""
-    data = model.processor.token_bytes(drawn.id)
+    data = model.processor.token_bytes(token.id)
     if not data:
         return None
-    top = [_entry(model.processor.token_bytes, other) for other in drawn.top]
-    return _entry(model.processor.token_bytes, drawn) | {"top_logprobs": top}
+    top = [_entry(model.processor.token_bytes, other) for other in token.top]
+    return _entry(model.processor.token_bytes, token) | {"top_logprobs": top}
 
 
-def _entry(bytes_of: Callable[[int], bytes], drawn: TokenLogprob) -> dict[str, Any]:
+def _entry(bytes_of: Callable[[int], bytes], token: TokenLogprob) -> dict[str, Any]:
     # JSON has no minus infinity; OpenAI writes -9999 for an impossible token.
-    logprob = max(drawn.logprob, -9999.0)
-    return {"token": drawn.text, "logprob": logprob, "bytes": list(bytes_of(drawn.id))}
+    logprob = max(token.logprob, -9999.0)
+    return {"token": token.text, "logprob": logprob, "bytes": list(bytes_of(token.id))}

@@ -22,8 +22,8 @@ from earlyfusion.generation.request import (
 )
 from earlyfusion.generation.settings import Output
 from earlyfusion.serve.errors import ApiError, reported
-from earlyfusion.serve.pictures import packed
-from earlyfusion.serve.protocol import DrawingTool, ResponseRequest
+from earlyfusion.serve.image_io import packed
+from earlyfusion.serve.protocol import ImageTool, ResponseRequest
 from earlyfusion.serve.replies import KEEPALIVE, Trimmer, image_usage, logprob_entry, sse
 from earlyfusion.serve.service import GenerationSpec, Prepared, Service
 from earlyfusion.serve.store import Conversation, new_key
@@ -40,14 +40,14 @@ def spec_of(body: ResponseRequest) -> GenerationSpec:
     if body.top_logprobs is not None or _LOGPROBS in (body.include or ()):
         sampling["logprobs"] = body.top_logprobs or 0
     output = _output(body)
-    drawing = None if output == "text" else tool
+    image_tool = None if output == "text" else tool
     return GenerationSpec(
         output,
         sampling,
         body.seed,
-        size=drawing.size if drawing else None,
+        size=image_tool.size if image_tool else None,
         # Without a stream nobody would see them.
-        partial_images=drawing.partial_images if drawing and body.stream else 0,
+        partial_images=image_tool.partial_images if image_tool and body.stream else 0,
         model=body.model,
         limit_field="max_output_tokens",
     )
@@ -69,7 +69,7 @@ def check_models(service: Service, body: ResponseRequest) -> None:
             )
 
 
-def _tool(body: ResponseRequest) -> DrawingTool | None:
+def _tool(body: ResponseRequest) -> ImageTool | None:
     return body.tools[0] if body.tools else None
 
 
@@ -97,12 +97,12 @@ class ResponseReply:
     ) -> None:
         self._service, self._body, self._prepared, self._turns = service, body, prepared, turns
         self._id, self._created = f"resp_{secrets.token_hex(16)}", int(time())
-        self._tool = _tool(body) or DrawingTool(type="image_generation")
+        self._tool = _tool(body) or ImageTool(type="image_generation")
         self._number = 0
         self._output: list[Json] = []
         self._segments: list[Segment] = []
         self._item: _TextItem | None = None
-        self._drawing: Json | None = None
+        self._image_call: Json | None = None
         self._partials = 0
         self._lead = prepared.continues
 
@@ -139,12 +139,12 @@ class ResponseReply:
             for sent in self._text(event):
                 yield sent
         if isinstance(event, ImageStarted):
-            for sent in [*self._end_text(), *self._begin_drawing()]:
+            for sent in [*self._end_text(), *self._begin_image()]:
                 yield sent
         if isinstance(event, ImagePreview):
             yield await self._partial(event)
         if isinstance(event, ImageDone):
-            for sent in await self._end_drawing(event):
+            for sent in await self._end_image(event):
                 yield sent
         if isinstance(event, Finished):
             status = "completed" if event.reason == "stop" else "incomplete"
@@ -208,48 +208,48 @@ class ResponseReply:
         self._segments.append(Text(item.text))
         return events
 
-    def _begin_drawing(self) -> list[Json]:
+    def _begin_image(self) -> list[Json]:
         item_id = f"ig_{new_key()}"
-        self._drawing = {"type": "image_generation_call", "id": item_id, "status": "in_progress"}
+        self._image_call = {"type": "image_generation_call", "id": item_id, "status": "in_progress"}
         self._partials = 0
         position, call = self._position(item_id), "response.image_generation_call"
         return [
             self._event(
                 "response.output_item.added",
                 output_index=position["output_index"],
-                item=self._drawing | {"result": None},
+                item=self._image_call | {"result": None},
             ),
             self._event(f"{call}.in_progress", **position),
             self._event(f"{call}.generating", **position),
         ]
 
     async def _partial(self, event: ImagePreview) -> Json:
-        assert self._drawing is not None
+        assert self._image_call is not None
         tool = self._tool
         data = await self._service.preview(event, tool.output_format, tool.output_compression)
         number, self._partials = self._partials, self._partials + 1
         return self._event(
             "response.image_generation_call.partial_image",
-            **self._position(self._drawing["id"]),
+            **self._position(self._image_call["id"]),
             partial_image_b64=packed(data),
             partial_image_index=number,
-            **self._picture_fields(),
+            **self._image_fields(),
         )
 
-    async def _end_drawing(self, event: ImageDone) -> list[Json]:
-        assert self._drawing is not None
-        tool, drawing = self._tool, self._drawing
+    async def _end_image(self, event: ImageDone) -> list[Json]:
+        assert self._image_call is not None
+        tool, call = self._tool, self._image_call
         # A later request finds the image's codes by the id of this item.
-        file_id = f"file-{drawing['id'].removeprefix('ig_')}"
-        file = await self._service.store_picture(
+        file_id = f"file-{call['id'].removeprefix('ig_')}"
+        file = await self._service.store_image(
             event, tool.output_format, tool.output_compression, file_id
         )
-        position = self._position(drawing["id"])
-        done = drawing | {"status": "completed", "result": packed(file.data)}
-        done |= self._picture_fields()
+        position = self._position(call["id"])
+        done = call | {"status": "completed", "result": packed(file.data)}
+        done |= self._image_fields()
         self._output.append(done)
         self._segments.append(file.image)
-        self._drawing = None
+        self._image_call = None
         return [
             self._event("response.image_generation_call.completed", **position),
             self._event(
@@ -285,7 +285,7 @@ class ResponseReply:
     def _position(self, item_id: str) -> Json:
         return {"item_id": item_id, "output_index": len(self._output)}
 
-    def _picture_fields(self) -> Json:
+    def _image_fields(self) -> Json:
         size = self._service.shape(self._tool.size)
         look = {"output_format": self._tool.output_format, "size": size}
         return look | {"background": "opaque", "quality": "auto"}

@@ -23,10 +23,10 @@ from earlyfusion.generation.settings import Output
 from earlyfusion.serve.decoder import Decoder
 from earlyfusion.serve.driver import Batch
 from earlyfusion.serve.errors import ApiError
+from earlyfusion.serve.image_io import ImageLimits
 from earlyfusion.serve.metrics import Metrics
 from earlyfusion.serve.niceness import yield_to_others
 from earlyfusion.serve.options import ServeOptions
-from earlyfusion.serve.pictures import PictureLimits
 from earlyfusion.serve.prompts import PromptReader, foreign_addresses
 from earlyfusion.serve.protocol import ChatMessage, Format, Wire
 from earlyfusion.serve.replicas import Remotes, drivers_of
@@ -85,7 +85,7 @@ class Service:
         self.driver.watch(self.metrics.observe, self.metrics.cancel)
         self.files = Files(options.file_bytes)
         self.conversations = Conversations()
-        self._workers = ThreadPoolExecutor(_WORKERS, "pictures", initializer=yield_to_others)
+        self._workers = ThreadPoolExecutor(_WORKERS, "images", initializer=yield_to_others)
         self._fetchers = ThreadPoolExecutor(_FETCHERS, "addresses", initializer=yield_to_others)
         apart = remote is not None and model.image_tokenizer.device.type == "cpu"
         self.decoder = Decoder(model, self._workers, apart)
@@ -114,7 +114,7 @@ class Service:
 
     def reader(self) -> PromptReader:
         """A reader for the prompt of one request."""
-        limits = PictureLimits(self.options)
+        limits = ImageLimits(self.options)
         return PromptReader(self.files, limits, self.options.allow_image_urls)
 
     def serves(self, name: str) -> bool:
@@ -147,7 +147,7 @@ class Service:
         Each prompt is answered `spec.n` times; with several prompts, `count` is the number of
         requests in all. A worker thread reads the prompts, unless they are `quick`: short, and
         without images and constraints. For `waits` see `work`; the same thread calls `after`
-        when the requests are made.
+        when the requests are outputs.
         """
         count = count or spec.n
         if count > self.driver.limit:
@@ -222,7 +222,7 @@ class Service:
         turns = self.reader().chat(messages)
         return list(self.model.request(turns, "text", seed=0, max_tokens=1).ids)
 
-    async def store_picture(
+    async def store_image(
         self, event: ImageDone, output_format: Format, compression: int, file_id: str | None = None
     ) -> StoredFile:
         """Decode a generated image, and store its file with its codes."""
@@ -250,8 +250,8 @@ class Service:
     def describe(self, name: str) -> dict[str, Any]:
         """A model object, with modalities under the names of OpenRouter and of this server.
         `parent` is the base model of an adapter, as in vLLM."""
-        given, made = ["text", "image"], ["text", *(["image"] if self.model.can_draw else [])]
-        architecture = {"input_modalities": given, "output_modalities": made}
+        inputs, outputs = ["text", "image"], ["text", *(["image"] if self.model.can_draw else [])]
+        architecture = {"input_modalities": inputs, "output_modalities": outputs}
         return {
             "id": name,
             "object": "model",
@@ -259,8 +259,8 @@ class Service:
             "owned_by": "earlyfusion",
             "parent": None if name == self.name else self.name,
             "max_model_len": self.model.config.max_position_embeddings,
-            "input_modalities": given,
-            "output_modalities": made,
+            "input_modalities": inputs,
+            "output_modalities": outputs,
             "architecture": architecture,
             "image_size": self.shape(None),
         }

@@ -122,15 +122,15 @@ class Files:
         with self._lock:
             self._forget(file_id)
 
-    def drawn(self, data: bytes) -> Image | None:
+    def generated(self, data: bytes) -> Image | None:
         """The generated image, with its codes, whose file has these bytes, if any."""
-        return self._drawn(_digest(data))
+        return self._generated(_digest(data))
 
-    def drawn_pixels(self, image: Image) -> Image | None:
+    def generated_by_pixels(self, image: Image) -> Image | None:
         """The generated image, with its codes, that has the same pixels, if any."""
-        return None if image.pil is None else self._drawn(pixels_digest(image.pil))
+        return None if image.pil is None else self._generated(pixels_digest(image.pil))
 
-    def _drawn(self, digest: bytes) -> Image | None:
+    def _generated(self, digest: bytes) -> Image | None:
         with self._lock:
             images = (self._files[file_id].image for file_id in self._by_digest.get(digest, ()))
             return next((image for image in images if image.codes is not None), None)

@@ -41,17 +41,17 @@ _BEGIN_SCAN, _END_OF_FILE = b"\xda", b"\xd9"
 
 
 @dataclass
-class PictureLimits:
+class ImageLimits:
     """The limits of all images of one request together; `read` counts."""
 
     options: ServeOptions
-    pictures: int = 0
+    images: int = 0
     pixels: int = 0
 
     def count(self) -> None:
         """Count one more image. Raises `ApiError`."""
-        self.pictures += 1
-        if self.pictures > self.options.max_images:
+        self.images += 1
+        if self.images > self.options.max_images:
             raise ApiError(
                 400,
                 f"the request has over {self.options.max_images} images, the limit: drop some",
@@ -153,13 +153,13 @@ def decoded(text: str) -> bytes:
         ) from None
 
 
-def encoded(picture: PIL.Image.Image, output_format: Format, compression: int = 100) -> bytes:
+def encoded(image: PIL.Image.Image, output_format: Format, compression: int = 100) -> bytes:
     """The file of an image; `compression` is the quality of webp and jpeg, 0 to 100."""
     file = BytesIO()
     if output_format == "png":
-        picture.save(file, "PNG")
+        image.save(file, "PNG")
     else:
-        picture.save(file, output_format.upper(), quality=compression)
+        image.save(file, output_format.upper(), quality=compression)
     return file.getvalue()
 
 
