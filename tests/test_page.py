@@ -252,7 +252,7 @@ def test_draws_row_by_row(
         """() => {
             window.cut = new Set();
             const note = () => {
-                for (const image of document.querySelectorAll(".drawing img[src^=data]")) {
+                for (const image of document.querySelectorAll(".generating img[src^=data]")) {
                     window.cut.add(parseFloat(image.style.clipPath.split(" ")[2]));
                 }
             };
@@ -263,14 +263,14 @@ def test_draws_row_by_row(
     visitor.choose("image")
     visitor.set(seed=3)
     visitor.say("Draw a red apple.")
-    visitor.page.wait_for_selector(".drawing img[src^=data]")
+    visitor.page.wait_for_selector(".generating img[src^=data]")
     visitor.shoot("drawing")
     visitor.wait()
     # What was not drawn yet was cut off: three quarters of the picture, half of it, one quarter;
     # one of them may be overtaken by the next before it is painted.
     cut = visitor.page.evaluate("[...window.cut]")
     assert len(cut) >= 2 and cut == [part for part in (75, 50, 25) if part in cut]
-    assert visitor.count(".drawing") == 0 and "66 picture tokens" in visitor.texts(".meta")[0]
+    assert visitor.count(".generating") == 0 and "66 picture tokens" in visitor.texts(".meta")[0]
     visitor.shoot("drawn")
     # The picture on the page is the one that the same seed gives without the page.
     shown = visitor.page.get_attribute(".model .frame img", "src")
@@ -290,14 +290,14 @@ def test_stops_and_the_engine_is_free(
     visitor = visit()
     visitor.choose("image")
     visitor.say("Draw a red apple.")
-    visitor.page.wait_for_selector(".drawing")
+    visitor.page.wait_for_selector(".generating")
     visitor.page.click("#stop")
     visitor.wait()
     assert "stopped by you" in visitor.texts(".meta")[0]
     server.wait_until_idle()
     # Leaving the page stops as well, and what was asked stays.
     visitor.say("Draw a cat.")
-    visitor.page.wait_for_selector(".turn:last-child .drawing")
+    visitor.page.wait_for_selector(".turn:last-child .generating")
     visitor.page.reload()
     visitor.wait()
     assert visitor.texts(".user .text") == ["Draw a red apple.", "Draw a cat."]

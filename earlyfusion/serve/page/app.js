@@ -2,7 +2,7 @@
 
 import { ServerError, chat, models } from "./api.js";
 import { apply, bodyOf, fieldsOf, newConversation, schemaOf, streamed } from "./conversation.js";
-import { picturesIn, readPicture } from "./pictures.js";
+import { imagesIn, readImage } from "./images.js";
 import { asCurl, asPython } from "./snippets.js";
 import * as store from "./store.js";
 import { attachedView, button, el, icon, turnViews, updateReply, updateStrip } from "./view.js";
@@ -104,9 +104,9 @@ function finish(target, position, reply) {
 }
 
 function spoken(reply) {
-  const drawn = reply.parts.filter((part) => part.url).length;
+  const images = reply.parts.filter((part) => part.url).length;
   const text = reply.parts.map((part) => part.text ?? "").join(" ").trim();
-  return [text, drawn ? t("pictures", { n: drawn }) : ""].filter(Boolean).join(", ");
+  return [text, images ? t("imageCount", { n: images }) : ""].filter(Boolean).join(", ");
 }
 
 function stop(target = conversation) {
@@ -118,7 +118,7 @@ function stop(target = conversation) {
 const act = {
   editing: null,
   model: () => model()?.id,
-  draws: () => model()?.output_modalities.includes("image") ?? true,
+  generatesImages: () => model()?.output_modalities.includes("image") ?? true,
   size: () => (model()?.image_size ?? "512x512").split("x").map(Number),
   edit(turn, from = null) {
     act.editing = turn;
@@ -146,12 +146,12 @@ const act = {
   regenerate(turn) {
     if (usable(wantedAgain(turn))) answer(wantedAgain(turn), 1);
   },
-  vary: (part) => begin([picture(part), { type: "text", text: t("varyPrompt") }], { alone: true, wanted: "image" }),
+  vary: (part) => begin([imagePart(part), { type: "text", text: t("varyPrompt") }], { alone: true, wanted: "image" }),
   restyle(part, style) {
-    begin([picture(part), { type: "text", text: t("restylePrompt", { style }) }], { alone: true, wanted: "image" });
+    begin([imagePart(part), { type: "text", text: t("restylePrompt", { style }) }], { alone: true, wanted: "image" });
   },
   reuse(part) {
-    attached.push(picture(part));
+    attached.push(imagePart(part));
     renderAttached();
     focusPrompt();
   },
@@ -160,7 +160,7 @@ const act = {
   copyPython: (reply, position) => copy(asPython(bodyOf(conversation.turns, position, model()?.id, reply.fields), key)),
 };
 
-const picture = ({ url, name }) => ({ type: "image", url, name });
+const imagePart = ({ url, name }) => ({ type: "image", url, name });
 
 async function copy(text) {
   try {
@@ -218,7 +218,7 @@ function followReplies() {
     if (near || thread.scrollTop < scrolled.top) scrolled.follows = near;
     scrolled.top = thread.scrollTop;
   });
-  // A picture has its height only when it is decoded.
+  // An image has its height only when it is decoded.
   const grown = new ResizeObserver(() => scrolled.follows && !act.editing && scrollDown());
   grown.observe($("turns"));
 }
@@ -264,7 +264,7 @@ function renderExamples() {
   const examples = [["exampleDraw", "image"], ["exampleBoth", "interleaved"]].map(([name, wanted]) =>
     button(name, () => begin([{ type: "text", text: t(name) }], { wanted })),
   );
-  const offered = act.draws() ? [...examples, ask] : [ask];
+  const offered = act.generatesImages() ? [...examples, ask] : [ask];
   $("examples").replaceChildren(...offered.map((example) => el("li", {}, example)));
 }
 
@@ -376,7 +376,7 @@ async function readModels() {
 function showModel() {
   $("model").disabled = served.length < 2;
   for (const radio of document.querySelectorAll("[name=output]")) {
-    radio.disabled = !act.draws() && radio.value !== "auto" && radio.value !== "text";
+    radio.disabled = !act.generatesImages() && radio.value !== "auto" && radio.value !== "text";
   }
   if (document.querySelector("[name=output]:checked").disabled) {
     document.querySelector("[name=output][value=auto]").checked = true;
@@ -425,7 +425,7 @@ function nextTheme() {
 async function attach(files) {
   for (const file of files) {
     try {
-      attached.push(await readPicture(file));
+      attached.push(await readImage(file));
     } catch {
       say(t("unreadable", { name: file.name }));
     }
@@ -469,7 +469,7 @@ function listen() {
     });
   }
   document.addEventListener("paste", (event) => {
-    const files = picturesIn(event.clipboardData);
+    const files = imagesIn(event.clipboardData);
     if (files.length) (event.preventDefault(), attach(files));
   });
   listenForDrops();
@@ -514,7 +514,7 @@ function listenForDrops() {
     $("drop").hidden = true;
     if (!hasFiles(event)) return;
     event.preventDefault();
-    attach(picturesIn(event.dataTransfer));
+    attach(imagesIn(event.dataTransfer));
   });
 }
 

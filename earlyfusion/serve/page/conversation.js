@@ -27,7 +27,7 @@ export function fieldsOf(settings, output, existing) {
     if (!["replies", "negative_prompt", "json_schema"].includes(name) && value !== "") fields[name] = Number(value);
   }
   if (output === "text") delete fields.max_images;
-  // What is for pictures is left out where there can be none, and likewise for text.
+  // What is for images is left out where there can be none, and likewise for text.
   if (settings.negative_prompt && output !== "text") fields.negative_prompt = settings.negative_prompt;
   const schema = schemaOf(settings);
   if (schema && output !== "image") fields.response_format = { type: "json_schema", json_schema: { schema } };
@@ -66,13 +66,13 @@ const finished = (parts) => parts.filter((part) => (part.type === "text" ? part.
 
 function userMessage(parts) {
   const content = parts.map((part) =>
-    part.type === "text" ? { type: "text", text: part.text } : picture(part),
+    part.type === "text" ? { type: "text", text: part.text } : imageUrl(part),
   );
   const plain = parts.length === 1 && parts[0].type === "text";
   return { role: "user", content: plain ? parts[0].text : content };
 }
 
-/** Pictures are sent back unchanged: the server recognises its own by their bytes, and reuses their codes. */
+/** Images are sent back unchanged: the server recognises its own by their bytes, and reuses their codes. */
 function assistantMessage(parts) {
   const images = parts.filter((part) => part.type === "image");
   const content = parts.map((part) => part.text ?? "").join("");
@@ -82,10 +82,10 @@ function assistantMessage(parts) {
       ? { type: "text", text: part.text }
       : { type: "image_ref", index: images.indexOf(part) },
   );
-  return { role: "assistant", content, images: images.map(picture), parts: order };
+  return { role: "assistant", content, images: images.map(imageUrl), parts: order };
 }
 
-const picture = ({ url }) => ({ type: "image_url", image_url: { url } });
+const imageUrl = ({ url }) => ({ type: "image_url", image_url: { url } });
 
 /** Add a chunk of the stream to a reply. Returns whether it had anything to show. */
 export function apply(reply, chunk) {
@@ -106,7 +106,7 @@ export function apply(reply, chunk) {
 
 function addText(parts, content) {
   if (parts.at(-1)?.type === "text") parts.at(-1).text += content;
-  // The server adds a line break between a picture and the text after it.
+  // The server adds a line break between an image and the text after it.
   else parts.push({ type: "text", text: parts.length ? content.replace(/^\n/, "") : content });
 }
 

@@ -7,20 +7,20 @@ const OPENAI = ["model", "messages", "temperature", "max_tokens", "seed"];
 export function asCurl(body, hasKey) {
   const lines = [`curl ${address("v1/chat/completions")}`, '-H "Content-Type: application/json"'];
   if (hasKey) lines.push('-H "Authorization: Bearer $OPENAI_API_KEY"');
-  // From standard input, since a picture exceeds the length of a command line.
+  // From standard input, since an image exceeds the length of a command line.
   lines.push("-d @- <<'JSON'");
   return `${lines.join(" \\\n  ")}\n${JSON.stringify(body, null, 2)}\nJSON\n`;
 }
 
 export function asPython(body, hasKey) {
-  const draws = body.modalities?.includes("image") !== false;
+  const withImages = body.modalities?.includes("image") !== false;
   const own = Object.entries(body).filter(([name]) => !OPENAI.includes(name));
   const given = Object.entries(body).filter(([name]) => OPENAI.includes(name));
   const key = hasKey ? 'os.environ["OPENAI_API_KEY"]' : '"none"';
   return [
-    ...(draws ? ["import base64"] : []),
+    ...(withImages ? ["import base64"] : []),
     ...(hasKey ? ["import os"] : []),
-    ...(draws || hasKey ? [""] : []),
+    ...(withImages || hasKey ? [""] : []),
     "from openai import OpenAI",
     "",
     `client = OpenAI(base_url=${JSON.stringify(address("v1"))}, api_key=${key})`,
@@ -30,7 +30,7 @@ export function asPython(body, hasKey) {
     ")",
     "message = reply.choices[0].message",
     "print(message.content)",
-    ...(draws ? SAVE : []),
+    ...(withImages ? SAVE : []),
     "",
   ].join("\n");
 }

@@ -1,5 +1,5 @@
 // Conversations in IndexedDB: one store has their titles and sizes, the other their turns with the
-// pictures. Beyond MOST conversations or MOST_BYTES in all, the oldest are deleted.
+// images. Beyond MOST conversations or MOST_BYTES in all, the oldest are deleted.
 
 const MOST = 100;
 const MOST_BYTES = 200_000_000;

@@ -41,7 +41,7 @@ function userView(turn, position, act) {
   const bubble = el("div", { class: "bubble" });
   for (const part of turn.parts) {
     if (part.type === "text") bubble.append(el("p", { class: "text" }, part.text));
-    else view.append(pictureView(part, t("sentPicture"), null, act));
+    else view.append(imageView(part, t("sentImage"), null, act));
   }
   const edit = el("div", { class: "actions" }, button("edit", () => act.edit(turn)));
   view.append(el("div", { class: "said" }, edit, ...(bubble.children.length ? [bubble] : [])));
@@ -52,12 +52,12 @@ function editView(turn, position, act) {
   const words = turn.parts.find((part) => part.type === "text")?.text ?? "";
   const field = el("textarea", { rows: 3, "aria-label": t("editMessage") });
   field.value = words;
-  const pictures = turn.parts.filter((part) => part.type === "image");
+  const images = turn.parts.filter((part) => part.type === "image");
   const thumbnails = el("ul", { class: "attached" });
-  for (const part of pictures) thumbnails.append(attachedView(part, () => pictures.splice(pictures.indexOf(part), 1)));
+  for (const part of images) thumbnails.append(attachedView(part, () => images.splice(images.indexOf(part), 1)));
   const done = (event) => {
     event.preventDefault();
-    act.saveEdit(turn, position, [...pictures, ...(field.value.trim() ? [{ type: "text", text: field.value.trim() }] : [])]);
+    act.saveEdit(turn, position, [...images, ...(field.value.trim() ? [{ type: "text", text: field.value.trim() }] : [])]);
   };
   field.addEventListener("keydown", (event) => {
     if (event.key === "Escape") act.edit(null, turn);
@@ -69,10 +69,10 @@ function editView(turn, position, act) {
         button("cancel", () => act.edit(null, turn)))));
 }
 
-/** A picture to be sent, with a button that removes it. */
+/** An image to be sent, with a button that removes it. */
 export function attachedView(part, takeOut) {
-  const name = part.name ?? t("picture");
-  const view = el("li", {}, image(part.url, t("attachedPicture", { name })));
+  const name = part.name ?? t("image");
+  const view = el("li", {}, image(part.url, t("attachedImage", { name })));
   const leave = () => (view.remove(), takeOut());
   view.append(el("button", { type: "button", class: "icon small", "aria-label": t("detach", { name }), onclick: leave }, icon("close")));
   return view;
@@ -109,8 +109,8 @@ function stripView(turn, act) {
 /** Update the thumbnails of a turn's replies. */
 export function updateStrip(turn) {
   for (const [number, pick] of [...(strips.get(turn)?.children ?? [])].entries()) {
-    const drawn = turn.replies[number].parts.find((part) => part.url ?? part.partial);
-    pick.replaceChildren(drawn ? image(drawn.url ?? drawn.partial, "") : String(number + 1));
+    const shownImage = turn.replies[number].parts.find((part) => part.url ?? part.partial);
+    pick.replaceChildren(shownImage ? image(shownImage.url ?? shownImage.partial, "") : String(number + 1));
   }
 }
 
@@ -138,12 +138,12 @@ function updatePart(view, reply, index, part) {
     view.nodes[index] ??= view.content.appendChild(el("p", { class: "text" }));
     if (view.nodes[index].textContent !== part.text) view.nodes[index].textContent = part.text;
   } else if (node && !part.url) {
-    drawInto(node.firstChild, part, reply.state === "running");
+    showProgress(node.firstChild, part, reply.state === "running");
   } else if (!node?.finished) {
     const number = reply.parts.slice(0, index + 1).filter((other) => other.type === "image").length;
     const next = part.url
-      ? pictureView(part, t("drawnPicture", { number }), `picture-${reply.fields.seed}-${number}`, view.act)
-      : drawingView(part, view.act, reply.state === "running");
+      ? imageView(part, t("replyImage", { number }), `picture-${reply.fields.seed}-${number}`, view.act)
+      : unfinishedView(part, view.act, reply.state === "running");
     next.finished = Boolean(part.url);
     if (node) node.replaceWith(next);
     else view.content.append(next);
@@ -151,32 +151,32 @@ function updatePart(view, reply, index, part) {
   }
 }
 
-/** A picture that is being drawn: its finished rows and a progress bar. */
-function drawingView(part, act, busy) {
-  const frame = el("div", { class: "frame" }, image("", ""), el("progress", { max: 1, "aria-label": t("drawing") }));
+/** An image that is being generated: its finished rows and a progress bar. */
+function unfinishedView(part, act, busy) {
+  const frame = el("div", { class: "frame" }, image("", ""), el("progress", { max: 1, "aria-label": t("generating") }));
   const [width, height] = act.size();
   frame.style.aspectRatio = `${width} / ${height}`;
   frame.classList.toggle("small", width <= 128);
-  drawInto(frame, part, busy);
-  return el("figure", { class: "drawing" }, frame);
+  showProgress(frame, part, busy);
+  return el("figure", { class: "generating" }, frame);
 }
 
-function drawInto(frame, part, busy) {
-  const [picture, progress] = frame.children;
+function showProgress(frame, part, busy) {
+  const [preview, progress] = frame.children;
   progress.value = part.done;
   progress.hidden = !busy;
-  picture.hidden = !part.partial;
+  preview.hidden = !part.partial;
   if (!part.partial) return;
-  if (picture.src !== part.partial) picture.src = part.partial;
-  // The rows below are not drawn yet; the file shows them grey, the page hides them.
-  picture.style.clipPath = `inset(0 0 ${100 * (1 - part.shown)}% 0)`;
+  if (preview.src !== part.partial) preview.src = part.partial;
+  // The rows below are not generated yet; the file shows them grey, the page hides them.
+  preview.style.clipPath = `inset(0 0 ${100 * (1 - part.shown)}% 0)`;
 }
 
-/** A finished picture and its buttons. The user's pictures have no `name` and no download. */
-function pictureView(part, alt, name, act) {
+/** A finished image and its buttons. The user's images have no `name` and no download. */
+function imageView(part, alt, name, act) {
   const extension = /^data:image\/(\w+)/.exec(part.url)?.[1] ?? "png";
   const bar = el("div", { class: "bar" });
-  if (act.draws()) bar.append(button("vary", () => act.vary(part)), restyleView(part, act));
+  if (act.generatesImages()) bar.append(button("vary", () => act.vary(part)), restyleView(part, act));
   bar.append(button("reuse", () => act.reuse(part)));
   if (name) bar.append(el("a", { class: "quiet", href: part.url, download: `${name}.${extension}` }, t("download")));
   return el("figure", {}, el("div", { class: "frame" }, image(part.url, alt)), bar);
@@ -201,11 +201,11 @@ function restyleView(part, act) {
 }
 
 function image(url, alt) {
-  const picture = el("img", { alt });
-  // Small pictures are enlarged without smoothing.
-  picture.addEventListener("load", () => picture.classList.toggle("pixels", picture.naturalWidth <= 128));
-  if (url) picture.src = url;
-  return picture;
+  const element = el("img", { alt });
+  // Small images are enlarged without smoothing.
+  element.addEventListener("load", () => element.classList.toggle("pixels", element.naturalWidth <= 128));
+  if (url) element.src = url;
+  return element;
 }
 
 function replyActions({ turn, position, act, last }, reply) {
@@ -220,14 +220,14 @@ function replyActions({ turn, position, act, last }, reply) {
 
 function summary(reply) {
   const { usage, seconds, first } = reply;
-  const drawn = usage?.completion_tokens_details?.image_tokens ?? 0;
-  const written = (usage?.completion_tokens ?? 0) - drawn;
+  const imageTokens = usage?.completion_tokens_details?.image_tokens ?? 0;
+  const textTokens = (usage?.completion_tokens ?? 0) - imageTokens;
   const ended = reply.reason === "length" ? "length" : "stop";
   const short = (number) => number.toFixed(number < 10 ? 2 : 1);
   return [
     t(`reason_${reply.state === "done" ? ended : reply.state}`),
-    written ? t("textTokens", { n: written }) : "",
-    drawn ? t("imageTokens", { n: drawn }) : "",
+    textTokens ? t("textTokens", { n: textTokens }) : "",
+    imageTokens ? t("imageTokens", { n: imageTokens }) : "",
     first ? t("firstAfter", { s: short(first) }) : "",
     seconds ? t("inAll", { s: short(seconds) }) : "",
     usage && seconds ? t("perSecond", { n: Math.round(usage.completion_tokens / seconds) }) : "",

@@ -1,25 +1,25 @@
-// The user's pictures: files to data URLs; photographs are scaled down before they are sent.
+// The user's images: files to data URLs; photographs are scaled down before they are sent.
 
 const SIDE = 1024; // models read 512 or less
 const SMALL = 1_000_000; // bytes of a file that is sent as it is
 const KNOWN = ["image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp"];
 
-/** The picture of a file as {type, url, name}. Throws where the browser cannot read it. */
-export async function readPicture(file) {
+/** The image of a file as {type, url, name}. Throws where the browser cannot read it. */
+export async function readImage(file) {
   const bitmap = await createImageBitmap(file);
   const scale = Math.min(1, SIDE / Math.max(bitmap.width, bitmap.height));
   const asIs = scale === 1 && file.size <= SMALL && KNOWN.includes(file.type);
-  const url = asIs ? await dataUrl(file) : redrawn(bitmap, scale);
+  const url = asIs ? await dataUrl(file) : scaledDown(bitmap, scale);
   bitmap.close();
   return { type: "image", url, name: file.name };
 }
 
-function redrawn(bitmap, scale) {
+function scaledDown(bitmap, scale) {
   const canvas = document.createElement("canvas");
   canvas.width = Math.max(1, Math.round(bitmap.width * scale));
   canvas.height = Math.max(1, Math.round(bitmap.height * scale));
   const context = canvas.getContext("2d");
-  context.fillStyle = "#fff"; // JPEG has no transparency; the server puts pictures on white, too
+  context.fillStyle = "#fff"; // JPEG has no transparency; the server puts images on white, too
   context.fillRect(0, 0, canvas.width, canvas.height);
   context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
   return canvas.toDataURL("image/jpeg", 0.92);
@@ -34,5 +34,5 @@ function dataUrl(file) {
   });
 }
 
-export const picturesIn = (transfer) =>
+export const imagesIn = (transfer) =>
   [...(transfer?.files ?? [])].filter((file) => file.type.startsWith("image/"));
