@@ -54,7 +54,7 @@ __all__ = ["Gallery", "features", "main", "markdown", "measure"]
 
 LANGUAGES = ("en", "ko")
 NAMED_SPLITS = ("train", "val-pair", "val-concept")
-MAX_DRAWINGS = 100  # per split
+MAX_GENERATED = 100  # per split
 MAX_QUESTIONS = 100  # per task
 MAX_LISTS = 30  # the longest asks for four images
 MAX_REFUSALS = 40  # of each sort
@@ -81,7 +81,7 @@ def measure(
         raise SettingError(f"limit is {limit}: give at least 1")
     galleries: dict[str | None, Gallery] = {None: Gallery(data)}
     all_styles = galleries[None]
-    num_images = min(limit, MAX_DRAWINGS)
+    num_images = min(limit, MAX_GENERATED)
     known = _first_images(data, limit, seed), _sample_ids(data, "train", limit, seed)
     # The most informative ones first: a run may be interrupted.
     measures: dict[str, Callable[[], Numbers]] = {

@@ -140,17 +140,17 @@ def reply_line(reply: Any) -> str:
 
 
 def refusals(
-    model: Model, data: EmojiData, drawn: Sequence[str], named: Sequence[str], limit: int
+    model: Model, data: EmojiData, requested: Sequence[str], named: Sequence[str], limit: int
 ) -> dict[str, Numbers]:
     """Shares of replies that say "I do not know this one": {what: {n, refused}}.
 
     "unknown words" and "unknown pictures" should all be refused (held-out words, and noise and
-    scrambled images that training did not have); "known words" and "known pictures" (`drawn` and
-    `named`, ids of training images) never. Half of the requests are in Korean.
+    scrambled images that training did not have); "known words" and "known pictures" (`requested`
+    and `named`, ids of training images) never. Half of the requests are in Korean.
     """
     things = unknown_things(data, HELD_OUT_THINGS)[:limit]
     words = [pair[number % 2] for number, pair in enumerate(things)]
-    known = [name_of(data.row(i), _lang(n)) for n, i in enumerate(drawn[:limit])]
+    known = [name_of(data.row(i), _lang(n)) for n, i in enumerate(requested[:limit])]
     unknown_images = [
         image_of(data, i) for i in unknown_image_ids(data, min(limit, 20), NOT_TRAINED)
     ]
@@ -163,10 +163,10 @@ def refusals(
     }
     report = {}
     for kind, prompts in prompts_by_kind.items():
-        found = generate_replies(
+        replies = generate_replies(
             model, prompts, "auto", seeded_sampling(len(prompts), 0, max_images=1)
         )
-        refused = share([is_refusal(reply) for reply in found])
+        refused = share([is_refusal(reply) for reply in replies])
         report[kind] = {"n": len(prompts), "refused": refused}
     return report
 
@@ -191,6 +191,6 @@ def scene_answers(model: Model, data: EmojiData, limit: int) -> Numbers:
         question, answer = scene_questions(data, scene, _lang(number), rng)[0]
         prompts.append([Image(image_of(data, scene.id)), question])
         expected.append(normalise(answer))
-    found = generate_replies(model, prompts, "text", seeded_sampling(len(prompts), 0))
-    right = [normalise(r.text) == answer for r, answer in zip(found, expected, strict=True)]
+    replies = generate_replies(model, prompts, "text", seeded_sampling(len(prompts), 0))
+    right = [normalise(r.text) == answer for r, answer in zip(replies, expected, strict=True)]
     return {"n": len(right), "exact": share(right)}

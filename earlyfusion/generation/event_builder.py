@@ -108,13 +108,13 @@ class EventBuilder:
         self._vocabulary, self._layout = processor.vocabulary, request.layout or processor.layout
         self._request, self._grammar_state = request, grammar_state
         self._text = _SegmentText(processor, request.sampling.stop_strings)
-        self._picture: list[int] = []  # tokens of the image being generated
-        self._drawn = self._images = 0
+        self._image_tokens: list[int] = []  # tokens of the image being generated
+        self._num_tokens = self._images = 0
 
     def push(self, token: int, logprob: TokenLogprob | None = None) -> list[Event]:
         """The events of one token. Sets `ended` if the reply ends with it."""
         events: list[Event] = [] if logprob is None else [TokenDrawn(logprob)]
-        self._drawn += 1
+        self._num_tokens += 1
         if self._grammar_state.in_image:
             events += self._continue_image(token)
         elif token in self._grammar_state.grammar.end_ids:
@@ -130,8 +130,9 @@ class EventBuilder:
         complete = self._request.output == "image" and self._images == self._request.max_images
         rest = self._deltas(self._text.flush())
         reason: Reason = "stop" if self.ended or complete else "length"
-        image_tokens = self._images * self._grammar_state.grammar.image_tokens + len(self._picture)
-        usage = Usage(len(self._request.ids), self._drawn, image_tokens)
+        tokens_per_image = self._grammar_state.grammar.image_tokens
+        image_tokens = self._images * tokens_per_image + len(self._image_tokens)
+        usage = Usage(len(self._request.ids), self._num_tokens, image_tokens)
         seed, last = self._request.sampling.seed, self._request.ids[-1]
         # A prompt that does not end a turn ends with the beginning of the reply.
         continues = last != self._vocabulary.end_of_turn
@@ -146,15 +147,15 @@ class EventBuilder:
         # The text that `flush` releases may end in a stop string.
         if self.ended:
             return rest
-        self._picture = [token]
+        self._image_tokens = [token]
         return [*rest, ImageStarted(self._images)]
 
     def _continue_image(self, token: int) -> list[Event]:
         grammar, slot = self._grammar_state.grammar, self._grammar_state.slot
-        self._picture.append(token)
+        self._image_tokens.append(token)
         if slot + 1 == grammar.image_tokens:
-            codes = self._layout.parse(self._picture, self._vocabulary)
-            self._picture, self._images = [], self._images + 1
+            codes = self._layout.parse(self._image_tokens, self._vocabulary)
+            self._image_tokens, self._images = [], self._images + 1
             return [ImageDone(self._images - 1, codes)]
         if grammar.template[slot] != CODE:
             return []
@@ -168,9 +169,9 @@ class EventBuilder:
 
     def _preview(self, done: int) -> ImagePreview:
         # An unfinished image is shorter than its template.
-        pairs = zip(self._picture, self._grammar_state.grammar.template, strict=False)
-        drawn = [token for token, slot in pairs if slot == CODE]
-        tokens = np.array(drawn + drawn[-1:] * (self._layout.num_codes - done))
+        pairs = zip(self._image_tokens, self._grammar_state.grammar.template, strict=False)
+        code_tokens = [token for token, slot in pairs if slot == CODE]
+        tokens = np.array(code_tokens + code_tokens[-1:] * (self._layout.num_codes - done))
         codes = self._vocabulary.tokens_to_codes(tokens)
         return ImagePreview(self._images, done, codes.reshape(self._layout.height, -1))
 

@@ -28,14 +28,15 @@ from earlyfusion.files import replacing
 from earlyfusion.processor import ANSWER_IMAGE, PROMPT_IMAGE, TokenSequence
 
 NONE = -1
-_AT_ONCE = 1000  # documents per computation of columns
+_CHUNK = 1000  # documents per computation of columns
 
 
 class Columns(NamedTuple):
     """One entry per position of all documents in order; arrays, or device tensors. If the position
     holds a code, `picture_M` is the number of its image (elsewhere `NONE`), `offset_M` the index
     of the code in the image, and `slot_M` the index of the image in its document. `plain_M`:
-    only variants in the image's own colours may be used. `answer_M`: it is in an answer."""
+    only variants in the image's own colours may be used. `answer_M`: it is in an answer. The names
+    are also those of the arrays in a file of templates."""
 
     ids_M: Any
     picture_M: Any
@@ -66,25 +67,25 @@ def templates(
     blocks: list[Columns] = []
     lengths = [0]
     stream = iter(documents)
-    while several := list(islice(stream, _AT_ONCE)):
-        blocks.append(_columns(several, codes, is_code, weights))
-        lengths += [len(sequence) for sequence, _, _ in several]
+    while chunk := list(islice(stream, _CHUNK)):
+        blocks.append(_columns(chunk, codes, is_code, weights))
+        lengths += [len(sequence) for sequence, _, _ in chunk]
     if not blocks:
         raise DataError("0 documents cannot be trained on: give at least one")
     return Templates(Columns(*map(np.concatenate, zip(*blocks, strict=True))), np.cumsum(lengths))
 
 
-def save_templates(path: Path, found: Templates) -> None:
+def save_templates(path: Path, templates: Templates) -> None:
     """Write templates to a file, from which another process takes them with `load_templates`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial, partial.open("wb") as file:
-        np.savez(file, starts=found.starts, **found.columns._asdict())
+        np.savez(file, starts=templates.starts, **templates.columns._asdict())
 
 
 def load_templates(path: Path) -> Templates:
     """The templates that `save_templates` wrote."""
-    with np.load(path) as held:
-        return Templates(Columns(*(held[name] for name in Columns._fields)), held["starts"])
+    with np.load(path) as arrays:
+        return Templates(Columns(*(arrays[name] for name in Columns._fields)), arrays["starts"])
 
 
 def _columns(
@@ -94,28 +95,28 @@ def _columns(
     weights: RoleWeights,
 ) -> Columns:
     """The columns of some documents at once: one document at a time takes minutes."""
-    whole = TokenSequence()
+    joined = TokenSequence()
     for sequence, _, _ in documents:
-        whole.ids += sequence.ids
-        whole.role += sequence.role
-    ids, role = np.asarray(whole.ids, np.int32), np.asarray(whole.role, np.uint8)
-    held = is_code[ids]
-    pictures = np.asarray([p for _, shown, _ in documents for p in shown], np.int32)
-    if held.sum() != codes * len(pictures):
+        joined.ids += sequence.ids
+        joined.role += sequence.role
+    ids, role = np.asarray(joined.ids, np.int32), np.asarray(joined.role, np.uint8)
+    holds_code = is_code[ids]
+    image_numbers = np.asarray([n for _, numbers, _ in documents for n in numbers], np.int32)
+    if holds_code.sum() != codes * len(image_numbers):
         raise DataError(
-            f"documents have {held.sum()} codes and {len(pictures)} images of {codes}: give the "
-            "number of each image, in order"
+            f"documents have {holds_code.sum()} codes and {len(image_numbers)} images of {codes}: "
+            "give the number of each image, in order"
         )
-    slots = [slot for _, shown, _ in documents for slot in range(len(shown))]
-    picture = np.full(len(ids), NONE, np.int32)
+    slots = [slot for _, numbers, _ in documents for slot in range(len(numbers))]
+    number = np.full(len(ids), NONE, np.int32)
     offset, slot = np.full((2, len(ids)), NONE, np.int16)
-    picture[held] = np.repeat(pictures, codes)
-    offset[held] = np.tile(np.arange(codes, dtype=np.int16), len(pictures))
-    slot[held] = np.repeat(np.asarray(slots, np.int16), codes)
+    number[holds_code] = np.repeat(image_numbers, codes)
+    offset[holds_code] = np.tile(np.arange(codes, dtype=np.int16), len(image_numbers))
+    slot[holds_code] = np.repeat(np.asarray(slots, np.int16), codes)
     lengths = [len(sequence) for sequence, _, _ in documents]
     return Columns(
         ids_M=ids,
-        picture_M=picture,
+        picture_M=number,
         offset_M=offset,
         slot_M=slot.clip(0),
         plain_M=np.repeat(np.asarray([plain for _, _, plain in documents], bool), lengths),
@@ -245,7 +246,7 @@ class DeviceRows:
     def _tokens(self, where_BT: Tensor, document_BT: Tensor, uniform_BDS2: Tensor) -> Tensor:
         """Tokens of template entries, each image in a random variant."""
         t = self._columns
-        picture_BT, slot_BT = t.picture_M[where_BT], t.slot_M[where_BT].long()
+        number_BT, slot_BT = t.picture_M[where_BT], t.slot_M[where_BT].long()
         # All codes of one image share its two random numbers.
         row_BT = torch.arange(len(where_BT), device=self._device)[:, None].expand_as(where_BT)
         first_BT, second_BT = uniform_BDS2[row_BT, document_BT, slot_BT].unbind(-1)
@@ -257,8 +258,8 @@ class DeviceRows:
         in_answer_BT = torch.where(exact_BT, 0, plain_BT)
         variant_BT = torch.where(t.answer_M[where_BT], in_answer_BT, any_BT)
         offset_BT = t.offset_M[where_BT].clamp_min(0).long()
-        code_BT = self._codes_PVC[picture_BT.clamp_min(0).long(), variant_BT, offset_BT].long()
-        return torch.where(picture_BT >= 0, self._tokens_K[code_BT], t.ids_M[where_BT].long())
+        code_BT = self._codes_PVC[number_BT.clamp_min(0).long(), variant_BT, offset_BT].long()
+        return torch.where(number_BT >= 0, self._tokens_K[code_BT], t.ids_M[where_BT].long())
 
     def _replace_codes(
         self, tokens_BT: Tensor, where_BT: Tensor, generator: torch.Generator
