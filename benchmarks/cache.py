@@ -75,7 +75,7 @@ def distributions(runner: ModelRunner, ids: Sequence[int], answer: Sequence[int]
     for place in range(len(ids) - 1, len(ids) + len(answer) - 1):
         step = Step([Piece(branch, place, 1)])
         x_TD = runner.backend.hidden_states(step)
-        logits.append(runner.drawer.text_head.logits(x_TD)[0].float())
+        logits.append(runner.sampler.text_head.logits(x_TD)[0].float())
     return torch.stack(logits).log_softmax(-1)
 
 

@@ -200,14 +200,14 @@ def act_captured(peers: Peers, collectives: int) -> None:
 # ---- what breaks
 
 
-def in_the_draw(engine: Engine, out: Path) -> None:
+def in_sampling(engine: Engine, out: Path) -> None:
     """Behind the last sum: the others have done their part, and go on."""
-    drawer: Any = engine.runner.drawer
-    draw = drawer.draw
-    drawer.draw = lambda *_: 1 / 0
+    sampler: Any = engine.runner.sampler
+    sample = sampler.sample
+    sampler.sample = lambda *_: 1 / 0
     with suppress(ZeroDivisionError):
         engine.step()
-    drawer.draw = draw
+    sampler.sample = sample
 
 
 def between(engine: Engine, out: Path) -> None:
@@ -291,7 +291,7 @@ CASES: dict[str, Case | Script] = {
     "static swin": Case(SWIN, {"static": True}, captured=True),
     "static odd": Case(ODD, {"static": True}),
     "half": Case(CONFIG, {"cache_dtype": "int8"}, torch.bfloat16),
-    "draw": Case(breaks=in_the_draw),
+    "draw": Case(breaks=in_sampling),
     "between": Case(breaks=between),
     "inside": Case(breaks=inside(lambda: 1 / 0)),
     "caught": Case(breaks=caught),

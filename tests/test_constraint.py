@@ -18,9 +18,9 @@ from serve_case import mini
 from tiny import CONFIG, tiny_processor, tiny_transformer
 
 from earlyfusion import Chameleon, Image, ImageDone, Reply, SamplingParams, SettingError, Text
-from earlyfusion.engine.draw import Drawer
+from earlyfusion.engine.sampling import TokenSampler
 from earlyfusion.generation import constraint
-from earlyfusion.generation.reference import draw_tokens, generate
+from earlyfusion.generation.reference import generate, generate_tokens
 
 FRUIT = {
     "type": "object",
@@ -191,10 +191,10 @@ def test_a_mask_in_a_batch_gives_the_tokens_of_the_plain_loop(
 ) -> None:
     engine = random_model.engine
     if not compiled:
-        monkeypatch.setattr(engine.runner.backend, "draw", None)
-    elif engine.runner.backend.draw is None:
+        monkeypatch.setattr(engine.runner.backend, "sample", None)
+    elif engine.runner.backend.sample is None:
         pytest.skip("needs a C++ compiler")
-    monkeypatch.setattr(Drawer, "_draw_steered", None)  # none of them is drawn by itself
+    monkeypatch.setattr(TokenSampler, "_sample_steered", None)  # none of them is drawn by itself
     requests = [
         random_model.request(
             "a pear",
@@ -210,7 +210,7 @@ def test_a_mask_in_a_batch_gives_the_tokens_of_the_plain_loop(
         engine.step()
     for request, handle in zip(requests, handles, strict=True):
         assert handle.error is None
-        assert handle.tokens == list(draw_tokens(*_parts(random_model), request))
+        assert handle.tokens == list(generate_tokens(*_parts(random_model), request))
 
 
 def test_what_may_come_around_a_picture(random_model: Chameleon) -> None:

@@ -304,7 +304,7 @@ def test_nothing_is_drawn_from_logits_that_are_not_finite() -> None:
     blocked[99] = True  # what may not come may be anything
     row = [logits[1].data_ptr()] * 3
     choice = Choice(*row, blocked.data_ptr(), None, 100, 0, 1, 1, 0.0, 1.0, 0.0, 1, 0.5)
-    assert step.draw([choice]) == [int(logits[1, :99].argmax())]
+    assert step.sample([choice]) == [int(logits[1, :99].argmax())]
 
 
 @needs_compiler
@@ -332,7 +332,7 @@ def draw(
             zip(settings.top_k_B.tolist(), warps, uniform.tolist(), strict=True)
         )
     ]
-    return torch.tensor(step.draw(choices))
+    return torch.tensor(step.sample(choices))
 
 
 @needs_compiler
@@ -351,7 +351,7 @@ def test_a_draw_mixes_branches_then_masks_then_penalises() -> None:
         uniform = torch.rand(24, dtype=torch.float64)
         mixed = guidance.combine(full, image_only, unconditional, 1.5, 2.5)
         mixed = penalise(mixed.masked_fill(blocked, -torch.inf), seen, settings.penalty_B)
-        drawn = step.draw(
+        drawn = step.sample(
             [
                 Choice(
                     full[n].data_ptr(),

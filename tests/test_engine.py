@@ -34,7 +34,7 @@ from earlyfusion.errors import ContextError, OutOfMemoryError, SettingError, Wei
 from earlyfusion.generation.event_builder import GrammarState
 from earlyfusion.generation.grammar import Grammar
 from earlyfusion.generation.lookup import Lookup
-from earlyfusion.generation.reference import draw_tokens, generate
+from earlyfusion.generation.reference import generate, generate_tokens
 from earlyfusion.generation.request import Event, Finished, ImageDone, Request
 from earlyfusion.generation.sampler import generator, uniforms
 from earlyfusion.generation.settings import SamplingParams
@@ -93,7 +93,7 @@ def mixed(processor: Processor) -> list[Request]:
 
 @pytest.fixture(scope="module")
 def wanted(transformer: Transformer, processor: Processor, mixed: list[Request]) -> list[list[int]]:
-    tokens = [list(draw_tokens(transformer, processor, asked)) for asked in mixed]
+    tokens = [list(generate_tokens(transformer, processor, asked)) for asked in mixed]
     assert {max_branches(asked) for asked in mixed} == {1, 2, 3}
     return tokens
 
@@ -142,7 +142,7 @@ def test_other_activations_and_angles_equal_the_plain_loop(
 ) -> None:
     model = changed(processor, device, **changes)
     some = mixed[:3]
-    tokens = [list(draw_tokens(model, processor, asked)) for asked in some]
+    tokens = [list(generate_tokens(model, processor, asked)) for asked in some]
     assert run(Engine(model, processor), some, 3) == tokens
     if changes.get("rope_scaling", {}).get("rope_type") != "dynamic":  # changes nothing so early
         assert tokens != wanted[:3]
@@ -191,7 +191,7 @@ def test_prompt_lookup_changes_no_token(
             processor, 22, "interleaved", max_tokens=150, temperature=0.1, repetition_penalty=1.0
         ),
     ]
-    want = [list(draw_tokens(transformer, processor, asked)) for asked in texts]
+    want = [list(generate_tokens(transformer, processor, asked)) for asked in texts]
     guessing = [replace(a, sampling=replace(a.sampling, prompt_lookup=size)) for a in texts]
     engine = Engine(transformer, processor, cache_bytes=blocks and blocks * BLOCK)
     asked = [*guessing, mixed[1], mixed[9]]
@@ -274,7 +274,7 @@ def test_weights_that_are_not_packed(
     plain(torch.tensor([[1, 2, 3]], device=device)).sum().backward()
     with torch.no_grad():
         attention.q_proj.weight.add_(attention.q_proj.weight.grad, alpha=30)
-    want = list(draw_tokens(plain, processor, mixed[0]))
+    want = list(generate_tokens(plain, processor, mixed[0]))
     assert run(engine, mixed[:1]) == [want] != wanted[:1]
 
 
@@ -289,7 +289,7 @@ def test_other_linear_modules_are_called_as_they_are(
     for layer in plain.model.layers:
         layer.mlp.up_proj.__class__ = Doubled
     assert run(Engine(plain, processor), mixed[:1]) != wanted[:1]
-    want = list(draw_tokens(plain, processor, mixed[0]))
+    want = list(generate_tokens(plain, processor, mixed[0]))
     assert run(Engine(plain, processor), mixed[:1]) == [want]
 
 
@@ -298,7 +298,7 @@ def test_stop_tokens_of_one_request_leave_the_others_alone(
 ) -> None:
     vocabulary = processor.vocabulary
     asked = replace(mixed[2], stops=(vocabulary.end_of_turn, vocabulary.pad))
-    want = list(draw_tokens(transformer, processor, asked))
+    want = list(generate_tokens(transformer, processor, asked))
     engine = Engine(transformer, processor)
     first = engine.add(mixed[2])
     engine.step()
@@ -314,7 +314,7 @@ def test_both_block_layouts(golden: Path, name: str, device: torch.device) -> No
     settings = SamplingParams(seed=0, **GREEDY).resolved({})
     ids = [vocabulary.bos, *loaded.processor.encode_text("a pear"), vocabulary.end_of_turn]
     texts = [Request(ids[: i + 2], "text", settings, 0, 12) for i in range(3)]
-    want = [list(draw_tokens(loaded.transformer, loaded.processor, asked)) for asked in texts]
+    want = [list(generate_tokens(loaded.transformer, loaded.processor, asked)) for asked in texts]
     assert run(Engine(loaded.transformer, loaded.processor, context_tokens=64), texts) == want
 
 
@@ -326,7 +326,7 @@ def test_the_embedded_model(device: torch.device) -> None:
         model.request("What is a pear?", "text", short, seed=1),
         model.request("Show me three different fruits.", "interleaved", short, seed=2),
     ]
-    want = [list(draw_tokens(model.transformer, model.processor, one)) for one in asked]
+    want = [list(generate_tokens(model.transformer, model.processor, one)) for one in asked]
     assert run(model.engine, asked) == want
 
 
@@ -418,7 +418,7 @@ def test_a_picture_is_read_once(
     engine, asked = Engine(transformer, processor), mixed[4]
     cold = read_tokens(engine, asked, monkeypatch)
     other = replace(asked, ids=[*asked.ids[:67], *asked.ids[:0:-1][:5]])
-    want = list(draw_tokens(transformer, processor, other))
+    want = list(generate_tokens(transformer, processor, other))
     assert run(engine, [other]) == [want]
     warm = read_tokens(engine, asked, monkeypatch)
     assert warm <= cold - 67
@@ -434,7 +434,7 @@ def test_new_weights_are_followed(
     with torch.no_grad():
         plain.model.layers[1].mlp.down_proj.weight.mul_(30)
     after = run(engine, mixed[:1])
-    assert after == [list(draw_tokens(plain, processor, mixed[0]))] != before
+    assert after == [list(generate_tokens(plain, processor, mixed[0]))] != before
 
 
 def test_cancelled_neighbours_change_nothing(
@@ -583,7 +583,7 @@ def test_text_runs_in_one_branch(transformer: Transformer, processor: Processor)
     text = request(processor, 0, "text", max_tokens=5, guidance_text=3, guidance_image=2, **GREEDY)
     without = request(processor, 0, "interleaved", max_tokens=5, images=0, **GREEDY)
     for asked in (text, replace(text, max_images=1), without):
-        assert run(small, [asked]) == [list(draw_tokens(transformer, processor, asked))]
+        assert run(small, [asked]) == [list(generate_tokens(transformer, processor, asked))]
 
 
 def test_nothing_is_drawn_behind_a_stop_string(
@@ -722,7 +722,7 @@ def test_changes_of_the_module_tree_count(
     assert untouched[0] == wanted[0][:8]
     undo = CHANGES[name](plain)
     try:
-        want = [list(draw_tokens(plain, processor, one)) for one in asked]
+        want = [list(generate_tokens(plain, processor, one)) for one in asked]
         assert run(engine, asked) == want != untouched
         assert run(engine, asked[::-1]) == want[::-1], "with what the first left behind"
         assert run(Engine(plain, processor), asked) == want, "changed before the engine was made"
@@ -740,7 +740,7 @@ def test_a_hook_that_is_hung_up_while_others_run(
     for _ in range(5):
         engine.step()
     hung = plain.model.layers[0].register_forward_hook(halved)
-    want = list(draw_tokens(plain, processor, mixed[0]))
+    want = list(generate_tokens(plain, processor, mixed[0]))
     assert run(engine, mixed[:1]) == [want] != wanted[:1]
     assert first.finished and len(first.tokens) == len(wanted[1])
     assert first.tokens[:5] == wanted[1][:5]
@@ -757,7 +757,7 @@ def test_hooks_see_what_the_plain_loop_shows_them(
     asked = replace(mixed[4], max_tokens=4)
     run(engine, [asked])
     plain.model.layers[0].register_forward_hook(lambda m, i, o: seen.append(tuple(o.shape)))
-    list(draw_tokens(plain, processor, asked))
+    list(generate_tokens(plain, processor, asked))
     shapes = seen[:]
     for _ in range(2):
         seen.clear()
@@ -798,7 +798,7 @@ def test_adapters_of_peft_count_and_run_in_batches(
     adapter = peft.LoraConfig(r=4, lora_alpha=64, target_modules=[target], init_lora_weights=False)
     peft.inject_adapter_in_model(adapter, plain)
     plain.eval()
-    want = [list(draw_tokens(plain, processor, one)) for one in mixed[:4]]
+    want = [list(generate_tokens(plain, processor, one)) for one in mixed[:4]]
     assert run(engine, mixed[:4]) == want and want[:2] != wanted[:2]
     assert not engine.runner.backend.needs_whole_prompts
 
@@ -900,7 +900,7 @@ def test_rope_that_depends_on_the_length_equals_the_plain_loop(
     transformer.load_state_dict(tiny_transformer(processor, 1.0).state_dict())
     transformer.to(device)
     texts = [replace(asked, max_tokens=60) for asked in (mixed[0], mixed[4]) if len(asked.ids) < 90]
-    want = [list(draw_tokens(transformer, processor, asked)) for asked in texts]
+    want = [list(generate_tokens(transformer, processor, asked)) for asked in texts]
     assert max(len(asked.ids) + len(t) for asked, t in zip(texts, want, strict=True)) > trained
     context = CONFIG.max_position_embeddings
     assert run(Engine(transformer, processor, context_tokens=context), texts) == want

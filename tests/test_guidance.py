@@ -15,7 +15,7 @@ from tolerances import assert_close
 from earlyfusion import EarlyFusionError, Image
 from earlyfusion.generation import guidance
 from earlyfusion.generation.guidance import Condition
-from earlyfusion.generation.reference import Reader, draw_tokens
+from earlyfusion.generation.reference import Reader, generate_tokens
 from earlyfusion.generation.settings import guidance_weights
 from earlyfusion.vocabulary import Vocabulary
 
@@ -118,7 +118,7 @@ def test_a_negative_prompt_draws_by_the_formula(
     asked = request(
         processor, 1, "image", picture, negative_prompt="배 a pear", image_temperature=0
     )
-    drawn = list(draw_tokens(transformer, processor, asked))
+    drawn = list(generate_tokens(transformer, processor, asked))
     words = processor.encode_text("배 a pear")
     negative = [vocabulary.bos, *words, vocabulary.end_of_turn, vocabulary.begin_image]
     full = [*asked.ids, vocabulary.begin_image]

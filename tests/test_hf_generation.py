@@ -25,7 +25,7 @@ from earlyfusion.checkpoints.detect import load
 from earlyfusion.checkpoints.hf import save_hf
 from earlyfusion.content import Image, Message, Text
 from earlyfusion.errors import ContextError, PromptError, SettingError
-from earlyfusion.generation.reference import draw_tokens
+from earlyfusion.generation.reference import generate_tokens
 from earlyfusion.generation.request import Request
 from earlyfusion.generation.settings import SamplingParams
 from earlyfusion.hf import (
@@ -89,7 +89,7 @@ def reference(
     sampling = replace(GREEDY, seed=0, guidance_text=text, guidance_image=image).resolved({})
     images = 1 if output == "image" else max_tokens // IMAGE_TOKENS
     request = Request(ids, output, sampling, images, max_tokens)
-    return list(draw_tokens(loaded.transformer, loaded.processor, request))
+    return list(generate_tokens(loaded.transformer, loaded.processor, request))
 
 
 def new_tokens(out: Tensor, inputs: Any, row: int = 0) -> list[int]:

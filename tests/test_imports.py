@@ -165,7 +165,7 @@ def test_values_know_no_torch() -> None:
     ]
 
 
-def test_no_drawer_for_odds_and_ends() -> None:
+def test_no_module_for_odds_and_ends() -> None:
     names = {path.stem for path in FILES} | {path.parent.name for path in FILES}
     assert not names & {"utils", "util", "common", "base", "misc", "helpers"}
 

@@ -22,7 +22,7 @@ from earlyfusion.engine.engine import Engine
 from earlyfusion.errors import SettingError
 from earlyfusion.generation import jacobi
 from earlyfusion.generation.jacobi import NO_DRAFT, Window, resample
-from earlyfusion.generation.reference import draw_tokens, generate
+from earlyfusion.generation.reference import generate, generate_tokens
 from earlyfusion.generation.request import Event, Finished, ImageDone, ImagePreview, Request
 from earlyfusion.generation.sampler import SamplingTensors, warp
 from earlyfusion.model.transformer import Transformer
@@ -272,7 +272,7 @@ def mixed(processor: Processor) -> list[Request]:
 
 @pytest.fixture(scope="module")
 def wanted(transformer: Transformer, processor: Processor, mixed: list[Request]) -> list[list[int]]:
-    return [list(draw_tokens(transformer, processor, asked)) for asked in mixed]
+    return [list(generate_tokens(transformer, processor, asked)) for asked in mixed]
 
 
 def one_by_one(asked: Request) -> Request:
@@ -309,10 +309,10 @@ def test_greedy_pictures_are_those_of_one_code_at_a_time(
     asked = request(
         processor, 4, "interleaved", max_tokens=150, images=2, image_temperature=0, **guidance
     )
-    want = list(draw_tokens(transformer, processor, asked))
+    want = list(generate_tokens(transformer, processor, asked))
     assert processor.vocabulary.end_image in want[:-1]
     windowed = replace(asked, sampling=replace(asked.sampling, jacobi=size))
-    assert list(draw_tokens(transformer, processor, windowed)) == want
+    assert list(generate_tokens(transformer, processor, windowed)) == want
 
 
 @pytest.mark.usefixtures("step")
@@ -337,7 +337,7 @@ def test_the_engine_equals_the_loop(
     assert run(engine, mixed, apart, rising="cache_bytes" in options) == wanted
     assert (engine.preemptions > 2) == ("cache_bytes" in options)
     for number in (3, 7):
-        plain = draw_tokens(transformer, processor, one_by_one(mixed[number]))
+        plain = generate_tokens(transformer, processor, one_by_one(mixed[number]))
         assert list(plain) == wanted[number]
 
 
@@ -362,7 +362,7 @@ def test_two_threads_read_windows_alike(transformer: Transformer, processor: Pro
     try:
         torch.set_num_threads(2)
         asked = request(processor, 3, jacobi=5, image_temperature=3.0, image_top_p=1.0)
-        want = list(draw_tokens(transformer, processor, asked))
+        want = list(generate_tokens(transformer, processor, asked))
         assert run(Engine(transformer, processor), [asked]) == [want]
     finally:
         torch.set_num_threads(1)
@@ -391,10 +391,10 @@ def test_rows_that_end_with_a_mark(tmp_path: Path, device: torch.device) -> None
     processor = Processor(tmp_path / "tokenizer.json", layout)
     transformer = tiny_transformer(plain, device=device)
     asked = request(processor, 2, max_tokens=60, images=2, jacobi=8, image_temperature=0)
-    want = list(draw_tokens(transformer, processor, one_by_one(asked)))
-    assert list(draw_tokens(transformer, processor, asked)) == want
+    want = list(generate_tokens(transformer, processor, one_by_one(asked)))
+    assert list(generate_tokens(transformer, processor, asked)) == want
     drawn = replace(asked, sampling=replace(asked.sampling, image_temperature=1.0))
-    loop = list(draw_tokens(transformer, processor, drawn))
+    loop = list(generate_tokens(transformer, processor, drawn))
     assert run(Engine(transformer, processor), [asked, drawn]) == [want, loop]
 
 

@@ -17,7 +17,7 @@ from earlyfusion.checkpoints.detect import load
 from earlyfusion.generation import reference
 from earlyfusion.generation.event_builder import EventBuilder, GrammarState
 from earlyfusion.generation.grammar import Grammar
-from earlyfusion.generation.reference import Reader, draw_tokens, generate
+from earlyfusion.generation.reference import Reader, generate, generate_tokens
 from earlyfusion.generation.request import (
     Event,
     Finished,
@@ -73,7 +73,7 @@ def test_cached_greedy_text_equals_plain_forwards(
 ) -> None:
     asked = request(processor, "text", temperature=0, max_tokens=30, **OFF)
     allowed = [*processor.vocabulary.text_tokens.tolist(), processor.vocabulary.eos]
-    got = list(draw_tokens(transformer, processor, asked))
+    got = list(generate_tokens(transformer, processor, asked))
     assert got == naive_greedy(transformer, list(asked.ids), allowed, len(got))
     assert got[-1] == processor.vocabulary.eos or len(got) == 30
 
@@ -97,13 +97,13 @@ def test_guided_greedy_image_equals_plain_forwards(
         f, i, u = (transformer(torch.tensor([row + want], device=device))[0, -1] for row in rows)
         guided = u + 1.2 * (i - u) + 3.0 * (f - i)
         want.append(codes[int(guided[codes].argmax())])
-    got = list(draw_tokens(transformer, processor, asked))
+    got = list(generate_tokens(transformer, processor, asked))
     assert got == [vocabulary.begin_image, *want, vocabulary.end_image]
 
 
 def test_a_seed_decides_the_reply(transformer: Transformer, processor: Processor) -> None:
     first, again, other = (
-        list(draw_tokens(transformer, processor, request(processor, seed=s))) for s in (1, 1, 2)
+        list(generate_tokens(transformer, processor, request(processor, seed=s))) for s in (1, 1, 2)
     )
     assert first == again != other
 
@@ -144,7 +144,7 @@ def test_every_image_of_100_interleaved_replies_is_whole(
     counts = []
     for seed in range(100):
         asked = request(processor, seed=seed, max_tokens=17 * seed % 150 + 1, **OFF)
-        tokens = list(draw_tokens(transformer, processor, asked))
+        tokens = list(generate_tokens(transformer, processor, asked))
         events, _ = narrated(processor, asked, tokens)
         counts.append(check_events(events, processor, tokens))
         assert len(tokens) <= asked.max_tokens
@@ -158,7 +158,7 @@ def test_generate_gives_the_events_of_the_tokens(
     transformer: Transformer, processor: Processor
 ) -> None:
     asked = request(processor, seed=3)
-    tokens = list(draw_tokens(transformer, processor, asked))
+    tokens = list(generate_tokens(transformer, processor, asked))
     events = list(generate(transformer, processor, asked))
     assert check_events(events, processor, tokens) > 0
     text = "".join(e.text for e in events if isinstance(e, TextDelta))
@@ -192,7 +192,7 @@ def test_the_full_branch_keeps_its_cache_and_the_others_come_and_go(
 
     monkeypatch.setattr(reference, "KVCache", Counted)
     asked = request(processor, "image", max_images=3, max_tokens=200)
-    assert len(list(draw_tokens(transformer, processor, asked))) == 198
+    assert len(list(generate_tokens(transformer, processor, asked))) == 198
     image, full = processor.layout.num_tokens, len(asked.ids) + 200
     # Text-only prompt: one further branch. Second and third image: image-only and unconditional.
     want = [full, 2 + image, 2 + 2 * image, 2 + image, 2 + 3 * image, 2 + image]
@@ -301,7 +301,9 @@ def test_requests_must_be_resolved(transformer: Transformer, processor: Processo
     ids = [processor.vocabulary.bos]
     for settings in (SamplingParams(), SamplingParams.meta()):
         with pytest.raises(TypeError, match=r"resolved|seed"):
-            next(iter(draw_tokens(transformer, processor, Request(ids, "text", settings, 0, 9))))
+            next(
+                iter(generate_tokens(transformer, processor, Request(ids, "text", settings, 0, 9)))
+            )
 
 
 # --- Meta's recorded runs --------------------------------------------------------------------
@@ -361,7 +363,7 @@ class Recorded:
         )
 
     def draw(self, name: str, prompt: list[int], count: int) -> list[int]:
-        tokens = draw_tokens(self.transformer, self.processor, self.request(name, prompt))
+        tokens = generate_tokens(self.transformer, self.processor, self.request(name, prompt))
         return list(islice(tokens, count))
 
 
@@ -460,11 +462,11 @@ def test_branches_give_the_originals_logits(tiny_1: Recorded) -> None:
     case = "image_greedy_after_image"
     [(prompt, want)] = tiny_1.rows(case)
     run = reference.Run(tiny_1.transformer, tiny_1.processor, tiny_1.request(case, prompt))
-    run.read(run.draw())
+    run.read(run.sample())
     for step in range(2):
         got = torch.cat([run.logits[n] for n in ("full", "image_only", "unconditional")])
         original = tiny_1.logits[f"{case}/cfg_in_step{step}"]
         assert_close(got, original, atol=1e-4, rtol=0)
-        tokens = run.draw()
+        tokens = run.sample()
         assert tokens == [want[step]]
         run.read(tokens)

@@ -145,9 +145,9 @@ def mixed_rows(size: int) -> list[SamplingParams]:
 
 def test_a_row_does_not_depend_on_its_batch(device: torch.device) -> None:
     inputs, rows = batch(64, device), mixed_rows(64)
-    together = Sampler(rows, device).draw(**inputs)
+    together = Sampler(rows, device).sample(**inputs)
     alone = [
-        Sampler([rows[i]], device).draw(**{k: v[i : i + 1] for k, v in inputs.items()})
+        Sampler([rows[i]], device).sample(**{k: v[i : i + 1] for k, v in inputs.items()})
         for i in range(64)
     ]
     assert torch.equal(together, torch.cat(alone))
@@ -165,9 +165,9 @@ def test_temperature_0_is_the_best_token_after_the_penalty(device: torch.device)
     inputs = {name: values.to(device) for name, values in inputs.items()}
     sampler = Sampler([SamplingParams(temperature=0, image_temperature=0).resolved({})], device)
     no, yes = torch.tensor([[False], [True]], device=device)
-    assert sampler.draw(**inputs, in_image_B=no).tolist() == [0]
+    assert sampler.sample(**inputs, in_image_B=no).tolist() == [0]
     # Images know no repetition penalty.
-    assert sampler.draw(**inputs, in_image_B=yes).tolist() == [1]
+    assert sampler.sample(**inputs, in_image_B=yes).tolist() == [1]
 
 
 def test_lowest_temperature_does_not_overflow(device: torch.device) -> None:
@@ -180,7 +180,7 @@ def test_lowest_temperature_does_not_overflow(device: torch.device) -> None:
         torch.tensor([False]),
         torch.tensor([0.5]),
     )
-    token = sampler.draw(*(values.to(device) for values in given))
+    token = sampler.sample(*(values.to(device) for values in given))
     assert token.tolist() == [0]
 
 

@@ -28,7 +28,7 @@ from earlyfusion.engine.engine import Engine
 from earlyfusion.engine.handle import Handle
 from earlyfusion.engine.static.bursts import Bursts
 from earlyfusion.errors import CheckpointError, SettingError
-from earlyfusion.generation.reference import draw_tokens
+from earlyfusion.generation.reference import generate_tokens
 from earlyfusion.generation.request import Request
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.serve.process import RemoteEngine
@@ -112,7 +112,7 @@ def wanted(base: Path, folders: dict[str, Path], device: torch.device) -> list[l
     """What the plain loop draws with the merged models."""
     alone = {n: Chameleon.load(base, str(device), "fp32", adapter=folders.get(n)) for n in NAMES}
     tokens = [
-        list(draw_tokens(alone[asked.adapter].transformer, alone[""].processor, asked))
+        list(generate_tokens(alone[asked.adapter].transformer, alone[""].processor, asked))
         for asked in mixed(alone[""])
     ]
     assert len({tuple(row) for row in tokens}) == len(tokens)
@@ -147,14 +147,14 @@ def test_one_burst_draws_for_several_adapters(
         Chameleon.load(base, str(device), "fp32", adapters=folders),
         set[tuple[int, int]](),
     )
-    draw = Bursts.draw
+    sample = Bursts.sample
 
     def noted(self: Bursts, handles: Sequence[Handle], steps: int) -> list[list[int]]:
-        tokens = draw(self, handles, steps)
+        tokens = sample(self, handles, steps)
         seen.add((len({handle.request.adapter for handle in handles}), max(map(len, tokens))))
         return tokens
 
-    monkeypatch.setattr(Bursts, "draw", noted)
+    monkeypatch.setattr(Bursts, "sample", noted)
     requests = mixed(model)[:6]  # of the two kinds that have no drafts
     assert run(model.engine, requests) == wanted[:6]
     assert {(3, 8), (3, 16)} <= seen

@@ -22,7 +22,7 @@ from earlyfusion.engine.static.grammars import MAX_GRAMMARS, Grammars
 from earlyfusion.engine.static.rows import Rows
 from earlyfusion.engine.static.step import Kind
 from earlyfusion.generation.grammar import Grammar
-from earlyfusion.generation.reference import draw_tokens, generate
+from earlyfusion.generation.reference import generate, generate_tokens
 from earlyfusion.generation.request import Finished, Request
 from earlyfusion.kernels.decode import FP8
 from earlyfusion.model.transformer import Transformer
@@ -97,7 +97,7 @@ def drawn(engine: Engine, asked: list[Request], apart: list[int]) -> list[list[i
 
 def told(transformer: Transformer, processor: Processor, asked: Request) -> list[int]:
     """The tokens of the plain loop, up to a stop string."""
-    tokens = list(draw_tokens(transformer, processor, asked))
+    tokens = list(generate_tokens(transformer, processor, asked))
     if asked.sampling.stop is None:
         return tokens
     *_, last = generate(transformer, processor, asked)
@@ -224,14 +224,14 @@ def test_one_burst_draws_a_whole_row_of_an_image(
 ) -> None:
     """The host looks once for 32 codes of one request, and once for 16 of several."""
     lengths: list[int] = []
-    draw = Bursts.draw
+    sample = Bursts.sample
 
     def counted(self: Bursts, handles: Any, steps: int) -> list[list[int]]:
-        tokens = draw(self, handles, steps)
+        tokens = sample(self, handles, steps)
         lengths.append(max(map(len, tokens)))
         return tokens
 
-    monkeypatch.setattr(Bursts, "draw", counted)
+    monkeypatch.setattr(Bursts, "sample", counted)
     for number, expected in ((1, [32, 32]), (2, [16, 16, 16, 16])):
         lengths.clear()
         asked = [
@@ -246,7 +246,7 @@ def test_crowds_of_the_largest_bucket_and_beyond(
     transformer: Transformer, processor: Processor, number: int
 ) -> None:
     asked = [request(processor, seed % 3, "text", max_tokens=5) for seed in range(number)]
-    wanted = [list(draw_tokens(transformer, processor, one)) for one in asked[:3]]
+    wanted = [list(generate_tokens(transformer, processor, one)) for one in asked[:3]]
     engine = Engine(transformer, processor, static=True, chunk=10_000)  # all begin together
     got = drawn(engine, asked, [0] * number)
     assert got == [wanted[which % 3] for which in range(number)]
@@ -261,7 +261,7 @@ def test_rows_freeze_where_their_blocks_end(
     """A frozen row writes where nobody reads, while the others go on."""
     monkeypatch.setattr(Scheduler, "grow", lambda *_: None)
     asked = [request(processor, seed, "text", max_tokens=90) for seed in range(5)]
-    wanted = [list(draw_tokens(transformer, processor, one)) for one in asked]
+    wanted = [list(generate_tokens(transformer, processor, one)) for one in asked]
     assert drawn(Engine(transformer, processor, static=True), asked, [0] * 5) == wanted
 
 
@@ -289,7 +289,7 @@ def test_captured_steps_equal_called_ones(processor: Processor) -> None:
         request(processor, seed, "interleaved", seed % 2 == 1, max_tokens=70) for seed in range(8)
     ]
     asked += [request(processor, seed, "image", seed % 2 == 1, **GREEDY) for seed in range(4)]
-    wanted = [list(draw_tokens(transformer, processor, one)) for one in asked]
+    wanted = [list(generate_tokens(transformer, processor, one)) for one in asked]
     assert drawn(engine, asked, [0] * 12) == wanted
     before = torch.cuda.memory_stats()["num_device_alloc"]
     assert drawn(engine, asked, [0] * 12) == wanted

@@ -26,7 +26,7 @@ from earlyfusion import (
     TokenDrawn,
     WeightsError,
 )
-from earlyfusion.generation.reference import draw_tokens, generate
+from earlyfusion.generation.reference import generate, generate_tokens
 from earlyfusion.generation.request import Event, Request
 from earlyfusion.generation.steering import Words
 from earlyfusion.image_tokenizer import ImageTokenizer
@@ -214,7 +214,7 @@ def test_allowed_words_are_all_that_text_holds(model: Chameleon) -> None:
     for seed in range(8):
         settings = SamplingParams(max_tokens=60, allowed_words=words, temperature=2.0)
         request = model.request("x", "text", settings, seed)
-        tokens = list(draw_tokens(model.transformer, model.processor, request))
+        tokens = list(generate_tokens(model.transformer, model.processor, request))
         reply = model.generate("x", "text", settings, seed)
         if reply.finish_reason == "stop":
             assert shape.fullmatch(reply.text), reply.text

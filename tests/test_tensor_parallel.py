@@ -25,7 +25,7 @@ from earlyfusion.engine.engine import Engine
 from earlyfusion.engine.peers import Peers, from_tensors, to_tensors
 from earlyfusion.engine.tensor_parallel import shard_config, shard_tensor, split
 from earlyfusion.errors import SettingError
-from earlyfusion.generation.reference import draw_tokens
+from earlyfusion.generation.reference import generate_tokens
 from earlyfusion.model.quantise import pack, unpack
 from earlyfusion.model.transformer import Transformer
 from earlyfusion.processor import Processor
@@ -222,7 +222,7 @@ def test_static_steps_of_two_processes_equal_the_plain_loop(
     asked = CASES["static"]
     assert isinstance(asked, Case)
     whole, found = asked.model(processor), read(two / "static" / "tokens.json")
-    wanted = [list(draw_tokens(whole, processor, one)) for one in asked.asked(processor)]
+    wanted = [list(generate_tokens(whole, processor, one)) for one in asked.asked(processor)]
     assert found[:-1] == wanted[:-1] and found[-1] == wanted[-1][: len(found[-1])]
 
 

@@ -23,7 +23,7 @@ from earlyfusion.bench.harness import OURS, Row
 from earlyfusion.bench.shapes import SHAPES, random_transformer
 from earlyfusion.content import Image
 from earlyfusion.engine.cache import has_fp8
-from earlyfusion.generation.reference import draw_tokens
+from earlyfusion.generation.reference import generate_tokens
 from earlyfusion.generation.settings import SamplingParams
 from earlyfusion.kernels import decode
 from earlyfusion.kernels.decode import Angles, HeadNorms, LayerBlocks
@@ -172,7 +172,7 @@ def _replies(settings: Settings) -> Iterator[Row]:
     ]
     for what, prompt, output, sampling in asked[: 2 if settings.rehearses else None]:
         request = here.request(prompt, output, sampling, seed=1)
-        wanted = list(draw_tokens(here.transformer, here.processor, request))
+        wanted = list(generate_tokens(here.transformer, here.processor, request))
         handle = there.engine.add(there.request(prompt, output, sampling, seed=1))
         while not handle.finished:
             there.engine.step()

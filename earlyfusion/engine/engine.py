@@ -21,11 +21,11 @@ from earlyfusion.devices import dtype_name, is_out_of_memory
 from earlyfusion.engine.blocks import BLOCK_SIZE, BlockPool
 from earlyfusion.engine.cache import DTYPES, PagedCache, cache_size, check_fp8
 from earlyfusion.engine.cache import cache_dtype as dtype_of_cache
-from earlyfusion.engine.draw import INVALID_TOKEN
 from earlyfusion.engine.handle import Handle, max_branches
 from earlyfusion.engine.module_tree import CLASSES
 from earlyfusion.engine.peers import peers_of
 from earlyfusion.engine.runner import ModelRunner
+from earlyfusion.engine.sampling import INVALID_TOKEN
 from earlyfusion.engine.scheduler import Scheduler
 from earlyfusion.engine.tensor_parallel import LeadingRunner
 from earlyfusion.errors import (
@@ -52,13 +52,13 @@ class Engine:
 
     `cache_bytes` is the size of the cache (default: a share of the free memory, see `cache_size`).
     A prompt with its reply has at most `context_tokens` tokens (default: the model's limit). A step
-    reads at most `chunk` tokens of prompts beside one request that draws, more beside several, and
-    four times as many if none draws (default: 64 on a CPU, 512 on a GPU; see `Scheduler`). At most
-    `most_running` requests run at once. `cache_dtype` is the dtype of keys and values: "fp32",
-    "bf16", "int8", or on newer GPUs "fp8" (default: the model's).
-    With `static`, steps that read no prompt draw several tokens at a time (default: on a CUDA
-    device, where these steps are captured graphs). `adapters` maps names that requests may ask for
-    to transformers with other weights in their layers. Raises `SettingError`.
+    reads at most `chunk` tokens of prompts beside one request that samples, more beside several,
+    and four times as many if none samples (default: 64 on a CPU, 512 on a GPU; see `Scheduler`). At
+    most `most_running` requests run at once. `cache_dtype` is the dtype of keys and values: "fp32",
+    "bf16", "int8", or on newer GPUs "fp8" (default: the model's). With `static`, steps that read no
+    prompt sample several tokens at a time (default: on a CUDA device, where these steps are
+    captured graphs). `adapters` maps names that requests may ask for to transformers with other
+    weights in their layers. Raises `SettingError`.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Engine:
             if fingerprint(self._models) != self._fingerprint:
                 self._load()
             grammar = self.grammar(request.stops, request.layout)
-            self.runner.drawer.allow(grammar)
+            self.runner.sampler.allow(grammar)
             on_cancel = self._cancelled.append
             handle = Handle(request, self.processor, grammar, priority, self._wait, on_cancel)
             if not handle.finished:
@@ -181,13 +181,13 @@ class Engine:
             steps = self.runner.burst_length(plan, handles)
             if steps > 1:
                 self._scheduler.grow(plan.ready, steps)
-            drawn = self.runner.run(plan, handles, steps)
+            sampled = self.runner.run(plan, handles, steps)
         except BaseException as error:
             if is_out_of_memory(error) and self._scheduler.running:
                 return self._abort_newest(error)
             self._abort_all(error)
             raise
-        for handle, tokens in zip(handles, drawn, strict=True):
+        for handle, tokens in zip(handles, sampled, strict=True):
             if INVALID_TOKEN in tokens:
                 self._abort(handle, WeightsError(NOT_FINITE))
                 continue
@@ -275,7 +275,7 @@ class Engine:
         self._scheduler.chunk = sys.maxsize if whole else self._chunk
         for handle in self._handles.values():
             handle.grammar_state.grammar = self.grammar(handle.request.stops, handle.request.layout)
-            self.runner.drawer.allow(handle.grammar_state.grammar)
+            self.runner.sampler.allow(handle.grammar_state.grammar)
         # After the runner is built, which may replace parameters by views of fused ones.
         self._fingerprint = fingerprint(self._models)
         # Keep the modules alive: the fingerprint contains their ids, which Python would reuse.

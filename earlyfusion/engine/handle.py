@@ -17,7 +17,7 @@ from earlyfusion.generation.jacobi import Window
 from earlyfusion.generation.lookup import Lookup
 from earlyfusion.generation.request import Event, Finished, Request, TokenLogprob
 from earlyfusion.generation.settings import (
-    DrawSettings,
+    ModalitySettings,
     guidance_weights,
     image_settings,
     seed_of,
@@ -26,7 +26,7 @@ from earlyfusion.generation.settings import (
 from earlyfusion.generation.steering import Steering
 from earlyfusion.processor import Processor
 
-_UNIFORMS = 64  # drawn in one call, which gives the same numbers as 64 calls
+_UNIFORMS = 64  # generated in one call, which gives the same numbers as 64 calls
 _NUMBERS = count()
 
 
@@ -34,8 +34,8 @@ class Handle:
     """A request in the engine. Iterating over it gives its events as they come, and drives the
     engine while there are none. The scheduler sees it as an `Entry`. `branches` are in the order
     full, image-only, unconditional; a condition that cancels out has no branch. `positions` is the
-    number of tokens in the next draw: one, and one more behind each draft. A draw with `steering`
-    sets `logprob`, or the `error` that ends the request."""
+    number of tokens in the next sampling: one, and one more behind each draft. Sampling with
+    `steering` sets `logprob`, or the `error` that ends the request."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class Handle:
         self._lookup = Lookup(lookup) if lookup else None
         self.drafts: Sequence[int] = ()
         self._wait, self._on_cancel = wait, on_cancel
-        self._plan_draw()
+        self._plan_sampling()
 
     def __iter__(self) -> Iterator[Event]:
         try:
@@ -97,7 +97,7 @@ class Handle:
 
     @property
     def uniforms(self) -> list[float]:
-        """Numbers in [0, 1) for the next draws, one per position; each token has its own."""
+        """Numbers in [0, 1) for the next tokens, one per position; each token has its own."""
         return self._uniforms.of(len(self.tokens), self.positions)
 
     def next_uniforms(self, count: int) -> list[float]:
@@ -105,23 +105,23 @@ class Handle:
         return self._uniforms.of(len(self.tokens), count)
 
     @property
-    def settings(self) -> DrawSettings:
+    def settings(self) -> ModalitySettings:
         return self._image_settings if self.grammar_state.in_image else self._text_settings
 
     @property
-    def both_settings(self) -> tuple[DrawSettings, DrawSettings]:
+    def both_settings(self) -> tuple[ModalitySettings, ModalitySettings]:
         """The settings of text, and of codes."""
         return self._text_settings, self._image_settings
 
     @property
-    def draws_from_logits_alone(self) -> bool:
+    def needs_only_logits(self) -> bool:
         """Whether the next token needs nothing but its logits: no drafts and no steering."""
         guesses = self._lookup is not None and not self.grammar_state.in_image
         return self.steering is None and not self.drafts and self.window is None and not guesses
 
     @property
     def changes_at_image(self) -> tuple[bool, bool]:
-        """Whether the way tokens are drawn changes when an image begins, and when it ends."""
+        """Whether the way tokens are sampled changes when an image begins, and when it ends."""
         steered = self._steering is not None
         at_begin = steered or bool(self.request.sampling.jacobi)
         at_begin = at_begin or max_branches(self.request) > 1
@@ -135,7 +135,7 @@ class Handle:
         return (full, others[0], others[-1]) if others else (full, full, full)
 
     def accept(self, tokens: Sequence[int]) -> list[Branch]:
-        """Accept drawn tokens, and those that the grammar forces after them. Returns the branches
+        """Accept sampled tokens, and those that the grammar forces after them. Returns the branches
         that have ended, whose blocks can be released."""
         if self.error is not None:
             self.finished = True
@@ -153,11 +153,11 @@ class Handle:
         # A stop string may have ended the reply before the last of these tokens.
         for branch in before:
             branch.num_read = min(branch.num_read, len(branch.tokens))
-        self._plan_draw()
+        self._plan_sampling()
         return [] if self.branches is before else [b for b in before if b not in self.branches]
 
     def _verified(self, tokens: Sequence[int]) -> list[int]:
-        """The tokens, of those drawn at all positions, that follow final tokens only."""
+        """The tokens, of those sampled at all positions, that follow final tokens only."""
         if self.window is not None:
             return self.window.accept(tokens, self.grammar_state.codes_left)
         for number, (new, guess) in enumerate(zip(tokens, self.drafts, strict=False)):
@@ -165,8 +165,8 @@ class Handle:
                 return list(tokens[: number + 1])
         return list(tokens)
 
-    def _plan_draw(self) -> None:
-        """Accept forced tokens up to the next token that must be drawn, and plan its draw."""
+    def _plan_sampling(self) -> None:
+        """Accept forced tokens up to the next token that must be sampled, and plan its sampling."""
         # A forced token needs no logits, but uses up its uniform number, as in the plain loop.
         while not self.finished and (token := self.grammar_state.forced) is not None:
             self._append(token)

@@ -1,4 +1,5 @@
-"""One step on the device: the tokens of a plan through the transformer, then a draw per request.
+"""One step on the device: the tokens of a plan through the transformer, then sampling for each
+request.
 
 A back end runs the transformer: on a CPU compiled code (`backends/cpu.py`); elsewhere, or without a
 compiler, fused products in torch (`backends/torch.py`). If somebody has put hooks or other modules
@@ -18,9 +19,9 @@ from earlyfusion.engine.backends.interface import Backend
 from earlyfusion.engine.backends.modules import CalledTransformer
 from earlyfusion.engine.backends.torch import FusedTransformer
 from earlyfusion.engine.cache import PagedCache, cache_dtype
-from earlyfusion.engine.draw import Drawer
 from earlyfusion.engine.handle import Handle
 from earlyfusion.engine.module_tree import check_blocks, is_plain
+from earlyfusion.engine.sampling import TokenSampler
 from earlyfusion.engine.scheduler import Plan, Step
 from earlyfusion.engine.static.bursts import Bursts, uses_bursts
 from earlyfusion.generation.grammar import Grammar
@@ -30,7 +31,7 @@ from earlyfusion.model.transformer import Transformer
 
 
 class ModelRunner:
-    """Owns the cache, the back end and the drawer; `run` is a whole step. The cache has `blocks`
+    """Owns the cache, the back end and the sampler; `run` is a whole step. The cache has `blocks`
     blocks, for sequences of at most `length` tokens, with the dtype that `dtype_name` names (None:
     the model's). With `static`, steps may run in bursts (None: on a CUDA device). `adapters` are
     models with other weights in their layers, by name."""
@@ -59,7 +60,7 @@ class ModelRunner:
             make = _backend if all(map(is_plain, models.values())) else _module_backend
             backends = {n: make(m, self._cache, not static) for n, m in models.items()}
             self.backend: Backend = ByAdapter(backends) if adapters else backends[""]
-            self.drawer = Drawer(self.backend, grammar, self.device)
+            self.sampler = TokenSampler(self.backend, grammar, self.device)
             self.bursts: Bursts | None = None
             fused = {
                 name: (models[name], backend)
@@ -75,18 +76,18 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, plan: Plan, handles: Sequence[Handle], burst_length: int = 0) -> list[list[int]]:
-        """Read the pieces of a plan, and draw for the handles that are ready. Returns the tokens of
-        each handle: one per position of its window, or up to `burst_length`. `INVALID_TOKEN` stands
-        for a token whose logits are not finite."""
+        """Read the pieces of a plan, and sample for the handles that are ready. Returns the tokens
+        of each handle: one per position of its window, or up to `burst_length`. `INVALID_TOKEN`
+        stands for a token whose logits are not finite."""
         for copied in plan.copies:
             self._cache.copy(copied)
         if not plan.pieces:
             return []
         if self.bursts is not None and burst_length:
-            return self.bursts.draw(handles, burst_length)
+            return self.bursts.sample(handles, burst_length)
         step = Step(plan.pieces)
         x_RD = self.backend.hidden_states(step)
-        return self.drawer.draw(x_RD, step, handles) if handles else []
+        return self.sampler.sample(x_RD, step, handles) if handles else []
 
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> int:
         """As `Engine.warm_up`."""

@@ -20,7 +20,7 @@ from earlyfusion.engine.blocks import BlockPool, Branch, Copy
 from earlyfusion.errors import SettingError
 
 PREFILL_ONLY_FACTOR = 4
-"""A step in which no request draws reads this many times `chunk` tokens of prompts."""
+"""A step in which no request samples reads this many times `chunk` tokens of prompts."""
 _CHEAP_ROWS = 8
 """The number of rows up to which a step takes about as long as one row, as it must read all
 weights."""
@@ -67,7 +67,8 @@ class Piece(NamedTuple):
 
 @dataclass
 class Plan:
-    """One step: the copies, in order; then all pieces at once; then a draw for each of `ready`."""
+    """One step: the copies, in order; then all pieces at once; then sampling for each of
+    `ready`."""
 
     copies: list[Copy] = field(default_factory=list)
     pieces: list[Piece] = field(default_factory=list)
@@ -101,8 +102,8 @@ class Step:
 
 class Scheduler:
     """Shares the blocks of the cache among at most `most_running` requests. A step in which one
-    request draws reads at most `chunk` tokens of prompts, so that this request does not wait long.
-    A step in which several draw, or none, may read more (`_prompt_budget`)."""
+    request samples reads at most `chunk` tokens of prompts, so that this request does not wait
+    long. A step in which several sample, or none, may read more (`_prompt_budget`)."""
 
     def __init__(self, pool: BlockPool, chunk: int, most_running: int = 256) -> None:
         if chunk < 2 or most_running < 1:
@@ -165,18 +166,18 @@ class Scheduler:
         """The most tokens of prompts that the next step reads; `unread` are the numbers of unread
         tokens of the running requests.
 
-        The budget grows with the rows that are drawn, which make the step longer anyway, and with
-        the requests that wait for their first token for each one that draws. It depends on counts
+        The budget grows with the rows that are sampled, which make the step longer anyway, and with
+        the requests that wait for their first token for each one that samples. It depends on counts
         only, not on time, so that the same requests are always read in the same pieces.
         """
         requests = zip(self.running, unread, strict=True)
-        drawing = [entry for entry, number in requests if number == len(entry.branches)]
-        if not drawing:
+        sampling = [entry for entry, number in requests if number == len(entry.branches)]
+        if not sampling:
             return PREFILL_ONLY_FACTOR * self.chunk
-        rows = sum(len(entry.branches) * (1 + len(entry.drafts)) for entry in drawing)
-        waiting = max(len(self.running) - len(drawing), len(drawing))
-        # chunk * (1 + (rows - 1) / _STEP_ROWS) * (waiting / drawing), in whole numbers.
-        budget = self.chunk * (_CHEAP_ROWS + rows - 1) * waiting // (_CHEAP_ROWS * len(drawing))
+        rows = sum(len(entry.branches) * (1 + len(entry.drafts)) for entry in sampling)
+        waiting = max(len(self.running) - len(sampling), len(sampling))
+        # chunk * (1 + (rows - 1) / _STEP_ROWS) * (waiting / sampling), in whole numbers.
+        budget = self.chunk * (_CHEAP_ROWS + rows - 1) * waiting // (_CHEAP_ROWS * len(sampling))
         return min(budget, PREFILL_ONLY_FACTOR * self.chunk)
 
     def _size(self, entry: Entry, branch: Branch) -> int:

@@ -4,16 +4,16 @@
 
 A shard is an ordinary `Transformer` with fewer heads and a narrower feed-forward (`ShardConfig`).
 Two of its outputs per block are summed over all shards. So everything that reads a config or a
-module (cache, back end, rounding to fewer bits) takes a shard as it is. Queries are cut by heads,
+module (cache, back end, rounding to fewer bits) takes a shard as it is. Queries are split by heads,
 with their norms. So are keys and values; where these have fewer heads than there are processes,
 several processes hold the same ones.
 
-Embedding and head are in the first process only, and not cut. It runs the scheduler, embeds the
-tokens, broadcasts the result, and draws from its own logits. The others know the positions of
+Embedding and head are in the first process only, and not split. It runs the scheduler, embeds the
+tokens, broadcasts the result, and samples from its own logits. The others know the positions of
 tokens but not the tokens, so they cannot decide anything differently. The first process reads more
-weights than it would of a cut head: in a step with one row, 0.5% of all bytes in an image, whose
+weights than it would of a split head: in a step with one row, 0.5% of all bytes in an image, whose
 codes are an eighth of the vocabulary, and 4% in text (7B on two, 34B on four; 1% and 10% for 34B on
-eight). But with a cut head each step would have to gather logits.
+eight). But with a split head each step would have to gather logits.
 
 Shapes: T tokens of a step, D model width, N query heads, K key and value heads, H head width.
 """
@@ -322,7 +322,7 @@ def follow(shard: Transformer, peers: Peers) -> None:
 
 
 class _Follower:
-    """The part of a runner without the draw: back end and cache."""
+    """The part of a runner without the sampling: back end and cache."""
 
     def __init__(
         self,

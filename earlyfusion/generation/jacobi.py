@@ -1,20 +1,20 @@
 """Speculative Jacobi decoding: several codes of an image in one pass, from the same distribution.
 
 A window holds drafts of the next codes. One pass reads all of them and gives, at each position, a
-new distribution of the next code given all codes before it. A draft that was drawn from an `old`
-distribution is kept with probability min(1, new / old); otherwise it is drawn again from the
-positive part of new - old. So each position holds a draw from its newest distribution. The codes up
+new distribution of the next code given all codes before it. A draft that was sampled from an `old`
+distribution is kept with probability min(1, new / old); otherwise it is sampled again from the
+positive part of new - old. So each position holds a sample of its newest distribution. The codes up
 to and including the first that changed follow final codes only: they are final, distributed as if
-drawn one at a time. The others are the drafts of the next pass. With temperature 0 a draft is kept
-if it is the likeliest code, and the codes equal those drawn one at a time.
+sampled one at a time. The others are the drafts of the next pass. With temperature 0 a draft is
+kept if it is the likeliest code, and the codes equal those sampled one at a time.
 
 The rule is that of speculative sampling, used as in Teng et al., "Accelerating Auto-regressive
 Text-to-Image Generation with Training-free Speculative Jacobi Decoding" (arXiv 2410.01699), with
-one change: the paper draws afresh behind the first draft that changes; here the rule decides at all
-positions, which changes fewer drafts per pass.
+one change: the paper samples afresh behind the first draft that changes; here the rule decides at
+all positions, which changes fewer drafts per pass.
 
 Why it is exact: a position depends on the positions before it and on its own random numbers. Given
-the former, each pass turns a draw from one known distribution into a draw from the next. Once the
+the former, each pass turns a sample of one known distribution into a sample of the next. Once the
 positions before it are final, its newest distribution is the model's own.
 """
 
@@ -52,7 +52,7 @@ class Window:
         return len(self.drafts) + 1
 
     def uniforms(self) -> list[tuple[float, float]]:
-        """Per position, a number that decides whether to keep the draft, and one to draw with."""
+        """Per position, a number that decides whether to keep the draft, and one to sample with."""
         return [(a, b) for a, b in self._numbers.random((self.positions, 2)).tolist()]
 
     def accept(self, tokens: Sequence[int], codes_left: int) -> list[int]:
@@ -70,8 +70,10 @@ class Window:
         return list(tokens[:final])
 
 
-def draw(windows: Sequence[Window], columns: Sequence[Sequence[int]], logits_RV: Tensor) -> Tensor:
-    """The columns drawn at all positions of these windows. `columns` are those of the windows'
+def sample(
+    windows: Sequence[Window], columns: Sequence[Sequence[int]], logits_RV: Tensor
+) -> Tensor:
+    """The columns sampled at all positions of these windows. `columns` are those of the windows'
     drafts. Temperature and truncation are already applied to the logits."""
     new_RV = logits_RV.double().softmax(-1)
     device = new_RV.device
@@ -89,31 +91,32 @@ def draw(windows: Sequence[Window], columns: Sequence[Sequence[int]], logits_RV:
 def draft_distributions(
     windows: Sequence[Window], columns: Sequence[Sequence[int]], like_RV: Tensor
 ) -> Tensor:
-    """The distributions [R, V] that these windows' drafts were drawn from; 0 without a draft.
+    """The distributions [R, V] that these windows' drafts were sampled from; 0 without a draft.
     `like_RV` gives dtype, device and size."""
     old_RV = torch.zeros_like(like_RV)
     rows, certain, start = list[int](), list[int](), 0
     for window, drafts in zip(windows, columns, strict=True):
-        drawn = 0 if window.old_WV is None else min(len(window.old_WV), len(drafts))
-        if window.old_WV is not None and drawn:
-            old_RV[start : start + drawn] = window.old_WV[:drawn]
+        known = 0 if window.old_WV is None else min(len(window.old_WV), len(drafts))
+        if window.old_WV is not None and known:
+            old_RV[start : start + known] = window.old_WV[:known]
         # The other drafts repeat the last token.
-        rows += range(start + drawn, start + len(drafts))
-        certain += drafts[drawn:]
+        rows += range(start + known, start + len(drafts))
+        certain += drafts[known:]
         start += window.positions
     old_RV[rows, certain] = 1
     return old_RV
 
 
 def resample(draft_R: Tensor, old_RV: Tensor, new_RV: Tensor, uniform_R2: Tensor) -> Tensor:
-    """Draws from `new_RV` that equal as many as possible of the drafts, which were drawn from
+    """Samples from `new_RV` that equal as many as possible of the drafts, which were sampled from
     `old_RV`. A row without a draft has `NO_DRAFT`, and zeros in `old_RV`."""
     column_R1 = draft_R.clamp(min=0)[:, None]
     new_R, old_R = new_RV.gather(-1, column_R1)[:, 0], old_RV.gather(-1, column_R1)[:, 0]
     # uniform < new / old, without the division: old may be 0.
     keep_R = (draft_R != NO_DRAFT) & (uniform_R2[:, 0] * old_R < new_R)
     residual_RV = (new_RV - old_RV).clamp(min=0)
-    # Two nearly equal distributions may have a residual of zeros, from which nothing can be drawn.
+    # Two nearly equal distributions may have a residual of zeros, from which nothing can be
+    # sampled.
     is_zero_R1 = residual_RV.sum(-1, keepdim=True) == 0
-    drawn_R = invert_cdf(torch.where(is_zero_R1, new_RV, residual_RV), uniform_R2[:, 1])
-    return torch.where(keep_R, draft_R, drawn_R)
+    sampled_R = invert_cdf(torch.where(is_zero_R1, new_RV, residual_RV), uniform_R2[:, 1])
+    return torch.where(keep_R, draft_R, sampled_R)

@@ -1,9 +1,9 @@
 """Prompt lookup: the next tokens of text are guessed from earlier text of the same sequence.
 
 If the last tokens have occurred before, those that followed them then are read behind the newest
-token, all in one step. Each position is drawn with the uniform number that it would have anyway. Up
-to the first wrong guess, and including the token drawn in its place, the tokens equal those drawn
-one at a time; the rest is thrown away. So the reply is the same with and without lookup.
+token, all in one step. Each position is sampled with the uniform number that it would have anyway.
+Up to the first wrong guess, and including the token sampled in its place, the tokens equal those
+sampled one at a time; the rest is thrown away. So the reply is the same with and without lookup.
 
 The idea is prompt lookup decoding, an n-gram form of speculative decoding (Leviathan et al., "Fast
 Inference from Transformers via Speculative Decoding", arXiv 2211.17192).

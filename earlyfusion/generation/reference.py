@@ -1,10 +1,10 @@
 """The plain loop that defines what is correct: one request, one token at a time. The engine must
-draw the same tokens.
+sample the same tokens.
 
-`draw_tokens` gives the tokens of a reply, `generate` its events. The reader of the whole history
-keeps its cache through every change of modality. A guided image opens readers for the other
+`generate_tokens` gives the tokens of a reply, `generate` its events. The reader of the whole
+history keeps its cache through every change of modality. A guided image opens readers for the other
 conditions where it begins, and drops them where it ends. With `jacobi`, several codes of an image
-are drawn at a time (generation/jacobi.py).
+are sampled at a time (generation/jacobi.py).
 """
 
 # Shapes: B rows (one here), T tokens, W positions of a window of codes, V vocabulary.
@@ -28,7 +28,7 @@ from earlyfusion.generation.sampler import (
     NOT_FINITE,
     Sampler,
     SamplingTensors,
-    can_draw,
+    can_sample,
     generator,
     uniforms,
     warp,
@@ -46,8 +46,8 @@ def generate(transformer: Transformer, processor: Processor, request: Request) -
     grammar = _grammar(transformer, processor, request)
     grammar_state = GrammarState(grammar, request.output, request.max_images, request.max_tokens)
     event_builder = EventBuilder(processor, request, grammar_state)
-    with closing(_draw_with_logprobs(transformer, processor, request)) as drawn:
-        for token, logprob in drawn:
+    with closing(_generate_with_logprobs(transformer, processor, request)) as tokens:
+        for token, logprob in tokens:
             yield from event_builder.push(token, logprob)
             if event_builder.ended:
                 break
@@ -55,22 +55,22 @@ def generate(transformer: Transformer, processor: Processor, request: Request) -
     yield from event_builder.finish()
 
 
-def draw_tokens(
+def generate_tokens(
     transformer: Transformer, processor: Processor, request: Request
 ) -> Generator[int, None, None]:
     """The new tokens of one reply, including marks and the closing stop token."""
-    with closing(_draw_with_logprobs(transformer, processor, request)) as drawn:
-        for token, _ in drawn:
+    with closing(_generate_with_logprobs(transformer, processor, request)) as tokens:
+        for token, _ in tokens:
             yield token
 
 
 @torch.inference_mode()
-def _draw_with_logprobs(
+def _generate_with_logprobs(
     transformer: Transformer, processor: Processor, request: Request
 ) -> Generator[tuple[int, TokenLogprob | None], None, None]:
     run = Run(transformer, processor, request)
     while not run.done:
-        tokens = run.draw()
+        tokens = run.sample()
         for token in tokens:
             yield token, run.logprob
         run.read(tokens)
@@ -146,33 +146,35 @@ class Run:
     def done(self) -> bool:
         return bool(self._grammar.done(self._state))
 
-    def draw(self) -> list[int]:
+    def sample(self) -> list[int]:
         """The next tokens: one, or those that a window of codes settles."""
         logits_WV = guidance.combine_needed(self.logits, *self._guidance)
         allowed_BV = self._grammar.mask(self._state)
-        if not can_draw(logits_WV.masked_fill(~allowed_BV, NEG_INF)).all():
+        if not can_sample(logits_WV.masked_fill(~allowed_BV, NEG_INF)).all():
             raise WeightsError(NOT_FINITE)
-        # Each token uses up one number, even if it is forced or drawn in a window, so that later
+        # Each token uses up one number, even if it is forced or sampled in a window, so that later
         # text gets the same numbers in all cases.
         uniform_B = uniforms([self._generator]).to(self._seen_BV.device)
         if self._sampling.jacobi and self._codes_left:
-            tokens = self._draw_codes(logits_WV.masked_fill(~allowed_BV, NEG_INF))
+            tokens = self._sample_codes(logits_WV.masked_fill(~allowed_BV, NEG_INF))
             for _ in tokens[1:]:
                 uniforms([self._generator])
         else:
-            tokens = self._draw_one(logits_WV, allowed_BV, uniform_B)
+            tokens = self._sample_one(logits_WV, allowed_BV, uniform_B)
         for token in tokens:
             self._state = self._grammar.advance(self._state, self._state.new_tensor([token]))
         return tokens
 
-    def _draw_one(self, logits_BV: Tensor, allowed_BV: Tensor, uniform_B: Tensor) -> list[int]:
+    def _sample_one(self, logits_BV: Tensor, allowed_BV: Tensor, uniform_B: Tensor) -> list[int]:
         # A token that the grammar forces is not steered and has no log-probability.
         steering = self._steering if int(allowed_BV.sum()) > 1 else None
         if steering is not None:
             logits_BV = steering.change(self._history, logits_BV[0], allowed_BV[0])[None]
         in_image_B = self._grammar.in_image(self._state)
-        drawn_B = self._sampler.draw(logits_BV, allowed_BV, self._seen_BV, in_image_B, uniform_B)
-        [token] = drawn_B.tolist()
+        sampled_B = self._sampler.sample(
+            logits_BV, allowed_BV, self._seen_BV, in_image_B, uniform_B
+        )
+        [token] = sampled_B.tolist()
         full_V = self.logits["full"][0]
         self.logprob = None if steering is None else steering.logprob(full_V, token)
         return [token]
@@ -181,7 +183,7 @@ class Run:
     def _codes_left(self) -> int:
         return self._grammar.codes_ahead[int(self._state[0, SLOT])]
 
-    def _draw_codes(self, logits_WV: Tensor) -> list[int]:
+    def _sample_codes(self, logits_WV: Tensor) -> list[int]:
         if self._window is None:
             start = len(self._history) - self._prompt_length
             self._window = Window(self._sampling.jacobi or 0, self._seed, start)
@@ -190,16 +192,16 @@ class Run:
         if self._sampling.image_temperature == 0:
             return window.accept(logits_WV.argmax(-1).tolist(), left)
         settings = SamplingTensors.image([self._sampling] * window.positions, logits_WV.device)
-        tokens_W = jacobi.draw([window], [window.drafts], warp(logits_WV, settings))
+        tokens_W = jacobi.sample([window], [window.drafts], warp(logits_WV, settings))
         return window.accept(tokens_W.tolist(), left)
 
     def read(self, tokens: Sequence[int]) -> None:
-        """Read what was drawn, to get the logits of the next token."""
+        """Read what was sampled, to get the logits of the next token."""
         if self.done:
             return
         self._history += tokens
         self._seen_BV[:, tokens] = True
-        # begin_image is never drawn in a window, so it is the only token here.
+        # begin_image is never sampled in a window, so it is the only token here.
         opens = tokens[-1] == self._vocabulary.begin_image
         if opens or not self._grammar.in_image(self._state):
             self._readers, self._window = {"full": self._readers["full"]}, None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from earlyfusion.generation.settings import (
-    DrawSettings,
+    ModalitySettings,
     SamplingParams,
     image_settings,
     text_settings,
@@ -33,7 +33,7 @@ NOT_FINITE = (
 
 @dataclass(frozen=True)
 class SamplingTensors:
-    """`DrawSettings` as tensors, with an entry per row."""
+    """`ModalitySettings` as tensors, with an entry per row."""
 
     temperature_B: Tensor
     top_k_B: Tensor
@@ -43,7 +43,7 @@ class SamplingTensors:
 
     @classmethod
     def of(
-        cls, rows: Sequence[DrawSettings], device: torch.device | str = "cpu"
+        cls, rows: Sequence[ModalitySettings], device: torch.device | str = "cpu"
     ) -> SamplingTensors:
         temperature, top_k, top_p, min_p, penalty = zip(*rows, strict=True)
         floats = [
@@ -86,7 +86,7 @@ class Sampler:
             SamplingTensors.image(rows, device),
         )
 
-    def draw(
+    def sample(
         self,
         logits_BV: Tensor,
         allowed_BV: Tensor,
@@ -99,11 +99,11 @@ class Sampler:
         logits_BV = logits_BV.float().masked_fill(~allowed_BV, NEG_INF)
         logits_BV = penalise(logits_BV, seen_BV, settings.penalty_B)
         greedy_B = settings.temperature_B == 0
-        drawn_B = pick(warp(logits_BV, settings), uniform_B)
-        return torch.where(greedy_B, logits_BV.argmax(-1), drawn_B)
+        sampled_B = pick(warp(logits_BV, settings), uniform_B)
+        return torch.where(greedy_B, logits_BV.argmax(-1), sampled_B)
 
 
-def can_draw(logits_BV: Tensor) -> Tensor:
+def can_sample(logits_BV: Tensor) -> Tensor:
     """Whether a token can be sampled from each row: no NaN, no +inf, and not -inf only."""
     # amax is NaN if any entry is.
     return logits_BV.amax(-1).isfinite()

@@ -232,7 +232,7 @@ class SamplingParams:
         return tuple(self.stop or ())
 
 
-class DrawSettings(NamedTuple):
+class ModalitySettings(NamedTuple):
     """How one row is sampled in one modality: 0 turns `top_k` and `min_p` off, 1 the others."""
 
     temperature: float
@@ -242,18 +242,20 @@ class DrawSettings(NamedTuple):
     penalty: float
 
     @property
-    def cuts(self) -> bool:
+    def truncates(self) -> bool:
         """Whether any setting cuts off the tail of the distribution."""
         return self.top_k != 0 or self.top_p != 1 or self.min_p != 0
 
 
-def text_settings(p: SamplingParams) -> DrawSettings:
-    return DrawSettings(*_resolved(p.temperature, p.top_k, p.top_p, p.min_p, p.repetition_penalty))
+def text_settings(p: SamplingParams) -> ModalitySettings:
+    return ModalitySettings(
+        *_resolved(p.temperature, p.top_k, p.top_p, p.min_p, p.repetition_penalty)
+    )
 
 
-def image_settings(p: SamplingParams) -> DrawSettings:
+def image_settings(p: SamplingParams) -> ModalitySettings:
     # Meta's settings of images have neither min-p nor a penalty.
-    return DrawSettings(*_resolved(p.image_temperature, p.image_top_k, p.image_top_p, 0.0, 1.0))
+    return ModalitySettings(*_resolved(p.image_temperature, p.image_top_k, p.image_top_p, 0.0, 1.0))
 
 
 def guidance_weights(p: SamplingParams) -> tuple[float, float]:

@@ -222,7 +222,7 @@ class Words:
         return frozenset(rests_left)
 
     def _tokens_outside_words(
-        self, rests: frozenset[bytes] | None, begun: bool, drawn: bool
+        self, rests: frozenset[bytes] | None, begun: bool, image_done: bool
     ) -> Iterator[int]:
         """The tokens that allowed words forbid."""
         if rests is None:
@@ -240,7 +240,7 @@ class Words:
                 yield token
         # A stretch that has begun must end in a whole word before an image or the end.
         complete = b"" in rests
-        if not (complete or (drawn and not begun)):
+        if not (complete or (image_done and not begun)):
             yield from self._ends
         if not complete and begun:
             yield self._begin

@@ -32,9 +32,9 @@ _CACHE_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # `Format
 
 
 class Choice(NamedTuple):
-    """What one token is drawn from; pointers are addresses of rows of `columns` entries. The first
-    three are guidance's fp32 logits, all the same row without guidance. `blocked` (may not be
-    drawn) and `seen` (gets the penalty) are bools, or None. `text` and `image` are the scales of
+    """What one token is sampled from; pointers are addresses of rows of `columns` entries. The
+    first three are guidance's fp32 logits, all the same row without guidance. `blocked` (may not be
+    sampled) and `seen` (gets the penalty) are bools, or None. `text` and `image` are the scales of
     guidance."""
 
     full: int
@@ -132,13 +132,13 @@ class CpuStep:
 
         return product
 
-    def draw(self, choices: Sequence[Choice]) -> list[int]:
-        """The column drawn for each choice: guidance, mask, penalty, then `warp` and `pick`. At
+    def sample(self, choices: Sequence[Choice]) -> list[int]:
+        """The column sampled for each choice: guidance, mask, penalty, then `warp` and `pick`. At
         temperature 0, the largest. -1 if the logits are not finite."""
-        drawn = (ctypes.c_int64 * len(choices))()
+        columns = (ctypes.c_int64 * len(choices))()
         rows = (_Choice * len(choices))(*(_Choice(*choice) for choice in choices))
-        self._library.earlyfusion_draw(rows, len(choices), drawn, torch.get_num_threads())
-        return list(drawn)
+        self._library.earlyfusion_draw(rows, len(choices), columns, torch.get_num_threads())
+        return list(columns)
 
     def _described_layers(self, transformer: Transformer, bits: int) -> ctypes.Array[_Layer]:
         layers = (_Layer * transformer.config.num_hidden_layers)()

@@ -1,6 +1,6 @@
 """Adapters by name: one back end for each, on one cache. A step reads the rows of each adapter with
 that adapter's weights, one group after the other, so it costs as much as one step per group.
-Scheduler, cache and draw are shared."""
+Scheduler, cache and sampling are shared."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class ByAdapter:
         return self._own.needs_whole_prompts
 
     @property
-    def draw(self) -> Callable[[Sequence[Choice]], list[int]] | None:
-        return self._own.draw
+    def sample(self) -> Callable[[Sequence[Choice]], list[int]] | None:
+        return self._own.sample
 
     def hidden_states(self, step: Step) -> Tensor:
         groups: dict[str, list[Piece]] = {}

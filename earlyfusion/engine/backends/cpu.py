@@ -13,14 +13,14 @@ from earlyfusion.model.transformer import Transformer
 
 
 class CompiledTransformer:
-    """All layers, and the draw, in compiled code, which reads and writes the cache in place."""
+    """All layers, and the sampling, in compiled code, which reads and writes the cache in place."""
 
     needs_whole_prompts = False
 
     def __init__(self, transformer: Transformer, cache: PagedCache, bits: int) -> None:
         self._head = transformer.lm_head
         self._step = CpuStep(transformer, cache.kv_BL2KSH, cache.length, bits, cache.scales_BL2KS)
-        self.draw = self._step.draw
+        self.sample = self._step.sample
 
     def hidden_states(self, step: Step) -> Tensor:
         tables: list[int] = []

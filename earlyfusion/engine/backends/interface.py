@@ -1,5 +1,5 @@
-"""What a back end must do: run the transformer on the tokens of a step, and perhaps draw. Most use
-`head_product` and `vocab_logits` for the head."""
+"""What a back end must do: run the transformer on the tokens of a step, and perhaps sample. Most
+use `head_product` and `vocab_logits` for the head."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Backend(Protocol):
         """From `hidden_states` to fp32 logits of the whole vocabulary."""
 
     @property
-    def draw(self) -> Callable[[Sequence[Choice]], list[int]] | None:
-        """Draws a column per choice, -1 if its logits are not finite. None: torch draws."""
+    def sample(self) -> Callable[[Sequence[Choice]], list[int]] | None:
+        """Samples a column per choice, -1 if its logits are not finite. None: torch samples."""
 
 
 def head_product(head: nn.Module, ids_V: Tensor, product: Callable[[Tensor], Product]) -> Product:

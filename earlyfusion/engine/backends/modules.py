@@ -20,7 +20,7 @@ class CalledTransformer:
     """Its states are already logits of the whole vocabulary, as the head may be any module."""
 
     needs_whole_prompts = True
-    draw = None
+    sample = None
 
     def __init__(self, transformer: Transformer, cache: PagedCache) -> None:
         self._transformer, self._cache = transformer, cache

@@ -6,7 +6,7 @@ once for oneDNN, whose products of few rows are up to three times as fast as `F.
 unpacked if memory is short. Packed linear modules and PEFT's adapters are called as they are.
 """
 
-# Shapes: T tokens of a step, R of them drawn from, D model width, N query heads, K key and value
+# Shapes: T tokens of a step, R of them sampled from, D model width, N query heads, K key and value
 # heads, M = N + K, H head width, I inner width of the feed-forward, O x I a weight, P positions.
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class FusedTransformer:
     """Fused products in torch, on any device."""
 
     needs_whole_prompts = False
-    draw = None
+    sample = None
 
     def __init__(self, transformer: Transformer, cache: PagedCache) -> None:
         config, weight = transformer.config, transformer.lm_head.weight

@@ -16,8 +16,8 @@ import torch
 from earlyfusion.devices import free_bytes
 from earlyfusion.engine.backends.torch import FusedTransformer
 from earlyfusion.engine.cache import PagedCache
-from earlyfusion.engine.draw import INVALID_TOKEN
 from earlyfusion.engine.handle import Handle
+from earlyfusion.engine.sampling import INVALID_TOKEN
 from earlyfusion.engine.scheduler import Plan
 from earlyfusion.engine.static.followed import Burst
 from earlyfusion.engine.static.grammars import Grammars
@@ -69,14 +69,14 @@ class Bursts:
     def burst_length(self, plan: Plan, handles: Sequence[Handle]) -> int:
         """The number of steps for the handles of a plan; 0 if the plan needs another step.
 
-        A static step only reads one token of each branch, of requests that draw.
+        A static step only reads one token of each branch, of requests that sample.
         """
         rows = sum(len(handle.branches) for handle in handles)
         if not rows or rows != len(plan.pieces) or rows > BUCKETS[-1]:
             return 0
         if not all(piece.size == 1 for piece in plan.pieces):
             return 0
-        if not all(handle.draws_from_logits_alone for handle in handles):
+        if not all(handle.needs_only_logits for handle in handles):
             return 0
         if self._grammars.numbers_of(handle.grammar_state.grammar for handle in handles) is None:
             return 0
@@ -86,21 +86,22 @@ class Bursts:
             most = MAX_STEPS if len(handles) == 1 else SHARED_STEPS
         return min(most, max(handle.grammar_state.tokens_until_end for handle in handles))
 
-    def draw(self, handles: Sequence[Handle], steps: int) -> list[list[int]]:
-        """The next tokens of each handle, at most `steps`; `INVALID_TOKEN` if none could be drawn.
+    def sample(self, handles: Sequence[Handle], steps: int) -> list[list[int]]:
+        """The next tokens of each handle, at most `steps`; `INVALID_TOKEN` if none could be
+        sampled.
 
-        Requests of different adapters draw one group after the other.
+        Requests of different adapters are sampled one group after the other.
         """
         groups: dict[str, list[Handle]] = {}
         for handle in handles:
             groups.setdefault(handle.request.adapter, []).append(handle)
-        drawn: dict[int, list[int]] = {}
+        sampled: dict[int, list[int]] = {}
         for name, group in groups.items():
-            tokens = self._draw_group(name, group, steps)
-            drawn |= {handle.number: one for handle, one in zip(group, tokens, strict=True)}
-        return [drawn[handle.number] for handle in handles]
+            tokens = self._sample_group(name, group, steps)
+            sampled |= {handle.number: one for handle, one in zip(group, tokens, strict=True)}
+        return [sampled[handle.number] for handle in handles]
 
-    def _draw_group(self, adapter: str, handles: Sequence[Handle], steps: int) -> list[list[int]]:
+    def _sample_group(self, adapter: str, handles: Sequence[Handle], steps: int) -> list[list[int]]:
         numbers = self._grammars.numbers_of(handle.grammar_state.grammar for handle in handles)
         assert numbers is not None
         kind = Kind(_only_codes(handles), all(_is_greedy(handle) for handle in handles))
@@ -164,7 +165,7 @@ class Bursts:
 
 
 def uses_bursts(device: torch.device) -> bool:
-    """Whether models on this device draw in bursts."""
+    """Whether models on this device sample in bursts."""
     return device.type == "cuda"
 
 
@@ -177,8 +178,8 @@ def _is_greedy(handle: Handle) -> bool:
 
 
 def _before_freezing(tokens: list[int]) -> list[int]:
-    """The tokens drawn before the row froze. An `INVALID_TOKEN` behind others is left out: the next
-    burst draws it first."""
+    """The tokens sampled before the row froze. An `INVALID_TOKEN` behind others is left out: the
+    next burst samples it first."""
     end = tokens.index(FROZEN) if FROZEN in tokens else len(tokens)
-    drawn = tokens[:end]
-    return drawn[:-1] if INVALID_TOKEN in drawn[1:] else drawn
+    sampled = tokens[:end]
+    return sampled[:-1] if INVALID_TOKEN in sampled[1:] else sampled

@@ -1,6 +1,6 @@
 """Bursts of a model on several processes: the message of the first, and the steps of the others.
 
-Only the first process draws. The message of a burst holds the block tables of its rows. Each step
+Only the first process samples. The message of a burst holds the block tables of its rows. Each step
 then broadcasts tokens and positions (`layers.py`), so the host sends nothing during a burst.
 
 Shapes: R rows, W blocks of a table.

@@ -11,7 +11,7 @@ from earlyfusion.engine.static.layers import StaticLayers
 
 
 class Kind(NamedTuple):
-    """Kinds of steps, each with its own graph: rows that only draw codes read a small part of the
+    """Kinds of steps, each with its own graph: rows that only sample codes read a small part of the
     head, and greedy rows do not sort their logits."""
 
     only_codes: bool

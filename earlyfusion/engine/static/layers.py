@@ -2,7 +2,7 @@
 
 Every shape follows from the bucket alone, and no code depends on a value. If several processes
 share the model, each runs the step over its own heads and columns. The first process broadcasts its
-positions and embedded tokens within the step; the others need to know nothing else of the draws.
+positions and embedded tokens within the step; the others need to know nothing else of the sampling.
 
 Shapes: R rows, D model width, M = N + 2 K heads of queries, keys and values, H head width, W blocks
 of a table.

@@ -1,9 +1,9 @@
 """The rows of a burst of static steps: the host writes them before the burst and reads them after.
 
-Each branch of a request is a row. All rows of a request draw the same token, from the guided logits
-of its conditions, so each row has the numbers of those rows. A row freezes if the host must act
-first: at the end of the reply, when branches open or close, and when its blocks are full. A frozen
-row is still computed, and its results are ignored.
+Each branch of a request is a row. All rows of a request sample the same token, from the guided
+logits of its conditions, so each row has the numbers of those rows. A row freezes if the host must
+act first: at the end of the reply, when branches open or close, and when its blocks are full. A
+frozen row is still computed, and its results are ignored.
 
 Shapes: R rows of a bucket, I integers and F floats of a row, W blocks of a table, N steps of a
 burst, V vocabulary.
@@ -23,7 +23,7 @@ from earlyfusion.engine.cache import PagedCache
 from earlyfusion.engine.handle import Handle
 from earlyfusion.generation.grammar import Grammar
 from earlyfusion.generation.sampler import SamplingTensors
-from earlyfusion.generation.settings import DrawSettings
+from earlyfusion.generation.settings import ModalitySettings
 
 MAX_STEPS = 32
 FROZEN = -2
@@ -205,7 +205,7 @@ def branch_rows(
     return rows
 
 
-def _floats_of(settings: DrawSettings) -> tuple[float, float, float, float]:
+def _floats_of(settings: ModalitySettings) -> tuple[float, float, float, float]:
     return settings.temperature, settings.top_p, settings.min_p, settings.penalty
 
 

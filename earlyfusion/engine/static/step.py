@@ -1,9 +1,9 @@
 """One decode step, token to next token, over tensors of fixed shape: the host reads nothing.
 
-Embedding, layers (`layers.py`), head, guidance, grammar, cuts, draw, and the next state, for rows
-of text and of images together. Every shape follows from the bucket alone, and no code depends on a
-value, so the step can be captured as a CUDA graph; it also runs without, on any device. The tokens
-equal those of `generation/reference.py`.
+Embedding, layers (`layers.py`), head, guidance, grammar, truncation, sampling, and the next state,
+for rows of text and of images together. Every shape follows from the bucket alone, and no code
+depends on a value, so the step can be captured as a CUDA graph; it also runs without, on any
+device. The tokens equal those of `generation/reference.py`.
 
 Shapes: R rows, D model width, V vocabulary or codes.
 """
@@ -17,14 +17,14 @@ from torch import Tensor
 
 from earlyfusion.engine.backends.interface import vocab_logits
 from earlyfusion.engine.backends.torch import FusedTransformer
-from earlyfusion.engine.draw import INVALID_TOKEN
+from earlyfusion.engine.sampling import INVALID_TOKEN
 from earlyfusion.engine.static.grammars import Grammars
 from earlyfusion.engine.static.graphs import Kind
 from earlyfusion.engine.static.layers import StaticLayers
 from earlyfusion.engine.static.rows import FROZEN, Rows
 from earlyfusion.generation import guidance
 from earlyfusion.generation.grammar import SLOT
-from earlyfusion.generation.sampler import NEG_INF, can_draw, penalise, pick, warp
+from earlyfusion.generation.sampler import NEG_INF, can_sample, penalise, pick, warp
 from earlyfusion.model.transformer import Transformer
 
 
@@ -44,30 +44,30 @@ class StaticStep:
         self._codes_V, self._code_logits = codes_V, fused.product(codes_V)
 
     def run(self, rows: Rows, kind: Kind, adapter: str = "") -> None:
-        """Read each row's token, draw the next, and write it to `rows.tokens_NR`."""
+        """Read each row's token, sample the next, and write it to `rows.tokens_NR`."""
         layers = self._layers[adapter]
         x_RD = layers.hidden_states(rows.token_R, rows.position_R, rows.table_RW)
-        token_R, drawn_R = self._draw(rows, x_RD, kind)
-        self._advance(rows, token_R, drawn_R)
+        token_R, sampled_R = self._sample(rows, x_RD, kind)
+        self._advance(rows, token_R, sampled_R)
 
-    # ---- draw
+    # ---- sampling
 
-    def _draw(self, rows: Rows, x_RD: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
-        """The next token of each row, and whether it could be drawn."""
+    def _sample(self, rows: Rows, x_RD: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
+        """The next token of each row, and whether it could be sampled."""
         if kind.only_codes:
             logits_RV = self._guided_logits(rows, self._code_logits(x_RD).float())
         else:
             logits_RV = self._guided_logits(rows, vocab_logits(self._head, x_RD))
             allowed_RV = self._grammars.mask(rows.state_RF, rows.grammar_R)
             logits_RV = logits_RV.masked_fill(~allowed_RV, NEG_INF)
-        can_draw_R = can_draw(logits_RV)
-        logits_RV = torch.where(can_draw_R[:, None], logits_RV, 0)
+        can_sample_R = can_sample(logits_RV)
+        logits_RV = torch.where(can_sample_R[:, None], logits_RV, 0)
         column_R = self._columns(rows, logits_RV, kind)
         token_R = self._codes_V[column_R] if kind.only_codes else column_R
         forced_R = self._grammars.forced(rows.state_RF, rows.grammar_R)
         token_R = torch.where(forced_R >= 0, forced_R, token_R)
         full_R = rows.conditions.full_R
-        return token_R[full_R], (can_draw_R | (forced_R >= 0))[full_R]
+        return token_R[full_R], (can_sample_R | (forced_R >= 0))[full_R]
 
     def _guided_logits(self, rows: Rows, logits_RV: Tensor) -> Tensor:
         full_R, image_only_R, unconditional_R = rows.conditions
@@ -90,18 +90,18 @@ class StaticStep:
         if kind.greedy:
             return best_R
         uniform_R = rows.uniforms_NR.index_select(0, rows.step_1)[0]
-        drawn_R = pick(warp(logits_RV, settings), uniform_R)
-        return torch.where(settings.temperature_B == 0, best_R, drawn_R)
+        sampled_R = pick(warp(logits_RV, settings), uniform_R)
+        return torch.where(settings.temperature_B == 0, best_R, sampled_R)
 
     # ---- the next state
 
-    def _advance(self, rows: Rows, token_R: Tensor, drawn_R: Tensor) -> None:
+    def _advance(self, rows: Rows, token_R: Tensor, sampled_R: Tensor) -> None:
         before_RF, alive_R = rows.state_RF, rows.alive_R > 0
-        reported_R = torch.where(drawn_R, token_R, INVALID_TOKEN)
+        reported_R = torch.where(sampled_R, token_R, INVALID_TOKEN)
         reported_R = torch.where(alive_R, reported_R, FROZEN)
         rows.tokens_NR.index_copy_(0, rows.step_1, reported_R[None])
         rows.step_1.add_(1)
-        advances_R = alive_R & drawn_R
+        advances_R = alive_R & sampled_R
         after_RF = self._grammars.advance(before_RF, token_R, rows.grammar_R)
         slot_R, slot_before_R = after_RF[:, SLOT], before_RF[:, SLOT]
         ends_R = self._grammars.done(after_RF, rows.grammar_R)

@@ -1,11 +1,11 @@
-"""Tokens from the states of a step: guidance, grammar, penalty, cuts, draw.
+"""Tokens from the states of a step: guidance, grammar, penalty, truncation, sampling.
 
 The head is used in two parts, one for codes and one for text: each row is multiplied only with the
-part that it may draw from. Requests with equal settings are drawn together; each keeps its own
+part that it may sample from. Requests with equal settings are sampled together; each keeps its own
 uniform number, so the result is the same as alone.
 """
 
-# Shapes: B rows to draw (several per window of codes), R rows of states, V columns of a head, D
+# Shapes: B rows to sample (several per window of codes), R rows of states, V columns of a head, D
 # width of a state.
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from earlyfusion.generation.grammar import Grammar
 from earlyfusion.generation.sampler import (
     Sampler,
     SamplingTensors,
-    can_draw,
+    can_sample,
     penalise,
     pick,
     warp,
 )
-from earlyfusion.generation.settings import DrawSettings
+from earlyfusion.generation.settings import ModalitySettings
 from earlyfusion.generation.steering import Steering
 from earlyfusion.kernels.cpu_step import Choice
 
@@ -40,8 +40,8 @@ INVALID_TOKEN = -1
 """Stands for a token whose logits are not finite."""
 
 
-class DrawGroup(NamedTuple):
-    """Requests with equal values are drawn together."""
+class SamplingGroup(NamedTuple):
+    """Requests with equal values are sampled together."""
 
     in_image: bool
     greedy: bool
@@ -58,8 +58,8 @@ class Head:
         self.column_of = {token: column for column, token in enumerate(self.ids)}
 
 
-class Drawer:
-    """Draws for all requests of one model."""
+class TokenSampler:
+    """Samples for all requests of one model."""
 
     def __init__(self, backend: Backend, grammar: Grammar, device: torch.device) -> None:
         self._backend, self._device = backend, device
@@ -67,7 +67,9 @@ class Drawer:
         self._grammars = {grammar}
         self._allowed_text: dict[tuple[Grammar, bool], Tensor] = {}
         self._blocked_by_steering: dict[Handle, Tensor] = {}  # columns, in this step only
-        self._settings_cache: dict[DrawGroup, tuple[list[DrawSettings], SamplingTensors]] = {}
+        self._settings_cache: dict[
+            SamplingGroup, tuple[list[ModalitySettings], SamplingTensors]
+        ] = {}
         self._load_text_head(grammar.text_ids)
 
     @torch.no_grad()
@@ -86,27 +88,27 @@ class Drawer:
         self._seen: WeakKeyDictionary[Handle, _SeenColumns] = WeakKeyDictionary()
         self._none_seen_V = _SeenColumns(self.text_head, self._device).marks_V
 
-    def draw(self, x_RD: Tensor, step: Step, handles: Sequence[Handle]) -> list[list[int]]:
+    def sample(self, x_RD: Tensor, step: Step, handles: Sequence[Handle]) -> list[list[int]]:
         """The tokens of each handle: one, or one per position of its window of codes."""
-        drawn: dict[Handle, list[int]] = {}
+        sampled: dict[Handle, list[int]] = {}
         remaining: list[Handle] = []
         self._blocked_by_steering = {}
         for handle in handles:
             steering = handle.steering
             if steering is not None and not steering.only_forbids:
-                drawn[handle] = self._draw_steered(x_RD, step, handle)
+                sampled[handle] = self._sample_steered(x_RD, step, handle)
             elif steering is None or self._block_columns(handle, steering):
                 remaining.append(handle)
             else:
-                drawn[handle] = []
-        if self._backend.draw is not None:
+                sampled[handle] = []
+        if self._backend.sample is not None:
             singles = [handle for handle in remaining if handle.window is None]
             remaining = [handle for handle in remaining if handle.window is not None]
             if singles:
-                drawn |= self._draw_compiled(self._backend.draw, x_RD, step, singles)
+                sampled |= self._sample_compiled(self._backend.sample, x_RD, step, singles)
         if remaining:
-            drawn |= self._draw_grouped(x_RD, step, remaining)
-        return [drawn[handle] for handle in handles]
+            sampled |= self._sample_grouped(x_RD, step, remaining)
+        return [sampled[handle] for handle in handles]
 
     def _block_columns(self, handle: Handle, steering: Steering) -> bool:
         """Block the columns of the text head that steering forbids to a request in this step. If
@@ -121,7 +123,7 @@ class Drawer:
 
     # ---- one request at a time, as in the plain loop
 
-    def _draw_steered(self, x_RD: Tensor, step: Step, handle: Handle) -> list[int]:
+    def _sample_steered(self, x_RD: Tensor, step: Step, handle: Handle) -> list[int]:
         """One token from the whole vocabulary; none if the steering fails."""
         steering, grammar = handle.steering, handle.grammar_state.grammar
         assert steering is not None
@@ -135,7 +137,7 @@ class Drawer:
             logits_V = guidance.combine(full_V, image_only_V, unconditional_V, *handle.guidance)
         state_1F = torch.tensor([handle.grammar_state.row], device=self._device)
         allowed_1V = grammar.mask(state_1F)
-        if not can_draw(logits_V.masked_fill(~allowed_1V, -torch.inf)).all():
+        if not can_sample(logits_V.masked_fill(~allowed_1V, -torch.inf)).all():
             return [INVALID_TOKEN]
         try:
             changed_V = steering.change(ids, logits_V, allowed_1V[0])
@@ -147,15 +149,17 @@ class Drawer:
         uniform_1 = torch.tensor(handle.uniforms, dtype=torch.float64).to(self._device)
         in_image_1 = grammar.in_image(state_1F)
         sampler = Sampler([handle.request.sampling], self._device)
-        [token] = sampler.draw(changed_V[None], allowed_1V, seen_1V, in_image_1, uniform_1).tolist()
+        [token] = sampler.sample(
+            changed_V[None], allowed_1V, seen_1V, in_image_1, uniform_1
+        ).tolist()
         handle.logprob = steering.logprob(full_V, token)
         return [token]
 
     # ---- one token per request, in compiled code
 
-    def _draw_compiled(
+    def _sample_compiled(
         self,
-        draw: Callable[[Sequence[Choice]], list[int]],
+        sample: Callable[[Sequence[Choice]], list[int]],
         x_RD: Tensor,
         step: Step,
         handles: Sequence[Handle],
@@ -165,14 +169,15 @@ class Drawer:
             members = [one for one in handles if one.grammar_state.in_image is in_image]
             if members:
                 rows[in_image] = _LogitRows(head, x_RD, step, members)
-        # The choices hold raw addresses of logits in `rows`: keep it alive until after the draw.
+        # The choices hold raw addresses of logits in `rows`: keep it alive until after the
+        # sampling.
         choices = [self._choices(handle, rows[handle.grammar_state.in_image]) for handle in handles]
-        columns = iter(draw(list(chain.from_iterable(choices))))
-        drawn: dict[Handle, list[int]] = {}
+        columns = iter(sample(list(chain.from_iterable(choices))))
+        sampled: dict[Handle, list[int]] = {}
         for handle in handles:
             ids, mine = rows[handle.grammar_state.in_image].ids, islice(columns, handle.positions)
-            drawn[handle] = [ids[column] if column >= 0 else INVALID_TOKEN for column in mine]
-        return drawn
+            sampled[handle] = [ids[column] if column >= 0 else INVALID_TOKEN for column in mine]
+        return sampled
 
     def _choices(self, handle: Handle, rows: _LogitRows) -> list[Choice]:
         settings, in_image = handle.settings, handle.grammar_state.in_image
@@ -199,53 +204,56 @@ class Drawer:
 
     # ---- groups, in torch
 
-    def _draw_grouped(
+    def _sample_grouped(
         self, x_RD: Tensor, step: Step, handles: Sequence[Handle]
     ) -> dict[Handle, list[int]]:
-        groups: dict[DrawGroup, list[Handle]] = {}
+        groups: dict[SamplingGroup, list[Handle]] = {}
         for handle in handles:
             groups.setdefault(_group_of(handle), []).append(handle)
-        drawn = [self._draw_group(x_RD, step, group, members) for group, members in groups.items()]
+        sampled = [
+            self._sample_group(x_RD, step, group, members) for group, members in groups.items()
+        ]
         # The host waits for the device here, once per step.
-        tokens = iter((drawn[0] if len(drawn) == 1 else torch.cat(drawn)).tolist())
+        tokens = iter((sampled[0] if len(sampled) == 1 else torch.cat(sampled)).tolist())
         in_order = chain.from_iterable(groups.values())
         # `torch.cat` above is in the order of the groups, not of the handles.
         return {handle: list(islice(tokens, handle.positions)) for handle in in_order}
 
-    def _draw_group(
-        self, x_RD: Tensor, step: Step, group: DrawGroup, handles: list[Handle]
+    def _sample_group(
+        self, x_RD: Tensor, step: Step, group: SamplingGroup, handles: list[Handle]
     ) -> Tensor:
         """Tokens [B] of a group; those of one handle are adjacent."""
         head = self.image_head if group.in_image else self.text_head
         logits_BV = self._guided_logits(x_RD, step, handles, head)
         if not group.in_image:
             logits_BV = self._mask_text(logits_BV, group, handles)
-        can_draw_B = can_draw(logits_BV)
-        logits_BV = torch.where(can_draw_B[:, None], logits_BV, 0)
-        tokens_B = self._draw_tokens(logits_BV, group, handles, head)
-        return torch.where(can_draw_B, tokens_B, INVALID_TOKEN)
+        can_sample_B = can_sample(logits_BV)
+        logits_BV = torch.where(can_sample_B[:, None], logits_BV, 0)
+        tokens_B = self._sample_tokens(logits_BV, group, handles, head)
+        return torch.where(can_sample_B, tokens_B, INVALID_TOKEN)
 
     def _guided_logits(self, x_RD: Tensor, step: Step, handles: list[Handle], head: Head) -> Tensor:
         """Guided logits [B, V] in fp32: one row per position of each handle."""
-        rows_of_draws = [
+        rows_of_positions = [
             tuple(step.row_of[branch] + position for branch in handle.conditions)
             for handle in handles
             for position in range(handle.positions)
         ]
-        rows = list(dict.fromkeys(chain.from_iterable(rows_of_draws)))
+        rows = list(dict.fromkeys(chain.from_iterable(rows_of_positions)))
         logits_RV = head.logits(_select_rows(x_RD, rows)).float()
-        # As many rows as draws: no request has a second branch, so there is nothing to combine.
-        if len(rows) == len(rows_of_draws):
+        # As many rows as tokens to sample: no request has a second branch, so there is nothing to
+        # combine.
+        if len(rows) == len(rows_of_positions):
             return logits_RV
         index_of = {row: number for number, row in enumerate(rows)}
-        numbers = ([index_of[mix[i]] for mix in rows_of_draws] for i in range(3))
+        numbers = ([index_of[mix[i]] for mix in rows_of_positions] for i in range(3))
         full, image_only, unconditional = (logits_RV[of_condition] for of_condition in numbers)
         weights = [handle.guidance for handle in handles for _ in range(handle.positions)]
         weights_2B = torch.tensor([*zip(*weights, strict=True)])
         text_B1, image_B1 = weights_2B.to(self._device)[..., None]
         return guidance.combine(full, image_only, unconditional, text_B1, image_B1)
 
-    def _mask_text(self, logits_BV: Tensor, group: DrawGroup, handles: list[Handle]) -> Tensor:
+    def _mask_text(self, logits_BV: Tensor, group: SamplingGroup, handles: list[Handle]) -> Tensor:
         rules = {
             (handle.grammar_state.grammar, handle.grammar_state.may_begin_image)
             for handle in handles
@@ -263,26 +271,28 @@ class Drawer:
         seen_BV = torch.stack([self._none_seen_V if one_V is None else one_V for one_V in seen])
         return penalise(logits_BV, seen_BV, self._settings_per_position(group, handles).penalty_B)
 
-    def _draw_tokens(
-        self, logits_BV: Tensor, group: DrawGroup, handles: list[Handle], head: Head
+    def _sample_tokens(
+        self, logits_BV: Tensor, group: SamplingGroup, handles: list[Handle], head: Head
     ) -> Tensor:
         if group.greedy:
             # Neither temperature nor truncation changes which logit is the largest.
             return head.ids_V[logits_BV.argmax(-1)]
         settings = self._settings_per_position(group, handles)
         windows = [handle.window for handle in handles if handle.window is not None]
-        if any(handle.settings.cuts for handle in handles):
+        if any(handle.settings.truncates for handle in handles):
             logits_BV = warp(logits_BV, settings)
         else:
             logits_BV = logits_BV / settings.temperature_B.to(logits_BV.dtype)[:, None]
         if windows:
             columns = [[head.column_of[token] for token in window.drafts] for window in windows]
-            return head.ids_V[jacobi.draw(windows, columns, logits_BV)]
+            return head.ids_V[jacobi.sample(windows, columns, logits_BV)]
         uniforms = [uniform for handle in handles for uniform in handle.uniforms]
         uniform_B = torch.tensor(uniforms, dtype=torch.float64)
         return head.ids_V[pick(logits_BV, uniform_B.to(self._device))]
 
-    def _settings_per_position(self, group: DrawGroup, handles: list[Handle]) -> SamplingTensors:
+    def _settings_per_position(
+        self, group: SamplingGroup, handles: list[Handle]
+    ) -> SamplingTensors:
         """The settings of these handles as tensors, with a row per position."""
         settings = self._settings_per_handle(group, handles)
         rows = [n for n, handle in enumerate(handles) for _ in range(handle.positions)]
@@ -290,7 +300,7 @@ class Drawer:
             return settings
         return settings.select(torch.tensor(rows).to(self._device))
 
-    def _settings_per_handle(self, group: DrawGroup, handles: list[Handle]) -> SamplingTensors:
+    def _settings_per_handle(self, group: SamplingGroup, handles: list[Handle]) -> SamplingTensors:
         """The settings of these handles as tensors, with a row per handle; cached until they
         change."""
         rows = [handle.settings for handle in handles]
@@ -377,7 +387,7 @@ class _LogitRows:
 
 
 def _repeat_per_position(handles: Sequence[Handle]) -> list[Handle]:
-    """Each handle, repeated once per position that it draws."""
+    """Each handle, repeated once per position that it samples."""
     return [handle for handle in handles for _ in range(handle.positions)]
 
 
@@ -388,6 +398,6 @@ def _select_rows(x_RD: Tensor, rows: list[int]) -> Tensor:
     return x_RD.index_select(0, torch.tensor(rows).to(x_RD.device))
 
 
-def _group_of(handle: Handle) -> DrawGroup:
+def _group_of(handle: Handle) -> SamplingGroup:
     greedy = handle.settings.temperature == 0
-    return DrawGroup(handle.grammar_state.in_image, greedy, handle.window is not None)
+    return SamplingGroup(handle.grammar_state.in_image, greedy, handle.window is not None)
