@@ -397,8 +397,8 @@ class Chameleon:
     def _preview_pixels(self, event: ImagePreview) -> PIL.Image.Image:
         """The pixels of an unfinished image, grey where codes are still to come."""
         [pil] = self.image_tokenizer.decode(torch.from_numpy(event.codes)[None])
-        drawn = np.arange(event.codes.size).reshape(event.codes.shape) < event.codes_done
-        mask = PIL.Image.fromarray(drawn.astype(np.uint8) * 255)
+        done = np.arange(event.codes.size).reshape(event.codes.shape) < event.codes_done
+        mask = PIL.Image.fromarray(done.astype(np.uint8) * 255)
         mask = mask.resize(pil.size, PIL.Image.Resampling.NEAREST)
         return PIL.Image.composite(pil, PIL.Image.new("RGB", pil.size, _GREY), mask)
 
@@ -613,13 +613,13 @@ class Chameleon:
                 f"{name} has at least {fewest:,} tokens, limit {limit:,}: shorten its text"
             )
 
-    def _check_length(self, draft: TokenSequence, drawn_tokens: int) -> None:
+    def _check_length(self, draft: TokenSequence, tokens_to_generate: int) -> None:
         """Raise `ContextError` if a prompt leaves no room for a token, or for a requested image."""
         length, limit = len(draft), self.config.max_position_embeddings
-        if length + max(drawn_tokens, 1) > limit:
+        if length + max(tokens_to_generate, 1) > limit:
             images = [end - start for start, end, modality in draft.spans if modality == "image"]
             raise ContextError(
-                _too_long_message(length, limit, len(images), sum(images), drawn_tokens)
+                _too_long_message(length, limit, len(images), sum(images), tokens_to_generate)
             )
 
     def _reply_limits(
@@ -850,13 +850,13 @@ def _one_per_prompt(name: str, value: Any, count: int) -> list[Any]:
 
 
 def _too_long_message(
-    length: int, limit: int, images: int, image_tokens: int, drawn_tokens: int
+    length: int, limit: int, images: int, image_tokens: int, tokens_to_generate: int
 ) -> str:
     causes = []
     if images:
         count = "1 image takes" if images == 1 else f"{images} images take"
         causes.append(f"{count} {image_tokens:,}")
-    if drawn_tokens:
-        causes.append(f"the image to generate takes {drawn_tokens:,}")
+    if tokens_to_generate:
+        causes.append(f"the image to generate takes {tokens_to_generate:,}")
     remedy = "drop an image or shorten the text" if images else "shorten it"
     return f"prompt is {length:,} tokens, limit {limit:,}: {'; '.join([*causes, remedy])}"

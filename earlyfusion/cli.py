@@ -54,7 +54,7 @@ _MAX_PROMPT_BYTES = 10_000_000
 _DEMO_IMAGE = Path(__file__).parent / "pretrained" / "mini" / "examples" / "strawberry.png"
 _DEMO_QUESTION = "What is this?"
 _DEMO_QUESTION_KO = "이게 뭐야?"
-_DEMO_DRAWING = "Draw a red apple."
+_DEMO_IMAGE_PROMPT = "Draw a red apple."
 _DEMO_LIST = "Show me three different fruits. Write each name before its picture."
 
 
@@ -439,7 +439,7 @@ def demo(
     tour: list[tuple[str, Prompt, Output]] = [
         (_DEMO_QUESTION, fill_placeholders(_DEMO_QUESTION, [image]), "text"),
         (_DEMO_QUESTION_KO, fill_placeholders(_DEMO_QUESTION_KO, [image]), "text"),
-        (_DEMO_DRAWING, _DEMO_DRAWING, "image"),
+        (_DEMO_IMAGE_PROMPT, _DEMO_IMAGE_PROMPT, "image"),
         (_DEMO_LIST, _DEMO_LIST, "interleaved"),
     ]
     steps = []

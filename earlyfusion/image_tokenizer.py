@@ -30,7 +30,7 @@ MAX_SQUARE = math.isqrt(MAX_PIXELS)
 _BATCH_PIXELS = 512 * 512
 _BATCH_PIXELS_GPU = 8 * 512 * 512
 # Pixels of a decoded image: for each, the small network of mini takes 500 bytes.
-MAX_DRAWN_PIXELS = 2048 * 2048
+MAX_DECODED_PIXELS = 2048 * 2048
 
 
 class MissingVQGAN(nn.Module):
@@ -139,10 +139,10 @@ class ImageTokenizer:
 
     def _check_size(self, height: int, width: int) -> None:
         stride = self.vqgan.config.stride
-        if height * width * stride**2 > MAX_DRAWN_PIXELS:
+        if height * width * stride**2 > MAX_DECODED_PIXELS:
             raise ImageError(
                 f"{height:,} x {width:,} codes make an image of {height * stride:,} x "
-                f"{width * stride:,} pixels, the limit is {MAX_DRAWN_PIXELS:,} in all: decode it "
+                f"{width * stride:,} pixels, the limit is {MAX_DECODED_PIXELS:,} in all: decode it "
                 "in pieces"
             )
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from earlyfusion.generation.settings import Output, SamplingParams
 
 _MAX_COLUMNS = 40  # of an image in half-blocks
-_DRAWN_TOGETHER = 64  # codes of a file
+_DECODED_TOGETHER = 64  # codes of a file
 _GAP = 4  # pixels between the images of a sheet
 _FORMATS = {".png": "PNG", ".webp": "WEBP"}
 # With escape sequences a model could move the cursor, set colours or change the title.
@@ -81,7 +81,7 @@ def answer(
         if isinstance(event, TextDelta):
             screen.text(event.text)
         elif isinstance(event, ImageProgress):
-            screen.drawing(event.codes_done, event.codes_total)
+            screen.image_progress(event.codes_done, event.codes_total)
         elif image is not None:
             screen.show_image(image, album.save(image))
 
@@ -134,8 +134,8 @@ def decoded(chameleon: Chameleon, codes_nhw: npt.NDArray[np.int64]) -> Iterator[
     """The images of any number of codes, a few in memory at a time."""
     import torch
 
-    for at in range(0, len(codes_nhw), _DRAWN_TOGETHER):
-        some = codes_nhw[at : at + _DRAWN_TOGETHER]
+    for at in range(0, len(codes_nhw), _DECODED_TOGETHER):
+        some = codes_nhw[at : at + _DECODED_TOGETHER]
         pils = chameleon.image_tokenizer.decode(torch.from_numpy(some))
         yield from map(Image, pils, some)
 
@@ -161,7 +161,7 @@ class Screen:
             shown = shown.lstrip()
         self._write(shown)
 
-    def drawing(self, done: int, total: int) -> None:
+    def image_progress(self, done: int, total: int) -> None:
         """The progress of an image, in codes."""
         if self._progress is None:
             self._close_line()
@@ -172,7 +172,7 @@ class Screen:
 
     def show_image(self, image: Image, path: Path | None = None) -> None:
         """A finished image, and the file that it was written to."""
-        self.end_drawing()
+        self.end_image()
         self._close_line()
         if self._shows_images and image.pil is not None:
             console = Console()
@@ -186,13 +186,13 @@ class Screen:
             console = Console()
             console.print(half_blocks(image, console.width))
 
-    def end_drawing(self) -> None:
+    def end_image(self) -> None:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
 
     def end(self) -> None:
-        self.end_drawing()
+        self.end_image()
         self._close_line()
 
     def _close_line(self) -> None:

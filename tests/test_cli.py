@@ -720,7 +720,7 @@ def test_many_codes_are_drawn_some_at_a_time(
     codes = np.random.default_rng(0).integers(0, 64, (5, 8, 8))
     save_codes(Path("five.npy"), codes)
     told = run("decode", "five.npy", "-o", "at-once", "--model", model, "--json").json
-    monkeypatch.setattr("earlyfusion.terminal._DRAWN_TOGETHER", 2)
+    monkeypatch.setattr("earlyfusion.terminal._DECODED_TOGETHER", 2)
     parts = run("decode", "five.npy", "-o", "in-parts", "--model", model, "--json").json
     assert len(told["images"]) == 5
     for one, two in zip(told["images"], parts["images"], strict=True):

@@ -79,7 +79,7 @@ class Constraint:
         )
         self._ends = sorted({vocabulary.eos, *request.stops})
         self._read = len(request.ids)
-        self._in_image = self._image_drawn = self._text_begun = self._text_closed = False
+        self._in_image = self._image_begun = self._text_begun = self._text_closed = False
 
     def __call__(self, ids: Sequence[int], logits_V: Tensor) -> Tensor:
         """The logits, with -inf for tokens that may not come; `ids` include the prompt's."""
@@ -101,7 +101,7 @@ class Constraint:
             self._in_image = token != self._end
             return
         if token == self._begin:
-            self._in_image = self._image_drawn = True
+            self._in_image = self._image_begun = True
             # After an image that follows the text, no more text may come.
             self._text_closed = self._text_begun and not self._grammar_places_images
             if not self._grammar_places_images:
@@ -124,7 +124,7 @@ class Constraint:
         allowed[self._ends] = complete
         if not self._grammar_places_images:
             # Only one before the text, or a model that wants to end might generate images forever.
-            allowed[self._begin] = complete or not (self._text_begun or self._image_drawn)
+            allowed[self._begin] = complete or not (self._text_begun or self._image_begun)
         return allowed
 
 

@@ -321,8 +321,8 @@ class ImageTokenizerTask(Task):
         whole = counter.get_total_flops()
         # A backward pass takes twice what its forward pass does, half of it without weights.
         if self._encoder_only:
-            drawn = 2 * (whole - encoder) * self.config.drawn
-            return float((4 if self._first_encoder is not None else 3) * encoder + drawn)
+            decoder = 2 * (whole - encoder) * self.config.drawn
+            return float((4 if self._first_encoder is not None else 3) * encoder + decoder)
         return float(3 * whole - 2 * encoder if self._decoder_only else 3 * whole)
 
     def distribute(
@@ -453,8 +453,8 @@ class ImageTokenizerTask(Task):
         with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
             latents = self.model.latents(x_BCYX)
             codes = self.model.nearest_codes(latents)
-        drawn = self.model.decode(self._perturbed(codes))
-        return Quantized(drawn, latents, self.model.embed(codes), codes)
+        decoded = self.model.decode(self._perturbed(codes))
+        return Quantized(decoded, latents, self.model.embed(codes), codes)
 
     def _encoded(self, x_BCYX: Tensor) -> Quantized:
         """The codewords of all images, and the decoded images of the first `drawn` of them."""
@@ -462,8 +462,8 @@ class ImageTokenizerTask(Task):
         with torch.autocast(self._device.type, enabled=False):
             codes = self.model.nearest_codes(latents.detach().float())
         nearest = self.model.embed(codes)
-        drawn = max(1, round(self.config.drawn * len(x_BCYX)))
-        through = latents[:drawn] + (nearest - latents)[:drawn].detach()
+        count = max(1, round(self.config.drawn * len(x_BCYX)))
+        through = latents[:count] + (nearest - latents)[:count].detach()
         return Quantized(self.model.pixels(through), latents, nearest, codes)
 
     def _perturbed(self, codes: Tensor) -> Tensor:
@@ -558,7 +558,7 @@ class _MovingCodebook:
 
 
 class HeldOut:
-    """Measures and decodes images that the network is not trained on (`trainer.DrawSamples`).
+    """Measures and decodes images that the network is not trained on (`trainer.GenerateSamples`).
     `images_BCYX` are on the CPU, in [-1, 1]. The grid has the originals above their
     reconstructions; the figures are means over all images, in fp32."""
 
@@ -579,12 +579,12 @@ class HeldOut:
         for x in self._images_BCYX.split(self._batch):
             pixels = x.to(device)
             codes = self._model.encode(pixels)
-            drawn = self._model.decode(codes).float().clamp(-1, 1)
+            decoded = self._model.decode(codes).float().clamp(-1, 1)
             uses_K += torch.bincount(codes.flatten(), minlength=len(uses_K))
-            quality.append(torch.stack((psnr(drawn, pixels), ssim(drawn, pixels)), 1).cpu())
-            rows.append(drawn.cpu())
-        drawn = torch.cat(rows[: -(-self._shown // self._batch)])
-        pairs = zip(self._images_BCYX[: self._shown], drawn, strict=False)
+            quality.append(torch.stack((psnr(decoded, pixels), ssim(decoded, pixels)), 1).cpu())
+            rows.append(decoded.cpu())
+        decoded = torch.cat(rows[: -(-self._shown // self._batch)])
+        pairs = zip(self._images_BCYX[: self._shown], decoded, strict=False)
         columns = [[to_image(x), to_image(y)] for x, y in pairs]
         save_grid(grid, columns)
         mean_psnr, mean_ssim = torch.cat(quality).mean(0).tolist()

@@ -1,5 +1,5 @@
 """Sample images of a run: from the same prompts, again and again as the model learns.
-`PromptedImages` is a `trainer.DrawSamples`. It generates with the modules in training, in the
+`PromptedImages` is a `trainer.GenerateSamples`. It generates with the modules in training, in the
 plain loop of `generation/reference.py`, so adapters and other replaced modules take part."""
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ class RunConfig:
             raise SettingError("wandb=true needs wandb, which is not installed: pip install wandb")
 
 
-DrawSamples = Callable[[int, Path], dict[str, float]]
+GenerateSamples = Callable[[int, Path], dict[str, float]]
 """Generates samples with the weights after this many steps: images into a folder, figures to log.
 
 It finds the model in eval mode and may use random numbers: the training is not affected.
@@ -106,15 +106,15 @@ def train(
     task: Task,
     run: RunConfig,
     optim: OptimConfig,
-    draw_samples: DrawSamples | None = None,
+    generate_samples: GenerateSamples | None = None,
     validation: Validation | None = None,
 ) -> None:
     """Train to `run.steps`, from the newest checkpoint under `run.out` if there is one.
-    `draw_samples` is called every `run.sample_every` steps and at the end, with the folder
+    `generate_samples` is called every `run.sample_every` steps and at the end, with the folder
     `samples/`. The weights of the best `validation` are kept in `best/`; it may end the run early.
     """
     with locked(run.out):
-        training = _Training(task, run, optim, draw_samples, validation)
+        training = _Training(task, run, optim, generate_samples, validation)
         try:
             training.loop()
         finally:
@@ -131,7 +131,7 @@ class _Training:
         task: Task,
         run: RunConfig,
         optim: OptimConfig,
-        draw_samples: DrawSamples | None,
+        generate_samples: GenerateSamples | None,
         validation: Validation | None,
     ) -> None:
         self.task, self.run, self.optim = task, run, optim
@@ -159,7 +159,7 @@ class _Training:
         self.watch.load_state(state.get("watch", {}))
         self.pace = Pace(run.steps, run.minutes, float(state.get("seconds", 0.0)))
         self.monitor = self._monitor()
-        self.draw_samples = draw_samples if processes.rank() == 0 else None
+        self.generate_samples = generate_samples if processes.rank() == 0 else None
         self._warn()
 
     def loop(self) -> None:
@@ -213,9 +213,9 @@ class _Training:
         """Print a note about settings that will have no effect in this run."""
         if not self.step and (sentence := check_warmup(self.optim, self.run.steps)):
             self.monitor.note(0, sentence)
-        if self.draw_samples is not None and self.is_sharded:
+        if self.generate_samples is not None and self.is_sharded:
             self.monitor.note(self.step, "no samples: the model is split over several processes")
-            self.draw_samples = None
+            self.generate_samples = None
 
     # ---- one step
 
@@ -292,13 +292,13 @@ class _Training:
     def _sample(self, ends: bool) -> dict[str, float]:
         """Generate samples with the present weights; figures about them."""
         done, every = self.step + 1, self.run.sample_every
-        if self.draw_samples is None or not (ends or (every and done % every == 0)):
+        if self.generate_samples is None or not (ends or (every and done % every == 0)):
             return {}
         folder = self.run.out / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         averaged = self.average.applied() if self.average else contextlib.nullcontext()
         with self.monitor.paused(), averaged, _evaluating(self.task.model), self._autocast():
-            return self.draw_samples(done, folder)
+            return self.generate_samples(done, folder)
 
     def _log(self, metrics: dict[str, Any]) -> None:
         values = {k: float(v) for k, v in metrics.items()}
