@@ -110,14 +110,14 @@ def data_url(path: Path = STRAWBERRY) -> str:
 
 
 def pixels(data: str | bytes) -> PIL.Image.Image:
-    """The picture of a file, of base64, or of a data URL."""
+    """The image of a file, of base64, or of a data URL."""
     if isinstance(data, str):
         data = base64.b64decode(data.partition(",")[2] or data)
-    with PIL.Image.open(io.BytesIO(data)) as picture:
-        return picture.convert("RGB")
+    with PIL.Image.open(io.BytesIO(data)) as image:
+        return image.convert("RGB")
 
 
-def picture_file(width: int = 32, height: int = 32, form: str = "PNG") -> bytes:
+def image_file(width: int = 32, height: int = 32, form: str = "PNG") -> bytes:
     file = io.BytesIO()
     PIL.Image.new("RGB", (width, height), (200, 30, 30)).save(file, form)
     return file.getvalue()
@@ -125,10 +125,10 @@ def picture_file(width: int = 32, height: int = 32, form: str = "PNG") -> bytes:
 
 def events(text: str) -> list[tuple[str | None, Any]]:
     """(event, data) of a stream of server-sent events."""
-    told = []
+    parsed = []
     for block in text.split("\n\n"):
         fields = dict(line.split(": ", 1) for line in block.splitlines() if line[:1] != ":")
         if "data" in fields:
             data = fields["data"]
-            told.append((fields.get("event"), data if data == "[DONE]" else json.loads(data)))
-    return told
+            parsed.append((fields.get("event"), data if data == "[DONE]" else json.loads(data)))
+    return parsed

@@ -165,7 +165,7 @@ def test_stop_strings_are_cut(model: Chameleon) -> None:
 def test_drawn_pictures_in_a_chat_are_not_encoded_again(
     model: Chameleon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn = model.generate("Draw.", output="image", seed=0)
+    reply = model.generate("Draw.", output="image", seed=0)
     seen: list[int] = []
     encode = ImageTokenizer.encode
 
@@ -174,8 +174,8 @@ def test_drawn_pictures_in_a_chat_are_not_encoded_again(
         return encode(self, images, mode)
 
     monkeypatch.setattr(ImageTokenizer, "encode", counted)
-    [segment] = drawn.segments
-    chat = [Message("user", "Draw."), drawn.message, Message("user", "What is it?")]
+    [segment] = reply.segments
+    chat = [Message("user", "Draw."), reply.message, Message("user", "What is it?")]
     request = model.request(chat, "text", SHORT, seed=0)
     spelled = model.processor.layout.spell(segment.codes, model.processor.vocabulary)  # type: ignore[union-attr,arg-type]
     assert seen == []
@@ -223,8 +223,8 @@ def test_a_reply_tells_its_seed(model: Chameleon) -> None:
     assert model.collect(model.stream("a", sampling=SHORT, seed=5)).seed == 5
     batch = model.generate_batch(["a pear"] * 3, sampling=UNGUIDED)
     assert len({reply.seed for reply in batch}) == 3
-    told = model.generate("a pear", sampling=UNGUIDED, seed=batch[2].seed)
-    assert content(told) == content(batch[2])
+    generated = model.generate("a pear", sampling=UNGUIDED, seed=batch[2].seed)
+    assert content(generated) == content(batch[2])
 
 
 def test_a_batch_with_a_seed_for_each(model: Chameleon) -> None:
@@ -288,9 +288,9 @@ def test_settings_by_name(model: Chameleon) -> None:
 def test_an_unknown_keyword_names_the_nearest(model: Chameleon, name: str, near: str) -> None:
     calls: list[Any] = [model.generate, model.stream, model.request]
     for call in [*calls, lambda prompt, **kw: model.generate_batch([prompt], **kw)]:
-        with pytest.raises(SettingError) as caught:
+        with pytest.raises(SettingError) as error:
             call("a", **{name: 1})
-        assert str(caught.value).startswith(f"there is no setting '{name}': {near}")
+        assert str(error.value).startswith(f"there is no setting '{name}': {near}")
 
 
 def test_every_setting_has_a_name() -> None:
@@ -387,9 +387,9 @@ def test_closing_a_stream_early_gives_its_place_back(model: Chameleon) -> None:
 
 
 def test_a_prompt_too_long_says_why(model: Chameleon) -> None:
-    with pytest.raises(ContextError) as caught:
+    with pytest.raises(ContextError) as error:
         model.generate(["What do these show?", *[picture(i) for i in range(4)]], output="text")
-    sentence = str(caught.value)
+    sentence = str(error.value)
     assert sentence.startswith("prompt is ") and "limit 256: 4 images take 264" in sentence
     with pytest.raises(ContextError, match=r"limit 256: shorten it$"):
         model.generate("a" * 999, output="text")
@@ -430,9 +430,9 @@ BAD: list[tuple[dict[str, Any], type[EarlyFusionError]]] = [
 def test_mistakes_are_refused_before_anything_is_drawn(
     model: Chameleon, arguments: dict[str, Any], error: type[EarlyFusionError]
 ) -> None:
-    with pytest.raises(error) as caught:
+    with pytest.raises(error) as raised:
         model.stream(**arguments)
-    assert "\n" not in str(caught.value) and "0x" not in str(caught.value)
+    assert "\n" not in str(raised.value) and "0x" not in str(raised.value)
 
 
 def test_mistakes_in_a_batch(model: Chameleon) -> None:

@@ -286,9 +286,9 @@ def test_a_picture_of_mini_stands_where_the_grammar_says() -> None:
     ],
 )
 def test_what_cannot_be_is_one_sentence(fields: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(SettingError, match=sentence) as told:
+    with pytest.raises(SettingError, match=sentence) as error:
         mini().generate("Name a fruit.", "text", **fields)
-    assert "\n" not in str(told.value) and len(str(told.value)) < 400
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
 
 
 def test_a_reply_of_pictures_alone_cannot_be_constrained() -> None:

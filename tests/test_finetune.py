@@ -508,8 +508,8 @@ def test_a_run_without_a_terminal_tells_first_and_last_step_and_a_long_warm_up(
     model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     finetune(model, data, tmp_path / "out", "warmup_steps=50")
-    said = capsys.readouterr().err
-    lines = [line for line in said.splitlines() if line.startswith("step ")]
+    stderr = capsys.readouterr().err
+    lines = [line for line in stderr.splitlines() if line.startswith("step ")]
     assert lines[0].startswith("step 0: warmup_steps=50 takes all of steps=4: the rate ends at 0.0")
     assert [line[:11] for line in lines[1:]] == ["step 1 of 4", "step 4 of 4"]
     assert "loss " in lines[1] and "s left" in lines[1] and "s left" not in lines[2]

@@ -178,9 +178,9 @@ def test_pictures_of_several_sizes_in_one_chat(model: Chameleon) -> None:
 
 @pytest.mark.parametrize("size", [(14, 16), (16, 17), (64, 64), (16,), 16, "16x16"])
 def test_a_size_that_cannot_be_drawn_names_the_possible_ones(model: Chameleon, size: Any) -> None:
-    with pytest.raises(SettingError) as caught:
+    with pytest.raises(SettingError) as error:
         model.generate("a pear", "image", size=size)
-    sentence = str(caught.value)
+    sentence = str(error.value)
     assert "is not a size of this model: give (width, height) as" in sentence
     assert "(16, 16)" in sentence and "(32, 8)" in sentence and "\n" not in sentence
 
@@ -188,8 +188,8 @@ def test_a_size_that_cannot_be_drawn_names_the_possible_ones(model: Chameleon, s
 def test_sizes_of_a_model_that_has_one(model: Chameleon, tmp_path: Path) -> None:
     plain = tiny_processor(tmp_path)
     square = Chameleon(tiny_transformer(plain), model.image_tokenizer, plain)
-    drawn = square.generate("a pear", "image", seed=1)
-    assert square.generate("a pear", "image", seed=1, size=(16, 16)).images == drawn.images
+    reply = square.generate("a pear", "image", seed=1)
+    assert square.generate("a pear", "image", seed=1, size=(16, 16)).images == reply.images
     with pytest.raises(SettingError, match=r"give \(width, height\) as \(16, 16\)$"):
         square.generate("a pear", "image", size=(32, 8))
     with pytest.raises(SettingError, match="output='text' has none"):

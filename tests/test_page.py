@@ -467,8 +467,8 @@ def test_errors_are_the_servers_sentences(visit: Callable[..., Visitor], server:
     visitor.set(temperature=-1)
     visitor.say("Hello.")
     visitor.wait()
-    refused = server.chat("Hello.", temperature=-1).json()["error"]["message"]
-    assert visitor.texts(".error") == [refused]
+    reply = server.chat("Hello.", temperature=-1).json()["error"]["message"]
+    assert visitor.texts(".error") == [reply]
     visitor.shoot("error")
 
 

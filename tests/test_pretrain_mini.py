@@ -73,14 +73,16 @@ def test_a_killed_run_goes_on_where_it_was(
         patch.setattr(checkpoint.Saver, "save", killed)
         with pytest.raises(KeyboardInterrupt):
             run("pretrain_mini", fields)
-    said = capsys.readouterr().out
-    assert "stage 3 of 6, answers: earlyfusion train mini_answers" in said and "pairs" not in said
+    stdout = capsys.readouterr().out
+    assert (
+        "stage 3 of 6, answers: earlyfusion train mini_answers" in stdout and "pairs" not in stdout
+    )
     assert checkpoint.steps(tmp_path / "answers") == [1]
     times = {p: p.stat().st_mtime_ns for p in (tmp_path / "transformer").rglob("*") if p.is_file()}
     run("pretrain_mini", fields)
-    said = capsys.readouterr().out
-    assert said.count(": done, in") == 2 and "stage 6 of 6, drawings:" in said
-    assert "rows=2 pairs=0.55 usual=0 studies=0.25 decay=hold" in said
+    stdout = capsys.readouterr().out
+    assert stdout.count(": done, in") == 2 and "stage 6 of 6, drawings:" in stdout
+    assert "rows=2 pairs=0.55 usual=0 studies=0.25 decay=hold" in stdout
     assert {p: p.stat().st_mtime_ns for p in times} == times
     assert [row["step"] for row in read_metrics(tmp_path / "answers")] == [0, 1]
     model = Chameleon.load(str(tmp_path / "drawings" / "model"))
@@ -108,23 +110,23 @@ def test_a_chain_with_minutes_is_killed_goes_on_and_ends_in_a_model(
         with pytest.raises(KeyboardInterrupt):
             run("pretrain_mini", fields)
     given = (tmp_path / "transformer" / "minutes.json").read_text()
-    said = capsys.readouterr().out
-    assert "stage 2 of 4, decoder: earlyfusion train mini_named_image_tokenizer trainable" in said
+    stdout = capsys.readouterr().out
+    assert "stage 2 of 4, decoder: earlyfusion train mini_named_image_tokenizer trainable" in stdout
     assert not (tmp_path / "transformer" / "model").exists()
     codes = tmp_path / "transformer" / "codes.npy"
     assert np.load(codes).shape[1] == 3 + 3
     cut = codes.stat().st_mtime_ns
     run("pretrain_mini", fields)
-    said = capsys.readouterr().out
-    assert said.count(": done, in") == 2 and "stage 4 of 4, chat:" in said
+    stdout = capsys.readouterr().out
+    assert stdout.count(": done, in") == 2 and "stage 4 of 4, chat:" in stdout
     assert (tmp_path / "transformer" / "minutes.json").read_text() == given
     assert codes.stat().st_mtime_ns == cut
     model = Chameleon.load(str(tmp_path / "chat" / "model"))
     data = EmojiData(DATA)
     picture = Image.of(data.image(data.rows[0]["id"]))
     assert model.generate([picture, "What is this?"], output="text").images == []
-    drawn = model.generate("Draw a cat.", output="image", seed=0)
-    assert [i.size for i in drawn.images] == [(16, 16)]
+    reply = model.generate("Draw a cat.", output="image", seed=0)
+    assert [i.size for i in reply.images] == [(16, 16)]
     whole, alone = (checkpoint.weights(tmp_path / n) for n in ("decoder", "image_tokenizer"))
     assert whole.keys() == alone.keys()
     assert torch.equal(whole["quantize.embedding.weight"], alone["quantize.embedding.weight"])

@@ -61,8 +61,8 @@ def test_the_recipes_end_in_a_model_that_reads_and_draws(runs: Path) -> None:
         [picture, "What is this?"], output="text", sampling=SamplingParams(max_tokens=8)
     )
     assert reply.images == [] and reply.usage.completion_tokens <= 8
-    drawn = model.generate("Draw a cat.", output="image", seed=0)
-    assert [i.size for i in drawn.images] == [(16, 16)]
+    generated = model.generate("Draw a cat.", output="image", seed=0)
+    assert [i.size for i in generated.images] == [(16, 16)]
 
 
 def test_training_moved_and_the_run_is_logged(runs: Path) -> None:

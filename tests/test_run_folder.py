@@ -107,10 +107,10 @@ def test_a_run_goes_on_and_says_what_changed(
     learn(given, tmp_path, "stop_after=2", "log_every=2")
     assert "step 2 of 4, as stop_after says" in capsys.readouterr().err
     learn(given, tmp_path, "dropout=0.2")
-    said = capsys.readouterr().err
-    assert "continues from its checkpoint, now with dropout=0.2 (it was 0.05)" in said
-    assert "log_every" not in said
-    assert f"the model is in {tmp_path / 'model'}" in said
+    stderr = capsys.readouterr().err
+    assert "continues from its checkpoint, now with dropout=0.2 (it was 0.05)" in stderr
+    assert "log_every" not in stderr
+    assert f"the model is in {tmp_path / 'model'}" in stderr
     learn(given, tmp_path, "dropout=0.2", "log_every=3", "stop_after=0")  # nothing to do, and fine
     with pytest.raises(SettingError, match=r"finished run.* with rows=2 \(it was 1\)"):
         learn(given, tmp_path, "dropout=0.2", "rows=2")
@@ -199,8 +199,8 @@ def test_the_older_checkpoint_is_taken_where_the_newest_is_damaged(
         with pytest.raises(CheckpointError, match="is damaged"):
             checkpoint.load(tmp_path / "part")
     learn(given, tmp_path / "part", "steps=6", "seed=3")
-    said = capsys.readouterr().err
-    assert "step-00000004 is damaged and now damaged-step-00000004: step 2 is taken" in said
+    stderr = capsys.readouterr().err
+    assert "step-00000004 is damaged and now damaged-step-00000004: step 2 is taken" in stderr
     assert losses(tmp_path / "part") == losses(tmp_path / "whole")
     assert checkpoint.steps(tmp_path / "part") == [4, 6]
 

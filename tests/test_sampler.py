@@ -226,9 +226,9 @@ BAD = [
 
 @pytest.mark.parametrize(("name", "value"), BAD)
 def test_impossible_settings_are_refused_in_a_sentence(name: str, value: object) -> None:
-    with pytest.raises(SettingError) as caught:
+    with pytest.raises(SettingError) as error:
         SamplingParams(**{name: value})  # type: ignore[arg-type]
-    sentence = str(caught.value)
+    sentence = str(error.value)
     assert sentence.startswith(name) and ":" in sentence
     assert len(sentence) < 160 and "0x" not in sentence and "\n" not in sentence
 

@@ -86,20 +86,20 @@ def folders(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
 def mixed(model: Chameleon) -> list[Request]:
     """Requests of which three each differ in the adapter only: they begin alike."""
     one = model.processor
-    asked = [
+    requests = [
         request(one, 0, "text", max_tokens=40),
         request(one, 1, "image"),
         request(one, 5, "image", picture=True, jacobi=3, negative_prompt="a pear"),
         request(one, 2, "text", picture=True, max_tokens=40, temperature=0, prompt_lookup=4),
     ]
-    return [replace(each, adapter=name) for each in asked for name in NAMES]
+    return [replace(each, adapter=name) for each in requests for name in NAMES]
 
 
 def run(engine: Engine, requests: Sequence[Request], apart: int = 0) -> list[list[int]]:
     """The tokens of each; one joins every `apart` steps."""
     handles: list[Handle] = []
-    for asked in requests:
-        handles.append(engine.add(asked))
+    for each in requests:
+        handles.append(engine.add(each))
         for _ in range(apart):
             engine.step()
     while engine.busy:
@@ -108,12 +108,12 @@ def run(engine: Engine, requests: Sequence[Request], apart: int = 0) -> list[lis
 
 
 @pytest.fixture(scope="module")
-def wanted(base: Path, folders: dict[str, Path], device: torch.device) -> list[list[int]]:
-    """What the plain loop draws with the merged models."""
+def expected(base: Path, folders: dict[str, Path], device: torch.device) -> list[list[int]]:
+    """What the plain loop generates with the merged models."""
     alone = {n: Chameleon.load(base, str(device), "fp32", adapter=folders.get(n)) for n in NAMES}
     tokens = [
-        list(generate_tokens(alone[asked.adapter].transformer, alone[""].processor, asked))
-        for asked in mixed(alone[""])
+        list(generate_tokens(alone[one.adapter].transformer, alone[""].processor, one))
+        for one in mixed(alone[""])
     ]
     assert len({tuple(row) for row in tokens}) == len(tokens)
     return tokens
@@ -122,58 +122,66 @@ def wanted(base: Path, folders: dict[str, Path], device: torch.device) -> list[l
 @pytest.mark.usefixtures("step")
 @pytest.mark.parametrize("dtype", ["fp32", "int8"])
 def test_requests_side_by_side_get_the_replies_of_the_merged_models(
-    base: Path, folders: dict[str, Path], wanted: list[list[int]], dtype: str, device: torch.device
+    base: Path,
+    folders: dict[str, Path],
+    expected: list[list[int]],
+    dtype: str,
+    device: torch.device,
 ) -> None:
     model = Chameleon.load(base, str(device), dtype, adapters=folders)
     requests = mixed(model)
     if dtype == "int8":  # rounded weights are compared with engines of their own
         alone = {n: Chameleon.load(base, str(device), dtype, adapter=folders.get(n)) for n in NAMES}
-        wanted = [run(alone[r.adapter].engine, [replace(r, adapter="")])[0] for r in requests]
-    assert run(model.engine, requests) == wanted
+        expected = [run(alone[r.adapter].engine, [replace(r, adapter="")])[0] for r in requests]
+    assert run(model.engine, requests) == expected
     # Again in another order, one after the other: now the cache holds prefixes of all of them.
-    assert run(model.engine, requests[::-1], 1000 if dtype == "fp32" else 3) == wanted[::-1]
+    assert run(model.engine, requests[::-1], 1000 if dtype == "fp32" else 3) == expected[::-1]
 
 
-def test_one_burst_draws_for_several_adapters(
+def test_one_burst_samples_for_several_adapters(
     base: Path,
     folders: dict[str, Path],
-    wanted: list[list[int]],
+    expected: list[list[int]],
     device: torch.device,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each group by the weights of its own adapter, several tokens at a time."""
     monkeypatch.setattr(runner, "uses_bursts", lambda _: True)
-    model, seen = (
+    model, bursts = (
         Chameleon.load(base, str(device), "fp32", adapters=folders),
         set[tuple[int, int]](),
     )
     sample = Bursts.sample
 
-    def noted(self: Bursts, handles: Sequence[Handle], steps: int) -> list[list[int]]:
+    def recorded(self: Bursts, handles: Sequence[Handle], steps: int) -> list[list[int]]:
         tokens = sample(self, handles, steps)
-        seen.add((len({handle.request.adapter for handle in handles}), max(map(len, tokens))))
+        bursts.add((len({handle.request.adapter for handle in handles}), max(map(len, tokens))))
         return tokens
 
-    monkeypatch.setattr(Bursts, "sample", noted)
+    monkeypatch.setattr(Bursts, "sample", recorded)
     requests = mixed(model)[:6]  # of the two kinds that have no drafts
-    assert run(model.engine, requests) == wanted[:6]
-    assert {(3, 8), (3, 16)} <= seen
+    assert run(model.engine, requests) == expected[:6]
+    assert {(3, 8), (3, 16)} <= bursts
 
 
 def test_a_hook_on_one_of_them_is_called(base: Path, folders: dict[str, Path]) -> None:
     model, calls = Chameleon.load(base, "cpu", adapters=folders), list[int]()
     requests = mixed(model)[:3]
-    wanted = run(model.engine, requests)
+    expected = run(model.engine, requests)
     layer = model.adapters["one"].model.layers[0]
     layer.register_forward_hook(lambda *_: calls.append(1))
-    assert run(model.engine, requests) == wanted and calls
+    assert run(model.engine, requests) == expected and calls
 
 
 def test_only_changed_layers_take_memory(base: Path, folders: dict[str, Path]) -> None:
     model = Chameleon.load(base, "cpu", adapters=folders)
-    own = {tensor.data_ptr() for tensor in model.transformer.parameters()}
+    base_pointers = {tensor.data_ptr() for tensor in model.transformer.parameters()}
     new = {
-        name: [n for n, p in model.adapters[name].named_parameters() if p.data_ptr() not in own]
+        name: [
+            n
+            for n, p in model.adapters[name].named_parameters()
+            if p.data_ptr() not in base_pointers
+        ]
         for name in folders
     }
     layers = len(model.transformer.model.layers)
@@ -185,13 +193,13 @@ def test_only_changed_layers_take_memory(base: Path, folders: dict[str, Path]) -
 def test_generate_takes_the_name(base: Path, folders: dict[str, Path]) -> None:
     model = Chameleon.load(base, "cpu", adapters=folders)
     merged = Chameleon.load(base, "cpu", adapter=folders["one"])
-    asked: dict[str, Any] = {"output": "text", "seed": 3, "max_tokens": 20}
-    wanted = merged.generate("What is this?", **asked)
-    assert model.generate("What is this?", adapter="one", **asked).text == wanted.text
-    [batched] = model.generate_batch(["What is this?"], adapter="one", **asked)
-    streamed = model.collect(model.stream("What is this?", adapter="one", **asked))
-    assert batched.text == streamed.text == wanted.text
-    assert model.generate("What is this?", **asked).text != wanted.text
+    settings: dict[str, Any] = {"output": "text", "seed": 3, "max_tokens": 20}
+    expected = merged.generate("What is this?", **settings)
+    assert model.generate("What is this?", adapter="one", **settings).text == expected.text
+    [batched] = model.generate_batch(["What is this?"], adapter="one", **settings)
+    streamed = model.collect(model.stream("What is this?", adapter="one", **settings))
+    assert batched.text == streamed.text == expected.text
+    assert model.generate("What is this?", **settings).text != expected.text
     with pytest.raises(SettingError, match="adapter='three' is unknown: use one of one, two"):
         model.generate("Hi", adapter="three")
     with pytest.raises(SettingError, match="loaded without adapters"):
@@ -225,20 +233,20 @@ def test_what_cannot_be_loaded_is_one_sentence(
 
 
 @pytest.fixture(scope="module")
-def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def mini_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter of mini."""
     return adapter(tmp_path_factory.mktemp("mini") / "drawn", mini().transformer, 3)
 
 
 @pytest.fixture(scope="module")
-def merged(drawn: Path) -> Chameleon:
-    return Chameleon.load("mini", adapter=drawn)
+def merged(mini_adapter: Path) -> Chameleon:
+    return Chameleon.load("mini", adapter=mini_adapter)
 
 
 @pytest.fixture(scope="module", params=["one process", "two processes"])
-def server(request: pytest.FixtureRequest, drawn: Path) -> Iterator[Running]:
+def server(request: pytest.FixtureRequest, mini_adapter: Path) -> Iterator[Running]:
     """With the engine in this process, and in one of its own."""
-    folders = {"drawn": str(drawn)}
+    folders = {"drawn": str(mini_adapter)}
     if request.param == "one process":
         with running(model=Chameleon.load("mini", adapters=folders)) as server:
             yield server
@@ -258,23 +266,23 @@ def text_of(reply: httpx.Response) -> str:
 
 
 def test_the_model_field_chooses_on_every_route(server: Running, merged: Chameleon) -> None:
-    asked: dict[str, Any] = {"modalities": ["text"], "max_tokens": 12}
+    fields: dict[str, Any] = {"modalities": ["text"], "max_tokens": 12}
     with ThreadPoolExecutor(8) as pool:  # base and adapter side by side
         names = ["drawn", "mini"] * 4
         replies = [
-            pool.submit(server.chat, "Name a fruit.", seed=seed, model=name, **asked)
+            pool.submit(server.chat, "Name a fruit.", seed=seed, model=name, **fields)
             for seed, name in enumerate(names)
         ]
-        told = [text_of(reply.result()) for reply in replies]
+        texts = [text_of(reply.result()) for reply in replies]
     page = server.get("/metrics").text
     for name in ("drawn", "mini"):
         assert f'e2e_request_latency_seconds_count{{model_name="{name}"}}' in page
     models = {"drawn": merged, "mini": mini()}
-    wanted = [
+    expected = [
         models[name].generate("Name a fruit.", "text", seed=seed, max_tokens=12).text
         for seed, name in enumerate(names)
     ]
-    assert told == wanted and replies[0].result().json()["model"] == "drawn"
+    assert texts == expected and replies[0].result().json()["model"] == "drawn"
 
     body: dict[str, Any] = {"model": "drawn", "seed": 0, "temperature": 1}
     first = merged.generate("Name a fruit.", "text", seed=0, temperature=1, max_tokens=12).text
@@ -284,13 +292,13 @@ def test_the_model_field_chooses_on_every_route(server: Running, merged: Chamele
     limit = {"max_output_tokens": 12}
     responded = server.post("/v1/responses", body | limit | {"input": "Name a fruit."}).json()
     assert responded["output"][0]["content"][0]["text"] == first and responded["model"] == "drawn"
-    again = {"previous_response_id": responded["id"], "model": "mini", "input": "And now?"}
-    assert server.post("/v1/responses", again).json()["model"] == "mini"
-    picture = server.post(
+    follow_up = {"previous_response_id": responded["id"], "model": "mini", "input": "And now?"}
+    assert server.post("/v1/responses", follow_up).json()["model"] == "mini"
+    image_reply = server.post(
         "/v1/images/generations", {"model": "drawn", "seed": 0, "prompt": "Draw a cat."}
     ).json()["data"][0]["b64_json"]
-    [expected] = merged.generate("Draw a cat.", "image", seed=0).images
-    assert pixels(picture).tobytes() == expected.tobytes()
+    [expected_image] = merged.generate("Draw a cat.", "image", seed=0).images
+    assert pixels(image_reply).tobytes() == expected_image.tobytes()
     assert server.post("/tokenize", {"model": "drawn", "prompt": "Hi"}).status_code == 200
 
 
@@ -302,8 +310,8 @@ def test_models_are_listed_with_their_base(server: Running) -> None:
     assert missing.status_code == 404 and missing.json()["error"]["code"] == "model_not_found"
     assert "use 'mini', 'drawn'" in missing.json()["error"]["message"]
     tool = {"type": "image_generation", "model": "drawn"}
-    refused = server.post("/v1/responses", {"input": "Hi", "tools": [tool]})
-    assert refused.status_code == 400 and "leave it out" in refused.text
+    reply = server.post("/v1/responses", {"input": "Hi", "tools": [tool]})
+    assert reply.status_code == 400 and "leave it out" in reply.text
     tool["model"] = "mini"
     body = {"input": "Hi", "tools": [tool], "max_output_tokens": 2}
     assert server.post("/v1/responses", body).status_code == 200
@@ -325,14 +333,14 @@ def test_a_wrong_option_is_one_sentence(
     words: str,
     base: Path,
     folders: dict[str, Path],
-    drawn: Path,
+    mini_adapter: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    places = {"OTHER": str(folders["one"]), "DRAWN": str(drawn)}
+    places = {"OTHER": str(folders["one"]), "DRAWN": str(mini_adapter)}
     options = []
     for text in given:
         name, _, folder = text.partition("=")
         options += ["--adapter", f"{name}={places.get(folder, folder)}" if folder else text]
     assert main(["serve", "--port", "0", *options]) == 2
-    told = capsys.readouterr().err
-    assert words in told and "Traceback" not in told
+    stderr = capsys.readouterr().err
+    assert words in stderr and "Traceback" not in stderr

@@ -49,16 +49,16 @@ def image(url: str) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url}}
 
 
-def same(picture: Any, other: Any) -> bool:
-    return bool(picture.tobytes() == other.tobytes())
+def same(image_a: Any, image_b: Any) -> bool:
+    return bool(image_a.tobytes() == image_b.tobytes())
 
 
 # --- chat ---
 
 
-def test_a_picture_in(client: openai.OpenAI, model: Chameleon) -> None:
-    asked: Any = user(image(data_url()), text("What is this?"))
-    reply = client.chat.completions.create(model="mini", messages=asked, max_tokens=12)
+def test_an_image_in(client: openai.OpenAI, model: Chameleon) -> None:
+    messages: Any = user(image(data_url()), text("What is this?"))
+    reply = client.chat.completions.create(model="mini", messages=messages, max_tokens=12)
     expected = model.generate([Image.open(STRAWBERRY), "What is this?"], max_tokens=12)
     assert reply.choices[0].message.content == expected.text == "strawberry"
     assert reply.choices[0].finish_reason == "stop"
@@ -68,20 +68,18 @@ def test_a_picture_in(client: openai.OpenAI, model: Chameleon) -> None:
     assert reply.model_extra == {}
 
 
-def test_pictures_and_words_keep_their_order_in_the_prompt(
-    server: Running, model: Chameleon
-) -> None:
-    picture = Image.open(STRAWBERRY)
+def test_images_and_words_keep_their_order_in_the_prompt(server: Running, model: Chameleon) -> None:
+    strawberry = Image.open(STRAWBERRY)
     for parts, prompt in (
-        ([text("A "), image(data_url()), text(" B")], ["A ", picture, " B"]),
-        ([image(data_url()), text("A "), text("B")], [picture, "A ", "B"]),
+        ([text("A "), image(data_url()), text(" B")], ["A ", strawberry, " B"]),
+        ([image(data_url()), text("A "), text("B")], [strawberry, "A ", "B"]),
     ):
         body = {"messages": user(*parts)}
-        told = server.post("/tokenize", body).json()["tokens"]
-        assert told == list(model.request(prompt, "text", seed=0).ids)
+        tokens = server.post("/tokenize", body).json()["tokens"]
+        assert tokens == list(model.request(prompt, "text", seed=0).ids)
 
 
-def test_a_picture_out(client: openai.OpenAI, model: Chameleon) -> None:
+def test_an_image_out(client: openai.OpenAI, model: Chameleon) -> None:
     reply = client.chat.completions.create(
         model="mini",
         messages=user("Draw a red apple."),  # type: ignore[arg-type]
@@ -92,9 +90,9 @@ def test_a_picture_out(client: openai.OpenAI, model: Chameleon) -> None:
     message = reply.choices[0].message.model_dump()
     assert message["content"] == ""
     assert message["parts"] == [{"type": "image_ref", "index": 0}]
-    [shown] = message["images"]
-    assert (shown["type"], shown["index"]) == ("image_url", 0)
-    assert same(pixels(shown["image_url"]["url"]), expected.images[0])
+    [part] = message["images"]
+    assert (part["type"], part["index"]) == ("image_url", 0)
+    assert same(pixels(part["image_url"]["url"]), expected.images[0])
 
 
 def test_an_interleaved_reply_in_order(server: Running, model: Chameleon) -> None:
@@ -106,15 +104,15 @@ def test_an_interleaved_reply_in_order(server: Running, model: Chameleon) -> Non
     assert order == ["text", "image_ref", "text", "image_ref"]
     texts = [part["text"] for part in message["parts"] if part["type"] == "text"]
     assert texts == [s.text for s in expected.segments if isinstance(s, Text)]
-    shown = [pixels(one["image_url"]["url"]) for one in message["images"]]
-    assert all(map(same, shown, expected.images)) and len(shown) == 2
+    images = [pixels(one["image_url"]["url"]) for one in message["images"]]
+    assert all(map(same, images, expected.images)) and len(images) == 2
     assert reply["usage"]["completion_tokens_details"] == {"text_tokens": 12, "image_tokens": 132}
     assert reply["choices"][0]["seed"] == expected.seed
 
 
 def test_a_stream_is_the_reply_in_pieces(client: openai.OpenAI, model: Chameleon) -> None:
     expected = list(model.stream(FRUITS, seed=0))
-    order, content, pictures, progress = [], "", [], []
+    order, content, images, progress = [], "", [], []
     with client.chat.completions.create(
         model="mini",
         messages=user(FRUITS),  # type: ignore[arg-type]
@@ -127,40 +125,41 @@ def test_a_stream_is_the_reply_in_pieces(client: openai.OpenAI, model: Chameleon
         delta = chunk.choices[0].delta.model_dump(exclude_none=True)
         content += delta.get("content", "")
         order += ["text"] * bool(delta.get("content")) + ["image"] * ("images" in delta)
-        pictures += delta.get("images", [])
+        images += delta.get("images", [])
         progress += [delta["image_progress"]] if "image_progress" in delta else []
-    wanted = [
+    expected_order = [
         "text" if isinstance(event, TextDelta) else "image"
         for event in expected
         if isinstance(event, TextDelta | ImageDone)
     ]
-    assert order == wanted
+    assert order == expected_order
     assert content == "1. banana\n2. tangerine"
-    drawn = [event.pil for event in expected if isinstance(event, ImageDone)]
-    assert all(map(same, [pixels(p["image_url"]["url"]) for p in pictures], drawn))
+    expected_images = [event.pil for event in expected if isinstance(event, ImageDone)]
+    assert all(map(same, [pixels(part["image_url"]["url"]) for part in images], expected_images))
     assert progress[0] == {"index": 0, "codes_done": 8, "codes_total": 64}
-    assert [p["codes_done"] for p in progress] == [8, 16, 24, 32, 40, 48, 56, 64] * 2
+    assert [part["codes_done"] for part in progress] == [8, 16, 24, 32, 40, 48, 56, 64] * 2
     assert chunks[-2].choices[0].finish_reason == "stop"
     assert chunks[-1].choices == [] and chunks[-1].usage is not None
     assert chunks[-1].usage.total_tokens == 153
 
 
-def test_partial_pictures_are_real_rows(server: Running, model: Chameleon) -> None:
+def test_partial_images_are_real_rows(server: Running, model: Chameleon) -> None:
     reply = server.chat(
         "Draw a red apple.", seed=0, modalities=["image"], stream=True, partial_images=3
     )
     deltas = [e["choices"][0]["delta"] for _, e in events(reply.text)[:-1]]
     partial = [d["image_progress"] for d in deltas if "b64_json" in d.get("image_progress", {})]
-    [whole] = [pixels(d["images"][0]["image_url"]["url"]) for d in deltas if "images" in d]
+    [finished] = [pixels(d["images"][0]["image_url"]["url"]) for d in deltas if "images" in d]
     assert [p["codes_done"] for p in partial] == [16, 32, 48]
-    for one in partial:
-        shown, rows = pixels(one["b64_json"]), one["codes_done"] // 8
-        assert shown.getpixel((5, 63)) == (128, 128, 128)  # grey: not drawn yet
-        assert not same(shown, whole) and shown.getpixel((5, rows * 8 - 1)) != (128, 128, 128)
+    for part in partial:
+        preview, rows = pixels(part["b64_json"]), part["codes_done"] // 8
+        assert preview.getpixel((5, 63)) == (128, 128, 128)  # grey: not generated yet
+        assert not same(preview, finished)
+        assert preview.getpixel((5, rows * 8 - 1)) != (128, 128, 128)
 
 
 @pytest.mark.parametrize("delivery", ["markdown", "both"])
-def test_markdown_pictures_come_back_as_their_codes(
+def test_markdown_images_come_back_as_their_codes(
     server: Running, model: Chameleon, delivery: str
 ) -> None:
     first = answer(FRUITS, "auto", 0)
@@ -175,23 +174,23 @@ def test_markdown_pictures_come_back_as_their_codes(
     assert blocks == ["1. banana", "![image]", "2. tangerine", "![image]"]
 
     sent = {key: message[key] for key in ("role", "content", "images") if key in message}
-    again = [*user(FRUITS), sent, *user("Draw the first one again.")]
-    told = server.post("/tokenize", {"messages": again}).json()["tokens"]
+    messages = [*user(FRUITS), sent, *user("Draw the first one again.")]
+    tokens = server.post("/tokenize", {"messages": messages}).json()["tokens"]
     turns = [Message("user", FRUITS), first.message, Message("user", "Draw the first one again.")]
-    assert told == list(model.request(turns, "text", seed=0).ids)
+    assert tokens == list(model.request(turns, "text", seed=0).ids)
 
 
 def test_images_and_parts_come_back_as_their_codes(server: Running, model: Chameleon) -> None:
     first = answer(FRUITS, "auto", 0)
     message = server.chat(FRUITS, seed=0).json()["choices"][0]["message"]
     del message["refusal"]
-    again = [*user(FRUITS), message, *user("Which is the second?")]
-    told = server.post("/tokenize", {"messages": again}).json()["tokens"]
+    messages = [*user(FRUITS), message, *user("Which is the second?")]
+    tokens = server.post("/tokenize", {"messages": messages}).json()["tokens"]
     turns = [Message("user", FRUITS), first.message, Message("user", "Which is the second?")]
-    assert told == list(model.request(turns, "text", seed=0).ids)
+    assert tokens == list(model.request(turns, "text", seed=0).ids)
 
 
-def test_drawn_pictures_in_a_user_s_turn_are_their_codes(server: Running, model: Chameleon) -> None:
+def test_generated_images_in_a_user_turn_are_their_codes(server: Running, model: Chameleon) -> None:
     message = server.chat("Draw a cat.", seed=1, modalities=["image"]).json()["choices"][0][
         "message"
     ]
@@ -203,40 +202,42 @@ def test_drawn_pictures_in_a_user_s_turn_are_their_codes(server: Running, model:
     assert written != file
     with httpx.Client() as client:
         sent = client.post(f"{server.url}/v1/files", files={"file": file}).json()["id"]
-    picture = answer("Draw a cat.", "image", 1).message.images[0]
-    want = list(model.request([Message("user", [picture, "What is this?"])], "text", seed=0).ids)
+    generated = answer("Draw a cat.", "image", 1).message.images[0]
+    expected_ids = list(
+        model.request([Message("user", [generated, "What is this?"])], "text", seed=0).ids
+    )
     encoded = model.request([Message("user", [Image.of(file), "What is this?"])], "text", seed=0)
-    assert list(encoded.ids) != want, "encoding again would lose something"
+    assert list(encoded.ids) != expected_ids, "encoding again would lose something"
     parts = [
         image(url),
         image("data:image/png;base64," + base64.b64encode(written).decode()),
         {"type": "file", "file": {"file_id": sent}},
     ]
     for part in parts:
-        asked = {"messages": user(part, text("What is this?"))}
-        assert server.post("/tokenize", asked).json()["tokens"] == want
+        body = {"messages": user(part, text("What is this?"))}
+        assert server.post("/tokenize", body).json()["tokens"] == expected_ids
     words = "Draw it in another style."
     edited = server.post(
         "/v1/images/edits", {"prompt": words, "seed": 2, "images": [{"image_url": url}]}
     ).json()
-    expected = model.generate([picture, words], "image", seed=2).images[0]
+    expected = model.generate([generated, words], "image", seed=2).images[0]
     assert same(pixels(edited["data"][0]["b64_json"]), expected)
 
 
-def test_addresses_of_pictures_are_signed(server: Running) -> None:
+def test_addresses_of_images_are_signed(server: Running) -> None:
     reply = server.chat("Draw a cat.", seed=0, modalities=["image"], image_delivery="markdown")
     address = reply.json()["choices"][0]["message"]["content"][len("![image](") : -1]
     path = address.removeprefix(server.url)
-    found = server.get(path)
-    assert found.headers["content-type"] == "image/png"
-    assert pixels(found.content).size == (64, 64)
-    asked = user(image(address), text("What is this?"))
-    assert server.chat(asked, max_tokens=8).status_code == 200
+    response = server.get(path)
+    assert response.headers["content-type"] == "image/png"
+    assert pixels(response.content).size == (64, 64)
+    messages = user(image(address), text("What is this?"))
+    assert server.chat(messages, max_tokens=8).status_code == 200
     # A signature of another server, or of this one before its last start.
     stale = address[:-1] + "x"
-    seen = {"role": "assistant", "content": f"![image]({stale})"}
-    asked = user(image(stale), text("Is it big?"))
-    for turns in (asked, [*user("Draw a cat."), seen, *user("Is it big?")]):
+    assistant_turn = {"role": "assistant", "content": f"![image]({stale})"}
+    messages = user(image(stale), text("Is it big?"))
+    for turns in (messages, [*user("Draw a cat."), assistant_turn, *user("Is it big?")]):
         error = server.chat(turns).json()["error"]
         assert error["code"] == "image_url_refused"
         assert "before it was started again: send the image itself" in error["message"]
@@ -279,15 +280,19 @@ def test_stop_and_length(server: Running) -> None:
 def test_logprobs_are_those_of_the_engine(server: Running, model: Chameleon) -> None:
     fields: dict[str, Any] = {"modalities": ["text"], "seed": 0, "max_tokens": 6}
     reply = server.chat("Name a fruit.", logprobs=True, top_logprobs=2, **fields).json()
-    told = reply["choices"][0]["logprobs"]["content"]
+    entries = reply["choices"][0]["logprobs"]["content"]
     expected = model.generate("Name a fruit.", "text", seed=0, max_tokens=6, logprobs=2)
-    drawn = [entry for entry in expected.logprobs or [] if model.processor.token_bytes(entry.id)]
-    assert [(e["token"], e["logprob"]) for e in told] == [(d.text, d.logprob) for d in drawn]
-    assert [len(entry["top_logprobs"]) for entry in told] == [2] * len(drawn)
-    assert b"".join(bytes(e["bytes"]) for e in told).decode().strip() == expected.text
+    text_entries = [
+        entry for entry in expected.logprobs or [] if model.processor.token_bytes(entry.id)
+    ]
+    assert [(e["token"], e["logprob"]) for e in entries] == [
+        (d.text, d.logprob) for d in text_entries
+    ]
+    assert [len(entry["top_logprobs"]) for entry in entries] == [2] * len(text_entries)
+    assert b"".join(bytes(e["bytes"]) for e in entries).decode().strip() == expected.text
     streamed = server.chat("Name a fruit.", logprobs=True, top_logprobs=2, stream=True, **fields)
     pieces = [e["choices"][0]["logprobs"] for _, e in events(streamed.text)[:-1]]
-    assert [entry for piece in pieces if piece for entry in piece["content"]] == told
+    assert [entry for piece in pieces if piece for entry in piece["content"]] == entries
 
 
 def test_a_begun_answer_is_continued(server: Running, model: Chameleon) -> None:
@@ -306,7 +311,9 @@ def test_system_texts_and_developers(server: Running, model: Chameleon) -> None:
         assert server.post("/tokenize", {"messages": messages}).json()["tokens"] == expected
 
 
-def test_the_same_reply_alone_and_in_a_crowd(server: Running, model: Chameleon) -> None:
+def test_the_same_reply_alone_and_among_concurrent_requests(
+    server: Running, model: Chameleon
+) -> None:
     prompts = [FRUITS, "Draw a red apple.", "Name a fruit.", "Draw a cat."]
 
     def ask(number: int) -> Any:
@@ -314,14 +321,14 @@ def test_the_same_reply_alone_and_in_a_crowd(server: Running, model: Chameleon) 
         return reply["choices"][0]["message"]
 
     with ThreadPoolExecutor(8) as pool:
-        told = list(pool.map(ask, range(8)))
+        messages = list(pool.map(ask, range(8)))
     for number in (0, 5, 6):
         expected = model.generate(prompts[number % 4], seed=number, temperature=1)
-        assert told[number]["content"] == expected.text
-        shown = [pixels(one["image_url"]["url"]) for one in told[number].get("images", [])]
-        for picture, other in zip(shown, expected.images, strict=True):
-            # Of several pictures decoded together torch adds some convolutions in another order.
-            assert np.abs(np.asarray(picture, int) - np.asarray(other, int)).max() <= 1
+        assert messages[number]["content"] == expected.text
+        images = [pixels(one["image_url"]["url"]) for one in messages[number].get("images", [])]
+        for image_a, image_b in zip(images, expected.images, strict=True):
+            # Of several images decoded together torch adds some convolutions in another order.
+            assert np.abs(np.asarray(image_a, int) - np.asarray(image_b, int)).max() <= 1
 
 
 # --- images ---
@@ -333,36 +340,36 @@ def test_generations(client: openai.OpenAI, model: Chameleon, form: Any) -> None
         prompt="Draw a cat.", n=2, output_format=form, extra_body={"seed": 4}
     )
     assert reply.data is not None and len(reply.data) == 2 and reply.output_format == form
-    shown = [pixels(one.b64_json or "") for one in reply.data]
-    assert all(picture.size == (64, 64) for picture in shown) and reply.size == "64x64"
+    images = [pixels(one.b64_json or "") for one in reply.data]
+    assert all(one.size == (64, 64) for one in images) and reply.size == "64x64"
     if form == "png":
         expected = model.generate_batch(["Draw a cat."] * 2, "image", seed=4)
-        assert all(map(same, shown, [one.images[0] for one in expected]))
+        assert all(map(same, images, [one.images[0] for one in expected]))
     assert reply.usage is not None and reply.usage.output_tokens == 132
 
 
 def test_generations_by_address(client: openai.OpenAI, server: Running) -> None:
     reply = client.images.generate(prompt="Draw a cat.", response_format="url", size="64x64")  # type: ignore[call-overload]
     assert reply.data[0].b64_json is None
-    found = server.get(reply.data[0].url.removeprefix(server.url))
-    assert pixels(found.content).size == (64, 64)
+    response = server.get(reply.data[0].url.removeprefix(server.url))
+    assert pixels(response.content).size == (64, 64)
 
 
-def test_generations_with_partial_pictures(client: openai.OpenAI, model: Chameleon) -> None:
+def test_generations_with_partial_images(client: openai.OpenAI, model: Chameleon) -> None:
     with client.images.generate(
         prompt="Draw a cat.", stream=True, partial_images=2, extra_body={"seed": 4}
     ) as stream:
-        told = list(stream)
-    kinds = [event.type for event in told]
+        received = list(stream)
+    kinds = [event.type for event in received]
     assert kinds == [
         "image_generation.partial_image",
         "image_generation.partial_image",
         "image_generation.completed",
     ]
-    assert [getattr(event, "partial_image_index", None) for event in told] == [0, 1, None]
+    assert [getattr(event, "partial_image_index", None) for event in received] == [0, 1, None]
     expected = answer("Draw a cat.", "image", 4).images[0]
-    assert same(pixels(told[-1].b64_json), expected)
-    assert not same(pixels(told[0].b64_json), expected)
+    assert same(pixels(received[-1].b64_json), expected)
+    assert not same(pixels(received[0].b64_json), expected)
 
 
 def test_edits(client: openai.OpenAI, model: Chameleon) -> None:
@@ -380,10 +387,10 @@ def test_edits(client: openai.OpenAI, model: Chameleon) -> None:
     assert kinds == ["image_edit.partial_image", "image_edit.completed"]
 
 
-def test_edits_of_a_drawn_picture_use_its_codes(server: Running, model: Chameleon) -> None:
-    drawn = server.post("/v1/images/generations", {"prompt": "Draw a cat.", "seed": 1}).json()
+def test_edits_of_a_generated_image_use_its_codes(server: Running, model: Chameleon) -> None:
+    reply = server.post("/v1/images/generations", {"prompt": "Draw a cat.", "seed": 1}).json()
     first = answer("Draw a cat.", "image", 1)
-    url = "data:image/png;base64," + drawn["data"][0]["b64_json"]
+    url = "data:image/png;base64," + reply["data"][0]["b64_json"]
     number = server.chat(user(image(url), text("What?")), modalities=["text"], max_tokens=4)
     assert number.status_code == 200
     by_url = {"prompt": "Draw a cat.", "seed": 1, "response_format": "url"}
@@ -401,8 +408,8 @@ def test_variations(client: openai.OpenAI, model: Chameleon) -> None:
     prompt = [Image.open(STRAWBERRY), "Draw the same thing again."]
     expected = model.generate_batch([prompt] * 2, "image", seed=2)
     assert reply.data is not None
-    shown = [pixels(one.b64_json or "") for one in reply.data]
-    assert all(map(same, shown, [one.images[0] for one in expected])) and len(shown) == 2
+    images = [pixels(one.b64_json or "") for one in reply.data]
+    assert all(map(same, images, [one.images[0] for one in expected])) and len(images) == 2
 
 
 # --- responses ---
@@ -416,8 +423,8 @@ def test_responses_in_order(client: openai.OpenAI, model: Chameleon) -> None:
     kinds = [item.type for item in reply.output]
     assert kinds == ["message", "image_generation_call"] * 2
     assert reply.status == "completed" and reply.output_text == "1. banana2. tangerine"
-    shown = [pixels(i.result or "") for i in reply.output if i.type == "image_generation_call"]
-    assert all(map(same, shown, expected.images))
+    images = [pixels(i.result or "") for i in reply.output if i.type == "image_generation_call"]
+    assert all(map(same, images, expected.images))
     assert reply.usage is not None and reply.usage.output_tokens == 144
 
 
@@ -425,9 +432,9 @@ def test_all_events_of_responses(client: openai.OpenAI) -> None:
     with client.responses.create(
         model="mini", input=FRUITS, tools=DRAWS, stream=True, extra_body={"seed": 0}
     ) as stream:
-        told = list(stream)
-    assert [event.sequence_number for event in told] == list(range(len(told)))
-    kinds = [event.type.removeprefix("response.") for event in told]
+        received = list(stream)
+    assert [event.sequence_number for event in received] == list(range(len(received)))
+    kinds = [event.type.removeprefix("response.") for event in received]
     text_item = [
         "output_item.added",
         "content_part.added",
@@ -436,7 +443,7 @@ def test_all_events_of_responses(client: openai.OpenAI) -> None:
         "content_part.done",
         "output_item.done",
     ]
-    drawing = [
+    image_item = [
         "output_item.added",
         "image_generation_call.in_progress",
         "image_generation_call.generating",
@@ -452,17 +459,17 @@ def test_all_events_of_responses(client: openai.OpenAI) -> None:
         "created",
         "in_progress",
         *text_item,
-        *drawing,
+        *image_item,
         *text_item,
-        *drawing,
+        *image_item,
         "completed",
     ]
-    final = told[-1].response  # type: ignore[union-attr]
-    done = [event.item for event in told if event.type == "response.output_item.done"]
+    final = received[-1].response  # type: ignore[union-attr]
+    done = [event.item for event in received if event.type == "response.output_item.done"]
     assert [item.model_dump() for item in done] == [item.model_dump() for item in final.output]
-    deltas = "".join(e.delta for e in told if e.type == "response.output_text.delta")
+    deltas = "".join(e.delta for e in received if e.type == "response.output_text.delta")
     assert deltas == final.output_text
-    places = [e.output_index for e in told if e.type == "response.output_item.done"]
+    places = [e.output_index for e in received if e.type == "response.output_item.done"]
     assert places == [0, 1, 2, 3]
 
 
@@ -470,30 +477,32 @@ def test_a_text_that_the_limit_cut_is_incomplete(client: openai.OpenAI) -> None:
     fields: dict[str, Any] = {"model": "mini", "input": "Name a fruit.", "temperature": 0}
     cut = client.responses.create(**fields, max_output_tokens=1)
     assert cut.status == "incomplete" and [item.status for item in cut.output] == ["incomplete"]
-    whole = client.responses.create(**fields)
-    assert whole.status == "completed" and [item.status for item in whole.output] == ["completed"]
+    complete = client.responses.create(**fields)
+    assert complete.status == "completed" and [item.status for item in complete.output] == [
+        "completed"
+    ]
 
 
-def test_a_response_goes_on_from_the_one_before(client: openai.OpenAI, model: Chameleon) -> None:
+def test_a_response_continues_the_previous_one(client: openai.OpenAI, model: Chameleon) -> None:
     first = client.responses.create(
         model="mini", input="Draw a cat.", tools=DRAWS, extra_body={"seed": 1}
     )
-    again = client.responses.create(
+    second = client.responses.create(
         model="mini", input="What is this?", previous_response_id=first.id, max_output_tokens=8
     )
     before = answer("Draw a cat.", "interleaved", 1)
     turns = [Message("user", "Draw a cat."), before.message, Message("user", "What is this?")]
     expected = model.generate(turns, "text", max_tokens=8)
-    assert again.output_text == expected.text
-    # The same by sending the items back, with the picture or by its id alone.
+    assert second.output_text == expected.text
+    # The same by sending the items back, with the image or by its id alone.
     for drop in (set(), {"result"}):
         sent: Any = [{"role": "user", "content": "Draw a cat."}]
         sent += [item.model_dump(exclude_none=True, exclude=drop) for item in first.output]
         sent += [{"role": "user", "content": [{"type": "input_text", "text": "What is this?"}]}]
         other = client.responses.create(model="mini", input=sent, max_output_tokens=8)
         assert other.output_text == expected.text
-        assert other.usage is not None and again.usage is not None
-        assert other.usage.input_tokens == again.usage.input_tokens
+        assert other.usage is not None and second.usage is not None
+        assert other.usage.input_tokens == second.usage.input_tokens
     assert client.responses.retrieve(first.id).output == first.output
     client.responses.delete(first.id)
     with pytest.raises(openai.BadRequestError, match="there is no response"):
@@ -530,13 +539,13 @@ def test_a_begun_answer_is_one_turn_of_a_conversation(server: Running, model: Ch
     rest = model.generate(turns, "text", max_tokens=4)
     turns[1] = Message("assistant", ["A", *rest.segments])
     expected = model.generate([*turns, Message("user", "And blue?")], "text", max_tokens=4)
-    again = server.post("/v1/responses", body).json()
-    assert again["usage"]["input_tokens"] == expected.usage.prompt_tokens
-    texts = [part["text"] for item in again["output"] for part in item["content"]]
+    second = server.post("/v1/responses", body).json()
+    assert second["usage"]["input_tokens"] == expected.usage.prompt_tokens
+    texts = [part["text"] for item in second["output"] for part in item["content"]]
     assert texts == [expected.text] * bool(expected.text)
 
 
-def test_responses_read_pictures_and_instructions(server: Running, model: Chameleon) -> None:
+def test_responses_read_images_and_instructions(server: Running, model: Chameleon) -> None:
     parts = [{"type": "input_image", "image_url": data_url()}]
     parts.append({"type": "input_text", "text": "What is this?"})
     body = {"input": [{"role": "user", "content": parts}], "instructions": "Be brief."}
@@ -581,17 +590,20 @@ def test_offsets_of_tokens_are_those_in_the_text(server: Running) -> None:
     tokens, offsets = choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"]
     assert "\ufffd" in "".join(tokens) and "\ufffd" not in choice["text"]
     placed = list(zip(offsets, tokens, strict=True))
-    whole = [(at, token) for at, token in placed if "\ufffd" not in token]
-    assert whole and all(choice["text"].startswith(token, at) for at, token in whole)
+    complete = [(at, token) for at, token in placed if "\ufffd" not in token]
+    assert complete and all(choice["text"].startswith(token, at) for at, token in complete)
     assert offsets == sorted(offsets)
 
 
-def test_errors_have_the_names_and_the_ways_of_writing_of_the_route(server: Running) -> None:
-    draw = {"messages": [{"role": "user", "content": "Draw a cat."}], "modalities": ["image"]}
+def test_errors_name_fields_as_the_route_spells_them(server: Running) -> None:
+    image_request = {
+        "messages": [{"role": "user", "content": "Draw a cat."}],
+        "modalities": ["image"],
+    }
     tools = {"tools": [{"type": "image_generation"}], "tool_choice": "required"}
     for path, body, field in (
-        ("/v1/chat/completions", draw, "max_tokens"),
-        ("/v1/chat/completions", draw, "max_completion_tokens"),
+        ("/v1/chat/completions", image_request, "max_tokens"),
+        ("/v1/chat/completions", image_request, "max_completion_tokens"),
         ("/v1/responses", {"input": "Draw a cat."} | tools, "max_output_tokens"),
     ):
         error = server.post(path, body | {field: 5}).json()["error"]
@@ -601,9 +613,9 @@ def test_errors_have_the_names_and_the_ways_of_writing_of_the_route(server: Runn
 
 
 def test_models(client: openai.OpenAI) -> None:
-    [found] = client.models.list().data
-    assert found.id == "mini" and client.models.retrieve("mini").id == "mini"
-    extra = found.model_extra or {}
+    [listed] = client.models.list().data
+    assert listed.id == "mini" and client.models.retrieve("mini").id == "mini"
+    extra = listed.model_extra or {}
     assert extra["input_modalities"] == extra["output_modalities"] == ["text", "image"]
 
 
@@ -621,38 +633,38 @@ def test_files(client: openai.OpenAI, server: Running, model: Chameleon) -> None
         client.files.content(file.id)
     with pytest.raises(openai.BadRequestError, match="no format that is read"):
         client.files.create(file=io.BytesIO(b"text"), purpose="vision")
-    with pytest.raises(openai.BadRequestError, match="files do not expire") as told:
+    with pytest.raises(openai.BadRequestError, match="files do not expire") as error:
         client.files.create(
             file=STRAWBERRY,
             purpose="vision",
             expires_after={"anchor": "created_at", "seconds": 3600},
         )
-    assert told.value.param == "expires_after[anchor]"
+    assert error.value.param == "expires_after[anchor]"
 
 
 def test_tokenize_and_back(server: Running, model: Chameleon) -> None:
     words = "안녕, a red apple."
-    told = server.post("/tokenize", {"prompt": words, "return_token_strs": True}).json()
-    assert told["tokens"] == model.processor.encode_text(words)
-    assert told["count"] == len(told["token_strs"]) and told["max_model_len"] == 1024
-    assert server.post("/detokenize", {"tokens": told["tokens"]}).json() == {"prompt": words}
+    reply = server.post("/tokenize", {"prompt": words, "return_token_strs": True}).json()
+    assert reply["tokens"] == model.processor.encode_text(words)
+    assert reply["count"] == len(reply["token_strs"]) and reply["max_model_len"] == 1024
+    assert server.post("/detokenize", {"tokens": reply["tokens"]}).json() == {"prompt": words}
 
 
 def test_errors_are_the_classes_of_the_sdk(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="'gpt-9' is not served here: use 'mini'"):
         client.chat.completions.create(model="gpt-9", messages=[{"role": "user", "content": "a"}])
-    with pytest.raises(openai.BadRequestError) as told:
+    with pytest.raises(openai.BadRequestError) as error:
         client.chat.completions.create(
             model="mini", messages=[{"role": "user", "content": "a"}], temperature=-1
         )
-    assert told.value.param == "temperature" and told.value.code == "invalid_value"
-    assert "use 0 (greedy) or a number from 0.01 to 100" in told.value.message
-    assert told.value.request_id
-    with pytest.raises(openai.BadRequestError) as told:
+    assert error.value.param == "temperature" and error.value.code == "invalid_value"
+    assert "use 0 (greedy) or a number from 0.01 to 100" in error.value.message
+    assert error.value.request_id
+    with pytest.raises(openai.BadRequestError) as error:
         client.chat.completions.create(
             model="mini", messages=[{"role": "user", "content": "a " * 2000}]
         )
-    assert told.value.code == "context_length_exceeded"
+    assert error.value.code == "context_length_exceeded"
 
 
 def test_what_would_be_ignored_is_refused(server: Running) -> None:
@@ -661,18 +673,18 @@ def test_what_would_be_ignored_is_refused(server: Running) -> None:
     assert beyond["param"] == "tokens[1]" and str(end - 1) in beyond["message"]
     number = server.post("/v1/responses", {"input": "Name a fruit."}).json()["id"]
     assert server.get(f"/v1/responses/{number}").status_code == 200
-    again = server.get(f"/v1/responses/{number}?stream=true")
-    assert again.status_code == 400 and again.json()["error"]["param"] == "stream"
+    streamed = server.get(f"/v1/responses/{number}?stream=true")
+    assert streamed.status_code == 400 and streamed.json()["error"]["param"] == "stream"
     assert server.post("/tokenize", {}).json()["error"]["param"] is None
 
 
 def test_helpers_of_the_sdk(client: openai.OpenAI) -> None:
-    asked: Any = {"model": "mini", "messages": [{"role": "user", "content": "Name a fruit."}]}
-    with client.chat.completions.stream(**asked, seed=1, max_tokens=20) as stream:
+    fields: Any = {"model": "mini", "messages": [{"role": "user", "content": "Name a fruit."}]}
+    with client.chat.completions.stream(**fields, seed=1, max_tokens=20) as stream:
         kinds = {event.type for event in stream}
-        said = stream.get_final_completion().choices[0].message.content
-    whole = client.chat.completions.create(**asked, seed=1, max_tokens=20)
-    assert said == whole.choices[0].message.content and "content.done" in kinds
+        streamed = stream.get_final_completion().choices[0].message.content
+    complete = client.chat.completions.create(**fields, seed=1, max_tokens=20)
+    assert streamed == complete.choices[0].message.content and "content.done" in kinds
     tool: Any = [{"type": "image_generation", "partial_images": 2}]
     with client.responses.stream(
         model="mini", input="Show me two different fruits.", tools=tool
@@ -680,6 +692,6 @@ def test_helpers_of_the_sdk(client: openai.OpenAI) -> None:
         types = [event.type for event in events]
         final = events.get_final_response()
     assert types[-1] == "response.completed" and final.output
-    raw = client.chat.completions.with_raw_response.create(**asked, max_tokens=2)
+    raw = client.chat.completions.with_raw_response.create(**fields, max_tokens=2)
     assert raw.headers["x-request-id"] == raw.request_id and raw.parse().choices
     assert client.models.retrieve("mini").id == "mini"

@@ -64,17 +64,17 @@ def text_fields(base: dict[str, Any], limit: str = "max_tokens") -> dict[str, Ch
     }
 
 
-def image_fields(draw: dict[str, Any], edit: dict[str, Any]) -> dict[str, Change]:
-    """`edit` has a picture in its prompt, which alone `guidance_image` pulls by."""
-    draw, edit = draw | DRAW, edit | DRAW
+def image_fields(generation: dict[str, Any], edit: dict[str, Any]) -> dict[str, Change]:
+    """`edit` has an image in its prompt, which alone `guidance_image` pulls by."""
+    generation, edit = generation | DRAW, edit | DRAW
     return {
-        "image_temperature": (draw, {"image_temperature": 0}),
-        "image_top_p": (draw, {"image_top_p": 0.01}),
-        "image_top_k": (draw, {"image_top_k": 1}),
-        "guidance_text": (draw, {"guidance_text": 5}),
+        "image_temperature": (generation, {"image_temperature": 0}),
+        "image_top_p": (generation, {"image_top_p": 0.01}),
+        "image_top_k": (generation, {"image_top_k": 1}),
+        "guidance_text": (generation, {"guidance_text": 5}),
         "guidance_image": (edit, {"guidance_image": 5}),
-        "jacobi": (draw, {"jacobi": 3}),
-        "prompt_lookup": (draw, {"prompt_lookup": -1}),
+        "jacobi": (generation, {"jacobi": 3}),
+        "prompt_lookup": (generation, {"prompt_lookup": -1}),
         "negative_prompt": (
             edit | {"guidance_text": 3, "guidance_image": 2},
             {"negative_prompt": "Draw a green apple."},
@@ -82,25 +82,25 @@ def image_fields(draw: dict[str, Any], edit: dict[str, Any]) -> dict[str, Change
     }
 
 
-def picture_fields(base: dict[str, Any]) -> dict[str, Change]:
+def image_item_fields(base: dict[str, Any]) -> dict[str, Change]:
     stream = base | {"seed": 0, "stream": True}
-    drawn = base | {"seed": 0}
+    fields = base | {"seed": 0}
     return {
-        "prompt": (drawn, {"prompt": "Draw a dog."}),
-        "n": (drawn, {"n": 2}),
-        "size": (drawn, {"size": "32x32"}),
-        "response_format": (drawn, {"response_format": "url"}),
-        "output_format": (drawn, {"output_format": "webp"}),
-        "output_compression": (drawn | {"output_format": "jpeg"}, {"output_compression": 5}),
-        "stream": (drawn, {"stream": True}),
+        "prompt": (fields, {"prompt": "Draw a dog."}),
+        "n": (fields, {"n": 2}),
+        "size": (fields, {"size": "32x32"}),
+        "response_format": (fields, {"response_format": "url"}),
+        "output_format": (fields, {"output_format": "webp"}),
+        "output_compression": (fields | {"output_format": "jpeg"}, {"output_compression": 5}),
+        "stream": (fields, {"stream": True}),
         "partial_images": (stream, {"partial_images": 1}),
-        "seed": (drawn, {"seed": 1}),
+        "seed": (fields, {"seed": 1}),
         # Text is not drawn by these routes; its settings are those of SamplingParams all the same.
-        "temperature": (drawn, {"temperature": -1}),
-        "top_p": (drawn, {"top_p": -1}),
-        "top_k": (drawn, {"top_k": -1}),
-        "min_p": (drawn, {"min_p": -1}),
-        "repetition_penalty": (drawn, {"repetition_penalty": -1}),
+        "temperature": (fields, {"temperature": -1}),
+        "top_p": (fields, {"top_p": -1}),
+        "top_k": (fields, {"top_k": -1}),
+        "min_p": (fields, {"min_p": -1}),
+        "repetition_penalty": (fields, {"repetition_penalty": -1}),
         **image_fields(base, base),
     }
 
@@ -145,7 +145,7 @@ COMPLETION: dict[str, Change] = {
     "logprobs": (FRUIT_PROMPT | TEXT, {"logprobs": 1}),
     "max_images": (FRUIT_PROMPT | TEXT, {"max_images": 1}),
     "response_format": (FRUIT_PROMPT | TEXT, {"response_format": {"type": "json_object"}}),
-    # No picture is drawn by this route; wrong values are refused all the same.
+    # No image is drawn by this route; wrong values are refused all the same.
     "negative_prompt": (FRUIT_PROMPT | TEXT, {"negative_prompt": "Draw a dog."}),
     **{
         name: (FRUIT_PROMPT | TEXT, {name: -1})
@@ -192,8 +192,8 @@ RESPONSE: dict[str, Change] = {
     ),
 }
 WORDS = {"prompt": "Hi"}
-GENERATION = picture_fields({"prompt": "Draw a cat."})
-GENERATION["guidance_image"] = (GENERATION["n"][0], {"guidance_image": -1})  # no picture to pull
+GENERATION = image_item_fields({"prompt": "Draw a cat."})
+GENERATION["guidance_image"] = (GENERATION["n"][0], {"guidance_image": -1})  # no image to pull
 ROUTES: dict[str, tuple[type[Wire], dict[str, Change]]] = {
     "/v1/chat/completions": (ChatRequest, CHAT),
     "/v1/completions": (CompletionRequest, COMPLETION),
@@ -201,7 +201,7 @@ ROUTES: dict[str, tuple[type[Wire], dict[str, Change]]] = {
     "/v1/images/generations": (GenerationRequest, GENERATION),
     "/v1/images/edits": (
         EditRequest,
-        picture_fields({"prompt": "Draw it again.", "images": [{"image_url": data_url()}]})
+        image_item_fields({"prompt": "Draw it again.", "images": [{"image_url": data_url()}]})
         | {
             "images": (
                 {"prompt": "Draw it.", "seed": 0, "images": [{"image_url": data_url()}]},
@@ -209,7 +209,7 @@ ROUTES: dict[str, tuple[type[Wire], dict[str, Change]]] = {
             )
         },
     ),
-    "/v1/images/variations": (VariationRequest, picture_fields({})),
+    "/v1/images/variations": (VariationRequest, image_item_fields({})),
     "/tokenize": (
         TokenizeRequest,
         {
@@ -239,19 +239,18 @@ def ask(server: Running, path: str, body: dict[str, Any]) -> Any:
     else:
         reply = server.post(path, body)
     text = reply.text
-    told = (
-        [data for _, data in events(text)] if text.startswith(("data", "event")) else reply.json()
-    )
-    return reply.status_code, steady(told)
+    is_stream = text.startswith(("data", "event"))
+    content = [data for _, data in events(text)] if is_stream else reply.json()
+    return reply.status_code, steady(content)
 
 
-def steady(told: Any) -> Any:
-    if isinstance(told, list):
-        return [steady(one) for one in told]
-    if isinstance(told, dict):
+def steady(data: Any) -> Any:
+    if isinstance(data, list):
+        return [steady(one) for one in data]
+    if isinstance(data, dict):
         new = {"id", "created", "created_at", "item_id", "metadata", "user"}
-        return {name: steady(value) for name, value in told.items() if name not in new}
-    return re.sub(r"file-\S+", "file", told) if isinstance(told, str) else told
+        return {name: steady(value) for name, value in data.items() if name not in new}
+    return re.sub(r"file-\S+", "file", data) if isinstance(data, str) else data
 
 
 @pytest.mark.parametrize("path", ROUTES)
@@ -282,17 +281,26 @@ def test_defaults_of_the_sdk_s_parameters_change_nothing() -> None:
 def test_every_parameter_of_the_sdk_is_known(path: str) -> None:
     kind = ROUTES[path][0]
     # The client's own, a file of a form, and what `parse` makes a format of.
-    own = {"extra_headers", "extra_query", "extra_body", "timeout", "text_format", "parse_as"}
-    own |= {"image"} if path.endswith(("edits", "variations")) else set()
-    names = {name for method in SDK[path] for name in inspect.signature(method).parameters} - own
+    client_only = {
+        "extra_headers",
+        "extra_query",
+        "extra_body",
+        "timeout",
+        "text_format",
+        "parse_as",
+    }
+    client_only |= {"image"} if path.endswith(("edits", "variations")) else set()
+    names = {
+        name for method in SDK[path] for name in inspect.signature(method).parameters
+    } - client_only
     assert names - set(kind.model_fields) - set(kind.neutral) - set(kind.why_not) == set()
     # Both values of this one change nothing; any other is refused with a reason of its own.
     refused = names - set(kind.model_fields) - {"parallel_tool_calls"}
     for name in sorted(refused):
         body = ROUTES[path][1]["seed"][0] | {name: "no such value"}
-        with pytest.raises(ApiError) as told:
+        with pytest.raises(ApiError) as error:
             read(kind, body)
-        assert told.value.param == name and told.value.message.startswith(f"{name}: ")
+        assert error.value.param == name and error.value.message.startswith(f"{name}: ")
 
 
 @pytest.mark.slow
@@ -311,10 +319,10 @@ def test_a_field_changes_the_reply(server: Running, path: str, name: str) -> Non
 def test_a_field_of_any_name_is_named(name: str) -> None:
     message = {"role": "user", "content": "Hi"}
     for body in ({"messages": [message], name: 1}, {"messages": [message | {name: 1}]}):
-        with pytest.raises(ApiError) as caught:
+        with pytest.raises(ApiError) as error:
             read(ChatRequest, body)
-        assert caught.value.code == "unknown_field" and repr(name) in caught.value.message
-        assert repr(name) in str(caught.value.param)
+        assert error.value.code == "unknown_field" and repr(name) in error.value.message
+        assert repr(name) in str(error.value.param)
         assert repr(name) in read(ChatRequest, body, lenient=True)[1][0]
 
 
@@ -344,9 +352,12 @@ def test_the_page_s_python_runs(
     text = DOCUMENT.read_text(encoding="utf-8")
     block = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)[0]
     monkeypatch.chdir(tmp_path)
-    said: dict[str, Any] = {}
-    exec(compile(block.replace("http://127.0.0.1:8000", server.url), "docs/serve.md", "exec"), said)
-    said["client"].close()
+    captured_request: dict[str, Any] = {}
+    exec(
+        compile(block.replace("http://127.0.0.1:8000", server.url), "docs/serve.md", "exec"),
+        captured_request,
+    )
+    captured_request["client"].close()
     assert (tmp_path / "apple.png").read_bytes()[:4] == b"\x89PNG"
     assert "response.completed" in capsys.readouterr().out
 

@@ -22,7 +22,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from serve_case import STRAWBERRY, Running, data_url, events, mini, picture_file, running
+from serve_case import STRAWBERRY, Running, data_url, events, image_file, mini, running
 
 from earlyfusion.cli import main
 from earlyfusion.errors import SettingError
@@ -128,8 +128,8 @@ def test_long_prompts_are_not_read_on_the_event_loop(
     body: dict[str, Any] = {"messages": [{"role": "user", "content": "Draw a cat."}]}
     body = {"prompt": "Draw a cat."} if "images" in path else body | {"modalities": ["image"]}
     for negative, expected in (("Draw a dog.", 0), ("Draw a dog. " * 50, 1)):
-        drawn = server.post(path, body | {"guidance_text": 3, "negative_prompt": negative})
-        assert drawn.status_code in (200, 400) and called == expected
+        reply = server.post(path, body | {"guidance_text": 3, "negative_prompt": negative})
+        assert reply.status_code in (200, 400) and called == expected
 
 
 _POST = b"POST /health HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -150,37 +150,37 @@ def test_endless_heads_are_refused(server: Running, start: bytes) -> None:
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as client:
         client.sendall(start)
-        sent, told = 0, b""
-        while b" 400 " not in told:
+        sent, answer = 0, b""
+        while b" 400 " not in answer:
             sent += client.send(b"x" * 4096)
             assert sent < 10_000_000
             client.settimeout(0.05)
             with suppress(TimeoutError):
-                told += client.recv(65_536)
+                answer += client.recv(65_536)
         assert sent > 20_000
 
 
-def test_clients_that_never_ask_are_closed(
+def test_clients_that_send_no_request_are_closed(
     server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     http = pytest.importorskip("earlyfusion.serve.http")
     monkeypatch.setattr(http, "HEAD_SECONDS", 0.05)
     host, port = server.url.removeprefix("http://").split(":")
-    whole = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
-    for start in (b"", b"GET /health HTTP/1.1\r\nHost:", whole + b"GET /health"):
+    complete = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    for start in (b"", b"GET /health HTTP/1.1\r\nHost:", complete + b"GET /health"):
         with socket.create_connection((host, int(port)), timeout=4) as client:
             client.sendall(start)
-            told = b""
+            answer = b""
             while piece := client.recv(65_536):  # until the server closes
-                told += piece
-            assert told.count(b" 200 OK") == (start.startswith(whole))
+                answer += piece
+            assert answer.count(b" 200 OK") == (start.startswith(complete))
 
 
-def test_heads_that_come_whole_are_limited_too(server: Running) -> None:
+def test_heads_that_arrive_at_once_are_limited_too(server: Running) -> None:
     pytest.importorskip("httptools")
     assert server.get("/health", **{"x-long": "x" * 20_000}).status_code == 200
-    refused = server.get("/health", **{"x-long": "x" * 40_000})
-    assert refused.status_code == 400 and "32,768 bytes, the limit" in error_of(refused)["message"]
+    reply = server.get("/health", **{"x-long": "x" * 40_000})
+    assert reply.status_code == 400 and "32,768 bytes, the limit" in error_of(reply)["message"]
     assert server.get("/health", **{f"x-{i}": "x" * 400 for i in range(100)}).status_code == 400
     assert server.get("/health?" + "x" * 40_000).status_code == 400
 
@@ -196,7 +196,7 @@ def _raw(server: Running, data: bytes) -> bytes:
     return answer
 
 
-def test_what_is_not_http_is_told_in_the_form_of_all_errors(server: Running) -> None:
+def test_a_request_that_is_not_http_gets_a_json_error(server: Running) -> None:
     pytest.importorskip("httptools")
     head, _, body = _raw(server, b"hello\r\n\r\n").partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 400 ") and b"content-type: application/json" in head
@@ -237,10 +237,10 @@ def test_a_client_that_leaves_amid_its_body_is_no_failure(
         with socket.create_connection((host, int(port))) as client:
             client.sendall(f"{head}Content-Length: 100\r\n\r\n--a\r\n".encode())
         end = monotonic() + 30
-        while not (seen := [r for r in caplog.records if getattr(r, "path", "") == path]):
+        while not (records := [r for r in caplog.records if getattr(r, "path", "") == path]):
             assert monotonic() < end
             sleep(0.01)
-    assert [getattr(record, "status", 0) for record in seen] == [499]
+    assert [getattr(record, "status", 0) for record in records] == [499]
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
@@ -291,8 +291,8 @@ def _form(*fields: tuple[str, bytes]) -> bytes:
     return b"".join(head % (name.encode(), value) for name, value in fields) + b"--x--\r\n"
 
 
-def test_forms_whose_picture_is_no_file_or_that_are_too_large() -> None:
-    picture = STRAWBERRY.read_bytes()
+def test_forms_whose_image_is_no_file_or_that_are_too_large() -> None:
+    image = STRAWBERRY.read_bytes()
     headers = {"Content-Type": "multipart/form-data; boundary=x"}
     with running() as server, httpx.Client() as client:
         for path, field in {
@@ -301,7 +301,7 @@ def test_forms_whose_picture_is_no_file_or_that_are_too_large() -> None:
             "/v1/images/variations": "image[]",
         }.items():
             bodies = {
-                f"the field {field} has no filename": _form((field, picture)),
+                f"the field {field} has no filename": _form((field, image)),
                 "the form has over 100 fields or files": _form(*[("user", b"a")] * 101),
                 "a field of the form has over 1,048,576 bytes": _form((field, bytes(1_048_577))),
             }
@@ -316,8 +316,8 @@ def test_other_types_and_routes(server: Running) -> None:
         url = f"{server.url}/v1/chat/completions"
         assert client.post(url, content="{}").status_code == 415
         assert client.post(f"{server.url}/v1/images/variations", json={}).status_code == 415
-        refused = client.get(url)
-        assert refused.status_code == 405 and refused.headers["allow"] == "POST"
+        response = client.get(url)
+        assert response.status_code == 405 and response.headers["allow"] == "POST"
         packed = {"content-type": "application/json", "content-encoding": "gzip"}
         reply = client.post(url, content=b"\x1f\x8b", headers=packed)
         assert reply.status_code == 415 and "'gzip' is not read" in error_of(reply)["message"]
@@ -329,11 +329,11 @@ def test_other_types_and_routes(server: Running) -> None:
     assert reply.status_code == 404
 
 
-def test_a_slash_at_the_end_changes_nothing(server: Running) -> None:
+def test_a_trailing_slash_in_the_path_is_ignored(server: Running) -> None:
     for path in ("/v1/models", "/health", "/v1/models/mini"):
         assert server.get(path + "/").json().keys() == server.get(path).json().keys()
-    asked = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
-    assert server.post("/v1/chat/completions/", asked).status_code == 200
+    body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
+    assert server.post("/v1/chat/completions/", body).status_code == 200
     assert error_of(server.get("/health//"))["code"] == "unknown_route"
 
 
@@ -354,9 +354,9 @@ def test_all_methods_of_a_path_are_allowed(server: Running) -> None:
 
 def test_streams_in_http_1_0_end_with_the_connection(server: Running) -> None:
     fields = {"stream": True, "max_tokens": 3, "modalities": ["text"], "seed": 0}
-    asked = {"messages": [{"role": "user", "content": "Hi"}]} | fields
+    chat = {"messages": [{"role": "user", "content": "Hi"}]} | fields
     for method, path, body in (
-        ("POST", "/v1/chat/completions", json.dumps(asked).encode()),
+        ("POST", "/v1/chat/completions", json.dumps(chat).encode()),
         ("GET", "/v1/models", b""),
         ("HEAD", "/v1/models", b""),
     ):
@@ -365,10 +365,10 @@ def test_streams_in_http_1_0_end_with_the_connection(server: Running) -> None:
         host, port = server.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=10) as client:
             client.sendall("\r\n".join(lines).encode() + body)
-            told = b""
+            answer = b""
             while piece := client.recv(65_536):
-                told += piece
-        head, _, reply = told.partition(b"\r\n\r\n")
+                answer += piece
+        head, _, reply = answer.partition(b"\r\n\r\n")
         assert b" 200 " in head and b"transfer-encoding" not in head.lower()
         if method == "POST":
             assert [event for _, event in events(reply.decode())][-1] == "[DONE]"
@@ -377,8 +377,8 @@ def test_streams_in_http_1_0_end_with_the_connection(server: Running) -> None:
             assert bool(reply) == (method == "GET")
 
 
-def test_pictures_have_limits(server: Running) -> None:
-    large = "data:image/png;base64," + base64.b64encode(picture_file(301, 10)).decode()
+def test_images_have_limits(server: Running) -> None:
+    large = "data:image/png;base64," + base64.b64encode(image_file(301, 10)).decode()
     part = {"type": "image_url", "image_url": {"url": large}}
     reply = server.chat([{"role": "user", "content": [part]}])
     assert error_of(reply)["code"] == "image_too_large"
@@ -414,7 +414,7 @@ def test_a_full_queue_says_when_to_ask_again(
         return server.chat("Name a fruit.", max_tokens=4, modalities=["text"], seed=number)
 
     with ThreadPoolExecutor(limit) as pool:
-        asked = [pool.submit(ask, number) for number in range(limit)]
+        requests = [pool.submit(ask, number) for number in range(limit)]
         while driver.waiting < limit:
             sleep(0.01)
         times, waits = list[float](), set[str]()
@@ -432,14 +432,14 @@ def test_a_full_queue_says_when_to_ask_again(
         ):
             client.completions.create(model="mini", prompt="a")
         held.set()
-        replies = [one.result() for one in asked]
+        replies = [one.result() for one in requests]
     assert {reply.status_code for reply in replies} == {200}  # no accepted request is lost
     assert len({reply.json()["choices"][0]["message"]["content"] for reply in replies}) == 1
     too_many = server.post("/v1/completions", {"prompt": ["a"] * (limit + 1)})
     assert too_many.status_code == 400 and "ask for fewer" in error_of(too_many)["message"]
 
 
-def test_the_sdk_asks_again_when_it_was_told_to(
+def test_the_sdk_retries_after_retry_after(
     server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     driver = server.service.driver
@@ -452,13 +452,13 @@ def test_the_sdk_asks_again_when_it_was_told_to(
         check(count, warming)
 
     monkeypatch.setattr(driver, "check_room", full_twice)
-    asked = {"model": "mini", "prompt": "Hi", "max_tokens": 1}
+    fields = {"model": "mini", "prompt": "Hi", "max_tokens": 1}
     url = f"{server.url}/v1"
     with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
         with pytest.raises(openai.RateLimitError, match="ask again in 1 s"):
-            client.completions.create(**asked)
+            client.completions.create(**fields)
     with openai.OpenAI(base_url=url, api_key="none", max_retries=1) as client:
-        client.completions.create(**asked)
+        client.completions.create(**fields)
     assert len(refused) == 2 and monotonic() - refused[1] >= 0.3  # as in Retry-After-Ms
 
 
@@ -469,12 +469,12 @@ def test_a_full_server_reads_no_body(server: Running, monkeypatch: pytest.Monkey
     with socket.create_connection((host, int(port)), timeout=10) as client:
         # Of the body only a part is sent, and that of a foreign type.
         client.sendall(f"{head}Content-Type: text/plain\r\n\r\n".encode() + b"a" * 1000)
-        told = b""
-        while b'"queue_full"' not in told:
+        answer = b""
+        while b'"queue_full"' not in answer:
             more = client.recv(65_536)
             assert more
-            told += more
-        assert told.startswith(b"HTTP/1.1 429 ")
+            answer += more
+        assert answer.startswith(b"HTTP/1.1 429 ")
         # The connection is still good once the rest has come.
         client.sendall(b"a" * 99_000 + f"GET /ready HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
         assert client.recv(65_536).startswith(b"HTTP/1.1 200 ")
@@ -503,7 +503,7 @@ def test_a_client_that_leaves_frees_its_blocks(server: Running, stream: bool) ->
 
 
 @pytest.mark.slow
-def test_a_thousand_clients_that_leave_leave_nothing_behind(server: Running) -> None:
+def test_a_thousand_disconnected_clients_leak_nothing(server: Running) -> None:
     url, driver = f"{server.url}/v1/chat/completions", server.service.driver
     body = {"messages": [{"role": "user", "content": "Draw a cat."}], "stream": True, **LONG}
     threads = threading.active_count()
@@ -524,13 +524,13 @@ def test_silent_streams_get_comments(server: Running, held: Event) -> None:
         client.stream("POST", f"{server.url}/v1/chat/completions", json=body) as reply,
     ):
         lines = reply.iter_lines()
-        found = next(line for line in lines if line.startswith(":"))
+        comment = next(line for line in lines if line.startswith(":"))
         held.set()
         rest = list(lines)
-    assert found == ": keepalive" and rest[-2] == "data: [DONE]"
+    assert comment == ": keepalive" and rest[-2] == "data: [DONE]"
 
 
-def test_a_bad_request_does_not_touch_its_neighbours(server: Running) -> None:
+def test_a_bad_request_does_not_affect_concurrent_ones(server: Running) -> None:
     expected = mini().generate("Draw a cat.", "image", seed=1).message.images[0].codes
     # The last one fails in the engine, in the middle of a step.
     inside = {"allowed_words": ["a"], "bad_words": ["a"], "modalities": ["text"]}
@@ -559,8 +559,8 @@ def test_a_bad_request_does_not_touch_its_neighbours(server: Running) -> None:
     assert set(statuses) == {400}
     files = server.service.files
     url = good.result().json()["choices"][0]["message"]["images"][0]["image_url"]["url"]
-    drawn = files.generated(base64.b64decode(url.partition(",")[2]))
-    assert drawn is not None and (drawn.codes == expected).all()
+    generated = files.generated(base64.b64decode(url.partition(",")[2]))
+    assert generated is not None and (generated.codes == expected).all()
 
 
 def test_a_broken_step_ends_its_requests_and_no_others(
@@ -584,14 +584,14 @@ def test_a_broken_step_ends_its_requests_and_no_others(
     assert streamed[-1][1]["error"]["code"] == "engine_failed"
     broken.append(True)
     body = {"input": "Name a fruit.", "stream": True}
-    told = [event for event, _ in events(server.post("/v1/responses", body).text)]
-    assert told[-2:] == ["error", "response.failed"]
+    names = [event for event, _ in events(server.post("/v1/responses", body).text)]
+    assert names[-2:] == ["error", "response.failed"]
     monkeypatch.undo()
     assert server.chat("Name a fruit.", max_tokens=2).status_code == 200
     assert server.get("/health").status_code == 200
 
 
-def test_an_engine_that_keeps_failing_is_made_anew(
+def test_an_engine_that_keeps_failing_is_replaced(
     server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = server.service.driver.engine
@@ -606,7 +606,7 @@ def test_an_engine_that_keeps_failing_is_made_anew(
     assert server.get("/health").status_code == 200
 
 
-def test_what_nobody_foresaw_is_a_500_without_insides(
+def test_an_unexpected_error_is_a_500_without_internals(
     server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*arguments: Any) -> Any:
@@ -618,7 +618,7 @@ def test_what_nobody_foresaw_is_a_500_without_insides(
     assert "secret" not in reply.text and reply.headers["x-request-id"]
 
 
-def test_health_is_the_heartbeat_of_the_engine(
+def test_health_follows_the_heartbeat_of_the_engine(
     server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert server.get("/health").json()["status"] == "ok"
@@ -672,7 +672,7 @@ def test_openapi_describes_the_bodies(server: Running) -> None:
     assert "ChatMessage" in described["components"]["schemas"]
 
 
-def test_slow_servers_of_pictures_keep_nobody_else_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_image_servers_delay_no_other_request(monkeypatch: pytest.MonkeyPatch) -> None:
     go = Event()
 
     def fetched(address: str, seconds: float) -> bytes:
@@ -741,14 +741,16 @@ def test_keys_cors_and_deadlines() -> None:
         file = {"file": ("a.png", STRAWBERRY.read_bytes())}
         with httpx.Client() as client:
             number = client.post(f"{server.url}/v1/files", files=file, headers=right).json()["id"]
-        # A signed address needs no key: a page shows the picture by it.
+        # A signed address needs no key: a page shows the image by it.
         signed = server.service.files.address(number, "")
         assert server.get(signed).status_code == 200
         assert server.get(signed[:-1] + "-").status_code == 401
-        asked = {"origin": "http://page.example", "access-control-request-method": "POST"}
-        asked["access-control-request-headers"] = "authorization, x-stainless-lang"  # of OpenAI's
+        preflight = {"origin": "http://page.example", "access-control-request-method": "POST"}
+        preflight["access-control-request-headers"] = (
+            "authorization, x-stainless-lang"  # of OpenAI's
+        )
         with httpx.Client() as client:
-            answer = client.options(f"{server.url}/v1/chat/completions", headers=asked)
+            answer = client.options(f"{server.url}/v1/chat/completions", headers=preflight)
         assert answer.status_code == 200
         assert answer.headers["access-control-allow-origin"] == "http://page.example"
         late = server.post("/v1/images/generations", body | {"n": 10}, **right)
@@ -759,7 +761,7 @@ def test_keys_cors_and_deadlines() -> None:
 # --- the end ---
 
 
-def test_a_server_that_ends_answers_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopping_server_finishes_running_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     with running(drain_seconds=30) as ending:
         driver, held = ending.service.driver, hold(ending, monkeypatch)
         replies: list[httpx.Response] = []
@@ -769,8 +771,8 @@ def test_a_server_that_ends_answers_what_it_has(monkeypatch: pytest.MonkeyPatch)
             sleep(0.01)
         driver.draining = True
         assert ending.get("/ready").status_code == 503
-        refused = ending.chat("Hi")
-        assert refused.status_code == 503 and error_of(refused)["code"] == "not_ready"
+        reply = ending.chat("Hi")
+        assert reply.status_code == 503 and error_of(reply)["code"] == "not_ready"
         held.set()
     asking.join(timeout=30)
     assert replies[0].status_code == 200
@@ -796,8 +798,8 @@ def test_the_command_serves_and_ends_on_sigterm() -> None:
     line = process.stdout.readline()
     url = line.split()[4]
     with httpx.Client(timeout=60) as client:
-        asked = {"messages": [{"role": "user", "content": "Name a fruit."}], "max_tokens": 4}
-        assert client.post(f"{url}/chat/completions", json=asked).status_code == 200
+        body = {"messages": [{"role": "user", "content": "Name a fruit."}], "max_tokens": 4}
+        assert client.post(f"{url}/chat/completions", json=body).status_code == 200
     process.send_signal(signal.SIGTERM)
     _, logged = process.communicate(timeout=60)
     assert process.returncode == 0
@@ -816,8 +818,8 @@ def test_sigterm_while_the_model_loads() -> None:
         assert monotonic() < end
         sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    shown, logged = process.communicate(timeout=60)
-    assert (process.returncode, shown) == (0, "")
+    stdout, logged = process.communicate(timeout=60)
+    assert (process.returncode, stdout) == (0, "")
     assert logged == "stopped before the server was ready\n"
 
 
@@ -837,7 +839,7 @@ runpy.run_module("earlyfusion", run_name="__main__")
 
 
 @pytest.mark.parametrize("signals", [2, 3])
-def test_a_second_signal_ends_what_runs(signals: int) -> None:
+def test_a_second_signal_cancels_running_requests(signals: int) -> None:
     process = _started()
     assert process.stdout is not None
     url = process.stdout.readline().split()[4]
@@ -845,9 +847,9 @@ def test_a_second_signal_ends_what_runs(signals: int) -> None:
     ends: list[str] = []
 
     def ask(stream: bool) -> None:
-        asked = body | {"stream": stream, "modalities": ["image"]}
+        fields = body | {"stream": stream, "modalities": ["image"]}
         with httpx.Client(timeout=60) as client, suppress(httpx.HTTPError):
-            ends.append(client.post(f"{url}/chat/completions", json=asked).text)
+            ends.append(client.post(f"{url}/chat/completions", json=fields).text)
 
     threads = [Thread(target=ask, args=(number % 2 == 0,)) for number in range(24)]
     for thread in threads:

@@ -25,13 +25,13 @@ def test_mixed_load(seconds: int) -> None:
     with running(remote, file_bytes=100_000) as server:
         port = int(server.url.rpartition(":")[2])
         pids = [os.getpid(), remote.pid]
-        told = asyncio.run(mixed_load(port, seconds, 8, data_url(), pids))
+        report = asyncio.run(mixed_load(port, seconds, 8, data_url(), pids))
         server.wait_until_idle()
-        print(told.asked.total(), dict(told.asked))
-        assert not told.wrong, told.wrong[:5]
+        print(report.asked.total(), dict(report.asked))
+        assert not report.wrong, report.wrong[:5]
         assert remote.pid == pids[1] and server.service.driver.restarts == 0
         if seconds > 60:
-            growth = [told.growth(pid, warm=seconds // 5) for pid in pids]
+            growth = [report.growth(pid, warm=seconds // 5) for pid in pids]
             print("growth of both processes:", growth)
             assert max(growth) < 0.02
-            assert len(told.asked) == 12
+            assert len(report.asked) == 12

@@ -91,17 +91,17 @@ def tokens(server: Running, messages: list[dict[str, Any]]) -> Any:
 
 
 @pytest.mark.parametrize("partial_images", [0, 2])
-def test_pictures_are_attached_whole_and_once(server: Running, partial_images: int) -> None:
+def test_images_are_attached_whole_and_once(server: Running, partial_images: int) -> None:
     reply = answer(FRUITS, "auto", 0)
     shown = replayed(server, [turn("user", FRUITS)], partial_images=partial_images)
-    drawn = [pixels(data).tobytes() for data in shown.attachments]
-    assert drawn == [image.tobytes() for image in reply.images] and len(drawn) == 2
+    images = [pixels(data).tobytes() for data in shown.attachments]
+    assert images == [image.tobytes() for image in reply.images] and len(images) == 2
     assert shown.content == reply.text
     assert shown.usage is not None
     assert shown.usage["completion_tokens"] == reply.usage.completion_tokens
 
 
-def test_an_attached_picture_that_the_user_sends_again_keeps_its_codes(server: Running) -> None:
+def test_an_attached_image_that_the_user_sends_again_keeps_its_codes(server: Running) -> None:
     shown = replayed(server, [turn("user", FRUITS)])
     url = "data:image/png;base64," + base64.b64encode(shown.attachments[1]).decode()
     parts = [
@@ -109,19 +109,19 @@ def test_an_attached_picture_that_the_user_sends_again_keeps_its_codes(server: R
         {"type": "image_url", "image_url": {"url": url}},
     ]
     first = answer(FRUITS, "auto", 0)
-    told = tokens(
+    ids = tokens(
         server, [turn("user", FRUITS), turn("assistant", shown.content), turn("user", parts)]
     )
-    picture = first.message.images[1]
+    generated = first.message.images[1]
     turns = [
         Message("user", FRUITS),
         Message("assistant", shown.content),
-        Message("user", ["Draw it again.", picture]),
+        Message("user", ["Draw it again.", generated]),
     ]
-    assert isinstance(picture, Image) and told == list(mini().request(turns, "text", seed=0).ids)
+    assert isinstance(generated, Image) and ids == list(mini().request(turns, "text", seed=0).ids)
 
 
-def test_markdown_shows_pictures_in_order_and_brings_them_back(server: Running) -> None:
+def test_markdown_shows_images_in_order_and_brings_them_back(server: Running) -> None:
     reply = answer(FRUITS, "auto", 0)
     shown = replayed(server, [turn("user", FRUITS)], image_delivery="markdown")
     assert shown.attachments == [], "a picture would be shown twice"
@@ -130,14 +130,14 @@ def test_markdown_shows_pictures_in_order_and_brings_them_back(server: Running) 
     assert texts == reply.text.split("\n") and len(addresses) == 2
     assert all(len(address) < 200 for address in addresses), "the history stays small"
     for address, image in zip(addresses, reply.images, strict=True):
-        found = httpx.get(address)  # as the browser does, which has no key
-        assert found.status_code == 200 and pixels(found.content).tobytes() == image.tobytes()
-    again = "Draw the first one again."
-    told = tokens(
-        server, [turn("user", FRUITS), turn("assistant", shown.content), turn("user", again)]
+        response = httpx.get(address)  # as the browser does, which has no key
+        assert response.status_code == 200 and pixels(response.content).tobytes() == image.tobytes()
+    request_text = "Draw the first one again."
+    ids = tokens(
+        server, [turn("user", FRUITS), turn("assistant", shown.content), turn("user", request_text)]
     )
-    turns = [Message("user", FRUITS), reply.message, Message("user", again)]
-    assert told == list(mini().request(turns, "text", seed=0).ids)
+    turns = [Message("user", FRUITS), reply.message, Message("user", request_text)]
+    assert ids == list(mini().request(turns, "text", seed=0).ids)
 
 
 def test_what_open_webui_sends_is_answered_in_markdown_where_the_server_says_so() -> None:
@@ -149,7 +149,7 @@ def test_what_open_webui_sends_is_answered_in_markdown_where_the_server_says_so(
         message = reply.json()["choices"][0]["message"]
         assert "images" not in message and len(MARKDOWN.findall(message["content"])) == 2
         assert reply.headers["x-ignored-fields"] == "tools"
-        asked = server.chat(FRUITS, image_delivery="images", **body).json()
-        assert len(asked["choices"][0]["message"]["images"]) == 2
+        response = server.chat(FRUITS, image_delivery="images", **body).json()
+        assert len(response["choices"][0]["message"]["images"]) == 2
         refused = server.chat(FRUITS, tool_choice="required", **body)
         assert refused.status_code == 400 and refused.json()["error"]["param"] == "tool_choice"

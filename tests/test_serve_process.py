@@ -64,27 +64,27 @@ def text_of(reply: httpx.Response) -> str:
 
 def test_replies_are_those_of_generate(server: Running) -> None:
     expected = answer("Draw a red apple.", "image", 3)
-    drawn = server.post("/v1/images/generations", {"prompt": "Draw a red apple.", "seed": 3})
-    assert pixels(drawn.json()["data"][0]["b64_json"]) == expected.images[0]
+    reply = server.post("/v1/images/generations", {"prompt": "Draw a red apple.", "seed": 3})
+    assert pixels(reply.json()["data"][0]["b64_json"]) == expected.images[0]
     with ThreadPoolExecutor(8) as pool:
-        asked = [
+        requests = [
             pool.submit(server.chat, "Name a fruit.", modalities=["text"], seed=seed)
             for seed in range(8)
         ]
-        texts = [text_of(one.result()) for one in asked]
+        texts = [text_of(one.result()) for one in requests]
     assert texts == [answer("Name a fruit.", "text", seed).text for seed in range(8)]
     streamed = events(server.chat("Name a fruit.", modalities=["text"], seed=5, stream=True).text)
     deltas = [event["choices"][0]["delta"].get("content", "") for _, event in streamed[:-1]]
     assert "".join(deltas) == texts[5]
 
 
-def test_pictures_are_decoded_in_a_process_that_may_end(server: Running) -> None:
+def test_images_are_decoded_in_a_process_that_may_end(server: Running) -> None:
     expected = [answer("Draw a red apple.", "image", seed).images[0] for seed in (3, 4, 5)]
     body, decoder = {"prompt": "Draw a red apple."}, server.service.decoder
 
-    def draw(seed: int) -> Any:
-        drawn = server.post("/v1/images/generations", body | {"seed": seed})
-        return pixels(drawn.json()["data"][0]["b64_json"])
+    def generate_image(seed: int) -> Any:
+        reply = server.post("/v1/images/generations", body | {"seed": seed})
+        return pixels(reply.json()["data"][0]["b64_json"])
 
     def wait_for_process() -> list[BaseProcess]:
         end = monotonic() + 60
@@ -93,15 +93,15 @@ def test_pictures_are_decoded_in_a_process_that_may_end(server: Running) -> None
             sleep(0.02)
         return [child for child in active_children() if child.name != "engine"]
 
-    assert draw(3) == expected[0]  # which starts the process
+    assert generate_image(3) == expected[0]  # which starts the process
     [first] = wait_for_process()
-    assert draw(4) == expected[1]
+    assert generate_image(4) == expected[1]
     first.kill()
     first.join()
-    assert draw(5) == expected[2]  # by a thread, or by the next process
-    drawn = server.post("/v1/images/generations", body | {"seed": 3}).json()["data"][0]["b64_json"]
-    picture = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{drawn}"}}
-    turns = [{"role": "user", "content": [picture]}]
+    assert generate_image(5) == expected[2]  # by a thread, or by the next process
+    data = server.post("/v1/images/generations", body | {"seed": 3}).json()["data"][0]["b64_json"]
+    part = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+    turns = [{"role": "user", "content": [part]}]
     tokens = server.post("/tokenize", {"messages": turns}).json()["tokens"]
     codes = answer("Draw a red apple.", "image", 3).segments
     assert tokens == list(mini().request([Message("user", codes)], "text", max_tokens=1).ids)
@@ -109,12 +109,12 @@ def test_pictures_are_decoded_in_a_process_that_may_end(server: Running) -> None
     assert second.pid != first.pid
 
 
-def test_pictures_are_read_in_the_servers_process(server: Running) -> None:
+def test_images_are_read_in_the_servers_process(server: Running) -> None:
     part = {"type": "image_url", "image_url": {"url": data_url()}}
     words = [part, {"type": "text", "text": "What is this?"}]
-    said = server.chat([{"role": "user", "content": words}], modalities=["text"], seed=0)
+    reply = server.chat([{"role": "user", "content": words}], modalities=["text"], seed=0)
     with_codes = mini().generate([pixels(data_url()), "What is this?"], "text", seed=0)
-    assert text_of(said) == with_codes.text
+    assert text_of(reply) == with_codes.text
 
 
 def test_mistakes_are_told_before_a_stream_begins(server: Running) -> None:
@@ -133,23 +133,23 @@ def test_an_engine_that_is_lost_is_started_again(
     if how == "stopped":
         monkeypatch.setattr(remote, "step_timeout", 1.0)
     with ThreadPoolExecutor(4) as pool:
-        whole = [pool.submit(server.chat, "Draw a cat.", **DRAWING) for _ in range(3)]
+        requests = [pool.submit(server.chat, "Draw a cat.", **DRAWING) for _ in range(3)]
         stream = pool.submit(server.chat, "Draw a cat.", stream=True, **DRAWING)
         while server.service.driver.running < 4:
             sleep(0.005)
         os.kill(before, signal.SIGKILL if how == "killed" else signal.SIGSTOP)
-        for reply in (one.result() for one in whole):
-            assert reply.status_code == 503 and "retry-after" in reply.headers
-            assert reply.json()["error"]["code"] == "engine_failed"
+        for failed in (one.result() for one in requests):
+            assert failed.status_code == 503 and "retry-after" in failed.headers
+            assert failed.json()["error"]["code"] == "engine_failed"
         last = events(stream.result().text)[-1][1]
         assert last["error"]["code"] == "engine_failed"
-    refused = server.chat("Hi")  # the new one is still loading
-    assert refused.status_code == 503 and int(refused.headers["retry-after"]) > 0
+    response = server.chat("Hi")  # the new one is still loading
+    assert response.status_code == 503 and int(response.headers["retry-after"]) > 0
     monkeypatch.undo()
     wait_until_ready(server)
     assert remote.pid != before
-    said = server.chat("Name a fruit.", modalities=["text"], seed=1)
-    assert text_of(said) == answer("Name a fruit.", "text", 1).text
+    reply = server.chat("Name a fruit.", modalities=["text"], seed=1)
+    assert text_of(reply) == answer("Name a fruit.", "text", 1).text
     assert server.get("/health").status_code == 200
     page = server.get("/metrics").text.splitlines()
     [restarts] = [line for line in page if line.startswith("earlyfusion:engine_restarts{")]
@@ -164,11 +164,11 @@ def test_requests_wait_for_room_in_the_socket_to_the_engine(server: Running) -> 
     with ThreadPoolExecutor(8) as pool:
         os.kill(remote.pid, signal.SIGSTOP)
         try:
-            asked = [pool.submit(server.chat, "Hi", **body) for _ in range(8)]
+            requests = [pool.submit(server.chat, "Hi", **body) for _ in range(8)]
             sleep(2)  # until the socket is full
         finally:
             os.kill(remote.pid, signal.SIGCONT)
-        assert [one.result().status_code for one in asked] == [200] * len(asked)
+        assert [one.result().status_code for one in requests] == [200] * len(requests)
     assert os.get_blocking(remote.fileno())
 
 
@@ -218,25 +218,25 @@ def test_files_that_are_broken_or_of_another_model_are_told(
         health = server.get("/health")
         assert health.status_code == 503 and words in health.json()["reason"]
         assert server.get("/ready").status_code == 503
-        refused = server.chat("Hi")
-        assert refused.status_code == 503 and refused.json()["error"]["code"] == "not_ready"
-        assert words in refused.json()["error"]["message"] and "retry-after" in refused.headers
+        response = server.chat("Hi")
+        assert response.status_code == 503 and response.json()["error"]["code"] == "not_ready"
+        assert words in response.json()["error"]["message"] and "retry-after" in response.headers
         assert driver.restarts < 20
     monkeypatch.undo()
     wait_until_ready(server)
     assert server.get("/health").status_code == 200 and not driver.trouble
-    said = server.chat("Name a fruit.", modalities=["text"], seed=1)
-    assert text_of(said) == answer("Name a fruit.", "text", 1).text
+    reply = server.chat("Name a fruit.", modalities=["text"], seed=1)
+    assert text_of(reply) == answer("Name a fruit.", "text", 1).text
 
 
 def idle(hello: bytes) -> Child:
     """A child that says hello and waits."""
     context = get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=idle_child.run, args=(theirs, hello), daemon=True)
+    parent_end, child_end = context.Pipe()
+    process = context.Process(target=idle_child.run, args=(child_end, hello), daemon=True)
     process.start()
-    theirs.close()
-    return process, ours
+    child_end.close()
+    return process, parent_end
 
 
 class Held(NamedTuple):
@@ -255,10 +255,10 @@ class Held(NamedTuple):
 
 
 def leave(server: Running, number: int) -> None:
-    """Ask, and leave: at once, with the first token, while the reply is made, or in a picture."""
+    """Ask, and leave: at once, with the first token, while the reply is made, or in an image."""
     url = f"{server.url}/v1/chat/completions"
-    said = f"Draw {number} cats." if number % 2 else "Tell me of fruit."
-    body: dict[str, Any] = {"messages": [{"role": "user", "content": said}], **DRAWING}
+    prompt = f"Draw {number} cats." if number % 2 else "Tell me of fruit."
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": prompt}], **DRAWING}
     body["max_images"] = 2
     with httpx.Client(timeout=60) as client:
         if number % 4 == 0:
@@ -274,7 +274,7 @@ def leave(server: Running, number: int) -> None:
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads Linux's /proc")
 @pytest.mark.parametrize("count", [50, pytest.param(1000, marks=pytest.mark.slow)])
-def test_clients_that_leave_leave_nothing_behind(count: int) -> None:
+def test_disconnected_clients_leak_nothing(count: int) -> None:
     # A small cache is full of old prefixes before the count begins, and takes no more memory.
     plan = LoadPlan("mini", dtype="fp32", cache_bytes=16_000_000)
     remote = RemoteEngine(partial(start, plan), step_timeout=60)
@@ -333,5 +333,5 @@ def test_bad_weights_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixt
     with pytest.raises(CheckpointError):
         RemoteEngine(partial(start, LoadPlan(str(tmp_path))), step_timeout=60)
     assert main(["serve", "--port", "0", "--model", str(tmp_path)]) == 2
-    told = capsys.readouterr().err
-    assert "Traceback" not in told and str(tmp_path) in told
+    stderr = capsys.readouterr().err
+    assert "Traceback" not in stderr and str(tmp_path) in stderr

@@ -57,45 +57,45 @@ def until(condition: Any) -> None:
 
 def test_requests_spread_and_replies_are_those_of_generate(server: Running) -> None:
     with ThreadPoolExecutor(8) as pool:
-        drawings = [pool.submit(server.chat, "Draw a cat.", **DRAWING) for _ in range(4)]
+        image_futures = [pool.submit(server.chat, "Draw a cat.", **DRAWING) for _ in range(4)]
         until(lambda: server.service.driver.running == 4)
         assert [driver.running for driver in drivers_of(server)] == [2, 2]
-        asked = [
+        text_futures = [
             pool.submit(server.chat, "Name a fruit.", modalities=["text"], seed=seed)
             for seed in range(4)
         ]
-        texts = [one.result().json()["choices"][0]["message"]["content"] for one in asked]
-        whole = [one.result().json()["choices"][0]["message"]["images"] for one in drawings]
+        texts = [one.result().json()["choices"][0]["message"]["content"] for one in text_futures]
+        images = [one.result().json()["choices"][0]["message"]["images"] for one in image_futures]
     assert texts == [answer("Name a fruit.", "text", seed).text for seed in range(4)]
     first = mini().generate("Draw a cat.", "image", seed=0, max_images=8).images[0]
-    assert all(pixels(one[0]["image_url"]["url"]).tobytes() == first.tobytes() for one in whole)
+    assert all(pixels(one[0]["image_url"]["url"]).tobytes() == first.tobytes() for one in images)
     page = server.get("/metrics").text
     assert 'earlyfusion:engines_ready{model_name="mini"} 2.0' in page
 
 
-def test_what_is_remembered_serves_any_engine(server: Running) -> None:
+def test_stored_responses_serve_any_engine(server: Running) -> None:
     body = {"input": "Draw a cat.", "tools": [{"type": "image_generation"}], "seed": 0}
     first = server.post("/v1/responses", body | {"tool_choice": "required"}).json()
-    drawn = first["output"][0]
-    file = f"file-{drawn['id'].removeprefix('ig_')}"
+    item = first["output"][0]
+    file = f"file-{item['id'].removeprefix('ig_')}"
     assert server.get(f"/v1/files/{file}").status_code == 200
     follow = {"previous_response_id": first["id"], "input": "What is this?", "seed": 1}
     with ThreadPoolExecutor(8) as pool:  # at once, so that both engines are asked
-        told = [pool.submit(server.post, "/v1/responses", follow) for _ in range(4)]
-        texts = [one.result().json()["output"][0]["content"][0]["text"] for one in told]
+        futures = [pool.submit(server.post, "/v1/responses", follow) for _ in range(4)]
+        texts = [one.result().json()["output"][0]["content"][0]["text"] for one in futures]
     assert len(set(texts)) == 1
 
 
 def test_an_engine_that_is_lost_is_started_alone(server: Running) -> None:
     before = pids(server)
     with ThreadPoolExecutor(8) as pool:
-        drawings = [pool.submit(server.chat, "Draw a cat.", **DRAWING) for _ in range(4)]
+        image_futures = [pool.submit(server.chat, "Draw a cat.", **DRAWING) for _ in range(4)]
         until(lambda: server.service.driver.running == 4)
         os.kill(before[0], signal.SIGKILL)
-        statuses = sorted(one.result().status_code for one in drawings)
+        statuses = sorted(one.result().status_code for one in image_futures)
     assert statuses == [200, 200, 503, 503]
-    said = server.chat("Name a fruit.", modalities=["text"], seed=0)  # by the other one
-    assert said.status_code == 200 and server.get("/health").status_code == 200
+    reply = server.chat("Name a fruit.", modalities=["text"], seed=0)  # by the other one
+    assert reply.status_code == 200 and server.get("/health").status_code == 200
     until(lambda: server.service.driver.engines_ready == 2)
     after = pids(server)
     assert after[0] != before[0] and after[1] == before[1]
@@ -162,16 +162,18 @@ def test_engines_on_ray_give_the_same_replies_and_are_started_again() -> None:
     remotes = [RemoteEngine(partial(begin, plan), 60, child) for child in children]
     try:
         with running(remotes) as server, ThreadPoolExecutor(8) as pool:
-            drawings = [pool.submit(server.chat, "Draw a cat.", **DRAWING) for _ in range(4)]
+            image_futures = [pool.submit(server.chat, "Draw a cat.", **DRAWING) for _ in range(4)]
             until(lambda: [driver.running for driver in drivers_of(server)] == [2, 2])
             children[0][0].kill()
-            assert sorted(one.result().status_code for one in drawings) == [200, 200, 503, 503]
+            assert sorted(one.result().status_code for one in image_futures) == [200, 200, 503, 503]
             until(lambda: server.service.driver.engines_ready == 2)
-            asked = [
+            text_futures = [
                 pool.submit(server.chat, "Name a fruit.", modalities=["text"], seed=seed)
                 for seed in range(4)
             ]
-            texts = [one.result().json()["choices"][0]["message"]["content"] for one in asked]
+            texts = [
+                one.result().json()["choices"][0]["message"]["content"] for one in text_futures
+            ]
         assert texts == [answer("Name a fruit.", "text", seed).text for seed in range(4)]
     finally:
         for remote in remotes:

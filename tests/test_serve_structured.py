@@ -42,14 +42,14 @@ def client(server: Running) -> Iterator[openai.OpenAI]:
 
 def test_chats_whole_and_streamed_are_the_python_api_s(server: Running) -> None:
     fields = {"seed": 3, "temperature": 1, "max_tokens": 60, "response_format": NAMED}
-    want = mini().generate(
+    expected = mini().generate(
         "Name a fruit.", "auto", seed=3, temperature=1, max_tokens=60, json_schema=FRUIT
     )
-    jsonschema_rs.validate(FRUIT, json.loads(want.text))
+    jsonschema_rs.validate(FRUIT, json.loads(expected.text))
     [choice] = server.chat("Name a fruit.", **fields).json()["choices"]
     chunks = events(server.chat("Name a fruit.", stream=True, **fields).text)
     deltas = [d["choices"][0]["delta"].get("content", "") for _, d in chunks if d != "[DONE]"]
-    assert choice["message"]["content"] == "".join(deltas) == want.text
+    assert choice["message"]["content"] == "".join(deltas) == expected.text
 
 
 def test_the_client_parses_its_own_classes(client: openai.OpenAI) -> None:
@@ -89,7 +89,7 @@ def test_every_route_with_text_takes_every_format(
     assert response["text"]["format"] == form
 
 
-def test_a_picture_stands_in_the_slot_of_a_grammar(server: Running) -> None:
+def test_an_image_stands_in_the_slot_of_a_grammar(server: Running) -> None:
     form = {"type": "grammar", "grammar": 'start: "Here: " <image> "That is " /[a-z]{3}/ "."'}
     reply = server.chat("Draw a red apple.", response_format=form, seed=1)
     message = reply.json()["choices"][0]["message"]
@@ -118,7 +118,7 @@ def test_a_format_that_is_not_valid_is_a_400_with_one_sentence(
     assert reply.status_code == 400 and message.startswith(sentence) and "\n" not in message
 
 
-def test_pictures_alone_cannot_have_a_format(server: Running) -> None:
+def test_images_alone_cannot_have_a_format(server: Running) -> None:
     form = {"type": "json_object"}
     reply = server.chat("Draw a cat.", modalities=["image"], response_format=form)
     assert reply.status_code == 400 and "this reply can have none" in reply.text

@@ -13,7 +13,7 @@ from typing import Any, cast, get_type_hints
 
 import PIL.Image
 import pytest
-from serve_case import mini, picture_file
+from serve_case import image_file, mini
 
 from earlyfusion.content import Image, Message, Text
 from earlyfusion.engine.cache import BLOCK_SIZE
@@ -50,10 +50,10 @@ REQUEST = Request([0], "text", SamplingParams(), max_images=0, max_tokens=1)
 
 
 def refused(kind: type[Wire], body: Any, lenient: bool = False) -> ApiError:
-    with pytest.raises(ApiError) as told:
+    with pytest.raises(ApiError) as error:
         read(kind, body, lenient)
-    assert told.value.status == 400
-    return told.value
+    assert error.value.status == 400
+    return error.value
 
 
 # --- strict fields ---
@@ -201,8 +201,8 @@ def test_values_that_change_nothing_are_accepted() -> None:
 
 def test_nulls_are_fields_that_are_not_set_at_any_depth() -> None:
     call = {"type": "image_url", "image_url": {"url": "data:", "detail": None}, "index": None}
-    said = {"role": "assistant", "content": [call], "reasoning_content": None}
-    read(ChatRequest, {"messages": [*CHAT["messages"], said], "size": None})
+    message = {"role": "assistant", "content": [call], "reasoning_content": None}
+    read(ChatRequest, {"messages": [*CHAT["messages"], message], "size": None})
     tool = {"type": "image_generation", "partial_images": None, "input_image_mask": None}
     body = {"input": [{"role": "user", "content": "a", "type": None}], "tools": [tool]}
     assert read(ResponseRequest, body)[0].tools[0].partial_images == 0
@@ -228,9 +228,9 @@ def test_bodies_of_very_many_mistakes_are_refused_at_once() -> None:
     ]
     for kind, body in bodies:
         began = monotonic()
-        told = refused(kind, body)
+        error = refused(kind, body)
         assert monotonic() - began < 1
-        assert "over 50,000 values" in told.message or told.param == "tokens[0]"
+        assert "over 50,000 values" in error.message or error.param == "tokens[0]"
 
 
 def test_lenient_ignores_what_is_unknown_and_says_so() -> None:
@@ -328,9 +328,9 @@ REFUSED = [
 
 @pytest.mark.parametrize("address", REFUSED)
 def test_addresses_that_lead_inside_are_refused(address: str) -> None:
-    with pytest.raises(ApiError, match="is not fetched, as") as told:
+    with pytest.raises(ApiError, match="is not fetched, as") as error:
         checked(address)
-    assert (told.value.status, told.value.code) == (400, "image_url_refused")
+    assert (error.value.status, error.value.code) == (400, "image_url_refused")
 
 
 def test_there_are_sixty_of_them() -> None:
@@ -362,7 +362,7 @@ def test_redirects_are_checked_and_few(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == ["a.example", "inside.example", *["b.example"] * 4]
 
 
-# --- pictures ---
+# --- images ---
 
 
 def limits(**options: Any) -> ImageLimits:
@@ -371,7 +371,7 @@ def limits(**options: Any) -> ImageLimits:
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
 def test_five_formats_are_read(form: str) -> None:
-    image = limits().read(picture_file(40, 30, form))
+    image = limits().read(image_file(40, 30, form))
     assert image.pil is not None and image.pil.size == (40, 30)
 
 
@@ -380,33 +380,33 @@ def test_five_formats_are_read(form: str) -> None:
     [
         (b"", "has no bytes"),
         (b"text", "in no format that is read here"),
-        (picture_file(form="TIFF"), "send PNG, JPEG, WEBP, GIF or BMP"),
+        (image_file(form="TIFF"), "send PNG, JPEG, WEBP, GIF or BMP"),
         (b"%PDF-1.7", "in no format"),
         (b"BM", "damaged or cut short: send the whole file"),
-        (picture_file(form="JPEG")[:-2], "damaged or cut short: send the whole file"),
+        (image_file(form="JPEG")[:-2], "damaged or cut short: send the whole file"),
     ],
 )
 def test_other_files_are_refused_with_a_fixed_text(data: bytes, words: str) -> None:
-    with pytest.raises(ApiError) as told:
+    with pytest.raises(ApiError) as error:
         limits().read(data)
-    assert told.value.code == "invalid_image" and "0x" not in told.value.message
-    assert words in told.value.message
+    assert error.value.code == "invalid_image" and "0x" not in error.value.message
+    assert words in error.value.message
 
 
 def test_sizes_are_checked_before_a_pixel_is_decoded() -> None:
-    large = picture_file(100, 50)[:60]  # the header alone
+    large = image_file(100, 50)[:60]  # the header alone
     for options in ({"max_image_side": 99}, {"max_image_pixels": 4999}):
-        with pytest.raises(ApiError, match=r"100 x 50 pixels, the limit is") as told:
+        with pytest.raises(ApiError, match=r"100 x 50 pixels, the limit is") as error:
             limits(**options).read(large)
-        assert told.value.code == "image_too_large"
+        assert error.value.code == "image_too_large"
     together = limits(max_total_pixels=2000)
-    together.read(picture_file())
+    together.read(image_file())
     with pytest.raises(ApiError, match="over 2,000 pixels together"):
-        together.read(picture_file())
+        together.read(image_file())
     few = limits(max_images=1)
-    few.read(picture_file())
+    few.read(image_file())
     with pytest.raises(ApiError, match="over 1 images, the limit"):
-        few.read(picture_file())
+        few.read(image_file())
 
 
 def test_a_jpeg_of_very_many_scans_is_refused() -> None:
@@ -423,7 +423,7 @@ def test_a_jpeg_of_very_many_scans_is_refused() -> None:
         limits.read(data[:-2] + 200 * scan + data[-2:])
 
 
-def test_data_urls_are_of_pictures_in_base64() -> None:
+def test_data_urls_are_of_images_in_base64() -> None:
     assert unpacked("data:image/png;base64,YQ==") == b"a"
     assert unpacked("data:image/png;base64,YQ\n==\r\n") == b"a"
     assert unpacked("DATA:image/PNG;name=a.png;Base64,YQ==") == b"a"
@@ -435,12 +435,12 @@ def test_data_urls_are_of_pictures_in_base64() -> None:
 # --- stores ---
 
 
-def test_long_texts_are_searched_for_pictures_in_linear_time() -> None:
+def test_long_texts_are_searched_for_images_in_linear_time() -> None:
     reader = PromptReader(Files(100), ImageLimits(ServeOptions()), allow_urls=False)
     for piece in ("![", "![](", "![](a", "![a](data:image/"):
-        said = ChatMessage(role="assistant", content=piece * 50_000)
+        message = ChatMessage(role="assistant", content=piece * 50_000)
         began = monotonic()
-        reader.chat([said])
+        reader.chat([message])
         assert monotonic() - began < 1
 
 
@@ -448,15 +448,15 @@ def test_files_are_bounded_and_signed() -> None:
     import numpy as np
 
     files = Files(max_bytes=3000)
-    made = [
+    stored = [
         files.add(bytes([i]) * 500, "image/png", Image(codes=np.zeros((8, 8), int)), "a", "b")
         for i in range(5)
     ]
     with pytest.raises(ApiError, match="send the image itself"):
-        files.get(made[0].id)
-    last = made[-1]
+        files.get(stored[0].id)
+    last = stored[-1]
     assert files.get(last.id) is last and files.generated(last.data) is last.image
-    assert files.generated(made[0].data) is None
+    assert files.generated(stored[0].data) is None
     address = files.address(last.id, "http://here/v1/x")
     assert files.at(address) is last
     assert files.at(address.replace("http://here", "https://elsewhere:9")) is last
@@ -478,14 +478,14 @@ def test_conversations_are_bounded() -> None:
     conversations = Conversations()
     for number in range(MAX_CONVERSATIONS + 1):
         conversations.add(Conversation({"id": str(number)}, [Message("user", "Hi")]))
-    with pytest.raises(ApiError) as told:
+    with pytest.raises(ApiError) as error:
         conversations.get("0", "previous_response_id")
-    assert (told.value.status, told.value.param) == (400, "previous_response_id")
+    assert (error.value.status, error.value.param) == (400, "previous_response_id")
     assert conversations.get("1").turns[0].parts == [Text("Hi")]
     conversations.delete("1")
-    with pytest.raises(ApiError) as told:
+    with pytest.raises(ApiError) as error:
         conversations.get("1")
-    assert told.value.status == 404
+    assert error.value.status == 404
 
 
 # --- from the engine to the replies ---
@@ -572,14 +572,14 @@ def test_when_to_ask_again_follows_the_oldest_request() -> None:
         first = driver.admit(driver.limit)
         for age in (0, 20, 500):
             first.admitted = monotonic() - age
-            with pytest.raises(FullError) as told:
+            with pytest.raises(FullError) as waits:
                 driver.check_room()
-            seconds.append(told.value.seconds)
+            seconds.append(waits.value.seconds)
         first.close()
         return seconds
 
-    told = zip(asyncio.run(run()), (1, 20, 40), strict=True)
-    assert all(0.5 * mean <= seconds <= 1.5 * mean for seconds, mean in told)
+    waits = zip(asyncio.run(run()), (1, 20, 40), strict=True)
+    assert all(0.5 * mean <= seconds <= 1.5 * mean for seconds, mean in waits)
     driver.check_room()
 
 
@@ -623,9 +623,9 @@ def test_half_characters_become_escapes() -> None:
 
 
 def test_an_event_is_one_line_for_every_client() -> None:
-    told = {"a": "é\x85b\u2028c\u2029d\ne"}
-    [line, empty] = sse(told).decode().splitlines()  # as httpx reads lines
-    assert json.loads(line.removeprefix("data: ")) == told and not empty
+    data = {"a": "é\x85b\u2028c\u2029d\ne"}
+    [line, empty] = sse(data).decode().splitlines()  # as httpx reads lines
+    assert json.loads(line.removeprefix("data: ")) == data and not empty
 
 
 @pytest.mark.parametrize("text", ["", 'a "b"\n\\', "é🍎\u2028\x7f\x00", "\ud800é"])
@@ -645,14 +645,16 @@ def test_events_of_short_steps_go_together() -> None:
     def messages(waited: float) -> list[list[Event]]:
         child = _Child(cast(Connection, NoConnection()), mini().engine)
         child._commands.append((0, request))
-        told = [list[Event]()]
+        batches = [list[Event]()]
         assert not child._take_commands()
         while child._handles:
             child._gathered = monotonic() - waited
             assert not child._step()
-            told += [[*news.events] for n in child._due() if (news := child._news(n)) is not None]
+            batches += [
+                [*news.events] for n in child._due() if (news := child._news(n)) is not None
+            ]
         assert not child._silent
-        return [events for events in told if events]
+        return [events for events in batches if events]
 
     def text(events: list[Event]) -> str:
         return "".join(event.text for event in events if isinstance(event, TextDelta))
@@ -660,8 +662,8 @@ def test_events_of_short_steps_go_together() -> None:
     each, together = messages(waited=10), messages(waited=-10)
     assert len(each) > len(together) == 2  # the first, and the others with the last
     assert len(together[-1]) == 2 and isinstance(together[-1][-1], Finished)
-    for told in (each, together):
-        assert "".join(map(text, told)).strip() == expected.text
+    for batches in (each, together):
+        assert "".join(map(text, batches)).strip() == expected.text
 
 
 def test_errors_have_a_status_a_remedy_and_no_inside() -> None:
@@ -701,17 +703,19 @@ def test_options_are_checked() -> None:
 
 
 def test_sampling_fields_of_requests_are_those_of_the_model() -> None:
-    ours = get_type_hints(SamplingParams)
-    theirs = {name: field.annotation for name, field in Sampling.model_fields.items()}
+    params = get_type_hints(SamplingParams)
+    fields = {name: field.annotation for name, field in Sampling.model_fields.items()}
     # Some routes take these in OpenAI's form, or not at all: they are declared there.
     elsewhere = {"max_tokens", "max_images", "stop", "bad_words", "allowed_words", "logprobs"}
     elsewhere |= {"json_schema", "regex", "grammar", "logits_processors"}
-    assert theirs == {name: wanted for name, wanted in ours.items() if name not in elsewhere}
+    assert fields == {
+        name: annotation for name, annotation in params.items() if name not in elsewhere
+    }
 
 
 def test_engines_of_one_machine_share_the_default_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = mini().engine.cache_size
-    context = -(-mini().config.max_position_embeddings // BLOCK_SIZE) * whole.block_bytes
+    size = mini().engine.cache_size
+    context = -(-mini().config.max_position_embeddings // BLOCK_SIZE) * size.block_bytes
     free = 4 * 40 * context  # a quarter of it holds 40 contexts
     monkeypatch.setattr("earlyfusion.engine.cache.free_bytes", lambda device: free)
     monkeypatch.setattr("earlyfusion.devices.free_bytes", lambda device: free)

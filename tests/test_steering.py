@@ -98,8 +98,8 @@ def test_a_processor_sees_all_tokens_and_has_the_last_word_but_for_the_grammar(
     ids = list(model.request("x", "text").ids)
     assert text.text == "aaaa" and seen == [ids + [wanted] * n for n in range(4)]
     seen.clear()
-    drawn = model.generate("x", "image", image_temperature=0, logits_processors=[same, force])
-    [picture] = drawn.segments
+    reply = model.generate("x", "image", image_temperature=0, logits_processors=[same, force])
+    [picture] = reply.segments
     assert isinstance(picture, Image) and picture.codes is not None
     assert (picture.codes == 5).all(), "a text token cannot come in a picture"
     assert len(seen) == 64, "forced tokens are not drawn"
@@ -149,9 +149,9 @@ def test_a_processor_that_fails_ends_its_own_request_only(model: Chameleon) -> N
         (reentrant, "the model is asked from within its own step"),
     ]
     for processor, sentence in [*cases, (empty, "logits_processors left no possible token")]:
-        with pytest.raises(SettingError, match=sentence) as caught:
+        with pytest.raises(SettingError, match=sentence) as error:
             model.generate("a", "text", max_tokens=3, logits_processors=processor)
-        assert "\n" not in str(caught.value)
+        assert "\n" not in str(error.value)
     text = "".join(getattr(event, "text", "") for event in neighbour)
     assert text.strip() == model.generate("a pear", "text", PLAIN, seed=1).text
     assert not model.engine.busy

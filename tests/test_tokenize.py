@@ -239,13 +239,13 @@ def test_the_command(
     out = tmp_path / "out"
     command = ["tokenize", str(corpus), "-o", str(out), "--model", str(model), "--device", "cpu"]
     assert main([*command, "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert said["documents"] == 17 and said["shards"] == 1 and said["path"] == str(out)
-    assert read_index(out)["complete"] and said["forms"]["pair"] == 14
+    stdout = json.loads(capsys.readouterr().out)
+    assert stdout["documents"] == 17 and stdout["shards"] == 1 and stdout["path"] == str(out)
+    assert read_index(out)["complete"] and stdout["forms"]["pair"] == 14
     assert main(command) == 0
-    told = capsys.readouterr().out
-    assert "17 documents of 19 rows (1 interleaved, 1 messages, 14 pair, 1 text)" in told
-    assert f"2 broken rows: see {out / 'quarantine.jsonl'}" in told
+    printed = capsys.readouterr().out
+    assert "17 documents of 19 rows (1 interleaved, 1 messages, 14 pair, 1 text)" in printed
+    assert f"2 broken rows: see {out / 'quarantine.jsonl'}" in printed
 
 
 @pytest.mark.parametrize(

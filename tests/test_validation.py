@@ -120,8 +120,8 @@ def test_the_best_weights_are_kept_and_the_run_ends_early(
     newest = checkpoint.load(out, only="model")[0]["model"]
     name = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(kept[name], saved[name]) and not torch.equal(newest[name], saved[name])
-    said = capsys.readouterr().err
-    assert f"kept: the weights of step {best}" in said and "the run ends, as" in said
+    stderr = capsys.readouterr().err
+    assert f"kept: the weights of step {best}" in stderr and "the run ends, as" in stderr
     finetune(model, data, out, *spoiled)  # it has ended: nothing more is learnt
     assert len(read_metrics(out)) == len(rows)
 
