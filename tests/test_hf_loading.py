@@ -116,3 +116,24 @@ def _keep_commits(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[list[st
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create)
     monkeypatch.setattr(huggingface_hub.ModelCard, "load", nothing)
     return commits
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cast_model_keeps_its_codes(folder: Path, dtype: torch.dtype) -> None:
+    inputs, model = example(folder), ChameleonForConditionalGeneration.from_pretrained(folder)
+    before = model.get_image_tokens(inputs["pixel_values"])
+    model.to(dtype)
+    assert model.lm_head.weight.dtype == dtype
+    assert {p.dtype for p in model.model.vqmodel.parameters()} == {torch.float32}
+    assert torch.equal(model.get_image_tokens(inputs["pixel_values"]), before)
+    assert model.model.vqmodel.requires_grad_().to(dtype).dtype == dtype  # to be trained
+
+
+def test_guidance_with_all_weights_on_a_disk(folder: Path, tmp_path: Path) -> None:
+    inputs, whole = example(folder), ChameleonForConditionalGeneration.from_pretrained(folder)
+    on_disk = dict.fromkeys((*PARTS, "model.vqmodel"), "disk")
+    model = ChameleonForConditionalGeneration.from_pretrained(
+        folder, offload_folder=tmp_path, device_map=on_disk
+    )
+    how = {"multimodal_generation_mode": "image-only", "do_sample": False, "guidance_text": 2.0}
+    assert torch.equal(model.generate(**inputs, **how), whole.generate(**inputs, **how))

@@ -364,7 +364,7 @@ class _Guidance:
                 continue
             logits: dict[guidance.Condition, Tensor] = {"full": rows[row]}
             if first:
-                logits |= self._open(row, self._history(ids_BT, row))
+                logits |= self._open(row, self._history(ids_BT, row), ids_BT.device)
             else:
                 last_1T = ids_BT[row, None, -1:]
                 logits |= {n: b.read(last_1T) for n, b in self._branches[row].items()}
@@ -373,7 +373,9 @@ class _Guidance:
             )
         return torch.stack(rows)
 
-    def _open(self, row: int, history: list[int]) -> dict[guidance.Condition, Tensor]:
+    def _open(
+        self, row: int, history: list[int], device: torch.device
+    ) -> dict[guidance.Condition, Tensor]:
         vocabulary = self._owner.vocabulary
         text, image = self._limits.text_weight, self._limits.image_weight
         has_images = guidance.has_images(history, vocabulary)
@@ -384,7 +386,7 @@ class _Guidance:
             for name in names
         }
         return {
-            name: branch.read(torch.tensor([list(prompts[name])], device=self._owner.device))
+            name: branch.read(torch.tensor([list(prompts[name])], device=device))
             for name, branch in self._branches[row].items()
         }
 

@@ -422,6 +422,19 @@ class ChameleonVQVAE(ChameleonPreTrainedModel):
             remove_hook_from_module(embedding)
             embedding.weight = nn.Parameter(table, requires_grad=False)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ChameleonVQVAE:
+        """As in torch, but frozen weights keep their precision in `model.half()` and the like:
+        rounded ones give other codes."""
+        frozen = not any(p.requires_grad for p in self.parameters())
+
+        def without_rounding(tensor: Tensor) -> Tensor:
+            changed = fn(tensor)
+            narrower = changed.dtype.itemsize < tensor.dtype.itemsize
+            return tensor.to(changed.device) if narrower else changed
+
+        super()._apply(without_rounding if frozen else fn, recurse)
+        return self
+
     def train(self, mode: bool = True) -> ChameleonVQVAE:
         """Frozen weights stay in eval mode."""
         super().train(mode and any(p.requires_grad for p in self.parameters()))
