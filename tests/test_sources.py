@@ -870,3 +870,39 @@ def test_numbers_of_a_source_do_not_depend_on_the_way_they_are_asked() -> None:
     asked = list(itertools.product(range(3), range(0, 50, 7)))
     forward = [order.number(*place) for place in asked]
     assert [order.number(*place) for place in asked[::-1]] == forward[::-1]
+
+
+def test_a_part_without_a_usable_row_gives_way_to_the_others(
+    tmp_path: Path, processor: Processor
+) -> None:
+    path = jsonl(tmp_path / "r.jsonl", [{"text": f"word {n}"} for n in range(20)])
+    broken = {"prompt": "Draw.", "completion": "<image>", "image": "missing.png"}
+    with path.open("a") as file:
+        file.write(json.dumps(broken) + "\n")
+    corpus = corpus_of(processor, tmp_path / "run", data=(str(path),))
+    documents = [corpus.stream(number) for number in range(100)]
+    assert all(len(document) for document in documents) and corpus.quarantine.broken == 1
+    again = corpus_of(processor, tmp_path / "other", data=(str(path),))
+    assert [again.stream(number) for number in range(99, 0, -1)] == documents[99:0:-1]
+    only = jsonl(tmp_path / "only.jsonl", [broken] * 3)
+    with pytest.raises(DataError, match=r"only.jsonl gives no usable document: .*missing.png"):
+        corpus_of(processor, tmp_path / "run", data=(str(only),)).stream(0)
+
+
+def test_a_part_too_small_for_a_share_joins_the_largest() -> None:
+    rare = Numbers(200_000)
+    rare.answer_kinds = lambda: np.array([n == 7 for n in range(200_000)], np.uint8)  # type: ignore[method-assign]
+    parts = balance_answers(rare, 0, "a")
+    assert {name: (share, len(part)) for name, (share, part) in parts.items()} == {
+        "a (text)": (1.0, 200_000)
+    }
+    Schedule([Stage(0, {name: share for name, (share, _) in parts.items()})], 0)
+
+
+@pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf"])
+def test_an_impossible_weight_is_told_with_its_source(
+    tmp_path: Path, processor: Processor, weight: str
+) -> None:
+    path = jsonl(tmp_path / "r.jsonl", [{"text": "a word"}])
+    with pytest.raises(SettingError, match=f"weight {float(weight)} of .*r.jsonl must be over 0"):
+        corpus_of(processor, tmp_path / "run", data=(f"{path}@{weight}",))

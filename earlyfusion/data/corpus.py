@@ -84,6 +84,10 @@ class RowDocuments:
     def __len__(self) -> int:
         return len(self._rows)
 
+    @property
+    def last_refusal(self) -> str:
+        return self._quarantine.last_reason
+
     def pieces(self, number: int) -> list[TokenSequence]:
         encoded = self._document(number)
         if encoded is None:
@@ -247,6 +251,9 @@ def _weighted(source: str) -> tuple[str, float]:
         return source, 1.0
     # A path may itself contain an @.
     try:
-        return path, float(weight)
+        share = float(weight)
     except ValueError:
         return source, 1.0
+    if not 0 < share < float("inf"):
+        raise SettingError(f"weight {share} of {path} must be over 0: leave the source out")
+    return path, share

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -43,6 +43,11 @@ class Documents(Numbered, Protocol):
     name: str
     fingerprint: str
     splitter: DocumentSplitter
+
+    @property
+    def last_refusal(self) -> str:
+        """Why the last broken row is broken; "" if none was read."""
+        ...
 
     def pieces(self, number: int) -> list[TokenSequence]:
         """Document `number` in pieces that fit a row; none if it is broken or too long."""
@@ -135,7 +140,8 @@ class Schedule:
 
 class Mixture:
     """The stream of all sources: `mixture(number)` is a document. A row that is broken or does not
-    fit is replaced by the next one of its epoch."""
+    fit is replaced by the next one of its epoch, and if none of its part of a source can be used,
+    by one of that source's other parts."""
 
     def __init__(
         self, sources: Mapping[str, ShuffledDocuments], stages: Sequence[Stage], seed: int
@@ -147,16 +153,21 @@ class Mixture:
 
     def __call__(self, number: int) -> TokenSequence:
         name, position = self._schedule.locate(number)
-        documents = self._sources[name]
-        for attempt in range(_TRIES):
-            # The replacement also comes at its own position: skipping it there would need a state.
-            epoch, pieces = documents.pieces(position + attempt)
-            if pieces:
-                # Of a long document, each epoch takes another piece.
-                return pieces[epoch % len(pieces)]
+        chosen = self._sources[name]
+        of_source = [p for p in self._sources.values() if p.documents is chosen.documents]
+        for part in sorted(of_source, key=lambda p: p is not chosen):
+            # Twice the rows of a part contain one of its epochs whole.
+            for attempt in range(min(_TRIES, 2 * len(part))):
+                # The replacement also comes at its own position: skipping it there would need a
+                # state.
+                epoch, pieces = part.pieces(position + attempt)
+                if pieces:
+                    # Of a long document, each epoch takes another piece.
+                    return pieces[epoch % len(pieces)]
+        reason = chosen.documents.last_refusal
         raise DataError(
-            f"{name} gives no usable document in {_TRIES} rows: see the quarantine file, "
-            "or raise the row length"
+            f"{chosen.documents.name} gives no usable document: "
+            + (f"mend its rows (the last one: {reason})" if reason else "raise the row length")
         )
 
 
@@ -209,12 +220,12 @@ class ShuffledDocuments(Epochs):
         self, documents: Documents, seed: int, key: str, chosen: np.ndarray | None = None
     ) -> None:
         super().__init__(documents, seed, key, chosen)
-        self._documents = documents
+        self.documents = documents
 
     def pieces(self, index: int) -> tuple[int, list[TokenSequence]]:
         """The epoch of document number `index`, and the pieces of that document."""
         epoch, position = divmod(index, len(self))
-        return epoch, self._documents.pieces(self.number(epoch, position))
+        return epoch, self.documents.pieces(self.number(epoch, position))
 
 
 def balance_answers(
@@ -224,8 +235,8 @@ def balance_answers(
 
     Training on far more answers of one modality teaches a model to give that one, or to withhold
     it, whatever is asked (arXiv 2405.09818, section 3.1). So all parts have the same weight, but
-    none repeats its rows more than 4 times as often as without balance. `chosen` are the numbers to
-    use, ascending (None: all).
+    none repeats its rows more than 4 times as often as without balance. Parts too small for that
+    join the largest. `chosen` are the numbers to use, ascending (None: all).
     """
     # All rows are read here (without their images) before the first step. A sample would not do:
     # each part's order is a permutation of exactly its rows, so even its first document depends on
@@ -233,9 +244,12 @@ def balance_answers(
     all_kinds = documents.answer_kinds()
     numbers = np.arange(len(all_kinds)) if chosen is None else chosen
     kind_of = all_kinds[numbers]
+    kinds, weights, largest = _balanced(kind_of)
+    slots = _round_to_slots(dict(zip(kinds.tolist(), weights.tolist(), strict=True)))
+    if rare := [kind for kind, count in slots.items() if not count]:
+        kind_of = np.where(np.isin(kind_of, rare), largest, kind_of)
+        kinds, weights, _ = _balanced(kind_of)
     # The shuffle depends on its key, which has the number of the kind, not its name.
-    kinds, counts = np.unique(kind_of, return_counts=True)
-    weights = np.minimum(1 / len(kinds), _MOST_REPEATS * counts / counts.sum())
     return {
         f"{key} ({_ANSWER_NAMES[kind]})": (
             float(weight / weights.sum()),
@@ -243,6 +257,13 @@ def balance_answers(
         )
         for kind, weight in zip(kinds.tolist(), weights, strict=True)
     }
+
+
+def _balanced(kind_of: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """The kinds, ascending, the weight of each, and the most frequent one."""
+    kinds, counts = np.unique(kind_of, return_counts=True)
+    weights = np.minimum(1 / len(kinds), _MOST_REPEATS * counts / counts.sum())
+    return kinds, weights, int(kinds[counts.argmax()])
 
 
 _ANSWER_NAMES = ("text", "images", "text and images")  # by TEXT, IMAGE, BOTH
@@ -327,14 +348,19 @@ def _shares(weights: Mapping[str, float], total: float = 1.0) -> dict[str, float
 
 def _slots(weights: Mapping[str, float]) -> dict[str, int]:
     """Slots of a cycle for each source: rounded down, the rest to the largest remainders."""
-    exact = {name: share * _CYCLE for name, share in _shares(weights).items()}
-    slots = {name: int(amount) for name, amount in exact.items()}
-    left = _CYCLE - sum(slots.values())
-    for name in sorted(exact, key=lambda n: slots[n] - exact[n])[:left]:
-        slots[name] += 1
+    slots = _round_to_slots(weights)
     for name, count in slots.items():
         if not count:
             raise SettingError(
                 f"the weight of {name} is under 1 in {_CYCLE} of all: raise it or leave it out"
             )
+    return slots
+
+
+def _round_to_slots(weights: Mapping[Any, float]) -> dict[Any, int]:
+    exact = {name: share * _CYCLE for name, share in _shares(weights).items()}
+    slots = {name: int(amount) for name, amount in exact.items()}
+    left = _CYCLE - sum(slots.values())
+    for name in sorted(exact, key=lambda n: slots[n] - exact[n])[:left]:
+        slots[name] += 1
     return slots

@@ -162,6 +162,7 @@ class Quarantine:
     def __init__(self, path: Path | None, max_broken: float) -> None:
         self.path, self._limit = path, max_broken
         self.good = self.broken = 0
+        self.last_reason = ""  # of the row that was refused last
         self.entries: list[dict[str, Any]] = []
         self._written = _written(path)
         self._lock = threading.Lock()
@@ -175,6 +176,7 @@ class Quarantine:
         with self._lock:
             # Counted in each epoch, but written down once.
             self.broken += 1
+            self.last_reason = reason
             if (str(file), row) not in self._written:
                 self._written.add((str(file), row))
                 self._write({"file": str(file), "row": row, "reason": reason})

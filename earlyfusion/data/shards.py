@@ -89,6 +89,7 @@ class TokenShards:
     incomplete, damaged, or made for another model."""
 
     is_random = True
+    last_refusal = ""  # broken rows are named where the shards were made
 
     def __init__(
         self, folder: Path, fingerprints: Mapping[str, str], splitter: DocumentSplitter
