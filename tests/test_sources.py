@@ -906,3 +906,12 @@ def test_an_impossible_weight_is_told_with_its_source(
     path = jsonl(tmp_path / "r.jsonl", [{"text": "a word"}])
     with pytest.raises(SettingError, match=f"weight {float(weight)} of .*r.jsonl must be over 0"):
         corpus_of(processor, tmp_path / "run", data=(f"{path}@{weight}",))
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-30], lambda data: data[:200] + b"?" * 80])
+def test_a_damaged_index_is_made_again(tmp_path: Path, damage: Any) -> None:
+    path, cache = jsonl(tmp_path / "a.jsonl", ROWS), tmp_path / "cache"
+    assert open_all(path, cache) == ROWS
+    for kept in cache.iterdir():
+        kept.write_bytes(damage(kept.read_bytes()))
+    assert open_all(path, cache) == ROWS

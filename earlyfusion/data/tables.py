@@ -16,6 +16,8 @@ import json
 import re
 import tarfile
 import threading
+import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -357,9 +359,9 @@ def _load_index(path: Path, cache: Path, make: Callable[[Path], Index]) -> Index
 def cached_arrays(path: Path, make: Callable[[], Index]) -> Index:
     """The arrays of an .npz file; if it cannot be read, those of `make`, written to it."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return dict(file)
-    except (OSError, ValueError, EOFError):  # missing, or cut short
+        with path.open("rb") as stored, np.load(stored, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):  # missing, or damaged
         index = make()
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial, partial.open("wb") as file:
