@@ -36,6 +36,27 @@ from earlyfusion.errors import CheckpointError, SettingError
 Write = Callable[[BinaryIO], object]
 
 
+def files_under(folder: Path) -> list[Path]:
+    """All files in a folder and its subfolders, in no order, without hidden ones. Links to folders
+    are followed; a folder that has several paths is read under one of them."""
+    found: list[Path] = []
+    entered: set[tuple[int, int]] = set()
+    waiting = [str(folder)]
+    while waiting:
+        # Links come after all folders around them, which keep their own paths.
+        for here, folders, names in os.walk(waiting.pop(0)):
+            stat = os.stat(here)
+            if (stat.st_dev, stat.st_ino) in entered:
+                folders.clear()
+                continue
+            entered.add((stat.st_dev, stat.st_ino))
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            paths = [os.path.join(here, name) for name in folders]
+            waiting += [path for path in paths if os.path.islink(path)]
+            found += [Path(here, name) for name in names if not name.startswith(".")]
+    return found
+
+
 @contextmanager
 def replacing(path: Path, flush: bool = False) -> Iterator[Path]:
     """A hidden path to write to, which replaces `path` if the block succeeds. `flush` waits until

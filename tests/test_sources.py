@@ -915,3 +915,25 @@ def test_a_damaged_index_is_made_again(tmp_path: Path, damage: Any) -> None:
     for kept in cache.iterdir():
         kept.write_bytes(damage(kept.read_bytes()))
     assert open_all(path, cache) == ROWS
+
+
+def test_links_to_folders_are_followed_and_hidden_files_left_out(tmp_path: Path) -> None:
+    folder, other = tmp_path / "data", tmp_path / "other"
+    for part in (folder / "a", folder / ".ipynb_checkpoints", other / "deep"):
+        part.mkdir(parents=True)
+    named = {
+        folder / "a" / "1.jsonl": 1,
+        folder / "a" / "._1.jsonl": 2,
+        folder / ".ipynb_checkpoints" / "1-checkpoint.jsonl": 3,
+        other / "deep" / "2.jsonl": 4,
+    }
+    for path, number in named.items():
+        jsonl(path, [{"text": str(number)}])
+    (folder / "0").symlink_to(other)
+    (folder / "1").symlink_to(folder / "a")  # the same rows again
+    (other / "deep" / "up").symlink_to(folder)  # without an end
+    assert open_all(folder, tmp_path / "cache") == [{"text": "4"}, {"text": "1"}]
+    # A link may also be the source itself.
+    (tmp_path / "link").symlink_to(other)
+    rows = open_all(tmp_path / "link", tmp_path / "cache")
+    assert {"text": "4"} in rows and len(rows) == 2

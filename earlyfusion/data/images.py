@@ -29,7 +29,7 @@ from earlyfusion.data.mixture import Epochs
 from earlyfusion.data.rows import Quarantine, Rows, RowSettings, open_rows
 from earlyfusion.data.tables import SUFFIXES
 from earlyfusion.errors import DataError, ImageError, SettingError
-from earlyfusion.files import expanded
+from earlyfusion.files import expanded, files_under
 from earlyfusion.image_tokenizer import cropped
 
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
@@ -163,7 +163,7 @@ def _image_files(source: str) -> list[Path]:
     if path.is_file():
         files = [] if path.suffix in SUFFIXES else [path]
     elif path.is_dir():
-        files = [p for p in path.rglob("*") if p.suffix.lower() in _IMAGE_SUFFIXES]
+        files = [p for p in files_under(path) if p.suffix.lower() in _IMAGE_SUFFIXES]
     else:
         names = glob.glob(str(path), recursive=True) if glob.has_magic(source) else []
         files = [Path(n) for n in names if Path(n).suffix.lower() in _IMAGE_SUFFIXES]

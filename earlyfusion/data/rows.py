@@ -26,7 +26,7 @@ from earlyfusion.data.tables import (
     open_table,
 )
 from earlyfusion.errors import DataError, SettingError
-from earlyfusion.files import expanded
+from earlyfusion.files import expanded, files_under
 
 _HUB_PATTERNS = [f"*{s}" for s in (*SUFFIXES, ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")]
 _DIGESTED = 4096  # bytes at each end of a file
@@ -90,7 +90,7 @@ def _captioned(source: str) -> Rows | None:
     """A folder of images with text files, if it has no file of rows."""
     folder = expanded(source)
     # A file of rows wins: text files beside its images may be anything.
-    if not folder.is_dir() or any(p.suffix in SUFFIXES for p in folder.rglob("*")):
+    if not folder.is_dir() or any(p.suffix in SUFFIXES for p in files_under(folder)):
         return None
     names = captioned_images(folder)
     if not names:
@@ -111,13 +111,13 @@ def find_files(source: str, patterns: Sequence[str] = ()) -> tuple[Path, list[Pa
         return path.parent, [path], False
     from_hub = False
     if path.is_dir():
-        root, files = path, list(path.rglob("*"))
+        root, files = path, files_under(path)
     elif glob.has_magic(source):
         root = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
         files = [Path(p) for p in glob.glob(str(path), recursive=True)]
     elif is_hub_id(source):
         root, from_hub = download_dataset(source, patterns or _HUB_PATTERNS), True
-        files = list(root.rglob("*"))
+        files = files_under(root)
     else:
         raise DataError(
             f"there is no {source}: give a file, a folder, a glob or a hub id such as org/name"

@@ -30,7 +30,7 @@ import numpy.typing as npt
 from earlyfusion.content import MAX_FILE_BYTES, base64_bytes
 from earlyfusion.data.joined import Joined
 from earlyfusion.errors import DataError
-from earlyfusion.files import DuplicateKeyError, parse_json, replacing
+from earlyfusion.files import DuplicateKeyError, files_under, parse_json, replacing
 
 Index = dict[str, npt.NDArray[Any]]
 _IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
@@ -339,7 +339,7 @@ def open_table(path: Path, cache: Path, images: ImageFolder) -> Table:
 
 def captioned_images(folder: Path) -> list[str]:
     """Names of the images under a folder, in order; none unless one has a text file."""
-    images = [p for p in folder.rglob("*") if p.suffix.lower().lstrip(".") in _IMAGE_SUFFIXES]
+    images = [p for p in files_under(folder) if p.suffix.lower().lstrip(".") in _IMAGE_SUFFIXES]
     if not any(path.with_suffix(".txt").is_file() for path in images):
         return []
     return sorted(path.relative_to(folder).as_posix() for path in images)
