@@ -10,7 +10,9 @@ from multiprocessing.connection import Connection
 from time import monotonic
 from types import SimpleNamespace
 from typing import Any, cast, get_type_hints
+from unittest.mock import MagicMock
 
+import numpy as np
 import PIL.Image
 import pytest
 from serve_case import image_file, mini
@@ -18,13 +20,21 @@ from serve_case import image_file, mini
 from earlyfusion.content import Image, Message, Text
 from earlyfusion.engine.cache import BLOCK_SIZE
 from earlyfusion.errors import ContextError, OutOfMemoryError, SettingError
-from earlyfusion.generation.request import Event, Finished, Request, TextDelta
+from earlyfusion.generation.request import (
+    Event,
+    Finished,
+    ImageDone,
+    ImageStarted,
+    Request,
+    TextDelta,
+)
 from earlyfusion.generation.settings import SamplingParams
 from earlyfusion.serve import fetch
 from earlyfusion.serve.driver import Batch, BrokenError, ClosedError, FullError
 from earlyfusion.serve.errors import ApiError, as_api_error
 from earlyfusion.serve.fetch import checked
 from earlyfusion.serve.image_io import ImageLimits, unpacked
+from earlyfusion.serve.metrics import Metrics
 from earlyfusion.serve.options import ServeOptions
 from earlyfusion.serve.process import _Child
 from earlyfusion.serve.prompts import PromptReader
@@ -720,3 +730,23 @@ def test_engines_of_one_machine_share_the_default_cache(monkeypatch: pytest.Monk
     monkeypatch.setattr("earlyfusion.engine.cache.free_bytes", lambda device: free)
     monkeypatch.setattr("earlyfusion.devices.free_bytes", lambda device: free)
     assert [cache_share(mini(), n) // context for n in (1, 2, 10, 20)] == [40, 20, 4, 3]
+
+
+def test_the_time_of_an_image_begins_with_the_image_of_its_own_choice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    metrics = Metrics(MagicMock(), "mini")
+    batch = Batch(MagicMock(), 2)
+    batch.requests = [cast(Request, SimpleNamespace(adapter=""))] * 2
+    done = ImageDone(0, np.zeros((2, 2), np.int64))
+    for second, choice, event in (
+        (1, 0, ImageStarted(0)),
+        (4, 1, ImageStarted(0)),
+        (5, 0, done),
+        (7, 1, done),
+    ):
+        monkeypatch.setattr("earlyfusion.serve.metrics.monotonic", lambda now=second: now)
+        metrics.observe(batch, choice, event)
+    total = "earlyfusion:image_seconds_sum"
+    [line] = [line for line in metrics.text().decode().splitlines() if line.startswith(total)]
+    assert line.endswith(" 7.0")  # 4 s and 3 s

@@ -21,7 +21,7 @@ from random import uniform
 from threading import Condition, Thread, get_ident
 from threading import Event as ThreadEvent
 from time import monotonic
-from typing import cast
+from typing import TypeAlias, cast
 
 from earlyfusion.api import Chameleon
 from earlyfusion.engine.engine import Engine
@@ -95,7 +95,8 @@ class Batch:
         self.count, self.admitted = count, monotonic()
         self.requests: list[Request] = []
         self.cancelled = False
-        self.spoken, self.image_since = False, self.admitted  # for metrics.py
+        # For metrics.py: whether any output came, and when each request's last image began.
+        self.spoken, self.image_since = False, dict[int, float]()
         self._driver, self._left = driver, 0
         self._news: list[tuple[int, Event]] = []
         self._error: BaseException | None = None
@@ -216,6 +217,9 @@ class Batch:
             self._waiter.set_result(came)
 
 
+Observer: TypeAlias = Callable[[Batch, int, Event], None]
+
+
 class Driver:
     """The thread that steps the engine of a model, and the queue before it.
 
@@ -231,7 +235,7 @@ class Driver:
         self.draining = self.ready = False
         self.failures = 0
         self.trouble = ""  # why the engine's process did not start again, for clients
-        self.observe: Callable[[Batch, Event], None] = lambda batch, event: None
+        self.observe: Observer = lambda batch, index, event: None
         self.observe_cancel: Callable[[Batch], None] = lambda batch: None
         self._admitted = 0
         self._batches: dict[Batch, None] = {}  # that have room in the queue, the oldest first
@@ -292,9 +296,9 @@ class Driver:
         """How many engines take requests: this one, or none."""
         return int(self.ready and not self.draining)
 
-    def watch(self, event: Callable[[Batch, Event], None], cancel: Callable[[Batch], None]) -> None:
-        """On the event loop, call `event` with each event that arrives, and `cancel` when a client
-        leaves early."""
+    def watch(self, event: Observer, cancel: Callable[[Batch], None]) -> None:
+        """On the event loop, call `event` with each event that arrives and the index of its request
+        in the batch, and `cancel` when a client leaves early."""
         self.observe, self.observe_cancel = event, cancel
 
     def start(self) -> None:
@@ -627,7 +631,7 @@ class Driver:
             news = self._arrived.pop(job)
             if not job.batch.cancelled:
                 for event in news.events:
-                    self.observe(job.batch, event)
+                    self.observe(job.batch, job.index, event)
                 job.batch.receive(news)
         if self._arrived and self._loop is not None:
             self._loop.call_soon(self._deliver)

@@ -95,8 +95,9 @@ class Metrics:
             found = self._labelled[metric, *labels] = metric.labels(*labels)
         return cast(Metric, found)
 
-    def observe(self, batch: Batch, event: Event) -> None:
-        """Count one event, under the name of the adapter or the model that answers."""
+    def observe(self, batch: Batch, index: int, event: Event) -> None:
+        """Count one event of request `index` of the batch, under the name of the adapter or the
+        model that answers."""
         if isinstance(event, ImageProgress) or (batch.spoken and isinstance(event, TextDelta)):
             return  # most events
         now, name = monotonic(), batch.requests[0].adapter or self._model
@@ -105,11 +106,11 @@ class Metrics:
             self._of(self.first_token, name).observe(now - batch.admitted)
         if isinstance(event, ImageStarted):
             self._of(self.images_started, name).inc()
-            batch.image_since = now
+            batch.image_since[index] = now
         if isinstance(event, ImageDone):
             self._of(self.images_done, name).inc()
             self._of(self.image_codes, name).inc(event.codes.size)
-            self._of(self.image, name).observe(now - batch.image_since)
+            self._of(self.image, name).observe(now - batch.image_since[index])
         if isinstance(event, Finished):
             self._of(self.prompt_tokens, name).inc(event.usage.prompt_tokens)
             self._of(self.generation_tokens, name).inc(event.usage.completion_tokens)

@@ -12,8 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from earlyfusion.api import Chameleon
-from earlyfusion.generation.request import Event
-from earlyfusion.serve.driver import Batch, ClosedError, Driver, FullError
+from earlyfusion.serve.driver import Batch, ClosedError, Driver, FullError, Observer
 from earlyfusion.serve.process import RemoteEngine
 
 Drivers: TypeAlias = "Driver | Replicas"
@@ -140,7 +139,7 @@ class Replicas:
     def restarts(self) -> int:
         return sum(driver.restarts for driver in self.drivers)
 
-    def watch(self, event: Callable[[Batch, Event], None], cancel: Callable[[Batch], None]) -> None:
+    def watch(self, event: Observer, cancel: Callable[[Batch], None]) -> None:
         for driver in self.drivers:
             driver.watch(event, cancel)
 
