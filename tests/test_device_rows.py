@@ -164,6 +164,26 @@ def test_inputs_are_replaced_and_targets_stay_clean(processor: Processor) -> Non
     assert 0.45 < np.mean(near) < 0.62  # half are near, and some of the others by chance
 
 
+@pytest.mark.parametrize(("answers", "prompts"), [(0.0, 0.3), (0.3, 0.0), (0.3, None)])
+def test_prompts_may_have_a_share_of_their_own(
+    processor: Processor, answers: float, prompts: float | None
+) -> None:
+    clean = rows_of(processor, CodeNoiseConfig())
+    noisy = rows_of(processor, CodeNoiseConfig(replace=answers, replace_prompts=prompts))
+    changed: dict[bool, list[bool]] = {True: [], False: []}
+    for _ in range(20):
+        a, b = clean.next(), noisy.next()
+        is_code = torch.from_numpy(np.isin(a.tokens_BT, processor.vocabulary.image_tokens))
+        in_prompt = torch.zeros_like(is_code)
+        in_prompt[:, 1:] = a.weight_BT[:, :-1] == WEIGHTS.prompt_image
+        for where in (True, False):
+            codes = is_code & (in_prompt == where)
+            changed[where] += (a.tokens_BT != b.tokens_BT)[codes].tolist()
+    expected = {True: answers if prompts is None else prompts, False: answers}
+    for where, share in expected.items():
+        assert np.mean(changed[where]) == pytest.approx(share, abs=0.05)
+
+
 def test_a_batch_follows_from_the_seed_and_the_cursor(processor: Processor) -> None:
     config = CodeNoiseConfig(replace=0.1, changed_answers=0.5)
     first, other = rows_of(processor, config), rows_of(processor, config, seed=1)
@@ -203,6 +223,8 @@ def test_what_cannot_be_packed_is_refused(processor: Processor) -> None:
         templates([(sequence, [0], False)], CODES, np.zeros(8, bool), WEIGHTS)
     with pytest.raises(SettingError, match="replace"):
         CodeNoiseConfig(replace=1.5)
+    with pytest.raises(SettingError, match="replace_prompts"):
+        CodeNoiseConfig(replace_prompts=-0.1)
 
 
 def test_the_mixture_has_its_shares_and_tells_where_colours_matter() -> None:

@@ -132,15 +132,21 @@ class CodeNoiseConfig:
 
     replace: float = 0.0
     """Share of the input codes that are replaced by other codes; the targets stay."""
+    replace_prompts: float | None = None
+    """The share for images in prompts, if it differs from that in answers."""
     near: float = 0.5
     """Share of the replaced codes that become one of the nearest codewords; the rest become any."""
     changed_answers: float = 0.0
     """Share of the images in answers that are augmented in the same colours, instead of exact."""
 
     def __post_init__(self) -> None:
-        for name in ("replace", "near", "changed_answers"):
-            if not 0 <= getattr(self, name) <= 1:
+        for name in ("replace", "replace_prompts", "near", "changed_answers"):
+            if not 0 <= (getattr(self, name) or 0) <= 1:
                 raise SettingError(f"{name}={getattr(self, name)} must be a share from 0 to 1")
+
+    @property
+    def in_prompts(self) -> float:
+        return self.replace if self.replace_prompts is None else self.replace_prompts
 
 
 class DeviceRows:
@@ -265,7 +271,7 @@ class DeviceRows:
         self, tokens_BT: Tensor, where_BT: Tensor, generator: torch.Generator
     ) -> Tensor:
         """The tokens, with some codes replaced by near or arbitrary codes."""
-        if not self._config.replace:
+        if not self._config.replace and not self._config.in_prompts:
             return tokens_BT
         uniform = torch.rand(4, *tokens_BT.shape, generator=generator, device=self._device)
         codes = len(self._tokens_K)
@@ -274,7 +280,10 @@ class DeviceRows:
             code_BT.clamp_min(0), (uniform[0] * self._near_KN.shape[1]).long()
         ].long()
         other_BT = torch.where(uniform[1] < self._config.near, near_BT, (uniform[2] * codes).long())
-        replaced = (uniform[3] < self._config.replace) & (self._columns.picture_M[where_BT] >= 0)
+        share_BT = torch.where(
+            self._columns.answer_M[where_BT], self._config.replace, self._config.in_prompts
+        )
+        replaced = (uniform[3] < share_BT) & (self._columns.picture_M[where_BT] >= 0)
         return torch.where(replaced, self._tokens_K[other_BT], tokens_BT)
 
     @property
