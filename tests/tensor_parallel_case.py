@@ -53,7 +53,7 @@ BLOCK = BLOCK_SIZE * PagedCache.token_bytes(CONFIG, torch.float32) // 2
 
 
 def random_model(config: ModelConfig, processor: Processor) -> Transformer:
-    """Weights whose heads and norms all differ, and whose pictures come often."""
+    """Weights whose heads and norms all differ, and whose images come often."""
     transformer = Transformer(config).eval()
     generator = torch.Generator().manual_seed(0)
     transformer.init_weights(generator)
@@ -66,29 +66,31 @@ def random_model(config: ModelConfig, processor: Processor) -> Transformer:
     return transformer
 
 
-def request(processor: Processor, seed: int, output: Any, **more: Any) -> Request:
-    return tiny.request(processor, seed, output, max_tokens=20 if output == "text" else 80, **more)
+def make_request(processor: Processor, seed: int, output: Any, **more: Any) -> Request:
+    return tiny.make_request(
+        processor, seed, output, max_tokens=20 if output == "text" else 80, **more
+    )
 
 
 def requests(processor: Processor) -> list[Request]:
-    """Texts, pictures and both, of one to three branches, greedy or not, two in windows."""
+    """Texts, images and both, of one to three branches, greedy or not, two in windows."""
     greedy = {"temperature": 0, "image_temperature": 0}
     return [
-        request(processor, 0, "text", **greedy),
-        request(processor, 1, "image", picture=True),
-        request(processor, 2, "interleaved"),
-        request(processor, 3, "text", picture=True, top_p=0.8, repetition_penalty=1.3),
-        request(processor, 4, "image", guidance_image=1, jacobi=8, **greedy),
-        request(processor, 6, "image", jacobi=8),
-        request(processor, 5, "image", picture=True),
+        make_request(processor, 0, "text", **greedy),
+        make_request(processor, 1, "image", with_image=True),
+        make_request(processor, 2, "interleaved"),
+        make_request(processor, 3, "text", with_image=True, top_p=0.8, repetition_penalty=1.3),
+        make_request(processor, 4, "image", guidance_image=1, jacobi=8, **greedy),
+        make_request(processor, 6, "image", jacobi=8),
+        make_request(processor, 5, "image", with_image=True),
     ]
 
 
-def answers(engine: Engine, asked: Sequence[Request]) -> list[list[int]]:
+def answers(engine: Engine, requests: Sequence[Request]) -> list[list[int]]:
     """Tokens of all requests, run together; one joins late, and of many the last is cancelled."""
     handles: list[Handle] = []
     engine.step()  # nothing is asked yet
-    for number, one in enumerate(asked):
+    for number, one in enumerate(requests):
         handles.append(engine.add(one))
         if number == 2:
             engine.step()
@@ -118,15 +120,15 @@ class Case:
     captured: bool = False
 
     def run(self, out: Path) -> None:
-        own = out / os.environ["RANK"]
-        own.mkdir(parents=True)
-        processor = tiny_processor(own)
+        rank_folder = out / os.environ["RANK"]
+        rank_folder.mkdir(parents=True)
+        processor = tiny_processor(rank_folder)
         peers = Peers(torch.device("cpu"))
         part = split(self.model(processor), peers)
         if self.captured:
             act_captured(peers, 2 + 2 * self.config.num_hidden_layers)
-        (own / "held.json").write_text(json.dumps(held(part)))
-        (own / "pid").write_text(str(os.getpid()))
+        (rank_folder / "held.json").write_text(json.dumps(held_bytes(part)))
+        (rank_folder / "pid").write_text(str(os.getpid()))
         if not peers.leads:
             follow(part, peers)
             return
@@ -134,8 +136,8 @@ class Case:
         asked = self.asked(processor)
         if self.captured:
             engine.warm_up()
-            told = len(engine.runner.bursts._graphs.shapes)
-            (out / "warm.json").write_text(json.dumps(told))
+            num_graphs = len(engine.runner.bursts._graphs.shapes)
+            (out / "warm.json").write_text(json.dumps(num_graphs))
         if self.spoils:
             spoil(engine, part, asked[0])
         if self.breaks is not None:
@@ -145,33 +147,33 @@ class Case:
             asked = asked[:1]
         (out / "tokens.json").write_text(json.dumps(answers(engine, asked)))
         (out / "preemptions.json").write_text(json.dumps(engine.preemptions))
-        made = engine.runner.bursts
-        (out / "shapes.json").write_text(json.dumps(len(made._graphs.shapes) if made else 0))
+        bursts = engine.runner.bursts
+        (out / "shapes.json").write_text(json.dumps(len(bursts._graphs.shapes) if bursts else 0))
 
     def asked(self, processor: Processor) -> list[Request]:
         """Static steps have no windows."""
-        found = requests(processor)
+        made_requests = requests(processor)
         if not self.options.get("static"):
-            return found
-        return [replace(one, sampling=replace(one.sampling, jacobi=None)) for one in found]
+            return made_requests
+        return [replace(one, sampling=replace(one.sampling, jacobi=None)) for one in made_requests]
 
     def model(self, processor: Processor) -> Transformer:
         """The whole model, as one process runs it."""
         return random_model(self.config, processor).to(self.dtype)
 
 
-def held(part: Transformer) -> dict[str, int]:
+def held_bytes(part: Transformer) -> dict[str, int]:
     """Bytes that each parameter keeps in this process's memory."""
     return {name: p.untyped_storage().nbytes() for name, p in part.named_parameters()}
 
 
-def spoil(engine: Engine, part: Transformer, asked: Request) -> None:
+def spoil(engine: Engine, part: Transformer, request: Request) -> None:
     """Ask for a reply to a prompt that ends with tokens whose states are not finite."""
     token = engine.processor.vocabulary.pad
     with torch.no_grad():
         part.model.embed_tokens.weight[token] = torch.nan
     try:
-        list(engine.add(replace(asked, ids=[*asked.ids, *[token] * 90])))
+        list(engine.add(replace(request, ids=[*request.ids, *[token] * 90])))
     except WeightsError:
         return
     raise AssertionError("a state that is not finite was drawn from")
@@ -261,7 +263,7 @@ class Script:
     def run(self, out: Path) -> None:
         count = int(os.environ["WORLD_SIZE"])
         model = Chameleon.load(self.model, "cpu", self.dtype, tensor_parallel=count)
-        (out / "held.json").write_text(json.dumps(held(model.transformer)))
+        (out / "held.json").write_text(json.dumps(held_bytes(model.transformer)))
         greedy = SamplingParams(temperature=0, max_tokens=8)
         replies = model.generate_batch(["a pear", "an apple"], "text", greedy)
         (out / "replies.json").write_text(json.dumps([reply.text for reply in replies]))

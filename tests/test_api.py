@@ -56,7 +56,7 @@ def picture(shade: int = 0) -> PIL.Image.Image:
 
 
 def content(reply: Reply) -> list[object]:
-    """A reply as plain values, pictures with pixels and codes."""
+    """A reply as plain values, images with pixels and codes."""
     return [
         s.text if isinstance(s, Text) else (np.asarray(s.pil).tobytes(), s.codes.tobytes())  # type: ignore[union-attr]
         for s in reply.segments
@@ -71,7 +71,7 @@ def test_text_reply(model: Chameleon) -> None:
     assert reply.usage.prompt_tokens == 1 + len(text) + model.processor.layout.num_tokens + 1
 
 
-def test_image_reply_is_one_picture_with_its_codes(model: Chameleon) -> None:
+def test_image_reply_is_one_image_with_its_codes(model: Chameleon) -> None:
     reply = model.generate("Draw a red apple.", output="image", seed=0)
     assert reply.finish_reason == "stop" and reply.text == ""
     assert [image.size for image in reply.images] == [(16, 16)]
@@ -102,7 +102,7 @@ def test_the_models_own_limits_do_not_bound_an_image_reply(model: Chameleon) -> 
     assert len({r.text for r in auto}) == 1, "greedy by the model's default"
 
 
-def test_interleaved_replies_hold_text_and_whole_pictures_in_order(model: Chameleon) -> None:
+def test_interleaved_replies_hold_text_and_whole_images_in_order(model: Chameleon) -> None:
     replies = [model.generate("Three fruits.", "interleaved", UNGUIDED, seed) for seed in range(12)]
     assert any(reply.images and reply.text for reply in replies)
     for reply in replies:
@@ -162,7 +162,7 @@ def test_stop_strings_are_cut(model: Chameleon) -> None:
     assert reply.text == plain[: plain.find(stop)].strip() and reply.finish_reason == "stop"
 
 
-def test_drawn_pictures_in_a_chat_are_not_encoded_again(
+def test_drawn_images_in_a_chat_are_not_encoded_again(
     model: Chameleon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reply = model.generate("Draw.", output="image", seed=0)
@@ -182,7 +182,7 @@ def test_drawn_pictures_in_a_chat_are_not_encoded_again(
     ids = list(request.ids)
     at = ids.index(spelled[0])
     assert ids[at : at + len(spelled)] == spelled
-    # A fresh picture beside it is encoded, alone, and lands in its own place.
+    # A fresh image beside it is encoded, alone, and lands in its own place.
     chat[-1] = Message("user", ["What is it?", picture(99)])
     ids = list(model.request(chat, "text", SHORT, seed=0).ids)
     fresh = encode(model.image_tokenizer, [Image(picture(99))])[0].numpy()
@@ -192,7 +192,7 @@ def test_drawn_pictures_in_a_chat_are_not_encoded_again(
     assert seen == [1] and [i for i in ids if i in images] == spelled
 
 
-def test_a_picture_seen_before_is_not_encoded_again(
+def test_an_image_seen_before_is_not_encoded_again(
     model: Chameleon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown, seen = picture(50), list[int]()
@@ -260,17 +260,17 @@ def test_numbers_of_numpy(model: Chameleon) -> None:
 
 def test_settings_by_name(model: Chameleon) -> None:
     greedy = SamplingParams(temperature=0, image_temperature=0.5, max_tokens=12)
-    wanted = model.generate("a pear", "text", greedy, seed=1)
+    expected = model.generate("a pear", "text", greedy, seed=1)
     by_name = model.generate("a pear", "text", seed=1, temperature=0, max_tokens=12)
-    assert by_name.text == wanted.text
+    assert by_name.text == expected.text
     # Before those of `sampling`, which keeps the others; None leaves it as it was.
     mixed = replace(greedy, temperature=2.0)
     request = model.request("a", "text", mixed, seed=1, temperature=0, max_tokens=None)
     assert request.sampling == greedy.resolved(model.defaults | {"seed": 1})
     events = model.stream("a pear", "text", seed=1, temperature=0, max_tokens=12)
-    assert model.collect(events).text == wanted.text
+    assert model.collect(events).text == expected.text
     batch = model.generate_batch(["a pear"] * 2, "text", seed=1, temperature=0, max_tokens=12)
-    assert [reply.text for reply in batch] == [wanted.text] * 2
+    assert [reply.text for reply in batch] == [expected.text] * 2
     with pytest.raises(SettingError, match="temperature=-1 is not possible"):
         model.generate("a", temperature=-1)
 
@@ -298,7 +298,7 @@ def test_every_setting_has_a_name() -> None:
     assert set(SamplingFields.__annotations__) == names
 
 
-def test_events_carry_their_picture(model: Chameleon) -> None:
+def test_events_carry_their_image(model: Chameleon) -> None:
     events = list(model.stream("Draw.", "image", max_images=2, seed=0))
     reply = model.generate("Draw.", "image", max_images=2, seed=0)
     done = [event for event in events if isinstance(event, ImageDone)]
@@ -354,7 +354,7 @@ def test_a_reply_ends_with_a_whole_character(model: Chameleon) -> None:
         assert events[-1].usage.completion_tokens == count  # type: ignore[union-attr]
 
 
-def test_one_picture_needs_no_list(model: Chameleon) -> None:
+def test_one_image_needs_no_list(model: Chameleon) -> None:
     tokenizer, shown = model.image_tokenizer, picture(3)
     codes = tokenizer.encode([shown])
     pixels = np.asarray(shown)
@@ -456,19 +456,19 @@ def test_a_model_without_a_decoder_answers_in_text(model: Chameleon) -> None:
 
 
 def test_load(model: Chameleon, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[object] = []
+    requests: list[object] = []
 
     def load(
         name: str | Path, device: torch.device, dtype: torch.dtype | None, verify: bool
     ) -> Loaded:
-        asked.extend((name, device.type, dtype))
+        requests.extend((name, device.type, dtype))
         transformer = tiny_transformer(model.processor).to(dtype or torch.bfloat16)
         vqgan = model.image_tokenizer.vqgan
         return Loaded(CONFIG, transformer, vqgan, model.processor, {"chameleon": {"top_k": 4}})
 
     monkeypatch.setattr(detect, "load", load)
     loaded = Chameleon.load("some/folder", device="cpu")
-    assert asked == ["some/folder", "cpu", None]
+    assert requests == ["some/folder", "cpu", None]
     assert loaded.transformer.lm_head.weight.dtype == torch.float32
     assert loaded.config is CONFIG and not loaded.transformer.training
     assert loaded.request("x").sampling.top_k == 4

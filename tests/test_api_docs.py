@@ -12,7 +12,7 @@ import pytest
 
 import earlyfusion
 from earlyfusion import errors
-from earlyfusion.generation import request
+from earlyfusion.generation import make_request
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "api.md"
 
@@ -21,7 +21,7 @@ def test_events_and_errors_are_public_and_on_the_page() -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
     found = [cls for cls in vars(errors).values() if isinstance(cls, type)]
     names = {cls.__name__ for cls in found if issubclass(cls, ValueError)}
-    names |= {event.__name__ for event in get_args(request.Event)} | {"Event", "Usage"}
+    names |= {event.__name__ for event in get_args(make_request.Event)} | {"Event", "Usage"}
     assert names <= {*earlyfusion.__all__} and len(names) == 18
     assert [name for name in sorted(names) if f"`{name}`" not in text] == []
 

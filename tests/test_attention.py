@@ -117,8 +117,8 @@ def test_documents_equal_a_mask_with_their_gradients(
     shape, generator = document_BT.shape, torch.Generator().manual_seed(len(rows))
     heads = [torch.randn(*shape, n, 16, generator=generator) for n in (4, 4 // groups, 4 // groups)]
     found = with_gradients(WAYS[way](document_BT), heads)
-    wanted = with_gradients(attention._masked_attend(document_BT), heads)
-    for one, other in zip(found, wanted, strict=True):
+    expected = with_gradients(attention._masked_attend(document_BT), heads)
+    for one, other in zip(found, expected, strict=True):
         assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 

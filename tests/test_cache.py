@@ -68,12 +68,12 @@ def states(
     branches = [Branch(row, array("q", [n, n + len(rows)])) for n, row in enumerate(rows)]
     prompts = zip(branches, lengths, strict=True)
     model.run(Plan([], [Piece(branch, 0, n) for branch, n in prompts], []), [])
-    seen = []
+    hidden = []
     for more in range(8):
         pieces = [Piece(b, n + more, 1) for b, n in zip(branches, lengths, strict=True)]
         with torch.inference_mode():
-            seen.append(model.backend.hidden_states(Step(pieces)))
-    return torch.stack(seen)
+            hidden.append(model.backend.hidden_states(Step(pieces)))
+    return torch.stack(hidden)
 
 
 @pytest.mark.parametrize("kept", ["fp32", "bf16", "int8"])
@@ -84,10 +84,10 @@ def test_states_are_near_those_of_the_whole_cache(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     lengths = [3, 17, 2, 40, 9]
-    own = states(transformer, processor, None, lengths)
+    unrounded = states(transformer, processor, None, lengths)
     small = states(transformer, processor, kept, lengths)
-    largest = float(own.abs().max())
-    error = float((small - own).abs().max()) / largest
+    largest = float(unrounded.abs().max())
+    error = float((small - unrounded).abs().max()) / largest
     assert error <= TOLERANCE[kept] and (error > 1e-5) == (kept != "fp32")
     monkeypatch.setattr(cpu, "available", lambda: False)
     plain = states(transformer, processor, kept, lengths)
@@ -96,9 +96,11 @@ def test_states_are_near_those_of_the_whole_cache(
     assert (plain - small).abs().mean() < 1e-3 * largest
 
 
-def request(processor: Processor, seed: int, output: str, shown: bool, max_tokens: int) -> Request:
+def make_request(
+    processor: Processor, seed: int, output: str, with_image: bool, max_tokens: int
+) -> Request:
     vocabulary, ids = processor.vocabulary, [processor.vocabulary.bos]
-    if shown:
+    if with_image:
         codes = np.random.default_rng(seed).integers(0, 64, (8, 8))
         ids += processor.layout.spell(codes, vocabulary)
     ids += [*processor.encode_text(TEXTS[seed % 3][:12]), vocabulary.end_of_turn]
@@ -108,8 +110,8 @@ def request(processor: Processor, seed: int, output: str, shown: bool, max_token
 
 def run(engine: Engine, requests: list[Request], apart: int = 0) -> list[list[int]]:
     handles: list[Handle] = []
-    for asked in requests:
-        handles.append(engine.add(asked, -len(handles)))
+    for request in requests:
+        handles.append(engine.add(request, -len(handles)))
         for _ in range(apart):
             engine.step()
     while engine.busy:
@@ -128,15 +130,18 @@ def test_guided_preempted_and_from_a_prefix(
     transformer: Transformer, processor: Processor, kept: str, step: str
 ) -> None:
     """Rounding may turn a close draw, and what follows it; without an error most tokens stay."""
-    asked = [request(processor, i, "image", i > 0, 66) for i in range(3)]
-    asked += [request(processor, 3, "text", True, 30), request(processor, 4, "text", False, 30)]
+    requests = [make_request(processor, i, "image", i > 0, 66) for i in range(3)]
+    requests += [
+        make_request(processor, 3, "text", True, 30),
+        make_request(processor, 4, "text", False, 30),
+    ]
     engine = Engine(transformer, processor, cache_dtype=kept)
-    alone = [run(engine, [one])[0] for one in asked]
-    assert agreement(alone, run(Engine(transformer, processor), asked)) > 0.6
-    assert agreement(run(engine, asked), alone) > 0.9  # from what the cache keeps, side by side
+    alone = [run(engine, [one])[0] for one in requests]
+    assert agreement(alone, run(Engine(transformer, processor), requests)) > 0.6
+    assert agreement(run(engine, requests), alone) > 0.9  # from what the cache keeps, side by side
     room = 20 * engine.cache_size.block_bytes
     small = Engine(transformer, processor, cache_bytes=room, cache_dtype=kept)
-    assert agreement(run(small, asked, apart=4), alone) > 0.6 and small.preemptions > 0
+    assert agreement(run(small, requests, apart=4), alone) > 0.6 and small.preemptions > 0
 
 
 def test_fp8_is_near_the_whole_cache_in_both_kinds_of_steps(
@@ -144,13 +149,16 @@ def test_fp8_is_near_the_whole_cache_in_both_kinds_of_steps(
 ) -> None:
     monkeypatch.setattr(cpu, "available", lambda: False)
     lengths = [3, 17, 2, 40, 9]
-    own = states(transformer, processor, None, lengths)
-    error = (states(transformer, processor, "fp8", lengths) - own).abs()
-    assert 1e-3 < error.max() / own.abs().max() < TOLERANCE["fp8"]
+    unrounded = states(transformer, processor, None, lengths)
+    error = (states(transformer, processor, "fp8", lengths) - unrounded).abs()
+    assert 1e-3 < error.max() / unrounded.abs().max() < TOLERANCE["fp8"]
     monkeypatch.setattr(cache, "has_fp8", lambda _: True)
-    asked = [request(processor, 0, "image", True, 66), request(processor, 1, "text", False, 30)]
+    requests = [
+        make_request(processor, 0, "image", True, 66),
+        make_request(processor, 1, "text", False, 30),
+    ]
     one, two = (
-        run(Engine(transformer, processor, cache_dtype="fp8", static=static), asked)
+        run(Engine(transformer, processor, cache_dtype="fp8", static=static), requests)
         for static in (False, True)
     )
     assert one == two
@@ -199,8 +207,10 @@ def test_smaller_entries_make_more_blocks(
     assert [size.requests(tokens) for tokens in (32, 33, 300)] == [160, 80, 16]
     for kept, dtype in (("fp32", torch.float32), ("int8", torch.int8)):
         cache = PagedCache(CONFIG, 2, 50, dtype, device)
-        held = cache.kv_BL2KSH.nbytes + (0 if (s := cache.scales_BL2KS) is None else s.nbytes)
-        assert held == 2 * BLOCK_SIZE * PagedCache.token_bytes(CONFIG, dtype), kept
+        cache_bytes = cache.kv_BL2KSH.nbytes + (
+            0 if (s := cache.scales_BL2KS) is None else s.nbytes
+        )
+        assert cache_bytes == 2 * BLOCK_SIZE * PagedCache.token_bytes(CONFIG, dtype), kept
 
 
 @pytest.mark.parametrize(
@@ -227,14 +237,14 @@ def test_a_context_that_no_memory_holds_is_cut_to_what_is_free(
 ) -> None:
     model = Transformer(replace(CONFIG, max_position_embeddings=10**9)).eval()
     model.init_weights(torch.Generator().manual_seed(0))
-    asked = request(processor, 3, "text", False, 20)
+    request = make_request(processor, 3, "text", False, 20)
     bytes_of_block = BLOCK_SIZE * PagedCache.token_bytes(CONFIG, torch.float32)
     monkeypatch.setattr(cache, "free_bytes", lambda device: 500 * bytes_of_block)
-    for given, blocks in ((None, 500), (40 * bytes_of_block, 40)):
-        engine = Engine(model, processor, cache_bytes=given)
+    for limit, blocks in ((None, 500), (40 * bytes_of_block, 40)):
+        engine = Engine(model, processor, cache_bytes=limit)
         assert engine.cache_size.blocks == blocks
-        assert run(engine, [asked])[0]
-    long = replace(asked, max_tokens=10**6)
+        assert run(engine, [request])[0]
+    long = replace(request, max_tokens=10**6)
     with pytest.raises(SettingError, match=r"the cache has 1,280: give it .* smaller max_tokens"):
         engine.add(long)
 
@@ -249,11 +259,11 @@ def test_many_requests_hold_only_what_they_have_read(
     transformer: Transformer, processor: Processor
 ) -> None:
     """40 requests at once, of some 40 tokens each, in room for ten contexts."""
-    asked = [request(processor, seed, "text", False, 20) for seed in range(40)]
+    requests = [make_request(processor, seed, "text", False, 20) for seed in range(40)]
     engine = Engine(transformer, processor)
-    alone = [run(engine, [one])[0] for one in asked]
+    alone = [run(engine, [one])[0] for one in requests]
     small = Engine(transformer, processor, cache_bytes=80 * engine.cache_size.block_bytes)
-    handles = [small.add(one) for one in asked]
+    handles = [small.add(one) for one in requests]
     small.step()
     assert all(len(handle.branches[0].blocks) in (1, 2) for handle in handles)
     while small.busy:
@@ -273,7 +283,7 @@ def test_the_definitions_of_kernels_are_what_the_torch_back_end_does(
         fresh = torch.randn(tensors[0].shape)
         for tensor in tensors:
             tensor.copy_(fresh.mul(40).round() if tensor.dtype == torch.int8 else fresh)
-    ours, theirs = (one.layers[1] for one in caches)
+    by_definition, by_backend = (one.layers[1] for one in caches)
     heads, keys, width = CONFIG.num_attention_heads, CONFIG.kv_heads, CONFIG.head_dim
     table = torch.tensor([[3, 1], [0, 5], [4, 2]], device=device)
     places = torch.tensor([0, 37, 31], device=device)
@@ -285,8 +295,8 @@ def test_the_definitions_of_kernels_are_what_the_torch_back_end_does(
     positions = rotary.cos[0][places], rotary.sin[0][places]
     rotated = torch_backend._norm_and_rotate(qkv[:, : heads + keys], layer, *positions)  # type: ignore[arg-type]
     in_block = table.gather(1, (places // 32)[:, None])[:, 0], places % 32
-    theirs.store(*in_block, rotated[:, heads:], qkv[:, heads + keys :])
-    blocks = decode.LayerBlocks(*ours)
+    by_backend.store(*in_block, rotated[:, heads:], qkv[:, heads + keys :])
+    blocks = decode.LayerBlocks(*by_definition)
     queries = decode.norm_rotate_store(qkv, norms, angles, places, blocks, table)
     assert torch.equal(queries, rotated[:, :heads])
     assert all(torch.equal(*pair) for pair in zip(*(c._tensors() for c in caches), strict=True))
@@ -294,9 +304,9 @@ def test_the_definitions_of_kernels_are_what_the_torch_back_end_does(
     beyond = (torch.arange(64, device=device) >= ends[:, None])[:, None, None]
     mask = torch.zeros(3, 1, 1, 64, device=device).masked_fill(beyond, -torch.inf)
     group = attention._Group(slice(0, 3), table, 64, mask)
-    expected = attention._attend_group(theirs, queries, group)
-    got = decode.attend(queries, blocks, table, ends)
-    assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    expected = attention._attend_group(by_backend, queries, group)
+    actual = decode.attend(queries, blocks, table, ends)
+    assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_zeros_stay_zeros(device: torch.device) -> None:
@@ -325,20 +335,20 @@ def test_rows_of_the_plain_cache_may_be_ragged(device: torch.device) -> None:
     for order, pieces in ((order, p) for order in ([0, 1, 2], [2, 0, 1]) for p in prompts):
         cache = KVCache(shape, 4, 12, device=device)
         slots_B = torch.tensor([3, 0, 2], device=device)
-        mine, read_B = [rows[number] for number in order], torch.zeros_like(slots_B)
-        got: list[list[torch.Tensor]] = [[], [], []]
+        expected_rows, read_B = [rows[number] for number in order], torch.zeros_like(slots_B)
+        actual: list[list[torch.Tensor]] = [[], [], []]
         for news in ([piece[number] for number in order] for piece in pieces):
             width = max(news)
             places_T, news_B = torch.arange(width, device=device), torch.tensor(news, device=device)
             valid_BT = places_T < news_B[:, None]
             tokens_BT = torch.zeros(3, width, dtype=torch.int64, device=device)
-            for row, (tokens, new) in enumerate(zip(mine, news, strict=True)):
+            for row, (tokens, new) in enumerate(zip(expected_rows, news, strict=True)):
                 tokens_BT[row, :new] = tokens[int(read_B[row]) :][:new]
             positions_BT = read_B[:, None] + places_T
             attends = cache.attends(slots_B, read_B, valid_BT)
             states_BTD = model.hidden_states(tokens_BT, positions_BT, attends)
             for row, new in enumerate(news):
-                got[row].append(states_BTD[row, :new])
+                actual[row].append(states_BTD[row, :new])
             read_B = read_B + news_B
-        for tokens, parts in zip(mine, got, strict=True):
+        for tokens, parts in zip(expected_rows, actual, strict=True):
             assert_close(torch.cat(parts), model.hidden_states(tokens[None])[0])

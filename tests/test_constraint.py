@@ -127,11 +127,11 @@ def test_a_schema_that_allows_any_object_gives_json() -> None:
     replies = mini().generate_batch(
         ["Hi"] * 20, "text", temperature=1, seed=0, max_tokens=900, json_schema={"type": "object"}
     )
-    whole = [json.loads(reply.text) for reply in replies if reply.finish_reason == "stop"]
-    assert len(whole) >= 4 and all(isinstance(value, dict) for value in whole)
+    complete = [json.loads(reply.text) for reply in replies if reply.finish_reason == "stop"]
+    assert len(complete) >= 4 and all(isinstance(value, dict) for value in complete)
 
 
-# --- pictures --------------------------------------------------------------------------------
+# --- images --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -145,30 +145,30 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Chameleon:
 def segments(model: Chameleon, seed: int, **fields: Any) -> list[Any]:
     """The segments by the engine, which are those of the plain loop."""
     request = model.request("a pear", "interleaved", seed=seed, temperature=1.5, **fields)
-    told = []
+    replies = []
     for events in (model.engine.generate(request), generate(*_parts(model), request)):
-        text, found = "", list[Any]()
+        text, parts = "", list[Any]()
         for event in events:
             if isinstance(event, ImageDone):
-                found += [text, event.codes.tolist()]
+                parts += [text, event.codes.tolist()]
                 text = ""
             text += getattr(event, "text", "")
-        told.append([*found, text])
-    assert told[0] == told[1]
-    return [part for part in told[0] if part != ""]
+        replies.append([*parts, text])
+    assert replies[0] == replies[1]
+    return [part for part in replies[0] if part != ""]
 
 
 def _parts(model: Chameleon) -> tuple[Any, Any]:
     return model.transformer, model.processor
 
 
-def test_pictures_stand_before_or_after_the_one_text(random_model: Chameleon) -> None:
+def test_images_stand_before_or_after_the_one_text(random_model: Chameleon) -> None:
     orders = set()
     for seed in range(30):
-        found = segments(random_model, seed, regex="[a-c]{2,6}", max_images=2, max_tokens=200)
-        [text] = [part for part in found if isinstance(part, str)]
+        parts = segments(random_model, seed, regex="[a-c]{2,6}", max_images=2, max_tokens=200)
+        [text] = [part for part in parts if isinstance(part, str)]
         assert re.fullmatch("[a-c]{2,6}", text)
-        orders.add(tuple(isinstance(part, str) for part in found))
+        orders.add(tuple(isinstance(part, str) for part in parts))
     assert {(True,), (True, False), (False, True)} <= orders
 
 
@@ -213,11 +213,11 @@ def test_a_mask_in_a_batch_gives_the_tokens_of_the_plain_loop(
         assert handle.tokens == list(generate_tokens(*_parts(random_model), request))
 
 
-def test_what_may_come_around_a_picture(random_model: Chameleon) -> None:
+def test_tokens_allowed_around_an_image(random_model: Chameleon) -> None:
     processor = random_model.processor
     vocabulary = processor.vocabulary
     request = random_model.request("a pear", "interleaved", seed=0, regex="[a-c]{2,6}")
-    picture = processor.layout.spell(np.zeros((8, 8), int), vocabulary)
+    image = processor.layout.spell(np.zeros((8, 8), int), vocabulary)
     letters = [processor.encode_text(letter)[0] for letter in "abc"]
     marks = {vocabulary.begin_image: "picture", vocabulary.eos: "end"}
 
@@ -225,18 +225,18 @@ def test_what_may_come_around_a_picture(random_model: Chameleon) -> None:
         follows = constraint.constraint(processor, request)
         assert follows is not None
         logits_V = follows([*request.ids, *reply], torch.zeros(CONFIG.vocab_size))
-        found = logits_V.isfinite().nonzero()[:, 0].tolist()
-        return {marks.get(token, "text") for token in found}
+        allowed = logits_V.isfinite().nonzero()[:, 0].tolist()
+        return {marks.get(token, "text") for token in allowed}
 
     assert next_ones() == {"picture", "text"}
-    assert next_ones(*picture) == {"text"}, "not two before the text"
+    assert next_ones(*image) == {"text"}, "not two before the text"
     assert next_ones(letters[0]) == {"text"}
-    assert next_ones(*picture, *letters) == {"picture", "text", "end"}
-    assert next_ones(*letters, *picture) == {"picture", "end"}
-    assert next_ones(*letters, *picture, *picture) == {"picture", "end"}
+    assert next_ones(*image, *letters) == {"picture", "text", "end"}
+    assert next_ones(*letters, *image) == {"picture", "end"}
+    assert next_ones(*letters, *image, *image) == {"picture", "end"}
 
 
-def test_a_grammar_says_where_a_picture_stands(random_model: Chameleon) -> None:
+def test_a_grammar_says_where_an_image_stands(random_model: Chameleon) -> None:
     grammar = 'start: "see " <image> " or " <image> /[ab]{1,3}/'
     for seed in range(3):
         first, one, second, two, last = segments(
@@ -246,12 +246,12 @@ def test_a_grammar_says_where_a_picture_stands(random_model: Chameleon) -> None:
         assert np.shape(one) == np.shape(two) == (8, 8)
 
 
-def test_a_picture_of_mini_stands_where_the_grammar_says() -> None:
+def test_an_image_of_mini_stands_where_the_grammar_says() -> None:
     reply = mini().generate(
         "Draw a red apple.", seed=1, grammar='start: "Here: " <image> "That is " /[a-z]{3}/ "."'
     )
-    first, picture, last = reply.segments
-    assert isinstance(first, Text) and isinstance(picture, Image) and isinstance(last, Text)
+    first, image, last = reply.segments
+    assert isinstance(first, Text) and isinstance(image, Image) and isinstance(last, Text)
     assert first.text == "Here:" and re.fullmatch(r"That is [a-z]{3}\.", last.text)
     assert reply.finish_reason == "stop"
 
@@ -291,7 +291,7 @@ def test_what_cannot_be_is_one_sentence(fields: dict[str, Any], sentence: str) -
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
 
 
-def test_a_reply_of_pictures_alone_cannot_be_constrained() -> None:
+def test_a_reply_of_images_alone_cannot_be_constrained() -> None:
     with pytest.raises(SettingError, match="regex is for text, and this reply can have none"):
         mini().generate("Draw a cat.", "image", regex="a")
 

@@ -428,13 +428,22 @@ class TestChecklists:
             convert(meta, tmp_path / "out", "hf")
         assert Chameleon.load(meta, verify=False).config.hidden_size == CONFIG.hidden_size
         convert(meta, tmp_path / "out", "hf", verify=False)
-        asked = ["generate", "Hello", "--output", "text", "--max-tokens", "1", "--model", str(meta)]
+        requests = [
+            "generate",
+            "Hello",
+            "--output",
+            "text",
+            "--max-tokens",
+            "1",
+            "--model",
+            str(meta),
+        ]
         chatted = ["chat", "--output", "text", "--max-tokens", "1", "--model", str(meta)]
-        for command in (["info", str(meta)], asked, chatted):
+        for command in (["info", str(meta)], requests, chatted):
             assert main(command) == 2
             assert "checklist.chk" in capsys.readouterr().err
         assert main(["info", str(meta), "--no-verify"]) == 0
-        assert main([*asked, "--no-verify"]) == 0
+        assert main([*requests, "--no-verify"]) == 0
 
     def test_an_added_image_tokenizer_too(self, tiny: Path, meta: Path, tmp_path: Path) -> None:
         self.flip(meta / "tokenizer" / "vqgan.ckpt")
@@ -850,7 +859,7 @@ class TestLumina:
         return path.parent
 
     @pytest.mark.parametrize(("grid", "tokens"), [(32, 1060), (48, 2356), (64, 4164)])
-    def test_its_pictures_are_longer(self, grid: int, tokens: int) -> None:
+    def test_its_images_are_longer(self, grid: int, tokens: int) -> None:
         spelled = layout(grid)
         assert spelled.num_tokens == tokens
         assert spelled.head[1:] == (f"<reserved0{8800 + grid // 2}>",) * 2

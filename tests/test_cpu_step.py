@@ -224,9 +224,9 @@ def test_a_token_does_not_depend_on_what_is_read_with_it(
             states_TD = torch.cat(states)
             logits_TV = head(states_TD)
             assert torch.equal(logits_TV[5:7], head(states_TD[5:7]))
-            got = [states_TD, logits_TV, paged.kv_L2QKPH[:, :, 1]]
-            known = known or got
-            assert all(torch.equal(a, b) for a, b in zip(got, known, strict=True))
+            actual = [states_TD, logits_TV, paged.kv_L2QKPH[:, :, 1]]
+            known = known or actual
+            assert all(torch.equal(a, b) for a, b in zip(actual, known, strict=True))
             assert states_TD.isfinite().all()
     finally:
         torch.set_num_threads(threads)
@@ -373,8 +373,8 @@ def test_a_draw_mixes_branches_then_masks_then_penalises() -> None:
             ]
         )
         picked = pick(warp(mixed, settings), uniform)
-        want = torch.where(settings.temperature_B == 0, mixed.argmax(-1), picked)
-        assert (torch.tensor(drawn) == want).sum() >= 23  # sums in another order
+        expected = torch.where(settings.temperature_B == 0, mixed.argmax(-1), picked)
+        assert (torch.tensor(drawn) == expected).sum() >= 23  # sums in another order
 
 
 @needs_compiler

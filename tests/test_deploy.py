@@ -35,8 +35,8 @@ def test_the_image_starts_the_server_and_copies_what_is_there() -> None:
             assert all((DEPLOY.parent / name).exists() for name in shlex.split(rest)[:-1]), rest
     [entry] = [json.loads(rest) for name, rest in dockerfile() if name == "ENTRYPOINT"]
     help_text = CliRunner().invoke(app, [*entry[1:-2], "--help"]).output
-    asked = [*entry, *compose()["services"]["server"]["command"]]
-    options = [word for word in asked if word.startswith("--")]
+    requests = [*entry, *compose()["services"]["server"]["command"]]
+    options = [word for word in requests if word.startswith("--")]
     assert options == ["--host", "--model"] and all(option in help_text for option in options)
     assert [rest for name, rest in dockerfile() if name == "USER"] == ["1000:1000"]
 

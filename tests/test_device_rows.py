@@ -33,7 +33,7 @@ def processor(tmp_path: Path) -> Processor:
 
 
 def messages(number: int) -> list[tuple[str, list[str | int]]]:
-    """Turns of texts and numbers of pictures."""
+    """Turns of texts and numbers of images."""
     kinds: list[list[tuple[str, list[str | int]]]] = [
         [("user", [0, "What?"]), ("assistant", ["a pear"])],
         [("user", ["Draw it."]), ("assistant", [1])],
@@ -44,7 +44,7 @@ def messages(number: int) -> list[tuple[str, list[str | int]]]:
 
 
 def table() -> torch.Tensor:
-    """Codes of three pictures in four ways, all different."""
+    """Codes of three images in four ways, all different."""
     generator = torch.Generator().manual_seed(3)
     return torch.randint(64, (3, WAYS, CODES), generator=generator).short()
 
@@ -84,7 +84,7 @@ def rows_of(
 
 
 def by_hand(processor: Processor, rows: DeviceRows, way: int) -> Packer:
-    """The packer of `data.packing` on the same documents, all pictures cut in one way."""
+    """The packer of `data.packing` on the same documents, all images cut in one way."""
     codes = table()[:, way].view(-1, GRID, GRID).numpy().astype(np.int64)
 
     def document(number: int) -> TokenSequence:
@@ -111,26 +111,26 @@ def test_rows_are_those_of_the_packer(processor: Processor, device: torch.device
 
 
 def pictures_in(batch: PackedBatch, processor: Processor) -> list[np.ndarray]:
-    """Codes of every picture of the inputs, one after another."""
+    """Codes of every image of the inputs, one after another."""
     tokens = batch.tokens_BT.flatten().numpy()
     codes = np.isin(tokens, processor.vocabulary.image_tokens)
     return list(processor.vocabulary.tokens_to_codes(tokens[codes]).reshape(-1, CODES))
 
 
 def ways_of(found: list[np.ndarray]) -> list[tuple[int, int]]:
-    """Which picture and way each row of codes is; a mixture of ways is none."""
+    """Which image and way each row of codes is; a mixture of ways is none."""
     known = {tuple(table()[p, v].tolist()): (p, v) for p in range(3) for v in range(WAYS)}
     return [known[tuple(codes.tolist())] for codes in found]
 
 
-def test_pictures_come_whole_in_ways_that_they_may_be_cut(processor: Processor) -> None:
+def test_images_come_whole_in_ways_that_they_may_be_cut(processor: Processor) -> None:
     seen: dict[bool, set[tuple[int, int]]] = {}
     for plain in (False, True):
         rows = rows_of(processor, CodeNoiseConfig(), plain=plain)
         found = [x for _ in range(60) for x in ways_of(pictures_in(rows.next(), processor))]
         seen[plain] = set(found)
     asked = {(p, v) for p in (0, 2) for v in range(WAYS)}
-    assert seen[False] == asked | {(1, 0)}  # a picture to be drawn stays exact
+    assert seen[False] == asked | {(1, 0)}  # an image to be drawn stays exact
     assert seen[True] == {(p, v) for p in (0, 2) for v in range(PLAIN)} | {(1, 0)}
     rows = rows_of(processor, CodeNoiseConfig(changed_answers=0.5))
     drawn = [
@@ -240,8 +240,8 @@ def test_the_mixture_has_its_shares_and_tells_where_colours_matter() -> None:
         ["bare"] * 10 + ["requests"] * 40 + ["study"] * 30
     )
     assert all(is_plain(s) for s in found if s["task"] in ("colour", "study"))
-    asked = [s for s in found if s["task"] == "requests"]
-    pictures = [s["messages"][-1]["content"][0]["image"] for s in asked]
+    requests = [s for s in found if s["task"] == "requests"]
+    pictures = [s["messages"][-1]["content"][0]["image"] for s in requests]
     data = EmojiData(DATA)
     train = data.split("train")
     firsts = {data.row(i)["codepoints"]: i for i in reversed(train)}.values()
@@ -249,7 +249,7 @@ def test_the_mixture_has_its_shares_and_tells_where_colours_matter() -> None:
     varied = load_samples(DATA, replace(config, varied=True))
     shown = {s["messages"][-1]["content"][0]["image"] for s in varied if s["task"] == "requests"}
     assert shown - set(firsts) and len(shown) == min(len(train), 40)
-    assert len({s["messages"][0]["content"][0]["text"] for s in asked}) > 20
+    assert len({s["messages"][0]["content"][0]["text"] for s in requests}) > 20
     assert not all(is_plain(s) for s in found)
     with pytest.raises(SettingError, match="not all 0"):
         MixtureConfig(dialogues=0, pairs=0, requests=0, studies=0, bare=0)
@@ -257,7 +257,7 @@ def test_the_mixture_has_its_shares_and_tells_where_colours_matter() -> None:
     assert is_plain({"task": "requests", "messages": [{"role": "user", "content": [text]}]})
 
 
-def test_documents_hold_their_pictures_in_order(processor: Processor) -> None:
+def test_documents_hold_their_images_in_order(processor: Processor) -> None:
     found = load_samples(DATA, MixtureConfig(documents=40))
     data = EmojiData(DATA)
     place = {name: number for number, name in enumerate(data.split("train"))}

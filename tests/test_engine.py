@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load, save
-from tiny import CONFIG, request, tiny_processor, tiny_transformer
+from tiny import CONFIG, make_request, tiny_processor, tiny_transformer
 from tolerances import assert_close
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
@@ -76,25 +76,29 @@ def mixed(processor: Processor) -> list[Request]:
     """Ten requests that differ in everything."""
     shaped = {"top_p": 0.8, "top_k": 40, "min_p": 0.01, "image_top_k": 20}
     return [
-        request(processor, 0, "text", max_tokens=30, **GREEDY),
-        request(processor, 1, "image"),
-        request(
+        make_request(processor, 0, "text", max_tokens=30, **GREEDY),
+        make_request(processor, 1, "image"),
+        make_request(
             processor, 2, "interleaved", images=2, max_tokens=150, repetition_penalty=1.0, **OFF
         ),
-        request(processor, 3, "image", picture=True, guidance_image=1, **GREEDY),
-        request(processor, 4, "text", picture=True, max_tokens=25, **shaped),
-        request(processor, 5, "image", picture=True, **shaped),
-        request(processor, 6, "interleaved", top_p=1, image_top_p=1, temperature=1.5),
-        request(processor, 7, "image", guidance_text=2, guidance_image=2, image_top_p=1),
-        request(processor, 8, "image", negative_prompt="a pear"),
-        request(processor, 9, "image", picture=True, jacobi=3, negative_prompt="a red apple"),
+        make_request(processor, 3, "image", with_image=True, guidance_image=1, **GREEDY),
+        make_request(processor, 4, "text", with_image=True, max_tokens=25, **shaped),
+        make_request(processor, 5, "image", with_image=True, **shaped),
+        make_request(processor, 6, "interleaved", top_p=1, image_top_p=1, temperature=1.5),
+        make_request(processor, 7, "image", guidance_text=2, guidance_image=2, image_top_p=1),
+        make_request(processor, 8, "image", negative_prompt="a pear"),
+        make_request(
+            processor, 9, "image", with_image=True, jacobi=3, negative_prompt="a red apple"
+        ),
     ]
 
 
 @pytest.fixture(scope="module")
-def wanted(transformer: Transformer, processor: Processor, mixed: list[Request]) -> list[list[int]]:
-    tokens = [list(generate_tokens(transformer, processor, asked)) for asked in mixed]
-    assert {max_branches(asked) for asked in mixed} == {1, 2, 3}
+def mixed_expected(
+    transformer: Transformer, processor: Processor, mixed: list[Request]
+) -> list[list[int]]:
+    tokens = [list(generate_tokens(transformer, processor, request)) for request in mixed]
+    assert {max_branches(request) for request in mixed} == {1, 2, 3}
     return tokens
 
 
@@ -103,8 +107,8 @@ def run(
 ) -> list[list[int]]:
     """The tokens of each; one joins every `apart` steps, `rising` each before the others."""
     handles: list[Handle] = []
-    for asked in requests:
-        handles.append(engine.add(asked, -len(handles) if rising else 0))
+    for request in requests:
+        handles.append(engine.add(request, -len(handles) if rising else 0))
         for _ in range(apart):
             engine.step()
     while engine.busy:
@@ -118,8 +122,8 @@ def run(
 
 def changed(processor: Processor, device: torch.device, **changes: Any) -> Transformer:
     model = Transformer(replace(CONFIG, **changes)).eval()
-    given = tiny_transformer(processor, 1.0).state_dict()
-    model.load_state_dict(given, strict=False)  # what an activation learns is not in it
+    weights = tiny_transformer(processor, 1.0).state_dict()
+    model.load_state_dict(weights, strict=False)  # what an activation learns is not in it
     return model.to(device)
 
 
@@ -136,16 +140,16 @@ def changed(processor: Processor, device: torch.device, **changes: Any) -> Trans
 def test_other_activations_and_angles_equal_the_plain_loop(
     processor: Processor,
     mixed: list[Request],
-    wanted: list[list[int]],
+    mixed_expected: list[list[int]],
     changes: dict[str, Any],
     device: torch.device,
 ) -> None:
     model = changed(processor, device, **changes)
     some = mixed[:3]
-    tokens = [list(generate_tokens(model, processor, asked)) for asked in some]
+    tokens = [list(generate_tokens(model, processor, request)) for request in some]
     assert run(Engine(model, processor), some, 3) == tokens
     if changes.get("rope_scaling", {}).get("rope_type") != "dynamic":  # changes nothing so early
-        assert tokens != wanted[:3]
+        assert tokens != mixed_expected[:3]
 
 
 @pytest.mark.parametrize(
@@ -161,12 +165,12 @@ def test_mixed_requests_equal_the_plain_loop(
     transformer: Transformer,
     processor: Processor,
     mixed: list[Request],
-    wanted: list[list[int]],
+    mixed_expected: list[list[int]],
     options: dict[str, Any],
     apart: int,
 ) -> None:
     engine = Engine(transformer, processor, **options)
-    assert run(engine, mixed, apart, rising="cache_bytes" in options) == wanted
+    assert run(engine, mixed, apart, rising="cache_bytes" in options) == mixed_expected
     assert (engine.preemptions > 4) == ("cache_bytes" in options)
 
 
@@ -185,38 +189,40 @@ def test_prompt_lookup_changes_no_token(
         pytest.skip("steps with guesses are not static")
     texts = [one for one in mixed if one.output != "image"]
     texts += [
-        request(processor, 20, "text", max_tokens=120, temperature=0.3, repetition_penalty=1.0),
-        request(processor, 21, "text", max_tokens=120, repetition_penalty=1.3, **GREEDY),
-        request(
+        make_request(
+            processor, 20, "text", max_tokens=120, temperature=0.3, repetition_penalty=1.0
+        ),
+        make_request(processor, 21, "text", max_tokens=120, repetition_penalty=1.3, **GREEDY),
+        make_request(
             processor, 22, "interleaved", max_tokens=150, temperature=0.1, repetition_penalty=1.0
         ),
     ]
-    want = [list(generate_tokens(transformer, processor, asked)) for asked in texts]
+    expected = [list(generate_tokens(transformer, processor, asked)) for asked in texts]
     guessing = [replace(a, sampling=replace(a.sampling, prompt_lookup=size)) for a in texts]
     engine = Engine(transformer, processor, cache_bytes=blocks and blocks * BLOCK)
     asked = [*guessing, mixed[1], mixed[9]]
-    assert run(engine, asked, 3, rising=blocks is not None)[: len(texts)] == want
+    assert run(engine, asked, 3, rising=blocks is not None)[: len(texts)] == expected
     assert (engine.preemptions > 0) == (blocks is not None)
 
 
 def test_prompt_lookup_takes_fewer_steps(
     transformer: Transformer, processor: Processor, step: str
 ) -> None:
-    free = request(processor, 0, "text", max_tokens=100, repetition_penalty=1.0, **GREEDY)
+    free = make_request(processor, 0, "text", max_tokens=100, repetition_penalty=1.0, **GREEDY)
     text = "".join(e.text for e in generate(transformer, processor, free) if hasattr(e, "text"))
     for changes in ({}, {"stop": text[-len(text) // 3 :][:4]}):
         settings = {"repetition_penalty": 1.0, **GREEDY, **changes}
-        asked = request(processor, 0, "text", max_tokens=100, **settings)
-        told, steps = values(list(generate(transformer, processor, asked))), []
+        request = make_request(processor, 0, "text", max_tokens=100, **settings)
+        loop_events, steps = values(list(generate(transformer, processor, request))), []
         for size in (None, 8):
-            sampling = replace(asked.sampling, prompt_lookup=size)
+            sampling = replace(request.sampling, prompt_lookup=size)
             engine, number = Engine(transformer, processor), 0
-            handle = engine.add(replace(asked, sampling=sampling))
+            handle = engine.add(replace(request, sampling=sampling))
             while engine.busy:
                 engine.step()
                 number += 1
             steps.append(number)
-            assert values(list(handle)) == told
+            assert values(list(handle)) == loop_events
         # One step of the engine draws several tokens where it is static and without lookup.
         assert step == "static" or steps[1] <= 0.9 * steps[0]
 
@@ -233,28 +239,31 @@ def test_a_lookup_guesses_what_followed_the_same_tokens_last() -> None:
 
 
 def test_alone_equals_the_plain_loop(
-    transformer: Transformer, processor: Processor, mixed: list[Request], wanted: list[list[int]]
-) -> None:
-    engine = Engine(transformer, processor)
-    for asked, tokens in zip(mixed, wanted, strict=True):
-        assert run(engine, [asked]) == [tokens]
-
-
-def test_attention_may_be_cut_anywhere(
     transformer: Transformer,
     processor: Processor,
     mixed: list[Request],
-    wanted: list[list[int]],
+    mixed_expected: list[list[int]],
+) -> None:
+    engine = Engine(transformer, processor)
+    for request, tokens in zip(mixed, mixed_expected, strict=True):
+        assert run(engine, [request]) == [tokens]
+
+
+def test_attention_may_be_split_into_any_groups(
+    transformer: Transformer,
+    processor: Processor,
+    mixed: list[Request],
+    mixed_expected: list[list[int]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(attention, "PADDING_BYTES", 0)
-    assert run(Engine(transformer, processor), mixed) == wanted
+    assert run(Engine(transformer, processor), mixed) == mixed_expected
 
 
 def test_weights_that_are_not_packed(
     processor: Processor,
     mixed: list[Request],
-    wanted: list[list[int]],
+    mixed_expected: list[list[int]],
     monkeypatch: pytest.MonkeyPatch,
     step: str,
     device: torch.device,
@@ -263,7 +272,7 @@ def test_weights_that_are_not_packed(
     plain = tiny_transformer(processor, 1.0, device)
     before = {name: value.clone() for name, value in plain.state_dict().items()}
     engine = Engine(plain, processor)
-    assert run(engine, mixed) == wanted
+    assert run(engine, mixed) == mixed_expected
     attention = plain.model.layers[0].self_attn
     stores = {p.weight.untyped_storage().data_ptr() for p in (attention.q_proj, attention.k_proj)}
     assert step == "compiled" or len(stores) == 1, "held twice"
@@ -274,12 +283,15 @@ def test_weights_that_are_not_packed(
     plain(torch.tensor([[1, 2, 3]], device=device)).sum().backward()
     with torch.no_grad():
         attention.q_proj.weight.add_(attention.q_proj.weight.grad, alpha=30)
-    want = list(generate_tokens(plain, processor, mixed[0]))
-    assert run(engine, mixed[:1]) == [want] != wanted[:1]
+    expected = list(generate_tokens(plain, processor, mixed[0]))
+    assert run(engine, mixed[:1]) == [expected] != mixed_expected[:1]
 
 
 def test_other_linear_modules_are_called_as_they_are(
-    processor: Processor, mixed: list[Request], wanted: list[list[int]], device: torch.device
+    processor: Processor,
+    mixed: list[Request],
+    mixed_expected: list[list[int]],
+    device: torch.device,
 ) -> None:
     class Doubled(torch.nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -288,23 +300,26 @@ def test_other_linear_modules_are_called_as_they_are(
     plain = tiny_transformer(processor, 1.0, device)
     for layer in plain.model.layers:
         layer.mlp.up_proj.__class__ = Doubled
-    assert run(Engine(plain, processor), mixed[:1]) != wanted[:1]
-    want = list(generate_tokens(plain, processor, mixed[0]))
-    assert run(Engine(plain, processor), mixed[:1]) == [want]
+    assert run(Engine(plain, processor), mixed[:1]) != mixed_expected[:1]
+    expected = list(generate_tokens(plain, processor, mixed[0]))
+    assert run(Engine(plain, processor), mixed[:1]) == [expected]
 
 
 def test_stop_tokens_of_one_request_leave_the_others_alone(
-    transformer: Transformer, processor: Processor, mixed: list[Request], wanted: list[list[int]]
+    transformer: Transformer,
+    processor: Processor,
+    mixed: list[Request],
+    mixed_expected: list[list[int]],
 ) -> None:
     vocabulary = processor.vocabulary
-    asked = replace(mixed[2], stops=(vocabulary.end_of_turn, vocabulary.pad))
-    want = list(generate_tokens(transformer, processor, asked))
+    request = replace(mixed[2], stops=(vocabulary.end_of_turn, vocabulary.pad))
+    expected = list(generate_tokens(transformer, processor, request))
     engine = Engine(transformer, processor)
     first = engine.add(mixed[2])
     engine.step()
-    second = engine.add(asked)
-    assert run(engine, [mixed[6]]) == [wanted[6]]
-    assert first.tokens == wanted[2] and second.tokens == want
+    second = engine.add(request)
+    assert run(engine, [mixed[6]]) == [mixed_expected[6]]
+    assert first.tokens == mixed_expected[2] and second.tokens == expected
 
 
 @pytest.mark.parametrize("name", ["tiny_1", "tiny_mp2_swin_gqa"])
@@ -314,20 +329,22 @@ def test_both_block_layouts(golden: Path, name: str, device: torch.device) -> No
     settings = SamplingParams(seed=0, **GREEDY).resolved({})
     ids = [vocabulary.bos, *loaded.processor.encode_text("a pear"), vocabulary.end_of_turn]
     texts = [Request(ids[: i + 2], "text", settings, 0, 12) for i in range(3)]
-    want = [list(generate_tokens(loaded.transformer, loaded.processor, asked)) for asked in texts]
-    assert run(Engine(loaded.transformer, loaded.processor, context_tokens=64), texts) == want
+    expected = [
+        list(generate_tokens(loaded.transformer, loaded.processor, request)) for request in texts
+    ]
+    assert run(Engine(loaded.transformer, loaded.processor, context_tokens=64), texts) == expected
 
 
 def test_the_embedded_model(device: torch.device) -> None:
     model = Chameleon.load("mini", str(device), "float32")
     short = SamplingParams(max_tokens=20)
-    asked = [
+    requests = [
         model.request("Draw a red apple.", "image", seed=0),
         model.request("What is a pear?", "text", short, seed=1),
         model.request("Show me three different fruits.", "interleaved", short, seed=2),
     ]
-    want = [list(generate_tokens(model.transformer, model.processor, one)) for one in asked]
-    assert run(model.engine, asked) == want
+    expected = [list(generate_tokens(model.transformer, model.processor, one)) for one in requests]
+    assert run(model.engine, requests) == expected
 
 
 def test_hidden_states_equal_the_modules(transformer: Transformer, device: torch.device) -> None:
@@ -336,7 +353,7 @@ def test_hidden_states_equal_the_modules(transformer: Transformer, device: torch
     cache = PagedCache(CONFIG, 6, 32, torch.float32, device)
     fused = FusedTransformer(transformer, cache)
     branches = [Branch(row, array("q", [n])) for row, n in zip(rows, (4, 1, 0, 5), strict=True)]
-    got: dict[int, list[torch.Tensor]] = {}
+    actual: dict[int, list[torch.Tensor]] = {}
     with torch.inference_mode():
         for width in (4, 1, 3, 1, 1, 99):
             pieces = [Piece(b, b.num_read, min(width, b.pending)) for b in branches if b.pending]
@@ -344,17 +361,19 @@ def test_hidden_states_equal_the_modules(transformer: Transformer, device: torch
             x_TD = transformer.model.norm(fused.run_layers(step))
             rows = x_TD.split([piece.size for piece in step.pieces])
             for piece, states in zip(step.pieces, rows, strict=True):
-                got.setdefault(id(piece.branch), []).append(states @ transformer.lm_head.weight.T)
+                actual.setdefault(id(piece.branch), []).append(
+                    states @ transformer.lm_head.weight.T
+                )
                 piece.branch.num_read = piece.end
         for branch in branches:
-            want = transformer(torch.tensor([branch.tokens], device=device))[0]
-            assert_close(torch.cat(got[id(branch)]), want, atol=1e-5, rtol=1e-5)
+            expected = transformer(torch.tensor([branch.tokens], device=device))[0]
+            assert_close(torch.cat(actual[id(branch)]), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_bfloat16_runs(processor: Processor, device: torch.device) -> None:
     half = tiny_transformer(processor, 1.0, device).to(torch.bfloat16)
     engines = [Engine(half, processor) for _ in range(2)]
-    first, second = (run(engine, [request(processor, 1, "image")]) for engine in engines)
+    first, second = (run(engine, [make_request(processor, 1, "image")]) for engine in engines)
     assert first == second and len(first[0]) == 66
 
 
@@ -366,26 +385,26 @@ def in_dtype(processor: Processor, name: str, device: torch.device) -> Transform
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
-def test_a_reply_does_not_depend_on_how_it_was_read(
+def test_a_reply_does_not_depend_on_how_its_prompt_was_read(
     processor: Processor, mixed: list[Request], dtype: str, step: str, device: torch.device
 ) -> None:
     """Whole, in pieces, from a prefix, beside others, with more threads: token for token."""
     if step != "compiled":
         pytest.skip("torch adds in another order for another number of rows")
     model, threads = in_dtype(processor, dtype, device), torch.get_num_threads()
-    asked = [
+    requests = [
         replace(one, max_tokens=min(one.max_tokens, 70)) for one in (mixed[4], mixed[3], mixed[6])
     ]
-    alone = [run(Engine(model, processor), [one])[0] for one in asked]
-    again = Engine(model, processor)
+    alone = [run(Engine(model, processor), [one])[0] for one in requests]
+    second = Engine(model, processor)
     for _ in range(2):
-        assert [run(again, [one])[0] for one in asked] == alone
+        assert [run(second, [one])[0] for one in requests] == alone
     for chunk in (2, 7, 31):
-        assert run(Engine(model, processor, chunk=chunk), asked) == alone
-    assert run(Engine(model, processor), [*mixed[:3], *asked], 2)[3:] == alone
+        assert run(Engine(model, processor, chunk=chunk), requests) == alone
+    assert run(Engine(model, processor), [*mixed[:3], *requests], 2)[3:] == alone
     try:
         torch.set_num_threads(threads + 1)
-        assert run(Engine(model, processor, chunk=50), asked) == alone
+        assert run(Engine(model, processor, chunk=50), requests) == alone
     finally:
         torch.set_num_threads(threads)
 
@@ -393,7 +412,7 @@ def test_a_reply_does_not_depend_on_how_it_was_read(
 # --- what a request leaves and finds ---------------------------------------------------------
 
 
-def read_tokens(engine: Engine, asked: Request, monkeypatch: pytest.MonkeyPatch) -> int:
+def read_tokens(engine: Engine, request: Request, monkeypatch: pytest.MonkeyPatch) -> int:
     """How many tokens the model reads for a request."""
     counts: list[int] = []
     states = engine.runner.backend.hidden_states
@@ -404,28 +423,28 @@ def read_tokens(engine: Engine, asked: Request, monkeypatch: pytest.MonkeyPatch)
 
     with monkeypatch.context() as patch:
         patch.setattr(engine.runner.backend, "hidden_states", counted)
-        run(engine, [asked])
+        run(engine, [request])
     return sum(counts)
 
 
-def test_a_picture_is_read_once(
+def test_an_image_is_read_once(
     transformer: Transformer,
     processor: Processor,
     mixed: list[Request],
-    wanted: list[list[int]],
+    mixed_expected: list[list[int]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    engine, asked = Engine(transformer, processor), mixed[4]
-    cold = read_tokens(engine, asked, monkeypatch)
-    other = replace(asked, ids=[*asked.ids[:67], *asked.ids[:0:-1][:5]])
-    want = list(generate_tokens(transformer, processor, other))
-    assert run(engine, [other]) == [want]
-    warm = read_tokens(engine, asked, monkeypatch)
+    engine, request = Engine(transformer, processor), mixed[4]
+    cold = read_tokens(engine, request, monkeypatch)
+    other = replace(request, ids=[*request.ids[:67], *request.ids[:0:-1][:5]])
+    expected = list(generate_tokens(transformer, processor, other))
+    assert run(engine, [other]) == [expected]
+    warm = read_tokens(engine, request, monkeypatch)
     assert warm <= cold - 67
-    assert run(engine, [asked]) == [wanted[4]]
+    assert run(engine, [request]) == [mixed_expected[4]]
 
 
-def test_new_weights_are_followed(
+def test_new_weights_take_effect(
     processor: Processor, mixed: list[Request], device: torch.device
 ) -> None:
     plain = tiny_transformer(processor, 1.0, device)
@@ -437,11 +456,14 @@ def test_new_weights_are_followed(
     assert after == [list(generate_tokens(plain, processor, mixed[0]))] != before
 
 
-def test_cancelled_neighbours_change_nothing(
-    transformer: Transformer, processor: Processor, mixed: list[Request], wanted: list[list[int]]
+def test_cancelled_requests_do_not_affect_the_others(
+    transformer: Transformer,
+    processor: Processor,
+    mixed: list[Request],
+    mixed_expected: list[list[int]],
 ) -> None:
     engine = Engine(transformer, processor)
-    handles = [engine.add(asked) for asked in mixed]
+    handles = [engine.add(request) for request in mixed]
     rng = random.Random(0)
     for handle in rng.sample(handles, 4):
         for _ in range(rng.randrange(12)):
@@ -451,14 +473,14 @@ def test_cancelled_neighbours_change_nothing(
     cut = [handle for handle in handles if not handle.finished and not handle.branches[0].blocks]
     while engine.busy:
         engine.step()
-    for handle, tokens in zip(handles, wanted, strict=True):
+    for handle, tokens in zip(handles, mixed_expected, strict=True):
         assert handle.tokens == (tokens if handle.finished else tokens[: len(handle.tokens)])
     assert 0 < len(cut) and sum(handle.finished for handle in handles) >= 4
 
 
 def test_closing_the_iterator_cancels(transformer: Transformer, processor: Processor) -> None:
     engine = Engine(transformer, processor)
-    events = engine.generate(request(processor, 1, "image"))
+    events = engine.generate(make_request(processor, 1, "image"))
     next(events)
     assert engine.busy
     events.close()  # type: ignore[attr-defined]
@@ -469,10 +491,10 @@ def test_events_equal_those_of_the_plain_loop(
     transformer: Transformer, processor: Processor, mixed: list[Request]
 ) -> None:
     engine = Engine(transformer, processor)
-    streams = [iter(engine.add(asked)) for asked in mixed[:3]]
-    for stream, asked in zip(streams, mixed, strict=False):
-        got, want = list(stream), list(generate(transformer, processor, asked))
-        assert values(got) == values(want)
+    streams = [iter(engine.add(request)) for request in mixed[:3]]
+    for stream, request in zip(streams, mixed, strict=False):
+        actual, expected = list(stream), list(generate(transformer, processor, request))
+        assert values(actual) == values(expected)
 
 
 def values(events: Sequence[Event]) -> list[object]:
@@ -480,32 +502,37 @@ def values(events: Sequence[Event]) -> list[object]:
 
 
 def test_threads_share_one_engine(
-    transformer: Transformer, processor: Processor, mixed: list[Request], wanted: list[list[int]]
+    transformer: Transformer,
+    processor: Processor,
+    mixed: list[Request],
+    mixed_expected: list[list[int]],
 ) -> None:
     """Whoever steps, each thread gets the events of its own request, in order and none twice."""
     engine, numbers = Engine(transformer, processor), (0, 1, 4)
-    got: dict[int, list[Event]] = {}
+    actual: dict[int, list[Event]] = {}
 
     def ask(number: int) -> None:
-        got[number] = list(engine.generate(mixed[number]))
+        actual[number] = list(engine.generate(mixed[number]))
 
     threads = [Thread(target=ask, args=(number,)) for number in numbers]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    told = {number: list(generate(transformer, processor, mixed[number])) for number in numbers}
-    assert {n: values(events) for n, events in got.items()} == {
-        n: values(events) for n, events in told.items()
+    loop_events = {
+        number: list(generate(transformer, processor, mixed[number])) for number in numbers
+    }
+    assert {n: values(events) for n, events in actual.items()} == {
+        n: values(events) for n, events in loop_events.items()
     }
     assert not engine.busy
 
 
-def test_a_step_that_breaks_ends_what_runs_and_nothing_else(
+def test_a_failing_step_ends_only_the_running_requests(
     transformer: Transformer,
     processor: Processor,
     mixed: list[Request],
-    wanted: list[list[int]],
+    mixed_expected: list[list[int]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     engine = Engine(transformer, processor)
@@ -519,20 +546,20 @@ def test_a_step_that_breaks_ends_what_runs_and_nothing_else(
     for broken in (handle, other):
         with pytest.raises(RuntimeError, match="engine failed"):
             list(broken)
-    assert run(engine, mixed[:1]) == wanted[:1]
+    assert run(engine, mixed[:1]) == mixed_expected[:1]
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("x: can't allocate memory: 9")])
-def test_where_memory_runs_out_one_request_ends(
+def test_out_of_memory_ends_one_request(
     transformer: Transformer,
     processor: Processor,
     mixed: list[Request],
-    wanted: list[list[int]],
+    mixed_expected: list[list[int]],
     monkeypatch: pytest.MonkeyPatch,
     error: Exception,
 ) -> None:
     engine = Engine(transformer, processor)
-    handles = [engine.add(asked) for asked in mixed[:4]]
+    handles = [engine.add(request) for request in mixed[:4]]
     for _ in range(3):
         engine.step()
 
@@ -546,14 +573,14 @@ def test_where_memory_runs_out_one_request_ends(
         list(handles[3])
     while engine.busy:
         engine.step()
-    assert [handle.tokens for handle in handles[:3]] == wanted[:3]
+    assert [handle.tokens for handle in handles[:3]] == mixed_expected[:3]
 
 
-def test_a_reply_that_cannot_be_told_ends_alone(
+def test_a_reply_whose_events_fail_ends_alone(
     transformer: Transformer,
     processor: Processor,
     mixed: list[Request],
-    wanted: list[list[int]],
+    mixed_expected: list[list[int]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     engine = Engine(transformer, processor)
@@ -561,44 +588,48 @@ def test_a_reply_that_cannot_be_told_ends_alone(
     monkeypatch.setattr(bad, "accept", lambda tokens: 1 / 0)
     while engine.busy:
         engine.step()
-    assert good.tokens == wanted[0] and isinstance(bad.error, ZeroDivisionError)
+    assert good.tokens == mixed_expected[0] and isinstance(bad.error, ZeroDivisionError)
 
 
-def test_what_can_never_run_is_refused(transformer: Transformer, processor: Processor) -> None:
+def test_requests_that_can_never_run_are_refused(
+    transformer: Transformer, processor: Processor
+) -> None:
     small = Engine(transformer, processor, cache_bytes=8 * BLOCK)
     with pytest.raises(SettingError, match=r"3 x \d+ tokens, the cache has 256: .* guidances to 1"):
-        small.add(request(processor, 1, "image"))
-    small.check(request(processor, 1, "image", **OFF))
+        small.add(make_request(processor, 1, "image"))
+    small.check(make_request(processor, 1, "image", **OFF))
     with pytest.raises(SettingError, match="3 x"):
-        small.add(request(processor, 1, "interleaved"))
+        small.add(make_request(processor, 1, "interleaved"))
     with pytest.raises(ContextError, match=r"limit 256: shorten"):
-        small.add(request(processor, 1, "text", max_tokens=256))
+        small.add(make_request(processor, 1, "text", max_tokens=256))
     with pytest.raises(SettingError, match="holds no block"):
         Engine(transformer, processor, cache_bytes=10)
 
 
 def test_text_runs_in_one_branch(transformer: Transformer, processor: Processor) -> None:
-    """Guidance takes no blocks where no picture may come, whatever its weights are."""
+    """Guidance takes no blocks where no image may come, whatever its weights are."""
     small = Engine(transformer, processor, cache_bytes=4 * BLOCK)
-    text = request(processor, 0, "text", max_tokens=5, guidance_text=3, guidance_image=2, **GREEDY)
-    without = request(processor, 0, "interleaved", max_tokens=5, images=0, **GREEDY)
-    for asked in (text, replace(text, max_images=1), without):
-        assert run(small, [asked]) == [list(generate_tokens(transformer, processor, asked))]
+    text = make_request(
+        processor, 0, "text", max_tokens=5, guidance_text=3, guidance_image=2, **GREEDY
+    )
+    without = make_request(processor, 0, "interleaved", max_tokens=5, images=0, **GREEDY)
+    for request in (text, replace(text, max_images=1), without):
+        assert run(small, [request]) == [list(generate_tokens(transformer, processor, request))]
 
 
-def test_nothing_is_drawn_behind_a_stop_string(
+def test_nothing_is_sampled_behind_a_stop_string(
     transformer: Transformer, processor: Processor
 ) -> None:
-    free = request(processor, 0, "text", max_tokens=30, **GREEDY)
+    free = make_request(processor, 0, "text", max_tokens=30, **GREEDY)
     text = "".join(e.text for e in generate(transformer, processor, free) if hasattr(e, "text"))
     stop = text[len(text) // 3 :][:3]
-    asked = request(processor, 0, "text", max_tokens=30, stop=stop, **GREEDY)
-    told = list(generate(transformer, processor, asked))
+    request = make_request(processor, 0, "text", max_tokens=30, stop=stop, **GREEDY)
+    loop_events = list(generate(transformer, processor, request))
     engine = Engine(transformer, processor)
-    handle = engine.add(asked)
-    assert values(list(handle)) == values(told)
-    assert isinstance(told[-1], Finished) and told[-1].reason == "stop"
-    assert len(handle.tokens) == told[-1].usage.completion_tokens < 30
+    handle = engine.add(request)
+    assert values(list(handle)) == values(loop_events)
+    assert isinstance(loop_events[-1], Finished) and loop_events[-1].reason == "stop"
+    assert len(handle.tokens) == loop_events[-1].usage.completion_tokens < 30
     assert not engine.busy and not handle.events
 
 
@@ -705,10 +736,10 @@ def with_bias(linear: nn.Linear) -> nn.Linear:
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_changes_of_the_module_tree_count(
+def test_changes_of_the_module_tree_take_effect(
     processor: Processor,
     mixed: list[Request],
-    wanted: list[list[int]],
+    mixed_expected: list[list[int]],
     name: str,
     device: torch.device,
     step: str,
@@ -716,23 +747,31 @@ def test_changes_of_the_module_tree_count(
     if step == "static" and name not in CHANGES_OF_STATIC:
         pytest.skip("a changed tree has no static steps, whatever was changed")
     plain = tiny_transformer(processor, 1.0, device)
-    asked = [replace(mixed[0], max_tokens=8), request(processor, 3, "interleaved", True, 12)]
+    requests = [
+        replace(mixed[0], max_tokens=8),
+        make_request(processor, 3, "interleaved", True, 12),
+    ]
     engine = Engine(plain, processor)
-    untouched = run(engine, asked)
-    assert untouched[0] == wanted[0][:8]
+    untouched = run(engine, requests)
+    assert untouched[0] == mixed_expected[0][:8]
     undo = CHANGES[name](plain)
     try:
-        want = [list(generate_tokens(plain, processor, one)) for one in asked]
-        assert run(engine, asked) == want != untouched
-        assert run(engine, asked[::-1]) == want[::-1], "with what the first left behind"
-        assert run(Engine(plain, processor), asked) == want, "changed before the engine was made"
+        expected = [list(generate_tokens(plain, processor, one)) for one in requests]
+        assert run(engine, requests) == expected != untouched
+        assert run(engine, requests[::-1]) == expected[::-1], "with what the first left behind"
+        assert run(Engine(plain, processor), requests) == expected, (
+            "changed before the engine was made"
+        )
     finally:
         undo()
-    assert run(engine, asked) == untouched
+    assert run(engine, requests) == untouched
 
 
-def test_a_hook_that_is_hung_up_while_others_run(
-    processor: Processor, mixed: list[Request], wanted: list[list[int]], device: torch.device
+def test_a_hook_registered_while_requests_run(
+    processor: Processor,
+    mixed: list[Request],
+    mixed_expected: list[list[int]],
+    device: torch.device,
 ) -> None:
     plain = tiny_transformer(processor, 1.0, device)
     engine = Engine(plain, processor)
@@ -740,33 +779,36 @@ def test_a_hook_that_is_hung_up_while_others_run(
     for _ in range(5):
         engine.step()
     hung = plain.model.layers[0].register_forward_hook(halved)
-    want = list(generate_tokens(plain, processor, mixed[0]))
-    assert run(engine, mixed[:1]) == [want] != wanted[:1]
-    assert first.finished and len(first.tokens) == len(wanted[1])
-    assert first.tokens[:5] == wanted[1][:5]
+    expected = list(generate_tokens(plain, processor, mixed[0]))
+    assert run(engine, mixed[:1]) == [expected] != mixed_expected[:1]
+    assert first.finished and len(first.tokens) == len(mixed_expected[1])
+    assert first.tokens[:5] == mixed_expected[1][:5]
     hung.remove()
-    assert run(engine, mixed[:1]) == wanted[:1]
+    assert run(engine, mixed[:1]) == mixed_expected[:1]
 
 
-def test_hooks_see_what_the_plain_loop_shows_them(
+def test_hooks_see_the_same_calls_as_in_the_plain_loop(
     processor: Processor, mixed: list[Request], device: torch.device
 ) -> None:
     """Every prompt whole, though the cache holds it already and chunks are short."""
     plain = tiny_transformer(processor, 1.0, device)
-    engine, seen = Engine(plain, processor, chunk=5), list[tuple[int, ...]]()
-    asked = replace(mixed[4], max_tokens=4)
-    run(engine, [asked])
-    plain.model.layers[0].register_forward_hook(lambda m, i, o: seen.append(tuple(o.shape)))
-    list(generate_tokens(plain, processor, asked))
-    shapes = seen[:]
+    engine, recorded = Engine(plain, processor, chunk=5), list[tuple[int, ...]]()
+    request = replace(mixed[4], max_tokens=4)
+    run(engine, [request])
+    plain.model.layers[0].register_forward_hook(lambda m, i, o: recorded.append(tuple(o.shape)))
+    list(generate_tokens(plain, processor, request))
+    expected = recorded[:]
     for _ in range(2):
-        seen.clear()
-        run(engine, [asked])
-        assert seen == shapes and shapes[0] == (1, len(asked.ids), CONFIG.hidden_size)
+        recorded.clear()
+        run(engine, [request])
+        assert recorded == expected and expected[0] == (1, len(request.ids), CONFIG.hidden_size)
 
 
-def test_what_cannot_stand_in_the_tree_is_refused(
-    processor: Processor, mixed: list[Request], wanted: list[list[int]], device: torch.device
+def test_modules_that_cannot_run_are_refused(
+    processor: Processor,
+    mixed: list[Request],
+    mixed_expected: list[list[int]],
+    device: torch.device,
 ) -> None:
     plain = tiny_transformer(processor, 1.0, device)
     engine, block = Engine(plain, processor), plain.model.layers[0]
@@ -779,27 +821,27 @@ def test_what_cannot_stand_in_the_tree_is_refused(
     with pytest.raises(SettingError, match=r"has 1 layers, but its config says 2"):
         engine.add(mixed[0])
     plain.model.layers.append(last)
-    assert run(engine, mixed[:1]) == wanted[:1]
+    assert run(engine, mixed[:1]) == mixed_expected[:1]
 
 
 @pytest.mark.parametrize("target", ["lm_head", "q_proj"])
-def test_adapters_of_peft_count_and_run_in_batches(
+def test_adapters_of_peft_take_effect_and_run_in_batches(
     processor: Processor,
     mixed: list[Request],
-    wanted: list[list[int]],
+    mixed_expected: list[list[int]],
     target: str,
     device: torch.device,
 ) -> None:
     peft = pytest.importorskip("peft")
     plain = tiny_transformer(processor, 1.0, device)
     engine = Engine(plain, processor)
-    assert run(engine, mixed[:2]) == wanted[:2]
+    assert run(engine, mixed[:2]) == mixed_expected[:2]
     torch.manual_seed(0)
     adapter = peft.LoraConfig(r=4, lora_alpha=64, target_modules=[target], init_lora_weights=False)
     peft.inject_adapter_in_model(adapter, plain)
     plain.eval()
-    want = [list(generate_tokens(plain, processor, one)) for one in mixed[:4]]
-    assert run(engine, mixed[:4]) == want and want[:2] != wanted[:2]
+    expected = [list(generate_tokens(plain, processor, one)) for one in mixed[:4]]
+    assert run(engine, mixed[:4]) == expected and expected[:2] != mixed_expected[:2]
     assert not engine.runner.backend.needs_whole_prompts
 
 
@@ -816,20 +858,23 @@ def test_weights_that_are_not_finite_raise(
     with torch.no_grad():
         broken.model.layers[1].mlp.down_proj.weight[3, 0] = value
     for settings in ({}, GREEDY):
-        asked = request(processor, 1, output, jacobi=jacobi, **settings)
+        request = make_request(processor, 1, output, jacobi=jacobi, **settings)
         engine = Engine(broken, processor)
         with pytest.raises(WeightsError, match=r"not finite .* run `earlyfusion info MODEL`"):
-            list(engine.generate(asked))
+            list(engine.generate(request))
         assert not engine.busy
         with pytest.raises(WeightsError, match="not finite"):
-            list(generate(broken, processor, asked))
+            list(generate(broken, processor, request))
 
 
-def test_one_that_fails_harms_no_neighbour(
-    processor: Processor, mixed: list[Request], wanted: list[list[int]], device: torch.device
+def test_a_failing_request_does_not_affect_the_others(
+    processor: Processor,
+    mixed: list[Request],
+    mixed_expected: list[list[int]],
+    device: torch.device,
 ) -> None:
     plain = tiny_transformer(processor, 1.0, device)
-    used = {*wanted[0], *wanted[4], *mixed[0].ids, *mixed[4].ids}
+    used = {*mixed_expected[0], *mixed_expected[4], *mixed[0].ids, *mixed[4].ids}
     broken = next(t for t in processor.vocabulary.text_tokens.tolist() if t not in used)
     with torch.no_grad():
         plain.model.embed_tokens.weight[broken] = torch.nan
@@ -838,10 +883,10 @@ def test_one_that_fails_harms_no_neighbour(
     long, bad = engine.add(mixed[4]), engine.add(replace(mixed[4], ids=[*mixed[4].ids, broken]))
     with pytest.raises(WeightsError):
         list(bad)
-    assert run(engine, [mixed[0]]) == [wanted[0]]
+    assert run(engine, [mixed[0]]) == [mixed_expected[0]]
     while engine.busy:
         engine.step()
-    assert long.tokens == wanted[4]
+    assert long.tokens == mixed_expected[4]
     with pytest.raises(WeightsError):
         list(bad)
 
@@ -849,7 +894,7 @@ def test_one_that_fails_harms_no_neighbour(
 # --- the pieces it relies on -----------------------------------------------------------------
 
 
-def test_a_walk_is_a_row_of_the_grammar(processor: Processor) -> None:
+def test_a_grammar_state_is_a_row_of_the_grammar(processor: Processor) -> None:
     vocabulary = processor.vocabulary
     grammar = Grammar(vocabulary, processor.layout, (vocabulary.pad,))
     rng = random.Random(0)
@@ -877,7 +922,7 @@ def test_a_walk_is_a_row_of_the_grammar(processor: Processor) -> None:
             state = grammar.advance(state, torch.tensor([token]))
 
 
-def test_uniform_numbers_drawn_at_once_are_those_of_single_calls() -> None:
+def test_uniform_numbers_generated_at_once_are_those_of_single_calls() -> None:
     one, many = generator(5), generator(5)
     at_once = [torch.rand(64, dtype=torch.float64, generator=many) for _ in range(2)]
     assert torch.equal(torch.cat(at_once), torch.cat([uniforms([one]) for _ in range(128)]))
@@ -899,8 +944,12 @@ def test_rope_that_depends_on_the_length_equals_the_plain_loop(
     transformer = Transformer(config).eval()
     transformer.load_state_dict(tiny_transformer(processor, 1.0).state_dict())
     transformer.to(device)
-    texts = [replace(asked, max_tokens=60) for asked in (mixed[0], mixed[4]) if len(asked.ids) < 90]
-    want = [list(generate_tokens(transformer, processor, asked)) for asked in texts]
-    assert max(len(asked.ids) + len(t) for asked, t in zip(texts, want, strict=True)) > trained
+    texts = [
+        replace(request, max_tokens=60) for request in (mixed[0], mixed[4]) if len(request.ids) < 90
+    ]
+    expected = [list(generate_tokens(transformer, processor, request)) for request in texts]
+    assert (
+        max(len(request.ids) + len(t) for request, t in zip(texts, expected, strict=True)) > trained
+    )
     context = CONFIG.max_position_embeddings
-    assert run(Engine(transformer, processor, context_tokens=context), texts) == want
+    assert run(Engine(transformer, processor, context_tokens=context), texts) == expected

@@ -40,7 +40,7 @@ class Reply:
 
 
 class Tokenizer:
-    """Codes are the pictures themselves, `levels` grey levels a channel."""
+    """Codes are the images themselves, `levels` grey levels a channel."""
 
     def __init__(self, levels: int = 256) -> None:
         self.step = 256 // levels
@@ -53,16 +53,16 @@ class Tokenizer:
 
 
 class Oracle:
-    """Knows every picture by its bytes and every drawing prompt by its words."""
+    """Knows every image by its bytes and every drawing prompt by its words."""
 
     def __init__(self, data: EmojiData, tokenizer: Tokenizer) -> None:
         self.image_tokenizer, self.outputs = tokenizer, list[str]()
         self.by_bytes = {data.image(r["id"]).tobytes(): r for r in data.rows}
-        asked = [(r["id"], "draw_styled") for r in data.rows]
-        asked += [(i, "draw") for i in emoji._first_images(data, 10_000, 0)]
+        requests = [(r["id"], "draw_styled") for r in data.rows]
+        requests += [(i, "draw") for i in emoji._first_images(data, 10_000, 0)]
         self.drawn = {
             emoji._image_prompt(data, image_id, lang, table): data.image(image_id)
-            for image_id, table in asked
+            for image_id, table in requests
             for lang in ("en", "ko")
         }
 
@@ -215,8 +215,8 @@ def test_free_requests_are_judged_by_kind_and_thing(data: EmojiData) -> None:
     banana, dog = (Image(data.image(first[c]["id"])) for c in ("1f34c", "1f415"))
     pear = [Text("1. pear"), banana, Text("2. peach"), banana]
 
-    def judged(answer: str, wanted: str, *parts: Any, shown: tuple[str, ...] = ()) -> Any:
-        request = FreeRequest("en", answer, "", shown, (wanted,))
+    def judged(answer: str, expected: str, *parts: Any, shown: tuple[str, ...] = ()) -> Any:
+        request = FreeRequest("en", answer, "", shown, (expected,))
         return free.judge(Reply(list(parts)), request, data, first, gallery)
 
     assert judged("draw", "1f34c", banana) == (True, True)
@@ -263,7 +263,7 @@ def test_refusals_of_one_who_knows_what_it_knows(data: EmojiData) -> None:
     assert all(row["n"] == 5 for row in found.values())
 
 
-def test_pictures_that_differ_are_counted(data: EmojiData) -> None:
+def test_images_that_differ_are_counted(data: EmojiData) -> None:
     gallery = gallery_of(data)
     one, other = data.image("noto/1f349"), data.image("noto/1f415")
     assert gallery.nearest(one)["codepoints"] == "1f349"

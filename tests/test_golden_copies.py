@@ -103,30 +103,30 @@ def test_token_by_token(copy: Copy) -> None:
 
 def test_greedy_text(copy: Copy) -> None:
     for case in TEXT_CASES:
-        for prompt, want in copy.recorded.rows(case):
-            got = copy.recorded.draw(case, prompt, 9999)
-            stops = copy.recorded.request(case, prompt).stops
-            ended = [at for at, token in enumerate(want) if token in stops]
-            assert got == (want[: ended[0] + 1] if ended else want), case
+        for prompt, expected in copy.recorded.rows(case):
+            actual = copy.recorded.generate(case, prompt, 9999)
+            stops = copy.recorded.make_request(case, prompt).stops
+            ended = [at for at, token in enumerate(expected) if token in stops]
+            assert actual == (expected[: ended[0] + 1] if ended else expected), case
 
 
 # The weights are those of the original to the bit, as test_convert.py shows: the first rows tell.
 @pytest.mark.parametrize("count", [100, pytest.param(1026, marks=pytest.mark.slow)])
 def test_a_guided_image(copy: Copy, count: int) -> None:
-    [(prompt, want)] = copy.recorded.rows("image_greedy")
-    got = copy.recorded.draw("image_greedy", prompt, count)
+    [(prompt, expected)] = copy.recorded.rows("image_greedy")
+    actual = copy.recorded.generate("image_greedy", prompt, count)
     vocabulary = copy.recorded.processor.vocabulary
-    assert got == [vocabulary.begin_image, *want, vocabulary.end_image][:count]
+    assert actual == [vocabulary.begin_image, *expected, vocabulary.end_image][:count]
 
 
-# Mixed replies were recorded of this model alone. The first codes of the picture tell here too.
+# Mixed replies were recorded of this model alone. The first codes of the image tell here too.
 @pytest.mark.parametrize(
     "copy", [route for route, (name, _) in ROUTES.items() if name == "tiny_1"], indirect=True
 )
 @pytest.mark.parametrize("codes", [20, pytest.param(None, marks=pytest.mark.slow)])
 def test_a_mixed_reply(copy: Copy, codes: int | None) -> None:
-    [(prompt, want)] = copy.recorded.rows("mixed_greedy")
-    begins = want.index(copy.recorded.processor.vocabulary.begin_image)
-    count = len(want) if codes is None else begins + 1 + codes
-    assert 0 < begins < count <= len(want)
-    assert copy.recorded.draw("mixed_greedy", prompt, count) == want[:count]
+    [(prompt, expected)] = copy.recorded.rows("mixed_greedy")
+    begins = expected.index(copy.recorded.processor.vocabulary.begin_image)
+    count = len(expected) if codes is None else begins + 1 + codes
+    assert 0 < begins < count <= len(expected)
+    assert copy.recorded.generate("mixed_greedy", prompt, count) == expected[:count]

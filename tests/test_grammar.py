@@ -42,8 +42,8 @@ def walk(grammar: Grammar, state: torch.Tensor, seed: int, begin: float = 1.0) -
     raise AssertionError("a reply never ended")
 
 
-def pictures(reply: list[int]) -> int:
-    """Number of pictures; every one must be whole, and nothing else be an image token."""
+def count_images(reply: list[int]) -> int:
+    """Number of images; every one must be whole, and nothing else be an image token."""
     count, at = 0, 0
     while at < len(reply):
         if reply[at] == BEGIN:
@@ -85,16 +85,16 @@ def test_interleaved_replies_are_whole_and_bounded(grammar: Grammar, images: int
         for reply in walk(grammar, state, seed=max_tokens, begin=5.0):
             assert len(reply) <= max_tokens
             assert reply[-1] == EOS or len(reply) == max_tokens
-            counts.add(pictures(reply))
+            counts.add(count_images(reply))
     assert counts == set(range(images + 1))
 
 
 def test_text_replies_have_no_image_and_image_replies_no_text(grammar: Grammar) -> None:
     state = grammar.start(["text", "image", "image"], [9, 1, 3], [40, 40, 2 * IMAGE + 1])
     text, one, two = walk(grammar, state, seed=0)
-    assert pictures(text) == 0 and EOS in text
-    assert pictures(one) == 1 and len(one) == IMAGE
-    assert pictures(two) == 2 and len(two) == 2 * IMAGE, "the third one does not fit"
+    assert count_images(text) == 0 and EOS in text
+    assert count_images(one) == 1 and len(one) == IMAGE
+    assert count_images(two) == 2 and len(two) == 2 * IMAGE, "the third one does not fit"
 
 
 def test_rows_of_a_batch_walk_as_they_would_alone(grammar: Grammar) -> None:

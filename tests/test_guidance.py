@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from serve_case import STRAWBERRY, mini
-from tiny import request, tiny_processor, tiny_transformer
+from tiny import make_request, tiny_processor, tiny_transformer
 from tolerances import assert_close
 
 from earlyfusion import EarlyFusionError, Image
@@ -24,16 +24,16 @@ VOCABULARY = cast(
     Vocabulary,
     SimpleNamespace(bos=BOS, begin_image=BEGIN, end_image=END, image_tokens=np.arange(4, 16)),
 )
-PICTURE = [BEGIN, 5, 6, 4, END]
+IMAGE = [BEGIN, 5, 6, 4, END]
 
 
 @pytest.mark.parametrize(("text", "image"), [(3.0, 1.2), (1.0, 1.0)])
 def test_combine_is_metas(golden: Path, text: float, image: float, device: torch.device) -> None:
     with np.load(golden / "expected" / "processors.npz") as file:
         full, image_only, unconditional = torch.from_numpy(file["logits"]).to(device).chunk(3)
-        want = torch.from_numpy(file[f"cfg3_text{text}_image{image}"])
-    got = guidance.combine(full, image_only, unconditional, text, image)
-    assert_close(got.repeat(3, 1), want, atol=1e-5, rtol=0)
+        expected = torch.from_numpy(file[f"cfg3_text{text}_image{image}"])
+    actual = guidance.combine(full, image_only, unconditional, text, image)
+    assert_close(actual.repeat(3, 1), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["tiny_1", "tiny_mp2_swin_gqa"])
@@ -50,9 +50,9 @@ def test_mix_gives_metas_recorded_logits(golden: Path, name: str, device: torch.
             names: tuple[Condition, ...] = ("full", "image_only", "unconditional")
             kept = guidance.needed_conditions(text, image, has_images=case != "image_greedy")
             logits = {n: r for n, r in zip(names, rows, strict=True) if n in kept}
-            want = torch.from_numpy(file[key.replace("cfg_in", "cfg_out")])[:1]
-            got = guidance.combine_needed(logits, text, image)
-            assert_close(got, want, atol=5e-4, rtol=0)
+            expected = torch.from_numpy(file[key.replace("cfg_in", "cfg_out")])[:1]
+            actual = guidance.combine_needed(logits, text, image)
+            assert_close(actual, expected, atol=5e-4, rtol=0)
             checked += 1
     assert checked >= 5
 
@@ -71,9 +71,9 @@ def test_fewer_branches_give_the_same_logits(has_images: bool) -> None:
     for text, image in product((0.0, 1.0, 1.2, 3.0), repeat=2):
         kept = guidance.needed_conditions(text, image, has_images)
         assert kept[0] == "full"
-        want = guidance.combine(full, image_only, unconditional, text, image)
-        got = guidance.combine_needed({name: every[name] for name in kept}, text, image)
-        torch.testing.assert_close(got, want)
+        expected = guidance.combine(full, image_only, unconditional, text, image)
+        actual = guidance.combine_needed({name: every[name] for name in kept}, text, image)
+        torch.testing.assert_close(actual, expected)
         counts.add(len(kept))
     assert counts == ({1, 2, 3} if has_images else {1, 2})
 
@@ -89,65 +89,67 @@ def test_metas_settings_need_two_branches_after_text_and_three_after_an_image() 
 
 
 def test_branch_prompts() -> None:
-    history = [BOS, 30, *PICTURE, 31, TURN, 32, BEGIN]
+    history = [BOS, 30, *IMAGE, 31, TURN, 32, BEGIN]
     prompts: dict[Condition, list[int]] = {
         "full": history,
-        "image_only": [BOS, *PICTURE, BEGIN],
+        "image_only": [BOS, *IMAGE, BEGIN],
         "unconditional": [BOS, BEGIN],
     }
-    for branch, want in prompts.items():
-        assert guidance.condition_prompt(branch, history, VOCABULARY) == want
+    for branch, expected in prompts.items():
+        assert guidance.condition_prompt(branch, history, VOCABULARY) == expected
     assert guidance.has_images(history, VOCABULARY)
     assert not guidance.has_images([BOS, 30, TURN, BEGIN], VOCABULARY)
 
 
-def test_a_negative_prompt_takes_the_place_of_the_unconditional_branch_alone() -> None:
-    history, negative = [BOS, 30, *PICTURE, TURN, BEGIN], [BOS, 40, 41, TURN]
-    asked: tuple[Condition, ...] = ("full", "image_only", "unconditional")
-    prompts = [guidance.condition_prompt(c, history, VOCABULARY, negative=negative) for c in asked]
-    assert prompts == [history, [BOS, *PICTURE, BEGIN], [*negative, BEGIN]]
+def test_a_negative_prompt_replaces_only_the_unconditional_branch() -> None:
+    history, negative = [BOS, 30, *IMAGE, TURN, BEGIN], [BOS, 40, 41, TURN]
+    conditions: tuple[Condition, ...] = ("full", "image_only", "unconditional")
+    prompts = [
+        guidance.condition_prompt(c, history, VOCABULARY, negative=negative) for c in conditions
+    ]
+    assert prompts == [history, [BOS, *IMAGE, BEGIN], [*negative, BEGIN]]
 
 
-@pytest.mark.parametrize("picture", [False, True], ids=["words", "picture"])
-def test_a_negative_prompt_draws_by_the_formula(
-    tmp_path: Path, picture: bool, device: torch.device
+@pytest.mark.parametrize("with_image", [False, True], ids=["words", "picture"])
+def test_a_negative_prompt_follows_the_formula(
+    tmp_path: Path, with_image: bool, device: torch.device
 ) -> None:
     """Written out once more: whole sequences through the transformer, no branches that cancel."""
     processor = tiny_processor(tmp_path)
     transformer, vocabulary = tiny_transformer(processor, device=device), processor.vocabulary
-    asked = request(
-        processor, 1, "image", picture, negative_prompt="배 a pear", image_temperature=0
+    request = make_request(
+        processor, 1, "image", with_image, negative_prompt="배 a pear", image_temperature=0
     )
-    drawn = list(generate_tokens(transformer, processor, asked))
+    tokens = list(generate_tokens(transformer, processor, request))
     words = processor.encode_text("배 a pear")
     negative = [vocabulary.bos, *words, vocabulary.end_of_turn, vocabulary.begin_image]
-    full = [*asked.ids, vocabulary.begin_image]
-    shown = [token for token in full if token not in {*vocabulary.text_tokens.tolist()}]
-    bare = [t for t in shown if t != vocabulary.end_of_turn] if picture else negative
+    full = [*request.ids, vocabulary.begin_image]
+    image_ids = [token for token in full if token not in {*vocabulary.text_tokens.tolist()}]
+    bare = [t for t in image_ids if t != vocabulary.end_of_turn] if with_image else negative
 
     def logits(ids: list[int]) -> torch.Tensor:
         with torch.inference_mode():
             return Reader(transformer, len(ids)).read(ids)[0]
 
-    text, image = guidance_weights(asked.sampling)
-    assert drawn[0] == vocabulary.begin_image
+    text, image = guidance_weights(request.sampling)
+    assert tokens[0] == vocabulary.begin_image
     for at in range(1, 65):
-        tail = drawn[1:at]
+        tail = tokens[1:at]
         away = logits([*negative, *tail])
         of_images = logits([*bare, *tail])
         guided = away + image * (of_images - away) + text * (logits([*full, *tail]) - of_images)
         codes = guided[vocabulary.image_tokens.tolist()]
-        assert drawn[at] == int(vocabulary.image_tokens[int(codes.argmax())])
+        assert tokens[at] == int(vocabulary.image_tokens[int(codes.argmax())])
 
 
-def test_a_negative_prompt_changes_a_drawing_by_mini() -> None:
-    drawings = {
+def test_a_negative_prompt_changes_an_image_of_mini() -> None:
+    images = {
         negative: mini().generate(
             "Draw a fruit.", "image", seed=3, guidance_text=3, negative_prompt=negative
         )
         for negative in (None, "Draw a red apple.", "Draw a banana.")
     }
-    codes = [reply.segments[0].codes.tolist() for reply in drawings.values()]  # type: ignore[union-attr]
+    codes = [reply.segments[0].codes.tolist() for reply in images.values()]  # type: ignore[union-attr]
     assert codes[0] != codes[1] != codes[2] != codes[0]
 
 

@@ -62,6 +62,6 @@ def test_snippets_run(
     made = said["model"].config
     assert made.hidden_act == config.hidden_act
     assert made.rope_parameters["rope_type"] == config.rope_type
-    wanted = said["model"](**said["inputs"]).logits
-    torch.testing.assert_close(said["logits"], wanted, atol=1e-4, rtol=1e-4)
+    expected = said["model"](**said["inputs"]).logits
+    torch.testing.assert_close(said["logits"], expected, atol=1e-4, rtol=1e-4)
     assert said["fresh"].get_image_tokens(torch.zeros(1, 3, 16, 16)).shape == (1, 64)

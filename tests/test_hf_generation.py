@@ -123,13 +123,13 @@ class TestModes:
             guidance_image=image,
         )
         output = {"image-only": "image", "text-only": "text"}.get(mode, "interleaved")
-        wanted = reference(loaded, ids, output, max_tokens, text, image)
+        expected = reference(loaded, ids, output, max_tokens, text, image)
         drawn = new_tokens(out, inputs)
-        assert drawn[: len(wanted)] == wanted
-        assert set(drawn[len(wanted) :]) <= {loaded.processor.vocabulary.eos}
+        assert drawn[: len(expected)] == expected
+        assert set(drawn[len(expected) :]) <= {loaded.processor.vocabulary.eos}
         assert out[0, : len(ids)].tolist() == ids
 
-    def test_image_only_is_one_whole_picture(self, model: Any, processor: Any) -> None:
+    def test_image_only_is_one_whole_image(self, model: Any, processor: Any) -> None:
         inputs = processor(text=["Draw a pear.", "Draw a red apple, please."], padding=True)
         inputs = inputs.to(model.device)
         out = model.generate(**inputs, do_sample=True, generation_mode="image", guidance_text=2.0)
@@ -194,10 +194,10 @@ class TestModes:
         helper = ChameleonForConditionalGeneration.from_pretrained(folder).eval().to(device)
         torch.nn.init.normal_(helper.model.layers[-1].mlp.down_proj.weight)
         how = {"multimodal_generation_mode": mode, "max_new_tokens": IMAGE_TOKENS + 8}
-        wanted = model.generate(**inputs, **how, do_sample=False)
+        expected = model.generate(**inputs, **how, do_sample=False)
         for way in ({"assistant_model": helper}, {"prompt_lookup_num_tokens": 3}):
             found = model.generate(**inputs, **how, **way, do_sample=False)
-            assert torch.equal(found, wanted)
+            assert torch.equal(found, expected)
             with pytest.raises(SettingError, match="guidance does not work with assisted"):
                 model.generate(**inputs, **how, **way, guidance_text=3.0)
         model.generate(**inputs, **how, assistant_model=helper, do_sample=True)
@@ -313,10 +313,10 @@ class TestProcessor:
         ids = model.fill_image_tokens(inputs["input_ids"], inputs["pixel_values"])
         tokenizer = ImageTokenizer(model.model.vqmodel.core, 16)
         parts = [Text("What is "), pictures[0], Text(" this? "), pictures[1]]
-        wanted = own.encode(
+        expected = own.encode(
             [Message("user", parts)], list(tokenizer.encode(pictures).cpu().numpy())
         )
-        assert ids[0].tolist() == wanted.ids
+        assert ids[0].tolist() == expected.ids
 
     def test_completion_padding_and_types(self, processor: Any, own: Processor) -> None:
         sep, pad = own.vocabulary.end_of_turn, own.vocabulary.pad
@@ -450,7 +450,7 @@ class TestProcessor:
         assert lengths == [len(o["replacement"]) for o in offsets[0]]
 
     def test_answers_are_found_where_bos_is_added(self, processor: Any) -> None:
-        """A template of one's own without bos, with pictures before the answer."""
+        """A template of one's own without bos, with images before the answer."""
         template = (
             "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}"
             "{{ m['content'] }}{% endgeneration %}{% else %}<image>{{ m['content'] }}"
@@ -471,14 +471,14 @@ class TestProcessor:
         ids, mask = made["input_ids"][0], torch.as_tensor(made["assistant_masks"][0]).bool()
         assert processor.tokenizer.decode(ids[mask]) == "a pear"
 
-    def test_a_picture_of_a_user_s_text_is_none(self, processor: Any) -> None:
+    def test_an_image_of_a_user_s_text_is_none(self, processor: Any) -> None:
         turns = [{"role": "user", "content": [{"type": "text", "text": "write <reserved08707>"}]}]
         made = processor.apply_chat_template(
             turns, tokenize=True, return_dict=True, sanitize_control_tokens=True
         )
         assert processor.image_token_id not in made["input_ids"]
 
-    def test_no_pictures_in_a_list(self, processor: Any) -> None:
+    def test_no_images_in_a_list(self, processor: Any) -> None:
         made = processor(images=[], text="a pear", return_mm_token_type_ids=None)
         assert torch.equal(made["input_ids"], processor(text="a pear")["input_ids"])
         assert made.keys() == {"input_ids", "attention_mask"}
@@ -490,7 +490,7 @@ class TestProcessor:
             )
 
     def test_a_folder_that_pads_on_the_left(self, folder: Path, model: Any, tmp_path: Path) -> None:
-        """transformers' script for several pictures, which names no side."""
+        """transformers' script for several images, which names no side."""
         shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
         path = tmp_path / "tokenizer_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"padding_side": "left"}))
@@ -510,8 +510,8 @@ class TestProcessor:
     @pytest.mark.parametrize("backend", ["pil", "torchvision"])
     def test_back_end_by_name(self, folder: Path, processor: Any, backend: str) -> None:
         other = ChameleonProcessor.from_pretrained(folder, backend=backend)
-        wanted = {"pil": ChameleonImageProcessorPil, "torchvision": ChameleonImageProcessor}
-        assert type(other.image_processor) is wanted[backend]
+        expected = {"pil": ChameleonImageProcessorPil, "torchvision": ChameleonImageProcessor}
+        assert type(other.image_processor) is expected[backend]
         inputs = {"images": [picture(1)], "text": "What is <image>?"}
         assert torch.equal(other(**inputs)["pixel_values"], processor(**inputs)["pixel_values"])
         with pytest.raises(SettingError, match="backend='gpu' is unknown"):
@@ -569,7 +569,7 @@ class TestProcessor:
         assert np.array_equal(segments[1].codes, codes)
 
 
-class TestPictures:
+class TestImages:
     @pytest.mark.parametrize("size", [(640, 480), (451, 300), (300, 451), (512, 512), (70, 50)])
     def test_exact_equals_the_image_tokenizer(self, size: tuple[int, int]) -> None:
         tokenizer = ImageTokenizer(VQGAN(CONFIG.vq_config), 64)
@@ -577,11 +577,11 @@ class TestPictures:
         own = ChameleonImageProcessor(**sizes)
         stock_file = ChameleonImageProcessor(**sizes, rescale_factor=0.0078)
         photo = picture(0, size)
-        wanted = tokenizer.preprocess(photo)
+        expected = tokenizer.preprocess(photo)
         for processor in (own, stock_file):
-            assert torch.equal(processor(photo, return_tensors="pt")["pixel_values"][0], wanted)
+            assert torch.equal(processor(photo, return_tensors="pt")["pixel_values"][0], expected)
         array = torch.from_numpy(np.asarray(photo).transpose(2, 0, 1).copy())
-        assert torch.equal(own(array, return_tensors="pt")["pixel_values"][0], wanted)
+        assert torch.equal(own(array, return_tensors="pt")["pixel_values"][0], expected)
 
     def test_steps_of_transformers_on_request(self) -> None:
         from transformers.models.chameleon.image_processing_pil_chameleon import (
@@ -589,14 +589,14 @@ class TestPictures:
         )
 
         photo = picture(0, (451, 300))
-        wanted = Stock()(photo, return_tensors="pt")["pixel_values"]
+        expected = Stock()(photo, return_tensors="pt")["pixel_values"]
         for own, more in (
             (ChameleonImageProcessor(exact=False), {}),
             (ChameleonImageProcessor(), {"exact": False}),
         ):
-            assert torch.equal(own(photo, return_tensors="pt", **more)["pixel_values"], wanted)
+            assert torch.equal(own(photo, return_tensors="pt", **more)["pixel_values"], expected)
         exact = ChameleonImageProcessor()(photo, return_tensors="pt")["pixel_values"]
-        assert (exact - wanted).abs().max() > 0.1
+        assert (exact - expected).abs().max() > 0.1
 
     def test_steps_can_be_left_out(self) -> None:
         photo = picture(0, (24, 20))
@@ -605,9 +605,9 @@ class TestPictures:
         )(photo, return_tensors="np")["pixel_values"][0]
         assert np.array_equal(raw, np.asarray(photo).transpose(2, 0, 1))
         cropped = ChameleonImageProcessor(do_resize=False, crop_size={"height": 8, "width": 6})
-        wanted = np.asarray(photo)[6:14, 9:15].transpose(2, 0, 1)
+        expected = np.asarray(photo)[6:14, 9:15].transpose(2, 0, 1)
         levels = cropped(photo, return_tensors="np")["pixel_values"][0]
-        assert np.array_equal(np.rint((levels + 1) / 2 * 255), wanted)
+        assert np.array_equal(np.rint((levels + 1) / 2 * 255), expected)
 
 
 AUTO = """

@@ -34,20 +34,20 @@ class TestDeviceMap:
         ],
         ids=["auto", "cpu", "little-memory", "pictures-on-disk", "language-on-disk"],
     )
-    def test_same_logits_pictures_and_loss(
+    def test_same_logits_images_and_loss(
         self, folder: Path, given: dict[str, Any], offloaded: bool, tmp_path: Path
     ) -> None:
         inputs, whole = example(folder), ChameleonForConditionalGeneration.from_pretrained(folder)
         model = ChameleonForConditionalGeneration.from_pretrained(
             folder, offload_folder=tmp_path, **given
         )
-        wanted, labels = whole(**inputs, labels=inputs["input_ids"]), inputs["input_ids"]
+        expected, labels = whole(**inputs, labels=inputs["input_ids"]), inputs["input_ids"]
         assert any(p.is_meta for p in model.parameters()) == offloaded
         outputs = model(**inputs, labels=labels)
-        assert torch.equal(outputs.logits, wanted.logits)
-        assert torch.equal(outputs.loss, wanted.loss)
+        assert torch.equal(outputs.logits, expected.logits)
+        assert torch.equal(outputs.loss, expected.loss)
         codes = model.get_image_tokens(inputs["pixel_values"])
-        # Weights on a disk leave the pictures to torch, which rounds differently.
+        # Weights on a disk leave the images to torch, which rounds differently.
         pixels, others = (m.decode_image_tokens(codes) for m in (model, whole))
         torch.testing.assert_close(pixels, others, rtol=1e-4, atol=1e-4)
 

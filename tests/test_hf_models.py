@@ -105,7 +105,7 @@ def fresh(device: torch.device, **more: Any) -> Any:
 
 
 def prompts(device: torch.device) -> dict[str, Tensor]:
-    """Two left-padded rows with three pictures in all."""
+    """Two left-padded rows with three images in all."""
     picture = [91] + [PLACEHOLDER] * 64 + [92]
     rows = [[0, 50, *picture, 60, 61, *picture, 62], [0, 70, 71, *picture, 72, 73]]
     width = max(map(len, rows))
@@ -165,7 +165,7 @@ class TestAgainstStock:
         outputs = []
         for model in (stock, own):
             torch.manual_seed(5)
-            # The stock class takes a drawn placeholder for one more picture where it has no cache.
+            # The stock class takes a drawn placeholder for one more image where it has no cache.
             how = how | {"disable_compile": True, "suppress_tokens": [PLACEHOLDER]}
             outputs.append(model.generate(**prompts(device), max_new_tokens=8, **how))
         assert torch.equal(*outputs)
@@ -203,7 +203,7 @@ class TestAgainstStock:
         assert isinstance(plain.get_image_features(pixels, return_dict=False), tuple)
 
     @torch.no_grad()
-    def test_other_picture_sizes(self, plain: Any, stock: Any, device: torch.device) -> None:
+    def test_other_image_sizes(self, plain: Any, stock: Any, device: torch.device) -> None:
         pixels = torch.rand(1, 3, 10, 10).to(device)
         assert torch.equal(plain.get_image_tokens(pixels), stock.get_image_tokens(pixels))
 
@@ -249,8 +249,8 @@ class TestAsStockSees:
         own, theirs = plain.model.vocabulary_mapping, stock.model.vocabulary_mapping
         for name in ("val2name", "image_tokens", "bpe2img", "img2bpe", "image_token_id"):
             assert getattr(own, name) == getattr(theirs, name), name
-        table, wanted = own.img2bpe_mapping_tensor, theirs.img2bpe_mapping_tensor
-        assert torch.equal(table, wanted) and table.dtype == wanted.dtype
+        table, expected = own.img2bpe_mapping_tensor, theirs.img2bpe_mapping_tensor
+        assert torch.equal(table, expected) and table.dtype == expected.dtype
         pairs = zip(own.bpe2img_search_tensors, theirs.bpe2img_search_tensors, strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
 
@@ -281,30 +281,30 @@ class TestAsStockSees:
             model.load_state_dict(whole)
 
     @torch.no_grad()
-    def test_export_with_pictures(self, plain: Any, device: torch.device) -> None:
+    def test_export_with_images(self, plain: Any, device: torch.device) -> None:
         model = copy.deepcopy(plain)
         program = torch.export.export(
             model, (), prompts(device) | {"use_cache": False}, strict=False
         )
         out = program.module()(**prompts(device), use_cache=False).logits
-        wanted = plain(**prompts(device)).logits
+        expected = plain(**prompts(device)).logits
         seen = prompts(device)["attention_mask"].bool()
-        assert_close(out[seen], wanted[seen], atol=1e-4, rtol=1e-4)
+        assert_close(out[seen], expected[seen], atol=1e-4, rtol=1e-4)
         wrong = prompts(device) | {"input_ids": prompts(device)["input_ids"].clone()}
         wrong["input_ids"][0, -1] = PLACEHOLDER
         with pytest.raises(RuntimeError):
             program.module()(**wrong, use_cache=False)
-        assert_same(model(**prompts(device)).logits, wanted)  # nothing of the tracing is kept
+        assert_same(model(**prompts(device)).logits, expected)  # nothing of the tracing is kept
 
     @pytest.mark.filterwarnings("ignore")  # torch's own, about what it compiles
-    def test_fullgraph_with_a_static_cache_and_pictures(
+    def test_fullgraph_with_a_static_cache_and_images(
         self, plain: Any, device: torch.device
     ) -> None:
         how = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": "static"}
-        wanted = plain.generate(**prompts(device), **how)
+        expected = plain.generate(**prompts(device), **how)
         model = copy.deepcopy(plain)
         model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")
-        assert torch.equal(model.generate(**prompts(device), **how), wanted)
+        assert torch.equal(model.generate(**prompts(device), **how), expected)
         torch._dynamo.reset()
 
 
@@ -323,12 +323,12 @@ class TestSearches:
             "input_ids": torch.tensor([[0, 50, 60, 61, 62]], device=device),
             "max_new_tokens": 10,
         }
-        wanted = plain.generate(**inputs, do_sample=False)
+        expected = plain.generate(**inputs, do_sample=False)
         for how in (
             {"assistant_model": fresh(device, num_hidden_layers=1)},
             {"prompt_lookup_num_tokens": 2},
         ):
-            assert torch.equal(plain.generate(**inputs, do_sample=False, **how), wanted)
+            assert torch.equal(plain.generate(**inputs, do_sample=False, **how), expected)
 
     def test_outputs_by_name(self, plain: Any, device: torch.device) -> None:
         out = plain.generate(
@@ -374,7 +374,7 @@ class TestForward:
         with torch.no_grad():
             yield
 
-    def test_pictures_equal_their_tokens(self, plain: Any, device: torch.device) -> None:
+    def test_images_equal_their_tokens(self, plain: Any, device: torch.device) -> None:
         inputs = prompts(device)
         ids = plain.fill_image_tokens(inputs["input_ids"], inputs["pixel_values"])
         by_ids = plain(input_ids=ids, attention_mask=inputs["attention_mask"]).logits
@@ -392,8 +392,8 @@ class TestForward:
     def test_logits_to_keep(self, plain: Any, keep: Any, device: torch.device) -> None:
         whole = plain(**prompts(device)).logits
         kept = plain(**prompts(device), logits_to_keep=keep).logits
-        wanted = whole[:, keep] if isinstance(keep, Tensor) else whole[:, -keep:]
-        assert_close(kept, wanted)
+        expected = whole[:, keep] if isinstance(keep, Tensor) else whole[:, -keep:]
+        assert_close(kept, expected)
 
     def test_step_by_step_equals_whole(self, plain: Any, device: torch.device) -> None:
         ids = torch.randint(40, 90, (2, 12), generator=torch.Generator().manual_seed(0)).to(device)
@@ -411,13 +411,13 @@ class TestForward:
     def test_back_ends_agree(self, plain: Any, how: str, device: torch.device) -> None:
         inputs = prompts(device)
         seen = inputs["attention_mask"].bool()
-        wanted = plain(**inputs).logits[seen]
+        expected = plain(**inputs).logits[seen]
         plain.set_attn_implementation(how)
         try:
             out = plain(**inputs, output_attentions=how == "eager")
         finally:
             plain.set_attn_implementation("sdpa")
-        assert_close(out.logits[seen], wanted, atol=1e-5, rtol=1e-5)
+        assert_close(out.logits[seen], expected, atol=1e-5, rtol=1e-5)
         if how == "eager":
             assert [tuple(w.shape) for w in out.attentions] == [
                 (2, 4, *inputs["input_ids"].shape[1:] * 2)
@@ -440,7 +440,7 @@ class TestForward:
         assert logits.shape[-1] == BASE["vocab_size"]
         assert cache.get_seq_length() == prompts(device)["input_ids"].shape[1]
 
-    def test_wrong_number_of_pictures(self, plain: Any, device: torch.device) -> None:
+    def test_wrong_number_of_images(self, plain: Any, device: torch.device) -> None:
         inputs = prompts(device)
         inputs["pixel_values"] = inputs["pixel_values"][:2]
         with pytest.raises(ImageError, match="tokens: 192, features: 128"):
@@ -448,20 +448,20 @@ class TestForward:
 
 
 class TestTraining:
-    def test_labels_on_pictures_have_a_finite_loss_and_gradient(
+    def test_labels_on_images_have_a_finite_loss_and_gradient(
         self, plain: Any, device: torch.device
     ) -> None:
         inputs = prompts(device)
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
         full = plain.fill_image_tokens(inputs["input_ids"], inputs["pixel_values"])
-        wanted = plain(
+        expected = plain(
             full,
             inputs.get("none"),
             inputs["attention_mask"],
             labels=full.masked_fill(labels == -100, -100),
         ).loss
         loss = plain(**inputs, labels=labels).loss
-        assert_close(loss, wanted)
+        assert_close(loss, expected)
         loss.backward()
         rows = plain.lm_head.weight.grad[full[full < FIRST + VQ["num_embeddings"]].unique()]
         assert torch.isfinite(loss)
@@ -473,7 +473,7 @@ class TestTraining:
     def test_losses_of_text_are_stocks_whatever_stands_beside(
         self, plain: Any, stock: Any, device: torch.device
     ) -> None:
-        """Prompts with pictures, text to learn: the row's loss and gradient, alone and mixed."""
+        """Prompts with images, text to learn: the row's loss and gradient, alone and mixed."""
         inputs, text = prompts(device), torch.tensor([[0, 50, 60, 61, 62, 70, 2]], device=device)
         labels = inputs["input_ids"].clone()
         labels[(labels == PLACEHOLDER) | (labels == 1)] = -100
@@ -582,7 +582,7 @@ class TestCheckpoint:
             states = base(ids).last_hidden_state
             assert_close(model.lm_head(states), model(ids).logits)
 
-    def test_decoding_needs_a_whole_picture(self, device: torch.device) -> None:
+    def test_decoding_needs_a_whole_image(self, device: torch.device) -> None:
         with pytest.raises(ImageError, match="64 image tokens but a row holds 3"):
             fresh(device).decode_image_tokens(
                 torch.tensor([[FIRST, FIRST, FIRST, 50]], device=device)

@@ -56,10 +56,14 @@ class TestResampling:
         for number, (height, width, *size) in enumerate(sizes):
             array = noise(number, height, width, 3)
             array = array if number % 2 else (array > 128).astype(np.uint8) * np.uint8(255)
-            wanted = np.asarray(PIL.Image.fromarray(array).resize(size[::-1], resample))
+            expected = np.asarray(PIL.Image.fromarray(array).resize(size[::-1], resample))
             planes = torch.from_numpy(array).permute(2, 0, 1)[None]
             found = resized(planes, (size[0], size[1]), resample)
-            assert np.array_equal(found[0].permute(1, 2, 0).numpy(), wanted), (height, width, size)
+            assert np.array_equal(found[0].permute(1, 2, 0).numpy(), expected), (
+                height,
+                width,
+                size,
+            )
 
     def test_a_window_is_that_part_of_the_whole(self) -> None:
         planes = torch.from_numpy(noise(0, 2, 3, 40, 50))
@@ -130,7 +134,7 @@ class TestBackEnds:
                 assert hashlib.sha256(made.tobytes()).hexdigest() == case["input_f32_sha256"], name
 
     @pytest.mark.parametrize("cls", BOTH)
-    def test_every_form_of_one_picture(self, cls: Any) -> None:
+    def test_every_form_of_one_image(self, cls: Any) -> None:
         image = picture(0, 64, 50)
         array, processor = np.asarray(image), cls(**SMALL)
         first = array.transpose(2, 0, 1)
@@ -190,7 +194,7 @@ class TestBackEnds:
         for settings in ({}, {"disable_grouping": True}):
             assert torch.equal(pixels(cls(**SMALL), mixed, **settings), wanted)
 
-    def test_pictures_of_one_shape_go_through_together(self, monkeypatch: Any) -> None:
+    def test_images_of_one_shape_go_through_together(self, monkeypatch: Any) -> None:
         seen = []
 
         def watched(batch: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -305,10 +309,10 @@ class TestMoreThanEightBits:
 
     @pytest.mark.parametrize("cls", BOTH)
     def test_scaled(self, cls: Any) -> None:
-        wanted = pixels(cls(**SMALL), PIL.Image.fromarray(self.GREY))
+        expected = pixels(cls(**SMALL), PIL.Image.fromarray(self.GREY))
         for name, form in self.deep_forms().items():
             image = form[None] if not isinstance(form, PIL.Image.Image) else form
-            assert torch.equal(pixels(cls(**SMALL), image), wanted), name
+            assert torch.equal(pixels(cls(**SMALL), image), expected), name
 
     @pytest.mark.parametrize("cls", BOTH)
     def test_meta_s_cut_on_request(self, cls: Any) -> None:

@@ -45,7 +45,7 @@ def photo() -> PIL.Image.Image:
     return PIL.Image.fromarray(values)
 
 
-def test_text_of_a_picture(pipe: Any, photo: PIL.Image.Image, tmp_path: Path) -> None:
+def test_text_of_an_image(pipe: Any, photo: PIL.Image.Image, tmp_path: Path) -> None:
     photo.save(tmp_path / "photo.png")
     settings = {"max_new_tokens": 6, "return_full_text": False}
     given = [photo, [photo], str(tmp_path / "photo.png")]
@@ -53,8 +53,8 @@ def test_text_of_a_picture(pipe: Any, photo: PIL.Image.Image, tmp_path: Path) ->
     inputs = pipe.processor(images=[photo], text="What is <image>")
     ids = pipe.model.generate(**inputs, max_new_tokens=6, do_sample=False)
     new = ids[:, inputs["input_ids"].shape[1] :]
-    wanted = pipe.processor.post_process_image_text_to_text(new)[0]
-    assert [answer[0]["generated_text"] for answer in said] == [wanted] * 3
+    expected = pipe.processor.post_process_image_text_to_text(new)[0]
+    assert [answer[0]["generated_text"] for answer in said] == [expected] * 3
 
 
 def test_turns(pipe: Any, photo: PIL.Image.Image) -> None:
@@ -64,7 +64,7 @@ def test_turns(pipe: Any, photo: PIL.Image.Image) -> None:
 
 
 @pytest.mark.parametrize("more", [{}, {"generate_kwargs": {"guidance_text": 3.0}}])
-def test_a_picture(pipe: Any, more: dict[str, Any]) -> None:
+def test_an_image(pipe: Any, more: dict[str, Any]) -> None:
     for text in ("Draw a pear.", TURN):
         [drawn] = pipe(text=text, generation_mode="image", **more)
         assert drawn["generated_image"].size == (16, 16)

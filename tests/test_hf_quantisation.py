@@ -119,8 +119,8 @@ class TestDense:
     def test_logits_are_near_those_of_the_dense_model(
         self, folder: Path, method: str, dense: Any, inputs: Any, device: torch.device
     ) -> None:
-        wanted = logits(dense, inputs)
-        gap = (logits(load(folder, method, device), inputs) - wanted).norm() / wanted.norm()
+        expected = logits(dense, inputs)
+        gap = (logits(load(folder, method, device), inputs) - expected).norm() / expected.norm()
         assert 0 < gap < METHODS[method][1]
 
     def test_it_draws(self, folder: Path, method: str, inputs: Any, device: torch.device) -> None:
@@ -145,7 +145,7 @@ class TestFiles:
     ) -> None:
         model = load(folder, method, device, dtype=dtype)
         model.save_pretrained(tmp_path / "before")
-        wanted = logits(model, inputs)
+        expected = logits(model, inputs)
         model.generate(**inputs, max_new_tokens=2, do_sample=False)
         model.save_pretrained(tmp_path / "after")
         for name in ("before", "after"):
@@ -153,8 +153,8 @@ class TestFiles:
                 tmp_path / name, device_map=str(device)
             )
             assert sorted(quantised_layers(again)) == sorted(LAYERS)
-            assert_same(logits(again, inputs), wanted)
-        assert_same(logits(model, inputs), wanted)
+            assert_same(logits(again, inputs), expected)
+        assert_same(logits(model, inputs), expected)
 
     def test_a_model_too_narrow_for_the_fast_layout_runs(
         self, tmp_path: Path, device: torch.device

@@ -83,12 +83,12 @@ def logits(model: Any, inputs: Any) -> Tensor:
     return model.eval()(**inputs).logits.float()
 
 
-def gap(given: Tensor, wanted: Tensor) -> float:
-    return float(((given - wanted).norm() / wanted.norm()).detach())
+def gap(given: Tensor, expected: Tensor) -> float:
+    return float(((given - expected).norm() / expected.norm()).detach())
 
 
 def step(model: Any, inputs: Any) -> Tensor:
-    """One optimiser step on the text and the picture; its loss."""
+    """One optimiser step on the text and the image; its loss."""
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2)
@@ -144,24 +144,24 @@ class TestAdapters:
         model = peft.PeftModel.from_pretrained(base, tmp_path)
         if run_before == "adapters":
             logits(model, inputs)
-        wanted = {
+        expected = {
             name: module.get_delta_weight("default").float()
             for name, module in base.named_modules()
             if hasattr(module, "lora_A")
         }
         plain = load(folder, nf4=True).dequantize()
         merged = model.merge_and_unload().dequantize()
-        for name, delta in wanted.items():
+        for name, delta in expected.items():
             weight = plain.get_submodule(name).weight.float() + delta
             assert gap(merged.get_submodule(name).weight.float(), weight) < 0.15
 
-    def test_all_linear_leaves_pictures_and_head_alone(self, folder: Path) -> None:
+    def test_all_linear_leaves_images_and_head_alone(self, folder: Path) -> None:
         model = peft.get_peft_model(load(folder), adapters("all-linear"))
         adapted = {n.split(".lora_")[0] for n, p in model.named_parameters() if p.requires_grad}
         assert len(adapted) == WIDE.num_hidden_layers * len(SEVEN)
         assert all("layers" in name and name.endswith(SEVEN) for name in adapted)
 
-    def test_rows_of_pictures_can_be_trained_beside_adapters(
+    def test_rows_of_images_can_be_trained_beside_adapters(
         self, folder: Path, inputs: Any, device: torch.device
     ) -> None:
         """Anole's recipe: only the rows of image tokens, in embedding and head."""
@@ -206,7 +206,7 @@ def own_documents(folder: Path, documents: list[list[Message]]) -> tuple[list[An
 
 
 def said(role: str, *parts: str) -> dict[str, Any]:
-    """A turn; "#" is a picture."""
+    """A turn; "#" is an image."""
     typed = [{"type": "image"} if p == "#" else {"type": "text", "text": p} for p in parts]
     return {"role": role, "content": typed}
 
@@ -249,7 +249,7 @@ def as_documents(rows: list[dict[str, Any]]) -> list[list[Message]]:
 
 
 def filled(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
-    """Ids and labels with the pictures' own tokens, by the tables alone."""
+    """Ids and labels with the images' own tokens, by the tables alone."""
     ids, labels = (batch[name].to(model.device).clone() for name in ("input_ids", "labels"))
     full = model.fill_image_tokens(ids, batch["pixel_values"].to(model.device))
     labels[labels == ids] = full[labels == ids]
@@ -275,7 +275,7 @@ class TestMixedPrecision:
         from accelerate import Accelerator
 
         model, inputs = load(folder, device=device), inputs.to(device)
-        wanted = logits(model, inputs)
+        expected = logits(model, inputs)
         accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="bf16")
         # fp16 needs a GPU; the class that a CPU cannot have is told its name only.
         accelerator.state._mixed_precision = kind
@@ -283,7 +283,7 @@ class TestMixedPrecision:
         prepared, optimizer = accelerator.prepare(model, optimizer)
         out = prepared.train()(**inputs, labels=inputs["input_ids"])
         assert out.logits.dtype == torch.float32
-        assert 0 < gap(out.logits.detach(), wanted) < 0.05  # not in fp32, and near it
+        assert 0 < gap(out.logits.detach(), expected) < 0.05  # not in fp32, and near it
         accelerator.backward(out.loss)
         optimizer.step()
         back = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
@@ -299,13 +299,13 @@ class TestMixedPrecision:
         settings = arguments(tmp_path, device=device, bf16=True)
         out = Trainer(model, settings, train_dataset=[row, row]).train()  # type: ignore[arg-type]
         with torch.no_grad():
-            wanted = float(load(folder)(**inputs, labels=inputs["input_ids"]).loss)
-        assert out.training_loss == pytest.approx(wanted, rel=0.02)
+            expected = float(load(folder)(**inputs, labels=inputs["input_ids"]).loss)
+        assert out.training_loss == pytest.approx(expected, rel=0.02)
         assert not torch.equal(before, model.lm_head.weight)
 
 
 class TestTrainer:
-    def test_a_step_with_pictures_in_the_loss(
+    def test_a_step_with_images_in_the_loss(
         self, folder: Path, inputs: Any, tmp_path: Path, device: torch.device
     ) -> None:
         model = load(folder)
@@ -314,12 +314,12 @@ class TestTrainer:
         full = model.fill_image_tokens(inputs["input_ids"], inputs["pixel_values"])
         with torch.no_grad():
             scores = model(input_ids=full).logits[0, :-1]
-        wanted = torch.nn.functional.cross_entropy(scores, full[0, 1:])
+        expected = torch.nn.functional.cross_entropy(scores, full[0, 1:])
         before = model.lm_head.weight.detach().clone()
         settings = arguments(tmp_path, device=device)
         out = Trainer(model, settings, train_dataset=[row, row]).train()  # type: ignore[arg-type]
         model.cpu()
-        assert out.training_loss == pytest.approx(float(wanted), rel=1e-5)
+        assert out.training_loss == pytest.approx(float(expected), rel=1e-5)
         drawn = torch.tensor(model.model.vocabulary_mapping.image_tokens)
         assert ((model.lm_head.weight - before)[drawn] != 0).any(1).all()
         assert not any(p.requires_grad for p in model.model.vqmodel.parameters())
@@ -401,15 +401,17 @@ class TestSFTTrainer:
         batch = trainer.data_collator([dict(row) for row in ROWS])
         ids, labels = filled(model, batch)
         sequences, _ = own_documents(folder, as_documents(ROWS))
-        for row, wanted in enumerate(sequences):
-            length = len(wanted)
-            assert ids[row, :length].tolist() == wanted.ids
-            weighed = [t if w else -100 for t, w in zip(wanted.ids, wanted.loss_mask, strict=True)]
+        for row, expected in enumerate(sequences):
+            length = len(expected)
+            assert ids[row, :length].tolist() == expected.ids
+            weighed = [
+                t if w else -100 for t, w in zip(expected.ids, expected.loss_mask, strict=True)
+            ]
             assert labels[row].tolist() == weighed + [-100] * (ids.shape[1] - length)
             assert batch["attention_mask"][row].sum() == length
 
     @pytest.mark.parametrize("only_answers", [False, True])
-    def test_a_step_with_pictures_in_the_loss(
+    def test_a_step_with_images_in_the_loss(
         self,
         folder: Path,
         processor: Any,
@@ -423,19 +425,19 @@ class TestSFTTrainer:
         with torch.no_grad():
             mask = batch["attention_mask"].to(device)
             scores = load(folder, device=device)(input_ids=ids, attention_mask=mask).logits
-        wanted = torch.nn.functional.cross_entropy(
+        expected = torch.nn.functional.cross_entropy(
             scores[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
         )
         before = model.lm_head.weight.detach().clone()
         out = trainer.train()
-        assert out.training_loss == pytest.approx(float(wanted), rel=tolerance(1e-5, device))
+        assert out.training_loss == pytest.approx(float(expected), rel=tolerance(1e-5, device))
         drawn = torch.tensor(model.model.vocabulary_mapping.image_tokens)
         assert ((model.lm_head.weight - before)[drawn] != 0).any(1).all()
 
     def test_prompt_and_completion(
         self, folder: Path, processor: Any, tmp_path: Path, device: torch.device
     ) -> None:
-        """Pictures in the prompt; the loss is on the completion and its end."""
+        """Images in the prompt; the loss is on the completion and its end."""
         row = {
             "images": [picture("red")],
             "prompt": [{"role": "user", "content": "What is this?"}],

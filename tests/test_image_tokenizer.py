@@ -78,7 +78,7 @@ def test_preprocessing_equals_metas_to_the_bit(metas: ImageTokenizer, name: str)
 
 @pytest.fixture(scope="module")
 def encoded(metas: ImageTokenizer) -> tuple[Tensor, Tensor]:
-    """Codes of the four pictures, and the latents on the way."""
+    """Codes of the four images, and the latents on the way."""
     latents: list[Tensor] = []
     search = metas.vqgan.nearest_codes
 
@@ -96,7 +96,7 @@ def encoded(metas: ImageTokenizer) -> tuple[Tensor, Tensor]:
 def drawn(
     metas: ImageTokenizer, expected: dict[str, npt.NDArray[Any]]
 ) -> tuple[list[PIL.Image.Image], Tensor]:
-    """Pictures of Meta's four code grids, and the pixels before they are clamped."""
+    """Images of Meta's four code grids, and the pixels before they are clamped."""
     pixels: list[Tensor] = []
     assert metas.vqgan.decoder is not None
     hook = metas.vqgan.decoder.register_forward_hook(lambda *call: pixels.append(call[2]))
@@ -130,7 +130,7 @@ def test_decoded_pixels_equal_metas(
 
 
 @pytest.mark.parametrize("i", [0, 3])
-def test_drawn_pictures_equal_metas(drawn: tuple[list[PIL.Image.Image], Tensor], i: int) -> None:
+def test_drawn_images_equal_metas(drawn: tuple[list[PIL.Image.Image], Tensor], i: int) -> None:
     picture = drawn[0][i]
     with PIL.Image.open(GOLDEN / f"expected/vq_decoded_{i}.png") as file:
         away = np.abs(np.asarray(picture, dtype=int) - np.asarray(file, dtype=int))
@@ -145,7 +145,7 @@ def test_other_sizes(small: ImageTokenizer, size: tuple[int, int], mode: Any) ->
     assert small.encode([picture(*size)], mode).shape == (1, 8, 8)
 
 
-def test_a_picture_of_the_right_size_is_untouched(small: ImageTokenizer) -> None:
+def test_an_image_of_the_right_size_is_untouched(small: ImageTokenizer) -> None:
     source = picture(32, 32)
     for mode in ("crop", "fit"):
         np.testing.assert_array_equal(small.square(source, mode), source)
@@ -187,7 +187,7 @@ def test_long_strips_need_little_memory(
         assert np.abs(whole - narrow).max() <= 1
 
 
-def test_a_batch_equals_its_pictures_one_by_one(
+def test_a_batch_equals_its_images_one_by_one(
     small: ImageTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sources = [picture(40, 30 + i) for i in range(5)]
@@ -234,7 +234,7 @@ def test_bf16_leaves_the_codes_alone(mini: ImageTokenizer) -> None:
 def test_codes_do_not_depend_on_the_layout_in_memory(
     mini: ImageTokenizer, device: torch.device
 ) -> None:
-    """No compiler, channels first and a graph: the same codes for 48 pictures."""
+    """No compiler, channels first and a graph: the same codes for 48 images."""
     pixels = torch.stack([mini.preprocess(picture(64 + i, 70)) for i in range(48)]).to(device)
     plain = mini.vqgan.encode(pixels)  # with a graph, so by torch's own operators
     with torch.no_grad():
@@ -273,19 +273,19 @@ def test_errors(small: ImageTokenizer) -> None:
         ImageTokenizer(VQGAN(SMALL, with_decoder=False), 32).decode(torch.zeros(1, 8, 8).long())
 
 
-def share_of_equal(found: Tensor, wanted: Tensor) -> float:
-    return float((found.cpu() == wanted.cpu()).float().mean())
+def share_of_equal(found: Tensor, expected: Tensor) -> float:
+    return float((found.cpu() == expected.cpu()).float().mean())
 
 
 def test_encoding_in_bf16_changes_few_codes(mini: ImageTokenizer, metas: ImageTokenizer) -> None:
-    """Of mini on pictures as it was trained on, and of a checkpoint in the shape of Meta's."""
+    """Of mini on images as it was trained on, and of a checkpoint in the shape of Meta's."""
     emoji = [
         PIL.Image.open(io.BytesIO(archive.read(name)))
         for archive in map(zipfile.ZipFile, sorted((TESTS / "data/images").glob("*.zip")))
         for name in archive.namelist()[:3]
     ]
     own = [Image.open(file) for file in VQ_IMAGES]
-    # A CPU without bf16 takes minutes for pictures of Meta's size; the network takes any.
+    # A CPU without bf16 takes minutes for images of Meta's size; the network takes any.
     for vqgan, side, pictures in (
         (mini.vqgan, mini.resolution, emoji),
         (metas.vqgan, 64, own[:2]),
@@ -341,8 +341,8 @@ def test_a_compiled_one_follows_its_network_and_can_be_copied(graphs: list[Any])
     assert torch.equal(again.encode(picture(32, 32)), first)
     torch.manual_seed(1)
     tokenizer.vqgan = VQGAN(SMALL).eval()
-    wanted = ImageTokenizer(tokenizer.vqgan, SMALL.resolution).encode(picture(32, 32))
-    assert share_of_equal(tokenizer.encode(picture(32, 32)), wanted) > 0.97
+    expected = ImageTokenizer(tokenizer.vqgan, SMALL.resolution).encode(picture(32, 32))
+    assert share_of_equal(tokenizer.encode(picture(32, 32)), expected) > 0.97
 
 
 def test_codes_of_another_device_are_drawn(small: ImageTokenizer) -> None:

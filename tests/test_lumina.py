@@ -73,7 +73,7 @@ def test_odd_sides_have_no_size_token(size: tuple[int, int]) -> None:
         lumina.layout(*size)
 
 
-def test_pictures_without_a_size_are_told(processor: Processor) -> None:
+def test_images_without_a_size_are_told(processor: Processor) -> None:
     vocabulary = processor.vocabulary
     begin, code = vocabulary.begin_image, int(vocabulary.image_tokens[0])
     for tokens in ([begin, code, code], [begin], [begin, vocabulary.id_of("<reserved08799>"), 9]):
@@ -89,7 +89,7 @@ def test_sizes(grid: int) -> None:
     assert all(h % 2 == w % 2 == 0 and h * w <= grid**2 for h, w in sizes)
     assert all(max(size) <= 4 * min(size) for size in sizes)
     assert (2 * grid, grid // 2) in sizes and (grid // 2, 2 * grid) in sizes
-    # For every width the tallest picture that keeps to the area and the ratio.
+    # For every width the tallest image that keeps to the area and the ratio.
     for width in range(2, 4 * grid, 2):
         height = grid**2 // width // 2 * 2
         if height and max(height, width) <= 4 * min(height, width):
@@ -102,7 +102,7 @@ def test_the_words_for_drawing() -> None:
 
 
 @pytest.mark.parametrize("size", [(4, 8), (8, 4), (2, 8), (6, 6)])
-def test_a_picture_of_another_size_is_drawn(
+def test_an_image_of_another_size_is_drawn(
     processor: Processor, transformer: Transformer, size: tuple[int, int]
 ) -> None:
     wide = Processor(processor.tokenizer_file, lumina.layout(*size))
@@ -130,7 +130,7 @@ def model(processor: Processor, transformer: Transformer) -> Chameleon:
 
 
 @pytest.mark.parametrize("size", [(16, 16), (32, 8), (8, 32), (12, 20)])
-def test_a_picture_of_a_size_in_pixels(model: Chameleon, size: tuple[int, int]) -> None:
+def test_an_image_of_a_size_in_pixels(model: Chameleon, size: tuple[int, int]) -> None:
     """Through the engine, beside a request of the model's own size."""
     neighbour = model.request("a plum", "image", seed=2)
     handle = model.engine.add(neighbour)
@@ -146,7 +146,7 @@ def test_a_picture_of_a_size_in_pixels(model: Chameleon, size: tuple[int, int]) 
     assert [e.codes.shape for e in handle if isinstance(e, ImageDone)] == [(8, 8)]
 
 
-def test_pictures_of_several_sizes_in_one_chat(model: Chameleon) -> None:
+def test_images_of_several_sizes_in_one_chat(model: Chameleon) -> None:
     sizes = [(32, 8), (8, 32)]
     wide, tall = (model.generate("a pear", "image", seed=1, size=size) for size in sizes)
     assert [wide.images[0].size, tall.images[0].size] == sizes
@@ -196,7 +196,7 @@ def test_sizes_of_a_model_that_has_one(model: Chameleon, tmp_path: Path) -> None
         square.generate("a pear", "text", size=(16, 16))
 
 
-def test_the_image_only_branch_keeps_pictures_of_another_size(processor: Processor) -> None:
+def test_the_image_only_branch_keeps_images_of_another_size(processor: Processor) -> None:
     vocabulary = processor.vocabulary
     shown = lumina.layout(4, 6).spell(np.zeros((4, 6), dtype=np.int64), vocabulary)
     text = processor.encode_text("a pear")
@@ -205,7 +205,7 @@ def test_the_image_only_branch_keeps_pictures_of_another_size(processor: Process
     assert branch == [vocabulary.bos, *shown, vocabulary.begin_image]
 
 
-def test_guidance_begins_at_the_picture(processor: Processor) -> None:
+def test_guidance_begins_at_the_image(processor: Processor) -> None:
     vocabulary, layout = processor.vocabulary, lumina.layout(4, 6)
     picture = layout.spell(np.zeros((4, 6), dtype=np.int64), vocabulary)
     text = processor.encode_text("a pear")
@@ -231,7 +231,7 @@ def test_guidance_begins_at_the_picture(processor: Processor) -> None:
 
 
 @torch.no_grad()
-def test_a_guided_picture_equals_plain_forwards(
+def test_a_guided_image_equals_plain_forwards(
     processor: Processor, transformer: Transformer, tmp_path: Path
 ) -> None:
     """Greedy, through the transformers face: both contexts read again for every token."""
@@ -250,16 +250,16 @@ def test_a_guided_picture_equals_plain_forwards(
     out = model.generate(
         torch.tensor([prompt]), multimodal_generation_mode="image-only", **settings
     )
-    want: list[int] = []
+    expected: list[int] = []
     codes = vocabulary.image_tokens
     for slot in layout.template(vocabulary).tolist():
         if slot >= 0:
-            want.append(slot)
+            expected.append(slot)
             continue
-        full, alone = (transformer(torch.tensor([row + want]))[0, -1] for row in (prompt, []))
+        full, alone = (transformer(torch.tensor([row + expected]))[0, -1] for row in (prompt, []))
         guided = alone + 3.0 * (full - alone)
-        want.append(int(codes[int(guided[codes].argmax())]))
-    assert out[0, len(prompt) :].tolist() == want
+        expected.append(int(codes[int(guided[codes].argmax())]))
+    assert out[0, len(prompt) :].tolist() == expected
 
 
 @pytest.fixture(scope="module")
@@ -325,13 +325,13 @@ def test_several_sizes_in_transformers(
     size: tuple[int, int],
     backend: str,
 ) -> None:
-    """Pixels of the size, the centre of the picture, and its own size tokens and line ends."""
+    """Pixels of the size, the centre of the image, and its own size tokens and line ends."""
     from earlyfusion.hf import ChameleonProcessor
 
     hf = ChameleonProcessor.from_pretrained(folder, backend=backend)
     photos = [picture(0, 40, 30), picture(1, 17, 50)]
-    wanted = {"height": size[0], "width": size[1]}
-    inputs = hf(images=photos, text="<image> and <image>", size=wanted)
+    expected = {"height": size[0], "width": size[1]}
+    inputs = hf(images=photos, text="<image> and <image>", size=expected)
     assert inputs["pixel_values"].shape == (2, 3, *size)
     ids = hf_model.fill_image_tokens(inputs["input_ids"], inputs["pixel_values"])[0].tolist()
     height, width = size[0] // CONFIG.vq_config.stride, size[1] // CONFIG.vq_config.stride
@@ -346,7 +346,7 @@ def test_several_sizes_in_transformers(
 
 
 def test_the_middle_is_kept_undistorted(hf: Any) -> None:
-    """A picture twice as wide as high, cut to a square and to its own shape."""
+    """An image twice as wide as high, cut to a square and to its own shape."""
     photo = picture(0, 32, 16)
     exact = hf(images=photo, text="<image>", size={"height": 16, "width": 32})["pixel_values"]
     levels = ((exact[0].permute(1, 2, 0).double() + 1) / 2 * 255).round().numpy()
@@ -375,7 +375,7 @@ def test_sizes_without_tokens_are_refused(hf: Any) -> None:
         hf(images=photo, text="<image>", truncation=True, max_length=20)
 
 
-def test_a_picture_cut_short_is_left_out(hf: Any) -> None:
+def test_an_image_cut_short_is_left_out(hf: Any) -> None:
     ids = hf(images=picture(0, 40, 30), text="a <image>")["input_ids"][0].tolist()
     begin = ids.index(hf.image_start_token_id)
     for end in (begin + 1, begin + 2, begin + 9):

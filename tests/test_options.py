@@ -68,24 +68,24 @@ def test_a_command_gets_only_what_is_set(tmp_path: Path) -> None:
     settings = FieldsOf(
         str(source), "Settings", flags={"words": "--word"}, choices={"mode": ("a", "b")}
     )
-    got: list[Any] = []
+    actual: list[Any] = []
     globals()["Settings"] = Annotated[dict[str, Any], settings]
 
     @with_options
     def command(settings: Settings, more: str = "x") -> None:  # type: ignore[name-defined]  # noqa: F821
-        got.append((settings, more))
+        actual.append((settings, more))
 
     app = typer.Typer()
     app.command()(command)
 
     def run(*arguments: str) -> object:
         app(list(arguments), standalone_mode=False)
-        return got.pop()
+        return actual.pop()
 
     assert run() == ({"share": 0.5, "secret": 0}, "x")
     given = ("--word", "a", "--word", "b", "--mode", "b", "--share", "1", "--folder", "f")
-    wanted = {"share": 1.0, "words": ("a", "b"), "folder": Path("f"), "mode": "b", "secret": 0}
-    assert run(*given, "--more", "y") == (wanted, "y")
+    expected = {"share": 1.0, "words": ("a", "b"), "folder": Path("f"), "mode": "b", "secret": 0}
+    assert run(*given, "--more", "y") == (expected, "y")
     for wrong in (("--share", "half"), ("--mode", "c"), ("--secret", "1.5")):
         with pytest.raises(typer.TyperException, match=wrong[1]):
             run(*wrong)

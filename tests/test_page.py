@@ -228,7 +228,7 @@ def slowed(server: Running, monkeypatch: pytest.MonkeyPatch, seconds: float) -> 
 
 
 @pytest.mark.browser
-def test_asks_about_a_dropped_picture(visit: Callable[..., Visitor]) -> None:
+def test_asks_about_a_dropped_image(visit: Callable[..., Visitor]) -> None:
     visitor = visit()
     visitor.drop(STRAWBERRY)
     visitor.shoot("dropped")
@@ -266,13 +266,13 @@ def test_draws_row_by_row(
     visitor.page.wait_for_selector(".generating img[src^=data]")
     visitor.shoot("drawing")
     visitor.wait()
-    # What was not drawn yet was cut off: three quarters of the picture, half of it, one quarter;
+    # What was not drawn yet was cut off: three quarters of the image, half of it, one quarter;
     # one of them may be overtaken by the next before it is painted.
     cut = visitor.page.evaluate("[...window.cut]")
     assert len(cut) >= 2 and cut == [part for part in (75, 50, 25) if part in cut]
     assert visitor.count(".generating") == 0 and "66 picture tokens" in visitor.texts(".meta")[0]
     visitor.shoot("drawn")
-    # The picture on the page is the one that the same seed gives without the page.
+    # The image on the page is the one that the same seed gives without the page.
     shown = visitor.page.get_attribute(".model .frame img", "src")
     asked = {"modalities": ["image"], "seed": 3}
     message = server.chat("Draw a red apple.", **asked).json()["choices"][0]["message"]
@@ -322,7 +322,7 @@ def test_edits_a_turn_and_regenerates(visit: Callable[..., Visitor]) -> None:
     visitor.page.click("text=Send again")
     visitor.wait()
     assert visitor.count(".turn") == 2 and visitor.texts(".model .text") == ["strawberry"]
-    # Another reply to the same words, now as a picture.
+    # Another reply to the same words, now as an image.
     visitor.choose("image")
     visitor.page.click("text=Regenerate")
     visitor.page.wait_for_selector(".strip")
@@ -351,7 +351,7 @@ def test_varies_and_restyles_by_a_click_with_several_replies(visit: Callable[...
     visitor.wait()
     assert "3D" in visitor.texts(".user .text")[-1]
     visitor.wait_for_the_end()
-    # The prompt begins at the picture: what was said before is not in the request.
+    # The prompt begins at the image: what was said before is not in the request.
     [asked] = json.loads(visitor.copied("Copy as curl").split("<<'JSON'\n")[1][:-6])["messages"]
     assert [part["type"] for part in asked["content"]] == ["image_url", "text"]
 
@@ -453,8 +453,8 @@ def test_one_of_several_models_is_chosen(visit: Callable[..., Visitor], tmp_path
         visitor.set(seed=1)
         visitor.say("What is a cat?")
         visitor.wait()
-        wanted = model.generate("What is a cat?", "text", seed=1, adapter="other").text
-        assert "".join(visitor.texts(".model .text")).split() == wanted.split()
+        expected = model.generate("What is a cat?", "text", seed=1, adapter="other").text
+        assert "".join(visitor.texts(".model .text")).split() == expected.split()
         visitor.page.reload()
         visitor.page.wait_for_selector("#model option", state="attached")
         assert visitor.page.input_value("#model") == "other"

@@ -45,7 +45,7 @@ def transformer(processor: Processor, device: torch.device) -> Transformer:
     return tiny_transformer(processor, 1.0, device)
 
 
-def request(processor: Processor, output: Any = "interleaved", **changes: Any) -> Request:
+def make_request(processor: Processor, output: Any = "interleaved", **changes: Any) -> Request:
     size = {
         name: changes.pop(name) for name in ("max_images", "max_tokens", "stops") if name in changes
     }
@@ -71,11 +71,11 @@ def naive_greedy(transformer: Transformer, ids: list[int], allowed: list[int], n
 def test_cached_greedy_text_equals_plain_forwards(
     transformer: Transformer, processor: Processor
 ) -> None:
-    asked = request(processor, "text", temperature=0, max_tokens=30, **OFF)
+    request = make_request(processor, "text", temperature=0, max_tokens=30, **OFF)
     allowed = [*processor.vocabulary.text_tokens.tolist(), processor.vocabulary.eos]
-    got = list(generate_tokens(transformer, processor, asked))
-    assert got == naive_greedy(transformer, list(asked.ids), allowed, len(got))
-    assert got[-1] == processor.vocabulary.eos or len(got) == 30
+    actual = list(generate_tokens(transformer, processor, request))
+    assert actual == naive_greedy(transformer, list(request.ids), allowed, len(actual))
+    assert actual[-1] == processor.vocabulary.eos or len(actual) == 30
 
 
 @torch.no_grad()
@@ -83,29 +83,32 @@ def test_guided_greedy_image_equals_plain_forwards(
     transformer: Transformer, processor: Processor, device: torch.device
 ) -> None:
     vocabulary, layout = processor.vocabulary, processor.layout
-    shown = layout.spell(np.arange(64).reshape(8, 8), vocabulary)
+    spelled = layout.spell(np.arange(64).reshape(8, 8), vocabulary)
     text = processor.encode_text("a pear")
-    full = [vocabulary.bos, *text, *shown, vocabulary.end_of_turn, vocabulary.begin_image]
-    image_only = [vocabulary.bos, *shown, vocabulary.begin_image]
+    full = [vocabulary.bos, *text, *spelled, vocabulary.end_of_turn, vocabulary.begin_image]
+    image_only = [vocabulary.bos, *spelled, vocabulary.begin_image]
     unconditional = [vocabulary.bos, vocabulary.begin_image]
     settings = SamplingParams(image_temperature=0, seed=0).resolved({})
-    asked = Request(full[:-1], "image", settings, max_images=1, max_tokens=layout.num_tokens)
+    request = Request(full[:-1], "image", settings, max_images=1, max_tokens=layout.num_tokens)
     codes = vocabulary.image_tokens.tolist()
-    want = []
+    expected = []
     for _ in range(layout.num_codes):
         rows = (full, image_only, unconditional)
-        f, i, u = (transformer(torch.tensor([row + want], device=device))[0, -1] for row in rows)
+        f, i, u = (
+            transformer(torch.tensor([row + expected], device=device))[0, -1] for row in rows
+        )
         guided = u + 1.2 * (i - u) + 3.0 * (f - i)
-        want.append(codes[int(guided[codes].argmax())])
-    got = list(generate_tokens(transformer, processor, asked))
-    assert got == [vocabulary.begin_image, *want, vocabulary.end_image]
+        expected.append(codes[int(guided[codes].argmax())])
+    actual = list(generate_tokens(transformer, processor, request))
+    assert actual == [vocabulary.begin_image, *expected, vocabulary.end_image]
 
 
 def test_a_seed_decides_the_reply(transformer: Transformer, processor: Processor) -> None:
-    first, again, other = (
-        list(generate_tokens(transformer, processor, request(processor, seed=s))) for s in (1, 1, 2)
+    first, repeated, other = (
+        list(generate_tokens(transformer, processor, make_request(processor, seed=s)))
+        for s in (1, 1, 2)
     )
-    assert first == again != other
+    assert first == repeated != other
 
 
 def check_events(events: list[Event], processor: Processor, tokens: list[int]) -> int:
@@ -138,18 +141,18 @@ def check_events(events: list[Event], processor: Processor, tokens: list[int]) -
     return images
 
 
-def test_every_image_of_100_interleaved_replies_is_whole(
+def test_every_image_of_100_interleaved_replies_is_complete(
     transformer: Transformer, processor: Processor
 ) -> None:
     counts = []
     for seed in range(100):
-        asked = request(processor, seed=seed, max_tokens=17 * seed % 150 + 1, **OFF)
-        tokens = list(generate_tokens(transformer, processor, asked))
-        events, _ = narrated(processor, asked, tokens)
+        request = make_request(processor, seed=seed, max_tokens=17 * seed % 150 + 1, **OFF)
+        tokens = list(generate_tokens(transformer, processor, request))
+        events, _ = events_of(processor, request, tokens)
         counts.append(check_events(events, processor, tokens))
-        assert len(tokens) <= asked.max_tokens
+        assert len(tokens) <= request.max_tokens
         ended = tokens[-1] == processor.vocabulary.eos
-        assert ended or len(tokens) == asked.max_tokens
+        assert ended or len(tokens) == request.max_tokens
         assert events[-1].reason == ("stop" if ended else "length")  # type: ignore[union-attr]
     assert set(counts) == {0, 1, 2}
 
@@ -157,9 +160,9 @@ def test_every_image_of_100_interleaved_replies_is_whole(
 def test_generate_gives_the_events_of_the_tokens(
     transformer: Transformer, processor: Processor
 ) -> None:
-    asked = request(processor, seed=3)
-    tokens = list(generate_tokens(transformer, processor, asked))
-    events = list(generate(transformer, processor, asked))
+    request = make_request(processor, seed=3)
+    tokens = list(generate_tokens(transformer, processor, request))
+    events = list(generate(transformer, processor, request))
     assert check_events(events, processor, tokens) > 0
     text = "".join(e.text for e in events if isinstance(e, TextDelta))
     vocabulary = processor.vocabulary
@@ -169,7 +172,7 @@ def test_generate_gives_the_events_of_the_tokens(
 def test_an_image_reply_is_an_image_and_stops(
     transformer: Transformer, processor: Processor
 ) -> None:
-    events = list(generate(transformer, processor, request(processor, "image", max_images=1)))
+    events = list(generate(transformer, processor, make_request(processor, "image", max_images=1)))
     assert check_events(events, processor, list_tokens(events, processor)) == 1
     assert isinstance(events[0], ImageStarted)
     assert isinstance(events[-1], Finished) and events[-1].reason == "stop"
@@ -180,7 +183,7 @@ def list_tokens(events: list[Event], processor: Processor) -> list[int]:
     return [t for e in done for t in processor.layout.spell(e.codes, processor.vocabulary)]
 
 
-def test_the_full_branch_keeps_its_cache_and_the_others_come_and_go(
+def test_only_the_full_branch_keeps_its_cache_between_images(
     transformer: Transformer, processor: Processor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lengths: list[int] = []
@@ -191,16 +194,16 @@ def test_the_full_branch_keeps_its_cache_and_the_others_come_and_go(
             super().__init__(config, slots, length, *rest)
 
     monkeypatch.setattr(reference, "KVCache", Counted)
-    asked = request(processor, "image", max_images=3, max_tokens=200)
-    assert len(list(generate_tokens(transformer, processor, asked))) == 198
-    image, full = processor.layout.num_tokens, len(asked.ids) + 200
+    request = make_request(processor, "image", max_images=3, max_tokens=200)
+    assert len(list(generate_tokens(transformer, processor, request))) == 198
+    image, full = processor.layout.num_tokens, len(request.ids) + 200
     # Text-only prompt: one further branch. Second and third image: image-only and unconditional.
-    want = [full, 2 + image, 2 + 2 * image, 2 + image, 2 + 3 * image, 2 + image]
-    assert lengths == want
+    expected = [full, 2 + image, 2 + 2 * image, 2 + image, 2 + 3 * image, 2 + image]
+    assert lengths == expected
 
 
 def test_closing_early_frees_the_caches(transformer: Transformer, processor: Processor) -> None:
-    events = generate(transformer, processor, request(processor, "image", max_images=1))
+    events = generate(transformer, processor, make_request(processor, "image", max_images=1))
     next(events)
     alive = [weakref.ref(o) for o in gc.get_objects() if type(o) is Reader]
     assert alive
@@ -213,15 +216,19 @@ def test_closing_early_frees_the_caches(transformer: Transformer, processor: Pro
 # --- narration -------------------------------------------------------------------------------
 
 
-def narrate(processor: Processor, tokens: list[int], **changes: Any) -> tuple[list[Event], bool]:
-    return narrated(processor, request(processor, **changes), tokens)
+def event_builder_of(
+    processor: Processor, tokens: list[int], **changes: Any
+) -> tuple[list[Event], bool]:
+    return events_of(processor, make_request(processor, **changes), tokens)
 
 
-def narrated(processor: Processor, asked: Request, tokens: list[int]) -> tuple[list[Event], bool]:
+def events_of(
+    processor: Processor, request: Request, tokens: list[int]
+) -> tuple[list[Event], bool]:
     """The events of these tokens, and whether no further one is wanted."""
-    grammar = Grammar(processor.vocabulary, processor.layout, asked.stops)
-    grammar_state = GrammarState(grammar, asked.output, asked.max_images, asked.max_tokens)
-    event_builder = EventBuilder(processor, asked, grammar_state)
+    grammar = Grammar(processor.vocabulary, processor.layout, request.stops)
+    grammar_state = GrammarState(grammar, request.output, request.max_images, request.max_tokens)
+    event_builder = EventBuilder(processor, request, grammar_state)
     events: list[Event] = []
     for token in tokens:
         events += event_builder.push(token)
@@ -244,20 +251,20 @@ def byte_tokens(processor: Processor, text: str) -> list[int]:
 
 def test_no_delta_holds_half_a_character(processor: Processor) -> None:
     tokens = [*byte_tokens(processor, "사과 🍎!"), processor.vocabulary.eos]
-    events, _ = narrate(processor, tokens)
+    events, _ = event_builder_of(processor, tokens)
     deltas = [e.text for e in events if isinstance(e, TextDelta)]
     assert deltas == list("사과 🍎!")
     assert isinstance(events[-1], Finished) and events[-1].reason == "stop"
 
 
 def test_a_character_that_never_ends_is_left_out(processor: Processor) -> None:
-    events, _ = narrate(processor, byte_tokens(processor, "ab과")[:-1])
+    events, _ = event_builder_of(processor, byte_tokens(processor, "ab과")[:-1])
     assert texts(events) == "ab"
     assert isinstance(events[-1], Finished) and events[-1].reason == "length"
 
 
 @pytest.mark.parametrize(
-    ("stop", "text", "shown", "stopped"),
+    ("stop", "text", "released", "stopped"),
     [
         (("END",), "one END two", "one ", True),
         (("END",), "one EN", "one EN", False),
@@ -269,28 +276,30 @@ def test_a_character_that_never_ends_is_left_out(processor: Processor) -> None:
     ],
 )
 def test_stop_strings_are_cut_and_never_shown_in_part(
-    processor: Processor, stop: tuple[str, ...], text: str, shown: str, stopped: bool
+    processor: Processor, stop: tuple[str, ...], text: str, released: str, stopped: bool
 ) -> None:
-    events, ended = narrate(processor, byte_tokens(processor, text), stop=stop)
-    assert texts(events) == shown and ended == stopped
+    events, ended = event_builder_of(processor, byte_tokens(processor, text), stop=stop)
+    assert texts(events) == released and ended == stopped
     assert isinstance(events[-1], Finished)
     assert events[-1].reason == ("stop" if stopped else "length")
 
 
 def test_a_stop_string_does_not_reach_over_an_image(processor: Processor) -> None:
-    picture = processor.layout.spell(np.zeros((8, 8), dtype=np.int64), processor.vocabulary)
-    tokens = [*byte_tokens(processor, "xE"), *picture, *byte_tokens(processor, "NDy")]
-    events, ended = narrate(processor, tokens, stop="END")
+    image = processor.layout.spell(np.zeros((8, 8), dtype=np.int64), processor.vocabulary)
+    tokens = [*byte_tokens(processor, "xE"), *image, *byte_tokens(processor, "NDy")]
+    events, ended = event_builder_of(processor, tokens, stop="END")
     assert not ended and texts(events) == "xENDy"
     kinds = [type(e) for e in events if not isinstance(e, ImageProgress)]
     assert kinds[:4] == [TextDelta, TextDelta, ImageStarted, ImageDone]
 
 
 def test_a_stop_string_ends_the_loop(transformer: Transformer, processor: Processor) -> None:
-    plain = texts(list(generate(transformer, processor, request(processor, "text", max_tokens=60))))
+    plain = texts(
+        list(generate(transformer, processor, make_request(processor, "text", max_tokens=60)))
+    )
     stop = plain[len(plain) // 2 :][:3]
     events = list(
-        generate(transformer, processor, request(processor, "text", max_tokens=60, stop=stop))
+        generate(transformer, processor, make_request(processor, "text", max_tokens=60, stop=stop))
     )
     assert texts(events) == plain[: plain.find(stop)]
     assert isinstance(events[-1], Finished) and events[-1].reason == "stop"
@@ -326,7 +335,7 @@ class Recorded:
         case = self.cases[name]
         return list(zip(case["prompts"], case["new_ids"], strict=True))
 
-    def request(self, name: str, prompt: list[int]) -> Request:
+    def make_request(self, name: str, prompt: list[int]) -> Request:
         case = self.cases[name]
         options = case.get("options") or self.cases["mixed_greedy"]["options"]
         text, image = options["txt"], options["img"]
@@ -362,8 +371,8 @@ class Recorded:
             prompt, output, settings, images, max_tokens, ids if output != "image" else ()
         )
 
-    def draw(self, name: str, prompt: list[int], count: int) -> list[int]:
-        tokens = generate_tokens(self.transformer, self.processor, self.request(name, prompt))
+    def generate(self, name: str, prompt: list[int], count: int) -> list[int]:
+        tokens = generate_tokens(self.transformer, self.processor, self.make_request(name, prompt))
         return list(islice(tokens, count))
 
 
@@ -390,23 +399,23 @@ TEXT_CASES = [
 
 @pytest.mark.parametrize("case", TEXT_CASES)
 def test_text_equals_the_original(recorded: Recorded, case: str) -> None:
-    for prompt, want in recorded.rows(case):
-        got = recorded.draw(case, prompt, 9999)
-        stops = recorded.request(case, prompt).stops
-        ended = [at for at, token in enumerate(want) if token in stops]
+    for prompt, expected in recorded.rows(case):
+        actual = recorded.generate(case, prompt, 9999)
+        stops = recorded.make_request(case, prompt).stops
+        ended = [at for at, token in enumerate(expected) if token in stops]
         # A stop in one row of a batch did not stop the original: what follows is noise.
-        assert got == (want[: ended[0] + 1] if ended else want)
+        assert actual == (expected[: ended[0] + 1] if ended else expected)
 
 
 def test_plain_argmax_equals_the_original(recorded: Recorded) -> None:
     case = recorded.cases["argmax_no_processors"]
     reader = Reader(recorded.transformer, len(case["prompt"]) + len(case["new_ids"]))
     with torch.inference_mode():
-        got, ids = [], case["prompt"]
+        actual, ids = [], case["prompt"]
         for _ in case["new_ids"]:
             ids = reader.read(ids).argmax(-1).tolist()
-            got += ids
-    assert got == case["new_ids"]
+            actual += ids
+    assert actual == case["new_ids"]
 
 
 @pytest.mark.parametrize("case", ["text_greedy", "text_greedy_batch3_ragged"])
@@ -415,15 +424,15 @@ def test_logits_equal_the_original(recorded: Recorded, case: str) -> None:
         reader = Reader(recorded.transformer, len(prompt) + 1)
         with torch.inference_mode():
             for step, ids in enumerate((prompt, new[:1])):
-                want = recorded.logits[f"{case}/raw_logits_step{step}"][row]
-                assert_close(reader.read(ids)[0], want, atol=1e-4, rtol=0)
+                expected = recorded.logits[f"{case}/raw_logits_step{step}"][row]
+                assert_close(reader.read(ids)[0], expected, atol=1e-4, rtol=0)
 
 
 def check_image(recorded: Recorded, case: str) -> None:
-    for prompt, want in recorded.rows(case):
+    for prompt, expected in recorded.rows(case):
         vocabulary = recorded.processor.vocabulary
-        got = recorded.draw(case, prompt, 9999)
-        assert got == [vocabulary.begin_image, *want, vocabulary.end_image]
+        actual = recorded.generate(case, prompt, 9999)
+        assert actual == [vocabulary.begin_image, *expected, vocabulary.end_image]
 
 
 def test_a_guided_image_equals_the_original(recorded: Recorded) -> None:
@@ -453,20 +462,20 @@ def test_images_equal_the_original(tiny_1: Recorded, case: str) -> None:
     ],
 )
 def test_mixed_replies_equal_the_original(tiny_1: Recorded, case: str) -> None:
-    [(prompt, want)] = tiny_1.rows(case)
-    assert tiny_1.draw(case, prompt, len(want)) == want
+    [(prompt, expected)] = tiny_1.rows(case)
+    assert tiny_1.generate(case, prompt, len(expected)) == expected
 
 
 @torch.inference_mode()
 def test_branches_give_the_originals_logits(tiny_1: Recorded) -> None:
     case = "image_greedy_after_image"
-    [(prompt, want)] = tiny_1.rows(case)
-    run = reference.Run(tiny_1.transformer, tiny_1.processor, tiny_1.request(case, prompt))
+    [(prompt, expected)] = tiny_1.rows(case)
+    run = reference.Run(tiny_1.transformer, tiny_1.processor, tiny_1.make_request(case, prompt))
     run.read(run.sample())
     for step in range(2):
-        got = torch.cat([run.logits[n] for n in ("full", "image_only", "unconditional")])
+        actual = torch.cat([run.logits[n] for n in ("full", "image_only", "unconditional")])
         original = tiny_1.logits[f"{case}/cfg_in_step{step}"]
-        assert_close(got, original, atol=1e-4, rtol=0)
+        assert_close(actual, original, atol=1e-4, rtol=0)
         tokens = run.sample()
-        assert tokens == [want[step]]
+        assert tokens == [expected[step]]
         run.read(tokens)

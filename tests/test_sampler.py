@@ -40,12 +40,12 @@ def settings(recorded: dict[str, torch.Tensor], **changes: float) -> SamplingTen
     return SamplingTensors.of([row] * 6, recorded["logits"].device)
 
 
-def assert_same(got: torch.Tensor, want: torch.Tensor) -> None:
-    assert torch.equal(got.isinf(), want.isinf())
-    assert_close(got, want, atol=1e-5, rtol=0)
+def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    assert torch.equal(actual.isinf(), expected.isinf())
+    assert_close(actual, expected, atol=1e-5, rtol=0)
 
 
-def seen(recorded: dict[str, torch.Tensor]) -> torch.Tensor:
+def seen_tokens(recorded: dict[str, torch.Tensor]) -> torch.Tensor:
     marks = torch.zeros_like(recorded["logits"], dtype=torch.bool)
     return marks.scatter_(1, recorded["input_ids"], True)
 
@@ -58,10 +58,10 @@ def allowed(recorded: dict[str, torch.Tensor]) -> torch.Tensor:
 
 @pytest.mark.parametrize("penalty", [1.2, 0.8])
 def test_repetition_penalty_is_metas(recorded: dict[str, torch.Tensor], penalty: float) -> None:
-    got = penalise(
-        recorded["logits"], seen(recorded), settings(recorded, penalty=penalty).penalty_B
+    actual = penalise(
+        recorded["logits"], seen_tokens(recorded), settings(recorded, penalty=penalty).penalty_B
     )
-    assert_same(got, recorded[f"rep_penalty_{penalty}"])
+    assert_same(actual, recorded[f"rep_penalty_{penalty}"])
 
 
 @pytest.mark.parametrize("name", ["temp_0.7", "top_p_0.9", "top_p_0.5", "top_p_0.01"])
@@ -74,23 +74,23 @@ def test_one_warp_is_metas(recorded: dict[str, torch.Tensor], name: str) -> None
 
 
 def test_allowed_tokens_are_metas(recorded: dict[str, torch.Tensor]) -> None:
-    got = warp(recorded["logits"].masked_fill(~allowed(recorded), -math.inf), settings(recorded))
-    assert_same(got, recorded["allow_only"])
+    actual = warp(recorded["logits"].masked_fill(~allowed(recorded), -math.inf), settings(recorded))
+    assert_same(actual, recorded["allow_only"])
 
 
 def test_text_chain_is_metas(recorded: dict[str, torch.Tensor]) -> None:
     chosen = settings(recorded, temperature=0.7, top_p=0.9, penalty=1.2)
     logits = recorded["logits"].masked_fill(~allowed(recorded), -math.inf)
-    got = warp(penalise(logits, seen(recorded), chosen.penalty_B), chosen)
-    assert_same(got, recorded["text_chain"])
-    assert_close(got.softmax(-1), recorded["text_chain_probs"], atol=1e-5, rtol=0)
+    actual = warp(penalise(logits, seen_tokens(recorded), chosen.penalty_B), chosen)
+    assert_same(actual, recorded["text_chain"])
+    assert_close(actual.softmax(-1), recorded["text_chain_probs"], atol=1e-5, rtol=0)
 
 
 def test_rows_keep_their_own_settings(recorded: dict[str, torch.Tensor]) -> None:
     rows = [(1.0, 0, 0.5, 0.0, 1.0), (0.7, 0, 1.0, 0.0, 1.0), (1.0, 0, 0.9, 0.0, 1.0)]
-    got = warp(recorded["logits"][:3], SamplingTensors.of(rows, recorded["logits"].device))
+    actual = warp(recorded["logits"][:3], SamplingTensors.of(rows, recorded["logits"].device))
     for row, name in enumerate(("top_p_0.5", "temp_0.7", "top_p_0.9")):
-        assert_same(got[row], recorded[name][row])
+        assert_same(actual[row], recorded[name][row])
 
 
 def test_top_k_and_min_p_are_transformers(recorded: dict[str, torch.Tensor]) -> None:
@@ -115,22 +115,22 @@ def test_pick_inverts_the_cumulative_probability(device: torch.device) -> None:
 def test_pick_follows_the_distribution(device: torch.device) -> None:
     probabilities = torch.tensor([0.1, 0.0, 0.6, 0.3])
     uniform = torch.rand(20_000, dtype=torch.float64, generator=generator(0))
-    drawn = pick(probabilities.log().to(device).expand(20_000, 4), uniform.to(device)).cpu()
-    shares = torch.bincount(drawn, minlength=4) / 20_000
+    columns = pick(probabilities.log().to(device).expand(20_000, 4), uniform.to(device)).cpu()
+    shares = torch.bincount(columns, minlength=4) / 20_000
     torch.testing.assert_close(shares, probabilities, atol=0.02, rtol=0)
     assert shares[1] == 0
 
 
 def batch(size: int, device: torch.device) -> dict[str, torch.Tensor]:
     source = generator(5)
-    made = {
+    inputs = {
         "logits_BV": torch.randn(size, V, generator=source) * 4,
         "allowed_BV": torch.rand(size, V, generator=source) < 0.7,
         "seen_BV": torch.rand(size, V, generator=source) < 0.2,
         "in_image_B": torch.arange(size) % 2 == 0,
         "uniform_B": uniforms([generator(seed) for seed in range(size)]),
     }
-    return {name: values.to(device) for name, values in made.items()}
+    return {name: values.to(device) for name, values in inputs.items()}
 
 
 def mixed_rows(size: int) -> list[SamplingParams]:
@@ -173,14 +173,14 @@ def test_temperature_0_is_the_best_token_after_the_penalty(device: torch.device)
 def test_lowest_temperature_does_not_overflow(device: torch.device) -> None:
     sampler = Sampler([SamplingParams(temperature=0.01).resolved({})], device)
     logits = torch.tensor([[3e4, -3e4, 2.9e4]])
-    given = (
+    inputs = (
         logits,
         torch.ones(1, 3, dtype=torch.bool),
         torch.zeros(1, 3, dtype=torch.bool),
         torch.tensor([False]),
         torch.tensor([0.5]),
     )
-    token = sampler.sample(*(values.to(device) for values in given))
+    token = sampler.sample(*(values.to(device) for values in inputs))
     assert token.tolist() == [0]
 
 
@@ -252,8 +252,8 @@ def test_resolved_prefers_the_caller_then_the_model_then_meta() -> None:
             "future_setting": 1,
         },
     }
-    got = SamplingParams(temperature=0, seed=3).resolved(file)
-    want = SamplingParams(
+    actual = SamplingParams(temperature=0, seed=3).resolved(file)
+    expected = SamplingParams(
         temperature=0,
         top_p=0.8,
         top_k=0,
@@ -266,8 +266,8 @@ def test_resolved_prefers_the_caller_then_the_model_then_meta() -> None:
         guidance_image=1.0,
         seed=3,
     )
-    assert got == want
-    assert got == SamplingParams(temperature=0, seed=3).resolved(file["chameleon"])  # type: ignore[arg-type]
+    assert actual == expected
+    assert actual == SamplingParams(temperature=0, seed=3).resolved(file["chameleon"])  # type: ignore[arg-type]
     assert SamplingParams().resolved({"eos_token_id": 2, "top_k": 50}) == SamplingParams.meta()
 
 

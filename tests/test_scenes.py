@@ -106,16 +106,16 @@ def test_people_type_in_many_ways() -> None:
     assert all(abs(len(t.rstrip(".")) - len("draw a banana")) <= 1 for t in slips)
 
 
-def test_dialogues_take_composed_wordings_and_any_picture(data: EmojiData) -> None:
+def test_dialogues_take_composed_wordings_and_any_image(data: EmojiData) -> None:
     only = {name: float(name == "draw") for name in ("draw", *Dialogues(data).weights)}
     mixed = Dialogues(data, tasks=only, further=1, wordings=1, varied=True, korean=0.5)
     found = list(islice(mixed, 400))
-    asked = [said(s, "user")[0] for s in found]
-    assert len(set(asked)) > 350
+    requests = [said(s, "user")[0] for s in found]
+    assert len(set(requests)) > 350
     bananas = {shown(s)[0] for s in found if not s["targets"][0]["style"]}
     styles = {i.split("/")[0] for i in bananas if i.endswith("/1f34c")}
-    assert len(styles) > 1  # without a style any picture of the thing may be the answer
-    assert not any("{" in text for text in asked)
+    assert len(styles) > 1  # without a style any image of the thing may be the answer
+    assert not any("{" in text for text in requests)
     with pytest.raises(SettingError, match="wordings is 2"):
         Dialogues(data, wordings=2)
 
@@ -123,7 +123,7 @@ def test_dialogues_take_composed_wordings_and_any_picture(data: EmojiData) -> No
 # ---- scenes
 
 
-def test_a_scene_is_told_by_its_id_and_made_of_its_pictures(data: EmojiData) -> None:
+def test_a_scene_is_told_by_its_id_and_made_of_its_images(data: EmojiData) -> None:
     scene = Scene(2, 2, ("noto/1f34c", "noto/1f34c", "", "noto/1f415"))
     assert Scene.of(scene.id) == scene
     assert scene.counts() == {"noto/1f34c": 2, "noto/1f415": 1}
@@ -144,7 +144,7 @@ def test_a_scene_is_told_by_its_id_and_made_of_its_pictures(data: EmojiData) -> 
     assert torch.equal(alone[0], made[3])
 
 
-def test_strangers_are_other_pictures(data: EmojiData) -> None:
+def test_strangers_are_other_images(data: EmojiData) -> None:
     found = scenes.unknown_image_ids(data, 30)
     assert found == scenes.unknown_image_ids(data, 30) != scenes.unknown_image_ids(data, 30, seed=1)
     mixed = next(i for i in found if i.startswith("scrambled/"))
@@ -166,11 +166,11 @@ def test_scenes_are_asked_about_truly(data: EmojiData) -> None:
         assert 1 <= sum(counts.values()) <= scenes.MOST_CELLS
         named = {data.row(i)["en"]: n for i, n in counts.items()}
         for question, answer in scenes.scene_questions(data, scene, "en", rng):
-            asked = [n for name, n in named.items() if scenes.plural(name) in question]
+            requests = [n for name, n in named.items() if scenes.plural(name) in question]
             if "thing" in question or "everything" in question:
                 assert words[answer] == sum(counts.values())
-            elif asked and "How many" in question:
-                assert words[answer] == asked[0]
+            elif requests and "How many" in question:
+                assert words[answer] == requests[0]
                 counted += 1
             elif "left of" in question:
                 middle = next(i for i in counts if f"the {data.row(i)['en']}?" in question)

@@ -176,9 +176,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def blocks_hold_what_they_are_said_to_hold(self) -> None:
         for block in range(BLOCKS):
-            held = self.pool.content(block)
-            stored = self.cache[block][: len(held)]
-            assert [history[-1] for history in stored] == held
+            content = self.pool.content(block)
+            stored = self.cache[block][: len(content)]
+            assert [history[-1] for history in stored] == content
             # All behind one prefix.
             assert all(a == b[:-1] for a, b in pairwise(stored))
             content = self.pool._content[block]
@@ -238,7 +238,7 @@ def scheduler_of(blocks: int, chunk: int, size: int = 4) -> Scheduler:
     return Scheduler(BlockPool(blocks, size), chunk)
 
 
-def drawn(scheduler: Scheduler, steps: int) -> list[list[int]]:
+def sampling_order(scheduler: Scheduler, steps: int) -> list[list[int]]:
     """The numbers of the requests that draw, step by step."""
     rows = []
     for _ in range(steps):
@@ -254,15 +254,15 @@ def test_a_long_prompt_does_not_hold_up_the_others() -> None:
     scheduler = scheduler_of(20, 8)
     short, long = Entry([Branch([0, 1])]), Entry([Branch([1] * 30)])
     scheduler.add(short)
-    drawn(scheduler, 1)
+    sampling_order(scheduler, 1)
     scheduler.add(long)
-    rows = drawn(scheduler, 6)
+    rows = sampling_order(scheduler, 6)
     assert [short.number in row for row in rows] == [True] * 6
     assert [long.number in row for row in rows] == [False] * 3 + [True] * 3
 
 
 @pytest.mark.parametrize(
-    ("drawing", "waiting", "read"),
+    ("sampling", "waiting", "read"),
     [
         (0, 1, 32),
         (1, 1, 8),
@@ -274,21 +274,21 @@ def test_a_long_prompt_does_not_hold_up_the_others() -> None:
         (9, 12, 21),
     ],
 )
-def test_pieces_grow_with_those_that_draw_and_those_that_wait(
-    drawing: int, waiting: int, read: int
+def test_pieces_grow_with_sampling_and_waiting_requests(
+    sampling: int, waiting: int, read: int
 ) -> None:
     scheduler = scheduler_of(1000, 8)
-    for _ in range(drawing):
+    for _ in range(sampling):
         scheduler.add(Entry([Branch([0])]))
-    drawn(scheduler, 1)
+    sampling_order(scheduler, 1)
     for number in range(waiting):
         scheduler.add(Entry([Branch([number + 1] * 100)]))
     plan = scheduler.schedule()
     assert sum(piece.size for piece in plan.pieces if piece.size > 1) == read
-    assert len(plan.ready) == drawing
+    assert len(plan.ready) == sampling
 
 
-def test_a_prompt_is_read_in_larger_pieces_where_nobody_draws() -> None:
+def test_a_prompt_is_read_in_larger_pieces_if_no_request_samples() -> None:
     scheduler = scheduler_of(20, 8)
     scheduler.add(Entry([Branch([1] * 70)]))
     assert [len(piece.tokens) for piece in scheduler.schedule().pieces] == [8 * PREFILL_ONLY_FACTOR]
@@ -315,48 +315,48 @@ def test_a_higher_priority_takes_the_place_of_a_lower_one() -> None:
     scheduler = scheduler_of(2, 8)
     low, high = Entry([Branch([0]), Branch([1])], 5), Entry([Branch([0])], -1)
     scheduler.add(low)
-    assert drawn(scheduler, 1) == [[low.number]]
+    assert sampling_order(scheduler, 1) == [[low.number]]
     scheduler.add(high)
-    assert drawn(scheduler, 1) == [[high.number]]
+    assert sampling_order(scheduler, 1) == [[high.number]]
     assert scheduler.preemptions == 1 and not low.branches[0].blocks
     scheduler.remove(high)
-    assert drawn(scheduler, 1) == [[low.number]]
+    assert sampling_order(scheduler, 1) == [[low.number]]
     assert low.branches[0].tokens == [0, 1, 1]
 
 
-def test_equal_priorities_never_push_each_other_out_of_line() -> None:
+def test_requests_of_equal_priority_keep_their_order() -> None:
     scheduler = scheduler_of(1, 8)
     first, second = Entry([Branch([0])]), Entry([Branch([1])])
     scheduler.add(first)
     scheduler.schedule()
     scheduler.add(second)
-    assert drawn(scheduler, 2) == [[first.number], [first.number]]
+    assert sampling_order(scheduler, 2) == [[first.number], [first.number]]
     assert scheduler.preemptions == 0
 
 
-def test_no_more_requests_run_than_may() -> None:
+def test_at_most_most_running_requests_run() -> None:
     scheduler = Scheduler(BlockPool(50, 4), 8, most_running=2)
     entries = [Entry([Branch([0, 1])]) for _ in range(3)]
     for entry in entries:
         scheduler.add(entry)
-    assert drawn(scheduler, 1) == [[entry.number for entry in entries[:2]]]
+    assert sampling_order(scheduler, 1) == [[entry.number for entry in entries[:2]]]
     urgent = Entry([Branch([1])], -1)
     scheduler.add(urgent)
-    assert drawn(scheduler, 1) == [[urgent.number, entries[0].number]]
+    assert sampling_order(scheduler, 1) == [[urgent.number, entries[0].number]]
     assert scheduler.preemptions == 1
 
 
-def test_the_room_of_an_image_is_kept_from_its_beginning() -> None:
+def test_the_blocks_of_an_image_are_reserved_from_its_beginning() -> None:
     """12 tokens are to come, 3 blocks in each branch; so the other request waits at once."""
     scheduler = scheduler_of(7, 8)
     image, text = Entry([Branch([0]), Branch([1])], reserve=11), Entry([Branch([2] * 5)])
     scheduler.add(image)
-    assert drawn(scheduler, 1) == [[image.number]]
+    assert sampling_order(scheduler, 1) == [[image.number]]
     assert [len(branch.blocks) for branch in image.branches] == [3, 3]
     scheduler.add(text)
     for left in range(10, 0, -1):
         image.reserve = left
-        assert drawn(scheduler, 1) == [[image.number]]
+        assert sampling_order(scheduler, 1) == [[image.number]]
     assert [len(branch.blocks) for branch in image.branches] == [3, 3]
     assert scheduler.preemptions == 0
 
@@ -367,22 +367,22 @@ def test_a_request_takes_blocks_as_it_grows() -> None:
     scheduler.add(entry)
     sizes = []
     for _ in range(9):
-        drawn(scheduler, 1)
+        sampling_order(scheduler, 1)
         sizes.append(len(entry.branches[0].blocks))
     assert sizes == [1, 1, 2, 2, 2, 2, 3, 3, 3]
 
 
-def test_a_block_is_found_as_soon_as_it_is_full() -> None:
+def test_a_block_is_shared_as_soon_as_it_is_full() -> None:
     scheduler = scheduler_of(9, 8)
     branch = Branch([0, 1, 0])
     scheduler.add(Entry([branch]))
-    found = []
+    num_shared = []
     for _ in range(7):
-        drawn(scheduler, 1)
-        found.append(len(scheduler.pool.find_prefix([*branch.tokens, 9]).blocks))
-    assert found == [0, 1, 1, 1, 1, 2, 2]
+        sampling_order(scheduler, 1)
+        num_shared.append(len(scheduler.pool.find_prefix([*branch.tokens, 9]).blocks))
+    assert num_shared == [0, 1, 1, 1, 1, 2, 2]
     scheduler.restart()
-    drawn(scheduler, 1)
+    sampling_order(scheduler, 1)
     assert len(scheduler.pool.find_prefix([*branch.tokens, 9]).blocks) == 2
 
 
@@ -393,7 +393,7 @@ def test_the_last_request_in_order_waits_for_a_block() -> None:
     scheduler.add(last)
     rows = []
     for first.reserve in (3, 2, 1, 0):
-        rows += drawn(scheduler, 1)
+        rows += sampling_order(scheduler, 1)
     assert rows == [[first.number, last.number], *[[first.number]] * 3]
     assert last in scheduler.running and scheduler.preemptions == 0
 
@@ -427,9 +427,9 @@ def test_a_prompt_that_begins_like_another_shares_its_blocks() -> None:
     other, copied = started(pool, [*range(9), 99, 98, 97, 96], 0)
     assert list(other.blocks) == [0, 1, 3, 4] and copied == Copy(2, 3, 1) and other.num_read == 9
     # The same prompt again: its last token is read anew, for the logits.
-    again, copied = started(pool, list(range(8)), 0)
-    assert list(again.blocks) == [0, 5] and copied == Copy(1, 5, 3) and again.num_read == 7
-    for branch in (first, other, again):
+    second, copied = started(pool, list(range(8)), 0)
+    assert list(second.blocks) == [0, 5] and copied == Copy(1, 5, 3) and second.num_read == 7
+    for branch in (first, other, second):
         pool.release(branch)
     assert pool.free == 9
     last, copied = started(pool, list(range(11)), 0)
@@ -454,16 +454,16 @@ def test_the_least_recently_read_blocks_go_first_and_ends_before_beginnings() ->
     assert len(pool.find_prefix([5, 6, 7, 8, 0]).blocks) == 2
 
 
-def test_the_block_to_be_copied_is_filled_on_in_place_where_it_is_the_next_free_one() -> None:
+def test_a_block_to_copy_is_reused_in_place_if_it_is_the_next_free_one() -> None:
     pool = BlockPool(1, 4)
     first, _ = started(pool, [1, 2], 2)
     pool.release(first)
-    again, copied = started(pool, [1, 2, 3], 0)
-    assert copied is None and again.num_read == 2 and list(again.blocks) == [0]
+    second, copied = started(pool, [1, 2, 3], 0)
+    assert copied is None and second.num_read == 2 and list(second.blocks) == [0]
     assert pool.content(0) == [1, 2]
 
 
-def test_what_a_failed_request_alone_has_read_is_not_found_again() -> None:
+def test_blocks_read_only_by_a_failed_request_are_not_shared() -> None:
     pool = BlockPool(6, 2)
     neighbour, _ = started(pool, [1, 2, 3], 3)
     failed, _ = started(pool, [1, 2, 7, 8, 9], 5)
@@ -488,8 +488,8 @@ def test_forgotten_blocks_give_nothing_back() -> None:
     branch, _ = started(pool, [1, 2, 3], 3)
     pool.release(branch)
     pool.forget_all()
-    again, copied = started(pool, [1, 2, 3], 0)
-    assert again.num_read == 0 and copied is None and pool.free == 2
+    second, copied = started(pool, [1, 2, 3], 0)
+    assert second.num_read == 0 and copied is None and pool.free == 2
 
 
 def test_impossible_sizes() -> None:

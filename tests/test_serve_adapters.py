@@ -14,7 +14,7 @@ import pytest
 import torch
 from corpora import tiny_model
 from serve_case import Running, mini, pixels, running
-from tiny import request
+from tiny import make_request
 from torch import nn
 
 from earlyfusion import Chameleon
@@ -87,10 +87,12 @@ def mixed(model: Chameleon) -> list[Request]:
     """Requests of which three each differ in the adapter only: they begin alike."""
     one = model.processor
     requests = [
-        request(one, 0, "text", max_tokens=40),
-        request(one, 1, "image"),
-        request(one, 5, "image", picture=True, jacobi=3, negative_prompt="a pear"),
-        request(one, 2, "text", picture=True, max_tokens=40, temperature=0, prompt_lookup=4),
+        make_request(one, 0, "text", max_tokens=40),
+        make_request(one, 1, "image"),
+        make_request(one, 5, "image", with_image=True, jacobi=3, negative_prompt="a pear"),
+        make_request(
+            one, 2, "text", with_image=True, max_tokens=40, temperature=0, prompt_lookup=4
+        ),
     ]
     return [replace(each, adapter=name) for each in requests for name in NAMES]
 

@@ -109,7 +109,7 @@ def test_columns_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
         opened_rows(path, tmp_path / "cache")
 
 
-def test_a_folder_of_pictures_with_texts_beside_them(tmp_path: Path) -> None:
+def test_a_folder_of_images_with_texts_beside_them(tmp_path: Path) -> None:
     folder = tmp_path / "pears"
     (folder / "deep").mkdir(parents=True)
     for number, name in enumerate(("b.png", "a.PNG", "deep/c.png", "lonely.png")):
@@ -157,7 +157,7 @@ def test_folders_that_datasets_saved(tmp_path: Path) -> None:
 
 
 def said(row: dict[str, Any], image_first: bool = True) -> list[tuple[str, list[Any]]]:
-    """Turns of a row in short: texts as they are, pictures as what names them."""
+    """Turns of a row in short: texts as they are, images as what names them."""
     return [
         (role, [part.text if isinstance(part, Text) else part.source for part in parts])
         for role, parts in example_of(row, image_first).turns
@@ -216,7 +216,7 @@ def test_each_form_is_told_by_its_keys_and_read(form: str) -> None:
     assert said(row) == turns
 
 
-def test_the_picture_of_a_pair_comes_first_or_second() -> None:
+def test_the_image_of_a_pair_comes_first_or_second() -> None:
     row = FORMS["pair"][0]
     assert said(row, image_first=False) == [("user", ["pear"]), ("assistant", ["c.png"])]
     plain = example_of(row, False, plain_pairs=True)
@@ -229,7 +229,7 @@ def test_neighbours_of_one_role_and_the_system_are_joined() -> None:
     assert said(row) == [("user", ["Be kind.", "\n", "Hi"]), ("assistant", ["Yo", "\n", "!"])]
 
 
-def test_pictures_without_marks_go_before_the_first_prompt() -> None:
+def test_images_without_marks_go_before_the_first_prompt() -> None:
     row = LLAVA | {"image": ["a.jpg", "b.jpg"]}
     row["conversations"] = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "Pears"}]
     assert said(row)[0] == ("user", ["a.jpg", "b.jpg", "What?"])
@@ -399,17 +399,17 @@ def test_files_of_a_folder_a_glob_and_the_hub(
     assert names(folder / "*.jsonl") == ["a.jsonl", "b.jsonl"]
     assert names(folder / "**" / "*.jsonl", "val/*") == ["c.jsonl"]
     assert len(open_all(folder / "*.jsonl", tmp_path / "cache")) == 2
-    asked = []
+    requests = []
 
     def download(hub_id: str, **options: Any) -> str:
-        asked.append((hub_id, options["repo_type"], options["allow_patterns"]))
+        requests.append((hub_id, options["repo_type"], options["allow_patterns"]))
         return str(folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert names("org/name", "val/*") == ["c.jsonl"]
-    assert asked == [("org/name", "dataset", ["val/*"])]
+    assert requests == [("org/name", "dataset", ["val/*"])]
     assert names("org/name") == ["a.jsonl", "b.jsonl", "c.jsonl"]
-    assert "*.parquet" in asked[-1][2]
+    assert "*.parquet" in requests[-1][2]
 
     def fail(*_: Any, **__: Any) -> str:
         raise OSError
@@ -433,7 +433,7 @@ def test_a_source_that_is_none(
         open_rows(source, tmp_path, RowSettings())
 
 
-def test_pictures_of_the_net_and_outside_of_a_hub_data_set_are_not_read(tmp_path: Path) -> None:
+def test_images_of_the_net_and_outside_of_a_hub_data_set_are_not_read(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "out.png").write_bytes(b"P")
     open_folder, confined = (tables.ImageFolder(tmp_path / "in", c) for c in (False, True))
@@ -449,7 +449,7 @@ def test_pictures_of_the_net_and_outside_of_a_hub_data_set_are_not_read(tmp_path
     assert open_folder.read("data:image/png;base64,UE5\nH\n") == b"PNG"
 
 
-def test_outlines_are_the_rows_with_a_byte_in_place_of_each_picture(tmp_path: Path) -> None:
+def test_outlines_are_the_rows_with_a_byte_in_place_of_each_image(tmp_path: Path) -> None:
     pyarrow, parquet = (pytest.importorskip(f"pyarrow{name}") for name in ("", ".parquet"))
     pictures = [{"bytes": png(n), "path": None} for n in range(9)]
     some = [None if n % 3 else picture for n, picture in enumerate(pictures)]
@@ -511,7 +511,7 @@ def documents(
     ("settings", "way"),
     [({}, "crop"), ({"resize_mode": "fit"}, "fit"), ({"prompt_images": "fit"}, "fit")],
 )
-def test_pictures_of_prompts_are_cut_as_told_and_those_of_answers_cropped(
+def test_images_of_prompts_are_cut_as_told_and_those_of_answers_cropped(
     tmp_path: Path, processor: Processor, settings: dict[str, str], way: str
 ) -> None:
     (tmp_path / "a.png").write_bytes(png(3, (40, 16)))
@@ -599,7 +599,7 @@ def test_too_many_broken_rows_end_the_run(tmp_path: Path) -> None:
 
 
 def plain(processor: Processor, *lengths: int) -> TokenSequence:
-    """A plain document of texts; a length below 0 is a picture."""
+    """A plain document of texts; a length below 0 is an image."""
     vocabulary, document = processor.vocabulary, TokenSequence()
     document.add_control(vocabulary.bos)
     text = int(vocabulary.text_tokens[0])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
-from tiny import CONFIG, request, tiny_processor, tiny_transformer
+from tiny import CONFIG, make_request, tiny_processor, tiny_transformer
 
 from earlyfusion.engine.backends.torch import FusedTransformer
 from earlyfusion.engine.blocks import BLOCK_SIZE
@@ -69,24 +69,24 @@ def requests(draw: st.DrawFn, processor: Processor) -> Request:
         "words": {"bad_words": ("a",)},
     }[steered]
     output = draw(st.sampled_from(["text", "image", "interleaved"]))
-    seed, picture = draw(st.integers(0, 12)), draw(st.booleans())
+    seed, with_image = draw(st.integers(0, 12)), draw(st.booleans())
     max_tokens, images = draw(st.integers(12, 45)), draw(st.integers(1, 3))
-    made = request(processor, seed, output, picture, max_tokens, images, **chosen)
+    request = make_request(processor, seed, output, with_image, max_tokens, images, **chosen)
     stops = draw(st.sampled_from([(), (), (processor.vocabulary.pad,), tuple(range(40, 90))]))
-    return replace(made, stops=stops, layout=LAYOUTS[0])
+    return replace(request, stops=stops, layout=LAYOUTS[0])
 
 
 @st.composite
 def crowds(draw: st.DrawFn, processor: Processor) -> tuple[list[Request], list[int], int]:
     """Requests, the number of steps before each joins, and the blocks of the cache."""
-    asked = draw(st.lists(requests(processor), min_size=1, max_size=4))
-    apart = [draw(st.integers(0, 3)) for _ in asked]
-    return asked, apart, draw(st.sampled_from([12, 40]))
+    members = draw(st.lists(requests(processor), min_size=1, max_size=4))
+    apart = [draw(st.integers(0, 3)) for _ in members]
+    return members, apart, draw(st.sampled_from([12, 40]))
 
 
-def drawn(engine: Engine, asked: list[Request], apart: list[int]) -> list[list[int]]:
+def run(engine: Engine, requests: list[Request], apart: list[int]) -> list[list[int]]:
     handles = []
-    for one, steps in zip(asked, apart, strict=True):
+    for one, steps in zip(requests, apart, strict=True):
         handles.append(engine.add(one))
         for _ in range(steps):
             engine.step()
@@ -95,12 +95,12 @@ def drawn(engine: Engine, asked: list[Request], apart: list[int]) -> list[list[i
     return [handle.tokens for handle in handles]
 
 
-def told(transformer: Transformer, processor: Processor, asked: Request) -> list[int]:
+def loop_tokens(transformer: Transformer, processor: Processor, request: Request) -> list[int]:
     """The tokens of the plain loop, up to a stop string."""
-    tokens = list(generate_tokens(transformer, processor, asked))
-    if asked.sampling.stop is None:
+    tokens = list(generate_tokens(transformer, processor, request))
+    if request.sampling.stop is None:
         return tokens
-    *_, last = generate(transformer, processor, asked)
+    *_, last = generate(transformer, processor, request)
     assert isinstance(last, Finished)
     return tokens[: last.usage.completion_tokens]
 
@@ -116,10 +116,10 @@ def check_equality(
     @chosen
     @given(crowds(processor))
     def equals(crowd: tuple[list[Request], list[int], int]) -> None:
-        asked, apart, blocks = crowd
+        members, apart, blocks = crowd
         engine = Engine(transformer, processor, cache_bytes=blocks * BLOCK, static=True)
-        wanted = [told(transformer, processor, one) for one in asked]
-        assert drawn(engine, asked, apart) == wanted
+        expected = [loop_tokens(transformer, processor, one) for one in members]
+        assert run(engine, members, apart) == expected
 
     equals()
 
@@ -219,7 +219,7 @@ def test_no_value_is_read(
                 burst._step.run(rows, Kind(only_codes, greedy))
 
 
-def test_one_burst_draws_a_whole_row_of_an_image(
+def test_one_burst_samples_a_whole_row_of_an_image(
     transformer: Transformer, processor: Processor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The host looks once for 32 codes of one request, and once for 16 of several."""
@@ -234,10 +234,11 @@ def test_one_burst_draws_a_whole_row_of_an_image(
     monkeypatch.setattr(Bursts, "sample", counted)
     for number, expected in ((1, [32, 32]), (2, [16, 16, 16, 16])):
         lengths.clear()
-        asked = [
-            request(processor, seed, "image", seed > 0, max_tokens=66) for seed in range(number)
+        requests = [
+            make_request(processor, seed, "image", seed > 0, max_tokens=66)
+            for seed in range(number)
         ]
-        drawn(Engine(transformer, processor, static=True), asked, [0] * number)
+        run(Engine(transformer, processor, static=True), requests, [0] * number)
         assert lengths[: len(expected)] == expected
 
 
@@ -245,11 +246,11 @@ def test_one_burst_draws_a_whole_row_of_an_image(
 def test_crowds_of_the_largest_bucket_and_beyond(
     transformer: Transformer, processor: Processor, number: int
 ) -> None:
-    asked = [request(processor, seed % 3, "text", max_tokens=5) for seed in range(number)]
-    wanted = [list(generate_tokens(transformer, processor, one)) for one in asked[:3]]
+    requests = [make_request(processor, seed % 3, "text", max_tokens=5) for seed in range(number)]
+    expected = [list(generate_tokens(transformer, processor, one)) for one in requests[:3]]
     engine = Engine(transformer, processor, static=True, chunk=10_000)  # all begin together
-    got = drawn(engine, asked, [0] * number)
-    assert got == [wanted[which % 3] for which in range(number)]
+    actual = run(engine, requests, [0] * number)
+    assert actual == [expected[which % 3] for which in range(number)]
     assert engine.runner.bursts is not None
     rows = {shape.rows for shape in engine.runner.bursts._graphs.shapes}
     assert (max(rows, default=0) == BUCKETS[-1]) == (number < BUCKETS[-1])
@@ -260,18 +261,18 @@ def test_rows_freeze_where_their_blocks_end(
 ) -> None:
     """A frozen row writes where nobody reads, while the others go on."""
     monkeypatch.setattr(Scheduler, "grow", lambda *_: None)
-    asked = [request(processor, seed, "text", max_tokens=90) for seed in range(5)]
-    wanted = [list(generate_tokens(transformer, processor, one)) for one in asked]
-    assert drawn(Engine(transformer, processor, static=True), asked, [0] * 5) == wanted
+    requests = [make_request(processor, seed, "text", max_tokens=90) for seed in range(5)]
+    expected = [list(generate_tokens(transformer, processor, one)) for one in requests]
+    assert run(Engine(transformer, processor, static=True), requests, [0] * 5) == expected
 
 
 def test_a_full_cache_takes_no_blocks_early(transformer: Transformer, processor: Processor) -> None:
     """Bursts never preempt: there are as few preemptions as without them."""
-    asked = [request(processor, seed, "text", max_tokens=60, **GREEDY) for seed in range(6)]
+    requests = [make_request(processor, seed, "text", max_tokens=60, **GREEDY) for seed in range(6)]
     counts = []
     for static in (False, True):
         engine = Engine(transformer, processor, cache_bytes=14 * BLOCK, static=static)
-        drawn(engine, asked, [0] * 6)
+        run(engine, requests, [0] * 6)
         counts.append(engine.preemptions)
     assert counts[1] <= counts[0]
 
@@ -285,13 +286,16 @@ def test_captured_steps_equal_called_ones(processor: Processor) -> None:
     engine.warm_up()
     captured = engine.runner.bursts._graphs.shapes
     assert len(captured) == 60
-    asked = [
-        request(processor, seed, "interleaved", seed % 2 == 1, max_tokens=70) for seed in range(8)
+    requests = [
+        make_request(processor, seed, "interleaved", seed % 2 == 1, max_tokens=70)
+        for seed in range(8)
     ]
-    asked += [request(processor, seed, "image", seed % 2 == 1, **GREEDY) for seed in range(4)]
-    wanted = [list(generate_tokens(transformer, processor, one)) for one in asked]
-    assert drawn(engine, asked, [0] * 12) == wanted
+    requests += [
+        make_request(processor, seed, "image", seed % 2 == 1, **GREEDY) for seed in range(4)
+    ]
+    expected = [list(generate_tokens(transformer, processor, one)) for one in requests]
+    assert run(engine, requests, [0] * 12) == expected
     before = torch.cuda.memory_stats()["num_device_alloc"]
-    assert drawn(engine, asked, [0] * 12) == wanted
+    assert run(engine, requests, [0] * 12) == expected
     assert engine.runner.bursts._graphs.shapes == captured
     assert torch.cuda.memory_stats()["num_device_alloc"] == before

@@ -54,21 +54,23 @@ def same(ids: list[int], logits: Tensor) -> Tensor:
     return logits
 
 
-def told(events: list[Event]) -> list[Any]:
+def comparable(events: list[Event]) -> list[Any]:
     """Events as plain values."""
     return [e.codes.tolist() if isinstance(e, ImageDone) else e for e in events]
 
 
-def both(model: Chameleon, request: Request) -> list[Any]:
+def engine_and_loop(model: Chameleon, request: Request) -> list[Any]:
     """The events of the engine, which are those of the plain loop."""
-    events = told(list(model.engine.generate(request)))
-    plain = told(list(generate(model.transformer, model.processor, request)))
-    for mine, others in zip(events, plain, strict=True):
-        if isinstance(mine, TokenDrawn):
-            assert mine.logprob.id == others.logprob.id
-            assert mine.logprob.logprob == pytest.approx(others.logprob.logprob, abs=1e-4)
+    events = comparable(list(model.engine.generate(request)))
+    plain = comparable(list(generate(model.transformer, model.processor, request)))
+    for engine_event, loop_event in zip(events, plain, strict=True):
+        if isinstance(engine_event, TokenDrawn):
+            assert engine_event.logprob.id == loop_event.logprob.id
+            assert engine_event.logprob.logprob == pytest.approx(
+                loop_event.logprob.logprob, abs=1e-4
+            )
         else:
-            assert mine == others
+            assert engine_event == loop_event
     return events
 
 
@@ -78,31 +80,31 @@ def test_a_processor_that_changes_nothing_changes_nothing(model: Chameleon, outp
         settings = SamplingParams(repetition_penalty=1.3, max_tokens=80, top_k=40)
         plain = model.request("a pear", output, settings, seed)
         steered = model.request("a pear", output, settings, seed, logits_processors=same)
-        assert both(model, steered) == told(list(model.engine.generate(plain)))
+        assert engine_and_loop(model, steered) == comparable(list(model.engine.generate(plain)))
 
 
 def test_a_processor_sees_all_tokens_and_has_the_last_word_but_for_the_grammar(
     model: Chameleon,
 ) -> None:
-    seen: list[list[int]] = []
-    [wanted] = model.processor.encode_text("a")
+    histories: list[list[int]] = []
+    [expected] = model.processor.encode_text("a")
     code = int(model.processor.vocabulary.image_tokens[5])
 
     def force(ids: list[int], logits: Tensor) -> Tensor:
-        seen.append(list(ids))
+        histories.append(list(ids))
         ids.clear()  # a copy: what it does to it changes nothing
         assert logits.shape == (CONFIG.vocab_size,) and logits.dtype == torch.float32
-        return forced(logits, -1.0, 99.0, wanted, code)
+        return forced(logits, -1.0, 99.0, expected, code)
 
     text = model.generate("x", "text", max_tokens=4, temperature=0, logits_processors=[force])
     ids = list(model.request("x", "text").ids)
-    assert text.text == "aaaa" and seen == [ids + [wanted] * n for n in range(4)]
-    seen.clear()
+    assert text.text == "aaaa" and histories == [ids + [expected] * n for n in range(4)]
+    histories.clear()
     reply = model.generate("x", "image", image_temperature=0, logits_processors=[same, force])
-    [picture] = reply.segments
-    assert isinstance(picture, Image) and picture.codes is not None
-    assert (picture.codes == 5).all(), "a text token cannot come in a picture"
-    assert len(seen) == 64, "forced tokens are not drawn"
+    [image] = reply.segments
+    assert isinstance(image, Image) and image.codes is not None
+    assert (image.codes == 5).all(), "a text token cannot come in a picture"
+    assert len(histories) == 64, "forced tokens are not drawn"
 
 
 def test_processors_are_called_in_order_on_guided_logits(model: Chameleon) -> None:
@@ -124,7 +126,7 @@ def test_processors_are_called_in_order_on_guided_logits(model: Chameleon) -> No
     )
     plain = replace(request, sampling=replace(request.sampling, logits_processors=None))
     assert request.sampling.guidance_text == 3.0
-    assert both(model, request) == told(list(model.engine.generate(plain)))
+    assert engine_and_loop(model, request) == comparable(list(model.engine.generate(plain)))
     assert calls[:4] == ["first", "second"] * 2
 
 
@@ -189,7 +191,7 @@ def test_bad_words_never_come_however_they_are_spelled(model: Chameleon) -> None
     changed = 0
     for seed, before in enumerate(free):
         settings = replace(PLAIN, bad_words=bad)
-        both(model, model.request("a", "text", settings, seed))
+        engine_and_loop(model, model.request("a", "text", settings, seed))
         reply = model.generate("a", "text", settings, seed)
         assert not [word for word in bad if word in reply.text]
         changed += reply.text != before.text
@@ -220,10 +222,10 @@ def test_allowed_words_are_all_that_text_holds(model: Chameleon) -> None:
             assert shape.fullmatch(reply.text), reply.text
             assert tokens[-1] == model.processor.vocabulary.eos
         texts.append(reply.text)
-        both(model, request)
-    whole = [text for text in texts if shape.fullmatch(text)]
-    assert len(whole) >= 4 and len({*texts}) > 2
-    assert {word for text in whole for word in re.split("[ \n]", text)} >= {"red", "pear"}
+        engine_and_loop(model, request)
+    complete = [text for text in texts if shape.fullmatch(text)]
+    assert len(complete) >= 4 and len({*texts}) > 2
+    assert {word for text in complete for word in re.split("[ \n]", text)} >= {"red", "pear"}
 
 
 def test_words_that_can_be_read_in_many_ways_take_no_longer(model: Chameleon) -> None:
@@ -231,9 +233,9 @@ def test_words_that_can_be_read_in_many_ways_take_no_longer(model: Chameleon) ->
         settings = SamplingParams(allowed_words=words)
         request = model.request("x", "text", settings, seed=0)
         ids = [*request.ids, *model.processor.encode_text(text)]
-        found = Words(model.processor, request).blocked(ids)
-        assert found is not None
-        return list(found.tolist())
+        blocked = Words(model.processor, request).blocked(ids)
+        assert blocked is not None
+        return list(blocked.tolist())
 
     # "a a" can be one word or two.
     for text in (" ".join("a" * 60), " ".join("a" * 60) + " "):
@@ -256,7 +258,7 @@ def test_many_words_beside_a_large_vocabulary_take_little_time(
     assert len(inside & {*blocked.tolist()}) == (len(inside) if field == "bad_words" else 0)
 
 
-def test_a_word_is_whole_before_a_picture(model: Chameleon) -> None:
+def test_a_word_is_whole_before_an_image(model: Chameleon) -> None:
     for seed in range(12):
         settings = SamplingParams(
             max_tokens=90, allowed_words=["red"], guidance_text=1, guidance_image=1, temperature=1
@@ -279,12 +281,12 @@ def test_logprobs_are_those_of_the_model_before_all_settings(model: Chameleon) -
         temperature=0.3, top_k=3, repetition_penalty=2.0, max_tokens=12, bad_words="e", logprobs=3
     )
     request = model.request("a pear", "text", settings, seed=1)
-    both(model, request)
+    engine_and_loop(model, request)
     reply = model.generate("a pear", "text", settings, seed=1)
     assert reply.logprobs is not None and len(reply.logprobs) == reply.usage.completion_tokens
     tokens = [entry.id for entry in reply.logprobs]
-    wanted = logprobs_by_hand(model, list(request.ids), tokens)
-    assert [entry.logprob for entry in reply.logprobs] == pytest.approx(wanted, abs=1e-4)
+    expected = logprobs_by_hand(model, list(request.ids), tokens)
+    assert [entry.logprob for entry in reply.logprobs] == pytest.approx(expected, abs=1e-4)
     assert model.processor.decode_text(tokens).strip() == reply.text
     for entry in reply.logprobs:
         likely = [other.logprob for other in entry.top]
@@ -303,17 +305,17 @@ def test_logprobs_are_those_of_the_model_before_all_settings(model: Chameleon) -
     assert batch[0].text == none.text and batch[1].logprobs is not None
 
 
-def test_logprobs_of_a_guided_picture_are_the_unguided_models(model: Chameleon) -> None:
+def test_logprobs_of_a_guided_image_are_the_unguided_models(model: Chameleon) -> None:
     request = model.request("a pear", "image", seed=1, logprobs=0)
     assert request.sampling.guidance_text == 3.0
-    both(model, request)
+    engine_and_loop(model, request)
     reply = model.generate("a pear", "image", seed=1, logprobs=0)
     [picture] = reply.segments
     assert isinstance(picture, Image) and picture.codes is not None and reply.logprobs is not None
     spelled = model.processor.layout.spell(picture.codes, model.processor.vocabulary)
-    wanted = logprobs_by_hand(model, list(request.ids), spelled)
+    expected = logprobs_by_hand(model, list(request.ids), spelled)
     assert [entry.id for entry in reply.logprobs] == spelled[1:-1], "marks are not drawn"
-    assert [e.logprob for e in reply.logprobs] == pytest.approx(wanted[1:-1], abs=1e-4)
+    assert [e.logprob for e in reply.logprobs] == pytest.approx(expected[1:-1], abs=1e-4)
 
 
 def test_scores_are_log_probabilities_of_the_answers(model: Chameleon) -> None:
@@ -327,10 +329,10 @@ def test_scores_are_log_probabilities_of_the_answers(model: Chameleon) -> None:
             chat = [Message("user", prompt), Message("assistant", answer)]
             tokens = model.processor.encode(chat).ids[len(ids) :] + [eos] * end
             assert score.tokens == tokens
-            wanted = logprobs_by_hand(model, ids, tokens)
-            assert score.token_logprobs == pytest.approx(wanted, abs=1e-4)
-            assert score.logprob == pytest.approx(sum(wanted), abs=1e-3)
-            assert score.per_token == pytest.approx(sum(wanted) / len(wanted), abs=1e-4)
+            expected = logprobs_by_hand(model, ids, tokens)
+            assert score.token_logprobs == pytest.approx(expected, abs=1e-4)
+            assert score.logprob == pytest.approx(sum(expected), abs=1e-3)
+            assert score.per_token == pytest.approx(sum(expected) / len(expected), abs=1e-4)
     assert model.score(prompt, answers[::-1])[3].logprob == pytest.approx(
         model.score(prompt, answers)[0].logprob, abs=1e-4
     )
@@ -365,17 +367,17 @@ def test_a_reply_has_the_score_of_its_logprobs(model: Chameleon) -> None:
     [score] = model.score("a pear", ["This is a pear."])
     assert reply.text == "This is a pear." and reply.logprobs is not None
     assert score.tokens == tokens == [entry.id for entry in reply.logprobs]
-    told = [entry.logprob for entry in reply.logprobs]
-    assert score.token_logprobs == pytest.approx(told, abs=1e-4)
+    logprobs = [entry.logprob for entry in reply.logprobs]
+    assert score.token_logprobs == pytest.approx(logprobs, abs=1e-4)
 
 
 def test_scores_go_on_with_a_begun_answer(model: Chameleon) -> None:
-    [whole] = model.score("x", [["a ", "pear"]])
+    [complete] = model.score("x", [["a ", "pear"]])
     chat = [Message("user", "x"), Message("assistant", "a ")]
     [rest] = model.score(chat, ["pear"])
     begun = len(model.processor.encode_text("a "))
-    assert rest.tokens == whole.tokens[begun:]
-    assert rest.token_logprobs == pytest.approx(whole.token_logprobs[begun:], abs=1e-4)
+    assert rest.tokens == complete.tokens[begun:]
+    assert rest.token_logprobs == pytest.approx(complete.token_logprobs[begun:], abs=1e-4)
 
 
 def test_mistakes_in_scores(model: Chameleon) -> None:
@@ -390,11 +392,11 @@ def test_mistakes_in_scores(model: Chameleon) -> None:
 
 def test_hooks_and_damaged_weights_are_seen_while_steering(model: Chameleon) -> None:
     request = model.request("a pear", "interleaved", PLAIN, seed=2, logits_processors=same)
-    before = both(model, request)
+    before = engine_and_loop(model, request)
     layer = model.transformer.model.layers[0]
     hook = layer.register_forward_hook(lambda module, inputs, out: out * 0.2)
     try:
-        assert both(model, request) != before
+        assert engine_and_loop(model, request) != before
     finally:
         hook.remove()
     weight = model.transformer.model.norm.weight
@@ -405,4 +407,4 @@ def test_hooks_and_damaged_weights_are_seen_while_steering(model: Chameleon) -> 
         list(model.engine.generate(request))
     with torch.no_grad():
         weight.copy_(kept)
-    assert both(model, request) == before
+    assert engine_and_loop(model, request) == before

@@ -85,9 +85,9 @@ class Threads:
     def all(self, rank: int, x: torch.Tensor) -> list[torch.Tensor]:
         self.values[rank] = x
         self.barrier.wait()
-        found = [self.values[n] for n in range(self.count)]
+        values = [self.values[n] for n in range(self.count)]
         self.barrier.wait()
-        return found
+        return values
 
 
 def wide(heads: int, keys: int, config: ModelConfig = CONFIG) -> ModelConfig:
@@ -108,9 +108,9 @@ def wide(heads: int, keys: int, config: ModelConfig = CONFIG) -> ModelConfig:
     ],
 )
 def test_shards_add_up_to_the_whole(processor: Processor, config: ModelConfig, parts: int) -> None:
-    whole = random_model(config, processor)
+    full_model = random_model(config, processor)
     threads = Threads(parts)
-    shares = [split(whole, threads.of(rank)) for rank in range(parts)]
+    shares = [split(full_model, threads.of(rank)) for rank in range(parts)]
     tokens = torch.randint(0, config.vocab_size, (2, 9))
 
     def logits(part: Transformer) -> torch.Tensor:
@@ -118,18 +118,18 @@ def test_shards_add_up_to_the_whole(processor: Processor, config: ModelConfig, p
             return part(tokens)
 
     with ThreadPoolExecutor(parts) as pool:
-        found, *_ = pool.map(logits, shares)
-    torch.testing.assert_close(found, logits(whole), atol=2e-5, rtol=1e-5)
+        logits_of_shards, *_ = pool.map(logits, shares)
+    torch.testing.assert_close(logits_of_shards, logits(full_model), atol=2e-5, rtol=1e-5)
 
 
 def test_a_shard_keeps_its_share_and_nothing_else(processor: Processor) -> None:
-    whole = random_model(SWIN, processor)
-    for name, tensor in whole.named_parameters():
+    full_model = random_model(SWIN, processor)
+    for name, tensor in full_model.named_parameters():
         for rank in range(2):
-            own = shard_tensor(name, tensor, SWIN, rank, 2)
-            assert own.untyped_storage().nbytes() == own.nbytes
+            shard = shard_tensor(name, tensor, SWIN, rank, 2)
+            assert shard.untyped_storage().nbytes() == shard.nbytes
             if not any(part in name for part in WHOLE):
-                assert own.numel() * 2 == tensor.numel(), name
+                assert shard.numel() * 2 == tensor.numel(), name
 
 
 @pytest.mark.parametrize("parts", [2, 4, 8, 16])
@@ -163,9 +163,9 @@ def test_angles_that_change_with_the_length_are_refused(processor: Processor) ->
 
 def test_replayed_collectives_that_never_end_are_an_error() -> None:
     """As those of a graph do when another process has ended."""
-    peers, asked = Peers.__new__(Peers), iter([False, False, True])
+    peers, answers = Peers.__new__(Peers), iter([False, False, True])
     peers.collectives_left = 0
-    peers.wait(lambda: next(asked), seconds=5)
+    peers.wait(lambda: next(answers), seconds=5)
     assert peers.collectives_left == 0
     with pytest.raises(ConnectionError, match="a process that shares the model has ended"):
         peers.wait(lambda: False, seconds=0.01)
@@ -176,8 +176,8 @@ def test_messages_of_any_length_arrive() -> None:
     for size in (0, 1, 510, 511, 512, 513, 3000):
         numbers = torch.randint(0, 2**40, (size,)).tolist()
         sent = deque(to_tensors(numbers))
-        got = from_tensors(lambda empty, sent=sent: empty.copy_(sent.popleft()))
-        assert got == numbers and not sent
+        actual = from_tensors(lambda empty, sent=sent: empty.copy_(sent.popleft()))
+        assert actual == numbers and not sent
 
 
 # ---- processes
@@ -192,17 +192,17 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def one(case: str, processor: Processor) -> list[list[int]]:
     """The tokens of a single process."""
-    asked = CASES[case]
-    assert isinstance(asked, Case)
-    whole = asked.model(processor)
-    return answers(Engine(whole, processor), asked.asked(processor))
+    case_of = CASES[case]
+    assert isinstance(case_of, Case)
+    full_model = case_of.model(processor)
+    return answers(Engine(full_model, processor), case_of.asked(processor))
 
 
 def check_tokens(out: Path, case: str, processor: Processor) -> None:
-    *want, cut_off = one(case, processor)
-    *found, cancelled = read(out / case / "tokens.json")
-    assert found == want
-    assert [len(tokens) for tokens in found][1] == 66
+    *expected, cut_off = one(case, processor)
+    *results, cancelled = read(out / case / "tokens.json")
+    assert results == expected
+    assert [len(tokens) for tokens in results][1] == 66
     assert len(cancelled) >= 20 and cancelled[:20] == cut_off[:20]
 
 
@@ -210,7 +210,9 @@ def check_tokens(out: Path, case: str, processor: Processor) -> None:
 def test_two_processes_give_the_tokens_of_one(two: Path, processor: Processor, case: str) -> None:
     """Mixed requests, one cancelled; where the cache is small prompts are read in pieces, requests
     step back, and blocks are taken that another has left spoilt."""
-    assert read(two / case / "ended.json") == [0, 0], said(two, case, 0) + said(two, case, 1)
+    assert read(two / case / "ended.json") == [0, 0], output_of(two, case, 0) + output_of(
+        two, case, 1
+    )
     check_tokens(two, case, processor)
     assert (read(two / case / "preemptions.json") > 0) == (case in ("tiny", "static"))
     assert (read(two / case / "shapes.json") > 2) == case.startswith("static")
@@ -219,11 +221,11 @@ def test_two_processes_give_the_tokens_of_one(two: Path, processor: Processor, c
 def test_static_steps_of_two_processes_equal_the_plain_loop(
     two: Path, processor: Processor
 ) -> None:
-    asked = CASES["static"]
-    assert isinstance(asked, Case)
-    whole, found = asked.model(processor), read(two / "static" / "tokens.json")
-    wanted = [list(generate_tokens(whole, processor, one)) for one in asked.asked(processor)]
-    assert found[:-1] == wanted[:-1] and found[-1] == wanted[-1][: len(found[-1])]
+    case = CASES["static"]
+    assert isinstance(case, Case)
+    full_model, tokens = case.model(processor), read(two / "static" / "tokens.json")
+    expected = [list(generate_tokens(full_model, processor, one)) for one in case.asked(processor)]
+    assert tokens[:-1] == expected[:-1] and tokens[-1] == expected[-1][: len(tokens[-1])]
 
 
 def test_all_shapes_are_captured_before_the_first_request(two: Path) -> None:
@@ -234,22 +236,24 @@ def test_all_shapes_are_captured_before_the_first_request(two: Path) -> None:
 
 @pytest.mark.parametrize("case", ["tiny", "swin"])
 def test_each_process_holds_its_share(two: Path, processor: Processor, case: str) -> None:
-    asked = CASES[case]
-    assert isinstance(asked, Case)
-    whole = {
+    case_of = CASES[case]
+    assert isinstance(case_of, Case)
+    full_bytes = {
         name: tensor.nbytes
-        for name, tensor in random_model(asked.config, processor).named_parameters()
+        for name, tensor in random_model(case_of.config, processor).named_parameters()
     }
     first, second = (read(two / case / str(rank) / "held.json") for rank in range(2))
-    for name, size in whole.items():
-        own = name.replace("o_proj", "o_proj.linear").replace("down_proj", "down_proj.linear")
+    for name, size in full_bytes.items():
+        shard_name = name.replace("o_proj", "o_proj.linear").replace(
+            "down_proj", "down_proj.linear"
+        )
         if not any(part in name for part in WHOLE):
-            assert first[own] == second[own] == size / 2, name
-    assert first["lm_head.weight"] == whole["lm_head.weight"]
+            assert first[shard_name] == second[shard_name] == size / 2, name
+    assert first["lm_head.weight"] == full_bytes["lm_head.weight"]
     assert (
         second["lm_head.weight"]
         == second["model.embed_tokens.weight"]
-        == 4 * asked.config.hidden_size
+        == 4 * case_of.config.hidden_size
     )
 
 
@@ -258,20 +262,20 @@ def test_an_error_behind_the_sums_leaves_all_at_work(two: Path, processor: Proce
     assert read(two / "draw" / "ended.json") == [0, 0]
 
 
-def said(out: Path, case: str, rank: int) -> str:
+def output_of(out: Path, case: str, rank: int) -> str:
     return (out / case / f"said-{rank}.txt").read_text()
 
 
 def test_an_error_inside_a_step_ends_the_others(two: Path) -> None:
     assert read(two / "caught" / "ended.json") == [1, 1]
     for rank in range(2):
-        assert said(two, "caught", rank).endswith("has ended: start the program again\n")
+        assert output_of(two, "caught", rank).endswith("has ended: start the program again\n")
 
 
 def test_a_program_that_fails_lets_the_others_go(two: Path) -> None:
     assert read(two / "between" / "ended.json") == [1, 0]
-    assert "ZeroDivisionError: between two steps" in said(two, "between", 0)
-    assert said(two, "between", 1) == ""
+    assert "ZeroDivisionError: between two steps" in output_of(two, "between", 0)
+    assert output_of(two, "between", 1) == ""
 
 
 def script_reply(model: Chameleon) -> list[str]:
@@ -281,17 +285,17 @@ def script_reply(model: Chameleon) -> list[str]:
 
 def test_a_script_goes_on_in_the_first_process(two: Path) -> None:
     out = two / "script"
-    assert read(out / "ended.json") == [0, 0] and said(two, "script", 1) == ""
-    whole = Chameleon.load(GOLDEN, "cpu", "float32")
-    assert read(out / "replies.json") == script_reply(whole)
-    held = read(out / "held.json")
-    for name, tensor in whole.transformer.named_parameters():
+    assert read(out / "ended.json") == [0, 0] and output_of(two, "script", 1) == ""
+    full_model = Chameleon.load(GOLDEN, "cpu", "float32")
+    assert read(out / "replies.json") == script_reply(full_model)
+    held_bytes = read(out / "held.json")
+    for name, tensor in full_model.transformer.named_parameters():
         if "q_proj" in name or "up_proj" in name:
-            assert held[name] * 2 == tensor.nbytes
-    older, shared, again = read(out / "refused.json")
+            assert held_bytes[name] * 2 == tensor.nbytes
+    older, shared, repeated = read(out / "refused.json")
     assert older.startswith("another engine has been made")
     assert shared.startswith("this model is shared by 2 processes")
-    assert again.startswith("this program shares a model already")
+    assert repeated.startswith("this program shares a model already")
 
 
 @pytest.fixture(scope="module")
@@ -316,21 +320,21 @@ def more(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_shapes_and_dtypes(more: Path, processor: Processor) -> None:
     check_tokens(more, "odd", processor)
     check_tokens(more, "static odd", processor)
-    found = read(more / "half" / "tokens.json")
-    assert [len(tokens) for tokens in found[:2]] == [20, 66]
+    results = read(more / "half" / "tokens.json")
+    assert [len(tokens) for tokens in results[:2]] == [20, 66]
 
 
 @pytest.mark.slow
 def test_rounded_weights_are_those_of_the_parts(more: Path) -> None:
     """int8 has a scale for each row that a process holds."""
-    whole = Chameleon.load(GOLDEN, "cpu", "float32")
+    full_model = Chameleon.load(GOLDEN, "cpu", "float32")
     with torch.no_grad():
-        for name, tensor in whole.transformer.named_parameters():
+        for name, tensor in full_model.transformer.named_parameters():
             parts = 2 if "o_proj" in name or "down_proj" in name else 1
             if "proj" in name or "lm_head" in name:
                 rounded = [unpack(pack(part, 8)) for part in tensor.chunk(parts, 1)]
                 tensor.copy_(torch.cat(rounded, 1))
-    assert read(more / "int8" / "replies.json") == script_reply(whole)
+    assert read(more / "int8" / "replies.json") == script_reply(full_model)
 
 
 @pytest.mark.slow
@@ -359,9 +363,9 @@ def test_four_processes_give_the_tokens_of_one(processor: Processor, tmp_path: P
 @pytest.mark.slow
 def test_torchrun_and_the_command_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    asked = "-m earlyfusion generate Hello --output text --max-tokens 5 --seed 1 --json"
+    arguments = "-m earlyfusion generate Hello --output text --max-tokens 5 --seed 1 --json"
     done = subprocess.run(
-        [*command, *asked.split(), "--device", "cpu"],
+        [*command, *arguments.split(), "--device", "cpu"],
         cwd=tmp_path,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)},
         capture_output=True,
@@ -370,5 +374,5 @@ def test_torchrun_and_the_command_line(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     settings = SamplingParams(max_tokens=5)
-    want = Chameleon.load("mini", "cpu").generate("Hello", "text", settings, seed=1)
-    assert json.loads(done.stdout)["text"] == want.text
+    expected = Chameleon.load("mini", "cpu").generate("Hello", "text", settings, seed=1)
+    assert json.loads(done.stdout)["text"] == expected.text

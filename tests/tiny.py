@@ -33,7 +33,7 @@ def tiny_processor(folder: Path) -> Processor:
 def tiny_transformer(
     processor: Processor, begin_image: float = 0.0, device: torch.device | str = "cpu"
 ) -> Transformer:
-    """`begin_image` makes pictures likelier: it is added to the scale of that token's logit."""
+    """`begin_image` makes images likelier: it is added to the scale of that token's logit."""
     transformer = Transformer(CONFIG).eval()
     transformer.init_weights(torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -42,21 +42,21 @@ def tiny_transformer(
     return transformer.to(device)
 
 
-def request(
+def make_request(
     processor: Processor,
     seed: int,
     output: Any = "interleaved",
-    picture: bool = False,
+    with_image: bool = False,
     max_tokens: int = 80,
     images: int = 1,
     **settings: Any,
 ) -> Request:
-    """A request that follows from its seed: text, behind a picture where there is to be one."""
-    vocabulary, shown = processor.vocabulary, list[int]()
-    if picture:
+    """A request that follows from its seed: text, behind an image where there is to be one."""
+    vocabulary, image_ids = processor.vocabulary, list[int]()
+    if with_image:
         codes = np.random.default_rng(seed).integers(0, 64, (8, 8))
-        shown = processor.layout.spell(codes, vocabulary)
+        image_ids = processor.layout.spell(codes, vocabulary)
     text = processor.encode_text(TEXTS[seed % 3][: 4 + 3 * seed])
-    ids = [vocabulary.bos, *shown, *text, vocabulary.end_of_turn]
+    ids = [vocabulary.bos, *image_ids, *text, vocabulary.end_of_turn]
     sampling = SamplingParams(seed=seed, **settings).resolved({})
     return Request(ids, output, sampling, 0 if output == "text" else images, max_tokens)

@@ -46,11 +46,11 @@ def assert_same(actual: Tensor, expected: Tensor) -> None:
 
 
 def assert_same_losses(
-    found: list[float], wanted: list[float], device: torch.device, rel: float = 1e-2
+    found: list[float], expected: list[float], device: torch.device, rel: float = 1e-2
 ) -> None:
     """Losses of two runs: equal to the bit on a CPU; a GPU adds gradients in no fixed order."""
-    assert len(found) == len(wanted)
-    assert found == (wanted if device.type == "cpu" else pytest.approx(wanted, rel=rel))
+    assert len(found) == len(expected)
+    assert found == (expected if device.type == "cpu" else pytest.approx(expected, rel=rel))
 
 
 def array(tensor: Tensor) -> np.ndarray[Any, Any]:

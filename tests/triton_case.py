@@ -20,7 +20,7 @@ import torch
 import triton
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import request, tiny_processor, tiny_transformer
+from tiny import make_request, tiny_processor, tiny_transformer
 from torch import Tensor
 
 from earlyfusion.engine import cache
@@ -70,11 +70,11 @@ if INTERPRETED:
     interpreter._convert_float = converted
 
 
-def close(found: Tensor, wanted: Tensor, dtype: torch.dtype | None = None) -> None:
+def close(found: Tensor, expected: Tensor, dtype: torch.dtype | None = None) -> None:
     """Within the error of a dtype, that of the values if not set."""
-    limit = ERROR[dtype or wanted.dtype]
-    found, wanted = found.float().cpu(), wanted.float().cpu()
-    worst, size = (found - wanted).abs().max(), wanted.abs().max().clamp_min(1e-3)
+    limit = ERROR[dtype or expected.dtype]
+    found, expected = found.float().cpu(), expected.float().cpu()
+    worst, size = (found - expected).abs().max(), expected.abs().max().clamp_min(1e-3)
     assert worst <= limit * size, f"{worst:.3g} of {size:.3g}"
 
 
@@ -171,21 +171,23 @@ def test_norm_rotation_and_store(case: Case) -> None:
     longest = case.size * case.blocks_of_row
     angles = Angles(case.normal(longest, case.width), case.normal(longest, case.width))
     qkv = case.input(case.rows, case.heads + 2 * case.keys, case.width)
-    mine, wanted = case.layer(), case.layer()
+    mine, expected = case.layer(), case.layer()
     on_device = on(DEVICE, mine)
     rest = (case.lengths_R - 1, on_device, case.table_RW)
     found = KERNEL.norm_rotate_store(
         *(on(DEVICE, argument) for argument in (qkv, norms_, angles, *rest))
     )
-    queries = TWIN.norm_rotate_store(qkv, norms_, angles, case.lengths_R - 1, wanted, case.table_RW)
+    queries = TWIN.norm_rotate_store(
+        qkv, norms_, angles, case.lengths_R - 1, expected, case.table_RW
+    )
     close(found, queries)
     if not case.packed:
-        close(on_device.kv_B2KTH, wanted.kv_B2KTH, None if case.dtype in DTYPES else FP8)
+        close(on_device.kv_B2KTH, expected.kv_B2KTH, None if case.dtype in DTYPES else FP8)
         return
-    assert on_device.scales_B2KT is not None and wanted.scales_B2KT is not None
+    assert on_device.scales_B2KT is not None and expected.scales_B2KT is not None
     # A key that rounds to another number of 16 bits may get the next level.
-    assert (on_device.kv_B2KTH.cpu().int() - wanted.kv_B2KTH.int()).abs().max() <= 1
-    close(on_device.scales_B2KT, wanted.scales_B2KT, case.model_dtype)
+    assert (on_device.kv_B2KTH.cpu().int() - expected.kv_B2KTH.int()).abs().max() <= 1
+    close(on_device.scales_B2KT, expected.scales_B2KT, case.model_dtype)
 
 
 @needs_values
@@ -194,16 +196,16 @@ def test_fp8_keeps_its_largest_number() -> None:
     """Also in bf16, where halves between two numbers of fp8 are common."""
     kv, ones = torch.zeros(1, 1, 2, 1, 4, 8).to(FP8), torch.ones(2, 8)
     qkv = torch.tensor([1e4, -1e4, 448, 460, -1.0625, 1.1875, 1e-3, torch.nan]).expand(1, 3, 8)
-    found, wanted = LayerBlocks(kv[:, 0].clone()), LayerBlocks(kv[:, 0].clone())
+    found, expected = LayerBlocks(kv[:, 0].clone()), LayerBlocks(kv[:, 0].clone())
     rest = (HeadNorms(ones, ones), Angles(ones, ones), torch.zeros(1, dtype=torch.int32))
     table = torch.zeros(1, 1, dtype=torch.int32)
-    TWIN.norm_rotate_store(qkv.bfloat16(), *rest, wanted, table)
+    TWIN.norm_rotate_store(qkv.bfloat16(), *rest, expected, table)
     on_device = on(DEVICE, found)
     KERNEL.norm_rotate_store(
         *(on(DEVICE, one) for one in (qkv.bfloat16(), *rest)), on_device, table.to(DEVICE)
     )
     values = on_device.kv_B2KTH[0, 1, 0, 0].float().cpu()
-    assert torch.equal(values[:7], wanted.kv_B2KTH[0, 1, 0, 0].float()[:7]) and values[7].isnan()
+    assert torch.equal(values[:7], expected.kv_B2KTH[0, 1, 0, 0].float()[:7]) and values[7].isnan()
     assert values[:4].tolist() == [448.0, -448.0, 448.0, 448.0]
 
 
@@ -277,14 +279,17 @@ def test_the_static_step_of_the_engine(
     their definitions: the same tokens."""
     processor = tiny_processor(tmp_path)
     transformer = tiny_transformer(processor).to(DEVICE)
-    asked = [request(processor, 1, "text", max_tokens=3), request(processor, 2, "image", True)]
-    asked[1] = replace(asked[1], layout=ImageLayout(1, 2), max_tokens=5)
+    requests = [
+        make_request(processor, 1, "text", max_tokens=3),
+        make_request(processor, 2, "image", True),
+    ]
+    requests[1] = replace(requests[1], layout=ImageLayout(1, 2), max_tokens=5)
     drawn = []
     monkeypatch.setattr(cache, "has_fp8", lambda _: True)
     for ways in (TWIN, KERNEL):
         monkeypatch.setattr(bursts, "operations", lambda device, ways=ways: ways)
         engine = Engine(transformer, processor, context_tokens=192, cache_dtype=dtype, static=True)
-        handles = [engine.add(one) for one in asked]
+        handles = [engine.add(one) for one in requests]
         while engine.busy:
             engine.step()
         drawn.append([handle.tokens for handle in handles])
