@@ -35,7 +35,7 @@ def jsonl(path: Path, rows: Sequence[Any]) -> Path:
 
 
 def pairs(folder: Path, count: int) -> Path:
-    """Image-caption rows in `rows.jsonl`, with their pictures beside it."""
+    """Image-caption rows in `rows.jsonl`, with their images beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for number in range(count):

@@ -26,7 +26,7 @@ SMALL = ["hidden_size=32", "intermediate_size=64", "num_attention_heads=2", "num
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two variants at two rates, a few steps each, on pictures of 16 x 16."""
+    """Two variants at two rates, a few steps each, on images of 16 x 16."""
     runs = tmp_path_factory.mktemp("runs")
     tiny = [f"data={DATA}", "resolution=16", "steps=6", "log_every=1", "save_every=4"]
     run("mini_image_tokenizer", [*tiny, f"out={runs / 'vq'}", "batch=2", "steps=2"])

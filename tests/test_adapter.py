@@ -53,8 +53,8 @@ def text_logits(logits: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def logits_of(hf: Any) -> torch.Tensor:
-    found: torch.Tensor = hf(input_ids=TOKENS).logits
-    return text_logits(found)
+    result: torch.Tensor = hf(input_ids=TOKENS).logits
+    return text_logits(result)
 
 
 def test_peft_reads_what_a_run_leaves(model: Path, tuned: Path) -> None:
@@ -93,13 +93,13 @@ def test_an_adapter_of_peft_is_read(
     config = peft.LoraConfig(r=4, lora_alpha=7, init_lora_weights=False, **more)
     adapted = peft.get_peft_model(theirs(model), config).eval()
     adapted.save_pretrained(tmp_path)
-    ours = Chameleon.load(model, str(device), dtype="float32", adapter=tmp_path)
+    actual = Chameleon.load(model, str(device), dtype="float32", adapter=tmp_path)
     base = logits_of(theirs(model))
     with torch.no_grad():
-        found = ours.transformer(TOKENS.to(device)).where(base.to(device) != 0, 0)
+        outputs = actual.transformer(TOKENS.to(device)).where(base.to(device) != 0, 0)
     expected = logits_of(adapted)
     assert (expected - base).abs().max() > 1e-2
-    assert_close(found, expected, atol=2e-4, rtol=2e-4)
+    assert_close(outputs, expected, atol=2e-4, rtol=2e-4)
 
 
 def test_merging_is_optional(model: Path, tmp_path: Path) -> None:

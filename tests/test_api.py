@@ -50,7 +50,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Chameleon:
     return Chameleon(tiny_transformer(processor, begin_image=1.0), tokenizer, processor)
 
 
-def picture(shade: int = 0) -> PIL.Image.Image:
+def make_image(shade: int = 0) -> PIL.Image.Image:
     ramp = np.arange(20 * 30 * 3).reshape(20, 30, 3) // 8 + shade
     return PIL.Image.fromarray(ramp.astype(np.uint8))
 
@@ -64,7 +64,7 @@ def content(reply: Reply) -> list[object]:
 
 
 def test_text_reply(model: Chameleon) -> None:
-    reply = model.generate(["What is this? ", picture()], output="text", sampling=SHORT, seed=1)
+    reply = model.generate(["What is this? ", make_image()], output="text", sampling=SHORT, seed=1)
     assert reply.images == [] and reply.text == reply.segments[0].text  # type: ignore[union-attr]
     assert reply.usage.completion_tokens <= 12 and reply.usage.image_tokens == 0
     text = model.processor.encode_text("What is this? ")
@@ -77,8 +77,8 @@ def test_image_reply_is_one_image_with_its_codes(model: Chameleon) -> None:
     assert [image.size for image in reply.images] == [(16, 16)]
     [segment] = reply.segments
     assert isinstance(segment, Image) and segment.codes is not None
-    drawn = model.image_tokenizer.decode(torch.from_numpy(segment.codes)[None])[0]
-    assert drawn.tobytes() == reply.images[0].tobytes()
+    decoded = model.image_tokenizer.decode(torch.from_numpy(segment.codes)[None])[0]
+    assert decoded.tobytes() == reply.images[0].tobytes()
     assert reply.usage.completion_tokens == reply.usage.image_tokens == 66
     assert reply.usage.total_tokens == reply.usage.prompt_tokens + 66
 
@@ -113,8 +113,10 @@ def test_interleaved_replies_hold_text_and_whole_images_in_order(model: Chameleo
 
 
 def test_a_seed_gives_the_same_reply(model: Chameleon) -> None:
-    first, again, other = (model.generate("a pear", sampling=UNGUIDED, seed=s) for s in (7, 7, 8))
-    assert content(first) == content(again) != content(other)
+    first, repeated, other = (
+        model.generate("a pear", sampling=UNGUIDED, seed=s) for s in (7, 7, 8)
+    )
+    assert content(first) == content(repeated) != content(other)
     in_settings = model.generate("a pear", sampling=replace(UNGUIDED, seed=7))
     assert content(in_settings) == content(first)
     before_settings = model.generate("a pear", sampling=replace(UNGUIDED, seed=8), seed=7)
@@ -132,7 +134,7 @@ def test_greedy_needs_no_seed(model: Chameleon) -> None:
 
 
 def test_a_batch_equals_single_calls(model: Chameleon) -> None:
-    prompts: list[Any] = ["a pear", ["what ", picture()], "Draw.", "a pear"]
+    prompts: list[Any] = ["a pear", ["what ", make_image()], "Draw.", "a pear"]
     outputs: list[Any] = ["auto", "text", "image", "interleaved"]
     settings = [UNGUIDED, SHORT, None, UNGUIDED]
     batch = model.generate_batch(prompts, outputs, settings, seed=5)
@@ -166,11 +168,11 @@ def test_drawn_images_in_a_chat_are_not_encoded_again(
     model: Chameleon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reply = model.generate("Draw.", output="image", seed=0)
-    seen: list[int] = []
+    recorded: list[int] = []
     encode = ImageTokenizer.encode
 
     def counted(self: ImageTokenizer, images: list[Any], mode: Any = None) -> torch.Tensor:
-        seen.append(len(images))
+        recorded.append(len(images))
         return encode(self, images, mode)
 
     monkeypatch.setattr(ImageTokenizer, "encode", counted)
@@ -178,46 +180,46 @@ def test_drawn_images_in_a_chat_are_not_encoded_again(
     chat = [Message("user", "Draw."), reply.message, Message("user", "What is it?")]
     request = model.request(chat, "text", SHORT, seed=0)
     spelled = model.processor.layout.spell(segment.codes, model.processor.vocabulary)  # type: ignore[union-attr,arg-type]
-    assert seen == []
+    assert recorded == []
     ids = list(request.ids)
     at = ids.index(spelled[0])
     assert ids[at : at + len(spelled)] == spelled
     # A fresh image beside it is encoded, alone, and lands in its own place.
-    chat[-1] = Message("user", ["What is it?", picture(99)])
+    chat[-1] = Message("user", ["What is it?", make_image(99)])
     ids = list(model.request(chat, "text", SHORT, seed=0).ids)
-    fresh = encode(model.image_tokenizer, [Image(picture(99))])[0].numpy()
+    fresh = encode(model.image_tokenizer, [Image(make_image(99))])[0].numpy()
     spelled += model.processor.layout.spell(fresh, model.processor.vocabulary)
     markers = model.processor.vocabulary
     images = {markers.begin_image, markers.end_image, *markers.image_tokens.tolist()}
-    assert seen == [1] and [i for i in ids if i in images] == spelled
+    assert recorded == [1] and [i for i in ids if i in images] == spelled
 
 
 def test_an_image_seen_before_is_not_encoded_again(
     model: Chameleon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shown, seen = picture(50), list[int]()
+    shown, recorded = make_image(50), list[int]()
     encode = ImageTokenizer.encode
 
     def counted(self: ImageTokenizer, images: list[Any], mode: Any = None) -> torch.Tensor:
-        seen.append(len(images))
+        recorded.append(len(images))
         return encode(self, images, mode)
 
     monkeypatch.setattr(ImageTokenizer, "encode", counted)
     twice = model.request([shown, "and", shown.copy(), "differ?"], seed=0)
-    again = model.request([shown, "and", shown, "differ?"], seed=0)
-    assert seen == [1] and again.ids == twice.ids
+    second = model.request([shown, "and", shown, "differ?"], seed=0)
+    assert recorded == [1] and second.ids == twice.ids
     with torch.no_grad():
         model.image_tokenizer.vqgan.quant_conv.weight.neg_()
     model.request([shown], seed=0)
     with torch.no_grad():
         model.image_tokenizer.vqgan.quant_conv.weight.neg_()
-    assert seen == [1, 1]
+    assert recorded == [1, 1]
 
 
 def test_a_reply_tells_its_seed(model: Chameleon) -> None:
     unseeded = model.generate("a pear", sampling=UNGUIDED)
-    again = model.generate("a pear", sampling=UNGUIDED, seed=unseeded.seed)
-    assert content(again) == content(unseeded)
+    second = model.generate("a pear", sampling=UNGUIDED, seed=unseeded.seed)
+    assert content(second) == content(unseeded)
     assert unseeded.seed != model.generate("a pear", sampling=SHORT).seed
     assert model.generate("a", sampling=replace(SHORT, seed=4), seed=7).seed == 7
     assert model.collect(model.stream("a", sampling=SHORT, seed=5)).seed == 5
@@ -228,10 +230,10 @@ def test_a_reply_tells_its_seed(model: Chameleon) -> None:
 
 
 def test_a_batch_with_a_seed_for_each(model: Chameleon) -> None:
-    drawn = [model.generate("a pear", "text", SHORT, seed=seed).text for seed in (9, 4)]
+    generated = [model.generate("a pear", "text", SHORT, seed=seed).text for seed in (9, 4)]
     for seeds in ([9, 4], (9, 4), np.array([9, 4])):
         replies = model.generate_batch(["a pear"] * 2, "text", SHORT, seed=seeds)
-        assert [reply.text for reply in replies] == drawn
+        assert [reply.text for reply in replies] == generated
         assert [reply.seed for reply in replies] == [9, 4]
     free = model.generate_batch(["a", "a"], "text", SHORT, seed=[3, None])
     assert free[0].seed == 3 and free[1].seed is not None
@@ -303,9 +305,9 @@ def test_events_carry_their_image(model: Chameleon) -> None:
     reply = model.generate("Draw.", "image", max_images=2, seed=0)
     done = [event for event in events if isinstance(event, ImageDone)]
     assert len(done) == 2
-    for event, picture in zip(done, reply.images, strict=True):
-        assert event.pil is not None and event.pil.tobytes() == picture.tobytes()
-        assert event.image.pil is not None and event.image.pil.tobytes() == picture.tobytes()
+    for event, make_image in zip(done, reply.images, strict=True):
+        assert event.pil is not None and event.pil.tobytes() == make_image.tobytes()
+        assert event.image.pil is not None and event.image.pil.tobytes() == make_image.tobytes()
         assert event.image.codes is not None and np.array_equal(event.image.codes, event.codes)
     assert content(model.collect(events)) == content(reply)
     chat = [Message("user", "Draw."), Message("assistant", [done[0].image]), Message("user", "?")]
@@ -355,7 +357,7 @@ def test_a_reply_ends_with_a_whole_character(model: Chameleon) -> None:
 
 
 def test_one_image_needs_no_list(model: Chameleon) -> None:
-    tokenizer, shown = model.image_tokenizer, picture(3)
+    tokenizer, shown = model.image_tokenizer, make_image(3)
     codes = tokenizer.encode([shown])
     pixels = np.asarray(shown)
     for one in (shown, Image(shown), pixels, torch.from_numpy(pixels.transpose(2, 0, 1).copy())):
@@ -388,12 +390,12 @@ def test_closing_a_stream_early_gives_its_place_back(model: Chameleon) -> None:
 
 def test_a_prompt_too_long_says_why(model: Chameleon) -> None:
     with pytest.raises(ContextError) as error:
-        model.generate(["What do these show?", *[picture(i) for i in range(4)]], output="text")
+        model.generate(["What do these show?", *[make_image(i) for i in range(4)]], output="text")
     sentence = str(error.value)
     assert sentence.startswith("prompt is ") and "limit 256: 4 images take 264" in sentence
     with pytest.raises(ContextError, match=r"limit 256: shorten it$"):
         model.generate("a" * 999, output="text")
-    fits = ["a" * 20, picture(), picture(1), picture(2)]
+    fits = ["a" * 20, make_image(), make_image(1), make_image(2)]
     with pytest.raises(ContextError, match="the image to generate takes 66; drop an image"):
         model.generate(fits, output="image")
     model.generate(fits, output="text", sampling=SHORT)
@@ -450,7 +452,7 @@ def test_a_model_without_a_decoder_answers_in_text(model: Chameleon) -> None:
     blind = ImageTokenizer(VQGAN(CONFIG.vq_config, with_decoder=False).eval(), 16)
     reader = Chameleon(model.transformer, blind, model.processor)
     assert reader.request("x").max_images == 0
-    assert reader.generate(["x", picture()], sampling=SHORT, seed=0).images == []
+    assert reader.generate(["x", make_image()], sampling=SHORT, seed=0).images == []
     with pytest.raises(CheckpointError, match="no VQ decoder"):
         reader.generate("x", output="image")
 
@@ -479,15 +481,15 @@ def test_load(model: Chameleon, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
 def test_weights_of_fewer_bits_answer_as_their_plain_loop(dtype: str) -> None:
-    small, whole = Chameleon.load("mini", "cpu", dtype), Chameleon.load("mini", "cpu")
+    small, full = Chameleon.load("mini", "cpu", dtype), Chameleon.load("mini", "cpu")
     kept = [*small.transformer.model.layers.parameters(), *small.transformer.model.layers.buffers()]
-    dense = sum(p.nbytes for p in whole.transformer.model.layers.parameters())
+    dense = sum(p.nbytes for p in full.transformer.model.layers.parameters())
     assert sum(t.nbytes for t in kept) < dense * (0.3 if dtype == "int8" else 0.2)
     request = small.request("Draw a red apple.", "image", seed=0)
-    drawn = list(small.engine.generate(request))
+    generated = list(small.engine.generate(request))
     plain = list(generate(small.transformer, small.processor, request))
     codes, expected = (
-        next(e.codes for e in events if isinstance(e, ImageDone)) for events in (drawn, plain)
+        next(e.codes for e in events if isinstance(e, ImageDone)) for events in (generated, plain)
     )
     # At 4 bits the compiled step rounds activations to bf16, which may change a draw.
     assert np.array_equal(codes, expected) or (dtype == "int4" and (codes == expected).any())

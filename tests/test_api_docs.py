@@ -12,16 +12,16 @@ import pytest
 
 import earlyfusion
 from earlyfusion import errors
-from earlyfusion.generation import make_request
+from earlyfusion.generation import request
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "api.md"
 
 
 def test_events_and_errors_are_public_and_on_the_page() -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
-    found = [cls for cls in vars(errors).values() if isinstance(cls, type)]
-    names = {cls.__name__ for cls in found if issubclass(cls, ValueError)}
-    names |= {event.__name__ for event in get_args(make_request.Event)} | {"Event", "Usage"}
+    results = [cls for cls in vars(errors).values() if isinstance(cls, type)]
+    names = {cls.__name__ for cls in results if issubclass(cls, ValueError)}
+    names |= {event.__name__ for event in get_args(request.Event)} | {"Event", "Usage"}
     assert names <= {*earlyfusion.__all__} and len(names) == 18
     assert [name for name in sorted(names) if f"`{name}`" not in text] == []
 
@@ -51,9 +51,9 @@ def test_blocks_run(
         if "logprobs=2" in block:
             assert [len(entry.top) for entry in said["reply"].logprobs][:1] == [2]
         if "event.pil.save" in block:
-            pictures = sorted(tmp_path.glob("fruit-*.png"))
-            with PIL.Image.open(pictures[0]) as picture:
-                assert len(pictures) == 2 and picture.size == (64, 64)
+            images = sorted(tmp_path.glob("fruit-*.png"))
+            with PIL.Image.open(images[0]) as image:
+                assert len(images) == 2 and image.size == (64, 64)
         if "codes =" in block:
             assert said["codes"].shape == (1, 8, 8)
     replies = [

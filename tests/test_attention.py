@@ -63,8 +63,8 @@ def by_document(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, most: int) -> Ten
     for first, last in zip(ends.tolist(), ends[1:].tolist(), strict=False):
         assert 0 <= last - first <= most
         heads = (x[first:last].transpose(0, 1)[None] for x in (q, k, v))
-        found = F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
-        out[first:last] = found[0].transpose(0, 1)
+        actual = F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
+        out[first:last] = actual[0].transpose(0, 1)
     return out
 
 
@@ -116,9 +116,9 @@ def test_documents_equal_a_mask_with_their_gradients(
     document_BT = packed(rows)
     shape, generator = document_BT.shape, torch.Generator().manual_seed(len(rows))
     heads = [torch.randn(*shape, n, 16, generator=generator) for n in (4, 4 // groups, 4 // groups)]
-    found = with_gradients(WAYS[way](document_BT), heads)
+    actual = with_gradients(WAYS[way](document_BT), heads)
     expected = with_gradients(attention._masked_attend(document_BT), heads)
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(actual, expected, strict=True):
         assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
@@ -136,9 +136,9 @@ def test_blocks_are_those_of_the_mask(rows: list[list[int]], size: int) -> None:
     # The last block may be cut short, so that it counts as whole where all that is there is seen.
     inside = torch.ones_like(mask_BTT)
     inside = F.pad(inside, (0, beyond, 0, beyond)).unflatten(1, (-1, size)).unflatten(3, (-1, size))
-    whole = (tiles | ~inside).all(4).all(2)
+    full = (tiles | ~inside).all(4).all(2)
     assert blocks.full_kv_num_blocks is not None
-    counted = whole & ~torch.eye(whole.shape[-1], dtype=torch.bool)
+    counted = full & ~torch.eye(full.shape[-1], dtype=torch.bool)
     assert torch.equal(blocks.full_kv_num_blocks[:, 0].long(), counted.sum(-1))
 
 
@@ -206,9 +206,9 @@ def test_a_model_learns_the_same_in_every_way(way: str, checkpointing: str, piec
     model.init_weights()
     expected = model_gradients(model, lambda d: attention._masked_attend(d))
     parallel.checkpoint_activations(model, checkpointing)
-    found = model_gradients(model, WAYS[way], pieces)
+    result = model_gradients(model, WAYS[way], pieces)
     for name, gradient in expected.items():
-        assert_close(found[name], gradient, atol=1e-5, rtol=1e-4)
+        assert_close(result[name], gradient, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("checkpointing", ["selective", "full"])
@@ -222,10 +222,10 @@ def test_blocks_that_are_computed_again_change_no_bit(checkpointing: str, every:
     for number, block in enumerate(model.model.layers):
         block.mlp.register_forward_pre_hook(lambda *_, number=number: calls.append(number))
     parallel.checkpoint_activations(model, checkpointing, every)
-    found = model_gradients(model, attention._masked_attend)
-    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
-    again = {number for number in range(5) if calls.count(number) == 2}
-    assert again == set(range(0, 5, every))
+    result = model_gradients(model, attention._masked_attend)
+    assert all(torch.equal(result[name], gradient) for name, gradient in expected.items())
+    second = {number for number in range(5) if calls.count(number) == 2}
+    assert second == set(range(0, 5, every))
 
 
 @pytest.mark.parametrize("grouped", [True, False])

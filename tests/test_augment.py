@@ -12,7 +12,7 @@ ALL = ChangeConfig(shift=0.1, scale=0.15, turn=12, contrast=0.3, tint=0.2, grey=
 
 
 def squares(count: int = 8, side: int = 32) -> torch.Tensor:
-    """White pictures with a red square in the middle."""
+    """White images with a red square in the middle."""
     pixels = torch.ones(count, 3, side, side)
     third = slice(side // 3, 2 * side // 3)
     pixels[:, 1:, third, third] = -1
@@ -20,7 +20,7 @@ def squares(count: int = 8, side: int = 32) -> torch.Tensor:
 
 
 def ink(pixels: torch.Tensor) -> torch.Tensor:
-    """How much is not white, picture by picture and pixel by pixel."""
+    """How much is not white, image by image and pixel by pixel."""
     return (1 - pixels).sum(1)
 
 
@@ -31,8 +31,8 @@ def generator(seed: int = 0) -> torch.Generator:
 def test_nothing_asked_changes_nothing_and_a_seed_gives_the_same_again() -> None:
     pixels = squares()
     assert torch.equal(changed(pixels, ChangeConfig(), generator()), pixels)
-    first, again, other = (changed(pixels, ALL, generator(s)) for s in (0, 0, 1))
-    assert torch.equal(first, again) and not torch.equal(first, other)
+    first, repeated, other = (changed(pixels, ALL, generator(s)) for s in (0, 0, 1))
+    assert torch.equal(first, repeated) and not torch.equal(first, other)
     assert first.shape == pixels.shape and first.abs().max() <= 1 + 1e-5
     assert len({tuple(p.flatten()[::37].tolist()) for p in first}) == len(pixels)
 
@@ -87,9 +87,9 @@ def test_contrast_goes_as_far_up_as_down() -> None:
 
 def test_bytes_become_pixels_at_another_side() -> None:
     table = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8)
-    whole, half = resized(table, 16), resized(table, 8)
-    assert torch.allclose((whole + 1) * 127.5, table.permute(0, 3, 1, 2).float(), atol=1e-3)
-    assert half.shape == (2, 3, 8, 8) and (half.mean() - whole.mean()).abs() < 0.02
+    full, half = resized(table, 16), resized(table, 8)
+    assert torch.allclose((full + 1) * 127.5, table.permute(0, 3, 1, 2).float(), atol=1e-3)
+    assert half.shape == (2, 3, 8, 8) and (half.mean() - full.mean()).abs() < 0.02
 
 
 @pytest.mark.parametrize("wrong", [{"grey": 1.5}, {"shift": -0.1}, {"turn": 200}, {"tint": 1.0}])

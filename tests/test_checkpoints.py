@@ -64,11 +64,11 @@ def saved(tmp_path: Path) -> Path:
 
 
 def assert_same_weights(one: torch.nn.Module, two: torch.nn.Module) -> None:
-    ours, theirs = one.state_dict(), two.state_dict()
-    assert ours.keys() == theirs.keys()
-    for name, value in ours.items():
-        assert value.dtype == theirs[name].dtype
-        assert torch.equal(value, theirs[name]), name
+    actual, expected = one.state_dict(), two.state_dict()
+    assert actual.keys() == expected.keys()
+    for name, value in actual.items():
+        assert value.dtype == expected[name].dtype
+        assert torch.equal(value, expected[name]), name
 
 
 class TestRoundTrip:
@@ -150,14 +150,14 @@ class TestTransformersAsAPeer:
         )
 
         loaded = load(saved)
-        theirs = ChameleonForConditionalGeneration.from_pretrained(saved).eval()
+        reference = ChameleonForConditionalGeneration.from_pretrained(saved).eval()
         tokens_BT = torch.arange(4, 34)[None]
         with torch.no_grad():
-            expected, actual = theirs(input_ids=tokens_BT).logits, loaded.transformer(tokens_BT)
+            expected, actual = reference(input_ids=tokens_BT).logits, loaded.transformer(tokens_BT)
         expected[..., self.image_tokens(loaded)] = actual[..., self.image_tokens(loaded)]
         assert (actual - expected).abs().max() < 1e-5
         pixels = torch.rand(1, 3, 16, 16) * 2 - 1
-        codes = theirs.model.vqmodel.encode(pixels).image_tokens
+        codes = reference.model.vqmodel.encode(pixels).image_tokens
         assert torch.equal(codes, loaded.vqgan.encode(pixels).flatten())
         tokenizer = AutoTokenizer.from_pretrained(saved)
         text = "What is this? 사과"
@@ -170,9 +170,9 @@ class TestTransformersAsAPeer:
     def test_we_load_what_they_save(self, saved: Path, tmp_path: Path, shard: str) -> None:
         from transformers import ChameleonForConditionalGeneration
 
-        theirs = ChameleonForConditionalGeneration.from_pretrained(saved).eval()
+        expected = ChameleonForConditionalGeneration.from_pretrained(saved).eval()
         folder = tmp_path / "theirs"
-        theirs.save_pretrained(folder, max_shard_size=shard)
+        expected.save_pretrained(folder, max_shard_size=shard)
         shutil.copy(saved / "tokenizer.json", folder)
         assert (folder / "model.safetensors").exists() == (shard == "5GB")
         loaded = load(folder)
@@ -187,15 +187,15 @@ PICTURE = locate("mini") / "examples" / "strawberry.png"
 
 
 def answered(folder: Path) -> list[str]:
-    """The answers of transformers' `generate` to a script for several pictures, as it is."""
+    """The answers of transformers' `generate` to a script for several images, as it is."""
     from earlyfusion.hf import ChameleonForConditionalGeneration, ChameleonProcessor
 
     processor = ChameleonProcessor.from_pretrained(folder)
     model = ChameleonForConditionalGeneration.from_pretrained(folder)
-    picture = Image.open(PICTURE).pil
+    image = Image.open(PICTURE).pil
     prompts = ["<image>What is this?", "<image>Draw. <image><image>What is this, in one word?"]
-    together = processor(images=[picture] * 4, text=prompts, padding=True, return_tensors="pt")
-    alone = [processor(images=[picture] * n, text=t) for n, t in zip((1, 3), prompts, strict=True)]
+    together = processor(images=[image] * 4, text=prompts, padding=True, return_tensors="pt")
+    alone = [processor(images=[image] * n, text=t) for n, t in zip((1, 3), prompts, strict=True)]
     texts = []
     for inputs in [together, *alone]:
         ids = model.generate(**inputs, max_new_tokens=40, do_sample=False)
@@ -257,8 +257,8 @@ class TestEnds:
         assert (ends.bos_token_id, ends.eos_token_id, ends.pad_token_id) == (0, 7, 1)
 
 
-class TestPictureMode:
-    """How pictures become squares is the model's: kept in its folder, obeyed, overruled."""
+class TestImageMode:
+    """How images become squares is the model's: kept in its folder, obeyed, overruled."""
 
     def stored(self, folder: Path, mode: str, name: str = PROCESSOR) -> Path:
         settings = {"resize_mode": mode}
@@ -268,13 +268,13 @@ class TestPictureMode:
         return folder
 
     @pytest.mark.parametrize("name", [PROCESSOR, "preprocessor_config.json"])
-    def test_a_prompt_s_picture_is_fitted(self, saved: Path, name: str) -> None:
+    def test_a_prompt_s_image_is_fitted(self, saved: Path, name: str) -> None:
         wide = PIL.Image.new("RGB", (64, 16), "red")
         cut = Chameleon.load(saved).request([wide, "What?"]).ids
         model = Chameleon.load(self.stored(saved, "fit", name))
         assert model.image_tokenizer.mode == "fit"
-        whole = model.request([wide, "What?"]).ids
-        assert whole != cut
+        full = model.request([wide, "What?"]).ids
+        assert full != cut
         model.image_tokenizer.mode = "crop"
         assert model.request([wide, "What?"]).ids == cut
 
@@ -314,10 +314,10 @@ class TestPictureMode:
         monkeypatch.chdir(tmp_path)
         self.stored(saved, "fit")
         PIL.Image.new("RGB", (64, 16), "red").save("wide.png")
-        seen, square = list[str](), ImageTokenizer.square
+        recorded, square = list[str](), ImageTokenizer.square
 
         def watched(self: ImageTokenizer, image: Any, mode: Any = None) -> PIL.Image.Image:
-            seen.append(mode or self.mode)
+            recorded.append(mode or self.mode)
             return square(self, image, mode)
 
         monkeypatch.setattr(ImageTokenizer, "square", watched)
@@ -330,7 +330,7 @@ class TestPictureMode:
         }[command]
         more = [] if option is None else [option]
         assert main([command, *arguments, *more, "--model", str(saved)]) == 0
-        assert seen == [mode]
+        assert recorded == [mode]
 
     def test_two_modes_at_once(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         arguments = ["encode", str(PICTURE), "-o", str(tmp_path / "c"), "--mode", "fit"]
@@ -584,8 +584,8 @@ class TestMeta:
         norm = load(folder).transformer.model.layers[1].self_attn.q_norm
         for rank in range(2):
             shard = torch.load(folder / f"consolidated.0{rank}.pth", weights_only=True)
-            own = unrotate(shard["layers.1.attention.q_normalization.bias"], 8)
-            assert torch.equal(norm.bias[4 * rank : 4 * rank + 4], own.expand(4, 8))
+            unrotated = unrotate(shard["layers.1.attention.q_normalization.bias"], 8)
+            assert torch.equal(norm.bias[4 * rank : 4 * rank + 4], unrotated.expand(4, 8))
         assert not torch.equal(norm.bias[0], norm.bias[4])
 
     def test_halves_from_neighbours(self) -> None:
@@ -597,10 +597,10 @@ class TestMeta:
         loaded = load(golden / "models" / "tiny_1")
         text = (golden / "tokenizer" / "text_tokenizer.json").read_text()
         save_hf(tmp_path / "hf", loaded.transformer, loaded.vqgan, text, {})
-        again = load(tmp_path / "hf")
-        assert again.config.to_dict() == loaded.config.to_dict()
-        assert_same_weights(again.transformer, loaded.transformer)
-        assert_same_weights(again.vqgan, loaded.vqgan)
+        reloaded = load(tmp_path / "hf")
+        assert reloaded.config.to_dict() == loaded.config.to_dict()
+        assert_same_weights(reloaded.transformer, loaded.transformer)
+        assert_same_weights(reloaded.vqgan, loaded.vqgan)
 
 
 class TestMetaMistakes:

@@ -83,7 +83,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> Path:
+def image_path(tmp_path: Path) -> Path:
     path = tmp_path / "red.png"
     PIL.Image.new("RGB", (20, 30), "red").save(path)
     return path
@@ -120,16 +120,16 @@ def bomb(path: Path) -> Path:
     return path
 
 
-def test_text_reply(run: Run, model: Path, picture: Path) -> None:
-    args = ("generate", "What?", "--image", picture, "--output", "text", "--model", model)
+def test_text_reply(run: Run, model: Path, image_path: Path) -> None:
+    args = ("generate", "What?", "--image", image_path, "--output", "text", "--model", model)
     ran = run(*args, "--seed", 5)  # some seeds give an empty text
     assert (ran.code, ran.err) == (0, "")
     assert ran.out.endswith("\n")
     assert not Path("out").exists()
 
 
-def test_json_is_one_object(run: Run, model: Path, picture: Path) -> None:
-    ran = run("generate", "What?", "--image", picture, "--model", model, "--seed", 5, "--json")
+def test_json_is_one_object(run: Run, model: Path, image_path: Path) -> None:
+    ran = run("generate", "What?", "--image", image_path, "--model", model, "--seed", 5, "--json")
     assert (ran.code, ran.err) == (0, "")
     reply = ran.json
     assert set(reply) == {
@@ -154,10 +154,10 @@ def test_drawing_twice_gives_the_same_bytes(run: Run, model: Path) -> None:
     first, second = run(*common, "a"), run(*common, "b")
     assert (first.code, second.code) == (0, 0)
     assert first.out.splitlines() == [str(Path("a/image-1.png"))]
-    drawn = Path("a/image-1.png").read_bytes()
-    assert drawn == Path("b/image-1.png").read_bytes()
+    generated = Path("a/image-1.png").read_bytes()
+    assert generated == Path("b/image-1.png").read_bytes()
     other = run(*common[:5], 1, *common[6:], "c")
-    assert other.code == 0 and Path("c/image-1.png").read_bytes() != drawn
+    assert other.code == 0 and Path("c/image-1.png").read_bytes() != generated
 
 
 def test_codes_read_several_at_once_are_the_same_at_temperature_0(run: Run, model: Path) -> None:
@@ -177,15 +177,17 @@ def test_interleaved_json_files_are_in_order(run: Run, model: Path) -> None:
 
 def test_seed_is_told_so_that_a_reply_can_be_had_again(run: Run, model: Path) -> None:
     first = run("generate", "Say.", "--output", "text", "--json", "--model", model).json
-    again = run(
+    second = run(
         *("generate", "Say.", "--output", "text", "--json", "--model", model),
         *("--seed", first["seed"]),
     ).json
-    assert first == again
+    assert first == second
 
 
-def test_encode_then_decode(run: Run, model: Path, picture: Path) -> None:
-    encoded = run("encode", picture, picture, "-o", "c.safetensors", "--model", model, "--json")
+def test_encode_then_decode(run: Run, model: Path, image_path: Path) -> None:
+    encoded = run(
+        "encode", image_path, image_path, "-o", "c.safetensors", "--model", model, "--json"
+    )
     assert encoded.json["shape"] == [2, 8, 8]
     assert load_codes(Path("c.safetensors")).shape == (2, 8, 8)
     decoded = run("decode", "c.safetensors", "-o", "drawn", "--model", model)
@@ -244,11 +246,11 @@ def load_parameters(folder: Path) -> int:
 
 
 def test_chat_in_a_pipe(
-    run: Run, model: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, model: Path, image_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = [
         "Hello.",
-        f"/image {picture}",
+        f"/image {image_path}",
         "What is <image> this?",
         "/save kept",
         "/reset",
@@ -306,13 +308,13 @@ def test_chat_tells_of_unsaved_turns(chat: Chat) -> None:
     assert asked("b") == ["One."]
 
 
-def test_chat_save_goes_over_nothing(chat: Chat, picture: Path) -> None:
+def test_chat_save_goes_over_nothing(chat: Chat, image_path: Path) -> None:
     chat("A.", "/save conv", "/reset", "B.", "/save conv")
     assert asked("conv") == ["A."]
     Path("own").mkdir()
     for name in ("conversation.json", "image-1.png"):
         (Path("own") / name).write_text("mine")
-    ran = chat(f"/image {picture}", "B.", "/save own", "/save new")
+    ran = chat(f"/image {image_path}", "B.", "/save own", "/save new")
     assert ran.code == 2 and "own exists and holds other things" in ran.err
     assert {path.read_text() for path in Path("own").iterdir()} == {"mine"}
     assert asked("new") == ["B."]
@@ -325,43 +327,50 @@ def test_chat_save_goes_over_nothing(chat: Chat, picture: Path) -> None:
     assert not chat("F.", "/save F", "/save f").code
 
 
-def test_chat_save_again_keeps_pictures_once(chat: Chat, picture: Path) -> None:
-    lines = [f"/image {picture}", "One.", "/save conv", f"/image {picture}", "Two.", "/save conv"]
+def test_chat_save_again_keeps_images_once(chat: Chat, image_path: Path) -> None:
+    lines = [
+        f"/image {image_path}",
+        "One.",
+        "/save conv",
+        f"/image {image_path}",
+        "Two.",
+        "/save conv",
+    ]
     assert chat(*lines).code == 0
     assert sorted(path.name for path in Path("conv").iterdir()) == [
         "conversation.json",
         "image-1.png",
         "image-2.png",
     ]
-    again = chat("/load conv", "Three.", "/save")
-    assert again.code == 0 and asked("conv") == ["One.", "Two.", "Three."]
+    second = chat("/load conv", "Three.", "/save")
+    assert second.code == 0 and asked("conv") == ["One.", "Two.", "Three."]
     assert len(list(Path("conv").iterdir())) == 3
 
 
-def test_chat_save_on_a_full_disk_leaves_nothing(chat: Chat, picture: Path) -> None:
-    PIL.Image.effect_noise((64, 64), 90).save(picture)
+def test_chat_save_on_a_full_disk_leaves_nothing(chat: Chat, image_path: Path) -> None:
+    PIL.Image.effect_noise((64, 64), 90).save(image_path)
     with files_of_at_most(2000):
-        ran = chat(f"/image {picture}", "One.", f"/image {picture}", "Two.", "/save conv")
+        ran = chat(f"/image {image_path}", "One.", f"/image {image_path}", "Two.", "/save conv")
     assert ran.code == 2 and "cannot be written" in ran.err
     assert not Path("conv").exists()
 
 
-def test_chat_goes_on_where_it_was_left(chat: Chat, picture: Path) -> None:
-    """A saved chat answers as if it had not been left, drawn pictures and all."""
+def test_chat_goes_on_where_it_was_left(chat: Chat, image_path: Path) -> None:
+    """A saved chat answers as if it had not been left, drawn images and all."""
     drawing = ("--output", "image", "--max-tokens", 80)
-    first = [f"/image {picture}", "Draw one.", "/save conv"]
-    whole = chat(*first, "And now?", "/save whole", options=drawing)
-    assert whole.code == 0 and kept("whole")[:2] == kept("conv")
+    first = [f"/image {image_path}", "Draw one.", "/save conv"]
+    full = chat(*first, "And now?", "/save whole", options=drawing)
+    assert full.code == 0 and kept("whole")[:2] == kept("conv")
     [reply] = strip(kept("whole")[-1])
     assert reply["codes"]
     for name, lines, options in (
         ("a", ["And now?"], (*drawing, "--resume", "conv")),
         ("b", ["Other.", "/load conv", "And now?"], drawing),
     ):
-        again = chat(*lines, f"/save {name}", options=options)
-        assert again.code == 0, again.err
+        second = chat(*lines, f"/save {name}", options=options)
+        assert second.code == 0, second.err
         assert strip(kept(name)[-1]) == [reply]
-    # Without the codes the drawn picture is read anew, and the answer is another.
+    # Without the codes the drawn image is read anew, and the answer is another.
     data = json.loads(Path("conv/conversation.json").read_text())
     Path("conv/conversation.json").write_text(json.dumps(data | {"codebook": ""}))
     chat("And now?", "/save c", options=(*drawing, "--resume", "conv"))
@@ -372,7 +381,7 @@ def strip(turn: dict) -> list[dict]:
     return [{k: v for k, v in part.items() if k != "image"} for part in turn["content"]]
 
 
-def test_chat_leaves_codes_of_another_image_tokenizer(chat: Chat, picture: Path) -> None:
+def test_chat_leaves_codes_of_another_image_tokenizer(chat: Chat, image_path: Path) -> None:
     chat("Draw.", "/save conv", options=("--output", "image", "--max-tokens", 80))
     path = Path("conv/conversation.json")
     text = path.read_text()
@@ -386,8 +395,8 @@ def test_chat_leaves_codes_of_another_image_tokenizer(chat: Chat, picture: Path)
         shutil.rmtree("copy")
 
 
-def test_chat_undo(chat: Chat, picture: Path) -> None:
-    ran = chat("One.", f"/image {picture}", "Two.", "/undo", "/save a", "Three.", "/save b")
+def test_chat_undo(chat: Chat, image_path: Path) -> None:
+    ran = chat("One.", f"/image {image_path}", "Two.", "/undo", "/save a", "Three.", "/save b")
     assert ran.code == 0
     assert asked("a") == ["One."]
     assert [part["type"] for part in kept("b")[2]["content"]] == ["image", "text"]
@@ -417,12 +426,12 @@ def test_chat_resumes_no_other_folder(chat: Chat, data: str | None) -> None:
 
 @pytest.mark.parametrize("name", ["my berry.png", "it's.png", 'a "b".png', "back\\slash.png"])
 def test_chat_takes_paths_as_terminals_paste_them(
-    chat: Chat, picture: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    chat: Chat, image_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    home = picture.parent / "home"
+    home = image_path.parent / "home"
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
-    picture.rename(home / name)
+    image_path.rename(home / name)
     escaped = "".join(c if c.isalnum() or c in "/.-_~" else f"\\{c}" for c in f"~/{name}")
     for typed in (shlex.quote(str(home / name)), f"{home}/{name}", f"~/{name}", escaped):
         ran = chat(f"/image {typed}", "What?", "/save ~/kept")
@@ -502,7 +511,7 @@ def test_ctrl_c_at_the_prompt_asks_once(model: Path) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else None,
 )
-def test_pictures_at_a_terminal(model: Path, environment: dict[str, str], blocks: bool) -> None:
+def test_images_at_a_terminal(model: Path, environment: dict[str, str], blocks: bool) -> None:
     command = ["generate", "Draw.", "--output", "image", "--model", model]
     clean = {"NO_COLOR": "", "COLORTERM": "", "PYTHONIOENCODING": "utf-8"}
     ran = at_a_terminal(command, **clean | environment)
@@ -511,8 +520,8 @@ def test_pictures_at_a_terminal(model: Path, environment: dict[str, str], blocks
         assert ran.out == f"{Path('out/image-1.png')}\n"
 
 
-def test_a_pipe_gives_the_prompt_or_the_picture(
-    run: Run, model: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_pipe_gives_the_prompt_or_the_image(
+    run: Run, model: Path, image_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def pipe(data: bytes) -> None:
         monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(data)))
@@ -529,8 +538,8 @@ def test_a_pipe_gives_the_prompt_or_the_picture(
     assert ask("-") == told
     Path("question.txt").write_bytes("\ufeffWhat is this, 이게 뭐야?\n".encode())
     assert ask("--prompt-file", "question.txt") == told
-    pipe(picture.read_bytes())
-    assert ask("What?", "--image", "-") == ask("What?", "--image", picture) != ask("What?")
+    pipe(image_path.read_bytes())
+    assert ask("What?", "--image", "-") == ask("What?", "--image", image_path) != ask("What?")
     pipe(b"\xff\xfe")
     assert_refused(run("generate", "-"), "standard input", "UTF-8")
     pipe(b"no picture")
@@ -538,7 +547,7 @@ def test_a_pipe_gives_the_prompt_or_the_picture(
     assert_refused(run("generate", "-", "--image", "-"), "only one")
     assert_refused(run("generate", "a", "--prompt-file", "question.txt"), "question.txt")
     assert_refused(run("generate", "--prompt-file", "nowhere.txt"), "nowhere.txt")
-    assert_refused(run("generate", "--prompt-file", picture), "red.png", "UTF-8")
+    assert_refused(run("generate", "--prompt-file", image_path), "red.png", "UTF-8")
 
 
 def test_an_address_is_named_as_typed(run: Run) -> None:
@@ -558,7 +567,7 @@ def files_of_at_most(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_pictures_go_over_nothing(run: Run, model: Path, picture: Path) -> None:
+def test_images_go_over_nothing(run: Run, model: Path, image_path: Path) -> None:
     drawing = ("generate", "Draw.", "--output", "image", "--model", model, "--seed")
     for seed in (0, 1):
         run(*drawing, seed)
@@ -566,46 +575,46 @@ def test_pictures_go_over_nothing(run: Run, model: Path, picture: Path) -> None:
     assert first != second
     run(*drawing, 0, "--out", "other")
     assert Path("other/image-1.png").read_bytes() == first
-    # The user's own picture, in the folder of the drawn ones.
-    mine = Path("mine/image-7.png")
-    mine.parent.mkdir()
-    picture.rename(mine)
-    before = mine.read_bytes()
-    told = run(*drawing, 0, "--image", mine, "--out", "mine", "--json").json
+    # The user's own image, in the folder of the drawn ones.
+    actual = Path("mine/image-7.png")
+    actual.parent.mkdir()
+    image_path.rename(actual)
+    before = actual.read_bytes()
+    told = run(*drawing, 0, "--image", actual, "--out", "mine", "--json").json
     assert told["images"] == [str(Path("mine/image-8.png"))]
-    assert mine.read_bytes() == before
-    run("encode", mine, "-o", "c.safetensors", "--model", model)
+    assert actual.read_bytes() == before
+    run("encode", actual, "-o", "c.safetensors", "--model", model)
     for number in (9, 10):
         ran = run("decode", "c.safetensors", "-o", "mine", "--model", model)
         assert ran.out.split() == [str(Path(f"mine/image-{number}.png"))]
 
 
-def test_codes_go_over_nothing_unasked(run: Run, model: Path, picture: Path) -> None:
+def test_codes_go_over_nothing_unasked(run: Run, model: Path, image_path: Path) -> None:
     target = Path("c.safetensors")
     target.write_text("mine")
-    ran = run("encode", picture, "-o", target, "--model", "nowhere")
+    ran = run("encode", image_path, "-o", target, "--model", "nowhere")
     assert_refused(ran, "c.safetensors is there already", "--overwrite")
     assert target.read_text() == "mine"
-    assert run("encode", picture, "-o", target, "--model", model, "--overwrite").code == 0
+    assert run("encode", image_path, "-o", target, "--model", model, "--overwrite").code == 0
     assert load_codes(target).shape == (1, 8, 8)
 
 
-def test_full_disk_leaves_nothing(run: Run, model: Path, picture: Path) -> None:
+def test_full_disk_leaves_nothing(run: Run, model: Path, image_path: Path) -> None:
     with files_of_at_most(100):
         ran = run("generate", "Draw.", "--output", "image", "--model", model)
         assert_refused(ran, "image", "cannot be written", "file too large")
-        assert_refused(run("encode", picture, "-o", "out/c.npy", "--model", model), "c.npy")
+        assert_refused(run("encode", image_path, "-o", "out/c.npy", "--model", model), "c.npy")
     assert not Path("out").exists()
 
 
-def test_codes_as_npy(run: Run, model: Path, picture: Path) -> None:
+def test_codes_as_npy(run: Run, model: Path, image_path: Path) -> None:
     for name in ("c.npy", "c.safetensors"):
-        assert run("encode", picture, "-o", name, "--model", model).code == 0
+        assert run("encode", image_path, "-o", name, "--model", model).code == 0
     codes = np.load("c.npy")
     assert codes.dtype == np.int64 and (codes == load_codes(Path("c.safetensors"))).all()
     assert run("decode", "c.npy", "-o", "drawn", "--model", model).code == 0
     for name in ("c.npz", "c.pt", "c.json"):
-        assert_refused(run("encode", picture, "-o", name, "--model", "nowhere"), name, ".npy")
+        assert_refused(run("encode", image_path, "-o", name, "--model", "nowhere"), name, ".npy")
         assert not Path(name).exists()
     Path("bad.npy").write_bytes(b"\x93NUMPY")
     assert_refused(run("decode", "bad.npy"), "bad.npy")
@@ -627,7 +636,7 @@ def test_codes_as_npy(run: Run, model: Path, picture: Path) -> None:
     ],
     ids=["missing", "text", "one byte", "bomb", "folder"],
 )
-def test_bad_picture(run: Run, tmp_path: Path, make: Callable[[Path], object], word: str) -> None:
+def test_bad_image(run: Run, tmp_path: Path, make: Callable[[Path], object], word: str) -> None:
     path = tmp_path / "bad.png"
     make(path)
     assert_refused(run("generate", "What is this?", "--image", path), "bad.png", word)
@@ -665,8 +674,8 @@ def test_prompt_longer_than_the_context(run: Run, model: Path) -> None:
     assert_refused(run("generate", "word " * 5000, "--model", model), "limit 512")
 
 
-def test_placeholders_do_not_match(run: Run, picture: Path) -> None:
-    ran = run("generate", "<image> and <image>?", "--image", picture)
+def test_placeholders_do_not_match(run: Run, image_path: Path) -> None:
+    ran = run("generate", "<image> and <image>?", "--image", image_path)
     assert_refused(ran, "2 places", "1 image is")
 
 
@@ -707,9 +716,9 @@ def test_no_such_command_or_argument(run: Run) -> None:
     assert_refused(run("train", "mini_image_tokenizer", "no_such_field=1"), "no_such_field")
 
 
-def test_codes_that_are_none(run: Run, model: Path, picture: Path) -> None:
+def test_codes_that_are_none(run: Run, model: Path, image_path: Path) -> None:
     assert_refused(run("decode", "nothing.safetensors"), "nothing.safetensors")
-    assert_refused(run("decode", picture), "red.png", "encode")
+    assert_refused(run("decode", image_path), "red.png", "encode")
     save_codes(Path("far.safetensors"), torch.full((1, 8, 8), 64).numpy())
     assert_refused(run("decode", "far.safetensors", "--model", model), "63")
 
@@ -905,9 +914,11 @@ def batch(run: Run, model: Path) -> Batch:
     return call
 
 
-def test_batch_answers_as_generate_does(run: Run, batch: Batch, model: Path, picture: Path) -> None:
+def test_batch_answers_as_generate_does(
+    run: Run, batch: Batch, model: Path, image_path: Path
+) -> None:
     Path("in").mkdir()
-    picture.rename("in/red.png")
+    image_path.rename("in/red.png")
     image = {"type": "image", "image": "red.png"}
     turns = [
         {"role": "user", "content": ["Look: ", image]},
@@ -936,8 +947,8 @@ def test_batch_answers_as_generate_does(run: Run, batch: Batch, model: Path, pic
         alone = run("generate", *options, *common).json
         for key in ("text", "usage", "finish_reason", "seed", "output"):
             assert told[name][key] == alone[key], (name, key)
-        for ours, theirs in zip(told[name]["images"], alone["images"], strict=True):
-            assert (Path("replies") / ours).read_bytes() == Path(theirs).read_bytes()
+        for actual, expected in zip(told[name]["images"], alone["images"], strict=True):
+            assert (Path("replies") / actual).read_bytes() == Path(expected).read_bytes()
     assert told["parts"]["text"] == told["marks"]["text"]
     assert len(told["draw"]["images"]) == 2
     names = {path.name for path in Path("replies").iterdir()}
@@ -995,7 +1006,7 @@ def test_batch_refuses_other_files_and_folders(run: Run, batch: Batch) -> None:
         assert_refused(batch(out="held"), "held", "another batch")
 
 
-def test_batch_records_what_fails_later_and_tries_it_again(batch: Batch, picture: Path) -> None:
+def test_batch_records_what_fails_later_and_tries_it_again(batch: Batch, image_path: Path) -> None:
     bad = Path("in/bad.png")
     bad.parent.mkdir()
     bad.write_text("no picture")
@@ -1011,7 +1022,7 @@ def test_batch_records_what_fails_later_and_tries_it_again(batch: Batch, picture
     assert [(error["id"], error["line"]) for error in errors] == [(1, 1), ("long", 3)]
     assert "PNG" in errors[0]["error"] and "limit 512" in errors[1]["error"]
     before = replies_in()
-    picture.replace(bad)
+    image_path.replace(bad)
     assert batch("--output", "text").code == 2
     assert list(replies_in()) == ["fine", 1] and replies_in()["fine"] == before["fine"]
     assert len(Path("replies/errors.jsonl").read_text().splitlines()) == 1
@@ -1092,11 +1103,11 @@ DOCS = Path(__file__).parent.parent / "docs" / "cli.md"
 
 def blocks(language: str) -> list[str]:
     text = DOCS.read_text(encoding="utf-8")
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-    return [block for kind, block in found if kind == language]
+    result = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [block for kind, block in result if kind == language]
 
 
-def test_docs_name_every_command_and_show_no_other(picture: Path) -> None:
+def test_docs_name_every_command_and_show_no_other(image_path: Path) -> None:
     lines = [line for block in blocks("") for line in block.splitlines()]
     commands = [shlex.split(line.partition(" < ")[0])[1:] for line in lines]
     group = typer.main.get_command(app)
@@ -1111,10 +1122,10 @@ def test_docs_name_every_command_and_show_no_other(picture: Path) -> None:
             assert f"`{option.opts[0]}`" in text
 
 
-def test_docs_show_requests_that_a_batch_takes(picture: Path, tmp_path: Path) -> None:
+def test_docs_show_requests_that_a_batch_takes(image_path: Path, tmp_path: Path) -> None:
     [requests] = blocks("json")
     write_requests(*requests.splitlines())
-    picture.rename(tmp_path / "in" / "cat.png")
+    image_path.rename(tmp_path / "in" / "cat.png")
     jobs = read_jobs(Path("in/requests.jsonl"), "auto", {"seed": 7}, "mini")
     assert [job.id for job in jobs] == [1, "cat", "parts", "turns"]
     assert [job.sampling.seed for job in jobs] == [1, 8, 9, 10]

@@ -118,8 +118,8 @@ def test_rope_of_older_files_survives(
     data: dict[str, Any], kind: str, scaling: dict[str, Any]
 ) -> None:
     config = ModelConfig.from_dict(data)
-    again = ModelConfig.from_dict(config.to_dict())
-    for read in (config, again):
+    second = ModelConfig.from_dict(config.to_dict())
+    for read in (config, second):
         assert read.rope_type == kind
         assert read.rope_scaling is not None
         assert scaling.items() <= read.rope_scaling.items()

@@ -30,9 +30,9 @@ def pixels(image: Image) -> np.ndarray[Any, Any]:
     return np.asarray(image.pil)
 
 
-def saved(picture: PIL.Image.Image, format: str, **options: Any) -> bytes:
+def saved(image: PIL.Image.Image, format: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, format, **options)
+    image.save(buffer, format, **options)
     return buffer.getvalue()
 
 
@@ -66,17 +66,17 @@ def test_pixels_equal_metas(golden: Path) -> None:
 
 
 def test_sources_agree(tmp_path: Path) -> None:
-    picture = PIL.Image.fromarray(RGB)
-    data = saved(picture, "PNG")
+    photo = PIL.Image.fromarray(RGB)
+    data = saved(photo, "PNG")
     path = tmp_path / "그림.png"
     path.write_bytes(data)
     chw = RGB.transpose(2, 0, 1)
     floats = torch.from_numpy(chw.copy()).float() / 255
-    sources = [picture, path, str(path), data, bytearray(data), RGB, chw, RGB.astype(np.int64)]
+    sources = [photo, path, str(path), data, bytearray(data), RGB, chw, RGB.astype(np.int64)]
     sources += [RGB / 255, torch.from_numpy(RGB), floats, floats.double().requires_grad_()]
     for source in sources:
         np.testing.assert_array_equal(pixels(Image.of(source)), RGB)
-    image = Image.of(picture)
+    image = Image.of(photo)
     assert Image.of(image) is image
     assert abs(pixels(Image.of(floats.bfloat16())).astype(int) - RGB).max() <= 1
 
@@ -120,17 +120,17 @@ def test_grey_of_16_bits_in_a_file_is_scaled(format: str) -> None:
     assert grey_of(saved(between, format)) == [[0, 1, 10]]  # to the nearest of 257
 
 
-def test_deep_pictures_are_scaled() -> None:
+def test_deep_images_are_scaled() -> None:
     deep = GREYS.astype(np.uint16) * 257
     for dtype, mode in (("<u2", "I;16"), (">u2", "I;16B")):
-        picture = PIL.Image.frombytes(mode, (4, 2), deep.astype(dtype).tobytes())
-        assert grey_of(picture) == grey_of(Image(picture).pil) == GREYS.tolist()
+        image = PIL.Image.frombytes(mode, (4, 2), deep.astype(dtype).tobytes())
+        assert grey_of(image) == grey_of(Image(image).pil) == GREYS.tolist()
     assert grey_of(PIL.Image.fromarray(deep.astype(np.int32))) == GREYS.tolist()
     # 32-bit numbers that 8 bits hold are those of 8 bits, as convert("I") makes them.
     assert grey_of(PIL.Image.fromarray(GREYS.astype(np.int32))) == GREYS.tolist()
     assert grey_of(PIL.Image.fromarray(GREYS.astype(np.float32) / 255)) == GREYS.tolist()
     dark = PIL.Image.fromarray(np.full((1, 2), 200, np.uint16))
-    assert grey_of(dark) == [[1, 1]]  # 200 of 65,535, whatever else is in the picture
+    assert grey_of(dark) == [[1, 1]]  # 200 of 65,535, whatever else is in the image
 
 
 @pytest.mark.parametrize(
@@ -144,9 +144,9 @@ def test_deep_pictures_are_scaled() -> None:
         (np.array([[0.5, np.nan]], np.float32), "holds NaN"),
     ],
 )
-def test_deep_pictures_of_an_unknown_scale(array: np.ndarray[Any, Any], sentence: str) -> None:
-    picture = PIL.Image.fromarray(array)
-    for source in (picture, saved(picture, "TIFF")):
+def test_deep_images_of_an_unknown_scale(array: np.ndarray[Any, Any], sentence: str) -> None:
+    image = PIL.Image.fromarray(array)
+    for source in (image, saved(image, "TIFF")):
         with pytest.raises(ImageError, match=sentence) as error:
             Image.of(source)
         check_sentence(error.value)
@@ -154,9 +154,9 @@ def test_deep_pictures_of_an_unknown_scale(array: np.ndarray[Any, Any], sentence
 
 def halves(width: int, height: int) -> PIL.Image.Image:
     """Red on the left, blue on the right."""
-    picture = PIL.Image.new("RGB", (width, height), "red")
-    picture.paste("blue", (width // 2, 0, width, height))
-    return picture
+    image = PIL.Image.new("RGB", (width, height), "red")
+    image.paste("blue", (width // 2, 0, width, height))
+    return image
 
 
 def corners(image: Image) -> list[tuple[int, ...]]:
@@ -168,20 +168,20 @@ def corners(image: Image) -> list[tuple[int, ...]]:
     ("size", "small"), [((60, 41), (30, 21)), ((100, 49), (50, 25)), ((71, 71), (24, 24))]
 )
 @pytest.mark.parametrize("format", ["PNG", "WEBP", "TIFF", "AVIF", None])
-def test_large_pictures_are_scaled_down(
+def test_large_images_are_scaled_down(
     size: tuple[int, int], small: tuple[int, int], format: str | None, monkeypatch: Any
 ) -> None:
     """By the smallest whole number that brings them below the limit, in bands of rows."""
     monkeypatch.setattr(content, "MAX_PIXELS", 1_250)
     monkeypatch.setattr(content, "_BAND_ROWS", 7)
-    picture = halves(*size)
-    image = Image.of(saved(picture, format) if format else picture)
+    photo = halves(*size)
+    image = Image.of(saved(photo, format) if format else photo)
     assert image.pil is not None and image.pil.size == small
     assert corners(image) == [(1, 0, 0), (0, 0, 1)]
 
 
-def test_large_pictures_of_every_kind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bands give what the whole picture would: modes, transparency, 16 bits, orientation."""
+def test_large_images_of_every_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bands give what the whole image would: modes, transparency, 16 bits, orientation."""
     rng = np.random.default_rng(0)
     rgba = rng.integers(0, 256, (40, 30, 4), dtype=np.uint8)
     deep = PIL.Image.fromarray(rng.integers(0, 65_536, (40, 30), dtype=np.uint16))
@@ -189,12 +189,12 @@ def test_large_pictures_of_every_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     palette = colours.convert("RGB").quantize(50)
     palette.info["transparency"] = 3
     kinds = [colours, deep, palette, colours.convert("L"), colours.convert("CMYK")]
-    whole = [Image.of(picture).pil for picture in kinds]
+    complete = [Image.of(image).pil for image in kinds]
     monkeypatch.setattr(content, "MAX_PIXELS", 300)
     monkeypatch.setattr(content, "_BAND_ROWS", 3)
-    for picture, full in zip(kinds, whole, strict=True):
+    for image, full in zip(kinds, complete, strict=True):
         assert full is not None
-        np.testing.assert_array_equal(pixels(Image.of(picture)), np.asarray(full.reduce(2)))
+        np.testing.assert_array_equal(pixels(Image.of(image)), np.asarray(full.reduce(2)))
     exif = colours.getexif()
     exif[0x0112] = 6
     for turned in (saved(colours, "PNG", exif=exif), saved(halves(40, 30), "JPEG", exif=exif)):
@@ -219,20 +219,20 @@ def test_large_jpeg_is_scaled_down_by_its_decoder() -> None:
     assert corners(image) == [(1, 0, 0), (0, 0, 1)]
 
 
-def test_a_picture_that_its_decoder_refuses_for_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_that_its_decoder_refuses_for_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
     data = saved(halves(40, 30), "WEBP")
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 500)
     with pytest.raises(ImageError, match="larger than Pillow reads in its format"):
         Image.from_bytes(data)
 
 
-def test_a_large_picture_of_the_caller_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_image_of_the_caller_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(content, "MAX_PIXELS", 300)
     for format in ("JPEG", "PNG"):
-        picture = PIL.Image.open(io.BytesIO(saved(halves(40, 30), format)))
-        small = Image.of(picture).pil
+        image = PIL.Image.open(io.BytesIO(saved(halves(40, 30), format)))
+        small = Image.of(image).pil
         assert small is not None and small.size == (20, 15)
-        assert picture.size == (40, 30) and np.asarray(picture).shape == (30, 40, 3)
+        assert image.size == (40, 30) and np.asarray(image).shape == (30, 40, 3)
 
 
 HEIC_HEAD = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
@@ -275,21 +275,21 @@ def test_a_pipe_can_be_read(tmp_path: Path) -> None:
 
 
 def test_exif_rotation(tmp_path: Path) -> None:
-    picture = PIL.Image.fromarray(RGB)
-    exif = picture.getexif()
+    image = PIL.Image.fromarray(RGB)
+    exif = image.getexif()
     exif[0x0112] = 6  # shown a quarter turn clockwise
     upright = np.rot90(RGB, -1)
-    data = saved(picture, "PNG", exif=exif)
+    data = saved(image, "PNG", exif=exif)
     (tmp_path / "a.png").write_bytes(data)
     np.testing.assert_array_equal(pixels(Image.from_bytes(data)), upright)
     np.testing.assert_array_equal(pixels(Image.open(tmp_path / "a.png")), upright)
     np.testing.assert_array_equal(pixels(Image.of(PIL.Image.open(io.BytesIO(data)))), upright)
 
 
-def test_a_later_change_of_the_picture_does_not_reach_the_image() -> None:
-    picture = PIL.Image.fromarray(RGB)
-    image = Image.of(picture)
-    picture.paste((255, 255, 255), (0, 0, 7, 5))
+def test_a_later_change_of_the_image_does_not_reach_the_image() -> None:
+    photo = PIL.Image.fromarray(RGB)
+    image = Image.of(photo)
+    photo.paste((255, 255, 255), (0, 0, 7, 5))
     np.testing.assert_array_equal(pixels(image), RGB)
 
 
@@ -400,18 +400,18 @@ def test_codes() -> None:
 
 
 def test_prompts(tmp_path: Path) -> None:
-    picture = PIL.Image.fromarray(RGB)
-    picture.save(tmp_path / "a.png")
+    image = PIL.Image.fromarray(RGB)
+    image.save(tmp_path / "a.png")
     [message] = as_messages("Hi")
     assert (message.role, message.parts) == ("user", [Text("Hi")])
-    [message] = as_messages(["What? ", Text("This: "), picture, "", Path(tmp_path / "a.png")])
+    [message] = as_messages(["What? ", Text("This: "), image, "", Path(tmp_path / "a.png")])
     kinds = [type(part).__name__ for part in message.parts]
     assert kinds == ["Text", "Text", "Image", "Image"]
     assert len(message.images) == 2
-    turns = [Message("user", "a"), Message("assistant", ["b"]), Message("user", picture)]
+    turns = [Message("user", "a"), Message("assistant", ["b"]), Message("user", image)]
     assert as_messages(turns) == turns
     assert as_messages(turns[0]) == turns[:1]
-    assert len(as_messages(picture)[0].images) == 1
+    assert len(as_messages(image)[0].images) == 1
 
 
 @pytest.mark.parametrize(
@@ -465,14 +465,14 @@ def test_a_system_text_is_part_of_the_turn_beside_it() -> None:
 
 
 def test_dicts_are_messages(tmp_path: Path) -> None:
-    picture = PIL.Image.fromarray(RGB)
-    picture.save(tmp_path / "a.png")
-    picture.save(tmp_path / "사과 1.png")
+    image = PIL.Image.fromarray(RGB)
+    image.save(tmp_path / "a.png")
+    image.save(tmp_path / "사과 1.png")
     data_bytes = (tmp_path / "a.png").read_bytes()
     data = base64.b64encode(data_bytes).decode()
     url = f"data:image/png;base64,{data}"
     sources: list[dict[str, Any]] = [
-        {"type": "image", "image": picture},
+        {"type": "image", "image": image},
         {"type": "image", "image": RGB},
         {"type": "image", "path": str(tmp_path / "a.png")},
         {"type": "image", "url": f"file://{tmp_path / 'a.png'}"},

@@ -96,7 +96,7 @@ WIDE = VQConfig(
 @pytest.mark.parametrize("config", [MINI, WIDE], ids=["mini", "wide"])
 @pytest.mark.parametrize("native", [pytest.param(True, marks=needs_compiler), False])
 @torch.no_grad()
-def test_a_picture_depends_neither_on_threads_nor_on_other_pictures(
+def test_an_image_depends_neither_on_threads_nor_on_other_images(
     config: VQConfig, native: bool, threads: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(1)
@@ -108,13 +108,13 @@ def test_a_picture_depends_neither_on_threads_nor_on_other_pictures(
     codes = torch.randint(0, config.num_embeddings, (3, side, side))
     pixels = torch.rand(3, 3, config.resolution, config.resolution) * 2 - 1
     torch.set_num_threads(1)
-    drawn = torch.cat([vqgan.decode(one) for one in codes.split(1)])
+    decoded = torch.cat([vqgan.decode(one) for one in codes.split(1)])
     latents = torch.cat([vqgan.latents(one) for one in pixels.split(1)])
     for count, batch in [(1, 3), (1, 2), (2, 1), (3, 3)] if native else [(1, 3), (1, 2)]:
         torch.set_num_threads(count)
-        assert torch.equal(torch.cat([vqgan.decode(some) for some in codes.split(batch)]), drawn)
-        again = torch.cat([vqgan.latents(some) for some in pixels.split(batch)])
-        assert torch.equal(again, latents)
+        assert torch.equal(torch.cat([vqgan.decode(some) for some in codes.split(batch)]), decoded)
+        second = torch.cat([vqgan.latents(some) for some in pixels.split(batch)])
+        assert torch.equal(second, latents)
 
 
 @needs_compiler
@@ -135,7 +135,7 @@ def test_swish_holds_at_both_ends() -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("side", [64, 32, 48])
-def test_pictures_come_out_alike_with_and_without_it(
+def test_images_come_out_alike_with_and_without_it(
     side: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(side)
@@ -149,12 +149,12 @@ def test_pictures_come_out_alike_with_and_without_it(
 
     monkeypatch.setattr(fast, "conv3x3", counted)
     with torch.no_grad():
-        latents, drawn = vqgan.latents(pixels), vqgan.decode(torch.arange(48).view(3, 4, 4))
+        latents, decoded = vqgan.latents(pixels), vqgan.decode(torch.arange(48).view(3, 4, 4))
         assert calls
         calls.clear()
         monkeypatch.setattr(fast, "available", lambda: False)
         assert alike(vqgan.latents(pixels), latents)
-        assert alike(vqgan.decode(torch.arange(48).view(3, 4, 4)), drawn)
+        assert alike(vqgan.decode(torch.arange(48).view(3, 4, 4)), decoded)
     plain = vqgan.latents(pixels)
     assert not calls and plain.requires_grad
     assert alike(plain.detach(), latents)
@@ -239,9 +239,9 @@ def test_threads_may_end_each_others_results() -> None:
 
 @needs_compiler
 @torch.no_grad()
-def test_a_picture_does_not_hold_the_memory_of_its_making() -> None:
-    drawn = accelerate(VQGAN(MINI).eval()).decode(torch.arange(64).view(1, 8, 8))
-    assert drawn.untyped_storage().nbytes() == 4 * drawn.numel()
+def test_an_image_does_not_hold_the_memory_of_its_making() -> None:
+    decoded = accelerate(VQGAN(MINI).eval()).decode(torch.arange(64).view(1, 8, 8))
+    assert decoded.untyped_storage().nbytes() == 4 * decoded.numel()
 
 
 @pytest.mark.parametrize("name", ["EARLYFUSION_NATIVE", "CXX"])

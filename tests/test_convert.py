@@ -57,17 +57,17 @@ def assert_equal_bits(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
 
 
 def assert_same_shards(one: Path, two: Path) -> None:
-    ours, theirs = shards_of(one), shards_of(two)
-    assert len(ours) == len(theirs) > 0
-    for mine, their in zip(ours, theirs, strict=True):
+    actual, expected = shards_of(one), shards_of(two)
+    assert len(actual) == len(expected) > 0
+    for mine, their in zip(actual, expected, strict=True):
         assert_equal_bits(mine, their)
 
 
 def assert_same_model(one: Loaded, two: Loaded) -> None:
     assert_equal_bits(one.transformer.state_dict(), two.transformer.state_dict())
     assert_equal_bits(one.vqgan.state_dict(), two.vqgan.state_dict())
-    ours, theirs = one.config.to_dict(), two.config.to_dict()
-    assert ours | {"model_parallel_size": 1} == theirs | {"model_parallel_size": 1}
+    actual, expected = one.config.to_dict(), two.config.to_dict()
+    assert actual | {"model_parallel_size": 1} == expected | {"model_parallel_size": 1}
 
 
 def assert_meta_s_logits(golden: Path, name: str, folder: Path) -> None:
@@ -131,9 +131,9 @@ class TestRoundTrips:
     def test_hf_to_meta_to_hf(self, tiny: Path, tmp_path: Path) -> None:
         convert(tiny, tmp_path / "meta", "meta", shards=2)
         convert(tmp_path / "meta", tmp_path / "again", "hf")
-        ours, theirs = load(tmp_path / "again"), load(tiny)
-        assert_same_model(ours, theirs)
-        assert ours.generation_defaults == theirs.generation_defaults
+        actual, expected = load(tmp_path / "again"), load(tiny)
+        assert_same_model(actual, expected)
+        assert actual.generation_defaults == expected.generation_defaults
         assert (tmp_path / "again" / "tokenizer.json").read_bytes() == (
             tiny / "tokenizer.json"
         ).read_bytes()
@@ -161,10 +161,10 @@ class TestRoundTrips:
         from transformers import ChameleonForConditionalGeneration
 
         convert(tiny, tmp_path / "cut", "hf", shards=5)
-        theirs = ChameleonForConditionalGeneration.from_pretrained(tmp_path / "cut")
-        own = load(tiny).transformer.state_dict()
-        state = theirs.state_dict()
-        assert_equal_bits({name: state[name] for name in own}, own)
+        expected = ChameleonForConditionalGeneration.from_pretrained(tmp_path / "cut")
+        weights = load(tiny).transformer.state_dict()
+        state = expected.state_dict()
+        assert_equal_bits({name: state[name] for name in weights}, weights)
         assert len(list((tmp_path / "cut").glob("*.safetensors"))) == 5
 
 
@@ -248,18 +248,18 @@ class TestWholeOrNot:
         assert sorted(tmp_path.iterdir()) == before
 
     def test_a_handler_of_the_program_stays(self, tiny: Path, tmp_path: Path) -> None:
-        seen: list[int] = []
-        before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+        recorded: list[int] = []
+        before = signal.signal(signal.SIGTERM, lambda number, frame: recorded.append(number))
         try:
             convert(
                 tiny,
                 tmp_path / "out",
                 "hf",
-                progress=lambda *_: seen or os.kill(os.getpid(), signal.SIGTERM),
+                progress=lambda *_: recorded or os.kill(os.getpid(), signal.SIGTERM),
             )
         finally:
             signal.signal(signal.SIGTERM, before)
-        assert seen == [signal.SIGTERM]
+        assert recorded == [signal.SIGTERM]
         assert before is signal.SIG_DFL
         assert (tmp_path / "out" / "config.json").is_file()
         convert(tiny, tmp_path / "two", "hf")
@@ -319,9 +319,9 @@ class TestWholeOrNot:
             load(left)
 
     def test_progress_runs_to_the_end(self, tiny: Path, tmp_path: Path) -> None:
-        seen: list[tuple[int, int]] = []
-        convert(tiny, tmp_path / "out", "hf", progress=lambda *step: seen.append(step))
-        done, totals = zip(*seen, strict=True)
+        recorded: list[tuple[int, int]] = []
+        convert(tiny, tmp_path / "out", "hf", progress=lambda *step: recorded.append(step))
+        done, totals = zip(*recorded, strict=True)
         assert list(done) == sorted(done)
         assert set(totals) == {done[-1]}
         assert done[-1] < (tmp_path / "out" / "model.safetensors").stat().st_size
@@ -640,8 +640,8 @@ class TestMistakes:
             assert ids.count(token) == 1
             assert processor.decode_text(ids) == "a 사과나무."
             assert token in processor.vocabulary.text_tokens
-        theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
-        assert theirs("a 사과나무.", add_special_tokens=False)["input_ids"] == ids
+        expected = AutoTokenizer.from_pretrained(tmp_path / "hf")
+        assert expected("a 사과나무.", add_special_tokens=False)["input_ids"] == ids
 
     def test_ids_of_a_tokenizer_in_another_order(self, tiny: Path, tmp_path: Path) -> None:
         data = json.loads((tiny / "tokenizer.json").read_text())
@@ -702,9 +702,9 @@ class TestImageTokenizers:
         assert not model.can_draw
         with pytest.raises(CheckpointError, match="no VQ decoder"):
             model.generate("Draw.", output="image")
-        picture = Image.from_array(np.zeros((16, 16, 3), dtype=np.uint8))
+        image = Image.from_array(np.zeros((16, 16, 3), dtype=np.uint8))
         with pytest.raises(CheckpointError, match=r"no image tokenizer.*--image-tokenizer"):
-            model.generate(["What?", picture], output="text")
+            model.generate(["What?", image], output="text")
         with pytest.raises(CheckpointError, match="no image tokenizer"):
             model.image_tokenizer.decode(torch.zeros(1, 8, 8, dtype=torch.int64))
         assert summarize(bare).parameters["image_tokenizer"] == 0
@@ -872,10 +872,10 @@ class TestLumina:
         assert detect(folder) == "lumina"
         with pytest.raises(CheckpointError, match=r"tokenizer\.json is missing.*--tokenizer"):
             load(folder)
-        whole = tmp_path / "whole"
-        convert(folder, whole, "hf", tokenizer=tokenizer, image_tokenizer=tokenizer)
-        assert detect(whole) == "lumina"
-        model = Chameleon.load(whole)
+        full = tmp_path / "whole"
+        convert(folder, full, "hf", tokenizer=tokenizer, image_tokenizer=tokenizer)
+        assert detect(full) == "lumina"
+        model = Chameleon.load(full)
         assert model.processor.layout == layout(8)
         assert model.defaults["chameleon"]["image"]["top_k"] == 2000
         reply = model.generate("Draw.", output="image", seed=0)

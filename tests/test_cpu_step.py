@@ -293,13 +293,13 @@ def test_nothing_is_drawn_from_logits_that_are_not_finite() -> None:
     logits[4] = -torch.inf
     uniform = torch.full((6,), 0.5, dtype=torch.float64)
     for temperature in (0.0, 1.0):
-        drawn = draw(
+        generated = draw(
             step, logits, SamplingTensors.of([(temperature, 0, 0.9, 0.0, 1.0)] * 6), uniform
         )
         alone = draw(
             step, good, SamplingTensors.of([(temperature, 0, 0.9, 0.0, 1.0)] * 2), uniform[:2]
         )
-        assert drawn.tolist() == [alone[0], -1, -1, -1, -1, alone[1]]
+        assert generated.tolist() == [alone[0], -1, -1, -1, -1, alone[1]]
     blocked = torch.zeros(100, dtype=torch.bool)
     blocked[99] = True  # what may not come may be anything
     row = [logits[1].data_ptr()] * 3
@@ -314,10 +314,10 @@ def test_a_part_of_the_head_is_that_part_of_the_logits(bits: int) -> None:
     model = random_model(shape, 1)
     step = Paged(shape, 1, 4).step(model, bits)
     states, weight = torch.randn(2, 64), model.lm_head.weight
-    whole = step.product(weight)(states)
+    full = step.product(weight)(states)
     for first, last in ((0, 515), (4, 8), (7, 200), (513, 515)):
         part = step.product(weight[first:last])
-        assert torch.equal(part(states), whole[:, first:last])
+        assert torch.equal(part(states), full[:, first:last])
 
 
 def draw(
@@ -351,7 +351,7 @@ def test_a_draw_mixes_branches_then_masks_then_penalises() -> None:
         uniform = torch.rand(24, dtype=torch.float64)
         mixed = guidance.combine(full, image_only, unconditional, 1.5, 2.5)
         mixed = penalise(mixed.masked_fill(blocked, -torch.inf), seen, settings.penalty_B)
-        drawn = step.sample(
+        generated = step.sample(
             [
                 Choice(
                     full[n].data_ptr(),
@@ -374,7 +374,7 @@ def test_a_draw_mixes_branches_then_masks_then_penalises() -> None:
         )
         picked = pick(warp(mixed, settings), uniform)
         expected = torch.where(settings.temperature_B == 0, mixed.argmax(-1), picked)
-        assert (torch.tensor(drawn) == expected).sum() >= 23  # sums in another order
+        assert (torch.tensor(generated) == expected).sum() >= 23  # sums in another order
 
 
 @needs_compiler
@@ -400,10 +400,10 @@ def test_draws_equal_the_samplers(levels: int) -> None:
             logits[torch.rand(logits.shape) < 0.2] = -torch.inf
         settings, uniform = SamplingTensors.of(rows), torch.rand(len(rows), dtype=torch.float64)
         uniform[::50], uniform[1::50] = 0, 1 - 2**-53
-        drawn = draw(step, logits, settings, uniform)
+        generated = draw(step, logits, settings, uniform)
         left = warp(logits, settings)
-        assert torch.isfinite(left[torch.arange(len(rows)), drawn]).float().mean() > 0.995
-        equal += int((drawn == pick(left, uniform)).sum())
+        assert torch.isfinite(left[torch.arange(len(rows)), generated]).float().mean() > 0.995
+        equal += int((generated == pick(left, uniform)).sum())
         total += len(rows)
     # The two add up in different orders: where top_p cuts exactly at a sum, one token may differ.
     assert equal >= 0.99 * total
@@ -425,9 +425,9 @@ def test_a_quantised_model_gives_what_its_rounded_weights_give(bits: int) -> Non
     torch.testing.assert_close(small(tokens), expected(tokens))
     kept = [*small.parameters(), *small.buffers()]
     assert sum(t.nbytes for t in kept) < dense * (0.5 + bits / 64)
-    again = {n: unpack(pack(w, bits)) for n, w in expected.named_parameters() if "proj" in n}
+    repeated = {n: unpack(pack(w, bits)) for n, w in expected.named_parameters() if "proj" in n}
     for name, weight in expected.named_parameters():
-        assert name not in again or torch.equal(again[name], weight)  # rounding twice is once
+        assert name not in repeated or torch.equal(repeated[name], weight)  # rounding twice is once
     if cpu_step.available():
         caches = Paged(shape, 1, 4), Paged(shape, 1, 4)
         steps = caches[0].step(small, bits), caches[1].step(expected, bits)

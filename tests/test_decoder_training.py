@@ -35,17 +35,17 @@ def test_encoder_and_codebook_stay_and_the_decoder_learns(
     torch.manual_seed(0)
     model = VQGAN(TINY)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    pictures = torch.rand(4, 3, 16, 16) * 2 - 1
-    codes = model.encode(pictures)
+    images = torch.rand(4, 3, 16, 16) * 2 - 1
+    codes = model.encode(images)
     loss = VQLossConfig(codebook=codebook, revive_every=2, ramp_steps=0)
-    task = ImageTokenizerTask(model, loss, lambda _: pictures, 30, "decoder")
+    task = ImageTokenizerTask(model, loss, lambda _: images, 30, "decoder")
     gentle = OptimConfig(lr=2e-3, warmup_steps=2, decay="constant", eps=1e-8)
     run_config = RunConfig(tmp_path, steps=30, log_every=1, precision=precision)
     train(task, run_config, gentle)
     after = model.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if _is_drawing(name)}
-    assert torch.equal(model.encode(pictures), codes)
+    assert torch.equal(model.encode(images), codes)
     rows = read_metrics(tmp_path)
     assert rows[-1]["psnr"] > rows[0]["psnr"] + 1
 
@@ -53,14 +53,14 @@ def test_encoder_and_codebook_stay_and_the_decoder_learns(
 def test_the_decoder_sees_exact_codewords_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = VQGAN(TINY)
-    pictures = torch.rand(4, 3, 16, 16) * 2 - 1
-    codes, seen = model.encode(pictures), []
+    images = torch.rand(4, 3, 16, 16) * 2 - 1
+    codes, recorded = model.encode(images), []
     decode = model.decode
-    monkeypatch.setattr(model, "decode", lambda codes: seen.append(codes) or decode(codes))
-    task = ImageTokenizerTask(model, VQLossConfig(), lambda _: pictures, 30, "decoder")
+    monkeypatch.setattr(model, "decode", lambda codes: recorded.append(codes) or decode(codes))
+    task = ImageTokenizerTask(model, VQLossConfig(), lambda _: images, 30, "decoder")
     with torch.autocast("cpu", torch.bfloat16):
         task.loss(0)[0].backward()
-    assert torch.equal(seen[0], codes)
+    assert torch.equal(recorded[0], codes)
     assert all(p.grad is None for n, p in model.named_parameters() if not _is_drawing(n))
     assert all(p.grad is not None for n, p in model.named_parameters() if _is_drawing(n))
 
@@ -86,11 +86,11 @@ def test_codebook_and_decoder_stay_and_the_encoder_learns(
     model = VQGAN(TINY).to(device)
     head = SemanticHead(TINY.embed_dim, TINY.grid, (4,)).to(device)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    pictures = (torch.rand(4, 3, 16, 16) * 2 - 1).to(device)
-    labels, codes = torch.arange(4, device=device)[:, None], model.encode(pictures)
+    images = (torch.rand(4, 3, 16, 16) * 2 - 1).to(device)
+    labels, codes = torch.arange(4, device=device)[:, None], model.encode(images)
     drawing = model.decode(codes)
     loss = VQLossConfig(naming=1.0, match=0.01, drawn=0.5, first_level=first_level, revive_every=2)
-    task = ImageTokenizerTask(model, loss, lambda _: (pictures, labels), 30, "encoder", head=head)
+    task = ImageTokenizerTask(model, loss, lambda _: (images, labels), 30, "encoder", head=head)
     assert task.loss(0)[1]["match"] == 0
     gentle = OptimConfig(lr=2e-3, warmup_steps=2, decay="constant", eps=1e-8)
     where = RunConfig(tmp_path, steps=30, log_every=1, precision="fp32", device=str(device))
@@ -105,22 +105,22 @@ def test_codebook_and_decoder_stay_and_the_encoder_learns(
     assert rows[0]["named"] < 1 and rows[-1]["named"] == 1 and rows[-1]["match"] > 0
 
 
-def test_only_a_share_of_the_pictures_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_share_of_the_images_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    model, seen = VQGAN(TINY), []
+    model, recorded = VQGAN(TINY), []
     pixels = model.pixels
-    monkeypatch.setattr(model, "pixels", lambda x: seen.append(x) or pixels(x))
-    pictures = torch.rand(8, 3, 16, 16) * 2 - 1
+    monkeypatch.setattr(model, "pixels", lambda x: recorded.append(x) or pixels(x))
+    images = torch.rand(8, 3, 16, 16) * 2 - 1
     config = VQLossConfig(drawn=0.25, match=1.0, ramp_steps=0)
-    task = ImageTokenizerTask(model, config, lambda _: pictures, 30, "encoder")
+    task = ImageTokenizerTask(model, config, lambda _: images, 30, "encoder")
     with torch.no_grad():
         model.quant_conv.bias += 0.5
     loss, figures, count = task.loss(0)
-    codes = model.encode(pictures)
-    assert torch.allclose(seen[0], model.embed(codes)[:2], atol=1e-5) and count == 8
-    drawn = model.decode(codes)[:2]
-    terms = (drawn - pictures[:2]).abs().mean() + (drawn - pictures[:2]).square().mean()
-    moved = model.latents(pictures)
+    codes = model.encode(images)
+    assert torch.allclose(recorded[0], model.embed(codes)[:2], atol=1e-5) and count == 8
+    decoded = model.decode(codes)[:2]
+    terms = (decoded - images[:2]).abs().mean() + (decoded - images[:2]).square().mean()
+    moved = model.latents(images)
     terms += 0.25 * (moved - model.embed(codes)).square().mean()
     terms += 0.25 / (moved - 0.5).var()  # latents were moved by 0.5
     assert torch.allclose(loss, terms, rtol=1e-4)

@@ -61,7 +61,7 @@ def rows_of(
     vocabulary = processor.vocabulary
 
     def stream() -> list[tuple[TokenSequence, list[int], bool]]:
-        found = []
+        results = []
         for number in range(count):
             turns, shown = [], []
             for role, parts in messages(number):
@@ -70,16 +70,16 @@ def rows_of(
                 turns.append(
                     Message(role, [Text(p) if isinstance(p, str) else empty for p in parts])
                 )
-            found.append((blank.encode_document(turns), shown, plain))
-        return found
+            results.append((blank.encode_document(turns), shown, plain))
+        return results
 
     is_code = np.zeros(vocabulary.size, bool)
     is_code[vocabulary.image_tokens] = True
-    made = templates(stream(), CODES, is_code, WEIGHTS)
+    result = templates(stream(), CODES, is_code, WEIGHTS)
     near = (torch.arange(64)[:, None] + torch.arange(1, 4)) % 64
     tokens = torch.from_numpy(vocabulary.code_to_token)
     return DeviceRows(
-        made, table().to(device), PLAIN, tokens, near, 2, LENGTH, vocabulary.pad, config, seed
+        result, table().to(device), PLAIN, tokens, near, 2, LENGTH, vocabulary.pad, config, seed
     )
 
 
@@ -102,15 +102,15 @@ def test_rows_are_those_of_the_packer(processor: Processor, device: torch.device
     rows._plain, rows._codes_PVC = 1, rows._codes_PVC[:, :1]
     packer = by_hand(processor, rows, 0)
     for _ in range(6):  # over more than two epochs
-        mine, theirs = rows.next(), packer.next()
+        actual, expected = rows.next(), packer.next()
         for name in PackedBatch._fields:
-            assert torch.equal(getattr(mine, name).cpu(), getattr(theirs, name)), name
-            assert getattr(mine, name).dtype == getattr(theirs, name).dtype, name
+            assert torch.equal(getattr(actual, name).cpu(), getattr(expected, name)), name
+            assert getattr(actual, name).dtype == getattr(expected, name).dtype, name
         assert rows.cursor == packer.cursor
     assert rows.cursor > 2 * 4
 
 
-def pictures_in(batch: PackedBatch, processor: Processor) -> list[np.ndarray]:
+def images_in(batch: PackedBatch, processor: Processor) -> list[np.ndarray]:
     """Codes of every image of the inputs, one after another."""
     tokens = batch.tokens_BT.flatten().numpy()
     codes = np.isin(tokens, processor.vocabulary.image_tokens)
@@ -127,22 +127,22 @@ def test_images_come_whole_in_ways_that_they_may_be_cut(processor: Processor) ->
     seen: dict[bool, set[tuple[int, int]]] = {}
     for plain in (False, True):
         rows = rows_of(processor, CodeNoiseConfig(), plain=plain)
-        found = [x for _ in range(60) for x in ways_of(pictures_in(rows.next(), processor))]
-        seen[plain] = set(found)
+        results = [x for _ in range(60) for x in ways_of(images_in(rows.next(), processor))]
+        seen[plain] = set(results)
     asked = {(p, v) for p in (0, 2) for v in range(WAYS)}
     assert seen[False] == asked | {(1, 0)}  # an image to be drawn stays exact
     assert seen[True] == {(p, v) for p in (0, 2) for v in range(PLAIN)} | {(1, 0)}
     rows = rows_of(processor, CodeNoiseConfig(changed_answers=0.5))
-    drawn = [
+    generated = [
         way
         for _ in range(60)
-        for picture, way in ways_of(pictures_in(rows.next(), processor))
-        if picture == 1
+        for image, way in ways_of(images_in(rows.next(), processor))
+        if image == 1
     ]
-    assert set(drawn) == {0, 1} and 0.3 < np.mean(drawn) < 0.7
+    assert set(generated) == {0, 1} and 0.3 < np.mean(generated) < 0.7
     rows._plain = 3
-    found = [x for _ in range(60) for x in ways_of(pictures_in(rows.next(), processor))]
-    assert {way for picture, way in found if picture == 1} == {0, 1, 2}
+    results = [x for _ in range(60) for x in ways_of(images_in(rows.next(), processor))]
+    assert {way for image, way in results if image == 1} == {0, 1, 2}
 
 
 def test_inputs_are_replaced_and_targets_stay_clean(processor: Processor) -> None:
@@ -229,28 +229,28 @@ def test_what_cannot_be_packed_is_refused(processor: Processor) -> None:
 
 def test_the_mixture_has_its_shares_and_tells_where_colours_matter() -> None:
     config = MixtureConfig(documents=200, tasks={"caption": 1.0, "colour": 5.0})
-    found = load_samples(DATA, config)
-    tasks = [s["task"] for s in found]
-    assert 195 <= len(found) <= 205
+    result = load_samples(DATA, config)
+    tasks = [s["task"] for s in result]
+    assert 195 <= len(result) <= 205
     assert tasks.count("requests") == 40 and tasks.count("bare") == 10
     assert tasks.count("study") == 30 and tasks.count("name") + tasks.count("picture") == 48
-    assert found == load_samples(DATA, config)
+    assert result == load_samples(DATA, config)
     several = load_samples(DATA, replace(config, workers=2))
     assert sorted(s["task"] for s in several if s["task"] in ("bare", "study", "requests")) == (
         ["bare"] * 10 + ["requests"] * 40 + ["study"] * 30
     )
-    assert all(is_plain(s) for s in found if s["task"] in ("colour", "study"))
-    requests = [s for s in found if s["task"] == "requests"]
-    pictures = [s["messages"][-1]["content"][0]["image"] for s in requests]
+    assert all(is_plain(s) for s in result if s["task"] in ("colour", "study"))
+    requests = [s for s in result if s["task"] == "requests"]
+    images = [s["messages"][-1]["content"][0]["image"] for s in requests]
     data = EmojiData(DATA)
     train = data.split("train")
     firsts = {data.row(i)["codepoints"]: i for i in reversed(train)}.values()
-    assert set(pictures) <= set(firsts) and len(set(pictures)) == min(len(firsts), 40)
+    assert set(images) <= set(firsts) and len(set(images)) == min(len(firsts), 40)
     varied = load_samples(DATA, replace(config, varied=True))
     shown = {s["messages"][-1]["content"][0]["image"] for s in varied if s["task"] == "requests"}
     assert shown - set(firsts) and len(shown) == min(len(train), 40)
     assert len({s["messages"][0]["content"][0]["text"] for s in requests}) > 20
-    assert not all(is_plain(s) for s in found)
+    assert not all(is_plain(s) for s in result)
     with pytest.raises(SettingError, match="not all 0"):
         MixtureConfig(dialogues=0, pairs=0, requests=0, studies=0, bare=0)
     text = {"type": "text", "text": "Draw a red apple."}
@@ -258,12 +258,12 @@ def test_the_mixture_has_its_shares_and_tells_where_colours_matter() -> None:
 
 
 def test_documents_hold_their_images_in_order(processor: Processor) -> None:
-    found = load_samples(DATA, MixtureConfig(documents=40))
+    result = load_samples(DATA, MixtureConfig(documents=40))
     data = EmojiData(DATA)
     place = {name: number for number, name in enumerate(data.split("train"))}
     blank = Processor(processor.tokenizer_file, BlankLayout(GRID, GRID))
     for sample, (sequence, shown, _) in zip(
-        found, encode_documents(found, blank, place), strict=True
+        result, encode_documents(result, blank, place), strict=True
     ):
         parts = [p for m in sample["messages"] for p in m["content"]]
         assert shown == [place[p["image"]] for p in parts if p["type"] == "image"]

@@ -62,9 +62,9 @@ def test_splits_partition_the_rows(data: EmojiData) -> None:
 
 
 def test_images_are_rgb_on_white(data: EmojiData) -> None:
-    for picture in data.images(r["id"] for r in data.rows):
-        assert (picture.mode, picture.size) == ("RGB", (128, 128))
-        assert np.asarray(picture).std() > 5
+    for image in data.images(r["id"] for r in data.rows):
+        assert (image.mode, image.size) == ("RGB", (128, 128))
+        assert np.asarray(image).std() > 5
     corner = data.image("noto/1f349").getpixel((0, 0))
     assert corner == (255, 255, 255)
 
@@ -252,9 +252,9 @@ def test_answers_are_true(data: EmojiData) -> None:
 def test_shares(data: EmojiData) -> None:
     samples = list(islice(Dialogues(data, seed=2, korean=0.25, tasks={"draw": 200}), 600))
     korean = sum(s["lang"] == "ko" for s in samples) / 600
-    drawn = sum(s["task"] == "draw" for s in samples) / 600
+    generated = sum(s["task"] == "draw" for s in samples) / 600
     assert 0.18 < korean < 0.32
-    assert drawn > 0.55
+    assert generated > 0.55
     assert all(s["lang"] == "en" for s in islice(Dialogues(data, korean=0), 50))
 
 
@@ -286,13 +286,16 @@ def test_caption_pairs_hold_both_orders(data: EmojiData) -> None:
     pairs = list(caption_pairs(data))
     things = {data.row(i)["codepoints"] for i in data.split("train")}
     assert len(pairs) == 6 * len(data.split("train")) + 4 * len(things)
-    own = [p for p in pairs if images(p) == ["noto/1f349"]]
-    assert [texts(p, "assistant") for p in own if p["task"] == "name"] == [["watermelon"], ["수박"]]
+    own_pairs = [p for p in pairs if images(p) == ["noto/1f349"]]
+    assert [texts(p, "assistant") for p in own_pairs if p["task"] == "name"] == [
+        ["watermelon"],
+        ["수박"],
+    ]
     first = next(i for i in data.split("train") if data.row(i)["en"] == "watermelon")
     for image_id in (first, "noto/1f349"):
-        own = [p for p in pairs if images(p) == [image_id] and p["task"] != "name"]
-        asked = {texts(p, "user")[0] for p in own}
-        assert ("usual" in {p["task"] for p in own}) == (image_id == first)
+        own_pairs = [p for p in pairs if images(p) == [image_id] and p["task"] != "name"]
+        asked = {texts(p, "user")[0] for p in own_pairs}
+        assert ("usual" in {p["task"] for p in own_pairs}) == (image_id == first)
         assert ("수박을 그려 줘." in asked) == ("watermelon" in asked) == (image_id == first)
     assert {
         "watermelon, Noto style",
@@ -346,8 +349,8 @@ def test_unpack_leaves_out_links_and_climbers(tmp_path: Path) -> None:
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/hosts"
         tar.addfile(link)
     build.unpack(archive, tmp_path / "out" / "folder")
-    found = [p for p in tmp_path.rglob("*") if p.is_file() or p.is_symlink()]
-    assert sorted(p.name for p in found) == ["b.txt", "package.tgz"]
+    results = [p for p in tmp_path.rglob("*") if p.is_file() or p.is_symlink()]
+    assert sorted(p.name for p in results) == ["b.txt", "package.tgz"]
 
 
 def test_concept_ids_and_families() -> None:
@@ -369,9 +372,9 @@ def test_icon_sets_match_by_code_then_by_name(tmp_path: Path) -> None:
         "1f350": {"name_en": "pear", "label": "pear"},
     }
     index = sources._name_index(concepts)
-    found = list(sources._by_code_points("noto", tmp_path, concepts, index))
-    assert [s.id for s in found] == ["noto/1f348", "noto/1f350"]
-    assert 'viewBox="0 0 8 32"' in found[0].content and "#000" in found[0].content
+    result = list(sources._by_code_points("noto", tmp_path, concepts, index))
+    assert [s.id for s in result] == ["noto/1f348", "noto/1f350"]
+    assert 'viewBox="0 0 8 32"' in result[0].content and "#000" in result[0].content
     assert sources.IconSet(tmp_path).svg("turned") is None
 
 
@@ -408,7 +411,7 @@ def test_on_white_squares_and_scales() -> None:
 
 
 def test_written_data_reads_back(data: EmojiData, tmp_path: Path) -> None:
-    """The writer, given the sample's own pictures, makes the sample's rows and pictures again."""
+    """The writer, given the sample's own images, makes the sample's rows and images again."""
     raw = [json.loads(x) for x in (FOLDER / "metadata.jsonl").read_text("utf-8").splitlines()]
     rendered = [
         render.Rendered(
@@ -429,14 +432,14 @@ def test_written_data_reads_back(data: EmojiData, tmp_path: Path) -> None:
     unlike = {"nn_train", "nn_train_id", "sibling_in_train"}  # these depend on all of the data
     keep = [{k: v for k, v in r.items() if k not in unlike} for r in raw]
     assert [{k: v for k, v in r.items() if k not in unlike} for r in written] == keep
-    again = EmojiData(tmp_path)
-    assert again.concepts == data.concepts
-    assert all(again.image(r["id"]).tobytes() == data.image(r["id"]).tobytes() for r in raw)
+    second = EmojiData(tmp_path)
+    assert second.concepts == data.concepts
+    assert all(second.image(r["id"]).tobytes() == data.image(r["id"]).tobytes() for r in raw)
     held = next(r for r in written if r["split"] == "val-pair")
-    assert held["nn_train"] == pytest.approx(nearest_by_hand(again, held["id"]), abs=1e-4)
+    assert held["nn_train"] == pytest.approx(nearest_by_hand(second, held["id"]), abs=1e-4)
 
 
 def nearest_by_hand(data: EmojiData, image_id: str) -> float:
-    own = render._thumbnail(data.image(image_id))
+    rendered = render._thumbnail(data.image(image_id))
     others = (render._thumbnail(data.image(i)) for i in data.split("train"))
-    return min(float(np.abs(own - o).mean()) for o in others)
+    return min(float(np.abs(rendered - o).mean()) for o in others)

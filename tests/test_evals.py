@@ -88,13 +88,13 @@ def test_naming_and_drawing_of_one_who_knows(data: EmojiData) -> None:
     assert set(named) == {"train", "val-pair", "val-concept"}
     assert all(n[lang]["exact"] == 1 for n in named.values() for lang in ("en", "ko"))
     assert named["val-pair"]["en"]["n"] == len(data.split("val-pair"))
-    found = emoji.retrieval(model, data, limit=20, seed=0)
-    distance = found.pop("distance")
-    assert {k: v["top1"] for k, v in found.items()} == dict.fromkeys(
+    result = emoji.retrieval(model, data, limit=20, seed=0)
+    distance = result.pop("distance")
+    assert {k: v["top1"] for k, v in result.items()} == dict.fromkeys(
         ("usual", "any style", "train", "val-pair", "ceiling"), 1
     )
     assert distance == {"n": len(data.split("val-pair")), "drawings": 0, "reconstructions": 0}
-    assert found["usual"]["n"] <= found["train"]["n"]
+    assert result["usual"]["n"] <= result["train"]["n"]
 
 
 def test_wrong_answers_do_not_count(data: EmojiData) -> None:
@@ -105,10 +105,10 @@ def test_wrong_answers_do_not_count(data: EmojiData) -> None:
     assert named["train"]["en"]["exact"] == round(sum(shown) / len(shown), 4)
     assert named["val-concept"]["ko"]["exact"] == 0
     model.drawn = dict.fromkeys(model.drawn, data.image("noto/1f349"))
-    found = emoji.retrieval(model, data, limit=27, seed=0)
-    assert found["train"]["top1"] < 0.2
-    assert found["train"]["top1"] <= found["train"]["top5"] <= found["train"]["top10"] < 1
-    assert found["distance"]["drawings"] > 0 == found["distance"]["reconstructions"]
+    result = emoji.retrieval(model, data, limit=27, seed=0)
+    assert result["train"]["top1"] < 0.2
+    assert result["train"]["top1"] <= result["train"]["top5"] <= result["train"]["top10"] < 1
+    assert result["distance"]["drawings"] > 0 == result["distance"]["reconstructions"]
 
 
 def test_yes_is_right_where_the_dialogue_says_so(
@@ -119,33 +119,33 @@ def test_yes_is_right_where_the_dialogue_says_so(
     monkeypatch.setattr(emoji, "_dialogues", lambda data: samples)
     model = Oracle(data, Tokenizer())
     model.reply = lambda prompt, output: Reply([Text("Yes.")])  # type: ignore[method-assign]
-    found = emoji.questions(model, data, limit=1000)["yesno_name"]
+    result = emoji.questions(model, data, limit=1000)["yesno_name"]
     truth = [s["answer"] == "Yes" for s in samples if s["task"] == "yesno_name"]
-    assert found == {"n": len(truth), "exact": round(sum(truth) / len(truth), 4)}
-    assert 0 < found["exact"] < 1
+    assert result == {"n": len(truth), "exact": round(sum(truth) / len(truth), 4)}
+    assert 0 < result["exact"] < 1
 
 
 def test_well_formed_lists(data: EmojiData) -> None:
-    picture = Image(data.image("noto/1f349"))
-    good = [Text("1. melon"), picture, Text("2. pear"), picture]
+    image = Image(data.image("noto/1f349"))
+    good = [Text("1. melon"), image, Text("2. pear"), image]
     assert emoji.well_formed(good, 2)
     assert not emoji.well_formed(good, 3)
     assert not emoji.well_formed(good[1:] + good[:1], 2)
-    assert not emoji.well_formed([Text("1. melon"), picture, Text("3. pear"), picture], 2)
-    assert not emoji.well_formed([Text("melon"), picture, Text("pear"), picture], 2)
-    assert not emoji.well_formed([Text("1. melon"), Text("x"), Text("2. pear"), picture], 2)
+    assert not emoji.well_formed([Text("1. melon"), image, Text("3. pear"), image], 2)
+    assert not emoji.well_formed([Text("melon"), image, Text("pear"), image], 2)
+    assert not emoji.well_formed([Text("1. melon"), Text("x"), Text("2. pear"), image], 2)
 
 
 def test_right_items_of_a_list(data: EmojiData, monkeypatch: pytest.MonkeyPatch) -> None:
     sample = {"subgroup": "food-fruit", "count": 3, "lang": "en", "check": "images+names"}
     turns = [{"role": "user", "content": [{"type": "text", "text": "Show me three fruits."}]}, {}]
     monkeypatch.setattr(emoji, "_dialogues", lambda data: [sample | {"messages": turns}])
-    picture = Image(data.image("noto/1f349"))
+    image = Image(data.image("noto/1f349"))
     model = Oracle(data, Tokenizer())
-    answer = [Text("1. pear"), picture, Text("2. horse"), picture, Text("3. pear"), picture]
+    answer = [Text("1. pear"), image, Text("2. horse"), image, Text("3. pear"), image]
     model.reply = lambda prompt, output: Reply(answer)  # type: ignore[method-assign]
-    found = emoji.lists(model, data, limit=5, seed=0)
-    assert found == {"n": 1, "well_formed": 1.0, "right_items": round(1 / 3, 4)}
+    result = emoji.lists(model, data, limit=5, seed=0)
+    assert result == {"n": 1, "well_formed": 1.0, "right_items": round(1 / 3, 4)}
     assert model.outputs == ["interleaved"]
 
 
@@ -253,14 +253,14 @@ def test_refusals_of_one_who_knows_what_it_knows(data: EmojiData) -> None:
 
     model.reply = reply  # type: ignore[method-assign]
     ids = data.split("train")[:6]
-    found = free.refusals(model, data, ids, ids, limit=5)
-    assert {what: row["refused"] for what, row in found.items()} == {
+    result = free.refusals(model, data, ids, ids, limit=5)
+    assert {what: row["refused"] for what, row in result.items()} == {
         "unknown words": 1,
         "unknown pictures": 1,
         "known words": 0,
         "known pictures": 0,
     }
-    assert all(row["n"] == 5 for row in found.values())
+    assert all(row["n"] == 5 for row in result.values())
 
 
 def test_images_that_differ_are_counted(data: EmojiData) -> None:
@@ -277,8 +277,8 @@ def test_images_that_differ_are_counted(data: EmojiData) -> None:
 def test_scenes_that_are_answered_rightly(data: EmojiData) -> None:
     model, answers = Oracle(data, Tokenizer()), iter(["two", "2", "넷"])
     model.reply = lambda prompt, output: Reply([Text(next(answers))])  # type: ignore[method-assign]
-    found = free.scene_answers(model, data, 3)
-    assert found["n"] == 3 and found["exact"] < 1
+    result = free.scene_answers(model, data, 3)
+    assert result["n"] == 3 and result["exact"] < 1
 
 
 def gallery_of(data: EmojiData) -> emoji.Gallery:
@@ -286,9 +286,9 @@ def gallery_of(data: EmojiData) -> emoji.Gallery:
 
 
 def test_features_say_where_an_edge_is() -> None:
-    picture = PIL.Image.new("RGB", (64, 64), "white")
-    picture.paste("black", (0, 0, 32, 64))
-    colours, edges = emoji.features(picture)
+    image = PIL.Image.new("RGB", (64, 64), "white")
+    image.paste("black", (0, 0, 32, 64))
+    colours, edges = emoji.features(image)
     assert (colours.size, edges.size) == (768, 256)
     columns = edges.reshape(16, 16)
     assert columns[:, 7:9].mean() > 0.05 and np.delete(columns, (7, 8), 1).max() < 1e-6

@@ -99,13 +99,13 @@ def test_shards_and_rows_train_the_same_and_a_stopped_run_goes_on(
 ) -> None:
     job = Job((str(data),), tmp_path / "shards", model, rows=RowSettings(max_broken=1.0))
     tokenize(job)
-    whole = finetune(model, data, tmp_path / "rows", "workers=0")
+    uninterrupted = finetune(model, data, tmp_path / "rows", "workers=0")
     sharded = finetune(model, tmp_path / "shards", tmp_path / "sharded", "workers=3")
     assert losses(tmp_path / "rows") == losses(tmp_path / "sharded")
     finetune(model, data, tmp_path / "part", "stop_after=2", "workers=0")
     resumed = finetune(model, data, tmp_path / "part", "workers=2")
     assert losses(tmp_path / "part") == losses(tmp_path / "rows")
-    for name, tensor in whole.items():
+    for name, tensor in uninterrupted.items():
         assert torch.equal(tensor, sharded[name]) and torch.equal(tensor, resumed[name])
 
 
@@ -198,26 +198,26 @@ def test_lora_trains_adapters_only_and_leaves_a_plain_model(
 def test_a_run_of_a_part_keeps_that_part_and_goes_on_to_the_bit(
     model: Path, data: Path, tmp_path: Path, how: str, count: int
 ) -> None:
-    whole = finetune(model, data, tmp_path / "whole", how)
+    uninterrupted = finetune(model, data, tmp_path / "whole", how)
     finetune(model, data, tmp_path / "part", how, "stop_after=2")
     tensors, state = checkpoint.load(tmp_path / "part", only="model")
     assert len(tensors["model"]) == count and state["began_with"]
     resumed = finetune(model, data, tmp_path / "part", how)
     assert losses(tmp_path / "part") == losses(tmp_path / "whole")
-    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in uninterrupted.items())
 
 
 def test_a_run_of_a_part_that_kept_all_goes_on_and_keeps_all(
     model: Path, data: Path, tmp_path: Path
 ) -> None:
     """As runs did whose state names nothing that they began with."""
-    whole = finetune(model, data, tmp_path / "whole", "lora=4")
+    uninterrupted = finetune(model, data, tmp_path / "whole", "lora=4")
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(checkpoint, "fingerprint", lambda model: "")
         finetune(model, data, tmp_path / "part", "lora=4", "stop_after=2")
     resumed = finetune(model, data, tmp_path / "part", "lora=4")
     assert losses(tmp_path / "part") == losses(tmp_path / "whole")
-    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in uninterrupted.items())
     for step in (2, 4):
         tensors, state = checkpoint.load(tmp_path / "part", step)
         assert "lm_head.weight" in tensors["model"] and "began_with" not in state
@@ -345,7 +345,7 @@ def test_the_recipes_of_the_7b_are_what_their_names_say() -> None:
     assert low_rank.optim.lr == 2e-4
     assert head.trains == "image_head" and head.optim.lr == 1e-3 and head.optim.decay == "linear"
     assert (head.optim.weight_decay, head.z_weight, head.dropout) == (0, 0, 0)
-    assert head.run.steps == 5859 * 3 // head.rows  # Anole's pictures, three times over
+    assert head.run.steps == 5859 * 3 // head.rows  # Anole's images, three times over
     assert learning_rate(head.optim, 1000, 2000) == pytest.approx(0.5e-3, rel=0.02)
 
 
@@ -375,9 +375,9 @@ def test_a_plan_counts_what_a_gpu_gathers() -> None:
 def test_weights_of_adapters_are_counted_as_they_are(model: Path) -> None:
     transformer = detect.load(model).transformer
     lora.adapt(transformer, rank=3)
-    made = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
+    result = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
     job = PlanJob(transformer.config, ParallelConfig(), 1, 64, 0, 1.0, trainable="adapters", lora=3)
-    assert trained(job) == made and lora.trainable(transformer) == "adapters"
+    assert trained(job) == result and lora.trainable(transformer) == "adapters"
 
 
 @pytest.mark.parametrize(
@@ -422,7 +422,7 @@ def test_what_the_recipe_refuses(model: Path, data: Path, tmp_path: Path) -> Non
 
 
 def wide(folder: Path) -> tuple[Path, Path]:
-    """A row whose picture, twice as wide as high, comes first; and that picture."""
+    """A row whose image, twice as wide as high, comes first; and that image."""
     folder.mkdir(exist_ok=True)
     (folder / "wide.png").write_bytes(png(3, (256, 128)))
     return jsonl(folder / "wide.jsonl", [{"image": "wide.png", "caption": "pear"}]), (
@@ -430,32 +430,32 @@ def wide(folder: Path) -> tuple[Path, Path]:
     )
 
 
-def asked_and_trained(
-    tuned: Path, row: Path, picture: Path, index: Path
+def prompt_and_training_tokens(
+    tuned: Path, row: Path, image_path: Path, index: Path
 ) -> tuple[list[int], list[int]]:
-    """Tokens of the picture as a prompt of the tuned model, and in a document of the training."""
+    """Tokens of the image as a prompt of the tuned model, and in a document of the training."""
     chameleon = Chameleon.load(str(tuned), device="cpu")
-    asked = chameleon.request([Image.open(picture)], output="text").ids
+    asked = chameleon.request([Image.open(image_path)], output="text").ids
     encoding = EncodingSettings(image_first=1.0)
     config = CorpusConfig(data=(str(row),), encoding=encoding)
     corpus = open_corpus(config, chameleon.processor, chameleon.image_tokenizer, 100, index)
     return list(asked), corpus.stream(0).ids[: len(asked)]
 
 
-def test_a_tuned_model_sees_pictures_as_it_did_in_training(model: Path, tmp_path: Path) -> None:
-    row, picture = wide(tmp_path / "data")
-    found = {}
+def test_a_tuned_model_sees_images_as_it_did_in_training(model: Path, tmp_path: Path) -> None:
+    row, image = wide(tmp_path / "data")
+    result = {}
     for way in ("", "resize_mode=crop", "resize_mode=fit", "prompt_images=fit"):
         out = tmp_path / f"out-{way}"
         finetune(model, row, out, "steps=1", "image_first=1", *([way] if way else []))
         trained = json.loads((out / "model" / "processor_config.json").read_text())
         assert trained["image_processor"]["resize_mode"] == (way.partition("=")[2] or "crop")
-        asked, seen = asked_and_trained(out / "model", row, picture, tmp_path / "index")
+        asked, seen = prompt_and_training_tokens(out / "model", row, image, tmp_path / "index")
         assert asked == seen
-        found[way] = asked
-    assert found[""] == found["resize_mode=crop"] != found["resize_mode=fit"]
-    assert found["resize_mode=fit"] == found["prompt_images=fit"]
-    # A model that fits pictures in goes on to do so.
+        result[way] = asked
+    assert result[""] == result["resize_mode=crop"] != result["resize_mode=fit"]
+    assert result["resize_mode=fit"] == result["prompt_images=fit"]
+    # A model that fits images in goes on to do so.
     finetune(tmp_path / "out-resize_mode=fit" / "model", row, tmp_path / "again", "steps=1")
     assert Chameleon.load(str(tmp_path / "again" / "model")).image_tokenizer.mode == "fit"
     with pytest.raises(SettingError, match=r"resize_mode=crop and prompt_images=fit differ"):
@@ -463,13 +463,13 @@ def test_a_tuned_model_sees_pictures_as_it_did_in_training(model: Path, tmp_path
 
 
 def test_the_mode_of_token_shards_is_that_of_the_tuned_model(model: Path, tmp_path: Path) -> None:
-    row, picture = wide(tmp_path / "data")
+    row, image = wide(tmp_path / "data")
     shards = tmp_path / "shards"
     command = ["tokenize", str(row), "-o", str(shards), "--model", str(model), "--image-first", "1"]
     assert main([*command, "--resize-mode", "fit", "--device", "cpu"]) == 0
     finetune(model, shards, tmp_path / "out", "steps=1")
     tuned = tmp_path / "out" / "model"
-    asked, _ = asked_and_trained(tuned, row, picture, tmp_path / "index")
+    asked, _ = prompt_and_training_tokens(tuned, row, image, tmp_path / "index")
     loaded = detect.load(model)
     marks = fingerprints(loaded.processor, ImageTokenizer(loaded.vqgan, 16))
     document = TokenShards(
@@ -500,8 +500,8 @@ def test_notices_go_along_and_the_card_says_what_it_was_tuned_on(
         assert said in card
     assert card.endswith("# Base\n\nIts scores.\n") and card.count("license:") == 1
     finetune(tuned, data, tmp_path / "twice")
-    again = (tmp_path / "twice" / "model" / "README.md").read_text()
-    assert again.count("# A fine-tuned model") == 2 and again.count("license:") == 1
+    second = (tmp_path / "twice" / "model" / "README.md").read_text()
+    assert second.count("# A fine-tuned model") == 2 and second.count("license:") == 1
 
 
 def test_a_run_without_a_terminal_tells_first_and_last_step_and_a_long_warm_up(

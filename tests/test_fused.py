@@ -43,8 +43,8 @@ def test_tiles_cover_each_pair_of_a_document_once(lengths: list[int]) -> None:
 
 
 def gradients(out: Tensor, inputs: list[Tensor], towards: Tensor) -> list[Tensor]:
-    found = torch.autograd.grad((out.float() * towards).sum(), inputs)
-    return [x.float() for x in (out.detach(), *found)]
+    result = torch.autograd.grad((out.float() * towards).sum(), inputs)
+    return [x.float() for x in (out.detach(), *result)]
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
@@ -65,8 +65,13 @@ def test_tiled_attention_is_as_near_to_exact_as_torch_s_in_bf16(scale: float) ->
     inputs = [x.detach().requires_grad_() for x in (q, k, v)]
     tiled = attend_documents(*inputs, document_tiles(LENGTHS))
     exact, other = torch_s(torch.float64), torch_s(torch.bfloat16)
-    for ours, right, theirs in zip(gradients(tiled, inputs, towards), exact, other, strict=True):
-        gap, allowed = (ours - right).norm() / right.norm(), (theirs - right).norm() / right.norm()
+    for actual, right, expected in zip(
+        gradients(tiled, inputs, towards), exact, other, strict=True
+    ):
+        gap, allowed = (
+            (actual - right).norm() / right.norm(),
+            (expected - right).norm() / right.norm(),
+        )
         assert gap < max(0.01, 2 * float(allowed))
 
 
@@ -77,10 +82,10 @@ def test_rms_norm_has_the_value_and_gradient_of_torch_s(kind: torch.dtype) -> No
     weight = torch.randn(48, generator=generator).requires_grad_()
     towards = torch.randn(2, 7, 48, generator=generator).to(kind).float()
     expected = torch.nn.functional.rms_norm(x, (48,), weight, 1e-5).to(kind)
-    ours = fused_rms_norm(x, weight, 1e-5, kind)
-    assert ours.dtype is kind
+    actual = fused_rms_norm(x, weight, 1e-5, kind)
+    assert actual.dtype is kind
     pairs = zip(
-        gradients(ours, [x, weight], towards),
+        gradients(actual, [x, weight], towards),
         gradients(expected, [x, weight], towards),
         strict=True,
     )
@@ -98,16 +103,18 @@ def test_a_step_of_packed_long_documents_in_bf16_is_near_fp32(heads: int) -> Non
     generator = torch.Generator().manual_seed(1)
     tokens_BT = torch.randint(0, 512, (2, 300), generator=generator)
     document_BT = torch.tensor([[0] * 130 + [1] * 170, [2] * 300])
-    found = {}
+    result = {}
     for bf16 in (False, True):
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             attends = [CausalAttend(document_BT)] * config.num_hidden_layers
             states = model.hidden_states(tokens_BT, None, attends)
         (states.float()[..., :8]).square().mean().backward()
-        found[bf16] = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    for name, exact in found[False].items():
-        gap = (found[True][name] - exact).norm()
+        result[bf16] = {
+            n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+        }
+    for name, exact in result[False].items():
+        gap = (result[True][name] - exact).norm()
         assert gap < 0.05 * exact.norm() + 1e-6, name
 
 
@@ -174,8 +181,8 @@ def test_rms_norm_has_every_derivative_of_the_formula(way: Derivative, kind: tor
         return torch.func.functional_call(norm, {"weight": weight}, (x,))
 
     expected = way(plain_norm, x, weight)
-    found = way(ours, x.to(kind), weight.to(kind))
-    for one, other in zip(found, expected, strict=True):
+    actual = way(ours, x.to(kind), weight.to(kind))
+    for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one.double(), other, atol=2e-4, rtol=2e-4)
 
 
@@ -188,16 +195,16 @@ def test_a_second_derivative_of_tiled_attention_is_torch_s() -> None:
     def squared(attend: Callable[..., Tensor], kind: torch.dtype) -> list[Tensor]:
         inputs = [x.to(kind).detach().requires_grad_() for x in heads]
         first = torch.autograd.grad(attend(*inputs).float().sum(), inputs[:2], create_graph=True)
-        found = torch.autograd.grad(sum(g.float().square().sum() for g in first), inputs)
-        return [x.double() for x in found]
+        result = torch.autograd.grad(sum(g.float().square().sum() for g in first), inputs)
+        return [x.double() for x in result]
 
     def plain(*given: Tensor) -> Tensor:
         turned = (x.transpose(0, 1)[None] for x in given)
         with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
             return dot_product_attention(*turned, mask=mask)[0].transpose(0, 1)
 
-    ours = squared(lambda *given: attend_documents(*given, tiles), torch.bfloat16)
-    for one, exact in zip(ours, squared(plain, torch.float64), strict=True):
+    actual = squared(lambda *given: attend_documents(*given, tiles), torch.bfloat16)
+    for one, exact in zip(actual, squared(plain, torch.float64), strict=True):
         assert (one - exact).norm() < 0.1 * exact.norm()
 
 
@@ -209,15 +216,15 @@ def test_a_model_in_bf16_is_differentiated_twice_as_in_fp32(length: int) -> None
     tokens_BT = torch.randint(0, 512, (1, length), generator=torch.Generator().manual_seed(1))
     document_BT = torch.zeros_like(tokens_BT)
     weights = [model.model.layers[0].self_attn.v_proj.weight, model.model.norm.weight]
-    found = []
+    results = []
     for bf16 in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16), sdpa_kernel(SDPBackend.MATH):
             attends = [CausalAttend(document_BT)] * PRESETS["tiny"].num_hidden_layers
             loss = model.hidden_states(tokens_BT, None, attends).float().pow(2).mean()
             first = torch.autograd.grad(loss, weights, create_graph=True)
-            found.append(torch.autograd.grad(sum(g.square().sum() for g in first), weights))
-    for exact, ours in zip(*found, strict=True):
-        assert exact.norm() > 0 and (ours - exact).norm() < 0.1 * exact.norm()
+            results.append(torch.autograd.grad(sum(g.square().sum() for g in first), weights))
+    for exact, actual in zip(*results, strict=True):
+        assert exact.norm() > 0 and (actual - exact).norm() < 0.1 * exact.norm()
 
 
 def test_twins_serve_in_training_on_a_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:

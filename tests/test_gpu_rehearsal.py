@@ -51,9 +51,9 @@ def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 def test_every_part_runs_through(rehearsal: tuple[Path, str], script: Any) -> None:
-    found = json.loads((rehearsal[0] / "results.json").read_text())["parts"]
-    assert [part["part"] for part in found] == [part.name for part in script.PARTS]
-    for part in found:
+    result = json.loads((rehearsal[0] / "results.json").read_text())["parts"]
+    assert [part["part"] for part in result] == [part.name for part in script.PARTS]
+    for part in result:
         assert part["status"] == "done", part["error"]
         assert part["rows"], part["part"]
         for row in part["rows"]:
@@ -80,8 +80,8 @@ def test_ours_and_theirs_share_a_row(rehearsal: tuple[Path, str]) -> None:
 
 
 def test_each_back_end_is_measured_by_name(rehearsal: tuple[Path, str]) -> None:
-    found = json.loads((rehearsal[0] / "results.json").read_text())["parts"]
-    (rows,) = [part["rows"] for part in found if part["part"] == "backends"]
+    result = json.loads((rehearsal[0] / "results.json").read_text())["parts"]
+    (rows,) = [part["rows"] for part in result if part["part"] == "backends"]
     kinds = {row["note"] for row in rows}
     assert {"torch is FusedTransformer", "modules is CalledTransformer"} <= kinds
     assert all(len(row["values"]) == 1 for row in rows)
@@ -149,21 +149,21 @@ def outcomes_of(folder: Path, minutes: float = 1.0, **measures: Any) -> list[Out
 
 
 def test_a_part_that_goes_wrong_ends_alone(tmp_path: Path) -> None:
-    found = outcomes_of(tmp_path, raises=raises, crashes=crashes, lacks=lacks, well=well)
-    assert [o.status for o in found] == ["failed", "failed", "skipped", "done"]
-    assert [len(o.rows) for o in found] == [1, 1, 0, 2]
-    assert "in raises" in found[0].error and found[0].reason.endswith("the card is full")
-    assert found[1].reason == "its process was ended by SIGKILL"
-    assert found[2].reason == "transformers is not installed"
+    result = outcomes_of(tmp_path, raises=raises, crashes=crashes, lacks=lacks, well=well)
+    assert [o.status for o in result] == ["failed", "failed", "skipped", "done"]
+    assert [len(o.rows) for o in result] == [1, 1, 0, 2]
+    assert "in raises" in result[0].error and result[0].reason.endswith("the card is full")
+    assert result[1].reason == "its process was ended by SIGKILL"
+    assert result[2].reason == "transformers is not installed"
     assert "== well" in (tmp_path / "log").read_text()
 
 
 def test_a_part_that_hangs_is_stopped_with_what_it_started(tmp_path: Path) -> None:
     listed = [Part("hangs", "", 1.5, hangs), Part("well", "", 3.0, well)]
     (tmp_path / "log").touch()
-    found = run_parts(listed, tmp_path, 4.5 / 60, "fork", tmp_path / "log", lambda _: None)
-    assert [o.status for o in found] == ["stopped", "done"]
-    assert found[0].reason == "it took more than 2 s" and len(found[0].rows) == 1
+    result = run_parts(listed, tmp_path, 4.5 / 60, "fork", tmp_path / "log", lambda _: None)
+    assert [o.status for o in result] == ["stopped", "done"]
+    assert result[0].reason == "it took more than 2 s" and len(result[0].rows) == 1
     child = Path("/proc") / (tmp_path / "child").read_text() / "stat"
     assert not child.exists() or child.read_text().split()[2] == "Z"
 
@@ -171,7 +171,7 @@ def test_a_part_that_hangs_is_stopped_with_what_it_started(tmp_path: Path) -> No
 def test_where_a_part_hung_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "_DUMP_BEFORE", 0.5)
     (tmp_path / "log").touch()
-    (found,) = run_parts(
+    (result,) = run_parts(
         [Part("hangs", "", 1.2, hangs)],
         tmp_path,
         1.2 / 60,
@@ -179,7 +179,7 @@ def test_where_a_part_hung_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         tmp_path / "log",
         lambda _: None,
     )
-    assert "in hangs" in found.error
+    assert "in hangs" in result.error
 
 
 def test_what_is_measured_is_kept_at_once(tmp_path: Path) -> None:
@@ -193,8 +193,8 @@ def test_what_is_measured_is_kept_at_once(tmp_path: Path) -> None:
 
 
 def test_no_part_begins_after_the_last_minute(tmp_path: Path) -> None:
-    found = outcomes_of(tmp_path, 0.0, well=well)
-    assert found[0].status == "skipped" and found[0].reason == "there was no time left"
+    result = outcomes_of(tmp_path, 0.0, well=well)
+    assert result[0].status == "skipped" and result[0].reason == "there was no time left"
 
 
 def test_time_that_is_left_goes_to_the_parts_that_need_it(tmp_path: Path) -> None:
@@ -204,8 +204,8 @@ def test_time_that_is_left_goes_to_the_parts_that_need_it(tmp_path: Path) -> Non
 
     listed = [Part("slow", "", 0.2, slow), Part("well", "", 3.0, well)]
     (tmp_path / "log").touch()
-    found = run_parts(listed, None, 1.0, "fork", tmp_path / "log", lambda _: None)
-    assert [o.status for o in found] == ["done", "done"]
+    result = run_parts(listed, None, 1.0, "fork", tmp_path / "log", lambda _: None)
+    assert [o.status for o in result] == ["done", "done"]
 
 
 def test_a_floor_is_a_ratio_of_at_most_one() -> None:
@@ -219,8 +219,8 @@ def test_limits_are_those_of_the_slower_of_two() -> None:
     limits = Limits(copy=1e9, read=2e9, products=1e12)
     assert limits.milliseconds(5e6) == 5.0
     assert limits.milliseconds(5e6, 8e9) == 8.0
-    found = measure_limits(torch.device("cpu"), small=True)
-    assert min(found.copy, found.read, found.products) > 1e6
+    result = measure_limits(torch.device("cpu"), small=True)
+    assert min(result.copy, result.read, result.products) > 1e6
 
 
 def test_weights_are_packed_where_they_are() -> None:

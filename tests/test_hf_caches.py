@@ -51,7 +51,7 @@ def test_caches_by_name(pair: Pair, name: str) -> None:
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_caches_as_objects(pair: Pair, kind: str, device: torch.device) -> None:
-    inputs, found = prompts(device), []
+    inputs, results = prompts(device), []
     for model in (pair.stock, pair.own):
         cache: Any = transformers.DynamicCache(config=model.config)
         if kind == "static":
@@ -68,9 +68,9 @@ def test_caches_as_objects(pair: Pair, kind: str, device: torch.device) -> None:
         length = inputs["input_ids"].shape[1] + 5
         assert int(cache.get_seq_length()) == length
         keys = cache.layers[1].keys[:, :, :length]
-        found.append((outputs.sequences, keys))
-    assert torch.equal(found[0][0], found[1][0])
-    assert_close(found[0][1], found[1][1], atol=1e-5, rtol=1e-5)
+        results.append((outputs.sequences, keys))
+    assert torch.equal(results[0][0], results[1][0])
+    assert_close(results[0][1], results[1][1], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.slow  # optimum-quanto compiles its kernels when it is first used
@@ -91,19 +91,19 @@ def test_a_quantised_cache(pair: Pair, bits: int, device: torch.device) -> None:
 
 
 def test_a_cache_may_be_cut_and_continued(pair: Pair, device: torch.device) -> None:
-    own, cache = pair.own, transformers.DynamicCache(config=pair.own.config)
+    model, cache = pair.own, transformers.DynamicCache(config=pair.own.config)
     ids = torch.tensor([[0, 50, 60, 61, 62, 70, 71]], device=device)
-    own(ids, past_key_values=cache)
+    model(ids, past_key_values=cache)
     cache.crop(-3)
-    again = own(ids[:, 4:], past_key_values=cache).logits
-    assert_close(again, own(ids).logits[:, 4:], atol=1e-5, rtol=1e-5)
+    continued = model(ids[:, 4:], past_key_values=cache).logits
+    assert_close(continued, model(ids).logits[:, 4:], atol=1e-5, rtol=1e-5)
 
 
 def test_generating_from_embeddings(pair: Pair, device: torch.device) -> None:
-    inputs, found = prompts(device), []
+    inputs, results = prompts(device), []
     for model in (pair.stock, pair.own):
         embedded = model.get_input_embeddings()(inputs["input_ids"])
-        found.append(
+        results.append(
             model.generate(
                 inputs_embeds=embedded,
                 attention_mask=inputs["attention_mask"],
@@ -112,9 +112,9 @@ def test_generating_from_embeddings(pair: Pair, device: torch.device) -> None:
                 do_sample=False,
             )
         )
-    assert torch.equal(*found)
+    assert torch.equal(*results)
     by_ids = pair.own.generate(**inputs, max_new_tokens=6, do_sample=False)
-    assert torch.equal(found[1], by_ids[:, inputs["input_ids"].shape[1] :])
+    assert torch.equal(results[1], by_ids[:, inputs["input_ids"].shape[1] :])
 
 
 @pytest.mark.parametrize("sample", [False, True])
@@ -124,17 +124,17 @@ def test_assisted_as_in_the_stock_class(
 ) -> None:
     fresh(torch.device("cpu"), num_hidden_layers=1).save_pretrained(tmp_path)
     stock = transformers.ChameleonForConditionalGeneration.from_pretrained(tmp_path).eval()
-    own = ChameleonForConditionalGeneration.from_pretrained(tmp_path).eval()
-    helpers = (stock.to(device), own.to(device))
-    found = []
+    ours = ChameleonForConditionalGeneration.from_pretrained(tmp_path).eval()
+    helpers = (stock.to(device), ours.to(device))
+    results = []
     for model, helper in zip((pair.stock, pair.own), helpers, strict=True):
         torch.manual_seed(3)
         how = {"do_sample": sample, "max_new_tokens": 12, "assistant_model": helper}
-        found.append(model.generate(**tokens(device), **how))
-    assert torch.equal(*found)
+        results.append(model.generate(**tokens(device), **how))
+    assert torch.equal(*results)
     if not sample:
         assert torch.equal(
-            found[1], pair.own.generate(**tokens(device), do_sample=False, max_new_tokens=12)
+            results[1], pair.own.generate(**tokens(device), do_sample=False, max_new_tokens=12)
         )
 
 
@@ -183,8 +183,10 @@ def test_a_search_of_ones_own(pair: Pair, device: torch.device) -> None:
             input_ids = torch.cat((input_ids, best), 1)
         return input_ids
 
-    own = pair.own.generate(**tokens(device), custom_generate=longest, max_new_tokens=3)
-    assert torch.equal(own, pair.own.generate(**tokens(device), do_sample=False, max_new_tokens=3))
+    actual = pair.own.generate(**tokens(device), custom_generate=longest, max_new_tokens=3)
+    assert torch.equal(
+        actual, pair.own.generate(**tokens(device), do_sample=False, max_new_tokens=3)
+    )
 
 
 def test_resized_embeddings(tmp_path: Path, device: torch.device) -> None:
@@ -197,29 +199,29 @@ def test_resized_embeddings(tmp_path: Path, device: torch.device) -> None:
         assert model.config.vocab_size == model.vocab_size == 100
         assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
         model.save_pretrained(tmp_path / str(tied))
-        again = ChameleonForConditionalGeneration.from_pretrained(tmp_path / str(tied))
-        again.to(device)
-        assert_same(again(tokens(device)["input_ids"]).logits, after)
+        reloaded = ChameleonForConditionalGeneration.from_pretrained(tmp_path / str(tied))
+        reloaded.to(device)
+        assert_same(reloaded(tokens(device)["input_ids"]).logits, after)
 
 
 def test_what_a_base_model_gives(pair: Pair, device: torch.device) -> None:
     stock = transformers.ChameleonModel.from_pretrained(pair.folder).eval().to(device)
-    own = ChameleonModel.from_pretrained(pair.folder).eval().to(device)
+    model = ChameleonModel.from_pretrained(pair.folder).eval().to(device)
     inputs, more = prompts(device), {"output_hidden_states": True, "use_cache": False}
-    theirs, ours = stock(**inputs, **more), own(**inputs, **more)
-    seen = inputs["attention_mask"].bool()
-    assert ours.past_key_values is None
-    for a, b in zip(theirs.hidden_states, ours.hidden_states, strict=True):
-        assert_close(a[seen], b[seen], atol=1e-5, rtol=1e-5)
+    expected, actual = stock(**inputs, **more), model(**inputs, **more)
+    mask = inputs["attention_mask"].bool()
+    assert actual.past_key_values is None
+    for a, b in zip(expected.hidden_states, actual.hidden_states, strict=True):
+        assert_close(a[mask], b[mask], atol=1e-5, rtol=1e-5)
 
 
 def test_losses_on_text_are_those_of_the_stock_class(pair: Pair, device: torch.device) -> None:
     """With image tokens in reach, as a row that draws is scored, it would be larger."""
     ids = TEXT[TEXT >= 40][None, :20].to(device)
-    theirs = pair.stock(ids, labels=ids).loss
-    assert_close(pair.own(ids, labels=ids).loss, theirs)
-    assert_close(pair.own(ids, labels=ids, image_logits=False).loss, theirs)
-    assert pair.own(ids, labels=ids, image_logits=True).loss > theirs
+    expected = pair.stock(ids, labels=ids).loss
+    assert_close(pair.own(ids, labels=ids).loss, expected)
+    assert_close(pair.own(ids, labels=ids, image_logits=False).loss, expected)
+    assert pair.own(ids, labels=ids, image_logits=True).loss > expected
 
 
 def test_configs_made_by_hand() -> None:
@@ -320,8 +322,8 @@ def waits(model: Any, tokens: int, **how: Any) -> int:
 @pytest.mark.parametrize("sample", [False, True])
 def test_generating_waits_as_seldom_as_the_stock_class(pair: Pair, sample: bool) -> None:
     """Per token: what the prompt costs is left out by a difference."""
-    stock, own = (
+    stock, ours = (
         waits(model, 9, do_sample=sample) - waits(model, 1, do_sample=sample)
         for model in (pair.stock, pair.own)
     )
-    assert own == stock == 8
+    assert ours == stock == 8

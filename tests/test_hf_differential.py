@@ -81,26 +81,26 @@ def vq(draw: random.Random) -> dict[str, Any]:
 
 
 def settings(seed: int) -> dict[str, Any]:
-    draw = random.Random(seed)
-    heads, width = draw.choice([2, 4]), draw.choice([4, 8, 16])
-    trained = draw.choice([16, 32])
-    image = vq(draw)
+    rng = random.Random(seed)
+    heads, width = rng.choice([2, 4]), rng.choice([4, 8, 16])
+    trained = rng.choice([16, 32])
+    image = vq(rng)
     names = {code_name(code): FIRST + code for code in range(image["num_embeddings"])}
     return {
         "vocab_size": VOCABULARY,
         "hidden_size": heads * width,
-        "intermediate_size": draw.choice([17, 32, 48]),
-        "num_hidden_layers": draw.choice([1, 2, 3]),
+        "intermediate_size": rng.choice([17, 32, 48]),
+        "num_hidden_layers": rng.choice([1, 2, 3]),
         "num_attention_heads": heads,
-        "num_key_value_heads": draw.choice([1, 2, heads]),
+        "num_key_value_heads": rng.choice([1, 2, heads]),
         "hidden_act": ACTIVATIONS[seed % len(ACTIVATIONS)],
         "max_position_embeddings": trained,
-        "rms_norm_eps": draw.choice([1e-5, 1e-6]),
-        "swin_norm": draw.random() < 0.4,
-        "attention_bias": draw.random() < 0.3,
-        "mlp_bias": draw.random() < 0.3,
-        "tie_word_embeddings": draw.random() < 0.3,
-        "rope_parameters": rope(draw, KINDS[seed % len(KINDS)], width // 2, trained),
+        "rms_norm_eps": rng.choice([1e-5, 1e-6]),
+        "swin_norm": rng.random() < 0.4,
+        "attention_bias": rng.random() < 0.3,
+        "mlp_bias": rng.random() < 0.3,
+        "tie_word_embeddings": rng.random() < 0.3,
+        "rope_parameters": rope(rng, KINDS[seed % len(KINDS)], width // 2, trained),
         "bos_token_id": 0,
         "eos_token_id": 2,
         "pad_token_id": PAD,
@@ -133,21 +133,21 @@ def make(seed: int, device: torch.device) -> Pair:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
             elif parameter.ndim > 1:
                 parameter.mul_(3 if "vqmodel" in name else 8)
-    own = ChameleonForConditionalGeneration(ChameleonConfig(**copy.deepcopy(given))).eval()
-    own.load_state_dict(stock.state_dict(), strict=True)
-    own.image_logits = False  # what transformers' class always does
+    model = ChameleonForConditionalGeneration(ChameleonConfig(**copy.deepcopy(given))).eval()
+    model.load_state_dict(stock.state_dict(), strict=True)
+    model.image_logits = False  # what transformers' class always does
     inputs = {name: values.to(device) for name, values in prompt(stock, seed).items()}
-    return Pair(stock.to(device), own.to(device), inputs)
+    return Pair(stock.to(device), model.to(device), inputs)
 
 
 def prompt(stock: Any, seed: int) -> dict[str, Tensor]:
-    """Two left-padded rows, with a picture each, of some size."""
-    draw = random.Random(seed + 1)
-    pixels = torch.rand(2, 3, draw.choice([8, 10, 12]), draw.choice([8, 10, 16])) * 2 - 1
+    """Two left-padded rows, with an image each, of some size."""
+    rng = random.Random(seed + 1)
+    pixels = torch.rand(2, 3, rng.choice([8, 10, 12]), rng.choice([8, 10, 16])) * 2 - 1
     tokens = stock.model.get_image_tokens(pixels).shape[1]
     rows = []
     for texts in ((2, 5), (1, 3)):
-        before, after = (draw.choices(range(40, 89), k=k) for k in texts)
+        before, after = (rng.choices(range(40, 89), k=k) for k in texts)
         rows.append([0, *before, *[PLACEHOLDER] * tokens, *after])
     width = max(map(len, rows))
     return {
@@ -172,15 +172,15 @@ def near_logits(theirs: Tensor, ours: Tensor) -> None:
 
 
 @torch.no_grad()
-def check_pictures(pair: Pair, limit: float = 1e-5) -> None:
+def check_images(pair: Pair, limit: float = 1e-5) -> None:
     pixels = pair.inputs["pixel_values"]
     how = {"output_hidden_states": True, "output_attentions": True}
-    theirs, ours = (model.model.vqmodel.encode(pixels, **how) for model in pair.both)
-    assert torch.equal(theirs.image_tokens, ours.image_tokens)
+    expected, actual = (model.model.vqmodel.encode(pixels, **how) for model in pair.both)
+    assert torch.equal(expected.image_tokens, actual.image_tokens)
     for name in ("last_hidden_state", "quantized_last_hidden_state", "embedding_loss"):
-        near(theirs[name], ours[name], limit)
+        near(expected[name], actual[name], limit)
     for name in ("hidden_states", "attentions"):
-        assert len(theirs[name]) == len(ours[name])
+        assert len(expected[name]) == len(actual[name])
     tokens = [model.get_image_tokens(pixels) for model in pair.both]
     assert torch.equal(*tokens)
     assert tokens[0].dtype == tokens[1].dtype
@@ -189,17 +189,17 @@ def check_pictures(pair: Pair, limit: float = 1e-5) -> None:
 
 @torch.no_grad()
 def check_states(pair: Pair, attention: str) -> None:
-    seen = pair.inputs["attention_mask"].bool()
+    mask = pair.inputs["attention_mask"].bool()
     for model in pair.both:
         model.set_attn_implementation(attention)
     how = {"output_hidden_states": True, "output_attentions": attention == "eager"}
-    theirs, ours = (model(**pair.inputs, **how) for model in pair.both)
-    near_logits(theirs.logits[seen], ours.logits[seen])
-    for a, b in zip(theirs.hidden_states, ours.hidden_states, strict=True):
-        near(a[seen], b[seen])
-    assert theirs.keys() == ours.keys()
-    for a, b in zip(theirs.get("attentions", ()), ours.get("attentions", ()), strict=True):
-        near(a.transpose(1, 2)[seen], b.transpose(1, 2)[seen])
+    expected, actual = (model(**pair.inputs, **how) for model in pair.both)
+    near_logits(expected.logits[mask], actual.logits[mask])
+    for a, b in zip(expected.hidden_states, actual.hidden_states, strict=True):
+        near(a[mask], b[mask])
+    assert expected.keys() == actual.keys()
+    for a, b in zip(expected.get("attentions", ()), actual.get("attentions", ()), strict=True):
+        near(a.transpose(1, 2)[mask], b.transpose(1, 2)[mask])
     for model in pair.both:
         model.set_attn_implementation("sdpa")
 
@@ -232,7 +232,7 @@ SEARCHES: tuple[dict[str, Any], ...] = (
 
 
 def check_tokens(pair: Pair, how: dict[str, Any]) -> None:
-    """Past the trained length too, where a prompt with a picture comes near to it."""
+    """Past the trained length too, where a prompt with an image comes near to it."""
     outputs = []
     for model in pair.both:
         torch.manual_seed(5)
@@ -250,7 +250,7 @@ def test_a_random_config_does_as_transformers_own(seed: int, device: torch.devic
     assert pair.own.model.vqmodel.decoder is None
     # GroupNorm over four numbers, as at the end of a small encoder, enlarges rounding: seed 373 is
     # 1.3e-5 apart in fp32, each 7e-6 from the values in fp64, where both agree to 1e-14.
-    check_pictures(pair, limit=5e-5 if seed in SLOW else 1e-5)
+    check_images(pair, limit=5e-5 if seed in SLOW else 1e-5)
     check_states(pair, "eager" if seed % 2 else "sdpa")
     check_losses(pair)
     for how in SEARCHES if seed in SLOW else SEARCHES[seed % len(SEARCHES) :][:1]:
@@ -265,26 +265,28 @@ def test_dynamic_angles_remember_the_longest_call_until_one_fits(device: torch.d
     for model in pair.both:
         model.config.rope_parameters["factor"] = 4.0
     pair.own.model.rotary_emb = type(pair.own.model.rotary_emb)(pair.own.config).to(device)
-    seen = []
+    recorded = []
     for length in (trained + 20, trained + 4, trained, trained - 1, trained + 4):
         if hasattr(pair.stock.model.rotary_emb, "None_max_seq_len_cached"):
             pytest.skip("this transformers stores the longest length under a name it never reads")
         ids = torch.arange(40, 40 + length, device=device)[None] % 40 + 45
-        theirs, ours = (model(ids).logits for model in pair.both)
-        near_logits(theirs, ours)
-        seen.append(ours)
-    assert not torch.allclose(seen[1], seen[4])  # the same tokens, after a longer call or not
+        expected, actual = (model(ids).logits for model in pair.both)
+        near_logits(expected, actual)
+        recorded.append(actual)
+    assert not torch.allclose(
+        recorded[1], recorded[4]
+    )  # the same tokens, after a longer call or not
 
 
 def test_the_fast_seeds_hold_every_row() -> None:
-    drawn = [settings(seed) for seed in FAST]
-    assert len(drawn) >= 60
-    assert {one["hidden_act"] for one in drawn} == set(ACTIVATIONS)
+    generated = [settings(seed) for seed in FAST]
+    assert len(generated) >= 60
+    assert {one["hidden_act"] for one in generated} == set(ACTIVATIONS)
     kinds = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS
-    assert {one["rope_parameters"]["rope_type"] for one in drawn} == {"default", *kinds}
+    assert {one["rope_parameters"]["rope_type"] for one in generated} == {"default", *kinds}
     for name in ("swin_norm", "attention_bias", "mlp_bias", "tie_word_embeddings"):
-        assert {one[name] for one in drawn} == {False, True}
-    groups = {one["num_attention_heads"] // one["num_key_value_heads"] for one in drawn}
+        assert {one[name] for one in generated} == {False, True}
+    groups = {one["num_attention_heads"] // one["num_key_value_heads"] for one in generated}
     assert groups == {1, 2, 4}
-    assert {one["vq_config"]["num_res_blocks"] for one in drawn} == {0, 1, 2}
-    assert any(one["vq_config"]["resolution"] % 2 for one in drawn)
+    assert {one["vq_config"]["num_res_blocks"] for one in generated} == {0, 1, 2}
+    assert any(one["vq_config"]["resolution"] % 2 for one in generated)

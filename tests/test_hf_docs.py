@@ -59,9 +59,9 @@ def test_snippets_run(
     assert (tmp_path / "apple.png").is_file()
     assert said["generated"][0].size == (16, 16)
     assert torch.isfinite(said["loss"])
-    made = said["model"].config
-    assert made.hidden_act == config.hidden_act
-    assert made.rope_parameters["rope_type"] == config.rope_type
+    result = said["model"].config
+    assert result.hidden_act == config.hidden_act
+    assert result.rope_parameters["rope_type"] == config.rope_type
     expected = said["model"](**said["inputs"]).logits
     torch.testing.assert_close(said["logits"], expected, atol=1e-4, rtol=1e-4)
     assert said["fresh"].get_image_tokens(torch.zeros(1, 3, 16, 16)).shape == (1, 64)

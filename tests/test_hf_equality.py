@@ -55,19 +55,19 @@ PROMPTS = 20
 
 
 def prompts(device: torch.device) -> dict[str, Tensor]:
-    """20 prompts of 3 to 24 text tokens, every fourth with a picture, padded on the left."""
+    """20 prompts of 3 to 24 text tokens, every fourth with an image, padded on the left."""
     generator = torch.Generator().manual_seed(11)
     text = [int(token) for token in TEXT if 4 <= token < PLACEHOLDER]
-    rows, pictures = [], 0
+    rows, images = [], 0
     for number in range(PROMPTS):
-        drawn = torch.randint(len(text), (3 + number,), generator=generator)
-        row = [0, *(text[place] for place in drawn)]
+        sampled = torch.randint(len(text), (3 + number,), generator=generator)
+        row = [0, *(text[place] for place in sampled)]
         if number % 4 == 3:
             row[2:2] = [91, *[PLACEHOLDER] * 64, 92]
-            pictures += 1
+            images += 1
         rows.append(row)
     width = max(map(len, rows))
-    pixels = torch.rand(pictures, 3, 16, 16, generator=generator) * 2 - 1
+    pixels = torch.rand(images, 3, 16, 16, generator=generator) * 2 - 1
     mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
     return {
         "input_ids": torch.tensor([[1] * (width - len(row)) + row for row in rows], device=device),
@@ -78,8 +78,8 @@ def prompts(device: torch.device) -> dict[str, Tensor]:
 
 def some(inputs: dict[str, Tensor], row: int) -> dict[str, Tensor]:
     """One prompt alone, without its padding."""
-    own = inputs["attention_mask"][row].bool()
-    ids = inputs["input_ids"][row, own][None]
+    mask = inputs["attention_mask"][row].bool()
+    ids = inputs["input_ids"][row, mask][None]
     alone = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if PLACEHOLDER in ids:
         alone["pixel_values"] = inputs["pixel_values"][row // 4][None]
@@ -99,11 +99,11 @@ class Pair:
 
     def generated(self, inputs: dict[str, Tensor], **how: Any) -> list[Tensor]:
         """What the two give, each from the same seed."""
-        found = []
+        results = []
         for model in (self.stock, self.own):
             torch.manual_seed(5)
-            found.append(model.generate(**inputs, max_new_tokens=8, **how))
-        return found
+            results.append(model.generate(**inputs, max_new_tokens=8, **how))
+        return results
 
 
 @pytest.fixture(scope="module", params=SHAPES)
@@ -114,32 +114,32 @@ def pair(
 
 
 def test_state_dicts(pair: Pair) -> None:
-    own = ChameleonForConditionalGeneration(ChameleonConfig(**pair.stock.config.to_dict()))
-    theirs, ours = pair.stock.state_dict(), own.state_dict()
-    assert {k: v.shape for k, v in theirs.items()}.items() <= {
-        k: v.shape for k, v in ours.items()
+    model = ChameleonForConditionalGeneration(ChameleonConfig(**pair.stock.config.to_dict()))
+    expected, actual = pair.stock.state_dict(), model.state_dict()
+    assert {k: v.shape for k, v in expected.items()}.items() <= {
+        k: v.shape for k, v in actual.items()
     }.items()
-    assert {k.split("decoder.")[0] for k in ours.keys() - theirs.keys()} == {"model.vqmodel."}
+    assert {k.split("decoder.")[0] for k in actual.keys() - expected.keys()} == {"model.vqmodel."}
 
 
 @torch.no_grad()
 def test_logits(pair: Pair, device: torch.device) -> None:
     inputs = prompts(device)
-    seen = inputs["attention_mask"].bool()
-    theirs, ours = pair.stock(**inputs).logits[seen], pair.own(**inputs).logits[seen]
-    gap = (theirs - ours)[:, TEXT.to(device)].abs()
-    assert_below(gap, 1e-5 * max(1.0, float(ours.abs().max())))
+    mask = inputs["attention_mask"].bool()
+    expected, actual = pair.stock(**inputs).logits[mask], pair.own(**inputs).logits[mask]
+    gap = (expected - actual)[:, TEXT.to(device)].abs()
+    assert_below(gap, 1e-5 * max(1.0, float(actual.abs().max())))
     images = torch.tensor(sorted(NAMES.values()), device=device)
-    assert (theirs[:, images] == torch.finfo(torch.float32).min).all()
-    assert ours[:, images].abs().max() < 1e3
+    assert (expected[:, images] == torch.finfo(torch.float32).min).all()
+    assert actual[:, images].abs().max() < 1e3
 
 
 @pytest.mark.parametrize("how", SEARCHES)
 def test_20_prompts(pair: Pair, how: str, device: torch.device) -> None:
-    theirs, ours = pair.generated(prompts(device), **SEARCHES[how])
-    assert theirs.shape[0] == PROMPTS
-    assert torch.equal(theirs, ours)
-    new = ours[:, prompts(device)["input_ids"].shape[1] :]
+    expected, actual = pair.generated(prompts(device), **SEARCHES[how])
+    assert expected.shape[0] == PROMPTS
+    assert torch.equal(expected, actual)
+    new = actual[:, prompts(device)["input_ids"].shape[1] :]
     assert len({tuple(row.tolist()) for row in new}) > PROMPTS // 2
 
 
@@ -156,24 +156,25 @@ def test_each_loads_what_the_other_saved(pair: Pair, tmp_path: Path, device: tor
     for key, value in pair.own.state_dict().items():
         assert torch.equal(value, pair.stock.state_dict()[key]), key
     torch.manual_seed(2)
-    whole = ChameleonForConditionalGeneration(ChameleonConfig(**pair.own.config.to_dict())).eval()
-    whole.save_pretrained(tmp_path)
-    again, loading = transformers.ChameleonForConditionalGeneration.from_pretrained(
+    full = ChameleonForConditionalGeneration(ChameleonConfig(**pair.own.config.to_dict())).eval()
+    full.save_pretrained(tmp_path)
+    reloaded, loading = transformers.ChameleonForConditionalGeneration.from_pretrained(
         tmp_path, output_loading_info=True
     )
     assert not loading["missing_keys"] and not loading["mismatched_keys"]
     assert all("decoder" in key for key in loading["unexpected_keys"])
-    for key, value in again.state_dict().items():
-        assert torch.equal(value, whole.state_dict()[key]), key
+    for key, value in reloaded.state_dict().items():
+        assert torch.equal(value, full.state_dict()[key]), key
     ids = torch.tensor([[0, 50, 60, 61]], device=device)
     with torch.no_grad():
-        gap = again.to(device)(ids).logits - whole.to(device)(ids).logits
+        gap = reloaded.to(device)(ids).logits - full.to(device)(ids).logits
     assert_below(gap[..., TEXT.to(device)].abs(), 1e-5)
 
 
 def test_a_config_says_the_same_in_both(pair: Pair, tmp_path: Path) -> None:
     pair.own.config.save_pretrained(tmp_path)
-    ours = transformers.ChameleonConfig.from_pretrained(tmp_path).to_dict()
-    theirs = transformers.ChameleonConfig.from_pretrained(pair.folder).to_dict()
-    del ours["vq_config"]["dtype"], theirs["vq_config"]["dtype"]  # ours stays in fp32 and says so
-    assert ours == theirs
+    actual = transformers.ChameleonConfig.from_pretrained(tmp_path).to_dict()
+    expected = transformers.ChameleonConfig.from_pretrained(pair.folder).to_dict()
+    for config in (actual, expected):
+        del config["vq_config"]["dtype"]  # ours stays in fp32 and says so
+    assert actual == expected

@@ -77,7 +77,7 @@ def own(loaded: Loaded) -> Processor:
     return loaded.processor
 
 
-def picture(seed: int, size: tuple[int, int] = (40, 30)) -> PIL.Image.Image:
+def make_image(seed: int, size: tuple[int, int] = (40, 30)) -> PIL.Image.Image:
     values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return PIL.Image.fromarray(values)
 
@@ -111,7 +111,7 @@ class TestModes:
     def test_equal_to_the_reference_loop(
         self, model: Any, loaded: Loaded, processor: Any, mode: Any, text: float, image: float
     ) -> None:
-        inputs = processor(images=[picture(1)], text="What is this? <image>").to(model.device)
+        inputs = processor(images=[make_image(1)], text="What is this? <image>").to(model.device)
         ids = model.fill_image_tokens(inputs["input_ids"], inputs["pixel_values"])[0].tolist()
         max_tokens = 40 if mode == "text-only" else IMAGE_TOKENS + 30
         out = model.generate(
@@ -124,9 +124,9 @@ class TestModes:
         )
         output = {"image-only": "image", "text-only": "text"}.get(mode, "interleaved")
         expected = reference(loaded, ids, output, max_tokens, text, image)
-        drawn = new_tokens(out, inputs)
-        assert drawn[: len(expected)] == expected
-        assert set(drawn[len(expected) :]) <= {loaded.processor.vocabulary.eos}
+        generated = new_tokens(out, inputs)
+        assert generated[: len(expected)] == expected
+        assert set(generated[len(expected) :]) <= {loaded.processor.vocabulary.eos}
         assert out[0, : len(ids)].tolist() == ids
 
     def test_image_only_is_one_whole_image(self, model: Any, processor: Any) -> None:
@@ -135,15 +135,15 @@ class TestModes:
         out = model.generate(**inputs, do_sample=True, generation_mode="image", guidance_text=2.0)
         assert out.shape[1] == inputs["input_ids"].shape[1] + IMAGE_TOKENS
         pixels = model.decode_image_tokens(out)
-        pictures = processor.post_process_multimodal_output(pixels, generation_mode="image")
-        assert [p.size for p in pictures] == [(16, 16)] * 2
+        images = processor.post_process_multimodal_output(pixels, generation_mode="image")
+        assert [p.size for p in images] == [(16, 16)] * 2
         segments = processor.post_process_multimodal_output(
             out[:, inputs["input_ids"].shape[1] :], generation_mode="interleaved"
         )
         assert [[type(s) for s in row] for row in segments] == [[Image], [Image]]
         tokenizer = ImageTokenizer(model.model.vqmodel.core, 16)
         codes = torch.from_numpy(np.stack([row[0].codes for row in segments]))
-        assert [p.tobytes() for p in tokenizer.decode(codes)] == [p.tobytes() for p in pictures]
+        assert [p.tobytes() for p in tokenizer.decode(codes)] == [p.tobytes() for p in images]
 
     def test_rows_of_a_batch_equal_single_rows(self, model: Any, processor: Any) -> None:
         texts = ["Draw a pear.", "What is this? This is a pear. Draw a red apple, please."]
@@ -176,12 +176,12 @@ class TestModes:
         )
         vocabulary = own.vocabulary
         for row in range(len(out)):
-            drawn = new_tokens(out, inputs, row)
-            begins = [i for i, token in enumerate(drawn) if token == vocabulary.begin_image]
+            generated = new_tokens(out, inputs, row)
+            begins = [i for i, token in enumerate(generated) if token == vocabulary.begin_image]
             for at in begins:
-                own.layout.parse(drawn[at : at + IMAGE_TOKENS], vocabulary)
+                own.layout.parse(generated[at : at + IMAGE_TOKENS], vocabulary)
             inside = {i for at in begins for i in range(at, at + IMAGE_TOKENS)}
-            outside = {t for i, t in enumerate(drawn) if i not in inside}
+            outside = {t for i, t in enumerate(generated) if i not in inside}
             allowed = {*vocabulary.text_tokens.tolist(), vocabulary.eos, vocabulary.pad}
             assert outside <= allowed
 
@@ -196,8 +196,8 @@ class TestModes:
         how = {"multimodal_generation_mode": mode, "max_new_tokens": IMAGE_TOKENS + 8}
         expected = model.generate(**inputs, **how, do_sample=False)
         for way in ({"assistant_model": helper}, {"prompt_lookup_num_tokens": 3}):
-            found = model.generate(**inputs, **how, **way, do_sample=False)
-            assert torch.equal(found, expected)
+            result = model.generate(**inputs, **how, **way, do_sample=False)
+            assert torch.equal(result, expected)
             with pytest.raises(SettingError, match="guidance does not work with assisted"):
                 model.generate(**inputs, **how, **way, guidance_text=3.0)
         model.generate(**inputs, **how, assistant_model=helper, do_sample=True)
@@ -219,7 +219,7 @@ class TestModes:
         self, model: Any, own: Processor, processor: Any
     ) -> None:
         inputs = processor(text="Draw a pear.").to(model.device)
-        drawn = {}
+        generated = {}
         for mode in (None, "free"):
             torch.manual_seed(0)
             out = model.generate(
@@ -230,9 +230,11 @@ class TestModes:
                 eos_token_id=None,
                 multimodal_generation_mode=mode,
             )
-            drawn[mode] = set(new_tokens(out, inputs)) & set(own.vocabulary.image_tokens.tolist())
-        assert not drawn[None]
-        assert drawn["free"]
+            generated[mode] = set(new_tokens(out, inputs)) & set(
+                own.vocabulary.image_tokens.tolist()
+            )
+        assert not generated[None]
+        assert generated["free"]
 
     def test_mode_of_the_generation_config(self, model: Any, processor: Any) -> None:
         inputs = processor(text="Draw a pear.").to(model.device)
@@ -307,14 +309,14 @@ class TestProcessor:
             processor(text=text)
 
     def test_ids_equal_the_packages_own(self, processor: Any, own: Processor, model: Any) -> None:
-        pictures = [picture(1), picture(2)]
+        images = [make_image(1), make_image(2)]
         text = "What is <image> this? <image>"
-        inputs = processor(images=pictures, text=text).to(model.device)
+        inputs = processor(images=images, text=text).to(model.device)
         ids = model.fill_image_tokens(inputs["input_ids"], inputs["pixel_values"])
         tokenizer = ImageTokenizer(model.model.vqmodel.core, 16)
-        parts = [Text("What is "), pictures[0], Text(" this? "), pictures[1]]
+        parts = [Text("What is "), images[0], Text(" this? "), images[1]]
         expected = own.encode(
-            [Message("user", parts)], list(tokenizer.encode(pictures).cpu().numpy())
+            [Message("user", parts)], list(tokenizer.encode(images).cpu().numpy())
         )
         assert ids[0].tolist() == expected.ids
 
@@ -325,7 +327,7 @@ class TestProcessor:
         assert sep not in open_ended
         assert torch.equal(open_ended, nested["input_ids"])
         batch = processor(
-            images=[[picture(1)], [picture(2), picture(3)]],
+            images=[[make_image(1)], [make_image(2), make_image(3)]],
             text=["a <image>", "<image> red <image>"],
             padding=True,
             padding_side="left",
@@ -356,7 +358,7 @@ class TestProcessor:
         self, processor: Any, arguments: dict[str, Any], sentence: str
     ) -> None:
         if "images" in arguments:
-            arguments = arguments | {"images": [picture(1)]}
+            arguments = arguments | {"images": [make_image(1)]}
         with pytest.raises(PromptError, match=sentence):
             processor(**arguments)
 
@@ -380,15 +382,15 @@ class TestProcessor:
     ) -> None:
         if "common_kwargs" in settings:
             settings = {"text_kwargs": settings["common_kwargs"], "common_kwargs": {}}
-        made = processor(images=picture(1), text="a <image>", **settings, **pictures)
-        assert made["input_ids"].shape == (1, 80)
-        assert made["pixel_values"].min() >= 0 and made["pixel_values"].max() > 1
+        inputs = processor(images=make_image(1), text="a <image>", **settings, **pictures)
+        assert inputs["input_ids"].shape == (1, 80)
+        assert inputs["pixel_values"].min() >= 0 and inputs["pixel_values"].max() > 1
 
     def test_common_arguments_reach_both_parts(self, processor: Any) -> None:
         common = {"common_kwargs": {"return_tensors": "np"}}
         for more in (common, {"return_tensors": "np"}):
-            made = processor(images=picture(1), text="a <image>", text_kwargs={}, **more)
-            assert all(isinstance(value, np.ndarray) for value in made.values())
+            inputs = processor(images=make_image(1), text="a <image>", text_kwargs={}, **more)
+            assert all(isinstance(value, np.ndarray) for value in inputs.values())
 
     @pytest.mark.parametrize(
         "twice",
@@ -403,11 +405,11 @@ class TestProcessor:
     )
     def test_an_argument_given_twice(self, processor: Any, twice: dict[str, Any]) -> None:
         with pytest.raises(SettingError, match="is given twice"):
-            processor(images=picture(1), text="a <image>", **twice)
+            processor(images=make_image(1), text="a <image>", **twice)
 
     def test_an_argument_of_a_wrong_type_or_unknown(self, processor: Any) -> None:
         with pytest.raises(Exception, match="do_resize"):
-            processor(images=picture(1), text="a <image>", do_resize="yes")
+            processor(images=make_image(1), text="a <image>", do_resize="yes")
         plain = processor(text="a")["input_ids"]
         assert torch.equal(processor(text="a", colour=1)["input_ids"], plain)
 
@@ -415,24 +417,24 @@ class TestProcessor:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             folder, padding="max_length", max_length=90, padding_side="left"
         )
-        made = ChameleonProcessor(processor.image_processor, tokenizer, image_seq_length=64)
-        inputs = made(images=picture(1), text="a <image>")
+        custom = ChameleonProcessor(processor.image_processor, tokenizer, image_seq_length=64)
+        inputs = custom(images=make_image(1), text="a <image>")
         assert inputs["input_ids"].shape == (1, 90)
         assert inputs["attention_mask"][0, 0] == 0 and inputs["attention_mask"][0, -1] == 1
-        assert made(text="a", padding=False)["input_ids"].shape[1] < 90
+        assert custom(text="a", padding=False)["input_ids"].shape[1] < 90
 
     @pytest.mark.parametrize("mark", ["<image>", "<reserved08707>"])
     def test_replacement_offsets(self, processor: Any, mark: str) -> None:
         texts = [f"a {mark} and {mark}.", "no picture"]
-        made = processor(
-            images=[picture(1), picture(2)],
+        inputs = processor(
+            images=[make_image(1), make_image(2)],
             text=texts,
             padding=True,
             return_text_replacement_offsets=True,
             return_offsets_mapping=True,
             return_tensors=None,
         )
-        offsets = made["text_replacement_offsets"]
+        offsets = inputs["text_replacement_offsets"]
         assert [[o["type"] for o in row] for row in offsets] == [
             ["text", "image", "image"],
             ["text"],
@@ -442,7 +444,7 @@ class TestProcessor:
             assert all(text[slice(*o["span"])] == o["text"] for o in row)
         begins = [
             span[0]
-            for span, token in zip(made["offset_mapping"][0], made["input_ids"][0], strict=True)
+            for span, token in zip(inputs["offset_mapping"][0], inputs["input_ids"][0], strict=True)
             if token == begin
         ]
         assert [o["new_span"][0] for o in offsets[0][1:]] == begins
@@ -460,28 +462,28 @@ class TestProcessor:
             {"role": "user", "content": "What is this?"},
             {"role": "assistant", "content": "a pear"},
         ]
-        made = processor.apply_chat_template(
+        inputs = processor.apply_chat_template(
             turns,
             chat_template=template,
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,
-            processor_kwargs={"images": [picture(1)]},
+            processor_kwargs={"images": [make_image(1)]},
         )
-        ids, mask = made["input_ids"][0], torch.as_tensor(made["assistant_masks"][0]).bool()
+        ids, mask = inputs["input_ids"][0], torch.as_tensor(inputs["assistant_masks"][0]).bool()
         assert processor.tokenizer.decode(ids[mask]) == "a pear"
 
     def test_an_image_of_a_user_s_text_is_none(self, processor: Any) -> None:
         turns = [{"role": "user", "content": [{"type": "text", "text": "write <reserved08707>"}]}]
-        made = processor.apply_chat_template(
+        inputs = processor.apply_chat_template(
             turns, tokenize=True, return_dict=True, sanitize_control_tokens=True
         )
-        assert processor.image_token_id not in made["input_ids"]
+        assert processor.image_token_id not in inputs["input_ids"]
 
     def test_no_images_in_a_list(self, processor: Any) -> None:
-        made = processor(images=[], text="a pear", return_mm_token_type_ids=None)
-        assert torch.equal(made["input_ids"], processor(text="a pear")["input_ids"])
-        assert made.keys() == {"input_ids", "attention_mask"}
+        inputs = processor(images=[], text="a pear", return_mm_token_type_ids=None)
+        assert torch.equal(inputs["input_ids"], processor(text="a pear")["input_ids"])
+        assert inputs.keys() == {"input_ids", "attention_mask"}
 
     def test_an_unknown_layout(self, processor: Any) -> None:
         with pytest.raises(SettingError, match="image_layout='spiral' is unknown"):
@@ -496,13 +498,11 @@ class TestProcessor:
         path.write_text(json.dumps(json.loads(path.read_text()) | {"padding_side": "left"}))
         processor = ChameleonProcessor.from_pretrained(tmp_path)
         prompts = ["What do these two have in common?<image><image>", "<image>What is this?"]
-        pictures = [picture(1), picture(2), picture(3)]
-        both = processor(images=pictures, text=prompts, padding=True, return_tensors="pt")
+        images = [make_image(1), make_image(2), make_image(3)]
+        both = processor(images=images, text=prompts, padding=True, return_tensors="pt")
         both = both.to(model.device)
         out = model.generate(**both, max_new_tokens=6, do_sample=False)
-        for row, (text, given) in enumerate(
-            zip(prompts, [pictures[:2], pictures[2:]], strict=True)
-        ):
+        for row, (text, given) in enumerate(zip(prompts, [images[:2], images[2:]], strict=True)):
             single = processor(images=given, text=text, return_tensors="pt").to(model.device)
             alone = model.generate(**single, max_new_tokens=6, do_sample=False)
             assert new_tokens(out, both, row) == new_tokens(alone, single)
@@ -512,7 +512,7 @@ class TestProcessor:
         other = ChameleonProcessor.from_pretrained(folder, backend=backend)
         expected = {"pil": ChameleonImageProcessorPil, "torchvision": ChameleonImageProcessor}
         assert type(other.image_processor) is expected[backend]
-        inputs = {"images": [picture(1)], "text": "What is <image>?"}
+        inputs = {"images": [make_image(1)], "text": "What is <image>?"}
         assert torch.equal(other(**inputs)["pixel_values"], processor(**inputs)["pixel_values"])
         with pytest.raises(SettingError, match="backend='gpu' is unknown"):
             ChameleonProcessor.from_pretrained(folder, backend="gpu")
@@ -522,7 +522,7 @@ class TestProcessor:
             {
                 "role": "user",
                 "content": [
-                    {"type": "image", "image": picture(1)},
+                    {"type": "image", "image": make_image(1)},
                     {"type": "text", "text": "What is this?"},
                 ],
             },
@@ -535,7 +535,7 @@ class TestProcessor:
         assert processor.apply_chat_template(turns) == written
         assert torch.equal(
             torch.as_tensor(inputs["input_ids"]),
-            processor(images=[picture(1)], text=written)["input_ids"],
+            processor(images=[make_image(1)], text=written)["input_ids"],
         )
         assert inputs["pixel_values"].shape == (1, 3, 16, 16)
 
@@ -551,13 +551,13 @@ class TestProcessor:
 
     def test_save_and_load(self, processor: Any, tmp_path: Path) -> None:
         processor.save_pretrained(tmp_path)
-        again = ChameleonProcessor.from_pretrained(tmp_path)
+        reloaded = ChameleonProcessor.from_pretrained(tmp_path)
         assert isinstance(
-            again.image_processor, ChameleonImageProcessor | ChameleonImageProcessorPil
+            reloaded.image_processor, ChameleonImageProcessor | ChameleonImageProcessorPil
         )
-        inputs = {"images": [picture(1)], "text": "What is <image>?"}
+        inputs = {"images": [make_image(1)], "text": "What is <image>?"}
         for name, value in processor(**inputs).items():
-            assert torch.equal(value, again(**inputs)[name])
+            assert torch.equal(value, reloaded(**inputs)[name])
 
     def test_texts_of_ids(self, processor: Any, model: Any, own: Processor) -> None:
         codes = np.zeros((8, 8), dtype=np.int64)
@@ -576,7 +576,7 @@ class TestImages:
         sizes = {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}}
         own = ChameleonImageProcessor(**sizes)
         stock_file = ChameleonImageProcessor(**sizes, rescale_factor=0.0078)
-        photo = picture(0, size)
+        photo = make_image(0, size)
         expected = tokenizer.preprocess(photo)
         for processor in (own, stock_file):
             assert torch.equal(processor(photo, return_tensors="pt")["pixel_values"][0], expected)
@@ -588,7 +588,7 @@ class TestImages:
             ChameleonImageProcessorPil as Stock,
         )
 
-        photo = picture(0, (451, 300))
+        photo = make_image(0, (451, 300))
         expected = Stock()(photo, return_tensors="pt")["pixel_values"]
         for own, more in (
             (ChameleonImageProcessor(exact=False), {}),
@@ -599,7 +599,7 @@ class TestImages:
         assert (exact - expected).abs().max() > 0.1
 
     def test_steps_can_be_left_out(self) -> None:
-        photo = picture(0, (24, 20))
+        photo = make_image(0, (24, 20))
         raw = ChameleonImageProcessor(
             do_resize=False, do_center_crop=False, do_rescale=False, do_normalize=False
         )(photo, return_tensors="np")["pixel_values"][0]

@@ -37,18 +37,18 @@ class TestDeviceMap:
     def test_same_logits_images_and_loss(
         self, folder: Path, given: dict[str, Any], offloaded: bool, tmp_path: Path
     ) -> None:
-        inputs, whole = example(folder), ChameleonForConditionalGeneration.from_pretrained(folder)
+        inputs, full = example(folder), ChameleonForConditionalGeneration.from_pretrained(folder)
         model = ChameleonForConditionalGeneration.from_pretrained(
             folder, offload_folder=tmp_path, **given
         )
-        expected, labels = whole(**inputs, labels=inputs["input_ids"]), inputs["input_ids"]
+        expected, labels = full(**inputs, labels=inputs["input_ids"]), inputs["input_ids"]
         assert any(p.is_meta for p in model.parameters()) == offloaded
         outputs = model(**inputs, labels=labels)
         assert torch.equal(outputs.logits, expected.logits)
         assert torch.equal(outputs.loss, expected.loss)
         codes = model.get_image_tokens(inputs["pixel_values"])
         # Weights on a disk leave the images to torch, which rounds differently.
-        pixels, others = (m.decode_image_tokens(codes) for m in (model, whole))
+        pixels, others = (m.decode_image_tokens(codes) for m in (model, full))
         torch.testing.assert_close(pixels, others, rtol=1e-4, atol=1e-4)
 
     def test_the_image_tokenizer_stays_on_one_device(self, folder: Path, tmp_path: Path) -> None:
@@ -78,9 +78,9 @@ class TestHub:
                 "tokenizer_config.json",
             ],
         ]
-        again = ChameleonForConditionalGeneration.from_pretrained(tmp_path)
+        reloaded = ChameleonForConditionalGeneration.from_pretrained(tmp_path)
         inputs = example(tmp_path)
-        assert torch.equal(again(**inputs).logits, model(**example(folder)).logits)
+        assert torch.equal(reloaded(**inputs).logits, model(**example(folder)).logits)
 
     def test_the_image_tokenizer_alone(
         self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -89,9 +89,9 @@ class TestHub:
         model = ChameleonForConditionalGeneration.from_pretrained(folder)
         model.model.vqmodel.push_to_hub("someone/pictures")
         assert {"config.json", "model.safetensors"} <= set(commits[0])
-        again = ChameleonVQVAE.from_pretrained(tmp_path)
+        reloaded = ChameleonVQVAE.from_pretrained(tmp_path)
         codes = torch.arange(64).view(1, 8, 8)
-        assert torch.equal(again.decode(codes), model.model.vqmodel.decode(codes))
+        assert torch.equal(reloaded.decode(codes), model.model.vqmodel.decode(codes))
 
 
 def _keep_commits(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[list[str]]:

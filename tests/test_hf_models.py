@@ -83,8 +83,8 @@ def pair(request: Any, tmp_path_factory: Any, device: torch.device) -> tuple[Any
     folder = tmp_path_factory.mktemp(request.param)
     stock = stock_model(**SHAPES[request.param])
     stock.save_pretrained(folder)
-    own = ChameleonForConditionalGeneration.from_pretrained(folder).eval()
-    return stock.to(device), own.to(device), folder
+    model = ChameleonForConditionalGeneration.from_pretrained(folder).eval()
+    return stock.to(device), model.to(device), folder
 
 
 @pytest.fixture(scope="module")
@@ -106,42 +106,42 @@ def fresh(device: torch.device, **more: Any) -> Any:
 
 def prompts(device: torch.device) -> dict[str, Tensor]:
     """Two left-padded rows with three images in all."""
-    picture = [91] + [PLACEHOLDER] * 64 + [92]
-    rows = [[0, 50, *picture, 60, 61, *picture, 62], [0, 70, 71, *picture, 72, 73]]
+    image = [91] + [PLACEHOLDER] * 64 + [92]
+    rows = [[0, 50, *image, 60, 61, *image, 62], [0, 70, 71, *image, 72, 73]]
     width = max(map(len, rows))
     ids = torch.tensor([[1] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     pixels = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(3)) * 2 - 1
-    made = {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
-    return {name: tensor.to(device) for name, tensor in made.items()}
+    inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
 class TestAgainstStock:
     def test_keys_are_stock_plus_decoder(self, pair: tuple[Any, Any, Path]) -> None:
         stock, _, _ = pair
-        own = ChameleonForConditionalGeneration(ChameleonConfig(**stock.config.to_dict()))
-        extra = own.state_dict().keys() - stock.state_dict().keys()
-        assert stock.state_dict().keys() <= own.state_dict().keys()
+        model = ChameleonForConditionalGeneration(ChameleonConfig(**stock.config.to_dict()))
+        extra = model.state_dict().keys() - stock.state_dict().keys()
+        assert stock.state_dict().keys() <= model.state_dict().keys()
         assert extra
         assert all(key.startswith("model.vqmodel.decoder.") for key in extra)
 
     @torch.no_grad()
     def test_logits_and_states(self, pair: tuple[Any, Any, Path], device: torch.device) -> None:
-        stock, own, _ = pair
+        stock, model, _ = pair
         inputs = prompts(device)
         more = {"output_hidden_states": True, "use_cache": True}
-        theirs, ours = stock(**inputs, **more), own(**inputs, **more)
-        seen = inputs["attention_mask"].bool()
-        gap = (theirs.logits - ours.logits)[..., TEXT.to(device)][seen].abs()
-        assert_below(gap, 1e-5 * max(1.0, float(ours.logits.abs().max())))
-        assert len(theirs.hidden_states) == len(ours.hidden_states)
-        for a, b in zip(theirs.hidden_states, ours.hidden_states, strict=True):
-            assert_close(a[seen], b[seen], atol=1e-5, rtol=1e-5)
-        assert ours.past_key_values.get_seq_length() == inputs["input_ids"].shape[1]
-        masked = own(**inputs, image_logits=False).logits
-        assert_close(theirs.logits[seen], masked[seen], atol=1e-4, rtol=1e-5)
+        expected, actual = stock(**inputs, **more), model(**inputs, **more)
+        mask = inputs["attention_mask"].bool()
+        gap = (expected.logits - actual.logits)[..., TEXT.to(device)][mask].abs()
+        assert_below(gap, 1e-5 * max(1.0, float(actual.logits.abs().max())))
+        assert len(expected.hidden_states) == len(actual.hidden_states)
+        for a, b in zip(expected.hidden_states, actual.hidden_states, strict=True):
+            assert_close(a[mask], b[mask], atol=1e-5, rtol=1e-5)
+        assert actual.past_key_values.get_seq_length() == inputs["input_ids"].shape[1]
+        masked = model(**inputs, image_logits=False).logits
+        assert_close(expected.logits[mask], masked[mask], atol=1e-4, rtol=1e-5)
         assert torch.equal(
-            own.get_image_tokens(inputs["pixel_values"]),
+            model.get_image_tokens(inputs["pixel_values"]),
             stock.get_image_tokens(inputs["pixel_values"]),
         )
 
@@ -161,9 +161,9 @@ class TestAgainstStock:
     def test_generate(
         self, pair: tuple[Any, Any, Path], how: dict[str, Any], device: torch.device
     ) -> None:
-        stock, own, _ = pair
+        stock, ours, _ = pair
         outputs = []
-        for model in (stock, own):
+        for model in (stock, ours):
             torch.manual_seed(5)
             # The stock class takes a drawn placeholder for one more image where it has no cache.
             how = how | {"disable_compile": True, "suppress_tokens": [PLACEHOLDER]}
@@ -173,31 +173,33 @@ class TestAgainstStock:
     def test_saved_checkpoints_load_in_the_other(
         self, pair: tuple[Any, Any, Path], tmp_path: Path
     ) -> None:
-        stock, own, _ = pair
-        own.save_pretrained(tmp_path)
-        again = transformers.ChameleonForConditionalGeneration.from_pretrained(tmp_path)
+        stock, model, _ = pair
+        model.save_pretrained(tmp_path)
+        reloaded = transformers.ChameleonForConditionalGeneration.from_pretrained(tmp_path)
         for key, value in stock.state_dict().items():
-            assert torch.equal(value, again.state_dict()[key]), key
+            assert torch.equal(value, reloaded.state_dict()[key]), key
 
     def test_stock_checkpoint_has_no_decoder(
         self, pair: tuple[Any, Any, Path], device: torch.device
     ) -> None:
-        _, own, _ = pair
-        assert own.model.vqmodel.decoder is None
+        _, model, _ = pair
+        assert model.model.vqmodel.decoder is None
         tokens = torch.full((1, 64), FIRST, device=device)
         with pytest.raises(CheckpointError, match="no VQ decoder"):
-            own.decode_image_tokens(tokens)
+            model.decode_image_tokens(tokens)
 
     @torch.no_grad()
     def test_vqvae_outputs(self, plain: Any, stock: Any, device: torch.device) -> None:
         pixels = prompts(device)["pixel_values"]
-        theirs = stock.model.vqmodel.encode(pixels, output_hidden_states=True)
-        ours = plain.model.vqmodel.encode(pixels, output_hidden_states=True, output_attentions=True)
+        expected = stock.model.vqmodel.encode(pixels, output_hidden_states=True)
+        actual = plain.model.vqmodel.encode(
+            pixels, output_hidden_states=True, output_attentions=True
+        )
         for name in ("last_hidden_state", "quantized_last_hidden_state", "embedding_loss"):
-            assert_close(getattr(theirs, name), getattr(ours, name), rtol=1e-4, atol=1e-5)
-        assert torch.equal(theirs.image_tokens, ours.image_tokens)
-        assert len(ours.hidden_states) == len(theirs.hidden_states) == 2 * 1 + 3
-        assert len(ours.attentions) == 1
+            assert_close(getattr(expected, name), getattr(actual, name), rtol=1e-4, atol=1e-5)
+        assert torch.equal(expected.image_tokens, actual.image_tokens)
+        assert len(actual.hidden_states) == len(expected.hidden_states) == 2 * 1 + 3
+        assert len(actual.attentions) == 1
         features = plain.get_image_features(pixels)
         assert_close(features.pooler_output, stock.get_image_features(pixels).pooler_output)
         assert isinstance(plain.get_image_features(pixels, return_dict=False), tuple)
@@ -222,15 +224,16 @@ class TestAsStockSees:
     @torch.no_grad()
     @pytest.mark.parametrize("place", PLACES)
     def test_hooks(self, plain: Any, stock: Any, place: str, device: torch.device) -> None:
-        seen: list[Any] = []
+        recorded: list[Any] = []
         for model in (stock, plain):
             module = model.model.get_submodule(place)
             hook = module.register_forward_hook(
-                lambda module, args, kwargs, out: seen.append((args, kwargs, out)), with_kwargs=True
+                lambda module, args, kwargs, out: recorded.append((args, kwargs, out)),
+                with_kwargs=True,
             )
             model(**prompts(device), use_cache=False)
             hook.remove()
-        (args, kwargs, out), (own_args, own_kwargs, own_out) = seen
+        (args, kwargs, out), (own_args, own_kwargs, own_out) = recorded
         assert len(args) == len(own_args) and kwargs.keys() == own_kwargs.keys()
         real = prompts(device)["attention_mask"].bool()
         for a, b in ((args, own_args), (out, own_out)):
@@ -246,12 +249,12 @@ class TestAsStockSees:
         assert all(isinstance(layer, kind) for layer in plain.model.layers)
 
     def test_the_vocabulary_mapping(self, plain: Any, stock: Any) -> None:
-        own, theirs = plain.model.vocabulary_mapping, stock.model.vocabulary_mapping
+        actual, reference = plain.model.vocabulary_mapping, stock.model.vocabulary_mapping
         for name in ("val2name", "image_tokens", "bpe2img", "img2bpe", "image_token_id"):
-            assert getattr(own, name) == getattr(theirs, name), name
-        table, expected = own.img2bpe_mapping_tensor, theirs.img2bpe_mapping_tensor
+            assert getattr(actual, name) == getattr(reference, name), name
+        table, expected = actual.img2bpe_mapping_tensor, reference.img2bpe_mapping_tensor
         assert torch.equal(table, expected) and table.dtype == expected.dtype
-        pairs = zip(own.bpe2img_search_tensors, theirs.bpe2img_search_tensors, strict=True)
+        pairs = zip(actual.bpe2img_search_tensors, reference.bpe2img_search_tensors, strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
 
     @torch.no_grad()
@@ -271,14 +274,14 @@ class TestAsStockSees:
         model = fresh(device)
         model.load_state_dict(stock.state_dict(), strict=False)
         assert model.model.vqmodel.decoder is not None
-        whole = model.state_dict()
-        model.load_state_dict(whole)
+        full = model.state_dict()
+        model.load_state_dict(full)
         assert model.model.vqmodel.decoder is not None
         model.load_state_dict(stock.state_dict())
         assert model.model.vqmodel.decoder is None and model.model.vqmodel.core.decoder is None
         model.load_state_dict(stock.state_dict())
         with pytest.raises(RuntimeError, match=r"Unexpected key.*decoder"):
-            model.load_state_dict(whole)
+            model.load_state_dict(full)
 
     @torch.no_grad()
     def test_export_with_images(self, plain: Any, device: torch.device) -> None:
@@ -288,8 +291,8 @@ class TestAsStockSees:
         )
         out = program.module()(**prompts(device), use_cache=False).logits
         expected = plain(**prompts(device)).logits
-        seen = prompts(device)["attention_mask"].bool()
-        assert_close(out[seen], expected[seen], atol=1e-4, rtol=1e-4)
+        mask = prompts(device)["attention_mask"].bool()
+        assert_close(out[mask], expected[mask], atol=1e-4, rtol=1e-4)
         wrong = prompts(device) | {"input_ids": prompts(device)["input_ids"].clone()}
         wrong["input_ids"][0, -1] = PLACEHOLDER
         with pytest.raises(RuntimeError):
@@ -353,11 +356,11 @@ class TestSearches:
         # Without limits transformers sizes its cache and mask by the memory of the machine.
         small = transformers.ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=32)
         settings = {"generation_config": config, "continuous_batching_config": small}
-        ours, theirs = (
+        actual, expected = (
             [result.generated_tokens for result in model.generate_batch(rows, **settings).values()]
             for model in (plain, stock)
         )
-        assert ours == theirs
+        assert actual == expected
         alone = (
             plain.generate(torch.tensor([row], device=device), generation_config=config)
             for row in rows
@@ -365,7 +368,7 @@ class TestSearches:
         greedy = [out[0, len(row) :].tolist() for out, row in zip(alone, rows, strict=True)]
         # On a CPU, 5.7 itself gives other tokens than its own greedy search.
         if (5, 23) <= tuple(map(int, transformers.__version__.split(".")[:2])):
-            assert ours == greedy
+            assert actual == greedy
 
 
 class TestForward:
@@ -390,19 +393,19 @@ class TestForward:
 
     @pytest.mark.parametrize("keep", [1, 3, torch.tensor([0, 5])])
     def test_logits_to_keep(self, plain: Any, keep: Any, device: torch.device) -> None:
-        whole = plain(**prompts(device)).logits
+        full = plain(**prompts(device)).logits
         kept = plain(**prompts(device), logits_to_keep=keep).logits
-        expected = whole[:, keep] if isinstance(keep, Tensor) else whole[:, -keep:]
+        expected = full[:, keep] if isinstance(keep, Tensor) else full[:, -keep:]
         assert_close(kept, expected)
 
     def test_step_by_step_equals_whole(self, plain: Any, device: torch.device) -> None:
         ids = torch.randint(40, 90, (2, 12), generator=torch.Generator().manual_seed(0)).to(device)
-        whole, cache, steps = plain(ids).logits, None, []
+        full, cache, steps = plain(ids).logits, None, []
         for token in ids.split(1, dim=1):
             out = plain(token, past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             steps.append(out.logits)
-        assert_close(torch.cat(steps, 1), whole, atol=1e-5, rtol=1e-5)
+        assert_close(torch.cat(steps, 1), full, atol=1e-5, rtol=1e-5)
 
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # flex attention compiles
     @pytest.mark.parametrize(
@@ -410,14 +413,14 @@ class TestForward:
     )
     def test_back_ends_agree(self, plain: Any, how: str, device: torch.device) -> None:
         inputs = prompts(device)
-        seen = inputs["attention_mask"].bool()
-        expected = plain(**inputs).logits[seen]
+        mask = inputs["attention_mask"].bool()
+        expected = plain(**inputs).logits[mask]
         plain.set_attn_implementation(how)
         try:
             out = plain(**inputs, output_attentions=how == "eager")
         finally:
             plain.set_attn_implementation("sdpa")
-        assert_close(out.logits[seen], expected, atol=1e-5, rtol=1e-5)
+        assert_close(out.logits[mask], expected, atol=1e-5, rtol=1e-5)
         if how == "eager":
             assert [tuple(w.shape) for w in out.attentions] == [
                 (2, 4, *inputs["input_ids"].shape[1:] * 2)
@@ -489,12 +492,12 @@ class TestTraining:
                 assert_close(one, other, atol=1e-5, rtol=1e-5)
         everything = plain(text, labels=text, image_logits=True).loss
         assert everything > plain(text, labels=text).loss
-        drawn = torch.tensor([[0, 50, FIRST, FIRST + 1, 62, 70, 2]], device=device)
-        mixed = torch.cat((text, drawn))
+        generated = torch.tensor([[0, 50, FIRST, FIRST + 1, 62, 70, 2]], device=device)
+        mixed = torch.cat((text, generated))
         loss = plain(mixed, labels=mixed).loss
-        alone = [plain(row, labels=row).loss for row in (text, drawn)]
+        alone = [plain(row, labels=row).loss for row in (text, generated)]
         assert_close(loss, sum(alone) / 2)
-        assert_close(alone[1], plain(drawn, labels=drawn, image_logits=True).loss)
+        assert_close(alone[1], plain(generated, labels=generated, image_logits=True).loss)
 
     def test_labels_with_the_placeholder_have_a_finite_loss_in_both_modes(
         self, plain: Any, stock: Any, device: torch.device
@@ -553,12 +556,12 @@ class TestCheckpoint:
     def test_round_trip_keeps_the_decoder(self, tmp_path: Path, device: torch.device) -> None:
         model = fresh(device)
         model.save_pretrained(tmp_path)
-        again = ChameleonForConditionalGeneration.from_pretrained(tmp_path).to(device)
-        assert model.state_dict().keys() == again.state_dict().keys()
-        assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
-        assert not any(p.requires_grad for p in again.model.vqmodel.parameters())
+        reloaded = ChameleonForConditionalGeneration.from_pretrained(tmp_path).to(device)
+        assert model.state_dict().keys() == reloaded.state_dict().keys()
+        assert all(torch.equal(v, reloaded.state_dict()[k]) for k, v in model.state_dict().items())
+        assert not any(p.requires_grad for p in reloaded.model.vqmodel.parameters())
         tokens = torch.randint(FIRST, FIRST + 24, (2, 64), device=device)
-        pixels = again.decode_image_tokens(tokens)
+        pixels = reloaded.decode_image_tokens(tokens)
         assert pixels.shape == (2, 3, 16, 16)
         codes = (tokens - FIRST).view(2, 8, 8)
         assert_close(pixels, model.model.vqmodel.decode(codes))
@@ -591,13 +594,13 @@ class TestCheckpoint:
 
 class TestConfig:
     def test_defaults_are_stock(self) -> None:
-        for own, stock in (
+        for model, stock in (
             (ChameleonConfig, transformers.ChameleonConfig),
             (ChameleonVQVAEConfig, transformers.ChameleonVQVAEConfig),
         ):
-            theirs, ours = stock().to_dict(), own().to_dict()
-            assert ours.keys() == theirs.keys()
-            assert {k: v for k, v in ours.items() if v != theirs[k]} == {}
+            expected, actual = stock().to_dict(), model().to_dict()
+            assert actual.keys() == expected.keys()
+            assert {k: v for k, v in actual.items() if v != expected[k]} == {}
 
     def test_model_of_a_bare_config(self) -> None:
         small = {k: v for k, v in BASE.items() if k not in ("vocabulary_map", "vq_config")}
@@ -627,18 +630,18 @@ class TestConfig:
         config = ChameleonConfig(**(BASE | {name: value}))
         told = {"num_attention_heads": "hidden_size=32 gives heads of odd width 1"}
         told["rope_parameters"] = "'dynamic' needs factor"
-        for made in (ChameleonModel, ChameleonForConditionalGeneration):
+        for result in (ChameleonModel, ChameleonForConditionalGeneration):
             with pytest.raises(SettingError, match=told.get(name, f"{name}=")):
-                made(config)
+                result(config)
 
     @pytest.mark.parametrize(
         ("name", "value"), [("hidden_size", "32"), ("hidden_act", torch.nn.functional.gelu)]
     )
     def test_wrong_kinds_are_told_as_in_stock(self, name: str, value: Any) -> None:
         """Each message names the field and shows the value: "'32'" and not the default "32"."""
-        for made in (transformers.ChameleonConfig, ChameleonConfig):
+        for result in (transformers.ChameleonConfig, ChameleonConfig):
             with pytest.raises(Exception, match=name) as error:
-                made(**(BASE | {name: value}))
+                result(**(BASE | {name: value}))
             assert repr(value) in str(error.value)
 
     def test_a_vq_config_may_say_what_no_model_can_be(self) -> None:

@@ -46,8 +46,8 @@ assert local(norm.weight).shape[0] == local(norm.bias).shape[0] == half
 mine = slice(half * distributed.get_rank(), half * (distributed.get_rank() + 1))
 assert torch.equal(local(norm.bias), whole.model.layers[0].self_attn.q_norm.bias[mine])
 
-picture = [91, *[90] * 64, 92]
-ids = torch.tensor([[0, 50, *picture, 60, 61], [0, 51, *picture, 62, 63]])
+image = [91, *[90] * 64, 92]
+ids = torch.tensor([[0, 50, *image, 60, 61], [0, 51, *picture, 62, 63]])
 pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 labels = torch.where(ids == 90, -100, ids)
 losses = [model(ids, pixels, labels=labels) for model in (split, whole)]

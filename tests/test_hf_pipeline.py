@@ -59,16 +59,16 @@ def test_text_of_an_image(pipe: Any, photo: PIL.Image.Image, tmp_path: Path) -> 
 
 def test_turns(pipe: Any, photo: PIL.Image.Image) -> None:
     content = [{"type": "image", "image": photo}, {"type": "text", "text": "What is this?"}]
-    said = pipe(text=[{"role": "user", "content": content}], max_new_tokens=6)
-    assert [turn["role"] for turn in said[0]["generated_text"]] == ["user", "assistant"]
+    output = pipe(text=[{"role": "user", "content": content}], max_new_tokens=6)
+    assert [turn["role"] for turn in output[0]["generated_text"]] == ["user", "assistant"]
 
 
 @pytest.mark.parametrize("more", [{}, {"generate_kwargs": {"guidance_text": 3.0}}])
 def test_an_image(pipe: Any, more: dict[str, Any]) -> None:
     for text in ("Draw a pear.", TURN):
-        [drawn] = pipe(text=text, generation_mode="image", **more)
-        assert drawn["generated_image"].size == (16, 16)
-        assert drawn["input_text"] == text
+        [generated] = pipe(text=text, generation_mode="image", **more)
+        assert generated["generated_image"].size == (16, 16)
+        assert generated["input_text"] == text
 
 
 @pytest.fixture
@@ -81,8 +81,8 @@ def routed() -> Iterator[None]:
 
 @pytest.mark.usefixtures("routed")
 def test_after_register_the_task_finds_it(pipe: Any) -> None:
-    made = transformers.pipeline(TASK, model=pipe.model, processor=pipe.processor)
-    assert type(made) is ChameleonPipeline
+    new_pipe = transformers.pipeline(TASK, model=pipe.model, processor=pipe.processor)
+    assert type(new_pipe) is ChameleonPipeline
 
 
 @pytest.mark.usefixtures("routed")

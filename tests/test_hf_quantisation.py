@@ -149,11 +149,11 @@ class TestFiles:
         model.generate(**inputs, max_new_tokens=2, do_sample=False)
         model.save_pretrained(tmp_path / "after")
         for name in ("before", "after"):
-            again = ChameleonForConditionalGeneration.from_pretrained(
+            reloaded = ChameleonForConditionalGeneration.from_pretrained(
                 tmp_path / name, device_map=str(device)
             )
-            assert sorted(quantised_layers(again)) == sorted(LAYERS)
-            assert_same(logits(again, inputs), expected)
+            assert sorted(quantised_layers(reloaded)) == sorted(LAYERS)
+            assert_same(logits(reloaded, inputs), expected)
         assert_same(logits(model, inputs), expected)
 
     def test_a_model_too_narrow_for_the_fast_layout_runs(

@@ -158,20 +158,20 @@ def run(place: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize("snippet", [SINGLE_IMAGE, OLD_DTYPE_NAME], ids=["dtype", "torch_dtype"])
 def test_a_single_image(run: Any, snippet: str, capsys: pytest.CaptureFixture[str]) -> None:
-    said = run(snippet)
-    model, inputs, output = said["model"], said["inputs"], said["output"]
+    outputs = run(snippet)
+    model, inputs, output = outputs["model"], outputs["inputs"], outputs["output"]
     assert model.dtype == inputs["pixel_values"].dtype == torch.bfloat16
     assert inputs["input_ids"].shape[1] < output.shape[1] <= inputs["input_ids"].shape[1] + 50
     assert capsys.readouterr().out.startswith("What is this?")
 
 
 def test_two_prompts_with_three_images(run: Any) -> None:
-    said = run(MULTI_IMAGE)
-    inputs = said["inputs"]
+    output = run(MULTI_IMAGE)
+    inputs = output["inputs"]
     assert inputs["pixel_values"].shape == (3, 3, 16, 16)
     assert inputs["attention_mask"][:, -1].tolist() == [1, 1]
     assert inputs["attention_mask"][1, 0] == 0
-    assert [text[:12] for text in said["texts"]] == ["What is this", "What is this"]
+    assert [text[:12] for text in output["texts"]] == ["What is this", "What is this"]
 
 
 def test_two_images_in_one_prompt(run: Any) -> None:
@@ -179,10 +179,10 @@ def test_two_images_in_one_prompt(run: Any) -> None:
 
 
 def test_a_text_to_be_completed(run: Any) -> None:
-    said = run(TEXT_COMPLETION)
-    separator = said["processor"].tokenizer.sep_token_id
-    assert separator not in said["inputs"]["input_ids"]
-    assert said["processor"](text="This is a")["input_ids"][0, -1] == separator
+    output = run(TEXT_COMPLETION)
+    separator = output["processor"].tokenizer.sep_token_id
+    assert separator not in output["inputs"]["input_ids"]
+    assert output["processor"](text="This is a")["input_ids"][0, -1] == separator
 
 
 @pytest.mark.filterwarnings("ignore")  # bitsandbytes' own
@@ -209,7 +209,7 @@ def test_flash_attention(run: Any) -> None:
 
 def test_configs_and_models(run: Any) -> None:
     with torch.device("meta"):  # 7 billion weights, without memory for them
-        said = run(CONSTRUCTION)
-    assert sum(p.numel() for p in said["model"].parameters()) > 6.7e9
-    assert said["configuration"].vq_config.num_embeddings == 8192
-    assert said["vq_configuration"].resolution == 512
+        output = run(CONSTRUCTION)
+    assert sum(p.numel() for p in output["model"].parameters()) > 6.7e9
+    assert output["configuration"].vq_config.num_embeddings == 8192
+    assert output["vq_configuration"].resolution == 512

@@ -17,7 +17,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_utils import SaveStrategy
-from wide import SEVEN, WIDE, example, picture, wide_folder
+from wide import SEVEN, WIDE, example, make_image, wide_folder
 
 from earlyfusion.checkpoints import detect
 from earlyfusion.content import Image, Message, Text
@@ -123,8 +123,8 @@ class TestAdapters:
         model.save_pretrained(tmp_path)
         base = load(folder, nf4, device)
         logits(base, inputs)
-        again = peft.PeftModel.from_pretrained(base, tmp_path)
-        assert gap(logits(again, inputs), trained) < tolerance
+        reloaded = peft.PeftModel.from_pretrained(base, tmp_path)
+        assert gap(logits(reloaded, inputs), trained) < tolerance
         base = load(folder, nf4, device)
         logits(base, inputs)
         base = base.dequantize() if nf4 else base
@@ -166,12 +166,12 @@ class TestAdapters:
     ) -> None:
         """Anole's recipe: only the rows of image tokens, in embedding and head."""
         rows = load(folder).model.vocabulary_mapping.image_tokens
-        whole, inputs = load(folder, device=device), inputs.to(device)
-        whole.requires_grad_(False)
+        full, inputs = load(folder, device=device), inputs.to(device)
+        full.requires_grad_(False)
         model = peft.get_peft_model(
-            whole, adapters(["q_proj"], trainable_token_indices={"lm_head": rows})
+            full, adapters(["q_proj"], trainable_token_indices={"lm_head": rows})
         )
-        before = whole.lm_head.weight.detach().clone()
+        before = full.lm_head.weight.detach().clone()
         step(model, inputs)
         after = model.merge_and_unload().lm_head.weight
         changed = (after != before).any(1).nonzero().flatten().tolist()
@@ -199,8 +199,8 @@ def own_documents(folder: Path, documents: list[list[Message]]) -> tuple[list[An
     tokenizer = ImageTokenizer(loaded.vqgan, WIDE.vq_config.resolution)
     sequences = []
     for turns in documents:
-        pictures = [part.pil for turn in turns for part in turn.parts if isinstance(part, Image)]
-        codes = list(tokenizer.encode(pictures).numpy()) if pictures else []
+        images = [part.pil for turn in turns for part in turn.parts if isinstance(part, Image)]
+        codes = list(tokenizer.encode(images).numpy()) if images else []
         sequences.append(loaded.processor.encode_document(turns, codes))
     return sequences, loaded.processor.vocabulary
 
@@ -213,11 +213,11 @@ def said(role: str, *parts: str) -> dict[str, Any]:
 
 ROWS: list[dict[str, Any]] = [
     {
-        "images": [picture("red")],
+        "images": [make_image("red")],
         "messages": [said("user", "Draw a red apple."), said("assistant", "#")],
     },
     {
-        "images": [picture("blue"), picture("red")],
+        "images": [make_image("blue"), make_image("red")],
         "messages": [
             said("user", "#", "What is this?"),
             said("assistant", "a pear and "),
@@ -232,13 +232,13 @@ ROWS: list[dict[str, Any]] = [
 def as_documents(rows: list[dict[str, Any]]) -> list[list[Message]]:
     documents = []
     for row in rows:
-        pictures = iter(row["images"])
+        images = iter(row["images"])
         documents.append(
             [
                 Message(
                     turn["role"],
                     [
-                        Text(part["text"]) if part["type"] == "text" else Image.of(next(pictures))
+                        Text(part["text"]) if part["type"] == "text" else Image.of(next(images))
                         for part in turn["content"]
                     ],
                 )
@@ -320,8 +320,8 @@ class TestTrainer:
         out = Trainer(model, settings, train_dataset=[row, row]).train()  # type: ignore[arg-type]
         model.cpu()
         assert out.training_loss == pytest.approx(float(expected), rel=1e-5)
-        drawn = torch.tensor(model.model.vocabulary_mapping.image_tokens)
-        assert ((model.lm_head.weight - before)[drawn] != 0).any(1).all()
+        image_ids = torch.tensor(model.model.vocabulary_mapping.image_tokens)
+        assert ((model.lm_head.weight - before)[image_ids] != 0).any(1).all()
         assert not any(p.requires_grad for p in model.model.vqmodel.parameters())
 
 
@@ -354,9 +354,9 @@ class TestPackedRows:
             trainer.train(**more)
             return {name: value.clone() for name, value in model.state_dict().items()}
 
-        whole = trained()
+        full = trained()
         resumed = trained(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-        assert all(torch.equal(whole[name], value) for name, value in resumed.items())
+        assert all(torch.equal(full[name], value) for name, value in resumed.items())
 
 
 def arguments(
@@ -431,22 +431,22 @@ class TestSFTTrainer:
         before = model.lm_head.weight.detach().clone()
         out = trainer.train()
         assert out.training_loss == pytest.approx(float(expected), rel=tolerance(1e-5, device))
-        drawn = torch.tensor(model.model.vocabulary_mapping.image_tokens)
-        assert ((model.lm_head.weight - before)[drawn] != 0).any(1).all()
+        image_ids = torch.tensor(model.model.vocabulary_mapping.image_tokens)
+        assert ((model.lm_head.weight - before)[image_ids] != 0).any(1).all()
 
     def test_prompt_and_completion(
         self, folder: Path, processor: Any, tmp_path: Path, device: torch.device
     ) -> None:
         """Images in the prompt; the loss is on the completion and its end."""
         row = {
-            "images": [picture("red")],
+            "images": [make_image("red")],
             "prompt": [{"role": "user", "content": "What is this?"}],
             "completion": [{"role": "assistant", "content": "a pear"}],
         }
         model = load(folder, device=device)
         trainer = sft(model, processor, [row], tmp_path)
         ids, labels = filled(model, trainer.data_collator([dict(row)]))
-        turns = [Message("user", [Image.of(picture("red")), Text("What is this?")])]
+        turns = [Message("user", [Image.of(make_image("red")), Text("What is this?")])]
         sequences, _ = own_documents(folder, [[*turns, Message("assistant", [Text("a pear")])]])
         assert ids[0].tolist() == sequences[0].ids
         assert (labels[0] != -100).tolist() == sequences[0].loss_mask

@@ -60,18 +60,18 @@ def small(device: torch.device) -> ImageTokenizer:
     return ImageTokenizer(VQGAN(SMALL).eval().to(device), SMALL.resolution)
 
 
-def picture(width: int, height: int) -> PIL.Image.Image:
+def make_image(width: int, height: int) -> PIL.Image.Image:
     rng = np.random.default_rng(width * 1000 + height)
     return PIL.Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 @pytest.mark.parametrize("name", sorted(PREPROCESS))
 def test_preprocessing_equals_metas_to_the_bit(metas: ImageTokenizer, name: str) -> None:
-    picture = Image.open(GOLDEN / "images" / name, deep="clip")
-    pixels = metas.preprocess(picture)
+    make_image = Image.open(GOLDEN / "images" / name, deep="clip")
+    pixels = metas.preprocess(make_image)
     assert pixels.shape == (3, 512, 512) and pixels.dtype == torch.float32
     with PIL.Image.open(GOLDEN / "expected/preprocess" / name) as file:
-        np.testing.assert_array_equal(np.asarray(metas.square(picture)), file)
+        np.testing.assert_array_equal(np.asarray(metas.square(make_image)), file)
     digest = hashlib.sha256(pixels.numpy().tobytes()).hexdigest()
     assert digest == PREPROCESS[name]["input_f32_sha256"]
 
@@ -100,11 +100,11 @@ def drawn(
     pixels: list[Tensor] = []
     assert metas.vqgan.decoder is not None
     hook = metas.vqgan.decoder.register_forward_hook(lambda *call: pixels.append(call[2]))
-    pictures = metas.decode(
+    images = metas.decode(
         torch.from_numpy(np.stack([expected[f"tokens_{i}"].reshape(32, 32) for i in range(4)]))
     )
     hook.remove()
-    return pictures, torch.cat(pixels)
+    return images, torch.cat(pixels)
 
 
 def test_tokens_equal_metas(
@@ -125,28 +125,28 @@ def test_decoded_pixels_equal_metas(
     for i, pixels in enumerate(drawn[1].cpu().numpy()):
         stride, patch = (expected[f"decoded_f32_{name}_{i}"] for name in ("stride8", "patch"))
         assert stride.size == 3 * 64 * 64 and patch.size == 3 * 64 * 64
-        for ours, metas in ((pixels[:, ::8, ::8], stride), (pixels[:, 200:264, 300:364], patch)):
-            np.testing.assert_allclose(ours, metas.reshape(3, 64, 64), atol=2e-3, rtol=0)
+        for actual, metas in ((pixels[:, ::8, ::8], stride), (pixels[:, 200:264, 300:364], patch)):
+            np.testing.assert_allclose(actual, metas.reshape(3, 64, 64), atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize("i", [0, 3])
 def test_drawn_images_equal_metas(drawn: tuple[list[PIL.Image.Image], Tensor], i: int) -> None:
-    picture = drawn[0][i]
+    make_image = drawn[0][i]
     with PIL.Image.open(GOLDEN / f"expected/vq_decoded_{i}.png") as file:
-        away = np.abs(np.asarray(picture, dtype=int) - np.asarray(file, dtype=int))
-    assert picture.mode == "RGB" and picture.size == (512, 512)
+        away = np.abs(np.asarray(make_image, dtype=int) - np.asarray(file, dtype=int))
+    assert make_image.mode == "RGB" and make_image.size == (512, 512)
     assert away.max() <= 1 and (away > 0).mean() < 0.01
 
 
 @pytest.mark.parametrize("size", [(32, 32), (1, 1), (3, 2), (77, 41), (40, 300), (512, 512)])
 @pytest.mark.parametrize("mode", ["crop", "fit"])
 def test_other_sizes(small: ImageTokenizer, size: tuple[int, int], mode: Any) -> None:
-    assert small.preprocess(picture(*size), mode).shape == (3, 32, 32)
-    assert small.encode([picture(*size)], mode).shape == (1, 8, 8)
+    assert small.preprocess(make_image(*size), mode).shape == (3, 32, 32)
+    assert small.encode([make_image(*size)], mode).shape == (1, 8, 8)
 
 
 def test_an_image_of_the_right_size_is_untouched(small: ImageTokenizer) -> None:
-    source = picture(32, 32)
+    source = make_image(32, 32)
     for mode in ("crop", "fit"):
         np.testing.assert_array_equal(small.square(source, mode), source)
     pixels = small.preprocess(source).double().numpy().transpose(1, 2, 0)
@@ -163,7 +163,7 @@ def test_crop_keeps_the_centre_and_fit_the_whole(small: ImageTokenizer) -> None:
 
 
 def test_fit_pads_before_it_resizes(small: ImageTokenizer) -> None:
-    source = picture(50, 20)
+    source = make_image(50, 20)
     canvas = PIL.Image.new("RGB", (50, 50), (255, 255, 255))
     canvas.paste(source, (0, 15))
     expected = canvas.resize((32, 32), PIL.Image.Resampling.LANCZOS)
@@ -177,20 +177,23 @@ def test_long_strips_need_little_memory(
 ) -> None:
     for size in ((16_384, 1), (1, 16_384), (3, 16_001)):
         for mode in ("crop", "fit"):
-            assert ImageTokenizer(small.vqgan, 512).square(picture(*size), mode).size == (512, 512)
+            assert ImageTokenizer(small.vqgan, 512).square(make_image(*size), mode).size == (
+                512,
+                512,
+            )
     for size in ((45, 1001), (1001, 44), (60, 61)):
-        source = picture(*size)
-        whole = np.asarray(small.square(source), dtype=int)
+        source = make_image(*size)
+        full = np.asarray(small.square(source), dtype=int)
         with monkeypatch.context() as patch:
             patch.setattr(image_tokenizer, "MAX_PIXELS", 0)
             narrow = np.asarray(small.square(source), dtype=int)
-        assert np.abs(whole - narrow).max() <= 1
+        assert np.abs(full - narrow).max() <= 1
 
 
 def test_a_batch_equals_its_images_one_by_one(
     small: ImageTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sources = [picture(40, 30 + i) for i in range(5)]
+    sources = [make_image(40, 30 + i) for i in range(5)]
     singly = torch.cat([small.encode([source]) for source in sources])
     monkeypatch.setattr(image_tokenizer, "_BATCH_PIXELS", 2 * 32 * 32)
     assert torch.equal(small.encode(sources), singly)
@@ -201,7 +204,7 @@ def test_a_batch_equals_its_images_one_by_one(
 
 
 def test_all_kinds_of_sources(small: ImageTokenizer, tmp_path: Path) -> None:
-    source = picture(40, 33)
+    source = make_image(40, 33)
     source.save(tmp_path / "a.png")
     path = tmp_path / "a.png"
     array = np.asarray(source)
@@ -219,14 +222,14 @@ def mini(device: torch.device) -> ImageTokenizer:
 
 def test_drawing_in_bf16_changes_little(mini: ImageTokenizer) -> None:
     codes = mini.encode(sorted((GOLDEN / "images").glob("*.png"))[:8])
-    pictures = ImageTokenizer(mini.vqgan, mini.resolution, precision="bf16").decode(codes)
-    for one, exact in zip(pictures, mini.decode(codes), strict=True):
+    images = ImageTokenizer(mini.vqgan, mini.resolution, precision="bf16").decode(codes)
+    for one, exact in zip(images, mini.decode(codes), strict=True):
         away = np.asarray(one, float) - np.asarray(exact, float)
         assert 10 * np.log10(255**2 / max(1e-9, np.square(away).mean())) >= 45
 
 
 def test_bf16_leaves_the_codes_alone(mini: ImageTokenizer) -> None:
-    sources = [picture(90, 64 + i) for i in range(4)]
+    sources = [make_image(90, 64 + i) for i in range(4)]
     quick = ImageTokenizer(mini.vqgan, mini.resolution, precision="bf16")
     assert torch.equal(quick.encode(sources), mini.encode(sources))
 
@@ -235,7 +238,7 @@ def test_codes_do_not_depend_on_the_layout_in_memory(
     mini: ImageTokenizer, device: torch.device
 ) -> None:
     """No compiler, channels first and a graph: the same codes for 48 images."""
-    pixels = torch.stack([mini.preprocess(picture(64 + i, 70)) for i in range(48)]).to(device)
+    pixels = torch.stack([mini.preprocess(make_image(64 + i, 70)) for i in range(48)]).to(device)
     plain = mini.vqgan.encode(pixels)  # with a graph, so by torch's own operators
     with torch.no_grad():
         assert torch.equal(mini.vqgan.encode(pixels), plain)
@@ -254,9 +257,9 @@ def test_errors(small: ImageTokenizer) -> None:
     with pytest.raises(ImageError, match="codes but no pixels"):
         small.encode([Image(codes=np.zeros((8, 8), int))])
     with pytest.raises(ImageError, match="there is no file"):
-        small.encode([picture(4, 4), "missing.png"])
+        small.encode([make_image(4, 4), "missing.png"])
     with pytest.raises(SettingError, match="mode 'stretch' is unknown"):
-        small.encode([picture(4, 4)], mode="stretch")  # type: ignore[arg-type]
+        small.encode([make_image(4, 4)], mode="stretch")  # type: ignore[arg-type]
     with pytest.raises(SettingError, match="precision='fp16' is unknown: use one of fp32, bf16"):
         ImageTokenizer(small.vqgan, 32, precision="fp16")  # type: ignore[arg-type]
     with pytest.raises(SettingError, match="resolution=30 must be"):
@@ -284,14 +287,14 @@ def test_encoding_in_bf16_changes_few_codes(mini: ImageTokenizer, metas: ImageTo
         for archive in map(zipfile.ZipFile, sorted((TESTS / "data/images").glob("*.zip")))
         for name in archive.namelist()[:3]
     ]
-    own = [Image.open(file) for file in VQ_IMAGES]
+    photos = [Image.open(file) for file in VQ_IMAGES]
     # A CPU without bf16 takes minutes for images of Meta's size; the network takes any.
-    for vqgan, side, pictures in (
+    for vqgan, side, images in (
         (mini.vqgan, mini.resolution, emoji),
-        (metas.vqgan, 64, own[:2]),
+        (metas.vqgan, 64, photos[:2]),
     ):
         exact, rounded = (
-            ImageTokenizer(vqgan, side, encode_precision=precision).encode(pictures)
+            ImageTokenizer(vqgan, side, encode_precision=precision).encode(images)
             for precision in ("fp32", "bf16")
         )
         share = share_of_equal(rounded, exact)
@@ -303,15 +306,15 @@ def test_encoding_in_bf16_changes_few_codes(mini: ImageTokenizer, metas: ImageTo
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The graphs that torch makes of what is compiled; they run as they are."""
-    found: list[Any] = []
+    results: list[Any] = []
 
     def backend(graph: Any, inputs: Any) -> Any:
-        found.append(graph)
+        results.append(graph)
         return graph.forward
 
     torch.compiler.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    return found
+    return results
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -321,14 +324,14 @@ def test_compiled_it_is_one_graph_each_way(graphs: list[Any], precision: Any) ->
     settings = {"precision": precision, "encode_precision": precision}
     plain = ImageTokenizer(vqgan, SMALL.resolution, **settings)
     compiled = ImageTokenizer(vqgan, SMALL.resolution, **settings, compiled=True)
-    pictures = [picture(32, 32), picture(40, 33)]
-    codes = plain.encode(pictures)
-    assert share_of_equal(compiled.encode(pictures), codes) > 0.97
+    images = [make_image(32, 32), make_image(40, 33)]
+    codes = plain.encode(images)
+    assert share_of_equal(compiled.encode(images), codes) > 0.97
     assert len(graphs) == 1
-    ours, theirs = (np.stack(t.decode(codes)).astype(int) for t in (compiled, plain))
-    assert np.abs(ours - theirs).max() <= 1 + 8 * (precision == "bf16")
+    actual, expected = (np.stack(t.decode(codes)).astype(int) for t in (compiled, plain))
+    assert np.abs(actual - expected).max() <= 1 + 8 * (precision == "bf16")
     assert len(graphs) == 2
-    compiled.encode(pictures)
+    compiled.encode(images)
     compiled.decode(codes)
     assert len(graphs) == 2
 
@@ -336,13 +339,13 @@ def test_compiled_it_is_one_graph_each_way(graphs: list[Any], precision: Any) ->
 def test_a_compiled_one_follows_its_network_and_can_be_copied(graphs: list[Any]) -> None:
     torch.manual_seed(0)
     tokenizer = ImageTokenizer(VQGAN(SMALL).eval(), SMALL.resolution, compiled=True)
-    first = tokenizer.encode(picture(32, 32))
-    again = pickle.loads(pickle.dumps(copy.deepcopy(tokenizer)))
-    assert torch.equal(again.encode(picture(32, 32)), first)
+    first = tokenizer.encode(make_image(32, 32))
+    reloaded = pickle.loads(pickle.dumps(copy.deepcopy(tokenizer)))
+    assert torch.equal(reloaded.encode(make_image(32, 32)), first)
     torch.manual_seed(1)
     tokenizer.vqgan = VQGAN(SMALL).eval()
-    expected = ImageTokenizer(tokenizer.vqgan, SMALL.resolution).encode(picture(32, 32))
-    assert share_of_equal(tokenizer.encode(picture(32, 32)), expected) > 0.97
+    expected = ImageTokenizer(tokenizer.vqgan, SMALL.resolution).encode(make_image(32, 32))
+    assert share_of_equal(tokenizer.encode(make_image(32, 32)), expected) > 0.97
 
 
 def test_codes_of_another_device_are_drawn(small: ImageTokenizer) -> None:
@@ -356,6 +359,6 @@ def test_search_finds_the_same_in_one_piece_and_in_many(
 ) -> None:
     assert isinstance(small.vqgan, VQGAN)
     vectors = torch.randn(70, SMALL.embed_dim, generator=torch.Generator().manual_seed(0))
-    whole = small.vqgan.quantize.search(vectors)
+    full = small.vqgan.quantize.search(vectors)
     monkeypatch.setattr(vqgan_module, "_SEARCH_ELEMENTS", 3 * SMALL.num_embeddings)
-    assert torch.equal(small.vqgan.quantize.search(vectors), whole)
+    assert torch.equal(small.vqgan.quantize.search(vectors), full)

@@ -39,7 +39,7 @@ TESTS = Path(__file__).parent
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Smooth pictures that a tiny network can learn, and one that is broken."""
+    """Smooth images that a tiny network can learn, and one that is broken."""
     folder = tmp_path_factory.mktemp("photos")
     generator = torch.Generator().manual_seed(0)
     for number in range(40):
@@ -134,8 +134,8 @@ def test_a_step_in_parts_is_the_step(tmp_path: Path, photos: Path, device: torch
             f"out={out}",
             device=device,
         )
-    whole, parts = (losses(tmp_path / name) for name in ("0", "2"))
-    assert max(abs(a - b) for a, b in zip(whole, parts, strict=True)) < tolerance(1e-5, device)
+    full, parts = (losses(tmp_path / name) for name in ("0", "2"))
+    assert max(abs(a - b) for a, b in zip(full, parts, strict=True)) < tolerance(1e-5, device)
 
 
 @pytest.mark.parametrize("codebook", ["gradient", "ema"])
@@ -193,9 +193,9 @@ def test_held_out_figures_are_those_of_codes(tmp_path: Path, device: torch.devic
     figures = HeldOut(model, images, shown=3, batch=2)(9, tmp_path)
     with torch.no_grad():
         codes = model.encode(images)
-        drawn = model.decode(codes).clamp(-1, 1)
-    assert figures["held_out_psnr"] == pytest.approx(float(psnr(drawn, images).mean()), abs=1e-4)
-    assert figures["held_out_ssim"] == pytest.approx(float(ssim(drawn, images).mean()), abs=1e-4)
+        decoded = model.decode(codes).clamp(-1, 1)
+    assert figures["held_out_psnr"] == pytest.approx(float(psnr(decoded, images).mean()), abs=1e-4)
+    assert figures["held_out_ssim"] == pytest.approx(float(ssim(decoded, images).mean()), abs=1e-4)
     assert figures["held_out_usage"] == pytest.approx(len(codes.unique()) / 64)
     shares = codes.flatten().bincount() / codes.numel()
     entropy = -(shares[shares > 0] * shares[shares > 0].log()).sum()
@@ -212,10 +212,10 @@ def test_the_critic_learns_to_tell_and_its_weight_balances(device: torch.device)
     critic = Critic(layers=1, width=8, rate=2e-3, device=device)
     reals, fakes = torch.rand(4, 3, 16, 16) * 0.2 + 0.5, torch.rand(4, 3, 16, 16) * 0.2 - 0.7
     reals, fakes = reals.to(device), fakes.to(device)
-    found = [critic.learn([(reals, fakes)], 1.0, None) for _ in range(40)]
-    assert found[0] == pytest.approx(1.0, abs=0.3) and found[-1] < 0.3
+    results = [critic.learn([(reals, fakes)], 1.0, None) for _ in range(40)]
+    assert results[0] == pytest.approx(1.0, abs=0.3) and results[-1] < 0.3
     halves = [(reals[:2], fakes[:2]), (reals[2:], fakes[2:])]
-    assert critic.learn(halves, 0.5, None) == pytest.approx(found[-1], abs=0.1)
+    assert critic.learn(halves, 0.5, None) == pytest.approx(results[-1], abs=0.1)
     check_side(3, 64)
     with pytest.raises(SettingError, match=r"critic_layers=3 .* give 1 to 2"):
         check_side(3, 16)
@@ -235,7 +235,7 @@ def test_the_commitment_grows_over_the_ramp(step: int, share: float, device: tor
     assert added == pytest.approx(0.25 * share * float(figures["commit"]), rel=1e-3, abs=1e-6)
 
 
-def test_operations_of_a_picture() -> None:
+def test_operations_of_an_image() -> None:
     """A convolution of the real shape by hand is a known share of all."""
     config = PRESETS["tiny"].vq_config
     torch.manual_seed(0)
@@ -243,9 +243,9 @@ def test_operations_of_a_picture() -> None:
     def task(trainable: str) -> ImageTokenizerTask:
         return ImageTokenizerTask(VQGAN(config), VQLossConfig(), lambda _: None, 1, trainable)  # type: ignore[arg-type, return-value]
 
-    whole, decoder = task("all").flops_per_unit, task("decoder").flops_per_unit
+    full, decoder = task("all").flops_per_unit, task("decoder").flops_per_unit
     first = 2 * 16 * 16 * 9 * 3 * 32
-    assert whole > 100 * first and whole / 3 < decoder < whole
+    assert full > 100 * first and full / 3 < decoder < full
 
 
 def test_what_cannot_be_trained_so_is_refused(tmp_path: Path, photos: Path) -> None:

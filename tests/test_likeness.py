@@ -18,7 +18,7 @@ TAPS = (3, 8, 15, 22, 29)
 SLICES = (range(0, 4), range(4, 9), range(9, 16), range(16, 23), range(23, 30))
 
 
-def pictures(seed: int, side: int = 24) -> Tensor:
+def make_images(seed: int, side: int = 24) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     smooth = torch.rand(2, 3, 6, 6, generator=generator) * 2 - 1
     return nn.functional.interpolate(smooth, (side, side), mode="bicubic").clamp(-1, 1)
@@ -28,8 +28,8 @@ def test_psnr_of_a_known_error() -> None:
     a = torch.zeros(2, 3, 4, 4)
     b = a.clone()
     b[1] += 0.2  # an error of a tenth of the range
-    found = psnr(a, b)
-    assert found[0] > 100 and found[1] == pytest.approx(20.0, abs=1e-4)
+    actual = psnr(a, b)
+    assert actual[0] > 100 and actual[1] == pytest.approx(20.0, abs=1e-4)
 
 
 def plain_ssim(a: np.ndarray, b: np.ndarray, side: int = 11) -> float:
@@ -37,7 +37,7 @@ def plain_ssim(a: np.ndarray, b: np.ndarray, side: int = 11) -> float:
     offsets = np.arange(side) - side // 2
     line = np.exp(-(offsets**2) / (2 * 1.5**2))
     weights = np.outer(line, line) / np.outer(line, line).sum()
-    found = []
+    results = []
     for channel in range(a.shape[0]):
         for y in range(a.shape[1] - side + 1):
             for x in range(a.shape[2] - side + 1):
@@ -47,22 +47,22 @@ def plain_ssim(a: np.ndarray, b: np.ndarray, side: int = 11) -> float:
                 var_q = (weights * (q - mean_q) ** 2).sum()
                 both = (weights * (p - mean_p) * (q - mean_q)).sum()
                 c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
-                found.append(
+                results.append(
                     (2 * mean_p * mean_q + c1)
                     * (2 * both + c2)
                     / ((mean_p**2 + mean_q**2 + c1) * (var_p + var_q + c2))
                 )
-    return float(np.mean(found))
+    return float(np.mean(results))
 
 
 def test_ssim_is_that_of_its_definition() -> None:
-    a = pictures(0)
+    a = make_images(0)
     b = (a + 0.2 * torch.randn(a.shape, generator=torch.Generator().manual_seed(1))).clamp(-1, 1)
-    found = ssim(a, b)
+    actual = ssim(a, b)
     for number in range(2):
         expected = plain_ssim(a[number].numpy(), b[number].numpy())
         assert 0.1 < expected < 0.95
-        assert float(found[number]) == pytest.approx(expected, abs=1e-4)
+        assert float(actual[number]) == pytest.approx(expected, abs=1e-4)
     assert torch.allclose(ssim(a, a), torch.ones(2))
     small = (a[..., :8, :8], b[..., :8, :8])  # the window shrinks to the next odd number
     expected = plain_ssim(small[0][0].numpy(), small[1][0].numpy(), 7)
@@ -144,13 +144,13 @@ def test_perceptual_distance_in_all_namings(
     torch.save(linear, tmp_path / "linear.pth")
     extra = tmp_path / "linear.pth" if form == "torchvision and linear" else None
     distance = Perceptual(tmp_path / "vgg.pth", extra, torch.device("cpu"))
-    a, b = pictures(0, 32).requires_grad_(), pictures(1, 32)
+    a, b = make_images(0, 32).requires_grad_(), make_images(1, 32)
     expected = plain_distance(network, a, b, None if form == "torchvision" else linear)
-    found = distance(a, b)
+    actual = distance(a, b)
     # LPIPS rounds the mean and deviation of ImageNet to three digits.
-    torch.testing.assert_close(found, expected, rtol=2e-2, atol=1e-4)
+    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=1e-4)
     assert distance(b, b) == 0
-    (gradient,) = torch.autograd.grad(found, a)
+    (gradient,) = torch.autograd.grad(actual, a)
     assert gradient.abs().sum() > 0
 
 

@@ -117,9 +117,9 @@ def test_an_image_of_another_size_is_drawn(
     assert events[-1].usage.completion_tokens == size[0] * (size[1] + 1) + 4  # type: ignore[union-attr]
     torch.manual_seed(0)
     tokenizer = ImageTokenizer(VQGAN(CONFIG.vq_config).eval(), 16)
-    [picture] = tokenizer.decode(torch.from_numpy(done.codes)[None])
+    [make_image] = tokenizer.decode(torch.from_numpy(done.codes)[None])
     stride = CONFIG.vq_config.stride
-    assert picture.size == (size[1] * stride, size[0] * stride)
+    assert make_image.size == (size[1] * stride, size[0] * stride)
 
 
 @pytest.fixture(scope="module")
@@ -135,8 +135,8 @@ def test_an_image_of_a_size_in_pixels(model: Chameleon, size: tuple[int, int]) -
     neighbour = model.request("a plum", "image", seed=2)
     handle = model.engine.add(neighbour)
     reply = model.generate("a pear", "image", seed=1, size=size)
-    [picture], [segment] = reply.images, reply.segments
-    assert picture.size == size and isinstance(segment, Image) and segment.codes is not None
+    [make_image], [segment] = reply.images, reply.segments
+    assert make_image.size == size and isinstance(segment, Image) and segment.codes is not None
     assert segment.codes.shape == (size[1] // 2, size[0] // 2), "2 pixels a code here"
     request = model.request("a pear", "image", seed=1, size=size)
     plain = [e for e in generate(model.transformer, model.processor, request)]
@@ -150,8 +150,8 @@ def test_images_of_several_sizes_in_one_chat(model: Chameleon) -> None:
     sizes = [(32, 8), (8, 32)]
     wide, tall = (model.generate("a pear", "image", seed=1, size=size) for size in sizes)
     assert [wide.images[0].size, tall.images[0].size] == sizes
-    own = [Message("user", "Draw."), wide.message, Message("user", "?")]
-    request = model.request(own, "text", seed=0)
+    turns = [Message("user", "Draw."), wide.message, Message("user", "?")]
+    request = model.request(turns, "text", seed=0)
     spelled = lumina.layout(4, 16).num_tokens
     assert (
         len(request.ids)
@@ -164,7 +164,7 @@ def test_images_of_several_sizes_in_one_chat(model: Chameleon) -> None:
         )
         + spelled
     )
-    reply = model.generate(own, "image", seed=0, size=(8, 32), max_tokens=90)
+    reply = model.generate(turns, "image", seed=0, size=(8, 32), max_tokens=90)
     assert reply.images[0].size == (8, 32)
     with pytest.raises(ContextError, match="3 images take"):
         model.request([*wide.segments, *wide.segments, *tall.segments, "x" * 60], "text", seed=0)
@@ -207,16 +207,16 @@ def test_the_image_only_branch_keeps_images_of_another_size(processor: Processor
 
 def test_guidance_begins_at_the_image(processor: Processor) -> None:
     vocabulary, layout = processor.vocabulary, lumina.layout(4, 6)
-    picture = layout.spell(np.zeros((4, 6), dtype=np.int64), vocabulary)
+    make_image = layout.spell(np.zeros((4, 6), dtype=np.int64), vocabulary)
     text = processor.encode_text("a pear")
-    history = [vocabulary.bos, *text, *picture, *text, vocabulary.begin_image]
+    history = [vocabulary.bos, *text, *make_image, *text, vocabulary.begin_image]
 
     def prompt(condition: guidance.Condition) -> list[int]:
         return guidance.condition_prompt(condition, history, vocabulary, layout)
 
     assert prompt("full") == history
     assert prompt("unconditional") == [vocabulary.begin_image]
-    assert prompt("image_only") == [vocabulary.bos, *picture, vocabulary.begin_image]
+    assert prompt("image_only") == [vocabulary.bos, *make_image, vocabulary.begin_image]
     sampling = SamplingParams().resolved({"chameleon": lumina.SAMPLING})
     text_weight, image_weight = sampling.guidance_text, sampling.guidance_image
     assert text_weight is not None and image_weight is not None
@@ -292,7 +292,7 @@ def hf_model(folder: Path) -> Any:
     return ChameleonForConditionalGeneration.from_pretrained(folder).eval()
 
 
-def picture(seed: int, width: int, height: int) -> PIL.Image.Image:
+def make_image(seed: int, width: int, height: int) -> PIL.Image.Image:
     values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return PIL.Image.fromarray(values)
 
@@ -300,7 +300,7 @@ def picture(seed: int, width: int, height: int) -> PIL.Image.Image:
 def test_squares_in_transformers_equal_the_package_s_own(
     hf: Any, hf_model: Any, processor: Processor
 ) -> None:
-    photo = picture(0, 40, 30)
+    photo = make_image(0, 40, 30)
     inputs = hf(images=[photo], text="What is <image> this?", return_mm_token_type_ids=True)
     ids = hf_model.fill_image_tokens(inputs["input_ids"], inputs["pixel_values"])[0].tolist()
     codes = (
@@ -329,7 +329,7 @@ def test_several_sizes_in_transformers(
     from earlyfusion.hf import ChameleonProcessor
 
     hf = ChameleonProcessor.from_pretrained(folder, backend=backend)
-    photos = [picture(0, 40, 30), picture(1, 17, 50)]
+    photos = [make_image(0, 40, 30), make_image(1, 17, 50)]
     expected = {"height": size[0], "width": size[1]}
     inputs = hf(images=photos, text="<image> and <image>", size=expected)
     assert inputs["pixel_values"].shape == (2, 3, *size)
@@ -340,14 +340,14 @@ def test_several_sizes_in_transformers(
     other = Processor(processor.tokenizer_file, lumina.layout(height, width))
     spelled = other.encode([Message("user", parts)])
     assert ids == spelled.ids
-    again = hf.post_process_multimodal_output([ids], generation_mode="interleaved")[0]
-    assert [getattr(part, "text", None) for part in again] == [None, "and", None]
-    assert np.array_equal(again[2].codes, codes[1])
+    second = hf.post_process_multimodal_output([ids], generation_mode="interleaved")[0]
+    assert [getattr(part, "text", None) for part in second] == [None, "and", None]
+    assert np.array_equal(second[2].codes, codes[1])
 
 
 def test_the_middle_is_kept_undistorted(hf: Any) -> None:
     """An image twice as wide as high, cut to a square and to its own shape."""
-    photo = picture(0, 32, 16)
+    photo = make_image(0, 32, 16)
     exact = hf(images=photo, text="<image>", size={"height": 16, "width": 32})["pixel_values"]
     levels = ((exact[0].permute(1, 2, 0).double() + 1) / 2 * 255).round().numpy()
     assert np.array_equal(levels, np.asarray(photo))
@@ -359,14 +359,14 @@ def test_the_transformers_processor_saved_and_loaded(hf: Any, tmp_path: Path) ->
     from earlyfusion.hf import ChameleonProcessor
 
     hf.save_pretrained(tmp_path)
-    again = ChameleonProcessor.from_pretrained(tmp_path)
-    assert again.image_layout == "lumina"
-    inputs = {"images": picture(0, 40, 30), "text": "a <image>"}
-    assert torch.equal(again(**inputs)["input_ids"], hf(**inputs)["input_ids"])
+    reloaded = ChameleonProcessor.from_pretrained(tmp_path)
+    assert reloaded.image_layout == "lumina"
+    inputs = {"images": make_image(0, 40, 30), "text": "a <image>"}
+    assert torch.equal(reloaded(**inputs)["input_ids"], hf(**inputs)["input_ids"])
 
 
 def test_sizes_without_tokens_are_refused(hf: Any) -> None:
-    photo = picture(0, 40, 30)
+    photo = make_image(0, 40, 30)
     with pytest.raises(
         SettingError, match=r"size=10x16 .* has no size tokens: give multiples of 4"
     ):
@@ -376,7 +376,7 @@ def test_sizes_without_tokens_are_refused(hf: Any) -> None:
 
 
 def test_an_image_cut_short_is_left_out(hf: Any) -> None:
-    ids = hf(images=picture(0, 40, 30), text="a <image>")["input_ids"][0].tolist()
+    ids = hf(images=make_image(0, 40, 30), text="a <image>")["input_ids"][0].tolist()
     begin = ids.index(hf.image_start_token_id)
     for end in (begin + 1, begin + 2, begin + 9):
         parts = hf.post_process_multimodal_output([ids[:end]], generation_mode="interleaved")[0]

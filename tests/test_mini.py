@@ -30,14 +30,14 @@ def model() -> Chameleon:
 
 
 @pytest.fixture
-def picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The bundled picture, in a folder that is empty but for it."""
+def image_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The bundled image, in a folder that is empty but for it."""
     monkeypatch.chdir(tmp_path)
     return Path(shutil.copy(MINI / "examples" / "strawberry.png", tmp_path / "strawberry.png"))
 
 
 @pytest.fixture
-def run(picture: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(image_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
     def call(*arguments: object) -> str:
         code = main([str(argument) for argument in arguments])
         out, err = capsys.readouterr()
@@ -63,11 +63,11 @@ def test_files_of_the_model() -> None:
 
 
 @pytest.mark.parametrize(("name", "program"), PROGRAMS, ids=[name for name, _ in PROGRAMS])
-def test_readme_programs_run(picture: Path, name: str, program: str) -> None:
+def test_readme_programs_run(image_path: Path, name: str, program: str) -> None:
     exec(compile(program, name, "exec"), {"__name__": "readme"})
 
 
-def test_names_the_bundled_picture_in_both_languages(run: Run) -> None:
+def test_names_the_bundled_image_in_both_languages(run: Run) -> None:
     common = (
         "--image",
         "strawberry.png",
@@ -85,11 +85,11 @@ def test_names_the_bundled_picture_in_both_languages(run: Run) -> None:
 def test_drawing_twice_gives_the_same_bytes(run: Run) -> None:
     for folder in ("a", "b"):
         run("generate", "Draw a red apple.", "--output", "image", "--out", folder, "--seed", 0)
-    drawn = Path("a/image-1.png").read_bytes()
-    assert drawn == Path("b/image-1.png").read_bytes()
-    with PIL.Image.open("a/image-1.png") as picture:
-        assert min(picture.size) >= 64
-        assert len(picture.getcolors(maxcolors=1 << 20)) > 50
+    generated = Path("a/image-1.png").read_bytes()
+    assert generated == Path("b/image-1.png").read_bytes()
+    with PIL.Image.open("a/image-1.png") as image_path:
+        assert min(image_path.size) >= 64
+        assert len(image_path.getcolors(maxcolors=1 << 20)) > 50
 
 
 def test_json_is_one_object(run: Run) -> None:
@@ -106,10 +106,10 @@ def test_demo(run: Run) -> None:
     assert len(drawing["images"]) == 1 and len(mixed["images"]) >= 2
     kinds = [segment["type"] for segment in mixed["segments"]]
     assert kinds == ["text", "image"] * len(mixed["images"]), "each name before its picture"
-    drawn = [*drawing["images"], *mixed["images"]]
-    assert sorted(drawn) == sorted(str(path) for path in Path("earlyfusion-demo").iterdir())
-    pictures = [Path(path).read_bytes() for path in drawn]
-    assert len({*pictures}) == len(pictures)
+    generated = [*drawing["images"], *mixed["images"]]
+    assert sorted(generated) == sorted(str(path) for path in Path("earlyfusion-demo").iterdir())
+    images = [Path(path).read_bytes() for path in generated]
+    assert len({*images}) == len(images)
     assert (told["seed"], told["out"]) == (5, "earlyfusion-demo")
 
 
@@ -136,8 +136,8 @@ def test_encode_then_decode_comes_near(run: Run, model: Chameleon) -> None:
     run("encode", "strawberry.png", "-o", "c.safetensors", "--device", "cpu")
     run("decode", "c.safetensors", "-o", "drawn", "--device", "cpu")
     before = np.asarray(model.image_tokenizer.square(Image.open("strawberry.png")), np.float64)
-    with PIL.Image.open("drawn/image-1.png") as picture:
-        after = np.asarray(picture, np.float64)
+    with PIL.Image.open("drawn/image-1.png") as image_path:
+        after = np.asarray(image_path, np.float64)
     plain = before.mean((0, 1), keepdims=True)
     assert ((before - after) ** 2).mean() < ((before - plain) ** 2).mean() / 4
 
@@ -174,7 +174,7 @@ def test_interleaved_replies_are_whole_100_times(model: Chameleon) -> None:
     ],
 )
 def test_examples_run(
-    picture: Path, script: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+    image_path: Path, script: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     runpy.run_path(str(ROOT / "examples" / script), run_name="__main__")

@@ -27,14 +27,14 @@ ROOT = Path(options.__file__).parent
 
 
 def group(annotation: Any) -> FieldsOf:
-    [found] = [extra for extra in get_args(annotation) if isinstance(extra, FieldsOf)]
-    return found
+    [results] = [extra for extra in get_args(annotation) if isinstance(extra, FieldsOf)]
+    return results
 
 
 @pytest.mark.parametrize(("annotation", "cls"), CLASSES, ids=lambda x: getattr(x, "__name__", ""))
 def test_the_source_says_what_the_class_has(annotation: Any, cls: Any) -> None:
-    found = list(fields_in_source(ROOT / group(annotation).source, group(annotation).name))
-    assert [(f.name, f.default) for f in found] == [(f.name, f.default) for f in fields(cls)]
+    result = list(fields_in_source(ROOT / group(annotation).source, group(annotation).name))
+    assert [(f.name, f.default) for f in result] == [(f.name, f.default) for f in fields(cls)]
 
 
 def made(command: str) -> Iterator[tuple[str, Any]]:

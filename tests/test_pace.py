@@ -70,11 +70,11 @@ class Timed(LanguageTask):
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    found = Clock()
+    result = Clock()
     monkeypatch.setattr(
-        trainer, "Pace", lambda steps, minutes, spent: Pace(steps, minutes, spent, now=found)
+        trainer, "Pace", lambda steps, minutes, spent: Pace(steps, minutes, spent, now=result)
     )
-    return found
+    return result
 
 
 def test_the_share_is_that_of_steps_or_of_time_whichever_is_nearer_the_end() -> None:
@@ -146,16 +146,16 @@ def test_a_step_of_muon_is_that_of_torch_and_near_the_exact_one(
     torch.manual_seed(0)
     begin = torch.randn(2, *shape).to(device)
     gradients = [torch.randn(2, *shape).to(device) for _ in range(3)]
-    own = [nn.Parameter(w.clone()) for w in begin]
-    theirs = [nn.Parameter(w.clone()) for w in begin]
-    ours = Muon(own, lr=0.1, weight_decay=0.1)
-    torchs = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.1)
+    parameters = [nn.Parameter(w.clone()) for w in begin]
+    expected = [nn.Parameter(w.clone()) for w in begin]
+    actual = Muon(parameters, lr=0.1, weight_decay=0.1)
+    torchs = torch.optim.Muon(expected, lr=0.1, weight_decay=0.1)
     for gradient in gradients:
-        for a, b, g in zip(own, theirs, gradient, strict=True):
+        for a, b, g in zip(parameters, expected, gradient, strict=True):
             a.grad, b.grad = g.clone(), g.clone()
-        ours.step()
+        actual.step()
         torchs.step()
-    for place, (a, b) in enumerate(zip(own, theirs, strict=True)):
+    for place, (a, b) in enumerate(zip(parameters, expected, strict=True)):
         moved = (a - begin[place]).norm()
         assert (a - b).norm() < 0.02 * moved  # theirs computes in bf16
         exact = plain_muon(begin[place], [g[place] for g in gradients], 0.1)
@@ -193,22 +193,25 @@ def untimed() -> LanguageTask:
 
 def test_a_run_with_muon_and_an_average_goes_on_to_the_bit(tmp_path: Path) -> None:
     optim = replace(OPTIM, kind="muon", average=0.8)
-    whole = RunConfig(tmp_path / "whole", steps=12, log_every=1, save_every=5)
+    uninterrupted = RunConfig(tmp_path / "whole", steps=12, log_every=1, save_every=5)
     unbroken = untimed()
-    train(unbroken, whole, optim)
-    part = replace(whole, out=tmp_path / "part")
+    train(unbroken, uninterrupted, optim)
+    part = replace(uninterrupted, out=tmp_path / "part")
     train(untimed(), replace(part, stop_after=5), optim)
     resumed = untimed()
     train(resumed, part, optim)
-    losses = [[r["loss"] for r in read_metrics(run.out)] for run in (whole, part)]
+    losses = [[r["loss"] for r in read_metrics(run.out)] for run in (uninterrupted, part)]
     assert losses[0] == losses[1] and losses[0][-1] < losses[0][0]
-    assert {r["lr"] for r in read_metrics(whole.out)} != {OPTIM.lr}
+    assert {r["lr"] for r in read_metrics(uninterrupted.out)} != {OPTIM.lr}
     for a, b in zip(unbroken.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b)
-    found, stored = checkpoint.weights(whole.out), checkpoint.load(whole.out)[0]["model"]
+    result, stored = (
+        checkpoint.weights(uninterrupted.out),
+        checkpoint.load(uninterrupted.out)[0]["model"],
+    )
     after = unbroken.model.state_dict()
-    assert all(torch.equal(found[n], after[n]) for n in after)
-    assert not torch.equal(found["lm_head.weight"], stored["lm_head.weight"])
+    assert all(torch.equal(result[n], after[n]) for n in after)
+    assert not torch.equal(result["lm_head.weight"], stored["lm_head.weight"])
 
 
 def test_the_average_is_that_of_its_formula_and_is_only_lent() -> None:

@@ -62,8 +62,8 @@ def test_every_file_is_served_with_its_type_and_a_strict_policy(server: Running)
 
 def test_an_unchanged_file_is_not_sent_again(server: Running) -> None:
     tag = server.get("/page/app.js").headers["etag"]
-    again = server.get("/page/app.js", **{"if-none-match": f'"other", W/{tag}'})
-    assert again.status_code == 304 and not again.content
+    second = server.get("/page/app.js", **{"if-none-match": f'"other", W/{tag}'})
+    assert second.status_code == 304 and not second.content
     assert httpx.head(server.url + "/").headers["content-length"]
     assert server.get("/page/..%2fapp.py").status_code == 404
 
@@ -525,8 +525,8 @@ def test_axe_finds_nothing(visit: Callable[..., Visitor], options: dict[str, Any
     visitor.page.evaluate((Path(package.__file__).parent / "axe.min.js").read_text("utf-8"))
 
     def check() -> None:
-        found = visitor.page.evaluate("axe.run()")["violations"]
-        assert [(one["id"], one["nodes"][0]["html"]) for one in found] == []
+        result = visitor.page.evaluate("axe.run()")["violations"]
+        assert [(one["id"], one["nodes"][0]["html"]) for one in result] == []
 
     visitor.page.wait_for_selector("#model option", state="attached")
     check()

@@ -97,8 +97,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_runs_learn_so_that_equal_losses_mean_something(one: Path) -> None:
-    found = losses(one / "one")
-    assert len(found) == 20 and found[-1] < found[0] - 0.5
+    result = losses(one / "one")
+    assert len(result) == 20 and result[-1] < result[0] - 0.5
     for other in ("one-swin", "one-adapters", "one-head"):
         assert worst(one / "one", one / other) > 1e-3
 
@@ -148,10 +148,10 @@ def test_bf16_of_two_processes_is_near_that_of_one(one: Path, two: Path) -> None
 
 def test_one_process_goes_on_from_a_checkpoint_of_two(one: Path, two: Path) -> None:
     tensors, state = checkpoint.load(two / "half")
-    whole, _ = checkpoint.load(one / "one", 10)
-    for name, value in whole["model"].items():
+    full, _ = checkpoint.load(one / "one", 10)
+    for name, value in full["model"].items():
         torch.testing.assert_close(tensors["model"][name], value, atol=1e-6, rtol=1e-6)
-    for number, moments in whole["optimizer"]["state"].items():
+    for number, moments in full["optimizer"]["state"].items():
         for name, value in moments.items():
             torch.testing.assert_close(
                 tensors["optimizer"]["state"][number][name], value, atol=1e-6, rtol=1e-5
@@ -211,11 +211,11 @@ def checkpoint_of_two(two: Path, to: Path) -> None:
 def test_computing_again_changes_no_gradient_and_keeps_less(how: str) -> None:
     tokens = torch.randint(5, MODEL.vocab_size, (2, 64))
 
-    def measured(again: str) -> tuple[list[torch.Tensor], int]:
+    def measured(repeated: str) -> tuple[list[torch.Tensor], int]:
         torch.manual_seed(0)
         model = Transformer(MODEL, dropout=0.1).train()
         model.init_weights()
-        checkpoint_activations(model, again)
+        checkpoint_activations(model, repeated)
         kept: dict[int, int] = {}
 
         def keep(x: torch.Tensor) -> torch.Tensor:
@@ -228,10 +228,10 @@ def test_computing_again_changes_no_gradient_and_keeps_less(how: str) -> None:
         loss.backward()
         return [p.grad for p in model.parameters() if p.grad is not None], sum(kept.values())
 
-    plain, whole = measured("none")
-    again, less = measured(how)
-    torch.testing.assert_close(again, plain, atol=0, rtol=0)
-    assert less < (0.75 if how == "selective" else 0.5) * whole
+    plain, full = measured("none")
+    repeated, less = measured(how)
+    torch.testing.assert_close(repeated, plain, atol=0, rtol=0)
+    assert less < (0.75 if how == "selective" else 0.5) * full
 
 
 class _Slice:
@@ -254,16 +254,16 @@ def test_a_slice_of_the_vocabulary_gives_its_part_of_the_gradient() -> None:
     head = torch.randn(40, 16, generator=generator, requires_grad=True)
     targets = torch.randint(0, 40, (2, 9), generator=generator)
     weight = torch.rand(2, 9, generator=generator)
-    whole = head_loss(x, head, targets, weight, z_weight=0.1)
-    grad_x, grad_head = torch.autograd.grad(whole.total, (x, head))
+    full = head_loss(x, head, targets, weight, z_weight=0.1)
+    grad_x, grad_head = torch.autograd.grad(full.total, (x, head))
     parts = []
     for first in (0, 20):
         rows = head[first : first + 20].detach().requires_grad_()
         slice_ = _Slice(head.detach(), first, x.detach().flatten(0, 1), targets.flatten())
         part: Any = slice_
         loss = head_loss(x, rows, targets, weight, z_weight=0.1, block=4, vocab_slice=part)
-        torch.testing.assert_close(loss.total, whole.total)
-        torch.testing.assert_close(loss.nats_BT, whole.nats_BT)
+        torch.testing.assert_close(loss.total, full.total)
+        torch.testing.assert_close(loss.nats_BT, full.nats_BT)
         parts.append(torch.autograd.grad(loss.total, (x, rows)))
     torch.testing.assert_close(parts[0][0] + parts[1][0], grad_x)
     torch.testing.assert_close(torch.cat((parts[0][1], parts[1][1])), grad_head)
@@ -273,13 +273,13 @@ def test_shares_of_the_packer_are_blocks_of_one_batch() -> None:
     def packer(share: tuple[int, int]) -> Packer:
         return Packer(document, RoleWeights(), ROWS, LENGTH, pad=1).for_share(share)
 
-    whole = packer((0, 1))
+    full = packer((0, 1))
     shares = [packer((rank, 2)) for rank in range(2)]
     for _ in range(3):
-        batch, parts = whole.next(), [share.next() for share in shares]
+        batch, parts = full.next(), [share.next() for share in shares]
         for column, pieces in zip(batch, zip(*parts, strict=True), strict=True):
             assert torch.equal(column, torch.cat(pieces))
-    assert {p.cursor for p in (whole, *shares)} == {whole.cursor}
+    assert {p.cursor for p in (full, *shares)} == {full.cursor}
 
 
 def test_the_mesh_is_cut_as_asked_or_refused() -> None:
@@ -364,12 +364,12 @@ def fake_processes(count: int) -> Iterator[None]:
 def test_the_tensor_plan_cuts_each_layer_and_only_norms_stay_whole() -> None:
     """Losses would be the same if it cut nothing."""
     model = Transformer(replace(MODEL, attention_bias=False))
-    whole = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    full = {name: parameter.numel() for name, parameter in model.named_parameters()}
     with fake_processes(2):
         mesh = init_device_mesh("cpu", (1, 1, 2), mesh_dim_names=parallel.AXES)
         parallel.apply_tensor_parallel(model, mesh)
         parts = {n: cast(DTensor, p).to_local().numel() for n, p in model.named_parameters()}
     for name, part in parts.items():
         is_norm = name.endswith(("layernorm.weight", "model.norm.weight"))
-        assert part == (whole[name] if is_norm else whole[name] // 2), name
-    assert len(parts) == len(whole)
+        assert part == (full[name] if is_norm else full[name] // 2), name
+    assert len(parts) == len(full)

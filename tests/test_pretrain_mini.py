@@ -47,15 +47,15 @@ SMALL = [
 
 
 def test_the_stages_are_the_recipes_in_their_order() -> None:
-    made = {name: stage_config(config, name) for name in STAGES}
-    assert made["drawings"].documents == mini_drawings.config.documents
-    assert made["drawings"].optim == mini_drawings.config.optim
-    pairs, usual = made["pairs"], made["usual"]
+    result = {name: stage_config(config, name) for name in STAGES}
+    assert result["drawings"].documents == mini_drawings.config.documents
+    assert result["drawings"].optim == mini_drawings.config.optim
+    pairs, usual = result["pairs"], result["usual"]
     assert (pairs.run.stop_after, pairs.optim.decay, pairs.rows) == (2750, "hold", 2)
     assert (usual.run.stop_after, usual.optim.decay, usual.rows) == (1500, "hold", 1)
-    assert [m.run.out.name for m in made.values()] == list(STAGES)
-    starts = [m.start for name, m in made.items() if name != "image_tokenizer"]
-    assert starts == [None, *(m.run.out for m in list(made.values())[1:-1])]
+    assert [m.run.out.name for m in result.values()] == list(STAGES)
+    starts = [m.start for name, m in result.items() if name != "image_tokenizer"]
+    assert starts == [None, *(m.run.out for m in list(result.values())[1:-1])]
 
 
 def test_a_killed_run_goes_on_where_it_was(
@@ -123,13 +123,13 @@ def test_a_chain_with_minutes_is_killed_goes_on_and_ends_in_a_model(
     assert codes.stat().st_mtime_ns == cut
     model = Chameleon.load(str(tmp_path / "chat" / "model"))
     data = EmojiData(DATA)
-    picture = Image.of(data.image(data.rows[0]["id"]))
-    assert model.generate([picture, "What is this?"], output="text").images == []
+    image = Image.of(data.image(data.rows[0]["id"]))
+    assert model.generate([image, "What is this?"], output="text").images == []
     reply = model.generate("Draw a cat.", output="image", seed=0)
     assert [i.size for i in reply.images] == [(16, 16)]
-    whole, alone = (checkpoint.weights(tmp_path / n) for n in ("decoder", "image_tokenizer"))
-    assert whole.keys() == alone.keys()
-    assert torch.equal(whole["quantize.embedding.weight"], alone["quantize.embedding.weight"])
+    full, alone = (checkpoint.weights(tmp_path / n) for n in ("decoder", "image_tokenizer"))
+    assert full.keys() == alone.keys()
+    assert torch.equal(full["quantize.embedding.weight"], alone["quantize.embedding.weight"])
     run("pretrain_mini", fields)
     assert capsys.readouterr().out.count(": done, in") == 4
 
@@ -148,8 +148,8 @@ def test_documents_are_made_ahead_by_another_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fields = [*TIMED, f"out={tmp_path}", "scale=0.001"]
-    whole, names = override(config, fields), list(TIMED_STAGES)
-    assert pretrain_mini.prepare_ahead(whole, names) is None  # one worker
+    full, names = override(config, fields), list(TIMED_STAGES)
+    assert pretrain_mini.prepare_ahead(full, names) is None  # one worker
     context = type("Context", (), {"Process": AtOnce})
     monkeypatch.setattr(pretrain_mini, "get_context", lambda _: context)
     monkeypatch.setattr(pretrain_mini, "_workers", lambda _: 2)
@@ -159,19 +159,19 @@ def test_documents_are_made_ahead_by_another_process(
             "timed_config",
             lambda *given: override(timed_config(*given), ["mixture.workers=1"]),
         )
-        assert pretrain_mini.prepare_ahead(whole, names) is not None
+        assert pretrain_mini.prepare_ahead(full, names) is not None
     for name in ("transformer", "chat"):
-        stage = timed_config(whole, name, None)
-        made = mini_packed_transformer.prepare(replace(stage, data=tmp_path / "not needed"))
-        assert len(made.starts) > 30 and (tmp_path / name / "tokenizer.json").is_file()
-        own = mini_packed_transformer.prepare(
+        stage = timed_config(full, name, None)
+        result = mini_packed_transformer.prepare(replace(stage, data=tmp_path / "not needed"))
+        assert len(result.starts) > 30 and (tmp_path / name / "tokenizer.json").is_file()
+        prepared = mini_packed_transformer.prepare(
             override(stage, [f"out={tmp_path / 'own'}", "workers=1"])
         )
-        assert all(map(np.array_equal, own.columns, made.columns))
+        assert all(map(np.array_equal, prepared.columns, result.columns))
         (tmp_path / "own" / "tokenizer.json").unlink()
     first, second = (tmp_path / n / "tokenizer.json" for n in ("transformer", "chat"))
     assert first.read_text() == second.read_text()
-    assert pretrain_mini.prepare_ahead(whole, names) is None  # all is there
+    assert pretrain_mini.prepare_ahead(full, names) is None  # all is there
 
 
 def test_minutes_are_shared_out_over_what_is_left(
@@ -179,9 +179,9 @@ def test_minutes_are_shared_out_over_what_is_left(
 ) -> None:
     now = [0.0]
     monkeypatch.setattr(pretrain_mini.time, "monotonic", lambda: now[0])
-    whole = override(config, ["minutes=10", f"out={tmp_path}", f"data={DATA}", "device=cpu"])
-    assert whole.stages == tuple(TIMED_STAGES)
-    budget = TimeBudget(whole, list(TIMED_STAGES))
+    full = override(config, ["minutes=10", f"out={tmp_path}", f"data={DATA}", "device=cpu"])
+    assert full.stages == tuple(TIMED_STAGES)
+    budget = TimeBudget(full, list(TIMED_STAGES))
     kept = [sum(s.setup_seconds for s in list(TIMED_STAGES.values())[n:]) / 60 for n in range(4)]
     assert kept[0] > kept[1] > kept[3] > 0
     first = pytest.approx((9.2 - kept[0]) * 0.3, abs=1e-4)
@@ -193,18 +193,18 @@ def test_minutes_are_shared_out_over_what_is_left(
     assert budget.minutes("transformer") == pytest.approx(0.3 * 0.8 * 0.5 / 0.62, abs=1e-4)
     now[0] = 1e6
     assert budget.minutes("chat") == 0.001
-    made = timed_config(whole, "transformer", budget)
-    assert (made.rows, made.run.precision, made.run.compile) == (2, "fp32", False)
-    assert made.image_tokenizer == tmp_path / "decoder" and made.prompts == ()
-    assert made.model == mini_packed_transformer.config.model
+    result = timed_config(full, "transformer", budget)
+    assert (result.rows, result.run.precision, result.run.compile) == (2, "fp32", False)
+    assert result.image_tokenizer == tmp_path / "decoder" and result.prompts == ()
+    assert result.model == mini_packed_transformer.config.model
     monkeypatch.setattr(pretrain_mini, "resolve_device", lambda _: torch.device("cuda"))
-    made = timed_config(whole, "transformer", budget)
-    assert (made.rows, made.run.precision, made.run.compile) == (32, "bf16", True)
-    assert (made.ways.plain, made.optim.kind, made.mixture.documents) == (10, "muon", 80_000)
-    changed = override(whole, ["changes=transformer.muon_lr=0.03,chat.rows=8"])
+    result = timed_config(full, "transformer", budget)
+    assert (result.rows, result.run.precision, result.run.compile) == (32, "bf16", True)
+    assert (result.ways.plain, result.optim.kind, result.mixture.documents) == (10, "muon", 80_000)
+    changed = override(full, ["changes=transformer.muon_lr=0.03,chat.rows=8"])
     assert timed_config(changed, "transformer", budget).optim.muon_lr == 0.03
     assert [timed_config(changed, n, budget).rows for n in ("transformer", "chat")] == [32, 8]
-    small = override(whole, ["max_position_embeddings=2048"])
+    small = override(full, ["max_position_embeddings=2048"])
     assert timed_config(small, "transformer", budget).model == small.model
     assert timed_config(small, "image_tokenizer", budget).model == PRESETS["mini"].vq_config
 
@@ -222,13 +222,15 @@ def test_a_stage_begins_with_a_model_by_name_or_folder(tmp_path: Path) -> None:
     model, shape = Chameleon.load("mini", device="cpu"), PRESETS["mini"]
     for name in ("mini", str(model.folder)):
         fields = [f"start={name}", f"image_tokenizer={name}", f"out={tmp_path}", "device=cpu"]
-        made = replace(override(mini_packed_transformer.config, fields), model=shape)
-        weights = first_model(made, shape.vocab_size).state_dict()
+        result = replace(override(mini_packed_transformer.config, fields), model=shape)
+        weights = first_model(result, shape.vocab_size).state_dict()
         assert all(torch.equal(v, weights[k]) for k, v in model.transformer.state_dict().items())
-        codec = load_image_tokenizer(made.image_tokenizer, shape).state_dict()
-        own = model.image_tokenizer.vqgan.state_dict()
-        assert codec.keys() == own.keys() and all(torch.equal(v, codec[k]) for k, v in own.items())
-        tokenizer = text_tokenizer(made, ()).read_bytes()
+        codec = load_image_tokenizer(result.image_tokenizer, shape).state_dict()
+        ours = model.image_tokenizer.vqgan.state_dict()
+        assert codec.keys() == ours.keys() and all(
+            torch.equal(v, codec[k]) for k, v in ours.items()
+        )
+        tokenizer = text_tokenizer(result, ()).read_bytes()
         assert tokenizer == (model.folder / "tokenizer.json").read_bytes()
     with pytest.raises(
         SettingError, match="encodes images of 64 pixels, and this recipe is for 128"

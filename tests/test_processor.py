@@ -194,8 +194,8 @@ def test_a_token_for_a_person() -> None:
 
 
 def test_codes_may_be_given_beside_the_messages() -> None:
-    picture = Image.from_array(np.zeros((4, 4, 3), np.uint8))
-    message = Message("user", [picture, "Hello", picture])
+    image = Image.from_array(np.zeros((4, 4, 3), np.uint8))
+    message = Message("user", [image, "Hello", image])
     ids = SMALL.encode([message], [CODES, CODES[::-1]]).ids
     assert ids[1:7] == SPELLED and ids[8:14] == [517, 6, 515, 4, 5, 516]
     with pytest.raises(PromptError, match="hold 2 images, with codes for 1"):
@@ -228,10 +228,10 @@ def test_a_draft_becomes_the_prompt() -> None:
         messages = [Message("user", ["Hello", Image(pil=WHITE), Image(codes=CODES), "a"]), *last]
         draft = SMALL.draft(messages)
         codes = [CODES, CODES, CODES] if last else [CODES, CODES]
-        whole = SMALL.encode(messages, codes)
-        assert len(draft) == len(whole) and draft.spans == whole.spans
+        full = SMALL.encode(messages, codes)
+        assert len(draft) == len(full) and draft.spans == full.spans
         assert draft.ids.count(CODE) == len(SPELLED)
-        assert SMALL.fill(draft, [CODES]) == whole.ids
+        assert SMALL.fill(draft, [CODES]) == full.ids
     answer = Message("assistant", ["a", Image(pil=WHITE)])
     ids = SMALL.fill(SMALL.draft_turn(answer), [CODES])
     assert ids == [*SMALL.encode_text("a"), *SPELLED]
@@ -287,8 +287,8 @@ def test_training_repeats_itself() -> None:
 def test_whole_words_become_one_token_each(tmp_path: Path) -> None:
     names, path = ["quokka", "빨간 사과", "red quokka"], tmp_path / "tokenizer.json"
     counts = []
-    for whole in ((), names):
-        path.write_text(train_tokenizer(TEXTS, 8, 420, whole), encoding="utf-8")
+    for full in ((), names):
+        path.write_text(train_tokenizer(TEXTS, 8, 420, full), encoding="utf-8")
         processor = Processor(path, ImageLayout(2, 2))
         assert processor.vocabulary.size <= 420
         tokens = [processor.encode_text(name) for name in names]

@@ -23,8 +23,8 @@ def read(name: str) -> str:
 
 
 def blocks(name: str, language: str = "") -> list[str]:
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", read(name), re.DOTALL | re.MULTILINE)
-    return [text for kind, text in found if kind == language]
+    result = re.findall(r"^```(\w*)\n(.*?)^```$", read(name), re.DOTALL | re.MULTILINE)
+    return [text for kind, text in result if kind == language]
 
 
 def tree(name: str) -> list[tuple[str, str]]:
@@ -122,6 +122,6 @@ def test_ci_runs_the_commands_of_the_readme() -> None:
     for word in ("earlyfusion demo", "scripts/test"):
         pattern = re.search(rf"readme_line '({word})'", script)
         assert pattern
-        found = [line for line in read("README.md").splitlines() if word in line]
-        assert [line for line in found if line.startswith("pip install -c constraints.txt")]
+        results = [line for line in read("README.md").splitlines() if word in line]
+        assert [line for line in results if line.startswith("pip install -c constraints.txt")]
     assert subprocess.run(["bash", "-n", str(ROOT / ".ci" / "run")]).returncode == 0

@@ -56,9 +56,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_recipes_end_in_a_model_that_reads_and_draws(runs: Path) -> None:
     model = Chameleon.load(str(runs / "last" / "model"))
     data = EmojiData(DATA)
-    picture = Image.of(data.image(data.rows[0]["id"]))
+    image = Image.of(data.image(data.rows[0]["id"]))
     reply = model.generate(
-        [picture, "What is this?"], output="text", sampling=SamplingParams(max_tokens=8)
+        [image, "What is this?"], output="text", sampling=SamplingParams(max_tokens=8)
     )
     assert reply.images == [] and reply.usage.completion_tokens <= 8
     generated = model.generate("Draw a cat.", output="image", seed=0)
@@ -72,13 +72,13 @@ def test_training_moved_and_the_run_is_logged(runs: Path) -> None:
         assert rows[-1]["loss"] < rows[0]["loss"]
 
 
-def test_the_last_stage_cuts_the_pictures_in_more_ways(runs: Path) -> None:
+def test_the_last_stage_cuts_the_images_in_more_ways(runs: Path) -> None:
     before, after = (np.load(runs / name / "codes.npy") for name in ("drawings", "last"))
     assert before.shape[1] == 3 and after.shape[1] == 12
     assert (before[:, 0] == after[:, 0]).all()
 
 
-def test_noise_swaps_codes_of_pictures_in_prompts_for_near_ones_and_of_no_other(runs: Path) -> None:
+def test_noise_swaps_codes_of_images_in_prompts_for_near_ones_and_of_no_other(runs: Path) -> None:
     vqgan = VQGAN(mini_styles.config.model.vq_config)
     near = nearest_codes(vqgan)
     distances = torch.cdist(vqgan.quantize.embedding.weight, vqgan.quantize.embedding.weight)
@@ -87,8 +87,8 @@ def test_noise_swaps_codes_of_pictures_in_prompts_for_near_ones_and_of_no_other(
     codes = np.zeros((len(data.split("train")), 2, 8, 8), np.int16)
     tokenizer = runs / "noise.json"
     tokenizer.write_text(train_tokenizer(["a name"], 1024, 1400), encoding="utf-8")
-    picture = {"type": "image", "image": data.split("train")[0]}
-    turns = [{"role": r, "content": [picture]} for r in ("user", "assistant")]
+    image = {"type": "image", "image": data.split("train")[0]}
+    turns = [{"role": r, "content": [image]} for r in ("user", "assistant")]
     config = replace(
         mini_styles.config,
         documents=replace(mini_styles.config.documents, noise=0.5, unchanged=0.0, bare=0.0),
@@ -96,8 +96,8 @@ def test_noise_swaps_codes_of_pictures_in_prompts_for_near_ones_and_of_no_other(
     processor = Processor(tokenizer, ImageLayout(8, 8))
     stream = Documents([(1.0, [{"messages": turns}])], data, codes, near, processor, config)
     rows = [[i for i in stream(k).ids if i in processor.vocabulary.image_tokens] for k in range(20)]
-    asked, drawn = processor.vocabulary.tokens_to_codes(rows).reshape(20, 2, 64).swapaxes(0, 1)
-    assert (drawn == 0).all()
+    asked, generated = processor.vocabulary.tokens_to_codes(rows).reshape(20, 2, 64).swapaxes(0, 1)
+    assert (generated == 0).all()
     assert 0.4 < (asked != 0).mean() < 0.6 and set(asked.ravel()) <= {0, *near[0].tolist()}
 
 

@@ -31,7 +31,7 @@ SMALL = ["length=100", "warmup_steps=1", "log_every=1", "save_every=2", "device=
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The fields that every run here has: a tiny model and eight pictures with captions."""
+    """The fields that every run here has: a tiny model and eight images with captions."""
     place = tmp_path_factory.mktemp("given")
     model = tiny_model(place / "tiny")
     return [f"data={pairs(place / 'data', 8)}", f"model={model}", *SMALL]

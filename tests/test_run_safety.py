@@ -96,11 +96,11 @@ def notes(run: Path) -> list[str]:
 def test_a_bad_step_is_skipped_and_counted(
     tmp_path: Path, factor: float, device: torch.device
 ) -> None:
-    seen: list[list[torch.Tensor]] = []
+    recorded: list[list[torch.Tensor]] = []
 
     class Watched(Spoiled):
         def loss(self, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor], float]:
-            seen.append(weights(self))
+            recorded.append(weights(self))
             return super().loss(step)
 
     task = Watched(lambda step, _: factor if step == 3 else 1.0)
@@ -108,8 +108,8 @@ def test_a_bad_step_is_skipped_and_counted(
     rows = read_metrics(tmp_path)
     assert [row.get("skipped", 0) for row in rows] == [0, 0, 0, 1, 1, 1]
     assert rows[3]["loss"] is None and all(row["loss"] for row in rows[4:])
-    assert all(torch.equal(a, b) for a, b in zip(seen[3], seen[4], strict=True))
-    assert not any(torch.equal(a, b) for a, b in zip(seen[2][:1], seen[3][:1], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(recorded[3], recorded[4], strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(recorded[2][:1], recorded[3][:1], strict=True))
     assert checkpoint.load(tmp_path)[1]["watch"]["skipped"] == 1
 
 
@@ -343,9 +343,9 @@ def test_the_plan_is_printed_and_says_what_is_impossible() -> None:
     assert done.exit_code == 0, done.output
     lines = done.output.splitlines()
     assert lines[0].startswith("34,294,308,864 parameters; 3,072 rows x 4,096 = 12,582,912 tokens")
-    found = [line.split() for line in lines if line.lstrip()[:1].isdigit()][1:]
-    assert [row[0] for row in found] == ["64", "128", "256", "512", "1,024", "2,048", "3,072"]
-    assert found[-1][1:6] == ["48", "x", "8", "x", "8"] and "Assumed:" in lines
+    results = [line.split() for line in lines if line.lstrip()[:1].isdigit()][1:]
+    assert [row[0] for row in results] == ["64", "128", "256", "512", "1,024", "2,048", "3,072"]
+    assert results[-1][1:6] == ["48", "x", "8", "x", "8"] and "Assumed:" in lines
     done = CliRunner().invoke(app, ["train", "pretrain_7b", "--plan", "rows=192", "micro_rows=2"])
     assert "64 x 8 x 1" not in done.output and "multiple of 256" in done.output
     said = [line for line in done.output.splitlines() if "cannot be shared" in line]
@@ -407,12 +407,12 @@ def test_a_stopped_run_of_parts_goes_on_at_its_document(
         packer = Packer(document, RoleWeights(), rows=4, length=LENGTH, pad=1)
         return LanguageTask(model, packer, micro_rows=1)
 
-    whole = RunConfig(tmp_path / "whole", 12, device=str(device), log_every=1)
-    train(task(), whole, OPTIM)
-    part = replace(whole, out=tmp_path / "part", stop_after=5)
+    uninterrupted = RunConfig(tmp_path / "whole", 12, device=str(device), log_every=1)
+    train(task(), uninterrupted, OPTIM)
+    part = replace(uninterrupted, out=tmp_path / "part", stop_after=5)
     train(task(), part, OPTIM)
     train(task(), replace(part, stop_after=0), OPTIM)
-    rows = [[row["loss"] for row in read_metrics(run.out)] for run in (whole, part)]
+    rows = [[row["loss"] for row in read_metrics(run.out)] for run in (uninterrupted, part)]
     assert_same_losses(rows[1], rows[0], device)
     assert len(rows[0]) == 12
 
@@ -445,10 +445,10 @@ def test_a_packed_row_gives_its_documents_back() -> None:
     packed_row = pack_rows([documents], RoleWeights(), 60, pad=1)
     tokens, targets, number, positions, _, _ = (column[0] for column in packed_row)
     for place, packed in enumerate(documents):
-        mine = number == place
-        assert positions[mine].tolist() == list(range(len(packed) - 1))
-        assert tokens[mine].tolist() == packed.ids[:-1]
-        assert targets[mine].tolist() == packed.ids[1:]
+        actual = number == place
+        assert positions[actual].tolist() == list(range(len(packed) - 1))
+        assert tokens[actual].tolist() == packed.ids[:-1]
+        assert targets[actual].tolist() == packed.ids[1:]
     assert set(tokens[number == 3].tolist()) == set(targets[number == 3].tolist()) == {1}
 
 
@@ -508,8 +508,8 @@ def test_what_a_run_draws_at_random_follows_its_seed(tmp_path: Path, device: tor
     for name, seed in (("one", 1), ("again", 1), ("other", 2)):
         run = RunConfig(tmp_path / name, 3, device=str(device), log_every=1, seed=seed)
         train(Spoiled(lambda *_: 1.0), run, OPTIM)
-    one, again, other = (
+    one, repeated, other = (
         [row["loss"] for row in read_metrics(tmp_path / name)] for name in ("one", "again", "other")
     )
-    assert_same_losses(again, one, device)
+    assert_same_losses(repeated, one, device)
     assert one[0] != other[0]

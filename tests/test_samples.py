@@ -97,7 +97,7 @@ def test_losses_are_equal_to_the_bit_with_and_without_samples(
     assert begun != (sampled.out / "samples" / "step-00000006.png").read_bytes()
 
 
-def test_the_pictures_are_those_that_the_reference_draws(
+def test_the_images_are_those_that_the_reference_draws(
     tmp_path: Path, processor: Processor
 ) -> None:
     transformer = tiny_transformer(processor)
@@ -113,22 +113,22 @@ def test_the_pictures_are_those_that_the_reference_draws(
         )
         events = generate(transformer, processor, request)
         codes = next(event.codes for event in events if isinstance(event, ImageDone))
-        picture = tokenizer.decode(torch.from_numpy(codes)[None])[0]
+        image = tokenizer.decode(torch.from_numpy(codes)[None])[0]
         left = 4 + number * (128 + 4)
         cut = shown.crop((left, 4, left + 128, 132))
-        assert cut.resize((side, side), PIL.Image.Resampling.NEAREST).tobytes() == picture.tobytes()
+        assert cut.resize((side, side), PIL.Image.Resampling.NEAREST).tobytes() == image.tobytes()
 
 
 def test_prompts_are_found_in_the_data(processor: Processor) -> None:
-    found = image_prompts(processor, lambda number: document(processor, number), count=2)
-    assert [name for name, _ in found] == ["Draw 0.", "Draw 1."]
+    result = image_prompts(processor, lambda number: document(processor, number), count=2)
+    assert [name for name, _ in result] == ["Draw 0.", "Draw 1."]
     expected = processor.encode([Message("user", [Text("Draw 1.")])]).ids
-    assert list(found[1][1]) == expected
+    assert list(result[1][1]) == expected
     silent = TokenSequence(ids=[0, 9, 2], role=[CONTROL, ANSWER_TEXT, END])
     assert image_prompts(processor, lambda _: silent, count=2) == []
 
 
-def test_a_prompt_without_room_for_a_picture_is_refused(processor: Processor) -> None:
+def test_a_prompt_without_room_for_an_image_is_refused(processor: Processor) -> None:
     tokenizer = ImageTokenizer(tiny_vqgan(), CONFIG.vq_config.resolution)
     long = [("long", [5] * CONFIG.max_position_embeddings)]
     with pytest.raises(SettingError, match="leave no room"):

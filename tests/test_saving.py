@@ -63,16 +63,16 @@ def test_a_saved_model_answers_as_before(model: Chameleon, tmp_path: Path, dtype
     model.folder = tmp_path
     before = answers(model)
     place = model.save(str(tmp_path / "own" / "saved"))
-    again = Chameleon.load(place, "cpu", "auto" if dtype.startswith("int") else dtype)
-    assert answers(again) == before
+    reloaded = Chameleon.load(place, "cpu", "auto" if dtype.startswith("int") else dtype)
+    assert answers(reloaded) == before
     for name, tensor in model.transformer.state_dict().items():
-        assert torch.equal(again.transformer.state_dict()[name], tensor), name
-    assert again.image_tokenizer.mode == "fit" and again.can_draw
-    assert again.request("x").sampling.top_k == 30
+        assert torch.equal(reloaded.transformer.state_dict()[name], tensor), name
+    assert reloaded.image_tokenizer.mode == "fit" and reloaded.can_draw
+    assert reloaded.request("x").sampling.top_k == 30
     assert (place / "README.md").read_text() == "A card.\n"
     assert (place / "NOTICE.md").read_text(encoding="utf-8") == "Kept — 그대로.\n"
     # Saved once more, from what was loaded: the same bytes.
-    second = again.save(tmp_path / "second")
+    second = reloaded.save(tmp_path / "second")
     names = sorted(path.name for path in place.iterdir())
     assert names == sorted(path.name for path in second.iterdir())
     assert all((place / n).read_bytes() == (second / n).read_bytes() for n in names)
@@ -88,9 +88,9 @@ def test_saving_replaces_nothing_unasked(model: Chameleon, tmp_path: Path) -> No
     assert {path.name: path.read_bytes() for path in place.iterdir()} == before
     model.save(place, overwrite=True)
     assert (place / "model.safetensors").read_bytes() != before["model.safetensors"]
-    mine = tmp_path / "mine"
-    mine.mkdir()
-    model.save(mine)  # an empty folder is none to keep
+    actual = tmp_path / "mine"
+    actual.mkdir()
+    model.save(actual)  # an empty folder is none to keep
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "diary.txt").write_text("mine")
     for overwrite in (False, True):
@@ -159,8 +159,8 @@ def test_a_model_of_another_layout_keeps_it(model: Chameleon, tmp_path: Path) ->
 
 def test_a_model_shows_what_it_is(model: Chameleon) -> None:
     assert repr(model) == ("<Chameleon tiny: 0.1 M parameters, float32, cpu, context 256 tokens>")
-    whole = sum(p.numel() for p in model.transformer.parameters())
-    assert round(whole / 1e6, 1) == 0.1
+    full = sum(p.numel() for p in model.transformer.parameters())
+    assert round(full / 1e6, 1) == 0.1
     assert ", int4, cpu" in repr(rounded(model, "int4")) and "0.1 M" in repr(model)
     assert "mini: " in repr(Chameleon.load("mini", "cpu"))
 

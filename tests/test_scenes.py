@@ -88,9 +88,9 @@ def test_composed_requests_have_the_marks_of_their_table(lang: str) -> None:
     for table in FORMS:
         marks = {m for p in PROMPTS[table][lang].further for m in re.findall(r"\{\w+\}", p)}
         marks |= {"{n}", "{a}"} if marks & {"{n}", "{a}", "{no}", "{ng}"} else set()
-        made = {compose_request(table, lang, rng) for _ in range(200)}
-        assert len(made) > 30
-        for template in made:
+        result = {compose_request(table, lang, rng) for _ in range(200)}
+        assert len(result) > 30
+        for template in result:
             assert template and set(re.findall(r"\{\w+\}", template)) <= marks, template
     assert compose_request("odd", lang, rng) is None
 
@@ -109,10 +109,10 @@ def test_people_type_in_many_ways() -> None:
 def test_dialogues_take_composed_wordings_and_any_image(data: EmojiData) -> None:
     only = {name: float(name == "draw") for name in ("draw", *Dialogues(data).weights)}
     mixed = Dialogues(data, tasks=only, further=1, wordings=1, varied=True, korean=0.5)
-    found = list(islice(mixed, 400))
-    requests = [said(s, "user")[0] for s in found]
+    result = list(islice(mixed, 400))
+    requests = [said(s, "user")[0] for s in result]
     assert len(set(requests)) > 350
-    bananas = {shown(s)[0] for s in found if not s["targets"][0]["style"]}
+    bananas = {shown(s)[0] for s in result if not s["targets"][0]["style"]}
     styles = {i.split("/")[0] for i in bananas if i.endswith("/1f34c")}
     assert len(styles) > 1  # without a style any image of the thing may be the answer
     assert not any("{" in text for text in requests)
@@ -138,16 +138,18 @@ def test_a_scene_is_told_by_its_id_and_made_of_its_images(data: EmojiData) -> No
     table = load_split(FOLDER, "train", 16, "cpu")
     numbers = {name: number for number, name in enumerate(data.split("train"))}
     several = [s.id for s in scenes.scenes(data, 20)] + scenes.unknown_image_ids(data, 20)
-    made = make_synthetic_images(several, table, numbers)
-    assert made.shape == (len(several), 16, 16, 3) and made.dtype == torch.uint8
+    result = make_synthetic_images(several, table, numbers)
+    assert result.shape == (len(several), 16, 16, 3) and result.dtype == torch.uint8
     alone = make_synthetic_images(several[3:4], table, numbers)
-    assert torch.equal(alone[0], made[3])
+    assert torch.equal(alone[0], result[3])
 
 
 def test_strangers_are_other_images(data: EmojiData) -> None:
-    found = scenes.unknown_image_ids(data, 30)
-    assert found == scenes.unknown_image_ids(data, 30) != scenes.unknown_image_ids(data, 30, seed=1)
-    mixed = next(i for i in found if i.startswith("scrambled/"))
+    result = scenes.unknown_image_ids(data, 30)
+    assert (
+        result == scenes.unknown_image_ids(data, 30) != scenes.unknown_image_ids(data, 30, seed=1)
+    )
+    mixed = next(i for i in result if i.startswith("scrambled/"))
     before = np.asarray(data.image(mixed.split(":")[1])).reshape(-1, 3)
     after = np.asarray(image_of(data, mixed)).reshape(-1, 3)
     assert not np.array_equal(before, after)
@@ -197,12 +199,12 @@ def test_scenes_are_asked_about_truly(data: EmojiData) -> None:
 
 
 def test_drawn_scenes_have_their_things_in_order(data: EmojiData) -> None:
-    found = scenes.scenes(data, 100)
-    made = list(scenes.scene_samples(data, found, 300, 0, 0.4, 0.5))
-    assert len(made) == 300
-    drawn = [s for s in made if s["messages"][-1]["content"][0]["type"] == "image"]
-    assert 60 < len(drawn) < 150
-    for sample in drawn:
+    result = scenes.scenes(data, 100)
+    created = list(scenes.scene_samples(data, result, 300, 0, 0.4, 0.5))
+    assert len(created) == 300
+    generated = [s for s in created if s["messages"][-1]["content"][0]["type"] == "image"]
+    assert 60 < len(generated) < 150
+    for sample in generated:
         scene = Scene.of(shown(sample)[0])
         assert scenes.is_ordered(scene)
         if sample["lang"] == "en":
@@ -217,10 +219,10 @@ def test_drawn_scenes_have_their_things_in_order(data: EmojiData) -> None:
 
 def test_unknown_things_are_refused_and_are_unknown(data: EmojiData) -> None:
     strange = scenes.unknown_image_ids(data, 20)
-    made = list(scenes.unknown_samples(data, strange, 200, 0, 0.5, 0.5))
-    assert {said(s, "assistant")[-1] for s in made} == set(scenes.UNKNOWN_ANSWER.values())
-    assert all(said(s, "assistant") == [scenes.UNKNOWN_ANSWER[s["lang"]]] for s in made)
-    pictures_shown = [s for s in made if shown(s)]
+    result = list(scenes.unknown_samples(data, strange, 200, 0, 0.5, 0.5))
+    assert {said(s, "assistant")[-1] for s in result} == set(scenes.UNKNOWN_ANSWER.values())
+    assert all(said(s, "assistant") == [scenes.UNKNOWN_ANSWER[s["lang"]]] for s in result)
+    pictures_shown = [s for s in result if shown(s)]
     assert 60 < len(pictures_shown) < 140
     things = scenes.unknown_things(data, [("banana", "바나나"), ("lathe", "선반"), ("x", "수박")])
     assert things == [("lathe", "선반")]
@@ -240,13 +242,13 @@ MIXED = MixtureConfig(
 
 
 def test_the_mixture_has_scenes_and_unknown_things(data: EmojiData) -> None:
-    found = load_samples(FOLDER, MIXED)
-    tasks = [s["task"] for s in found]
+    result = load_samples(FOLDER, MIXED)
+    tasks = [s["task"] for s in result]
     assert tasks.count("scene") == 31 and tasks.count("unknown") == 15
-    assert found == load_samples(FOLDER, MIXED)
+    assert result == load_samples(FOLDER, MIXED)
     known = {*data.split("train"), *synthetic_image_ids(data, MIXED)}
-    assert {i for s in found for i in shown(s)} <= known
-    assert any(not is_plain(s) for s in found if s["task"] == "scene")
+    assert {i for s in result for i in shown(s)} <= known
+    assert any(not is_plain(s) for s in result if s["task"] == "scene")
     with pytest.raises(SettingError, match="wordings=2"):
         MixtureConfig(wordings=2)
     with pytest.raises(SettingError, match="made=0"):
@@ -258,11 +260,11 @@ def icons(data: EmojiData, tmp_path: Path) -> Path:
     """A set of three icons, drawn by what is at hand: a banana, an odd thing, one held out."""
     (tmp_path / "images").mkdir()
     shutil.copy(FOLDER / data.row("noto/1f34c")["file"], tmp_path / "images" / "set.zip")
-    own = {"style": "set", "file": "images/set.zip", "licence": "MIT", "source": "x@1"}
+    style = {"style": "set", "file": "images/set.zip", "licence": "MIT", "source": "x@1"}
     named = [("banana", "train"), ("flux", "train"), ("gear knob", "val"), ("horse", "train")]
     rows = [
         {"id": f"set/{name}", "split": split, "name_en": name, "keywords_en": []}
-        | own
+        | style
         | {"member": data.row("noto/1f34c")["member"]}
         for name, split in named
     ]

@@ -82,13 +82,13 @@ def test_the_names_reach_the_encoder_through_the_codewords(device: torch.device)
 
 
 def test_a_run_with_a_head_goes_on_to_the_bit(tmp_path: Path, device: torch.device) -> None:
-    whole = RunConfig(tmp_path / "whole", device=str(device), steps=6, log_every=1)
-    train(task_of(0.5, 6, device), whole, GENTLE)
-    part = replace(whole, out=tmp_path / "part", stop_after=3)
+    uninterrupted = RunConfig(tmp_path / "whole", device=str(device), steps=6, log_every=1)
+    train(task_of(0.5, 6, device), uninterrupted, GENTLE)
+    part = replace(uninterrupted, out=tmp_path / "part", stop_after=3)
     train(task_of(0.5, 6, device), part, GENTLE)
     part.stop_after = 0
     train(task_of(0.5, 6, device), part, GENTLE)
-    first, second = ([r["loss"] for r in read_metrics(r.out)] for r in (whole, part))
+    first, second = ([r["loss"] for r in read_metrics(r.out)] for r in (uninterrupted, part))
     assert_same_losses(second, first, device)
 
 
@@ -119,14 +119,14 @@ def test_perturbed_codes_are_near_ones_and_only_the_drawing_sees_them(
     assert torch.equal(near, distances.fill_diagonal_(torch.inf).topk(3, largest=False).indices)
     config = VQLossConfig(perturb=0.5)
     task = ImageTokenizerTask(model, config, lambda _: pixels, 10, "decoder")
-    codes, seen = model.encode(pixels), list[torch.Tensor]()
+    codes, recorded = model.encode(pixels), list[torch.Tensor]()
     decode = model.decode
-    model.decode = lambda codes: seen.append(codes) or decode(codes)  # type: ignore[method-assign]
+    model.decode = lambda codes: recorded.append(codes) or decode(codes)  # type: ignore[method-assign]
     task.loss(0)[0].backward()
-    changed = seen[0] != codes
+    changed = recorded[0] != codes
     assert 0.4 < changed.float().mean() < 0.6
     allowed = nearest_codewords(model)[codes[changed]]
-    assert (allowed == seen[0][changed][:, None]).any(1).all()
+    assert (allowed == recorded[0][changed][:, None]).any(1).all()
     assert torch.equal(task._seen[0].codes_N, codes.flatten())
 
 
@@ -140,18 +140,18 @@ def test_in_bf16_the_codes_are_still_the_nearest(device: torch.device) -> None:
     assert torch.equal(out.codes, model.nearest_codes(out.latents.detach().float()))
 
 
-def test_pictures_and_labels_of_the_data() -> None:
+def test_images_and_labels_of_the_data() -> None:
     data = EmojiData(DATA)
     table = load_split(DATA, "train", 16, "cpu")
     assert table.shape == (len(data.split("train")), 16, 16, 3) and table.dtype == torch.uint8
     labels = Labels(data)
-    found = labels.of(data.split("train"))
-    assert found.min() == 0 and tuple((found.max(0).values + 1).tolist()) == labels.answers
+    result = labels.of(data.split("train"))
+    assert result.min() == 0 and tuple((result.max(0).values + 1).tolist()) == labels.answers
     held_out = labels.of(data.split("val-concept"))
     assert (held_out[:, 0] == UNKNOWN).all()
 
 
-def test_the_recipe_names_held_out_pictures_and_its_decoder_goes_on(
+def test_the_recipe_names_held_out_images_and_its_decoder_goes_on(
     tmp_path: Path, device: torch.device
 ) -> None:
     small = [f"data={DATA}", "resolution=16", "steps=3", "log_every=1", "batch=2"]

@@ -357,10 +357,10 @@ def test_a_name_is_resolved_once_and_all_its_addresses_count() -> None:
 
 
 def test_redirects_are_checked_and_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[str] = []
+    recorded: list[str] = []
 
     def resolve(host: str, port: int) -> list[str]:
-        seen.append(host)
+        recorded.append(host)
         return ["127.0.0.1"] if host == "inside.example" else ["93.184.216.34"]
 
     turns = {"a.example": "http://inside.example/x", "b.example": "/again"}
@@ -369,7 +369,7 @@ def test_redirects_are_checked_and_few(monkeypatch: pytest.MonkeyPatch) -> None:
         fetch.fetched("http://a.example/", resolve)
     with pytest.raises(ApiError, match="redirects more than 3 times"):
         fetch.fetched("http://b.example/", resolve)
-    assert seen == ["a.example", "inside.example", *["b.example"] * 4]
+    assert recorded == ["a.example", "inside.example", *["b.example"] * 4]
 
 
 # --- images ---

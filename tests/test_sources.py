@@ -56,14 +56,14 @@ def processor(tmp_path_factory: pytest.TempPathFactory) -> Processor:
 
 def opened_rows(source: Path, cache: Path) -> list[Any]:
     """Every row of a source, or why it is broken."""
-    rows, found = open_rows(str(source), cache, RowSettings()), []
+    rows, results = open_rows(str(source), cache, RowSettings()), []
     for number in range(len(rows)):
         table, place = rows.find(number)
         try:
-            found.append(table.row(place))
+            results.append(table.row(place))
         except DataError as error:
-            found.append(str(error))
-    return found
+            results.append(str(error))
+    return results
 
 
 @pytest.mark.parametrize(("suffix", "mark"), [("csv", ","), ("tsv", "\t")])
@@ -82,13 +82,13 @@ def test_rows_of_columns(tmp_path: Path, suffix: str, mark: str) -> None:
         text = file.getvalue()
     path = tmp_path / f"rows.{suffix}"
     path.write_bytes(("\ufeff" + text + "only one\r\n").encode())
-    found = opened_rows(path, tmp_path / "cache")
-    assert found[0] == {"image": "1.png", "text": 'a "red" pear,\non two lines'}
-    assert found[1] == {"image": "2.png", "text": "사과"}
-    assert found[2] == {"messages": talk} and found[3] == {"text": "[no list]"}
-    assert len(found[4]["text"]) == 200_000
-    assert len(found) == 6 and "1 cells and the first row 3" in found[5]
-    assert opened_rows(path, tmp_path / "cache") == found  # from the index
+    result = opened_rows(path, tmp_path / "cache")
+    assert result[0] == {"image": "1.png", "text": 'a "red" pear,\non two lines'}
+    assert result[1] == {"image": "2.png", "text": "사과"}
+    assert result[2] == {"messages": talk} and result[3] == {"text": "[no list]"}
+    assert len(result[4]["text"]) == 200_000
+    assert len(result) == 6 and "1 cells and the first row 3" in result[5]
+    assert opened_rows(path, tmp_path / "cache") == result  # from the index
 
 
 def test_columns_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
@@ -138,8 +138,8 @@ def test_a_folder_of_images_with_texts_beside_them(tmp_path: Path) -> None:
 
 def test_folders_that_datasets_saved(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
-    pictures = [PIL.Image.open(io.BytesIO(png(n))) for n in range(3)]
-    columns = {"image": pictures, "text": [f"pear {n}" for n in range(3)]}
+    images = [PIL.Image.open(io.BytesIO(png(n))) for n in range(3)]
+    columns = {"image": images, "text": [f"pear {n}" for n in range(3)]}
     kept = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
     kept = kept.select([2, 0, 1])
     kept.save_to_disk(str(tmp_path / "one"), num_shards=2)
@@ -149,7 +149,7 @@ def test_folders_that_datasets_saved(tmp_path: Path) -> None:
         rows = opened_rows(tmp_path / name, tmp_path / "cache")
         assert [row["text"] for row in rows] == ["pear 2", "pear 0", "pear 1"]
         pixels = np.asarray(PIL.Image.open(io.BytesIO(rows[1]["image"]["bytes"])))
-        assert (pixels == np.asarray(pictures[0])).all()
+        assert (pixels == np.asarray(images[0])).all()
         assert example_of(rows[0], image_first=True).form == "pair"
     (tmp_path / "bad.arrow").write_bytes(b"no table")
     with pytest.raises(DataError, match="not an Arrow file"):
@@ -301,9 +301,9 @@ def test_a_key_or_column_given_twice_is_no_row(tmp_path: Path) -> None:
 
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a", "text": "b"}\n{"text": "c"}\n')
-    broken, whole = opened_rows(path, tmp_path / "cache")
+    broken, full = opened_rows(path, tmp_path / "cache")
     assert broken == "in the row the key 'text' is given twice: keep one"
-    assert whole == {"text": "c"}
+    assert full == {"text": "c"}
     path = tmp_path / "rows.csv"
     path.write_text('messages\n"[{""role"": ""user"", ""role"": ""assistant""}]"\n')
     [broken] = opened_rows(path, tmp_path / "cache")
@@ -451,14 +451,14 @@ def test_images_of_the_net_and_outside_of_a_hub_data_set_are_not_read(tmp_path: 
 
 def test_outlines_are_the_rows_with_a_byte_in_place_of_each_image(tmp_path: Path) -> None:
     pyarrow, parquet = (pytest.importorskip(f"pyarrow{name}") for name in ("", ".parquet"))
-    pictures = [{"bytes": png(n), "path": None} for n in range(9)]
-    some = [None if n % 3 else picture for n, picture in enumerate(pictures)]
+    images = [{"bytes": png(n), "path": None} for n in range(9)]
+    some = [None if n % 3 else image for n, image in enumerate(images)]
     columns = {
-        "image": pictures,
+        "image": images,
         "sometimes": some,
         "png": [png(n) for n in range(9)],
-        "images": [[picture, {"bytes": b"", "path": "a.png"}] for picture in pictures],
-        "all": [[picture, picture] for picture in pictures],
+        "images": [[image, {"bytes": b"", "path": "a.png"}] for image in images],
+        "all": [[image, image] for image in images],
         "text": [f"pear {n}" for n in range(9)],
     }
     table = pyarrow.table(columns)
@@ -479,13 +479,13 @@ def test_outlines_are_the_rows_with_a_byte_in_place_of_each_image(tmp_path: Path
     for name in ("a.parquet", "b.arrow", "c.tar"):
         rows = open_rows(str(tmp_path / name), tmp_path / "cache", RowSettings())
         outlines = [short(row) for row in rows.outlines()]
-        whole = opened_rows(tmp_path / name, tmp_path / "cache")
-        assert outlines == [None if isinstance(row, str) else short(row) for row in whole]
+        full = opened_rows(tmp_path / name, tmp_path / "cache")
+        assert outlines == [None if isinstance(row, str) else short(row) for row in full]
     [file] = open_rows(str(tmp_path / "a.parquet"), tmp_path, RowSettings()).tables
     [first, *_] = file.outlines()
     assert first is not None
     assert len(first["image"]["bytes"]) == len(first["png"]) == 1  # not read
-    assert [len(picture["bytes"]) for picture in first["all"]] == [1, 1]
+    assert [len(image["bytes"]) for image in first["all"]] == [1, 1]
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=9))
@@ -549,11 +549,11 @@ def test_images_of_prompts_are_cut_as_told_and_those_of_answers_cropped(
 
 def test_half_of_the_pairs_have_the_image_first(tmp_path: Path, processor: Processor) -> None:
     path = pairs(tmp_path, 60)
-    made = documents(tiny_encoder(processor), path)
-    first = [d.spans[0][2] for d in made if d is not None]
+    result = documents(tiny_encoder(processor), path)
+    first = [d.spans[0][2] for d in result if d is not None]
     assert 18 <= first.count("image") <= 42
-    again = documents(tiny_encoder(processor), path)
-    assert [d.ids for d in made if d] == [d.ids for d in again if d]
+    second = documents(tiny_encoder(processor), path)
+    assert [d.ids for d in result if d] == [d.ids for d in second if d]
     never = documents(tiny_encoder(processor, image_first=0.0, pairs="document"), path)
     for document in never:
         assert document is not None and document.spans[0][2] == "text"
@@ -576,8 +576,8 @@ def test_broken_rows_are_filed_with_their_reason_and_counted(
     path, filed = jsonl(tmp_path / "r.jsonl", rows), tmp_path / "q" / "quarantine.jsonl"
     for _ in range(2):  # the second run files nothing again
         quarantine = Quarantine(filed, 0.1)
-        made = documents(tiny_encoder(processor), path, quarantine)
-        assert [d is not None for d in made] == [True, False, False, False, False, True]
+        result = documents(tiny_encoder(processor), path, quarantine)
+        assert [d is not None for d in result] == [True, False, False, False, False, True]
         assert (quarantine.good, quarantine.broken) == (2, 4)
         entries = [json.loads(line) for line in filed.read_text().splitlines()]
         assert [entry["row"] for entry in entries] == [2, 3, 4, 5]
@@ -615,13 +615,13 @@ def plain(processor: Processor, *lengths: int) -> TokenSequence:
 def test_a_plain_document_is_cut_between_its_segments(processor: Processor) -> None:
     size = processor.layout.num_tokens
     limit = size + 12
-    whole = plain(processor, 8, -1, 30, -2)
+    full = plain(processor, 8, -1, 30, -2)
     splitter = DocumentSplitter(limit, processor.vocabulary)
-    cut = splitter.split(0, whole)
+    cut = splitter.split(0, full)
     assert all(len(piece) <= limit for piece in cut) and len(cut) > 1 and splitter.shortened == {0}
     bos, eos = processor.vocabulary.bos, processor.vocabulary.eos
     inner = [i for piece in cut for i in piece.ids if i not in (bos, eos)]
-    assert inner == whole.ids[1:-1]
+    assert inner == full.ids[1:-1]
     assert [piece.ids[0] for piece in cut] == [bos] * len(cut)
     assert [piece.ids[-1] == eos for piece in cut] == [False] * (len(cut) - 1) + [True]
     begins = [piece.ids.count(processor.vocabulary.begin_image) for piece in cut]
@@ -630,20 +630,20 @@ def test_a_plain_document_is_cut_between_its_segments(processor: Processor) -> N
     assert splitter.split(1, plain(processor, 4)) == [plain(processor, 4)]
     assert splitter.split(2, TokenSequence()) == [] and splitter.dropped == set()
     narrow = DocumentSplitter(size + 1, processor.vocabulary)
-    assert narrow.split(3, whole) == [] and narrow.dropped == {3}
+    assert narrow.split(3, full) == [] and narrow.dropped == {3}
 
 
 def test_a_dialogue_keeps_the_exchanges_that_fit(tmp_path: Path, processor: Processor) -> None:
     turns = [("user", "Hi."), ("assistant", "Hello."), ("user", "Again."), ("assistant", "Yes.")]
     row = {"messages": [{"role": role, "content": text} for role, text in turns]}
     short = {"messages": row["messages"][:2]}
-    whole, first = documents(tiny_encoder(processor), jsonl(tmp_path / "r.jsonl", [row, short]))
-    assert whole is not None and first is not None
-    for limit in range(len(first), len(whole)):
-        assert DocumentSplitter(limit, processor.vocabulary).split(0, whole) == [first]
-    assert DocumentSplitter(len(whole), processor.vocabulary).split(0, whole) == [whole]
+    full, first = documents(tiny_encoder(processor), jsonl(tmp_path / "r.jsonl", [row, short]))
+    assert full is not None and first is not None
+    for limit in range(len(first), len(full)):
+        assert DocumentSplitter(limit, processor.vocabulary).split(0, full) == [first]
+    assert DocumentSplitter(len(full), processor.vocabulary).split(0, full) == [full]
     splitter = DocumentSplitter(len(first) - 1, processor.vocabulary)
-    assert splitter.split(5, whole) == [] and splitter.dropped == {5}
+    assert splitter.split(5, full) == [] and splitter.dropped == {5}
 
 
 # Mixing, shuffling, sharding.
@@ -713,8 +713,8 @@ def test_sources_come_by_weight_and_none_repeats_before_its_epoch_ends() -> None
     schedule = Schedule([Stage(0, {"a": 3.0, "b": 1.0})], seed=5)
     places = [schedule.locate(number) for number in range(10_000)]
     for name, share in (("a", 0.75), ("b", 0.25)):
-        mine = [place.position for place in places if place.source == name]
-        assert mine == list(range(len(mine)))
+        actual = [place.position for place in places if place.source == name]
+        assert actual == list(range(len(actual)))
         assert len([d for d in places[:4096] if d.source == name]) == 4096 * share
     other = Schedule([Stage(0, {"a": 3.0, "b": 1.0})], seed=6)
     assert [other.locate(n) for n in range(100)] != places[:100]
@@ -733,8 +733,8 @@ def test_the_second_stage_halves_the_first_and_goes_on_where_it_stopped() -> Non
     assert counts["good"] == 2048 and counts["a"] == pytest.approx(4096 / 3, abs=1)
     assert "good" not in {place.source for place in places[:5000]}
     for name in ("a", "b", "good"):
-        mine = [place.position for place in places if place.source == name]
-        assert mine == list(range(len(mine)))
+        actual = [place.position for place in places if place.source == name]
+        assert actual == list(range(len(actual)))
     assert two_stages({"a": 1.0}, {}, 10) == (Stage(0, {"a": 1.0}),)
 
 
@@ -782,9 +782,9 @@ def test_a_broken_row_gives_way_to_another_and_a_resumed_stream_is_the_same(
     corpus = corpus_of(processor, tmp_path / "run", data=(str(path),))
     documents = [corpus.stream(number) for number in range(60)]
     assert corpus.report() == [f"broken rows: 1, see {tmp_path / 'run' / 'quarantine.jsonl'}"]
-    again = corpus_of(processor, tmp_path / "other", data=(str(path),))
-    assert [again.stream(number) for number in range(59, 30, -1)] == documents[59:30:-1]
-    assert again.fingerprint == corpus.fingerprint
+    second = corpus_of(processor, tmp_path / "other", data=(str(path),))
+    assert [second.stream(number) for number in range(59, 30, -1)] == documents[59:30:-1]
+    assert second.fingerprint == corpus.fingerprint
     path.write_text(path.read_text().replace("pear 3", "plum 3"))
     changed = corpus_of(processor, tmp_path / "other", data=(str(path),))
     assert changed.fingerprint != corpus.fingerprint
@@ -810,8 +810,8 @@ def test_the_packer_takes_the_stream_and_its_cursor_is_all_its_state(
     third = packer()
     third.cursor = second.cursor
     for batch in batches[3:]:
-        for mine, theirs in zip(third.next(), batch, strict=True):
-            assert mine.equal(theirs)
+        for actual, expected in zip(third.next(), batch, strict=True):
+            assert actual.equal(expected)
 
 
 def test_what_the_answers_hold_is_found_once_for_a_run(
@@ -820,8 +820,8 @@ def test_what_the_answers_hold_is_found_once_for_a_run(
     path = pairs(tmp_path, 8)
     first = corpus_of(processor, tmp_path / "run", data=(str(path),))
     monkeypatch.setattr(Encoder, "answer_kinds", None)
-    again = corpus_of(processor, tmp_path / "run", data=(str(path),))
-    assert [again.stream(n) for n in range(20)] == [first.stream(n) for n in range(20)]
+    second = corpus_of(processor, tmp_path / "run", data=(str(path),))
+    assert [second.stream(n) for n in range(20)] == [first.stream(n) for n in range(20)]
     with pytest.raises(TypeError):  # pairs that are turned around otherwise have other answers
         settings = EncodingSettings(pair_seed=1)
         corpus_of(processor, tmp_path / "run", data=(str(path),), encoding=settings)

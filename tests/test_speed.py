@@ -123,7 +123,7 @@ def test_bytes_of_a_token_are_those_of_the_weights(meter: Meter) -> None:
     transformer = meter.model.transformer
     layers = [m for m in transformer.model.layers.modules() if isinstance(m, nn.Linear)]
     vocabulary, config = meter.model.processor.vocabulary, meter.config
-    rows = len(vocabulary.text_tokens) + 2  # what ends a text, and what begins a picture
+    rows = len(vocabulary.text_tokens) + 2  # what ends a text, and what begins an image
     weights = sum(4 * m.weight.numel() for m in layers)
     head = 4 * rows * config.hidden_size
     assert meter.token_bytes(0) == weights + head
@@ -189,10 +189,10 @@ def test_contenders_take_turns_and_the_first_round_does_not_count() -> None:
         order.append(name)
         return float(len(order))
 
-    found = take_turns({name: partial(measure, name) for name in "ab"}, rounds=3)
+    result = take_turns({name: partial(measure, name) for name in "ab"}, rounds=3)
     assert order == ["a", "b"] * 4
-    assert found == {"a": [3, 5, 7], "b": [4, 6, 8]}
-    assert medians(found, 10) == {"a": 50, "b": 60}
+    assert result == {"a": [3, 5, 7], "b": [4, 6, 8]}
+    assert medians(result, 10) == {"a": 50, "b": 60}
     assert seconds(lambda: None, clock=iter([1.0, 3.5]).__next__) == 2.5
 
 

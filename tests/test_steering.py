@@ -310,9 +310,9 @@ def test_logprobs_of_a_guided_image_are_the_unguided_models(model: Chameleon) ->
     assert request.sampling.guidance_text == 3.0
     engine_and_loop(model, request)
     reply = model.generate("a pear", "image", seed=1, logprobs=0)
-    [picture] = reply.segments
-    assert isinstance(picture, Image) and picture.codes is not None and reply.logprobs is not None
-    spelled = model.processor.layout.spell(picture.codes, model.processor.vocabulary)
+    [image] = reply.segments
+    assert isinstance(image, Image) and image.codes is not None and reply.logprobs is not None
+    spelled = model.processor.layout.spell(image.codes, model.processor.vocabulary)
     expected = logprobs_by_hand(model, list(request.ids), spelled)
     assert [entry.id for entry in reply.logprobs] == spelled[1:-1], "marks are not drawn"
     assert [e.logprob for e in reply.logprobs] == pytest.approx(expected[1:-1], abs=1e-4)

@@ -72,11 +72,15 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_shards_hold_the_documents_of_the_rows(corpus: Path, model: Path, tmp_path: Path) -> None:
-    seen = []
-    made = tokenize(job(corpus, tmp_path / "out", model), progress=lambda *done: seen.append(done))
-    assert (made.rows, made.documents, made.shards, made.quarantined) == (19, 17, 5, 2)
-    assert made.forms == {"pair": 14, "messages": 1, "interleaved": 1, "text": 1}
-    assert [done for done, _ in seen] == [0, 4, 8, 12, 16, 19] and {t for _, t in seen} == {19}
+    recorded = []
+    result = tokenize(
+        job(corpus, tmp_path / "out", model), progress=lambda *done: recorded.append(done)
+    )
+    assert (result.rows, result.documents, result.shards, result.quarantined) == (19, 17, 5, 2)
+    assert result.forms == {"pair": 14, "messages": 1, "interleaved": 1, "text": 1}
+    assert [done for done, _ in recorded] == [0, 4, 8, 12, 16, 19] and {t for _, t in recorded} == {
+        19
+    }
     shards = shards_of(tmp_path / "out", model)
     [rows] = open_sources(job(corpus, tmp_path / "out", model))
     encoder = Encoder(*pieces(model), EncodingSettings())
@@ -86,7 +90,7 @@ def test_shards_hold_the_documents_of_the_rows(corpus: Path, model: Path, tmp_pa
         document = encoder.encode([read])[0] or TokenSequence()
         assert shards.document(number) == document
         total += len(document)
-    assert total == made.tokens
+    assert total == result.tokens
     filed = (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
     assert [json.loads(line)["row"] for line in filed] == [17, 18]
 
@@ -115,8 +119,8 @@ def test_processes_give_the_same_bytes_as_one(corpus: Path, model: Path, tmp_pat
 def test_what_is_there_is_kept_and_what_is_missing_is_made(
     corpus: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = job(corpus, tmp_path / "whole", model)
-    tokenize(whole)
+    full = job(corpus, tmp_path / "whole", model)
+    tokenize(full)
     part = job(corpus, tmp_path / "part", model)
     real, count = ShardMaker.make, 0
 
@@ -136,7 +140,7 @@ def test_what_is_there_is_kept_and_what_is_missing_is_made(
         shards_of(part.out, model)
     assert tokenize(part).made_now == 3
     (part.out / ".00002.npy.1.part").unlink()
-    assert files(part.out) == files(whole.out)
+    assert files(part.out) == files(full.out)
     assert tokenize(part).made_now == 0
 
 
@@ -291,8 +295,8 @@ def test_rows_of_a_second_source_keep_their_own_numbers(model: Path, tmp_path: P
     rows = [{"text": "Second 0."}, "{", {"text": "Second 2."}, {"text": "Second 3."}]
     second = jsonl(tmp_path / "second.jsonl", rows)
     settings = RowSettings(max_broken=1.0)
-    own = Job((str(first), str(second)), tmp_path / "out", model, rows_a_shard=2, rows=settings)
-    tokenize(own)
+    new_job = Job((str(first), str(second)), tmp_path / "out", model, rows_a_shard=2, rows=settings)
+    tokenize(new_job)
     shards, processor = shards_of(tmp_path / "out", model), pieces(model)[0]
     read = [processor.decode_text(shards.document(n).ids).strip() for n in range(len(shards))]
     assert read == ["First 0.", "First 1.", "First 2.", "Second 0.", "", "Second 2.", "Second 3."]

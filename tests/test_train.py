@@ -79,12 +79,14 @@ def test_fifty_steps_twice_give_the_same_losses_to_the_bit(
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not(tmp_path: Path, device: torch.device) -> None:
-    whole = RunConfig(tmp_path / "whole", device=str(device), steps=20, log_every=1, save_every=7)
-    train(language_task(device), whole, OPTIM)
-    part = replace(whole, out=tmp_path / "part", stop_after=7)
+    uninterrupted = RunConfig(
+        tmp_path / "whole", device=str(device), steps=20, log_every=1, save_every=7
+    )
+    train(language_task(device), uninterrupted, OPTIM)
+    part = replace(uninterrupted, out=tmp_path / "part", stop_after=7)
     train(language_task(device), part, OPTIM)
     train(language_task(device), replace(part, stop_after=0), OPTIM)
-    assert_same_losses(losses(part.out), losses(whole.out), device)
+    assert_same_losses(losses(part.out), losses(uninterrupted.out), device)
     assert checkpoint.steps(part.out) == [14, 20]
 
 
@@ -206,8 +208,10 @@ def test_head_loss_is_the_loss_of_the_logits(block: int, device: torch.device) -
     assert_close(fused.nats_BT[counted], plain.nats_BT[counted])
     assert not fused.nats_BT[~counted].any()
     expected = torch.autograd.grad(3 * plain.total, (x, head))
-    for ours, theirs in zip(torch.autograd.grad(3 * fused.total, (x, head)), expected, strict=True):
-        assert_close(ours, theirs)
+    for actual, reference in zip(
+        torch.autograd.grad(3 * fused.total, (x, head)), expected, strict=True
+    ):
+        assert_close(actual, reference)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch's own
@@ -247,8 +251,8 @@ def test_head_loss_has_every_derivative_of_the_loss_of_the_logits(
             assert tangent is not None
             return (tangent.detach(),)
 
-    for ours, theirs in zip(derived(fused), derived(plain), strict=True):
-        assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    for actual, expected in zip(derived(fused), derived(plain), strict=True):
+        assert_close(actual, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_head_loss_of_nothing_is_zero(device: torch.device) -> None:
@@ -356,19 +360,21 @@ def test_an_error_of_a_batch_ahead_is_raised_when_it_is_asked_for() -> None:
 def test_a_run_with_batches_ahead_goes_on_to_the_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
-    whole = RunConfig(tmp_path / "whole", device=str(device), steps=12, log_every=1, save_every=5)
-    train(language_task(device), whole, OPTIM)
+    uninterrupted = RunConfig(
+        tmp_path / "whole", device=str(device), steps=12, log_every=1, save_every=5
+    )
+    train(language_task(device), uninterrupted, OPTIM)
 
     def next_batch(task: Any, device: torch.device) -> PackedBatch:
         task._prefetcher = task._prefetcher or BatchPrefetcher(task._packer, Noted())
         return task._prefetcher.next()
 
     monkeypatch.setattr(LanguageTask, "_next_batch", next_batch)
-    part = replace(whole, out=tmp_path / "part", stop_after=5)
+    part = replace(uninterrupted, out=tmp_path / "part", stop_after=5)
     train(language_task(device), part, OPTIM)
     assert checkpoint.load_state(part.out)["next_document"] > 0
     train(language_task(device), replace(part, stop_after=0), OPTIM)
-    assert_same_losses(losses(part.out), losses(whole.out), device)
+    assert_same_losses(losses(part.out), losses(uninterrupted.out), device)
 
 
 def test_a_document_longer_than_a_row_is_refused() -> None:
@@ -396,9 +402,9 @@ def test_the_image_tokenizer_learns_and_resumes(
         )
 
         colours = torch.tensor([[1.0, -1, -1], [-1, 1, -1], [-1, -1, 1], [1, 1, -1]])
-        pictures = colours.view(4, 3, 1, 1).expand(4, 3, 16, 16).to(device)
+        images = colours.view(4, 3, 1, 1).expand(4, 3, 16, 16).to(device)
         model = VQGAN(TINY.vq_config).to(device)
-        return ImageTokenizerTask(model, config, lambda _: pictures, 40)
+        return ImageTokenizerTask(model, config, lambda _: images, 40)
 
     run = RunConfig(tmp_path / "whole", device=str(device), steps=40, log_every=1, save_every=100)
     gentle = replace(OPTIM, lr=2e-3, decay="constant")

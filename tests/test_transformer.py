@@ -211,17 +211,17 @@ def peer(config: ModelConfig, device: torch.device) -> Any:
 @pytest.mark.parametrize("variant", HF_VARIANTS)
 def test_names_and_logits_are_transformers(variant: str, device: torch.device) -> None:
     config = replace(TINY, **HF_VARIANTS[variant])
-    theirs = peer(config, device)
-    state = {k: v for k, v in theirs.state_dict().items() if not k.startswith("model.vqmodel.")}
-    ours = Transformer(config).eval().to(device)
-    ours.load_state_dict(state, strict=True)
+    reference = peer(config, device)
+    state = {k: v for k, v in reference.state_dict().items() if not k.startswith("model.vqmodel.")}
+    actual = Transformer(config).eval().to(device)
+    actual.load_state_dict(state, strict=True)
     tokens_BT = torch.randint(21, 512, (2, 40), generator=torch.Generator().manual_seed(1))
     tokens_BT = tokens_BT.to(device)
-    expected = theirs(input_ids=tokens_BT).logits
+    expected = reference(input_ids=tokens_BT).logits
     masked = torch.zeros(config.vocab_size, dtype=torch.bool, device=device)
     masked[4:14] = True
     scale = max(1.0, float(expected[..., ~masked].abs().max()))
-    gap = (ours(tokens_BT) - expected)[..., ~masked].abs()
+    gap = (actual(tokens_BT) - expected)[..., ~masked].abs()
     assert_below(gap, 1e-5 * scale)
     assert expected[..., ~masked].std() > 0.1
 
@@ -231,18 +231,18 @@ def test_rope_follows_transformers_past_the_trained_length_with_a_cache(
     variant: str, device: torch.device
 ) -> None:
     config = replace(TINY, **HF_VARIANTS[variant])
-    theirs, ours = peer(config, device), Transformer(config).eval().to(device)
-    state = {k: v for k, v in theirs.state_dict().items() if not k.startswith("model.vqmodel.")}
-    ours.load_state_dict(state)
+    expected, actual = peer(config, device), Transformer(config).eval().to(device)
+    state = {k: v for k, v in expected.state_dict().items() if not k.startswith("model.vqmodel.")}
+    actual.load_state_dict(state)
     tokens = torch.randint(21, 512, (24,), generator=torch.Generator().manual_seed(1)).to(device)
     cache, kept = KVCache(config, 1, 24, device=device), None
     slot = torch.tensor([0], device=device)
     for start, end in ((0, 6), (6, 7), (7, 20), *((n, n + 1) for n in range(20, 24))):
-        out = theirs(tokens[None, start:end], past_key_values=kept, use_cache=True)
+        out = expected(tokens[None, start:end], past_key_values=kept, use_cache=True)
         kept = out.past_key_values
         positions = torch.arange(start, end, device=device)[None]
         attends = cache.attends(slot, slot + start)
-        logits = ours(tokens[None, start:end], positions, attends)
+        logits = actual(tokens[None, start:end], positions, attends)
         assert_close(logits[0, -1, 21:], out.logits[0, -1, 21:], atol=2e-5, rtol=1e-5)
 
 
@@ -388,8 +388,8 @@ class TestDocuments:
                     out = CausalAttend(document_BT)(*heads)
                 out.square().sum().backward()
             results.append([out.detach(), *(x.grad for x in heads)])
-        for piece, whole in zip(*results, strict=True):
-            assert_close(piece, whole, atol=1e-5, rtol=1e-5)
+        for piece, full in zip(*results, strict=True):
+            assert_close(piece, full, atol=1e-5, rtol=1e-5)
 
 
 class TestKVCache:

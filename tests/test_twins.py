@@ -89,13 +89,13 @@ def test_strangers_and_hooks_stay_and_are_called() -> None:
     assert isinstance(plain, VQGAN)
     plain.encoder.mid.block_1.__class__ = Doubled
     plain.encoder.norm_out = nn.Identity()  # type: ignore[assignment]
-    seen: list[str] = []
-    plain.encoder.mid.register_forward_hook(lambda *_: seen.append("mid"))
+    recorded: list[str] = []
+    plain.encoder.mid.register_forward_hook(lambda *_: recorded.append("mid"))
     expected = plain.latents(pixels)
     fast = accelerate(plain)
     assert type(fast.encoder.mid.block_1) is Doubled
     torch.testing.assert_close(fast.latents(pixels), expected, rtol=1e-4, atol=1e-5)
-    assert seen == ["mid", "mid"]
+    assert recorded == ["mid", "mid"]
 
 
 def test_traced_and_exported_it_is_the_original() -> None:

@@ -40,13 +40,13 @@ def small_model(folder: Path) -> Path:
 
 
 def eight(folder: Path) -> Path:
-    """Eight dialogues: pictures are named, drawn, and mixed with words."""
+    """Eight dialogues: images are named, drawn, and mixed with words."""
     data, rows = EmojiData(DATA), []
     for number, row in enumerate(data.rows[:8]):
         data.image(row["id"]).save(folder / f"{number}.png")
-        picture = {"type": "image"}
-        question = [{"type": "text", "text": f"{number}: what is this? "}, picture]
-        answer = [{"type": "text", "text": f"{row['en']}, as "}, picture, picture]
+        image = {"type": "image"}
+        question = [{"type": "text", "text": f"{number}: what is this? "}, image]
+        answer = [{"type": "text", "text": f"{row['en']}, as "}, image, image]
         answer.append({"type": "text", "text": f" and {row['ko']}."})
         turns = [("user", question), ("assistant", answer[: 1 + number % 4])]
         used = [f"{(number + k) % 8}.png" for k in range(1 + min(number % 4, 2))]
@@ -118,7 +118,7 @@ def test_the_image_rows_alone_teach_a_locked_model_to_draw(locked: Path, tmp_pat
 
 
 def distance(folder: Path, prompts: list[str], true: list[PIL.Image.Image]) -> float:
-    """How far the colours of what a model draws are from those of the true pictures."""
+    """How far the colours of what a model draws are from those of the true images."""
     model = Chameleon.load(str(folder), device="cpu")
     sampling = SamplingParams(image_temperature=0)
     replies = model.generate_batch(prompts, output="image", sampling=sampling)
@@ -139,12 +139,12 @@ def test_the_examples_make_rows_that_can_be_trained_on_and_measured(tmp_path: Pa
     example("new_style").main(str(DATA), str(tmp_path))
     lines = (tmp_path / "learn.jsonl").read_text().splitlines()
     assert 0 < len(lines) <= 40 and "in cutout style." in lines[0]
-    pictures = [PIL.Image.open(tmp_path / json.loads(line)["images"][0]) for line in lines]
-    assert np.asarray(pictures[0]).reshape(-1, 3).tolist().count([20, 70, 160]) > 1000
+    images = [PIL.Image.open(tmp_path / json.loads(line)["images"][0]) for line in lines]
+    assert np.asarray(images[0]).reshape(-1, 3).tolist().count([20, 70, 160]) > 1000
     compare = example("before_and_after")
-    assert compare.measured(pictures, pictures) == (
+    assert compare.measured(images, images) == (
         f"colours differ by 0.000, 0% are others; {len(lines)} of {len(lines)} nearest to their own"
     )
-    turned = compare.measured([p.rotate(180) for p in pictures], pictures)
+    turned = compare.measured([p.rotate(180) for p in images], images)
     assert "0% are others" in turned and "differ by 0.000" not in turned
-    assert compare.sheet([pictures, pictures], 16).size == (16 * len(lines), 32)
+    assert compare.sheet([images, images], 16).size == (16 * len(lines), 32)

@@ -76,8 +76,8 @@ def by_hand(folder: Path, documents: list[TokenSequence]) -> float:
         ids = torch.tensor([document.ids])
         with torch.no_grad():
             logits = transformer(ids[:, :-1], None, [CausalAttend()] * 2)[0]
-        own = -logits.log_softmax(-1)[torch.arange(len(ids[0]) - 1), ids[0, 1:]]
-        nats += [float(x) for x, w in zip(own, document.loss_mask[1:], strict=True) if w]
+        losses = -logits.log_softmax(-1)[torch.arange(len(ids[0]) - 1), ids[0, 1:]]
+        nats += [float(x) for x, w in zip(losses, document.loss_mask[1:], strict=True) if w]
     return float(np.mean(nats))
 
 
@@ -148,9 +148,9 @@ def test_patience_counts_checks_in_a_row() -> None:
         (False, True)
     ]
     assert [done for done in range(1, 13) if watch.is_due(done, 12)] == [5, 10, 12]
-    again = Validation(dict, ValidationConfig(validation=0.1, patience=2), every=5)
-    again.load_state(json.loads(json.dumps(watch.state())))
-    assert again.ends and again.best_loss == 1 and again.best_step == 15
+    second = Validation(dict, ValidationConfig(validation=0.1, patience=2), every=5)
+    second.load_state(json.loads(json.dumps(watch.state())))
+    assert second.ends and second.best_loss == 1 and second.best_step == 15
     assert not Validation(dict, ValidationConfig(validation=0.1), 5).ends
     assert math.isinf(Validation(dict, ValidationConfig(validation=0.1), 5).best_loss)
 
@@ -184,11 +184,11 @@ def test_two_processes_measure_what_one_does(model: Path, data: Path, tmp_path: 
     same = ["rows=2", "micro_rows=1", "device=cpu", "dropout=0", "validation=0.3"]
     finetune(model, data, tmp_path / "one", *same)
     two_processes(tmp_path, [[str(model), str(data), "two", *same]])
-    found = [
+    results = [
         [r["validation_loss"] for r in read_metrics(tmp_path / name) if "validation_loss" in r]
         for name in ("one", "two")
     ]
-    assert found[0] == pytest.approx(found[1], abs=1e-5) and len(found[0]) == 2
+    assert results[0] == pytest.approx(results[1], abs=1e-5) and len(results[0]) == 2
     weights = [
         detect.load(tmp_path / name / "model").transformer.lm_head.weight for name in ("one", "two")
     ]

@@ -119,8 +119,8 @@ def test_bad_files(tmp_path: Path) -> None:
             (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
         with pytest.raises(CheckpointError, match=sentence):
             Vocabulary.from_file(tmp_path / name)
-    whole = {"model": {"vocab": names}, "added_tokens": [{"content": "new", "id": 99}]}
-    (tmp_path / "whole.json").write_text(json.dumps(whole))
+    full = {"model": {"vocab": names}, "added_tokens": [{"content": "new", "id": 99}]}
+    (tmp_path / "whole.json").write_text(json.dumps(full))
     assert Vocabulary.from_file(tmp_path / "whole.json").names == names | {"new": 99}
 
 

@@ -70,11 +70,11 @@ if INTERPRETED:
     interpreter._convert_float = converted
 
 
-def close(found: Tensor, expected: Tensor, dtype: torch.dtype | None = None) -> None:
+def close(result: Tensor, expected: Tensor, dtype: torch.dtype | None = None) -> None:
     """Within the error of a dtype, that of the values if not set."""
     limit = ERROR[dtype or expected.dtype]
-    found, expected = found.float().cpu(), expected.float().cpu()
-    worst, size = (found - expected).abs().max(), expected.abs().max().clamp_min(1e-3)
+    result, expected = result.float().cpu(), expected.float().cpu()
+    worst, size = (result - expected).abs().max(), expected.abs().max().clamp_min(1e-3)
     assert worst <= limit * size, f"{worst:.3g} of {size:.3g}"
 
 
@@ -140,8 +140,8 @@ def test_attention(case: Case) -> None:
         case.table_RW,
         case.lengths_R,
     )
-    found = KERNEL.attend(*(on(DEVICE, argument) for argument in arguments))
-    close(found, TWIN.attend(*arguments))
+    result = KERNEL.attend(*(on(DEVICE, argument) for argument in arguments))
+    close(result, TWIN.attend(*arguments))
 
 
 @needs_values
@@ -171,16 +171,16 @@ def test_norm_rotation_and_store(case: Case) -> None:
     longest = case.size * case.blocks_of_row
     angles = Angles(case.normal(longest, case.width), case.normal(longest, case.width))
     qkv = case.input(case.rows, case.heads + 2 * case.keys, case.width)
-    mine, expected = case.layer(), case.layer()
-    on_device = on(DEVICE, mine)
+    actual, expected = case.layer(), case.layer()
+    on_device = on(DEVICE, actual)
     rest = (case.lengths_R - 1, on_device, case.table_RW)
-    found = KERNEL.norm_rotate_store(
+    result = KERNEL.norm_rotate_store(
         *(on(DEVICE, argument) for argument in (qkv, norms_, angles, *rest))
     )
     queries = TWIN.norm_rotate_store(
         qkv, norms_, angles, case.lengths_R - 1, expected, case.table_RW
     )
-    close(found, queries)
+    close(result, queries)
     if not case.packed:
         close(on_device.kv_B2KTH, expected.kv_B2KTH, None if case.dtype in DTYPES else FP8)
         return
@@ -196,11 +196,11 @@ def test_fp8_keeps_its_largest_number() -> None:
     """Also in bf16, where halves between two numbers of fp8 are common."""
     kv, ones = torch.zeros(1, 1, 2, 1, 4, 8).to(FP8), torch.ones(2, 8)
     qkv = torch.tensor([1e4, -1e4, 448, 460, -1.0625, 1.1875, 1e-3, torch.nan]).expand(1, 3, 8)
-    found, expected = LayerBlocks(kv[:, 0].clone()), LayerBlocks(kv[:, 0].clone())
+    result, expected = LayerBlocks(kv[:, 0].clone()), LayerBlocks(kv[:, 0].clone())
     rest = (HeadNorms(ones, ones), Angles(ones, ones), torch.zeros(1, dtype=torch.int32))
     table = torch.zeros(1, 1, dtype=torch.int32)
     TWIN.norm_rotate_store(qkv.bfloat16(), *rest, expected, table)
-    on_device = on(DEVICE, found)
+    on_device = on(DEVICE, result)
     KERNEL.norm_rotate_store(
         *(on(DEVICE, one) for one in (qkv.bfloat16(), *rest)), on_device, table.to(DEVICE)
     )
@@ -225,8 +225,8 @@ def test_products(
     source = torch.Generator().manual_seed(seed)
     matrix = pack(torch.randn(out, inner, generator=source), bits)
     x = torch.randn(rows, inner, generator=source).to(dtype)
-    found = KERNEL.product(on(DEVICE, x), on(DEVICE, matrix))
-    close(found, TWIN.product(x, matrix))
+    result = KERNEL.product(on(DEVICE, x), on(DEVICE, matrix))
+    close(result, TWIN.product(x, matrix))
 
 
 @needs_values
@@ -247,10 +247,10 @@ def test_what_stands_between_products(seed: int, rows: int, width: int, dtype: t
         torch.randn(rows, size, generator=source).to(dtype) for size in (width, width, 4 * width)
     )
     weight = torch.randn(width, generator=source).to(dtype)
-    found = KERNEL.add_norm(on(DEVICE, x), on(DEVICE, y), on(DEVICE, weight), 1e-5)
+    result = KERNEL.add_norm(on(DEVICE, x), on(DEVICE, y), on(DEVICE, weight), 1e-5)
     total, normed = TWIN.add_norm(x, y, weight, 1e-5)
-    close(found[0], total)
-    close(found[1], normed)
+    close(result[0], total)
+    close(result[1], normed)
     close(KERNEL.gated(on(DEVICE, gate_up)), TWIN.gated(gate_up))
 
 
@@ -284,7 +284,7 @@ def test_the_static_step_of_the_engine(
         make_request(processor, 2, "image", True),
     ]
     requests[1] = replace(requests[1], layout=ImageLayout(1, 2), max_tokens=5)
-    drawn = []
+    generated = []
     monkeypatch.setattr(cache, "has_fp8", lambda _: True)
     for ways in (TWIN, KERNEL):
         monkeypatch.setattr(bursts, "operations", lambda device, ways=ways: ways)
@@ -292,8 +292,8 @@ def test_the_static_step_of_the_engine(
         handles = [engine.add(one) for one in requests]
         while engine.busy:
             engine.step()
-        drawn.append([handle.tokens for handle in handles])
-    assert drawn[0] == drawn[1] and list(map(len, drawn[0])) == [3, 4]
+        generated.append([handle.tokens for handle in handles])
+    assert generated[0] == generated[1] and list(map(len, generated[0])) == [3, 4]
 
 
 class Compiled:
@@ -314,14 +314,14 @@ class Compiled:
         for capability, limit in SHARED_BYTES.items():
             if capability < 89 and any(isinstance(v, Tensor) and v.dtype == FP8 for v in values):
                 continue
-            made = triton.compile(
+            result = triton.compile(
                 source,
                 target=triton.backends.compiler.GPUTarget("cuda", capability, 32),
                 options={"num_warps": num_warps, "num_stages": num_stages},
             )
-            shared = made.metadata.shared
+            shared = result.metadata.shared
             assert shared <= limit, f"{self.kernel.__name__}: {shared:,} bytes on sm_{capability}"
-            name, needs = self.kernel.__name__, registers(made.asm["cubin"])
+            name, needs = self.kernel.__name__, registers(result.asm["cubin"])
             types = ", ".join(sorted({NAMES[v.dtype] for v in values if isinstance(v, Tensor)}))
             self.lines.append(f"{name} ({types}) sm_{capability}: {shared:,} bytes, {needs}")
 
@@ -358,20 +358,20 @@ def registers(cubin: bytes) -> str:
         file.flush()
         command = [str(tool), "--dump-resource-usage", file.name]
         told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = dict(re.findall(r"(REG|STACK):(\d+)", told))
-    return f"{found['REG']} registers, {found['STACK']} bytes of stack"
+    result = dict(re.findall(r"(REG|STACK):(\d+)", told))
+    return f"{result['REG']} registers, {result['STACK']} bytes of stack"
 
 
 @pytest.fixture
 def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Kernels are compiled instead of launched; what they need, line by line."""
-    found: list[str] = []
+    results: list[str] = []
     for module in (attention, heads, norms, products):
         for name, kernel in list(vars(module).items()):
             # Functions that kernels call are compiled with them.
             if isinstance(kernel, triton.JITFunction) and "program_id" in kernel.src:
-                monkeypatch.setattr(module, name, Compiled(kernel, found))
-    return found
+                monkeypatch.setattr(module, name, Compiled(kernel, results))
+    return results
 
 
 @needs_compiler

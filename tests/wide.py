@@ -35,11 +35,11 @@ def wide_folder(folder: Path) -> Path:
     return folder / "model"
 
 
-def picture(colour: str) -> PIL.Image.Image:
+def make_image(colour: str) -> PIL.Image.Image:
     return PIL.Image.new("RGB", (40, 30), colour)
 
 
 def example(folder: Path) -> Any:
-    """One text with a picture, as inputs of the model."""
+    """One text with an image, as inputs of the model."""
     processor = ChameleonProcessor.from_pretrained(folder)
-    return processor(images=[picture("red")], text="What is this? <image> a red pear")
+    return processor(images=[make_image("red")], text="What is this? <image> a red pear")

@@ -47,9 +47,9 @@ def folder_of(path: Path, count: int) -> Path:
 
 def test_a_folder_a_glob_and_a_file(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "photos", 5)
-    whole = opened(tmp_path, folder)
-    assert len(whole) == 5 and whole.is_random
-    assert [same(whole.read(n, 0.0), s) for n, s in enumerate((0, 2, 4, 1, 3))] == [True] * 5
+    full = opened(tmp_path, folder)
+    assert len(full) == 5 and full.is_random
+    assert [same(full.read(n, 0.0), s) for n, s in enumerate((0, 2, 4, 1, 3))] == [True] * 5
     some = opened(tmp_path, folder / "*.png", folder / "deep" / "001.png")
     assert len(some) == 4 and same(some.read(3, 0.9), 1)
     assert some.find(3) == (folder / "deep" / "001.png", 0)
@@ -73,12 +73,12 @@ def test_rows_of_all_forms(tmp_path: Path) -> None:
     ]
     table = jsonl(tmp_path / "rows.jsonl", rows)
     archive = tar(tmp_path / "some.tar", {"a.png": png(7), "b.png": png(8), "b.txt": b"a plum"})
-    found = opened(tmp_path, table, archive, folder)
-    assert len(found) == 4 + 2 + 4
-    first = [found.read(number, 0.0) for number in range(6)]
+    result = opened(tmp_path, table, archive, folder)
+    assert len(result) == 4 + 2 + 4
+    first = [result.read(number, 0.0) for number in range(6)]
     assert [same(p, s) for p, s in zip(first, (0, 1, 0, 3, 7, 8), strict=True)] == [True] * 6
-    assert same(found.read(2, 0.6), 2)  # the second picture of that row
-    assert found.find(5) == (archive, 1)
+    assert same(result.read(2, 0.6), 2)  # the second image of that row
+    assert result.find(5) == (archive, 1)
 
 
 def test_parquet_is_read_group_by_group(tmp_path: Path) -> None:
@@ -87,9 +87,9 @@ def test_parquet_is_read_group_by_group(tmp_path: Path) -> None:
     images = [{"bytes": png(number), "path": None} for number in range(6)]
     table = pyarrow.table({"image": images, "label": list(range(6))})
     parquet.write_table(table, tmp_path / "rows.parquet", row_group_size=2)
-    found = opened(tmp_path, tmp_path / "rows.parquet")
-    assert found.groups == [2, 2, 2] and not found.is_random
-    assert all(same(found.read(number, 0.0), number) for number in range(6))
+    result = opened(tmp_path, tmp_path / "rows.parquet")
+    assert result.groups == [2, 2, 2] and not result.is_random
+    assert all(same(result.read(number, 0.0), number) for number in range(6))
 
 
 def batches(
@@ -107,37 +107,37 @@ def batches(
 
 
 def test_a_batch_follows_from_seed_and_step(tmp_path: Path) -> None:
-    found = opened(tmp_path, folder_of(tmp_path / "photos", 9))
-    (one, _), (two, _), (other, _) = (batches(tmp_path, found, seed=s) for s in (0, 0, 1))
+    result = opened(tmp_path, folder_of(tmp_path / "photos", 9))
+    (one, _), (two, _), (other, _) = (batches(tmp_path, result, seed=s) for s in (0, 0, 1))
     assert one(5).shape == (4, 3, 16, 16) and one(5).dtype == torch.float32
     assert torch.equal(one(5), two(5)) and not torch.equal(one(5), one(6))
     assert not torch.equal(one(5), other(5))
-    halves = [batches(tmp_path, found, share=(rank, 2))[0](5) for rank in range(2)]
+    halves = [batches(tmp_path, result, share=(rank, 2))[0](5) for rank in range(2)]
     assert torch.equal(torch.cat(halves), one(5))
     ahead = PrefetchedStream(one, workers=2, depth=3)
     assert all(torch.equal(ahead(step), one(step)) for step in (0, 1, 2, 7))
     ahead.close()
 
 
-def test_an_epoch_has_every_picture_once(tmp_path: Path) -> None:
-    found = opened(tmp_path, folder_of(tmp_path / "photos", 8))
-    made, _ = batches(tmp_path, found)
+def test_an_epoch_has_every_image_once(tmp_path: Path) -> None:
+    result = opened(tmp_path, folder_of(tmp_path / "photos", 8))
+    created, _ = batches(tmp_path, result)
     shown: list[int] = []
-    read = found.read
-    found.read = lambda number, which: shown.append(number) or read(number, which)  # type: ignore
+    read = result.read
+    result.read = lambda number, which: shown.append(number) or read(number, which)  # type: ignore
     for step in range(4):
-        made(step)
+        created(step)
     assert sorted(shown[:8]) == sorted(shown[8:]) == list(range(8)) and shown[:8] != shown[8:]
 
 
-def test_broken_pictures_give_way_and_are_counted(tmp_path: Path) -> None:
+def test_broken_images_give_way_and_are_counted(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "photos", 4)
     for number in range(30):
         (folder / f"broken{number}.jpg").write_bytes(b"\xff\xd8\xff no picture")
-    found = opened(tmp_path, folder)
-    made, quarantine = batches(tmp_path, found)
+    result = opened(tmp_path, folder)
+    stream, quarantine = batches(tmp_path, result)
     for step in range(20):
-        assert torch.isfinite(made(step)).all()
+        assert torch.isfinite(stream(step)).all()
     assert quarantine.broken > 30 and quarantine.good == 80
     lines = (tmp_path / "quarantine.jsonl").read_text().splitlines()
     filed = [json.loads(line) for line in lines]
@@ -145,24 +145,24 @@ def test_broken_pictures_give_way_and_are_counted(tmp_path: Path) -> None:
     assert all("broken" in entry["file"] and entry["reason"] for entry in filed)
 
 
-def test_nothing_but_broken_pictures_ends_in_a_sentence(tmp_path: Path) -> None:
+def test_nothing_but_broken_images_ends_in_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.png").write_bytes(b"no")
-    made, _ = batches(tmp_path, opened(tmp_path, tmp_path / "photos"))
+    result, _ = batches(tmp_path, opened(tmp_path, tmp_path / "photos"))
     with pytest.raises(DataError, match=r"quarantine\.jsonl"):
-        made(0)
+        result(0)
     with pytest.raises(SettingError, match="data is empty"):
         open_images([], tmp_path, RowSettings())
     with pytest.raises(DataError, match="there is no"):
         opened(tmp_path, tmp_path / "nothing")
 
 
-def test_held_out_pictures_are_trained_on_by_no_run(tmp_path: Path) -> None:
-    found = opened(tmp_path, folder_of(tmp_path / "photos", 40))
-    held, rest = hold_out(found, 64)
+def test_held_out_images_are_trained_on_by_no_run(tmp_path: Path) -> None:
+    result = opened(tmp_path, folder_of(tmp_path / "photos", 40))
+    held, rest = hold_out(result, 64)
     assert len(held) == 4 and sorted([*held, *rest]) == list(range(40))
     quarantine = Quarantine(None, 1.0)
-    squares = centre_crops(found, held, 8, quarantine)
+    squares = centre_crops(result, held, 8, quarantine)
     assert squares.shape == (4, 3, 8, 8) and squares.abs().max() <= 1
 
 
@@ -187,7 +187,7 @@ def test_crops_lie_within_and_do_not_enlarge() -> None:
             CropConfig(**wrong)
 
 
-def test_other_pictures_in_the_same_run_are_refused(tmp_path: Path) -> None:
+def test_other_images_in_the_same_run_are_refused(tmp_path: Path) -> None:
     check_same_data(tmp_path, "a", "the images are")
     check_same_data(tmp_path, "b", "the images are")  # nothing is trained yet
     (tmp_path / "step-00000001").mkdir()

@@ -36,30 +36,30 @@ def noise(seed: int, *shape: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
-def picture(seed: int, width: int, height: int) -> PIL.Image.Image:
+def make_image(seed: int, width: int, height: int) -> PIL.Image.Image:
     return PIL.Image.fromarray(noise(seed, height, width, 3))
 
 
 def pixels(processor: Any, images: Any, **settings: Any) -> torch.Tensor:
-    made = processor(images, return_tensors="pt", **settings)["pixel_values"]
-    assert isinstance(made, torch.Tensor)
-    return made
+    inputs = processor(images, return_tensors="pt", **settings)["pixel_values"]
+    assert isinstance(inputs, torch.Tensor)
+    return inputs
 
 
 class TestResampling:
     @pytest.mark.parametrize("resample", [Resampling.LANCZOS, *FILTERS])
     def test_equal_to_pillow(self, resample: Resampling) -> None:
         """Larger, smaller, one axis only, one pixel; hard edges, where sums pass 0 and 255."""
-        draw = np.random.default_rng(int(resample))
+        rng = np.random.default_rng(int(resample))
         sizes = [(64, 48, 69, 51), (48, 64, 16, 20), (9, 40, 9, 13), (1, 1, 5, 7), (33, 5, 1, 1)]
-        sizes += [tuple(row) for row in draw.integers(1, 90, (40, 4)).tolist()]
+        sizes += [tuple(row) for row in rng.integers(1, 90, (40, 4)).tolist()]
         for number, (height, width, *size) in enumerate(sizes):
             array = noise(number, height, width, 3)
             array = array if number % 2 else (array > 128).astype(np.uint8) * np.uint8(255)
             expected = np.asarray(PIL.Image.fromarray(array).resize(size[::-1], resample))
             planes = torch.from_numpy(array).permute(2, 0, 1)[None]
-            found = resized(planes, (size[0], size[1]), resample)
-            assert np.array_equal(found[0].permute(1, 2, 0).numpy(), expected), (
+            result = resized(planes, (size[0], size[1]), resample)
+            assert np.array_equal(result[0].permute(1, 2, 0).numpy(), expected), (
                 height,
                 width,
                 size,
@@ -67,9 +67,9 @@ class TestResampling:
 
     def test_a_window_is_that_part_of_the_whole(self) -> None:
         planes = torch.from_numpy(noise(0, 2, 3, 40, 50))
-        whole = resized(planes, (60, 75))
+        full = resized(planes, (60, 75))
         part = resized(planes, (60, 75), window=(range(7, 33), range(20, 75)))
-        assert torch.equal(part, whole[..., 7:33, 20:75])
+        assert torch.equal(part, full[..., 7:33, 20:75])
 
     def test_an_unknown_filter(self) -> None:
         with pytest.raises(SettingError, match="resample=99 is not a known filter"):
@@ -106,7 +106,7 @@ class TestBackEnds:
         ids=str,
     )
     def test_equal_to_the_bit(self, settings: dict[str, Any], request: Any) -> None:
-        images = [picture(n, *size) for n, size in enumerate([(64, 50), (51, 90), (64, 50)])]
+        images = [make_image(n, *size) for n, size in enumerate([(64, 50), (51, 90), (64, 50)])]
         by_pillow = ChameleonImageProcessorPil(**SMALL)(images, **settings)["pixel_values"]
         request.getfixturevalue("as_on_a_gpu")
         by_torch = ChameleonImageProcessor(**SMALL)(images, **settings)["pixel_values"]
@@ -121,7 +121,7 @@ class TestBackEnds:
         tokenizer = ImageTokenizer(VQGAN(CONFIG.vq_config), 48)
         processor = cls(**SMALL, resize_mode=mode)
         for seed, size in enumerate([(64, 48), (45, 30), (30, 45), (48, 48), (7, 5), (300, 20)]):
-            image = picture(seed, *size)
+            image = make_image(seed, *size)
             assert torch.equal(pixels(processor, image)[0], tokenizer.preprocess(image, mode))
 
     @pytest.mark.parametrize("cls", BOTH)
@@ -130,12 +130,14 @@ class TestBackEnds:
         for name, case in expected.items():
             if case["input_shape"] == [1, 3, 512, 512]:
                 with PIL.Image.open(golden / "images" / name) as image:
-                    made = cls()(image, deep="clip", return_tensors="np")["pixel_values"]
-                assert hashlib.sha256(made.tobytes()).hexdigest() == case["input_f32_sha256"], name
+                    values = cls()(image, deep="clip", return_tensors="np")["pixel_values"]
+                assert hashlib.sha256(values.tobytes()).hexdigest() == case["input_f32_sha256"], (
+                    name
+                )
 
     @pytest.mark.parametrize("cls", BOTH)
     def test_every_form_of_one_image(self, cls: Any) -> None:
-        image = picture(0, 64, 50)
+        image = make_image(0, 64, 50)
         array, processor = np.asarray(image), cls(**SMALL)
         first = array.transpose(2, 0, 1)
         wanted = pixels(processor, image)
@@ -155,7 +157,7 @@ class TestBackEnds:
 
         settings = dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), False)
         settings |= {"crop_size": {"height": crop[0], "width": crop[1]}}
-        image = picture(0, 5, 6)
+        image = make_image(0, 5, 6)
         wanted = Stock(**settings)(image)["pixel_values"][0]
         for cls in BOTH:
             assert np.array_equal(np.asarray(cls(**settings)(image)["pixel_values"][0]), wanted)
@@ -195,38 +197,40 @@ class TestBackEnds:
             assert torch.equal(pixels(cls(**SMALL), mixed, **settings), wanted)
 
     def test_images_of_one_shape_go_through_together(self, monkeypatch: Any) -> None:
-        seen = []
+        recorded = []
 
         def watched(batch: torch.Tensor, *rest: Any) -> torch.Tensor:
-            seen.append(batch.shape[0])
+            recorded.append(batch.shape[0])
             return resized(batch, *rest)
 
         monkeypatch.setattr("earlyfusion.hf.image_processing._resize_window", watched)
         pixels(ChameleonImageProcessor(**SMALL), torch.from_numpy(noise(0, 5, 3, 50, 64)))
-        assert seen == [5]
+        assert recorded == [5]
 
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
     def test_on_a_gpu(self) -> None:
         images, processor = torch.from_numpy(noise(0, 2, 3, 500, 640)), ChameleonImageProcessor()
         for settings in ({}, {"resize_mode": "fit"}, {"exact": False}):
             wanted = pixels(processor, images, **settings)
-            for made in (
+            for result in (
                 pixels(processor, images.cuda(), **settings),
                 pixels(processor, images, device="cuda", **settings),
             ):
-                assert made.is_cuda and torch.equal(made.cpu(), wanted)
+                assert result.is_cuda and torch.equal(result.cpu(), wanted)
 
     def test_the_device_is_obeyed(self) -> None:
-        made = ChameleonImageProcessor(**SMALL)(picture(0, 64, 50), device="meta")["pixel_values"]
-        assert made[0].device.type == "meta" and made[0].shape == (3, 48, 48)
+        values = ChameleonImageProcessor(**SMALL)(make_image(0, 64, 50), device="meta")[
+            "pixel_values"
+        ]
+        assert values[0].device.type == "meta" and values[0].shape == (3, 48, 48)
 
     def test_a_long_strip(self) -> None:
-        strip = picture(0, 16_000, 1)
-        made = [pixels(cls(**SMALL), strip) for cls in BOTH]
-        whole = strip.resize((48 * 16_000, 48), Resampling.LANCZOS)
-        left = (whole.width - 48) // 2
-        shown = pixels(BOTH[0](**SMALL, do_resize=False), whole.crop((left, 0, left + 48, 48)))
-        assert torch.equal(made[0], made[1]) and torch.equal(made[0], shown)
+        strip = make_image(0, 16_000, 1)
+        values = [pixels(cls(**SMALL), strip) for cls in BOTH]
+        full = strip.resize((48 * 16_000, 48), Resampling.LANCZOS)
+        left = (full.width - 48) // 2
+        shown = pixels(BOTH[0](**SMALL, do_resize=False), full.crop((left, 0, left + 48, 48)))
+        assert torch.equal(values[0], values[1]) and torch.equal(values[0], shown)
 
     @pytest.mark.parametrize("cls", BOTH)
     def test_saved_under_one_name(self, cls: Any, tmp_path: Path) -> None:
@@ -235,16 +239,16 @@ class TestBackEnds:
         assert written["image_processor_type"] == "ChameleonImageProcessor"
         assert written["resize_mode"] == "fit"
         for other in BOTH:
-            again = other.from_pretrained(tmp_path)
-            assert (again.resize_mode, again.deep) == ("fit", "clip")
+            reloaded = other.from_pretrained(tmp_path)
+            assert (reloaded.resize_mode, reloaded.deep) == ("fit", "clip")
         assert cls.valid_kwargs is ChameleonImageProcessorKwargs
 
     @pytest.mark.parametrize("cls", BOTH)
     def test_a_file_is_read_as_the_package_reads_it(self, cls: Any, tmp_path: Path) -> None:
         image = PIL.Image.fromarray(noise(0, 50, 64, 4))  # transformers' loader drops the alpha
         image.save(tmp_path / "a.png")
-        made = pixels(cls(**SMALL), str(tmp_path / "a.png"))
-        assert torch.equal(made, pixels(cls(**SMALL), image))
+        values = pixels(cls(**SMALL), str(tmp_path / "a.png"))
+        assert torch.equal(values, pixels(cls(**SMALL), image))
 
     @pytest.mark.parametrize(
         ("settings", "sentence"),
@@ -277,7 +281,7 @@ class TestBackEnds:
     def test_refused_in_a_call(self, settings: dict[str, Any], sentence: str) -> None:
         for cls in BOTH:
             with pytest.raises(SettingError, match=sentence):
-                cls(**SMALL)(picture(0, 64, 50), **settings)
+                cls(**SMALL)(make_image(0, 64, 50), **settings)
 
 
 def test_stock_s_names() -> None:
@@ -318,8 +322,8 @@ class TestMoreThanEightBits:
     def test_meta_s_cut_on_request(self, cls: Any) -> None:
         image = self.deep_forms()["I;16"]
         clipped = PIL.Image.fromarray(np.where(self.GREY > 0, 255, 0).astype(np.uint8))
-        made = pixels(cls(**SMALL, deep="clip"), image)
-        assert torch.equal(made, pixels(cls(**SMALL), clipped))
+        values = pixels(cls(**SMALL, deep="clip"), image)
+        assert torch.equal(values, pixels(cls(**SMALL), clipped))
 
     @pytest.mark.parametrize(
         ("image", "sentence"),
