@@ -85,7 +85,7 @@ def test_names_are_checked_and_sizes_come_at_the_first_rate() -> None:
     assert {t.rate for t in listed if t.name in ("small", "large")} == {config.rates[0]}
 
 
-def test_a_power_law_is_told_only_where_there_is_one() -> None:
+def test_a_power_law_is_reported_only_if_there_is_one() -> None:
     told = power_law([(n, 3.0 * n**-0.1) for n in (1e5, 1e6, 5e6)])
     assert "weights^-0.1000" in told and told.startswith("loss = 3 x")
     assert power_law([(1e5, 3.0), (1e6, 2.0), (5e6, 1.95)]).startswith("No power law")

@@ -164,7 +164,7 @@ def test_stop_strings_are_cut(model: Chameleon) -> None:
     assert reply.text == plain[: plain.find(stop)].strip() and reply.finish_reason == "stop"
 
 
-def test_drawn_images_in_a_chat_are_not_encoded_again(
+def test_generated_images_in_a_chat_are_not_encoded_again(
     model: Chameleon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reply = model.generate("Draw.", output="image", seed=0)
@@ -216,7 +216,7 @@ def test_an_image_seen_before_is_not_encoded_again(
     assert recorded == [1, 1]
 
 
-def test_a_reply_tells_its_seed(model: Chameleon) -> None:
+def test_a_reply_has_its_seed(model: Chameleon) -> None:
     unseeded = model.generate("a pear", sampling=UNGUIDED)
     second = model.generate("a pear", sampling=UNGUIDED, seed=unseeded.seed)
     assert content(second) == content(unseeded)
@@ -379,7 +379,7 @@ def test_a_batch_runs_all_at_once(model: Chameleon, monkeypatch: pytest.MonkeyPa
     assert max(together) == 3
 
 
-def test_closing_a_stream_early_gives_its_place_back(model: Chameleon) -> None:
+def test_closing_a_stream_early_frees_its_slot(model: Chameleon) -> None:
     events = model.stream("a pear", "image", seed=0)
     assert not model.engine.busy
     next(events)
@@ -429,7 +429,7 @@ BAD: list[tuple[dict[str, Any], type[EarlyFusionError]]] = [
 
 
 @pytest.mark.parametrize(("arguments", "error"), BAD)
-def test_mistakes_are_refused_before_anything_is_drawn(
+def test_mistakes_are_refused_before_generation_begins(
     model: Chameleon, arguments: dict[str, Any], error: type[EarlyFusionError]
 ) -> None:
     with pytest.raises(error) as raised:

@@ -150,14 +150,14 @@ class TestTransformersAsAPeer:
         )
 
         loaded = load(saved)
-        reference = ChameleonForConditionalGeneration.from_pretrained(saved).eval()
+        stock = ChameleonForConditionalGeneration.from_pretrained(saved).eval()
         tokens_BT = torch.arange(4, 34)[None]
         with torch.no_grad():
-            expected, actual = reference(input_ids=tokens_BT).logits, loaded.transformer(tokens_BT)
+            expected, actual = stock(input_ids=tokens_BT).logits, loaded.transformer(tokens_BT)
         expected[..., self.image_tokens(loaded)] = actual[..., self.image_tokens(loaded)]
         assert (actual - expected).abs().max() < 1e-5
         pixels = torch.rand(1, 3, 16, 16) * 2 - 1
-        codes = reference.model.vqmodel.encode(pixels).image_tokens
+        codes = stock.model.vqmodel.encode(pixels).image_tokens
         assert torch.equal(codes, loaded.vqgan.encode(pixels).flatten())
         tokenizer = AutoTokenizer.from_pretrained(saved)
         text = "What is this? 사과"
@@ -170,9 +170,9 @@ class TestTransformersAsAPeer:
     def test_we_load_what_they_save(self, saved: Path, tmp_path: Path, shard: str) -> None:
         from transformers import ChameleonForConditionalGeneration
 
-        expected = ChameleonForConditionalGeneration.from_pretrained(saved).eval()
+        stock = ChameleonForConditionalGeneration.from_pretrained(saved).eval()
         folder = tmp_path / "theirs"
-        expected.save_pretrained(folder, max_shard_size=shard)
+        stock.save_pretrained(folder, max_shard_size=shard)
         shutil.copy(saved / "tokenizer.json", folder)
         assert (folder / "model.safetensors").exists() == (shard == "5GB")
         loaded = load(folder)

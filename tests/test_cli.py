@@ -149,7 +149,7 @@ def test_json_is_one_object(run: Run, model: Path, image_path: Path) -> None:
     assert reply["text"] == "\n".join(s["text"] for s in reply["segments"] if s["type"] == "text")
 
 
-def test_drawing_twice_gives_the_same_bytes(run: Run, model: Path) -> None:
+def test_generating_twice_gives_the_same_bytes(run: Run, model: Path) -> None:
     common = ("generate", "Draw.", "--output", "image", "--seed", 0, "--model", model, "--out")
     first, second = run(*common, "a"), run(*common, "b")
     assert (first.code, second.code) == (0, 0)
@@ -175,7 +175,7 @@ def test_interleaved_json_files_are_in_order(run: Run, model: Path) -> None:
     assert {size(path) for path in reply["images"]} == {(16, 16)}
 
 
-def test_seed_is_told_so_that_a_reply_can_be_had_again(run: Run, model: Path) -> None:
+def test_the_seed_is_printed_so_that_a_reply_can_be_repeated(run: Run, model: Path) -> None:
     first = run("generate", "Say.", "--output", "text", "--json", "--model", model).json
     second = run(
         *("generate", "Say.", "--output", "text", "--json", "--model", model),
@@ -299,7 +299,7 @@ def test_chat_in_a_pipe_goes_on_after_a_mistake(chat: Chat) -> None:
     assert asked("conv") == ["One.", "Two."]
 
 
-def test_chat_tells_of_unsaved_turns(chat: Chat) -> None:
+def test_chat_warns_about_unsaved_turns(chat: Chat) -> None:
     ran = chat("One.", "/save conv", "Two.", "Three.")
     assert ran.code == 0 and ran.err.startswith("2 turns not saved: /save FOLDER")
     assert ran.err.count("\n") == 1
@@ -723,7 +723,7 @@ def test_codes_that_are_none(run: Run, model: Path, image_path: Path) -> None:
     assert_refused(run("decode", "far.safetensors", "--model", model), "63")
 
 
-def test_many_codes_are_drawn_some_at_a_time(
+def test_many_codes_are_decoded_in_batches(
     run: Run, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     codes = np.random.default_rng(0).integers(0, 64, (5, 8, 8))

@@ -103,7 +103,7 @@ MANY = pytest.mark.parametrize("count", [16, pytest.param(200, marks=pytest.mark
 
 @MANY
 @pytest.mark.parametrize("number", range(len(SCHEMAS)))
-def test_text_that_is_drawn_at_random_validates(number: int, count: int) -> None:
+def test_text_sampled_at_random_validates(number: int, count: int) -> None:
     schema = SCHEMAS[number]
     validator = jsonschema_rs.Draft202012Validator(schema, validate_formats=True)
     for text in draws(count, json_schema=schema):
@@ -112,13 +112,13 @@ def test_text_that_is_drawn_at_random_validates(number: int, count: int) -> None
 
 @MANY
 @pytest.mark.parametrize("regex", REGEXES)
-def test_text_that_is_drawn_at_random_matches(regex: str, count: int) -> None:
+def test_text_sampled_at_random_matches(regex: str, count: int) -> None:
     assert all(re.fullmatch(regex, text) for text in draws(count, regex=regex))
 
 
 @MANY
 @pytest.mark.parametrize("number", range(len(GRAMMARS)))
-def test_text_that_is_drawn_at_random_is_in_the_grammar(number: int, count: int) -> None:
+def test_text_sampled_at_random_is_in_the_grammar(number: int, count: int) -> None:
     grammar, fits = GRAMMARS[number]
     assert all(fits(text) for text in draws(count, grammar=grammar))
 

@@ -290,7 +290,7 @@ class TestWholeOrNot:
         assert f"removed {alive}, left by a run that was killed" in capsys.readouterr().err
         assert set(tmp_path.glob(".out.*")) == {stranger, other_machine}
 
-    def test_the_only_copy_of_a_model_is_no_leftover(self, tiny: Path, tmp_path: Path) -> None:
+    def test_the_only_copy_of_a_model_is_not_removed(self, tiny: Path, tmp_path: Path) -> None:
         """Killed between two renames, a save leaves the old model under a hidden name."""
         with new_folder(tmp_path / "out") as partial:
             old = partial.with_name(f"{partial.name}.old")
@@ -640,8 +640,8 @@ class TestMistakes:
             assert ids.count(token) == 1
             assert processor.decode_text(ids) == "a 사과나무."
             assert token in processor.vocabulary.text_tokens
-        expected = AutoTokenizer.from_pretrained(tmp_path / "hf")
-        assert expected("a 사과나무.", add_special_tokens=False)["input_ids"] == ids
+        stock = AutoTokenizer.from_pretrained(tmp_path / "hf")
+        assert stock("a 사과나무.", add_special_tokens=False)["input_ids"] == ids
 
     def test_ids_of_a_tokenizer_in_another_order(self, tiny: Path, tmp_path: Path) -> None:
         data = json.loads((tiny / "tokenizer.json").read_text())
@@ -768,7 +768,7 @@ class TestImageTokenizers:
         with pytest.raises(CheckpointError, match=words):
             convert(bare, tmp_path / "out", "hf", image_tokenizer=tmp_path / "other")
 
-    def test_a_model_without_one_has_none_to_give(
+    def test_a_model_without_an_image_tokenizer_has_none_to_copy(
         self, tiny: Path, bare: Path, tmp_path: Path
     ) -> None:
         with pytest.raises(CheckpointError, match="bare holds no image tokenizer"):
@@ -868,7 +868,9 @@ class TestLumina:
         with pytest.raises(CheckpointError, match="7 x 7 codes has no size token"):
             layout(7)
 
-    def test_made_whole_it_draws(self, folder: Path, tokenizer: Path, tmp_path: Path) -> None:
+    def test_with_all_parts_it_generates_images(
+        self, folder: Path, tokenizer: Path, tmp_path: Path
+    ) -> None:
         assert detect(folder) == "lumina"
         with pytest.raises(CheckpointError, match=r"tokenizer\.json is missing.*--tokenizer"):
             load(folder)

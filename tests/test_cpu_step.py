@@ -284,7 +284,7 @@ def test_a_whole_prompt_equals_the_transformer(bits: int) -> None:
 
 
 @needs_compiler
-def test_nothing_is_drawn_from_logits_that_are_not_finite() -> None:
+def test_no_token_is_sampled_from_logits_that_are_not_finite() -> None:
     shape = config(64, 4, 4, 100)
     step = Paged(shape, 1, 4).step(random_model(shape, 1), 32)
     logits = torch.randn(6, 100)
@@ -379,7 +379,7 @@ def test_a_draw_mixes_branches_then_masks_then_penalises() -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("levels", [0, 7])
-def test_draws_equal_the_samplers(levels: int) -> None:
+def test_sampled_tokens_equal_the_samplers(levels: int) -> None:
     """With `levels` the logits take only so many values, so that thresholds meet equal ones."""
     shape = config(64, 4, 4, 100)
     step = Paged(shape, 1, 4).step(random_model(shape, 1), 32)

@@ -105,7 +105,7 @@ def test_codebook_and_decoder_stay_and_the_encoder_learns(
     assert rows[0]["named"] < 1 and rows[-1]["named"] == 1 and rows[-1]["match"] > 0
 
 
-def test_only_a_share_of_the_images_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_share_of_the_images_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model, recorded = VQGAN(TINY), []
     pixels = model.pixels

@@ -227,7 +227,7 @@ def test_what_cannot_be_packed_is_refused(processor: Processor) -> None:
         CodeNoiseConfig(replace_prompts=-0.1)
 
 
-def test_the_mixture_has_its_shares_and_tells_where_colours_matter() -> None:
+def test_the_mixture_has_its_shares_and_marks_where_colours_matter() -> None:
     config = MixtureConfig(documents=200, tasks={"caption": 1.0, "colour": 5.0})
     result = load_samples(DATA, config)
     tasks = [s["task"] for s in result]

@@ -82,7 +82,7 @@ class Oracle:
         return Reply([Text("Yes.")])
 
 
-def test_naming_and_drawing_of_one_who_knows(data: EmojiData) -> None:
+def test_naming_and_generation_of_a_perfect_model(data: EmojiData) -> None:
     model = Oracle(data, Tokenizer())
     named = emoji.naming(model, data, limit=100, seed=0)
     assert set(named) == {"train", "val-pair", "val-concept"}

@@ -73,7 +73,7 @@ def losses(out: Path) -> list[float]:
     return [row["loss"] for row in read_metrics(out)]
 
 
-def test_finetuning_ends_in_a_model_that_answers_and_draws(
+def test_finetuning_ends_in_a_model_that_answers_and_generates_images(
     model: Path,
     data: Path,
     tmp_path: Path,
@@ -245,7 +245,7 @@ def test_a_run_of_a_part_refuses_what_it_did_not_begin_with(
         finetune(model, data, tmp_path / "out", "lora=3")
 
 
-def test_frozen_weights_are_told_apart_by_value_and_not_by_dtype(model: Path) -> None:
+def test_frozen_weights_are_compared_by_value_and_not_by_dtype(model: Path) -> None:
     transformer = detect.load(model).transformer.bfloat16()
     assert checkpoint.fingerprint(transformer) == ""
     transformer.requires_grad_(False)
@@ -504,7 +504,7 @@ def test_notices_go_along_and_the_card_says_what_it_was_tuned_on(
     assert second.count("# A fine-tuned model") == 2 and second.count("license:") == 1
 
 
-def test_a_run_without_a_terminal_tells_first_and_last_step_and_a_long_warm_up(
+def test_a_run_without_a_terminal_prints_first_and_last_step_and_a_long_warm_up(
     model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     finetune(model, data, tmp_path / "out", "warmup_steps=50")

@@ -168,7 +168,9 @@ def test_a_part_that_hangs_is_stopped_with_what_it_started(tmp_path: Path) -> No
     assert not child.exists() or child.read_text().split()[2] == "Z"
 
 
-def test_where_a_part_hung_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_place_where_a_part_hung_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(parts, "_DUMP_BEFORE", 0.5)
     (tmp_path / "log").touch()
     (result,) = run_parts(

@@ -113,7 +113,7 @@ def test_rows_of_a_batch_walk_as_they_would_alone(grammar: Grammar) -> None:
     assert grammar.done(state).all()
 
 
-def test_further_stops_may_be_drawn_and_end_the_reply(device: torch.device) -> None:
+def test_further_stops_may_be_sampled_and_end_the_reply(device: torch.device) -> None:
     turn = VOCABULARY.end_of_turn
     grammar = Grammar(VOCABULARY, LAYOUT, stops=[turn], device=device)
     state = grammar.start(["text"], [0], [9])

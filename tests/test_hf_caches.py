@@ -320,7 +320,7 @@ def waits(model: Any, tokens: int, **how: Any) -> int:
 
 
 @pytest.mark.parametrize("sample", [False, True])
-def test_generating_waits_as_seldom_as_the_stock_class(pair: Pair, sample: bool) -> None:
+def test_generation_synchronizes_as_rarely_as_the_stock_class(pair: Pair, sample: bool) -> None:
     """Per token: what the prompt costs is left out by a difference."""
     stock, ours = (
         waits(model, 9, do_sample=sample) - waits(model, 1, do_sample=sample)

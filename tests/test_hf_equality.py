@@ -171,7 +171,7 @@ def test_each_loads_what_the_other_saved(pair: Pair, tmp_path: Path, device: tor
     assert_below(gap[..., TEXT.to(device)].abs(), 1e-5)
 
 
-def test_a_config_says_the_same_in_both(pair: Pair, tmp_path: Path) -> None:
+def test_a_config_is_the_same_in_both(pair: Pair, tmp_path: Path) -> None:
     pair.own.config.save_pretrained(tmp_path)
     actual = transformers.ChameleonConfig.from_pretrained(tmp_path).to_dict()
     expected = transformers.ChameleonConfig.from_pretrained(pair.folder).to_dict()

@@ -215,7 +215,7 @@ class TestModes:
         guided = waits(model, IMAGE_TOKENS, **how, guidance_text=3.0)
         assert guided == plain < 2 * IMAGE_TOKENS
 
-    def test_default_draws_no_image_tokens(
+    def test_default_generates_no_image_tokens(
         self, model: Any, own: Processor, processor: Any
     ) -> None:
         inputs = processor(text="Draw a pear.").to(model.device)

@@ -338,7 +338,7 @@ class TestMoreThanEightBits:
             (np.zeros((5, 7, 9), np.uint8), "5x7x9 is not one image"),
         ],
     )
-    def test_what_cannot_be_told(self, image: Any, sentence: str) -> None:
+    def test_images_of_an_unclear_layout_are_refused(self, image: Any, sentence: str) -> None:
         for cls in BOTH:
             with pytest.raises(ImageError, match=sentence):
                 cls(**SMALL)(image)

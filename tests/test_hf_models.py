@@ -473,7 +473,7 @@ class TestTraining:
         assert all(p.grad is None and not p.requires_grad for p in plain.model.vqmodel.parameters())
         plain.zero_grad()
 
-    def test_losses_of_text_are_stocks_whatever_stands_beside(
+    def test_losses_of_text_equal_stock_with_images_in_the_batch(
         self, plain: Any, stock: Any, device: torch.device
     ) -> None:
         """Prompts with images, text to learn: the row's loss and gradient, alone and mixed."""
@@ -626,7 +626,7 @@ class TestConfig:
             ("rope_parameters", {"rope_type": "dynamic", "factor": None}),
         ],
     )
-    def test_a_config_may_say_what_no_model_can_be(self, name: str, value: Any) -> None:
+    def test_a_config_may_hold_values_that_no_model_can_have(self, name: str, value: Any) -> None:
         config = ChameleonConfig(**(BASE | {name: value}))
         told = {"num_attention_heads": "hidden_size=32 gives heads of odd width 1"}
         told["rope_parameters"] = "'dynamic' needs factor"
@@ -637,14 +637,14 @@ class TestConfig:
     @pytest.mark.parametrize(
         ("name", "value"), [("hidden_size", "32"), ("hidden_act", torch.nn.functional.gelu)]
     )
-    def test_wrong_kinds_are_told_as_in_stock(self, name: str, value: Any) -> None:
+    def test_wrong_types_raise_as_in_stock(self, name: str, value: Any) -> None:
         """Each message names the field and shows the value: "'32'" and not the default "32"."""
         for result in (transformers.ChameleonConfig, ChameleonConfig):
             with pytest.raises(Exception, match=name) as error:
                 result(**(BASE | {name: value}))
             assert repr(value) in str(error.value)
 
-    def test_a_vq_config_may_say_what_no_model_can_be(self) -> None:
+    def test_a_vq_config_may_hold_values_that_no_model_can_have(self) -> None:
         config = ChameleonVQVAEConfig(**(VQ | {"base_channels": 33}))
         with pytest.raises(SettingError, match="base_channels=33"):
             ChameleonVQVAE(config)

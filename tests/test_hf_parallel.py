@@ -32,7 +32,7 @@ from earlyfusion.hf import ChameleonForConditionalGeneration
 torch.set_num_threads(1)
 folder, target = sys.argv[1:]
 split = ChameleonForConditionalGeneration.from_pretrained(folder, tp_plan="auto").eval()
-whole = ChameleonForConditionalGeneration.from_pretrained(folder).eval()
+full = ChameleonForConditionalGeneration.from_pretrained(folder).eval()
 
 def local(tensor):
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
@@ -40,31 +40,33 @@ def local(tensor):
 def is_near(one, two):
     torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
 
-half = whole.model.shape.num_attention_heads // 2
+half = full.model.shape.num_attention_heads // 2
 norm = split.model.layers[0].self_attn.q_norm
 assert local(norm.weight).shape[0] == local(norm.bias).shape[0] == half
-mine = slice(half * distributed.get_rank(), half * (distributed.get_rank() + 1))
-assert torch.equal(local(norm.bias), whole.model.layers[0].self_attn.q_norm.bias[mine])
+rows = slice(half * distributed.get_rank(), half * (distributed.get_rank() + 1))
+assert torch.equal(local(norm.bias), full.model.layers[0].self_attn.q_norm.bias[rows])
 
 image = [91, *[90] * 64, 92]
-ids = torch.tensor([[0, 50, *image, 60, 61], [0, 51, *picture, 62, 63]])
+ids = torch.tensor([[0, 50, *image, 60, 61], [0, 51, *image, 62, 63]])
 pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 labels = torch.where(ids == 90, -100, ids)
-losses = [model(ids, pixels, labels=labels) for model in (split, whole)]
+losses = [model(ids, pixels, labels=labels) for model in (split, full)]
 is_near(losses[0].logits, losses[1].logits)
 for loss in losses:
     loss.loss.backward()
-theirs = whole.model.layers[0].self_attn.q_norm.weight.grad
-is_near(local(split.model.layers[0].self_attn.q_norm.weight.grad), theirs[mine])
+expected = full.model.layers[0].self_attn.q_norm.weight.grad
+is_near(local(split.model.layers[0].self_attn.q_norm.weight.grad), expected[rows])
 
 for how in ({"do_sample": False}, {"num_beams": 2, "do_sample": False}):
-    drawn = [m.generate(ids, pixel_values=pixels, max_new_tokens=6, **how) for m in (split, whole)]
-    assert torch.equal(*drawn)
+    generated = [
+        m.generate(ids, pixel_values=pixels, max_new_tokens=6, **how) for m in (split, full)
+    ]
+    assert torch.equal(*generated)
 
 split.save_pretrained(target)
 distributed.barrier()
-again = ChameleonForConditionalGeneration.from_pretrained(target).state_dict()
-assert all(torch.equal(value, again[name]) for name, value in whole.state_dict().items())
+reloaded = ChameleonForConditionalGeneration.from_pretrained(target).state_dict()
+assert all(torch.equal(value, reloaded[name]) for name, value in full.state_dict().items())
 distributed.destroy_process_group()
 print("fine")
 """

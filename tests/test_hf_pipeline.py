@@ -87,7 +87,7 @@ def test_after_register_the_task_finds_it(pipe: Any) -> None:
 
 @pytest.mark.usefixtures("routed")
 @pytest.mark.skipif(transformers.utils.is_torchvision_available(), reason="torchvision is there")
-def test_other_models_are_asked_for_torchvision_as_before(pipe: Any) -> None:
+def test_other_models_still_require_torchvision(pipe: Any) -> None:
     config = transformers.ChameleonConfig(**pipe.model.config.to_dict())
     stock = transformers.ChameleonForConditionalGeneration(config)
     with pytest.raises(ImportError, match=r"(?i)torchvision"):

@@ -123,7 +123,9 @@ class TestDense:
         gap = (logits(load(folder, method, device), inputs) - expected).norm() / expected.norm()
         assert 0 < gap < METHODS[method][1]
 
-    def test_it_draws(self, folder: Path, method: str, inputs: Any, device: torch.device) -> None:
+    def test_it_generates_images(
+        self, folder: Path, method: str, inputs: Any, device: torch.device
+    ) -> None:
         model = load(folder, method, device, dtype=torch.bfloat16)
         ids = model.generate(
             **inputs, do_sample=False, multimodal_generation_mode="image-only", guidance_text=2.0

@@ -130,7 +130,7 @@ def test_decoded_pixels_equal_metas(
 
 
 @pytest.mark.parametrize("i", [0, 3])
-def test_drawn_images_equal_metas(drawn: tuple[list[PIL.Image.Image], Tensor], i: int) -> None:
+def test_decoded_images_equal_metas(drawn: tuple[list[PIL.Image.Image], Tensor], i: int) -> None:
     make_image = drawn[0][i]
     with PIL.Image.open(GOLDEN / f"expected/vq_decoded_{i}.png") as file:
         away = np.abs(np.asarray(make_image, dtype=int) - np.asarray(file, dtype=int))
@@ -220,7 +220,7 @@ def mini(device: torch.device) -> ImageTokenizer:
     return ImageTokenizer(vqgan, vqgan.config.resolution)
 
 
-def test_drawing_in_bf16_changes_little(mini: ImageTokenizer) -> None:
+def test_decoding_in_bf16_changes_little(mini: ImageTokenizer) -> None:
     codes = mini.encode(sorted((GOLDEN / "images").glob("*.png"))[:8])
     images = ImageTokenizer(mini.vqgan, mini.resolution, precision="bf16").decode(codes)
     for one, exact in zip(images, mini.decode(codes), strict=True):
@@ -348,7 +348,7 @@ def test_a_compiled_one_follows_its_network_and_can_be_copied(graphs: list[Any])
     assert share_of_equal(tokenizer.encode(make_image(32, 32)), expected) > 0.97
 
 
-def test_codes_of_another_device_are_drawn(small: ImageTokenizer) -> None:
+def test_codes_of_another_device_are_decoded(small: ImageTokenizer) -> None:
     there = copy.deepcopy(small.vqgan).to("meta")
     assert isinstance(there, VQGAN)
     assert there.decode(torch.zeros(1, 2, 2, dtype=torch.int64)).shape == (1, 3, 8, 8)

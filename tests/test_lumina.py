@@ -73,7 +73,7 @@ def test_odd_sides_have_no_size_token(size: tuple[int, int]) -> None:
         lumina.layout(*size)
 
 
-def test_images_without_a_size_are_told(processor: Processor) -> None:
+def test_images_without_a_size_are_reported(processor: Processor) -> None:
     vocabulary = processor.vocabulary
     begin, code = vocabulary.begin_image, int(vocabulary.image_tokens[0])
     for tokens in ([begin, code, code], [begin], [begin, vocabulary.id_of("<reserved08799>"), 9]):
@@ -96,13 +96,13 @@ def test_sizes(grid: int) -> None:
             assert (height, width) in sizes
 
 
-def test_the_words_for_drawing() -> None:
+def test_the_prompt_for_an_image() -> None:
     words = lumina.instruction("A pear.", 512, 768)
     assert words == "Generate an image of 768x512 according to the following prompt:\nA pear."
 
 
 @pytest.mark.parametrize("size", [(4, 8), (8, 4), (2, 8), (6, 6)])
-def test_an_image_of_another_size_is_drawn(
+def test_an_image_of_another_size_is_generated(
     processor: Processor, transformer: Transformer, size: tuple[int, int]
 ) -> None:
     wide = Processor(processor.tokenizer_file, lumina.layout(*size))
@@ -177,7 +177,7 @@ def test_images_of_several_sizes_in_one_chat(model: Chameleon) -> None:
 
 
 @pytest.mark.parametrize("size", [(14, 16), (16, 17), (64, 64), (16,), 16, "16x16"])
-def test_a_size_that_cannot_be_drawn_names_the_possible_ones(model: Chameleon, size: Any) -> None:
+def test_an_impossible_size_names_the_possible_ones(model: Chameleon, size: Any) -> None:
     with pytest.raises(SettingError) as error:
         model.generate("a pear", "image", size=size)
     sentence = str(error.value)

@@ -82,7 +82,7 @@ def test_names_the_bundled_image_in_both_languages(run: Run) -> None:
     assert "딸기" in run("generate", "이게 뭐야?", *common)
 
 
-def test_drawing_twice_gives_the_same_bytes(run: Run) -> None:
+def test_generating_twice_gives_the_same_bytes(run: Run) -> None:
     for folder in ("a", "b"):
         run("generate", "Draw a red apple.", "--output", "image", "--out", folder, "--seed", 0)
     generated = Path("a/image-1.png").read_bytes()

@@ -243,7 +243,7 @@ def test_asks_about_a_dropped_image(visit: Callable[..., Visitor]) -> None:
 
 
 @pytest.mark.browser
-def test_draws_row_by_row(
+def test_an_image_appears_row_by_row(
     visit: Callable[..., Visitor], server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slowed(server, monkeypatch, 0.02)

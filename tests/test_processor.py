@@ -97,7 +97,7 @@ def test_text_cannot_forge_control_or_image_tokens(forgery: str) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.one_of(st.text(), st.sampled_from([*FORGERIES, "한글", "🦎", "e\u0301"]))))
-def test_any_text_comes_back_whole_and_in_whole_characters(pieces: list[str]) -> None:
+def test_any_text_round_trips_in_whole_characters(pieces: list[str]) -> None:
     text = "".join(pieces)
     ids = SMALL.encode_text(text)
     assert set(ids) <= set(SMALL.vocabulary.text_tokens.tolist())

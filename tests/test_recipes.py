@@ -53,7 +53,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_the_recipes_end_in_a_model_that_reads_and_draws(runs: Path) -> None:
+def test_the_recipes_end_in_a_model_that_reads_and_generates_images(runs: Path) -> None:
     model = Chameleon.load(str(runs / "last" / "model"))
     data = EmojiData(DATA)
     image = Image.of(data.image(data.rows[0]["id"]))

@@ -47,7 +47,7 @@ from earlyfusion.train.watch import Watch, WatchConfig
 
 
 @pytest.mark.parametrize("how", ["none", "full"])
-def test_one_process_computes_again_and_compiles_as_it_is_told(
+def test_one_process_recomputes_and_compiles_if_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, device: torch.device
 ) -> None:
     compiled: list[Any] = []
@@ -145,9 +145,7 @@ def test_several_bad_steps_send_the_run_back_past_their_documents(
     assert all(torch.isfinite(w).all() for w in weights(task))
 
 
-def test_a_run_that_cannot_be_helped_ends_with_a_sentence(
-    tmp_path: Path, device: torch.device
-) -> None:
+def test_a_diverged_run_ends_with_a_sentence(tmp_path: Path, device: torch.device) -> None:
     task = Spoiled(lambda step, _: math.nan if step >= 4 else 1.0)
     watch = WatchConfig(max_roll_backs=2)
     run = RunConfig(tmp_path, 20, device=str(device), save_every=4, watch=watch)
@@ -159,7 +157,7 @@ def test_a_run_that_cannot_be_helped_ends_with_a_sentence(
             WatchConfig(**wrong)
 
 
-def test_growth_of_the_output_is_told(tmp_path: Path) -> None:
+def test_growth_of_the_output_is_reported(tmp_path: Path) -> None:
     watch = Watch(WatchConfig(growth=2.0))
     said = [watch.signs({"output_norm": 1.0 + step / 10}) for step in range(40)]
     told = [step for step, sentences in enumerate(said) if sentences]
@@ -245,7 +243,7 @@ def test_a_checkpoint_written_beside_the_run_is_that_of_its_step(
         assert_same(beside[name].to(device), tensor)
 
 
-def test_a_run_ends_with_its_curves_and_tells_its_speed(
+def test_a_run_ends_with_its_curves_and_prints_its_speed(
     tmp_path: Path, device: torch.device
 ) -> None:
     task = Spoiled(lambda *_: 1.0)
@@ -503,7 +501,7 @@ def test_settings_of_a_run_are_obeyed(tmp_path: Path, device: torch.device) -> N
     assert calls_of_a_run(tmp_path / "bf16", device, precision="bf16")[2] == [True]
 
 
-def test_what_a_run_draws_at_random_follows_its_seed(tmp_path: Path, device: torch.device) -> None:
+def test_random_numbers_of_a_run_follow_its_seed(tmp_path: Path, device: torch.device) -> None:
     """The weights begin alike; dropout alone tells one seed from another."""
     for name, seed in (("one", 1), ("again", 1), ("other", 2)):
         run = RunConfig(tmp_path / name, 3, device=str(device), log_every=1, seed=seed)

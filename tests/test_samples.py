@@ -97,9 +97,7 @@ def test_losses_are_equal_to_the_bit_with_and_without_samples(
     assert begun != (sampled.out / "samples" / "step-00000006.png").read_bytes()
 
 
-def test_the_images_are_those_that_the_reference_draws(
-    tmp_path: Path, processor: Processor
-) -> None:
+def test_the_images_are_those_of_the_reference_loop(tmp_path: Path, processor: Processor) -> None:
     transformer = tiny_transformer(processor)
     shows(processor, transformer)(7, tmp_path)
     tokenizer = ImageTokenizer(tiny_vqgan(), CONFIG.vq_config.resolution)

@@ -123,7 +123,7 @@ def test_dialogues_take_composed_wordings_and_any_image(data: EmojiData) -> None
 # ---- scenes
 
 
-def test_a_scene_is_told_by_its_id_and_made_of_its_images(data: EmojiData) -> None:
+def test_a_scene_has_its_id_and_consists_of_its_images(data: EmojiData) -> None:
     scene = Scene(2, 2, ("noto/1f34c", "noto/1f34c", "", "noto/1f415"))
     assert Scene.of(scene.id) == scene
     assert scene.counts() == {"noto/1f34c": 2, "noto/1f415": 1}
@@ -198,7 +198,7 @@ def test_scenes_are_asked_about_truly(data: EmojiData) -> None:
     ]
 
 
-def test_drawn_scenes_have_their_things_in_order(data: EmojiData) -> None:
+def test_generated_scenes_have_their_things_in_order(data: EmojiData) -> None:
     result = scenes.scenes(data, 100)
     created = list(scenes.scene_samples(data, result, 300, 0, 0.4, 0.5))
     assert len(created) == 300

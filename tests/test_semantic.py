@@ -109,7 +109,7 @@ def test_a_head_and_its_weight_go_together() -> None:
         VQLossConfig(perturb=2)
 
 
-def test_perturbed_codes_are_near_ones_and_only_the_drawing_sees_them(
+def test_perturbed_codes_are_near_ones_and_only_the_decoder_sees_them(
     device: torch.device,
 ) -> None:
     torch.manual_seed(0)

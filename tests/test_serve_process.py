@@ -117,7 +117,7 @@ def test_images_are_read_in_the_servers_process(server: Running) -> None:
     assert text_of(reply) == with_codes.text
 
 
-def test_mistakes_are_told_before_a_stream_begins(server: Running) -> None:
+def test_mistakes_are_reported_before_a_stream_begins(server: Running) -> None:
     reply = server.chat("a " * 3000, stream=True)
     assert reply.status_code == 400
     inside = {"allowed_words": ["a"], "bad_words": ["a"], "modalities": ["text"]}
@@ -195,7 +195,7 @@ def test_an_engine_that_was_started_again_is_healthy_at_once(
     assert server.get("/health").status_code == 200
 
 
-def test_files_that_are_broken_or_of_another_model_are_told(
+def test_broken_files_and_files_of_another_model_are_reported(
     server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     driver, remote = server.service.driver, remote_of(server)

@@ -91,7 +91,7 @@ def test_rows_of_columns(tmp_path: Path, suffix: str, mark: str) -> None:
     assert opened_rows(path, tmp_path / "cache") == result  # from the index
 
 
-def test_columns_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
+def test_ambiguous_columns_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     for data in (b'text\n"never closed\n', "text\n사과\n".encode("cp949")):
         path.write_bytes(data)
@@ -210,7 +210,7 @@ FORMS: dict[str, tuple[dict[str, Any], list[tuple[str, list[Any]]]]] = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_each_form_is_told_by_its_keys_and_read(form: str) -> None:
+def test_each_format_is_detected_by_its_keys_and_read(form: str) -> None:
     row, turns = FORMS[form]
     assert form_of(row) == form
     assert said(row) == turns
@@ -511,7 +511,7 @@ def documents(
     ("settings", "way"),
     [({}, "crop"), ({"resize_mode": "fit"}, "fit"), ({"prompt_images": "fit"}, "fit")],
 )
-def test_images_of_prompts_are_cut_as_told_and_those_of_answers_cropped(
+def test_images_of_prompts_are_resized_as_set_and_those_of_answers_cropped(
     tmp_path: Path, processor: Processor, settings: dict[str, str], way: str
 ) -> None:
     (tmp_path / "a.png").write_bytes(png(3, (40, 16)))

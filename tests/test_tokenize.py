@@ -204,7 +204,9 @@ def test_a_decoder_of_its_own_does_not_matter_to_the_fingerprint(model: Path) ->
     assert fingerprints(processor, tokenizer) != before
 
 
-def test_a_damaged_shard_is_told_by_its_checksum(corpus: Path, model: Path, tmp_path: Path) -> None:
+def test_a_damaged_shard_is_detected_by_its_checksum(
+    corpus: Path, model: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     tokenize(job(corpus, out, model))
     data = bytearray((out / "00001.npy").read_bytes())
@@ -216,7 +218,7 @@ def test_a_damaged_shard_is_told_by_its_checksum(corpus: Path, model: Path, tmp_
         shards.document(5)
 
 
-def test_too_many_broken_rows_end_it_and_a_worker_that_dies_is_told(
+def test_too_many_broken_rows_end_it_and_a_dead_worker_is_reported(
     corpus: Path, model: Path, tmp_path: Path
 ) -> None:
     rows = [{"text": "x"}] * 60 + [{"y": 1}] * 60

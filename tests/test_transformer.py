@@ -213,15 +213,15 @@ def test_names_and_logits_are_transformers(variant: str, device: torch.device) -
     config = replace(TINY, **HF_VARIANTS[variant])
     reference = peer(config, device)
     state = {k: v for k, v in reference.state_dict().items() if not k.startswith("model.vqmodel.")}
-    actual = Transformer(config).eval().to(device)
-    actual.load_state_dict(state, strict=True)
+    model = Transformer(config).eval().to(device)
+    model.load_state_dict(state, strict=True)
     tokens_BT = torch.randint(21, 512, (2, 40), generator=torch.Generator().manual_seed(1))
     tokens_BT = tokens_BT.to(device)
     expected = reference(input_ids=tokens_BT).logits
     masked = torch.zeros(config.vocab_size, dtype=torch.bool, device=device)
     masked[4:14] = True
     scale = max(1.0, float(expected[..., ~masked].abs().max()))
-    gap = (actual(tokens_BT) - expected)[..., ~masked].abs()
+    gap = (model(tokens_BT) - expected)[..., ~masked].abs()
     assert_below(gap, 1e-5 * scale)
     assert expected[..., ~masked].std() > 0.1
 
@@ -231,18 +231,18 @@ def test_rope_follows_transformers_past_the_trained_length_with_a_cache(
     variant: str, device: torch.device
 ) -> None:
     config = replace(TINY, **HF_VARIANTS[variant])
-    expected, actual = peer(config, device), Transformer(config).eval().to(device)
-    state = {k: v for k, v in expected.state_dict().items() if not k.startswith("model.vqmodel.")}
-    actual.load_state_dict(state)
+    reference, model = peer(config, device), Transformer(config).eval().to(device)
+    state = {k: v for k, v in reference.state_dict().items() if not k.startswith("model.vqmodel.")}
+    model.load_state_dict(state)
     tokens = torch.randint(21, 512, (24,), generator=torch.Generator().manual_seed(1)).to(device)
     cache, kept = KVCache(config, 1, 24, device=device), None
     slot = torch.tensor([0], device=device)
     for start, end in ((0, 6), (6, 7), (7, 20), *((n, n + 1) for n in range(20, 24))):
-        out = expected(tokens[None, start:end], past_key_values=kept, use_cache=True)
+        out = reference(tokens[None, start:end], past_key_values=kept, use_cache=True)
         kept = out.past_key_values
         positions = torch.arange(start, end, device=device)[None]
         attends = cache.attends(slot, slot + start)
-        logits = actual(tokens[None, start:end], positions, attends)
+        logits = model(tokens[None, start:end], positions, attends)
         assert_close(logits[0, -1, 21:], out.logits[0, -1, 21:], atol=2e-5, rtol=1e-5)
 
 

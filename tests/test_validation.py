@@ -171,7 +171,7 @@ def test_what_is_impossible_is_refused(changes: list[str], words: str) -> None:
         override(recipe, changes)
 
 
-def test_held_out_rows_that_cannot_be_used_are_told(
+def test_held_out_rows_that_cannot_be_used_are_reported(
     model: Path, data: Path, tmp_path: Path
 ) -> None:
     broken = jsonl(tmp_path / "broken.jsonl", ["{", "{"])
