@@ -12,6 +12,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 from earlyfusion.errors import CheckpointError, SettingError
 from earlyfusion.files import read_json_object
 
+_MAX_LAYERS = 1000
+
 
 @dataclass(frozen=True)
 class VQConfig:
@@ -120,6 +122,13 @@ class ModelConfig:
             "num_attention_heads",
             "max_position_embeddings",
             "rope_theta",
+        )
+        # Each layer takes memory before its weights are looked for.
+        _require(
+            self.num_hidden_layers <= _MAX_LAYERS,
+            "num_hidden_layers",
+            self.num_hidden_layers,
+            f"must be at most {_MAX_LAYERS:,}",
         )
         _require(
             self.hidden_size % heads == 0,

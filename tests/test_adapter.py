@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -166,3 +167,18 @@ def test_an_adapter_of_another_model_changes_nothing(
     with pytest.raises(SettingError, match="several processes"):
         Chameleon.load(model, tensor_parallel=2, adapter=folder)
     assert math.isfinite(float(transformer(TOKENS).detach().sum()))
+
+
+def test_a_run_of_an_adapter_says_where_it_is(tuned: Path, tmp_path: Path) -> None:
+    run_folder = tmp_path / "run"
+    shutil.copytree(tuned / "adapter", run_folder / "adapter")
+    (run_folder / "step-00000001").mkdir()
+    (run_folder / "step-00000001" / "state.json").touch()
+    inside = str(run_folder / "adapter")
+    with pytest.raises(CheckpointError, match="run holds an adapter and not a whole") as error:
+        Chameleon.load(run_folder)
+    assert f"adapter={inside!r}" in str(error.value)
+    with pytest.raises(CheckpointError, match=f"missing in .*run: give {inside}"):
+        Chameleon.load("mini", adapter=run_folder)
+    with pytest.raises(CheckpointError, match=r"missing in .*nowhere: give the folder of"):
+        Chameleon.load("mini", adapter=tmp_path / "nowhere")

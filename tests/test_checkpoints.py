@@ -718,3 +718,14 @@ def test_the_page_s_blocks_run(capsys: pytest.CaptureFixture[str]) -> None:
     for block in blocks:
         exec(compile(block, "docs/checkpoints.md", "exec"), {})
     assert "Generate an image of 768x512" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_entries_of_another_type_are_one_sentence(tmp_path: Path, name: str) -> None:
+    folder = Chameleon.load("mini").save(tmp_path / "model")
+    settings = json.loads((folder / name).read_text())
+    settings |= {"chameleon": 5, "architectures": 5, "num_hidden_layers": 10**9}
+    (folder / name).write_text(json.dumps(settings))
+    words = "num_hidden_layers" if name == "config.json" else "chameleon=5 in generation_config"
+    with pytest.raises(SettingError, match=words):
+        Chameleon.load(folder).generate("Name a fruit.", "text")

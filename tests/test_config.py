@@ -136,3 +136,8 @@ def test_a_missing_or_broken_file_is_one_sentence(tmp_path: Path) -> None:
     for path in (broken, tmp_path / "none.json"):
         with pytest.raises(CheckpointError, match="missing or not JSON"):
             ModelConfig.from_file(path)
+
+
+def test_a_number_of_layers_that_no_memory_holds_is_refused() -> None:
+    with pytest.raises(SettingError, match="num_hidden_layers=1000000000 must be at most 1,000"):
+        ModelConfig(num_hidden_layers=10**9).check()

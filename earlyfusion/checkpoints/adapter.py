@@ -88,6 +88,10 @@ def save_adapter(folder: Path, layers: Mapping[str, LowRank], base: str) -> None
 
 def read_adapter(folder: Path) -> dict[str, LowRank]:
     """The adapters of a folder by layer name. Raises `CheckpointError`."""
+    if not (folder / CONFIG).is_file():
+        inside = folder / "adapter"  # of a training run
+        which = inside if (inside / CONFIG).is_file() else "the folder of an adapter"
+        raise CheckpointError(f"{CONFIG} is missing in {folder}: give {which}")
     config = read_json(folder / CONFIG)
     _check_plain_lora(folder, config)
     pairs: dict[str, dict[str, Tensor]] = {}

@@ -89,12 +89,15 @@ def _check_quantiser(folder: Path, config: Mapping[str, Any]) -> None:
 
 def _not_a_model(folder: Path) -> str:
     """What a folder is instead of a model, and which folder to give."""
-    if (folder / "adapter_config.json").is_file():
-        name = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    # A training run with merge=false leaves an adapter in adapter/ and no model.
+    for adapter in (folder, folder / "adapter"):
+        if not (adapter / "adapter_config.json").is_file() or (folder / "model").is_dir():
+            continue
+        name = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
         base = f"its base model {name}" if name else "its base model"
         return (
             f"{folder} holds an adapter and not a whole model: load {base} with "
-            f"adapter={str(folder)!r}, or merge the two with PEFT's merge_and_unload and save them"
+            f"adapter={str(adapter)!r}, or merge the two with PEFT's merge_and_unload and save them"
         )
     snapshots = sorted(folder.glob("snapshots/*/"), key=lambda path: path.stat().st_mtime)
     if snapshots:

@@ -31,10 +31,8 @@ _MAX_RATIO = 4
 
 def is_lumina(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is Lumina-mGPT's own, or that of a folder converted from it."""
-    classes = config.get("architectures") or ()
-    return config.get(CONFIG_KEY) == FAMILY or any(
-        "ChameleonXLLMX" in str(name) for name in classes
-    )
+    classes = str(config.get("architectures"))
+    return config.get(CONFIG_KEY) == FAMILY or "ChameleonXLLMX" in classes
 
 
 def is_layout_token(name: str) -> bool:

@@ -289,6 +289,11 @@ def _flatten_groups(defaults: Mapping[str, Any]) -> dict[str, Any]:
     # A generation_config.json without our part holds transformers' settings, which do not describe
     # Chameleon's sampling.
     source = defaults.get("chameleon", {} if "eos_token_id" in defaults else defaults)
+    if not isinstance(source, Mapping):
+        raise SettingError(
+            f"chameleon={_short_repr(source)} in generation_config.json is not possible: make it "
+            "an object of settings"
+        )
     found = dict(source)
     for group, prefix in _GROUPS.items():
         if isinstance(source.get(group), Mapping):
