@@ -637,3 +637,15 @@ def test_registering_routes_the_auto_classes(folder: Path) -> None:
         [sys.executable, "-c", AUTO, str(folder)], capture_output=True, text=True, timeout=280
     )
     assert done.stdout.splitlines()[-1:] == ["fine"], done.stderr[-3000:]
+
+
+def test_images_in_lists_stay_with_their_texts(processor: Any) -> None:
+    one, two = [picture(1)], [picture(2), picture(3)]
+    texts = ["<image>", "<image> and <image>"]
+    nested = processor(images=[one, two], text=texts, padding=True)
+    flat = processor(images=one + two, text=texts, padding=True)
+    assert torch.equal(nested["pixel_values"], flat["pixel_values"])
+    with pytest.raises(PromptError, match="text 1 has 1 <image> tokens and its list has 2 images"):
+        processor(images=[two, one], text=texts, padding=True)
+    with pytest.raises(PromptError, match="but there are 3 and 1"):
+        processor(images=[one, []], text=texts, padding=True)

@@ -162,7 +162,7 @@ class ChameleonProcessor(ProcessorMixin):
         flat_images = [] if images is None else self._fetch_images(images)
         marks = [list(self._marks(text)) for text in texts or ()]
         if texts is not None:
-            _check_image_count(sum(map(len, marks)), len(flat_images))
+            _check_image_count([len(found) for found in marks], images, len(flat_images))
         data = self._pixels(flat_images, for_images) if flat_images else {}
         if texts is not None:
             spelled = [self.replace_image_token(data, number) for number in range(len(flat_images))]
@@ -479,12 +479,23 @@ def _texts(text: Any, images: Any) -> list[str] | None:
     return texts
 
 
-def _check_image_count(marks: int, images: int) -> None:
-    if marks != images:
+def _check_image_count(marks: list[int], given: Any, images: int) -> None:
+    """Raise `PromptError` unless there is an image for each of the marks per text. Images may be
+    given in a list for each text."""
+    if sum(marks) != images:
         raise PromptError(
             f"the number of {_MARK} tokens in the prompts should be the same as the number of "
-            f"images, but there are {marks} and {images}: give each image one {_MARK}"
+            f"images, but there are {sum(marks)} and {images}: give each image one {_MARK}"
         )
+    nested = isinstance(given, list | tuple) and all(isinstance(i, list | tuple) for i in given)
+    if not nested or len(given) != len(marks):
+        return
+    for number, (count, own) in enumerate(zip(marks, given, strict=True), 1):
+        if count != len(own):
+            raise PromptError(
+                f"text {number} has {count} {_MARK} tokens and its list has {len(own)} images: "
+                f"give each image one {_MARK}"
+            )
 
 
 def _covering_size(image: Any, size: dict[str, int]) -> dict[str, int]:
