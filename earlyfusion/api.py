@@ -552,6 +552,7 @@ class Chameleon:
                 "load it with tensor_parallel=1"
             )
         messages = as_messages(prompt)
+        self._check_texts(messages)
         ids = self._fill_images(self.processor.draft(messages), messages)
         rows = [self._answer_ids(answer, end) for answer in answers]
         longest, limit = max(map(len, rows), default=0), self.config.max_position_embeddings
@@ -566,6 +567,7 @@ class Chameleon:
         message = Message("assistant", answer)
         if not message.parts:
             raise PromptError("an answer to be scored is empty: give a text or an image")
+        self._check_texts([message], "an answer")
         ids = self._fill_images(self.processor.draft_turn(message), [message])
         return [*ids, self.processor.vocabulary.eos] if end else ids
 

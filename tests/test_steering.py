@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import replace
-from time import process_time
 from typing import Any, Literal
 
 import numpy as np
@@ -408,3 +407,16 @@ def test_hooks_and_damaged_weights_are_seen_while_steering(model: Chameleon) -> 
     with torch.no_grad():
         weight.copy_(kept)
     assert engine_and_loop(model, request) == before
+
+
+@pytest.mark.parametrize("prompt", [True, False])
+def test_texts_too_long_to_be_scored_are_not_encoded(model: Chameleon, prompt: bool) -> None:
+    long = "word " * 2_000_000  # encoding it takes half a minute
+    # Only of a text that was not encoded is the number of tokens a lower bound.
+    with pytest.raises(ContextError, match=r"has at least [\d,]+ tokens, limit 256: shorten"):
+        model.score(long if prompt else "x", ["yes" if prompt else long])
+
+
+def test_words_that_exclude_each_other_say_what_to_change(model: Chameleon) -> None:
+    with pytest.raises(SettingError, match=r"allowed_words left no .*: allow other"):
+        model.generate("x", "text", allowed_words=["pear"], bad_words=["pear"], seed=0)

@@ -82,10 +82,10 @@ class Steering:
                 f"{self._constraint.name} left no possible token after {length:,} tokens: see that "
                 "what it asks for is possible here, its images and the words included"
             )
-        return (
-            f"{'logits_processors' if self._processors else 'the words'} left no possible "
-            f"token after {length:,} tokens: leave at least one finite, and none NaN"
-        )
+        name, remedy = "bad_words and allowed_words", "allow other words, or forbid fewer"
+        if self._processors:
+            name, remedy = "logits_processors", "leave at least one finite, and none NaN"
+        return f"{name} left no possible token after {length:,} tokens: {remedy}"
 
     def logprob(self, logits_V: Tensor, token: int) -> TokenLogprob | None:
         """The log-probability of a token under the model's own logits [V] for the whole prompt:
