@@ -640,7 +640,7 @@ def test_registering_routes_the_auto_classes(folder: Path) -> None:
 
 
 def test_images_in_lists_stay_with_their_texts(processor: Any) -> None:
-    one, two = [picture(1)], [picture(2), picture(3)]
+    one, two = [make_image(1)], [make_image(2), make_image(3)]
     texts = ["<image>", "<image> and <image>"]
     nested = processor(images=[one, two], text=texts, padding=True)
     flat = processor(images=one + two, text=texts, padding=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import replace
+from time import process_time
 from typing import Any, Literal
 
 import numpy as np
