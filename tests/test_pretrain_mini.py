@@ -18,6 +18,7 @@ from earlyfusion.mini import drawings as mini_drawings
 from earlyfusion.mini import packed_transformer as mini_packed_transformer
 from earlyfusion.mini import pretrain as pretrain_mini
 from earlyfusion.mini.emoji.dataset import EmojiData
+from earlyfusion.mini.packed_transformer import embed_codewords
 from earlyfusion.mini.pretrain import (
     STAGES,
     TIMED_STAGES,
@@ -216,6 +217,30 @@ def test_the_larger_mini_fits_forty_megabytes_and_the_longest_document() -> None
     weights = sum(p.numel() for part in parts for p in part.parameters())
     assert 18e6 < weights and 2 * weights < 39e6
     assert mini_packed_transformer.config.length <= shape.max_position_embeddings
+
+
+def test_image_tokens_begin_with_the_distances_of_their_codewords() -> None:
+    mini = Chameleon.load("mini", device="cpu")
+    vocabulary, vqgan = mini.processor.vocabulary, mini.image_tokenizer.vqgan
+    model = Transformer(replace(PRESETS["mini"], num_hidden_layers=1))
+    model.init_weights(torch.Generator().manual_seed(0))
+    before = model.model.embed_tokens.weight.detach().clone()
+    embed_codewords(model, vqgan, vocabulary, seed=0)
+    after = model.model.embed_tokens.weight.detach()
+    image_tokens = torch.from_numpy(vocabulary.code_to_token)
+    others = torch.ones(len(after), dtype=torch.bool)
+    others[image_tokens] = False
+    assert torch.equal(after[others], before[others])
+    assert after[image_tokens].std() == pytest.approx(before.std().item(), rel=0.02)
+    codewords = vqgan.quantize.embedding.weight.detach().float()
+
+    def likeness(embeddings: torch.Tensor) -> float:
+        pairs = torch.stack([torch.pdist(codewords), torch.pdist(embeddings)])
+        return torch.corrcoef(pairs)[0, 1].item()
+
+    assert likeness(after[image_tokens]) > 0.9 and abs(likeness(before[image_tokens])) < 0.1
+    with pytest.raises(SettingError, match="codeword_embeddings"):
+        replace(mini_packed_transformer.config, codeword_embeddings=True, start=Path("mini"))
 
 
 def test_a_stage_begins_with_a_model_by_name_or_folder(tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ from earlyfusion.mini.stage import (
     text_tokenizer,
 )
 from earlyfusion.mini.transformer import TASKS
+from earlyfusion.model.transformer import Transformer
 from earlyfusion.model.vqgan import VQGAN
 from earlyfusion.processor import Processor, TokenSequence
 from earlyfusion.train.augment import ChangeConfig, changed, resized
@@ -108,10 +109,19 @@ class PackedTransformerConfig(StageConfig):
     whole_names: bool = False
     """Whether the words of the names of things become whole tokens of a new tokenizer. It takes a
     larger one: with vocab_size=5120 other words take more tokens (docs/mini.md)."""
+    codeword_embeddings: bool = False
+    """Whether image tokens begin with the distances of their codewords (`embed_codewords`)."""
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     ways: VariantsConfig = field(default_factory=VariantsConfig)
     cut: CodeNoiseConfig = field(default_factory=CodeNoiseConfig)
     change: ChangeConfig = field(default_factory=ChangeConfig)
+
+    def __post_init__(self) -> None:
+        if self.codeword_embeddings and self.start is not None:
+            raise SettingError(
+                f"codeword_embeddings=true would replace what start={self.start} has learned: "
+                "leave one of the two out"
+            )
 
 
 class BlankLayout(ImageLayout):
@@ -255,11 +265,33 @@ def build_rows(config: PackedTransformerConfig, vqgan: VQGAN) -> tuple[DeviceRow
     return rows, processor
 
 
+@torch.no_grad()
+def embed_codewords(model: Transformer, vqgan: VQGAN, vocabulary: Vocabulary, seed: int) -> None:
+    """Set the input embeddings of the image tokens to a random projection of their codewords, at
+    the scale of the other embeddings.
+
+    Random embeddings have the same distance from each other, so that the transformer has to learn
+    from examples which codes look alike. With these, similar images have similar inputs from the
+    first step on.
+    """
+    codewords_KC = vqgan.quantize.embedding.weight.float().cpu()
+    codewords_KC = codewords_KC - codewords_KC.mean(0)
+    table_VD = model.model.embed_tokens.weight
+    generator = torch.Generator().manual_seed(seed)
+    projection_CD = torch.randn(codewords_KC.shape[1], table_VD.shape[1], generator=generator)
+    embeddings_KD = codewords_KC @ projection_CD
+    embeddings_KD *= model.config.initializer_range / embeddings_KD.std()
+    image_tokens = torch.from_numpy(vocabulary.code_to_token).to(table_VD.device)
+    table_VD[image_tokens] = embeddings_KD.to(table_VD.device)
+
+
 def main(config: PackedTransformerConfig) -> None:
     vqgan = load_image_tokenizer(config.image_tokenizer, config.model)
     vqgan.to(resolve_device(config.run.device))
     rows, processor = build_rows(config, vqgan)
     model = first_model(config, processor.vocabulary.size)
+    if config.codeword_embeddings:
+        embed_codewords(model, vqgan, processor.vocabulary, config.run.seed)
     images = prompted_images(config, model, processor, vqgan)
     train(LanguageTask(model, rows, config.z_weight), config.run, config.optim, images)
     save_model(config, model, vqgan)
