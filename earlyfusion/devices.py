@@ -3,9 +3,11 @@ imported inside the functions, so that the command line can list the names witho
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from earlyfusion.errors import SettingError
@@ -128,3 +130,40 @@ def _is_on_this_machine(device: torch.device) -> bool:
 
 def _long(name: str) -> str:
     return _LONG_NAMES.get(name, name)
+
+
+# Parameters of mallopt(3) in glibc, with the values for training and glibc's defaults.
+_MALLOC_OPTIONS = {
+    "M_MMAP_THRESHOLD": (-3, 32 << 20, 128 << 10),  # 32 MiB is the largest that glibc takes
+    "M_TRIM_THRESHOLD": (-1, 2**31 - 1, 128 << 10),
+    "M_TOP_PAD": (-2, 64 << 20, 128 << 10),
+}
+
+
+@contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """While it is open, memory that the process frees stays with it and is used again (glibc).
+
+    By default glibc gives large blocks back at once, and a training step that allocates them anew
+    waits for the system to clear their pages.
+    """
+    mallopt = _c_function("mallopt")
+    if mallopt is None:
+        yield
+        return
+    try:
+        for option, value, _ in _MALLOC_OPTIONS.values():
+            mallopt(option, value)
+        yield
+    finally:
+        for option, _, default in _MALLOC_OPTIONS.values():
+            mallopt(option, default)
+        if (trim := _c_function("malloc_trim")) is not None:
+            trim(ctypes.c_size_t(0))
+
+
+def _c_function(name: str) -> ctypes._NamedFuncPointer | None:
+    try:
+        return getattr(ctypes.CDLL(None), name)  # type: ignore[no-any-return]
+    except (OSError, TypeError, AttributeError):  # no glibc
+        return None

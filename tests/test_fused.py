@@ -18,15 +18,29 @@ from earlyfusion.kernels.fused import (
     CausalAttend,
     RMSNorm,
     attend_documents,
+    compiled_attention,
     document_tiles,
     fused_rms_norm,
+    rotated_head_norm,
+    swiglu,
 )
 from earlyfusion.kernels.twins import accelerate
 from earlyfusion.model import attention, transformer
-from earlyfusion.model.attention import dot_product_attention
-from earlyfusion.model.transformer import Transformer
+from earlyfusion.model.attention import attend_per_document, dot_product_attention
+from earlyfusion.model.rotary import Rotary, rotate
+from earlyfusion.model.transformer import HeadNorm, Transformer
 
 LENGTHS = [130, 1, 200, 90, 300]
+SMALL = replace(PRESETS["tiny"], hidden_size=64)  # heads of width 16, as compiled code needs
+needs_compiler = pytest.mark.skipif(fused.library() is None, reason="needs a C++ compiler")
+
+
+@pytest.fixture(params=[pytest.param(True, marks=needs_compiler), False], ids=["compiled", "torch"])
+def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether training.cpp does the work; if not, as on a machine without a compiler."""
+    if not request.param:
+        monkeypatch.setattr(fused, "library", lambda: None)
+    return bool(request.param)
 
 
 def document_mask(lengths: list[int]) -> Tensor:
@@ -75,12 +89,138 @@ def test_tiled_attention_is_as_near_to_exact_as_torch_s_in_bf16(scale: float) ->
         assert gap < max(0.01, 2 * float(allowed))
 
 
-@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
-def test_rms_norm_has_the_value_and_gradient_of_torch_s(kind: torch.dtype) -> None:
+def relative_gap(actual: Tensor, exact: Tensor) -> float:
+    return float((actual.double() - exact).norm() / exact.norm())
+
+
+def exact_and_ours(
+    ours: Callable[..., Tensor],
+    exact: Callable[..., Tensor],
+    inputs: list[Tensor],
+    towards: Tensor,
+) -> list[tuple[Tensor, Tensor]]:
+    """Value and gradients of `ours` on the inputs, beside those of `exact` in fp64."""
+    pairs = []
+    for call, kind in ((ours, None), (exact, torch.float64)):
+        given = [x.detach().to(kind or x.dtype).requires_grad_() for x in inputs]
+        out = call(*given)
+        grads = torch.autograd.grad(out, given, towards.to(out.dtype))
+        pairs.append([out.detach(), *grads])
+    return list(zip(*pairs, strict=True))
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("N", "K", "H"), [(4, 4, 64), (4, 2, 32), (2, 1, 16), (3, 3, 48), (2, 2, 128)]
+)
+def test_compiled_attention_is_exact_but_for_rounding_to_bf16(N: int, K: int, H: int) -> None:
+    lengths = [17, 130, 1, 33, 32, 16, 300]
+    generator = torch.Generator().manual_seed(N)
+    heads = [torch.randn(sum(lengths), n, H, generator=generator) for n in (N, K, K, N)]
+    heads[0] *= 2
+    *inputs, towards = (x.bfloat16() for x in heads)
+
+    def exact(*heads: Tensor) -> Tensor:
+        return attend_per_document(*(x[None] for x in heads), lengths)[0]
+
+    pairs = exact_and_ours(
+        lambda *heads: compiled_attention(*heads, lengths), exact, inputs, towards
+    )
+    for actual, right in pairs:
+        assert relative_gap(actual, right) < 0.003
+
+
+@needs_compiler
+def test_compiled_attention_takes_very_large_scores() -> None:
+    q = torch.full((40, 1, 16), 100.0).bfloat16()
+    q[1::2] *= -1
+    inputs = [x.requires_grad_() for x in (q, q.clone(), torch.randn(40, 1, 16).bfloat16())]
+    out = compiled_attention(*inputs, [40])
+    for x in (out, *torch.autograd.grad(out.sum(), inputs)):
+        assert x.isfinite().all()
+    # The scores of equal signs are 40,000 above the others: a mean of these positions' values.
+    torch.testing.assert_close(out[2], (inputs[2][0] + inputs[2][2]) / 2, atol=0.02, rtol=0.02)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("T", "N", "H", "rows"), [(37, 4, 64, 2), (37, 3, 16, 1), (130, 2, 48, 2)])
+def test_head_norm_with_rotation_is_exact_but_for_rounding_to_bf16(
+    T: int, N: int, H: int, rows: int
+) -> None:
+    generator = torch.Generator().manual_seed(T)
+    normal = partial(torch.randn, generator=generator)
+    x, towards = (normal(2, T, N, H).mul(3).add(1).bfloat16() for _ in range(2))
+    norm, angles = HeadNorm(N, H), normal(rows, T, 1, H // 2)
+    rotary = Rotary(angles.cos().repeat(1, 1, 1, 2), torch.cat((-angles.sin(), angles.sin()), -1))
+    weights = [normal(N, H), normal(N, H)]
+
+    def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return torch.func.functional_call(
+            Wrapped(norm, rotary), {"norm.weight": weight, "norm.bias": bias}, (x,)
+        )
+
+    def exact(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        normed = torch.nn.functional.layer_norm(x, (H,), eps=1e-5) * weight + bias
+        return rotate(normed, Rotary(rotary.cos.double(), rotary.sin.double()))
+
+    results = exact_and_ours(ours, exact, [x, *weights], towards)
+    for (actual, right), allowed in zip(results, [0.003, 0.003, 1e-6, 1e-6], strict=True):
+        assert relative_gap(actual, right) < allowed
+
+
+class Wrapped(torch.nn.Module):
+    def __init__(self, norm: HeadNorm, rotary: Rotary) -> None:
+        super().__init__()
+        self.norm, self.rotary = norm, rotary
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rotated_head_norm(x, self.norm, self.rotary)
+
+
+@needs_compiler
+def test_swiglu_is_exact_but_for_rounding_to_bf16() -> None:
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 7, 48, generator=generator).mul_(5).requires_grad_()
+    gate, up, towards = (
+        torch.randn(5, 7, 48, generator=generator).mul(4).bfloat16() for _ in range(3)
+    )
+    gate[0, 0, :2] = torch.tensor([-200.0, 200.0])  # e^200 is infinite in fp32
+
+    def exact(gate: Tensor, up: Tensor) -> Tensor:
+        return torch.nn.functional.silu(gate) * up
+
+    for actual, right in exact_and_ours(swiglu, exact, [gate, up], towards):
+        assert relative_gap(actual, right) < 0.003
+
+
+@needs_compiler
+def test_gradients_do_not_depend_on_the_number_of_threads() -> None:
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            generator = torch.Generator().manual_seed(0)
+            x = torch.randn(300, 48, generator=generator).requires_grad_()
+            weight = torch.randn(48, generator=generator).requires_grad_()
+            normed = fused_rms_norm(x, weight, 1e-5, torch.bfloat16)
+            heads = normed.view(1, 300, 3, 16)
+            norm, tables = HeadNorm(3, 16), torch.randn(2, 1, 300, 1, 16, generator=generator)
+            heads = rotated_head_norm(heads, norm, Rotary(*tables))
+            out = compiled_attention(*[heads[0]] * 3, [130, 170])
+            out = swiglu(out, normed.view(300, 3, 16))
+            given = [x, weight, norm.weight, norm.bias]
+            results.append([out, *torch.autograd.grad(out.float().square().sum(), given)])
+    finally:
+        torch.set_num_threads(threads)
+    for one, two, three in zip(*results, strict=True):
+        assert torch.equal(one, two) and torch.equal(one, three)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_rms_norm_has_the_value_and_gradient_of_torch_s(kind: torch.dtype, compiled: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 70, 48, generator=generator).mul_(5).requires_grad_()
     weight = torch.randn(48, generator=generator).requires_grad_()
-    towards = torch.randn(2, 7, 48, generator=generator).to(kind).float()
+    towards = torch.randn(2, 70, 48, generator=generator).to(kind).float()
     expected = torch.nn.functional.rms_norm(x, (48,), weight, 1e-5).to(kind)
     actual = fused_rms_norm(x, weight, 1e-5, kind)
     assert actual.dtype is kind
@@ -95,9 +235,9 @@ def test_rms_norm_has_the_value_and_gradient_of_torch_s(kind: torch.dtype) -> No
 
 
 @pytest.mark.parametrize("heads", [4, 2])
-def test_a_step_of_packed_long_documents_in_bf16_is_near_fp32(heads: int) -> None:
-    """Documents of 130 tokens and more take the tiles; grouped keys too."""
-    config = replace(PRESETS["tiny"], num_key_value_heads=heads)
+def test_a_step_of_packed_long_documents_in_bf16_is_near_fp32(heads: int, compiled: bool) -> None:
+    """Without compiled code, documents of 130 tokens and more take the tiles; grouped keys too."""
+    config = replace(SMALL, num_key_value_heads=heads)
     model = accelerate(Transformer(config))
     model.init_weights(torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(1)
@@ -209,9 +349,9 @@ def test_a_second_derivative_of_tiled_attention_is_torch_s() -> None:
 
 
 @pytest.mark.parametrize("length", [40, 200])
-def test_a_model_in_bf16_is_differentiated_twice_as_in_fp32(length: int) -> None:
-    """Along the whole step: tiles and norms by hand in the first pass, formulas in the second."""
-    model = accelerate(Transformer(PRESETS["tiny"]))
+def test_a_model_in_bf16_is_differentiated_twice_as_in_fp32(length: int, compiled: bool) -> None:
+    """Along the whole step: by hand in the first pass, by formulas in the second."""
+    model = accelerate(Transformer(SMALL))
     model.init_weights(torch.Generator().manual_seed(0))
     tokens_BT = torch.randint(0, 512, (1, length), generator=torch.Generator().manual_seed(1))
     document_BT = torch.zeros_like(tokens_BT)
@@ -219,7 +359,7 @@ def test_a_model_in_bf16_is_differentiated_twice_as_in_fp32(length: int) -> None
     results = []
     for bf16 in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16), sdpa_kernel(SDPBackend.MATH):
-            attends = [CausalAttend(document_BT)] * PRESETS["tiny"].num_hidden_layers
+            attends = [CausalAttend(document_BT)] * SMALL.num_hidden_layers
             loss = model.hidden_states(tokens_BT, None, attends).float().pow(2).mean()
             first = torch.autograd.grad(loss, weights, create_graph=True)
             results.append(torch.autograd.grad(sum(g.square().sum() for g in first), weights))
@@ -227,20 +367,29 @@ def test_a_model_in_bf16_is_differentiated_twice_as_in_fp32(length: int) -> None
         assert exact.norm() > 0 and (actual - exact).norm() < 0.1 * exact.norm()
 
 
-def test_twins_serve_in_training_on_a_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def noted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Gets the name of each function with a gradient by hand when it is called."""
     served: list[str] = []
 
-    def noted(name: str) -> Callable[..., Tensor]:
+    def noting(name: str) -> Callable[..., Tensor]:
         call = getattr(fused, name)
 
-        def noting(*args: object) -> Tensor:
+        def noted_call(*args: object) -> Tensor:
             served.append(name)
             return call(*args)
 
-        return noting
+        return noted_call
 
-    for name in ("fused_rms_norm", "attend_documents"):
-        monkeypatch.setattr(fused, name, noted(name))
+    names = ("fused_rms_norm", "attend_documents", "compiled_attention")
+    for name in (*names, "rotated_head_norm", "swiglu"):
+        monkeypatch.setattr(fused, name, noting(name))
+    return served
+
+
+def test_twins_serve_in_training_on_a_cpu_alone(
+    monkeypatch: pytest.MonkeyPatch, compiled: bool
+) -> None:
+    served = noted(monkeypatch)
     document_BT = torch.zeros(1, 200, dtype=torch.long)
     q_BTNH = torch.randn(1, 200, 2, 16).bfloat16()
     norm, plain = RMSNorm(16, 1e-5), transformer.RMSNorm(16, 1e-5)
@@ -256,4 +405,48 @@ def test_twins_serve_in_training_on_a_cpu_alone(monkeypatch: pytest.MonkeyPatch)
     assert served == []
     norm.float()(q_BTNH.float())
     CausalAttend(document_BT)(q_BTNH, q_BTNH, q_BTNH)
-    assert served == ["fused_rms_norm", "attend_documents"]
+    assert served == ["fused_rms_norm", "compiled_attention" if compiled else "attend_documents"]
+
+
+def test_documents_longer_than_compiled_code_is_fast_for_take_tiles(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    served = noted(monkeypatch)
+    document_BT = torch.zeros(1, fused._TILED_DOCUMENT, dtype=torch.long)
+    q_BTNH = torch.randn(*document_BT.shape, 1, 16).bfloat16().requires_grad_()
+    CausalAttend(document_BT)(q_BTNH, q_BTNH, q_BTNH)
+    assert served == ["attend_documents"]
+
+
+def step_of(model: Transformer, autocast: bool = True) -> None:
+    tokens_BT = torch.arange(40)[None]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        attends = [CausalAttend(torch.zeros_like(tokens_BT))] * model.config.num_hidden_layers
+        states_BTD = model.hidden_states(tokens_BT, None, attends)
+    states_BTD.float().square().mean().backward()
+
+
+def test_blocks_take_compiled_passes_in_bf16_and_only_then(
+    monkeypatch: pytest.MonkeyPatch, compiled: bool
+) -> None:
+    served = noted(monkeypatch)
+    model = accelerate(Transformer(SMALL))
+    model.init_weights(torch.Generator().manual_seed(0))
+    step_of(model, autocast=False)
+    assert set(served) == {"fused_rms_norm"}
+    step_of(model)
+    passes = {"rotated_head_norm", "compiled_attention", "swiglu"} if compiled else set()
+    assert set(served) == {"fused_rms_norm"} | passes
+
+
+def test_hooks_and_other_activations_are_not_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    served = noted(monkeypatch)
+    model = accelerate(Transformer(replace(SMALL, hidden_act="gelu")))
+    model.init_weights(torch.Generator().manual_seed(0))
+    called = []
+    for layer in model.model.layers:
+        for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm):
+            norm.register_forward_hook(lambda *_: called.append("hook"))
+    step_of(model)
+    assert len(called) == 2 * len(model.model.layers)
+    assert "swiglu" not in served and "rotated_head_norm" not in served

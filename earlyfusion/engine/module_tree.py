@@ -89,8 +89,8 @@ def _is_plain_block(block: nn.Module) -> bool:
         return False
     attention, mlp = block.self_attn, block.mlp
     return (
-        type(attention) is Attention
-        and type(mlp) is FeedForward
+        original_class(attention) is Attention
+        and original_class(mlp) is FeedForward
         and all(original_class(getattr(block, name)) is RMSNorm for name in _NORMS)
         and all(type(norm) is HeadNorm for norm in (attention.q_norm, attention.k_norm))
         and all(_is_linear(getattr(attention, f"{name}_proj")) for name in "qkvo")

@@ -1,11 +1,14 @@
-"""Training on a CPU: RMSNorm and packed attention with gradients written by hand.
+"""Training on a CPU: norms, packed attention and SwiGLU with gradients written by hand.
 
-They give what `RMSNorm` and `CausalAttend` of `model/` give, with fewer passes over memory:
-`fused_rms_norm` in fp32, `attend_documents` in bf16 with scores rounded to bf16, as in
-transformers' eager attention. The twins at the end use them when gradients of plain tensors on a
-CPU are needed. Otherwise (GPUs, split layers, no gradients, traced code, torch.func's transforms,
-forward-mode AD) they call the original. A backward pass that is to be differentiated again takes
-the gradient of the plain formula.
+They give what the modules of `model/` give, with fewer passes over memory. The passes are compiled
+code, `training.cpp`, built by `native.py`; its arithmetic is fp32. Without a compiler, RMSNorm and
+the attention of long documents have hand-written gradients in torch (`attend_documents` rounds
+scores to bf16, as transformers' eager attention does), and the rest is torch's own.
+
+The twins at the end use them when gradients of plain tensors on a CPU are needed. Otherwise (GPUs,
+split layers, no gradients, traced code, torch.func's transforms, forward-mode AD) they call the
+original. A backward pass that is to be differentiated again takes the gradient of the plain
+formula.
 """
 
 # Shapes: B batch, T tokens, N query heads, K key and value heads, S tokens of all rows, H head
@@ -13,22 +16,31 @@ the gradient of the plain formula.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
+from earlyfusion.kernels import native
 from earlyfusion.model import attention, transformer
+from earlyfusion.model.activations import Elementwise
 from earlyfusion.model.attention import attend_per_document
+from earlyfusion.model.rotary import Rotary, rotate
 from earlyfusion.model.transformer import autocast_dtype
 
 _QUERIES = 128  # of a tile
 _LONG_DOCUMENT = 112  # from this mean number of tokens per document, tiles are faster (measured)
+_TILED_DOCUMENT = 512  # from this mean number on, tiles are faster than compiled code (measured)
+_COMPILED_DTYPES = (torch.float32, torch.bfloat16)
+_COMPILED_WIDTH = 16  # compiled passes take rows whose width is a multiple of this
 
 
 class Tile(NamedTuple):
@@ -149,10 +161,17 @@ def fused_rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) ->
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        ctx.eps, ctx.compiled = eps, is_compiled(x.shape[-1]) and dtype in _COMPILED_DTYPES
+        if ctx.compiled:
+            x, width = x.contiguous(), x.shape[-1]
+            out, inverse = torch.empty_like(x, dtype=dtype), torch.empty(x.shape[:-1])
+            sizes = (eps, inverse.numel(), width)
+            _run("earlyfusion_rms_norm", x, weight, *sizes, out, int(dtype != x.dtype), inverse)
+            ctx.save_for_backward(x, weight, inverse)
+            return out
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         inverse = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
-        ctx.eps = eps
         return (x * inverse).mul_(weight).to(dtype)
 
     @staticmethod
@@ -161,6 +180,11 @@ class _RMSNorm(torch.autograd.Function):
         if torch.is_grad_enabled():
             formula = partial(_normed, eps=ctx.eps, dtype=grads[0].dtype)
             return *through_the_formula(formula, (x, weight), grads[0]), None, None
+        if ctx.compiled:
+            grad, results = grads[0].contiguous(), (torch.empty_like(x), torch.empty_like(weight))
+            sizes = (int(grad.dtype != x.dtype), inverse.numel(), x.shape[-1])
+            _run("earlyfusion_rms_norm_backward", x, weight, inverse, grad, *sizes, *results)
+            return *results, None, None
         normed, grad = x * inverse, grads[0].float()
         grad_weight = (grad * normed).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
         grad = grad * weight
@@ -173,7 +197,158 @@ def _normed(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor
     return (x * inverse * weight).to(dtype)
 
 
-# ---- the twins of `RMSNorm` and `CausalAttend`
+# ---- compiled passes
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """`training.cpp`, built if needed; None without a compiler."""
+    return native.load(Path(__file__).with_name("training.cpp"))
+
+
+def _run(name: str, *args: Tensor | int | float) -> None:
+    """Calls a function of `training.cpp`; tensors are passed by their address."""
+    given = (
+        ctypes.c_void_p(x.data_ptr())
+        if isinstance(x, Tensor)
+        else ctypes.c_float(x)
+        if isinstance(x, float)
+        else ctypes.c_int64(x)
+        for x in args
+    )
+    function = getattr(library(), name)
+    function.restype = None
+    function(*given, ctypes.c_int64(torch.get_num_threads()))
+
+
+def is_compiled(width: int) -> bool:
+    """Whether compiled passes serve rows of this width."""
+    return width % _COMPILED_WIDTH == 0 and library() is not None
+
+
+class _CompiledAttention(torch.autograd.Function):
+    """Causal attention within each document, a (document, head) at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_SNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, lengths: list[int]
+    ) -> Tensor:
+        heads = [x.contiguous() for x in (q_SNH, k_SKH, v_SKH)]
+        ctx.sizes = (torch.tensor(lengths), len(lengths), *q_SNH.shape[1:2], *k_SKH.shape[1:])
+        out_SNH = torch.empty_like(heads[0])
+        log_sums_SN = torch.empty(q_SNH.shape[:2])
+        _run("earlyfusion_attend", *heads, *ctx.sizes, out_SNH, log_sums_SN)
+        ctx.save_for_backward(*heads, log_sums_SN)
+        ctx.lengths = lengths
+        return out_SNH
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        *heads, log_sums_SN = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            formula = partial(_attended_per_document, ctx.lengths)
+            return *through_the_formula(formula, tuple(heads), grads[0]), None
+        results = [torch.empty_like(x) for x in heads]
+        towards_SNH = grads[0].contiguous()
+        _run("earlyfusion_attend_backward", *heads, log_sums_SN, towards_SNH, *ctx.sizes, *results)
+        return *results, None
+
+
+def _attended_per_document(
+    lengths: list[int], q_SNH: Tensor, k_SKH: Tensor, v_SKH: Tensor
+) -> Tensor:
+    heads = (x[None].float() for x in (q_SNH, k_SKH, v_SKH))
+    return attend_per_document(*heads, lengths)[0].to(q_SNH.dtype)
+
+
+def compiled_attention(q_SNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, lengths: list[int]) -> Tensor:
+    """Causal attention within documents of these lengths, in bf16, scaled by 1 / sqrt(H)."""
+    out: Tensor = _CompiledAttention.apply(q_SNH, k_SKH, v_SKH, lengths)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _HeadNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, cos: Tensor, sin: Tensor, eps: float
+    ) -> Tensor:
+        x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
+        heads, width = x.shape[-2:]
+        ctx.sizes = (x.numel() // (heads * width), heads, width, cos.numel() // width, eps)
+        ctx.save_for_backward(x, weight, bias, cos, sin)
+        out = torch.empty_like(x)
+        _run("earlyfusion_head_norm", x, weight, bias, cos, sin, *ctx.sizes, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, cos, sin = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            formula = partial(_normed_heads, cos=cos, sin=sin, eps=ctx.sizes[-1])
+            return *through_the_formula(formula, (x, weight, bias), grads[0]), None, None, None
+        grad, grad_x = grads[0].contiguous(), torch.empty_like(x)
+        grad_weights = torch.empty(2, *weight.shape)
+        name = "earlyfusion_head_norm_backward"
+        _run(name, x, weight, cos, sin, grad, *ctx.sizes, grad_x, grad_weights)
+        return grad_x, *grad_weights, None, None, None
+
+
+def _normed_heads(
+    x: Tensor, weight: Tensor, bias: Tensor, cos: Tensor, sin: Tensor, eps: float
+) -> Tensor:
+    normed = torch.addcmul(bias, F.layer_norm(x.float(), x.shape[-1:], eps=eps), weight)
+    return rotate(normed, Rotary(cos, sin)).to(x.dtype)
+
+
+def rotated_head_norm(x_BTNH: Tensor, norm: transformer.HeadNorm, rotary: Rotary) -> Tensor:
+    """LayerNorm of each head with its weight and bias, then rotation; bf16 (B, T, N, H)."""
+    given = (x_BTNH, norm.weight, norm.bias, *rotary, transformer.HEAD_NORM_EPS)
+    out: Tensor = _HeadNorm.apply(*given)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        ctx.save_for_backward(gate, up)
+        out = torch.empty_like(gate)
+        _run("earlyfusion_swiglu", gate, up, gate.numel(), out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return through_the_formula(_gated, (gate, up), grads[0])
+        grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+        name, grad = "earlyfusion_swiglu_backward", grads[0].contiguous()
+        _run(name, gate, up, grad, gate.numel(), grad_gate, grad_up)
+        return grad_gate, grad_up
+
+
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    return (F.silu(gate.float()) * up.float()).to(gate.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up in bf16, rounded once."""
+    out: Tensor = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
+    return out
+
+
+# ---- the twins of modules of `model/`
+
+
+def _is_own(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling the module would only run `kind.forward`: no other class, no hooks."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return type(module) is kind and not any(hooks)
 
 
 class RMSNorm(transformer.RMSNorm):
@@ -184,6 +359,33 @@ class RMSNorm(transformer.RMSNorm):
         return super().forward(x)
 
 
+class Attention(transformer.Attention):
+    def _positioned(self, x_BTNH: Tensor, norm: nn.Module, rotary: Rotary) -> Tensor:
+        fused = (
+            x_BTNH.dtype is torch.bfloat16
+            and _is_own(norm, transformer.HeadNorm)
+            and norm.weight.dtype is norm.bias.dtype is torch.float32
+            and rotary.cos.dtype is torch.float32
+            and is_compiled(self.head_dim)
+            and is_cpu_training(x_BTNH, norm.weight, norm.bias, *rotary)
+        )
+        if fused:
+            return rotated_head_norm(x_BTNH, norm, rotary)
+        return super()._positioned(x_BTNH, norm, rotary)
+
+
+class FeedForward(transformer.FeedForward):
+    def _activated(self, gate: Tensor, up: Tensor) -> Tensor:
+        fused = (
+            gate.dtype is up.dtype is torch.bfloat16
+            and _is_own(self.act_fn, Elementwise)
+            and self.act_fn.function is F.silu
+            and is_compiled(gate.shape[-1])
+            and is_cpu_training(gate, up)
+        )
+        return swiglu(gate, up) if fused else super()._activated(gate, up)
+
+
 class CausalAttend(attention.CausalAttend):
     def __init__(self, document_BT: Tensor | None = None) -> None:
         super().__init__(document_BT)
@@ -191,9 +393,14 @@ class CausalAttend(attention.CausalAttend):
 
     def __call__(self, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
         heads, lengths = (q_BTNH, k_BTKH, v_BTKH), self.lengths
-        if lengths is None or v_BTKH.dtype is not torch.bfloat16 or not is_cpu_training(*heads):
+        bf16 = all(x.dtype is torch.bfloat16 for x in heads)
+        if lengths is None or not bf16 or not is_cpu_training(*heads):
             return super().__call__(*heads)
-        if sum(lengths) < _LONG_DOCUMENT * len(lengths):
+        mean_length = sum(lengths) / len(lengths)
+        if mean_length < _TILED_DOCUMENT and is_compiled(q_BTNH.shape[-1]):
+            out_SNH = compiled_attention(*(x.flatten(0, 1) for x in heads), lengths)
+            return out_SNH.view(q_BTNH.shape)
+        if mean_length < _LONG_DOCUMENT:
             # Short documents: torch's attention, whose backward pass is faster in fp32.
             q_BTNH, k_BTKH, v_BTKH = (x.float() for x in heads)
             return attend_per_document(q_BTNH, k_BTKH, v_BTKH, lengths).bfloat16()

@@ -28,6 +28,8 @@ TWINS: dict[type[nn.Module], type[nn.Module]] = {
     vqgan.Downsample: fast_vqgan.Downsample,
     vqgan.Upsample: fast_vqgan.Upsample,
     transformer.RMSNorm: fused.RMSNorm,
+    transformer.Attention: fused.Attention,
+    transformer.FeedForward: fused.FeedForward,
     quantise.PackedLinear: unpack.PackedLinear,
 }
 _ORIGINALS = {twin: original for original, twin in TWINS.items()}

@@ -50,8 +50,11 @@ class RMSNorm(nn.Module):
         return normed.to(x.dtype)
 
 
+HEAD_NORM_EPS = 1e-5  # configs do not set it
+
+
 class HeadNorm(nn.Module):
-    """LayerNorm over H in fp32, with a weight and bias per head; configs do not set its eps."""
+    """LayerNorm over H in fp32, with a weight and bias per head."""
 
     def __init__(self, heads: int, width: int) -> None:
         super().__init__()
@@ -59,7 +62,7 @@ class HeadNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(heads, width))
 
     def forward(self, x_BTNH: Tensor) -> Tensor:
-        normed = F.layer_norm(x_BTNH.float(), x_BTNH.shape[-1:], eps=1e-5)
+        normed = F.layer_norm(x_BTNH.float(), x_BTNH.shape[-1:], eps=HEAD_NORM_EPS)
         return torch.addcmul(self.bias.float(), normed, self.weight.float())
 
 
@@ -82,10 +85,13 @@ class Attention(nn.Module):
         q_BTNH = self.q_proj(x_BTD).view(heads)
         k_BTKH = self.k_proj(x_BTD).view(heads)
         v_BTKH = self.v_proj(x_BTD).view(heads)
-        q_BTNH = rotate(self.q_norm(q_BTNH), rotary).to(v_BTKH.dtype)
-        k_BTKH = rotate(self.k_norm(k_BTKH), rotary).to(v_BTKH.dtype)
+        q_BTNH = self._positioned(q_BTNH, self.q_norm, rotary)
+        k_BTKH = self._positioned(k_BTKH, self.k_norm, rotary)
         out: Tensor = self.o_proj(attend(q_BTNH, k_BTKH, v_BTKH).flatten(2))
         return out
+
+    def _positioned(self, x_BTNH: Tensor, norm: nn.Module, rotary: Rotary) -> Tensor:
+        return rotate(norm(x_BTNH), rotary).to(x_BTNH.dtype)
 
 
 class FeedForward(nn.Module):
@@ -99,8 +105,11 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_BTD = _to_autocast(x_BTD)
-        out: Tensor = self.down_proj(self.act_fn(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+        out: Tensor = self.down_proj(self._activated(self.gate_proj(x_BTD), self.up_proj(x_BTD)))
         return out
+
+    def _activated(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.act_fn(gate) * up  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from earlyfusion import parallel, processes
-from earlyfusion.devices import dtype_name, resolve_device, torch_dtype
+from earlyfusion.devices import dtype_name, freed_memory_kept, resolve_device, torch_dtype
 from earlyfusion.errors import CheckpointError, SettingError
 from earlyfusion.parallel import ParallelConfig
 from earlyfusion.train import checkpoint
@@ -113,7 +113,7 @@ def train(
     `generate_samples` is called every `run.sample_every` steps and at the end, with the folder
     `samples/`. The weights of the best `validation` are kept in `best/`; it may end the run early.
     """
-    with locked(run.out):
+    with locked(run.out), freed_memory_kept():
         training = _Training(task, run, optim, generate_samples, validation)
         try:
             training.loop()
