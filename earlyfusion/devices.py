@@ -132,10 +132,11 @@ def _long(name: str) -> str:
     return _LONG_NAMES.get(name, name)
 
 
-# Parameters of mallopt(3) in glibc, with the values for training and glibc's defaults.
+# Parameters of mallopt(3) in glibc: value for training, value afterwards. The latter are those that
+# glibc takes by itself once it has freed a block of 32 MiB, the largest threshold that it accepts.
 _MALLOC_OPTIONS = {
-    "M_MMAP_THRESHOLD": (-3, 32 << 20, 128 << 10),  # 32 MiB is the largest that glibc takes
-    "M_TRIM_THRESHOLD": (-1, 2**31 - 1, 128 << 10),
+    "M_MMAP_THRESHOLD": (-3, 32 << 20, 32 << 20),
+    "M_TRIM_THRESHOLD": (-1, 2**31 - 1, 64 << 20),
     "M_TOP_PAD": (-2, 64 << 20, 128 << 10),
 }
 
@@ -156,8 +157,8 @@ def freed_memory_kept() -> Iterator[None]:
             mallopt(option, value)
         yield
     finally:
-        for option, _, default in _MALLOC_OPTIONS.values():
-            mallopt(option, default)
+        for option, _, later in _MALLOC_OPTIONS.values():
+            mallopt(option, later)
         if (trim := _c_function("malloc_trim")) is not None:
             trim(ctypes.c_size_t(0))
 

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from earlyfusion import Chameleon
+from earlyfusion import Chameleon, devices
 from earlyfusion.devices import (
     FLOAT_DTYPES,
     WEIGHT_DTYPES,
     auto_dtype,
     dtype_name,
+    freed_memory_kept,
     resolve_device,
     torch_dtype,
 )
@@ -128,3 +129,24 @@ def test_large_tensors_lie_on_huge_pages_unless_switched_off(chosen: str | None)
     )
     (kilobytes,) = re.findall(r"AnonHugePages:\s+(\d+) kB", run.stdout)
     assert (int(kilobytes) > 0) == (chosen is None)
+
+
+def test_freed_memory_is_kept_only_within_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[int, int] = {}
+    calls: dict[str, Any] = {"mallopt": options.__setitem__, "malloc_trim": lambda size: None}
+    monkeypatch.setattr(devices, "_c_function", calls.get)
+    with pytest.raises(KeyError), freed_memory_kept():
+        kept = dict(options)
+        raise KeyError
+    assert kept.keys() == options.keys() and kept[-1] > options[-1] and kept[-2] > options[-2]
+    calls.clear()  # a C library without mallopt
+    with freed_memory_kept():
+        pass
+
+
+@pytest.mark.skipif(devices._c_function("mallopt") is None, reason="needs glibc")
+def test_glibc_takes_the_values() -> None:
+    call = devices._c_function("mallopt")
+    assert call is not None
+    for option, value, later in devices._MALLOC_OPTIONS.values():
+        assert call(option, value) == 1 and call(option, later) == 1

@@ -110,18 +110,12 @@ class PackedTransformerConfig(StageConfig):
     """Whether the words of the names of things become whole tokens of a new tokenizer. It takes a
     larger one: with vocab_size=5120 other words take more tokens (docs/mini.md)."""
     codeword_embeddings: bool = False
-    """Whether image tokens begin with the distances of their codewords (`embed_codewords`)."""
+    """Whether the distances of the codewords are put into the embeddings of image tokens at the
+    beginning (`embed_codewords`); embeddings of `start` are kept and added to."""
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     ways: VariantsConfig = field(default_factory=VariantsConfig)
     cut: CodeNoiseConfig = field(default_factory=CodeNoiseConfig)
     change: ChangeConfig = field(default_factory=ChangeConfig)
-
-    def __post_init__(self) -> None:
-        if self.codeword_embeddings and self.start is not None:
-            raise SettingError(
-                f"codeword_embeddings=true would replace what start={self.start} has learned: "
-                "leave one of the two out"
-            )
 
 
 class BlankLayout(ImageLayout):
@@ -266,9 +260,11 @@ def build_rows(config: PackedTransformerConfig, vqgan: VQGAN) -> tuple[DeviceRow
 
 
 @torch.no_grad()
-def embed_codewords(model: Transformer, vqgan: VQGAN, vocabulary: Vocabulary, seed: int) -> None:
+def embed_codewords(
+    model: Transformer, vqgan: VQGAN, vocabulary: Vocabulary, seed: int, add: bool = False
+) -> None:
     """Set the input embeddings of the image tokens to a random projection of their codewords, at
-    the scale of the other embeddings.
+    the scale that they have; with `add`, add it to them.
 
     Random embeddings have the same distance from each other, so that the transformer has to learn
     from examples which codes look alike. With these, similar images have similar inputs from the
@@ -279,10 +275,11 @@ def embed_codewords(model: Transformer, vqgan: VQGAN, vocabulary: Vocabulary, se
     table_VD = model.model.embed_tokens.weight
     generator = torch.Generator().manual_seed(seed)
     projection_CD = torch.randn(codewords_KC.shape[1], table_VD.shape[1], generator=generator)
-    embeddings_KD = codewords_KC @ projection_CD
-    embeddings_KD *= model.config.initializer_range / embeddings_KD.std()
     image_tokens = torch.from_numpy(vocabulary.code_to_token).to(table_VD.device)
-    table_VD[image_tokens] = embeddings_KD.to(table_VD.device)
+    before_KD = table_VD[image_tokens]
+    projected_KD = (codewords_KC @ projection_CD).to(table_VD)
+    projected_KD *= before_KD.std() / projected_KD.std()
+    table_VD[image_tokens] = before_KD + projected_KD if add else projected_KD
 
 
 def main(config: PackedTransformerConfig) -> None:
@@ -291,7 +288,8 @@ def main(config: PackedTransformerConfig) -> None:
     rows, processor = build_rows(config, vqgan)
     model = first_model(config, processor.vocabulary.size)
     if config.codeword_embeddings:
-        embed_codewords(model, vqgan, processor.vocabulary, config.run.seed)
+        adds = config.start is not None
+        embed_codewords(model, vqgan, processor.vocabulary, config.run.seed, adds)
     images = prompted_images(config, model, processor, vqgan)
     train(LanguageTask(model, rows, config.z_weight), config.run, config.optim, images)
     save_model(config, model, vqgan)

@@ -67,6 +67,8 @@ class HeadNorm(nn.Module):
 
 
 class Attention(nn.Module):
+    """`kernels/fused.py` has a twin for training on a CPU."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         D, H, bias = config.hidden_size, config.head_dim, config.attention_bias
@@ -95,6 +97,8 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """`kernels/fused.py` has a twin for training on a CPU."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
