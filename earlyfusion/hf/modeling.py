@@ -50,6 +50,7 @@ from earlyfusion.hf.image_vocabulary import ImageVocabulary, find_names
 from earlyfusion.hf.quantisation import choose_layout, footprint, restore_layout
 from earlyfusion.hf.tensor_parallel import HEAD, check_processes
 from earlyfusion.kernels.conv import left_out
+from earlyfusion.kernels.fused import Attention
 from earlyfusion.kernels.twins import accelerate
 from earlyfusion.model.rotary import (
     Rotary,
@@ -58,7 +59,7 @@ from earlyfusion.model.rotary import (
     is_dynamic,
     rotary_frequencies,
 )
-from earlyfusion.model.transformer import Attention, Block, HeadNorm, RMSNorm
+from earlyfusion.model.transformer import Block, HeadNorm, RMSNorm
 from earlyfusion.model.vqgan import VQGAN, ResBlock, SpatialAttention
 from earlyfusion.vocabulary import Vocabulary
 
