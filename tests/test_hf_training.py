@@ -16,6 +16,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers import ChameleonForConditionalGeneration as StockChameleon
 from transformers.trainer_utils import SaveStrategy
 from wide import SEVEN, WIDE, example, make_image, wide_folder
 
@@ -62,6 +63,26 @@ def load(folder: Path, nf4: bool = False, device: Any = "cpu") -> Any:
         settings = {"quantization_config": quantised, "dtype": torch.bfloat16}
     model = ChameleonForConditionalGeneration.from_pretrained(folder, **settings)
     return model if nf4 else model.to(device)  # bitsandbytes chooses the device itself
+
+
+def test_gradients_in_bf16_are_as_near_to_fp32_as_transformers(folder: Path, inputs: Any) -> None:
+    """Ours come from compiled passes, where there is a compiler."""
+    theirs = StockChameleon.from_pretrained(folder)
+    gradients: list[dict[str, Tensor]] = []
+    ours_alone = {"image_logits": False}  # as theirs
+    runs = ((theirs, False, {}), (theirs, True, {}), (load(folder), True, ours_alone))
+    for model, bf16, more in runs:
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = model(**inputs, labels=inputs["input_ids"], **more).loss
+        loss.backward()
+        named = model.named_parameters()
+        gradients.append({name: p.grad.clone() for name, p in named if p.grad is not None})
+    exact, allowed, ours = gradients
+    assert ours
+    for name in ours:
+        gaps = [float((g[name] - exact[name]).norm()) for g in (ours, allowed)]
+        assert gaps[0] < max(0.01 * float(exact[name].norm()), 1.5 * gaps[1]), name
 
 
 def adapters(targets: Any = SEVEN, **more: Any) -> Any:
